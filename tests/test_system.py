@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 
 from slotmoe import system
-from slotmoe.errors import CheckpointError, ExportError, SlotmoeError
+from slotmoe.errors import CheckpointError, SlotmoeError
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import RESIDENT, layer_file
@@ -134,13 +134,6 @@ def test_opening_a_checkpoint(monkeypatch, call, number):
         read_all()
     told = str(raised.value)
     assert told == f"{SAMPLE / WEIGHTS}: can't be read ({os.strerror(number)})"
-
-
-def test_a_file_that_is_not_there_makes_an_export_incomplete(sample_export, monkeypatch):
-    name = layer_file(2)
-    monkeypatch.setattr(os, "open", failing(os.open, errno.ENOENT, name, sample_export))
-    with pytest.raises(ExportError, match="the export is incomplete"):
-        Export.open(sample_export)
 
 
 def test_the_library_of_safetensors_is_understood(monkeypatch):

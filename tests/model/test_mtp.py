@@ -68,10 +68,8 @@ def test_config_and_names_are_as_before_unless_the_head_is_asked_for(tmp_path):
         assert {name.split(".")[2] for name in more} == {"3"}
 
 
-NONE = {"num_nextn_predict_layers": None}
 WITHOUT_HEAD = [  # what the checkpoint is, whether its config speaks of a head, and the answer
     ({}, False, ConfigError, "num_nextn_predict_layers is 0, expected 1 or more"),
-    (NONE, False, ConfigError, "num_nextn_predict_layers is 0"),
     ({"moe_layer_freq": 2}, True, ConfigError, "moe_layer_freq 2 gives layer 3"),
     ({}, True, CheckpointError, "model.layers.3.enorm.weight is missing"),
 ]

@@ -20,7 +20,6 @@ from tests.support.native import (
     LayerByLayerOps,
     feed,
     native_cache,
-    native_network,
     network_of,
     reference_cache,
     reference_network,
@@ -97,10 +96,13 @@ def test_gate_is_limited_to_groups():
 
 def network_on(geometry, resident, kind=NativeBackend):
     """Of DeepSeek-V2's, or of another family's."""
-    if geometry in ONE_TOKEN:
-        return native_network(ONE_TOKEN[geometry], resident, kind)
-    family, overrides = CASES[geometry]
-    return network_of(config_of(family, **overrides), resident, kind(kernels.load()))
+    if geometry in CASES:
+        family, overrides = CASES[geometry]
+        raw = config_of(family, **overrides)
+    else:
+        raw = {**CONFIG, **ONE_TOKEN[geometry]}
+        raw["num_key_value_heads"] = raw["num_attention_heads"]
+    return network_of(raw, resident, kind(kernels.load()))
 
 
 @native
@@ -145,7 +147,7 @@ def test_one_token_in_few_calls_is_bitwise_op_by_op(geometry, resident):
 def test_several_tokens_of_several_sequences_are_bitwise_as_one_by_one(kind, geometry):
     """Sequences of different lengths, some experts in the slot table, in one pass.  A pass that
     ends in the middle of its layers is no other."""
-    network = native_network(GEOMETRIES[geometry], "int8", kind)
+    network = network_on(geometry, "int8", kind)
     network.experts.in_table = range(1, network.config.n_routed_experts)
     for lengths, counts, passes in (((3, 17, 1, 30), None, 2), ((3, 17, 0), (4, 1, 6), 1)):
         caches, expected, sizes = [], [], counts or [1] * len(lengths)

@@ -14,8 +14,8 @@ from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.weights import AttentionLayer, Matrix, Mlp
 from slotmoe.quant.shapes import latent_bytes
 from tests.support.kernels import (
-    AnyMatrix,
     RandomLayer,
+    any_matrix,
     attention_layer,
     coded_matrix,
     int8_matrix,
@@ -253,10 +253,9 @@ def test_bad_layers_are_refused(kernels):
     rng = np.random.default_rng(16)
     layer = RandomLayer(kernels, rng, ["int8"], 64, 2, 8, 4, 32, 10, 24, 9)
     good, q = layer.arguments(), layer.kv_b.q
-    other = AnyMatrix(kernels, rng, "nf4", 63, 65).fused
+    other = any_matrix(kernels, rng, "nf4", 63, 65)
     changes = [
-        *((0, sizes) for sizes in ((3, 8, 4, 32, 10), (2, 8, 3, 32, 10), (2, 8, 4, 32, 0))),
-        *((1, norm) for norm in (torch.ones(63), torch.ones(64).double())),
+        *((0, (3, 8, 4, 32, 10)), (0, (2, 8, 3, 32, 10)), (1, torch.ones(64).double())),
         *((3, None), (4, None), (6, torch.ones(31)), (9, torch.ones(65))),
         *((7, Int8Weight(bad, layer.kv_b.scale)) for bad in (q.float(), q[:-1])),
         *((place, other) for place in (2, 4, 5, 8, 10)),
@@ -270,9 +269,7 @@ def test_bad_layers_are_refused(kernels):
     mlp, turns = Mlp(int8, int8, int8), torch.ones(2, 2, dtype=torch.complex64)
     cases = [
         lambda: kernels.rotate(torch.ones(2, 3, 5), turns),
-        lambda: kernels.rotate(torch.ones(2, 3, 4), turns[:1]),
         lambda: kernels.mlp(mlp, torch.ones(2, 15)),
-        lambda: kernels.mlp(mlp, torch.ones(2, 16), torch.ones(1, 16)),
         lambda: Mlp(int8, int8, nf4),
         lambda: Mlp(nf4, nf4, coded_matrix(rng, 16, 16, LUT4)),
         lambda: Mlp(int8, int8, int8_matrix(kernels, ones[:, :15].contiguous(), torch.ones(16))),

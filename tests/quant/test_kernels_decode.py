@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from slotmoe.quant.kernels.cpu.weights import Decoder, Mlp, Router
 from slotmoe.quant.shapes import latent_bytes
 from tests.support.kernels import (
-    AnyMatrix,
     RandomLayer,
+    any_matrix,
     expert_record,
     one_of,
     quick,
@@ -85,7 +85,7 @@ def test_decode_refuses(kernels):
         return RandomLayer(kernels, rng, kinds, sizes[0], 3, 8, 4, 20, 6, 0, sizes[1]).prepared()
 
     shapes = (32, 64), (32, 64), (64, 32)
-    mlp = Mlp(*(AnyMatrix(kernels, rng, "nf4", *shape).fused for shape in shapes))
+    mlp = Mlp(*(any_matrix(kernels, rng, "nf4", *shape) for shape in shapes))
     layers = [(attention(["int8", "nf4"], 64, experts), mlp) for experts in (6, 0, 6)]
     router = Router(2, 1, 2)
     slab = slab_of([random_expert(rng, 64, 32)[1] for _ in range(6)])

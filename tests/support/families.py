@@ -1,14 +1,12 @@
 """Tiny checkpoints of every family, and transformers' network of the same weights: the oracle."""
 
-import json
-import shutil
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from tests.support.tiny import CONFIG, ODD_SIZES, REMOVE, SAMPLE, TOKENIZER_FILES, write_weights
+from tests.support.tiny import CONFIG, ODD_SIZES, REMOVE, write_files
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "beta_fast": 32.0}
 YARN |= {"original_max_position_embeddings": 16, "beta_slow": 1.0, "mscale": 1.0}
@@ -68,13 +66,7 @@ def config_of(family: str, **overrides):
 
 def write_family(folder: Path, family: str, dtype=torch.float32, **overrides):
     """Write a checkpoint of random weights, one tensor an expert; returns its config."""
-    config = config_of(family, **overrides)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(SAMPLE / name, folder / name)
-    write_weights(folder, config, dtype)
-    return config
+    return write_files(folder, config_of(family, **overrides), dtype)
 
 
 @contextmanager

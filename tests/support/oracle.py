@@ -1,8 +1,6 @@
 """What other people's code makes of the same files: transformers' network, and weights by
 safetensors and bitsandbytes."""
 
-import logging
-
 import numpy as np
 import torch
 from safetensors import safe_open
@@ -46,11 +44,8 @@ def untile(codes):
 
 def rebuild(export):
     """Every weight of the export as float32, with safetensors, numpy and bitsandbytes alone."""
-    logging.disable(logging.WARNING)  # bitsandbytes misses an optional package
-    try:
-        from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
-    finally:
-        logging.disable(logging.NOTSET)
+    from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
+
     raw = {}
     for path in [export / "resident.safetensors", *sorted((export / "experts").iterdir())]:
         with safe_open(path, "pt") as file:

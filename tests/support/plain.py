@@ -38,15 +38,10 @@ def mscale(factor: float, m: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1
 
 
-def rope_settings(config: dict) -> dict:
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return {"rope_theta": config.get("rope_theta", 10000.0), **scaling}
-
-
 def frequencies(config: dict) -> tuple[np.ndarray, float, float]:
     """Angles per position, scale of the rotary table, factor on the softmax scale."""
-    rope, dim = rope_settings(config), config["qk_rope_head_dim"]
-    theta = rope["rope_theta"]
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    dim, theta = config["qk_rope_head_dim"], rope.get("rope_theta", config.get("rope_theta"))
     base = np.array([theta ** (-2 * i / dim) for i in range(dim // 2)])
     if rope.get("rope_type", rope.get("type", "default")) == "default":
         return base, 1.0, 1.0
