@@ -269,6 +269,22 @@ print(slotmoe.__file__)
     assert printed[-1] == str(site / "slotmoe" / "__init__.py")
 
 
+@pytest.mark.usefixtures("nightly", "processes")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_kernels_are_the_same_bytes_wherever_they_are_built(tmp_path):
+    built = []
+    for place in (tmp_path / "a", tmp_path / "another place" / "deeper"):
+        shutil.copytree(ROOT / "quant", place / "quant", ignore=shutil.ignore_patterns("*.so"))
+        for folder in ("model", "offload", "tools"):
+            (place / folder).mkdir()
+        shutil.copy(ROOT / "setup.py", place)
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        subprocess.run(command, cwd=place, check=True, capture_output=True)
+        (library,) = place.glob("quant/kernels/cpu/_native*.so")
+        built.append(library.read_bytes())
+    assert built[0] == built[1]
+
+
 def test_dependencies_are_locked_and_listed_with_their_licences():
     """``scripts/lock.py`` and ``scripts/notices.py`` make the lists."""
 

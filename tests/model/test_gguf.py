@@ -19,9 +19,10 @@ from gguf import GGUFValueType as Kind
 from slotmoe.errors import CheckpointError, ConfigError, SlotmoeError
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.gguf import checkpoint as gguf_checkpoint
-from slotmoe.model.gguf import files_of, header
+from slotmoe.model.gguf import files_of, header, metadata
 from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.offload.plan.advice import geometry_path
 from tests.support import hostile
 from tests.support.gguf import LAYER, write_gguf
 from tests.support.tiny import REMOVE, SAMPLE, write_checkpoint
@@ -115,6 +116,16 @@ def test_files_before_2025(source, tmp_path):
     path = write_gguf(source, tmp_path / "model.gguf", kv_b="whole", old=True, edit=groups)
     with Checkpoint.open(source) as ours, open_checkpoint(path) as made:
         assert made.config == ours.config
+
+
+@pytest.mark.parametrize("name", ["v2", "v2-lite"])
+def test_groups_of_deepseeks_own_models_are_known(name, good):
+    """Their files from before the end of 2025 do not say."""
+    geometry = json.loads(geometry_path(name).read_text())
+    old = replace(header.read_header(good), metadata={"deepseek2.expert_weights_scale": 1.0})
+    gate = metadata._gate(metadata._Metadata(old), geometry)
+    wanted = {key: geometry[key] for key in ("n_group", "topk_group", "topk_method")}
+    assert gate == {"routed_scaling_factor": 1.0, "norm_topk_prob": False, **wanted}
 
 
 def test_every_encoding_is_decoded_by_rows(tmp_path):
