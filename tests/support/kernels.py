@@ -88,14 +88,6 @@ def random_expert(rng, h, i, codecs=NF4S):
     return [exact for _, exact in parts], record
 
 
-def q8(x):
-    """llama.cpp's Q8_0 of activations: blocks of 32, scale = max / 127 in fp16."""
-    blocks = x.reshape(*x.shape[:-1], -1, 32)
-    d = np.abs(blocks).max(-1, keepdims=True) / 127
-    q = np.round(np.divide(blocks, d, out=np.zeros_like(blocks), where=d > 0))
-    return (q * d.astype(np.float16).astype(np.float64)).reshape(x.shape)
-
-
 def torch_of(x):
     return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
 
