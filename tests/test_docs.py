@@ -10,17 +10,7 @@ from click.testing import CliRunner
 
 from slotmoe.tools.bench.__main__ import bench
 from slotmoe.tools.cli import cli
-from tests.support.pages import (
-    BLOCKS,
-    CALLS,
-    PAGES,
-    PYTHON,
-    ROOT,
-    SHELLS,
-    UNKNOWN,
-    name_of,
-    slotmoe_arguments,
-)
+from tests.support.pages import CALLS, PAGES, PYTHON, ROOT, UNKNOWN, name_of
 
 QUICK = {"run": ["-n", "4"], "profile": ["-n", "4", "-o", "report"], "plan": []}
 GEOMETRIES = ("sample", "v2", "v2-lite")
@@ -84,26 +74,8 @@ def test_commands_exist():
             pytest.fail(f"{call.id}: {problem.message}")
 
 
-WRONG = (
-    *("runn sample Hello", "run sample Hello --temprature 1", "run sample Hello again"),
-    *("run sample", "eval sample", "run sample Hello --device tpu", "run sample Hello -n many"),
-)
-
-
-def test_wrong_commands_are_seen():
-    texts = [f"cd x && .venv/bin/slotmoe {words} | cat > plan.txt  # a comment" for words in WRONG]
-    texts.append("for r in a b; do\n  python -m slotmoe quantize sample out --residents $r\ndone")
-    for text in texts:
-        (arguments,) = slotmoe_arguments(text)
-        with pytest.raises(click.UsageError):
-            check_usage(arguments)
-
-
 def test_pages_have_what_is_tested():
-    assert {block.language for block in BLOCKS} <= SHELLS | {"python", "text", "json"}
-    assert len(PYTHON) >= 5
-    assert len(CALLS) >= 30
-    assert len(QUICK_CALLS) >= 3
+    assert len(PYTHON) >= 5 and len(CALLS) >= 30 and len(QUICK_CALLS) >= 3
     calls = [" ".join(call.values[0]) for call in CALLS]
     for command in cli.list_commands(click.Context(cli)):
         assert any(call.startswith(command) for call in calls), f"no example of {command}"
@@ -120,16 +92,11 @@ def anchors(page):
         yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-LINKS = [
-    (page, link)
-    for page in PAGES
-    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page))
-    if "://" not in link
-]
-
-
 def test_links_resolve():
-    for page, link in LINKS:
+    links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)\s]+)\)", prose(page))]
+    for page, link in links:
+        if "://" in link:
+            continue
         name, _, anchor = link.partition("#")
         target = (page.parent / name).resolve() if name else page
         assert target.is_relative_to(ROOT)
@@ -147,12 +114,7 @@ def test_named_files_exist():
             there = next(ROOT.glob(name.rstrip("/.")), None)
             assert there, f"{page}: names {name}, which is not there"
         named = set(re.findall(r"slotmoe\.tools\.bench ([a-z]+)", page.read_text()))
-        assert named <= benchmarks()
-
-
-def benchmarks():
-    """Names of ``python -m slotmoe.tools.bench``'s commands."""
-    return set(bench.commands)
+        assert named <= set(bench.commands)
 
 
 def test_every_option_has_its_place():
@@ -163,35 +125,3 @@ def test_every_option_has_its_place():
     commands = [cli, *(cli.get_command(context, name) for name in cli.list_commands(context))]
     options = {word for command in commands for one in command.params for word in one.opts}
     assert not {word for word in options if word.startswith("--")} - named
-
-
-def test_every_benchmark_is_named():
-    text = (ROOT / "docs" / "benchmarks.md").read_text()
-    assert {name for name in benchmarks() if f"`{name}`" in text} == benchmarks()
-
-
-def test_extras_exist():
-    text = (ROOT / "pyproject.toml").read_text()
-    section = text.partition("[project.optional-dependencies]")[2].partition("\n\n")[0]
-    extras = set(re.findall(r"(?m)^(\w+) = \[", section))
-    text = "\n".join(page.read_text() for page in PAGES)
-    named = set(re.findall(r"(?:'\.|slotmoe)\[(\w+)\]", text))
-    assert named and named <= extras
-
-
-def test_pages_are_short():
-    for name, most in (("README.md", 150), ("ARCHITECTURE.md", 200)):
-        assert len((ROOT / name).read_text().splitlines()) <= most
-
-
-def test_every_page_is_reached_from_the_readme():
-    reached, waiting = set(), [ROOT / "README.md"]
-    while waiting:
-        page = waiting.pop()
-        reached.add(page)
-        links = [link.partition("#")[0] for origin, link in LINKS if origin == page]
-        targets = {(page.parent / link).resolve() for link in links}
-        waiting += {*PAGES} & targets - reached
-        if page.name == "README.md" and ROOT / "docs" / "decisions" in targets:
-            waiting += [path for path in PAGES if path.parent.name == "decisions"]
-    assert not set(PAGES) - reached, "no link leads here"

@@ -9,8 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -35,6 +34,7 @@ STILL_LONG = {  # each has to be shortened, and then leaves this set
     "tests/quant/test_triton.py",
 }
 MAX_RUNTIME_METHODS = 20
+SETUPTOOLS = next((int(it.version.partition(".")[0]) for it in distributions(name="setuptools")), 0)
 EXTRAS = {
     "serve": ("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client", "llguidance"),
     "chat": ("prompt_toolkit",),
@@ -80,12 +80,6 @@ def imported(path):
 
 def within(name, packages):
     return any(name == package or name.startswith(package + ".") for package in packages)
-
-
-def python(code, **options):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_packages_import_only_what_they_may():
@@ -214,22 +208,22 @@ def test_version_is_one():
     assert f'version = "{slotmoe.__version__}"' in (ROOT / "pyproject.toml").read_text()
 
 
+def python(code, **options):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def copied(source, target):
     """Without the weights, which would be compressed."""
     Path(target).touch() if source.endswith(".safetensors") else shutil.copy(source, target)
 
 
-@pytest.fixture(scope="module")
-def wheel(processes, tmp_path_factory):
-    """A wheel built from a copy of the project, without a C++ compiler: kernels are optional."""
-    with suppress(PackageNotFoundError):
-        if int(version("setuptools").partition(".")[0]) >= 77:
-            return built_wheel(tmp_path_factory)
-    pytest.skip("setuptools >= 77 is not installed, and a build must not download it")
-
-
-def built_wheel(tmp_path_factory):
-    project = tmp_path_factory.mktemp("project")
+@pytest.mark.skipif(SETUPTOOLS < 77, reason="a build must not download setuptools >= 77")
+def test_a_wheel_has_one_name_and_works_beside_a_users_modules(processes, tmp_path):
+    """Built from a copy of the project, without a C++ compiler: kernels are optional."""
+    names = "project", "wheels", "site", "user"
+    project, wheels, site, user = (tmp_path / name for name in names)
     for folder in (*FOLDERS, "slotmoe"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
         options = {"symlinks": True, "ignore": ignored, "copy_function": copied}
@@ -237,38 +231,26 @@ def built_wheel(tmp_path_factory):
     for path in ROOT.iterdir():
         if path.is_file() and not path.name.startswith("."):
             shutil.copy(path, project)
-    wheels = tmp_path_factory.mktemp("wheels")
     environment = os.environ | {"CC": "no-compiler", "CXX": "no-compiler"}
-    code = f"import setuptools.build_meta as b; b.build_wheel({str(wheels)!r})"
-    python(code, cwd=project, env=environment | {"PYTHONWARNINGS": "ignore"})
-    (path,) = wheels.iterdir()
-    return path
-
-
-def test_wheel_installs_one_name(wheel):
+    build = f"import setuptools.build_meta as b; b.build_wheel({str(wheels)!r})"
+    python(build, cwd=project, env=environment | {"PYTHONWARNINGS": "ignore"})
+    (wheel,) = wheels.iterdir()
+    assert "-cp310-abi3-" in wheel.name  # one for every Python
     names = ZipFile(wheel).namelist()
     about = f"slotmoe-{slotmoe.__version__}.dist-info"
     assert {name.partition("/")[0] for name in names} == {"slotmoe", about}
     assert not [name for name in names if name.endswith((".cpp", ".h"))]
-    assert "-cp310-abi3-" in wheel.name  # one for every Python
-    sources = {module_name(path): path for path in FILES}
-    modules = {name for name in names if name.endswith(".py")}
-    assert len(modules) == len(sources)
+    assert len({name for name in names if name.endswith(".py")}) == len(FILES)
     wanted = ["py.typed", "tools/profile/report.html", "tools/serve/page.html"]
     wanted += ["offload/plan/divergence.json"]
     for folder in ("sample", "geometries"):
         wanted += [f"model/{folder}/{path.name}" for path in (ROOT / "model" / folder).iterdir()]
     assert {f"slotmoe/{name}" for name in wanted} <= set(names)
-
-
-def test_wheel_works_beside_a_users_modules(wheel, tmp_path):
-    site, user = tmp_path / "site", tmp_path / "user"
     ZipFile(wheel).extractall(site)  # a wheel of Python alone: installing it does no more
     stranger = "raise ImportError('the user\\'s own')"
     for folder in FOLDERS:
         (user / folder).mkdir(parents=True)
         (user / folder / "__init__.py").write_text(stranger)
-    (user / "model.py").write_text(stranger)
     code = """
 import runpy, sys
 for command in (["--version"], ["--help"], ["plan", "v2-lite", "--json"]):

@@ -11,8 +11,7 @@ from itertools import product
 import pytest
 
 from slotmoe import system
-from slotmoe.errors import CheckpointError, ConfigError, ExportError, SlotmoeError
-from slotmoe.jsonfile import read_json
+from slotmoe.errors import CheckpointError, SlotmoeError
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import RESIDENT, layer_file
@@ -137,13 +136,6 @@ def test_opening_a_checkpoint(monkeypatch, call, number):
     assert told == f"{SAMPLE / WEIGHTS}: can't be read ({os.strerror(number)})"
 
 
-def test_a_file_that_is_not_there_makes_an_export_incomplete(sample_export, monkeypatch):
-    name = layer_file(2)
-    monkeypatch.setattr(os, "open", failing(os.open, errno.ENOENT, name, sample_export))
-    with pytest.raises(ExportError, match="the export is incomplete"):
-        Export.open(sample_export)
-
-
 def test_the_library_of_safetensors_is_understood(monkeypatch):
     """It opens the file once more, by itself."""
     from safetensors import SafetensorError
@@ -154,14 +146,6 @@ def test_the_library_of_safetensors_is_understood(monkeypatch):
     monkeypatch.setattr("slotmoe.model.shards.safe_open", refuse)
     with pytest.raises(CheckpointError, match=r"can't be read .*Too many open files"):
         Checkpoint.open(SAMPLE)
-
-
-def test_a_json_file_in_a_bad_place(tmp_path, monkeypatch):
-    path = tmp_path / "config.json"
-    path.write_text("{}")
-    monkeypatch.setattr("builtins.open", failing(open, errno.EIO, "config.json", tmp_path))
-    with pytest.raises(ConfigError, match=r"config.json: can't be read \(Input/output error\)"):
-        read_json(path, 100)
 
 
 def test_short_reads_are_no_damage(sample_export, monkeypatch):

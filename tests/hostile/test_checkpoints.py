@@ -5,8 +5,6 @@ import math
 import os
 import pickle
 import shutil
-import struct
-import time
 
 import pytest
 import torch
@@ -23,7 +21,6 @@ from tests.support.hostile import (
     EXPERT,
     FIRST,
     INDEX,
-    NORM,
     SECOND,
     append,
     changed,
@@ -33,7 +30,6 @@ from tests.support.hostile import (
     entry,
     f32,
     fifo,
-    is_folder,
     linked,
     many,
     refused,
@@ -81,12 +77,8 @@ BAD_CHECKPOINTS = {
     "missing-config": (without("config.json"), "config.json"),
     "shard-a-byte-short": (truncate(FIRST, -1), FIRST),
     "shard-cut-in-header": (truncate(FIRST, 100), FIRST),
-    "shard-of-seven-bytes": (truncate(FIRST, 7), FIRST),
-    "shard-empty": (truncate(FIRST, 0), FIRST),
     "shard-a-byte-long": (append(FIRST), FIRST),
-    "shard-is-folder": (is_folder(FIRST), FIRST),
     "shard-is-pipe": (fifo(FIRST), FIRST),
-    "shard-is-html": (write(FIRST, b"<!DOCTYPE html><html>Entry not found</html>"), FIRST),
     "shard-is-lfs-pointer": (write(FIRST, LFS), FIRST),
     "index-is-pipe": (fifo(INDEX), INDEX),
     "index-names-absent-tensor": (remap(ABSENT, FIRST), ABSENT),
@@ -94,66 +86,44 @@ BAD_CHECKPOINTS = {
     "index-misses-tensor": (edited(INDEX, lambda it: it["weight_map"].pop(EXPERT)), EXPERT),
     "index-without-map": (write(INDEX, b'{"metadata": {}}'), "weight_map"),
     "index-map-is-list": (write(INDEX, b'{"weight_map": ["a"]}'), "weight_map"),
-    "index-map-empty": (write(INDEX, b'{"weight_map": {}}'), "weight_map"),
     "index-file-is-number": (remap(EXPERT, 5), INDEX),
-    "index-file-is-null": (remap(EXPERT, None), INDEX),
-    "index-file-is-list": (remap(EXPERT, [FIRST]), INDEX),
     "path-parent": (remap(EXPERT, "../outside.safetensors"), "../outside"),
-    "path-inner-parent": (remap(EXPERT, "a/../../outside.safetensors"), INDEX),
     "path-absolute": (remap(EXPERT, "/etc/passwd"), "/etc/passwd"),
     "path-drive": (remap(EXPERT, "C:\\models\\a.safetensors"), "C:"),
-    "path-unc": (remap(EXPERT, "\\\\host\\share\\a.safetensors"), "host"),
     "path-null-byte": (remap(EXPERT, "a\0.safetensors"), INDEX),
-    "path-newline": (remap(EXPERT, FIRST + "\n"), INDEX),
     "path-dot-file": (remap(EXPERT, ".hidden.safetensors"), INDEX),
     "path-pickle": (remap(EXPERT, "pytorch_model.bin"), "pytorch_model.bin"),
     "path-too-long": (remap(EXPERT, "a" * 300 + ".safetensors"), INDEX),
     "link-out": (linked(FIRST), FIRST),
     "tensor-dropped": (changed(EXPERT, lambda _: None), EXPERT),
     "expert-wrong-shape": (changed(EXPERT, lambda w: w.T), EXPERT),
-    "norm-wrong-shape": (changed(NORM, lambda w: w[None]), NORM),
-    "norm-is-scalar": (changed(NORM, lambda w: w[0]), NORM),
     "expert-is-float64": (changed(EXPERT, lambda w: w.double()), "F64"),
-    "expert-is-int32": (changed(EXPERT, lambda w: w.int()), "I32"),
     "expert-is-fp8": (changed(EXPERT, lambda w: w.to(torch.float8_e4m3fn)), "F8_E4M3"),
     "shape-negative": (entry(EXPERT, shape=[-48, -64]), SHARD),
-    "shape-overflows": (entry(EXPERT, shape=[1 << 62, 1 << 62]), SHARD),
     "shape-wraps-to-right-size": (entry(EXPERT, shape=[(1 << 63) + 48 * 64, 2]), SHARD),
     "shape-is-text": (entry(EXPERT, shape="48x64"), SHARD),
     "dtype-unknown": (entry(EXPERT, dtype="X99"), SHARD),
     "offsets-overlap": (single({"a": f32(0, 4), "b": f32(2, 6)}, b"123456"), ONE),
     "offsets-with-hole": (single({"a": f32(0, 4), "b": f32(8, 12)}, b"1" * 12), ONE),
-    "offsets-same": (single({"a": f32(0, 4), "b": f32(0, 4)}, b"1234"), ONE),
     "offsets-backwards": (single({"a": f32(4, 0)}, b"1234"), ONE),
-    "offsets-huge": (single({"a": f32(0, 1 << 60)}, b"1234"), ONE),
     "offsets-beyond-64-bits": (single(LONG), ONE),
     "header-length-huge": (write(FIRST, b"\xff" * 8 + b"{}"), FIRST),
-    "header-length-63-bits": (write(FIRST, struct.pack("<Q", (1 << 63) - 1) + b"{}"), FIRST),
     "header-over-cap": (single(b'{"a":' + b" " * (49 << 20) + b"1}"), "header of"),
     "header-too-many-tensors": (many(260_000), "more than 250000 tensors"),
     "header-not-json": (single(b"{'a': 1}"), ONE),
     "header-not-utf8": (single(b'{"\xff\xfe": 1}'), ONE),
-    "header-is-list": (single(b"[1, 2]"), ONE),
     "header-deep": (single(b'{"a":' + b"[" * 50_000 + b"]" * 50_000 + b"}"), ONE),
-    "header-empty": (single(b"{}"), "is missing"),
     "names-with-escapes": (single(ESCAPES, b"12"), "\\x1b[2J\\n\\u202eevil"),
-    "index-names-with-escapes": (remap("\x1b[2J\nslotmoe: all is well", FIRST), "\\x1b[2J\\n"),
     "pickle-only": (pickled, "pickled"),
     "no-weights": (without(INDEX, FIRST, SECOND), INDEX),
     "config-twice-a-key": (config(TWICE), "twice"),
     "config-nan": (config(b'{"rms_norm_eps": NaN}'), "NaN"),
-    "config-infinity": (config(b'{"rms_norm_eps": -Infinity}'), "Infinity"),
     "config-deep-list": (config(b'{"a":' + b"[" * 90_000 + b"]" * 90_000 + b"}"), "config.json"),
     "config-less-deep": (config(b'{"a":' + b"[" * 700 + b"]" * 700 + b"}"), "nested deeper"),
-    "config-deep-object": (config(b'{"a":' * 50_000 + b"1" + b"}" * 50_000), "config.json"),
     "config-large": (config(b'{"a": "' + b"x" * (1 << 20) + b'"}'), "more than"),
     "config-many-values": (config(b'{"a": [' + b"[]," * 300_000 + b"1]}"), "more than"),
     "config-long-number": (config(b'{"vocab_size": ' + b"9" * 5000 + b"}"), "config.json"),
     "config-not-utf8": (config(b'{"a": "\xff"}'), "config.json"),
-    "config-with-bom": (config(b"\xef\xbb\xbf{}"), "config.json"),
-    "config-list": (config(b"[]"), "config.json"),
-    "config-empty": (config(b""), "config.json"),
-    "config-is-pipe": (fifo("config.json"), "config.json"),
     "index-twice-a-key": (write(INDEX, TWO_FILES), "twice"),
     "index-many-values": (write(INDEX, b'{"a": {' + b'"":1,' * 300_000 + b'"a":1}}'), "more than"),
     "index-over-cap": (write(INDEX, b'{"weight_map": "' + b"x" * (33 << 20) + b'"}'), "more than"),
@@ -172,15 +142,6 @@ def test_bad_checkpoint(name, checkpoint):
         refused(action, wanted, kind=(CheckpointError, ConfigError))
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == before
     assert not (checkpoint / "was-run").exists()
-
-
-@pytest.mark.usefixtures("nightly")
-@pytest.mark.parametrize("name", BAD_CHECKPOINTS)
-def test_a_refusal_takes_less_than_a_second_of_cpu(name, checkpoint):
-    BAD_CHECKPOINTS[name][0](checkpoint)
-    start = time.process_time()
-    refused(lambda: Runtime.open(checkpoint, quantize=False, context=16))
-    assert time.process_time() - start < 1
 
 
 def poke(value):
@@ -235,11 +196,6 @@ def test_small_files_are_not_copied_from_elsewhere(name, checkpoint, tmp_path):
     refused(lambda: quantize(checkpoint, tmp_path / "export"), name, "link")
 
 
-def test_small_file_that_is_huge(checkpoint, tmp_path):
-    os.truncate(checkpoint / "tokenizer.json", 1 << 40)  # sparse
-    refused(lambda: quantize(checkpoint, tmp_path / "export"), "tokenizer.json")
-
-
 def test_headers_are_read_without_torch(checkpoint, monkeypatch):
     """Its opening of a file on a bad disk raises a bare ``RuntimeError``, a traceback to a user."""
 
@@ -274,7 +230,9 @@ GROUPS = {"num_bits": 8, "group_size": 128, "symmetric": False, "strategy": "cha
 GROUPS |= {"type": "float", "actorder": "group"}
 FP8, BITS = {"quant_method": "fp8"}, {"quant_method": "bitsandbytes"}
 
+WIDTHS = ("vocab_size", "intermediate_size", "moe_intermediate_size", "kv_lora_rank", "v_head_dim")
 BAD_VALUES = {
+    **{key: [0, REMOVE] for key in WIDTHS},
     "model_type": [
         *("deepseek_v4", "glm4_moe", "kimi_linear", "longcat_flash", "llama"),
         *(None, 2, ["deepseek_v2"], REMOVE),
@@ -300,9 +258,6 @@ BAD_VALUES = {
     "rope_interleave": [False],
     "num_key_value_heads": [1, 2],
     "hidden_size": [True, 64.0, "64", None, 0, -64, 1 << 40, 10**300, [64], REMOVE],
-    "vocab_size": [0, 1 << 30, REMOVE],
-    "intermediate_size": [0, REMOVE],
-    "moe_intermediate_size": [0, REMOVE],
     "num_hidden_layers": [0, 1 << 30, 1001, REMOVE],
     "num_attention_heads": [0, -4, REMOVE],
     "n_routed_experts": [0, 4097, 9, None, REMOVE],
@@ -315,10 +270,7 @@ BAD_VALUES = {
     "first_k_dense_replace": [-1, 3, True, REMOVE],
     "moe_layer_freq": [0, -1, 1.5],
     "q_lora_rank": [0, -1, "null", REMOVE],
-    "kv_lora_rank": [0, REMOVE],
-    "qk_nope_head_dim": [0, REMOVE],
     "qk_rope_head_dim": [7, 0, REMOVE],
-    "v_head_dim": [0, REMOVE],
     "rms_norm_eps": [0, -1e-6, True, REMOVE],
     "rope_theta": [0, -1, "10000", True],
     "max_position_embeddings": [0, 1 << 40, REMOVE],
@@ -333,11 +285,10 @@ BAD_ROPE_SETTINGS = [
     *({**YARN, "type": kind} for kind in ("linear", "dynamic", "llama3", ["yarn"])),
     {**YARN, "rope_type": "longrope"},
     *({**YARN, "factor": factor} for factor in (0, "4")),
-    *({**YARN, "original_max_position_embeddings": value} for value in (0, True)),
+    {**YARN, "original_max_position_embeddings": 0},
     {**YARN, "mscale": -1},
     {**YARN, "beta_fast": None},
     {**YARN, "attention_factor": 2.0},
-    {"type": "yarn"},
     {"factor": 4.0, "rope_theta": 0},
 ]
 

@@ -31,16 +31,13 @@ from tests.support.hostile import (
     INDEX,
     NORM,
     append,
-    compact,
     edit_json,
     edited,
     fifo,
     flip,
-    is_folder,
     linked,
     many,
     refused,
-    single,
     truncate,
     without,
     write,
@@ -111,20 +108,14 @@ def family(key, value):
 BAD_EXPORTS = {
     "newer-version": (signed("format_version", value=3), "newer"),
     "newer-version-unsigned": (unsigned(lambda it: it.update(format_version=7)), "newer"),
-    "version-zero": (signed("format_version", value=0), "format_version"),
     "version-true": (signed("format_version", value=True), "format_version"),
-    "version-text": (signed("format_version", value="1"), "format_version"),
     "unsigned-level": (unsigned(lambda it: codec_of(it)["levels"].reverse()), "checksum"),
-    "unsigned-size": (unsigned(lambda it: it["files"][RESIDENT].update(bytes=1)), "checksum"),
     "no-checksum": (unsigned(lambda it: it.pop("checksum")), "checksum"),
-    "sixteen-levels-are-seventeen": (codec(levels=[*range(17)]), "levels"),
     "sixteen-levels-are-eight": (codec(levels=[*range(8)]), "8 levels for 4 bits"),
     "levels-of-text": (codec(levels=["0"] * 16), "levels"),
     "levels-unordered": (codec(levels=[1, 0, *range(2, 16)]), "ascending"),
-    "levels-equal": (codec(levels=[0, *range(15)]), "ascending"),
     # what JSON tells apart and float32 does not
     "levels-equal-as-floats": (codec(levels=[*range(15), 14 + 1e-9]), "ascending"),
-    "codec-bits": (codec(bits=2), "bits is 2"),
     "codec-bits-with-other-scales": (codec(bits=3, levels=[*range(8)]), "are unknown"),
     "codec-scales": (codec(scales="f8"), "scales"),
     "codec-block": (codec(block=32), "are unknown"),
@@ -132,79 +123,52 @@ BAD_EXPORTS = {
     "codec-of-experts": (signed("quantization", "experts", "down", value="lut9"), "'lut9'"),
     "codec-of-resident": (signed("quantization", "resident_codecs", Q, "codec", value="x"), "'x'"),
     "levels-infinite": (infinite_level, "levels"),
-    "levels-an-object": (codec(levels={str(i): 0 for i in range(16)}), "levels"),
     "layout-unknown": (signed("quantization", "layout", value="tiles32"), "layout"),
-    "block-unknown": (codec(block=128), "are unknown"),
     "record-of-other-size": (experts("record_bytes", 4096), "record"),
     "record-with-other-offsets": (experts("record", 0, "up_proj.weight", "offset"), "record"),
-    "hidden-size-negative": (experts("hidden_size", -64), "integer"),
-    "hidden-size-true": (experts("hidden_size", True), "integer"),
     "hidden-size-huge": (experts("hidden_size", 1 << 20), "record"),
-    "experts-none": (experts("n_routed_experts", 0), "integer"),
-    "experts-many": (experts("n_routed_experts", 4096), "records"),
-    "layers-empty": (experts("layers", []), "layers"),
     "layers-twice": (experts("layers", [1, 1, 2]), "layers"),
-    "layers-text": (experts("layers", ["../../x", 1]), "layers"),
-    "layers-many": (experts("layers", list(range(2000))), "layers"),
     "linked-layers-unknown": (experts("linked_layers", {"1": 9}), "linked_layers"),
     "linked-layers-swapped": (experts("linked_layers", {"1": 2}), "header"),
     "file-parent": (file("../x"), "files"),
-    "file-absolute": (file("/etc/passwd"), "files"),
-    "file-drive": (file("C:\\x"), "files"),
     "file-of-unknown-layer": (file(layer_file(7)), "files"),
     "file-without-config": (file("config.json", REMOVE), "files"),
     "file-without-resident": (file(RESIDENT, REMOVE), RESIDENT),
     "file-without-layer": (file(LAYER, REMOVE), "layer-00001"),
-    "file-size-negative": (layer("bytes", -1), "integer"),
     "header-size-wrong": (layer("header_bytes", 4096), "hold"),
     "records-too-few": (layer("records", ["0" * 32] * 7), "records"),
-    "records-an-object": (layer("records", {str(i): "0" * 32 for i in range(8)}), "records"),
-    "records-of-null": (layer("records", [None] * 8), "records"),
     "records-wrong": (layer("records", ["0" * 32] * 8), "layer-00001"),
-    "tensor-without-checksum": (norm("checksum", REMOVE), "checksum"),
     "tensor-missing": (tensor(NORM, REMOVE), MANIFEST),
     "tensor-added": (tensor("x", {"dtype": "U8", "shape": [1], "checksum": ""}), "x has dtype"),
-    "tensor-dtype-unknown": (norm("dtype", "F64"), "F64"),
     "tensor-dtype-of-same-size": (norm("dtype", "F16"), "header"),
-    "tensor-shape-negative": (norm("shape", [-64]), "integer"),
     "tensor-shape-empty": (norm("shape", []), NORM),
-    "tensor-shape-huge": (norm("shape", [1 << 31] * 3), "hold"),
     "coded-shape-missing": (signed("quantization", "resident_codecs", value={}), Q),
     "coded-shape-of-other-tiles": (
         signed("quantization", "resident_codecs", Q, "shape", value=[4096, 4096]),
         Q,
     ),
     "manifest-missing": (without(MANIFEST), MANIFEST),
-    "manifest-empty": (write(MANIFEST, b""), MANIFEST),
     "manifest-list": (write(MANIFEST, b"[]"), MANIFEST),
     "manifest-over-cap": (write(MANIFEST, b'{"a": "' + b"x" * (9 << 20) + b'"}'), "more than"),
     "manifest-many-values": (write(MANIFEST, LISTS % (b"[]," * 2_000_000 + b"1")), "more than"),
     "manifest-deep": (write(MANIFEST, LISTS % (b"[" * 900 + b"]" * 900)), MANIFEST),
-    "manifest-is-pipe": (fifo(MANIFEST), MANIFEST),
     "manifest-link-out": (linked(MANIFEST), "link"),
-    "layer-missing": (without(layer_file(2)), "layer-00002"),
     "layer-a-byte-short": (truncate(layer_file(2), -1), "layer-00002"),
-    "layer-empty": (truncate(layer_file(2), 0), "layer-00002"),
     "layer-a-byte-long": (append(layer_file(2)), "layer-00002"),
     "layers-swapped": (swapped_layers, "layer-00001"),
     "layer-link-out": (linked(LAYER), "link"),
     "layers-link-out": (linked("experts"), "link"),
     "layer-is-pipe": (fifo(LAYER), "layer-00001"),
-    "layer-is-folder": (is_folder(LAYER), "layer-00001"),
     "resident-missing": (without(RESIDENT), RESIDENT),
-    "resident-a-byte-short": (truncate(RESIDENT, -1), RESIDENT),
-    "resident-link-out": (linked(RESIDENT), "link"),
     "report-storage": (family("stored", "int2"), "unknown storage 'int2'"),
     "report-error": (family("relative_rms_error", 1e9), "is not a number from 0 to 1000"),
     "report-layer": (family("worst_layer", 77), "worst_layer"),
-    "report-keys": (signed("quantization", "report", "bits", value=4), "other keys"),
     "config-missing": (without("config.json"), "config.json"),
     "config-changed": (
         edited("config.json", lambda it: it.update(routed_scaling_factor=1.0)),
         "config.json",
     ),
     "tokenizer-link-out": (linked("tokenizer.json"), "link"),
-    "tokenizer-is-pipe": (fifo("tokenizer.json"), "tokenizer.json"),
     "half-written": (half_written, MANIFEST),
 }
 
@@ -260,11 +224,8 @@ def test_every_manifest_value_may_be_hostile(shift, heavy, small_export, tmp_pat
     text, wanted = (export / MANIFEST).read_text(), read_everything(export)
     opened = 0
     for at, path in enumerate(leaves(json.loads(text))):
-        if (
-            len(path) > 4
-            and path[:2] == ("files", RESIDENT)
-            and sum("".join(map(str, path)).encode()) % 4
-        ):
+        of_a_tensor = len(path) > 4 and path[:2] == ("files", RESIDENT)
+        if of_a_tensor and sum("".join(map(str, path)).encode()) % 4:
             continue  # many alike: a quarter of them
         signed(*path, value=VALUES[(at + shift) % len(VALUES)])(export)
         try:
@@ -304,6 +265,7 @@ FILES = [MANIFEST, RESIDENT, layer_file(1), layer_file(2), "config.json", *TOKEN
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_byte_anywhere_is_refused(name, heavy, export):
     path, wanted = export / name, read_everything(export)
+    assert {str(at.relative_to(export)) for at in export.rglob("*") if at.is_file()} == {*FILES}
     with Export.open(export) as opened:
         places, manifest = interesting_places(name, path.stat().st_size, opened), opened.manifest
     generator = random.Random(1)
@@ -322,20 +284,12 @@ def test_a_flipped_byte_anywhere_is_refused(name, heavy, export):
     assert read_everything(export) == wanted
 
 
-STRANGERS = {
-    "chat_template.jinja": b"<{{ messages[0].content }}>",
-    "generation_config.json": b'{"eos_token_id": [5, 6, 7]}',
-    "notes.txt": b"hello",
-    "experts/layer-00009.safetensors": b"",
-}
-
-
-@pytest.mark.parametrize("name", STRANGERS)
+@pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json", "notes.txt"])
 def test_what_the_manifest_does_not_list_is_refused(name, export, slotmoe):
     """A template put beside the weights would otherwise speak for the model."""
     edit_json(export / MANIFEST, lambda manifest: manifest["files"].pop(name, None))
     resign(export, lambda manifest: None)
-    (export / name).write_bytes(STRANGERS[name])
+    (export / name).write_bytes(b"{}")
     refused(lambda: Export.open(export), name, "not in the manifest", kind=ExportError)
     refused(lambda: Runtime.open(export, ram="1GiB"), name, "move it away", kind=ExportError)
     code, out, _ = slotmoe("verify", export)
@@ -383,14 +337,6 @@ def test_config_is_not_read_by_path(export, monkeypatch):
         assert [path for path in seen if path.endswith(f"export/{name}")] == [str(export / name)]
 
 
-def test_flips_cover_every_file(good):
-    folder = good / "export"
-    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert present == set(FILES)
-    small = {name for name in FILES if name.endswith(".json") and name != MANIFEST}
-    assert set(COPIED) & present == small
-
-
 OPENS = {
     "checkpoint": Checkpoint.open,
     "export": Export.open,
@@ -407,32 +353,16 @@ def lists(name, before, count):
     return write(name, b"{%s[" % before + b"[]," * count + b"1]}")
 
 
-def long_index(folder):
-    write(INDEX, compact({"weight_map": {f"{i:x}": FIRST for i in range(199_000)}}))(folder)
-
-
-def many_words(folder):
-    model = {"type": "BPE", "merges": 5, "vocab": {f"{i:x}": i for i in range(349_000)}}
-    write("tokenizer.json", compact({"model": model}))(folder)
-
-
 # The largest files that pass the caps, and those just beyond.
 LARGE = {
     "checkpoint-header": many(90_000),
-    "checkpoint-header-of-spaces": single(b"{}" + b" " * ((8 << 20) - 2)),
-    "checkpoint-header-over-cap": many(260_000),
     "checkpoint-index": text(INDEX, b'"weight_map": {"a": "%s\xf0\x9f\x90\x8d"}', (8 << 20) - 40),
-    "checkpoint-index-many": long_index,
     "checkpoint-index-too-many": lists(INDEX, b'"weight_map":', 2_500_000),
-    "checkpoint-config-lists": lists("config.json", b'"a":', 190_000),
     "checkpoint-terabyte": truncate(FIRST, TERABYTE),
     "export-manifest-lists": lists(MANIFEST, b'"format_version": 1, "a":', 199_000),
-    "export-manifest-text": text(MANIFEST, b'"format_version": 1, "a": "%s"', 8_000_000),
     "export-terabyte": truncate(RESIDENT, TERABYTE),
     "export-huge-matrices": signed("experts", "hidden_size", value=1 << 20),
-    "tokenizer-lists": lists("tokenizer.json", b'"model":', 349_000),
     "tokenizer-too-many-lists": lists("tokenizer.json", b'"model":', 5_000_000),
-    "tokenizer-vocabulary": many_words,
 }
 
 
@@ -452,7 +382,6 @@ def test_refusals_take_little_memory(name, good, tmp_path):
         before = peak_rss()
         with pytest.raises(SlotmoeError):
             OPENS[kind](folder)
-        print(name, (peak_rss() - before) >> 20, file=open("/tmp/w/t-model-mem.txt", "a"))
         assert peak_rss() - before < 100 << 20
 
     assert forked(opened) == 0

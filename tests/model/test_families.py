@@ -1,23 +1,19 @@
 """Every family: the reference path beside transformers, and what is refused."""
 
 import json
-import math
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from slotmoe.errors import CheckpointError, ConfigError, PlanError
-from slotmoe.model.config import parse_config, read_config
+from slotmoe.model.config import parse_config
 from slotmoe.model.families import FAMILIES, OTHERS
-from slotmoe.model.names import expert_shapes, resident_shapes
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import choose_context
 from slotmoe.offload.runtime import Runtime
 from tests.support.families import (
     CASES,
-    DSA,
     GLM,
     INDEXED,
     LONG,
@@ -27,10 +23,9 @@ from tests.support.families import (
     V3,
     V32,
     config_of,
-    oracle_logits,
     write_family,
 )
-from tests.support.oracle import relative_error
+from tests.support.oracle import relative_error, transformers_logits
 from tests.support.params import nth
 
 IDS = torch.randint(2, 4000, (40,), generator=torch.Generator().manual_seed(7)).tolist()
@@ -42,7 +37,7 @@ def test_reference_path_equals_transformers(name, tmp_path):
     family, overrides = CASES[name]
     write_family(tmp_path, family, **overrides)
     with Runtime.open(tmp_path, quantize=False, context=64) as runtime:
-        assert relative_error(runtime.logits(IDS), oracle_logits(tmp_path, IDS)) <= 1e-5
+        assert relative_error(runtime.logits(IDS), transformers_logits(tmp_path, IDS)) <= 1e-5
 
 
 PART = {**LONG, "partial_rotary_factor": 0.25}
@@ -61,21 +56,16 @@ BEHIND = {**types("sds"), "first_k_dense_replace": REMOVE}
 BETA = {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1}
 WRONG = {  # family, what is wrong, words of the message
     "softmax": (V3, {"scoring_func": "softmax"}, 'scoring_func "softmax" only "sigmoid"'),
-    "greedy": (V3, {"topk_method": "greedy"}, 'topk_method "greedy" only "noaux_tc"'),
     "other-class": (GLM, {"architectures": ["DeepseekV3ForCausalLM"]}, "architectures only Glm4"),
-    "sigmoid": (MISTRAL, {**SOFTMAX, "scoring_func": "sigmoid"}, 'only "softmax"'),
     "grouped-keys": (GLM, {"num_key_value_heads": 2}, "num_key_value_heads 2 only 4"),
     "halves": (V32, {**INDEXED, "rope_interleave": False}, "rope_interleave false only true"),
     "no-index": (V32, {}, "index_topk is missing"),
-    "zero-index": (DSA, {**INDEXED, "index_topk": 0}, "index_topk is 0 integer"),
     "index-of-another": (V3, {"index_topk": 64}, "index_topk 64 only null"),
     "small-groups": (V3, {"n_group": 8, "topk_group": 4}, "n_group is 8 at least 2 experts"),
     "dense-behind": (GLM, BEHIND, "mlp_layer_types dense layer behind"),
     "types-too-few": (GLM, types("ds"), "num_hidden_layers is 3 2"),
     "types-disagree": (GLM, types("dds"), "first_k_dense_replace is 1 mlp_layer_types says 2"),
-    "types-of-what": (GLM, {"mlp_layer_types": ["dense", "moe"]}, "mlp_layer_types[1] 'moe'"),
     "part": (GLM, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5 expected 1 or"),
-    "part-of-rope": (MISTRAL, rope(**PART), "partial_rotary_factor is 0.25"),
     "scaled-queries": (V3, {"rope_parameters": LONG}, "llama_4_scaling_beta is not supported"),
     "scaled-without-yarn": (MISTRAL, rope(**BETA), "llama_4_scaling_beta"),
 }
@@ -156,38 +146,3 @@ def test_layers_behind_the_last_are_not_exported(tmp_path):
     assert files == {"layer-00001.safetensors", "layer-00002.safetensors"}
     names = load_file(tmp_path / "export" / "resident.safetensors")
     assert not [name for name in names if name.startswith("model.layers.3.")]
-
-
-# What the models are said to have, in billions: all parameters, those of one token.
-PUBLISHED = {"v3": (671, 37), "v3.2": (671, 37), "moonlight": (16, 3), "kimi-k2": (1000, 32)}
-PUBLISHED |= {"glm-4.7-flash": (30, 3), "glm-5": (744, 40), "mistral-small-4": (119, 6.5)}
-# What a default of transformers does not say of the model: its context and its rotations.
-OF_THE_FILE = {"max_position_embeddings", "rope_parameters", "bos_token_id", "eos_token_id"}
-OF_THE_FILE |= {"pad_token_id", "architectures", "head_dim", "mlp_layer_types", "dtype"}
-
-
-@pytest.mark.usefixtures("oracle")
-def test_geometries_have_the_defaults_that_transformers_gives_the_family():
-    from transformers import CONFIG_MAPPING
-
-    for name in ("v3", "v3.2", "glm-4.7-flash", "glm-5", "mistral-small-4"):
-        raw = json.loads(geometry_path(name).read_text())
-        raw = raw.get("text_config", raw)
-        defaults = CONFIG_MAPPING[raw["model_type"]]().to_dict()
-        shared = (raw.keys() & defaults.keys()) - OF_THE_FILE
-        assert len(shared) > 20
-        assert {key: raw[key] for key in shared} == {key: defaults[key] for key in shared}, name
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_geometries_have_the_published_sizes(name):
-    config = read_config(geometry_path(name))
-    assert not config.unknown_keys
-    resident = sum(map(math.prod, resident_shapes(config).values()))
-    expert = sum(map(math.prod, expert_shapes(config).values())) * len(config.moe_layers)
-    counts = config.n_routed_experts, config.num_experts_per_tok
-    parameters, used = (resident + expert * count for count in counts)
-    # A token's are counted with both embeddings, with one, or with none.
-    table, (total, active) = config.vocab_size * config.hidden_size, PUBLISHED[name]
-    assert parameters == pytest.approx(total * 1e9, rel=0.03)
-    assert used - 2 * table < active * 1.1e9 and used > active * 0.95e9

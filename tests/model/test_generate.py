@@ -19,28 +19,6 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_greedy_takes_the_likeliest():
-    assert sample(torch.tensor([0.0, 3.0, 2.0]), Sampling(), seeded()) == 1
-
-
-@pytest.mark.parametrize(
-    ("sampling", "allowed"),
-    [
-        (Sampling(temperature=1.0), {0, 1, 2, 3}),
-        (Sampling(temperature=1.0, top_k=2), {1, 2}),
-        (Sampling(temperature=1.0, top_p=0.5), {1}),
-        (Sampling(temperature=1.0, top_p=0.9), {1, 2}),
-        (Sampling(temperature=1.0, top_p=1e-9), {1}),
-        (Sampling(temperature=1e-6), {1}),
-    ],
-    ids=str,
-)
-def test_sampling_keeps_what_it_should(sampling, allowed):
-    logits = torch.tensor([0.05, 0.6, 0.3, 0.05]).log()
-    generator = seeded()
-    assert {sample(logits, sampling, generator) for _ in range(400)} == allowed
-
-
 def test_sampling_follows_the_tempered_distribution():
     logits, generator = torch.tensor([0.0, 1.0, 2.0]), seeded(1)
     drawn = [sample(logits, Sampling(temperature=2.0), generator) for _ in range(6000)]
@@ -59,7 +37,8 @@ def by_full_sort(logits, sampling):
 
 
 @pytest.mark.parametrize(
-    ("top_p", "top_k", "min_p"), [*product([1.0, 0.97, 0.5], [0, 1, 40, 3000, 10**6], [0.0, 0.03])]
+    ("top_p", "top_k", "min_p"),
+    [*product([1.0, 0.97, 0.5, 1e-9], [0, 1, 40, 3000, 10**6], [0.0, 0.03])],
 )
 def test_candidates_are_those_of_a_full_sort(top_p, top_k, min_p):
     sampling = Sampling(temperature=0.9, top_p=top_p, top_k=top_k, min_p=min_p)
@@ -161,12 +140,3 @@ def test_broken_logits_are_an_error_not_a_text():
     logits = torch.full((1, 4096), float("nan"))
     with pytest.raises(CheckpointError, match="NaN"):
         list(generate(lambda ids: logits, [0], TOKENIZER, 1, (), Sampling()))
-
-
-@pytest.mark.usefixtures("processes")
-def test_chat_template_and_bos():
-    text = TOKENIZER.chat([{"role": "user", "content": "Hello"}])
-    assert text == "<|begin_of_sentence|>User: Hello\n\nAssistant:"
-    ids = TOKENIZER.encode(text)
-    assert ids[0] == 0
-    assert ids.count(0) == 1

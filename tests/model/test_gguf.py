@@ -3,10 +3,8 @@
 import json
 import os
 import random
-import re
 import shutil
 import struct
-import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,22 +18,19 @@ from gguf import GGUFValueType as Kind
 
 from slotmoe.errors import CheckpointError, ConfigError, SlotmoeError
 from slotmoe.model.checkpoint import Checkpoint
-from slotmoe.model.config import config_among, read_config
 from slotmoe.model.gguf import checkpoint as gguf_checkpoint
-from slotmoe.model.gguf import files_of, header
-from slotmoe.model.gguf import tokenizer as gguf_tokenizer
+from slotmoe.model.gguf import files_of, header, metadata
 from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.plan.advice import geometry_path
 from tests.support import hostile
-from tests.support.gguf import LAYER, add_config, add_tokenizer, write_gguf
+from tests.support.gguf import LAYER, write_gguf
 from tests.support.tiny import REMOVE, SAMPLE, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 GEOMETRIES = {
     "usual": {},
     "lite": {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1},
-    "tied": {"tie_word_embeddings": True},
     "plain rope": {"rope_scaling": REMOVE, "rope_theta": 5e5},
     "renormalised": {"norm_topk_prob": True, "routed_scaling_factor": 1.0},
     "no shared": {"n_shared_experts": 0},
@@ -123,20 +118,14 @@ def test_files_before_2025(source, tmp_path):
         assert made.config == ours.config
 
 
-@pytest.mark.parametrize("geometry", ["v2", "v2-lite"])
-def test_groups_of_deepseeks_own_models_are_known(heavy, geometry, tmp_path):
-    config = read_config(geometry_path(geometry))
-    path = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(path, "deepseek2")
-    add_config(writer, config, old=True)
-    add_tokenizer(writer, SAMPLE, config, "deepseek-llm")
-    for part in ("header", "kv_data", "ti_data"):
-        getattr(writer, f"write_{part}_to_file")()
-    writer.close()
-    found = config_among(files_of(path), path)
-    # No tensor is there, so no output head either; and the sample's tokenizer has its own ends.
-    ids = {"bos_token_id": 100000, "eos_token_ids": (100001,), "tie_word_embeddings": False}
-    assert replace(found, **ids) == config
+@pytest.mark.parametrize("name", ["v2", "v2-lite"])
+def test_groups_of_deepseeks_own_models_are_known(name, good):
+    """Their files from before the end of 2025 do not say."""
+    geometry = json.loads(geometry_path(name).read_text())
+    old = replace(header.read_header(good), metadata={"deepseek2.expert_weights_scale": 1.0})
+    gate = metadata._gate(metadata._Metadata(old), geometry)
+    wanted = {key: geometry[key] for key in ("n_group", "topk_group", "topk_method")}
+    assert gate == {"routed_scaling_factor": 1.0, "norm_topk_prob": False, **wanted}
 
 
 def test_every_encoding_is_decoded_by_rows(tmp_path):
@@ -213,18 +202,6 @@ def test_text_is_split_as_deepseek_splits_it(pre, written, monkeypatch):
     assert "|".join(parts) == SPLITS[pre]
 
 
-def test_letters_of_the_pattern_have_two_cases():
-    """Copies of the pattern that went through Unicode's normalization have others, and ranges
-    that go backwards."""
-    last = 0
-    for first, end in re.findall("(.)(?:-(.))?", gguf_tokenizer._LETTERS, re.DOTALL):
-        codes = range(ord(first), ord(end or first) + 1)
-        assert last < codes.start < codes.stop
-        last = codes.stop - 1
-        assert {unicodedata.category(chr(code)) for code in codes} <= {"Lu", "Ll", "Lt"}
-    assert last
-
-
 @pytest.mark.usefixtures("processes")
 def test_rows_beyond_the_tokenizer_are_no_tokens(source, tmp_path):
     """Converters of 2024 declare them as tokens of the user's."""
@@ -275,79 +252,48 @@ def said(key, value):
 
 METADATA = {
     "architecture": (said("general.architecture", "llama"), "'llama'", "deepseek2"),
-    "no architecture": (without("general.architecture"), "general.architecture"),
-    "gate": (number("expert_gating_func", 2), "gating_func", "softmax"),
-    "scale and norm": (put("deepseek2.expert_weights_norm", True, Kind.BOOL), "weights_norm"),
     "extra layers": (number("nextn_predict_layers", 1), "nextn_predict"),
     "linear rope": (said("deepseek2.rope.scaling.type", "linear"), "scaling.type"),
     "no multiplier": (without("deepseek2.rope.scaling.yarn_log_multiplier"), "yarn_log_mult"),
     "attention factor": (floating("rope.scaling.attn_factor", 2.0), "attn_fac"),
     "no widths": (without("deepseek2.attention.key_length_mla"), "key_length_mla"),
-    "text for a number": (said("deepseek2.expert_count", "8"), "expert_count", "'8'"),
-    "a list": (floating("block_count", 1.5), "block_count", "1.5"),
     "not a number": (floating("rope.freq_base", float("nan")), "freq_base"),
     "largest number": (floating("rope.freq_base", 3.4028234e38), "freq_base"),
-    "far too many experts": (number("expert_count", 1 << 30), "n_routed"),
     "more experts": (number("expert_count", 12), "gate_inp.weight", "[12,"),
     "more layers": (number("block_count", 4), "blk.3.", "missing"),
-    "fewer layers": (number("block_count", 2), "blk.2.", "none that"),
-    "odd groups": (number("expert_group_count", 3), "n_group"),
-    "alignment": (put("general.alignment", 0, Kind.UINT32), "general.alignment"),
     "tokenizer": (said("tokenizer.ggml.model", "llama"), "ggml.model", "'llama'"),
     "pre-tokenizer": (said("tokenizer.ggml.pre", "qwen2"), "ggml.pre", "'qwen2'"),
     "merge": (put("tokenizer.ggml.merges", ["a  b"], Kind.ARRAY), "merges[0]"),
-    "begin": (put("tokenizer.ggml.bos_token_id", 5000, Kind.UINT32), "bos_token_id", "5000"),
     "types": (put("tokenizer.ggml.token_type", [1, 1], Kind.ARRAY), "token_type", "4096"),
     "template": (put("tokenizer.chat_template", 5, Kind.UINT32), "chat_template"),
     "parts": (put("split.count", 3, Kind.UINT16), "split.count", "00001-of"),
-    "tensors of parts": (put("split.tensors.count", 9, Kind.INT32), "split.tensors.count", "9"),
 }
 
 
 @pytest.mark.parametrize("name", METADATA)
 def test_metadata_is_refused_by_key(name, written):
     edit, *parts = METADATA[name]
-    if name == "alignment":  # the writer obeys it
-        path = written(put("general.alignment", 32, Kind.UINT32))
-        data = path.read_bytes()
-        place = data.index(b"general.alignment") + len("general.alignment") + 4
-        path.write_bytes(data[:place] + b"\0\0\0\0" + data[place + 4 :])
-    else:
-        path = written(edit)
-    refused(path, *parts)
+    refused(written(edit), *parts)
 
 
-def test_every_key_that_is_needed_is_asked_for(heavy, good, tmp_path):
+def test_every_key_that_is_needed_is_asked_for(good, monkeypatch):
     """A file without one of its keys opens as the same model, or is refused by that key."""
-    keys = [key for key in header.read_header(good).metadata if not key.startswith("GGUF.")]
+    whole, optional = header.read_header(good), set()
     with open_checkpoint(good) as made:
         wanted = made.config
-    optional, path = [], tmp_path / "less.gguf"
-    data, reader = good.read_bytes(), gguf.GGUFReader(good)
-    for key in keys:
-        path.write_bytes(without_key(data, reader, key))
+    for key in whole.metadata:
+        less = {name: value for name, value in whole.metadata.items() if name != key}
+        found = replace(whole, metadata=less)
+        monkeypatch.setattr(gguf_checkpoint, "read_header", lambda *_, found=found: found)
         try:
-            with open_checkpoint(path) as made:
+            with open_checkpoint(good) as made:
                 assert made.config == wanted, key
-            optional.append(key)
+            optional.add(key)
         except CheckpointError as problem:
             # Without a rank of queries there would be one matrix of them.
             named = "attn_q.weight" if key.endswith("q_lora_rank") else key
             assert named in str(problem)  # noqa: PT017
-    assert {"deepseek2.expert_gating_func", "deepseek2.vocab_size"} <= {*optional}
-
-
-def end_of(field):
-    return field.offset + sum(int(part.nbytes) for part in field.parts)
-
-
-def without_key(data, reader, key):
-    """A GGUF file without one key, byte for byte."""
-    field, (tensors, keys) = reader.fields[key], struct.unpack_from("<QQ", data, 8)
-    counts = struct.pack("<QQ", tensors, keys - 1)
-    rest = data[end_of(field) : end_of(reader.tensors[-1].field)]
-    kept = data[:8] + counts + data[24 : field.offset] + rest
-    return kept + bytes(-len(kept) % 32) + data[reader.data_offset :]
+    assert {"deepseek2.expert_gating_func", "deepseek2.vocab_size"} <= optional
 
 
 def integer(value):
@@ -367,13 +313,16 @@ def key(layout, *values, rest=b""):
     return raw(keys=1, body=text(b"k") + struct.pack("<" + layout, *values) + rest)
 
 
+def aligned(to):
+    return raw(keys=1, body=text(b"general.alignment") + struct.pack("<II", 4, to))
+
+
 def tensor(layout, *values):
     return raw(tensors=1, body=text(b"t") + struct.pack("<" + layout, *values))
 
 
 HEADERS = {
     "empty": (b"", "not a GGUF file"),
-    "another file": (b"PK\3\4" + bytes(100), "not a GGUF file"),
     "version": (raw(version=1), "version 1"),
     "big-endian": (raw(version=3 << 24), "little-endian"),
     "tensors": (raw(tensors=1 << 60), "tensors"),
@@ -384,13 +333,12 @@ HEADERS = {
     "count of an array": (key("IIQ", 9, 4, 1 << 62), "k has", "values"),
     "array of arrays": (key("IIQ", 9, 9, 1), "k is an"),
     "type of a value": (key("I", 99), "k has type 99"),
+    "alignment": (aligned(0), "general.alignment"),
     "key twice": (raw(keys=2, body=2 * (text(b"k") + struct.pack("<IB", 7, 1))), "k occurs twice"),
     "dimensions": (tensor("I", 1 << 31), "dimensions"),
     "shape": (tensor("IQIQ", 1, 0, 0, 0), "shape [0]"),
     "product": (tensor("IQQIQ", 2, 1 << 63, 1 << 63, 0, 0), "shape"),
     "type of a tensor": (tensor("IQIQ", 1, 32, 16, 0), "type 16", "Q4_K"),
-    "part of a block": (tensor("IQQIQ", 2, 33, 1, 8, 0), "rows of 33"),
-    "quantized vector": (tensor("IQIQ", 1, 32, 8, 0), "Q8_0"),
     "beyond the file": (tensor("IQIQ", 1, 8, 0, 1 << 62), "t ends at", "truncated"),
 }
 
@@ -411,24 +359,6 @@ def test_truncated_anywhere(good, tmp_path):
     for cut in cuts:
         path.write_bytes(data[:cut])
         refused(path, kind=CheckpointError)
-
-
-def test_flipped_bytes_of_the_header(heavy, good, tmp_path):
-    """Any answer is fine but another error than ours; a long text may go unnoticed."""
-    path = Path(shutil.copyfile(good, tmp_path / "model.gguf"))
-    end = len(header.read_header(good).data)
-    generator = random.Random(1)
-    places = [*range(0, 32), *(generator.randrange(end) for _ in range(20))]
-    for start, stop in ((0, 1500), (end - 6000, end)):
-        places += [generator.randrange(start, stop) for _ in range(30)]
-    for place in places:
-        bit = 1 << generator.randrange(8)
-        hostile.flip(path, place, bit)
-        try:
-            open_checkpoint(path).close()
-        except SlotmoeError as problem:
-            assert "\n" not in str(problem)  # noqa: PT017
-        hostile.flip(path, place, bit)
 
 
 def test_tensors_that_no_deepseek_has(source, tmp_path):

@@ -5,7 +5,6 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -39,55 +38,36 @@ def test_reference_path_equals_transformers_on_the_sample(reference):
     assert relative_error(reference.logits(ids), transformers_logits(SAMPLE, ids)) <= 1e-5
 
 
-def test_bfloat16_products_stay_close_to_float32(reference, monkeypatch):
-    """The dtype of products on CUDA, here on the CPU."""
-    ids = EXPECTED["prompts"][0]["logits_ids"]
-    wanted = reference.logits(ids)
-    monkeypatch.setattr(reference.model.backend, "compute", torch.bfloat16)
-    assert relative_error(reference.logits(ids), wanted) <= 2e-2
+HELDOUT = sorted(path.name for path in (DATA / "heldout").iterdir())
 
 
-def compare(reference, exported, name, count=None):
-    """Bits of the text, or of its first ``count`` windows, under both models, KL divergence in nats
-    summed over tokens, and the token count."""
-    text = (DATA / "heldout" / name).read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("texts", "count"),
+    [(["sotu.txt"], 3), pytest.param(HELDOUT, None, marks=pytest.mark.slow)],
+    ids=["begin", "whole"],
+)
+def test_quantization_costs_little_on_heldout_texts(reference, sample_export, texts, count):
+    """In bits of the text, or of its first ``count`` windows, and in KL divergence a token."""
     bits, divergence, tokens = [0.0, 0.0], 0.0, 0
-    ids = reference.tokenizer.encode(text, add_bos=False)
-    for start in range(0, len(ids), 512)[:count]:  # each after a beginning-of-sentence token
-        window = [0, *ids[start : start + 512]]
-        wanted, found = (
-            runtime.logits(window)[:-1].log_softmax(-1) for runtime in (reference, exported)
-        )
-        targets = torch.tensor(window[1:])[:, None]
-        for i, logs in enumerate((wanted, found)):
-            bits[i] -= logs.gather(1, targets).double().sum().item() / math.log(2)
-        divergence += (wanted.exp() * (wanted - found)).sum(dim=-1).double().sum().item()
-        tokens += len(targets)
-    return bits[0], bits[1], divergence, tokens
-
-
-def test_quantization_costs_little_at_the_beginning_of_a_heldout_text(reference, sample_export):
     with Runtime.open(sample_export, context=1024) as exported:
-        before, after, divergence, tokens = compare(reference, exported, "sotu.txt", 3)
-    assert after <= 1.005 * before
+        for name in texts:
+            text = (DATA / "heldout" / name).read_text(encoding="utf-8")
+            ids = reference.tokenizer.encode(text, add_bos=False)
+            for start in range(0, len(ids), 512)[:count]:  # each after a begin token
+                window = [0, *ids[start : start + 512]]
+                targets = torch.tensor(window[1:])[:, None]
+                wanted, found = (
+                    runtime.logits(window)[:-1].log_softmax(-1) for runtime in (reference, exported)
+                )
+                for i, logs in enumerate((wanted, found)):
+                    bits[i] -= logs.gather(1, targets).double().sum().item() / math.log(2)
+                divergence += (wanted.exp() * (wanted - found)).double().sum().item()
+                tokens += len(targets)
+    assert bits[1] <= 1.005 * bits[0]
     assert divergence / tokens <= 0.005
-
-
-@pytest.mark.usefixtures("nightly")
-def test_quantization_costs_little_on_all_heldout_texts(reference, sample_export):
-    totals = np.zeros(4)
-    with Runtime.open(sample_export, context=1024) as exported:
-        for name in sorted(path.name for path in (DATA / "heldout").iterdir()):
-            part = compare(reference, exported, name)
-            wanted = EXPECTED["heldout"][name]
-            assert part[3] == wanted["tokens"]
-            assert part[0] / wanted["bytes"] == pytest.approx(wanted["bits_per_byte"], abs=1e-5)
-            totals += part
-    before, after, divergence, tokens = totals
-    wanted = EXPECTED["heldout"]["all"]
-    assert before / wanted["bytes"] == pytest.approx(wanted["bits_per_byte"], abs=1e-5)
-    assert after <= 1.005 * before
-    assert divergence / tokens <= 0.005
+    if count is None:
+        wanted = EXPECTED["heldout"]["all"]
+        assert bits[0] / wanted["bytes"] == pytest.approx(wanted["bits_per_byte"], abs=1e-5)
 
 
 def test_export_equals_the_network_with_rebuilt_weights(reference, sample_export):

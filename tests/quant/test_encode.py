@@ -88,26 +88,6 @@ def test_levels_stay_where_weights_teach_none(weight):
     assert torch.equal(encode.learn_levels([], start, 32), start)
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
-@pytest.mark.parametrize("shape", [(1, 1), (40, 24), (17, 33), (16, 64), (40, 100)], ids=str)
-def test_codes_stand_for_the_nearest_weights(codec, shape):
-    """No code of another level, with the scale that is stored, would be nearer."""
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    codes, scales, squares = lut.quantize(weight, codec)
-    coded = CodedWeight(codes, scales, levels_of(codec), shape)
-    error = (weight - coded.dequantize()).abs()
-    assert squares is None
-    for code in range(len(codec.levels)):
-        both = code if codec.bits == 4 else code * 9
-        filled = torch.full_like(codes, both * 17 if codec.bits == 4 else both)
-        if codec.bits == 3:  # the last codes of a group stand in the top bits
-            for a in range(3):
-                part = filled.view(len(filled), -1, 3, 64)
-                part[:, :, a] = both | ((both >> 2 * a & 3) << 6)
-        other = CodedWeight(filled, scales, levels_of(codec), shape).dequantize()
-        assert (error <= (weight - other).abs() * (1 + 1e-5) + 1e-6).all()
-
-
 def correlated(N, K, seed=0):
     """A weight and the Hessian of inputs that hang together."""
     generator = torch.Generator().manual_seed(seed)
@@ -152,9 +132,3 @@ def test_torch_feeds_back_as_the_kernels_do(codec):
 def test_a_hessian_that_is_none_is_refused(value):
     with pytest.raises(NotPositiveError):
         lut.quantize(torch.ones(16, 64), LUT4, Hessian(torch.full((64, 64), value)))
-
-
-def test_a_weight_of_zeros_stays_zeros():
-    weight, hessian = torch.zeros(16, 70), correlated(16, 70)[1]
-    assert not values(weight, LUT4).any()
-    assert not values(weight, LUT4, hessian).any()

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.codec import NF4
 from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
@@ -94,20 +93,18 @@ def test_a_forked_child_does_not_hang(kernels):
 def test_bad_arguments_are_refused():
     rng = np.random.default_rng(12)
     good = random_codes(rng, NF4, 32, 128)[0]
-    codes, absmax = good.codes, good.scales
     _, record = random_expert(rng, 64, 32)
     coded, ones = expert_record(64, 32), torch.ones(32, 128, dtype=torch.int8)
     cuts = record[: coded.record_bytes - 1], record[1:], record[:-64]
-    tiles, int8 = torch.ones(2, 2, 1024).char(), int8_matrix(native, ones, torch.ones(32))
+    int8 = int8_matrix(native, ones, torch.ones(32))
     x, x64, y = torch.randn(2, 128), torch.randn(2, 64), torch.empty(2, 1, 64)
     slots, chosen = torch.zeros(1, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int64)
     cache, rows = torch.zeros(10, 88, dtype=torch.uint8), torch.ones(10, 72)
-    short = CodedWeight(codes, absmax, levels_tensor[:15], (32, 128))
     kv_b = Int8Weight(cache.to(torch.int8), torch.ones(10))
 
-    def linear(x=x, codes=codes, absmax=absmax, levels=levels_tensor, n=32):
-        shape = n, x.shape[1]
-        return lambda: native.linear(Matrix.of_codes(CodedWeight(codes, absmax, levels, shape)), x)
+    def linear(x=x, codes=good.codes, n=32):
+        weight = CodedWeight(codes, good.scales, good.levels, (n, x.shape[1]))
+        return lambda: native.linear(Matrix.of_codes(weight), x)
 
     def experts(x=x64, chosen=chosen, slab=record[None], slots=slots, coded=coded, y=y):
         return lambda: native.experts_by_slot(x, chosen, slab, slots, coded, y)
@@ -115,41 +112,24 @@ def test_bad_arguments_are_refused():
     def mla(width=72, cache=cache, context=5, r=64):
         return lambda: native.mla(torch.ones(1, 2, width), cache, context, r, 1.0)
 
-    def store(rows=rows, r=64, cache=cache):
-        return lambda: native.store_latents(rows, r, cache)
-
-    def error(columns, weight):
-        return lambda: native.squared_error(torch.ones(32, columns), weight)
-
     scalar, turns = torch.tensor(1.0), torch.ones(1, 1, dtype=torch.complex64)
     cases = [
         *(linear(x=bad) for bad in (x.double(), x[:, :64], x.t(), x.to("meta"))),
-        *(linear(n=bad) for bad in (33, 0)),
-        *(linear(levels=bad) for bad in (levels_tensor[:15], levels_tensor * float("inf"))),
-        *(linear(codes=codes[:1]), linear(absmax=absmax.float())),
+        *(linear(n=33), linear(codes=good.codes[:1])),
         lambda: native.linear(int8, x[:, :100].contiguous()),
-        lambda: int8_matrix(native, ones, torch.ones(31)),
-        lambda: Matrix.int8(tiles, torch.ones(48), (48, 128)),
         *(experts(chosen=bad) for bad in (chosen + 1, chosen - 1, chosen.int())),
         *(experts(slab=cut[None]) for cut in cuts),
-        *(experts(x=bad) for bad in (torch.ones(2, 0), torch.ones(64))),
-        *(experts(slots=bad) for bad in (slots + 1, slots.long())),
+        *(experts(x=torch.ones(2, 0)), experts(slots=slots + 1), experts(slots=slots.long())),
         *(experts(coded=expert_record(64, 33)), experts(y=torch.empty(2, 2, 64))),
         lambda: native.weighted_sum(torch.ones(1, 1, 64), torch.ones(1, 2)),
         *(mla(context=11), mla(context=0), mla(r=73), mla(width=68), mla(cache=cache.half())),
-        mla(cache=torch.zeros(88, 10, dtype=torch.uint8).t()),
-        *(store(cache=bad) for bad in (cache[1:], cache[:, 1:], cache.half())),
-        *(store(r=73), store(r=0), store(rows=scalar, r=1), store(rows=rows.double())),
+        lambda: native.store_latents(rows, 64, cache[1:]),
         lambda: native.rotate(scalar, turns),
         lambda: native.absorb_query(torch.ones(72), kv_b),
         lambda: native.absorb_value(torch.ones(1, 3, 88), kv_b, 1),
-        lambda: native.absorb_value(torch.ones(1, 5, 88), Int8Weight(kv_b.q, torch.ones(9)), 1),
-        lambda: native.absorb_value(torch.ones(1, 5, 88), kv_b, 3),
         lambda: native.quantize_nf4(torch.ones(4, 64, dtype=torch.int32)),
-        lambda: native.quantize_nf4(torch.ones(64)),
         lambda: native.quantize_int8(torch.ones(0, 64)),
-        *(error(33, good), error(128, short), error(127, Int8Weight(ones, torch.ones(32)))),
-        error(128, Int8Weight(ones, torch.ones(31))),
+        lambda: native.squared_error(torch.ones(32, 33), good),
         lambda: native.set_isa("quantum"),
         lambda: native.set_threads(0),
     ]
@@ -164,9 +144,3 @@ def test_a_missing_or_broken_binary_is_none(tmp_path, monkeypatch):
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
     (tmp_path / f"_native{suffix}").write_bytes(b"not a library")
     assert qk.load.__wrapped__() is None
-
-
-def test_read_bandwidth_and_settings():
-    assert NativeBackend(native).read_bandwidth(torch.ones(1 << 22, dtype=torch.uint8)) > 0
-    assert native.isa in native.isas and native.isas[-1] == "portable"
-    assert native.threads >= 1

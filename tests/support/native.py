@@ -14,11 +14,10 @@ from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.codec import Codec
 from slotmoe.quant.coded import CodedWeight, levels_of
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.kernels.cpu import bindings as kernels
 from slotmoe.quant.shapes import resident_quantization
 from tests.support.codes import quantize_coded
 from tests.support.slab import SlabExperts
-from tests.support.tiny import CONFIG, REMOVE, random_weights
+from tests.support.tiny import random_weights
 
 
 class LayerByLayerOps(NativeBackend):
@@ -26,13 +25,6 @@ class LayerByLayerOps(NativeBackend):
 
     def decoder(self, geometry, layers):
         return None
-
-
-def native_network(overrides, resident, kind=NativeBackend):
-    """The native kernels on random weights of DeepSeek-V2's family."""
-    raw = {key: value for key, value in {**CONFIG, **overrides}.items() if value is not REMOVE}
-    raw["num_key_value_heads"] = raw["num_attention_heads"]
-    return network_of(raw, resident, kind(kernels.load()))
 
 
 def network_of(raw, resident, ops):

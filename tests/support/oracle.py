@@ -1,29 +1,25 @@
 """What other people's code makes of the same files: transformers' network, and weights by
 safetensors and bitsandbytes."""
 
-import logging
-import warnings
-
 import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.support.families import oracle_network, quietly
 
 
 def transformers_network(folder):
-    """The oracle: transformers' DeepseekV2 in float32 with eager experts."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from transformers import DeepseekV2ForCausalLM
-
-        return DeepseekV2ForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, experts_implementation="eager", attn_implementation="eager"
-        )
+    """The oracle: transformers' network of the folder's weights, in float32 with eager experts."""
+    weights = {}
+    for path in folder.glob("*.safetensors"):
+        weights |= load_file(path)
+    return oracle_network(folder, weights)
 
 
 def transformers_logits(folder, ids):
     """Logits of the oracle, float32 [T, vocab_size]."""
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with quietly():
         return transformers_network(folder)(torch.tensor([ids])).logits[0]
 
 
@@ -48,11 +44,8 @@ def untile(codes):
 
 def rebuild(export):
     """Every weight of the export as float32, with safetensors, numpy and bitsandbytes alone."""
-    logging.disable(logging.WARNING)  # bitsandbytes misses an optional package
-    try:
-        from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
-    finally:
-        logging.disable(logging.NOTSET)
+    from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
+
     raw = {}
     for path in [export / "resident.safetensors", *sorted((export / "experts").iterdir())]:
         with safe_open(path, "pt") as file:

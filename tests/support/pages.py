@@ -47,23 +47,20 @@ SHELL = [block for block in BLOCKS if block.language in SHELLS]
 
 
 def commands(text):
-    """The simple commands of a shell text, as lists of words; redirections are left out.
+    """The simple commands of a shell text, as lists of words.
 
     What only a shell knows, a variable or a substitution, stays as a word with a ``$``.
     """
     text = re.sub(r"(?m)(^|\s)#.*$", "", text.replace("\\\n", " "))
     text = re.sub(r"\$\([^)]*\)", UNKNOWN, text)
-    lexer = shlex.shlex(text, posix=True, punctuation_chars=";&|<>()\n")
+    text = re.sub(r"[<>]+ *[^\s;]+", "", text)  # redirections
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=";&|()\n")
     lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t", True, ""
-    words, redirected = [], False
+    words = []
     for word in lexer:
-        if set(word) <= set("<>"):
-            redirected = True
-        elif set(word) <= set(";&|()\n"):
+        if set(word) <= set(";&|()\n"):
             yield words
-            words, redirected = [], False
-        elif redirected:
-            redirected = False
+            words = []
         elif words or (word not in ("$", "do", "then") and not re.match(r"\w+=", word)):
             words.append(word)
     yield words

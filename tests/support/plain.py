@@ -13,14 +13,6 @@ import numpy as np
 from safetensors.torch import load_file
 
 
-def load(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """Config and all tensors of a checkpoint folder, widened to float64."""
-    tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= {name: value.double().numpy() for name, value in load_file(path).items()}
-    return json.loads((folder / "config.json").read_text()), tensors
-
-
 def softmax(x: np.ndarray) -> np.ndarray:
     e = np.exp(x - x.max())
     return e / e.sum()
@@ -38,15 +30,10 @@ def mscale(factor: float, m: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1
 
 
-def rope_settings(config: dict) -> dict:
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return {"rope_theta": config.get("rope_theta", 10000.0), **scaling}
-
-
 def frequencies(config: dict) -> tuple[np.ndarray, float, float]:
     """Angles per position, scale of the rotary table, factor on the softmax scale."""
-    rope, dim = rope_settings(config), config["qk_rope_head_dim"]
-    theta = rope["rope_theta"]
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    dim, theta = config["qk_rope_head_dim"], rope.get("rope_theta", config.get("rope_theta"))
     base = np.array([theta ** (-2 * i / dim) for i in range(dim // 2)])
     if rope.get("rope_type", rope.get("type", "default")) == "default":
         return base, 1.0, 1.0
@@ -158,7 +145,9 @@ def layer_of(config: dict, tensors: dict, layer: int, hidden: list) -> list:
 
 def streams(folder: Path, ids: list[int]) -> tuple[dict, dict, list]:
     """Config, tensors, and the residual stream of each token behind the last layer."""
-    config, tensors = load(folder)
+    config, tensors = json.loads((folder / "config.json").read_text()), {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= {name: value.double().numpy() for name, value in load_file(path).items()}
     hidden = [tensors["model.embed_tokens.weight"][i] for i in ids]
     for layer in range(config["num_hidden_layers"]):
         hidden = layer_of(config, tensors, layer, hidden)
@@ -173,16 +162,13 @@ def logits(folder: Path, ids: list[int]) -> np.ndarray:
     return np.stack([head @ norm(h, tensors["model.norm.weight"], eps) for h in hidden])
 
 
-MTP_NAMES = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
-
-
 def mtp_logits(folder: Path, ids: list[int]) -> np.ndarray:
     """Float64 logits [T - 1, vocab] of the head that predicts one token more, written from section
     2.2 of arXiv 2412.19437: row i, of tokens 0 to i + 1, is about token i + 2."""
     config, tensors, hidden = streams(folder, ids)
     layer, eps = config["num_hidden_layers"], config["rms_norm_eps"]
-    names = {name: f"model.layers.{layer}.{name}.weight" for name in MTP_NAMES}
-    own = {name: tensors[full] for name, full in names.items()}
+    names = "enorm", "hnorm", "eh_proj", "shared_head.norm"
+    own = {name: tensors[f"model.layers.{layer}.{name}.weight"] for name in names}
     inputs = []
     for h, token in zip(hidden, ids[1:], strict=False):
         embedding = norm(tensors["model.embed_tokens.weight"][token], own["enorm"], eps)

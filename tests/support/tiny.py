@@ -72,33 +72,28 @@ def random_weights(
 
 
 def write_checkpoint(
-    folder: Path,
-    shards: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
-    seed: int = 0,
-    **config_overrides: Any,
+    folder: Path, shards: int = 1, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **keys: Any
 ) -> dict[str, Any]:
     """Write a checkpoint into ``folder`` (made if absent) as one file or as ``shards`` with an
     index; returns its config."""
-    heads = config_overrides.get("num_attention_heads", CONFIG["num_attention_heads"])
-    config = {**CONFIG, "num_key_value_heads": heads, **config_overrides}
+    heads = keys.get("num_attention_heads", CONFIG["num_attention_heads"])
+    config = {**CONFIG, "num_key_value_heads": heads, **keys}
+    return write_files(folder, config, dtype, seed, shards)
+
+
+def write_files(
+    folder: Path, config: dict[str, Any], dtype: torch.dtype, seed: int = 0, shards: int = 1
+) -> dict[str, Any]:
+    """Config, tokenizer and random weights."""
     config = {key: value for key, value in config.items() if value is not REMOVE}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     for name in TOKENIZER_FILES:
         shutil.copyfile(SAMPLE / name, folder / name)
-    write_weights(folder, config, dtype, seed, shards)
-    return config
-
-
-def write_weights(
-    folder: Path, config: dict[str, Any], dtype: torch.dtype, seed: int = 0, shards: int = 1
-) -> None:
-    """Random weights as one file or as ``shards`` with an index."""
     weights = random_weights(config, dtype, seed)
     if shards == 1:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        return
+        return config
     weight_map = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
@@ -108,3 +103,4 @@ def write_weights(
     total = {"total_size": sum(weight.nbytes for weight in weights.values())}
     index = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    return config
