@@ -15,21 +15,14 @@ OPEN["additionalProperties"] = False
 NOT_A = {"type": "object", "patternProperties": {"^(?!a)": {}}}
 UNHELD = [
     ({**ARRAY, "uniqueItems": True}, ["uniqueItems"]),
-    ({**ARRAY, "contains": {"const": 1}}, ["contains"]),
-    ({**ARRAY, "contains": True}, ["contains"]),
-    ({"type": "object", "propertyNames": {"enum": ["a"], "maxLength": 0}}, ["propertyNames"]),
     ({"type": "object", "propertyNames": {"pattern": "^(?!a)"}}, ["propertyNames"]),
     ({**NOT_A, "additionalProperties": False}, ["patternProperties.^(?!a)"]),
     ({**ARRAY, "contains": {"const": 1}, "maxContains": 1}, ["contains", "maxContains"]),
-    ({**ARRAY, "unevaluatedItems": False, "allOf": [{}]}, None),
-    ({**OBJECT, "propertyNames": {"maxLength": 1}}, ["propertyNames"]),
     ({**OBJECT, "not": {"properties": {"a": {"const": 1}}}}, ["not"]),
     ({**OBJECT, "if": {"required": ["b"]}, "then": {"required": ["a"]}}, ["if", "then"]),
     ({**OBJECT, "dependentRequired": {"b": ["a"]}}, ["dependentRequired"]),
-    ({**OBJECT, "dependentSchemas": {"b": {"required": ["a"]}}}, ["dependentSchemas"]),
     ({"type": "object", "unevaluatedProperties": {"const": 1}}, ["unevaluatedProperties"]),
     ({**OPEN, "minProperties": 1}, ["minProperties"]),
-    ({**OPEN, "maxProperties": 1}, ["maxProperties"]),
     ({**TEXT, "pattern": "^(?=a)b"}, ["pattern"]),
     ({"type": "string", "maxLength": 4, "format": "regex"}, ["format"]),
     ({"type": "string", "pattern": r"^(a)\1$", "maxLength": 4}, ["pattern"]),
@@ -41,22 +34,15 @@ UNHELD.append(({**COSTLY, "required": ["a"]}, ["properties.a.multipleOf"]))
 SILENT = [
     {**ARRAY, "uniqueItems": False},
     {**ARRAY, "contains": {"const": 1}, "minContains": 0},
-    {**ARRAY, "minContains": 1},
-    {**ARRAY, "unevaluatedItems": False},
     {**OBJECT, "propertyNames": {"type": "string"}},
-    {**OBJECT, "propertyNames": True},
     {**OBJECT, "then": {"required": ["b"]}},
-    {**OBJECT, "if": {"required": ["b"]}},
-    {**OBJECT, "dependentRequired": {}},
     {**OBJECT, "not": False},
-    {**OBJECT, "unevaluatedProperties": {}},
     {**OBJECT, "unevaluatedProperties": {"type": "string"}},
     {**TEXT, "format": "binary"},
     {"type": "integer", "minimum": 0, "maximum": 9, "format": "int32"},
 ]
 REWRITTEN = [
     ({"propertyNames": {"enum": ["a", "b"]}, "additionalProperties": {"const": 1}}, ["a", "b"]),
-    ({"propertyNames": {"const": "a"}, "additionalProperties": {"const": 1}}, ["a"]),
     ({"properties": {"a": {"const": 1}}, "unevaluatedProperties": False}, ["a"]),
 ]
 
@@ -85,14 +71,10 @@ def written(answer):
 
 @pytest.mark.parametrize(("schema", "keywords"), UNHELD, ids=lambda value: str(value)[:60])
 def test_what_cannot_be_held_is_left_out_and_named(ask, schema, keywords):
-    is_object = schema.get("type") == "object"
-    for as_tool in (False, True) if is_object else (False,):
+    for as_tool in {False, schema.get("type") == "object"}:
         where = "tool 'odd'" if as_tool else "response_format"
         status, answer, headers = ask(schema, as_tool)
         assert status == 200, answer
-        if keywords is None:
-            assert "x-slotmoe-relaxed" not in headers
-            continue
         names = [f"{where}: {keyword}" for keyword in keywords]
         assert headers["x-slotmoe-relaxed"] == "; ".join(names)
         if answer["choices"][0]["finish_reason"] != "length":
@@ -154,8 +136,6 @@ def test_header_holds_whatever_a_property_is_called(served, ask):
 
 
 LISTED = {"type": "object", "properties": {"a": {}}}
-
-
 CLOSED = [LISTED, {"anyOf": [LISTED, {"type": "null"}]}]
 OPENED = [
     {**LISTED, "additionalProperties": True},
