@@ -41,25 +41,16 @@ _spent = [0.0]  # CPU seconds of children that have ended
 
 class Forked:
     """A child that runs ``program``: the command line, or other Python code.  Streams are pipes,
-    ``DEVNULL`` or file descriptors; a terminal as stdin is the one that controls the child."""
+    ``DEVNULL`` or a file descriptor; a terminal as stdin is the one that controls the child."""
 
-    def __init__(
-        self,
-        *arguments,
-        program=COMMAND_LINE,
-        stdin=DEVNULL,
-        stdout=PIPE,
-        stderr=PIPE,
-        cwd=ROOT,
-        env=None,
-    ):
+    def __init__(self, *arguments, program=COMMAND_LINE, stdin=DEVNULL, out=PIPE, env=None):
         self.args, self.returncode = [sys.executable, *map(str, arguments)], None
         environment = dict(os.environ if env is None else env)
-        sys.audit("subprocess.Popen", sys.executable, self.args, cwd, environment)
-        ours, theirs = zip(*map(_stream, (stdin, stdout, stderr), ("w", "r", "r")), strict=True)
+        sys.audit("subprocess.Popen", sys.executable, self.args, ROOT, environment)
+        ours, theirs = zip(*map(_stream, (stdin, out, out), ("w", "r", "r")), strict=True)
         self.stdin, self.stdout, self.stderr = ours
         self._told, telling = socket.socketpair()
-        request = json.dumps([program, self.args[1:], str(cwd), environment])
+        request = json.dumps([program, self.args[1:], environment])
         self._told.sendall(f"{request}\n".encode())
         socket.send_fds(_server(), [b"\0"], [telling.fileno(), *theirs])
         for handle in theirs:
@@ -72,7 +63,7 @@ class Forked:
         return self
 
     def __exit__(self, *_):
-        self.kill()
+        self.send_signal(signal.SIGKILL)
         for stream in (self.stdin, self.stdout, self.stderr):
             if stream:
                 stream.close()
@@ -98,9 +89,6 @@ class Forked:
     def terminate(self):
         self.send_signal(signal.SIGTERM)
 
-    def kill(self):
-        self.send_signal(signal.SIGKILL)
-
     def communicate(self, data=b"", timeout=60):
         """Write ``data``, read both outputs to their ends, and wait."""
         if self.stdin and not self.stdin.closed:
@@ -124,7 +112,7 @@ class OnTerminal(Forked):
         self._unread = b""
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
         env = os.environ | {"TERM": "xterm", "COLUMNS": "100"} | environment
-        super().__init__(*arguments, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+        super().__init__(*arguments, stdin=theirs, out=theirs, env=env)
         os.close(theirs)
 
     def __exit__(self, *_):
@@ -160,8 +148,8 @@ def run(command, input, **_):
     """In place of ``subprocess.run`` for the programs of ``slotmoe.model.child``."""
     program, arguments = command[4], command[5:]  # after python -I -S -c
     child = Forked(*arguments, program=program, stdin=PIPE, env={})
-    out, err = child.communicate(input)
-    return subprocess.CompletedProcess(command, child.returncode, out, err)
+    read = child.communicate(input)
+    return subprocess.CompletedProcess(command, child.returncode, *read)
 
 
 def cpu_seconds():
@@ -174,7 +162,7 @@ def _stream(wanted, mode):
     if wanted == DEVNULL:
         return None, os.open(os.devnull, os.O_RDWR)
     if wanted != PIPE:
-        return None, os.dup(wanted if isinstance(wanted, int) else wanted.fileno())
+        return None, os.dup(wanted)
     read, write = os.pipe()
     return (open(read, "rb"), write) if mode == "r" else (open(write, "wb", 0), read)
 
@@ -208,19 +196,11 @@ def _serve(control):
             return _child(*handles)
         for handle in handles:
             os.close(handle)
-        while _ended(os.WNOHANG):
-            pass
-
-
-def _ended(options=0):
-    try:
-        return os.waitpid(-1, options)[0]
-    except ChildProcessError:
-        return 0
 
 
 def _child(telling, *streams):
     """Make this process look new; another one, between it and the server, tells how it ends."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with socket.socket(fileno=telling) as told:
         child = os.fork()
         if child:
@@ -234,7 +214,7 @@ def _child(telling, *streams):
             code, seconds = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
             told.sendall(f"{code} {seconds}\n".encode())
             os._exit(0)
-        program, arguments, folder, environment = json.loads(told.makefile().readline())
+        program, arguments, environment = json.loads(told.makefile().readline())
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     os.setsid()
     for number, handle in enumerate(streams):
@@ -248,8 +228,6 @@ def _child(telling, *streams):
     sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", closefd=False, **errors)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(folder)
-    sys.path[0] = folder
     sys.argv[1:] = arguments
     return program
 
@@ -287,4 +265,5 @@ if __name__ == "__main__":
     assert len(os.listdir("/proc/self/task")) == 1, "a library has started threads"
     gc.collect()
     gc.freeze()  # else a child's collector would copy the pages of all that the server holds
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the server's own children
     _run(_serve(socket.socket(fileno=int(sys.argv[1]))))

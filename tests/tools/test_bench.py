@@ -2,12 +2,10 @@
 
 import json
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 
 from slotmoe.offload.plan import divergence
 from slotmoe.quant.kernels.cpu import bindings
@@ -43,47 +41,6 @@ def test_depth_engine_and_profile(sample_export):
         assert row["ratio"] == pytest.approx(row["watched"] / row["plain"])
 
 
-@pytest.mark.skipif(bindings.load() is None, reason="the native kernels were not built")
-def test_drafts(sample_export, tmp_path):
-    text = tmp_path / "code.py"
-    text.write_text("".join(f"def area_{n}(width):\n    return {n} * width\n" for n in range(5)))
-    options = ["--replace", "area", "size", "--prompt-tokens", 400, "--repetitions", 1]
-    report = benchmark("drafts", sample_export, text, *options, "--decode-tokens", 60)
-    rows, drafted = by("way", report), by("way", report)["with drafts"]
-    assert_compared(rows, "without drafts", "tokens_per_second")
-    assert (report["tokens"], rows["without drafts"]["disk_bytes_per_token"]) == (60, 0)
-    assert drafted["passes"] + drafted["accepted"] == 60
-    assert drafted["rows"] == drafted["passes"] + drafted["drafted"]
-
-
-DRIVER = """#!{python}
-import sys, time
-for line in sys.stdin:
-    what, count = line.split()
-    with open("{asked}", "a") as file:
-        file.write(line)
-    if what == "prefill" and count == "13":
-        sys.exit(3)
-    print("a library's line\\nseconds", int(count) / 500, flush=True)
-"""
-
-
-@pytest.mark.usefixtures("processes")
-def test_peer(sample_export, tmp_path, capsys):
-    driver, asked = tmp_path / "driver", tmp_path / "asked"
-    driver.write_text(DRIVER.format(python=sys.executable, asked=asked))
-    driver.chmod(0o700)
-    of = "peer", sample_export, driver, tmp_path, "--threads", 1, "--repetitions", 2
-    report = benchmark(*of, "--decode-tokens", 3, "--depth", 20, "--busy")
-    rows = by("way", report)
-    assert_compared(rows, "peer", "tokens_per_second")
-    assert rows["peer"]["tokens_per_second"] == pytest.approx(500)
-    assert asked.read_text().split("\n") == ["depth 20", *["decode 3"] * 3, ""]
-    with pytest.raises(AssertionError):
-        benchmark(*of, "--prompt-tokens", 13)
-    assert "the driver ended with code 3" in capsys.readouterr().err
-
-
 @pytest.mark.usefixtures("heavy")
 @pytest.mark.skipif(bindings.load() is None, reason="the native kernels were not built")
 def test_kernels():
@@ -95,13 +52,6 @@ def test_kernels():
     row = rows["experts, 1 token, 6 experts"]
     assert row["ratio"] == pytest.approx(row["bytes_per_second"] / row["plain_bytes_per_second"])
     assert row["bytes_per_second"] * row["seconds"] == pytest.approx(6 * 4.6e6, rel=0.01)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_needs_one(capsys):
-    with pytest.raises(AssertionError):
-        benchmark("gpu")
-    assert "needs a CUDA device" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("heavy")

@@ -299,18 +299,17 @@ def test_one_message_a_line_and_plain_text_out(chat, tmp_path):
 
 
 BAD_LINES = [
-    ("/fly\nnever\n", [], "/fly: no such command"),
-    ("/save\n", [], "/save: needs the name"),
-    ("/load nowhere.json\n", [], "nowhere.json: can't be read"),
-    ("word " * 400, [], "the context holds 256"),
-    (b"fine\n\xff\n", [], "stdin: line 2 is not valid UTF-8"),
-    ("", ["-n", "0"], "max_new_tokens is 0"),
+    ("/fly\nnever\n", "/fly: no such command"),
+    ("/save\n", "/save: needs the name"),
+    ("/load nowhere.json\n", "nowhere.json: can't be read"),
+    ("word " * 400, "the context holds 256"),
+    (b"fine\n\xff\n", "stdin: line 2 is not valid UTF-8"),
 ]
 
 
 def test_bad_line_ends_it_with_one_line_and_exit_code_2(chat):
-    for lines, arguments, wanted in BAD_LINES:
-        code, out, err = chat(lines, *arguments)
+    for lines, wanted in BAD_LINES:
+        code, out, err = chat(lines)
         assert code == 2 and wanted in err and "Traceback" not in err
         assert out.count("\n") == isinstance(lines, bytes)
 
@@ -325,26 +324,9 @@ def test_model_without_a_usable_template_is_refused(chat, tmp_path):
     assert (code, out) == (2, "") and "not a chat model: take its Chat or Instruct" in err
 
 
-def test_interrupted_pipe_is_exit_code_130(chat, monkeypatch):
-    def generate(self, *arguments):
-        yield next(original(self, *arguments))
-        signal.raise_signal(signal.SIGINT)
-
-    original = Runtime.generate
-    monkeypatch.setattr(Runtime, "generate", generate)
-    code, _, err = chat("Hello\nMore\n")
-    assert code == 130 and "interrupted" in err
-
-
-@pytest.fixture
-def thinking(runtime):
-    """The sample's answers are reasoning up to the first comma."""
-    runtime.tokenizer.reasoning = Reasoning("Assistant:", ",", {})
-    yield
-    runtime.tokenizer.reasoning = None
-
-
-def test_reasoning_is_apart_from_the_answer_and_not_kept(talking, thinking):
+def test_reasoning_is_apart_from_the_answer_and_not_kept(talking, runtime, monkeypatch):
+    """The sample's answers are taken for reasoning up to the first comma."""
+    monkeypatch.setattr(runtime.tokenizer, "reasoning", Reasoning("Assistant:", ",", {}))
     conversation, thoughts = talking(60), []
     conversation.think = thoughts.append
     answer = said(conversation.answer("It is a truth"))
@@ -352,9 +334,3 @@ def test_reasoning_is_apart_from_the_answer_and_not_kept(talking, thinking):
     thought, _, rest = whole.partition(",")
     assert ("".join(thoughts), answer) == (thought.strip(), rest.strip()) and answer
     assert conversation.exchanges == [Exchange("It is a truth", answer)]
-
-
-def test_an_answer_cut_off_in_its_reasoning_is_not_called_empty(talking, thinking):
-    conversation = talking(2)
-    assert said(conversation.answer("It is a truth")) == ""
-    assert conversation.told == ["the answer was stopped after 2 tokens (--max-new-tokens)"]

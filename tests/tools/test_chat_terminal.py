@@ -119,22 +119,6 @@ def test_interrupt_stops_the_answer_and_keeps_the_session(terminal, chat, monkey
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_message_is_offered_again_if_nothing_was_answered(terminal, chat, monkeypatch):
-    experts, calls = type(chat.runtime.model.experts), []
-    original = experts.begin
-
-    def begin(*arguments):
-        calls.append(1)
-        if len(calls) == 1:
-            signal.raise_signal(signal.SIGINT)
-        return original(*arguments)
-
-    monkeypatch.setattr(experts, "begin", begin)
-    terminal.keys.send_text("Hello\r, friend\r\x04")
-    talk(chat, terminal, Path())
-    assert [exchange.user for exchange in chat.exchanges] == ["Hello, friend"]
-
-
 DOCUMENT = """# Title
 
 Some *words*
@@ -198,14 +182,3 @@ def test_interrupt_on_a_real_terminal(sample_export):
         terminal.send("\x04")
         terminal.rest()
         assert terminal.wait() == 0
-
-
-def test_reasoning_is_dimmed_above_the_answer(terminal):
-    def answer():
-        terminal.think("First,\nsec")
-        terminal.think("ond.\x1b[2J")
-        yield "The *answer*.\n"
-
-    terminal.show(answer())
-    assert terminal.printed.getvalue().splitlines()[:2] == ["First,", "second.\\x1b[2J"]
-    assert "answer" in terminal.printed.getvalue()

@@ -17,7 +17,6 @@ from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.export.layout import PROJECTIONS
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.weights import dequantize
-from slotmoe.tools.cli import main
 from tests.support.forkserver import PIPE, ROOT, Forked
 from tests.support.tiny import SMALL, write_checkpoint
 
@@ -27,7 +26,7 @@ PROMPT = "It is a truth universally acknowledged, that"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(folder, **SMALL)
+    write_checkpoint(folder, surprising_key=1, **SMALL)
     return folder
 
 
@@ -53,6 +52,7 @@ BAD_USE = {
     "run EXPORT x --ram 0": "'0' is not a possible size",
     f"run EXPORT x --ram {'9' * 400}GiB": "is not a size",
     "run EXPORT x --ram 3": "'3' is 3 bytes; write the unit",
+    "run EXPORT x --ram 1KiB": "needs at least",
     "run EXPORT x --device cpu --misses fetch": "misses fetch",
     "run EXPORT x --device cpu --vram 1GiB": "--vram",
     "run EXPORT x --temperature nan": "temperature is nan",
@@ -96,13 +96,6 @@ def test_bad_use_is_one_line_and_exit_code_2(run, monkeypatch):
     assert not Path("dst").exists()
 
 
-def test_shortfall_is_told(run):
-    code, _, err = run("run EXPORT x --ram 1KiB")
-    assert code == 2
-    for part in ("needs at least", "the budget is 1.0 KiB", "short", "--ram", "--context"):
-        assert part in err
-
-
 def test_more_memory_than_there_is(run, monkeypatch):
     code, _, err = run("run EXPORT x -n 1 --ram 800TiB")
     assert (code, err.count("\n")) == (0, 2)
@@ -138,12 +131,13 @@ def test_quantize_reports(run, tmp_path):
     one, two = tmp_path / "1", tmp_path / "2"
     code, out, err = run("quantize CHECKPOINT", one)
     assert (code, out) == (0, "")
-    outcome, advice = err.splitlines()
+    *told, outcome, advice = err.splitlines()
+    assert "surprising_key" in "".join(told)
     assert re.fullmatch(rf"{one}: .* in .* s \(.*\), \d+\.\d\d bits a weight", outcome)
     assert advice == f'Run it: slotmoe run {one} "Your prompt"'
     code, out, err = run("quantize CHECKPOINT", two, "--json", "--resident", "nf4")
     report = json.loads(out)
-    assert (code, err, out.count("\n")) == (0, "", 1)
+    assert (code, out.count("\n")) == (0, 1) and "Run it" not in err
     files = [path for path in two.rglob("*") if path.is_file() and path.name != "slotmoe.json"]
     assert report["bytes"] == sum(path.stat().st_size for path in files)
 
@@ -163,21 +157,6 @@ def test_interrupted_generation(options, run, monkeypatch):
     code, out, err = run(f"run EXPORT Hello {options}")
     assert code == 130 and "interrupted" in err and "Traceback" not in err
     assert ("3 tokens · " in err) == (out != "") == (not options)
-
-
-def test_every_token_is_printed_at_once(small_export, tmp_path, monkeypatch):
-    original, sizes = Network.forward, []
-
-    def forward(self, *arguments, **options):
-        sizes.append((tmp_path / "out").stat().st_size)
-        return original(self, *arguments, **options)
-
-    monkeypatch.setattr(Network, "forward", forward)
-    with (tmp_path / "out").open("w") as out, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", out)
-        with pytest.raises(SystemExit):
-            main(["run", str(small_export), "Hello", "-n", "16"])
-    assert len(set(sizes)) > 8, "text waited in a buffer"
 
 
 HELP = """
@@ -238,23 +217,14 @@ def test_reader_that_leaves(sample_export):
 @pytest.mark.usefixtures("processes")
 def test_stdin_that_is_no_text(small_export):
     child = Forked("run", small_export, "-", stdin=PIPE)
-    assert child.communicate(b"caf\xe9") == (
-        b"",
-        b"slotmoe: stdin: the prompt is not valid UTF-8 text\n",
-    )
-    assert child.returncode == 2
+    told = b"slotmoe: stdin: the prompt is not valid UTF-8 text\n"
+    assert child.communicate(b"caf\xe9") == (b"", told) and child.returncode == 2
 
 
 def test_without_native_kernels_torch_serves_and_says_so_once(run, monkeypatch):
     monkeypatch.setattr("slotmoe.quant.kernels.cpu.bindings.load", lambda: None)
     code, out, err = run("run EXPORT x -n 3 --context 64")
     assert code == 0 and out and err.count("native kernels were not built") == 1
-
-
-def test_unknown_config_keys_are_named(slotmoe, tmp_path):
-    write_checkpoint(tmp_path / "source", surprising_key=1, **SMALL)
-    code, _, err = slotmoe("quantize", tmp_path / "source", tmp_path / "export")
-    assert code == 0 and "surprising_key" in err
 
 
 BENCH = "--prompt-tokens 20 --decode-tokens 4 --repetitions 2 --context 64 --json".split()
@@ -289,5 +259,3 @@ def test_synth_and_bench(slotmoe, tmp_path):
     report = json.loads(out)
     assert code == 0 and set(report) >= MEASURED
     assert report["cache"]["misses"] == 0  # slots are filled before the clock starts
-    assert len(report["decode_runs"]) == 2
-    assert slotmoe("synth", "v3", tmp_path / "v3")[0] == 2

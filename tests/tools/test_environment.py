@@ -5,10 +5,12 @@ import json
 import os
 import pwd
 import shutil
+import sys
 
 import pytest
 
 from slotmoe.tools import list as listing
+from slotmoe.tools import options
 from tests.support.forkserver import COMMAND_LINE, ROOT, Forked
 from tests.support.tiny import SMALL, write_checkpoint
 
@@ -119,3 +121,19 @@ def test_what_a_file_may_not_hold_is_one_line(tmp_path, slotmoe):
         code, _, err = slotmoe(*arguments)
         assert (code, err.count("\n")) == (2, 1)
         assert problem in err
+
+
+def test_a_missing_extra_is_one_line_and_pipes_need_none(monkeypatch, slotmoe):
+    find_spec, missing = options.find_spec, ["fastapi", "prompt_toolkit"]
+    monkeypatch.setattr(options, "find_spec", lambda n: None if n in missing else find_spec(n))
+    monkeypatch.setattr("slotmoe.tools.chat.open_runtime", lambda *_: 1 / 0)
+    for command, library, is_terminal in (
+        ("serve", "fastapi", True),
+        ("chat", "prompt_toolkit", True),
+        ("chat", "ZeroDivisionError", False),
+    ):
+        for stream in (sys.stdin, sys.stdout):
+            monkeypatch.setattr(stream, "isatty", lambda tty=is_terminal: tty, raising=False)
+        code, _, err = slotmoe(command, "sample")
+        assert (code, err.count("\n")) == (2 if is_terminal else 1, 1)
+        assert library in err and (f"pip install 'slotmoe[{command}]'" in err) == is_terminal

@@ -159,15 +159,6 @@ def test_control_codes_of_the_model_reach_no_terminal(monkeypatch, capsys):
     assert visible("\x9b31m\u202e\t") == "\\x9b31m\\u202e\t"
 
 
-def test_a_model_that_is_not_there(sample_export, tmp_path, slotmoe):
-    """Its name alone is compared with what stands beside it."""
-    (tmp_path / "lite-export").symlink_to(sample_export)
-    for name, hint in {"lite-exprt": "did you mean", "absent": "no such folder or file"}.items():
-        code, _, told = slotmoe("run", tmp_path / name, "x")
-        assert code == 2 and hint in told
-        assert ("lite-export" in told) == (name == "lite-exprt")
-
-
 @pytest.mark.usefixtures("processes")
 def test_reasoning_is_apart(export, run, reported, monkeypatch):
     """On a pipe it goes to stderr, with --json under a key of its own."""

@@ -145,15 +145,12 @@ MARKDOWN = {
     "# A `b`\n####### c": "<h3>A <code>b</code></h3><p>####### c</p>",
     "**a *b* c** __d__ _e_ ~~f~~": "<p><strong>a <em>b</em> c</strong> <strong>d</strong>"
     " <em>e</em> <del>f</del></p>",
-    "***a*** *a **b***": "<p><strong><em>a</em></strong> <em>a <strong>b</strong></em></p>",
     "snake_case_name 5 * 3 * 2 **open \\*a\\*": "<p>snake_case_name 5 * 3 * 2 **open *a*</p>",
     "`` a`b `` `**x**` `open": "<p><code>a`b</code> <code>**x**</code> `open</p>",
     "- a\n- b\n  - c\n\n  d\n- e": "<ul><li><p>a</p></li><li><p>b</p><ul><li><p>c</p></li></ul>"
     "<p>d</p></li><li><p>e</p></li></ul>",
     "3. a\n4. b\ntext": '<ol start="3"><li><p>a</p></li><li><p>b\ntext</p></li></ol>',
-    "in\n1986. no list": "<p>in\n1986. no list</p>",
     "> a\n> - b\n\nc": "<blockquote><p>a</p><ul><li><p>b</p></li></ul></blockquote><p>c</p>",
-    "a\n---\n***": "<p>a</p><hr><hr>",
     "[a](https://b.org/c_(d)) <http://e.org> see http://f.org/g.": '<p><a href="https://b.org/c_(d)"'
     ' target="_blank" rel="noopener noreferrer nofollow">a (https://b.org/c_(d))</a>'
     ' <a href="http://e.org/" target="_blank" rel="noopener noreferrer nofollow">http://e.org</a>'
@@ -321,10 +318,8 @@ def test_history_is_kept_and_exported(page, runtime, tmp_path):
 
     page.click("#list li[aria-current], #list li:nth-child(2) button:last-child")
     assert page.texts("#list button:first-child") == ["Second question"]
-    assert page.contents() == []
     page.click("#notice button")
     assert sorted(page.texts("#list button:first-child")) == ["First question", "Second question"]
-    assert page.texts(".user .said") == ["First question"]
     page.click("#list li:nth-child(1) button:last-child")
     page.load()
     assert page.texts("#list button:first-child") == ["Second question"]
@@ -356,12 +351,6 @@ def test_a_page_that_is_left_keeps_what_there_was(page):
     page.wait("!!stopper")
     page.load()  # the answer that was to be replaced is still there
     assert page.contents() == kept
-    page.answer_with(None)
-    page.send("Another")
-    page.wait("!!stopper")
-    page.load()
-    assert page.contents() == kept
-    assert page.evaluate("at('prompt').value") == "Another"
 
 
 # A full context, and errors
@@ -377,9 +366,6 @@ def test_full_context_loses_the_oldest_exchanges(page):
     assert 0 < forgotten[-1] < 18
     # Rarely, and then half of the context: whatever follows is read anew.
     assert all(after - before in (0, 4, 6, 8) for before, after in pairwise(forgotten)), forgotten
-    assert page.evaluate(
-        "[...document.querySelectorAll('.divider')].map(it => it.previousElementSibling.className)"
-    ) == ["assistant"]
     assert page.complaints == []  # it was known before the server had to refuse
     # Also where the page could not know it: the server refuses, and the page goes on.
     page.evaluate("tokensPerSign = 0; chat.forgotten = 0")
@@ -422,23 +408,6 @@ def test_server_that_has_ended(runtime, browser):
 
 
 # Figures
-
-
-def test_figures_and_charts(page):
-    before = page.evaluate("now.answer_tokens")
-    page.settings(temperature=0, max_tokens=8)
-    page.say("Tell me of the king.", 2)
-    page.wait(f"now.answer_tokens > {before}")
-
-    # As if the answer had taken two seconds.
-    page.run(
-        "const before = {...now, cache: {hits: 0, misses: 0}}; before.answer_tokens -= 8;"
-        "samples.length = 0; drawFigures(before, 2);"
-    )
-    assert page.texts("#speed") == ["4.0 tokens/s"]
-    labels = page.evaluate("['speed', 'hits', 'memory'].map(it => at(`${it}-chart`).ariaLabel)")
-    wanted = "Speed: 4.0 tokens/s", "Expert hits: ", "Memory: "
-    assert all(map(str.startswith, labels, wanted)), labels
 
 
 # Small screens, keys

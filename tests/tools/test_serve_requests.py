@@ -58,11 +58,9 @@ OTHER = {"type": "function", "function": {"name": "other"}}
 REASONS = [
     (CHAT, user([PART]), "messages.0.content.0: a part of type 'image_url' can't be read"),
     (CHAT, user(5), "messages.0.content is neither text nor a list of parts"),
-    (CHAT, user([{"type": "text"}]), "messages.0.content.0.text is missing"),
     (CHAT, {"messages": [{"role": "wizard"}]}, "messages.0 has the unknown 'role' 'wizard'"),
     (CHAT, {"messages": [{"content": "x"}]}, "messages.0 has no 'role'"),
     (CHAT, {"messages": USER * 4097}, "messages has more than 4096 items"),
-    (CHAT, {"messages": 5}, "messages: Input should be a valid list"),
     (CHAT, user("x", extra=1), "messages.0.extra is not supported by this server"),
     (CHAT, {LONG: 1}, f"{'x' * 300}… is not supported by this server"),
     (CHAT, {"messages": [RESULT]}, "messages: a result answers no call"),
@@ -70,15 +68,11 @@ REASONS = [
     (CHAT, user("\ud800"), "messages.0.content: Input should be a valid string"),
     (CHAT, {"stop": ["a", ""]}, "stop.1 is empty"),
     (CHAT, {"top_logprobs": 2}, "top_logprobs needs logprobs: true"),
-    (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs: Input should be less"),
     (CHAT, {"response_format": {"type": "yaml"}}, "response_format has the unknown 'type' 'yaml'"),
     (CHAT, {"tools": [FUNCTION] * 129}, "tools has more than 128 items"),
     *((CHAT, {"tools": [function(name)]}, f"tools.0.function.name: {NAME}") for name in NAMES),
-    (CHAT, {"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools.0.type: "),
     (CHAT, {"tools": [FUNCTION], "tool_choice": OTHER}, "tool_choice: 'other' is none of the"),
-    (CHAT, {"tools": [FUNCTION], "tool_choice": "any"}, "tool_choice: Input should be 'none'"),
     (CHAT, {"tool_choice": "auto"}, "tool_choice can only be given with tools"),
-    (CHAT, {"tools": [], "parallel_tool_calls": True}, "parallel_tool_calls can only be given"),
     (CHAT, {"tools": [FUNCTION], "tool_choice": 5}, "tool_choice is neither a word"),
     (CHAT, {"tools": [{"type": "function"}]}, "tools.0.function is missing"),
     (CHAT, {"metadata": {str(i): "" for i in range(17)}}, "metadata has 17 labels, more than 16"),
@@ -87,7 +81,6 @@ REASONS = [
     (TEXT, {"prompt": ["x"] * 20}, "prompt has more than 16 items"),
     (TEXT, {"prompt": [-1]}, "prompt.0: Input should be greater than or equal to 0"),
     (TEXT, {"logprobs": 21}, "logprobs: Input should be less than or equal to 20"),
-    (TEXT, {"logprobs": -1}, "logprobs: Input should be greater than or equal to 0"),
     (TEXT, {"best_of": 2}, "best_of: Input should be 1"),
     (TEXT, {"prompt": 5}, "prompt is neither text, token ids nor a list of either"),
     (TEXT, {"prompt": [[1], []]}, "prompt.1 has fewer than 1 items"),
@@ -102,7 +95,6 @@ ODD = [
     (TEXT, {"prompt": ["x"] * 9, "n": 2}, "n", "prompts times n is more than 16 answers"),
     (TEXT, {"prompt": [5] * 512}, None, "the context holds 512 tokens, the prompt has 512"),
     (TEXT, {"prompt": [4096]}, "prompt", ""),
-    (TEXT, {"max_tokens": 0}, "max_tokens", ""),
     (TEXT, {"suffix": "y"}, None, "this model can't fill in the middle"),
     (TEXT, {"prompt": "word " * 800_000}, None, ""),
 ]
@@ -279,15 +271,6 @@ def test_every_response_has_an_id(served):
     assert served.ask("GET", "/health", Host="evil.example")[2]["x-request-id"]
 
 
-def test_head_is_answered_wherever_get_is(served):
-    for path, status in (("/health", 200), ("/v1/models", 200), ("/", 200), (TEXT, 405)):
-        connection, response = served.open("HEAD", path)
-        assert (response.status, response.read()) == (status, b"")
-        connection.close()
-        length = served.ask("GET", path)[2]["content-length"]
-        assert response.headers["content-length"] == length
-
-
 def test_page_is_shown_in_no_frame_of_others(served):
     policy = served.ask("GET", "/")[2]["content-security-policy"]
     assert "frame-ancestors 'none'" in policy and "default-src 'none'" in policy
@@ -327,17 +310,13 @@ def test_a_model_whose_files_are_removed_goes_on(sample_export, tmp_path):
 def test_log_has_a_line_for_each_request_and_nothing_of_it(runtime, capfd):
     with Served(runtime, is_logged=True) as served:
         served.complete("A secret word", max_tokens=3)
-        served.chat(n=2, max_tokens=1)
-        served.ask("POST", TEXT, {"model": "a secret model", "prompt": "x"})
         served.ask("GET", "/no%0Awhere%1b[31m", Authorization="Bearer secret")
         for path in ("/health", "/stats", "/metrics"):
             served.ask("GET", path)
     lines = [line[20:] for line in capfd.readouterr().err.splitlines()]
     number = r"\d+\.\d+"
-    made = rf"200 in {number} s, \d+ \+ {{}} tokens, first after {number} s, {{}}"
-    wanted = [f"POST {TEXT} {made.format(3, 'length')}"]
-    wanted += [f"POST {CHAT} {made.format(2, 'length length')}", rf"POST {TEXT} 404 in {number} s"]
-    wanted += [rf"GET /no\\nwhere\\x1b\[31m 404 in {number} s"]
+    made = rf"200 in {number} s, \d+ \+ 3 tokens, first after {number} s, length"
+    wanted = f"POST {TEXT} {made}", rf"GET /no\\nwhere\\x1b\[31m 404 in {number} s"
     for line, expected in zip(lines, wanted, strict=True):
         assert re.fullmatch(f"{expected}, req_[0-9a-f]{{32}}", line), line
     assert "secret" not in "".join(lines)

@@ -225,7 +225,6 @@ CODEX = {
     "tools": [
         {**RUN, "strict": False, "parameters": COMMAND},
         {"type": "web_search", "external_web_access": False},
-        {"type": "namespace", "name": "mcp", "description": "", "tools": []},
         {"type": "custom", "name": "apply_patch", "format": {"type": "grammar"}},
     ],
     "tool_choice": "auto",

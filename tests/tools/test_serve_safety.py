@@ -245,11 +245,9 @@ def test_pages_of_allowed_origins_can_read_answers(runtime, origins):
     with Served(runtime, keys=("first",), origins=origins) as served:
         for origin in ORIGINS:
             wanted = {"Access_Control_Request_Method": "POST"}
-            wanted["Access_Control_Request_Headers"] = "authorization,content-type,x-api-key"
             status, _, found = served.ask("OPTIONS", "/v1/responses", Origin=origin, **wanted)
-            assert (status, found[allowed]) == (204, origin)
-            assert found["access-control-allow-headers"] == "authorization,content-type,x-api-key"
-            assert "POST" in found["access-control-allow-methods"] and found["vary"] == "origin"
+            assert (status, found[allowed], found["vary"]) == (204, origin, "origin")
+            assert "POST" in found["access-control-allow-methods"]
             assert "access-control-allow-credentials" not in found
             body = {**GREEDY, "prompt": "Call me", "max_tokens": 1}
             for headers, expected in (({"x_api_key": "first"}, 200), ({}, 401)):
@@ -259,8 +257,6 @@ def test_pages_of_allowed_origins_can_read_answers(runtime, origins):
         assert other[0] == (200 if origins == ("*",) else 403)
         assert (allowed in other[2]) == (origins == ("*",))
         assert served.ask("OPTIONS", "/health", Host="evil.example", Origin=ORIGINS[0])[0] == 403
-        plain = served.ask("GET", "/health")
-        assert plain[0] == 200 and allowed not in plain[2]
 
 
 def test_a_header_that_is_given_twice_is_refused(served):

@@ -119,7 +119,7 @@ def test_names_of_properties_are_no_keywords():
     assert relaxed({"enum": [{"not": 1}], "default": {"uniqueItems": True}})[1] == []
 
 
-def test_header_holds_whatever_a_property_is_called(served, ask):
+def test_header_holds_whatever_a_property_is_called(ask):
     name = "a\r\nset-cookie: x\x1b[31m\u2028é"
     schema = {"type": "object", "properties": {name: {"uniqueItems": True, "const": []}}}
     status, _, headers = ask(schema | {"additionalProperties": False}, False)
@@ -129,10 +129,6 @@ def test_header_holds_whatever_a_property_is_called(served, ask):
     schema = {"type": "object", "properties": many, "additionalProperties": False}
     status, _, headers = ask(schema, False)
     assert status == 200 and len(headers["x-slotmoe-relaxed"]) == 1000
-    body = {"model": "sample", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
-    tool = {"name": "odd", "input_schema": {**OBJECT, "not": {"const": 1}}}
-    headers = served.ask("POST", "/v1/messages", {**body, "tools": [tool]})[2]
-    assert headers["x-slotmoe-relaxed"] == "tool 'odd': not"
 
 
 LISTED = {"type": "object", "properties": {"a": {}}}
@@ -156,9 +152,3 @@ def test_an_object_has_the_properties_that_it_lists():
         for found in (relaxed(schema)[0], kept):
             is_closed = '"additionalProperties": false' in json.dumps(found)
             assert is_closed == (schema in CLOSED), schema
-
-
-def test_an_answer_has_no_properties_but_those_listed(ask):
-    for as_tool in (False, True):
-        status, answer, _ = ask({**LISTED, "properties": {"a": {"const": 1}}}, as_tool)
-        assert status == 200 and set(written(answer)) <= {"a"}

@@ -87,16 +87,6 @@ def test_run_holds_a_conversation_that_chat_goes_on_with(run, chat, slotmoe, sam
 # chat
 
 
-def test_chat_goes_on_where_it_ended(chat, folder):
-    first, err = chat("My fellow citizens,\n", "--session", "plans", "--system", "Be brief.")
-    assert f"session plans: new, kept in {folder}" in err
-    saved = folder.parent / "talk.json"
-    second, err = chat(f"/system\nAnd then?\n/save {saved}\n", "--session", "plans")
-    assert "system message: Be brief." in err
-    messages = json.loads(saved.read_text())["messages"]
-    assert [messages[place]["content"] for place in (2, 4)] == [first.strip(), second.strip()]
-
-
 def test_the_answer_is_what_one_process_gives(chat):
     both, _ = chat("My fellow citizens,\nAnd then?\n", "--temperature", "0")
     first, _ = chat("My fellow citizens,\n", "--temperature", "0", "--session", "x")
