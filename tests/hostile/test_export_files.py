@@ -4,6 +4,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,9 @@ from slotmoe.quant.export.layout import COPIED, MANIFEST, RESIDENT, layer_file, 
 from slotmoe.quant.export.reader import Export
 from slotmoe.tools.cli import main
 from tests.support.exported import read_everything, resign, signed
-from tests.support.forkserver import PIPE, Forked
 from tests.support.hostile import FIRST, INDEX, edit_json, f32, refused, single, write
+
+ROOT = Path(__file__).parents[2]
 
 
 def interesting_places(name, size, export):
@@ -182,8 +185,8 @@ print(json.dumps(report))
 
 @pytest.mark.usefixtures("processes")
 def test_refusals_take_little_memory(good, tmp_path):
-    """The largest files that pass the caps, and those just beyond, in a process of their own;
-    megabytes above what it had."""
+    """The largest files that pass the caps, and those just beyond, in a fresh process; megabytes
+    above what it had."""
     vocabulary = ",".join(f'"{i:x}":{i}' for i in range(349_000)).encode()
     many = {f"t{i:x}": f32(0, 0, (0,)) for i in range(99_000)}
     cases = {
@@ -228,9 +231,14 @@ def test_refusals_take_little_memory(good, tmp_path):
         shutil.copytree(good / ("export" if kind == "export" else "checkpoint"), folder)
         breaking(folder)
         todo.append((kind, str(folder)))
-    out, err = Forked(program=MEMORY_SCRIPT, stdin=PIPE).communicate(json.dumps(todo).encode())
-    assert out, err
-    report = {Path(path).name: used for path, used in json.loads(out).items()}
+    child = subprocess.run(
+        [sys.executable, "-c", MEMORY_SCRIPT],
+        input=json.dumps(todo).encode(),
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    report = {Path(path).name: used for path, used in json.loads(child.stdout).items()}
     assert len(report) == len(cases)
     assert {
         name: used for name, used in report.items() if not isinstance(used, float) or used >= 100
