@@ -1,11 +1,8 @@
 """README, docs/ and the other pages say what is true: their Python runs, and their commands, links
 and named files exist."""
 
-import json
 import os
 import re
-import subprocess
-import sys
 
 import click
 import pytest
@@ -59,77 +56,47 @@ QUICK_CALLS = [
 ]
 
 
-# Imports torch once; then each block runs in a fork, in a folder of its own.
-BLOCKS_RUN = """
-import json, os, sys, traceback
-import torch
-for folder, text in json.load(sys.stdin):
-    os.chdir(folder)
-    if not (child := os.fork()):
-        os.dup2(os.open("errors", os.O_WRONLY | os.O_CREAT), 2)
-        try:
-            exec(compile(text, folder, "exec"), {"__name__": "__main__"})
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        sys.stdout.flush()
-        os._exit(0)
-    with open("code", "w") as file:
-        file.write(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
-"""
+@pytest.fixture
+def in_a_folder(heavy, sample_export, tmp_path, monkeypatch):
+    """As in a user's, where no test has imported anything."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("slotmoe.offload.loading.process_bytes", lambda: 400 << 20)
+    os.symlink(sample_export, "sample-export")
 
 
-@pytest.fixture(scope="module")
-def blocks_run(sample_export, tmp_path_factory):
-    """The folder of each block of Python, which has run there."""
-    folders = {name_of(block): tmp_path_factory.mktemp("block") for block in PYTHON}
-    for folder in folders.values():
-        os.symlink(sample_export, folder / "sample-export")
-    texts = [(str(folders[name_of(block)]), block.text) for block in PYTHON]
-    subprocess.run(
-        [sys.executable, "-c", BLOCKS_RUN], input=json.dumps(texts), text=True, check=True
-    )
-    return folders
-
-
-@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("block", PYTHON, ids=name_of)
-def test_python_blocks_run(block, blocks_run):
-    folder = blocks_run[name_of(block)]
-    assert (folder / "code").read_text() == "0", (folder / "errors").read_text()
-
-
-@pytest.mark.parametrize("arguments", CALLS)
-def test_commands_exist(arguments):
-    check_usage(arguments)
+def test_python_blocks_run(block, in_a_folder):
+    exec(compile(block.text, name_of(block), "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("arguments", QUICK_CALLS)
-def test_quick_commands_run(arguments, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_quick_commands_run(arguments, in_a_folder):
     result = CliRunner().invoke(cli, [*arguments, *QUICK[arguments[0]]])
     assert result.exit_code == 0, (result.output, result.exception)
     assert result.output
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        "slotmoe runn sample Hello",
-        "slotmoe run sample Hello --temprature 1",
-        "slotmoe run sample Hello again",
-        "slotmoe run sample",
-        "slotmoe eval sample",
-        "slotmoe run sample Hello --device tpu",
-        "slotmoe run sample Hello -n many",
-        "cd somewhere && .venv/bin/slotmoe plan v2 --disk 2GB | cat > plan.txt  # a comment",
-        "for r in a b; do\n  python -m slotmoe quantize sample out-$r --residents $r\ndone",
-    ],
+def test_commands_exist():
+    for call in CALLS:
+        try:
+            check_usage(*call.values)
+        except click.UsageError as problem:
+            pytest.fail(f"{call.id}: {problem.message}")
+
+
+WRONG = (
+    *("runn sample Hello", "run sample Hello --temprature 1", "run sample Hello again"),
+    *("run sample", "eval sample", "run sample Hello --device tpu", "run sample Hello -n many"),
 )
-def test_wrong_commands_are_seen(wrong):
-    (arguments,) = slotmoe_arguments(wrong)
-    with pytest.raises(click.UsageError):
-        check_usage(arguments)
+
+
+def test_wrong_commands_are_seen():
+    texts = [f"cd x && .venv/bin/slotmoe {words} | cat > plan.txt  # a comment" for words in WRONG]
+    texts.append("for r in a b; do\n  python -m slotmoe quantize sample out --residents $r\ndone")
+    for text in texts:
+        (arguments,) = slotmoe_arguments(text)
+        with pytest.raises(click.UsageError):
+            check_usage(arguments)
 
 
 def test_pages_have_what_is_tested():
@@ -161,33 +128,26 @@ LINKS = [
 ]
 
 
-# Strict: once that page is there, these marks fail and go.
+def test_links_resolve():
+    for page, link in LINKS:
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.is_relative_to(ROOT)
+        assert target.exists(), f"{page}: links to {link}, which is not there"
+        if anchor:
+            assert anchor in set(anchors(target)), f"{page}: {name} has no heading #{anchor}"
 
 
-@pytest.mark.parametrize(
-    ("page", "link"),
-    [pytest.param(page, link, id=f"{page.relative_to(ROOT)}>{link}") for page, link in LINKS],
-)
-def test_links_resolve(page, link):
-    name, _, anchor = link.partition("#")
-    target = (page.parent / name).resolve() if name else page
-    assert target.is_relative_to(ROOT)
-    assert target.exists(), f"{page}: links to {link}, which is not there"
-    if anchor:
-        assert anchor in set(anchors(target)), f"{page}: {name} has no heading #{anchor}"
-
-
-@pytest.mark.parametrize(
-    "page",
-    [page for page in PAGES if page.parent.name != "decisions"],  # these may name what is gone
-    ids=lambda page: str(page.relative_to(ROOT)),
-)
-def test_named_files_exist(page):
-    folder = "(?:model|quant|offload|tools|tests|slotmoe|docs)"
-    for name in re.findall(rf"(?<![\w./<([-]){folder}/[\w./*-]*", page.read_text()):
-        assert list(ROOT.glob(name.rstrip("/."))), f"{page}: names {name}, which is not there"
-    named = set(re.findall(r"slotmoe\.tools\.bench ([a-z]+)", page.read_text()))
-    assert named <= benchmarks()
+def test_named_files_exist():
+    folder = "(?:model|quant|offload|tools|tests|campaigns|slotmoe|docs)"
+    for page in PAGES:
+        if page.parent.name == "decisions":  # these may name what is gone
+            continue
+        for name in set(re.findall(rf"(?<![\w./<([-]){folder}/[\w./*-]*", page.read_text())):
+            there = next(ROOT.glob(name.rstrip("/.")), None)
+            assert there, f"{page}: names {name}, which is not there"
+        named = set(re.findall(r"slotmoe\.tools\.bench ([a-z]+)", page.read_text()))
+        assert named <= benchmarks()
 
 
 def benchmarks():
@@ -214,18 +174,14 @@ def test_extras_exist():
     text = (ROOT / "pyproject.toml").read_text()
     section = text.partition("[project.optional-dependencies]")[2].partition("\n\n")[0]
     extras = set(re.findall(r"(?m)^(\w+) = \[", section))
-    named = {
-        extra
-        for page in PAGES
-        for extra in re.findall(r"(?:'\.|slotmoe)\[(\w+)\]", page.read_text())
-    }
-    assert named
-    assert named <= extras
+    text = "\n".join(page.read_text() for page in PAGES)
+    named = set(re.findall(r"(?:'\.|slotmoe)\[(\w+)\]", text))
+    assert named and named <= extras
 
 
-@pytest.mark.parametrize(("name", "most"), [("README.md", 150), ("ARCHITECTURE.md", 200)])
-def test_pages_are_short(name, most):
-    assert len((ROOT / name).read_text().splitlines()) <= most
+def test_pages_are_short():
+    for name, most in (("README.md", 150), ("ARCHITECTURE.md", 200)):
+        assert len((ROOT / name).read_text().splitlines()) <= most
 
 
 def test_every_page_is_reached_from_the_readme():
@@ -233,14 +189,9 @@ def test_every_page_is_reached_from_the_readme():
     while waiting:
         page = waiting.pop()
         reached.add(page)
-        targets = {
-            (page.parent / link.partition("#")[0]).resolve() for p, link in LINKS if p == page
-        }
-        waiting += [
-            target
-            for target in targets
-            if target.suffix == ".md" and target.exists() and target not in reached
-        ]
+        links = [link.partition("#")[0] for origin, link in LINKS if origin == page]
+        targets = {(page.parent / link).resolve() for link in links}
+        waiting += {*PAGES} & targets - reached
         if page.name == "README.md" and ROOT / "docs" / "decisions" in targets:
             waiting += [path for path in PAGES if path.parent.name == "decisions"]
     assert not set(PAGES) - reached, "no link leads here"

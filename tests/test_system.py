@@ -1,15 +1,25 @@
-"""What differs between systems: cores, and reads past the page cache."""
+"""What differs between systems: cores, and reads past the page cache.  What the system refuses
+names the file, and is not called damage: a bad disk, rights, too many open files."""
 
 import errno
 import fcntl
 import os
+import subprocess
 import sys
+from itertools import product
 
 import pytest
 
 from slotmoe import system
+from slotmoe.errors import CheckpointError, ConfigError, ExportError, SlotmoeError
+from slotmoe.jsonfile import read_json
+from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.offload.runtime import Runtime
+from slotmoe.quant.export.layout import RESIDENT, layer_file
+from slotmoe.quant.export.reader import Export
+from tests.support.tiny import SAMPLE
 
-BLOCK = 4096
+BLOCK, WEIGHTS = 4096, "model-00001-of-00003.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -70,3 +80,110 @@ def test_macos_turns_the_cache_off(file, monkeypatch):
     assert system.bypass_page_cache(file, BLOCK)
     system.use_page_cache(file)
     assert calls == [(file, 48, 1), (file, 48, 0)]
+
+
+def failing(function, number, name, folder):
+    """``function`` as it is while ``folder``'s file ``name`` can't be read."""
+    path = folder / name
+
+    def call(file, *arguments, **named):
+        target = os.readlink(f"/proc/self/fd/{file}") if isinstance(file, int) else file
+        if os.path.realpath(target) == os.path.realpath(path):
+            raise OSError(number, os.strerror(number))
+        return function(file, *arguments, **named)
+
+    return call
+
+
+def fail(monkeypatch, call, number, name, folder):
+    module, _, function = call.rpartition(".")
+    original = getattr(__import__(module), function)
+    monkeypatch.setattr(call, failing(original, number, name, folder))
+
+
+NUMBERS = [errno.EIO, errno.EACCES, errno.EMFILE]
+READ = ["config.json", "tokenizer.json", RESIDENT, layer_file(2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "call"), [("slotmoe.json", "builtins.open"), *product(READ, ["os.open", "os.preadv"])]
+)
+def test_opening_an_export(sample_export, monkeypatch, name, call):
+    # A file system that refuses direct reads is asked again without.
+    monkeypatch.setattr(Export, "bypass_page_cache", lambda self: False)
+    for number in NUMBERS:
+        with monkeypatch.context() as patch:
+            fail(patch, call, number, name, sample_export)
+            with pytest.raises(SlotmoeError) as raised:
+                Runtime.open(sample_export, context=64).close()
+        told = str(raised.value)
+        assert told.startswith(str(sample_export / name)) and os.strerror(number) in told
+        assert not any(word in told for word in ("damaged", "truncated", "incomplete", "again"))
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("call", ["builtins.open", "os.open", "os.preadv"])
+def test_opening_a_checkpoint(monkeypatch, call, number):
+    fail(monkeypatch, call, number, WEIGHTS, SAMPLE)
+
+    def read_all():
+        with Checkpoint.open(SAMPLE) as checkpoint:
+            for name in checkpoint.infos:
+                checkpoint.rows(name, 0, 1)
+
+    with pytest.raises(CheckpointError) as raised:
+        read_all()
+    told = str(raised.value)
+    assert told == f"{SAMPLE / WEIGHTS}: can't be read ({os.strerror(number)})"
+
+
+def test_a_file_that_is_not_there_makes_an_export_incomplete(sample_export, monkeypatch):
+    name = layer_file(2)
+    monkeypatch.setattr(os, "open", failing(os.open, errno.ENOENT, name, sample_export))
+    with pytest.raises(ExportError, match="the export is incomplete"):
+        Export.open(sample_export)
+
+
+def test_the_library_of_safetensors_is_understood(monkeypatch):
+    """It opens the file once more, by itself."""
+    from safetensors import SafetensorError
+
+    def refuse(*_, **__):
+        raise SafetensorError("Error while opening: Too many open files (os error 24)")
+
+    monkeypatch.setattr("slotmoe.model.shards.safe_open", refuse)
+    with pytest.raises(CheckpointError, match=r"can't be read .*Too many open files"):
+        Checkpoint.open(SAMPLE)
+
+
+def test_a_json_file_in_a_bad_place(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    path.write_text("{}")
+    monkeypatch.setattr("builtins.open", failing(open, errno.EIO, "config.json", tmp_path))
+    with pytest.raises(ConfigError, match=r"config.json: can't be read \(Input/output error\)"):
+        read_json(path, 100)
+
+
+def test_short_reads_are_no_damage(sample_export, monkeypatch):
+    """A header in two parts was called damage, and that of a checkpoint got another hash."""
+    with Checkpoint.open(SAMPLE) as checkpoint:
+        wanted = list(checkpoint.headers())
+    preadv = os.preadv
+
+    def short(handle, buffers, offset):
+        return preadv(handle, [buffers[0][: max(len(buffers[0]) // 2, 1)]], offset)
+
+    monkeypatch.setattr(os, "preadv", short)
+    Export.open(sample_export).close()
+    with Checkpoint.open(SAMPLE) as checkpoint:
+        assert list(checkpoint.headers()) == wanted
+
+
+@pytest.mark.usefixtures("processes")
+def test_stdout_on_a_full_disk():
+    """It ended with code 120, and with Python's own remarks."""
+    command = [sys.executable, "-m", "slotmoe.tools.cli", "verify", str(SAMPLE), "--help"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "slotmoe: input or output: No space left on device\n"

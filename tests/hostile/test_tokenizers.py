@@ -1,6 +1,5 @@
 """Chat templates and tokenizers made to break things."""
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -9,13 +8,12 @@ import slotmoe.model.tokenizer as tokenizer_module
 from slotmoe.errors import ConfigError
 from slotmoe.model.child import Child
 from slotmoe.model.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer
-from tests.support.hostile import edit_json, fifo, refused, write
+from tests.support.hostile import edit_json, edited, fifo, refused, truncate, without, write
 
 pytestmark = pytest.mark.usefixtures("processes")
 
 TEMPLATES = {
-    "endless-loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
-    "{% endfor %}",
+    "endless-loop": "{% for i in range(99999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
     "endless-output": "{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",
     "memory-by-repetition": "{{ 'a' * 10 ** 9 }}",
     "memory-by-doubling": "{% set n = namespace(a='x') %}{% for i in range(40) %}"
@@ -42,28 +40,26 @@ TEMPLATES = {
 }
 
 
-WHICH_LIMIT = {
-    "endless-loop": "did not finish",
-    "time": "did not finish",
-    "endless-output": "characters",
-    "memory": "MemoryError",
-}
+WHICH_LIMIT = {"endless-output": "characters", "memory": "MemoryError"}
+WHICH_LIMIT |= dict.fromkeys(("endless-loop", "time"), "did not finish")
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory):
+    """A child checks the tokenizer once."""
+    return tmp_path_factory.mktemp("verdicts")
+
+
+HI = [{"role": "user", "content": "hi"}]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_hostile_template(name, checkpoint):
-    edit_json(
-        checkpoint / "tokenizer_config.json",
-        lambda config: config.update(chat_template=TEMPLATES[name]),
-    )
-    tokenizer = Tokenizer(checkpoint, 0)
+def test_hostile_template(name, checkpoint, verdicts):
+    template = {"chat_template": TEMPLATES[name]}
+    edit_json(checkpoint / "tokenizer_config.json", lambda config: config.update(template))
+    tokenizer = Tokenizer(checkpoint, 0, verdicts=verdicts)
     limits = [limit for prefix, limit in WHICH_LIMIT.items() if name.startswith(prefix)]
-    refused(
-        lambda: tokenizer.chat([{"role": "user", "content": "hi"}]),
-        "chat_template",
-        *limits,
-        kind=ConfigError,
-    )
+    refused(lambda: tokenizer.chat(HI), "chat_template", *limits, kind=ConfigError)
 
 
 def test_a_template_that_breaks_out_finds_no_keys(checkpoint, monkeypatch, tmp_path):
@@ -73,67 +69,55 @@ def test_a_template_that_breaks_out_finds_no_keys(checkpoint, monkeypatch, tmp_p
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    tokenizer, messages = Tokenizer(checkpoint, 0), [{"role": "user", "content": "hi"}]
-    assert tokenizer.chat(messages).endswith("User: hi\n\nAssistant:")
+    tokenizer = Tokenizer(checkpoint, 0)
+    assert tokenizer.chat(HI).endswith("User: hi\n\nAssistant:")
     printing = replace(tokenizer_module._TEMPLATE, program="import os; print(os.environ)")
     monkeypatch.setattr(tokenizer_module, "_TEMPLATE", printing)
-    printed = tokenizer.chat(messages)
-    assert "environ" in printed
-    assert "hf_secret" not in printed
-    assert str(tmp_path) not in printed
+    printed = tokenizer.chat(HI)
+    assert "environ" in printed and "hf_secret" not in printed and str(tmp_path) not in printed
 
 
 def test_a_template_finds_no_globals_by_format(checkpoint):
     """jinja2 3.1.5 gave it those of the functions that it is given."""
     template = "<{{ ('{0.__globals__}' | attr('format'))(raise_exception) }}>"
     (checkpoint / "chat_template.jinja").write_text(template)
-    assert Tokenizer(checkpoint, 0).chat([{"role": "user", "content": "hi"}]) == "<>"
+    assert Tokenizer(checkpoint, 0).chat(HI) == "<>"
 
 
 def test_template_file_goes_before_the_setting(checkpoint):
-    messages = [{"role": "user", "content": "hi"}]
-    assert Tokenizer(checkpoint, 0).chat(messages).endswith("User: hi\n\nAssistant:")
+    assert Tokenizer(checkpoint, 0).chat(HI).endswith("User: hi\n\nAssistant:")
     (checkpoint / "chat_template.jinja").write_text("<{{ messages[0].content }}>")
-    assert Tokenizer(checkpoint, 0).chat(messages) == "<hi>"
+    assert Tokenizer(checkpoint, 0).chat(HI) == "<hi>"
     (checkpoint / "chat_template.jinja").write_bytes(b"\xff")
     refused(lambda: Tokenizer(checkpoint, 0), "chat_template.jinja", kind=ConfigError)
 
 
-def charsmap(folder):
-    """A normalizer whose table is garbage: the library panics."""
-    edit_json(
-        folder / "tokenizer.json",
-        lambda values: values.update(
-            normalizer={"type": "Precompiled", "precompiled_charsmap": "////////"}
-        ),
-    )
+def parts(**values):
+    """Other parts of tokenizer.json."""
+    return edited("tokenizer.json", lambda tokenizer: tokenizer.update(values))
 
 
-def aborts(folder):
-    """The library cuts a merged token inside a character, panics, and once more on its way out."""
-    vocab = {"a": 0, "é": 1, "aé": 2}
-    model = {"type": "BPE", "continuing_subword_prefix": "x", "vocab": vocab, "merges": ["a é"]}
-    edit_json(folder / "tokenizer.json", lambda values: values.update(model=model))
+def model(change):
+    return edited("tokenizer.json", lambda tokenizer: change(tokenizer["model"]))
 
+
+CUT = {"type": "BPE", "continuing_subword_prefix": "x", "merges": ["a é"]}
+CUT |= {"vocab": {"a": 0, "é": 1, "aé": 2}}
 
 TOKENIZERS = {
-    "library-aborts": aborts,
-    "missing": lambda folder: (folder / "tokenizer.json").unlink(),
+    # A merged token is cut inside a character: the library panics, and once more on its way out.
+    "library-aborts": parts(model=CUT),
+    "missing": without("tokenizer.json"),
     "empty": write("tokenizer.json", b""),
     "not-json": write("tokenizer.json", b"{"),
     "not-a-tokenizer": write("tokenizer.json", b'{"version": "1.0"}'),
-    "unknown-model": lambda folder: edit_json(
-        folder / "tokenizer.json", lambda values: values["model"].update(type="Magic")
-    ),
-    "id-too-large": lambda folder: edit_json(
-        folder / "tokenizer.json", lambda values: values["model"]["vocab"].update(a=1 << 40)
-    ),
-    "merge-of-nothing": lambda folder: edit_json(
-        folder / "tokenizer.json", lambda values: values["model"]["merges"].insert(0, "zzq qqz")
-    ),
+    "unknown-model": model(lambda it: it.update(type="Magic")),
+    "id-too-large": model(lambda it: it["vocab"].update(a=1 << 40)),
+    "merge-of-nothing": model(lambda it: it["merges"].insert(0, "zzq qqz")),
     "deep": write("tokenizer.json", b'{"model":' + b"[" * 100_000),
-    "library-panics": charsmap,
-    "too-large": lambda folder: os.truncate(folder / "tokenizer.json", MAX_TOKENIZER_BYTES + 1),
+    # The normalizer's table is garbage.
+    "library-panics": parts(normalizer={"type": "Precompiled", "precompiled_charsmap": "////////"}),
+    "too-large": truncate("tokenizer.json", MAX_TOKENIZER_BYTES + 1),
     "is-pipe": fifo("tokenizer.json"),
     "settings-not-json": write("tokenizer_config.json", b"{"),
     "settings-is-pipe": fifo("tokenizer_config.json"),
@@ -154,7 +138,7 @@ def test_a_tokenizer_is_parsed_by_a_child_once(checkpoint, tmp_path, monkeypatch
     for _ in range(2):
         Tokenizer(checkpoint, 0, verdicts=verdicts)
     assert len(started) == len(list(verdicts.iterdir())) == 1
-    aborts(checkpoint)
+    TOKENIZERS["library-aborts"](checkpoint)
     refused(lambda: Tokenizer(checkpoint, 0, verdicts=verdicts), "crashed", kind=ConfigError)
     (tmp_path / "file").touch()  # where no verdict can be kept
     refused(lambda: Tokenizer(checkpoint, 0, verdicts=tmp_path / "file" / "x"), kind=ConfigError)

@@ -57,12 +57,11 @@ def test_int4_weights_are_code_times_scale(tmp_path):
                 assert torch.equal(checkpoint.tensor(name), wanted.to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize(
-    ("quant_type", "dtype"),
-    [("nf4", torch.bfloat16), ("fp4", torch.bfloat16), ("nf4", torch.float16)],
+    ("quant_type", "nested", "dtype"),
+    [("nf4", False, torch.bfloat16), ("fp4", True, torch.bfloat16), ("nf4", True, torch.float16)],
 )
-def test_bitsandbytes_weights_are_what_it_makes_of_them(tmp_path, quant_type, nested, dtype):
+def test_bitsandbytes_weights_are_what_it_makes_of_them(heavy, tmp_path, quant_type, nested, dtype):
     _, wanted = bitsandbytes(written(tmp_path, **WHOLE_BLOCKS), quant_type, nested, dtype)
     with Checkpoint.open(tmp_path) as checkpoint:
         assert len(wanted) == 2 * 5 + 3 + 3 + 4 * 3
@@ -71,7 +70,7 @@ def test_bitsandbytes_weights_are_what_it_makes_of_them(tmp_path, quant_type, ne
             assert torch.equal(checkpoint.rows(name, 17, 40), weight[17:40]), name
 
 
-@pytest.mark.usefixtures("nightly")
+@pytest.mark.usefixtures("nightly", "oracle")
 def test_fp8_agrees_with_transformers(tmp_path):
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
@@ -117,107 +116,82 @@ def test_fused_experts_in_fp8(tmp_path):
 GATE = expert_name(1, 0, "gate_proj")
 
 
-def _without(name):
-    return lambda tensors: tensors.pop(name)
+def changed(tensors, name, change):
+    """``change`` makes another tensor of it; None leaves it out."""
+    before = tensors.pop(name, None)
+    if change is not None:
+        tensors[name] = change(before)
 
 
-def _change(name, change):
-    return lambda tensors: tensors.update({name: change(tensors[name])})
+def cut(columns):
+    return lambda tensor: tensor[:, :columns].clone()
 
 
-BAD = {
-    "fp8 scales of another grid": (
-        FP8,
-        _change(GATE + "_scale_inv", lambda scale: scale[:, :1].clone()),
-        [GATE + "_scale_inv", "[1, 1]", "[1, 2]", "128 x 128"],
-    ),
-    "fp8 scales of a dtype that holds none": (
-        FP8,
-        _change(GATE + "_scale_inv", lambda scale: scale.to(torch.int32)),
-        [GATE + "_scale_inv", "I32", "F32"],
-    ),
-    "fp8 codes without scales": (
-        FP8,
-        _without(GATE + "_scale_inv"),
-        [GATE, "F8_E4M3", "BF16", "scales"],
-    ),
-    "fp8 codes that are numbers": (
-        FP8,
-        _change(GATE, lambda codes: codes.to(torch.bfloat16)),
-        [GATE, "BF16", "F8_E4M3"],
-    ),
-    "int4 with zero points": (
-        packed(),
-        lambda tensors: tensors.update({GATE + "_zero_point": torch.zeros(64, 1)}),
-        [GATE + "_zero_point", "symmetric"],
-    ),
-    "int4 in other groups": (
-        packed(),
-        _change(GATE + "_scale", lambda scale: scale[:, :2].clone()),
-        [GATE + "_scale", "[64, 2]", "[64, 5]", "1 x 32"],
-    ),
-    "int4 codes of other rows": (
-        packed(),
-        _change(GATE + "_packed", lambda codes: codes[:, :3].clone()),
-        [GATE + "_packed", "[64, 3]", "[64, 20]"],
-    ),
-    "int4 without codes": (packed(), _without(GATE + "_packed"), [GATE + "_packed", "missing"]),
-}
+SCALE, PACKED, SCALES, ZERO = (GATE + s for s in ("_scale_inv", "_packed", "_scale", "_zero_point"))
+BAD = [
+    (FP8, SCALE, cut(1), [SCALE, "[1, 1]", "[1, 2]", "128 x 128"]),
+    (FP8, SCALE, lambda scale: scale.to(torch.int32), [SCALE, "I32", "F32"]),
+    (FP8, SCALE, None, [GATE, "F8_E4M3", "BF16", "scales"]),
+    (FP8, GATE, lambda codes: codes.to(torch.bfloat16), [GATE, "BF16", "F8_E4M3"]),
+    (packed(), ZERO, lambda _: torch.zeros(64, 1), [ZERO, "symmetric"]),
+    (packed(), SCALES, cut(2), [SCALES, "[64, 2]", "[64, 5]", "1 x 32"]),
+    (packed(), PACKED, cut(3), [PACKED, "[64, 3]", "[64, 20]"]),
+    (packed(), PACKED, None, [PACKED, "missing"]),
+]
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_encodings_are_refused_by_name(tmp_path, case):
-    settings, damage, words = BAD[case]
+@pytest.mark.parametrize(("settings", "name", "change", "words"), BAD)
+def test_bad_encodings_are_refused_by_name(tmp_path, settings, name, change, words):
     tensors = encode(written(tmp_path), settings)
-    damage(tensors)
+    changed(tensors, name, change)
     write_files(tmp_path, {"model-1.safetensors": tensors}, quantization_config=settings)
     with pytest.raises(CheckpointError) as caught:
         Checkpoint.open(tmp_path)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-_STATE = GATE + ".quant_state.bitsandbytes__nf4"
+STATE = GATE + ".quant_state.bitsandbytes__nf4"
 
 
-def _noted(change):
+def noted(**change):
     """What ``quant_state`` says, changed."""
 
-    def damage(tensors):
-        state = {**json.loads(tensors[_STATE].numpy().tobytes()), **change}
-        tensors[_STATE] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+    def apply(state):
+        text = json.dumps({**json.loads(state.numpy().tobytes()), **change})
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
-    return damage
+    return apply
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("name", "change", "words"),
     [
-        (_without(_STATE), [_STATE, "missing"]),
-        (_without(GATE + ".nested_absmax"), ["nested_absmax", "missing"]),
-        (_change(GATE + ".absmax", lambda x: x[:100].clone()), ["100 scales for [64, 128]"]),
-        (_change(GATE, lambda codes: codes[1:].clone()), [GATE, "[4095, 1]"]),
-        (_noted({"dtype": "float16"}), [GATE, "dtype", "bfloat16"]),
-        (_noted({"nested_offset": None}), [GATE, "nested_offset"]),
-        (_noted({"blocksize": 128}), [GATE, "blocksize", "64"]),
+        (STATE, None, [STATE, "missing"]),
+        (GATE + ".nested_absmax", None, ["nested_absmax", "missing"]),
+        (GATE + ".absmax", lambda x: x[:100].clone(), ["100 scales for [64, 128]"]),
+        (GATE, lambda codes: codes[1:].clone(), [GATE, "[4095, 1]"]),
+        (STATE, noted(dtype="float16"), [GATE, "dtype", "bfloat16"]),
+        (STATE, noted(nested_offset=None), [GATE, "nested_offset"]),
+        (STATE, noted(blocksize=128), [GATE, "blocksize", "64"]),
     ],
 )
-def test_bad_bitsandbytes_weights_are_refused_by_name(tmp_path, damage, words):
+def test_bad_bitsandbytes_weights_are_refused_by_name(heavy, tmp_path, name, change, words):
     tensors, _ = bitsandbytes(written(tmp_path, **WHOLE_BLOCKS))
-    damage(tensors)
+    changed(tensors, name, change)
     write_files(tmp_path, {"model-1.safetensors": tensors})
     with pytest.raises(CheckpointError) as caught, Checkpoint.open(tmp_path) as checkpoint:
         checkpoint.tensor(GATE)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_scales_that_are_not_finite_are_refused_by_name(tmp_path, bad):
+def test_scales_that_are_not_finite_are_refused_by_name(tmp_path):
     tensors = encode(written(tmp_path), FP8)
-    tensors[GATE + "_scale_inv"][0, 1] = bad
-    write_files(tmp_path, {"model-1.safetensors": tensors}, quantization_config=FP8)
-    expected = pytest.raises(CheckpointError, match=r"the scales of .*gate_proj.* are NaN")
-    with Checkpoint.open(tmp_path) as checkpoint, expected:
-        checkpoint.tensor(GATE)
+    for bad in (float("nan"), float("inf")):
+        tensors[SCALE][0, 1] = bad
+        write_files(tmp_path, {"model-1.safetensors": tensors}, quantization_config=FP8)
+        expected = pytest.raises(CheckpointError, match=r"the scales of .*gate_proj.* are NaN")
+        with Checkpoint.open(tmp_path) as checkpoint, expected:
+            checkpoint.tensor(GATE)
 
 
 def test_codes_need_a_quantization_config(tmp_path):

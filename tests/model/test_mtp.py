@@ -9,16 +9,12 @@ import torch
 from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.config import parse_config
-from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.mtp import MtpHead
-from slotmoe.model.network import Network
-from slotmoe.offload.exclusive import Exclusive
-from slotmoe.offload.reference import ResidentExperts
-from slotmoe.quant.backends.base import TorchBackend, new
 from tests.support import plain
 from tests.support.encoded import FP8, decoded_fp8, encode
 from tests.support.engine import IDS
 from tests.support.families import CASES, V3, write_family
+from tests.support.native import reference_cache, reference_network
 from tests.support.oracle import relative_error
 
 MTP = {"num_nextn_predict_layers": 1}
@@ -29,15 +25,11 @@ SOME = ("v3-groups-yarn", "v3-no-groups-no-qlora", "v3-two-dense-not-normalized"
 def reference(folder, step_tokens=1 << 30):
     """The network and its head in float32, and an empty cache of each."""
     with Checkpoint.open(folder, keep_mtp=True) as checkpoint:
-        config, backend = checkpoint.config, TorchBackend()
+        config = checkpoint.config
         weights = {name: checkpoint.tensor(name).float() for name in checkpoint.infos}
-    experts = ResidentExperts(
-        weights, config.moe_layers, config.n_routed_experts, backend, Exclusive()
-    )
-    network = Network(config, weights, backend, experts)
-    head = MtpHead(network, weights, experts, step_tokens)
-    row = config.latent_width, torch.float32
-    return network, head, *(LatentCache(c, 64, row, new) for c in (config, head.config))
+    network = reference_network(config, weights)
+    head = MtpHead(network, weights, network.experts, step_tokens)
+    return network, head, *(reference_cache(c, 64) for c in (config, head.config))
 
 
 @pytest.mark.parametrize("case", SOME)
@@ -89,25 +81,22 @@ def test_fp8_is_read_as_elsewhere(tmp_path):
             assert torch.equal(checkpoint.tensor(name), wanted.to(torch.bfloat16)), name
 
 
-def without_its_layer(folder, config):
-    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+NONE = {"num_nextn_predict_layers": None}
+WITHOUT_HEAD = [  # what the checkpoint is, whether its config speaks of a head, and the answer
+    ({}, False, ConfigError, "num_nextn_predict_layers is 0, expected 1 or more"),
+    (NONE, False, ConfigError, "num_nextn_predict_layers is 0"),
+    ({"moe_layer_freq": 2}, True, ConfigError, "moe_layer_freq 2 gives layer 3"),
+    ({}, True, CheckpointError, "model.layers.3.enorm.weight is missing"),
+]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "change", "problem", "found"),
-    [
-        ({}, None, ConfigError, "num_nextn_predict_layers is 0, expected 1 or more"),
-        ({"num_nextn_predict_layers": None}, None, ConfigError, "num_nextn_predict_layers is 0"),
-        ({"moe_layer_freq": 2}, without_its_layer, ConfigError, "moe_layer_freq 2 gives layer 3"),
-        ({}, without_its_layer, CheckpointError, "model.layers.3.enorm.weight is missing"),
-    ],
-)
+@pytest.mark.parametrize(("overrides", "speaks", "problem", "found"), WITHOUT_HEAD)
 def test_a_checkpoint_without_a_head_is_refused_by_name(
-    tmp_path, overrides, change, problem, found
+    tmp_path, overrides, speaks, problem, found
 ):
     config = write_family(tmp_path, V3, **overrides)
-    if change is not None:
-        change(tmp_path, config)
+    if speaks:
+        (tmp_path / "config.json").write_text(json.dumps(config | MTP))
     with pytest.raises(problem) as caught:
         Checkpoint.open(tmp_path, keep_mtp=True)
     message = str(caught.value)

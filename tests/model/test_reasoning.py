@@ -28,34 +28,23 @@ CASES = [
 
 
 @pytest.mark.parametrize("width", [1, 3, 1000])
-@pytest.mark.parametrize("case", range(len(CASES)))
-def test_reasoning_is_split_off(case, width):
-    text, is_begun, wanted = CASES[case]
-    assert split(text, is_begun, width) == wanted
+def test_reasoning_is_split_off(width):
+    for text, is_begun, wanted in CASES:
+        assert split(text, is_begun, width) == wanted
 
 
 def test_text_comes_at_once():
     splitter = Splitter(MARKS, False)
-    pieces = ["<think>", "Hm", " so", "</thi", "nk>", "\n", "Yes", "."]
-    found = [splitter.feed(piece) for piece in pieces]
-    assert found == [
-        ("", ""),
-        ("Hm", ""),
-        (" so", ""),
-        ("", ""),
-        ("", ""),
-        ("", ""),
-        ("", "Yes"),
-        ("", "."),
-    ]
+    said = {"<think>": "", "Hm": "Hm", " so": " so", "</thi": "", "nk>": "", "\n": ""}
+    assert [splitter.feed(piece) for piece in said] == [(text, "") for text in said.values()]
+    assert [splitter.feed(piece) for piece in ("Yes", ".")] == [("", "Yes"), ("", ".")]
     assert Splitter(None, False).feed("<think>Hm") == ("", "<think>Hm")
 
 
 def test_template_names_the_marks():
     ids = {"[THINK]": 7, "[/THINK]": 8}
-    assert reasoning_of("a [/THINK] b", ids.get) == Reasoning(
-        "[THINK]", "[/THINK]", {7: "[THINK]", 8: "[/THINK]"}
-    )
+    wanted = Reasoning("[THINK]", "[/THINK]", {7: "[THINK]", 8: "[/THINK]"})
+    assert reasoning_of("a [/THINK] b", ids.get) == wanted
     assert reasoning_of("<think> is never closed", ids.get) is None
     assert reasoning_of(None, ids.get) is None
     begun = reasoning_of("{{ '<think>' }}</think>", ids.get)

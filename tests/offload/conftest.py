@@ -20,6 +20,8 @@ def quick_measurements():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "_MEASURED_BYTES", 16 << 20)
         patch.setattr(measure.disk_bandwidth, "__defaults__", (64 << 20,))
+        rate = measure.expert_bandwidth
+        patch.setattr(measure, "expert_bandwidth", lambda *given, seconds: rate(*given, seconds=0))
         yield
 
 
@@ -35,7 +37,7 @@ def on_twin(twin, sample_export):
     return partial(open_on, sample_export)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def wanted(twin, sample_export):
     """Logits and greedy ids with every expert in a slot."""
     with open_on(sample_export, Twin(), misses="fetch") as runtime:

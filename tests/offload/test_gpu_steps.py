@@ -6,10 +6,12 @@ memory.
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from slotmoe.model.config import parse_config
 from slotmoe.model.kv_cache import LatentCache
@@ -26,12 +28,14 @@ from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.shapes import resident_quantization
 from slotmoe.quant.weights import map_tensors
-from tests.support.engine import start
+from tests.support.engine import whole
 from tests.support.families import LONG
 from tests.support.params import nth
 from tests.support.slab import LEVELS, SlabExperts
 from tests.support.tiny import CONFIG, SMALL, random_weights
-from tests.support.twin import Twin
+from tests.support.twin import Twin, freed, open_on, slow
+
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 interpreter = pytest.importorskip(
     "triton.runtime.interpreter", reason="needs Triton, which is for Linux"
@@ -39,38 +43,20 @@ interpreter = pytest.importorskip(
 tl = pytest.importorskip("triton.language")
 mla = pytest.importorskip("slotmoe.quant.kernels.triton.mla")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+V3 = {"model_type": "deepseek_v3", "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+V3 |= {"architectures": None, "norm_topk_prob": True, "rope_interleave": False}
+MISTRAL = {"model_type": "mistral4", "architectures": None, "topk_method": None}
+MISTRAL |= {"rope_parameters": {**LONG, "original_max_position_embeddings": 3}}
+SIZES = {"hidden_size": 32, "moe_intermediate_size": 24, "num_attention_heads": 4}
+NOTHING = {"q_lora_rank": None, "topk_method": "greedy", "n_shared_experts": 0}
 CONFIGS = {
-    "int8, q-LoRA, groups": (
-        "int8",
-        {"hidden_size": 32, "moe_intermediate_size": 24, "num_attention_heads": 4},
-    ),
-    "NF4, one query matrix, greedy, no shared experts": (
-        "nf4",
-        {"q_lora_rank": None, "topk_method": "greedy", "n_shared_experts": 0},
-    ),
+    "int8, q-LoRA, groups, sigmoid gate with a bias, pairs in halves": ("int8", V3),
+    "NF4, one query matrix, greedy, no shared experts": ("nf4", NOTHING),
     "bf16": ("bf16", {}),
-    "int8, sigmoid gate with a bias, pairs in halves": (
-        "int8",
-        {
-            "model_type": "deepseek_v3",
-            "architectures": None,
-            "scoring_func": "sigmoid",
-            "topk_method": "noaux_tc",
-            "norm_topk_prob": True,
-            "rope_interleave": False,
-        },
-    ),
-    "int8, queries scaled by position": (
-        "int8",
-        {
-            "model_type": "mistral4",
-            "architectures": None,
-            "topk_method": None,
-            "qk_nope_head_dim": 16,
-            "rope_parameters": {**LONG, "original_max_position_embeddings": 3},
-        },
-    ),
+    "int8, pairs side by side": ("int8", SIZES),
+    "int8, queries scaled by position": ("int8", {**MISTRAL, "qk_nope_head_dim": 16}),
 }
+EACH = 1 if DEVICE.type == "cuda" else 5  # of what an interpreter takes long for; others nightly
 
 
 def error(actual, expected):
@@ -80,14 +66,8 @@ def error(actual, expected):
 
 aten = torch.ops.aten
 # What makes the host wait for a GPU, or a GPU for the host's memory: no graph can hold it.
-NEEDS_THE_HOST = {
-    aten.item.default,
-    aten._local_scalar_dense.default,
-    aten.nonzero.default,
-    aten.masked_select.default,
-    aten._unique2.default,
-    aten.lift_fresh.default,  # torch.tensor(...)
-}
+NEEDS_THE_HOST = (aten.item, aten._local_scalar_dense, aten.nonzero, aten.masked_select)
+NEEDS_THE_HOST += (aten._unique2, aten.lift_fresh)  # torch.tensor(...)
 
 
 class Recorded(TorchDispatchMode):
@@ -98,18 +78,18 @@ class Recorded(TorchDispatchMode):
     host, or uses one, fails as on a GPU.
     """
 
-    made, latest = 0, None
+    made = kernels = 0  # how many of these, and those that a GPU would launch of the latest
 
     def __init__(self, function):
         super().__init__()
-        Recorded.made, Recorded.latest = Recorded.made + 1, self
-        self._work, self._inside, self.kernels = [], False, 0  # those that a GPU would launch
+        Recorded.made, Recorded.kernels = Recorded.made + 1, 0
+        self._work, self._inside = [], False
         call, tolist = interpreter.GridExecutor.__call__, torch.Tensor.tolist
         recorder = self
 
         def launch(executor, *args, **kwargs):
             recorder._work.append(lambda: call(executor, *args, **kwargs))
-            recorder.kernels += 1
+            Recorded.kernels += 1
             recorder._inside = True  # what the interpreter does with torch is not ours
             call(executor, *args, **kwargs)
             recorder._inside = False
@@ -125,35 +105,25 @@ class Recorded(TorchDispatchMode):
             interpreter.GridExecutor.__call__, torch.Tensor.tolist = call, tolist
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if not self._inside:
-            masks = operation is aten.index.Tensor and any(
-                mask is not None and mask.dtype == torch.bool for mask in args[1]
-            )
-            refused = operation in NEEDS_THE_HOST or masks
-            assert not refused, f"a graph's work needs the host: {operation}"
+        masks = operation is aten.index.Tensor and any(
+            mask is not None and mask.dtype == torch.bool for mask in args[1]
+        )
+        refused = operation.overloadpacket in NEEDS_THE_HOST or masks
+        assert self._inside or not refused, f"a graph's work needs the host: {operation}"
         result = operation(*args, **(kwargs or {}))
         if not self._inside:
-            self._work.append(lambda: self._repeat(operation, args, kwargs or {}, result))
-            views = any(returned.alias_info for returned in operation._schema.returns)
-            changes = any(
-                taken.alias_info and taken.alias_info.is_write
-                for taken in operation._schema.arguments
-            )
-            makes_memory = operation._schema.name.startswith("aten::empty")
-            self.kernels += not makes_memory and (changes or not views)
+            self._work.append(partial(self._repeat, operation, args, kwargs or {}, result))
+            schema = operation._schema
+            views = any(returned.alias_info for returned in schema.returns)
+            changes = any(one.alias_info and one.alias_info.is_write for one in schema.arguments)
+            makes_memory = schema.name.startswith("aten::empty")
+            Recorded.kernels += not makes_memory and (changes or not views)
         return result
 
     @staticmethod
     def _repeat(operation, args, kwargs, result):
         again = operation(*args, **kwargs)
-        pairs = zip(
-            *(
-                results if isinstance(results, (tuple, list)) else (results,)
-                for results in (result, again)
-            ),
-            strict=True,
-        )
-        for old, new in pairs:
+        for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
             if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                 old.copy_(new)
 
@@ -201,13 +171,6 @@ def triton_ops(graph=None):
     return backend
 
 
-def open_with(folder, kernels, context):
-    """On the CPU but for Triton's kernels, which go where the GPU is, if there is one."""
-    if kernels == "triton" and DEVICE.type == "cuda":
-        return Runtime.open(folder, device="cuda", vram="1GiB", context=context)
-    return Runtime.open(folder, device="cpu", ram="2GiB", context=context, kernels=kernels)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def few_splits():
     """An interpreter's time goes with the number of programs, most of which have no rows here."""
@@ -217,8 +180,7 @@ def few_splits():
         yield
 
 
-@pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize("case", nth(2, CONFIGS))
+@pytest.mark.parametrize("case", nth(EACH, CONFIGS))
 def test_captured_steps_plain_calls_prefill_and_plain_torch_agree(case):
     resident, overrides = CONFIGS[case]
     ids = torch.tensor([3, 30], device=DEVICE)
@@ -237,177 +199,108 @@ def test_captured_steps_plain_calls_prefill_and_plain_torch_agree(case):
     assert not captured.experts.calls
 
 
-def in_turn(network):
-    """Steps of two sequences in turn, and of one in a cache of another size, to the last position
-    of a cache: every residual stream, and what the caches hold."""
-    a, b, c = cache_of(network, 2), cache_of(network, 2), cache_of(network, 3)
-    turns = zip((3, 9, 30, 8, 3), (a, b, c, a, c), strict=True)
-    steps = [decode(network, [id], cache) for id, cache in turns]
-    assert (a.length, b.length, c.length) == (2, 1, 2)
-    return torch.cat(steps), *(cache.layers[:, : cache.length] for cache in (a, b, c))
+# Sequence, token ids, whether every expert has a slot, and the graphs that are made: one of whole
+# steps for each size of cache, or one to the choice of experts and one behind it.
+PASSES = [("a", [3], True, 1), ("b", [9], True, 0), ("c", [30], False, 2), ("a", [8], False, 2)]
+PASSES += [("c", [5, 9], False, 0), ("c", [8], True, 1), ("c", [3], False, 0)]
 
 
-@pytest.fixture(scope="module")
-def plain_turns(few_splits):
-    network = make_network(triton_ops())
-    return in_turn(network), network.experts.chosen
-
-
-@pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize("complete", [True, False])
-def test_graphs_replay_what_plain_calls_do_at_every_position_and_for_every_sequence(
-    plain_turns, complete
-):
-    """The graphs knew nothing of the other sequences when they were made."""
-    Recorded.made = 0
-    network = make_network(triton_ops(Recorded), complete=complete)
-    for actual, expected in zip(in_turn(network), plain_turns[0], strict=True):
-        assert torch.equal(actual, expected)
-    assert network.experts.chosen == plain_turns[1]
-    assert network.experts.calls == ([] if complete else [1] * 5)
-    if DEVICE.type == "cpu":
-        # For each size of cache one graph of whole steps; or one to the choice and one behind it.
-        assert Recorded.made == (2 if complete else 2 * 2)
-
-
-@pytest.mark.usefixtures("interpreter")
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="the graphs that are counted are recorded ones")
-@pytest.mark.parametrize(("q_lora_rank", "most"), [(None, GPU_LAUNCHES), (16, GPU_LAUNCHES + 1)])
-def test_a_layer_is_as_many_launches_as_the_plan_reckons_with(q_lora_rank, most):
-    """All of them with its experts, in the graph of a whole step; where experts may be missing, a
-    graph goes from one choice to the next."""
-    kernels = {}
-    for layers, complete in ((2, True), (3, True), (2, False)):
-        options = {"num_hidden_layers": layers, "q_lora_rank": q_lora_rank}
-        network = make_network(triton_ops(Recorded), complete=complete, **options)
-        Recorded.made = 0
-        decode(network, [3], cache_of(network, 2))
-        kernels[layers, complete] = Recorded.latest.kernels
-        assert Recorded.made == (1 if complete else 2)
-    assert kernels[3, True] - kernels[2, True] == most
-    assert kernels[2, False] == 2  # behind the last choice: the shared experts' two products
-
-
-class Marks:
-    """A timer that keeps the names of stages."""
-
-    def __init__(self):
-        self.stages = []
-
-    def mark(self, stage, now=None):
-        self.stages.append(stage)
-
-
-@pytest.mark.usefixtures("interpreter")
-def test_whole_steps_layer_by_layer_and_prefill_mix_timed_or_not():
-    """Where experts lose their slots between two steps, and behind a prefill pass, the position and
-    the cache that a graph reads are still right.  A timed step runs the same graphs."""
-    plain, network = make_network(triton_ops()), make_network(triton_ops(Recorded))
-    networks = [(plain, cache_of(plain)), (network, cache_of(network))]
-    Recorded.made, marks = 0, Marks()
-    passes = [
-        ([3], True, ["rest", "captured layers"]),
-        ([30], False, ["rest", *["captured layers"] * 2]),
-        ([5, 9], False, None),
-        ([8], True, ["rest", "captured layers"]),
-        ([3], False, ["rest", *["captured layers"] * 2]),
-    ]
-    for number, (ids, complete, stages) in enumerate(passes):
-        network.experts.complete, marks.stages = complete, []
-        if number == 2:
-            made, network.timer = Recorded.made, marks
-        actual, expected = (
-            given.forward(torch.tensor(ids, device=DEVICE), [cache]) for given, cache in networks
-        )
-        assert torch.equal(actual, expected)
-        if number > 2:
-            assert marks.stages == stages
-    assert Recorded.made == made
-    assert network.experts.chosen == plain.experts.chosen
-    assert network.experts.calls == [1, 1, 1]
-
-
-@pytest.mark.usefixtures("interpreter")
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="the graph that fails is a recorded one")
-def test_a_step_that_fails_while_it_is_captured_can_be_repeated(plain_turns):
-    failures = [torch.OutOfMemoryError("no memory")]
+def test_graphs_replay_what_plain_calls_do():
+    """At each position, for sequences and in caches of which they knew nothing when they were made;
+    where experts lose their slots between two steps; behind a prefill pass; timed or not.  A step
+    that fails while it is captured can be repeated."""
+    failures, stages = [torch.OutOfMemoryError("no memory")], []
 
     def graph(function):
         if failures:
             raise failures.pop()
         return Recorded(function)
 
-    network = make_network(triton_ops(graph), complete=True)
-    cache = cache_of(network, 3)
-    with pytest.raises(torch.OutOfMemoryError):
-        decode(network, [3], cache)
-    assert cache.length == 0 and not Captured.capturing
-    assert torch.equal(decode(network, [3], cache), plain_turns[0][0][:1])
+    plain, network = make_network(triton_ops()), make_network(triton_ops(graph), complete=True)
+    sizes, both = {"a": 2, "b": 2, "c": 5}, (plain, network)
+    caches = {name: [cache_of(each, size) for each in both] for name, size in sizes.items()}
+    if DEVICE.type == "cpu":
+        with pytest.raises(torch.OutOfMemoryError):
+            decode(network, [3], caches["a"][1])
+        assert caches["a"][1].length == 0 and not Captured.capturing
+    for number, (name, ids, complete, graphs) in enumerate(PASSES):
+        network.experts.complete, Recorded.made = complete, 0
+        if number == 5:
+            network.timer = SimpleNamespace(mark=lambda stage, now=None: stages.append(stage))
+        expected, actual = (
+            each.forward(torch.tensor(ids, device=DEVICE), [cache])
+            for each, cache in zip(both, caches[name], strict=True)
+        )
+        assert torch.equal(actual, expected), number
+        assert Recorded.made == (graphs if DEVICE.type == "cpu" else 0)
+    layers = "captured layers"
+    assert stages == ["rest", layers, "rest", layers, layers]
+    assert network.experts.chosen == plain.experts.chosen
+    assert network.experts.calls == [1] * 4
+    for (expected, actual), length in zip(caches.values(), (2, 1, 5), strict=True):
+        assert expected.length == actual.length == length
+        assert torch.equal(actual.layers[:, :length], expected.layers[:, :length])
 
 
-class Counting:
-    """A graph that counts."""
-
-    def __init__(self, function):
-        self.function, self.outputs, self.replays = function, function(), 0
-        Counting.latest = self
-
-    def replay(self):
-        self.replays += 1
-        self.function()
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the graphs that are counted are recorded ones")
+@pytest.mark.parametrize(("q_lora_rank", "most"), [(None, GPU_LAUNCHES), (16, GPU_LAUNCHES + 1)])
+def test_a_layer_is_as_many_launches_as_the_plan_reckons_with(monkeypatch, q_lora_rank, most):
+    """All of them with its experts, in the graph of a whole step; where experts may be missing, a
+    graph goes from one choice to the next.  What the kernels compute is nothing here."""
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *arguments, **options: None)
+    kernels = {}
+    for layers, complete in ((2, True), (3, True), (2, False)):
+        options = {"num_hidden_layers": layers, "q_lora_rank": q_lora_rank}
+        network = make_network(triton_ops(Recorded), complete=complete, **options)
+        Recorded.made = 0
+        decode(network, [3], cache_of(network, 2))
+        kernels[layers, complete] = Recorded.kernels
+        assert Recorded.made == (1 if complete else 2)
+    assert kernels[3, True] - kernels[2, True] == most
+    assert kernels[2, False] == 2  # behind the last choice: the shared experts' two products
 
 
 @torch.inference_mode()
 def test_a_captured_function_reads_its_buffers_and_nothing_else():
+    """Inside another it is part of that."""
     buffer, out = torch.zeros(2), torch.empty(2)
-    captured = partial(Captured((buffer,), Counting), lambda x: torch.mul(x, 2, out=out))
+    captured = partial(Captured((buffer,), Recorded), lambda x: torch.mul(x, 2, out=out))
     assert captured(torch.tensor([1.0, 2.0])) is out
     assert out.tolist() == [2, 4] and buffer.tolist() == [1, 2]
     assert captured(torch.tensor([3.0, 4.0])) is out and out.tolist() == [6, 8]
+    out.zero_()
     assert captured(buffer) is out and out.tolist() == [6, 8]
-    assert Counting.latest.replays == 3
+    Recorded.made = 0
+    inner = partial(Captured((torch.zeros(2),), Recorded), lambda x: x + 1)
+    outer = partial(Captured((torch.zeros(2),), Recorded), lambda x: inner(x) * 2)
+    assert outer(torch.ones(2)).tolist() == [4, 4] and Recorded.made == 1
 
 
 def test_a_captured_function_is_plain_for_other_shapes_types_and_with_gradients():
-    captured = partial(Captured((torch.zeros(2),), Counting), lambda x: x * 2)
-    Counting.latest = None
+    captured = partial(Captured((torch.zeros(2),), Recorded), lambda x: x * 2)
+    Recorded.made = 0
     with torch.inference_mode():
         assert captured(torch.ones(3)).tolist() == [2, 2, 2]
         assert captured(torch.ones(2, dtype=torch.float64)).dtype == torch.float64
         assert captured(torch.ones(2, 2)[:, 0]).tolist() == [2, 2]
     x = torch.ones(2, requires_grad=True)
     captured(x).sum().backward()
-    assert x.grad.tolist() == [2, 2] and Counting.latest is None
+    assert x.grad.tolist() == [2, 2] and Recorded.made == 0
 
 
 @torch.inference_mode()
-def test_a_captured_function_inside_another_is_part_of_it():
-    Counting.latest = None
-    inner = partial(Captured((torch.zeros(2),), Counting), lambda x: x + 1)
-    outer = partial(Captured((torch.zeros(2),), Recorded), lambda x: inner(x) * 2)
-    assert outer(torch.ones(2)).tolist() == [4, 4] and Counting.latest is None
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize(
-    "function",
-    [
+def test_a_recorded_function_can_not_use_the_host():
+    """The stand-in for a graph is strict, and what Python computed is frozen in it."""
+    for function in (
         lambda x: x * x.sum().item(),
         lambda x: x * x.tolist()[0],
         lambda x: x * torch.tensor([2.0, 3.0]),
         lambda x: x[x > 0],
         lambda x: x.nonzero(),
         lambda x: x.unique(),
-    ],
-)
-def test_a_recorded_function_can_not_use_the_host(function):
-    """The stand-in for a graph is strict."""
-    with pytest.raises(AssertionError, match="host"):
-        Captured((torch.zeros(2),), Recorded)(function, torch.ones(2))
-
-
-@torch.inference_mode()
-def test_a_value_that_python_computed_is_frozen_in_a_graph():
+    ):
+        with pytest.raises(AssertionError, match="host"):
+            Captured((torch.zeros(2),), Recorded)(function, torch.ones(2))
     position = [1]
     captured = partial(Captured((torch.zeros(2),), Recorded), lambda x: x + position[0])
     assert captured(torch.ones(2)).tolist() == [2, 2]
@@ -415,68 +308,58 @@ def test_a_value_that_python_computed_is_frozen_in_a_graph():
     assert captured(torch.ones(2)).tolist() == [2, 2]
 
 
-@pytest.mark.usefixtures("interpreter", "twin")
+@pytest.mark.usefixtures("twin")
 @pytest.mark.skipif(
     DEVICE.type == "cuda", reason="the GPU's twin is in RAM, where kernels have to be interpreted"
 )
-def test_the_engine_decodes_by_one_graph_once_every_expert_has_a_slot(small_export, monkeypatch):
-    """On the engine's twin of a GPU, watched and not: the same graph, the same bits, and a watcher
-    hears of every choice.  The head, most of an interpreter's time, is left out."""
+def test_the_engine_gives_the_same_bits_for_every_budget_by_graphs_and_without(
+    small_export, monkeypatch
+):
+    """Watched and not: with every expert in a slot there is one graph, and a watcher hears of every
+    choice.  Closed, nothing is left.  The head, most of an interpreter's time, is left out."""
     monkeypatch.setattr(Network, "head", lambda self, h_TD: h_TD.clone())
-    outputs, routes = [], []
-    for graph in (None, Recorded):
-        twin = Twin()
-        monkeypatch.setattr(twin, "backend", lambda *choice, graph=graph: triton_ops(graph))
-        monkeypatch.setattr(
-            "slotmoe.offload.runtime.choose_device", lambda wanted, twin=twin: (twin, "a test")
-        )
-        Recorded.made = 0
-        with Runtime.open(small_export, context=32, misses="fetch") as runtime:
+    uses, outputs, routes = SMALL["num_experts_per_tok"], [], []
+    for graph, slots in ((None, None), (Recorded, None), (Recorded, 2)):
+        twin, Recorded.made, heard = Twin(slow, triton=True, graph=graph), 0, []
+        with open_on(small_export, twin, misses="fetch", slots=slots) as runtime, freed(runtime):
+            assert runtime.stats()["kernels"] == "triton, interpreted"
             runtime.warm()
-            step, before = start(runtime), runtime.stats()["cache"]["hits"]
-            steps = [step([5]).clone()]
-            assert runtime.stats()["cache"]["hits"] == before + SMALL["num_experts_per_tok"]
-            runtime.model.experts.on_route(routes.append)
-            steps += [step([900]).clone(), step([17]).clone()]
-            assert runtime.stats()["cache"]["hits"] == before + 3 * SMALL["num_experts_per_tok"]
-            assert Recorded.made == (0 if graph is None else 1)
-            outputs.append(torch.cat(steps))
-    assert torch.equal(*outputs)
-    plain, captured = routes[:2], routes[2:]
-    assert [route.indices for route in captured] == [route.indices for route in plain]
-    assert all((route.row, route.hits, route.misses) == (0, 2, 0) for route in routes)
+            before, steps = runtime.stats()["cache"]["hits"], []
+            for id in (5, 900, 17):
+                steps.append(runtime.sequences[0].append([id]).clone())
+                if id == 5:
+                    runtime.model.experts.on_route(heard.append)
+            if slots is None:
+                assert runtime.stats()["cache"]["hits"] == before + 3 * uses
+                assert all((route.row, route.hits, route.misses) == (0, uses, 0) for route in heard)
+            made = 0 if graph is None else 1 if slots is None else 2
+            assert Recorded.made == made
+            whole(runtime)
+        outputs.append(torch.cat(steps))
+        routes.append([route.indices for route in heard])
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    assert routes[0] == routes[1] == routes[2] and len(routes[0]) == 2
 
 
-@pytest.mark.usefixtures("interpreter")
-def test_a_runtime_on_triton_kernels_says_what_the_others_say(small_export, monkeypatch):
-    """But for the head, most of an interpreter's time, which torch computes."""
-    plain = TorchBackend()
+@pytest.mark.parametrize("export", nth(EACH, ["small_export", "sample_export"]))
+def test_a_runtime_on_triton_kernels_says_what_the_others_say(request, export, monkeypatch):
+    """But for the small one's head, most of an interpreter's time, which torch computes."""
+    plain, folder, found = TorchBackend(), request.getfixturevalue(export), {}
 
     def head(self, h_TD):
         return plain.linear(plain.rms_norm(h_TD, self.norm, 1e-6), self.lm_head)
 
-    monkeypatch.setattr(Network, "head", head)
-    logits, texts, names = {}, {}, {}
-    for kernels in ("torch", "triton"):
-        with open_with(small_export, kernels, 32) as runtime:
-            tokens = runtime.generate([5, 900, 17, 4], max_new_tokens=2)
-            texts[kernels] = [token.id for token in tokens]
-            logits[kernels] = runtime.logits([5, 900, 17, 4])
-            names[kernels] = runtime.stats()["kernels"]
-    assert "triton" in names["triton"]
-    assert texts["triton"] == texts["torch"]
-    assert error(logits["triton"], logits["torch"]) < 2e-2
-
-
-@pytest.mark.usefixtures("nightly")
-def test_the_sample_on_triton_kernels_says_what_it_says_on_a_cpu(sample_export):
-    logits, texts = {}, {}
-    for kernels in ("auto", "torch", "triton"):
-        with open_with(sample_export, kernels, 64) as runtime:
-            prompt = runtime.tokenizer.encode("It is a truth universally acknowledged")
-            logits[kernels] = runtime.logits(prompt)
-            tokens = runtime.generate("My fellow citizens,", max_new_tokens=8)
-            texts[kernels] = [token.id for token in tokens]
-    for kernels in ("auto", "torch"):
-        assert texts["triton"] == texts[kernels]
-        assert error(logits["triton"], logits[kernels]) < 2e-2
+    if export == "small_export":
+        monkeypatch.setattr(Network, "head", head)
+    others = ("torch",) if export == "small_export" else ("torch", "auto")
+    for kernels in ("triton", *others):
+        options = {"device": "cpu", "ram": "2GiB", "kernels": kernels}
+        if kernels == "triton" and DEVICE.type == "cuda":
+            options = {"device": "cuda", "vram": "1GiB"}
+        with Runtime.open(folder, context=32, **options) as runtime:
+            text = [token.id for token in runtime.generate([5, 900, 17, 4], max_new_tokens=2)]
+            found[kernels] = text, runtime.logits([5, 900, 17, 4]), runtime.stats()["kernels"]
+    assert "triton" in found["triton"][2]
+    for other in others:
+        assert found["triton"][0] == found[other][0]
+        assert error(found["triton"][1], found[other][1]) < 2e-2

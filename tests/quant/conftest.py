@@ -1,8 +1,14 @@
 """The native kernels, on every instruction set that this machine runs."""
 
 import pytest
+import torch
 
 from tests.support.kernels import ISAS, native
+
+
+@pytest.fixture(autouse=True)
+def the_same_numbers():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(params=ISAS)

@@ -1,25 +1,102 @@
-"""The graphs of a backend under torch's rules of memory pools, which a fake of its allocator
-holds."""
+"""The graphs of a backend under torch's rules of memory pools, which a fake of its allocator holds.
+
+A handle of a pool dies with the last graph that was captured into it; the next capture into it is
+torch's internal error.  ``capture_end`` of a spoiled capture raises before the allocator has
+stopped recording, and while it records, nothing can be given back.
+"""
+
+import contextlib
+import weakref
+from collections import Counter
+from functools import partial
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from slotmoe.quant.backends.graphs import Captured, CudaGraphs
-from tests.support.allocator import Allocator
 
-FAILED = "a CUDA graph could not be captured"
+pytestmark = pytest.mark.usefixtures("inference")
 
 
-def captured(graphs):
+@pytest.fixture
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+class Graph:
+    def __init__(self, allocator):
+        self._allocator = allocator
+
+    def capture_begin(self, pool, capture_error_mode):
+        allocator = self._allocator
+        allocator.captures += 1
+        assert capture_error_mode == "thread_local"
+        assert pool not in allocator.dead, "use_count > 0"
+        assert pool not in allocator.recording, "already recording"
+        allocator.recording.append(pool)
+        self._pool, self._spoiled = pool, allocator.captures == allocator.spoiled
+
+    def capture_end(self):
+        if self._spoiled:
+            raise RuntimeError("CUDA error: operation failed due to a previous error\nmore")
+        self._allocator.recording.remove(self._pool)
+        self._allocator.users[self._pool] += 1
+        weakref.finalize(self, self._allocator.freed, self._pool)
+
+    def replay(self):
+        pass
+
+
+class Allocator:
+    """Stands in for ``torch.cuda`` where graphs are captured, of which CUDA spoils the
+    ``spoiled``-th."""
+
+    def __init__(self, patch):
+        self.spoiled = self.captures = 0
+        self.users, self.dead, self.recording = Counter(), set(), []
+        handles = count(1)
+        stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
+        for name, fake in {
+            "CUDAGraph": partial(Graph, self),
+            "graph_pool_handle": lambda: (0, next(handles)),
+            "Stream": lambda: stream,
+            "current_stream": lambda: stream,
+            "current_device": lambda: 0,
+            "stream": lambda _: contextlib.nullcontext(),
+        }.items():
+            patch.setattr(torch.cuda, name, fake)
+        patch.setattr(torch._C, "_cuda_endAllocateToPool", self._end, raising=False)
+
+    def freed(self, pool):
+        self.users[pool] -= 1
+        if not self.users[pool]:
+            self.dead.add(pool)
+
+    def _end(self, device, pool):
+        if pool not in self.recording:
+            raise RuntimeError("not currently recording to mempool_id")
+        self.recording.remove(pool)
+
+
+@pytest.fixture
+def allocator(monkeypatch):
+    """At the end nothing goes on recording."""
+    made = Allocator(monkeypatch)
+    yield made
+    assert not made.recording, "captures_underway.empty()"
+
+
+def captured(graphs, work=lambda x: x + 1):
     """A function of one buffer that is captured when it is called."""
     made = Captured((torch.zeros(1),), graphs)
-    return lambda: made(lambda x: x + 1, torch.ones(1))
+    return lambda: made(work, torch.ones(1)).item()
 
 
-@torch.inference_mode()
-def test_graphs_of_one_backend_share_a_pool_and_another_backend_has_its_own(monkeypatch):
+def test_graphs_of_one_backend_share_a_pool_and_another_backend_has_its_own(allocator):
     """A model is opened, decodes, is closed; the next one captures into a pool that lives."""
-    allocator = Allocator(monkeypatch)
     for opened in range(1, 4):
         graphs = CudaGraphs()
         steps = [captured(graphs), captured(graphs)]
@@ -30,55 +107,39 @@ def test_graphs_of_one_backend_share_a_pool_and_another_backend_has_its_own(monk
     assert len(allocator.dead) == 3
 
 
-@torch.inference_mode()
 @pytest.mark.parametrize("spoiled", [1, 2])
 def test_a_spoiled_capture_is_said_once_and_the_work_goes_on_without_graphs(
-    monkeypatch, caplog, spoiled
+    allocator, caplog, spoiled
 ):
-    allocator = Allocator(monkeypatch, spoil={spoiled})
-    graphs = CudaGraphs()
+    allocator.spoiled, graphs = spoiled, CudaGraphs()
     steps = [captured(graphs) for _ in range(3)]
     for _ in range(2):
-        assert [step().item() for step in steps] == [2, 2, 2]
-    assert [record.message.partition(" (")[0] for record in caplog.records] == [FAILED]
-    assert "(CUDA error: operation failed due to a previous error)" in caplog.text
+        assert [step() for step in steps] == [2, 2, 2]
+    (record,) = caplog.records
+    told = "(CUDA error: operation failed due to a previous error)"
+    assert record.message.startswith(f"a CUDA graph could not be captured {told}")
     assert allocator.captures == spoiled
-    allocator.empty_cache()  # nothing goes on recording
     another = captured(CudaGraphs())  # another model is not concerned
-    assert another().item() == 2 and allocator.captures == spoiled + 1
+    assert another() == 2 and allocator.captures == spoiled + 1
 
 
-@torch.inference_mode()
-def test_work_that_fails_while_it_is_captured_ends_the_capture(monkeypatch, caplog):
-    """Out of memory inside the capture alone: the step runs without graphs."""
-    allocator, runs = Allocator(monkeypatch), []
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError("no memory"), KeyboardInterrupt()])
+def test_work_that_fails_while_it_is_captured_ends_the_capture(allocator, caplog, failure):
+    """Out of memory inside the capture alone: the step runs without graphs.  An interrupt spoils
+    nothing."""
+    runs = []
 
     def work(x):
         runs.append(x)
         if len(runs) == 2:  # the first is the run before the capture
-            raise torch.OutOfMemoryError("no memory for the pool")
+            raise failure
         return x + 1
 
-    made = Captured((torch.zeros(1),), CudaGraphs())
-    assert made(work, torch.ones(1)).item() == 2
-    assert len(runs) == 3 and "no memory for the pool" in caplog.text
-    allocator.empty_cache()
-
-
-@torch.inference_mode()
-def test_an_interrupt_while_a_graph_is_captured_spoils_nothing(monkeypatch, caplog):
-    allocator, runs, graphs = Allocator(monkeypatch), [], CudaGraphs()
-
-    def work(x):
-        runs.append(x)
-        if len(runs) == 2:
-            raise KeyboardInterrupt
-        return x + 1
-
-    made = Captured((torch.zeros(1),), graphs)
-    with pytest.raises(KeyboardInterrupt):
-        made(work, torch.ones(1))
-    assert not Captured.capturing
-    assert made(work, torch.ones(1)).item() == 2
-    assert allocator.captures == 2 and not caplog.records
-    allocator.empty_cache()
+    step, interrupted = captured(CudaGraphs(), work), isinstance(failure, KeyboardInterrupt)
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            step()
+        assert not Captured.capturing
+    assert step() == 2
+    assert allocator.captures == 1 + interrupted
+    assert ("no memory" in caplog.text) == (not interrupted) == bool(caplog.records)

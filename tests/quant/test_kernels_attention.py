@@ -2,40 +2,49 @@
 attention against its parts."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from slotmoe.quant.codec import LUT4
+from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.weights import AttentionLayer, Matrix, Mlp
 from slotmoe.quant.shapes import latent_bytes
 from tests.support.kernels import (
+    ISAS,
     AnyMatrix,
     RandomLayer,
     attention_layer,
+    coded_matrix,
     int8_matrix,
     latent_cache,
     levels_tensor,
-    needs_native,
-    nf4_matrix,
+    one_of,
     q8,
     quick,
     relative,
     same,
     seeds,
+    sizes,
     torch_of,
 )
-
-pytestmark = needs_native
+from tests.support.params import nth
 
 
 def attention(q, rows, r, scale):
     s = scale * (q @ rows.T)
     p = np.exp(s - s.max(-1, keepdims=True))
     return (p / p.sum(-1, keepdims=True)) @ rows[:, :r]
+
+
+def mla(kernels, q, rows, r, scale):
+    """Of the last token behind all rows."""
+    return kernels.mla(torch_of(q)[None], latent_cache(kernels, rows, r), len(rows), r, scale)[0]
 
 
 def sharpness(q, rows, spread):
@@ -51,17 +60,9 @@ def steps(n):
 
 
 @quick
-@given(
-    st.integers(1, 40),
-    st.integers(1, 300),
-    st.integers(1, 150),
-    st.integers(0, 40),
-    st.integers(0, 5),
-    seeds,
-    st.sampled_from([0.1, 1.0]),
-)
-def test_mla_one_token(kernels, heads, context, r, p, extra, seed, spread):
-    rng = np.random.default_rng(seed)
+@given(sizes(40, 300, 150), st.integers(0, 40), st.integers(0, 5), seeds, one_of(0.1, 1.0))
+def test_mla_one_token(kernels, size, p, extra, seed, spread):
+    (heads, context, r), rng = size, np.random.default_rng(seed)
     rows, q = rng.standard_normal((context + 3, r + p)), rng.standard_normal((heads, r + p))
     cache = latent_cache(kernels, rows, r, extra)
     cache[context:] = 0xFF  # rows past the context have no finite scale
@@ -70,10 +71,8 @@ def test_mla_one_token(kernels, heads, context, r, p, extra, seed, spread):
     want = attention(q, rows[:context], r, scale)
     # A score is off by some `steps` of its deviation, hence a weight by that share of itself, and
     # each value by steps too.
-    assert (
-        np.abs(got.numpy() - want).max()
-        < 4 * steps(max(r, p)) * (1 + spread) * np.abs(rows[:context, :r]).max()
-    )
+    bound = 4 * steps(max(r, p)) * (1 + spread) * np.abs(rows[:context, :r]).max()
+    assert np.abs(got.numpy() - want).max() < bound
 
 
 @quick
@@ -92,8 +91,10 @@ def test_mla_of_many_tokens_is_bitwise_that_of_each(kernels, tokens, heads, befo
         assert torch.equal(got[t], kernels.mla(q[t : t + 1], cache, before + t + 1, 32, 0.2)[0])
 
 
-@pytest.mark.parametrize("context", [1025, 2500])
-@pytest.mark.parametrize("course", ["level", "rising", "falling", "one peak"])
+@pytest.mark.parametrize(
+    ("course", "context"),
+    [("level", 2500), ("rising", 1025), ("falling", 2500), ("one peak", 1025)],
+)
 def test_mla_over_a_long_context(kernels, context, course):
     """Several chunks in a span, whose scores go their own ways: each chunk beyond what float32
     holds of the one before."""
@@ -102,22 +103,13 @@ def test_mla_over_a_long_context(kernels, context, course):
     q[:, 32] = (1.0, 1.5, 2.0)  # the heads' scores are the 33rd column, up to a factor
     chunk = np.arange(context) // 64
     rows[:, 32:] = 0
-    rows[:, 32] = {
-        "level": 0 * chunk,
-        "rising": 100 * chunk,
-        "falling": -100 * chunk,
-        "one peak": 200 * (chunk == 9),
-    }[course]
-    rows[:, 32] += rng.standard_normal(context) if course == "level" else 0
-    cache = latent_cache(kernels, rows, 32)
-    got = kernels.mla(torch_of(q)[None], cache, context, 32, 1.0)[0]
+    courses = {"level": rng.standard_normal(context), "one peak": 200 * (chunk == 9)}
+    courses |= {"rising": 100 * chunk, "falling": -100 * chunk}
+    rows[:, 32] = courses[course]
+    got = mla(kernels, q, rows, 32, 1.0)
     assert relative(got, attention(q, rows, 32, 1.0)) < 0.03
     rows[-1, 0] = np.nan
-    assert (
-        kernels.mla(torch_of(q)[None], latent_cache(kernels, rows, 32), context, 32, 1.0)
-        .isnan()
-        .all()
-    )
+    assert mla(kernels, q, rows, 32, 1.0).isnan().all()
 
 
 def test_mla_shows_nan(kernels):
@@ -144,9 +136,8 @@ def test_no_piece_of_a_range_goes_past_its_end(kernels):
             cache = torch.full((2100, latent_bytes(8, 4)), 0xFF, dtype=torch.uint8)
             kernels.store_latents(rows[:count], 8, cache[:count])
             assert (cache[count:] == 0xFF).all()
-            assert torch.equal(
-                cache[count - 1 : count], latent_cache(kernels, rows[count - 1 : count].numpy(), 8)
-            )
+            last = latent_cache(kernels, rows[count - 1 : count].numpy(), 8)
+            assert torch.equal(cache[count - 1 : count], last)
 
 
 def test_latents_of_nothing(kernels):
@@ -154,12 +145,11 @@ def test_latents_of_nothing(kernels):
     rows = np.zeros((70, 72))
     rows[::2] = 1e-40
     rows[3, 64:], rows[5, :64] = 1.0, 1.0
-    got = kernels.mla(torch.ones(1, 3, 72), latent_cache(kernels, rows, 64), 70, 64, 0.1)[0]
+    q = np.ones((3, 72))
+    got = mla(kernels, q, rows, 64, 0.1)
     rows[::2] = 0
-    assert relative(got, attention(np.ones((3, 72)), rows, 64, 0.1)) < 0.01
-    assert not kernels.mla(
-        torch.ones(1, 3, 72), latent_cache(kernels, 0 * rows, 64), 70, 64, 0.1
-    ).any()
+    assert relative(got, attention(q, rows, 64, 0.1)) < 0.01
+    assert not mla(kernels, q, 0 * rows, 64, 0.1).any()
 
 
 HEAVY = ["columns", "student", "student queries"]
@@ -187,32 +177,25 @@ def distribution(rng, kind, context):
     return rows, q
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "large", "zeros", "rope", "mean", *HEAVY])
-def test_mla_error_at_a_real_size(kernels, kind):
+@pytest.mark.parametrize(
+    ("kernels", "kind"),
+    nth(3, product(ISAS, ["gaussian", "large", "zeros", "rope", "mean", *HEAVY])),
+    indirect=["kernels"],
+)
+def test_mla_error_at_a_real_size(heavy, kernels, kind):
     """Within 1.5% on Gaussian rows.  Beside queries and rows of 8 bits in blocks of 32, exactly
     computed: no worse where tails are heavy, and where they aren't, at most half more, which is
     what one scale for a whole part costs."""
     rng = np.random.default_rng(11)
-    errors = []
-    for _ in range(3):
-        rows, q = distribution(rng, kind, 700)
-        cache = latent_cache(kernels, rows, 512)
-        for spread in (1.0, 2.0):
+    made = [distribution(rng, kind, 700) for _ in range(3)]
+    for spread in (1.0, 2.0):
+        errors = []
+        for rows, q in made:
             scale = sharpness(q, rows, spread)
             want = attention(q, rows, 512, scale)
-            plain = relative(attention(q8(q), q8(rows), 512, scale), want)
-            errors.append(
-                (
-                    spread,
-                    relative(kernels.mla(torch_of(q)[None], cache, 700, 512, scale)[0], want),
-                    plain,
-                )
-            )
-    for spread in (1.0, 2.0):
-        ours, plain = (
-            math.sqrt(np.mean([error[i] ** 2 for error in errors if error[0] == spread]))
-            for i in (1, 2)
-        )
+            both = mla(kernels, q, rows, 512, scale), attention(q8(q), q8(rows), 512, scale)
+            errors.append([relative(got, want) for got in both])
+        ours, plain = np.sqrt(np.square(errors).mean(0))
         assert ours < plain * (1.0 if kind in HEAVY else 1.5)
         if kind in ("gaussian", "large"):
             assert ours < (0.015 if spread == 1.0 else 0.02)
@@ -225,8 +208,7 @@ def test_many_small_weights_beside_a_large_one(kernels):
     rows, q = np.zeros((64, 576)), np.zeros((16, 576))
     rows[:, :512] = rng.standard_normal(512) + 0.1 * rng.standard_normal((64, 512))
     rows[20, :512], rows[20, 512], q[:, 512] = 0.1 * rng.standard_normal(512), math.log(9 * 63), 1.0
-    got = kernels.mla(torch_of(q)[None], latent_cache(kernels, rows, 512), 64, 512, 1.0)[0]
-    assert relative(got, attention(q, rows, 512, 1.0)) < 0.02
+    assert relative(mla(kernels, q, rows, 512, 1.0), attention(q, rows, 512, 1.0)) < 0.02
 
 
 @quick
@@ -247,49 +229,37 @@ def test_rotate(kernels, t, heads, pairs, halves, seed):
         assert torch.equal(kernels.rotate(x[-1:], table[-1:], halves), got[-1:])
 
 
-@settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+MIXED = ["int8", "nf4", "float16", "float32"]
+
+
+@quick
 @given(
-    st.sampled_from([["int8"], ["nf4"], ["bfloat16"], ["int8", "nf4", "float16", "float32"]]),
-    st.tuples(
-        *(st.integers(1, top) for top in (140, 5)),
-        st.integers(0, 20),
-        st.integers(0, 8),
-        st.integers(1, 80),
-        st.integers(1, 20),
-    ),
-    st.sampled_from([0, 1, 30]),
-    st.sampled_from([0, 7]),
-    st.lists(st.sampled_from(["first", "middle", "last"]), min_size=1, max_size=7),
-    st.sampled_from([1.0, 1e4]),
+    one_of(["int8"], ["nf4"], ["bfloat16"], MIXED),
+    sizes(140, 5, 80, 20),
+    st.tuples(st.integers(0, 20), st.integers(0, 8)).filter(any),
+    st.tuples(one_of(0, 1, 30), one_of(0, 7)),
+    st.lists(one_of(0, 1, 2), min_size=1, max_size=7),
+    one_of(1.0, 1e4),
     st.integers(1, 3),
     seeds,
 )
 def test_attention_is_bitwise_its_parts(
-    kernels, kinds, shape, q_rank, experts, where, size, threads, seed
+    kernels, kinds, shape, head, other, where, size, threads, seed
 ):
     """One token of each of a few sequences, in one call, is what the single ops give each of them
-    alone."""
+    alone.  ``where``: their positions, the first, one in the middle, or the last."""
     rng = np.random.default_rng(seed)
-    hidden, heads, n, pairs, r, v = shape
-    if n + pairs == 0:
-        n = 1
-    p = 2 * pairs
+    (hidden, heads, r, v), (n, pairs), p = shape, head, 2 * head[1]
     kernels.set_threads(threads)
-    layer = RandomLayer(kernels, rng, kinds, hidden, heads, n, p, r, v, q_rank, experts)
+    layer = RandomLayer(kernels, rng, kinds, hidden, heads, n, p, r, v, *other)
     layer.latent_norm *= size  # 1e4: past what fp16 holds
-    capacities = [int(rng.integers(1, 200)) for _ in where]
-    positions = [
-        {"first": 0, "middle": c // 2, "last": c - 1}[place]
-        for place, c in zip(where, capacities, strict=True)
-    ]
+    capacities = [int(rng.integers(1, 400)) for _ in where]
+    positions = [(c - 1) * place // 2 for place, c in zip(where, capacities, strict=True)]
     size, caches, others = latent_bytes(r, p), [], []
     for capacity, position in zip(capacities, positions, strict=True):
         buffer = torch.full((max(capacity, 2), size + 3), 0xFF, dtype=torch.uint8)
-        kernels.store_latents(
-            torch_of(rng.standard_normal((position, r + p))), r, buffer[:position, :size]
-        )
+        latents = torch_of(rng.standard_normal((position, r + p)))
+        kernels.store_latents(latents, r, buffer[:position, :size])
         caches.append(buffer.clone()[:, :size])
         others.append(buffer.clone()[:, :size])
     t = len(where)
@@ -308,22 +278,6 @@ def test_attention_is_bitwise_its_parts(
     assert got[0].isfinite().all()
 
 
-def test_threads_change_nothing_in_a_fused_layer(kernels):
-    rng = np.random.default_rng(14)
-    layer = RandomLayer(kernels, rng, ["int8", "nf4"], 320, 6, 20, 12, 130, 24, 70, 50)
-    rows, h = (
-        latent_cache(kernels, rng.standard_normal((900, 142)), 130),
-        torch_of(rng.standard_normal((1, 320))),
-    )
-    table, results = torch.polar(torch.ones(1, 6), torch.rand(1, 6)), []
-    for threads in (1, 2, 3, 7):
-        kernels.set_threads(threads)
-        cache = rows.clone()
-        got = attention_layer(kernels, layer.prepared(), h, table, [cache], [850])
-        results.append([*got, cache])
-    assert all(same(other, results[0]) for other in results[1:])
-
-
 def test_a_layer_holds_its_memory(kernels):
     """Nothing but the prepared layer refers to the weights."""
     rng = np.random.default_rng(15)
@@ -338,6 +292,10 @@ def test_a_layer_holds_its_memory(kernels):
     assert same(attention_layer(kernels, prepared, h, table, [cache], [0]), want)
 
 
+def of_codes(codes, scales, levels, rows=16):
+    return Matrix.of_codes(CodedWeight(codes, scales, levels, (rows, 16)))
+
+
 def test_bad_layers_are_refused(kernels):
     rng = np.random.default_rng(16)
     layer = RandomLayer(kernels, rng, ["int8"], 64, 2, 8, 4, 32, 10, 24, 9)
@@ -345,43 +303,28 @@ def test_bad_layers_are_refused(kernels):
     q, scale = layer.kv_b.q, layer.kv_b.scale
     other = AnyMatrix(kernels, rng, "nf4", 63, 65).fused
     changes = [
-        {0: (3, 8, 4, 32, 10)},
-        {0: (2, 8, 3, 32, 10)},
-        {0: (2, 8, 4, 32, 0)},
-        {1: torch.ones(63)},
-        {1: torch.ones(64).double()},
-        {1: torch.ones(64, device="meta")},
-        {3: None},
-        {3: torch.ones(23)},
-        {4: None},
-        {6: torch.ones(31)},
-        {7: Int8Weight(q.float(), scale)},
-        {7: Int8Weight(q[:-1], scale)},
-        {7: Int8Weight(q.t().contiguous().t(), scale)},
-        {7: Int8Weight(q, scale[:-1])},
-        {9: torch.ones(65)},
-        *({place: other} for place in (2, 4, 5, 8, 10)),
+        *((0, sizes) for sizes in ((3, 8, 4, 32, 10), (2, 8, 3, 32, 10), (2, 8, 4, 32, 0))),
+        *((1, norm) for norm in (torch.ones(63), torch.ones(64).double())),
+        (1, torch.ones(64, device="meta")),
+        *((3, norm) for norm in (None, torch.ones(23))),
+        (4, None),
+        (6, torch.ones(31)),
+        *((7, Int8Weight(bad, scale)) for bad in (q.float(), q[:-1], q.t().contiguous().t())),
+        (7, Int8Weight(q, scale[:-1])),
+        (9, torch.ones(65)),
+        *((place, other) for place in (2, 4, 5, 8, 10)),
     ]
-    for change in changes:
-        changed = [change.get(i, value) for i, value in enumerate(good)]
+    for place, value in changes:
+        changed = [*good[:place], value, *good[place + 1 :]]
         with pytest.raises(ValueError, match=r"expected|must"):
             AttentionLayer(*changed, (1e-5, 1e-6, 0.1))
-    prepared, h, table = (
-        layer.prepared(),
-        torch.randn(1, 64),
-        torch.ones(1, 2, dtype=torch.complex64),
-    )
+    h, table = torch.randn(1, 64), torch.ones(1, 2, dtype=torch.complex64)
     cache = torch.zeros(5, 52, dtype=torch.uint8)
-    attention_layer(kernels, prepared, h, table, [cache], [4])
+    attention_layer(kernels, layer.prepared(), h, table, [cache], [4])
     ones, tiles = torch.ones(16, 16, dtype=torch.int8), torch.ones(1, 1, 1024, dtype=torch.int8)
-    int8, codes = (
-        int8_matrix(kernels, ones, torch.ones(16)),
-        (torch.zeros(1, 1, 512, dtype=torch.uint8), torch.zeros(1, 1, 16).half()),
-    )
-    nf4s = [
-        nf4_matrix(*codes, levels, 16, 16)
-        for levels in (levels_tensor, levels_tensor * 2, levels_tensor * float("inf"))
-    ]
+    int8 = int8_matrix(kernels, ones, torch.ones(16))
+    codes = torch.zeros(1, 1, 512, dtype=torch.uint8), torch.zeros(1, 1, 16).half()
+    nf4s = [of_codes(*codes, levels_tensor * size) for size in (1, 2, math.inf)]
     mlp = Mlp(int8, int8, int8)
     cases = [
         lambda: kernels.rotate(torch.ones(2, 3, 5), torch.ones(2, 2, dtype=torch.complex64)),
@@ -392,16 +335,17 @@ def test_bad_layers_are_refused(kernels):
         lambda: kernels.mlp(mlp, torch.ones(2, 16), None, torch.ones(2, 16)),
         lambda: kernels.mlp(Mlp(*[nf4s[2]] * 3), torch.ones(2, 16)),
         lambda: Mlp(int8, int8, nf4s[0]),
+        lambda: Mlp(*nf4s[:1] * 2, coded_matrix(rng, 16, 16, LUT4)),
         lambda: Mlp(nf4s[0], nf4s[0], nf4s[1]),
         lambda: Mlp(int8, int8, int8_matrix(kernels, ones[:, :15].contiguous(), torch.ones(16))),
         lambda: Mlp(*[Matrix.dense(torch.ones(16, 16))] * 3),
         lambda: Matrix.int8(tiles, torch.ones(17), (17, 16)),
         lambda: Matrix.int8(tiles, torch.ones(15), (16, 16)),
-        lambda: nf4_matrix(*codes, levels_tensor, 17, 16),
-        lambda: nf4_matrix(*codes, levels_tensor[:15], 16, 16),
+        lambda: of_codes(*codes, levels_tensor, 17),
+        lambda: of_codes(*codes, levels_tensor[:15]),
         lambda: Matrix.dense(torch.ones(16, 16).double()),
         lambda: Matrix.dense(torch.ones(16, 16)[:, :8]),
     ]
     for case in cases:
-        with pytest.raises(ValueError, match=r"expected|must|rows|columns|refused"):
+        with pytest.raises(ValueError, match=r"expected|must|rows|columns|refused|one codec"):
             case()

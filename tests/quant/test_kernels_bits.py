@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.driver import COMPILER, build, run
 
-pytestmark = pytest.mark.usefixtures("nightly")
+pytestmark = pytest.mark.usefixtures("nightly", "processes")
 
 ARM = "aarch64-linux-gnu"
 SETS = {  # by the emulator's processor

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slotmoe.quant.kernels.cpu.weights import Decoder, Mlp, Router
@@ -16,38 +16,34 @@ from tests.support.kernels import (
     alone,
     attention_layer,
     expert_record,
-    needs_native,
+    one_of,
     quick,
     random_expert,
     same,
     seeds,
+    sizes,
     slab_of,
     torch_of,
 )
-
-pytestmark = needs_native
 
 
 @quick
 @given(
     st.integers(0, 5),
-    st.sampled_from([(1, 1), (3, 1), (4, 2), (8, 3), (8, 8)]),
+    one_of((1, 1), (3, 1), (4, 2), (8, 3), (8, 8)),
     st.integers(2, 20),
-    st.booleans(),
-    st.sampled_from([1, 2]),
-    st.booleans(),
-    st.sampled_from([None, 0.0, 0.1, 30.0]),
+    st.tuples(st.booleans(), one_of(1, 2), st.booleans()),
+    one_of(None, 0.0, 0.1, 30.0),
     st.data(),
 )
-def test_route(kernels, t, groups, size, renormalize, group_best, sigmoid, bias, data):
+def test_route(kernels, t, groups, size, kind, bias, data):
     """The network's own gate is the oracle where no scores are equal; among equals the lower index
     comes first."""
     (count, kept), rng = groups, np.random.default_rng(data.draw(seeds))
     experts, top_k = count * size, data.draw(st.integers(1, kept * size))
-    logits = torch_of(
-        np.round(rng.standard_normal((t, experts)) * data.draw(st.sampled_from([1, 4, 4000])))
-    )
-    logits *= data.draw(st.sampled_from([1, 1e-3]))
+    (renormalize, group_best, sigmoid), width = kind, data.draw(one_of(1, 4, 4000))
+    logits = torch_of(np.round(rng.standard_normal((t, experts)) * width))
+    logits *= data.draw(one_of(1, 1e-3))
     if bias is not None:
         bias = torch_of(np.round(rng.standard_normal(experts), 1) * bias)
     router = Router(count, kept, top_k, 1.5, renormalize, group_best, sigmoid)
@@ -57,9 +53,8 @@ def test_route(kernels, t, groups, size, renormalize, group_best, sigmoid, bias,
     choice = scores if bias is None else scores + bias
     in_groups = choice.view(t, count, size).topk(group_best, -1).values.sum(-1)
     best = in_groups.sort(descending=True, stable=True).indices[:, :kept]
-    mask = (
-        torch.zeros(t, count, dtype=torch.bool).scatter_(1, best, True).repeat_interleave(size, 1)
-    )
+    kept_groups = torch.zeros(t, count, dtype=torch.bool).scatter_(1, best, True)
+    mask = kept_groups.repeat_interleave(size, 1)
     order = choice.masked_fill(~mask, -math.inf).sort(descending=True, stable=True).indices
     order = order[:, :top_k]
     want = scores.gather(1, order).double()
@@ -80,16 +75,9 @@ def test_route_of_what_is_not_finite(kernels):
         biased = kernels.route(logits, router, bias)[1]
         for row in (*indices.tolist(), *biased.tolist()):
             assert len(set(row)) == 5 and min(row) >= 0 and max(row) < 12
-    for bad in (
-        Router(5, 1, 2, 1.0),
-        Router(4, 5, 2, 1.0),
-        Router(4, 0, 2, 1.0),
-        Router(1, 1, 13, 1.0),
-        Router(1, 1, 0, 1.0),
-        Router(4, 1, 4),
-        Router(12, 3, 2, group_best=2),
-        Router(4, 2, 2, group_best=3),
-    ):
+    shapes = (5, 1, 2), (4, 5, 2), (4, 0, 2), (1, 1, 13), (1, 1, 0), (4, 1, 4)
+    best = Router(12, 3, 2, group_best=2), Router(4, 2, 2, group_best=3)
+    for bad in (*(Router(*shape) for shape in shapes), *best):
         with pytest.raises(ValueError, match="don't fit"):
             kernels.route(logits, bad)
 
@@ -108,15 +96,12 @@ class RandomModel:
             layer = RandomLayer(kernels, rng, ["int8", "nf4"], hidden, 3, 8, 4, 20, 6, 0, count)
             layer.halves = halves
             kind = ["int8", "nf4"][int(rng.integers(2))]
-            parts = [
-                AnyMatrix(kernels, rng, kind, *shape).fused
-                for shape in [(width, hidden), (width, hidden), (hidden, width)]
-            ]
+            shapes = (width, hidden), (width, hidden), (hidden, width)
+            parts = [AnyMatrix(kernels, rng, kind, *shape).fused for shape in shapes]
             self.layers.append((layer.prepared(), Mlp(*parts) if has_mlp else None))
         self.slab = slab_of([random_expert(rng, hidden, width)[1] for _ in range(3 * experts)])
-        self.slots = torch.from_numpy(rng.permutation(3 * experts).astype(np.int32)).view(
-            3, experts
-        )
+        order = rng.permutation(3 * experts).astype(np.int32)
+        self.slots = torch.from_numpy(order).view(3, experts)
         self.decoder = Decoder(self.layers, self.router)
         self.record = expert_record(hidden, width)
 
@@ -158,25 +143,18 @@ class RandomModel:
         return h if y is None else h + y
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@quick
 @given(
-    st.integers(1, 100),
-    st.integers(1, 60),
-    st.integers(1, 3),
+    sizes(100, 60, 3, 3),
     st.one_of(st.just(0.0), st.floats(0, 1), st.just(1.0)),
     st.one_of(st.lists(st.integers(0, 80), min_size=n, max_size=n) for n in (1, 3)),
-    st.integers(1, 3),
     st.booleans(),
     seeds,
 )
-def test_decode_is_bitwise_its_parts(
-    kernels, hidden, width, top_k, present, positions, threads, resumes, seed
-):
+def test_decode_is_bitwise_its_parts(kernels, size, present, positions, resumes, seed):
     """Also where it has to stop at experts that have no slot, which is every router's where none
     has one, and goes on from what another computed of them, or behind that layer."""
-    rng = np.random.default_rng(seed)
+    (hidden, width, top_k, threads), rng = size, np.random.default_rng(seed)
     kernels.set_threads(threads)
     model = RandomModel(kernels, rng, hidden, width, 6, top_k)
     h, table, caches = model.start(rng, positions)
@@ -187,19 +165,9 @@ def test_decode_is_bitwise_its_parts(
     slots = model.slots.masked_fill(torch.from_numpy(rng.random((3, 6)) >= present), -1)
     at, resumed, asked, stops = 0, (), 0, 0
     while at < 5:
-        got = kernels.decode(
-            model.decoder,
-            at,
-            h,
-            table,
-            caches,
-            positions,
-            model.slab,
-            slots,
-            model.record,
-            *(resumed or (None, None)),
-            query_scale,
-        )
+        state = at, h, table, caches, positions, model.slab, slots, model.record
+        resumed_from = resumed or (None, None)
+        got = kernels.decode(model.decoder, *state, *resumed_from, query_scale)
         asked += len(got.indices)
         choices, inputs = [], []
         for index in range(at + bool(resumed), 5):
@@ -242,32 +210,24 @@ def test_decode_refuses(kernels):
     kernels.decode(**good)
     kernels.decode(**good | {"x": None, "experts": None})
     odd = torch.zeros(model.slab.numel() + 1, dtype=torch.uint8)[1:].view(model.slab.shape)
+    nothing = torch.full((2, 16), math.nan)
     wide = torch.zeros(len(model.slab), model.slab.shape[1] + 8, dtype=torch.uint8)
+    a, b = caches
     bad = {
         "first": [5, -1, dense],
         "h": [h[:, 1:], h[:1], h.double(), h.to("meta"), h.t().contiguous().t()],
         "table": [table[:, 1:], table[:1], table.real, table.conj()],
         "caches": [
-            [],
-            caches[:1],
-            [caches[0], caches[1].float()],
-            [caches[0], caches[1][1:]],
-            [caches[0], caches[1].contiguous()],
-            [caches[0], caches[1][:, :80]],
-            [cache[1:] for cache in caches],
-            [cache[0] for cache in caches],
-            [cache[..., 1:] for cache in caches],
-            [cache.to("meta") for cache in caches],
+            *([], caches[:1]),
+            *([caches[0], bad] for bad in (b.float(), b[1:], b.contiguous(), b[:, :80])),
+            *([a[1:], b[1:]], [a[0], b[0]], [a[..., 1:], b[..., 1:]], [a.to("meta"), b.to("meta")]),
             [torch.zeros(5, cache.shape[2], 90, dtype=torch.uint8).mT for cache in caches],
             [cache[:, :1].expand(5, 90, -1) for cache in caches],
         ],
         "positions": [[3], [3, 0, 0], [3, -1], [90, 0]],
         "slab": [model.slab[:, :64].contiguous(), odd, wide, model.slab.float()],
         "slots": [model.slots[1:], model.slots.long(), model.slots + 18],
-        "record": [
-            expert_record(65, 32),
-            expert_record(64, 32, levels=torch.full((2, 16), float("nan"))),
-        ],
+        "record": [expert_record(65, 32), expert_record(64, 32, levels=nothing)],
         "x": [None, h[:1], h.double()],
         "experts": [None, h[:, 1:].contiguous(), h.to("meta")],
         "query_scale": [torch.ones(3), torch.ones(2, 1), torch.ones(2).double()],

@@ -1,4 +1,9 @@
-"""Linear layers, norms and MLPs of the native kernels against plain numpy in float64."""
+"""Linear layers, norms, MLPs and quantizers of the native kernels against plain numpy in float64,
+and bitsandbytes."""
+
+import math
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -6,28 +11,30 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from slotmoe.quant.codec import NF4
+from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.weights import Matrix, Mlp
+from tests.support.codes import random_codes, values
 from tests.support.kernels import (
+    CODECS,
+    ISAS,
     LEVELS,
+    coded_matrix,
     int8_matrix,
     levels_tensor,
-    linear_nf4,
-    needs_native,
-    nf4_matrix,
+    one_of,
     q8,
     quick,
-    random_nf4,
     relative,
     seeds,
+    sizes,
     torch_of,
-    untile_codes,
 )
+from tests.support.oracle import untile
+from tests.support.params import nth
 
-pytestmark = needs_native
-
-
-dims = st.tuples(st.integers(1, 9), st.integers(1, 70), st.integers(1, 300))  # T, N, K
+dims = sizes(9, 70, 300)  # T, N, K
 
 
 def half_steps(x):
@@ -37,36 +44,32 @@ def half_steps(x):
     return np.repeat(steps, 16, axis=1)[:, : x.shape[1]] * 0.5001
 
 
-def scales_of(absmax, n, k):
-    rows = absmax.numpy().astype(np.float64).transpose(0, 2, 1)
+def scales_of(weight):
+    n, k = weight.shape
+    rows = weight.scales.numpy().astype(np.float64).transpose(0, 2, 1)
     return np.repeat(rows.reshape(-1, rows.shape[-1]), 64, axis=1)[:n, :k]
 
 
 @quick
-@given(
-    dims,
-    seeds,
-    st.sampled_from([6e-8, 1e-4, 1.0, 30000.0]),
-    st.sampled_from([1e-42, 1e-20, 1.0, 1e30]),
-)
+@given(dims, seeds, one_of(6e-8, 1e-4, 1.0, 30000.0), one_of(1e-42, 1e-20, 1.0, 1e30))
 def test_linear_nf4(kernels, shape, seed, w_scale, x_scale):
     t, n, k = shape
     rng = np.random.default_rng(seed)
-    w, codes, absmax = random_nf4(rng, n, k, w_scale, negative=True)
+    weight, w = random_codes(rng, NF4, n, k, w_scale)
     x = torch_of(rng.standard_normal((t, k)) * x_scale)
     x64 = x.numpy().astype(np.float64)
     want = x64 @ w.T
     assume(np.abs(want).max() < 1e38)
-    got = linear_nf4(kernels, x, codes, absmax, levels_tensor, n).numpy().astype(np.float64)
+    got = kernels.linear(Matrix.of_codes(weight), x).double().numpy()
     # Off by half an activation step on each weight, and half a level step (at most 1 / 95) on each
     # activation.
-    steps, scales = half_steps(x64), np.abs(scales_of(absmax, n, k))
+    steps, scales = half_steps(x64), np.abs(scales_of(weight))
     bound = steps @ np.abs(w).T + (np.abs(x64) + steps) @ scales.T * 0.5 / 95
     assert (np.abs(got - want) <= bound + 1e-6 * np.abs(x64) @ np.abs(w).T + 2e-45).all()
 
 
 @quick
-@given(dims, seeds, st.sampled_from([1e-30, 1.0, 1e30]))
+@given(dims, seeds, one_of(1e-30, 1.0, 1e30))
 def test_linear_int8(kernels, shape, seed, scale):
     t, n, k = shape
     rng = np.random.default_rng(seed)
@@ -75,52 +78,26 @@ def test_linear_int8(kernels, shape, seed, scale):
     x = torch_of(rng.standard_normal((t, k)) / scale)
     w = q * s.astype(np.float64)[:, None]
     x64 = x.numpy().astype(np.float64)
-    got = (
-        kernels.linear(int8_matrix(kernels, torch.from_numpy(q), torch.from_numpy(s)), x)
-        .numpy()
-        .astype(np.float64)
-    )
+    got = kernels.linear(int8_matrix(kernels, torch.from_numpy(q), torch.from_numpy(s)), x)
     bound = half_steps(x64) @ np.abs(w).T + 1e-6 * np.abs(x64) @ np.abs(w).T
-    assert (np.abs(got - x64 @ w.T) <= bound).all()
+    assert (np.abs(got.double().numpy() - x64 @ w.T) <= bound).all()
 
 
-def test_exact_where_integers_suffice(kernels):
-    """Levels and activations that 8 bits hold exactly give the exact result: no saturation, no lost
-    correction."""
-    rng = np.random.default_rng(0)
-    levels = np.array(
-        [-127, -126, -100, -64, -33, -5, -1, 0, 1, 2, 31, 64, 99, 120, 126, 127], dtype=np.float32
-    )
-    w, codes, absmax = random_nf4(rng, 40, 200, 1.0, levels)
-    absmax[:] = torch.where(absmax != 0, 0.5, 0.0)
-    w = np.sign(w) * 0 + levels.astype(np.float64)[untile_codes(codes.numpy(), 40, 200)] * 0.5
-    x = rng.choice([-127.0, 127.0], (3, 200))
-    x[:, ::16] = 127
-    got = linear_nf4(kernels, torch_of(x), codes, absmax, torch.from_numpy(levels), 40)
-    assert relative(got, x @ w.T) < 1e-6
-    q = rng.choice(np.array([-127, 127], dtype=np.int8), (40, 200))
-    got = kernels.linear(int8_matrix(kernels, torch.from_numpy(q), torch.ones(40)), torch_of(x))
-    assert relative(got, x @ q.T.astype(np.float64)) < 1e-6
-
-
-@pytest.mark.parametrize(
-    "name", ["ascending", "shuffled", "positive", "huge", "tiny", "one", "zeros"]
-)
-def test_levels_are_data(kernels, name):
+def test_levels_are_data(kernels):
     rng = np.random.default_rng(1)
-    table = {
-        "ascending": np.sort(rng.uniform(-1, 1, 16)),
-        "shuffled": rng.permutation(LEVELS),
-        "positive": rng.uniform(0, 5, 16),
-        "huge": rng.uniform(-1e30, 1e30, 16),
-        "tiny": rng.uniform(-1e-30, 1e-30, 16),
-        "one": np.full(16, 0.7),
-        "zeros": np.zeros(16),
-    }[name].astype(np.float32)
-    w, codes, absmax = random_nf4(rng, 48, 256, 0.5, table, True)
-    x = torch_of(rng.standard_normal((2, 256)))
-    got = linear_nf4(kernels, x, codes, absmax, torch.from_numpy(table), 48)
-    assert relative(got, x.numpy().astype(np.float64) @ w.T) < 0.015
+    tables = [
+        np.sort(rng.uniform(-1, 1, 16)),
+        rng.permutation(LEVELS),
+        *(rng.uniform(*range_, 16) for range_ in ((0, 5), (-1e30, 1e30), (-1e-30, 1e-30))),
+        *(np.full(16, level) for level in (0.7, 0.0)),
+    ]
+    for table in tables:
+        weight, x = random_codes(rng, NF4, 48, 256)[0], torch_of(rng.standard_normal((2, 256)))
+        weight = replace(weight, levels=torch_of(table))
+        parts = weight.codes.numpy(), weight.scales.numpy()
+        w = values({**NF4.describe(), "levels": table}, *parts, 48, 256).astype(np.float64)
+        got = kernels.linear(Matrix.of_codes(weight), x)
+        assert relative(got, x.double().numpy() @ w.T) < 0.015
 
 
 def activations(kind, rng, shape):
@@ -133,8 +110,12 @@ def activations(kind, rng, shape):
     return rng.standard_t({"t2": 2, "t3": 3}[kind], shape)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "t2", "t3", "outliers"])
-def test_error_beside_q8(kernels, kind):
+@pytest.mark.parametrize(
+    ("kernels", "kind"),
+    nth(3, product(ISAS, ["gaussian", "t2", "t3", "outliers"])),
+    indirect=["kernels"],
+)
+def test_error_beside_q8(heavy, kernels, kind):
     """Within 1.5% for Gaussian activations, and never worse than llama.cpp's activations with exact
     weights."""
     rng = np.random.default_rng(3)
@@ -143,13 +124,13 @@ def test_error_beside_q8(kernels, kind):
     raw = rng.standard_normal((256, 2048))
     codes, absmax = kernels.quantize_nf4(torch_of(raw))
     blocks = absmax.numpy().astype(np.float64).transpose(0, 2, 1).reshape(256, 32)
-    w = LEVELS.astype(np.float64)[untile_codes(codes.numpy(), 256, 2048)] * np.repeat(
-        blocks, 64, axis=1
-    )
+    w = LEVELS.astype(np.float64)[untile(codes.numpy())]
+    w *= np.repeat(blocks, 64, axis=1)
+    nf4 = CodedWeight(codes, absmax, levels_tensor, (256, 2048))
     q, s = kernels.quantize_int8(torch_of(raw))
     w8 = q.numpy() * s.numpy().astype(np.float64)[:, None]
     for got, exact in [
-        (linear_nf4(kernels, x, codes, absmax, levels_tensor, 256), w),
+        (kernels.linear(Matrix.of_codes(nf4), x), w),
         (kernels.linear(int8_matrix(kernels, q, s), x), w8),
     ]:
         want = x64 @ exact.T
@@ -162,40 +143,36 @@ def test_error_beside_q8(kernels, kind):
 
 def test_many_rows_equal_one_row(kernels):
     rng = np.random.default_rng(4)
-    _, codes, absmax = random_nf4(rng, 90, 200)
+    nf4 = coded_matrix(rng, 90, 200)
     q = torch.from_numpy(rng.integers(-127, 128, (90, 200), dtype=np.int8))
     int8 = int8_matrix(kernels, q, torch.rand(90) + 0.1)
     x = torch_of(rng.standard_normal((600, 200)))  # over the token chunk (128) and the pass (512)
-    many = (linear_nf4(kernels, x, codes, absmax, levels_tensor, 90), kernels.linear(int8, x))
+    many = (kernels.linear(nf4, x), kernels.linear(int8, x))
     for row in (0, 1, 127, 128, 511, 512, 599):
         alone = x[row : row + 1]
-        assert torch.equal(
-            linear_nf4(kernels, alone, codes, absmax, levels_tensor, 90)[0], many[0][row]
-        )
+        assert torch.equal(kernels.linear(nf4, alone)[0], many[0][row])
         assert torch.equal(kernels.linear(int8, alone)[0], many[1][row])
 
 
 def test_zeros_and_not_finite(kernels):
     rng = np.random.default_rng(5)
-    _, codes, absmax = random_nf4(rng, 20, 100)
+    nf4 = coded_matrix(rng, 20, 100)
     x = torch.zeros(4, 100)
     x[1, 3], x[2, 5], x[3] = float("nan"), float("inf"), torch.rand(100)
-    y = linear_nf4(kernels, x, codes, absmax, levels_tensor, 20)
+    y = kernels.linear(nf4, x)
     assert (y[0] == 0).all() and y[1].isnan().all() and y[2].isnan().all() and y[3].isfinite().all()
-    assert linear_nf4(kernels, torch.empty(0, 100), codes, absmax, levels_tensor, 20).shape == (
-        0,
-        20,
-    )
+    nothing = kernels.linear(nf4, torch.empty(0, 100))
+    assert nothing.shape == (0, 20)
 
 
 def test_flushing_denormals_changes_nothing(kernels):
     rng = np.random.default_rng(6)
-    _, codes, absmax = random_nf4(rng, 40, 128)
+    nf4 = coded_matrix(rng, 40, 128)
     x = torch_of(rng.standard_normal((1, 128)) * 1e-41)
-    want = linear_nf4(kernels, x, codes, absmax, levels_tensor, 40)
+    want = kernels.linear(nf4, x)
     torch.set_flush_denormal(True)
     try:
-        got = linear_nf4(kernels, x, codes, absmax, levels_tensor, 40)
+        got = kernels.linear(nf4, x)
         still = torch.full((1,), 1e-41) * 0.5
     finally:
         torch.set_flush_denormal(False)
@@ -205,62 +182,36 @@ def test_flushing_denormals_changes_nothing(kernels):
 
 def test_unaligned_activations(kernels):
     rng = np.random.default_rng(13)
-    _, codes, absmax = random_nf4(rng, 32, 130)
-    raw = torch.zeros(2 * 130 * 4 + 3, dtype=torch.uint8)
-    x = torch.randn(2, 130)
-    raw[: 2 * 130 * 4] = x.view(torch.uint8).flatten()
-    shifted = (
-        torch.randn(2 * 130 + 1)[1:].view(2, 130).copy_(x)
-    )  # off by one float from its allocation
-    assert torch.equal(
-        linear_nf4(kernels, shifted, codes, absmax, levels_tensor, 32),
-        linear_nf4(kernels, x, codes, absmax, levels_tensor, 32),
-    )
+    nf4 = coded_matrix(rng, 32, 130)
+    x = torch_of(rng.standard_normal((2, 130)))
+    shifted = torch.empty(2 * 130 + 1)[1:].view(2, 130).copy_(x)  # off its allocation by one float
+    got, want = (kernels.linear(nf4, y) for y in (shifted, x))
+    assert torch.equal(got, want)
 
 
 @quick
-@given(
-    st.integers(1, 4),
-    st.integers(1, 5),
-    st.integers(0, 19),
-    st.integers(1, 19),
-    st.integers(1, 300),
-    seeds,
-)
-def test_absorbed_products_are_exact_to_float32(kernels, t, heads, n, v, r, seed):
-    rng = np.random.default_rng(seed)
+@given(sizes(4, 5, 19, 300), st.integers(0, 19), seeds)
+def test_absorbed_products_are_exact_to_float32(kernels, shape, n, seed):
+    (t, heads, v, r), rng = shape, np.random.default_rng(seed)
     w = rng.integers(-127, 128, (heads * (n + v), r)).astype(np.int8)
     scale = np.exp(rng.normal(0, 2, heads * (n + v))).astype(np.float32)
     exact = (w * scale[:, None].astype(np.float64)).reshape(heads, n + v, r)
-    q, latent = (
-        rng.normal(size=(t, heads, n)).astype(np.float32),
-        rng.normal(size=(t, heads, r)).astype(np.float32),
-    )
+    q, latent = (torch_of(rng.normal(size=(t, heads, width))) for width in (n, r))
     kv_b = Int8Weight(torch.from_numpy(w), torch.from_numpy(scale))
-    absorbed = kernels.absorb_query(torch.from_numpy(q), kv_b)
-    limit = np.einsum("thn,hnr->thr", np.abs(q), np.abs(exact[:, :n])) + 1e-30
-    assert np.all(
-        np.abs(absorbed.numpy() - np.einsum("thn,hnr->thr", q, exact[:, :n])) <= 1e-5 * limit
-    )
-    values = kernels.absorb_value(torch.from_numpy(latent), kv_b, n)
-    limit = np.einsum("thr,hvr->thv", np.abs(latent), np.abs(exact[:, n:])) + 1e-30
-    assert np.all(
-        np.abs(values.numpy() - np.einsum("thr,hvr->thv", latent, exact[:, n:])) <= 1e-5 * limit
-    )
-    assert torch.equal(kernels.absorb_query(torch.from_numpy(q[-1:]), kv_b), absorbed[-1:])
-    assert torch.equal(kernels.absorb_value(torch.from_numpy(latent[-1:]), kv_b, n), values[-1:])
+    for times, sums, x, part in (
+        (lambda x: kernels.absorb_query(x, kv_b), "thn,hnr->thr", q, exact[:, :n]),
+        (lambda x: kernels.absorb_value(x, kv_b, n), "thr,hvr->thv", latent, exact[:, n:]),
+    ):
+        got, wide = times(x), x.numpy()
+        limit = np.einsum(sums, np.abs(wide), np.abs(part)) + 1e-30
+        assert np.all(np.abs(got.numpy() - np.einsum(sums, wide, part)) <= 1e-5 * limit)
+        assert torch.equal(times(x[-1:]), got[-1:])
 
 
 @quick
-@given(
-    st.integers(1, 5),
-    st.integers(1, 40),
-    st.integers(1, 200),
-    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-    seeds,
-)
-def test_dense_products_are_exact_to_float32(kernels, t, n, k, dtype, seed):
-    rng = np.random.default_rng(seed)
+@given(sizes(5, 40, 200), one_of(torch.float32, torch.float16, torch.bfloat16), seeds)
+def test_dense_products_are_exact_to_float32(kernels, shape, dtype, seed):
+    (t, n, k), rng = shape, np.random.default_rng(seed)
     x, w = torch_of(rng.standard_normal((t, k))), torch_of(rng.standard_normal((n, k))).to(dtype)
     matrix = Matrix.dense(w)
     got = kernels.linear(matrix, x)
@@ -275,33 +226,130 @@ def test_rms_norm(kernels, t, n, seed):
     rng = np.random.default_rng(seed)
     x, weight = torch_of(rng.standard_normal((t, n))), torch_of(rng.standard_normal(n))
     want = torch.nn.functional.rms_norm(x.double(), (n,), weight.double(), 1e-6)
-    torch.testing.assert_close(
-        kernels.rms_norm(x, weight, 1e-6).double(), want, rtol=1e-5, atol=1e-6
-    )
+    got = kernels.rms_norm(x, weight, 1e-6).double()
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 @quick
-@given(st.integers(1, 6), st.integers(1, 100), st.integers(1, 100), seeds)
-def test_mlp_is_its_three_products(kernels, t, h, i, seed):
+@given(sizes(6, 100, 100), seeds, one_of(None, *CODECS))
+def test_mlp_is_its_three_products(kernels, size, seed, codec):
     """Within the rounding of SiLU and of the requantized activations, and bitwise the same for a
-    row alone."""
+    row alone.  Without a codec of int8."""
+    (t, h, i), rng = size, np.random.default_rng(seed)
+    x, parts = torch_of(rng.standard_normal((t, h))), []
+    for shape in ((i, h), (i, h), (h, i)):
+        if codec is None:
+            q = torch.from_numpy(rng.integers(-127, 128, shape).astype(np.int8))
+            parts.append(int8_matrix(kernels, q, torch.full((shape[0],), 0.01)))
+        else:
+            parts.append(coded_matrix(rng, *shape, codec))
+    mlp, (gate, up, down) = Mlp(*parts), parts
+    got = kernels.mlp(mlp, x)
+    acted = torch.nn.functional.silu(kernels.linear(gate, x)) * kernels.linear(up, x)
+    want = kernels.linear(down, acted)
+    assert (got - want).norm() <= 0.02 * want.norm() + 1e-6
+    assert torch.equal(kernels.mlp(mlp, x[-1:]), got[-1:])
+    residual, others = (torch_of(rng.standard_normal((t, h)) * by) for by in (1, 1e-3))
+    assert torch.equal(kernels.mlp(mlp, x, residual), residual + got)
+    assert torch.equal(kernels.mlp(mlp, x, residual, others), residual + (others + got))
+
+
+def numpy_nf4(x):
+    """bitsandbytes' arithmetic, value by value. x float32 [N, K] -> codes [N, Kp], absmax float32
+    [N, Kp/64]."""
+    n, k = x.shape
+    x = np.pad(x, ((0, 0), (0, -k % 64)))
+    middle = ((LEVELS[:-1] + LEVELS[1:]) / np.float32(2)).astype(np.float32)
+    blocks = x.reshape(n, -1, 64)
+    absmax = np.abs(blocks).max(-1)
+    inverse = np.float32(1) / np.maximum(absmax, np.float32(1e-38))
+    scaled = np.clip(blocks * inverse[..., None], np.float32(-1), np.float32(1))
+    return (scaled[..., None] > middle).sum(-1).reshape(x.shape).astype(np.uint8), absmax
+
+
+def random_source(seed, shape, dtype, scale):
+    """A matrix that has a row of zeros."""
     rng = np.random.default_rng(seed)
-    x, shapes = torch_of(rng.standard_normal((t, h))), ((i, h), (i, h), (h, i))
-    int8, coded = [], []
-    for shape in shapes:
-        q = torch.from_numpy(rng.integers(-127, 128, shape).astype(np.int8))
-        int8.append(int8_matrix(kernels, q, torch.full((shape[0],), 0.01)))
-        coded.append(nf4_matrix(*random_nf4(rng, *shape)[1:], levels_tensor, *shape))
-    for gate, up, down in (int8, coded):
-        mlp = Mlp(gate, up, down)
-        got = kernels.mlp(mlp, x)
-        acted = torch.nn.functional.silu(kernels.linear(gate, x)) * kernels.linear(up, x)
-        want = kernels.linear(down, acted)
-        assert (got - want).norm() <= 0.02 * want.norm() + 1e-6
-        assert torch.equal(kernels.mlp(mlp, x[-1:]), got[-1:])
-        residual, others = (
-            torch_of(rng.standard_normal((t, h))),
-            torch_of(rng.standard_normal((t, h)) * 1e-3),
-        )
-        assert torch.equal(kernels.mlp(mlp, x, residual), residual + got)
-        assert torch.equal(kernels.mlp(mlp, x, residual, others), residual + (others + got))
+    source = torch_of(rng.standard_normal(shape) * scale)
+    source[rng.integers(len(source))] = 0
+    return source.to(dtype)
+
+
+DTYPES = torch.float32, torch.float16, torch.bfloat16
+
+
+@quick
+@given(sizes(40, 200), seeds, one_of(*DTYPES), one_of(1e-41, 1e-7, 1.0, 1000.0))
+def test_quantize_nf4(kernels, shape, seed, dtype, scale):
+    n, source = shape[0], random_source(seed, shape, dtype, scale)
+    codes, absmax = kernels.quantize_nf4(source)
+    want_codes, want_absmax = numpy_nf4(source.float().numpy())
+    n_pad = -(-n // 16) * 16
+    full = untile(codes.numpy())
+    assert (full[:n] == want_codes).all() and (full[n:] == 7).all()
+    scales = absmax.numpy().transpose(0, 2, 1).reshape(n_pad, -1)
+    with np.errstate(under="ignore"):
+        assert (scales[:n] == want_absmax.astype(np.float16)).all() and (scales[n:] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes' own, at import
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_quantize_nf4_equals_bitsandbytes(heavy, kernels, dtype):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    w = (torch.randn(64, 256) * 0.02).to(dtype)
+    w[3, :64] = 0
+    w[5] *= 1e-3
+    packed, state = functional.quantize_4bit(w, blocksize=64, quant_type="nf4")
+    flat = packed.flatten().numpy()
+    theirs = np.stack([flat >> 4, flat & 15], -1).reshape(64, 256)
+    codes, absmax = kernels.quantize_nf4(w)
+    assert (untile(codes.numpy()) == theirs).all()
+    ours = absmax.numpy().transpose(0, 2, 1).reshape(64, 4)
+    assert (ours == state.absmax.numpy().reshape(64, 4).astype(np.float16)).all()
+
+
+@quick
+@given(sizes(20, 200), seeds, one_of(*DTYPES), one_of(1e-44, 1e-30, 1.0, 1e4))
+def test_quantize_int8(kernels, shape, seed, dtype, scale):
+    source = random_source(seed, shape, dtype, scale)
+    q, got = kernels.quantize_int8(source)
+    x = source.float()
+    want = x.abs().amax(1) / 127
+    assert torch.equal(got, want)
+    rows = want > 0
+    assert torch.equal(q[rows].float(), torch.round(x[rows] / want[rows, None]).clamp(-127, 127))
+    assert (q[~rows] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantizers_refuse_what_is_not_finite(kernels, dtype):
+    w = torch.ones(33, 70, dtype=dtype)
+    for bad in (math.nan, math.inf, -math.inf):
+        w[32, 69] = bad
+        for quantized in (kernels.quantize_nf4, kernels.quantize_int8):
+            with pytest.raises(ValueError, match="NaN or infinity"):
+                quantized(w)
+
+
+def test_quantize_nf4_refuses_a_scale_beyond_fp16(kernels):
+    kernels.quantize_nf4(torch.full((1, 64), 65519.0))
+    with pytest.raises(ValueError, match="float16"):
+        kernels.quantize_nf4(torch.full((1, 64), 65520.0))
+
+
+@quick
+@given(sizes(40, 200), seeds, one_of(*DTYPES), one_of(None, *CODECS))
+def test_errors_of_quantized_weights(kernels, shape, seed, dtype, codec):
+    """In any order of additions but to the last digits of float64, from codes that no quantizer
+    made.  Without a codec of int8."""
+    rng = np.random.default_rng(seed)
+    source = torch_of(rng.standard_normal(shape)).to(dtype)
+    if codec is None:
+        q, scale = rng.integers(-127, 128, shape), rng.uniform(0, 0.1, shape[0]).astype(np.float32)
+        weight = Int8Weight(torch.from_numpy(q.astype(np.int8)), torch.from_numpy(scale))
+        exact = q.astype(np.float32) * scale[:, None]
+    else:
+        weight, exact = random_codes(rng, codec, *shape)
+    x = source.double().numpy()
+    wanted = ((x - exact) ** 2).sum(), (x**2).sum()
+    assert kernels.squared_error(source, weight) == pytest.approx(wanted, rel=1e-12)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.driver import COMPILER, build, run
 
-pytestmark = pytest.mark.usefixtures("nightly")
+pytestmark = pytest.mark.usefixtures("nightly", "processes")
 
 
 def build_and_run(folder: Path, sanitizers: str, *arguments: str) -> str:

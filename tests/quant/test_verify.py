@@ -2,7 +2,7 @@
 that, to the same bytes."""
 
 import json
-import os
+import random
 import shutil
 
 import pytest
@@ -25,6 +25,7 @@ from slotmoe.quant.export.validate import read_manifest
 from slotmoe.quant.export.verify import damaged_files, span_checksums
 from slotmoe.quant.export.writer import ExportFile, write_predictor
 from tests.support.disk import tree
+from tests.support.hostile import flip, is_folder, linked, truncate, without, write
 from tests.support.tiny import write_checkpoint
 
 
@@ -42,17 +43,9 @@ def export(good, tmp_path):
     return shutil.copytree(good / "export", tmp_path / "export")
 
 
-def flip(path, offset):
-    with open(path, "r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 1]))
-
-
 def test_spans_are_read_in_one_pass(tmp_path, monkeypatch):
     monkeypatch.setattr("slotmoe.quant.export.verify._PIECE", 1000)
-    data = os.urandom(5500)
+    data = random.Random(0).randbytes(5500)
     (tmp_path / "file").write_bytes(data)
     spans = [(0, 5500), (10, 20), (999, 1001), (10, 5000), (3000, 3000), (2000, 3000), (5499, 5500)]
     read = []
@@ -63,62 +56,52 @@ def test_spans_are_read_in_one_pass(tmp_path, monkeypatch):
     assert read == [1000, 2000, 3000, 4000, 5000, 5500]
 
 
+def problems(export, seen=None):
+    return damaged_files(export, read_manifest(export), lambda *now: seen and seen.append(now))
+
+
 def test_sound_export(export, slotmoe):
-    seen = []
-    assert (
-        damaged_files(export, read_manifest(export), lambda done, total: seen.append((done, total)))
-        == {}
-    )
-    total = sum(
-        path.stat().st_size
-        for path in export.rglob("*")
-        if path.is_file() and path.name != MANIFEST
-    )
+    seen = [(0, 0)]
+    assert problems(export, seen) == {}
+    files = [path for path in export.rglob("*") if path.is_file() and path.name != MANIFEST]
+    total = sum(path.stat().st_size for path in files)
     assert seen[-1] == (total, total)
     code, out, err = slotmoe("verify", export)
-    assert (code, err) == (0, "")
-    assert "all 7 files are right" in out
+    assert (code, err) == (0, "") and "all 7 files are right" in out
     code, out, err = slotmoe("verify", export, "--json")
     report = json.loads(out)
     assert (code, err, report["ok"], report["bad"], report["bytes"]) == (0, "", True, [], total)
 
 
+def flipped(name, place):
+    """``place``: from the end where it is negative."""
+    return lambda export: flip(export / name, place % (export / name).stat().st_size)
+
+
 DAMAGES = {
-    "record": (
-        layer_file(2),
-        lambda path: flip(path, path.stat().st_size - 3 * 4096 - 5),
-        "is damaged in expert",
-    ),
-    "padding": (
-        layer_file(1),
-        lambda path: flip(path, path.stat().st_size - 1),
-        "is damaged in expert 7",
-    ),
-    "header": (layer_file(1), lambda path: flip(path, 20), "is damaged in its header"),
-    "tensor": (RESIDENT, lambda path: flip(path, path.stat().st_size - 5), "is damaged in "),
-    "short": (RESIDENT, lambda path: os.truncate(path, 5000), "has 5000 bytes instead of"),
-    "missing": (layer_file(2), lambda path: path.unlink(), "is missing"),
-    "small": ("config.json", lambda path: path.write_text("{}"), "has 2 bytes instead of"),
-    "small-same-size": ("tokenizer.json", lambda path: flip(path, 100), "is damaged"),
-    "folder": (layer_file(1), lambda path: (path.unlink(), path.mkdir()), "is no regular file"),
+    "record": (layer_file(2), flipped(layer_file(2), -3 * 4096 - 5), "is damaged in expert"),
+    "padding": (layer_file(1), flipped(layer_file(1), -1), "is damaged in expert 7"),
+    "header": (layer_file(1), flipped(layer_file(1), 20), "is damaged in its header"),
+    "tensor": (RESIDENT, flipped(RESIDENT, -5), "is damaged in "),
+    "short": (RESIDENT, truncate(RESIDENT, 5000), "has 5000 bytes instead of"),
+    "missing": (layer_file(2), without(layer_file(2)), "is missing"),
+    "small": ("config.json", write("config.json", b"{}"), "has 2 bytes instead of"),
+    "small-same-size": ("tokenizer.json", flipped("tokenizer.json", 100), "is damaged"),
+    "folder": (layer_file(1), is_folder(layer_file(1)), "is no regular file"),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_found_named_and_repaired(name, good, export, slotmoe):
     file, damage, problem = DAMAGES[name]
-    damage(export / file)
-    others = {
-        path: path.stat().st_ino
-        for path in export.rglob("*")
-        if path.is_file() and path != export / file
-    }
+    damage(export)
+    kept = [path for path in export.rglob("*") if path.is_file() and path != export / file]
+    before = {path: path.stat().st_ino for path in kept}
     code, out, err = slotmoe("verify", export)
     assert code == 1
     assert f"{export / file}: {problem}" in out
-    assert (
-        f"slotmoe quantize SRC {export} makes it again, and no other file; SRC is checkpoint" in out
-    )
+    command = f"slotmoe quantize SRC {export}"
+    assert f"{command} makes it again, and no other file; SRC is checkpoint" in out
     assert "1 of 7 files are bad" in err
     code, out, _ = slotmoe("verify", export, "--json")
     report = json.loads(out)
@@ -129,10 +112,9 @@ def test_damage_is_found_named_and_repaired(name, good, export, slotmoe):
         (export / file).rmdir()
     code, out, err = slotmoe("quantize", good / "checkpoint", export)
     assert code == 0
-    assert f"{export / file} " in err
-    assert "it is made again" in err
+    assert f"{export / file} " in err and "it is made again" in err
     assert tree(export) == tree(good / "export")
-    assert {path: path.stat().st_ino for path in others} == others
+    assert {path: path.stat().st_ino for path in before} == before
     assert [path.name for path in export.parent.iterdir()] == ["export"]
 
 
@@ -140,11 +122,7 @@ def test_several_damages_at_once(good, export):
     flip(export / layer_file(1), 9000)
     (export / RESIDENT).unlink()
     (export / "generation_config.json").unlink()
-    assert set(damaged_files(export, read_manifest(export), lambda *_: None)) == {
-        layer_file(1),
-        RESIDENT,
-        "generation_config.json",
-    }
+    assert {*problems(export)} == {layer_file(1), RESIDENT, "generation_config.json"}
     quantize(good / "checkpoint", export)
     assert tree(export) == tree(good / "export")
 
@@ -170,14 +148,10 @@ def test_killed_repair_goes_on(good, export):
 
     with pytest.raises(Stop):
         quantize(good / "checkpoint", export, workers=1, progress=progress)
-    assert set(damaged_files(export, read_manifest(export), lambda *_: None)) == {
-        layer_file(1),
-        layer_file(2),
-    }
+    assert {*problems(export)} == {layer_file(1), layer_file(2)}
     quantize(good / "checkpoint", export)
-    assert tree(export.parent) == {
-        f"export/{name}": data for name, data in tree(good / "export").items()
-    }
+    wanted = tree(good / "export").items()
+    assert tree(export.parent) == {f"export/{name}": data for name, data in wanted}
 
 
 def test_repair_touches_no_foreign_folder(good, export):
@@ -218,12 +192,9 @@ def test_damaged_manifest(good, export, slotmoe):
 
 def test_damaged_predictor_is_removed(good, export, slotmoe):
     experts = read_manifest(export)["experts"]
-    parts = predictor_parts(
-        experts["hidden_size"], len(experts["layers"]), experts["n_routed_experts"], 8, 4
-    )
-    write_predictor(
-        export, {name: torch.zeros(part.shape, dtype=part.dtype) for name, part in parts.items()}
-    )
+    sizes = experts["hidden_size"], len(experts["layers"]), experts["n_routed_experts"]
+    parts = predictor_parts(*sizes, 8, 4).items()
+    write_predictor(export, {key: torch.zeros(part.shape, dtype=part.dtype) for key, part in parts})
     name = next(path.name for path in export.glob("predictor-*"))
     assert slotmoe("verify", export)[0] == 0
     flip(export / name, 5000)
@@ -235,37 +206,24 @@ def test_damaged_predictor_is_removed(good, export, slotmoe):
 
 
 def test_random_weights_are_made_by_another_command(tmp_path, good, slotmoe):
-    synthesize(
-        good / "checkpoint" / "config.json",
-        tmp_path / "random",
-        "auto",
-        DEFAULT_CODECS,
-        1,
-        False,
-        lambda done, total: None,
-    )
-    assert slotmoe("verify", tmp_path / "random")[0] == 0
-    flip(tmp_path / "random" / RESIDENT, 5000)
-    code, out, _ = slotmoe("verify", tmp_path / "random")
+    config, made = good / "checkpoint" / "config.json", tmp_path / "random"
+    synthesize(config, made, "auto", DEFAULT_CODECS, 1, False, lambda *_: None)
+    assert slotmoe("verify", made)[0] == 0
+    flip(made / RESIDENT, 5000)
+    code, out, _ = slotmoe("verify", made)
     assert (code, "slotmoe synth" in out) == (1, True)
 
 
-@pytest.mark.parametrize("name", ["nowhere", "empty"])
-def test_no_export(name, slotmoe, tmp_path):
+def test_no_export(slotmoe, tmp_path):
     (tmp_path / "empty").mkdir()
-    code, out, err = slotmoe("verify", tmp_path / name)
-    assert (code, out) == (2, "")
-    assert "no finished export" in err
+    for name in ("nowhere", "empty"):
+        code, out, err = slotmoe("verify", tmp_path / name)
+        assert (code, out) == (2, "") and "no finished export" in err
 
 
 def test_link_that_leads_elsewhere_is_no_part_of_the_export(export):
-    manifest = read_manifest(export)
-    (export.parent / "secret").write_text("x")
-    (export / "config.json").unlink()
-    (export / "config.json").symlink_to("../secret")
-    assert damaged_files(export, manifest, lambda *_: None) == {
-        "config.json": "is no regular file inside the export"
-    }
+    linked("config.json")(export)
+    assert problems(export) == {"config.json": "is no regular file inside the export"}
 
 
 def test_damage_between_the_runs_is_not_blessed(tmp_path):

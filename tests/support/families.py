@@ -11,16 +11,9 @@ from safetensors.torch import load_file
 
 from tests.support.tiny import CONFIG, ODD_SIZES, REMOVE, SAMPLE, TOKENIZER_FILES, write_weights
 
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "original_max_position_embeddings": 16,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "mscale": 1.0,
-    "mscale_all_dim": 0.707,
-}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "beta_fast": 32.0}
+YARN |= {"original_max_position_embeddings": 16, "beta_slow": 1.0, "mscale": 1.0}
+YARN |= {"mscale_all_dim": 0.707}
 LONG = {**YARN, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
 LONG |= {"max_position_embeddings": 256, "partial_rotary_factor": 1 / 3}
 ODD = {**ODD_SIZES, "n_routed_experts": 12}
@@ -45,6 +38,8 @@ CLASSES = {V3: "DeepseekV3", GLM: "Glm4MoeLite", MISTRAL: "Mistral4"}
 CLASSES |= {V32: "DeepseekV32", DSA: "GlmMoeDsa"}
 SOFTMAX = {**WITHOUT_METHOD, "first_k_dense_replace": 0, "rope_parameters": LONG}
 
+THIRD = {**LONG, "partial_rotary_factor": 0.3}
+
 # Between them, for each family what it has: groups on and off, q-LoRA on and off, YaRN and plain
 # RoPE, pairs side by side and in halves, odd sizes, two dense layers in both spellings.
 CASES = {
@@ -57,10 +52,7 @@ CASES = {
     "glm-two-dense": (GLM, {**TYPES, "n_group": 1, "topk_group": 1}),
     "mistral-groups": (MISTRAL, SOFTMAX),
     "mistral-no-groups": (MISTRAL, {**SOFTMAX, "n_group": 1, "topk_group": 1}),
-    "mistral-odd-halves": (
-        MISTRAL,
-        {**SOFTMAX, **ODD, **HALVES, "rope_parameters": {**LONG, "partial_rotary_factor": 0.3}},
-    ),
+    "mistral-odd-halves": (MISTRAL, {**SOFTMAX, **ODD, **HALVES, "rope_parameters": THIRD}),
     "v3.2": (V32, {**INDEXED, **TYPES}),
     "v3.2-odd-yarn": (V32, {**INDEXED, **ODD, "rope_parameters": YARN}),
     "glm-5": (DSA, {**INDEXED, "rms_norm_eps": 1e-5}),
@@ -122,13 +114,9 @@ def fused(weights, config):
     """The same with a layer's experts in one tensor, as transformers holds them."""
     prefixes = {name.partition("experts.0.")[0] for name in weights if "experts.0." in name}
     for prefix in sorted(prefixes):
+        of_layer = [f"{prefix}experts.{expert}." for expert in range(config.n_routed_experts)]
         gate, up, down = (
-            torch.stack(
-                [
-                    weights.pop(f"{prefix}experts.{expert}.{part}_proj.weight")
-                    for expert in range(config.n_routed_experts)
-                ]
-            )
+            torch.stack([weights.pop(f"{name}{part}_proj.weight") for name in of_layer])
             for part in ("gate", "up", "down")
         )
         weights[f"{prefix}experts.gate_up_proj"] = torch.cat([gate, up], dim=1)

@@ -1,5 +1,5 @@
 """Ways to break the files of a checkpoint or an export, and how each has to be refused: in one line
-that names the culprit, fast and lean."""
+that names the culprit."""
 
 import json
 import os
@@ -11,27 +11,28 @@ from safetensors.torch import load_file, save_file
 
 from slotmoe.errors import SlotmoeError
 
-INDEX, FIRST, SECOND = (
-    "model.safetensors.index.json",
-    "model-00001-of-00002.safetensors",
-    "model-00002-of-00002.safetensors",
-)
+INDEX = "model.safetensors.index.json"
+FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
 EXPERT, NORM = "model.layers.1.mlp.experts.3.up_proj.weight", "model.norm.weight"
 
 
 def refused(action, *wanted, kind=SlotmoeError):
-    """``action()`` must end in a one-line error of ours that holds every string of ``wanted``,
-    within a second of CPU."""
-    start = sum(os.times()[:4])
+    """``action()`` must end in a one-line error of ours that holds every string of ``wanted``."""
     with pytest.raises(kind) as caught:
         action()
-    seconds = sum(os.times()[:4]) - start
     message = str(caught.value)
     assert message.isprintable(), "more than one line, or control characters"
     assert len(message) < 1000
     for part in wanted:
         assert part in message
-    assert seconds < 1, f"took {seconds:.1f} s of CPU"
+
+
+def flip(path, place, bit=1):
+    with open(path, "r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ bit]))
 
 
 def edit_json(path, change):
@@ -42,62 +43,78 @@ def edit_json(path, change):
 
 def edit_tensor(folder, name, change):
     """Replace one tensor of the shard that holds it by ``change(tensor)``; None drops it."""
-    for file in (FIRST, SECOND):
-        tensors = load_file(folder / file)
-        if name in tensors:
-            tensors[name] = change(tensors[name])
-            save_file(
-                {key: value.contiguous() for key, value in tensors.items() if value is not None},
-                folder / file,
-            )
-            return
-    raise AssertionError(name)
+    file = json.loads((folder / INDEX).read_text())["weight_map"][name]
+    tensors = load_file(folder / file)
+    tensors[name] = change(tensors[name])
+    kept = {key: value.contiguous() for key, value in tensors.items() if value is not None}
+    save_file(kept, folder / file)
 
 
-def edit_header(path, change):
-    """Rewrite a safetensors file's header by ``change(text) -> text``, keeping its data."""
-    raw = path.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    text = change(raw[8 : 8 + length].decode()).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+# Each of these makes a function that breaks the checkpoint or the export in a folder.
 
 
-def edit_entry(name, change):
-    """A header edit of one tensor's entry."""
+def edited(file, change):
+    return lambda folder: edit_json(folder / file, change)
+
+
+def changed(name, change):
+    """Of a tensor, as ``edit_tensor`` does it."""
+    return lambda folder: edit_tensor(folder, name, change)
+
+
+def entry(name, **values):
+    """Other values in a tensor's entry of the header; its data stays."""
 
     def apply(folder):
-        def edit(text):
-            header = json.loads(text)
-            change(header[name])
-            return json.dumps(header)
-
-        file = json.loads((folder / INDEX).read_text())["weight_map"][name]
-        edit_header(folder / file, edit)
+        path = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
+        raw = path.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8 : 8 + length])
+        header[name] |= values
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
 
     return apply
 
 
 def remap(name, file):
-    return lambda folder: edit_json(
-        folder / INDEX, lambda index: index["weight_map"].__setitem__(name, file)
-    )
+    return edited(INDEX, lambda index: index["weight_map"].update({name: file}))
 
 
-def linked_out(folder):
-    shutil.move(folder / FIRST, folder.parent / FIRST)
-    (folder / FIRST).symlink_to(folder.parent / FIRST)
+def linked(name):
+    """The file or folder lies elsewhere, and a link leads there."""
+
+    def apply(folder):
+        outside = folder.parent / f"outside-{folder.name}"
+        shutil.move(folder / name, outside)
+        (folder / name).symlink_to(outside)
+
+    return apply
 
 
 def single(header, data=b""):
     """Replace the weights by one file with this header (object or bytes)."""
 
     def apply(folder):
-        for name in (INDEX, FIRST, SECOND):
-            (folder / name).unlink()
-        text = header if isinstance(header, bytes) else json.dumps(header).encode()
+        without(INDEX, FIRST, SECOND)(folder)
+        text = header if isinstance(header, bytes) else compact(header)
         (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
 
     return apply
+
+
+def compact(value):
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def many(count):
+    """A header of so many tensors that have no element."""
+    entry = b'"t%x":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    return lambda folder: single(b"{" + b",".join(entry % i for i in range(count)) + b"}")(folder)
+
+
+def without(*names):
+    return lambda folder: [(folder / name).unlink() for name in names]
 
 
 def write(name, data):
@@ -108,30 +125,24 @@ def write(name, data):
     return apply
 
 
+def is_folder(name):
+    return lambda folder: ((folder / name).unlink(), (folder / name).mkdir())
+
+
 def fifo(name):
-    def apply(folder):
-        (folder / name).unlink()
-        os.mkfifo(folder / name)
-
-    return apply
+    return lambda folder: ((folder / name).unlink(), os.mkfifo(folder / name))
 
 
-def append(name):
-    def apply(folder):
-        with (folder / name).open("ab") as file:
-            file.write(b"x")
-
-    return apply
-
-
-def truncate(name, keep):
+def truncate(name, size):
+    """Cut or lengthen to ``size`` bytes, or by -``size`` from the end."""
     return lambda folder: os.truncate(
-        folder / name, keep if keep >= 0 else (folder / name).stat().st_size + keep
+        folder / name, size if size >= 0 else (folder / name).stat().st_size + size
     )
 
 
-def f32(start, stop, shape=(1,)):
-    return {"dtype": "F32", "shape": list(shape), "data_offsets": [start, stop]}
+def append(name):
+    return lambda folder: write(name, (folder / name).read_bytes() + b"x")(folder)
 
 
-# name -> how it is broken, and what the message must hold
+def f32(start, stop):
+    return {"dtype": "F32", "shape": [1], "data_offsets": [start, stop]}

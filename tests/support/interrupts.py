@@ -13,13 +13,14 @@ from functools import cache
 
 import torch
 
-from slotmoe.offload import loading, runtime
+from slotmoe.offload import runtime
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers import disk
 from tests.support.engine import IDS, whole
-from tests.support.twin import Twin, measured, open_on, slow
+from tests.support.twin import Twin, open_on, slow
 
 PASSES = [IDS[:12], [7], [8]]
+CTRL_C = signal.SIGINT
 SHORT = [IDS[:4], [7]]  # plain torch, as the twin of a GPU has it, is slow
 # Files of the package whose lines count; its top-level folders are links.
 _PACKAGE = runtime.__file__.rpartition("/offload/")[0]
@@ -64,21 +65,22 @@ def _has(code, line):
 
 
 def interrupted_at(line, moment, action, kind):
-    """Run ``action`` and raise ``kind`` before it runs ``line`` for the ``moment``-th time (from
-    1 on); whether that came to pass."""
-    left = moment
+    """Run ``action`` and raise ``kind``, or send ``CTRL_C``, before it runs ``line`` for the
+    ``moment``-th time (from 1 on); whether that came to pass."""
+    left, raised = moment, KeyboardInterrupt if kind is CTRL_C else kind
 
     def count(*now):
         nonlocal left
-        if now == line:
-            left -= 1
-            if left == 0:
+        left -= now == line
+        if now == line and left == 0:
+            if kind is not CTRL_C:
                 raise kind
+            signal.raise_signal(kind)  # may come later, at a layer's end
 
     try:
         with _tracing(count, lambda code: code.co_filename == line[0] and _has(code, line)):
             action()
-    except kind:
+    except raised:
         return True
     return left <= 0  # swallowed on the way
 
@@ -98,17 +100,15 @@ def on_threads(export, monkeypatch):
     return Runtime.open(export, context=256, slots=22)
 
 
-def on_gpu(export, monkeypatch, mode):
-    figures = measured(pcie_busy=1e9, experts=1e9)
-    monkeypatch.setattr(loading, "stored_bandwidths", lambda path: figures)
+def on_gpu(export, mode):
     return open_on(export, Twin(slow), 40, misses=mode, slots=40, kernels="torch")
 
 
 KINDS = {
     "helping": lambda export, monkeypatch: Runtime.open(export, context=256, slots=22),
     "threads": on_threads,
-    "gpu": lambda export, monkeypatch: on_gpu(export, monkeypatch, "fetch"),
-    "hybrid": lambda export, monkeypatch: on_gpu(export, monkeypatch, "hybrid"),
+    "gpu": lambda export, monkeypatch: on_gpu(export, "fetch"),
+    "hybrid": lambda export, monkeypatch: on_gpu(export, "hybrid"),
 }
 
 
@@ -120,24 +120,28 @@ def check(runtime, want, exact=True):
     whole(runtime)
 
 
-def interrupt(runtime, chosen, exact):
-    """Interrupt a computation at each (line, moment) of ``chosen``."""
-    want, came = compute(runtime), 0
+def interrupt(runtime, chosen, exact, enough=None):
+    """Interrupt a computation at each (line, moment) of ``chosen``, until so many came while one
+    ran; how many did."""
+    want, came, handler = compute(runtime), 0, signal.getsignal(CTRL_C)
     for number, (line, moment) in enumerate(chosen):
-        kind = (KeyboardInterrupt, RuntimeError)[number % 8 == 7]
+        if came == enough:
+            break
+        kind = (KeyboardInterrupt, CTRL_C, RuntimeError)[number % 3]
         with suppress(Exception):  # another error that this one has led to
             came += interrupted_at(line, moment, lambda: compute(runtime), kind)
         try:
+            assert signal.getsignal(CTRL_C) is handler
             check(runtime, want, exact)
         except Exception as problem:
-            raise AssertionError(f"after {kind.__name__} at {line}, time {moment}") from problem
+            raise AssertionError(f"after {kind} at {line}, time {moment}") from problem
     return came
 
 
 @contextmanager
 def ctrl_c_after(*seconds):
     """Real signals to this process."""
-    timers = [threading.Timer(s, os.kill, (os.getpid(), signal.SIGINT)) for s in seconds]
+    timers = [threading.Timer(s, os.kill, (os.getpid(), CTRL_C)) for s in seconds]
     for timer in timers:
         timer.start()
     try:
@@ -162,6 +166,6 @@ def random_ctrl_c(runtime, times, exact, chance=None):
                 time.sleep(0.05)
         except KeyboardInterrupt:
             came += 1
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(CTRL_C) is signal.default_int_handler
         check(runtime, want, exact)
     return came

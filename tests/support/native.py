@@ -1,4 +1,4 @@
-"""Networks on the native kernels, with random weights."""
+"""Networks on the native kernels, with random weights, and those of the reference path."""
 
 import torch
 
@@ -6,8 +6,10 @@ from slotmoe.model.config import parse_config
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import role_of
 from slotmoe.model.network import Network
+from slotmoe.offload.exclusive import Exclusive
+from slotmoe.offload.reference import ResidentExperts
 from slotmoe.quant import int8
-from slotmoe.quant.backends.base import new
+from slotmoe.quant.backends.base import TorchBackend, new
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.codec import Codec
 from slotmoe.quant.coded import CodedWeight, levels_of
@@ -53,6 +55,21 @@ def network_of(raw, resident, ops):
     }
     experts = SlabExperts(ops, config, weights, torch.device("cpu"))
     return Network(config, prepared, ops, experts)
+
+
+def reference_network(config, weights):
+    """The network of the reference path on float32 ``weights``."""
+    layers, count, ops = config.moe_layers, config.n_routed_experts, TorchBackend()
+    return Network(config, weights, ops, ResidentExperts(weights, layers, count, ops, Exclusive()))
+
+
+def reference_cache(config, context, dtype=torch.float32):
+    """Rows that are not written yet must never be read."""
+
+    def unwritten(shape, dtype):
+        return torch.full(shape, torch.nan, dtype=dtype)
+
+    return LatentCache(config, context, (config.latent_width, dtype), unwritten)
 
 
 def native_cache(network, context=40):

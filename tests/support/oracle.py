@@ -48,9 +48,7 @@ def untile(codes):
 
 def rebuild(export):
     """Every weight of the export as float32, with safetensors, numpy and bitsandbytes alone."""
-    logging.disable(
-        logging.WARNING
-    )  # bitsandbytes announces an optional package that is not installed
+    logging.disable(logging.WARNING)  # bitsandbytes misses an optional package
     try:
         from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
     finally:
@@ -63,20 +61,12 @@ def rebuild(export):
     for name, tensor in raw.items():
         if name + ".absmax" in raw:
             codes = untile(tensor.numpy())
-            absmax = (
-                raw[name + ".absmax"].numpy().transpose(0, 2, 1).reshape(-1).astype(np.float32)
-            )  # [rows, blocks]
+            scales = raw[name + ".absmax"].numpy().transpose(0, 2, 1)  # [rows, blocks]
+            absmax = torch.from_numpy(scales.reshape(-1).astype(np.float32))
             packed = torch.from_numpy(codes[:, 0::2] << 4 | codes[:, 1::2]).reshape(-1, 1)
-            shape = torch.Size(codes.shape)
-            code = get_4bit_type("nf4", device="cpu")
-            state = QuantState(
-                torch.from_numpy(absmax),
-                shape=shape,
-                code=code,
-                blocksize=64,
-                quant_type="nf4",
-                dtype=torch.float32,
-            )
+            about = {"blocksize": 64, "quant_type": "nf4", "dtype": torch.float32}
+            about["code"] = get_4bit_type("nf4", device="cpu")
+            state = QuantState(absmax, shape=torch.Size(codes.shape), **about)
             weights[name] = dequantize_4bit(packed, state)
         elif name + ".scale" in raw:
             weights[name] = tensor.float() * raw[name + ".scale"][:, None]

@@ -105,10 +105,8 @@ def gate(x: np.ndarray, weight: np.ndarray, bias, config: dict) -> list[tuple[in
 
 
 def mlp(x: np.ndarray, tensors: dict, prefix: str) -> np.ndarray:
-    gate_proj, up_proj, down_proj = (
-        tensors[f"{prefix}.{name}_proj.weight"] for name in ("gate", "up", "down")
-    )
-    return down_proj @ (silu(gate_proj @ x) * (up_proj @ x))
+    gate_, up, down = (tensors[f"{prefix}.{part}_proj.weight"] for part in ("gate", "up", "down"))
+    return down @ (silu(gate_ @ x) * (up @ x))
 
 
 def layer_of(config: dict, tensors: dict, layer: int, hidden: list) -> list:
@@ -124,30 +122,22 @@ def layer_of(config: dict, tensors: dict, layer: int, hidden: list) -> list:
         if config["q_lora_rank"] is None:
             q = tensors[a + "q_proj.weight"] @ x
         else:
-            q = tensors[a + "q_b_proj.weight"] @ norm(
-                tensors[a + "q_a_proj.weight"] @ x, tensors[a + "q_a_layernorm.weight"], 1e-6
-            )
+            narrow, weight = tensors[a + "q_a_proj.weight"] @ x, tensors[a + "q_a_layernorm.weight"]
+            q = tensors[a + "q_b_proj.weight"] @ norm(narrow, weight, 1e-6)
         q = q.reshape(H, N + P)
         kv = tensors[a + "kv_a_proj_with_mqa.weight"] @ x
         k_pe = rotate(kv[R:], position, angles, table_scale)
-        expanded = (
-            tensors[a + "kv_b_proj.weight"]
-            @ norm(kv[:R], tensors[a + "kv_a_layernorm.weight"], 1e-6)
-        ).reshape(H, N + V)
-        queries.append(
-            [
-                np.concatenate([q[h][:N], rotate(q[h][N:], position, angles, table_scale)])
-                for h in range(H)
-            ]
-        )
-        keys.append([np.concatenate([expanded[h][:N], k_pe]) for h in range(H)])
+        latent = norm(kv[:R], tensors[a + "kv_a_layernorm.weight"], 1e-6)
+        expanded = (tensors[a + "kv_b_proj.weight"] @ latent).reshape(H, N + V)
+        turned = [rotate(row[N:], position, angles, table_scale) for row in q]
+        queries.append(np.concatenate([q[:, :N], turned], axis=1))
+        keys.append([np.concatenate([row[:N], k_pe]) for row in expanded])
         values.append(expanded[:, N:])
     for position in range(len(hidden)):
         out = []
         for head in range(H):
-            scores = np.array(
-                [queries[position][head] @ keys[s][head] for s in range(position + 1)]
-            )
+            query = queries[position][head]
+            scores = np.array([query @ keys[s][head] for s in range(position + 1)])
             weights = softmax(scores * (N + P) ** -0.5 * softmax_factor)
             out.append(sum(w * values[s][head] for s, w in enumerate(weights)))
         hidden[position] = hidden[position] + tensors[a + "o_proj.weight"] @ np.concatenate(out)
@@ -178,11 +168,12 @@ def streams(folder: Path, ids: list[int]) -> tuple[dict, dict, list]:
 def logits(folder: Path, ids: list[int]) -> np.ndarray:
     """Float64 logits [T, vocab] of a checkpoint folder."""
     config, tensors, hidden = streams(folder, ids)
-    head = tensors[
-        "model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"
-    ]
-    eps = config["rms_norm_eps"]
+    tied, eps = config.get("tie_word_embeddings"), config["rms_norm_eps"]
+    head = tensors["model.embed_tokens.weight" if tied else "lm_head.weight"]
     return np.stack([head @ norm(h, tensors["model.norm.weight"], eps) for h in hidden])
+
+
+MTP_NAMES = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
 
 
 def mtp_logits(folder: Path, ids: list[int]) -> np.ndarray:
@@ -190,10 +181,8 @@ def mtp_logits(folder: Path, ids: list[int]) -> np.ndarray:
     2.2 of arXiv 2412.19437: row i, of tokens 0 to i + 1, is about token i + 2."""
     config, tensors, hidden = streams(folder, ids)
     layer, eps = config["num_hidden_layers"], config["rms_norm_eps"]
-    own = {
-        name.removeprefix(f"model.layers.{layer}.").removesuffix(".weight"): value
-        for name, value in tensors.items()
-    }
+    names = {name: f"model.layers.{layer}.{name}.weight" for name in MTP_NAMES}
+    own = {name: tensors[full] for name, full in names.items()}
     inputs = []
     for h, token in zip(hidden, ids[1:], strict=False):
         embedding = norm(tensors["model.embed_tokens.weight"][token], own["enorm"], eps)

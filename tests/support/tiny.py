@@ -15,82 +15,31 @@ from slotmoe.model.names import expert_name, expert_shapes, resident_shapes
 
 SAMPLE = Path(model.__file__).parent / "sample"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-CONFIG: dict[str, Any] = {
-    "architectures": ["DeepseekV2ForCausalLM"],
-    "model_type": "deepseek_v2",
-    "attention_bias": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "first_k_dense_replace": 1,
-    "hidden_act": "silu",
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "kv_lora_rank": 32,
-    "max_position_embeddings": 256,
-    "moe_intermediate_size": 48,
-    "moe_layer_freq": 1,
-    "n_group": 4,
-    "n_routed_experts": 8,
-    "n_shared_experts": 2,
-    "norm_topk_prob": False,
-    "num_attention_heads": 4,
-    "num_experts_per_tok": 3,
-    "num_hidden_layers": 3,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 24,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 4.0,
-        "original_max_position_embeddings": 64,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "mscale": 0.707,
-        "mscale_all_dim": 0.707,
-    },
-    "rope_theta": 10000.0,
-    "routed_scaling_factor": 4.0,
-    "scoring_func": "softmax",
-    "tie_word_embeddings": False,
-    "topk_group": 2,
-    "topk_method": "group_limited_greedy",
-    "torch_dtype": "bfloat16",
-    "v_head_dim": 16,
-    "vocab_size": 4096,
-}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32}
+YARN |= {"beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707}
+CONFIG: dict[str, Any] = {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2"}
+CONFIG |= {"hidden_act": "silu", "torch_dtype": "bfloat16", "tie_word_embeddings": False}
+CONFIG |= {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 1}
+CONFIG |= {"max_position_embeddings": 256, "rope_scaling": YARN, "rope_theta": 10000.0}
+CONFIG |= {"hidden_size": 64, "rms_norm_eps": 1e-06, "attention_bias": False}
+CONFIG |= {"num_hidden_layers": 3, "first_k_dense_replace": 1, "moe_layer_freq": 1}
+CONFIG |= {"intermediate_size": 96, "moe_intermediate_size": 48, "n_shared_experts": 2}
+CONFIG |= {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2}
+CONFIG |= {"topk_method": "group_limited_greedy", "scoring_func": "softmax"}
+CONFIG |= {"norm_topk_prob": False, "routed_scaling_factor": 4.0}
+CONFIG |= {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 24}
+CONFIG |= {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 # Sizes that fill no tile and no block.
-ODD_SIZES = {
-    "hidden_size": 72,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 3,
-    "intermediate_size": 41,
-    "moe_intermediate_size": 37,
-    "kv_lora_rank": 22,
-    "q_lora_rank": 23,
-    "qk_nope_head_dim": 14,
-    "qk_rope_head_dim": 6,
-}
+ODD_SIZES = {"hidden_size": 72, "intermediate_size": 41, "moe_intermediate_size": 37}
+ODD_SIZES |= {"num_attention_heads": 3, "num_key_value_heads": 3, "q_lora_rank": 23}
+ODD_SIZES |= {"kv_lora_rank": 22, "qk_nope_head_dim": 14, "qk_rope_head_dim": 6}
 # What makes it smaller still, for kernels that are interpreted: as few programs of 16 rows as a
 # layer can have.
-SMALL = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "kv_lora_rank": 16,
-    "moe_intermediate_size": 16,
-    "n_group": 2,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_attention_heads": 2,
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 2,
-    "q_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "topk_group": 1,
-    "v_head_dim": 8,
-}
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 16}
+SMALL |= {"num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2}
+SMALL |= {"n_shared_experts": 1, "n_group": 2, "topk_group": 1}
+SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 16}
+SMALL |= {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "v_head_dim": 8}
 REMOVE = object()
 """Pass ``key=REMOVE`` to leave a key out of the config."""
 
@@ -105,10 +54,8 @@ def random_weights(
     shapes: dict[str, tuple[int, ...]] = dict(resident_shapes(parsed))
     for layer in parsed.moe_layers:
         for expert in range(parsed.n_routed_experts):
-            shapes |= {
-                expert_name(layer, expert, name): shape
-                for name, shape in expert_shapes(parsed).items()
-            }
+            for name, shape in expert_shapes(parsed).items():
+                shapes[expert_name(layer, expert, name)] = shape
     weights, sigmoid = {}, parsed.family.scoring == "sigmoid"
     for name, shape in shapes.items():
         values = torch.randn(shape, generator=generator)
@@ -158,8 +105,6 @@ def write_weights(
         part = {name: weights[name] for name in list(weights)[shard::shards]}
         save_file(part, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
-    index = {
-        "metadata": {"total_size": sum(one.nbytes for one in weights.values())},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
+    total = {"total_size": sum(weight.nbytes for weight in weights.values())}
+    index = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))

@@ -7,13 +7,14 @@ the moment its copy is queued until it has landed, and a copy reads its source l
 slips through is a wrong result.
 """
 
+import gc
 import os
 import sys
 import threading
 import time
 import weakref
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from mmap import mmap
 from queue import Queue
 
@@ -30,18 +31,17 @@ from slotmoe.offload.tiers.device import DeviceMemory
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.layout import checksum
 
-GIB = 1 << 30
-
 
 class Block(bytearray):
     """Memory of the GPU; can be watched until it is freed."""
 
 
+@dataclass(frozen=True)
 class Point:
-    """An event of the compute stream, which has happened."""
+    """An event of the compute stream, which has happened: behind kernel ``tick``."""
 
-    def __init__(self, tick):
-        self.tick = tick
+    tick: int
+    error = None
 
     def done(self):
         return True
@@ -52,13 +52,8 @@ class Point:
 
 class TwinCopy:
     def __init__(self, twin, number):
-        self._twin, self.number, self.landed, self.error, self.seconds = (
-            twin,
-            number,
-            threading.Event(),
-            None,
-            0.0,
-        )
+        self._twin, self.number = twin, number
+        self.landed, self.error, self.seconds = threading.Event(), None, 0.0
 
     def done(self):
         if self.landed.is_set():
@@ -74,41 +69,27 @@ class TwinDownload:
     """Counts the host's waits."""
 
     def __init__(self, twin, download):
-        self._twin, self._download = twin, download
+        self._twin, self._download, self.others = twin, download, download.others
 
     def get(self):
         self._twin.syncs += 1
         return self._download.get()
-
-    def others(self):
-        return self._download.others()
-
-
-def mapped(size):
-    """Memory with two addresses, as page-locked RAM has one for the host and one for kernels."""
-    handle = os.memfd_create("mapped")
-    os.ftruncate(handle, size)
-    views = [torch.frombuffer(mmap(handle, size), dtype=torch.uint8) for _ in range(2)]
-    os.close(handle)
-    return Mapped(*views)
 
 
 class NoEngine(TorchDispatchMode):
     """The GPU's one copy engine has records before it: nothing small may be given to it, which is
     what torch does when a tensor is copied as it is between the host and the GPU."""
 
-    COPIES = {torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default}  # noqa: RUF012
-    COPIES |= {torch.ops.aten.clone.default}
+    COPIES = (torch.ops.aten.copy_, torch.ops.aten._to_copy, torch.ops.aten.clone)
 
     def __init__(self, twin):
         super().__init__()
         self._twin = twin
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation in self.COPIES:
+        if operation.overloadpacket in self.COPIES:
             sides = {self._twin.side(tensor) for tensor in args if isinstance(tensor, torch.Tensor)}
             assert sides == {"host"}, f"{operation} of small memory by the copy engine"
-        self._twin.operations += 1
         return operation(*args, **(kwargs or {}))
 
 
@@ -123,60 +104,51 @@ class Told:
         super().experts(x_TD, records, slots_E, indices_TK, y_TKD)
 
 
-class Decoded:
-    """Records whose weights are decoded once, and known again by the bytes of the record: most of
-    plain torch's time.  Bytes that are not the record's are decoded as what they are."""
+class Decoding(TorchBackend):
+    """Plain torch.  Weights are decoded once, and known again by the bytes of the record: most of
+    its time.  Bytes that are not the record's are decoded as what they are."""
 
     known = {}  # noqa: RUF012
 
-    def __init__(self, records):
-        self._records, self.slab = records, records.slab
-        layout = records.layout
-        sizes = layout.hidden_size, layout.moe_intermediate_size, repr(layout.codecs)
-        self._how = *sizes, records.levels.numpy().tobytes()
-
-    def weights(self, slot):
-        key = checksum(self.slab[slot].numpy()), *self._how
-        if key not in self.known:
-            weights = self._records.weights(slot)
-            self.known[key] = tuple(weight.dequantize() for weight in weights)
-        return self.known[key]
-
-
-class TwinBackend(Told, TorchBackend):
-    """Plain torch."""
-
     def experts(self, x_TD, records, slots_E, indices_TK, y_TKD):
-        super().experts(x_TD, Decoded(records), slots_E, indices_TK, y_TKD)
+        layout = records.layout
+        how = layout.hidden_size, layout.moe_intermediate_size, repr(layout.codecs)
+
+        def weights(slot):
+            key = checksum(records.slab[slot].numpy()), *how, records.levels.numpy().tobytes()
+            if key not in self.known:
+                self.known[key] = [weight.dequantize() for weight in records.weights(slot)]
+            return self.known[key]
+
+        self.experts_of(weights, x_TD, slots_E, indices_TK, y_TKD)
+
+
+class TwinBackend(Told, Decoding):
+    pass
 
 
 class Twin:
-    """``delay(n)`` seconds for the n-th copy; ``fail(n)`` may raise when it is queued, ``spoil(n)``
-    says that it fails on its way; ``on_launch(n)`` acts before the n-th launch.  ``capacity``
-    bytes, of which others have ``taken`` some."""
+    """``delay(n)`` acts in the copies' thread before the n-th; ``fail(n)`` may raise when it is
+    queued, ``spoil(n)`` says that it fails on its way; ``on_launch(n)`` acts before the n-th
+    launch.  ``graph`` is the Triton backend's, where ``triton``.  ``capacity`` bytes, of which
+    others have ``taken`` some."""
 
     device, name, tier, queues = torch.device("cpu"), "the twin", "vram", True
 
-    def __init__(self, delay=None, capacity=GIB, triton=False):
+    def __init__(self, delay=None, capacity=1 << 30, triton=False, graph=None):
         sys.audit("tests.twin")
-        self._triton = triton
-        self.delay = delay or (lambda number: 0.0)
+        self._triton, self._graph = triton, graph
+        self.delay = delay or (lambda number: None)
         self.fail = self.spoil = self.on_launch = lambda number: None
         self.capacity, self.taken, self.allocated, self.peak = capacity, 0, 0, 0
-        self.syncs = self.launches = self.copies = self.released = self.pins_allowed = 0
-        self.seams = self.operations = 0
+        self.syncs = self.launches = self.copies = self.released = self.seams = 0
         self._mailbox, self._host_side, self._given = Mailbox(), [], set()
-        self.pins_allowed = 1 << 30
-        self.pinned = {}  # address -> bytes
-        self.unpinned_copies = 0
-        self._tick, self._ordered, self._latest = 0, -1, None
-        self._read, self._written = (
-            {},
-            {},
-        )  # slot's address -> tick of its last reader, number of its last copy
+        self.pinned, self.pins_allowed, self.unpinned_copies = {}, 1 << 30, 0  # address -> bytes
+        self._ordered, self._latest = -1, None
+        # By a slot's address: its last reader, and the number of its last copy.
+        self._read, self._written = {}, {}
         self._lock, self._queue = threading.Lock(), Queue()
-        self._thread = threading.Thread(target=self._run, args=(self._queue,), daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, args=(self._queue,), daemon=True).start()
         weakref.finalize(self, self._queue.put, None)
 
     @staticmethod
@@ -184,14 +156,14 @@ class Twin:
         while (item := queue.get()) is not None:
             copy, source, target, delay, spoiled = item
             started = time.perf_counter()
-            time.sleep(delay)
+            delay(copy.number)
             if spoiled:
                 copy.error = RuntimeError("an illegal memory access")
             else:
                 target.copy_(source)
             copy.seconds = time.perf_counter() - started
             copy.landed.set()
-            del item, copy, source, target
+            del item, copy, source, target, delay
 
     # What the engine asks for
 
@@ -200,6 +172,7 @@ class Twin:
             from slotmoe.quant.backends.triton import TritonBackend
 
             ops = type("TwinTriton", (Told, TritonBackend), {})(self.device)
+            ops.graph = self._graph
         else:
             ops = TwinBackend(torch.float32)
         ops.twin = self
@@ -226,31 +199,27 @@ class Twin:
         self.allocated -= size
 
     def record(self):
-        return Point(self._tick)
+        return Point(self.launches)
 
     def wait(self, event):
         event.synchronize()
-        if getattr(event, "error", None) is not None:
+        if event.error is not None:
             raise event.error
 
     def copy(self, source, target, after):
         with self._lock:
             self.copies += 1
-            number = self.copies
-            self.fail(number)
+            self.fail(self.copies)
             last = self._read.get(target.data_ptr(), 0)
             assert after.tick >= last, (
-                f"copy {number} overwrites a slot that kernel {last} reads, "
+                f"copy {self.copies} overwrites a slot that kernel {last} reads, "
                 f"and waits only for {after.tick}"
             )
-            if not any(
-                start <= source.data_ptr() < start + size for start, size in self.pinned.items()
-            ):
-                self.unpinned_copies += 1
-            self._written[target.data_ptr()] = number
+            self.unpinned_copies += not self._is_pinned(source)
+            self._written[target.data_ptr()] = self.copies
             target.fill_(255)
-            self._latest = copy = TwinCopy(self, number)
-            self._queue.put((copy, source, target, self.delay(number), self.spoil(number)))
+            self._latest = copy = TwinCopy(self, self.copies)
+            self._queue.put((copy, source, target, self.delay, self.spoil(self.copies)))
             return copy
 
     def drain(self):
@@ -258,7 +227,12 @@ class Twin:
             self._latest.synchronize()
 
     def mapped(self, size):
-        memory = mapped(size)
+        """Memory with two addresses, as page-locked RAM has one for the host and one for
+        kernels."""
+        handle = os.memfd_create("mapped")
+        os.ftruncate(handle, size)
+        memory = Mapped(*(torch.frombuffer(mmap(handle, size), dtype=torch.uint8) for _ in "12"))
+        os.close(handle)
         self._host_side.append(memory.host)
         return memory
 
@@ -287,25 +261,25 @@ class Twin:
             self._mailbox.write(self, source, target)
         self._given = set()
 
+    def _is_pinned(self, memory):
+        address = memory.data_ptr()
+        return any(start <= address < start + size for start, size in self.pinned.items())
+
     def pin(self, memory):
-        assert memory.data_ptr() % 4096 == 0
-        assert not any(
-            start < memory.data_ptr() + memory.nbytes and memory.data_ptr() < start + size
-            for start, size in self.pinned.items()
-        )
+        first = memory.data_ptr()
+        assert first % 4096 == 0 and not self._is_pinned(memory)
+        assert not any(first <= start < first + memory.nbytes for start in self.pinned)
         if len(self.pinned) >= self.pins_allowed:
             return False
-        self.pinned[memory.data_ptr()] = memory.nbytes
+        self.pinned[first] = memory.nbytes
         return True
 
     def unpin(self, memory):
         del self.pinned[memory.data_ptr()]
 
     def memory(self):
-        used = self.taken + self.allocated
-        return DeviceMemory(
-            self.capacity - used, self.capacity, self.allocated, self.allocated, self.peak
-        )
+        free = self.capacity - self.taken - self.allocated
+        return DeviceMemory(free, self.capacity, self.allocated, self.allocated, self.peak)
 
     def release(self):
         self.released += 1
@@ -318,15 +292,15 @@ class Twin:
 
     def launch(self, rows):
         """A kernel that reads ``rows``."""
+        self.on_launch(self.launches + 1)
         self.launches += 1
-        self.on_launch(self.launches)
-        self._tick += 1
         for row in rows:
             number = self._written.get(row.data_ptr(), -1)
             assert number <= self._ordered, (
-                f"kernel {self._tick} reads a slot and nobody has waited for copy {number} into it"
+                f"kernel {self.launches} reads a slot and nobody has waited for copy {number} into "
+                "it"
             )
-            self._read[row.data_ptr()] = self._tick
+            self._read[row.data_ptr()] = self.launches
 
 
 # The engine on it
@@ -335,20 +309,45 @@ EXPERTS = 7 * 32
 
 
 def open_on(export, twin, host_slots=EXPERTS, **options):
-    """The sample on a twin, with so many experts in RAM below it."""
+    """The sample on a twin, with so many experts in RAM below it.  CPU and link are said to take as
+    long for an expert, so ``hybrid`` halves the misses."""
 
     def plan(*arguments, **given):
         return replace(make_plan(*arguments, **given), host_slots=host_slots)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "make_plan", plan)
+        patch.setattr(loading, "stored_bandwidths", lambda path: measured())
         patch.setattr("slotmoe.offload.runtime.choose_device", lambda wanted: (twin, "a test"))
         return Runtime.open(export, context=256, threads=1, **options)
 
 
+@contextmanager
+def freed(runtime):
+    """Closes it behind the block; then network, slots and the twin's memory are gone without a
+    garbage collection: the next model needs the memory now."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+        model = runtime.model
+        twin, parts = model.device, [model.network, model.network.layers[1], model.caches[0]]
+        parts += [model.experts, model.experts.slots.slab, model.store]
+        layers = getattr(model.network._decoder, "_layers", None)
+        parts += layers if isinstance(layers, list) else []
+        gone = [weakref.ref(part) for part in parts]
+        del model, parts, layers
+        runtime.close()
+        assert not [type(ref()) for ref in gone if ref() is not None]
+        if getattr(twin, "_triton", True) is False:  # Triton's interpreter keeps tensors itself
+            assert twin.allocated == 0
+    finally:
+        gc.enable()
+
+
 def slow(number):
-    return 0.0005 * (number % 3)
+    time.sleep(0.0005 * (number % 3))
 
 
-def measured(**values):
-    return Bandwidths().updated("measured on a day", **values)
+def measured(pcie_busy=1e9, experts=1e9):
+    return Bandwidths().updated("measured on a day", pcie_busy=pcie_busy, experts=experts)
