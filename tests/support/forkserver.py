@@ -36,12 +36,13 @@ PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
 _IMPORTED = """torch numpy uvicorn slotmoe.offload.runtime slotmoe.offload.loading
     slotmoe.tools.serve.app slotmoe.tools.chat.terminal slotmoe.tools.profile.report""".split()
 _code = [0]  # of this process, if it is a child
-_spent = [0.0]  # CPU seconds of children that have ended
 
 
 class Forked:
     """A child that runs ``program``: the command line, or other Python code.  Streams are pipes,
     ``DEVNULL`` or a file descriptor; a terminal as stdin is the one that controls the child."""
+
+    cpu_seconds = 0.0  # of all that have ended; the system counts them for the server
 
     def __init__(self, *arguments, program=COMMAND_LINE, stdin=DEVNULL, out=PIPE, env=None):
         self.args, self.returncode = [sys.executable, *map(str, arguments)], None
@@ -64,9 +65,8 @@ class Forked:
 
     def __exit__(self, *_):
         self.send_signal(signal.SIGKILL)
-        for stream in (self.stdin, self.stdout, self.stderr):
-            if stream:
-                stream.close()
+        for stream in filter(None, (self.stdin, self.stdout, self.stderr)):
+            stream.close()
         self.wait()
 
     def wait(self, timeout=60):
@@ -79,7 +79,7 @@ class Forked:
             self._lines.close()
             self._told.close()
             self.returncode = int(code)
-            _spent[0] += float(seconds)
+            Forked.cpu_seconds += float(seconds)
         return self.returncode
 
     def send_signal(self, number):
@@ -89,19 +89,15 @@ class Forked:
     def terminate(self):
         self.send_signal(signal.SIGTERM)
 
-    def communicate(self, data=b"", timeout=60):
+    def communicate(self, data=b""):
         """Write ``data``, read both outputs to their ends, and wait."""
         if self.stdin and not self.stdin.closed:
             with self.stdin:
                 self.stdin.write(data)
-        with ThreadPoolExecutor(2) as pool:
-            streams = self.stdout, self.stderr
-            reading = [stream and pool.submit(stream.read) for stream in streams]
-            read = tuple(part and part.result(timeout) for part in reading)
-        self.wait(timeout)
-        for stream in filter(None, streams):
-            stream.close()
-        return read
+        with ThreadPoolExecutor(2) as pool, self.stdout, self.stderr:
+            out, err = pool.map(lambda stream: stream.read(), (self.stdout, self.stderr))
+        self.wait()
+        return out, err
 
 
 class OnTerminal(Forked):
@@ -150,11 +146,6 @@ def run(command, input, **_):
     child = Forked(*arguments, program=program, stdin=PIPE, env={})
     read = child.communicate(input)
     return subprocess.CompletedProcess(command, child.returncode, *read)
-
-
-def cpu_seconds():
-    """CPU time of the children so far; the system counts it for the server."""
-    return _spent[0]
 
 
 def _stream(wanted, mode):

@@ -26,7 +26,7 @@ PROMPT = "It is a truth universally acknowledged, that"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(folder, surprising_key=1, **SMALL)
+    write_checkpoint(folder, **SMALL)
     return folder
 
 
@@ -128,8 +128,9 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(run):
 
 
 def test_quantize_reports(run, tmp_path):
-    one, two = tmp_path / "1", tmp_path / "2"
-    code, out, err = run("quantize CHECKPOINT", one)
+    source, one, two = (tmp_path / name for name in ("source", "1", "2"))
+    write_checkpoint(source, surprising_key=1, **SMALL)
+    code, out, err = run("quantize", source, one)
     assert (code, out) == (0, "")
     *told, outcome, advice = err.splitlines()
     assert "surprising_key" in "".join(told)
@@ -137,7 +138,7 @@ def test_quantize_reports(run, tmp_path):
     assert advice == f'Run it: slotmoe run {one} "Your prompt"'
     code, out, err = run("quantize CHECKPOINT", two, "--json", "--resident", "nf4")
     report = json.loads(out)
-    assert (code, out.count("\n")) == (0, 1) and "Run it" not in err
+    assert (code, err, out.count("\n")) == (0, "", 1)
     files = [path for path in two.rglob("*") if path.is_file() and path.name != "slotmoe.json"]
     assert report["bytes"] == sum(path.stat().st_size for path in files)
 
