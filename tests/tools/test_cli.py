@@ -167,6 +167,7 @@ heavy = set("torch transformers bitsandbytes numpy tokenizers safetensors matplo
 for line in ("--help", "run --help", "--version", "doctor", "list", "plan v2-lite"):
     cli.main(line.split(), prog_name="slotmoe", standalone_mode=False)
     assert not heavy & set(sys.modules), line
+    assert line.startswith("plan") or "rich" not in sys.modules, line
 """
 
 
@@ -255,7 +256,6 @@ def test_synth_and_bench(slotmoe, tmp_path):
             padded = dequantize(CodedWeight(weight.codes, weight.scales, weight.levels, shape))
             rows, columns = weight.shape
             assert padded[rows:].abs().sum() == padded[:, columns:].abs().sum() == 0
-    assert slotmoe(*synth)[0] == 2  # it exists
     code, out, _ = slotmoe("bench", made, *BENCH)
     report = json.loads(out)
     assert code == 0 and set(report) >= MEASURED

@@ -149,7 +149,6 @@ def test_routes_and_kinds_of_content(served):
     assert served.ask("GET", "/nowhere")[0] == 404
     status, _, headers = served.ask("GET", TEXT)
     assert (status, headers["allow"]) == (405, "POST")
-    assert served.ask("POST", "/health")[0] == 405
     assert served.ask("GET", "/v1/models/other")[0] == 404
     model = served.ask("GET", "/v1/models/sample")[1]
     assert (model["id"], model["max_model_len"]) == ("sample", 512)

@@ -141,7 +141,6 @@ def test_talk_by_keys(page, served):
 RENDER = "const it = make('div'); renderMarkdown(it, {}); return {};"
 MARKDOWN = {
     "plain & <b>": "<p>plain &amp; &lt;b&gt;</p>",
-    "two\nlines\n\nmore": "<p>two\nlines</p><p>more</p>",
     "# A `b`\n####### c": "<h3>A <code>b</code></h3><p>####### c</p>",
     "**a *b* c** __d__ _e_ ~~f~~": "<p><strong>a <em>b</em> c</strong> <strong>d</strong>"
     " <em>e</em> <del>f</del></p>",

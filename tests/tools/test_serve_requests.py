@@ -59,7 +59,6 @@ REASONS = [
     (CHAT, user([PART]), "messages.0.content.0: a part of type 'image_url' can't be read"),
     (CHAT, user(5), "messages.0.content is neither text nor a list of parts"),
     (CHAT, {"messages": [{"role": "wizard"}]}, "messages.0 has the unknown 'role' 'wizard'"),
-    (CHAT, {"messages": [{"content": "x"}]}, "messages.0 has no 'role'"),
     (CHAT, {"messages": USER * 4097}, "messages has more than 4096 items"),
     (CHAT, user("x", extra=1), "messages.0.extra is not supported by this server"),
     (CHAT, {LONG: 1}, f"{'x' * 300}… is not supported by this server"),
@@ -74,7 +73,6 @@ REASONS = [
     (CHAT, {"tools": [FUNCTION], "tool_choice": OTHER}, "tool_choice: 'other' is none of the"),
     (CHAT, {"tool_choice": "auto"}, "tool_choice can only be given with tools"),
     (CHAT, {"tools": [FUNCTION], "tool_choice": 5}, "tool_choice is neither a word"),
-    (CHAT, {"tools": [{"type": "function"}]}, "tools.0.function is missing"),
     (CHAT, {"metadata": {str(i): "" for i in range(17)}}, "metadata has 17 labels, more than 16"),
     (CHAT, {"max_tokens": 0}, "max_tokens is 0, expected a positive count or -1"),
     (CHAT, {"max_tokens": 4, "min_tokens": 5}, "min_tokens is more than the limit of tokens"),
@@ -84,7 +82,6 @@ REASONS = [
     (TEXT, {"best_of": 2}, "best_of: Input should be 1"),
     (TEXT, {"prompt": 5}, "prompt is neither text, token ids nor a list of either"),
     (TEXT, {"prompt": [[1], []]}, "prompt.1 has fewer than 1 items"),
-    (TEXT, {"prompt": ["x", 5]}, "prompt.1: Input should be a valid string"),
     (ANTHROPIC, {"max_tokens": "x"}, "max_tokens: Input should be a valid integer"),
 ]
 # Of which the message does not begin with the parameter.
@@ -107,7 +104,6 @@ BODIES = [
     (b'{"n": ' + b"9" * 5000 + b"}", "a number is too long"),
     (b"[]", "is a list, expected a JSON object"),
     (b"", "the body is missing"),
-    (b"{", "is not JSON"),
     (b'{"model": "sample", "prompt": "x", "temperature": NaN}', ""),
     (b'{"model": "sample", "prompt": "x", "temperature": 1e999}', ""),
     ('{"model": "sample"}'.encode("utf-16"), "is not UTF-8"),

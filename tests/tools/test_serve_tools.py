@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.offload.runtime import Sequence
 from slotmoe.tools.serve import answers as serve_answers
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.formats import NATIVE, PLAIN
@@ -454,8 +455,13 @@ def test_log_probabilities_of_a_prompt(served, runtime):
         assert streamed == both["logprobs"][key], key
 
 
-def test_more_scores_than_memory_holds_are_refused(served, monkeypatch):
+def test_scores_that_cannot_be_told(served, monkeypatch):
     body = {**GREEDY, "prompt": "Call me Ishmael", "max_tokens": 0, "echo": True, "logprobs": 1}
     monkeypatch.setattr(serve_answers, "MAX_SCORES", 10)
     status, answer = served.post("/v1/completions", **body)
     assert status == 400 and answer["error"]["param"] == "logprobs"
+    monkeypatch.undo()
+    real, broken = Sequence.append_rows, float("nan")
+    monkeypatch.setattr(Sequence, "append_rows", lambda *given: (x * broken for x in real(*given)))
+    status, answer = served.post("/v1/completions", **body)
+    assert status == 500 and "weights are broken" in answer["error"]["message"]
