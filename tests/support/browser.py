@@ -99,12 +99,10 @@ class Tab:
         self._browser.call("Target.disposeBrowserContext", **self.context)
         self._browser.tabs.clear()
 
-    def emulate(self, width, height, colours="light"):
-        """A window of that many pixels, and the system's colours, light or dark."""
+    def emulate(self, width, height):
+        """A window of that many pixels."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
-        features = [{"name": "prefers-color-scheme", "value": colours}]
-        self.call("Emulation.setEmulatedMedia", features=features)
 
     def open(self, path):
         """Load a file, or an address, with all that it names."""

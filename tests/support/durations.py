@@ -13,7 +13,7 @@ from functools import wraps
 
 import pytest
 
-from tests.support import forkserver
+from tests.support.forkserver import Forked
 
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++")
 KINDS = {
@@ -84,7 +84,7 @@ def pytest_configure(config):
 
 def cpu_seconds():
     times = os.times()
-    children = times.children_user + times.children_system + forkserver.cpu_seconds()
+    children = times.children_user + times.children_system + Forked.cpu_seconds
     return times.user + times.system + children
 
 

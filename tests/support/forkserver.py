@@ -36,30 +36,22 @@ PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
 _IMPORTED = """torch numpy uvicorn slotmoe.offload.runtime slotmoe.offload.loading
     slotmoe.tools.serve.app slotmoe.tools.chat.terminal slotmoe.tools.profile.report""".split()
 _code = [0]  # of this process, if it is a child
-_spent = [0.0]  # CPU seconds of children that have ended
 
 
 class Forked:
     """A child that runs ``program``: the command line, or other Python code.  Streams are pipes,
-    ``DEVNULL`` or file descriptors; a terminal as stdin is the one that controls the child."""
+    ``DEVNULL`` or a file descriptor; a terminal as stdin is the one that controls the child."""
 
-    def __init__(
-        self,
-        *arguments,
-        program=COMMAND_LINE,
-        stdin=DEVNULL,
-        stdout=PIPE,
-        stderr=PIPE,
-        cwd=ROOT,
-        env=None,
-    ):
+    cpu_seconds = 0.0  # of all that have ended; the system counts them for the server
+
+    def __init__(self, *arguments, program=COMMAND_LINE, stdin=DEVNULL, out=PIPE, env=None):
         self.args, self.returncode = [sys.executable, *map(str, arguments)], None
         environment = dict(os.environ if env is None else env)
-        sys.audit("subprocess.Popen", sys.executable, self.args, cwd, environment)
-        ours, theirs = zip(*map(_stream, (stdin, stdout, stderr), ("w", "r", "r")), strict=True)
+        sys.audit("subprocess.Popen", sys.executable, self.args, ROOT, environment)
+        ours, theirs = zip(*map(_stream, (stdin, out, out), ("w", "r", "r")), strict=True)
         self.stdin, self.stdout, self.stderr = ours
         self._told, telling = socket.socketpair()
-        request = json.dumps([program, self.args[1:], str(cwd), environment])
+        request = json.dumps([program, self.args[1:], environment])
         self._told.sendall(f"{request}\n".encode())
         socket.send_fds(_server(), [b"\0"], [telling.fileno(), *theirs])
         for handle in theirs:
@@ -72,10 +64,9 @@ class Forked:
         return self
 
     def __exit__(self, *_):
-        self.kill()
-        for stream in (self.stdin, self.stdout, self.stderr):
-            if stream:
-                stream.close()
+        self.send_signal(signal.SIGKILL)
+        for stream in filter(None, (self.stdin, self.stdout, self.stderr)):
+            stream.close()
         self.wait()
 
     def wait(self, timeout=60):
@@ -88,7 +79,7 @@ class Forked:
             self._lines.close()
             self._told.close()
             self.returncode = int(code)
-            _spent[0] += float(seconds)
+            Forked.cpu_seconds += float(seconds)
         return self.returncode
 
     def send_signal(self, number):
@@ -98,22 +89,15 @@ class Forked:
     def terminate(self):
         self.send_signal(signal.SIGTERM)
 
-    def kill(self):
-        self.send_signal(signal.SIGKILL)
-
-    def communicate(self, data=b"", timeout=60):
+    def communicate(self, data=b""):
         """Write ``data``, read both outputs to their ends, and wait."""
         if self.stdin and not self.stdin.closed:
             with self.stdin:
                 self.stdin.write(data)
-        with ThreadPoolExecutor(2) as pool:
-            streams = self.stdout, self.stderr
-            reading = [stream and pool.submit(stream.read) for stream in streams]
-            read = tuple(part and part.result(timeout) for part in reading)
-        self.wait(timeout)
-        for stream in filter(None, streams):
-            stream.close()
-        return read
+        with ThreadPoolExecutor(2) as pool, self.stdout, self.stderr:
+            out, err = pool.map(lambda stream: stream.read(), (self.stdout, self.stderr))
+        self.wait()
+        return out, err
 
 
 class OnTerminal(Forked):
@@ -124,7 +108,7 @@ class OnTerminal(Forked):
         self._unread = b""
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
         env = os.environ | {"TERM": "xterm", "COLUMNS": "100"} | environment
-        super().__init__(*arguments, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+        super().__init__(*arguments, stdin=theirs, out=theirs, env=env)
         os.close(theirs)
 
     def __exit__(self, *_):
@@ -160,13 +144,8 @@ def run(command, input, **_):
     """In place of ``subprocess.run`` for the programs of ``slotmoe.model.child``."""
     program, arguments = command[4], command[5:]  # after python -I -S -c
     child = Forked(*arguments, program=program, stdin=PIPE, env={})
-    out, err = child.communicate(input)
-    return subprocess.CompletedProcess(command, child.returncode, out, err)
-
-
-def cpu_seconds():
-    """CPU time of the children so far; the system counts it for the server."""
-    return _spent[0]
+    read = child.communicate(input)
+    return subprocess.CompletedProcess(command, child.returncode, *read)
 
 
 def _stream(wanted, mode):
@@ -174,7 +153,7 @@ def _stream(wanted, mode):
     if wanted == DEVNULL:
         return None, os.open(os.devnull, os.O_RDWR)
     if wanted != PIPE:
-        return None, os.dup(wanted if isinstance(wanted, int) else wanted.fileno())
+        return None, os.dup(wanted)
     read, write = os.pipe()
     return (open(read, "rb"), write) if mode == "r" else (open(write, "wb", 0), read)
 
@@ -208,19 +187,11 @@ def _serve(control):
             return _child(*handles)
         for handle in handles:
             os.close(handle)
-        while _ended(os.WNOHANG):
-            pass
-
-
-def _ended(options=0):
-    try:
-        return os.waitpid(-1, options)[0]
-    except ChildProcessError:
-        return 0
 
 
 def _child(telling, *streams):
     """Make this process look new; another one, between it and the server, tells how it ends."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with socket.socket(fileno=telling) as told:
         child = os.fork()
         if child:
@@ -234,7 +205,7 @@ def _child(telling, *streams):
             code, seconds = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
             told.sendall(f"{code} {seconds}\n".encode())
             os._exit(0)
-        program, arguments, folder, environment = json.loads(told.makefile().readline())
+        program, arguments, environment = json.loads(told.makefile().readline())
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     os.setsid()
     for number, handle in enumerate(streams):
@@ -248,8 +219,6 @@ def _child(telling, *streams):
     sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", closefd=False, **errors)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(folder)
-    sys.path[0] = folder
     sys.argv[1:] = arguments
     return program
 
@@ -287,4 +256,5 @@ if __name__ == "__main__":
     assert len(os.listdir("/proc/self/task")) == 1, "a library has started threads"
     gc.collect()
     gc.freeze()  # else a child's collector would copy the pages of all that the server holds
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the server's own children
     _run(_serve(socket.socket(fileno=int(sys.argv[1]))))

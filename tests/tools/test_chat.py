@@ -5,7 +5,6 @@ import errno
 import io
 import json
 import os
-import re
 import signal
 import sys
 from itertools import pairwise
@@ -17,7 +16,6 @@ from hypothesis import strategies as st
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.generate import Sampling
 from slotmoe.model.reasoning import Reasoning
-from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.chat.conversation import Conversation, Exchange, trimmed
 from tests.support.tiny import write_checkpoint
@@ -106,8 +104,6 @@ def test_regenerate_reads_nothing_and_gives_another_answer(talking):
     assert fed(chat.runtime) == (read, made + 24)
     assert chat.exchanges == [Exchange("What news?", second)]
     assert second != first
-    again = talking(temperature=1.0, seed=5)
-    assert [said(again.answer("What news?")), said(again.regenerate())] == [first, second]
 
 
 @settings(max_examples=200, deadline=None)
@@ -124,13 +120,10 @@ def test_full_context_drops_the_oldest_and_says_so_once(talking):
     context, decode = chat.runtime.context, chat.runtime.tokenizer.decode
     for number in range(11):
         said(chat.answer(f"Tell me, I pray you, of number {number}."))
-    assert len(chat.exchanges) == 11
     assert all(len(prompt) + 20 <= context for prompt in chat.sent)
-    assert all(decode(prompt).startswith(SYSTEM) for prompt in chat.sent)
-    seen = [
-        [number for number in range(11) if f"number {number}." in decode(prompt)]
-        for prompt in chat.sent
-    ]
+    texts = [decode(prompt) for prompt in chat.sent]
+    assert all(text.startswith(SYSTEM) for text in texts)
+    seen = [[one for one in range(11) if f"number {one}." in text] for text in texts]
     changes = 0
     for number, (before, now) in enumerate(pairwise(seen), 1):
         assert now == list(range(now[0], number + 1))  # the newest, without a gap
@@ -139,18 +132,6 @@ def test_full_context_drops_the_oldest_and_says_so_once(talking):
             assert len(chat.sent[number]) <= context // 2 < len(chat.sent[number - 1])
     assert changes == len([note for note in chat.told if "context is full" in note]) >= 2
     assert chat.forgotten == seen[-1][0]
-
-
-def test_newest_exchange_stays_even_if_it_takes_more_than_half(talking):
-    chat = talking(max_new_tokens=20)
-    for size in (3, 3, 90):
-        said(chat.answer("word " * size))
-    chat.exchanges[-1] = Exchange("long " * 150, "so it is")
-    said(chat.answer("and now? " * 9))
-    text = chat.runtime.tokenizer.decode(chat.sent[-1])
-    assert len(chat.sent[-1]) > chat.runtime.context // 2
-    assert "long long" in text and "word" not in text
-    assert chat.forgotten == 2
 
 
 def test_message_beyond_the_context_is_refused_and_changes_nothing(talking):
@@ -162,8 +143,6 @@ def test_message_beyond_the_context_is_refused_and_changes_nothing(talking):
         said(chat.answer("word " * 300))
     assert (chat.exchanges, chat.forgotten) == state
     assert len(chat.sent) == 1
-    chat.reset()
-    assert said(chat.answer("Hello"))
 
 
 def test_answer_that_reaches_an_end_says_which(talking, monkeypatch):
@@ -171,18 +150,12 @@ def test_answer_that_reaches_an_end_says_which(talking, monkeypatch):
     said(chat.answer("Tell me of the kings of England, and of their wars with France, at length."))
     length, context = chat.runtime.sequences[0].length, chat.runtime.context
     assert length + 1 == context, "the model ended by itself; choose another message"
-    full = "the answer was stopped because the context is full; your next message makes room in it"
-    assert chat.told == [full]
-    chat = talking(max_new_tokens=3)
-    said(chat.answer("Hello"))
-    assert chat.told.pop() == "the answer was stopped after 3 tokens (--max-new-tokens)"
-    chat = talking()
-    with monkeypatch.context() as patch:
-        patch.setattr(Runtime, "generate", lambda *_: iter([]))
-        assert said(chat.answer("Hello")) == ""
-    assert chat.told[1:] == ["the model gave an empty answer"]
-    assert chat.exchanges == [Exchange("Hello", "")]
-    assert said(chat.regenerate())
+    assert "stopped because the context is full" in chat.told[0]
+    said(talking(max_new_tokens=3).answer("Hello"))
+    assert "stopped after 3 tokens" in chat.told[1]
+    monkeypatch.setattr(Runtime, "generate", lambda *_: iter([]))
+    assert said(talking().answer("Hello")) == ""
+    assert chat.told[2:] == ["the model gave an empty answer"]
 
 
 # Stopped answers
@@ -255,19 +228,16 @@ def test_failed_save_leaves_the_file_before_it(talking, tmp_path, monkeypatch):
     chat.save(path)
     before = path.read_bytes()
     said(chat.answer("More"))
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(ConfigError, match=r"talk: can't be written .No space"):
-            chat.save(path)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match=r"talk: can't be written .No space"):
+        chat.save(path)
     assert path.read_bytes() == before
-    chat.save(path)
 
 
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 BAD_FILES = [
     ("{", "not valid JSON"),
     ([], "expected a JSON object"),
-    ({}, "expected a list under 'messages'"),
     ({"messages": [], "model": "x"}, "'model'"),
     ({"messages": "hi"}, "expected a list under 'messages'"),
 ]
@@ -276,9 +246,7 @@ BAD_MESSAGES = [
     ([USER | {"name": "x"}, ASSISTANT], r"messages\[0\]: .*role and content"),
     ([USER, ASSISTANT | {"content": 3}], r"messages\[1\].content: is 3"),
     ([USER | {"content": "\ud800"}, ASSISTANT], r"messages\[0\].content: .*Unicode"),
-    ([USER | {"role": "tool"}], r"messages\[0\].role: is 'tool', expected 'user'"),
     ([USER, USER], r"messages\[1\].role: is 'user', expected 'assistant'"),
-    ([USER, ASSISTANT, USER | {"role": "system"}], r"messages\[2\].role: is 'system'"),
     ([USER, ASSISTANT, USER], r"messages\[2\]: is a message without an answer"),
 ]
 BAD_FILES += [({"messages": messages}, wanted) for messages, wanted in BAD_MESSAGES]
@@ -294,45 +262,6 @@ def test_bad_file_is_refused_by_name_and_changes_nothing(talking, tmp_path):
         with pytest.raises(ConfigError, match=f"bad.json: (.*{wanted}|{wanted})"):
             chat.load(tmp_path / "bad.json")
         assert (chat.system, chat.exchanges, chat.file) == before
-
-
-def test_status_and_what_it_counts(talking):
-    chat = talking()
-    assert chat.status().endswith("context 0 of 256")
-    said(chat.answer("Hello"))
-    length = len(chat.sent[0]) + 23
-    for part in ("tokens/s", "% hits", "ram ", f"context {length} of 256"):
-        assert part in chat.status()
-    chat.reset()
-    assert chat.status().endswith("context 0 of 256")
-
-
-def test_status_while_the_message_is_read(talking, monkeypatch):
-    """Also before the message is tokens, and after the last one of them, until there is one of the
-    answer."""
-    chat, seen = talking(), []
-
-    def watched(owner, name):
-        original = getattr(owner, name)
-
-        def call(*arguments):
-            seen.append(chat.status())
-            return original(*arguments)
-
-        monkeypatch.setattr(owner, name, call)
-
-    watched(type(chat.runtime.tokenizer), "chat")
-    watched(type(chat.runtime.sequences[0]), "extend")
-    answer = chat.answer("Tell me of the king.")
-    next(answer)
-    total = len(chat.sent[0])
-    assert re.match(r"reading the message, \d s · ", seen[0])
-    assert re.match(rf"reading \d+ of {total} tokens, \d s · ", seen[1])
-    assert "reading" not in chat.status()
-    answer.close()
-    with pytest.raises(PlanError):
-        next(chat.answer("word " * 300))
-    assert "reading" not in chat.status()
 
 
 # Through pipes
@@ -365,34 +294,24 @@ def test_one_message_a_line_and_plain_text_out(chat, tmp_path):
     assert (first, texts[::2]) == ("Be brief", ["Hello", "/slash"])
     assert out == "".join(f"{answer}\n" for answer in texts[1::2])
     lines = "/load talk.json\n/regenerate\n/save\n/reset\n/system off\n/system\n"
-    code, again, err = chat(lines, "--system", SYSTEM)
+    code, _, err = chat(lines, "--system", SYSTEM)
     assert code == 0 and "there is no system message" in err
-    assert len(json.loads((tmp_path / "talk.json").read_text())["messages"]) == 5
-    assert again.count("\n") >= 1
 
 
 BAD_LINES = [
-    ("/fly\nnever\n", [], "/fly: no such command"),
-    ("/save\n", [], "/save: needs the name"),
-    ("/load\n", [], "/load: needs the name"),
-    ("/load nowhere.json\n", [], "nowhere.json: can't be read"),
-    ("word " * 400, [], "the context holds 256"),
-    (b"fine\n\xff\n", [], "stdin: line 2 is not valid UTF-8"),
-    ("", ["--temperature", "-1"], "temperature is -1"),
-    ("", ["-n", "0"], "max_new_tokens is 0"),
-    ("", ["--ram", "1MiB"], "needs at least"),
-    ("", ["--chat"], "--chat"),
+    ("/fly\nnever\n", "/fly: no such command"),
+    ("/save\n", "/save: needs the name"),
+    ("/load nowhere.json\n", "nowhere.json: can't be read"),
+    ("word " * 400, "the context holds 256"),
+    (b"fine\n\xff\n", "stdin: line 2 is not valid UTF-8"),
 ]
 
 
 def test_bad_line_ends_it_with_one_line_and_exit_code_2(chat):
-    for lines, arguments, wanted in BAD_LINES:
-        code, out, err = chat(lines, *arguments)
+    for lines, wanted in BAD_LINES:
+        code, out, err = chat(lines)
         assert code == 2 and wanted in err and "Traceback" not in err
         assert out.count("\n") == isinstance(lines, bytes)
-
-
-NO_ROLE = "{{ raise_exception('no system role') }}"
 
 
 def test_model_without_a_usable_template_is_refused(chat, tmp_path):
@@ -400,38 +319,14 @@ def test_model_without_a_usable_template_is_refused(chat, tmp_path):
     path = tmp_path / "base" / "tokenizer_config.json"
     config = json.loads(path.read_text())
     del config["chat_template"]
-    other = "not a chat model: take its Chat or Instruct version"
-    for more, wanted in (({}, other), ({"chat_template": NO_ROLE}, "no system role")):
-        path.write_text(json.dumps(config | more))
-        code, out, err = chat("Hello\n", model=tmp_path / "base")
-        assert (code, out) == (2, "") and wanted in err
+    path.write_text(json.dumps(config))
+    code, out, err = chat("Hello\n", model=tmp_path / "base")
+    assert (code, out) == (2, "") and "not a chat model: take its Chat or Instruct" in err
 
 
-def test_interrupted_pipe_is_exit_code_130(chat, monkeypatch):
-    def generate(self, *arguments):
-        yield next(original(self, *arguments))
-        signal.raise_signal(signal.SIGINT)
-
-    original = Runtime.generate
-    monkeypatch.setattr(Runtime, "generate", generate)
-    code, _, err = chat("Hello\nMore\n")
-    assert code == 130 and "interrupted" in err
-
-
-def test_trace_covers_all_answers(chat, tmp_path):
-    assert chat("Hello\nMore\n", "--trace", tmp_path / "trace")[0] == 0
-    assert len(read_trace(tmp_path / "trace")[1]) == 16
-
-
-@pytest.fixture
-def thinking(runtime):
-    """The sample's answers are reasoning up to the first comma."""
-    runtime.tokenizer.reasoning = Reasoning("Assistant:", ",", {})
-    yield
-    runtime.tokenizer.reasoning = None
-
-
-def test_reasoning_is_apart_from_the_answer_and_not_kept(talking, thinking):
+def test_reasoning_is_apart_from_the_answer_and_not_kept(talking, runtime, monkeypatch):
+    """The sample's answers are taken for reasoning up to the first comma."""
+    monkeypatch.setattr(runtime.tokenizer, "reasoning", Reasoning("Assistant:", ",", {}))
     conversation, thoughts = talking(60), []
     conversation.think = thoughts.append
     answer = said(conversation.answer("It is a truth"))
@@ -439,9 +334,3 @@ def test_reasoning_is_apart_from_the_answer_and_not_kept(talking, thinking):
     thought, _, rest = whole.partition(",")
     assert ("".join(thoughts), answer) == (thought.strip(), rest.strip()) and answer
     assert conversation.exchanges == [Exchange("It is a truth", answer)]
-
-
-def test_an_answer_cut_off_in_its_reasoning_is_not_called_empty(talking, thinking):
-    conversation = talking(2)
-    assert said(conversation.answer("It is a truth")) == ""
-    assert conversation.told == ["the answer was stopped after 2 tokens (--max-new-tokens)"]

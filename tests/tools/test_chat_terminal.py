@@ -28,22 +28,13 @@ def keys():
 
 
 @pytest.fixture
-def make(keys):
+def terminal(keys, tmp_path):
     """A ``Terminal`` that keeps its history in a file, and what it printed."""
-
-    def make(history):
-        printed = io.StringIO()
-        console = Console(file=printed, width=60, height=20)
-        made = Terminal(history, list(COMMANDS), lambda: "status", console)
-        made.keys, made.printed = keys, printed
-        return made
-
-    return make
-
-
-@pytest.fixture
-def terminal(make, tmp_path):
-    return make(tmp_path / "cache" / "history")
+    printed = io.StringIO()
+    console = Console(file=printed, width=60, height=20)
+    made = Terminal(tmp_path / "cache" / "history", list(COMMANDS), lambda: "status", console)
+    made.keys, made.printed = keys, printed
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -56,21 +47,21 @@ def chat(processes, runtime):
     return Conversation(runtime, 24, Sampling())
 
 
-@pytest.mark.parametrize(
-    ("typed", "wanted"),
-    [
-        ("hello\r", "hello"),
-        ("one\x1b\rtwo\ntree\x1b[Dh\r", "one\ntwo\ntrehe"),  # Alt-Enter, Ctrl-J, then an arrow
-        ("\r  \rhello\r", "  hello"),  # nothing is not sent
-        ("\x1b[200~two\nlines\x1b[201~\r", "two\nlines"),  # pasted
-        ("dropped\x03kept\r", "kept"),
-        ("\x04", None),
-        ("x\x01\x04\x04", None),  # deletes first
-    ],
-)
-def test_keys(terminal, typed, wanted):
-    terminal.keys.send_text(typed)
-    assert terminal.read() == wanted
+KEYS = {
+    "hello\r": "hello",
+    "one\x1b\rtwo\ntree\x1b[Dh\r": "one\ntwo\ntrehe",  # Alt-Enter, Ctrl-J, then an arrow
+    "\r  \rhello\r": "  hello",  # nothing is not sent
+    "\x1b[200~two\nlines\x1b[201~\r": "two\nlines",  # pasted
+    "dropped\x03kept\r": "kept",
+    "\x04": None,
+    "x\x01\x04\x04": None,  # deletes first
+}
+
+
+def test_keys(terminal):
+    for typed, wanted in KEYS.items():
+        terminal.keys.send_text(typed)
+        assert terminal.read() == wanted
     assert terminal.printed.getvalue() == ""
 
 
@@ -80,21 +71,13 @@ def test_interrupt_at_an_empty_prompt_says_how_to_leave(terminal):
     assert "Ctrl-D" in terminal.printed.getvalue()
 
 
-def test_history_is_kept_in_the_cache_folder(terminal, make, tmp_path):
+def test_history_is_kept_in_the_cache_folder(terminal, tmp_path):
     terminal.keys.send_text("first\x1b\rline\r")
     terminal.read()
     path = tmp_path / "cache" / "history"
     assert path.stat().st_mode & 0o777 == 0o600
     terminal.keys.send_text("\x1b[A\r")
-    assert make(path).read() == "first\nline"
-
-
-def test_history_that_cannot_be_kept_is_said(make, tmp_path):
-    (tmp_path / "file").touch()
-    terminal = make(tmp_path / "file" / "history")
-    terminal.keys.send_text("hello\r")
-    assert terminal.read() == "hello"
-    assert "can't keep the history" in terminal.printed.getvalue().replace("\n", " ")
+    assert Terminal(path, [], str, Console(file=io.StringIO())).read() == "first\nline"
 
 
 def test_refused_message_can_be_edited(terminal, chat):
@@ -104,14 +87,6 @@ def test_refused_message_can_be_edited(terminal, chat):
     assert [exchange.user for exchange in chat.exchanges] == ["short"]
     printed = terminal.printed.getvalue()
     assert "--context" in printed and "/nonsense: no such command" in printed
-
-
-def test_what_ended_an_answer_is_said_below_it(terminal, chat):
-    terminal.keys.send_text("Hello\r\x04")
-    talk(chat, terminal, Path())
-    lines = [line.strip() for line in terminal.printed.getvalue().splitlines() if line.strip()]
-    assert lines[-1] == "the answer was stopped after 24 tokens (--max-new-tokens)"
-    assert lines[0] in chat.exchanges[0].assistant
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -144,22 +119,6 @@ def test_interrupt_stops_the_answer_and_keeps_the_session(terminal, chat, monkey
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_message_is_offered_again_if_nothing_was_answered(terminal, chat, monkeypatch):
-    experts, calls = type(chat.runtime.model.experts), []
-    original = experts.begin
-
-    def begin(*arguments):
-        calls.append(1)
-        if len(calls) == 1:
-            signal.raise_signal(signal.SIGINT)
-        return original(*arguments)
-
-    monkeypatch.setattr(experts, "begin", begin)
-    terminal.keys.send_text("Hello\r, friend\r\x04")
-    talk(chat, terminal, Path())
-    assert [exchange.user for exchange in chat.exchanges] == ["Hello, friend"]
-
-
 DOCUMENT = """# Title
 
 Some *words*
@@ -183,26 +142,6 @@ Last, [an address](https://example.org/a) of 5 * 3
 """
 
 
-def rendered(text, show):
-    console = Console(file=io.StringIO(), width=60, height=20)
-    show(console, text)
-    return [line.rstrip() for line in console.file.getvalue().splitlines() if line.strip()]
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_markdown_that_arrives_in_pieces_looks_like_the_whole(size):
-    def by_pieces(console, text):
-        view = View(console, lambda: "")  # not live: only what stays is looked at
-        for start in range(0, len(text), size):
-            view.add(text[start : start + size])
-        view.close()
-
-    whole = rendered(DOCUMENT, lambda console, text: console.print(markdown(text)))
-    assert rendered(DOCUMENT, by_pieces) == whole
-    last = "Last, an address (https://example.org/a) of 5 * 3"
-    assert {"Some words", "on two lines:", " 2 two", last} <= set(whole)
-
-
 LINES = [*DOCUMENT.splitlines(keepends=True), "\n", "    code\n", "> quote\n", "---\n", "- a\n"]
 
 
@@ -217,29 +156,6 @@ def test_finished_blocks_never_change(lines):
     for end in range(1, len(lines)):
         done = finished("".join(lines[:end]))
         assert parsed(text[:done], text[done:]) == parsed(text)
-
-
-def test_a_line_on_its_way_finishes_nothing():
-    assert finished("a\n\n1. one\n\n2") == len("a\n\n")  # it may become the list's second item
-
-
-def test_only_the_end_of_a_long_block_is_redrawn():
-    console = Console(file=io.StringIO(), width=40, height=10, force_terminal=True)
-    # Nothing is drawn at 0; a drawing from 10 to 11 pauses for 30 seconds.
-    now = iter([0, 0, 10, 11, 12, 41, 42])
-    view = View(console, lambda: "the status", clock=lambda: next(now))
-
-    def shown():
-        with console.capture() as captured:
-            console.print(view.render(), end="")
-        return captured.get().splitlines()
-
-    view.add("```\n" + "".join(f"line {number}\n" for number in range(50)))
-    lines = shown()
-    assert len(lines) == 9 and "line 49" in lines[-3] and "the status" in lines[-1]
-    view.add("line 50\n")
-    assert shown() == lines
-    assert "line 50" in shown()[-3]
 
 
 def test_answers_cannot_command_the_terminal():
@@ -266,14 +182,3 @@ def test_interrupt_on_a_real_terminal(sample_export):
         terminal.send("\x04")
         terminal.rest()
         assert terminal.wait() == 0
-
-
-def test_reasoning_is_dimmed_above_the_answer(terminal):
-    def answer():
-        terminal.think("First,\nsec")
-        terminal.think("ond.\x1b[2J")
-        yield "The *answer*.\n"
-
-    terminal.show(answer())
-    assert terminal.printed.getvalue().splitlines()[:2] == ["First,", "second.\\x1b[2J"]
-    assert "answer" in terminal.printed.getvalue()

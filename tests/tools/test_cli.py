@@ -4,7 +4,6 @@ stderr."""
 import json
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.export.layout import PROJECTIONS
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.weights import dequantize
-from slotmoe.tools.cli import main
 from tests.support.forkserver import PIPE, ROOT, Forked
 from tests.support.tiny import SMALL, write_checkpoint
 
@@ -46,31 +44,22 @@ def run(slotmoe, small_export, checkpoint):
 BAD_USE = {
     "run nowhere x": "nowhere: no such folder",
     "run tests x": "config.json",
-    "run setup.py x": "setup.py",
-    "run": "MODEL",
     "run EXPORT": "PROMPT",
-    "fly": "fly",
     "run EXPORT x --fast": "--fast",
     "run EXPORT x --device tpu": "tpu",
-    "run EXPORT x --cache-policy best": "best",
     "run EXPORT x --ram lots": "'lots' is not a size",
     "run EXPORT x --ram -1GiB": "'-1GiB' is not a size",
-    "run EXPORT x --ram 8GiBB": "8GiBB",
     "run EXPORT x --ram 0": "'0' is not a possible size",
     f"run EXPORT x --ram {'9' * 400}GiB": "is not a size",
     "run EXPORT x --ram 3": "'3' is 3 bytes; write the unit",
+    "run EXPORT x --ram 1KiB": "needs at least",
     "run EXPORT x --device cpu --misses fetch": "misses fetch",
     "run EXPORT x --device cpu --vram 1GiB": "--vram",
-    "run EXPORT x --temperature -1": "temperature is -1",
     "run EXPORT x --temperature nan": "temperature is nan",
-    "run EXPORT x --temperature hot": "hot",
-    "run EXPORT x --top-p 0": "top_p is 0",
     "run EXPORT x --top-p 1.5": "top_p is 1.5",
     "run EXPORT x --top-k -3": "top_k is -3",
-    "run EXPORT x --seed -1": "seed is -1",
     f"run EXPORT x --seed {1 << 80}": "seed is",
     "run EXPORT x -n 0": "max_new_tokens is 0, expected at least 1 (option -n)",
-    "run EXPORT x --threads 0": "threads is 0",
     "run EXPORT x --threads 300": "expected 1 to 256",
     "run EXPORT x --file setup.py": "both given",
     "run EXPORT --file nowhere": "nowhere",
@@ -78,8 +67,6 @@ BAD_USE = {
     "run EXPORT x --temprature 1": "'--temperature'",
     "run samplee x": "did you mean sample?",
     "run v2-lite x": "is a geometry, without weights",
-    "plan v2-lit": "did you mean v2-lite?",
-    f"run EXPORT '{'x ' * 300}'": "are all that the model has",
     "run EXPORT x --context 0": "context 0",
     "run EXPORT x --context 257": "max_position_embeddings",
     "run EXPORT 'one two three four five' --context 3": "the context holds 3",
@@ -87,11 +74,8 @@ BAD_USE = {
     "run EXPORT x --slots 1": "at least 2",
     "run EXPORT x --trace nowhere/trace": "nowhere/trace",
     "quantize EXPORT dst": "is an export already",
-    "quantize nowhere dst": "nowhere: no such folder",
-    "quantize CHECKPOINT": "DST",
     "quantize CHECKPOINT CHECKPOINT --overwrite": "not an export",
     "quantize CHECKPOINT EXPORT --resident nf4": "--overwrite",
-    "quantize CHECKPOINT dst --resident int4": "int4",
     "quantize CHECKPOINT dst --workers 0": "workers",
     "quantize CHECKPOINT nowhere/dst": "nowhere/dst",
     "bench EXPORT --depth 60 --decode-tokens 9 --context 64": "context",
@@ -112,13 +96,6 @@ def test_bad_use_is_one_line_and_exit_code_2(run, monkeypatch):
     assert not Path("dst").exists()
 
 
-def test_shortfall_is_told(run):
-    code, _, err = run("run EXPORT x --ram 1KiB")
-    assert code == 2
-    for part in ("needs at least", "the budget is 1.0 KiB", "short", "--ram", "--context"):
-        assert part in err
-
-
 def test_more_memory_than_there_is(run, monkeypatch):
     code, _, err = run("run EXPORT x -n 1 --ram 800TiB")
     assert (code, err.count("\n")) == (0, 2)
@@ -128,15 +105,6 @@ def test_more_memory_than_there_is(run, monkeypatch):
     code, _, err = run("run EXPORT x -n 1")
     assert (code, err.count("\n")) == (2, 1)
     assert "of RAM and this machine has 1.0 KiB: give a smaller --ram" in err
-
-
-def test_damaged_export_is_exit_code_2(small_export, tmp_path, slotmoe):
-    path = shutil.copytree(small_export, tmp_path / "export") / "resident.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    code, out, err = slotmoe("run", tmp_path / "export", "x")
-    assert (code, out, err.count("\n")) == (2, "", 1) and path.name in err
 
 
 STATISTICS = (
@@ -149,9 +117,7 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(run):
     line = "run EXPORT Hello -n 5"
     code, out, err = run(line)
     assert code == 0 and out.endswith("\n") and re.fullmatch(STATISTICS, err)
-    verbose = run(f"{line} --verbose")[2]
-    assert all(part in verbose for part in ("on cpu", "prefill", "hits", "tokens/s · first token"))
-    assert run(line)[1] == out
+    assert run(f"{line} --verbose")[1] == out
     first, again, other = (run(f"{line} --temperature 2 --seed {seed}")[1] for seed in (1, 1, 2))
     assert first == again != other
     code, json_out, err = run(f"{line} --json")
@@ -159,25 +125,22 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(run):
     assert (code, err, json_out.count("\n")) == (0, "", 1)
     assert report["text"] + "\n" == out
     assert len(report["ids"]) == len(report["logprobs"]) <= 5
-    assert report["prefill_tokens_per_second"] > 0
-    assert {"cache", "io", "memory"} <= set(report)
 
 
 def test_quantize_reports(run, tmp_path):
-    one, two, three = (tmp_path / name for name in "123")
-    code, out, err = run("quantize CHECKPOINT", one)
+    source, one, two = (tmp_path / name for name in ("source", "1", "2"))
+    write_checkpoint(source, surprising_key=1, **SMALL)
+    code, out, err = run("quantize", source, one)
     assert (code, out) == (0, "")
-    outcome, advice = err.splitlines()
+    *told, outcome, advice = err.splitlines()
+    assert "surprising_key" in "".join(told)
     assert re.fullmatch(rf"{one}: .* in .* s \(.*\), \d+\.\d\d bits a weight", outcome)
     assert advice == f'Run it: slotmoe run {one} "Your prompt"'
-    err = run("quantize CHECKPOINT", two, "--verbose")[2]
-    assert err.index("What quantization cost") < err.index("bits a weight")
-    code, out, err = run("quantize CHECKPOINT", three, "--json", "--resident", "nf4")
+    code, out, err = run("quantize CHECKPOINT", two, "--json", "--resident", "nf4")
     report = json.loads(out)
     assert (code, err, out.count("\n")) == (0, "", 1)
-    files = [path for path in three.rglob("*") if path.is_file() and path.name != "slotmoe.json"]
+    files = [path for path in two.rglob("*") if path.is_file() and path.name != "slotmoe.json"]
     assert report["bytes"] == sum(path.stat().st_size for path in files)
-    assert report["quantization"] == "nf4"
 
 
 @pytest.mark.parametrize("options", ["", "--json"])
@@ -197,30 +160,14 @@ def test_interrupted_generation(options, run, monkeypatch):
     assert ("3 tokens · " in err) == (out != "") == (not options)
 
 
-def test_every_token_is_printed_at_once(small_export, tmp_path, monkeypatch):
-    original, sizes = Network.forward, []
-
-    def forward(self, *arguments, **options):
-        sizes.append((tmp_path / "out").stat().st_size)
-        return original(self, *arguments, **options)
-
-    monkeypatch.setattr(Network, "forward", forward)
-    with (tmp_path / "out").open("w") as out, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", out)
-        with pytest.raises(SystemExit):
-            main(["run", str(small_export), "Hello", "-n", "16"])
-    assert len(set(sizes)) > 8, "text waited in a buffer"
-
-
 HELP = """
 import sys
 from slotmoe.tools.cli import cli
-for command in ("", "run", "profile", "quantize"):
-    arguments = [*command.split(), "--help"]
-    assert cli.main(arguments, prog_name="slotmoe", standalone_mode=False) == 0, arguments
-assert cli.main(["--version"], prog_name="slotmoe", standalone_mode=False) == 0
-heavy = "torch transformers bitsandbytes numpy tokenizers safetensors matplotlib"
-assert not set(heavy.split()) & set(sys.modules), sorted(sys.modules)
+heavy = set("torch transformers bitsandbytes numpy tokenizers safetensors matplotlib".split())
+for line in ("--help", "run --help", "--version", "doctor", "list", "plan v2-lite"):
+    cli.main(line.split(), prog_name="slotmoe", standalone_mode=False)
+    assert not heavy & set(sys.modules), line
+    assert line.startswith("plan") or "rich" not in sys.modules, line
 """
 
 
@@ -229,8 +176,7 @@ def test_help_needs_no_torch():
     command = [sys.executable, "-c", HELP]
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
-    for part in ("slotmoe run sample", "--max-new-tokens", "--resident", "Examples:", "\nText:\n"):
-        assert part in child.stdout
+    assert "slotmoe run sample" in child.stdout and "--max-new-tokens" in child.stdout
 
 
 @pytest.mark.usefixtures("processes")
@@ -273,23 +219,14 @@ def test_reader_that_leaves(sample_export):
 @pytest.mark.usefixtures("processes")
 def test_stdin_that_is_no_text(small_export):
     child = Forked("run", small_export, "-", stdin=PIPE)
-    assert child.communicate(b"caf\xe9") == (
-        b"",
-        b"slotmoe: stdin: the prompt is not valid UTF-8 text\n",
-    )
-    assert child.returncode == 2
+    told = b"slotmoe: stdin: the prompt is not valid UTF-8 text\n"
+    assert child.communicate(b"caf\xe9") == (b"", told) and child.returncode == 2
 
 
 def test_without_native_kernels_torch_serves_and_says_so_once(run, monkeypatch):
     monkeypatch.setattr("slotmoe.quant.kernels.cpu.bindings.load", lambda: None)
     code, out, err = run("run EXPORT x -n 3 --context 64")
     assert code == 0 and out and err.count("native kernels were not built") == 1
-
-
-def test_unknown_config_keys_are_named(slotmoe, tmp_path):
-    write_checkpoint(tmp_path / "source", surprising_key=1, **SMALL)
-    code, _, err = slotmoe("quantize", tmp_path / "source", tmp_path / "export")
-    assert code == 0 and "surprising_key" in err
 
 
 BENCH = "--prompt-tokens 20 --decode-tokens 4 --repetitions 2 --context 64 --json".split()
@@ -319,10 +256,7 @@ def test_synth_and_bench(slotmoe, tmp_path):
             padded = dequantize(CodedWeight(weight.codes, weight.scales, weight.levels, shape))
             rows, columns = weight.shape
             assert padded[rows:].abs().sum() == padded[:, columns:].abs().sum() == 0
-    assert slotmoe(*synth)[0] == 2  # it exists
     code, out, _ = slotmoe("bench", made, *BENCH)
     report = json.loads(out)
     assert code == 0 and set(report) >= MEASURED
     assert report["cache"]["misses"] == 0  # slots are filled before the clock starts
-    assert len(report["decode_runs"]) == 2
-    assert slotmoe("synth", "v3", tmp_path / "v3")[0] == 2

@@ -1,10 +1,7 @@
 """``slotmoe doctor``: what it finds on this machine and on others, within one screen and half a
 second."""
 
-import ctypes
 import json
-import subprocess
-import sys
 from importlib import metadata
 
 import pytest
@@ -34,52 +31,16 @@ def test_this_machine(report, slotmoe):
     )
     assert (code == 0) == all(check["state"] != "bad" for check in checks.values())
     assert metadata.version("torch") in checks["GPU"]["found"]
-    lines = slotmoe("doctor")[1].splitlines()
-    assert len(lines) < 24  # a screen
-    assert all(line[:2] in ("ok", "--", "!!", "  ") for line in lines)
-
-
-LIGHT = """
-import sys
-from slotmoe.tools.cli import cli
-for name in ("doctor", "list"):
-    cli.main([name], standalone_mode=False)
-assert not {"torch", "rich"} & set(sys.modules)
-cli.main(["plan", "v2-lite"], standalone_mode=False)
-assert "torch" not in sys.modules
-"""
-
-
-def test_it_needs_neither_torch_nor_rich():
-    subprocess.run([sys.executable, "-c", LIGHT], check=True, capture_output=True)
-
-
-def test_without_torch(report, monkeypatch):
-    there = metadata.version
-
-    def version(name):
-        if name == "torch":
-            raise metadata.PackageNotFoundError(name)
-        return there(name)
-
-    monkeypatch.setattr(metadata, "version", version)
-    code, checks = report()
-    gpu = checks["GPU"]
-    assert (code, gpu["state"], gpu["advice"]) == (1, "bad", "pip install torch")
+    assert len(slotmoe("doctor")[1].splitlines()) < 24  # a screen
 
 
 def test_other_processors(report, monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "_CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(doctor.platform, "machine", lambda: "aarch64")
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\n")
-    assert report()[1]["processor"]["found"].startswith("aarch64, ")
     assert report()[1]["processor"]["found"].endswith(" cores, NEON, sdot, i8mm")
     monkeypatch.setattr(doctor.platform, "system", lambda: "Darwin")
-    monkeypatch.setattr(subprocess, "check_output", lambda *_, **__: "Apple M4\n")
-    (tmp_path / "cpuinfo").unlink()
-    checks = report()[1]
-    assert checks["processor"]["found"].startswith("Apple M4, ")
-    assert checks["system"]["state"] == "note"
+    assert report()[1]["system"]["state"] == "note"
 
 
 def test_missing_kernels(report, monkeypatch, tmp_path):
@@ -94,15 +55,6 @@ def test_missing_kernels(report, monkeypatch, tmp_path):
     assert checks["compiler"]["state"] == "note"
 
 
-def test_kernels_of_another_machine(report, monkeypatch):
-    def refuse(path):
-        raise OSError("wrong ELF class")
-
-    monkeypatch.setattr(ctypes, "CDLL", refuse)
-    code, checks = report()
-    assert (code, "wrong ELF class" in checks["kernels"]["found"]) == (1, True)
-
-
 def with_gpu(folder, monkeypatch, printed):
     program = folder / "nvidia-smi"
     program.write_text(f"#!/bin/sh\necho '{printed}'\n")
@@ -110,13 +62,21 @@ def with_gpu(folder, monkeypatch, printed):
     monkeypatch.setenv("PATH", f"{folder}:/bin:/usr/bin")
 
 
-@pytest.mark.parametrize(("torch", "state"), [("2.13.0+cpu", "bad"), ("2.13.0+cu130", "ok")])
-def test_a_gpu_needs_a_cuda_build_of_torch(torch, state, report, monkeypatch, tmp_path):
+def test_a_gpu_needs_a_cuda_build_of_torch(report, monkeypatch, tmp_path):
     with_gpu(tmp_path, monkeypatch, "NVIDIA GeForce RTX 4090, 24564, 570.86")
     original = metadata.version
-    monkeypatch.setattr(metadata, "version", lambda n: torch if n == "torch" else original(n))
-    check = report()[1]["GPU"]
-    assert check["state"] == state
+    for torch, state in ((None, "bad"), ("2.13.0+cpu", "bad"), ("2.13.0+cu130", "ok")):
+
+        def version(name, torch=torch):
+            if (name, torch) == ("torch", None):
+                raise metadata.PackageNotFoundError(name)
+            return torch if name == "torch" else original(name)
+
+        monkeypatch.setattr(metadata, "version", version)
+        code, checks = report()
+        check = checks["GPU"]
+        assert (code == 1, check["state"]) == (state == "bad", state)
+        assert torch or check["advice"] == "pip install torch"
     assert check["found"].startswith("NVIDIA GeForce RTX 4090, 24.0 GiB, driver 570.86; ")
     with_gpu(tmp_path, monkeypatch, "No devices were found")
     assert report()[1]["GPU"]["state"] == "note"
@@ -139,21 +99,8 @@ def test_the_disk(report, monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "_MEASURED_BYTES", 32 << 20)
     assert "GB/s measured now" in report("--measure")[1]["disk"]["found"]
     assert list(cache.iterdir()) == []
-    monkeypatch.setattr(doctor, "_opens_direct", lambda path: False)
-    check = report()[1]["disk"]
-    assert (check["state"], "no direct reads" in check["found"]) == ("note", True)
-    (cache / "file").touch()
     monkeypatch.setenv("SLOTMOE_CACHE", str(cache))
     (cache / "machine.json").write_text('{"disk": 3e9, "ram": 4e10, "date": "2026-11-26"}')
     checks = report()[1]
     assert "3.0 GB/s measured on 2026-11-26" in checks["disk"]["found"]
     assert "40.0 GB/s measured on 2026-11-26" in checks["RAM"]["found"]
-
-
-def test_a_disk_that_cannot_be_written(report, monkeypatch):
-    def refuse(**_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(doctor.tempfile, "NamedTemporaryFile", refuse)
-    code, checks = report()
-    assert (code, "can't be written (Permission denied)" in checks["disk"]["found"]) == (1, True)

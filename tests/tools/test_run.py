@@ -4,7 +4,6 @@ not get, and where the prompt comes from."""
 import io
 import json
 import os
-import re
 import sys
 from types import SimpleNamespace
 
@@ -17,9 +16,8 @@ from slotmoe.model.tokenizer import TextStream, Tokenizer
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools import run as command
-from slotmoe.tools import screen
 from slotmoe.tools.options import MAX_PROMPT_BYTES
-from slotmoe.tools.screen import Reading, echo_of, tokens_read, visible
+from slotmoe.tools.screen import echo_of, visible
 from tests.support.forkserver import ROOT, OnTerminal
 from tests.support.tiny import SMALL, write_checkpoint
 
@@ -115,19 +113,18 @@ def test_the_prompt_of_a_file(export, run, tmp_path):
     assert run(export, "--file", tmp_path / "prompt", "-n", 5)[0] == given
 
 
-@pytest.mark.parametrize(
-    ("prompt", "problem"),
-    [
-        ([{"role": "user", "content": "Hi"}], r"holds a dict.*tokenizer\.chat\(messages\)"),
-        (["Hi"], "holds a str, expected text or token ids"),
-        ({"role": "user"}, "is a dict, expected text or token ids"),
-        (None, "is a NoneType, expected text or token ids"),
-        ([], "the prompt is empty"),
-    ],
-)
-def test_what_is_no_prompt(runtime, prompt, problem):
-    with pytest.raises(ConfigError, match=problem):
-        runtime.generate(prompt)
+NO_PROMPTS = [
+    ([{"role": "user", "content": "Hi"}], r"holds a dict.*tokenizer\.chat\(messages\)"),
+    (["Hi"], "holds a str, expected text or token ids"),
+    (None, "is a NoneType, expected text or token ids"),
+    ([], "the prompt is empty"),
+]
+
+
+def test_what_is_no_prompt(runtime):
+    for prompt, problem in NO_PROMPTS:
+        with pytest.raises(ConfigError, match=problem):
+            runtime.generate(prompt)
 
 
 @pytest.mark.usefixtures("processes")
@@ -160,44 +157,6 @@ def test_control_codes_of_the_model_reach_no_terminal(monkeypatch, capsys):
     assert printed(on_terminal=False) == "a\x1b[2J\n"
     assert printed(on_terminal=True) == echo_of("x\x07") + "a\\x1b[2J\n"
     assert visible("\x9b31m\u202e\t") == "\\x9b31m\\u202e\t"
-
-
-def test_a_long_prompt_is_echoed_by_its_end(monkeypatch):
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert echo_of("a" * 1000) == "a" * 1000
-    assert echo_of("b" + "a" * 1000) == "…" + "a" * 1000
-
-
-@pytest.mark.parametrize("step", [512, 16])
-def test_how_much_is_read(export, capsys, monkeypatch, step):
-    """Every gate of a pass brings the count forward, up to the pass's tokens."""
-    monkeypatch.setattr("slotmoe.offload.loading.PREFILL_CHUNK", step)
-    monkeypatch.setattr(screen, "is_terminal", lambda stream: True)
-    for name in ("_FIRST_SECONDS", "_NEXT_SECONDS"):
-        monkeypatch.setattr(screen, name, 0.0)
-    with Runtime.open(export) as runtime:
-        reading = Reading(runtime, quiet=False)
-        reading.begin(41)
-        next(runtime.generate([7] * 41, 1))
-        reading.end()
-        layers = len(runtime.config.moe_layers)
-        seen = [41] if step > 41 else [16, 32, 41]
-        wanted = [(41 * layer + count) // layers for layer in range(layers) for count in seen]
-        shown = re.findall(r"reading (\d+) of 41 tokens", capsys.readouterr().err)
-        assert [int(count) for count in shown] == wanted
-        assert tokens_read(runtime, 60) == 41  # nothing is counted twice
-        next(runtime.generate([8] * 41, 1))
-        Reading(runtime, quiet=True).begin(41)
-        assert capsys.readouterr().err == ""  # it listens no more
-
-
-def test_a_model_that_is_not_there(sample_export, tmp_path, slotmoe):
-    """Its name alone is compared with what stands beside it."""
-    (tmp_path / "lite-export").symlink_to(sample_export)
-    for name, hint in {"lite-exprt": "did you mean", "absent": "no such folder or file"}.items():
-        code, _, told = slotmoe("run", tmp_path / name, "x")
-        assert code == 2 and hint in told
-        assert ("lite-export" in told) == (name == "lite-exprt")
 
 
 @pytest.mark.usefixtures("processes")
@@ -240,16 +199,15 @@ def test_a_long_prompt_is_refused_by_its_length(runtime, encoded, chat):
     assert encoded
 
 
-@pytest.mark.parametrize("command", [["run", "EXPORT", "-"], ["chat", "EXPORT"]])
-@pytest.mark.parametrize("size", [20_000, MAX_PROMPT_BYTES + 9])
-def test_a_long_prompt_from_stdin(export, command, size, encoded, monkeypatch, slotmoe):
-    stdin = SimpleNamespace(buffer=io.BytesIO(b"a" * size), isatty=lambda: False)
-    monkeypatch.setattr(sys, "stdin", stdin)
-    wanted = "20000 characters" if size == 20_000 else "more than 32 MiB"
-    code, _, err = slotmoe(*(export if word == "EXPORT" else word for word in command))
-    assert code == 2 and wanted in err
-    assert max(map(len, encoded), default=0) < 100  # chat tries the template
-    assert stdin.buffer.tell() <= MAX_PROMPT_BYTES + 1
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_a_long_prompt_from_stdin(export, command, encoded, monkeypatch, slotmoe):
+    for size, told in ((20_000, "20000 characters"), (MAX_PROMPT_BYTES + 9, "more than 32 MiB")):
+        stdin = SimpleNamespace(buffer=io.BytesIO(b"a" * size), isatty=lambda: False)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        code, _, err = slotmoe(command, export, *["-"] * (command == "run"))
+        assert code == 2 and told in err
+        assert max(map(len, encoded), default=0) < 100  # chat tries the template
+        assert stdin.buffer.tell() <= MAX_PROMPT_BYTES + 1
 
 
 def test_a_long_prompt_from_a_file(export, tmp_path, slotmoe):

@@ -84,13 +84,8 @@ def test_llm_talks_streamed_and_whole_and_continues(served, llm):
     messages += [{"role": "assistant", "content": expected()}]
     messages += [{"role": "user", "content": "And the queen?"}]
     assert llm("-c", *LIMITS, "And the queen?") == expected() + "\n"
-
-
-def test_llm_continues_a_text_and_follows_a_schema(served, llm):
-    prompt = "My fellow citizens,"
-    answer = served.post("/v1/completions", **GREEDY, max_tokens=12, prompt=prompt)[1]
-    for how in ([], ["--no-stream"]):
-        assert llm("-m", "text", *how, *LIMITS, prompt) == answer["choices"][0]["text"] + "\n"
+    answer = served.post("/v1/completions", **GREEDY, max_tokens=12, prompt=KING)[1]
+    assert llm("-m", "text", *LIMITS, KING) == answer["choices"][0]["text"] + "\n"
     schema = {"type": "object", "properties": {"king": {"enum": ["Lear", "Henry"]}}}
     schema |= {"required": ["king"], "additionalProperties": False}
     found = json.loads(llm("-m", "talk", "--schema", json.dumps(schema), "Who?"))

@@ -154,13 +154,6 @@ def test_history_is_what_the_model_would_have_written(form, tokenizers):
         assert "## Return of functions.weather:0\nwet## Return of functions.stop:1" in text
 
 
-def test_functions_are_described_where_the_template_does_not(tokenizers):
-    text = Dialect(tokenizers[DEEPSEEK_V3_1]).prompt(
-        [PlainMessage(role="user", content="Hi")], POLICY
-    )
-    assert '"name": "weather"' in text and D["call_begin"] + "NAME" + D["sep"] in text
-
-
 @FORMATS
 @pytest.mark.parametrize("width", [1, 5, 1000])
 def test_answers_are_taken_apart_however_they_arrive(form, width):

@@ -113,31 +113,25 @@ def page(served, browser):
 
 
 def test_talk_by_keys(page, served):
-    """An answer, another one, one that is stopped, dark colours, a new chat."""
+    """An answer, another one, one that is stopped, a new chat."""
     page.settings(temperature=0, max_tokens=12)
     assert page.evaluate("document.activeElement.id") == "prompt"
     page.say("Tell me of the king.", 2)
     expected = served.chat(max_tokens=12)[1]["choices"][0]["message"]["content"]
     assert page.contents() == ["Tell me of the king.", expected]
-    assert page.texts(".user .said") == ["Tell me of the king."]
     assert "".join(page.texts(".said > .text")[0].split()) == "".join(expected.split())
     note = page.texts(".assistant .note")[0]
     assert note.startswith("12 tokens · ") and "stopped by Most tokens" in note
-    assert re.search(r" · context \d+ of 512 · ", note)
     page.settings(temperature=2, seed=1)
     page.press("r", modifiers=1)
     page.wait(f"!stopper && chat.messages[1].content !== {json.dumps(expected)}")
-    assert page.evaluate("chat.messages.length === 2 && at('notice').hidden")
     page.answer_with("Half", None)
     page.send("x")
     page.wait("chat.messages.length === 4")
     assert page.texts("#send") == ["Stop"]
     page.press("Escape")
     page.end(4)
-    assert page.texts(".assistant .note")[1].startswith("1 token · ")
     assert "· stopped" in page.texts(".assistant .note")[1]
-    page.evaluate("at('theme').click(); at('theme').click()")
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(23, 24, 27)"
     page.press("n", modifiers=1)
     page.wait("!document.querySelector('.said') && chat.messages.length === 0")
 
@@ -147,19 +141,15 @@ def test_talk_by_keys(page, served):
 RENDER = "const it = make('div'); renderMarkdown(it, {}); return {};"
 MARKDOWN = {
     "plain & <b>": "<p>plain &amp; &lt;b&gt;</p>",
-    "two\nlines\n\nmore": "<p>two\nlines</p><p>more</p>",
     "# A `b`\n####### c": "<h3>A <code>b</code></h3><p>####### c</p>",
     "**a *b* c** __d__ _e_ ~~f~~": "<p><strong>a <em>b</em> c</strong> <strong>d</strong>"
     " <em>e</em> <del>f</del></p>",
-    "***a*** *a **b***": "<p><strong><em>a</em></strong> <em>a <strong>b</strong></em></p>",
     "snake_case_name 5 * 3 * 2 **open \\*a\\*": "<p>snake_case_name 5 * 3 * 2 **open *a*</p>",
     "`` a`b `` `**x**` `open": "<p><code>a`b</code> <code>**x**</code> `open</p>",
     "- a\n- b\n  - c\n\n  d\n- e": "<ul><li><p>a</p></li><li><p>b</p><ul><li><p>c</p></li></ul>"
     "<p>d</p></li><li><p>e</p></li></ul>",
     "3. a\n4. b\ntext": '<ol start="3"><li><p>a</p></li><li><p>b\ntext</p></li></ol>',
-    "in\n1986. no list": "<p>in\n1986. no list</p>",
     "> a\n> - b\n\nc": "<blockquote><p>a</p><ul><li><p>b</p></li></ul></blockquote><p>c</p>",
-    "a\n---\n***": "<p>a</p><hr><hr>",
     "[a](https://b.org/c_(d)) <http://e.org> see http://f.org/g.": '<p><a href="https://b.org/c_(d)"'
     ' target="_blank" rel="noopener noreferrer nofollow">a (https://b.org/c_(d))</a>'
     ' <a href="http://e.org/" target="_blank" rel="noopener noreferrer nofollow">http://e.org</a>'
@@ -192,11 +182,6 @@ def test_markdown(page):
         f"const text = {text}, it = make('div'), whole = make('div'); renderMarkdown(whole, text);"
         "for (let end = 1; end <= text.length; end += 1) renderMarkdown(it, text.slice(0, end));"
         "return it.innerHTML === whole.innerHTML;"
-    )
-    # What has not changed stays, with what is selected in it.
-    assert page.run(
-        "const it = make('div'); renderMarkdown(it, 'a\\n\\nb'); const [a, b] = it.children;"
-        "renderMarkdown(it, 'a\\n\\nbc'); return it.children[0] === a && it.children[1] !== b;"
     )
 
 
@@ -257,18 +242,14 @@ def test_code_is_copied_by_a_click(page):
     page.call("Browser.grantPermissions", permissions=permissions, **page.context)
     page.answer_with("Here:\n\n```py\ndef f():\n\treturn 1\n```\n")
     page.say("Code", 2)
-    page.evaluate("window.later = []; window.setTimeout = action => later.push(action)")
     copied = "navigator.clipboard.readText().then(text => text === 'def f():\\n\\treturn 1')"
     page.click(".code button")
     page.wait(copied)
-    assert page.texts(".code button") == ["Copied"]
     page.evaluate("navigator.clipboard.writeText('')")
     # Without TLS there is no clipboard interface.
     page.evaluate("navigator.clipboard.writeText = () => Promise.reject(new Error('no'))")
     page.click(".code button")
     page.wait(copied)
-    page.evaluate("later.forEach(action => action())")
-    assert page.texts(".code button") == ["Copy code"]
 
 
 THOUGHT = [{"reasoning_content": "Let me "}, {"reasoning_content": "see."}]
@@ -336,10 +317,8 @@ def test_history_is_kept_and_exported(page, runtime, tmp_path):
 
     page.click("#list li[aria-current], #list li:nth-child(2) button:last-child")
     assert page.texts("#list button:first-child") == ["Second question"]
-    assert page.contents() == []
     page.click("#notice button")
     assert sorted(page.texts("#list button:first-child")) == ["First question", "Second question"]
-    assert page.texts(".user .said") == ["First question"]
     page.click("#list li:nth-child(1) button:last-child")
     page.load()
     assert page.texts("#list button:first-child") == ["Second question"]
@@ -371,12 +350,6 @@ def test_a_page_that_is_left_keeps_what_there_was(page):
     page.wait("!!stopper")
     page.load()  # the answer that was to be replaced is still there
     assert page.contents() == kept
-    page.answer_with(None)
-    page.send("Another")
-    page.wait("!!stopper")
-    page.load()
-    assert page.contents() == kept
-    assert page.evaluate("at('prompt').value") == "Another"
 
 
 # A full context, and errors
@@ -392,18 +365,12 @@ def test_full_context_loses_the_oldest_exchanges(page):
     assert 0 < forgotten[-1] < 18
     # Rarely, and then half of the context: whatever follows is read anew.
     assert all(after - before in (0, 4, 6, 8) for before, after in pairwise(forgotten)), forgotten
-    assert page.evaluate(
-        "[...document.querySelectorAll('.divider')].map(it => it.previousElementSibling.className)"
-    ) == ["assistant"]
-    assert len(page.contents()) == 18
     assert page.complaints == []  # it was known before the server had to refuse
     # Also where the page could not know it: the server refuses, and the page goes on.
     page.evaluate("tokensPerSign = 0; chat.forgotten = 0")
     page.say("10. Go on.", 20)
     assert page.evaluate("chat.forgotten") > 0
     assert "no longer seen" in page.texts("#notice")[0]
-    # The setting of an answer's length is room that is kept.
-    assert "stopped by Most tokens" in page.texts(".assistant .note")[-1]
 
 
 def test_failed_messages_leave_the_history_and_are_offered_again(page):
@@ -428,10 +395,6 @@ def test_failed_messages_leave_the_history_and_are_offered_again(page):
     page.press("r", modifiers=1)
     page.wait("at('notice').textContent.includes(\"'gone' is not here\") && !stopper")
     assert page.contents() == [*before[:3], "Half an answer"]  # the answer before it stays
-    page.settings(top_p=7)
-    page.send("x")
-    page.wait("at('notice').textContent.startsWith('Top-p: ')")
-    assert len(page.contents()) == 4
 
 
 def test_server_that_has_ended(runtime, browser):
@@ -446,75 +409,7 @@ def test_server_that_has_ended(runtime, browser):
 # Figures
 
 
-def test_what_an_answer_waits_for(page):
-    page.evaluate("window.clock = performance.now.bind(performance)")
-    page.answer_with(None)
-    page.send("x")
-    page.wait("document.querySelector('.waiting')?.textContent.startsWith('reading the prompt, ')")
-    page.evaluate("performance.now = () => clock() + 7e6")
-    page.wait("/^reading the prompt, 7... s$/.test(document.querySelector('.waiting').textContent)")
-    page.press("Escape")
-    page.wait("!stopper")
-    text = page.run(
-        "const before = now; now = {...now, running: 1, prompt_tokens: now.prompt_tokens + 128};"
-        "tokensPerSign = 0.5; const messages = [{role: 'user', content: 'x'.repeat(1204)}];"
-        "performance.now = () => 7000; const text = waitingText({...newChat(), messages}, 4000,"
-        "before); now = before; performance.now = clock; return text;"
-    )
-    assert text == "reading the prompt: 128 of about 602 tokens, 3 s"
-
-
-def test_what_is_said_below_an_answer(page):
-    def note(tokens, total=20, finish="stop", is_stopped=False, limit=0):
-        times = {"first": 1500, "last": 2500, "tokens": 1, "limit": limit}
-        usage = {"completion_tokens": tokens, "total_tokens": total}
-        given = map(json.dumps, (times, 1000, usage, finish, is_stopped))
-        return page.evaluate(f"noteText({', '.join(given)})")
-
-    assert page.evaluate("noteText({first: 0}, 0, null, '', true)") == ""
-    assert note(1) == "1 token · first token 0.5 s · context 20 of 512"
-    plain = "5 tokens · 4.0 tokens/s · first token 0.5 s · context 20 of 512"
-    assert note(5) == plain
-    assert note(5, is_stopped=True) == f"{plain} · stopped"
-    assert note(5, finish="length", limit=5) == f"{plain} · stopped by Most tokens"
-    assert note(5, finish="length", limit=9) == f"{plain} · ended by the server"
-    assert "context 512 of 512 · the context is full" in note(5, 512, "length", limit=5)
-
-
-def test_figures_and_charts(page):
-    before = page.evaluate("now.answer_tokens")
-    page.settings(temperature=0, max_tokens=8)
-    page.say("Tell me of the king.", 2)
-    page.wait(f"now.answer_tokens > {before}")
-
-    def state(**changes):
-        """What is said two seconds after figures that were lower by ``changes``."""
-        return page.run(
-            f"const changes = {json.dumps(changes)}, before = {{...now}}, present = now;"
-            "before.cache = {hits: 0, misses: 0}; now = {...now, ...changes, answer_tokens:"
-            "now.answer_tokens + (changes.answer_tokens ?? 0)}; samples.length = 0;"
-            "drawFigures(before, 2); now = present; return at('state').textContent;"
-        )
-
-    assert re.fullmatch(
-        r"reading the prompt · \d+ % hits · [\d.]+ [MG]iB of 2.0 GiB RAM", state(running=1)
-    )
-    assert state(running=1, queued=2).endswith(" · 2 waiting")
-    assert state(running=1, answer_tokens=8).startswith("4.0 tokens/s · ")
-    labels = {
-        "speed": r"Speed: 4.0 tokens/s; at most 4.0 tokens/s",
-        "hits": r"Expert hits: [\d.]+ %",
-        "memory": r"Memory: [\d.]+ [MG]iB of 2.0 GiB RAM",
-    }
-    for name, label in labels.items():
-        assert re.fullmatch(label, page.evaluate(f"at('{name}-chart').ariaLabel"))
-        assert page.evaluate(f"at('{name}-chart').querySelector('path').getBBox().width") > 0
-    assert page.texts("#speed") == ["4.0 tokens/s"]
-    assert page.texts("#all-hits")[0].endswith("%")
-    assert "expert slots" in page.texts("#parts dt")
-
-
-# Small screens, keys, contrast
+# Small screens, keys
 
 
 def test_small_screen(page):
@@ -527,91 +422,11 @@ def test_small_screen(page):
     assert page.evaluate(f"{talk}.clientHeight > 0.7 * innerHeight")
     for selector in ("#send", "#again", "#fresh", "#chats-opens", "#side-opens", "#state"):
         assert page.is_seen(selector), selector
-    small = page.evaluate(
-        "[...document.querySelectorAll('button, input, summary')].filter(it => it.offsetParent"
-        "&& Math.min(it.offsetWidth, it.offsetHeight) < 24).map(it => it.outerHTML)"
-    )
-    assert small == []
     for name in ("chats", "side"):
         page.evaluate(f"at('{name}-opens').focus()")
         page.press("Enter", "\r")
         page.wait(f"at('{name}').classList.contains('open')")
-        assert page.evaluate(f"at('{name}-opens').ariaExpanded") == "true"
         assert page.evaluate(f"{talk}.inert && document.activeElement.id") == name
-        assert page.evaluate(f"at('{name}').clientHeight > 0.8 * innerHeight")
-        assert page.evaluate(f"at('{name}').scrollWidth <= at('{name}').clientWidth")
         assert page.is_seen(f"#{name} h2") and not page.is_seen("#send")
         page.press("Escape")
         assert page.evaluate(f"!{talk}.inert && document.activeElement.id") == f"{name}-opens"
-
-
-def test_every_control_is_reached_by_tab(page):
-    page.answer_with("```\ncode\n```\n\n[a](https://b.org)\n\n<think>x")
-    page.say("A question", 2)
-    expected = page.evaluate(
-        "document.querySelectorAll('a, input, textarea, button:not(:disabled), pre, #talk').length"
-        "- document.querySelectorAll('[hidden] button, .opens').length"
-    )
-    page.evaluate("document.activeElement.blur(); window.reached = new Set()")
-    page.evaluate("document.addEventListener('focusin', event => reached.add(event.target))")
-    for _ in range(expected + 4):
-        page.press("Tab")
-    assert page.evaluate("reached.size") == expected
-
-
-CONTRASTS = """
-(() => {
-  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-  const rgba = colour => {
-    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-    return canvas.getImageData(0, 0, 1, 1).data;
-  };
-  const light = colour => [0.2126, 0.7152, 0.0722].reduce((sum, weight, index) => {
-    const value = rgba(colour)[index] / 255;
-    return sum + weight * (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
-  }, 0);
-  const contrast = (a, b) => {
-    const [low, high] = [light(a), light(b)].sort((x, y) => x - y);
-    return (high + 0.05) / (low + 0.05);
-  };
-  const behind = element => {
-    const colour = getComputedStyle(element).backgroundColor;
-    return rgba(colour)[3] === 255 ? colour : behind(element.parentElement);
-  };
-  const low = [];
-  for (const element of document.querySelectorAll("body *")) {
-    if (!element.checkVisibility() || element.disabled) continue;
-    const style = getComputedStyle(element);
-    const hasText = [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim());
-    const tell = ratio => low.push([element.outerHTML.slice(0, 80), ratio]);
-    const text = contrast(style.color, behind(element));
-    if ((hasText || element.matches("input, textarea")) && text < 4.5) tell(text);
-    if (element.matches("input, textarea")) {
-      const placeholder = getComputedStyle(element, "::placeholder").color;
-      if (contrast(placeholder, behind(element)) < 4.5) tell("placeholder");
-      const edge = contrast(style.borderTopColor, behind(element.parentElement));
-      if (edge < 3) tell(edge);
-    }
-    if (element.matches("svg") && contrast(style.stroke, behind(element)) < 3) tell("chart");
-    looked += hasText;
-  }
-  return low;
-})()
-"""
-
-
-def test_contrast(page):
-    everything = "\n\n".join(["<think>Hm</think>", *MARKDOWN, "```\ncode\n```", "|a|\n|-|\n|b|"])
-    page.answer_with(everything)
-    page.say("A question", 2)
-    page.evaluate(
-        "document.querySelector('details').open = true; chat.forgotten = 2; drawDivider()"
-    )
-    for colours in ("light", "dark"):
-        page.emulate(1280, 800, colours)
-        for kind in ("", "error"):
-            page.evaluate(f"notice('Something', '{kind}'); window.looked = 0")
-            assert page.evaluate(CONTRASTS) == []
-            assert page.evaluate("looked") > 50
-    page.evaluate("document.documentElement.style.setProperty('--quiet', '#888')")
-    assert page.evaluate(CONTRASTS) != []

@@ -1,15 +1,18 @@
 """``slotmoe serve``: what a refusal says, what the largest requests cost, and what every response
 has beside its content."""
 
+import http.client
 import json
 import re
-import time
+import shutil
+import socket
 import tracemalloc
 
 import pytest
 
 from slotmoe.model.generate import Answer
 from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.serve import errors as serve_errors
 from slotmoe.tools.serve.bodies import MAX_KEYS, MAX_VALUES, check
 from slotmoe.tools.serve.errors import RefusedError
@@ -46,67 +49,39 @@ WRONG = {  # in both of OpenAI's older APIs
     "stop": ["x" * 257, ["a", ""], ["a"] * 17, 5],
     "logit_bias": [{"4096": 1}, {"x": 1}, {LONG: 1}, {"1": 101}, MANY_IDS],
     "frequency_penalty": [3],
-    "presence_penalty": ["1"],
     "repetition_penalty": [0, 5e-324],
-    "stream": ["yes"],
     "stream_options": [{"include_usage": True}],
     "user": ["x" * 513],
     "chat_template": ["{{ 1 }}"],
-    "chat_template_kwargs": ["{{ 1 }}"],
-    "prompt_template": ["{{ 1 }}"],
 }
 OTHER = {"type": "function", "function": {"name": "other"}}
 REASONS = [
     (CHAT, user([PART]), "messages.0.content.0: a part of type 'image_url' can't be read"),
     (CHAT, user(5), "messages.0.content is neither text nor a list of parts"),
-    (CHAT, user([{"type": "text"}]), "messages.0.content.0.text is missing"),
-    (CHAT, {"messages": [{"role": "user"}]}, "messages.0.content is missing"),
     (CHAT, {"messages": [{"role": "wizard"}]}, "messages.0 has the unknown 'role' 'wizard'"),
-    (CHAT, {"messages": [{"content": "x"}]}, "messages.0 has no 'role'"),
     (CHAT, {"messages": USER * 4097}, "messages has more than 4096 items"),
-    (CHAT, {"messages": 5}, "messages: Input should be a valid list"),
     (CHAT, user("x", extra=1), "messages.0.extra is not supported by this server"),
     (CHAT, {LONG: 1}, f"{'x' * 300}… is not supported by this server"),
-    (CHAT, {"messages": []}, "messages has fewer than 1 items"),
-    (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id is missing"),
     (CHAT, {"messages": [RESULT]}, "messages: a result answers no call"),
     (CHAT, {"messages": [{"role": "assistant", "content": None}]}, "messages.0: an assistant"),
-    (CHAT, user("x", tool_calls=[]), "messages.0.tool_calls is not supported"),
     (CHAT, user("\ud800"), "messages.0.content: Input should be a valid string"),
     (CHAT, {"stop": ["a", ""]}, "stop.1 is empty"),
-    (CHAT, {"stop": 5}, "stop is neither text nor a list of texts"),
     (CHAT, {"top_logprobs": 2}, "top_logprobs needs logprobs: true"),
-    (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs: Input should be less"),
     (CHAT, {"response_format": {"type": "yaml"}}, "response_format has the unknown 'type' 'yaml'"),
-    (CHAT, {"response_format": {"type": "json_schema"}}, "response_format.json_schema is missing"),
     (CHAT, {"tools": [FUNCTION] * 129}, "tools has more than 128 items"),
     *((CHAT, {"tools": [function(name)]}, f"tools.0.function.name: {NAME}") for name in NAMES),
-    (CHAT, {"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools.0.type: "),
     (CHAT, {"tools": [FUNCTION], "tool_choice": OTHER}, "tool_choice: 'other' is none of the"),
-    (CHAT, {"tools": [FUNCTION], "tool_choice": "any"}, "tool_choice: Input should be 'none'"),
     (CHAT, {"tool_choice": "auto"}, "tool_choice can only be given with tools"),
-    (CHAT, {"tool_choice": "required"}, "tool_choice can only be given with tools"),
-    (CHAT, {"tools": [], "parallel_tool_calls": True}, "parallel_tool_calls can only be given"),
-    (CHAT, {"functions": [{"name": "x"}]}, "functions is not supported by this server"),
     (CHAT, {"tools": [FUNCTION], "tool_choice": 5}, "tool_choice is neither a word"),
-    (CHAT, {"tools": [FUNCTION], "tool_choice": {"type": "x"}}, "tool_choice is neither a word"),
-    (CHAT, {"tools": [{"type": "function"}]}, "tools.0.function is missing"),
-    (CHAT, {"logit_bias": {LONG: 1}}, f"logit_bias: {'x' * 40!r} is not a token id"),
-    (CHAT, {"logit_bias": MANY_IDS}, "logit_bias has 1025 token ids"),
     (CHAT, {"metadata": {str(i): "" for i in range(17)}}, "metadata has 17 labels, more than 16"),
     (CHAT, {"max_tokens": 0}, "max_tokens is 0, expected a positive count or -1"),
     (CHAT, {"max_tokens": 4, "min_tokens": 5}, "min_tokens is more than the limit of tokens"),
     (TEXT, {"prompt": ["x"] * 20}, "prompt has more than 16 items"),
     (TEXT, {"prompt": [-1]}, "prompt.0: Input should be greater than or equal to 0"),
-    (TEXT, {"prompt": [4096.5]}, "prompt.0: Input should be a valid integer"),
     (TEXT, {"logprobs": 21}, "logprobs: Input should be less than or equal to 20"),
-    (TEXT, {"logprobs": -1}, "logprobs: Input should be greater than or equal to 0"),
     (TEXT, {"best_of": 2}, "best_of: Input should be 1"),
     (TEXT, {"prompt": 5}, "prompt is neither text, token ids nor a list of either"),
-    (TEXT, {"prompt": []}, "prompt has fewer than 1 items"),
     (TEXT, {"prompt": [[1], []]}, "prompt.1 has fewer than 1 items"),
-    (TEXT, {"prompt": ["x", 5]}, "prompt.1: Input should be a valid string"),
-    (TEXT, {"prompt": [5, "x"]}, "prompt.1: Input should be a valid integer"),
     (ANTHROPIC, {"max_tokens": "x"}, "max_tokens: Input should be a valid integer"),
 ]
 # Of which the message does not begin with the parameter.
@@ -117,7 +92,6 @@ ODD = [
     (TEXT, {"prompt": ["x"] * 9, "n": 2}, "n", "prompts times n is more than 16 answers"),
     (TEXT, {"prompt": [5] * 512}, None, "the context holds 512 tokens, the prompt has 512"),
     (TEXT, {"prompt": [4096]}, "prompt", ""),
-    (TEXT, {"max_tokens": 0}, "max_tokens", ""),
     (TEXT, {"suffix": "y"}, None, "this model can't fill in the middle"),
     (TEXT, {"prompt": "word " * 800_000}, None, ""),
 ]
@@ -130,7 +104,6 @@ BODIES = [
     (b'{"n": ' + b"9" * 5000 + b"}", "a number is too long"),
     (b"[]", "is a list, expected a JSON object"),
     (b"", "the body is missing"),
-    (b"{", "is not JSON"),
     (b'{"model": "sample", "prompt": "x", "temperature": NaN}', ""),
     (b'{"model": "sample", "prompt": "x", "temperature": 1e999}', ""),
     ('{"model": "sample"}'.encode("utf-16"), "is not UTF-8"),
@@ -177,8 +150,6 @@ HALF = MAX_VALUES // 2 - 50
 LARGE = {
     "parts": filled(CONTENT, "{}", "]}]}"),
     "parts within the bound": filled(CONTENT, "{}", "]}]}", HALF),
-    "numbers for parts": filled(CONTENT, "1", "]}]}", MAX_VALUES - 50),
-    "messages": filled(HEAD + '"messages":[', "{}", "]}", HALF),
     "good messages": filled(HEAD + '"messages":[', '{"role":"user","content":""}', "]}", 32_000),
     "prompts": filled(HEAD + '"prompt":[', "[]", "]}", HALF),
     "no ids": filled(HEAD + '"prompt":[', "1.5", "]}", MAX_VALUES - 50),
@@ -186,11 +157,9 @@ LARGE = {
     "tools": filled(HEAD + '"messages":[],"tools":[', "{}", "]}", HALF),
     "stop": filled(HEAD + '"messages":[],"stop":[', '""', "]}", HALF),
     "unknown fields": (HEAD + KEYS + "}").encode(),
-    "fields of a message": f'{HEAD}"messages":[{{"role":"user","content":"",{KEYS}}}]}}'.encode(),
     "bias": (HEAD + '"logit_bias":{' + KEYS + "}}").encode(),
     "metadata": (HEAD + '"metadata":{' + KEYS + "}}").encode(),
     "text": (HEAD + '"messages":[{"role":"user","content":"' + "word " * 838_000 + '"}]}').encode(),
-    "prompt": (HEAD + '"prompt":"' + "word " * 838_000 + '"}').encode(),
     "quotes": (HEAD + '"prompt":"' + '\\"' * (2 << 20) + '"}').encode()[-(4 << 20) :],
 }
 
@@ -214,25 +183,12 @@ def test_largest_requests_cost_little(roomy, shape, monkeypatch):
         return told(problem)
 
     monkeypatch.setattr(serve_errors, "_invalid", counted)
-    assert len(LARGE[shape]) <= 4 << 20
     for path in PATHS:
         assert roomy.ask("POST", path, LARGE[shape])[0] in (400, 413)
     assert max(counts) < 8
 
 
-@pytest.mark.usefixtures("nightly")
-@pytest.mark.parametrize("shape", LARGE)
-def test_largest_requests_take_little_time(roomy, shape):
-    for path in PATHS:
-        seconds = []
-        for _ in range(2):  # in one of them Python may look through all of torch for garbage
-            began = time.process_time()
-            roomy.ask("POST", path, LARGE[shape])
-            seconds.append(time.process_time() - began)
-        assert min(seconds) < 0.5
-
-
-@pytest.mark.parametrize("shape", ["parts within the bound", "no ids", "unknown fields"])
+@pytest.mark.parametrize("shape", ["parts within the bound", "unknown fields"])
 def test_largest_requests_take_little_memory(roomy, shape):
     tracemalloc.start()
     for path in PATHS:
@@ -265,10 +221,8 @@ def wider(network, processes, runtime, tmp_path, monkeypatch):
 def test_tokenizer_with_more_ids_than_the_model_has_rows(wider):
     answer = wider.choice(response_format={"type": "json_object"}, max_tokens=5)
     assert answer["message"]["content"].startswith("{")
-    assert wider.chat(tools=[FUNCTION], tool_choice="required")[0] == 200
     assert wider.chat(min_tokens=3, logprobs=True, top_logprobs=3)[0] == 200
-    status, answer, _ = wider.chat(logit_bias={"4096": 1})
-    assert status == 400 and "from 0 to 4095" in answer["error"]["message"]
+    assert wider.chat(logit_bias={"4096": 1})[0] == 400
     assert wider.chat(messages=[{"role": "user", "content": "a<more>"}])[0] == 400
     for prompt in ([4096], "a<more>"):
         for fields in ({}, {"echo": True, "logprobs": 1, "max_tokens": 0}):
@@ -300,9 +254,7 @@ def test_exception_of_one_answer_ends_that_answer_alone(served, monkeypatch, cap
 
 def test_every_response_has_an_id(served):
     for method, path, body in (
-        ("GET", "/health", None),
         ("GET", "/nowhere", None),
-        ("POST", CHAT, {**GREEDY, "messages": USER, "max_tokens": 1}),
         ("POST", TEXT, {**GREEDY, "prompt": "x", "max_tokens": 1, "stream": True}),
         ("POST", TEXT, b"{"),
     ):
@@ -315,59 +267,69 @@ def test_every_response_has_an_id(served):
     assert served.ask("GET", "/health", Host="evil.example")[2]["x-request-id"]
 
 
-def test_head_is_answered_wherever_get_is(served):
-    for path, status in (("/health", 200), ("/v1/models", 200), ("/", 200), (TEXT, 405)):
-        connection, response = served.open("HEAD", path)
-        assert (response.status, response.read()) == (status, b"")
-        connection.close()
-        length = served.ask("GET", path)[2]["content-length"]
-        assert response.headers["content-length"] == length
-
-
 def test_page_is_shown_in_no_frame_of_others(served):
     policy = served.ask("GET", "/")[2]["content-security-policy"]
     assert "frame-ancestors 'none'" in policy and "default-src 'none'" in policy
+
+
+def test_requests_that_come_all_at_once_are_answered_in_turn(served):
+    lengths = (1, 3, 2)
+    with socket.create_connection(("127.0.0.1", served.port)) as connection:
+        head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
+        for length in lengths:
+            body = json.dumps({**GREEDY, "prompt": "Call me", "max_tokens": length})
+            connection.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+        found, answers = connection.makefile("rb"), []
+        for _ in lengths:
+            headers = http.client.parse_headers(found) if b" 200 " in found.readline() else {}
+            answers.append(json.loads(found.read(int(headers["Content-Length"]))))
+    assert [answer["usage"]["completion_tokens"] for answer in answers] == [*lengths]
+
+
+@pytest.mark.usefixtures("network")
+def test_a_model_whose_files_are_removed_goes_on(sample_export, tmp_path):
+    """Its experts are read where they were."""
+    export, texts = shutil.copytree(sample_export, tmp_path / "export"), []
+    with (
+        Runtime.open(export, ram="2GiB", slots=40, context=128) as runtime,
+        Served(runtime, sequences=1) as served,
+    ):
+        for _ in "ab":
+            before = runtime.stats()["io"]["disk"]["bytes"]
+            texts.append(served.text(max_tokens=20))
+            assert runtime.stats()["io"]["disk"]["bytes"] > before
+            shutil.rmtree(export, ignore_errors=True)
+    assert texts[0] == texts[1] != ""
 
 
 @pytest.mark.usefixtures("network")
 def test_log_has_a_line_for_each_request_and_nothing_of_it(runtime, capfd):
     with Served(runtime, is_logged=True) as served:
         served.complete("A secret word", max_tokens=3)
-        served.chat(n=2, max_tokens=1)
-        served.ask("POST", TEXT, {"model": "a secret model", "prompt": "x"})
         served.ask("GET", "/no%0Awhere%1b[31m", Authorization="Bearer secret")
         for path in ("/health", "/stats", "/metrics"):
             served.ask("GET", path)
     lines = [line[20:] for line in capfd.readouterr().err.splitlines()]
     number = r"\d+\.\d+"
-    made = rf"200 in {number} s, \d+ \+ {{}} tokens, first after {number} s, {{}}"
-    wanted = [f"POST {TEXT} {made.format(3, 'length')}"]
-    wanted += [f"POST {CHAT} {made.format(2, 'length length')}", rf"POST {TEXT} 404 in {number} s"]
-    wanted += [rf"GET /no\\nwhere\\x1b\[31m 404 in {number} s"]
+    made = rf"200 in {number} s, \d+ \+ 3 tokens, first after {number} s, length"
+    wanted = f"POST {TEXT} {made}", rf"GET /no\\nwhere\\x1b\[31m 404 in {number} s"
     for line, expected in zip(lines, wanted, strict=True):
         assert re.fullmatch(f"{expected}, req_[0-9a-f]{{32}}", line), line
     assert "secret" not in "".join(lines)
 
 
-@pytest.mark.parametrize(
-    ("path", "asked", "logprobs", "scores"),
-    [(CHAT, {"messages": USER}, True, "content"), (TEXT, {"prompt": "Call me"}, 1, "tokens")],
-)
-def test_usage_in_the_chunks_of_a_stream(served, path, asked, logprobs, scores):
-    body, options = {**GREEDY, **asked, "max_tokens": 4}, {"include_usage": True}
-    assert all("usage" not in event for event in served.events(path, body))
-    *events, last = served.events(path, {**body, "stream_options": options})
+def test_usage_in_the_chunks_of_a_stream(served):
+    body, options = {**GREEDY, "prompt": "Call me", "max_tokens": 40}, {"include_usage": True}
+    assert all("usage" not in event for event in served.events(TEXT, body))
+    *events, last = served.events(TEXT, {**body, "stream_options": options})
     assert {event["usage"] for event in events} == {None}
-    assert last["usage"]["completion_tokens"] == 4 and last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 40 and last["choices"] == []
     options["continuous_usage_stats"] = True
-    body |= {"logprobs": logprobs, "max_tokens": 40, "stream_options": options}
-    sent, counts = 0, []
-    for event in served.events(path, body):
-        for choice in event["choices"]:
-            sent += len((choice["logprobs"] or {}).get(scores, ()))
-        counts.append(event["usage"]["completion_tokens"])
-        assert counts[-1] == sent, "the model was ahead"
-    assert sent == 40 and counts == sorted(counts)
+    sent = 0
+    for event in served.events(TEXT, {**body, "logprobs": 1, "stream_options": options}):
+        sent += sum(len((one["logprobs"] or {}).get("tokens", ())) for one in event["choices"])
+        assert event["usage"]["completion_tokens"] == sent, "the model was ahead"
+    assert sent == 40
 
 
 def test_tools_that_load_a_server_get_answers_of_a_length(served, runtime):

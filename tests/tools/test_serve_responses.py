@@ -7,16 +7,15 @@ import pydantic
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 
-from slotmoe.tools.serve.response_items import ResponsesRequest, messages_of
+from slotmoe.tools.serve.response_items import ResponsesRequest
 from slotmoe.tools.serve.response_store import ResponseStore
-from tests.support.served import GREEDY, TOOLS, WEATHER, is_weather
+from tests.support.served import GREEDY, WEATHER, is_weather
 
 PATH = "/v1/responses"
 KING = "Tell me of the king."
 ASK = {**GREEDY, "input": KING}
 TOOL = {"type": "function", "name": "weather", "parameters": WEATHER, "strict": True}
 NAMED = {"type": "function", "name": "weather"}
-N_PARTS = 100_000
 EVENT = pydantic.TypeAdapter(ResponseStreamEvent)
 
 
@@ -142,40 +141,11 @@ def test_functions_are_called_whole_and_streamed(served, client):
     whole = client.responses.create(**follow, input=sent)
     assert known.output_text == whole.output_text != ""
     assert known.usage.input_tokens == whole.usage.input_tokens
-    function = {"name": "weather", "arguments": call.arguments}
-    calls = [{"id": "x", "type": "function", "function": function}]
-    chat = [{"role": "user", "content": KING}, {"role": "assistant", "tool_calls": calls}]
-    chat += [{"role": "tool", "tool_call_id": "x", "content": "It rains."}]
-    said = client.chat.completions.create(**GREEDY, max_tokens=6, messages=chat)
-    assert said.choices[0].message.content == known.output_text
 
 
-def test_call_that_is_cut_off_is_incomplete(served):
-    asked = {**ASK, "tools": [TOOL], "tool_choice": NAMED}
-    count = post(served, **asked)[1]["usage"]["output_tokens"] - 12
-    asked["max_output_tokens"] = count
-    answer = post(served, **asked)[1]
-    assert (answer["status"], answer["output"][0]["status"]) == ("incomplete", "incomplete")
-    assert answer["output"][0]["type"] == "function_call"
-    last = events_of(served, **asked)[-1]
-    assert last["response"]["output"][0]["arguments"] == answer["output"][0]["arguments"]
-
-
-class King(pydantic.BaseModel):
-    """A king of a play."""
-
-    name: str = pydantic.Field(max_length=9)
-    years: int = pydantic.Field(ge=1, le=9)
-
-
-def test_structured_output(served, client):
-    hot = {**ASK, "temperature": 1, "max_output_tokens": 200}
-    answer = client.responses.parse(**hot, text_format=King)
-    assert isinstance(answer.output_parsed, King)
-    answer = client.responses.create(**hot, text={"format": {"type": "json_object"}})
-    assert answer.output_text.startswith("{")
+def test_structured_output(client):
     form = {"type": "json_schema", "name": "x", "schema": {"enum": ["yes", "no"]}, "strict": True}
-    answer = client.responses.create(**hot, text={"format": form, "verbosity": "low"})
+    answer = client.responses.create(**ASK, text={"format": form})
     assert json.loads(answer.output_text) in ("yes", "no")
     assert answer.text.format.name == "x" and answer.status == "completed"
 
@@ -193,8 +163,6 @@ def test_conversation_goes_on_from_a_stored_response(served, client):
     known = {"model": "sample", "input": more["input"], "previous_response_id": first.id}
     counted = client.responses.input_tokens.count(**known).input_tokens
     assert counted == second.usage.input_tokens == again.usage.input_tokens
-    third = client.responses.create(**more, previous_response_id=second.id)
-    assert third.usage.input_tokens > second.usage.input_tokens
     referred = [whole[0], {"type": "item_reference", "id": first.output[0].id}, whole[2]]
     assert client.responses.create(**{**more, "input": referred}).output_text == again.output_text
 
@@ -220,24 +188,6 @@ def test_stored_responses_are_there_for_their_key_until_deleted(served, client):
     assert served.ask("GET", f"{PATH}/{unstored.id}", x_api_key="first")[0] == 404
 
 
-FLOODS = [
-    {"input": [{}] * N_PARTS},
-    {"input": [{"role": "user", "content": [{}] * N_PARTS}]},
-    {"include": [{}] * N_PARTS},
-    {"tools": [{}] * N_PARTS},
-    {"tools": [{**TOOL, "allowed_callers": [{}] * N_PARTS}]},
-    {"input": [{"type": "reasoning", "summary": [0] * N_PARTS}]},
-]
-
-
-def test_lists_are_bounded():
-    """The first element too many ends the check, so few errors are made of many elements."""
-    for fields in FLOODS:
-        with pytest.raises(pydantic.ValidationError) as caught:
-            ResponsesRequest.model_validate({**ASK, **fields})
-        assert caught.value.error_count() < 5000
-
-
 def test_store_is_bounded():
     def response(name, text=""):
         return {"id": name, "output": [{"id": f"item of {name}", "text": text}]}
@@ -254,8 +204,6 @@ def test_store_is_bounded():
     store.put("x", response("f", "." * 9000), [{}])
     assert store.get("x", "f") is None and store.get("x", "e")
     assert store.delete("x", "e") and not store.delete("x", "e")
-    store.put("x", response("g", "." * 6000), [{}])
-    assert store.get("x", "d") and store.get("x", "g")
 
 
 def text_item(role, text):
@@ -277,7 +225,6 @@ CODEX = {
     "tools": [
         {**RUN, "strict": False, "parameters": COMMAND},
         {"type": "web_search", "external_web_access": False},
-        {"type": "namespace", "name": "mcp", "description": "", "tools": []},
         {"type": "custom", "name": "apply_patch", "format": {"type": "grammar"}},
     ],
     "tool_choice": "auto",
@@ -305,9 +252,6 @@ def test_what_codex_sends(served):
     result = function_output(item["call_id"], "a.py")
     history = [*CODEX["input"], thought, {**item, "status": None}, result]
     assert events_of(served, **{**CODEX, "input": history, "max_output_tokens": 4})[-1]["response"]
-    alone = {**CODEX, "tools": CODEX["tools"][1:], "max_output_tokens": 2}
-    assert events_of(served, **alone)[-1]["response"]["tools"] == []
-    assert post(served, **{**alone, "tool_choice": "required"})[0] == 400
 
 
 def test_items_become_messages():
@@ -337,32 +281,24 @@ def test_items_become_messages():
     body = ResponsesRequest(model="x", input=leading, instructions="be")
     first, second = body.chat(body.items()).messages
     assert (first.text, second.text) == ("be\n\ndeveloper\n\nsystem", "user")
-    assert len(messages_of(body.items())) == 3
 
 
 REFUSED = [
     ({"input": []}, "input"),
-    ({"input": None}, "input"),
     ({"input": [{"type": "reasoning", "summary": []}]}, "input"),
     ({"input": [{"type": "computer_call", "id": "x"}]}, "input"),
     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
     ({"input": [function_output("x", "y")]}, "messages"),
-    ({"previous_response_id": "resp_x"}, "previous_response_id"),
     ({"background": True}, "background"),
     ({"truncation": "auto"}, "truncation"),
     ({"include": ["message.output_text.other"]}, "include"),
     ({"top_logprobs": 21}, "top_logprobs"),
     ({"tools": [{"type": "nonsense"}]}, "tools"),
-    ({"tools": [TOOL, TOOL]}, "tools"),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),
-    ({"tool_choice": "required"}, "tool_choice"),
     ({"text": {"format": {"type": "yaml"}}}, "text"),
     ({"metadata": {"a": 1}}, "metadata"),
     ({"max_output_tokens": 0}, "max_output_tokens"),
-    ({"conversation": "x"}, "conversation"),
-    ({"seed": 1}, "seed"),
-    ({"store": "yes"}, "store"),
 ]
 
 
@@ -386,10 +322,3 @@ def test_failure_in_the_middle_of_a_stream_is_an_event(served):
     assert "nothing that could come next" in response["error"]["message"]
     EVENT.validate_json(json.dumps(events[-1]), strict=True)
     assert served.ask("GET", f"{PATH}/{response['id']}", x_api_key="first")[0] == 404
-
-
-def test_chat_tools_and_response_tools_are_the_same():
-    body = ResponsesRequest(model="x", input="y", tools=[TOOL, {"type": "web_search"}])
-    (tool,) = body.chat(body.items()).tools
-    assert (tool.function.name, tool.function.parameters) == ("weather", WEATHER)
-    assert tool.function.name == TOOLS[0]["function"]["name"]

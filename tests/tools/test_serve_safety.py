@@ -2,8 +2,6 @@
 a model that dies."""
 
 import json
-import random
-import resource
 import socket
 import threading
 from contextlib import ExitStack, suppress
@@ -12,9 +10,8 @@ import psutil
 import pytest
 
 from slotmoe.offload.runtime import Sequence
-from slotmoe.tools.serve import allow_descriptors
 from slotmoe.tools.serve import guard as serve_guard
-from tests.support.served import FAILING, GREEDY, HALVES, USER, Served, start, until
+from tests.support.served import FAILING, GREEDY, HALVES, Served, start, until
 
 TEXT = "/v1/completions"
 
@@ -141,15 +138,6 @@ def test_silent_connections_of_one_address_are_bounded(served, monkeypatch):
         assert all(map(is_open, silent[2:]))
 
 
-def test_files_for_a_long_queue_are_allowed(monkeypatch):
-    asked = []
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
-    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
-    for count in (548, 2000, 9000):
-        allow_descriptors(count)
-    assert asked == [(2000, 4096), (4096, 4096)]
-
-
 def test_who_asks_slowly_enough_and_waits_for_a_long_answer_is_served(served, gate):
     connections = served.server.server_state.connections
     until(lambda: not connections)
@@ -191,19 +179,15 @@ def test_who_does_not_read_the_answer_loses_the_connection(runtime):
         until(lambda: not connections)
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [{"X-Long": "x" * 200_000}, {f"X-{i}": "y" * 100 for i in range(2000)}],
-    ids=["long", "many"],
-)
-def test_headers_are_bounded(served, headers):
-    answer = b""
-    with (
-        suppress(ConnectionError),  # it did not even read them all
-        connect(served.port, request(b"", **headers)) as connection,
-    ):
-        answer = connection.recv(4096)
-    assert answer[:12] in (b"HTTP/1.1 400", b"")
+def test_headers_are_bounded(served):
+    for headers in ({"X-Long": "x" * 200_000}, {f"X-{i}": "y" * 100 for i in range(2000)}):
+        answer = b""
+        with (
+            suppress(ConnectionError),  # it did not even read them all
+            connect(served.port, request(b"", **headers)) as connection,
+        ):
+            answer = connection.recv(4096)
+        assert answer[:12] in (b"HTTP/1.1 400", b"")
     assert served.complete("Call me", max_tokens=1)
 
 
@@ -213,13 +197,9 @@ def test_refused_bodies_are_read_so_that_the_refusal_arrives(runtime):
     still writes."""
     body = b" " * (12 << 20)
     with Served(runtime, keys=("first",)) as served:
-        for status, headers in (
-            (413, {"x_api_key": "first"}),
-            (401, {}),
-            (415, {"x_api_key": "first", "Content_Type": "text/plain"}),
-        ):
-            assert served.ask("POST", TEXT, body, **headers)[0] == status
-        assert served.ask("POST", "/v1/messages", body, x_api_key="first")[1]["type"] == "error"
+        assert served.ask("POST", TEXT, body)[0] == 401
+        status, answer, _ = served.ask("POST", "/v1/messages", body, x_api_key="first")
+        assert (status, answer["type"]) == (413, "error")
 
 
 ODD_PATHS = ["/health/../v1/models", "/health/..%2fv1/models", "//v1/models"]
@@ -265,11 +245,9 @@ def test_pages_of_allowed_origins_can_read_answers(runtime, origins):
     with Served(runtime, keys=("first",), origins=origins) as served:
         for origin in ORIGINS:
             wanted = {"Access_Control_Request_Method": "POST"}
-            wanted["Access_Control_Request_Headers"] = "authorization,content-type,x-api-key"
             status, _, found = served.ask("OPTIONS", "/v1/responses", Origin=origin, **wanted)
-            assert (status, found[allowed]) == (204, origin)
-            assert found["access-control-allow-headers"] == "authorization,content-type,x-api-key"
-            assert "POST" in found["access-control-allow-methods"] and found["vary"] == "origin"
+            assert (status, found[allowed], found["vary"]) == (204, origin, "origin")
+            assert "POST" in found["access-control-allow-methods"]
             assert "access-control-allow-credentials" not in found
             body = {**GREEDY, "prompt": "Call me", "max_tokens": 1}
             for headers, expected in (({"x_api_key": "first"}, 200), ({}, 401)):
@@ -279,19 +257,6 @@ def test_pages_of_allowed_origins_can_read_answers(runtime, origins):
         assert other[0] == (200 if origins == ("*",) else 403)
         assert (allowed in other[2]) == (origins == ("*",))
         assert served.ask("OPTIONS", "/health", Host="evil.example", Origin=ORIGINS[0])[0] == 403
-        plain = served.ask("GET", "/health")
-        assert plain[0] == 200 and allowed not in plain[2]
-
-
-def test_no_page_elsewhere_can_read_an_answer(served):
-    here = served.address
-    wrong = ["http://evil.example", here.replace("http", "ftp"), here.removeprefix("http://")]
-    asked = [("OPTIONS", origin, 403) for origin in wrong]
-    for method, origin, expected in [*asked, ("OPTIONS", here, 405), ("GET", here, 405)]:
-        headers = {"Origin": origin, "Access_Control_Request_Method": "POST"}
-        status, _, found = served.ask(method, "/v1/chat/completions", **headers)
-        assert status == expected
-        assert not [name for name in found if name.lower().startswith("access-control")]
 
 
 def test_a_header_that_is_given_twice_is_refused(served):
@@ -301,13 +266,6 @@ def test_a_header_that_is_given_twice_is_refused(served):
         with connect(served.port, data) as connection:
             answer = b"".join(iter(lambda: connection.recv(4096), b""))
         assert answer.startswith(b"HTTP/1.1 400") and b"more than once" in answer
-
-
-def test_pictures_and_templates_of_others_are_refused_by_anthropics_api(served):
-    picture = {"type": "image", "source": {"type": "url", "url": "http://localhost/x.png"}}
-    assert served.message(messages=[{"role": "user", "content": [picture]}])[0] == 400
-    for name in ("chat_template", "chat_template_kwargs", "prompt_template"):
-        assert served.message(messages=USER, **{name: "{{ 1 }}"})[0] == 400
 
 
 CANARY = (
@@ -358,34 +316,6 @@ def test_abort_in_the_middle_of_a_prompt_leaves_nothing_for_another_key(
     assert ask("second") == (1, alone)  # the beginning-of-sentence token of its own answer
     cached, text = ask("first")
     assert (cached >= 64, text) == (True, alone)
-
-
-def test_storm_of_aborts_under_two_keys_changes_no_answer(keyed, runtime):
-    """Prompts that begin alike, left at any moment: each key reuses its own, and every answer is
-    that of a fresh start."""
-    keyed.idle()
-    words = {"first": "plum", "second": "fig"}
-    prompts = {
-        key: [f"{CANARY[: 60 * i]} The word of {key} is {word}." for i in range(4)]
-        for key, word in words.items()
-    }
-    alone = {prompt: text_alone(runtime, prompt) for ones in prompts.values() for prompt in ones}
-    source = random.Random(5)
-    for _ in range(20):
-        key = source.choice([*words])
-        how = {"prompt": source.choice(prompts[key]), "stream": source.random() < 0.5}
-        connection = connect(
-            keyed.port, request(completion(max_tokens=30, **how), **{"x-api-key": key})
-        )
-        made = keyed.batch.totals.answer_tokens + source.randrange(6)
-        until(lambda made=made: keyed.batch.totals.answer_tokens >= made)
-        connection.close()
-    keyed.idle()
-    for key, ones in prompts.items():
-        for prompt in ones:
-            body = {**GREEDY, "prompt": prompt, "max_tokens": 8}
-            answer = keyed.ask("POST", TEXT, body, x_api_key=key)[1]
-            assert answer["choices"][0]["text"] == alone[prompt]
 
 
 @pytest.mark.usefixtures("processes")

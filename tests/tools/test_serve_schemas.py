@@ -15,21 +15,14 @@ OPEN["additionalProperties"] = False
 NOT_A = {"type": "object", "patternProperties": {"^(?!a)": {}}}
 UNHELD = [
     ({**ARRAY, "uniqueItems": True}, ["uniqueItems"]),
-    ({**ARRAY, "contains": {"const": 1}}, ["contains"]),
-    ({**ARRAY, "contains": True}, ["contains"]),
-    ({"type": "object", "propertyNames": {"enum": ["a"], "maxLength": 0}}, ["propertyNames"]),
     ({"type": "object", "propertyNames": {"pattern": "^(?!a)"}}, ["propertyNames"]),
     ({**NOT_A, "additionalProperties": False}, ["patternProperties.^(?!a)"]),
     ({**ARRAY, "contains": {"const": 1}, "maxContains": 1}, ["contains", "maxContains"]),
-    ({**ARRAY, "unevaluatedItems": False, "allOf": [{}]}, None),
-    ({**OBJECT, "propertyNames": {"maxLength": 1}}, ["propertyNames"]),
     ({**OBJECT, "not": {"properties": {"a": {"const": 1}}}}, ["not"]),
     ({**OBJECT, "if": {"required": ["b"]}, "then": {"required": ["a"]}}, ["if", "then"]),
     ({**OBJECT, "dependentRequired": {"b": ["a"]}}, ["dependentRequired"]),
-    ({**OBJECT, "dependentSchemas": {"b": {"required": ["a"]}}}, ["dependentSchemas"]),
     ({"type": "object", "unevaluatedProperties": {"const": 1}}, ["unevaluatedProperties"]),
     ({**OPEN, "minProperties": 1}, ["minProperties"]),
-    ({**OPEN, "maxProperties": 1}, ["maxProperties"]),
     ({**TEXT, "pattern": "^(?=a)b"}, ["pattern"]),
     ({"type": "string", "maxLength": 4, "format": "regex"}, ["format"]),
     ({"type": "string", "pattern": r"^(a)\1$", "maxLength": 4}, ["pattern"]),
@@ -41,22 +34,15 @@ UNHELD.append(({**COSTLY, "required": ["a"]}, ["properties.a.multipleOf"]))
 SILENT = [
     {**ARRAY, "uniqueItems": False},
     {**ARRAY, "contains": {"const": 1}, "minContains": 0},
-    {**ARRAY, "minContains": 1},
-    {**ARRAY, "unevaluatedItems": False},
     {**OBJECT, "propertyNames": {"type": "string"}},
-    {**OBJECT, "propertyNames": True},
     {**OBJECT, "then": {"required": ["b"]}},
-    {**OBJECT, "if": {"required": ["b"]}},
-    {**OBJECT, "dependentRequired": {}},
     {**OBJECT, "not": False},
-    {**OBJECT, "unevaluatedProperties": {}},
     {**OBJECT, "unevaluatedProperties": {"type": "string"}},
     {**TEXT, "format": "binary"},
     {"type": "integer", "minimum": 0, "maximum": 9, "format": "int32"},
 ]
 REWRITTEN = [
     ({"propertyNames": {"enum": ["a", "b"]}, "additionalProperties": {"const": 1}}, ["a", "b"]),
-    ({"propertyNames": {"const": "a"}, "additionalProperties": {"const": 1}}, ["a"]),
     ({"properties": {"a": {"const": 1}}, "unevaluatedProperties": False}, ["a"]),
 ]
 
@@ -85,14 +71,10 @@ def written(answer):
 
 @pytest.mark.parametrize(("schema", "keywords"), UNHELD, ids=lambda value: str(value)[:60])
 def test_what_cannot_be_held_is_left_out_and_named(ask, schema, keywords):
-    is_object = schema.get("type") == "object"
-    for as_tool in (False, True) if is_object else (False,):
+    for as_tool in {False, schema.get("type") == "object"}:
         where = "tool 'odd'" if as_tool else "response_format"
         status, answer, headers = ask(schema, as_tool)
         assert status == 200, answer
-        if keywords is None:
-            assert "x-slotmoe-relaxed" not in headers
-            continue
         names = [f"{where}: {keyword}" for keyword in keywords]
         assert headers["x-slotmoe-relaxed"] == "; ".join(names)
         if answer["choices"][0]["finish_reason"] != "length":
@@ -137,7 +119,7 @@ def test_names_of_properties_are_no_keywords():
     assert relaxed({"enum": [{"not": 1}], "default": {"uniqueItems": True}})[1] == []
 
 
-def test_header_holds_whatever_a_property_is_called(served, ask):
+def test_header_holds_whatever_a_property_is_called(ask):
     name = "a\r\nset-cookie: x\x1b[31m\u2028é"
     schema = {"type": "object", "properties": {name: {"uniqueItems": True, "const": []}}}
     status, _, headers = ask(schema | {"additionalProperties": False}, False)
@@ -147,15 +129,9 @@ def test_header_holds_whatever_a_property_is_called(served, ask):
     schema = {"type": "object", "properties": many, "additionalProperties": False}
     status, _, headers = ask(schema, False)
     assert status == 200 and len(headers["x-slotmoe-relaxed"]) == 1000
-    body = {"model": "sample", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
-    tool = {"name": "odd", "input_schema": {**OBJECT, "not": {"const": 1}}}
-    headers = served.ask("POST", "/v1/messages", {**body, "tools": [tool]})[2]
-    assert headers["x-slotmoe-relaxed"] == "tool 'odd': not"
 
 
 LISTED = {"type": "object", "properties": {"a": {}}}
-
-
 CLOSED = [LISTED, {"anyOf": [LISTED, {"type": "null"}]}]
 OPENED = [
     {**LISTED, "additionalProperties": True},
@@ -176,9 +152,3 @@ def test_an_object_has_the_properties_that_it_lists():
         for found in (relaxed(schema)[0], kept):
             is_closed = '"additionalProperties": false' in json.dumps(found)
             assert is_closed == (schema in CLOSED), schema
-
-
-def test_an_answer_has_no_properties_but_those_listed(ask):
-    for as_tool in (False, True):
-        status, answer, _ = ask({**LISTED, "properties": {"a": {"const": 1}}}, as_tool)
-        assert status == 200 and set(written(answer)) <= {"a"}

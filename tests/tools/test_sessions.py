@@ -69,9 +69,7 @@ def test_run_goes_on_with_a_text_without_computing_it_again(run, sample_export, 
     assert computed < 8
     # What another version has written is read anew.
     monkeypatch.setattr("slotmoe.offload.sessions.store.version", lambda name: "9.9")
-    third = run(" that")
-    assert third["sessions"]["restored_tokens"] == 0
-    assert third["tokens"]["prefill_tokens"] > len(ids) + 12
+    assert run(" that")["sessions"]["restored_tokens"] == 0
 
 
 @pytest.mark.usefixtures("processes")
@@ -87,20 +85,6 @@ def test_run_holds_a_conversation_that_chat_goes_on_with(run, chat, slotmoe, sam
 
 
 # chat
-
-
-def test_chat_goes_on_where_it_ended(chat, folder):
-    first, err = chat("My fellow citizens,\n", "--session", "plans", "--system", "Be brief.")
-    assert f"session plans: new, kept in {folder}" in err
-    saved = folder.parent / "talk.json"
-    lines = f"/system\nAnd then?\n/save {saved}\n/stats\n"
-    second, err = chat(lines, "--session", "plans")
-    assert re.search(r"session plans: \d+ tokens\n", err)
-    assert "system message: Be brief." in err
-    messages = json.loads(saved.read_text())["messages"]
-    assert [message["role"] for message in messages] == ["system", *["user", "assistant"] * 2]
-    assert [messages[place]["content"] for place in (2, 4)] == [first.strip(), second.strip()]
-    assert int(re.search(r"(\d+) tokens from disk", err)[1]) > 30
 
 
 def test_the_answer_is_what_one_process_gives(chat):
@@ -128,8 +112,6 @@ def test_an_interrupted_answer_is_kept(sample_export, folder):
 
 def test_sessions_are_listed_and_deleted(chat, run, slotmoe, folder):
     place = ("--sessions", "--session-dir", folder)
-    code, out, _ = slotmoe("list", *place)
-    assert (code, out) == (0, f"{folder}: holds no named sessions\n")
     chat("My fellow citizens,\n", "--session", "plans")
     run(TEXT)
     _, err = chat("/sessions\n/sessions delete plans\n/sessions\n")
@@ -140,16 +122,14 @@ def test_sessions_are_listed_and_deleted(chat, run, slotmoe, folder):
     assert [session["name"] for session in listed["sessions"]] == ["novel"]
     assert slotmoe("rm", *place, "novel", "novel")[0] == 0
     assert not [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
-    code, out, err = slotmoe("rm", *place, "novel")
+    code, _, err = slotmoe("rm", *place, "novel")
     assert code == 2 and "holds no session 'novel'" in err
-    assert slotmoe("rm", *place, "--all")[0] == 0
 
 
 REFUSED = {
     ("--session", "a/b"): "is no name of a session",
     ("--resume",): "holds no conversation to resume",
     ("--resume", "--session", "x"): "--resume takes the latest session",
-    ("--session", "x", "--session-limit", "much"): "is not a size",
     ("--session", "x", "--session-dir", "/dev/null/x"): "can't keep sessions there",
 }
 
@@ -158,9 +138,8 @@ def test_refusals_are_one_line(chat, slotmoe):
     for arguments, problem in REFUSED.items():
         _, err = chat("Hello\n", *arguments, code=2)
         assert problem in err and err.count("\n") == 1
-    for arguments in ((), ("--all",), ("x", "--all"), ("x", "--sessions", "--all")):
-        code, _, err = slotmoe("rm", *arguments)
-        assert code == 2 and "needs NAME, or --sessions --all" in err
+    code, _, err = slotmoe("rm", "x", "--all")
+    assert code == 2 and "needs NAME, or --sessions --all" in err
 
 
 def test_a_full_disk_does_not_end_the_chat(chat, monkeypatch):
@@ -209,17 +188,11 @@ def test_a_conversation_goes_on_after_a_restart(serving):
         assert stats["sessions"]["restored_tokens"] == stats["reused_tokens"] == length - 1
         metrics = served.ask("GET", "/metrics")[1]
         assert f"slotmoe_session_tokens_total {length - 1}.0" in metrics
-        assert re.search(r'slotmoe_session_io_bytes_total\{kind="read"\} [1-9]', metrics)
-        assert re.search(r"slotmoe_session_bytes [1-9]", metrics)
-
-    serving(go_on)
-
-    def score(served):  # scored prompts are computed
-        options = {"max_tokens": 0, "echo": True, "logprobs": 0}
+        options = {"max_tokens": 0, "echo": True, "logprobs": 0}  # scored prompts are computed
         usage = served.complete("The people of the United States", **options)["usage"]
         assert usage["prompt_tokens_details"]["cached_tokens"] == 0
 
-    serving(score)
+    serving(go_on)
 
 
 def test_another_key_sees_nothing_whatever_its_place_in_the_list(serving):
@@ -237,11 +210,8 @@ def test_a_server_that_is_stopped_keeps_what_it_has_read(sample_export, folder):
     options = "--session-dir", folder, "--session-limit", "1GiB"
     child, port = start(sample_export, *options, program=SLOW)
     body = {"model": "sample", "prompt": TEXT, "max_tokens": 300, "stream": True, "temperature": 0}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
+    address, kind = f"http://127.0.0.1:{port}/v1/completions", {"Content-Type": "application/json"}
+    request = urllib.request.Request(address, json.dumps(body).encode(), kind)
     with child:
         with urllib.request.urlopen(request, timeout=30) as response:
             response.readline()
