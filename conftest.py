@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
-from slotmoe.offload.source import read_model
+from slotmoe.offload.model_source import read_model
 from tests.support.browser import BROWSER, Browser
 from tests.support.exports import made_once
 from tests.support.hub import HOME, HUB, TOKEN

@@ -12,7 +12,7 @@ from campaigns.models import few_words, tiny_export
 from campaigns.requests import REQUESTS, request, schemas
 from slotmoe.errors import SlotmoeError
 from slotmoe.jsonfile import parse_json
-from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.config import parse_config
 from slotmoe.model.generate import Sampling
 from slotmoe.model.gguf.checkpoint import open_checkpoint

@@ -25,7 +25,7 @@ from slotmoe.jsonfile import (
     parse_json,
     read_json,
 )
-from slotmoe.model.encoding import Encoding, parse_encoding
+from slotmoe.model.checkpoint.encodings import Encoding, parse_encoding
 from slotmoe.model.families import FAMILIES, OTHERS, WRAPPERS, Family
 from slotmoe.model.files import ReadFile
 

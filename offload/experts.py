@@ -17,6 +17,7 @@ from torch import Tensor
 from slotmoe.border import Timer
 from slotmoe.offload.exclusive import Exclusive
 from slotmoe.offload.host_compute import HostCompute
+from slotmoe.offload.layer_work import Pass, Work
 from slotmoe.offload.lookahead import Lookahead
 from slotmoe.offload.policy.forecast import FOLLOWED
 from slotmoe.offload.policy.hybrid import Split
@@ -24,7 +25,6 @@ from slotmoe.offload.substitution import Substitution
 from slotmoe.offload.tiers.device import Device
 from slotmoe.offload.tiers.disk import WARM
 from slotmoe.offload.tiers.slots import Slots
-from slotmoe.offload.work import Pass, Work
 from slotmoe.quant.backends.base import Records, SlotTable, TorchBackend
 from slotmoe.quant.export.layout import RecordLayout
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slotmoe.errors import ConfigError, PlanError
-from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.config import Config, config_among
 from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.kv_cache import LatentCache
@@ -21,6 +21,7 @@ from slotmoe.offload.experts import Experts
 from slotmoe.offload.host_compute import HostCompute
 from slotmoe.offload.lookahead import Lookahead
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
+from slotmoe.offload.model_source import eos_token_ids, open_tokenizer
 from slotmoe.offload.options import Options
 from slotmoe.offload.plan.memory import (
     HELP_BYTES,
@@ -29,10 +30,8 @@ from slotmoe.offload.plan.memory import (
     Plan,
     Sizes,
     choose_context,
-    format_size,
     kv_bytes,
     make_plan,
-    parse_size,
     runtime_growth,
     scratch_bytes,
     sizes_of,
@@ -43,9 +42,8 @@ from slotmoe.offload.policy.cache import Cache, make_cache
 from slotmoe.offload.policy.hybrid import Costs, Split, choose_mode
 from slotmoe.offload.policy.substitutes import RouteBudget
 from slotmoe.offload.predictor import NextGate, Predictor
-from slotmoe.offload.reference import ResidentExperts
-from slotmoe.offload.resident import Place, load_resident
-from slotmoe.offload.source import eos_token_ids, open_tokenizer
+from slotmoe.offload.resident_experts import ResidentExperts
+from slotmoe.offload.resident_weights import Place, load_resident
 from slotmoe.offload.substitution import Substitution
 from slotmoe.offload.tiers.device import Device
 from slotmoe.offload.tiers.disk import DiskReader
@@ -56,6 +54,7 @@ from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
 from slotmoe.quant.export.layout import MANIFEST, RecordLayout
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.weights import Weight
+from slotmoe.sizes import format_size, parse_size
 
 FREE_SHARE = 0.9  # of what is free, where no budget is given
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from slotmoe.model.config import Config
 from slotmoe.model.layers import as_tensor
 from slotmoe.model.names import GATE, POST_NORM, layer_tensor
-from slotmoe.offload.resident import Place
+from slotmoe.offload.resident_weights import Place
 from slotmoe.quant.backends.base import Prepared, TorchBackend
 from slotmoe.quant.export.layout import SWAP_PRICES
 from slotmoe.quant.int8 import Int8Weight

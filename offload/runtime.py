@@ -22,12 +22,12 @@ from slotmoe.offload.ingest.hub_id import is_hub_id
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore
 from slotmoe.offload.loading import LoadedModel, open_model
 from slotmoe.offload.machine import cache_folder, peak_rss
+from slotmoe.offload.model_source import resolve_model
 from slotmoe.offload.observe.trace import TraceWriter
 from slotmoe.offload.options import Options
 from slotmoe.offload.plan.memory import PREFILL_CHUNK, or_more_context
 from slotmoe.offload.sequence import SUPERSEDED, Passes, Sequence, shared_prefix
 from slotmoe.offload.sessions.store import DEFAULT_LIMIT, Sessions
-from slotmoe.offload.source import resolve_model
 from slotmoe.offload.tiers.cuda import choose_device
 from slotmoe.quant.export.layout import MANIFEST
 

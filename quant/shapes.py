@@ -3,7 +3,7 @@ is downloaded."""
 
 import math
 
-from slotmoe.quant.codec import LUT4, NF4, Codec, ExpertCodecs
+from slotmoe.quant.codecs.codec import LUT4, NF4, Codec, ExpertCodecs
 
 ALIGNMENT = 4096
 WIDENED = ("norm", "gate")  # roles of weights that are small and used in float32

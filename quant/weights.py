@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from slotmoe.quant import int8, nf4
-from slotmoe.quant.codec import TILE
-from slotmoe.quant.coded import CodedWeight
+from slotmoe.quant import int8
+from slotmoe.quant.codecs import nf4
+from slotmoe.quant.codecs.codec import TILE
+from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings
 

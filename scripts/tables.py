@@ -18,7 +18,7 @@ from slotmoe.jsonfile import Json
 from slotmoe.model.config import read_config
 from slotmoe.model.families import FAMILIES, Family
 from slotmoe.offload.plan.advice import geometry_path
-from slotmoe.offload.plan.memory import format_size
+from slotmoe.sizes import format_size
 from slotmoe.tools.cli import cli
 from slotmoe.tools.plan import figure
 from slotmoe.tools.serve.anthropic import MessagesRequest

@@ -12,7 +12,7 @@ import pytest
 
 from slotmoe import system
 from slotmoe.errors import CheckpointError, SlotmoeError
-from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import RESIDENT, layer_file
 from slotmoe.quant.export.reader import Export
@@ -143,7 +143,7 @@ def test_the_library_of_safetensors_is_understood(monkeypatch):
     def refuse(*_, **__):
         raise SafetensorError("Error while opening: Too many open files (os error 24)")
 
-    monkeypatch.setattr("slotmoe.model.shards.safe_open", refuse)
+    monkeypatch.setattr("slotmoe.model.checkpoint.shards.safe_open", refuse)
     with pytest.raises(CheckpointError, match=r"can't be read .*Too many open files"):
         Checkpoint.open(SAMPLE)
 

@@ -25,9 +25,9 @@ from slotmoe import __version__, quant, system
 from slotmoe.errors import ConfigError
 from slotmoe.offload import machine
 from slotmoe.offload.model_cache import listing
-from slotmoe.offload.plan.memory import format_size
 from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.quant.shapes import ALIGNMENT
+from slotmoe.sizes import format_size
 from slotmoe.tools.options import JSON, flag, option
 from slotmoe.tools.screen import visible
 

@@ -16,7 +16,7 @@ from rich.text import Text as Cell
 from slotmoe.errors import PlanError
 from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import available_memory, process_bytes
-from slotmoe.offload.plan.memory import format_size, parse_size
+from slotmoe.sizes import format_size, parse_size
 from slotmoe.tools.options import (
     JSON,
     MODEL,
@@ -89,7 +89,7 @@ def command(
       slotmoe eval lite-nf4 --text a.txt --text b.txt --reference lite-bf16 --ram 12GiB --json
       slotmoe eval lite-export --text wiki.test.raw --method llama.cpp --window 512
     """
-    from slotmoe.offload.source import resolve_model
+    from slotmoe.offload.model_source import resolve_model
     from slotmoe.offload.study.evaluate import Evaluation, read_texts, windows_of
 
     method, stride = options["method"], options["stride"]
@@ -116,7 +116,7 @@ def command(
 
 def _window(folder: Path, window: int | None, context: int | None) -> int:
     """Positions of a window, within --context and the model's limit."""
-    from slotmoe.offload.source import read_model
+    from slotmoe.offload.model_source import read_model
 
     limit, key = read_model(folder)[0].max_context
     if window is None:
@@ -133,8 +133,8 @@ def _window(folder: Path, window: int | None, context: int | None) -> int:
 def _open_reference(reference: str, options: dict[str, Any]) -> Runtime:
     """The reference: a checkpoint as it is, or an export in at most half of the budget."""
     from slotmoe.offload.loading import FREE_SHARE
+    from slotmoe.offload.model_source import resolve_model
     from slotmoe.offload.runtime import Runtime
-    from slotmoe.offload.source import resolve_model
     from slotmoe.offload.study.evaluate import LOGITS_ROWS
     from slotmoe.offload.tiers.cuda import choose_device
     from slotmoe.quant.export.layout import MANIFEST

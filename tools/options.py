@@ -14,12 +14,12 @@ from click.shell_completion import CompletionItem
 from slotmoe.errors import ConfigError
 from slotmoe.offload.ingest.hub_id import is_hub_id
 from slotmoe.offload.machine import device_index, total_memory
-from slotmoe.offload.plan.memory import format_size, parse_size
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.drafts import DRAFTS
 from slotmoe.offload.policy.hybrid import MODES
-from slotmoe.quant.codec import DEFAULT_CODEC, EXPERT_CODECS, ExpertCodecs
+from slotmoe.quant.codecs.codec import DEFAULT_CODEC, EXPERT_CODECS, ExpertCodecs
 from slotmoe.quant.shapes import RESIDENT_MODES
+from slotmoe.sizes import format_size, parse_size
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 MAX_PROMPT_BYTES = 32 << 20  # of a file or stdin; 163,840 tokens of English are less than 1 MB
@@ -340,8 +340,8 @@ def open_runtime(model: str, options: dict[str, Any], quiet: bool = False, **set
 
     texts = "Downloading", f"Reading {model}, once", f"Quantizing {model}, once"
     with byte_bars(*texts, quiet=quiet, waiting=f"loading {model}…") as bars:
+        from slotmoe.offload.model_source import resolve_model
         from slotmoe.offload.runtime import Runtime  # takes a second: torch
-        from slotmoe.offload.source import resolve_model
 
         arriving, reading, progress = bars
         told = {"progress": progress, "notify": notify}

@@ -25,15 +25,10 @@ from slotmoe.offload.plan.advice import (
     choose_precision,
     gpu_named,
 )
-from slotmoe.offload.plan.memory import (
-    IMPORT_BYTES,
-    choose_context,
-    format_size,
-    or_more_context,
-    parse_size,
-)
+from slotmoe.offload.plan.memory import IMPORT_BYTES, choose_context, or_more_context
 from slotmoe.offload.plan.speed import stored_bandwidths
-from slotmoe.quant.codec import KEPT_CODECS
+from slotmoe.quant.codecs.codec import KEPT_CODECS
+from slotmoe.sizes import format_size, parse_size
 from slotmoe.system import cores
 from slotmoe.tools.options import (
     JSON,

@@ -12,7 +12,7 @@ from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import config_among
 from slotmoe.model.gguf import files_of
-from slotmoe.offload.plan.memory import format_size
+from slotmoe.sizes import format_size
 from slotmoe.tools.options import (
     JSON,
     KEEP_MTP,
@@ -138,7 +138,7 @@ def _quantize(
     """The manifest of the export."""
     from slotmoe.offload.ingest.hub import quantize_from_hub
     from slotmoe.offload.ingest.quantize import quantize
-    from slotmoe.offload.source import resolve_model
+    from slotmoe.offload.model_source import resolve_model
 
     revision, keep_source = options.pop("revision"), options.pop("keep_source")
     on_hub = is_on_hub(source, revision)

@@ -7,7 +7,7 @@ import click
 
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import listing, remove
-from slotmoe.offload.plan.memory import format_size
+from slotmoe.sizes import format_size
 from slotmoe.tools.options import JSON, SESSION_DIR, flag
 from slotmoe.tools.screen import visible
 from slotmoe.tools.sessions import session_folder, sessions_in

@@ -11,7 +11,7 @@ import click
 
 from slotmoe.jsonfile import Json
 from slotmoe.model.reasoning import Splitter
-from slotmoe.offload.plan.memory import format_size
+from slotmoe.sizes import format_size
 from slotmoe.tools.options import (
     EXISTING,
     JSON,

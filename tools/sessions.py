@@ -11,7 +11,7 @@ from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import timestamp
-from slotmoe.offload.plan.memory import parse_size
+from slotmoe.sizes import parse_size
 
 if TYPE_CHECKING:
     from slotmoe.offload.sessions.names import Listed, NamedSession

@@ -10,7 +10,8 @@ import click
 
 from slotmoe.model.config import read_config
 from slotmoe.offload.plan.advice import geometry_path
-from slotmoe.offload.plan.memory import default_codecs, format_size
+from slotmoe.offload.plan.memory import default_codecs
+from slotmoe.sizes import format_size
 from slotmoe.tools.options import (
     JSON,
     KEEP_MTP,

@@ -9,7 +9,7 @@ import click
 
 from slotmoe.errors import ExportError
 from slotmoe.jsonfile import Json
-from slotmoe.offload.plan.memory import format_size
+from slotmoe.sizes import format_size
 from slotmoe.tools.options import JSON
 from slotmoe.tools.progress import byte_progress
 

@@ -40,7 +40,6 @@ PROGRAMS = {
     "autogen": ("use_autogen.py", ["autogen-agentchat==0.7.5", "autogen-ext[openai]==0.7.5"]),
     "lm-eval": ("use_lm_eval.py", ["lm-eval[api]==0.4.13", "transformers==5.24.0"]),
     "aiperf": ("use_aiperf.py", ["aiperf==0.13.0"]),
-    "coding-agent": ("use_coding_agent.py", []),  # the standard library alone
     "openai-node": ("use_openai.mjs", ["openai@6.49.0", "zod@4.6.7"]),
     "anthropic-node": ("use_anthropic.mjs", ["@anthropic-ai/sdk@1.14.0"]),
     "ai-sdk": (
@@ -123,7 +122,7 @@ def prepare(folder, given):
 def run(place, name, aim):
     url, model, environments = place
     script, packages = PROGRAMS[name]
-    client = packages[0] if packages else f"a coding agent's requests=={DATE}"
+    client = packages[0]
     label, version = re.split(r"==|(?<=.)@", re.sub(r"\[.*\]", "", client))
     is_python = script.endswith(".py")
     programs = (install_python if is_python else install_node)(environments / name, packages)

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from slotmoe.errors import CheckpointError, ConfigError
-from slotmoe.model.checkpoint import Checkpoint, tensor_shapes
+from slotmoe.model.checkpoint.reader import Checkpoint, tensor_shapes
+from slotmoe.model.checkpoint.shards import TensorInfo, inside
 from slotmoe.model.config import Config, config_among
 from slotmoe.model.files import ReadFile
 from slotmoe.model.gguf.header import (
@@ -41,7 +42,6 @@ from slotmoe.model.names import (
     split_expert,
     split_name,
 )
-from slotmoe.model.shards import TensorInfo, inside
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DECODED = torch.float16  # as fine as the scales of blocks, which are float16 themselves

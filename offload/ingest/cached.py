@@ -6,10 +6,11 @@ from pathlib import Path
 from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.offload import model_cache
 from slotmoe.offload.ingest import output_dir
-from slotmoe.offload.ingest.coding import codecs_for
+from slotmoe.offload.ingest.encoder import codecs_for
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize, resident_mode
-from slotmoe.offload.plan.memory import export_bytes, format_size, sizes_of
+from slotmoe.offload.plan.memory import export_bytes, sizes_of
 from slotmoe.quant.export.layout import FORMAT_VERSION
+from slotmoe.sizes import format_size
 
 
 def cached_export(

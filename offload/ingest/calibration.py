@@ -1,5 +1,5 @@
 """Runs text through a checkpoint, layer by layer, and keeps what each matrix multiplies with: the
-Hessians of ``slotmoe.quant.feedback``.
+Hessians of ``slotmoe.quant.codecs.feedback``.
 
 One layer is in memory at a time, its experts one by one, beside the residual stream of all tokens.
 After each layer the stream is put into ``hidden.safetensors``, from which a killed run goes on.
@@ -28,14 +28,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slotmoe.border import Pending, Step, Timer
-from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.layers import LayerByLayer, geometry_of, layer_of
 from slotmoe.model.names import EMBEDDING, expert_name, expert_shapes, resident_shapes, split_name
 from slotmoe.model.network import inverse_frequencies, position_tables
 from slotmoe.offload.ingest.output_dir import HIDDEN
 from slotmoe.quant.backends.base import Prepared, TorchBackend, new
-from slotmoe.quant.feedback import Hessian
+from slotmoe.quant.codecs.feedback import Hessian
 
 MAX_TOKENS = 1 << 16  # more text moves the Hessians little
 WINDOW = 512  # tokens that are read as one sequence; attention to more costs more than it says

@@ -27,19 +27,20 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from slotmoe.errors import CheckpointError, ExportError
 from slotmoe.jsonfile import Json
-from slotmoe.model import shards, tiktoken
-from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model import tiktoken
+from slotmoe.model.checkpoint import shards
+from slotmoe.model.checkpoint.reader import Checkpoint
+from slotmoe.model.checkpoint.shards import INDEX_NAME, MAX_HEADER_BYTES, TensorInfo
 from slotmoe.model.config import read_config
-from slotmoe.model.shards import INDEX_NAME, MAX_HEADER_BYTES, TensorInfo
 from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.download import CONNECTIONS, Range, checksum_of, fetch, receive
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize
 from slotmoe.offload.ingest.repository import Expected, Patience, Snapshot, resolve
 from slotmoe.offload.model_cache import mark_used
-from slotmoe.offload.plan.memory import format_size
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES
 from slotmoe.quant.export.writer import write_json
+from slotmoe.sizes import format_size
 
 _HEAD_BYTES = 64 << 10  # holds most headers; the rest of a longer one takes a second request
 

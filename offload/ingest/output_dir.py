@@ -16,10 +16,10 @@ from typing import Any
 
 from slotmoe.errors import ExportError
 from slotmoe.jsonfile import Json
-from slotmoe.offload.plan.memory import format_size
 from slotmoe.quant.export.layout import COPIED, MANIFEST, RESIDENT, is_predictor
 from slotmoe.quant.export.validate import manifest_checksum, read_manifest
 from slotmoe.quant.export.writer import sync_folder, write_json
+from slotmoe.sizes import format_size
 
 _STATE = "state.json"
 HIDDEN = "hidden.safetensors"  # where ``slotmoe.offload.ingest.calibration`` goes on

@@ -23,19 +23,19 @@ from typing import Any
 import torch
 
 from slotmoe.errors import CheckpointError, ConfigError, ExportError
-from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.names import text_layer
 from slotmoe.offload.ingest import output_dir
-from slotmoe.offload.ingest.arriving import Arriving, Shards
 from slotmoe.offload.ingest.calibration import Calibration, Windows, chosen, fingerprint
-from slotmoe.offload.ingest.coding import Coder, codecs_for, learn_levels, learns, levels_file
-from slotmoe.offload.ingest.contents import Contents, write_files
-from slotmoe.offload.ingest.existing import export_of, repair, source_files
+from slotmoe.offload.ingest.encoder import Coder, codecs_for, learn_levels, learns, levels_file
+from slotmoe.offload.ingest.held_files import Arriving, Shards
+from slotmoe.offload.ingest.manifest import Contents, write_files
 from slotmoe.offload.ingest.output_dir import check_space
+from slotmoe.offload.ingest.repair import export_of, repair, source_files
 from slotmoe.offload.ingest.report import quantization_report
-from slotmoe.quant import nf4
-from slotmoe.quant.codec import TILE, ExpertCodecs
+from slotmoe.quant.codecs import nf4
+from slotmoe.quant.codecs.codec import TILE, ExpertCodecs
 from slotmoe.quant.export import writer
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST
 from slotmoe.quant.export.reader import Export

@@ -17,8 +17,8 @@ import torch
 
 from slotmoe.jsonfile import Json
 from slotmoe.model.names import split_name
-from slotmoe.offload.ingest.contents import Contents
-from slotmoe.quant.codec import Codec
+from slotmoe.offload.ingest.manifest import Contents
+from slotmoe.quant.codecs.codec import Codec
 
 Squares = Sequence[float]
 """Sum of squared errors and sum of squared weights."""

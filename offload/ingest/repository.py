@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from slotmoe.errors import CheckpointError, ConfigError, DownloadError
-from slotmoe.model.shards import INDEX_NAME
+from slotmoe.model.checkpoint.shards import INDEX_NAME
 from slotmoe.quant.export.layout import COPIED
 
 

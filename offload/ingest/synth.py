@@ -17,11 +17,11 @@ from slotmoe import model
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import read_config
 from slotmoe.model.names import EMBEDDING, resident_shapes
-from slotmoe.offload.ingest.contents import Contents, write_files
+from slotmoe.offload.ingest.manifest import Contents, write_files
 from slotmoe.offload.ingest.output_dir import beside, check_destination, check_space, publish
 from slotmoe.offload.ingest.quantize import Progress, resident_mode
-from slotmoe.quant.codec import BLOCK, SCALES, TILE, Codec, ExpertCodecs
-from slotmoe.quant.coded import pack
+from slotmoe.quant.codecs.codec import BLOCK, SCALES, TILE, Codec, ExpertCodecs
+from slotmoe.quant.codecs.weight import pack
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT, Part, layer_file
 from slotmoe.quant.export.writer import ExportFile, publish_file, write_json
 

@@ -17,7 +17,7 @@ from slotmoe.offload.loading import LoadedModel
 from slotmoe.offload.plan.memory import HELP_BYTES, by_tier, predicted_components
 from slotmoe.offload.plan.speed import Bandwidths, Setting
 from slotmoe.offload.tiers.device import Device, Event
-from slotmoe.offload.tiers.memory import page_aligned
+from slotmoe.offload.tiers.pages import page_aligned
 from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.export.folder import Folder
 from slotmoe.quant.export.layout import RecordLayout, layer_file

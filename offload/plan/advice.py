@@ -19,12 +19,13 @@ from slotmoe.model.gguf import files_of
 from slotmoe.model.names import resident_shapes
 from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.divergence import expected
-from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, format_size, sizes_of
+from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, sizes_of
 from slotmoe.offload.plan.speed import Bandwidths, Setting
 from slotmoe.offload.policy.hybrid import choose_mode
-from slotmoe.quant.codec import DEFAULT_CODECS, EXPERT_CODECS, ExpertCodecs
-from slotmoe.quant.export.codecs import expert_codecs, to_version_2
+from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, ExpertCodecs
+from slotmoe.quant.export.manifest_codecs import expert_codecs, to_version_2
 from slotmoe.quant.shapes import RESIDENT_MODES
+from slotmoe.sizes import format_size
 
 
 @dataclass(frozen=True)

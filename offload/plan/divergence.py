@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from slotmoe.jsonfile import Json
-from slotmoe.quant.codec import KEPT_CODECS
+from slotmoe.quant.codecs.codec import KEPT_CODECS
 
 
 @cache

@@ -4,7 +4,6 @@ Tiers: ``ram`` holds everything when there is no GPU; with one, ``vram`` holds r
 latent KV cache, slots and scratch, and ``ram`` the process itself and a host tier of experts.
 """
 
-import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -13,8 +12,9 @@ from slotmoe.errors import PlanError
 from slotmoe.model.config import Config
 from slotmoe.model.names import EMBEDDING, component_of, resident_shapes, role_of
 from slotmoe.offload.policy.drafts import FEW_DRAFTED, MOST_DRAFTED
-from slotmoe.quant.codec import DEFAULT_CODECS, KEPT_CODECS, ExpertCodecs
+from slotmoe.quant.codecs.codec import DEFAULT_CODECS, KEPT_CODECS, ExpertCodecs
 from slotmoe.quant.shapes import latent_bytes, padded_record_bytes, resident_bytes
+from slotmoe.sizes import format_size
 
 # Tokens of a step of a prefill pass; the same for every budget, because some kernels' logits depend
 # on it.
@@ -29,32 +29,6 @@ HELP_BYTES = 128 << 10  # the waiting thread reads such a record: waking another
 # own figure.
 IMPORT_BYTES = 226 << 20
 CUDA_IMPORT_BYTES = 1 << 30
-_UNITS = {"": 1, "B": 1}
-for _power, _letter in enumerate("KMGT", 1):
-    _UNITS |= {f"{_letter}B": 1000**_power, _letter: 1024**_power, f"{_letter}IB": 1024**_power}
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes of ``8GiB``, ``7.5GB`` or ``512MiB``; an integer is bytes.  Raises ``PlanError``."""
-    quoted, advice = f"{str(text)[:40]!r}", "write it like 8GiB, 7.5GB or 512MiB"
-    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", str(text))
-    if not match or match[2].upper() not in _UNITS:
-        raise PlanError(f"{quoted} is not a size; {advice}")
-    size = float(match[1]) * _UNITS[match[2].upper()]
-    if not 0 < size < 1 << 60:
-        raise PlanError(f"{quoted} is not a possible size; {advice}")
-    if isinstance(text, str) and not match[2] and size < 1 << 20:
-        raise PlanError(f"{quoted} is {int(size)} bytes; write the unit, like {match[1]}GiB")
-    return int(size)
-
-
-def format_size(count: float) -> str:
-    """``count`` bytes for people: ``12.3 GiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def choose_context(config: Config, wanted: int | None) -> int:

@@ -24,9 +24,9 @@ from pathlib import Path
 import xxhash
 
 from slotmoe.errors import ConfigError
-from slotmoe.offload.plan.memory import format_size
 from slotmoe.offload.sequence import shared_prefix
 from slotmoe.quant.export.writer import publish_file, temporary_name
+from slotmoe.sizes import format_size
 
 BLOCK_TOKENS = 64
 ADDRESS_BYTES, _CHECKSUM_BYTES = 16, 16

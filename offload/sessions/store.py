@@ -13,7 +13,6 @@ import torch
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload.loading import LoadedModel
-from slotmoe.offload.plan.memory import parse_size
 from slotmoe.offload.sequence import Sequence, shared_prefix
 from slotmoe.offload.sessions.blocks import (
     ADDRESS_BYTES,
@@ -26,6 +25,7 @@ from slotmoe.offload.sessions.blocks import (
     make_private,
 )
 from slotmoe.quant.export.reader import Export
+from slotmoe.sizes import parse_size
 
 DEFAULT_LIMIT = "8GiB"
 

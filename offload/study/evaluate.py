@@ -33,8 +33,8 @@ from torch import Tensor
 from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.jsonfile import Json
 from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.offload.model_source import read_model
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.source import read_model
 from slotmoe.offload.study.calibrate import read_text
 
 # Rows of float32 in memory at once: two pieces of 128, and the float64 ones of _ROWS, twice.

@@ -24,7 +24,7 @@ from slotmoe.offload.plan.memory import LENT
 from slotmoe.offload.policy.cache import Cache
 from slotmoe.offload.tiers.device import Device, Event
 from slotmoe.offload.tiers.disk import DEMAND, DiskReader, Read, unlock
-from slotmoe.offload.tiers.memory import page_aligned
+from slotmoe.offload.tiers.pages import page_aligned
 from slotmoe.offload.tiers.slots import Table
 from slotmoe.quant.export.reader import Export
 

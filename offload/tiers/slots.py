@@ -26,7 +26,7 @@ from slotmoe.errors import DeviceError
 from slotmoe.offload.policy.cache import Cache
 from slotmoe.offload.tiers.device import Device
 from slotmoe.offload.tiers.disk import DEMAND, WARM, DiskReader, Read
-from slotmoe.offload.tiers.memory import Touching
+from slotmoe.offload.tiers.pages import Touching
 
 LAZY_BYTES = 256 << 20  # a slab beyond this gets its pages while the first tokens are made
 

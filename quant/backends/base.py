@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slotmoe.border import Decoder, Geometry, Layer, Router
-from slotmoe.quant.codec import TILE
-from slotmoe.quant.coded import CodedWeight
+from slotmoe.quant.codecs.codec import TILE
+from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.weights import Matrix

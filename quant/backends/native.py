@@ -16,7 +16,7 @@ from slotmoe.border import Experts, Geometry, Layer, Pending, Step
 from slotmoe.border import Mlp as Weights
 from slotmoe.border import Router as Routing
 from slotmoe.quant.backends.base import Empty, Prepared, Records, SlotTable, TorchBackend, new
-from slotmoe.quant.coded import CodedWeight
+from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.bindings import Kernels
 from slotmoe.quant.kernels.cpu.weights import (

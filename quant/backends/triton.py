@@ -31,7 +31,7 @@ from slotmoe.quant.backends.triton_decoder import (
     operand,
     power,
 )
-from slotmoe.quant.codec import KINDS, TILE
+from slotmoe.quant.codecs.codec import KINDS, TILE
 from slotmoe.quant.kernels.triton import mla, rows, tiles
 
 # Triton 3.9 warns that its default will change; this is the present one.

@@ -23,8 +23,8 @@ from torch import Tensor
 from slotmoe.border import Cache, Experts, Geometry, Layer, Pending, Step
 from slotmoe.quant.backends.base import Prepared, Records, SlotTable, unbound
 from slotmoe.quant.backends.graphs import Captured
-from slotmoe.quant.codec import TILE
-from slotmoe.quant.coded import CodedWeight
+from slotmoe.quant.codecs.codec import TILE
+from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.triton import mla, rows
 

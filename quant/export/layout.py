@@ -16,8 +16,8 @@ import xxhash
 from torch import Tensor
 
 from slotmoe.jsonfile import Json
-from slotmoe.quant.codec import Codec, ExpertCodecs
-from slotmoe.quant.coded import CodedWeight, levels_of
+from slotmoe.quant.codecs.codec import Codec, ExpertCodecs
+from slotmoe.quant.codecs.weight import CodedWeight, levels_of
 from slotmoe.quant.shapes import ALIGNMENT, padded_record_bytes, record_bytes
 
 FORMAT_VERSION = 2

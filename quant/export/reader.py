@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from slotmoe.errors import ExportError
-from slotmoe.quant.coded import CodedWeight, levels_of, possible_scales
-from slotmoe.quant.export.codecs import manifest_codecs
+from slotmoe.quant.codecs.weight import CodedWeight, levels_of, possible_scales
 from slotmoe.quant.export.folder import Folder
 from slotmoe.quant.export.layout import (
     COPIED,
@@ -25,6 +24,7 @@ from slotmoe.quant.export.layout import (
     layer_parts,
     tensor_parts,
 )
+from slotmoe.quant.export.manifest_codecs import manifest_codecs
 from slotmoe.quant.export.validate import (
     MAX_COPIED_BYTES,
     manifest_layout,

@@ -20,8 +20,7 @@ from slotmoe.jsonfile import (
     or_null,
     read_json,
 )
-from slotmoe.quant.codec import BLOCK, KINDS, LAYOUT, SCALES
-from slotmoe.quant.export.codecs import expert_codecs, manifest_codecs, to_version_2
+from slotmoe.quant.codecs.codec import BLOCK, KINDS, LAYOUT, SCALES
 from slotmoe.quant.export.layout import (
     COPIED,
     DTYPES,
@@ -39,6 +38,7 @@ from slotmoe.quant.export.layout import (
     predictor_parts,
     resident_parts,
 )
+from slotmoe.quant.export.manifest_codecs import expert_codecs, manifest_codecs, to_version_2
 from slotmoe.quant.shapes import ALIGNMENT
 
 MAX_MANIFEST_BYTES = 8 << 20

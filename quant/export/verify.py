@@ -9,7 +9,7 @@ import xxhash
 
 from slotmoe.errors import ExportError
 from slotmoe.jsonfile import Json
-from slotmoe.quant.coded import possible_scales
+from slotmoe.quant.codecs.weight import possible_scales
 from slotmoe.quant.export.layout import COPIED, PROJECTIONS, RecordLayout, tensor_parts
 from slotmoe.quant.export.validate import manifest_layout, regular_file
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from slotmoe.errors import CheckpointError, ConfigError
-from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.checkpoint.reader import Checkpoint
+from slotmoe.model.checkpoint.shards import read_header
 from slotmoe.model.config import parse_config, read_config
-from slotmoe.model.shards import read_header
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.reader import Export

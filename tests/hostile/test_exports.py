@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from slotmoe.errors import ConfigError, ExportError, SlotmoeError
-from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.machine import peak_rss
 from slotmoe.offload.runtime import Runtime

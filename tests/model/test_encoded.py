@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slotmoe.errors import CheckpointError
-from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.names import expert_name
 from tests.support.encoded import (
     FP8,

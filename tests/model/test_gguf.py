@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType as Kind
 
 from slotmoe.errors import CheckpointError, ConfigError, SlotmoeError
-from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.gguf import checkpoint as gguf_checkpoint
 from slotmoe.model.gguf import files_of, header, metadata
 from slotmoe.model.gguf.checkpoint import open_checkpoint

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from slotmoe.errors import CheckpointError, ConfigError
-from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.config import parse_config
 from slotmoe.model.mtp import MtpHead
 from tests.support import plain

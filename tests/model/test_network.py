@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.config import parse_config
 from slotmoe.model.routing import route, router_of
 from slotmoe.offload.runtime import Runtime

@@ -9,7 +9,7 @@ import pytest
 import regex
 
 from slotmoe.errors import ConfigError
-from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.tiktoken import tokenizer_json
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.ingest.quantize import quantize

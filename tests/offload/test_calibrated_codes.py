@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from slotmoe.errors import ExportError
-from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.names import expert_name, split_name
 from slotmoe.offload.ingest import calibration as ingest
 from slotmoe.offload.ingest.calibration import Calibration
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.codec import EXPERT_CODECS
+from slotmoe.quant.codecs.codec import EXPERT_CODECS
 from slotmoe.quant.export.layout import MANIFEST, layer_file
 from tests.support.disk import Stop, stop_at, tree
 from tests.support.encoded import write_files

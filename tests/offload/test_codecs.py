@@ -14,7 +14,7 @@ from slotmoe.model.names import expert_name
 from slotmoe.offload.ingest import synth
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.codec import EXPERT_CODECS
+from slotmoe.quant.codecs.codec import EXPERT_CODECS
 from slotmoe.quant.export.layout import MANIFEST, PROJECTIONS, RESIDENT, checksum, layer_file
 from slotmoe.quant.export.reader import Export
 from tests.support.codes import SUFFIXES, values

@@ -158,7 +158,7 @@ def test_several_answers_in_one_pass(pair, eager):
 
 @pytest.mark.parametrize(
     ("pair", "files"),
-    [("ngram", ("drafts.py", "sequence.py")), ("mtp", ("/head.py", "/mtp.py"))],
+    [("ngram", ("drafts.py", "sequence.py")), ("mtp", ("/mtp_drafts.py", "/mtp.py"))],
     indirect=["pair"],
 )
 def test_interrupted_at_some_lines(pair, eager, heavy, files):

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from slotmoe.errors import CheckpointError
-from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.names import expert_name
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.codec import EXPERT_CODECS
+from slotmoe.quant.codecs.codec import EXPERT_CODECS
 from slotmoe.quant.export.layout import MANIFEST, PROJECTIONS
 from slotmoe.quant.export.reader import Export
 from tests.support.disk import tree

@@ -18,7 +18,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers import slots as store
 from slotmoe.offload.tiers.device import Device
 from slotmoe.offload.tiers.disk import DEMAND, DiskReader
-from slotmoe.offload.tiers.memory import TOUCHED_AT_ONCE, Touching, page_aligned
+from slotmoe.offload.tiers.pages import TOUCHED_AT_ONCE, Touching, page_aligned
 from slotmoe.offload.tiers.slots import Slots
 from slotmoe.quant.export.layout import layer_file
 from slotmoe.quant.export.reader import Export

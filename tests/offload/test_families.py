@@ -8,13 +8,13 @@ import sys
 import pytest
 import torch
 
-from slotmoe.model.checkpoint import tensor_shapes
+from slotmoe.model.checkpoint.reader import tensor_shapes
 from slotmoe.model.config import read_config
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.ingest.synth import synthesize
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.codec import DEFAULT_CODECS
+from slotmoe.quant.codecs.codec import DEFAULT_CODECS
 from tests.support.engine import IDS, RUN, whole
 from tests.support.families import CASES, oracle_network, quietly, write_family
 from tests.support.oracle import rebuild

@@ -10,8 +10,8 @@ from slotmoe.model.gguf.checkpoint import GgufCheckpoint
 from slotmoe.model.names import resident_shapes
 from slotmoe.offload.ingest import quantize as ingest
 from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.model_source import read_model, resolve_model
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.source import read_model, resolve_model
 from slotmoe.quant.export.layout import layer_file
 from slotmoe.quant.export.reader import Export
 from tests.support.disk import tree

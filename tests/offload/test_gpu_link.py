@@ -14,7 +14,7 @@ import torch
 
 from slotmoe.offload.observe.measure import link_bandwidths
 from slotmoe.offload.policy.cache import Cache, Learned
-from slotmoe.offload.tiers.memory import page_aligned
+from slotmoe.offload.tiers.pages import page_aligned
 from tests.support.disk import forked
 from tests.support.engine import IDS, start, whole
 from tests.support.twin import Twin, TwinDownload

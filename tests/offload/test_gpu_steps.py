@@ -19,12 +19,13 @@ from slotmoe.model.names import role_of
 from slotmoe.model.network import Network
 from slotmoe.offload.plan.speed import GPU_LAUNCHES
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant import int8, nf4
+from slotmoe.quant import int8
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.graphs import Captured, CudaGraphs
-from slotmoe.quant.codec import NF4
-from slotmoe.quant.coded import CodedWeight
+from slotmoe.quant.codecs import nf4
+from slotmoe.quant.codecs.codec import NF4
+from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.shapes import resident_quantization
 from slotmoe.quant.weights import map_tensors

@@ -19,7 +19,7 @@ import pytest
 
 import slotmoe.offload.ingest.download as download
 from slotmoe.errors import CheckpointError, ConfigError, DownloadError, ExportError
-from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.offload.ingest.download import Range, receive
 from slotmoe.offload.ingest.hub import hub_export, quantize_from_hub
 from slotmoe.offload.ingest.quantize import quantize

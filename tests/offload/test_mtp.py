@@ -12,8 +12,8 @@ from torch import Tensor
 from slotmoe.errors import ConfigError, ExportError
 from slotmoe.model.mtp import MtpHead
 from slotmoe.model.names import expert_name
-from slotmoe.offload.head import HeadDrafts
 from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.mtp_drafts import HeadDrafts
 from slotmoe.offload.policy.drafts import Asking, Drafting
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import RESIDENT, layer_file

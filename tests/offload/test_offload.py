@@ -10,9 +10,9 @@ import torch
 
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.offload.observe.trace import read_trace
-from slotmoe.offload.plan.memory import parse_size
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers.slots import Slots
+from slotmoe.sizes import parse_size
 from tests.support.engine import IDS, start, whole
 
 

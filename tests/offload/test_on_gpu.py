@@ -8,7 +8,7 @@ import torch
 
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers.cuda import CudaDevice
-from slotmoe.offload.tiers.memory import page_aligned
+from slotmoe.offload.tiers.pages import page_aligned
 from tests.support.engine import IDS, PROMPT, start, whole
 
 pytestmark = [

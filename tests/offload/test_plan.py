@@ -21,8 +21,8 @@ from slotmoe.offload.plan import divergence
 from slotmoe.offload.plan.memory import _prefill_chunk, kv_bytes, make_plan, sizes_of, waiting_bytes
 from slotmoe.offload.plan.speed import Bandwidths, Setting, store_bandwidths, stored_bandwidths
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.codec import EXPERT_CODECS
-from slotmoe.quant.coded import CodedWeight
+from slotmoe.quant.codecs.codec import EXPERT_CODECS
+from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.export.reader import Export
 from slotmoe.tools.plan import figure
 from tests.support.engine import RUN

@@ -17,8 +17,9 @@ from types import SimpleNamespace
 import pytest
 
 from slotmoe.model.network import Network
-from slotmoe.offload.observe import memory, profiler
-from slotmoe.offload.observe.memory import MemorySampler
+from slotmoe.offload.observe import memory_sampler as memory
+from slotmoe.offload.observe import profiler
+from slotmoe.offload.observe.memory_sampler import MemorySampler
 from slotmoe.offload.observe.profiler import Profiler, attach
 from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.plan.speed import Bandwidths

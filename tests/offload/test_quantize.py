@@ -25,8 +25,8 @@ from slotmoe.errors import ExportError
 from slotmoe.model.config import read_config
 from slotmoe.model.names import expert_name, resident_shapes, role_of
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.quant import nf4
-from slotmoe.quant.codec import EXPERT_CODECS, NF4
+from slotmoe.quant.codecs import nf4
+from slotmoe.quant.codecs.codec import EXPERT_CODECS, NF4
 from slotmoe.quant.export import verify
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT, layer_file
 from slotmoe.quant.export.reader import Export

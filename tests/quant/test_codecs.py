@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 
-from slotmoe.quant.codec import EXPERT_CODECS, INT4, LUT3, LUT4, NF4, ExpertCodecs
-from slotmoe.quant.coded import CodedWeight, levels_of, pack, unpack
+from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, LUT3, LUT4, NF4, ExpertCodecs
+from slotmoe.quant.codecs.nf4 import NotFiniteError
+from slotmoe.quant.codecs.weight import CodedWeight, levels_of, pack, unpack
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.weights import Matrix
-from slotmoe.quant.nf4 import NotFiniteError
 from slotmoe.quant.weights import squared_error
 from tests.support.codes import quantize_coded, random_codes
 from tests.support.kernels import (

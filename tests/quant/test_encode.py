@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 
-from slotmoe.quant import encode, feedback, lut
-from slotmoe.quant.codec import LUT3, LUT4, SCALES
-from slotmoe.quant.coded import CodedWeight, levels_of
-from slotmoe.quant.feedback import Hessian, NotPositiveError
+from slotmoe.quant.codecs import encode, feedback
+from slotmoe.quant.codecs import levels as lut
+from slotmoe.quant.codecs.codec import LUT3, LUT4, SCALES
+from slotmoe.quant.codecs.feedback import Hessian, NotPositiveError
+from slotmoe.quant.codecs.weight import CodedWeight, levels_of
 from slotmoe.quant.kernels.cpu import bindings
 from tests.support.kernels import by_each_set, needs_native, one_of, quick, seeds, sizes
 

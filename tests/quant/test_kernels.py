@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from slotmoe.quant.codec import NF4
-from slotmoe.quant.coded import CodedWeight
+from slotmoe.quant.codecs.codec import NF4
+from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as qk
 from slotmoe.quant.kernels.cpu.weights import Matrix

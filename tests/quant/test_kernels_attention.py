@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slotmoe.quant.codec import LUT4
+from slotmoe.quant.codecs.codec import LUT4
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.weights import AttentionLayer, Matrix, Mlp
 from slotmoe.quant.shapes import latent_bytes

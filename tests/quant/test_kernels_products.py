@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from slotmoe.quant.codec import NF4
+from slotmoe.quant.codecs.codec import NF4
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.weights import Matrix, Mlp
 from tests.support.codes import random_codes

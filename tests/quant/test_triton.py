@@ -25,8 +25,8 @@ from slotmoe.model.routing import Router, route
 from slotmoe.quant import int8
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records, TorchBackend, gate_order_sum
-from slotmoe.quant.codec import EXPERT_CODECS, INT4, LUT3, LUT4, NF4, TILE
-from slotmoe.quant.coded import CodedWeight, levels_of
+from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, LUT3, LUT4, NF4, TILE
+from slotmoe.quant.codecs.weight import CodedWeight, levels_of
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.weights import dequantize, map_tensors

@@ -4,9 +4,9 @@ random ones."""
 import numpy as np
 import torch
 
-from slotmoe.quant import lut
-from slotmoe.quant.codec import INT4, NF4
-from slotmoe.quant.coded import CodedWeight, levels_of, store
+from slotmoe.quant.codecs import levels as lut
+from slotmoe.quant.codecs.codec import INT4, NF4
+from slotmoe.quant.codecs.weight import CodedWeight, levels_of, store
 from slotmoe.quant.weights import quantize_nf4
 
 SUFFIXES = {"f16": "absmax", "f16x2": "scales", "i8": "scales"}  # of the tensor beside the codes

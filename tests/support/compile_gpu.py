@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 from slotmoe.model.config import parse_config, read_config
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.quant.backends.triton import TritonBackend
-from slotmoe.quant.codec import LUT3, LUT4, ExpertCodecs
+from slotmoe.quant.codecs.codec import LUT3, LUT4, ExpertCodecs
 from tests.support.meta import forward, network_of
 from tests.support.slab import NF4S
 

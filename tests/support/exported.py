@@ -6,7 +6,7 @@ import torch
 
 from slotmoe.model.config import read_config
 from slotmoe.model.names import resident_shapes
-from slotmoe.quant.coded import CodedWeight
+from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.export.layout import MANIFEST
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.validate import manifest_checksum

@@ -6,7 +6,7 @@ import gguf
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.names import expert_name
 
 LAYER = {

@@ -12,10 +12,10 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from slotmoe.quant import nf4
 from slotmoe.quant.backends.base import new
-from slotmoe.quant.codec import EXPERT_CODECS, INT4, LUT3, LUT4, NF4
-from slotmoe.quant.coded import levels_of
+from slotmoe.quant.codecs import nf4
+from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, LUT3, LUT4, NF4
+from slotmoe.quant.codecs.weight import levels_of
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import arguments
 from slotmoe.quant.kernels.cpu import bindings as qk

@@ -7,12 +7,12 @@ from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import role_of
 from slotmoe.model.network import Network
 from slotmoe.offload.exclusive import Exclusive
-from slotmoe.offload.reference import ResidentExperts
+from slotmoe.offload.resident_experts import ResidentExperts
 from slotmoe.quant import int8
 from slotmoe.quant.backends.base import TorchBackend, new
 from slotmoe.quant.backends.native import NativeBackend
-from slotmoe.quant.codec import Codec
-from slotmoe.quant.coded import CodedWeight, levels_of
+from slotmoe.quant.codecs.codec import Codec
+from slotmoe.quant.codecs.weight import CodedWeight, levels_of
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.shapes import resident_quantization
 from tests.support.codes import quantize_coded

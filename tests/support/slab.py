@@ -3,9 +3,9 @@
 import torch
 
 from slotmoe.model.names import expert_name
-from slotmoe.quant import nf4
 from slotmoe.quant.backends.base import Records, SlotTable
-from slotmoe.quant.codec import EXPERT_CODECS
+from slotmoe.quant.codecs import nf4
+from slotmoe.quant.codecs.codec import EXPERT_CODECS
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from tests.support.codes import quantize_coded
 

@@ -18,14 +18,7 @@ import pytest
 
 from tests.support.interpreter import quicken
 
-LEAVES = {
-    "processes": "starts processes",
-    "network": "listens on loopback",
-    "interpreter": "runs Triton's interpreter",
-    "oracle": "runs transformers",
-    "twin": "simulates a GPU",
-    "heavy": "computes for long",
-}
+LEAVES = {"processes", "network", "interpreter", "oracle", "twin", "heavy"}
 _TESTS = Path(__file__).parents[1]
 _STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn")
 _NEEDS = {**dict.fromkeys(_STARTS, "processes"), "socket.bind": "network", "tests.twin": "twin"}
@@ -73,7 +66,7 @@ def pytest_collection_modifyitems(config, items):
             chance.shuffle(tests)
         items[:] = chain.from_iterable(files)
     for item in items:
-        if LEAVES.keys() & set(item.fixturenames):
+        if LEAVES & set(item.fixturenames):
             item.add_marker("full")
         if "nightly" in item.fixturenames:
             item.add_marker("slow")
@@ -112,7 +105,7 @@ def twin():
 
 @pytest.fixture(scope="session")
 def heavy():
-    """Leave to compute for long: for fixtures and tests that take half a second or more."""
+    """Leave to compute for half a second or more."""
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from slotmoe.model.network import Network
-from slotmoe.quant.coded import CodedWeight
+from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.export.layout import PROJECTIONS
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.weights import dequantize

@@ -20,7 +20,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from slotmoe import model
-from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.config import read_config
 from slotmoe.model.names import EMBEDDING, expert_name, resident_shapes, role_of
 from slotmoe.offload.ingest.quantize import quantize
@@ -28,7 +28,7 @@ from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.divergence import measured, takes_text
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.evaluate import Evaluation, read_texts, windows_of
-from slotmoe.quant.codec import EXPERT_CODECS, ExpertCodecs
+from slotmoe.quant.codecs.codec import EXPERT_CODECS, ExpertCodecs
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.shapes import RESIDENT_MODES, record_bytes, resident_bytes
 from slotmoe.quant.weights import dequantize

@@ -15,7 +15,7 @@ import click
 from torch import Tensor
 
 from slotmoe.offload.experts import Experts
-from slotmoe.offload.observe.memory import MemorySampler
+from slotmoe.offload.observe.memory_sampler import MemorySampler
 from slotmoe.offload.observe.profiler import attach
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers.device import Download, Event

@@ -28,12 +28,12 @@ from slotmoe.model.config import read_config
 from slotmoe.offload.observe.measure import bytes_per_token
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers.memory import in_large_pages
+from slotmoe.offload.tiers.pages import in_large_pages
 from slotmoe.offload.tiers.slots import Slots
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records
-from slotmoe.quant.codec import DEFAULT_CODECS, KINDS, LUT3, LUT4, NF4, Codec, ExpertCodecs
-from slotmoe.quant.coded import CodedWeight, levels_of
+from slotmoe.quant.codecs.codec import DEFAULT_CODECS, KINDS, LUT3, LUT4, NF4, Codec, ExpertCodecs
+from slotmoe.quant.codecs.weight import CodedWeight, levels_of
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings

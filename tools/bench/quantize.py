@@ -11,9 +11,9 @@ import click
 import torch
 from torch import Tensor
 
-from slotmoe.quant import nf4
-from slotmoe.quant.codec import BLOCK
-from slotmoe.quant.coded import CodedWeight
+from slotmoe.quant.codecs import nf4
+from slotmoe.quant.codecs.codec import BLOCK
+from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.weights import dequantize, quantize_nf4, squared_error
 from slotmoe.tools.bench import turns

@@ -10,9 +10,9 @@ import torch
 
 from slotmoe.model.config import Config
 from slotmoe.model.names import GATE, POST_NORM, layer_tensor
+from slotmoe.offload.model_source import read_model
 from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.source import read_model
 from slotmoe.offload.study import calibrate
 from slotmoe.offload.study.calibrate import Samples, read_text, split
 from slotmoe.quant.backends.base import TorchBackend

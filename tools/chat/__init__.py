@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import click
 
 from slotmoe.errors import ConfigError, SlotmoeError
-from slotmoe.offload.plan.memory import format_size
+from slotmoe.sizes import format_size
 from slotmoe.tools.options import (
     MAX_PROMPT_BYTES,
     MODEL,

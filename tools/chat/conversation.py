@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.jsonfile import Json, read_json
-from slotmoe.offload.plan.memory import format_size
+from slotmoe.sizes import format_size
 from slotmoe.tools.screen import tokens_read
 
 if TYPE_CHECKING:

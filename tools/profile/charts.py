@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from slotmoe.jsonfile import Json
-from slotmoe.offload.plan.memory import format_size
+from slotmoe.sizes import format_size
 
 BLUE, SKY, ORANGE, YELLOW, GREEN, RED, PURPLE, GREY = (
     "#0072B2 #56B4E9 #E69F00 #F0E442 #009E73 #D55E00 #CC79A7 #999999".split()

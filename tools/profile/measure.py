@@ -16,7 +16,7 @@ from slotmoe.errors import PlanError
 from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import peak_rss
 from slotmoe.offload.observe import measure
-from slotmoe.offload.observe.memory import MemorySampler
+from slotmoe.offload.observe.memory_sampler import MemorySampler
 from slotmoe.offload.observe.profiler import Profiler, attach
 from slotmoe.offload.plan.memory import or_more_context
 from slotmoe.offload.plan.speed import Bandwidths

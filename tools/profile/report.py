@@ -13,7 +13,7 @@ from rich.text import Text
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
-from slotmoe.offload.plan.memory import format_size
+from slotmoe.sizes import format_size
 from slotmoe.tools.options import require_extra, say
 from slotmoe.tools.run import drafted
 from slotmoe.tools.tables import table

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from slotmoe.errors import ConfigError
-from slotmoe.offload.plan.memory import parse_size
+from slotmoe.sizes import parse_size
 from slotmoe.tools.options import (
     MODEL,
     SESSION_LIMIT,

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from slotmoe.jsonfile import Json
-from slotmoe.offload.observe.memory import memory_in_use
+from slotmoe.offload.observe.memory_sampler import memory_in_use
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.scheduler import Job, Scheduler
 from slotmoe.tools.serve.errors import RefusedError

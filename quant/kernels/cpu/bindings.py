@@ -9,7 +9,7 @@ Shapes: T tokens; W [N, K]; H hidden size; I expert's intermediate size; k exper
 experts of a layer; A heads; R and P columns of a latent, without and with rotation.  Results do not
 depend on the number of threads, and a row's result does not depend on the rows computed with it.
 
-The layout `tiles16` of codes is that of `slotmoe.quant.codec`.  An expert record is gate, up and
+The layout `tiles16` of codes is that of `quant/codecs/codec.py`.  An expert record is gate, up and
 down codes, then gate, up and down scales, 64-byte-aligned, then any padding.
 """
 
@@ -25,7 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slotmoe.quant.coded import CodedWeight
+from slotmoe.quant.codecs.nf4 import LEVELS
+from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import arguments
 from slotmoe.quant.kernels.cpu.arguments import address, optional_address
@@ -37,7 +38,6 @@ from slotmoe.quant.kernels.cpu.signatures import (
     tensor_spec,
 )
 from slotmoe.quant.kernels.cpu.weights import Decoder, ExpertRecord, Matrix, Router
-from slotmoe.quant.nf4 import LEVELS
 from slotmoe.quant.shapes import latent_bytes
 
 ABI = 12
@@ -88,7 +88,7 @@ class Kernels:
         self.linear, self.mlp = self._functions["linear"], self._functions["mlp"]
         self.rms_norm = self._functions["rms_norm"]
         self.weighted_sum = self._functions["weighted_sum"]
-        # of slotmoe.quant.encode and slotmoe.quant.feedback
+        # of slotmoe.quant.codecs.encode and slotmoe.quant.codecs.feedback
         self.fit_rows, self.code_rows = self._functions["fit_rows"], self._functions["code_rows"]
         self.fit_columns = self._functions["fit_columns"]
         self.feed_back, self.descend = self._functions["feed_back"], self._functions["descend"]

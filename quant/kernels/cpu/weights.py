@@ -14,8 +14,8 @@ from itertools import starmap
 import torch
 from torch import Tensor
 
-from slotmoe.quant.codec import KINDS, ExpertCodecs
-from slotmoe.quant.coded import CodedWeight
+from slotmoe.quant.codecs.codec import KINDS, ExpertCodecs
+from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.signatures import (
     ABSMAX,

@@ -1,4 +1,4 @@
-"""``CodedWeight``: a matrix of codes and scales (``slotmoe.quant.codec``), in torch.
+"""``CodedWeight``: a matrix of codes and scales (``slotmoe.quant.codecs.codec``), in torch.
 
 Shape legend: N rows out, K columns in.
 """
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slotmoe.quant.codec import BLOCK, KINDS, SCALES, TILE, Codec
+from slotmoe.quant.codecs.codec import BLOCK, KINDS, SCALES, TILE, Codec
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from slotmoe.errors import ExportError
 from slotmoe.jsonfile import Json
-from slotmoe.model.checkpoint import Checkpoint
-from slotmoe.model.shards import INDEX_NAME, MAX_INDEX_BYTES
-from slotmoe.quant.codec import ExpertCodecs
+from slotmoe.model.checkpoint.reader import Checkpoint
+from slotmoe.model.checkpoint.shards import INDEX_NAME, MAX_INDEX_BYTES
+from slotmoe.quant.codecs.codec import ExpertCodecs
 from slotmoe.quant.export.layout import COPIED, MANIFEST, is_predictor
 from slotmoe.quant.export.validate import manifest_checksum, read_manifest
 from slotmoe.quant.export.writer import sync_folder, write_json

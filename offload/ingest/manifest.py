@@ -11,7 +11,7 @@ import torch
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import Config
 from slotmoe.model.names import expert_name, resident_shapes, role_of
-from slotmoe.quant.codec import LAYOUT, Codec, ExpertCodecs
+from slotmoe.quant.codecs.codec import LAYOUT, Codec, ExpertCodecs
 from slotmoe.quant.export import layout
 from slotmoe.quant.export.layout import RESIDENT, Part, RecordLayout, checksum, layer_file
 from slotmoe.quant.export.validate import manifest_checksum

@@ -1,4 +1,4 @@
-"""Weights coded by a table of levels (``LUT4`` and ``LUT3`` of ``slotmoe.quant.codec``): the best
+"""Weights coded by a table of levels (``LUT4`` and ``LUT3`` of ``codec``): the best
 codes and scales, of either sign, with a Hessian of the matrix's inputs or without.
 
 Shape legend: N rows out and K columns in, both filled up to tiles; X blocks of a row.
@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slotmoe.quant import encode, feedback
-from slotmoe.quant.codec import BLOCK, SCALES, TILE, Codec
-from slotmoe.quant.coded import pack
-from slotmoe.quant.encode import ByteScales
-from slotmoe.quant.feedback import Hessian
-from slotmoe.quant.nf4 import NotFiniteError
+from slotmoe.quant.codecs import encode, feedback
+from slotmoe.quant.codecs.codec import BLOCK, SCALES, TILE, Codec
+from slotmoe.quant.codecs.encode import ByteScales
+from slotmoe.quant.codecs.feedback import Hessian
+from slotmoe.quant.codecs.nf4 import NotFiniteError
+from slotmoe.quant.codecs.weight import pack
 
 
 def quantize(

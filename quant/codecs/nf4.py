@@ -1,5 +1,5 @@
 """NF4 (QLoRA, arXiv 2305.14314): the codes of ``bitsandbytes.functional.quantize_4bit(w,
-blocksize=64, quant_type="nf4")``, and its absmax rounded to fp16, as ``slotmoe.quant.codec`` stores
+blocksize=64, quant_type="nf4")``, and its absmax rounded to fp16, as ``codec`` stores
 them.
 
 Shape legend: N rows out, K columns in.
@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slotmoe.quant.codec import BLOCK, NF4, TILE
-from slotmoe.quant.coded import pack
+from slotmoe.quant.codecs.codec import BLOCK, NF4, TILE
+from slotmoe.quant.codecs.weight import pack
 
 _CHUNK = 1 << 17  # weights quantized at once
 LEVELS = NF4.levels

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from slotmoe.jsonfile import check, number, one_of, parse_json
-from slotmoe.model.encoding import Encoding
+from slotmoe.model.checkpoint.encodings import Encoding
 
 CODES = {
     "fp8": torch.float8_e4m3fn,

@@ -6,7 +6,7 @@ from typing import Any
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import parse_json
-from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.config import Config, config_among
 from slotmoe.model.files import ReadFile
 from slotmoe.model.gguf.checkpoint import open_checkpoint

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from slotmoe.jsonfile import Json
-from slotmoe.quant.codec import NF4, Codec, ExpertCodecs
+from slotmoe.quant.codecs.codec import NF4, Codec, ExpertCodecs
 
 
 def to_version_2(manifest: Json) -> None:

@@ -9,16 +9,26 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from slotmoe.model.checkpoint import Checkpoint
-from slotmoe.model.decoding import Codes
+from slotmoe.model.checkpoint.dequantize import Codes
+from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.names import expert_name, expert_shapes
 from slotmoe.offload.plan.memory import default_codecs
-from slotmoe.quant import encode, lut
-from slotmoe.quant.codec import DEFAULT_CODECS, INT4, LUT3, LUT4, NF4, SCALES, Codec, ExpertCodecs
-from slotmoe.quant.coded import CodedWeight, levels_of, store
-from slotmoe.quant.feedback import Hessian, NotPositiveError
+from slotmoe.quant.codecs import encode
+from slotmoe.quant.codecs import levels as lut
+from slotmoe.quant.codecs.codec import (
+    DEFAULT_CODECS,
+    INT4,
+    LUT3,
+    LUT4,
+    NF4,
+    SCALES,
+    Codec,
+    ExpertCodecs,
+)
+from slotmoe.quant.codecs.feedback import Hessian, NotPositiveError
+from slotmoe.quant.codecs.nf4 import NotFiniteError
+from slotmoe.quant.codecs.weight import CodedWeight, levels_of, store
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.nf4 import NotFiniteError
 from slotmoe.quant.weights import quantize_int8, quantize_nf4, squared_error
 
 _SAMPLED = 1 << 19  # weights that levels are learned from

@@ -9,10 +9,17 @@ from pathlib import Path
 import torch
 
 from slotmoe.errors import CheckpointError
-from slotmoe.model.decoding import CODES, NESTED, NESTED_BLOCK, PER_CODE, SCALES, decoded_dtype
-from slotmoe.model.encoding import Encoding
+from slotmoe.model.checkpoint.dequantize import (
+    CODES,
+    NESTED,
+    NESTED_BLOCK,
+    PER_CODE,
+    SCALES,
+    decoded_dtype,
+)
+from slotmoe.model.checkpoint.encodings import Encoding
+from slotmoe.model.checkpoint.shards import DTYPES, TensorInfo
 from slotmoe.model.names import ENCODED, FUSED, QUANT_STATE, ZERO_POINT, fused_experts, split_expert
-from slotmoe.model.shards import DTYPES, TensorInfo
 
 _SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32)

@@ -1,8 +1,8 @@
 """Reads a Hugging Face checkpoint, one tensor (or a range of its rows) at a time.
 
 What its files hold is checked against what the config promises before any data is read
-(``slotmoe.model.shards``, ``slotmoe.model.stored``).  Data is read with ``pread`` into fresh
-buffers; a memory map would count the whole shard as resident.
+(``shards`` and ``places`` beside this).  Data is read with ``pread`` into fresh buffers; a memory
+map would count the whole shard as resident.
 """
 
 import os
@@ -16,12 +16,12 @@ import torch
 from slotmoe.errors import CheckpointError, ConfigError, reading
 from slotmoe.jsonfile import parse_json, read_file
 from slotmoe.model import tiktoken
+from slotmoe.model.checkpoint.dequantize import Codes, bitsandbytes_codes, decode_fp8, int4_codes
+from slotmoe.model.checkpoint.places import Encoded, Weights
+from slotmoe.model.checkpoint.shards import TensorInfo, inside, read_header, tensors_in
 from slotmoe.model.config import Config, config_among
-from slotmoe.model.decoding import Codes, bitsandbytes_codes, decode_fp8, int4_codes
 from slotmoe.model.files import files_in
 from slotmoe.model.names import MTP_PARTS, expert_name, expert_shapes, layer_tensor, resident_shapes
-from slotmoe.model.shards import TensorInfo, inside, read_header, tensors_in
-from slotmoe.model.stored import Encoded, Weights
 from slotmoe.model.tokenizer import MAX_SETTINGS_BYTES
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slotmoe.quant.codec import TILE
+from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.signatures import source_type
 
@@ -45,7 +45,7 @@ class ByteScales:
         return self._whole(scales) * factor
 
     def stored(self, scales_NX: Tensor) -> Tensor:
-        """The scale tensor, uint8, as ``slotmoe.quant.codec`` has it."""
+        """The scale tensor, uint8, as ``slotmoe.quant.codecs.codec`` has it."""
         whole = self._whole(scales_NX).to(torch.int8)
         blocks = whole.view(-1, TILE, whole.shape[1]).transpose(1, 2).contiguous()
         parts = self._factor_N.view(-1, TILE).view(torch.uint8), blocks.view(torch.uint8)

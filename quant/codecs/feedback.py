@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slotmoe.quant.codec import BLOCK, TILE
-from slotmoe.quant.encode import ByteScales, fit_blocks, inverse_or_zero, nearest, starts_of
+from slotmoe.quant.codecs.codec import BLOCK, TILE
+from slotmoe.quant.codecs.encode import ByteScales, fit_blocks, inverse_or_zero, nearest, starts_of
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.bindings import Kernels
 

@@ -1,0 +1,1 @@
+"""Checkpoints: which tensor lies where, how it is encoded, and its values."""

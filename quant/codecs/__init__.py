@@ -1,0 +1,1 @@
+"""Codes of experts: levels, scales, their encoders, and the weight that they make."""
