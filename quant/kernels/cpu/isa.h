@@ -29,7 +29,8 @@ struct ActBlock {
     int32_t bias[kXScales];
 };
 
-// What a matrix is made of. A coded one is one of quant/codecs/codec.py; the digit is the bits of a code.
+// What a matrix is made of. A coded one is one of quant/codecs/codec.py; the digit is the bits of a
+// code.
 enum Kind : int64_t { kInt8 = 0, kNf4 = 1, kLut4 = 2, kLut3 = 3, kInt4 = 4, kF32 = 5, kF16 = 6, kBf16 = 7 };
 constexpr bool is_coded(int64_t kind) { return kind >= kNf4 && kind <= kInt4; }
 
@@ -48,7 +49,7 @@ struct Levels {
 
 struct CodedMatrix {
     int64_t kind;
-    const uint8_t *codes, *scales;  // of each tile code_bytes and scale_bytes; quant/codecs/codec.py has the layout
+    const uint8_t *codes, *scales;  // of each tile code_bytes and scale_bytes: quant/codecs/codec.py
     int64_t n, blocks;
 
     const uint8_t* tile_codes(int64_t i) const { return codes + i * code_bytes(kind, blocks); }
