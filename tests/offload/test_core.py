@@ -4,12 +4,18 @@ from threading import Event
 
 import pytest
 
+from slotmoe.model.config import read_config
 from slotmoe.model.generate import Answer, Sampling
 from slotmoe.offload.experts import _first
 from slotmoe.offload.ingest import output_dir, quantize
+from slotmoe.offload.plan.advice import geometry_path
+from slotmoe.offload.plan.memory import make_plan, predicted_components, scratch_bytes, sizes_of
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.scheduler import Job, Scheduler
 from slotmoe.offload.sessions.blocks import BlockFolder, chain
+from slotmoe.offload.tiers.disk import DEMAND, Read
+from slotmoe.quant.codecs.codec import DEFAULT_CODECS
+from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import ExportFile
 from tests.support.tiny import SMALL, write_checkpoint
 
@@ -111,3 +117,55 @@ def test_a_state_names_what_is_durable_and_a_file_before_it_is_published(tmp_pat
     monkeypatch.setattr(quantize, "publish_file", publish_file)
     quantize.quantize(source, tmp_path / "export", workers=1, shards=Shards(source))
     assert len(published) == 2 and max(count for count, _ in states) > 0
+
+
+@pytest.mark.parametrize(
+    ("geometry", "scratch", "plan", "reached"),
+    [
+        (
+            "v2-lite",
+            {"native": 113377280, "torch": 312606720, "triton": 147834880},
+            {"logits": 409600, "waiting tokens": 30277632, "expert slots": 4370522112},
+            {"latent KV cache": 49550400, "waiting tokens": 21018624},
+        ),
+        (
+            "v2",
+            {"native": 614596608, "torch": 696254464, "triton": 411238400},
+            {"logits": 409600, "waiting tokens": 74317824, "expert slots": 19264389120},
+            {"latent KV cache": 110112000, "waiting tokens": 51591168},
+        ),
+    ],
+)
+def test_bytes_of_a_plan(geometry, scratch, plan, reached):
+    """A change of the arithmetic is seen here, whether or not it is meant."""
+    config = read_config(geometry_path(geometry))
+    sizes = sizes_of(config, "int8", DEFAULT_CODECS)
+    assert "predictor" not in sizes.resident
+    assert {kernels: scratch_bytes(config, 512, kernels) for kernels in scratch} == scratch
+    room = (6 if geometry == "v2-lite" else 32) << 30
+    made = make_plan(config, sizes, tier="ram", budget=room, context=8192, runtime_bytes=300 << 20)
+    assert {name: made.components[name] for name in plan} == plan
+    components = predicted_components(made, 3000, 100)
+    assert {name: components[name]["ram"] for name in reached} == reached
+    lone = make_plan(config, sizes, tier="ram", budget=room, context=64, runtime_bytes=0)
+    assert lone.components["runtime"] == made.components["runtime"] - (300 << 20)
+
+
+def test_small_files_are_those_of_the_manifest(small_export):
+    with Export.open(small_export) as export:
+        assert (
+            export.small_file("config.json", 1 << 20) == (small_export / "config.json").read_bytes()
+        )
+        assert export.small_file("nothing.json", 1 << 20) is None
+
+
+def test_a_drive_that_declines_gets_no_piece(small_export, monkeypatch):
+    with Runtime.open(small_export, context=64, slots=4) as runtime:
+        store = runtime.model.store
+        monkeypatch.setattr(store.drives, "takes", lambda drive, waiting: False)
+        read = Read(0, memoryview(bytearray(store.record_bytes)), DEMAND)
+        with store._lock:  # no thread looks meanwhile
+            store._queue.append((DEMAND, 0, read))
+            assert store._take(store.drives.fastest()) is None
+            store._queue.clear()
+        assert read.taken == 0
