@@ -1,9 +1,13 @@
 """Rules of the core files in their plainest case."""
 
+import errno
+import os
 from threading import Event
 
 import pytest
+import torch
 
+from slotmoe.model.child import Child
 from slotmoe.model.config import read_config
 from slotmoe.model.generate import Answer, Sampling
 from slotmoe.offload.experts import _first
@@ -15,6 +19,7 @@ from slotmoe.offload.scheduler import Job, Scheduler
 from slotmoe.offload.sessions.blocks import BlockFolder, chain
 from slotmoe.offload.tiers.disk import DEMAND, Read
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS
+from slotmoe.quant.export.layout import Part
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import ExportFile
 from tests.support.tiny import SMALL, write_checkpoint
@@ -77,13 +82,15 @@ def test_an_answer_ends_with_its_context_and_is_counted_once(small_export):
         assert deltas[-1].finish == "length"
         assert sum(len(delta.tokens) for delta in deltas) == 12 - 2 + 1
         assert batch.totals.finished == {"length": 1}
+        batch._seconds = 0.1
+        assert batch.retry_after == 1
 
 
 class Shards:
     """Weight files that come one after the other and were here all along."""
 
     def __init__(self, folder):
-        self.folder = folder
+        self.folder, self.released = folder, []
 
     def announce(self, together, export_bytes, free_bytes):
         return 0
@@ -92,7 +99,7 @@ class Shards:
         yield from ((file, self.folder / file) for file in files)
 
     def release(self, file, path):
-        pass
+        self.released.append(file)
 
 
 def test_a_state_names_what_is_durable_and_a_file_before_it_is_published(tmp_path, monkeypatch):
@@ -115,7 +122,9 @@ def test_a_state_names_what_is_durable_and_a_file_before_it_is_published(tmp_pat
     monkeypatch.setattr(ExportFile, "sync", lambda file: synced.add(file.path.name) or sync(file))
     monkeypatch.setattr(output_dir, "write_state", write_state)
     monkeypatch.setattr(quantize, "publish_file", publish_file)
-    quantize.quantize(source, tmp_path / "export", workers=1, shards=Shards(source))
+    shards = Shards(source)
+    quantize.quantize(source, tmp_path / "export", workers=1, shards=shards)
+    assert shards.released == sorted(path.name for path in source.glob("*.safetensors"))
     assert len(published) == 2 and max(count for count, _ in states) > 0
 
 
@@ -169,3 +178,41 @@ def test_a_drive_that_declines_gets_no_piece(small_export, monkeypatch):
             assert store._take(store.drives.fastest()) is None
             store._queue.clear()
         assert read.taken == 0
+
+
+def test_where_a_pass_is_and_what_its_layers_used(small_export):
+    """Also where the backend goes through several layers by itself."""
+    with Runtime.open(small_export, context=64) as runtime:
+        experts, seen, config = runtime.model.experts, [], runtime.config
+        runtime.warm()
+        stop = experts.on_route(lambda route: seen.append(experts.reached))
+        before = experts.slots.cache.hits
+        runtime.sequences[0].append([5])
+        used = len(config.moe_layers) * config.num_experts_per_tok
+        assert experts.slots.cache.hits - before == used
+        assert len(seen) == len(config.moe_layers) and all(type(count) is int for count in seen)
+        stop()
+        runtime.sequences[0].append([6])
+        assert experts.slots.cache.hits - before == 2 * used
+
+
+@pytest.mark.usefixtures("processes")
+def test_a_child_gives_back_what_it_writes():
+    program = "data = sys.stdin.buffer.read()\nlimit()\nsys.stdout.buffer.write(data[::-1])"
+    assert Child("this", program, 5, 1 << 30).run(b"abc") == b"cba"
+
+
+def test_a_file_without_room_is_closed(tmp_path, monkeypatch):
+    """And says so."""
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "ftruncate", full)
+    before = os.dup(0)
+    os.close(before)
+    with pytest.raises(OSError, match="No space left"):
+        ExportFile(tmp_path / "file", {"a": Part(torch.uint8, (4,))}, {})
+    after = os.dup(0)
+    os.close(after)
+    assert after == before
