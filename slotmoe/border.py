@@ -103,10 +103,6 @@ class Pending(NamedTuple):
     indices_TK: Tensor
 
 
-Waiting = tuple[int, Tensor, Tensor, Tensor]
-"""What a ``Pending`` holds."""
-
-
 class Cache(Protocol):
     """A sequence's latents: ``slotmoe.model.kv_cache.LatentCache``."""
 
@@ -168,7 +164,7 @@ class Experts(Protocol):
 class Runner(Protocol):
     """Runs layers for a pass."""
 
-    def run_layers(self, step: Step, experts: Experts) -> Waiting | None:
+    def run_layers(self, step: Step, experts: Experts) -> Pending | None:
         """Go on with ``step`` until a layer lacks an expert, which is returned, or to the end.
 
         A runner may compute experts itself where ``experts.slot_table()`` says that they all have

@@ -281,3 +281,14 @@ def test_impossible_replays_are_refused(slotmoe, tmp_path, monkeypatch, line):
     assert (code, out) == (2, "")
     assert IMPOSSIBLE[line] in err
     assert not list(tmp_path.glob("chart*"))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_inputs_that_are_no_numbers_teach_nothing(value):
+    cache, plain = (make_cache("learned", 2, ROWS, EXPERTS) for _ in range(2))
+    for token in range(3):
+        for policy, x_TD in ((cache, np.full((1, 7), value, np.float32)), (plain, None)):
+            policy.advance()
+            policy.use_chunk(0, [[token]], x_TD=x_TD)
+            policy.offer(token)
+    assert cache.cached == plain.cached
