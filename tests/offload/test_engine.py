@@ -13,7 +13,6 @@ import torch
 
 from slotmoe.errors import ExportError
 from slotmoe.offload.policy.cache import make_cache
-from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers import slots as store
 from slotmoe.offload.tiers.device import Device
@@ -241,49 +240,6 @@ def test_large_records_are_read_in_pieces(reader, monkeypatch):
     assert calls == [(2, 5)] * 4
     reader._export.read_range(2, 5, 0, plain.numpy().data)
     assert torch.equal(out, plain)
-
-
-# Guesses
-
-
-class Shelf:
-    """A target of prefetches that holds ids."""
-
-    def __init__(self):
-        self.ids, self.dropped = {}, []
-
-    def prefetch(self, id, urgency):
-        self.ids[id] = urgency
-        return True
-
-    def drop(self, id):
-        del self.ids[id]
-        self.dropped.append(id)
-
-    def __contains__(self, id):
-        return id in self.ids
-
-
-def test_guesses_are_read_nearest_layer_first_and_judged_by_the_gate():
-    """Of three layers of ten experts, from a disk of 100 records a second that idles for one."""
-    shelf = Shelf()
-    ahead = Prefetcher(3, 10, 1, shelf, lambda: 100.0)
-    ahead._idle.value = 1.0
-    ahead.guess(1, [11, 12], "token")
-    ahead.guess(2, [21], "token")
-    ahead.more(0)
-    assert shelf.ids == {11: 1, 12: 1, 21: 2}
-    ahead.guess(1, [12, 13], "layer")  # the later word refutes 11
-    assert shelf.dropped == [11]
-    ahead.more(0)
-    ahead.chosen(1, [12, 15], 2)
-    assert shelf.dropped == [11, 13]
-    token, layer = ahead.stats()["token"], ahead.stats()["layer"]
-    assert (token["cancelled"], token["used"], layer["wasted"]) == (1, 1, 1)
-    assert (layer["guessed"], layer["right"], layer["asked"]) == (2, 1, 2)
-    ahead.reset()
-    ahead.chosen(2, [22], 1)
-    assert shelf.dropped == [11, 13]  # 21 is forgotten
 
 
 # Slots

@@ -1,0 +1,85 @@
+"""How much is read ahead: policy alone, with a shelf and idle times of its own."""
+
+from slotmoe.offload.policy.prefetch import Prefetcher
+
+
+class Shelf:
+    """A target of prefetches that holds keys; room for ``room`` of them."""
+
+    def __init__(self, room=100):
+        self.keys, self.room, self.dropped = {}, room, []
+
+    def prefetch(self, key, urgency):
+        if len(self.keys) >= self.room:
+            return False
+        self.keys[key] = urgency
+        return True
+
+    def drop(self, key):
+        del self.keys[key]
+        self.dropped.append(key)
+
+    def __contains__(self, key):
+        return key in self.keys
+
+
+def prefetcher(shelf, idle=1.0):
+    """Three layers of ten experts, a disk of 100 records a second, and ``idle`` seconds a layer to
+    read ahead."""
+    made = Prefetcher(3, 10, 1, shelf, lambda: 100.0)
+    made._idle.value = idle
+    return made
+
+
+def test_reads_ahead_are_limited_by_idle_time_and_accuracy():
+    def begun(idle, right):
+        shelf = Shelf()
+        ahead = prefetcher(shelf, idle)
+        ahead._right["layer"].value = right
+        ahead.guess(1, range(10, 20), "layer")
+        ahead.more(0)
+        return len(shelf.keys)
+
+    assert begun(0.0, 0.5) == 0
+    assert begun(0.02, 0.0) == 2
+    assert begun(0.02, 0.5) == 4
+    assert begun(0.02, 0.75) == 8
+    assert begun(1.0, 0.5) == 10
+
+
+def test_guessing_stops_where_it_costs_more_than_it_hides():
+    ahead = prefetcher(Shelf())
+    ahead._missing.value = 2.0  # 20 ms of reads a layer
+    ahead._cost.value = 0.0005
+    assert ahead.pays()
+    ahead._cost.value = 0.01
+    asked = [ahead.pays() for _ in range(32)]
+    assert sum(asked) == 2  # but looks again now and then
+
+
+def test_a_full_shelf_refuses_prefetches():
+    shelf = Shelf(room=2)
+    ahead = prefetcher(shelf)
+    ahead.guess(1, range(10, 20), "layer")
+    ahead.more(0)
+    assert len(shelf.keys) == 2
+
+
+def test_guesses_are_read_nearest_layer_first_and_judged_by_the_gate():
+    shelf = Shelf()
+    ahead = prefetcher(shelf)
+    ahead.guess(1, [11, 12], "token")
+    ahead.guess(2, [21], "token")
+    ahead.more(0)
+    assert shelf.keys == {11: 1, 12: 1, 21: 2}
+    ahead.guess(1, [12, 13], "layer")  # the later word refutes 11
+    assert shelf.dropped == [11]
+    ahead.more(0)
+    ahead.chosen(1, [12, 15], 2)
+    assert shelf.dropped == [11, 13]
+    token, layer = ahead.stats()["token"], ahead.stats()["layer"]
+    assert (token["cancelled"], token["used"], layer["wasted"]) == (1, 1, 1)
+    assert (layer["guessed"], layer["right"], layer["asked"]) == (2, 1, 2)
+    ahead.reset()
+    ahead.chosen(2, [22], 1)
+    assert shelf.dropped == [11, 13]  # 21 is forgotten
