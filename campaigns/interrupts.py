@@ -14,7 +14,7 @@ import pytest
 
 from campaigns.models import many_experts, sample_export
 from campaigns.runner import Attack
-from slotmoe.offload import loading
+from slotmoe.offload.engine import loading
 from slotmoe.offload.policy.prefetch import Prefetcher
 from tests.support.interrupts import KINDS, compute, interrupt, lines_of
 

@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Protocol
@@ -39,15 +39,17 @@ class Token:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step added to an answer.  ``finish`` is None while it goes on, ``stop`` after an
-    end-of-sentence token or a stop string (then ``stopped_by``), ``length`` at the limit; the
-    caller of ``Answer.end`` may give other words."""
+    """What one step added to an answer; its text ends with a ``complete`` character, or does not.
+    ``finish`` is None while it goes on, ``stop`` after an end-of-sentence token or a stop string
+    (then ``stopped_by``), ``length`` at the limit; the caller of ``Answer.end`` may give other
+    words."""
 
     text: str
     tokens: tuple[Token, ...]
     finish: str | None = None
     stopped_by: str | None = None
     error: str = ""
+    complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -280,10 +282,11 @@ class Answer:
     def _token(self, token_id: int, text: str, logits_V: Tensor) -> Token:
         if self._logprobs is None:
             return Token(token_id, text)
-        logprobs_V = logits_V.log_softmax(dim=-1)
-        best = logprobs_V.topk(self._logprobs)
-        likeliest = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        return Token(token_id, text, float(logprobs_V[token_id]), likeliest)
+        total = logits_V.logsumexp(dim=-1)
+        best = logits_V.topk(self._logprobs)
+        values = (best.values - total).tolist()
+        likeliest = tuple(zip(best.indices.tolist(), values, strict=True))
+        return Token(token_id, text, float(logits_V[token_id] - total), likeliest)
 
     def _release(self) -> Delta:
         """Tokens that no stop string can reach any more, or all before a complete one."""
@@ -298,7 +301,7 @@ class Answer:
             certain = min(before, len(text) - reached)
         count = bisect_right(_ends(self._held), certain)
         released, self._held = tuple(self._held[:count]), self._held[count:]
-        return Delta(_text(released), released)
+        return Delta(_text(released), released, complete=self.stream.complete)
 
     def _stopped(self, text: str, whole: bool) -> Delta | None:
         """The last delta, if ``text``, which is held back, has a stop string."""
@@ -320,40 +323,3 @@ def _ends(tokens: Sequence[Token]) -> list[int]:
 
 def _text(tokens: Sequence[Token]) -> str:
     return "".join(token.text for token in tokens)
-
-
-def generate(
-    step: Callable[[list[int]], Tensor],
-    prompt: list[int],
-    tokenizer: Tokenizer,
-    max_new_tokens: int,
-    eos_token_ids: tuple[int, ...],
-    sampling: Sampling,
-    limit: str = "length",
-) -> Iterator[Token]:
-    """Yield tokens until an end-of-sentence token (not yielded) or ``max_new_tokens``, of which the
-    last has ``limit`` as its ``finish``.
-
-    ``step(ids)`` appends ids to the sequence and returns the last one's logits, float32 [1, V] on
-    any device.  Rows past the tokenizer's vocabulary are never chosen.  The last token's text
-    carries what an incomplete character leaves.
-    """
-    answer, ids = Answer(prompt, tokenizer, eos_token_ids, sampling, max_new_tokens), prompt
-    held: list[Token] = []  # tokens of a character that is not complete yet
-    for _ in range(max_new_tokens):
-        logits_V = step(ids)[0, : tokenizer.size].cpu()
-        delta = answer.take(logits_V)
-        for token in delta.tokens:
-            logprob = float(logits_V[token.id] - logits_V.logsumexp(dim=-1))
-            held.append(replace(token, logprob=logprob))
-        if delta.finish is not None:
-            if held:
-                rest = delta.text.removeprefix(_text(delta.tokens))
-                finish = limit if delta.finish == "length" else None
-                held[-1] = replace(held[-1], text=held[-1].text + rest, finish=finish)
-            yield from held
-            return
-        if answer.stream.complete:
-            yield from held
-            held = []
-        ids = answer.ids[-1:]

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from slotmoe.border import Timer
-from slotmoe.offload.exclusive import Exclusive
 from slotmoe.offload.host_compute import HostCompute
 from slotmoe.offload.layer_work import Pass, Work
 from slotmoe.offload.lookahead import Lookahead
@@ -59,7 +58,7 @@ class Experts:
     result is bitwise the same for every budget, policy and timing.  (What the CPU computes beside a
     GPU is within its kernels' rounding.)  ``lookahead`` reads ahead; ``warm`` are expert ids worth
     having, the best first: they fill free slots while the first tokens are made.  ``hybrid`` and
-    ``split`` are the CPU's part beside a GPU.  ``using`` says when a pass has to end early.  What a
+    ``split`` are the CPU's part beside a GPU.  ``look`` is called at each layer's end.  What a
     pass that does not come to its end has half done is put right when the next one begins.
 
     ``layers`` are those of the network and, where ``has_head``, behind them that of the head that
@@ -78,7 +77,6 @@ class Experts:
         warm: Sequence[int],
         hybrid: HostCompute | None,
         split: Split,
-        using: Exclusive,
         has_head: bool = False,
     ):
         self._backend, self._device, self.slots, self._cache = backend, device, slots, slots.cache
@@ -88,7 +86,8 @@ class Experts:
         shape = self._count, slots.cache.experts
         self._none_ME = torch.full(shape, -1, dtype=torch.int32)
         self.lookahead, self._warm = lookahead, list(reversed(warm))
-        self.hybrid, self.split, self._using = hybrid, split, using
+        self.hybrid, self.split = hybrid, split
+        self.look: Callable[[], None] = lambda: None
         self.substitution: Substitution | None = None
         self._apart = False  # whether the pass's tokens are of several sequences
         self._pass = Pass()
@@ -97,7 +96,7 @@ class Experts:
         self._fetched = self._computed = 0
         self.timer = Timer()
 
-    def on_route(self, listener: OnRoute, inputs: bool = False) -> Callable[[], None]:
+    def on_layer(self, listener: OnRoute, inputs: bool = False) -> Callable[[], None]:
         """Call ``listener`` with each gate's choice from now on, until the returned function is
         called.  With ``inputs`` every ``Route`` has its ``x_TD``."""
         entry = listener, inputs
@@ -241,8 +240,7 @@ class Experts:
         slots, hybrid = self.slots, self.hybrid
         self._note_idle(work)
         while work.cached or work.reads or work.acquired:
-            if self._using.stopping:  # a layer may have many experts to wait for
-                self._using.stop()
+            self.look()
             done = [read for read in work.reads if read.done][: max(1, slots.staging // 2)]
             if done or work.cached:
                 slots.take(done)
@@ -372,8 +370,7 @@ class Experts:
     def _end_of_layer(self, row: int) -> None:
         if row >= self._count - 1 and self._pass.later == 0:
             self.slots.consistent, self._pass = True, Pass()
-        if self._using.stopping:
-            self._using.stop()
+        self.look()
         self.timer.mark("cache and prefetch")
 
     def _read_warm(self) -> None:
@@ -397,13 +394,13 @@ class Experts:
         total = self.slots.planned * size
 
         def done() -> None:
-            self._using.stop()
+            self.look()
             progress(len(self._cache) * size, total)
 
         with self.slots.changing():
             self.slots.fill(ids, done)
             if self.hybrid is not None:
-                self.hybrid.host.fill(ids, self._using.stop)
+                self.hybrid.host.fill(ids, self.look)
 
     def stats(self) -> dict[str, Any]:
         """Counters: ``cache``, ``prefetch`` by horizon, and below a GPU ``misses``: how they are

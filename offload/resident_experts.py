@@ -3,13 +3,12 @@
 Shapes: T tokens, D hidden_size, M MoE layers, E routed experts, K experts a token.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from slotmoe.model.names import expert_name
-from slotmoe.offload.exclusive import Exclusive
 from slotmoe.quant.backends.base import Prepared, TorchBackend
 from slotmoe.quant.export.layout import PROJECTIONS
 
@@ -25,10 +24,10 @@ class ResidentExperts:
         layers: Sequence[int],
         experts: int,
         backend: TorchBackend,
-        using: Exclusive,
     ):
         self._weights, self._layers, self._experts = weights, layers, experts
-        self._backend, self._using = backend, using
+        self._backend = backend
+        self.look: Callable[[], None] = lambda: None
         self._slots_ME = torch.arange(len(layers) * experts, dtype=torch.int32).view(-1, experts)
 
     def weights(self, slot: int) -> tuple[Prepared, ...]:
@@ -41,7 +40,7 @@ class ResidentExperts:
         y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
         slots_E = self._slots_ME[self._layers.index(layer)].to(x_TD.device)
         self._backend.experts_of(self.weights, x_TD, slots_E, indices_TK, y_TKD)
-        self._using.stop()
+        self.look()
         return self._backend.weighted_sum(y_TKD, weights_TK)
 
     def slot_table(self) -> None:

@@ -1,32 +1,35 @@
-"""``Runtime``: an open model and its sequences.
+"""``Runtime``: an open model.
 
 with Runtime.open("sample") as runtime:
     for token in runtime.generate("It is a truth universally acknowledged,", max_new_tokens=32):
         print(token.text, end="", flush=True)
 """
 
-from collections.abc import Iterator
-from collections.abc import Sequence as Sequenced
+import asyncio
+import weakref
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slotmoe.errors import ConfigError, PlanError
+from slotmoe.errors import CLOSED, ConfigError, PlanError
 from slotmoe.jsonfile import Json
-from slotmoe.model.generate import Sampling, Token, generate
+from slotmoe.model.generate import Answer, Delta, Sampling, Token
+from slotmoe.offload.engine.engine import Engine
+from slotmoe.offload.engine.loading import LoadedModel, open_model
+from slotmoe.offload.engine.requests import Stream
 from slotmoe.offload.experts import Route
 from slotmoe.offload.ingest.cached import cached_export
 from slotmoe.offload.ingest.hub_id import is_hub_id
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore
-from slotmoe.offload.loading import LoadedModel, open_model
 from slotmoe.offload.machine import cache_folder, peak_rss
 from slotmoe.offload.model_source import resolve_model
 from slotmoe.offload.observe.trace import TraceWriter
 from slotmoe.offload.options import Options
 from slotmoe.offload.plan.memory import PREFILL_CHUNK, or_more_context
-from slotmoe.offload.sequence import SUPERSEDED, Passes, Sequence, shared_prefix
 from slotmoe.offload.sessions.store import DEFAULT_LIMIT, Sessions
 from slotmoe.offload.tiers.cuda import choose_device
 from slotmoe.quant.export.layout import MANIFEST
@@ -35,22 +38,20 @@ _ROWS_OF_TEXT = 128  # rows of logits made at once; a prefill pass takes a multi
 
 
 class Runtime:
-    """An open model.  ``generate`` and ``logits`` use the first of its ``sequences``; ``sessions``
-    is None until ``keep_in``.
+    """An open model, for any number of threads: what they ask for goes to one engine, which answers
+    as many texts at once as it was opened with ``sequences``.
 
-    It computes for one thread at a time: another one gets a ``ConfigError`` meanwhile, as does
-    every use after ``close``, and in a child that was forked.  Ctrl-C in the main thread ends a
-    pass at the end of a layer, a second one at once; either way the next pass computes what it
-    would have computed without.
+    Ctrl-C while a thread waits for a text cancels that text.  After ``close``, and in a child that
+    was forked, every use raises ``ConfigError``.
     """
 
     def __init__(self, model: LoadedModel):
-        self.passes = Passes(model)
         self.config, self.tokenizer, self.plan = model.config, model.tokenizer, model.plan
         self.eos_token_ids, self.device = model.eos_token_ids, model.device.device
-        self._sequences = [Sequence(self.passes, cache) for cache in model.caches]
-        self.sessions: Sessions | None = None
+        self._engine: Engine | None = Engine(model)
         self._trace: TraceWriter | None = None
+        # No thread may compute when the process ends.
+        self._end = weakref.finalize(self, _end, self._engine)
 
     @classmethod
     def open(
@@ -121,13 +122,12 @@ class Runtime:
         Raises ``PlanError`` if the tokens don't fit the context, ``ConfigError`` if one is outside
         the vocabulary.
         """
-        self._begin(token_ids, len(token_ids))
-        logits, start = torch.empty(len(token_ids), self.config.vocab_size), 0
-        for hidden_TD, changes in self.sequences[0].run_counted(token_ids):
-            for rows_TD in hidden_TD.split(PREFILL_CHUNK):
-                end = start + len(rows_TD)
-                with self.passes.using(changes):
-                    logits[start:end] = self.passes.logits(rows_TD)
+        ids, start = self.checked(token_ids), 0
+        logits = torch.empty(len(ids), self.config.vocab_size)
+        for hidden_TD in self.hidden(ids):
+            for rows_RD in hidden_TD.split(PREFILL_CHUNK):
+                end = start + len(rows_RD)
+                logits[start:end] = self._logits_of(rows_RD)
                 start = end
         return logits
 
@@ -138,16 +138,26 @@ class Runtime:
         Memory grows with neither the tokens nor the vocabulary.  Pieces end at multiples of 128
         positions, so that those of two runtimes match.  Raises as ``logits`` does.
         """
-        self._begin(token_ids, len(token_ids))
+        return self._logits_from(self.checked(token_ids), first)
+
+    def _logits_from(self, token_ids: list[int], first: int) -> Iterator[Tensor]:
         position = 0
-        for hidden_TD, changes in self.sequences[0].run_counted(token_ids):
+        for hidden_TD in self.hidden(token_ids):
             for start in range(0, len(hidden_TD), _ROWS_OF_TEXT):
                 if position + start + _ROWS_OF_TEXT > first:
-                    rows_TD = hidden_TD[max(start, first - position) : start + _ROWS_OF_TEXT]
-                    with self.passes.using(changes):
-                        logits_RV = self.passes.logits(rows_TD)
-                    yield logits_RV
+                    rows = slice(max(start, first - position), start + _ROWS_OF_TEXT)
+                    yield self._logits_of(hidden_TD[rows])
             position += len(hidden_TD)
+
+    def hidden(self, token_ids: list[int], at_once: int | None = None) -> Iterator[Tensor]:
+        """The residual stream after the last layer, float32 [T, D] on the runtime's device, of
+        ``at_once`` tokens at a time, by default of as many as a pass takes."""
+        at_once = at_once or self.plan.prefill_chunk
+        for start in range(0, len(token_ids), at_once):
+            yield self.engine.hidden(token_ids[: start + at_once], start)
+
+    def _logits_of(self, hidden_RD: Tensor) -> Tensor:
+        return self.engine.call(lambda: self.engine.passes.logits(hidden_RD))
 
     def encode(self, text: str, chat: bool = False) -> list[int]:
         """Token ids of a prompt or, with ``chat``, of a user's message in the model's chat
@@ -167,83 +177,103 @@ class Runtime:
 
     def generate(
         self,
-        prompt: str | list[int],
+        prompt: str | list[int] | None = None,
         max_new_tokens: int | None = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int | None = None,
         chat: bool = False,
-    ) -> Iterator[Token]:
+        messages: Sequence[dict[str, str]] | None = None,
+    ) -> Stream:
         """Continue ``prompt`` (text, or token ids used as they are) and yield each ``Token`` as it
-        is made.
+        is made; any number of threads may ask at once.
 
         Stops at an end-of-sentence token, after ``max_new_tokens`` (None is no limit), or when the
         context is full; the last token's ``finish`` names the limit that ended the text.
-        ``chat`` sends the text through the model's chat template as a user's message.  What the
-        prompt shares with the beginning of the latest sequence is still in the latent cache and is
-        not computed again.  Raises ``PlanError`` if the prompt does not fit.
+        ``chat`` sends the text through the model's chat template as a user's message;
+        ``messages``, in place of a prompt, are a whole conversation, each with its ``role`` and
+        ``content``.  What the prompt shares with the beginning of an earlier text is not computed
+        again, if it is still in a latent cache.  The engine goes on while nobody takes the tokens,
+        until the text ends or the iterator is closed or forgotten.  Raises ``PlanError`` if the
+        prompt does not fit.
         """
+        stream = self._ask(prompt, max_new_tokens, temperature, top_p, top_k, seed, chat, messages)
+        self.engine.submit(stream.request)
+        return stream
+
+    def generate_all(self, prompts: Iterable[str | list[int]], **options: Any) -> list[Stream]:
+        """``generate`` of several prompts at once, with the same ``options``: an iterator for each,
+        in their order."""
+        return [self.generate(prompt, **options) for prompt in prompts]
+
+    async def stream(
+        self, prompt: str | list[int] | None = None, **options: Any
+    ) -> AsyncIterator[Token]:
+        """``generate`` for ``async for``; the event loop goes on meanwhile."""
+        loop, deltas = asyncio.get_running_loop(), asyncio.Queue[Delta]()
+        stream = self._ask(prompt, **options)
+
+        def emit(delta: Delta) -> None:
+            with suppress(RuntimeError):  # the loop has ended, so nothing reads this any more
+                loop.call_soon_threadsafe(deltas.put_nowait, delta)
+
+        stream.request.emit = emit
+        self.engine.submit(stream.request)
+        try:
+            while not stream.text.ended:
+                for token in stream.text.feed(await deltas.get()):
+                    yield token
+        finally:
+            stream.close()
+
+    def _ask(
+        self,
+        prompt: str | list[int] | None,
+        max_new_tokens: int | None = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        chat: bool = False,
+        messages: Sequence[dict[str, str]] | None = None,
+    ) -> Stream:
+        """What ``generate`` gives, before the engine knows of it."""
         if max_new_tokens is not None and max_new_tokens < 1:
             raise ConfigError(
                 f"max_new_tokens is {max_new_tokens}, expected at least 1 (option -n)"
             )
-        sampling, sequence = Sampling(temperature, top_p, top_k, seed), self.sequences[0]
-        if isinstance(prompt, str):
+        sampling = Sampling(temperature, top_p, top_k, seed)
+        if (prompt is None) == (messages is None):
+            raise ConfigError("give a prompt or messages, one of the two")
+        if messages is not None:
+            self.check_length(sum(len(message["content"]) for message in messages))
+            prompt = self.tokenizer.encode(self.tokenizer.chat([*messages]))
+        elif isinstance(prompt, str):
             prompt = self.encode(prompt, chat)
-        check_ids(prompt)
-        prompt = [*prompt]
-        held = self._begin(prompt, len(prompt) + 1, reuse=True)
-        kept = len(held)
-
-        def step(ids: list[int]) -> Tensor:
-            nonlocal held
-            with self.passes.using():
-                if sequence.tokens is not held:
-                    raise ConfigError(SUPERSEDED)
-                logits_1V = self.model.device.download(sequence.extend(ids)).get()
-                held = sequence.tokens
-            if self.sessions is not None:
-                self.sessions.keep(sequence, added=len(ids))
-            return logits_1V
-
-        room, eos = sequence.context - len(prompt), self.eos_token_ids
+        ids = self.checked(prompt, more=1)
+        room = self.context - len(ids)
         count = room if max_new_tokens is None else min(max_new_tokens, room)
         limit = "length" if count == max_new_tokens else "context"
-        return generate(step, prompt[kept:], self.tokenizer, count, eos, sampling, limit)
+        model = self.tokenizer, self.eos_token_ids
+        return Stream(ids, Answer(ids, *model, sampling, count, logprobs=0), limit)
 
-    def append_each(self, sequences: Sequenced[Sequence], ids: list[int]) -> Tensor:
-        """Append one id to each of several sequences in one pass, so that an expert brought for one
-        serves all: logits, float32 [len(ids), vocab_size].  With the native kernels each row is
-        bitwise what ``Sequence.append`` alone gives."""
-        with self.passes.using():
-            return self.passes.decode(sequences, ids)
-
-    def _begin(self, ids: list[int], needed: int, reuse: bool = False) -> list[int]:
-        """Begin a text on the first sequence, with ``reuse`` from what that holds of it: the
-        sequence's tokens.  Earlier texts are superseded.  Raises ``ConfigError`` or
-        ``PlanError``."""
-        sequence, vocabulary = self.sequences[0], self.config.vocab_size
-        check_ids(ids)
+    def checked(self, prompt: object, more: int = 0) -> list[int]:
+        """Token ids that the model can read and that the context has room for, and for so many
+        ``more``.  Raises ``ConfigError`` or ``PlanError``."""
+        ids, context, vocabulary = ids_of(prompt), self.context, self.config.vocab_size
         if not ids:
             raise ConfigError("the prompt is empty; give at least one token")
-        if needed > sequence.context:
-            advice = or_more_context("shorten the prompt", self.config, sequence.context)
+        if len(ids) + more > context:
+            advice = or_more_context("shorten the prompt", self.config, context)
             raise PlanError(
-                f"the prompt has {len(ids)} tokens and the context holds {sequence.context}: "
-                f"{advice}"
+                f"the prompt has {len(ids)} tokens and the context holds {context}: {advice}"
             )
         if not all(0 <= id < vocabulary for id in ids):
             raise ConfigError(
                 f"a token id is outside 0 to {vocabulary - 1}, the model's vocabulary"
             )
-        with self.passes.using():
-            # The last token is computed in any case: its logits are needed.
-            kept = shared_prefix(sequence.tokens, ids[:-1]) if reuse else 0
-            sequence.cut(kept)
-        if reuse and self.sessions is not None:
-            self.sessions.restore(sequence, ids[:-1])
-        return sequence.tokens
+        return ids
 
     def keep_in(
         self, folder: str | Path, limit: int | str = DEFAULT_LIMIT, notify: Notify = ignore
@@ -251,29 +281,31 @@ class Runtime:
         """Keep the latents of texts in ``folder`` from now on, at most ``limit`` bytes of them, and
         compute nothing again that is there of a prompt.  ``notify`` gets a line where a file is
         damaged or can't be written.  Raises ``ConfigError`` or ``PlanError``."""
-        self.sessions = Sessions(self.model, Path(folder), limit, notify)
+        sessions = Sessions(self.model, Path(folder), limit, notify)
+        self.engine.call(lambda: setattr(self.engine, "sessions", sessions))
 
-    def keep(self) -> None:
-        """Keep the text that ``generate`` made last, which may have been interrupted, to its last
-        token; the blocks of 64 tokens that it has filled are there already."""
-        if self.sessions is not None:
-            self.sessions.keep(self.sequences[0])
+    @property
+    def engine(self) -> Engine:
+        """What computes.  Raises ``ConfigError`` after ``close`` and in a forked child."""
+        if self._engine is None:
+            raise ConfigError(CLOSED)
+        self._engine.check()
+        return self._engine
+
+    @property
+    def sessions(self) -> Sessions | None:
+        """Where latents are kept on disk; None until ``keep_in``."""
+        return self.engine.sessions
 
     @property
     def model(self) -> LoadedModel:
         """The open model's parts.  Raises ``ConfigError`` after ``close`` and in a forked child."""
-        return self.passes.model
-
-    @property
-    def sequences(self) -> list[Sequence]:
-        """One for each latent cache.  Raises as ``model`` does."""
-        self.model.using.check()
-        return self._sequences
+        return self.engine.model
 
     @property
     def context(self) -> int:
         """Positions that a latent cache has room for."""
-        return self.sequences[0].context
+        return self.plan.context
 
     @property
     def threads(self) -> int:
@@ -283,9 +315,9 @@ class Runtime:
     def warm(self, progress: Progress | None = None) -> None:
         """Fill the free expert slots, layer by layer, so that what follows is measured without
         first reads."""
-        if self.model.experts is not None:
-            with self.passes.using():
-                self.model.experts.fill(progress or (lambda done, total: None))
+        experts = self.model.experts
+        if experts is not None:
+            self.engine.call(lambda: experts.fill(progress or (lambda done, total: None)))
 
     def trace(self, path: str | Path) -> None:
         """Record the routing of everything from now on into ``path`` (format:
@@ -294,12 +326,12 @@ class Runtime:
         geometry = c.moe_layers, c.n_routed_experts, c.num_experts_per_tok
         self._trace = trace = TraceWriter(Path(path), *geometry)
 
-        def on_route(route: Route) -> None:
+        def on_layer(route: Route) -> None:
             assert route.x_TD is not None
             x_TD = route.x_TD.cpu().numpy()
             trace.add(c.moe_layers[route.row], route.indices, x_TD, route.behind)
 
-        experts.on_route(on_route, inputs=True)
+        self.engine.call(lambda: experts.on_layer(on_layer, inputs=True))
 
     def stats(self) -> Json:
         """Counters so far: ``tokens`` (counts and seconds), ``cache``, ``io`` (bytes and seconds by
@@ -314,11 +346,11 @@ class Runtime:
         if on_device is not None:
             memory |= {"peak_vram": on_device.peak, "reserved_vram": on_device.reserved}
             memory["beside_vram"] = on_device.beside
-        tokens = {**self.passes.tokens, **self.passes.seconds}
+        tokens = {**self.engine.passes.tokens, **self.engine.passes.seconds}
         stats: Json = {"tokens": tokens, "memory": memory}
         stats["kernels"] = model.backend.name
         stats["device"] = {"name": model.device.name, "why": model.device_reason}
-        drafting = self.passes.drafting
+        drafting = self.engine.passes.drafting
         stats["drafts"] = dict(zip(("kind", "why"), model.draft, strict=True))
         stats["drafts"] |= {} if drafting is None else drafting.stats()
         if model.experts is not None:
@@ -334,12 +366,16 @@ class Runtime:
         return stats
 
     def close(self) -> None:
-        """Release files and memory; the runtime can't be used afterwards.
+        """End what is computed, for whichever thread, within a layer, with a ``ConfigError`` there,
+        and release files and memory.
 
-        From another thread it ends what is computed there, with a ``ConfigError``.
+        A disk that does not answer is waited for some seconds.  In a forked child only files are
+        closed: threads, locks and the GPU are the parent's.
         """
-        self.passes.close()
-        self._sequences = []
+        if self._engine is not None:
+            self._end.detach()
+            self._engine.close()
+            self._engine = None
         if self._trace is not None:
             self._trace.close()
 
@@ -350,9 +386,15 @@ class Runtime:
         self.close()
 
 
-def check_ids(prompt: Any) -> None:
-    """Raise ``ConfigError`` unless ``prompt`` is a sequence of integers."""
-    if not isinstance(prompt, Sequenced):
+def _end(engine: Engine) -> None:
+    """Nobody has the runtime any more, or the process ends."""
+    with suppress(KeyboardInterrupt):
+        engine.close()
+
+
+def ids_of(prompt: object) -> list[int]:
+    """A prompt's token ids.  Raises ``ConfigError`` unless it is a sequence of integers."""
+    if not isinstance(prompt, Sequence):
         raise ConfigError(f"the prompt is a {type(prompt).__name__}, expected text or token ids")
     strange = next((item for item in prompt if not isinstance(item, int)), None)
     if strange is not None:
@@ -361,3 +403,4 @@ def check_ids(prompt: Any) -> None:
         if isinstance(strange, dict):
             problem += "; of messages make text with tokenizer.chat(messages)"
         raise ConfigError(problem)
+    return [*prompt]

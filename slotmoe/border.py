@@ -21,6 +21,15 @@ W_in = TypeVar("W_in", contravariant=True)
 class Timer:
     """Where a pass says what it has just done; a profiler keeps it."""
 
+    def begin(self) -> None:
+        """A pass begins."""
+
+    def end(self, kind: str, tokens: int) -> None:
+        """A pass of ``prefill`` or ``decode`` is done, which has appended so many tokens."""
+
+    def accepted(self) -> None:
+        """The last pass has given one token more, which it had drafted."""
+
     def mark(self, stage: str, now: float | None = None) -> None:
         """The time since the last mark, until ``now`` (of ``time.perf_counter()``), belongs to
         ``stage``."""

@@ -50,7 +50,7 @@ QUICK_CALLS = [
 def in_a_folder(heavy, sample_export, tmp_path, monkeypatch):
     """As in a user's, where no test has imported anything."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("slotmoe.offload.loading.process_bytes", lambda: 400 << 20)
+    monkeypatch.setattr("slotmoe.offload.engine.loading.process_bytes", lambda: 400 << 20)
     os.symlink(sample_export, "sample-export")
 
 

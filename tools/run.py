@@ -28,7 +28,7 @@ from slotmoe.tools.options import (
     say,
     session_options,
 )
-from slotmoe.tools.screen import Reading, dimmed, echo_of, is_terminal, visible
+from slotmoe.tools.screen import dimmed, echo_of, is_terminal, visible, wait_reading
 from slotmoe.tools.sessions import go_on, open_session
 
 if TYPE_CHECKING:
@@ -124,13 +124,13 @@ class Continuation:
         on_terminal = not self._quiet and is_terminal(sys.stdout)
         ids, tokenizer = self._ids(), self._runtime.tokenizer
         splitter = tokenizer.splitter(ids) if self._chat else Splitter(None, False)
-        reading, started = Reading(self._runtime, self._quiet), time.perf_counter()
-        reading.begin(len(ids))
+        started = time.perf_counter()
+        stream = self._runtime.generate(ids, **self._arguments)
         try:
-            for token in self._runtime.generate(ids, **self._arguments):
+            wait_reading(stream, self._quiet)
+            for token in stream:
                 if not self.tokens:
                     self._first_seconds = time.perf_counter() - started
-                    reading.end()
                     if on_terminal and not self._chat:
                         print(echo_of(self._prompt), end="")
                 self.tokens.append(token)
@@ -138,7 +138,7 @@ class Continuation:
             self._show(on_terminal, *splitter.feed("", is_last=True))
             self._ended = True
         finally:
-            reading.end()
+            stream.close()
             self._keep(ids)
 
     def _ids(self) -> list[int]:
@@ -154,10 +154,9 @@ class Continuation:
         return ids
 
     def _keep(self, ids: list[int]) -> None:
-        """Keep what was computed, and the text if some of it is new."""
+        """Keep the text, if some of it is new; what was computed is kept by the engine."""
         if self._session is None:
             return
-        self._runtime.keep()
         if self.tokens:
             from slotmoe.offload.sessions.names import Saved
 

@@ -3,12 +3,13 @@
 import os
 import re
 import sys
-import time
-from collections.abc import Callable
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from slotmoe.offload.engine.requests import Stream
 
 _COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-_FIRST_SECONDS, _NEXT_SECONDS = 0.5, 0.2  # until the line of ``Reading`` appears, and changes
+_FIRST_SECONDS, _NEXT_SECONDS = 0.5, 0.2  # until the line of ``wait_reading`` appears, and changes
 _MOST_ECHOED = 1000  # characters of a prompt
 
 
@@ -32,43 +33,16 @@ def echo_of(prompt: str) -> str:
     return dimmed(prompt if len(prompt) <= _MOST_ECHOED else f"…{prompt[-_MOST_ECHOED:]}")
 
 
-def tokens_read(runtime: Any, total: int) -> int:
-    """How many of a prompt's ``total`` tokens a runtime has read: those of whole passes, and of the
-    one under way by its share of the layers."""
-    experts = runtime.model.experts
-    under_way: int = 0 if experts is None else experts.reached
-    held: int = runtime.sequences[0].length
-    return min(held + under_way, total)
-
-
-class Reading:
-    """A line on stderr's terminal that says how much of a prompt is read, from half a second after
-    ``begin`` until ``end``."""
-
-    def __init__(self, runtime: Any, quiet: bool):
-        self._runtime = runtime
-        self._wanted = not quiet and is_terminal(sys.stderr) and runtime.model.experts is not None
-        self._total, self._next, self._shown = 0, 0.0, False
-        self._stop_listening: Callable[[], None] | None = None
-
-    def begin(self, tokens: int) -> None:
-        """A prompt of so many ``tokens`` is read from now on."""
-        if self._wanted:
-            self._total, self._next = tokens, time.perf_counter() + _FIRST_SECONDS
-            self._stop_listening = self._runtime.model.experts.on_route(self._on_route)
-
-    def _on_route(self, route: Any) -> None:
-        now = time.perf_counter()
-        if now >= self._next:
-            self._next, self._shown = now + _NEXT_SECONDS, True
-            done = f"reading {tokens_read(self._runtime, self._total):,} of {self._total:,} tokens"
-            print(f"\r\x1b[2K{done}", end="", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        """The prompt is read, or will not be."""
-        if self._stop_listening is not None:
-            self._stop_listening()
-            self._stop_listening = None
-        if self._shown:
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
-            self._shown = False
+def wait_reading(stream: "Stream", quiet: bool) -> None:
+    """Wait for the first token of ``stream``, with a line on stderr's terminal that says, from half
+    a second on, how much of the prompt is read."""
+    if not quiet and is_terminal(sys.stderr):
+        total, seconds = len(stream.request.prompt), _FIRST_SECONDS
+        try:
+            while not stream.wait(seconds):
+                seconds = _NEXT_SECONDS
+                done = f"reading {stream.request.read:,} of {total:,} tokens"
+                print(f"\r\x1b[2K{done}", end="", file=sys.stderr, flush=True)
+        finally:
+            if seconds == _NEXT_SECONDS:
+                print("\r\x1b[2K", end="", file=sys.stderr, flush=True)

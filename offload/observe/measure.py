@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from slotmoe.jsonfile import Json
-from slotmoe.offload.loading import LoadedModel
+from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.plan.memory import HELP_BYTES, by_tier, predicted_components
 from slotmoe.offload.plan.speed import Bandwidths, Setting
 from slotmoe.offload.tiers.device import Device, Event

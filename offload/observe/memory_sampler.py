@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 
-from slotmoe.offload.loading import LoadedModel
+from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.machine import peak_rss, process_bytes
 
 LONGEST = 4000  # samples kept; beyond them every second one goes and the interval doubles

@@ -46,7 +46,7 @@ class StepRecord:
 
 class Profiler(Timer):
     """Time by stage, step by step, and the gates' choices by MoE layer index ("row").
-    ``synchronize`` waits for the device.
+    ``moved`` counts each slower tier's bytes so far; ``synchronize`` waits for the device.
 
     ``uses[row][expert]`` counts tokens; ``hits``, ``misses`` and, of the misses, ``coming``, those
     whose read had begun, are counted as the cache counts them: in prefill each expert that a pass
@@ -54,21 +54,25 @@ class Profiler(Timer):
     """
 
     def __init__(
-        self, layers: int, experts: int, origin: float, synchronize: Callable[[], None] | None
+        self,
+        layers: int,
+        experts: int,
+        origin: float,
+        moved: Callable[[], dict[str, int]],
+        synchronize: Callable[[], None] | None,
     ):
         self.passes: list[StepRecord] = []
         self.uses = [[0] * experts for _ in range(layers)]
         self.hits, self.misses, self.coming = ([0] * layers for _ in range(3))
-        self._origin, self._synchronize = origin, synchronize
+        self._origin, self._count, self._synchronize = origin, moved, synchronize
         self._seconds: dict[str, float] = {}
         self._began = self._last = 0.0
         self._moved: dict[str, int] = {}
 
-    def begin(self, moved: dict[str, int]) -> None:
-        """A step starts; the time since the one before went into sampling.  ``moved`` counts each
-        slower tier's bytes so far."""
+    def begin(self) -> None:
+        """A step starts; the time since the one before went into sampling."""
         self.between_steps()
-        self._moved, self._seconds = moved, {}
+        self._moved, self._seconds = self._count(), {}
         self._began = self._last = perf_counter()
 
     def mark(self, stage: str, now: float | None = None) -> None:
@@ -80,14 +84,14 @@ class Profiler(Timer):
         self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._last
         self._last = now
 
-    def end(self, kind: str, tokens: int, moved: dict[str, int]) -> None:
+    def end(self, kind: str, tokens: int) -> None:
         """The step over ``tokens`` tokens is done."""
         self.mark("rest")
-        came = {tier: size - self._moved[tier] for tier, size in moved.items()}
+        came = {tier: size - self._moved[tier] for tier, size in self._count().items()}
         began = self._began - self._origin
         self.passes.append(StepRecord(kind, tokens, began, came, self._seconds))
 
-    def followed(self) -> None:
+    def accepted(self) -> None:
         """The last step gave one more token, which it had drafted."""
         if self.passes:
             self.passes[-1].tokens += 1
@@ -98,7 +102,7 @@ class Profiler(Timer):
         if self.passes and self.passes[-1].seconds is self._seconds:
             self.mark("sampling")
 
-    def on_route(self, route: Route) -> None:
+    def on_layer(self, route: Route) -> None:
         """Count a gate's choice."""
         for expert in chain.from_iterable(route.indices):
             self.uses[route.row][expert] += 1
@@ -130,13 +134,25 @@ def attach(runtime: Runtime, origin: float | None = None) -> tuple[Profiler, Cal
     # Where kernels are only queued, a mark waits for them.
     wait = (lambda: model.device.record().synchronize()) if model.device.queues else None
     start = perf_counter() if origin is None else origin
-    profiler = Profiler(len(config.moe_layers), config.n_routed_experts, start, wait)
-    stop_listening = experts.on_route(profiler.on_route)
-    runtime.passes.watcher = model.network.timer = experts.timer = profiler
+    store = model.store
 
-    def detach() -> None:
+    def moved() -> dict[str, int]:
+        return {} if store is None else {name: io["bytes"] for name, io in store.stats().items()}
+
+    profiler = Profiler(len(config.moe_layers), config.n_routed_experts, start, moved, wait)
+
+    def watch(timer: Timer) -> None:
+        model.network.timer = experts.timer = timer
+
+    def begin() -> Callable[[], None]:
+        watch(profiler)
+        return experts.on_layer(profiler.on_layer)
+
+    stop_listening = runtime.engine.call(begin)
+
+    def end() -> None:
         stop_listening()
-        runtime.passes.watcher = None
-        model.network.timer = experts.timer = Timer()
+        profiler.between_steps()
+        watch(Timer())
 
-    return profiler, detach
+    return profiler, lambda: runtime.engine.call(end)

@@ -24,7 +24,7 @@ from pathlib import Path
 import xxhash
 
 from slotmoe.errors import ConfigError
-from slotmoe.offload.sequence import shared_prefix
+from slotmoe.offload.engine.sequence import shared_prefix
 from slotmoe.quant.export.writer import publish_file, temporary_name
 from slotmoe.sizes import format_size
 

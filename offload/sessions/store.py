@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from slotmoe.errors import ConfigError
-from slotmoe.offload.loading import LoadedModel
-from slotmoe.offload.sequence import Sequence, shared_prefix
+from slotmoe.offload.engine.loading import LoadedModel
+from slotmoe.offload.engine.sequence import Sequence, shared_prefix
 from slotmoe.offload.sessions.blocks import (
     ADDRESS_BYTES,
     BLOCK_TOKENS,

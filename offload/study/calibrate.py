@@ -20,6 +20,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -112,34 +113,34 @@ def record(
 ) -> Samples:
     """Read each window as a sequence of its own and record it; its first token, before which
     nothing was, is no sample.  ``advance(samples)`` is called after each."""
-    model, sequence = runtime.model, runtime.sequences[0]
+    model = runtime.model
     samples = Samples(runtime.config, _count(windows))
     done, skip = 0, 0
 
-    def on_route(route: Route) -> None:
+    def on_layer(route: Route) -> None:
         assert route.x_TD is not None
         span = slice(done, done + len(route.x_TD) - skip)
         if route.row < len(samples.inputs):
             samples.inputs[route.row, span] = rms(route.x_TD[skip:]).to(samples.inputs)
         samples.used[span, route.row] = torch.tensor(route.indices)[skip:].to(samples.used)
 
-    stop_listening = model.quantized("calibrate").on_route(on_route, inputs=True)
+    experts, call = model.quantized("calibrate"), runtime.engine.call
+    stop_listening = call(lambda: experts.on_layer(on_layer, inputs=True))
     try:
         for window in windows:
-            sequence.rewind(0)
             skip, last_1D = 1, torch.empty(0, runtime.config.hidden_size, device=runtime.device)
-            for start in range(0, len(window), PREFILL_CHUNK):
-                ids = window[start : start + PREFILL_CHUNK]
-                (hidden_TD,) = sequence.run(ids)
-                ids_T = torch.tensor(ids, device=runtime.device)
-                embedding_TD = model.backend.embed(ids_T, model.network.embed_tokens)
+            pieces = torch.tensor(window, device=runtime.device).split(PREFILL_CHUNK)
+            hiddens = runtime.hidden(window, PREFILL_CHUNK)
+            for ids_T, hidden_TD in zip(pieces, hiddens, strict=True):
+                embed = partial(model.backend.embed, ids_T, model.network.embed_tokens)
+                embedding_TD = call(embed)
                 before_TD = torch.cat([last_1D, hidden_TD])[:-1]
                 token_TX = torch.cat([rms(embedding_TD[skip:]), rms(before_TD)], dim=-1)
                 samples.token[done : done + len(token_TX)] = token_TX.to(samples.token)
                 done, skip, last_1D = done + len(token_TX), 0, hidden_TD[-1:]
             advance(len(window) - 1)
     finally:
-        stop_listening()
+        call(stop_listening)
     return samples
 
 

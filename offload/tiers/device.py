@@ -15,6 +15,7 @@ copies take as long, or fail as often, as a test wants.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +95,10 @@ class Device:
     def weights(self) -> Empty:
         """An allocator for many weights that stay."""
         return Arena().empty
+
+    def current(self) -> AbstractContextManager[object]:
+        """Kernels are launched on this device inside, whichever thread launches them."""
+        return nullcontext()
 
     def run(self, step: Callable[[], Tensor], ways_out: str) -> Tensor:
         """What ``step`` gives, computed.  Raises ``DeviceError`` if the device fails; ``ways_out``

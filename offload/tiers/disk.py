@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from slotmoe.errors import ConfigError, ExportError, SlotmoeError
-from slotmoe.offload.exclusive import CLOSED
+from slotmoe.errors import CLOSED, ConfigError, ExportError, SlotmoeError
 from slotmoe.offload.plan.memory import HELP_BYTES
 from slotmoe.offload.tiers.device import Event
 from slotmoe.offload.tiers.drives import THREADS, Drive, Drives, Meter

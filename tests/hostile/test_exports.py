@@ -330,7 +330,7 @@ def test_config_is_not_read_by_path(export, monkeypatch):
     monkeypatch.setattr(os, "open", watched(os.open))
     monkeypatch.setattr("builtins.open", watched(open, COPIED))
     # As if no test had imported anything.
-    monkeypatch.setattr("slotmoe.offload.loading.process_bytes", lambda: 400 << 20)
+    monkeypatch.setattr("slotmoe.offload.engine.loading.process_bytes", lambda: 400 << 20)
     with Runtime.open(export, ram="1GiB") as runtime:
         runtime.logits([0, 1, 2])
     for name in ("config.json", "tokenizer.json", "generation_config.json"):

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from slotmoe.offload import loading
+from slotmoe.offload.engine import loading
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.observe import measure
 from slotmoe.offload.policy.prefetch import Prefetcher

@@ -36,7 +36,7 @@ def test_decode_equals_prefill_in_the_quantized_path(sample_export):
 def test_a_trace_of_a_long_prompt_is_that_of_one_step(sample_export, tmp_path, monkeypatch):
     traces = []
     for size in (512, 16):
-        monkeypatch.setattr("slotmoe.offload.loading.PREFILL_CHUNK", size)
+        monkeypatch.setattr("slotmoe.offload.engine.loading.PREFILL_CHUNK", size)
         with Runtime.open(sample_export, context=64, slots=100) as runtime:
             runtime.trace(tmp_path / "trace")
             with pytest.raises(PlanError):
@@ -257,7 +257,7 @@ def test_a_long_prompt_reads_each_expert_once_and_changes_no_logit(sample_export
 
 def test_a_long_prompt_may_end_at_any_gate(sample_export, monkeypatch, reading_ahead):
     """Also between a layer's steps; the next pass computes what it would have computed."""
-    monkeypatch.setattr("slotmoe.offload.loading.PREFILL_CHUNK", 16)
+    monkeypatch.setattr("slotmoe.offload.engine.loading.PREFILL_CHUNK", 16)
     with Runtime.open(sample_export, context=64, slots=100) as runtime:
         wanted, layers = runtime.logits(IDS), len(runtime.config.moe_layers)
         for last in range(0, 4 * layers, 5):

@@ -8,7 +8,7 @@ import torch
 
 from slotmoe.errors import PlanError
 from slotmoe.model.generate import Answer, Sampling, Stops, penalize
-from slotmoe.offload import loading, scheduler
+from slotmoe.offload.engine import loading, scheduler
 from slotmoe.offload.runtime import Runtime, Sequence
 from slotmoe.offload.scheduler import Job, QueueFullError, Scheduler
 from tests.support.engine import until

@@ -33,7 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 COMMAND_LINE = "from slotmoe.tools.cli import main; main()"
 PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
-_IMPORTED = """torch numpy uvicorn slotmoe.offload.runtime slotmoe.offload.loading
+_IMPORTED = """torch numpy uvicorn slotmoe.offload.runtime slotmoe.offload.engine.loading
     slotmoe.tools.serve.app slotmoe.tools.chat.terminal slotmoe.tools.profile.report""".split()
 _code = [0]  # of this process, if it is a child
 

@@ -101,7 +101,7 @@ def test_more_memory_than_there_is(run, monkeypatch):
     assert (code, err.count("\n")) == (0, 2)
     assert "--ram 800TiB is more than this machine has" in err
     assert "more than" not in run("run EXPORT x -n 1 --ram 4GiB")[2]
-    monkeypatch.setattr("slotmoe.offload.loading.total_memory", lambda: 1 << 10)
+    monkeypatch.setattr("slotmoe.offload.engine.loading.total_memory", lambda: 1 << 10)
     code, _, err = run("run EXPORT x -n 1")
     assert (code, err.count("\n")) == (2, 1)
     assert "of RAM and this machine has 1.0 KiB: give a smaller --ram" in err

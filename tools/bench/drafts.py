@@ -4,11 +4,11 @@ had chosen them, so that a model of random weights measures it too."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import click
 
+from slotmoe.offload.observe.forced import begin, force
 from slotmoe.offload.policy.drafts import Drafting
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.calibrate import read_text
@@ -53,14 +53,15 @@ def drafts(
         runtime.warm()
         ids = runtime.tokenizer.encode(prompt)[-prompt_tokens:]
         following = runtime.tokenizer.encode(answer, add_bos=False)[:decode_tokens]
-        sequence, passes = runtime.sequences[0], runtime.passes
-        sequence.append(ids)
+        passes = runtime.engine.passes
+        begin(runtime)
+        force(runtime, ids)
         used: dict[str, dict[str, float]] = {}
 
         def speed(way: str, drafting: Drafting | None) -> float:
-            sequence.rewind(len(ids))
             passes.drafting, before = drafting, _disk_bytes(runtime)
-            spent = sum(turns.seconds(partial(sequence.append, [id])) for id in following)
+            moments = force(runtime, ids, following).moments
+            spent = moments[-1] - moments[0]
             read = _disk_bytes(runtime) - before
             used[way] = {"disk_bytes_per_token": read / len(following)}
             if drafting is not None:

@@ -93,8 +93,7 @@ def peer(
         def ours() -> float:
             ids = turns.random_ids(tokens)
             if prompt_tokens:
-                step = turns.start(runtime)
-                return tokens / turns.seconds(lambda: step(ids))
+                return tokens / turns.prefill_seconds(runtime, ids)
             return tokens / sum(turns.token_seconds(runtime, ids, depth))
 
         try:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from torch import Tensor
 
+from slotmoe.offload.observe.forced import begin, force
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.calibrate import read_text, split
 from slotmoe.tools.bench import turns
@@ -115,9 +116,10 @@ def _measure(ways: list[_Way], path: Path, tokens: int, generate: int) -> list[d
     ids = tokenizer.encode(read_text(path), add_bos=False)[:tokens]
     for window in split(ids, tokenizer, context):
         for way in ways:
-            way.runtime.sequences[0].rewind(0)
-        for token in window:
-            wanted_V, *others = (way.runtime.sequences[0].append([token])[0] for way in ways)
+            begin(way.runtime)
+        for end in range(1, len(window) + 1):
+            made = (force(way.runtime, window[:end], keeps=True).logits[0] for way in ways)
+            wanted_V, *others = made
             for way, logits_V in zip(ways[1:], others, strict=True):
                 way.divergence += _divergence(wanted_V, logits_V)
             for way in ways:
@@ -126,6 +128,6 @@ def _measure(ways: list[_Way], path: Path, tokens: int, generate: int) -> list[d
     if generate:
         prompt = tokenizer.encode(read_text(path))[:32]
         for way, row in zip(ways, rows, strict=True):
-            made = way.runtime.generate(prompt, generate, temperature=0.7, seed=0)
-            row["repeated"] = repeated([token.id for token in made])
+            text = way.runtime.generate(prompt, generate, temperature=0.7, seed=0)
+            row["repeated"] = repeated([token.id for token in text])
     return rows

@@ -27,6 +27,7 @@ from typing import Any
 
 import click
 
+from slotmoe.offload.observe.forced import begin, force
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.bench import turns
 from slotmoe.tools.options import count, integer, open_runtime, option, runtime_options
@@ -62,7 +63,7 @@ def stream(port: int, prompt: list[int], tokens: int, never: list[int]) -> list[
 def _serving(runtime: Runtime, sequences: int) -> Iterator[int]:
     """The server in a thread of this process; its port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server, batch = make_server(runtime, "bench", sequences, 32)
+        server, _ = make_server(runtime, "bench", sequences, 32)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
@@ -70,7 +71,6 @@ def _serving(runtime: Runtime, sequences: int) -> Iterator[int]:
         finally:
             server.should_exit = True
             thread.join()
-            batch.close()
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,9 @@ class _Clients:
         prompt, ids = next((p, ids) for p, ids in made if len(ids) == tokens)
 
         def bench() -> float:
-            step = turns.start(self.runtime)
-            step(prompt)
-            started = time.perf_counter()
-            for token in ids[1:]:
-                step([token])
-            return time.perf_counter() - started
+            begin(self.runtime)
+            moments = force(self.runtime, prompt, ids[:-1]).moments
+            return moments[-1] - moments[0]
 
         def generate() -> float:
             moments = [time.perf_counter() for _ in self.runtime.generate(prompt, tokens)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from statistics import median
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from slotmoe.offload.observe import measure as observed
 from slotmoe.offload.runtime import Runtime
-from slotmoe.tools.bench.turns import start, take_turns, token_seconds
+from slotmoe.tools.bench.turns import prefill_seconds, take_turns, token_seconds
 
 _COUNTERS = ("cache", "prefetch", "drafts", "misses", "memory")
 
@@ -44,10 +43,7 @@ def measure(
         return torch.randint(runtime.config.vocab_size, (tokens,), generator=generator).tolist()
 
     def prefill() -> float:
-        step, prompt = start(runtime), ids(prompt_tokens)
-        started = time.perf_counter()
-        step(prompt)
-        return prompt_tokens / (time.perf_counter() - started)
+        return prompt_tokens / prefill_seconds(runtime, ids(prompt_tokens))
 
     def decode() -> float:
         before = _moved(runtime)
@@ -56,7 +52,7 @@ def measure(
         moved.update({"seconds": seconds, "tokens": decode_tokens})
         return decode_tokens / seconds
 
-    start(runtime)(ids(8))  # first-use costs: thread pools, page faults of scratch memory
+    prefill_seconds(runtime, ids(8))  # first-use costs: thread pools, page faults of scratch memory
     ways = {
         "prefill": prefill,
         "decode": decode,

@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from statistics import median
 from typing import Any, TypeVar
 
 import click
 import torch
 
+from slotmoe.offload.observe.forced import begin, force
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.options import Decorator, count, option
 
@@ -88,19 +90,16 @@ def random_ids(tokens: int) -> list[int]:
     return ids
 
 
-def start(runtime: Runtime, depth: int = 0) -> Callable[[list[int]], object]:
-    """The step of a new sequence, which appends ids to ``depth`` cached positions.  Benchmarks call
-    what a runtime decodes with here alone."""
-    sequence = runtime.sequences[0]
-    sequence.fill(depth)
-    return sequence.append
+def prefill_seconds(runtime: Runtime, prompt: list[int]) -> float:
+    """Seconds of a prompt, from an empty cache."""
+    begin(runtime)
+    return seconds(lambda: force(runtime, prompt))
 
 
 def token_seconds(runtime: Runtime, ids: list[int], depth: int = 1) -> list[float]:
-    """Seconds of each token, decoding ``ids`` after ``depth`` cached tokens."""
-    step, spent = start(runtime, depth), []
-    for token in ids:
-        started = time.perf_counter()
-        step([token])
-        spent.append(time.perf_counter() - started)
-    return spent
+    """Seconds of each token, decoding ``ids`` after ``depth`` cached tokens.  Benchmarks call what
+    a runtime decodes with here alone."""
+    unknown = begin(runtime, depth)
+    started = time.perf_counter()
+    forced = force(runtime, [*unknown, *ids[:1]], ids[1:])
+    return [after - before for before, after in pairwise([started, *forced.moments])]

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.jsonfile import Json, read_json
 from slotmoe.sizes import format_size
-from slotmoe.tools.screen import tokens_read
 
 if TYPE_CHECKING:
     from slotmoe.model.generate import Sampling
+    from slotmoe.offload.engine.requests import Stream
     from slotmoe.offload.runtime import Runtime
     from slotmoe.offload.sessions.names import NamedSession
 
@@ -64,7 +64,8 @@ class Conversation:
         self.think: Callable[[str], None] = lambda text: None
         self._max_new_tokens, self._sampling = max_new_tokens, sampling
         self._before: Json | None = None  # statistics when the latest answer began
-        self._prompt_tokens = 0
+        self._stream: Stream | None = None  # the latest answer's
+        self._tokens: list[int] = []  # of its prompt, and of the answer so far
         self._reading_since: float | None = None  # time.monotonic(), until the first token
         self._session = session
         if session is not None and (saved := session.saved) is not None:
@@ -81,22 +82,23 @@ class Conversation:
         that is nowhere, nothing has changed.  Raises ``PlanError`` if the message does not fit into
         the context.
         """
-        self._before, self._prompt_tokens = self.runtime.stats(), 0
+        self._before, self._stream = self.runtime.stats(), None
         self._reading_since = time.monotonic()
         try:
             yield from self._answer(message, self.exchanges[:-1] if again else self.exchanges)
         finally:
             self._reading_since = None
+            if self._stream is not None:
+                self._stream.close()
             self._keep()
 
     def _keep(self) -> None:
-        """Keep the conversation in its session, and what was computed of it."""
+        """Keep the conversation in its session; the engine keeps what was computed of it."""
         if self._session is None or not self.exchanges:
             return
         from slotmoe.offload.sessions.names import Saved
 
-        self.runtime.keep()
-        sessions, tokens = self.runtime.sessions, self.runtime.sequences[0].tokens
+        sessions, tokens = self.runtime.sessions, self._tokens
         assert sessions is not None
         messages = _messages(self.system, self.exchanges)
         try:
@@ -106,7 +108,7 @@ class Conversation:
 
     def _answer(self, message: str, earlier: list[Exchange]) -> Generator[str, None, None]:
         prompt = self._fit(earlier, message)
-        self._prompt_tokens = len(prompt)
+        self._tokens = [*prompt]
         limit = min(self._max_new_tokens, self.runtime.context - len(prompt))
         chosen, count, text, thoughts = self._sampling, 0, "", 0
         if chosen.seed is not None:
@@ -117,8 +119,10 @@ class Conversation:
 
         def texts() -> Iterator[str]:
             nonlocal count, thoughts
-            for token in self.runtime.generate(prompt, limit, *sampling):
+            self._stream = self.runtime.generate(prompt, limit, *sampling)
+            for token in self._stream:
                 count += 1
+                self._tokens.append(token.id)
                 self._reading_since = None
                 thought, said = splitter.feed(token.text)
                 if thought:
@@ -185,11 +189,12 @@ class Conversation:
     def status(self) -> str:
         """One line about the latest answer, memory and context."""
         stats, before, facts = self.runtime.stats(), self._before, list[str]()
-        position = self.runtime.sequences[0].length if before is not None else 0
+        position, stream = len(self._tokens), self._stream
         if (since := self._reading_since) is not None:
-            total = self._prompt_tokens
-            read = f"{tokens_read(self.runtime, total):,} of {total:,} tokens"
-            prompt = read if total else "the message"
+            prompt = "the message"
+            if stream is not None:
+                position = stream.request.read
+                prompt = f"{position:,} of {len(stream.request.prompt):,} tokens"
             facts.append(f"reading {prompt}, {time.monotonic() - since:.0f} s")
         if before is not None:
             tokens, seconds, hits, misses = (

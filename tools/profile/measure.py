@@ -73,7 +73,6 @@ def run(
             stopped = stop
             so_far = f"stopped after {len(words)} of {most} tokens; writing the report so far"
             click.echo(f"\nslotmoe: {so_far}", err=True)
-        profiler.between_steps()
         detach()
         report: Json = {"model": model, "complete": stopped is None}
         report |= measured(runtime, profiler, sampler)

@@ -1,7 +1,7 @@
 """What a profile advises: what decode waits for, and what more memory would give."""
 
 from slotmoe.jsonfile import Json
-from slotmoe.offload.loading import LoadedModel
+from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.plan.memory import make_plan, runtime_growth
 from slotmoe.offload.plan.speed import Bandwidths, Setting
 

@@ -101,17 +101,18 @@ def command(model: str, host: str, port: int, name: str | None, **options: Any) 
         name = name or (Path(model).resolve().name if Path(model).exists() else model)
         is_logged = not options["no_log"]
         edge: Any = keys, hosts, max_body, is_logged, origins
-        server, batch = make_server(runtime, name, sequences, queue, *edge)
+        server, service = make_server(runtime, name, sequences, queue, *edge)
         address, port = listener.getsockname()[:2]
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
         click.echo(f"slotmoe: {name} is ready at {url}, {_READY}", err=True)
         try:
             server.run(sockets=[listener])
         finally:
-            batch.close()
-    if batch.problem is None:
+            service.stop()
+        problem = service.engine.problem
+    if problem is None:
         return 0
-    click.echo(f"slotmoe: the model failed, so the server ended: {batch.problem!r:.400}", err=True)
+    click.echo(f"slotmoe: the model failed, so the server ended: {problem!r:.400}", err=True)
     return 1
 
 
@@ -126,11 +127,10 @@ def make_server(
     is_logged: bool = False,
     origins: Iterable[str] = (),
 ) -> tuple[Any, Any]:
-    """A uvicorn server, to ``run`` on a socket, and its ``Scheduler``; ``max_body`` is in bytes.
+    """A uvicorn server, to ``run`` on a socket, and its ``Service``; ``max_body`` is in bytes.
     If it ``is_logged``, each request is a line on stderr."""
     import uvicorn
 
-    from slotmoe.offload.scheduler import Scheduler
     from slotmoe.tools.serve.app import make_app
     from slotmoe.tools.serve.bodies import Bodies
     from slotmoe.tools.serve.guard import Connection, Guard
@@ -141,7 +141,7 @@ def make_server(
         """Lets running answers end with a reason when it gets a signal to end."""
 
         def handle_exit(self, sig: int, frame: Any) -> None:
-            batch.stop()
+            service.stop()
             super().handle_exit(sig, frame)
 
         def run(self, sockets: list[socket.socket] | None = None) -> None:
@@ -149,12 +149,11 @@ def make_server(
                 super().run(sockets)
 
     def ended() -> None:
-        if batch.problem is not None:
-            settings.timeout_graceful_shutdown = _FAILED_SECONDS
+        settings.timeout_graceful_shutdown = _FAILED_SECONDS
         server.should_exit = True
 
-    batch = Scheduler(runtime, sequences, queue, ended)
-    app = make_app(Service(runtime, batch, name), bool(keys))
+    service = Service(runtime, name, sequences, queue, ended)
+    app = make_app(service, bool(keys))
     guarded = Guard(Bodies(app), keys, hosts, max_body, origins)
     settings = uvicorn.Config(
         Log(guarded, is_logged, runtime.model.options.altered),
@@ -169,7 +168,7 @@ def make_server(
         proxy_headers=False,
     )
     server = Server(settings)
-    return server, batch
+    return server, service
 
 
 @contextmanager

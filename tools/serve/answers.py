@@ -13,7 +13,7 @@ from starlette.responses import StreamingResponse
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Answer, Delta, Grammar, Stops, Token
 from slotmoe.model.reasoning import Splitter
-from slotmoe.offload.scheduler import Job, QueueFullError
+from slotmoe.offload.engine.requests import Request as Job
 from slotmoe.tools.serve.errors import RefusedError, error_body
 from slotmoe.tools.serve.formats import text_arguments
 from slotmoe.tools.serve.grammar import Compiled, Longer
@@ -51,7 +51,7 @@ class Update:
 
 
 class Answers:
-    """The answers to ``prompts``, in the batch until they end or ``cancel`` is called.
+    """The answers to ``prompts``, in the engine until they end or ``cancel`` is called.
 
     They follow ``grammar``; ``reader`` makes the parser of an answer's text, in which the special
     tokens of ``shown`` appear and tool calls begin with ``calls``.  ``echoes`` are texts that go
@@ -79,6 +79,7 @@ class Answers:
         self._deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
         self._echoes = dict(enumerate(echoes))  # that were not sent yet
         self.jobs: list[Job] = []
+        self._answers: list[Answer] = []  # of the jobs
         self.finishes: list[str] = []  # of the answers that have ended
         self._sent = 0  # tokens that updates have brought; stop strings may cut off later ones
         self._prompt_tokens = sum(map(len, prompts))
@@ -100,22 +101,11 @@ class Answers:
                 how = replace(sampling, seed=seed), limit, Stops(options.stop, calls)
                 answer = Answer(*model, *how, options.logprobs, mask, shown)
                 emit = partial(self._emit, len(self.jobs))
+                self._answers.append(answer)
                 self.jobs.append(Job(prompt, answer, emit, request.state.owner, scored))
         self._readers = [reader() for _ in self.jobs]
-        self._submit(service)
+        service.submit(self.jobs)
         request.state.answers = self  # for the log
-
-    def _submit(self, service: Service) -> None:
-        try:
-            service.batch.submit(self.jobs)
-        except QueueFullError:
-            if not service.batch.alive:
-                problem = "the model has failed; the server is ending"
-                raise RefusedError(problem, status=503) from None
-            service.refused += 1
-            problem = "too many answers are waiting; try again later"
-            headers = {"retry-after": str(service.batch.retry_after)}
-            raise RefusedError(problem, None, 429, "rate_limit_exceeded", headers) from None
 
     def _emit(self, index: int, delta: Delta) -> None:
         if delta.finish is not None:
@@ -126,9 +116,9 @@ class Answers:
             self.cancel()
 
     def cancel(self) -> None:
-        """Nobody wants these answers any more; the batch ends them within one step."""
+        """Nobody wants these answers any more; the engine ends them within one layer."""
         for job in self.jobs:
-            job.cancelled = True
+            job.cancel()
 
     async def updates(self) -> AsyncIterator[Update]:
         """What is new in each answer, as it comes.  Raises ``RefusedError`` if one fails."""
@@ -141,7 +131,7 @@ class Answers:
                 raise RefusedError(delta.error, status=failure)
             if index in self._echoes:
                 echo = ContentDelta(self._echoes.pop(index))
-                yield Update(index, [echo], [*self.jobs[index].answer.read])
+                yield Update(index, [echo], [*self._answers[index].read])
             content = reader.feed(delta.text)
             if reader.is_thinking and self.reasoning_tokens is not None:
                 self.reasoning_tokens += len(delta.tokens)
@@ -191,7 +181,7 @@ class Answers:
 
     def usage(self) -> Json:
         """Counts of tokens in OpenAI's form."""
-        return self._usage(sum(len(job.answer.ids) for job in self.jobs))
+        return self._usage(sum(len(answer.ids) for answer in self._answers))
 
     def usage_so_far(self) -> Json:
         """The same for what was sent: the model may be ahead of it."""

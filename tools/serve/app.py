@@ -38,7 +38,7 @@ async def page() -> Response:
 
 @public.get("/health")
 async def health(request: Request) -> Response:
-    if request.app.state.service.batch.alive:
+    if request.app.state.service.alive:
         return JSONResponse({"status": "ok"})
     return JSONResponse({"status": "the model has failed"}, 503)
 

@@ -76,6 +76,6 @@ def _line(scope: Scope, status: int, seconds: float, answers: Any) -> str:
         return line
     usage = answers.usage()
     line += f", {usage['prompt_tokens']} + {usage['completion_tokens']} tokens"
-    first = [job.first - job.submitted for job in answers.jobs if job.first]
+    first = [job.first_token - job.submitted for job in answers.jobs if job.first_token]
     line += f", first after {min(first):.2f} s" if first else ", none before it ended"
     return f"{line}, {' '.join(answers.finishes) or 'client left'}"

@@ -1,16 +1,16 @@
 """The open model that ``slotmoe serve`` answers with, and its figures."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from slotmoe.jsonfile import Json
+from slotmoe.offload.engine.requests import Request
 from slotmoe.offload.observe.memory_sampler import memory_in_use
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.scheduler import Job, Scheduler
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import Grammars
@@ -26,10 +26,21 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # of the his
 
 
 class Service:
-    """An open model that answers under ``name``."""
+    """An open model that answers under ``name``, ``sequences`` requests at once; ``waiting`` more
+    may queue.  ``ended`` is called when the model fails."""
 
-    def __init__(self, runtime: Runtime, batch: Scheduler, name: str):
-        self.runtime, self.batch, self.name = runtime, batch, name
+    def __init__(
+        self,
+        runtime: Runtime,
+        name: str,
+        sequences: int,
+        waiting: int,
+        ended: Callable[[], None] = lambda: None,
+    ):
+        self.runtime, self.engine, self.name = runtime, runtime.engine, name
+        self.engine.at_once, self.engine.ended = sequences, ended
+        self._limit, self._open = sequences + waiting, set[Request]()
+        self._is_ending = False
         self.tokenizer, self.created = runtime.tokenizer, int(time.time())
         self.dialect = Dialect(runtime.tokenizer)
         self.grammars = Grammars(runtime.tokenizer, runtime.eos_token_ids, self.dialect)
@@ -48,12 +59,47 @@ class Service:
             problem = f"the model {model!r:.80} is not here; this server has {self.name!r}"
             raise RefusedError(problem, "model", 404, "model_not_found")
 
-    def observe(self, job: Job) -> None:
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue all of ``requests`` or none.  Raises ``RefusedError``."""
+        if self._is_ending or not self.alive:
+            why = "shutting down" if self.alive else "ending, since the model has failed"
+            raise RefusedError(f"the server is {why}", status=503)
+        if len(self._open) + len(requests) > self._limit:
+            self.refused += 1
+            problem = "too many answers are waiting; try again later"
+            headers = {"retry-after": str(self.engine.retry_after)}
+            raise RefusedError(problem, None, 429, "rate_limit_exceeded", headers)
+        self._open.update(requests)
+        self.engine.submit(*requests)
+
+    def stop(self) -> None:
+        """End every answer within a layer, and take no more."""
+        self._is_ending = True
+        for request in [*self._open]:
+            request.cancel("shutdown")
+
+    @property
+    def alive(self) -> bool:
+        """Whether the model can answer."""
+        return self.engine.alive
+
+    @property
+    def running(self) -> int:
+        """Answers that have a sequence."""
+        return min(self.engine.running, len(self._open))
+
+    @property
+    def queued(self) -> int:
+        """Answers that wait for one."""
+        return len(self._open) - self.running
+
+    def observe(self, request: Request) -> None:
         """Note the times of an answer that has ended."""
-        if job.first:
-            self._queue.observe(job.started - job.submitted)
-            self._first.observe(job.first - job.submitted)
-        self._answer.observe(time.monotonic() - job.submitted)
+        self._open.discard(request)
+        if request.first_token:
+            self._queue.observe(request.started - request.submitted)
+            self._first.observe(request.first_token - request.submitted)
+        self._answer.observe(time.monotonic() - request.submitted)
 
     def described(self) -> Json:
         """The model in OpenAI's list of models, and in Anthropic's."""
@@ -65,13 +111,13 @@ class Service:
 
     def stats(self) -> Json:
         """Counts and bytes now; memory is by tier."""
-        totals, stats, plan = self.batch.totals, self.runtime.stats(), self.runtime.plan
+        totals, stats, plan = self.engine.totals, self.runtime.stats(), self.runtime.plan
         tiers = memory_in_use(self.runtime.model).items()
         memory = {tier: {"used": used, "parts": parts} for tier, (used, parts) in tiers}
         memory[plan.tier] |= {"budget": plan.budget}
         return {
             **{"model": self.name, "context": self.runtime.context, "memory": memory},
-            **{name: getattr(self.batch, name) for name in ("running", "queued")},
+            **{"running": self.running, "queued": self.queued},
             **{name: getattr(totals, name) for name in _TOKENS},
             **{name: stats[name] for name in ("cache", "io", "kernels", "drafts")},
             **{name: stats[name] for name in ("sessions", "routing") if name in stats},
@@ -79,7 +125,7 @@ class Service:
 
     def collect(self) -> Iterable[Metric]:
         """The same for Prometheus, which calls this."""
-        totals, stats = self.batch.totals, self.stats()
+        totals, stats = self.engine.totals, self.stats()
         tokens = {name.removesuffix("_tokens"): stats[name] for name in _TOKENS}
         lookups = {"hit": stats["cache"]["hits"], "miss": stats["cache"]["misses"]}
         reads = {tier: values["bytes"] for tier, values in stats["io"].items()}

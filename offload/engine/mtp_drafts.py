@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slotmoe.model.kv_cache import LatentCache
-from slotmoe.offload.loading import LoadedModel
+from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.policy.drafts import Asking, Drafting
 
 

@@ -16,7 +16,6 @@ from slotmoe.model.mtp import MtpHead
 from slotmoe.model.names import resident_shapes, role_of
 from slotmoe.model.network import Network
 from slotmoe.model.tokenizer import Tokenizer
-from slotmoe.offload.exclusive import Exclusive
 from slotmoe.offload.experts import Experts
 from slotmoe.offload.host_compute import HostCompute
 from slotmoe.offload.lookahead import Lookahead
@@ -61,10 +60,9 @@ FREE_SHARE = 0.9  # of what is free, where no budget is given
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """An open model; ``opened`` closes its files and threads, and ``using`` is entered by whoever
-    computes with it.  ``draft`` is what drafts come from, ``ngram``, ``mtp`` or ``off``, and why;
-    ``head`` makes them for ``mtp``.  ``experts``, ``sizes`` and ``store`` are None on the reference
-    path."""
+    """An open model; ``opened`` closes its files and threads.  ``draft`` is what drafts come from,
+    ``ngram``, ``mtp`` or ``off``, and why; ``head`` makes them for ``mtp``.  ``experts``,
+    ``sizes`` and ``store`` are None on the reference path."""
 
     config: Config
     tokenizer: Tokenizer
@@ -77,7 +75,6 @@ class LoadedModel:
     device_reason: str
     backend: TorchBackend
     opened: ExitStack
-    using: Exclusive
     options: Options
     draft: tuple[str, str]
     experts: Experts | None = None
@@ -140,7 +137,6 @@ class _Loader:
     def __init__(self, folder: Path, options: Options, device: Device, reason: str):
         self._folder, self._options, self._device, self._reason = folder, options, device, reason
         self.budget, self._host_budget = self._budgets()
-        self._using = Exclusive()
         if options.quantize:
             self._backend = device.backend(options.kernels, options.threads)
         else:
@@ -200,15 +196,13 @@ class _Loader:
             self._check(plan)
             place = self._placer()
             weights = {name: place(name, checkpoint.tensor(name)) for name in checkpoint.infos}
-            experts = ResidentExperts(
-                weights, config.moe_layers, config.n_routed_experts, backend, self._using
-            )
+            experts = ResidentExperts(weights, config.moe_layers, config.n_routed_experts, backend)
             network = Network(config, weights, backend, experts)
             row = config.latent_width, torch.float32
             cache = LatentCache(config, self._context, row, self._device.empty)
             return LoadedModel(
                 config, tokenizer, network, [cache], plan, self._eos_token_ids, checkpoint,
-                self._device, self._reason, backend, opened.pop_all(), self._using, options,
+                self._device, self._reason, backend, opened.pop_all(), options,
                 self._draft(network),
             )  # fmt: skip
 
@@ -307,7 +301,7 @@ class _Loader:
             ]
             return LoadedModel(
                 config, tokenizer, network, caches, plan, self._eos_token_ids, export,
-                device, self._reason, backend, opened.pop_all(), self._using, options,
+                device, self._reason, backend, opened.pop_all(), options,
                 self._draft(network),
                 experts, sizes, store, head,
             )  # fmt: skip
@@ -414,5 +408,5 @@ class _Loader:
             levels = device.empty(tuple(levels.shape), levels.dtype).copy_(levels)
         return Experts(
             config.moe_layers, export.layout, levels, slots, self._backend, device,
-            lookahead, warm, hybrid, split, self._using, config.mtp,
+            lookahead, warm, hybrid, split, config.mtp,
         )  # fmt: skip

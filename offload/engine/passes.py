@@ -1,0 +1,160 @@
+"""The one way into a pass: sequences with their next tokens, whatever the pass is for.
+
+Shapes: T tokens, D hidden_size, R rows, V vocab_size.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Sequenced
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from slotmoe.offload.engine.loading import LoadedModel
+from slotmoe.offload.engine.mtp_drafts import HeadDrafts
+from slotmoe.offload.engine.sequence import Sequence
+from slotmoe.offload.policy.drafts import Drafting
+from slotmoe.sizes import format_size
+
+EACH_AT_ONCE = 16  # rows of logits made at once, each as it is alone
+
+
+@dataclass
+class Row:
+    """A sequence's part of a pass, which appends ``ids`` to it and computes ``draft`` behind them.
+
+    ``wanted`` says whether the logits of the last id are wanted, and with them those of the draft:
+    ``logits_RV``, float32 in RAM.  ``hidden_TD`` is the residual stream behind the ids, until the
+    next pass.
+    """
+
+    sequence: Sequence
+    ids: list[int]
+    wanted: bool = True
+    draft: list[int] = field(default_factory=list)
+    hidden_TD: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    logits_RV: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+
+
+class Passes:
+    """Runs passes of an open model, and counts them.  ``drafting`` is None where nothing is
+    drafted."""
+
+    def __init__(self, model: LoadedModel):
+        self._model = model
+        self.drafting = Drafting(model.plan.drafted) if model.draft[0] != "off" else None
+        self.tokens = dict.fromkeys(("prefill_tokens", "decode_tokens"), 0)
+        self.seconds = dict.fromkeys(("prefill_seconds", "decode_seconds"), 0.0)
+
+    def sequences(self) -> list[Sequence]:
+        """One for each latent cache."""
+        model, sequences = self._model, list[Sequence]()
+        for cache in model.caches:
+            head = None
+            if model.head is not None and self.drafting is not None:
+                head = HeadDrafts(model, self.compute, self.drafting, cache.context)
+            sequences.append(Sequence(cache, head))
+        return sequences
+
+    def decode(self, rows: Sequenced[Row]) -> None:
+        """A pass over one token of each sequence, and what is drafted behind them."""
+        started = self._begin()
+        if self.drafting is not None:
+            drafts = [row.sequence.draft(row.ids[0]) for row in rows]
+            lengths = self.drafting.lengths([chances for _, chances in drafts])
+            for row, (tokens, _), length in zip(rows, drafts, lengths, strict=True):
+                row.draft = tokens[:length]
+        drafted_at = time.perf_counter()
+        self._run(rows)
+        if self.drafting is not None:
+            count = sum(1 + len(row.draft) for row in rows)
+            seconds = time.perf_counter() - drafted_at
+            self.drafting.measured(count, count - len(rows), seconds)
+        self._end("decode", len(rows), started)
+
+    def prefill(self, row: Row) -> None:
+        """A pass over some tokens of a prompt."""
+        started = self._begin()
+        self._run([row])
+        self._end("prefill", len(row.ids), started)
+
+    def accept(self, row: Row, id: int) -> None:
+        """The next token of a row's draft has come."""
+        row.sequence.accept(id)
+        self.tokens["decode_tokens"] += 1
+        self._model.network.timer.accepted()
+        assert self.drafting is not None
+        self.drafting.accepted += 1
+
+    def each(self, hidden_RD: Tensor) -> Iterable[Tensor]:
+        """Logits of rows of the residual stream, a few at a time, float32 in RAM, each row bitwise
+        what it gives alone."""
+        for rows_RD in hidden_RD.split(EACH_AT_ONCE):
+            yield self._in_ram(self.logits(rows_RD, each=True))
+
+    def logits(self, hidden_RD: Tensor, each: bool = False) -> Tensor:
+        """Logits of rows of the residual stream, float32 [R, V] on the device; with ``each`` a row
+        is bitwise what it gives alone."""
+        network = self._model.network
+        head = network.head_each if each else network.head
+        return self.compute(lambda: head(hidden_RD))
+
+    def compute(self, step: Callable[[], Tensor]) -> Tensor:
+        """What ``step`` gives, computed.  Raises ``DeviceError``."""
+        model = self._model
+        ways_out = f"a lower --vram (now {format_size(model.plan.budget)}) or --context"
+        return model.device.run(step, ways_out)
+
+    def _run(self, rows: Sequenced[Row]) -> None:
+        """One pass.  One that raises leaves all sequences as they were."""
+        model = self._model
+        ids = [[*row.ids, *row.draft] for row in rows]
+        counts = [*map(len, ids)]
+        ids_T = model.device.upload(torch.tensor([id for row in ids for id in row]))
+        caches = [row.sequence.cache for row in rows]
+
+        def step() -> Tensor:
+            for row in rows:
+                row.sequence.cache.length = row.sequence.length
+            if model.experts is not None and model.experts.begin(len(ids_T), len(rows)):
+                self._guess_token(rows[0].sequence, ids_T)
+            return model.network.forward(ids_T, caches, counts)
+
+        hidden_TD = self.compute(step)
+        wanted = list[Tensor]()
+        for row, hidden_RD in zip(rows, hidden_TD.split(counts), strict=True):
+            row.sequence.append(row.ids, hidden_RD)
+            row.hidden_TD = hidden_RD[: len(row.ids)]
+            wanted += [hidden_RD[len(row.ids) - 1 :]] if row.wanted else []
+        if not wanted:
+            return
+        wanted_RD = hidden_TD if len(rows) == len(hidden_TD) else torch.cat(wanted)
+        logits_RV = self._in_ram(self.logits(wanted_RD, each=len(wanted_RD) > 1))
+        parts = iter(logits_RV.split([*map(len, wanted)]))
+        for row in rows:
+            if row.wanted:
+                row.logits_RV = next(parts)
+
+    def _guess_token(self, sequence: Sequence, ids_1: Tensor) -> None:
+        """Let the lookahead guess a token's experts from its embedding and the last hidden state
+        before it."""
+        model, hidden_RD = self._model, sequence.hidden_RD
+        if hidden_RD is None:
+            return
+        assert model.experts is not None and model.experts.lookahead is not None
+        embedding_1D = model.backend.embed(ids_1, model.network.embed_tokens)
+        model.experts.lookahead.guess_token(embedding_1D[0], hidden_RD[-1])
+
+    def _in_ram(self, logits_RV: Tensor) -> Tensor:
+        """By no copy engine of a GPU, which may have records before them."""
+        return self._model.device.download(logits_RV).get()
+
+    def _begin(self) -> float:
+        self._model.network.timer.begin()
+        return time.perf_counter()
+
+    def _end(self, kind: str, tokens: int, started: float) -> None:
+        self.tokens[f"{kind}_tokens"] += tokens
+        self.seconds[f"{kind}_seconds"] += time.perf_counter() - started
+        self._model.network.timer.end(kind, tokens)

@@ -1,0 +1,180 @@
+"""What goes into the engine's thread and what comes out: a ``Request`` and its deltas.
+
+An exception may strike between any two lines of a thread that waits for deltas.  So nothing of the
+engine lies here: a client puts requests into a queue, takes deltas out of another, and sets a flag.
+"""
+
+import math
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from queue import Empty, SimpleQueue
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from slotmoe.errors import CLOSED, ConfigError
+from slotmoe.model.generate import Delta, Token
+
+# A wait is a loop of waits of so many seconds: some systems let no signal end a wait for a lock.
+_WAIT_SECONDS = 0.5
+T = TypeVar("T")
+
+
+class Sampler(Protocol):
+    """Chooses an answer's tokens: ``slotmoe.model.generate.Answer``."""
+
+    ids: list[int]
+    """What was chosen so far."""
+
+    def score(self, token_id: int, logits_V: Tensor | None) -> None:
+        """The prompt's next token, and the logits that score it; the first one has none."""
+
+    def take(self, logits_V: Tensor) -> Delta:
+        """Choose a token from float32 CPU logits; a delta with a finish ends the answer."""
+
+    def end(self, finish: str, error: str = "") -> Delta:
+        """What was held back, and why the answer ends here."""
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and what is wanted of it: the engine's thread calls ``emit`` with each delta, the
+    last time with a finish.
+
+    Besides those of the sampler, ``Delta.finish`` is ``shutdown``, ``cancelled``, ``error``, or
+    ``refused`` for a grammar that can't be followed to its end, where the engine ended it;
+    ``problem`` is then what was raised.  Without an ``answer`` it ends behind the prompt.  Only
+    prompts of the same ``owner`` share latents.
+
+    All tokens from ``first`` on are computed, also where latents are at hand: of a prompt that is
+    ``scored`` those that ``answer.score`` gets logits of, else those of which ``hidden`` gets the
+    residual stream after the last layer, float32 [T, D], pass by pass.
+
+    The request is cancelled by ``cancel``, or when its ``client`` is gone.  Times are
+    ``time.monotonic()``.
+    """
+
+    prompt: list[int]
+    answer: Sampler | None
+    emit: Callable[[Delta], None]
+    owner: str = ""
+    scored: bool = False
+    hidden: Callable[[Tensor], None] | None = None
+    first: int | None = None  # None is the prompt's last token, whose logits are needed
+    client: Callable[[], object] = lambda: True
+    cancelled: str = ""  # the finish that is wanted now; within a layer it ends
+    hurried: bool = False  # others waited for its prompt: it is read in short passes from then on
+    reused: int = 0  # tokens of the prompt that were cached already
+    read: int = 0  # tokens of the prompt that are read by now, those of a pass by its layers
+    submitted: float = field(default_factory=time.monotonic)
+    started: float = 0.0
+    first_token: float = 0.0
+    problem: BaseException | None = None
+    wake: Callable[[], None] = lambda: None  # the engine, which sets this and the next
+    alive: Callable[[], bool] = lambda: True
+
+    def __post_init__(self) -> None:
+        if self.first is None:
+            self.first = 0 if self.scored else len(self.prompt) - 1
+
+    @property
+    def reusable(self) -> list[int]:
+        """The beginning of the prompt that need not be computed."""
+        return self.prompt[: self.first]
+
+    @property
+    def unwanted(self) -> str:
+        """The finish that is wanted now, if any."""
+        return self.cancelled or ("" if self.client() is not None else "cancelled")
+
+    def cancel(self, finish: str = "cancelled") -> None:
+        """Nobody wants the rest."""
+        self.cancelled = self.cancelled or finish
+        self.wake()
+
+    def end(self, finish: str, error: str = "") -> Delta:
+        """The last delta."""
+        return Delta("", (), finish) if self.answer is None else self.answer.end(finish, error)
+
+
+def wait_for(queue: "SimpleQueue[T]", alive: Callable[[], bool], seconds: float = math.inf) -> T:
+    """The next item of a queue that the engine fills while it is ``alive``.  Raises ``Empty`` after
+    so many seconds, and ``ConfigError`` where nothing will come."""
+    until = time.monotonic() + seconds
+    while True:
+        was_alive = alive()
+        left = min(_WAIT_SECONDS, max(0.0, until - time.monotonic()))
+        try:
+            return queue.get(timeout=left if was_alive else 0.0)
+        except Empty:
+            if not was_alive:
+                raise ConfigError(CLOSED) from None
+            if time.monotonic() >= until:
+                raise
+
+
+class Text:
+    """A text's tokens out of its deltas.  Tokens of a character that is not complete are held back;
+    the last token carries what is left of one, and ``limit``, if that ended the text."""
+
+    def __init__(self, request: Request, limit: str):
+        self._request, self._limit = request, limit
+        self._held: list[Token] = []
+        self.ended = False
+
+    def feed(self, delta: Delta) -> list[Token]:
+        """Tokens that are complete with ``delta``.  Raises what has ended the text, if that was
+        neither a token nor a limit."""
+        self._held += delta.tokens
+        if delta.finish is None:
+            return self._release() if delta.complete else []
+        self.ended = True
+        if delta.finish not in ("stop", "length"):
+            raise self._request.problem or ConfigError(CLOSED)
+        if self._held:
+            rest = delta.text.removeprefix("".join(token.text for token in delta.tokens))
+            finish, last = self._limit if delta.finish == "length" else None, self._held[-1]
+            self._held[-1] = replace(last, text=last.text + rest, finish=finish)
+        return self._release()
+
+    def _release(self) -> list[Token]:
+        held, self._held = self._held, []
+        return held
+
+
+class Stream(Iterator[Token]):
+    """The tokens of a text as they are made.  ``close`` cancels it, and so does whatever interrupts
+    a wait for the next one, and the end of all references to it."""
+
+    def __init__(self, prompt: list[int], answer: Sampler, limit: str):
+        self._deltas: SimpleQueue[Delta] = SimpleQueue()
+        self.request = Request(prompt, answer, self._deltas.put, client=weakref.ref(self))
+        self.text, self._ready = Text(self.request, limit), deque[Token]()
+
+    def __next__(self) -> Token:
+        self.wait()
+        if self._ready:
+            return self._ready.popleft()
+        raise StopIteration
+
+    def wait(self, seconds: float = math.inf) -> bool:
+        """Wait so long at most until the next token or the end is there, and say whether it is.
+        Raises what the engine could not do."""
+        try:
+            while not (self._ready or self.text.ended):
+                delta = wait_for(self._deltas, self.request.alive, seconds)
+                self._ready += self.text.feed(delta)
+        except Empty:
+            return False
+        except BaseException:  # also Ctrl-C: who does not wait any more wants no more
+            self.close()
+            raise
+        return True
+
+    def close(self) -> None:
+        """Nobody wants the rest."""
+        self.request.cancel()
+        self.text.ended = True

@@ -1,0 +1,110 @@
+"""A text on its way: the tokens that its latent cache holds, and what is drafted behind them.
+
+Shapes: D hidden_size, R rows, L layers, T tokens, B bytes of a cached row.
+"""
+
+import torch
+from torch import Tensor
+
+from slotmoe.border import Backend
+from slotmoe.model.config import Config
+from slotmoe.model.kv_cache import LatentCache
+from slotmoe.offload.engine.mtp_drafts import HeadDrafts
+from slotmoe.offload.policy.drafts import MOST_DRAFTED, NGrams
+from slotmoe.quant.backends.base import Prepared
+
+
+class Sequence:
+    """One latent cache and the tokens whose latents it holds, a new list after each change.  A
+    token id of -1 is unknown.  What a pass that did not end has written behind them means nothing.
+    ``head`` drafts, or, where it is None, what the text has repeated before."""
+
+    def __init__(self, cache: LatentCache, head: HeadDrafts | None):
+        self.cache, self._head = cache, head
+        self.tokens: list[int] = []
+        self.owner = ""  # whose latents they are
+        # The residual stream after the last layer behind the last token of a pass, and behind those
+        # that were drafted after it and accepted since, float32 [R, D]; None where it is not known.
+        self.hidden_RD: Tensor | None = None
+        self._drafted_RD = torch.empty(0, 0)
+        self._ngrams = NGrams()
+
+    @property
+    def length(self) -> int:
+        """Positions that are cached.  Another thread may ask."""
+        return len(self.tokens)
+
+    @property
+    def context(self) -> int:
+        """Positions that the latent cache has room for."""
+        return self.cache.context
+
+    def append(self, ids: list[int], hidden_TD: Tensor) -> None:
+        """A pass has computed ``ids`` and a draft behind them; ``hidden_TD`` is the residual stream
+        behind all of these."""
+        before_RD, last = self.hidden_RD, len(ids) - 1
+        self.tokens, self._drafted_RD = self.tokens + ids, hidden_TD[last:].clone()
+        self.hidden_RD = self._drafted_RD[:1]
+        if self._head is not None and last:  # what comes by one token it reads where it drafts
+            parts = [hidden_TD[:last]] if before_RD is None else [before_RD, hidden_TD[:last]]
+            self._head.read(self.tokens, torch.cat(parts))
+
+    def accept(self, id: int) -> None:
+        """The next token of the draft has come."""
+        assert self.hidden_RD is not None
+        self.tokens = [*self.tokens, id]
+        self.hidden_RD = self._drafted_RD[: len(self.hidden_RD) + 1]
+
+    def draft(self, id: int) -> tuple[list[int], list[float]]:
+        """What may come behind ``id``, which is to be appended, as far as there is room, and how
+        likely each token is."""
+        tokens, room = [*self.tokens, id], self.context - self.length - 1
+        if self._head is None:
+            self._ngrams.read(tokens)
+            return self._ngrams.draft(min(MOST_DRAFTED, room))
+        if room < 1 or self.hidden_RD is None:
+            return [], []
+        return self._head.draft(tokens, self.hidden_RD.clone())
+
+    def cut(self, length: int) -> None:
+        """Keep the first ``length`` tokens."""
+        if length < len(self.tokens):
+            self.tokens, self.hidden_RD = self.tokens[:length], None
+
+    def take(self, source: "Sequence", length: int) -> None:
+        """Become the first ``length`` tokens of ``source``, which may be this sequence."""
+        if source is self:
+            self.cut(length)
+        else:
+            self.cache.copy(source.cache, length)
+            self.tokens, self.hidden_RD = source.tokens[:length], None
+
+    def latents(self, start: int, end: int) -> Tensor:
+        """Bytes of the latents of those positions, uint8 [L, end - start, B] in RAM."""
+        return self.cache.layers[:, start:end].cpu().contiguous().view(torch.uint8)
+
+    def append_latents(self, ids: list[int], rows_LTB: Tensor) -> None:
+        """Append ``ids`` whose latents were computed before: what ``latents`` gave of them."""
+        end = self.length + len(ids)
+        self.cache.layers[:, self.length : end].view(torch.uint8).copy_(rows_LTB)
+        self.cache.written = max(self.cache.written, end)
+        self.tokens, self.hidden_RD = self.tokens + ids, None
+
+    def fill(self, depth: int, config: Config, backend: Backend[Prepared]) -> None:
+        """Become ``depth`` unknown tokens with random latents: for measurements."""
+        latent_SW = torch.randn(
+            depth, config.latent_width, generator=torch.Generator().manual_seed(0)
+        )
+        for rows_SX in self.cache.layers:
+            backend.store_latents(
+                latent_SW.to(rows_SX.device), config.kv_lora_rank, rows_SX[:depth]
+            )
+        self.tokens, self.hidden_RD = [-1] * depth, None
+
+
+def shared_prefix(cached: list[int], prompt: list[int]) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    limit = min(len(cached), len(prompt))
+    if cached[:limit] == prompt[:limit]:
+        return limit
+    return next(index for index in range(limit) if cached[index] != prompt[index])
