@@ -226,6 +226,7 @@ class Engine:
             self.refuse(f"the engine failed ({problem!r:.200}); open the model again")
         finally:
             self._end_all()
+            (self.model.experts or self.model.network.experts).look = lambda: None  # BRIDGE
             self.ended()
 
     def _has_work(self) -> bool:

@@ -1,16 +1,20 @@
 """Several answers at once: the same tokens as alone, places that come free, latents reused and
-never across owners."""
+never across owners; any number of threads."""
 
+import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from slotmoe.errors import PlanError
+from slotmoe.errors import CLOSED, ConfigError, ExportError, PlanError
 from slotmoe.model.generate import Answer, Sampling, Stops, penalize
-from slotmoe.offload.engine import loading, scheduler
-from slotmoe.offload.runtime import Runtime, Sequence
-from slotmoe.offload.scheduler import Job, QueueFullError, Scheduler
+from slotmoe.offload.engine import engine as engines
+from slotmoe.offload.engine import loading
+from slotmoe.offload.engine.requests import Request
+from slotmoe.offload.observe.forced import begin, force
+from slotmoe.offload.runtime import Runtime
 from tests.support.engine import until
 
 PROMPTS = ["My fellow citizens,", "It is a truth universally acknowledged, that a", "def main("]
@@ -20,13 +24,13 @@ PROMPTS += ["Call me", "To be or not to be", "Once upon a time", "import os", "T
 class Caller:
     """Submits one prompt and collects its answer."""
 
-    def __init__(self, batch, runtime, ids, limit=24, owner="", at=None, **options):
+    def __init__(self, runtime, ids, limit=24, owner="", at=None, **options):
         self.ids, self.text, self.last, self.ended = ids, "", None, threading.Event()
         sampling = Sampling(**options.pop("sampling", {}))
         fixed = runtime.tokenizer, runtime.eos_token_ids, sampling, limit
         self.answer = Answer(ids, *fixed, **options)
-        self.at, self.job = at or (lambda caller: None), Job(ids, self.answer, self.emit, owner)
-        batch.submit([self.job])
+        self.at, self.job = at or (lambda caller: None), Request(ids, self.answer, self.emit, owner)
+        runtime.engine.submit(self.job)
 
     def emit(self, piece):
         self.text += piece.text
@@ -57,16 +61,9 @@ def narrow(sample_export, heavy):
 
 @pytest.fixture
 def in_steps(narrow, monkeypatch):
-    monkeypatch.setattr(scheduler, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(engines, "PREFILL_CHUNK", 16)
+    begin(narrow)
     return narrow
-
-
-@pytest.fixture
-def batch(runtime):
-    batch = Scheduler(runtime, 8, 4)
-    yield batch
-    batch.close()
-    assert batch.problem is None
 
 
 @pytest.mark.parametrize(("room", "limit"), [("runtime", 16), ("narrow", 6)])
@@ -74,98 +71,202 @@ def test_answers_together_are_token_for_token_those_alone(request, room, limit):
     """Prompts of one token and of more than a shared piece, so that decoding and filling
     interleave."""
     runtime = request.getfixturevalue(room)
-    batch = Scheduler(runtime, 8, 4)
+    begin(runtime)
+    totals = runtime.engine.totals
+    before = totals.steps, totals.prompt_tokens + totals.reused_tokens, totals.answer_tokens
     long = runtime.tokenizer.encode("The people of the United States have a government. " * 16)
     prompts = [*(runtime.tokenizer.encode(text) for text in PROMPTS[:6]), long, [0]]
-    together = [Caller(batch, runtime, ids, limit) for ids in prompts]
+    together = [Caller(runtime, ids, limit) for ids in prompts]
     found = [caller.wait().answer.ids for caller in together]
-    batch.close()
+    after = totals.steps, totals.prompt_tokens + totals.reused_tokens, totals.answer_tokens
+    steps, read, made = (new - old for new, old in zip(after, before, strict=True))
+    assert limit < steps < 8 * limit
+    assert (read, made) == (sum(map(len, prompts)), sum(map(len, found)))
     if runtime.stats()["kernels"] != "torch":
         assert found == [[token.id for token in runtime.generate(ids, limit)] for ids in prompts]
-    totals = batch.totals
-    assert limit < totals.steps < 8 * limit
-    assert totals.prompt_tokens + totals.reused_tokens == sum(map(len, prompts))
-    assert totals.answer_tokens == sum(map(len, found))
 
 
 def test_one_step_reaches_the_same_logits(runtime):
     if runtime.stats()["kernels"] == "torch":
         pytest.skip("torch's products depend on the number of rows")
-    ids = [runtime.tokenizer.encode(text) for text in PROMPTS]
-    alone = []
-    for index, (sequence, prompt) in enumerate(zip(runtime.sequences, ids, strict=True)):
-        sequence.rewind(0)
-        sequence.append(prompt)
-        alone.append(sequence.append([7 + index]))
-        sequence.rewind(len(prompt))
-    together = runtime.append_each(runtime.sequences, [7 + index for index in range(8)])
-    assert torch.equal(together, torch.cat(alone))
+    prompts = [runtime.tokenizer.encode(text) for text in PROMPTS]
+    alone = [force(runtime, ids, [7, 8], keeps=True).logits for ids in prompts]
+    with ThreadPoolExecutor(8) as pool:
+        together = pool.map(lambda ids: force(runtime, ids, [7, 8], keeps=True).logits, prompts)
+        for one, other in zip(alone, together, strict=True):
+            assert torch.equal(torch.stack(one), torch.stack(other))
 
 
-def test_queue_is_bounded_and_all_or_nothing(runtime, batch):
-    gate = threading.Event()
-    ids = runtime.tokenizer.encode("Call me")
-    callers = [Caller(batch, runtime, ids, 200, at=lambda _: gate.wait(30)) for _ in range(12)]
-    with pytest.raises(QueueFullError):
-        Caller(batch, runtime, ids)
-    for caller in callers:
-        caller.job.cancelled = True
-    gate.set()
-    assert {caller.wait().last.finish for caller in callers} == {"cancelled"}
-    assert Caller(batch, runtime, ids, 2).wait().last.finish == "length"
+# Threads
 
 
-def test_prefix_is_reused_by_the_same_owner_only(runtime, batch):
+@pytest.mark.parametrize("room", ["runtime", "narrow"])
+def test_threads_get_each_the_text_alone(request, room):
+    """Texts, logits and measurements mix; each is what it is alone."""
+    runtime = request.getfixturevalue(room)
+    prompts = [[*range(5 + n, 40 + 3 * n)] for n in range(8)]
+    logits = runtime.logits(prompts[0])
+    alone = [[token.id for token in runtime.generate(ids, 10)] for ids in prompts]
+
+    def ask(number):
+        if number % 4 == 3:
+            return torch.equal(runtime.logits(prompts[0]), logits)
+        ids = prompts[number % 8]
+        made = [token.id for token in runtime.generate(ids, 10)]
+        return runtime.stats()["kernels"] == "torch" or made == alone[number % 8]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(48)))
+
+
+def test_a_text_goes_on_where_another_took_its_sequence(sample_export):
+    """One sequence for two texts in turn, and for logits that come piece by piece."""
+    ids = [5 + n for n in range(100)]
+    with Runtime.open(sample_export, context=256) as runtime:
+        whole = torch.cat([*runtime.logits_from(ids)])
+        runtime.plan.__dict__["prefill_chunk"] = 20
+        rows = [next(pieces := runtime.logits_from(ids)), *[]]
+        first, second = runtime.generate([9, 8, 7], 30), runtime.generate([7, 8, 9], 30)
+        texts = [[token.id for token in text] for text in (second, first)]
+        rows += [*pieces]
+        assert torch.equal(torch.cat(rows), whole)
+        for ids, text in zip(([7, 8, 9], [9, 8, 7]), texts, strict=True):
+            assert [token.id for token in runtime.generate(ids, 30)] == text
+
+
+def test_several_texts_by_one_call_and_in_an_event_loop(runtime, processes):
+    wanted = [[*runtime.generate(text, 6)] for text in PROMPTS[:3]]
+    texts = runtime.generate_all(PROMPTS[:3], max_new_tokens=6)
+    assert [[*text] for text in texts] == wanted
+
+    async def collect(text):
+        return [token async for token in runtime.stream(text, max_new_tokens=6)]
+
+    async def together():
+        return await asyncio.gather(*map(collect, PROMPTS[:3]))
+
+    assert asyncio.run(together()) == wanted
+    message = {"role": "user", "content": "Call me"}
+    by_messages = [*runtime.generate(messages=[message], max_new_tokens=4)]
+    assert by_messages == [*runtime.generate("Call me", 4, chat=True)]
+    for prompt, messages in ((None, None), ("Call me", [message])):
+        with pytest.raises(ConfigError, match="one of the two"):
+            runtime.generate(prompt, messages=messages)
+
+
+def test_who_closes_forgets_or_leaves_a_text_cancels_it(runtime):
+    before = runtime.engine.totals.finished.get("cancelled", 0)
+
+    def idle():
+        until(lambda: runtime.engine.running == 0)
+        return runtime.engine.totals.finished.get("cancelled", 0) - before
+
+    stream = runtime.generate([5, 6], None)
+    next(stream)
+    stream.close()
+    assert [*stream] == [] and idle() == 1
+    stream = runtime.generate([5, 6], None)
+    next(stream)
+    del stream
+    assert idle() == 2
+
+    async def leave():
+        tokens = runtime.stream([5, 6], max_new_tokens=None)
+        await anext(tokens)
+        await tokens.aclose()
+
+    asyncio.run(leave())
+    assert idle() == 3
+
+
+def test_prefix_is_reused_by_the_same_owner_only(runtime):
+    begin(runtime)
     text = "The people of the United States have a government of laws and not of men, and"
     ids = runtime.tokenizer.encode(text)
-    first, other, again = (Caller(batch, runtime, ids, owner=owner).wait() for owner in "aba")
-    longer = Caller(batch, runtime, [*ids, *first.answer.ids[:-1], 5], owner="a").wait()
+    first, other, again = (Caller(runtime, ids, owner=owner).wait() for owner in "aba")
+    longer = Caller(runtime, [*ids, *first.answer.ids[:-1], 5], owner="a").wait()
     reused = [caller.job.reused for caller in (first, other, again, longer)]
     assert reused == [0, 0, len(ids) - 1, len(ids) + 23]
     if runtime.stats()["kernels"] != "torch":
         assert first.answer.ids == other.answer.ids == again.answer.ids
 
 
-def test_an_answer_ends_where_the_context_does_or_nobody_wants_it(runtime, batch):
-    caller = Caller(batch, runtime, [5] * 250, 100).wait()
+def test_an_answer_ends_where_the_context_does_or_nobody_wants_it(runtime):
+    caller = Caller(runtime, [5] * 250, 100).wait()
     assert (caller.last.finish, len(caller.answer.ids)) == ("length", 7)
 
     def leave(caller):
-        caller.job.cancelled |= len(caller.answer.ids) == 3
+        if len(caller.answer.ids) == 3:
+            caller.job.cancel()
 
-    caller = Caller(batch, runtime, [5, 6, 7], 200, at=leave).wait()
-    assert (caller.last.finish, len(caller.answer.ids), batch.running) == ("cancelled", 3, 0)
-
-
-def test_closing_ends_answers_with_a_reason(runtime):
-    batch = Scheduler(runtime, 8, 4)
-    caller = Caller(batch, runtime, [5, 6, 7], 200, at=lambda caller: batch.stop())
-    assert caller.wait().last.finish == "shutdown"
-    batch.close()
-    with pytest.raises(QueueFullError):
-        Caller(batch, runtime, [5])
+    caller = Caller(runtime, [5, 6, 7], 200, at=leave).wait()
+    assert (caller.last.finish, len(caller.answer.ids), runtime.engine.running) == (
+        "cancelled",
+        3,
+        0,
+    )
 
 
-def test_memory_goes_back_once_nobody_asks(runtime, monkeypatch):
+def test_closing_ends_answers_with_a_reason(sample_export):
+    runtime = Runtime.open(sample_export, context=256)
+    engine = runtime.engine
+    running = Caller(runtime, [5, 6, 7], 200, at=lambda caller: engine.stop())
+    waiting = Caller(runtime, [5, 6, 7], 200)
+    assert {running.wait().last.finish, waiting.wait().last.finish} == {"shutdown"}
+    runtime.close()
+    with pytest.raises(ConfigError, match=CLOSED):
+        Caller(runtime, [5])
+
+
+def test_memory_goes_back_once_nobody_asks(sample_export, monkeypatch):
     """Once after the last answer, and not on and on."""
     given = threading.Semaphore(0)
-    monkeypatch.setattr(scheduler, "IDLE_SECONDS", 0.0)
-    monkeypatch.setattr(scheduler, "give_back_memory", given.release)
-    batch = Scheduler(runtime, 8, 4)
-    assert given.acquire(timeout=30)
-    Caller(batch, runtime, [5, 6], limit=1).wait()
-    assert given.acquire(timeout=30)
-    batch.close()
+    monkeypatch.setattr(engines, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(engines, "give_back_memory", given.release)
+    with Runtime.open(sample_export, context=256) as runtime:
+        assert given.acquire(timeout=30)
+        Caller(runtime, [5, 6], limit=1).wait()
+        assert given.acquire(timeout=30)
     assert not given.acquire(blocking=False)
 
 
-def test_failed_model_ends_every_answer_and_the_batch(runtime, monkeypatch):
+@pytest.mark.parametrize(
+    ("raised", "goes_on"),
+    [
+        (ExportError("experts/layer-00001: is damaged"), True),
+        (MemoryError("no memory"), True),
+        (OSError(5, "Input/output error"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+        (ZeroDivisionError("a defect"), False),
+    ],
+)
+def test_what_fails_in_a_pass_ends_its_requests_and_a_defect_all(
+    sample_export, monkeypatch, raised, goes_on
+):
     ended = threading.Event()
-    batch = Scheduler(runtime, 8, 4, ended.set)
-    monkeypatch.setattr(Sequence, "append", lambda *_: 1 / 0)
-    caller = Caller(batch, runtime, [5, 6, 7])
-    assert caller.wait().last.finish == "error"
-    assert ended.wait(30) and isinstance(batch.problem, ZeroDivisionError)
+    with Runtime.open(sample_export, context=256, sequences=2) as runtime:
+        want = [token.id for token in runtime.generate([5, 6, 7], 8)]
+        engine = runtime.engine
+        engine.ended = ended.set
+
+        def fail(route):
+            stop()
+            raise raised
+
+        stop = runtime.model.experts.on_layer(fail)
+        caller = Caller(runtime, [5, 9, 7])
+        assert caller.wait().last.finish == "error" and caller.job.problem is raised
+        if goes_on:
+            assert str(raised) in caller.last.error
+            assert [token.id for token in runtime.generate([5, 6, 7], 8)] == want
+            stop = runtime.model.experts.on_layer(fail)
+            with pytest.raises(type(raised)):
+                list(runtime.generate([8, 6, 7], 8))
+            assert [token.id for token in runtime.generate([5, 6, 7], 8)] == want
+        else:
+            assert ended.wait(30) and engine.problem is raised
+            with pytest.raises(ConfigError, match=r"failed \(ZeroDivisionError\('a defect'\)\)"):
+                runtime.generate([5])
 
 
 def test_caches_of_all_sequences_are_in_the_plan(runtime, sample_export):
@@ -214,76 +315,81 @@ def test_penalties_and_bias_change_the_choice():
 
 
 def test_rows_that_others_overwrote_are_not_taken_for_the_prompt(runtime):
-    prompt = [5, 9, 300, 17, 2, 40, 8, 21]
+    prompt, sequences = [5, 9, 300, 17, 2, 40, 8, 21], runtime.engine.sequences
+    begin(runtime)
     wanted = [token.id for token in runtime.generate(prompt, 8)]
-    first, second = runtime.sequences[:2]
-    second.rewind(0)
-    second.append([7, 7, 7, 7, 7, 7, 7])
-    first.take(second, 6)
-    assert [token.id for token in runtime.generate(prompt, 8)] == wanted
-    first.take(first, 2)
-    runtime.append_each([first, second], [77, 78])
+    force(runtime, [7] * 7)
+
+    def take():
+        (first,) = (one for one in sequences if one.tokens[:1] == prompt[:1])
+        (other,) = (one for one in sequences if one.tokens[:1] == [7])
+        first.take(other, 6)
+        other.take(first, 2)
+
+    runtime.engine.call(take)
     assert [token.id for token in runtime.generate(prompt, 8)] == wanted
 
 
-@pytest.mark.parametrize("end", ["cancelled", "shutdown"])
-def test_a_long_pass_ends_when_nobody_waits_for_it(in_steps, end):
-    gates, ids, batch = [], [5 + n for n in range(200)], Scheduler(in_steps, 1, 4)
+@pytest.mark.parametrize("end", ["cancelled", "closed"])
+def test_a_long_pass_ends_when_nobody_waits_for_it(in_steps, end, sample_export):
+    """And leaves everything as it was."""
+    gates, ids, runtime = [], [5 + n for n in range(200)], in_steps
+    if end == "closed":
+        runtime = Runtime.open(sample_export, context=256, slots=112)
 
     def third(route):
         gates.append(route)
         if len(gates) == 3 and end == "cancelled":
-            batch._filling.cancelled = True
+            caller.job.cancel()
         elif len(gates) == 3:
-            batch.stop()
+            runtime.engine.stop()
 
-    in_steps.sequences[0].rewind(0)
-    stop = in_steps.model.experts.on_route(third)
-    caller = Caller(batch, in_steps, ids, owner=end).wait()
-    batch.close()
-    stop()
-    assert (caller.last.finish, len(gates), batch.problem) == (end, 3, None)
-    assert in_steps.sequences[0].length == 0
-    assert in_steps.logits(ids).isfinite().all()
+    stop = runtime.engine.call(lambda: runtime.model.experts.on_layer(third))
+    sequence = runtime.engine.sequences[0]
+    caller = Caller(runtime, ids, owner=end)
+    assert (caller.wait().last.finish, len(gates)) in (("cancelled", 3), ("shutdown", 3))
+    assert sequence.length == 0
+    if end == "closed":
+        return runtime.close()
+    runtime.engine.call(stop)
+    assert runtime.logits(ids).isfinite().all()
 
 
 def test_a_short_prompt_overtakes_a_long_one_which_gets_a_piece_after_each(in_steps, monkeypatch):
     """What is cached of a prompt does not count."""
-    runtime = in_steps
+    runtime, engine = in_steps, in_steps.engine
     long, shorts = [5 + n for n in range(240)], [[7 + n, 8, 9] for n in range(3)]
     shorts[0] = [*long[:100], *shorts[0]]
     gates, order, callers, pieces = [], [], [], []
 
-    def ask(batch, ids, limit, owner=""):
-        return Caller(batch, runtime, ids, limit, owner, lambda caller: order.append(len(ids)))
+    def ask(ids, limit, owner=""):
+        return Caller(runtime, ids, limit, owner, lambda caller: order.append(len(ids)))
 
     wanted = [token.id for token in runtime.generate(long, 2)]
-    for sequence in runtime.sequences:
-        sequence.rewind(0)
-    batch = Scheduler(runtime, 2, 8)
-    Caller(batch, runtime, long[:100], limit=1).wait()
-    fill = batch._fill
+    begin(runtime)
+    monkeypatch.setattr(engine, "at_once", 2)
+    Caller(runtime, long[:100], limit=1).wait()
+    fill = engine._fill
 
-    def note(job, shared):
-        sequence = batch._running[job]
+    def note(request, shared):
+        sequence = engine._running[request]
         before = sequence.length
-        fill(job, shared)
-        pieces.append((len(job.prompt), sequence.length - before))
+        fill(request, shared)
+        pieces.append((len(request.prompt), sequence.length - before))
 
     def arrive(route):
         gates.append(route)
         if len(gates) == 3:
-            callers.extend(ask(batch, ids, 1) for ids in shorts)
+            callers.extend(ask(ids, 1) for ids in shorts)
 
-    monkeypatch.setattr(batch, "_fill", note)
-    stop = runtime.model.quantized("a test").on_route(arrive)
-    callers.append(ask(batch, long, 2, "another"))
+    monkeypatch.setattr(engine, "_fill", note)
+    stop = runtime.model.experts.on_layer(arrive)
+    callers.append(ask(long, 2, "another"))
     until(lambda: len(callers) == 4)
     for caller in callers:
         caller.wait()
-    batch.close()
-    stop()
-    assert batch.problem is None and callers[0].answer.ids == wanted
+    runtime.engine.call(stop)
+    assert callers[0].answer.ids == wanted
     assert order == [*map(len, shorts), 240, 240]
     assert pieces[0] == (240, 0)  # the pass under way ended, and only that one
     assert pieces[1:7] == [(len(shorts[0]), 3), (240, 16), (3, 3), (240, 16), (3, 3), (240, 16)]

@@ -10,6 +10,7 @@ from functools import cache
 import torch
 
 from slotmoe.offload import runtime
+from slotmoe.offload.observe.forced import begin, force
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers import disk
 from tests.support.engine import IDS, whole
@@ -84,9 +85,9 @@ def interrupted_at(line, moment, action, kind):
 def compute(runtime):
     """Prefill and decode: all logits."""
     passes = PASSES if runtime.model.device.tier == "ram" else SHORT
-    first = runtime.sequences[0]
-    first.rewind(0)
-    return torch.cat([first.append(ids).clone() for ids in passes])
+    begin(runtime)
+    first, *following = passes
+    return torch.stack(force(runtime, first, [id for ids in following for id in ids], True).logits)
 
 
 def on_threads(export, monkeypatch):
