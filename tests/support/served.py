@@ -46,14 +46,14 @@ HALVES = [
 # For ``start``: steps of 10 ms, and a model that fails.
 SLOW = f"""
 import time
-from slotmoe.offload.runtime import Runtime
-append_each = Runtime.append_each
-Runtime.append_each = lambda *given: time.sleep(0.01) or append_each(*given)
+from slotmoe.offload.engine.passes import Passes
+decode = Passes.decode
+Passes.decode = lambda *given: time.sleep(0.01) or decode(*given)
 {COMMAND_LINE}
 """
 FAILING = f"""
-from slotmoe.offload.runtime import Sequence
-Sequence.append = lambda *_: 1 / 0
+from slotmoe.offload.engine.passes import Passes
+Passes.prefill = lambda *_: 1 / 0
 {COMMAND_LINE}
 """
 
@@ -96,7 +96,7 @@ class Served:
         self.port = self.listener.getsockname()[1]
         self.address, self.key = f"http://127.0.0.1:{self.port}", (*keys, "none")[0]
         given = "sample", sequences, waiting, keys, ("box.local",), max_body
-        self.server, self.batch = make_server(runtime, *given, **edge)
+        self.server, self.service = make_server(runtime, *given, **edge)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
 
     def __enter__(self):
@@ -106,7 +106,8 @@ class Served:
     def __exit__(self, *_):
         self.server.should_exit = True
         self.thread.join(20)
-        self.batch.close()
+        self.service.stop()
+        self.idle()
         self.listener.close()
 
     def open(self, method, path, body=None, **headers):
@@ -161,7 +162,7 @@ class Served:
 
     def idle(self, seconds=30.0):
         """Wait until no answer runs or waits."""
-        until(lambda: not (self.batch.running or self.batch.queued), seconds)
+        until(lambda: not (self.service.running or self.service.queued), seconds)
 
 
 def start(export, *options, program=COMMAND_LINE):

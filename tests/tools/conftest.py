@@ -68,14 +68,15 @@ def anthropic_client(served):
 @pytest.fixture
 def steps(runtime, monkeypatch):
     """Let each step of ``runtime`` be preceded by a call."""
-    append_each = runtime.append_each
+    passes = runtime.engine.passes
+    decode = passes.decode
 
     def precede(call):
         def later(*arguments):
             call()
-            return append_each(*arguments)
+            return decode(*arguments)
 
-        monkeypatch.setattr(runtime, "append_each", later)
+        monkeypatch.setattr(passes, "decode", later)
 
     return precede
 

@@ -203,7 +203,7 @@ def test_rebound_names_and_pages_of_other_origins_are_refused(served):
 def test_beyond_the_queue_clients_are_told_when_to_come_back(runtime, gate):
     with Served(runtime, waiting=0) as served, ThreadPoolExecutor(8) as pool:
         whole = [pool.submit(served.complete, "Call me", max_tokens=4) for _ in range(8)]
-        until(lambda: served.batch.running + served.batch.queued == 8)
+        until(lambda: served.service.running + served.service.queued == 8)
         status, answer, headers = served.chat()
         assert (status, answer["error"]["type"]) == (429, "rate_limit_error")
         assert int(headers["retry-after"]) >= 1
@@ -214,16 +214,16 @@ def test_beyond_the_queue_clients_are_told_when_to_come_back(runtime, gate):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_client_that_leaves_frees_its_place(served, slow, stream):
-    made = served.batch.totals.answer_tokens
+    made = served.service.engine.totals.answer_tokens
     connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=30)
     body = json.dumps({**GREEDY, "prompt": "Call me", "max_tokens": 500, "stream": stream})
     connection.request("POST", TEXT, body, {"Content-Type": "application/json"})
-    until(lambda: served.batch.totals.answer_tokens >= made + 5)
+    until(lambda: served.service.engine.totals.answer_tokens >= made + 5)
     connection.sock.shutdown(socket.SHUT_RDWR)
     connection.close()
     served.idle()
-    assert served.batch.totals.answer_tokens < made + 400
-    assert served.batch.totals.finished["cancelled"] >= 1
+    assert served.service.engine.totals.answer_tokens < made + 400
+    assert served.service.engine.totals.finished["cancelled"] >= 1
 
 
 FIGURES = "tokens_total first_token_seconds_bucket queued expert_hit_rate read_bytes_total"

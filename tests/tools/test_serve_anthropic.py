@@ -196,7 +196,7 @@ def test_silent_streams_are_pinged(runtime, monkeypatch, gate, path):
         body = {"model": "sample", "stream": True, "input": "x", "max_output_tokens": 3}
     with Served(runtime, sequences=1) as served:
         first, _ = served.open("POST", PATH, {**ASK, "stream": True})
-        until(lambda: served.batch.running)
+        until(lambda: served.service.running)
         connection, response = served.open("POST", path, body)
         data = b""
         while data.count(ping.encode()) < 3 and (more := response.read1(4096)):

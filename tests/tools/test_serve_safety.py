@@ -9,7 +9,6 @@ from contextlib import ExitStack, suppress
 import psutil
 import pytest
 
-from slotmoe.offload.runtime import Sequence
 from slotmoe.tools.serve import guard as serve_guard
 from tests.support.served import FAILING, GREEDY, HALVES, Served, start, until
 
@@ -107,7 +106,7 @@ def test_flood_of_silent_connections_locks_nobody_out_and_passes(served, gate, m
     with ExitStack() as stack:
         asked = request(completion(max_tokens=4), Connection="close")
         kept = stack.enter_context(connect(served.port, asked))
-        until(lambda: served.batch.running)
+        until(lambda: served.service.running)
         silent = [stack.enter_context(connect(served.port)) for _ in range(LIMIT + 20)]
         until(lambda: len(connections) == LIMIT - 1)
         gate.set()
@@ -146,7 +145,7 @@ def test_who_asks_slowly_enough_and_waits_for_a_long_answer_is_served(served, ga
         until(lambda: any(one.cycle for one in connections))
         look(served, 4)
         connection.sendall(data[-5:])
-        until(lambda: served.batch.running)
+        until(lambda: served.service.running)
         look(served, 4)
         gate.set()
         assert b'"completion_tokens":4' in connection.makefile("rb").read()
@@ -171,7 +170,7 @@ def test_who_does_not_read_the_answer_loses_the_connection(runtime):
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.connect(("127.0.0.1", served.port))
         deaf.sendall(request(body))
-        until(lambda: served.batch.running)
+        until(lambda: served.service.running)
         served.idle(30)
         connections = served.server.server_state.connections
         assert len(connections) == 1
@@ -285,27 +284,28 @@ def test_abort_in_the_middle_of_a_prompt_leaves_nothing_for_another_key(
     latents stay in their place."""
     keyed.idle()
     alone = text_alone(runtime, CANARY)
-    append, reached, left = Sequence.append, threading.Event(), threading.Event()
+    passes, totals = runtime.engine.passes, runtime.engine.totals
+    prefill, reached, left = passes.prefill, threading.Event(), threading.Event()
 
-    def paused(sequence, ids):
-        logits = append(sequence, ids)
-        if len(ids) == 64:
+    def paused(row):
+        prefill(row)
+        if len(row.ids) == 64:
             reached.set()
             left.wait(60)
-        return logits
 
-    monkeypatch.setattr(Sequence, "append", paused)
-    asked, before = completion(prompt=CANARY, max_tokens=8), keyed.batch.totals.prompt_tokens
+    monkeypatch.setattr(passes, "prefill", paused)
+    asked = completion(prompt=CANARY, max_tokens=8)
+    before, made = totals.prompt_tokens, totals.answer_tokens
     first = request(completion(max_tokens=500), **{"x-api-key": "second"})
     with connect(keyed.port, first):
-        until(lambda: keyed.batch.totals.answer_tokens and keyed.batch.running)
+        until(lambda: totals.answer_tokens > made and keyed.service.running)
         with connect(keyed.port, request(asked, **{"x-api-key": "first"})):
             assert reached.wait(60)
-        until(lambda: any(job.cancelled for job in keyed.batch._running))
+        until(lambda: any(job.cancelled for job in keyed.service._open))
         left.set()
     keyed.idle()
     monkeypatch.undo()
-    read = keyed.batch.totals.prompt_tokens - before
+    read = totals.prompt_tokens - before
     assert 64 < read < 150 < len(runtime.tokenizer.encode(CANARY))
 
     def ask(key):

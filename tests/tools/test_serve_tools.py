@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from slotmoe.model.tokenizer import Tokenizer
-from slotmoe.offload.runtime import Sequence
+from slotmoe.offload.engine.passes import Passes
 from slotmoe.tools.serve import answers as serve_answers
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.formats import NATIVE, PLAIN
@@ -461,7 +461,7 @@ def test_scores_that_cannot_be_told(served, monkeypatch):
     status, answer = served.post("/v1/completions", **body)
     assert status == 400 and answer["error"]["param"] == "logprobs"
     monkeypatch.undo()
-    real, broken = Sequence.append_rows, float("nan")
-    monkeypatch.setattr(Sequence, "append_rows", lambda *given: (x * broken for x in real(*given)))
+    real, broken = Passes.each, float("nan")
+    monkeypatch.setattr(Passes, "each", lambda *given: (x * broken for x in real(*given)))
     status, answer = served.post("/v1/completions", **body)
     assert status == 500 and "weights are broken" in answer["error"]["message"]
