@@ -1,55 +1,144 @@
-"""Exceptions and signals at lines of prefill and decode.
+"""Ctrl-C at moments by chance: in ``run``, ``chat``, ``serve`` and in Python, there also while
+other threads use the runtime.
 
-First comes each line that a computation runs, then lines and moments by chance.  After each no slot
-may be lost, and the next computation must give the same bits within two minutes.  Parts that end in
-"sample" attack the bundled model, the others a small one with the same experts a token in two
-layers and a predictor of whole tokens: together they run more lines than either.
+Nothing may hang, show a traceback or print anything but the beginning of the right text; afterwards
+the same text comes again.
 """
 
-import faulthandler
+import http.client
+import json
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
 
-import pytest
-
-from campaigns.models import many_experts, sample_export
+from campaigns.models import sample_export
 from campaigns.runner import Attack
-from slotmoe.offload.engine import loading
-from slotmoe.offload.policy.prefetch import Prefetcher
-from tests.support.interrupts import KINDS, compute, interrupt, lines_of
+from slotmoe.offload.runtime import Runtime
+from tests.support.engine import whole
+from tests.support.forkserver import PIPE, Forked
+from tests.support.served import GREEDY, start
 
-AT_ONCE = 50
-HANGS = 120  # seconds for so many
+PROMPT, SECONDS = "It is a truth universally acknowledged, that", 30
+OPTIONS = "-n 80 --temperature 0 --ram 2GiB --context 256".split()
+COMMANDS = {
+    "run": (["run", "EXPORT", PROMPT, *OPTIONS], b""),
+    "chat": (["chat", "EXPORT", *OPTIONS], b"Hello\n/exit\n"),
+}
 
 
 @contextmanager
 def prepare(folder, given):
-    make = {"small": many_experts, "sample": sample_export}
-    yield cache(lambda model: make[model](folder))
+    yield sample_export(folder)
 
 
-def run(export_of, part, aim):
-    kind, _, model = part.partition("-")
-    chance, exact, done, came = aim.chance, kind != "hybrid", 0, 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Prefetcher, "pays", lambda self: True)  # records this small never do
-        patch.setattr(loading, "HELP_BYTES", 0)
-        with KINDS[kind](export_of(model or "small"), patch) as runtime:
-            compute(runtime)
-            times = lines_of(lambda: compute(runtime))
-            lines = sorted(times)
-            first = [(line, 1) for line in chance.sample(lines, len(lines))]
-            while aim.goes_on(done):
-                faulthandler.dump_traceback_later(HANGS, exit=True)
-                chosen = first[done : done + min(AT_ONCE, aim.count - done)]
-                if not chosen:
-                    picked = chance.choices(lines, k=AT_ONCE)
-                    chosen = [(line, chance.randint(1, times[line])) for line in picked]
-                came += interrupt(runtime, chosen, exact)
-                done += len(chosen)
-            faulthandler.cancel_dump_traceback_later()
-    return {"lines": len(lines), "exceptions": done, "came": came, "wrong": []}
+def ended(child, struck):
+    """What is wrong with how a process ended, and its output."""
+    with ThreadPoolExecutor(1) as pool:
+        out, err = pool.submit(child.communicate).result(SECONDS)
+    codes = {0, 130} if struck else {0}
+    if child.returncode not in codes or b"Traceback" in err:
+        return [f"exit code {child.returncode}: {err.decode()[-600:]}"], out
+    return [], out
 
 
-PARTS = [kind + model for model in ("", "-sample") for kind in KINDS]
-ATTACK = Attack(run, PARTS, "exceptions of each kind", 2500, prepare=prepare)
+def command(export, part, aim):
+    """A process each time."""
+    words, keys = COMMANDS[part]
+    words = [export if word == "EXPORT" else word for word in words]
+
+    def play(delay):
+        with Forked(*words, stdin=PIPE) as child:
+            child.stdin.write(keys)
+            child.stdin.flush()
+            if delay is not None:
+                time.sleep(delay)
+                child.send_signal(signal.SIGINT)
+            return ended(child, delay is not None)
+
+    began = time.monotonic()
+    wrong, text = play(None)
+    longest, done, struck = 1.1 * (time.monotonic() - began), 0, 0
+    while not wrong and aim.goes_on(done):
+        wrong, out = play(aim.chance.uniform(0, longest))
+        struck += out != text
+        if not wrong and not text.startswith(out.rstrip(b"\n")):
+            wrong = [f"another text: {out!r:.300}"]
+        done += 1
+    again = play(None)
+    wrong += again[0] or ([] if again[1] == text else ["another text afterwards"])
+    return {"signals": done, "came early": struck, "wrong": wrong}
+
+
+def serve(export, part, aim):
+    """A server each time, from which a client reads."""
+    done, wrong, texts = 0, [], set()
+    body = json.dumps({**GREEDY, "prompt": PROMPT, "max_tokens": 80})
+    while not wrong and aim.goes_on(done):
+        child, port = start(export)
+        with child:
+            client = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
+            client.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+            if done % 10:
+                time.sleep(aim.chance.uniform(0, 0.3))
+            else:
+                texts.add(json.load(client.getresponse())["choices"][0]["text"])
+            child.send_signal(signal.SIGINT)
+            child.stderr = child.stderr.detach()
+            wrong, _ = ended(child, struck=True)
+            client.close()
+        done += 1
+    return {"signals": done, "wrong": wrong + ["several texts"] * (len(texts) != 1)}
+
+
+def python(export, part, aim):
+    """Signals to this process, whose main thread generates, alone or beside four threads."""
+    stop, done, struck, wrong = threading.Event(), 0, 0, []
+    options = {"context": 256, "slots": 60, "sequences": 8}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with Runtime.open(export, **options) as runtime, ThreadPoolExecutor(4) as pool:
+
+        def texts():
+            return [[token.id for token in text] for text in runtime.generate_all(PROMPTS)]
+
+        def beside():
+            while not stop.is_set():
+                if texts() != want:
+                    return ["another text in another thread"]
+            return []
+
+        want, logits = texts(), runtime.logits([5, 6, 7, 8])
+        others = [pool.submit(beside) for _ in range(4 if part == "threads" else 0)]
+        try:
+            while not wrong and aim.goes_on(done):
+                delay = aim.chance.uniform(0, 0.2)
+                timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
+                try:
+                    timer.start()
+                    while True:
+                        if texts() != want or not runtime.logits([5, 6, 7, 8]).equal(logits):
+                            wrong = ["another text"]
+                except KeyboardInterrupt:
+                    struck += 1
+                timer.join()
+                done += 1
+        finally:
+            stop.set()
+        wrong += [line for other in others for line in other.result(SECONDS)]
+        whole(runtime)
+        if texts() != want:
+            wrong.append("another text afterwards")
+    return {"signals": done, "struck": struck, "wrong": wrong}
+
+
+PROMPTS = [PROMPT, "Call me", "def main("]
+ATTACKS = {"run": command, "chat": command, "serve": serve, "python": python, "threads": python}
+
+
+def run(export, part, aim):
+    return ATTACKS[part](export, part, aim)
+
+
+ATTACK = Attack(run, ATTACKS, "signals", 200, prepare=prepare)
