@@ -7,9 +7,7 @@ finds its own.  Reading a source takes as long as its disk needs, so a note keep
 times.
 """
 
-import fcntl
 import hashlib
-import json
 import os
 import shutil
 import threading
@@ -27,6 +25,7 @@ from slotmoe import model
 from slotmoe.errors import ConfigError, ExportError
 from slotmoe.jsonfile import Json
 from slotmoe.model.gguf.header import shard_paths
+from slotmoe.offload.shared_files import read_note, take_lock, write_note
 
 SAMPLE = Path(model.__file__).parent / "sample"
 _MANIFEST = "slotmoe.json"  # as slotmoe.quant.export.layout has it, which imports torch
@@ -90,17 +89,15 @@ def note_of(source: Path, files: Sequence[Path], version: int, cache: Path) -> P
     return cache / f"{source.resolve().name}-{digest}.source.json"
 
 
-def write_note(note: Path, export: str, source: Path) -> None:
+def note_export(note: Path, export: str, source: Path) -> None:
     """Note that ``export`` is of ``source``; a cache that can't be written goes without."""
-    fresh = note.with_name(f"{note.name}.{os.getpid()}-{threading.get_ident()}")
     with suppress(OSError):
-        fresh.write_text(json.dumps({"export": export, "source": os.fspath(source.resolve())}))
-        fresh.replace(note)
+        write_note(note, {"export": export, "source": os.fspath(source.resolve())})
 
 
-def read_note(note: Path) -> str | None:
+def noted_export(note: Path) -> str | None:
     """The name of the export that the note names, if there is such a note."""
-    name = _json(note).get("export")
+    name = read_note(note).get("export")
     return name if isinstance(name, str) and Path(name).name == name else None
 
 
@@ -175,18 +172,10 @@ def timestamp(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
-def _json(path: Path) -> Json:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
 def _sources(cache: Path) -> list[tuple[str, str]]:
     """The noted folders, each behind the name of its export; folders of the same content share
     one."""
-    values = map(_json, sorted(cache.glob("*.source.json")))
+    values = map(read_note, sorted(cache.glob("*.source.json")))
     return [(str(about.get("export")), str(about.get("source"))) for about in values]
 
 
@@ -201,7 +190,7 @@ def _hub_id(name: str) -> str | None:
 def _notes(cache: Path, export: str) -> Iterator[Path]:
     """Notes that lead to ``export``: of checkpoint folders, and of a hub id's revisions."""
     for note in list(cache.glob("*.json")):
-        values = _json(note)
+        values = read_note(note)
         commit = str(values.get("commit", ""))[:12]
         owner_model = note.name.rpartition("@")[0]
         if values.get("export") == export or (commit and f"{owner_model}-{commit}-" in export):
@@ -220,11 +209,8 @@ def _bytes(folder: Path) -> int:
 
 def _check_unlocked(folder: Path) -> None:
     """Raise ``ExportError`` if a process that writes the folder is at work."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(take_lock(folder, os.O_RDONLY | os.O_DIRECTORY, 0))
     except BlockingIOError:
         problem = "another process is writing it; wait for it to finish, or stop it"
         raise ExportError(f"{folder}: {problem}") from None
-    finally:
-        os.close(handle)

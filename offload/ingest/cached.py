@@ -29,7 +29,7 @@ def cached_export(
     """
     files = model_cache.contents(source)
     note = model_cache.note_of(source, files, FORMAT_VERSION, cache)
-    known = model_cache.read_note(note)
+    known = model_cache.noted_export(note)
     if known is not None and model_cache.is_export(cache / known):
         model_cache.mark_used(cache / known)
         return cache / known
@@ -45,6 +45,6 @@ def cached_export(
         free = format_size(shutil.disk_usage(cache).free)
         notify(f"{source} is quantized once, into {destination}: {size} of {free} that are free")
         quantize(source, destination, wait_for_lock=True, progress=progress or ignore)
-    model_cache.write_note(note, destination.name, source)
+    model_cache.note_export(note, destination.name, source)
     model_cache.mark_used(destination)
     return destination

@@ -18,7 +18,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -49,8 +49,10 @@ def chosen(windows: Windows) -> list[list[int]]:
     return [list(window) for window in windows[::step]]
 
 
-def fingerprint(windows: Windows) -> str:
+def fingerprint(windows: Windows | None) -> str | None:
     """What names the text in the state of a run."""
+    if windows is None:
+        return None
     return hashlib.sha256(json.dumps([list(window) for window in windows]).encode()).hexdigest()
 
 
@@ -68,14 +70,6 @@ class _Tap(TorchBackend):
             self.sums[name].addmm_(x_TK.t(), x_TK)
             self.counts[name] += len(x_TK)
         return super().linear(x_TK, weight)
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """A layer's Hessians by tensor."""
-
-    layer: int
-    hessians: dict[str, Hessian]
 
 
 class Calibration:
@@ -118,20 +112,19 @@ class Calibration:
         begins = self.remaining and not self._first
         return [self._checkpoint.infos[EMBEDDING].file] if begins else []
 
-    def layers(self, reach: Callable[[int], None]) -> Iterator[Calibrated]:
-        """Each layer that an earlier run has not finished.  When the next one is asked for, this
-        one's weights are expected to be written.  ``reach`` makes readable what a step reads: 0
-        the beginning, 1 the first of the layers."""
-        if not self.remaining:
-            return
-        reach(0)
-        self.hidden_TD = self._stream()
-        for step, layer in enumerate(self.remaining, 1):
-            reach(step)
-            if layer > self._first:
-                self._save(layer, self.hidden_TD)
-            self.hidden_TD, hessians = self._layer(layer, self.hidden_TD)
-            yield Calibrated(layer, hessians)
+    def begin(self) -> dict[str, Hessian]:
+        """Read what the first layer begins with; no Hessians are known yet."""
+        if self.remaining:
+            self.hidden_TD = self._stream()
+        return {}
+
+    def layer(self, layer: int) -> dict[str, Hessian]:
+        """The Hessians of the next of the ``remaining`` layers.  Weights of the one before are
+        expected to be written."""
+        if layer > self._first:
+            self._save(layer, self.hidden_TD)
+        self.hidden_TD, hessians = self._layer(layer, self.hidden_TD)
+        return hessians
 
     @property
     def nbytes(self) -> int:

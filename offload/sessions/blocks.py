@@ -9,12 +9,10 @@ A file is written beside its place, made durable and renamed, by one process at 
 are not what they claim to be are as good as none.  The format: docs/sessions.md.
 """
 
-import fcntl
 import hashlib
 import os
 import re
 import struct
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ import xxhash
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload.sequence import shared_prefix
+from slotmoe.offload.shared_files import take_lock
 from slotmoe.quant.export.writer import publish_file, temporary_name
 from slotmoe.sizes import format_size
 
@@ -250,18 +249,11 @@ class BlockFolder:
     @contextmanager
     def _locked(self) -> Iterator[int]:
         """No other process changes the folder meanwhile.  Raises ``OSError``."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        handle, until = os.open(self.folder / "lock", flags, 0o600), time.monotonic()
-        until += _LOCK_SECONDS
         try:
-            while True:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > until:
-                        raise OSError("another process has been saving for long") from None
-                    time.sleep(0.005)
+            handle = take_lock(self.folder / "lock", os.O_RDWR | os.O_CREAT, _LOCK_SECONDS)
+        except BlockingIOError:
+            raise OSError("another process has been saving for long") from None
+        try:
             yield handle
         finally:
             os.close(handle)

@@ -117,7 +117,7 @@ def test_bad_options_are_refused_before_anything_is_quantized(source, made, slot
 def test_a_damaged_note_is_no_note(tmp_path):
     for text in ("", "[]", '{"export": 3}', '{"export": "../../etc"}'):
         (tmp_path / "note").write_text(text)
-        assert model_cache.read_note(tmp_path / "note") is None
+        assert model_cache.noted_export(tmp_path / "note") is None
 
 
 @pytest.fixture
