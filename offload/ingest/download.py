@@ -43,8 +43,8 @@ class Range:
 
 
 async def receive(client: Any, remote: Remote, part: Range, take: Callable[[bytes], None]) -> None:
-    """Give ``take`` all bytes of ``part`` in order, after as many requests by huggingface_hub's
-    ``client`` as ``remote.patience`` allows.
+    """Give ``take``, which moves ``part.at`` behind them, all bytes of ``part`` in order, after as
+    many requests by huggingface_hub's ``client`` as ``remote.patience`` allows.
 
     Raises ``DownloadError``, and ``ConfigError`` or ``CheckpointError`` if the hub refuses.
     """
@@ -79,7 +79,6 @@ async def _request(client: Any, remote: Remote, part: Range, take: Callable[[byt
                 async for chunk in chunks:
                     if data := chunk[max(part.at - position, 0) : part.end - position]:
                         take(data)
-                        part.at += len(data)
                     position += len(chunk)
                     if part.at == part.end:
                         return
@@ -195,6 +194,7 @@ class _Transfer:
         while view:
             count = os.pwrite(handle, view, at)
             view, at = view[count:], at + count
+        part.at = at
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self._save()
             self._saved = time.monotonic()

@@ -101,9 +101,14 @@ class HubShards:
                 with open(cached, "rb") as file:
                     file.seek(start)
                     return file.read(end - start)
-            data, remote = bytearray(), self.snapshot.remote(name, self.patience)
+            data, part = bytearray(), Range(start, end, start)
+
+            def take(piece: bytes) -> None:
+                data.extend(piece)
+                part.at += len(piece)
+
             async with free:
-                await receive(client, remote, Range(start, end, start), data.extend)
+                await receive(client, self.snapshot.remote(name, self.patience), part, take)
             return bytes(data)
 
         async def put_apart(info: TensorInfo) -> None:
