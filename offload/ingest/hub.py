@@ -14,7 +14,7 @@ fetched.
 import asyncio
 import os
 import shutil
-from collections.abc import Awaitable, Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.checkpoint.shards import INDEX_NAME, MAX_HEADER_BYTES, TensorInfo
 from slotmoe.model.config import read_config
 from slotmoe.offload.ingest import output_dir
+from slotmoe.offload.ingest.calibration import Windows
 from slotmoe.offload.ingest.download import CONNECTIONS, Range, checksum_of, fetch, receive
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize
 from slotmoe.offload.ingest.repository import Expected, Patience, Snapshot, resolve
@@ -263,7 +264,7 @@ def quantize_from_hub(
     wait_for_lock: bool = False,
     arriving: Progress = ignore,
     notify: Notify = ignore,
-    ready: Callable[[Path], Mapping[str, Any]] = lambda folder: {},
+    ready: Callable[[Path], Windows | None] = lambda folder: None,
     patience: Patience | None = None,
     **options: Any,
 ) -> Json:
@@ -272,8 +273,8 @@ def quantize_from_hub(
     Killed at any moment, the same call resumes at the byte, from the commit that the first call
     found.  ``keep_source`` leaves the checkpoint in ``DST.source``.  ``arriving(done, total)`` gets
     bytes of the download; ``ready`` gets the folder of config, tokenizer and headers before any
-    weight is fetched, and returns more options.  Raises what ``quantize`` and ``resolve`` raise,
-    and ``DownloadError``.
+    weight is fetched, and returns the ``calibration``.  Raises what ``quantize`` and ``resolve``
+    raise, and ``DownloadError``.
     """
     download = output_dir.beside(destination, "download")
     kept = output_dir.beside(destination, "source") if keep_source else None
@@ -292,13 +293,13 @@ def quantize_from_hub(
                 shards = HubShards(portal, snapshot, download, kept, *reporting, keep_mtp)
                 with output_dir.full_disk_explained(download):
                     portal.call(shards.prepare)
-                    options |= ready(shards.folder)
+                    calibration = ready(shards.folder)
                     write_json(download / "plan.json", vars(snapshot))
                     if kept is not None:
                         kept.mkdir(exist_ok=True)
                 options |= {"overwrite": overwrite, "wait_for_lock": wait_for_lock}
                 options |= {"notify": notify, "shards": shards, "keep_mtp": keep_mtp}
-                manifest = quantize(shards.folder, destination, **options)
+                manifest = quantize(shards.folder, destination, calibration=calibration, **options)
         except BaseException:
             begun = output_dir.beside(destination, "partial").exists()
             if not begun and not any((download / "weights").glob("*")):

@@ -48,7 +48,7 @@ class Expected(NamedTuple):
     size: int
     checksum: str
 
-    def digest(self) -> Any:
+    def digest(self) -> "hashlib._Hash":
         """An empty hash of the right kind."""
         if len(self.checksum) == 64:
             return hashlib.sha256()

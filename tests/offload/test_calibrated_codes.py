@@ -104,7 +104,7 @@ def test_a_download_is_calibrated_to_the_same_bytes(hub, source, exports, tmp_pa
     wanted = made(tmp_path / "source", tmp_path / "local", resident="mixed")
     del wanted[MANIFEST]  # which has the folder's name
     hub.add(NAME, Repo(tmp_path / "source"))
-    options = {"codecs": LUT, "ready": lambda folder: {"calibration": windows()}}
+    options = {"codecs": LUT, "ready": lambda folder: windows()}
     options |= {"resident": "mixed"}
     if stop is not None:
         with pytest.raises(Stop):
