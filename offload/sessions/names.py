@@ -85,9 +85,9 @@ class NamedSession:
 
     def save(self, saved: Saved) -> None:
         """Replace the file, whole or not at all.  Raises ``ConfigError``."""
-        values = {"version": _VERSION, **asdict(saved), "root": saved.root.hex()}
         # In one value: a reader of JSON bounds how many there may be.
-        values["tokens"] = base64.b64encode(packed(saved.tokens)).decode()
+        tokens = base64.b64encode(packed(saved.tokens)).decode()
+        values = {"version": _VERSION, **asdict(saved), "root": saved.root.hex(), "tokens": tokens}
         text = json.dumps({"checksum": _checksum(values), **values})
         try:
             write_private(self.path, [text.encode()])
