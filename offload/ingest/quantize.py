@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import InitVar, dataclass
@@ -222,19 +222,29 @@ class _Job:
                 made_of[tensor.file].append(name)
         sizes = {file: sum(infos[name].nbytes for name in made_of[file]) for file in made_of}
         self._done, self._total = 0, sum(sizes.values())
-        unfinished = [file for file in made_of if not self._finished(file, sizes[file])]
-        written = {file: self._written(file) for file in unfinished}
-        self._left = {
-            file: {name for name in made_of[file] if not done.keys() >= set(tensors[name].parts)}
-            for file, done in written.items()
-        }
-        todo = [name for file in unfinished for name in made_of[file] if name in self._left[file]]
+        written: dict[str, dict[str, str]] = {}
+        todo, taken, self._left = list[str](), 0, {}
+        for file in made_of:
+            if self._finished(file, sizes[file]):
+                continue
+            path, there = writer.temporary_name(self.partial / file), {}
+            if path.is_file():
+                taken += path.stat().st_blocks * 512
+                if path.stat().st_size == self._contents.nbytes(file):
+                    there = self._state.written.get(file, {})
+            missing = [n for n in made_of[file] if not there.keys() >= set(tensors[n].parts)]
+            written[file], self._left[file] = there, set(missing)
+            todo += missing
         calibration = self._calibration(todo)
         steps = self._steps(todo, calibration)
-        self._check_space(steps)
+        needed = max(sum(map(self._contents.nbytes, written)) - taken, 0) + (16 << 20)
+        if self.shards is not None:
+            free = shutil.disk_usage(self.partial).free
+            needed += self.shards.announce(together(steps), needed, free)
+        check_space(self.partial, needed)
         self._advance(self._total - sum(infos[name].nbytes for name in todo) - self._done)
         with ExitStack() as closing_files:
-            for file in unfinished:
+            for file in written:
                 parts = self._contents.parts(file)
                 export_file = ExportFile(self.partial / file, parts, written[file])
                 self._open_files[file] = closing_files.enter_context(closing(export_file))
@@ -258,9 +268,8 @@ class _Job:
                     self.notify(sentence)
         found = {name: self.checkpoint.small_file(name, MAX_COPIED_BYTES) for name in COPIED}
         small = {name: data for name, data in found.items() if name in names and data is not None}
-        return {file: self._state.files[file] for file in made_of} | write_files(
-            small, self.partial
-        )
+        entries = {file: self._state.files[file] for file in made_of}
+        return entries | write_files(small, self.partial)
 
     def _calibration(self, names: list[str]) -> Calibration | None:
         """The text's way through the layers that have tensors among ``names``."""
@@ -381,12 +390,6 @@ class _Job:
         path.unlink(missing_ok=True)
         return False
 
-    def _written(self, file: str) -> dict[str, str]:
-        """Checksums of what the unfinished ``file`` holds already, if it is there as it was."""
-        path, size = writer.temporary_name(self.partial / file), self._contents.nbytes(file)
-        intact = path.is_file() and path.stat().st_size == size
-        return self._state.written.get(file, {}) if intact else {}
-
     def _advance(self, count: int) -> None:
         if self._stop.is_set():
             raise Stopped
@@ -394,15 +397,6 @@ class _Job:
             self._done += count
             done = self._done
         self.progress(done, self._total)
-
-    def _check_space(self, steps: Sequence[Step]) -> None:
-        paths = [writer.temporary_name(self.partial / file) for file in self._left]
-        taken = sum(path.stat().st_blocks * 512 for path in paths if path.is_file())
-        needed = max(sum(map(self._contents.nbytes, self._left)) - taken, 0) + (16 << 20)
-        if self.shards is not None:
-            free = shutil.disk_usage(self.partial).free
-            needed += self.shards.announce(together(steps), needed, free)
-        check_space(self.partial, needed)
 
 
 def _grouped(names: Iterable[str], key: Callable[[str], Key]) -> dict[Key, list[str]]:

@@ -232,13 +232,9 @@ class BlockFolder:
 
     def sweep(self, wanted: Iterable[Block]) -> int:
         """Remove all blocks but the ``wanted`` ones.  Returns the bytes that are free again."""
-        addresses, before = {block.address for block in wanted}, 0
         with self._locked() as lock:
-            before = self._tidy(frozenset(), 1 << 62)
-            for entry in list(self._entries()):
-                if entry.address not in addresses:
-                    self._unlink(entry.path)
-            total = self._tidy(frozenset(), self.limit)
+            before = self._tidy(frozenset(), self.limit)
+            total = self._tidy(frozenset(block.address for block in wanted), 0)
             self._set_total(lock, total)
         return before - total
 

@@ -276,7 +276,6 @@ def calibrate(
     texts: Sequence[Path],
     progress: Callable[[int, int], None] | None = None,
     *,
-    device: str = "auto",
     threads: int | None = None,
     seed: int = 0,
 ) -> Json:
@@ -308,10 +307,10 @@ def calibrate(
     def reading(count: int) -> None:
         advance(epochs * count)  # reading takes about as long as training
 
-    ram = None if device.startswith("cuda") else _ram_left(config, [*groups, held_back])
+    ram = _ram_left(config, [*groups, held_back])
     context = max(len(window) for window in [*training, *held_back])
     generator = torch.Generator().manual_seed(seed)
-    with Runtime.open(folder, device=device, ram=ram, context=context, threads=threads) as runtime:
+    with Runtime.open(folder, ram=ram, context=context, threads=threads) as runtime:
         steps = epochs * sum(math.ceil(_count(group) / _BATCH) for group in groups)
         net = _Net(config, steps, generator, runtime.device)
         uses = torch.zeros(L * E)
