@@ -118,6 +118,7 @@ class _Random:
         tensors = {n: t for n, t in self._contents.tensors.items() if t.file == file}
         source_of = {part: name for name, tensor in tensors.items() for part in tensor.parts}
         parts = self._contents.parts(file)
+        scales = {} if file == RESIDENT else self._expert_scales
         for name in parts if file == RESIDENT else source_of:
             part, source = parts[name], source_of[name]
             shape, kind = tensors[source].shape, tensors[source].kind
@@ -126,10 +127,10 @@ class _Random:
                     yield name, piece
             elif not isinstance(kind, Codec):
                 yield name, self._signed(part.shape, _deviation(source, shape) / 73.3)
-            elif file == RESIDENT:
-                yield name, self._scales(kind, source, shape)
+            elif scales:
+                yield name, scales[source.split(".")[-2]]
             else:
-                yield name, self._expert_scales[source.split(".")[-2]]
+                yield name, self._scales(kind, source, shape)
 
     def _matrix(
         self, part: Part, shape: tuple[int, ...], kind: str | Codec, deviation: float
