@@ -34,12 +34,12 @@ from slotmoe.offload.ingest.encoder import Coder, codecs_for, learn_levels, lear
 from slotmoe.offload.ingest.held_files import Shards, Step, held, together
 from slotmoe.offload.ingest.manifest import Contents, write_files
 from slotmoe.offload.ingest.output_dir import State, check_space
-from slotmoe.offload.ingest.repair import export_of, repair, source_files
+from slotmoe.offload.ingest.repair import export_of, remove_predictors, replace_files, source_files
 from slotmoe.offload.ingest.report import quantization_report
 from slotmoe.quant.codecs import nf4
 from slotmoe.quant.codecs.codec import TILE, ExpertCodecs
 from slotmoe.quant.export import writer
-from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST
+from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST, is_predictor
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES, refuse_unlisted
 from slotmoe.quant.export.verify import damaged_files, span_checksums
@@ -114,8 +114,7 @@ def quantize(
             if existing is not None:
                 refuse_unlisted(destination, existing)
                 damaged = damaged_files(destination, existing, checking)
-                job.continue_from(destination, existing, damaged)
-                return repair(destination, existing, damaged, folder, job.rebuild, notify)
+                return job.repair(destination, existing, damaged)
             # A run that was killed before the last rename has left a whole export.
             manifest = export_of(checkpoint, mode, codecs, folder)
             if manifest is None or damaged_files(folder, manifest, checking):
@@ -173,12 +172,14 @@ class _Job:
         write_json(self.partial / MANIFEST, manifest)
         return manifest
 
-    def continue_from(self, destination: Path, manifest: Json, damaged: Mapping[str, str]) -> None:
-        """Make files as those of an export were made.  Raises ``ExportError`` where that takes a
+    def repair(self, destination: Path, manifest: Json, damaged: Mapping[str, str]) -> Json:
+        """Make the ``damaged`` files (name -> problem) of an export again as they were made, each
+        replaced by one rename; returns the manifest.  Raises ``ExportError`` where that takes a
         text that is not given."""
         quantization = manifest["quantization"]
-        levels = {name: item["levels"] for name, item in quantization["codecs"].items()}
-        self._state.levels |= levels
+        self._state.levels |= {
+            name: item["levels"] for name, item in quantization["codecs"].items()
+        }
         wanted = quantization.get("calibration")
         if wanted is None:
             self._text = None
@@ -186,11 +187,22 @@ class _Job:
             problem = f"{min(damaged)} is damaged, and was coded with a calibration text"
             advice = "pass the same --calibrate files to make it again, or --overwrite"
             raise ExportError(f"{destination}: {problem}; {advice}")
-
-    def rebuild(self, names: list[str]) -> Json:
-        """Write the files ``names`` in any case; returns their manifest entries."""
-        self.load_state(overwrite=False)
-        return self.write(names)
+        for name, problem in damaged.items():
+            if (destination / name).is_dir():
+                advice = "move it away, so that the file can be made"
+                raise ExportError(f"{destination / name}: is a folder; {advice}")
+            remedy = "removed, calibrate again" if is_predictor(name) else "it is made again"
+            self.notify(f"{destination / name} {problem}; {remedy}")
+        if not damaged:
+            self.notify(f"{destination}: is this export already, and every checksum is right")
+        predictors = set(filter(is_predictor, damaged))
+        if names := [name for name in damaged if name not in predictors]:
+            self.load_state(overwrite=False)
+            replace_files(destination, manifest, self.partial, self.write(names))
+        if predictors:
+            remove_predictors(destination, manifest, predictors)
+        shutil.rmtree(self.partial)
+        return manifest
 
     def load_state(self, overwrite: bool) -> None:
         """Continue a killed run; what else is there is removed with ``overwrite``, or refused."""
