@@ -1,6 +1,7 @@
 """The exports in the cache folder: what is there, and how it is removed.  Without torch."""
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -29,6 +30,12 @@ class Cached:
     bytes: int
     used: float
     finished: bool
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` has the form ``owner/model``; ``folder/model.gguf`` is a file."""
+    part = r"[A-Za-z0-9][\w.-]{0,95}"
+    return not name.endswith(".gguf") and re.fullmatch(f"{part}/{part}", name) is not None
 
 
 def is_export(folder: Path) -> bool:

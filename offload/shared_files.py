@@ -18,7 +18,7 @@ def take_lock(path: Path, flags: int, seconds: float) -> int:
         handle = os.open(path, flags | os.O_NOFOLLOW, 0o600)
         try:
             while not _has_locked(handle, until):
-                time.sleep(0.005)
+                time.sleep(0.01)
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 return handle
         except FileNotFoundError:
