@@ -82,7 +82,11 @@ def remove(cache: Path, wanted: str) -> list[Cached]:
         raise ConfigError(f"{cache}: holds no {wanted!r}; {hint}")
     for cached in chosen:
         path = cache / cached.name
-        _check_unlocked(path)
+        try:
+            os.close(take_lock(path, os.O_RDONLY | os.O_DIRECTORY, 0))
+        except BlockingIOError:
+            problem = "another process is writing it; wait for it to finish, or stop it"
+            raise ExportError(f"{path}: {problem}") from None
         gone = path
         if cached.finished:  # so that a kill leaves no half of an export under its name
             gone = path.with_name(f"{path.name}.replaced")
@@ -137,12 +141,3 @@ def _bytes(folder: Path) -> int:
             status = path.lstat()
             seen[status.st_dev, status.st_ino] = 512 * status.st_blocks
     return sum(seen.values())
-
-
-def _check_unlocked(folder: Path) -> None:
-    """Raise ``ExportError`` if a process that writes the folder is at work."""
-    try:
-        os.close(take_lock(folder, os.O_RDONLY | os.O_DIRECTORY, 0))
-    except BlockingIOError:
-        problem = "another process is writing it; wait for it to finish, or stop it"
-        raise ExportError(f"{folder}: {problem}") from None

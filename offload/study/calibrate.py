@@ -18,6 +18,7 @@ a token, R and Q the predictor's widths.
 import codecs
 import math
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,7 +157,7 @@ def measure(
     """Recall with each number of guesses of both horizons (``token``, ``layer``), of the next
     layer's without the token's (``layer_alone``), and of guessing the ``popular`` experts
     always."""
-    totals: dict[str, Tensor] = {}
+    totals = defaultdict[str, Tensor](lambda: torch.zeros(len(guesses)))
     layer_scores = predictor.layer_scores
     for start in range(0, len(samples.token), 4096):
         part = slice(start, start + 4096)
@@ -173,8 +174,7 @@ def measure(
         for name, scores in scored.items():
             if scores:  # a model of one MoE layer has no next
                 shares = recall(torch.stack(scores, 1), used_TLK[:, -len(scores) :], guesses)
-                sums = torch.tensor(shares) * len(used_TLK)
-                totals[name] = totals.get(name, torch.zeros(len(guesses))) + sums
+                totals[name] += torch.tensor(shares) * len(used_TLK)
     return {name: (total / len(samples.token)).tolist() for name, total in totals.items()}
 
 
