@@ -1,39 +1,23 @@
-"""The exports in the cache folder: which one is of which checkpoint folder, what is there, and how
-it is removed.  Without torch.
+"""The exports in the cache folder: what is there, and how it is removed.  Without torch."""
 
-An export is named after the content of its source, so a folder that was moved, copied or touched
-finds its own.  Reading a source takes as long as its disk needs, so a note keeps what was found:
-``NAME-FACTS.source.json`` says which export belongs to a folder whose files have those sizes and
-times.
-"""
-
-import fcntl
-import hashlib
-import json
 import os
+import re
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-import xxhash
-
 from slotmoe import model
 from slotmoe.errors import ConfigError, ExportError
 from slotmoe.jsonfile import Json
-from slotmoe.model.gguf.header import shard_paths
+from slotmoe.offload.shared_files import read_note, take_lock
 
 SAMPLE = Path(model.__file__).parent / "sample"
 _MANIFEST = "slotmoe.json"  # as slotmoe.quant.export.layout has it, which imports torch
 _UNFINISHED = (".partial", ".download", ".replaced")
-_READ = {".json", ".jinja", ".model", ".safetensors"}  # what an export is made of
-_BLOCK, _READERS = 8 << 20, 4
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -48,69 +32,14 @@ class Cached:
     finished: bool
 
 
-def contents(source: Path) -> list[Path]:
-    """The files of a checkpoint, a folder or GGUF files, that its export depends on."""
-    if not source.is_dir():
-        return shard_paths(source)
-    found = [path for path in source.iterdir() if path.suffix in _READ and path.is_file()]
-    return sorted(found)
-
-
-def content_key(files: Sequence[Path], version: int, progress: Progress) -> str:
-    """Digest of the names and all bytes of ``files`` and of the export's format."""
-    lock, done = threading.Lock(), 0
-    total = sum(path.stat().st_size for path in files)
-
-    def digest(path: Path) -> str:
-        nonlocal done
-        hasher, block = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK))
-        with open(path, "rb", buffering=0) as file:
-            while count := file.readinto(block):
-                hasher.update(block[:count])
-                with lock:
-                    done += count
-                    so_far = done
-                progress(so_far, total)
-        return hasher.hexdigest()
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        digests = list(pool.map(digest, files))
-    parts = [str(version), *(f"{path.name} {d}" for path, d in zip(files, digests, strict=True))]
-    return hashlib.sha256(os.fsencode("\n".join(parts))).hexdigest()[:12]
-
-
-def note_of(source: Path, files: Sequence[Path], version: int, cache: Path) -> Path:
-    """Where the cache notes which export is of ``source``, with its ``files`` as they are now."""
-    parts = [str(version), os.fspath(source.resolve())]
-    for path in files:
-        status = path.stat()
-        times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
-        parts.append(f"{path.name} {status.st_size} {times}")
-    digest = hashlib.sha256(os.fsencode("\n".join(parts))).hexdigest()[:12]
-    return cache / f"{source.resolve().name}-{digest}.source.json"
-
-
-def write_note(note: Path, export: str, source: Path) -> None:
-    """Note that ``export`` is of ``source``; a cache that can't be written goes without."""
-    fresh = note.with_name(f"{note.name}.{os.getpid()}-{threading.get_ident()}")
-    with suppress(OSError):
-        fresh.write_text(json.dumps({"export": export, "source": os.fspath(source.resolve())}))
-        fresh.replace(note)
-
-
-def read_note(note: Path) -> str | None:
-    """The name of the export that the note names, if there is such a note."""
-    name = _json(note).get("export")
-    return name if isinstance(name, str) and Path(name).name == name else None
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` has the form ``owner/model``; ``folder/model.gguf`` is a file."""
+    part = r"[A-Za-z0-9][\w.-]{0,95}"
+    return not name.endswith(".gguf") and re.fullmatch(f"{part}/{part}", name) is not None
 
 
 def is_export(folder: Path) -> bool:
     return (folder / _MANIFEST).is_file()
-
-
-def with_key(cache: Path, key: str) -> Path | None:
-    """The finished export of the content ``key``."""
-    return next((path for path in sorted(cache.glob(f"*-{key}")) if is_export(path)), None)
 
 
 def mark_used(folder: Path) -> None:
@@ -153,7 +82,11 @@ def remove(cache: Path, wanted: str) -> list[Cached]:
         raise ConfigError(f"{cache}: holds no {wanted!r}; {hint}")
     for cached in chosen:
         path = cache / cached.name
-        _check_unlocked(path)
+        try:
+            os.close(take_lock(path, os.O_RDONLY | os.O_DIRECTORY, 0))
+        except BlockingIOError:
+            problem = "another process is writing it; wait for it to finish, or stop it"
+            raise ExportError(f"{path}: {problem}") from None
         gone = path
         if cached.finished:  # so that a kill leaves no half of an export under its name
             gone = path.with_name(f"{path.name}.replaced")
@@ -175,18 +108,10 @@ def timestamp(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
-def _json(path: Path) -> Json:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
 def _sources(cache: Path) -> list[tuple[str, str]]:
     """The noted folders, each behind the name of its export; folders of the same content share
     one."""
-    values = map(_json, sorted(cache.glob("*.source.json")))
+    values = map(read_note, sorted(cache.glob("*.source.json")))
     return [(str(about.get("export")), str(about.get("source"))) for about in values]
 
 
@@ -201,7 +126,7 @@ def _hub_id(name: str) -> str | None:
 def _notes(cache: Path, export: str) -> Iterator[Path]:
     """Notes that lead to ``export``: of checkpoint folders, and of a hub id's revisions."""
     for note in list(cache.glob("*.json")):
-        values = _json(note)
+        values = read_note(note)
         commit = str(values.get("commit", ""))[:12]
         owner_model = note.name.rpartition("@")[0]
         if values.get("export") == export or (commit and f"{owner_model}-{commit}-" in export):
@@ -216,15 +141,3 @@ def _bytes(folder: Path) -> int:
             status = path.lstat()
             seen[status.st_dev, status.st_ino] = 512 * status.st_blocks
     return sum(seen.values())
-
-
-def _check_unlocked(folder: Path) -> None:
-    """Raise ``ExportError`` if a process that writes the folder is at work."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        problem = "another process is writing it; wait for it to finish, or stop it"
-        raise ExportError(f"{folder}: {problem}") from None
-    finally:
-        os.close(handle)

@@ -11,9 +11,8 @@ from slotmoe.model.config import Config, config_among
 from slotmoe.model.files import ReadFile
 from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.tokenizer import Tokenizer
-from slotmoe.offload.ingest.hub_id import is_hub_id
 from slotmoe.offload.machine import cache_folder
-from slotmoe.offload.model_cache import SAMPLE
+from slotmoe.offload.model_cache import SAMPLE, is_hub_id
 from slotmoe.quant.export.layout import MANIFEST
 from slotmoe.quant.export.reader import Export
 

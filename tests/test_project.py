@@ -38,7 +38,7 @@ EXTRAS = {
 LIGHT = ["slotmoe", "slotmoe.model.config", "slotmoe.model.names", "slotmoe.quant.shapes"]
 LIGHT += ["slotmoe.offload.machine"]
 LIGHT_TOOLS = ("chat", "chat.conversation", "profile", "serve")
-LIGHT += ["slotmoe.offload.study.replay", "slotmoe.offload.ingest.hub_id"]
+LIGHT += ["slotmoe.offload.study.replay", "slotmoe.offload.model_cache"]
 
 
 def module_name(path):

@@ -12,8 +12,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from slotmoe.errors import ConfigError
-from slotmoe.offload.ingest.hub_id import is_hub_id
 from slotmoe.offload.machine import device_index, total_memory
+from slotmoe.offload.model_cache import is_hub_id
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.drafts import DRAFTS
 from slotmoe.offload.policy.hybrid import MODES

@@ -153,7 +153,7 @@ def _quantize(
             if not on_hub:
                 return quantize(folder, destination, **options)
             options |= {"keep_source": keep_source, "arriving": arriving}
-            options["ready"] = lambda folder: {"calibration": _check_source(folder, texts)}
+            options["ready"] = lambda folder: _check_source(folder, texts)
             return quantize_from_hub(source, revision or "main", destination, **options)
     except KeyboardInterrupt:
         click.echo(err=True)

@@ -34,8 +34,9 @@ from slotmoe.model.generate import Delta
 from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.engine.passes import Passes, Row
 from slotmoe.offload.engine.requests import Request, Sampler, wait_for
-from slotmoe.offload.engine.sequence import Sequence, shared_prefix
+from slotmoe.offload.engine.sequence import Sequence
 from slotmoe.offload.plan.memory import PREFILL_CHUNK
+from slotmoe.offload.sessions.blocks import shared_prefix
 from slotmoe.offload.sessions.store import Sessions
 from slotmoe.offload.tiers.disk import STUCK_SECONDS
 from slotmoe.offload.tiers.pages import give_back_memory

@@ -38,7 +38,7 @@ from slotmoe.offload.plan.memory import (
 from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.offload.policy import DEFAULT_POLICY
 from slotmoe.offload.policy.cache import Cache, make_cache
-from slotmoe.offload.policy.hybrid import Costs, Split, choose_mode
+from slotmoe.offload.policy.hybrid import Split, choose_mode, cpu_cost
 from slotmoe.offload.policy.substitutes import RouteBudget
 from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.resident_experts import ResidentExperts
@@ -398,8 +398,8 @@ class _Loader:
         hybrid, split, levels = None, Split(), export.layout.levels()
         if isinstance(store, HostTier):
             bandwidths = stored_bandwidths(cache_folder() / "machine.json")
-            mode = choose_mode(options.misses, bandwidths, size, top_k)
-            split = Split(mode, Costs.of(bandwidths, size), max(top_k, LENT))
+            mode = choose_mode(options.misses, bandwidths, top_k)
+            split = Split(mode, cpu_cost(bandwidths), max(top_k, LENT))
             # Triton's kernels are the GPU's; beside it the CPU has its own.
             kernels = "torch" if options.kernels == "torch" else "auto"
             cpu = pick_backend(torch.device("cpu"), kernels, options.threads)

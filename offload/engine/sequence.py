@@ -100,11 +100,3 @@ class Sequence:
                 latent_SW.to(rows_SX.device), config.kv_lora_rank, rows_SX[:depth]
             )
         self.tokens, self.hidden_RD = [-1] * depth, None
-
-
-def shared_prefix(cached: list[int], prompt: list[int]) -> int:
-    """How many tokens two sequences have in common at their beginning."""
-    limit = min(len(cached), len(prompt))
-    if cached[:limit] == prompt[:limit]:
-        return limit
-    return next(index for index in range(limit) if cached[index] != prompt[index])

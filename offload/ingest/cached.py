@@ -1,16 +1,33 @@
-"""Exports that are made when a checkpoint is run: one in the cache for each source's content."""
+"""Exports that are made when a checkpoint is run: one in the cache for each source's content.
 
+An export is named after the content of its source, so a folder that was moved, copied or touched
+finds its own.  Reading a source takes as long as its disk needs, so a note keeps what was found:
+``NAME-FACTS.source.json`` says which export belongs to a folder whose files have those sizes and
+times.
+"""
+
+import hashlib
+import os
 import shutil
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from slotmoe.model.gguf.checkpoint import open_checkpoint
-from slotmoe.offload import model_cache
+from slotmoe.model.gguf.header import shard_paths
 from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.encoder import codecs_for
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize, resident_mode
+from slotmoe.offload.model_cache import is_export, mark_used
 from slotmoe.offload.plan.memory import export_bytes, sizes_of
+from slotmoe.offload.shared_files import read_note, write_note
 from slotmoe.quant.export.layout import FORMAT_VERSION
+from slotmoe.quant.export.verify import span_checksums
 from slotmoe.sizes import format_size
+
+_READ = {".json", ".jinja", ".model", ".safetensors"}  # what an export is made of
+_READERS = 4
 
 
 def cached_export(
@@ -23,18 +40,20 @@ def cached_export(
     """Export of the checkpoint ``source`` in the folder ``cache``, quantized now if it is not there
     yet.
 
-    It is named after the source's content (``slotmoe.offload.model_cache``), which is read,
-    ``reading(done, total)`` in bytes, when it is new here or has changed.  ``notify`` is
-    told where the export will be.
+    The source's content is read, ``reading(done, total)`` in bytes, when it is new here or has
+    changed.  ``notify`` is told where the export will be.
     """
-    files = model_cache.contents(source)
-    note = model_cache.note_of(source, files, FORMAT_VERSION, cache)
-    known = model_cache.read_note(note)
-    if known is not None and model_cache.is_export(cache / known):
-        model_cache.mark_used(cache / known)
+    files = contents(source)
+    states = [(path.name, path.stat()) for path in files]
+    facts = [f"{name} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for name, s in states]
+    digest = _digest([os.fspath(source.resolve()), *facts])
+    note = cache / f"{source.resolve().name}-{digest}.source.json"
+    known = noted_export(note)
+    if known is not None and is_export(cache / known):
+        mark_used(cache / known)
         return cache / known
-    key = model_cache.content_key(files, FORMAT_VERSION, reading)
-    destination = model_cache.with_key(cache, key)
+    key = content_key(files, reading)
+    destination = next(filter(is_export, sorted(cache.glob(f"*-{key}"))), None)
     if destination is None:
         destination = cache / f"{source.resolve().name}-{key}"
         output_dir.make_cache(cache)
@@ -45,6 +64,41 @@ def cached_export(
         free = format_size(shutil.disk_usage(cache).free)
         notify(f"{source} is quantized once, into {destination}: {size} of {free} that are free")
         quantize(source, destination, wait_for_lock=True, progress=progress or ignore)
-    model_cache.write_note(note, destination.name, source)
-    model_cache.mark_used(destination)
+    with suppress(OSError):  # a cache that can't be written goes without
+        write_note(note, {"export": destination.name, "source": os.fspath(source.resolve())})
+    mark_used(destination)
     return destination
+
+
+def contents(source: Path) -> list[Path]:
+    """The files of a checkpoint, a folder or GGUF files, that its export depends on."""
+    if not source.is_dir():
+        return shard_paths(source)
+    return sorted(path for path in source.iterdir() if path.suffix in _READ and path.is_file())
+
+
+def content_key(files: Sequence[Path], progress: Progress) -> str:
+    """Digest of the names and all bytes of ``files`` and of the export's format."""
+    done, total = dict.fromkeys(files, 0), sum(path.stat().st_size for path in files)
+
+    def checksum(path: Path) -> str:
+        def advance(position: int) -> None:
+            done[path] = position
+            progress(sum(done.values()), total)
+
+        return span_checksums(path, (), advance)[0]
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        checksums = pool.map(checksum, files)
+    return _digest(f"{path.name} {whole}" for path, whole in zip(files, checksums, strict=True))
+
+
+def noted_export(note: Path) -> str | None:
+    """The name of the export that the note names, if there is such a note."""
+    name = read_note(note).get("export")
+    return name if isinstance(name, str) and Path(name).name == name else None
+
+
+def _digest(parts: Iterable[str]) -> str:
+    text = "\n".join([str(FORMAT_VERSION), *parts])
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:12]

@@ -18,7 +18,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -49,8 +49,10 @@ def chosen(windows: Windows) -> list[list[int]]:
     return [list(window) for window in windows[::step]]
 
 
-def fingerprint(windows: Windows) -> str:
+def fingerprint(windows: Windows | None) -> str | None:
     """What names the text in the state of a run."""
+    if windows is None:
+        return None
     return hashlib.sha256(json.dumps([list(window) for window in windows]).encode()).hexdigest()
 
 
@@ -68,14 +70,6 @@ class _Tap(TorchBackend):
             self.sums[name].addmm_(x_TK.t(), x_TK)
             self.counts[name] += len(x_TK)
         return super().linear(x_TK, weight)
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """A layer's Hessians by tensor."""
-
-    layer: int
-    hessians: dict[str, Hessian]
 
 
 class Calibration:
@@ -96,21 +90,24 @@ class Calibration:
         advance: Callable[[int], None],
     ):
         self._checkpoint, self._config, self._wanted = checkpoint, checkpoint.config, wanted
-        self._windows, self._path, self._advance = windows, folder / HIDDEN, advance
+        self._path, self._advance = folder / HIDDEN, advance
+        self._ids = [token for window in windows for token in window]
+        self._lengths = list(map(len, windows))
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        c, width = self._config, max(map(len, windows))
+        c, width = self._config, max(self._lengths)
         row = c.latent_width, torch.float32
-        one_layer = replace(c, num_hidden_layers=1)
-        self._cache = LatentCache(one_layer, width, row, self._empty)
+        self._cache = LatentCache(
+            replace(c, num_hidden_layers=1),
+            width,
+            row,
+            lambda shape, dtype: new(shape, dtype).to(self._device),
+        )
         frequencies_C = inverse_frequencies(c.rope, c.qk_rope_head_dim).to(self._device)
         positions_T = torch.arange(width, device=self._device).float()
         self._tables = position_tables(c.rope, frequencies_C, positions_T)
         self._first = self._resumed(min(needed, default=0))
         self.remaining = range(self._first, max(needed, default=-1) + 1)
-        self._tokens: dict[int, list[int]] = {}
-
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return new(shape, dtype).to(self._device)
+        self._counts: list[int] = []  # tokens of each expert
 
     @property
     def embedding_files(self) -> list[str]:
@@ -118,52 +115,28 @@ class Calibration:
         begins = self.remaining and not self._first
         return [self._checkpoint.infos[EMBEDDING].file] if begins else []
 
-    def layers(self, reach: Callable[[int], None]) -> Iterator[Calibrated]:
-        """Each layer that an earlier run has not finished.  When the next one is asked for, this
-        one's weights are expected to be written.  ``reach`` makes readable what a step reads: 0
-        the beginning, 1 the first of the layers."""
-        if not self.remaining:
-            return
-        reach(0)
-        self.hidden_TD = self._stream()
-        for step, layer in enumerate(self.remaining, 1):
-            reach(step)
-            if layer > self._first:
-                self._save(layer, self.hidden_TD)
-            self.hidden_TD, hessians = self._layer(layer, self.hidden_TD)
-            yield Calibrated(layer, hessians)
-
     @property
     def nbytes(self) -> int:
         """Bytes of experts that will be read."""
         c, infos = self._config, self._checkpoint.infos
-        layers = [layer for layer in self.remaining if c.is_moe(layer)]
-        experts = range(c.n_routed_experts)
-        names = (expert_name(x, e, p) for x in layers for e in experts for p in expert_shapes(c))
+        layers, experts = filter(c.is_moe, self.remaining), range(c.n_routed_experts)
+        names = (name for layer in layers for e in experts for name in self._names(layer, e))
         return sum(infos[name].nbytes for name in names)
 
     def announcement(self) -> str:
         """What will be done and how long it takes, by a measurement of a product."""
-        c, tokens = self._config, sum(map(len, self._windows))
-        size = 1024
+        c, tokens, size, rate = self._config, len(self._ids), 1024, 0.0
         a, b = torch.ones(2, size, size, device=self._device)
-        rate = 0.0
         for _ in range(3):
             started = time.perf_counter()
             (a @ b)[0, 0].item()
             rate = max(rate, 2 * size**3 / (time.perf_counter() - started))
         expert = 3 * c.hidden_size * c.moe_intermediate_size
-        shared = c.num_experts_per_tok + c.n_shared_experts
         moe = sum(map(c.is_moe, self.remaining))
-        read = 2.5 * tokens * moe * shared * expert  # with attention and the Hessians
-        coded = (
-            moe
-            * c.n_routed_experts
-            * expert
-            * 9
-            * (2 * c.hidden_size + c.moe_intermediate_size)
-            / 3
-        )
+        # With attention and the Hessians.
+        read = 2.5 * tokens * moe * (c.num_experts_per_tok + c.n_shared_experts) * expert
+        width = (2 * c.hidden_size + c.moe_intermediate_size) / 3
+        coded = 9 * moe * c.n_routed_experts * expert * width
         minutes = [math.ceil(2 * work / rate / 60) for work in (read, coded)]
         return (
             f"{tokens} tokens of text go through {len(self.remaining)} layers, and experts are "
@@ -173,8 +146,7 @@ class Calibration:
 
     def remarks(self, uncalibrated: Sequence[str]) -> list[str]:
         """What a person should know of how far the text reached."""
-        counts = sorted(count for counts in self._tokens.values() for count in counts)
-        sentences = []
+        counts, sentences = sorted(self._counts), []
         if counts:
             spread = (
                 f"{counts[0]} to {counts[-1]} tokens each, {counts[len(counts) // 2]} in the middle"
@@ -189,38 +161,35 @@ class Calibration:
 
     def _resumed(self, needed: int) -> int:
         """The first layer to compute, at most ``needed``."""
-        tokens = sum(map(len, self._windows))
+        wanted = [len(self._ids), self._config.hidden_size]
         try:
             with safe_open(self._path, framework="pt") as file:
                 layer = int(file.metadata()["layer"])
                 shape = file.get_slice("hidden").get_shape()
-            return layer if layer <= needed and shape == [tokens, self._config.hidden_size] else 0
+            return layer if layer <= needed and shape == wanted else 0
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return 0
 
-    def _stream(self) -> Tensor:
-        """The residual stream before that layer."""
-        if self._first:
+    def begin(self) -> dict[str, Hessian]:
+        """Read the residual stream before the first layer; no Hessians are known yet."""
+        if self.remaining and self._first:
             with safe_open(self._path, framework="pt") as file:
-                h_TD: Tensor = file.get_tensor("hidden")
-            return h_TD.to(self._device)
-        ids_T = torch.tensor([token for window in self._windows for token in window])
-        unique, inverse_T = ids_T.unique(return_inverse=True)
-        rows = [self._checkpoint.rows(EMBEDDING, i, i + 1) for i in unique.tolist()]
-        return torch.cat(rows).float()[inverse_T].to(self._device)
+                self.hidden_TD = file.get_tensor("hidden").to(self._device)
+        elif self.remaining:
+            unique, inverse_T = torch.tensor(self._ids).unique(return_inverse=True)
+            rows = [self._checkpoint.rows(EMBEDDING, i, i + 1) for i in unique.tolist()]
+            self.hidden_TD = torch.cat(rows).float()[inverse_T].to(self._device)
+        return {}
 
-    def _save(self, layer: int, h_TD: Tensor) -> None:
-        temporary = self._path.with_name(HIDDEN + ".tmp")
-        save_file({"hidden": h_TD.cpu()}, temporary, {"layer": str(layer)})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
-
-    def _tensor(self, name: str) -> Tensor:
-        return self._checkpoint.tensor(name).to(self._device, torch.float32)
-
-    def _layer(self, layer: int, h_TD: Tensor) -> tuple[Tensor, dict[str, Hessian]]:
-        """The stream after a layer, and its Hessians."""
+    def layer(self, layer: int) -> dict[str, Hessian]:
+        """The Hessians of the next of the ``remaining`` layers.  Weights of the one before are
+        expected to be written."""
+        if layer > self._first:
+            temporary = self._path.with_name(HIDDEN + ".tmp")
+            save_file({"hidden": self.hidden_TD.cpu()}, temporary, {"layer": str(layer)})
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(self._path)
         names = [name for name in resident_shapes(self._config) if split_name(name)[0] == layer]
         weights = {name: self._tensor(name) for name in names}
         # An MLP's up projection sees what its gate projection sees.
@@ -228,26 +197,25 @@ class Calibration:
         tap = _Tap({key: name for key, name in tapped.items() if "up_proj" not in name})
         geometry = geometry_of(self._config)
         runner = LayerByLayer(geometry, [layer_of(weights, self._config, layer)], tap)
-        steps, pendings = [], []
-        for h_WD in h_TD.split(list(map(len, self._windows))):
+        steps, pendings = list[Step](), list[Pending]()
+        for h_WD in self.hidden_TD.split(self._lengths):
             rope_TC, scale_T = self._tables
             scale_W = None if scale_T is None else scale_T[: len(h_WD)]
             step = Step(h_WD, rope_TC[: len(h_WD)], scale_W, [self._cache], [len(h_WD)], Timer())
-            pendings.append(runner.run_layers(step, None))
+            if (pending := runner.run_layers(step, None)) is not None:
+                pendings.append(pending)
             steps.append(step)
         hessians = dict[str, Hessian]()
-        if self._config.is_moe(layer):
-            waiting = [pending for pending in pendings if pending is not None]
-            routed_TD, hessians = self._experts(layer, waiting)
-            for step, routed_WD in zip(
-                steps, routed_TD.split(list(map(len, self._windows))), strict=True
-            ):
+        if pendings:
+            routed_TD, hessians = self._experts(layer, pendings)
+            for step, routed_WD in zip(steps, routed_TD.split(self._lengths), strict=True):
                 step.routed_TD = routed_WD
                 runner.run_layers(step, None)
         for name, total in tap.sums.items():
             hessian = Hessian(total / tap.counts[name])
             hessians |= {name: hessian, name.replace("gate_proj", "up_proj"): hessian}
-        return torch.cat([step.h_TD for step in steps]), hessians
+        self.hidden_TD = torch.cat([step.h_TD for step in steps])
+        return hessians
 
     def _experts(
         self, layer: int, pendings: Sequence[Pending]
@@ -260,31 +228,32 @@ class Calibration:
         into = Hessian(weighted_TD.t() @ weighted_TD / indices_TK.numel())
         del weighted_TD
         routed_TD = torch.zeros_like(x_TD)
+        hessians, downs = dict[str, Hessian](), list[str]()
         sums, counts = [], []
         for expert in range(self._config.n_routed_experts):
             token_U, rank_U = (indices_TK == expert).nonzero(as_tuple=True)
             weight_U1 = weights_TK[token_U, rank_U, None]
-            gate_ID, up_ID, down_DI = (
-                self._tensor(expert_name(layer, expert, name))
-                for name in expert_shapes(self._config)
-            )
+            names = self._names(layer, expert)
+            gate_ID, up_ID, down_DI = map(self._tensor, names)
             x_UD = x_TD[token_U]
             act_UI = F.silu(x_UD @ gate_ID.t()) * (x_UD @ up_ID.t()) * weight_U1
             routed_TD.index_add_(0, token_U, act_UI @ down_DI.t())
             sums.append(act_UI.t() @ act_UI)
             counts.append(len(token_U))
-            self._advance(3 * gate_ID.numel() * self._itemsize(layer, expert))
-        hessians: dict[str, Hessian] = {}
-        for expert, back in enumerate(_shrunk(sums, counts)):
-            gate, up, down = (
-                expert_name(layer, expert, name) for name in expert_shapes(self._config)
-            )
-            hessians |= {gate: into, up: into, down: Hessian(back)}
-        self._tokens[layer] = counts
+            self._advance(sum(self._checkpoint.infos[name].nbytes for name in names))
+            hessians |= dict.fromkeys(names[:2], into)
+            downs.append(names[2])
+        hessians |= {
+            name: Hessian(mean) for name, mean in zip(downs, _shrunk(sums, counts), strict=True)
+        }
+        self._counts += counts
         return routed_TD, hessians
 
-    def _itemsize(self, layer: int, expert: int) -> int:
-        return self._checkpoint.infos[expert_name(layer, expert, "gate_proj")].dtype.itemsize
+    def _names(self, layer: int, expert: int) -> list[str]:
+        return [expert_name(layer, expert, name) for name in expert_shapes(self._config)]
+
+    def _tensor(self, name: str) -> Tensor:
+        return self._checkpoint.tensor(name).to(self._device, torch.float32)
 
 
 def _shrunk(sums: Sequence[Tensor], counts: Sequence[int]) -> Iterator[Tensor]:

@@ -8,13 +8,13 @@ far each range of it has come; the file gets its name when its checksum is right
 """
 
 import asyncio
-import json
 import os
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from anyio import current_time, fail_after
 
 from slotmoe.errors import DownloadError
 from slotmoe.offload.ingest.repository import Expected, PassingError, Remote, explained
+from slotmoe.offload.shared_files import read_note, write_note
 from slotmoe.quant.export.writer import sync_folder
 
 CONNECTIONS = 8
@@ -41,22 +42,16 @@ class Range:
     at: int
 
 
-async def receive(
-    client: Any,
-    remote: Remote,
-    part: Range,
-    take: Callable[[bytes], None],
-    advance: Callable[[int], None] = lambda count: None,
-) -> None:
-    """Give ``take`` all bytes of ``part`` in order and ``advance`` their counts, after as many
-    requests by huggingface_hub's ``client`` as ``remote.patience`` allows.
+async def receive(client: Any, remote: Remote, part: Range, take: Callable[[bytes], None]) -> None:
+    """Give ``take``, which moves ``part.at`` behind them, all bytes of ``part`` in order, after as
+    many requests by huggingface_hub's ``client`` as ``remote.patience`` allows.
 
     Raises ``DownloadError``, and ``ConfigError`` or ``CheckpointError`` if the hub refuses.
     """
     failures, before = 0, part.at
     while part.at < part.end:
         try:
-            await _request(client, remote, part, take, advance)
+            await _request(client, remote, part, take)
         except PassingError as problem:
             if part.at - before >= _ENOUGH_BYTES:
                 failures, before = 0, part.at
@@ -64,13 +59,7 @@ async def receive(
             await asyncio.sleep(remote.patience.pause_after(failures, remote.name, problem))
 
 
-async def _request(
-    client: Any,
-    remote: Remote,
-    part: Range,
-    take: Callable[[bytes], None],
-    advance: Callable[[int], None],
-) -> None:
+async def _request(client: Any, remote: Remote, part: Range, take: Callable[[bytes], None]) -> None:
     """Ask once.  Of a server that knows no ranges, skip what comes before ``part``."""
     from huggingface_hub import errors
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
@@ -90,8 +79,6 @@ async def _request(
                 async for chunk in chunks:
                     if data := chunk[max(part.at - position, 0) : part.end - position]:
                         take(data)
-                        part.at += len(data)
-                        advance(len(data))
                     position += len(chunk)
                     if part.at == part.end:
                         return
@@ -127,9 +114,9 @@ async def fetch(
     negative, of those thrown away.  Raises what ``receive`` raises, and ``OSError`` if ``path``
     can't be written.
     """
-    checksum, expected = "", remote.expected
+    expected = remote.expected
     for _ in range(2):  # a wrong checksum may be one bad transfer, twice is a bad file
-        checksum = await _transfer(remote, path, advance)
+        checksum = await _Transfer(remote, path, advance).run()
         if checksum == expected.checksum:
             return
         advance(-expected.size)
@@ -137,97 +124,88 @@ async def fetch(
     raise DownloadError(f"{remote.name}: {sums}; they were thrown away, try again later")
 
 
-async def _transfer(remote: Remote, path: Path, advance: Callable[[int], None]) -> str:
-    """Fetch what is missing; returns the checksum, and names the file if that is right."""
-    expected, progress = remote.expected, _Progress(remote.expected, path)
-    handle = os.open(progress.incomplete, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    try:
-        os.ftruncate(handle, expected.size)
-        advance(sum(part.at - part.start for part in progress.ranges))
-        try:
-            await _receive_all(remote, handle, progress, advance)
-        except BaseException:
-            progress.save()
-            raise
-        checksum = await checksum_of(handle, expected)
-        if checksum == expected.checksum:
-            os.fsync(handle)
-            os.rename(progress.incomplete, path)
-            sync_folder(path.parent)
-        else:
-            progress.incomplete.unlink()
-        progress.note.unlink(missing_ok=True)
-        return checksum
-    finally:
-        os.close(handle)
+class _Transfer:
+    """What is missing of a file, fetched in several ranges at once; ``NAME.ranges`` notes how far
+    they are for after a kill."""
 
-
-async def _receive_all(
-    remote: Remote, handle: int, progress: "_Progress", advance: Callable[[int], None]
-) -> None:
-    """Fetch what is missing of all ranges, several at once."""
-    from huggingface_hub import get_async_session
-
-    queue = deque(part for part in progress.ranges if part.at < part.end)
-
-    def advance_and_save(count: int) -> None:
-        progress.save_sometimes()
-        advance(count)
-
-    async def work() -> None:
-        while queue:
-            part = queue.popleft()
-
-            def write(data: bytes, part: Range = part) -> None:
-                view, at = memoryview(data), part.at
-                while view:
-                    count = os.pwrite(handle, view, at)
-                    view, at = view[count:], at + count
-
-            await receive(client, remote, part, write, advance_and_save)
-
-    async with get_async_session() as client:
-        tasks = [asyncio.ensure_future(work()) for _ in range(min(CONNECTIONS, len(queue)))]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-
-
-class _Progress:
-    """How far the ranges of a file are, noted in ``NAME.ranges`` for after a kill."""
-
-    def __init__(self, expected: Expected, path: Path):
-        self._expected, self._saved = expected, time.monotonic()
-        self.incomplete = path.with_name(path.name + ".incomplete")
-        self.note = path.with_name(path.name + ".ranges")
+    def __init__(self, remote: Remote, path: Path, advance: Callable[[int], None]):
+        self._remote, self._path, self._advance = remote, path, advance
+        self._incomplete = path.with_name(path.name + ".incomplete")
+        self._note, self._saved = path.with_name(path.name + ".ranges"), time.monotonic()
+        expected, state = remote.expected, read_note(self._note)
         starts = range(0, expected.size, RANGE_BYTES)
-        ends = [min(start + RANGE_BYTES, expected.size) for start in starts]
-        self.ranges = [Range(*span, span[0]) for span in zip(starts, ends, strict=True)]
+        self._ranges = [
+            Range(start, min(start + RANGE_BYTES, expected.size), start) for start in starts
+        ]
         with suppress(OSError, ValueError, KeyError, TypeError):
-            state = json.loads(self.note.read_text())
-            pairs = list(zip(self.ranges, state["received"], strict=True))
+            pairs = list(zip(self._ranges, state["received"], strict=True))
             possible = all(0 <= count <= part.end - part.start for part, count in pairs)
             same = state["checksum"] == expected.checksum
-            if possible and same and self.incomplete.stat().st_size == expected.size:
+            if possible and same and self._incomplete.stat().st_size == expected.size:
                 for part, count in pairs:
                     part.at += count
                 return
-        self.incomplete.unlink(missing_ok=True)
+        self._incomplete.unlink(missing_ok=True)
 
-    def save_sometimes(self) -> None:
+    async def run(self) -> str:
+        """Returns the checksum, and names the file if that is right."""
+        expected = self._remote.expected
+        handle = os.open(self._incomplete, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            os.ftruncate(handle, expected.size)
+            self._advance(sum(self._received()))
+            try:
+                await self._receive(handle)
+            except BaseException:
+                self._save()
+                raise
+            checksum = await checksum_of(handle, expected)
+            if checksum == expected.checksum:
+                os.fsync(handle)
+                os.rename(self._incomplete, self._path)
+                sync_folder(self._path.parent)
+            else:
+                self._incomplete.unlink()
+            self._note.unlink(missing_ok=True)
+            return checksum
+        finally:
+            os.close(handle)
+
+    async def _receive(self, handle: int) -> None:
+        from huggingface_hub import get_async_session
+
+        queue = deque(part for part in self._ranges if part.at < part.end)
+
+        async def work() -> None:
+            while queue:
+                part = queue.popleft()
+                await receive(client, self._remote, part, partial(self._take, handle, part))
+
+        async with get_async_session() as client:
+            tasks = [asyncio.ensure_future(work()) for _ in range(min(CONNECTIONS, len(queue)))]
+            try:
+                await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+    def _take(self, handle: int, part: Range, data: bytes) -> None:
+        view, at = memoryview(data), part.at
+        while view:
+            count = os.pwrite(handle, view, at)
+            view, at = view[count:], at + count
+        part.at = at
         if time.monotonic() - self._saved > SAVE_SECONDS:
-            self.save()
+            self._save()
             self._saved = time.monotonic()
+        self._advance(len(data))
 
-    def save(self) -> None:
+    def _received(self) -> list[int]:
+        return [part.at - part.start for part in self._ranges]
+
+    def _save(self) -> None:
         """After a power failure the note may claim what never reached the disk; then the checksum
         is wrong and this one file comes again, which is cheaper than to sync gigabytes all the
         time."""
-        received = [part.at - part.start for part in self.ranges]
-        temporary = self.note.with_name(self.note.name + ".tmp")
-        temporary.write_text(
-            json.dumps({"checksum": self._expected.checksum, "received": received})
-        )
-        os.rename(temporary, self.note)
+        checksum = self._remote.expected.checksum
+        write_note(self._note, {"checksum": checksum, "received": self._received()})

@@ -39,11 +39,11 @@ Squares = tuple[float, float]
 @dataclass(frozen=True)
 class Coded:
     """What the export holds of some rows of a weight, and the sums of squares of its error and of
-    the weight, plainly and in a Hessian's measure; None for what is exact or had no Hessian."""
+    the weight, plainly and in a Hessian's measure; 0 for what is exact or had no Hessian."""
 
     outputs: tuple[Tensor, ...]
-    squares: Squares | None = None
-    weighted: Squares | None = None
+    squares: Squares = (0.0, 0.0)
+    weighted: Squares = (0.0, 0.0)
 
 
 @dataclass
@@ -77,17 +77,15 @@ class Coder:
             codes, scales, weighted = *quantize_nf4(piece), None
         else:
             kind = replace(kind, levels=tuple(self.levels[kind.name]))
-            codes, scales, weighted = self._lut(name, piece, kind)
-        weight = CodedWeight(codes, scales, levels_of(kind), (len(piece), piece.shape[1]))
-        return Coded((codes, scales), squared_error(piece, weight), weighted)
-
-    def _lut(self, name: str, piece: Tensor, codec: Codec) -> tuple[Tensor, Tensor, Squares | None]:
-        if (hessian := self.hessians.get(name)) is not None and bool(piece.isfinite().all()):
+            measured = name in self.hessians and bool(piece.isfinite().all())
+            hessian = self.hessians[name] if measured else None
             try:
-                return lut.quantize(piece, codec, hessian)
+                codes, scales, weighted = lut.quantize(piece, kind, hessian)
             except NotPositiveError:
                 self.uncalibrated.append(name)
-        return lut.quantize(piece, codec)
+                codes, scales, weighted = lut.quantize(piece, kind)
+        weight = CodedWeight(codes, scales, levels_of(kind), (len(piece), piece.shape[1]))
+        return Coded((codes, scales), squared_error(piece, weight), weighted or (0.0, 0.0))
 
 
 def _in_4_bits(checkpoint: Checkpoint, name: str) -> bool:

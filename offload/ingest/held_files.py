@@ -1,12 +1,22 @@
 """Weight files that are not all in the checkpoint's folder, but come one after the other: each is
 held from the first step of the work that reads it to the last."""
 
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from slotmoe.model.checkpoint.reader import Checkpoint
+from slotmoe.quant.codecs.feedback import Hessian
+
+
+class Step(NamedTuple):
+    """A part of the work: the weight ``files`` that it reads, the tensors that it writes, and what
+    comes before them, which gives these tensors' Hessians."""
+
+    files: set[str]
+    names: list[str]
+    prepare: Callable[[], Mapping[str, Hessian]] = dict
 
 
 class Shards(Protocol):
@@ -25,55 +35,45 @@ class Shards(Protocol):
         """The file is not needed any more."""
 
 
-class Arriving:
-    """The files that the steps of some work read, ``needed`` by step, so that ``checkpoint`` reads
-    them.  ``arrived`` is called with each when it can be read."""
+def order(steps: Sequence[Step]) -> list[str]:
+    """The files as they come."""
+    return list(dict.fromkeys(file for step in steps for file in sorted(step.files)))
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        shards: Shards,
-        needed: Sequence[Collection[str]],
-        arrived: Callable[[str], None],
-    ):
-        self._checkpoint, self._shards, self._needed = checkpoint, shards, needed
-        self._arrived = arrived
-        self._first: dict[str, int] = {}  # step by file, in the order in which they come
-        self._last: dict[str, int] = {}
-        for step, files in enumerate(needed):
-            for file in sorted(files):
-                self._first.setdefault(file, step)
-                self._last[file] = step
-        self._coming = shards.arrivals(list(self._first))
-        self._held: dict[str, tuple[Path, ExitStack]] = {}
 
-    def together(self) -> list[list[str]]:
-        """Which files are on the disk at once: what is held and the next, as each one comes."""
-        files = list(self._first)
-        return [
-            [held for held in files[:at] if self._last[held] >= self._first[file]]
-            + files[at : at + 2]
-            for at, file in enumerate(files)
-        ]
+def together(steps: Sequence[Step]) -> list[list[str]]:
+    """Which files are on the disk at once: what is held and the next, as each one comes."""
+    files, uses = order(steps), _uses(steps)
+    return [
+        [held for held in files[:at] if uses[held][-1] >= uses[file][0]] + files[at : at + 2]
+        for at, file in enumerate(files)
+    ]
 
-    def reach(self, step: int) -> None:
-        """Hold what a step reads, and nothing that only steps before it read."""
-        for file in [file for file in self._held if self._last[file] < step]:
-            path, reading = self._held.pop(file)
-            reading.close()
-            self._shards.release(file, path)
-        while step < len(self._needed) and not self._held.keys() >= set(self._needed[step]):
-            file, path = next(self._coming)
-            reading = ExitStack()
-            reading.enter_context(self._checkpoint.read_from(file, path))
-            self._held[file] = path, reading
-            self._arrived(file)
 
-    def __enter__(self) -> "Arriving":
-        return self
+def held(
+    checkpoint: Checkpoint, shards: Shards, steps: Sequence[Step], arrived: Callable[[str], None]
+) -> Generator[Step, None, None]:
+    """Each step while ``checkpoint`` can read its files.  ``arrived`` is called with each file when
+    it can be read."""
+    uses, coming = _uses(steps), shards.arrivals(order(steps))
+    there: dict[str, tuple[Path, ExitStack]] = {}
+    with ExitStack() as closing:
+        for index in range(len(steps) + 1):
+            for file in [file for file in there if uses[file][-1] < index]:
+                path, reading = there.pop(file)
+                reading.close()
+                shards.release(file, path)
+            if index == len(steps):
+                return
+            while not there.keys() >= steps[index].files:
+                file, path = next(coming)
+                reading = closing.enter_context(ExitStack())
+                reading.enter_context(checkpoint.read_from(file, path))
+                there[file] = path, reading
+                arrived(file)
+            yield steps[index]
 
-    def __exit__(self, problem: type[BaseException] | None, *_: object) -> None:
-        if problem is None:
-            self.reach(len(self._needed))
-        for _path, reading in self._held.values():
-            reading.close()
+
+def _uses(steps: Sequence[Step]) -> dict[str, list[int]]:
+    """Numbers of the steps that read a file."""
+    files = order(steps)
+    return {file: [i for i, step in enumerate(steps) if file in step.files] for file in files}

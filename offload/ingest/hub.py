@@ -12,11 +12,9 @@ fetched.
 """
 
 import asyncio
-import json
 import os
 import shutil
-import threading
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +31,12 @@ from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.checkpoint.shards import INDEX_NAME, MAX_HEADER_BYTES, TensorInfo
 from slotmoe.model.config import read_config
 from slotmoe.offload.ingest import output_dir
+from slotmoe.offload.ingest.calibration import Windows
 from slotmoe.offload.ingest.download import CONNECTIONS, Range, checksum_of, fetch, receive
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize
 from slotmoe.offload.ingest.repository import Expected, Patience, Snapshot, resolve
 from slotmoe.offload.model_cache import mark_used
+from slotmoe.offload.shared_files import read_note, write_note
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES
 from slotmoe.quant.export.writer import write_json
@@ -95,11 +95,35 @@ class HubShards:
             problem = f"{count}: {', '.join(missing[:5])}{more}; {rule}"
             raise CheckpointError(f"{at}{problem}, and weights must be .safetensors")
         free = asyncio.Semaphore(CONNECTIONS)
+
+        async def span(name: str, start: int, end: int) -> bytes:
+            """Bytes of a weight file, from huggingface_hub's cache if it is there."""
+            if (cached := self.snapshot.cached(name)) is not None:
+                with open(cached, "rb") as file:
+                    file.seek(start)
+                    return file.read(end - start)
+            data, part = bytearray(), Range(start, end, start)
+
+            def take(piece: bytes) -> None:
+                data.extend(piece)
+                part.at += len(piece)
+
+            async with free:
+                await receive(client, self.snapshot.remote(name, self.patience), part, take)
+            return bytes(data)
+
+        async def put_apart(info: TensorInfo) -> None:
+            """A tensor's data into the sparse file: scales that are needed with another file."""
+            data = await span(info.file, info.offset, info.offset + info.nbytes)
+            with open(self.folder / info.file, "r+b") as file:
+                file.seek(info.offset)
+                file.write(data)
+
         async with get_async_session() as client:
-            await asyncio.gather(*(self._fetch_header(client, free, name) for name in names))
+            await asyncio.gather(*(self._fetch_header(span, name) for name in names))
             with Checkpoint.open(self.folder, self.keep_mtp) as opened:
                 apart = opened.weights.apart if opened.weights is not None else set()
-            await asyncio.gather(*(self._fetch_tensor(client, free, info) for info in apart))
+            await asyncio.gather(*map(put_apart, apart))
 
     async def _fetch_small(self, name: str, limit: int) -> None:
         path, expected = self.folder / name, self.snapshot.files.get(name)
@@ -115,29 +139,20 @@ class HubShards:
         else:
             _copy(cached, path)
 
-    async def _fetch_header(self, client: Any, free: asyncio.Semaphore, name: str) -> None:
+    async def _fetch_header(
+        self, span: Callable[[str, int, int], Awaitable[bytes]], name: str
+    ) -> None:
         """Make the sparse file that has a weight file's size and header."""
         path, size = self.folder / name, self.snapshot.files[name].size
         if path.exists():
             return
-        cached, remote = self.snapshot.cached(name), self.snapshot.remote(name, self.patience)
-        data = bytearray()
-
-        async def extend_to(end: int) -> None:
-            if cached is None:
-                part = Range(len(data), min(end, size), len(data))
-                async with free:
-                    await receive(client, remote, part, data.extend)
-                return
-            with open(cached, "rb") as file:
-                data[:] = file.read(end)
-
-        await extend_to(_HEAD_BYTES)
+        data = await span(name, 0, min(_HEAD_BYTES, size))
         length = 8 + int.from_bytes(data[:8], "little")
         if length > MAX_HEADER_BYTES:
             sizes = f"header of {length} bytes, more than {MAX_HEADER_BYTES}"
-            raise CheckpointError(f"{remote.name}: {sizes}; not a real checkpoint")
-        await extend_to(length)
+            raise CheckpointError(f"{self.snapshot.repo}/{name}: {sizes}; not a real checkpoint")
+        if length > len(data):
+            data += await span(name, len(data), min(length, size))
         temporary = path.with_name(name + ".tmp")
         with open(temporary, "wb") as file:
             file.write(data[:length])
@@ -147,22 +162,6 @@ class HubShards:
             problem = "the file system keeps no sparse files; choose a destination on another"
             raise ExportError(f"{path.parent}: {problem}")
         os.rename(temporary, path)
-
-    async def _fetch_tensor(self, client: Any, free: asyncio.Semaphore, info: TensorInfo) -> None:
-        """Put a tensor's data into the sparse file: scales that are needed with another file."""
-        end = info.offset + info.nbytes
-        data = bytearray()
-        if (cached := self.snapshot.cached(info.file)) is not None:
-            with open(cached, "rb") as file:
-                file.seek(info.offset)
-                data += file.read(info.nbytes)
-        else:
-            remote = self.snapshot.remote(info.file, self.patience)
-            async with free:
-                await receive(client, remote, Range(info.offset, end, info.offset), data.extend)
-        with open(self.folder / info.file, "r+b") as file:
-            file.seek(info.offset)
-            file.write(data)
 
     async def _checked_cache(self, name: str) -> Path | None:
         """The file in huggingface_hub's cache if its checksum is right."""
@@ -265,7 +264,7 @@ def quantize_from_hub(
     wait_for_lock: bool = False,
     arriving: Progress = ignore,
     notify: Notify = ignore,
-    ready: Callable[[Path], Mapping[str, Any]] = lambda folder: {},
+    ready: Callable[[Path], Windows | None] = lambda folder: None,
     patience: Patience | None = None,
     **options: Any,
 ) -> Json:
@@ -274,8 +273,8 @@ def quantize_from_hub(
     Killed at any moment, the same call resumes at the byte, from the commit that the first call
     found.  ``keep_source`` leaves the checkpoint in ``DST.source``.  ``arriving(done, total)`` gets
     bytes of the download; ``ready`` gets the folder of config, tokenizer and headers before any
-    weight is fetched, and returns more options.  Raises what ``quantize`` and ``resolve`` raise,
-    and ``DownloadError``.
+    weight is fetched, and returns the ``calibration``.  Raises what ``quantize`` and ``resolve``
+    raise, and ``DownloadError``.
     """
     download = output_dir.beside(destination, "download")
     kept = output_dir.beside(destination, "source") if keep_source else None
@@ -294,13 +293,13 @@ def quantize_from_hub(
                 shards = HubShards(portal, snapshot, download, kept, *reporting, keep_mtp)
                 with output_dir.full_disk_explained(download):
                     portal.call(shards.prepare)
-                    options |= ready(shards.folder)
+                    calibration = ready(shards.folder)
                     write_json(download / "plan.json", vars(snapshot))
                     if kept is not None:
                         kept.mkdir(exist_ok=True)
                 options |= {"overwrite": overwrite, "wait_for_lock": wait_for_lock}
                 options |= {"notify": notify, "shards": shards, "keep_mtp": keep_mtp}
-                manifest = quantize(shards.folder, destination, **options)
+                manifest = quantize(shards.folder, destination, calibration=calibration, **options)
         except BaseException:
             begun = output_dir.beside(destination, "partial").exists()
             if not begun and not any((download / "weights").glob("*")):
@@ -320,8 +319,8 @@ def _begin(
     """The commit that a killed run began with, so that all files are of one commit even if the
     revision moved on; without one, what the revision is now, and an empty folder."""
     begun = None
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        plan = json.loads((download / "plan.json").read_text())
+    plan = read_note(download / "plan.json")
+    with suppress(KeyError, TypeError, AttributeError):
         files = {name: Expected(*facts) for name, facts in plan["files"].items()}
         begun = Snapshot(plan["repo"], plan["revision"], plan["commit"], files)
     if begun is not None and not overwrite:
@@ -354,15 +353,11 @@ def hub_export(repo: str, revision: str | None, cache: Path, **reporting: Any) -
     revision = revision or "main"
     name = repo.replace("/", "--")
     note = cache / f"{name}@{quote(revision, safe='')}.json"
-    try:
-        commit = str(json.loads(note.read_text())["commit"])
-    except (OSError, ValueError, KeyError, TypeError):
+    commit = read_note(note).get("commit")
+    if not isinstance(commit, str):
         commit = resolve(repo, revision, reporting.get("patience") or Patience()).commit
         output_dir.make_cache(cache)
-        # Two may start at once.
-        fresh = note.with_name(f"{note.name}.{os.getpid()}-{threading.get_ident()}")
-        fresh.write_text(json.dumps({"commit": commit}))
-        os.rename(fresh, note)
+        write_note(note, {"commit": commit})
     destination = cache / f"{name}-{commit[:12]}-{FORMAT_VERSION}"
     if not (destination / MANIFEST).is_file():
         quantize_from_hub(repo, commit, destination, wait_for_lock=True, **reporting)

@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -79,7 +78,7 @@ class Contents:
         files: Json,
         levels: Mapping[str, Sequence[float]],
         linked_layers: dict[str, int] | None = None,
-        **made: Any,
+        made: Json | None = None,
     ) -> Json:
         """The manifest of the export, signed.  ``files`` are its entries by file; ``levels`` those
         of codecs, by name, that are not the codec's own; ``linked_layers`` maps a layer to the one
@@ -108,7 +107,7 @@ class Contents:
         manifest = {
             "format_version": layout.FORMAT_VERSION,
             "source": source,
-            "quantization": quantization | made,
+            "quantization": quantization | (made or {}),
             "experts": {
                 "layers": list(config.moe_layers),
                 **({"mtp_layer": config.num_hidden_layers} if config.mtp else {}),

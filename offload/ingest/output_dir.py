@@ -5,17 +5,17 @@ Work happens in ``DST.partial``, which one process owns at a time; the last act 
 """
 
 import errno
-import fcntl
-import json
+import math
 import os
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from slotmoe.errors import ExportError
 from slotmoe.jsonfile import Json
+from slotmoe.offload.shared_files import read_note, take_lock
 from slotmoe.quant.export.layout import COPIED, MANIFEST, RESIDENT, is_predictor
 from slotmoe.quant.export.validate import manifest_checksum, read_manifest
 from slotmoe.quant.export.writer import sync_folder, write_json
@@ -38,19 +38,32 @@ def finished_manifest(destination: Path) -> Json | None:
     return read_manifest(destination) if (destination / MANIFEST).is_file() else None
 
 
-def read_state(partial: Path) -> Json | None:
-    """What ``write_state`` wrote; None if nothing is there, or if it is not as it was written."""
-    try:
-        state = json.loads((partial / _STATE).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    whole = isinstance(state, dict) and state.pop("checksum", None) == manifest_checksum(state)
-    return state if whole else None
+@dataclass
+class State:
+    """What a killed run goes on from, all of it durable before it is noted here: manifest entries
+    of finished ``files``; by tensor the checksums of what unfinished ones hold, and sums of squares
+    of errors and weights, plainly and ``weighted`` by Hessians; and learned ``levels`` by codec.
+    ``identity`` says what is made of what."""
 
+    identity: Json
+    files: dict[str, Json] = field(default_factory=dict)
+    written: dict[str, dict[str, str]] = field(default_factory=dict)
+    squares: dict[str, list[float]] = field(default_factory=dict)
+    weighted: dict[str, list[float]] = field(default_factory=dict)
+    levels: dict[str, list[int]] = field(default_factory=dict)
 
-def write_state(partial: Path, state: dict[str, Any]) -> None:
-    """Replace what is noted of unfinished work, durably and never half."""
-    write_json(partial / _STATE, {"checksum": manifest_checksum(state), **state}, indent=None)
+    @classmethod
+    def read(cls, folder: Path) -> "State | None":
+        """What ``save`` wrote; None if nothing is there, or if it is not as it was written."""
+        state = read_note(folder / _STATE)
+        if state.pop("checksum", None) != manifest_checksum(state):
+            return None
+        return cls(**state) if state.keys() == vars(cls({})).keys() else cls({})
+
+    def save(self, folder: Path) -> None:
+        """Replace what is noted, durably and never half."""
+        state = vars(self)
+        write_json(folder / _STATE, {"checksum": manifest_checksum(state), **state}, indent=None)
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:
@@ -105,8 +118,10 @@ def make_cache(cache: Path) -> None:
 @contextmanager
 def locked(partial: Path, wait_for_lock: bool) -> Iterator[None]:
     """Own the folder ``partial``, made if absent; a second process waits or is refused."""
-    while (handle := _lock(partial, wait_for_lock)) is None:
-        pass  # the other process finished and renamed it meanwhile
+    handle = None
+    while handle is None:
+        with suppress(FileNotFoundError):  # another process finished and renamed it meanwhile
+            handle = _lock(partial, math.inf if wait_for_lock else 0)
     try:
         yield
     finally:
@@ -115,31 +130,20 @@ def locked(partial: Path, wait_for_lock: bool) -> Iterator[None]:
         os.close(handle)
 
 
-def _lock(partial: Path, wait_for_lock: bool) -> int | None:
-    """A locked handle of the folder; None if it was another one by the time that it was locked."""
-    exists = False
+def _lock(partial: Path, seconds: float) -> int:
+    reason = "can't be made"
     try:
         partial.mkdir(exist_ok=True)
-        exists = True
-        handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError as problem:
-        if exists and isinstance(problem, FileNotFoundError):
-            return None
-        reason = "is no folder of ours" if exists else "can't be made"
-        reason = f"{reason} ({problem.strerror})"
-        raise ExportError(f"{partial}: {reason}; choose another destination") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait_for_lock else fcntl.LOCK_NB))
-        if os.path.samestat(os.fstat(handle), os.stat(partial)):
-            return handle
-    except FileNotFoundError:
-        pass
+        reason = "is no folder of ours"
+        return take_lock(partial, os.O_RDONLY | os.O_DIRECTORY, seconds)
     except BlockingIOError:
-        os.close(handle)
         refusal = "another process is writing it; wait for it to finish"
         raise ExportError(f"{partial}: {refusal}") from None
-    os.close(handle)
-    return None
+    except OSError as problem:
+        if partial.parent.is_dir() and isinstance(problem, FileNotFoundError):
+            raise
+        reason = f"{reason} ({problem.strerror})"
+        raise ExportError(f"{partial}: {reason}; choose another destination") from None
 
 
 @contextmanager

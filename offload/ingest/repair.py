@@ -2,8 +2,7 @@
 
 import hashlib
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Collection
 from pathlib import Path
 
 from slotmoe.errors import ExportError
@@ -11,7 +10,7 @@ from slotmoe.jsonfile import Json
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.checkpoint.shards import INDEX_NAME, MAX_INDEX_BYTES
 from slotmoe.quant.codecs.codec import ExpertCodecs
-from slotmoe.quant.export.layout import COPIED, MANIFEST, is_predictor
+from slotmoe.quant.export.layout import COPIED, MANIFEST
 from slotmoe.quant.export.validate import manifest_checksum, read_manifest
 from slotmoe.quant.export.writer import sync_folder, write_json
 
@@ -45,27 +44,9 @@ def source_files(checkpoint: Checkpoint) -> dict[str, Json]:
     return dict(sorted(files.items()))
 
 
-def repair(
-    destination: Path,
-    manifest: Json,
-    damaged: dict[str, str],
-    partial: Path,
-    rebuild: Callable[[list[str]], Json],
-    notify: Callable[[str], None],
-) -> Json:
-    """Make the ``damaged`` files (name -> problem) again, each replaced by one rename; returns the
-    manifest.  ``rebuild`` writes files into ``partial`` and returns their manifest entries."""
-    for name, problem in damaged.items():
-        if (destination / name).is_dir():
-            advice = "move it away, so that the file can be made"
-            raise ExportError(f"{destination / name}: is a folder; {advice}")
-        remedy = "removed, calibrate again" if is_predictor(name) else "it is made again"
-        notify(f"{destination / name} {problem}; {remedy}")
-    if not damaged:
-        notify(f"{destination}: is this export already, and every checksum is right")
-    predictors = {name for name in damaged if is_predictor(name)}
-    names = [name for name in damaged if name not in predictors]
-    entries = rebuild(names) if names else {}
+def replace_files(destination: Path, manifest: Json, partial: Path, entries: Json) -> None:
+    """Replace files of the export by those in ``partial``, whose manifest ``entries`` have to be
+    the export's."""
     for name, entry in entries.items():
         if entry != manifest["files"][name]:
             problem = "this slotmoe makes other bytes of the source"
@@ -75,12 +56,13 @@ def repair(
         (destination / name).parent.mkdir(exist_ok=True)
         os.rename(partial / name, destination / name)
         sync_folder((destination / name).parent)
-    if predictors:
-        files = manifest["files"]
-        manifest["files"] = {name: files[name] for name in files if name not in predictors}
-        manifest["checksum"] = manifest_checksum(manifest)
-        write_json(destination / MANIFEST, manifest)
-        for name in predictors:
-            (destination / name).unlink(missing_ok=True)
-    shutil.rmtree(partial)
-    return manifest
+
+
+def remove_predictors(destination: Path, manifest: Json, names: Collection[str]) -> None:
+    """Remove damaged predictors from the export and its ``manifest``."""
+    files = manifest["files"]
+    manifest["files"] = {name: files[name] for name in files if name not in names}
+    manifest["checksum"] = manifest_checksum(manifest)
+    write_json(destination / MANIFEST, manifest)
+    for name in names:
+        (destination / name).unlink(missing_ok=True)

@@ -9,46 +9,18 @@ of float64 then give the same bytes on every machine.
 
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
 from slotmoe.jsonfile import Json
 from slotmoe.model.names import split_name
-from slotmoe.offload.ingest.manifest import Contents
+from slotmoe.offload.ingest.manifest import Contents, Stored
 from slotmoe.quant.codecs.codec import Codec
 
 Squares = Sequence[float]
 """Sum of squared errors and sum of squared weights."""
 _PLAIN = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-@dataclass
-class _Family:
-    """``errors`` are those of each layer, None standing for weights that are in no layer."""
-
-    stored: str
-    weights: int = 0
-    bytes: int = 0
-    errors: dict[int | None, list[Squares]] = field(default_factory=lambda: defaultdict(list))
-    weighted: list[Squares] = field(default_factory=list)
-
-    def row(self, name: str) -> Json:
-        sums = {layer: _summed(self.errors[layer]) for layer in self.errors}
-        by_layer = {layer: _relative(sums[layer]) for layer in sums if layer is not None}
-        calibrated = {"relative_output_error": _relative(_summed(self.weighted))}
-        return {
-            "family": name,
-            "stored": self.stored,
-            "weights": self.weights,
-            "bits_per_weight": _bits(self.bytes, self.weights),
-            "relative_rms_error": _relative(_summed(sums.values())),
-            "worst_layer": max(by_layer, key=by_layer.__getitem__, default=None),
-            "by_layer": {str(layer): error for layer, error in sorted(by_layer.items())},
-            **(calibrated if self.weighted else {}),
-        }
 
 
 def quantization_report(
@@ -57,30 +29,45 @@ def quantization_report(
     """The report for an export.  ``errors`` maps the names of quantized weights to their
     ``squared_error``; others are exact.  ``weighted`` are those of calibrated weights in the
     measure of their Hessians."""
-    families: dict[str, _Family] = {}
     files = map(contents.parts, contents.files)
     parts = {name: part for file in files for name, part in file.items()}
+    families: dict[str, dict[str, Stored]] = {}
     for name, tensor in contents.tensors.items():
-        layer, key = split_name(name)
+        key = split_name(name)[1]
         key = "norms" if key.endswith("norm") else re.sub(r"\.experts\.\d+\.", ".experts.", key)
-        plain = tensor.kind == "none"
-        stored = tensor.kind.name if isinstance(tensor.kind, Codec) else tensor.kind
-        if plain:
-            stored = _PLAIN[parts[name].dtype]
-        family = families.setdefault(key, _Family(stored))
-        family.weights += math.prod(tensor.shape)
-        family.bytes += sum(parts[part].nbytes for part in tensor.parts)
-        if not plain:
-            family.errors[layer].append(errors[name])
-        if name in weighted:
-            family.weighted.append(weighted[name])
-    weights = sum(family.weights for family in families.values())
+        families.setdefault(key, {})[name] = tensor
+    rows, sizes = list[Json](), dict[str, int]()
+    for key, tensors in families.items():
+        kind, of_tensors = next(iter(tensors.values())).kind, tensors.values()
+        places = [parts[part] for tensor in of_tensors for part in tensor.parts]
+        stored = _PLAIN[places[0].dtype] if kind == "none" else kind
+        by_layer: dict[int | None, list[Squares]] = {}
+        for name in tensors.keys() & errors.keys():
+            by_layer.setdefault(split_name(name)[0], []).append(errors[name])
+        sums = {layer: _summed(squares) for layer, squares in by_layer.items()}
+        layers = sorted(layer for layer in sums if layer is not None)
+        worst = {layer: _relative(sums[layer]) for layer in layers}
+        calibrated = [weighted[name] for name in tensors.keys() & weighted.keys()]
+        weights = sum(math.prod(tensor.shape) for tensor in of_tensors)
+        sizes[key] = sum(part.nbytes for part in places)
+        row = {
+            "family": key,
+            "stored": stored.name if isinstance(stored, Codec) else stored,
+            "weights": weights,
+            "bits_per_weight": _bits(sizes[key], weights),
+            "relative_rms_error": _relative(_summed(sums.values())),
+            "worst_layer": max(worst, key=worst.__getitem__, default=None),
+            "by_layer": {str(layer): error for layer, error in worst.items()},
+        }
+        if calibrated:
+            row["relative_output_error"] = _relative(_summed(calibrated))
+        rows.append(row)
+    weights = sum(row["weights"] for row in rows)
     size = sum(part.nbytes for part in parts.values())  # with padding
-    ordered = sorted(families.items(), key=lambda item: (-item[1].bytes, item[0]))
     return {
         "weights": weights,
         "bits_per_weight": _bits(size, weights),
-        "families": [family.row(name) for name, family in ordered],
+        "families": sorted(rows, key=lambda row: (-sizes[row["family"]], row["family"])),
     }
 
 

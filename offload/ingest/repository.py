@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from slotmoe.errors import CheckpointError, ConfigError, DownloadError
+from slotmoe.model import tiktoken
 from slotmoe.model.checkpoint.shards import INDEX_NAME
 from slotmoe.quant.export.layout import COPIED
 
@@ -48,7 +49,7 @@ class Expected(NamedTuple):
     size: int
     checksum: str
 
-    def digest(self) -> Any:
+    def digest(self) -> "hashlib._Hash":
         """An empty hash of the right kind."""
         if len(self.checksum) == 64:
             return hashlib.sha256()
@@ -146,23 +147,25 @@ def resolve(repo: str, revision: str, patience: Patience) -> Snapshot:
         raise DownloadError(f"{problem}; {advice}") from None
     files = {}
     for sibling in info.siblings or []:
-        checksum = str(sibling.lfs.sha256 if sibling.lfs else sibling.blob_id)
         size = sibling.size if isinstance(sibling.size, int) else -1
-        if _is_needed(sibling.rfilename) and _is_digest(checksum) and size >= 0:
-            files[sibling.rfilename] = Expected(size, checksum)
+        checksum = str(sibling.lfs.sha256 if sibling.lfs else sibling.blob_id)
+        files[sibling.rfilename] = Expected(size, checksum)
     if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
         answer = f"the hub answers with the commit {info.sha!r:.60}, which is none"
         raise DownloadError(f"{repo}: {answer}; is HF_ENDPOINT right?")
-    return Snapshot(repo, revision, str(info.sha), files)
+    return Snapshot(repo, revision, str(info.sha), _needed(files))
 
 
-def _is_needed(name: str) -> bool:
-    in_root = "/" not in name and name.endswith(".safetensors")
-    return name in COPIED or name == INDEX_NAME or in_root
-
-
-def _is_digest(text: str) -> bool:
-    return re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", text) is not None
+def _needed(files: dict[str, Expected]) -> dict[str, Expected]:
+    """Those that an export is made of, and that the hub describes well."""
+    names = (*COPIED, INDEX_NAME, tiktoken.FILE_NAME)
+    return {
+        name: expected
+        for name, expected in files.items()
+        if (name in names or ("/" not in name and name.endswith(".safetensors")))
+        and re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", expected.checksum)
+        and expected.size >= 0
+    }
 
 
 def _cached_snapshot(repo: str, revision: str) -> Snapshot | None:
@@ -175,9 +178,9 @@ def _cached_snapshot(repo: str, revision: str) -> Snapshot | None:
     files = {}
     for path in Path(config).parent.iterdir():
         blob = Path(os.path.realpath(path))
-        if _is_needed(path.name) and blob.is_file() and _is_digest(blob.name):
+        if blob.is_file():
             files[path.name] = Expected(blob.stat().st_size, blob.name)
-    return Snapshot(repo, revision, Path(config).parent.name, files)
+    return Snapshot(repo, revision, Path(config).parent.name, _needed(files))
 
 
 def explained(repo: str, revision: str, problem: Exception) -> Exception:

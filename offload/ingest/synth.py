@@ -81,8 +81,7 @@ def _write_weights(contents: Contents, partial: Path, files: list[str], progress
     random = _Random(contents)
     for name in files:
         with closing(ExportFile(partial / name, contents.parts(name))) as file:
-            pieces = random.resident() if name == RESIDENT else random.experts(name)
-            for part, piece in pieces:
+            for part, piece in random.tensors(name):
                 file.write(part, piece)
                 done += piece.nbytes
                 progress(done, total)
@@ -114,26 +113,32 @@ class _Random:
             count -= len(pieces[-1])
         return torch.cat(pieces)
 
-    def resident(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors of the resident file, in pieces of their rows."""
-        for name, part in self._contents.parts(RESIDENT).items():
-            source = name if name in self._contents.tensors else name.rpartition(".")[0]
-            tensor = self._contents.tensors[source]
-            shape, kind = tensor.shape, tensor.kind
-            if name != source and isinstance(kind, Codec):
-                yield name, self._scales(kind, source, shape)
-            elif name != source:
-                yield name, self._signed(part.shape, _deviation(source, shape) / 73.3)
-            elif len(shape) == 1:
-                yield name, torch.ones(part.shape, dtype=part.dtype)
-            else:
+    def tensors(self, file: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of ``file``, in pieces of their rows."""
+        tensors = {n: t for n, t in self._contents.tensors.items() if t.file == file}
+        source_of = {part: name for name, tensor in tensors.items() for part in tensor.parts}
+        parts = self._contents.parts(file)
+        scales = {} if file == RESIDENT else self._expert_scales
+        for name in parts if file == RESIDENT else source_of:
+            part, source = parts[name], source_of[name]
+            shape, kind = tensors[source].shape, tensors[source].kind
+            if name == source:
                 for piece in self._matrix(part, shape, kind, _deviation(source, shape)):
                     yield name, piece
+            elif not isinstance(kind, Codec):
+                yield name, self._signed(part.shape, _deviation(source, shape) / 73.3)
+            elif scales:
+                yield name, scales[source.split(".")[-2]]
+            else:
+                yield name, self._scales(kind, source, shape)
 
     def _matrix(
         self, part: Part, shape: tuple[int, ...], kind: str | Codec, deviation: float
     ) -> Iterator[Tensor]:
-        """Yield the values of a matrix, or its int8 values or codes."""
+        """Yield a vector of ones, or the values of a matrix, or its int8 values or codes."""
+        if len(shape) == 1:
+            yield torch.ones(part.shape, dtype=part.dtype)
+            return
         row_bytes = part.nbytes // part.shape[0]  # of a tile of codes
         step = max(1, PIECE_BYTES // row_bytes)
         for start in range(0, part.shape[0], step):
@@ -145,18 +150,6 @@ class _Random:
             codes = self._bytes(count * row_bytes).view(part.dtype).view(count, *part.shape[1:])
             rows = min(count * TILE, shape[0] - start * TILE)
             yield _pad(kind, codes, rows, shape[1]) if isinstance(kind, Codec) else codes
-
-    def experts(self, file: str) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors of an expert file."""
-        scales = self._expert_scales
-        for name, tensor in self._contents.tensors.items():
-            shape = tensor.shape
-            if tensor.file == file and isinstance(tensor.kind, Codec):
-                (N, K), (codes, of_scales) = shape, tensor.parts
-                coded = tensor.kind.codes_shape(N, K)
-                random = self._bytes(math.prod(coded)).view(coded)
-                yield codes, _pad(tensor.kind, random, N, K)
-                yield of_scales, scales[name.split(".")[-2]]
 
     @cached_property
     def _expert_scales(self) -> dict[str, Tensor]:

@@ -88,7 +88,11 @@ class MemorySampler:
         self._take()
 
     def _take(self) -> None:
-        now = self._loading() if self._model is None else memory_in_use(self._model)
+        if self._model is None:
+            used = process_bytes()
+            now = {"ram": (used, {"resident weights": max(0, used - self.baseline)})}
+        else:
+            now = memory_in_use(self._model)
         components = {}
         for tier, (used, known) in now.items():
             runtime = {"runtime": min(used, self.baseline)} if tier == "ram" else {}
@@ -103,7 +107,3 @@ class MemorySampler:
         if len(self.samples) > LONGEST:
             del self.samples[::2]
             self._interval *= 2
-
-    def _loading(self) -> dict[str, tuple[int, dict[str, int]]]:
-        used = process_bytes()
-        return {"ram": (used, {"resident weights": max(0, used - self.baseline)})}

@@ -5,6 +5,7 @@ Without torch.
 
 import math
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -69,29 +70,26 @@ def gpu_named(name: str) -> Gpu:
     key = name.lower().replace(" ", "-").replace("_", "-")
     if key in GPUS:
         return GPUS[key]
-    near = get_close_matches(key, GPUS, 1, cutoff=0.3)
-    hint = f"did you mean {near[0]}? " if near else ""
     known = f"known are {', '.join(GPUS)}; or give --vram and --gpu-bandwidth"
-    raise ConfigError(f"GPU {name!r:.40} is unknown; {hint}{known}")
+    raise ConfigError(f"GPU {name!r:.40} is unknown; {_near(key, GPUS, 0.3)}{known}")
 
 
-GEOMETRIES = {  # name -> config file; some models are others trained further
-    "v2": "geometries/v2.json",
-    "v2.5": "geometries/v2.json",
-    "coder-v2": "geometries/v2.json",
-    "v2-lite": "geometries/v2-lite.json",
-    "coder-v2-lite": "geometries/v2-lite.json",
-    "v3": "geometries/v3.json",
-    "r1": "geometries/v3.json",
-    "v3.1": "geometries/v3.json",
-    "v3.2": "geometries/v3.2.json",
-    "moonlight": "geometries/moonlight.json",
-    "kimi-k2": "geometries/kimi-k2.json",
-    "glm-4.7-flash": "geometries/glm-4.7-flash.json",
-    "glm-5": "geometries/glm-5.json",
-    "mistral-small-4": "geometries/mistral-small-4.json",
+_NAMES = {  # of each geometry; some models are others trained further
+    "v2": ("v2", "v2.5", "coder-v2"),
+    "v2-lite": ("v2-lite", "coder-v2-lite"),
+    "v3": ("v3", "r1", "v3.1"),
+}
+_GEOMETRIES = ("v3.2", "moonlight", "kimi-k2", "glm-4.7-flash", "glm-5", "mistral-small-4")
+GEOMETRIES = {
+    **{name: f"geometries/{of}.json" for of, names in _NAMES.items() for name in names},
+    **{name: f"geometries/{name}.json" for name in _GEOMETRIES},
     "sample": "sample/config.json",
 }
+
+
+def _near(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    near = get_close_matches(name, known, 1, cutoff)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def geometry_path(geometry: str) -> Path:
@@ -100,10 +98,8 @@ def geometry_path(geometry: str) -> Path:
     if key in GEOMETRIES:
         return Path(model_package.__file__).parent / GEOMETRIES[key]
     if not Path(geometry).is_file():
-        near = get_close_matches(key, GEOMETRIES, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
         known = f"known are {', '.join(GEOMETRIES)}; or give the path of a config.json"
-        raise ConfigError(f"{geometry}: no such geometry; {hint}{known}")
+        raise ConfigError(f"{geometry}: no such geometry; {_near(key, GEOMETRIES)}{known}")
     return Path(geometry)
 
 
@@ -331,8 +327,8 @@ class Scenario:
 
     def _setting(self) -> Setting:
         config, sizes, rates = self.model.config, self.sizes, self.machine.bandwidths
-        is_random, size = self.model.random_weights, sizes.record_bytes
-        misses = choose_mode(self.misses, rates, size, config.num_experts_per_tok)
+        is_random = self.model.random_weights
+        misses = choose_mode(self.misses, rates, config.num_experts_per_tok)
         return Setting(config, sizes, self.plan, rates, self.machine.threads, is_random, misses)
 
     def choices(self, prompt_tokens: int, new_tokens: int) -> list[Json]:

@@ -66,27 +66,22 @@ def default_codecs(config: Config) -> ExpertCodecs:
     return DEFAULT_CODECS if encoding is None else KEPT_CODECS.get(encoding.method, DEFAULT_CODECS)
 
 
+@lru_cache(maxsize=64)  # a report asks for the same ones dozens of times
 def sizes_of(
     config: Config, resident: str, codecs: ExpertCodecs, predictor_bytes: int = 0
 ) -> Sizes:
     """Sizes of an export whose resident weights are of ``RESIDENT_MODES`` and whose experts
     are coded by ``codecs``."""
-    components, touched = _resident_sizes(config, resident)
-    predictor = {"predictor": predictor_bytes} if predictor_bytes else {}
-    record = padded_record_bytes(config.hidden_size, config.moe_intermediate_size, codecs)
-    return Sizes(components | predictor, touched, record)
-
-
-@lru_cache(maxsize=16)  # a report asks for the same ones dozens of times
-def _resident_sizes(config: Config, resident: str) -> tuple[dict[str, int], int]:
-    """Bytes of the resident weights by component, and those that one decoded token touches."""
     components, touched = Counter[str](), 0
     for name, shape in resident_shapes(config).items():
         size = resident_bytes(role_of(name), shape, resident)
         components[component_of(name)] += size
         if config.tie_word_embeddings or name != EMBEDDING:
             touched += size
-    return dict(components), touched
+    if predictor_bytes:
+        components["predictor"] = predictor_bytes
+    record = padded_record_bytes(config.hidden_size, config.moe_intermediate_size, codecs)
+    return Sizes(dict(components), touched, record)
 
 
 def export_bytes(config: Config, sizes: Sizes) -> int:

@@ -5,9 +5,7 @@ the machine's own (``slotmoe bench --calibrate`` stores them), given by the user
 the report says which.
 """
 
-import json
 import math
-import os
 from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -17,6 +15,7 @@ from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import read_json
 from slotmoe.model.config import Config
 from slotmoe.offload.plan.memory import HELP_BYTES, Plan, Sizes, kv_bytes
+from slotmoe.offload.shared_files import write_note
 
 KERNEL_SHARE = 0.95  # of the read bandwidth that decode's kernels reach (2 Zen 4 cores)
 GPU_SHARE = 0.6  # the same on a GPU: assumed, not measured
@@ -73,11 +72,8 @@ def stored_bandwidths(path: Path) -> Bandwidths:
 def store_bandwidths(path: Path, **values: float) -> None:
     """Store measured figures, named as in ``MEASURED``; those not given are forgotten."""
     assert set(values) <= set(MEASURED)
-    known = {**values, "date": date.today().isoformat()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(known))
-    temporary.replace(path)
+    write_note(path, {**values, "date": date.today().isoformat()})
 
 
 @dataclass(frozen=True)

@@ -17,20 +17,12 @@ MODES = ("auto", "fetch", "cpu", "hybrid")
 BOUND_TOKENS = 3
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Seconds in which one record is copied to the GPU, and in which the CPU computes one token's
-    expert."""
-
-    fetch: float
-    compute: float
-
-    @staticmethod
-    def of(bandwidths: Bandwidths, record_bytes: int) -> "Costs":
-        return Costs(record_bytes / bandwidths.pcie_busy, record_bytes / bandwidths.experts)
+def cpu_cost(bandwidths: Bandwidths) -> float:
+    """How many records are copied to the GPU while the CPU computes one for a token."""
+    return bandwidths.pcie_busy / bandwidths.experts
 
 
-def choose_mode(wanted: str, bandwidths: Bandwidths, record_bytes: int, top_k: int) -> str:
+def choose_mode(wanted: str, bandwidths: Bandwidths, top_k: int) -> str:
     """``fetch``, ``cpu`` or ``hybrid``: as asked, or for ``auto`` what the measured bandwidths
     advise where all of a token's experts are missing; ``fetch`` where nothing was measured.  Raises
     ``ConfigError``."""
@@ -41,17 +33,17 @@ def choose_mode(wanted: str, bandwidths: Bandwidths, record_bytes: int, top_k: i
     origins = map(bandwidths.origin_of, ("pcie_busy", "experts"))
     if not all(origin.startswith("measured") for origin in origins):
         return "fetch"
-    computed = for_cpu([1] * top_k, Costs.of(bandwidths, record_bytes))
+    computed = for_cpu([1] * top_k, cpu_cost(bandwidths))
     return "fetch" if computed == 0 else "cpu" if computed == top_k else "hybrid"
 
 
-def for_cpu(tokens: Sequence[int], costs: Costs) -> int:
+def for_cpu(tokens: Sequence[int], cost: float) -> int:
     """How many of the missing experts the CPU computes, the first ones of ``tokens``: how many
-    tokens want each, the fewest first.  The others are fetched."""
-    best, spent, least = 0, 0.0, len(tokens) * costs.fetch
+    tokens want each, the fewest first.  The others are fetched.  ``cost`` is a ``cpu_cost``."""
+    best, spent, least = 0, 0.0, float(len(tokens))
     for count, wanted in enumerate(tokens, 1):
-        spent += costs.compute * max(1.0, wanted / BOUND_TOKENS)
-        both = max(spent, (len(tokens) - count) * costs.fetch)
+        spent += cost * max(1.0, wanted / BOUND_TOKENS)
+        both = max(spent, len(tokens) - count)
         if both < least:
             best, least = count, both
     return best
@@ -59,11 +51,11 @@ def for_cpu(tokens: Sequence[int], costs: Costs) -> int:
 
 @dataclass(frozen=True)
 class Split:
-    """How missing experts are divided.  ``mode`` is ``fetch``, ``cpu`` or ``hybrid``; the CPU holds
-    ``at_once`` records at most."""
+    """How missing experts are divided.  ``mode`` is ``fetch``, ``cpu`` or ``hybrid``; ``cost`` is a
+    ``cpu_cost``; the CPU holds ``at_once`` records at most."""
 
     mode: str = "fetch"
-    costs: Costs = Costs(1.0, 1.0)
+    cost: float = 1.0
     at_once: int = 0
 
     @property
@@ -78,7 +70,7 @@ class Split:
         if not self.computes:
             return 0
         if tokens > 1:
-            return for_cpu(uses, self.costs)
+            return for_cpu(uses, self.cost)
         if self.mode == "cpu":
             return len(uses)
-        return min(len(uses), for_cpu([1] * missing, self.costs))
+        return min(len(uses), for_cpu([1] * missing, self.cost))

@@ -9,12 +9,11 @@ A file is written beside its place, made durable and renamed, by one process at 
 are not what they claim to be are as good as none.  The format: docs/sessions.md.
 """
 
-import fcntl
 import hashlib
 import os
 import re
 import struct
-import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from pathlib import Path
 import xxhash
 
 from slotmoe.errors import ConfigError
-from slotmoe.offload.engine.sequence import shared_prefix
+from slotmoe.offload.shared_files import take_lock
 from slotmoe.quant.export.writer import publish_file, temporary_name
 from slotmoe.sizes import format_size
 
@@ -88,13 +87,16 @@ def chain(root: bytes, tokens: list[int]) -> Iterator[Block]:
 
 @dataclass(frozen=True)
 class Entry:
-    """A block's file as the folder shows it; its tokens are inside."""
+    """A block's file as the folder shows it, with its bytes and when it was used; its tokens are
+    inside."""
 
     path: Path
     parent: bytes
     start: int
     count: int
     address: bytes
+    nbytes: int
+    used: float
 
 
 class BlockFolder:
@@ -120,9 +122,10 @@ class BlockFolder:
     ) -> tuple[Block, memoryview] | None:
         """The block behind ``parent`` that has most of ``tokens`` at its beginning, whole, and its
         latents; None where no block has the first of them, or what has is damaged."""
-        exact = Block(parent, start, tokens)
-        path = self._path(exact)
-        block, path = (exact, path) if path.exists() else self._closest(parent, start, tokens)
+        block = Block(parent, start, tokens)
+        path = self._path(block)
+        if not path.exists():
+            block, path = self._closest(parent, start, tokens)
         try:
             return (block, self._latents(path, block, token_bytes)) if block.tokens else None
         except FileNotFoundError:  # another process has just evicted it
@@ -152,15 +155,12 @@ class BlockFolder:
 
     def _latents(self, path: Path, block: Block, token_bytes: int) -> memoryview:
         """Raises ``ValueError`` unless the file is that block, and undamaged."""
-        head = block.head(token_bytes)
-        size = _size(block, token_bytes)
-        with open(path, "rb", buffering=0, opener=_no_link) as file:
+        head, size = block.head(token_bytes), _size(block, token_bytes)
+        with open(path, "rb", opener=_no_link) as file:
             if (there := os.fstat(file.fileno()).st_size) != size:
                 raise ValueError(f"has {there} bytes, expected {size}")
             data = memoryview(bytearray(size))
-            read = 0
-            while read < size and (count := file.readinto(data[read:])):
-                read += count
+            file.readinto(data)
         content = data[:-_CHECKSUM_BYTES]
         if xxhash.xxh3_128_digest(content) != data[-_CHECKSUM_BYTES:]:
             raise ValueError("its checksum is wrong")
@@ -168,19 +168,13 @@ class BlockFolder:
             raise ValueError("is another block than its name says")
         return content[len(head) :]
 
-    def _shard(self, parent: bytes) -> Path:
-        return self.folder / f"{parent[0]:02x}"
-
     def _path(self, block: Block) -> Path:
         parts = block.parent.hex(), f"{block.start:08}", f"{len(block.tokens):02}"
-        return self._shard(block.parent) / "-".join((*parts, block.address.hex()))
+        return self.folder / parts[0][:2] / "-".join((*parts, block.address.hex()))
 
     def _children(self, parent: bytes) -> Iterator[Entry]:
-        with suppress(OSError):
-            shard = self._shard(parent)
-            for name in os.listdir(shard):
-                if name.startswith(parent.hex()) and (entry := _entry(shard / name)):
-                    yield entry
+        paths = (self.folder / parent.hex()[:2]).glob(f"{parent.hex()}-*")
+        return filter(None, map(_entry, paths))
 
     # Writing
 
@@ -228,40 +222,29 @@ class BlockFolder:
         digest = xxhash.xxh3_128(head)
         digest.update(latents)
         write_private(self._path(block), [head, latents, digest.digest()])
-        freed, token_bytes = 0, len(latents) // len(block.tokens)
+        freed = 0
         for entry in list(self._children(block.parent)):
-            short = Block(block.parent, block.start, block.tokens[: entry.count])
-            if entry.count < len(block.tokens) and entry.address == short.address:
-                freed += _size(short, token_bytes) * self._unlink(entry.path)
+            is_shorter = entry.count < len(block.tokens)
+            if is_shorter and entry.address == address(block.parent, block.tokens[: entry.count]):
+                freed += entry.nbytes * self._unlink(entry.path)
         return freed
 
     def sweep(self, wanted: Iterable[Block]) -> int:
         """Remove all blocks but the ``wanted`` ones.  Returns the bytes that are free again."""
-        addresses, before = {block.address for block in wanted}, 0
         with self._locked() as lock:
-            before = self._tidy(frozenset(), 1 << 62)
-            for entry, _ in list(self._entries()):
-                if entry.address not in addresses:
-                    self._unlink(entry.path)
-            total = self._tidy(frozenset(), self.limit)
+            before = self._tidy(frozenset(), self.limit)
+            total = self._tidy(frozenset(block.address for block in wanted), 0)
             self._set_total(lock, total)
         return before - total
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
         """No other process changes the folder meanwhile.  Raises ``OSError``."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        handle, until = os.open(self.folder / "lock", flags, 0o600), time.monotonic()
-        until += _LOCK_SECONDS
         try:
-            while True:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > until:
-                        raise OSError("another process has been saving for long") from None
-                    time.sleep(0.005)
+            handle = take_lock(self.folder / "lock", os.O_RDWR | os.O_CREAT, _LOCK_SECONDS)
+        except BlockingIOError:
+            raise OSError("another process has been saving for long") from None
+        try:
             yield handle
         finally:
             os.close(handle)
@@ -294,39 +277,35 @@ class BlockFolder:
         A block was used when its latest descendant was, and one whose parent is gone never: nothing
         leads there.
         """
-        entries = sorted(self._entries(), key=lambda pair: -pair[0].start)
-        used = dict[bytes, float]()
-        for entry, status in entries:
-            latest = max(status.st_mtime, used.get(entry.address, 0.0))
-            used[entry.address] = latest
-            used[entry.parent] = max(latest, used.get(entry.parent, 0.0))
+        entries = sorted(self._entries(), key=lambda entry: -entry.start)
+        used = defaultdict[bytes, float](float)
+        for entry in entries:
+            used[entry.address] = max(entry.used, used[entry.address])
+            used[entry.parent] = max(used[entry.address], used[entry.parent])
         reached = set[bytes]()
-        for entry, _ in reversed(entries):
+        for entry in reversed(entries):
             if entry.start == 0 or entry.parent in reached:
                 reached.add(entry.address)
-        total = sum(status.st_size for _, status in entries)
+        total = sum(entry.nbytes for entry in entries)
 
-        def order(pair: tuple[Entry, os.stat_result]) -> tuple[float, int]:
-            entry = pair[0]
+        def order(entry: Entry) -> tuple[float, int]:
             return used[entry.address] if entry.address in reached else 0.0, -entry.start
 
-        for entry, status in sorted(entries, key=order):
+        for entry in sorted(entries, key=order):
             if total <= limit:
                 break
             if entry.address not in kept and self._unlink(entry.path):
-                total -= status.st_size
+                total -= entry.nbytes
         return total
 
-    def _entries(self) -> Iterator[tuple[Entry, os.stat_result]]:
+    def _entries(self) -> Iterator[Entry]:
         """All blocks.  Files that were never finished are removed on the way, so the caller has the
         lock."""
-        for shard in self.folder.glob("[0-9a-f][0-9a-f]"):
-            for path in list(shard.iterdir()):
-                if path.name.endswith(".tmp"):
-                    self._unlink(path)
-                elif (entry := _entry(path)) is not None:
-                    with suppress(OSError):
-                        yield entry, path.lstat()
+        for path in list(self.folder.glob("[0-9a-f][0-9a-f]/*")):
+            if path.name.endswith(".tmp"):
+                self._unlink(path)
+            elif (entry := _entry(path)) is not None:
+                yield entry
 
     def _unlink(self, path: Path) -> bool:
         with suppress(OSError):  # who reads a damaged one removes it without the lock
@@ -383,11 +362,15 @@ def _size(block: Block, token_bytes: int) -> int:
 
 
 def _entry(path: Path) -> Entry | None:
-    """What the file's name says; None if it is no block's."""
+    """What the file's name says; None if it is no block's, or has just gone."""
     if not (match := _NAME.fullmatch(path.name)):
         return None
     parent, start, count, own = match.groups()
-    return Entry(path, bytes.fromhex(parent), int(start), int(count), bytes.fromhex(own))
+    place = bytes.fromhex(parent), int(start), int(count), bytes.fromhex(own)
+    with suppress(OSError):
+        status = path.lstat()
+        return Entry(path, *place, status.st_size, status.st_mtime)
+    return None
 
 
 def _tokens(entry: Entry) -> list[int]:
@@ -399,3 +382,11 @@ def _tokens(entry: Entry) -> list[int]:
 
 def _no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW)
+
+
+def shared_prefix(cached: list[int], prompt: list[int]) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    limit = min(len(cached), len(prompt))
+    if cached[:limit] == prompt[:limit]:
+        return limit
+    return next(index for index in range(limit) if cached[index] != prompt[index])

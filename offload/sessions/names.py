@@ -5,7 +5,6 @@ because that is how their blocks are found again: those of a session that is rem
 """
 
 import base64
-import fcntl
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from slotmoe.offload.sessions.blocks import (
     unpacked,
     write_private,
 )
+from slotmoe.offload.shared_files import take_lock
 from slotmoe.quant.export.layout import checksum
 
 _VERSION = 1
@@ -85,9 +85,9 @@ class NamedSession:
 
     def save(self, saved: Saved) -> None:
         """Replace the file, whole or not at all.  Raises ``ConfigError``."""
-        values = {"version": _VERSION, **asdict(saved), "root": saved.root.hex()}
         # In one value: a reader of JSON bounds how many there may be.
-        values["tokens"] = base64.b64encode(packed(saved.tokens)).decode()
+        tokens = base64.b64encode(packed(saved.tokens)).decode()
+        values = {"version": _VERSION, **asdict(saved), "root": saved.root.hex(), "tokens": tokens}
         text = json.dumps({"checksum": _checksum(values), **values})
         try:
             write_private(self.path, [text.encode()])
@@ -172,19 +172,10 @@ def _checksum(values: Json) -> str:
 
 def _lock(path: Path) -> int:
     """A handle that holds the lock.  Raises ``ConfigError``."""
-    while True:
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        except OSError as problem:
-            raise ConfigError(f"{path}: can't be written ({problem.strerror})") from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.stat().st_ino == os.fstat(handle).st_ino:
-                return handle
-        except BlockingIOError:
-            os.close(handle)
-            reason = "is in use by another process; wait for that, or take another name"
-            raise ConfigError(f"session {path.stem}: {reason}") from None
-        except FileNotFoundError:
-            pass
-        os.close(handle)  # its file was removed in between
+    try:
+        return take_lock(path, os.O_RDWR | os.O_CREAT, 0)
+    except BlockingIOError:
+        reason = "is in use by another process; wait for that, or take another name"
+        raise ConfigError(f"session {path.stem}: {reason}") from None
+    except OSError as problem:
+        raise ConfigError(f"{path}: can't be written ({problem.strerror})") from None

@@ -13,7 +13,7 @@ import torch
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload.engine.loading import LoadedModel
-from slotmoe.offload.engine.sequence import Sequence, shared_prefix
+from slotmoe.offload.engine.sequence import Sequence
 from slotmoe.offload.sessions.blocks import (
     ADDRESS_BYTES,
     BLOCK_TOKENS,
@@ -23,6 +23,7 @@ from slotmoe.offload.sessions.blocks import (
     address,
     chain,
     make_private,
+    shared_prefix,
 )
 from slotmoe.quant.export.reader import Export
 from slotmoe.sizes import parse_size

@@ -18,6 +18,7 @@ a token, R and Q the predictor's widths.
 import codecs
 import math
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -157,7 +158,7 @@ def measure(
     """Recall with each number of guesses of both horizons (``token``, ``layer``), of the next
     layer's without the token's (``layer_alone``), and of guessing the ``popular`` experts
     always."""
-    totals: dict[str, Tensor] = {}
+    totals = defaultdict[str, Tensor](lambda: torch.zeros(len(guesses)))
     layer_scores = predictor.layer_scores
     for start in range(0, len(samples.token), 4096):
         part = slice(start, start + 4096)
@@ -174,8 +175,7 @@ def measure(
         for name, scores in scored.items():
             if scores:  # a model of one MoE layer has no next
                 shares = recall(torch.stack(scores, 1), used_TLK[:, -len(scores) :], guesses)
-                sums = torch.tensor(shares) * len(used_TLK)
-                totals[name] = totals.get(name, torch.zeros(len(guesses))) + sums
+                totals[name] += torch.tensor(shares) * len(used_TLK)
     return {name: (total / len(samples.token)).tolist() for name, total in totals.items()}
 
 
@@ -277,7 +277,6 @@ def calibrate(
     texts: Sequence[Path],
     progress: Callable[[int, int], None] | None = None,
     *,
-    device: str = "auto",
     threads: int | None = None,
     seed: int = 0,
 ) -> Json:
@@ -309,10 +308,10 @@ def calibrate(
     def reading(count: int) -> None:
         advance(epochs * count)  # reading takes about as long as training
 
-    ram = None if device.startswith("cuda") else _ram_left(config, [*groups, held_back])
+    ram = _ram_left(config, [*groups, held_back])
     context = max(len(window) for window in [*training, *held_back])
     generator = torch.Generator().manual_seed(seed)
-    with Runtime.open(folder, device=device, ram=ram, context=context, threads=threads) as runtime:
+    with Runtime.open(folder, ram=ram, context=context, threads=threads) as runtime:
         steps = epochs * sum(math.ceil(_count(group) / _BATCH) for group in groups)
         net = _Net(config, steps, generator, runtime.device)
         uses = torch.zeros(L * E)

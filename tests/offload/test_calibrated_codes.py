@@ -104,7 +104,7 @@ def test_a_download_is_calibrated_to_the_same_bytes(hub, source, exports, tmp_pa
     wanted = made(tmp_path / "source", tmp_path / "local", resident="mixed")
     del wanted[MANIFEST]  # which has the folder's name
     hub.add(NAME, Repo(tmp_path / "source"))
-    options = {"codecs": LUT, "ready": lambda folder: {"calibration": windows()}}
+    options = {"codecs": LUT, "ready": lambda folder: windows()}
     options |= {"resident": "mixed"}
     if stop is not None:
         with pytest.raises(Stop):
@@ -163,10 +163,11 @@ def test_the_stream_is_the_networks(source, tmp_path):
     with Checkpoint.open(source) as checkpoint:
         layers = range(checkpoint.config.num_hidden_layers)
         calibration = Calibration(checkpoint, text, set(), layers, tmp_path, lambda count: None)
-        found = list(calibration.layers(lambda step: None))
-    assert [layer.layer for layer in found] == [0, 1, 2, 3]
+        calibration.begin()
+        found = [calibration.layer(layer) for layer in calibration.remaining]
+    assert len(found) == 4
     with Runtime.open(source, quantize=False, context=64) as runtime:
         (wanted,) = runtime.sequences[0].run(text[0])
     assert torch.allclose(calibration.hidden_TD[:40], wanted, rtol=1e-3, atol=1e-4)
-    H = found[1].hessians[expert_name(1, 2, "down_proj")].mean_KK
+    H = found[1][expert_name(1, 2, "down_proj")].mean_KK
     assert torch.allclose(H, H.t(), rtol=1e-4, atol=1e-9)

@@ -107,12 +107,12 @@ def test_a_state_names_what_is_durable_and_a_file_before_it_is_published(tmp_pat
     source = tmp_path / "source"
     write_checkpoint(source, shards=3, **SMALL)
     synced, states, published = set(), [], []
-    sync, write, publish = ExportFile.sync, output_dir.write_state, quantize.publish_file
+    sync, write, publish = ExportFile.sync, output_dir.State.save, quantize.publish_file
 
-    def write_state(partial, state):
-        assert {name.rpartition("/")[2] for name in state["written"]} <= synced
-        states.append((len(state["written"]), {*state["files"]}))
-        write(partial, state)
+    def save(state, partial):
+        assert {name.rpartition("/")[2] for name in state.written} <= synced
+        states.append((len(state.written), {*state.files}))
+        write(state, partial)
 
     def publish_file(path):
         assert path.relative_to(tmp_path / "export.partial").as_posix() in states[-1][1]
@@ -120,7 +120,7 @@ def test_a_state_names_what_is_durable_and_a_file_before_it_is_published(tmp_pat
         publish(path)
 
     monkeypatch.setattr(ExportFile, "sync", lambda file: synced.add(file.path.name) or sync(file))
-    monkeypatch.setattr(output_dir, "write_state", write_state)
+    monkeypatch.setattr(output_dir.State, "save", save)
     monkeypatch.setattr(quantize, "publish_file", publish_file)
     shards = Shards(source)
     quantize.quantize(source, tmp_path / "export", workers=1, shards=shards)

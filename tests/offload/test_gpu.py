@@ -11,7 +11,7 @@ import torch
 from slotmoe.errors import ConfigError
 from slotmoe.offload.plan.speed import MEASURED, Bandwidths
 from slotmoe.offload.policy import POLICIES
-from slotmoe.offload.policy.hybrid import MODES, Costs, choose_mode, for_cpu
+from slotmoe.offload.policy.hybrid import MODES, choose_mode, for_cpu
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers import cuda, host
 from slotmoe.offload.tiers.cuda import CudaFacts, choose_device
@@ -86,12 +86,11 @@ def test_what_the_cpu_computes_differs_by_rounding_alone(on_twin, wanted, mode, 
 
 
 def test_split_balances_both_sides():
-    even = Costs(fetch=1.0, compute=1.0)
-    assert [for_cpu([1] * n, even) for n in range(7)] == [0, 0, 1, 1, 2, 2, 3]
-    assert for_cpu([1] * 6, Costs(fetch=1.0, compute=10.0)) == 0
-    assert for_cpu([1] * 6, Costs(fetch=5.5, compute=1.0)) == 5  # 5 computed while one is fetched
-    assert for_cpu([1] * 6, Costs(fetch=10.0, compute=0.1)) == 6
-    assert for_cpu([1, 2, 300, 300], even) == 2  # many tokens cost the CPU more than their copy
+    assert [for_cpu([1] * n, 1.0) for n in range(7)] == [0, 0, 1, 1, 2, 2, 3]
+    assert for_cpu([1] * 6, 10.0) == 0
+    assert for_cpu([1] * 6, 1 / 5.5) == 5  # 5 computed while one is fetched
+    assert for_cpu([1] * 6, 0.01) == 6
+    assert for_cpu([1, 2, 300, 300], 1.0) == 2  # many tokens cost the CPU more than their copy
 
 
 def test_the_mode_follows_what_was_measured():
@@ -103,12 +102,12 @@ def test_the_mode_follows_what_was_measured():
         (measured(pcie_busy=50e9), "fetch"),
         (measured(experts=50e9), "cpu"),
     ):
-        assert choose_mode("auto", rates, 1 << 20, 6) == mode
-    assert [choose_mode(one, Bandwidths(), 1, 6) for one in MODES[1:]] == ["fetch", "cpu", "hybrid"]
+        assert choose_mode("auto", rates, 6) == mode
+    assert [choose_mode(one, Bandwidths(), 6) for one in MODES[1:]] == ["fetch", "cpu", "hybrid"]
     with pytest.raises(
         ConfigError, match="misses 'gpu' is unknown, expected one of: auto, fetch, cpu, hybrid"
     ):
-        choose_mode("gpu", Bandwidths(), 1, 6)
+        choose_mode("gpu", Bandwidths(), 6)
 
 
 def test_several_sequences_and_traces(on_twin, tmp_path):

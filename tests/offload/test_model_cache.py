@@ -56,7 +56,7 @@ def test_a_folder_that_moved_or_was_touched_is_not_quantized_again(
     assert made == [source]
     source = tmp_path / "copy"
     with monkeypatch.context() as patch:
-        patch.setattr(model_cache, "content_key", None)
+        patch.setattr(cached, "content_key", None)
         assert cached_export(source, tmp_path / "cache") == export
     shutil.rmtree(export)
     assert (cached_export(source, tmp_path / "cache") / "slotmoe.json").is_file()
@@ -117,7 +117,7 @@ def test_bad_options_are_refused_before_anything_is_quantized(source, made, slot
 def test_a_damaged_note_is_no_note(tmp_path):
     for text in ("", "[]", '{"export": 3}', '{"export": "../../etc"}'):
         (tmp_path / "note").write_text(text)
-        assert model_cache.read_note(tmp_path / "note") is None
+        assert cached.noted_export(tmp_path / "note") is None
 
 
 @pytest.fixture
