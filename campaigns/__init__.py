@@ -40,9 +40,9 @@ CAMPAIGNS = (
     ),
     Gate(
         "interrupts",
-        "An exception, or Ctrl-C, at each line of Python that prefill and decode run.",
-        "10,000 exceptions, no lost slot, no hang, the same bits afterwards",
-        "10,100 and 80 signals, no slot lost (e450e24)",
+        "Ctrl-C at any moment of `run`, `chat`, `serve` and Python, there also beside threads.",
+        "200 each: no hang, no traceback, the beginning of the right text, the same text again",
+        "",
     ),
     Gate(
         "kills",
@@ -89,13 +89,6 @@ CAMPAIGNS = (
 )
 # Reached by long tests, each night.
 TESTS = (
-    Gate(
-        "threads",
-        "Threads that use one runtime at once.",
-        "an error or the right text",
-        "1,600 calls of 8 threads (f55e85e)",
-        'python -m pytest -m "slow or not slow" tests/offload/test_interrupts.py -k threads',
-    ),
     Gate(
         "state of a resume",
         "The state file of a `quantize` that was stopped is changed.",

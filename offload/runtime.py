@@ -131,6 +131,11 @@ class Runtime:
                 start = end
         return logits
 
+    def next_logits(self, token_ids: list[int]) -> Tensor:
+        """Logits of the token behind ``token_ids``: float32 CPU [vocab_size].  What a latent cache
+        holds of them is not computed again.  Raises as ``logits`` does."""
+        return self.engine.force(self.checked(token_ids), keeps=True).logits[0]
+
     def logits_from(self, token_ids: list[int], first: int = 0) -> Iterator[Tensor]:
         """The rows of ``logits`` from position ``first`` on, float32 [at most 128, vocab_size] at a
         time, on the runtime's device.

@@ -20,6 +20,7 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
+from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from slotmoe.errors import CLOSED, ConfigError, SlotmoeError
 from slotmoe.model.generate import Delta
+from slotmoe.offload.engine.forced import Forced
 from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.engine.passes import Passes, Row
 from slotmoe.offload.engine.requests import Request, Sampler, wait_for
@@ -143,17 +145,28 @@ class Engine:
     def hidden(self, ids: list[int], first: int) -> Tensor:
         """Read ``ids``: the residual stream after the last layer behind those from ``first`` on,
         float32 [T, D] on the device.  Raises what the engine could not do."""
-        parts, deltas = list[Tensor](), SimpleQueue[Delta]()
-        request = Request(ids, None, deltas.put, hidden=parts.append, first=first)
+        parts = list[Tensor]()
+        self._finished(Request(ids, None, hidden=parts.append, first=first))
+        return torch.cat(parts)
+
+    def force(self, prompt: list[int], ids: Sequenced[int] = (), keeps: bool = False) -> Forced:
+        """Read ``prompt``, of which what a sequence holds is not computed again, and decode ``ids``
+        after it.  Raises what the engine could not do."""
+        forced = Forced(ids, keeps)
+        self._finished(Request(prompt, forced))
+        return forced
+
+    def _finished(self, request: Request) -> None:
+        """Submit a request and wait for its end.  Raises what the engine could not do."""
+        ended = SimpleQueue[Delta]()
+        request.emit = lambda delta: ended.put(delta) if delta.finish else None
         self.submit(request)
         try:
-            delta = wait_for(deltas, self._thread.goes_on)
-        except BaseException:
+            delta = wait_for(ended, request.alive)
+        finally:
             request.cancel()
-            raise
-        if delta.finish != "stop":
+        if delta.finish not in ("stop", "length"):
             raise request.problem or ConfigError(CLOSED)
-        return torch.cat(parts)
 
     def call(self, action: Callable[[], T]) -> T:
         """What ``action`` gives, in the engine's thread between two steps.  Raises what it raises,

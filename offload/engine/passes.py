@@ -43,6 +43,8 @@ class Passes:
 
     def __init__(self, model: LoadedModel):
         self._model = model
+        budget = format_size(model.plan.budget)
+        self._ways_out = f"a lower --vram (now {budget}) or --context"
         self.drafting = Drafting(model.plan.drafted) if model.draft[0] != "off" else None
         self.tokens = dict.fromkeys(("prefill_tokens", "decode_tokens"), 0)
         self.seconds = dict.fromkeys(("prefill_seconds", "decode_seconds"), 0.0)
@@ -102,9 +104,7 @@ class Passes:
 
     def compute(self, step: Callable[[], Tensor]) -> Tensor:
         """What ``step`` gives, computed.  Raises ``DeviceError``."""
-        model = self._model
-        ways_out = f"a lower --vram (now {format_size(model.plan.budget)}) or --context"
-        return model.device.run(step, ways_out)
+        return self._model.device.run(step, self._ways_out)
 
     def _run(self, rows: Sequenced[Row]) -> None:
         """One pass.  One that raises leaves all sequences as they were."""

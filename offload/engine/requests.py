@@ -59,7 +59,7 @@ class Request:
 
     prompt: list[int]
     answer: Sampler | None
-    emit: Callable[[Delta], None]
+    emit: Callable[[Delta], None] = lambda delta: None
     owner: str = ""
     scored: bool = False
     hidden: Callable[[Tensor], None] | None = None
