@@ -162,7 +162,7 @@ class Runtime:
             yield self.engine.hidden(token_ids[: start + at_once], start)
 
     def _logits_of(self, hidden_RD: Tensor) -> Tensor:
-        return self.engine.call(lambda: self.engine.passes.logits(hidden_RD))
+        return self.engine.call(lambda: self.engine.batch.passes.logits(hidden_RD))
 
     def encode(self, text: str, chat: bool = False) -> list[int]:
         """Token ids of a prompt or, with ``chat``, of a user's message in the model's chat
@@ -287,7 +287,7 @@ class Runtime:
         compute nothing again that is there of a prompt.  ``notify`` gets a line where a file is
         damaged or can't be written.  Raises ``ConfigError`` or ``PlanError``."""
         sessions = Sessions(self.model, Path(folder), limit, notify)
-        self.engine.call(lambda: setattr(self.engine, "sessions", sessions))
+        self.engine.call(lambda: setattr(self.engine.batch, "sessions", sessions))
 
     @property
     def engine(self) -> Engine:
@@ -300,7 +300,7 @@ class Runtime:
     @property
     def sessions(self) -> Sessions | None:
         """Where latents are kept on disk; None until ``keep_in``."""
-        return self.engine.sessions
+        return self.engine.batch.sessions
 
     @property
     def model(self) -> LoadedModel:
@@ -351,11 +351,11 @@ class Runtime:
         if on_device is not None:
             memory |= {"peak_vram": on_device.peak, "reserved_vram": on_device.reserved}
             memory["beside_vram"] = on_device.beside
-        tokens = {**self.engine.passes.tokens, **self.engine.passes.seconds}
+        tokens = {**self.engine.batch.passes.tokens, **self.engine.batch.passes.seconds}
         stats: Json = {"tokens": tokens, "memory": memory}
         stats["kernels"] = model.backend.name
         stats["device"] = {"name": model.device.name, "why": model.device_reason}
-        drafting = self.engine.passes.drafting
+        drafting = self.engine.batch.passes.drafting
         stats["drafts"] = dict(zip(("kind", "why"), model.draft, strict=True))
         stats["drafts"] |= {} if drafting is None else drafting.stats()
         if model.experts is not None:

@@ -18,9 +18,9 @@ def begin(runtime: Runtime, depth: int = 0) -> list[int]:
     beginning of a prompt that goes on from there."""
 
     def empty() -> None:
-        for sequence in engine.sequences:
+        for sequence in engine.batch.sequences:
             sequence.cut(0)
-        engine.sequences[0].fill(depth, engine.model.config, engine.model.backend)
+        engine.batch.sequences[0].fill(depth, engine.model.config, engine.model.backend)
 
     engine = runtime.engine
     engine.call(empty)

@@ -10,6 +10,7 @@ import torch
 
 from slotmoe.errors import CLOSED, ConfigError, ExportError, PlanError
 from slotmoe.model.generate import Answer, Sampling, Stops, penalize
+from slotmoe.offload.engine import batch as batches
 from slotmoe.offload.engine import engine as engines
 from slotmoe.offload.engine import loading
 from slotmoe.offload.engine.requests import Request
@@ -61,7 +62,7 @@ def narrow(sample_export, heavy):
 
 @pytest.fixture
 def in_steps(narrow, monkeypatch):
-    monkeypatch.setattr(engines, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(batches, "PREFILL_CHUNK", 16)
     begin(narrow)
     return narrow
 
@@ -72,7 +73,7 @@ def test_answers_together_are_token_for_token_those_alone(request, room, limit):
     interleave."""
     runtime = request.getfixturevalue(room)
     begin(runtime)
-    totals = runtime.engine.totals
+    totals = runtime.engine.batch.totals
     before = totals.steps, totals.prompt_tokens + totals.reused_tokens, totals.answer_tokens
     long = runtime.tokenizer.encode("The people of the United States have a government. " * 16)
     prompts = [*(runtime.tokenizer.encode(text) for text in PROMPTS[:6]), long, [0]]
@@ -155,11 +156,11 @@ def test_several_texts_by_one_call_and_in_an_event_loop(runtime, processes):
 
 
 def test_who_closes_forgets_or_leaves_a_text_cancels_it(runtime):
-    before = runtime.engine.totals.finished.get("cancelled", 0)
+    before = runtime.engine.batch.totals.finished.get("cancelled", 0)
 
     def idle():
-        until(lambda: runtime.engine.running == 0)
-        return runtime.engine.totals.finished.get("cancelled", 0) - before
+        until(lambda: runtime.engine.batch.running == {})
+        return runtime.engine.batch.totals.finished.get("cancelled", 0) - before
 
     stream = runtime.generate([5, 6], None)
     next(stream)
@@ -200,11 +201,8 @@ def test_an_answer_ends_where_the_context_does_or_nobody_wants_it(runtime):
             caller.job.cancel()
 
     caller = Caller(runtime, [5, 6, 7], 200, at=leave).wait()
-    assert (caller.last.finish, len(caller.answer.ids), runtime.engine.running) == (
-        "cancelled",
-        3,
-        0,
-    )
+    assert (caller.last.finish, len(caller.answer.ids)) == ("cancelled", 3)
+    assert runtime.engine.batch.running == {}
 
 
 def test_closing_ends_answers_with_a_reason(sample_export):
@@ -315,7 +313,7 @@ def test_penalties_and_bias_change_the_choice():
 
 
 def test_rows_that_others_overwrote_are_not_taken_for_the_prompt(runtime):
-    prompt, sequences = [5, 9, 300, 17, 2, 40, 8, 21], runtime.engine.sequences
+    prompt, sequences = [5, 9, 300, 17, 2, 40, 8, 21], runtime.engine.batch.sequences
     begin(runtime)
     wanted = [token.id for token in runtime.generate(prompt, 8)]
     force(runtime, [7] * 7)
@@ -345,7 +343,7 @@ def test_a_long_pass_ends_when_nobody_waits_for_it(in_steps, end, sample_export)
             runtime.engine.stop()
 
     stop = runtime.engine.call(lambda: runtime.model.experts.on_layer(third))
-    sequence = runtime.engine.sequences[0]
+    sequence = runtime.engine.batch.sequences[0]
     caller = Caller(runtime, ids, owner=end)
     assert (caller.wait().last.finish, len(gates)) in (("cancelled", 3), ("shutdown", 3))
     assert sequence.length == 0
@@ -357,7 +355,7 @@ def test_a_long_pass_ends_when_nobody_waits_for_it(in_steps, end, sample_export)
 
 def test_a_short_prompt_overtakes_a_long_one_which_gets_a_piece_after_each(in_steps, monkeypatch):
     """What is cached of a prompt does not count."""
-    runtime, engine = in_steps, in_steps.engine
+    runtime, batch = in_steps, in_steps.engine.batch
     long, shorts = [5 + n for n in range(240)], [[7 + n, 8, 9] for n in range(3)]
     shorts[0] = [*long[:100], *shorts[0]]
     gates, order, callers, pieces = [], [], [], []
@@ -367,12 +365,12 @@ def test_a_short_prompt_overtakes_a_long_one_which_gets_a_piece_after_each(in_st
 
     wanted = [token.id for token in runtime.generate(long, 2)]
     begin(runtime)
-    monkeypatch.setattr(engine, "at_once", 2)
+    monkeypatch.setattr(batch, "at_once", 2)
     Caller(runtime, long[:100], limit=1).wait()
-    fill = engine._fill
+    fill = batch._fill
 
     def note(request, shared):
-        sequence = engine._running[request]
+        sequence = batch.running[request]
         before = sequence.length
         fill(request, shared)
         pieces.append((len(request.prompt), sequence.length - before))
@@ -382,7 +380,7 @@ def test_a_short_prompt_overtakes_a_long_one_which_gets_a_piece_after_each(in_st
         if len(gates) == 3:
             callers.extend(ask(ids, 1) for ids in shorts)
 
-    monkeypatch.setattr(engine, "_fill", note)
+    monkeypatch.setattr(batch, "_fill", note)
     stop = runtime.model.experts.on_layer(arrive)
     callers.append(ask(long, 2, "another"))
     until(lambda: len(callers) == 4)

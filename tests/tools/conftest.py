@@ -68,7 +68,7 @@ def anthropic_client(served):
 @pytest.fixture
 def steps(runtime, monkeypatch):
     """Let each step of ``runtime`` be preceded by a call."""
-    passes = runtime.engine.passes
+    passes = runtime.engine.batch.passes
     decode = passes.decode
 
     def precede(call):

@@ -284,7 +284,7 @@ def test_abort_in_the_middle_of_a_prompt_leaves_nothing_for_another_key(
     latents stay in their place."""
     keyed.idle()
     alone = text_alone(runtime, CANARY)
-    passes, totals = runtime.engine.passes, runtime.engine.totals
+    passes, totals = runtime.engine.batch.passes, runtime.engine.batch.totals
     prefill, reached, left = passes.prefill, threading.Event(), threading.Event()
 
     def paused(row):

@@ -53,7 +53,7 @@ def drafts(
         runtime.warm()
         ids = runtime.tokenizer.encode(prompt)[-prompt_tokens:]
         following = runtime.tokenizer.encode(answer, add_bos=False)[:decode_tokens]
-        passes = runtime.engine.passes
+        passes = runtime.engine.batch.passes
         begin(runtime)
         force(runtime, ids)
         used: dict[str, dict[str, float]] = {}

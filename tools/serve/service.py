@@ -38,7 +38,8 @@ class Service:
         ended: Callable[[], None] = lambda: None,
     ):
         self.runtime, self.engine, self.name = runtime, runtime.engine, name
-        self.engine.at_once, self.engine.ended = sequences, ended
+        self._batch = self.engine.batch
+        self._batch.at_once, self.engine.ended = sequences, ended
         self._limit, self._open = sequences + waiting, set[Request]()
         self._is_ending = False
         self.tokenizer, self.created = runtime.tokenizer, int(time.time())
@@ -67,7 +68,7 @@ class Service:
         if len(self._open) + len(requests) > self._limit:
             self.refused += 1
             problem = "too many answers are waiting; try again later"
-            headers = {"retry-after": str(self.engine.retry_after)}
+            headers = {"retry-after": str(self._retry_after)}
             raise RefusedError(problem, None, 429, "rate_limit_exceeded", headers)
         self._open.update(requests)
         self.engine.submit(*requests)
@@ -79,6 +80,11 @@ class Service:
             request.cancel("shutdown")
 
     @property
+    def _retry_after(self) -> int:
+        """Seconds after which a sequence is likely free, 1 to 60."""
+        return min(60, max(1, round(self._batch.seconds / self._batch.at_once)))
+
+    @property
     def alive(self) -> bool:
         """Whether the model can answer."""
         return self.engine.alive
@@ -86,7 +92,7 @@ class Service:
     @property
     def running(self) -> int:
         """Answers that have a sequence."""
-        return min(self.engine.running, len(self._open))
+        return min(len(self._batch.running), len(self._open))
 
     @property
     def queued(self) -> int:
@@ -111,7 +117,7 @@ class Service:
 
     def stats(self) -> Json:
         """Counts and bytes now; memory is by tier."""
-        totals, stats, plan = self.engine.totals, self.runtime.stats(), self.runtime.plan
+        totals, stats, plan = self._batch.totals, self.runtime.stats(), self.runtime.plan
         tiers = memory_in_use(self.runtime.model).items()
         memory = {tier: {"used": used, "parts": parts} for tier, (used, parts) in tiers}
         memory[plan.tier] |= {"budget": plan.budget}
@@ -125,7 +131,7 @@ class Service:
 
     def collect(self) -> Iterable[Metric]:
         """The same for Prometheus, which calls this."""
-        totals, stats = self.engine.totals, self.stats()
+        totals, stats = self._batch.totals, self.stats()
         tokens = {name.removesuffix("_tokens"): stats[name] for name in _TOKENS}
         lookups = {"hit": stats["cache"]["hits"], "miss": stats["cache"]["misses"]}
         reads = {tier: values["bytes"] for tier, values in stats["io"].items()}
