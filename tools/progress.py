@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -33,10 +32,15 @@ class _Bars(Progress):
 
 def _bars(*columns: ProgressColumn, quiet: bool) -> _Bars:
     console = Console(stderr=True)
-    # Drawing takes time from the model.
-    settings: Any = {"refresh_per_second": 2, "disable": quiet or not console.is_terminal}
-    after = (*columns, TimeRemainingColumn())
-    return _Bars("{task.description}", BarColumn(), *after, console=console, **settings)
+    return _Bars(
+        "{task.description}",
+        BarColumn(),
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        refresh_per_second=2,  # drawing takes time from the model
+        disable=quiet or not console.is_terminal,
+    )
 
 
 @contextmanager
@@ -48,16 +52,9 @@ def step_progress(text: str, total: int, quiet: bool = False) -> Iterator[Callab
 
 
 @contextmanager
-def byte_progress(text: str, quiet: bool = False) -> Iterator[Update]:
-    """A callback ``(done bytes, total bytes)`` behind a bar that appears with its first call."""
-    with byte_bars(text, quiet=quiet) as (update,):
-        yield update
-
-
-@contextmanager
 def byte_bars(*texts: str, quiet: bool = False, waiting: str = "") -> Iterator[tuple[Update, ...]]:
-    """One callback like ``byte_progress``'s for each text; their bars stand below each other.  The
-    line ``waiting`` stands there while none of them moves."""
+    """For each text a callback ``(done bytes, total bytes)`` behind a bar that appears with its
+    first call.  The line ``waiting`` stands there while none of them moves."""
     bars = _bars(DownloadColumn(), TransferSpeedColumn(), quiet=quiet)
     bars.text = waiting
 

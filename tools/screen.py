@@ -2,9 +2,11 @@
 
 import os
 import re
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 _COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -39,6 +41,16 @@ def tokens_read(runtime: Any, total: int) -> int:
     under_way: int = 0 if experts is None else experts.reached
     held: int = runtime.sequences[0].length
     return min(held + under_way, total)
+
+
+@contextmanager
+def on_interrupt(handler: Callable[..., object]) -> Iterator[None]:
+    """Ctrl-C calls ``handler`` meanwhile."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Reading:

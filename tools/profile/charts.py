@@ -2,8 +2,8 @@
 people with any kind of colour blindness can tell apart."""
 
 import io
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,6 +33,8 @@ _COLOURS = {
     "waiting for RAM": "#8B3A00",
     "sampling": GREY,
     "rest": "#DDDDDD",
+    "disk": RED,
+    "RAM to the GPU": ORANGE,
 }
 _RATES = (
     ("hits, of what was needed", BLUE, "o-", "hits", ("hits", "misses")),
@@ -44,45 +46,53 @@ _RATES = (
 whole."""
 
 
+Fill = Callable[[Axes], None]
+
+
+def picture(title: str, fill: Fill) -> bytes:
+    """A chart as PNG: ``fill`` draws it."""
+    figure, buffer = Figure(figsize=(9, 4.5), dpi=130, layout="constrained"), io.BytesIO()
+    axes = figure.subplots()
+    fill(axes)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
 def draw(report: Json, compared: list[Json]) -> dict[str, tuple[str, bytes]]:
     """File name -> (title, PNG).  What has nothing to show is left out."""
-    images: dict[str, tuple[str, bytes]] = {}
-    for name, title, fill, *arguments in _charts(report, compared):
-        figure = Figure(figsize=(9, 4.5), dpi=130, layout="constrained")
-        axes = figure.subplots()
-        fill(axes, *arguments)
-        axes.set_title(title, loc="left", fontsize=11)
-        axes.spines[["top", "right"]].set_visible(False)
-        buffer = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(buffer)
-        images[name] = title, buffer.getvalue()
-    return images
+    charts = _charts(report, compared)
+    return {name: (title, picture(title, fill)) for name, title, fill in charts}
 
 
-def _charts(report: Json, compared: list[Json]) -> Iterator[tuple[Any, ...]]:
-    """Each chart's file name, its title, what fills it, and of what."""
+def _charts(report: Json, compared: list[Json]) -> Iterator[tuple[str, str, Fill]]:
+    """Each chart's file name, its title, and what fills it."""
     for tier in report["memory"]:
         peak, budget = format_size(report["peak"][tier]), format_size(report["budget"][tier])
         title = f"Memory ({tier}) by component over time: peak {peak}, budget {budget}"
-        yield f"memory-{tier}", title, _memory, report, tier
+        yield f"memory-{tier}", title, partial(_memory, report=report, tier=tier)
     for kind, time in report["time"].items():
         if spent := time["milliseconds_per_token"]:
             mean = f"{sum(spent.values()):.1f} ms, mean of {time['tokens']}"
-            yield f"time-{kind}", f"Time of a token by component, {kind}: {mean}", _time, spent
+            title = f"Time of a token by component, {kind}: {mean}"
+            yield f"time-{kind}", title, partial(_time, spent=spent)
     layers, steps = report["layers"], [s for s in report["steps"] if s["kind"] == "decode"]
     if steps:
-        yield "bytes", "Bytes by tier: what a decoded token took, mean", _bytes, report, steps
+        title = "Bytes by tier: what a decoded token took, mean"
+        yield "bytes", title, partial(_bytes, report=report, steps=steps)
     if len(steps) > 1:
-        yield "tokens", "Time of each pass of decode by component", _tokens, steps
+        yield "tokens", "Time of each pass of decode by component", partial(_tokens, steps=steps)
     if any(any(layer["uses"]) for layer in layers):
-        yield "expert-use", "Expert use by layer: tokens that each expert computed", _uses, layers
+        title = "Expert use by layer: tokens that each expert computed"
+        yield "expert-use", title, partial(_uses, layers=layers)
         cache = report["cache"]
         title, used = f"Cache hits by layer: {cache['hit_rate']:.0%} in all", cache["prefetch_used"]
         if read := used + cache["prefetch_wasted"]:
             title += f"; of what was read ahead {used / read:.0%} was used"
-        yield "layers", title, _rates, layers
+        yield "layers", title, partial(_rates, layers=layers)
     title = "Memory: the plan beside what was measured at the peak"
-    yield "predicted", title, _predicted, compared
+    yield "predicted", title, partial(_predicted, rows=compared)
 
 
 def _unit(most: float) -> tuple[str, int]:
@@ -92,8 +102,8 @@ def _unit(most: float) -> tuple[str, int]:
 
 def _legend(axes: Axes) -> None:
     """Beside the chart, in the order of the stack."""
-    style: dict[str, Any] = {"bbox_to_anchor": (1.0, 0.5), "frameon": False, "fontsize": 9}
-    axes.legend(reverse=True, loc="center left", **style)
+    beside = (1.0, 0.5)
+    axes.legend(reverse=True, loc="center left", bbox_to_anchor=beside, frameon=False, fontsize=9)
 
 
 def _stack(axes: Axes, x: Sequence[float], layers: dict[str, list[float]]) -> None:
@@ -102,10 +112,11 @@ def _stack(axes: Axes, x: Sequence[float], layers: dict[str, list[float]]) -> No
     axes.margins(x=0)
 
 
-def _bars(axes: Axes, values: dict[str, float], colours: list[str], labels: list[str]) -> None:
+def _bars(axes: Axes, values: dict[str, float], labels: list[str], what: str) -> None:
+    colours = [_COLOURS.get(name, BLUE) for name in values]
     bars = axes.barh(list(values), list(values.values()), color=colours)
     axes.bar_label(bars, labels, padding=4, fontsize=9)
-    axes.set(xlim=(0, 1.2 * max(values.values()) or 1))
+    axes.set(xlim=(0, 1.2 * max(values.values()) or 1), xlabel=what)
 
 
 def _memory(axes: Axes, report: Json, tier: str) -> None:
@@ -133,8 +144,7 @@ def _memory(axes: Axes, report: Json, tier: str) -> None:
 def _time(axes: Axes, spent: dict[str, float]) -> None:
     total, stages = sum(spent.values()), dict(sorted(spent.items(), key=lambda item: item[1]))
     labels = [f"{ms:.2f} ms, {ms / total:.0%}" for ms in stages.values()]
-    _bars(axes, stages, [_COLOURS[name] for name in stages], labels)
-    axes.set(xlabel="time per token (ms)")
+    _bars(axes, stages, labels, "time per token (ms)")
 
 
 def _tokens(axes: Axes, steps: list[Json]) -> None:
@@ -177,10 +187,8 @@ def _bytes(axes: Axes, report: Json, steps: list[Json]) -> None:
     for tier, name in (("disk", "disk"), ("host", "RAM to the GPU")):
         if tier in report["io"]:
             moved[name] = sum(step["moved"][tier] for step in steps) / len(steps) / 1e6
-    moved, colours = dict(reversed(moved.items())), {"disk": RED, "RAM to the GPU": ORANGE}
-    labels = [f"{size:,.1f} MB" for size in moved.values()]
-    _bars(axes, moved, [colours.get(name, BLUE) for name in moved], labels)
-    axes.set(xlabel="bytes per token (MB)")
+    moved = dict(reversed(moved.items()))
+    _bars(axes, moved, [f"{size:,.1f} MB" for size in moved.values()], "bytes per token (MB)")
 
 
 def _predicted(axes: Axes, rows: list[Json]) -> None:

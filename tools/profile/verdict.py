@@ -1,9 +1,12 @@
 """What a profile advises: what decode waits for, and what more memory would give."""
 
+from dataclasses import replace
+
 from slotmoe.jsonfile import Json
 from slotmoe.offload.loading import LoadedModel
+from slotmoe.offload.observe.measure import predict
 from slotmoe.offload.plan.memory import make_plan, runtime_growth
-from slotmoe.offload.plan.speed import Bandwidths, Setting
+from slotmoe.offload.plan.speed import Bandwidths
 
 
 def verdict(report: Json, model: LoadedModel, prompt: int, new: int, rates: Bandwidths) -> Json:
@@ -56,9 +59,8 @@ def _decode_speed(
         host_budget=plan.host_budget if plan.host else None,
         kernels=model.backend.kind,
     )
-    mode, is_random = model.quantized("predict").split.mode, model.export.random_weights
-    setting = Setting(config, sizes, wider, rates, model.cpu.threads, is_random, mode)
-    return setting.predict(prompt, new).decode_tokens_per_second
+    predicted = predict(replace(model, plan=wider), prompt, new, rates)
+    return float(predicted["decode_tokens_per_second"])
 
 
 def _rounded_up(size: float) -> int:
