@@ -18,6 +18,7 @@ from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import available_memory, process_bytes
 from slotmoe.sizes import format_size, parse_size
 from slotmoe.tools import options
+from slotmoe.tools.options import choice, integer, option
 from slotmoe.tools.progress import byte_bars
 from slotmoe.tools.tables import table
 
@@ -29,8 +30,6 @@ _TEXT_HELP = "UTF-8 text to score; repeatable."
 _REFERENCE_HELP = (
     "Compare with this model: the unquantized checkpoint folder, 'sample', or an export."
 )
-_STRIDE_HELP = "Tokens from one window's begin to the next one's. [default: --window - 1]"
-_WORST = click.IntRange(0, 1000)
 _METHOD_HELP = (
     "strided scores every token once; llama.cpp the second half of each window, as its "
     "perplexity tool does."
@@ -42,13 +41,13 @@ _KERNELS_HELP = (
 
 @click.command(name="eval", cls=options.Command)
 @options.MODEL
-@options.option("--text texts", "FILE", _TEXT_HELP, type=Path, multiple=True, required=True)
-@options.option("--reference", "SRC", _REFERENCE_HELP)
-@options.choice("--method", ["strided", "llama.cpp"], "strided", _METHOD_HELP)
-@options.integer("--window", "Positions that one pass reads. [default: --context]")
-@options.integer("--stride", _STRIDE_HELP)
-@options.option("--worst", "N", "Show the N worst tokens.", type=_WORST, default=10)
-@options.choice("--kernels", ["auto", "torch"], "auto", _KERNELS_HELP)
+@option("--text texts", "FILE", _TEXT_HELP, type=Path, multiple=True, required=True)
+@option("--reference", "SRC", _REFERENCE_HELP)
+@choice("--method", ["strided", "llama.cpp"], "strided", _METHOD_HELP)
+@integer("--window", "Positions that one pass reads. [default: --context]")
+@integer("--stride", "Tokens from one window's begin to the next one's. [default: --window - 1]")
+@option("--worst", "N", "Show the N worst tokens.", type=click.IntRange(0, 1000), default=10)
+@choice("--kernels", ["auto", "torch"], "auto", _KERNELS_HELP)
 @options.runtime_options
 @options.JSON
 def command(

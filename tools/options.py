@@ -332,7 +332,7 @@ def _is_model(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("slotmoe.json", "config.json"))
 
 
-def open_runtime(model: str, given: Json, quiet: bool = False, **settings: Any) -> "Runtime":
+def open_runtime(model: str, given: Json, quiet: bool = False, **settings: int) -> "Runtime":
     """A ``Runtime`` for the command line's ``MODEL`` and runtime options, with a progress bar if it
     must quantize.  ``settings`` are more arguments of ``Runtime.open``."""
     notify = notifier(quiet)
@@ -348,11 +348,11 @@ def open_runtime(model: str, given: Json, quiet: bool = False, **settings: Any) 
         from slotmoe.offload.model_source import resolve_model
         from slotmoe.offload.runtime import Runtime  # takes a second: torch
 
-        told = {"progress": making, "notify": notify}
+        told: Json = {"progress": making, "notify": notify}
         folder = resolve_model(model, given["revision"], arriving=arriving, **told)
         of_model = {name: given[name] for name in ("ram", "vram", "slots", "draft", "experts_dirs")}
-        settings |= {**told, "reading": reading, **of_model, **runtime_arguments(given)}
-        runtime = Runtime.open(folder, **settings)
+        arguments = told | of_model | runtime_arguments(given) | settings
+        runtime = Runtime.open(folder, reading=reading, **arguments)
     if (altered := runtime.model.options.altered) is not None:
         notify(altered)
     slow = runtime.plan.tier == "ram" and runtime.stats()["kernels"] == "torch"

@@ -15,15 +15,8 @@ from slotmoe.errors import DownloadError, PlanError
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import read_config
 from slotmoe.offload import machine
-from slotmoe.offload.plan.advice import (
-    GPUS,
-    Machine,
-    Model,
-    Scenario,
-    choose_codecs,
-    choose_precision,
-    gpu_named,
-)
+from slotmoe.offload.plan import advice
+from slotmoe.offload.plan.advice import Machine, Model
 from slotmoe.offload.plan.memory import IMPORT_BYTES, choose_context, or_more_context
 from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.quant.codecs.codec import KEPT_CODECS
@@ -47,7 +40,7 @@ _PROMPT_HELP = "Tokens of the prompt. [default: 512, or what the context has roo
 
 @click.command(name="plan", cls=options.Command)
 @options.MODEL
-@options.option("--gpu", "NAME", _GPU_HELP, shell_complete=options.completing(lambda: GPUS))
+@options.option("--gpu", "NAME", _GPU_HELP, shell_complete=options.completing(lambda: advice.GPUS))
 @options.RESIDENT
 @options.codec_options
 @options.count("--prompt-tokens", None, _PROMPT_HELP)
@@ -89,12 +82,12 @@ def command(
         prompt_tokens = min(512, max(1, context - max_new_tokens))
     if prompt_tokens >= context:
         problem = f"a prompt of {prompt_tokens} tokens does not fit the context of {context}"
-        advice = or_more_context("lower --prompt-tokens", planned.config, context)
-        raise PlanError(f"{problem}: {advice}")
-    resident, why = choose_precision(planned, target, given["resident"])
-    codecs, rest = choose_codecs(planned, wanted), (given["slots"], given["misses"])
+        less = or_more_context("lower --prompt-tokens", planned.config, context)
+        raise PlanError(f"{problem}: {less}")
+    resident, why = advice.choose_precision(planned, target, given["resident"])
+    codecs, rest = advice.choose_codecs(planned, wanted), (given["slots"], given["misses"])
     drafts = given["draft"] != "off"
-    scenario = Scenario(planned, target, resident, codecs, context, *rest, drafts)
+    scenario = advice.Scenario(planned, target, resident, codecs, context, *rest, drafts)
     report = scenario.report(prompt_tokens, max_new_tokens)
     report["resident"] = {"precision": resident, "why": why}
     report["choices"] = scenario.choices(prompt_tokens, max_new_tokens)
@@ -136,7 +129,7 @@ def _machine(given: Json) -> Machine:
     bandwidths = stored_bandwidths(machine.cache_folder() / "machine.json")
     vram = None if given["vram"] is None else parse_size(given["vram"])
     if (name := given["gpu"]) is not None:
-        known = gpu_named(name)
+        known = advice.gpu_named(name)
         rates = {"gpu": known.bandwidth, "pcie": known.pcie, "pcie_busy": known.pcie}
         bandwidths, vram = bandwidths.updated(f"of {name}", **rates), vram or known.budget
     asked = {tier: given[f"{tier}_bandwidth"] for tier in ("ram", "disk", "pcie", "gpu")}

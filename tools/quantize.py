@@ -16,14 +16,11 @@ from slotmoe.model.config import config_among
 from slotmoe.model.gguf import files_of
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
-from slotmoe.tools.options import say
+from slotmoe.tools.options import flag, option, say
 from slotmoe.tools.progress import byte_bars
 from slotmoe.tools.tables import table
 
 Paths = tuple[Path, ...]
-_KEEP_HELP = "Keep what is downloaded from the hub, as a checkpoint folder DST.source."
-_OVERWRITE_HELP = "Replace an export at DST, or start anew after a run with other options."
-_WORKERS_HELP = "Threads that quantize. [default: all cores]"
 _CALIBRATE_HELP = (
     "Make codes that lose least on this UTF-8 text file, repeatable, and train the predictor of "
     "experts on it; with DST finished already, that alone."
@@ -40,13 +37,15 @@ _GUESSES = {
 @click.argument("destination", metavar="DST", type=Path)
 @options.RESIDENT
 @options.codec_options
-@options.option("--calibrate texts", "TEXT", _CALIBRATE_HELP, type=Path, multiple=True)
+@option("--calibrate texts", "TEXT", _CALIBRATE_HELP, type=Path, multiple=True)
 @options.KEEP_MTP
-@options.option("--workers", "N", _WORKERS_HELP, type=click.IntRange(1, 256))
+@option(
+    "--workers", "N", "Threads that quantize. [default: all cores]", type=click.IntRange(1, 256)
+)
 @options.REVISION
-@options.flag("--keep-source", _KEEP_HELP)
-@options.flag("--overwrite", _OVERWRITE_HELP)
-@options.flag("--verbose", "Show what quantization cost, by kind of tensor.")
+@flag("--keep-source", "Keep what is downloaded from the hub, as a checkpoint folder DST.source.")
+@flag("--overwrite", "Replace an export at DST, or start anew after a run with other options.")
+@flag("--verbose", "Show what quantization cost, by kind of tensor.")
 @options.JSON
 def command(
     source: str, destination: Path, texts: Paths, verbose: bool, as_json: bool, **given: Any

@@ -15,23 +15,22 @@ from slotmoe.jsonfile import Json
 from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.study.replay import OPTIMUM, gate_choices, replay
-from slotmoe.tools import options
+from slotmoe.tools.options import EXISTING, JSON, NEW_FILE, option, require_extra
 from slotmoe.tools.progress import step_progress
 from slotmoe.tools.tables import table
 
 Paths = tuple[Path, ...]
-_POLICY = click.Choice(POLICIES)
 _SIZES_HELP = "Cache size, repeatable. [default: 5% to 100%]"
 _POLICIES_HELP = "Policy to replay, repeatable. [default: all]"
 SHARES = (5, 10, 15, 25, 35, 50, 75, 100)
 
 
 @click.command(name="replay")
-@click.argument("traces", nargs=-1, required=True, metavar="TRACE...", type=options.EXISTING)
-@options.option("--slots sizes", "N", _SIZES_HELP, type=click.IntRange(1), multiple=True)
-@options.option("--policy policies", None, _POLICIES_HELP, type=_POLICY, multiple=True)
-@options.option("-o --output", "CHART.png", "Draw a chart too.", type=options.NEW_FILE)
-@options.JSON
+@click.argument("traces", nargs=-1, required=True, metavar="TRACE...", type=EXISTING)
+@option("--slots sizes", "N", _SIZES_HELP, type=click.IntRange(1), multiple=True)
+@option("--policy policies", None, _POLICIES_HELP, type=click.Choice(POLICIES), multiple=True)
+@option("-o --output", "CHART.png", "Draw a chart too.", type=NEW_FILE)
+@JSON
 def command(
     traces: Paths, sizes: Sequence[int], policies: Sequence[str], output: Path | None, as_json: bool
 ) -> None:
@@ -52,7 +51,7 @@ def command(
         if output.suffix != ".png" or not output.absolute().parent.is_dir():
             expected = "a name that ends in .png, in a folder that exists"
             raise click.UsageError(f"-o {output}: expected {expected}")
-        options.require_extra("plots", "matplotlib")  # before minutes of work, not after
+        require_extra("plots", "matplotlib")  # before minutes of work, not after
     report = measure(traces, sizes, (*(policies or POLICIES), OPTIMUM), quiet=as_json)
     if output is not None:
         _draw(report, output)

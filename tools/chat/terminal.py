@@ -5,9 +5,8 @@ import signal
 import sys
 import termios
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
@@ -30,17 +29,23 @@ _PAUSE = 30  # times as long as a drawing took passes until the next one
 class Terminal:
     """Has the methods of ``Pipe``.  ``status`` gives the line below the prompt and an answer."""
 
-    def __init__(self, history: Path, commands: Sequence[str], status: Status, console: Any = None):
+    def __init__(
+        self, history: Path, commands: list[str], status: Status, console: Console | None = None
+    ):
         self._console, self._status = console or Console(), status
         self._unanswered = ""  # what was read last, until some of the answer to it is shown
         self._draft = ""  # what the next prompt begins with
         self._view: View | None = None  # of the latest answer
-        editing: Any = {"multiline": True, "enable_open_in_editor": True, "key_bindings": _keys()}
-        completer = WordCompleter(list(commands), sentence=True)
-        completing: Any = {"completer": completer, "complete_while_typing": False}
-        shown: Any = {"prompt_continuation": "  ", "bottom_toolbar": status}
         self._session: PromptSession[str] = PromptSession(
-            "> ", history=self._history(history), **editing, **completing, **shown
+            "> ",
+            history=self._history(history),
+            multiline=True,
+            enable_open_in_editor=True,
+            key_bindings=_keys(),
+            completer=WordCompleter(commands, sentence=True),
+            complete_while_typing=False,
+            prompt_continuation="  ",
+            bottom_toolbar=status,
         )
 
     def read(self) -> str | None:

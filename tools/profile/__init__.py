@@ -13,21 +13,21 @@ from rich.console import Console
 
 from slotmoe.errors import ConfigError
 from slotmoe.tools import options
+from slotmoe.tools.options import flag, option
 from slotmoe.tools.screen import on_interrupt
 
-_WARM_HELP = "Fill the expert slots first, as after a long run; predictions are for that state."
 _FOLDER_HELP = "Folder of the report; an earlier report there is replaced."
 
 
 @click.command(name="profile", cls=options.Command)
 @options.MODEL
 @click.argument("prompt", required=False)
-@options.option("--text", "FILE", "Take the prompt from a UTF-8 file.", type=options.EXISTING)
+@option("--text", "FILE", "Take the prompt from a UTF-8 file.", type=options.EXISTING)
 @options.workload_options
 @options.runtime_options
-@options.option("-o --output", "DIR", _FOLDER_HELP, type=Path, default=Path("slotmoe-profile"))
-@options.flag("--warm", _WARM_HELP)
-@options.flag("--live", "Show the figures in the terminal while the model runs.")
+@option("-o --output", "DIR", _FOLDER_HELP, type=Path, default=Path("slotmoe-profile"))
+@flag("--warm", "Fill the expert slots first, as after a long run; predictions are for that state.")
+@flag("--live", "Show the figures in the terminal while the model runs.")
 @options.JSON
 def command(
     model: str, prompt: str | None, text: Path | None, output: Path, as_json: bool, **given: Any
