@@ -116,17 +116,14 @@ def main(arguments: list[str] | None = None, group: click.Group = cli) -> NoRetu
         problem.show()
         sys.exit(2)
     except (Exception, KeyboardInterrupt) as problem:
-        line, code = _ending(problem)
-        if line is None:  # a fault of the program's: nobody else wants its traceback
-            if state.get("traceback"):
-                traceback.print_exc()
-            line = _described(problem)
+        line, code = _ending(problem, bool(state.get("traceback")))
         click.echo(f"slotmoe: {line}", err=True)
         sys.exit(code)
 
 
-def _ending(problem: BaseException) -> tuple[str | None, int]:
-    """What a user is told of an error, and the exit code."""
+def _ending(problem: BaseException, is_traced: bool) -> tuple[str, int]:
+    """What a user is told of an error, and the exit code.  If it ``is_traced``, a fault of the
+    program's has its traceback printed: nobody else wants that."""
     text = str(problem)
     match problem:
         case DownloadError() | DeviceError():
@@ -136,7 +133,9 @@ def _ending(problem: BaseException) -> tuple[str | None, int]:
         case KeyboardInterrupt() | click.Abort():
             return "interrupted", 130  # click has ended the line
         case OSError():
-            _drop_output()
+            # Python would fail once more to write what stdout still holds.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return f"{problem.filename or 'input or output'}: {problem.strerror or problem}", 1
         case ImportError():  # of a library that the system can't map, say
             advice = "memory is short, or the installation incomplete"
@@ -145,7 +144,13 @@ def _ending(problem: BaseException) -> tuple[str | None, int]:
         return "out of memory; end other programs, or lower --ram", 1
     if "can't start new thread" in text:  # as Python says it
         return "out of threads; lower --threads, or raise the limit (ulimit -u)", 1
-    return None, 1
+    if is_traced:
+        traceback.print_exc()
+    text = f"{type(problem).__name__}: {SlotmoeError(text[:400])}"  # without what a terminal obeys
+    frame = traceback.extract_tb(problem.__traceback__)[-1]
+    place = f"{Path(frame.filename).name}, line {frame.lineno}"
+    advice = "slotmoe --traceback COMMAND shows where; please report it"
+    return f"internal error ({text}; {place}); {advice}", 1
 
 
 def _check_folder() -> None:
@@ -169,21 +174,6 @@ def _open_streams() -> None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def _drop_output() -> None:
-    """Let what stdout still holds go nowhere: Python would fail once more to write it."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _described(problem: BaseException) -> str:
-    """An internal error in one line, with the place that it comes from."""
-    text = SlotmoeError(str(problem)[:400])  # without what a terminal obeys
-    frame = traceback.extract_tb(problem.__traceback__)[-1]
-    place = f"{Path(frame.filename).name}, line {frame.lineno}"
-    advice = "slotmoe --traceback COMMAND shows where; please report it"
-    return f"internal error ({type(problem).__name__}: {text}; {place}); {advice}"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from slotmoe.offload.machine import cache_folder
-from slotmoe.offload.model_cache import Cached, facts, listing
+from slotmoe.offload.model_cache import facts, listing
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
 from slotmoe.tools.screen import visible
@@ -39,14 +39,11 @@ def command(as_json: bool, sessions: bool, session_dir: Path | None) -> None:
         print(json.dumps({"cache": str(folder), "exports": exports, "bytes": total}))
     elif found:
         print(f"{'size':>10}  {'last used':<14}  export")
-        print(*map(_described, found), sep="\n")
+        for cached in found:
+            size, used = format_size(cached.bytes), ago(cached.used)
+            state = "" if cached.finished else " (unfinished)"
+            of = "" if cached.source is None else f", of {cached.source}"
+            print(visible(f"{size:>10}  {used:<14}  {cached.name}{state}{of}"))
         print(f"{folder}: {format_size(total)}. slotmoe rm NAME removes one.")
     else:
         print(f"{folder}: holds no exports yet; slotmoe run MODEL makes them")
-
-
-def _described(cached: Cached) -> str:
-    """Size, last use, the name, and what it is of."""
-    name = cached.name if cached.finished else f"{cached.name} (unfinished)"
-    of = "" if cached.source is None else f", of {cached.source}"
-    return visible(f"{format_size(cached.bytes):>10}  {ago(cached.used):<14}  {name}{of}")

@@ -103,8 +103,6 @@ def _adding(*options: Decorator) -> Decorator:
     return add
 
 
-# How an export is made
-
 _RESIDENT = (
     "Precision of everything but the routed experts. auto is int8; bf16 keeps the source's; mixed "
     "has 4 bits where they cost little, else int8; nf4 is a little smaller and far less exact."
@@ -140,8 +138,6 @@ def expert_codecs(given: Json) -> ExpertCodecs | None:
         raise ConfigError(f"--codec {codec} has no {bits} bits: give --codec lut, or --bits 4")
     return codecs
 
-
-# Where a model runs
 
 _REVISION = "Branch, tag or commit of a model on the hub. [default: main]"
 REVISION = option("--revision", "REV", _REVISION)
@@ -200,8 +196,6 @@ def runtime_arguments(given: Json) -> Json:
     arguments |= {"prefetch": not given["no_prefetch"], "kernels": given.get("kernels", "auto")}
     return arguments
 
-
-# What a text is like
 
 SAMPLING = ("temperature", "top_p", "top_k", "seed")  # arguments of ``Sampling``
 _CHAT = flag("--chat", "Send PROMPT through the model's chat template, as a user's message.")
@@ -273,9 +267,6 @@ def prompt_text(prompt: str | None, file: Path | None = None) -> str:
         return data.decode()
     except UnicodeDecodeError:
         raise ConfigError(f"{place}: the prompt is not valid UTF-8 text") from None
-
-
-# Which model
 
 
 def model_names(ctx: click.Context, parameter: click.Parameter, typed: str) -> list[CompletionItem]:
@@ -360,9 +351,6 @@ def open_runtime(model: str, given: Json, quiet: bool = False, **settings: int) 
         problem = "the native kernels were not built at install (is there a C++ compiler?)"
         say(f"{problem}; torch is up to 200 times slower. slotmoe doctor says what is missing")
     return runtime
-
-
-# What a command says
 
 
 def say(text: str) -> None:

@@ -127,15 +127,14 @@ def _model(name: str, revision: str | None) -> Model:
 def _machine(given: Json) -> Machine:
     """The budgets and bandwidths to plan for: as asked, or this machine's."""
     bandwidths = stored_bandwidths(machine.cache_folder() / "machine.json")
-    vram = None if given["vram"] is None else parse_size(given["vram"])
-    if (name := given["gpu"]) is not None:
+    vram, name = None if given["vram"] is None else parse_size(given["vram"]), given["gpu"]
+    if name is not None:
         known = advice.gpu_named(name)
         rates = {"gpu": known.bandwidth, "pcie": known.pcie, "pcie_busy": known.pcie}
         bandwidths, vram = bandwidths.updated(f"of {name}", **rates), vram or known.budget
     asked = {tier: given[f"{tier}_bandwidth"] for tier in ("ram", "disk", "pcie", "gpu")}
+    asked["pcie_busy"] = asked["pcie"]
     rates = {tier: float(parse_size(rate)) for tier, rate in asked.items() if rate is not None}
-    if "pcie" in rates:
-        rates["pcie_busy"] = rates["pcie"]
     bandwidths = bandwidths.updated("given", **rates)
     if (drives := 1 + len(given["experts_dirs"])) > 1:
         origin = f"{bandwidths.origin_of('disk')}, times {drives} drives"
