@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., object])
 MAX_PROMPT_BYTES = 32 << 20  # of a file or stdin; 163,840 tokens of English are less than 1 MB
-TOO_LONG = f"has more than {MAX_PROMPT_BYTES >> 20} MiB; no context holds that, shorten it"
 
 
 class Decorator(Protocol):
@@ -258,15 +257,19 @@ def prompt_text(prompt: str | None, file: Path | None = None) -> str:
         raise click.UsageError(problem, click.get_current_context())
     if prompt is not None and prompt != "-":
         return prompt
-    place = "stdin" if file is None else file
+    with nullcontext(sys.stdin.buffer) if file is None else open(file, "rb") as source:
+        return decoded(source.read(MAX_PROMPT_BYTES + 1), f"{file or 'stdin'}: the prompt")
+
+
+def decoded(data: bytes, what: str) -> str:
+    """UTF-8 text.  Raises ``ConfigError``, also for more than ``MAX_PROMPT_BYTES``."""
+    if len(data) > MAX_PROMPT_BYTES:
+        most = f"{MAX_PROMPT_BYTES >> 20} MiB; no context holds that, shorten it"
+        raise ConfigError(f"{what} has more than {most}")
     try:
-        with nullcontext(sys.stdin.buffer) if file is None else open(file, "rb") as source:
-            data = source.read(MAX_PROMPT_BYTES + 1)
-        if len(data) > MAX_PROMPT_BYTES:
-            raise ConfigError(f"{place}: the prompt {TOO_LONG}")
         return data.decode()
     except UnicodeDecodeError:
-        raise ConfigError(f"{place}: the prompt is not valid UTF-8 text") from None
+        raise ConfigError(f"{what} is not valid UTF-8 text") from None
 
 
 def model_names(ctx: click.Context, parameter: click.Parameter, typed: str) -> list[CompletionItem]:

@@ -116,7 +116,7 @@ def _draw(report: Json, output: Path) -> None:
 
     from slotmoe.tools.profile.charts import picture
 
-    def fill(axes: Axes) -> None:
+    def fill(axes: Axes) -> str:
         for policy in dict.fromkeys(result["policy"] for result in report["results"]):
             points = [result for result in report["results"] if result["policy"] == policy]
             shares = [100 * point["slots"] / report["experts"] for point in points]
@@ -129,7 +129,8 @@ def _draw(report: Json, output: Path) -> None:
         axes.set(xlim=(0, 101), ylim=(0, 101))
         axes.grid(alpha=0.3)
         axes.legend()
+        tokens, runs = sum(trace["tokens"] for trace in report["traces"]), len(report["traces"])
+        counts = f"{report['experts']} experts, {tokens} tokens of {runs} recorded runs"
+        return f"Expert cache by policy: {counts}"
 
-    tokens, runs = sum(trace["tokens"] for trace in report["traces"]), len(report["traces"])
-    counts = f"{report['experts']} experts, {tokens} tokens of {runs} recorded runs"
-    output.write_bytes(picture(f"Expert cache by policy: {counts}", fill))
+    output.write_bytes(picture(fill)[1])

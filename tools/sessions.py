@@ -32,7 +32,12 @@ def open_session(given: Json, kind: str) -> "Iterator[NamedSession | None]":
     folder, name = session_folder(given["session_dir"]), given["session"]
     parse_size(given["session_limit"])  # before a model is loaded
     if given.get("resume"):
-        name = _latest_chat(folder, name)
+        if name is not None:
+            raise ConfigError("--resume takes the latest session; leave it out to take --session")
+        name = next((s.name for s in sessions_in(folder) if _kind(s) == "chat"), None)
+        if name is None:
+            advice = "--session NAME begins one"
+            raise ConfigError(f"{folder}: holds no conversation to resume; {advice}")
     if name is None:
         yield None
         return
@@ -60,15 +65,6 @@ def go_on(
         if session.saved.root != runtime.sessions.root():
             remark += " of another model or version, so its text is read anew"
     notify(f"session {session.name}: {remark}")
-
-
-def _latest_chat(folder: Path, name: str | None) -> str:
-    if name is not None:
-        raise ConfigError("--resume takes the latest session; leave it out to take --session")
-    for session in sessions_in(folder):
-        if _kind(session) == "chat":
-            return session.name
-    raise ConfigError(f"{folder}: holds no conversation to resume; --session NAME begins one")
 
 
 def sessions_in(folder: Path) -> "list[Listed]":

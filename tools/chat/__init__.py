@@ -11,7 +11,7 @@ from slotmoe.errors import ConfigError, SlotmoeError
 from slotmoe.offload.machine import cache_folder
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
-from slotmoe.tools.options import MAX_PROMPT_BYTES, TOO_LONG, open_runtime
+from slotmoe.tools.options import MAX_PROMPT_BYTES, open_runtime
 from slotmoe.tools.sessions import described, go_on, open_session, session_folder
 
 if TYPE_CHECKING:
@@ -46,13 +46,7 @@ class Pipe:
         """The next message or command; None at the end."""
         while line := sys.stdin.buffer.readline(MAX_PROMPT_BYTES + 1):
             self._lines += 1
-            if len(line) > MAX_PROMPT_BYTES:
-                raise ConfigError(f"stdin: line {self._lines} {TOO_LONG}")
-            try:
-                text = line.decode().strip()
-            except UnicodeDecodeError:
-                raise ConfigError(f"stdin: line {self._lines} is not valid UTF-8 text") from None
-            if text:
+            if text := options.decoded(line, f"stdin: line {self._lines}").strip():
                 return text
         return None
 
