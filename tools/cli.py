@@ -9,7 +9,7 @@ import sys
 import traceback
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import click
 
@@ -73,12 +73,6 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
 
-_NO_MEMORY = "out of memory; end other programs, or lower --ram"
-# What Python and torch say where the system gives no more.
-_SHORTAGES = {
-    "can't start new thread": "out of threads; lower --threads, or raise the limit (ulimit -u)",
-    "can't allocate memory": _NO_MEMORY,
-}
 _SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 
@@ -104,15 +98,7 @@ def cli(ctx: click.Context, traceback: bool) -> None:
         click.echo(_START)
 
 
-def _check_folder() -> None:
-    """Raises ``ConfigError`` in a folder that was removed: MKL, for one, would end the process."""
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        raise ConfigError("the folder that this runs in was removed; cd to another") from None
-
-
-def main(arguments: list[str] | None = None, group: click.Group = cli) -> Any:
+def main(arguments: list[str] | None = None, group: click.Group = cli) -> NoReturn:
     """Run the command line; exit codes: 0 done, 1 the work failed, 2 bad usage or input, 130
     interrupted."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -120,40 +106,59 @@ def main(arguments: list[str] | None = None, group: click.Group = cli) -> Any:
     if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:  # else nohup ignores it
         signal.signal(hangup, lambda *_: sys.exit(129))
     _open_streams()
-    state = dict[str, Any]()
+    state = dict[str, object]()
     try:
         _check_folder()
         code = group.main(arguments, prog_name=group.name, standalone_mode=False, obj=state)
         sys.stdout.flush()  # or Python fails to, when no handler is left
         sys.exit(code if isinstance(code, int) else 0)
-    except SlotmoeError as problem:
-        click.echo(f"slotmoe: {problem}", err=True)
-        sys.exit(1 if isinstance(problem, DownloadError | DeviceError) else 2)
     except click.ClickException as problem:
         problem.show()
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("slotmoe: interrupted", err=True)  # click has ended the line
-        sys.exit(130)
-    except OSError as problem:
-        path = problem.filename or "input or output"
-        _drop_output()
-        click.echo(f"slotmoe: {path}: {problem.strerror or problem}", err=True)
-        sys.exit(1)
-    except MemoryError:
-        click.echo(f"slotmoe: {_NO_MEMORY}", err=True)
-        sys.exit(1)
-    except ImportError as problem:  # of a library that the system can't map, say
-        text = SlotmoeError(str(problem)[:400])
-        advice = "memory is short, or the installation incomplete"
-        click.echo(f"slotmoe: can't load what it needs ({text}): {advice}", err=True)
-        sys.exit(1)
-    except Exception as problem:  # a fault of the program's: nobody else wants its traceback
-        if state.get("traceback"):
-            traceback.print_exc()
-        short = (text for sign, text in _SHORTAGES.items() if sign in str(problem))
-        click.echo(f"slotmoe: {next(short, None) or _described(problem)}", err=True)
-        sys.exit(1)
+    except (Exception, KeyboardInterrupt) as problem:
+        line, code = _ending(problem, bool(state.get("traceback")))
+        click.echo(f"slotmoe: {line}", err=True)
+        sys.exit(code)
+
+
+def _ending(problem: BaseException, is_traced: bool) -> tuple[str, int]:
+    """What a user is told of an error, and the exit code.  If it ``is_traced``, a fault of the
+    program's has its traceback printed: nobody else wants that."""
+    text = str(problem)
+    match problem:
+        case DownloadError() | DeviceError():
+            return text, 1
+        case SlotmoeError():
+            return text, 2
+        case KeyboardInterrupt() | click.Abort():
+            return "interrupted", 130  # click has ended the line
+        case OSError():
+            # Python would fail once more to write what stdout still holds.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return f"{problem.filename or 'input or output'}: {problem.strerror or problem}", 1
+        case ImportError():  # of a library that the system can't map, say
+            advice = "memory is short, or the installation incomplete"
+            return f"can't load what it needs ({SlotmoeError(text[:400])}): {advice}", 1
+    if isinstance(problem, MemoryError) or "can't allocate memory" in text:  # as torch says it
+        return "out of memory; end other programs, or lower --ram", 1
+    if "can't start new thread" in text:  # as Python says it
+        return "out of threads; lower --threads, or raise the limit (ulimit -u)", 1
+    if is_traced:
+        traceback.print_exc()
+    text = f"{type(problem).__name__}: {SlotmoeError(text[:400])}"  # without what a terminal obeys
+    frame = traceback.extract_tb(problem.__traceback__)[-1]
+    place = f"{Path(frame.filename).name}, line {frame.lineno}"
+    advice = "slotmoe --traceback COMMAND shows where; please report it"
+    return f"internal error ({text}; {place}); {advice}", 1
+
+
+def _check_folder() -> None:
+    """Raises ``ConfigError`` in a folder that was removed: MKL, for one, would end the process."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the folder that this runs in was removed; cd to another") from None
 
 
 def _open_streams() -> None:
@@ -169,21 +174,6 @@ def _open_streams() -> None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def _drop_output() -> None:
-    """Let what stdout still holds go nowhere: Python would fail once more to write it."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _described(problem: Exception) -> str:
-    """An internal error in one line, with the place that it comes from."""
-    text = SlotmoeError(str(problem)[:400])  # without what a terminal obeys
-    frame = traceback.extract_tb(problem.__traceback__)[-1]
-    place = f"{Path(frame.filename).name}, line {frame.lineno}"
-    advice = "slotmoe --traceback COMMAND shows where; please report it"
-    return f"internal error ({type(problem).__name__}: {text}; {place}); {advice}"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -37,6 +37,7 @@ _MEASURED_BYTES, _READ_BYTES, _READERS = 256 << 20, 4 << 20, 4
 _CPUINFO = Path("/proc/cpuinfo")
 _SETS = {"avx512_vnni": "AVX-512 VNNI", "avx2": "AVX2"}  # by their flags there
 _SETS |= {"asimd": "NEON", "asimddp": "sdot", "i8mm": "i8mm"}
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _MARKS = {"ok": "ok", "note": "--", "bad": "!!"}
 
 
@@ -53,9 +54,9 @@ class Check:
 
 @click.command(name="doctor")
 @flag("--measure", _MEASURE_HELP)
-@option("--experts-dir experts_dirs", "DIR", _EXPERTS_HELP, multiple=True)
+@option("--experts-dir experts_dirs", "DIR", _EXPERTS_HELP, multiple=True, type=Path)
 @JSON
-def command(measure: bool, experts_dirs: tuple[str, ...], as_json: bool) -> int:
+def command(measure: bool, experts_dirs: tuple[Path, ...], as_json: bool) -> int:
     """Show what this machine has for slotmoe: processor, kernels, GPU, memory, disk and libraries;
     and for what is missing (!!) or could be added (--) how to get it.  The exit code is 1 if
     anything is missing.
@@ -65,8 +66,8 @@ def command(measure: bool, experts_dirs: tuple[str, ...], as_json: bool) -> int:
       slotmoe doctor
       slotmoe doctor --measure --json
     """
-    checks = [check for find in _CHECKS for check in find()]
-    checks += [_cache(), _disk(measure), *(_drive(Path(path), measure) for path in experts_dirs)]
+    checks = [_system(), _processor(), *_kernels(), _gpu(), *_memory(), *_libraries()]
+    checks += [_cache(), _disk(measure), *(_drive(folder, measure) for folder in experts_dirs)]
     is_well = all(check.state != "bad" for check in checks)
     if as_json:
         report = {"version": __version__, "ok": is_well, "checks": list(map(asdict, checks))}
@@ -80,17 +81,16 @@ def command(measure: bool, experts_dirs: tuple[str, ...], as_json: bool) -> int:
     return int(not is_well)
 
 
-def _system() -> Iterator[Check]:
+def _system() -> Check:
     name, python = platform.system(), platform.python_version()
     found = f"{name} {platform.release()}, {platform.machine()}; Python {python}"
     if name == "Linux":
-        yield Check("system", "ok", f"slotmoe {__version__}; {found}")
-    else:
-        state = "note" if name == "Darwin" else "bad"
-        yield Check("system", state, found, "slotmoe is tested on Linux alone; see docs/install.md")
+        return Check("system", "ok", f"slotmoe {__version__}; {found}")
+    state = "note" if name == "Darwin" else "bad"
+    return Check("system", state, found, "slotmoe is tested on Linux alone; see docs/install.md")
 
 
-def _processor() -> Iterator[Check]:
+def _processor() -> Check:
     facts = {"model name": platform.machine()}
     with suppress(OSError):
         lines = _CPUINFO.read_text(errors="replace").splitlines()
@@ -98,11 +98,16 @@ def _processor() -> Iterator[Check]:
         facts |= {key.strip(): value.strip() for key, _, value in pairs}
     if platform.system() == "Darwin":
         with suppress(OSError, subprocess.SubprocessError):
-            query = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            facts["model name"] = subprocess.check_output(query, text=True, timeout=5).strip()
+            facts["model name"] = _output("sysctl", "-n", "machdep.cpu.brand_string").strip()
     flags = f"{facts.get('flags', '')} {facts.get('Features', '')}".split()
     best = "".join(f", {text}" for flag, text in _SETS.items() if flag in flags)
-    yield Check("processor", "ok", f"{facts['model name']}, {system.cores()} cores{best}")
+    return Check("processor", "ok", f"{facts['model name']}, {system.cores()} cores{best}")
+
+
+def _output(*command: str) -> str:
+    """What a program prints.  Raises ``OSError`` or ``SubprocessError``."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    return done.stdout
 
 
 def _kernels() -> Iterator[Check]:
@@ -112,11 +117,9 @@ def _kernels() -> Iterator[Check]:
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if path is None:
         again = "install slotmoe again: pip install --force-reinstall --no-deps ."
-        get = (
-            again if compiler else f"install a C++ compiler (as in: apt install g++), then {again}"
-        )
+        first = "" if compiler else "install a C++ compiler (as in: apt install g++), then "
         problem = "not built: torch computes everything, up to 200 times slower"
-        yield Check("kernels", "bad", problem, get)
+        yield Check("kernels", "bad", problem, first + again)
     else:
         try:
             isa = ctypes.CDLL(str(path)).slotmoe_isa
@@ -125,43 +128,37 @@ def _kernels() -> Iterator[Check]:
         except (OSError, AttributeError) as problem:
             advice = "they were built for another machine; install slotmoe again from source"
             yield Check("kernels", "bad", f"do not load ({str(problem)[:80]})", advice)
-    found = compiler or "no C++ compiler"
-    yield Check("compiler", "ok" if compiler else "note", f"{found}; only an install needs it")
+    found = f"{compiler or 'no C++ compiler'}; only an install needs it"
+    yield Check("compiler", "ok" if compiler else "note", found)
 
 
-def _gpu() -> Iterator[Check]:
+def _gpu() -> Check:
     if not _is_installed("torch"):
-        yield Check("GPU", "bad", "torch is not installed, so nothing runs", "pip install torch")
-        return
+        return Check("GPU", "bad", "torch is not installed, so nothing runs", "pip install torch")
     torch, query = metadata.version("torch"), "--query-gpu=name,memory.total,driver_version"
-    program = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
-        run = subprocess.run(program, capture_output=True, text=True, timeout=5, check=True)
-        name, total, driver = run.stdout.splitlines()[0].split(", ")
+        printed = _output("nvidia-smi", query, "--format=csv,noheader,nounits")
+        name, total, driver = printed.splitlines()[0].split(", ")
         found = f"{name}, {format_size(int(total) << 20)}, driver {driver}"
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        yield Check("GPU", "note", f"none found; the CPU computes (torch {torch})")
-        return
+        return Check("GPU", "note", f"none found; the CPU computes (torch {torch})")
     if "+cpu" in torch:
         advice = "install a CUDA build of torch: pip install --force-reinstall torch"
-        yield Check("GPU", "bad", f"{found}; but torch {torch} has no CUDA", advice)
-    else:
-        yield Check("GPU", "ok", f"{found}; torch {torch}")
+        return Check("GPU", "bad", f"{found}; but torch {torch} has no CUDA", advice)
+    return Check("GPU", "ok", f"{found}; torch {torch}")
 
 
 def _memory() -> Iterator[Check]:
     total, free = machine.total_memory(), machine.available_memory()
-    found = f"{format_size(free)} free of {format_size(total)}"
-    if total < psutil.virtual_memory().total:
-        found += ", the limit of a memory cgroup"
-    yield Check("RAM", "ok", f"{found}{_stored('ram')}")
+    is_limited = total < psutil.virtual_memory().total
+    limit = ", the limit of a memory cgroup" if is_limited else ""
+    found = f"{format_size(free)} free of {format_size(total)}{limit}{_stored('ram')}"
+    yield Check("RAM", "ok", found)
     page, huge = os.sysconf("SC_PAGE_SIZE"), "unknown"
     with suppress(OSError):
-        modes = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
-        huge = re.findall(r"\[(\w+)\]", modes)[0]
+        huge = re.findall(r"\[(\w+)\]", _HUGE_PAGES.read_text())[0]
+    is_off, advice = huge == "never", f"echo madvise > {_HUGE_PAGES}, as root"
     found = f"{page} bytes; transparent huge pages: {huge}"
-    advice = "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled, as root"
-    is_off = huge == "never"
     yield Check("pages", "note" if is_off else "ok", found, advice if is_off else "")
 
 
@@ -185,11 +182,6 @@ def _is_installed(name: str) -> bool:
         return bool(metadata.version(name))
     except metadata.PackageNotFoundError:
         return False
-
-
-_CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (
-    _system, _processor, _kernels, _gpu, _memory, _libraries,
-)  # fmt: skip
 
 
 def _stored(name: str) -> str:
@@ -220,21 +212,19 @@ def _disk(measure: bool) -> Check:
     found = f"{format_size(shutil.disk_usage(there).free)} free on {_file_system(there)}"
     try:
         with tempfile.NamedTemporaryFile(dir=there) as file:
-            file.write(bytes(_READ_BYTES))
+            block = os.urandom(_READ_BYTES)
+            for _ in range(_MEASURED_BYTES // _READ_BYTES if measure else 1):
+                file.write(block)
             file.flush()
-            is_direct = _opens_direct(file.name)
-            if measure:
-                _fill(Path(file.name))
-                speed = _read_speed(Path(file.name))
-            else:
-                speed = _stored("disk") or "; --measure measures its speed"
+            os.fsync(file.fileno())
+            state, reads = _reads(Path(file.name), measure)
     except OSError as problem:
         advice = "set SLOTMOE_CACHE to a folder that can be written"
         return Check("disk", "bad", f"{found}; can't be written ({problem.strerror})", advice)
-    if is_direct:
-        return Check("disk", "ok", f"{found}; direct reads{speed}")
+    if not measure:
+        reads += _stored("disk") or "; --measure measures its speed"
     advice = "reads go through the page cache; keep exports on a local disk (ext4, xfs)"
-    return Check("disk", "note", f"{found}; no direct reads{speed}", advice)
+    return Check("disk", state, found + reads, advice if state == "note" else "")
 
 
 def _drive(folder: Path, measure: bool) -> Check:
@@ -243,55 +233,36 @@ def _drive(folder: Path, measure: bool) -> Check:
     if not files:
         advice = "copy the files of an export's experts folder there"
         return Check("drive", "bad", f"{folder} has no layer-*.safetensors", advice)
-    is_direct = _opens_direct(str(files[0]))
-    found = f"{len(files)} layers in {folder} on {_file_system(folder)}"
-    found += f"; {'direct' if is_direct else 'no direct'} reads"
-    speed = _read_speed(files[0]) if measure else ""
-    return Check("drive", "ok" if is_direct else "note", found + speed)
+    state, reads = _reads(files[0], measure)
+    return Check(
+        "drive", state, f"{len(files)} layers in {folder} on {_file_system(folder)}{reads}"
+    )
 
 
 def _file_system(folder: Path) -> str:
     """Its type, as in ``ext4``."""
-    resolved, best = str(folder.resolve()), ("", "unknown file system")
-    for part in psutil.disk_partitions(all=True):
-        mount = part.mountpoint.rstrip("/")
-        if (resolved == mount or resolved.startswith(f"{mount}/")) and len(mount) >= len(best[0]):
-            best = (mount, part.fstype)
-    return best[1]
+    there, parts = folder.resolve(), psutil.disk_partitions(all=True)
+    mounts = [part for part in parts if there.is_relative_to(part.mountpoint)]
+    mounts.sort(key=lambda part: len(part.mountpoint))  # of two at one place the later is on top
+    return mounts[-1].fstype if mounts else "unknown file system"
 
 
-def _opens_direct(path: str) -> bool:
-    """Whether aligned bytes can be read past the page cache."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        return system.bypass_page_cache(handle, ALIGNMENT)
-    finally:
-        os.close(handle)
+def _reads(path: Path, measure: bool) -> tuple[str, str]:
+    """The state of a drive, by whether aligned bytes of the file can be read past the page cache,
+    and that in words; with ``measure`` also the bytes a second of a few threads that do so."""
+    size = min(_MEASURED_BYTES, path.stat().st_size) if measure else 0
 
-
-def _fill(path: Path) -> None:
-    block = os.urandom(_READ_BYTES)
-    with open(path, "r+b") as file:
-        for _ in range(_MEASURED_BYTES // _READ_BYTES):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read_speed(path: Path) -> str:
-    """Bytes a second of a few threads that read the file past the page cache."""
-    size = min(_MEASURED_BYTES, path.stat().st_size)
-
-    def read(start: int) -> None:
-        handle, memory = os.open(path, os.O_RDONLY), mmap(-1, _READ_BYTES)
-        try:
-            system.bypass_page_cache(handle, ALIGNMENT)
+    def read(start: int) -> bool:
+        memory = mmap(-1, _READ_BYTES)
+        with open(path, "rb", buffering=0) as file:
+            is_direct = system.bypass_page_cache(file.fileno(), ALIGNMENT)
             for position in range(start, size, _READERS * _READ_BYTES):
-                os.preadv(handle, [memory], position)
-        finally:
-            os.close(handle)
+                os.preadv(file.fileno(), [memory], position)
+        return is_direct
 
     started = time.perf_counter()
     with ThreadPoolExecutor(_READERS) as pool:
-        list(pool.map(read, range(0, _READERS * _READ_BYTES, _READ_BYTES)))
-    return f", {size / (time.perf_counter() - started) / 1e9:.1f} GB/s measured now"
+        is_direct = all(pool.map(read, range(0, _READERS * _READ_BYTES, _READ_BYTES)))
+    rate = size / (time.perf_counter() - started) / 1e9
+    speed = f", {rate:.1f} GB/s measured now" if measure else ""
+    return ("ok", f"; direct reads{speed}") if is_direct else ("note", f"; no direct reads{speed}")

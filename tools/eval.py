@@ -7,35 +7,24 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.text import Text as Cell
 
 from slotmoe.errors import PlanError
 from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import available_memory, process_bytes
 from slotmoe.sizes import format_size, parse_size
-from slotmoe.tools.options import (
-    JSON,
-    MODEL,
-    Command,
-    choice,
-    integer,
-    open_runtime,
-    option,
-    runtime_arguments,
-    runtime_options,
-    say,
-)
-from slotmoe.tools.progress import byte_progress
+from slotmoe.tools import options
+from slotmoe.tools.options import choice, integer, option
+from slotmoe.tools.progress import byte_bars
 from slotmoe.tools.tables import table
 
 if TYPE_CHECKING:
     from slotmoe.offload.runtime import Runtime
-    from slotmoe.offload.study.evaluate import Evaluation, Text
-
+    from slotmoe.offload.study.evaluate import Evaluation, Text, Window
 
 _TEXT_HELP = "UTF-8 text to score; repeatable."
 _REFERENCE_HELP = (
@@ -50,8 +39,8 @@ _KERNELS_HELP = (
 )
 
 
-@click.command(name="eval", cls=Command)
-@MODEL
+@click.command(name="eval", cls=options.Command)
+@options.MODEL
 @option("--text texts", "FILE", _TEXT_HELP, type=Path, multiple=True, required=True)
 @option("--reference", "SRC", _REFERENCE_HELP)
 @choice("--method", ["strided", "llama.cpp"], "strided", _METHOD_HELP)
@@ -59,10 +48,10 @@ _KERNELS_HELP = (
 @integer("--stride", "Tokens from one window's begin to the next one's. [default: --window - 1]")
 @option("--worst", "N", "Show the N worst tokens.", type=click.IntRange(0, 1000), default=10)
 @choice("--kernels", ["auto", "torch"], "auto", _KERNELS_HELP)
-@runtime_options
-@JSON
+@options.runtime_options
+@options.JSON
 def command(
-    model: str, texts: tuple[Path, ...], reference: str | None, as_json: bool, **options: Any
+    model: str, texts: tuple[Path, ...], reference: str | None, as_json: bool, **given: Any
 ) -> None:
     """Score text with MODEL: bits per byte and perplexity, and with --reference the mean KL
     divergence in nats, how often both put the same token first, and the tokens whose predictions
@@ -92,18 +81,17 @@ def command(
     from slotmoe.offload.model_source import resolve_model
     from slotmoe.offload.study.evaluate import Evaluation, read_texts, windows_of
 
-    method, stride = options["method"], options["stride"]
-    folder = resolve_model(model)
-    window = options["context"] = _window(folder, options["window"], options["context"])
+    method, stride, folder = given["method"], given["stride"], resolve_model(model)
+    window = given["context"] = _window(folder, given["window"], given["context"])
     read = read_texts(texts, folder, None if reference is None else resolve_model(reference))
     windows = [windows_of(text, method, window, stride) for text in read]
     started = time.perf_counter()
     with ExitStack() as stack:
         other = None
         if reference is not None:
-            other = stack.enter_context(_open_reference(reference, options))
-        runtime = stack.enter_context(_open_beside(other, model, as_json, options))
-        evaluation = Evaluation(runtime, other, options["worst"])
+            other = stack.enter_context(_open_reference(reference, given))
+        runtime = stack.enter_context(_open_beside(other, model, as_json, given))
+        evaluation = Evaluation(runtime, other, given["worst"])
         _run(evaluation, read, windows, f"Evaluating {model}", as_json)
         stats, seconds = runtime.stats(), time.perf_counter() - started
         settings = {"model": model, "reference": reference, "method": method, "window": window}
@@ -130,7 +118,7 @@ def _window(folder: Path, window: int | None, context: int | None) -> int:
     return window
 
 
-def _open_reference(reference: str, options: dict[str, Any]) -> Runtime:
+def _open_reference(reference: str, given: Json) -> Runtime:
     """The reference: a checkpoint as it is, or an export in at most half of the budget."""
     from slotmoe.offload.engine.loading import FREE_SHARE
     from slotmoe.offload.model_source import resolve_model
@@ -140,12 +128,12 @@ def _open_reference(reference: str, options: dict[str, Any]) -> Runtime:
     from slotmoe.quant.export.layout import MANIFEST
 
     is_export = (resolve_model(reference) / MANIFEST).is_file()
-    ram, vram = (options[name] and parse_size(options[name]) for name in ("ram", "vram"))
+    ram, vram = (given[name] and parse_size(given[name]) for name in ("ram", "vram"))
     if is_export:
         ram = (ram or int(available_memory() * FREE_SHARE)) // 2
-        if (memory := choose_device(options["device"])[0].memory()) is not None:
+        if (memory := choose_device(given["device"])[0].memory()) is not None:
             vram = (vram or int(memory.free * FREE_SHARE)) // 2
-    shared = {**runtime_arguments(options), "kernels": "auto", "logits_rows": LOGITS_ROWS}
+    shared = options.runtime_arguments(given) | {"kernels": "auto", "logits_rows": LOGITS_ROWS}
     try:
         return Runtime.open(reference, ram=ram, vram=vram, quantize=is_export, **shared)
     except PlanError as problem:
@@ -154,40 +142,34 @@ def _open_reference(reference: str, options: dict[str, Any]) -> Runtime:
         raise PlanError(f"the reference {reference} {problem}{advice}") from None
 
 
-def _open_beside(
-    reference: Runtime | None, model: str, quiet: bool, options: dict[str, Any]
-) -> Runtime:
-    """The model, in what an open reference leaves of the budget."""
+def _open_beside(reference: Runtime | None, model: str, quiet: bool, given: Json) -> Runtime:
+    """The model, in what an open reference leaves of the budget: its plan counts memory that it has
+    not touched yet."""
     from slotmoe.offload.study.evaluate import LOGITS_ROWS
 
-    if reference is not None:
-        options = options | _left_beside(reference, options)
+    if reference is None:
+        return options.open_runtime(model, given, quiet, logits_rows=LOGITS_ROWS)
+    planned, vram, ram = reference.plan.total, given["vram"], given["ram"]
+    if reference.plan.tier == "ram":
+        used = process_bytes()
+        budget = int(available_memory() * 0.9) + used if ram is None else parse_size(ram)
+        ram = max(1, budget - max(0, planned - used))
+    elif vram is not None:
+        vram = max(1, parse_size(vram) - planned)
+    left = given | {"ram": ram, "vram": vram}
     try:
-        runtime: Runtime = open_runtime(model, options, quiet, logits_rows=LOGITS_ROWS)
-        return runtime
+        return options.open_runtime(model, left, quiet, logits_rows=LOGITS_ROWS)
     except PlanError as problem:
-        if reference is None:
-            raise
-        beside = f"the reference, which takes {format_size(reference.plan.total)}"
+        beside = f"the reference, which takes {format_size(planned)}"
         advice = "or evaluate without --reference"
         raise PlanError(f"{model} beside {beside}, {problem}; {advice}") from None
 
 
-def _left_beside(reference: Runtime, options: dict[str, Any]) -> dict[str, Any]:
-    """Budgets beside an open reference, whose plan counts memory that it has not touched yet."""
-    planned, vram, ram = reference.plan.total, options["vram"], options["ram"]
-    if reference.plan.tier == "vram":
-        return {} if vram is None else {"vram": max(1, parse_size(vram) - planned)}
-    used = process_bytes()
-    budget = int(available_memory() * 0.9) + used if ram is None else parse_size(ram)
-    return {"ram": max(1, budget - max(0, planned - used))}
-
-
 def _run(
-    evaluation: Evaluation, texts: list[Text], windows: list[Any], title: str, quiet: bool
+    evaluation: Evaluation, texts: list[Text], windows: list[list[Window]], title: str, quiet: bool
 ) -> None:
     before, total = 0, sum(text.ends[-1] for text in texts)
-    with byte_progress(title, quiet) as progress:
+    with byte_bars(title, quiet=quiet) as (progress,):
         try:
             for text, cut in zip(texts, windows, strict=True):
                 for done in evaluation.run(text, cut):
@@ -195,7 +177,7 @@ def _run(
                 before += text.ends[-1]
         except KeyboardInterrupt:
             if not quiet and any(totals.tokens for totals in evaluation.files.values()):
-                say("stopped; so far:")
+                options.say("stopped; so far:")
                 _print(evaluation.report(), sys.stderr)
             raise
 
@@ -211,7 +193,7 @@ _COLUMNS = {  # title -> key of the report and its format
 }
 
 
-def _print(report: Json, out: Any) -> None:
+def _print(report: Json, out: TextIO) -> None:
     console = Console(file=out)
     columns = {title: shown for title, shown in _COLUMNS.items() if shown[0] in report}
     rows = [(Path(file["file"]).name, file) for file in report["files"]]
@@ -222,17 +204,16 @@ def _print(report: Json, out: Any) -> None:
         for name, row in rows
     ]
     console.print(table(["text", *columns], cells))
-    if not report.get("worst_tokens"):
-        return
-    differing: list[tuple[RenderableType, ...]] = []
-    for token in report["worst_tokens"]:
-        after, text = Cell(_visible(token["context"])[-30:]), Cell(_visible(token["token"]))
+    differing = []
+    for token in report.get("worst_tokens", ()):
+        likeliest = f"{_visible(token['reference_top'])} -> {_visible(token['top'])}"
         chance = f"{token['reference_probability']:.2%} -> {token['probability']:.2%}"
-        likeliest = Cell(f"{_visible(token['reference_top'])} -> {_visible(token['top'])}")
-        differing.append((f"{token['kl_divergence']:.3f}", after, text, chance, likeliest))
-    title = "Where predictions differ most (reference -> model)"
-    names = ["KL", "after", "token", "chance", "likeliest"]
-    console.print(table(names, differing, title, (2, 4)))
+        after, text = Cell(_visible(token["context"])[-30:]), Cell(_visible(token["token"]))
+        differing.append((f"{token['kl_divergence']:.3f}", after, text, chance, Cell(likeliest)))
+    if differing:
+        title = "Where predictions differ most (reference -> model)"
+        names = ["KL", "after", "token", "chance", "likeliest"]
+        console.print(table(names, differing, title, (2, 4)))
 
 
 def _visible(text: str) -> str:

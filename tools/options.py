@@ -1,17 +1,18 @@
 """Options that several commands share: where the model runs and within which budget."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
 from slotmoe.errors import ConfigError
+from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import device_index, total_memory
 from slotmoe.offload.model_cache import is_hub_id
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
@@ -21,9 +22,17 @@ from slotmoe.quant.codecs.codec import DEFAULT_CODEC, EXPERT_CODECS, ExpertCodec
 from slotmoe.quant.shapes import RESIDENT_MODES
 from slotmoe.sizes import format_size, parse_size
 
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+if TYPE_CHECKING:
+    from slotmoe.offload.runtime import Runtime
+
+F = TypeVar("F", bound=Callable[..., object])
 MAX_PROMPT_BYTES = 32 << 20  # of a file or stdin; 163,840 tokens of English are less than 1 MB
-TOO_LONG = f"has more than {MAX_PROMPT_BYTES >> 20} MiB; no context holds that, shorten it"
+
+
+class Decorator(Protocol):
+    """Adds an option to a command's function."""
+
+    def __call__(self, function: F, /) -> F: ...
 
 
 def option(names: str, metavar: str | None, help: str, **rest: Any) -> Decorator:
@@ -39,13 +48,18 @@ def integer(names: str, help: str, default: int | None = None) -> Decorator:
     return option(names, "N", help, type=int, default=default)
 
 
-def choice(name: str, values: Sequence[str], default: str, help: str) -> Decorator:
+def choice(name: str, values: Sequence[str], default: str | None, help: str) -> Decorator:
     return click.option(name, type=click.Choice(values), default=default, help=help)
 
 
 def count(names: str, default: int | None, help: str, least: int = 1) -> Decorator:
     """An option that takes a whole number of at least ``least``."""
     return option(names, "N", help, type=click.IntRange(least), default=default)
+
+
+def completing(names: Callable[[], Iterable[str]]) -> Callable[..., list[str]]:
+    """For the shell's completion: the ``names`` that begin with what was typed."""
+    return lambda ctx, parameter, typed: [name for name in names() if name.startswith(typed)]
 
 
 class Command(click.Command):
@@ -75,6 +89,19 @@ _GROUPS = {  # title -> the parameters' names
 }
 JSON = flag("--json as_json", "Print one JSON object.")
 VERBOSE = flag("--verbose", "Say more on stderr: device, prefill, expert cache, disk.")
+EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
+NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+def _adding(*options: Decorator) -> Decorator:
+    def add(function: F) -> F:
+        for decorate in reversed(options):
+            function = decorate(function)
+        return function
+
+    return add
+
+
 _RESIDENT = (
     "Precision of everything but the routed experts. auto is int8; bf16 keeps the source's; mixed "
     "has 4 bits where they cost little, else int8; nf4 is a little smaller and far less exact."
@@ -88,122 +115,21 @@ _BITS = (
     "Bits of a routed expert's codes, to which scales add a quarter: 4, 3, or 3.5, which is 3 for "
     "gate and up and 4 for down; nf4 has 4 only. [default: 4]"
 )
-_CODECS: list[Decorator] = [
-    click.option("--codec", type=click.Choice(["lut", "nf4"]), help=_CODEC),
-    click.option("--bits", type=click.Choice(["4", "3.5", "3"]), help=_BITS),
-]
-_MISSES = (
-    "With a GPU, an expert that is in none of its slots is fetched, computed by the CPU, or either "
-    "(hybrid). auto takes what slotmoe bench --calibrate has measured to be fastest, else fetch."
-)
-_BUDGET = (
-    "Let experts in memory stand in for missing ones where the gate nearly tied, at about N nats "
-    "of KL divergence a token, like 0.01. The text then depends on the cache."
-)
-_DRAFT = (
-    "Tokens that may come next are computed with those that do, as many as pay; the text is the "
-    "same to the bit. ngram drafts what followed earlier in the text, mtp what the head expects "
-    "that quantize --keep-mtp has kept; auto is ngram, off on a GPU."
+codec_options = _adding(
+    choice("--codec", ["lut", "nf4"], None, _CODEC),
+    choice("--bits", ["4", "3.5", "3"], None, _BITS),
 )
 _KEEP_MTP = (
     "Keep the head with which a model like DeepSeek-V3 predicts one token more, for --draft mtp: a "
     "layer and its experts."
 )
 KEEP_MTP = flag("--keep-mtp", _KEEP_MTP)
-_REVISION = "Branch, tag or commit of a model on the hub. [default: main]"
-REVISION = option("--revision", "REV", _REVISION)
-_DEVICE = "auto takes the GPU when there is one; of several, cuda:N that number in CUDA's order."
-_EXPERTS_HELP = (
-    "A copy of the export's experts folder on another drive, from which reads come too; may be "
-    "repeated."
-)
 
 
-class DeviceName(click.ParamType[str]):
-    """A device as ``Runtime.open`` takes it."""
-
-    name = "device"
-
-    def convert(self, value: str, param: Any, ctx: click.Context | None) -> str:
-        try:
-            device_index(value)
-        except ConfigError as problem:
-            self.fail(str(problem), param, ctx)
-        return value
-
-    def shell_complete(self, ctx: click.Context, param: Any, incomplete: str) -> list[Any]:
-        names = ("auto", "cpu", "cuda")
-        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
-
-
-_RUNTIME: list[Decorator] = [
-    REVISION,
-    option("--device", "auto|cpu|cuda|cuda:N", _DEVICE, type=DeviceName(), default="auto"),
-    option("--ram", "SIZE", "RAM for the whole process, like 8GiB. [default: 90% of what is free]"),
-    option("--vram", "SIZE", "GPU memory budget, like 20GiB. [default: 90% of what is free]"),
-    integer("--context", "Positions of the KV cache. [default: 4096, or the model's limit]"),
-    integer("--threads", "CPU threads. [default: the physical cores that it may use]"),
-    integer("--slots", "Keep at most N experts in memory. [default: all that fit the budget]"),
-    choice("--cache-policy", list(POLICIES), DEFAULT_POLICY, "Which experts stay in memory."),
-    choice("--misses", MODES, "auto", _MISSES),
-    option("--experts-dir experts_dirs", "DIR", _EXPERTS_HELP, multiple=True),
-    flag("--no-prefetch", "Read experts only when a gate has asked for them, never ahead."),
-    choice("--draft", DRAFTS, "off", _DRAFT),
-    option("--route-budget", "N", _BUDGET, type=float),
-]
-EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
-NEW_FILE = click.Path(dir_okay=False, path_type=Path)
-SAMPLING = ("temperature", "top_p", "top_k", "seed")  # arguments of ``Sampling``
-_TRACE_HELP = "Record which experts were used, for later replay."
-_TRACE = option("--trace", "FILE", _TRACE_HELP, type=NEW_FILE)
-_CHAT = flag("--chat", "Send PROMPT through the model's chat template, as a user's message.")
-_NEW_TOKENS = 128  # of a continuation; a chat's answer ends by itself
-_STOP_HELP = "Stop after N tokens."
-_NEW_HELP = f"{_STOP_HELP} [default: {_NEW_TOKENS}; with --chat the answer's end]"
-
-
-def _length(default: int | None, help: str = _STOP_HELP) -> Decorator:
-    return integer("-n --max-new-tokens", help, default)
-
-
-def _sampling(length: Decorator, temperature: float, top_p: float) -> list[Decorator]:
-    greedy = "0 is greedy: always the likeliest token."
-    likeliest = "Sample from the likeliest tokens that reach this probability."
-    return [
-        length,
-        option("--temperature", "N", greedy, default=temperature),
-        option("--top-p", "N", likeliest, default=top_p),
-        integer("--top-k", "Sample from the N likeliest tokens; 0 is all.", 0),
-        integer("--seed", "Make sampling repeatable."),
-    ]
-
-
-def _adding(options: list[Decorator]) -> Decorator:
-    def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        for decorate in reversed(options):
-            function = decorate(function)
-        return function
-
-    return add
-
-
-runtime_options = _adding(_RUNTIME)
-"""Adds the options that ``open_runtime`` reads."""
-_KIND = (_CHAT, _TRACE)
-generation_options = _adding([*_sampling(_length(None, _NEW_HELP), 0.0, 1.0), *_KIND])
-"""Adds the options of a continuation: its length, the sampling, and the kind of its prompt."""
-workload_options = _adding([*_sampling(_length(_NEW_TOKENS), 0.0, 1.0), *_KIND])
-"""Adds the same for a measurement, whose length does not depend on the model."""
-chat_options = _adding([*_sampling(_length(1024), temperature=0.3, top_p=0.95), _TRACE])
-"""Adds the options of a chat's answers, with the defaults that DeepSeek gives its chat models."""
-codec_options = _adding(_CODECS)
-"""Adds the options that say how experts are coded."""
-
-
-def expert_codecs(options: dict[str, Any]) -> ExpertCodecs | None:
-    """What ``codec_options`` say, removed from ``options``; None if they say nothing.  Raises
+def expert_codecs(given: Json) -> ExpertCodecs | None:
+    """What ``codec_options`` say, removed from ``given``; None if they say nothing.  Raises
     ``ConfigError``."""
-    codec, bits = options.pop("codec"), options.pop("bits")
+    codec, bits = given.pop("codec"), given.pop("bits")
     if codec is None and bits is None:
         return None
     codecs = EXPERT_CODECS.get((codec or "lut", bits or "4"))
@@ -212,76 +138,153 @@ def expert_codecs(options: dict[str, Any]) -> ExpertCodecs | None:
     return codecs
 
 
-_SESSION_HELP = (
+_REVISION = "Branch, tag or commit of a model on the hub. [default: main]"
+REVISION = option("--revision", "REV", _REVISION)
+_DEVICE = "auto takes the GPU when there is one; of several, cuda:N that number in CUDA's order."
+_MISSES = (
+    "With a GPU, an expert that is in none of its slots is fetched, computed by the CPU, or either "
+    "(hybrid). auto takes what slotmoe bench --calibrate has measured to be fastest, else fetch."
+)
+_EXPERTS_DIR = (
+    "A copy of the export's experts folder on another drive, from which reads come too; may be "
+    "repeated."
+)
+_DRAFT = (
+    "Tokens that may come next are computed with those that do, as many as pay; the text is the "
+    "same to the bit. ngram drafts what followed earlier in the text, mtp what the head expects "
+    "that quantize --keep-mtp has kept; auto is ngram, off on a GPU."
+)
+_BUDGET = (
+    "Let experts in memory stand in for missing ones where the gate nearly tied, at about N nats "
+    "of KL divergence a token, like 0.01. The text then depends on the cache."
+)
+
+
+def _check_device(ctx: click.Context, parameter: click.Parameter, device: str) -> str:
+    try:
+        device_index(device)
+    except ConfigError as problem:
+        raise click.BadParameter(str(problem)) from None
+    return device
+
+
+_NAMED = {"callback": _check_device, "shell_complete": completing(lambda: ("auto", "cpu", "cuda"))}
+runtime_options = _adding(
+    REVISION,
+    option("--device", "auto|cpu|cuda|cuda:N", _DEVICE, default="auto", **_NAMED),
+    option("--ram", "SIZE", "RAM for the whole process, like 8GiB. [default: 90% of what is free]"),
+    option("--vram", "SIZE", "GPU memory budget, like 20GiB. [default: 90% of what is free]"),
+    integer("--context", "Positions of the KV cache. [default: 4096, or the model's limit]"),
+    integer("--threads", "CPU threads. [default: the physical cores that it may use]"),
+    integer("--slots", "Keep at most N experts in memory. [default: all that fit the budget]"),
+    choice("--cache-policy", list(POLICIES), DEFAULT_POLICY, "Which experts stay in memory."),
+    choice("--misses", MODES, "auto", _MISSES),
+    option("--experts-dir experts_dirs", "DIR", _EXPERTS_DIR, multiple=True),
+    flag("--no-prefetch", "Read experts only when a gate has asked for them, never ahead."),
+    choice("--draft", DRAFTS, "off", _DRAFT),
+    option("--route-budget", "N", _BUDGET, type=float),
+)
+"""Adds the options that ``open_runtime`` reads."""
+
+
+def runtime_arguments(given: Json) -> Json:
+    """What ``Runtime.open`` takes of ``runtime_options`` for any model, without budgets."""
+    names = ("device", "context", "threads", "cache_policy", "misses")
+    arguments = {name: given[name] for name in names}
+    arguments |= {"route_budget": given["route_budget"] or 0.0}
+    arguments |= {"prefetch": not given["no_prefetch"], "kernels": given.get("kernels", "auto")}
+    return arguments
+
+
+SAMPLING = ("temperature", "top_p", "top_k", "seed")  # arguments of ``Sampling``
+_CHAT = flag("--chat", "Send PROMPT through the model's chat template, as a user's message.")
+_TRACE_HELP = "Record which experts were used, for later replay."
+_TRACE = option("--trace", "FILE", _TRACE_HELP, type=NEW_FILE)
+_NEW_TOKENS = 128  # of a continuation; a chat's answer ends by itself
+_STOP = "Stop after N tokens."
+_STOP_OR_END = f"{_STOP} [default: {_NEW_TOKENS}; with --chat the answer's end]"
+
+
+def _text_options(
+    length: int | None, help: str, temperature: float, top_p: float, *others: Decorator
+) -> Decorator:
+    greedy = "0 is greedy: always the likeliest token."
+    likeliest = "Sample from the likeliest tokens that reach this probability."
+    return _adding(
+        integer("-n --max-new-tokens", help, length),
+        option("--temperature", "N", greedy, default=temperature),
+        option("--top-p", "N", likeliest, default=top_p),
+        integer("--top-k", "Sample from the N likeliest tokens; 0 is all.", 0),
+        integer("--seed", "Make sampling repeatable."),
+        *others,
+    )
+
+
+generation_options = _text_options(None, _STOP_OR_END, 0.0, 1.0, _CHAT, _TRACE)
+"""Adds the options of a continuation: its length, the sampling, and the kind of its prompt."""
+workload_options = _text_options(_NEW_TOKENS, _STOP, 0.0, 1.0, _CHAT, _TRACE)
+"""Adds the same for a measurement, whose length does not depend on the model."""
+chat_options = _text_options(1024, _STOP, 0.3, 0.95, _TRACE)
+"""Adds the options of a chat's answers, with the defaults that DeepSeek gives its chat models."""
+_SESSION = (
     "Keep this text or conversation on disk under a name, and go on with what is there; its "
     "messages and what the model computed of them can be read by this user."
 )
-SESSION = option("--session", "NAME", _SESSION_HELP)
-_DIR_HELP = "Folder of the sessions. [default: $SLOTMOE_CACHE/sessions]"
-SESSION_DIR = option("--session-dir", "DIR", _DIR_HELP, type=Path)
-_LIMIT_HELP = "Most bytes of latents there; what was unused for longest goes first."
-SESSION_LIMIT = option("--session-limit", "SIZE", _LIMIT_HELP, default="8GiB")
-session_options = _adding([SESSION, SESSION_DIR, SESSION_LIMIT])
+_SESSION_DIR = "Folder of the sessions. [default: $SLOTMOE_CACHE/sessions]"
+_SESSION_LIMIT = "Most bytes of latents there; what was unused for longest goes first."
+SESSION_DIR = option("--session-dir", "DIR", _SESSION_DIR, type=Path)
+SESSION_LIMIT = option("--session-limit", "SIZE", _SESSION_LIMIT, default="8GiB")
+session_options = _adding(option("--session", "NAME", _SESSION), SESSION_DIR, SESSION_LIMIT)
 """Adds the options that ``slotmoe.tools.sessions`` reads."""
+PROMPT = click.argument("prompt", metavar="PROMPT", required=False)
+"""For ``prompt_text``, which asks for it unless there is a file."""
 
 
-def generation_arguments(options: dict[str, Any]) -> dict[str, Any]:
-    """What ``Runtime.generate`` takes of ``generation_options``, removed from ``options``."""
-    arguments = {name: options.pop(name) for name in ("max_new_tokens", *SAMPLING, "chat")}
+def generation_arguments(given: Json) -> Json:
+    """What ``Runtime.generate`` takes of ``generation_options``, removed from ``given``."""
+    arguments = {name: given.pop(name) for name in ("max_new_tokens", *SAMPLING, "chat")}
     if arguments["max_new_tokens"] is None and not arguments["chat"]:
         arguments["max_new_tokens"] = _NEW_TOKENS
     return arguments
 
 
-def require_extra(extra: str, *modules: str) -> None:
-    """Raises ``ConfigError``, which says how to install the extra, unless all of its ``modules``
-    are installed."""
-    missing = ", ".join(name for name in modules if find_spec(name) is None)
-    if missing:
-        problem = f"this command needs libraries that are not installed ({missing})"
-        raise ConfigError(f"{problem}: pip install 'slotmoe[{extra}]'")
-
-
 def prompt_text(prompt: str | None, file: Path | None = None) -> str:
-    """The text of ``file``, or the prompt, or stdin where that is ``-``.  Raises
+    """The text of ``file``, or the prompt, or stdin where that is ``-``.  Raises ``UsageError`` or
     ``ConfigError``."""
-    if file is None and prompt != "-":
-        return prompt or ""
-    place = "stdin" if file is None else file
+    if (prompt is None) == (file is None):
+        both = "PROMPT and --file are both given: choose one"
+        problem = "Missing argument 'PROMPT'." if file is None else both
+        raise click.UsageError(problem, click.get_current_context())
+    if prompt is not None and prompt != "-":
+        return prompt
+    with nullcontext(sys.stdin.buffer) if file is None else open(file, "rb") as source:
+        return decoded(source.read(MAX_PROMPT_BYTES + 1), f"{file or 'stdin'}: the prompt")
+
+
+def decoded(data: bytes, what: str) -> str:
+    """UTF-8 text.  Raises ``ConfigError``, also for more than ``MAX_PROMPT_BYTES``."""
+    if len(data) > MAX_PROMPT_BYTES:
+        most = f"{MAX_PROMPT_BYTES >> 20} MiB; no context holds that, shorten it"
+        raise ConfigError(f"{what} has more than {most}")
     try:
-        with nullcontext(sys.stdin.buffer) if file is None else open(file, "rb") as source:
-            data = source.read(MAX_PROMPT_BYTES + 1)
-        if len(data) > MAX_PROMPT_BYTES:
-            raise ConfigError(f"{place}: the prompt {TOO_LONG}")
         return data.decode()
     except UnicodeDecodeError:
-        raise ConfigError(f"{place}: the prompt is not valid UTF-8 text") from None
+        raise ConfigError(f"{what} is not valid UTF-8 text") from None
 
 
-class Prompt(click.Argument):
-    """An argument that is needed unless --file is given."""
-
-    def process_value(self, ctx: click.Context, value: Any) -> Any:
-        if not isinstance(ctx.params.get("file"), Path):
-            return super().process_value(ctx, value)
-        if not self.value_is_missing(value):
-            raise click.UsageError("PROMPT and --file are both given: choose one", ctx)
-        return None
-
-
-def model_names(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[Any]:
+def model_names(ctx: click.Context, parameter: click.Parameter, typed: str) -> list[CompletionItem]:
     """For the shell's completion of MODEL: the sample, exports and checkpoints, and folders that
     may hold some."""
     from slotmoe.offload.plan.advice import GEOMETRIES
 
     names = GEOMETRIES if ctx.info_name == "plan" else ("sample",)
-    found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
-    folder, _, begin = incomplete.rpartition("/")
+    found = [CompletionItem(name) for name in names if name.startswith(typed)]
+    folder, _, begin = typed.rpartition("/")
     with suppress(OSError):
-        for path in sorted(Path(folder or ("/" if incomplete[:1] == "/" else ".")).iterdir()):
+        for path in sorted(Path(folder or ("/" if typed[:1] == "/" else ".")).iterdir()):
             if path.name.startswith(begin) and _is_model(path):
-                found.append(CompletionItem(f"{incomplete.removesuffix(begin)}{path.name}"))
-    return found or [CompletionItem(incomplete, type="dir")]
+                found.append(CompletionItem(f"{typed.removesuffix(begin)}{path.name}"))
+    return found or [CompletionItem(typed, type="dir")]
 
 
 MODEL = click.argument("model", metavar="MODEL", shell_complete=model_names)
@@ -323,53 +326,50 @@ def _is_model(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("slotmoe.json", "config.json"))
 
 
-def say(text: str) -> None:
-    """Print a remark of the program on stderr."""
-    click.echo(f"slotmoe: {text}", err=True)
-
-
-def open_runtime(model: str, options: dict[str, Any], quiet: bool = False, **settings: Any) -> Any:
+def open_runtime(model: str, given: Json, quiet: bool = False, **settings: int) -> "Runtime":
     """A ``Runtime`` for the command line's ``MODEL`` and runtime options, with a progress bar if it
     must quantize.  ``settings`` are more arguments of ``Runtime.open``."""
-    notify: Callable[[str], None] = (lambda text: None) if quiet else say
-    on_hub = is_on_hub(model, options["revision"])
-    if not on_hub:
+    notify = notifier(quiet)
+    if not is_on_hub(model, given["revision"]):
         _check_name(model)
-    _warn_of_budget(options["ram"], notify)
+    if given["ram"] is not None and parse_size(given["ram"]) > (total := total_memory()):
+        # The rest of the plan may still fit.
+        notify(f"--ram {given['ram']} is more than this machine has ({format_size(total)})")
     from slotmoe.tools.progress import byte_bars  # rich: commands without a bar start without it
 
     texts = "Downloading", f"Reading {model}, once", f"Quantizing {model}, once"
-    with byte_bars(*texts, quiet=quiet, waiting=f"loading {model}…") as bars:
+    with byte_bars(*texts, quiet=quiet, waiting=f"loading {model}…") as (arriving, reading, making):
         from slotmoe.offload.model_source import resolve_model
         from slotmoe.offload.runtime import Runtime  # takes a second: torch
 
-        arriving, reading, progress = bars
-        told = {"progress": progress, "notify": notify}
-        reporting = {**told, "arriving": arriving} if on_hub else {}
-        folder = resolve_model(model, options["revision"], **reporting)
-        of_model = ("ram", "vram", "slots", "draft", "experts_dirs")
-        settings |= {name: options[name] for name in of_model}
-        settings |= {**told, "reading": reading, **runtime_arguments(options)}
-        runtime = Runtime.open(folder, **settings)
+        told: Json = {"progress": making, "notify": notify}
+        folder = resolve_model(model, given["revision"], arriving=arriving, **told)
+        of_model = {name: given[name] for name in ("ram", "vram", "slots", "draft", "experts_dirs")}
+        arguments = told | of_model | runtime_arguments(given) | settings
+        runtime = Runtime.open(folder, reading=reading, **arguments)
     if (altered := runtime.model.options.altered) is not None:
         notify(altered)
     slow = runtime.plan.tier == "ram" and runtime.stats()["kernels"] == "torch"
-    if slow and options.get("kernels") != "torch":
+    if slow and given.get("kernels") != "torch":
         problem = "the native kernels were not built at install (is there a C++ compiler?)"
         say(f"{problem}; torch is up to 200 times slower. slotmoe doctor says what is missing")
     return runtime
 
 
-def _warn_of_budget(ram: str | None, notify: Callable[[str], None]) -> None:
-    """Say so if more RAM is asked for than there is: the rest of the plan may still fit."""
-    if ram is not None and parse_size(ram) > (total := total_memory()):
-        notify(f"--ram {ram} is more than this machine has ({format_size(total)})")
+def say(text: str) -> None:
+    """Print a remark of the program on stderr."""
+    click.echo(f"slotmoe: {text}", err=True)
 
 
-def runtime_arguments(options: dict[str, Any]) -> dict[str, Any]:
-    """What ``Runtime.open`` takes of ``runtime_options`` for any model, without budgets."""
-    names = ("device", "context", "threads", "cache_policy", "misses")
-    shared = {name: options[name] for name in names}
-    shared |= {"route_budget": options["route_budget"] or 0.0}
-    prefetch, kernels = not options["no_prefetch"], options.get("kernels", "auto")
-    return {**shared, "prefetch": prefetch, "kernels": kernels}
+def notifier(quiet: bool) -> Callable[[str], None]:
+    """``say``, or what says nothing."""
+    return (lambda text: None) if quiet else say
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """Raises ``ConfigError``, which says how to install the extra, unless all of its ``modules``
+    are installed."""
+    missing = ", ".join(name for name in modules if find_spec(name) is None)
+    if missing:
+        problem = f"this command needs libraries that are not installed ({missing})"
+        raise ConfigError(f"{problem}: pip install 'slotmoe[{extra}]'")

@@ -9,39 +9,21 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from slotmoe.errors import DownloadError, PlanError
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import read_config
 from slotmoe.offload import machine
-from slotmoe.offload.plan.advice import (
-    GPUS,
-    Machine,
-    Model,
-    Scenario,
-    choose_codecs,
-    choose_precision,
-    gpu_named,
-)
+from slotmoe.offload.plan import advice
+from slotmoe.offload.plan.advice import Machine, Model
 from slotmoe.offload.plan.memory import IMPORT_BYTES, choose_context, or_more_context
 from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.quant.codecs.codec import KEPT_CODECS
 from slotmoe.sizes import format_size, parse_size
 from slotmoe.system import cores
-from slotmoe.tools.options import (
-    JSON,
-    MODEL,
-    RESIDENT,
-    Command,
-    codec_options,
-    count,
-    expert_codecs,
-    is_on_hub,
-    option,
-    runtime_options,
-)
+from slotmoe.tools import options
+from slotmoe.tools.tables import table
 
 _NAMES = {"vram": "GPU memory", "ram": "RAM", "disk": "disk"}
 _LOSS = (
@@ -49,31 +31,28 @@ _LOSS = (
     "with a text for --calibrate; other models lose more or less."
 )
 _BOUNDS = {"between kernels": "the time between kernels"}  # where the key is no noun
+_CHOICES = ("codec", "bits", "resident", "export", "in memory", "tokens/s", "KL", "with text")
 # What describes a machine: with one of them it may be another than this.
 _MACHINE = "gpu ram vram ram_bandwidth disk_bandwidth pcie_bandwidth gpu_bandwidth".split()
+_GPU_HELP = "Plan for this GPU, like rtx-4090 or rtx-3060."
 _PROMPT_HELP = "Tokens of the prompt. [default: 512, or what the context has room for]"
 
 
-def _gpus(ctx: Any, parameter: Any, incomplete: str) -> list[str]:
-    """For the shell's completion."""
-    return [name for name in GPUS if name.startswith(incomplete)]
-
-
-@click.command(name="plan", cls=Command)
-@MODEL
-@option("--gpu", "NAME", "Plan for this GPU, like rtx-4090 or rtx-3060.", shell_complete=_gpus)
-@RESIDENT
-@codec_options
-@count("--prompt-tokens", None, _PROMPT_HELP)
-@count("-n --max-new-tokens", 128, "Tokens to generate.")
-@option("--ram-bandwidth", "SIZE", "Bytes a second of RAM, like 40GB.")
-@option("--disk-bandwidth", "SIZE", "Bytes a second of a drive, like 3.5GB.")
-@option("--pcie-bandwidth", "SIZE", "Bytes a second to the GPU, like 25GB.")
-@option("--gpu-bandwidth", "SIZE", "Bytes a second of GPU memory, like 1008GB.")
-@runtime_options
-@JSON
+@click.command(name="plan", cls=options.Command)
+@options.MODEL
+@options.option("--gpu", "NAME", _GPU_HELP, shell_complete=options.completing(lambda: advice.GPUS))
+@options.RESIDENT
+@options.codec_options
+@options.count("--prompt-tokens", None, _PROMPT_HELP)
+@options.count("-n --max-new-tokens", 128, "Tokens to generate.")
+@options.option("--ram-bandwidth", "SIZE", "Bytes a second of RAM, like 40GB.")
+@options.option("--disk-bandwidth", "SIZE", "Bytes a second of a drive, like 3.5GB.")
+@options.option("--pcie-bandwidth", "SIZE", "Bytes a second to the GPU, like 25GB.")
+@options.option("--gpu-bandwidth", "SIZE", "Bytes a second of GPU memory, like 1008GB.")
+@options.runtime_options
+@options.JSON
 def command(
-    model: str, prompt_tokens: int | None, max_new_tokens: int, as_json: bool, **options: Any
+    model: str, prompt_tokens: int | None, max_new_tokens: int, as_json: bool, **given: Any
 ) -> int:
     """Say whether MODEL fits, what goes to which tier, and how fast it will be.  No weights are
     needed.
@@ -94,26 +73,26 @@ def command(
       slotmoe plan v2-lite --ram 5GiB
       slotmoe plan lite-export --ram 8GiB --context 32768 --json
     """
-    wanted = expert_codecs(options)
-    planned, target = _model(model, options["revision"]), _machine(options)
-    if options["draft"] == "mtp":
+    wanted = options.expert_codecs(given)
+    planned, target = _model(model, given["revision"]), _machine(given)
+    if given["draft"] == "mtp":
         planned = planned.with_mtp()
-    context = choose_context(planned.config, options["context"])
+    context = choose_context(planned.config, given["context"])
     if prompt_tokens is None:
         prompt_tokens = min(512, max(1, context - max_new_tokens))
     if prompt_tokens >= context:
         problem = f"a prompt of {prompt_tokens} tokens does not fit the context of {context}"
-        advice = or_more_context("lower --prompt-tokens", planned.config, context)
-        raise PlanError(f"{problem}: {advice}")
-    resident, why = choose_precision(planned, target, options["resident"])
-    codecs, rest = choose_codecs(planned, wanted), (options["slots"], options["misses"])
-    drafts = options["draft"] != "off"
-    scenario = Scenario(planned, target, resident, codecs, context, *rest, drafts)
+        less = or_more_context("lower --prompt-tokens", planned.config, context)
+        raise PlanError(f"{problem}: {less}")
+    resident, why = advice.choose_precision(planned, target, given["resident"])
+    codecs, rest = advice.choose_codecs(planned, wanted), (given["slots"], given["misses"])
+    drafts = given["draft"] != "off"
+    scenario = advice.Scenario(planned, target, resident, codecs, context, *rest, drafts)
     report = scenario.report(prompt_tokens, max_new_tokens)
     report["resident"] = {"precision": resident, "why": why}
     report["choices"] = scenario.choices(prompt_tokens, max_new_tokens)
     print(json.dumps(report)) if as_json else _print(report)
-    is_this = all(options[name] is None for name in _MACHINE)
+    is_this = all(given[name] is None for name in _MACHINE)
     return int(not report["fits"] or (is_this and not report["disk"]["fits"]))
 
 
@@ -121,7 +100,7 @@ def _model(name: str, revision: str | None) -> Model:
     """What MODEL is, from its config and, for an export, its manifest; of a model on the hub from
     the config there, or in huggingface_hub's cache.  Raises ``ConfigError`` or
     ``DownloadError``."""
-    if not is_on_hub(name, revision):
+    if not options.is_on_hub(name, revision):
         return Model.read(name)
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
@@ -145,71 +124,67 @@ def _model(name: str, revision: str | None) -> Model:
     return Model(name, read_config(Path(path)))
 
 
-def _machine(options: dict[str, Any]) -> Machine:
+def _machine(given: Json) -> Machine:
     """The budgets and bandwidths to plan for: as asked, or this machine's."""
     bandwidths = stored_bandwidths(machine.cache_folder() / "machine.json")
-    vram = None if options["vram"] is None else parse_size(options["vram"])
-    if (name := options["gpu"]) is not None:
-        known = gpu_named(name)
+    vram, name = None if given["vram"] is None else parse_size(given["vram"]), given["gpu"]
+    if name is not None:
+        known = advice.gpu_named(name)
         rates = {"gpu": known.bandwidth, "pcie": known.pcie, "pcie_busy": known.pcie}
         bandwidths, vram = bandwidths.updated(f"of {name}", **rates), vram or known.budget
-    asked = {tier: options[f"{tier}_bandwidth"] for tier in ("ram", "disk", "pcie", "gpu")}
-    given = {tier: float(parse_size(rate)) for tier, rate in asked.items() if rate is not None}
-    if "pcie" in given:
-        given["pcie_busy"] = given["pcie"]
-    bandwidths = bandwidths.updated("given", **given)
-    if (drives := 1 + len(options["experts_dirs"])) > 1:
+    asked = {tier: given[f"{tier}_bandwidth"] for tier in ("ram", "disk", "pcie", "gpu")}
+    asked["pcie_busy"] = asked["pcie"]
+    rates = {tier: float(parse_size(rate)) for tier, rate in asked.items() if rate is not None}
+    bandwidths = bandwidths.updated("given", **rates)
+    if (drives := 1 + len(given["experts_dirs"])) > 1:
         origin = f"{bandwidths.origin_of('disk')}, times {drives} drives"
         bandwidths = bandwidths.updated(origin, disk=drives * bandwidths.disk)
-    if options["device"] == "cpu" and vram is not None:
+    if given["device"] == "cpu" and vram is not None:
         raise PlanError("--device cpu is given together with --gpu or --vram: drop one")
-    if options["device"] != "cpu" and vram is None:
-        gpu = machine.find_gpu(machine.device_index(options["device"]))
+    if given["device"] != "cpu" and vram is None:
+        gpu = machine.find_gpu(machine.device_index(given["device"]))
         if gpu is not None:
             vram, name = int(gpu.free * 0.9), gpu.name
-        elif options["device"] != "auto":
-            problem = f"--device {options['device']}: no such GPU is found on this machine"
+        elif given["device"] != "auto":
+            problem = f"--device {given['device']}: no such GPU is found on this machine"
             raise PlanError(f"{problem}; give --gpu NAME or --vram SIZE")
-    if vram is None and options["misses"] != "auto":
+    if vram is None and given["misses"] != "auto":
         problem = "no GPU is planned for, without which the CPU computes everything"
-        raise PlanError(f"--misses {options['misses']} is given and {problem}: drop it")
-    threads = options["threads"] or cores()
+        raise PlanError(f"--misses {given['misses']} is given and {problem}: drop it")
+    threads = given["threads"] or cores()
     if threads < 1:
         raise PlanError(f"threads is {threads}, expected at least 1")
     # What run would find free, once it has imported its libraries.
     free_ram = int(machine.available_memory() * 0.9) - machine.process_bytes() + IMPORT_BYTES
-    ram, free_disk = parse_size(options["ram"] or free_ram), shutil.disk_usage(Path.cwd()).free
+    ram, free_disk = parse_size(given["ram"] or free_ram), shutil.disk_usage(Path.cwd()).free
     return Machine(ram, vram, threads, bandwidths, free_disk, name)
 
 
 def _print(report: Json) -> None:
-    console, total = Console(file=sys.stdout), report["total"]
-    tiers = [tier for tier in _NAMES if tier in total]
+    console, resident = Console(file=sys.stdout), report["resident"]
     for line in _verdict(report):
         console.print(Text(line), style="bold", soft_wrap=True)
-    resident = report["resident"]
-    table = Table(show_footer=True)
-    table.add_column("", footer="total")
-    for tier in tiers:
-        table.add_column(_NAMES[tier], justify="right", footer=format_size(total[tier]))
-    for name, sizes in (report["components"] | {"budget": report["budget"]}).items():
-        if name == "budget":
-            table.add_section()
-        if any(sizes.values()):
-            table.add_row(name, *(format_size(sizes[t]) if sizes.get(t) else "" for t in tiers))
-    console.print(table)
-    settings = "codec", "bits", "resident", "export", "in memory", "tokens/s"
-    choices = Table(*settings, "KL", "with text")
-    for row in report["choices"]:
-        speed, share = row["decode_tokens_per_second"], min(1, row["slots"] / report["experts"])
+    tiers = [tier for tier in _NAMES if tier in report["total"]]
+
+    def row(name: str, sizes: dict[str, int]) -> list[str]:
+        return [name, *(format_size(sizes[tier]) if sizes.get(tier) else "" for tier in tiers)]
+
+    rows = [row(*item) for item in report["components"].items() if any(item[1].values())]
+    sums = [row(name, report[name]) for name in ("total", "budget")]
+    console.print(table(["", *(_NAMES[tier] for tier in tiers)], rows, sums=sums))
+    rows = []
+    for choice in report["choices"]:
+        speed, share = (
+            choice["decode_tokens_per_second"],
+            min(1, choice["slots"] / report["experts"]),
+        )
         keys = ("kl_divergence", "kl_divergence_calibrated")
-        losses = ["" if row[key] is None else f"{row[key]:.4f}" for key in keys]
-        codec = f"none ({row['codec']})" if row["codec"] in KEPT_CODECS else row["codec"]
-        gains = format_size(row["export"]), f"{share:.0%}", figure(speed, 2) if speed else "-"
-        choices.add_row(codec, row["bits"], row["resident"], *gains, *losses)
-    console.print(choices)
-    console.print(Text(_LOSS))
-    lines = [f"GPU: {report['gpu']}."] if report["gpu"] else []
+        losses = ["" if choice[key] is None else f"{choice[key]:.4f}" for key in keys]
+        codec = f"none ({choice['codec']})" if choice["codec"] in KEPT_CODECS else choice["codec"]
+        gains = format_size(choice["export"]), f"{share:.0%}", figure(speed, 2) if speed else "-"
+        rows.append([codec, choice["bits"], choice["resident"], *gains, *losses])
+    console.print(table(_CHOICES, rows, left=range(3)))
+    lines = [_LOSS, *([f"GPU: {report['gpu']}."] if report["gpu"] else [])]
     lines += [f"Resident weights are {resident['precision']}: {resident['why']}."]
     lines += [f"{note[0].upper()}{note[1:]}." for note in report["notes"]]
     lines += _outlook(report) if report["fits"] else ["Ways out, the cheapest first:"]

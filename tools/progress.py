@@ -2,27 +2,23 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
+from rich import progress
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.text import Text
 
 Update = Callable[[int, int], None]
 
 
-class _Bars(Progress):
-    """Bars, and while there is none a line of ``text`` without one."""
+class _Bars(progress.Progress):
+    """Bars with some ``columns``, and while there is none a line of ``text``."""
 
-    text = ""
+    def __init__(self, *columns: progress.ProgressColumn, quiet: bool, text: str = ""):
+        self.text, console = text, Console(stderr=True)
+        columns = (progress.BarColumn(), *columns, progress.TimeRemainingColumn())
+        # Drawing takes time from the model.
+        super().__init__("{task.description}", *columns, console=console, refresh_per_second=2)
+        self.disable = quiet or not console.is_terminal
 
     def get_renderables(self) -> Iterable[RenderableType]:
         tasks = [task for task in self.tasks if task.visible and not task.finished]
@@ -31,35 +27,19 @@ class _Bars(Progress):
         yield from super().get_renderables()
 
 
-def _bars(*columns: ProgressColumn, quiet: bool) -> _Bars:
-    console = Console(stderr=True)
-    # Drawing takes time from the model.
-    settings: Any = {"refresh_per_second": 2, "disable": quiet or not console.is_terminal}
-    after = (*columns, TimeRemainingColumn())
-    return _Bars("{task.description}", BarColumn(), *after, console=console, **settings)
-
-
 @contextmanager
 def step_progress(text: str, total: int, quiet: bool = False) -> Iterator[Callable[[], None]]:
     """A callback behind a bar, to be called after each of ``total`` steps."""
-    with _bars(MofNCompleteColumn(), quiet=quiet) as bars:
+    with _Bars(progress.MofNCompleteColumn(), quiet=quiet) as bars:
         task = bars.add_task(text, total=total)
         yield lambda: bars.advance(task)
 
 
 @contextmanager
-def byte_progress(text: str, quiet: bool = False) -> Iterator[Update]:
-    """A callback ``(done bytes, total bytes)`` behind a bar that appears with its first call."""
-    with byte_bars(text, quiet=quiet) as (update,):
-        yield update
-
-
-@contextmanager
 def byte_bars(*texts: str, quiet: bool = False, waiting: str = "") -> Iterator[tuple[Update, ...]]:
-    """One callback like ``byte_progress``'s for each text; their bars stand below each other.  The
-    line ``waiting`` stands there while none of them moves."""
-    bars = _bars(DownloadColumn(), TransferSpeedColumn(), quiet=quiet)
-    bars.text = waiting
+    """For each text a callback ``(done bytes, total bytes)`` behind a bar that appears with its
+    first call.  The line ``waiting`` stands there while none of them moves."""
+    columns = progress.DownloadColumn(), progress.TransferSpeedColumn()
 
     def updater(text: str) -> Update:
         task = bars.add_task(text, total=None, visible=False, start=False)
@@ -70,7 +50,7 @@ def byte_bars(*texts: str, quiet: bool = False, waiting: str = "") -> Iterator[t
 
         return update
 
-    with bars:
+    with _Bars(*columns, quiet=quiet, text=waiting) as bars:
         try:
             yield tuple(updater(text) for text in texts)
         finally:

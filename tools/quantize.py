@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,48 +15,40 @@ from slotmoe.jsonfile import Json
 from slotmoe.model.config import config_among
 from slotmoe.model.gguf import files_of
 from slotmoe.sizes import format_size
-from slotmoe.tools.options import (
-    JSON,
-    KEEP_MTP,
-    RESIDENT,
-    REVISION,
-    codec_options,
-    expert_codecs,
-    flag,
-    is_on_hub,
-    option,
-    say,
-)
-from slotmoe.tools.progress import byte_bars, byte_progress
+from slotmoe.tools import options
+from slotmoe.tools.options import flag, option, say
+from slotmoe.tools.progress import byte_bars
 from slotmoe.tools.tables import table
 
-_WORKERS_HELP = "Threads that quantize. [default: all cores]"
+Paths = tuple[Path, ...]
 _CALIBRATE_HELP = (
     "Make codes that lose least on this UTF-8 text file, repeatable, and train the predictor of "
     "experts on it; with DST finished already, that alone."
 )
+_GUESSES = {
+    "token": "before a token starts",
+    "layer": "one MoE layer ahead",
+    "popular": "by popularity alone",
+}
 
 
 @click.command(name="quantize")
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST", type=Path)
-@RESIDENT
-@codec_options
+@options.RESIDENT
+@options.codec_options
 @option("--calibrate texts", "TEXT", _CALIBRATE_HELP, type=Path, multiple=True)
-@KEEP_MTP
-@option("--workers", "N", _WORKERS_HELP, type=click.IntRange(1, 256))
-@REVISION
+@options.KEEP_MTP
+@option(
+    "--workers", "N", "Threads that quantize. [default: all cores]", type=click.IntRange(1, 256)
+)
+@options.REVISION
 @flag("--keep-source", "Keep what is downloaded from the hub, as a checkpoint folder DST.source.")
 @flag("--overwrite", "Replace an export at DST, or start anew after a run with other options.")
 @flag("--verbose", "Show what quantization cost, by kind of tensor.")
-@JSON
+@options.JSON
 def command(
-    source: str,
-    destination: Path,
-    texts: tuple[Path, ...],
-    verbose: bool,
-    as_json: bool,
-    **options: Any,
+    source: str, destination: Path, texts: Paths, verbose: bool, as_json: bool, **given: Any
 ) -> None:
     """Quantize SRC (a checkpoint folder in Hugging Face's DeepSeek-V2 format, a GGUF file, a hub id
     or 'sample') into the export DST.
@@ -89,12 +83,12 @@ def command(
       slotmoe quantize DeepSeek-V2-Lite-Chat lite-export --calibrate a.txt --calibrate b.txt
     """
     started = time.perf_counter()
-    options["codecs"] = expert_codecs(options)
-    manifest = _quantize(source, destination, texts, as_json, options)
+    given["codecs"] = options.expert_codecs(given)
+    manifest = _quantize(source, destination, texts, as_json, given)
     report = _report(manifest, destination, time.perf_counter() - started)
-    if not as_json and verbose:
-        _print_cost(report)
     if not as_json:
+        if verbose:
+            _print_cost(report)
         _print(report)
     if texts:
         report["calibration"] = _calibrate(destination, texts, as_json)
@@ -104,7 +98,7 @@ def command(
         click.echo(f'Run it: slotmoe run {destination} "Your prompt"', err=True)
 
 
-def _check_source(folder: Path, texts: tuple[Path, ...]) -> list[list[int]] | None:
+def _check_source(folder: Path, texts: Paths) -> list[list[int]] | None:
     """Refuse a source or calibration texts that can't work before hours of work, not after.
     Returns the texts in windows of token ids."""
     if (folder / "slotmoe.json").is_file():
@@ -118,7 +112,7 @@ def _check_source(folder: Path, texts: tuple[Path, ...]) -> list[list[int]] | No
     return calibration_windows(folder, texts) if texts else None
 
 
-def calibration_windows(folder: Path, texts: tuple[Path, ...]) -> list[list[int]]:
+def calibration_windows(folder: Path, texts: Paths) -> list[list[int]]:
     """The texts in windows of token ids of the checkpoint ``folder``."""
     from slotmoe.model.tokenizer import Tokenizer
     from slotmoe.offload.ingest.calibration import WINDOW
@@ -132,53 +126,52 @@ def calibration_windows(folder: Path, texts: tuple[Path, ...]) -> list[list[int]
     return [window for ids in tokens for window in split(ids, tokenizer, width)]
 
 
-def _quantize(
-    source: str, destination: Path, texts: tuple[Path, ...], quiet: bool, options: dict[str, Any]
-) -> Json:
+@contextmanager
+def _stopping(advice: str) -> Iterator[None]:
+    """Ctrl-C ends this with a line that says what there is now."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(err=True)
+        say(f"stopped; {advice}")
+        raise
+
+
+def _quantize(source: str, destination: Path, texts: Paths, quiet: bool, given: Json) -> Json:
     """The manifest of the export."""
     from slotmoe.offload.ingest.hub import quantize_from_hub
     from slotmoe.offload.ingest.quantize import quantize
     from slotmoe.offload.model_source import resolve_model
 
-    revision, keep_source = options.pop("revision"), options.pop("keep_source")
-    on_hub = is_on_hub(source, revision)
+    revision, keep_source = given.pop("revision"), given.pop("keep_source")
+    on_hub = options.is_on_hub(source, revision)
     if not on_hub:
         folder = resolve_model(source, revision)
-        options["calibration"] = _check_source(folder, texts)
+        given["calibration"] = _check_source(folder, texts)
     bars = ("Downloading", "Quantizing", f"Checking {destination}")
-    try:
-        with byte_bars(*bars, quiet=quiet) as (arriving, progress, checking):
-            options |= {"progress": progress, "checking": checking}
-            options["notify"] = (lambda text: None) if quiet else say
-            if not on_hub:
-                return quantize(folder, destination, **options)
-            options |= {"keep_source": keep_source, "arriving": arriving}
-            options["ready"] = lambda folder: _check_source(folder, texts)
-            return quantize_from_hub(source, revision or "main", destination, **options)
-    except KeyboardInterrupt:
-        click.echo(err=True)
-        say(f"stopped; run the same command again to resume from {destination}.partial")
-        raise
+    again = f"run the same command again to resume from {destination}.partial"
+    with _stopping(again), byte_bars(*bars, quiet=quiet) as (arriving, progress, checking):
+        given |= {"progress": progress, "checking": checking, "notify": options.notifier(quiet)}
+        if not on_hub:
+            return quantize(folder, destination, **given)
+        given |= {"keep_source": keep_source, "arriving": arriving}
+        given["ready"] = lambda folder: _check_source(folder, texts)
+        return quantize_from_hub(source, revision or "main", destination, **given)
 
 
-def _calibrate(destination: Path, texts: tuple[Path, ...], quiet: bool) -> Json:
+def _calibrate(destination: Path, texts: Paths, quiet: bool) -> Json:
     from slotmoe.offload.study.calibrate import calibrate
 
     started = time.perf_counter()
-    try:
-        with byte_progress("Calibrating", quiet) as progress:
-            report = calibrate(destination, texts, progress)
-    except KeyboardInterrupt:
-        click.echo(err=True)
-        say(f"stopped; {destination} is a whole export, calibrated as before")
-        raise
+    kept = f"{destination} is a whole export, calibrated as before"
+    with _stopping(kept), byte_bars("Calibrating", quiet=quiet) as (progress,):
+        report = calibrate(destination, texts, progress)
     report["seconds"] = time.perf_counter() - started
     if quiet:
         return report
     spent = f"{report['seconds']:.1f} s ({format_size(report['bytes'])})"
     click.echo(f"Calibrated on {report['tokens']} tokens in {spent}", err=True)
-    names = {"token": "before a token starts", "layer": "one MoE layer ahead"}
-    for name, text in (names | {"popular": "by popularity alone"}).items():
+    for name, text in _GUESSES.items():
         if name in report["recall"]:
             pairs = zip(report["recall"][name], report["guesses"], strict=True)
             shares = ", ".join(f"{share:.1%} by {n}" for share, n in pairs)
@@ -201,18 +194,9 @@ def _report(manifest: Json, destination: Path, seconds: float) -> Json:
     }
 
 
-def _print(report: Json) -> None:
-    """The size of the export."""
-    sizes = (report[name] for name in ("bytes", "expert_bytes", "resident_bytes"))
-    size, experts, resident = map(format_size, sizes)
-    spent = f"{report['seconds']:.1f} s (experts {experts}, resident {resident})"
-    bits = f"{report['bits_per_weight']:.2f} bits a weight"
-    click.echo(f"{report['export']}: {size} in {spent}, {bits}", err=True)
-
-
 def _print_cost(report: Json) -> None:
     """What quantization cost, by kind of tensor."""
-    rows = []
+    rows, total = [], sum(family["weights"] for family in report["families"])
     for family in report["families"]:
         layer, error = family["worst_layer"], family["relative_rms_error"]
         worst = "" if layer is None else f"{family['by_layer'][str(layer)]:.3%} in {layer}"
@@ -221,9 +205,15 @@ def _print_cost(report: Json) -> None:
         rows.append((family["family"], family["stored"], million, bits, error, worst))
     title = "What quantization cost: RMS error as a share of the weights' RMS"
     columns = ("tensors", "as", "million", "bits", "error", "worst layer")
-    cost = table(columns, rows, title, (0, 1))
-    cost.add_section()
-    total = sum(family["weights"] for family in report["families"])
     bits = f"{report['bits_per_weight']:.3f}"
-    cost.add_row("all, with padding", "", f"{total / 1e6:.2f}", bits, "", "")
-    Console(stderr=True).print(cost)
+    sums = [("all, with padding", "", f"{total / 1e6:.2f}", bits, "", "")]
+    Console(stderr=True).print(table(columns, rows, title, (0, 1), sums))
+
+
+def _print(report: Json) -> None:
+    """The size of the export."""
+    sizes = (report[name] for name in ("bytes", "expert_bytes", "resident_bytes"))
+    size, experts, resident = map(format_size, sizes)
+    spent = f"{report['seconds']:.1f} s (experts {experts}, resident {resident})"
+    bits = f"{report['bits_per_weight']:.2f} bits a weight"
+    click.echo(f"{report['export']}: {size} in {spent}, {bits}", err=True)

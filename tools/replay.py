@@ -2,9 +2,10 @@
 
 import json
 import sys
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import click
 from rich.console import Console
@@ -30,7 +31,9 @@ SHARES = (5, 10, 15, 25, 35, 50, 75, 100)
 @option("--policy policies", None, _POLICIES_HELP, type=click.Choice(POLICIES), multiple=True)
 @option("-o --output", "CHART.png", "Draw a chart too.", type=NEW_FILE)
 @JSON
-def command(traces: Paths, sizes: Any, policies: Any, output: Path | None, as_json: bool) -> None:
+def command(
+    traces: Paths, sizes: Sequence[int], policies: Sequence[str], output: Path | None, as_json: bool
+) -> None:
     """Replay the routing recorded in TRACE files under cache policies and sizes, without the model.
 
     Each token counts as one decode step, and the cache starts empty.  The optimum knows the future:
@@ -55,9 +58,16 @@ def command(traces: Paths, sizes: Any, policies: Any, output: Path | None, as_js
     print(json.dumps(report)) if as_json else _print(report)
 
 
-def measure(traces: Paths, slots: Any, policies: Any, quiet: bool) -> Json:
-    """One JSON-able object; ``results`` has hit rate and share of the optimum's by policy, size."""
-    opened, geometry = _read(traces)
+def measure(traces: Paths, slots: Sequence[int], policies: Sequence[str], quiet: bool) -> Json:
+    """One JSON-able object; ``results`` has hit rate and share of the optimum's by policy, size.
+    Raises ``ConfigError``."""
+    opened = [read_trace(path) for path in traces]
+    geometry = opened[0][0]
+    for path, (header, steps) in zip(traces, opened, strict=True):
+        if not steps:
+            raise ConfigError(f"{path}: holds no tokens, expected at least one; record longer")
+        if header != geometry:
+            raise ConfigError(f"{path}: is of another model than {traces[0]}; replay them apart")
     experts, top_k = geometry["n_routed_experts"], geometry["num_experts_per_tok"]
     layers = len(geometry["layers"])
     total = experts * layers
@@ -65,8 +75,8 @@ def measure(traces: Paths, slots: Any, policies: Any, quiet: bool) -> Json:
         problem = f"the model of {traces[0]} has {total} experts, ask for at most that many"
         raise ConfigError(f"--slots {max(slots)}: {problem}")
     sizes = sorted(set(slots) or {max(top_k, round(share * total / 100)) for share in SHARES})
-    choices = [gate_choices(steps, experts) for steps in opened]
-    rates: dict[tuple[str, int], list[float]] = {(p, n): [] for p in policies for n in sizes}
+    choices = [gate_choices(steps, experts) for _, steps in opened]
+    rates: dict[tuple[str, int], list[float]] = {key: [] for key in product(policies, sizes)}
     with step_progress("Replaying", len(traces) * len(rates), quiet) as advance:
         for (policy, size), hit_rates in rates.items():
             for chosen, features in choices:
@@ -85,27 +95,13 @@ def measure(traces: Paths, slots: Any, policies: Any, quiet: bool) -> Json:
     return {"traces": counted, "experts": total, "default": DEFAULT_POLICY, "results": results}
 
 
-def _read(traces: Paths) -> tuple[list[Any], Json]:
-    """The steps of every trace, and the geometry of their model.  Raises ``ConfigError``."""
-    opened = [read_trace(path) for path in traces]
-    geometry = opened[0][0]
-    for path, (header, steps) in zip(traces, opened, strict=True):
-        if not steps:
-            raise ConfigError(f"{path}: holds no tokens, expected at least one; record longer")
-        if header != geometry:
-            raise ConfigError(f"{path}: is of another model than {traces[0]}; replay them apart")
-    return [steps for _, steps in opened], geometry
-
-
 def _print(report: Json) -> None:
     console = Console(file=sys.stdout)
     tokens = sum(trace["tokens"] for trace in report["traces"])
     sizes = sorted({result["slots"] for result in report["results"]})
     columns = ["slots", *(f"{size}\n{100 * size / report['experts']:.0f}%" for size in sizes)]
-    for key, title in (
-        ("hit_rate", f"Hits in % of the gates' choices: {tokens} tokens"),
-        ("of_optimum", "Hits in % of the optimum's"),
-    ):
+    hits = f"Hits in % of the gates' choices: {tokens} tokens"
+    for key, title in (("hit_rate", hits), ("of_optimum", "Hits in % of the optimum's")):
         rows: dict[str, list[str]] = {}
         for result in report["results"]:
             policy, bold = result["policy"], "[b]" * (result["policy"] == report["default"])
@@ -116,24 +112,25 @@ def _print(report: Json) -> None:
 
 
 def _draw(report: Json, output: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes, experts = figure.subplots(), report["experts"]
-    for policy in dict.fromkeys(result["policy"] for result in report["results"]):
-        points = [result for result in report["results"] if result["policy"] == policy]
-        style: dict[str, Any] = {"linewidth": 2.5 if policy == report["default"] else 1.2}
-        if policy == OPTIMUM:
-            style = {"color": "black", "linestyle": "--"}
-        shares = [100 * point["slots"] / experts for point in points]
-        hits = [100 * point["hit_rate"] for point in points]
-        axes.plot(shares, hits, marker="o", markersize=4, label=policy, **style)
-    tokens, runs = sum(trace["tokens"] for trace in report["traces"]), len(report["traces"])
-    axes.set(xlabel="experts that have a slot (%)", ylabel="hits (% of the gates' choices)")
-    axes.set(xlim=(0, 101), ylim=(0, 101))
-    counts = f"{experts} experts, {tokens} tokens of {runs} recorded runs"
-    axes.set_title(f"Expert cache by policy: {counts}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    FigureCanvasAgg(figure).print_png(output)
+    from slotmoe.tools.profile.charts import picture
+
+    def fill(axes: Axes) -> str:
+        for policy in dict.fromkeys(result["policy"] for result in report["results"]):
+            points = [result for result in report["results"] if result["policy"] == policy]
+            shares = [100 * point["slots"] / report["experts"] for point in points]
+            hits = [100 * point["hit_rate"] for point in points]
+            (line,) = axes.plot(shares, hits, marker="o", markersize=4, label=policy)
+            line.set_linewidth(2.5 if policy == report["default"] else 1.2)
+            if policy == OPTIMUM:
+                line.set(color="black", linestyle="--")
+        axes.set(xlabel="experts that have a slot (%)", ylabel="hits (% of the gates' choices)")
+        axes.set(xlim=(0, 101), ylim=(0, 101))
+        axes.grid(alpha=0.3)
+        axes.legend()
+        tokens, runs = sum(trace["tokens"] for trace in report["traces"]), len(report["traces"])
+        counts = f"{report['experts']} experts, {tokens} tokens of {runs} recorded runs"
+        return f"Expert cache by policy: {counts}"
+
+    output.write_bytes(picture(fill)[1])

@@ -1,31 +1,34 @@
 """``slotmoe rm``: remove exports from the cache folder, or sessions."""
 
 import json
-from typing import Any
+from pathlib import Path
 
 import click
 
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import listing, remove
 from slotmoe.sizes import format_size
-from slotmoe.tools.options import JSON, SESSION_DIR, flag
+from slotmoe.tools import options
 from slotmoe.tools.screen import visible
 from slotmoe.tools.sessions import session_folder, sessions_in
 
-
-def _names(ctx: Any, parameter: Any, incomplete: str) -> list[str]:
-    """For the shell's completion."""
-    return [cached.name for cached in listing(cache_folder()) if cached.name.startswith(incomplete)]
+_names = options.completing(lambda: (cached.name for cached in listing(cache_folder())))
 
 
 @click.command(name="rm")
 @click.argument("names", metavar="NAME...", nargs=-1, shell_complete=_names)
-@flag("--sessions", "NAME are sessions of slotmoe chat and run.")
-@flag("--all all_sessions", "With --sessions: remove all of them, and what unnamed texts left.")
-@SESSION_DIR
-@JSON
+@options.flag("--sessions", "NAME are sessions of slotmoe chat and run.")
+@options.flag(
+    "--all all_sessions", "With --sessions: remove all of them, and what unnamed texts left."
+)
+@options.SESSION_DIR
+@options.JSON
 def command(
-    names: tuple[str, ...], sessions: bool, all_sessions: bool, as_json: bool, **options: Any
+    names: tuple[str, ...],
+    sessions: bool,
+    all_sessions: bool,
+    as_json: bool,
+    session_dir: Path | None,
 ) -> None:
     """Remove exports from the cache folder: NAME is one that slotmoe list shows, or what it is of:
     a folder, a hub id, sample.
@@ -42,18 +45,18 @@ def command(
     """
     if bool(names) == all_sessions or (all_sessions and not sessions):
         raise click.UsageError("needs NAME, or --sessions --all")
-    names = tuple(dict.fromkeys(names))
-    folder = session_folder(options) if sessions else cache_folder()
+    removed, where = list(dict.fromkeys(names)), "sessions" if sessions else "cache"
+    folder = session_folder(session_dir) if sessions else cache_folder()
     if sessions:
         from slotmoe.offload.sessions.names import remove as remove_sessions
 
-        removed = [s.name for s in sessions_in(folder)] if all_sessions else names
+        if all_sessions:
+            removed = [session.name for session in sessions_in(folder)]
         freed = remove_sessions(folder, removed)
     else:
-        gone = [cached for name in names for cached in remove(folder, name)]
+        gone = [cached for name in removed for cached in remove(folder, name)]
         removed, freed = [cached.name for cached in gone], sum(cached.bytes for cached in gone)
     if as_json:
-        where = "sessions" if sessions else "cache"
         print(json.dumps({where: str(folder), "removed": removed, "bytes": freed}))
     else:
         called = ", ".join(map(visible, removed)) or f"{folder}: unnamed texts"

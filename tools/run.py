@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,22 +11,7 @@ import click
 from slotmoe.jsonfile import Json
 from slotmoe.model.reasoning import Splitter
 from slotmoe.sizes import format_size
-from slotmoe.tools.options import (
-    EXISTING,
-    JSON,
-    MODEL,
-    VERBOSE,
-    Command,
-    Prompt,
-    generation_arguments,
-    generation_options,
-    open_runtime,
-    option,
-    prompt_text,
-    runtime_options,
-    say,
-    session_options,
-)
+from slotmoe.tools import options
 from slotmoe.tools.screen import dimmed, echo_of, is_terminal, visible, wait_reading
 from slotmoe.tools.sessions import go_on, open_session
 
@@ -35,17 +19,17 @@ if TYPE_CHECKING:
     from slotmoe.offload.sessions.names import NamedSession
 
 
-@click.command(name="run", cls=Command)
-@MODEL
-@click.argument("prompt", cls=Prompt)
-@option("--file", "FILE", "Take the prompt from a UTF-8 file.", type=EXISTING, is_eager=True)
-@generation_options
-@session_options
-@runtime_options
-@VERBOSE
-@JSON
+@click.command(name="run", cls=options.Command)
+@options.MODEL
+@options.PROMPT
+@options.option("--file", "FILE", "Take the prompt from a UTF-8 file.", type=options.EXISTING)
+@options.generation_options
+@options.session_options
+@options.runtime_options
+@options.VERBOSE
+@options.JSON
 def command(
-    model: str, prompt: str | None, file: Path | None, trace: Path | None, **options: Any
+    model: str, prompt: str | None, file: Path | None, verbose: bool, as_json: bool, **given: Any
 ) -> None:
     """Continue PROMPT with MODEL and stream the text to stdout; statistics go to stderr.
 
@@ -65,16 +49,14 @@ def command(
       slotmoe run v2-export --ram 16GiB --file prompt.txt --json
       slotmoe run v2-export --ram 16GiB --session novel --file chapter-1.txt
     """
-    as_json, verbose = options.pop("as_json"), options.pop("verbose")
-    text, arguments = prompt_text(prompt, file), generation_arguments(options)
-    notify: Callable[[str], None] = (lambda text: None) if as_json else say
+    text, arguments = options.prompt_text(prompt, file), options.generation_arguments(given)
     with (
-        open_session(options, "chat" if arguments["chat"] else "text") as session,
-        open_runtime(model, options, quiet=as_json) as runtime,
+        open_session(given, "chat" if arguments["chat"] else "text") as session,
+        options.open_runtime(model, given, quiet=as_json) as runtime,
     ):
-        go_on(session, runtime, options, notify)
-        if trace is not None:
-            runtime.trace(trace)
+        go_on(session, runtime, given["session_limit"], options.notifier(as_json))
+        if given["trace"] is not None:
+            runtime.trace(given["trace"])
         continuation = Continuation(runtime, text, arguments, as_json, session)
         stopped = None
         try:
@@ -219,7 +201,7 @@ def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def of_budget(memory: dict[str, Any]) -> str:
+def of_budget(memory: Json) -> str:
     """Peak and budget of the device's memory, as in ``4.1 of 5.0 GiB``."""
     peak = format_size(memory["peak_vram" if memory["tier"] == "vram" else "peak_rss"])
     budget = format_size(memory["budget"])

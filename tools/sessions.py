@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
@@ -14,24 +14,30 @@ from slotmoe.offload.model_cache import timestamp
 from slotmoe.sizes import parse_size
 
 if TYPE_CHECKING:
+    from slotmoe.offload.runtime import Runtime
     from slotmoe.offload.sessions.names import Listed, NamedSession
 
 _UNITS = ((86400, "day"), (3600, "hour"), (60, "minute"))
 
 
-def session_folder(options: dict[str, Any]) -> Path:
-    """Where the options say that sessions lie."""
-    return options["session_dir"] or cache_folder() / "sessions"
+def session_folder(given: Path | None) -> Path:
+    """Where sessions lie, by ``--session-dir``."""
+    return given or cache_folder() / "sessions"
 
 
 @contextmanager
-def open_session(options: dict[str, Any], kind: str) -> "Iterator[NamedSession | None]":
+def open_session(given: Json, kind: str) -> "Iterator[NamedSession | None]":
     """The session that ``session_options`` name, new or of the ``kind``, this process's alone
     meanwhile; None where they name none.  Raises ``ConfigError`` or ``PlanError``."""
-    folder, name = session_folder(options), options["session"]
-    parse_size(options["session_limit"])  # before a model is loaded
-    if options.get("resume"):
-        name = _latest_chat(folder, name)
+    folder, name = session_folder(given["session_dir"]), given["session"]
+    parse_size(given["session_limit"])  # before a model is loaded
+    if given.get("resume"):
+        if name is not None:
+            raise ConfigError("--resume takes the latest session; leave it out to take --session")
+        name = next((s.name for s in sessions_in(folder) if _kind(s) == "chat"), None)
+        if name is None:
+            advice = "--session NAME begins one"
+            raise ConfigError(f"{folder}: holds no conversation to resume; {advice}")
     if name is None:
         yield None
         return
@@ -45,31 +51,20 @@ def open_session(options: dict[str, Any], kind: str) -> "Iterator[NamedSession |
 
 
 def go_on(
-    session: "NamedSession | None",
-    runtime: Any,
-    options: dict[str, Any],
-    notify: Callable[[str], None],
+    session: "NamedSession | None", runtime: "Runtime", limit: str, notify: Callable[[str], None]
 ) -> None:
-    """Let the runtime keep its texts where the session is, if there is one, and say which it is."""
+    """Let the runtime keep its texts where the session is, if there is one, and say which it is.
+    ``limit`` is ``--session-limit``."""
     if session is None:
         return
-    runtime.keep_in(session.folder, options["session_limit"], notify)
-    if session.saved is None:
-        remark = f"new, kept in {session.folder}"
-    else:
+    runtime.keep_in(session.folder, limit, notify)
+    assert runtime.sessions is not None
+    remark = f"new, kept in {session.folder}"
+    if session.saved is not None:
         remark = f"{len(session.saved.tokens):,} tokens"
         if session.saved.root != runtime.sessions.root():
             remark += " of another model or version, so its text is read anew"
     notify(f"session {session.name}: {remark}")
-
-
-def _latest_chat(folder: Path, name: str | None) -> str:
-    if name is not None:
-        raise ConfigError("--resume takes the latest session; leave it out to take --session")
-    for session in sessions_in(folder):
-        if _kind(session) == "chat":
-            return session.name
-    raise ConfigError(f"{folder}: holds no conversation to resume; --session NAME begins one")
 
 
 def sessions_in(folder: Path) -> "list[Listed]":

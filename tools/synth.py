@@ -1,7 +1,6 @@
 """``slotmoe synth``: an export with random weights, to try a machine before a long download."""
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,8 @@ from slotmoe.model.config import read_config
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import default_codecs
 from slotmoe.sizes import format_size
-from slotmoe.tools.options import (
-    JSON,
-    KEEP_MTP,
-    RESIDENT,
-    codec_options,
-    expert_codecs,
-    flag,
-    option,
-)
-from slotmoe.tools.progress import byte_progress
+from slotmoe.tools import options
+from slotmoe.tools.progress import byte_bars
 
 _SHARE_HELP = "Write N distinct expert layers and hard-link the others to them."
 
@@ -29,13 +20,13 @@ _SHARE_HELP = "Write N distinct expert layers and hard-link the others to them."
 @click.command(name="synth")
 @click.argument("geometry", metavar="GEOMETRY")
 @click.argument("destination", metavar="DST", type=Path)
-@RESIDENT
-@codec_options
-@KEEP_MTP
-@option("--share-layers", "N", _SHARE_HELP, type=click.IntRange(1, 1000))
-@flag("--overwrite", "Replace an export at DST.")
-@JSON
-def command(geometry: str, destination: Path, as_json: bool, **options: Any) -> None:
+@options.RESIDENT
+@options.codec_options
+@options.KEEP_MTP
+@options.option("--share-layers", "N", _SHARE_HELP, type=click.IntRange(1, 1000))
+@options.flag("--overwrite", "Replace an export at DST.")
+@options.JSON
+def command(geometry: str, destination: Path, as_json: bool, **given: Any) -> None:
     """Write an export of GEOMETRY with random weights to DST: its speed and memory are a real
     model's, its text is noise.
 
@@ -51,13 +42,13 @@ def command(geometry: str, destination: Path, as_json: bool, **options: Any) -> 
     from slotmoe.offload.ingest.synth import synthesize
 
     started, source = time.perf_counter(), geometry_path(geometry)
-    options["codecs"] = expert_codecs(options) or default_codecs(read_config(source))
-    with byte_progress(f"Writing {geometry}", quiet=as_json) as progress:
-        manifest = synthesize(source, destination, progress=progress, **options)
+    given["codecs"] = options.expert_codecs(given) or default_codecs(read_config(source))
+    with byte_bars(f"Writing {geometry}", quiet=as_json) as (progress,):
+        manifest = synthesize(source, destination, progress=progress, **given)
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     seconds = time.perf_counter() - started
     if as_json:
         print(json.dumps({"export": str(destination), "bytes": size, "seconds": seconds}))
     else:
-        print(f"{destination}: {format_size(size)} in {seconds:.1f} s", file=sys.stderr)
-        print(f"Measure it: slotmoe bench {destination}", file=sys.stderr)
+        click.echo(f"{destination}: {format_size(size)} in {seconds:.1f} s", err=True)
+        click.echo(f"Measure it: slotmoe bench {destination}", err=True)

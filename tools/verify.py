@@ -1,7 +1,6 @@
 """``slotmoe verify``: compare every checksum of an export."""
 
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -10,8 +9,8 @@ import click
 from slotmoe.errors import ExportError
 from slotmoe.jsonfile import Json
 from slotmoe.sizes import format_size
-from slotmoe.tools.options import JSON
-from slotmoe.tools.progress import byte_progress
+from slotmoe.tools.options import JSON, say
+from slotmoe.tools.progress import byte_bars
 
 
 @click.command(name="verify")
@@ -40,7 +39,7 @@ def command(export: Path, as_json: bool) -> int:
     manifest: Json = {"files": {}}
     try:
         manifest = read_manifest(export)
-        with byte_progress(f"Checking {export}", as_json) as progress:
+        with byte_bars(f"Checking {export}", quiet=as_json) as (progress,):
             damaged = damaged_files(export, manifest, progress)
         damaged |= dict.fromkeys(unlisted_files(export, manifest), UNLISTED)
     except ExportError as problem:
@@ -49,22 +48,20 @@ def command(export: Path, as_json: bool) -> int:
         {"file": name, "problem": problem, "advice": _advice(name, export, manifest)}
         for name, problem in damaged.items()
     ]
-    size = sum(entry["bytes"] for entry in manifest["files"].values())
-    seconds = time.perf_counter() - started
-    report = {"export": str(export), "ok": not bad, "files": len(manifest["files"])}
-    report |= {"bytes": size, "seconds": seconds, "bad": bad}
+    files, seconds = manifest["files"], time.perf_counter() - started
+    size = sum(entry["bytes"] for entry in files.values())
     if as_json:
-        print(json.dumps(report))
-        return int(bool(bad))
-    for entry in bad:
-        print(f"{export / entry['file']}: {entry['problem']}\n  {entry['advice']}")
-    files = len(manifest["files"])
-    if bad:
-        files += len(damaged.keys() - manifest["files"].keys())
-        print(f"slotmoe: {len(bad)} of {files} files are bad", file=sys.stderr)
-        return 1
-    print(f"{export}: all {files} files are right ({format_size(size)} in {seconds:.1f} s)")
-    return 0
+        report = {"export": str(export), "ok": not bad, "files": len(files)}
+        print(json.dumps({**report, "bytes": size, "seconds": seconds, "bad": bad}))
+    elif bad:
+        for entry in bad:
+            print(f"{export / entry['file']}: {entry['problem']}\n  {entry['advice']}")
+        say(f"{len(bad)} of {len(damaged.keys() | files.keys())} files are bad")
+    else:
+        print(
+            f"{export}: all {len(files)} files are right ({format_size(size)} in {seconds:.1f} s)"
+        )
+    return int(bool(bad))
 
 
 def _advice(name: str, export: Path, manifest: Json) -> str:

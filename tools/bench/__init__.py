@@ -14,7 +14,7 @@ from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.plan.memory import or_more_context
 from slotmoe.offload.plan.speed import store_bandwidths
 from slotmoe.tools.options import JSON, MODEL, Command, count, flag, open_runtime, runtime_options
-from slotmoe.tools.progress import byte_progress
+from slotmoe.tools.progress import byte_bars
 from slotmoe.tools.run import by_drive
 from slotmoe.tools.tables import table
 
@@ -62,7 +62,7 @@ def command(
             advice = or_more_context(less, runtime.config, runtime.context)
             problem = f"{needed} positions are needed, the context has {runtime.context}"
             raise click.UsageError(f"{problem}: {advice}")
-        with byte_progress("Filling expert slots", quiet=as_json) as progress:
+        with byte_bars("Filling expert slots", quiet=as_json) as (progress,):
             runtime.warm(progress)
         report = measure(runtime, prompt_tokens, decode_tokens, depth, repetitions)
         if calibrate:

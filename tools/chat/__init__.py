@@ -8,21 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import click
 
 from slotmoe.errors import ConfigError, SlotmoeError
+from slotmoe.offload.machine import cache_folder
 from slotmoe.sizes import format_size
-from slotmoe.tools.options import (
-    MAX_PROMPT_BYTES,
-    MODEL,
-    SAMPLING,
-    TOO_LONG,
-    Command,
-    chat_options,
-    flag,
-    open_runtime,
-    require_extra,
-    runtime_options,
-    say,
-    session_options,
-)
+from slotmoe.tools import options
+from slotmoe.tools.options import MAX_PROMPT_BYTES, open_runtime
 from slotmoe.tools.sessions import described, go_on, open_session, session_folder
 
 if TYPE_CHECKING:
@@ -57,13 +46,7 @@ class Pipe:
         """The next message or command; None at the end."""
         while line := sys.stdin.buffer.readline(MAX_PROMPT_BYTES + 1):
             self._lines += 1
-            if len(line) > MAX_PROMPT_BYTES:
-                raise ConfigError(f"stdin: line {self._lines} {TOO_LONG}")
-            try:
-                text = line.decode().strip()
-            except UnicodeDecodeError:
-                raise ConfigError(f"stdin: line {self._lines} is not valid UTF-8 text") from None
-            if text:
+            if text := options.decoded(line, f"stdin: line {self._lines}").strip():
                 return text
         return None
 
@@ -77,9 +60,7 @@ class Pipe:
         """Print reasoning."""
         print(text, end="", flush=True, file=sys.stderr)
 
-    def say(self, text: str) -> None:
-        """Print a remark of the program."""
-        say(text)
+    say = staticmethod(options.say)
 
     def fail(self, problem: BaseException) -> None:
         """What was read last could not be done, or was interrupted."""
@@ -89,15 +70,15 @@ class Pipe:
 Frontend: TypeAlias = "Pipe | Terminal"
 
 
-@click.command(name="chat", cls=Command)
-@MODEL
-@click.option("--system", metavar="TEXT", help="How the model should behave.")
-@chat_options
-@session_options
-@flag("--resume", "Go on with the conversation that was kept last.")
-@runtime_options
+@click.command(name="chat", cls=options.Command)
+@options.MODEL
+@options.option("--system", "TEXT", "How the model should behave.")
+@options.chat_options
+@options.session_options
+@options.flag("--resume", "Go on with the conversation that was kept last.")
+@options.runtime_options
 def command(
-    model: str, system: str | None, max_new_tokens: int, trace: Path | None, **options: Any
+    model: str, system: str | None, max_new_tokens: int, trace: Path | None, **given: Any
 ) -> None:
     """Talk to MODEL, which is what it is for slotmoe run; its tokenizer must have a chat template.
 
@@ -121,34 +102,30 @@ def command(
     """
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
-        require_extra("chat", "prompt_toolkit")
+        options.require_extra("chat", "prompt_toolkit")
     from slotmoe.model.generate import Sampling
     from slotmoe.tools.chat.conversation import Conversation
 
-    sampling = Sampling(**{name: options[name] for name in SAMPLING})
+    sampling = Sampling(**{name: given[name] for name in options.SAMPLING})
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1 (option -n)")
-    folder = session_folder(options)
-    with open_session(options, "chat") as session, open_runtime(model, options) as runtime:
+    with open_session(given, "chat") as session, open_runtime(model, given) as runtime:
         conversation = Conversation(runtime, max_new_tokens, sampling, system, session)
         if trace is not None:
             runtime.trace(trace)
+        frontend = _terminal(model, conversation) if on_terminal else Pipe()
+        go_on(session, runtime, given["session_limit"], frontend.say)
+        talk(conversation, frontend, session_folder(given["session_dir"]))
 
-        def begin(frontend: Frontend) -> None:
-            go_on(session, runtime, options, frontend.say)
-            talk(conversation, frontend, folder)
 
-        if not on_terminal:
-            begin(Pipe())
-            return
-        from slotmoe.offload.machine import cache_folder
-        from slotmoe.tools.chat.terminal import Terminal
+def _terminal(model: str, conversation: "Conversation") -> "Terminal":
+    from slotmoe.tools.chat.terminal import Terminal
 
-        names = [usage.split()[0] for usage in COMMANDS]
-        terminal = Terminal(cache_folder() / "chat_history", names, conversation.status)
-        context = f"{runtime.context:,} tokens of context"
-        terminal.say(f"{model}, {context}. /help lists the commands, Ctrl-D leaves.")
-        begin(terminal)
+    names = [usage.split()[0] for usage in COMMANDS]
+    terminal = Terminal(cache_folder() / "chat_history", names, conversation.status)
+    context = f"{conversation.runtime.context:,} tokens of context"
+    terminal.say(f"{model}, {context}. /help lists the commands, Ctrl-D leaves.")
+    return terminal
 
 
 def talk(conversation: "Conversation", frontend: Frontend, sessions: Path) -> None:
@@ -168,14 +145,10 @@ def talk(conversation: "Conversation", frontend: Frontend, sessions: Path) -> No
 
 
 def _perform(
-    conversation: "Conversation",
-    frontend: Frontend,
-    sessions: Path,
-    command: str,
-    argument: str = "",
+    conversation: "Conversation", frontend: Frontend, sessions: Path, command: str, rest: str = ""
 ) -> None:
     """Do a command.  Raises ``ConfigError``."""
-    argument = argument.strip()
+    argument = rest.strip()
     if command == "/reset":
         conversation.reset()
         frontend.say("a new conversation")

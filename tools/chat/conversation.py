@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.jsonfile import Json, read_json
-from slotmoe.sizes import format_size
+from slotmoe.tools.run import of_budget
 
 if TYPE_CHECKING:
     from slotmoe.model.generate import Sampling
@@ -204,9 +204,7 @@ class Conversation:
                 facts.append(f"{tokens / seconds:.1f} tokens/s")
             if hits or misses:
                 facts.append(f"{hits / (hits + misses):.0%} hits")
-        memory = stats["memory"]
-        used = memory["peak_vram"] if memory["tier"] == "vram" else memory["peak_rss"]
-        facts.append(f"{memory['tier']} {format_size(used)} of {format_size(memory['budget'])}")
+        facts.append(f"{stats['memory']['tier']} {of_budget(stats['memory'])}")
         facts.append(f"context {position:,} of {self.runtime.context:,}")
         return " · ".join(facts)
 

@@ -5,9 +5,8 @@ import signal
 import sys
 import termios
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
@@ -21,7 +20,7 @@ from rich.markdown import Markdown
 from rich.segment import Segment, Segments
 from rich.text import Text
 
-from slotmoe.tools.screen import visible
+from slotmoe.tools.screen import on_interrupt, visible
 
 Status = Callable[[], str]
 _PAUSE = 30  # times as long as a drawing took passes until the next one
@@ -30,17 +29,23 @@ _PAUSE = 30  # times as long as a drawing took passes until the next one
 class Terminal:
     """Has the methods of ``Pipe``.  ``status`` gives the line below the prompt and an answer."""
 
-    def __init__(self, history: Path, commands: Sequence[str], status: Status, console: Any = None):
+    def __init__(
+        self, history: Path, commands: list[str], status: Status, console: Console | None = None
+    ):
         self._console, self._status = console or Console(), status
         self._unanswered = ""  # what was read last, until some of the answer to it is shown
         self._draft = ""  # what the next prompt begins with
         self._view: View | None = None  # of the latest answer
-        editing: Any = {"multiline": True, "enable_open_in_editor": True, "key_bindings": _keys()}
-        completer = WordCompleter(list(commands), sentence=True)
-        completing: Any = {"completer": completer, "complete_while_typing": False}
-        shown: Any = {"prompt_continuation": "  ", "bottom_toolbar": status}
         self._session: PromptSession[str] = PromptSession(
-            "> ", history=self._history(history), **editing, **completing, **shown
+            "> ",
+            history=self._history(history),
+            multiline=True,
+            enable_open_in_editor=True,
+            key_bindings=_keys(),
+            completer=WordCompleter(commands, sentence=True),
+            complete_while_typing=False,
+            prompt_continuation="  ",
+            bottom_toolbar=status,
         )
 
     def read(self) -> str | None:
@@ -57,7 +62,7 @@ class Terminal:
 
     def show(self, answer: Generator[str, None, None]) -> None:
         """The answer as it comes; Ctrl-C ends it, once, with ``KeyboardInterrupt``."""
-        with _first_interrupt_only(), _no_echo(), contextlib.closing(answer):
+        with on_interrupt(_stop_once), _no_echo(), contextlib.closing(answer):
             self._view = View(self._console, self._status)
             with self._view.live, contextlib.closing(self._view):
                 for piece in answer:
@@ -103,31 +108,28 @@ class _SavedHistory(FileHistory):
 class View:
     """An answer on its way: finished Markdown blocks stay on the terminal; ``live`` redraws the end
     of the unfinished block and the status line below them.  Drawing takes time from the model
-    (highlighting code 0.5 ms a line): the longer it takes the less often it is done.  ``clock``
-    gives seconds."""
+    (highlighting code 0.5 ms a line): the longer it takes the less often it is done."""
 
-    def __init__(self, console: Console, status: Status, clock: Any = time.perf_counter):
-        self._console, self._status, self._clock = console, status, clock
+    def __init__(self, console: Console, status: Status):
+        self._console, self._status = console, status
         self._block, self._thought, self._printed = "", "", False
         self._drawn: list[list[Segment]] = []
         self._next_drawing = 0.0
-        drawing: Any = {"refresh_per_second": 4, "transient": True, "redirect_stdout": False}
-        self.live = Live(console=console, get_renderable=self.render, **drawing)
+        show = self.render
+        self.live = Live(
+            console=console, get_renderable=show, transient=True, redirect_stdout=False
+        )
 
     def think(self, text: str) -> None:
         """Print each line of the reasoning when it has ended."""
         *lines, self._thought = (self._thought + visible(text)).split("\n")
         for line in lines:
-            self._print_thought(line)
-
-    def _print_thought(self, line: str) -> None:
-        self._console.print(Text(line, style="dim"))
-        self._printed = True
+            self._console.print(Text(line, style="dim"))
+            self._printed = True
 
     def add(self, text: str) -> None:
         if self._thought:
-            self._print_thought(self._thought)
-            self._thought = ""
+            self.think("\n")
         self._block += visible(text)
         if "\n" in text:
             end = finished(self._block)
@@ -136,9 +138,7 @@ class View:
 
     def close(self) -> None:
         """Print what is unfinished as if it were finished."""
-        if self._thought:
-            self._print_thought(self._thought)
-            self._thought = ""
+        self.add("")
         rest, self._block = self._block, ""
         self._print(rest)
 
@@ -153,10 +153,10 @@ class View:
 
     def render(self) -> Segments:
         """The end of the unfinished block, and the status line."""
-        started = self._clock()
+        started = time.perf_counter()
         if started >= self._next_drawing:
             self._drawn = self._draw()
-            self._next_drawing = started + _PAUSE * (self._clock() - started)
+            self._next_drawing = started + _PAUSE * (time.perf_counter() - started)
         status = Segment(self._status()[: self._console.width - 1], self._console.get_style("dim"))
         lines = [*self._drawn, [status]]
         return Segments(segment for line in lines for segment in [*line, Segment.line()])
@@ -222,16 +222,7 @@ def _no_echo() -> Iterator[None]:
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
-@contextlib.contextmanager
-def _first_interrupt_only() -> Iterator[None]:
-    """Ctrl-C ends this once; pressed again while that is going on, it does nothing."""
-
-    def stop(*_: Any) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _stop_once(*_: object) -> None:
+    """End what is going on; Ctrl-C pressed again meanwhile does nothing."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -13,32 +12,25 @@ import click
 from rich.console import Console
 
 from slotmoe.errors import ConfigError
-from slotmoe.tools.options import (
-    EXISTING,
-    JSON,
-    MODEL,
-    Command,
-    flag,
-    option,
-    runtime_options,
-    workload_options,
-)
+from slotmoe.tools import options
+from slotmoe.tools.options import flag, option
+from slotmoe.tools.screen import on_interrupt
 
 _FOLDER_HELP = "Folder of the report; an earlier report there is replaced."
 
 
-@click.command(name="profile", cls=Command)
-@MODEL
+@click.command(name="profile", cls=options.Command)
+@options.MODEL
 @click.argument("prompt", required=False)
-@option("--text", "FILE", "Take the prompt from a UTF-8 file.", type=EXISTING)
-@workload_options
-@runtime_options
+@option("--text", "FILE", "Take the prompt from a UTF-8 file.", type=options.EXISTING)
+@options.workload_options
+@options.runtime_options
 @option("-o --output", "DIR", _FOLDER_HELP, type=Path, default=Path("slotmoe-profile"))
 @flag("--warm", "Fill the expert slots first, as after a long run; predictions are for that state.")
 @flag("--live", "Show the figures in the terminal while the model runs.")
-@JSON
+@options.JSON
 def command(
-    model: str, prompt: str | None, text: Path | None, output: Path, as_json: bool, **options: Any
+    model: str, prompt: str | None, text: Path | None, output: Path, as_json: bool, **given: Any
 ) -> None:
     """Run MODEL on PROMPT, a text file or a built-in text, and report memory and time by component.
 
@@ -60,32 +52,23 @@ def command(
 
     if prompt is not None and text is not None:
         raise click.UsageError("PROMPT and --text are both given: choose one")
+    pressed: list[BaseException] = []
     with _report_folder(output):
-        report, stopped = run(model, prompt, text, as_json, options)
-        with _uninterrupted():
+        report, stopped = run(model, prompt, text, as_json, given)
+        # A second Ctrl-C waits, so that it doesn't cost the report.
+        with on_interrupt(lambda *_: pressed.append(KeyboardInterrupt())):
             write_report(report, output)
     page = output / "report.html"
     if stopped is not None:
-        click.echo(f"slotmoe: {page} has what was measured until then, and says so", err=True)
-        raise stopped
+        options.say(f"{page} has what was measured until then, and says so")
+    for stop in (*pressed, stopped):
+        if stop is not None:
+            raise stop
     if as_json:
         print(json.dumps(report))
     else:
         Console(file=sys.stdout).print(overview(report))
         print(f"Report: {page}")
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of this: a second one doesn't cost the report."""
-    pressed = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

@@ -2,8 +2,8 @@
 people with any kind of colour blindness can tell apart."""
 
 import io
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,6 +33,8 @@ _COLOURS = {
     "waiting for RAM": "#8B3A00",
     "sampling": GREY,
     "rest": "#DDDDDD",
+    "disk": RED,
+    "RAM to the GPU": ORANGE,
 }
 _RATES = (
     ("hits, of what was needed", BLUE, "o-", "hits", ("hits", "misses")),
@@ -44,45 +46,38 @@ _RATES = (
 whole."""
 
 
+Fill = Callable[[Axes], str]
+
+
+def picture(fill: Fill) -> tuple[str, bytes]:
+    """A chart's title, and the chart as PNG: ``fill`` draws it and gives its title."""
+    figure, buffer = Figure(figsize=(9, 4.5), dpi=130, layout="constrained"), io.BytesIO()
+    axes = figure.subplots()
+    title = fill(axes)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    FigureCanvasAgg(figure).print_png(buffer)
+    return title, buffer.getvalue()
+
+
 def draw(report: Json, compared: list[Json]) -> dict[str, tuple[str, bytes]]:
     """File name -> (title, PNG).  What has nothing to show is left out."""
-    images: dict[str, tuple[str, bytes]] = {}
-    for name, title, fill, *arguments in _charts(report, compared):
-        figure = Figure(figsize=(9, 4.5), dpi=130, layout="constrained")
-        axes = figure.subplots()
-        fill(axes, *arguments)
-        axes.set_title(title, loc="left", fontsize=11)
-        axes.spines[["top", "right"]].set_visible(False)
-        buffer = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(buffer)
-        images[name] = title, buffer.getvalue()
-    return images
-
-
-def _charts(report: Json, compared: list[Json]) -> Iterator[tuple[Any, ...]]:
-    """Each chart's file name, its title, what fills it, and of what."""
+    fills: dict[str, Fill] = {}
     for tier in report["memory"]:
-        peak, budget = format_size(report["peak"][tier]), format_size(report["budget"][tier])
-        title = f"Memory ({tier}) by component over time: peak {peak}, budget {budget}"
-        yield f"memory-{tier}", title, _memory, report, tier
+        fills[f"memory-{tier}"] = partial(_memory, report=report, tier=tier)
     for kind, time in report["time"].items():
-        if spent := time["milliseconds_per_token"]:
-            mean = f"{sum(spent.values()):.1f} ms, mean of {time['tokens']}"
-            yield f"time-{kind}", f"Time of a token by component, {kind}: {mean}", _time, spent
-    layers, steps = report["layers"], [s for s in report["steps"] if s["kind"] == "decode"]
+        if time["milliseconds_per_token"]:
+            fills[f"time-{kind}"] = partial(_time, kind=kind, time=time)
+    steps = [step for step in report["steps"] if step["kind"] == "decode"]
     if steps:
-        yield "bytes", "Bytes by tier: what a decoded token took, mean", _bytes, report, steps
+        fills["bytes"] = partial(_bytes, report=report, steps=steps)
     if len(steps) > 1:
-        yield "tokens", "Time of each pass of decode by component", _tokens, steps
-    if any(any(layer["uses"]) for layer in layers):
-        yield "expert-use", "Expert use by layer: tokens that each expert computed", _uses, layers
-        cache = report["cache"]
-        title, used = f"Cache hits by layer: {cache['hit_rate']:.0%} in all", cache["prefetch_used"]
-        if read := used + cache["prefetch_wasted"]:
-            title += f"; of what was read ahead {used / read:.0%} was used"
-        yield "layers", title, _rates, layers
-    title = "Memory: the plan beside what was measured at the peak"
-    yield "predicted", title, _predicted, compared
+        fills["tokens"] = partial(_tokens, steps=steps)
+    if any(any(layer["uses"]) for layer in report["layers"]):
+        fills["expert-use"] = partial(_uses, layers=report["layers"])
+        fills["layers"] = partial(_rates, layers=report["layers"], cache=report["cache"])
+    fills["predicted"] = partial(_predicted, rows=compared)
+    return {name: picture(fill) for name, fill in fills.items()}
 
 
 def _unit(most: float) -> tuple[str, int]:
@@ -92,8 +87,8 @@ def _unit(most: float) -> tuple[str, int]:
 
 def _legend(axes: Axes) -> None:
     """Beside the chart, in the order of the stack."""
-    style: dict[str, Any] = {"bbox_to_anchor": (1.0, 0.5), "frameon": False, "fontsize": 9}
-    axes.legend(reverse=True, loc="center left", **style)
+    beside = (1.0, 0.5)
+    axes.legend(reverse=True, loc="center left", bbox_to_anchor=beside, frameon=False, fontsize=9)
 
 
 def _stack(axes: Axes, x: Sequence[float], layers: dict[str, list[float]]) -> None:
@@ -102,13 +97,14 @@ def _stack(axes: Axes, x: Sequence[float], layers: dict[str, list[float]]) -> No
     axes.margins(x=0)
 
 
-def _bars(axes: Axes, values: dict[str, float], colours: list[str], labels: list[str]) -> None:
+def _bars(axes: Axes, values: dict[str, float], labels: list[str], what: str) -> None:
+    colours = [_COLOURS.get(name, BLUE) for name in values]
     bars = axes.barh(list(values), list(values.values()), color=colours)
     axes.bar_label(bars, labels, padding=4, fontsize=9)
-    axes.set(xlim=(0, 1.2 * max(values.values()) or 1))
+    axes.set(xlim=(0, 1.2 * max(values.values()) or 1), xlabel=what)
 
 
-def _memory(axes: Axes, report: Json, tier: str) -> None:
+def _memory(axes: Axes, report: Json, tier: str) -> str:
     series, (unit, scale) = report["memory"][tier], _unit(report["peak"][tier])
     budget, peak = report["budget"][tier] / scale, report["peak"][tier] / scale
     seconds, components = series["seconds"], series["components"]
@@ -128,25 +124,31 @@ def _memory(axes: Axes, report: Json, tier: str) -> None:
         at_top = axes.get_xaxis_transform()
         axes.text(began, 1, f" {kind}", transform=at_top, va="top", fontsize=9)
     _legend(axes)
+    sizes = (
+        f"peak {format_size(report['peak'][tier])}, budget {format_size(report['budget'][tier])}"
+    )
+    return f"Memory ({tier}) by component over time: {sizes}"
 
 
-def _time(axes: Axes, spent: dict[str, float]) -> None:
-    total, stages = sum(spent.values()), dict(sorted(spent.items(), key=lambda item: item[1]))
+def _time(axes: Axes, kind: str, time: Json) -> str:
+    stages = dict(sorted(time["milliseconds_per_token"].items(), key=lambda item: item[1]))
+    total = sum(stages.values())
     labels = [f"{ms:.2f} ms, {ms / total:.0%}" for ms in stages.values()]
-    _bars(axes, stages, [_COLOURS[name] for name in stages], labels)
-    axes.set(xlabel="time per token (ms)")
+    _bars(axes, stages, labels, "time per token (ms)")
+    return f"Time of a token by component, {kind}: {total:.1f} ms, mean of {time['tokens']}"
 
 
-def _tokens(axes: Axes, steps: list[Json]) -> None:
+def _tokens(axes: Axes, steps: list[Json]) -> str:
     spent = [step["seconds"] for step in steps]
     names = [name for name in _COLOURS if any(name in token for token in spent)]
     times = {name: [1000 * token.get(name, 0.0) for token in spent] for name in names}
     _stack(axes, range(1, len(spent) + 1), times)
     axes.set(xlabel="pass of decode", ylabel="time (ms)")
     _legend(axes)
+    return "Time of each pass of decode by component"
 
 
-def _uses(axes: Axes, layers: list[Json]) -> None:
+def _uses(axes: Axes, layers: list[Json]) -> str:
     uses = [layer["uses"] for layer in layers]
     image = axes.imshow(uses, aspect="auto", cmap="cividis", interpolation="nearest", vmin=0)
     every = -(-len(layers) // 15)
@@ -155,9 +157,10 @@ def _uses(axes: Axes, layers: list[Json]) -> None:
     axes.set(xlabel="expert", ylabel="layer")
     assert axes.figure is not None
     axes.figure.colorbar(image, ax=axes, label="tokens")
+    return "Expert use by layer: tokens that each expert computed"
 
 
-def _rates(axes: Axes, layers: list[Json]) -> None:
+def _rates(axes: Axes, layers: list[Json], cache: Json) -> str:
     for label, colour, style, part, whole in _RATES:
         shares = {}
         for layer in layers:
@@ -169,21 +172,23 @@ def _rates(axes: Axes, layers: list[Json]) -> None:
     axes.set(xlabel="layer", ylabel="share (%)", ylim=(-3, 103))
     axes.grid(alpha=0.3)
     _legend(axes)
+    title, used = f"Cache hits by layer: {cache['hit_rate']:.0%} in all", cache["prefetch_used"]
+    read = used + cache["prefetch_wasted"]
+    return f"{title}; of what was read ahead {used / read:.0%} was used" if read else title
 
 
-def _bytes(axes: Axes, report: Json, steps: list[Json]) -> None:
+def _bytes(axes: Axes, report: Json, steps: list[Json]) -> str:
     """MB that a decoded token read from memory and from each slower tier, on average."""
     moved = {f"memory: {name}": size / 1e6 for name, size in report["touched_per_token"].items()}
     for tier, name in (("disk", "disk"), ("host", "RAM to the GPU")):
         if tier in report["io"]:
             moved[name] = sum(step["moved"][tier] for step in steps) / len(steps) / 1e6
-    moved, colours = dict(reversed(moved.items())), {"disk": RED, "RAM to the GPU": ORANGE}
-    labels = [f"{size:,.1f} MB" for size in moved.values()]
-    _bars(axes, moved, [colours.get(name, BLUE) for name in moved], labels)
-    axes.set(xlabel="bytes per token (MB)")
+    moved = dict(reversed(moved.items()))
+    _bars(axes, moved, [f"{size:,.1f} MB" for size in moved.values()], "bytes per token (MB)")
+    return "Bytes by tier: what a decoded token took, mean"
 
 
-def _predicted(axes: Axes, rows: list[Json]) -> None:
+def _predicted(axes: Axes, rows: list[Json]) -> str:
     shown = [row for row in rows if row["unit"] in ("ram", "vram")][::-1]
     most = max(row[key] for row in shown for key in ("predicted", "measured"))
     unit, scale = _unit(most)
@@ -195,3 +200,4 @@ def _predicted(axes: Axes, rows: list[Json]) -> None:
     axes.set_yticks(range(len(shown)), [row["name"] for row in shown])
     axes.set(xlabel=f"memory ({unit})", xlim=(0, 1.2 * most / scale))
     _legend(axes)
+    return "Memory: the plan beside what was measured at the peak"

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console, RenderableType
@@ -25,7 +24,7 @@ from slotmoe.offload.study.calibrate import read_text
 from slotmoe.tools.options import generation_arguments, open_runtime, prompt_text, say
 from slotmoe.tools.profile.report import overview
 from slotmoe.tools.profile.verdict import verdict
-from slotmoe.tools.progress import byte_progress, step_progress
+from slotmoe.tools.progress import byte_bars, step_progress
 from slotmoe.tools.run import speeds
 
 _CACHE = "hits misses hit_rate already_coming evictions bypassed slots".split()
@@ -42,7 +41,7 @@ _TEXT_BYTES_PER_TOKEN = 64  # of a text file no more than this times the context
 
 
 def run(
-    model: str, prompt: str | None, text: Path | None, quiet: bool, options: dict[str, Any]
+    model: str, prompt: str | None, text: Path | None, quiet: bool, options: Json
 ) -> tuple[Json, BaseException | None]:
     """The report, and what stopped the run."""
     live, warm, trace = (options.pop(name) for name in ("live", "warm", "trace"))
@@ -54,7 +53,7 @@ def run(
         sampler.watching(runtime.model),
     ):
         if warm:
-            with byte_progress("Filling expert slots", quiet) as progress:
+            with byte_bars("Filling expert slots", quiet=quiet) as (progress,):
                 runtime.warm(progress)
         given = _workload(runtime, prompt, text, most, arguments["chat"])
         if trace is not None:
@@ -113,8 +112,7 @@ def _shown(
     what this gives after each token."""
     console = Console(stderr=True)
     if live and console.is_terminal:  # drawing takes time from the model
-        options: dict[str, Any] = {"refresh_per_second": 2, "transient": True}
-        with Live(get_renderable=overview, console=console, **options):
+        with Live(get_renderable=overview, console=console, refresh_per_second=2, transient=True):
             yield lambda: None
         return
     if live:
@@ -158,15 +156,19 @@ def measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> Js
     """``figures`` and all series, predictions and settings."""
     model, tiers = runtime.model, sampler.latest.total
     prompt, new = profiler.tokens("prefill"), profiler.tokens("decode")
-    settings: dict[str, Any] = {"slotmoe": __version__, "device": str(runtime.device)}
-    settings |= {"kernels": runtime.stats()["kernels"], "threads": runtime.threads}
     report = figures(runtime, profiler, sampler) | {
         "memory": {tier: _series(sampler, tier) for tier in tiers},
         "peak_seconds": {tier: sampler.highest(tier).seconds for tier in tiers},
         "steps": [asdict(step) for step in profiler.passes],
         "layers": _layers(runtime, profiler),
         "touched_per_token": measure.bytes_per_token(model, prompt + new // 2),
-        "settings": {**settings, "context": runtime.context},
+        "settings": {
+            "slotmoe": __version__,
+            "device": str(runtime.device),
+            "kernels": runtime.stats()["kernels"],
+            "threads": runtime.threads,
+            "context": runtime.context,
+        },
     }
     # Last, because measuring takes memory of its own.
     link = measure.link_bandwidths(model)

@@ -5,7 +5,6 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from rich.columns import Columns
 from rich.console import Group, RenderableType
@@ -64,7 +63,7 @@ def _replace(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _html(report: Json, images: dict[str, tuple[str, bytes]], rows: list[Any]) -> str:
+def _html(report: Json, images: dict[str, tuple[str, bytes]], rows: list[Json]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(Path(__file__).parent)

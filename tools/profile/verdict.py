@@ -1,9 +1,12 @@
 """What a profile advises: what decode waits for, and what more memory would give."""
 
+from dataclasses import replace
+
 from slotmoe.jsonfile import Json
 from slotmoe.offload.engine.loading import LoadedModel
+from slotmoe.offload.observe.measure import predict
 from slotmoe.offload.plan.memory import make_plan, runtime_growth
-from slotmoe.offload.plan.speed import Bandwidths, Setting
+from slotmoe.offload.plan.speed import Bandwidths
 
 
 def verdict(report: Json, model: LoadedModel, prompt: int, new: int, rates: Bandwidths) -> Json:
@@ -23,18 +26,18 @@ def verdict(report: Json, model: LoadedModel, prompt: int, new: int, rates: Band
         return {"text": f"{text} {more}", "budgets": []}
     whole = plan.total + missing * plan.record_bytes - plan.components["read buffers"]
     sizes = [whole] if whole <= plan.budget else [(plan.budget + whole) / 2, whole]
-    now, budgets = _decode_speed(model, plan.budget, prompt, new, rates), []
-    for size in dict.fromkeys(map(_rounded_up, sizes)):
-        faster = _decode_speed(model, size, prompt, new, rates) / now
-        budgets.append({plan.tier: size, "decode_tokens_per_second": speed * faster})
-    options = [
-        f"with --{plan.tier} {_size(budget[plan.tier])} about "
-        f"{budget['decode_tokens_per_second']:.1f}"
-        for budget in budgets
-    ]
-    if whole <= plan.budget:  # only --slots keeps experts out
-        options = [f"without --slots about {budgets[0]['decode_tokens_per_second']:.1f}"]
-    return {"text": f"{text} It would make {', '.join(options)} tokens/s.", "budgets": budgets}
+    # In steps of half a GiB, or below one of 10 MiB.
+    units = [1 << 29 if size >= 1 << 30 else 10 << 20 for size in sizes]
+    rounded = [-int(-size // unit) * unit for size, unit in zip(sizes, units, strict=True)]
+    now, budgets, ways = _decode_speed(model, plan.budget, prompt, new, rates), [], []
+    for size in dict.fromkeys(rounded):
+        faster = speed * _decode_speed(model, size, prompt, new, rates) / now
+        budgets.append({plan.tier: size, "decode_tokens_per_second": faster})
+        asked = f"{size / (1 << 30):g}GiB" if size >= 1 << 30 else f"{size >> 20}MiB"
+        is_capped = whole <= plan.budget  # only --slots keeps experts out
+        way = "without --slots" if is_capped else f"with --{plan.tier} {asked}"
+        ways.append(f"{way} about {faster:.1f}")
+    return {"text": f"{text} It would make {', '.join(ways)} tokens/s.", "budgets": budgets}
 
 
 def _decode_speed(
@@ -56,17 +59,5 @@ def _decode_speed(
         host_budget=plan.host_budget if plan.host else None,
         kernels=model.backend.kind,
     )
-    mode, is_random = model.quantized("predict").split.mode, model.export.random_weights
-    setting = Setting(config, sizes, wider, rates, model.cpu.threads, is_random, mode)
-    return setting.predict(prompt, new).decode_tokens_per_second
-
-
-def _rounded_up(size: float) -> int:
-    """To the half of a GiB, or of a small size to 10 MiB."""
-    unit = 1 << 29 if size >= 1 << 30 else 10 << 20
-    return -int(-size // unit) * unit
-
-
-def _size(size: int) -> str:
-    """As an option takes it."""
-    return f"{size / (1 << 30):g}GiB" if size >= 1 << 30 else f"{size >> 20}MiB"
+    predicted = predict(replace(model, plan=wider), prompt, new, rates)
+    return float(predicted["decode_tokens_per_second"])
