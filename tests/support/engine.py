@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from slotmoe.offload.observe.forced import begin, force
 from slotmoe.offload.tiers.host import HostTier
 
 PROMPT = "My fellow citizens of the Senate and House of Representatives,"
@@ -34,10 +35,21 @@ def until(condition, seconds=30.0):
 
 
 def start(runtime, depth=0):
-    """Begin a new sequence, with ``depth`` unknown tokens, and return its ``step(ids)``."""
-    sequence = runtime.sequences[0]
-    sequence.fill(depth)
-    return sequence.append
+    """Begin a new text, behind ``depth`` unknown tokens, and return its ``step(ids)``, which reads
+    ``ids`` and gives the last one's logits."""
+    text = begin(runtime, depth)
+
+    def step(ids):
+        text.extend(ids)
+        return force(runtime, [*text], keeps=True).logits[0][None]
+
+    return step
+
+
+def decode(runtime, prompt, ids):
+    """Logits behind ``prompt``, of which what a sequence holds is not computed again, and behind
+    each of ``ids``, decoded one by one."""
+    return torch.stack(force(runtime, prompt, ids, keeps=True).logits)
 
 
 def held(table):
