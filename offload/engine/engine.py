@@ -41,7 +41,7 @@ from slotmoe.offload.plan.memory import PREFILL_CHUNK
 from slotmoe.offload.sessions.blocks import shared_prefix
 from slotmoe.offload.sessions.store import Sessions
 from slotmoe.offload.tiers.disk import STUCK_SECONDS
-from slotmoe.offload.tiers.pages import give_back_memory
+from slotmoe.offload.tiers.pages import give_back_memory, trim_memory
 
 T = TypeVar("T")
 IDLE_SECONDS = 1.0  # without a request, after which free memory goes back to the system
@@ -231,6 +231,7 @@ class Engine:
     # The thread
 
     def _run(self) -> None:
+        trim_memory()  # the C library gives none of what opening has freed to another thread
         try:
             with self.model.device.current():
                 while self._has_work():
