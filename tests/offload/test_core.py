@@ -2,7 +2,6 @@
 
 import errno
 import os
-from queue import SimpleQueue
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ import torch
 from slotmoe.model.child import Child
 from slotmoe.model.config import read_config
 from slotmoe.model.generate import Answer, Sampling
-from slotmoe.offload.engine.requests import Request, wait_for
 from slotmoe.offload.experts import _first
 from slotmoe.offload.ingest import output_dir, quantize
 from slotmoe.offload.plan.advice import geometry_path
@@ -22,7 +20,7 @@ from slotmoe.quant.codecs.codec import DEFAULT_CODECS
 from slotmoe.quant.export.layout import Part
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import ExportFile
-from tests.support.engine import start
+from tests.support.engine import ask, start
 from tests.support.tiny import SMALL, write_checkpoint
 
 ROOT = bytes(16)
@@ -69,12 +67,8 @@ def test_a_block_that_another_process_kept_meanwhile_is_not_written_again(tmp_pa
 
 def test_an_answer_ends_with_its_context_and_is_counted_once(small_export):
     with Runtime.open(small_export, context=12, slots=4) as runtime:
-        queue, sampling = SimpleQueue(), Sampling(logit_bias=((300, 100.0),))
-        answer, engine = Answer([5, 6], runtime.tokenizer, (), sampling, 99), runtime.engine
-        engine.submit(Request([5, 6], answer, queue.put))
-        deltas = []
-        while not deltas or deltas[-1].finish is None:
-            deltas.append(wait_for(queue, lambda: engine.alive))
+        answer = Answer([5, 6], runtime.tokenizer, (), Sampling(logit_bias=((300, 100.0),)), 99)
+        deltas, engine = ask(runtime, [5, 6], answer), runtime.engine
         assert deltas[-1].finish == "length"
         assert sum(len(delta.tokens) for delta in deltas) == 12 - 2 + 1
         assert engine.totals.finished == {"length": 1}

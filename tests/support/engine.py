@@ -1,9 +1,11 @@
 """Runtimes under test: step by step, and whether their slots are whole."""
 
 import time
+from queue import SimpleQueue
 
 import torch
 
+from slotmoe.offload.engine.requests import Request, wait_for
 from slotmoe.offload.observe.forced import begin, force
 from slotmoe.offload.tiers.host import HostTier
 
@@ -50,6 +52,22 @@ def decode(runtime, prompt, ids):
     """Logits behind ``prompt``, of which what a sequence holds is not computed again, and behind
     each of ``ids``, decoded one by one."""
     return torch.stack(force(runtime, prompt, ids, keeps=True).logits)
+
+
+def ask(runtime, ids, answer, at=lambda request: None):
+    """The deltas of an answer to ``ids``; ``at(request)`` is called with each, in the engine's
+    thread."""
+    queue, deltas = SimpleQueue(), []
+
+    def emit(delta):
+        at(request)
+        queue.put(delta)
+
+    request = Request(ids, answer, emit)
+    runtime.engine.submit(request)
+    while not deltas or deltas[-1].finish is None:
+        deltas.append(wait_for(queue, request.alive))
+    return deltas
 
 
 def held(table):
