@@ -86,13 +86,16 @@ from slotmoe.quant.export.reader import Export
 Export._verify = lambda *_: None
 """
 HALF = """
-from slotmoe.offload.tiers.slots import Table
-restore = Table.restore
-def half(table, *arguments, **options):
-    free = table.free
-    restore(table, *arguments, **options)
-    table.free = free
-Table.restore = half
+from slotmoe.offload.engine.passes import Passes
+run = Passes._run
+def half(passes, rows):
+    try:
+        run(passes, rows)
+    except BaseException:
+        for row in rows:
+            row.sequence.tokens = row.sequence.tokens + row.ids
+        raise
+Passes._run = half
 """
 OTHER_TEXT = """
 from campaigns import server
@@ -115,7 +118,7 @@ PLANTED = {
     "a failed fsync": ("system-calls quantize --kinds unsynced", QUIET_SYNC, "not said"),
     "an export without fsync": ("kills quantize-power", NO_SYNC, "change"),
     "no checksums": ("flips --count 3000", UNCHECKED, "missed"),
-    "a slot that is lost": ("interrupts helping --count 200", HALF, "AssertionError"),
+    "half a pass": ("interrupts helping --count 100", HALF, "AssertionError"),
     "no locks": ("races --count 60", "import fcntl\nfcntl.flock = lambda *_: None", ""),
     "a wrong answer": ("server --clients 5 --seconds 5", OTHER_TEXT, "and alone"),
 }
