@@ -12,11 +12,10 @@ import torch
 
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.generate import Answer, Sampling
-from slotmoe.offload.engine.sequence import shared_prefix
 from slotmoe.offload.observe.forced import begin
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sessions import blocks as blocks_module
-from slotmoe.offload.sessions.blocks import BLOCK_TOKENS, BlockFolder, chain
+from slotmoe.offload.sessions.blocks import BLOCK_TOKENS, BlockFolder, chain, shared_prefix
 from slotmoe.offload.sessions.names import NamedSession, Saved, listing, remove
 from tests.support.engine import IDS, ask, decode
 from tests.support.tiny import SAMPLE
