@@ -122,12 +122,14 @@ def python(export, part, aim):
                             wrong = ["another text"]
                 except KeyboardInterrupt:
                     struck += 1
-                timer.join()
+                finally:
+                    timer.cancel()  # another error has come before it
+                    timer.join()
                 done += 1
         finally:
             stop.set()
         wrong += [line for other in others for line in other.result(SECONDS)]
-        whole(runtime)
+        runtime.engine.call(lambda: whole(runtime))
         if texts() != want:
             wrong.append("another text afterwards")
     return {"signals": done, "struck": struck, "wrong": wrong}

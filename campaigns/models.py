@@ -46,13 +46,3 @@ def tiny_export(folder):
     quantize(folder / "checkpoint", folder / "export", workers=1)
     write_predictor(folder / "export", tiny_predictor(0))
     return folder / "export"
-
-
-def many_experts(folder):
-    """As many a token as the sample has, of more than any kind of interrupts has slots, in two
-    layers, with a predictor."""
-    sizes = {"n_routed_experts": 64, "n_group": 8, "topk_group": 3, "num_experts_per_tok": 6}
-    write_checkpoint(folder / "checkpoint", **sizes)
-    quantize(folder / "checkpoint", folder / "small")
-    write_predictor(folder / "small", random_tensors(0, 64))
-    return folder / "small"

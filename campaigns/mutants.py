@@ -46,7 +46,7 @@ FILES = (
     "quant/export/writer.py",
     "offload/ingest/quantize.py",
     "model/child.py",
-    "offload/scheduler.py",
+    "offload/engine/engine.py",
     "offload/plan/memory.py",
     "quant/export/reader.py",
 )

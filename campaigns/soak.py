@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
+from signal import SIGINT
 
 import psutil
 import pytest
@@ -24,7 +25,6 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers import disk
 from slotmoe.quant.export.reader import Export
 from tests.support.engine import whole
-from tests.support.interrupts import CTRL_C
 
 LENGTH, TEXTS, CONTEXT = 60, 12, 256
 BAD_READS = 0.01  # of all; one after another is an error
@@ -32,8 +32,8 @@ WARMING = 10  # models that are opened before memory is measured
 HANGS = 120  # seconds for a model
 
 
-class InjectedError(Exception):
-    """Out of a layer."""
+class InjectedError(MemoryError):
+    """Out of a layer, as a machine without memory gives it."""
 
 
 class Soak:
@@ -76,7 +76,7 @@ class Soak:
                     self.counts["with sessions"] += 1
                 for _ in range(chance.randint(1, 8)):
                     self.disturbed(runtime, chance.randrange(TEXTS))
-                    whole(runtime)
+                    runtime.engine.call(lambda: whole(runtime))
         faulthandler.cancel_dump_traceback_later()
 
     def disturbed(self, runtime, number):
@@ -87,13 +87,11 @@ class Soak:
                 self.counts["whole texts"] += 1
         except (KeyboardInterrupt, InjectedError, ExportError) as problem:
             self.counts[type(problem).__name__] += 1
-        if runtime.sessions is not None:
-            runtime.keep()
 
     @contextmanager
     def _event(self, runtime, kind):
         if kind == "ctrl-c":
-            timer = threading.Timer(self.chance.uniform(0, 0.2), os.kill, (os.getpid(), CTRL_C))
+            timer = threading.Timer(self.chance.uniform(0, 0.2), os.kill, (os.getpid(), SIGINT))
             timer.start()
             try:
                 yield
@@ -110,7 +108,7 @@ class Soak:
             if left == 0:
                 raise InjectedError
 
-        stop = runtime.model.experts.on_route(raise_at)
+        stop = runtime.model.experts.on_layer(raise_at)
         try:
             yield
         finally:

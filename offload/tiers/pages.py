@@ -37,6 +37,11 @@ def give_back_memory() -> None:
     """Give the system what is free, or held only by objects that refer to each other: Python looks
     for those rarely, and the C library keeps what they had."""
     gc.collect()
+    trim_memory()
+
+
+def trim_memory() -> None:
+    """Give the system what is free."""
     with suppress(AttributeError):  # another C library than GNU's
         ctypes.CDLL(None).malloc_trim(0)
 

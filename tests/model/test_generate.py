@@ -8,8 +8,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from slotmoe.errors import CheckpointError, ConfigError
-from slotmoe.model.generate import Sampling, candidates, generate, sample
+from slotmoe.model.generate import Answer, Sampling, candidates, sample
 from slotmoe.model.tokenizer import TextStream, Tokenizer
+from slotmoe.offload.engine.requests import Request, Text
 from tests.support.tiny import SAMPLE
 
 TOKENIZER = Tokenizer(SAMPLE, 0)
@@ -89,20 +90,20 @@ def test_stream_of_any_ids_adds_up_to_their_text(ids):
     assert "".join([stream.push(one) for one in ids]) + stream.flush() == TOKENIZER.decode(ids)
 
 
-def steps(wanted, vocab=4200):
-    """A model that answers the ids ``wanted``, one after the other."""
-    remaining = iter(wanted)
+def generated(rows_RV, count=99, sampling=None):
+    """Tokens of an answer that chooses from these logits."""
+    answer = Answer([0], TOKENIZER, (1,), sampling or Sampling(), count, logprobs=0)
+    text, tokens = Text(Request([0], answer), "length"), []
+    for logits_V in rows_RV:
+        tokens += text.feed(answer.take(logits_V))
+        if text.ended:
+            break
+    return tokens
 
-    def step(ids):
-        logits = torch.zeros(1, vocab)
-        logits[0, next(remaining)] = 9.0
-        return logits
 
-    return step
-
-
-def run(wanted, count=99, eos=(1,)):
-    return list(generate(steps(wanted), [0], TOKENIZER, count, eos, Sampling()))
+def run(wanted, count=99):
+    """The same of a model that answers the ids ``wanted``, one after the other."""
+    return generated(9.0 * torch.nn.functional.one_hot(torch.tensor(wanted), 4200), count)
 
 
 def test_stops_at_end_of_sentence_and_after_max_new_tokens():
@@ -120,10 +121,10 @@ def test_incomplete_character_at_the_end_is_flushed():
 
 
 def test_rows_past_the_tokenizer_are_never_chosen():
-    logits = torch.zeros(1, TOKENIZER.size + 100)
-    logits[0, TOKENIZER.size :] = 50.0
-    logits[0, 77] = 1.0
-    tokens = list(generate(lambda ids: logits, [0], TOKENIZER, 3, (1,), Sampling()))
+    logits = torch.zeros(3, TOKENIZER.size + 100)
+    logits[:, TOKENIZER.size :] = 50.0
+    logits[:, 77] = 1.0
+    tokens = generated(logits, 3)
     assert [token.id for token in tokens] == [77] * 3
     assert all(token.logprob <= 0 for token in tokens)
 
@@ -132,11 +133,11 @@ def test_logprob_is_that_of_the_untempered_model():
     logits = torch.zeros(1, TOKENIZER.size)
     logits[0, 77] = 5.0
     sampling = Sampling(temperature=0.01, seed=1)
-    token = next(generate(lambda ids: logits, [0], TOKENIZER, 1, (), sampling))
+    (token,) = generated(logits, 1, sampling)
     assert token.logprob == pytest.approx(logits[0].log_softmax(-1)[77].item())
 
 
 def test_broken_logits_are_an_error_not_a_text():
     logits = torch.full((1, 4096), float("nan"))
     with pytest.raises(CheckpointError, match="NaN"):
-        list(generate(lambda ids: logits, [0], TOKENIZER, 1, (), Sampling()))
+        generated(logits)

@@ -291,14 +291,13 @@ def test_what_is_recorded_is_what_the_network_did(plain, monkeypatch):
         windows = split(list(range(5, 45)), runtime.tokenizer, 21)
         assert [len(window) for window in windows] == [21, 21]
         samples = record(runtime, windows)
-        model, sequence, routes, place = runtime.model, runtime.sequences[0], [], 0
-        model.experts.on_route(routes.append, inputs=True)
+        model, routes, place = runtime.model, [], 0
+        model.experts.on_layer(routes.append, inputs=True)
         for window in windows:
-            sequence.rewind(0)
-            before = None
+            before, hiddens = None, runtime.hidden(window, 1)
             for token in window:
                 routes.clear()
-                (hidden_TD,) = sequence.run([token])
+                hidden_TD = next(hiddens)
                 if before is not None:
                     ids = torch.tensor([token])
                     embedding = model.backend.embed(ids, model.network.embed_tokens)[0]

@@ -167,7 +167,7 @@ def test_the_stream_is_the_networks(source, tmp_path):
         found = [calibration.layer(layer) for layer in calibration.remaining]
     assert len(found) == 4
     with Runtime.open(source, quantize=False, context=64) as runtime:
-        (wanted,) = runtime.sequences[0].run(text[0])
+        (wanted,) = runtime.hidden(text[0])
     assert torch.allclose(calibration.hidden_TD[:40], wanted, rtol=1e-3, atol=1e-4)
     H = found[1][expert_name(1, 2, "down_proj")].mean_KK
     assert torch.allclose(H, H.t(), rtol=1e-4, atol=1e-9)

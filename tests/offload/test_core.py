@@ -2,7 +2,6 @@
 
 import errno
 import os
-from threading import Event
 
 import pytest
 import torch
@@ -15,13 +14,13 @@ from slotmoe.offload.ingest import output_dir, quantize
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import make_plan, predicted_components, scratch_bytes, sizes_of
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.scheduler import Job, Scheduler
 from slotmoe.offload.sessions.blocks import BlockFolder, chain
 from slotmoe.offload.tiers.disk import DEMAND, Read
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS
 from slotmoe.quant.export.layout import Part
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import ExportFile
+from tests.support.engine import ask, start
 from tests.support.tiny import SMALL, write_checkpoint
 
 ROOT = bytes(16)
@@ -39,7 +38,7 @@ def test_memory_in_use_never_shrinks(small_export):
     with Runtime.open(small_export, context=64, slots=4) as runtime:
         slots = runtime.model.experts.slots
         assert slots.present() == (0, 0)
-        runtime.sequences[0].append([5, 6, 7])
+        list(runtime.generate([5, 6, 7], 1))
         cached, used = slots.present()
         assert used >= cached > 0
         for expert_id in [*slots.cache.cached]:
@@ -68,22 +67,13 @@ def test_a_block_that_another_process_kept_meanwhile_is_not_written_again(tmp_pa
 
 def test_an_answer_ends_with_its_context_and_is_counted_once(small_export):
     with Runtime.open(small_export, context=12, slots=4) as runtime:
-        batch, deltas, ended = Scheduler(runtime, 1, 4), [], Event()
-
-        def emit(delta):
-            deltas.append(delta)
-            if delta.finish is not None:
-                ended.set()
-
-        sampling = Sampling(logit_bias=((300, 100.0),))
-        batch.submit([Job([5, 6], Answer([5, 6], runtime.tokenizer, (), sampling, 99), emit)])
-        assert ended.wait(30)
-        batch.close()
+        answer = Answer([5, 6], runtime.tokenizer, (), Sampling(logit_bias=((300, 100.0),)), 99)
+        deltas, engine = ask(runtime, [5, 6], answer), runtime.engine
         assert deltas[-1].finish == "length"
         assert sum(len(delta.tokens) for delta in deltas) == 12 - 2 + 1
-        assert batch.totals.finished == {"length": 1}
-        batch._seconds = 0.1
-        assert batch.retry_after == 1
+        assert engine.totals.finished == {"length": 1}
+        engine._seconds = 0.1
+        assert engine.retry_after == 1
 
 
 class Shards:
@@ -185,14 +175,15 @@ def test_where_a_pass_is_and_what_its_layers_used(small_export):
     with Runtime.open(small_export, context=64) as runtime:
         experts, seen, config = runtime.model.experts, [], runtime.config
         runtime.warm()
-        stop = experts.on_route(lambda route: seen.append(experts.reached))
+        step = start(runtime)
+        stop = experts.on_layer(lambda route: seen.append(experts.reached))
         before = experts.slots.cache.hits
-        runtime.sequences[0].append([5])
+        step([5])
         used = len(config.moe_layers) * config.num_experts_per_tok
         assert experts.slots.cache.hits - before == used
         assert len(seen) == len(config.moe_layers) and all(type(count) is int for count in seen)
         stop()
-        runtime.sequences[0].append([6])
+        step([6])
         assert experts.slots.cache.hits - before == 2 * used
 
 

@@ -1,8 +1,6 @@
 """Drafts: the text, its logits and its log-probabilities are bitwise those without, wherever a
 draft is cut off."""
 
-import random
-from contextlib import suppress
 from statistics import fmean
 
 import pytest
@@ -10,13 +8,12 @@ import torch
 
 from slotmoe.errors import ConfigError
 from slotmoe.model.generate import Answer, Sampling
+from slotmoe.model.network import Network
+from slotmoe.offload.observe.forced import begin
 from slotmoe.offload.policy.drafts import MOST_DRAFTED, Drafting, NGrams
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.scheduler import Scheduler
 from slotmoe.quant.kernels.cpu.bindings import load
-from tests.offload.test_scheduler import Caller
-from tests.support.engine import whole
-from tests.support.interrupts import interrupted_at, lines_of
+from tests.support.engine import ask, decode
 
 pytestmark = pytest.mark.skipif(load() is None, reason="the native kernels are not built")
 TEXT = "The people of the United States have a government. " * 6
@@ -52,18 +49,29 @@ def eager(monkeypatch):
     monkeypatch.setattr(Drafting, "pays", lambda self, chance, cost: True)
 
 
+class Noting(Answer):
+    """Keeps all that it chooses from."""
+
+    def __init__(self, *given, **options):
+        super().__init__(*given, **options)
+        self.rows = []
+
+    def take(self, logits_V):
+        self.rows.append(logits_V.clone())
+        return super().take(logits_V)
+
+
 def answer_of(runtime, sampling):
-    """All that a loop over ``Sequence.append`` gives: the answer, every row of logits, what is
-    shown, and what the sequence holds at the end."""
+    """The answer, every row of logits, what is shown, and what the sequence holds at the end."""
+    begin(runtime)
     ids = runtime.tokenizer.encode(TEXT)
-    answer = Answer(ids, runtime.tokenizer, (), Sampling(**sampling), 40, logprobs=3)
-    sequence, rows, deltas, new = runtime.sequences[0], [], [], ids
-    sequence.rewind(0)
-    while not deltas or deltas[-1].finish is None:
-        rows.append(sequence.append(new).clone())
-        deltas.append(answer.take(rows[-1][0]))
-        new = answer.ids[-1:]
-    return answer.ids, torch.cat(rows), deltas, sequence.tokens
+    answer = Noting(ids, runtime.tokenizer, (), Sampling(**sampling), 40, logprobs=3)
+    deltas = ask(runtime, ids, answer)
+    return answer.ids, torch.stack(answer.rows), deltas, runtime.engine.sequences[0].tokens
+
+
+def lengths_of(runtime):
+    return [sequence.length for sequence in runtime.engine.sequences]
 
 
 @pytest.mark.parametrize(
@@ -83,54 +91,39 @@ def test_text_and_logits_are_bitwise_those_without_drafts(pair, eager, sampling)
     assert passes + accepted == 39  # the first token comes of the prompt's last row
 
 
-def interrupted(original):
-    """A function that has done its work when Ctrl-C ends it."""
-
-    def call(*arguments):
-        original(*arguments)
-        raise KeyboardInterrupt
-
-    return call
-
-
-def decoded(sequence, *ids):
-    return torch.cat([sequence.append([id]).clone() for id in ids])
-
-
 def test_a_text_that_fills_the_context(pair, eager):
     tokens = [list(runtime.generate(TEXT + TEXT, None, seed=2)) for runtime in pair]
     assert tokens[0] == tokens[1] and tokens[1][-1].finish == "context"
-    assert [len(runtime.sequences[0].tokens) for runtime in pair] == [199, 199]
+    assert [max(lengths_of(runtime)) for runtime in pair] == [199, 199]
 
 
 @both_kinds
 def test_what_is_drafted_does_not_outlast_a_change(pair, eager, monkeypatch):
-    """A rewind, another token, or a pass that ends with an exception."""
-    ids, both = pair[0].tokenizer.encode(TEXT), []
+    """A text that goes on elsewhere, another token, or a pass that fails when it is computed."""
+    ids, both, drafts = pair[0].tokenizer.encode(TEXT), [], []
+    forward, left = Network.forward, []
+
+    def failing(*arguments):
+        hidden_TD = forward(*arguments)
+        if left and left.pop() == "last":
+            raise MemoryError
+        return hidden_TD
+
+    monkeypatch.setattr(Network, "forward", failing)
     for runtime in pair:
-        sequence, rows = runtime.sequences[0], []
+        begin(runtime)
+        rows, before = [decode(runtime, ids[:40], ids[40:42])], runtime.stats()["drafts"]
         for new in ids[12], 7:
-            sequence.rewind(0)
-            sequence.append(ids[:40])
-            rows.append(sequence.append([ids[40]]))
-            assert (sequence.ahead is None) == (runtime is pair[0])
-            drafted = sequence.ahead.draft[0] if sequence.ahead else new
-            sequence.rewind(30)
-            assert sequence.follow(drafted) is None and sequence.length == 30
-            rows.append(decoded(sequence, ids[30], new, ids[41]))
-            sequence.rewind(5)
-            rows += [sequence.append(ids[20:30]), decoded(sequence, *ids[30:36])]
-        sequence.rewind(0)
-        sequence.append(ids[:40])
-        sequence.append([ids[40]])
-        network = type(runtime.model.network)
-        with monkeypatch.context() as patch:
-            patch.setattr(network, "forward", interrupted(network.forward))
-            with pytest.raises(KeyboardInterrupt):
-                sequence.append([7])
-        rows.append(decoded(sequence, *ids[41:60]))
+            rows.append(decode(runtime, ids[:30], [ids[30], new, ids[41]]))
+            rows.append(decode(runtime, [*ids[:5], *ids[20:30]], ids[30:36]))
+        left += ["last", "decoded", "prompt"]
+        with pytest.raises(MemoryError):
+            decode(runtime, ids[:40], [ids[40], 7])
+        assert max(lengths_of(runtime)) == 41
+        rows.append(decode(runtime, ids[:41], ids[41:60]))
         both.append(torch.cat(rows))
-    assert torch.equal(*both)
+        drafts.append(runtime.stats()["drafts"].get("drafted", 0) - before.get("drafted", 0))
+    assert torch.equal(*both) and drafts[1] > drafts[0] == 0
 
 
 @both_kinds
@@ -140,51 +133,19 @@ def test_several_answers_in_one_pass(pair, eager):
     prompts = [TEXT, "Call me", TEXT[30:], "import os\nimport os\nimport os\n"]
     ids = [plain.tokenizer.encode(prompt) for prompt in prompts]
     before = drafting.stats()["drafts"]["drafted"]
-    batch = Scheduler(drafting, 4, 0)
-    found = [caller.wait().answer.ids for caller in [Caller(batch, drafting, i) for i in ids]]
+    found = [[token.id for token in text] for text in drafting.generate_all(ids, max_new_tokens=24)]
     assert found == [[token.id for token in plain.generate(i, 24)] for i in ids]
 
-    def leave(caller):
-        caller.job.cancelled = len(caller.answer.ids) == 5
+    def always(prompt, limit, at):
+        """The same token, so that a draft goes on where the answer ends."""
+        sampling = Sampling(logit_bias=((5, 1e4),))
+        answer = Answer(prompt, drafting.tokenizer, (), sampling, limit)
+        last = ask(drafting, prompt, answer, lambda r: r.cancel() if len(answer.ids) == at else 0)
+        return last[-1].finish, answer.ids
 
-    always = {"logit_bias": ((5, 1e4),)}  # so that a draft goes on where the answer ends
-    ended = Caller(batch, drafting, ids[1], 30, sampling=always).wait()
-    assert (ended.last.finish, ended.answer.ids) == ("length", [5] * 30)
-    left = Caller(batch, drafting, ids[3], 150, at=leave, sampling=always).wait()
-    assert (left.last.finish, left.answer.ids) == ("cancelled", [5] * 5)
-    batch.close()
-    assert batch.problem is None and drafting.stats()["drafts"]["drafted"] > before + 60
-
-
-@pytest.mark.parametrize(
-    ("pair", "files"),
-    [("ngram", ("drafts.py", "sequence.py")), ("mtp", ("/mtp_drafts.py", "/mtp.py"))],
-    indirect=["pair"],
-)
-def test_interrupted_at_some_lines(pair, eager, heavy, files):
-    """The text goes on from what the sequence holds, whichever line an exception came at."""
-    ids, (plain, drafting) = pair[0].tokenizer.encode(TEXT), pair
-
-    def compute(runtime=drafting):
-        sequence = runtime.sequences[0]
-        sequence.rewind(55)
-        sequence.append(ids[55:60])
-        return decoded(sequence, *ids[60:64], 9, *ids[20:24])
-
-    for runtime in pair:
-        runtime.sequences[0].rewind(0)
-        runtime.sequences[0].append(ids[:60])
-    want = compute(plain)
-    assert torch.equal(compute(), want)
-    lines, chance, came = lines_of(compute), random.Random(5), 0
-    ours = [line for line in sorted(lines) if line[0].endswith(files)]
-    for line in chance.sample(ours, 20):
-        with suppress(Exception):
-            moment = chance.randint(1, max(1, lines[line] * 3 // 4))
-            came += interrupted_at(line, moment, compute, KeyboardInterrupt)
-        assert torch.equal(compute(), want), line
-    whole(drafting)
-    assert came > 10
+    assert always(ids[1], 30, 0) == ("length", [5] * 30)
+    assert always(ids[3], 150, 5) == ("cancelled", [5] * 5)
+    assert drafting.stats()["drafts"]["drafted"] > before + 60
 
 
 def test_the_longest_match_counts_and_of_equals_the_latest():

@@ -3,12 +3,14 @@ needed."""
 
 import re
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
 
 from slotmoe.errors import ConfigError
+from slotmoe.offload.engine.passes import Row
 from slotmoe.offload.plan.speed import MEASURED, Bandwidths
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.hybrid import MODES, choose_mode, for_cpu
@@ -17,7 +19,7 @@ from slotmoe.offload.tiers import cuda, host
 from slotmoe.offload.tiers.cuda import CudaFacts, choose_device
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.tools.bench.speed import calibration, measure
-from tests.support.engine import IDS, PROMPT, start, whole
+from tests.support.engine import IDS, PROMPT, decode, start, whole
 from tests.support.params import nth
 from tests.support.twin import EXPERTS, Twin, measured, slow
 
@@ -49,19 +51,15 @@ def test_fetch_gives_the_same_bits_for_every_budget_and_policy(
 
 
 def test_the_host_waits_only_where_experts_are_missing(on_twin):
-    """Of an answer's tokens it waits for each."""
+    """And for each token's logits."""
     twin = Twin()
     with on_twin(twin, misses="fetch") as runtime:
         runtime.warm()
-        step = start(runtime)
-        step(IDS[:20])
+        decode(runtime, IDS[:20], [])
         before, hits = twin.syncs, runtime.stats()["cache"]["hits"]
-        for one in IDS[20:25]:
-            step([one])
-        assert twin.syncs == before
-        assert runtime.stats()["cache"]["hits"] == hits + 5 * 7 * 6
-        assert len([*runtime.generate("Call me", 3)]) == 3
-        assert twin.syncs == before + 3
+        decode(runtime, IDS[:20], IDS[20:25])
+        assert twin.syncs == before + 6
+        assert runtime.stats()["cache"]["hits"] == hits + 6 * 7 * 6
 
 
 # Misses, split
@@ -110,17 +108,25 @@ def test_the_mode_follows_what_was_measured():
         choose_mode("gpu", Bandwidths(), 6)
 
 
+def decoded_together(engine):
+    """Logits of two sequences' tokens, pass by pass."""
+    found = []
+    for sequence, cut in zip(engine.sequences, (20, 30), strict=True):
+        engine.passes.prefill(Row(sequence, IDS[:cut]))
+    for id in IDS[30:34]:
+        rows = [Row(sequence, [id + n]) for n, sequence in enumerate(engine.sequences)]
+        engine.passes.decode(rows)
+        found += [row.logits_RV for row in rows]
+    return torch.cat(found)
+
+
 def test_several_sequences_and_traces(on_twin, tmp_path):
     found, traces = [], []
     fewer, split = {"slots": 22}, {"misses": "hybrid", "slots": 40, "kernels": "torch"}
     for options in ({}, fewer, split):
         with on_twin(Twin(slow), sequences=2, **{"misses": "fetch", **options}) as runtime:
             runtime.trace(tmp_path / "trace")
-            for sequence, cut in enumerate((20, 30)):
-                runtime.sequences[sequence].append(IDS[:cut])
-            pairs = [[id, id + 1] for id in IDS[30:34]]
-            steps = [runtime.append_each(runtime.sequences, pair) for pair in pairs]
-            found.append(torch.stack(steps))
+            found.append(runtime.engine.call(partial(decoded_together, runtime.engine)))
             whole(runtime)
         traces.append((tmp_path / "trace").read_bytes())
     assert torch.equal(*found[:2])

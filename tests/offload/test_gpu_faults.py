@@ -1,28 +1,24 @@
-"""Faults of a GPU, through the twin: memory that is not there, copies that fail, interrupts.  No
-GPU is needed."""
+"""Faults of a GPU, through the twin: memory that is not there, copies that fail.  No GPU is
+needed."""
 
 import gc
 import re
-import threading
 
 import pytest
 import torch
 
 from slotmoe.errors import DeviceError, PlanError
-from slotmoe.offload.tiers import host
 from tests.support.engine import IDS, PROMPT, start, whole
-from tests.support.twin import Twin, slow
+from tests.support.twin import Twin
 
 pytestmark = pytest.mark.usefixtures("always_guessing", "twin")
 
 
-def right(runtime, wanted, exact=True):
+def right(runtime, wanted):
     """The next passes are right and no slot is lost."""
     start(runtime)(IDS[:1])
     whole(runtime)
-    found = runtime.logits(IDS)
-    assert torch.equal(found, wanted[0]) or not exact
-    torch.testing.assert_close(found, wanted[0], rtol=1e-3, atol=1e-3)
+    assert torch.equal(runtime.logits(IDS), wanted[0])
     whole(runtime)
 
 
@@ -130,26 +126,3 @@ def test_a_kernel_that_fails_is_told_as_the_gpus(on_twin):
         del failures[0]
         with pytest.raises(RuntimeError, match=r"^a mistake here$"):
             runtime.logits(IDS)
-
-
-@pytest.mark.parametrize(
-    ("mode", "owner", "name"),
-    [("fetch", Twin, "write"), ("fetch", Twin, "copy"), ("hybrid", host.HostTier, "acquire")],
-)
-def test_interrupted_between_a_slot_and_its_entry(on_twin, wanted, monkeypatch, mode, owner, name):
-    """The table on the GPU is a copy of what the host knows, and the host's of what the CPU
-    computes: a step that changed one of them only is no step's truth."""
-    original, calls = getattr(owner, name), []
-
-    def strike(*arguments):
-        calls.append(threading.current_thread() is threading.main_thread())
-        if calls[-1] and sum(calls) == 15:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    with on_twin(Twin(slow), 40, misses=mode, slots=40, kernels="torch") as runtime:
-        start(runtime)(IDS[:30])
-        monkeypatch.setattr(owner, name, strike)
-        with pytest.raises(KeyboardInterrupt):
-            runtime.logits(IDS)
-        right(runtime, wanted, exact=mode == "fetch")

@@ -29,7 +29,7 @@ from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.shapes import resident_quantization
 from slotmoe.quant.weights import map_tensors
-from tests.support.engine import whole
+from tests.support.engine import start, whole
 from tests.support.families import LONG
 from tests.support.params import nth
 from tests.support.slab import LEVELS, SlabExperts
@@ -288,11 +288,11 @@ def test_the_engine_gives_the_same_bits_for_every_budget_by_graphs_and_without(
         with open_on(small_export, twin, misses="fetch", slots=slots) as runtime, freed(runtime):
             assert runtime.stats()["kernels"] == "triton, interpreted"
             runtime.warm()
-            before, steps = runtime.stats()["cache"]["hits"], []
+            before, steps, step = runtime.stats()["cache"]["hits"], [], start(runtime)
             for id in (5, 900, 17):
-                steps.append(runtime.sequences[0].append([id]).clone())
+                steps.append(step([id]))
                 if id == 5:
-                    runtime.model.experts.on_route(heard.append)
+                    runtime.model.experts.on_layer(heard.append)
             if slots is None:
                 assert runtime.stats()["cache"]["hits"] == before + 3 * uses
                 assert all((route.row, route.hits, route.misses) == (0, uses, 0) for route in heard)

@@ -12,8 +12,9 @@ from torch import Tensor
 from slotmoe.errors import ConfigError, ExportError
 from slotmoe.model.mtp import MtpHead
 from slotmoe.model.names import expert_name
+from slotmoe.offload.engine.mtp_drafts import HeadDrafts
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.mtp_drafts import HeadDrafts
+from slotmoe.offload.observe.forced import begin
 from slotmoe.offload.policy.drafts import Asking, Drafting
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import RESIDENT, layer_file
@@ -21,7 +22,7 @@ from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import write_predictor
 from slotmoe.quant.kernels.cpu.bindings import load
 from tests.support import plain
-from tests.support.engine import IDS, whole
+from tests.support.engine import IDS, decode, whole
 from tests.support.exported import resign
 from tests.support.predictor import random_tensors
 
@@ -55,7 +56,7 @@ def drafting(with_head):
 
 def text_of(runtime, count=40, **options):
     """Ids and log-probabilities."""
-    runtime.sequences[0].rewind(0)
+    begin(runtime)
     tokens = list(runtime.generate(IDS[:12], count, **options))
     return [(token.id, token.logprob) for token in tokens]
 
@@ -129,9 +130,8 @@ def test_kernels_lose_of_the_head_what_they_lose_of_the_network(with_head, draft
                 weights[expert_name(layer, expert, projection)] = weight.contiguous()
     save_file(weights, tmp_path / "weights.safetensors")
     shutil.copy(with_head / "export" / "config.json", tmp_path)
-    drafting.sequences[0].rewind(0)
-    (hidden_TD,) = drafting.sequences[0].run(ids)
-    main = drafting.passes.logits(hidden_TD)
+    (hidden_TD,) = drafting.hidden(ids)
+    main = drafting.engine.passes.logits(hidden_TD)
     head = drafting.model.head.head(drafts_of(drafting).read(ids, hidden_TD[:-1].clone()))
     right = plain.logits(tmp_path, ids), plain.mtp_logits(tmp_path, ids)
     errors = []
@@ -143,8 +143,7 @@ def test_kernels_lose_of_the_head_what_they_lose_of_the_network(with_head, draft
 
 def drafts_of(runtime):
     """An empty cache of the head."""
-    passes = runtime.passes
-    return HeadDrafts(passes.model, passes.compute, Drafting(), 96)
+    return HeadDrafts(runtime.model, runtime.engine.passes.compute, Drafting(), 96)
 
 
 # Drafts
@@ -193,7 +192,6 @@ def test_text_is_bitwise_that_without_drafts(
         assert text_of(runtime, **options) == want
         now = runtime.stats()["drafts"]
         passes, accepted = (now[key] - before[key] for key in ("passes", "accepted"))
-        assert runtime.model.experts.slots.consistent
         assert passes + accepted == 39 and accepted >= 13
         assert slots is None or runtime.stats()["prefetch"]["layer"]["guessed"] > 0
         whole(runtime)
@@ -205,18 +203,16 @@ def test_rows_of_the_head_are_those_of_one_pass_over_the_text(
     """However the text came: a prompt in pieces, tokens one by one, right drafts and wrong ones."""
     answer = [id for id, _ in text_of(plainly, 30)]
     ids, runtime = [*IDS[:12], *answer], drafting
-    before, sequence = runtime.stats()["drafts"]["accepted"], runtime.sequences[0]
+    before, sequence = runtime.stats()["drafts"]["accepted"], runtime.engine.sequences[0]
     monkeypatch.setattr(runtime.model.head, "head", Prompter(monkeypatch, answer))
-    sequence.rewind(0)
-    for start, end in ((0, 5), (5, 6), (6, 12)):
-        sequence.append(ids[start:end])
-    for id in ids[12:]:
-        sequence.append([id])
+    begin(runtime)
+    decode(runtime, ids[:5], [])
+    decode(runtime, ids[:12], ids[12:])
     came, drafts = sequence._head._cache, drafts_of(runtime)
     assert runtime.stats()["drafts"]["accepted"] - before >= 10
     assert came.length >= len(ids) - 3
-    sequence.rewind(0)
-    (hidden_TD,) = sequence.run(ids)
+    begin(runtime)
+    (hidden_TD,) = runtime.hidden(ids)
     drafts.read(ids, hidden_TD[:-1].clone())
     rows_SX = drafts._cache.layers[0]
     assert torch.equal(rows_SX[: came.length], came.layers[0, : came.length])

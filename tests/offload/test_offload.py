@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from slotmoe.errors import ConfigError, PlanError
+from slotmoe.offload.observe.forced import begin
 from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers.slots import Slots
 from slotmoe.sizes import parse_size
-from tests.support.engine import IDS, start, whole
+from tests.support.engine import IDS, decode, start, whole
 
 
 def test_decode_equals_prefill_in_the_quantized_path(sample_export):
@@ -21,8 +21,7 @@ def test_decode_equals_prefill_in_the_quantized_path(sample_export):
     with Runtime.open(sample_export, context=256) as runtime:
         wanted = runtime.logits(IDS)
         missed = runtime.stats()["cache"]["misses"]
-        step = start(runtime)
-        alone = torch.cat([step([id]) for id in IDS])
+        alone = decode(runtime, begin(runtime) + IDS[:1], IDS[1:])
         assert ((alone - wanted).abs() / wanted.abs().clamp(min=1e-3)).median() <= 2e-3
         if runtime.stats()["kernels"] != "torch":  # a row has the same bits alone or among others
             assert torch.equal(alone, wanted)
@@ -42,7 +41,7 @@ def test_a_trace_of_a_long_prompt_is_that_of_one_step(sample_export, tmp_path, m
             with pytest.raises(PlanError):
                 runtime.logits(IDS * 2)
             runtime.logits(IDS)
-            runtime.sequences[0].append([7])
+            start(runtime)([7])
         header, steps = read_trace(tmp_path / "trace")
         assert header["layers"] == list(range(1, 8))
         assert [step.indices.shape for step in steps] == [(60, 7, 6), (1, 7, 6)]
@@ -84,7 +83,7 @@ def test_impossible_requests_are_refused(sample_export, options, message):
         Runtime.open(sample_export, **{"context": 256, **options})
 
 
-def test_prompts_that_do_not_fit_and_generations_that_are_superseded(sample_export):
+def test_prompts_that_do_not_fit(sample_export):
     with Runtime.open(sample_export, context=32) as runtime:
         for ids, kind, message in (
             ([5] * 32, PlanError, "context"),
@@ -94,11 +93,6 @@ def test_prompts_that_do_not_fit_and_generations_that_are_superseded(sample_expo
             with pytest.raises(kind, match=message):
                 runtime.generate(ids)
         assert len(list(runtime.generate([5] * 30, 50))) == 2  # stops where the context ends
-        old = runtime.generate([5, 6], 9)
-        next(old)
-        runtime.generate([5, 6], 9)
-        with pytest.raises(ConfigError, match="superseded"):
-            list(old)
 
 
 # What is cached of a prompt is not fed again
@@ -149,48 +143,24 @@ def test_a_shared_beginning_is_not_fed_again(reusing):
     feeds(IDS, len(IDS))
 
 
-def test_step_interrupted_half_way_is_not_reused(reusing, monkeypatch):
-    """In the fourth MoE layer of a pass: layers before it have overwritten rows that the others
-    still hold."""
+def test_a_pass_that_fails_half_way_is_not_reused(reusing, monkeypatch):
+    """In its fourth MoE layer: layers before it have overwritten rows that the others still
+    hold."""
     runtime, feeds = reusing
     list(runtime.generate(IDS, 20))
     kind, calls = type(runtime.model.network.experts), []
     original = kind.__call__
 
-    def interrupted(*arguments):
+    def failing(*arguments):
         calls.append(1)
         if len(calls) == 4:
-            raise KeyboardInterrupt
+            raise MemoryError
         return original(*arguments)
 
-    monkeypatch.setattr(kind, "__call__", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(kind, "__call__", failing)
+    with pytest.raises(MemoryError):
         list(runtime.generate(OTHER, 1))
     feeds(IDS, 30)
-
-
-def test_exchange_interrupted_half_way_leaves_no_wrong_slot(sample_export, monkeypatch):
-    """Ctrl-C when the cache has let an expert go and the table of slots still names it."""
-    with Runtime.open(sample_export, context=256, slots=200, prefetch=False) as runtime:
-
-        def logits():
-            step = start(runtime)
-            return torch.cat([step([token]) for token in range(50, 150)])
-
-        want, original, calls = logits(), Slots._set_slot, 0
-        assert runtime.stats()["cache"]["evictions"] > 0
-
-        def interrupted(*arguments):
-            nonlocal calls
-            calls += 1
-            if calls == 20:
-                raise KeyboardInterrupt
-            original(*arguments)
-
-        monkeypatch.setattr(Slots, "_set_slot", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            logits()
-        assert torch.equal(logits(), want)
 
 
 # Memory
@@ -230,7 +200,7 @@ def test_peak_memory_stays_inside_the_budget(sample_export):
 @pytest.fixture
 def reading_ahead(monkeypatch):
     """As if records were worth reading ahead."""
-    for module in ("loading", "tiers.disk"):
+    for module in ("engine.loading", "tiers.disk"):
         monkeypatch.setattr(f"slotmoe.offload.{module}.HELP_BYTES", 0)
 
 
@@ -263,16 +233,16 @@ def test_a_long_prompt_may_end_at_any_gate(sample_export, monkeypatch, reading_a
         for last in range(0, 4 * layers, 5):
             gates = iter([None] * last)
 
-            def interrupt(route, gates=gates):
+            def fail(route, gates=gates):
                 if next(gates, route) is route:
-                    raise KeyboardInterrupt
+                    raise MemoryError
 
-            stop = runtime.model.experts.on_route(interrupt)
-            with pytest.raises(KeyboardInterrupt):
+            stop = runtime.model.experts.on_layer(fail)
+            with pytest.raises(MemoryError):
                 runtime.logits(IDS)
             stop()
             whole(runtime)
-            assert runtime.sequences[0].length == 0
+            assert runtime.engine.sequences[0].length == 0
             assert torch.equal(runtime.logits(IDS), wanted)
 
 

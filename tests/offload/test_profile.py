@@ -15,10 +15,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from slotmoe.model.network import Network
+from slotmoe.offload.engine import requests
 from slotmoe.offload.observe import memory_sampler as memory
 from slotmoe.offload.observe import profiler
+from slotmoe.offload.observe.forced import begin
 from slotmoe.offload.observe.memory_sampler import MemorySampler
 from slotmoe.offload.observe.profiler import Profiler, attach
 from slotmoe.offload.observe.trace import read_trace
@@ -27,7 +29,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.profile.report import CHARTS, compared, write_report
 from slotmoe.tools.profile.verdict import verdict
 from tests.support.browser import Tab
-from tests.support.engine import start
+from tests.support.engine import decode
 
 ROOT = Path(__file__).parents[2]
 TEXT = (
@@ -119,15 +121,15 @@ def test_parts_add_up_to_the_time_of_the_run(reported):
 def test_all_time_belongs_to_a_stage(monkeypatch):
     clock, spent = [5.0], {"gate": 1.0, "experts": 2.0, "rest": 4.0, "sampling": 8.0}
     monkeypatch.setattr(profiler, "perf_counter", lambda: clock[0])
-    watched = Profiler(1, 4, 5.0, None)
+    watched = Profiler(1, 4, 5.0, dict, None)
     for _ in range(2):
-        watched.begin({})
+        watched.begin()
         for stage, seconds in spent.items():
             clock[0] += seconds
             if stage in ("gate", "experts"):
                 watched.mark(stage)
             elif stage == "rest":
-                watched.end("decode", 1, {})
+                watched.end("decode", 1)
     watched.between_steps()
     steps = [(step.began, step.seconds) for step in watched.passes]
     assert steps == [(0.0, spent), (15.0, spent)]
@@ -172,12 +174,11 @@ def test_watching_changes_no_logits_and_ends(sample_export):
         plain = runtime.logits(ids)
         profiler, detach = attach(runtime)
         assert isinstance(profiler, Profiler)
-        step = start(runtime)
-        watched = [step(ids[:20])] + [step([one]) for one in ids[20:]]
-        assert all(bool((one[0] == plain[19 + number]).all()) for number, one in enumerate(watched))
+        begin(runtime)
+        assert torch.equal(decode(runtime, ids[:20], ids[20:]), plain[19:])
         assert len(profiler.passes) == 21
         detach()
-        step([5])
+        decode(runtime, ids, [5])
         assert len(profiler.passes) == 21
 
 
@@ -246,15 +247,15 @@ def test_report_in_chromium(reported, browser):
 def test_stopped_run_writes_what_it_has_and_says_so(
     stop, after, profile, monkeypatch, tmp_path, no_charts
 ):
-    original, calls = Network.forward, []
+    original, calls = requests.wait_for, []
 
-    def forward(self, *arguments, **options):
+    def wait_for(*arguments):
         calls.append(1)
         if len(calls) == after + 1:
             raise stop
-        return original(self, *arguments, **options)
+        return original(*arguments)
 
-    monkeypatch.setattr(Network, "forward", forward)
+    monkeypatch.setattr(requests, "wait_for", wait_for)
     code, out, err = profile(TEXT, "-n", "20", "--json")
     assert (code, out) == (130 if stop is KeyboardInterrupt else 143, "")
     assert f"stopped after {after} of 20 tokens" in err
@@ -262,7 +263,7 @@ def test_stopped_run_writes_what_it_has_and_says_so(
     assert "Traceback" not in err
     report = json.loads((tmp_path / "out" / "profile.json").read_text())
     assert report["complete"] is False
-    assert report["workload"]["new_tokens"] == len(report["steps"]) == after
+    assert report["workload"]["new_tokens"] == after <= len(report["steps"])
     assert "was stopped" in " ".join(page(tmp_path / "out").words)
 
 

@@ -16,7 +16,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.calibrate import swap_prices
 from slotmoe.quant.export.layout import SWAP_PRICES
 from slotmoe.quant.export.writer import write_predictor
-from tests.support.engine import IDS
+from tests.support.engine import IDS, decode
 from tests.support.predictor import random_tensors
 from tests.support.tiny import CONFIG, write_checkpoint
 
@@ -68,9 +68,9 @@ def decoded(export, count=40, **options):
     """Logits of ids decoded one by one, the choices of all gates, and stats."""
     choices = []
     with Runtime.open(export, context=128, threads=1, **options) as runtime:
-        runtime.model.experts.on_route(lambda route: choices.append((route.row, route.indices)))
-        rows = [runtime.sequences[0].append([id])[0].clone() for id in IDS[:count]]
-        return torch.stack(rows), choices, runtime.stats()
+        runtime.model.experts.on_layer(lambda route: choices.append((route.row, route.indices)))
+        rows_RV = decode(runtime, IDS[:1], IDS[1:count])
+        return rows_RV, choices, runtime.stats()
 
 
 def test_swaps_change_the_text_and_save_reads_within_the_groups(export):
@@ -112,8 +112,7 @@ def test_weights_are_the_gates_own_after_a_swap(export):
             return result
 
         check.chooser, experts.substitution = original.chooser, check
-        for id in IDS[:20]:
-            runtime.sequences[0].append([id])
+        decode(runtime, IDS[:1], IDS[1:20])
     assert swapped
 
 

@@ -5,17 +5,19 @@ import errno
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 
 from slotmoe.errors import ConfigError, PlanError
+from slotmoe.model.generate import Answer, Sampling
+from slotmoe.offload.observe.forced import begin
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.sequence import shared_prefix
 from slotmoe.offload.sessions import blocks as blocks_module
-from slotmoe.offload.sessions.blocks import BLOCK_TOKENS, BlockFolder, chain
+from slotmoe.offload.sessions.blocks import BLOCK_TOKENS, BlockFolder, chain, shared_prefix
 from slotmoe.offload.sessions.names import NamedSession, Saved, listing, remove
-from tests.support.engine import IDS
+from tests.support.engine import IDS, ask, decode
 from tests.support.tiny import SAMPLE
 from tests.support.twin import Twin
 
@@ -33,29 +35,27 @@ def keeping(runtime, folder):
     """Let ``runtime`` keep its texts in ``folder``, with none in memory; what it says."""
     said = []
     runtime.keep_in(folder, notify=said.append)
-    runtime.sequences[0].rewind(0)
+    begin(runtime)
     return said
 
 
 def computed(runtime, ids):
-    """Logits after ``ids``, all computed anew."""
-    runtime.sequences[0].rewind(0)
-    return runtime.sequences[0].append(ids)
+    """Logits after ``ids``, all computed anew, and kept nowhere."""
+    return runtime.logits(ids)[-1:]
 
 
 def kept(runtime, folder, ids):
     """Compute and keep a text: the logits after its last token."""
-    said, logits = keeping(runtime, folder), computed(runtime, ids)
-    runtime.keep()
+    said, logits = keeping(runtime, folder), decode(runtime, ids, [])
     assert not said
     return logits
 
 
 def restored(runtime, ids):
     """How many tokens of ``ids`` were on disk, and the logits after the last one."""
-    sequence = runtime.sequences[0]
-    count = runtime.sessions.restore(sequence, ids[:-1])
-    return count, sequence.append(ids[count:])
+    before = runtime.engine.totals.reused_tokens
+    logits = decode(runtime, ids, [])
+    return runtime.engine.totals.reused_tokens - before, logits
 
 
 def files(folder):
@@ -84,40 +84,37 @@ def copy(store, tmp_path):
 # The same bits
 
 
-def test_reopened_logits_are_bitwise_those_of_computing_anew(runtime, sample_export, store):
+def test_reopened_logits_are_bitwise_those_of_computing_anew(runtime, sample_export, store, copy):
     """Also where the context has less room than when they were kept."""
-    folder, wanted = store
     with Runtime.open(sample_export, context=201, slots=60, threads=1) as reopened:
-        said = keeping(reopened, folder)
+        said = keeping(reopened, copy)
         count, logits = restored(reopened, TEXT)
         assert (count, said) == (199, [])
-        assert torch.equal(logits, wanted)
-        after = reopened.sequences[0].append([5])
+        assert torch.equal(logits, store[1])
+        after = decode(reopened, [*TEXT, 5], [])
         with pytest.raises(PlanError, match="the context holds 201"):
             reopened.generate([*TEXT, *TEXT], 4)
         assert reopened.stats()["sessions"]["restored_tokens"] == 199
-        assert reopened.stats()["tokens"]["prefill_tokens"] == 0
-    computed(runtime, TEXT)
-    assert torch.equal(after, runtime.sequences[0].append([5]))
+        assert reopened.stats()["tokens"]["prefill_tokens"] == 2
+    assert torch.equal(after, computed(runtime, [*TEXT, 5]))
 
 
 def test_a_gpus_latents_come_back(on_twin, tmp_path):
     def logits():
         with on_twin(Twin()) as runtime:
             runtime.keep_in(tmp_path)
-            count = runtime.sessions.restore(runtime.sequences[0], IDS[:-1])
-            row = runtime.sequences[0].append(IDS[count:])
-            runtime.keep()
-            return count, runtime.sequences[0].latents(0, len(IDS) - 1), row
+            count, _ = restored(runtime, IDS)
+            first = runtime.engine.sequences[0]
+            return count, runtime.engine.call(lambda: first.latents(0, len(IDS) - 1))
 
-    (none, first, _), (count, again, _) = logits(), logits()
+    (none, first), (count, again) = logits(), logits()
     assert (none, count) == (0, len(IDS) - 1)
     assert torch.equal(first, again)
 
 
-def test_a_prompt_that_differs_reuses_what_comes_before(runtime, store):
+def test_a_prompt_that_differs_reuses_what_comes_before(runtime, copy):
     for same in (1, 63, 64, 100, 130, 199):
-        ids, said = [*TEXT[:same], 3, *TEXT[same:150]], keeping(runtime, store[0])
+        ids, said = [*TEXT[:same], 3, *TEXT[same:150]], keeping(runtime, copy)
         count, logits = restored(runtime, ids)
         assert (count, said) == (same, [])
         assert torch.equal(logits, computed(runtime, ids))
@@ -151,10 +148,13 @@ def test_only_this_user_can_read_it(store):
 
 def test_long_answers_are_kept_as_they_grow(runtime, tmp_path):
     keeping(runtime, tmp_path)
-    tokens = runtime.generate(TEXT[:60], 100)
-    for _ in range(80):
-        next(tokens)
-    assert [path.name.split("-")[2] for path in files(tmp_path)] == ["64", "64"]
+    answer, sizes = Answer(TEXT[:60], runtime.tokenizer, (), Sampling(), 80), []
+
+    def note(_):
+        sizes.append([path.name.split("-")[2] for path in files(tmp_path)])
+
+    ask(runtime, TEXT[:60], answer, note)
+    assert sizes[-2:] == [["64", "64"], ["64", "64", "11"]]
 
 
 # Of whom it is
@@ -165,7 +165,9 @@ def test_owners_models_and_versions_do_not_share(runtime, sample_export, store, 
 
     def count(runtime, owner=""):
         said = keeping(runtime, store[0])
-        found = runtime.sessions.restore(runtime.sequences[0], TEXT[:-1], owner)
+        engine = runtime.engine
+        restore = partial(engine.sessions.restore, engine.sequences[0], TEXT[:-1], owner)
+        found = engine.call(restore)
         assert not said
         return found
 
@@ -229,7 +231,6 @@ def test_a_damaged_block_is_a_miss_with_one_line(runtime, store, copy, damage):
     assert count == 64
     (line,) = said
     assert path.name in line and "\n" not in line and "anew" in line
-    runtime.keep()
     if path.is_dir() or path.is_symlink():  # not ours to remove
         return
     said = keeping(runtime, copy)

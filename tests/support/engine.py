@@ -1,9 +1,12 @@
 """Runtimes under test: step by step, and whether their slots are whole."""
 
 import time
+from queue import SimpleQueue
 
 import torch
 
+from slotmoe.offload.engine.requests import Request, wait_for
+from slotmoe.offload.observe.forced import begin, force
 from slotmoe.offload.tiers.host import HostTier
 
 PROMPT = "My fellow citizens of the Senate and House of Representatives,"
@@ -34,10 +37,37 @@ def until(condition, seconds=30.0):
 
 
 def start(runtime, depth=0):
-    """Begin a new sequence, with ``depth`` unknown tokens, and return its ``step(ids)``."""
-    sequence = runtime.sequences[0]
-    sequence.fill(depth)
-    return sequence.append
+    """Begin a new text, behind ``depth`` unknown tokens, and return its ``step(ids)``, which reads
+    ``ids`` and gives the last one's logits."""
+    text = begin(runtime, depth)
+
+    def step(ids):
+        text.extend(ids)
+        return force(runtime, [*text], keeps=True).logits[0][None]
+
+    return step
+
+
+def decode(runtime, prompt, ids):
+    """Logits behind ``prompt``, of which what a sequence holds is not computed again, and behind
+    each of ``ids``, decoded one by one."""
+    return torch.stack(force(runtime, prompt, ids, keeps=True).logits)
+
+
+def ask(runtime, ids, answer, at=lambda request: None):
+    """The deltas of an answer to ``ids``; ``at(request)`` is called with each, in the engine's
+    thread."""
+    queue, deltas = SimpleQueue(), []
+
+    def emit(delta):
+        at(request)
+        queue.put(delta)
+
+    request = Request(ids, answer, emit)
+    runtime.engine.submit(request)
+    while not deltas or deltas[-1].finish is None:
+        deltas.append(wait_for(queue, request.alive))
+    return deltas
 
 
 def held(table):

@@ -6,7 +6,6 @@ from slotmoe.model.config import parse_config
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import role_of
 from slotmoe.model.network import Network
-from slotmoe.offload.exclusive import Exclusive
 from slotmoe.offload.resident_experts import ResidentExperts
 from slotmoe.quant import int8
 from slotmoe.quant.backends.base import TorchBackend, new
@@ -52,7 +51,7 @@ def network_of(raw, resident, ops):
 def reference_network(config, weights):
     """The network of the reference path on float32 ``weights``."""
     layers, count, ops = config.moe_layers, config.n_routed_experts, TorchBackend()
-    return Network(config, weights, ops, ResidentExperts(weights, layers, count, ops, Exclusive()))
+    return Network(config, weights, ops, ResidentExperts(weights, layers, count, ops))
 
 
 def reference_cache(config, context, dtype=torch.float32):

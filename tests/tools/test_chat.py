@@ -85,7 +85,6 @@ def test_only_what_is_new_is_read(talking):
     said(chat.answer("My fellow citizens, what is the state of the Union?"))
     # The first message and its answer, all but the token that was made last.
     held, before = chat.sent[0] + chat.generated[0][:-1], fed(chat.runtime)
-    assert chat.runtime.sequences[0].length == len(held)
     said(chat.answer("And of the treasury?"))
     prompt = chat.sent[1]
     assert prompt[: len(held)] == held
@@ -101,7 +100,7 @@ def test_regenerate_reads_nothing_and_gives_another_answer(talking):
     read, made = fed(chat.runtime)
     second = said(chat.regenerate())
     # The prompt's last token, and 23 of the answer's.
-    assert fed(chat.runtime) == (read, made + 24)
+    assert fed(chat.runtime) == (read + 1, made + 23)
     assert chat.exchanges == [Exchange("What news?", second)]
     assert second != first
 
@@ -148,12 +147,12 @@ def test_message_beyond_the_context_is_refused_and_changes_nothing(talking):
 def test_answer_that_reaches_an_end_says_which(talking, monkeypatch):
     chat = talking(max_new_tokens=1000)
     said(chat.answer("Tell me of the kings of England, and of their wars with France, at length."))
-    length, context = chat.runtime.sequences[0].length, chat.runtime.context
-    assert length + 1 == context, "the model ended by itself; choose another message"
+    length = len(chat.sent[0]) + len(chat.generated[0])
+    assert length == chat.runtime.context, "the model ended by itself; choose another message"
     assert "stopped because the context is full" in chat.told[0]
     said(talking(max_new_tokens=3).answer("Hello"))
     assert "stopped after 3 tokens" in chat.told[1]
-    monkeypatch.setattr(Runtime, "generate", lambda *_: iter([]))
+    monkeypatch.setattr(Runtime, "generate", lambda *_: (token for token in ()))
     assert said(talking().answer("Hello")) == ""
     assert chat.told[2:] == ["the model gave an empty answer"]
 

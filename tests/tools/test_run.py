@@ -116,7 +116,7 @@ def test_the_prompt_of_a_file(export, run, tmp_path):
 NO_PROMPTS = [
     ([{"role": "user", "content": "Hi"}], r"holds a dict.*tokenizer\.chat\(messages\)"),
     (["Hi"], "holds a str, expected text or token ids"),
-    (None, "is a NoneType, expected text or token ids"),
+    (None, "give a prompt or messages"),
     ([], "the prompt is empty"),
 ]
 
@@ -146,11 +146,11 @@ def test_control_codes_of_the_model_reach_no_terminal(monkeypatch, capsys):
     tokens = [SimpleNamespace(text=text, id=1, logprob=0.0, finish=None) for text in "a\x1b[2J\n"]
 
     def printed(on_terminal):
-        made = SimpleNamespace(generate=lambda ids, **_: iter(tokens), model=None)
+        made = SimpleNamespace(generate=lambda ids, **_: (token for token in tokens))
         made.tokenizer = SimpleNamespace(encode=lambda text: [1])
         made.check_length = lambda count: None
         monkeypatch.setattr(command, "is_terminal", lambda stream: on_terminal)
-        monkeypatch.setattr(command, "Reading", lambda *_: SimpleNamespace(begin=id, end=int))
+        monkeypatch.setattr(command, "wait_reading", lambda *_: None)
         command.Continuation(made, "x\x07", {"chat": False}, quiet=False).run()
         return capsys.readouterr().out
 

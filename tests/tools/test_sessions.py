@@ -52,6 +52,12 @@ def chat(slotmoe, processes, sample_export, folder, monkeypatch):
     return call
 
 
+def restored(runtime, ids):
+    """How many of ``ids`` are on disk."""
+    engine = runtime.engine
+    return engine.call(lambda: engine.sessions.restore(engine.sequences[0], ids))
+
+
 # run
 
 
@@ -102,12 +108,11 @@ def test_an_interrupted_answer_is_kept(sample_export, folder):
         answer = conversation.answer(TEXT)
         text = next(answer) + next(answer)
         answer.close()
-        length = runtime.sequences[0].length
     with NamedSession(folder, "x") as session, Runtime.open(sample_export) as runtime:
         assert session.saved.messages[-1] == {"role": "assistant", "content": text}
-        assert len(session.saved.tokens) == length
-        runtime.keep_in(folder)
-        assert runtime.sessions.restore(runtime.sequences[0], session.saved.tokens) == length
+        assert text in runtime.tokenizer.decode(session.saved.tokens)
+        runtime.keep_in(folder)  # what came after the last token was shown may not be there
+        assert restored(runtime, session.saved.tokens) >= len(session.saved.tokens) - 1
 
 
 def test_sessions_are_listed_and_deleted(chat, run, slotmoe, folder):
@@ -221,4 +226,4 @@ def test_a_server_that_is_stopped_keeps_what_it_has_read(sample_export, folder):
     with Runtime.open(sample_export, ram="2GiB") as runtime:
         ids = runtime.tokenizer.encode(TEXT)
         runtime.keep_in(folder)
-        assert runtime.sessions.restore(runtime.sequences[0], ids) == len(ids)
+        assert restored(runtime, ids) == len(ids)
