@@ -84,23 +84,15 @@ SCHEMA = {
 }
 
 
-def chat(body):
-    return body.options(4096), body.tool_policy()
-
-
 # A good body, its class, and what is done with it: it becomes options and a conversation.
 REQUESTS = {
-    "chat": (CHAT, ChatRequest, chat),
+    "chat": (CHAT, ChatRequest, lambda body: (body.options(4096), body.chat())),
     "responses": (
         RESPONSES,
         response_items.ResponsesRequest,
-        lambda body: chat(body.chat(body.items())),
+        lambda body: (body.options(), body.chat(body.items())),
     ),
-    "messages": (
-        MESSAGES,
-        anthropic.MessagesRequest,
-        lambda body: chat(body.chat(**body.options())),
-    ),
+    "messages": (MESSAGES, anthropic.MessagesRequest, lambda body: (body.options(), body.chat())),
     "completions": (
         COMPLETIONS,
         completions.CompletionRequest,

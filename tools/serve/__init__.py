@@ -9,7 +9,8 @@ import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,6 +27,12 @@ from slotmoe.tools.options import (
     runtime_options,
     say,
 )
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from slotmoe.offload.runtime import Runtime
+    from slotmoe.offload.scheduler import Scheduler
 
 _LIBRARIES = ("fastapi", "pydantic", "uvicorn", "prometheus_client", "llguidance")
 _GRACE_SECONDS = 3  # for answers to be delivered once the server has to end
@@ -99,8 +106,7 @@ def command(model: str, host: str, port: int, name: str | None, **options: Any) 
         if folder is not None:
             runtime.keep_in(folder, limit, say)
         name = name or (Path(model).resolve().name if Path(model).exists() else model)
-        is_logged = not options["no_log"]
-        edge: Any = keys, hosts, max_body, is_logged, origins
+        edge = keys, hosts, max_body, not options["no_log"], origins
         server, batch = make_server(runtime, name, sequences, queue, *edge)
         address, port = listener.getsockname()[:2]
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
@@ -116,7 +122,7 @@ def command(model: str, host: str, port: int, name: str | None, **options: Any) 
 
 
 def make_server(
-    runtime: Any,
+    runtime: "Runtime",
     name: str,
     sequences: int,
     queue: int,
@@ -125,14 +131,13 @@ def make_server(
     max_body: int = 4 << 20,
     is_logged: bool = False,
     origins: Iterable[str] = (),
-) -> tuple[Any, Any]:
+) -> tuple["uvicorn.Server", "Scheduler"]:
     """A uvicorn server, to ``run`` on a socket, and its ``Scheduler``; ``max_body`` is in bytes.
     If it ``is_logged``, each request is a line on stderr."""
     import uvicorn
 
     from slotmoe.offload.scheduler import Scheduler
     from slotmoe.tools.serve.app import make_app
-    from slotmoe.tools.serve.bodies import Bodies
     from slotmoe.tools.serve.guard import Connection, Guard
     from slotmoe.tools.serve.log import Log
     from slotmoe.tools.serve.service import Service
@@ -140,7 +145,7 @@ def make_server(
     class Server(uvicorn.Server):
         """Lets running answers end with a reason when it gets a signal to end."""
 
-        def handle_exit(self, sig: int, frame: Any) -> None:
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             batch.stop()
             super().handle_exit(sig, frame)
 
@@ -155,7 +160,7 @@ def make_server(
 
     batch = Scheduler(runtime, sequences, queue, ended)
     app = make_app(Service(runtime, batch, name), bool(keys))
-    guarded = Guard(Bodies(app), keys, hosts, max_body, origins)
+    guarded = Guard(app, keys, hosts, max_body, origins)
     settings = uvicorn.Config(
         Log(guarded, is_logged, runtime.model.options.altered),
         http=Connection,
@@ -232,8 +237,8 @@ def _listen(host: str, port: int, has_keys: bool) -> socket.socket:
     """A socket that listens there, before anything large is loaded.  Raises ``ConfigError``, also
     where others could connect and nothing asks for a key."""
     try:
-        kind: Any = {"type": socket.SOCK_STREAM, "flags": socket.AI_PASSIVE}
-        family, _, _, _, address = socket.getaddrinfo(host, port, **kind)[0]
+        kind = 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE
+        family, _, _, _, address = socket.getaddrinfo(host, port, *kind)[0]
         if not has_keys and not ipaddress.ip_address(address[0]).is_loopback:
             advice = "give --api-key, --api-key-file or $SLOTMOE_API_KEY"
             raise ConfigError(f"--host {host}: others could use this server; {advice}")

@@ -1,6 +1,7 @@
 """Requests of ``/v1/completions``, checked field by field."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 from pydantic import Field, Tag
 
@@ -18,7 +19,7 @@ from slotmoe.tools.serve.requests import (
 )
 
 
-def _prompt_kind(value: Any) -> str | None:
+def _prompt_kind(value: object) -> str | None:
     if not isinstance(value, list):
         return "text" if isinstance(value, str) else None
     first = value[0] if value else None
@@ -55,7 +56,8 @@ class CompletionRequest(OpenAIRequest):
         limit = 16 if self.max_tokens is None else self.max_tokens
         return self.options_with(vocabulary, limit, self.logprobs)
 
-    def prompts(self) -> list[Any]:
-        """The prompts, as texts or as lists of token ids."""
-        is_single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return [self.prompt] if is_single else [*self.prompt]
+    def prompts(self) -> Sequence[str | list[int]]:
+        """Texts or lists of token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt

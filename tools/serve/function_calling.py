@@ -2,7 +2,8 @@
 
 import json
 import re
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import TypeAlias
 
 from slotmoe.jsonfile import Json
 from slotmoe.model.tokenizer import Tokenizer
@@ -65,7 +66,7 @@ class Dialect:
         goes_on = self.is_native and not self.format.structured and bool(turns[-1][1])
         return self._tokenizer.chat(written, tools, begun=continues or goes_on, thinking=thinking)
 
-    def _describe(self, functions: list[Function], written: list[Json]) -> None:
+    def _describe(self, functions: Sequence[Function], written: list[Json]) -> None:
         """Describe the functions at the end of the system message of ``written``."""
         system = "You are a helpful Assistant." if self.is_native else ""
         if written[0]["role"] == "system":
@@ -78,7 +79,7 @@ class Dialect:
         """For a template that writes calls, results and reasoning itself."""
         written, count = list[Json](), 0
         for message, results in turns:
-            about: dict[str, Any] = {"role": message.role, "content": message.text}
+            about: Json = {"role": message.role, "content": message.text}
             if message.reasoning:
                 about["reasoning_content"] = message.reasoning
             ids, calls = list[str](), list[Json]()
@@ -158,7 +159,7 @@ def _in_order(calls: list[ToolCall], results: list[ToolMessage]) -> list[ToolMes
     return sorted(results, key=lambda result: ids.index(result.tool_call_id))
 
 
-def _parsed(arguments: str) -> Any:
+def _parsed(arguments: str) -> Json:
     """Of a call in a history, for a template that goes through them."""
     try:
         parsed = json.loads(arguments)

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -34,10 +33,15 @@ _SPACING = {"whitespace_flexible": False, "key_separator": ": ?", "item_separato
 
 
 class Mask:
-    """``slotmoe.model.generate.Grammar`` of one answer; V is the size of the tokenizer."""
+    """``slotmoe.model.generate.Grammar`` of one answer; V is the size of the tokenizer.
+    ``relaxed`` names the keywords of schemas that the answer need not follow."""
 
-    def __init__(self, matcher: LLMatcher, size: int):
-        self._matcher, self._size = matcher, size
+    def __init__(self, matcher: LLMatcher, size: int, relaxed: list[str]):
+        self._matcher, self._size, self.relaxed = matcher, size, relaxed
+
+    def mask(self) -> "Mask":
+        """The same for another answer, from its beginning, if this one has not begun."""
+        return Mask(self._matcher.deep_copy(), self._size, self.relaxed)
 
     def allowed(self) -> Tensor:
         """bool [V].  Raises ``ConfigError``."""
@@ -76,19 +80,6 @@ class Longer:
         return self._mask is not None and self._mask.consume(chosen)
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """What an answer has to follow; ``relaxed`` names the keywords of schemas that it need not."""
-
-    matcher: LLMatcher
-    size: int
-    relaxed: list[str]
-
-    def mask(self) -> Mask:
-        """Of one answer."""
-        return Mask(self.matcher.deep_copy(), self.size)
-
-
 class Grammars:
     """Makes grammars for one model."""
 
@@ -102,7 +93,7 @@ class Grammars:
 
     def compile(
         self, schema: Schema | None, policy: ToolPolicy | None, is_thinking: bool = False
-    ) -> Compiled | None:
+    ) -> Mask | None:
         """What an answer has to follow that follows ``schema``, or calls functions, after its
         reasoning; None where the answer is free.  ``is_thinking`` where the prompt has begun the
         reasoning.  Raises ``RefusedError``."""
@@ -120,7 +111,7 @@ class Grammars:
         if matcher.is_error():
             reason = matcher.get_error()[:200]
             raise RefusedError(f"the schemas can't be followed together ({reason})")
-        return Compiled(matcher, self._source.size, dropped)
+        return Mask(matcher, self._source.size, dropped)
 
     def _reasoning(self, is_thinking: bool) -> str:
         """The rule of the whole answer, and those of the reasoning before the answer proper."""

@@ -6,10 +6,13 @@ import re
 import sys
 import time
 import uuid
-from typing import Any
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+if TYPE_CHECKING:
+    from slotmoe.tools.serve.answers import Answers
 
 _CLIENTS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _POLLED = ("/health", "/metrics", "/stats")  # asked for every few seconds, mostly by programs
@@ -66,7 +69,7 @@ def _header(relaxed: list[str]) -> str:
     return text if len(text) <= _MAX_HEADER else f"{text[: _MAX_HEADER - 3]}..."
 
 
-def _line(scope: Scope, status: int, seconds: float, answers: Any) -> str:
+def _line(scope: Scope, status: int, seconds: float, answers: "Answers | None") -> str:
     """Like ``2026-01-31 12:00:00 POST /v1/completions 200 in 3.2 s, 12 + 37 tokens, first after 0.8
     s, stop``."""
     path = ascii(scope["path"][:100])[1:-1]
@@ -75,7 +78,7 @@ def _line(scope: Scope, status: int, seconds: float, answers: Any) -> str:
     if answers is None:
         return line
     usage = answers.usage()
-    line += f", {usage['prompt_tokens']} + {usage['completion_tokens']} tokens"
+    line += f", {usage.prompt} + {usage.answer} tokens"
     first = [job.first - job.submitted for job in answers.jobs if job.first]
     line += f", first after {min(first):.2f} s" if first else ", none before it ended"
     return f"{line}, {' '.join(answers.finishes) or 'client left'}"

@@ -4,8 +4,6 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from functools import partial
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
@@ -14,61 +12,62 @@ from slotmoe import __version__
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Token
 from slotmoe.tools.serve.answers import (
+    STREAMED,
     Answers,
     EventStream,
     Update,
     chat_answers,
-    check_length,
-    encode,
     event,
     spelled,
-    vocabulary,
 )
 from slotmoe.tools.serve.completions import CompletionRequest
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.reader import ContentDelta, joined
 from slotmoe.tools.serve.requests import MAX_ANSWERS, ChatRequest, OpenAIRequest, StreamOptions
-from slotmoe.tools.serve.service import Service
+from slotmoe.tools.serve.service import Serving
 
 router = APIRouter()
 
 
 @router.get("/v1/models")
-async def models(request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [request.app.state.service.described()]})
+async def models(service: Serving) -> Response:
+    return JSONResponse({"object": "list", "data": [service.described()]})
 
 
 @router.get("/v1/models/{name:path}")
-async def model(name: str, request: Request) -> Response:
-    request.app.state.service.check_model(name)
-    return JSONResponse(request.app.state.service.described())
+async def model(name: str, service: Serving) -> Response:
+    service.check_model(name)
+    return JSONResponse(service.described())
 
 
-@router.post("/v1/chat/completions", responses=EventStream.responses)
-async def chat_completions(body: ChatRequest, request: Request) -> Response:
-    answers = await chat_answers(request, body)
+@router.post("/v1/chat/completions", responses=STREAMED)
+async def chat_completions(body: ChatRequest, request: Request, service: Serving) -> Response:
+    service.check_model(body.model)
+    options = body.options(service.vocabulary)
+    answers = await chat_answers(service, request, body.chat(), options)
     return await _respond(body, answers, ChatChoices(answers))
 
 
-@router.post("/v1/completions", responses=EventStream.responses)
-async def completions(body: CompletionRequest, request: Request) -> Response:
-    service: Service = request.app.state.service
+@router.post("/v1/completions", responses=STREAMED)
+async def completions(body: CompletionRequest, request: Request, service: Serving) -> Response:
     service.check_model(body.model)
-    options, given = body.options(vocabulary(service)), body.prompts()
+    options, given = body.options(service.vocabulary), body.prompts()
     if len(given) * options.choices > MAX_ANSWERS:
         problem = f"prompts times n is more than {MAX_ANSWERS} answers in one request"
         raise RefusedError(problem, "n")
     tokenizer, prompts, echoes = service.tokenizer, list[list[int]](), list[str]()
-    encoded: Any = partial(encode, service)
-    if body.suffix is not None:
-        check_length(service, len(given[0]) + len(body.suffix))
-        encoded = partial(tokenizer.encode_gap, after=body.suffix)
     for prompt in given:
-        is_text = isinstance(prompt, str)
-        prompts.append(await asyncio.to_thread(encoded, prompt) if is_text else prompt)
+        if not isinstance(prompt, str):
+            prompts.append(prompt)
+        elif body.suffix is None:
+            prompts.append(await asyncio.to_thread(service.encode, prompt))
+        else:
+            service.check_length(len(prompt) + len(body.suffix))
+            prompts.append(await asyncio.to_thread(tokenizer.encode_gap, prompt, body.suffix))
         if body.echo:
-            echoes += [prompt if is_text else tokenizer.decode(prompt)] * options.choices
-    answers = Answers(request, prompts, options, echoes=echoes)
+            text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+            echoes += [text] * options.choices
+    answers = Answers(service, request, prompts, options, echoes)
     return await _respond(body, answers, TextChoices(answers))
 
 
@@ -84,7 +83,7 @@ async def _respond(
 
         def chunk_of(choice: Json) -> str:
             if options.include_usage:
-                chunk["usage"] = answers.usage_so_far() if options.continuous_usage_stats else None
+                chunk["usage"] = _usage(answers, True) if options.continuous_usage_stats else None
             return event({**chunk, "choices": [choice]})
 
         for choice in choices.first:
@@ -93,14 +92,14 @@ async def _respond(
             for choice in choices.chunks(update):
                 yield chunk_of(choice)
         if options.include_usage:
-            yield event({**chunk, "choices": [], "usage": answers.usage()})
+            yield event({**chunk, "choices": [], "usage": _usage(answers)})
         yield "data: [DONE]\n\n"
 
     if body.stream:
         return EventStream(events(), answers)
     wholes = [choices.whole(update) for update in await answers.whole()]
     content = {**about, "object": choices.kind, "choices": wholes}
-    return JSONResponse({**content, "usage": answers.usage()})
+    return JSONResponse({**content, "usage": _usage(answers)})
 
 
 class ChatChoices:
@@ -177,13 +176,22 @@ class TextChoices:
 
     def _name(self, id_: int) -> str:
         """A token as this route writes it."""
-        content = self._answers.token_bytes(id_)
+        content = self._answers.service.tokenizer.token_bytes(id_)
         text = spelled(content)
         return text if text.encode() == content else f"bytes:{text}"
 
 
+def _usage(answers: Answers, so_far: bool = False) -> Json:
+    usage = answers.usage(so_far)
+    counts: Json = {"prompt_tokens": usage.prompt, "completion_tokens": usage.answer}
+    counts["total_tokens"] = usage.prompt + usage.answer
+    if usage.reasoning is not None:
+        counts["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning}
+    return {**counts, "prompt_tokens_details": {"cached_tokens": usage.cached}}
+
+
 def _choice(
-    index: int, name: str, content: Any, logprobs: Json | None = None, finish: str | None = None
+    index: int, name: str, content: object, logprobs: Json | None = None, finish: str | None = None
 ) -> Json:
     return {"index": index, name: content, "logprobs": logprobs, "finish_reason": finish}
 

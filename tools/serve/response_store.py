@@ -56,9 +56,6 @@ class ResponseStore:
 
     def item(self, owner: str, id_: str) -> Json | None:
         """An item that one of the owner's responses consists of."""
-        for (of, _), stored in self._stored.items():
-            for item in stored.response["output"] if of == owner else ():
-                if item["id"] == id_:
-                    found: Json = item
-                    return found
-        return None
+        theirs = [stored.response for (of, _), stored in self._stored.items() if of == owner]
+        items = (item for response in theirs for item in response["output"])
+        return next((item for item in items if item["id"] == id_), None)

@@ -1,16 +1,13 @@
 """``/tokenize``: the tokens of a text or a conversation, in vLLM's form."""
 
 import asyncio
-from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
-from pydantic import Field
+from fastapi import APIRouter, Response
 from starlette.responses import JSONResponse
 
 from slotmoe.tools.serve import requests
-from slotmoe.tools.serve.answers import chat_prompt, check_length
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.service import Service
+from slotmoe.tools.serve.service import Serving
 
 router = APIRouter()
 
@@ -22,27 +19,20 @@ class TokenizeRequest(requests.Model):
     prompt: requests.Text | None = None
     add_special_tokens: bool | None = None
     messages: requests.Messages | None = None
-    tools: Annotated[list[requests.FunctionTool], Field(max_length=requests.MAX_TOOLS)] | None = (
-        None
-    )
-
-    def ids(self, service: Service) -> list[int]:
-        """Raises ``RefusedError`` and ``ConfigError``."""
-        if self.messages is not None:
-            conversation = requests.ChatRequest.model_construct
-            return chat_prompt(service, conversation(messages=self.messages, tools=self.tools))
-        text = self.prompt or ""
-        check_length(service, len(text))
-        return service.tokenizer.encode(text, self.add_special_tokens is not False)
+    tools: requests.Tools | None = None
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, request: Request) -> Response:
-    service: Service = request.app.state.service
+async def tokenize(body: TokenizeRequest, service: Serving) -> Response:
     if body.model is not None:
         service.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise RefusedError("give either prompt or messages", "prompt")
-    ids = await asyncio.to_thread(body.ids, service)
+    if body.messages is not None:
+        policy = requests.tool_policy([tool.function for tool in body.tools or ()], None)
+        ids = await service.chat_ids(requests.Conversation(body.messages, policy))
+    else:
+        add_bos = body.add_special_tokens is not False
+        ids = await asyncio.to_thread(service.encode, body.prompt or "", add_bos)
     about = {"count": len(ids), "max_model_len": service.runtime.context}
     return JSONResponse({**about, "tokens": ids})
