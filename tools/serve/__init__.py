@@ -6,8 +6,7 @@ import os
 import re
 import resource
 import socket
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -143,15 +142,26 @@ def make_server(
     from slotmoe.tools.serve.service import Service
 
     class Server(uvicorn.Server):
-        """Lets running answers end with a reason when it gets a signal to end."""
+        """Lets running answers end with a reason when it gets a signal to end.
+
+        Objects of a large request would make Python look through all of torch's for garbage.
+        Without those it can look often; before, it waits for a quarter as many again.
+        """
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             batch.stop()
             super().handle_exit(sig, frame)
 
         def run(self, sockets: list[socket.socket] | None = None) -> None:
-            with _often_collected():
+            usual = gc.get_threshold()
+            gc.freeze()
+            gc.collect()
+            gc.set_threshold(*usual[:2], 1)
+            try:
                 super().run(sockets)
+            finally:
+                gc.set_threshold(*usual)
+                gc.unfreeze()
 
     def ended() -> None:
         if batch.problem is not None:
@@ -175,21 +185,6 @@ def make_server(
     )
     server = Server(settings)
     return server, batch
-
-
-@contextmanager
-def _often_collected() -> Iterator[None]:
-    """Objects of a large request would make Python look through all of torch's for garbage.
-    Without those it can look often; before, it waits for a quarter as many again."""
-    usual = gc.get_threshold()
-    gc.freeze()
-    gc.collect()
-    gc.set_threshold(*usual[:2], 1)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*usual)
-        gc.unfreeze()
 
 
 def _keys(given: tuple[str, ...], file: str | None) -> tuple[str, ...]:

@@ -5,19 +5,19 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from fastapi import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from slotmoe.jsonfile import Json
-from slotmoe.model.generate import Answer, Delta, Grammar, Stops, Token
+from slotmoe.model.generate import Answer, Delta, Stops, Token
 from slotmoe.model.reasoning import Splitter
 from slotmoe.offload.scheduler import Job
 from slotmoe.tools.serve.errors import RefusedError, error_body
 from slotmoe.tools.serve.formats import text_arguments
-from slotmoe.tools.serve.grammar import Longer, Mask
+from slotmoe.tools.serve.grammar import Mask
 from slotmoe.tools.serve.reader import ContentDelta, Reader
 from slotmoe.tools.serve.requests import AnswerOptions, Conversation
 from slotmoe.tools.serve.service import Service
@@ -50,6 +50,9 @@ class Update:
         self.finish, self.stopped_by = later.finish, later.stopped_by
 
 
+_NO_CHAT = Conversation([])
+
+
 class Answers:
     """The answers to ``prompts``, in the batch until they end or ``cancel`` is called.
 
@@ -67,7 +70,7 @@ class Answers:
         prompts: list[list[int]],
         options: AnswerOptions,
         echoes: Sequence[str] = (),
-        chat: Conversation | None = None,
+        chat: Conversation = _NO_CHAT,
         grammar: Mask | None = None,
         is_thinking: bool = False,
     ):
@@ -87,29 +90,27 @@ class Answers:
             problem = f"{scores} log-probabilities, more than {MAX_SCORES} in one request"
             raise RefusedError(f"echo with logprobs would give {problem}", "logprobs")
         ends = () if options.goes_on else service.runtime.eos_token_ids
-        policy = chat.policy if chat is not None else None
-        shown, calls = (dialect.shown, dialect.format.opening) if policy else (None, "")
+        policy, form, shown, calls, texts = chat.policy, None, None, "", dict[str, frozenset[str]]()
+        if policy is not None:
+            form, shown, calls = dialect.format, dialect.shown, dialect.format.opening
+            texts = {function.name: text_arguments(function) for function in policy.functions}
         for prompt in prompts:
             limit = service.limit(prompt, options.limit, scored)
             for choice in range(options.choices):
                 seed = None if sampling.seed is None else (sampling.seed + choice) % (1 << 63)
-                mask: Grammar | None = grammar.mask() if grammar is not None else None
-                if options.least:
-                    mask = Longer(mask, options.least, ends, tokenizer.size)
+                mask = None
+                if grammar is not None or options.least:
+                    mask = (grammar or Mask(None, tokenizer.size)).mask(options.least, ends)
                 model = prompt, tokenizer, ends
                 how = replace(sampling, seed=seed), limit, Stops(options.stop, calls)
                 answer = Answer(*model, *how, options.logprobs, mask, shown)
                 emit = partial(self._emit, len(self.jobs))
                 self.jobs.append(Job(prompt, answer, emit, request.state.owner, scored))
-        self._readers = [Reader(None) for _ in self.jobs]
-        if chat is not None:
-            form = dialect.format if policy else None
-            texts = {f.name: text_arguments(f) for f in policy.functions} if policy else {}
-            how_read = form, chat.schema is not None, policy is not None and policy.required
-            reasoning = tokenizer.reasoning
-            self._readers = [
-                Reader(*how_read, Splitter(reasoning, is_thinking), texts) for _ in self.jobs
-            ]
+        how_read = form, chat.schema is not None, policy is not None and policy.required
+        reasoning = tokenizer.reasoning if chat.messages else None
+        self._readers = [
+            Reader(*how_read, Splitter(reasoning, is_thinking), texts) for _ in self.jobs
+        ]
         service.submit(self.jobs)
         request.state.answers = self  # for the log
 
@@ -220,12 +221,14 @@ async def chat_answers(
 
 class EventStream(StreamingResponse):
     """Server-sent events, and ``ping`` where nothing else moves; if they fail, the error is the
-    last.  However the response ends, its answers are cancelled."""
+    last.  However the response ends, its answers are cancelled.  ``responses`` describes a route
+    that may answer so."""
 
     media_type = "text/event-stream"
+    responses: ClassVar[dict[int | str, Json]] = {200: {"content": {media_type: {}}}}
 
     def __init__(self, events: AsyncIterator[str], answers: Answers, ping: str = ": ping\n\n"):
-        content = _with_pings(_with_error(answers.request.url.path, events), ping)
+        content = _with_pings(events, answers, ping)
         super().__init__(content, headers={"cache-control": "no-cache"})
         self._answers = answers
 
@@ -234,10 +237,6 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._answers.cancel()
-
-
-# Describes a route whose answers may be streams.
-STREAMED: dict[int | str, Json] = {200: {"content": {EventStream.media_type: {}}}}
 
 
 def spelled(content: bytes) -> str:
@@ -254,16 +253,11 @@ def event(data: Json) -> str:
     return f"{name}data: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
-async def _with_error(path: str, events: AsyncIterator[str]) -> AsyncIterator[str]:
-    try:
-        async for text in events:
-            yield text
-    except RefusedError as problem:
-        yield event(error_body(path, problem))
-
-
-async def _with_pings(events: AsyncIterator[str], ping: str) -> AsyncIterator[str]:
-    """``events``, with ``ping`` wherever ``PING_SECONDS`` have passed without one."""
+async def _with_pings(
+    events: AsyncIterator[str], answers: Answers, ping: str
+) -> AsyncIterator[str]:
+    """``events``, with ``ping`` wherever ``PING_SECONDS`` have passed without one, and the error
+    that ends them."""
     coming: asyncio.Future[str | None] | None = None
     try:
         while True:
@@ -276,6 +270,8 @@ async def _with_pings(events: AsyncIterator[str], ping: str) -> AsyncIterator[st
             else:
                 coming = None
                 yield text
+    except RefusedError as problem:
+        yield event(error_body(answers.request.url.path, problem))
     finally:
         if coming is not None:
             coming.cancel()

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 
 from slotmoe.jsonfile import Json
 from slotmoe.tools.serve import requests
-from slotmoe.tools.serve.answers import STREAMED, Answers, EventStream, Update, chat_answers, event
+from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event
 from slotmoe.tools.serve.errors import ANTHROPIC_PATH, RefusedError
 from slotmoe.tools.serve.fields import accepted, by_kind, text_or_list
 from slotmoe.tools.serve.reader import ContentDelta, joined, parse_arguments
@@ -24,7 +24,7 @@ from slotmoe.tools.serve.service import Serving
 
 router = APIRouter()
 _STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
-_THINKS = {"disabled": False, "enabled": True, "adaptive": None}
+_EFFORTS = {"disabled": "none", "enabled": "high", "adaptive": None}  # in OpenAI's words
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}  # in OpenAI's words
 _THINKING = accepted("nothing bounds reasoning")
 _SIGNATURE = "slotmoe"  # of thinking: clients send it back, nothing here verifies it
@@ -193,7 +193,7 @@ class CountRequest(Cacheable):
             messages,
             requests.tool_policy(self.tools or (), choice, False if is_single else None),
             None if form is None else requests.Schema.model_construct(definition=form.definition),
-            None if self.thinking is None else _THINKS[self.thinking.type],
+            None if self.thinking is None else _EFFORTS[self.thinking.type],
             continues,
         )
 
@@ -223,7 +223,7 @@ async def count_tokens(body: CountRequest, service: Serving) -> Response:
     return JSONResponse({"input_tokens": len(await service.chat_ids(body.chat()))})
 
 
-@router.post(ANTHROPIC_PATH, responses=STREAMED)
+@router.post(ANTHROPIC_PATH, responses=EventStream.responses)
 async def messages(body: MessagesRequest, request: Request, service: Serving) -> Response:
     service.check_model(body.model)
     options = body.options()

@@ -1,5 +1,6 @@
 """The application of ``slotmoe serve``: all routes, and their description."""
 
+import asyncio
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, Response, Security
@@ -9,8 +10,8 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
 from slotmoe import __version__
 from slotmoe.jsonfile import Json
-from slotmoe.tools.serve import anthropic, openai, responses, tokens
-from slotmoe.tools.serve.errors import HANDLED, error_response
+from slotmoe.tools.serve import anthropic, openai, requests, responses
+from slotmoe.tools.serve.errors import HANDLED, RefusedError, error_response
 from slotmoe.tools.serve.service import Service, Serving
 
 _POLICY = (
@@ -26,7 +27,7 @@ _REFUSALS: dict[int | str, Json] = {
 }
 _KEYS = (HTTPBearer(auto_error=False), APIKeyHeader(name="x-api-key", auto_error=False))
 
-public, figures = APIRouter(), APIRouter()
+public, routes = APIRouter(), APIRouter()  # without a key, and with one
 
 
 @public.get("/", include_in_schema=False)
@@ -43,14 +44,40 @@ async def health(service: Serving) -> Response:
     return JSONResponse({"status": "the model has failed"}, 503)
 
 
-@figures.get("/stats")
+@routes.get("/stats")
 def stats(service: Serving) -> Response:
     return JSONResponse(service.stats())
 
 
-@figures.get("/metrics", response_class=PlainTextResponse)
+@routes.get("/metrics", response_class=PlainTextResponse)
 def metrics(service: Serving) -> Response:
     return PlainTextResponse(generate_latest(service.registry), media_type=_PROMETHEUS)
+
+
+class TokenizeRequest(requests.Model):
+    """In vLLM's form: of ``prompt``, or of ``messages`` as the model reads them."""
+
+    model: requests.Label | None = None
+    prompt: requests.Text | None = None
+    add_special_tokens: bool | None = None
+    messages: requests.Messages | None = None
+    tools: requests.Tools | None = None
+
+
+@routes.post("/tokenize")
+async def tokenize(body: TokenizeRequest, service: Serving) -> Response:
+    if body.model is not None:
+        service.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise RefusedError("give either prompt or messages", "prompt")
+    if body.messages is not None:
+        policy = requests.tool_policy([tool.function for tool in body.tools or ()], None)
+        ids = await service.chat_ids(requests.Conversation(body.messages, policy))
+    else:
+        add_bos = body.add_special_tokens is not False
+        ids = await asyncio.to_thread(service.encode, body.prompt or "", add_bos)
+    about = {"count": len(ids), "max_model_len": service.runtime.context}
+    return JSONResponse({**about, "tokens": ids})
 
 
 def make_app(service: Service, has_keys: bool) -> FastAPI:
@@ -63,6 +90,6 @@ def make_app(service: Service, has_keys: bool) -> FastAPI:
         app.add_exception_handler(kind, error_response)
     app.include_router(public)
     security = [Security(key) for key in _KEYS] if has_keys else []  # for the description
-    for router in (figures, openai.router, responses.router, anthropic.router, tokens.router):
+    for router in (routes, openai.router, responses.router, anthropic.router):
         app.include_router(router, dependencies=security)
     return app

@@ -48,7 +48,11 @@ class Log:
                 if self._altered is not None:
                     headers["x-slotmoe-routing"] = self._altered
                 if state.get("relaxed"):
-                    headers["x-slotmoe-relaxed"] = _header(state["relaxed"])
+                    text = ascii("; ".join(state["relaxed"]))[1:-1]  # fields have any names
+                    is_long = len(text) > _MAX_HEADER
+                    headers["x-slotmoe-relaxed"] = (
+                        f"{text[: _MAX_HEADER - 3]}..." if is_long else text
+                    )
             await send(message)
 
         # The server itself drops the body of an answer to HEAD.
@@ -61,12 +65,6 @@ class Log:
                 line = _line(scope, status, time.monotonic() - began, state.get("answers"))
                 with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
                     print(f"{line}, {id_}", file=sys.stderr, flush=True)
-
-
-def _header(relaxed: list[str]) -> str:
-    """Visible ASCII, since names of fields may hold anything."""
-    text = ascii("; ".join(relaxed))[1:-1]
-    return text if len(text) <= _MAX_HEADER else f"{text[: _MAX_HEADER - 3]}..."
 
 
 def _line(scope: Scope, status: int, seconds: float, answers: "Answers | None") -> str:

@@ -20,7 +20,6 @@ from slotmoe.tools.serve.fields import Refused, accepted, at_most, by_kind, text
 MAX_ANSWERS = 16  # in one request
 MAX_TOOLS = 128
 MAX_MESSAGES = 4096
-MAX_IDS = 1 << 18  # of a prompt; DeepSeek-V2's longest context has 163,840
 _SAMPLING_FIELDS = {field.name for field in fields(Sampling)} - {"logit_bias"}
 
 
@@ -34,12 +33,6 @@ Count = Annotated[int, Field(ge=1), Whole]
 TopLogprobs = Annotated[int, Field(ge=0, le=20), Whole]
 Id = Annotated[int, Field(ge=0, lt=1 << 31), Whole]
 TopK = Annotated[Id | None, BeforeValidator(lambda k: None if k == -1 else k)]  # -1 is off
-Limit = Annotated[int, Field(ge=-1), Whole]  # of tokens; -1 is as many as the context holds
-Ids = Annotated[list[Id], Field(min_length=1, max_length=MAX_IDS)]
-Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), Whole, AfterValidator(lambda s: s % 2**63)]
-_Bias = dict[str, Annotated[float, Field(ge=-100, le=100)]]
-Bias = Annotated[_Bias, Field(max_length=1024), at_most(1024, "token ids")]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
 Text = Annotated[str, Field(max_length=1 << 22)]
 Label = Annotated[str, Field(max_length=512)]
 Description = Annotated[str, Field(max_length=1 << 16)]
@@ -238,10 +231,9 @@ class AllowedChoice(Model):
 
 
 def _choice_kind(value: object) -> str | None:
-    if isinstance(value, str):
-        return "word"
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return kind if kind in ("function", "allowed_tools") else None
+    if isinstance(value, dict) and value.get("type") in ("function", "allowed_tools"):
+        return str(value["type"])
+    return "word" if isinstance(value, str) else None
 
 
 Word: TypeAlias = Literal["none", "auto", "required"]
@@ -272,10 +264,6 @@ class SchemaFormat(Model):
     json_schema: Schema
 
 
-def thinks(effort: str | None) -> bool | None:
-    return None if effort is None else effort != "none"
-
-
 class GenerationRequest(Model):
     """Fields of the requests of all APIs.  null is the same as leaving a field out."""
 
@@ -290,12 +278,6 @@ class GenerationRequest(Model):
         return Sampling(**{"temperature": 1.0, **given}, logit_bias=bias)
 
 
-class StreamOptions(Model):
-    include_usage: bool = Field(default=False, description="in each chunk, null until the last")
-    continuous_usage_stats: bool = Field(default=False, description="`usage` of the tokens so far")
-    include_obfuscation: Annotated[bool | None, accepted("nothing is padded")] = None
-
-
 class LabelledRequest(GenerationRequest):
     """With OpenAI's fields that say nothing about an answer."""
 
@@ -306,50 +288,6 @@ class LabelledRequest(GenerationRequest):
     prompt_cache_key: Annotated[Label | None, CACHED] = None
     prompt_cache_options: Annotated[Json | None, CACHED] = None
     prompt_cache_retention: Annotated[Label | None, CACHED] = None
-
-
-class OpenAIRequest(LabelledRequest):
-    needs: ClassVar = {"stream_options": "stream"}  # a field that has to be true
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Seed | None = Field(None, description="with `n`, answer i has seed + i")
-    stop: (
-        Annotated[
-            Annotated[Stop, Tag("text")] | Annotated[Stops, Tag("list")],
-            by_kind(text_or_list, "text nor a list of texts"),
-        ]
-        | None
-    ) = None
-    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS), Whole] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    # Less than 0.01 would overflow logits.
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
-    logit_bias: Bias | None = Field(None, description="by token id")
-    stream_options: StreamOptions | None = Field(None, description="needs `stream`")
-    ignore_eos: bool | None = None
-    min_tokens: Annotated[int, Field(ge=0), Whole] | None = None
-    store: Annotated[bool | None, accepted("nothing is stored")] = None
-
-    def options_with(
-        self, vocabulary: int, limit: int | None, logprobs: int | None
-    ) -> AnswerOptions:
-        """For a model of ``vocabulary`` ids; a ``limit`` of -1 is None.  Raises
-        ``RefusedError``."""
-        limit, least = None if limit == -1 else limit, self.min_tokens or 0
-        if limit is not None and limit < least:
-            raise RefusedError("min_tokens is more than the limit of tokens", "min_tokens")
-        for name, needed in self.needs.items():
-            if getattr(self, name) is not None and not getattr(self, needed):
-                raise RefusedError(f"{name} needs {needed}: true", name)
-        bias = []
-        for key, value in (self.logit_bias or {}).items():
-            if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocabulary):
-                problem = f"{key[:40]!r} is not a token id from 0 to {vocabulary - 1}"
-                raise RefusedError(f"logit_bias: {problem}", "logit_bias")
-            bias.append((int(key), value))
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        sampling, goes_on = self.sampling(*bias), bool(self.ignore_eos)
-        return AnswerOptions(sampling, limit, stop, self.n or 1, logprobs, least, goes_on)
 
 
 _ByRole = Annotated[ChatMessage, Field(discriminator="role")]
@@ -409,54 +347,11 @@ def schema_of(wanted: TextFormat | SchemaFormat | Schema | None) -> Schema | Non
 class Conversation:
     """What a request comes to: the answer to ``messages`` may call functions as ``policy`` says
     (None for no calls) and follows ``schema`` (None for plain text).  Where the template can switch
-    that, the model thinks or not (``thinking``, None for its own way).  The answer is a new
-    message, or it ``continues`` the text of the last one."""
+    reasoning, an ``effort`` of "none" switches it off and every other on (None for the model's own
+    way).  The answer is a new message, or it ``continues`` the text of the last one."""
 
     messages: list[ChatMessage]
     policy: ToolPolicy | None = None
     schema: Schema | None = None
-    thinking: bool | None = None
+    effort: str | None = None
     continues: bool = False
-
-
-class ChatRequest(OpenAIRequest):
-    """``/v1/chat/completions``."""
-
-    needs: ClassVar = {**OpenAIRequest.needs, "top_logprobs": "logprobs"}
-    messages: Messages
-    max_tokens: Limit | None = Field(None, description="-1 is as many as the context holds")
-    max_completion_tokens: Limit | None = Field(None, description="`max_tokens` by another name")
-    logprobs: bool | None = None
-    top_logprobs: TopLogprobs | None = Field(None, description="needs `logprobs`")
-    response_format: Annotated[TextFormat | SchemaFormat, Field(discriminator="type")] | None = None
-    tools: Tools | None = None
-    tool_choice: Choice | None = None
-    parallel_tool_calls: bool | None = None
-    reasoning_effort: Label | None = Field(None, description="`none` switches reasoning off")
-    verbosity: Annotated[Label | None, NO_SETTING] = None
-    modalities: Annotated[list[Literal["text"]] | None, accepted("answers are text")] = None
-    prediction: Annotated[Json | None, accepted("it changes only the speed")] = None
-    audio: Annotated[None, Refused("answers are text")] = None
-    functions: Annotated[None, Refused("use tools")] = None
-    function_call: Annotated[None, Refused("use tool_choice")] = None
-    moderation: Annotated[None, Refused("the server does not moderate")] = None
-    web_search_options: Annotated[None, Refused("the server does not search")] = None
-
-    def options(self, vocabulary: int) -> AnswerOptions:
-        """For a tokenizer of ``vocabulary`` ids.  Raises ``RefusedError``."""
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise RefusedError("give max_tokens or max_completion_tokens, not both", "max_tokens")
-        limit, name = self.max_tokens, "max_tokens"
-        if limit is None:
-            limit, name = self.max_completion_tokens, "max_completion_tokens"
-        if limit == 0:
-            raise RefusedError(f"{name} is 0, expected a positive count or -1", name)
-        logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self.options_with(vocabulary, limit, logprobs)
-
-    def chat(self) -> Conversation:
-        """Raises ``RefusedError``."""
-        functions = [tool.function for tool in self.tools or ()]
-        policy = tool_policy(functions, self.tool_choice, self.parallel_tool_calls)
-        schema, thinking = schema_of(self.response_format), thinks(self.reasoning_effort)
-        return Conversation(self.messages, policy, schema, thinking)

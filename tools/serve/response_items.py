@@ -84,8 +84,7 @@ class ItemReference(requests.Model):
 
 def _type_of(item: object) -> str:
     """An item without a type is a message."""
-    given = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
-    return str(given or "message")
+    return str((isinstance(item, dict) and item.get("type")) or "message")
 
 
 Item: TypeAlias = Annotated[
@@ -231,14 +230,19 @@ class ResponsesRequest(requests.LabelledRequest):
 
     def chat(self, items: Sequence[Item]) -> requests.Conversation:
         """That of ``items``.  Raises ``RefusedError``."""
+        messages = messages_of(items)
+        # Some templates use only one message of the system's, before all others.
+        systems = list(takewhile(lambda message: message.role == "system", messages))
+        texts = [text for text in (self.instructions, *(m.text for m in systems)) if text]
+        first = requests.PlainMessage.model_construct(role="system", content="\n\n".join(texts))
+        messages = [*([first] if texts else []), *messages[len(systems) :]]
         tools, choice = self.functions(), self.tool_choice
         if not tools and choice in ("none", "auto"):
             choice = None  # clients give it in any case
         policy = requests.tool_policy(tools, choice, self.parallel_tool_calls if tools else None)
         schema = requests.schema_of(self.text.format if self.text is not None else None)
         effort = self.reasoning.effort if self.reasoning is not None else None
-        messages = _with_instructions(self.instructions, messages_of(items))
-        return requests.Conversation(messages, policy, schema, requests.thinks(effort))
+        return requests.Conversation(messages, policy, schema, effort)
 
     def options(self) -> requests.AnswerOptions:
         is_scored = self.top_logprobs is not None or _SCORES in (self.include or ())
@@ -275,14 +279,3 @@ def messages_of(items: Iterable[Item]) -> list[requests.ChatMessage]:
     if not messages:
         raise RefusedError("input: holds no message", "input")
     return messages
-
-
-def _with_instructions(
-    instructions: str | None, messages: list[requests.ChatMessage]
-) -> list[requests.ChatMessage]:
-    """``messages`` with one message of the system's at most before the first other one: some
-    templates use only one."""
-    systems = list(takewhile(lambda message: message.role == "system", messages))
-    texts = [text for text in (instructions, *(m.text for m in systems)) if text]
-    system = requests.PlainMessage.model_construct(role="system", content="\n\n".join(texts))
-    return [*([system] if texts else []), *messages[len(systems) :]]

@@ -10,10 +10,10 @@ from pydantic.main import IncEx
 from starlette.responses import JSONResponse
 
 from slotmoe.jsonfile import Json
-from slotmoe.tools.serve.answers import STREAMED, Answers, EventStream, Update, chat_answers, event
+from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.reader import ContentDelta
-from slotmoe.tools.serve.response_items import FunctionTool, Item, ItemReference, ResponsesRequest
+from slotmoe.tools.serve.response_items import Item, ItemReference, ResponsesRequest
 from slotmoe.tools.serve.service import Service, Serving
 
 PATH = "/v1/responses"
@@ -41,7 +41,7 @@ _ECHOED: Json = {
 }
 
 
-@router.post(PATH, responses=STREAMED)
+@router.post(PATH, responses=EventStream.responses)
 async def create(body: ResponsesRequest, request: Request, service: Serving) -> Response:
     items = _conversation(service, request.state.owner, body)
     answers = await chat_answers(service, request, body.chat(items), body.options())
@@ -131,6 +131,8 @@ class Draft:
         given = _dumped(body, set(_ECHOED), {"reasoning": True, "text": {"verbosity"}})
         if not given.get("text"):
             given.pop("text", None)
+        names = "type", "name", "description", "parameters", "strict"
+        tools = [{name: getattr(tool, name) for name in names} for tool in body.functions()]
         self._answers, self._number, self._kind = answers, 0, ""  # of the item that is open
         self._texts: list[str] = []  # of the item that is open
         self._scores: list[Json] = []  # of its tokens
@@ -142,8 +144,7 @@ class Draft:
             **{"background": False, "error": None, "incomplete_details": None},
             **_ECHOED,
             **given,
-            **{"tools": [*map(_described, body.functions())], "output": self._output},
-            "usage": None,
+            **{"tools": tools, "output": self._output, "usage": None},
         }
 
     def event(self, kind: str, **content: object) -> str:
@@ -246,8 +247,3 @@ def _usage(answers: Answers) -> Json:
 
 def _dumped(part: BaseModel, include: IncEx | None = None, exclude: IncEx | None = None) -> Json:
     return part.model_dump(by_alias=True, exclude_none=True, include=include, exclude=exclude)
-
-
-def _described(tool: FunctionTool) -> Json:
-    about = {name: getattr(tool, name) for name in ("name", "description", "parameters", "strict")}
-    return {"type": "function", **about}

@@ -78,7 +78,8 @@ class Service:
         """The conversation as the model reads it.  Runs the template in a child process, so the
         event loop leaves it to a thread.  Raises ``RefusedError`` and ``ConfigError``."""
         self.check_length(sum(len(message.text) for message in chat.messages))
-        return self.dialect.prompt(chat.messages, chat.policy, chat.continues, chat.thinking)
+        thinking = None if chat.effort is None else chat.effort != "none"
+        return self.dialect.prompt(chat.messages, chat.policy, chat.continues, thinking)
 
     async def chat_ids(self, chat: Conversation) -> list[int]:
         """Token ids of ``chat_text``."""
@@ -182,14 +183,12 @@ class Service:
             ("memory_bytes", "Memory in use by tier", "tier", used),
             ("memory_budget_bytes", "Budget of the fast tier", None, budget),
         )
-        of_kind = ((CounterMetricFamily, counters), (GaugeMetricFamily, gauges))
-        for kind, (name, text, label, values) in (
-            (kind, row) for kind, all_ in of_kind for row in all_
-        ):
-            metric = kind(f"slotmoe_{name}", text, labels=[label] if label else [])
-            for key, value in values.items() if isinstance(values, dict) else [("", values)]:
-                metric.add_metric([key] if label else [], float(value))
-            yield metric
+        for kind, rows_ in ((CounterMetricFamily, counters), (GaugeMetricFamily, gauges)):
+            for name, text, label, values in rows_:
+                metric = kind(f"slotmoe_{name}", text, labels=[label] if label else [])
+                for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+                    metric.add_metric([key] if label else [], float(value))
+                yield metric
 
 
 async def _service(request: Request) -> Service:
