@@ -6,7 +6,8 @@ import os
 import re
 import resource
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,6 @@ _ORIGIN = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[!-.0-~]+")
 _READY = "a page to chat; the API is under /v1; Ctrl-C ends it"
 _SEQUENCES, _QUEUE = click.IntRange(1, 256), click.IntRange(0, 10_000)
 _HOST_HELP = "Address to listen on; others than loopback need a key."
-_NAME_HELP = "The model's name for clients. [default: the folder's, or the hub id]"
 _HOSTS_HELP = "A name by which clients may call; may be repeated."
 _CORS_HELP = (
     "Let web pages of this origin use the API, like http://localhost:3000; may be repeated. '*' is "
@@ -67,7 +67,7 @@ _KEYS_HELP = "Ask for this key; may be repeated. Seen by others in ps."
 @option("--max-sequences", None, "Answers that decode together.", type=_SEQUENCES, default=4)
 @option("--max-queue", None, "Answers that may wait; then 429.", type=_QUEUE, default=32)
 @option("--max-body", "SIZE", "Largest request body.", default="4MiB")
-@option("--name", "NAME", _NAME_HELP)
+@option("--name", "NAME", "The model's name for clients. [default: the folder's, or the hub id]")
 @option("--session-dir", "DIR", _SESSIONS_HELP)
 @SESSION_LIMIT
 @flag("--no-log", "Write no line about each request.")
@@ -142,26 +142,15 @@ def make_server(
     from slotmoe.tools.serve.service import Service
 
     class Server(uvicorn.Server):
-        """Lets running answers end with a reason when it gets a signal to end.
-
-        Objects of a large request would make Python look through all of torch's for garbage.
-        Without those it can look often; before, it waits for a quarter as many again.
-        """
+        """Lets running answers end with a reason when it gets a signal to end."""
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             batch.stop()
             super().handle_exit(sig, frame)
 
         def run(self, sockets: list[socket.socket] | None = None) -> None:
-            usual = gc.get_threshold()
-            gc.freeze()
-            gc.collect()
-            gc.set_threshold(*usual[:2], 1)
-            try:
+            with _often_collected():
                 super().run(sockets)
-            finally:
-                gc.set_threshold(*usual)
-                gc.unfreeze()
 
     def ended() -> None:
         if batch.problem is not None:
@@ -185,6 +174,21 @@ def make_server(
     )
     server = Server(settings)
     return server, batch
+
+
+@contextmanager
+def _often_collected() -> Iterator[None]:
+    """Objects of a large request would make Python look through all of torch's for garbage.
+    Without those it can look often; before, it waits for a quarter as many again."""
+    usual = gc.get_threshold()
+    gc.freeze()
+    gc.collect()
+    gc.set_threshold(*usual[:2], 1)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
+        gc.unfreeze()
 
 
 def _keys(given: tuple[str, ...], file: str | None) -> tuple[str, ...]:

@@ -108,10 +108,10 @@ class AnthropicMessage(requests.Model):
         results = [block.message() for block in blocks if isinstance(block, ToolResult)]
         if (calls and self.role == "user") or (results and self.role == "assistant"):
             raise RefusedError(f"a message of the {self.role} can't hold such a block", "messages")
+        about: Json = {"role": self.role, "content": texts, "tool_calls": calls}
+        about["reasoning_content"] = "".join(thoughts)
         kind = requests.AssistantMessage if self.role == "assistant" else requests.PlainMessage
-        message = kind.model_construct(role=self.role, content=texts, tool_calls=calls)
-        if isinstance(message, requests.AssistantMessage) and thoughts:
-            message.reasoning_content = "".join(thoughts)
+        message = kind.model_construct(**about)
         return [*results, message] if message.text or calls or not results else [*results]
 
 

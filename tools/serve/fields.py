@@ -1,21 +1,11 @@
 """The base of all requests, with bounds on what a wrong one costs; and kinds of fields beside those
 that are honoured: accepted without effect, or refused with a reason."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from annotated_types import GroupedMetadata
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    GetCoreSchemaHandler,
-    WithJsonSchema,
-    model_validator,
-)
-from pydantic_core import CoreSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, model_validator
 
 MAX_ITEMS = 4096  # of a list that has no other bound
 
@@ -26,18 +16,20 @@ def accepted(reason: str) -> object:
 
 
 @dataclass(frozen=True)
-class Refused(GroupedMetadata):
+class Refused:
     """Marks a field that may only be null, because of ``reason``."""
 
     reason: str
 
-    def __iter__(self) -> Iterator[object]:
-        yield BeforeValidator(self._check)
-        yield WithJsonSchema({"type": "null", "description": f"refused: {self.reason}"})
-
     def _check(self, value: object) -> None:
         if value is not None:
             raise ValueError(f"is not supported by this server: {self.reason}")
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return BeforeValidator(self._check).__get_pydantic_core_schema__(source, handler)
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
+        return {**handler(schema), "description": f"refused: {self.reason}"}
 
 
 def at_most(count: int, what: str) -> BeforeValidator:
@@ -85,9 +77,7 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @classmethod
-    def __get_pydantic_core_schema__(
-        cls, source: type[BaseModel], handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
         schema = handler(source)
         _bound_lists(schema)
         return schema

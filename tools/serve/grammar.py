@@ -206,13 +206,12 @@ class Grammars:
         """``schema`` in a grammar.  What can't be held is refused if ``strict``, else it is added
         to ``dropped``.  Raises ``RefusedError``."""
         try:
-            size = len(json.dumps(schema))
-            kept, unheld = relaxed(schema) if size <= _MAX_SCHEMA else (schema, [])
+            if len(json.dumps(schema)) > _MAX_SCHEMA:
+                problem = f"the schema has more than {_MAX_SCHEMA} characters"
+                raise RefusedError(f"{where}: {problem}", param, 413)
+            kept, unheld = relaxed(schema)
         except (RecursionError, ValueError):
             raise RefusedError(f"{where}: the schema is nested too deeply", param) from None
-        if size > _MAX_SCHEMA:
-            problem = f"the schema has more than {_MAX_SCHEMA} characters"
-            raise RefusedError(f"{where}: {problem}", param, 413)
         if "x-guidance" in schema:
             raise RefusedError(f"{where}: the schema has the unknown keyword 'x-guidance'", param)
         text = json.dumps({**kept, "x-guidance": _SPACING})

@@ -60,7 +60,9 @@ async def create(body: ResponsesRequest, request: Request, service: Serving) -> 
                 for text in draft.add(update):
                     yield text
         except RefusedError as problem:
-            draft.fail(problem)
+            code = "server_error" if problem.status >= 500 else "invalid_prompt"
+            error = {"code": code, "message": problem.message}
+            draft.response |= {"status": "failed", "error": error}
         store()
         yield draft.event(draft.response["status"], response=draft.response)
 
@@ -151,12 +153,6 @@ class Draft:
         self._number += 1
         number = self._number - 1
         return event({"type": f"response.{kind}", "sequence_number": number, **content})
-
-    def fail(self, problem: RefusedError) -> None:
-        """The response ends with an error."""
-        code = "server_error" if problem.status >= 500 else "invalid_prompt"
-        error = {"code": code, "message": problem.message}
-        self.response |= {"status": "failed", "error": error}
 
     def add(self, update: Update) -> Iterator[str]:
         """Events of what ``update`` adds, up to the end of the last item."""

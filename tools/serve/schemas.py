@@ -77,9 +77,8 @@ def _lists_all(schema: Json) -> bool:
     listed, required = schema.get("properties"), schema.get("required", [])
     if not isinstance(listed, dict) or not isinstance(required, list):
         return False
-    if not all(isinstance(key, str) for key in required):
-        return False
-    return not _OF_OTHERS & set(schema) and set(required) <= set(listed)
+    is_whole = all(isinstance(key, str) and key in listed for key in required)
+    return is_whole and not _OF_OTHERS & set(schema)
 
 
 def _held(schema: Json, place: str, dropped: list[str], closes: bool) -> Json:
@@ -149,10 +148,8 @@ def _rewritten(schema: Json) -> Json:
         schema.setdefault("additionalProperties", False)
     if not isinstance(names, dict) or {"properties", *_COMBINED} & set(schema):
         return schema
-    keys, pattern = (
-        [names["const"]] if "const" in names else names.get("enum"),
-        names.get("pattern"),
-    )
+    keys = [names["const"]] if "const" in names else names.get("enum")
+    pattern = names.get("pattern")
     if isinstance(keys, list) and all(isinstance(key, str) for key in keys):
         form: Json = {"properties": dict.fromkeys(keys, rest)}
     elif isinstance(pattern, str) and not _IRREGULAR.search(pattern):
