@@ -6,11 +6,11 @@ from pydantic import ValidationError
 
 from slotmoe.errors import ConfigError
 from slotmoe.model.tokenizer import Tokenizer
-from slotmoe.tools.serve import anthropic, completions, response_items, tokens
+from slotmoe.tools.serve import anthropic, app, openai, response_items
 from slotmoe.tools.serve.bodies import check
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.grammar import Grammars
-from slotmoe.tools.serve.requests import ChatRequest, Schema
+from slotmoe.tools.serve.requests import Schema
 from tests.support.tiny import SAMPLE
 
 FUNCTION = {"name": "f", "parameters": {"type": "object"}}
@@ -84,29 +84,21 @@ SCHEMA = {
 }
 
 
-def chat(body):
-    return body.options(4096), body.tool_policy()
-
-
 # A good body, its class, and what is done with it: it becomes options and a conversation.
 REQUESTS = {
-    "chat": (CHAT, ChatRequest, chat),
+    "chat": (CHAT, openai.ChatRequest, lambda body: (body.options(4096), body.chat())),
     "responses": (
         RESPONSES,
         response_items.ResponsesRequest,
-        lambda body: chat(body.chat(body.items())),
+        lambda body: (body.options(), body.chat(body.items())),
     ),
-    "messages": (
-        MESSAGES,
-        anthropic.MessagesRequest,
-        lambda body: chat(body.chat(**body.options())),
-    ),
+    "messages": (MESSAGES, anthropic.MessagesRequest, lambda body: (body.options(), body.chat())),
     "completions": (
         COMPLETIONS,
-        completions.CompletionRequest,
+        openai.CompletionRequest,
         lambda body: (body.options(4096), body.prompts()),
     ),
-    "tokenize": (TOKENIZE, tokens.TokenizeRequest, lambda body: body),
+    "tokenize": (TOKENIZE, app.TokenizeRequest, lambda body: body),
 }
 
 

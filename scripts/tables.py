@@ -22,8 +22,7 @@ from slotmoe.sizes import format_size
 from slotmoe.tools.cli import cli
 from slotmoe.tools.plan import figure
 from slotmoe.tools.serve.anthropic import MessagesRequest
-from slotmoe.tools.serve.completions import CompletionRequest
-from slotmoe.tools.serve.requests import ChatRequest
+from slotmoe.tools.serve.openai import ChatRequest, CompletionRequest
 from slotmoe.tools.serve.response_items import ResponsesRequest
 
 PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))

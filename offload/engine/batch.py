@@ -48,7 +48,7 @@ class Totals:
 
 
 class Batch:
-    """Requests on the model's sequences, ``at_once`` of them at most.  Only the engine's thread uses
+    """Requests on the model's sequences, ``at_once`` of them at most.  Only the engine's thread has
     it.  ``sessions`` is where latents are kept on disk, None for nowhere."""
 
     def __init__(self, model: LoadedModel):

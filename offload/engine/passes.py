@@ -68,7 +68,7 @@ class Passes:
             for row, (tokens, _), length in zip(rows, drafts, lengths, strict=True):
                 row.draft = tokens[:length]
         drafted_at = time.perf_counter()
-        self._run(rows)
+        self._run(rows, is_prompt=False)
         if self.drafting is not None:
             count = sum(1 + len(row.draft) for row in rows)
             seconds = time.perf_counter() - drafted_at
@@ -78,7 +78,7 @@ class Passes:
     def prefill(self, row: Row) -> None:
         """A pass over some tokens of a prompt."""
         started = self._begin()
-        self._run([row])
+        self._run([row], is_prompt=True)
         self._end("prefill", len(row.ids), started)
 
     def accept(self, row: Row, id: int) -> None:
@@ -106,7 +106,7 @@ class Passes:
         """What ``step`` gives, computed.  Raises ``DeviceError``."""
         return self._model.device.run(step, self._ways_out)
 
-    def _run(self, rows: Sequenced[Row]) -> None:
+    def _run(self, rows: Sequenced[Row], is_prompt: bool) -> None:
         """One pass.  One that raises leaves all sequences as they were."""
         model = self._model
         ids = [[*row.ids, *row.draft] for row in rows]
@@ -124,7 +124,7 @@ class Passes:
         hidden_TD = self.compute(step)
         wanted = list[Tensor]()
         for row, hidden_RD in zip(rows, hidden_TD.split(counts), strict=True):
-            row.sequence.append(row.ids, hidden_RD)
+            row.sequence.append(row.ids, hidden_RD, is_prompt)
             row.hidden_TD = hidden_RD[: len(row.ids)]
             wanted += [hidden_RD[len(row.ids) - 1 :]] if row.wanted else []
         if not wanted:

@@ -39,13 +39,13 @@ class Sequence:
         """Positions that the latent cache has room for."""
         return self.cache.context
 
-    def append(self, ids: list[int], hidden_TD: Tensor) -> None:
+    def append(self, ids: list[int], hidden_TD: Tensor, is_prompt: bool) -> None:
         """A pass has computed ``ids`` and a draft behind them; ``hidden_TD`` is the residual stream
-        behind all of these."""
+        behind all of these.  Of a prompt the head reads them; else it reads where it drafts."""
         before_RD, last = self.hidden_RD, len(ids) - 1
         self.tokens, self._drafted_RD = self.tokens + ids, hidden_TD[last:].clone()
         self.hidden_RD = self._drafted_RD[:1]
-        if self._head is not None and last:  # what comes by one token it reads where it drafts
+        if self._head is not None and is_prompt and (last or before_RD is not None):
             parts = [hidden_TD[:last]] if before_RD is None else [before_RD, hidden_TD[:last]]
             self._head.read(self.tokens, torch.cat(parts))
 

@@ -67,11 +67,11 @@ def answer_of(runtime, sampling):
     ids = runtime.tokenizer.encode(TEXT)
     answer = Noting(ids, runtime.tokenizer, (), Sampling(**sampling), 40, logprobs=3)
     deltas = ask(runtime, ids, answer)
-    return answer.ids, torch.stack(answer.rows), deltas, runtime.engine.sequences[0].tokens
+    return answer.ids, torch.stack(answer.rows), deltas, runtime.engine.batch.sequences[0].tokens
 
 
 def lengths_of(runtime):
-    return [sequence.length for sequence in runtime.engine.sequences]
+    return [sequence.length for sequence in runtime.engine.batch.sequences]
 
 
 @pytest.mark.parametrize(

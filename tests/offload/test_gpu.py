@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from slotmoe.errors import ConfigError
-from slotmoe.offload.engine.passes import Row
+from slotmoe.offload.engine.batch.passes import Row
 from slotmoe.offload.plan.speed import MEASURED, Bandwidths
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.hybrid import MODES, choose_mode, for_cpu
@@ -111,11 +111,11 @@ def test_the_mode_follows_what_was_measured():
 def decoded_together(engine):
     """Logits of two sequences' tokens, pass by pass."""
     found = []
-    for sequence, cut in zip(engine.sequences, (20, 30), strict=True):
-        engine.passes.prefill(Row(sequence, IDS[:cut]))
+    for sequence, cut in zip(engine.batch.sequences, (20, 30), strict=True):
+        engine.batch.passes.prefill(Row(sequence, IDS[:cut]))
     for id in IDS[30:34]:
-        rows = [Row(sequence, [id + n]) for n, sequence in enumerate(engine.sequences)]
-        engine.passes.decode(rows)
+        rows = [Row(sequence, [id + n]) for n, sequence in enumerate(engine.batch.sequences)]
+        engine.batch.passes.decode(rows)
         found += [row.logits_RV for row in rows]
     return torch.cat(found)
 

@@ -131,7 +131,7 @@ def test_kernels_lose_of_the_head_what_they_lose_of_the_network(with_head, draft
     save_file(weights, tmp_path / "weights.safetensors")
     shutil.copy(with_head / "export" / "config.json", tmp_path)
     (hidden_TD,) = drafting.hidden(ids)
-    main = drafting.engine.passes.logits(hidden_TD)
+    main = drafting.engine.batch.passes.logits(hidden_TD)
     head = drafting.model.head.head(drafts_of(drafting).read(ids, hidden_TD[:-1].clone()))
     right = plain.logits(tmp_path, ids), plain.mtp_logits(tmp_path, ids)
     errors = []
@@ -143,7 +143,7 @@ def test_kernels_lose_of_the_head_what_they_lose_of_the_network(with_head, draft
 
 def drafts_of(runtime):
     """An empty cache of the head."""
-    return HeadDrafts(runtime.model, runtime.engine.passes.compute, Drafting(), 96)
+    return HeadDrafts(runtime.model, runtime.engine.batch.passes.compute, Drafting(), 96)
 
 
 # Drafts
@@ -203,7 +203,7 @@ def test_rows_of_the_head_are_those_of_one_pass_over_the_text(
     """However the text came: a prompt in pieces, tokens one by one, right drafts and wrong ones."""
     answer = [id for id, _ in text_of(plainly, 30)]
     ids, runtime = [*IDS[:12], *answer], drafting
-    before, sequence = runtime.stats()["drafts"]["accepted"], runtime.engine.sequences[0]
+    before, sequence = runtime.stats()["drafts"]["accepted"], runtime.engine.batch.sequences[0]
     monkeypatch.setattr(runtime.model.head, "head", Prompter(monkeypatch, answer))
     begin(runtime)
     decode(runtime, ids[:5], [])

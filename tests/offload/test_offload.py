@@ -242,7 +242,7 @@ def test_a_long_prompt_may_end_at_any_gate(sample_export, monkeypatch, reading_a
                 runtime.logits(IDS)
             stop()
             whole(runtime)
-            assert runtime.engine.sequences[0].length == 0
+            assert runtime.engine.batch.sequences[0].length == 0
             assert torch.equal(runtime.logits(IDS), wanted)
 
 

@@ -53,9 +53,9 @@ def kept(runtime, folder, ids):
 
 def restored(runtime, ids):
     """How many tokens of ``ids`` were on disk, and the logits after the last one."""
-    before = runtime.engine.totals.reused_tokens
+    before = runtime.engine.batch.totals.reused_tokens
     logits = decode(runtime, ids, [])
-    return runtime.engine.totals.reused_tokens - before, logits
+    return runtime.engine.batch.totals.reused_tokens - before, logits
 
 
 def files(folder):
@@ -104,7 +104,7 @@ def test_a_gpus_latents_come_back(on_twin, tmp_path):
         with on_twin(Twin()) as runtime:
             runtime.keep_in(tmp_path)
             count, _ = restored(runtime, IDS)
-            first = runtime.engine.sequences[0]
+            first = runtime.engine.batch.sequences[0]
             return count, runtime.engine.call(lambda: first.latents(0, len(IDS) - 1))
 
     (none, first), (count, again) = logits(), logits()
@@ -166,7 +166,7 @@ def test_owners_models_and_versions_do_not_share(runtime, sample_export, store, 
     def count(runtime, owner=""):
         said = keeping(runtime, store[0])
         engine = runtime.engine
-        restore = partial(engine.sessions.restore, engine.sequences[0], TEXT[:-1], owner)
+        restore = partial(engine.batch.sessions.restore, engine.batch.sequences[0], TEXT[:-1], owner)
         found = engine.call(restore)
         assert not said
         return found

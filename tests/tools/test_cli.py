@@ -2,11 +2,13 @@
 stderr."""
 
 import json
+import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -151,7 +153,8 @@ def test_interrupted_generation(options, run, monkeypatch):
     def forward(self, *arguments, **options):
         calls.append(1)
         if len(calls) == 4:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)  # the main thread hears it meanwhile
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(Network, "forward", forward)

@@ -55,7 +55,7 @@ def chat(slotmoe, processes, sample_export, folder, monkeypatch):
 def restored(runtime, ids):
     """How many of ``ids`` are on disk."""
     engine = runtime.engine
-    return engine.call(lambda: engine.sessions.restore(engine.sequences[0], ids))
+    return engine.call(lambda: engine.batch.sessions.restore(engine.batch.sequences[0], ids))
 
 
 # run

@@ -9,7 +9,8 @@ import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,6 +28,12 @@ from slotmoe.tools.options import (
     say,
 )
 
+if TYPE_CHECKING:
+    import uvicorn
+
+    from slotmoe.offload.runtime import Runtime
+    from slotmoe.tools.serve.service import Service
+
 _LIBRARIES = ("fastapi", "pydantic", "uvicorn", "prometheus_client", "llguidance")
 _GRACE_SECONDS = 3  # for answers to be delivered once the server has to end
 _FAILED_SECONDS = 1  # for errors to be delivered once the model has failed
@@ -37,7 +44,6 @@ _ORIGIN = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[!-.0-~]+")
 _READY = "a page to chat; the API is under /v1; Ctrl-C ends it"
 _SEQUENCES, _QUEUE = click.IntRange(1, 256), click.IntRange(0, 10_000)
 _HOST_HELP = "Address to listen on; others than loopback need a key."
-_NAME_HELP = "The model's name for clients. [default: the folder's, or the hub id]"
 _HOSTS_HELP = "A name by which clients may call; may be repeated."
 _CORS_HELP = (
     "Let web pages of this origin use the API, like http://localhost:3000; may be repeated. '*' is "
@@ -61,7 +67,7 @@ _KEYS_HELP = "Ask for this key; may be repeated. Seen by others in ps."
 @option("--max-sequences", None, "Answers that decode together.", type=_SEQUENCES, default=4)
 @option("--max-queue", None, "Answers that may wait; then 429.", type=_QUEUE, default=32)
 @option("--max-body", "SIZE", "Largest request body.", default="4MiB")
-@option("--name", "NAME", _NAME_HELP)
+@option("--name", "NAME", "The model's name for clients. [default: the folder's, or the hub id]")
 @option("--session-dir", "DIR", _SESSIONS_HELP)
 @SESSION_LIMIT
 @flag("--no-log", "Write no line about each request.")
@@ -99,8 +105,7 @@ def command(model: str, host: str, port: int, name: str | None, **options: Any) 
         if folder is not None:
             runtime.keep_in(folder, limit, say)
         name = name or (Path(model).resolve().name if Path(model).exists() else model)
-        is_logged = not options["no_log"]
-        edge: Any = keys, hosts, max_body, is_logged, origins
+        edge = keys, hosts, max_body, not options["no_log"], origins
         server, service = make_server(runtime, name, sequences, queue, *edge)
         address, port = listener.getsockname()[:2]
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
@@ -117,7 +122,7 @@ def command(model: str, host: str, port: int, name: str | None, **options: Any) 
 
 
 def make_server(
-    runtime: Any,
+    runtime: "Runtime",
     name: str,
     sequences: int,
     queue: int,
@@ -126,13 +131,12 @@ def make_server(
     max_body: int = 4 << 20,
     is_logged: bool = False,
     origins: Iterable[str] = (),
-) -> tuple[Any, Any]:
+) -> tuple["uvicorn.Server", "Service"]:
     """A uvicorn server, to ``run`` on a socket, and its ``Service``; ``max_body`` is in bytes.
     If it ``is_logged``, each request is a line on stderr."""
     import uvicorn
 
     from slotmoe.tools.serve.app import make_app
-    from slotmoe.tools.serve.bodies import Bodies
     from slotmoe.tools.serve.guard import Connection, Guard
     from slotmoe.tools.serve.log import Log
     from slotmoe.tools.serve.service import Service
@@ -140,7 +144,7 @@ def make_server(
     class Server(uvicorn.Server):
         """Lets running answers end with a reason when it gets a signal to end."""
 
-        def handle_exit(self, sig: int, frame: Any) -> None:
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             service.stop()
             super().handle_exit(sig, frame)
 
@@ -154,7 +158,7 @@ def make_server(
 
     service = Service(runtime, name, sequences, queue, ended)
     app = make_app(service, bool(keys))
-    guarded = Guard(Bodies(app), keys, hosts, max_body, origins)
+    guarded = Guard(app, keys, hosts, max_body, origins)
     settings = uvicorn.Config(
         Log(guarded, is_logged, runtime.model.options.altered),
         http=Connection,
@@ -231,8 +235,8 @@ def _listen(host: str, port: int, has_keys: bool) -> socket.socket:
     """A socket that listens there, before anything large is loaded.  Raises ``ConfigError``, also
     where others could connect and nothing asks for a key."""
     try:
-        kind: Any = {"type": socket.SOCK_STREAM, "flags": socket.AI_PASSIVE}
-        family, _, _, _, address = socket.getaddrinfo(host, port, **kind)[0]
+        kind = 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE
+        family, _, _, _, address = socket.getaddrinfo(host, port, *kind)[0]
         if not has_keys and not ipaddress.ip_address(address[0]).is_loopback:
             advice = "give --api-key, --api-key-file or $SLOTMOE_API_KEY"
             raise ConfigError(f"--host {host}: others could use this server; {advice}")

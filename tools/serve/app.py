@@ -1,17 +1,18 @@
 """The application of ``slotmoe serve``: all routes, and their description."""
 
+import asyncio
 from pathlib import Path
-from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request, Response, Security
+from fastapi import APIRouter, FastAPI, Response, Security
 from fastapi.security import APIKeyHeader, HTTPBearer
 from prometheus_client import generate_latest
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
 from slotmoe import __version__
-from slotmoe.tools.serve import anthropic, openai, responses, tokens
-from slotmoe.tools.serve.errors import EXCEPTION_HANDLERS
-from slotmoe.tools.serve.service import Service
+from slotmoe.jsonfile import Json
+from slotmoe.tools.serve import anthropic, openai, requests, responses
+from slotmoe.tools.serve.errors import HANDLED, RefusedError, error_response
+from slotmoe.tools.serve.service import Service, Serving
 
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -20,13 +21,13 @@ _POLICY = (
 )
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 # Of all routes, in the description.
-_REFUSALS: Any = {
+_REFUSALS: dict[int | str, Json] = {
     "4XX": {"description": "Refused, with the reason in the error envelope of the API"},
     "5XX": {"description": "The model failed"},
 }
 _KEYS = (HTTPBearer(auto_error=False), APIKeyHeader(name="x-api-key", auto_error=False))
 
-public, figures = APIRouter(), APIRouter()
+public, routes = APIRouter(), APIRouter()  # without a key, and with one
 
 
 @public.get("/", include_in_schema=False)
@@ -37,30 +38,58 @@ async def page() -> Response:
 
 
 @public.get("/health")
-async def health(request: Request) -> Response:
-    if request.app.state.service.alive:
+async def health(service: Serving) -> Response:
+    if service.alive:
         return JSONResponse({"status": "ok"})
     return JSONResponse({"status": "the model has failed"}, 503)
 
 
-@figures.get("/stats")
-def stats(request: Request) -> Response:
-    return JSONResponse(request.app.state.service.stats())
+@routes.get("/stats")
+def stats(service: Serving) -> Response:
+    return JSONResponse(service.stats())
 
 
-@figures.get("/metrics", response_class=PlainTextResponse)
-def metrics(request: Request) -> Response:
-    figures = generate_latest(request.app.state.service.registry)
-    return PlainTextResponse(figures, media_type=_PROMETHEUS)
+@routes.get("/metrics", response_class=PlainTextResponse)
+def metrics(service: Serving) -> Response:
+    return PlainTextResponse(generate_latest(service.registry), media_type=_PROMETHEUS)
+
+
+class TokenizeRequest(requests.Model):
+    """In vLLM's form: of ``prompt``, or of ``messages`` as the model reads them."""
+
+    model: requests.Label | None = None
+    prompt: requests.Text | None = None
+    add_special_tokens: bool | None = None
+    messages: requests.Messages | None = None
+    tools: requests.Tools | None = None
+
+
+@routes.post("/tokenize")
+async def tokenize(body: TokenizeRequest, service: Serving) -> Response:
+    if body.model is not None:
+        service.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise RefusedError("give either prompt or messages", "prompt")
+    if body.messages is not None:
+        policy = requests.tool_policy([tool.function for tool in body.tools or ()], None)
+        ids = await service.chat_ids(requests.Conversation(body.messages, policy))
+    else:
+        add_bos = body.add_special_tokens is not False
+        ids = await asyncio.to_thread(service.encode, body.prompt or "", add_bos)
+    about = {"count": len(ids), "max_model_len": service.runtime.context}
+    return JSONResponse({**about, "tokens": ids})
 
 
 def make_app(service: Service, has_keys: bool) -> FastAPI:
     """The application; where it ``has_keys``, ``Guard`` in front of it asks for them."""
-    about: Any = {"title": "slotmoe", "version": __version__, "docs_url": None, "redoc_url": None}
-    app = FastAPI(**about, exception_handlers=EXCEPTION_HANDLERS, responses=_REFUSALS)
+    app = FastAPI(
+        title="slotmoe", version=__version__, docs_url=None, redoc_url=None, responses=_REFUSALS
+    )
     app.state.service = service
+    for kind in HANDLED:
+        app.add_exception_handler(kind, error_response)
     app.include_router(public)
     security = [Security(key) for key in _KEYS] if has_keys else []  # for the description
-    for router in (figures, openai.router, responses.router, anthropic.router, tokens.router):
+    for router in (routes, openai.router, responses.router, anthropic.router):
         app.include_router(router, dependencies=security)
     return app

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -31,7 +30,7 @@ class RefusedError(Exception):
     status: int = 400
     code: str | None = None
     headers: Mapping[str, str] | None = None
-    details: Mapping[str, Any] | None = None  # of an error in Anthropic's form
+    details: Json | None = None  # of an error in Anthropic's form
 
     def __str__(self) -> str:
         return self.message
@@ -39,15 +38,16 @@ class RefusedError(Exception):
 
 def error_body(path: str, problem: RefusedError) -> Json:
     """``problem`` in the envelope of the API that ``path`` belongs to."""
-    is_anthropic, kind = f"{path}/".startswith(f"{ANTHROPIC_PATH}/"), "invalid_request_error"
-    if problem.status >= 500:
+    is_anthropic, status = f"{path}/".startswith(f"{ANTHROPIC_PATH}/"), problem.status
+    kind = "rate_limit_error" if status == 429 else "invalid_request_error"
+    if status >= 500:
         kind = "api_error" if is_anthropic else "server_error"
-    if problem.status == 429:
-        kind = "rate_limit_error"
     if is_anthropic:
-        error = {"type": _ANTHROPIC_TYPES.get(problem.status, kind), "message": problem.message}
-        details = {} if problem.details is None else {"details": dict(problem.details)}
-        return {"type": "error", "error": {**error, **details}}
+        error: Json = {"type": _ANTHROPIC_TYPES.get(status, kind), "message": problem.message}
+        return {
+            "type": "error",
+            "error": error | ({"details": d} if (d := problem.details) else {}),
+        }
     about = {"param": problem.param, "code": problem.code}
     return {"error": {"message": problem.message, "type": kind, **about}}
 
@@ -82,9 +82,7 @@ async def error_response(request: Request, problem: Exception) -> JSONResponse:
     return JSONResponse(error_body(request.url.path, refusal), refusal.status, refusal.headers)
 
 
-EXCEPTION_HANDLERS: dict[Any, Any] = dict.fromkeys(
-    (Exception, RefusedError, RequestValidationError, ConfigError, HTTPException), error_response
-)
+HANDLED = (Exception, RefusedError, RequestValidationError, ConfigError, HTTPException)
 
 
 def _invalid(problem: RequestValidationError) -> RefusedError:
@@ -96,25 +94,25 @@ def _invalid(problem: RequestValidationError) -> RefusedError:
     return RefusedError("; ".join(reasons), param)
 
 
-def _place(error: Mapping[str, Any], body: Any) -> list[str | int]:
-    """The way through ``body`` to what is wrong.  pydantic's way also names members of unions."""
-    place, value = list[str | int](), body
-    *steps, last = error["loc"]
+def _place(error: Json, value: Json) -> list[str | int]:
+    """The way through a body to what is wrong.  pydantic's way also names members of unions."""
+    place, (*steps, last) = list[str | int](), error["loc"]
     for step in steps[1:]:
-        if isinstance(value, dict | list) and _holds(value, step):
+        if _holds(value, step):
             place.append(step)
             value = value[step]
-    is_absent = error["type"] == "missing"
-    if steps and (is_absent or (isinstance(value, dict | list) and _holds(value, last))):
-        place.append(last)
-    return place
+    return (
+        [*place, last] if steps and (error["type"] == "missing" or _holds(value, last)) else place
+    )
 
 
-def _holds(value: Any, step: str | int) -> bool:
-    return step in value if isinstance(value, dict) else step in range(len(value))
+def _holds(value: object, step: str | int) -> bool:
+    if isinstance(value, list):
+        return step in range(len(value))
+    return isinstance(value, dict) and step in value
 
 
-def _reason(error: Mapping[str, Any], place: list[str | int]) -> str:
+def _reason(error: Json, place: list[str | int]) -> str:
     where = ".".join(map(str, place))
     if len(where) > _MAX_PLACE:
         where = f"{where[:_MAX_PLACE]}\u2026"

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 MAX_ITEMS = 4096  # of a list that has no other bound
 
 
-def accepted(reason: str) -> Any:
+def accepted(reason: str) -> object:
     """Marks a field that is checked and has no effect."""
     return Field(description=f"accepted: {reason}")
 
@@ -21,7 +21,7 @@ class Refused:
 
     reason: str
 
-    def _check(self, value: Any) -> None:
+    def _check(self, value: object) -> None:
         if value is not None:
             raise ValueError(f"is not supported by this server: {self.reason}")
 
@@ -35,7 +35,7 @@ class Refused:
 def at_most(count: int, what: str) -> BeforeValidator:
     """Of an object with any keys: pydantic counts them only when it has checked all."""
 
-    def check(value: Any) -> Any:
+    def check(value: object) -> object:
         if isinstance(value, dict) and len(value) > count:
             raise ValueError(f"has {len(value)} {what}, more than {count}")
         return value
@@ -43,18 +43,18 @@ def at_most(count: int, what: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def by_kind(kind: Callable[[Any], str | None], expected: str) -> Discriminator:
+def by_kind(kind: Callable[[object], str | None], expected: str) -> Discriminator:
     """Tells the members of a union apart, so that an error names what is wrong in the one that was
     meant; without a member, it says what was ``expected``."""
     message = f"is neither {expected}" if " nor " in expected else f"is not {expected}"
     return Discriminator(kind, custom_error_type="kind", custom_error_message=message)
 
 
-def text_or_list(value: Any) -> str | None:
+def text_or_list(value: object) -> str | None:
     return "text" if isinstance(value, str) else "list" if isinstance(value, list) else None
 
 
-def _bound_lists(schema: Any) -> None:
+def _bound_lists(schema: object) -> None:
     """Have every list in pydantic's ``schema`` end at its first error and at a bound."""
     if isinstance(schema, dict):
         if schema.get("type") == "list":
@@ -84,7 +84,7 @@ class Model(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_unknown_field(cls, data: Any) -> Any:
+    def _one_unknown_field(cls, data: object) -> object:
         if not isinstance(data, dict):
             return data
         known = {field.alias or name for name, field in cls.model_fields.items()}

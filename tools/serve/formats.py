@@ -5,8 +5,8 @@ A row is used where the tokenizer has a token for each of its ``marks`` and the 
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from slotmoe.jsonfile import Json
 from slotmoe.model.tokenizer import Tokenizer
@@ -41,10 +41,9 @@ class CallFormat:
 
     def write(self, calls: list[ToolCall]) -> str:
         """``calls`` as the model writes them, of a format with JSON and without an index."""
-        functions = [call.function for call in calls]
         texts = [
-            self.head + function.name + self.middle + (function.arguments or "{}") + self.tail
-            for function in functions
+            self.head + f.name + self.middle + (f.arguments or "{}") + self.tail
+            for f in (call.function for call in calls)
         ]
         return self.opening + self.joint.join(texts) + self.closing if texts else ""
 
@@ -59,16 +58,8 @@ _CALLS, _CALL, _SEP, _END_CALL, _END_CALLS, OUTPUTS, OUTPUT, END_OUTPUT, END_OUT
     f"<\uff5ctool\u2581{name}\uff5c>" for name in _NAMES.replace("_", "\u2581").split()
 )
 _DEEPSEEK = (_CALLS, _CALL, _SEP, _END_CALL, _END_CALLS)
-_KIMI = tuple(
-    f"<|tool_{name}|>"
-    for name in (
-        "calls_section_begin",
-        "call_begin",
-        "call_argument_begin",
-        "call_end",
-        "calls_section_end",
-    )
-)
+_NAMES = "calls_section_begin call_begin call_argument_begin call_end calls_section_end"
+_KIMI = tuple(f"<|tool_{name}|>" for name in _NAMES.split())
 _GLM = ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
 # As their templates write them; the oldest also as its model card shows it:
 # https://huggingface.co/deepseek-ai/DeepSeek-V2.5-1210, "Function calling".
@@ -108,7 +99,7 @@ def format_of(tokenizer: Tokenizer) -> CallFormat:
     return PLAIN
 
 
-def is_text(schema: Any) -> bool:
+def is_text(schema: object) -> bool:
     """Whether a tagged argument of this schema is written as it is, without quotes."""
     if not isinstance(schema, dict):
         return False
@@ -129,36 +120,26 @@ def described(function: Function) -> Json:
     return {**about, "parameters": function.schema_of_arguments}
 
 
-def describe(call_format: CallFormat, functions: list[Function]) -> str:
+_PLAIN_HINT = (
+    '\n\nTo call one, write <tool_call>{"name": "NAME", "arguments": {...}}</tool_call>, where the '
+    "arguments follow the function's parameters, a JSON schema. To call several, write each on a "
+    "line of its own. Write nothing after calls; their results follow in <tool_response>. If no "
+    "function is needed, answer in plain text."
+)
+_HINT = (
+    "\n\nTo call functions, write exactly this, with JSON that follows the parameters:\n"
+    f"{_CALLS}{_CALL}NAME{_SEP}ARGUMENTS{_END_CALL}{_END_CALLS}"
+)
+
+
+def describe(call_format: CallFormat, functions: Sequence[Function]) -> str:
     """Functions for a model whose template does not describe them."""
-    if call_format is PLAIN:
-        return _plain_description(functions)
-    return _native_description(functions) + _HINTS.get(call_format, "")
-
-
-_HINTS = {
-    DEEPSEEK_V3_1: (
-        "\n\nTo call functions, write exactly this, with JSON that follows the parameters:\n"
-        f"{_CALLS}{_CALL}NAME{_SEP}ARGUMENTS{_END_CALL}{_END_CALLS}"
-    )
-}
-
-
-def _plain_description(functions: list[Function]) -> str:
-    lines = "\n".join(json.dumps(described(f), ensure_ascii=False) for f in functions)
-    return (
-        f"You can call these functions:\n{lines}\n\n"
-        'To call one, write <tool_call>{"name": "NAME", "arguments": {...}}</tool_call>, where the '
-        "arguments follow the function's parameters, a JSON schema. To call several, write each on "
-        "a line of its own. Write nothing after calls; their results follow in <tool_response>. If "
-        "no function is needed, answer in plain text."
-    )
-
-
-def _native_description(functions: list[Function]) -> str:
-    blocks = []
+    is_plain = call_format is PLAIN
+    indent, texts = None if is_plain else 4, list[str]()
     for function in functions:
-        text = json.dumps(described(function), ensure_ascii=False, indent=4)
-        blocks.append(f"- `{function.name}`:\n```json\n{text}\n```")
-    heading = "## Tools\n\n### Function\n\nYou have the following functions available:"
-    return heading + "\n\n" + "\n".join(blocks)
+        text = json.dumps(described(function), ensure_ascii=False, indent=indent)
+        texts.append(text if is_plain else f"- `{function.name}`:\n```json\n{text}\n```")
+    if is_plain:
+        return "You can call these functions:\n" + "\n".join(texts) + _PLAIN_HINT
+    heading = "## Tools\n\n### Function\n\nYou have the following functions available:\n\n"
+    return heading + "\n".join(texts) + (_HINT if call_format is DEEPSEEK_V3_1 else "")

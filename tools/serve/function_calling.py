@@ -2,41 +2,26 @@
 
 import json
 import re
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import TypeAlias
 
 from slotmoe.jsonfile import Json
 from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.tools.serve import formats, requests
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.formats import (
-    END_OUTPUT,
-    END_OUTPUTS,
-    OUTPUT,
-    OUTPUTS,
-    PLAIN,
-    describe,
-    described,
-    format_of,
-)
-from slotmoe.tools.serve.requests import (
-    AssistantMessage,
-    ChatMessage,
-    Function,
-    PlainMessage,
-    ToolCall,
-    ToolMessage,
-    ToolPolicy,
-)
 
 _UNCALLED = "a result answers no call of the message before it"
-Turn: TypeAlias = tuple[PlainMessage | AssistantMessage, list[ToolMessage]]
+Turn: TypeAlias = tuple[
+    requests.PlainMessage | requests.AssistantMessage, list[requests.ToolMessage]
+]
 
 
 class Dialect:
     """How a model was trained to call functions, by its tokenizer and its chat template."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer, self.format = tokenizer, format_of(tokenizer)
-        self.is_native = self.format is not PLAIN
+        self._tokenizer, self.format = tokenizer, formats.format_of(tokenizer)
+        self.is_native = self.format is not formats.PLAIN
         template = tokenizer.template or ""
         self._template_has_tools = self.is_native and bool(re.search(r"\btools\b", template))
         # Tokens that appear in the text of an answer with tool calls.
@@ -45,8 +30,8 @@ class Dialect:
 
     def prompt(
         self,
-        messages: list[ChatMessage],
-        policy: ToolPolicy | None,
+        messages: list[requests.ChatMessage],
+        policy: requests.ToolPolicy | None,
         continues: bool = False,
         thinking: bool | None = None,
     ) -> str:
@@ -59,18 +44,18 @@ class Dialect:
         else:
             written = self._native(turns) if self.is_native else self._plain(turns)
         if self._template_has_tools:
-            tools = [{"type": "function", "function": described(f)} for f in functions]
+            tools = [{"type": "function", "function": formats.described(f)} for f in functions]
         elif functions:
             self._describe(functions, written)
         goes_on = self.is_native and not self.format.structured and bool(turns[-1][1])
         return self._tokenizer.chat(written, tools, begun=continues or goes_on, thinking=thinking)
 
-    def _describe(self, functions: list[Function], written: list[Json]) -> None:
+    def _describe(self, functions: Sequence[requests.Function], written: list[Json]) -> None:
         """Describe the functions at the end of the system message of ``written``."""
         system = "You are a helpful Assistant." if self.is_native else ""
         if written[0]["role"] == "system":
             system = written.pop(0)["content"]
-        text = describe(self.format, functions)
+        text = formats.describe(self.format, functions)
         content = f"{system}\n\n{text}" if system else text
         written.insert(0, {"role": "system", "content": content})
 
@@ -78,7 +63,7 @@ class Dialect:
         """For a template that writes calls, results and reasoning itself."""
         written, count = list[Json](), 0
         for message, results in turns:
-            about: dict[str, Any] = {"role": message.role, "content": message.text}
+            about: Json = {"role": message.role, "content": message.text}
             if message.reasoning:
                 about["reasoning_content"] = message.reasoning
             ids, calls = list[str](), list[Json]()
@@ -120,8 +105,10 @@ class Dialect:
         for message, results in turns:
             text = message.text + self.format.write(message.calls)
             if results:
-                outputs = "\n".join(OUTPUT + result.text + END_OUTPUT for result in results)
-                text += self._tokenizer.eos_token + OUTPUTS + outputs + END_OUTPUTS
+                outputs = "\n".join(
+                    formats.OUTPUT + result.text + formats.END_OUTPUT for result in results
+                )
+                text += self._tokenizer.eos_token + formats.OUTPUTS + outputs + formats.END_OUTPUTS
             if goes_on and message.role == "assistant":
                 written[-1]["content"] += text
             else:
@@ -130,12 +117,12 @@ class Dialect:
         return written
 
 
-def with_results(messages: list[ChatMessage]) -> list[Turn]:
+def with_results(messages: list[requests.ChatMessage]) -> list[Turn]:
     """Each message with the results of its calls, in the order of the calls.  Raises
     ``RefusedError`` where they don't match."""
     turns: list[Turn] = []
     for message in messages:
-        if not isinstance(message, ToolMessage):
+        if not isinstance(message, requests.ToolMessage):
             turns.append((message, []))
         elif turns:
             turns[-1][1].append(message)
@@ -144,7 +131,9 @@ def with_results(messages: list[ChatMessage]) -> list[Turn]:
     return [(message, _in_order(message.calls, results)) for message, results in turns]
 
 
-def _in_order(calls: list[ToolCall], results: list[ToolMessage]) -> list[ToolMessage]:
+def _in_order(
+    calls: list[requests.ToolCall], results: list[requests.ToolMessage]
+) -> list[requests.ToolMessage]:
     ids, answered = [call.id for call in calls], [result.tool_call_id for result in results]
     if sorted(ids) != sorted(answered):
         missing = next((id_ for id_ in ids if id_ not in answered), None)
@@ -158,7 +147,7 @@ def _in_order(calls: list[ToolCall], results: list[ToolMessage]) -> list[ToolMes
     return sorted(results, key=lambda result: ids.index(result.tool_call_id))
 
 
-def _parsed(arguments: str) -> Any:
+def _parsed(arguments: str) -> Json:
     """Of a call in a history, for a template that goes through them."""
     try:
         parsed = json.loads(arguments)

@@ -2,8 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
-from slotmoe.model.generate import Grammar
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.formats import INDEX, is_text
@@ -34,59 +32,49 @@ _SPACING = {"whitespace_flexible": False, "key_separator": ": ?", "item_separato
 
 
 class Mask:
-    """``slotmoe.model.generate.Grammar`` of one answer; V is the size of the tokenizer."""
+    """``slotmoe.model.generate.Grammar`` of one answer.  It follows ``matcher``, if there is one.
+    None of ``ends`` ends it before it has ``least`` tokens, if anything else may come.  V is
+    ``size``, that of the tokenizer.  ``relaxed`` names the keywords of schemas that the answer need
+    not follow."""
 
-    def __init__(self, matcher: LLMatcher, size: int):
-        self._matcher, self._size = matcher, size
-
-    def allowed(self) -> Tensor:
-        """bool [V].  Raises ``ConfigError``."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        if self._matcher.is_error():
-            problem = "leaves nothing that could come next, or takes too much work to follow"
-            raise ConfigError(f"the JSON schema {problem}; make it simpler")
-        allowed_V = np.unpackbits(bits, count=self._size, bitorder="little")
-        return torch.from_numpy(allowed_V.view(np.bool_))
-
-    def consume(self, chosen: int) -> bool:
-        self._matcher.consume_token(chosen)
-        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
-
-
-class Longer:
-    """``slotmoe.model.generate.Grammar`` of an answer that none of ``ends`` ends before it has
-    ``least`` tokens, if anything else may come; ``mask`` holds it besides."""
-
-    def __init__(self, mask: Grammar | None, least: int, ends: Iterable[int], size: int):
-        self._mask, self._left = mask, least
-        self._all_V = torch.ones(size, dtype=torch.bool)
+    def __init__(
+        self,
+        matcher: LLMatcher | None,
+        size: int,
+        relaxed: Sequence[str] = (),
+        least: int = 0,
+        ends: Iterable[int] = (),
+    ):
+        self._matcher, self._size, self.relaxed, self._left = matcher, size, relaxed, least
         self._ends = [id_ for id_ in ends if id_ < size]
 
+    def mask(self, least: int = 0, ends: Iterable[int] = ()) -> "Mask":
+        """The same for another answer, if this one has not begun."""
+        matcher = self._matcher.deep_copy() if self._matcher is not None else None
+        return Mask(matcher, self._size, self.relaxed, least, ends)
+
     def allowed(self) -> Tensor:
         """bool [V].  Raises ``ConfigError``."""
-        allowed_V = self._all_V if self._mask is None else self._mask.allowed()
-        if self._left > 0:
-            longer_V = allowed_V.clone()
-            longer_V[self._ends] = False
-            return longer_V if longer_V.any() else allowed_V
-        return allowed_V
+        allowed_V = torch.ones(self._size, dtype=torch.bool)
+        if self._matcher is not None:
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+            if self._matcher.is_error():
+                problem = "leaves nothing that could come next, or takes too much work to follow"
+                raise ConfigError(f"the JSON schema {problem}; make it simpler")
+            bits_V = np.unpackbits(bits, count=self._size, bitorder="little")
+            allowed_V = torch.from_numpy(bits_V.view(np.bool_))
+        if self._left <= 0:
+            return allowed_V
+        longer_V = allowed_V.clone()
+        longer_V[self._ends] = False
+        return longer_V if longer_V.any() else allowed_V
 
     def consume(self, chosen: int) -> bool:
         self._left -= 1
-        return self._mask is not None and self._mask.consume(chosen)
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What an answer has to follow; ``relaxed`` names the keywords of schemas that it need not."""
-
-    matcher: LLMatcher
-    size: int
-    relaxed: list[str]
-
-    def mask(self) -> Mask:
-        """Of one answer."""
-        return Mask(self.matcher.deep_copy(), self.size)
+        if self._matcher is None:
+            return False
+        self._matcher.consume_token(chosen)
+        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
 
 class Grammars:
@@ -102,7 +90,7 @@ class Grammars:
 
     def compile(
         self, schema: Schema | None, policy: ToolPolicy | None, is_thinking: bool = False
-    ) -> Compiled | None:
+    ) -> Mask | None:
         """What an answer has to follow that follows ``schema``, or calls functions, after its
         reasoning; None where the answer is free.  ``is_thinking`` where the prompt has begun the
         reasoning.  Raises ``RefusedError``."""
@@ -114,13 +102,13 @@ class Grammars:
             content = self._json(schema.definition, strict, where, where, dropped)
         grammar = f"answer: {content}"
         if policy is not None:
-            grammar = self._calls(policy, content, self._arguments(policy, dropped))
+            grammar = self._calls(policy, content, dropped)
         grammar = f"start: {self._reasoning(is_thinking)}\n{grammar}"
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             reason = matcher.get_error()[:200]
             raise RefusedError(f"the schemas can't be followed together ({reason})")
-        return Compiled(matcher, self._source.size, dropped)
+        return Mask(matcher, self._source.size, dropped)
 
     def _reasoning(self, is_thinking: bool) -> str:
         """The rule of the whole answer, and those of the reasoning before the answer proper."""
@@ -137,23 +125,17 @@ class Grammars:
             thought = f"({self._literal(marks.begin)} {thought})?"
         return "\n".join([f"{thought} answer", *rules])
 
-    def _arguments(self, policy: ToolPolicy, dropped: list[str]) -> dict[str, str]:
-        """The grammar of each function's arguments; adds to ``dropped``."""
+    def _calls(self, policy: ToolPolicy, content: str | None, dropped: list[str]) -> str:
+        """The grammar of tool calls, or of text and perhaps calls where they aren't required; adds
+        to ``dropped``."""
         arguments = dict[str, str]()
         for function in policy.functions:
-            where, schema = f"tool {function.name!r}", function.schema_of_arguments
-            strict = bool(function.strict)
-            if self._dialect.format.tagged is not None:
-                arguments[function.name] = self._tagged(schema, strict, where, dropped)
-            else:
-                arguments[function.name] = self._json(schema, strict, where, "tools", dropped)
+            about = bool(function.strict), f"tool {function.name!r}", "tools", dropped
+            given = self._json if self._dialect.format.tagged is None else self._tagged
+            arguments[function.name] = given(function.schema_of_arguments, *about)
             if sum(map(len, arguments.values())) > _MAX_SCHEMAS:
                 problem = f"have more than {_MAX_SCHEMAS} characters together"
                 raise RefusedError(f"the schemas of the tools {problem}", "tools", 413)
-        return arguments
-
-    def _calls(self, policy: ToolPolicy, content: str | None, arguments: dict[str, str]) -> str:
-        """The grammar of tool calls, or of text and perhaps calls where they aren't required."""
         marks = self._dialect.format
         opening, literal = self._literal(marks.opening), self._literal
         more = f"({literal(marks.joint)} call){{0,{MAX_CALLS - 1}}}"
@@ -182,7 +164,9 @@ class Grammars:
                 start = [f"answer: TEXT | opened {calls}", f"opened[lazy]: /{anything}{mark}/"]
         return "\n".join(start + rules)
 
-    def _tagged(self, schema: Json, strict: bool, where: str, dropped: list[str]) -> str:
+    def _tagged(
+        self, schema: Json, strict: bool, where: str, param: str, dropped: list[str]
+    ) -> str:
         """The grammar of arguments that are tagged, in the order of their properties: text as it
         is, other values as JSON.  Raises ``RefusedError``."""
         tags = self._dialect.format.tagged
@@ -192,11 +176,11 @@ class Grammars:
         definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         properties = schema.get("properties", {})
         if not isinstance(properties, dict) or not isinstance(required, list):
-            raise RefusedError(f"{where}: properties or required are malformed", "tools")
+            raise RefusedError(f"{where}: properties or required are malformed", param)
         for key, inner in properties.items():
             if not is_text(inner):
                 given = {**definitions, **inner} if isinstance(inner, dict) else {}
-                value = self._json(given, strict, f"{where}: {key}", "tools", dropped)
+                value = self._json(given, strict, f"{where}: {key}", param, dropped)
             elif values := [inner["const"]] if "const" in inner else inner.get("enum"):
                 value = "(" + " | ".join(self._literal(text) for text in values) + ")"
             else:
@@ -206,7 +190,7 @@ class Grammars:
             parts.append(f"({before} {value} {after}){'' if key in required else '?'}")
         if unheld and strict:
             problem = f"no answer can be held to {unheld[0][:200]!r}, and the schema is strict"
-            raise RefusedError(f"{problem}; leave out one or the other", "tools")
+            raise RefusedError(f"{problem}; leave out one or the other", param)
         dropped += unheld
         return " ".join(parts) or '""'
 
@@ -222,13 +206,12 @@ class Grammars:
         """``schema`` in a grammar.  What can't be held is refused if ``strict``, else it is added
         to ``dropped``.  Raises ``RefusedError``."""
         try:
-            size = len(json.dumps(schema))
-            kept, unheld = relaxed(schema) if size <= _MAX_SCHEMA else (schema, [])
+            if len(json.dumps(schema)) > _MAX_SCHEMA:
+                problem = f"the schema has more than {_MAX_SCHEMA} characters"
+                raise RefusedError(f"{where}: {problem}", param, 413)
+            kept, unheld = relaxed(schema)
         except (RecursionError, ValueError):
             raise RefusedError(f"{where}: the schema is nested too deeply", param) from None
-        if size > _MAX_SCHEMA:
-            problem = f"the schema has more than {_MAX_SCHEMA} characters"
-            raise RefusedError(f"{where}: {problem}", param, 413)
         if "x-guidance" in schema:
             raise RefusedError(f"{where}: the schema has the unknown keyword 'x-guidance'", param)
         text = json.dumps({**kept, "x-guidance": _SPACING})

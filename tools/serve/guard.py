@@ -10,14 +10,14 @@ import contextlib
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Iterable, MutableMapping
-from typing import Any
+from collections.abc import Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from slotmoe.tools.serve.bodies import check
 from slotmoe.tools.serve.errors import RefusedError, error_body
 
 BODY_SECONDS = 30.0  # in which a request's body has to arrive
@@ -35,7 +35,7 @@ _ASK = {"www-authenticate": 'Basic realm="slotmoe: any name, the API key as pass
 class Guard:
     """ASGI middleware.  Refused are: hosts outside the allow-list (a rebound name), pages of other
     origins than ``origins`` (``*`` is any), every path but ``/health`` without one of ``keys`` (if
-    there are any), bodies that are not JSON, too large or too slow.
+    there are any), bodies that are not JSON, too slow or too large to be checked.
 
     A digest of the key becomes ``scope["state"]["owner"]``: requests with one key never reuse what
     those with another left in the cache, or on disk.
@@ -57,7 +57,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        headers = Headers(scope=scope)
+        headers, is_read = Headers(scope=scope), False
         origin = headers.get("origin", "")
         shares = bool(origin) and not self._origins.isdisjoint((origin.lower(), "*"))
         if shares:
@@ -68,15 +68,22 @@ class Guard:
                 allowed = headers.get("access-control-request-headers", "")
                 fields = {**_PREFLIGHT, "access-control-allow-headers": allowed}
                 return await Response(None, 204, fields)(scope, receive, send)
-            scope.setdefault("state", {})["owner"] = self._admit(scope, headers)
+            owner = self._owner(headers)
+            if owner is None and scope.get("raw_path", b"") != b"/health":
+                problem = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
+                ask = _ASK if scope["path"] == "/" else None
+                raise RefusedError(problem, None, 401, "invalid_api_key", ask)
+            scope.setdefault("state", {})["owner"] = owner or ""
             has_body = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
             if scope["method"] == "POST" and has_body:
-                receive = _replay(await self._body(headers, receive), receive)
+                body = await self._body(headers, receive)
+                receive, is_read = _replay(body, receive), True
+                check(body)
         except RefusedError as problem:
-            if problem.status not in (408, 413):  # then its body is unread
+            if not is_read and problem.status not in (408, 413):
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._read(receive), DISCARD_SECONDS)
-            fields = {"connection": "close", **(problem.headers or {})}
+            fields = {} if is_read else {"connection": "close", **(problem.headers or {})}
             response = JSONResponse(error_body(scope["path"], problem), problem.status, fields)
             await response(scope, receive, send)
         else:
@@ -97,19 +104,9 @@ class Guard:
             problem = f"requests from pages of the origin {origin[:80]!r} are refused"
             raise RefusedError(f"{problem}; start with --cors-origin to allow it", status=403)
 
-    def _admit(self, scope: Scope, headers: Headers) -> str:
-        """The owner of the request.  Raises ``RefusedError``."""
-        owner = self._owner(headers)
-        if owner is None and scope.get("raw_path", b"") != b"/health":
-            problem = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
-            ask = _ASK if scope["path"] == "/" else None
-            raise RefusedError(problem, None, 401, "invalid_api_key", ask)
-        return owner or ""
-
     def _is_known(self, host: str) -> bool:
         """Names are on the list or refused; an address can't be rebound."""
-        is_bracketed = host.startswith("[")
-        name = host[1:].partition("]")[0] if is_bracketed else host.partition(":")[0]
+        name = host[1:].partition("]")[0] if host[:1] == "[" else host.partition(":")[0]
         try:
             return name in self._hosts or bool(ipaddress.ip_address(name))
         except ValueError:
@@ -136,9 +133,8 @@ class Guard:
         """The whole body.  Raises ``RefusedError`` if it is not JSON, too large or too slow."""
         kind = headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
-            raise RefusedError(
-                "the body must be JSON, with Content-Type: application/json", status=415
-            )
+            problem = "the body must be JSON, with Content-Type: application/json"
+            raise RefusedError(problem, status=415)
         try:
             body = await asyncio.wait_for(self._read(receive), BODY_SECONDS)
         except asyncio.TimeoutError:
@@ -222,7 +218,7 @@ def _shared(send: Send, origin: str) -> Send:
     """Lets pages of ``origin`` read the response.  Keys are in headers that a page has to set, so
     nothing is allowed to a browser's own credentials."""
 
-    async def shared(message: MutableMapping[str, Any]) -> None:
+    async def shared(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             headers["access-control-allow-origin"] = origin
@@ -235,9 +231,9 @@ def _shared(send: Send, origin: str) -> Send:
 
 def _replay(body: bytes, receive: Receive) -> Receive:
     """Gives the body first, then what comes after it: that the client left."""
-    messages = [{"type": "http.request", "body": body, "more_body": False}]
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def replay() -> MutableMapping[str, Any]:
+    async def replay() -> Message:
         return messages.pop() if messages else await receive()
 
     return replay

@@ -6,10 +6,13 @@ import re
 import sys
 import time
 import uuid
-from typing import Any
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+if TYPE_CHECKING:
+    from slotmoe.tools.serve.answers import Answers
 
 _CLIENTS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _POLLED = ("/health", "/metrics", "/stats")  # asked for every few seconds, mostly by programs
@@ -45,7 +48,11 @@ class Log:
                 if self._altered is not None:
                     headers["x-slotmoe-routing"] = self._altered
                 if state.get("relaxed"):
-                    headers["x-slotmoe-relaxed"] = _header(state["relaxed"])
+                    text = ascii("; ".join(state["relaxed"]))[1:-1]  # fields have any names
+                    is_long = len(text) > _MAX_HEADER
+                    headers["x-slotmoe-relaxed"] = (
+                        f"{text[: _MAX_HEADER - 3]}..." if is_long else text
+                    )
             await send(message)
 
         # The server itself drops the body of an answer to HEAD.
@@ -60,13 +67,7 @@ class Log:
                     print(f"{line}, {id_}", file=sys.stderr, flush=True)
 
 
-def _header(relaxed: list[str]) -> str:
-    """Visible ASCII, since names of fields may hold anything."""
-    text = ascii("; ".join(relaxed))[1:-1]
-    return text if len(text) <= _MAX_HEADER else f"{text[: _MAX_HEADER - 3]}..."
-
-
-def _line(scope: Scope, status: int, seconds: float, answers: Any) -> str:
+def _line(scope: Scope, status: int, seconds: float, answers: "Answers | None") -> str:
     """Like ``2026-01-31 12:00:00 POST /v1/completions 200 in 3.2 s, 12 + 37 tokens, first after 0.8
     s, stop``."""
     path = ascii(scope["path"][:100])[1:-1]
@@ -75,7 +76,7 @@ def _line(scope: Scope, status: int, seconds: float, answers: Any) -> str:
     if answers is None:
         return line
     usage = answers.usage()
-    line += f", {usage['prompt_tokens']} + {usage['completion_tokens']} tokens"
+    line += f", {usage.prompt} + {usage.answer} tokens"
     first = [job.first_token - job.submitted for job in answers.jobs if job.first_token]
     line += f", first after {min(first):.2f} s" if first else ", none before it ended"
     return f"{line}, {' '.join(answers.finishes) or 'client left'}"

@@ -3,72 +3,212 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
-from functools import partial
-from typing import Any
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Annotated, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
+from pydantic import AfterValidator, Field, Tag
 from starlette.responses import JSONResponse
 
 from slotmoe import __version__
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Token
-from slotmoe.tools.serve.answers import (
-    Answers,
-    EventStream,
-    Update,
-    chat_answers,
-    check_length,
-    encode,
-    event,
-    spelled,
-    vocabulary,
-)
-from slotmoe.tools.serve.completions import CompletionRequest
+from slotmoe.tools.serve import requests
+from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event, spelled
 from slotmoe.tools.serve.errors import RefusedError
+from slotmoe.tools.serve.fields import Refused, accepted, at_most, by_kind, text_or_list
 from slotmoe.tools.serve.reader import ContentDelta, joined
-from slotmoe.tools.serve.requests import MAX_ANSWERS, ChatRequest, OpenAIRequest, StreamOptions
-from slotmoe.tools.serve.service import Service
+from slotmoe.tools.serve.requests import Id, Label, Stop, Stops, Text, TopLogprobs, Whole
+from slotmoe.tools.serve.service import Serving
 
 router = APIRouter()
+MAX_IDS = 1 << 18  # of a prompt; DeepSeek-V2's longest context has 163,840
+Limit = Annotated[int, Field(ge=-1), Whole]  # of tokens; -1 is as many as the context holds
+Ids = Annotated[list[Id], Field(min_length=1, max_length=MAX_IDS)]
+Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), Whole, AfterValidator(lambda s: s % 2**63)]
+_Bias = dict[str, Annotated[float, Field(ge=-100, le=100)]]
+Bias = Annotated[_Bias, Field(max_length=1024), at_most(1024, "token ids")]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class StreamOptions(requests.Model):
+    include_usage: bool = Field(default=False, description="in each chunk, null until the last")
+    continuous_usage_stats: bool = Field(default=False, description="`usage` of the tokens so far")
+    include_obfuscation: Annotated[bool | None, accepted("nothing is padded")] = None
+
+
+class OpenAIRequest(requests.LabelledRequest):
+    needs: ClassVar = {"stream_options": "stream"}  # a field that has to be true
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Seed | None = Field(None, description="with `n`, answer i has seed + i")
+    stop: (
+        Annotated[
+            Annotated[Stop, Tag("text")] | Annotated[Stops, Tag("list")],
+            by_kind(text_or_list, "text nor a list of texts"),
+        ]
+        | None
+    ) = None
+    n: Annotated[int, Field(ge=1, le=requests.MAX_ANSWERS), Whole] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    # Less than 0.01 would overflow logits.
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    logit_bias: Bias | None = Field(None, description="by token id")
+    stream_options: StreamOptions | None = Field(None, description="needs `stream`")
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0), Whole] | None = None
+    store: Annotated[bool | None, accepted("nothing is stored")] = None
+
+    def options_with(
+        self, vocabulary: int, limit: int | None, logprobs: int | None
+    ) -> requests.AnswerOptions:
+        """For a model of ``vocabulary`` ids; a ``limit`` of -1 is None.  Raises
+        ``RefusedError``."""
+        limit, least = None if limit == -1 else limit, self.min_tokens or 0
+        if limit is not None and limit < least:
+            raise RefusedError("min_tokens is more than the limit of tokens", "min_tokens")
+        for name, needed in self.needs.items():
+            if getattr(self, name) is not None and not getattr(self, needed):
+                raise RefusedError(f"{name} needs {needed}: true", name)
+        bias = []
+        for key, value in (self.logit_bias or {}).items():
+            if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocabulary):
+                problem = f"{key[:40]!r} is not a token id from 0 to {vocabulary - 1}"
+                raise RefusedError(f"logit_bias: {problem}", "logit_bias")
+            bias.append((int(key), value))
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        sampling, goes_on = self.sampling(*bias), bool(self.ignore_eos)
+        return requests.AnswerOptions(sampling, limit, stop, self.n or 1, logprobs, least, goes_on)
+
+
+class ChatRequest(OpenAIRequest):
+    """``/v1/chat/completions``."""
+
+    needs: ClassVar = {**OpenAIRequest.needs, "top_logprobs": "logprobs"}
+    messages: requests.Messages
+    max_tokens: Limit | None = Field(None, description="-1 is as many as the context holds")
+    max_completion_tokens: Limit | None = Field(None, description="`max_tokens` by another name")
+    logprobs: bool | None = None
+    top_logprobs: TopLogprobs | None = Field(None, description="needs `logprobs`")
+    response_format: (
+        Annotated[requests.TextFormat | requests.SchemaFormat, Field(discriminator="type")] | None
+    ) = None
+    tools: requests.Tools | None = None
+    tool_choice: requests.Choice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Label | None = Field(None, description="`none` switches reasoning off")
+    verbosity: Annotated[Label | None, requests.NO_SETTING] = None
+    modalities: Annotated[list[Literal["text"]] | None, accepted("answers are text")] = None
+    prediction: Annotated[Json | None, accepted("it changes only the speed")] = None
+    audio: Annotated[None, Refused("answers are text")] = None
+    functions: Annotated[None, Refused("use tools")] = None
+    function_call: Annotated[None, Refused("use tool_choice")] = None
+    moderation: Annotated[None, Refused("the server does not moderate")] = None
+    web_search_options: Annotated[None, Refused("the server does not search")] = None
+
+    def options(self, vocabulary: int) -> requests.AnswerOptions:
+        """For a tokenizer of ``vocabulary`` ids.  Raises ``RefusedError``."""
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise RefusedError("give max_tokens or max_completion_tokens, not both", "max_tokens")
+        limit, name = self.max_tokens, "max_tokens"
+        if limit is None:
+            limit, name = self.max_completion_tokens, "max_completion_tokens"
+        if limit == 0:
+            raise RefusedError(f"{name} is 0, expected a positive count or -1", name)
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self.options_with(vocabulary, limit, logprobs)
+
+    def chat(self) -> requests.Conversation:
+        """Raises ``RefusedError``."""
+        functions = [tool.function for tool in self.tools or ()]
+        policy = requests.tool_policy(functions, self.tool_choice, self.parallel_tool_calls)
+        schema = requests.schema_of(self.response_format)
+        return requests.Conversation(self.messages, policy, schema, self.reasoning_effort)
+
+
+def _prompt_kind(value: object) -> str | None:
+    if not isinstance(value, list):
+        return "text" if isinstance(value, str) else None
+    first = value[0] if value else None
+    return "texts" if isinstance(first, str) else "lists" if isinstance(first, list) else "ids"
+
+
+_SOME_PROMPTS = Field(min_length=1, max_length=requests.MAX_ANSWERS)
+
+
+class CompletionRequest(OpenAIRequest):
+    """``/v1/completions``."""
+
+    prompt: Annotated[
+        Annotated[Text, Tag("text")]
+        | Annotated[Ids, Tag("ids")]
+        | Annotated[list[Text], _SOME_PROMPTS, Tag("texts")]
+        | Annotated[list[Ids], _SOME_PROMPTS, Tag("lists")],
+        by_kind(_prompt_kind, "text, token ids nor a list of either"),
+    ] = Field(description="text, token ids, or up to 16 of either")
+    max_tokens: Limit | None = Field(None, description="16 if not given; 0 needs `echo`")
+    logprobs: TopLogprobs | None = Field(None, description="the likeliest tokens in each place")
+    echo: bool | None = Field(None, description="the prompt comes first")
+    suffix: Text | None = Field(None, description="if the tokenizer has tokens for it")
+    best_of: Annotated[Literal[1], Whole] | None = None
+
+    def options(self, vocabulary: int) -> requests.AnswerOptions:
+        """For a tokenizer of ``vocabulary`` ids.  Raises ``RefusedError``."""
+        if self.max_tokens == 0 and not self.echo:
+            raise RefusedError("max_tokens: 0 needs echo: true", "max_tokens")
+        if self.suffix is not None and not isinstance(self.prompt, str):
+            raise RefusedError("suffix can only be given with one prompt, as text", "suffix")
+        if self.suffix is not None and self.echo:
+            raise RefusedError("suffix and echo can't be given together", "echo")
+        limit = 16 if self.max_tokens is None else self.max_tokens
+        return self.options_with(vocabulary, limit, self.logprobs)
+
+    def prompts(self) -> Sequence[str | list[int]]:
+        """Texts or lists of token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
 
 
 @router.get("/v1/models")
-async def models(request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [request.app.state.service.described()]})
+async def models(service: Serving) -> Response:
+    return JSONResponse({"object": "list", "data": [service.described()]})
 
 
 @router.get("/v1/models/{name:path}")
-async def model(name: str, request: Request) -> Response:
-    request.app.state.service.check_model(name)
-    return JSONResponse(request.app.state.service.described())
+async def model(name: str, service: Serving) -> Response:
+    service.check_model(name)
+    return JSONResponse(service.described())
 
 
 @router.post("/v1/chat/completions", responses=EventStream.responses)
-async def chat_completions(body: ChatRequest, request: Request) -> Response:
-    answers = await chat_answers(request, body)
+async def chat_completions(body: ChatRequest, request: Request, service: Serving) -> Response:
+    service.check_model(body.model)
+    options = body.options(service.vocabulary)
+    answers = await chat_answers(service, request, body.chat(), options)
     return await _respond(body, answers, ChatChoices(answers))
 
 
 @router.post("/v1/completions", responses=EventStream.responses)
-async def completions(body: CompletionRequest, request: Request) -> Response:
-    service: Service = request.app.state.service
+async def completions(body: CompletionRequest, request: Request, service: Serving) -> Response:
     service.check_model(body.model)
-    options, given = body.options(vocabulary(service)), body.prompts()
-    if len(given) * options.choices > MAX_ANSWERS:
-        problem = f"prompts times n is more than {MAX_ANSWERS} answers in one request"
+    options, given = body.options(service.vocabulary), body.prompts()
+    if len(given) * options.choices > requests.MAX_ANSWERS:
+        problem = f"prompts times n is more than {requests.MAX_ANSWERS} answers in one request"
         raise RefusedError(problem, "n")
     tokenizer, prompts, echoes = service.tokenizer, list[list[int]](), list[str]()
-    encoded: Any = partial(encode, service)
-    if body.suffix is not None:
-        check_length(service, len(given[0]) + len(body.suffix))
-        encoded = partial(tokenizer.encode_gap, after=body.suffix)
     for prompt in given:
-        is_text = isinstance(prompt, str)
-        prompts.append(await asyncio.to_thread(encoded, prompt) if is_text else prompt)
+        if not isinstance(prompt, str):
+            prompts.append(prompt)
+        elif body.suffix is None:
+            prompts.append(await asyncio.to_thread(service.encode, prompt))
+        else:
+            service.check_length(len(prompt) + len(body.suffix))
+            prompts.append(await asyncio.to_thread(tokenizer.encode_gap, prompt, body.suffix))
         if body.echo:
-            echoes += [prompt if is_text else tokenizer.decode(prompt)] * options.choices
-    answers = Answers(request, prompts, options, echoes=echoes)
+            text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+            echoes += [text] * options.choices
+    answers = Answers(service, request, prompts, options, echoes)
     return await _respond(body, answers, TextChoices(answers))
 
 
@@ -84,7 +224,7 @@ async def _respond(
 
         def chunk_of(choice: Json) -> str:
             if options.include_usage:
-                chunk["usage"] = answers.usage_so_far() if options.continuous_usage_stats else None
+                chunk["usage"] = _usage(answers, True) if options.continuous_usage_stats else None
             return event({**chunk, "choices": [choice]})
 
         for choice in choices.first:
@@ -93,14 +233,14 @@ async def _respond(
             for choice in choices.chunks(update):
                 yield chunk_of(choice)
         if options.include_usage:
-            yield event({**chunk, "choices": [], "usage": answers.usage()})
+            yield event({**chunk, "choices": [], "usage": _usage(answers)})
         yield "data: [DONE]\n\n"
 
     if body.stream:
         return EventStream(events(), answers)
     wholes = [choices.whole(update) for update in await answers.whole()]
     content = {**about, "object": choices.kind, "choices": wholes}
-    return JSONResponse({**content, "usage": answers.usage()})
+    return JSONResponse({**content, "usage": _usage(answers)})
 
 
 class ChatChoices:
@@ -177,13 +317,22 @@ class TextChoices:
 
     def _name(self, id_: int) -> str:
         """A token as this route writes it."""
-        content = self._answers.token_bytes(id_)
+        content = self._answers.service.tokenizer.token_bytes(id_)
         text = spelled(content)
         return text if text.encode() == content else f"bytes:{text}"
 
 
+def _usage(answers: Answers, so_far: bool = False) -> Json:
+    usage = answers.usage(so_far)
+    counts: Json = {"prompt_tokens": usage.prompt, "completion_tokens": usage.answer}
+    counts["total_tokens"] = usage.prompt + usage.answer
+    if usage.reasoning is not None:
+        counts["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning}
+    return {**counts, "prompt_tokens_details": {"cached_tokens": usage.cached}}
+
+
 def _choice(
-    index: int, name: str, content: Any, logprobs: Json | None = None, finish: str | None = None
+    index: int, name: str, content: object, logprobs: Json | None = None, finish: str | None = None
 ) -> Json:
     return {"index": index, name: content, "logprobs": logprobs, "finish_reason": finish}
 

@@ -22,6 +22,10 @@ class ContentDelta:
     complete: bool = False
     reasoning: bool = False
 
+    @property
+    def kind(self) -> str:
+        return "reasoning" if self.reasoning else "text" if self.call is None else "call"
+
 
 class Reader:
     """Parses an answer as it arrives: text, then tool calls in ``call_format``.  Without a format

@@ -1,11 +1,13 @@
-"""Requests of OpenAI's API, checked field by field; the conversation of any request in its form.
+"""Requests of OpenAI's API, checked field by field; and what a request of any API comes to: a
+``Conversation`` in the words of OpenAI's chat.
 
 A field is honoured, or it is harmless and marked ``accepted``, or the request is refused.  The
 table of all of them is docs/api-fields.md.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, Tag, model_validator
 
@@ -18,11 +20,10 @@ from slotmoe.tools.serve.fields import Refused, accepted, at_most, by_kind, text
 MAX_ANSWERS = 16  # in one request
 MAX_TOOLS = 128
 MAX_MESSAGES = 4096
-MAX_IDS = 1 << 18  # of a prompt; DeepSeek-V2's longest context has 163,840
 _SAMPLING_FIELDS = {field.name for field in fields(Sampling)} - {"logit_bias"}
 
 
-def _integer(value: Any) -> Any:
+def _integer(value: object) -> object:
     """JSON has one kind of number: 2.0 is the integer 2."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -32,12 +33,6 @@ Count = Annotated[int, Field(ge=1), Whole]
 TopLogprobs = Annotated[int, Field(ge=0, le=20), Whole]
 Id = Annotated[int, Field(ge=0, lt=1 << 31), Whole]
 TopK = Annotated[Id | None, BeforeValidator(lambda k: None if k == -1 else k)]  # -1 is off
-Limit = Annotated[int, Field(ge=-1), Whole]  # of tokens; -1 is as many as the context holds
-Ids = Annotated[list[Id], Field(min_length=1, max_length=MAX_IDS)]
-Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), Whole, AfterValidator(lambda s: s % 2**63)]
-_Bias = dict[str, Annotated[float, Field(ge=-100, le=100)]]
-Bias = Annotated[_Bias, Field(max_length=1024), at_most(1024, "token ids")]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
 Text = Annotated[str, Field(max_length=1 << 22)]
 Label = Annotated[str, Field(max_length=512)]
 Description = Annotated[str, Field(max_length=1 << 16)]
@@ -45,7 +40,6 @@ Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]  # of a function
 CallId = Annotated[str, Field(min_length=1, max_length=256)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Stops = Annotated[list[Stop], Field(max_length=16)]
-AnyObject: TypeAlias = dict[str, Any]
 Labels = Annotated[dict[str, Label], Field(max_length=16), at_most(16, "labels")]
 
 
@@ -58,43 +52,49 @@ class AnswerOptions:
 
     sampling: Sampling
     limit: int | None
-    stop: tuple[str, ...]
-    choices: int
-    logprobs: int | None
+    stop: tuple[str, ...] = ()
+    choices: int = 1
+    logprobs: int | None = None
     least: int = 0
     goes_on: bool = False
 
 
 LABEL = accepted("a label")
 CACHED = accepted("every prefix is cached")
+TIER = accepted("there is one tier")
+REPLAYED = accepted("the model does not see it")
+NO_SETTING = accepted("the model has no such setting")
+DESCRIBED = accepted("a tool is described at once, by its schema")
 _REPLAYED = accepted("clients send back what others added")
 
 
 class TextPart(Model):
     type: Literal["text"]
     text: Text
-    cache_control: Annotated[AnyObject | None, CACHED] = None
+    cache_control: Annotated[Json | None, CACHED] = None
 
     @model_validator(mode="before")
     @classmethod
-    def _is_text(cls, part: Any) -> Any:
+    def _is_text(cls, part: object) -> object:
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind != "text":
             raise ValueError(f"a part of type {kind[:40]!r} can't be read: the model reads text")
         return part
 
 
-Content: TypeAlias = Annotated[
-    Annotated[Text, Tag("text")] | Annotated[list[TextPart], Tag("list")],
+P = TypeVar("P")
+TextOrParts = Annotated[
+    Annotated[Text, Tag("text")] | Annotated[list[P], Tag("list")],
     by_kind(text_or_list, "text nor a list of parts"),
 ]
+Content: TypeAlias = TextOrParts[TextPart]
 
 
 class CalledFunction(Model):
     name: Name
     arguments: Text  # JSON
-    parsed_arguments: Annotated[Any, _REPLAYED] = None
-    provider_specific_fields: Annotated[AnyObject | None, _REPLAYED] = None
+    parsed_arguments: Annotated[object, _REPLAYED] = None
+    provider_specific_fields: Annotated[Json | None, _REPLAYED] = None
 
 
 class ToolCall(Model):
@@ -102,7 +102,12 @@ class ToolCall(Model):
     type: Literal["function"] = "function"
     function: CalledFunction
     index: Annotated[int | None, accepted("the order is known")] = None
-    provider_specific_fields: Annotated[AnyObject | None, _REPLAYED] = None
+    provider_specific_fields: Annotated[Json | None, _REPLAYED] = None
+
+    @classmethod
+    def of(cls, id_: str, name: str, arguments: str) -> "ToolCall":
+        function = CalledFunction.model_construct(name=name, arguments=arguments)
+        return ToolCall.model_construct(id=id_, function=function)
 
 
 _NAMED = accepted("no template uses it")
@@ -141,12 +146,12 @@ class AssistantMessage(Message):
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
     name: Annotated[Label | None, _NAMED] = None
     refusal: Annotated[None, Refused("the server makes none")] = None
-    annotations: Annotated[list[AnyObject] | None, _REPLAYED] = None
+    annotations: Annotated[list[Json] | None, _REPLAYED] = None
     audio: Annotated[None, Refused("the model reads text")] = None
     function_call: Annotated[None, Refused("use tool_calls")] = None
-    parsed: Annotated[Any, _REPLAYED] = None
+    parsed: Annotated[object, _REPLAYED] = None
     reasoning_content: Text | None = Field(None, description="where the template uses it")
-    provider_specific_fields: Annotated[AnyObject | None, _REPLAYED] = None
+    provider_specific_fields: Annotated[Json | None, _REPLAYED] = None
 
     @property
     def calls(self) -> list[ToolCall]:
@@ -225,23 +230,19 @@ class AllowedChoice(Model):
     allowed_tools: AllowedTools
 
 
-def _choice_kind(value: Any) -> str | None:
-    if isinstance(value, str):
-        return "word"
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return kind if kind in ("function", "allowed_tools") else None
+def _choice_kind(value: object) -> str | None:
+    if isinstance(value, dict) and value.get("type") in ("function", "allowed_tools"):
+        return str(value["type"])
+    return "word" if isinstance(value, str) else None
 
 
+Word: TypeAlias = Literal["none", "auto", "required"]
 Choice: TypeAlias = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("word")]
+    Annotated[Word, Tag("word")]
     | Annotated[FunctionChoice, Tag("function")]
     | Annotated[AllowedChoice, Tag("allowed_tools")],
     by_kind(_choice_kind, "a word, a 'function' nor 'allowed_tools'"),
 ]
-
-
-class TextFormat(Model):
-    type: Literal["text", "json_object"]
 
 
 class Schema(Model):
@@ -251,13 +252,20 @@ class Schema(Model):
     strict: bool | None = None
 
 
+_ANY_OBJECT = Schema.model_construct(definition={"type": "object"})
+
+
+class TextFormat(Model):
+    type: Literal["text", "json_object"]
+
+
 class SchemaFormat(Model):
     type: Literal["json_schema"]
     json_schema: Schema
 
 
 class GenerationRequest(Model):
-    """Fields of the requests of both APIs.  null is the same as leaving a field out."""
+    """Fields of the requests of all APIs.  null is the same as leaving a field out."""
 
     model: Label
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -265,68 +273,26 @@ class GenerationRequest(Model):
     top_k: TopK = Field(None, description="-1 and 0 switch it off")
     stream: bool | None = None
 
-
-class StreamOptions(Model):
-    include_usage: bool = Field(default=False, description="in each chunk, null until the last")
-    continuous_usage_stats: bool = Field(default=False, description="`usage` of the tokens so far")
-    include_obfuscation: Annotated[bool | None, accepted("nothing is padded")] = None
+    def sampling(self, *bias: tuple[int, float]) -> Sampling:
+        given = self.model_dump(include=_SAMPLING_FIELDS, exclude_none=True)
+        return Sampling(**{"temperature": 1.0, **given}, logit_bias=bias)
 
 
-class OpenAIRequest(GenerationRequest):
-    needs: ClassVar = {"stream_options": "stream"}  # a field that has to be true
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Seed | None = Field(None, description="with `n`, answer i has seed + i")
-    stop: (
-        Annotated[
-            Annotated[Stop, Tag("text")] | Annotated[Stops, Tag("list")],
-            by_kind(text_or_list, "text nor a list of texts"),
-        ]
-        | None
-    ) = None
-    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS), Whole] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    # Less than 0.01 would overflow logits.
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
-    logit_bias: Bias | None = Field(None, description="by token id")
-    stream_options: StreamOptions | None = Field(None, description="needs `stream`")
-    ignore_eos: bool | None = None
-    min_tokens: Annotated[int, Field(ge=0), Whole] | None = None
+class LabelledRequest(GenerationRequest):
+    """With OpenAI's fields that say nothing about an answer."""
+
     user: Annotated[Label | None, LABEL] = None
     metadata: Annotated[Labels | None, LABEL] = None
     safety_identifier: Annotated[Label | None, LABEL] = None
-    service_tier: Annotated[Label | None, accepted("there is one tier")] = None
-    store: Annotated[bool | None, accepted("nothing is stored")] = None
+    service_tier: Annotated[Label | None, TIER] = None
     prompt_cache_key: Annotated[Label | None, CACHED] = None
-    prompt_cache_options: Annotated[AnyObject | None, CACHED] = None
+    prompt_cache_options: Annotated[Json | None, CACHED] = None
     prompt_cache_retention: Annotated[Label | None, CACHED] = None
-
-    def options_with(
-        self, vocabulary: int, limit: int | None, logprobs: int | None
-    ) -> AnswerOptions:
-        """For a model of ``vocabulary`` ids; a ``limit`` of -1 is None.  Raises
-        ``RefusedError``."""
-        limit = None if limit == -1 else limit
-        if limit is not None and limit < (self.min_tokens or 0):
-            raise RefusedError("min_tokens is more than the limit of tokens", "min_tokens")
-        for name, needed in self.needs.items():
-            if getattr(self, name) is not None and not getattr(self, needed):
-                raise RefusedError(f"{name} needs {needed}: true", name)
-        bias = []
-        for key, value in (self.logit_bias or {}).items():
-            if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocabulary):
-                problem = f"{key[:40]!r} is not a token id from 0 to {vocabulary - 1}"
-                raise RefusedError(f"logit_bias: {problem}", "logit_bias")
-            bias.append((int(key), value))
-        given: Json = self.model_dump(include=_SAMPLING_FIELDS, exclude_none=True)
-        sampling = Sampling(**{"temperature": 1.0, **given}, logit_bias=tuple(bias))
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        ends = self.min_tokens or 0, bool(self.ignore_eos)
-        return AnswerOptions(sampling, limit, stop, self.n or 1, logprobs, *ends)
 
 
 _ByRole = Annotated[ChatMessage, Field(discriminator="role")]
 Messages = Annotated[list[_ByRole], Field(min_length=1, max_length=MAX_MESSAGES)]
+Tools = Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)]
 
 
 @dataclass(frozen=True)
@@ -334,93 +300,58 @@ class ToolPolicy:
     """All ``functions`` are described to the model; it may call those of ``allowed``, must call if
     ``required``, and calls once if ``single``."""
 
-    functions: list[Function]
-    allowed: list[Function]
+    functions: Sequence[Function]
+    allowed: Sequence[Function]
     required: bool
     single: bool
 
 
-class ChatRequest(OpenAIRequest):
-    """``/v1/chat/completions``."""
+def tool_policy(
+    functions: Sequence[Function], choice: Model | str | None, parallel: bool | None = None
+) -> ToolPolicy | None:
+    """Which of ``functions`` the model may call; None for none.  The ``choice`` of any API is a
+    word, a function's name, or some names and a word.  Raises ``RefusedError``."""
+    given: Json = {"mode": choice or "auto", "tools": []}
+    chosen, single = list[str](), parallel is False
+    match choice.model_dump() if isinstance(choice, Model) else given:
+        case {"function": {"name": name}} | {"type": "function" | "tool", "name": name}:
+            chosen, mode, single = [name], "required", True
+        case {"allowed_tools": {"mode": mode, "tools": tools}} | {"mode": mode, "tools": tools}:
+            chosen = [tool.get("function", tool)["name"] for tool in tools]
+    if not functions and choice is not None and mode != "none":
+        raise RefusedError("tool_choice can only be given with tools", "tool_choice")
+    if not functions and parallel is not None:
+        name = "parallel_tool_calls"
+        raise RefusedError(f"{name} can only be given with tools", name)
+    if not functions or mode == "none":
+        return None
+    names = [function.name for function in functions]
+    for name in names:
+        if names.count(name) > 1:
+            raise RefusedError(f"tool {name!r} is there twice", "tools")
+    for name in chosen:
+        if name not in names:
+            raise RefusedError(f"tool_choice: {name!r} is none of the tools", "tool_choice")
+    allowed = [f for f in functions if not chosen or f.name in chosen]
+    return ToolPolicy(functions, allowed, mode == "required", single)
 
-    # Whether the answer goes on with the text of a last message of the assistant's.
-    continues: ClassVar[bool] = False
-    needs: ClassVar = {**OpenAIRequest.needs, "top_logprobs": "logprobs"}
-    messages: Messages
-    max_tokens: Limit | None = Field(None, description="-1 is as many as the context holds")
-    max_completion_tokens: Limit | None = Field(None, description="`max_tokens` by another name")
-    logprobs: bool | None = None
-    top_logprobs: TopLogprobs | None = Field(None, description="needs `logprobs`")
-    response_format: Annotated[TextFormat | SchemaFormat, Field(discriminator="type")] | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Choice | None = None
-    parallel_tool_calls: bool | None = None
-    reasoning_effort: Label | None = Field(None, description="`none` switches reasoning off")
-    verbosity: Annotated[Label | None, accepted("the model has no such setting")] = None
-    modalities: Annotated[list[Literal["text"]] | None, accepted("answers are text")] = None
-    prediction: Annotated[AnyObject | None, accepted("it changes only the speed")] = None
-    audio: Annotated[None, Refused("answers are text")] = None
-    functions: Annotated[None, Refused("use tools")] = None
-    function_call: Annotated[None, Refused("use tool_choice")] = None
-    moderation: Annotated[None, Refused("the server does not moderate")] = None
-    web_search_options: Annotated[None, Refused("the server does not search")] = None
 
-    def options(self, vocabulary: int) -> AnswerOptions:
-        """For a tokenizer of ``vocabulary`` ids.  Raises ``RefusedError``."""
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise RefusedError("give max_tokens or max_completion_tokens, not both", "max_tokens")
-        limit, name = self.max_tokens, "max_tokens"
-        if limit is None:
-            limit, name = self.max_completion_tokens, "max_completion_tokens"
-        if limit == 0:
-            raise RefusedError(f"{name} is 0, expected a positive count or -1", name)
-        logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self.options_with(vocabulary, limit, logprobs)
+def schema_of(wanted: TextFormat | SchemaFormat | Schema | None) -> Schema | None:
+    """What an answer has to follow; None for plain text."""
+    if isinstance(wanted, TextFormat):
+        return _ANY_OBJECT if wanted.type == "json_object" else None
+    return wanted.json_schema if isinstance(wanted, SchemaFormat) else wanted
 
-    @property
-    def schema_wanted(self) -> Schema | None:
-        """What the answer has to follow; None for plain text."""
-        if isinstance(self.response_format, SchemaFormat):
-            return self.response_format.json_schema
-        wants_object = self.response_format and self.response_format.type == "json_object"
-        any_object: Any = {"name": "object", "definition": {"type": "object"}}
-        return Schema.model_construct(**any_object) if wants_object else None
 
-    @property
-    def thinking(self) -> bool | None:
-        """Whether the model is to think, where its template can switch that; None for its own
-        way."""
-        return None if self.reasoning_effort is None else self.reasoning_effort != "none"
+@dataclass(frozen=True)
+class Conversation:
+    """What a request comes to: the answer to ``messages`` may call functions as ``policy`` says
+    (None for no calls) and follows ``schema`` (None for plain text).  Where the template can switch
+    reasoning, an ``effort`` of "none" switches it off and every other on (None for the model's own
+    way).  The answer is a new message, or it ``continues`` the text of the last one."""
 
-    def tool_policy(self) -> ToolPolicy | None:
-        """Which functions the model may call; None for none.  Raises ``RefusedError``."""
-        choice = self.tool_choice
-        if not self.tools:
-            for name in ("tool_choice", "parallel_tool_calls"):
-                if getattr(self, name) not in (None, "none"):
-                    raise RefusedError(f"{name} can only be given with tools", name)
-        if not self.tools or choice == "none":
-            return None
-        functions = [tool.function for tool in self.tools]
-        names = [function.name for function in functions]
-        for name in names:
-            if names.count(name) > 1:
-                raise RefusedError(f"tool {name!r} is there twice", "tools")
-        chosen = self._chosen()
-        for name in chosen:
-            if name not in names:
-                problem = f"tool_choice: {name!r} is none of the tools"
-                raise RefusedError(problem, "tool_choice")
-        allowed = [function for function in functions if not chosen or function.name in chosen]
-        is_named = isinstance(choice, FunctionChoice)
-        if isinstance(choice, AllowedChoice):
-            choice = choice.allowed_tools.mode
-        single = is_named or self.parallel_tool_calls is False
-        return ToolPolicy(functions, allowed, is_named or choice == "required", single)
-
-    def _chosen(self) -> list[str]:
-        """The names in ``tool_choice``."""
-        choice = self.tool_choice
-        if isinstance(choice, AllowedChoice):
-            return [tool.function.name for tool in choice.allowed_tools.tools]
-        return [choice.function.name] if isinstance(choice, FunctionChoice) else []
+    messages: list[ChatMessage]
+    policy: ToolPolicy | None = None
+    schema: Schema | None = None
+    effort: str | None = None
+    continues: bool = False

@@ -6,7 +6,8 @@ model doesn't do.  Tools that only OpenAI runs are not offered to the model.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal, TypeAlias
+from itertools import takewhile
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
@@ -14,59 +15,50 @@ from slotmoe.jsonfile import Json
 from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.fields import Refused, accepted, by_kind, text_or_list
+from slotmoe.tools.serve.requests import DESCRIBED, REPLAYED, Label
 
-Label: TypeAlias = requests.Label
 _SYSTEM = ("system", "developer")
-_REPLAYED = accepted("the model does not see it")
-_NAMESPACE = Refused("functions have no namespaces here")
+_SHOWN = accepted("reasoning is shown whole")
 
 
 class Part(requests.Model):
     type: Literal["input_text", "output_text"]
     text: requests.Text
-    annotations: Annotated[list[Json] | None, _REPLAYED] = None
-    logprobs: Annotated[list[Json] | None, _REPLAYED] = None
+    annotations: Annotated[list[Json] | None, REPLAYED] = None
+    logprobs: Annotated[list[Json] | None, REPLAYED] = None
 
 
-Parts: TypeAlias = Annotated[
-    Annotated[requests.Text, Tag("text")] | Annotated[list[Part], Tag("list")],
-    by_kind(text_or_list, "text nor a list of parts"),
-]
+Parts: TypeAlias = requests.TextOrParts[Part]
 
 
-def _text(content: Parts) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
+class _Item(requests.Model):
+    id: Label | None = None
+    status: Annotated[Label | None, REPLAYED] = None
 
 
-class InputMessage(requests.Model):
+class _OfCall(_Item):
+    call_id: requests.CallId
+    caller: Annotated[Json | None, REPLAYED] = None
+    namespace: Annotated[None, Refused("functions have no namespaces here")] = None
+
+
+class InputMessage(_Item):
     type: Literal["message"] | None = None
     role: Literal["user", "assistant", "system", "developer"]
     content: Parts
-    id: Label | None = None
-    status: Annotated[Label | None, _REPLAYED] = None
-    phase: Annotated[Label | None, _REPLAYED] = None
+    phase: Annotated[Label | None, REPLAYED] = None
 
 
-class FunctionCall(requests.Model):
+class FunctionCall(_OfCall):
     type: Literal["function_call"]
-    call_id: requests.CallId
     name: requests.Name
     arguments: requests.Text
-    id: Label | None = None
-    status: Annotated[Label | None, _REPLAYED] = None
-    caller: Annotated[Json | None, _REPLAYED] = None
-    namespace: Annotated[None, _NAMESPACE] = None
 
 
-class FunctionOutput(requests.Model):
+class FunctionOutput(_OfCall):
     type: Literal["function_call_output"]
-    call_id: requests.CallId
     output: Parts
-    id: Label | None = None
-    status: Annotated[Label | None, _REPLAYED] = None
     name: requests.Name | None = None
-    caller: Annotated[Json | None, _REPLAYED] = None
-    namespace: Annotated[None, _NAMESPACE] = None
 
 
 class ReasoningPart(requests.Model):
@@ -74,15 +66,13 @@ class ReasoningPart(requests.Model):
     text: requests.Text
 
 
-class Reasoning(requests.Model):
+class Reasoning(_Item):
     """What a model thought before the message that follows."""
 
     type: Literal["reasoning"]
-    id: Label | None = None
-    summary: Annotated[list[Json] | None, _REPLAYED] = None
+    summary: Annotated[list[Json] | None, REPLAYED] = None
     content: list[ReasoningPart] | None = None
-    encrypted_content: Annotated[requests.Text | None, _REPLAYED] = None
-    status: Annotated[Label | None, _REPLAYED] = None
+    encrypted_content: Annotated[requests.Text | None, REPLAYED] = None
 
 
 class ItemReference(requests.Model):
@@ -92,10 +82,9 @@ class ItemReference(requests.Model):
     id: Label
 
 
-def _type_of(item: Any) -> str:
+def _type_of(item: object) -> str:
     """An item without a type is a message."""
-    given = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
-    return str(given or "message")
+    return str((isinstance(item, dict) and item.get("type")) or "message")
 
 
 Item: TypeAlias = Annotated[
@@ -109,14 +98,11 @@ Item: TypeAlias = Annotated[
 Items = Annotated[list[Item], Field(min_length=1, max_length=requests.MAX_MESSAGES)]
 
 
-_TOOLS = accepted("a tool is described at once, by its schema")
-
-
 class FunctionTool(requests.Function):
     type: Literal["function"]
-    defer_loading: Annotated[bool | None, _TOOLS] = None
-    allowed_callers: Annotated[list[Literal["direct"]] | None, _TOOLS] = None
-    output_schema: Annotated[Json | None, _TOOLS] = None
+    defer_loading: Annotated[bool | None, DESCRIBED] = None
+    allowed_callers: Annotated[list[Literal["direct"]] | None, DESCRIBED] = None
+    output_schema: Annotated[Json | None, DESCRIBED] = None
 
 
 class OtherTool(BaseModel):
@@ -150,21 +136,11 @@ Tool: TypeAlias = Annotated[FunctionTool | OtherTool, Field(discriminator="type"
 class FunctionChoice(requests.FunctionName):
     type: Literal["function"]
 
-    def choice(self) -> requests.FunctionChoice:
-        """The same in the chat's words."""
-        return requests.FunctionChoice(type="function", function=self)
-
 
 class AllowedChoice(requests.Model):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: Annotated[list[FunctionChoice], Field(min_length=1, max_length=requests.MAX_TOOLS)]
-
-    def choice(self) -> requests.AllowedChoice:
-        """The same in the chat's words."""
-        tools = [tool.choice() for tool in self.tools]
-        allowed = requests.AllowedTools(mode=self.mode, tools=tools)
-        return requests.AllowedChoice(type="allowed_tools", allowed_tools=allowed)
 
 
 class SchemaFormat(requests.Schema):
@@ -173,15 +149,7 @@ class SchemaFormat(requests.Schema):
 
 class TextConfig(requests.Model):
     format: Annotated[requests.TextFormat | SchemaFormat, Field(discriminator="type")] | None = None
-    verbosity: Annotated[Label | None, accepted("the model has no such setting")] = None
-
-    def response_format(self) -> requests.TextFormat | requests.SchemaFormat | None:
-        if not isinstance(self.format, SchemaFormat):
-            return self.format
-        return requests.SchemaFormat.model_construct(json_schema=self.format)
-
-
-_SHOWN = accepted("reasoning is shown whole")
+    verbosity: Annotated[Label | None, requests.NO_SETTING] = None
 
 
 class ReasoningConfig(requests.Model):
@@ -196,6 +164,7 @@ class StreamOptions(requests.Model):
     include_obfuscation: Annotated[bool | None, accepted("nothing is padded")] = None
 
 
+_SCORES = "message.output_text.logprobs"
 Included = Literal[
     "code_interpreter_call.outputs",
     "computer_call_output.output.image_url",
@@ -208,7 +177,7 @@ Included = Literal[
 ]
 
 
-class ResponsesRequest(requests.GenerationRequest):
+class ResponsesRequest(requests.LabelledRequest):
     """``/v1/responses``."""
 
     model: Label = Field("", description="the open model if not given")
@@ -224,13 +193,12 @@ class ResponsesRequest(requests.GenerationRequest):
         None, description="the model is offered functions only"
     )
     tool_choice: (
-        Literal["none", "auto", "required"]
+        requests.Word
         | Annotated[FunctionChoice | AllowedChoice, Field(discriminator="type")]
         | None
     ) = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = Field(None, description="its `format` is that of `response_format`")
-    metadata: Annotated[requests.Labels | None, requests.LABEL] = None
     background: Annotated[Literal[False] | None, accepted("answers come at once")] = None
     background_options: Annotated[None, Refused("answers come at once")] = None
     access_programs: Annotated[None, Refused("the server has no programs")] = None
@@ -246,16 +214,10 @@ class ResponsesRequest(requests.GenerationRequest):
     ] = None
     moderation: Annotated[None, Refused("the server does not moderate")] = None
     prompt: Annotated[None, Refused("no prompts are stored here; send its text")] = None
-    prompt_cache_key: Annotated[Label | None, requests.CACHED] = None
-    prompt_cache_options: Annotated[Json | None, requests.CACHED] = None
-    prompt_cache_retention: Annotated[Label | None, requests.CACHED] = None
     reasoning: ReasoningConfig | None = None
-    safety_identifier: Annotated[Label | None, requests.LABEL] = None
-    service_tier: Annotated[Label | None, accepted("there is one tier")] = None
     stream_options: StreamOptions | None = None
     top_logprobs: requests.TopLogprobs | None = None
     truncation: Literal["disabled"] | None = Field(None, description="nothing is dropped silently")
-    user: Annotated[Label | None, requests.LABEL] = None
 
     def functions(self) -> list[FunctionTool]:
         """The tools that the model may use."""
@@ -266,71 +228,54 @@ class ResponsesRequest(requests.GenerationRequest):
             return [InputMessage.model_construct(role="user", content=self.input)]
         return self.input
 
-    def chat(self, items: Sequence[Item]) -> requests.ChatRequest:
-        """The conversation of ``items`` as a request of OpenAI's chat.  Raises
-        ``RefusedError``."""
+    def chat(self, items: Sequence[Item]) -> requests.Conversation:
+        """That of ``items``.  Raises ``RefusedError``."""
+        messages = messages_of(items)
+        # Some templates use only one message of the system's, before all others.
+        systems = list(takewhile(lambda message: message.role == "system", messages))
+        texts = [text for text in (self.instructions, *(m.text for m in systems)) if text]
+        first = requests.PlainMessage.model_construct(role="system", content="\n\n".join(texts))
+        messages = [*([first] if texts else []), *messages[len(systems) :]]
         tools, choice = self.functions(), self.tool_choice
-        is_scored = "message.output_text.logprobs" in (self.include or ())
-        chosen = choice.choice() if isinstance(choice, FunctionChoice | AllowedChoice) else choice
         if not tools and choice in ("none", "auto"):
-            chosen = None  # clients give it in any case
-        return requests.ChatRequest.model_construct(
-            **self.model_dump(include=set(requests.GenerationRequest.model_fields)),
-            messages=_with_instructions(self.instructions, messages_of(items)),
-            max_tokens=self.max_output_tokens,
-            logprobs=is_scored or self.top_logprobs is not None,
-            top_logprobs=self.top_logprobs,
-            tools=[requests.FunctionTool.model_construct(function=tool) for tool in tools],
-            tool_choice=chosen,
-            parallel_tool_calls=self.parallel_tool_calls if tools else None,
-            response_format=None if self.text is None else self.text.response_format(),
-            reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
-        )
+            choice = None  # clients give it in any case
+        policy = requests.tool_policy(tools, choice, self.parallel_tool_calls if tools else None)
+        schema = requests.schema_of(self.text.format if self.text is not None else None)
+        effort = self.reasoning.effort if self.reasoning is not None else None
+        return requests.Conversation(messages, policy, schema, effort)
+
+    def options(self) -> requests.AnswerOptions:
+        is_scored = self.top_logprobs is not None or _SCORES in (self.include or ())
+        logprobs = (self.top_logprobs or 0) if is_scored else None
+        limit = self.max_output_tokens
+        return requests.AnswerOptions(self.sampling(), limit, logprobs=logprobs)
 
 
 def messages_of(items: Iterable[Item]) -> list[requests.ChatMessage]:
     """A call belongs to the message of the assistant's before it.  Raises ``RefusedError`` where
     there is none left to answer."""
-    messages, thoughts = list[Any](), ""
-    assistant, plain, result = (
-        requests.AssistantMessage.model_construct,
-        requests.PlainMessage.model_construct,
-        requests.ToolMessage.model_construct,
-    )
+    messages, thoughts = list[requests.ChatMessage](), ""
     for item in items:
         if isinstance(item, Reasoning):
             thoughts = "".join(part.text for part in item.content or ())
             continue
-        if isinstance(item, FunctionCall):
-            if not (messages and messages[-1].role == "assistant"):
-                messages.append(assistant(role="assistant", tool_calls=[]))
-            about: Json = {"name": item.name, "arguments": item.arguments}
-            function = requests.CalledFunction.model_construct(**about)
-            call = requests.ToolCall.model_construct(id=item.call_id, function=function)
-            messages[-1].tool_calls.append(call)
-        elif isinstance(item, FunctionOutput):
-            about = {"tool_call_id": item.call_id, "content": _text(item.output)}
-            messages.append(result(role="tool", name=item.name, **about))
-        elif isinstance(item, InputMessage) and item.role == "assistant":
-            messages.append(assistant(role="assistant", content=_text(item.content), tool_calls=[]))
-        elif isinstance(item, InputMessage):
-            role = "system" if item.role in _SYSTEM else item.role
-            messages.append(plain(role=role, content=_text(item.content)))
-        if thoughts and messages and messages[-1].role == "assistant":
-            messages[-1].reasoning_content, thoughts = thoughts, ""
+        if isinstance(item, FunctionOutput):
+            about: Json = {"tool_call_id": item.call_id, "content": item.output, "name": item.name}
+            messages.append(requests.ToolMessage.model_construct(role="tool", **about))
+        elif isinstance(item, InputMessage) and item.role != "assistant":
+            about = {"role": "system" if item.role in _SYSTEM else "user", "content": item.content}
+            messages.append(requests.PlainMessage.model_construct(**about))
+        elif not (isinstance(item, FunctionCall) and messages and messages[-1].role == "assistant"):
+            about = {"content": item.content if isinstance(item, InputMessage) else None}
+            assistant = requests.AssistantMessage.model_construct
+            messages.append(assistant(role="assistant", tool_calls=[], **about))
+        last = messages[-1]
+        if isinstance(last, requests.AssistantMessage):
+            if isinstance(item, FunctionCall):
+                call = requests.ToolCall.of(item.call_id, item.name, item.arguments)
+                last.tool_calls = [*last.calls, call]
+            if thoughts:
+                last.reasoning_content, thoughts = thoughts, ""
     if not messages:
         raise RefusedError("input: holds no message", "input")
     return messages
-
-
-def _with_instructions(
-    instructions: str | None, messages: list[requests.ChatMessage]
-) -> list[requests.ChatMessage]:
-    """``messages`` with one message of the system's at most before the first other one: some
-    templates use only one."""
-    count = next(
-        (i for i, message in enumerate(messages) if message.role != "system"), len(messages)
-    )
-    texts = [text for text in (instructions, *(m.text for m in messages[:count])) if text]
-    system = requests.PlainMessage.model_construct(role="system", content="\n\n".join(texts))
-    return [*([system] if texts else []), *messages[count:]]

@@ -26,20 +26,20 @@ class ResponseStore:
     first: beyond ``most`` of them, or where together they are larger than ``size``."""
 
     def __init__(self, most: int = MAX_RESPONSES, size: int = MAX_SIZE):
-        self._most, self._size_limit = most, size
+        self._most, self._size = most, size
         self._stored: OrderedDict[tuple[str, str], Stored] = OrderedDict()
-        self._size = 0
 
     def put(self, owner: str, response: Json, items: Sequence[Json]) -> None:
         """Keep ``response``, unless it is too large by itself."""
         size = len(json.dumps([response, items])) + _ITEM * len(items)
-        if size > self._size_limit:
+        if size > self._size:
             return
         self._stored[owner, response["id"]] = Stored(response, items, size)
-        self._size += size
-        while len(self._stored) > self._most or self._size > self._size_limit:
-            _, oldest = self._stored.popitem(last=False)
-            self._size -= oldest.size
+        while len(self._stored) > self._most or self._total() > self._size:
+            self._stored.popitem(last=False)
+
+    def _total(self) -> int:
+        return sum(stored.size for stored in self._stored.values())
 
     def get(self, owner: str, id_: str) -> Stored | None:
         """Of this owner's only."""
@@ -50,15 +50,10 @@ class ResponseStore:
 
     def delete(self, owner: str, id_: str) -> bool:
         """Whether it was there."""
-        stored = self._stored.pop((owner, id_), None)
-        self._size -= 0 if stored is None else stored.size
-        return stored is not None
+        return self._stored.pop((owner, id_), None) is not None
 
     def item(self, owner: str, id_: str) -> Json | None:
         """An item that one of the owner's responses consists of."""
-        for (of, _), stored in self._stored.items():
-            for item in stored.response["output"] if of == owner else ():
-                if item["id"] == id_:
-                    found: Json = item
-                    return found
-        return None
+        theirs = [stored.response for (of, _), stored in self._stored.items() if of == owner]
+        items = (item for response in theirs for item in response["output"])
+        return next((item for item in items if item["id"] == id_), None)

@@ -1,28 +1,20 @@
 """OpenAI's responses: ``/v1/responses``.  Its events tell what an answer's updates add to items."""
 
-import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Iterator
 
 from fastapi import APIRouter, Request, Response
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
+from pydantic.main import IncEx
 from starlette.responses import JSONResponse
 
 from slotmoe.jsonfile import Json
-from slotmoe.tools.serve.answers import (
-    Answers,
-    EventStream,
-    Update,
-    chat_answers,
-    chat_prompt,
-    event,
-)
+from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.reader import ContentDelta
 from slotmoe.tools.serve.response_items import Item, ItemReference, ResponsesRequest
-from slotmoe.tools.serve.service import Service
+from slotmoe.tools.serve.service import Service, Serving
 
 PATH = "/v1/responses"
 router = APIRouter()
@@ -50,60 +42,56 @@ _ECHOED: Json = {
 
 
 @router.post(PATH, responses=EventStream.responses)
-async def create(body: ResponsesRequest, request: Request) -> Response:
-    service: Service = request.app.state.service
-    body.model = body.model or service.name
+async def create(body: ResponsesRequest, request: Request, service: Serving) -> Response:
     items = _conversation(service, request.state.owner, body)
-    answers = await chat_answers(request, body.chat(items))
+    answers = await chat_answers(service, request, body.chat(items), body.options())
     draft = Draft(body, answers)
 
-    def store(response: Json) -> None:
-        if body.store is not False and response["status"] != "failed":
-            sent = [_json(item) for item in items]
-            output = [*sent, *response["output"]]
-            service.responses.put(request.state.owner, response, output)
+    def store() -> None:
+        if body.store is not False and draft.response["status"] != "failed":
+            conversation = [*map(_dumped, items), *draft.response["output"]]
+            service.responses.put(request.state.owner, draft.response, conversation)
 
     async def events() -> AsyncIterator[str]:
-        for text in draft.begin():
-            yield text
+        for kind in ("created", "in_progress"):
+            yield draft.event(kind, response=draft.response)
         try:
             async for update in answers.updates():
                 for text in draft.add(update):
                     yield text
         except RefusedError as problem:
-            draft.fail(problem)
-        store(draft.response)
-        yield draft.event(f"response.{draft.response['status']}", response=draft.response)
+            code = "server_error" if problem.status >= 500 else "invalid_prompt"
+            error = {"code": code, "message": problem.message}
+            draft.response |= {"status": "failed", "error": error}
+        store()
+        yield draft.event(draft.response["status"], response=draft.response)
 
     if body.stream:
         return EventStream(events(), answers)
-    (update,) = await answers.whole()
-    for _ in draft.add(update):
-        pass
-    store(draft.response)
+    for update in await answers.whole():
+        list(draft.add(update))
+    store()
     return JSONResponse(draft.response)
 
 
 @router.post(f"{PATH}/input_tokens")
-async def count_tokens(body: ResponsesRequest, request: Request) -> Response:
-    service: Service = request.app.state.service
-    service.check_model(body.model or service.name)
+async def count_tokens(body: ResponsesRequest, request: Request, service: Serving) -> Response:
     items = _conversation(service, request.state.owner, body)
-    prompt = await asyncio.to_thread(chat_prompt, service, body.chat(items))
-    return JSONResponse({"object": "response.input_tokens", "input_tokens": len(prompt)})
+    count = len(await service.chat_ids(body.chat(items)))
+    return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
 
 
 @router.get(PATH + "/{id}")
-async def retrieve(id: str, request: Request) -> Response:
-    stored = request.app.state.service.responses.get(request.state.owner, id)
+async def retrieve(id: str, request: Request, service: Serving) -> Response:
+    stored = service.responses.get(request.state.owner, id)
     if stored is None:
         raise _missing(id)
     return JSONResponse(stored.response)
 
 
 @router.delete(PATH + "/{id}")
-async def delete(id: str, request: Request) -> Response:
-    if not request.app.state.service.responses.delete(request.state.owner, id):
+async def delete(id: str, request: Request, service: Serving) -> Response:
+    if not service.responses.delete(request.state.owner, id):
         raise _missing(id)
     return JSONResponse({"id": id, "object": "response", "deleted": True})
 
@@ -114,7 +102,10 @@ def _missing(id_: str) -> RefusedError:
 
 
 def _conversation(service: Service, owner: str, body: ResponsesRequest) -> list[Item]:
-    """All items up to the answer, those of earlier responses included.  Raises ``RefusedError``."""
+    """All items up to the answer, those of earlier responses included.  Raises ``RefusedError``,
+    also for another model than the server's."""
+    body.model = body.model or service.name
+    service.check_model(body.model)
     items = list[Item]()
     if body.previous_response_id is not None:
         stored = service.responses.get(owner, body.previous_response_id)
@@ -134,48 +125,34 @@ def _conversation(service: Service, owner: str, body: ResponsesRequest) -> list[
     return items
 
 
-def _json(part: Any) -> Json:
-    content: Json = part.model_dump(by_alias=True, exclude_none=True)
-    return content
-
-
 class Draft:
     """A response while it is written."""
 
     def __init__(self, body: ResponsesRequest, answers: Answers):
         # What changes nothing is not echoed: it may be no value that clients know.
-        unused: Any = {"reasoning": True, "text": {"verbosity"}}
-        shape: Any = {"by_alias": True, "exclude_none": True, "include": set(_ECHOED)}
-        given = body.model_dump(**shape, exclude=unused)
+        given = _dumped(body, set(_ECHOED), {"reasoning": True, "text": {"verbosity"}})
         if not given.get("text"):
             given.pop("text", None)
-        self._answers, self._number = answers, 0
+        names = "type", "name", "description", "parameters", "strict"
+        tools = [{name: getattr(tool, name) for name in names} for tool in body.functions()]
+        self._answers, self._number, self._kind = answers, 0, ""  # of the item that is open
         self._texts: list[str] = []  # of the item that is open
         self._scores: list[Json] = []  # of its tokens
         self._coming: list[Json] = []  # of tokens whose text is still to come
+        self._output: list[Json] = []
         self.response: Json = {
             **{"id": f"resp_{uuid.uuid4().hex}", "object": "response", "model": body.model},
             **{"created_at": int(time.time()), "completed_at": None, "status": "in_progress"},
             **{"background": False, "error": None, "incomplete_details": None},
             **_ECHOED,
             **given,
-            **{"tools": [_tool(tool) for tool in body.functions()], "output": [], "usage": None},
+            **{"tools": tools, "output": self._output, "usage": None},
         }
-        self._output: list[Json] = self.response["output"]
 
-    def event(self, kind: str, **content: Any) -> str:
+    def event(self, kind: str, **content: object) -> str:
         self._number += 1
-        return event({"type": kind, "sequence_number": self._number - 1, **content})
-
-    def begin(self) -> Iterator[str]:
-        for kind in ("created", "in_progress"):
-            yield self.event(f"response.{kind}", response=self.response)
-
-    def fail(self, problem: RefusedError) -> None:
-        """The response ends with an error."""
-        code = "server_error" if problem.status >= 500 else "invalid_prompt"
-        self.response["status"] = "failed"
-        self.response["error"] = {"code": code, "message": problem.message}
+        number = self._number - 1
+        return event({"type": f"response.{kind}", "sequence_number": number, **content})
 
     def add(self, update: Update) -> Iterator[str]:
         """Events of what ``update`` adds, up to the end of the last item."""
@@ -183,14 +160,13 @@ class Draft:
             update.content = [ContentDelta()]  # an empty answer has an empty message
         self._coming += self._answers.scores(update.tokens)
         for delta in update.content:
-            kind = _KINDS[(delta.call is not None, delta.reasoning)]
-            if delta.name is not None or not self._is_open or self._output[-1]["type"] != kind:
-                yield from self._close("completed")
-                yield from self._open(kind, delta.name)
+            if delta.name is not None or delta.kind != self._kind:
+                yield from self._close()
+                yield from self._open(delta)
             if delta.text:
                 yield from self._write(delta.text)
             if delta.complete:
-                yield from self._close("completed")
+                yield from self._close()
         if update.finish is None:
             return
         is_cut = update.finish == "length"
@@ -202,96 +178,68 @@ class Draft:
         else:
             self.response["completed_at"] = int(time.time())
 
-    @property
-    def _is_open(self) -> bool:
-        return bool(self._output) and self._output[-1]["status"] == "in_progress"
-
-    @property
-    def _where(self) -> Json:
-        """Of the item that is open."""
-        where = {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
-        return (
-            where if self._output[-1]["type"] == "function_call" else {**where, "content_index": 0}
-        )
-
-    def _open(self, kind: str, name: str | None) -> Iterator[str]:
-        number = uuid.uuid4().hex
-        item: Json = {"id": f"{_PREFIXES[kind]}_{number}", "type": kind, "status": "in_progress"}
-        if kind == "message":
-            item |= {"role": "assistant", "content": []}
-        elif kind == "reasoning":
-            item |= {"summary": [], "content": []}
-        else:
-            item |= {"call_id": f"call_{number}", "name": name, "arguments": ""}
+    def _open(self, delta: ContentDelta) -> Iterator[str]:
+        self._kind, number = delta.kind, uuid.uuid4().hex
+        kind, prefix, self._name, begun, self._part = _ITEMS[delta.kind]
+        item: Json = {"id": f"{prefix}_{number}", "type": kind, "status": "in_progress", **begun}
+        if delta.name is not None:
+            item |= {"call_id": f"call_{number}", "name": delta.name, "arguments": ""}
+        index = len(self._output)
         self._output.append(item)
         self._texts, self._scores = [], []
-        index = len(self._output) - 1
-        yield self.event("response.output_item.added", output_index=index, item=item)
-        if kind in _PARTS:
-            yield self.event(
-                "response.content_part.added", **self._where, part=_PARTS[kind]("", [])
-            )
+        self._where: Json = {"item_id": item["id"], "output_index": index}
+        yield self.event("output_item.added", output_index=index, item=item)
+        if self._part:
+            self._where["content_index"] = 0
+            yield self.event("content_part.added", **self._where, part=self._part)
 
     def _write(self, text: str) -> Iterator[str]:
         self._texts.append(text)
-        kind, where = self._output[-1]["type"], self._where
-        if kind == "message":
-            where["logprobs"] = self._coming
-            self._scores += self._coming
+        scores: Json = {"logprobs": self._coming} if self._kind == "text" else {}
+        self._scores += scores.get("logprobs", ())
         self._coming = []
-        yield self.event(f"response.{_TEXTS[kind]}.delta", **where, delta=text)
+        yield self.event(f"{self._name}.delta", **self._where, **scores, delta=text)
 
-    def _close(self, status: str) -> Iterator[str]:
-        if not self._is_open:
+    def _close(self, status: str = "completed") -> Iterator[str]:
+        """End the item that is open, if one is."""
+        if not self._kind:
             return
-        item, text, where = self._output[-1], "".join(self._texts), self._where
-        kind = item["type"]
-        if kind == "function_call":
-            item["arguments"] = text
-            about: Json = {"name": item["name"], "arguments": text}
+        item, text, scores = self._output[-1], "".join(self._texts), [*self._scores, *self._coming]
+        if self._part:
+            done = {"text": text} | ({"logprobs": scores} if self._kind == "text" else {})
+            part = {**self._part, **done}
+            item["content"] = [part]
         else:
-            scores = [*self._scores, *self._coming]
-            item["content"] = [_PARTS[kind](text, scores)]
-            about = {"text": text} | ({"logprobs": scores} if kind == "message" else {})
-        yield self.event(f"response.{_TEXTS[kind]}.done", **where, **about)
-        if kind in _PARTS:
-            yield self.event("response.content_part.done", **where, part=item["content"][0])
-        item["status"] = status
-        index = where["output_index"]
-        yield self.event("response.output_item.done", output_index=index, item=item)
+            done = {"name": item["name"], "arguments": text}
+            item |= done
+        yield self.event(f"{self._name}.done", **self._where, **done)
+        if self._part:
+            yield self.event("content_part.done", **self._where, part=part)
+        item["status"], self._kind = status, ""
+        yield self.event("output_item.done", output_index=len(self._output) - 1, item=item)
 
 
-def _part(text: str, scores: list[Json]) -> Json:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": scores}
-
-
-def _thought(text: str, _: list[Json]) -> Json:
-    return {"type": "reasoning_text", "text": text}
-
-
-# By the type of an item: of a delta that is of a call or of reasoning, or of neither.
-_KINDS = {(False, False): "message", (False, True): "reasoning", (True, False): "function_call"}
-_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
-_PARTS: dict[str, Callable[[str, list[Json]], Json]] = {"message": _part, "reasoning": _thought}
-_TEXTS = {
-    "message": "output_text",
-    "reasoning": "reasoning_text",
-    "function_call": "function_call_arguments",
+# By a delta's kind: the type of its item, how its id begins, the name of its text in events, what
+# the item has at first, and the part of it that holds the text.
+_TEXT = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+_THOUGHT = {"type": "reasoning_text", "text": ""}
+_ITEMS: dict[str, tuple[str, str, str, Json, Json]] = {
+    "text": ("message", "msg", "output_text", {"role": "assistant", "content": []}, _TEXT),
+    "reasoning": ("reasoning", "rs", "reasoning_text", {"summary": [], "content": []}, _THOUGHT),
+    "call": ("function_call", "fc", "function_call_arguments", {}, {}),
 }
-
-
-def _tool(tool: Any) -> Json:
-    about = {name: getattr(tool, name) for name in ("name", "description", "parameters", "strict")}
-    return {"type": "function", **about}
 
 
 def _usage(answers: Answers) -> Json:
     usage = answers.usage()
-    cached = usage["prompt_tokens_details"]["cached_tokens"]
     return {
-        "input_tokens": usage["prompt_tokens"],
-        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-        "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": answers.reasoning_tokens or 0},
-        "total_tokens": usage["total_tokens"],
+        "input_tokens": usage.prompt,
+        "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
+        "output_tokens": usage.answer,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning or 0},
+        "total_tokens": usage.prompt + usage.answer,
     }
+
+
+def _dumped(part: BaseModel, include: IncEx | None = None, exclude: IncEx | None = None) -> Json:
+    return part.model_dump(by_alias=True, exclude_none=True, include=include, exclude=exclude)

@@ -15,9 +15,10 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any
 
-Schema = dict[str, Any]
+from slotmoe.jsonfile import Json
+
 # Each keyword that llguidance lacks, and whether a value of it in a schema says nothing.
-_UNHELD: Mapping[str, Callable[[Any, Schema], bool]] = {
+_UNHELD: Mapping[str, Callable[[Any, Json], bool]] = {
     "contains": lambda _, schema: schema.get("minContains") == 0,
     "minContains": lambda value, schema: "contains" not in schema or value == 0,
     "maxContains": lambda _, schema: "contains" not in schema,
@@ -25,7 +26,7 @@ _UNHELD: Mapping[str, Callable[[Any, Schema], bool]] = {
     "unevaluatedItems": lambda value, schema: value is True or "items" in schema,
     "propertyNames": lambda value, _: value is True or _only(value, type="string"),
     "dependentRequired": lambda value, _: not any(value.values()),
-    "dependentSchemas": lambda value, _: not any(v is not True and v for v in value.values()),
+    "dependentJsons": lambda value, _: not any(v is not True and v for v in value.values()),
     "dependencies": lambda value, _: not any(v is not True and v for v in value.values()),
     "if": lambda _, schema: "then" not in schema and "else" not in schema,
     "then": lambda value, schema: "if" not in schema or value is True or value == {},
@@ -42,26 +43,26 @@ _KNOWN_FORMATS = "date-time time date duration email hostname ipv4 ipv6 uuid uri
 _SILENT_FORMATS = "binary byte password int32 int64 float double".split()
 # What regular languages don't have: look-around, word boundaries, references to groups.
 _IRREGULAR = re.compile(r"\(\?<?[=!]|(?<!\\)(?:\\\\)*\\[bB1-9]")
-# Schemas of one object that may stand in several places.
-_SHARED = {"allOf", "if", "dependentSchemas", "dependencies"}
+# Jsons of one object that may stand in several places.
+_SHARED = {"allOf", "if", "dependentJsons", "dependencies"}
 _OF_OTHERS = {"patternProperties", "propertyNames", "unevaluatedProperties"}
 # llguidance counts remainders, of multiples that are combined those of their least common multiple:
 # 1,048,578 take 15 seconds and 630 MB.  Of divisors of this that is never more than this.
 _MULTIPLES = 9000
-_COMBINED = {"$ref", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "patternProperties"}
+_COMBINED = {"$ref", "allOf", "anyOf", "oneOf", "if", "dependentJsons", "patternProperties"}
 _OF_NAMES = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _NOTES = ("title", "description", "$comment", "default", "examples", "deprecated")
 
 
-def relaxed(schema: Schema) -> tuple[Schema, list[str]]:
+def relaxed(schema: Json) -> tuple[Json, list[str]]:
     """``schema`` without the keywords that can't be held, and where each of those stood that said
     something, as ``properties.tags.uniqueItems``.  Raises ``RecursionError``."""
     dropped = list[str]()
     return _held(schema, "", dropped, closes=not _shares(schema)), dropped
 
 
-def _shares(value: Any) -> bool:
+def _shares(value: object) -> bool:
     """Whether several schemas may list an object's properties."""
     if isinstance(value, list):
         return any(map(_shares, value))
@@ -71,25 +72,24 @@ def _shares(value: Any) -> bool:
     return bool(others & set(value)) or any(map(_shares, value.values()))
 
 
-def _lists_all(schema: Schema) -> bool:
+def _lists_all(schema: Json) -> bool:
     """Whether its properties may be all that an object has."""
     listed, required = schema.get("properties"), schema.get("required", [])
     if not isinstance(listed, dict) or not isinstance(required, list):
         return False
-    if not all(isinstance(key, str) for key in required):
-        return False
-    return not _OF_OTHERS & set(schema) and set(required) <= set(listed)
+    is_whole = all(isinstance(key, str) and key in listed for key in required)
+    return is_whole and not _OF_OTHERS & set(schema)
 
 
-def _held(schema: Schema, place: str, dropped: list[str], closes: bool) -> Schema:
+def _held(schema: Json, place: str, dropped: list[str], closes: bool) -> Json:
     """What ``relaxed`` keeps; adds to ``dropped``.  If it ``closes``, objects have the properties
     that they list."""
-    kept = dict[str, Any]()
+    kept = Json()
     schema = _rewritten(schema)
     if closes and _lists_all(schema):
         schema.setdefault("additionalProperties", False)
 
-    def child(value: Any, place: str) -> Any:
+    def child(value: object, place: str) -> object:
         return _held(value, place, dropped, closes) if isinstance(value, dict) else value
 
     for name, value in schema.items():
@@ -112,7 +112,7 @@ def _held(schema: Schema, place: str, dropped: list[str], closes: bool) -> Schem
     return kept
 
 
-def _fate(name: str, value: Any, schema: Schema) -> bool | None:
+def _fate(name: str, value: Any, schema: Json) -> bool | None:
     """None for a keyword that can be held; else whether it says nothing."""
     if name in _UNHELD:
         try:
@@ -136,7 +136,7 @@ def _fate(name: str, value: Any, schema: Schema) -> bool | None:
     return None
 
 
-def _rewritten(schema: Schema) -> Schema:
+def _rewritten(schema: Json) -> Json:
     """The same in keywords that can be held, where nothing else in ``schema`` speaks of the
     properties that these are about."""
     schema, rest = dict(schema), schema.get("additionalProperties", {})
@@ -148,12 +148,10 @@ def _rewritten(schema: Schema) -> Schema:
         schema.setdefault("additionalProperties", False)
     if not isinstance(names, dict) or {"properties", *_COMBINED} & set(schema):
         return schema
-    keys, pattern = (
-        [names["const"]] if "const" in names else names.get("enum"),
-        names.get("pattern"),
-    )
+    keys = [names["const"]] if "const" in names else names.get("enum")
+    pattern = names.get("pattern")
     if isinstance(keys, list) and all(isinstance(key, str) for key in keys):
-        form: Schema = {"properties": dict.fromkeys(keys, rest)}
+        form: Json = {"properties": dict.fromkeys(keys, rest)}
     elif isinstance(pattern, str) and not _IRREGULAR.search(pattern):
         form = {"patternProperties": {pattern: rest}}
     else:
@@ -165,7 +163,7 @@ def _rewritten(schema: Schema) -> Schema:
     return {**schema, **form, "additionalProperties": False}
 
 
-def _only(schema: Any, **keywords: Any) -> bool:
+def _only(schema: object, **keywords: str) -> bool:
     """Whether ``schema`` has no other keywords, beside notes."""
     if not isinstance(schema, dict):
         return False

@@ -1,20 +1,26 @@
 """The open model that ``slotmoe serve`` answers with, and its figures."""
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
+from typing import Annotated
 
+from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from slotmoe.jsonfile import Json
-from slotmoe.offload.engine.requests import Request
+from slotmoe.offload.engine.requests import Request as Job
 from slotmoe.offload.observe.memory_sampler import memory_in_use
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import Grammars
+from slotmoe.tools.serve.requests import Conversation
 from slotmoe.tools.serve.response_store import ResponseStore
+
+_SHORTEN = "Shorten it, or start the server with --context"
 
 _TOKENS = ("prompt_tokens", "reused_tokens", "answer_tokens")
 _HISTOGRAMS = {
@@ -40,7 +46,7 @@ class Service:
         self.runtime, self.engine, self.name = runtime, runtime.engine, name
         self._batch = self.engine.batch
         self._batch.at_once, self.engine.ended = sequences, ended
-        self._limit, self._open = sequences + waiting, set[Request]()
+        self._limit, self._open = sequences + waiting, set[Job]()
         self._is_ending = False
         self.tokenizer, self.created = runtime.tokenizer, int(time.time())
         self.dialect = Dialect(runtime.tokenizer)
@@ -60,7 +66,55 @@ class Service:
             problem = f"the model {model!r:.80} is not here; this server has {self.name!r}"
             raise RefusedError(problem, "model", 404, "model_not_found")
 
-    def submit(self, requests: Sequence[Request]) -> None:
+    @property
+    def vocabulary(self) -> int:
+        """How many ids are text as well as rows of the model: either may have more than the
+        other."""
+        return min(self.tokenizer.size, self.runtime.config.vocab_size)
+
+    def check_length(self, characters: int) -> None:
+        """Raises ``RefusedError`` where no context can hold a text of so many ``characters``; to
+        find out how many tokens a long text has takes seconds and memory."""
+        context, longest = self.runtime.context, self.tokenizer.longest
+        if characters > context * longest:
+            held = f"the context holds {context} tokens of at most {longest} characters"
+            problem = f"{held}, the prompt has {characters} characters"
+            raise RefusedError(f"{problem}. {_SHORTEN}", code="context_length_exceeded")
+
+    def encode(self, text: str, add_bos: bool = True) -> list[int]:
+        """Token ids of a prompt.  Raises ``RefusedError`` before it reads one that can't fit."""
+        self.check_length(len(text))
+        return self.tokenizer.encode(text, add_bos)
+
+    def chat_text(self, chat: Conversation) -> str:
+        """The conversation as the model reads it.  Runs the template in a child process, so the
+        event loop leaves it to a thread.  Raises ``RefusedError`` and ``ConfigError``."""
+        self.check_length(sum(len(message.text) for message in chat.messages))
+        thinking = None if chat.effort is None else chat.effort != "none"
+        return self.dialect.prompt(chat.messages, chat.policy, chat.continues, thinking)
+
+    async def chat_ids(self, chat: Conversation) -> list[int]:
+        """Token ids of ``chat_text``."""
+        return await asyncio.to_thread(lambda: self.encode(self.chat_text(chat)))
+
+    def limit(self, prompt: list[int], limit: int | None, scored: bool) -> int:
+        """The most tokens of an answer to ``prompt``.  Raises ``RefusedError``."""
+        context, size = self.runtime.context, self.runtime.config.vocab_size
+        known = "the model's vocabulary"
+        if scored:
+            size, known = self.vocabulary, "those that are text"
+        if not prompt:
+            raise RefusedError("the prompt is empty", "prompt")
+        if max(prompt) >= size:
+            problem = f"outside 0 to {size - 1}, {known}"
+            raise RefusedError(f"a token id of the prompt is {problem}", "prompt")
+        room = context - len(prompt)
+        if room < (0 if limit == 0 else 1):
+            problem = f"the context holds {context} tokens, the prompt has {len(prompt)}"
+            raise RefusedError(f"{problem}. {_SHORTEN}", code="context_length_exceeded")
+        return room if limit is None else min(limit, room)
+
+    def submit(self, requests: Sequence[Job]) -> None:
         """Queue all of ``requests`` or none.  Raises ``RefusedError``."""
         if self._is_ending or not self.alive:
             why = "shutting down" if self.alive else "ending, since the model has failed"
@@ -99,7 +153,7 @@ class Service:
         """Answers that wait for one."""
         return len(self._open) - self.running
 
-    def observe(self, request: Request) -> None:
+    def observe(self, request: Job) -> None:
         """Note the times of an answer that has ended."""
         self._open.discard(request)
         if request.first_token:
@@ -141,44 +195,44 @@ class Service:
         }
         used = {tier: values["used"] for tier, values in stats["memory"].items()}
         sessions, drafts = stats.get("sessions", {}), stats["drafts"]
+        restored = sessions.get("restored_tokens", 0)
         rows = {kind: count for kind, count in drafts.items() if isinstance(count, int)}
         moved = {name: sessions[f"{name}_bytes"] for name in ("read", "written") if sessions}
+        counters = (
+            ("tokens", "Tokens computed, and of prompts reused", "kind", tokens),
+            ("answers", "Answers by how they ended", "finish", totals.finished),
+            ("refused", "Requests refused: the queue was full", None, self.refused),
+            ("steps", "Steps of the batch", None, totals.steps),
+            ("decode", "Passes, their rows, and of these drafted and accepted", "kind", rows),
+            ("expert_lookups", "Experts asked for", "result", lookups),
+            ("read_bytes", "Bytes read from each slower tier", "tier", reads),
+            ("drive_read_bytes", "Bytes read by drive", "drive", drives["bytes"]),
+            ("drive_read_seconds", "Seconds with reads", "drive", drives["seconds"]),
+            ("session_tokens", "Tokens of prompts from disk", None, restored),
+            ("session_io_bytes", "Bytes of sessions read and written", "kind", moved),
+            ("session_damaged", "Damaged blocks", None, sessions.get("damaged", 0)),
+        )
         hit_rate, budget = stats["cache"]["hit_rate"] or 0.0, self.runtime.plan.budget
-        counter, gauge = CounterMetricFamily, GaugeMetricFamily
-        for kind, name, text, label, values in (
-            (counter, "tokens", "Tokens computed, and of prompts reused", "kind", tokens),
-            (counter, "answers", "Answers by how they ended", "finish", totals.finished),
-            (counter, "refused", "Requests refused: the queue was full", None, self.refused),
-            (counter, "steps", "Steps of the batch", None, totals.steps),
-            (
-                counter,
-                "decode",
-                "Passes, their rows, and of these drafted and accepted",
-                "kind",
-                rows,
-            ),
-            (counter, "expert_lookups", "Experts asked for", "result", lookups),
-            (counter, "read_bytes", "Bytes read from each slower tier", "tier", reads),
-            (counter, "drive_read_bytes", "Bytes read by drive", "drive", drives["bytes"]),
-            (counter, "drive_read_seconds", "Seconds with reads", "drive", drives["seconds"]),
-            (gauge, "drive_failed", "Whether it is left out", "drive", drives["failed"]),
-            (
-                counter,
-                "session_tokens",
-                "Tokens of prompts from disk",
-                None,
-                sessions.get("restored_tokens", 0),
-            ),
-            (counter, "session_io_bytes", "Bytes of sessions read and written", "kind", moved),
-            (counter, "session_damaged", "Damaged blocks", None, sessions.get("damaged", 0)),
-            (gauge, "session_bytes", "Bytes of sessions on disk", None, sessions.get("bytes", 0)),
-            (gauge, "running", "Answers under way", None, stats["running"]),
-            (gauge, "queued", "Answers that wait", None, stats["queued"]),
-            (gauge, "expert_hit_rate", "Share of experts that were in a slot", None, hit_rate),
-            (gauge, "memory_bytes", "Memory in use by tier", "tier", used),
-            (gauge, "memory_budget_bytes", "Budget of the fast tier", None, budget),
-        ):
-            metric = kind(f"slotmoe_{name}", text, labels=[label] if label else [])
-            for key, value in values.items() if isinstance(values, dict) else [("", values)]:
-                metric.add_metric([key] if label else [], float(value))
-            yield metric
+        gauges = (
+            ("drive_failed", "Whether it is left out", "drive", drives["failed"]),
+            ("session_bytes", "Bytes of sessions on disk", None, sessions.get("bytes", 0)),
+            ("running", "Answers under way", None, stats["running"]),
+            ("queued", "Answers that wait", None, stats["queued"]),
+            ("expert_hit_rate", "Share of experts that were in a slot", None, hit_rate),
+            ("memory_bytes", "Memory in use by tier", "tier", used),
+            ("memory_budget_bytes", "Budget of the fast tier", None, budget),
+        )
+        for kind, rows_ in ((CounterMetricFamily, counters), (GaugeMetricFamily, gauges)):
+            for name, text, label, values in rows_:
+                metric = kind(f"slotmoe_{name}", text, labels=[label] if label else [])
+                for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+                    metric.add_metric([key] if label else [], float(value))
+                yield metric
+
+
+async def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+Serving = Annotated[Service, Depends(_service)]  # of a route
