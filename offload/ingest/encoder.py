@@ -14,7 +14,6 @@ from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.names import expert_name, expert_shapes
 from slotmoe.offload.plan.memory import default_codecs
 from slotmoe.quant.codecs import encode
-from slotmoe.quant.codecs import levels as lut
 from slotmoe.quant.codecs.codec import (
     DEFAULT_CODECS,
     INT4,
@@ -25,11 +24,10 @@ from slotmoe.quant.codecs.codec import (
     Codec,
     ExpertCodecs,
 )
-from slotmoe.quant.codecs.feedback import Hessian, NotPositiveError
-from slotmoe.quant.codecs.nf4 import NotFiniteError
+from slotmoe.quant.codecs.encode import NotFiniteError, quantize_int8, quantize_nf4, squared_error
+from slotmoe.quant.codecs.feedback import Hessian, NotPositiveError, quantize
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of, store
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.weights import quantize_int8, quantize_nf4, squared_error
 
 _SAMPLED = 1 << 19  # weights that levels are learned from
 _MATRICES = 48  # from which these are taken
@@ -59,7 +57,7 @@ class Coder:
 
     def code(self, name: str, start: int, stop: int, kind: str | Codec) -> Coded:
         """Rows of tensor ``name``, stored as ``kind``: as the checkpoint has them where the codec
-        holds that.  Raises ``nf4.NotFiniteError``, and what reading raises."""
+        holds that.  Raises ``NotFiniteError``, and what reading raises."""
         if kind in (NF4, INT4) and _in_4_bits(self.checkpoint, name):
             assert isinstance(kind, Codec)
             stored = self.checkpoint.codes(name, start, stop)
@@ -84,10 +82,10 @@ class Coder:
     def _lut(self, name: str, piece: Tensor, codec: Codec) -> tuple[Tensor, Tensor, Squares | None]:
         if (hessian := self.hessians.get(name)) is not None and bool(piece.isfinite().all()):
             try:
-                return lut.quantize(piece, codec, hessian)
+                return quantize(piece, codec, hessian)
             except NotPositiveError:
                 self.uncalibrated.append(name)
-        return lut.quantize(piece, codec)
+        return quantize(piece, codec)
 
 
 def _in_4_bits(checkpoint: Checkpoint, name: str) -> bool:

@@ -19,8 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slotmoe.quant.codecs.codec import BLOCK, TILE
-from slotmoe.quant.codecs.encode import ByteScales, fit_blocks, inverse_or_zero, nearest, starts_of
+from slotmoe.quant.codecs.codec import BLOCK, SCALES, TILE, Codec
+from slotmoe.quant.codecs.encode import (
+    ByteScales,
+    encode,
+    fit_blocks,
+    inverse_or_zero,
+    nearest,
+    starts_of,
+)
+from slotmoe.quant.codecs.weight import pack
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.bindings import Kernels
 
@@ -61,20 +69,24 @@ class Hessian:
         return upper.float()
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """``codes_NK`` uint8 on the CPU and ``scales_NX`` float32, filled up to tiles; how scales are
-    stored; and the sums of squares of the error and of the weights in the Hessian's measure."""
+def quantize(
+    weight_NK: Tensor, codec: Codec, hessian: Hessian | None = None
+) -> tuple[Tensor, Tensor, tuple[float, float] | None]:
+    """Codes, scales, and with a Hessian the sums of squares of the error and of the weights in its
+    measure, of a bf16, fp16 or fp32 matrix, by ``LUT4`` or ``LUT3``.  Raises ``NotFiniteError`` and
+    ``NotPositiveError``."""
+    block, levels_L = SCALES[codec.scales].block, torch.tensor(codec.levels, dtype=torch.float32)
+    if hessian is None:
+        codes_NK, scales, squares = *encode(weight_NK, levels_L, block), None
+    else:
+        codes_NK, scales, squares = _encode(weight_NK, hessian, levels_L, block)
+    return pack(codes_NK.view(-1, TILE, codes_NK.shape[1]), codec.bits), scales.cpu(), squares
 
-    codes_NK: Tensor
-    scales_NX: Tensor
-    coding: ByteScales
-    error: float
-    square: float
 
-
-def encode(weight_NK: Tensor, hessian: Hessian, levels_L: Tensor, block: int) -> Encoded:
-    """Encode a matrix on the device of ``hessian``.  Raises ``NotPositiveError``."""
+def _encode(
+    weight_NK: Tensor, hessian: Hessian, levels_L: Tensor, block: int
+) -> tuple[Tensor, Tensor, tuple[float, float]]:
+    """Codes on the CPU, the rest on the device of ``hessian``."""
     N, K = weight_NK.shape
     H_KK = hessian.damped
     w_KN = F.pad(weight_NK.to(H_KK).t(), (0, -N % TILE, 0, len(H_KK) - K)).contiguous()
@@ -91,7 +103,7 @@ def encode(weight_NK: Tensor, hessian: Hessian, levels_L: Tensor, block: int) ->
     codes_NK = codes.flatten(0, 1).t().to(torch.uint8).contiguous().cpu()
     error = ((w_KN - state.q_KN) * gradient_KN).sum(dtype=torch.float64).item()
     square = (w_KN * wanted_KN).sum(dtype=torch.float64).item()
-    return Encoded(codes_NK, scales_XN.t().contiguous(), state.coding, error, square)
+    return codes_NK, state.coding.stored(scales_XN.t().contiguous()), (error, square)
 
 
 class _State:

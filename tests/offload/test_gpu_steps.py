@@ -23,8 +23,8 @@ from slotmoe.quant import int8
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.graphs import Captured, CudaGraphs
-from slotmoe.quant.codecs import nf4
 from slotmoe.quant.codecs.codec import NF4
+from slotmoe.quant.codecs.encode import nf4_by_torch
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.shapes import resident_quantization
@@ -145,7 +145,7 @@ def make_network(backend, resident="int8", complete=False, **overrides):
         elif kind == "int8":
             weight = Int8Weight(*int8.quantize(weight))
         elif kind is NF4:
-            weight = CodedWeight(*nf4.quantize(weight), LEVELS, tuple(weight.shape))
+            weight = CodedWeight(*nf4_by_torch(weight), LEVELS, tuple(weight.shape))
         placed[name] = map_tensors(weight, lambda tensor: tensor.to(DEVICE))
     experts = SlabExperts(backend, config, weights, DEVICE, complete)
     return Network(config, placed, backend, experts)

@@ -104,7 +104,7 @@ def test_bad_arguments_are_refused():
 
     def linear(x=x, codes=good.codes, n=32):
         weight = CodedWeight(codes, good.scales, good.levels, (n, x.shape[1]))
-        return lambda: native.linear(Matrix.of_codes(weight), x)
+        return lambda: native.linear(Matrix.of(weight), x)
 
     def experts(x=x64, chosen=chosen, slab=record[None], slots=slots, coded=coded, y=y):
         return lambda: native.experts_by_slot(x, chosen, slab, slots, coded, y)

@@ -52,7 +52,7 @@ def test_linear_nf4(kernels, shape, seed, w_scale, x_scale):
     x64 = x.numpy().astype(np.float64)
     want = x64 @ w.T
     assume(np.abs(want).max() < 1e38)
-    got = kernels.linear(Matrix.of_codes(weight), x).double().numpy()
+    got = kernels.linear(Matrix.of(weight), x).double().numpy()
     # Off by half an activation step on each weight, and half a level step (at most 1 / 95) on each
     # activation.
     steps, scales = half_steps(x64), np.abs(scales_of(weight))
@@ -123,7 +123,7 @@ def test_absorbed_products_are_exact_to_float32(kernels, shape, n, seed):
 def test_dense_products_are_exact_to_float32(kernels, shape, dtype, seed):
     (t, n, k), rng = shape, np.random.default_rng(seed)
     x, w = torch_of(rng.standard_normal((t, k))), torch_of(rng.standard_normal((n, k))).to(dtype)
-    matrix = Matrix.dense(w)
+    matrix = Matrix.of(w)
     got = kernels.linear(matrix, x)
     limit = x.abs().double() @ w.abs().double().T
     assert bool(((got.double() - x.double() @ w.double().T).abs() <= 1e-6 * limit).all())

@@ -33,13 +33,13 @@ from slotmoe.offload.tiers.slots import Slots
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, KINDS, LUT3, LUT4, NF4, Codec, ExpertCodecs
+from slotmoe.quant.codecs.encode import quantize_int8, quantize_nf4
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.weights import Matrix
 from slotmoe.quant.shapes import record_bytes
-from slotmoe.quant.weights import quantize_int8, quantize_nf4
 from slotmoe.tools.bench import turns
 from slotmoe.tools.options import choice, codec_options, count, expert_codecs
 

@@ -25,19 +25,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slotmoe.quant.codecs.nf4 import LEVELS
+from slotmoe.border import Router
+from slotmoe.quant.codecs.codec import NF4
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import arguments
-from slotmoe.quant.kernels.cpu.arguments import address, optional_address
-from slotmoe.quant.kernels.cpu.signatures import (
-    INT8,
-    SIGNATURES,
-    Function,
-    source_type,
-    tensor_spec,
-)
-from slotmoe.quant.kernels.cpu.weights import Decoder, ExpertRecord, Matrix, Router
+from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, Function, tensor_spec
+from slotmoe.quant.kernels.cpu.weights import Decoder, ExpertRecord, Matrix, NativeRouter
 from slotmoe.quant.shapes import latent_bytes
 
 ABI = 12
@@ -68,31 +62,21 @@ class Kernels:
     is read."""
 
     def __init__(self, path: Path) -> None:
-        self._lib = ctypes.CDLL(str(path))
-        for name, types, result in [
-            ("abi", [], ctypes.c_int),
-            ("isa", [], ctypes.c_char_p),
-            ("isa_count", [], ctypes.c_int),
-            ("isa_name", [ctypes.c_int], ctypes.c_char_p),
-            ("isa_supported", [ctypes.c_int], ctypes.c_int),
-            ("set_isa", [ctypes.c_char_p], ctypes.c_int),
-            ("threads", [], ctypes.c_int),
-            ("set_threads", [ctypes.c_int], None),
-            ("read", [ctypes.c_void_p, ctypes.c_int64], ctypes.c_uint64),
-        ]:
-            function = getattr(self._lib, f"slotmoe_{name}")
-            function.argtypes, function.restype = types, result
+        self._lib = ctypes.CDLL(str(path))  # what it returns is an int, unless said otherwise
+        self._lib.slotmoe_isa.restype = self._lib.slotmoe_isa_name.restype = ctypes.c_char_p
+        self._lib.slotmoe_read.argtypes = ctypes.c_void_p, ctypes.c_int64
         if self._lib.slotmoe_abi() != ABI:
             raise OSError(f"{path} has ABI {self._lib.slotmoe_abi()}, expected {ABI}")
         self._functions = {name: Function(self._lib, name) for name in SIGNATURES}
-        self.linear, self.mlp = self._functions["linear"], self._functions["mlp"]
-        self.rms_norm = self._functions["rms_norm"]
-        self.weighted_sum = self._functions["weighted_sum"]
+        functions = self._functions
+        self.linear, self.mlp = functions["linear"], functions["mlp"]
+        self.rms_norm, self.rotate = functions["rms_norm"], functions["rotate"]
+        self.weighted_sum = functions["weighted_sum"]
         # of slotmoe.quant.codecs.encode and slotmoe.quant.codecs.feedback
-        self.fit_rows, self.code_rows = self._functions["fit_rows"], self._functions["code_rows"]
-        self.fit_columns = self._functions["fit_columns"]
-        self.feed_back, self.descend = self._functions["feed_back"], self._functions["descend"]
-        self.attention = self._functions["attention"]  # tests hold `decode` against it
+        self.fit_rows, self.code_rows = functions["fit_rows"], functions["code_rows"]
+        self.fit_columns, self.feed_back = functions["fit_columns"], functions["feed_back"]
+        self.descend = functions["descend"]
+        self.attention = functions["attention"]  # tests hold `decode` against it
         self.isas = tuple(
             self._lib.slotmoe_isa_name(i).decode()
             for i in range(self._lib.slotmoe_isa_count())
@@ -161,19 +145,14 @@ class Kernels:
         """x float32 [T, H] through those of each token's experts, indices int64 [T, k], that are in
         the slab (uint8 [S, >= record_bytes]), unweighted, into y float32 [T, k, H]: slots int32 [E]
         says in which row by expert; where it is negative, y is left as it is."""
-        records = arguments.slab_of(slab, record.record_bytes)
-        self._functions["experts_by_slot"].results(record, x, indices, slots, *records, y)
-
-    def rotate(self, x: Tensor, table: Tensor, halves: bool = False) -> Tensor:
-        """x float32 [T, A, P] times `table`, complex64 [T, P / 2]: pairs stand side by side, or
-        `halves` of a row apart."""
-        return self._functions["rotate"](x, table, halves)
+        record.check(slab)
+        self._functions["experts_by_slot"].results(record, x, indices, slots, slab, y)
 
     def store_latents(self, latent: Tensor, r: int, cache: Tensor) -> None:
         """latent float32 [T, R + P], R = `r` -> T rows of a latent cache, uint8 [T, latent_bytes(R,
         P)], which may be strided.  Latent and rope columns are each rotated by an orthogonal matrix
         and rounded to 8 bits with one float32 scale (attention.h), NaN if one is not finite."""
-        p = arguments.rope_columns(latent, r)
+        p = latent.shape[-1] - r
         stride = arguments.row_stride(cache, latent_bytes(r, p))
         if len(cache) != len(latent):
             raise ValueError(f"cache has {len(cache)} rows, latent {len(latent)}")
@@ -187,7 +166,7 @@ class Kernels:
         rows[:, :R], token t over the first `context` - T + t + 1 rows; later rows are not read.
         Each token's result is bitwise that of a call of its own.
         """
-        p = arguments.rope_columns(q, latent)
+        p = q.shape[-1] - latent
         stride = arguments.row_stride(cache, latent_bytes(latent, p))
         if not len(q) <= context <= len(cache):
             limits = f"{len(q)} tokens to the cache's {len(cache)} rows"
@@ -200,9 +179,9 @@ class Kernels:
     ) -> tuple[Tensor, Tensor]:
         """logits float32 [T, E] -> weights and int64 indices [T, top_k], best first; of equals the
         lower index.  `bias`, float32 [E], takes part in the choice alone."""
-        router.check(arguments.columns(logits))
+        native = ctypes.byref(NativeRouter(router, logits.shape[-1]))
         route = self._functions["route"]
-        weights, indices = route.results(ctypes.byref(router), logits, bias, K=router.top_k)
+        weights, indices = route.results(native, logits, bias, K=router.top_k)
         return weights, indices
 
     def decode(
@@ -234,42 +213,27 @@ class Kernels:
         routed experts.  Bitwise what `attention`, `route`, `experts_by_slot`, `weighted_sum` and
         `mlp` give layer by layer, and what each token gives alone.
         """
-        t, layers, hidden, top_k = len(caches), len(decoder.routed), decoder.hidden, decoder.top_k
         if (x is None) != (experts is None):
             raise ValueError("x and experts must come together")
         asked = decoder.routers_from(first, x is not None)
-        layer_stride, row_stride, capacity = arguments.layer_rows(caches, layers, decoder.row_bytes)
-        inputs = (
-            address("h", h, torch.float32, (t, hidden)),
-            address("table", table, torch.complex64, (t, decoder.pairs)),
-            optional_address("query_scale", query_scale, torch.float32, (t,)),
-            arguments.addresses(caches),
-            layer_stride,
-            row_stride,
-            arguments.position_array(positions, t, capacity),
-            address("slots", slots, torch.int32, (decoder.moe_layers, decoder.experts)),
-            *arguments.slab_of(slab, record.record_bytes),
-            record.address,
-            optional_address("x", x, torch.float32, (t, hidden)),
-            optional_address("experts", experts, torch.float32, (t, hidden)),
-        )
-        y, norm = torch.empty(t, hidden), torch.empty(asked + 1, t, hidden)
-        weights, indices = torch.empty(t, top_k), torch.empty(asked, t, top_k, dtype=torch.int64)
-        outputs = y.data_ptr(), norm.data_ptr(), weights.data_ptr(), indices.data_ptr()
+        layers, stream = len(decoder.routed), (decoder, first, h, table, query_scale)
+        rows = arguments.cache_rows(caches, positions, layers, decoder.row_bytes)
+        record.check(slab)
         reached, seconds = ctypes.c_int64(), (ctypes.c_double * len(_PARTS))()
-        values = *inputs, *outputs, ctypes.byref(reached), seconds
-        self._functions["decode"].run(decoder.address, first, t, *values)
-        layer, spent = reached.value, seconds[:]
+        given = *stream, *rows, slots, slab, record, x, experts, ctypes.byref(reached), seconds
+        sizes = {"T": len(caches), "I": asked + 1, "J": asked}
+        y, norms, weights, indices = self._functions["decode"].results(*given, **sizes)
+        layer = reached.value
         if layer < layers:
-            indices = indices[: asked - decoder.moe_layers + decoder.moe_layers_before[layer] + 1]
-        for part, duration in zip(_PARTS, spent, strict=True):
+            indices = indices[: asked - sum(decoder.routed[layer + 1 :])]
+        for part, duration in zip(_PARTS, seconds, strict=True):
             self._functions[part].seconds += duration
-        return Decoded(layer, y, norm[: len(indices)], weights, indices, spent)
+        return Decoded(layer, y, norms[: len(indices)], weights, indices, seconds[:])
 
     def absorb_query(self, q: Tensor, kv_b: Int8Weight) -> Tensor:
         """q float32 [T, A, n], kv_b [A * per_head, R] -> float32 [T, A, R]: each head's query times
         its first n rows of kv_b."""
-        per_head = arguments.rows_per_head(q, kv_b.q, arguments.columns(q))
+        per_head = arguments.rows_per_head(q, kv_b.q, q.shape[-1])
         return self._functions["absorb_query"](q, kv_b.q, kv_b.scale, per_head)
 
     def absorb_value(self, latent: Tensor, kv_b: Int8Weight, n: int) -> Tensor:
@@ -280,18 +244,17 @@ class Kernels:
         return self._functions["absorb_value"](*values, **sizes)
 
     def quantize_nf4(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, K] bfloat16, float16 or float32 -> codes uint8, absmax float16 as tiles16: the bytes
-        of `nf4.quantize`.  ValueError when the source holds NaN or infinity, or a block's absmax
-        does not fit float16."""
-        values = source, source_type(source), torch.tensor(LEVELS)
-        codes, absmax = self._functions["quantize_nf4"].results(*values)
+        """[N, K] bfloat16, float16 or float32 -> codes uint8, absmax float16 as tiles16.
+        ValueError when the source holds NaN or infinity, or a block's absmax does not fit
+        float16."""
+        levels = torch.tensor(NF4.levels)
+        codes, absmax = self._functions["quantize_nf4"].results(source, levels)
         return codes, absmax
 
     def quantize_int8(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """[N, K] bfloat16, float16 or float32 -> int8 [N, K] row-major, scale float32 [N] = absmax
         / 127, 0 of a row of zeros.  ValueError when the source holds NaN or infinity."""
-        values = source, source_type(source)
-        q, scale = self._functions["quantize_int8"].results(*values)
+        q, scale = self._functions["quantize_int8"].results(source)
         return q, scale
 
     def squared_error(
@@ -299,11 +262,10 @@ class Kernels:
     ) -> tuple[float, float]:
         """Sum of the squared differences between `source`, [N, K] in any of its dtypes, and its
         weight, and sum of the source's squares; float64 throughout."""
-        kind = source_type(source)
         if isinstance(weight, Int8Weight):
-            sums = self._functions["int8_error"](source, kind, weight.q, weight.scale)
+            sums = self._functions["int8_error"](source, weight.q, weight.scale)
         else:
-            sums = self._functions["coded_error"](Matrix.of_codes(weight), source, kind)
+            sums = self._functions["coded_error"](Matrix.of(weight), source)
         errors, squares = sums.T.tolist()  # rounded once, so that they depend on no order
         return math.fsum(errors), math.fsum(squares)
 
