@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import xxhash
@@ -48,7 +47,7 @@ def layer_file(layer: int) -> str:
     return f"{EXPERTS}/layer-{layer:05d}.safetensors"
 
 
-def checksum(data: Any) -> str:
+def checksum(data: bytes | bytearray | memoryview) -> str:
     """xxh3-128 of a buffer, in hexadecimal."""
     return xxhash.xxh3_128_hexdigest(data)
 
@@ -196,18 +195,14 @@ def safetensors_header(parts: Iterable[tuple[str, Part]]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def expert_tensor(layer: int, expert: int, part: str) -> str:
-    """What a part of an expert's record is called in its file."""
-    return f"model.layers.{layer}.mlp.experts.{expert}.{part}"
-
-
 def layer_parts(layer: int, experts: int, layout: RecordLayout) -> dict[str, Part]:
     """Tensors of the file that holds the records of ``layer``, in order."""
     parts = {}
     for expert in range(experts):
         for name, part in layout.parts.items():
             offset = expert * layout.record_bytes + part.offset
-            parts[expert_tensor(layer, expert, name)] = replace(part, offset=offset)
+            tensor = f"model.layers.{layer}.mlp.experts.{expert}.{name}"
+            parts[tensor] = replace(part, offset=offset)
     return parts
 
 
