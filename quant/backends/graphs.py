@@ -9,6 +9,7 @@ from step to step (the position, the sequence's cache) must lie in one.
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar
 
 import torch
@@ -20,29 +21,19 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 
-class Graph(Protocol[R]):
-    """What a captured function did: ``replay`` does it again, into the same ``outputs``."""
+@dataclass(frozen=True)
+class Graph(Generic[R]):
+    """What a captured function did: ``replay`` does it again, into the same ``outputs``, in the
+    order of the current stream."""
 
+    replay: Callable[[], None]
     outputs: R
-
-    def replay(self) -> None: ...
 
 
 class Capturing(Protocol):
     """Makes graphs, as ``CudaGraphs`` does."""
 
     def __call__(self, function: Callable[[], R]) -> Graph[R] | None: ...
-
-
-class CudaGraph(Generic[R]):
-    """Work on a CUDA device that can be repeated, in the order of the current stream.  ``outputs``
-    is what the captured function returned, and ``replay`` repeats the work into it."""
-
-    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: R):
-        self._graph, self.outputs = graph, outputs
-
-    def replay(self) -> None:
-        self._graph.replay()
 
 
 class CudaGraphs:
@@ -62,7 +53,7 @@ class CudaGraphs:
         self._pool: _POOL_HANDLE | None = None
         self._failed = False
 
-    def __call__(self, function: Callable[[], R]) -> CudaGraph[R] | None:
+    def __call__(self, function: Callable[[], R]) -> Graph[R] | None:
         """What ``function`` does, as a graph.  It runs at least once and must not make the host
         wait for the device.  None where a capture has failed, which is said once: the work is then
         launched kernel by kernel."""
@@ -85,7 +76,7 @@ class CudaGraphs:
         torch.cuda.current_stream().wait_stream(self._stream)
         return graph
 
-    def _capture(self, function: Callable[[], R]) -> CudaGraph[R]:
+    def _capture(self, function: Callable[[], R]) -> Graph[R]:
         graph = torch.cuda.CUDAGraph()
         pool, self._pool = self._pool or torch.cuda.graph_pool_handle(), None
         try:
@@ -99,7 +90,7 @@ class CudaGraphs:
             self._stop_recording(graph, pool)
             raise
         self._pool = pool
-        return CudaGraph(graph, outputs)
+        return Graph(graph.replay, outputs)
 
     @staticmethod
     def _stop_recording(graph: torch.cuda.CUDAGraph, pool: "_POOL_HANDLE") -> None:
@@ -114,9 +105,8 @@ class Captured(Generic[R]):
     """Runs a function of tensors as a captured graph where ``graph`` makes one, and plainly where
     that is None or makes None.
 
-    ``buffers`` are the inputs that it
-    reads: an input that lies elsewhere is copied into its buffer first.  The outputs are valid
-    until the next call.  Inside another graph's capture, with gradients on, or for inputs of other
+    ``buffers`` are the inputs that it reads: an input that lies elsewhere is copied into its buffer
+    first.  The outputs are valid until the next call.  Inside another graph's capture, with gradients on, or for inputs of other
     shapes or types than the buffers', the function runs plainly.  A capture runs the function
     before the first replay, so it must not write its own ``buffers``.
 

@@ -72,7 +72,7 @@ NEEDS_THE_HOST += (aten._unique2, aten.lift_fresh)  # torch.tensor(...)
 
 
 class Recorded(TorchDispatchMode):
-    """What ``CudaGraph`` is on a GPU: the kernels and torch operations of a function with the
+    """What a ``Graph`` is on a GPU: the kernels and torch operations of a function with the
     memory that they had.
 
     ``replay`` repeats them there and calls nothing else.  A function that asks for a value on the

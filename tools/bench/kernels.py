@@ -279,13 +279,13 @@ def _compiled(variant: str) -> Iterator[None]:
     """Kernels that are first used inside are compiled as this one of ``VARIANTS``."""
     from triton import language
 
-    from slotmoe.quant.backends import triton
+    from slotmoe.quant.backends import triton_rows
     from slotmoe.quant.kernels.triton import rows
 
     blocks, warps = map(int, variant.split("x"))
     with (
         patch.object(rows, "BLOCKS", language.constexpr(blocks)),
-        patch.dict(triton.WARPS, dict.fromkeys(KINDS.values(), warps)),
+        patch.dict(triton_rows.WARPS, dict.fromkeys(KINDS.values(), warps)),
     ):
         yield
 

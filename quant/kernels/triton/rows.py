@@ -342,18 +342,18 @@ def weighted_sum(y_ptr, weights_ptr, out_ptr, TOP_K, D, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _route(
-    t, logits_ptr, bias_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
+def route(
+    logits_ptr, bias_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
     SIGMOID: tl.constexpr, BIASED: tl.constexpr, GROUP_BEST: tl.constexpr, RENORM: tl.constexpr,
     BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row of logits [E] to weights and indices of the best TOP_K experts, the lowest index of
-    equals first.
+    """A row of logits [E], that of the grid's second axis, to weights and indices of the best TOP_K
+    experts, the lowest index of equals first.
 
     ``bias`` [E] is added to what is compared alone.  GROUPS > 1 leaves out all but the KEPT groups
     with the best expert, or with the best sum of two (GROUP_BEST).
     """
-    e = tl.arange(0, BLOCK)
+    t, e = tl.program_id(1), tl.arange(0, BLOCK)
     # Past the first-level cache: other programs of the same launch may have written them.
     logits = tl.load(logits_ptr + t * E + e, mask=e < E, other=float("-inf"), cache_modifier=".cg")
     if SIGMOID:
@@ -399,19 +399,6 @@ def _route(
 
 
 @triton.jit
-def route(
-    logits_ptr, bias_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
-    SIGMOID: tl.constexpr, BIASED: tl.constexpr, GROUP_BEST: tl.constexpr, RENORM: tl.constexpr,
-    BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """``_route`` of each row."""
-    _route(
-        tl.program_id(0), logits_ptr, bias_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT,
-        factor, SIGMOID, BIASED, GROUP_BEST, RENORM, BLOCK, GROUP_BLOCK, K_BLOCK,
-    )  # fmt: skip
-
-
-@triton.jit
 def gate(
     x_ptr, g_ptr, eps, normed_ptr, w_ptr, K, finished_ptr, logits_ptr, bias_ptr, weights_ptr,
     indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
@@ -434,7 +421,7 @@ def gate(
     tl.debug_barrier()  # all threads have stored before one of them says so
     if tl.atomic_add(finished_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         tl.store(finished_ptr, 0)
-        _route(
-            0, logits_ptr, bias_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
+        route(
+            logits_ptr, bias_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
             SIGMOID, BIASED, GROUP_BEST, RENORM, BLOCK, GROUP_BLOCK, K_BLOCK,
         )  # fmt: skip
