@@ -106,9 +106,10 @@ class Captured(Generic[R]):
     that is None or makes None.
 
     ``buffers`` are the inputs that it reads: an input that lies elsewhere is copied into its buffer
-    first.  The outputs are valid until the next call.  Inside another graph's capture, with gradients on, or for inputs of other
-    shapes or types than the buffers', the function runs plainly.  A capture runs the function
-    before the first replay, so it must not write its own ``buffers``.
+    first.  The outputs are valid until the next call.  Inside another graph's capture, with
+    gradients on, or for inputs of other shapes or types than the buffers', the function runs
+    plainly.  A capture runs the function before the first replay, so it must not write its own
+    ``buffers``.
 
     Each call brings the function, always the same: a method that was kept here would keep its
     object, and with that the memory of a model that was closed.

@@ -24,6 +24,7 @@ from slotmoe.quant.codecs.codec import BLOCK, NF4, TILE
 from slotmoe.quant.codecs.weight import CodedWeight, store
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings
+from slotmoe.quant.kernels.cpu.weights import Matrix
 
 # Where the largest weight of a block comes to lie, in units of the largest level.
 _FACTORS = torch.linspace(0.62, 1.15, 12, dtype=torch.float64)
@@ -72,23 +73,29 @@ def nf4_by_torch(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     """``int8.quantize``, by the native kernel where there is one; the same bytes."""
     native = bindings.load()
-    return int8.quantize(weight_NK) if native is None else native.quantize_int8(weight_NK)
+    q, scale = (int8.quantize if native is None else native.quantize_int8)(weight_NK)
+    return q, scale
 
 
 def squared_error(source_NK: Tensor, weight: Int8Weight | CodedWeight) -> tuple[float, float]:
     """Sum of squared differences between a matrix and its quantized weight, and sum of the matrix's
     squares, in float64.  Native kernels and torch agree to its last digits."""
-    if (native := bindings.load()) is not None:
-        return native.squared_error(source_NK, weight)
-    N, K = source_NK.shape
-    step = max(TILE, _rows(K) // TILE * TILE)
-    errors, squares = [], []
-    for start in range(0, N, step):
-        source = source_NK[start : start + step].double().flatten()
-        error = source - weight.rows(start, min(start + step, N)).dequantize().flatten()
-        errors.append(error.dot(error).item())
-        squares.append(source.dot(source).item())
-    return math.fsum(errors), math.fsum(squares)
+    native, errors, squares = bindings.load(), [], []
+    if native is not None:
+        if isinstance(weight, Int8Weight):
+            sums = native.int8_error(source_NK, weight.q, weight.scale)
+        else:
+            sums = native.coded_error(Matrix.of(weight), source_NK)
+        errors, squares = sums.T.tolist()
+    else:
+        N, K = source_NK.shape
+        step = max(TILE, _rows(K) // TILE * TILE)
+        for start in range(0, N, step):
+            source = source_NK[start : start + step].double().flatten()
+            error = source - weight.rows(start, min(start + step, N)).dequantize().flatten()
+            errors.append(error.dot(error).item())
+            squares.append(source.dot(source).item())
+    return math.fsum(errors), math.fsum(squares)  # rounded once, so that they depend on no order
 
 
 class ByteScales:

@@ -166,7 +166,7 @@ def _feed_back(
 ) -> tuple[Tensor, Tensor]:
     """What the block's codes stand for, and its errors in units of u's diagonal."""
     if native is not None:
-        q, errors = native.feed_back.results(x_BN, u_BB, scale_N, levels_L)
+        q, errors = native.feed_back(x_BN, u_BB, scale_N, levels_L)
         return q, errors
     x_BN, inverse_N = x_BN.clone(), inverse_or_zero(scale_N)
     q_BN, error_BN = torch.empty_like(x_BN), torch.empty_like(x_BN)
@@ -187,7 +187,7 @@ def _descend(
 ) -> None:
     """One pass over the columns of ``q``, which changes; ``gradient`` is used up."""
     if native is not None:
-        native.descend.results(gradient_BN, h_BB, scale_N, levels_L, q_BN)
+        native.descend(gradient_BN, h_BB, scale_N, levels_L, q_BN)
         return
     inverse_N = inverse_or_zero(scale_N)
     for j in range(len(q_BN)):

@@ -121,7 +121,7 @@ def test_instruction_sets_agree(codec):
     assert all(torch.equal(got, results[0]) for got in results[:-1])
     assert relative(results[-1], results[0]) < 1e-6
     for made in (weight, Int8Weight(*native.quantize_int8(source))):
-        assert len({*by_each_set(lambda made=made: native.squared_error(source, made))}) == 1
+        assert len({*by_each_set(lambda made=made: squared_error(source, made))}) == 1
 
 
 def expert(x, gate, up, down):

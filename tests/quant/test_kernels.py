@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from slotmoe.quant.codecs.codec import NF4
+from slotmoe.quant.codecs.encode import squared_error
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as qk
@@ -56,7 +57,7 @@ def test_threads_change_nothing(kernels):
             kernels.mla(q[None], cache, 500, 64, 0.2),
             *kernels.quantize_nf4(x),
             *kernels.quantize_int8(x),
-            *(torch.tensor(kernels.squared_error(x, made)) for made in coded),
+            *(torch.tensor(squared_error(x, made)) for made in coded),
         ]
 
     wanted = results(1)
@@ -129,7 +130,7 @@ def test_bad_arguments_are_refused():
         lambda: native.absorb_value(torch.ones(1, 3, 88), kv_b, 1),
         lambda: native.quantize_nf4(torch.ones(4, 64, dtype=torch.int32)),
         lambda: native.quantize_int8(torch.ones(0, 64)),
-        lambda: native.squared_error(torch.ones(32, 33), good),
+        lambda: squared_error(torch.ones(32, 33), good),
         lambda: native.set_isa("quantum"),
         lambda: native.set_threads(0),
     ]

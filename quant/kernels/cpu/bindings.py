@@ -15,7 +15,6 @@ down codes, then gate, up and down scales, 64-byte-aligned, then any padding.
 
 import ctypes
 import importlib.machinery
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -27,7 +26,6 @@ from torch import Tensor
 
 from slotmoe.border import Router
 from slotmoe.quant.codecs.codec import NF4
-from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import arguments
 from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, Function, tensor_spec
@@ -73,9 +71,11 @@ class Kernels:
         self.rms_norm, self.rotate = functions["rms_norm"], functions["rotate"]
         self.weighted_sum = functions["weighted_sum"]
         # of slotmoe.quant.codecs.encode and slotmoe.quant.codecs.feedback
+        self.quantize_int8 = functions["quantize_int8"].results
+        self.int8_error, self.coded_error = functions["int8_error"], functions["coded_error"]
         self.fit_rows, self.code_rows = functions["fit_rows"], functions["code_rows"]
-        self.fit_columns, self.feed_back = functions["fit_columns"], functions["feed_back"]
-        self.descend = functions["descend"]
+        self.fit_columns, self.feed_back = functions["fit_columns"], functions["feed_back"].results
+        self.descend = functions["descend"].results
         self.attention = functions["attention"]  # tests hold `decode` against it
         self.isas = tuple(
             self._lib.slotmoe_isa_name(i).decode()
@@ -159,13 +159,10 @@ class Kernels:
         self._functions["store_latents"].results(latent, cache.data_ptr(), stride, R=r, P=p)
 
     def mla(self, q: Tensor, cache: Tensor, context: int, latent: int, scale: float) -> Tensor:
-        """Causal attention of the last T of `context` tokens over the latent cache.
-
-        q float32 [T, A, R + P], R = `latent`; cache uint8 [capacity, latent_bytes(R, P)] of rows
-        from `store_latents`, which may be strided -> float32 [T, A, R] = softmax(scale * q rows^T)
-        rows[:, :R], token t over the first `context` - T + t + 1 rows; later rows are not read.
-        Each token's result is bitwise that of a call of its own.
-        """
+        """Causal attention of the last T of `context` tokens over the latent cache: q float32 [T,
+        A, R + P], R = `latent`, rows of `store_latents` -> float32 [T, A, R] = softmax(scale * q
+        rows^T) rows[:, :R].  Rows past `context` are not read.  Each token's result is bitwise that
+        of a call of its own."""
         p = q.shape[-1] - latent
         stride = arguments.row_stride(cache, latent_bytes(latent, p))
         if not len(q) <= context <= len(cache):
@@ -202,16 +199,15 @@ class Kernels:
         """T tokens of one or several sequences through the layers from `first` on, up to one whose
         experts are not all in the slab: h float32 [T, H].
 
-        `table` complex64 [T, P / 2] rotates the positions, and `query_scale`, float32 [T],
-        multiplies their queries; a token's latent rows are written at its position of its
-        sequence's cache, uint8 [layers, capacity, latent_bytes(R, P)], alike in all; one may stand
-        for several tokens, a position after the other. `slots` int32 [MoE layers, E] says which row
-        of `slab` (uint8 [S, >= record_bytes]) an expert's `record` is in, negative if none.
+        A token's latent rows are written at its position of its sequence's cache, uint8 [layers,
+        capacity, latent_bytes(R, P)], alike in all; one may stand for several tokens, a position
+        after the other. `slots` int32 [MoE layers, E] says which row of `slab` an expert's `record`
+        is in, negative if none.
 
-        With `x` and `experts`, float32 [T, H], layer `first` only lacks its feed-forward: h is the
-        residual stream behind its attention, x the norm of that, `experts` the weighted sum of its
-        routed experts.  Bitwise what `attention`, `route`, `experts_by_slot`, `weighted_sum` and
-        `mlp` give layer by layer, and what each token gives alone.
+        With `x` and `experts`, layer `first` only lacks its feed-forward: h is the residual stream
+        behind its attention, x the norm of that, `experts` the weighted sum of its routed experts.
+        Bitwise what `attention`, `route`, `experts_by_slot`, `weighted_sum` and `mlp` give layer by
+        layer, and what each token gives alone.
         """
         if (x is None) != (experts is None):
             raise ValueError("x and experts must come together")
@@ -250,24 +246,6 @@ class Kernels:
         levels = torch.tensor(NF4.levels)
         codes, absmax = self._functions["quantize_nf4"].results(source, levels)
         return codes, absmax
-
-    def quantize_int8(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, K] bfloat16, float16 or float32 -> int8 [N, K] row-major, scale float32 [N] = absmax
-        / 127, 0 of a row of zeros.  ValueError when the source holds NaN or infinity."""
-        q, scale = self._functions["quantize_int8"].results(source)
-        return q, scale
-
-    def squared_error(
-        self, source: Tensor, weight: Int8Weight | CodedWeight
-    ) -> tuple[float, float]:
-        """Sum of the squared differences between `source`, [N, K] in any of its dtypes, and its
-        weight, and sum of the source's squares; float64 throughout."""
-        if isinstance(weight, Int8Weight):
-            sums = self._functions["int8_error"](source, weight.q, weight.scale)
-        else:
-            sums = self._functions["coded_error"](Matrix.of(weight), source)
-        errors, squares = sums.T.tolist()  # rounded once, so that they depend on no order
-        return math.fsum(errors), math.fsum(squares)
 
 
 @cache
