@@ -7,6 +7,8 @@ kv_lora_rank, P qk_rope_head_dim.
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,6 +28,7 @@ from slotmoe.quant.weights import Weight
 _STAGES = ("attention", "gate", "experts", "shared experts and dense layers")
 
 
+@dataclass(frozen=True)
 class NativeDecoder:
     """Runs layers for a few tokens of each sequence, in one native call up to the first layer that
     lacks an expert.  See ``slotmoe.border.Decoder``.
@@ -34,12 +37,10 @@ class NativeDecoder:
     calls are faster.  Each gives bitwise what the single operations give.
     """
 
-    rows = 1 << 30
-
-    def __init__(
-        self, native: Kernels, decoder: Decoder, record: Callable[[Records], ExpertRecord]
-    ):
-        self._native, self._decoder, self._record = native, decoder, record
+    native: Kernels
+    decoder: Decoder
+    record: Callable[[Records], ExpertRecord]
+    rows: ClassVar[int] = 1 << 30
 
     def run_layers(self, step: Step, experts: Experts) -> Pending | None:
         """See ``slotmoe.border.Runner``."""
@@ -55,14 +56,14 @@ class NativeDecoder:
         caches = [cache.layers for cache, count in owners for _ in range(count)]
         positions = [cache.length + index for cache, count in owners for index in range(count)]
         stream = step.layer, step.h_TD, step.rope_TC, caches, positions
-        records = table.records.slab, table.slots_ME, self._record(table.records)
+        records = table.records.slab, table.slots_ME, self.record(table.records)
         rest = step.x_TD, step.routed_TD, step.query_scale_T
-        done = self._native.decode(self._decoder, *stream, *records, *rest)
+        done = self.native.decode(self.decoder, *stream, *records, *rest)
         for stage, seconds in zip(_STAGES, done.seconds, strict=True):
             now += seconds
             step.timer.mark(stage, now)
         step.layer, step.h_TD = done.layer, done.h
-        waits = done.layer < len(self._decoder.routed)
+        waits = done.layer < len(self.decoder.routed)
         passed = done.indices[:-1] if waits else done.indices
         if len(passed):
             experts.passed(first, passed, done.x[: len(passed)])

@@ -27,9 +27,7 @@ DTYPES = {
     **{"u8": torch.uint8, "i8": torch.int8, "i32": torch.int32, "i64": torch.int64},
 }
 SOURCE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # `Source` of isa.h
-CODES, ABSMAX, INT8 = "u8[N/16,K/64,512]", "f16[N/16,K/64,16]", "i8[N/16,K/64,1024]"
-CODES_3, SCALES = "u8[N/16,K/64,384]", "u8[N/16,K/64+2,32]"
-HALF_SCALES = "f16[N/16,K/64,32]"
+INT8 = "i8[N/16,K/64,1024]"  # tiled
 _C_TYPES = {  # all others are sizes
     **dict.fromkeys(("pointer", "bound"), ctypes.c_void_p),
     **{"type": ctypes.c_int, "float": ctypes.c_float},
@@ -64,7 +62,7 @@ SIGNATURES = {
     " caches:pointer layer_stride:size stride:size positions:pointer slots:i32[M,E]"
     f" {_RECORDS} record:bound x?:f32[T,H] experts?:f32[T,H] >y:f32[T,H] >norms:f32[I,T,H]"
     " >weights:f32[T,K] >indices:i64[J,T,K] reached:pointer seconds:pointer",
-    "quantize_nf4": f"{_SOURCE} levels:f32[16] >codes:{CODES} >absmax:{ABSMAX}",
+    "quantize_nf4": f"{_SOURCE} levels:f32[16] >codes:u8[N/16,K/64,512] >absmax:f16[N/16,K/64,16]",
     "quantize_int8": f"{_SOURCE} >w:i8[N,K] >scale:f32[N]",
     "coded_error": "w:bound source:source[N,K] type >sums:f64[N/16,2]",
     # of encode.h; B columns share a scale
@@ -134,10 +132,12 @@ tensor_spec = cache(TensorSpec)
 
 
 class Bound:
-    """What native calls take as one structure: its address, and the sizes that it sets."""
+    """What native calls take as one structure, and the sizes that it sets.  It points into
+    ``memory``."""
 
-    address: int
-    sizes: dict[str, int]
+    def __init__(self, native: ctypes.Structure, sizes: dict[str, int], *memory: object):
+        self.address, self.sizes = ctypes.addressof(native), sizes
+        self._memory = native, memory
 
 
 class Function:

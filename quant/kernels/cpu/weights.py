@@ -14,32 +14,27 @@ import torch
 from torch import Tensor
 
 from slotmoe.border import Geometry, Layer, Router
-from slotmoe.quant.codecs.codec import KINDS, ExpertCodecs
+from slotmoe.quant.codecs.codec import BLOCK, KINDS, SCALES, ExpertCodecs
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.kernels.cpu.signatures import (
-    ABSMAX,
-    CODES,
-    CODES_3,
-    HALF_SCALES,
-    INT8,
-    SCALES,
-    SOURCE_TYPES,
-    Bound,
-    tensor_spec,
-)
+from slotmoe.quant.kernels.cpu.signatures import INT8, SOURCE_TYPES, Bound, tensor_spec
 from slotmoe.quant.shapes import latent_bytes, record_bytes
 from slotmoe.quant.weights import Weight
 
 # Kinds of a native matrix beside `KINDS`, which are coded; a dense one is 5 + its source type.
 _INT8, _DENSE = 0, 5
-_LEVELS = "levels:f32[16]"
+
+
+def _coded(bits: int, coding: str) -> list[str]:
+    scales = SCALES[coding]
+    shape = f"[N/16,K/64+{scales.extra},{scales.width}]"
+    codes = f"codes:u8[N/16,K/64,{2 * BLOCK * bits}]"
+    return [codes, f"scales:{scales.dtype.lower()}{shape}", "levels:f32[16]"]
+
+
 _MEMORY = {  # what a kind of matrix consists of
     _INT8: [f"w:{INT8}", "scale:f32[N]"],
-    KINDS[4, "f16"]: [f"codes:{CODES}", f"absmax:{ABSMAX}", _LEVELS],
-    KINDS[4, "i8"]: [f"codes:{CODES}", f"scales:{SCALES}", _LEVELS],
-    KINDS[4, "f16x2"]: [f"codes:{CODES}", f"scales:{HALF_SCALES}", _LEVELS],
-    KINDS[3, "i8"]: [f"codes:{CODES_3}", f"scales:{SCALES}", _LEVELS],
+    **{kind: _coded(*code) for code, kind in KINDS.items()},
     **{_DENSE + source: ["w:source[N,K]"] for source in SOURCE_TYPES.values()},
 }
 
@@ -50,6 +45,10 @@ def _fields(kind: type, names: str) -> list[tuple[str, type]]:
 
 class _Matrix(ctypes.Structure):
     _fields_ = _fields(ctypes.c_int64, "kind n k") + _fields(ctypes.c_void_p, "data scale levels")
+
+
+class _Mlp(ctypes.Structure):
+    _fields_ = _fields(_Matrix, "gate up down")
 
 
 class _Attention(ctypes.Structure):
@@ -109,12 +108,11 @@ class Matrix(Bound):
     def __init__(self, kind: int, n: int, k: int, *memory: Tensor) -> None:
         if not 1 <= n < 2**31 or not 1 <= k < 2**31:
             raise ValueError(f"a matrix of {n} rows and {k} columns, expected at least 1")
-        self.shape, self.kind, self._memory = (n, k), kind, memory
-        self.sizes = {"N": n, "K": k}
+        self.shape, self.kind, self.tensors, sizes = (n, k), kind, memory, {"N": n, "K": k}
         texts = zip(_MEMORY[kind], memory, strict=True)
-        pointers = [tensor_spec(text).check(tensor, self.sizes) for text, tensor in texts]
+        pointers = [tensor_spec(text).check(tensor, sizes) for text, tensor in texts]
         self.native = _Matrix(kind, n, k, *pointers)
-        self.address = ctypes.addressof(self.native)
+        super().__init__(self.native, sizes, memory)
 
     @classmethod
     def of(cls, weight: "Weight | Matrix") -> "Matrix":
@@ -142,13 +140,13 @@ class Matrix(Bound):
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._memory)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def like(self, other: "Matrix") -> bool:
         """Whether both are of one kind, and of one table of levels."""
         if self.kind != other.kind:
             return False
-        levels = self._memory[2:], other._memory[2:]
+        levels = self.tensors[2:], other.tensors[2:]
         return all(starmap(torch.equal, zip(*levels, strict=True)))
 
 
@@ -170,9 +168,7 @@ class Mlp(Bound):
         natives = _fit(gate=(gate, gate.shape), up=(up, gate.shape), down=(down, (columns, rows)))
         if not gate.coded or not gate.like(up) or not gate.like(down):
             raise ValueError("the matrices of an MLP must be all int8, or all of one codec")
-        self.sizes = {"H": columns}
-        self._memory = gate, up, down, (_Matrix * 3)(*natives)
-        self.address = ctypes.addressof(self._memory[3])
+        super().__init__(_Mlp(*natives), {"H": columns}, gate, up, down)
 
 
 class AttentionLayer(Bound):
@@ -213,10 +209,8 @@ class AttentionLayer(Bound):
             tensor_spec("kv_b:i8[M,R]").check(kv_b.q, sizes),
             tensor_spec("kv_b_scale:f32[M]").check(kv_b.scale, sizes),
         )
-        # `native` points into the others.
-        self._memory = native, layer, (query, query_b, latent, out, gate)
-        self.address, self.row_bytes = ctypes.addressof(native), latent_bytes(r, p)
-        self.sizes = {"H": hidden, "C": p // 2, "E": experts}
+        self.row_bytes, sizes = latent_bytes(r, p), {"H": hidden, "C": p // 2, "E": experts}
+        super().__init__(native, sizes, layer, query, query_b, latent, out, gate)
 
 
 def _bound(weight: Weight | Matrix | None) -> Matrix | None:
@@ -234,8 +228,7 @@ class ExpertRecord(Bound):
         kinds, starts = [codec.kind for codec in codecs], [row.data_ptr() for row in levels]
         native = _Record(hidden, intermediate, *kinds, *starts)
         self.record_bytes = record_bytes(hidden, intermediate, codecs)
-        self.sizes = {"H": hidden}
-        self._memory, self.address = (native, levels), ctypes.addressof(native)
+        super().__init__(native, {"H": hidden}, levels)
 
     def check(self, slab: Tensor) -> None:
         """Raise `ValueError` unless each row of the slab, uint8 [S, B], holds a record at a
@@ -263,14 +256,13 @@ class Decoder(Bound):
             if mlp is not None and mlp.sizes["H"] != sizes["H"]:
                 raise ValueError(f"an MLP's size is different from the layers' {sizes['H']}")
         self.routed = [layer.sizes["E"] > 0 for layer, _ in layers]
-        self.sizes = sizes | {"M": sum(self.routed), "K": router.top_k}
         natives = (_Layer * len(layers))()
-        for native, (layer, mlp) in zip(natives, layers, strict=True):
-            native.attention, native.mlp = layer.address, mlp and mlp.address
+        for bound, (layer, mlp) in zip(natives, layers, strict=True):
+            bound.attention, bound.mlp = layer.address, mlp and mlp.address
         counts, start = (len(layers), sizes["H"], experts), ctypes.addressof(natives)
-        native_model = _Model(*counts, start, NativeRouter(router, experts))
-        self._memory = list(layers), natives, native_model
-        self.address = ctypes.addressof(native_model)
+        native = _Model(*counts, start, NativeRouter(router, experts))
+        sizes |= {"M": sum(self.routed), "K": router.top_k}
+        super().__init__(native, sizes, list(layers), natives)
 
     def routers_from(self, first: int, resumed: bool) -> int:
         """How many routers are left from layer `first` on, without its own if the call is

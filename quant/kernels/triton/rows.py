@@ -209,29 +209,19 @@ def linear(
 
 
 @triton.jit
-def _gate_up(
+def gate_up(
     x_ptr, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, levels_ptr, y_ptr, tile, N, K,
     KIND: tl.constexpr, COLUMNS: tl.constexpr = 512,
 ):  # fmt: skip
-    """One tile of y [N] = silu(gate x) * (up x)."""
+    """One tile of y [N] = silu(gate x) * (up x), that of the program where it is None."""
+    if tile is None:
+        tile = tl.program_id(0)
     gate, _ = _rows(
         x_ptr, x_ptr, gate_ptr, gate_scale_ptr, levels_ptr, tile, N, K, KIND, False, COLUMNS
     )
     up, _ = _rows(x_ptr, x_ptr, up_ptr, up_scale_ptr, levels_ptr, tile, N, K, KIND, False, COLUMNS)
     n = tile * 16 + tl.arange(0, 16)
     tl.store(y_ptr + n, silu(gate) * up, mask=n < N)
-
-
-@triton.jit
-def gate_up(
-    x_ptr, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, levels_ptr, y_ptr, N, K,
-    KIND: tl.constexpr,
-):  # fmt: skip
-    """y [N] = silu(gate x) * (up x)."""
-    _gate_up(
-        x_ptr, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, levels_ptr, y_ptr,
-        tl.program_id(0), N, K, KIND,
-    )  # fmt: skip
 
 
 # The experts of one token, in two launches: the shared expert's programs come first, then those of
@@ -255,7 +245,7 @@ def experts_gate_up(
     program = tl.program_id(0) + first
     if program < shared_tiles:
         if SHARED != NONE:
-            _gate_up(
+            gate_up(
                 x_ptr, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, shared_levels_ptr,
                 shared_y_ptr, program, SHARED_N, D, SHARED, COLUMNS,
             )  # fmt: skip
@@ -264,7 +254,7 @@ def experts_gate_up(
         slot = tl.load(slots_ptr + tl.load(indices_ptr + rank))
         if slot >= 0:
             record_ptr = slab_ptr + slot.to(tl.int64) * record_bytes
-            _gate_up(
+            gate_up(
                 x_ptr, record_ptr, record_ptr + gate_scales_at, record_ptr + up_at,
                 record_ptr + up_scales_at, levels_ptr, y_ptr + rank * N, tile, N, D, KIND,
             )  # fmt: skip
