@@ -102,14 +102,13 @@ class CudaGraphs:
 
 
 class Captured(Generic[R]):
-    """Runs a function of tensors as a captured graph where ``graph`` makes one, and plainly where
+    """Runs a function of a tensor as a captured graph where ``graph`` makes one, and plainly where
     that is None or makes None.
 
-    ``buffers`` are the inputs that it reads: an input that lies elsewhere is copied into its buffer
-    first.  The outputs are valid until the next call.  Inside another graph's capture, with
-    gradients on, or for inputs of other shapes or types than the buffers', the function runs
-    plainly.  A capture runs the function before the first replay, so it must not write its own
-    ``buffers``.
+    ``buffer`` is the input that it reads: an input that lies elsewhere is copied there first.  The
+    outputs are valid until the next call.  Inside another graph's capture, with gradients on, or
+    for an input of another shape or type than the buffer's, the function runs plainly.  A capture
+    runs the function before the first replay, so it must not write its own ``buffer``.
 
     Each call brings the function, always the same: a method that was kept here would keep its
     object, and with that the memory of a model that was closed.
@@ -117,33 +116,25 @@ class Captured(Generic[R]):
 
     capturing = False  # whether a capture is under way
 
-    def __init__(self, buffers: tuple[Tensor, ...], graph: Capturing | None):
-        self._buffers, self._make = buffers, graph
+    def __init__(self, buffer: Tensor, graph: Capturing | None):
+        self._buffer, self._make = buffer, graph
         self._graph: Graph[R] | None = None
 
-    def __call__(self, function: Callable[..., R], *inputs: Tensor) -> R:
-        possible = not (Captured.capturing or torch.is_grad_enabled())
-        if self._make is None or not possible or not self._fit(inputs):
-            return function(*inputs)
-        for buffer, given in zip(self._buffers, inputs, strict=True):
-            if given.data_ptr() != buffer.data_ptr():
-                buffer.copy_(given)
+    def __call__(self, function: Callable[[Tensor], R], given: Tensor) -> R:
+        buffer, possible = self._buffer, not (Captured.capturing or torch.is_grad_enabled())
+        fits = given.is_contiguous() and given.device == buffer.device
+        fits = fits and (given.shape, given.dtype) == (buffer.shape, buffer.dtype)
+        if self._make is None or not possible or not fits:
+            return function(given)
+        if given.data_ptr() != buffer.data_ptr():
+            buffer.copy_(given)
         if self._graph is None:
             Captured.capturing = True
             try:
-                self._graph = self._make(lambda: function(*self._buffers))
+                self._graph = self._make(lambda: function(buffer))
             finally:
                 Captured.capturing = False
         if self._graph is None:
-            return function(*self._buffers)
+            return function(buffer)
         self._graph.replay()
         return self._graph.outputs
-
-    def _fit(self, inputs: tuple[Tensor, ...]) -> bool:
-        return all(
-            buffer.shape == given.shape
-            and buffer.dtype == given.dtype
-            and buffer.device == given.device
-            and given.is_contiguous()
-            for buffer, given in zip(self._buffers, inputs, strict=True)
-        )

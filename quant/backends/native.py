@@ -6,7 +6,6 @@ kv_lora_rank, P qk_rope_head_dim.
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar
 from weakref import WeakKeyDictionary
@@ -92,8 +91,8 @@ class NativeBackend(TorchBackend):
     def threads(self) -> int:
         return self._native.threads
 
-    def timing(self) -> AbstractContextManager[dict[str, float]]:
-        return self._native.timing()
+    def seconds(self) -> dict[str, float]:
+        return self._native.seconds()
 
     def prepare(self, role: str, weight: Weight, empty: Empty = new) -> Prepared:
         """int8 and codes are bound for native calls; ``embedding`` and ``absorbed`` stay as is."""
@@ -151,8 +150,8 @@ class NativeBackend(TorchBackend):
     def decoder(
         self, geometry: Geometry, layers: Sequence[Layer[Prepared]]
     ) -> NativeDecoder | None:
-        """None where the native
-        call does not compute as the single operations do: ``kv_b_proj`` or an MLP in bf16."""
+        """None where the native call does not compute as the single operations do: ``kv_b_proj`` or
+        an MLP in bf16."""
         mlps = [None if layer.mlp is None else _bound(layer.mlp) for layer in layers]
         for layer, mlp in zip(layers, mlps, strict=True):
             if not isinstance(layer.kv_b_proj, Int8Weight) or (mlp is None) != (layer.mlp is None):

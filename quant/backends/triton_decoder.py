@@ -128,7 +128,7 @@ class TritonDecoder:
         if where not in self._graphs:
             # What a graph begins with it must not write.
             begins_1D = self._sum_1D if first else self._workspace.embedded_1D
-            self._graphs[where] = Captured((begins_1D,), self._capturing)
+            self._graphs[where] = Captured(begins_1D, self._capturing)
         function = partial(self._go, first, layer_bytes, table)
         choice, h_1D, indices = self._graphs[where](function, given_1D)
         step.timer.mark("captured layers")

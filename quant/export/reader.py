@@ -65,11 +65,11 @@ class Export:
             for name, entry in manifest["files"].items()
             if name in (RESIDENT, self._predictor)
         }
-        sizes = {
-            name: sum(part.nbytes for part in parts.values()) for name, parts in self._parts.items()
-        }
-        self.resident_bytes = sizes[RESIDENT]  # of all resident tensors
-        self.predictor_bytes = sizes.get(self._predictor, 0)  # of all the predictor's tensors
+        # Of all resident tensors, and of all the predictor's.
+        self.resident_bytes, self.predictor_bytes = (
+            sum(part.nbytes for part in self._parts.get(name, {}).values())
+            for name in (RESIDENT, self._predictor)
+        )
         # ``slotmoe synth`` made it: such an export has no source files.
         self.random_weights = not manifest["source"]["files"]
 

@@ -262,7 +262,7 @@ def test_a_layer_is_as_many_launches_as_the_plan_reckons_with(monkeypatch, q_lor
 
 
 def test_a_captured_function_is_plain_for_other_shapes_types_and_with_gradients():
-    captured = partial(Captured((torch.zeros(2),), Recorded), lambda x: x * 2)
+    captured = partial(Captured(torch.zeros(2), Recorded), lambda x: x * 2)
     Recorded.made = 0
     with torch.inference_mode():
         for other in (torch.ones(3), torch.ones(2, dtype=torch.float64), torch.ones(2, 2)[:, 0]):

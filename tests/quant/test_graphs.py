@@ -91,7 +91,7 @@ def allocator(monkeypatch):
 
 def captured(graphs, work=lambda x: x + 1):
     """A function of one buffer that is captured when it is called."""
-    made = Captured((torch.zeros(1),), graphs)
+    made = Captured(torch.zeros(1), graphs)
     return lambda: made(work, torch.ones(1)).item()
 
 

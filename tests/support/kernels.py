@@ -17,7 +17,6 @@ from slotmoe.quant.backends.base import new
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, LUT3, LUT4, NF4
 from slotmoe.quant.codecs.weight import levels_of
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.kernels.cpu import arguments
 from slotmoe.quant.kernels.cpu import bindings as qk
 from slotmoe.quant.kernels.cpu.weights import AttentionLayer, ExpertRecord, Matrix
 from slotmoe.quant.shapes import latent_bytes
@@ -130,9 +129,9 @@ def attention_layer(kernels, layer, h, table, caches, positions, query_scale=Non
     """One token of each of T sequences through a layer's attention, the oracle of ``decode``: h
     float32 [T, H] -> y = h + attention(rms_norm(h)), x = rms_norm(y) and, with a router, its
     logits.  A token's latent row is written to its sequence's cache at its position."""
-    stride = arguments.row_stride(caches[0], layer.row_bytes)
+    stride = qk.row_stride(caches[0], layer.row_bytes)
     places = (ctypes.c_int64 * len(positions))(*positions)
-    values = layer, h, table, query_scale, arguments.addresses(caches), stride, places
+    values = layer, h, table, query_scale, qk.addresses(caches), stride, places
     y, x, logits = kernels.attention.results(*values, T=len(caches))
     return y, x, logits if layer.sizes["E"] else None
 

@@ -15,8 +15,7 @@ down codes, then gate, up and down scales, 64-byte-aligned, then any padding.
 
 import ctypes
 import importlib.machinery
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +26,6 @@ from torch import Tensor
 from slotmoe.border import Router
 from slotmoe.quant.codecs.codec import NF4
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.kernels.cpu import arguments
 from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, Function, tensor_spec
 from slotmoe.quant.kernels.cpu.weights import Decoder, ExpertRecord, Matrix, NativeRouter
 from slotmoe.quant.shapes import latent_bytes
@@ -85,18 +83,10 @@ class Kernels:
         """Instruction sets that this machine can run, best first: among avx512vbmi, avx512vnni,
         avx2, neon_i8mm, neon_dot, neon, portable."""
 
-    @contextmanager
-    def timing(self) -> Iterator[dict[str, float]]:
-        """Seconds spent inside each native function while this is open, by name, filled in at the
-        end; `decode` counts as its parts."""
-        seconds: dict[str, float] = {}
-        before = {name: function.seconds for name, function in self._functions.items()}
-        try:
-            yield seconds
-        finally:
-            for name, function in self._functions.items():
-                if name != "decode" and function.seconds > before[name]:
-                    seconds[name] = function.seconds - before[name]
+    def seconds(self) -> dict[str, float]:
+        """Seconds spent inside each native function so far; `decode` counts as its parts."""
+        functions = self._functions.items()
+        return {name: function.seconds for name, function in functions if name != "decode"}
 
     @property
     def isa(self) -> str:
@@ -153,7 +143,7 @@ class Kernels:
         P)], which may be strided.  Latent and rope columns are each rotated by an orthogonal matrix
         and rounded to 8 bits with one float32 scale (attention.h), NaN if one is not finite."""
         p = latent.shape[-1] - r
-        stride = arguments.row_stride(cache, latent_bytes(r, p))
+        stride = row_stride(cache, latent_bytes(r, p))
         if len(cache) != len(latent):
             raise ValueError(f"cache has {len(cache)} rows, latent {len(latent)}")
         self._functions["store_latents"].results(latent, cache.data_ptr(), stride, R=r, P=p)
@@ -164,7 +154,7 @@ class Kernels:
         rows^T) rows[:, :R].  Rows past `context` are not read.  Each token's result is bitwise that
         of a call of its own."""
         p = q.shape[-1] - latent
-        stride = arguments.row_stride(cache, latent_bytes(latent, p))
+        stride = row_stride(cache, latent_bytes(latent, p))
         if not len(q) <= context <= len(cache):
             limits = f"{len(q)} tokens to the cache's {len(cache)} rows"
             raise ValueError(f"context is {context}, expected {limits}")
@@ -213,7 +203,7 @@ class Kernels:
             raise ValueError("x and experts must come together")
         asked = decoder.routers_from(first, x is not None)
         layers, stream = len(decoder.routed), (decoder, first, h, table, query_scale)
-        rows = arguments.cache_rows(caches, positions, layers, decoder.row_bytes)
+        rows = cache_rows(caches, positions, layers, decoder.row_bytes)
         record.check(slab)
         reached, seconds = ctypes.c_int64(), (ctypes.c_double * len(_PARTS))()
         given = *stream, *rows, slots, slab, record, x, experts, ctypes.byref(reached), seconds
@@ -229,13 +219,13 @@ class Kernels:
     def absorb_query(self, q: Tensor, kv_b: Int8Weight) -> Tensor:
         """q float32 [T, A, n], kv_b [A * per_head, R] -> float32 [T, A, R]: each head's query times
         its first n rows of kv_b."""
-        per_head = arguments.rows_per_head(q, kv_b.q, q.shape[-1])
+        per_head = rows_per_head(q, kv_b.q, q.shape[-1])
         return self._functions["absorb_query"](q, kv_b.q, kv_b.scale, per_head)
 
     def absorb_value(self, latent: Tensor, kv_b: Int8Weight, n: int) -> Tensor:
         """latent float32 [T, A, R] -> float32 [T, A, per_head - n]: each head's latent through its
         rows of kv_b, as in `absorb_query`, past the first n."""
-        per_head = arguments.rows_per_head(latent, kv_b.q, n)
+        per_head = rows_per_head(latent, kv_b.q, n)
         values, sizes = (latent, kv_b.q, kv_b.scale, per_head), {"N": n, "V": per_head - n}
         return self._functions["absorb_value"](*values, **sizes)
 
@@ -260,3 +250,62 @@ def load() -> Kernels | None:
             except (OSError, AttributeError):
                 return None
     return None
+
+
+# Checks of arguments that the table cannot describe.
+
+
+def row_stride(cache: Tensor, width: int) -> int:
+    """Bytes from one row to the next of a latent cache, uint8 [capacity, width]."""
+    if cache.dim() != 2:
+        raise ValueError(f"cache has {cache.dim()} dimensions, expected [capacity, {width}]")
+    return layer_rows([cache[None]], 1, width)[1]
+
+
+def layer_rows(caches: Sequence[Tensor], layers: int, width: int) -> tuple[int, int, int]:
+    """Of caches that are alike, uint8 [layers, capacity, width]: the bytes from one layer to the
+    next and from one row to the next, and the capacity."""
+    if not caches:
+        raise ValueError("there are no caches, expected one for each token")
+    shape, strides = caches[0].shape, caches[0].stride()
+    for rows in caches:
+        if rows.dtype != torch.uint8 or not rows.is_cpu or rows.dim() != 3:
+            raise ValueError(f"cache is {rows.dtype} on {rows.device}, expected uint8 on the CPU")
+        if rows.shape != shape or rows.stride() != strides:
+            raise ValueError(f"caches {tuple(shape)} and {tuple(rows.shape)} must be alike")
+    if shape[0] != layers or shape[2] != width:
+        raise ValueError(f"cache is {tuple(shape)}, expected [{layers}, capacity, {width}]")
+    apart = strides[1] if shape[1] > 1 else width
+    if strides[2] != 1 or apart < width:
+        raise ValueError(f"cache has strides {strides}, expected rows of {width} adjacent bytes")
+    return strides[0], apart, shape[1]
+
+
+def cache_rows(
+    caches: Sequence[Tensor], positions: Sequence[int], layers: int, width: int
+) -> tuple[ctypes.Array[ctypes.c_void_p], int, int, ctypes.Array[ctypes.c_int64]]:
+    """The addresses of such caches, how far layers and rows are apart, and a position in each."""
+    layer_stride, stride, capacity = layer_rows(caches, layers, width)
+    if len(positions) != len(caches):
+        raise ValueError(
+            f"{len(positions)} positions, expected one for each of {len(caches)} caches"
+        )
+    for position in positions:
+        if not 0 <= position < capacity:
+            raise ValueError(f"position is {position}, expected one of the cache's {capacity} rows")
+    return addresses(caches), layer_stride, stride, (ctypes.c_int64 * len(positions))(*positions)
+
+
+def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+
+def rows_per_head(x: Tensor, kv_b: Tensor, n: int) -> int:
+    """Rows of `kv_b` for each head of x [T, A, ...], of which `n` are the query's."""
+    heads, rows = x.shape[1] if x.dim() == 3 else 0, len(kv_b)
+    if heads < 1 or rows % heads or not 0 <= n <= rows // heads:
+        raise ValueError(
+            f"{rows} rows of kv_b, {n} of each head's for the query, don't fit [T, A,"
+            f" ...] of {tuple(x.shape)}"
+        )
+    return rows // heads

@@ -2,9 +2,10 @@
 of the weights.
 
 A program makes 16 rows of a product, in float32 throughout.  Weights are read once, as they are
-stored; a code becomes a number in a register.  ``slotmoe.quant.backends.triton`` launches these and
-knows what the arguments mean.  Codes are ``tiles16`` of ``quant/codecs/codec.py``, read as 32-bit
-words: of 4 bits, word 16 t + lane of a block holds columns 8 t to 8 t + 7 of row ``lane``.
+stored; a code becomes a number in a register.  ``slotmoe.quant.backends.triton_rows`` launches
+these and knows what the arguments mean.  Codes are ``tiles16`` of ``quant/codecs/codec.py``, read
+as 32-bit words: of 4 bits, word 16 t + lane of a block holds columns 8 t to 8 t + 7 of row
+``lane``.
 
 Shapes: K columns, N rows of a weight; T tokens, D hidden_size; E experts, of which a token uses
 TOP_K.
