@@ -85,7 +85,7 @@ class TorchBackend:
         return torch.get_num_threads()
 
     def seconds(self) -> dict[str, float]:
-        """Seconds spent in each kernel so far; none are told of torch's own operations."""
+        """Seconds spent in each kernel so far; nothing of torch's own operations."""
         return {}
 
     def prepare(self, role: str, weight: Weight, empty: Empty = new) -> Prepared:

@@ -106,34 +106,26 @@ class Captured(Generic[R]):
     that is None or makes None.
 
     ``buffer`` is the input that it reads: an input that lies elsewhere is copied there first.  The
-    outputs are valid until the next call.  Inside another graph's capture, with gradients on, or
-    for an input of another shape or type than the buffer's, the function runs plainly.  A capture
-    runs the function before the first replay, so it must not write its own ``buffer``.
+    outputs are valid until the next call.  With gradients on, or for an input of another shape or
+    type than the buffer's, the function runs plainly.  A capture runs the function before the first
+    replay, so it must not write its own ``buffer``.
 
     Each call brings the function, always the same: a method that was kept here would keep its
     object, and with that the memory of a model that was closed.
     """
-
-    capturing = False  # whether a capture is under way
 
     def __init__(self, buffer: Tensor, graph: Capturing | None):
         self._buffer, self._make = buffer, graph
         self._graph: Graph[R] | None = None
 
     def __call__(self, function: Callable[[Tensor], R], given: Tensor) -> R:
-        buffer, possible = self._buffer, not (Captured.capturing or torch.is_grad_enabled())
-        fits = given.is_contiguous() and given.device == buffer.device
-        fits = fits and (given.shape, given.dtype) == (buffer.shape, buffer.dtype)
-        if self._make is None or not possible or not fits:
+        buffer, kind = self._buffer, (given.shape, given.dtype, given.device)
+        fits = given.is_contiguous() and kind == (buffer.shape, buffer.dtype, buffer.device)
+        if self._make is None or torch.is_grad_enabled() or not fits:
             return function(given)
         if given.data_ptr() != buffer.data_ptr():
             buffer.copy_(given)
-        if self._graph is None:
-            Captured.capturing = True
-            try:
-                self._graph = self._make(lambda: function(buffer))
-            finally:
-                Captured.capturing = False
+        self._graph = self._graph or self._make(lambda: function(buffer))
         if self._graph is None:
             return function(buffer)
         self._graph.replay()

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from slotmoe.border import Experts, Geometry, Layer, Pending, Router, Step
-from slotmoe.border import Mlp as Weights
 from slotmoe.quant.backends.base import Empty, Prepared, Records, SlotTable, TorchBackend, new
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
@@ -152,13 +151,15 @@ class NativeBackend(TorchBackend):
     ) -> NativeDecoder | None:
         """None where the native call does not compute as the single operations do: ``kv_b_proj`` or
         an MLP in bf16."""
-        mlps = [None if layer.mlp is None else _bound(layer.mlp) for layer in layers]
-        for layer, mlp in zip(layers, mlps, strict=True):
-            if not isinstance(layer.kv_b_proj, Int8Weight) or (mlp is None) != (layer.mlp is None):
+        bound = list[tuple[AttentionLayer, Mlp | None]]()
+        for layer in layers:
+            weights, mlp = layer.mlp, None
+            if weights is not None:
+                mlp = _mlp(weights.gate_proj, weights.up_proj, weights.down_proj)
+            if not isinstance(layer.kv_b_proj, Int8Weight) or (mlp is None) != (weights is None):
                 return None
-        attentions = [AttentionLayer(geometry, layer) for layer in layers]
-        bound = Decoder(list(zip(attentions, mlps, strict=True)), geometry.router)
-        return NativeDecoder(self._native, bound, self._record)
+            bound.append((AttentionLayer(geometry, layer), mlp))
+        return NativeDecoder(self._native, Decoder(bound, geometry.router), self._record)
 
     def _record(self, records: Records) -> ExpertRecord:
         """How the records are coded, bound for native calls."""
@@ -184,7 +185,3 @@ def _mlp(*weights: Prepared) -> Mlp | None:
     matrices = [Matrix.of(weight) for weight in weights if not isinstance(weight, Int8Weight)]
     alike = len(matrices) == 3 and all(matrix.like(matrices[0]) for matrix in matrices)
     return Mlp(*matrices) if alike and matrices[0].coded else None
-
-
-def _bound(mlp: Weights[Prepared]) -> Mlp | None:
-    return _mlp(mlp.gate_proj, mlp.up_proj, mlp.down_proj)

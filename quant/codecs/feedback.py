@@ -30,7 +30,6 @@ from slotmoe.quant.codecs.encode import (
 )
 from slotmoe.quant.codecs.weight import pack
 from slotmoe.quant.kernels.cpu import bindings
-from slotmoe.quant.kernels.cpu.bindings import Kernels
 
 ROUNDS = 3  # of coordinate descent
 _ROOM = 1.25  # feedback makes scales larger than the best ones without it
@@ -132,8 +131,7 @@ class _State:
         for span in self._spans:
             u_BB = u_KK[span, span].contiguous()
             scale_N = self.coding.round(self._fit(w_KN[span], u_BB.diagonal() ** -2))
-            values = w_KN[span], u_BB, scale_N, self.levels_L
-            q_BN, error_BN = _feed_back(self._native, *values)
+            q_BN, error_BN = self._round(w_KN[span], u_BB, scale_N)
             self.q_KN[span] = q_BN
             self.scales.append(scale_N)
             w_KN[span.stop :].addmm_(u_KK[span, span.stop :].t(), error_BN, alpha=-1)
@@ -156,42 +154,32 @@ class _State:
             step_N = torch.where(gains, step_N, 0.0)
             gradient_BN -= pull_BN * step_N
             q_BN = torch.where(gains, values_BN * scale_N, before_BN)
-            _descend(self._native, gradient_BN, h_BB, scale_N, self.levels_L, q_BN)
+            self._improve(q_BN, gradient_BN, h_BB, scale_N)
             self.q_KN[span] = q_BN
             gradient_KN.addmm_(H_KK[:, span], q_BN - before_BN, alpha=-1)
 
+    def _round(self, x_BN: Tensor, u_BB: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
+        """What a block's codes stand for, and its errors in units of u's diagonal."""
+        levels_L = self.levels_L
+        if self._native is not None:
+            q, errors = self._native.feed_back(x_BN, u_BB, scale_N, levels_L)
+            return q, errors
+        x_BN, inverse_N = x_BN.clone(), inverse_or_zero(scale_N)
+        q_BN, error_BN = torch.empty_like(x_BN), torch.empty_like(x_BN)
+        for j in range(len(x_BN)):
+            q_BN[j] = levels_L[nearest(x_BN[j] * inverse_N, levels_L)] * scale_N
+            error_BN[j] = (x_BN[j] - q_BN[j]) / u_BB[j, j]
+            x_BN[j + 1 :] -= u_BB[j, j + 1 :, None] * error_BN[j]
+        return q_BN, error_BN
 
-def _feed_back(
-    native: Kernels | None, x_BN: Tensor, u_BB: Tensor, scale_N: Tensor, levels_L: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What the block's codes stand for, and its errors in units of u's diagonal."""
-    if native is not None:
-        q, errors = native.feed_back(x_BN, u_BB, scale_N, levels_L)
-        return q, errors
-    x_BN, inverse_N = x_BN.clone(), inverse_or_zero(scale_N)
-    q_BN, error_BN = torch.empty_like(x_BN), torch.empty_like(x_BN)
-    for j in range(len(x_BN)):
-        q_BN[j] = levels_L[nearest(x_BN[j] * inverse_N, levels_L)] * scale_N
-        error_BN[j] = (x_BN[j] - q_BN[j]) / u_BB[j, j]
-        x_BN[j + 1 :] -= u_BB[j, j + 1 :, None] * error_BN[j]
-    return q_BN, error_BN
-
-
-def _descend(
-    native: Kernels | None,
-    gradient_BN: Tensor,
-    h_BB: Tensor,
-    scale_N: Tensor,
-    levels_L: Tensor,
-    q_BN: Tensor,
-) -> None:
-    """One pass over the columns of ``q``, which changes; ``gradient`` is used up."""
-    if native is not None:
-        native.descend(gradient_BN, h_BB, scale_N, levels_L, q_BN)
-        return
-    inverse_N = inverse_or_zero(scale_N)
-    for j in range(len(q_BN)):
-        wanted_N = q_BN[j] + gradient_BN[j] / h_BB[j, j]
-        new_N = levels_L[nearest(wanted_N * inverse_N, levels_L)] * scale_N
-        gradient_BN[j + 1 :] -= h_BB[j, j + 1 :, None] * (new_N - q_BN[j])
-        q_BN[j] = new_N
+    def _improve(self, q_BN: Tensor, gradient_BN: Tensor, h_BB: Tensor, scale_N: Tensor) -> None:
+        """One pass over the columns of ``q``, which changes; ``gradient`` is used up."""
+        levels_L, inverse_N = self.levels_L, inverse_or_zero(scale_N)
+        if self._native is not None:
+            self._native.descend(gradient_BN, h_BB, scale_N, levels_L, q_BN)
+            return
+        for j in range(len(q_BN)):
+            wanted_N = q_BN[j] + gradient_BN[j] / h_BB[j, j]
+            new_N = levels_L[nearest(wanted_N * inverse_N, levels_L)] * scale_N
+            gradient_BN[j + 1 :] -= h_BB[j, j + 1 :, None] * (new_N - q_BN[j])
+            q_BN[j] = new_N
