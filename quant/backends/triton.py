@@ -177,12 +177,12 @@ class TritonBackend(TorchBackend):
         sizes = {"GROUPS": power(E), **self._tile(_BM)}
         tiles.experts_gate_up[(triton.cdiv(width, _BN), programs)](
             x_TD, order, K, starts, slots_E, E, records.slab, in_levels, h, width, D,
-            layout.record_bytes, *layout.gate_up_places(), KIND=layout.codecs.gate_up.kind,
+            layout.record_bytes, *layout.gate_up_places, KIND=layout.codecs.gate_up.kind,
             **sizes,
         )  # fmt: skip
         tiles.experts_down[(triton.cdiv(D, _BN), programs)](
             h, order, starts, slots_E, E, records.slab, out_levels, y_TKD, D, width,
-            layout.record_bytes, *layout.down_places(), KIND=layout.codecs.down.kind, **sizes,
+            layout.record_bytes, *layout.down_places, KIND=layout.codecs.down.kind, **sizes,
         )  # fmt: skip
 
     def sum_1D(self, D: int, device: torch.device) -> Tensor:

@@ -185,7 +185,7 @@ def experts(routed: Routed, shared: Shared | None, ending: Ending | None) -> Non
     programs = given * tiles + with_shared * shared_tiles
     rows.experts_gate_up[(programs,)](
         x_1D, records.slab, table, indices_1K, in_levels, h_KI, D, width,
-        layout.record_bytes, *layout.gate_up_places(), gate.data, gate.scale, up.data, up.scale,
+        layout.record_bytes, *layout.gate_up_places, gate.data, gate.scale, up.data, up.scale,
         gate.levels, h_J, J, first, **_options(codecs.gate_up.kind, gate.kind),
     )  # fmt: skip
     tiles, parts = triton.cdiv(D, TILE), given + with_shared
@@ -193,7 +193,7 @@ def experts(routed: Routed, shared: Shared | None, ending: Ending | None) -> Non
     # Multiplied and added apart, as in ``weighted_sum``.
     rows.experts_down[(parts * tiles,)](
         h_KI, records.slab, table, indices_1K, out_levels, y_1KD, D, width,
-        layout.record_bytes, *layout.down_places(), h_J, down.data, down.scale, down.levels,
+        layout.record_bytes, *layout.down_places, h_J, down.data, down.scale, down.levels,
         y_D, J, finished, *sums, first, parts if ending is not None else 0, y_1KD.shape[1],
         TOP_K=K, enable_fp_fusion=False, **_options(codecs.down.kind, down.kind),
     )  # fmt: skip

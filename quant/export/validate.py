@@ -229,10 +229,8 @@ def _check_manifest(manifest: Json) -> None:
     for name in predictors:
         sizes[name] = check_predictor(files[name]["tensors"], experts)
     for name, size in sizes.items():
-        stated, header = files[name]["bytes"], files[name]["header_bytes"]
-        _require(
-            stated == header + size, f"the {stated} bytes of {name} do not hold what it should"
-        )
+        stated, whole = files[name]["bytes"], files[name]["header_bytes"] + size
+        _require(stated == whole, f"the {stated} bytes of {name} do not hold what it should")
 
 
 def _check_experts(manifest: Json) -> None:
@@ -253,8 +251,7 @@ def _check_report(report: Json, known: set[str]) -> None:
     """What quantization cost must have the documented keys and possible figures; ``known`` are the
     ways to store a tensor."""
     check(report, _REPORT, "quantization.report")
-    same_keys = report.keys() == _REPORT.keys()
-    _require(same_keys, "the report has other keys than its format")
+    _require(report.keys() == _REPORT.keys(), "the report has other keys than its format")
     for row in report["families"]:
         keys = row.keys() - {"relative_output_error"}  # of calibrated weights alone
         _require(keys == _FAMILY.keys(), "a family of the report has other keys")
