@@ -118,7 +118,7 @@ def row_gate_up(x_1D: Tensor, gate: Operand, up: Operand, out_1I: Tensor) -> Ten
     N, K = out_1I.shape[1], x_1D.shape[1]
     rows.gate_up[(triton.cdiv(N, TILE),)](
         x_1D, gate.data, gate.scale, up.data, up.scale, gate.levels, out_1I, None, N, K,
-        KIND=gate.kind, num_warps=WARPS[gate.kind],
+        KIND=gate.kind, COLUMNS=512, num_warps=WARPS[gate.kind],
     )  # fmt: skip
     return out_1I
 

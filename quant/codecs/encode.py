@@ -30,7 +30,9 @@ from slotmoe.quant.kernels.cpu.weights import Matrix
 _FACTORS = torch.linspace(0.62, 1.15, 12, dtype=torch.float64)
 _REFITS = 4  # as in encode.h
 _ROUNDS, _LEAST_GAIN = 30, 2e-4  # of learning levels
-_CHUNK = 1 << 17  # weights that torch encodes at once, so that temporaries stay in the cache
+# Weights that torch encodes at once and whose errors it sums up, so that temporaries stay in the
+# processor's cache.
+_CHUNK, _SUMMED = 1 << 17, 1 << 16
 
 
 class NotFiniteError(ValueError):
@@ -89,7 +91,7 @@ def squared_error(source_NK: Tensor, weight: Int8Weight | CodedWeight) -> tuple[
         errors, squares = sums.T.tolist()
     else:
         N, K = source_NK.shape
-        step = max(TILE, _rows(K) // TILE * TILE)
+        step = max(TILE, _SUMMED // K // TILE * TILE)
         for start in range(0, N, step):
             source = source_NK[start : start + step].double().flatten()
             error = source - weight.rows(start, min(start + step, N)).dequantize().flatten()
