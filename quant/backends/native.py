@@ -61,12 +61,12 @@ class NativeDecoder:
             now += seconds
             step.timer.mark(stage, now)
         step.layer, step.h_TD = done.layer, done.h
-        waits = done.layer < len(self.decoder.routed)
-        passed = done.indices[:-1] if waits else done.indices
-        if len(passed):
-            experts.passed(first, passed, done.x[: len(passed)])
-        if not waits:
+        if done.layer == len(self.decoder.routed):
+            if len(done.indices):
+                experts.passed(first, done.indices, done.x)
             return None
+        if len(done.indices) > 1:
+            experts.passed(first, done.indices[:-1], done.x[:-1])
         step.x_TD = done.x[-1]
         return Pending(done.layer, done.x[-1], done.weights, done.indices[-1])
 

@@ -212,9 +212,10 @@ class Kernels:
         layer = reached.value
         if layer < layers:
             indices = indices[: asked - sum(decoder.routed[layer + 1 :])]
-        for part, duration in zip(_PARTS, seconds, strict=True):
+        spent = seconds[:]
+        for part, duration in zip(_PARTS, spent, strict=True):
             self._functions[part].seconds += duration
-        return Decoded(layer, y, norms[: len(indices)], weights, indices, seconds[:])
+        return Decoded(layer, y, norms[: len(indices)], weights, indices, spent)
 
     def absorb_query(self, q: Tensor, kv_b: Int8Weight) -> Tensor:
         """q float32 [T, A, n], kv_b [A * per_head, R] -> float32 [T, A, R]: each head's query times
