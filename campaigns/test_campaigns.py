@@ -91,7 +91,7 @@ finish = Engine._finish
 def lost(engine, request, last):
     finish(engine, request, last)
     if last.finish == "cancelled":
-        engine._free.pop()
+        engine.batch._free.pop()
 Engine._finish = lost
 """
 OTHER_TEXT = """

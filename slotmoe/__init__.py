@@ -9,7 +9,7 @@ with slotmoe.Runtime.open("sample") as runtime:
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slotmoe.errors import (
     CheckpointError,
@@ -47,7 +47,7 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _LAZY:
         raise AttributeError(f"module 'slotmoe' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)

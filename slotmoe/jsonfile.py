@@ -43,7 +43,7 @@ def parse_json(data: bytes, path: Path, error: type[SlotmoeError] = ConfigError)
     def constant(name: str) -> None:
         raise ValueError(f"the value {name} is not JSON")
 
-    def unique(pairs: list[tuple[str, Any]]) -> Json:
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         values = dict(pairs)
         if len(values) != len(pairs):
             raise ValueError("a key occurs twice")
@@ -57,7 +57,7 @@ def parse_json(data: bytes, path: Path, error: type[SlotmoeError] = ConfigError)
         raise error(f"{path}: not valid JSON ({str(problem)[:120]})") from None
     if not isinstance(values, dict):
         raise error(f"{path}: holds a {type(values).__name__}, expected a JSON object")
-    level: list[Any] = [values]
+    level: list[object] = [values]
     for _ in range(MAX_JSON_DEPTH):
         objects = [list(v.values()) if isinstance(v, dict) else v for v in level]
         level = [child for v in objects if isinstance(v, list) for child in v]
@@ -70,13 +70,13 @@ class Kind(NamedTuple):
     """What one value has to be: in words, and the test."""
 
     expected: str
-    fits: Callable[[Any], bool]
+    fits: Callable[[object], bool]
 
 
 class ListOf(NamedTuple):
     """A list of ``least`` to ``most`` values of one kind."""
 
-    kind: Any
+    kind: object
     least: int
     most: int
 
@@ -84,24 +84,26 @@ class ListOf(NamedTuple):
 class ObjectOf(NamedTuple):
     """An object with any keys, whose values are of one kind."""
 
-    kind: Any
+    kind: object
 
 
 def integer(low: int, high: int) -> Kind:
-    def fits(value: Any) -> bool:
+    def fits(value: object) -> bool:
         return type(value) is int and low <= value <= high  # True and False are of type bool
 
     return Kind(f"an integer from {low} to {high}", fits)
 
 
 def number(low: float, high: float) -> Kind:
-    def fits(value: Any) -> bool:
-        return type(value) in (int, float) and low <= value <= high
+    def fits(value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        return low <= value <= high
 
     return Kind(f"a number from {low:g} to {high:g}", fits)
 
 
-def one_of(*allowed: Any) -> Kind:
+def one_of(*allowed: object) -> Kind:
     return Kind(" or ".join(map(json.dumps, allowed)), allowed.__contains__)
 
 
@@ -113,7 +115,7 @@ TEXT = Kind("text", lambda value: isinstance(value, str))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 
 
-def check(value: Any, kind: Any, place: str = "") -> None:
+def check(value: object, kind: object, place: str = "") -> None:
     """Raise ``ValueError``, which names the ``place`` in the file, unless ``value`` is as ``kind``
     says: a ``Kind``, ``ListOf`` or ``ObjectOf``, or a dict of the kinds of an object's values by
     key.  Such an object may have more keys.
@@ -130,6 +132,7 @@ def check(value: Any, kind: Any, place: str = "") -> None:
         raise ValueError(f"{place} is {value!r:.80}, which is not an object")
     else:
         kinds = dict.fromkeys(value, kind.kind) if isinstance(kind, ObjectOf) else kind
+        assert isinstance(kinds, dict)
         for key, inner in kinds.items():
             inside = f"{place}.{key:.80}" if place else f"{key:.80}"
             if key not in value:

@@ -14,7 +14,6 @@ from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.names import expert_name, expert_shapes
 from slotmoe.offload.plan.memory import default_codecs
 from slotmoe.quant.codecs import encode
-from slotmoe.quant.codecs import levels as lut
 from slotmoe.quant.codecs.codec import (
     DEFAULT_CODECS,
     INT4,
@@ -25,11 +24,10 @@ from slotmoe.quant.codecs.codec import (
     Codec,
     ExpertCodecs,
 )
-from slotmoe.quant.codecs.feedback import Hessian, NotPositiveError
-from slotmoe.quant.codecs.nf4 import NotFiniteError
+from slotmoe.quant.codecs.encode import NotFiniteError, quantize_int8, quantize_nf4, squared_error
+from slotmoe.quant.codecs.feedback import Hessian, NotPositiveError, quantize
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of, store
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.weights import quantize_int8, quantize_nf4, squared_error
 
 _SAMPLED = 1 << 19  # weights that levels are learned from
 _MATRICES = 48  # from which these are taken
@@ -59,7 +57,7 @@ class Coder:
 
     def code(self, name: str, start: int, stop: int, kind: str | Codec) -> Coded:
         """Rows of tensor ``name``, stored as ``kind``: as the checkpoint has them where the codec
-        holds that.  Raises ``nf4.NotFiniteError``, and what reading raises."""
+        holds that.  Raises ``NotFiniteError``, and what reading raises."""
         if kind in (NF4, INT4) and _in_4_bits(self.checkpoint, name):
             assert isinstance(kind, Codec)
             stored = self.checkpoint.codes(name, start, stop)
@@ -80,10 +78,10 @@ class Coder:
             measured = name in self.hessians and bool(piece.isfinite().all())
             hessian = self.hessians[name] if measured else None
             try:
-                codes, scales, weighted = lut.quantize(piece, kind, hessian)
+                codes, scales, weighted = quantize(piece, kind, hessian)
             except NotPositiveError:
                 self.uncalibrated.append(name)
-                codes, scales, weighted = lut.quantize(piece, kind)
+                codes, scales, weighted = quantize(piece, kind)
         weight = CodedWeight(codes, scales, levels_of(kind), (len(piece), piece.shape[1]))
         return Coded((codes, scales), squared_error(piece, weight), weighted or (0.0, 0.0))
 

@@ -36,8 +36,8 @@ from slotmoe.offload.ingest.manifest import Contents, write_files
 from slotmoe.offload.ingest.output_dir import State, check_space
 from slotmoe.offload.ingest.repair import export_of, remove_predictors, replace_files, source_files
 from slotmoe.offload.ingest.report import quantization_report
-from slotmoe.quant.codecs import nf4
 from slotmoe.quant.codecs.codec import TILE, ExpertCodecs
+from slotmoe.quant.codecs.encode import NotFiniteError
 from slotmoe.quant.export import writer
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST, is_predictor
 from slotmoe.quant.export.reader import Export
@@ -348,7 +348,7 @@ class _Job:
             stop = min(start + step, info.shape[0])
             try:
                 coded = self._coder.code(name, start, stop, tensor.kind)
-            except nf4.NotFiniteError:
+            except NotFiniteError:
                 problem = f"{name} holds NaN, infinite or larger than fp16 weights"
                 source = checkpoint.folder / info.file
                 raise CheckpointError(f"{source}: {problem}; the file is damaged") from None

@@ -23,8 +23,7 @@ from slotmoe.offload.plan.divergence import expected
 from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, sizes_of
 from slotmoe.offload.plan.speed import Bandwidths, Setting
 from slotmoe.offload.policy.hybrid import choose_mode
-from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, ExpertCodecs
-from slotmoe.quant.export.manifest_codecs import expert_codecs, to_version_2
+from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, ExpertCodecs, to_version_2
 from slotmoe.quant.shapes import RESIDENT_MODES
 from slotmoe.sizes import format_size
 
@@ -147,7 +146,7 @@ class Model:
             if resident not in RESIDENT_MODES:
                 raise ValueError
             random_weights = not manifest["source"]["files"]  # as Export.random_weights
-            codecs = expert_codecs(manifest)
+            codecs = ExpertCodecs.of_manifest(manifest)
             sizes_of(config, resident, codecs)  # what is unknown raises here
             kept = "mtp_layer" in manifest["experts"]
             return cls(name, config, True, resident, codecs, sum(sizes), random_weights, kept)

@@ -9,7 +9,6 @@ kv_lora_rank, E routed experts.
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 from typing import NamedTuple
 
@@ -68,15 +67,6 @@ def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def gate_order_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-    """Sum over K of weight times output, float32 [T, D].  The order of additions is the gate's,
-    never that of arrival, so the result is bitwise the same for every cache."""
-    total = y_TKD[:, 0] * weights_TK[:, 0, None]
-    for k in range(1, y_TKD.shape[1]):
-        total = total + y_TKD[:, k] * weights_TK[:, k, None]
-    return total
-
-
 class TorchBackend:
     """Plain torch on any device; products in ``compute``: float32 on a CPU, bfloat16 on CUDA.
 
@@ -94,9 +84,9 @@ class TorchBackend:
         """CPU threads that the products use."""
         return torch.get_num_threads()
 
-    def timing(self) -> AbstractContextManager[dict[str, float]]:
-        """Seconds spent in each kernel while this is open; none in torch's own operations."""
-        return nullcontext({})
+    def seconds(self) -> dict[str, float]:
+        """Seconds spent in each kernel so far; nothing of torch's own operations."""
+        return {}
 
     def prepare(self, role: str, weight: Weight, empty: Empty = new) -> Prepared:
         """A copy of the weight in the form that these ops want to multiply with, in memory from
@@ -198,9 +188,8 @@ class TorchBackend:
         return None
 
     def decoder(self, geometry: Geometry, layers: Sequence[Layer[Prepared]]) -> Decoder | None:
-        """What runs passes over a few tokens of each
-        sequence, up to ``rows`` in all, each bitwise what the operations give for it alone; None
-        where the network shall run them so."""
+        """What runs passes over a few tokens of each sequence, each bitwise what the operations
+        give for it alone; None where the network shall run them so."""
         return None
 
     def experts(
@@ -209,12 +198,11 @@ class TorchBackend:
         """Each token through those of its experts that have a slot: their unweighted outputs, into
         ``y`` (float32 [T, K, D]).
 
-        ``slots``, int32 [E], says which row of ``records`` (``Records``) each expert of the layer
-        is in.  Where it is -1 the outputs are left as they are, so experts may come in several
-        calls; a call takes all uses of an expert.  ``indices``, int64 [T, K], are the gate's
-        choice.  All is on one device, and on a GPU the host waits for nothing.  With kernels an
-        output depends on its token and record alone, bitwise; torch's products depend on the number
-        of rows in their last bits.
+        ``slots``, int32 [E], says which of ``records`` each expert of the layer is in.  Where it is
+        -1 the outputs are left as they are, so experts may come in several calls; a call takes all
+        uses of an expert.  On a GPU the host waits for nothing.  With kernels an output depends on
+        its token and record alone, bitwise; torch's products depend on the number of rows in their
+        last bits.
         """
         self.experts_of(records.weights, x_TD, slots_E, indices_TK, y_TKD)
 
@@ -233,5 +221,9 @@ class TorchBackend:
             y_TKD[uses] = self.mlp(x_TD[uses[0]], *weights(slot))
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-        """``gate_order_sum``, in one launch where these ops have one, float32 [T, D]."""
-        return gate_order_sum(y_TKD, weights_TK)
+        """Sum over K of weight times output, float32 [T, D].  The order of additions is the gate's,
+        never that of arrival, so the result is bitwise the same for every cache."""
+        total = y_TKD[:, 0] * weights_TK[:, 0, None]
+        for k in range(1, y_TKD.shape[1]):
+            total = total + y_TKD[:, k] * weights_TK[:, k, None]
+        return total

@@ -9,6 +9,7 @@ from step to step (the position, the sequence's cache) must lie in one.
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar
 
 import torch
@@ -20,29 +21,19 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 
-class Graph(Protocol[R]):
-    """What a captured function did: ``replay`` does it again, into the same ``outputs``."""
+@dataclass(frozen=True)
+class Graph(Generic[R]):
+    """What a captured function did: ``replay`` does it again, into the same ``outputs``, in the
+    order of the current stream."""
 
+    replay: Callable[[], None]
     outputs: R
-
-    def replay(self) -> None: ...
 
 
 class Capturing(Protocol):
     """Makes graphs, as ``CudaGraphs`` does."""
 
     def __call__(self, function: Callable[[], R]) -> Graph[R] | None: ...
-
-
-class CudaGraph(Generic[R]):
-    """Work on a CUDA device that can be repeated, in the order of the current stream.  ``outputs``
-    is what the captured function returned, and ``replay`` repeats the work into it."""
-
-    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: R):
-        self._graph, self.outputs = graph, outputs
-
-    def replay(self) -> None:
-        self._graph.replay()
 
 
 class CudaGraphs:
@@ -62,7 +53,7 @@ class CudaGraphs:
         self._pool: _POOL_HANDLE | None = None
         self._failed = False
 
-    def __call__(self, function: Callable[[], R]) -> CudaGraph[R] | None:
+    def __call__(self, function: Callable[[], R]) -> Graph[R] | None:
         """What ``function`` does, as a graph.  It runs at least once and must not make the host
         wait for the device.  None where a capture has failed, which is said once: the work is then
         launched kernel by kernel."""
@@ -85,7 +76,7 @@ class CudaGraphs:
         torch.cuda.current_stream().wait_stream(self._stream)
         return graph
 
-    def _capture(self, function: Callable[[], R]) -> CudaGraph[R]:
+    def _capture(self, function: Callable[[], R]) -> Graph[R]:
         graph = torch.cuda.CUDAGraph()
         pool, self._pool = self._pool or torch.cuda.graph_pool_handle(), None
         try:
@@ -99,7 +90,7 @@ class CudaGraphs:
             self._stop_recording(graph, pool)
             raise
         self._pool = pool
-        return CudaGraph(graph, outputs)
+        return Graph(graph.replay, outputs)
 
     @staticmethod
     def _stop_recording(graph: torch.cuda.CUDAGraph, pool: "_POOL_HANDLE") -> None:
@@ -111,48 +102,31 @@ class CudaGraphs:
 
 
 class Captured(Generic[R]):
-    """Runs a function of tensors as a captured graph where ``graph`` makes one, and plainly where
+    """Runs a function of a tensor as a captured graph where ``graph`` makes one, and plainly where
     that is None or makes None.
 
-    ``buffers`` are the inputs that it
-    reads: an input that lies elsewhere is copied into its buffer first.  The outputs are valid
-    until the next call.  Inside another graph's capture, with gradients on, or for inputs of other
-    shapes or types than the buffers', the function runs plainly.  A capture runs the function
-    before the first replay, so it must not write its own ``buffers``.
+    ``buffer`` is the input that it reads: an input that lies elsewhere is copied there first.  The
+    outputs are valid until the next call.  With gradients on, or for an input of another shape or
+    type than the buffer's, the function runs plainly.  A capture runs the function before the first
+    replay, so it must not write its own ``buffer``.
 
     Each call brings the function, always the same: a method that was kept here would keep its
     object, and with that the memory of a model that was closed.
     """
 
-    capturing = False  # whether a capture is under way
-
-    def __init__(self, buffers: tuple[Tensor, ...], graph: Capturing | None):
-        self._buffers, self._make = buffers, graph
+    def __init__(self, buffer: Tensor, graph: Capturing | None):
+        self._buffer, self._make = buffer, graph
         self._graph: Graph[R] | None = None
 
-    def __call__(self, function: Callable[..., R], *inputs: Tensor) -> R:
-        possible = not (Captured.capturing or torch.is_grad_enabled())
-        if self._make is None or not possible or not self._fit(inputs):
-            return function(*inputs)
-        for buffer, given in zip(self._buffers, inputs, strict=True):
-            if given.data_ptr() != buffer.data_ptr():
-                buffer.copy_(given)
+    def __call__(self, function: Callable[[Tensor], R], given: Tensor) -> R:
+        buffer, kind = self._buffer, (given.shape, given.dtype, given.device)
+        fits = given.is_contiguous() and kind == (buffer.shape, buffer.dtype, buffer.device)
+        if self._make is None or torch.is_grad_enabled() or not fits:
+            return function(given)
+        if given.data_ptr() != buffer.data_ptr():
+            buffer.copy_(given)
+        self._graph = self._graph or self._make(lambda: function(buffer))
         if self._graph is None:
-            Captured.capturing = True
-            try:
-                self._graph = self._make(lambda: function(*self._buffers))
-            finally:
-                Captured.capturing = False
-        if self._graph is None:
-            return function(*self._buffers)
+            return function(buffer)
         self._graph.replay()
         return self._graph.outputs
-
-    def _fit(self, inputs: tuple[Tensor, ...]) -> bool:
-        return all(
-            buffer.shape == given.shape
-            and buffer.dtype == given.dtype
-            and buffer.device == given.device
-            and given.is_contiguous()
-            for buffer, given in zip(self._buffers, inputs, strict=True)
-        )

@@ -6,27 +6,19 @@ kv_lora_rank, P qk_rope_head_dim.
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from slotmoe.border import Experts, Geometry, Layer, Pending, Step
-from slotmoe.border import Mlp as Weights
-from slotmoe.border import Router as Routing
+from slotmoe.border import Experts, Geometry, Layer, Pending, Router, Step
 from slotmoe.quant.backends.base import Empty, Prepared, Records, SlotTable, TorchBackend, new
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.bindings import Kernels
-from slotmoe.quant.kernels.cpu.weights import (
-    AttentionLayer,
-    Decoder,
-    ExpertRecord,
-    Matrix,
-    Mlp,
-    Router,
-)
+from slotmoe.quant.kernels.cpu.weights import AttentionLayer, Decoder, ExpertRecord, Matrix, Mlp
 from slotmoe.quant.shapes import latent_bytes
 from slotmoe.quant.weights import Weight
 
@@ -34,6 +26,7 @@ from slotmoe.quant.weights import Weight
 _STAGES = ("attention", "gate", "experts", "shared experts and dense layers")
 
 
+@dataclass(frozen=True)
 class NativeDecoder:
     """Runs layers for a few tokens of each sequence, in one native call up to the first layer that
     lacks an expert.  See ``slotmoe.border.Decoder``.
@@ -42,17 +35,10 @@ class NativeDecoder:
     calls are faster.  Each gives bitwise what the single operations give.
     """
 
-    rows = 1 << 30
-
-    def __init__(
-        self,
-        native: Kernels,
-        decoder: Decoder,
-        layers: int,
-        record: Callable[[Records], ExpertRecord],
-    ):
-        self._native, self._decoder, self._layers = native, decoder, layers
-        self._record = record
+    native: Kernels
+    decoder: Decoder
+    record: Callable[[Records], ExpertRecord]
+    rows: ClassVar[int] = 1 << 30
 
     def run_layers(self, step: Step, experts: Experts) -> Pending | None:
         """See ``slotmoe.border.Runner``."""
@@ -68,19 +54,19 @@ class NativeDecoder:
         caches = [cache.layers for cache, count in owners for _ in range(count)]
         positions = [cache.length + index for cache, count in owners for index in range(count)]
         stream = step.layer, step.h_TD, step.rope_TC, caches, positions
-        records = table.records.slab, table.slots_ME, self._record(table.records)
+        records = table.records.slab, table.slots_ME, self.record(table.records)
         rest = step.x_TD, step.routed_TD, step.query_scale_T
-        done = self._native.decode(self._decoder, *stream, *records, *rest)
+        done = self.native.decode(self.decoder, *stream, *records, *rest)
         for stage, seconds in zip(_STAGES, done.seconds, strict=True):
             now += seconds
             step.timer.mark(stage, now)
         step.layer, step.h_TD = done.layer, done.h
-        waits = done.layer < self._layers
-        passed = done.indices[:-1] if waits else done.indices
-        if len(passed):
-            experts.passed(first, passed, done.x[: len(passed)])
-        if not waits:
+        if done.layer == len(self.decoder.routed):
+            if len(done.indices):
+                experts.passed(first, done.indices, done.x)
             return None
+        if len(done.indices) > 1:
+            experts.passed(first, done.indices[:-1], done.x[:-1])
         step.x_TD = done.x[-1]
         return Pending(done.layer, done.x[-1], done.weights, done.indices[-1])
 
@@ -104,15 +90,15 @@ class NativeBackend(TorchBackend):
     def threads(self) -> int:
         return self._native.threads
 
-    def timing(self) -> AbstractContextManager[dict[str, float]]:
-        return self._native.timing()
+    def seconds(self) -> dict[str, float]:
+        return self._native.seconds()
 
     def prepare(self, role: str, weight: Weight, empty: Empty = new) -> Prepared:
         """int8 and codes are bound for native calls; ``embedding`` and ``absorbed`` stay as is."""
         if isinstance(weight, Int8Weight) and role not in ("embedding", "absorbed"):
             return self._native.tile_int8(weight, empty)
         copied = super().prepare(role, weight, empty)
-        return Matrix.of_codes(copied) if isinstance(copied, CodedWeight) else copied
+        return Matrix.of(copied) if isinstance(copied, CodedWeight) else copied
 
     def _read(self, memory: Tensor) -> None:
         self._native.read(memory)
@@ -120,7 +106,7 @@ class NativeBackend(TorchBackend):
     def linear(self, x_TK: Tensor, weight: Prepared) -> Tensor:
         if isinstance(weight, Int8Weight):  # row-major: an embedding table that is the head too
             return super().linear(x_TK, weight)
-        return self._native.linear(_matrix(weight), x_TK.contiguous())
+        return self._native.linear(Matrix.of(weight), x_TK.contiguous())
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return self._native.rms_norm(x_TD.contiguous(), weight_D, eps)
@@ -156,23 +142,24 @@ class NativeBackend(TorchBackend):
         return self._native.mla(q_THW.contiguous(), rows_SX, len(rows_SX), R, scale)
 
     def route(
-        self, logits_TE: Tensor, router: Routing, bias_E: Tensor | None
+        self, logits_TE: Tensor, router: Router, bias_E: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return self._native.route(logits_TE.contiguous(), Router(*router), bias_E)
+        return self._native.route(logits_TE.contiguous(), router, bias_E)
 
     def decoder(
         self, geometry: Geometry, layers: Sequence[Layer[Prepared]]
     ) -> NativeDecoder | None:
-        """None where the native
-        call does not compute as the single operations do: ``kv_b_proj`` or an MLP in bf16."""
-        mlps = [None if layer.mlp is None else _bound(layer.mlp) for layer in layers]
-        for layer, mlp in zip(layers, mlps, strict=True):
-            if not isinstance(layer.kv_b_proj, Int8Weight) or (mlp is None) != (layer.mlp is None):
+        """None where the native call does not compute as the single operations do: ``kv_b_proj`` or
+        an MLP in bf16."""
+        bound = list[tuple[AttentionLayer, Mlp | None]]()
+        for layer in layers:
+            weights, mlp = layer.mlp, None
+            if weights is not None:
+                mlp = _mlp(weights.gate_proj, weights.up_proj, weights.down_proj)
+            if not isinstance(layer.kv_b_proj, Int8Weight) or (mlp is None) != (weights is None):
                 return None
-        attentions = [_attention(geometry, layer) for layer in layers]
-        router = Router(*geometry.router)
-        bound = list(zip(attentions, mlps, strict=True))
-        return NativeDecoder(self._native, Decoder(bound, router), len(layers), self._record)
+            bound.append((AttentionLayer(geometry, layer), mlp))
+        return NativeDecoder(self._native, Decoder(bound, geometry.router), self._record)
 
     def _record(self, records: Records) -> ExpertRecord:
         """How the records are coded, bound for native calls."""
@@ -192,43 +179,9 @@ class NativeBackend(TorchBackend):
         return self._native.weighted_sum(y_TKD, weights_TK.contiguous())
 
 
-def _matrix(weight: Prepared | None) -> Matrix:
-    """A tensor, coded or prepared weight bound for native calls."""
-    if isinstance(weight, CodedWeight):
-        return Matrix.of_codes(weight)
-    if isinstance(weight, Tensor):
-        return Matrix.dense(weight)
-    assert isinstance(weight, Matrix)
-    return weight
-
-
 def _mlp(*weights: Prepared) -> Mlp | None:
     """Gate, up and down bound for native calls; None unless all are tiled int8, or all of one
     codec."""
-    matrices = [_matrix(weight) for weight in weights if not isinstance(weight, Int8Weight)]
+    matrices = [Matrix.of(weight) for weight in weights if not isinstance(weight, Int8Weight)]
     alike = len(matrices) == 3 and all(matrix.like(matrices[0]) for matrix in matrices)
     return Mlp(*matrices) if alike and matrices[0].coded else None
-
-
-def _bound(mlp: Weights[Prepared]) -> Mlp | None:
-    return _mlp(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-
-
-def _attention(geometry: Geometry, layer: Layer[Prepared]) -> AttentionLayer:
-    assert isinstance(layer.kv_b_proj, Int8Weight)
-    return AttentionLayer(
-        geometry[:5],
-        layer.input_layernorm,
-        _matrix(layer.q_proj if layer.q_a_proj is None else layer.q_a_proj),
-        layer.q_a_layernorm,
-        None if layer.q_b_proj is None else _matrix(layer.q_b_proj),
-        _matrix(layer.kv_a_proj),
-        layer.kv_a_layernorm,
-        layer.kv_b_proj,
-        _matrix(layer.o_proj),
-        layer.post_attention_layernorm,
-        None if layer.gate is None else Matrix.dense(layer.gate),
-        layer.gate_bias,
-        (geometry.eps, geometry.latent_eps, geometry.softmax_scale),
-        geometry.halves,
-    )

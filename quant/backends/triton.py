@@ -10,7 +10,6 @@ kv_lora_rank, E experts.
 
 from collections.abc import Sequence
 from os import environ
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,52 +17,28 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from slotmoe.border import Geometry, Layer, Mlp, Router
+from slotmoe.border import Geometry, Layer, Router
+from slotmoe.quant.backends import triton_rows
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
 from slotmoe.quant.backends.graphs import Capturing, CudaGraphs
-from slotmoe.quant.backends.triton_decoder import (
+from slotmoe.quant.backends.triton_decoder import TritonDecoder
+from slotmoe.quant.backends.triton_rows import (
     DENSE,
-    INT8,
-    Ending,
-    Operand,
     Routed,
-    TritonDecoder,
+    Shared,
     operand,
     power,
+    row,
+    row_gate_up,
 )
-from slotmoe.quant.codecs.codec import KINDS, TILE
 from slotmoe.quant.kernels.triton import mla, rows, tiles
 
 # Triton 3.9 warns that its default will change; this is the present one.
 environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 # A tile of many tokens.  Experts always use it: its size changes a row's last bits.
 _BM, _BN = 64, 64
-# Warps of a program of one token's product.  With two for codes a thread has registers enough for
-# the codes and scales of the step after its own.
-WARPS = {INT8: 4, DENSE: 8, **dict.fromkeys(KINDS.values(), 2)}
-# Rows of the router's weight that a program takes: few, since it is small and many may read it.
-_GATE_ROWS = 4
 # So many tokens attend one by one over the latent cache; more use blockwise attention.
 _FEW = 16
-
-
-class Shared(NamedTuple):
-    """A layer's shared expert and its width; the first two weights are of one kind."""
-
-    width: int
-    gate: Operand
-    up: Operand
-    down: Operand
-
-    @classmethod
-    def of(cls, mlp: Mlp[Prepared]) -> "Shared":
-        return cls(
-            mlp.gate_proj.shape[0], *map(operand, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        )
-
-
-_NOTHING: Any = None
-_NO_SHARED = Shared(0, *[Operand(rows.NONE.value, _NOTHING, None, None)] * 3)
 
 
 class TritonBackend(TorchBackend):
@@ -80,57 +55,14 @@ class TritonBackend(TorchBackend):
         self._shared: Shared | None = None
         self.graph: Capturing | None = CudaGraphs() if device.type == "cuda" else None
 
-    # One token.
-
-    def row(
-        self,
-        x_1K: Tensor,
-        weight: Prepared,
-        out: Tensor,
-        second: Prepared | None = None,
-        norm: tuple[Tensor, float] | None = None,
-        add: Tensor | None = None,
-    ) -> Tensor:
-        """One row through one weight or two in one launch: ``out`` is float32 of N or N + N2
-        values.
-
-        ``norm`` is a weight and an epsilon: the row is normed first.  ``add`` is added.
-        """
-        kind, data, scale, levels = operand(weight)
-        kind2, data2, scale2, levels2 = operand(weight if second is None else second)
-        N, K = weight.shape
-        N2 = 0 if second is None else second.shape[0]
-        gain, eps = (None, 0.0) if norm is None else norm
-        rows.linear[(triton.cdiv(N, TILE) + triton.cdiv(N2, TILE),)](
-            x_1K, gain, eps, data, scale, levels, N, data2, scale2, levels2, N2,
-            add, out, K,
-            KIND=kind, KIND2=kind2, NORM=norm is not None, RESIDUAL=add is not None,
-            num_warps=WARPS[kind],
-        )  # fmt: skip
-        return out
-
-    def row_gate_up(
-        self, x_1D: Tensor, gate_proj: Prepared, up_proj: Prepared, out_1I: Tensor
-    ) -> Tensor:
-        """``silu(gate(x)) * up(x)`` of one row; both weights of one kind."""
-        gate, up = operand(gate_proj), operand(up_proj)
-        N, K = gate_proj.shape
-        rows.gate_up[(triton.cdiv(N, TILE),)](
-            x_1D, gate.data, gate.scale, up.data, up.scale, gate.levels, out_1I, N, K,
-            KIND=gate.kind, num_warps=WARPS[gate.kind],
-        )  # fmt: skip
-        return out_1I
-
-    # Any number of tokens.
-
     def linear(self, x_TK: Tensor, weight: Prepared) -> Tensor:
         kind, data, scale, levels = operand(weight)
         T, (N, K) = len(x_TK), weight.shape
-        if kind == DENSE and T != 1:
-            return F.linear(x_TK.to(data.dtype), data).float()
+        if isinstance(weight, Tensor) and T != 1:
+            return F.linear(x_TK.to(weight.dtype), weight).float()
         x_TK, y_TN = x_TK.contiguous(), torch.empty(T, N, device=x_TK.device)
         if T == 1:
-            return self.row(x_TK.float(), weight, y_TN)
+            return row(x_TK.float(), weight, y_TN)
         tile = self._tile(T)
         tiles.linear[(triton.cdiv(N, _BN), triton.cdiv(T, tile["BM"]))](
             x_TK, data, scale, levels, y_TN, T, N, K, KIND=kind, **tile
@@ -147,7 +79,7 @@ class TritonBackend(TorchBackend):
         x_TD = x_TD.contiguous()
         if T == 1:
             h_1N = torch.empty(1, N, device=x_TD.device)
-            return self.linear(self.row_gate_up(x_TD, gate_proj, up_proj, h_1N), down_proj)
+            return self.linear(row_gate_up(x_TD, gate, up, h_1N), down_proj)
         h_TN = torch.empty(T, N, dtype=torch.bfloat16, device=x_TD.device)
         tile = self._tile(T)
         tiles.gate_up[(triton.cdiv(N, _BN), triton.cdiv(T, tile["BM"]))](
@@ -205,90 +137,28 @@ class TritonBackend(TorchBackend):
         return y_THR
 
     def decoder(self, geometry: Geometry, layers: Sequence[Layer[Prepared]]) -> TritonDecoder:
-        """From now on
-        ``experts`` launches for one token the kernels that the decoder launches for these layers,
-        whose shared experts are of one kind."""
+        """From now on ``experts`` launches for one token the kernels that the decoder launches for
+        these layers, whose shared experts are of one kind."""
         mlps = [layer.mlp for layer in layers if layer.gate is not None and layer.mlp is not None]
         self._shared = Shared.of(mlps[0]) if mlps else None
-        return TritonDecoder(self, geometry, layers)
+        norm = layers[0].input_layernorm
+        return TritonDecoder(geometry, layers, self.sum_1D(len(norm), norm.device), self.graph)
 
     # Routed experts.
 
     def route(
         self, logits_TE: Tensor, router: Router, bias_E: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        T, E = logits_TE.shape
-        choice = _choice(T, router.top_k, logits_TE.device)
-        sizes, constants = _router(router, E, bias_E)
-        rows.route[(T,)](logits_TE.contiguous(), bias_E, *choice, *sizes, **constants)
-        return choice
-
-    def gate(
-        self,
-        x_1D: Tensor,
-        norm: tuple[Tensor, float],
-        normed_1D: Tensor,
-        weight_ED: Tensor,
-        router: Router,
-        bias_E: Tensor | None,
-        logits_1E: Tensor,
-        finished_1: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Norm, logits and ``route`` of one row in one launch; ``finished_1``, int32, is 0 before
-        and after."""
-        E, D = weight_ED.shape
-        choice = _choice(1, router.top_k, x_1D.device)
-        sizes, constants = _router(router, E, bias_E)
-        rows.gate[(triton.cdiv(E, _GATE_ROWS),)](
-            x_1D, *norm, normed_1D, weight_ED, D, finished_1, logits_1E, bias_E, *choice, *sizes,
-            ROWS=_GATE_ROWS, **constants,
-        )  # fmt: skip
-        return choice
+        return triton_rows.route(logits_TE, router, bias_E)
 
     def experts(
         self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
     ) -> None:
         given = x_TD.contiguous(), records, slots_E, indices_TK.contiguous(), y_TKD
         if len(x_TD) == 1:  # each use reads its expert's record, in float32
-            self._launch_experts(Routed(*given), self._shared, None)
+            triton_rows.experts(Routed(*given), self._shared, None)
         else:
             self._experts_by_groups(*given)
-
-    def end_layer(self, routed: Routed, mlp: Mlp[Prepared] | None, ending: Ending) -> None:
-        """One token's experts of a layer, and what comes behind them.  The bits are the same
-        whether the routed ones are computed here or were before."""
-        self._launch_experts(routed, None if mlp is None else Shared.of(mlp), ending)
-
-    def _launch_experts(self, routed: Routed, shared: Shared | None, ending: Ending | None) -> None:
-        """The routed experts where there are ``slots``, and with ``ending`` the shared one.  For
-        what a launch does not use stands something of its type, so that each is of one kernel."""
-        x_1D, records, slots_E, indices_1K, y_1KD = routed
-        layout, K, (in_levels, out_levels) = records.layout, indices_1K.shape[1], records.levels
-        D, width, codecs = layout.hidden_size, layout.moe_intermediate_size, layout.codecs
-        J, gate, up, down = shared or _NO_SHARED
-        finished, *sums = ending or (slots_E, y_1KD, y_1KD, y_1KD)
-        table, given = (finished, 0) if slots_E is None else (slots_E, K)
-        with_shared = shared is not None and ending is not None
-        h_KI = h_J = y_D = torch.empty(K * width, device=x_1D.device)
-        if with_shared:
-            h_J, y_D = (torch.empty(size, device=x_1D.device) for size in (J, D))
-        tiles, shared_tiles = triton.cdiv(width, TILE), triton.cdiv(J, TILE)
-        first = 0 if ending is not None else shared_tiles
-        programs = given * tiles + with_shared * shared_tiles
-        rows.experts_gate_up[(programs,)](
-            x_1D, records.slab, table, indices_1K, in_levels, h_KI, D, width,
-            layout.record_bytes, *layout.gate_up_places(), gate.data, gate.scale, up.data, up.scale,
-            gate.levels, h_J, J, first, **_options(codecs.gate_up.kind, gate.kind),
-        )  # fmt: skip
-        tiles, parts = triton.cdiv(D, TILE), given + with_shared
-        first = tiles if shared is not None and ending is None else 0
-        # Multiplied and added apart, as in ``weighted_sum``.
-        rows.experts_down[(parts * tiles,)](
-            h_KI, records.slab, table, indices_1K, out_levels, y_1KD, D, width,
-            layout.record_bytes, *layout.down_places(), h_J, down.data, down.scale, down.levels,
-            y_D, J, finished, *sums, first, parts if ending is not None else 0, y_1KD.shape[1],
-            TOP_K=K, enable_fp_fusion=False, **_options(codecs.down.kind, down.kind),
-        )  # fmt: skip
 
     def _experts_by_groups(
         self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
@@ -307,12 +177,12 @@ class TritonBackend(TorchBackend):
         sizes = {"GROUPS": power(E), **self._tile(_BM)}
         tiles.experts_gate_up[(triton.cdiv(width, _BN), programs)](
             x_TD, order, K, starts, slots_E, E, records.slab, in_levels, h, width, D,
-            layout.record_bytes, *layout.gate_up_places(), KIND=layout.codecs.gate_up.kind,
+            layout.record_bytes, *layout.gate_up_places, KIND=layout.codecs.gate_up.kind,
             **sizes,
         )  # fmt: skip
         tiles.experts_down[(triton.cdiv(D, _BN), programs)](
             h, order, starts, slots_E, E, records.slab, out_levels, y_TKD, D, width,
-            layout.record_bytes, *layout.down_places(), KIND=layout.codecs.down.kind, **sizes,
+            layout.record_bytes, *layout.down_places, KIND=layout.codecs.down.kind, **sizes,
         )  # fmt: skip
 
     def sum_1D(self, D: int, device: torch.device) -> Tensor:
@@ -332,26 +202,3 @@ class TritonBackend(TorchBackend):
             BLOCK=block, enable_fp_fusion=False,
         )  # fmt: skip
         return out_TD
-
-
-def _choice(T: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where a router's kernel leaves weights and indices."""
-    return torch.empty(T, K, device=device), torch.empty(T, K, dtype=torch.int64, device=device)
-
-
-def _router(
-    router: Router, E: int, bias_E: Tensor | None
-) -> tuple[tuple[int, int, int, int, float], dict[str, int]]:
-    """What the router's kernels take behind their tensors."""
-    groups, kept, top_k, factor, normalized, group_best, sigmoid = router
-    kind = {"SIGMOID": sigmoid, "BIASED": bias_E is not None, "GROUP_BEST": group_best}
-    blocks = {"BLOCK": power(E), "GROUP_BLOCK": power(groups), "K_BLOCK": power(top_k)}
-    return (E, top_k, groups, kept, factor), {**kind, "RENORM": normalized, **blocks}
-
-
-def _options(kind: int, shared: int) -> dict[str, int]:
-    """Of a kernel for routed experts of a kind and a shared one, with the same share of what is not
-    coded for a thread as that would have alone."""
-    columns = 512 * WARPS[kind] // WARPS.get(shared, 4)
-    kinds = {"KIND": kind, "SHARED": shared, "COLUMNS": columns}
-    return kinds | {"num_warps": WARPS[kind]}

@@ -14,46 +14,20 @@ Shapes as in ``slotmoe.model.network``.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from slotmoe.border import Cache, Experts, Geometry, Layer, Pending, Step
-from slotmoe.quant.backends.base import Prepared, Records, SlotTable, unbound
-from slotmoe.quant.backends.graphs import Captured
+from slotmoe.quant.backends import triton_rows as launch
+from slotmoe.quant.backends.base import Prepared, Records, SlotTable
+from slotmoe.quant.backends.graphs import Captured, Capturing
+from slotmoe.quant.backends.triton_rows import Ending, Routed, Shared, operand, power
 from slotmoe.quant.codecs.codec import TILE
-from slotmoe.quant.codecs.weight import CodedWeight
-from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.kernels.triton import mla, rows
-
-INT8, DENSE = rows.INT8.value, rows.DENSE.value
-
-
-class Operand(NamedTuple):
-    """A weight as the kernels take it."""
-
-    kind: int
-    data: Tensor
-    scale: Tensor | None
-    levels: Tensor | None
-
-
-def operand(weight: Prepared) -> Operand:
-    """Raises ``TypeError`` for a weight that was prepared for another backend."""
-    if isinstance(weight, Int8Weight):
-        return Operand(INT8, weight.q, weight.scale, None)
-    if isinstance(weight, CodedWeight):
-        return Operand(weight.kind, weight.codes, weight.scales, weight.levels)
-    plain = unbound(weight)
-    assert isinstance(plain, Tensor)
-    return Operand(DENSE, plain, None, None)
-
-
-def power(n: int) -> int:
-    """The least power of two that holds ``n`` and 16, as Triton wants its blocks."""
-    return max(16, 1 << (n - 1).bit_length())
+from slotmoe.quant.kernels.triton import mla
 
 
 class Place(NamedTuple):
@@ -62,27 +36,6 @@ class Place(NamedTuple):
 
     h_1D: Tensor
     x_1D: Tensor
-
-
-class Routed(NamedTuple):
-    """One token's routed experts of a layer: their input, records, and choice, and where their
-    outputs go.  Without ``slots`` they were computed before: ``y`` is their sum, [1, 1, D]."""
-
-    x_1D: Tensor
-    records: Records
-    slots_E: Tensor | None
-    indices_1K: Tensor
-    y_1KD: Tensor
-
-
-class Ending(NamedTuple):
-    """What is behind a layer's experts: ``out = h + (routed + shared)``, the routed ones by
-    ``weights``.  ``finished``, int32, counts for each tile of ``out`` and is 0 before and after."""
-
-    finished: Tensor
-    weights_1K: Tensor
-    h_1D: Tensor
-    out_1D: Tensor
 
 
 class Workspace:
@@ -141,12 +94,20 @@ class TritonDecoder:
 
     rows = 1  # buffers are one token's
 
-    def __init__(self, backend: Any, geometry: Geometry, layers: Sequence[Layer[Prepared]]):
+    def __init__(
+        self,
+        geometry: Geometry,
+        layers: Sequence[Layer[Prepared]],
+        sum_1D: Tensor,
+        graph: Capturing | None,
+    ):
+        """The sum of the routed experts comes in ``sum_1D``."""
         norm = layers[0].input_layernorm
         self._workspace = Workspace(norm.device, len(norm), geometry)
-        self._layers = [_Layer(backend, self._workspace, geometry, layer) for layer in layers]
-        self._backend, self._sum_1D = backend, backend.sum_1D(len(norm), norm.device)
-        # By the first layer, whether all are in it, and the bytes of a layer in the latent cache.
+        self._layers = [_Layer(self._workspace, geometry, layer) for layer in layers]
+        self._sum_1D, self._capturing = sum_1D, graph
+        # By the first layer, whether all are in it, and the bytes of a layer in the latent cache:
+        # one serves all such caches.  It keeps the addresses of all that it has touched.
         self._graphs: dict[tuple[int, bool, int], Captured[Gone]] = {}
         self._records: Records | None = None
 
@@ -163,9 +124,13 @@ class TritonDecoder:
             assert isinstance(shown, SlotTable)
             self._records, table = shown.records, shown if shown.complete else None
         assert given_1D is not None
-        function = partial(self._go, first, layer_bytes, table)
         where = first, table is not None, layer_bytes
-        choice, h_1D, indices = self._graph(*where)(function, given_1D)
+        if where not in self._graphs:
+            # What a graph begins with it must not write.
+            begins_1D = self._sum_1D if first else self._workspace.embedded_1D
+            self._graphs[where] = Captured(begins_1D, self._capturing)
+        function = partial(self._go, first, layer_bytes, table)
+        choice, h_1D, indices = self._graphs[where](function, given_1D)
         step.timer.mark("captured layers")
         step.routed_TD = None
         if choice is not None:
@@ -176,16 +141,6 @@ class TritonDecoder:
             experts.passed(0, indices, None)
         return None
 
-    def _graph(self, first: int, whole: bool, layer_bytes: int) -> Captured[Gone]:
-        """It serves all caches whose layers have ``layer_bytes`` each and keeps the addresses of
-        all that it has touched, the slot table's too."""
-        where = first, whole, layer_bytes
-        if where not in self._graphs:
-            # What a graph begins with it must not write.
-            given_1D = self._sum_1D if first else self._workspace.embedded_1D
-            self._graphs[where] = Captured((given_1D,), self._backend.graph)
-        return self._graphs[where]
-
     def _go(self, first: int, layer_bytes: int, table: SlotTable | None, given_1D: Tensor) -> Gone:
         """From layer ``first`` on to the next choice of experts, or with a complete ``table`` to
         the end: the choice if it stops there, the residual stream, and all choices [M, 1, K] if it
@@ -193,100 +148,84 @@ class TritonDecoder:
         the routed experts of the layer before it."""
         row = sum(layer.is_moe for layer in self._layers[:first])
         before, after = self._workspace.places[row % 2 - 1], self._workspace.places[row % 2]
-        h_1D = self._layers[first - 1].end(before, given_1D, self._records) if first else given_1D
-        chosen: list[Tensor] = []
+        workspace, h_1D, chosen = self._workspace, given_1D, list[Tensor]()
+        assert self._records is not None
+        if first:
+            computed = None, workspace.no_choice_1K, given_1D[None]
+            routed = Routed(before.x_1D, self._records, *computed)
+            h_1D = self._layers[first - 1].end(before, routed, workspace.one_1)
         for index, layer in enumerate(self._layers[first:], first):
             choice = layer.begin(h_1D, after, index * layer_bytes)
             if choice is None:
-                h_1D = layer.end(after, None, self._records)
+                h_1D = layer.end(after, None, workspace.one_1)
             elif table is None:
                 return Pending(index, after.x_1D, *choice), h_1D, None
             else:
-                slots_E = table.slots_ME[len(chosen)]
-                h_1D = layer.experts(after, table.records, slots_E, *choice)
-                chosen.append(choice[1])
+                (weights_1K, indices_1K), slots_E = choice, table.slots_ME[len(chosen)]
+                y_1KD = torch.empty(*indices_1K.shape, h_1D.shape[1], device=h_1D.device)
+                routed = Routed(after.x_1D, table.records, slots_E, indices_1K, y_1KD)
+                h_1D = layer.end(after, routed, weights_1K)
+                chosen.append(indices_1K)
         return None, h_1D, torch.stack(chosen) if table is not None else None
 
 
 class _Layer:
     """A layer's weights bound to the workspace."""
 
-    def __init__(
-        self, backend: Any, workspace: Workspace, geometry: Geometry, layer: Layer[Prepared]
-    ):
-        self._backend, self._workspace, self._layer = backend, workspace, layer
-        self._geometry, self._sizes = geometry, geometry[:5]
+    def __init__(self, workspace: Workspace, geometry: Geometry, layer: Layer[Prepared]):
+        self._workspace, self._layer, self._geometry = workspace, layer, geometry
+        self._shared = None if layer.mlp is None else Shared.of(layer.mlp)
         self.is_moe = layer.gate is not None
 
     def begin(self, h_1D: Tensor, place: Place, layer_at: int) -> tuple[Tensor, Tensor] | None:
         """Attention and norm into ``place``; weights and indices of the chosen experts, None in a
         dense layer.  The layer's rows begin ``layer_at`` bytes into the latent cache."""
-        workspace, layer, row = self._workspace, self._layer, self._backend.row
-        H, N, P, R, _ = self._sizes
+        workspace, layer = self._workspace, self._layer
+        H, N, P, R, _ = self._geometry[:5]
         width, latent_width = H * (N + P), R + P
         norm = layer.input_layernorm, self._geometry.eps
         if layer.q_a_proj is None:
             assert layer.q_proj is not None
             both = workspace.scratch("both", width + latent_width)
-            q = row(h_1D, layer.q_proj, both, layer.kv_a_proj, norm)
+            q = launch.row(h_1D, layer.q_proj, both, layer.kv_a_proj, norm)
             latent = q[:, width:]
         else:
             assert layer.q_b_proj is not None and layer.q_a_layernorm is not None
             Q = layer.q_a_proj.shape[0]
             low = workspace.scratch("low", Q + latent_width)
-            row(h_1D, layer.q_a_proj, low, layer.kv_a_proj, norm)
+            launch.row(h_1D, layer.q_a_proj, low, layer.kv_a_proj, norm)
             q, latent = workspace.scratch("q", width), low[:, Q:]
-            row(low, layer.q_b_proj, q, norm=(layer.q_a_layernorm, self._geometry.latent_eps))
+            low_norm = layer.q_a_layernorm, self._geometry.latent_eps
+            launch.row(low, layer.q_b_proj, q, norm=low_norm)
         self._attend(q, latent, layer_at)
-        row(workspace.o_1X, layer.o_proj, place.h_1D, add=h_1D)
+        launch.row(workspace.o_1X, layer.o_proj, place.h_1D, add=h_1D)
         norm = layer.post_attention_layernorm, self._geometry.eps
         if layer.gate is None:
-            place.x_1D.copy_(self._backend.rms_norm(place.h_1D, *norm))
+            place.x_1D.copy_(F.rms_norm(place.h_1D, norm[0].shape, *norm))
             return None
         logits_1E = workspace.scratch("logits", len(layer.gate))
         router, finished = self._geometry.router, workspace.finished
-        choice: tuple[Tensor, Tensor] = self._backend.gate(
-            place.h_1D, norm, place.x_1D, layer.gate, router, layer.gate_bias, logits_1E, finished
-        )
-        return choice
+        given = place.h_1D, norm, place.x_1D, layer.gate, router, layer.gate_bias
+        return launch.gate(*given, logits_1E, finished)
 
-    def end(self, place: Place, y_1D: Tensor | None, records: Records | None) -> Tensor:
-        """``h + (y + mlp(x))``, ``y`` being the routed experts' sum, None in a dense layer."""
-        workspace, mlp = self._workspace, self._layer.mlp
-        if y_1D is None:
-            assert mlp is not None
-            act = workspace.scratch("act", mlp.gate_proj.shape[0])
-            self._backend.row_gate_up(place.x_1D, mlp.gate_proj, mlp.up_proj, act)
-            self._backend.row(act, mlp.down_proj, workspace.h_1D, add=place.h_1D)
-            return workspace.h_1D
-        if mlp is None:
-            return torch.add(place.h_1D, y_1D, out=workspace.h_1D)
-        assert records is not None
-        computed = Routed(place.x_1D, records, None, workspace.no_choice_1K, y_1D[None])
-        return self._with_experts(place, computed, workspace.one_1)
-
-    def experts(
-        self,
-        place: Place,
-        records: Records,
-        slots_E: Tensor,
-        weights_1K: Tensor,
-        indices_1K: Tensor,
-    ) -> Tensor:
-        """The same with the routed experts, which all have a slot."""
-        y_1KD = torch.empty(*indices_1K.shape, place.h_1D.shape[1], device=slots_E.device)
-        routed = Routed(place.x_1D, records, slots_E, indices_1K, y_1KD)
-        return self._with_experts(place, routed, weights_1K)
-
-    def _with_experts(self, place: Place, routed: Routed, weights_1K: Tensor) -> Tensor:
-        workspace = self._workspace
+    def end(self, place: Place, routed: Routed | None, weights_1K: Tensor) -> Tensor:
+        """``h + (experts + mlp(x))``, the ``routed`` experts by their weights; None in a dense
+        layer."""
+        workspace, mlp, shared = self._workspace, self._layer.mlp, self._shared
+        if routed is None:
+            assert mlp is not None and shared is not None
+            act = workspace.scratch("act", shared.width)
+            launch.row_gate_up(place.x_1D, shared.gate, shared.up, act)
+            return launch.row(act, mlp.down_proj, workspace.h_1D, add=place.h_1D)
+        if shared is None and routed.slots_E is None:
+            return torch.add(place.h_1D, routed.y_1KD[0], out=workspace.h_1D)
         ending = Ending(workspace.finished, weights_1K, place.h_1D, workspace.h_1D)
-        self._backend.end_layer(routed, self._layer.mlp, ending)
+        launch.experts(routed, shared, ending)
         return workspace.h_1D
 
     def _attend(self, q: Tensor, latent: Tensor, layer_at: int) -> None:
         """From the projections to each head's value, through the cache."""
-        workspace, layer, (H, N, P, R, V) = self._workspace, self._layer, self._sizes
+        workspace, layer, (H, N, P, R, V) = self._workspace, self._layer, self._geometry[:5]
         location, sums = workspace.location, (workspace.part, workspace.best, workspace.total)
         _, kv_b, scale, _ = operand(layer.kv_b_proj)
         BR, BV, splits, scaled = 64, 16, mla.SPLITS.value, scale is not None

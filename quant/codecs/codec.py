@@ -18,7 +18,7 @@ docs/export-format.md has every byte.  Shape legend: N rows out, K columns in.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from slotmoe.jsonfile import Json
@@ -132,6 +132,11 @@ class ExpertCodecs(NamedTuple):
         """As the manifest holds them."""
         return {"gate_up": self.gate_up.name, "down": self.down.name}
 
+    @classmethod
+    def of_manifest(cls, manifest: Json) -> "ExpertCodecs":
+        codecs, names = manifest_codecs(manifest), manifest["quantization"]["experts"]
+        return cls(codecs[names["gate_up"]], codecs[names["down"]])
+
 
 # By ``--codec`` and ``--bits``.
 EXPERT_CODECS = {
@@ -144,3 +149,28 @@ DEFAULT_CODEC = "nf4"
 DEFAULT_CODECS = EXPERT_CODECS[DEFAULT_CODEC, "4"]
 # By the encoding of a checkpoint's experts, which then need no rounding.
 KEPT_CODECS = {INT4.name: ExpertCodecs(INT4, INT4)}
+
+
+def manifest_codecs(manifest: Json) -> dict[str, Codec]:
+    """All codecs of a manifest, by name."""
+    table = manifest["quantization"]["codecs"]
+    return {
+        name: Codec(name, item["bits"], item["scales"], tuple(item["levels"]))
+        for name, item in table.items()
+    }
+
+
+def to_version_2(manifest: Json) -> None:
+    """Say what a manifest of version 1 says in the words of version 2: all its codes were NF4."""
+    old = manifest["quantization"]
+    codec = replace(NF4, levels=tuple(old.pop("levels")))
+    shapes = old.pop("resident_shapes")
+    del old["block"]
+    manifest["format_version"] = 2
+    manifest["quantization"] = old | {
+        "codecs": {codec.name: codec.describe()},
+        "experts": ExpertCodecs(codec, codec).names(),
+        "resident_codecs": {
+            name: {"codec": codec.name, "shape": shape} for name, shape in shapes.items()
+        },
+    }

@@ -1,11 +1,12 @@
-"""Encoding without calibration: the scale of each block and the code of each weight that give the
-least squared error among the levels of a table, ``weight = level * scale``.
+"""Encoding without calibration.
 
-Lloyd's alternation from several starts: with codes given, the best scale is ``sum w l / sum l^2``;
-with a scale given, the best code is the nearest level.  Starts are scales of both signs with which
-the largest weight lies a little inside or beyond the levels; levels that are not symmetric make
-the sign worth a bit.  Native kernels and torch take sums in the same order, so they give the same
-bytes.
+``quantize_nf4`` gives NF4's codes (QLoRA, arXiv 2305.14314).  All else finds the scale of each
+block and the code of each weight that give the least squared error among the levels of a table,
+``weight = level * scale``, by Lloyd's alternation from several starts: with codes given,
+the best scale is ``sum w l / sum l^2``; with a scale given, the best code is the nearest level.
+Starts are scales of both signs with which the largest weight lies a little inside or beyond the
+levels; levels that are not symmetric make the sign worth a bit.  Native kernels and torch take sums
+in the same order, so they give the same bytes.
 
 Shape legend: N rows out, K columns in, L levels, B columns that share a scale, X blocks of a row.
 """
@@ -13,18 +14,90 @@ Shape legend: N rows out, K columns in, L levels, B columns that share a scale, 
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from slotmoe.quant.codecs.codec import TILE
+from slotmoe.quant import int8
+from slotmoe.quant.codecs.codec import BLOCK, NF4, TILE
+from slotmoe.quant.codecs.weight import CodedWeight, store
+from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings
-from slotmoe.quant.kernels.cpu.signatures import source_type
+from slotmoe.quant.kernels.cpu.weights import Matrix
 
 # Where the largest weight of a block comes to lie, in units of the largest level.
 _FACTORS = torch.linspace(0.62, 1.15, 12, dtype=torch.float64)
 _REFITS = 4  # as in encode.h
 _ROUNDS, _LEAST_GAIN = 30, 2e-4  # of learning levels
-_CHUNK = 1 << 17  # weights that torch encodes at once
+# Weights that torch encodes at once and whose errors it sums up, so that temporaries stay in the
+# processor's cache.
+_CHUNK, _SUMMED = 1 << 17, 1 << 16
+
+
+class NotFiniteError(ValueError):
+    """The weights hold NaN or infinity, or a block's largest value does not fit fp16."""
+
+
+def quantize_nf4(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and absmax of a bf16, fp16 or fp32 matrix, as ``NF4`` stores them: the codes of
+    ``bitsandbytes.functional.quantize_4bit(w, blocksize=64, quant_type="nf4")``, and its absmax
+    rounded to fp16.  Raises ``NotFiniteError``."""
+    native = bindings.load()
+    if native is None:
+        return nf4_by_torch(weight_NK)
+    try:
+        return native.quantize_nf4(weight_NK)
+    except ValueError:
+        raise NotFiniteError from None
+
+
+def nf4_by_torch(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """``quantize_nf4`` without kernels.  A code is the number of levels' midpoints below ``w * (1 /
+    absmax)``, all in float32."""
+    levels = np.array(NF4.levels, np.float32)
+    codes, scales = [], []
+    for rows_NK in weight_NK.split(_rows(weight_NK.shape[1])):
+        blocks_NXB = _blocks(rows_NK, BLOCK)
+        absmax_NX = blocks_NXB.abs().amax(-1)
+        if not bool((absmax_NX <= 65504.0).all()):
+            raise NotFiniteError
+        scaled = blocks_NXB.mul_((1.0 / absmax_NX.clamp(min=1e-38))[..., None]).numpy()
+        codes_NXB, below = np.zeros(scaled.shape, np.uint8), np.empty(scaled.shape, bool)
+        for midpoint in (levels[:-1] + levels[1:]) / 2:  # numpy compares 8 times as fast as torch
+            np.greater(scaled, midpoint, out=below)
+            np.add(codes_NXB, below.view(np.uint8), out=codes_NXB)
+        codes.append(torch.from_numpy(codes_NXB).flatten(1))
+        scales.append(absmax_NX)
+    return store(torch.cat(codes), torch.cat(scales), NF4)
+
+
+def quantize_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """``int8.quantize``, by the native kernel where there is one; the same bytes."""
+    native = bindings.load()
+    q, scale = (int8.quantize if native is None else native.quantize_int8)(weight_NK)
+    return q, scale
+
+
+def squared_error(source_NK: Tensor, weight: Int8Weight | CodedWeight) -> tuple[float, float]:
+    """Sum of squared differences between a matrix and its quantized weight, and sum of the matrix's
+    squares, in float64.  Native kernels and torch agree to its last digits."""
+    native, errors, squares = bindings.load(), [], []
+    if native is not None:
+        if isinstance(weight, Int8Weight):
+            sums = native.int8_error(source_NK, weight.q, weight.scale)
+        else:
+            sums = native.coded_error(Matrix.of(weight), source_NK)
+        errors, squares = sums.T.tolist()
+    else:
+        N, K = source_NK.shape
+        step = max(TILE, _SUMMED // K // TILE * TILE)
+        for start in range(0, N, step):
+            source = source_NK[start : start + step].double().flatten()
+            error = source - weight.rows(start, min(start + step, N)).dequantize().flatten()
+            errors.append(error.dot(error).item())
+            squares.append(source.dot(source).item())
+    return math.fsum(errors), math.fsum(squares)  # rounded once, so that they depend on no order
 
 
 class ByteScales:
@@ -45,11 +118,30 @@ class ByteScales:
         return self._whole(scales) * factor
 
     def stored(self, scales_NX: Tensor) -> Tensor:
-        """The scale tensor, uint8, as ``slotmoe.quant.codecs.codec`` has it."""
+        """The scale tensor, uint8, as ``slotmoe.quant.codecs.codec`` has it.  Raises
+        ``NotFiniteError``."""
+        if not bool(scales_NX.isfinite().all()):
+            raise NotFiniteError
         whole = self._whole(scales_NX).to(torch.int8)
         blocks = whole.view(-1, TILE, whole.shape[1]).transpose(1, 2).contiguous()
         parts = self._factor_N.view(-1, TILE).view(torch.uint8), blocks.view(torch.uint8)
         return torch.cat([part.view(len(blocks), -1, 2 * TILE) for part in parts], dim=1)
+
+
+def encode(weight_NK: Tensor, levels_L: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Codes, uint8 [N, K], both filled up to tiles, and stored scales.  Raises
+    ``NotFiniteError``."""
+    N, K = weight_NK.shape
+    scales_NX = fit_scales(weight_NK, torch.ones(K), levels_L, block)
+    if not bool(scales_NX.isfinite().all()):
+        raise NotFiniteError
+    rows, X = (0, -N % TILE), scales_NX.shape[1]
+    scales_NX = F.pad(scales_NX, (0, -X % (BLOCK // block), *rows))
+    coding = ByteScales(scales_NX)
+    scales_NX = coding.round(scales_NX)
+    codes_NK = assign(weight_NK, scales_NX[:N, :X].contiguous(), levels_L, block)
+    codes_NK = F.pad(codes_NK, (0, -X * block % BLOCK, *rows))
+    return codes_NK, coding.stored(scales_NX)
 
 
 def starts_of(levels_L: Tensor) -> Tensor:
@@ -61,18 +153,13 @@ def starts_of(levels_L: Tensor) -> Tensor:
 def fit_scales(weight_NK: Tensor, importance_K: Tensor, levels_L: Tensor, block: int) -> Tensor:
     """The best scale of each block, float32 [N, X]; not finite where the block is not.  A weight's
     squared error counts ``importance`` times (float32)."""
-    N, K = weight_NK.shape
-    starts = starts_of(levels_L)
+    K, starts = weight_NK.shape[1], starts_of(levels_L)
     if (native := bindings.load()) is not None:
         sizes = {"B": block, "X": -(-K // block)}
-        kind = source_type(weight_NK)
-        return native.fit_rows(weight_NK, kind, importance_K, levels_L, starts, **sizes)
-    step = max(1, _CHUNK // K)
+        return native.fit_rows(weight_NK, importance_K, levels_L, starts, **sizes)
     importance_1XB = _blocks(importance_K[None], block)
-    pieces = [weight_NK[start : start + step] for start in range(0, N, step)]
-    return torch.cat(
-        [fit_blocks(_blocks(piece, block), importance_1XB, levels_L, starts) for piece in pieces]
-    )
+    chunks = (_blocks(rows_NK, block) for rows_NK in weight_NK.split(_rows(K)))
+    return torch.cat([fit_blocks(chunk, importance_1XB, levels_L, starts) for chunk in chunks])
 
 
 def assign(weight_NK: Tensor, scales_NX: Tensor, levels_L: Tensor, block: int) -> Tensor:
@@ -80,13 +167,12 @@ def assign(weight_NK: Tensor, scales_NX: Tensor, levels_L: Tensor, block: int) -
     N, K = weight_NK.shape
     assert scales_NX.shape == (N, -(-K // block))
     if (native := bindings.load()) is not None:
-        kind, columns = source_type(weight_NK), scales_NX.shape[1] * block
-        return native.code_rows(weight_NK, kind, scales_NX, levels_L, B=block, Y=columns)
-    codes, step = [], max(1, _CHUNK // K)
-    for start in range(0, N, step):
-        rows = slice(start, start + step)
-        blocks = _blocks(weight_NK[rows], block) * inverse_or_zero(scales_NX[rows])[..., None]
-        codes.append(nearest(blocks, levels_L).to(torch.uint8).flatten(1))
+        columns = scales_NX.shape[1] * block
+        return native.code_rows(weight_NK, scales_NX, levels_L, B=block, Y=columns)
+    codes = []
+    for rows_NK, scales in zip(weight_NK.split(_rows(K)), scales_NX.split(_rows(K)), strict=True):
+        z = _blocks(rows_NK, block) * inverse_or_zero(scales)[..., None]
+        codes.append(nearest(z, levels_L).to(torch.uint8).flatten(1))
     return torch.cat(codes)
 
 
@@ -151,6 +237,11 @@ def _sum(terms: Tensor) -> Tensor:
     for j in range(terms.shape[-1]):
         total = total + terms[..., j]
     return total
+
+
+def _rows(K: int) -> int:
+    """Rows that torch encodes at once."""
+    return max(1, _CHUNK // K)
 
 
 def _blocks(rows_NK: Tensor, block: int) -> Tensor:

@@ -19,10 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slotmoe.quant.codecs.codec import BLOCK, TILE
-from slotmoe.quant.codecs.encode import ByteScales, fit_blocks, inverse_or_zero, nearest, starts_of
+from slotmoe.quant.codecs.codec import BLOCK, SCALES, TILE, Codec
+from slotmoe.quant.codecs.encode import (
+    ByteScales,
+    encode,
+    fit_blocks,
+    inverse_or_zero,
+    nearest,
+    starts_of,
+)
+from slotmoe.quant.codecs.weight import pack
 from slotmoe.quant.kernels.cpu import bindings
-from slotmoe.quant.kernels.cpu.bindings import Kernels
 
 ROUNDS = 3  # of coordinate descent
 _ROOM = 1.25  # feedback makes scales larger than the best ones without it
@@ -61,20 +68,24 @@ class Hessian:
         return upper.float()
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """``codes_NK`` uint8 on the CPU and ``scales_NX`` float32, filled up to tiles; how scales are
-    stored; and the sums of squares of the error and of the weights in the Hessian's measure."""
+def quantize(
+    weight_NK: Tensor, codec: Codec, hessian: Hessian | None = None
+) -> tuple[Tensor, Tensor, tuple[float, float] | None]:
+    """Codes, scales, and with a Hessian the sums of squares of the error and of the weights in its
+    measure, of a bf16, fp16 or fp32 matrix, by ``LUT4`` or ``LUT3``.  Raises ``NotFiniteError`` and
+    ``NotPositiveError``."""
+    block, levels_L = SCALES[codec.scales].block, torch.tensor(codec.levels, dtype=torch.float32)
+    if hessian is None:
+        codes_NK, scales, squares = *encode(weight_NK, levels_L, block), None
+    else:
+        codes_NK, scales, squares = _encode(weight_NK, hessian, levels_L, block)
+    return pack(codes_NK.view(-1, TILE, codes_NK.shape[1]), codec.bits), scales.cpu(), squares
 
-    codes_NK: Tensor
-    scales_NX: Tensor
-    coding: ByteScales
-    error: float
-    square: float
 
-
-def encode(weight_NK: Tensor, hessian: Hessian, levels_L: Tensor, block: int) -> Encoded:
-    """Encode a matrix on the device of ``hessian``.  Raises ``NotPositiveError``."""
+def _encode(
+    weight_NK: Tensor, hessian: Hessian, levels_L: Tensor, block: int
+) -> tuple[Tensor, Tensor, tuple[float, float]]:
+    """Codes on the CPU, the rest on the device of ``hessian``."""
     N, K = weight_NK.shape
     H_KK = hessian.damped
     w_KN = F.pad(weight_NK.to(H_KK).t(), (0, -N % TILE, 0, len(H_KK) - K)).contiguous()
@@ -91,7 +102,7 @@ def encode(weight_NK: Tensor, hessian: Hessian, levels_L: Tensor, block: int) ->
     codes_NK = codes.flatten(0, 1).t().to(torch.uint8).contiguous().cpu()
     error = ((w_KN - state.q_KN) * gradient_KN).sum(dtype=torch.float64).item()
     square = (w_KN * wanted_KN).sum(dtype=torch.float64).item()
-    return Encoded(codes_NK, scales_XN.t().contiguous(), state.coding, error, square)
+    return codes_NK, state.coding.stored(scales_XN.t().contiguous()), (error, square)
 
 
 class _State:
@@ -120,8 +131,7 @@ class _State:
         for span in self._spans:
             u_BB = u_KK[span, span].contiguous()
             scale_N = self.coding.round(self._fit(w_KN[span], u_BB.diagonal() ** -2))
-            values = w_KN[span], u_BB, scale_N, self.levels_L
-            q_BN, error_BN = _feed_back(self._native, *values)
+            q_BN, error_BN = self._round(w_KN[span], u_BB, scale_N)
             self.q_KN[span] = q_BN
             self.scales.append(scale_N)
             w_KN[span.stop :].addmm_(u_KK[span, span.stop :].t(), error_BN, alpha=-1)
@@ -144,42 +154,32 @@ class _State:
             step_N = torch.where(gains, step_N, 0.0)
             gradient_BN -= pull_BN * step_N
             q_BN = torch.where(gains, values_BN * scale_N, before_BN)
-            _descend(self._native, gradient_BN, h_BB, scale_N, self.levels_L, q_BN)
+            self._improve(q_BN, gradient_BN, h_BB, scale_N)
             self.q_KN[span] = q_BN
             gradient_KN.addmm_(H_KK[:, span], q_BN - before_BN, alpha=-1)
 
+    def _round(self, x_BN: Tensor, u_BB: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
+        """What a block's codes stand for, and its errors in units of u's diagonal."""
+        levels_L = self.levels_L
+        if self._native is not None:
+            q, errors = self._native.feed_back(x_BN, u_BB, scale_N, levels_L)
+            return q, errors
+        x_BN, inverse_N = x_BN.clone(), inverse_or_zero(scale_N)
+        q_BN, error_BN = torch.empty_like(x_BN), torch.empty_like(x_BN)
+        for j in range(len(x_BN)):
+            q_BN[j] = levels_L[nearest(x_BN[j] * inverse_N, levels_L)] * scale_N
+            error_BN[j] = (x_BN[j] - q_BN[j]) / u_BB[j, j]
+            x_BN[j + 1 :] -= u_BB[j, j + 1 :, None] * error_BN[j]
+        return q_BN, error_BN
 
-def _feed_back(
-    native: Kernels | None, x_BN: Tensor, u_BB: Tensor, scale_N: Tensor, levels_L: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What the block's codes stand for, and its errors in units of u's diagonal."""
-    if native is not None:
-        q, errors = native.feed_back.results(x_BN, u_BB, scale_N, levels_L)
-        return q, errors
-    x_BN, inverse_N = x_BN.clone(), inverse_or_zero(scale_N)
-    q_BN, error_BN = torch.empty_like(x_BN), torch.empty_like(x_BN)
-    for j in range(len(x_BN)):
-        q_BN[j] = levels_L[nearest(x_BN[j] * inverse_N, levels_L)] * scale_N
-        error_BN[j] = (x_BN[j] - q_BN[j]) / u_BB[j, j]
-        x_BN[j + 1 :] -= u_BB[j, j + 1 :, None] * error_BN[j]
-    return q_BN, error_BN
-
-
-def _descend(
-    native: Kernels | None,
-    gradient_BN: Tensor,
-    h_BB: Tensor,
-    scale_N: Tensor,
-    levels_L: Tensor,
-    q_BN: Tensor,
-) -> None:
-    """One pass over the columns of ``q``, which changes; ``gradient`` is used up."""
-    if native is not None:
-        native.descend.results(gradient_BN, h_BB, scale_N, levels_L, q_BN)
-        return
-    inverse_N = inverse_or_zero(scale_N)
-    for j in range(len(q_BN)):
-        wanted_N = q_BN[j] + gradient_BN[j] / h_BB[j, j]
-        new_N = levels_L[nearest(wanted_N * inverse_N, levels_L)] * scale_N
-        gradient_BN[j + 1 :] -= h_BB[j, j + 1 :, None] * (new_N - q_BN[j])
-        q_BN[j] = new_N
+    def _improve(self, q_BN: Tensor, gradient_BN: Tensor, h_BB: Tensor, scale_N: Tensor) -> None:
+        """One pass over the columns of ``q``, which changes; ``gradient`` is used up."""
+        levels_L, inverse_N = self.levels_L, inverse_or_zero(scale_N)
+        if self._native is not None:
+            self._native.descend(gradient_BN, h_BB, scale_N, levels_L, q_BN)
+            return
+        for j in range(len(q_BN)):
+            wanted_N = q_BN[j] + gradient_BN[j] / h_BB[j, j]
+            new_N = levels_L[nearest(wanted_N * inverse_N, levels_L)] * scale_N
+            gradient_BN[j + 1 :] -= h_BB[j, j + 1 :, None] * (new_N - q_BN[j])
+            q_BN[j] = new_N

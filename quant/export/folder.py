@@ -3,10 +3,10 @@
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from slotmoe import system
 from slotmoe.errors import ExportError
+from slotmoe.jsonfile import Json
 from slotmoe.quant.export.layout import Part, safetensors_header
 from slotmoe.quant.export.validate import regular_file
 from slotmoe.quant.shapes import ALIGNMENT
@@ -16,7 +16,7 @@ class Folder:
     """Files of an export in folder ``path``: the export's own, or a copy of its folder ``inside``.
     ``entries`` are the manifest's, by name.  Raises ``ExportError`` naming the file."""
 
-    def __init__(self, path: Path, entries: Mapping[str, Any], inside: str = ""):
+    def __init__(self, path: Path, entries: Mapping[str, Json], inside: str = ""):
         self.path, self._entries, self._inside = path, entries, inside
         self._handles: dict[str, int] = {}
         self._direct = False

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import chain
 
 import torch
 import xxhash
@@ -18,7 +18,7 @@ from torch import Tensor
 from slotmoe.jsonfile import Json
 from slotmoe.quant.codecs.codec import Codec, ExpertCodecs
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of
-from slotmoe.quant.shapes import ALIGNMENT, padded_record_bytes, record_bytes
+from slotmoe.quant.shapes import ALIGNMENT, padded_record_bytes
 
 FORMAT_VERSION = 2
 EXPERTS = "experts"  # the folder of the experts' files
@@ -48,7 +48,7 @@ def layer_file(layer: int) -> str:
     return f"{EXPERTS}/layer-{layer:05d}.safetensors"
 
 
-def checksum(data: Any) -> str:
+def checksum(data: bytes | bytearray | memoryview) -> str:
     """xxh3-128 of a buffer, in hexadecimal."""
     return xxhash.xxh3_128_hexdigest(data)
 
@@ -84,20 +84,20 @@ class RecordLayout:
         into, back = (moe_intermediate_size, hidden_size), (hidden_size, moe_intermediate_size)
         self.shapes = dict(zip(PROJECTIONS, (into, into, back), strict=True))
         weights = {
-            name: _coded_parts(codecs.of(name), f"{name}.weight", shape)
+            name: resident_parts(f"{name}.weight", shape, codecs.of(name), torch.uint8)
             for name, shape in self.shapes.items()
         }
         self._names = {name: tuple(parts) for name, parts in weights.items()}
-        # All codes, then all scales.
-        parts = {
-            part: weights[name][part]
-            for names in zip(*self._names.values(), strict=True)
-            for name, part in zip(weights, names, strict=True)
-        }
+        all_codes_all_scales = zip(*(parts.items() for parts in weights.values()), strict=True)
+        parts = dict(chain.from_iterable(all_codes_all_scales))
         self.record_bytes = padded_record_bytes(hidden_size, moe_intermediate_size, codecs)
-        if pad := self.record_bytes - record_bytes(hidden_size, moe_intermediate_size, codecs):
+        if pad := self.record_bytes - sum(part.nbytes for part in parts.values()):
             parts["pad"] = Part(torch.uint8, (pad,))
         self.parts = _in_a_row(parts)
+        (_, gate_scales), (up, up_scales), down = self._names.values()
+        # Where up's codes and the scales of gate and of up begin; gate's codes begin at 0.
+        self.gate_up_places = [self.parts[name].offset for name in (up, gate_scales, up_scales)]
+        self.down_places = [self.parts[name].offset for name in down]  # codes and scales
 
     def describe(self) -> Json:
         """The parts as the manifest holds them."""
@@ -105,15 +105,6 @@ class RecordLayout:
             name: {"offset": part.offset, "bytes": part.nbytes, "shape": list(part.shape)}
             for name, part in self.parts.items()
         }
-
-    def gate_up_places(self) -> list[int]:
-        """Where up's codes and the scales of gate and of up begin; gate's codes begin at 0."""
-        (_, gate), (up, up_scales) = self._names["gate_proj"], self._names["up_proj"]
-        return [self.parts[name].offset for name in (up, gate, up_scales)]
-
-    def down_places(self) -> list[int]:
-        """Where down's codes and scales begin."""
-        return [self.parts[name].offset for name in self._names["down_proj"]]
 
     def part(self, record: Tensor, name: str) -> Tensor:
         """View of part ``name`` in a record (uint8 [record_bytes], on any device)."""
@@ -137,16 +128,12 @@ def resident_parts(
     """Tensors of the resident file that hold weight ``name``, stored as ``none`` (in ``dtype``),
     ``int8`` or by a codec; the last two need a matrix."""
     if isinstance(quantization, Codec):
-        return _coded_parts(quantization, name, shape)
+        N, K = shape
+        tensors = quantization.tensors(name, N, K).items()
+        return {part: Part(DTYPES[dtype], size) for part, (dtype, size) in tensors}
     if quantization == "int8":
         return {name: Part(torch.int8, shape), f"{name}.scale": Part(torch.float32, shape[:1])}
     return {name: Part(dtype, shape)}
-
-
-def _coded_parts(codec: Codec, name: str, shape: tuple[int, ...]) -> dict[str, Part]:
-    N, K = shape
-    tensors = codec.tensors(name, N, K).items()
-    return {part: Part(DTYPES[dtype], shape) for part, (dtype, shape) in tensors}
 
 
 SWAP_PRICES = "swap.prices"  # of a predictor; those of earlier versions have none
@@ -196,18 +183,14 @@ def safetensors_header(parts: Iterable[tuple[str, Part]]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def expert_tensor(layer: int, expert: int, part: str) -> str:
-    """What a part of an expert's record is called in its file."""
-    return f"model.layers.{layer}.mlp.experts.{expert}.{part}"
-
-
 def layer_parts(layer: int, experts: int, layout: RecordLayout) -> dict[str, Part]:
     """Tensors of the file that holds the records of ``layer``, in order."""
     parts = {}
     for expert in range(experts):
         for name, part in layout.parts.items():
             offset = expert * layout.record_bytes + part.offset
-            parts[expert_tensor(layer, expert, name)] = replace(part, offset=offset)
+            tensor = f"model.layers.{layer}.mlp.experts.{expert}.{name}"
+            parts[tensor] = replace(part, offset=offset)
     return parts
 
 

@@ -4,12 +4,13 @@ import math
 import mmap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from slotmoe.errors import ExportError
+from slotmoe.jsonfile import Json
+from slotmoe.quant.codecs.codec import manifest_codecs
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of, possible_scales
 from slotmoe.quant.export.folder import Folder
 from slotmoe.quant.export.layout import (
@@ -24,7 +25,6 @@ from slotmoe.quant.export.layout import (
     layer_parts,
     tensor_parts,
 )
-from slotmoe.quant.export.manifest_codecs import manifest_codecs
 from slotmoe.quant.export.validate import (
     MAX_COPIED_BYTES,
     manifest_layout,
@@ -48,11 +48,7 @@ class Export:
     hold the experts' files: the export's own first, then copies."""
 
     def __init__(
-        self,
-        folder: Path,
-        manifest: dict[str, Any],
-        layout: RecordLayout,
-        experts_dirs: Sequence[Path] = (),
+        self, folder: Path, manifest: Json, layout: RecordLayout, experts_dirs: Sequence[Path] = ()
     ):
         files = manifest["files"]
         self._own = Folder(folder, files)
@@ -69,11 +65,11 @@ class Export:
             for name, entry in manifest["files"].items()
             if name in (RESIDENT, self._predictor)
         }
-        sizes = {
-            name: sum(part.nbytes for part in parts.values()) for name, parts in self._parts.items()
-        }
-        self.resident_bytes = sizes[RESIDENT]  # of all resident tensors
-        self.predictor_bytes = sizes.get(self._predictor, 0)  # of all the predictor's tensors
+        # Of all resident tensors, and of all the predictor's.
+        self.resident_bytes, self.predictor_bytes = (
+            sum(part.nbytes for part in self._parts.get(name, {}).values())
+            for name in (RESIDENT, self._predictor)
+        )
         # ``slotmoe synth`` made it: such an export has no source files.
         self.random_weights = not manifest["source"]["files"]
 

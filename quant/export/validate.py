@@ -20,7 +20,15 @@ from slotmoe.jsonfile import (
     or_null,
     read_json,
 )
-from slotmoe.quant.codecs.codec import BLOCK, KINDS, LAYOUT, SCALES
+from slotmoe.quant.codecs.codec import (
+    BLOCK,
+    KINDS,
+    LAYOUT,
+    SCALES,
+    ExpertCodecs,
+    manifest_codecs,
+    to_version_2,
+)
 from slotmoe.quant.export.layout import (
     COPIED,
     DTYPES,
@@ -38,7 +46,6 @@ from slotmoe.quant.export.layout import (
     predictor_parts,
     resident_parts,
 )
-from slotmoe.quant.export.manifest_codecs import expert_codecs, manifest_codecs, to_version_2
 from slotmoe.quant.shapes import ALIGNMENT
 
 MAX_MANIFEST_BYTES = 8 << 20
@@ -119,7 +126,7 @@ def regular_file(folder: Path, name: str) -> Path:
 
 def manifest_layout(manifest: Json) -> RecordLayout:
     """Layout of the records that ``manifest`` describes."""
-    experts, codecs = manifest["experts"], expert_codecs(manifest)
+    experts, codecs = manifest["experts"], ExpertCodecs.of_manifest(manifest)
     return RecordLayout(experts["hidden_size"], experts["moe_intermediate_size"], codecs)
 
 
@@ -185,10 +192,8 @@ def _check_codecs(quantization: Json) -> None:
     """Every codec must be one that readers know, and every name of a codec one of these."""
     for name, item in quantization["codecs"].items():
         bits, block, scales, levels = (item[key] for key in _CODEC)
-        known, what = (
-            (bits, scales) in KINDS and block == SCALES[scales].block,
-            f"codec {name!r:.40}",
-        )
+        what = f"codec {name!r:.40}"
+        known = (bits, scales) in KINDS and block == SCALES[scales].block
         _require(known, f"{what}: {bits} bits with {scales} scales for {block} columns are unknown")
         _require(len(levels) == 1 << bits, f"{what} has {len(levels)} levels for {bits} bits")
         ordered = all(low < high for low, high in pairwise(map(np.float32, levels)))
@@ -216,16 +221,15 @@ def _check_manifest(manifest: Json) -> None:
     known = {*COPIED, RESIDENT, *predictors, *layer_files}
     _require(set(files) <= known, "files names something that is not part of the format")
     in_layer = {**_WEIGHTS, "records": ListOf(TEXT, E, E)}
-    check(files, dict.fromkeys(layer_files, in_layer), "files")
-    check(files, dict.fromkeys([RESIDENT, *predictors], _TENSORS), "files")
-    check(files, {name: _COPIED for name in files if name in COPIED}, "files")
+    kinds = dict.fromkeys(layer_files, in_layer)
+    kinds |= dict.fromkeys([RESIDENT, *predictors], _TENSORS)
+    check(files, kinds | {name: _COPIED for name in files if name in COPIED}, "files")
     sizes = dict.fromkeys(layer_files, E * layout.record_bytes)
     sizes[RESIDENT] = _check_resident(files[RESIDENT]["tensors"], manifest)
     for name in predictors:
         sizes[name] = check_predictor(files[name]["tensors"], experts)
     for name, size in sizes.items():
-        whole = files[name]["header_bytes"] + size
-        stated = files[name]["bytes"]
+        stated, whole = files[name]["bytes"], files[name]["header_bytes"] + size
         _require(stated == whole, f"the {stated} bytes of {name} do not hold what it should")
 
 
@@ -247,8 +251,7 @@ def _check_report(report: Json, known: set[str]) -> None:
     """What quantization cost must have the documented keys and possible figures; ``known`` are the
     ways to store a tensor."""
     check(report, _REPORT, "quantization.report")
-    same_keys = report.keys() == _REPORT.keys()
-    _require(same_keys, "the report has other keys than its format")
+    _require(report.keys() == _REPORT.keys(), "the report has other keys than its format")
     for row in report["families"]:
         keys = row.keys() - {"relative_output_error"}  # of calibrated weights alone
         _require(keys == _FAMILY.keys(), "a family of the report has other keys")

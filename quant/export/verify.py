@@ -4,6 +4,7 @@ import mmap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import xxhash
 
@@ -22,19 +23,15 @@ def span_checksums(
 ) -> tuple[str, list[str]]:
     """Checksum of the whole file and of each span (start, stop) of its bytes, in one pass; spans
     may nest or overlap.  ``advance`` is called with the position after each read."""
-    whole, digests = xxhash.xxh3_128(), [xxhash.xxh3_128() for _ in spans]
-    waiting = sorted(range(len(spans)), key=lambda index: spans[index], reverse=True)
-    position, active = 0, set[int]()
+    whole, digests, position = xxhash.xxh3_128(), [xxhash.xxh3_128() for _ in spans], 0
+    starts, stops = np.array(spans, np.int64).reshape(-1, 2).T
     with open(path, "rb", buffering=0) as file:
         while piece := file.read(_PIECE):
             data, end = memoryview(piece), position + len(piece)
             whole.update(data)
-            while waiting and spans[waiting[-1]][0] < end:
-                active.add(waiting.pop())
-            for index in active:
+            for index in np.flatnonzero((starts < end) & (stops > position)).tolist():
                 start, stop = spans[index]
                 digests[index].update(data[max(start - position, 0) : stop - position])
-            active = {index for index in active if spans[index][1] > end}
             position = end
             if advance is not None:
                 advance(position)

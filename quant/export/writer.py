@@ -6,12 +6,12 @@ import json
 import os
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import xxhash
 from torch import Tensor, uint8
 
 from slotmoe.errors import ExportError
+from slotmoe.jsonfile import Json
 from slotmoe.quant.export.layout import (
     MANIFEST,
     Part,
@@ -75,7 +75,7 @@ class ExportFile:
         """Make what was written durable."""
         os.fsync(self._handle)
 
-    def finish(self, record_bytes: int | None = None) -> dict[str, Any]:
+    def finish(self, record_bytes: int | None = None) -> Json:
         """Check the whole file as it lies on disk, make it durable and return its manifest entry,
         with the checksums of its tensors, or of its records of ``record_bytes``.  Raises
         ``ExportError``.
@@ -97,7 +97,7 @@ class ExportFile:
                     f"{self._temporary}: {name} was damaged after it had been written; "
                     "run the same command to make it anew"
                 )
-        entry: dict[str, Any] = {"bytes": self.nbytes, "header_bytes": len(self._header)}
+        entry: Json = {"bytes": self.nbytes, "header_bytes": len(self._header)}
         entry |= {"header_checksum": checksum(self._header), "checksum": whole}
         if record_bytes:
             return {**entry, "records": digests[: len(records)]}
@@ -128,7 +128,7 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, values: dict[str, Any], indent: int | None = 1) -> None:
+def write_json(path: Path, values: Json, indent: int | None = 1) -> None:
     """Replace ``path`` by the JSON of ``values``, durably and never half.  Python indents ten times
     slower than it writes one line."""
     try:
@@ -142,7 +142,7 @@ def write_json(path: Path, values: dict[str, Any], indent: int | None = 1) -> No
         raise
 
 
-def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> Json:
     """Give the export in ``folder`` a predictor with the ``tensors`` of ``predictor_parts`` and
     return its new manifest.
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from slotmoe.errors import ConfigError
-from slotmoe.offload.engine.batch.passes import Row
+from slotmoe.offload.engine.passes import Row
 from slotmoe.offload.plan.speed import MEASURED, Bandwidths
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.hybrid import MODES, choose_mode, for_cpu

@@ -25,7 +25,6 @@ from slotmoe.errors import ExportError
 from slotmoe.model.config import read_config
 from slotmoe.model.names import expert_name, resident_shapes, role_of
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.quant.codecs import nf4
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, NF4
 from slotmoe.quant.export import verify
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT, layer_file
@@ -358,7 +357,7 @@ def test_export_is_rebuilt_from_the_documented_bytes(resident, dtype, kinds, tmp
     weights = random_weights(write_checkpoint(tmp_path / "source", dtype=dtype, **ODD), dtype)
     manifest = quantize(tmp_path / "source", tmp_path / "export", resident=resident)
     assert manifest["quantization"]["layout"] == "tiles16"
-    assert manifest["quantization"]["codecs"]["nf4"]["levels"] == list(nf4.LEVELS)
+    assert manifest["quantization"]["codecs"]["nf4"]["levels"] == list(NF4.levels)
     report = manifest["quantization"]["report"]
     rebuilt = rebuild(tmp_path / "export")
     for name, weight in weights.items():

@@ -9,11 +9,10 @@ import torch
 from hypothesis import given
 
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, LUT3, LUT4, NF4, ExpertCodecs
-from slotmoe.quant.codecs.nf4 import NotFiniteError
+from slotmoe.quant.codecs.encode import NotFiniteError, squared_error
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of, pack, unpack
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.weights import Matrix
-from slotmoe.quant.weights import squared_error
 from tests.support.codes import quantize_coded, random_codes
 from tests.support.kernels import (
     CODECS,
@@ -86,7 +85,7 @@ def test_linear(kernels, codec, shape, seed):
     (t, n, k), rng = shape, np.random.default_rng(seed)
     weight, exact = random_codes(rng, codec, n, k)
     x = torch_of(rng.standard_normal((t, k)))
-    matrix, x64 = Matrix.of_codes(weight), x.numpy().astype(np.float64)
+    matrix, x64 = Matrix.of(weight), x.numpy().astype(np.float64)
     got = kernels.linear(matrix, x)
     steps = np.abs(x64).max() / 127 * 0.5001
     bound = steps * np.abs(exact).sum(1) + (np.abs(x64).sum(1, keepdims=True) + steps * k) / 190
@@ -103,7 +102,7 @@ def test_integer_levels_lose_nothing(kernels):
     made = [(int8_matrix(kernels, torch.from_numpy(q), torch.ones(40)), q.astype(np.float64))]
     for codec in (LUT4, LUT3, INT4):
         weight, exact = random_codes(rng, codec, 40, 200)
-        made.append((Matrix.of_codes(weight), exact))
+        made.append((Matrix.of(weight), exact))
     for x in (rng.integers(-127, 128, (3, 200)), rng.choice([-127, 127], (3, 200))):
         x[:, ::16] = 127
         for matrix, exact in made:
@@ -116,13 +115,13 @@ def test_instruction_sets_agree(codec):
     """Bitwise where they multiply and add in one rounding, which plain C++ does in two."""
     rng = np.random.default_rng(1)
     weight, _ = random_codes(rng, codec, 90, 700)
-    matrix, x = Matrix.of_codes(weight), torch_of(rng.standard_normal((40, 700)))
+    matrix, x = Matrix.of(weight), torch_of(rng.standard_normal((40, 700)))
     results = by_each_set(lambda: native.linear(matrix, x))
     source = torch_of(rng.standard_normal((90, 700)))
     assert all(torch.equal(got, results[0]) for got in results[:-1])
     assert relative(results[-1], results[0]) < 1e-6
     for made in (weight, Int8Weight(*native.quantize_int8(source))):
-        assert len({*by_each_set(lambda made=made: native.squared_error(source, made))}) == 1
+        assert len({*by_each_set(lambda made=made: squared_error(source, made))}) == 1
 
 
 def expert(x, gate, up, down):

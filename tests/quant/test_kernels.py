@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from slotmoe.quant.codecs.codec import NF4
+from slotmoe.quant.codecs.encode import squared_error
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as qk
@@ -56,7 +57,7 @@ def test_threads_change_nothing(kernels):
             kernels.mla(q[None], cache, 500, 64, 0.2),
             *kernels.quantize_nf4(x),
             *kernels.quantize_int8(x),
-            *(torch.tensor(kernels.squared_error(x, made)) for made in coded),
+            *(torch.tensor(squared_error(x, made)) for made in coded),
         ]
 
     wanted = results(1)
@@ -104,7 +105,7 @@ def test_bad_arguments_are_refused():
 
     def linear(x=x, codes=good.codes, n=32):
         weight = CodedWeight(codes, good.scales, good.levels, (n, x.shape[1]))
-        return lambda: native.linear(Matrix.of_codes(weight), x)
+        return lambda: native.linear(Matrix.of(weight), x)
 
     def experts(x=x64, chosen=chosen, slab=record[None], slots=slots, coded=coded, y=y):
         return lambda: native.experts_by_slot(x, chosen, slab, slots, coded, y)
@@ -129,7 +130,7 @@ def test_bad_arguments_are_refused():
         lambda: native.absorb_value(torch.ones(1, 3, 88), kv_b, 1),
         lambda: native.quantize_nf4(torch.ones(4, 64, dtype=torch.int32)),
         lambda: native.quantize_int8(torch.ones(0, 64)),
-        lambda: native.squared_error(torch.ones(32, 33), good),
+        lambda: squared_error(torch.ones(32, 33), good),
         lambda: native.set_isa("quantum"),
         lambda: native.set_threads(0),
     ]

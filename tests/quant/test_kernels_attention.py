@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from slotmoe.quant.codecs.codec import LUT4
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.kernels.cpu.weights import AttentionLayer, Matrix, Mlp
+from slotmoe.quant.kernels.cpu.weights import Matrix, Mlp
 from slotmoe.quant.shapes import latent_bytes
 from tests.support.kernels import (
     RandomLayer,
     any_matrix,
     attention_layer,
+    bound_layer,
     coded_matrix,
     int8_matrix,
     latent_cache,
@@ -253,7 +254,7 @@ def test_bad_layers_are_refused(kernels):
     for place, value in changes:
         changed = [*good[:place], value, *good[place + 1 :]]
         with pytest.raises(ValueError, match=r"expected|must"):
-            AttentionLayer(*changed, (1e-5, 1e-6, 0.1))
+            bound_layer(changed, (1e-5, 1e-6, 0.1))
     ones = torch.ones(16, 16, dtype=torch.int8)
     int8, nf4 = int8_matrix(kernels, ones, torch.ones(16)), coded_matrix(rng, 16, 16)
     mlp, turns = Mlp(int8, int8, int8), torch.ones(2, 2, dtype=torch.complex64)
@@ -263,9 +264,9 @@ def test_bad_layers_are_refused(kernels):
         lambda: Mlp(int8, int8, nf4),
         lambda: Mlp(nf4, nf4, coded_matrix(rng, 16, 16, LUT4)),
         lambda: Mlp(int8, int8, int8_matrix(kernels, ones[:, :15].contiguous(), torch.ones(16))),
-        lambda: Mlp(*[Matrix.dense(torch.ones(16, 16))] * 3),
+        lambda: Mlp(*[Matrix.of(torch.ones(16, 16))] * 3),
         lambda: Matrix.int8(torch.ones(1, 1, 1024).char(), torch.ones(17), (17, 16)),
-        lambda: Matrix.dense(torch.ones(16, 16)[:, :8]),
+        lambda: Matrix.of(torch.ones(16, 16)[:, :8]),
     ]
     for case in cases:
         with pytest.raises(ValueError, match=r"expected|must|rows|columns|refused|one codec"):

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slotmoe.quant.kernels.cpu.weights import Decoder, Mlp, Router
+from slotmoe.border import Router
+from slotmoe.quant.kernels.cpu.weights import Decoder, Mlp
 from slotmoe.quant.shapes import latent_bytes
 from tests.support.kernels import (
     RandomLayer,

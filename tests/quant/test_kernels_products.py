@@ -10,6 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from slotmoe.quant.codecs.codec import NF4
+from slotmoe.quant.codecs.encode import squared_error
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.weights import Matrix, Mlp
 from tests.support.codes import random_codes
@@ -52,7 +53,7 @@ def test_linear_nf4(kernels, shape, seed, w_scale, x_scale):
     x64 = x.numpy().astype(np.float64)
     want = x64 @ w.T
     assume(np.abs(want).max() < 1e38)
-    got = kernels.linear(Matrix.of_codes(weight), x).double().numpy()
+    got = kernels.linear(Matrix.of(weight), x).double().numpy()
     # Off by half an activation step on each weight, and half a level step (at most 1 / 95) on each
     # activation.
     steps, scales = half_steps(x64), np.abs(scales_of(weight))
@@ -123,7 +124,7 @@ def test_absorbed_products_are_exact_to_float32(kernels, shape, n, seed):
 def test_dense_products_are_exact_to_float32(kernels, shape, dtype, seed):
     (t, n, k), rng = shape, np.random.default_rng(seed)
     x, w = torch_of(rng.standard_normal((t, k))), torch_of(rng.standard_normal((n, k))).to(dtype)
-    matrix = Matrix.dense(w)
+    matrix = Matrix.of(w)
     got = kernels.linear(matrix, x)
     limit = x.abs().double() @ w.abs().double().T
     assert bool(((got.double() - x.double() @ w.double().T).abs() <= 1e-6 * limit).all())
@@ -258,4 +259,4 @@ def test_errors_of_quantized_weights(kernels, shape, seed, dtype, codec):
         weight, exact = random_codes(rng, codec, *shape)
     x = source.double().numpy()
     wanted = ((x - exact) ** 2).sum(), (x**2).sum()
-    assert kernels.squared_error(source, weight) == pytest.approx(wanted, rel=1e-12)
+    assert squared_error(source, weight) == pytest.approx(wanted, rel=1e-12)

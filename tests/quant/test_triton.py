@@ -24,7 +24,7 @@ from slotmoe.model.layers import Geometry, Mlp
 from slotmoe.model.routing import Router, route
 from slotmoe.quant import int8
 from slotmoe.quant.backends import pick_backend
-from slotmoe.quant.backends.base import Records, TorchBackend, gate_order_sum
+from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, LUT3, LUT4, NF4, TILE
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
@@ -37,8 +37,7 @@ from tests.support.slab import NF4S, write_record
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
-triton_decoder = importlib.import_module("slotmoe.quant.backends.triton_decoder")
-Ending, Routed = triton_decoder.Ending, triton_decoder.Routed
+launch = importlib.import_module("slotmoe.quant.backends.triton_rows")
 ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -195,14 +194,14 @@ def test_a_layer_in_two_launches_is_bitwise_the_layer_in_several(triton_ops, sha
     finished = torch.zeros(D // TILE, dtype=torch.int32, device=DEVICE)
     whole, parts, one = torch.empty_like(h), torch.empty_like(h), torch.ones(1, device=DEVICE)
     inputs, slots_E = (x, records), slots_of(2, 1, 0, 3, 0, 1)
-    ending = Ending(finished, weights, h, whole)
-    triton_ops.end_layer(Routed(*inputs, slots_E, indices_1K, y_1KD), mlp, ending)
+    ending, shared = launch.Ending(finished, weights, h, whole), launch.Shared.of(mlp)
+    launch.experts(launch.Routed(*inputs, slots_E, indices_1K, y_1KD), shared, ending)
     y_1KD = torch.full_like(y_1KD, torch.nan)
     for table in ([-1, -1, 0, -1, -1, -1], [2, -1, -1, -1, 0, -1]):
         triton_ops.experts(*inputs, slots_of(*table), indices_1K, y_1KD)
     routed_11D = triton_ops.weighted_sum(y_1KD, weights)[None]
-    ending = Ending(finished, one, h, parts)
-    triton_ops.end_layer(Routed(*inputs, None, indices_1K, routed_11D), mlp, ending)
+    ending = launch.Ending(finished, one, h, parts)
+    launch.experts(launch.Routed(*inputs, None, indices_1K, routed_11D), shared, ending)
     assert torch.equal(whole, parts) and not finished.any()
     exact = h + mlp_in_float64(x, *matrices)
     for weight, index in zip(weights[0].double(), indices_1K[0], strict=True):
@@ -212,7 +211,8 @@ def test_a_layer_in_two_launches_is_bitwise_the_layer_in_several(triton_ops, sha
 
 def test_weighted_sum_goes_in_the_gates_order_and_no_token_has_no_experts(ops):
     y_TKD, weights_TK = randn(3, 6, 80), torch.rand(3, 6, device=DEVICE)
-    assert torch.equal(ops.weighted_sum(y_TKD, weights_TK), gate_order_sum(y_TKD, weights_TK))
+    expected = TorchBackend().weighted_sum(y_TKD, weights_TK)
+    assert torch.equal(ops.weighted_sum(y_TKD, weights_TK), expected)
     none_TK = torch.empty(0, 3, dtype=torch.int64, device=DEVICE)
     y_TKD = outputs(ops, randn(0, 64), make_records(4, 64, 32), slots_of(*SLOTS), none_TK)
     assert y_TKD.shape == (0, 3, 64)
@@ -319,7 +319,7 @@ def test_norm_logits_and_choice_in_one_launch(triton_ops, E):
     normed, logits = torch.empty_like(x), torch.empty(1, E, device=DEVICE)
     finished = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     for _ in range(2):
-        choice = triton_ops.gate(x, (gain, 1e-3), normed, weight, router, bias, logits, finished)
+        choice = launch.gate(x, (gain, 1e-3), normed, weight, router, bias, logits, finished)
         expected = torch.nn.functional.rms_norm(x.double(), (600,), gain.double(), 1e-3)
         assert error(normed, expected) < 1e-6
         assert error(logits, expected @ weight.double().T) < 1e-6

@@ -4,10 +4,10 @@ random ones."""
 import numpy as np
 import torch
 
-from slotmoe.quant.codecs import levels as lut
+from slotmoe.quant.codecs import feedback
 from slotmoe.quant.codecs.codec import INT4, NF4
+from slotmoe.quant.codecs.encode import quantize_nf4
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of, store
-from slotmoe.quant.weights import quantize_nf4
 
 SUFFIXES = {"f16": "absmax", "f16x2": "scales", "i8": "scales"}  # of the tensor beside the codes
 
@@ -62,4 +62,4 @@ def quantize_coded(weight_NK, codec):
         scales_NX = (groups_NXB.abs().amax(2) / 7.5).half().float()
         codes_NXB = (groups_NXB / scales_NX.clamp(min=1e-9)[..., None]).round().clamp(-8, 7) + 8
         return store(codes_NXB.flatten(1).to(torch.uint8), scales_NX, codec)
-    return quantize_nf4(weight_NK) if codec == NF4 else lut.quantize(weight_NK, codec)[:2]
+    return quantize_nf4(weight_NK) if codec == NF4 else feedback.quantize(weight_NK, codec)[:2]

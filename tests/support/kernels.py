@@ -12,12 +12,11 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from slotmoe.border import Geometry, Layer, Router
 from slotmoe.quant.backends.base import new
-from slotmoe.quant.codecs import nf4
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, LUT3, LUT4, NF4
 from slotmoe.quant.codecs.weight import levels_of
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.kernels.cpu import arguments
 from slotmoe.quant.kernels.cpu import bindings as qk
 from slotmoe.quant.kernels.cpu.weights import AttentionLayer, ExpertRecord, Matrix
 from slotmoe.quant.shapes import latent_bytes
@@ -29,7 +28,7 @@ ISAS = native.isas if native else ()
 
 NF4S = EXPERT_CODECS["nf4", "4"]
 CODECS = (NF4, LUT4, LUT3, INT4)
-LEVELS = np.array(nf4.LEVELS, dtype=np.float32)
+LEVELS = np.array(NF4.levels, dtype=np.float32)
 
 # Hypothesis runs inside parametrized tests; the fixtures that it complains about only choose the
 # instruction set.  The examples are the same in each run: a bound on rounding leans on no luck.
@@ -130,15 +129,15 @@ def attention_layer(kernels, layer, h, table, caches, positions, query_scale=Non
     """One token of each of T sequences through a layer's attention, the oracle of ``decode``: h
     float32 [T, H] -> y = h + attention(rms_norm(h)), x = rms_norm(y) and, with a router, its
     logits.  A token's latent row is written to its sequence's cache at its position."""
-    stride = arguments.row_stride(caches[0], layer.row_bytes)
+    stride = qk.row_stride(caches[0], layer.row_bytes)
     places = (ctypes.c_int64 * len(positions))(*positions)
-    values = layer, h, table, query_scale, arguments.addresses(caches), stride, places
+    values = layer, h, table, query_scale, qk.addresses(caches), stride, places
     y, x, logits = kernels.attention.results(*values, T=len(caches))
     return y, x, logits if layer.sizes["E"] else None
 
 
 def coded_matrix(rng, n, k, codec=NF4, size=1.0):
-    return Matrix.of_codes(random_codes(rng, codec, n, k, size)[0])
+    return Matrix.of(random_codes(rng, codec, n, k, size)[0])
 
 
 def int8_matrix(kernels, q, scale):
@@ -158,7 +157,15 @@ def any_matrix(kernels, rng, kind, n, k):
     if kind == "nf4":
         return coded_matrix(rng, n, k, size=1.5 / math.sqrt(k))
     weight = torch_of(rng.standard_normal((n, k)) / math.sqrt(k))
-    return Matrix.dense(weight.to(getattr(torch, kind)))
+    return Matrix.of(weight.to(getattr(torch, kind)))
+
+
+def bound_layer(arguments, constants, halves=False):
+    """An ``AttentionLayer``; with a part of a second query's, ``query`` is the first of two."""
+    sizes, input_norm, query, query_norm, query_b, *rest = arguments
+    queries = (query, None) if query_norm is None and query_b is None else (None, query)
+    layer = Layer(input_norm, *queries, query_norm, query_b, *rest, None)
+    return AttentionLayer(Geometry(*sizes, *constants, halves, Router(1, 1, 1), 0), layer)
 
 
 class RandomLayer:
@@ -193,7 +200,7 @@ class RandomLayer:
         return [self.sizes, self.input_norm, *query, *latent, *rest]
 
     def prepared(self):
-        return AttentionLayer(*self.arguments(), (1e-5, 1e-6, self.scale), self.halves)
+        return bound_layer(self.arguments(), (1e-5, 1e-6, self.scale), self.halves)
 
     def one_by_one(self, h, table, query_scale, cache, position):
         heads, n, p, r, v = self.sizes

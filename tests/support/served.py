@@ -46,13 +46,13 @@ HALVES = [
 # For ``start``: steps of 10 ms, and a model that fails.
 SLOW = f"""
 import time
-from slotmoe.offload.engine.batch.passes import Passes
+from slotmoe.offload.engine.passes import Passes
 decode = Passes.decode
 Passes.decode = lambda *given: time.sleep(0.01) or decode(*given)
 {COMMAND_LINE}
 """
 FAILING = f"""
-from slotmoe.offload.engine.batch.passes import Passes
+from slotmoe.offload.engine.passes import Passes
 Passes.prefill = lambda *_: 1 / 0
 {COMMAND_LINE}
 """

@@ -4,12 +4,11 @@ import torch
 
 from slotmoe.model.names import expert_name
 from slotmoe.quant.backends.base import Records, SlotTable
-from slotmoe.quant.codecs import nf4
-from slotmoe.quant.codecs.codec import EXPERT_CODECS
+from slotmoe.quant.codecs.codec import EXPERT_CODECS, NF4
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from tests.support.codes import quantize_coded
 
-LEVELS = torch.tensor(nf4.LEVELS)
+LEVELS = torch.tensor(NF4.levels)
 NF4S = EXPERT_CODECS["nf4", "4"]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from slotmoe.model.tokenizer import Tokenizer
-from slotmoe.offload.engine.batch.passes import Passes
+from slotmoe.offload.engine.passes import Passes
 from slotmoe.tools.serve import answers as serve_answers
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.formats import NATIVE, PLAIN

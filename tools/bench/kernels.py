@@ -33,13 +33,13 @@ from slotmoe.offload.tiers.slots import Slots
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, KINDS, LUT3, LUT4, NF4, Codec, ExpertCodecs
+from slotmoe.quant.codecs.encode import quantize_int8, quantize_nf4
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.weights import Matrix
 from slotmoe.quant.shapes import record_bytes
-from slotmoe.quant.weights import quantize_int8, quantize_nf4
 from slotmoe.tools.bench import turns
 from slotmoe.tools.options import choice, codec_options, count, expert_codecs
 
@@ -279,13 +279,13 @@ def _compiled(variant: str) -> Iterator[None]:
     """Kernels that are first used inside are compiled as this one of ``VARIANTS``."""
     from triton import language
 
-    from slotmoe.quant.backends import triton
+    from slotmoe.quant.backends import triton_rows
     from slotmoe.quant.kernels.triton import rows
 
     blocks, warps = map(int, variant.split("x"))
     with (
         patch.object(rows, "BLOCKS", language.constexpr(blocks)),
-        patch.dict(triton.WARPS, dict.fromkeys(KINDS.values(), warps)),
+        patch.dict(triton_rows.WARPS, dict.fromkeys(KINDS.values(), warps)),
     ):
         yield
 

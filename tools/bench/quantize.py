@@ -11,11 +11,11 @@ import click
 import torch
 from torch import Tensor
 
-from slotmoe.quant.codecs import nf4
-from slotmoe.quant.codecs.codec import BLOCK
+from slotmoe.quant.codecs.codec import BLOCK, NF4
+from slotmoe.quant.codecs.encode import nf4_by_torch, quantize_nf4, squared_error
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.kernels.cpu import bindings
-from slotmoe.quant.weights import dequantize, quantize_nf4, squared_error
+from slotmoe.quant.weights import dequantize
 from slotmoe.tools.bench import turns
 
 SHAPE = (1408, 2048)
@@ -29,10 +29,10 @@ def quantize(repetitions: int) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces an optional package
     from bitsandbytes.functional import quantize_4bit
 
-    levels, generator = torch.tensor(nf4.LEVELS), torch.Generator().manual_seed(0)
+    levels, generator = torch.tensor(NF4.levels), torch.Generator().manual_seed(0)
     weight = (torch.randn(SHAPE, generator=generator) * 0.02).bfloat16()
     theirs = partial(quantize_4bit, blocksize=BLOCK, quant_type="nf4")
-    ours: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"torch": nf4.quantize}
+    ours: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"torch": nf4_by_torch}
     if (native := bindings.load()) is not None:
         ours[f"native {native.isa}"] = native.quantize_nf4
 

@@ -94,9 +94,11 @@ def measure(
 def _components(runtime: Runtime, ids: list[int], depth: int) -> dict[str, float]:
     """Milliseconds of a decoded token by kernel, the longest first, and by what remains."""
     waited = runtime.stats()["wait_seconds"]
-    with runtime.model.backend.timing() as seconds:
-        total = sum(token_seconds(runtime, ids, depth))
-    spent = dict(sorted(seconds.items(), key=lambda item: -item[1]))
+    backend = runtime.model.backend
+    before, total = backend.seconds(), sum(token_seconds(runtime, ids, depth))
+    spent = {name: after - before[name] for name, after in backend.seconds().items()}
+    longest = sorted(spent.items(), key=lambda item: -item[1])
+    spent = {name: seconds for name, seconds in longest if seconds > 0}
     spent["waiting for disk"] = runtime.stats()["wait_seconds"] - waited
     spent["Python and torch"] = total - sum(spent.values())
     return {name: 1000 * part / len(ids) for name, part in spent.items()}

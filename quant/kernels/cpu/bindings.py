@@ -15,9 +15,7 @@ down codes, then gate, up and down scales, 64-byte-aligned, then any padding.
 
 import ctypes
 import importlib.machinery
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -25,19 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slotmoe.quant.codecs.nf4 import LEVELS
-from slotmoe.quant.codecs.weight import CodedWeight
+from slotmoe.border import Router
+from slotmoe.quant.codecs.codec import NF4
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.kernels.cpu import arguments
-from slotmoe.quant.kernels.cpu.arguments import address, optional_address
-from slotmoe.quant.kernels.cpu.signatures import (
-    INT8,
-    SIGNATURES,
-    Function,
-    source_type,
-    tensor_spec,
-)
-from slotmoe.quant.kernels.cpu.weights import Decoder, ExpertRecord, Matrix, Router
+from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, Function, tensor_spec
+from slotmoe.quant.kernels.cpu.weights import Decoder, ExpertRecord, Matrix, NativeRouter
 from slotmoe.quant.shapes import latent_bytes
 
 ABI = 12
@@ -68,31 +58,23 @@ class Kernels:
     is read."""
 
     def __init__(self, path: Path) -> None:
-        self._lib = ctypes.CDLL(str(path))
-        for name, types, result in [
-            ("abi", [], ctypes.c_int),
-            ("isa", [], ctypes.c_char_p),
-            ("isa_count", [], ctypes.c_int),
-            ("isa_name", [ctypes.c_int], ctypes.c_char_p),
-            ("isa_supported", [ctypes.c_int], ctypes.c_int),
-            ("set_isa", [ctypes.c_char_p], ctypes.c_int),
-            ("threads", [], ctypes.c_int),
-            ("set_threads", [ctypes.c_int], None),
-            ("read", [ctypes.c_void_p, ctypes.c_int64], ctypes.c_uint64),
-        ]:
-            function = getattr(self._lib, f"slotmoe_{name}")
-            function.argtypes, function.restype = types, result
+        self._lib = ctypes.CDLL(str(path))  # what it returns is an int, unless said otherwise
+        self._lib.slotmoe_isa.restype = self._lib.slotmoe_isa_name.restype = ctypes.c_char_p
+        self._lib.slotmoe_read.argtypes = ctypes.c_void_p, ctypes.c_int64
         if self._lib.slotmoe_abi() != ABI:
             raise OSError(f"{path} has ABI {self._lib.slotmoe_abi()}, expected {ABI}")
         self._functions = {name: Function(self._lib, name) for name in SIGNATURES}
-        self.linear, self.mlp = self._functions["linear"], self._functions["mlp"]
-        self.rms_norm = self._functions["rms_norm"]
-        self.weighted_sum = self._functions["weighted_sum"]
+        functions = self._functions
+        self.linear, self.mlp = functions["linear"], functions["mlp"]
+        self.rms_norm, self.rotate = functions["rms_norm"], functions["rotate"]
+        self.weighted_sum = functions["weighted_sum"]
         # of slotmoe.quant.codecs.encode and slotmoe.quant.codecs.feedback
-        self.fit_rows, self.code_rows = self._functions["fit_rows"], self._functions["code_rows"]
-        self.fit_columns = self._functions["fit_columns"]
-        self.feed_back, self.descend = self._functions["feed_back"], self._functions["descend"]
-        self.attention = self._functions["attention"]  # tests hold `decode` against it
+        self.quantize_int8 = functions["quantize_int8"].results
+        self.int8_error, self.coded_error = functions["int8_error"], functions["coded_error"]
+        self.fit_rows, self.code_rows = functions["fit_rows"], functions["code_rows"]
+        self.fit_columns, self.feed_back = functions["fit_columns"], functions["feed_back"].results
+        self.descend = functions["descend"].results
+        self.attention = functions["attention"]  # tests hold `decode` against it
         self.isas = tuple(
             self._lib.slotmoe_isa_name(i).decode()
             for i in range(self._lib.slotmoe_isa_count())
@@ -101,18 +83,10 @@ class Kernels:
         """Instruction sets that this machine can run, best first: among avx512vbmi, avx512vnni,
         avx2, neon_i8mm, neon_dot, neon, portable."""
 
-    @contextmanager
-    def timing(self) -> Iterator[dict[str, float]]:
-        """Seconds spent inside each native function while this is open, by name, filled in at the
-        end; `decode` counts as its parts."""
-        seconds: dict[str, float] = {}
-        before = {name: function.seconds for name, function in self._functions.items()}
-        try:
-            yield seconds
-        finally:
-            for name, function in self._functions.items():
-                if name != "decode" and function.seconds > before[name]:
-                    seconds[name] = function.seconds - before[name]
+    def seconds(self) -> dict[str, float]:
+        """Seconds spent inside each native function so far; `decode` counts as its parts."""
+        functions = self._functions.items()
+        return {name: function.seconds for name, function in functions if name != "decode"}
 
     @property
     def isa(self) -> str:
@@ -161,34 +135,26 @@ class Kernels:
         """x float32 [T, H] through those of each token's experts, indices int64 [T, k], that are in
         the slab (uint8 [S, >= record_bytes]), unweighted, into y float32 [T, k, H]: slots int32 [E]
         says in which row by expert; where it is negative, y is left as it is."""
-        records = arguments.slab_of(slab, record.record_bytes)
-        self._functions["experts_by_slot"].results(record, x, indices, slots, *records, y)
-
-    def rotate(self, x: Tensor, table: Tensor, halves: bool = False) -> Tensor:
-        """x float32 [T, A, P] times `table`, complex64 [T, P / 2]: pairs stand side by side, or
-        `halves` of a row apart."""
-        return self._functions["rotate"](x, table, halves)
+        record.check(slab)
+        self._functions["experts_by_slot"].results(record, x, indices, slots, slab, y)
 
     def store_latents(self, latent: Tensor, r: int, cache: Tensor) -> None:
         """latent float32 [T, R + P], R = `r` -> T rows of a latent cache, uint8 [T, latent_bytes(R,
         P)], which may be strided.  Latent and rope columns are each rotated by an orthogonal matrix
         and rounded to 8 bits with one float32 scale (attention.h), NaN if one is not finite."""
-        p = arguments.rope_columns(latent, r)
-        stride = arguments.row_stride(cache, latent_bytes(r, p))
+        p = latent.shape[-1] - r
+        stride = row_stride(cache, latent_bytes(r, p))
         if len(cache) != len(latent):
             raise ValueError(f"cache has {len(cache)} rows, latent {len(latent)}")
         self._functions["store_latents"].results(latent, cache.data_ptr(), stride, R=r, P=p)
 
     def mla(self, q: Tensor, cache: Tensor, context: int, latent: int, scale: float) -> Tensor:
-        """Causal attention of the last T of `context` tokens over the latent cache.
-
-        q float32 [T, A, R + P], R = `latent`; cache uint8 [capacity, latent_bytes(R, P)] of rows
-        from `store_latents`, which may be strided -> float32 [T, A, R] = softmax(scale * q rows^T)
-        rows[:, :R], token t over the first `context` - T + t + 1 rows; later rows are not read.
-        Each token's result is bitwise that of a call of its own.
-        """
-        p = arguments.rope_columns(q, latent)
-        stride = arguments.row_stride(cache, latent_bytes(latent, p))
+        """Causal attention of the last T of `context` tokens over the latent cache: q float32 [T,
+        A, R + P], R = `latent`, rows of `store_latents` -> float32 [T, A, R] = softmax(scale * q
+        rows^T) rows[:, :R].  Rows past `context` are not read.  Each token's result is bitwise that
+        of a call of its own."""
+        p = q.shape[-1] - latent
+        stride = row_stride(cache, latent_bytes(latent, p))
         if not len(q) <= context <= len(cache):
             limits = f"{len(q)} tokens to the cache's {len(cache)} rows"
             raise ValueError(f"context is {context}, expected {limits}")
@@ -200,9 +166,9 @@ class Kernels:
     ) -> tuple[Tensor, Tensor]:
         """logits float32 [T, E] -> weights and int64 indices [T, top_k], best first; of equals the
         lower index.  `bias`, float32 [E], takes part in the choice alone."""
-        router.check(arguments.columns(logits))
+        native = ctypes.byref(NativeRouter(router, logits.shape[-1]))
         route = self._functions["route"]
-        weights, indices = route.results(ctypes.byref(router), logits, bias, K=router.top_k)
+        weights, indices = route.results(native, logits, bias, K=router.top_k)
         return weights, indices
 
     def decode(
@@ -223,89 +189,54 @@ class Kernels:
         """T tokens of one or several sequences through the layers from `first` on, up to one whose
         experts are not all in the slab: h float32 [T, H].
 
-        `table` complex64 [T, P / 2] rotates the positions, and `query_scale`, float32 [T],
-        multiplies their queries; a token's latent rows are written at its position of its
-        sequence's cache, uint8 [layers, capacity, latent_bytes(R, P)], alike in all; one may stand
-        for several tokens, a position after the other. `slots` int32 [MoE layers, E] says which row
-        of `slab` (uint8 [S, >= record_bytes]) an expert's `record` is in, negative if none.
+        A token's latent rows are written at its position of its sequence's cache, uint8 [layers,
+        capacity, latent_bytes(R, P)], alike in all; one may stand for several tokens, a position
+        after the other. `slots` int32 [MoE layers, E] says which row of `slab` an expert's `record`
+        is in, negative if none.
 
-        With `x` and `experts`, float32 [T, H], layer `first` only lacks its feed-forward: h is the
-        residual stream behind its attention, x the norm of that, `experts` the weighted sum of its
-        routed experts.  Bitwise what `attention`, `route`, `experts_by_slot`, `weighted_sum` and
-        `mlp` give layer by layer, and what each token gives alone.
+        With `x` and `experts`, layer `first` only lacks its feed-forward: h is the residual stream
+        behind its attention, x the norm of that, `experts` the weighted sum of its routed experts.
+        Bitwise what `attention`, `route`, `experts_by_slot`, `weighted_sum` and `mlp` give layer by
+        layer, and what each token gives alone.
         """
-        t, layers, hidden, top_k = len(caches), len(decoder.routed), decoder.hidden, decoder.top_k
         if (x is None) != (experts is None):
             raise ValueError("x and experts must come together")
         asked = decoder.routers_from(first, x is not None)
-        layer_stride, row_stride, capacity = arguments.layer_rows(caches, layers, decoder.row_bytes)
-        inputs = (
-            address("h", h, torch.float32, (t, hidden)),
-            address("table", table, torch.complex64, (t, decoder.pairs)),
-            optional_address("query_scale", query_scale, torch.float32, (t,)),
-            arguments.addresses(caches),
-            layer_stride,
-            row_stride,
-            arguments.position_array(positions, t, capacity),
-            address("slots", slots, torch.int32, (decoder.moe_layers, decoder.experts)),
-            *arguments.slab_of(slab, record.record_bytes),
-            record.address,
-            optional_address("x", x, torch.float32, (t, hidden)),
-            optional_address("experts", experts, torch.float32, (t, hidden)),
-        )
-        y, norm = torch.empty(t, hidden), torch.empty(asked + 1, t, hidden)
-        weights, indices = torch.empty(t, top_k), torch.empty(asked, t, top_k, dtype=torch.int64)
-        outputs = y.data_ptr(), norm.data_ptr(), weights.data_ptr(), indices.data_ptr()
+        layers, stream = len(decoder.routed), (decoder, first, h, table, query_scale)
+        rows = cache_rows(caches, positions, layers, decoder.row_bytes)
+        record.check(slab)
         reached, seconds = ctypes.c_int64(), (ctypes.c_double * len(_PARTS))()
-        values = *inputs, *outputs, ctypes.byref(reached), seconds
-        self._functions["decode"].run(decoder.address, first, t, *values)
-        layer, spent = reached.value, seconds[:]
+        given = *stream, *rows, slots, slab, record, x, experts, ctypes.byref(reached), seconds
+        sizes = {"T": len(caches), "I": asked + 1, "J": asked}
+        y, norms, weights, indices = self._functions["decode"].results(*given, **sizes)
+        layer = reached.value
         if layer < layers:
-            indices = indices[: asked - decoder.moe_layers + decoder.moe_layers_before[layer] + 1]
+            indices = indices[: asked - sum(decoder.routed[layer + 1 :])]
+        spent = seconds[:]
         for part, duration in zip(_PARTS, spent, strict=True):
             self._functions[part].seconds += duration
-        return Decoded(layer, y, norm[: len(indices)], weights, indices, spent)
+        return Decoded(layer, y, norms[: len(indices)], weights, indices, spent)
 
     def absorb_query(self, q: Tensor, kv_b: Int8Weight) -> Tensor:
         """q float32 [T, A, n], kv_b [A * per_head, R] -> float32 [T, A, R]: each head's query times
         its first n rows of kv_b."""
-        per_head = arguments.rows_per_head(q, kv_b.q, arguments.columns(q))
+        per_head = rows_per_head(q, kv_b.q, q.shape[-1])
         return self._functions["absorb_query"](q, kv_b.q, kv_b.scale, per_head)
 
     def absorb_value(self, latent: Tensor, kv_b: Int8Weight, n: int) -> Tensor:
         """latent float32 [T, A, R] -> float32 [T, A, per_head - n]: each head's latent through its
         rows of kv_b, as in `absorb_query`, past the first n."""
-        per_head = arguments.rows_per_head(latent, kv_b.q, n)
+        per_head = rows_per_head(latent, kv_b.q, n)
         values, sizes = (latent, kv_b.q, kv_b.scale, per_head), {"N": n, "V": per_head - n}
         return self._functions["absorb_value"](*values, **sizes)
 
     def quantize_nf4(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, K] bfloat16, float16 or float32 -> codes uint8, absmax float16 as tiles16: the bytes
-        of `nf4.quantize`.  ValueError when the source holds NaN or infinity, or a block's absmax
-        does not fit float16."""
-        values = source, source_type(source), torch.tensor(LEVELS)
-        codes, absmax = self._functions["quantize_nf4"].results(*values)
+        """[N, K] bfloat16, float16 or float32 -> codes uint8, absmax float16 as tiles16.
+        ValueError when the source holds NaN or infinity, or a block's absmax does not fit
+        float16."""
+        levels = torch.tensor(NF4.levels)
+        codes, absmax = self._functions["quantize_nf4"].results(source, levels)
         return codes, absmax
-
-    def quantize_int8(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, K] bfloat16, float16 or float32 -> int8 [N, K] row-major, scale float32 [N] = absmax
-        / 127, 0 of a row of zeros.  ValueError when the source holds NaN or infinity."""
-        values = source, source_type(source)
-        q, scale = self._functions["quantize_int8"].results(*values)
-        return q, scale
-
-    def squared_error(
-        self, source: Tensor, weight: Int8Weight | CodedWeight
-    ) -> tuple[float, float]:
-        """Sum of the squared differences between `source`, [N, K] in any of its dtypes, and its
-        weight, and sum of the source's squares; float64 throughout."""
-        kind = source_type(source)
-        if isinstance(weight, Int8Weight):
-            sums = self._functions["int8_error"](source, kind, weight.q, weight.scale)
-        else:
-            sums = self._functions["coded_error"](Matrix.of_codes(weight), source, kind)
-        errors, squares = sums.T.tolist()  # rounded once, so that they depend on no order
-        return math.fsum(errors), math.fsum(squares)
 
 
 @cache
@@ -320,3 +251,62 @@ def load() -> Kernels | None:
             except (OSError, AttributeError):
                 return None
     return None
+
+
+# Checks of arguments that the table cannot describe.
+
+
+def row_stride(cache: Tensor, width: int) -> int:
+    """Bytes from one row to the next of a latent cache, uint8 [capacity, width]."""
+    if cache.dim() != 2:
+        raise ValueError(f"cache has {cache.dim()} dimensions, expected [capacity, {width}]")
+    return layer_rows([cache[None]], 1, width)[1]
+
+
+def layer_rows(caches: Sequence[Tensor], layers: int, width: int) -> tuple[int, int, int]:
+    """Of caches that are alike, uint8 [layers, capacity, width]: the bytes from one layer to the
+    next and from one row to the next, and the capacity."""
+    if not caches:
+        raise ValueError("there are no caches, expected one for each token")
+    shape, strides = caches[0].shape, caches[0].stride()
+    for rows in caches:
+        if rows.dtype != torch.uint8 or not rows.is_cpu or rows.dim() != 3:
+            raise ValueError(f"cache is {rows.dtype} on {rows.device}, expected uint8 on the CPU")
+        if rows.shape != shape or rows.stride() != strides:
+            raise ValueError(f"caches {tuple(shape)} and {tuple(rows.shape)} must be alike")
+    if shape[0] != layers or shape[2] != width:
+        raise ValueError(f"cache is {tuple(shape)}, expected [{layers}, capacity, {width}]")
+    apart = strides[1] if shape[1] > 1 else width
+    if strides[2] != 1 or apart < width:
+        raise ValueError(f"cache has strides {strides}, expected rows of {width} adjacent bytes")
+    return strides[0], apart, shape[1]
+
+
+def cache_rows(
+    caches: Sequence[Tensor], positions: Sequence[int], layers: int, width: int
+) -> tuple[ctypes.Array[ctypes.c_void_p], int, int, ctypes.Array[ctypes.c_int64]]:
+    """The addresses of such caches, how far layers and rows are apart, and a position in each."""
+    layer_stride, stride, capacity = layer_rows(caches, layers, width)
+    if len(positions) != len(caches):
+        raise ValueError(
+            f"{len(positions)} positions, expected one for each of {len(caches)} caches"
+        )
+    for position in positions:
+        if not 0 <= position < capacity:
+            raise ValueError(f"position is {position}, expected one of the cache's {capacity} rows")
+    return addresses(caches), layer_stride, stride, (ctypes.c_int64 * len(positions))(*positions)
+
+
+def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+
+def rows_per_head(x: Tensor, kv_b: Tensor, n: int) -> int:
+    """Rows of `kv_b` for each head of x [T, A, ...], of which `n` are the query's."""
+    heads, rows = x.shape[1] if x.dim() == 3 else 0, len(kv_b)
+    if heads < 1 or rows % heads or not 0 <= n <= rows // heads:
+        raise ValueError(
+            f"{rows} rows of kv_b, {n} of each head's for the query, don't fit [T, A,"
+            f" ...] of {tuple(x.shape)}"
+        )
+    return rows // heads

@@ -4,9 +4,10 @@ before the native side sees a pointer.
 A row of `SIGNATURES` is a function's C arguments in order:
 
     x:f32[T,K]    a tensor: contiguous, on the CPU, of this dtype and shape; `x?:` may be None
+    s:source[T,K] the same, of any dtype of `SOURCE_TYPES`
     >y:f32[T,N]   a result, allocated here
     w:bound       what is bound for native calls (`Bound`): its address is passed, and it sets sizes
-    T             a size
+    T             a size; `type` is that of the source
     eps:float     a value that is passed on as it is
 
 A size is a number or a letter: T tokens, W [N, K], H hidden, A heads; the first tensor that has the
@@ -17,7 +18,6 @@ import ctypes
 import time
 from functools import cache
 from operator import itemgetter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,17 +27,14 @@ DTYPES = {
     **{"u8": torch.uint8, "i8": torch.int8, "i32": torch.int32, "i64": torch.int64},
 }
 SOURCE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # `Source` of isa.h
-CODES, ABSMAX, INT8 = "u8[N/16,K/64,512]", "f16[N/16,K/64,16]", "i8[N/16,K/64,1024]"
-CODES_3, SCALES = "u8[N/16,K/64,384]", "u8[N/16,K/64+2,32]"
-HALF_SCALES = "f16[N/16,K/64,32]"
-_C_TYPES = {
+INT8 = "i8[N/16,K/64,1024]"  # tiled
+_C_TYPES = {  # all others are sizes
     **dict.fromkeys(("pointer", "bound"), ctypes.c_void_p),
-    **{"size": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float},
+    **{"type": ctypes.c_int, "float": ctypes.c_float},
 }
-_RECORDS = "slab:pointer S:size stride:size"
-_ROWS = "cache:pointer S:size stride:size R P"
+_RECORDS = "slab:u8[S,B] S B"
 _ABSORB = "A kv_b:i8[M,R] kv_b_scale:f32[M] N per_head:size R"
-_SOURCE = "source:source[N,K] kind:int N K"
+_SOURCE = "source:source[N,K] type N K"
 _LEVELS = "levels:f32[L] L"
 
 SIGNATURES = {
@@ -61,14 +58,13 @@ SIGNATURES = {
     "attention": "layer:bound T h:f32[T,H] table:c64[T,C] query_scale?:f32[T] caches:pointer"
     " stride:size positions:pointer >y:f32[T,H] >x:f32[T,H] >logits:f32[T,E]",
     "route": "router:pointer logits:f32[T,E] bias?:f32[E] T E >weights:f32[T,K] >indices:i64[T,K]",
-    "decode": "decoder:pointer first:size T:size h:pointer table:pointer query_scale:pointer"
-    " caches:pointer layer_stride:size row_stride:size positions:pointer slots:pointer"
-    " slab:pointer S:size stride:size record:pointer x:pointer experts:pointer y:pointer"
-    " norm:pointer weights:pointer indices:pointer reached:pointer seconds:pointer",
-    # `decode` is checked by hand: it runs once a layer
-    "quantize_nf4": f"{_SOURCE} levels:f32[16] >codes:{CODES} >absmax:{ABSMAX}",
+    "decode": "decoder:bound first:size T h:f32[T,H] table:c64[T,C] query_scale?:f32[T]"
+    " caches:pointer layer_stride:size stride:size positions:pointer slots:i32[M,E]"
+    f" {_RECORDS} record:bound x?:f32[T,H] experts?:f32[T,H] >y:f32[T,H] >norms:f32[I,T,H]"
+    " >weights:f32[T,K] >indices:i64[J,T,K] reached:pointer seconds:pointer",
+    "quantize_nf4": f"{_SOURCE} levels:f32[16] >codes:u8[N/16,K/64,512] >absmax:f16[N/16,K/64,16]",
     "quantize_int8": f"{_SOURCE} >w:i8[N,K] >scale:f32[N]",
-    "coded_error": "w:bound source:source[N,K] kind:int >sums:f64[N/16,2]",
+    "coded_error": "w:bound source:source[N,K] type >sums:f64[N/16,2]",
     # of encode.h; B columns share a scale
     "fit_rows": f"{_SOURCE} weights:f32[K] {_LEVELS} starts:f32[C] C B >scales:f32[N,X]",
     "code_rows": f"{_SOURCE} scales:f32[N,X] {_LEVELS} B >codes:u8[N,Y]",
@@ -92,21 +88,25 @@ class TensorSpec:
         name, _, self._text = text.partition(":")
         dtype, _, sizes = self._text.removesuffix("]").partition("[")
         self.optional, self.name = name.endswith("?"), name.strip(">?")
-        self.dtypes = tuple(SOURCE_TYPES) if dtype == "source" else (DTYPES[dtype],)
-        # A letter, what divides it and what is added, or "" and a number.
+        self._is_source = dtype == "source"
+        self.dtypes = tuple(SOURCE_TYPES) if self._is_source else (DTYPES[dtype],)
+        # A letter, what divides it and what is added, or "" and a number; plain ones are quicker.
         self._sizes: list[tuple[str, int, int]] = []
         for size in sizes.split(","):
             letter, _, rest = size.partition("/")
             divisor, _, more = rest.partition("+")
             of_letter = letter, int(divisor or 1), int(more or 0)
             self._sizes.append(("", 1, int(size)) if size.isdigit() else of_letter)
+        self._plain = sizes.split(",") if sizes.replace(",", "").isalpha() else None
 
     def shape(self, sizes: dict[str, int]) -> list[int]:
         """The shape with these sizes."""
+        if self._plain is not None:
+            return [sizes[letter] for letter in self._plain]
         divided = ((sizes[letter] if letter else 0, by, more) for letter, by, more in self._sizes)
         return [-(-size // by) + more for size, by, more in divided]
 
-    def check(self, tensor: Tensor | None, sizes: dict[str, int]) -> int | None:
+    def check(self, tensor: object, sizes: dict[str, int]) -> int | None:
         """The tensor's address; `sizes` gets the letters that it lacks. Raises `ValueError`."""
         if tensor is None and self.optional:
             return None
@@ -115,11 +115,14 @@ class TensorSpec:
         if tensor.dtype not in self.dtypes:
             expected = " or ".join(str(dtype) for dtype in self.dtypes)
             raise ValueError(f"{self.name} is {tensor.dtype}, expected {expected}")
+        if self._is_source:
+            sizes["type"] = SOURCE_TYPES[tensor.dtype]
         shape = tensor.shape
         if len(shape) != len(self._sizes):
             raise ValueError(f"{self.name} has shape {tuple(shape)}, expected {self._text}")
         for (letter, by, more), actual in zip(self._sizes, shape, strict=True):
-            if actual != (-(-sizes.setdefault(letter, actual) // by) if letter else 0) + more:
+            size = sizes.setdefault(letter, actual) if letter else 0
+            if (size != actual or by > 1 or more) and actual != -(-size // by) + more:
                 wanted = tuple(self.shape(sizes))
                 raise ValueError(f"{self.name} has shape {tuple(shape)}, expected {wanted}")
         if not tensor.is_contiguous() or tensor.is_conj():
@@ -130,18 +133,13 @@ class TensorSpec:
 tensor_spec = cache(TensorSpec)
 
 
-def source_type(source: Tensor) -> int:
-    """The number of an unquantized tensor's dtype. Raises `ValueError`."""
-    if source.dtype not in SOURCE_TYPES:
-        raise ValueError(f"source is {source.dtype}, expected bfloat16, float16 or float32")
-    return SOURCE_TYPES[source.dtype]
-
-
 class Bound:
-    """What native calls take as one structure: its address, and the sizes that it sets."""
+    """What native calls take as one structure, and the sizes that it sets.  It points into
+    ``memory``."""
 
-    address: int
-    sizes: dict[str, int]
+    def __init__(self, native: ctypes.Structure, sizes: dict[str, int], *memory: object):
+        self.address, self.sizes = ctypes.addressof(native), sizes
+        self._memory = native, memory
 
 
 class Function:
@@ -155,7 +153,7 @@ class Function:
         words, kinds = SIGNATURES[name].split(), []
         for word in words:
             _, _, kind = word.partition(":")
-            kinds.append("pointer" if "[" in word else kind or "size")
+            kinds.append("pointer" if "[" in word else kind or word)
             if word.startswith(">"):
                 self._results.append(TensorSpec(word))
             elif not kind:
@@ -166,35 +164,34 @@ class Function:
         groups += [word for word in words if ">" in word] + self._letters
         self._in_order = itemgetter(*[groups.index(word) for word in words])
         self._native = getattr(library, f"slotmoe_{name}")
-        self._native.argtypes = [_C_TYPES[kind] for kind in kinds]
+        self._native.argtypes = [_C_TYPES.get(kind, ctypes.c_int64) for kind in kinds]
 
-    def __call__(self, *values: Any, **sizes: int) -> Tensor:
+    def __call__(self, *values: object, **sizes: int) -> Tensor:
         """The first of the `results`."""
         return self.results(*values, **sizes)[0]
 
-    def results(self, *values: Any, **sizes: int) -> list[Tensor]:
+    def results(self, *values: object, **sizes: int) -> list[Tensor]:
         """Check the tensors and values, the table's in order, call the function and return its
         results; the last may be left out where they may be None.  Raises `ValueError` for a bad
         argument and `MemoryError`."""
         missing = (None,) * (len(self._inputs) - len(values))
-        arguments: list[Any] = []
+        arguments: list[object] = []
         for spec, value in zip(self._inputs, values + missing, strict=True):
-            if isinstance(value, Bound):
-                sizes |= value.sizes
-                arguments.append(value.address)
-            else:
-                arguments.append(value if spec is None else spec.check(value, sizes))
-        results = [torch.empty(spec.shape(sizes), dtype=spec.dtypes[0]) for spec in self._results]
+            if spec is not None:
+                value = spec.check(value, sizes)
+            elif isinstance(value, Bound):
+                for letter, size in value.sizes.items():
+                    if sizes.setdefault(letter, size) != size:
+                        raise ValueError(f"{letter} is {sizes[letter]} and {size}, expected one")
+                value = value.address
+            arguments.append(value)
+        results = [torch.empty(*spec.shape(sizes), dtype=spec.dtypes[0]) for spec in self._results]
         arguments += [result.data_ptr() for result in results]
         arguments += [sizes[letter] for letter in self._letters]
-        self.run(*self._in_order(arguments))
-        return results
-
-    def run(self, *arguments: Any) -> None:
-        """Call the function with its C arguments, unchecked, and raise what its status says."""
         started = time.perf_counter()
-        status = self._native(*arguments)
+        status = self._native(*self._in_order(arguments))
         self.seconds += time.perf_counter() - started
         if status:
             refusal = _REFUSED.get(status)
             raise ValueError(refusal) if refusal else MemoryError("no memory for the kernels' work")
+        return results

@@ -2,9 +2,10 @@
 of the weights.
 
 A program makes 16 rows of a product, in float32 throughout.  Weights are read once, as they are
-stored; a code becomes a number in a register.  ``slotmoe.quant.backends.triton`` launches these and
-knows what the arguments mean.  Codes are ``tiles16`` of ``quant/codecs/codec.py``, read as 32-bit
-words: of 4 bits, word 16 t + lane of a block holds columns 8 t to 8 t + 7 of row ``lane``.
+stored; a code becomes a number in a register.  ``slotmoe.quant.backends.triton_rows`` launches
+these and knows what the arguments mean.  Codes are ``tiles16`` of ``quant/codecs/codec.py``, read
+as 32-bit words: of 4 bits, word 16 t + lane of a block holds columns 8 t to 8 t + 7 of row
+``lane``.
 
 Shapes: K columns, N rows of a weight; T tokens, D hidden_size; E experts, of which a token uses
 TOP_K.
@@ -209,29 +210,19 @@ def linear(
 
 
 @triton.jit
-def _gate_up(
+def gate_up(
     x_ptr, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, levels_ptr, y_ptr, tile, N, K,
     KIND: tl.constexpr, COLUMNS: tl.constexpr = 512,
 ):  # fmt: skip
-    """One tile of y [N] = silu(gate x) * (up x)."""
+    """One tile of y [N] = silu(gate x) * (up x), that of the program where it is None."""
+    if tile is None:
+        tile = tl.program_id(0)
     gate, _ = _rows(
         x_ptr, x_ptr, gate_ptr, gate_scale_ptr, levels_ptr, tile, N, K, KIND, False, COLUMNS
     )
     up, _ = _rows(x_ptr, x_ptr, up_ptr, up_scale_ptr, levels_ptr, tile, N, K, KIND, False, COLUMNS)
     n = tile * 16 + tl.arange(0, 16)
     tl.store(y_ptr + n, silu(gate) * up, mask=n < N)
-
-
-@triton.jit
-def gate_up(
-    x_ptr, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, levels_ptr, y_ptr, N, K,
-    KIND: tl.constexpr,
-):  # fmt: skip
-    """y [N] = silu(gate x) * (up x)."""
-    _gate_up(
-        x_ptr, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, levels_ptr, y_ptr,
-        tl.program_id(0), N, K, KIND,
-    )  # fmt: skip
 
 
 # The experts of one token, in two launches: the shared expert's programs come first, then those of
@@ -255,7 +246,7 @@ def experts_gate_up(
     program = tl.program_id(0) + first
     if program < shared_tiles:
         if SHARED != NONE:
-            _gate_up(
+            gate_up(
                 x_ptr, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, shared_levels_ptr,
                 shared_y_ptr, program, SHARED_N, D, SHARED, COLUMNS,
             )  # fmt: skip
@@ -264,7 +255,7 @@ def experts_gate_up(
         slot = tl.load(slots_ptr + tl.load(indices_ptr + rank))
         if slot >= 0:
             record_ptr = slab_ptr + slot.to(tl.int64) * record_bytes
-            _gate_up(
+            gate_up(
                 x_ptr, record_ptr, record_ptr + gate_scales_at, record_ptr + up_at,
                 record_ptr + up_scales_at, levels_ptr, y_ptr + rank * N, tile, N, D, KIND,
             )  # fmt: skip
@@ -342,18 +333,18 @@ def weighted_sum(y_ptr, weights_ptr, out_ptr, TOP_K, D, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _route(
-    t, logits_ptr, bias_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
+def route(
+    logits_ptr, bias_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
     SIGMOID: tl.constexpr, BIASED: tl.constexpr, GROUP_BEST: tl.constexpr, RENORM: tl.constexpr,
     BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row of logits [E] to weights and indices of the best TOP_K experts, the lowest index of
-    equals first.
+    """A row of logits [E], that of the grid's second axis, to weights and indices of the best TOP_K
+    experts, the lowest index of equals first.
 
     ``bias`` [E] is added to what is compared alone.  GROUPS > 1 leaves out all but the KEPT groups
     with the best expert, or with the best sum of two (GROUP_BEST).
     """
-    e = tl.arange(0, BLOCK)
+    t, e = tl.program_id(1), tl.arange(0, BLOCK)
     # Past the first-level cache: other programs of the same launch may have written them.
     logits = tl.load(logits_ptr + t * E + e, mask=e < E, other=float("-inf"), cache_modifier=".cg")
     if SIGMOID:
@@ -399,19 +390,6 @@ def _route(
 
 
 @triton.jit
-def route(
-    logits_ptr, bias_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
-    SIGMOID: tl.constexpr, BIASED: tl.constexpr, GROUP_BEST: tl.constexpr, RENORM: tl.constexpr,
-    BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """``_route`` of each row."""
-    _route(
-        tl.program_id(0), logits_ptr, bias_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT,
-        factor, SIGMOID, BIASED, GROUP_BEST, RENORM, BLOCK, GROUP_BLOCK, K_BLOCK,
-    )  # fmt: skip
-
-
-@triton.jit
 def gate(
     x_ptr, g_ptr, eps, normed_ptr, w_ptr, K, finished_ptr, logits_ptr, bias_ptr, weights_ptr,
     indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
@@ -434,7 +412,7 @@ def gate(
     tl.debug_barrier()  # all threads have stored before one of them says so
     if tl.atomic_add(finished_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         tl.store(finished_ptr, 0)
-        _route(
-            0, logits_ptr, bias_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
+        route(
+            logits_ptr, bias_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
             SIGMOID, BIASED, GROUP_BEST, RENORM, BLOCK, GROUP_BLOCK, K_BLOCK,
         )  # fmt: skip
