@@ -98,7 +98,7 @@ class HubShards:
         async with get_async_session() as client:
             await asyncio.gather(*(self._fetch_header(client, free, name) for name in names))
             with Checkpoint.open(self.folder, self.keep_mtp) as opened:
-                apart = opened.weights.apart if opened.weights is not None else set()
+                apart = opened.apart
             await asyncio.gather(*(self._fetch_tensor(client, free, info) for info in apart))
 
     async def _fetch_small(self, name: str, limit: int) -> None:
