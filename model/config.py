@@ -241,9 +241,7 @@ def _parse(outer: Json) -> Config:
         rope=_rope(values, family),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=eos,
-        encoding=parse_encoding(
-            given.get("quantization_config"), given.get("dtype", given.get("torch_dtype"))
-        ),
+        encoding=parse_encoding(given),
         text_only=given is not outer,
         unknown_keys=tuple(sorted(str(key)[:80] for key in given.keys() - _KNOWN_KEYS)),
     )

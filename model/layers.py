@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slotmoe.border import Backend, Experts, Geometry, Layer, Mlp, Pending, Step
 from slotmoe.model.config import Config
-from slotmoe.model.names import GATE, GATE_BIAS, LAYER_PARTS, layer_tensor, mlp_parts
+from slotmoe.model.names import LAYER_PARTS, SHARED_PARTS, layer_tensor
 from slotmoe.model.routing import route, router_of
 
 W = TypeVar("W")
@@ -34,31 +34,34 @@ def as_tensor(weight: object) -> Tensor:
 
 def layer_of(weights: Mapping[str, W], config: Config, layer: int) -> Layer[W]:
     """The weights of ``layer`` out of all ``weights`` by checkpoint name."""
-    is_moe = config.is_moe(layer)
 
-    def get(part: str) -> W:
-        return weights[layer_tensor(layer, part)]
+    def get(field: str) -> W | None:
+        return weights.get(layer_tensor(layer, LAYER_PARTS[field].name))
 
-    def tensor(part: str) -> Tensor:
-        return as_tensor(get(part))
+    def need(field: str) -> W:
+        return weights[layer_tensor(layer, LAYER_PARTS[field].name)]
 
-    part = LAYER_PARTS
-    low_rank = config.q_lora_rank is not None
-    has_mlp = not is_moe or config.n_shared_experts > 0
+    def tensor(field: str) -> Tensor | None:
+        weight = get(field)
+        return None if weight is None else as_tensor(weight)
+
+    gate, bias = tensor("gate"), tensor("gate_bias")
+    parts = SHARED_PARTS if config.is_moe(layer) else LAYER_PARTS
+    mlp = [layer_tensor(layer, parts[field].name) for field in SHARED_PARTS]
     return Layer(
-        input_layernorm=tensor(part["input_layernorm"]),
-        q_proj=None if low_rank else get(part["q_proj"]),
-        q_a_proj=get(part["q_a_proj"]) if low_rank else None,
-        q_a_layernorm=tensor(part["q_a_layernorm"]) if low_rank else None,
-        q_b_proj=get(part["q_b_proj"]) if low_rank else None,
-        kv_a_proj=get(part["kv_a_proj"]),
-        kv_a_layernorm=tensor(part["kv_a_layernorm"]),
-        kv_b_proj=get(part["kv_b_proj"]),
-        o_proj=get(part["o_proj"]),
-        post_attention_layernorm=tensor(part["post_attention_layernorm"]),
-        gate=tensor(GATE).float() if is_moe else None,
-        gate_bias=tensor(GATE_BIAS).float() if is_moe and config.family.correction_bias else None,
-        mlp=Mlp(*map(get, mlp_parts(is_moe))) if has_mlp else None,
+        input_layernorm=as_tensor(need("input_layernorm")),
+        q_proj=get("q_proj"),
+        q_a_proj=get("q_a_proj"),
+        q_a_layernorm=tensor("q_a_layernorm"),
+        q_b_proj=get("q_b_proj"),
+        kv_a_proj=need("kv_a_proj"),
+        kv_a_layernorm=as_tensor(need("kv_a_layernorm")),
+        kv_b_proj=need("kv_b_proj"),
+        o_proj=need("o_proj"),
+        post_attention_layernorm=as_tensor(need("post_attention_layernorm")),
+        gate=None if gate is None else gate.float(),
+        gate_bias=None if bias is None else bias.float(),
+        mlp=Mlp(*(weights[name] for name in mlp)) if mlp[0] in weights else None,
     )
 
 

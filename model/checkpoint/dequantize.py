@@ -21,14 +21,6 @@ from slotmoe.jsonfile import check, number, one_of, parse_json
 from slotmoe.model.checkpoint.encodings import Encoding
 from slotmoe.model.checkpoint.shards import Read, TensorInfo
 
-CODES = {
-    "fp8": torch.float8_e4m3fn,
-    "int4": torch.int32,
-    **dict.fromkeys(("nf4", "fp4"), torch.uint8),
-}
-"""dtype of the codes' tensor."""
-PER_CODE = {"fp8": 1, "int4": 8, "nf4": 2, "fp4": 2}
-"""Weights in one element of it, along a row."""
 SCALES = (torch.float32, torch.bfloat16, torch.float16)
 NESTED, NESTED_BLOCK = torch.uint8, 256  # bitsandbytes' scales that are codes, with a scale each
 _NESTED = {
@@ -55,16 +47,14 @@ class Codes:
         return self.levels[self.codes.int()] * scales_RC
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedTensor(TensorInfo):
-    """A matrix whose rows are those of ``codes`` from ``first`` on; ``codes`` and ``scales`` may be
-    those of several matrices.  ``beside`` are the other tensors of a weight of bitsandbytes', by
-    name."""
+    """A matrix, or several, as ``codes`` and ``scales``.  ``beside`` are the other tensors of a
+    weight of bitsandbytes', by name."""
 
     encoding: Encoding
     codes: TensorInfo
     scales: TensorInfo
-    first: int
     beside: Mapping[str, TensorInfo]
 
     @property
@@ -72,7 +62,7 @@ class EncodedTensor(TensorInfo):
         return (self.scales, *self.beside.values())
 
     def rows(self, read: Read, start: int, stop: int) -> Tensor:
-        if self.encoding.method != "fp8":
+        if self.encoding.name != "fp8":
             return self.four_bits(read, start, stop).values().to(self.dtype)
         start, count, height = self.first + start, stop - start, self.codes.shape[-2]
         block = self.encoding.rows or height

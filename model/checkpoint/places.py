@@ -2,25 +2,18 @@
 numbers or encoded.  The names of its tensors decide."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from slotmoe.errors import CheckpointError
-from slotmoe.model.checkpoint.dequantize import (
-    CODES,
-    NESTED,
-    NESTED_BLOCK,
-    PER_CODE,
-    SCALES,
-    EncodedTensor,
-)
-from slotmoe.model.checkpoint.encodings import Encoding
+from slotmoe.model.checkpoint.dequantize import NESTED, NESTED_BLOCK, SCALES, EncodedTensor
+from slotmoe.model.checkpoint.encodings import METHODS, Encoding
 from slotmoe.model.checkpoint.shards import DTYPES, TensorInfo
 from slotmoe.model.config import Config
-from slotmoe.model.names import ENCODED, FUSED, QUANT_STATE, ZERO_POINT, fused_experts, split_expert
+from slotmoe.model.names import FUSED, fused_experts, split_expert
 
 _SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32)
@@ -28,12 +21,21 @@ _MAX_STATE_BYTES = 4096  # bitsandbytes writes 200
 
 
 class Places:
-    """Finds weights among the tensors that a folder's files hold, ``stored``; ``used`` are those
-    that the weights found are in."""
+    """Finds weights among the tensors of the checkpoint at ``where``, ``stored`` by the network's
+    names; ``used`` are those that the weights found are in.  ``source`` is what asks for them, and
+    ``spelled`` gives the name that the files have for one."""
 
-    def __init__(self, folder: Path, stored: Mapping[str, TensorInfo], config: Config):
+    def __init__(
+        self,
+        where: Path,
+        stored: Mapping[str, TensorInfo],
+        config: Config,
+        source: str = "config.json",
+        spelled: Callable[[str], str] = str,
+    ):
         self.used: set[TensorInfo] = set()
-        self._folder, self._stored, self._config = folder, stored, config
+        self._where, self._stored, self._config = where, stored, config
+        self._source, self._spelled = source, spelled
 
     def find(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         """The weight ``name``.  Raises ``CheckpointError`` unless it is there with this
@@ -41,24 +43,25 @@ class Places:
         tensor, whole, first, encoding = name, shape, 0, self._config.encoding
         if (expert := split_expert(name)) is not None and name not in self._stored:
             layer, number, projection = expert
-            fused, part, parts = FUSED[projection]
-            if (fused := fused_experts(layer, fused)) in self._stored:
-                tensor, first = fused, (number * parts + part) * shape[0]
-                whole = (self._config.n_routed_experts, parts * shape[0], shape[1])
+            for fused, part, parts in (FUSED[projection], (projection, 0, 1)):
+                if fused_experts(layer, fused) in self._stored:
+                    tensor = fused_experts(layer, fused)
+                    first = (number * parts + part) * shape[0]
+                    whole = (self._config.n_routed_experts, parts * shape[0], shape[1])
         separate = tensor == name
         if encoding is not None and len(shape) == 2 and (separate or not encoding.flat):
-            codes, scales = (tensor + ending for ending in ENCODED[encoding.method])
+            codes, scales = tensor + encoding.method.codes, tensor + encoding.method.scales
             if scales in self._stored:
                 encoded = self._encoded(codes, scales, whole, encoding)
                 return replace(encoded, name=name, shape=shape, first=first)
         info = self._tensor(tensor, whole, _PLAIN)
-        return replace(info, name=name, shape=shape, offset=info.offset + first * info.row_bytes)
+        return replace(info, name=name, shape=shape, first=first)
 
     def _encoded(
         self, codes: str, scales: str, shape: tuple[int, ...], encoding: Encoding
     ) -> EncodedTensor:
         """Matrices of ``shape``.  Raises ``CheckpointError``."""
-        info, per_code = self._stored[scales], PER_CODE[encoding.method]
+        info, per_code = self._stored[scales], encoding.method.weights
         self.used.add(info)
         where, count = f"{info.path}: {scales}", math.prod(info.shape)
         if encoding.flat:
@@ -67,7 +70,7 @@ class Places:
                 problem = f"has {count} scales for {list(shape)} weights"
                 raise CheckpointError(f"{where} {problem}, expected whole blocks in a row")
         grid = (*shape[:-2], *encoding.grid(shape[-2:]))
-        if (zero_point := codes.removesuffix("_packed") + ZERO_POINT) in self._stored:
+        if (zero_point := codes.removesuffix("_packed") + "_zero_point") in self._stored:
             problem = f"{zero_point} is there too, expected codes that are symmetric around 0"
             raise CheckpointError(f"{where}: {problem}; give the original checkpoint")
         if shape[-1] % per_code:
@@ -83,15 +86,15 @@ class Places:
         _check_dtype(info, (NESTED,) if "nested_absmax" in beside else SCALES)
         packed = (*shape[:-1], shape[-1] // per_code)
         written = (math.prod(packed), 1) if encoding.flat else packed
-        found = self._tensor(codes, written, (CODES[encoding.method],))
-        dtype = info.dtype if encoding.method == "int4" else getattr(torch, encoding.dtype)
+        found = self._tensor(codes, written, (DTYPES[encoding.method.dtype],))
+        dtype = info.dtype if encoding.name == "int4" else getattr(torch, encoding.dtype)
         found = replace(found, shape=packed)
         place = codes, found.path, dtype, shape, found.offset
-        return EncodedTensor(*place, encoding, found, info, 0, beside)
+        return EncodedTensor(*place, encoding=encoding, codes=found, scales=info, beside=beside)
 
     def _beside(self, name: str, scales: TensorInfo, encoding: Encoding) -> dict[str, TensorInfo]:
         """The tensors that bitsandbytes writes beside a weight's codes and their ``scales``."""
-        state = name + QUANT_STATE + encoding.method
+        state = f"{name}.quant_state.bitsandbytes__{encoding.name}"
         size = min(self._stored[state].nbytes, _MAX_STATE_BYTES) if state in self._stored else 0
         beside = {"quant_state": self._tensor(state, (size,), (torch.uint8,))}
         shapes = {"quant_map": 16}
@@ -106,13 +109,13 @@ class Places:
         self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
     ) -> TensorInfo:
         if name not in self._stored:
-            problem = f"tensor {name} is missing; config.json asks for it"
-            raise CheckpointError(f"{self._folder}: {problem}")
+            problem = f"tensor {self._spelled(name)} is missing; {self._source} asks for it"
+            raise CheckpointError(f"{self._where}: {problem}")
         info = self._stored[name]
         self.used.add(info)
         if info.shape != shape:
-            shapes = f"{list(info.shape)}, config.json asks for {list(shape)}"
-            raise CheckpointError(f"{info.path}: {name} has shape {shapes}")
+            shapes = f"{list(info.shape)}, {self._source} asks for {list(shape)}"
+            raise CheckpointError(f"{info.path}: {info.name} has shape {shapes}")
         _check_dtype(info, dtypes)
         return info
 
@@ -121,6 +124,6 @@ def _check_dtype(info: TensorInfo, dtypes: tuple[torch.dtype, ...]) -> None:
     if info.dtype not in dtypes:
         expected = " or ".join(_SPELLED[dtype] for dtype in dtypes)
         problem = f"has dtype {_SPELLED[info.dtype]}, expected {expected}"
-        if info.dtype in CODES.values():
+        if _SPELLED[info.dtype] in {method.dtype for method in METHODS.values()}:
             problem += " where quantization_config and the names of tensors tell of no scales"
         raise CheckpointError(f"{info.path}: {info.name} {problem}")

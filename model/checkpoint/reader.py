@@ -67,7 +67,7 @@ class Checkpoint:
         stored, headers = tensors_in(folder)
         if keep_mtp:
             config = config.with_mtp(folder / "config.json", "--keep-mtp")
-            first = layer_tensor(config.num_hidden_layers, MTP_PARTS["enorm"])
+            first = layer_tensor(config.num_hidden_layers, MTP_PARTS["enorm"].name)
             if first not in stored:
                 problem = f"{first} is missing, though num_nextn_predict_layers names its layer"
                 advice = "leave --keep-mtp out, or get all weights"
@@ -120,7 +120,7 @@ class Checkpoint:
     def in_4_bits(self, name: str) -> bool:
         """Whether tensor ``name`` is stored in codes of 4 bits that ``codes`` gives."""
         info = self.infos[name]
-        return isinstance(info, EncodedTensor) and info.encoding.method != "fp8"
+        return isinstance(info, EncodedTensor) and info.encoding.name != "fp8"
 
     def codes(self, name: str, start: int, stop: int) -> Codes:
         """Rows of a weight that is stored in 4 bits, as they are.  Raises like ``rows``."""

@@ -46,14 +46,16 @@ Read = Callable[["TensorInfo", int, int], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor: ``offset`` bytes from the start of the file ``path``, and ``dtype``, also of a
-    weight when it is read.  ``parts`` are other tensors that reading it needs."""
+    """A tensor ``offset`` bytes from the start of the file ``path``, or a weight whose rows are
+    those of such a tensor from ``first`` on, and its ``dtype`` when it is read.  ``parts`` are
+    other tensors that reading it needs."""
 
     name: str
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
+    first: int = 0
 
     @property
     def file(self) -> str:
@@ -74,7 +76,7 @@ class TensorInfo:
 
     def rows(self, read: Read, start: int, stop: int) -> torch.Tensor:
         """Values of rows ``start`` to ``stop``.  Raises ``CheckpointError``, naming the file."""
-        return read(self, start, stop)
+        return read(self, self.first + start, self.first + stop)
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -8,7 +8,8 @@ Shape legend: H heads, N and V width of a head's keys without position and of it
 kv_lora_rank.
 """
 
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from slotmoe.errors import CheckpointError, ConfigError
+from slotmoe.model.checkpoint.places import Places
 from slotmoe.model.checkpoint.reader import Checkpoint, tensor_shapes
 from slotmoe.model.checkpoint.shards import Read, TensorInfo, inside
 from slotmoe.model.config import Config, config_among
@@ -31,42 +33,25 @@ from slotmoe.model.gguf.header import (
 )
 from slotmoe.model.gguf.metadata import small_files
 from slotmoe.model.names import (
-    EMBEDDING,
-    FINAL_NORM,
-    GATE,
-    HEAD,
     LAYER_PARTS,
-    mlp_parts,
-    split_expert,
+    PARTS,
+    expert_shapes,
+    fused_experts,
+    layer_tensor,
+    resident_shapes,
     split_name,
 )
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_MLP = ("ffn_gate", "ffn_up", "ffn_down")
-_NAMES = {
-    EMBEDDING: "token_embd",
-    FINAL_NORM: "output_norm",
-    HEAD: "output",
-    LAYER_PARTS["input_layernorm"]: "attn_norm",
-    LAYER_PARTS["q_proj"]: "attn_q",
-    LAYER_PARTS["q_a_proj"]: "attn_q_a",
-    LAYER_PARTS["q_a_layernorm"]: "attn_q_a_norm",
-    LAYER_PARTS["q_b_proj"]: "attn_q_b",
-    LAYER_PARTS["kv_a_proj"]: "attn_kv_a_mqa",
-    LAYER_PARTS["kv_a_layernorm"]: "attn_kv_a_norm",
-    LAYER_PARTS["kv_b_proj"]: "attn_kv_b",
-    LAYER_PARTS["o_proj"]: "attn_output",
-    LAYER_PARTS["post_attention_layernorm"]: "ffn_norm",
-    GATE: "ffn_gate_inp",
-    **dict(zip(mlp_parts(moe=False), _MLP, strict=True)),
-    **{name: f"{part}_shexp" for name, part in zip(mlp_parts(moe=True), _MLP, strict=True)},
-}
-"""The network's tensors, those of a layer by their name inside it -> llama.cpp's; ``attn_kv_b`` may
-be two, by head."""
-_KV_B, _HALVES = LAYER_PARTS["kv_b_proj"], ("attn_k_b.weight", "attn_v_b.weight")
+_KV_B = LAYER_PARTS["kv_b_proj"].name
+_EXPERTS = {f"mlp.experts.{part}_proj": f"ffn_{part}_exps" for part in ("gate", "up", "down")}
+_HALVES = {f"{_KV_B}.{part}": f"attn_{part}_b" for part in "kv"}
+_NAMES = {part.name: part.gguf for part in PARTS.values()} | _EXPERTS | _HALVES
+"""The network's tensors, those of a layer by their name inside it -> llama.cpp's, which may have
+``kv_b_proj`` in two, by head."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GgmlTensor(TensorInfo):
     """Rows that are encoded as ggml's type ``kind``, in ``codes``."""
 
@@ -76,13 +61,13 @@ class GgmlTensor(TensorInfo):
     def rows(self, read: Read, start: int, stop: int) -> Tensor:
         from gguf import GGMLQuantizationType, quants
 
-        codes = read(self.codes, start, stop).numpy()
+        codes = read(self.codes, self.first + start, self.first + stop).numpy()
         with np.errstate(all="ignore"):  # what is not finite is refused by name later
             decoded = quants.dequantize(codes, GGMLQuantizationType[self.kind])
             return torch.from_numpy(decoded).to(self.dtype)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HeadsTensor(TensorInfo):
     """``kv_b_proj`` of ``keys`` [H, R, N] and ``values`` [H, V, R]."""
 
@@ -114,20 +99,67 @@ def open_checkpoint(path: Path, keep_mtp: bool = False) -> Checkpoint:
     config = config_among(read, path)
     if 3 * len(config.moe_layers) * config.n_routed_experts > MAX_TENSORS:
         raise CheckpointError(f"{path}: asks for more than {MAX_TENSORS} tensors; not real")
-    places = _Places(headers, config)
-    try:
-        infos = {name: places.find(name, shape) for name, shape in tensor_shapes(config)}
-    except ValueError as problem:
-        raise CheckpointError(f"{path}: {problem}") from None
-    for name in places.stored.keys() - places.used:
-        if not name.endswith(_HALVES):  # ik_llama.cpp writes them beside the whole
+    files = {name: tensor for header in headers for name, tensor in header.tensors.items()}
+    stored = {
+        name: _info(files[_spelled(name)], count)
+        for name, count in _matrices(config).items()
+        if _spelled(name) in files
+    }
+    places, infos = Places(path, stored, config, "its metadata", _spelled), {}
+    for name, shape in tensor_shapes(config):
+        layer, inner = split_name(name)
+        if layer is not None and inner == _KV_B and name not in stored:
+            stored[name] = _of_heads(places, layer, config)
+        infos[name] = places.find(name, shape)
+    for name in files.keys() - {info.name for info in places.used}:
+        if not name.endswith(("attn_k_b.weight", "attn_v_b.weight")):  # beside the whole
             raise CheckpointError(f"{path}: tensor {name:.120} is none that DeepSeek-V2 has")
-    encodings = {places.stored[name].encoding.name for name in places.used} - _PLAIN.keys()
-    if encodings and find_spec("gguf") is None:
-        needed = f"{', '.join(sorted(encodings))} tensors are decoded by the gguf package"
+    kinds = sorted({info.kind for info in places.used if isinstance(info, GgmlTensor)})
+    if kinds and find_spec("gguf") is None:
+        needed = f"{', '.join(kinds)} tensors are decoded by the gguf package"
         raise ConfigError(f"{path}: {needed}: pip install 'slotmoe[gguf]'")
     starts = {header.path.name: header.length for header in headers}
-    return Checkpoint(path, config, infos, (), starts, read)
+    return Checkpoint(path, config, infos, places.used, starts, read)
+
+
+def _matrices(c: Config) -> dict[str, int]:
+    """The tensors that a file may have, and how many matrices are in each."""
+    counts = dict.fromkeys(resident_shapes(c), 1)
+    for layer in range(c.num_hidden_layers):
+        counts |= {layer_tensor(layer, half): c.num_attention_heads for half in _HALVES}
+    for layer in c.moe_layers:
+        counts |= {fused_experts(layer, name): c.n_routed_experts for name in expert_shapes(c)}
+    return counts
+
+
+def _spelled(name: str) -> str:
+    """llama.cpp's name of a weight."""
+    layer, inner = split_name(re.sub(r"(?<=\.experts\.)\d+\.", "", name))
+    return f"{_NAMES[name]}.weight" if layer is None else f"blk.{layer}.{_NAMES[inner]}.weight"
+
+
+def _info(tensor: GgufTensor, count: int) -> TensorInfo:
+    """A tensor of ``count`` matrices, which ik_llama.cpp writes as one."""
+    shape, encoding = tensor.shape, tensor.encoding
+    if count > 1 and len(shape) == 2:
+        shape = (count, shape[0] // count, shape[1])
+    place = tensor.name, tensor.path
+    if (plain := _PLAIN.get(encoding.name)) is not None:
+        return TensorInfo(*place, plain, shape, tensor.offset)
+    row = (*shape[:-1], shape[-1] // encoding.block * encoding.bytes)
+    codes = TensorInfo(*place, torch.uint8, row, tensor.offset)
+    # Scales of blocks are float16 themselves.
+    return GgmlTensor(*place, torch.float16, shape, tensor.offset, kind=encoding.name, codes=codes)
+
+
+def _of_heads(places: Places, layer: int, c: Config) -> HeadsTensor:
+    """``kv_b_proj`` of a layer that has its two halves.  Raises ``CheckpointError``."""
+    H, N, V, R = c.num_attention_heads, c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank
+    shapes = zip(_HALVES, ((H, R, N), (H, V, R)), strict=True)
+    keys, values = (places.find(layer_tensor(layer, half), shape) for half, shape in shapes)
+    dtype = keys.dtype if keys.dtype == values.dtype else torch.float32
+    place = keys.name, keys.path, dtype, (H * (N + V), R), keys.offset
+    return HeadsTensor(*place, keys=keys, values=values)
 
 
 def _read_headers(path: Path) -> list[GgufHeader]:
@@ -151,60 +183,3 @@ def _read_headers(path: Path) -> list[GgufHeader]:
             counts = f"split.tensors.count is {stated!r:.40}, the parts have {len(names)} tensors"
             raise CheckpointError(f"{header.path}: {counts}; they are not of one model")
     return headers
-
-
-class _Places:
-    """Finds weights among the tensors of all parts, ``stored``; ``used`` are the names of those
-    that the weights found are in."""
-
-    def __init__(self, headers: list[GgufHeader], config: Config):
-        self.stored: dict[str, GgufTensor] = {}
-        for header in headers:
-            self.stored |= header.tensors
-        self.used: set[str] = set()
-        self._config = config
-
-    def find(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
-        """The weight ``name``.  Raises ``ValueError``."""
-        c, (layer, inner) = self._config, split_name(name)
-        prefix = "" if layer is None else f"blk.{layer}."
-        if (expert := split_expert(name)) is not None:
-            _, number, projection = expert
-            part = f"{prefix}ffn_{projection.removesuffix('_proj')}_exps.weight"
-            every = self._tensor(part, (c.n_routed_experts, *shape))
-            return _info(name, every, shape, number * shape[0])
-        if inner != _KV_B or f"{prefix}attn_kv_b.weight" in self.stored:
-            part = _NAMES[name if layer is None else inner]
-            return _info(name, self._tensor(f"{prefix}{part}.weight", shape), shape)
-        H, R = c.num_attention_heads, c.kv_lora_rank
-        shapes = (H, R, c.qk_nope_head_dim), (H, c.v_head_dim, R)  # k_HRN, v_HVR
-        found = zip(_HALVES, shapes, strict=True)
-        keys, values = (
-            _info(name, self._tensor(prefix + half, shape), shape) for half, shape in found
-        )
-        dtype = keys.dtype if keys.dtype == values.dtype else torch.float32
-        return HeadsTensor(name, keys.path, dtype, shape, keys.offset, keys, values)
-
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> GgufTensor:
-        if name not in self.stored:
-            raise ValueError(f"tensor {name} is missing; its metadata asks for it")
-        self.used.add(name)
-        tensor = self.stored[name]
-        # ik_llama.cpp writes keys and values of all heads as one matrix.
-        flat = (shape[0] * shape[1], shape[2]) if len(shape) == 3 else shape
-        if tensor.shape not in (shape, flat):
-            shapes = f"{list(tensor.shape)}, its metadata asks for {list(shape)}"
-            raise ValueError(f"tensor {name} has shape {shapes}")
-        return tensor
-
-
-def _info(name: str, tensor: GgufTensor, shape: tuple[int, ...], first: int = 0) -> TensorInfo:
-    """The weight ``name`` of ``shape`` whose rows are those of ``tensor`` from ``first`` on."""
-    encoding, plain = tensor.encoding, _PLAIN.get(tensor.encoding.name)
-    row = (*shape[:-1], shape[-1] // encoding.block * encoding.bytes)
-    codes = TensorInfo(name, tensor.path, plain or torch.uint8, shape if plain else row, 0)
-    codes = replace(codes, offset=tensor.offset + first * codes.row_bytes)
-    if plain is not None:
-        return codes
-    # Scales of blocks are float16 themselves.
-    return GgmlTensor(name, codes.path, torch.float16, shape, codes.offset, encoding.name, codes)
