@@ -9,7 +9,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, get_origin, get_type_hints
+from typing import Annotated, get_origin, get_type_hints
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import (
@@ -34,7 +34,7 @@ MAX_INT = 1 << 31
 
 _POSITIVE, _NOT_NEGATIVE = number(1e-30, 1e30), number(0, 1e30)
 _TOKEN_IDS = ListOf(integer(0, MAX_INT - 1), 0, 64)
-_SUPPORTED: dict[str, tuple[Any, ...]] = {  # values that every family has; absent is fine too
+_SUPPORTED: dict[str, tuple[object, ...]] = {  # values that every family has; absent is fine too
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -336,7 +336,7 @@ def _rope(values: Json, family: Family) -> Rope:
     return Rope(**_floats(settings))
 
 
-def _check_rotated_part(values: Json, factor: Any) -> None:
+def _check_rotated_part(values: Json, factor: object) -> None:
     """``qk_rope_head_dim`` values are rotated, of which ``factor`` says that they are all of a
     head, or which part of one with what is not rotated."""
     part = values["qk_rope_head_dim"] / (values["qk_nope_head_dim"] + values["qk_rope_head_dim"])

@@ -8,7 +8,6 @@ special tokens are those of ``tokenizer_config.json``.  Other tokenizers are ref
 import base64
 import binascii
 import json
-from typing import Any
 
 from slotmoe.jsonfile import Json
 from slotmoe.model.tokenizer import BYTE_CHARACTERS
@@ -34,7 +33,7 @@ _WORDS = "|".join(
 )
 
 
-def tokenizer_json(model: bytes, settings: dict[str, Any]) -> bytes:
+def tokenizer_json(model: bytes, settings: Json) -> bytes:
     """The ``tokenizer.json`` of a ``tiktoken.model`` with these ``settings``, the content of
     ``tokenizer_config.json``.  Raises ``ValueError`` for others than Moonlight's and Kimi's."""
     if settings.get("tokenizer_class") != _CLASS:
@@ -98,7 +97,7 @@ def _ranks(model: bytes) -> dict[bytes, int]:
     return ranks
 
 
-def _added_tokens(settings: dict[str, Any], first: int) -> list[dict[str, Any]]:
+def _added_tokens(settings: Json, first: int) -> list[Json]:
     """The special tokens from id ``first`` on.  Raises ``ValueError``."""
     given = settings.get("added_tokens_decoder", {})
     if not isinstance(given, dict):

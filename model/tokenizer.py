@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json, parse_json
@@ -138,7 +137,7 @@ class Tokenizer:
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, object]],
         tools: list[Json] | None = None,
         begun: bool = False,
         thinking: bool | None = None,
@@ -208,7 +207,7 @@ def _decoded(template: bytes, path: Path) -> str:
         raise ConfigError(f"{path}: is not UTF-8 text") from None
 
 
-def _template_of(settings: dict[str, Any]) -> str | None:
+def _template_of(settings: Json) -> str | None:
     """The chat template of ``tokenizer_config.json``: one, or the default of several named ones."""
     template = settings.get("chat_template")
     if isinstance(template, list):
@@ -217,7 +216,7 @@ def _template_of(settings: dict[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _spelling(settings: dict[str, Any], name: str) -> str:
+def _spelling(settings: Json, name: str) -> str:
     """How a special token is spelled; empty if the settings don't say."""
     token = settings.get(name)
     return str(token.get("content", "") if isinstance(token, dict) else token or "")

@@ -141,7 +141,7 @@ def _spelled(name: str) -> str:
 def _info(tensor: GgufTensor, count: int) -> TensorInfo:
     """A tensor of ``count`` matrices, which ik_llama.cpp writes as one."""
     shape, encoding = tensor.shape, tensor.encoding
-    if count > 1 and len(shape) == 2:
+    if len(shape) == 2 and count > 1 and shape[0] % count == 0:
         shape = (count, shape[0] // count, shape[1])
     place = tensor.name, tensor.path
     if (plain := _PLAIN.get(encoding.name)) is not None:

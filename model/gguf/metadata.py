@@ -54,7 +54,7 @@ class _Metadata:
     def __contains__(self, key: str) -> bool:
         return f"{ARCHITECTURE}.{key}" in self._values
 
-    def get(self, key: str, kind: Kind, *default: Any) -> Any:
+    def get(self, key: str, kind: Kind, *default: object) -> Any:
         self.asked.add(key)
         name = f"{ARCHITECTURE}.{key}"
         if name in self._values or not default:
