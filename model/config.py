@@ -135,14 +135,13 @@ class Config:
     def with_mtp(self, where: Path, wanted_by: str) -> "Config":
         """The same with the head that predicts one token more (``slotmoe.model.mtp``), which the
         option ``wanted_by`` asks for.  Raises ``ConfigError`` where the model has none."""
-        problem = f"num_nextn_predict_layers is {self.num_nextn_predict_layers}, expected 1 or more"
-        if self.num_nextn_predict_layers and not self.is_moe(self.num_hidden_layers):
-            problem = (
-                f"moe_layer_freq {self.moe_layer_freq} gives layer {self.num_hidden_layers}, the "
-            )
-            problem += "head that predicts one token more, no experts"
-        elif self.num_nextn_predict_layers:
+        count, layer = self.num_nextn_predict_layers, self.num_hidden_layers
+        if count and self.is_moe(layer):
             return replace(self, mtp=True)
+        problem = f"num_nextn_predict_layers is {count}, expected 1 or more"
+        if count:
+            head = f"layer {layer}, the head that predicts one token more, no experts"
+            problem = f"moe_layer_freq {self.moe_layer_freq} gives {head}"
         raise ConfigError(f"{where}: {problem} for {wanted_by}; leave {wanted_by} out")
 
     @property
@@ -160,9 +159,9 @@ class Config:
     def max_context(self) -> tuple[int, str]:
         """Positions that a sequence may have, and what says so.  Up to ``index_topk`` an indexed
         attention is to all positions, and beyond it this network does not compute it."""
-        limit = self.max_position_embeddings, "max_position_embeddings"
-        if self.index_topk is None or self.index_topk >= limit[0]:
-            return limit
+        limit = self.max_position_embeddings
+        if self.index_topk is None or self.index_topk >= limit:
+            return limit, "max_position_embeddings"
         reason = "index_topk; its sparse attention beyond that is not supported, lower --context"
         return self.index_topk, reason
 
@@ -314,8 +313,7 @@ def _rope(values: Json, family: Family) -> Rope:
         check(values[key], {}, key)
     settings = {"rope_theta": values.get("rope_theta", 10000.0)}
     settings |= values[keys[0]] if keys else {}
-    old_name = settings.pop("type", None)
-    kind = settings.pop("rope_type", old_name)
+    kind = settings.pop("rope_type", settings.pop("type", None))
     settings.pop("max_position_embeddings", None)
     _check_rotated_part(values, settings.pop("partial_rotary_factor", None))
     if "llama_4_scaling_beta" in settings and not (family.query_scaling and kind == "yarn"):

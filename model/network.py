@@ -4,9 +4,7 @@ families of ``slotmoe.model.families`` have them.
 A pass is over one or several sequences, with some tokens of each.  Activations are float32.  What
 it asks of a backend and of the routed experts is in ``slotmoe.border``.
 
-Shapes: T tokens of this pass, D hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, R
-kv_lora_rank, V v_head_dim, W = R + P latent row, X elements of a cached row, C = P / 2, S cached
-positions, B a block of them, E routed experts, K experts a token, M MoE layers.
+Shapes: T tokens of this pass, D hidden_size, C half of qk_rope_head_dim, V vocabulary rows.
 """
 
 import math

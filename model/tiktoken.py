@@ -48,12 +48,12 @@ def tokenizer_json(model: bytes, settings: Json) -> bytes:
         pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
         merges += [f"{spelled[left]} {spelled[right]}" for left, right in pairs]
     split = {"type": "Split", "pattern": {"Regex": _WORDS}, "behavior": "Isolated", "invert": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    byte_level["use_regex"] = False
+    byte_level = {"type": "ByteLevel"}
+    byte_level |= dict.fromkeys(("add_prefix_space", "trim_offsets", "use_regex"), False)
+    off = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
     tokenizer = {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
+        **dict.fromkeys(("truncation", "padding")),
         "added_tokens": _added_tokens(settings, len(ranks)),
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
@@ -61,13 +61,8 @@ def tokenizer_json(model: bytes, settings: Json) -> bytes:
         "decoder": byte_level,
         "model": {
             "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": True,
+            **dict.fromkeys(off),
+            **{"fuse_unk": False, "byte_fallback": False, "ignore_merges": True},
             "vocab": {spelled[token]: rank for token, rank in ranks.items()},
             "merges": merges,
         },
@@ -112,11 +107,6 @@ def _added_tokens(settings: Json, first: int) -> list[Json]:
             raise ValueError(f"added_tokens_decoder has {key!r:.40}: {about!r:.60}, {expected}")
         named[int(key)] = {"content": content, "special": about.get("special", True) is True}
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return [
-        {"id": id_, **plain, **named.get(id_, _reserved(id_))}
-        for id_ in range(first, first + _RESERVED)
-    ]
-
-
-def _reserved(id_: int) -> Json:
-    return {"content": f"<|reserved_token_{id_}|>", "special": True}
+    ids = range(first, first + _RESERVED)
+    reserved = {id_: {"content": f"<|reserved_token_{id_}|>", "special": True} for id_ in ids}
+    return [{"id": id_, **plain, **about} for id_, about in (reserved | named).items()]

@@ -156,7 +156,8 @@ class Tokenizer:
         if thinking is not None:  # the words of DeepSeek and Kimi, GLM, Mistral
             variables |= {"thinking": thinking, "enable_thinking": thinking}
             variables["reasoning_effort"] = "high" if thinking else "none"
-        text = _render(self.template, variables)
+        request = json.dumps({"template": self.template, "variables": variables})
+        text = _TEMPLATE.run(request.encode()).decode()
         return text.removesuffix(eos) if begun else text
 
 
@@ -220,11 +221,6 @@ def _spelling(settings: Json, name: str) -> str:
     """How a special token is spelled; empty if the settings don't say."""
     token = settings.get(name)
     return str(token.get("content", "") if isinstance(token, dict) else token or "")
-
-
-def _render(template: str, variables: Json) -> str:
-    request = json.dumps({"template": template, "variables": variables})
-    return _TEMPLATE.run(request.encode()).decode()
 
 
 def _check_parses(data: bytes, path: Path, verdicts: Path | None) -> None:

@@ -3,7 +3,7 @@ numbers or encoded.  The names of its tensors decide."""
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,38 +20,34 @@ _PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_STATE_BYTES = 4096  # bitsandbytes writes 200
 
 
+@dataclass
 class Places:
     """Finds weights among the tensors of the checkpoint at ``where``, ``stored`` by the network's
     names; ``used`` are those that the weights found are in.  ``source`` is what asks for them, and
     ``spelled`` gives the name that the files have for one."""
 
-    def __init__(
-        self,
-        where: Path,
-        stored: Mapping[str, TensorInfo],
-        config: Config,
-        source: str = "config.json",
-        spelled: Callable[[str], str] = str,
-    ):
-        self.used: set[TensorInfo] = set()
-        self._where, self._stored, self._config = where, stored, config
-        self._source, self._spelled = source, spelled
+    where: Path
+    stored: Mapping[str, TensorInfo]
+    config: Config
+    source: str = "config.json"
+    spelled: Callable[[str], str] = str
+    used: set[TensorInfo] = field(default_factory=set)
 
     def find(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         """The weight ``name``.  Raises ``CheckpointError`` unless it is there with this
         ``shape``."""
-        tensor, whole, first, encoding = name, shape, 0, self._config.encoding
-        if (expert := split_expert(name)) is not None and name not in self._stored:
+        tensor, whole, first, encoding = name, shape, 0, self.config.encoding
+        if (expert := split_expert(name)) is not None and name not in self.stored:
             layer, number, projection = expert
             for fused, part, parts in (FUSED[projection], (projection, 0, 1)):
-                if fused_experts(layer, fused) in self._stored:
+                if fused_experts(layer, fused) in self.stored:
                     tensor = fused_experts(layer, fused)
                     first = (number * parts + part) * shape[0]
-                    whole = (self._config.n_routed_experts, parts * shape[0], shape[1])
+                    whole = (self.config.n_routed_experts, parts * shape[0], shape[1])
         separate = tensor == name
         if encoding is not None and len(shape) == 2 and (separate or not encoding.flat):
             codes, scales = tensor + encoding.method.codes, tensor + encoding.method.scales
-            if scales in self._stored:
+            if scales in self.stored:
                 encoded = self._encoded(codes, scales, whole, encoding)
                 return replace(encoded, name=name, shape=shape, first=first)
         info = self._tensor(tensor, whole, _PLAIN)
@@ -61,7 +57,7 @@ class Places:
         self, codes: str, scales: str, shape: tuple[int, ...], encoding: Encoding
     ) -> EncodedTensor:
         """Matrices of ``shape``.  Raises ``CheckpointError``."""
-        info, per_code = self._stored[scales], encoding.method.weights
+        info, per_code = self.stored[scales], encoding.method.weights
         self.used.add(info)
         where, count = f"{info.path}: {scales}", math.prod(info.shape)
         if encoding.flat:
@@ -70,7 +66,7 @@ class Places:
                 problem = f"has {count} scales for {list(shape)} weights"
                 raise CheckpointError(f"{where} {problem}, expected whole blocks in a row")
         grid = (*shape[:-2], *encoding.grid(shape[-2:]))
-        if (zero_point := codes.removesuffix("_packed") + "_zero_point") in self._stored:
+        if (zero_point := codes.removesuffix("_packed") + "_zero_point") in self.stored:
             problem = f"{zero_point} is there too, expected codes that are symmetric around 0"
             raise CheckpointError(f"{where}: {problem}; give the original checkpoint")
         if shape[-1] % per_code:
@@ -95,7 +91,7 @@ class Places:
     def _beside(self, name: str, scales: TensorInfo, encoding: Encoding) -> dict[str, TensorInfo]:
         """The tensors that bitsandbytes writes beside a weight's codes and their ``scales``."""
         state = f"{name}.quant_state.bitsandbytes__{encoding.name}"
-        size = min(self._stored[state].nbytes, _MAX_STATE_BYTES) if state in self._stored else 0
+        size = min(self.stored[state].nbytes, _MAX_STATE_BYTES) if state in self.stored else 0
         beside = {"quant_state": self._tensor(state, (size,), (torch.uint8,))}
         shapes = {"quant_map": 16}
         if scales.dtype == NESTED:
@@ -108,13 +104,13 @@ class Places:
     def _tensor(
         self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
     ) -> TensorInfo:
-        if name not in self._stored:
-            problem = f"tensor {self._spelled(name)} is missing; {self._source} asks for it"
-            raise CheckpointError(f"{self._where}: {problem}")
-        info = self._stored[name]
+        if name not in self.stored:
+            problem = f"tensor {self.spelled(name)} is missing; {self.source} asks for it"
+            raise CheckpointError(f"{self.where}: {problem}")
+        info = self.stored[name]
         self.used.add(info)
         if info.shape != shape:
-            shapes = f"{list(info.shape)}, {self._source} asks for {list(shape)}"
+            shapes = f"{list(info.shape)}, {self.source} asks for {list(shape)}"
             raise CheckpointError(f"{info.path}: {info.name} has shape {shapes}")
         _check_dtype(info, dtypes)
         return info
