@@ -48,7 +48,7 @@ def tokenizer_json(model: bytes, settings: Json) -> bytes:
         pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
         merges += [f"{spelled[left]} {spelled[right]}" for left, right in pairs]
     split = {"type": "Split", "pattern": {"Regex": _WORDS}, "behavior": "Isolated", "invert": False}
-    byte_level = {"type": "ByteLevel"}
+    byte_level: Json = {"type": "ByteLevel"}
     byte_level |= dict.fromkeys(("add_prefix_space", "trim_offsets", "use_regex"), False)
     off = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
     tokenizer = {

@@ -19,9 +19,9 @@ from slotmoe.jsonfile import parse_json, read_file
 from slotmoe.model import tiktoken
 from slotmoe.model.checkpoint.dequantize import Codes, EncodedTensor
 from slotmoe.model.checkpoint.places import Places
-from slotmoe.model.checkpoint.shards import TensorInfo, inside, read_header, tensors_in
+from slotmoe.model.checkpoint.shards import TensorInfo, read_header, tensors_in
 from slotmoe.model.config import Config, config_among
-from slotmoe.model.files import ReadFile, files_in
+from slotmoe.model.files import ReadFile, files_in, inside
 from slotmoe.model.names import MTP_PARTS, expert_name, expert_shapes, layer_tensor, resident_shapes
 from slotmoe.model.tokenizer import MAX_SETTINGS_BYTES
 

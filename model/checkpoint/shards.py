@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from slotmoe.errors import CheckpointError, reading
 from slotmoe.jsonfile import read_json
+from slotmoe.model.files import inside
 from slotmoe.model.names import text_name
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -77,20 +78,6 @@ class TensorInfo:
     def rows(self, read: Read, start: int, stop: int) -> torch.Tensor:
         """Values of rows ``start`` to ``stop``.  Raises ``CheckpointError``, naming the file."""
         return read(self, self.first + start, self.first + stop)
-
-
-def inside(folder: Path, name: str) -> Path:
-    """Path of a regular file in ``folder``; links may lead only to the hub cache's own blobs."""
-    path = folder / name
-    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
-    if real.parent not in (home, blobs):
-        problem = "is a link that leads out of the folder; copy the file itself here"
-    elif not path.is_file():
-        problem = "is missing or not a regular file; download the checkpoint again"
-    else:
-        return path
-    raise CheckpointError(f"{path}: {problem}")
 
 
 def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, TensorInfo], int]:

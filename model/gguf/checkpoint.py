@@ -18,35 +18,19 @@ import torch
 from torch import Tensor
 
 from slotmoe.errors import CheckpointError, ConfigError
+from slotmoe.model import names
 from slotmoe.model.checkpoint.places import Places
 from slotmoe.model.checkpoint.reader import Checkpoint, tensor_shapes
-from slotmoe.model.checkpoint.shards import Read, TensorInfo, inside
+from slotmoe.model.checkpoint.shards import Read, TensorInfo
 from slotmoe.model.config import Config, config_among
-from slotmoe.model.gguf.header import (
-    MAX_HEADER_BYTES,
-    MAX_TENSORS,
-    GgufHeader,
-    GgufTensor,
-    is_gguf,
-    read_header,
-    shard_paths,
-)
+from slotmoe.model.gguf.header import MAX_TENSORS, GgufTensor, is_gguf, read_headers
 from slotmoe.model.gguf.metadata import small_files
-from slotmoe.model.names import (
-    LAYER_PARTS,
-    PARTS,
-    expert_shapes,
-    fused_experts,
-    layer_tensor,
-    resident_shapes,
-    split_name,
-)
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_KV_B = LAYER_PARTS["kv_b_proj"].name
+_KV_B = names.LAYER_PARTS["kv_b_proj"].name
 _EXPERTS = {f"mlp.experts.{part}_proj": f"ffn_{part}_exps" for part in ("gate", "up", "down")}
 _HALVES = {f"{_KV_B}.{part}": f"attn_{part}_b" for part in "kv"}
-_NAMES = {part.name: part.gguf for part in PARTS.values()} | _EXPERTS | _HALVES
+_NAMES = {part.name: part.gguf for part in names.PARTS.values()} | _EXPERTS | _HALVES
 """The network's tensors, those of a layer by their name inside it -> llama.cpp's, which may have
 ``kv_b_proj`` in two, by head."""
 
@@ -94,7 +78,7 @@ def open_checkpoint(path: Path, keep_mtp: bool = False) -> Checkpoint:
         problem = "the head that predicts one token more is not read from GGUF files"
         advice = "leave --keep-mtp out, or give the original checkpoint"
         raise ConfigError(f"{path}: {problem}; {advice}")
-    headers = _read_headers(path)
+    headers = read_headers(path)
     read = small_files(headers[0])
     config = config_among(read, path)
     if 3 * len(config.moe_layers) * config.n_routed_experts > MAX_TENSORS:
@@ -107,7 +91,7 @@ def open_checkpoint(path: Path, keep_mtp: bool = False) -> Checkpoint:
     }
     places, infos = Places(path, stored, config, "its metadata", _spelled), {}
     for name, shape in tensor_shapes(config):
-        layer, inner = split_name(name)
+        layer, inner = names.split_name(name)
         if layer is not None and inner == _KV_B and name not in stored:
             stored[name] = _of_heads(places, layer, config)
         infos[name] = places.find(name, shape)
@@ -124,17 +108,19 @@ def open_checkpoint(path: Path, keep_mtp: bool = False) -> Checkpoint:
 
 def _matrices(c: Config) -> dict[str, int]:
     """The tensors that a file may have, and how many matrices are in each."""
-    counts = dict.fromkeys(resident_shapes(c), 1)
+    counts = dict.fromkeys(names.resident_shapes(c), 1)
     for layer in range(c.num_hidden_layers):
-        counts |= {layer_tensor(layer, half): c.num_attention_heads for half in _HALVES}
+        counts |= {names.layer_tensor(layer, half): c.num_attention_heads for half in _HALVES}
     for layer in c.moe_layers:
-        counts |= {fused_experts(layer, name): c.n_routed_experts for name in expert_shapes(c)}
+        counts |= {
+            names.fused_experts(layer, name): c.n_routed_experts for name in names.expert_shapes(c)
+        }
     return counts
 
 
 def _spelled(name: str) -> str:
     """llama.cpp's name of a weight."""
-    layer, inner = split_name(re.sub(r"(?<=\.experts\.)\d+\.", "", name))
+    layer, inner = names.split_name(re.sub(r"(?<=\.experts\.)\d+\.", "", name))
     return f"{_NAMES[name]}.weight" if layer is None else f"blk.{layer}.{_NAMES[inner]}.weight"
 
 
@@ -156,30 +142,7 @@ def _of_heads(places: Places, layer: int, c: Config) -> HeadsTensor:
     """``kv_b_proj`` of a layer that has its two halves.  Raises ``CheckpointError``."""
     H, N, V, R = c.num_attention_heads, c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank
     shapes = zip(_HALVES, ((H, R, N), (H, V, R)), strict=True)
-    keys, values = (places.find(layer_tensor(layer, half), shape) for half, shape in shapes)
+    keys, values = (places.find(names.layer_tensor(layer, half), shape) for half, shape in shapes)
     dtype = keys.dtype if keys.dtype == values.dtype else torch.float32
     place = keys.name, keys.path, dtype, (H * (N + V), R), keys.offset
     return HeadsTensor(*place, keys=keys, values=values)
-
-
-def _read_headers(path: Path) -> list[GgufHeader]:
-    """The headers of all parts, which must be of one model.  Raises ``CheckpointError``."""
-    headers: list[GgufHeader] = []
-    paths, left = shard_paths(path), MAX_HEADER_BYTES
-    for index, part in enumerate(paths):
-        header = read_header(inside(path.parent, part.name) if index else path, left)
-        left -= header.length
-        number, count = (header.metadata.get(f"split.{key}", 0) for key in ("no", "count"))
-        if (number, count or 1) != (index, len(paths)):  # 0 parts: they have been put together
-            says = f"split.no is {number!r:.40} and split.count {count!r:.40}"
-            named = f"{index} and {len(paths)}, as the name says (PREFIX-00001-of-00003.gguf)"
-            raise CheckpointError(f"{part}: {says}, expected {named}")
-        headers.append(header)
-    counted = sum(len(header.tensors) for header in headers)
-    names = {name for header in headers for name in header.tensors}
-    for header in headers:
-        stated = header.metadata.get("split.tensors.count", counted)
-        if not stated == counted == len(names):
-            counts = f"split.tensors.count is {stated!r:.40}, the parts have {len(names)} tensors"
-            raise CheckpointError(f"{header.path}: {counts}; they are not of one model")
-    return headers

@@ -17,6 +17,7 @@ from typing import BinaryIO, NamedTuple, TypeVar
 
 from slotmoe.errors import CheckpointError, reading
 from slotmoe.jsonfile import Json
+from slotmoe.model.files import inside
 
 T = TypeVar("T")
 
@@ -179,6 +180,29 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> GgufHeader:
                 return _parse(path, size, _Reader(file, limit))
         except ValueError as problem:
             raise CheckpointError(f"{path}: {problem}") from None
+
+
+def read_headers(path: Path) -> list[GgufHeader]:
+    """The headers of all parts, which must be of one model.  Raises ``CheckpointError``."""
+    headers: list[GgufHeader] = []
+    paths, left = shard_paths(path), MAX_HEADER_BYTES
+    for index, part in enumerate(paths):
+        header = read_header(inside(path.parent, part.name) if index else path, left)
+        left -= header.length
+        number, count = (header.metadata.get(f"split.{key}", 0) for key in ("no", "count"))
+        if (number, count or 1) != (index, len(paths)):  # 0 parts: they have been put together
+            says = f"split.no is {number!r:.40} and split.count {count!r:.40}"
+            named = f"{index} and {len(paths)}, as the name says (PREFIX-00001-of-00003.gguf)"
+            raise CheckpointError(f"{part}: {says}, expected {named}")
+        headers.append(header)
+    counted = sum(len(header.tensors) for header in headers)
+    names = {name for header in headers for name in header.tensors}
+    for header in headers:
+        stated = header.metadata.get("split.tensors.count", counted)
+        if not stated == counted == len(names):
+            counts = f"split.tensors.count is {stated!r:.40}, the parts have {len(names)} tensors"
+            raise CheckpointError(f"{header.path}: {counts}; they are not of one model")
+    return headers
 
 
 def _parse(path: Path, size: int, reader: _Reader) -> GgufHeader:

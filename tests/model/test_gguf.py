@@ -284,7 +284,7 @@ def test_every_key_that_is_needed_is_asked_for(good, monkeypatch):
     for key in whole.metadata:
         less = {name: value for name, value in whole.metadata.items() if name != key}
         found = replace(whole, metadata=less)
-        monkeypatch.setattr(gguf_checkpoint, "read_header", lambda *_, found=found: found)
+        monkeypatch.setattr(header, "read_header", lambda *_, found=found: found)
         try:
             with open_checkpoint(good) as made:
                 assert made.config == wanted, key
