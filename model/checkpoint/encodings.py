@@ -47,13 +47,6 @@ class Encoding:
         """Whether codes and scales are written without the dimensions of their matrix."""
         return self.name in BITSANDBYTES
 
-    def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the scales of a matrix."""
-        return tuple(
-            -(-size // (block or size))
-            for size, block in zip(shape, (self.rows, self.columns), strict=True)
-        )
-
 
 _GROUP = {  # a config group of compressed-tensors: what is decoded here
     "weights": {

@@ -65,7 +65,8 @@ class Places:
             if encoding.columns == 0 or shape[-1] % encoding.columns:
                 problem = f"has {count} scales for {list(shape)} weights"
                 raise CheckpointError(f"{where} {problem}, expected whole blocks in a row")
-        grid = (*shape[:-2], *encoding.grid(shape[-2:]))
+        rows, columns = encoding.rows or shape[-2], encoding.columns or shape[-1]
+        grid = (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // columns))
         if (zero_point := codes.removesuffix("_packed") + "_zero_point") in self.stored:
             problem = f"{zero_point} is there too, expected codes that are symmetric around 0"
             raise CheckpointError(f"{where}: {problem}; give the original checkpoint")
@@ -75,8 +76,7 @@ class Places:
         if (encoding.rows == 0 or encoding.flat) and count == math.prod(grid):
             info = replace(info, shape=grid)  # of a whole matrix: written with any dimensions
         if info.shape != grid:
-            block = f"{encoding.rows or shape[-2]} x {encoding.columns or shape[-1]}"
-            expected = f"{list(grid)}, one for {block} of {list(shape)} weights"
+            expected = f"{list(grid)}, one for {rows} x {columns} of {list(shape)} weights"
             raise CheckpointError(f"{where} has shape {list(info.shape)}, expected {expected}")
         beside = self._beside(codes, info, encoding) if encoding.flat else {}
         _check_dtype(info, (NESTED,) if "nested_absmax" in beside else SCALES)

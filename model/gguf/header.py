@@ -104,13 +104,12 @@ class _Reader:
         form = f"<{kinds}"
         return list(struct.unpack(form, self.take(struct.calcsize(form), what)))
 
-    def count(self, kind: str, what: str) -> int:
-        (number,) = self.numbers(kind, what)
-        assert isinstance(number, int)
-        return number
+    def count(self, size: int, what: str) -> int:
+        """A whole number of ``size`` bytes."""
+        return int.from_bytes(self.take(size, what), "little")
 
     def text(self, what: str, limit: int = MAX_HEADER_BYTES) -> str:
-        length = self.count("Q", what)
+        length = self.count(8, what)
         if length > limit:
             raise ValueError(f"{what} has {length} bytes, more than {limit}")
         try:
@@ -119,7 +118,7 @@ class _Reader:
             raise ValueError(f"{what} is not UTF-8 text") from None
 
     def value(self, key: str) -> object:
-        kind = self.count("I", key)
+        kind = self.count(4, key)
         if kind == _TEXT:
             return self.text(key)
         if kind == _ARRAY:
@@ -130,7 +129,7 @@ class _Reader:
         return _shortest(value) if kind == _FLOAT32 and isinstance(value, float) else value
 
     def _array(self, key: str) -> Sequence[object]:
-        kind, count = self.count("I", key), self.count("Q", key)
+        kind, count = self.count(4, key), self.count(8, key)
         self._values += count
         if self._values > MAX_VALUES:
             raise ValueError(f"{key} has {count} values; more than {MAX_VALUES} are not real")
@@ -208,12 +207,12 @@ def read_headers(path: Path) -> list[GgufHeader]:
 def _parse(path: Path, size: int, reader: _Reader) -> GgufHeader:
     if reader.take(min(size, 4), "its magic number") != b"GGUF":
         raise ValueError("is not a GGUF file; SRC is one, a checkpoint folder or a hub id")
-    version = reader.count("I", "its version")
+    version = reader.count(4, "its version")
     if version not in (2, 3):
         raise ValueError(f"has GGUF version {version}, expected 2 or 3 (little-endian)")
     counts = {"tensors": MAX_TENSORS, "metadata keys": MAX_KEYS}
     for what, most in counts.items():
-        counts[what] = reader.count("Q", f"the number of {what}")
+        counts[what] = reader.count(8, f"the number of {what}")
         if counts[what] > most:
             raise ValueError(f"names {counts[what]} {what}; more than {most} are not real")
     metadata = _named(reader, counts["metadata keys"], "key", reader.value)
@@ -245,11 +244,11 @@ def _named(reader: _Reader, count: int, what: str, read: Callable[[str], T]) -> 
 def _tensor(reader: _Reader, path: Path, name: str) -> GgufTensor:
     """What the header says of tensor ``name``; its offset is from the start of the data."""
     what = f"tensor {name:.120}"
-    dimensions = reader.count("I", what)
+    dimensions = reader.count(4, what)
     if not 1 <= dimensions <= MAX_DIMENSIONS:
         raise ValueError(f"{what} has {dimensions} dimensions, expected 1 to {MAX_DIMENSIONS}")
-    shape = tuple(reader.count("Q", what) for _ in range(dimensions))[::-1]
-    kind, offset = reader.count("I", what), reader.count("Q", what)
+    shape = tuple(reader.count(8, what) for _ in range(dimensions))[::-1]
+    kind, offset = reader.count(4, what), reader.count(8, what)
     if min(shape) < 1 or math.prod(shape) > 1 << 48:
         raise ValueError(f"{what} has shape {list(shape)}, which no real tensor has")
     if kind not in ENCODINGS:

@@ -58,14 +58,15 @@ class _Metadata:
     """The values of one file by their key behind ``deepseek2.``; remembers which were asked for."""
 
     def __init__(self, header: GgufHeader):
-        self._values, self.asked = header.metadata, set(_KNOWN)
+        self._values = header.metadata
+        self._asked = {f"{ARCHITECTURE}.{key}" for key in _KNOWN}
 
     def __contains__(self, key: str) -> bool:
         return f"{ARCHITECTURE}.{key}" in self._values
 
     def get(self, key: str, kind: Kind, *default: object) -> Any:
-        self.asked.add(key)
         name = f"{ARCHITECTURE}.{key}"
+        self._asked.add(name)
         if name in self._values or not default:
             check(self._values, {name: kind})
             return self._values[name]
@@ -73,10 +74,9 @@ class _Metadata:
 
     def unknown(self) -> Json:
         """Scalars that nobody asked for."""
-        names = (name.partition(".") for name in self._values)
-        keys = {key for prefix, _, key in names if prefix == ARCHITECTURE} - self.asked
-        values = {f"{ARCHITECTURE}.{key}": self._values[f"{ARCHITECTURE}.{key}"] for key in keys}
-        return {name: str(value)[:80] for name, value in sorted(values.items())}
+        left = sorted(self._values.keys() - self._asked)
+        ours = [name for name in left if name.startswith(f"{ARCHITECTURE}.")]
+        return {name: str(self._values[name])[:80] for name in ours}
 
 
 def small_files(header: GgufHeader) -> ReadFile:
