@@ -168,9 +168,7 @@ class Config:
     @property
     def notes(self) -> list[str]:
         """What a user has to know of how this model is run."""
-        notes = []
-        if self.text_only:
-            notes.append("only the text part of this model is used")
+        notes = ["only the text part of this model is used"] if self.text_only else []
         limit, _ = self.max_context
         if limit < self.max_position_embeddings:
             why = "up to index_topk its sparse attention is to all positions"

@@ -162,18 +162,15 @@ class LayerByLayer(Generic[W]):
         """Attention of one sequence's absorbed queries over its cached rows, [T, H, R]."""
         R, scale = self._geometry.R, self._geometry.softmax_scale
         o_THR = self._backend.mla(q_THW, rows_SX, R, scale)
-        if o_THR is None:
-            o_THR = attend(q_THW, self._absorbed(rows_SX, len(q_THW)), len(rows_SX), scale)
-        return o_THR
+        if o_THR is not None:
+            return o_THR
+        # All heads share the keys [1, B, W] and values [1, B, R]: the latent rows themselves.
+        keys = (rows_BW.float()[None] for rows_BW in rows_SX.split(self._block_size(len(q_THW))))
+        blocks = ((k_1BW, k_1BW[..., :R]) for k_1BW in keys)
+        return attend(q_THW, blocks, len(rows_SX), scale)
 
     def _block_size(self, T: int) -> int:
         return min(_MAX_BLOCK, max(64, _MAX_SCORES // (T * self._geometry.H)))
-
-    def _absorbed(self, rows_SW: Tensor, T: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Blocks of shared keys [1, B, W] and values [1, B, R]: the latent rows themselves."""
-        for rows_BW in rows_SW.split(self._block_size(T)):
-            rows_BW = rows_BW.float()[None]
-            yield rows_BW, rows_BW[..., : self._geometry.R]
 
     def _expanded(self, rows_SW: Tensor, T: int, kv_b: W) -> Iterator[tuple[Tensor, Tensor]]:
         """Blocks of expanded keys [H, B, N + P] and values [H, B, V]."""

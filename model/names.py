@@ -9,6 +9,7 @@ bias), ``embedding`` (gathered by row), ``absorbed`` (``kv_b_proj``, used by col
 
 import re
 from collections.abc import Iterable
+from itertools import chain
 from typing import NamedTuple
 
 from slotmoe.model.config import Config
@@ -30,11 +31,11 @@ class Part(NamedTuple):
     component: str = "attention"
 
 
-TOP_PARTS = {
-    "embed_tokens": Part(EMBEDDING, "TD", "embedding", "token_embd", "embeddings"),
-    "norm": Part(FINAL_NORM, "D", "norm", "output_norm"),
-    "lm_head": Part(HEAD, "TD", "sensitive", "output", "embeddings"),
-}
+_TOP_PARTS = (
+    Part(EMBEDDING, "TD", "embedding", "token_embd", "embeddings"),
+    Part(FINAL_NORM, "D", "norm", "output_norm"),
+    Part(HEAD, "TD", "sensitive", "output", "embeddings"),
+)
 LAYER_PARTS = {
     "input_layernorm": Part("input_layernorm", "D", "norm", "attn_norm"),
     "q_proj": Part("self_attn.q_proj", "QD", "matrix", "attn_q"),
@@ -69,8 +70,8 @@ MTP_PARTS = {
 """What the layer that predicts one token more has beside a decoder layer.  Its embedding and its
 output head are the model's own; checkpoints hold them once more, as ``embed_tokens`` and
 ``shared_head.head``."""
-_TABLES = (TOP_PARTS, LAYER_PARTS, SHARED_PARTS, MTP_PARTS)
-PARTS = {part.name: part for table in _TABLES for part in table.values()}
+_TABLES = LAYER_PARTS.values(), SHARED_PARTS.values(), MTP_PARTS.values()
+PARTS = {part.name: part for part in chain(_TOP_PARTS, *_TABLES)}
 """All of them by name."""
 _EXPERT = Part("", "", "matrix")
 
@@ -161,10 +162,10 @@ def resident_shapes(config: Config) -> dict[str, tuple[int, ...]]:
             if 0 not in shape:
                 shapes[part.name if layer is None else layer_tensor(layer, part.name)] = shape
 
-    embedding, *end = TOP_PARTS.values()
+    embedding, *end = _TOP_PARTS
     add([embedding])
     for layer in range(config.layer_count):
-        add([*LAYER_PARTS.values(), *SHARED_PARTS.values()], layer)
+        add(chain(LAYER_PARTS.values(), SHARED_PARTS.values()), layer)
     add(end[:1] if config.tie_word_embeddings else end)
     if config.mtp:
         add(MTP_PARTS.values(), config.num_hidden_layers)

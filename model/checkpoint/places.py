@@ -23,14 +23,15 @@ _MAX_STATE_BYTES = 4096  # bitsandbytes writes 200
 @dataclass
 class Places:
     """Finds weights among the tensors of the checkpoint at ``where``, ``stored`` by the network's
-    names; ``used`` are those that the weights found are in.  ``source`` is what asks for them, and
-    ``spelled`` gives the name that the files have for one."""
+    names; ``used`` are those that the weights found are in.  ``source`` is what asks for them,
+    ``spelled`` gives the name that the files have for one, and ``label`` stands before it."""
 
     where: Path
     stored: Mapping[str, TensorInfo]
     config: Config
     source: str = "config.json"
     spelled: Callable[[str], str] = str
+    label: str = ""
     used: set[TensorInfo] = field(default_factory=set)
 
     def find(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
@@ -44,8 +45,8 @@ class Places:
                     tensor = fused_experts(layer, fused)
                     first = (number * parts + part) * shape[0]
                     whole = (self.config.n_routed_experts, parts * shape[0], shape[1])
-        separate = tensor == name
-        if encoding is not None and len(shape) == 2 and (separate or not encoding.flat):
+        is_fused = tensor != name
+        if encoding is not None and len(shape) == 2 and not (is_fused and encoding.flat):
             codes, scales = tensor + encoding.method.codes, tensor + encoding.method.scales
             if scales in self.stored:
                 encoded = self._encoded(codes, scales, whole, encoding)
@@ -111,7 +112,7 @@ class Places:
         self.used.add(info)
         if info.shape != shape:
             shapes = f"{list(info.shape)}, {self.source} asks for {list(shape)}"
-            raise CheckpointError(f"{info.path}: {info.name} has shape {shapes}")
+            raise CheckpointError(f"{info.path}: {self.label}{info.name} has shape {shapes}")
         _check_dtype(info, dtypes)
         return info
 

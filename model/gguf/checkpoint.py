@@ -89,7 +89,7 @@ def open_checkpoint(path: Path, keep_mtp: bool = False) -> Checkpoint:
         for name, count in _matrices(config).items()
         if _spelled(name) in files
     }
-    places, infos = Places(path, stored, config, "its metadata", _spelled), {}
+    places, infos = Places(path, stored, config, "its metadata", _spelled, "tensor "), {}
     for name, shape in tensor_shapes(config):
         layer, inner = names.split_name(name)
         if layer is not None and inner == _KV_B and name not in stored:
