@@ -7,6 +7,7 @@ them, E routed experts, K experts a token, Z and Y widths of a key and of a valu
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Generic, TypeVar
 
 import torch
@@ -32,36 +33,33 @@ def as_tensor(weight: object) -> Tensor:
     return weight
 
 
-def layer_of(weights: Mapping[str, W], config: Config, layer: int) -> Layer[W]:
+def layer_of(weights: Mapping[str, W], layer: int) -> Layer[W]:
     """The weights of ``layer`` out of all ``weights`` by checkpoint name."""
-
-    def get(field: str) -> W | None:
-        return weights.get(layer_tensor(layer, LAYER_PARTS[field].name))
-
-    def need(field: str) -> W:
-        return weights[layer_tensor(layer, LAYER_PARTS[field].name)]
-
-    def tensor(field: str) -> Tensor | None:
-        weight = get(field)
-        return None if weight is None else as_tensor(weight)
-
-    gate, bias = tensor("gate"), tensor("gate_bias")
-    parts = SHARED_PARTS if config.is_moe(layer) else LAYER_PARTS
-    mlp = [layer_tensor(layer, parts[field].name) for field in SHARED_PARTS]
+    plain: dict[str, Tensor] = {}
+    matrices: dict[str, W] = {}
+    for field, part in chain(LAYER_PARTS.items(), SHARED_PARTS.items()):
+        if (weight := weights.get(layer_tensor(layer, part.name))) is None:
+            continue
+        if part.role in ("norm", "gate"):
+            tensor = as_tensor(weight)
+            plain[field] = tensor.float() if part.role == "gate" else tensor
+        else:
+            matrices[field] = weight
+    has_mlp = "gate_proj" in matrices  # of a dense layer, or of shared experts
     return Layer(
-        input_layernorm=as_tensor(need("input_layernorm")),
-        q_proj=get("q_proj"),
-        q_a_proj=get("q_a_proj"),
-        q_a_layernorm=tensor("q_a_layernorm"),
-        q_b_proj=get("q_b_proj"),
-        kv_a_proj=need("kv_a_proj"),
-        kv_a_layernorm=as_tensor(need("kv_a_layernorm")),
-        kv_b_proj=need("kv_b_proj"),
-        o_proj=need("o_proj"),
-        post_attention_layernorm=as_tensor(need("post_attention_layernorm")),
-        gate=None if gate is None else gate.float(),
-        gate_bias=None if bias is None else bias.float(),
-        mlp=Mlp(*(weights[name] for name in mlp)) if mlp[0] in weights else None,
+        input_layernorm=plain["input_layernorm"],
+        q_proj=matrices.get("q_proj"),
+        q_a_proj=matrices.get("q_a_proj"),
+        q_a_layernorm=plain.get("q_a_layernorm"),
+        q_b_proj=matrices.get("q_b_proj"),
+        kv_a_proj=matrices["kv_a_proj"],
+        kv_a_layernorm=plain["kv_a_layernorm"],
+        kv_b_proj=matrices["kv_b_proj"],
+        o_proj=matrices["o_proj"],
+        post_attention_layernorm=plain["post_attention_layernorm"],
+        gate=plain.get("gate"),
+        gate_bias=plain.get("gate_bias"),
+        mlp=Mlp(*(matrices[field] for field in SHARED_PARTS)) if has_mlp else None,
     )
 
 

@@ -1,10 +1,10 @@
 """Names, shapes and roles of a model's tensors as DeepSeek's checkpoints have them, without torch.
 
-This is the one place that spells those names.  A tensor's role is how the network uses it, which
-limits how it can be stored (``slotmoe.quant.shapes``): ``norm``, ``gate`` (of the router, and its
-bias), ``embedding`` (gathered by row), ``absorbed`` (``kv_b_proj``, used by column too),
-``sensitive`` (``lm_head``, ``kv_a_proj``, dense MLPs: rounding to 4 bits costs much there), else
-``matrix``.
+This is the one place that spells those names, and llama.cpp's for them.  A tensor's role is how the
+network uses it, which limits how it can be stored (``slotmoe.quant.shapes``): ``norm``, ``gate``
+(of the router, and its bias), ``embedding`` (gathered by row), ``absorbed`` (``kv_b_proj``, used by
+column too), ``sensitive`` (``lm_head``, ``kv_a_proj``, dense MLPs: rounding to 4 bits costs much
+there), else ``matrix``.
 """
 
 import re

@@ -73,7 +73,7 @@ class Network(Generic[W]):
         self.config, self.backend, self.experts = config, backend, experts
         self.embed_tokens = weights[EMBEDDING]
         count = config.num_hidden_layers
-        self.layers = [layer_of(weights, config, index) for index in range(count)]
+        self.layers = [layer_of(weights, index) for index in range(count)]
         self.norm = as_tensor(weights[FINAL_NORM])
         tied = config.tie_word_embeddings
         self.lm_head = self.embed_tokens if tied else weights[HEAD]

@@ -1,6 +1,6 @@
 """The metadata of a GGUF file as ``config.json`` and tokenizer files.  Without torch.
 
-llama.cpp's names stand here alone.  A value that the network needs and the file lacks is refused by
+llama.cpp's keys stand here alone.  A value that the network needs and the file lacks is refused by
 its key: what llama.cpp assumes in its place may be wrong (its gate knows no groups, for example).
 """
 
