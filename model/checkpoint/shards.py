@@ -86,7 +86,7 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Te
 
     Raises ``CheckpointError`` if the file is not a whole one.
     """
-    stored: dict[str, tuple[str, tuple[int, ...]]] = {}
+    infos: dict[str, TensorInfo] = {}
     with reading(path, CheckpointError):
         with open(path, "rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
@@ -97,11 +97,21 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Te
                 problem = f"more than {MAX_TENSORS} tensors; not a real checkpoint"
                 raise CheckpointError(f"{path}: {problem}")
         try:
-            # For "pt" torch would open the file again, with errors that are no OSError.
+            str(path).encode()  # raises for bytes that are no text
+            # The library checks bounds, overlaps, holes and the file's size, so offsets follow from
+            # the order.  For "pt" torch would open the file again, with errors that are no OSError.
+            offset = 8 + header_bytes
             with safe_open(path, framework="np") as opened:
                 for name in opened.offset_keys():
                     part = opened.get_slice(name)
-                    stored[name] = part.get_dtype(), tuple(part.get_shape())
+                    dtype, shape = part.get_dtype(), tuple(part.get_shape())
+                    if dtype not in DTYPES:
+                        problem = f"has dtype {dtype}, expected one of {', '.join(DTYPES)}"
+                        raise CheckpointError(f"{path}: {name:.120} {problem}")
+                    info = TensorInfo(text_name(name), path, DTYPES[dtype], shape, offset)
+                    infos[info.name], offset = info, offset + info.nbytes
+        except CheckpointError:
+            raise
         except UnicodeError:
             reason = "the name is not UTF-8, and the safetensors library opens no other"
             raise CheckpointError(f"{path}: {reason}; rename the folder") from None
@@ -110,15 +120,6 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Te
             if "(os error " in str(damage):  # the library's way to say what the system said
                 reason = f"can't be read ({str(damage)[:160]})"
             raise CheckpointError(f"{path}: {reason}") from None
-    # The library has checked bounds, overlaps, holes and the file's size, so offsets follow from
-    # the order.
-    infos, offset = {}, 8 + header_bytes
-    for name, (dtype, shape) in stored.items():
-        if dtype not in DTYPES:
-            problem = f"has dtype {dtype}, expected one of {', '.join(DTYPES)}"
-            raise CheckpointError(f"{path}: {name:.120} {problem}")
-        info = TensorInfo(text_name(name), path, DTYPES[dtype], shape, offset)
-        infos[info.name], offset = info, offset + info.nbytes
     return infos, header_bytes
 
 
