@@ -101,26 +101,24 @@ class Network(Generic[W]):
 
     def run(self, h_TD: Tensor, caches: Sequence[LatentCache], counts: Sequence[int]) -> Tensor:
         """``forward`` from the residual stream before the first layer on."""
-        position = torch.cat(
+        positions_T = torch.cat(
             [
                 torch.arange(cache.length, cache.length + count, device=h_TD.device)
                 for cache, count in zip(caches, counts, strict=True)
             ]
         )
-        rope_TC, scale_T = position_tables(self.config.rope, self._frequencies, position.float())
+        rope_TC, scale_T = position_tables(self.config.rope, self._frequencies, positions_T.float())
         self.timer.mark("rest")
         runner: Runner = self._layer_by_layer
         T, size = len(h_TD), self._step_tokens
-        if len(caches) > 1 or size >= T:
-            size = T
-            if self._decoder and self.rows >= T and max(counts) <= _FEW:
-                runner = self._decoder
+        is_one = len(caches) > 1 or size >= T
+        if is_one and self._decoder and self.rows >= T and max(counts) <= _FEW:
+            runner = self._decoder
         steps = []
-        for start in range(0, T, size):
-            span = slice(start, start + size)
-            scale = None if scale_T is None else scale_T[span]
-            of_each = counts if size == T else [len(h_TD[span])]
-            tables = rope_TC[span], scale
+        for start in [0] if is_one else range(0, T, size):
+            span = slice(start, T if is_one else start + size)
+            tables = rope_TC[span], None if scale_T is None else scale_T[span]
+            of_each = counts if is_one else [len(h_TD[span])]
             steps.append(Step(h_TD[span], *tables, caches, of_each, self.timer, start))
         waiting = steps
         while waiting:  # all steps take a layer's experts before the next layer's
