@@ -219,7 +219,7 @@ def tiktoken(folder):
 def gguf(folder):
     few_words(folder / "checkpoint")
     path = write_gguf(folder / "checkpoint", folder / "model.gguf")
-    data, size = path.read_bytes(), len(read_header(path).data)
+    data, size = path.read_bytes(), read_header(path).length
 
     def read():
         with closing(open_checkpoint(path)) as checkpoint:

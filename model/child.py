@@ -33,11 +33,10 @@ class Child:
         except subprocess.TimeoutExpired:
             causes = "the machine is overloaded, or the file is hostile"
             raise ConfigError(f"{self.what}: did not finish; {causes}") from None
-        if child.returncode == -_TOO_LONG:
-            problem = f"did not finish in {self.seconds} seconds"
-            raise ConfigError(f"{self.what}: {problem}; it is broken or hostile")
         if child.returncode < 0:
             problem = f"crashed the library that reads it (signal {-child.returncode})"
+            if child.returncode == -_TOO_LONG:
+                problem = f"did not finish in {self.seconds} seconds"
             raise ConfigError(f"{self.what}: {problem}; it is broken or hostile")
         if child.returncode:
             lines = child.stderr.decode(errors="replace").strip().splitlines() or ["out of memory"]

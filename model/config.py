@@ -9,7 +9,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, get_origin, get_type_hints
+from typing import Annotated, get_origin, get_type_hints
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import (
@@ -34,7 +34,7 @@ MAX_INT = 1 << 31
 
 _POSITIVE, _NOT_NEGATIVE = number(1e-30, 1e30), number(0, 1e30)
 _TOKEN_IDS = ListOf(integer(0, MAX_INT - 1), 0, 64)
-_SUPPORTED: dict[str, tuple[Any, ...]] = {  # values that every family has; absent is fine too
+_SUPPORTED: dict[str, tuple[object, ...]] = {  # values that every family has; absent is fine too
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -135,14 +135,13 @@ class Config:
     def with_mtp(self, where: Path, wanted_by: str) -> "Config":
         """The same with the head that predicts one token more (``slotmoe.model.mtp``), which the
         option ``wanted_by`` asks for.  Raises ``ConfigError`` where the model has none."""
-        problem = f"num_nextn_predict_layers is {self.num_nextn_predict_layers}, expected 1 or more"
-        if self.num_nextn_predict_layers and not self.is_moe(self.num_hidden_layers):
-            problem = (
-                f"moe_layer_freq {self.moe_layer_freq} gives layer {self.num_hidden_layers}, the "
-            )
-            problem += "head that predicts one token more, no experts"
-        elif self.num_nextn_predict_layers:
+        count, layer = self.num_nextn_predict_layers, self.num_hidden_layers
+        if count and self.is_moe(layer):
             return replace(self, mtp=True)
+        problem = f"num_nextn_predict_layers is {count}, expected 1 or more"
+        if count:
+            head = f"layer {layer}, the head that predicts one token more, no experts"
+            problem = f"moe_layer_freq {self.moe_layer_freq} gives {head}"
         raise ConfigError(f"{where}: {problem} for {wanted_by}; leave {wanted_by} out")
 
     @property
@@ -160,18 +159,16 @@ class Config:
     def max_context(self) -> tuple[int, str]:
         """Positions that a sequence may have, and what says so.  Up to ``index_topk`` an indexed
         attention is to all positions, and beyond it this network does not compute it."""
-        limit = self.max_position_embeddings, "max_position_embeddings"
-        if self.index_topk is None or self.index_topk >= limit[0]:
-            return limit
+        limit = self.max_position_embeddings
+        if self.index_topk is None or self.index_topk >= limit:
+            return limit, "max_position_embeddings"
         reason = "index_topk; its sparse attention beyond that is not supported, lower --context"
         return self.index_topk, reason
 
     @property
     def notes(self) -> list[str]:
         """What a user has to know of how this model is run."""
-        notes = []
-        if self.text_only:
-            notes.append("only the text part of this model is used")
+        notes = ["only the text part of this model is used"] if self.text_only else []
         limit, _ = self.max_context
         if limit < self.max_position_embeddings:
             why = "up to index_topk its sparse attention is to all positions"
@@ -241,9 +238,7 @@ def _parse(outer: Json) -> Config:
         rope=_rope(values, family),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=eos,
-        encoding=parse_encoding(
-            given.get("quantization_config"), given.get("dtype", given.get("torch_dtype"))
-        ),
+        encoding=parse_encoding(given),
         text_only=given is not outer,
         unknown_keys=tuple(sorted(str(key)[:80] for key in given.keys() - _KNOWN_KEYS)),
     )
@@ -316,8 +311,7 @@ def _rope(values: Json, family: Family) -> Rope:
         check(values[key], {}, key)
     settings = {"rope_theta": values.get("rope_theta", 10000.0)}
     settings |= values[keys[0]] if keys else {}
-    old_name = settings.pop("type", None)
-    kind = settings.pop("rope_type", old_name)
+    kind = settings.pop("rope_type", settings.pop("type", None))
     settings.pop("max_position_embeddings", None)
     _check_rotated_part(values, settings.pop("partial_rotary_factor", None))
     if "llama_4_scaling_beta" in settings and not (family.query_scaling and kind == "yarn"):
@@ -338,7 +332,7 @@ def _rope(values: Json, family: Family) -> Rope:
     return Rope(**_floats(settings))
 
 
-def _check_rotated_part(values: Json, factor: Any) -> None:
+def _check_rotated_part(values: Json, factor: object) -> None:
     """``qk_rope_head_dim`` values are rotated, of which ``factor`` says that they are all of a
     head, or which part of one with what is not rotated."""
     part = values["qk_rope_head_dim"] / (values["qk_nope_head_dim"] + values["qk_rope_head_dim"])

@@ -5,9 +5,11 @@ are made of its metadata.  Whoever uses them gets a ``ReadFile`` and never a pat
 stranger puts beside an export is not read.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+from slotmoe.errors import CheckpointError
 from slotmoe.jsonfile import read_file
 
 ReadFile = Callable[[str, int], bytes | None]
@@ -23,3 +25,17 @@ def files_in(folder: Path) -> ReadFile:
         return read_file(path, limit) if path.exists() else None
 
     return read
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Path of a regular file in ``folder``; links may lead only to the hub cache's own blobs."""
+    path = folder / name
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    if real.parent not in (home, blobs):
+        problem = "is a link that leads out of the folder; copy the file itself here"
+    elif not path.is_file():
+        problem = "is missing or not a regular file; download the checkpoint again"
+    else:
+        return path
+    raise CheckpointError(f"{path}: {problem}")

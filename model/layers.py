@@ -7,6 +7,7 @@ them, E routed experts, K experts a token, Z and Y widths of a key and of a valu
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Generic, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from slotmoe.border import Backend, Experts, Geometry, Layer, Mlp, Pending, Step
 from slotmoe.model.config import Config
-from slotmoe.model.names import GATE, GATE_BIAS, LAYER_PARTS, layer_tensor, mlp_parts
+from slotmoe.model.names import LAYER_PARTS, SHARED_PARTS, layer_tensor
 from slotmoe.model.routing import route, router_of
 
 W = TypeVar("W")
@@ -32,33 +33,33 @@ def as_tensor(weight: object) -> Tensor:
     return weight
 
 
-def layer_of(weights: Mapping[str, W], config: Config, layer: int) -> Layer[W]:
+def layer_of(weights: Mapping[str, W], layer: int) -> Layer[W]:
     """The weights of ``layer`` out of all ``weights`` by checkpoint name."""
-    is_moe = config.is_moe(layer)
-
-    def get(part: str) -> W:
-        return weights[layer_tensor(layer, part)]
-
-    def tensor(part: str) -> Tensor:
-        return as_tensor(get(part))
-
-    part = LAYER_PARTS
-    low_rank = config.q_lora_rank is not None
-    has_mlp = not is_moe or config.n_shared_experts > 0
+    plain: dict[str, Tensor] = {}
+    matrices: dict[str, W] = {}
+    for field, part in chain(LAYER_PARTS.items(), SHARED_PARTS.items()):
+        if (weight := weights.get(layer_tensor(layer, part.name))) is None:
+            continue
+        if part.role in ("norm", "gate"):
+            tensor = as_tensor(weight)
+            plain[field] = tensor.float() if part.role == "gate" else tensor
+        else:
+            matrices[field] = weight
+    has_mlp = "gate_proj" in matrices  # of a dense layer, or of shared experts
     return Layer(
-        input_layernorm=tensor(part["input_layernorm"]),
-        q_proj=None if low_rank else get(part["q_proj"]),
-        q_a_proj=get(part["q_a_proj"]) if low_rank else None,
-        q_a_layernorm=tensor(part["q_a_layernorm"]) if low_rank else None,
-        q_b_proj=get(part["q_b_proj"]) if low_rank else None,
-        kv_a_proj=get(part["kv_a_proj"]),
-        kv_a_layernorm=tensor(part["kv_a_layernorm"]),
-        kv_b_proj=get(part["kv_b_proj"]),
-        o_proj=get(part["o_proj"]),
-        post_attention_layernorm=tensor(part["post_attention_layernorm"]),
-        gate=tensor(GATE).float() if is_moe else None,
-        gate_bias=tensor(GATE_BIAS).float() if is_moe and config.family.correction_bias else None,
-        mlp=Mlp(*map(get, mlp_parts(is_moe))) if has_mlp else None,
+        input_layernorm=plain["input_layernorm"],
+        q_proj=matrices.get("q_proj"),
+        q_a_proj=matrices.get("q_a_proj"),
+        q_a_layernorm=plain.get("q_a_layernorm"),
+        q_b_proj=matrices.get("q_b_proj"),
+        kv_a_proj=matrices["kv_a_proj"],
+        kv_a_layernorm=plain["kv_a_layernorm"],
+        kv_b_proj=matrices["kv_b_proj"],
+        o_proj=matrices["o_proj"],
+        post_attention_layernorm=plain["post_attention_layernorm"],
+        gate=plain.get("gate"),
+        gate_bias=plain.get("gate_bias"),
+        mlp=Mlp(*(matrices[field] for field in SHARED_PARTS)) if has_mlp else None,
     )
 
 
@@ -159,18 +160,15 @@ class LayerByLayer(Generic[W]):
         """Attention of one sequence's absorbed queries over its cached rows, [T, H, R]."""
         R, scale = self._geometry.R, self._geometry.softmax_scale
         o_THR = self._backend.mla(q_THW, rows_SX, R, scale)
-        if o_THR is None:
-            o_THR = attend(q_THW, self._absorbed(rows_SX, len(q_THW)), len(rows_SX), scale)
-        return o_THR
+        if o_THR is not None:
+            return o_THR
+        # All heads share the keys [1, B, W] and values [1, B, R]: the latent rows themselves.
+        keys = (rows_BW.float()[None] for rows_BW in rows_SX.split(self._block_size(len(q_THW))))
+        blocks = ((k_1BW, k_1BW[..., :R]) for k_1BW in keys)
+        return attend(q_THW, blocks, len(rows_SX), scale)
 
     def _block_size(self, T: int) -> int:
         return min(_MAX_BLOCK, max(64, _MAX_SCORES // (T * self._geometry.H)))
-
-    def _absorbed(self, rows_SW: Tensor, T: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Blocks of shared keys [1, B, W] and values [1, B, R]: the latent rows themselves."""
-        for rows_BW in rows_SW.split(self._block_size(T)):
-            rows_BW = rows_BW.float()[None]
-            yield rows_BW, rows_BW[..., : self._geometry.R]
 
     def _expanded(self, rows_SW: Tensor, T: int, kv_b: W) -> Iterator[tuple[Tensor, Tensor]]:
         """Blocks of expanded keys [H, B, N + P] and values [H, B, V]."""

@@ -41,7 +41,9 @@ class MtpHead(Generic[W]):
         step_tokens: int = 1 << 30,
     ):
         self._main, layer = main, main.config.num_hidden_layers
-        parts = {field: weights[layer_tensor(layer, MTP_PARTS[field])] for field in MTP_PARTS}
+        parts = {
+            field: weights[layer_tensor(layer, part.name)] for field, part in MTP_PARTS.items()
+        }
         self._projection = parts["eh_proj"]
         self._enorm, self._hnorm = as_tensor(parts["enorm"]), as_tensor(parts["hnorm"])
         self.config = replace(main.config, num_hidden_layers=1, first_k_dense_replace=0, mtp=False)

@@ -1,37 +1,79 @@
 """Names, shapes and roles of a model's tensors as DeepSeek's checkpoints have them, without torch.
 
-This is the one place that spells those names.  A tensor's role is how the network uses it, which
-limits how it can be stored (``slotmoe.quant.shapes``): ``norm``, ``gate`` (of the router, and its
-bias), ``embedding`` (gathered by row), ``absorbed`` (``kv_b_proj``, used by column too),
-``sensitive`` (``lm_head``, ``kv_a_proj``, dense MLPs: rounding to 4 bits costs much there), else
-``matrix``.
+This is the one place that spells those names, and llama.cpp's for them.  A tensor's role is how the
+network uses it, which limits how it can be stored (``slotmoe.quant.shapes``): ``norm``, ``gate``
+(of the router, and its bias), ``embedding`` (gathered by row), ``absorbed`` (``kv_b_proj``, used by
+column too), ``sensitive`` (``lm_head``, ``kv_a_proj``, dense MLPs: rounding to 4 bits costs much
+there), else ``matrix``.
 """
 
 import re
+from collections.abc import Iterable
+from itertools import chain
+from typing import NamedTuple
 
 from slotmoe.model.config import Config
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 GATE, POST_NORM = "mlp.gate", "post_attention_layernorm"
-GATE_BIAS = "mlp.gate.e_score_correction_bias"
-LAYER_PARTS = {
-    "input_layernorm": "input_layernorm",
-    "q_proj": "self_attn.q_proj",
-    "q_a_proj": "self_attn.q_a_proj",
-    "q_a_layernorm": "self_attn.q_a_layernorm",
-    "q_b_proj": "self_attn.q_b_proj",
-    "kv_a_proj": "self_attn.kv_a_proj_with_mqa",
-    "kv_a_layernorm": "self_attn.kv_a_layernorm",
-    "kv_b_proj": "self_attn.kv_b_proj",
-    "o_proj": "self_attn.o_proj",
-    "post_attention_layernorm": POST_NORM,
-}
-"""Tensors that every layer may have: the network's name -> the checkpoint's, inside the layer."""
+_GATE_BIAS = "mlp.gate.e_score_correction_bias"
 
-MTP_PARTS = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
+
+class Part(NamedTuple):
+    """A resident tensor: its ``name``, inside the layer if it is in one; its ``sizes``, a letter of
+    ``_sizes`` for each dimension; its role; ``gguf``, llama.cpp's name; and the ``component`` that
+    plans and profiles count it to."""
+
+    name: str
+    sizes: str
+    role: str
+    gguf: str = ""
+    component: str = "attention"
+
+
+_TOP_PARTS = (
+    Part(EMBEDDING, "TD", "embedding", "token_embd", "embeddings"),
+    Part(FINAL_NORM, "D", "norm", "output_norm"),
+    Part(HEAD, "TD", "sensitive", "output", "embeddings"),
+)
+LAYER_PARTS = {
+    "input_layernorm": Part("input_layernorm", "D", "norm", "attn_norm"),
+    "q_proj": Part("self_attn.q_proj", "QD", "matrix", "attn_q"),
+    "q_a_proj": Part("self_attn.q_a_proj", "LD", "matrix", "attn_q_a"),
+    "q_a_layernorm": Part("self_attn.q_a_layernorm", "L", "norm", "attn_q_a_norm"),
+    "q_b_proj": Part("self_attn.q_b_proj", "PL", "matrix", "attn_q_b"),
+    "kv_a_proj": Part("self_attn.kv_a_proj_with_mqa", "WD", "sensitive", "attn_kv_a_mqa"),
+    "kv_a_layernorm": Part("self_attn.kv_a_layernorm", "R", "norm", "attn_kv_a_norm"),
+    "kv_b_proj": Part("self_attn.kv_b_proj", "KR", "absorbed", "attn_kv_b"),
+    "o_proj": Part("self_attn.o_proj", "DV", "matrix", "attn_output"),
+    "post_attention_layernorm": Part(POST_NORM, "D", "norm", "ffn_norm"),
+    "gate": Part(GATE, "ED", "gate", "ffn_gate_inp", "router"),
+    "gate_bias": Part(_GATE_BIAS, "B", "gate", component="router"),
+    "gate_proj": Part("mlp.gate_proj", "FD", "sensitive", "ffn_gate", "dense layers"),
+    "up_proj": Part("mlp.up_proj", "FD", "sensitive", "ffn_up", "dense layers"),
+    "down_proj": Part("mlp.down_proj", "DF", "sensitive", "ffn_down", "dense layers"),
+}
+"""Tensors that a layer may have, by the network's name, in the order of the forward pass."""
+_SHARED = "mlp.shared_experts."
+SHARED_PARTS = {
+    "gate_proj": Part(f"{_SHARED}gate_proj", "SD", "matrix", "ffn_gate_shexp", "shared experts"),
+    "up_proj": Part(f"{_SHARED}up_proj", "SD", "matrix", "ffn_up_shexp", "shared experts"),
+    "down_proj": Part(f"{_SHARED}down_proj", "DS", "matrix", "ffn_down_shexp", "shared experts"),
+}
+"""Those of its shared experts."""
+MTP_PARTS = {
+    "enorm": Part("enorm", "D", "norm", component="drafting head"),
+    "hnorm": Part("hnorm", "D", "norm", component="drafting head"),
+    "eh_proj": Part("eh_proj", "DX", "matrix", component="drafting head"),
+    "norm": Part("shared_head.norm", "D", "norm", component="drafting head"),
+}
 """What the layer that predicts one token more has beside a decoder layer.  Its embedding and its
 output head are the model's own; checkpoints hold them once more, as ``embed_tokens`` and
 ``shared_head.head``."""
+_TABLES = LAYER_PARTS.values(), SHARED_PARTS.values(), MTP_PARTS.values()
+PARTS = {part.name: part for part in chain(_TOP_PARTS, *_TABLES)}
+"""All of them by name."""
+_EXPERT = Part("", "", "matrix")
 
 FUSED = {
     "gate_proj": ("gate_up_proj", 0, 2),
@@ -40,16 +82,6 @@ FUSED = {
 }
 """All routed experts of a layer in one tensor, as transformers 5 saves them: its name, and which of
 how many equal parts of the rows of each expert's matrix a projection is."""
-ENCODED = {
-    "fp8": ("", "_scale_inv"),
-    "int4": ("_packed", "_scale"),
-    "nf4": ("", ".absmax"),
-    "fp4": ("", ".absmax"),
-}
-"""What follows the name of a weight where its codes are, and where their scales are."""
-QUANT_STATE = ".quant_state.bitsandbytes__"
-"""What follows it where bitsandbytes notes how it is stored; then comes the method."""
-ZERO_POINT = "_zero_point"
 
 
 def text_name(name: str) -> str:
@@ -63,27 +95,9 @@ def fused_experts(layer: int, tensor: str) -> str:
     return f"model.layers.{layer}.mlp.experts.{tensor}"
 
 
-_ROLES = {
-    EMBEDDING: "embedding",
-    GATE: "gate",
-    GATE_BIAS: "gate",
-    LAYER_PARTS["kv_b_proj"]: "absorbed",
-    **dict.fromkeys(
-        (HEAD, LAYER_PARTS["kv_a_proj"], "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-        "sensitive",
-    ),
-}
-
-
 def layer_tensor(layer: int, part: str) -> str:
     """Checkpoint name of the tensor ``part`` of a layer."""
-    return f"model.layers.{layer}.{part}" + ("" if part == GATE_BIAS else ".weight")
-
-
-def mlp_parts(moe: bool) -> tuple[str, str, str]:
-    """Gate, up and down projection of a layer's MLP or shared experts: names inside the layer."""
-    prefix = "mlp.shared_experts" if moe else "mlp"
-    return f"{prefix}.gate_proj", f"{prefix}.up_proj", f"{prefix}.down_proj"
+    return f"model.layers.{layer}.{part}" + ("" if part == _GATE_BIAS else ".weight")
 
 
 def expert_name(layer: int, expert: int, projection: str) -> str:
@@ -104,6 +118,12 @@ def split_name(name: str) -> tuple[int | None, str]:
     return int(match[1]) if match else None, inner
 
 
+def part_of(name: str) -> Part:
+    """The row of the tables for a tensor; a routed expert's has none of its own."""
+    layer, inner = split_name(name)
+    return PARTS.get(name if layer is None else inner, _EXPERT)
+
+
 def text_layer(name: str, config: Config) -> int | None:
     """The layer of a tensor, None also in the head that predicts one token more: a text goes
     through the others."""
@@ -112,68 +132,43 @@ def text_layer(name: str, config: Config) -> int | None:
 
 
 def role_of(name: str) -> str:
-    """The role of a resident tensor, see above."""
-    _, part = split_name(name)
-    if part.endswith("norm"):
-        return "norm"
-    return _ROLES.get(name, _ROLES.get(part, "matrix"))
+    """The role of a tensor, see above."""
+    return part_of(name).role
 
 
-def component_of(name: str) -> str:
-    """The part of the model that a resident tensor belongs to, as plans and profiles name it."""
-    _, part = split_name(name)
-    if name in (EMBEDDING, HEAD):
-        return "embeddings"
-    if part in (GATE, GATE_BIAS):
-        return "router"
-    if part in mlp_parts(moe=True):
-        return "shared experts"
-    if part in MTP_PARTS.values():
-        return "drafting head"
-    return "dense layers" if part in mlp_parts(moe=False) else "attention"
-
-
-def _layer_shapes(c: Config, layer: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a layer's resident tensors by name inside it, in the order of the forward pass."""
-    D, H, part = c.hidden_size, c.num_attention_heads, LAYER_PARTS
-    query = H * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-    shapes: dict[str, tuple[int, ...]] = {part["input_layernorm"]: (D,)}
-    if c.q_lora_rank is None:
-        shapes[part["q_proj"]] = (query, D)
-    else:
-        shapes[part["q_a_proj"]] = (c.q_lora_rank, D)
-        shapes[part["q_a_layernorm"]] = (c.q_lora_rank,)
-        shapes[part["q_b_proj"]] = (query, c.q_lora_rank)
-    shapes[part["kv_a_proj"]] = (c.latent_width, D)
-    shapes[part["kv_a_layernorm"]] = (c.kv_lora_rank,)
-    shapes[part["kv_b_proj"]] = (H * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
-    shapes[part["o_proj"]] = (D, H * c.v_head_dim)
-    shapes[POST_NORM] = (D,)
-    moe, width = c.is_moe(layer), c.intermediate_size
-    if moe:
-        shapes[GATE] = (c.n_routed_experts, D)
-        if c.family.correction_bias:
-            shapes[GATE_BIAS] = (c.n_routed_experts,)
-        width = c.n_shared_experts * c.moe_intermediate_size
-    if width:
-        shapes |= zip(mlp_parts(moe), [(width, D), (width, D), (D, width)], strict=True)
-    return shapes
+def _sizes(c: Config, layer: int) -> dict[str, int]:
+    """Sizes of a layer's tensors by letter; a tensor that it does not have has one of 0."""
+    D, H, L, moe = c.hidden_size, c.num_attention_heads, c.q_lora_rank or 0, c.is_moe(layer)
+    queries = H * (c.qk_nope_head_dim + c.qk_rope_head_dim)
+    sizes = {"T": c.vocab_size, "D": D, "X": 2 * D, "L": L}
+    sizes |= {"Q": 0, "P": queries} if L else {"Q": queries, "P": 0}
+    sizes |= {"W": c.latent_width, "R": c.kv_lora_rank, "V": H * c.v_head_dim}
+    sizes["K"] = H * (c.qk_nope_head_dim + c.v_head_dim)
+    sizes["E"] = c.n_routed_experts if moe else 0
+    sizes["B"] = sizes["E"] if c.family.correction_bias else 0
+    sizes["F"] = 0 if moe else c.intermediate_size
+    sizes["S"] = c.n_shared_experts * c.moe_intermediate_size if moe else 0
+    return sizes
 
 
 def resident_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all but the routed experts, in the order of the forward pass."""
-    table = (config.vocab_size, config.hidden_size)
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table}
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def add(parts: Iterable[Part], layer: int | None = None) -> None:
+        sizes = _sizes(config, layer or 0)
+        for part in parts:
+            shape = tuple(sizes[letter] for letter in part.sizes)
+            if 0 not in shape:
+                shapes[part.name if layer is None else layer_tensor(layer, part.name)] = shape
+
+    embedding, *end = _TOP_PARTS
+    add([embedding])
     for layer in range(config.layer_count):
-        for part, shape in _layer_shapes(config, layer).items():
-            shapes[layer_tensor(layer, part)] = shape
-    shapes[FINAL_NORM] = (D := config.hidden_size,)
-    if not config.tie_word_embeddings:
-        shapes[HEAD] = table
+        add(chain(LAYER_PARTS.values(), SHARED_PARTS.values()), layer)
+    add(end[:1] if config.tie_word_embeddings else end)
     if config.mtp:
-        for part in MTP_PARTS.values():
-            shape = (D, 2 * D) if part == MTP_PARTS["eh_proj"] else (D,)
-            shapes[layer_tensor(config.num_hidden_layers, part)] = shape
+        add(MTP_PARTS.values(), config.num_hidden_layers)
     return shapes
 
 

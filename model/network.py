@@ -4,9 +4,7 @@ families of ``slotmoe.model.families`` have them.
 A pass is over one or several sequences, with some tokens of each.  Activations are float32.  What
 it asks of a backend and of the routed experts is in ``slotmoe.border``.
 
-Shapes: T tokens of this pass, D hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, R
-kv_lora_rank, V v_head_dim, W = R + P latent row, X elements of a cached row, C = P / 2, S cached
-positions, B a block of them, E routed experts, K experts a token, M MoE layers.
+Shapes: T tokens of this pass, D hidden_size, C half of qk_rope_head_dim, V vocabulary rows.
 """
 
 import math
@@ -75,7 +73,7 @@ class Network(Generic[W]):
         self.config, self.backend, self.experts = config, backend, experts
         self.embed_tokens = weights[EMBEDDING]
         count = config.num_hidden_layers
-        self.layers = [layer_of(weights, config, index) for index in range(count)]
+        self.layers = [layer_of(weights, index) for index in range(count)]
         self.norm = as_tensor(weights[FINAL_NORM])
         tied = config.tie_word_embeddings
         self.lm_head = self.embed_tokens if tied else weights[HEAD]
@@ -103,44 +101,40 @@ class Network(Generic[W]):
 
     def run(self, h_TD: Tensor, caches: Sequence[LatentCache], counts: Sequence[int]) -> Tensor:
         """``forward`` from the residual stream before the first layer on."""
-        rope_TC, scale_T = self._positions(h_TD, caches, counts)
+        positions_T = torch.cat(
+            [
+                torch.arange(cache.length, cache.length + count, device=h_TD.device)
+                for cache, count in zip(caches, counts, strict=True)
+            ]
+        )
+        rope_TC, scale_T = position_tables(self.config.rope, self._frequencies, positions_T.float())
         self.timer.mark("rest")
-        size = self._step_tokens if len(caches) == 1 else len(h_TD)
-        if size >= len(h_TD):
-            step = Step(h_TD, rope_TC, scale_T, caches, counts, self.timer)
-            self._run(step)
-            h_TD = step.h_TD
-        else:
-            spans = [slice(start, start + size) for start in range(0, len(h_TD), size)]
-            scales = [None if scale_T is None else scale_T[span] for span in spans]
-            steps = []
-            for span, scale in zip(spans, scales, strict=True):
-                h, rope = h_TD[span], rope_TC[span]
-                steps.append(Step(h, rope, scale, caches, [len(h)], self.timer, span.start))
-            self._run_in_steps(steps)
+        runner: Runner = self._layer_by_layer
+        T, size = len(h_TD), self._step_tokens
+        is_one = len(caches) > 1 or size >= T
+        if is_one and self._decoder and self.rows >= T and max(counts) <= _FEW:
+            runner = self._decoder
+        steps = []
+        for start in [0] if is_one else range(0, T, size):
+            span = slice(start, T if is_one else start + size)
+            tables = rope_TC[span], None if scale_T is None else scale_T[span]
+            of_each = counts if is_one else [len(h_TD[span])]
+            steps.append(Step(h_TD[span], *tables, caches, of_each, self.timer, start))
+        waiting = steps
+        while waiting:  # all steps take a layer's experts before the next layer's
+            waiting = [step for step in waiting if self._advance(step, runner)]
         for cache, count in zip(caches, counts, strict=True):
             cache.length += count
-        return h_TD
+        return h_TD if len(steps) > 1 else steps[0].h_TD
 
-    def _run(self, step: Step) -> None:
-        """Take a pass through all layers."""
-        runner: Runner = self._layer_by_layer
-        if self._decoder and len(step.h_TD) <= self.rows and max(step.counts) <= _FEW:
-            runner = self._decoder
-        while (pending := runner.run_layers(step, self.experts)) is not None:
-            step.routed_TD = self.experts(*pending)
-
-    def _run_in_steps(self, steps: list[Step]) -> None:
-        """Take all steps through a layer's experts before the next layer's.  What waits is only the
-        residual stream."""
-        while steps:
-            waiting = []
-            for step in steps:
-                if (pending := self._layer_by_layer.run_layers(step, self.experts)) is not None:
-                    step.routed_TD = self.experts(*pending)
-                    self._layer_by_layer.feed_forward(step)
-                    waiting.append(step)
-            steps = waiting
+    def _advance(self, step: Step, runner: Runner) -> bool:
+        """Take a step to and through the next layer with experts; False if there is none."""
+        if (pending := runner.run_layers(step, self.experts)) is None:
+            return False
+        step.routed_TD = self.experts(*pending)
+        if runner is self._layer_by_layer:  # so that only the residual stream waits
+            self._layer_by_layer.feed_forward(step)
+        return True
 
     @torch.inference_mode()
     def head(self, h_TD: Tensor) -> Tensor:
@@ -155,15 +149,3 @@ class Network(Generic[W]):
         product of several rows differs from that of one in the last bit."""
         count = 1 if self.config.tie_word_embeddings else max(1, len(h_TD))
         return torch.cat([self.head(rows_TD) for rows_TD in h_TD.split(count)])
-
-    def _positions(
-        self, h_TD: Tensor, caches: Sequence[LatentCache], counts: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
-        """``position_tables`` of the tokens."""
-        positions_T = torch.cat(
-            [
-                torch.arange(cache.length, cache.length + count, device=h_TD.device)
-                for cache, count in zip(caches, counts, strict=True)
-            ]
-        ).float()
-        return position_tables(self.config.rope, self._frequencies, positions_T)

@@ -8,7 +8,6 @@ special tokens are those of ``tokenizer_config.json``.  Other tokenizers are ref
 import base64
 import binascii
 import json
-from typing import Any
 
 from slotmoe.jsonfile import Json
 from slotmoe.model.tokenizer import BYTE_CHARACTERS
@@ -34,7 +33,7 @@ _WORDS = "|".join(
 )
 
 
-def tokenizer_json(model: bytes, settings: dict[str, Any]) -> bytes:
+def tokenizer_json(model: bytes, settings: Json) -> bytes:
     """The ``tokenizer.json`` of a ``tiktoken.model`` with these ``settings``, the content of
     ``tokenizer_config.json``.  Raises ``ValueError`` for others than Moonlight's and Kimi's."""
     if settings.get("tokenizer_class") != _CLASS:
@@ -49,12 +48,12 @@ def tokenizer_json(model: bytes, settings: dict[str, Any]) -> bytes:
         pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
         merges += [f"{spelled[left]} {spelled[right]}" for left, right in pairs]
     split = {"type": "Split", "pattern": {"Regex": _WORDS}, "behavior": "Isolated", "invert": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    byte_level["use_regex"] = False
+    byte_level: Json = {"type": "ByteLevel"}
+    byte_level |= dict.fromkeys(("add_prefix_space", "trim_offsets", "use_regex"), False)
+    off = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
     tokenizer = {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
+        **dict.fromkeys(("truncation", "padding")),
         "added_tokens": _added_tokens(settings, len(ranks)),
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
@@ -62,13 +61,8 @@ def tokenizer_json(model: bytes, settings: dict[str, Any]) -> bytes:
         "decoder": byte_level,
         "model": {
             "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": True,
+            **dict.fromkeys(off),
+            **{"fuse_unk": False, "byte_fallback": False, "ignore_merges": True},
             "vocab": {spelled[token]: rank for token, rank in ranks.items()},
             "merges": merges,
         },
@@ -98,7 +92,7 @@ def _ranks(model: bytes) -> dict[bytes, int]:
     return ranks
 
 
-def _added_tokens(settings: dict[str, Any], first: int) -> list[dict[str, Any]]:
+def _added_tokens(settings: Json, first: int) -> list[Json]:
     """The special tokens from id ``first`` on.  Raises ``ValueError``."""
     given = settings.get("added_tokens_decoder", {})
     if not isinstance(given, dict):
@@ -113,11 +107,6 @@ def _added_tokens(settings: dict[str, Any], first: int) -> list[dict[str, Any]]:
             raise ValueError(f"added_tokens_decoder has {key!r:.40}: {about!r:.60}, {expected}")
         named[int(key)] = {"content": content, "special": about.get("special", True) is True}
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return [
-        {"id": id_, **plain, **named.get(id_, _reserved(id_))}
-        for id_ in range(first, first + _RESERVED)
-    ]
-
-
-def _reserved(id_: int) -> Json:
-    return {"content": f"<|reserved_token_{id_}|>", "special": True}
+    ids = range(first, first + _RESERVED)
+    reserved = {id_: {"content": f"<|reserved_token_{id_}|>", "special": True} for id_ in ids}
+    return [{"id": id_, **plain, **about} for id_, about in (reserved | named).items()]

@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json, parse_json
@@ -138,7 +137,7 @@ class Tokenizer:
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, object]],
         tools: list[Json] | None = None,
         begun: bool = False,
         thinking: bool | None = None,
@@ -157,7 +156,8 @@ class Tokenizer:
         if thinking is not None:  # the words of DeepSeek and Kimi, GLM, Mistral
             variables |= {"thinking": thinking, "enable_thinking": thinking}
             variables["reasoning_effort"] = "high" if thinking else "none"
-        text = _render(self.template, variables)
+        request = json.dumps({"template": self.template, "variables": variables})
+        text = _TEMPLATE.run(request.encode()).decode()
         return text.removesuffix(eos) if begun else text
 
 
@@ -208,7 +208,7 @@ def _decoded(template: bytes, path: Path) -> str:
         raise ConfigError(f"{path}: is not UTF-8 text") from None
 
 
-def _template_of(settings: dict[str, Any]) -> str | None:
+def _template_of(settings: Json) -> str | None:
     """The chat template of ``tokenizer_config.json``: one, or the default of several named ones."""
     template = settings.get("chat_template")
     if isinstance(template, list):
@@ -217,15 +217,10 @@ def _template_of(settings: dict[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _spelling(settings: dict[str, Any], name: str) -> str:
+def _spelling(settings: Json, name: str) -> str:
     """How a special token is spelled; empty if the settings don't say."""
     token = settings.get(name)
     return str(token.get("content", "") if isinstance(token, dict) else token or "")
-
-
-def _render(template: str, variables: Json) -> str:
-    request = json.dumps({"template": template, "variables": variables})
-    return _TEMPLATE.run(request.encode()).decode()
 
 
 def _check_parses(data: bytes, path: Path, verdicts: Path | None) -> None:

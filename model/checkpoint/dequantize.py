@@ -9,23 +9,18 @@ the weight had for bitsandbytes (``dequantize_4bit``).
 Shape legend: R rows that are wanted, C columns of the matrix, G and B blocks of rows and columns.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from slotmoe.errors import CheckpointError
 from slotmoe.jsonfile import check, number, one_of, parse_json
 from slotmoe.model.checkpoint.encodings import Encoding
+from slotmoe.model.checkpoint.shards import Read, TensorInfo
 
-CODES = {
-    "fp8": torch.float8_e4m3fn,
-    "int4": torch.int32,
-    **dict.fromkeys(("nf4", "fp4"), torch.uint8),
-}
-"""dtype of the codes' tensor."""
-PER_CODE = {"fp8": 1, "int4": 8, "nf4": 2, "fp4": 2}
-"""Weights in one element of it, along a row."""
 SCALES = (torch.float32, torch.bfloat16, torch.float16)
 NESTED, NESTED_BLOCK = torch.uint8, 256  # bitsandbytes' scales that are codes, with a scale each
 _NESTED = {
@@ -33,7 +28,6 @@ _NESTED = {
     "nested_dtype": one_of("float32"),
     "nested_offset": number(-1e30, 1e30),
 }
-_DTYPES = {dtype: getattr(torch, dtype) for dtype in ("bfloat16", "float16", "float32")}
 _INT4 = torch.arange(-8.0, 8.0)
 
 
@@ -53,46 +47,70 @@ class Codes:
         return self.levels[self.codes.int()] * scales_RC
 
 
-def decoded_dtype(encoding: Encoding, scales: torch.dtype) -> torch.dtype:
-    """What the weights are decoded to."""
-    return scales if encoding.method == "int4" else _DTYPES[encoding.dtype]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedTensor(TensorInfo):
+    """A matrix, or several, as ``codes`` and ``scales``.  ``beside`` are the other tensors of a
+    weight of bitsandbytes', by name."""
 
+    encoding: Encoding
+    codes: TensorInfo
+    scales: TensorInfo
+    beside: Mapping[str, TensorInfo]
 
-def decode_fp8(codes_RC: Tensor, scales_GB: Tensor, encoding: Encoding, start: int) -> Tensor:
-    """Weights ``[R, C]`` of the rows from ``start`` on; ``scales_GB`` are those of their blocks."""
-    values_RC = codes_RC.float()
-    rows, columns = values_RC.shape
-    if encoding.rows:
-        block_R = torch.arange(start, start + rows) // encoding.rows
-        scales_GB = scales_GB[block_R - start // encoding.rows]
-    scales_RC = scales_GB.float().repeat_interleave(encoding.columns or columns, 1)[:, :columns]
-    values_RC *= scales_RC
-    return values_RC.to(torch.bfloat16)
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        return (self.scales, *self.beside.values())
 
+    def rows(self, read: Read, start: int, stop: int) -> Tensor:
+        if self.encoding.name != "fp8":
+            return self.four_bits(read, start, stop).values().to(self.dtype)
+        start, count, height = self.first + start, stop - start, self.codes.shape[-2]
+        block = self.encoding.rows or height
+        matrix, row = divmod(start, height)
+        first = matrix * -(-height // block)  # of the matrix's rows of scales
+        scales_GB = read(self.scales, first + row // block, first - (-(row + count) // block))
+        self._check_finite(scales_GB)
+        codes_RC = read(self.codes, start, start + count).float()
+        scales_RB = scales_GB[torch.arange(row, row + count) // block - row // block].float()
+        width = self.shape[-1]
+        codes_RC *= scales_RB.repeat_interleave(self.encoding.columns or width, 1)[:, :width]
+        return codes_RC.to(self.dtype)
 
-def int4_codes(words_RC: Tensor, scales_RB: Tensor, encoding: Encoding) -> Codes:
-    """Eight weights an element, the first in its lowest bits, each 8 more than its value."""
-    return Codes(_INT4, _pairs(words_RC, 0), scales_RB.float(), encoding.columns)
+    def four_bits(self, read: Read, start: int, stop: int) -> Codes:
+        """Rows of a weight that is stored in 4 bits, as they are.  Raises like ``rows``."""
+        start, stop = self.first + start, self.first + stop
+        scales_RB, codes = read(self.scales, start, stop), read(self.codes, start, stop)
+        levels, above = _INT4, 0  # eight weights an element, each 8 more than its value
+        if self.encoding.flat:
+            beside = {part: read(info, 0, info.shape[0]) for part, info in self.beside.items()}
+            scales_RB = self._numbers(scales_RB, start * scales_RB.shape[1], beside)
+            levels, above = beside["quant_map"], 4
+        scales_RB, bytes_ = scales_RB.float(), codes.view(torch.uint8)
+        self._check_finite(scales_RB)
+        # The first of a byte's two codes stands above so many bits.
+        codes_RC = torch.stack((bytes_ >> above & 15, bytes_ >> 4 - above & 15), 2).flatten(1)
+        return Codes(levels, codes_RC, scales_RB, self.encoding.columns)
 
-
-def bitsandbytes_codes(
-    bytes_RC: Tensor, scales_RB: Tensor, encoding: Encoding, first: int, beside: dict[str, Tensor]
-) -> Codes:
-    """Two weights a byte, the first in its high bits.  ``scales`` are those from ``first`` on;
-    ``beside`` has the other tensors of the weight.  Raises ``ValueError`` where these say what is
-    not decoded here."""
-    state = parse_json(beside["quant_state"].numpy().tobytes(), Path("quant_state"))
-    check(state, {"blocksize": one_of(encoding.columns), "dtype": one_of(encoding.dtype)})
-    if scales_RB.dtype == NESTED:
-        check(state, _NESTED)
+    def _numbers(self, scales_RB: Tensor, first: int, beside: Mapping[str, Tensor]) -> Tensor:
+        """The scales of bitsandbytes from number ``first`` on, of which those that are codes have
+        scales too.  Raises ``CheckpointError`` where its notes say what is not decoded here."""
+        try:
+            state = parse_json(beside["quant_state"].numpy().tobytes(), Path("quant_state"))
+            block, dtype = one_of(self.encoding.columns), one_of(self.encoding.dtype)
+            check(state, {"blocksize": block, "dtype": dtype})
+            if scales_RB.dtype != NESTED:
+                return scales_RB
+            check(state, _NESTED)
+        except ValueError as problem:
+            path = self.beside["quant_state"].path
+            raise CheckpointError(f"{path}: {self.name}: {problem}") from None
         block_RB = (first + torch.arange(scales_RB.numel())) // NESTED_BLOCK
         levels, absmax = beside["nested_quant_map"], beside["nested_absmax"]
         numbers = levels[scales_RB.flatten().int()] * absmax[block_RB]
-        scales_RB = (numbers + state["nested_offset"]).view(scales_RB.shape)
-    return Codes(beside["quant_map"], _pairs(bytes_RC, 4), scales_RB, encoding.columns)
+        offset: float = state["nested_offset"]
+        return (numbers + offset).view(scales_RB.shape)
 
-
-def _pairs(codes: Tensor, first: int) -> Tensor:
-    """Codes of 4 bits, uint8 [R, C]; the first of each byte's two stands above ``first`` bits."""
-    bytes_ = codes.view(torch.uint8)
-    return torch.stack((bytes_ >> first & 15, bytes_ >> 4 - first & 15), 2).flatten(1)
+    def _check_finite(self, scales: Tensor) -> None:
+        if not torch.isfinite(scales).all():
+            problem = f"the scales of {self.name} are NaN or infinite; the file is damaged"
+            raise CheckpointError(f"{self.scales.path}: {problem}")

@@ -2,40 +2,50 @@
 Without torch: ``slotmoe.model.checkpoint.dequantize`` decodes them."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from slotmoe.jsonfile import Json, ListOf, ObjectOf, check, one_of
 
 BITSANDBYTES = ("nf4", "fp4")
 
 
+class Method(NamedTuple):
+    """What follows a weight's name where its codes are, and where their scales are; the dtype of
+    the codes, weights in one of them along a row, and bytes of a weight's code."""
+
+    codes: str
+    scales: str
+    dtype: str
+    weights: int
+    weight_bytes: float
+
+
+METHODS = {
+    "fp8": Method("", "_scale_inv", "F8_E4M3", 1, 1.0),
+    "int4": Method("_packed", "_scale", "I32", 8, 0.5),
+    **dict.fromkeys(BITSANDBYTES, Method("", ".absmax", "U8", 2, 0.5)),
+}
+
+
 @dataclass(frozen=True)
 class Encoding:
-    """Weights stored as codes of ``method``; every block of ``rows`` x ``columns`` weights has a
+    """Weights stored as codes of a method; every block of ``rows`` x ``columns`` weights has a
     scale of its own, 0 standing for all rows or columns of a matrix.  ``dtype`` is what they are
     decoded to, where the scales don't say it."""
 
-    method: str  # as slotmoe.model.names has their tensors' names
+    name: str
     rows: int
     columns: int
     dtype: str = "bfloat16"
 
     @property
-    def weight_bytes(self) -> float:
-        """Bytes of a weight's code."""
-        return 1.0 if self.method == "fp8" else 0.5
+    def method(self) -> Method:
+        return METHODS[self.name]
 
     @property
     def flat(self) -> bool:
         """Whether codes and scales are written without the dimensions of their matrix."""
-        return self.method in BITSANDBYTES
-
-    def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the scales of a matrix."""
-        return tuple(
-            -(-size // (block or size))
-            for size, block in zip(shape, (self.rows, self.columns), strict=True)
-        )
+        return self.name in BITSANDBYTES
 
 
 _GROUP = {  # a config group of compressed-tensors: what is decoded here
@@ -61,12 +71,13 @@ _OPTIONAL = {"fmt", "expert_dtype", "bnb_4bit_quant_storage"}  # but if they are
 _BLOCK = ListOf(one_of(128), 2, 2)
 
 
-def parse_encoding(settings: Any, dtype: Any) -> Encoding | None:
-    """The encoding that ``quantization_config`` names; None where it is absent.  ``dtype`` is the
-    config's.  Raises ``ValueError``, which names the key, for what is not decoded here."""
+def parse_encoding(config: Json) -> Encoding | None:
+    """The encoding that a ``config.json`` names; None where it is absent.  Raises ``ValueError``,
+    which names the key, for what is not decoded here."""
+    place = "quantization_config"
+    settings = config.get(place)
     if not settings:
         return None
-    place = "quantization_config"
     check(settings, {}, place)
     method = settings.get("quant_method")
     if not isinstance(method, str) or method not in _KINDS:
@@ -77,15 +88,16 @@ def parse_encoding(settings: Any, dtype: Any) -> Encoding | None:
     required = kinds.keys() - _OPTIONAL | kinds.keys() & settings.keys()
     check(settings, {key: kinds[key] for key in sorted(required)}, place)
     if method == _BITSANDBYTES:
-        check({"dtype": dtype}, {"dtype": one_of("bfloat16", "float16", "float32")})
-        return Encoding(settings["bnb_4bit_quant_type"], 1, 64, dtype)
+        values = {"dtype": config.get("torch_dtype"), **config}
+        check(values, {"dtype": one_of("bfloat16", "float16", "float32")})
+        return Encoding(settings["bnb_4bit_quant_type"], 1, 64, values["dtype"])
     if method == _INT4:
         for name, group in settings["config_groups"].items():
             if group["weights"].get("actorder") is not None:
                 where = f"{place}.config_groups.{name:.40}.weights.actorder"
                 raise ValueError(f"{where} is set, expected null: columns in their own order")
         return Encoding("int4", 1, 32)
-    if settings.get("weight_block_size", [128, 128]) is None:
+    if (block := settings.get("weight_block_size", [128, 128])) is None:
         return Encoding("fp8", 0, 0)
-    check(settings.get("weight_block_size", [128, 128]), _BLOCK, f"{place}.weight_block_size")
+    check(block, _BLOCK, f"{place}.weight_block_size")
     return Encoding("fp8", 128, 128)

@@ -7,14 +7,16 @@ library before anything is allocated, and pickles are refused.
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from slotmoe.errors import CheckpointError
+from slotmoe.errors import CheckpointError, reading
 from slotmoe.jsonfile import read_json
+from slotmoe.model.files import inside
 from slotmoe.model.names import text_name
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -39,36 +41,43 @@ DTYPES = {
 }
 
 
+Read = Callable[["TensorInfo", int, int], torch.Tensor]
+"""``read(info, start, stop)``: rows of a tensor as they are in its file, over all its matrices."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Location of one tensor: ``file`` in the folder, ``offset`` from its start in bytes."""
+    """A tensor ``offset`` bytes from the start of the file ``path``, or a weight whose rows are
+    those of such a tensor from ``first`` on, and its ``dtype`` when it is read.  ``parts`` are
+    other tensors that reading it needs."""
 
-    file: str
+    name: str
+    path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
+    first: int = 0
+
+    @property
+    def file(self) -> str:
+        return self.path.name
+
+    @property
+    def parts(self) -> tuple["TensorInfo", ...]:
+        return ()
 
     @property
     def row_bytes(self) -> int:
-        return self.dtype.itemsize * math.prod(self.shape[1:])
+        """Bytes of one row, which for a vector is one value."""
+        return self.dtype.itemsize * math.prod(self.shape[1:][-1:])
 
     @property
     def nbytes(self) -> int:
         return self.dtype.itemsize * math.prod(self.shape)
 
-
-def inside(folder: Path, name: str) -> Path:
-    """Path of a regular file in ``folder``; links may lead only to the hub cache's own blobs."""
-    path = folder / name
-    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
-    if real.parent not in (home, blobs):
-        problem = "is a link that leads out of the folder; copy the file itself here"
-    elif not path.is_file():
-        problem = "is missing or not a regular file; download the checkpoint again"
-    else:
-        return path
-    raise CheckpointError(f"{path}: {problem}")
+    def rows(self, read: Read, start: int, stop: int) -> torch.Tensor:
+        """Values of rows ``start`` to ``stop``.  Raises ``CheckpointError``, naming the file."""
+        return read(self, self.first + start, self.first + stop)
 
 
 def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, TensorInfo], int]:
@@ -77,8 +86,8 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Te
 
     Raises ``CheckpointError`` if the file is not a whole one.
     """
-    try:
-        str(path).encode()  # raises for bytes that are no text
+    infos: dict[str, TensorInfo] = {}
+    with reading(path, CheckpointError):
         with open(path, "rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             if header_bytes > limit:
@@ -87,32 +96,31 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Te
             if file.read(header_bytes).count(b"{") > MAX_TENSORS:
                 problem = f"more than {MAX_TENSORS} tensors; not a real checkpoint"
                 raise CheckpointError(f"{path}: {problem}")
-        # The library checks bounds, overlaps, holes and the file's size against the header, so
-        # offsets follow from the order.  For "pt" torch would open the file again, with errors that
-        # are no OSError.
-        infos, offset = {}, 8 + header_bytes
-        with safe_open(path, framework="np") as opened:
-            for name in opened.offset_keys():
-                part = opened.get_slice(name)
-                dtype, shape = part.get_dtype(), tuple(part.get_shape())
-                if dtype not in DTYPES:
-                    problem = f"has dtype {dtype}, expected one of {', '.join(DTYPES)}"
-                    raise CheckpointError(f"{path}: {name:.120} {problem}")
-                info = TensorInfo(path.name, DTYPES[dtype], shape, offset)
-                infos[text_name(name)], offset = info, offset + info.nbytes
-        return infos, header_bytes
-    except CheckpointError:
-        raise
-    except OSError as problem:
-        raise CheckpointError(f"{path}: can't be read ({problem.strerror or problem})") from None
-    except UnicodeError:
-        reason = "the name is not UTF-8, and the safetensors library opens no other"
-        raise CheckpointError(f"{path}: {reason}; rename the folder") from None
-    except (SafetensorError, ValueError) as problem:
-        if "(os error " in str(problem):  # the library's way to say what the system said
-            raise CheckpointError(f"{path}: can't be read ({str(problem)[:160]})") from None
-        reason = f"damaged or truncated ({str(problem)[:160]})"
-        raise CheckpointError(f"{path}: {reason}; download this file again") from None
+        try:
+            str(path).encode()  # raises for bytes that are no text
+            # The library checks bounds, overlaps, holes and the file's size, so offsets follow from
+            # the order.  For "pt" torch would open the file again, with errors that are no OSError.
+            offset = 8 + header_bytes
+            with safe_open(path, framework="np") as opened:
+                for name in opened.offset_keys():
+                    part = opened.get_slice(name)
+                    dtype, shape = part.get_dtype(), tuple(part.get_shape())
+                    if dtype not in DTYPES:
+                        problem = f"has dtype {dtype}, expected one of {', '.join(DTYPES)}"
+                        raise CheckpointError(f"{path}: {name:.120} {problem}")
+                    info = TensorInfo(text_name(name), path, DTYPES[dtype], shape, offset)
+                    infos[info.name], offset = info, offset + info.nbytes
+        except CheckpointError:
+            raise
+        except UnicodeError:
+            reason = "the name is not UTF-8, and the safetensors library opens no other"
+            raise CheckpointError(f"{path}: {reason}; rename the folder") from None
+        except (SafetensorError, ValueError) as damage:
+            reason = f"damaged or truncated ({str(damage)[:160]}); download this file again"
+            if "(os error " in str(damage):  # the library's way to say what the system said
+                reason = f"can't be read ({str(damage)[:160]})"
+            raise CheckpointError(f"{path}: {reason}") from None
+    return infos, header_bytes
 
 
 def weight_files(folder: Path) -> dict[str, str] | None:
@@ -131,23 +139,24 @@ def weight_files(folder: Path) -> dict[str, str] | None:
     return weight_map
 
 
-def tensors_in(folder: Path) -> dict[str, TensorInfo]:
-    """All tensors of the folder, from its index or from its single file."""
+def tensors_in(folder: Path) -> tuple[dict[str, TensorInfo], dict[str, int]]:
+    """All tensors of the folder, from its index or from its single file, and how many bytes each
+    file has before its data.  Raises ``CheckpointError``."""
     weight_map = weight_files(folder)
-    if weight_map is not None:
-        headers: dict[str, dict[str, TensorInfo]] = {}
-        left = MAX_HEADER_BYTES
-        for file in dict.fromkeys(weight_map.values()):
-            headers[file], used = read_header(inside(folder, file), left)
-            left -= used
-        for name, file in weight_map.items():
-            if name not in headers[file]:
-                problem = f"says that {name:.120} is in {file:.120}, but it is not there"
-                raise CheckpointError(f"{folder / INDEX_NAME}: {problem}")
-        return {name: headers[file][name] for name, file in weight_map.items()}
-    if (folder / SINGLE_NAME).exists() or (folder / SINGLE_NAME).is_symlink():
-        return read_header(inside(folder, SINGLE_NAME))[0]
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        problem = "holds pickled weights, which can run code and are never opened"
-        raise CheckpointError(f"{folder}: {problem}; convert them to safetensors")
-    raise CheckpointError(f"{folder}: has neither {INDEX_NAME} nor {SINGLE_NAME}")
+    if weight_map is None and not os.path.lexists(folder / SINGLE_NAME):
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+            problem = "holds pickled weights, which can run code and are never opened"
+            raise CheckpointError(f"{folder}: {problem}; convert them to safetensors")
+        raise CheckpointError(f"{folder}: has neither {INDEX_NAME} nor {SINGLE_NAME}")
+    headers: dict[str, dict[str, TensorInfo]] = {}
+    starts, left = {}, MAX_HEADER_BYTES
+    for file in dict.fromkeys((weight_map or {"": SINGLE_NAME}).values()):
+        headers[file], used = read_header(inside(folder, file), left)
+        starts[file], left = 8 + used, left - used
+    if weight_map is None:
+        return headers[SINGLE_NAME], starts
+    for name, file in weight_map.items():
+        if name not in headers[file]:
+            problem = f"says that {name:.120} is in {file:.120}, but it is not there"
+            raise CheckpointError(f"{folder / INDEX_NAME}: {problem}")
+    return {name: headers[file][name] for name, file in weight_map.items()}, starts

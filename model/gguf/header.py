@@ -6,35 +6,27 @@ package's own reader trusts them, so it is not used.
 """
 
 import math
+import os
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
-from slotmoe.errors import CheckpointError
+from slotmoe.errors import CheckpointError, reading
 from slotmoe.jsonfile import Json
+from slotmoe.model.files import inside
+
+T = TypeVar("T")
 
 MAX_HEADER_BYTES = 32 << 20  # DeepSeek-V2's has 5 MB, most of it the tokenizer
 MAX_VALUES = 1_000_000  # of all arrays together; its tokenizer has 400,000
 MAX_KEYS, MAX_TENSORS, MAX_SHARDS = 10_000, 100_000, 1_000
 MAX_NAME_BYTES, MAX_DIMENSIONS = 256, 4
-_SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+_SCALARS = dict(zip((*range(8), *range(10, 13)), "BbHhIif?Qqd", strict=True))
 _FLOAT32, _TEXT, _ARRAY = 6, 8, 9
-_DEFAULT_ALIGNMENT = 32
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -69,33 +61,22 @@ place of the one that was asked for, so a Q4_K file of V2-Lite holds Q5_0 and Q8
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor in ``file``, ``offset`` bytes from its start; ``shape`` is as torch has it, ggml's
-    backwards."""
+    """A tensor in the file ``path``, ``offset`` bytes from its start; ``shape`` is as torch has it,
+    ggml's backwards."""
 
     name: str
-    file: str
+    path: Path
     encoding: Encoding
     shape: tuple[int, ...]
     offset: int
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row, which for a vector is one value."""
-        width = self.shape[-1] if len(self.shape) > 1 else 1
-        return width // self.encoding.block * self.encoding.bytes
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) // self.encoding.block * self.encoding.bytes
-
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Of one file: its metadata by key, its tensors by name, and the bytes that say so."""
+    """Of one file: the bytes before its data, its metadata by key, its tensors by name."""
 
     path: Path
-    size: int
-    data: bytes
+    length: int
     metadata: Json
     tensors: dict[str, GgufTensor]
 
@@ -105,24 +86,30 @@ class _Reader:
 
     def __init__(self, file: BinaryIO, limit: int):
         self._file, self._limit = file, limit
-        self.data, self.position, self._values = bytearray(), 0, 0
+        self._data, self.position, self._values = bytearray(), 0, 0
 
     def take(self, count: int, what: str) -> bytearray:
         end = self.position + count
         if end > self._limit:
             raise ValueError(f"{what} takes the header beyond {MAX_HEADER_BYTES} bytes; not real")
-        if end > len(self.data):
-            self.data += self._file.read(max(end - len(self.data), 1 << 20))
-        if end > len(self.data):
+        if end > len(self._data):
+            self._data += self._file.read(max(end - len(self._data), 1 << 20))
+        if end > len(self._data):
             raise ValueError(f"ends inside {what}; the file is truncated, download it again")
         start, self.position = self.position, end
-        return self.data[start:end]
+        return self._data[start:end]
 
-    def number(self, kind: str, what: str) -> Any:
-        return struct.unpack("<" + kind, self.take(struct.calcsize("<" + kind), what))[0]
+    def numbers(self, kinds: str, what: str) -> list[object]:
+        """Numbers as ``struct`` names their ``kinds``."""
+        form = f"<{kinds}"
+        return list(struct.unpack(form, self.take(struct.calcsize(form), what)))
+
+    def count(self, size: int, what: str) -> int:
+        """A whole number of ``size`` bytes."""
+        return int.from_bytes(self.take(size, what), "little")
 
     def text(self, what: str, limit: int = MAX_HEADER_BYTES) -> str:
-        length = self.number("Q", what)
+        length = self.count(8, what)
         if length > limit:
             raise ValueError(f"{what} has {length} bytes, more than {limit}")
         try:
@@ -130,19 +117,19 @@ class _Reader:
         except UnicodeError:
             raise ValueError(f"{what} is not UTF-8 text") from None
 
-    def value(self, key: str) -> Any:
-        kind = self.number("I", key)
+    def value(self, key: str) -> object:
+        kind = self.count(4, key)
         if kind == _TEXT:
             return self.text(key)
         if kind == _ARRAY:
             return self._array(key)
         if kind not in _SCALARS:
             raise ValueError(f"{key} has type {kind}, which GGUF does not have")
-        value = self.number(_SCALARS[kind], key)
-        return _shortest(value) if kind == _FLOAT32 else value
+        (value,) = self.numbers(_SCALARS[kind], key)
+        return _shortest(value) if kind == _FLOAT32 and isinstance(value, float) else value
 
-    def _array(self, key: str) -> list[Any]:
-        kind, count = self.number("I", key), self.number("Q", key)
+    def _array(self, key: str) -> Sequence[object]:
+        kind, count = self.count(4, key), self.count(8, key)
         self._values += count
         if self._values > MAX_VALUES:
             raise ValueError(f"{key} has {count} values; more than {MAX_VALUES} are not real")
@@ -150,8 +137,7 @@ class _Reader:
             return [self.text(key) for _ in range(count)]
         if kind not in _SCALARS:
             raise ValueError(f"{key} is an array of type {kind}, which is not supported")
-        form = f"<{count}{_SCALARS[kind]}"
-        return list(struct.unpack(form, self.take(struct.calcsize(form), key)))
+        return self.numbers(f"{count}{_SCALARS[kind]}", key)
 
 
 def _shortest(value: float) -> float:
@@ -184,52 +170,69 @@ def shard_paths(path: Path) -> list[Path]:
 def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> GgufHeader:
     """The header of one GGUF file, checked, of at most ``limit`` bytes.  Raises
     ``CheckpointError``, which names the file and the key or tensor."""
-    try:
-        if path.exists() and not path.is_file():  # a pipe would block
-            raise ValueError("is not a regular file")
-        with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            return _parse(path, size, _Reader(file, limit))
-    except OSError as problem:
-        raise CheckpointError(f"{path}: can't be read ({problem.strerror})") from None
-    except ValueError as problem:
-        raise CheckpointError(f"{path}: {problem}") from None
+    with reading(path, CheckpointError):
+        try:
+            if path.exists() and not path.is_file():  # a pipe would block
+                raise ValueError("is not a regular file")
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                return _parse(path, size, _Reader(file, limit))
+        except ValueError as problem:
+            raise CheckpointError(f"{path}: {problem}") from None
+
+
+def read_headers(path: Path) -> list[GgufHeader]:
+    """The headers of all parts, which must be of one model.  Raises ``CheckpointError``."""
+    headers: list[GgufHeader] = []
+    paths, left = shard_paths(path), MAX_HEADER_BYTES
+    for index, part in enumerate(paths):
+        header = read_header(inside(path.parent, part.name) if index else path, left)
+        left -= header.length
+        number, count = (header.metadata.get(f"split.{key}", 0) for key in ("no", "count"))
+        if (number, count or 1) != (index, len(paths)):  # 0 parts: they have been put together
+            says = f"split.no is {number!r:.40} and split.count {count!r:.40}"
+            named = f"{index} and {len(paths)}, as the name says (PREFIX-00001-of-00003.gguf)"
+            raise CheckpointError(f"{part}: {says}, expected {named}")
+        headers.append(header)
+    counted = sum(len(header.tensors) for header in headers)
+    names = {name for header in headers for name in header.tensors}
+    for header in headers:
+        stated = header.metadata.get("split.tensors.count", counted)
+        if not stated == counted == len(names):
+            counts = f"split.tensors.count is {stated!r:.40}, the parts have {len(names)} tensors"
+            raise CheckpointError(f"{header.path}: {counts}; they are not of one model")
+    return headers
 
 
 def _parse(path: Path, size: int, reader: _Reader) -> GgufHeader:
     if reader.take(min(size, 4), "its magic number") != b"GGUF":
         raise ValueError("is not a GGUF file; SRC is one, a checkpoint folder or a hub id")
-    version = reader.number("I", "its version")
+    version = reader.count(4, "its version")
     if version not in (2, 3):
         raise ValueError(f"has GGUF version {version}, expected 2 or 3 (little-endian)")
     counts = {"tensors": MAX_TENSORS, "metadata keys": MAX_KEYS}
     for what, most in counts.items():
-        counts[what] = reader.number("Q", f"the number of {what}")
+        counts[what] = reader.count(8, f"the number of {what}")
         if counts[what] > most:
             raise ValueError(f"names {counts[what]} {what}; more than {most} are not real")
     metadata = _named(reader, counts["metadata keys"], "key", reader.value)
-    alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+    alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 1 <= alignment <= 1 << 20:
         raise ValueError(f"general.alignment is {alignment!r:.40}, expected 1 to {1 << 20}")
-    tensors = _named(
-        reader, counts["tensors"], "tensor", lambda name: _tensor(reader, path.name, name)
-    )
-    length = reader.position
-    start = -(-length // alignment) * alignment
-    placed = {
-        name: replace(tensor, offset=start + tensor.offset) for name, tensor in tensors.items()
-    }
-    for name, tensor in placed.items():
-        if (end := tensor.offset + tensor.nbytes) > size:
+    tensors = _named(reader, counts["tensors"], "tensor", partial(_tensor, reader, path))
+    start = -(-reader.position // alignment) * alignment
+    for name, tensor in tensors.items():
+        block, bytes_ = tensor.encoding.block, tensor.encoding.bytes
+        tensors[name] = tensor = replace(tensor, offset=start + tensor.offset)
+        if (end := tensor.offset + math.prod(tensor.shape) // block * bytes_) > size:
             lies = f"tensor {name:.120} ends at byte {end}, and the file has {size}"
             raise ValueError(f"{lies}; it is truncated, download it again")
-    return GgufHeader(path, size, bytes(reader.data[:length]), metadata, placed)
+    return GgufHeader(path, reader.position, metadata, tensors)
 
 
-def _named(reader: _Reader, count: int, what: str, read: Callable[[str], Any]) -> Json:
+def _named(reader: _Reader, count: int, what: str, read: Callable[[str], T]) -> dict[str, T]:
     """``count`` names, each with what ``read`` finds behind it."""
-    values: Json = {}
+    values: dict[str, T] = {}
     for number in range(1, count + 1):
         name = reader.text(f"the name of {what} {number} of {count}", MAX_NAME_BYTES)
         if name in values:
@@ -238,14 +241,14 @@ def _named(reader: _Reader, count: int, what: str, read: Callable[[str], Any]) -
     return values
 
 
-def _tensor(reader: _Reader, file: str, name: str) -> GgufTensor:
+def _tensor(reader: _Reader, path: Path, name: str) -> GgufTensor:
     """What the header says of tensor ``name``; its offset is from the start of the data."""
     what = f"tensor {name:.120}"
-    dimensions = reader.number("I", what)
+    dimensions = reader.count(4, what)
     if not 1 <= dimensions <= MAX_DIMENSIONS:
         raise ValueError(f"{what} has {dimensions} dimensions, expected 1 to {MAX_DIMENSIONS}")
-    shape = tuple(reader.number("Q", what) for _ in range(dimensions))[::-1]
-    kind, offset = reader.number("I", what), reader.number("Q", what)
+    shape = tuple(reader.count(8, what) for _ in range(dimensions))[::-1]
+    kind, offset = reader.count(4, what), reader.count(8, what)
     if min(shape) < 1 or math.prod(shape) > 1 << 48:
         raise ValueError(f"{what} has shape {list(shape)}, which no real tensor has")
     if kind not in ENCODINGS:
@@ -254,4 +257,4 @@ def _tensor(reader: _Reader, file: str, name: str) -> GgufTensor:
     encoding = ENCODINGS[kind]
     if shape[-1] % encoding.block or (len(shape) == 1 and encoding.block > 1):
         raise ValueError(f"{what} has rows of {shape[-1]}, which {encoding.name} can't hold")
-    return GgufTensor(name, file, encoding, shape, offset)
+    return GgufTensor(name, path, encoding, shape, offset)

@@ -1,6 +1,6 @@
 """The metadata of a GGUF file as ``config.json`` and tokenizer files.  Without torch.
 
-llama.cpp's names stand here alone.  A value that the network needs and the file lacks is refused by
+llama.cpp's keys stand here alone.  A value that the network needs and the file lacks is refused by
 its key: what llama.cpp assumes in its place may be wrong (its gate knows no groups, for example).
 """
 
@@ -40,23 +40,33 @@ _FIXED = {  # what may be written, but can have no other value
     "rope.scaling.yarn_attn_factor": one_of(1),
     "rope.scaling.yarn_ext_factor": one_of(1),
 }
-_YARN = "factor original_context_length yarn_beta_fast yarn_beta_slow yarn_log_multiplier".split()
+_YARN: dict[str, tuple[str, Kind] | tuple[str, Kind, float]] = {
+    "factor": ("factor", _REAL),
+    "original_max_position_embeddings": ("original_context_length", _COUNT),
+    "beta_fast": ("yarn_beta_fast", _REAL, 32.0),
+    "beta_slow": ("yarn_beta_slow", _REAL, 1.0),
+}
+"""Settings of YaRN -> key behind ``rope.scaling``, kind, and what a file without it means."""
 _ROPE_TYPE = {f"{ARCHITECTURE}.rope.scaling.type": one_of("yarn")}
-_READ_OTHERWISE = ("attention.head_count_kv", "tensor_data_layout", "rope.scaling.finetuned")
+_HEADS = ("attention.key_length", "attention.value_length")
+_KNOWN = {*_FIXED, *_HEADS, "attention.head_count_kv", "expert_group_used_count"}
+_KNOWN |= {"tensor_data_layout", "rope.scaling.finetuned", "rope.scaling.yarn_log_multiplier"}
+_KNOWN |= {f"rope.scaling.{key}" for key, *_ in _YARN.values()}
 
 
 class _Metadata:
     """The values of one file by their key behind ``deepseek2.``; remembers which were asked for."""
 
     def __init__(self, header: GgufHeader):
-        self._values, self.asked = header.metadata, set(_READ_OTHERWISE)
+        self._values = header.metadata
+        self._asked = {f"{ARCHITECTURE}.{key}" for key in _KNOWN}
 
     def __contains__(self, key: str) -> bool:
         return f"{ARCHITECTURE}.{key}" in self._values
 
-    def get(self, key: str, kind: Kind, *default: Any) -> Any:
-        self.asked.add(key)
+    def get(self, key: str, kind: Kind, *default: object) -> Any:
         name = f"{ARCHITECTURE}.{key}"
+        self._asked.add(name)
         if name in self._values or not default:
             check(self._values, {name: kind})
             return self._values[name]
@@ -64,10 +74,9 @@ class _Metadata:
 
     def unknown(self) -> Json:
         """Scalars that nobody asked for."""
-        names = (name.partition(".") for name in self._values)
-        keys = {key for prefix, _, key in names if prefix == ARCHITECTURE} - self.asked
-        values = {f"{ARCHITECTURE}.{key}": self._values[f"{ARCHITECTURE}.{key}"] for key in keys}
-        return {name: str(value)[:80] for name, value in sorted(values.items())}
+        left = sorted(self._values.keys() - self._asked)
+        ours = [name for name in left if name.startswith(f"{ARCHITECTURE}.")]
+        return {name: str(self._values[name])[:80] for name in ours}
 
 
 def small_files(header: GgufHeader) -> ReadFile:
@@ -96,7 +105,6 @@ def _config(header: GgufHeader) -> Json:
     for key, kind in _FIXED.items():
         if key in found:
             found.get(key, kind)
-        found.asked.add(key)
     values: Json = {"architectures": ["DeepseekV2ForCausalLM"]}
     values |= {"model_type": "deepseek_v2", "hidden_act": "silu", "scoring_func": "softmax"}
     values |= {key: found.get(name, _COUNT) for key, name in _GEOMETRY.items()}
@@ -116,10 +124,8 @@ def _config(header: GgufHeader) -> Json:
 def _heads(found: _Metadata, values: Json) -> Json:
     """Since 2025 the widths of a head have keys of their own, and the old ones those of the latent
     cache."""
-    names = [f"attention.{name}" for name in ("key_length", "value_length")]
-    found.asked |= set(names)
-    if any(f"{name}_mla" in found for name in names):
-        names = [f"{name}_mla" for name in names]
+    mla = any(f"{name}_mla" in found for name in _HEADS)
+    names = [f"{name}_mla" if mla else name for name in _HEADS]
     keys, width = (found.get(name, _COUNT) for name in names)
     if (nope := keys - values["qk_rope_head_dim"]) < 1:
         raise ValueError(f"{ARCHITECTURE}.{names[0]} is {keys}, less than the rope's dimensions")
@@ -136,7 +142,6 @@ def _gate(found: _Metadata, values: Json) -> Json:
         )
     gate = {"routed_scaling_factor": scale, "norm_topk_prob": norm}
     known = found.get("expert_group_count", _COUNT, None)
-    found.asked.add("expert_group_used_count")
     if known is not None:
         used = found.get("expert_group_used_count", _COUNT)
         method = "group_limited_greedy" if known > 1 else "greedy"
@@ -153,7 +158,6 @@ def _gate(found: _Metadata, values: Json) -> Json:
 
 
 def _rope(found: _Metadata) -> Json:
-    found.asked |= {f"rope.scaling.{key}" for key in _YARN}
     rope = {"rope_theta": found.get("rope.freq_base", _REAL, 10000.0), "rope_scaling": None}
     kind = found.get("rope.scaling.type", TEXT, "none")
     if kind == "none" and found.get("rope.scaling.factor", _REAL, 1) == 1:
@@ -163,16 +167,7 @@ def _rope(found: _Metadata) -> Json:
     # DeepSeek's models.
     multiplier = found.get("rope.scaling.yarn_log_multiplier", _REAL)
     mscale = float(Decimal(str(multiplier)) * 10)
+    yarn = {key: found.get(f"rope.scaling.{name}", *kind) for key, (name, *kind) in _YARN.items()}
     return rope | {
-        "rope_scaling": {
-            "type": "yarn",
-            "factor": found.get("rope.scaling.factor", _REAL),
-            "original_max_position_embeddings": found.get(
-                "rope.scaling.original_context_length", _COUNT
-            ),
-            "beta_fast": found.get("rope.scaling.yarn_beta_fast", _REAL, 32.0),
-            "beta_slow": found.get("rope.scaling.yarn_beta_slow", _REAL, 1.0),
-            "mscale": mscale,
-            "mscale_all_dim": mscale,
-        }
+        "rope_scaling": {"type": "yarn", **yarn, "mscale": mscale, "mscale_all_dim": mscale}
     }

@@ -4,8 +4,6 @@ GGUF names the pre-tokenizer, which splits text before merges are applied, and d
 the patterns of the DeepSeek-V2 family stand here, as DeepSeek's own ``tokenizer.json`` has them.
 """
 
-from typing import Any
-
 from slotmoe.jsonfile import FLAG, TEXT, Json, ListOf, check, integer, one_of
 
 _LETTERS = (
@@ -104,7 +102,7 @@ def _merges(metadata: Json, tokens: dict[str, int]) -> list[str]:
 
 
 def _settings(metadata: Json, names: list[str]) -> Json:
-    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings: Json = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for name in ("bos", "eos"):
         settings[f"{name}_token"] = names[special_id(metadata, name)]
         if (key := f"{_PREFIX}add_{name}_token") in metadata:

@@ -196,7 +196,7 @@ class Calibration:
         tapped = {id(weights[name]): name for name in names if name in self._wanted}
         tap = _Tap({key: name for key, name in tapped.items() if "up_proj" not in name})
         geometry = geometry_of(self._config)
-        runner = LayerByLayer(geometry, [layer_of(weights, self._config, layer)], tap)
+        runner = LayerByLayer(geometry, [layer_of(weights, layer)], tap)
         steps, pendings = list[Step](), list[Pending]()
         for h_WD in self.hidden_TD.split(self._lengths):
             rope_TC, scale_T = self._tables

@@ -58,7 +58,7 @@ class Coder:
     def code(self, name: str, start: int, stop: int, kind: str | Codec) -> Coded:
         """Rows of tensor ``name``, stored as ``kind``: as the checkpoint has them where the codec
         holds that.  Raises ``NotFiniteError``, and what reading raises."""
-        if kind in (NF4, INT4) and _in_4_bits(self.checkpoint, name):
+        if kind in (NF4, INT4) and self.checkpoint.in_4_bits(name):
             assert isinstance(kind, Codec)
             stored = self.checkpoint.codes(name, start, stop)
             same_levels = torch.equal(stored.levels, levels_of(kind))
@@ -86,12 +86,6 @@ class Coder:
         return Coded((codes, scales), squared_error(piece, weight), weighted or (0.0, 0.0))
 
 
-def _in_4_bits(checkpoint: Checkpoint, name: str) -> bool:
-    weights = checkpoint.weights
-    encoded = None if weights is None else weights.encoded.get(name)
-    return encoded is not None and encoded.encoding.method != "fp8"
-
-
 def _kept(codes: Codes, codec: Codec) -> Coded:
     """The same codes; scales are float16, which holds those of trained weights in bfloat16."""
     kept = store(codes.codes, codes.scales, codec)
@@ -113,7 +107,7 @@ def codecs_for(checkpoint: Checkpoint) -> ExpertCodecs:
         for projection in expert_shapes(config)
     )
     wanted = default_codecs(config)
-    kept = wanted == DEFAULT_CODECS or all(_in_4_bits(checkpoint, name) for name in names)
+    kept = wanted == DEFAULT_CODECS or all(map(checkpoint.in_4_bits, names))
     return wanted if kept else DEFAULT_CODECS
 
 

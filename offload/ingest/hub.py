@@ -122,7 +122,7 @@ class HubShards:
         async with get_async_session() as client:
             await asyncio.gather(*(self._fetch_header(span, name) for name in names))
             with Checkpoint.open(self.folder, self.keep_mtp) as opened:
-                apart = opened.weights.apart if opened.weights is not None else set()
+                apart = opened.apart
             await asyncio.gather(*map(put_apart, apart))
 
     async def _fetch_small(self, name: str, limit: int) -> None:

@@ -245,7 +245,7 @@ class Scenario:
         resident = sum(map(math.prod, resident_shapes(config).values()))
         weights = resident + experts * 3 * config.hidden_size * config.moe_intermediate_size
         export = memory.export_bytes(config, sizes) if self.model.resident is None else 0
-        each = config.encoding.weight_bytes if config.encoding else 2
+        each = config.encoding.method.weight_bytes if config.encoding else 2
         needed = {"download": 0 if self.model.is_here else int(each * weights), "export": export}
         free = self.machine.free_disk
         return {**needed, "free": free, "fits": export <= free}

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from slotmoe.errors import PlanError
 from slotmoe.model.config import Config
-from slotmoe.model.names import EMBEDDING, component_of, resident_shapes, role_of
+from slotmoe.model.names import EMBEDDING, part_of, resident_shapes, role_of
 from slotmoe.offload.policy.drafts import FEW_DRAFTED, MOST_DRAFTED
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, KEPT_CODECS, ExpertCodecs
 from slotmoe.quant.shapes import latent_bytes, padded_record_bytes, resident_bytes
@@ -63,7 +63,7 @@ class Sizes:
 def default_codecs(config: Config) -> ExpertCodecs:
     """How experts are coded where nobody says it: as they were trained, if that was in 4 bits."""
     encoding = config.encoding
-    return DEFAULT_CODECS if encoding is None else KEPT_CODECS.get(encoding.method, DEFAULT_CODECS)
+    return DEFAULT_CODECS if encoding is None else KEPT_CODECS.get(encoding.name, DEFAULT_CODECS)
 
 
 @lru_cache(maxsize=64)  # a report asks for the same ones dozens of times
@@ -75,7 +75,7 @@ def sizes_of(
     components, touched = Counter[str](), 0
     for name, shape in resident_shapes(config).items():
         size = resident_bytes(role_of(name), shape, resident)
-        components[component_of(name)] += size
+        components[part_of(name).component] += size
         if config.tie_word_embeddings or name != EMBEDDING:
             touched += size
     if predictor_bytes:

@@ -9,7 +9,7 @@ import pytest
 import regex
 
 from slotmoe.errors import ConfigError
-from slotmoe.model.checkpoint.reader import Checkpoint
+from slotmoe.model.checkpoint.reader import Checkpoint, small_files
 from slotmoe.model.tiktoken import tokenizer_json
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.ingest.quantize import quantize
@@ -133,15 +133,13 @@ BAD = {
 }
 
 
-def test_bad_files_are_refused_by_name(source, tokens, tmp_path):
+def test_bad_files_are_refused_by_name(tokens, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings(len(tokens))))
-    with Checkpoint.open(source) as checkpoint:
-        checkpoint.folder = tmp_path
-        for change, words in BAD.values():
-            lines = change(model_file(tokens).splitlines())
-            (tmp_path / "tiktoken.model").write_bytes(b"\n".join(lines))
-            with pytest.raises(ConfigError, match=rf"tiktoken\.model.*{words}"):
-                checkpoint.small_file("tokenizer.json", 1 << 20)
+    for change, words in BAD.values():
+        lines = change(model_file(tokens).splitlines())
+        (tmp_path / "tiktoken.model").write_bytes(b"\n".join(lines))
+        with pytest.raises(ConfigError, match=rf"tiktoken\.model.*{words}"):
+            small_files(tmp_path)("tokenizer.json", 1 << 20)
 
 
 def test_other_settings_are_refused_by_name(tokens):

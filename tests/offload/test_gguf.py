@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slotmoe.errors import ConfigError, PlanError
-from slotmoe.model.gguf.checkpoint import GgufCheckpoint
+from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.names import resident_shapes
 from slotmoe.offload.ingest import quantize as ingest
 from slotmoe.offload.ingest.quantize import quantize
@@ -138,13 +138,13 @@ def test_refusals_of_the_command_line(files, tmp_path, slotmoe, processes):
 
 def test_a_matrix_is_read_a_few_rows_at_a_time(files, tmp_path, monkeypatch):
     """So memory does not grow with the file."""
-    sizes, fill = [], GgufCheckpoint._fill
+    sizes, read = [], Checkpoint._stored_rows
 
-    def counted(self, view, *where):
-        sizes.append(len(view))
-        fill(self, view, *where)
+    def counted(self, name, info, start, stop):
+        sizes.append((stop - start) * info.row_bytes)
+        return read(self, name, info, start, stop)
 
-    monkeypatch.setattr(GgufCheckpoint, "_fill", counted)
+    monkeypatch.setattr(Checkpoint, "_stored_rows", counted)
     monkeypatch.setattr(ingest, "_CHUNK", 1)
     quantize(files["F32"], tmp_path / "export")
     assert max(sizes) <= 8192, "two heads, of matrices of a megabyte"

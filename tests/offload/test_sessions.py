@@ -166,7 +166,9 @@ def test_owners_models_and_versions_do_not_share(runtime, sample_export, store, 
     def count(runtime, owner=""):
         said = keeping(runtime, store[0])
         engine = runtime.engine
-        restore = partial(engine.batch.sessions.restore, engine.batch.sequences[0], TEXT[:-1], owner)
+        restore = partial(
+            engine.batch.sessions.restore, engine.batch.sequences[0], TEXT[:-1], owner
+        )
         found = engine.call(restore)
         assert not said
         return found
