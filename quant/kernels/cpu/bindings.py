@@ -202,13 +202,27 @@ class Kernels:
         if (x is None) != (experts is None):
             raise ValueError("x and experts must come together")
         asked = decoder.routers_from(first, x is not None)
-        layers, stream = len(decoder.routed), (decoder, first, h, table, query_scale)
-        rows = cache_rows(caches, positions, layers, decoder.row_bytes)
+        t, layers, sizes = len(caches), len(decoder.routed), decoder.sizes
+        hidden, top_k, f32 = sizes["H"], sizes["K"], torch.float32
         record.check(slab)
+        inputs = (
+            _address("h", h, f32, t, hidden),
+            _address("table", table, torch.complex64, t, sizes["C"]),
+            _address("query_scale", query_scale, f32, t),
+            *cache_rows(caches, positions, layers, decoder.row_bytes),
+            _address("slots", slots, torch.int32, sizes["M"], sizes["E"]),
+            _address("slab", slab, torch.uint8, *slab.shape),
+            *slab.shape,
+            record.address,
+            _address("x", x, f32, t, hidden),
+            _address("experts", experts, f32, t, hidden),
+        )
+        y, norms = torch.empty(t, hidden), torch.empty(asked + 1, t, hidden)
+        weights, indices = torch.empty(t, top_k), torch.empty(asked, t, top_k, dtype=torch.int64)
+        results = [tensor.data_ptr() for tensor in (y, norms, weights, indices)]
         reached, seconds = ctypes.c_int64(), (ctypes.c_double * len(_PARTS))()
-        given = *stream, *rows, slots, slab, record, x, experts, ctypes.byref(reached), seconds
-        sizes = {"T": len(caches), "I": asked + 1, "J": asked}
-        y, norms, weights, indices = self._functions["decode"].results(*given, **sizes)
+        run = self._functions["decode"].run
+        run(decoder.address, first, t, *inputs, *results, ctypes.byref(reached), seconds)
         layer = reached.value
         if layer < layers:
             indices = indices[: asked - sum(decoder.routed[layer + 1 :])]
@@ -310,3 +324,15 @@ def rows_per_head(x: Tensor, kv_b: Tensor, n: int) -> int:
             f" ...] of {tuple(x.shape)}"
         )
     return rows // heads
+
+
+def _address(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:
+    """The tensor's address, checked as the table's are, and quicker; None of None."""
+    if tensor is None:
+        return None
+    if tensor.shape != shape or tensor.dtype != dtype:
+        given = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise ValueError(f"{name} is {given}, expected {dtype} {shape}")
+    if not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_conj():
+        raise ValueError(f"{name} must be a contiguous CPU tensor, and not conjugated lazily")
+    return tensor.data_ptr()

@@ -58,10 +58,11 @@ SIGNATURES = {
     "attention": "layer:bound T h:f32[T,H] table:c64[T,C] query_scale?:f32[T] caches:pointer"
     " stride:size positions:pointer >y:f32[T,H] >x:f32[T,H] >logits:f32[T,E]",
     "route": "router:pointer logits:f32[T,E] bias?:f32[E] T E >weights:f32[T,K] >indices:i64[T,K]",
-    "decode": "decoder:bound first:size T h:f32[T,H] table:c64[T,C] query_scale?:f32[T]"
-    " caches:pointer layer_stride:size stride:size positions:pointer slots:i32[M,E]"
-    f" {_RECORDS} record:bound x?:f32[T,H] experts?:f32[T,H] >y:f32[T,H] >norms:f32[I,T,H]"
-    " >weights:f32[T,K] >indices:i64[J,T,K] reached:pointer seconds:pointer",
+    # checked by hand, which is quicker: it runs once a token
+    "decode": "decoder:pointer first:size tokens:size h:pointer table:pointer query_scale:pointer"
+    " caches:pointer layer_stride:size row_stride:size positions:pointer slots:pointer"
+    " slab:pointer records:size record_stride:size record:pointer x:pointer experts:pointer"
+    " y:pointer norms:pointer weights:pointer indices:pointer reached:pointer seconds:pointer",
     "quantize_nf4": f"{_SOURCE} levels:f32[16] >codes:u8[N/16,K/64,512] >absmax:f16[N/16,K/64,16]",
     "quantize_int8": f"{_SOURCE} >w:i8[N,K] >scale:f32[N]",
     "coded_error": "w:bound source:source[N,K] type >sums:f64[N/16,2]",
@@ -188,10 +189,14 @@ class Function:
         results = [torch.empty(*spec.shape(sizes), dtype=spec.dtypes[0]) for spec in self._results]
         arguments += [result.data_ptr() for result in results]
         arguments += [sizes[letter] for letter in self._letters]
+        self.run(*self._in_order(arguments))
+        return results
+
+    def run(self, *arguments: object) -> None:
+        """Call the function with its C arguments, unchecked, and raise what its status says."""
         started = time.perf_counter()
-        status = self._native(*self._in_order(arguments))
+        status = self._native(*arguments)
         self.seconds += time.perf_counter() - started
         if status:
             refusal = _REFUSED.get(status)
             raise ValueError(refusal) if refusal else MemoryError("no memory for the kernels' work")
-        return results

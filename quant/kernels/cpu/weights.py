@@ -233,7 +233,7 @@ class ExpertRecord(Bound):
     def check(self, slab: Tensor) -> None:
         """Raise `ValueError` unless each row of the slab, uint8 [S, B], holds a record at a
         multiple of 64."""
-        size = slab.shape[-1]
+        size = slab.shape[1] if slab.dim() == 2 else -1
         if (len(slab) and size < self.record_bytes) or size % 64 or slab.data_ptr() % 64:
             least = f"at least {self.record_bytes}, at multiples of 64"
             raise ValueError(f"a record of {size} bytes, expected {least}")
