@@ -28,7 +28,7 @@ from slotmoe.offload.engine.forced import Forced
 from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.engine.requests import Request, wait_for
 from slotmoe.offload.tiers.disk import STUCK_SECONDS
-from slotmoe.offload.tiers.pages import give_back_memory, trim_memory
+from slotmoe.offload.tiers.pages import give_back_memory
 
 T = TypeVar("T")
 IDLE_SECONDS = 1.0  # without a request, after which free memory goes back to the system
@@ -182,7 +182,6 @@ class Engine:
     # The thread
 
     def _run(self) -> None:
-        trim_memory()  # the C library gives none of what opening has freed to another thread
         try:
             with self.model.device.current():
                 while self._has_work():

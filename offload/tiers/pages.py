@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 TOUCHED_AT_ONCE = 16 << 20  # bytes between two looks at whether to stop
+_ARENA_MAX = -8  # of glibc's malloc.h
 
 
 def page_aligned(count: int, forks: bool = True) -> Tensor:
@@ -37,13 +38,15 @@ def give_back_memory() -> None:
     """Give the system what is free, or held only by objects that refer to each other: Python looks
     for those rarely, and the C library keeps what they had."""
     gc.collect()
-    trim_memory()
-
-
-def trim_memory() -> None:
-    """Give the system what is free."""
     with suppress(AttributeError):  # another C library than GNU's
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def share_heaps() -> None:
+    """Let all threads allocate from two heaps: the C library gives each thread one of its own, and
+    what is free in one is nothing to the others."""
+    with suppress(AttributeError):  # another C library than GNU's
+        ctypes.CDLL(None).mallopt(_ARENA_MAX, 2)
 
 
 class Touching:
