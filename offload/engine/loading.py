@@ -47,7 +47,7 @@ from slotmoe.offload.substitution import Substitution
 from slotmoe.offload.tiers.device import Device
 from slotmoe.offload.tiers.disk import DiskReader
 from slotmoe.offload.tiers.host import HostTier
-from slotmoe.offload.tiers.pages import share_heaps
+from slotmoe.offload.tiers.pages import share_heap
 from slotmoe.offload.tiers.slots import Slots
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
@@ -116,7 +116,7 @@ def open_model(folder: Path, options: Options, device: Device, reason: str) -> L
             f"misses {options.misses} is given but the device is the CPU, which computes every "
             "expert: leave it out"
         )
-    share_heaps()
+    share_heap()
     loader = _Loader(folder, options, device, reason)
     try:
         return loader.export() if options.quantize else loader.reference()

@@ -42,11 +42,11 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def share_heaps() -> None:
-    """Let all threads allocate from two heaps: the C library gives each thread one of its own, and
+def share_heap() -> None:
+    """Let all threads allocate from one heap: the C library gives each thread one of its own, and
     what is free in one is nothing to the others."""
     with suppress(AttributeError):  # another C library than GNU's
-        ctypes.CDLL(None).mallopt(_ARENA_MAX, 2)
+        ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
 
 
 class Touching:
