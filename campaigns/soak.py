@@ -110,7 +110,7 @@ class Soak:
             if left == 0:
                 raise InjectedError
 
-        stop = runtime.model.experts.on_route(raise_at)
+        stop = runtime.model.experts.on_layer(raise_at)
         try:
             yield
         finally:

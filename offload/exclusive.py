@@ -14,9 +14,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import CLOSED, ConfigError
 
-CLOSED = "this Runtime is closed; open the model again"
 _FORKED = (
     "this Runtime was opened before the process forked, and its threads stayed behind: open the "
     "model in the child"

@@ -49,6 +49,7 @@ from slotmoe.offload.tiers.device import Device
 from slotmoe.offload.tiers.disk import DiskReader
 from slotmoe.offload.tiers.host import HostTier
 from slotmoe.offload.tiers.slots import Slots
+from slotmoe.offload.tiers.source import Source
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
 from slotmoe.quant.export.layout import MANIFEST, RecordLayout
@@ -82,7 +83,7 @@ class LoadedModel:
     draft: tuple[str, str]
     experts: Experts | None = None
     sizes: Sizes | None = None
-    store: DiskReader | None = None
+    store: Source | None = None
     head: MtpHead[Prepared] | None = None
 
     @property
@@ -367,7 +368,7 @@ class _Loader:
         policy = policy if slots < layers * experts else "lru"
         return make_cache(policy, slots, layers, experts, popularity)
 
-    def _store(self, export: Export, plan: Plan, popularity: list[float] | None) -> DiskReader:
+    def _store(self, export: Export, plan: Plan, popularity: list[float] | None) -> Source:
         """What slots get records from."""
         # Where everything fits each expert is read once, and what an earlier run left in the page
         # cache is welcome.
@@ -382,7 +383,7 @@ class _Loader:
         self,
         export: Export,
         plan: Plan,
-        store: DiskReader,
+        store: Source,
         predictor: NextGate | Predictor,
         popularity: list[float] | None,
     ) -> Experts:
@@ -405,14 +406,15 @@ class _Loader:
         if isinstance(store, HostTier):
             bandwidths = stored_bandwidths(cache_folder() / "machine.json")
             mode = choose_mode(options.misses, bandwidths, size, top_k)
-            split = Split(mode, Costs.of(bandwidths, size), max(top_k, LENT))
+            split = Split(mode, Costs.of(bandwidths, size))
             # Triton's kernels are the GPU's; beside it the CPU has its own.
             kernels = "torch" if options.kernels == "torch" else "auto"
             cpu = pick_backend(torch.device("cpu"), kernels, options.threads)
-            records = Records(store.slab, export.layout, levels)
-            hybrid = HostCompute(cpu, records, store, device)
+            in_ram = Records(store.slab, export.layout, levels)
+            hybrid = HostCompute(cpu, in_ram, store, device, max(top_k, LENT))
             levels = device.empty(tuple(levels.shape), levels.dtype).copy_(levels)
+        records = Records(slots.slab, export.layout, levels)
         return Experts(
-            config.moe_layers, export.layout, levels, slots, self._backend, device,
-            lookahead, warm, hybrid, split, self._using, config.mtp,
+            config.moe_layers, records, slots, self._backend, device,
+            lookahead, warm, hybrid, split, config.mtp,
         )  # fmt: skip

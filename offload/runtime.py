@@ -294,12 +294,12 @@ class Runtime:
         geometry = c.moe_layers, c.n_routed_experts, c.num_experts_per_tok
         self._trace = trace = TraceWriter(Path(path), *geometry)
 
-        def on_route(route: Route) -> None:
+        def on_layer(route: Route) -> None:
             assert route.x_TD is not None
             x_TD = route.x_TD.cpu().numpy()
             trace.add(c.moe_layers[route.row], route.indices, x_TD, route.behind)
 
-        experts.on_route(on_route, inputs=True)
+        experts.on_layer(on_layer, inputs=True)
 
     def stats(self) -> Json:
         """Counters so far: ``tokens`` (counts and seconds), ``cache``, ``io`` (bytes and seconds by

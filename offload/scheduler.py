@@ -296,7 +296,7 @@ class Scheduler:
         if tokens <= PREFILL_CHUNK:
             yield
             return
-        stop = self._runtime.model.quantized("serve").on_route(look)
+        stop = self._runtime.model.quantized("serve").on_layer(look)
         try:
             yield
         finally:

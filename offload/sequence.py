@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import CLOSED, ConfigError
 from slotmoe.model.kv_cache import LatentCache
-from slotmoe.offload.exclusive import CLOSED
 from slotmoe.offload.loading import LoadedModel
 from slotmoe.offload.mtp_drafts import HeadDrafts
 from slotmoe.offload.policy.drafts import MOST_DRAFTED, Drafting, NGrams
@@ -33,6 +32,8 @@ class Passes:
     def __init__(self, model: LoadedModel):
         self._model: LoadedModel | None = model
         self.watcher: Any = None
+        if model.experts is not None:
+            model.experts.look = model.using.stop
         self.drafting = Drafting(model.plan.drafted) if model.draft[0] != "off" else None
         self.changes = 0
         self.tokens = dict.fromkeys(("prefill_tokens", "decode_tokens"), 0)

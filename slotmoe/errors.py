@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+CLOSED = "this Runtime is closed; open the model again"
 
 class SlotmoeError(ValueError):
     """Base of every error that bad input, a bad file or an impossible request can cause.

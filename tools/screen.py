@@ -55,9 +55,9 @@ class Reading:
         """A prompt of so many ``tokens`` is read from now on."""
         if self._wanted:
             self._total, self._next = tokens, time.perf_counter() + _FIRST_SECONDS
-            self._stop_listening = self._runtime.model.experts.on_route(self._on_route)
+            self._stop_listening = self._runtime.model.experts.on_layer(self._on_layer)
 
-    def _on_route(self, route: Any) -> None:
+    def _on_layer(self, route: Any) -> None:
         now = time.perf_counter()
         if now >= self._next:
             self._next, self._shown = now + _NEXT_SECONDS, True

@@ -98,7 +98,7 @@ class Profiler(Timer):
         if self.passes and self.passes[-1].seconds is self._seconds:
             self.mark("sampling")
 
-    def on_route(self, route: Route) -> None:
+    def on_layer(self, route: Route) -> None:
         """Count a gate's choice."""
         for expert in chain.from_iterable(route.indices):
             self.uses[route.row][expert] += 1
@@ -131,7 +131,7 @@ def attach(runtime: Runtime, origin: float | None = None) -> tuple[Profiler, Cal
     wait = (lambda: model.device.record().synchronize()) if model.device.queues else None
     start = perf_counter() if origin is None else origin
     profiler = Profiler(len(config.moe_layers), config.n_routed_experts, start, wait)
-    stop_listening = experts.on_route(profiler.on_route)
+    stop_listening = experts.on_layer(profiler.on_layer)
     runtime.passes.watcher = model.network.timer = experts.timer = profiler
 
     def detach() -> None:

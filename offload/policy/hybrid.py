@@ -59,12 +59,10 @@ def for_cpu(tokens: Sequence[int], costs: Costs) -> int:
 
 @dataclass(frozen=True)
 class Split:
-    """How missing experts are divided.  ``mode`` is ``fetch``, ``cpu`` or ``hybrid``; the CPU holds
-    ``at_once`` records at most."""
+    """How missing experts are divided.  ``mode`` is ``fetch``, ``cpu`` or ``hybrid``."""
 
     mode: str = "fetch"
     costs: Costs = Costs(1.0, 1.0)
-    at_once: int = 0
 
     @property
     def computes(self) -> bool:

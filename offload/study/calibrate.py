@@ -116,14 +116,14 @@ def record(
     samples = Samples(runtime.config, _count(windows))
     done, skip = 0, 0
 
-    def on_route(route: Route) -> None:
+    def on_layer(route: Route) -> None:
         assert route.x_TD is not None
         span = slice(done, done + len(route.x_TD) - skip)
         if route.row < len(samples.inputs):
             samples.inputs[route.row, span] = rms(route.x_TD[skip:]).to(samples.inputs)
         samples.used[span, route.row] = torch.tensor(route.indices)[skip:].to(samples.used)
 
-    stop_listening = model.quantized("calibrate").on_route(on_route, inputs=True)
+    stop_listening = model.quantized("calibrate").on_layer(on_layer, inputs=True)
     try:
         for window in windows:
             sequence.rewind(0)

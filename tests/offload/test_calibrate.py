@@ -292,7 +292,7 @@ def test_what_is_recorded_is_what_the_network_did(plain, monkeypatch):
         assert [len(window) for window in windows] == [21, 21]
         samples = record(runtime, windows)
         model, sequence, routes, place = runtime.model, runtime.sequences[0], [], 0
-        model.experts.on_route(routes.append, inputs=True)
+        model.experts.on_layer(routes.append, inputs=True)
         for window in windows:
             sequence.rewind(0)
             before = None

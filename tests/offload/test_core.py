@@ -17,7 +17,7 @@ from slotmoe.offload.plan.memory import make_plan, predicted_components, scratch
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.scheduler import Job, Scheduler
 from slotmoe.offload.sessions.blocks import BlockFolder, chain
-from slotmoe.offload.tiers.disk import DEMAND, Read
+from slotmoe.offload.tiers.source import DEMAND, Read
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS
 from slotmoe.quant.export.layout import Part
 from slotmoe.quant.export.reader import Export
@@ -43,7 +43,7 @@ def test_memory_in_use_never_shrinks(small_export):
         cached, used = slots.present()
         assert used >= cached > 0
         for expert_id in [*slots.cache.cached]:
-            slots.cache.remove(expert_id)
+            slots.store.free(slots.store.of[expert_id])
         assert slots.present() == (0, used)
 
 
@@ -185,7 +185,7 @@ def test_where_a_pass_is_and_what_its_layers_used(small_export):
     with Runtime.open(small_export, context=64) as runtime:
         experts, seen, config = runtime.model.experts, [], runtime.config
         runtime.warm()
-        stop = experts.on_route(lambda route: seen.append(experts.reached))
+        stop = experts.on_layer(lambda route: seen.append(experts.reached))
         before = experts.slots.cache.hits
         runtime.sequences[0].append([5])
         used = len(config.moe_layers) * config.num_experts_per_tok

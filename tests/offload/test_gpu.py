@@ -137,7 +137,7 @@ def test_ram_is_locked_when_it_is_filled(on_twin, monkeypatch):
     twin = Twin()
     with on_twin(twin, 64, misses="fetch", slots=22) as runtime:
         assert not twin.pinned
-        slab, size = runtime.model.store.table.slab, runtime.plan.record_bytes
+        slab, size = runtime.model.store.slab, runtime.plan.record_bytes
         start(runtime)(IDS[:1])
         for first_byte, length in twin.pinned.items():  # no page that nothing was written to
             first = (first_byte - slab.data_ptr()) // size

@@ -292,7 +292,7 @@ def test_the_engine_gives_the_same_bits_for_every_budget_by_graphs_and_without(
             for id in (5, 900, 17):
                 steps.append(runtime.sequences[0].append([id]).clone())
                 if id == 5:
-                    runtime.model.experts.on_route(heard.append)
+                    runtime.model.experts.on_layer(heard.append)
             if slots is None:
                 assert runtime.stats()["cache"]["hits"] == before + 3 * uses
                 assert all((route.row, route.hits, route.misses) == (0, uses, 0) for route in heard)

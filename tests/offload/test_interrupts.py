@@ -75,14 +75,14 @@ def test_ctrl_c_waits_for_a_layers_end(sample_export, monkeypatch):
                 seen.append("signal")
 
         monkeypatch.setattr(type(experts), "_end_of_layer", end_of_layer)
-        stop_listening = experts.on_route(at_a_gate)
+        stop_listening = experts.on_layer(at_a_gate)
         assert torch.equal(compute(runtime), want)
         stop_listening()
         assert seen.count("handled") == 1
         around = seen[seen.index("signal") - 1 :][:4]
         assert around in ([1, "signal", "handled", 2], [1, "signal", 2, "handled"])
         signal.signal(CTRL_C, signal.SIG_IGN)
-        experts.on_route(lambda route: signal.raise_signal(CTRL_C))
+        experts.on_layer(lambda route: signal.raise_signal(CTRL_C))
         assert torch.equal(compute(runtime), want)
         assert signal.getsignal(CTRL_C) is signal.SIG_IGN
 
@@ -191,7 +191,7 @@ def thread():
 def test_a_second_thread_is_refused_and_spoils_nothing(sample_export, thread):
     with Runtime.open(sample_export, context=256, slots=22) as runtime:
         want, inside, over = compute(runtime), threading.Event(), threading.Event()
-        stop = runtime.model.experts.on_route(lambda route: (inside.set(), over.wait(30)))
+        stop = runtime.model.experts.on_layer(lambda route: (inside.set(), over.wait(30)))
         other = thread.submit(compute, runtime)
         assert inside.wait(30)
         first = runtime.sequences[0]
@@ -275,7 +275,7 @@ def test_close_from_another_thread_ends_a_computation(sample_export, monkeypatch
         assert closing.wait(30)
 
     monkeypatch.setattr(Exclusive, "refuse", lambda *given: (refuse(*given), closing.set()))
-    runtime.model.experts.on_route(at_a_gate)
+    runtime.model.experts.on_layer(at_a_gate)
     other = thread.submit(lambda: list(runtime.generate(IDS, 100)))
     assert inside.wait(30)
     runtime.close()

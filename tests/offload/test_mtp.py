@@ -193,7 +193,6 @@ def test_text_is_bitwise_that_without_drafts(
         assert text_of(runtime, **options) == want
         now = runtime.stats()["drafts"]
         passes, accepted = (now[key] - before[key] for key in ("passes", "accepted"))
-        assert runtime.model.experts.slots.consistent
         assert passes + accepted == 39 and accepted >= 13
         assert slots is None or runtime.stats()["prefetch"]["layer"]["guessed"] > 0
         whole(runtime)

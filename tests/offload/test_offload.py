@@ -11,7 +11,6 @@ import torch
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers.slots import Slots
 from slotmoe.sizes import parse_size
 from tests.support.engine import IDS, start, whole
 
@@ -169,30 +168,6 @@ def test_step_interrupted_half_way_is_not_reused(reusing, monkeypatch):
     feeds(IDS, 30)
 
 
-def test_exchange_interrupted_half_way_leaves_no_wrong_slot(sample_export, monkeypatch):
-    """Ctrl-C when the cache has let an expert go and the table of slots still names it."""
-    with Runtime.open(sample_export, context=256, slots=200, prefetch=False) as runtime:
-
-        def logits():
-            step = start(runtime)
-            return torch.cat([step([token]) for token in range(50, 150)])
-
-        want, original, calls = logits(), Slots._set_slot, 0
-        assert runtime.stats()["cache"]["evictions"] > 0
-
-        def interrupted(*arguments):
-            nonlocal calls
-            calls += 1
-            if calls == 20:
-                raise KeyboardInterrupt
-            original(*arguments)
-
-        monkeypatch.setattr(Slots, "_set_slot", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            logits()
-        assert torch.equal(logits(), want)
-
-
 # Memory
 
 _PEAK = """
@@ -267,7 +242,7 @@ def test_a_long_prompt_may_end_at_any_gate(sample_export, monkeypatch, reading_a
                 if next(gates, route) is route:
                     raise KeyboardInterrupt
 
-            stop = runtime.model.experts.on_route(interrupt)
+            stop = runtime.model.experts.on_layer(interrupt)
             with pytest.raises(KeyboardInterrupt):
                 runtime.logits(IDS)
             stop()
@@ -280,19 +255,21 @@ def test_what_was_read_ahead_is_admitted_in_place_of_what_is_not_pinned(sample_e
     with Runtime.open(sample_export, context=64, slots=40) as runtime:
         runtime.warm()
         slots = runtime.model.experts.slots
-        with slots.changing():
-            for expert_id in (100, 101):
-                slots.prefetch(expert_id, urgency=1)
-                slots.wait([slots.coming[expert_id]])
-            (demand,) = slots.demand([102], pinned=[102])
-            slots.wait([demand])
-            slots.admit_guesses(range(2, 102))
-            slots.prefetch(103, urgency=1)
-            slots.wait([slots.coming[103]])
-            slots.demand([103], pinned=[103])  # it had arrived as a guess, and is none any more
-            slots.admit_guesses(range(3, 102))
-            assert 103 in slots.coming
+        pin = slots.store.references_N
+        for expert_id in (100, 101):
+            slots.prefetch(expert_id, urgency=1)
+            slots.wait([slots.store.of[expert_id].read])
+        (demand,) = slots.demand([102])
+        slots.wait([demand])
+        pin[2:102] += 1
+        slots.admit_guesses()
+        pin[2] = 0
+        slots.prefetch(103, urgency=1)
+        slots.wait([slots.store.of[103].read])
+        slots.demand([103])  # it had arrived as a guess, and is none any more
+        slots.admit_guesses()
+        assert 103 in slots
         assert slots.cache.cached == {*range(2, 40), 100, 101}
-        slots.drop(102)
-        slots.drop(103)
+        slots.release()
+        assert 102 not in slots and 103 not in slots
         whole(runtime)

@@ -68,7 +68,7 @@ def decoded(export, count=40, **options):
     """Logits of ids decoded one by one, the choices of all gates, and stats."""
     choices = []
     with Runtime.open(export, context=128, threads=1, **options) as runtime:
-        runtime.model.experts.on_route(lambda route: choices.append((route.row, route.indices)))
+        runtime.model.experts.on_layer(lambda route: choices.append((route.row, route.indices)))
         rows = [runtime.sequences[0].append([id])[0].clone() for id in IDS[:count]]
         return torch.stack(rows), choices, runtime.stats()
 

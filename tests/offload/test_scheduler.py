@@ -238,7 +238,7 @@ def test_a_long_pass_ends_when_nobody_waits_for_it(in_steps, end):
             batch.stop()
 
     in_steps.sequences[0].rewind(0)
-    stop = in_steps.model.experts.on_route(third)
+    stop = in_steps.model.experts.on_layer(third)
     caller = Caller(batch, in_steps, ids, owner=end).wait()
     batch.close()
     stop()
@@ -276,7 +276,7 @@ def test_a_short_prompt_overtakes_a_long_one_which_gets_a_piece_after_each(in_st
             callers.extend(ask(batch, ids, 1) for ids in shorts)
 
     monkeypatch.setattr(batch, "_fill", note)
-    stop = runtime.model.quantized("a test").on_route(arrive)
+    stop = runtime.model.quantized("a test").on_layer(arrive)
     callers.append(ask(batch, long, 2, "another"))
     until(lambda: len(callers) == 4)
     for caller in callers:
