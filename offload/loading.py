@@ -42,7 +42,7 @@ from slotmoe.offload.policy.cache import Cache, make_cache
 from slotmoe.offload.policy.hybrid import Costs, Split, choose_mode
 from slotmoe.offload.policy.substitutes import RouteBudget
 from slotmoe.offload.predictor import NextGate, Predictor
-from slotmoe.offload.resident_experts import ResidentExperts
+from slotmoe.offload.resident_experts import resident_experts
 from slotmoe.offload.resident_weights import Place, load_resident
 from slotmoe.offload.substitution import Substitution
 from slotmoe.offload.tiers.device import Device
@@ -64,8 +64,7 @@ FREE_SHARE = 0.9  # of what is free, where no budget is given
 class LoadedModel:
     """An open model; ``opened`` closes its files and threads, and ``using`` is entered by whoever
     computes with it.  ``draft`` is what drafts come from, ``ngram``, ``mtp`` or ``off``, and why;
-    ``head`` makes them for ``mtp``.  ``experts``, ``sizes`` and ``store`` are None on the reference
-    path."""
+    ``head`` makes them for ``mtp``.  ``sizes`` and ``store`` are None on the reference path."""
 
     config: Config
     tokenizer: Tokenizer
@@ -77,11 +76,11 @@ class LoadedModel:
     device: Device
     device_reason: str
     backend: TorchBackend
+    experts: Experts
     opened: ExitStack
     using: Exclusive
     options: Options
     draft: tuple[str, str]
-    experts: Experts | None = None
     sizes: Sizes | None = None
     store: Source | None = None
     head: MtpHead[Prepared] | None = None
@@ -89,7 +88,7 @@ class LoadedModel:
     @property
     def cpu(self) -> TorchBackend:
         """What multiplies on the CPU: ``backend`` itself where there is no GPU."""
-        hybrid = self.experts.hybrid if self.experts is not None else None
+        hybrid = self.experts.hybrid
         return self.backend if hybrid is None else hybrid.backend
 
     @property
@@ -100,7 +99,7 @@ class LoadedModel:
 
     def quantized(self, purpose: str) -> Experts:
         """The experts' slots.  Raises ``ConfigError`` on the reference path."""
-        if self.experts is None:
+        if self.store is None:
             raise ConfigError(
                 f"the reference path has no expert cache to {purpose}; open the model quantized"
             )
@@ -201,16 +200,14 @@ class _Loader:
             self._check(plan)
             place = self._placer()
             weights = {name: place(name, checkpoint.tensor(name)) for name in checkpoint.infos}
-            experts = ResidentExperts(
-                weights, config.moe_layers, config.n_routed_experts, backend, self._using
-            )
+            experts = resident_experts(config, weights, backend, self._device)
             network = Network(config, weights, backend, experts)
             row = config.latent_width, torch.float32
             cache = LatentCache(config, self._context, row, self._device.empty)
             return LoadedModel(
                 config, tokenizer, network, [cache], plan, self._eos_token_ids, checkpoint,
-                self._device, self._reason, backend, opened.pop_all(), self._using, options,
-                self._draft(network),
+                self._device, self._reason, backend, experts, opened.pop_all(), self._using,
+                options, self._draft(network),
             )  # fmt: skip
 
     def _draft(self, network: Network[Prepared]) -> tuple[str, str]:
@@ -308,9 +305,9 @@ class _Loader:
             ]
             return LoadedModel(
                 config, tokenizer, network, caches, plan, self._eos_token_ids, export,
-                device, self._reason, backend, opened.pop_all(), self._using, options,
+                device, self._reason, backend, experts, opened.pop_all(), self._using, options,
                 self._draft(network),
-                experts, sizes, store, head,
+                sizes, store, head,
             )  # fmt: skip
 
     def _substitution(

@@ -1,51 +1,64 @@
-"""The reference path: an unquantized checkpoint, all experts in memory.
+"""The reference path: an unquantized checkpoint, all experts in memory, each in a slot for good."""
 
-Shapes: T tokens, D hidden_size, M MoE layers, E routed experts, K experts a token.
-"""
+from collections.abc import Collection, Iterable, Mapping
 
-from collections.abc import Mapping, Sequence
-
-import torch
 from torch import Tensor
 
+from slotmoe.jsonfile import Json
+from slotmoe.model.config import Config
 from slotmoe.model.names import expert_name
-from slotmoe.offload.exclusive import Exclusive
-from slotmoe.quant.backends.base import Prepared, TorchBackend
+from slotmoe.offload.experts import Experts
+from slotmoe.offload.policy.cache import make_cache
+from slotmoe.offload.tiers.device import Device
+from slotmoe.offload.tiers.slots import Slots
+from slotmoe.offload.tiers.source import Read
+from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
 from slotmoe.quant.export.layout import PROJECTIONS
 
 
-class ResidentExperts:
-    """Routed experts of an unquantized checkpoint, all in memory: the network's ``experts``, and
-    the records that its backend multiplies with, row ``layer index * E + expert``.  ``using`` says
-    when a pass has to end early."""
+class _CheckpointRecords(Records):
+    """Experts of a checkpoint by the number of their slot, which is the expert id."""
 
-    def __init__(
-        self,
-        weights: Mapping[str, Prepared],
-        layers: Sequence[int],
-        experts: int,
-        backend: TorchBackend,
-        using: Exclusive,
-    ):
-        self._weights, self._layers, self._experts = weights, layers, experts
-        self._backend, self._using = backend, using
-        self._slots_ME = torch.arange(len(layers) * experts, dtype=torch.int32).view(-1, experts)
+    def __init__(self, config: Config, weights: Mapping[str, Prepared]):
+        self._config, self._weights = config, weights
 
     def weights(self, slot: int) -> tuple[Prepared, ...]:
-        """Gate, up and down projection."""
-        row, expert = divmod(slot, self._experts)
-        names = (expert_name(self._layers[row], expert, name) for name in PROJECTIONS)
-        return tuple(self._weights[name] for name in names)
+        row, expert = divmod(slot, self._config.n_routed_experts)
+        layer = self._config.moe_layers[row]
+        return tuple(self._weights[expert_name(layer, expert, name)] for name in PROJECTIONS)
 
-    def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
-        y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
-        slots_E = self._slots_ME[self._layers.index(layer)].to(x_TD.device)
-        self._backend.experts_of(self.weights, x_TD, slots_E, indices_TK, y_TKD)
-        self._using.stop()
-        return self._backend.weighted_sum(y_TKD, weights_TK)
 
-    def slot_table(self) -> None:
-        """No backend computes them by itself."""
+class _InMemory:
+    """A ``Source`` of what is in memory: every read is done at once."""
 
-    def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
-        """Never called: see ``slot_table``."""
+    def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
+        return Read(expert_id, memoryview(b""), urgency, done=True)
+
+    def wait(self, reads: Collection[Read]) -> list[Read]:
+        return list(reads)
+
+    def submit(self, reads: Iterable[Read]) -> None: ...
+    def promote(self, read: Read) -> None: ...
+    def cancel(self, read: Read) -> bool:
+        return True
+
+    def advance(self, tokens: int) -> None: ...
+    def bandwidth(self) -> float:
+        return float("inf")
+
+    def stats(self) -> Json:
+        return {}
+
+    def stop(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def resident_experts(
+    config: Config, weights: Mapping[str, Prepared], backend: TorchBackend, device: Device
+) -> Experts:
+    """The experts of ``weights``, which a checkpoint names."""
+    layers, experts = config.moe_layers, config.n_routed_experts
+    cache = make_cache("lru", len(layers) * experts, len(layers), experts)
+    slots = Slots(_InMemory(), cache, 1, 0, 1, device)  # a byte stands for an expert
+    slots.fill(range(len(layers) * experts), lambda: None)
+    return Experts(layers, _CheckpointRecords(config, weights), slots, backend, device)

@@ -283,9 +283,8 @@ class Runtime:
     def warm(self, progress: Progress | None = None) -> None:
         """Fill the free expert slots, layer by layer, so that what follows is measured without
         first reads."""
-        if self.model.experts is not None:
-            with self.passes.using():
-                self.model.experts.fill(progress or (lambda done, total: None))
+        with self.passes.using():
+            self.model.experts.fill(progress or (lambda done, total: None))
 
     def trace(self, path: str | Path) -> None:
         """Record the routing of everything from now on into ``path`` (format:
@@ -321,14 +320,13 @@ class Runtime:
         drafting = self.passes.drafting
         stats["drafts"] = dict(zip(("kind", "why"), model.draft, strict=True))
         stats["drafts"] |= {} if drafting is None else drafting.stats()
-        if model.experts is not None:
-            stats |= model.experts.stats()
+        stats |= model.experts.stats()
         if model.store is not None:
             stats["io"] = model.store.stats()
         if self.sessions is not None:
             stats["sessions"] = self.sessions.stats()
         if model.options.altered is not None:
-            substitution = model.experts.substitution if model.experts is not None else None
+            substitution = model.experts.substitution
             counts = {} if substitution is None else substitution.chooser.stats()
             stats["routing"] = {"altered": model.options.altered, **counts}
         return stats

@@ -32,8 +32,7 @@ class Passes:
     def __init__(self, model: LoadedModel):
         self._model: LoadedModel | None = model
         self.watcher: Any = None
-        if model.experts is not None:
-            model.experts.look = model.using.stop
+        model.experts.look = model.using.stop
         self.drafting = Drafting(model.plan.drafted) if model.draft[0] != "off" else None
         self.changes = 0
         self.tokens = dict.fromkeys(("prefill_tokens", "decode_tokens"), 0)
@@ -117,8 +116,7 @@ class Passes:
         def step() -> Tensor:
             for sequence, cache in zip(sequences, caches, strict=True):
                 cache.length = len(sequence.tokens)
-            experts = model.experts
-            if experts is not None and experts.begin(len(ids_T), len(sequences)):
+            if model.experts.begin(len(ids_T), len(sequences)):
                 self._guess_token(sequences[0], ids_T)
             return model.network.forward(ids_T, caches, counts)
 
@@ -154,7 +152,7 @@ class Passes:
         model, hidden_RD = self.model, sequence.last_hidden()
         if hidden_RD is None:
             return
-        assert model.experts is not None and model.experts.lookahead is not None
+        assert model.experts.lookahead is not None
         embedding_1D = model.backend.embed(ids_1, model.network.embed_tokens)
         model.experts.lookahead.guess_token(embedding_1D[0], hidden_RD[-1])
 

@@ -35,8 +35,7 @@ def echo_of(prompt: str) -> str:
 def tokens_read(runtime: Any, total: int) -> int:
     """How many of a prompt's ``total`` tokens a runtime has read: those of whole passes, and of the
     one under way by its share of the layers."""
-    experts = runtime.model.experts
-    under_way: int = 0 if experts is None else experts.reached
+    under_way: int = runtime.model.experts.reached
     held: int = runtime.sequences[0].length
     return min(held + under_way, total)
 
@@ -47,7 +46,7 @@ class Reading:
 
     def __init__(self, runtime: Any, quiet: bool):
         self._runtime = runtime
-        self._wanted = not quiet and is_terminal(sys.stderr) and runtime.model.experts is not None
+        self._wanted = not quiet and is_terminal(sys.stderr)
         self._total, self._next, self._shown = 0, 0.0, False
         self._stop_listening: Callable[[], None] | None = None
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from mmap import mmap
 from queue import Queue
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,7 +121,8 @@ class Decoding(TorchBackend):
                 self.known[key] = [weight.dequantize() for weight in records.weights(slot)]
             return self.known[key]
 
-        self.experts_of(weights, x_TD, slots_E, indices_TK, y_TKD)
+        decoded = SimpleNamespace(weights=weights)
+        super().experts(x_TD, decoded, slots_E, indices_TK, y_TKD)
 
 
 class TwinBackend(Told, Decoding):
