@@ -98,10 +98,11 @@ class Cache(ABC):
         return victim
 
     def by_worth(self, expert_ids: Collection[int]) -> list[int]:
-        """``expert_ids``, cached or not, the one of least worth last, of equals the first."""
-        ids = np.array([*expert_ids][::-1])
-        order = (-self._worth_now()[ids]).argsort(kind="stable")
-        return [int(id) for id in ids[order]]
+        """``expert_ids``, cached or not, the one of least worth last, of equals that of lowest
+        id."""
+        ids = np.sort([*expert_ids])[::-1]
+        ids = ids[(-self._worth_now()[ids]).argsort(kind="stable")]
+        return [int(id) for id in ids]
 
     def add(self, expert_id: int) -> None:
         """Put the absent ``expert_id`` into free room."""

@@ -184,16 +184,17 @@ class HostTier:
         """Queue the copy of a record that has arrived in RAM."""
         self._arrived(slot, arrived)
         with self._lock:  # so that the time of a copy holds no part of another
-            if arrived:
-                try:
+            try:
+                if arrived:
                     read.copy = self._device.copy(slot.record, target, after)
-                except RuntimeError as problem:
-                    name = self._device.name
-                    read.error = DeviceError(f"copying an expert to {name} failed ({problem})")
-            if read.copy is not None:
-                self._copying.append((read.copy, slot))
-            else:
-                self._put_back(slot, arrived=False)
+            except RuntimeError as problem:
+                name = self._device.name
+                read.error = DeviceError(f"copying an expert to {name} failed ({problem})")
+            finally:
+                if read.copy is not None:
+                    self._copying.append((read.copy, slot))
+                else:
+                    self._put_back(slot, arrived=False)
 
     def _arrived(self, slot: Slot, arrived: bool) -> None:
         """A record is in RAM, if it has ``arrived``."""

@@ -144,12 +144,7 @@ class Slots:
         what made one fail; its slot is free then."""
         for read in reads:
             slot = self.store.of[read.expert_id]
-            if read.copy is not None and read.error is None:
-                try:
-                    self._device.wait(read.copy)
-                except RuntimeError as problem:
-                    name = self._device.name
-                    read.error = DeviceError(f"copying an expert to {name} failed ({problem})")
+            self._wait_for_copy(read)
             if read.error is not None:
                 self._give_up(slot)
                 raise read.error
@@ -248,9 +243,14 @@ class Slots:
             self._make_room()
         slot = store.take(expert_id)
         if slot.state is ARRIVED:
-            self.reclaimed += 1
-            slot.read = Read(expert_id, _NOTHING, urgency, done=True)
-            return []
+            copy = slot.read.copy if slot.read is not None else None
+            slot.read = Read(expert_id, _NOTHING, urgency, done=True, copy=copy)
+            self._wait_for_copy(slot.read)
+            if slot.read.error is None:
+                self.reclaimed += 1
+                return []
+            store.free(slot)
+            slot = store.take(expert_id)
         try:
             slot.read = self._source.read(expert_id, slot.record, urgency)
         except BaseException:
@@ -262,12 +262,24 @@ class Slots:
         """What was to be read ahead is demanded; where that has failed, it is tried again."""
         read = slot.read
         assert read is not None
+        if read.done:
+            self._wait_for_copy(read)
         if read.error is not None:
             self._give_up(slot)
         elif read.done:
             read.urgency = DEMAND  # no guess any more, which ``admit_guesses`` may take
         else:
             self._source.promote(read)
+
+    def _wait_for_copy(self, read: Read) -> None:
+        """Kernels launched from now on run after the copy of a read that is done."""
+        if read.copy is not None and read.error is None:
+            try:
+                self._device.wait(read.copy)
+                read.copy = None
+            except RuntimeError as problem:
+                name = self._device.name
+                read.error = DeviceError(f"copying an expert to {name} failed ({problem})")
 
     def _give_up(self, slot: Slot) -> None:
         self.store.give_up(slot, self._source.cancel)

@@ -25,7 +25,8 @@ DEMAND, WARM = 0, 1 << 30
 @dataclass(eq=False, slots=True)
 class Read:
     """One record on its way into memory.  ``done`` is True when it can be used or when ``error``
-    says why not; on a GPU it can be used by kernels that wait for ``copy`` first."""
+    says why not; on a GPU it can be used by kernels that wait for ``copy`` first, which is None once
+    they do."""
 
     expert_id: int
     buffer: memoryview
@@ -42,8 +43,8 @@ class Read:
 
     @property
     def arrived(self) -> bool:
-        """Whether the whole record is there, its copy too."""
-        return self.done and self.error is None and (self.copy is None or self.copy.done())
+        """Whether it is done, and so is its copy."""
+        return self.done and (self.copy is None or self.copy.done())
 
 
 class Source(Protocol):

@@ -49,8 +49,9 @@ _rank = attrgetter("rank")
 
 @dataclass(eq=False, slots=True)
 class Slot:
-    """A row of the slab, ``record``.  ``read`` is there while it is staged and its source has been
-    asked; its urgency is the slot's.  Of what is available the highest ``rank`` is taken first."""
+    """A row of the slab, ``record``.  ``read`` brings the record, or has brought it, as long as the
+    cache does not keep it; its urgency is the slot's.  Of what is available the highest ``rank`` is
+    taken first."""
 
     index: int
     record: Tensor
@@ -121,7 +122,7 @@ class ExpertStore:
                 slot = self._by_worth()[-1]
             self._ranks = range(self._ranks.start, max(slot.rank, self._ranks.start))
             del self.of[slot.expert]
-        slot.expert, slot.rank = expert_id, 0
+        slot.expert, slot.rank, slot.read = expert_id, 0, None
         self.of[expert_id] = slot
         self._move(slot, READING)
         return slot
@@ -187,13 +188,12 @@ class ExpertStore:
                 slot.rank = rank
 
     def _by_worth(self) -> list[Slot]:
-        """What is STALE, the least worth last, and of equals the one that has been so longest."""
+        """What is STALE, the least worth last."""
         stale = []
         for slot in self.available:
             if slot.state is FREE:
                 break
             stale.append(slot.expert)
-        stale.reverse()
         return [self.of[expert_id] for expert_id in self.cache.by_worth(stale)]
 
     def _move(self, slot: Slot, state: State) -> None:
@@ -206,7 +206,6 @@ class ExpertStore:
             self.leaving -= before is LEAVING
             if not READING <= state <= LEAVING:
                 del self.staged[slot.index]
-                slot.read = None
         elif self.available[-1] is slot:
             self.available.pop()
         else:
@@ -220,13 +219,14 @@ class ExpertStore:
         elif (state is FREE or state is LEAVING) and self.of.get(expert_id) is slot:
             del self.of[expert_id]
         if state is CACHED:
+            slot.read = None
             self.cache.add(expert_id)
             self._table_N[expert_id], self.changed = slot.index, True
         elif state is STALE:
             slot.rank = slot.rank if slot.rank in self._ranks else 0
             insort_left(self.available, slot, key=_rank)
         elif state is FREE:
-            slot.rank = _FIRST
+            slot.rank, slot.read = _FIRST, None
             self.available.append(slot)
         else:
             self.leaving += state is LEAVING
