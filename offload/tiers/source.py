@@ -25,8 +25,7 @@ DEMAND, WARM = 0, 1 << 30
 @dataclass(eq=False, slots=True)
 class Read:
     """One record on its way into memory.  ``done`` is True when it can be used or when ``error``
-    says why not; on a GPU it can be used by kernels that wait for ``copy`` first, which is None once
-    they do."""
+    says why not; on a GPU kernels can use it that wait for ``copy`` first, None once they do."""
 
     expert_id: int
     buffer: memoryview
