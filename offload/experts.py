@@ -24,7 +24,7 @@ from slotmoe.offload.substitution import Substitution
 from slotmoe.offload.tiers.device import Device
 from slotmoe.offload.tiers.slots import Slots
 from slotmoe.offload.tiers.source import WARM
-from slotmoe.offload.tiers.store import CACHED, FREE, STALE
+from slotmoe.offload.tiers.store import STALE
 from slotmoe.quant.backends.base import Records, SlotTable, TorchBackend
 
 # Uses computed in one call on a CPU, so that what has arrived meanwhile soon gives its slot back.
@@ -202,8 +202,12 @@ class Experts:
         chosen = download.get()
         # Nothing that a copy need not wait for comes before ``demand``: the link idles until then.
         indices = chosen.tolist()
-        uses = self._uses(row, indices)
-        missing, coming, left = self._missing(uses)
+        uses, cached = self._uses(row, indices), self._cache.cached
+        coming, left = list[int](), list[int]()
+        missing = [id for id in uses if id not in cached]
+        for expert_id in missing:
+            if (slot := store.of.get(expert_id)) is not None:
+                (left if slot.state is STALE else coming).append(expert_id)
         if self.lookahead is not None:
             self.lookahead.chosen(row, uses, len(missing))  # gives wrong guesses' slots back
         computed: list[int] = []
@@ -217,13 +221,12 @@ class Experts:
         newest = {row * self._cache.experts + expert for expert in indices[-1]}
         work = Work(row, uses, newest, self._kept(row, len(indices)))
         work.reads, work.later = reads, fetched[slots.staging :]
-        cached = self._cache.cached
         work.cached = [] if device.queues else [id for id in uses if id in cached]
-        if missing or work.many:
+        if missing or (work.many and not slots.complete):
             store.hold(list(newest))
-        if work.many:
-            store.hold(work.cached)
-            store.hold(slice(work.kept.start, work.kept.stop))
+            if work.many:
+                store.hold(work.cached)
+                store.hold(slice(work.kept.start, work.kept.stop))
         if hybrid is not None and computes:
             hybrid.begin(download.others()[0], chosen, computed)
         if self._listeners:
@@ -260,9 +263,7 @@ class Experts:
                 used = [read.expert_id for read in done]
                 ready, work.cached = _first(work.cached, work.uses)
                 yield self._group(work.row, used + ready)
-                if work.many:
-                    self._store.let_go(ready)
-                self._make_room(work, used)
+                self._make_room(work, used, ready)
             elif arrived := [read for read in acquired if read.done]:
                 assert hybrid is not None
                 ready, _ = _first([read.expert_id for read in arrived], work.uses)
@@ -277,13 +278,15 @@ class Experts:
         if self.lookahead is not None and not (work.reads or work.later):
             self.lookahead.idle()
 
-    def _make_room(self, work: Work, used: list[int]) -> None:
-        """Experts in staging have been used.  The cache admits or rejects one token's at the
-        layer's end, in gate order; of many tokens' at once, so that demands and then prefetches
+    def _make_room(self, work: Work, used: list[int], ready: list[int]) -> None:
+        """Experts have been used, in staging and cached.  The cache admits or rejects one token's at
+        the layer's end, in gate order; of many tokens' at once, so that demands and then prefetches
         take their staging slots."""
         if not work.many:
             work.used += used
             return
+        if ready and not work.kept:  # what is kept stays held
+            self._store.let_go([id for id in ready if id not in work.newest])
         for expert_id in used:
             self.slots.admit(expert_id, must=expert_id in work.kept)
         if work.kept:
@@ -323,20 +326,6 @@ class Experts:
             return dict.fromkeys([first + expert for expert in indices[0]], 1)
         counts = Counter(chain.from_iterable(indices))
         return {first + expert: count for expert, count in sorted(counts.items())}
-
-    def _missing(self, expert_ids: Collection[int]) -> tuple[list[int], list[int], list[int]]:
-        """Those that are not cached; of these those whose read has begun, and those that are still
-        in a slot that is free."""
-        missing, coming, left = [], [], []
-        for expert_id in expert_ids:
-            state = self._store.state(expert_id)
-            if state is not CACHED:
-                missing.append(expert_id)
-                if state is STALE:
-                    left.append(expert_id)
-                elif state is not FREE:
-                    coming.append(expert_id)
-        return missing, coming, left
 
     def _in_order(
         self,

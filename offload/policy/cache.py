@@ -71,8 +71,8 @@ class Cache(ABC):
     def offer(self, expert_id: int, pinned: Collection[int] = (), must: bool = False) -> int | None:
         """``expert_id`` was used, is not cached, and its bytes are in memory: see ``victim``, which
         is evicted.  What is ``pinned`` stays."""
-        held_N = np.zeros(self.layers * self.experts, np.int32)
-        held_N[[*pinned]] = 1
+        held_N = np.zeros(self.layers * self.experts, np.bool_)
+        held_N[[*pinned]] = True
         evicted = self.victim(expert_id, held_N, must)
         if evicted is not None and evicted != expert_id:
             self.remove(evicted)
@@ -82,14 +82,14 @@ class Cache(ABC):
 
     def victim(self, expert_id: int, held_N: Array, must: bool = False) -> int | None:
         """What is to be evicted for ``expert_id``, which was used: None if there is room, a cached
-        expert that ``held_N`` has 0 for, or ``expert_id`` itself if it gets no slot, which with
+        expert that is not held, or ``expert_id`` itself if it gets no slot, which with
         ``must`` it gets unless all are held."""
         if len(self.cached) < self.slots:
             return None
         worth_N = self._worth_now()
         limit = worth_N[expert_id] if self.bypass and not must else np.inf
         worth_N = worth_N + self._absent_N
-        worth_N[held_N != 0] = np.inf
+        np.copyto(worth_N, np.inf, where=held_N)
         victim = int(worth_N.argmin())
         if worth_N[victim] >= limit:
             self.bypassed += 1
@@ -100,9 +100,9 @@ class Cache(ABC):
     def by_worth(self, expert_ids: Collection[int]) -> list[int]:
         """``expert_ids``, cached or not, the one of least worth last, of equals that of lowest
         id."""
-        ids = np.sort([*expert_ids])[::-1]
-        ids = ids[(-self._worth_now()[ids]).argsort(kind="stable")]
-        return [int(id) for id in ids]
+        ids = np.array(sorted(expert_ids, reverse=True))
+        ordered: list[int] = ids[(-self._worth_now()[ids]).argsort(kind="stable")].tolist()
+        return ordered
 
     def add(self, expert_id: int) -> None:
         """Put the absent ``expert_id`` into free room."""

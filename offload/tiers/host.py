@@ -168,7 +168,7 @@ class HostTier:
                 if store.state(expert_id) is not CACHED:
                     self._collect()
                 if store.state(expert_id) is CACHED:
-                    store.references_N[expert_id] += 1
+                    store.refer(store.of[expert_id], 1)
                     return store.of[expert_id]
                 if store.available:
                     return store.take(expert_id)
@@ -216,7 +216,7 @@ class HostTier:
     def _put_back(self, slot: Slot, arrived: bool) -> None:
         """A use ends; the lock is held."""
         if slot.state is CACHED:
-            self.store.references_N[slot.expert] -= 1
+            self.store.refer(slot, -1)
         elif not arrived or slot.expert in self.cache:  # the record was read twice at once
             self.store.free(slot)
         else:

@@ -87,7 +87,7 @@ class Slots:
     def advance(self, tokens: int) -> None:
         """A pass over more tokens begins.  What the last one has left in staging is given up; the
         cache admits what has arrived to warm it."""
-        self.store.references_N.fill(0)
+        self.store.held_N.fill(False)
         for slot, read in self._coming():
             if read.urgency != WARM:
                 self._give_up(slot)
@@ -98,25 +98,28 @@ class Slots:
     def release(self) -> None:
         """A layer's work is over, or was broken off: nothing is referred to any more, and demands
         that it has not used are given up."""
-        self.store.references_N.fill(0)
-        for slot, read in self._coming():
-            if read.urgency == DEMAND:
-                self._give_up(slot)
+        self.store.held_N.fill(False)
+        if self.store.staged:
+            for slot, read in self._coming():
+                if read.urgency == DEMAND:
+                    self._give_up(slot)
 
     def demand(self, expert_ids: Collection[int]) -> list[Read]:
         """Reads of experts that are not cached, ahead of all prefetches.  So many may be demanded
         and not yet admitted as there are staging slots."""
+        of, new, reads = self.store.of, list[Read](), []
         for expert_id in expert_ids:  # before any prefetch gives its slot up for another
-            if READING <= self.store.state(expert_id) <= ARRIVED:
-                self._promote(self.store.of[expert_id])
-        reads, new = [], []
+            slot = of.get(expert_id)
+            if slot is not None and slot.state is not STALE:
+                self._promote(slot)
         for expert_id in expert_ids:
-            if expert_id not in self:
-                new += self._begin(expert_id, DEMAND)
-            read = self.store.of[expert_id].read
-            assert read is not None
-            reads.append(read)
-        self._source.submit(new)
+            slot = of.get(expert_id)
+            if slot is None or slot.state is STALE:
+                slot = self._begin(expert_id, DEMAND, new)
+            assert slot.read is not None
+            reads.append(slot.read)
+        if new:
+            self._source.submit(new)
         return reads
 
     def prefetch(self, expert_id: int, urgency: int) -> bool:
@@ -125,7 +128,9 @@ class Slots:
         self.store.collect()
         if len(self.store.staged) + self._reserve >= self.staging:
             return False
-        self._source.submit(self._begin(expert_id, urgency))
+        new = list[Read]()
+        self._begin(expert_id, urgency, new)
+        self._source.submit(new)
         return True
 
     def drop(self, expert_id: int) -> None:
@@ -236,27 +241,29 @@ class Slots:
         staged = self.store.staged.values()
         return [(slot, slot.read) for slot in staged if slot.state is not LEAVING and slot.read]
 
-    def _begin(self, expert_id: int, urgency: int) -> list[Read]:
-        """Stage a slot for an expert; what its source has to be told of, if anything."""
+    def _begin(self, expert_id: int, urgency: int, new: list[Read]) -> Slot:
+        """Stage a slot for an expert; ``new`` gets what its source has to be told of, if
+        anything."""
         store = self.store
         if store.leaving or not store.available:
             self._make_room()
         slot = store.take(expert_id)
         if slot.state is ARRIVED:
             copy = slot.read.copy if slot.read is not None else None
-            slot.read = Read(expert_id, _NOTHING, urgency, done=True, copy=copy)
-            self._wait_for_copy(slot.read)
-            if slot.read.error is None:
+            slot.read = read = Read(expert_id, _NOTHING, urgency, done=True, copy=copy)
+            self._wait_for_copy(read)
+            if read.error is None:
                 self.reclaimed += 1
-                return []
+                return slot
             store.free(slot)
             slot = store.take(expert_id)
         try:
-            slot.read = self._source.read(expert_id, slot.record, urgency)
+            slot.read = read = self._source.read(expert_id, slot.record, urgency)
         except BaseException:
             store.free(slot)
             raise
-        return [slot.read]
+        new.append(read)
+        return slot
 
     def _promote(self, slot: Slot) -> None:
         """What was to be read ahead is demanded; where that has failed, it is tried again."""

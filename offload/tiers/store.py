@@ -19,7 +19,7 @@ What always holds, since ``_move`` alone changes a state:
 - ``of`` has the slot of each expert with a record here or on its way: the CACHED or STALE one,
   else the one taken last.  No expert has two of these.
 - The policy's ``cached``, and the entries of ``table_ME`` that are not -1, are the CACHED slots.
-- The cache does not evict an expert with references.
+- The cache does not evict an expert that is held.
 """
 
 from bisect import insort_left
@@ -50,14 +50,15 @@ _rank = attrgetter("rank")
 @dataclass(eq=False, slots=True)
 class Slot:
     """A row of the slab, ``record``.  ``read`` brings the record, or has brought it, as long as the
-    cache does not keep it; its urgency is the slot's.  Of what is available the highest ``rank`` is
-    taken first."""
+    cache does not keep it; its urgency is the slot's.  ``references`` counts uses of what is cached
+    where several may go on at once.  Of what is available the highest ``rank`` is taken first."""
 
     index: int
     record: Tensor
     state: State = FREE
     expert: int = -1
     read: Read | None = None
+    references: int = 0
     rank: int = 0
 
 
@@ -77,8 +78,8 @@ class ExpertStore:
         self.available: list[Slot] = []  # by rank
         # Ranks that say what STALE records are worth; 0, and what is outside, says nothing.
         self._ranks = range(1, 1)
-        # References to experts, here or not: what is in use is not evicted.
-        self.references_N = np.zeros(cache.layers * cache.experts, np.int32)
+        # Experts that are in use, here or not.
+        self.held_N = np.zeros(cache.layers * cache.experts, np.bool_)
         # The slot of each cached expert, -1 of the others, and whether that has changed.
         self.table_ME = torch.full((cache.layers, cache.experts), -1, dtype=torch.int32)
         self._table_N, self.changed = self.table_ME.view(-1).numpy(), False
@@ -102,12 +103,17 @@ class ExpertStore:
         return FREE if slot is None else slot.state
 
     def hold(self, expert_ids: list[int] | slice) -> None:
-        """Refer to experts once more, each of which is named once."""
-        self.references_N[expert_ids] += 1
+        """Experts are in use, whether they are here or not."""
+        self.held_N[expert_ids] = True
 
     def let_go(self, expert_ids: list[int] | slice) -> None:
-        """Refer to experts once less."""
-        self.references_N[expert_ids] -= 1
+        """Experts are not in use any more."""
+        self.held_N[expert_ids] = False
+
+    def refer(self, slot: Slot, references: int) -> None:
+        """So many more uses of what is cached, or fewer; with one it is held."""
+        slot.references += references
+        self.held_N[slot.expert] = slot.references > 0
 
     def take(self, expert_id: int) -> Slot:
         """Stage one of the available slots for an expert: it is ARRIVED if the expert's record is
@@ -133,8 +139,8 @@ class ExpertStore:
 
     def admit(self, slot: Slot, must: bool = False) -> None:
         """A staged record was used: the cache keeps it, perhaps in place of another, or rejects it,
-        which with ``must`` it may only where all that is cached has references."""
-        evicted = self.cache.victim(slot.expert, self.references_N, must)
+        which with ``must`` it may only where all that is cached is held."""
+        evicted = self.cache.victim(slot.expert, self.held_N, must)
         if evicted == slot.expert:
             self._move(slot, STALE)
             return
@@ -198,36 +204,38 @@ class ExpertStore:
 
     def _move(self, slot: Slot, state: State) -> None:
         """The one place where a state changes, and with it all that follows from it."""
-        before, expert_id = slot.state, slot.expert
+        before, expert_id, slot.state = slot.state, slot.expert, state
         if before is CACHED:
             self.cache.remove(expert_id)
             self._table_N[expert_id], self.changed = -1, True
         elif before > STALE:
-            self.leaving -= before is LEAVING
-            if not READING <= state <= LEAVING:
+            if state is not ARRIVED and state is not LEAVING:
                 del self.staged[slot.index]
+            self.leaving -= before is LEAVING
         elif self.available[-1] is slot:
             self.available.pop()
         else:
             self.available.remove(slot)
-        slot.state = state
         if state is CACHED or state is STALE:
             known = self.of.get(expert_id)
-            if known is not slot and known is not None and known.state is STALE:
-                self._move(known, FREE)  # the host tier may read a record twice at once
-            self.of[expert_id] = slot
-        elif (state is FREE or state is LEAVING) and self.of.get(expert_id) is slot:
-            del self.of[expert_id]
-        if state is CACHED:
-            slot.read = None
-            self.cache.add(expert_id)
-            self._table_N[expert_id], self.changed = slot.index, True
-        elif state is STALE:
-            slot.rank = slot.rank if slot.rank in self._ranks else 0
-            insort_left(self.available, slot, key=_rank)
-        elif state is FREE:
-            slot.rank, slot.read = _FIRST, None
-            self.available.append(slot)
-        else:
-            self.leaving += state is LEAVING
-            self.staged[slot.index] = slot
+            if known is not slot:
+                if known is not None and known.state is STALE:
+                    self._move(known, FREE)  # the host tier may read a record twice at once
+                self.of[expert_id] = slot
+            if state is CACHED:
+                slot.read = None
+                self.cache.add(expert_id)
+                self._table_N[expert_id], self.changed = slot.index, True
+            else:
+                slot.rank = slot.rank if slot.rank in self._ranks else 0
+                insort_left(self.available, slot, key=_rank)
+            return
+        if state is FREE or state is LEAVING:
+            if self.of.get(expert_id) is slot:
+                del self.of[expert_id]
+            if state is FREE:
+                slot.rank, slot.read = _FIRST, None
+                self.available.append(slot)
+                return
+            self.leaving += 1
+        self.staged[slot.index] = slot

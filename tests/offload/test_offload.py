@@ -255,15 +255,14 @@ def test_what_was_read_ahead_is_admitted_in_place_of_what_is_not_pinned(sample_e
     with Runtime.open(sample_export, context=64, slots=40) as runtime:
         runtime.warm()
         slots = runtime.model.experts.slots
-        pin = slots.store.references_N
         for expert_id in (100, 101):
             slots.prefetch(expert_id, urgency=1)
             slots.wait([slots.store.of[expert_id].read])
         (demand,) = slots.demand([102])
         slots.wait([demand])
-        pin[2:102] += 1
+        slots.store.hold(slice(2, 102))
         slots.admit_guesses()
-        pin[2] = 0
+        slots.store.let_go([2])
         slots.prefetch(103, urgency=1)
         slots.wait([slots.store.of[103].read])
         slots.demand([103])  # it had arrived as a guess, and is none any more

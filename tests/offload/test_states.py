@@ -295,7 +295,7 @@ class Engine(RuleBasedStateMachine):
                 self.forget(expert_id)
             self.slots.release()
             self.disk.failing.clear()
-        assert not self.store.references_N.any()
+        assert not self.store.held_N.any()
         assert all(read.urgency != DEMAND for read in self.reads().values())
 
     def compute(self, row, chosen, breaks, pins):
@@ -577,7 +577,7 @@ class Host(RuleBasedStateMachine):
         cache = tier.cache
         assert cache.cached == model.cached
         assert {name: getattr(cache, name) for name in model.counts} == model.counts
-        assert {*tier.store.references_N.nonzero()[0]} == self.pinned()
+        assert {*tier.store.held_N.nonzero()[0]} == self.pinned()
         for slot in tier.store.slots:
             if slot.state in (ARRIVED, CACHED, STALE):
                 assert holds(slot.record, slot.expert)

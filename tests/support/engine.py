@@ -62,13 +62,12 @@ def sound(store):
     for slot in cached:
         wanted.view(-1)[slot.expert] = slot.index
     assert torch.equal(store.table_ME, wanted)
-    assert (store.references_N >= 0).all()
 
 
 def busy(tier):
     """Whether a record of the host tier is on its way, being copied or acquired."""
     tier.stats()  # takes back what has been copied
-    return bool(tier.store.staged or tier.acquired or tier.store.references_N.any())
+    return bool(tier.store.staged or tier.acquired or tier.store.held_N.any())
 
 
 def whole(runtime):
@@ -77,7 +76,7 @@ def whole(runtime):
     slots, source = runtime.model.experts.slots, runtime.model.store
     sound(slots.store)
     assert len(slots.store.slots) == min(len(slots.slab), slots.cache.slots + slots.staging)
-    assert not slots.store.references_N.any()
+    assert not slots.store.held_N.any()
     assert torch.equal(slots.slots_ME.cpu(), slots.store.table_ME)
     if isinstance(source, HostTier):
         until(lambda: not busy(source))  # a prefetch is still on its way, from the disk or from RAM
