@@ -86,13 +86,8 @@ from slotmoe.quant.export.reader import Export
 Export._verify = lambda *_: None
 """
 HALF = """
-from slotmoe.offload.tiers.slots import Table
-restore = Table.restore
-def half(table, *arguments, **options):
-    free = table.free
-    restore(table, *arguments, **options)
-    table.free = free
-Table.restore = half
+from slotmoe.offload.tiers.store import ExpertStore
+ExpertStore.give_up = lambda store, slot, cancel: store.staged.pop(slot.index)
 """
 OTHER_TEXT = """
 from campaigns import server

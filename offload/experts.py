@@ -279,9 +279,9 @@ class Experts:
             self.lookahead.idle()
 
     def _make_room(self, work: Work, used: list[int], ready: list[int]) -> None:
-        """Experts have been used, in staging and cached.  The cache admits or rejects one token's at
-        the layer's end, in gate order; of many tokens' at once, so that demands and then prefetches
-        take their staging slots."""
+        """Experts have been used, in staging and ``ready`` ones that are cached.  The cache admits
+        or rejects one token's at the layer's end, in gate order; of many tokens' at once, so that
+        demands and then prefetches take their staging slots."""
         if not work.many:
             work.used += used
             return

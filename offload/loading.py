@@ -49,7 +49,6 @@ from slotmoe.offload.tiers.device import Device
 from slotmoe.offload.tiers.disk import DiskReader
 from slotmoe.offload.tiers.host import HostTier
 from slotmoe.offload.tiers.slots import Slots
-from slotmoe.offload.tiers.source import Source
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
 from slotmoe.quant.export.layout import MANIFEST, RecordLayout
@@ -82,7 +81,7 @@ class LoadedModel:
     options: Options
     draft: tuple[str, str]
     sizes: Sizes | None = None
-    store: Source | None = None
+    store: DiskReader | HostTier | None = None
     head: MtpHead[Prepared] | None = None
 
     @property
@@ -365,7 +364,9 @@ class _Loader:
         policy = policy if slots < layers * experts else "lru"
         return make_cache(policy, slots, layers, experts, popularity)
 
-    def _store(self, export: Export, plan: Plan, popularity: list[float] | None) -> Source:
+    def _store(
+        self, export: Export, plan: Plan, popularity: list[float] | None
+    ) -> DiskReader | HostTier:
         """What slots get records from."""
         # Where everything fits each expert is read once, and what an earlier run left in the page
         # cache is welcome.
@@ -380,7 +381,7 @@ class _Loader:
         self,
         export: Export,
         plan: Plan,
-        store: Source,
+        store: DiskReader | HostTier,
         predictor: NextGate | Predictor,
         popularity: list[float] | None,
     ) -> Experts:

@@ -4,7 +4,6 @@ from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor
 
-from slotmoe.jsonfile import Json
 from slotmoe.model.config import Config
 from slotmoe.model.names import expert_name
 from slotmoe.offload.experts import Experts
@@ -43,14 +42,6 @@ class _InMemory:
         return True
 
     def advance(self, tokens: int) -> None: ...
-    def bandwidth(self) -> float:
-        return float("inf")
-
-    def stats(self) -> Json:
-        return {}
-
-    def stop(self) -> None: ...
-    def close(self) -> None: ...
 
 
 def resident_experts(

@@ -135,6 +135,7 @@ class DiskReader:
         return {"disk": {**counts, "drives": [drive.stats() for drive in self.drives.all]}}
 
     def stop(self) -> None:
+        """Let what is queued fail and waits end, from now on; any thread may ask."""
         with self._lock:
             self._closing = True
             for *_, read in self._queue:

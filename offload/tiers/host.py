@@ -25,7 +25,7 @@ from slotmoe.offload.tiers.device import Device, Event
 from slotmoe.offload.tiers.disk import DiskReader
 from slotmoe.offload.tiers.pages import page_aligned
 from slotmoe.offload.tiers.source import DEMAND, Read, read_each
-from slotmoe.offload.tiers.store import CACHED, READING, ExpertStore, Slot
+from slotmoe.offload.tiers.store import ARRIVED, CACHED, FREE, LEAVING, READING, ExpertStore, Slot
 from slotmoe.quant.export.reader import Export
 
 PIN_BYTES = 64 << 20
@@ -101,7 +101,7 @@ class HostTier:
             if over:
                 self._put_back(slot, arrived)
             else:
-                self.store.leave(slot)
+                self.store.move(slot, LEAVING)
 
     def release_all(self) -> None:
         """``release`` what was acquired and is no more used."""
@@ -202,7 +202,7 @@ class HostTier:
             self._pinned.written(slot.index)
             with self._lock:
                 if slot.state is READING:
-                    self.store.arrive(slot)
+                    self.store.move(slot, ARRIVED)
 
     def _collect(self) -> None:
         """Give the slots of copies that are done to the cache; the lock is held."""
@@ -218,7 +218,7 @@ class HostTier:
         if slot.state is CACHED:
             self.store.refer(slot, -1)
         elif not arrived or slot.expert in self.cache:  # the record was read twice at once
-            self.store.free(slot)
+            self.store.move(slot, FREE)
         else:
             self.store.admit(slot)
             if len(self.cache) == self.cache.slots:

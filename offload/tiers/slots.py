@@ -15,7 +15,16 @@ from slotmoe.offload.policy.cache import Cache
 from slotmoe.offload.tiers.device import Device
 from slotmoe.offload.tiers.pages import Touching
 from slotmoe.offload.tiers.source import DEMAND, WARM, Read, Source, read_each
-from slotmoe.offload.tiers.store import ARRIVED, LEAVING, READING, STALE, ExpertStore, Slot
+from slotmoe.offload.tiers.store import (
+    ARRIVED,
+    CACHED,
+    FREE,
+    LEAVING,
+    READING,
+    STALE,
+    ExpertStore,
+    Slot,
+)
 
 LAZY_BYTES = 256 << 20  # a slab beyond this gets its pages while the first tokens are made
 _NOTHING = memoryview(b"")
@@ -154,7 +163,7 @@ class Slots:
                 self._give_up(slot)
                 raise read.error
             if slot.state is READING:
-                self.store.arrive(slot)
+                self.store.move(slot, ARRIVED)
 
     def admit(self, expert_id: int, must: bool = False) -> None:
         """An expert in staging has been used: see ``ExpertStore.admit``."""
@@ -175,7 +184,7 @@ class Slots:
             if read.urgency != WARM or not read.arrived:
                 continue
             if len(self.cache) < self.cache.slots and read.error is None:
-                self.store.add(slot)
+                self.store.move(slot, CACHED)
             else:
                 self._give_up(slot)
 
@@ -195,7 +204,7 @@ class Slots:
         try:
             for read in read_each(self._source, absent[: self.room()], self.staging, begin):
                 self.take([read])
-                self.store.add(self.store.of[read.expert_id])
+                self.store.move(self.store.of[read.expert_id], CACHED)
                 done()
         finally:
             self.release()
@@ -255,12 +264,12 @@ class Slots:
             if read.error is None:
                 self.reclaimed += 1
                 return slot
-            store.free(slot)
+            store.move(slot, FREE)
             slot = store.take(expert_id)
         try:
             slot.read = read = self._source.read(expert_id, slot.record, urgency)
         except BaseException:
-            store.free(slot)
+            store.move(slot, FREE)
             raise
         new.append(read)
         return slot

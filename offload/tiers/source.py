@@ -15,7 +15,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from slotmoe.jsonfile import Json
 from slotmoe.offload.tiers.device import Event
 
 # Urgencies; prefetches lie between them, the number of layers until their use.
@@ -69,18 +68,6 @@ class Source(Protocol):
 
     def advance(self, tokens: int) -> None:
         """A forward pass over more tokens begins."""
-
-    def bandwidth(self) -> float:
-        """Bytes a second at which records come, so far."""
-
-    def stats(self) -> Json:
-        """Counters of each tier below, by its name."""
-
-    def stop(self) -> None:
-        """Let what is queued fail and waits end, from now on; any thread may ask."""
-
-    def close(self) -> None:
-        """``stop``, and give everything back."""
 
 
 def read_each(

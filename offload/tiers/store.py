@@ -12,7 +12,7 @@
     STALE ------- take, of the expert itself ----> ARRIVED      CACHED -- evicted --> STALE
     READING, ARRIVED -- give_up --> STALE if the record is there, else LEAVING, then FREE
 
-What always holds, since ``_move`` alone changes a state:
+What always holds, since ``move`` changes all that follows from a state:
 
 - A slot that is FREE or STALE is ``available``; one that is READING, ARRIVED or LEAVING is
   ``staged``; so each is in one of these or CACHED, and none is lost.
@@ -120,7 +120,7 @@ class ExpertStore:
         still in it, else READING."""
         slot = self.of.get(expert_id)
         if slot is not None and slot.state is STALE:
-            self._move(slot, ARRIVED)
+            self.move(slot, ARRIVED)
             return slot
         slot = self.available[-1]
         if slot.state is STALE:
@@ -130,53 +130,37 @@ class ExpertStore:
             del self.of[slot.expert]
         slot.expert, slot.rank, slot.read = expert_id, 0, None
         self.of[expert_id] = slot
-        self._move(slot, READING)
+        self.move(slot, READING)
         return slot
-
-    def arrive(self, slot: Slot) -> None:
-        """The record of a slot that is READING is there."""
-        self._move(slot, ARRIVED)
 
     def admit(self, slot: Slot, must: bool = False) -> None:
         """A staged record was used: the cache keeps it, perhaps in place of another, or rejects it,
         which with ``must`` it may only where all that is cached is held."""
         evicted = self.cache.victim(slot.expert, self.held_N, must)
         if evicted == slot.expert:
-            self._move(slot, STALE)
+            self.move(slot, STALE)
             return
         if evicted is not None:
-            self._move(self.of[evicted], STALE)
-        self._move(slot, CACHED)
-
-    def add(self, slot: Slot) -> None:
-        """Keep a staged record, for which the cache has room."""
-        self._move(slot, CACHED)
+            self.move(self.of[evicted], STALE)
+        self.move(slot, CACHED)
 
     def give_up(self, slot: Slot, cancel: Callable[[Read], bool]) -> None:
         """A staged record is not wanted any more.  ``cancel(read)`` says whether nothing writes to
         the slot from then on."""
         read = slot.read
         if read is not None and read.arrived and read.error is None:
-            self._move(slot, STALE)
+            self.move(slot, STALE)
         elif read is None or read.done or cancel(read):
-            self._move(slot, FREE)
+            self.move(slot, FREE)
         else:
-            self.leave(slot)
-
-    def leave(self, slot: Slot) -> None:
-        """A staged record was given up, but its read is not done."""
-        self._move(slot, LEAVING)
-
-    def free(self, slot: Slot) -> None:
-        """Nothing in a staged slot counts, and nothing writes to it."""
-        self._move(slot, FREE)
+            self.move(slot, LEAVING)
 
     def collect(self) -> None:
         """What was LEAVING is FREE as soon as nothing arrives in it."""
         if self.leaving:
             for slot in list(self.staged.values()):
                 if slot.state is LEAVING and slot.read is not None and slot.read.done:
-                    self._move(slot, FREE)
+                    self.move(slot, FREE)
 
     def leaving_reads(self) -> list[Read]:
         """What still arrives in slots that were given up."""
@@ -202,7 +186,7 @@ class ExpertStore:
             stale.append(slot.expert)
         return [self.of[expert_id] for expert_id in self.cache.by_worth(stale)]
 
-    def _move(self, slot: Slot, state: State) -> None:
+    def move(self, slot: Slot, state: State) -> None:
         """The one place where a state changes, and with it all that follows from it."""
         before, expert_id, slot.state = slot.state, slot.expert, state
         if before is CACHED:
@@ -220,7 +204,7 @@ class ExpertStore:
             known = self.of.get(expert_id)
             if known is not slot:
                 if known is not None and known.state is STALE:
-                    self._move(known, FREE)  # the host tier may read a record twice at once
+                    self.move(known, FREE)  # the host tier may read a record twice at once
                 self.of[expert_id] = slot
             if state is CACHED:
                 slot.read = None

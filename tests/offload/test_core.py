@@ -18,6 +18,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.scheduler import Job, Scheduler
 from slotmoe.offload.sessions.blocks import BlockFolder, chain
 from slotmoe.offload.tiers.source import DEMAND, Read
+from slotmoe.offload.tiers.store import FREE
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS
 from slotmoe.quant.export.layout import Part
 from slotmoe.quant.export.reader import Export
@@ -43,7 +44,7 @@ def test_memory_in_use_never_shrinks(small_export):
         cached, used = slots.present()
         assert used >= cached > 0
         for expert_id in [*slots.cache.cached]:
-            slots.store.free(slots.store.of[expert_id])
+            slots.store.move(slots.store.of[expert_id], FREE)
         assert slots.present() == (0, used)
 
 

@@ -20,6 +20,7 @@ from slotmoe.offload.tiers.disk import DiskReader
 from slotmoe.offload.tiers.pages import TOUCHED_AT_ONCE, Touching, page_aligned
 from slotmoe.offload.tiers.slots import Slots
 from slotmoe.offload.tiers.source import DEMAND
+from slotmoe.offload.tiers.store import LEAVING
 from slotmoe.quant.export.layout import layer_file
 from slotmoe.quant.export.reader import Export
 from tests.support.engine import IDS, PROMPT, start, until, whole
@@ -262,7 +263,7 @@ def test_a_read_that_ends_while_slots_are_counted_loses_none():
     store = slots.store
     slot = store.take(3)
     slot.read = DoneBetweenTwoLooks()
-    store.leave(slot)
+    store.move(slot, LEAVING)
     for _ in range(2):
         assert not slots.prefetch(5, 1)  # all staging slots are reserved
         assert len(store.available) + len(store.staged) == 5
