@@ -12,7 +12,9 @@ from slotmoe.offload.tiers.source import DEMAND
 from slotmoe.offload.tiers.store import ARRIVED, CACHED, STALE
 from tests.support import states
 from tests.support.engine import sound
-from tests.support.states import BYTES, EXPERTS, IDS, ROWS, WHICH, Disk, Model, holds
+from tests.support.states import BYTES, EXPERTS, ROWS, WHICH, Disk, Model, holds
+
+IDS = st.integers(0, 5)  # few, so that many are cached
 
 
 class Copies(Device):
@@ -180,6 +182,15 @@ class Host(RuleBasedStateMachine):
             assert holds(self.tier.slab[self.tier.acquired[read].index], read.expert_id)
             self.end(use)
         self.tier.release(read)
+
+    @rule()
+    def settle(self):
+        """All that is on its way arrives and is copied."""
+        for read in [*self.disk.pending, *self.disk.begun]:
+            self.disk.end(read, True)
+            self.note_copies()
+        while self.device.copies:
+            self.device.copies[0].synchronize()
 
     @rule()
     def break_off(self):
