@@ -86,7 +86,7 @@ from slotmoe.quant.export.reader import Export
 Export._verify = lambda *_: None
 """
 HALF = """
-from slotmoe.offload.tiers.store import ExpertStore
+from slotmoe.offload.experts.store import ExpertStore
 ExpertStore.give_up = lambda store, slot, cancel: store.staged.pop(slot.index)
 """
 OTHER_TEXT = """

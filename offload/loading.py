@@ -16,10 +16,16 @@ from slotmoe.model.mtp import MtpHead
 from slotmoe.model.names import resident_shapes, role_of
 from slotmoe.model.network import Network
 from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.offload.devices.device import Device
 from slotmoe.offload.exclusive import Exclusive
-from slotmoe.offload.experts import Experts
-from slotmoe.offload.host_compute import HostCompute
-from slotmoe.offload.lookahead import Lookahead
+from slotmoe.offload.experts.disk import DiskReader
+from slotmoe.offload.experts.experts import Experts
+from slotmoe.offload.experts.host import HostTier
+from slotmoe.offload.experts.hybrid import HostCompute
+from slotmoe.offload.experts.lookahead import Lookahead
+from slotmoe.offload.experts.resident import resident_experts
+from slotmoe.offload.experts.slots import Slots
+from slotmoe.offload.experts.substitution import Substitution
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
 from slotmoe.offload.model_source import eos_token_ids, open_tokenizer
 from slotmoe.offload.options import Options
@@ -42,13 +48,7 @@ from slotmoe.offload.policy.cache import Cache, make_cache
 from slotmoe.offload.policy.hybrid import Costs, Split, choose_mode
 from slotmoe.offload.policy.substitutes import RouteBudget
 from slotmoe.offload.predictor import NextGate, Predictor
-from slotmoe.offload.resident_experts import resident_experts
 from slotmoe.offload.resident_weights import Place, load_resident
-from slotmoe.offload.substitution import Substitution
-from slotmoe.offload.tiers.device import Device
-from slotmoe.offload.tiers.disk import DiskReader
-from slotmoe.offload.tiers.host import HostTier
-from slotmoe.offload.tiers.slots import Slots
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
 from slotmoe.quant.export.layout import MANIFEST, RecordLayout

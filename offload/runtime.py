@@ -16,7 +16,8 @@ from torch import Tensor
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Sampling, Token, generate
-from slotmoe.offload.experts import Route
+from slotmoe.offload.devices.cuda import choose_device
+from slotmoe.offload.experts.experts import Route
 from slotmoe.offload.ingest.cached import cached_export
 from slotmoe.offload.ingest.hub_id import is_hub_id
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore
@@ -28,7 +29,6 @@ from slotmoe.offload.options import Options
 from slotmoe.offload.plan.memory import PREFILL_CHUNK, or_more_context
 from slotmoe.offload.sequence import SUPERSEDED, Passes, Sequence, shared_prefix
 from slotmoe.offload.sessions.store import DEFAULT_LIMIT, Sessions
-from slotmoe.offload.tiers.cuda import choose_device
 from slotmoe.quant.export.layout import MANIFEST
 
 _ROWS_OF_TEXT = 128  # rows of logits made at once; a prefill pass takes a multiple of it

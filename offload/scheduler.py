@@ -20,10 +20,10 @@ from torch import Tensor
 
 from slotmoe.errors import ConfigError, SlotmoeError
 from slotmoe.model.generate import Answer, Delta
+from slotmoe.offload.devices.pages import give_back_memory
 from slotmoe.offload.plan.memory import PREFILL_CHUNK
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sequence import Sequence, shared_prefix
-from slotmoe.offload.tiers.pages import give_back_memory
 
 # Tokens of a prompt between two decode steps; a whole prefill pass where nothing decodes.
 _SHARED_PIECE = 64

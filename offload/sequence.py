@@ -11,10 +11,10 @@ from torch import Tensor
 
 from slotmoe.errors import CLOSED, ConfigError
 from slotmoe.model.kv_cache import LatentCache
+from slotmoe.offload.experts.disk import STUCK_SECONDS
 from slotmoe.offload.loading import LoadedModel
 from slotmoe.offload.mtp_drafts import HeadDrafts
 from slotmoe.offload.policy.drafts import MOST_DRAFTED, Drafting, NGrams
-from slotmoe.offload.tiers.disk import STUCK_SECONDS
 from slotmoe.sizes import format_size
 
 ROWS_AT_ONCE = 16  # rows of logits that ``Sequence.append_rows`` makes at once

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from slotmoe.jsonfile import Json
+from slotmoe.offload.devices.device import Device, Event
+from slotmoe.offload.devices.pages import page_aligned
 from slotmoe.offload.loading import LoadedModel
 from slotmoe.offload.plan.memory import HELP_BYTES, by_tier, predicted_components
 from slotmoe.offload.plan.speed import Bandwidths, Setting
-from slotmoe.offload.tiers.device import Device, Event
-from slotmoe.offload.tiers.pages import page_aligned
 from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.export.folder import Folder
 from slotmoe.quant.export.layout import RecordLayout, layer_file

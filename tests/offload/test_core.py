@@ -10,15 +10,15 @@ import torch
 from slotmoe.model.child import Child
 from slotmoe.model.config import read_config
 from slotmoe.model.generate import Answer, Sampling
-from slotmoe.offload.experts import _first
+from slotmoe.offload.experts.experts import _first
+from slotmoe.offload.experts.source import DEMAND, Read
+from slotmoe.offload.experts.store import FREE
 from slotmoe.offload.ingest import output_dir, quantize
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import make_plan, predicted_components, scratch_bytes, sizes_of
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.scheduler import Job, Scheduler
 from slotmoe.offload.sessions.blocks import BlockFolder, chain
-from slotmoe.offload.tiers.source import DEMAND, Read
-from slotmoe.offload.tiers.store import FREE
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS
 from slotmoe.quant.export.layout import Part
 from slotmoe.quant.export.reader import Export

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from slotmoe.errors import ExportError
+from slotmoe.offload.devices.device import Device
+from slotmoe.offload.devices.pages import TOUCHED_AT_ONCE, Touching, page_aligned
+from slotmoe.offload.experts import slots as store
+from slotmoe.offload.experts.disk import DiskReader
+from slotmoe.offload.experts.slots import Slots
+from slotmoe.offload.experts.source import DEMAND
+from slotmoe.offload.experts.store import LEAVING
 from slotmoe.offload.policy.cache import make_cache
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers import slots as store
-from slotmoe.offload.tiers.device import Device
-from slotmoe.offload.tiers.disk import DiskReader
-from slotmoe.offload.tiers.pages import TOUCHED_AT_ONCE, Touching, page_aligned
-from slotmoe.offload.tiers.slots import Slots
-from slotmoe.offload.tiers.source import DEMAND
-from slotmoe.offload.tiers.store import LEAVING
 from slotmoe.quant.export.layout import layer_file
 from slotmoe.quant.export.reader import Export
 from tests.support.engine import IDS, PROMPT, start, until, whole

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from slotmoe.errors import ConfigError
+from slotmoe.offload.devices import cuda, host
+from slotmoe.offload.devices.cuda import CudaFacts, choose_device
 from slotmoe.offload.plan.speed import MEASURED, Bandwidths
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.hybrid import MODES, Costs, choose_mode, for_cpu
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers import cuda, host
-from slotmoe.offload.tiers.cuda import CudaFacts, choose_device
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.tools.bench.speed import calibration, measure
 from tests.support.engine import IDS, PROMPT, start, whole

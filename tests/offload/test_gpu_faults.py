@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from slotmoe.errors import DeviceError, PlanError
-from slotmoe.offload.tiers import host
+from slotmoe.offload.experts import host
 from tests.support.engine import IDS, PROMPT, start, whole
 from tests.support.twin import Twin, slow
 

@@ -12,9 +12,9 @@ from functools import partial
 import pytest
 import torch
 
+from slotmoe.offload.devices.pages import page_aligned
 from slotmoe.offload.observe.measure import link_bandwidths
 from slotmoe.offload.policy.cache import Cache, Learned
-from slotmoe.offload.tiers.pages import page_aligned
 from tests.support.disk import forked
 from tests.support.engine import IDS, start, whole
 from tests.support.twin import Twin, TwinDownload

@@ -5,11 +5,11 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from slotmoe.offload.devices.device import Device, Event
+from slotmoe.offload.experts import host
+from slotmoe.offload.experts.source import DEMAND
+from slotmoe.offload.experts.store import ARRIVED, CACHED, STALE
 from slotmoe.offload.policy.cache import make_cache
-from slotmoe.offload.tiers import host
-from slotmoe.offload.tiers.device import Device, Event
-from slotmoe.offload.tiers.source import DEMAND
-from slotmoe.offload.tiers.store import ARRIVED, CACHED, STALE
 from tests.support import states
 from tests.support.engine import sound
 from tests.support.states import BYTES, EXPERTS, ROWS, WHICH, Disk, Model, holds

@@ -14,8 +14,8 @@ import torch
 from slotmoe.errors import ConfigError
 from slotmoe.offload import sequence
 from slotmoe.offload.exclusive import Exclusive
+from slotmoe.offload.experts import disk
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers import disk
 from slotmoe.quant.export.reader import Export
 from tests.support.disk import forked
 from tests.support.engine import IDS, whole

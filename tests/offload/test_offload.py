@@ -205,7 +205,7 @@ def test_peak_memory_stays_inside_the_budget(sample_export):
 @pytest.fixture
 def reading_ahead(monkeypatch):
     """As if records were worth reading ahead."""
-    for module in ("loading", "tiers.disk"):
+    for module in ("loading", "experts.disk"):
         monkeypatch.setattr(f"slotmoe.offload.{module}.HELP_BYTES", 0)
 
 

@@ -5,12 +5,12 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from slotmoe.offload.devices.device import Device
+from slotmoe.offload.experts.slots import Slots
+from slotmoe.offload.experts.source import DEMAND, WARM
+from slotmoe.offload.experts.store import ARRIVED, CACHED, LEAVING, READING, STALE
 from slotmoe.offload.policy.cache import make_cache
 from slotmoe.offload.policy.prefetch import HORIZONS, Prefetcher
-from slotmoe.offload.tiers.device import Device
-from slotmoe.offload.tiers.slots import Slots
-from slotmoe.offload.tiers.source import DEMAND, WARM
-from slotmoe.offload.tiers.store import ARRIVED, CACHED, LEAVING, READING, STALE
 from tests.support import states
 from tests.support.engine import sound
 from tests.support.states import (

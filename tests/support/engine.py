@@ -4,8 +4,8 @@ import time
 
 import torch
 
-from slotmoe.offload.tiers.host import HostTier
-from slotmoe.offload.tiers.store import CACHED, FREE, LEAVING, READING, STALE
+from slotmoe.offload.experts.host import HostTier
+from slotmoe.offload.experts.store import CACHED, FREE, LEAVING, READING, STALE
 
 PROMPT = "My fellow citizens of the Senate and House of Representatives,"
 IDS = torch.randint(2, 4000, (60,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -42,7 +42,7 @@ def start(runtime, depth=0):
 
 
 def sound(store):
-    """What always holds of a store of experts, as ``slotmoe.offload.tiers.store`` says it."""
+    """What always holds of a store of experts, as ``slotmoe.offload.experts.store`` says it."""
     available, staged = store.available, store.staged
     cached = [slot for slot in store.slots if slot.state is CACHED]
     assert all(slot.state <= STALE for slot in available)

@@ -10,8 +10,8 @@ from functools import cache
 import torch
 
 from slotmoe.offload import runtime
+from slotmoe.offload.experts import disk
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers import disk
 from tests.support.engine import IDS, whole
 from tests.support.twin import Twin, open_on, slow
 

@@ -6,8 +6,8 @@ from slotmoe.model.config import parse_config
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import role_of
 from slotmoe.model.network import Network
-from slotmoe.offload.resident_experts import resident_experts
-from slotmoe.offload.tiers.device import Device
+from slotmoe.offload.devices.device import Device
+from slotmoe.offload.experts.resident import resident_experts
 from slotmoe.quant import int8
 from slotmoe.quant.backends.base import TorchBackend, new
 from slotmoe.quant.backends.native import NativeBackend

@@ -24,11 +24,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slotmoe.offload import loading
+from slotmoe.offload.devices.cuda import CudaDevice, Mailbox, Mapped
+from slotmoe.offload.devices.device import DeviceMemory
 from slotmoe.offload.plan.memory import make_plan
 from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers.cuda import CudaDevice, Mailbox, Mapped
-from slotmoe.offload.tiers.device import DeviceMemory
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.layout import checksum
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from slotmoe.errors import CLOSED, ConfigError, ExportError, SlotmoeError
 from slotmoe.jsonfile import Json
+from slotmoe.offload.experts.drives import THREADS, Drive, Drives, Meter
+from slotmoe.offload.experts.source import DEMAND, Read
 from slotmoe.offload.plan.memory import HELP_BYTES
-from slotmoe.offload.tiers.drives import THREADS, Drive, Drives, Meter
-from slotmoe.offload.tiers.source import DEMAND, Read
 from slotmoe.quant.export.reader import Export
 
 STUCK_SECONDS = 5.0  # how long ``close`` waits for a disk that does not answer

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from slotmoe.border import Timer
 from slotmoe.jsonfile import Json
-from slotmoe.offload.host_compute import HostCompute
-from slotmoe.offload.layer_work import Pass, Work
-from slotmoe.offload.lookahead import Lookahead
+from slotmoe.offload.devices.device import Device
+from slotmoe.offload.experts.hybrid import HostCompute
+from slotmoe.offload.experts.layer_work import Pass, Work
+from slotmoe.offload.experts.lookahead import Lookahead
+from slotmoe.offload.experts.slots import Slots
+from slotmoe.offload.experts.source import WARM
+from slotmoe.offload.experts.store import STALE
+from slotmoe.offload.experts.substitution import Substitution
 from slotmoe.offload.policy.forecast import FOLLOWED
 from slotmoe.offload.policy.hybrid import Split
-from slotmoe.offload.substitution import Substitution
-from slotmoe.offload.tiers.device import Device
-from slotmoe.offload.tiers.slots import Slots
-from slotmoe.offload.tiers.source import WARM
-from slotmoe.offload.tiers.store import STALE
 from slotmoe.quant.backends.base import Records, SlotTable, TorchBackend
 
 # Uses computed in one call on a CPU, so that what has arrived meanwhile soon gives its slot back.

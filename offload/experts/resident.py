@@ -6,11 +6,11 @@ from torch import Tensor
 
 from slotmoe.model.config import Config
 from slotmoe.model.names import expert_name
-from slotmoe.offload.experts import Experts
+from slotmoe.offload.devices.device import Device
+from slotmoe.offload.experts.experts import Experts
+from slotmoe.offload.experts.slots import Slots
+from slotmoe.offload.experts.source import Read
 from slotmoe.offload.policy.cache import make_cache
-from slotmoe.offload.tiers.device import Device
-from slotmoe.offload.tiers.slots import Slots
-from slotmoe.offload.tiers.source import Read
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
 from slotmoe.quant.export.layout import PROJECTIONS
 

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from slotmoe.errors import DeviceError
-from slotmoe.offload.policy.cache import Cache
-from slotmoe.offload.tiers.device import Device
-from slotmoe.offload.tiers.pages import Touching
-from slotmoe.offload.tiers.source import DEMAND, WARM, Read, Source, read_each
-from slotmoe.offload.tiers.store import (
+from slotmoe.offload.devices.device import Device
+from slotmoe.offload.devices.pages import Touching
+from slotmoe.offload.experts.source import DEMAND, WARM, Read, Source, read_each
+from slotmoe.offload.experts.store import (
     ARRIVED,
     CACHED,
     FREE,
@@ -25,6 +24,7 @@ from slotmoe.offload.tiers.store import (
     ExpertStore,
     Slot,
 )
+from slotmoe.offload.policy.cache import Cache
 
 LAZY_BYTES = 256 << 20  # a slab beyond this gets its pages while the first tokens are made
 _NOTHING = memoryview(b"")

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from slotmoe.offload.tiers.device import Event
+from slotmoe.offload.devices.device import Event
 
 # Urgencies; prefetches lie between them, the number of layers until their use.
 DEMAND, WARM = 0, 1 << 30

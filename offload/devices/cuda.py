@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from slotmoe.errors import ConfigError, DeviceError
+from slotmoe.offload.devices.device import Device, DeviceMemory, Download, Event
 from slotmoe.offload.machine import device_index
-from slotmoe.offload.tiers.device import Device, DeviceMemory, Download, Event
 from slotmoe.quant.backends.base import Empty
 
 MIN_CAPABILITY = 7, 0

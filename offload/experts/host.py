@@ -19,13 +19,13 @@ from torch import Tensor
 
 from slotmoe.errors import DeviceError
 from slotmoe.jsonfile import Json
+from slotmoe.offload.devices.device import Device, Event
+from slotmoe.offload.devices.pages import page_aligned
+from slotmoe.offload.experts.disk import DiskReader
+from slotmoe.offload.experts.source import DEMAND, Read, read_each
+from slotmoe.offload.experts.store import ARRIVED, CACHED, FREE, LEAVING, READING, ExpertStore, Slot
 from slotmoe.offload.plan.memory import LENT
 from slotmoe.offload.policy.cache import Cache
-from slotmoe.offload.tiers.device import Device, Event
-from slotmoe.offload.tiers.disk import DiskReader
-from slotmoe.offload.tiers.pages import page_aligned
-from slotmoe.offload.tiers.source import DEMAND, Read, read_each
-from slotmoe.offload.tiers.store import ARRIVED, CACHED, FREE, LEAVING, READING, ExpertStore, Slot
 from slotmoe.quant.export.reader import Export
 
 PIN_BYTES = 64 << 20

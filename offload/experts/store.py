@@ -32,8 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slotmoe.offload.experts.source import Read
 from slotmoe.offload.policy.cache import Cache
-from slotmoe.offload.tiers.source import Read
 
 
 class State(IntEnum):

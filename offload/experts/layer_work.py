@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from slotmoe.offload.tiers.source import Read
+from slotmoe.offload.experts.source import Read
 
 
 @dataclass

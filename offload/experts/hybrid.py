@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slotmoe.offload.tiers.device import Device
-from slotmoe.offload.tiers.host import HostTier
-from slotmoe.offload.tiers.source import Read
+from slotmoe.offload.devices.device import Device
+from slotmoe.offload.experts.host import HostTier
+from slotmoe.offload.experts.source import Read
 from slotmoe.quant.backends.base import Records, TorchBackend
 
 
