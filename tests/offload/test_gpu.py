@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from slotmoe.errors import ConfigError
-from slotmoe.offload.devices import cuda, host
+from slotmoe.offload.devices import cuda
 from slotmoe.offload.devices.cuda import CudaFacts, choose_device
+from slotmoe.offload.experts import host
 from slotmoe.offload.plan.speed import MEASURED, Bandwidths
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.hybrid import MODES, Costs, choose_mode, for_cpu
