@@ -43,7 +43,7 @@ def test_a_layer_with_misses_has_few_calls_and_one_wait_and_its_copies_wait_for_
 
     log(TwinDownload, "get")
     log(Twin, "copy", "record", "write", "download", "wait")
-    log(Cache, "use", "by_worth", "offer")
+    log(Cache, "use", "by_worth", "victim")
     log(Learned, "use_chunk", "_worth_now")
     with on_twin(twin, misses="fetch", slots=60, prefetch=False, kernels="torch") as runtime:
         runtime.warm()
