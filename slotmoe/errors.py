@@ -6,6 +6,7 @@ from pathlib import Path
 
 CLOSED = "this Runtime is closed; open the model again"
 
+
 class SlotmoeError(ValueError):
     """Base of every error that bad input, a bad file or an impossible request can cause.
 

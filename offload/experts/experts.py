@@ -383,7 +383,7 @@ class Experts:
         slots.admit_warm()
         while self._warm and self._warm[-1] in slots:
             self._warm.pop()
-        if slots.full:
+        if len(self._cache) == slots.planned:  # nothing is free, and nothing will grow
             self._warm.clear()
         elif self._warm and slots.room() and slots.prefetch(self._warm[-1], WARM):
             self._warm.pop()

@@ -77,11 +77,6 @@ class Slots:
         """Whether every expert is cached; then none is ever evicted."""
         return len(self.cache) == self._all
 
-    @property
-    def full(self) -> bool:
-        """Whether nothing is free and nothing will grow."""
-        return len(self.cache) == self.planned
-
     def room(self) -> int:
         """Slots of the cache that are free now."""
         self._grow()

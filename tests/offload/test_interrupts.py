@@ -15,6 +15,7 @@ from slotmoe.errors import ConfigError
 from slotmoe.offload import sequence
 from slotmoe.offload.exclusive import Exclusive
 from slotmoe.offload.experts import disk
+from slotmoe.offload.experts.source import WARM
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.reader import Export
 from tests.support.disk import forked
@@ -170,7 +171,7 @@ def test_a_read_is_done_whatever_happens_in_its_thread(sample_export):
     with Export.open(sample_export) as export:
         reader = disk.DiskReader(export, direct=False, threads=1)
         memory = torch.empty(export.layout.record_bytes, dtype=torch.uint8)
-        reads = [reader.read(id, memory, disk.WARM) for id in (3, 4)]
+        reads = [reader.read(id, memory, WARM) for id in (3, 4)]
         reads[0].after = after
         for read in reads:  # the thread goes on
             reader.submit([read])
