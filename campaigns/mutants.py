@@ -39,9 +39,9 @@ import psutil
 from campaigns.edits import Finder, watched
 
 FILES = (
-    "offload/tiers/slots.py",
-    "offload/tiers/disk.py",
-    "offload/experts.py",
+    "offload/experts/slots.py",
+    "offload/experts/disk.py",
+    "offload/experts/experts.py",
     "offload/sessions/blocks.py",
     "quant/export/writer.py",
     "offload/ingest/quantize.py",

@@ -20,9 +20,9 @@ import pytest
 from campaigns.models import sample_export
 from campaigns.runner import Attack
 from slotmoe.errors import ExportError
+from slotmoe.offload.experts import disk
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers import disk
 from slotmoe.quant.export.reader import Export
 from tests.support.engine import whole
 

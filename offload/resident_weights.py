@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from slotmoe.errors import ConfigError
-from slotmoe.offload.tiers.pages import Arena
+from slotmoe.offload.devices.pages import Arena
 from slotmoe.quant.backends.base import Prepared
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.weights import Weight

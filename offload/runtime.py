@@ -18,10 +18,11 @@ from torch import Tensor
 from slotmoe.errors import CLOSED, ConfigError, PlanError
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Answer, Delta, Sampling, Token
+from slotmoe.offload.devices.cuda import choose_device
 from slotmoe.offload.engine.engine import Engine
 from slotmoe.offload.engine.loading import LoadedModel, open_model
 from slotmoe.offload.engine.requests import Stream
-from slotmoe.offload.experts import Route
+from slotmoe.offload.experts.experts import Route
 from slotmoe.offload.ingest.cached import cached_export
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore
 from slotmoe.offload.machine import cache_folder, peak_rss
@@ -31,7 +32,6 @@ from slotmoe.offload.observe.trace import TraceWriter
 from slotmoe.offload.options import Options
 from slotmoe.offload.plan.memory import PREFILL_CHUNK, or_more_context
 from slotmoe.offload.sessions.store import DEFAULT_LIMIT, Sessions
-from slotmoe.offload.tiers.cuda import choose_device
 from slotmoe.quant.export.layout import MANIFEST
 
 _ROWS_OF_TEXT = 128  # rows of logits made at once; a prefill pass takes a multiple of it
@@ -320,9 +320,8 @@ class Runtime:
     def warm(self, progress: Progress | None = None) -> None:
         """Fill the free expert slots, layer by layer, so that what follows is measured without
         first reads."""
-        experts = self.model.experts
-        if experts is not None:
-            self.engine.call(lambda: experts.fill(progress or (lambda done, total: None)))
+        fill = self.model.experts.fill
+        self.engine.call(lambda: fill(progress or (lambda done, total: None)))
 
     def trace(self, path: str | Path) -> None:
         """Record the routing of everything from now on into ``path`` (format:
@@ -358,14 +357,13 @@ class Runtime:
         drafting = self.engine.batch.passes.drafting
         stats["drafts"] = dict(zip(("kind", "why"), model.draft, strict=True))
         stats["drafts"] |= {} if drafting is None else drafting.stats()
-        if model.experts is not None:
-            stats |= model.experts.stats()
+        stats |= model.experts.stats()
         if model.store is not None:
             stats["io"] = model.store.stats()
         if self.sessions is not None:
             stats["sessions"] = self.sessions.stats()
         if model.options.altered is not None:
-            substitution = model.experts.substitution if model.experts is not None else None
+            substitution = model.experts.substitution
             counts = {} if substitution is None else substitution.chooser.stats()
             stats["routing"] = {"altered": model.options.altered, **counts}
         return stats

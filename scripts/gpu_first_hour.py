@@ -63,7 +63,7 @@ def facts(dry: bool) -> dict[str, Any]:
     """The GPU, its link and copy engines, and what Triton needs."""
     import ctypes
 
-    from slotmoe.offload.tiers.cuda import cuda_facts, why_not
+    from slotmoe.offload.devices.cuda import cuda_facts, why_not
 
     found = cuda_facts()
     engines, reason = ctypes.c_int(0), why_not(found)

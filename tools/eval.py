@@ -120,11 +120,11 @@ def _window(folder: Path, window: int | None, context: int | None) -> int:
 
 def _open_reference(reference: str, given: Json) -> Runtime:
     """The reference: a checkpoint as it is, or an export in at most half of the budget."""
+    from slotmoe.offload.devices.cuda import choose_device
     from slotmoe.offload.engine.loading import FREE_SHARE
     from slotmoe.offload.model_source import resolve_model
     from slotmoe.offload.runtime import Runtime
     from slotmoe.offload.study.evaluate import LOGITS_ROWS
-    from slotmoe.offload.tiers.cuda import choose_device
     from slotmoe.quant.export.layout import MANIFEST
 
     is_export = (resolve_model(reference) / MANIFEST).is_file()

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from slotmoe.errors import CLOSED, ConfigError
 from slotmoe.model.generate import Delta
+from slotmoe.offload.devices.pages import give_back_memory
 from slotmoe.offload.engine.batch import Batch, UnwantedError
 from slotmoe.offload.engine.forced import Forced
 from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.engine.requests import Request, wait_for
-from slotmoe.offload.tiers.disk import STUCK_SECONDS
-from slotmoe.offload.tiers.pages import give_back_memory
+from slotmoe.offload.experts.disk import STUCK_SECONDS
 
 T = TypeVar("T")
 IDLE_SECONDS = 1.0  # without a request, after which free memory goes back to the system
@@ -75,7 +75,7 @@ class Engine:
         self._refusal = ""  # why nothing is taken any more
         self.problem: BaseException | None = None
         self.ended: Callable[[], None] = lambda: None
-        (model.experts or model.network.experts).look = self._look  # BRIDGE
+        model.experts.look = self._look
         self._thread = _Thread(target=self._run, name="slotmoe-engine", daemon=True)
         self._thread.start()
         _ALL.add(self)
@@ -193,7 +193,7 @@ class Engine:
             self.refuse(f"the engine failed ({problem!r:.200}); open the model again")
         finally:
             self._end_all()
-            (self.model.experts or self.model.network.experts).look = lambda: None  # BRIDGE
+            self.model.experts.look = lambda: None
             self.ended()
 
     def _has_work(self) -> bool:
@@ -235,9 +235,7 @@ class Engine:
         if call is not None:
             wanted = not call.cancelled
         else:
-            wanted = self.batch.wants(
-                arrived, self.model.experts.reached if self.model.experts else 0
-            )  # BRIDGE
+            wanted = self.batch.wants(arrived, self.model.experts.reached)
         if self._refusal or not wanted:
             raise UnwantedError
 

@@ -16,9 +16,16 @@ from slotmoe.model.mtp import MtpHead
 from slotmoe.model.names import resident_shapes, role_of
 from slotmoe.model.network import Network
 from slotmoe.model.tokenizer import Tokenizer
-from slotmoe.offload.experts import Experts
-from slotmoe.offload.host_compute import HostCompute
-from slotmoe.offload.lookahead import Lookahead
+from slotmoe.offload.devices.device import Device
+from slotmoe.offload.devices.pages import share_heap
+from slotmoe.offload.experts.disk import DiskReader
+from slotmoe.offload.experts.experts import Experts
+from slotmoe.offload.experts.host import HostTier
+from slotmoe.offload.experts.hybrid import HostCompute
+from slotmoe.offload.experts.lookahead import Lookahead
+from slotmoe.offload.experts.resident import resident_experts
+from slotmoe.offload.experts.slots import Slots
+from slotmoe.offload.experts.substitution import Substitution
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
 from slotmoe.offload.model_source import eos_token_ids, open_tokenizer
 from slotmoe.offload.options import Options
@@ -41,14 +48,7 @@ from slotmoe.offload.policy.cache import Cache, make_cache
 from slotmoe.offload.policy.hybrid import Split, choose_mode, cpu_cost
 from slotmoe.offload.policy.substitutes import RouteBudget
 from slotmoe.offload.predictor import NextGate, Predictor
-from slotmoe.offload.resident_experts import ResidentExperts
 from slotmoe.offload.resident_weights import Place, load_resident
-from slotmoe.offload.substitution import Substitution
-from slotmoe.offload.tiers.device import Device
-from slotmoe.offload.tiers.disk import DiskReader
-from slotmoe.offload.tiers.host import HostTier
-from slotmoe.offload.tiers.pages import share_heap
-from slotmoe.offload.tiers.slots import Slots
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
 from slotmoe.quant.export.layout import MANIFEST, RecordLayout
@@ -62,8 +62,8 @@ FREE_SHARE = 0.9  # of what is free, where no budget is given
 @dataclass(frozen=True)
 class LoadedModel:
     """An open model; ``opened`` closes its files and threads.  ``draft`` is what drafts come from,
-    ``ngram``, ``mtp`` or ``off``, and why; ``head`` makes them for ``mtp``.  ``experts``,
-    ``sizes`` and ``store`` are None on the reference path."""
+    ``ngram``, ``mtp`` or ``off``, and why; ``head`` makes them for ``mtp``.  ``sizes``
+    and ``store`` are None on the reference path."""
 
     config: Config
     tokenizer: Tokenizer
@@ -75,18 +75,18 @@ class LoadedModel:
     device: Device
     device_reason: str
     backend: TorchBackend
+    experts: Experts
     opened: ExitStack
     options: Options
     draft: tuple[str, str]
-    experts: Experts | None = None
     sizes: Sizes | None = None
-    store: DiskReader | None = None
+    store: DiskReader | HostTier | None = None
     head: MtpHead[Prepared] | None = None
 
     @property
     def cpu(self) -> TorchBackend:
         """What multiplies on the CPU: ``backend`` itself where there is no GPU."""
-        hybrid = self.experts.hybrid if self.experts is not None else None
+        hybrid = self.experts.hybrid
         return self.backend if hybrid is None else hybrid.backend
 
     @property
@@ -97,7 +97,7 @@ class LoadedModel:
 
     def quantized(self, purpose: str) -> Experts:
         """The experts' slots.  Raises ``ConfigError`` on the reference path."""
-        if self.experts is None:
+        if self.store is None:
             raise ConfigError(
                 f"the reference path has no expert cache to {purpose}; open the model quantized"
             )
@@ -198,13 +198,13 @@ class _Loader:
             self._check(plan)
             place = self._placer()
             weights = {name: place(name, checkpoint.tensor(name)) for name in checkpoint.infos}
-            experts = ResidentExperts(weights, config.moe_layers, config.n_routed_experts, backend)
+            experts = resident_experts(config, weights, backend, self._device)
             network = Network(config, weights, backend, experts)
             row = config.latent_width, torch.float32
             cache = LatentCache(config, self._context, row, self._device.empty)
             return LoadedModel(
                 config, tokenizer, network, [cache], plan, self._eos_token_ids, checkpoint,
-                self._device, self._reason, backend, opened.pop_all(), options,
+                self._device, self._reason, backend, experts, opened.pop_all(), options,
                 self._draft(network),
             )  # fmt: skip
 
@@ -303,9 +303,9 @@ class _Loader:
             ]
             return LoadedModel(
                 config, tokenizer, network, caches, plan, self._eos_token_ids, export,
-                device, self._reason, backend, opened.pop_all(), options,
+                device, self._reason, backend, experts, opened.pop_all(), options,
                 self._draft(network),
-                experts, sizes, store, head,
+                sizes, store, head,
             )  # fmt: skip
 
     def _substitution(
@@ -363,7 +363,9 @@ class _Loader:
         policy = policy if slots < layers * experts else "lru"
         return make_cache(policy, slots, layers, experts, popularity)
 
-    def _store(self, export: Export, plan: Plan, popularity: list[float] | None) -> DiskReader:
+    def _store(
+        self, export: Export, plan: Plan, popularity: list[float] | None
+    ) -> DiskReader | HostTier:
         """What slots get records from."""
         # Where everything fits each expert is read once, and what an earlier run left in the page
         # cache is welcome.
@@ -378,7 +380,7 @@ class _Loader:
         self,
         export: Export,
         plan: Plan,
-        store: DiskReader,
+        store: DiskReader | HostTier,
         predictor: NextGate | Predictor,
         popularity: list[float] | None,
     ) -> Experts:
@@ -401,14 +403,15 @@ class _Loader:
         if isinstance(store, HostTier):
             bandwidths = stored_bandwidths(cache_folder() / "machine.json")
             mode = choose_mode(options.misses, bandwidths, top_k)
-            split = Split(mode, cpu_cost(bandwidths), max(top_k, LENT))
+            split = Split(mode, cpu_cost(bandwidths))
             # Triton's kernels are the GPU's; beside it the CPU has its own.
             kernels = "torch" if options.kernels == "torch" else "auto"
             cpu = pick_backend(torch.device("cpu"), kernels, options.threads)
-            records = Records(store.slab, export.layout, levels)
-            hybrid = HostCompute(cpu, records, store, device)
+            in_ram = Records(store.slab, export.layout, levels)
+            hybrid = HostCompute(cpu, in_ram, store, device, max(top_k, LENT))
             levels = device.empty(tuple(levels.shape), levels.dtype).copy_(levels)
+        records = Records(slots.slab, export.layout, levels)
         return Experts(
-            config.moe_layers, export.layout, levels, slots, self._backend, device,
+            config.moe_layers, records, slots, self._backend, device,
             lookahead, warm, hybrid, split, config.mtp,
         )  # fmt: skip

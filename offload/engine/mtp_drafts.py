@@ -29,7 +29,7 @@ class HeadDrafts:
         drafting: Drafting,
         context: int,
     ):
-        assert model.head is not None and model.experts is not None
+        assert model.head is not None
         self._head, self._experts, self._device = model.head, model.experts, model.device
         self._compute, self._drafting = compute, drafting
         config = self._head.config

@@ -117,7 +117,7 @@ class Passes:
         def step() -> Tensor:
             for row in rows:
                 row.sequence.cache.length = row.sequence.length
-            if model.experts is not None and model.experts.begin(len(ids_T), len(rows)):
+            if model.experts.begin(len(ids_T), len(rows)):
                 self._guess_token(rows[0].sequence, ids_T)
             return model.network.forward(ids_T, caches, counts)
 
@@ -142,7 +142,7 @@ class Passes:
         model, hidden_RD = self._model, sequence.hidden_RD
         if hidden_RD is None:
             return
-        assert model.experts is not None and model.experts.lookahead is not None
+        assert model.experts.lookahead is not None
         embedding_1D = model.backend.embed(ids_1, model.network.embed_tokens)
         model.experts.lookahead.guess_token(embedding_1D[0], hidden_RD[-1])
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from slotmoe.jsonfile import Json
+from slotmoe.offload.devices.device import Device, Event
+from slotmoe.offload.devices.pages import page_aligned
 from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.plan.memory import HELP_BYTES, by_tier, predicted_components
 from slotmoe.offload.plan.speed import Bandwidths, Setting
-from slotmoe.offload.tiers.device import Device, Event
-from slotmoe.offload.tiers.pages import page_aligned
 from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.export.folder import Folder
 from slotmoe.quant.export.layout import RecordLayout, layer_file
@@ -127,7 +127,7 @@ def link_bandwidths(model: LoadedModel) -> dict[str, float]:
     """Bytes a second, measured now: ``pcie``, copies from RAM to the GPU; ``pcie_busy``, the same
     while the CPU computes experts, since both share the RAM; ``experts``, the records that it gets
     through meanwhile.  Empty without a GPU."""
-    if model.experts is None or model.experts.hybrid is None:
+    if model.experts.hybrid is None:
         return {}
     device, rows = model.device, list(model.experts.slots.slab[:8])
     alone, layout = copy_bandwidth(device, rows), model.experts.records.layout
@@ -141,7 +141,7 @@ def read_bandwidth(model: LoadedModel) -> float:
     """Bytes a second at which the device's memory is read, measured now: a GPU's over its slots;
     RAM by all threads together, over the slots once their pages are there, or where they are few
     over memory of its own, as far as the budget allows."""
-    memory = model.experts.slots.memory() if model.experts is not None else None
+    memory = model.experts.slots.memory() if model.store is not None else None
     if model.device.memory() is not None:
         assert memory is not None
         return device_bandwidth(model.device, memory[: 16 * _MEASURED_BYTES])

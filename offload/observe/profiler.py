@@ -11,7 +11,7 @@ from itertools import chain
 from time import perf_counter
 
 from slotmoe.border import Timer
-from slotmoe.offload.experts import Route
+from slotmoe.offload.experts.experts import Route
 from slotmoe.offload.runtime import Runtime
 
 STAGES = (

@@ -69,35 +69,40 @@ class Cache(ABC):
         self.misses += len(distinct) - hits
 
     def offer(self, expert_id: int, pinned: Collection[int] = (), must: bool = False) -> int | None:
-        """``expert_id`` was used, is not cached, and its bytes are in memory: what is evicted?
-
-        None if there was room, a cached expert outside ``pinned`` that ``expert_id`` replaces, or
-        ``expert_id`` itself if it gets no slot, which with ``must`` it gets unless all are pinned.
-        """
-        if len(self.cached) < self.slots:
+        """``expert_id`` was used, is not cached, and its bytes are in memory: see ``victim``, which
+        is evicted.  What is ``pinned`` stays."""
+        held_N = np.zeros(self.layers * self.experts, np.bool_)
+        held_N[[*pinned]] = True
+        evicted = self.victim(expert_id, held_N, must)
+        if evicted is not None and evicted != expert_id:
+            self.remove(evicted)
+        if evicted != expert_id:
             self.add(expert_id)
+        return evicted
+
+    def victim(self, expert_id: int, held_N: Array, must: bool = False) -> int | None:
+        """What is to be evicted for ``expert_id``, which was used: None if there is room, a cached
+        expert that is not held, or ``expert_id`` itself if it gets no slot, which with
+        ``must`` it gets unless all are held."""
+        if len(self.cached) < self.slots:
             return None
         worth_N = self._worth_now()
         limit = worth_N[expert_id] if self.bypass and not must else np.inf
         worth_N = worth_N + self._absent_N
-        if isinstance(pinned, range):  # it may be long
-            worth_N[pinned.start : pinned.stop] = np.inf
-        else:
-            worth_N[list(pinned)] = np.inf
+        np.copyto(worth_N, np.inf, where=held_N)
         victim = int(worth_N.argmin())
         if worth_N[victim] >= limit:
             self.bypassed += 1
             return expert_id
-        self.remove(victim)
-        self.add(expert_id)
         self.evictions += 1
         return victim
 
     def by_worth(self, expert_ids: Collection[int]) -> list[int]:
-        """``expert_ids``, cached or not, the one of least worth last, of equals the first."""
-        ids = np.array([*expert_ids][::-1])
-        order = (-self._worth_now()[ids]).argsort(kind="stable")
-        return [int(id) for id in ids[order]]
+        """``expert_ids``, cached or not, the one of least worth last, of equals that of lowest
+        id."""
+        ids = np.array(sorted(expert_ids, reverse=True))
+        ordered: list[int] = ids[(-self._worth_now()[ids]).argsort(kind="stable")].tolist()
+        return ordered
 
     def add(self, expert_id: int) -> None:
         """Put the absent ``expert_id`` into free room."""
@@ -109,12 +114,6 @@ class Cache(ABC):
         """Forget the cached ``expert_id``."""
         self.cached.remove(expert_id)
         self._absent_N[expert_id] = np.inf
-
-    def restore(self, expert_ids: Collection[int]) -> None:
-        """Have exactly ``expert_ids`` cached, whatever a step that was interrupted has left."""
-        self.cached = set(expert_ids)
-        self._absent_N[:] = np.inf
-        self._absent_N[list(expert_ids)] = 0.0
 
     def __contains__(self, expert_id: int) -> bool:
         return expert_id in self.cached
@@ -199,9 +198,9 @@ class Learned(Cache):
         self._next_E = None if x_TD is None else self._forecast.learn(row, indices, x_TD)
         super().use_chunk(row, indices, later)
 
-    def offer(self, expert_id: int, pinned: Collection[int] = (), must: bool = False) -> int | None:
+    def victim(self, expert_id: int, held_N: Array, must: bool = False) -> int | None:
         self._refresh(expert_id)
-        return super().offer(expert_id, pinned, must)
+        return super().victim(expert_id, held_N, must)
 
     def add(self, expert_id: int) -> None:
         self._refresh(expert_id)

@@ -52,11 +52,10 @@ def for_cpu(tokens: Sequence[int], cost: float) -> int:
 @dataclass(frozen=True)
 class Split:
     """How missing experts are divided.  ``mode`` is ``fetch``, ``cpu`` or ``hybrid``; ``cost`` is a
-    ``cpu_cost``; the CPU holds ``at_once`` records at most."""
+    ``cpu_cost``."""
 
     mode: str = "fetch"
     cost: float = 1.0
-    at_once: int = 0
 
     @property
     def computes(self) -> bool:

@@ -60,7 +60,7 @@ class _Guesses:
 
 
 class Target(Protocol):
-    """Where guesses are read to: ``slotmoe.offload.tiers.slots.Slots``."""
+    """Where guesses are read to: ``slotmoe.offload.experts.slots.Slots``."""
 
     def prefetch(self, expert_id: int, urgency: int) -> bool: ...
 

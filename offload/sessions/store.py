@@ -110,7 +110,7 @@ class Sessions:
 
 def _identity(model: LoadedModel) -> bytes:
     """Whatever the bits of a latent depend on, besides the tokens.  Raises ``ConfigError``."""
-    if not isinstance(model.source, Export) or model.experts is None:
+    if not isinstance(model.source, Export):
         problem = "the reference path (quantize=False) keeps no sessions"
         raise ConfigError(f"{problem}; open the model quantized")
     if model.options.route_budget:

@@ -32,14 +32,14 @@ from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import Config
 from slotmoe.model.tokenizer import Tokenizer
-from slotmoe.offload.experts import Route
+from slotmoe.offload.experts.experts import Route
+from slotmoe.offload.experts.substitution import Substitution
 from slotmoe.offload.machine import available_memory, process_bytes
 from slotmoe.offload.model_source import read_model
 from slotmoe.offload.plan.memory import PREFILL_CHUNK
 from slotmoe.offload.policy.substitutes import RandomSwaps
 from slotmoe.offload.predictor import Predictor, rms
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.substitution import Substitution
 from slotmoe.quant import int8
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.layout import SWAP_PRICES, predictor_parts

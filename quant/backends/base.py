@@ -18,7 +18,6 @@ from torch import Tensor
 
 from slotmoe.border import Decoder, Geometry, Layer, Router
 from slotmoe.quant.codecs.codec import TILE
-from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.weights import Matrix
@@ -36,7 +35,7 @@ class Records:
     def __init__(self, slab: Tensor, layout: RecordLayout, levels: Tensor):
         self.slab, self.layout, self.levels = slab, layout, levels
 
-    def weights(self, slot: int) -> tuple[CodedWeight, ...]:
+    def weights(self, slot: int) -> tuple[Prepared, ...]:
         """Gate, up and down projection of the expert in row ``slot``, as views."""
         record = self.slab[slot]
         return tuple(self.layout.weight(record, name, self.levels) for name in PROJECTIONS)
@@ -204,21 +203,10 @@ class TorchBackend:
         its token and record alone, bitwise; torch's products depend on the number of rows in their
         last bits.
         """
-        self.experts_of(records.weights, x_TD, slots_E, indices_TK, y_TKD)
-
-    def experts_of(
-        self,
-        weights: Callable[[int], Sequence[Prepared]],
-        x_TD: Tensor,
-        slots_E: Tensor,
-        indices_TK: Tensor,
-        y_TKD: Tensor,
-    ) -> None:
-        """``experts`` in plain torch, where ``weights(slot)`` are an expert's three matrices."""
         slots_TK = slots_E[indices_TK]
         for slot in slots_TK[slots_TK >= 0].unique().tolist():
             uses = (slots_TK == slot).nonzero(as_tuple=True)
-            y_TKD[uses] = self.mlp(x_TD[uses[0]], *weights(slot))
+            y_TKD[uses] = self.mlp(x_TD[uses[0]], *records.weights(slot))
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
         """Sum over K of weight times output, float32 [T, D].  The order of additions is the gate's,

@@ -9,13 +9,14 @@ import torch
 from slotmoe.model.child import Child
 from slotmoe.model.config import read_config
 from slotmoe.model.generate import Answer, Sampling
-from slotmoe.offload.experts import _first
+from slotmoe.offload.experts.experts import _first
+from slotmoe.offload.experts.source import DEMAND, Read
+from slotmoe.offload.experts.store import FREE
 from slotmoe.offload.ingest import output_dir, quantize
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import make_plan, predicted_components, scratch_bytes, sizes_of
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sessions.blocks import BlockFolder, chain
-from slotmoe.offload.tiers.disk import DEMAND, Read
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS
 from slotmoe.quant.export.layout import Part
 from slotmoe.quant.export.reader import Export
@@ -42,7 +43,7 @@ def test_memory_in_use_never_shrinks(small_export):
         cached, used = slots.present()
         assert used >= cached > 0
         for expert_id in [*slots.cache.cached]:
-            slots.cache.remove(expert_id)
+            slots.store.move(slots.store.of[expert_id], FREE)
         assert slots.present() == (0, used)
 
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from slotmoe.errors import ConfigError, ExportError
+from slotmoe.offload.experts.drives import THREADS, Drive, Drives
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers.drives import THREADS, Drive, Drives
 from slotmoe.quant.export.folder import Folder
 from tests.support.engine import IDS, whole
 from tests.support.tiny import SAMPLE
@@ -38,7 +38,7 @@ def opened(copies, **options):
 
 
 def test_copies_are_read_too(copies, sample_export, monkeypatch):
-    monkeypatch.setattr("slotmoe.offload.tiers.disk.HELP_BYTES", 0)
+    monkeypatch.setattr("slotmoe.offload.experts.disk.HELP_BYTES", 0)
     with Runtime.open(sample_export, context=64) as runtime:
         wanted = runtime.logits(IDS)
     meet, met, original = threading.Barrier(3), {}, Folder.read
@@ -85,7 +85,7 @@ def test_a_drive_that_fails_while_running_is_left_out(
     copies, monkeypatch, caplog, place, help_bytes, harm
 ):
     """The export's own as well as a copy, by one line; what is read is the same."""
-    monkeypatch.setattr("slotmoe.offload.tiers.disk.HELP_BYTES", help_bytes)
+    monkeypatch.setattr("slotmoe.offload.experts.disk.HELP_BYTES", help_bytes)
     folder = copies[0].parent / place
     drive = folder.parent if "experts" in place else folder
 
@@ -152,7 +152,7 @@ def test_each_drive_gets_what_its_speed_allows(monkeypatch, times, least, most):
     """Of 1,000 pieces, where another drive takes a millisecond for one.  A drive that is far too
     slow is left alone once that is known."""
     clock = [100.0]
-    monkeypatch.setattr("slotmoe.offload.tiers.drives.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("slotmoe.offload.experts.drives.time.perf_counter", lambda: clock[0])
     drives, took, left = Drives([Path("a"), Path("b")]), [0.001, times / 1000], 1000
     readers = [(clock[0], reader % 2, 0.0) for reader in range(2 * THREADS)]
     while readers:

@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from slotmoe.errors import ExportError
+from slotmoe.offload.devices.device import Device
+from slotmoe.offload.devices.pages import TOUCHED_AT_ONCE, Touching, page_aligned
+from slotmoe.offload.experts import slots as store
+from slotmoe.offload.experts.disk import DiskReader
+from slotmoe.offload.experts.slots import Slots
+from slotmoe.offload.experts.source import DEMAND
+from slotmoe.offload.experts.store import LEAVING
 from slotmoe.offload.policy.cache import make_cache
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers import slots as store
-from slotmoe.offload.tiers.device import Device
-from slotmoe.offload.tiers.disk import DEMAND, DiskReader
-from slotmoe.offload.tiers.pages import TOUCHED_AT_ONCE, Touching, page_aligned
-from slotmoe.offload.tiers.slots import Slots
 from slotmoe.quant.export.layout import layer_file
 from slotmoe.quant.export.reader import Export
 from tests.support.engine import IDS, PROMPT, start, until, whole
@@ -258,11 +260,14 @@ class DoneBetweenTwoLooks:
 
 def test_a_read_that_ends_while_slots_are_counted_loses_none():
     slots = Slots(None, make_cache("lru", 2, 7, 32), 3, 3, 8, Device())
-    slots.abandoned.append((DoneBetweenTwoLooks(), slots.table.free.pop()))
+    store = slots.store
+    slot = store.take(3)
+    slot.read = DoneBetweenTwoLooks()
+    store.move(slot, LEAVING)
     for _ in range(2):
         assert not slots.prefetch(5, 1)  # all staging slots are reserved
-        assert len(slots.table.free) + len(slots.abandoned) == 5
-    assert sorted(slots.table.free) == list(range(5))
+        assert len(store.available) + len(store.staged) == 5
+    assert len(store.available) == 5
 
 
 def test_popular_experts_fill_free_slots(opened, wanted):
@@ -275,7 +280,7 @@ def test_popular_experts_fill_free_slots(opened, wanted):
             step([id])
         whole(runtime)
         assert not experts._warm
-        assert not experts.slots.coming  # what has warmed the cache holds no staging slot for ever
+        assert not experts.slots.store.staged  # what warms the cache holds no slot for ever
 
 
 class Pages:

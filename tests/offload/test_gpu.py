@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from slotmoe.errors import ConfigError
+from slotmoe.offload.devices import cuda
+from slotmoe.offload.devices.cuda import CudaFacts, choose_device
 from slotmoe.offload.engine.passes import Row
+from slotmoe.offload.experts import host
 from slotmoe.offload.plan.speed import MEASURED, Bandwidths
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.hybrid import MODES, choose_mode, for_cpu
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers import cuda, host
-from slotmoe.offload.tiers.cuda import CudaFacts, choose_device
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.tools.bench.speed import calibration, measure
 from tests.support.engine import IDS, PROMPT, decode, start, whole
@@ -142,7 +143,7 @@ def test_ram_is_locked_when_it_is_filled(on_twin, monkeypatch):
     twin = Twin()
     with on_twin(twin, 64, misses="fetch", slots=22) as runtime:
         assert not twin.pinned
-        slab, size = runtime.model.store.table.slab, runtime.plan.record_bytes
+        slab, size = runtime.model.store.slab, runtime.plan.record_bytes
         start(runtime)(IDS[:1])
         for first_byte, length in twin.pinned.items():  # no page that nothing was written to
             first = (first_byte - slab.data_ptr()) // size

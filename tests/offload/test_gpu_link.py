@@ -12,9 +12,9 @@ from functools import partial
 import pytest
 import torch
 
+from slotmoe.offload.devices.pages import page_aligned
 from slotmoe.offload.observe.measure import link_bandwidths
 from slotmoe.offload.policy.cache import Cache, Learned
-from slotmoe.offload.tiers.pages import page_aligned
 from tests.support.disk import forked
 from tests.support.engine import IDS, start, whole
 from tests.support.twin import Twin, TwinDownload
@@ -43,7 +43,7 @@ def test_a_layer_with_misses_has_few_calls_and_one_wait_and_its_copies_wait_for_
 
     log(TwinDownload, "get")
     log(Twin, "copy", "record", "write", "download", "wait")
-    log(Cache, "use", "by_worth", "offer")
+    log(Cache, "use", "by_worth", "victim")
     log(Learned, "use_chunk", "_worth_now")
     with on_twin(twin, misses="fetch", slots=60, prefetch=False, kernels="torch") as runtime:
         runtime.warm()

@@ -15,9 +15,9 @@ import pytest
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload.engine import engine as engines
+from slotmoe.offload.experts import disk
 from slotmoe.offload.observe.forced import force
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers import disk
 from slotmoe.quant.export.reader import Export
 from tests.support.disk import forked
 from tests.support.engine import IDS, PROMPT, until, whole

@@ -200,7 +200,7 @@ def test_peak_memory_stays_inside_the_budget(sample_export):
 @pytest.fixture
 def reading_ahead(monkeypatch):
     """As if records were worth reading ahead."""
-    for module in ("engine.loading", "tiers.disk"):
+    for module in ("engine.loading", "experts.disk"):
         monkeypatch.setattr(f"slotmoe.offload.{module}.HELP_BYTES", 0)
 
 
@@ -250,19 +250,20 @@ def test_what_was_read_ahead_is_admitted_in_place_of_what_is_not_pinned(sample_e
     with Runtime.open(sample_export, context=64, slots=40) as runtime:
         runtime.warm()
         slots = runtime.model.experts.slots
-        with slots.changing():
-            for expert_id in (100, 101):
-                slots.prefetch(expert_id, urgency=1)
-                slots.wait([slots.coming[expert_id]])
-            (demand,) = slots.demand([102], pinned=[102])
-            slots.wait([demand])
-            slots.admit_guesses(range(2, 102))
-            slots.prefetch(103, urgency=1)
-            slots.wait([slots.coming[103]])
-            slots.demand([103], pinned=[103])  # it had arrived as a guess, and is none any more
-            slots.admit_guesses(range(3, 102))
-            assert 103 in slots.coming
+        for expert_id in (100, 101):
+            slots.prefetch(expert_id, urgency=1)
+            slots.wait([slots.store.of[expert_id].read])
+        (demand,) = slots.demand([102])
+        slots.wait([demand])
+        slots.store.hold(slice(2, 102))
+        slots.admit_guesses()
+        slots.store.let_go([2])
+        slots.prefetch(103, urgency=1)
+        slots.wait([slots.store.of[103].read])
+        slots.demand([103])  # it had arrived as a guess, and is none any more
+        slots.admit_guesses()
+        assert 103 in slots
         assert slots.cache.cached == {*range(2, 40), 100, 101}
-        slots.drop(102)
-        slots.drop(103)
+        slots.release()
+        assert 102 not in slots and 103 not in slots
         whole(runtime)

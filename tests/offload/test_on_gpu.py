@@ -6,9 +6,9 @@ import gc
 import pytest
 import torch
 
+from slotmoe.offload.devices.cuda import CudaDevice
+from slotmoe.offload.devices.pages import page_aligned
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers.cuda import CudaDevice
-from slotmoe.offload.tiers.pages import page_aligned
 from tests.support.engine import IDS, PROMPT, start, whole
 
 pytestmark = [

@@ -1,149 +1,37 @@
-"""Cache, slots and prefetcher in any order of events, beside a model in plain Python: the same
-experts cached, the same counts, the right bytes in each slot."""
+"""The device store and the prefetcher in any order of events, beside a model in plain Python: the
+same experts cached, the same counts, the right bytes in each slot."""
 
-import pytest
-from hypothesis import HealthCheck, settings
+import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from slotmoe.offload.devices.device import Device
+from slotmoe.offload.experts.slots import Slots
+from slotmoe.offload.experts.source import DEMAND, WARM
+from slotmoe.offload.experts.store import ARRIVED, CACHED, LEAVING, READING, STALE
 from slotmoe.offload.policy.cache import make_cache
 from slotmoe.offload.policy.prefetch import HORIZONS, Prefetcher
-from slotmoe.offload.tiers.device import Device
-from slotmoe.offload.tiers.disk import DEMAND, WARM, Read
-from slotmoe.offload.tiers.slots import Slots
-
-ROWS, EXPERTS, CHOSEN, BYTES = 3, 4, 2, 64
-IDS = st.integers(0, ROWS * EXPERTS - 1)
-ROW = st.integers(0, ROWS - 1)
-EXPERT = st.integers(0, EXPERTS - 1)
-WHICH = st.integers(0, 7)  # of several reads
-
-
-class Broken(Exception):
-    """What ends a pass."""
-
-
-class Disk:
-    """Reads that are done when the test says so; once ``begun`` a read can't be taken back."""
-
-    def __init__(self, chance):
-        self.chance, self.pending, self.begun, self.targets = chance, [], [], {}
-
-    def read(self, expert_id, target, urgency):
-        read = Read(expert_id, target.numpy().data, urgency)
-        self.targets[read] = target.data_ptr()
-        return read
-
-    def submit(self, reads):
-        assert not any(read.done for read in reads)  # what is there is not read
-        self.pending += reads
-
-    def promote(self, read):
-        read.urgency = DEMAND
-
-    def cancel(self, read):
-        read.cancelled = True
-        if read in self.begun:
-            return read.done
-        self.pending.remove(read)
-        read.done = True
-        return True
-
-    def finish(self, read):
-        for reads in (self.pending, self.begun):
-            if read in reads:
-                reads.remove(read)
-        read.buffer[:] = bytes([read.expert_id + 1]) * BYTES
-        read.done = True
-
-    def wait(self, reads):
-        assert reads
-        if not any(read.done for read in reads):
-            self.finish(self.chance.choice(list(reads)))
-
-    def abandon(self):
-        self.pending.clear()
-        self.begun.clear()
-
-    def advance(self, tokens):
-        pass
-
-
-class Model:
-    """What should be, by expert ids alone: least recently used leaves the cache, and what has left
-    or never got in stays in its free slot until that is needed, the least recently used least."""
-
-    def __init__(self, slots, bypass, all_slots):
-        self.slots, self.bypass, self.all_slots = slots, bypass, all_slots
-        self.cached, self.coming, self.used, self.now = set(), {}, {}, 0
-        self.left, self.abandoned, self.reclaimed = [], 0, 0
-        self.counts = dict.fromkeys(("hits", "misses", "evictions", "bypassed"), 0)
-
-    def use(self, ids):
-        for expert_id in ids:
-            self.used[expert_id] = self.now
-            self.now += 1
-        hits = sum(id in self.cached for id in ids)
-        self.counts["hits"] += hits
-        self.counts["misses"] += len(ids) - hits
-
-    def take_slot(self, expert_id):
-        """For a read that begins."""
-        held = len(self.cached) + len(self.coming) + self.abandoned + len(self.left)
-        if expert_id in self.left:
-            self.left.remove(expert_id)
-            self.reclaimed += 1
-        elif held == self.all_slots:
-            self.left.remove(min(self.left, key=lambda id: self.used.get(id, -1)))
-
-    def drop(self, expert_id, read, begun):
-        del self.coming[expert_id]
-        if read.done and read.error is None:
-            self.left.append(expert_id)
-        self.abandoned += begun
-
-    def demand(self, missing, reads, begun):
-        """``reads`` are those on their way, of which some have ``begun``."""
-        for expert_id in missing:
-            if expert_id in reads and reads[expert_id].error is not None:
-                self.drop(expert_id, reads[expert_id], False)
-            if expert_id in self.coming:
-                continue
-            room = self.all_slots - len(self.cached)
-            while len(self.coming) + self.abandoned == room:
-                unwanted = next((id for id in self.coming if id not in missing), None)
-                if unwanted is None:
-                    self.abandoned -= 1  # it waits for one that nobody wants
-                else:
-                    self.drop(unwanted, reads[unwanted], reads[unwanted] in begun)
-            self.take_slot(expert_id)
-            self.coming[expert_id] = DEMAND
-
-    def offer(self, expert_id, pinned):
-        if len(self.cached) < self.slots:
-            self.cached.add(expert_id)
-            return
-        others = sorted(self.cached.difference(pinned), key=lambda id: (self.used.get(id, -1), id))
-        if not others or (
-            self.bypass and self.used.get(others[0], -1) >= self.used.get(expert_id, -1)
-        ):
-            self.counts["bypassed"] += 1
-            self.left.append(expert_id)
-            return
-        self.left.append(others[0])
-        self.cached.remove(others[0])
-        self.cached.add(expert_id)
-        self.counts["evictions"] += 1
+from tests.support import states
+from tests.support.engine import sound
+from tests.support.states import (
+    BYTES,
+    CHOSEN,
+    EXPERT,
+    EXPERTS,
+    IDS,
+    ROW,
+    ROWS,
+    WHICH,
+    Broken,
+    Disk,
+    Model,
+    holds,
+)
 
 
 class Engine(RuleBasedStateMachine):
+    """The device store, as a pass uses it."""
+
     @initialize(
         slots=st.integers(CHOSEN, 8),
         spare=st.integers(1, 3),
@@ -155,12 +43,22 @@ class Engine(RuleBasedStateMachine):
         cache = make_cache("lru", slots, ROWS, EXPERTS)
         cache.bypass = bypass
         self.slots = Slots(self.disk, cache, CHOSEN + spare, CHOSEN, BYTES, Device())
+        self.store = self.slots.store
         self.slots.slab.fill_(255)
         self.prefetcher = Prefetcher(ROWS, EXPERTS, BYTES, self, lambda: 1e18)
         self.prefetcher.idle()
         self.prefetcher.chosen(1, (), 0)  # the disk has idled: guesses are read from now on
-        self.model, self.inside = Model(slots, bypass, len(self.slots.slab)), False
+        self.model = Model(slots, bypass, len(self.slots.slab))
         self.begin()
+
+    def reads(self):
+        """What is on its way or has arrived, by expert."""
+        staged = self.store.staged.values()
+        return {slot.expert: slot.read for slot in staged if slot.state is not LEAVING}
+
+    def count_leaving(self):
+        staged = self.store.staged.values()
+        self.model.leaving = sum(slot.state is LEAVING and not slot.read.done for slot in staged)
 
     # The target of the prefetcher's reads
 
@@ -169,8 +67,8 @@ class Engine(RuleBasedStateMachine):
 
     def prefetch(self, expert_id, urgency):
         model = self.model
-        model.abandoned = sum(not read.done for read, _ in self.slots.abandoned)
-        wanted = len(model.coming) + model.abandoned + CHOSEN < self.slots.staging
+        self.count_leaving()
+        wanted = len(model.coming) + model.leaving + CHOSEN < self.slots.staging
         accepted = self.slots.prefetch(expert_id, urgency)
         assert accepted == wanted
         if accepted:
@@ -179,36 +77,37 @@ class Engine(RuleBasedStateMachine):
         return accepted
 
     def drop(self, expert_id):
-        if expert_id in self.model.coming:
-            read = self.slots.coming[expert_id]
-            self.model.drop(expert_id, read, read in self.disk.begun)
+        self.forget(expert_id)
         self.slots.drop(expert_id)
+
+    def forget(self, expert_id):
+        """The model's ``drop``."""
+        if expert_id in self.model.coming:
+            read = self.reads()[expert_id]
+            self.model.drop(expert_id, read, read in self.disk.begun)
 
     # Events
 
     @rule()
     def begin(self):
         """A pass."""
-        model, was_consistent = self.model, self.slots.consistent
-        self.slots.recover()
-        self.slots.consistent = False
-        if not was_consistent:
-            model.coming.clear()
-            model.left.clear()
-        reads = self.slots.coming.items()
-        for expert_id, read in sorted(reads, key=lambda read: read[1].urgency == WARM):
-            if read.urgency != WARM or read.done:
-                if read.urgency == WARM and not read.error and len(model.cached) < model.slots:
-                    del model.coming[expert_id]
-                    model.cached.add(expert_id)
-                else:
-                    model.drop(expert_id, read, False)
+        model, reads = self.model, self.reads()
+        for expert_id in [id for id, read in reads.items() if read.urgency != WARM]:
+            self.forget(expert_id)
+        for expert_id in [id for id in reads if id in model.coming and reads[id].done]:
+            if not reads[expert_id].error and len(model.cached) < model.slots:
+                del model.coming[expert_id]
+                model.cached.add(expert_id)
+            else:
+                self.forget(expert_id)
         self.slots.advance(1)
         self.prefetcher.reset()
 
     @rule()
-    def end(self):
-        self.slots.consistent = True
+    def rank(self):
+        self.store.rank()
+        if self.model.left:
+            self.model.rank()
 
     @rule(row=ROW, experts=st.lists(EXPERT, unique=True), name=st.sampled_from(HORIZONS))
     def guess(self, row, experts, name):
@@ -235,42 +134,45 @@ class Engine(RuleBasedStateMachine):
         self.disk.begun.append(pending.pop(which % len(pending)))
 
     @precondition(lambda self: self.disk.begun)
-    @rule(which=WHICH)
-    def end_read(self, which):
-        self.disk.finish(self.disk.begun[which % len(self.disk.begun)])
-
-    @precondition(lambda self: self.disk.begun)
-    @rule(which=WHICH)
-    def fail(self, which):
-        """A read that fails; a demand reads again."""
-        read = self.disk.begun.pop(which % len(self.disk.begun))
-        read.error, read.done = Broken("disk"), True
+    @rule(which=WHICH, arrived=st.booleans())
+    def end_read(self, which, arrived):
+        """It arrives, or fails; a demand reads again."""
+        self.disk.end(self.disk.begun[which % len(self.disk.begun)], arrived)
 
     @rule(
         row=ROW,
         experts=st.lists(EXPERT, min_size=CHOSEN, max_size=CHOSEN, unique=True),
-        breaks=st.sampled_from([None, None, None, "demand", "take", "admit"]),
+        breaks=st.sampled_from([None, None, None, "read", "submit", "take", "admit"]),
+        kept=st.none() | ROW,
     )
-    def layer(self, row, experts, breaks):
-        """A gate chooses; ``breaks`` is where an exception ends the pass."""
-        if self.slots.consistent:
-            self.begin()
+    def layer(self, row, experts, breaks, kept):
+        """A gate chooses; ``breaks`` is where an exception ends the pass.  The experts of the row
+        ``kept`` stay, if there is one."""
+        pins = slice(0) if kept is None else slice(kept * EXPERTS, (kept + 1) * EXPERTS)
         try:
-            self.compute(row, [row * EXPERTS + expert for expert in experts], breaks)
+            self.compute(row, [row * EXPERTS + expert for expert in experts], breaks, pins)
         except Broken:
-            self.begin()
+            assert breaks or self.disk.failing is not None
+        finally:
+            for expert_id in [id for id, urgency in self.model.coming.items() if urgency == DEMAND]:
+                self.forget(expert_id)
+            self.slots.release()
+            self.disk.failing.clear()
+        assert not self.store.held_N.any()
+        assert all(read.urgency != DEMAND for read in self.reads().values())
 
-    def compute(self, row, chosen, breaks):
-        slots, model = self.slots, self.model
+    def compute(self, row, chosen, breaks, pins):
+        slots, store, model = self.slots, self.store, self.model
         missing = [id for id in chosen if id not in model.cached]
-        assert missing == [id for id in chosen if id not in slots.cache]
+        assert missing == [id for id in chosen if store.state(id) is not CACHED]
         self.prefetcher.chosen(row, chosen, len(missing))
-        model.abandoned = sum(not read.done for read, _ in slots.abandoned)
-        model.demand(missing, dict(slots.coming), list(self.disk.begun))
-        reads = slots.demand(missing, pinned=missing)
-        assert {*missing} <= slots.coming.keys()
-        if breaks == "demand":
-            raise Broken
+        self.count_leaving()
+        self.disk.failing = {breaks} & {"read", "submit"}
+        self.demand(missing, breaks)
+        reads = slots.demand(missing)
+        assert all(READING <= store.state(id) <= ARRIVED for id in missing)
+        store.hold(chosen)
+        store.hold(pins)
         slots.cache.use_chunk(row, [[id % EXPERTS for id in chosen]])
         model.use(chosen)
         self.right(*set(chosen).difference(missing))
@@ -278,58 +180,75 @@ class Engine(RuleBasedStateMachine):
         while reads:
             slots.wait(reads)
             done = [read for read in reads if read.done]
-            slots.take(done)
+            self.take(done)
             if breaks == "take":
                 raise Broken
             self.right(*(read.expert_id for read in done))
             reads = [read for read in reads if not read.done]
         for expert_id in missing:
-            slots.admit(expert_id, pinned=chosen)
+            slots.admit(expert_id)
             del model.coming[expert_id]
-            model.offer(expert_id, chosen)
+            model.offer(expert_id, {*chosen, *range(ROWS * EXPERTS)[pins]})
             if breaks == "admit":
                 raise Broken
 
+    def take(self, reads):
+        """One that failed in the meantime is given up."""
+        failed = next((read for read in reads if read.error), None)
+        try:
+            self.slots.take(reads)
+        except Broken:
+            assert failed
+            del self.model.coming[failed.expert_id]
+            raise
+        assert not failed
+
+    def demand(self, missing, breaks):
+        """What the model makes of ``Slots.demand``."""
+        model, reads, begun = self.model, self.reads(), self.disk.begun
+        for expert_id in missing:
+            if expert_id in reads and reads[expert_id].error is not None:
+                self.forget(expert_id)
+            elif expert_id in model.coming:
+                model.coming[expert_id] = DEMAND
+        for expert_id in missing:
+            if expert_id in model.coming:
+                continue
+            room = model.all_slots - len(model.cached)
+            while len(model.coming) + model.leaving == room:
+                unwanted = (id for id, urgency in model.coming.items() if urgency != DEMAND)
+                if (unwanted := next(unwanted, None)) is None:
+                    model.leaving -= 1  # it waits for one that nobody wants
+                else:
+                    model.drop(unwanted, reads[unwanted], reads[unwanted] in begun)
+            is_left = expert_id in model.left
+            model.take_slot(expert_id)
+            if breaks == "read" and not is_left:
+                return
+            model.coming[expert_id] = DEMAND
+
     def right(self, *expert_ids):
-        for expert_id in expert_ids:
-            assert (self.slots.slab[self.slots.slot(expert_id)] == expert_id + 1).all()
+        assert all(holds(self.store.of[id].record, id) for id in expert_ids)
 
     # What always holds
 
     @invariant()
     def same(self):
-        slots, cache, model = self.slots, self.slots.cache, self.model
+        store, cache, model = self.store, self.slots.cache, self.model
+        sound(store)
         assert cache.cached == model.cached
         assert {name: getattr(cache, name) for name in model.counts} == model.counts
-        assert list(slots.coming) == list(model.coming)
-        assert list(slots.table.left) == model.left and slots.reclaimed == model.reclaimed
-        assert slots.table.slot_of.keys() == model.cached | model.coming.keys()
-        free = [*slots.table.free, *slots.table.left.values()]
-        held = [*free, *slots.table.slot_of.values()]
-        held += [slot for _, slot in slots.abandoned]
-        assert sorted(held) == list(range(len(slots.slab)))
+        assert list(self.reads()) == list(model.coming)
+        left = {slot.expert for slot in store.available if slot.state is STALE}
+        assert left == {*model.left} and self.slots.reclaimed == model.reclaimed
+        assert store.of.keys() == model.cached | model.coming.keys() | left
         for read in self.disk.begun:  # nobody else may have the slot that it writes to
-            slot = (self.disk.targets[read] - slots.slab.data_ptr()) // BYTES
-            owned = slots.coming.get(read.expert_id) is read and slots.slot(read.expert_id) == slot
-            assert owned or slot not in {*free, *slots.table.slot_of.values()}
-        for expert_id, slot in slots.table.left.items():
-            assert (slots.slab[slot] == expert_id + 1).all()
-        self.right(*model.cached)
-        known = [slots.slot(id) if id in model.cached else -1 for id in range(ROWS * EXPERTS)]
-        assert slots.slots_ME.flatten().tolist() == known
+            slot = store.slots[(self.disk.targets[read] - self.slots.slab.data_ptr()) // BYTES]
+            assert slot.read is read and slot.state in (READING, LEAVING)
+        self.right(*model.cached, *left)
+        assert torch.equal(self.slots.slots_ME, store.table_ME)
 
 
-@pytest.mark.parametrize(
-    ("examples", "steps", "part"),
-    [(12, 60, 0), *(pytest.param(200, 200, part, marks=pytest.mark.slow) for part in range(5))],
-)
+@states.SIZES
 def test_orders_of_events(examples, steps, part):
-    """A few that stay the same; nightly a thousand, of which each part makes up others."""
-    chosen = settings(
-        max_examples=examples,
-        stateful_step_count=steps,
-        deadline=None,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-        derandomize=examples < 100,
-    )
-    run_state_machine_as_test(Engine, settings=chosen)
+    states.run(Engine, examples, steps)

@@ -6,8 +6,9 @@ from queue import SimpleQueue
 import torch
 
 from slotmoe.offload.engine.requests import Request, wait_for
+from slotmoe.offload.experts.host import HostTier
+from slotmoe.offload.experts.store import CACHED, FREE, LEAVING, READING, STALE
 from slotmoe.offload.observe.forced import begin, force
-from slotmoe.offload.tiers.host import HostTier
 
 PROMPT = "My fellow citizens of the Senate and House of Representatives,"
 IDS = torch.randint(2, 4000, (60,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -70,31 +71,44 @@ def ask(runtime, ids, answer, at=lambda request: None):
     return deltas
 
 
-def held(table):
-    """Slots that are free or have an owner."""
-    return [*table.free, *table.left.values(), *table.slot_of.values()]
+def sound(store):
+    """What always holds of a store of experts, as ``slotmoe.offload.experts.store`` says it."""
+    available, staged = store.available, store.staged
+    cached = [slot for slot in store.slots if slot.state is CACHED]
+    assert all(slot.state <= STALE for slot in available)
+    assert all(READING <= slot.state <= LEAVING for slot in staged.values())
+    assert sorted(slot.index for slot in [*available, *staged.values(), *cached]) == [
+        slot.index for slot in store.slots
+    ]
+    assert [slot.rank for slot in available] == sorted(slot.rank for slot in available)
+    assert store.leaving == sum(slot.state is LEAVING for slot in staged.values())
+    held = [slot for slot in store.slots if slot.state in (STALE, CACHED)]
+    assert all(store.of[slot.expert] is slot for slot in held)
+    for expert_id, slot in store.of.items():
+        assert slot.expert == expert_id and slot.state not in (FREE, LEAVING)
+    assert store.cache.cached == {slot.expert for slot in cached}
+    assert len(cached) <= store.cache.slots
+    wanted = torch.full_like(store.table_ME, -1)
+    for slot in cached:
+        wanted.view(-1)[slot.expert] = slot.index
+    assert torch.equal(store.table_ME, wanted)
 
 
-def busy(store):
+def busy(tier):
     """Whether a record of the host tier is on its way, being copied or acquired."""
-    store.stats()  # takes back what has been copied
-    return len(held(store.table)) < len(store.slab) or bool(store._in_use)
+    tier.stats()  # takes back what has been copied
+    return bool(tier.store.staged or tier.acquired or tier.store.held_N.any())
 
 
 def whole(runtime):
-    """No slot is lost or used twice: every slot is free, cached, or for staging; and the device's
-    slot table says what is true.  The same below a GPU."""
-    slots, store = runtime.model.experts.slots, runtime.model.store
-    slots.recover()  # what the next pass begins with
-    table, cached = slots.table, slots.cache.cached
-    taken = held(table) + [slot for _, slot in slots.abandoned]
-    assert sorted(taken) == list(range(min(len(slots.slab), slots.cache.slots + slots.staging)))
-    assert {*table.slot_of} == {*slots.coming} | cached
-    assert len(slots.cache) <= slots.cache.slots
-    entries = dict(enumerate(slots.slots_ME.flatten().tolist()))
-    known = {expert_id: slot for expert_id, slot in entries.items() if slot >= 0}
-    assert known == {expert_id: table.slot_of[expert_id] for expert_id in cached}
-    if isinstance(store, HostTier):
-        until(lambda: not busy(store))  # a prefetch is still on its way, from the disk or from RAM
-        assert sorted(held(store.table)) == list(range(len(store.slab)))
-        assert {*store.table.slot_of} == store.cache.cached
+    """No slot is lost or used twice, and nothing is held; the device's slot table says what is
+    true.  The same below a GPU."""
+    slots, source = runtime.model.experts.slots, runtime.model.store
+    sound(slots.store)
+    assert len(slots.store.slots) == min(len(slots.slab), slots.cache.slots + slots.staging)
+    assert not slots.store.held_N.any()
+    assert torch.equal(slots.slots_ME.cpu(), slots.store.table_ME)
+    if isinstance(source, HostTier):
+        until(lambda: not busy(source))  # a prefetch is still on its way, from the disk or from RAM
+        sound(source.store)
+        assert len(source.store.slots) == len(source.slab)

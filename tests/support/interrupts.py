@@ -2,9 +2,9 @@
 
 import torch
 
+from slotmoe.offload.experts import disk
 from slotmoe.offload.observe.forced import begin
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers import disk
 from tests.support.engine import IDS, decode, whole
 from tests.support.twin import Twin, open_on, slow
 

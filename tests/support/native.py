@@ -6,7 +6,8 @@ from slotmoe.model.config import parse_config
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import role_of
 from slotmoe.model.network import Network
-from slotmoe.offload.resident_experts import ResidentExperts
+from slotmoe.offload.devices.device import Device
+from slotmoe.offload.experts.resident import resident_experts
 from slotmoe.quant import int8
 from slotmoe.quant.backends.base import TorchBackend, new
 from slotmoe.quant.backends.native import NativeBackend
@@ -50,8 +51,8 @@ def network_of(raw, resident, ops):
 
 def reference_network(config, weights):
     """The network of the reference path on float32 ``weights``."""
-    layers, count, ops = config.moe_layers, config.n_routed_experts, TorchBackend()
-    return Network(config, weights, ops, ResidentExperts(weights, layers, count, ops))
+    ops = TorchBackend()
+    return Network(config, weights, ops, resident_experts(config, weights, ops, Device()))
 
 
 def reference_cache(config, context, dtype=torch.float32):

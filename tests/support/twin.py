@@ -17,17 +17,18 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from mmap import mmap
 from queue import Queue
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from slotmoe.offload.devices.cuda import CudaDevice, Mailbox, Mapped
+from slotmoe.offload.devices.device import DeviceMemory
 from slotmoe.offload.engine import loading
 from slotmoe.offload.plan.memory import make_plan
 from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers.cuda import CudaDevice, Mailbox, Mapped
-from slotmoe.offload.tiers.device import DeviceMemory
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.layout import checksum
 
@@ -120,7 +121,8 @@ class Decoding(TorchBackend):
                 self.known[key] = [weight.dequantize() for weight in records.weights(slot)]
             return self.known[key]
 
-        self.experts_of(weights, x_TD, slots_E, indices_TK, y_TKD)
+        decoded = SimpleNamespace(weights=weights)
+        super().experts(x_TD, decoded, slots_E, indices_TK, y_TKD)
 
 
 class TwinBackend(Told, Decoding):

@@ -14,11 +14,11 @@ from unittest.mock import patch
 import click
 from torch import Tensor
 
-from slotmoe.offload.experts import Experts
+from slotmoe.offload.devices.device import Download, Event
+from slotmoe.offload.experts.experts import Experts
 from slotmoe.offload.observe.memory_sampler import MemorySampler
 from slotmoe.offload.observe.profiler import attach
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers.device import Download, Event
 from slotmoe.tools.bench import turns
 from slotmoe.tools.options import count
 

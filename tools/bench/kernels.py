@@ -25,11 +25,11 @@ from torch import Tensor
 
 from slotmoe.errors import ConfigError
 from slotmoe.model.config import read_config
+from slotmoe.offload.devices.pages import in_large_pages
+from slotmoe.offload.experts.slots import Slots
 from slotmoe.offload.observe.measure import bytes_per_token
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers.pages import in_large_pages
-from slotmoe.offload.tiers.slots import Slots
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, KINDS, LUT3, LUT4, NF4, Codec, ExpertCodecs

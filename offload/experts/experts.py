@@ -8,27 +8,28 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from slotmoe.border import Timer
-from slotmoe.offload.host_compute import HostCompute
-from slotmoe.offload.layer_work import Pass, Work
-from slotmoe.offload.lookahead import Lookahead
+from slotmoe.jsonfile import Json
+from slotmoe.offload.devices.device import Device
+from slotmoe.offload.experts.hybrid import HostCompute
+from slotmoe.offload.experts.layer_work import Pass, Work
+from slotmoe.offload.experts.lookahead import Lookahead
+from slotmoe.offload.experts.slots import Slots
+from slotmoe.offload.experts.source import WARM
+from slotmoe.offload.experts.store import STALE
+from slotmoe.offload.experts.substitution import Substitution
 from slotmoe.offload.policy.forecast import FOLLOWED
 from slotmoe.offload.policy.hybrid import Split
-from slotmoe.offload.substitution import Substitution
-from slotmoe.offload.tiers.device import Device
-from slotmoe.offload.tiers.disk import WARM
-from slotmoe.offload.tiers.slots import Slots
 from slotmoe.quant.backends.base import Records, SlotTable, TorchBackend
-from slotmoe.quant.export.layout import RecordLayout
 
 # Uses computed in one call on a CPU, so that what has arrived meanwhile soon gives its slot back.
 _USES_AT_ONCE = 128
+_FETCH = Split()
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Route:
     behind: int = 0
 
 
-OnRoute = Callable[[Route], None]
+OnLayer = Callable[[Route], None]
 
 
 class Experts:
@@ -58,8 +59,10 @@ class Experts:
     result is bitwise the same for every budget, policy and timing.  (What the CPU computes beside a
     GPU is within its kernels' rounding.)  ``lookahead`` reads ahead; ``warm`` are expert ids worth
     having, the best first: they fill free slots while the first tokens are made.  ``hybrid`` and
-    ``split`` are the CPU's part beside a GPU.  ``look`` is called at each layer's end.  What a
-    pass that does not come to its end has half done is put right when the next one begins.
+    ``split`` are the CPU's part beside a GPU.
+
+    A layer refers to what it uses, and gives that back at its end, whatever that is.  ``look`` is
+    called there and while reads are waited for: it may raise what ends the pass.
 
     ``layers`` are those of the network and, where ``has_head``, behind them that of the head that
     predicts one token more, which is a pass of its own, a part of the one before (``go_on``).
@@ -68,35 +71,34 @@ class Experts:
     def __init__(
         self,
         layers: Sequence[int],
-        layout: RecordLayout,
-        levels: Tensor,
+        records: Records,
         slots: Slots,
         backend: TorchBackend,
         device: Device,
-        lookahead: Lookahead | None,
-        warm: Sequence[int],
-        hybrid: HostCompute | None,
-        split: Split,
+        lookahead: Lookahead | None = None,
+        warm: Sequence[int] = (),
+        hybrid: HostCompute | None = None,
+        split: Split = _FETCH,
         has_head: bool = False,
     ):
         self._backend, self._device, self.slots, self._cache = backend, device, slots, slots.cache
         self._rows = {layer: row for row, layer in enumerate(layers)}
-        self.records = Records(slots.slab, layout, levels)
+        self.records, self._store = records, slots.store
         self._count = len(layers) - has_head  # of the network's
         shape = self._count, slots.cache.experts
         self._none_ME = torch.full(shape, -1, dtype=torch.int32)
         self.lookahead, self._warm = lookahead, list(reversed(warm))
         self.hybrid, self.split = hybrid, split
-        self.look: Callable[[], None] = lambda: None
         self.substitution: Substitution | None = None
+        self.look: Callable[[], None] = lambda: None
         self._apart = False  # whether the pass's tokens are of several sequences
         self._pass = Pass()
         self._met = 0  # missing experts whose read had begun when the gate chose them
-        self._listeners: list[tuple[OnRoute, bool]] = []
+        self._listeners: list[tuple[OnLayer, bool]] = []
         self._fetched = self._computed = 0
         self.timer = Timer()
 
-    def on_layer(self, listener: OnRoute, inputs: bool = False) -> Callable[[], None]:
+    def on_layer(self, listener: OnLayer, inputs: bool = False) -> Callable[[], None]:
         """Call ``listener`` with each gate's choice from now on, until the returned function is
         called.  With ``inputs`` every ``Route`` has its ``x_TD``."""
         entry = listener, inputs
@@ -124,12 +126,13 @@ class Experts:
         return SlotTable(self.records, slots_ME, complete)
 
     def begin(self, tokens: int, sequences: int = 1) -> bool:
-        """A pass over ``tokens`` tokens begins; whether ``guess_token`` is worth calling."""
+        """A pass over ``tokens`` tokens begins; whether ``guess_token`` is worth calling.  What the
+        last one has left in staging is given back."""
+        self.slots.advance(tokens)
         self._apart = sequences > 1
         if self.substitution is not None:
             self.substitution.chooser.advance(tokens if tokens == sequences else 0)
         self.go_on(tokens)
-        self.slots.advance(tokens)
         if self.lookahead is None:
             return False
         self.lookahead.begin()
@@ -137,8 +140,6 @@ class Experts:
 
     def go_on(self, tokens: int) -> None:
         """``tokens`` tokens go through the network's layers or, behind a pass, the head's."""
-        self.slots.recover()
-        self.slots.consistent = False  # until the last layer's end
         self._pass = Pass(tokens)
 
     def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
@@ -162,16 +163,20 @@ class Experts:
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         row = self._rows[layer]
         if self.substitution is not None and self.substitution.chooser.active:
-            choice, first = (x_TD, weights_TK, indices_TK), row * self._cache.experts
-            at_hand = self.slots.at_hand
+            first, at_hand = row * self._cache.experts, self._store.of
             weights_TK, indices_TK = self.substitution(
-                row, *choice, lambda expert: at_hand(first + expert)
+                row, x_TD, weights_TK, indices_TK, lambda expert: first + expert in at_hand
             )
         self._pass.reach(row, len(x_TD))
         y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
-        for slots_E in self._bring(row, x_TD, indices_TK, y_TKD):
-            self._backend.experts(x_TD, self.records, slots_E, indices_TK, y_TKD)
-            self.timer.mark("experts")
+        try:
+            for slots_E in self._bring(row, x_TD, indices_TK, y_TKD):
+                self._backend.experts(x_TD, self.records, slots_E, indices_TK, y_TKD)
+                self.timer.mark("experts")
+        finally:
+            self.slots.release()
+            if self.hybrid is not None:
+                self.hybrid.end()
         y_TD = self._backend.weighted_sum(y_TKD, weights_TK)
         if self._warm:
             self._read_warm()
@@ -184,7 +189,7 @@ class Experts:
         """The slots of a layer's experts in groups, each as ``TorchBackend.experts`` takes it: what
         is cached first, then what arrives.  What the CPU computes beside a GPU goes to ``y_TKD``
         meanwhile."""
-        slots, device, hybrid = self.slots, self._device, self.hybrid
+        slots, store, device, hybrid = self.slots, self._store, self._device, self.hybrid
         if device.queues and slots.complete and not self._listeners:
             self._cache.hits += indices_TK.numel()  # the host need not know the choice
             yield slots.slots_ME[row]
@@ -198,27 +203,32 @@ class Experts:
         # Nothing that a copy need not wait for comes before ``demand``: the link idles until then.
         indices = chosen.tolist()
         uses, cached = self._uses(row, indices), self._cache.cached
+        coming, left = list[int](), list[int]()
         missing = [id for id in uses if id not in cached]
-        coming, left = slots.on_their_way(missing), slots.in_free_slots(missing)
+        for expert_id in missing:
+            if (slot := store.of.get(expert_id)) is not None:
+                (left if slot.state is STALE else coming).append(expert_id)
         if self.lookahead is not None:
             self.lookahead.chosen(row, uses, len(missing))  # gives wrong guesses' slots back
         computed: list[int] = []
         if computes:
             computed = self._choose_for_cpu(len(indices), uses, missing, coming, left)
         fetched = self._in_order(missing, computed, coming, left)
-        now = fetched[: slots.staging]
-        reads = slots.demand(now, pinned=now)
+        reads = slots.demand(fetched[: slots.staging])
         self._met += len(coming)
         self._fetched += len(missing) - len(left) - len(computed)
         self._computed += len(computed)
         newest = {row * self._cache.experts + expert for expert in indices[-1]}
         work = Work(row, uses, newest, self._kept(row, len(indices)))
-        work.cached = [] if device.queues else [id for id in uses if id in cached]
         work.reads, work.later = reads, fetched[slots.staging :]
+        work.cached = [] if device.queues else [id for id in uses if id in cached]
+        if missing or (work.many and not slots.complete):
+            store.hold(list(newest))
+            if work.many:
+                store.hold(work.cached)
+                store.hold(slice(work.kept.start, work.kept.stop))
         if hybrid is not None and computes:
-            hybrid.begin(download.others()[0], chosen)
-            work.computed = computed
-            self._acquire(work)
+            hybrid.begin(download.others()[0], chosen, computed)
         if self._listeners:
             hits, behind = len(uses) - len(missing), self._pass.seen - len(indices)
             self._tell(Route(row, indices, hits, len(missing), len(coming), x_TD, behind))
@@ -230,17 +240,20 @@ class Experts:
         yield from self._arrivals(work, y_TKD)
         for expert_id in missing:  # in gate order, so that timing changes nothing
             if expert_id in work.used:
-                slots.admit(expert_id, pinned=work.newest)
+                slots.admit(expert_id)
         if missing:
-            slots.rank()  # now, so that the next layer's demands need not
+            store.rank()  # now, so that the next layer's demands need not
 
     def _arrivals(self, work: Work, y_TKD: Tensor) -> Iterator[Tensor]:
         """What has arrived, at most half of the staging slots at once, so that a GPU computes them
         while the others are filled, with what is cached; else what the CPU computes; else wait."""
         slots, hybrid = self.slots, self.hybrid
         self._note_idle(work)
-        while work.cached or work.reads or work.acquired:
-            self.look()
+        while True:
+            acquired = hybrid.reads if hybrid is not None else []
+            if not (work.cached or work.reads or acquired):
+                return
+            self.look()  # a layer may have many experts to wait for
             done = [read for read in work.reads if read.done][: max(1, slots.staging // 2)]
             if done or work.cached:
                 slots.take(done)
@@ -250,17 +263,14 @@ class Experts:
                 used = [read.expert_id for read in done]
                 ready, work.cached = _first(work.cached, work.uses)
                 yield self._group(work.row, used + ready)
-                self._make_room(work, used)
-            elif arrived := [read for read in work.acquired if read.done]:
+                self._make_room(work, used, ready)
+            elif arrived := [read for read in acquired if read.done]:
                 assert hybrid is not None
                 ready, _ = _first([read.expert_id for read in arrived], work.uses)
-                arrived = arrived[: len(ready)]
-                hybrid.compute(arrived, work.row, y_TKD)
-                work.acquired = [read for read in work.acquired if read not in arrived]
-                self._acquire(work)
+                hybrid.compute(arrived[: len(ready)], work.row, y_TKD)
                 self.timer.mark("experts")
             else:
-                slots.wait([*work.reads, *work.acquired])
+                slots.wait([*work.reads, *acquired])
                 self.timer.mark("waiting for disk")
 
     def _note_idle(self, work: Work) -> None:
@@ -268,22 +278,22 @@ class Experts:
         if self.lookahead is not None and not (work.reads or work.later):
             self.lookahead.idle()
 
-    def _make_room(self, work: Work, used: list[int]) -> None:
-        """Experts in staging have been used.  The cache admits or rejects one token's at the
-        layer's end, in gate order; of many tokens' at once, so that demands and then prefetches
-        take their staging slots."""
-        if len(work.uses) == len(work.newest):
+    def _make_room(self, work: Work, used: list[int], ready: list[int]) -> None:
+        """Experts have been used, in staging and ``ready`` ones that are cached.  The cache admits
+        or rejects one token's at the layer's end, in gate order; of many tokens' at once, so that
+        demands and then prefetches take their staging slots."""
+        if not work.many:
             work.used += used
             return
-        pinned = work.kept or work.newest.union(work.cached)
+        if ready and not work.kept:  # what is kept stays held
+            self._store.let_go([id for id in ready if id not in work.newest])
         for expert_id in used:
-            self.slots.admit(expert_id, pinned, must=expert_id in work.kept)
+            self.slots.admit(expert_id, must=expert_id in work.kept)
         if work.kept:
-            self.slots.admit_guesses(pinned)
+            self.slots.admit_guesses()
         if work.later:
             now, work.later = work.later[: len(used)], work.later[len(used) :]
-            coming = {read.expert_id for read in work.reads}
-            work.reads += self.slots.demand(now, pinned=coming.union(now))
+            work.reads += self.slots.demand(now)
         elif self.lookahead is not None:
             self.lookahead.more(work.row)
 
@@ -306,7 +316,7 @@ class Experts:
         experts = self._cache.experts
         slots_E = np.full(experts, -1, np.int32)
         for expert_id in expert_ids:
-            slots_E[expert_id - row * experts] = self.slots.slot(expert_id)
+            slots_E[expert_id - row * experts] = self._store.of[expert_id].index
         return self._device.upload(torch.from_numpy(slots_E))
 
     def _uses(self, row: int, indices: list[list[int]]) -> dict[int, int]:
@@ -355,13 +365,6 @@ class Experts:
         in_ram = self.hybrid.host.cache.cached  # these first
         return sorted(absent[:count], key=lambda id: id not in in_ram)
 
-    def _acquire(self, work: Work) -> None:
-        """Ask the host tier for the next records that the CPU computes."""
-        assert self.hybrid is not None
-        while work.computed and len(work.acquired) < self.split.at_once:
-            work.acquired.append(self.hybrid.host.acquire(work.computed.pop(0)))
-            self.hybrid.host.submit(work.acquired[-1:])
-
     def _tell(self, route: Route) -> None:
         if route.row < self._count:  # who listens knows of no head
             for listener, _ in self._listeners:
@@ -369,7 +372,7 @@ class Experts:
 
     def _end_of_layer(self, row: int) -> None:
         if row >= self._count - 1 and self._pass.later == 0:
-            self.slots.consistent, self._pass = True, Pass()
+            self._pass = Pass()
         self.look()
         self.timer.mark("cache and prefetch")
 
@@ -380,7 +383,7 @@ class Experts:
         slots.admit_warm()
         while self._warm and self._warm[-1] in slots:
             self._warm.pop()
-        if slots.full:
+        if len(self._cache) == slots.planned:  # nothing is free, and nothing will grow
             self._warm.clear()
         elif self._warm and slots.room() and slots.prefetch(self._warm[-1], WARM):
             self._warm.pop()
@@ -397,22 +400,21 @@ class Experts:
             self.look()
             progress(len(self._cache) * size, total)
 
-        with self.slots.changing():
-            self.slots.fill(ids, done)
-            if self.hybrid is not None:
-                self.hybrid.host.fill(ids, self.look)
+        self.slots.fill(ids, done)
+        if self.hybrid is not None:
+            self.hybrid.host.fill(ids, self.look)
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> Json:
         """Counters: ``cache``, ``prefetch`` by horizon, and below a GPU ``misses``: how they are
         computed, how many were fetched and how many the CPU computed, in how many seconds."""
         cache, slots = self._cache, self.slots
         lookups = cache.hits + cache.misses
-        counts: dict[str, Any] = {"hits": cache.hits, "misses": cache.misses}
+        counts: Json = {"hits": cache.hits, "misses": cache.misses}
         counts |= {"hit_rate": cache.hits / lookups if lookups else None}
         counts |= {"already_coming": self._met, "evictions": cache.evictions}
         counts |= {"bypassed": cache.bypassed, "reclaimed": slots.reclaimed}
         counts |= {"slots": slots.planned}
-        stats: dict[str, Any] = {"cache": counts, "wait_seconds": slots.wait_seconds}
+        stats: Json = {"cache": counts, "wait_seconds": slots.wait_seconds}
         if self.lookahead is not None:
             stats["prefetch"] = self.lookahead.stats()
         if self.hybrid is not None:

@@ -5,64 +5,33 @@ import heapq
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
-from itertools import count, islice
+from collections.abc import Collection, Iterable
+from itertools import count
 from queue import SimpleQueue
-from typing import Any, TypeVar
 
 from torch import Tensor
 
 from slotmoe.errors import CLOSED, ConfigError, ExportError, SlotmoeError
+from slotmoe.jsonfile import Json
+from slotmoe.offload.experts.drives import THREADS, Drive, Drives, Meter
+from slotmoe.offload.experts.source import DEMAND, Read
 from slotmoe.offload.plan.memory import HELP_BYTES
-from slotmoe.offload.tiers.device import Event
-from slotmoe.offload.tiers.drives import THREADS, Drive, Drives, Meter
 from slotmoe.quant.export.reader import Export
 
-# Urgencies; prefetches lie between them, the number of layers until their use.
-DEMAND, WARM = 0, 1 << 30
 STUCK_SECONDS = 5.0  # how long ``close`` waits for a disk that does not answer
 # Records are read in pieces, so that one missing expert too is worth several reads in flight.
 PIECE_BYTES = 1 << 20
 _AGAIN_SECONDS = 0.02
-_Problem = TypeVar("_Problem", bound=BaseException)
-
-
-@dataclass(eq=False, slots=True)
-class Read:
-    """One record on its way into memory.  ``done`` is True when it can be used or when ``error``
-    says why not; on a GPU it can be used by kernels that wait for ``copy`` first."""
-
-    expert_id: int
-    buffer: memoryview
-    urgency: int
-    # ``after(arrived)`` runs once in the reading thread, before ``done``: False if the read failed
-    # or was given up.
-    after: Callable[[bool], None] | None = None
-    taken: int = 0  # bytes given to readers
-    outstanding: int = 0  # pieces being read
-    done: bool = False
-    cancelled: bool = False
-    error: BaseException | None = None
-    copy: Event | None = None
-
-    @property
-    def arrived(self) -> bool:
-        """Whether it is done, and so is its copy."""
-        return self.done and (self.copy is None or self.copy.done())
 
 
 class DiskReader:
-    """The disk tier: ``threads`` for each drive that read records piece by piece, the most urgent
+    """A ``Source``: ``threads`` for each drive that read records piece by piece, the most urgent
     record first.
 
     Reads bypass the page cache where the file system allows (``direct``).  A record that fails to
     arrive or has a wrong checksum is read once more, from each drive, of which those that fail are
     left out; from the only one, its ``Read`` then carries an ``ExportError``.
-
-    One thread asks and waits; an exception may throw it out of any line of it.  ``abandon`` then
-    trusts only what the reading threads note of themselves, where none comes from outside.
+    Small records are read by the thread that waits for them, too; only one may wait.
     """
 
     def __init__(self, export: Export, direct: bool, threads: int = THREADS):
@@ -71,52 +40,48 @@ class DiskReader:
         if direct and not self.direct:
             refused = "%s: this file system refuses direct reads; reads go through the page cache"
             logging.getLogger("slotmoe").warning(refused, export.folder)
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self.drives = Drives([folder.path for folder in export.folders])
         self._work = [threading.Condition(self._lock) for _ in self.drives.all]  # by drive
-        # Something in it: look whether a read is done.  Unlike a condition, a wait for it can be
-        # interrupted anywhere.
+        # Something in it: look whether a read is done.  A thread wakes up for it sooner than for a
+        # condition.
         self._arrived: SimpleQueue[None] = SimpleQueue()
         self._queue: list[tuple[int, int, Read]] = []
         self._order = count()
         self._helps = self.record_bytes <= HELP_BYTES
         self._piece = min(PIECE_BYTES, -(-self.record_bytes // 4096) * 4096)
-        self._closing = self._abandoning = False
+        self._closing = False
         self._meter, self.retries = Meter(), 0
         workers = [drive for drive in self.drives.all for _ in range(threads)]
-        self._reading: list[Read | None] = [None] * len(workers)  # what each thread is at
         self._threads = [
             threading.Thread(
-                target=self._run, args=work, name=f"slotmoe-read-{work[0]}", daemon=True
+                target=self._run, args=(drive,), name=f"slotmoe-read-{number}", daemon=True
             )
-            for work in enumerate(workers)
+            for number, drive in enumerate(workers)
         ]
         for thread in self._threads:
             thread.start()
 
     def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
-        """A read of one record into ``target``, uint8 in RAM; ``submit`` starts it."""
         return Read(expert_id, target.numpy().data, urgency)
 
     def submit(self, reads: Iterable[Read]) -> None:
-        """Queue reads; those of urgency ``DEMAND`` overtake all others.  Raises ``ConfigError``
-        after ``close``."""
         with self._lock:
             self._check_open()
             for read in reads:
+                if read.done:
+                    continue
                 heapq.heappush(self._queue, (read.urgency, next(self._order), read))
                 if not (self._helps and read.urgency == DEMAND):
                     for work in self._work:
                         work.notify(max(1, self.record_bytes // self._piece))
 
     def promote(self, read: Read) -> None:
-        """A prefetch has become a demand."""
         if read.urgency != DEMAND:
             read.urgency = DEMAND
             self.submit([read])  # the old entry is skipped when it comes up
 
     def cancel(self, read: Read) -> bool:
-        """Give a read up; True if its buffer is free now, else when the read is ``done``."""
         with self._lock:
             read.cancelled = True
             if not read.done and read.outstanding == 0 and read.taken < len(read.buffer):
@@ -127,8 +92,6 @@ class DiskReader:
             return read.done
 
     def wait(self, reads: Collection[Read]) -> list[Read]:
-        """Block until at least one of ``reads`` is done, and return those that are.  Raises
-        ``ConfigError`` after ``close``, which another thread may call meanwhile."""
         assert reads  # nothing would ever be done
         while True:
             with self._lock:
@@ -150,38 +113,13 @@ class DiskReader:
         if self._arrived.empty():
             self._arrived.put(None)
 
-    def abandon(self) -> None:
-        """Forget all reads, whatever an interrupted step has made of them, and wait until nothing
-        is written to memory any more.  Raises ``ConfigError`` after ``close``."""
-        self._abandoning = True
-        unlock(self._lock)
-        with self._lock:
-            self._forget_queue()
-        while any(self._reading):
-            self._check_open()
-            self._arrived.get()
-        with self._lock:
-            self._abandoning = False
-            for meter in (self._meter, *(drive.meter for drive in self.drives.all)):
-                meter.reset()
-
     def _forget_queue(self) -> None:
         for *_, read in self._queue:
             read.after = None  # it may keep the read
         self._queue.clear()
 
-    def read_each(
-        self, expert_ids: Iterable[int], at_once: int, begin: Callable[[int], Read]
-    ) -> Iterator[Read]:
-        """What ``begin`` has started for each expert, as it is done, so many at a time."""
-        ids, pending = iter(expert_ids), list[Read]()
-        while pending := pending + [begin(id) for id in islice(ids, at_once - len(pending))]:
-            for read in self.wait(pending):
-                pending.remove(read)
-                yield read
-
     def advance(self, tokens: int) -> None:
-        """A forward pass over more tokens begins; a disk remembers nothing."""
+        """A disk remembers nothing."""
 
     def bandwidth(self) -> float:
         """Bytes a second while reads were in flight, so far; 1 GB/s until something was read."""
@@ -189,7 +127,7 @@ class DiskReader:
             read, seconds = self._meter.bytes, self._meter.seconds
             return read / seconds if read and seconds else 1e9
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> Json:
         """``disk``: bytes, seconds with reads in flight, records read twice, whether direct, and of
         each of the ``drives`` bytes, seconds, and whether it failed."""
         counts = {"bytes": self._meter.bytes, "seconds": self._meter.seconds}
@@ -198,7 +136,6 @@ class DiskReader:
 
     def stop(self) -> None:
         """Let what is queued fail and waits end, from now on; any thread may ask."""
-        unlock(self._lock)
         with self._lock:
             self._closing = True
             for *_, read in self._queue:
@@ -221,7 +158,7 @@ class DiskReader:
             stuck = "%s: the disk does not answer; a read of it is left behind"
             logging.getLogger("slotmoe").warning(stuck, self._export.folder)
 
-    def _run(self, number: int, drive: Drive) -> None:
+    def _run(self, drive: Drive) -> None:
         while True:
             with self._lock:
                 while (piece := self._take(drive)) is None:
@@ -229,11 +166,8 @@ class DiskReader:
                         return
                     # What a slow drive has left to others is looked at again, if they leave it too.
                     self._work[drive.number].wait(_AGAIN_SECONDS if self._queue else None)
-                self._reading[number] = piece[0]
-            with suppress(BaseException):  # it is the read's, and this thread must go on
-                self._read(drive, *piece)
-            self._reading[number] = None
-            if piece[0].done or self._abandoning:
+            self._read(drive, *piece)
+            if piece[0].done:
                 self._tell()
             del piece  # it keeps memory
 
@@ -262,26 +196,22 @@ class DiskReader:
         return None
 
     def _read(self, drive: Drive, read: Read, start: int, stop: int) -> None:
-        """Read a piece; the last one makes its read ``done``, whatever happens."""
+        """Read a piece; the last one makes its read ``done``.  What goes wrong is the read's: its
+        thread goes on."""
         problem: Exception | None = None
-        last = True
         try:
+            self._read_piece(drive, read, start, stop)
+        except Exception as raised:
+            problem = _without_frames(raised)
+        if last := self._count(read, stop - start, problem):
             try:
-                self._read_piece(drive, read, start, stop)
-            except Exception as raised:
-                problem = _without_frames(raised)
-            last = self._count(read, stop - start, problem)
-            if last:
                 self._finish(read)
-        except BaseException as raised:
-            read.error = _without_frames(raised)
-            if not isinstance(raised, Exception):
-                raise
-        finally:
-            with self._lock:
-                self._meter.end()
-                drive.meter.end()
-                read.done = read.done or last
+            except Exception as raised:
+                read.error = _without_frames(raised)
+        with self._lock:
+            self._meter.end()
+            drive.meter.end()
+            read.done = read.done or last
 
     def _read_piece(self, drive: Drive, read: Read, start: int, stop: int) -> None:
         """Read bytes of a record, where the drive fails from another."""
@@ -348,14 +278,6 @@ class DiskReader:
                 asked = asked or [another]  # the bytes of those before are overwritten
 
 
-def unlock(lock: "threading.RLock") -> None:
-    """Release a lock that the calling thread has left locked: an exception that comes between two
-    lines may come between the end of a ``with`` block and the release."""
-    with suppress(RuntimeError):
-        while True:
-            lock.release()
-
-
-def _without_frames(problem: _Problem) -> _Problem:
+def _without_frames(problem: Exception) -> Exception:
     """An error that a ``Read`` may keep: the frames of one would keep the read."""
     return problem.with_traceback(None) if isinstance(problem, SlotmoeError) else problem

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slotmoe.offload.tiers.pages import Arena, in_large_pages
+from slotmoe.offload.devices.pages import Arena, in_large_pages
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Empty, TorchBackend
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from slotmoe.model.network import Network
 from slotmoe.model.routing import route, router_of
+from slotmoe.offload.devices.device import Device
 from slotmoe.offload.policy.substitutes import RandomSwaps, RouteBudget
-from slotmoe.offload.tiers.device import Device
 from slotmoe.quant.backends.base import Prepared
 
 Chooser = RouteBudget | RandomSwaps

@@ -10,9 +10,9 @@ from itertools import chain
 
 from torch import Tensor
 
+from slotmoe.offload.devices.device import Download
 from slotmoe.offload.policy.prefetch import Prefetcher, Target
 from slotmoe.offload.predictor import NextGate, Predictor
-from slotmoe.offload.tiers.device import Download
 
 
 class Lookahead(Prefetcher):

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from slotmoe.errors import ConfigError, DeviceError
+from slotmoe.offload.devices.device import Device, DeviceMemory, Download, Event
 from slotmoe.offload.machine import device_index
-from slotmoe.offload.tiers.device import Device, DeviceMemory, Download, Event
 from slotmoe.quant.backends.base import Empty
 
 MIN_CAPABILITY = 7, 0
@@ -75,7 +75,7 @@ class Mailbox:
         self._free: dict[int, list[Mapped]] = {}
         # In the order of the stream: until the event kernels use the memory, and a download's
         # reader as long as the download lives.
-        self._used: list[tuple[Event, Mapped, Callable[[], Any]]] = []
+        self._used: list[tuple[Event, Mapped, Callable[[], object]]] = []
 
     def write(self, device: "CudaDevice", source: Tensor, target: Tensor) -> None:
         """A kernel that is launched now makes ``target`` what ``source`` in RAM is now."""
@@ -165,7 +165,7 @@ class CudaDevice(Device):
             told = str(problem).partition("\n")[0]
             raise DeviceError(f"{self.name} failed ({told}); start the program again") from None
 
-    def current(self) -> AbstractContextManager[Any]:
+    def current(self) -> AbstractContextManager[object]:
         """Kernels are launched on this device inside, whichever thread launches them."""
         return torch.cuda.device(self.device)
 

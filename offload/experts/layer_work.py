@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from slotmoe.offload.tiers.disk import Read
+from slotmoe.offload.experts.source import Read
 
 
 @dataclass
@@ -30,8 +30,8 @@ class Pass:
 class Work:
     """What is left of a layer: ``uses`` counts each expert's tokens, ``newest`` are the newest
     token's experts, and ``kept`` the expert ids that stay for the pass's next step or layer; lists
-    of expert ids that are ``cached``, to be read ``later``, ``used`` in staging, or to be
-    ``computed`` by the CPU; and reads on their way."""
+    of expert ids that are ``cached``, to be read ``later``, or ``used`` in staging; and reads on
+    their way."""
 
     row: int
     uses: Mapping[int, int]
@@ -40,6 +40,9 @@ class Work:
     cached: list[int] = field(default_factory=list)
     later: list[int] = field(default_factory=list)
     used: list[int] = field(default_factory=list)
-    computed: list[int] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
-    acquired: list[Read] = field(default_factory=list)
+
+    @property
+    def many(self) -> bool:
+        """Whether other tokens use other experts than the newest."""
+        return len(self.uses) > len(self.newest)

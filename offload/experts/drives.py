@@ -34,10 +34,6 @@ class Meter:
         if self._running == 0:
             self._seconds += time.perf_counter() - self._since
 
-    def reset(self) -> None:
-        """Nothing is being read, whatever was begun."""
-        self._running = 0
-
     @property
     def seconds(self) -> float:
         running = time.perf_counter() - self._since if self._running else 0.0

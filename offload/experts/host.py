@@ -1,0 +1,275 @@
+"""The host tier: experts in RAM between the disk and a GPU's slots.
+
+A record comes from the disk into a slot here and goes on from there, on the GPU's stream of copies,
+as soon as its last byte has arrived; no thread waits for the copy.  The slot can take another
+record when the copy is done, which is checked when a slot is needed.  A record can also be
+*acquired*: it stays here, and the CPU computes with it.
+
+RAM is page-locked piece by piece, each when all its records have been written: a first token need
+not wait for all of it, and no page is locked before it exists.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from torch import Tensor
+
+from slotmoe.errors import DeviceError
+from slotmoe.jsonfile import Json
+from slotmoe.offload.devices.device import Device, Event
+from slotmoe.offload.devices.pages import page_aligned
+from slotmoe.offload.experts.disk import DiskReader
+from slotmoe.offload.experts.source import DEMAND, Read, read_each
+from slotmoe.offload.experts.store import ARRIVED, CACHED, FREE, LEAVING, READING, ExpertStore, Slot
+from slotmoe.offload.plan.memory import LENT
+from slotmoe.offload.policy.cache import Cache
+from slotmoe.quant.export.reader import Export
+
+PIN_BYTES = 64 << 20
+_NOTHING = memoryview(b"")
+
+
+class HostTier:
+    """A ``Source`` that has experts in RAM, under a cache of their own: an ``ExpertStore`` whose
+    records come from a ``DiskReader``.  ``staging`` slots hold what is on its way; at most so many
+    reads may be under way or acquired at once.  A ``Read`` is done when its copy has been queued.
+
+    A record that is in use is staged, or has a reference where it is cached.  The disk's threads
+    say what has arrived, so all changes are under a lock; the disk's own is never asked for inside.
+    """
+
+    def __init__(self, export: Export, direct: bool, cache: Cache, staging: int, device: Device):
+        size, count = export.layout.record_bytes, cache.slots + staging
+        self.slab = page_aligned(count * size, forks=False).view(-1, size)
+        self.store, self.cache = ExpertStore(cache, self.slab, count), cache
+        self._device, self._lock = device, threading.Lock()
+        self._copying: deque[tuple[Event, Slot]] = deque()  # in their order
+        self.acquired: dict[Read, Slot] = {}
+        self._pinned = _Pinning(self.slab, device)
+        self.bytes_copied, self.copy_seconds, self.bytes_acquired = 0, 0.0, 0
+        self._disk = disk = DiskReader(export, direct)
+        self.promote, self.cancel = disk.promote, disk.cancel
+        self.wait, self.stop = disk.wait, disk.stop
+
+    def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
+        """A read of one record into ``target`` on the GPU: from RAM if it is there, and then queued
+        already, else from disk through RAM."""
+        after = self._device.record()  # the slot's last readers have been launched
+        slot = self._claim(expert_id)
+        if slot.state is READING:
+            read = Read(expert_id, slot.record.numpy().data, urgency)
+            # What stays in a read must not keep it: this does, until it has been called.
+            read.after = partial(self._forward, read, slot, target, after)
+        else:
+            read = Read(expert_id, _NOTHING, urgency)
+            self._forward(read, slot, target, after, True)
+            read.done = True
+        return read
+
+    def submit(self, reads: Iterable[Read]) -> None:
+        """Start what has to come from the disk.  The cache hears of the uses: copies from RAM have
+        been queued, which were not to wait for that."""
+        reads = list(reads)
+        self._disk.submit(reads)
+        with self._lock:
+            self._collect()
+            for read in reads:
+                self.cache.use(read.expert_id)
+
+    def acquire(self, expert_id: int) -> Read:
+        """A read of one record into RAM alone, ahead of all prefetches; ``submit`` starts it, and
+        ``release`` ends its use."""
+        slot = self._claim(expert_id)
+        if slot.state is READING:
+            read = Read(expert_id, slot.record.numpy().data, DEMAND)
+            read.after = partial(self._arrived, slot)
+            slot.read = read
+        else:
+            read = Read(expert_id, _NOTHING, DEMAND, done=True)
+        self.acquired[read] = slot
+        return read
+
+    def release(self, read: Read) -> None:
+        """The record of an acquired read has been used, or is not wanted any more."""
+        slot, arrived = self.acquired.pop(read), read.done and read.error is None
+        over = read.done or self._disk.cancel(read)
+        with self._lock:
+            self.bytes_acquired += self._disk.record_bytes if arrived else 0
+            if over:
+                self._put_back(slot, arrived)
+            else:
+                self.store.move(slot, LEAVING)
+
+    def release_all(self) -> None:
+        """``release`` what was acquired and is no more used."""
+        for read in list(self.acquired):
+            self.release(read)
+
+    def advance(self, tokens: int) -> None:
+        """A pass over more tokens begins."""
+        with self._lock:
+            self._collect()
+            self.cache.advance(tokens)
+
+    def fill(self, expert_ids: Iterable[int], done: Callable[[], None]) -> None:
+        """Read experts that are not cached into free room, and wait; ``done()`` after each."""
+        absent = [expert_id for expert_id in expert_ids if expert_id not in self.cache]
+        room, computed = self.cache.slots - len(self.cache), self.bytes_acquired
+
+        def begin(expert_id: int) -> Read:
+            read = self.acquire(expert_id)
+            self.submit([read])
+            return read
+
+        try:
+            for read in read_each(self, absent[:room], LENT, begin):
+                self.release(read)
+                if read.error is not None:
+                    raise read.error
+                done()
+        finally:
+            self.release_all()
+            self.bytes_acquired = computed
+
+    def bandwidth(self) -> float:
+        """Bytes a second at which records come, by what share of them was in RAM so far."""
+        lookups = self.cache.hits + self.cache.misses
+        from_disk = self.cache.misses / lookups if lookups else 1.0
+        link = self.copy_seconds / self.bytes_copied if self.bytes_copied else 0.0
+        return 1 / (from_disk / self._disk.bandwidth() + link + 1e-12)
+
+    def stats(self) -> Json:
+        """Those of the disk, and ``host``: bytes copied to the GPU and seconds that copies took,
+        bytes of records that the CPU computed with, hits and misses in RAM, and whether it is
+        page-locked as far as it is filled."""
+        with self._lock:
+            self._collect()
+        counts = {"bytes": self.bytes_copied, "seconds": self.copy_seconds}
+        counts |= {"lent_bytes": self.bytes_acquired, "pinned": not self._pinned.refused}
+        counts |= {"hits": self.cache.hits, "misses": self.cache.misses}
+        return {**self._disk.stats(), "host": counts}
+
+    def close(self) -> None:
+        """Stop reading, wait for what is being copied, give the RAM back."""
+        self._disk.close()
+        for copy, _ in self._copying:
+            copy.synchronize()
+        self._pinned.close()
+
+    def _claim(self, expert_id: int) -> Slot:
+        """A slot for one use of an expert: where it is cached, or a staged one, which is READING if
+        it has to be written."""
+        store = self.store
+        while True:
+            with self._lock:
+                if store.state(expert_id) is not CACHED:
+                    self._collect()
+                if store.state(expert_id) is CACHED:
+                    store.refer(store.of[expert_id], 1)
+                    return store.of[expert_id]
+                if store.available:
+                    return store.take(expert_id)
+                # All that is on its way has been queued: the oldest copy makes room.
+                copy = self._copying[0][0] if self._copying else None
+                leaving = store.leaving_reads()
+            if copy is not None:
+                copy.synchronize()
+            else:
+                self.wait(leaving)
+
+    def _forward(self, read: Read, slot: Slot, target: Tensor, after: Event, arrived: bool) -> None:
+        """Queue the copy of a record that has arrived in RAM."""
+        self._arrived(slot, arrived)
+        with self._lock:  # so that the time of a copy holds no part of another
+            try:
+                if arrived:
+                    read.copy = self._device.copy(slot.record, target, after)
+            except RuntimeError as problem:
+                name = self._device.name
+                read.error = DeviceError(f"copying an expert to {name} failed ({problem})")
+            finally:
+                if read.copy is not None:
+                    self._copying.append((read.copy, slot))
+                else:
+                    self._put_back(slot, arrived=False)
+
+    def _arrived(self, slot: Slot, arrived: bool) -> None:
+        """A record is in RAM, if it has ``arrived``."""
+        if arrived:
+            self._pinned.written(slot.index)
+            with self._lock:
+                if slot.state is READING:
+                    self.store.move(slot, ARRIVED)
+
+    def _collect(self) -> None:
+        """Give the slots of copies that are done to the cache; the lock is held."""
+        self.store.collect()
+        while self._copying and self._copying[0][0].done():
+            copy, slot = self._copying.popleft()
+            self.bytes_copied += self._disk.record_bytes
+            self.copy_seconds += copy.seconds
+            self._put_back(slot, arrived=True)
+
+    def _put_back(self, slot: Slot, arrived: bool) -> None:
+        """A use ends; the lock is held."""
+        if slot.state is CACHED:
+            self.store.refer(slot, -1)
+        elif not arrived or slot.expert in self.cache:  # the record was read twice at once
+            self.store.move(slot, FREE)
+        else:
+            self.store.admit(slot)
+            if len(self.cache) == self.cache.slots:
+                self._pinned.rest()
+
+
+class _Pinning:
+    """Page-locks a slab in pieces of ``PIN_BYTES``, each when all its records have been written
+    once."""
+
+    def __init__(self, slab: Tensor, device: Device):
+        self._device, self._lock = device, threading.Lock()
+        self._count = max(1, PIN_BYTES // slab.shape[1])
+        self._pieces = slab.split(self._count)
+        # The slots that nothing has been written to, of each piece that is not locked.
+        self._unwritten = {
+            piece: set(range(piece * self._count, piece * self._count + len(records)))
+            for piece, records in enumerate(self._pieces)
+        }
+        self._locked: list[Tensor] = []
+        self.refused = False
+
+    def written(self, slot: int) -> None:
+        """A record has arrived in ``slot``."""
+        piece = slot // self._count
+        if piece not in self._unwritten:
+            return
+        with self._lock:
+            slots = self._unwritten.get(piece, {slot})
+            slots.discard(slot)
+            if not slots:
+                self._pin(piece)
+
+    def rest(self) -> None:
+        """Nothing more will be written to slots that are free now: lock what is left."""
+        if self._unwritten:
+            with self._lock:
+                for piece in list(self._unwritten):
+                    self._pin(piece)
+
+    def _pin(self, piece: int) -> None:
+        if self._unwritten.pop(piece, None) is None or self.refused:
+            return
+        if self._device.pin(self._pieces[piece]):
+            self._locked.append(self._pieces[piece])
+            return
+        self.refused = True
+        logging.getLogger("slotmoe").warning(
+            "the system locks no more RAM for %s; copies from it are slower", self._device.name
+        )
+
+    def close(self) -> None:
+        while self._locked:
+            self._device.unpin(self._locked.pop())

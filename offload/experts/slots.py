@@ -1,0 +1,308 @@
+"""The device tier: one slab of records on the device, which a step computes from.
+
+A step never polls: it asks for what it misses, computes what is cached, and waits on ``Read``s.  A
+record counts as present only when its last byte has arrived and its checksum is right.
+"""
+
+import time
+from collections.abc import Callable, Collection, Iterable
+
+import torch
+from torch import Tensor
+
+from slotmoe.errors import DeviceError
+from slotmoe.offload.devices.device import Device
+from slotmoe.offload.devices.pages import Touching
+from slotmoe.offload.experts.source import DEMAND, WARM, Read, Source, read_each
+from slotmoe.offload.experts.store import (
+    ARRIVED,
+    CACHED,
+    FREE,
+    LEAVING,
+    READING,
+    STALE,
+    ExpertStore,
+    Slot,
+)
+from slotmoe.offload.policy.cache import Cache
+
+LAZY_BYTES = 256 << 20  # a slab beyond this gets its pages while the first tokens are made
+_NOTHING = memoryview(b"")
+
+
+class Slots:
+    """An ``ExpertStore`` on ``device`` that gets its records from ``source``; ``reserve`` of the
+    staging slots are for demands alone, at least as many as one token's experts of a layer.
+
+    In RAM a large slab grows: it begins with a few slots, and a thread makes the others' pages
+    present (``Touching``).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        cache: Cache,
+        staging: int,
+        reserve: int,
+        record_bytes: int,
+        device: Device,
+    ):
+        self._all = cache.layers * cache.experts
+        total = min(cache.slots + staging, self._all)
+        self.slab = device.empty((total, record_bytes), torch.uint8)
+        self._source, self._device, self.cache = source, device, cache
+        self.staging, self._reserve = staging, reserve
+        self.wait_seconds, self.reclaimed = 0.0, 0
+        self.planned, self._touched = cache.slots, 0
+        ready = max(staging + reserve, LAZY_BYTES // record_bytes)
+        self._touching: Touching | None = None
+        if ready < total and device.tier == "ram":
+            self._touching = Touching(self.slab.view(-1), ready * record_bytes)
+            cache.slots = ready - staging
+        self.store = ExpertStore(cache, self.slab, min(ready, total) if self._touching else total)
+        # What the device was told last of the store's table.
+        self._told_ME = device.empty((cache.layers, cache.experts), torch.int32).fill_(-1)
+
+    @property
+    def slots_ME(self) -> Tensor:
+        """The slot of each cached expert, int32 [MoE layers, E] on the device; -1 of the others.
+        All changes since the last look go there at once."""
+        if self.store.changed:
+            self._device.write(self.store.table_ME, self._told_ME)
+            self.store.changed = False
+        return self._told_ME
+
+    @property
+    def complete(self) -> bool:
+        """Whether every expert is cached; then none is ever evicted."""
+        return len(self.cache) == self._all
+
+    def room(self) -> int:
+        """Slots of the cache that are free now."""
+        self._grow()
+        return self.cache.slots - len(self.cache)
+
+    def __contains__(self, expert_id: int) -> bool:
+        """Whether the expert has a slot, cached or on its way."""
+        return self.store.state(expert_id) > STALE
+
+    # A pass
+
+    def advance(self, tokens: int) -> None:
+        """A pass over more tokens begins.  What the last one has left in staging is given up; the
+        cache admits what has arrived to warm it."""
+        self.store.held_N.fill(False)
+        for slot, read in self._coming():
+            if read.urgency != WARM:
+                self._give_up(slot)
+        self.admit_warm()
+        self.cache.advance(tokens)
+        self._source.advance(tokens)
+
+    def release(self) -> None:
+        """A layer's work is over, or was broken off: nothing is referred to any more, and demands
+        that it has not used are given up."""
+        self.store.held_N.fill(False)
+        if self.store.staged:
+            for slot, read in self._coming():
+                if read.urgency == DEMAND:
+                    self._give_up(slot)
+
+    def demand(self, expert_ids: Collection[int]) -> list[Read]:
+        """Reads of experts that are not cached, ahead of all prefetches.  So many may be demanded
+        and not yet admitted as there are staging slots."""
+        of, new, reads = self.store.of, list[Read](), []
+        for expert_id in expert_ids:  # before any prefetch gives its slot up for another
+            slot = of.get(expert_id)
+            if slot is not None and slot.state is not STALE:
+                self._promote(slot)
+        for expert_id in expert_ids:
+            slot = of.get(expert_id)
+            if slot is None or slot.state is STALE:
+                slot = self._begin(expert_id, DEMAND, new)
+            assert slot.read is not None
+            reads.append(slot.read)
+        if new:
+            self._source.submit(new)
+        return reads
+
+    def prefetch(self, expert_id: int, urgency: int) -> bool:
+        """Start reading an expert unless that would leave fewer than ``reserve`` staging slots
+        free."""
+        self.store.collect()
+        if len(self.store.staged) + self._reserve >= self.staging:
+            return False
+        new = list[Read]()
+        self._begin(expert_id, urgency, new)
+        self._source.submit(new)
+        return True
+
+    def drop(self, expert_id: int) -> None:
+        """Give up an expert in staging, arrived or not; nothing happens if it is not there."""
+        if READING <= self.store.state(expert_id) <= ARRIVED:
+            self._give_up(self.store.of[expert_id])
+
+    def wait(self, reads: Collection[Read]) -> None:
+        """Block until one of ``reads`` is done."""
+        started = time.perf_counter()
+        self._source.wait(reads)
+        self.wait_seconds += time.perf_counter() - started
+
+    def take(self, reads: Collection[Read]) -> None:
+        """Use ``reads`` that are done: kernels launched from now on run after their copies.  Raises
+        what made one fail; its slot is free then."""
+        for read in reads:
+            slot = self.store.of[read.expert_id]
+            self._wait_for_copy(read)
+            if read.error is not None:
+                self._give_up(slot)
+                raise read.error
+            if slot.state is READING:
+                self.store.move(slot, ARRIVED)
+
+    def admit(self, expert_id: int, must: bool = False) -> None:
+        """An expert in staging has been used: see ``ExpertStore.admit``."""
+        self._grow()
+        self.store.admit(self.store.of[expert_id], must)
+
+    def admit_guesses(self) -> None:
+        """Let the cache admit what was read ahead and has arrived."""
+        for slot, read in self._coming():
+            if DEMAND < read.urgency < WARM and read.arrived and read.error is None:
+                self.take([read])
+                self.admit(slot.expert, must=True)
+
+    def admit_warm(self) -> None:
+        """Let the cache admit what was read to warm it and has arrived, as long as it has room."""
+        self._grow()
+        for slot, read in self._coming():
+            if read.urgency != WARM or not read.arrived:
+                continue
+            if len(self.cache) < self.cache.slots and read.error is None:
+                self.store.move(slot, CACHED)
+            else:
+                self._give_up(slot)
+
+    # Between passes
+
+    def fill(self, expert_ids: Iterable[int], done: Callable[[], None]) -> None:
+        """Read experts that are not cached into the cache's free room, several at a time, and wait;
+        ``done()`` after each."""
+        self._finish_growing()
+        for slot, _ in self._coming():
+            self._give_up(slot)
+        absent = [expert_id for expert_id in expert_ids if expert_id not in self.cache]
+
+        def begin(expert_id: int) -> Read:
+            return self.demand([expert_id])[0]
+
+        try:
+            for read in read_each(self._source, absent[: self.room()], self.staging, begin):
+                self.take([read])
+                self.store.move(self.store.of[read.expert_id], CACHED)
+                done()
+        finally:
+            self.release()
+
+    def memory(self) -> Tensor:
+        """All slots as one, uint8, with all its pages."""
+        self._finish_growing()
+        return self.slab.view(-1)
+
+    def present(self) -> tuple[int, int]:
+        """Bytes of cached records, and bytes of the slab that are in use by now.  Another thread
+        may ask."""
+        size, touching = self.slab.shape[1], self._touching
+        used = (len(self.cache) + len(self.store.staged)) * size
+        if touching is not None:  # its pages, and those of the first slots that are in use
+            used = touching.ready - touching.start + min(used, touching.start)
+        self._touched = max(self._touched, used)  # pages never go
+        return len(self.cache) * size, self._touched
+
+    def close(self) -> None:
+        """Stop what still goes on in other threads; the source is closed by itself."""
+        if self._touching is not None:
+            self._touching.close()
+
+    def _finish_growing(self) -> None:
+        if self._touching is not None:
+            self._touching.finish()
+        self._grow()
+
+    def _grow(self) -> None:
+        """Take over the slots whose pages are present now."""
+        if self._touching is None:
+            return
+        ready = self._touching.ready // self.slab.shape[1]
+        self.store.grow(ready)
+        self.cache.slots = ready - self.staging
+        if ready == len(self.slab):
+            self.cache.slots, self._touching = self.planned, None
+            self._touched = self.slab.nbytes
+
+    def _coming(self) -> list[tuple[Slot, Read]]:
+        """What is staged and was not given up, the oldest first."""
+        staged = self.store.staged.values()
+        return [(slot, slot.read) for slot in staged if slot.state is not LEAVING and slot.read]
+
+    def _begin(self, expert_id: int, urgency: int, new: list[Read]) -> Slot:
+        """Stage a slot for an expert; ``new`` gets what its source has to be told of, if
+        anything."""
+        store = self.store
+        if store.leaving or not store.available:
+            self._make_room()
+        slot = store.take(expert_id)
+        if slot.state is ARRIVED:
+            copy = slot.read.copy if slot.read is not None else None
+            slot.read = read = Read(expert_id, _NOTHING, urgency, done=True, copy=copy)
+            self._wait_for_copy(read)
+            if read.error is None:
+                self.reclaimed += 1
+                return slot
+            store.move(slot, FREE)
+            slot = store.take(expert_id)
+        try:
+            slot.read = read = self._source.read(expert_id, slot.record, urgency)
+        except BaseException:
+            store.move(slot, FREE)
+            raise
+        new.append(read)
+        return slot
+
+    def _promote(self, slot: Slot) -> None:
+        """What was to be read ahead is demanded; where that has failed, it is tried again."""
+        read = slot.read
+        assert read is not None
+        if read.done:
+            self._wait_for_copy(read)
+        if read.error is not None:
+            self._give_up(slot)
+        elif read.done:
+            read.urgency = DEMAND  # no guess any more, which ``admit_guesses`` may take
+        else:
+            self._source.promote(read)
+
+    def _wait_for_copy(self, read: Read) -> None:
+        """Kernels launched from now on run after the copy of a read that is done."""
+        if read.copy is not None and read.error is None:
+            try:
+                self._device.wait(read.copy)
+                read.copy = None
+            except RuntimeError as problem:
+                name = self._device.name
+                read.error = DeviceError(f"copying an expert to {name} failed ({problem})")
+
+    def _give_up(self, slot: Slot) -> None:
+        self.store.give_up(slot, self._source.cancel)
+
+    def _make_room(self) -> None:
+        """If no slot is available, the oldest prefetch gives its own up."""
+        store = self.store
+        store.collect()
+        while not store.available:
+            unwanted = (slot for slot, read in self._coming() if read.urgency != DEMAND)
+            if (slot := next(unwanted, None)) is not None:
+                self._give_up(slot)
+            else:
+                self._source.wait(store.leaving_reads())
+            store.collect()
