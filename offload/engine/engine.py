@@ -48,14 +48,16 @@ class _Call(Generic[T]):
     cancelled: bool = False
 
 
-class _Thread(threading.Thread):
-    """The engine's thread, which knows no engine once it has ended; ``is_left`` where it is stuck
-    and nobody waits for it any more."""
+class _Life:
+    """Whether the engine's thread goes on, and nobody has left it behind.  This knows no engine.
+    ``Thread.is_alive`` is not asked: a signal that strikes there may call a thread ended that is
+    not (CPython 3.11)."""
 
-    is_left = False
+    def __init__(self) -> None:
+        self.goes_on, self.end = True, SimpleQueue[None]()
 
-    def goes_on(self) -> bool:
-        return self.is_alive() and not self.is_left
+    def is_on(self) -> bool:
+        return self.goes_on
 
 
 class Engine:
@@ -76,7 +78,8 @@ class Engine:
         self.problem: BaseException | None = None
         self.ended: Callable[[], None] = lambda: None
         model.experts.look = self._look
-        self._thread = _Thread(target=self._run, name="slotmoe-engine", daemon=True)
+        self._life = _Life()
+        self._thread = threading.Thread(target=self._run, name="slotmoe-engine", daemon=True)
         self._thread.start()
         _ALL.add(self)
 
@@ -94,9 +97,9 @@ class Engine:
         try:
             for request in requests:
                 request.wake = partial(self._inbox.put, None)
-                request.alive = self._thread.goes_on
+                request.alive = self._life.is_on
                 self._inbox.put(request)
-            if not self._thread.goes_on():  # it may have looked into the inbox before
+            if not self._life.goes_on:  # it may have looked into the inbox before
                 self._refuse_all()
         except BaseException:  # Ctrl-C, at any line
             for request in requests:
@@ -124,8 +127,9 @@ class Engine:
         try:
             self.submit(request)
             delta = wait_for(ended, request.alive)
-        finally:
+        except BaseException:
             request.cancel()
+            raise
         if delta.finish not in ("stop", "length"):
             raise request.problem or ConfigError(CLOSED)
 
@@ -136,9 +140,9 @@ class Engine:
         call = _Call(action)
         try:
             self._inbox.put(call)
-            if not self._thread.goes_on():
+            if not self._life.goes_on:
                 self._refuse_all()
-            result, problem = wait_for(call.reply, self._thread.goes_on)
+            result, problem = wait_for(call.reply, self._life.is_on)
         except BaseException:
             call.cancelled = True
             self._inbox.put(None)
@@ -154,7 +158,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        return self._thread.goes_on()
+        return self._life.goes_on
 
     def refuse(self, why: str) -> None:
         """Take nothing any more."""
@@ -175,8 +179,10 @@ class Engine:
         if self.model.store is not None:
             self.model.store.stop()
         if threading.current_thread() is not self._thread:
-            self._thread.join(STUCK_SECONDS)
-            self._thread.is_left = self._thread.is_alive()
+            with suppress(Empty):
+                self._life.end.get(timeout=STUCK_SECONDS if self._life.goes_on else 0.0)
+                self._thread.join()
+        self._life.goes_on = False
         self.model.opened.close()
 
     # The thread
@@ -195,6 +201,7 @@ class Engine:
             self._end_all()
             self.model.experts.look = lambda: None
             self.ended()
+            self._life.end.put(None)
 
     def _has_work(self) -> bool:
         """Wait for some; False where there will be none.  What answers have left behind is given
@@ -260,6 +267,7 @@ class Engine:
             self._refuse(self.batch.waiting.popleft())
         while self._calls:
             self._calls.popleft().reply.put(([], ConfigError(self._refusal)))
+        self._life.goes_on = False  # who puts something in from now on looks at this
         self._refuse_all()
 
     def _refuse_all(self) -> None:

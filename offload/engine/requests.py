@@ -18,8 +18,9 @@ from torch import Tensor
 from slotmoe.errors import CLOSED, ConfigError
 from slotmoe.model.generate import Delta, Token
 
-# A wait is a loop of waits of so many seconds: some systems let no signal end a wait for a lock.
-_WAIT_SECONDS = 0.5
+# A wait is a loop of waits of so many seconds: some systems let no signal end a wait for a lock,
+# and none lets one that came just before it began.
+_WAIT_SECONDS = 0.1
 T = TypeVar("T")
 
 

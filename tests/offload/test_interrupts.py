@@ -104,7 +104,7 @@ def test_ctrl_c_ends_the_filling_of_slots(sample_export):
         calls.append(0)
         if len(calls) == 3:
             os.kill(os.getpid(), CTRL_C)
-            time.sleep(0.2)  # the main thread is told meanwhile
+            time.sleep(1)  # the main thread is told meanwhile
 
     with Runtime.open(sample_export, context=64) as runtime:
         with pytest.raises(KeyboardInterrupt):

@@ -131,8 +131,13 @@ def test_kernels_lose_of_the_head_what_they_lose_of_the_network(with_head, draft
     save_file(weights, tmp_path / "weights.safetensors")
     shutil.copy(with_head / "export" / "config.json", tmp_path)
     (hidden_TD,) = drafting.hidden(ids)
-    main = drafting.engine.batch.passes.logits(hidden_TD)
-    head = drafting.model.head.head(drafts_of(drafting).read(ids, hidden_TD[:-1].clone()))
+    engine = drafting.engine
+
+    def compute():
+        read = drafts_of(drafting).read(ids, hidden_TD[:-1].clone())
+        return engine.batch.passes.logits(hidden_TD), drafting.model.head.head(read)
+
+    main, head = engine.call(compute)
     right = plain.logits(tmp_path, ids), plain.mtp_logits(tmp_path, ids)
     errors = []
     for found, wanted in zip((main, head), map(torch.from_numpy, right), strict=True):
@@ -209,18 +214,22 @@ def test_rows_of_the_head_are_those_of_one_pass_over_the_text(
     decode(runtime, ids[:5], [])
     decode(runtime, ids[:12], ids[12:])
     came, drafts = sequence._head._cache, drafts_of(runtime)
+
+    def read(*given):
+        runtime.engine.call(lambda: drafts.read(*given))
+
     assert runtime.stats()["drafts"]["accepted"] - before >= 10
     assert came.length >= len(ids) - 3
     begin(runtime)
     (hidden_TD,) = runtime.hidden(ids)
-    drafts.read(ids, hidden_TD[:-1].clone())
+    read(ids, hidden_TD[:-1].clone())
     rows_SX = drafts._cache.layers[0]
     assert torch.equal(rows_SX[: came.length], came.layers[0, : came.length])
     with monkeypatch.context() as patch:
         patch.setattr(MtpHead, "forward", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            drafts.read(ids[:5], hidden_TD[3:4].clone())
-    drafts.read(ids[:7], hidden_TD[5:6].clone())  # rows 3 and 4 are not sure any more
+            read(ids[:5], hidden_TD[3:4].clone())
+    read(ids[:7], hidden_TD[5:6].clone())  # rows 3 and 4 are not sure any more
     assert drafts._cache.length == 1
 
 
