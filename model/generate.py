@@ -283,9 +283,11 @@ class Answer:
         if self._logprobs is None:
             return Token(token_id, text)
         total = logits_V.logsumexp(dim=-1)
-        best = logits_V.topk(self._logprobs)
-        values = (best.values - total).tolist()
-        likeliest = tuple(zip(best.indices.tolist(), values, strict=True))
+        likeliest: tuple[tuple[int, float], ...] = ()
+        if self._logprobs:
+            best = logits_V.topk(self._logprobs)
+            values = (best.values - total).tolist()
+            likeliest = tuple(zip(best.indices.tolist(), values, strict=True))
         return Token(token_id, text, float(logits_V[token_id] - total), likeliest)
 
     def _release(self) -> Delta:

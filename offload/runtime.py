@@ -5,7 +5,6 @@ with Runtime.open("sample") as runtime:
         print(token.text, end="", flush=True)
 """
 
-import asyncio
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -216,6 +215,8 @@ class Runtime:
         self, prompt: str | list[int] | None = None, **options: Any
     ) -> AsyncIterator[Token]:
         """``generate`` for ``async for``; the event loop goes on meanwhile."""
+        import asyncio
+
         loop, deltas = asyncio.get_running_loop(), asyncio.Queue[Delta]()
         stream = self._ask(prompt, **options)
 

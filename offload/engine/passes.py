@@ -18,9 +18,10 @@ from slotmoe.offload.policy.drafts import Drafting
 from slotmoe.sizes import format_size
 
 EACH_AT_ONCE = 16  # rows of logits made at once, each as it is alone
+_NONE = torch.empty(0, 0)
 
 
-@dataclass
+@dataclass(slots=True)
 class Row:
     """A sequence's part of a pass, which appends ``ids`` to it and computes ``draft`` behind them.
 
@@ -33,8 +34,8 @@ class Row:
     ids: list[int]
     wanted: bool = True
     draft: list[int] = field(default_factory=list)
-    hidden_TD: Tensor = field(default_factory=lambda: torch.empty(0, 0))
-    logits_RV: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    hidden_TD: Tensor = _NONE
+    logits_RV: Tensor = _NONE
 
 
 class Passes:
