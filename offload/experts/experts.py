@@ -253,7 +253,6 @@ class Experts:
             acquired = hybrid.reads if hybrid is not None else []
             if not (work.cached or work.reads or acquired):
                 return
-            self.look()  # a layer may have many experts to wait for
             done = [read for read in work.reads if read.done][: max(1, slots.staging // 2)]
             if done or work.cached:
                 slots.take(done)
@@ -270,6 +269,7 @@ class Experts:
                 hybrid.compute(arrived[: len(ready)], work.row, y_TKD)
                 self.timer.mark("experts")
             else:
+                self.look()  # a layer may have many experts to wait for
                 slots.wait([*work.reads, *acquired])
                 self.timer.mark("waiting for disk")
 

@@ -135,8 +135,8 @@ class Kernels:
         """x float32 [T, H] through those of each token's experts, indices int64 [T, k], that are in
         the slab (uint8 [S, >= record_bytes]), unweighted, into y float32 [T, k, H]: slots int32 [E]
         says in which row by expert; where it is negative, y is left as it is."""
-        record.check(slab)
-        self._functions["experts_by_slot"].results(record, x, indices, slots, slab, y)
+        bound = record.slab(slab)
+        self._functions["experts_by_slot"].results(record, x, indices, slots, bound, y)
 
     def store_latents(self, latent: Tensor, r: int, cache: Tensor) -> None:
         """latent float32 [T, R + P], R = `r` -> T rows of a latent cache, uint8 [T, latent_bytes(R,
@@ -204,14 +204,13 @@ class Kernels:
         asked = decoder.routers_from(first, x is not None)
         t, layers, sizes = len(caches), len(decoder.routed), decoder.sizes
         hidden, top_k, f32 = sizes["H"], sizes["K"], torch.float32
-        record.check(slab)
         inputs = (
             _address("h", h, f32, t, hidden),
             _address("table", table, torch.complex64, t, sizes["C"]),
             _address("query_scale", query_scale, f32, t),
             *cache_rows(caches, positions, layers, decoder.row_bytes),
             _address("slots", slots, torch.int32, sizes["M"], sizes["E"]),
-            _address("slab", slab, torch.uint8, *slab.shape),
+            record.slab(slab).address,
             *slab.shape,
             record.address,
             _address("x", x, f32, t, hidden),

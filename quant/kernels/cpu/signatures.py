@@ -32,7 +32,7 @@ _C_TYPES = {  # all others are sizes
     **dict.fromkeys(("pointer", "bound"), ctypes.c_void_p),
     **{"type": ctypes.c_int, "float": ctypes.c_float},
 }
-_RECORDS = "slab:u8[S,B] S B"
+_RECORDS = "slab:bound S B"
 _ABSORB = "A kv_b:i8[M,R] kv_b_scale:f32[M] N per_head:size R"
 _SOURCE = "source:source[N,K] type N K"
 _LEVELS = "levels:f32[L] L"

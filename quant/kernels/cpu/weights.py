@@ -228,19 +228,30 @@ class ExpertRecord(Bound):
         kinds, starts = [codec.kind for codec in codecs], [row.data_ptr() for row in levels]
         native = _Record(hidden, intermediate, *kinds, *starts)
         self.record_bytes = record_bytes(hidden, intermediate, codecs)
-        self._sound: Tensor | None = None
+        self._slab: Slab | None = None  # of the last call
         super().__init__(native, {"H": hidden}, levels)
 
-    def check(self, slab: Tensor) -> None:
-        """Raise `ValueError` unless each row of the slab, uint8 [S, B], holds a record at a
-        multiple of 64.  The slab of the last call is known to."""
-        if slab is self._sound:
-            return
-        size = slab.shape[1] if slab.dim() == 2 else -1
-        if (len(slab) and size < self.record_bytes) or size % 64 or slab.data_ptr() % 64:
-            least = f"at least {self.record_bytes}, at multiples of 64"
-            raise ValueError(f"a record of {size} bytes, expected {least}")
-        self._sound = slab
+    def slab(self, slab: Tensor) -> "Slab":
+        """The slab, uint8 [S, B].  Raises `ValueError` unless each row holds a record at a multiple
+        of 64."""
+        if self._slab is None or self._slab.tensor is not slab:
+            bound = Slab(slab)
+            rows, size = slab.shape
+            if (rows and size < self.record_bytes) or size % 64 or slab.data_ptr() % 64:
+                least = f"at least {self.record_bytes}, at multiples of 64"
+                raise ValueError(f"a record of {size} bytes, expected {least}")
+            self._slab = bound
+        return self._slab
+
+
+class Slab(Bound):
+    """A slab of records as native calls take it.  Raises `ValueError`."""
+
+    def __init__(self, slab: Tensor):
+        self.tensor, self.sizes = slab, dict[str, int]()
+        address = tensor_spec("slab:u8[S,B]").check(slab, self.sizes)
+        assert address is not None
+        self.address = address
 
 
 class Decoder(Bound):
