@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -122,10 +122,17 @@ class _Clients:
     def together(self, clients: int, tokens: int) -> turns.Row:
         """Tokens a second between the last client's first token and the first client's last."""
         answers = self.moments([self.prompt(16, seed) for seed in range(clients)], tokens)
-        start, end = max(moments[1] for moments in answers), min(m[-1] for m in answers)
-        counted = sum(start < moment <= end for moments in answers for moment in moments)
-        rate = counted / (end - start)
-        return {"clients": clients, "tokens_per_second": rate, "counted": counted}
+        return {"clients": clients, **_rate([moments[1:] for moments in answers])}
+
+    def threads(self, threads: int, tokens: int) -> turns.Row:
+        """The same by threads of this process, without the server."""
+
+        def moments(seed: int) -> list[float]:
+            text = self.runtime.generate(self.prompt(16, seed), tokens)
+            return [time.perf_counter() for _ in text]
+
+        with ThreadPoolExecutor(threads) as pool:
+            return {"threads": threads, **_rate([*pool.map(moments, range(threads))])}
 
     def first_token(self, length: int, rounds: int) -> turns.Row:
         """Seconds to the first token of ``length`` tokens that are new, and of the same again."""
@@ -136,6 +143,13 @@ class _Clients:
                 asked, first, _ = self.moments([prompt], 2)[0]
                 values.append(first - asked)
         return {"first token of": length, **{way: median(runs) for way, runs in seconds.items()}}
+
+
+def _rate(answers: list[list[float]]) -> turns.Row:
+    """Tokens a second, by the moments of each answer's."""
+    start, end = max(moments[0] for moments in answers), min(m[-1] for m in answers)
+    counted = sum(start < moment <= end for moments in answers for moment in moments)
+    return {"tokens_per_second": counted / (end - start), "counted": counted}
 
 
 @click.command()
@@ -162,7 +176,8 @@ def serve(
         measuring = _Clients(runtime, pool, port)
         if cost:
             rows += measuring.cost(tokens, repetitions)
-        ways = {str(number): partial(measuring.together, number, tokens) for number in counts}
+        ways = {f"{n} clients": partial(measuring.together, n, tokens) for n in counts}
+        ways |= {f"{n} threads": partial(measuring.threads, n, tokens) for n in counts}
         for runs in turns.take_turns(ways, repetitions, warm_up=False).values():
             runs.sort(key=lambda run: float(run["tokens_per_second"]))
             rows.append(runs[repetitions // 2])
