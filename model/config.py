@@ -8,6 +8,7 @@ default.  Values that this network does not compute are refused by name.
 import json
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, get_origin, get_type_hints
 
@@ -64,7 +65,7 @@ class Rope:
     def _mscale(self, mscale: float) -> float:
         return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
 
-    @property
+    @cached_property
     def table_scale(self) -> float:
         """Factor on the cosine and sine table."""
         return self._mscale(self.mscale) / self._mscale(self.mscale_all_dim)

@@ -88,7 +88,7 @@ class Experts:
         shape = self._count, slots.cache.experts
         self._none_ME = torch.full(shape, -1, dtype=torch.int32)
         self.lookahead, self._warm = lookahead, list(reversed(warm))
-        self.hybrid, self.split = hybrid, split
+        self.hybrid, self.split, self._computes = hybrid, split, split.computes
         self.substitution: Substitution | None = None
         self.look: Callable[[], None] = lambda: None
         self._apart = False  # whether the pass's tokens are of several sequences
@@ -194,7 +194,7 @@ class Experts:
             self._cache.hits += indices_TK.numel()  # the host need not know the choice
             yield slots.slots_ME[row]
             return
-        learns, computes = self._learns, self.split.computes
+        learns, computes = self._learns, self._computes
         inputs = [x_TD if computes else x_TD[-FOLLOWED:]] if computes or learns else []
         download = device.download(indices_TK, *inputs)
         if device.queues:  # by the slot table, before the host knows the choice
