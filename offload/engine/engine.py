@@ -120,6 +120,18 @@ class Engine:
         self._finished(Request(prompt, forced))
         return forced
 
+    def empty(self, depth: int = 0) -> list[int]:
+        """Empty all sequences, and let the first hold ``depth`` unknown tokens with random latents:
+        for measurements.  Returns the beginning of a prompt that goes on from there."""
+
+        def empty() -> None:
+            for sequence in self.batch.sequences:
+                sequence.cut(0)
+            self.batch.sequences[0].fill(depth, self.model.config, self.model.backend)
+
+        self.call(empty)
+        return [-1] * depth
+
     def _finished(self, request: Request) -> None:
         """Submit a request and wait for its end.  Raises what the engine could not do."""
         ended = SimpleQueue[Delta]()

@@ -9,7 +9,6 @@ import torch
 from slotmoe.errors import ConfigError
 from slotmoe.model.generate import Answer, Sampling
 from slotmoe.model.network import Network
-from slotmoe.offload.observe.forced import begin
 from slotmoe.offload.policy.drafts import MOST_DRAFTED, Drafting, NGrams
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.kernels.cpu.bindings import load
@@ -63,7 +62,7 @@ class Noting(Answer):
 
 def answer_of(runtime, sampling):
     """The answer, every row of logits, what is shown, and what the sequence holds at the end."""
-    begin(runtime)
+    runtime.engine.empty()
     ids = runtime.tokenizer.encode(TEXT)
     answer = Noting(ids, runtime.tokenizer, (), Sampling(**sampling), 40, logprobs=3)
     deltas = ask(runtime, ids, answer)
@@ -111,7 +110,7 @@ def test_what_is_drafted_does_not_outlast_a_change(pair, eager, monkeypatch):
 
     monkeypatch.setattr(Network, "forward", failing)
     for runtime in pair:
-        begin(runtime)
+        runtime.engine.empty()
         rows, before = [decode(runtime, ids[:40], ids[40:42])], runtime.stats()["drafts"]
         for new in ids[12], 7:
             rows.append(decode(runtime, ids[:30], [ids[30], new, ids[41]]))

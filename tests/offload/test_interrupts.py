@@ -16,7 +16,6 @@ import pytest
 from slotmoe.errors import ConfigError
 from slotmoe.offload.engine import engine as engines
 from slotmoe.offload.experts import disk
-from slotmoe.offload.observe.forced import force
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.reader import Export
 from tests.support.disk import forked
@@ -200,7 +199,11 @@ def test_a_forked_child_is_refused_and_does_not_hang(sample_export, monkeypatch,
         want = compute(runtime)
 
         def in_child():
-            for use in (lambda: force(runtime, [5]), lambda: runtime.logits(IDS), runtime.warm):
+            for use in (
+                lambda: runtime.engine.force([5]),
+                lambda: runtime.logits(IDS),
+                runtime.warm,
+            ):
                 with pytest.raises(ConfigError, match="before the process forked"):
                     use()
             runtime.close()

@@ -14,7 +14,6 @@ from slotmoe.model.mtp import MtpHead
 from slotmoe.model.names import expert_name
 from slotmoe.offload.engine.mtp_drafts import HeadDrafts
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.observe.forced import begin
 from slotmoe.offload.policy.drafts import Asking, Drafting
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import RESIDENT, layer_file
@@ -56,7 +55,7 @@ def drafting(with_head):
 
 def text_of(runtime, count=40, **options):
     """Ids and log-probabilities."""
-    begin(runtime)
+    runtime.engine.empty()
     tokens = list(runtime.generate(IDS[:12], count, **options))
     return [(token.id, token.logprob) for token in tokens]
 
@@ -210,7 +209,7 @@ def test_rows_of_the_head_are_those_of_one_pass_over_the_text(
     ids, runtime = [*IDS[:12], *answer], drafting
     before, sequence = runtime.stats()["drafts"]["accepted"], runtime.engine.batch.sequences[0]
     monkeypatch.setattr(runtime.model.head, "head", Prompter(monkeypatch, answer))
-    begin(runtime)
+    runtime.engine.empty()
     decode(runtime, ids[:5], [])
     decode(runtime, ids[:12], ids[12:])
     came, drafts = sequence._head._cache, drafts_of(runtime)
@@ -220,7 +219,7 @@ def test_rows_of_the_head_are_those_of_one_pass_over_the_text(
 
     assert runtime.stats()["drafts"]["accepted"] - before >= 10
     assert came.length >= len(ids) - 3
-    begin(runtime)
+    runtime.engine.empty()
     (hidden_TD,) = runtime.hidden(ids)
     read(ids, hidden_TD[:-1].clone())
     rows_SX = drafts._cache.layers[0]

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from slotmoe.errors import ConfigError, PlanError
-from slotmoe.offload.observe.forced import begin
 from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.runtime import Runtime
 from slotmoe.sizes import parse_size
@@ -21,7 +20,7 @@ def test_decode_equals_prefill_in_the_quantized_path(sample_export):
     with Runtime.open(sample_export, context=256) as runtime:
         wanted = runtime.logits(IDS)
         missed = runtime.stats()["cache"]["misses"]
-        alone = decode(runtime, begin(runtime) + IDS[:1], IDS[1:])
+        alone = decode(runtime, runtime.engine.empty() + IDS[:1], IDS[1:])
         assert ((alone - wanted).abs() / wanted.abs().clamp(min=1e-3)).median() <= 2e-3
         if runtime.stats()["kernels"] != "torch":  # a row has the same bits alone or among others
             assert torch.equal(alone, wanted)

@@ -20,7 +20,6 @@ import torch
 from slotmoe.offload.engine import requests
 from slotmoe.offload.observe import memory_sampler as memory
 from slotmoe.offload.observe import profiler
-from slotmoe.offload.observe.forced import begin
 from slotmoe.offload.observe.memory_sampler import MemorySampler
 from slotmoe.offload.observe.profiler import Profiler, attach
 from slotmoe.offload.observe.trace import read_trace
@@ -174,7 +173,7 @@ def test_watching_changes_no_logits_and_ends(sample_export):
         plain = runtime.logits(ids)
         profiler, detach = attach(runtime)
         assert isinstance(profiler, Profiler)
-        begin(runtime)
+        runtime.engine.empty()
         assert torch.equal(decode(runtime, ids[:20], ids[20:]), plain[19:])
         assert len(profiler.passes) == 21
         detach()

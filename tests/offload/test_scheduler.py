@@ -14,7 +14,6 @@ from slotmoe.offload.engine import batch as batches
 from slotmoe.offload.engine import engine as engines
 from slotmoe.offload.engine import loading
 from slotmoe.offload.engine.requests import Request
-from slotmoe.offload.observe.forced import begin, force
 from slotmoe.offload.runtime import Runtime
 from tests.support.engine import until
 
@@ -63,7 +62,7 @@ def narrow(sample_export, heavy):
 @pytest.fixture
 def in_steps(narrow, monkeypatch):
     monkeypatch.setattr(batches, "PREFILL_CHUNK", 16)
-    begin(narrow)
+    narrow.engine.empty()
     return narrow
 
 
@@ -72,7 +71,7 @@ def test_answers_together_are_token_for_token_those_alone(request, room, limit):
     """Prompts of one token and of more than a shared piece, so that decoding and filling
     interleave."""
     runtime = request.getfixturevalue(room)
-    begin(runtime)
+    runtime.engine.empty()
     totals = runtime.engine.batch.totals
     before = totals.steps, totals.prompt_tokens + totals.reused_tokens, totals.answer_tokens
     long = runtime.tokenizer.encode("The people of the United States have a government. " * 16)
@@ -91,9 +90,11 @@ def test_one_step_reaches_the_same_logits(runtime):
     if runtime.stats()["kernels"] == "torch":
         pytest.skip("torch's products depend on the number of rows")
     prompts = [runtime.tokenizer.encode(text) for text in PROMPTS]
-    alone = [force(runtime, ids, [7, 8], keeps=True).logits for ids in prompts]
+    alone = [runtime.engine.force(ids, [7, 8], keeps=True).logits for ids in prompts]
     with ThreadPoolExecutor(8) as pool:
-        together = pool.map(lambda ids: force(runtime, ids, [7, 8], keeps=True).logits, prompts)
+        together = pool.map(
+            lambda ids: runtime.engine.force(ids, [7, 8], keeps=True).logits, prompts
+        )
         for one, other in zip(alone, together, strict=True):
             assert torch.equal(torch.stack(one), torch.stack(other))
 
@@ -181,7 +182,7 @@ def test_who_closes_forgets_or_leaves_a_text_cancels_it(runtime):
 
 
 def test_prefix_is_reused_by_the_same_owner_only(runtime):
-    begin(runtime)
+    runtime.engine.empty()
     text = "The people of the United States have a government of laws and not of men, and"
     ids = runtime.tokenizer.encode(text)
     first, other, again = (Caller(runtime, ids, owner=owner).wait() for owner in "aba")
@@ -314,9 +315,9 @@ def test_penalties_and_bias_change_the_choice():
 
 def test_rows_that_others_overwrote_are_not_taken_for_the_prompt(runtime):
     prompt, sequences = [5, 9, 300, 17, 2, 40, 8, 21], runtime.engine.batch.sequences
-    begin(runtime)
+    runtime.engine.empty()
     wanted = [token.id for token in runtime.generate(prompt, 8)]
-    force(runtime, [7] * 7)
+    runtime.engine.force([7] * 7)
 
     def take():
         (first,) = (one for one in sequences if one.tokens[:1] == prompt[:1])
@@ -364,7 +365,7 @@ def test_a_short_prompt_overtakes_a_long_one_which_gets_a_piece_after_each(in_st
         return Caller(runtime, ids, limit, owner, lambda caller: order.append(len(ids)))
 
     wanted = [token.id for token in runtime.generate(long, 2)]
-    begin(runtime)
+    runtime.engine.empty()
     monkeypatch.setattr(batch, "at_once", 2)
     Caller(runtime, long[:100], limit=1).wait()
     fill = batch._fill

@@ -12,7 +12,6 @@ import torch
 
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.generate import Answer, Sampling
-from slotmoe.offload.observe.forced import begin
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sessions import blocks as blocks_module
 from slotmoe.offload.sessions.blocks import BLOCK_TOKENS, BlockFolder, chain, shared_prefix
@@ -35,7 +34,7 @@ def keeping(runtime, folder):
     """Let ``runtime`` keep its texts in ``folder``, with none in memory; what it says."""
     said = []
     runtime.keep_in(folder, notify=said.append)
-    begin(runtime)
+    runtime.engine.empty()
     return said
 
 

@@ -8,7 +8,6 @@ import torch
 from slotmoe.offload.engine.requests import Request, wait_for
 from slotmoe.offload.experts.host import HostTier
 from slotmoe.offload.experts.store import CACHED, FREE, LEAVING, READING, STALE
-from slotmoe.offload.observe.forced import begin, force
 
 PROMPT = "My fellow citizens of the Senate and House of Representatives,"
 IDS = torch.randint(2, 4000, (60,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -40,11 +39,11 @@ def until(condition, seconds=30.0):
 def start(runtime, depth=0):
     """Begin a new text, behind ``depth`` unknown tokens, and return its ``step(ids)``, which reads
     ``ids`` and gives the last one's logits."""
-    text = begin(runtime, depth)
+    text = runtime.engine.empty(depth)
 
     def step(ids):
         text.extend(ids)
-        return force(runtime, [*text], keeps=True).logits[0][None]
+        return runtime.engine.force([*text], keeps=True).logits[0][None]
 
     return step
 
@@ -52,7 +51,7 @@ def start(runtime, depth=0):
 def decode(runtime, prompt, ids):
     """Logits behind ``prompt``, of which what a sequence holds is not computed again, and behind
     each of ``ids``, decoded one by one."""
-    return torch.stack(force(runtime, prompt, ids, keeps=True).logits)
+    return torch.stack(runtime.engine.force(prompt, ids, keeps=True).logits)
 
 
 def ask(runtime, ids, answer, at=lambda request: None):

@@ -3,7 +3,6 @@
 import torch
 
 from slotmoe.offload.experts import disk
-from slotmoe.offload.observe.forced import begin
 from slotmoe.offload.runtime import Runtime
 from tests.support.engine import IDS, decode, whole
 from tests.support.twin import Twin, open_on, slow
@@ -14,7 +13,7 @@ SHORT = IDS[:4], [7]  # plain torch, as the twin of a GPU has it, is slow
 
 def compute(runtime):
     """Prefill and decode: all logits."""
-    begin(runtime)
+    runtime.engine.empty()
     return decode(runtime, *(PASSES if runtime.model.device.tier == "ram" else SHORT))
 
 

@@ -76,12 +76,12 @@ def test_serve(sample_export, monkeypatch):
     """With clients that are threads."""
     monkeypatch.setattr("slotmoe.tools.bench.serve.ProcessPoolExecutor", ThreadPoolExecutor)
     options = ["--tokens", 20, "--repetitions", 1, "--clients", 2, "--long", 40, "--context", 256]
-    *rows, together, first = benchmark("serve", sample_export, *options)["results"]
+    *rows, together, threads, first = benchmark("serve", sample_export, *options)["results"]
     assert_compared({row["way"]: row for row in rows}, "bench", "seconds")
     assert [row["way"] for row in rows] == ["bench", "generate", "serve"]
     for row in rows:
         assert row["tokens_per_second"] == pytest.approx(19 / row["seconds"])
-    assert together["clients"] == 2
+    assert (together["clients"], threads["threads"]) == (2, 2)
     assert 0 < together["counted"] <= 40
     assert first["cached"] > 0 < first["cold"]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 
-from slotmoe.offload.observe.forced import begin, force
 from slotmoe.offload.policy.drafts import Drafting
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.calibrate import read_text
@@ -54,13 +53,13 @@ def drafts(
         ids = runtime.tokenizer.encode(prompt)[-prompt_tokens:]
         following = runtime.tokenizer.encode(answer, add_bos=False)[:decode_tokens]
         passes = runtime.engine.batch.passes
-        begin(runtime)
-        force(runtime, ids)
+        runtime.engine.empty()
+        runtime.engine.force(ids)
         used: dict[str, dict[str, float]] = {}
 
         def speed(way: str, drafting: Drafting | None) -> float:
             passes.drafting, before = drafting, _disk_bytes(runtime)
-            moments = force(runtime, ids, following).moments
+            moments = runtime.engine.force(ids, following).moments
             spent = moments[-1] - moments[0]
             read = _disk_bytes(runtime) - before
             used[way] = {"disk_bytes_per_token": read / len(following)}

@@ -9,7 +9,6 @@ from typing import Any
 import click
 from torch import Tensor
 
-from slotmoe.offload.observe.forced import begin, force
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.calibrate import read_text, split
 from slotmoe.tools.bench import turns
@@ -116,9 +115,9 @@ def _measure(ways: list[_Way], path: Path, tokens: int, generate: int) -> list[d
     ids = tokenizer.encode(read_text(path), add_bos=False)[:tokens]
     for window in split(ids, tokenizer, context):
         for way in ways:
-            begin(way.runtime)
+            way.runtime.engine.empty()
         for end in range(1, len(window) + 1):
-            made = (force(way.runtime, window[:end], keeps=True).logits[0] for way in ways)
+            made = (way.runtime.engine.force(window[:end], keeps=True).logits[0] for way in ways)
             wanted_V, *others = made
             for way, logits_V in zip(ways[1:], others, strict=True):
                 way.divergence += _divergence(wanted_V, logits_V)

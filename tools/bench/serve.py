@@ -27,7 +27,6 @@ from typing import Any
 
 import click
 
-from slotmoe.offload.observe.forced import begin, force
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.bench import turns
 from slotmoe.tools.options import count, integer, open_runtime, option, runtime_options
@@ -101,8 +100,8 @@ class _Clients:
         prompt, ids = next((p, ids) for p, ids in made if len(ids) == tokens)
 
         def bench() -> float:
-            begin(self.runtime)
-            moments = force(self.runtime, prompt, ids[:-1]).moments
+            self.runtime.engine.empty()
+            moments = self.runtime.engine.force(prompt, ids[:-1]).moments
             return moments[-1] - moments[0]
 
         def generate() -> float:

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import click
 import torch
 
-from slotmoe.offload.observe.forced import begin, force
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.options import Decorator, count, option
 
@@ -92,14 +91,14 @@ def random_ids(tokens: int) -> list[int]:
 
 def prefill_seconds(runtime: Runtime, prompt: list[int]) -> float:
     """Seconds of a prompt, from an empty cache."""
-    begin(runtime)
-    return seconds(lambda: force(runtime, prompt))
+    runtime.engine.empty()
+    return seconds(lambda: runtime.engine.force(prompt))
 
 
 def token_seconds(runtime: Runtime, ids: list[int], depth: int = 1) -> list[float]:
     """Seconds of each token, decoding ``ids`` after ``depth`` cached tokens.  Benchmarks call what
     a runtime decodes with here alone."""
-    unknown = begin(runtime, depth)
+    unknown = runtime.engine.empty(depth)
     started = time.perf_counter()
-    forced = force(runtime, [*unknown, *ids[:1]], ids[1:])
+    forced = runtime.engine.force([*unknown, *ids[:1]], ids[1:])
     return [after - before for before, after in pairwise([started, *forced.moments])]
