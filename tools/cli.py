@@ -108,9 +108,13 @@ def main(arguments: list[str] | None = None, group: click.Group = cli) -> NoRetu
     _open_streams()
     state = dict[str, object]()
     try:
-        _check_folder()
-        code = group.main(arguments, prog_name=group.name, standalone_mode=False, obj=state)
-        sys.stdout.flush()  # or Python fails to, when no handler is left
+        try:
+            _check_folder()
+            code = group.main(arguments, prog_name=group.name, standalone_mode=False, obj=state)
+            sys.stdout.flush()  # or Python fails to, when no handler is left
+        finally:
+            if arguments is None:  # nothing is left to be interrupted; libraries clean up
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as problem:
         problem.show()
