@@ -153,8 +153,9 @@ def test_interrupted_generation(options, run, monkeypatch):
     def forward(self, *arguments, **options):
         calls.append(1)
         if len(calls) == 4:
+            time.sleep(0.5)  # the main thread takes what there is, then hears of the signal
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.2)  # the main thread hears it meanwhile
+            time.sleep(0.5)
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(Network, "forward", forward)
