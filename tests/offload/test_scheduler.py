@@ -136,6 +136,28 @@ def test_a_text_goes_on_where_another_took_its_sequence(sample_export):
             assert [token.id for token in runtime.generate(ids, 30)] == text
 
 
+def test_sessions_of_threads_are_each_the_right_one(runtime, sample_export, tmp_path):
+    """Two sequences for six texts, saved while others are computed, and restored by a fresh
+    runtime."""
+    prompts = [[*range(5 + 9 * n, 75 + 9 * n)] for n in range(6)]
+    alone = [[token.id for token in runtime.generate(ids, 80)] for ids in prompts]
+
+    def texts(upto):
+        with Runtime.open(sample_export, context=256, sequences=2, slots=112) as opened:
+            opened.keep_in(tmp_path)
+            asked = [ids + text[:upto] for ids, text in zip(prompts, alone, strict=True)]
+            with ThreadPoolExecutor(6) as pool:
+                made = pool.map(lambda ids: [t.id for t in opened.generate(ids, 80 - upto)], asked)
+                return [*made], opened.stats()["sessions"]["restored_tokens"]
+
+    if runtime.stats()["kernels"] == "torch":
+        pytest.skip("torch's products depend on the number of rows")
+    assert texts(0) == (alone, 0)
+    made, restored = texts(60)
+    assert made == [text[60:] for text in alone]
+    assert restored >= 6 * 128
+
+
 def test_several_texts_by_one_call_and_in_an_event_loop(runtime, processes):
     wanted = [[*runtime.generate(text, 6)] for text in PROMPTS[:3]]
     texts = runtime.generate_all(PROMPTS[:3], max_new_tokens=6)
