@@ -127,11 +127,14 @@ def test_a_text_goes_on_where_another_took_its_sequence(sample_export):
     with Runtime.open(sample_export, context=256) as runtime:
         whole = torch.cat([*runtime.logits_from(ids)])
         runtime.plan.__dict__["prefill_chunk"] = 20
-        rows = [next(pieces := runtime.logits_from(ids)), *[]]
+        pieces = runtime.logits_from(ids)
+        rows = [next(pieces)]
         first, second = runtime.generate([9, 8, 7], 30), runtime.generate([7, 8, 9], 30)
         texts = [[token.id for token in text] for text in (second, first)]
         rows += [*pieces]
         assert torch.equal(torch.cat(rows), whole)
+        last_V = runtime.next_logits(ids)
+        assert torch.equal(last_V, whole[-1]) or runtime.stats()["kernels"] == "torch"
         for ids, text in zip(([7, 8, 9], [9, 8, 7]), texts, strict=True):
             assert [token.id for token in runtime.generate(ids, 30)] == text
 
