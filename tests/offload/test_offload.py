@@ -12,7 +12,7 @@ from slotmoe.errors import ConfigError, PlanError
 from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.runtime import Runtime
 from slotmoe.sizes import parse_size
-from tests.support.engine import IDS, decode, start, whole
+from tests.support.engine import IDS, decode, start, until, whole
 
 
 def test_decode_equals_prefill_in_the_quantized_path(sample_export):
@@ -99,7 +99,7 @@ def test_prompts_that_do_not_fit(sample_export):
 
 @pytest.fixture(scope="module")
 def reusing(sample_export):
-    """A runtime, and what checks that logits after ``ids`` need ``count`` tokens to be fed and are
+    """A runtime, and what checks that logits after ``ids`` need so many tokens to be fed and are
     those of feeding all anew, by what is generated from them."""
     with Runtime.open(sample_export, context=256, threads=1) as runtime:
         if runtime.stats()["kernels"] == "torch":
@@ -109,10 +109,10 @@ def reusing(sample_export):
             tokens = runtime.stats()["tokens"]
             return tokens["prefill_tokens"] + tokens["decode_tokens"]
 
-        def feeds(ids, count):
+        def feeds(ids, *counts):
             before = fed()
             (found,) = runtime.generate(ids, 1)
-            assert fed() - before == count
+            assert fed() - before in counts
             wanted_V = runtime.logits(ids)[-1, : runtime.tokenizer.size]
             assert found.id == wanted_V.argmax()
             assert found.logprob == float(wanted_V.max() - wanted_V.logsumexp(dim=-1))
@@ -135,8 +135,9 @@ def test_a_shared_beginning_is_not_fed_again(reusing):
     feeds([9, *IDS], 61)
     tokens = runtime.generate(IDS, 100)
     answer = [next(tokens).id for _ in range(10)]
-    tokens.close()  # what an interrupted answer fed is kept
-    feeds(IDS + answer + [7, 8], 3)
+    tokens.close()  # what an interrupted answer fed is kept, perhaps more than was seen of it
+    until(lambda: not runtime.engine.batch.running)
+    feeds(IDS + answer + [7, 8], 2, 3)
     list(runtime.generate(IDS, 5))
     start(runtime, depth=40)(IDS[:1])  # a measurement leaves nothing to reuse
     feeds(IDS, len(IDS))

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from itertools import pairwise
 
 import pytest
@@ -175,9 +176,18 @@ def test_interrupted_before_a_word_changes_nothing(talking, monkeypatch, again):
     chat = talking()
     said(chat.answer("Hello"))
     before = chat.exchanges
-    experts = type(chat.runtime.model.experts)
+    experts, pressed = type(chat.runtime.model.experts), []
+    original = experts.begin
+
+    def begin(*given):
+        if not pressed:
+            pressed.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)  # the main thread hears of it meanwhile
+        return original(*given)
+
     with monkeypatch.context() as patch:
-        patch.setattr(experts, "begin", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(experts, "begin", begin)
         with pytest.raises(KeyboardInterrupt):
             said(chat.regenerate() if again else chat.answer("Wait"))
     assert chat.exchanges == before
