@@ -28,6 +28,8 @@ os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "NO_PROXY": "127.0.0.1",
 }
+# A shell starts what runs in the background with Ctrl-C ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Nothing that a test does may depend on the user's own cache folder, or leave anything there.
 CACHE = TemporaryDirectory()
 os.environ["SLOTMOE_CACHE"] = CACHE.name
