@@ -253,6 +253,7 @@ class Runtime:
         if (prompt is None) == (messages is None):
             raise ConfigError("give a prompt or messages, one of the two")
         if messages is not None:
+            _check_messages(messages)
             self.check_length(sum(len(message["content"]) for message in messages))
             prompt = self.tokenizer.encode(self.tokenizer.chat([*messages]))
         elif isinstance(prompt, str):
@@ -394,6 +395,17 @@ def _end(engine: Engine) -> None:
     """Nobody has the runtime any more, or the process ends."""
     with suppress(KeyboardInterrupt):
         engine.close()
+
+
+def _check_messages(messages: object) -> None:
+    """Raise ``ConfigError`` unless these are messages, each with a ``role`` and a ``content``."""
+    expected = "expected a list of messages, each with role and content, which are text"
+    if not isinstance(messages, Sequence) or not messages:
+        raise ConfigError(f"messages is {messages!r:.60}, {expected}")
+    for message in messages:
+        texts = [message.get(key) for key in ("role", "content")] if type(message) is dict else [0]
+        if not all(isinstance(text, str) for text in texts):
+            raise ConfigError(f"a message is {message!r:.60}, {expected}")
 
 
 def ids_of(prompt: object) -> list[int]:

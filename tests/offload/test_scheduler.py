@@ -179,6 +179,9 @@ def test_several_texts_by_one_call_and_in_an_event_loop(runtime, processes):
     for prompt, messages in ((None, None), ("Call me", [message])):
         with pytest.raises(ConfigError, match="one of the two"):
             runtime.generate(prompt, messages=messages)
+    for messages in ([], "Call me", ["Call me"], [{"role": "user"}], [{**message, "content": 5}]):
+        with pytest.raises(ConfigError, match="expected a list of messages"):
+            runtime.generate(messages=messages)
 
 
 def test_who_closes_forgets_or_leaves_a_text_cancels_it(runtime):
