@@ -68,11 +68,12 @@ class Layer(Generic[W]):
 class Router(NamedTuple):
     """What becomes of the gate's logits.
 
-    Scores are the softmax of a token's logits, or with ``sigmoid`` each logit's own.  Of
-    ``n_group`` groups of experts the ``topk_group`` best take part, a group counting by the sum of
-    its ``group_best`` best experts, and of their experts the ``top_k`` best (group-limited greedy,
-    DeepSeek-V2, arXiv 2405.04434, section 2.2.2; DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
-    Weights are scores, ``normalized`` to add up to 1, times ``factor``.
+    Scores are the ``softmax`` of a token's logits, or each logit's own ``sigmoid``, or the root of
+    its softplus, ``sqrtsoftplus`` (DeepSeek-V4): so says ``scoring``.  Of ``n_group`` groups of
+    experts the ``topk_group`` best take part, a group counting by the sum of its ``group_best``
+    best experts, and of their experts the ``top_k`` best (group-limited greedy, DeepSeek-V2, arXiv
+    2405.04434, section 2.2.2; DeepSeek-V3, arXiv 2412.19437, section 2.1.2).  Weights are scores,
+    ``normalized`` to add up to 1, times ``factor``.
     """
 
     n_group: int
@@ -81,7 +82,7 @@ class Router(NamedTuple):
     factor: float = 1.0
     normalized: bool = False
     group_best: int = 1
-    sigmoid: bool = False
+    scoring: str = "softmax"
 
 
 class Geometry(NamedTuple):

@@ -156,10 +156,10 @@ def _chooser(
     T: int, E: int, router: Router, bias_E: Tensor | None, device: torch.device
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int, int, float], dict[str, int]]:
     """What the router's kernels take behind their tensors; first, where the choice will be."""
-    groups, kept, top_k, factor, normalized, group_best, sigmoid = router
+    groups, kept, top_k, factor, normalized, group_best, scoring = router
     weights_TK = torch.empty(T, top_k, device=device)
     indices_TK = torch.empty(T, top_k, dtype=torch.int64, device=device)
-    kind = {"SIGMOID": sigmoid, "BIASED": bias_E is not None, "GROUP_BEST": group_best}
+    kind = {"SIGMOID": scoring == "sigmoid", "BIASED": bias_E is not None, "GROUP_BEST": group_best}
     kind |= {"RENORM": normalized, "BLOCK": power(E), "GROUP_BLOCK": power(groups)}
     sizes = E, top_k, groups, kept, factor
     return (weights_TK, indices_TK), sizes, kind | {"K_BLOCK": power(top_k)}

@@ -24,13 +24,19 @@ from tests.support.kernels import (
     torch_of,
 )
 
+SCORES = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": lambda logits: logits.sigmoid(),
+    "sqrtsoftplus": lambda logits: torch.logaddexp(logits, torch.zeros(1).double()).sqrt(),
+}
+
 
 @quick
 @given(
     st.integers(0, 5),
     one_of((1, 1), (3, 1), (4, 2), (8, 3), (8, 8)),
     st.integers(2, 20),
-    st.tuples(st.booleans(), one_of(1, 2), st.booleans()),
+    st.tuples(st.booleans(), one_of(1, 2), one_of(*SCORES)),
     one_of(None, 0.0, 0.1, 30.0),
     st.data(),
 )
@@ -39,15 +45,14 @@ def test_route(kernels, t, groups, size, kind, bias, data):
     comes first."""
     (count, kept), rng = groups, np.random.default_rng(data.draw(seeds))
     experts, top_k = count * size, data.draw(st.integers(1, kept * size))
-    (renormalize, group_best, sigmoid), width = kind, data.draw(one_of(1, 4, 4000))
+    (renormalize, group_best, scoring), width = kind, data.draw(one_of(1, 4, 4000))
     logits = torch_of(np.round(rng.standard_normal((t, experts)) * width))
     logits *= data.draw(one_of(1, 1e-3))
     if bias is not None:
         bias = torch_of(np.round(rng.standard_normal(experts), 1) * bias)
-    router = Router(count, kept, top_k, 1.5, renormalize, group_best, sigmoid)
+    router = Router(count, kept, top_k, 1.5, renormalize, group_best, scoring)
     weights, indices = kernels.route(logits, router, bias)
-    wide = logits.double()
-    scores = (wide.sigmoid() if sigmoid else wide.softmax(-1)).float()
+    scores = SCORES[scoring](logits.double()).float()
     choice = scores if bias is None else scores + bias
     in_groups = choice.view(t, count, size).topk(group_best, -1).values.sum(-1)
     best = in_groups.sort(descending=True, stable=True).indices[:, :kept]
@@ -64,11 +69,11 @@ def test_route(kernels, t, groups, size, kind, bias, data):
 def test_route_of_what_is_not_finite(kernels):
     logits = torch.randn(3, 12)
     logits[0, 7], logits[1, 0] = float("nan"), float("inf")
-    routers = Router(1, 1, 5), Router(4, 2, 5, 1.0, True), Router(4, 2, 5, 1.0, True, 2, True)
+    routers = Router(1, 1, 5), Router(4, 2, 5, 1.0, True), Router(4, 2, 5, 1.0, True, 2, "sigmoid")
     bias = torch.tensor([math.inf, -math.inf, math.nan, 3e38, -3e38, 0.0] * 2)
     for router in routers:
         weights, indices = kernels.route(logits, router)
-        assert router.sigmoid or weights[:2].isnan().all()
+        assert router.scoring == "sigmoid" or weights[:2].isnan().all()
         assert weights[2].isfinite().all()
         biased = kernels.route(logits, router, bias)[1]
         for row in (*indices.tolist(), *biased.tolist()):

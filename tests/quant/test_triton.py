@@ -302,7 +302,8 @@ ROUTERS = product([(1, 1), (5, 2)], [False, True], [1, 2], [False, True], [False
     ("groups", "normalized", "group_best", "sigmoid", "biased"), nth_interpreted(5, ROUTERS)
 )
 def test_gate(triton_ops, groups, normalized, group_best, sigmoid, biased):
-    router = Router(*groups, 3, 2.5, normalized, group_best, sigmoid)
+    scoring = "sigmoid" if sigmoid else "softmax"
+    router = Router(*groups, 3, 2.5, normalized, group_best, scoring)
     logits_TE = randn(7, 20) * 4
     bias_E = randn(20) if biased else None
     weights_TK, indices_TK = route(logits_TE, router, bias_E)
@@ -315,7 +316,7 @@ def test_gate(triton_ops, groups, normalized, group_best, sigmoid, biased):
 def test_norm_logits_and_choice_in_one_launch(triton_ops, E):
     """Whichever program finishes last chooses; the count of them is as it was."""
     x, gain, weight, bias = randn(1, 600), torch.rand(600, device=DEVICE), randn(E, 600), randn(E)
-    router = Router(4, 2, 3, 2.0, normalized=True, group_best=2, sigmoid=True)
+    router = Router(4, 2, 3, 2.0, normalized=True, group_best=2, scoring="sigmoid")
     normed, logits = torch.empty_like(x), torch.empty(1, E, device=DEVICE)
     finished = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     for _ in range(2):

@@ -82,11 +82,14 @@ struct Attention {
     bool valid(int64_t stride) const;  // with cache rows of `stride` bytes
 };
 
+// Scores of a router are a token's softmax, or each is that of its logit alone: its sigmoid, or the root of its softplus.
+enum Scoring : int64_t { kSoftmax = 0, kSigmoid = 1, kSqrtSoftplus = 2 };
+
 // What becomes of the logits of a router.
 struct Router {
     int64_t groups, kept, top_k;  // of groups of experts, the best `kept` take part
     int64_t group_best;           // a group counts by the sum of so many best scores, 1 or 2
-    int64_t sigmoid;              // a score is that of its logit alone; else all of a token are a softmax
+    int64_t scoring;
     int64_t normalized;           // weights add up to 1, before each is multiplied by `factor`
     double factor;
 

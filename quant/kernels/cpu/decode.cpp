@@ -26,10 +26,14 @@ void choose(const Router& router, const float* logits, const float* bias, int64_
             float* weights, int64_t* indices) {
     double largest = logits[0], total = 0;
     for (int64_t i = 1; i < e; i++) largest = logits[i] > largest ? logits[i] : largest;
-    for (int64_t i = 0; i < e; i++)
-        total += scores[i] = std::exp(router.sigmoid ? -double(logits[i]) : logits[i] - largest);
+    for (int64_t i = 0; router.scoring == kSoftmax && i < e; i++) total += scores[i] = std::exp(logits[i] - largest);
     for (int64_t i = 0; i < e; i++) {
-        scores[i] = float(router.sigmoid ? 1 / (1 + scores[i]) : scores[i] / total);
+        const double logit = logits[i];
+        if (router.scoring == kSoftmax) scores[i] /= total;
+        if (router.scoring == kSigmoid) scores[i] = 1 / (1 + std::exp(-logit));
+        if (router.scoring == kSqrtSoftplus)
+            scores[i] = std::sqrt((logit > 0 ? logit : 0) + std::log1p(std::exp(-std::fabs(logit))));
+        scores[i] = float(scores[i]);
         choice[i] = bias ? float(scores[i]) + bias[i] : float(scores[i]);
         if (!(choice[i] >= -FLT_MAX)) choice[i] = -FLT_MAX;  // NaN too
     }

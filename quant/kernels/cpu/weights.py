@@ -23,6 +23,7 @@ from slotmoe.quant.weights import Weight
 
 # Kinds of a native matrix beside `KINDS`, which are coded; a dense one is 5 + its source type.
 _INT8, _DENSE = 0, 5
+_SCORINGS = "softmax", "sigmoid", "sqrtsoftplus"  # `Scoring` of api.h
 
 
 def _coded(bits: int, coding: str) -> list[str]:
@@ -69,18 +70,19 @@ class NativeRouter(ctypes.Structure):
     """A `Router`.  Raises `ValueError` unless it can choose among so many experts."""
 
     _fields_ = [
-        *_fields(ctypes.c_int64, "groups kept top_k group_best sigmoid normalized"),
+        *_fields(ctypes.c_int64, "groups kept top_k group_best scoring normalized"),
         ("factor", ctypes.c_double),
     ]
 
     def __init__(self, router: Router, experts: int) -> None:
-        groups, kept, top_k, factor, normalized, group_best, sigmoid = router
+        groups, kept, top_k, factor, normalized, group_best, scoring = router
         fits = groups >= 1 and experts % groups == 0 and 1 <= kept <= groups
         size = experts // groups if fits else 0
         if not 1 <= top_k <= kept * size or not 1 <= group_best <= min(2, size):
             asked = f"{kept} of {groups} groups by {group_best} of their experts"
             raise ValueError(f"{asked} and top {top_k} don't fit {experts} experts")
-        super().__init__(groups, kept, top_k, group_best, sigmoid, normalized, factor)
+        kind = _SCORINGS.index(scoring)
+        super().__init__(groups, kept, top_k, group_best, kind, normalized, factor)
 
 
 class _Record(ctypes.Structure):
