@@ -7,13 +7,13 @@ kv_lora_rank, P qk_rope_head_dim.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from slotmoe.border import Experts, Geometry, Layer, Pending, Router, Step
+from slotmoe.border import Cache, Experts, Geometry, Layer, Mla, Pending, Router, Step
 from slotmoe.quant.backends.base import Empty, Prepared, Records, SlotTable, TorchBackend, new
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
@@ -44,7 +44,7 @@ class NativeDecoder:
         """See ``slotmoe.border.Runner``."""
         table = experts.slot_table()
         assert isinstance(table, SlotTable)
-        owners = [*zip(step.caches, step.counts, strict=True)]
+        owners = [*zip(cast(Sequence[Cache], step.caches), step.counts, strict=True)]
         for cache, count in owners:
             cache.extend(step.layer, count)
         first = step.layer + (step.x_TD is not None)
@@ -108,7 +108,9 @@ class NativeBackend(TorchBackend):
             return super().linear(x_TK, weight)
         return self._native.linear(Matrix.of(weight), x_TK.contiguous())
 
-    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
+        if weight_D is None:
+            return super().rms_norm(x_TD, weight_D, eps)
         return self._native.rms_norm(x_TD.contiguous(), weight_D, eps)
 
     def mlp(
@@ -142,8 +144,14 @@ class NativeBackend(TorchBackend):
         return self._native.mla(q_THW.contiguous(), rows_SX, len(rows_SX), R, scale)
 
     def route(
-        self, logits_TE: Tensor, router: Router, bias_E: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        logits_TE: Tensor,
+        router: Router,
+        bias_E: Tensor | None,
+        chosen_TK: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor] | None:
+        if chosen_TK is not None:
+            return None
         return self._native.route(logits_TE.contiguous(), router, bias_E)
 
     def decoder(
@@ -156,7 +164,10 @@ class NativeBackend(TorchBackend):
             weights, mlp = layer.mlp, None
             if weights is not None:
                 mlp = _mlp(weights.gate_proj, weights.up_proj, weights.down_proj)
-            if not isinstance(layer.kv_b_proj, Int8Weight) or (mlp is None) != (weights is None):
+            mla = layer.attention
+            if not isinstance(mla, Mla) or mla.indexer is not None:
+                return None
+            if not isinstance(mla.kv_b_proj, Int8Weight) or (mlp is None) != (weights is None):
                 return None
             bound.append((AttentionLayer(geometry, layer), mlp))
         return NativeDecoder(self._native, Decoder(bound, geometry.router), self._record)
