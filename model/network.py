@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from slotmoe.border import Backend, Experts, Runner, Step, Timer
-from slotmoe.model.config import Config, Rope
+from slotmoe.model.attention import Rope
+from slotmoe.model.config import Config
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.layers import LayerByLayer, as_tensor, geometry_of, layer_of
 from slotmoe.model.names import EMBEDDING, FINAL_NORM, HEAD
