@@ -6,11 +6,10 @@ compressed out of every 4 (of which an indexer chooses) or every 128 tokens.  Be
 rotated, what comes out is rotated back at the query's position.
 
 Shapes: T tokens of this pass, D hidden_size, H heads, Z head_dim, P qk_rope_head_dim, C = P / 2, G
-groups of heads, J heads of the indexer, I index_head_dim, X elements of a cached row, S rows, L
+groups of heads, J heads of the indexer, A index_head_dim, X elements of a cached row, S rows, L
 rows that a token sees, E compressed rows, Y columns of a compressor, M tokens of a compressed row.
 """
 
-from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -85,17 +84,15 @@ class CompressedAttention(Generic[W]):
         """Which compressed rows each token sees, int32 [T, topk]."""
         geometry, backend, group = self._geometry.indexer, self._backend, own.cache.index
         assert geometry is not None and group is not None
-        J, I, topk, _ = geometry
-        keys_SX = self._extend(own, group, weights.compressor, I)
-        q_TJI = backend.linear(own.low_TQ, weights.q_b_proj).view(-1, J, I)
-        q_TJI = self._rotated(q_TJI, own.rope_TC)
-        weights_TJ = backend.linear(own.x_TD, weights.weights_proj) * (J * I) ** -0.5
+        J, A, topk, _ = geometry
+        keys_SX = self._extend(own, group, weights.compressor, A)
+        q_TJA = backend.linear(own.low_TQ, weights.q_b_proj).view(-1, J, A)
+        q_TJA = self._rotated(q_TJA, own.rope_TC)
+        weights_TJ = backend.linear(own.x_TD, weights.weights_proj) * (J * A) ** -0.5
         counts_T = (own.positions_T + 1) // group.ratio
-        return backend.index(q_TJI, weights_TJ, keys_SX, counts_T, topk)
+        return backend.index(q_TJA, weights_TJ, keys_SX, counts_T, topk)
 
-    def _extend(
-        self, own: "_Own", group: Group, weights: Compressor[W], width: int
-    ) -> Tensor:
+    def _extend(self, own: "_Own", group: Group, weights: Compressor[W], width: int) -> Tensor:
         """Append the rows that the tokens complete to the layer's; returns all, [S, X]."""
         backend, ratio, start = self._backend, group.ratio, own.position
         row, end = own.cache.row_of[own.layer], start + len(own.x_TD)

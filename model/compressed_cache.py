@@ -16,9 +16,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from slotmoe.border import Backend
 from slotmoe.model.config import Config
-from slotmoe.model.kv_cache import Empty, Row, flat_bytes, split_bytes
+from slotmoe.model.kv_cache import Empty, Row, SequenceState, Store, flat_bytes, split_bytes
 
 SPARE = 16  # tokens that can be cut off at any time
 MARK_TOKENS = 256  # between two lengths that a long text can be cut to
@@ -139,6 +138,11 @@ class Group:
         open_row, most = (2, (1 + overlaps) * width), (1 + overlaps) * ratio
         self.open = Tail(layers, open_row, torch.float32, empty, most, needed)
 
+    def read_bytes(self, length: int) -> int:
+        """Bytes that one token behind so many reads of it."""
+        open_rows = self.open.rows[:, : self.open.needed(length)].nbytes
+        return open_rows // self.ratio + self.between(0, length).nbytes
+
     def between(self, start: int, end: int) -> Tensor:
         """The rows that the tokens from ``start`` to ``end`` have completed."""
         return self.rows[:, start // self.ratio : end // self.ratio]
@@ -186,7 +190,9 @@ class CompressedCache:
         return self.nbytes + sum(mark.nbytes for mark in marks)
 
     def read_bytes(self, length: int) -> int:
-        size = self.window.last(length).nbytes + sum(group.open.last(length).nbytes for group in self._groups)
+        size = self.window.last(length).nbytes + sum(
+            group.open.last(length).nbytes for group in self._groups
+        )
         return size
 
     def begin(self, count: int) -> None:
@@ -210,7 +216,8 @@ class CompressedCache:
             tail.marks = {at: mark for at, mark in tail.marks.items() if at <= length}
         self.length = length
 
-    def copy(self, source: "CompressedCache", length: int) -> None:
+    def copy(self, source: SequenceState, length: int) -> None:
+        assert isinstance(source, CompressedCache)
         for group, others in zip(self._groups, source._groups, strict=True):
             group.between(0, length)[:] = others.between(0, length)
         for tail, other in zip(self._tails, source._tails, strict=True):
@@ -233,17 +240,17 @@ class CompressedCache:
             for tail in self._tails:
                 del tail.marks[min(gaps, key=gaps.__getitem__)]
 
-    def fill(self, depth: int, backend: Backend[object]) -> None:
+    def fill(self, depth: int, store: Store) -> None:
         generator = torch.Generator().manual_seed(0)
         for group in self._groups:
             for rows_SX in group.between(0, depth):
                 width = group.open.rows.shape[-1] // (1 + group.overlaps)
                 random_SX = torch.randn(len(rows_SX), width, generator=generator)
-                backend.store_latents(random_SX.to(rows_SX.device), width, rows_SX)
+                store(random_SX.to(rows_SX.device), width, rows_SX)
             group.open.rows.normal_()
         for rows_SX in self.window.rows:
             random_SX = torch.randn(len(rows_SX), self._width, generator=generator)
-            backend.store_latents(random_SX.to(rows_SX.device), self._width, rows_SX)
+            store(random_SX.to(rows_SX.device), self._width, rows_SX)
         for tail in self._tails:
             tail.load(depth, tail.rows[:, : tail.needed(depth)].clone())
             tail.marks = {}

@@ -9,18 +9,19 @@ KB in V2 at 16 bits, where expanded keys and values would take V2 4.9 MB; with a
 """
 
 from collections.abc import Callable, Iterable
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from slotmoe.border import Backend
 from slotmoe.model.config import Config
 
 Row = Callable[[int, int], tuple[int, torch.dtype]]
 """Elements and dtype of a row of so many latent and rope values."""
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """Memory of a shape and dtype."""
+Store = Callable[[Tensor, int, Tensor], None]
+"""``store_latents`` of the backend."""
 
 
 class SequenceState(Protocol):
@@ -58,14 +59,14 @@ class SequenceState(Protocol):
     def cut(self, length: int) -> None:
         """Keep the first ``length`` tokens, which ``reach`` has said can be."""
 
-    def copy(self, source: Self, length: int) -> None:
+    def copy(self, source: "SequenceState", length: int) -> None:
         """Become the first ``length`` tokens of ``source``, which it can be cut to."""
 
     def mark(self) -> None:
         """A text ends here: it can be cut to this length later, as long as there is room to
         remember so."""
 
-    def fill(self, depth: int, backend: Backend[object]) -> None:
+    def fill(self, depth: int, store: Store) -> None:
         """Become ``depth`` tokens with random rows: for measurements."""
 
     # On disk
@@ -145,7 +146,8 @@ class LatentCache:
     def cut(self, length: int) -> None:
         self.length = length
 
-    def copy(self, source: "LatentCache", length: int) -> None:
+    def copy(self, source: SequenceState, length: int) -> None:
+        assert isinstance(source, LatentCache)
         for own, others in zip(self._tensors, source._tensors, strict=True):
             own[:, :length] = others[:, :length]
         self._written, self.length = max(self._written, length), length
@@ -153,13 +155,15 @@ class LatentCache:
     def mark(self) -> None:
         pass
 
-    def fill(self, depth: int, backend: Backend[object]) -> None:
+    def fill(self, depth: int, store: Store) -> None:
         c, generator = self._config, torch.Generator().manual_seed(0)
         widths = c.latent_width, c.indexer.head_dim if c.indexer else 0
-        for tensor, width, R in zip(self._tensors, widths, (c.kv_lora_rank, widths[1]), strict=True):
+        for tensor, width, R in zip(
+            self._tensors, widths, (c.kv_lora_rank, widths[1]), strict=True
+        ):
             random_SW = torch.randn(depth, width, generator=generator).to(tensor.device)
             for rows_SX in tensor:
-                backend.store_latents(random_SW, R, rows_SX[:depth])
+                store(random_SW, R, rows_SX[:depth])
         self.length = depth
 
     @property

@@ -3,7 +3,7 @@
 
 Shapes: T tokens of this pass, D hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, R
 kv_lora_rank, V v_head_dim, W = R + P latent row, S cached positions, B one block of them, J heads
-of the indexer, I index_head_dim, L chosen positions, Z and Y widths of a key and of a value.
+of the indexer, A index_head_dim, L chosen positions, Z and Y widths of a key and of a value.
 """
 
 import math
@@ -97,19 +97,21 @@ class LatentAttention(Generic[W]):
         where all sequences are short enough to attend to all."""
         geometry, backend, P = self._geometry.indexer, self._backend, self._geometry.P
         assert geometry is not None
-        J, I, topk, halves = geometry
-        q_TJI = backend.linear(low_TQ, weights.wq_b).view(-1, J, I)
-        key_TI = backend.linear(x_TD, weights.wk)
-        key_TI = backend.layer_norm(key_TI, weights.k_norm, weights.k_norm_bias, _INDEX_EPS)
-        both = torch.cat([q_TJI, key_TI[:, None]], dim=1)
+        J, A, topk, halves = geometry
+        q_TJA = backend.linear(low_TQ, weights.wq_b).view(-1, J, A)
+        key_TA = backend.linear(x_TD, weights.wk)
+        key_TA = backend.layer_norm(key_TA, weights.k_norm, weights.k_norm_bias, _INDEX_EPS)
+        both = torch.cat([q_TJA, key_TA[:, None]], dim=1)
         rotated = backend.rotate(both[..., :P], step.rope_TC, halves)
         both = torch.cat([rotated, both[..., P:]], dim=-1)
-        keys = [cache.extend_index(step.layer, end) for cache, end in zip(caches, ends, strict=True)]
-        for rows_SX, new_TI in zip(keys, both[:, J].split([*step.counts]), strict=True):
-            backend.store_latents(new_TI, I, rows_SX[-len(new_TI) :])
+        keys = [
+            cache.extend_index(step.layer, end) for cache, end in zip(caches, ends, strict=True)
+        ]
+        for rows_SX, new_TA in zip(keys, both[:, J].split([*step.counts]), strict=True):
+            backend.store_latents(new_TA, A, rows_SX[-len(new_TA) :])
         if max(map(len, keys)) <= topk:
             return None
-        weights_TJ = backend.linear(x_TD, weights.weights_proj) * (J * I) ** -0.5
+        weights_TJ = backend.linear(x_TD, weights.weights_proj) * (J * A) ** -0.5
         lists, start = list[Tensor](), 0
         for count, rows_SX in zip(step.counts, keys, strict=True):
             S, span = len(rows_SX), slice(start, start + count)

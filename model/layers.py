@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Generic, TypeVar
 
-import torch
 from torch import Tensor
 
 from slotmoe.border import (
@@ -31,8 +30,8 @@ from slotmoe.border import (
     Step,
 )
 from slotmoe.model.compressed_attention import CompressedAttention
-from slotmoe.model.latent_attention import LatentAttention
 from slotmoe.model.config import Config
+from slotmoe.model.latent_attention import LatentAttention
 from slotmoe.model.names import LAYER_PARTS, SHARED_PARTS, layer_tensor
 from slotmoe.model.routing import route, router_of
 
@@ -142,10 +141,20 @@ def geometry_of(config: Config) -> Geometry:
         compressed = CompressedGeometry(c.compressed.sliding_window, c.compressed.o_groups)
     if c.hyper is not None:
         hyper = HyperGeometry(c.hyper.mult, c.hyper.sinkhorn_iters, c.hyper.eps)
-    sizes = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.kv_lora_rank
-    norms = c.rms_norm_eps, LATENT_EPS, c.softmax_scale
-    rest = router_of(c), c.moe_intermediate_size, indexer, compressed, hyper
-    return Geometry(*sizes, c.v_head_dim, *norms, not c.rope_interleave, *rest)
+    return Geometry(
+        c.num_attention_heads,
+        c.qk_nope_head_dim,
+        c.qk_rope_head_dim,
+        c.kv_lora_rank,
+        c.v_head_dim,
+        *(c.rms_norm_eps, LATENT_EPS, c.softmax_scale),
+        halves=not c.rope_interleave,
+        router=router_of(c),
+        moe_intermediate_size=c.moe_intermediate_size,
+        indexer=indexer,
+        compressed=compressed,
+        hyper=hyper,
+    )
 
 
 class LayerByLayer(Generic[W]):

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from slotmoe.border import Backend, Experts, Mixing, Runner, Step, Timer
-from slotmoe.model.config import Config, Rope
+from slotmoe.model.attention import Rope
+from slotmoe.model.config import Config
 from slotmoe.model.kv_cache import SequenceState
 from slotmoe.model.layers import LayerByLayer, as_tensor, geometry_of, layer_of
 from slotmoe.model.names import EMBEDDING, FINAL_NORM, HEAD, HEAD_MIX_PARTS

@@ -6,7 +6,7 @@ Only the backend knows what a weight ``W`` is made of (fp32, int8, codes) and wh
 Shapes: T tokens of this pass, D hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, R
 kv_lora_rank, V v_head_dim, W = R + P latent row, X elements of a cached row, C = P / 2, S cached
 positions, B a block of them, E routed experts, K experts a token, M MoE layers, J heads of an
-indexer, I index_head_dim, Z head_dim, Y columns of a compressor, L rows of a list, Q residual
+indexer, A index_head_dim, Z head_dim, Y columns of a compressor, L rows of a list, Q residual
 streams.
 """
 
@@ -49,7 +49,7 @@ class Mlp(Generic[W]):
 @dataclass(frozen=True)
 class Indexer(Generic[W]):
     """Weights of a lightning indexer (DeepSeek-V3.2, arXiv 2512.02556): J queries out of the
-    query's latent, one key of I values a token, and what each head counts."""
+    query's latent, one key of A values a token, and what each head counts."""
 
     wq_b: W
     wk: W
@@ -165,7 +165,7 @@ class IndexGeometry(NamedTuple):
     ``halves`` (V3.2) instead of side by side."""
 
     J: int
-    I: int
+    A: int
     topk: int
     halves: bool
 
@@ -346,7 +346,7 @@ class Backend(Protocol[W_in]):
         sinks_H: Tensor | None,
     ) -> Tensor: ...
     def index(
-        self, q_TJI: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int
+        self, q_TJA: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int
     ) -> Tensor: ...
     def compress(
         self, kv_BSY: Tensor, gate_BSY: Tensor, bias_SY: Tensor, norm_Y: Tensor, eps: float

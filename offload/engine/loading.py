@@ -1,5 +1,6 @@
 """Opening a model: what is asked for becomes a plan, and the plan's parts are made and filled."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +13,8 @@ from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.config import Config, config_among
 from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.kv_cache import SequenceState
-from slotmoe.model.mtp import MtpHead
 from slotmoe.model.layers import as_tensor
+from slotmoe.model.mtp import MtpHead
 from slotmoe.model.names import TABLE, layer_tensor, resident_shapes, role_of
 from slotmoe.model.network import Network
 from slotmoe.model.state import new_state, plain_row

@@ -95,5 +95,5 @@ class Sequence:
 
     def fill(self, depth: int, backend: Backend[Prepared]) -> None:
         """Become ``depth`` unknown tokens with random rows: for measurements."""
-        self.state.fill(depth, backend)
+        self.state.fill(depth, backend.store_latents)
         self.tokens, self.hidden_RD = [-1] * depth, None

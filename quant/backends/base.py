@@ -231,7 +231,7 @@ class TorchBackend:
         return torch.cat(parts)
 
     def index(
-        self, q_TJI: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int
+        self, q_TJA: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int
     ) -> Tensor:
         """Which of the first ``counts``, int32 [T], of S keys score best for each token, the first
         of equals: int32 [T, k] in ascending order, -1 behind the last.
@@ -239,13 +239,13 @@ class TorchBackend:
         A key's score is the sum over the J heads of a weight times the product with its query where
         that is positive (DeepSeek-V3.2, arXiv 2512.02556).
         """
-        T, S = len(q_TJI), len(keys_SX)
-        parts, few = list[Tensor](), max(1, _GATHERED // (max(1, S) * q_TJI.shape[1]))
-        places_S = torch.arange(S, device=q_TJI.device)
+        T, S = len(q_TJA), len(keys_SX)
+        parts, few = list[Tensor](), max(1, _GATHERED // (max(1, S) * q_TJA.shape[1]))
+        places_S = torch.arange(S, device=q_TJA.device)
         parts = [
-            (weights_B1J @ (q_BJI @ keys_SX.float().t()).relu())[:, 0]
-            for q_BJI, weights_B1J in zip(
-                q_TJI.split(few), weights_TJ[:, None].split(few), strict=True
+            (weights_B1J @ (q_BJA @ keys_SX.float().t()).relu())[:, 0]
+            for q_BJA, weights_B1J in zip(
+                q_TJA.split(few), weights_TJ[:, None].split(few), strict=True
             )
         ]
         scores_TS = torch.cat(parts).masked_fill(places_S >= counts_T[:, None], -torch.inf)
@@ -296,15 +296,15 @@ class TorchBackend:
         post_TQ, comb_TQQ = mixed
         streams_TQD = h_TD.unflatten(-1, (post_TQ.shape[-1], -1))
         streams_TQD = comb_TQQ.transpose(1, 2) @ streams_TQD
-        return (streams_TQD + post_TQ[..., None] * y_TD[:, None]).flatten(1)
+        mixed_TQD: Tensor = streams_TQD + post_TQ[..., None] * y_TD[:, None]
+        return mixed_TQD.flatten(1)
 
-    def collapse(
-        self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float
-    ) -> Tensor:
+    def collapse(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float) -> Tensor:
         """What the output head reads of the residual streams, float32 [T, D]."""
         logits_TQ = TorchBackend.rms_norm(self, h_TD, None, eps) @ mixing.fn.t()
         weights_TQ = (logits_TQ * mixing.scale + mixing.base).sigmoid() + hyper.eps
-        return (weights_TQ[..., None] * h_TD.unflatten(-1, (hyper.Q, -1))).sum(dim=1)
+        weighted_TQD: Tensor = weights_TQ[..., None] * h_TD.unflatten(-1, (hyper.Q, -1))
+        return weighted_TQD.sum(dim=1)
 
     def route(
         self,
