@@ -141,6 +141,19 @@ class NativeBackend(TorchBackend):
     def mla(self, q_THW: Tensor, rows_SX: Tensor, R: int, scale: float) -> Tensor | None:
         return self._native.mla(q_THW.contiguous(), rows_SX, len(rows_SX), R, scale)
 
+    def attend(
+        self,
+        q_THW: Tensor,
+        rows_a_SX: Tensor,
+        rows_b_SX: Tensor | None,
+        lists_TN: Tensor,
+        R: int,
+        scale: float,
+        sinks_H: Tensor | None,
+    ) -> Tensor:
+        rows = rows_a_SX, rows_b_SX, lists_TN.contiguous()
+        return self._native.attend(q_THW.contiguous(), *rows, R, scale, sinks_H)
+
     def route(
         self, logits_TE: Tensor, router: Router, bias_E: Tensor | None
     ) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,8 @@ int64_t first_level_bytes() {
 Mla mla_for(const uint8_t* cache, int64_t heads, int64_t context, int64_t stride, int64_t r, int64_t p, float scale) {
     Mla m{};
     m.cache = cache, m.heads = heads, m.context = context, m.stride = stride, m.r = r, m.p = p, m.scale = scale;
-    m.span_chunks = up_to(up_to(context, kChunkRows), kMostSpans), m.tiles = up_to(heads, kTile);
+    m.split = INT64_MAX;
+    m.span_chunks = context ? up_to(up_to(context, kChunkRows), kMostSpans) : 1, m.tiles = up_to(heads, kTile);
     m.near = kChunkRows * stride < first_level_bytes();
     m.r4 = up_to(r, 4) * 4, m.k = m.r4 + up_to(p, 4) * 4, m.r_padded = up_to(r, 64) * 64;
     return m;
@@ -53,40 +54,74 @@ int64_t mla_buffers(Mla& m, uint8_t* base) {
     return used;
 }
 
+// Queries of t tokens -> out [t, heads, r]; mla_of(token) has what it attends to. One token splits its context over the
+// threads, several tokens are split over them; the arithmetic is the same.
+template <class MlaOf>
+void attend(Job& job, const Isa& isa, int64_t t, MlaOf mla_of, float* out) {
+    Mla one = mla_of(0);
+    const int64_t heads = one.heads, r = one.r;
+    const int64_t bytes = mla_buffers(one, nullptr), thread_bytes = int64_t(isa.mla_scratch(one));  // the same for all
+    uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * (t > 1 ? job.threads() : 1));
+    uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, thread_bytes * job.threads());
+    if (t == 1) {
+        mla_buffers(one, buffers);
+        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_queries(one, begin, end); });
+        job.parallel(one.tiles, [&](int, int64_t begin, int64_t end) { isa.mla_pack(one, begin, end); });
+        job.parallel(mla_span_count(one), [&](int thread, int64_t begin, int64_t end) {
+            isa.mla_spans(one, begin, end, scratch + thread * thread_bytes);
+        });
+        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_merge(one, begin, end, out); });
+        return;
+    }
+    job.parallel(t, [&](int thread, int64_t begin, int64_t end) {
+        for (int64_t token = begin; token < end; token++) {
+            Mla m = mla_of(token);
+            mla_buffers(m, buffers + thread * bytes);
+            isa.mla_queries(m, 0, heads);
+            isa.mla_pack(m, 0, m.tiles);
+            isa.mla_spans(m, 0, mla_span_count(m), scratch + thread * thread_bytes);
+            isa.mla_merge(m, 0, heads, out + token * heads * r);
+        }
+    });
+}
+
 }  // namespace
 
 // The last t of `context` positions, each over the rows up to its own: q [t, heads, r + p] -> out [t, heads, r].
-// One token splits its context over the threads, several tokens are split over them; the arithmetic is the same.
 EXPORT int slotmoe_mla(const float* q, int64_t t, int64_t heads, const uint8_t* cache, int64_t context, int64_t stride,
                        int64_t r, int64_t p, float scale, float* out) {
     if (t < 1 || heads < 1 || context < t || r < 1 || p < 0 || stride < latent_bytes(r, p)) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        Mla last = mla_for(cache, heads, context, stride, r, p, scale);
-        const int64_t bytes = mla_buffers(last, nullptr), thread_bytes = int64_t(isa.mla_scratch(last));
-        uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * (t > 1 ? job.threads() : 1));
-        uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, thread_bytes * job.threads());
-        if (t == 1) {
-            last.q = q;
-            mla_buffers(last, buffers);
-            job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_queries(last, begin, end); });
-            job.parallel(last.tiles, [&](int, int64_t begin, int64_t end) { isa.mla_pack(last, begin, end); });
-            job.parallel(mla_span_count(last), [&](int thread, int64_t begin, int64_t end) {
-                isa.mla_spans(last, begin, end, scratch + thread * thread_bytes);
-            });
-            job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_merge(last, begin, end, out); });
-            return kOk;
-        }
-        job.parallel(t, [&](int thread, int64_t begin, int64_t end) {
-            for (int64_t token = begin; token < end; token++) {
-                Mla m = mla_for(cache, heads, context - t + token + 1, stride, r, p, scale);
-                m.q = q + token * heads * (r + p);
-                mla_buffers(m, buffers + thread * bytes);
-                isa.mla_queries(m, 0, heads);
-                isa.mla_pack(m, 0, m.tiles);
-                isa.mla_spans(m, 0, mla_span_count(m), scratch + thread * thread_bytes);
-                isa.mla_merge(m, 0, heads, out + token * heads * r);
-            }
-        });
+        attend(job, isa, t, [&](int64_t token) {
+            Mla m = mla_for(cache, heads, context - t + token + 1, stride, r, p, scale);
+            m.q = q + token * heads * (r + p);
+            return m;
+        }, out);
+        return kOk;
+    });
+}
+
+// Each of t tokens over the rows that its list [n] names, in that order and up to the first entry below 0: an entry
+// below `count` is a row of `cache`, others are of `others` [others_count]. sinks [heads], unless null, are a logit a
+// head that has no value.
+EXPORT int slotmoe_attend(const float* q, int64_t t, int64_t heads, const uint8_t* cache, int64_t count, int64_t stride,
+                          const uint8_t* others, int64_t others_count, int64_t others_stride, const int32_t* lists,
+                          int64_t n, int64_t r, int64_t p, float scale, const float* sinks, float* out) {
+    const int64_t least = latent_bytes(r, p);
+    if (t < 1 || heads < 1 || r < 1 || p < 0 || n < 0 || count < 0 || others_count < 0) return kBadArgument;
+    if ((count && stride < least) || (others_count && others_stride < least)) return kBadArgument;
+    for (int64_t i = 0; i < t * n; i++)
+        if (lists[i] >= count + others_count) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        attend(job, isa, t, [&](int64_t token) {
+            const int32_t* list = lists + token * n;
+            int64_t context = 0;
+            while (context < n && list[context] >= 0) context++;
+            Mla m = mla_for(cache, heads, context, stride, r, p, scale);
+            m.q = q + token * heads * (r + p);
+            m.list = list, m.split = count, m.others = others, m.others_stride = others_stride, m.sinks = sinks;
+            return m;
+        }, out);
         return kOk;
     });
 }

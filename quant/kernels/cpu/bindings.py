@@ -30,7 +30,7 @@ from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, Function, ten
 from slotmoe.quant.kernels.cpu.weights import Decoder, ExpertRecord, Matrix, NativeRouter
 from slotmoe.quant.shapes import latent_bytes
 
-ABI = 12
+ABI = 13
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _PARTS = ("attention", "route", "experts_by_slot", "mlp")  # whose seconds `decode` measures
 
@@ -160,6 +160,26 @@ class Kernels:
             raise ValueError(f"context is {context}, expected {limits}")
         values = q, cache.data_ptr(), stride, scale
         return self._functions["mla"](*values, C=context, R=latent, P=p)
+
+    def attend(
+        self,
+        q: Tensor,
+        rows: Tensor,
+        others: Tensor | None,
+        lists: Tensor,
+        latent: int,
+        scale: float,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """As `mla`, but each token attends to the rows that its list, int32 [T, N], names, in that
+        order and up to the first entry below 0: the first entries are those of `rows`, the next
+        those of `others`.  `sinks`, float32 [A], are a logit a head that has no value."""
+        p = q.shape[-1] - latent
+        width = latent_bytes(latent, p)
+        stride, others = row_stride(rows, width), rows[:0] if others is None else others
+        values = q, rows.data_ptr(), stride, others.data_ptr(), row_stride(others, width)
+        sizes = {"C": len(rows), "D": len(others), "R": latent, "P": p}
+        return self._functions["attend"](*values, lists, scale, sinks, **sizes)
 
     def route(
         self, logits: Tensor, router: Router, bias: Tensor | None = None

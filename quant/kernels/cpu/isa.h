@@ -64,8 +64,13 @@ struct Int8Matrix {
 
 struct Mla {
     const float* q;        // [heads, R + P]
-    const uint8_t* cache;  // [context] rows, `stride` bytes apart; see attention.h
+    const uint8_t* cache;  // rows, `stride` bytes apart; see attention.h
     int64_t heads, context, stride, r, p;
+    const int32_t* list;   // [context]: the rows in their order, or null: the first ones
+    int64_t split;         // row `split` and those behind it are the first of `others`, `others_stride` bytes apart
+    const uint8_t* others;
+    int64_t others_stride;
+    const float* sinks;    // [heads]: a logit that has no value; or null
     float scale;
     int64_t span_chunks;  // chunks of kChunkRows rows in one span
     int64_t tiles;        // of 16 heads

@@ -51,6 +51,8 @@ SIGNATURES = {
     "weighted_sum": "outputs:f32[T,K,H] weights:f32[T,K] T K H >y:f32[T,H]",
     "store_latents": "latent:f32[T,W] T R P cache:pointer stride:size",
     "mla": "q:f32[T,A,W] T A cache:pointer C stride:size R P scale:float >y:f32[T,A,R]",
+    "attend": "q:f32[T,A,W] T A cache:pointer C stride:size others:pointer D others_stride:size"
+    " lists:i32[T,N] N R P scale:float sinks?:f32[A] >y:f32[T,A,R]",
     "absorb_query": f"q:f32[T,A,N] T {_ABSORB} >y:f32[T,A,R]",
     "absorb_value": f"latent:f32[T,A,R] T {_ABSORB} >y:f32[T,A,V]",
     # the pairs (x0, x1), (x2, x3), ..., or of two halves, times the table
