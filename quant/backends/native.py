@@ -154,6 +154,12 @@ class NativeBackend(TorchBackend):
         rows = rows_a_SX, rows_b_SX, lists_TN.contiguous()
         return self._native.attend(q_THW.contiguous(), *rows, R, scale, sinks_H)
 
+    def index(
+        self, q_TJI: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int
+    ) -> Tensor:
+        values = q_TJI.contiguous(), weights_TJ.contiguous(), keys_SX, counts_T
+        return self._native.index(*values, k)
+
     def route(
         self, logits_TE: Tensor, router: Router, bias_E: Tensor | None
     ) -> tuple[Tensor, Tensor]:

@@ -114,3 +114,89 @@ def test_attend_refuses(kernels):
         for value in values:
             with pytest.raises(ValueError, match=r"expected|must|refused"):
                 kernels.attend(**good | {name: value})
+
+
+def chosen(scores, k):
+    """The best, of equals the first, ascending, then -1."""
+    best = np.sort(np.argsort(-scores, kind="stable")[:k])
+    return np.pad(best, (0, k - len(best)), constant_values=-1)
+
+
+def index(kernels, q, weights, cache, counts, k):
+    return kernels.index(q, weights, cache, torch.tensor(counts, dtype=torch.int32), k).numpy()
+
+
+@quick
+@given(
+    st.integers(1, 5), st.integers(1, 40), one_of(3, 70, 900), one_of(8, 30, 128),
+    one_of(1, 16, 65), seeds,
+)  # fmt: skip
+def test_index(kernels, tokens, heads, rows, width, k, seed):
+    """What is chosen is no worse than what is not, but for what rounding to 8 bits changes."""
+    rng = np.random.default_rng(seed)
+    keys, q = rng.standard_normal((rows, width)), rng.standard_normal((tokens, heads, width))
+    weights, counts = rng.standard_normal((tokens, heads)), rng.integers(0, rows + 1, tokens)
+    cache = latent_cache(kernels, keys, width, 3)
+    cache[counts.max(initial=0) :] = 0xFF
+    got = index(kernels, torch_of(q), torch_of(weights), cache, counts, k)
+    for t, count in enumerate(counts):
+        found, least = got[t][got[t] >= 0], min(k, count)
+        assert len(found) == least
+        assert (np.diff(found) > 0).all()
+        assert (got[t][least:] == -1).all()
+        parts = np.maximum(q[t] @ keys[:count].T, 0) * weights[t][:, None]
+        scores, others = parts.sum(0), np.delete(np.arange(count), found)
+        if least and len(others):
+            error = 0.03 * math.sqrt(width) * np.linalg.norm(weights[t])
+            assert scores[found].min() >= scores[others].max() - error
+
+
+@quick
+@given(one_of(1, 3, 40, 1000, 2999), one_of(0, 1, 700), st.booleans(), seeds)
+def test_index_chooses_exactly(kernels, k, nans, falling, seed):
+    """Keys that are multiples of one have scores as exact as floats; half of them are 0."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.permutation(np.arange(-1500, 1500)) * 0.01
+    keys = sizes[:, None] * rng.standard_normal(32)
+    q = torch_of(np.sign(keys[sizes > 0][:1, None] * np.ones((2, 3, 1))))
+    weights = torch.full((2, 3), -1.0 if falling else 1.0)
+    keys[rng.permutation(3000)[:nans]] = np.nan
+    scores = np.maximum(sizes, 0) * weights[0, 0].item()
+    scores[np.isnan(keys[:, 0])] = -np.inf
+    got = index(kernels, q, weights, latent_cache(kernels, keys, 32), [3000, 1234], k)
+    assert (got[0] == chosen(scores, k)).all()
+    assert (got[1] == chosen(scores[:1234], k)).all()
+
+
+@quick
+@given(st.integers(2, 70), one_of(1, 17, 64), st.integers(2, 5), seeds)
+def test_index_gives_a_token_the_same(kernels, tokens, heads, threads, seed):
+    """Alone or among others, and with every number of threads."""
+    rng = np.random.default_rng(seed)
+    cache = latent_cache(kernels, rng.standard_normal((800, 64)), 64)
+    q = torch_of(rng.standard_normal((tokens, heads, 64)))
+    weights, counts = torch_of(rng.standard_normal((tokens, heads))), rng.integers(0, 801, tokens)
+    want = index(kernels, q, weights, cache, counts, 100)
+    kernels.set_threads(threads)
+    assert (index(kernels, q, weights, cache, counts, 100) == want).all()
+    for t in (0, tokens - 1):
+        alone = q[t : t + 1], weights[t : t + 1], cache, counts[t : t + 1]
+        assert (index(kernels, *alone, 100)[0] == want[t]).all()
+
+
+def test_index_refuses(kernels):
+    cache = latent_cache(kernels, np.ones((4, 8)), 8)
+    good = {"q": torch.ones(1, 2, 8), "weights": torch.ones(1, 2), "keys": cache, "k": 2}
+    good["counts"] = torch.tensor([4], dtype=torch.int32)
+    kernels.index(**good)
+    bad = {
+        "q": [torch.ones(1, 2, 9), torch.ones(1, 3, 8)],
+        "weights": [torch.ones(2, 2), torch.ones(1, 2).double()],
+        "keys": [cache[:, 1:], cache.float()],
+        "counts": [good["counts"] + 1, good["counts"] - 5, good["counts"].long()],
+        "k": [0],
+    }
+    for name, values in bad.items():
+        for value in values:
+            with pytest.raises(ValueError, match=r"expected|must|refused"):
+                kernels.index(**good | {name: value})

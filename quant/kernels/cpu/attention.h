@@ -504,5 +504,31 @@ void mla_merge(const Mla& m, int64_t begin, int64_t end, float* out) {
     }
 }
 
+// The indexer's scores (DeepSeek-V3.2, arXiv 2512.02556): the sum over the heads of weight [heads] * relu(q . row).
+void index_scores(const Mla& m, const float* weights, int64_t begin, int64_t end, uint8_t* scratch, float* scores) {
+    Chunk c;
+    mla_layout(m, scratch, c);
+    const uint8_t* rows[kChunkRows];
+    for (int64_t first = begin * kChunkRows; first < end * kChunkRows && first < m.context; first += kChunkRows) {
+        const int64_t n = m.context - first < kChunkRows ? m.context - first : kChunkRows;
+        chunk_rows(m, first, rows);
+        score_chunk(m, rows, n, c);
+        F sums[kChunkRows];
+        for (int64_t tile = 0; tile < m.tiles; tile++) {
+            alignas(64) float weight[kTile] = {};  // 0 in the lanes that no head has
+            const int64_t heads = m.heads - tile * kTile < kTile ? m.heads - tile * kTile : kTile;
+            memcpy(weight, weights + tile * kTile, size_t(heads) * 4);
+            for (int64_t i = 0; i < kChunkRows; i++) {
+                // max gives its second for NaN
+                const F score = Lanes::max(Lanes::zero(), Lanes::load(c.scores + (tile * kChunkRows + i) * kTile));
+                sums[i] = tile ? Lanes::fma(score, Lanes::load(weight), sums[i]) : Lanes::mul(score, Lanes::load(weight));
+            }
+        }
+        alignas(64) float totals[kChunkRows];
+        for (int64_t i = 0; i < kChunkRows; i += 16) Lanes::sum_lanes(sums + i, totals + i);
+        memcpy(scores + first, totals, size_t(n) * 4);
+    }
+}
+
 }  // namespace
 }  // namespace slotmoe

@@ -181,6 +181,15 @@ class Kernels:
         sizes = {"C": len(rows), "D": len(others), "R": latent, "P": p}
         return self._functions["attend"](*values, lists, scale, sinks, **sizes)
 
+    def index(self, q: Tensor, weights: Tensor, keys: Tensor, counts: Tensor, k: int) -> Tensor:
+        """The lightning indexer: of the first counts[t] keys, int32 [T], those k that score best,
+        ascending, then -1: int32 [T, k].  A score is the sum over the heads of weights[t] float32
+        [T, A] times relu(q[t] float32 [T, A, R] . key); of equals the lower index comes first, and
+        NaN is the lowest.  `keys` are rows of `store_latents` with P = 0."""
+        stride = row_stride(keys, latent_bytes(q.shape[-1], 0))
+        values = q, weights, keys.data_ptr(), stride, counts
+        return self._functions["index"](*values, S=len(keys), K=k)
+
     def route(
         self, logits: Tensor, router: Router, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -132,6 +132,9 @@ struct Isa {
     void (*mla_spans)(const Mla& m, int64_t begin, int64_t end, uint8_t* scratch);  // spans begin..end
     void (*mla_merge)(const Mla& m, int64_t begin, int64_t end, float* out);        // heads begin..end
     size_t (*mla_scratch)(const Mla& m);
+    // scores [context]: each row's of chunks begin..end, summed over the heads; see attention.h.
+    void (*index_scores)(const Mla& m, const float* weights, int64_t begin, int64_t end, uint8_t* scratch,
+                         float* scores);
 
     void (*store_latent)(float* row, int64_t r, int64_t p, uint8_t* out);  // row is overwritten
 

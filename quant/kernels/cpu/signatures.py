@@ -53,6 +53,8 @@ SIGNATURES = {
     "mla": "q:f32[T,A,W] T A cache:pointer C stride:size R P scale:float >y:f32[T,A,R]",
     "attend": "q:f32[T,A,W] T A cache:pointer C stride:size others:pointer D others_stride:size"
     " lists:i32[T,N] N R P scale:float sinks?:f32[A] >y:f32[T,A,R]",
+    "index": "q:f32[T,A,R] weights:f32[T,A] T A R keys:pointer S stride:size counts:i32[T] K"
+    " >y:i32[T,K]",
     "absorb_query": f"q:f32[T,A,N] T {_ABSORB} >y:f32[T,A,R]",
     "absorb_value": f"latent:f32[T,A,R] T {_ABSORB} >y:f32[T,A,V]",
     # the pairs (x0, x1), (x2, x3), ..., or of two halves, times the table
