@@ -108,8 +108,39 @@ class NativeBackend(TorchBackend):
             return super().linear(x_TK, weight)
         return self._native.linear(Matrix.of(weight), x_TK.contiguous())
 
-    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
         return self._native.rms_norm(x_TD.contiguous(), weight_D, eps)
+
+    def hyper_in(
+        self,
+        h_TMD: Tensor,
+        fn: Tensor,
+        base: Tensor,
+        scale: Tensor,
+        eps: float,
+        iterations: int,
+        hc_eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weights = fn.view(-1, *h_TMD.shape[1:]), base, scale
+        x_TD, post_TM, comb_TMM = self._native.hyper_in(
+            h_TMD.contiguous(), *weights, eps, iterations, hc_eps
+        )
+        return x_TD, post_TM, comb_TMM
+
+    def hyper_out(self, y_TD: Tensor, h_TMD: Tensor, post_TM: Tensor, comb_TMM: Tensor) -> Tensor:
+        return self._native.hyper_out(y_TD.contiguous(), h_TMD.contiguous(), post_TM, comb_TMM)
+
+    def hyper_head(
+        self, h_TMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, hc_eps: float
+    ) -> Tensor:
+        weights = fn.view(-1, *h_TMD.shape[1:]), base, scale
+        return self._native.hyper_head(h_TMD.contiguous(), *weights, eps, hc_eps)
+
+    def compress(
+        self, kv_WJZ: Tensor, gate_WJZ: Tensor, bias_JZ: Tensor, norm_Z: Tensor, eps: float
+    ) -> Tensor:
+        values = kv_WJZ.contiguous(), gate_WJZ.contiguous(), bias_JZ, norm_Z
+        return self._native.compress(*values, eps)
 
     def mlp(
         self, x_TD: Tensor, gate_proj: Prepared, up_proj: Prepared, down_proj: Prepared

@@ -18,7 +18,8 @@ constexpr int kOk = 0, kBadArgument = 1, kOutOfMemory = 4;
 // Scratch slots. A phase uses each for one thing.
 enum Slot { kX, kXFactor, kGate, kUp, kAct, kActFactor, kOuts, kMlaBuffers, kMlaThreads, kQuery, kQueryLatent,
             kQueryFull, kRow, kLatentOut, kValues, kUses, kParts, kPartOf,
-            kMlas, kScores, kChoices, kLogits, kStreams, kRecords, kTokenOuts, kCaches, kIndexScores, kOrder, kSlotCount };
+            kMlas, kScores, kChoices, kLogits, kStreams, kRecords, kTokenOuts, kCaches, kIndexScores, kOrder, kHyper,
+            kSlotCount };
 static_assert(kSlotCount <= kScratchSlots, "pool.h has a buffer for each");
 
 constexpr int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple; }
@@ -120,6 +121,12 @@ void mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Matrix* w, c
 // on the other rows.
 void experts_by_slot(Job& job, const Isa& isa, const float* x, int64_t t, int64_t k, const int64_t* indices,
                      const int32_t* slots, const uint8_t* slab, int64_t stride, const Record& record, float* y);
+// Streams h [t, m, d] -> x [t, d], what goes into a block, post [t, m] and comb [t, m, m]. Without post it is the head's.
+void hyper_in(Job& job, const Isa& isa, const Hyper& hyper, const float* h, int64_t t, int64_t d, float* x, float* post,
+              float* comb);
+// The block's y [t, d] and the streams before it -> the streams behind it.
+void hyper_out(Job& job, const Isa& isa, const float* y, const float* h, const float* post, const float* comb,
+               int64_t t, int64_t m, int64_t d, float* out);
 // outs [t, k, h], weights [t, k] -> y [t, h]: the products are added one by one in order, from zero.
 void weighted_sum(Job& job, const Isa& isa, const float* outs, const float* weights, int64_t t, int64_t k, int64_t h,
                   float* y);

@@ -67,7 +67,9 @@ class Kernels:
         functions = self._functions
         self.linear, self.mlp = functions["linear"], functions["mlp"]
         self.rms_norm, self.rotate = functions["rms_norm"], functions["rotate"]
-        self.weighted_sum = functions["weighted_sum"]
+        self.weighted_sum, self.compress = functions["weighted_sum"], functions["compress"]
+        self.hyper_in = functions["hyper_in"].results
+        self.hyper_out, self.hyper_head = functions["hyper_out"], functions["hyper_head"]
         # of slotmoe.quant.codecs.encode and slotmoe.quant.codecs.feedback
         self.quantize_int8 = functions["quantize_int8"].results
         self.int8_error, self.coded_error = functions["int8_error"], functions["coded_error"]
