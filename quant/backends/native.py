@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slotmoe.border import Experts, Geometry, Layer, Pending, Router, Step
 from slotmoe.quant.backends.base import Empty, Prepared, Records, SlotTable, TorchBackend, new
+from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.bindings import Kernels
@@ -108,6 +109,14 @@ class NativeBackend(TorchBackend):
             return super().linear(x_TK, weight)
         return self._native.linear(Matrix.of(weight), x_TK.contiguous())
 
+    def grouped_linear(self, x_TGK: Tensor, weight: Prepared) -> Tensor:
+        matrix, G = Matrix.of(weight), x_TGK.shape[1]
+        if matrix.shape[0] % (G * TILE) == 0:
+            return self._native.linear(matrix, x_TGK.contiguous())
+        # Groups share tiles, which no real model's do: each multiplies all of them.
+        parts = [self.linear(x_TGK[:, g], matrix).unflatten(1, (G, -1))[:, g] for g in range(G)]
+        return torch.stack(parts, dim=1)
+
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
         return self._native.rms_norm(x_TD.contiguous(), weight_D, eps)
 
@@ -192,9 +201,13 @@ class NativeBackend(TorchBackend):
         return self._native.index(*values, k)
 
     def route(
-        self, logits_TE: Tensor, router: Router, bias_E: Tensor | None
+        self,
+        logits_TE: Tensor,
+        router: Router,
+        bias_E: Tensor | None,
+        chosen_TK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return self._native.route(logits_TE.contiguous(), router, bias_E)
+        return self._native.route(logits_TE.contiguous(), router, bias_E, chosen_TK)
 
     def decoder(
         self, geometry: Geometry, layers: Sequence[Layer[Prepared]]

@@ -65,7 +65,7 @@ class Kernels:
             raise OSError(f"{path} has ABI {self._lib.slotmoe_abi()}, expected {ABI}")
         self._functions = {name: Function(self._lib, name) for name in SIGNATURES}
         functions = self._functions
-        self.linear, self.mlp = functions["linear"], functions["mlp"]
+        self.mlp = functions["mlp"]
         self.rms_norm, self.rotate = functions["rms_norm"], functions["rotate"]
         self.weighted_sum, self.compress = functions["weighted_sum"], functions["compress"]
         self.hyper_in = functions["hyper_in"].results
@@ -124,6 +124,12 @@ class Kernels:
         self._functions["pack_int8"].results(weight.q, tiles)
         scale = empty(tuple(weight.scale.shape), torch.float32).copy_(weight.scale)
         return Matrix.int8(tiles, scale, weight.shape)
+
+    def linear(self, weight: Matrix, x: Tensor) -> Tensor:
+        """x float32 [T, K] -> x W^T, [T, N]; or [T, G, K] -> [T, G, N / G], where each G-th of the
+        weight's rows multiplies its own row of a token."""
+        y: Tensor = self._functions["linear"](weight, x if x.dim() == 3 else x[:, None])
+        return y.unflatten(1, (x.shape[1], -1)) if x.dim() == 3 else y
 
     def experts_by_slot(
         self,
@@ -193,13 +199,18 @@ class Kernels:
         return self._functions["index"](*values, S=len(keys), K=k)
 
     def route(
-        self, logits: Tensor, router: Router, bias: Tensor | None = None
+        self,
+        logits: Tensor,
+        router: Router,
+        bias: Tensor | None = None,
+        chosen: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """logits float32 [T, E] -> weights and int64 indices [T, top_k], best first; of equals the
-        lower index.  `bias`, float32 [E], takes part in the choice alone."""
+        lower index.  `bias`, float32 [E], takes part in the choice alone.  With `chosen` these are
+        the indices."""
         native = ctypes.byref(NativeRouter(router, logits.shape[-1]))
         route = self._functions["route"]
-        weights, indices = route.results(native, logits, bias, K=router.top_k)
+        weights, indices = route.results(native, logits, bias, chosen, K=router.top_k)
         return weights, indices
 
     def decode(

@@ -38,8 +38,8 @@ _SOURCE = "source:source[N,K] type N K"
 _LEVELS = "levels:f32[L] L"
 
 SIGNATURES = {
-    # y = x W^T
-    "linear": "w:bound x:f32[T,K] T >y:f32[T,N]",
+    # y = x W^T; each of G groups of W's rows multiplies its own row of a token
+    "linear": "w:bound x:f32[T,G,K] T G >y:f32[T,N]",
     "pack_int8": f"w:i8[N,K] N K packed:{INT8}",
     # y = x / sqrt(mean(x^2) + eps) * weight
     "rms_norm": "x:f32[T,K] weight?:f32[K] T K eps:float >y:f32[T,K]",
@@ -71,7 +71,8 @@ SIGNATURES = {
     "rotate": "x:f32[T,A,P] table:c64[T,P/2] halves:size T A P >y:f32[T,A,P]",
     "attention": "layer:bound T h:f32[T,H] table:c64[T,C] query_scale?:f32[T] caches:pointer"
     " stride:size positions:pointer >y:f32[T,H] >x:f32[T,H] >logits:f32[T,E]",
-    "route": "router:pointer logits:f32[T,E] bias?:f32[E] T E >weights:f32[T,K] >indices:i64[T,K]",
+    "route": "router:pointer logits:f32[T,E] bias?:f32[E] chosen?:i64[T,K] T E >weights:f32[T,K]"
+    " >indices:i64[T,K]",
     # checked by hand, which is quicker: it runs once a token
     "decode": "decoder:pointer first:size tokens:size h:pointer table:pointer query_scale:pointer"
     " caches:pointer layer_stride:size row_stride:size positions:pointer slots:pointer"
