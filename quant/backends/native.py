@@ -13,8 +13,21 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from slotmoe.border import Cache, Experts, Geometry, Layer, Mla, Pending, Router, Step
+from slotmoe.border import (
+    Cache,
+    Experts,
+    Geometry,
+    HyperGeometry,
+    Layer,
+    Mixed,
+    Mixing,
+    Mla,
+    Pending,
+    Router,
+    Step,
+)
 from slotmoe.quant.backends.base import Empty, Prepared, Records, SlotTable, TorchBackend, new
+from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.bindings import Kernels
@@ -108,10 +121,36 @@ class NativeBackend(TorchBackend):
             return super().linear(x_TK, weight)
         return self._native.linear(Matrix.of(weight), x_TK.contiguous())
 
+    def grouped_linear(self, x_TGK: Tensor, weight: Prepared) -> Tensor:
+        matrix, G = Matrix.of(weight), x_TGK.shape[1]
+        if matrix.shape[0] % (G * TILE) == 0:
+            return self._native.linear(matrix, x_TGK.contiguous())
+        # Groups share tiles, which no real model's do: each multiplies all of them.
+        parts = [self.linear(x_TGK[:, g], matrix).unflatten(1, (G, -1))[:, g] for g in range(G)]
+        return torch.stack(parts, dim=1)
+
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
-        if weight_D is None:
-            return super().rms_norm(x_TD, weight_D, eps)
         return self._native.rms_norm(x_TD.contiguous(), weight_D, eps)
+
+    def mix(
+        self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float
+    ) -> tuple[Tensor, Mixed]:
+        given = *_streams(h_TD, mixing, hyper), eps, hyper.iterations, hyper.eps
+        x_TD, *mixed = self._native.hyper_in(*given)
+        return x_TD, Mixed(*mixed)
+
+    def add_mixed(self, y_TD: Tensor, h_TD: Tensor, mixed: Mixed) -> Tensor:
+        streams_TQD = h_TD.unflatten(-1, (mixed.post_TQ.shape[1], -1)).contiguous()
+        return self._native.hyper_out(y_TD.contiguous(), streams_TQD, *mixed).flatten(1)
+
+    def collapse(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float) -> Tensor:
+        return self._native.hyper_head(*_streams(h_TD, mixing, hyper), eps, hyper.eps)
+
+    def compress(
+        self, kv_WJZ: Tensor, gate_WJZ: Tensor, bias_JZ: Tensor, norm_Z: Tensor, eps: float
+    ) -> Tensor:
+        values = kv_WJZ.contiguous(), gate_WJZ.contiguous(), bias_JZ, norm_Z
+        return self._native.compress(*values, eps)
 
     def mlp(
         self, x_TD: Tensor, gate_proj: Prepared, up_proj: Prepared, down_proj: Prepared
@@ -143,16 +182,33 @@ class NativeBackend(TorchBackend):
     def mla(self, q_THW: Tensor, rows_SX: Tensor, R: int, scale: float) -> Tensor | None:
         return self._native.mla(q_THW.contiguous(), rows_SX, len(rows_SX), R, scale)
 
+    def attend(
+        self,
+        q_THW: Tensor,
+        rows_a_SX: Tensor,
+        rows_b_SX: Tensor | None,
+        lists_TN: Tensor,
+        R: int,
+        scale: float,
+        sinks_H: Tensor | None,
+    ) -> Tensor:
+        rows = rows_a_SX, rows_b_SX, lists_TN.contiguous()
+        return self._native.attend(q_THW.contiguous(), *rows, R, scale, sinks_H)
+
+    def index(
+        self, q_TJI: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int
+    ) -> Tensor:
+        values = q_TJI.contiguous(), weights_TJ.contiguous(), keys_SX, counts_T
+        return self._native.index(*values, k)
+
     def route(
         self,
         logits_TE: Tensor,
         router: Router,
         bias_E: Tensor | None,
         chosen_TK: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor] | None:
-        if chosen_TK is not None:
-            return None
-        return self._native.route(logits_TE.contiguous(), router, bias_E)
+    ) -> tuple[Tensor, Tensor]:
+        return self._native.route(logits_TE.contiguous(), router, bias_E, chosen_TK)
 
     def decoder(
         self, geometry: Geometry, layers: Sequence[Layer[Prepared]]
@@ -188,6 +244,15 @@ class NativeBackend(TorchBackend):
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
         return self._native.weighted_sum(y_TKD, weights_TK.contiguous())
+
+
+def _streams(
+    h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Residual streams and what mixes them, in the native calls' shapes."""
+    streams_TQD = h_TD.unflatten(-1, (hyper.Q, -1)).contiguous()
+    fn_XQD = mixing.fn.view(-1, *streams_TQD.shape[1:])
+    return streams_TQD, fn_XQD, mixing.base, mixing.scale
 
 
 def _mlp(*weights: Prepared) -> Mlp | None:

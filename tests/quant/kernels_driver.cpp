@@ -23,7 +23,7 @@ int slotmoe_isa_supported(int);
 int slotmoe_set_isa(const char*);
 void slotmoe_set_threads(int);
 uint64_t slotmoe_read(const void*, int64_t);
-int slotmoe_linear(const Matrix*, const float*, int64_t, float*);
+int slotmoe_linear(const Matrix*, const float*, int64_t, int64_t, float*);
 int64_t slotmoe_int8_packed_bytes(int64_t, int64_t);
 int slotmoe_pack_int8(const int8_t*, int64_t, int64_t, int8_t*);
 int64_t slotmoe_record_bytes(const Record*);
@@ -33,6 +33,19 @@ int slotmoe_experts_by_slot(const Record*, const float*, int64_t, int64_t, const
 int slotmoe_store_latents(const float*, int64_t, int64_t, int64_t, uint8_t*, int64_t);
 int slotmoe_mla(const float*, int64_t, int64_t, const uint8_t*, int64_t, int64_t, int64_t, int64_t,
                 float, float*);
+int slotmoe_attend(const float*, int64_t, int64_t, const uint8_t*, int64_t, int64_t, const uint8_t*,
+                   int64_t, int64_t, const int32_t*, int64_t, int64_t, int64_t, float, const float*,
+                   float*);
+int slotmoe_index(const float*, const float*, int64_t, int64_t, int64_t, const uint8_t*, int64_t,
+                  int64_t, const int32_t*, int64_t, int32_t*);
+int slotmoe_hyper_in(const float*, const float*, const float*, const float*, int64_t, int64_t,
+                     int64_t, int64_t, float, int64_t, float, float*, float*, float*);
+int slotmoe_hyper_head(const float*, const float*, const float*, const float*, int64_t, int64_t,
+                       int64_t, float, float, float*);
+int slotmoe_hyper_out(const float*, const float*, const float*, const float*, int64_t, int64_t,
+                      int64_t, float*);
+int slotmoe_compress(const float*, const float*, const float*, const float*, int64_t, int64_t,
+                     int64_t, float, float*);
 int slotmoe_absorb_query(const float*, int64_t, int64_t, const int8_t*, const float*, int64_t,
                          int64_t, int64_t, float*);
 int slotmoe_absorb_value(const float*, int64_t, int64_t, const int8_t*, const float*, int64_t,
@@ -44,7 +57,8 @@ int slotmoe_attention(const Attention*, int64_t, const float*, const float*, con
                       uint8_t* const*, int64_t, const int64_t*, float*, float*, float*);
 int slotmoe_quantize_nf4(const void*, int, int64_t, int64_t, const float*, uint8_t*, uint16_t*);
 int slotmoe_quantize_int8(const void*, int, int64_t, int64_t, int8_t*, float*);
-int slotmoe_route(const Router*, const float*, const float*, int64_t, int64_t, float*, int64_t*);
+int slotmoe_route(const Router*, const float*, const float*, const int64_t*, int64_t, int64_t,
+                  float*, int64_t*);
 int slotmoe_decode(const Model*, int64_t, int64_t, const float*, const float*, const float*,
                    uint8_t* const*, int64_t, int64_t, const int64_t*, const int32_t*,
                    const uint8_t*, int64_t,
@@ -162,7 +176,7 @@ static void linear(int64_t t, int64_t n, int64_t k, float scale) {
     check(slotmoe_pack_int8(w, n, k, packed));
     for (int64_t kind = kInt8; kind <= kBf16; kind++) {
         const Weights weights(kind, n, k);
-        check(slotmoe_linear(&weights.matrix, x, t, y));
+        check(slotmoe_linear(&weights.matrix, x, t, 1, y));
         slotmoe_read(weights.data, Weights::data_bytes(kind, n, k) - 1);
     }
     check(slotmoe_rms_norm(x, weight, t, k, 1e-6f, normed));
@@ -235,7 +249,8 @@ static void decode(const Attention& a, int64_t hidden, int64_t experts, const fl
     Floats logits(3 * experts), several(3 * top_k);
     Array<int64_t> chosen(3 * top_k);
     for (const float* bias : {a.gate_bias, static_cast<const float*>(nullptr)})
-        check(slotmoe_route(&router, logits, bias, 3, experts, several, chosen));
+        for (const int64_t* given : {static_cast<const int64_t*>(nullptr), static_cast<const int64_t*>(chosen.p)})
+            check(slotmoe_route(&router, logits, bias, given, 3, experts, several, chosen));
 }
 
 // A layer's attention of one token, all matrices of one kind, at the cache's first row and at its
@@ -348,6 +363,39 @@ static void attention(int64_t heads, int64_t context, int64_t r, int64_t p, int6
     check(slotmoe_mla(many, several, heads, cache, context, stride, r, p, 0.01f, outs));
 }
 
+// Lists of `length` of so many rows in two places, and the indexer's.
+static void lists(int64_t heads, int64_t rows, int64_t length, int64_t r, int64_t p) {
+    const int64_t size = latent_bytes(r, p), t = 3, split = rows / 3;
+    Array<uint8_t> a(split * size), b((rows - split) * size), keys(rows * latent_bytes(r, 0));
+    Floats latents(rows * (r + p)), q(t * heads * (r + p)), sinks(heads), out(t * heads * r);
+    check(slotmoe_store_latents(latents, split, r, p, a, size));
+    check(slotmoe_store_latents(latents, rows - split, r, p, b, size));
+    check(slotmoe_store_latents(latents, rows, r, 0, keys, latent_bytes(r, 0)));
+    Array<int32_t> list(t * length), counts(t), chosen(t * 40);
+    for (int64_t i = 0; i < t * length; i++) list[i] = int32_t((next() >> 8) % uint32_t(rows));
+    if (length) list[length / 2] = -1;
+    for (int64_t i = 0; i < t; i++) counts[i] = int32_t(rows * i / (t - 1));
+    for (int64_t tokens : {int64_t(1), t}) {
+        check(slotmoe_attend(q, tokens, heads, a, split, size, b, rows - split, size, list, length, r,
+                             p, 0.1f, tokens > 1 ? sinks.p : nullptr, out));
+        check(slotmoe_index(q, sinks, 1, heads, r, keys, rows, latent_bytes(r, 0), counts + t - 1, 40,
+                            chosen));
+    }
+    const Floats weights(t * heads);
+    check(slotmoe_index(q, weights, t, heads, r, keys, rows, latent_bytes(r, 0), counts, 40, chosen));
+}
+
+static void streams(int64_t t, int64_t m, int64_t d, int64_t window) {
+    const int64_t rows = (2 + m) * m;
+    Floats h(t * m * d), fn(rows * m * d), base(rows), scale(3), x(t * d), post(t * m);
+    Floats comb(t * m * m), out(t * m * d), kv(t * window * d), gate(t * window * d),
+        bias(window * d);
+    check(slotmoe_hyper_in(h, fn, base, scale, t, m, d, rows, 1e-6f, 20, 1e-6f, x, post, comb));
+    check(slotmoe_hyper_out(x, h, post, comb, t, m, d, out));
+    check(slotmoe_hyper_head(h, fn, base, scale, t, m, d, 1e-6f, 1e-6f, x));
+    check(slotmoe_compress(kv, gate, bias, fn, t, window, d, 1e-6f, x));
+}
+
 // Scales and codes of a table of levels.
 static void encode(int64_t n, int64_t k, int64_t l, int64_t block) {
     const int64_t columns = (n + 15) / 16 * 16, found = (k + block - 1) / block;
@@ -385,6 +433,8 @@ static void few() {
         layer(kind, 65, 3, 7, 6, 70, 5, kind % 2 * 17, 9);
     attention(17, 200, 70, 10, 5);
     attention(20, 130, 70, 10, 0, 1e38f);
+    lists(17, 200, 150, 70, 10);
+    streams(2, 4, 70, 8);
 }
 
 // The few's bytes, whatever ran before.
@@ -426,6 +476,10 @@ static void all() {
     }
     for (int64_t block : {32, 64})
         for (int64_t l : {8, 16}) encode(33, 70, l, block);
+    for (int64_t heads : {1, 5, 20})
+        for (int64_t length : {0, 1, 64, 200}) lists(heads, 150, length, 70, 6);
+    for (int64_t m : {1, 4})
+        for (int64_t d : {1, 16, 70, 300}) streams(2, m, d, d % 9 + 1);
     attention(2, 2500, 70, 10, 5);
     attention(17, 20, 2000, 100, 0);  // longer than 32-bit sums of the largest integers take
     for (float size : {0.0f, 1e-40f, 1e38f, 1.0f / 0.0f}) attention(20, 130, 70, 10, 0, size);
@@ -455,7 +509,7 @@ int main(int argc, char** argv) {
                     std::vector<float> x(256, 1.0f), y(256), scale(256, 1.0f);
                     std::vector<int8_t> w(256 * 256, 1);
                     const Matrix m{kInt8, 256, 256, w.data(), scale.data(), nullptr};
-                    for (int j = 0; j < 50; j++) check(slotmoe_linear(&m, x.data(), 1, y.data()));
+                    for (int j = 0; j < 50; j++) check(slotmoe_linear(&m, x.data(), 1, 1, y.data()));
                 });
             for (auto& c : callers) c.join();
             slotmoe_set_threads(2);
@@ -463,6 +517,8 @@ int main(int argc, char** argv) {
             encode(65, 130, 16, 32);
             attention(4, 200, 64, 16, 0);
             layer(kInt8, 65, 4, 7, 6, 70, 5, 17, 40);
+            lists(5, 150, 200, 70, 6);
+            streams(3, 4, 300, 8);
         } else {
             for (int threads = 1; threads <= 3; threads++) {
                 slotmoe_set_threads(threads);

@@ -64,6 +64,9 @@ def test_route(kernels, t, groups, size, kind, bias, data):
     want = want / (want.sum(-1, keepdim=True) + 1e-20) if renormalize else want
     torch.testing.assert_close(weights, (want * 1.5).float(), rtol=1e-6, atol=1e-30)
     assert torch.equal(indices, order)
+    given_weights, kept = kernels.route(logits, router, bias, order.flip(1))
+    assert torch.equal(kept, order.flip(1))
+    torch.testing.assert_close(given_weights, weights.flip(1), rtol=1e-6, atol=1e-30)
 
 
 def test_route_of_what_is_not_finite(kernels):
@@ -82,6 +85,9 @@ def test_route_of_what_is_not_finite(kernels):
     for bad in (*(Router(*shape) for shape in shapes), Router(12, 3, 2, group_best=2)):
         with pytest.raises(ValueError, match="don't fit"):
             kernels.route(logits, bad)
+    for expert in (-1, 12):
+        with pytest.raises(ValueError, match="refused"):
+            kernels.route(logits, Router(1, 1, 1), None, torch.full((3, 1), expert))
 
 
 def test_decode_refuses(kernels):

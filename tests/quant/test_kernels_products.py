@@ -9,6 +9,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.codecs.codec import NF4
 from slotmoe.quant.codecs.encode import squared_error
 from slotmoe.quant.int8 import Int8Weight
@@ -17,6 +18,7 @@ from tests.support.codes import random_codes
 from tests.support.kernels import (
     CODECS,
     LEVELS,
+    any_matrix,
     coded_matrix,
     int8_matrix,
     one_of,
@@ -101,6 +103,21 @@ def test_zeros_and_not_finite(kernels):
 
 
 @quick
+@given(sizes(4, 5, 40, 150), one_of("int8", "nf4", "float32", "bfloat16"), st.integers(1, 3), seeds)
+def test_groups_of_rows_multiply_their_own(kernels, shape, kind, threads, seed):
+    """Each group's share has the bits of a product with the whole matrix; whole tiles or not."""
+    (t, groups, rows, k), rng = shape, np.random.default_rng(seed)
+    rows = rows * 16 if seed % 2 else rows
+    kernels.set_threads(threads)
+    matrix = any_matrix(kernels, rng, kind, groups * rows, k)
+    x = torch_of(rng.standard_normal((t, groups, k)))
+    got = NativeBackend(kernels).grouped_linear(x, matrix)
+    for group in range(groups):
+        want = kernels.linear(matrix, x[:, group].contiguous()).view(t, groups, rows)[:, group]
+        assert torch.equal(got[:, group], want)
+
+
+@quick
 @given(sizes(4, 5, 19, 300), st.integers(0, 19), seeds)
 def test_absorbed_products_are_exact_to_float32(kernels, shape, n, seed):
     (t, heads, v, r), rng = shape, np.random.default_rng(seed)
@@ -137,6 +154,8 @@ def test_rms_norm(kernels, t, n, seed):
     rng = np.random.default_rng(seed)
     x, weight = torch_of(rng.standard_normal((t, n))), torch_of(rng.standard_normal(n))
     want = torch.nn.functional.rms_norm(x.double(), (n,), weight.double(), 1e-6)
+    plain = kernels.rms_norm(x, None, 1e-6)
+    assert torch.equal(plain, kernels.rms_norm(x, torch.ones(n), 1e-6))
     got = kernels.rms_norm(x, weight, 1e-6).double()
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 

@@ -111,7 +111,7 @@ void quantize_x(Job& job, const Isa& isa, const float* x, int64_t k, int64_t t, 
 
 // --- settings
 
-EXPORT int slotmoe_abi() { return 12; }
+EXPORT int slotmoe_abi() { return 13; }
 EXPORT void slotmoe_set_threads(int n) { set_threads(n); }
 EXPORT int slotmoe_threads() { return get_threads(); }
 
@@ -130,13 +130,13 @@ EXPORT uint64_t slotmoe_read(const void* memory, int64_t bytes) {
 
 // --- linear layers
 
-// x [t, k] -> y [t, n].
-EXPORT int slotmoe_linear(const Matrix* w, const float* x, int64_t t, float* y) {
-    if (t < 0 || !w->valid()) return kBadArgument;
+// x [t, groups, k] -> y [t, n]: see Product.
+EXPORT int slotmoe_linear(const Matrix* w, const float* x, int64_t t, int64_t groups, float* y) {
+    if (t < 0 || !w->valid() || groups < 1 || (groups > 1 && w->n % (groups * kTile))) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         for (int64_t first = 0; first < t; first += kPassTokens) {
             const int64_t rows = t - first < kPassTokens ? t - first : kPassTokens;
-            const Product product(job, isa, *w, x + first * w->k, rows, y + first * w->n);
+            const Product product(job, isa, *w, x + first * groups * w->k, rows, y + first * w->n, kX, kXFactor, groups);
             job.parallel(product.tiles(), [&](int, int64_t begin, int64_t end) { product.run(begin, end); });
         }
         return kOk;

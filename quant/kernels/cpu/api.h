@@ -18,7 +18,8 @@ constexpr int kOk = 0, kBadArgument = 1, kOutOfMemory = 4;
 // Scratch slots. A phase uses each for one thing.
 enum Slot { kX, kXFactor, kGate, kUp, kAct, kActFactor, kOuts, kMlaBuffers, kMlaThreads, kQuery, kQueryLatent,
             kQueryFull, kRow, kLatentOut, kValues, kUses, kParts, kPartOf,
-            kMlas, kScores, kChoices, kLogits, kStreams, kRecords, kTokenOuts, kCaches, kSlotCount };
+            kMlas, kScores, kChoices, kLogits, kStreams, kRecords, kTokenOuts, kCaches, kIndexScores, kOrder, kHyper,
+            kSlotCount };
 static_assert(kSlotCount <= kScratchSlots, "pool.h has a buffer for each");
 
 constexpr int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple; }
@@ -120,43 +121,72 @@ void mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Matrix* w, c
 // on the other rows.
 void experts_by_slot(Job& job, const Isa& isa, const float* x, int64_t t, int64_t k, const int64_t* indices,
                      const int32_t* slots, const uint8_t* slab, int64_t stride, const Record& record, float* y);
+// Streams h [t, m, d] -> x [t, d], what goes into a block, post [t, m] and comb [t, m, m]. Without post it is the head's.
+void hyper_in(Job& job, const Isa& isa, const Hyper& hyper, const float* h, int64_t t, int64_t d, float* x, float* post,
+              float* comb);
+// The block's y [t, d] and the streams before it -> the streams behind it.
+void hyper_out(Job& job, const Isa& isa, const float* y, const float* h, const float* post, const float* comb,
+               int64_t t, int64_t m, int64_t d, float* out);
 // outs [t, k, h], weights [t, k] -> y [t, h]: the products are added one by one in order, from zero.
 void weighted_sum(Job& job, const Isa& isa, const float* outs, const float* weights, int64_t t, int64_t k, int64_t h,
                   float* y);
 
-// Rows x [t, k] times a matrix -> y [t, n], their activations quantized as the matrix wants them.
+// Rows x [t, k] times a matrix -> y [t, n], their activations quantized as the matrix wants them. With several groups x
+// is [t, groups, k], and a group's share of the matrix's rows, whole tiles, multiplies only what is of that group.
 class Product {
 public:
     Product(Job& job, const Isa& isa, const Matrix& w, const float* x, int64_t t, float* y, Slot blocks = kX,
-            Slot factor = kXFactor)
-        : isa_(isa), w_(w), x_(x), t_(t), y_(y) {
+            Slot factor = kXFactor, int64_t groups = 1)
+        : isa_(isa), w_(w), x_(x), t_(t), y_(y), groups_(groups) {
         if (w.kind >= kF32) return;
         if (is_coded(w.kind)) levels_ = levels_for(w.levels);
-        blocks_ = job.scratch<ActBlock>(blocks, t * up_to(w.k, kBlock));
-        factor_ = job.scratch<double>(factor, t);
-        job.parallel(t, [&](int, int64_t begin, int64_t end) {
-            isa.quantize_rows(x, w.k, begin, end, t, levels_.offset, blocks_, factor_);
+        const int64_t size = up_to(w.k, kBlock);
+        blocks_ = job.scratch<ActBlock>(blocks, t * groups * size);
+        factor_ = job.scratch<double>(factor, t * groups);
+        job.parallel(t * groups, [&](int, int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; row++) {
+                const int64_t group = row % groups, token = row / groups;
+                isa.quantize_rows(x + row * w.k, w.k, 0, 1, t, levels_.offset, blocks_ + group * t * size + token,
+                                  factor_ + group * t + token);
+            }
         });
     }
 
     int64_t tiles() const { return w_.tiles(); }
 
     void run(int64_t begin, int64_t end) const {  // tiles begin..end
-        const int64_t last = end * kTile < w_.n ? end * kTile : w_.n;
-        if (w_.kind == kInt8)
-            isa_.int8_tiles(w_.as_int8(), blocks_, factor_, t_, begin, end, y_, w_.n);
-        else if (is_coded(w_.kind))
-            isa_.coded_tiles(w_.as_coded(), levels_, blocks_, factor_, t_, begin, end, y_, w_.n);
-        else
-            isa_.linear_dense(x_, t_, w_.k, w_.data, Source(w_.kind - kF32), begin * kTile, last, y_, w_.n);
+        const int64_t each = tiles() / groups_;
+        for (int64_t group = begin / each; group * each < end; group++) {
+            const int64_t last = (group + 1) * each;
+            run_group(group, begin > group * each ? begin : group * each, end < last ? end : last);
+        }
     }
 
 private:
+    void run_group(int64_t group, int64_t begin, int64_t end) const {
+        const int64_t rows = end * kTile < w_.n ? end * kTile : w_.n;
+        const ActBlock* blocks = blocks_ + group * t_ * up_to(w_.k, kBlock);
+        const double* factor = factor_ + group * t_;
+        const Source source = Source(w_.kind - kF32);
+        if (w_.kind == kInt8)
+            isa_.int8_tiles(w_.as_int8(), blocks, factor, t_, begin, end, y_, w_.n);
+        else if (is_coded(w_.kind))
+            isa_.coded_tiles(w_.as_coded(), levels_, blocks, factor, t_, begin, end, y_, w_.n);
+        else if (groups_ == 1)
+            isa_.linear_dense(x_, t_, w_.k, w_.data, source, begin * kTile, rows, y_, w_.n);
+        else  // a group's rows of x are apart
+            for (int64_t row = begin * kTile; row < rows; row++)
+                for (int64_t token = 0; token < t_; token++)
+                    isa_.linear_dense(x_ + (token * groups_ + group) * w_.k, 1, w_.k, w_.data, source, row, row + 1,
+                                      y_ + token * w_.n, w_.n);
+    }
+
     const Isa& isa_;
     const Matrix& w_;
     const float* x_;
     int64_t t_;
     float* y_;
+    int64_t groups_;
     Levels levels_{};
     ActBlock* blocks_ = nullptr;
     double* factor_ = nullptr;

@@ -13,6 +13,8 @@ using namespace slotmoe;
 namespace {
 
 constexpr int64_t kMostSpans = 16;
+constexpr int64_t kMostScores = 1 << 20;  // of the indexer that are held at once, if one token has no more
+constexpr int64_t kMostIndexed = 64;      // tokens
 
 // Of a core's first-level data cache; 0 where the system does not say.
 int64_t first_level_bytes() {
@@ -28,7 +30,8 @@ int64_t first_level_bytes() {
 Mla mla_for(const uint8_t* cache, int64_t heads, int64_t context, int64_t stride, int64_t r, int64_t p, float scale) {
     Mla m{};
     m.cache = cache, m.heads = heads, m.context = context, m.stride = stride, m.r = r, m.p = p, m.scale = scale;
-    m.span_chunks = up_to(up_to(context, kChunkRows), kMostSpans), m.tiles = up_to(heads, kTile);
+    m.split = INT64_MAX;
+    m.span_chunks = context ? up_to(up_to(context, kChunkRows), kMostSpans) : 1, m.tiles = up_to(heads, kTile);
     m.near = kChunkRows * stride < first_level_bytes();
     m.r4 = up_to(r, 4) * 4, m.k = m.r4 + up_to(p, 4) * 4, m.r_padded = up_to(r, 64) * 64;
     return m;
@@ -37,7 +40,7 @@ Mla mla_for(const uint8_t* cache, int64_t heads, int64_t context, int64_t stride
 int64_t mla_span_count(const Mla& m) { return up_to(up_to(m.context, kChunkRows), m.span_chunks); }
 
 // Bytes that a query needs while it is computed, wherever in the context: base, if given, is where m finds them.
-int64_t mla_buffers(Mla& m, uint8_t* base) {
+int64_t mla_buffers(Mla& m, uint8_t* base, int64_t spans = kMostSpans) {
     int64_t used = 0;
     const auto take = [&](int64_t bytes) {
         uint8_t* p = base ? base + used : nullptr;
@@ -48,45 +51,167 @@ int64_t mla_buffers(Mla& m, uint8_t* base) {
     const int64_t padded = m.tiles * kTile;
     m.q_mixed = floats(m.heads * (m.r + m.p)), m.q_scale = floats(2 * padded);
     m.q_rows = take(m.heads * 2 * m.k), m.q_digits = take(padded * 2 * m.k);
-    m.span_max = floats(kMostSpans * padded), m.span_sum = floats(kMostSpans * padded);
-    m.span_out = floats(kMostSpans * m.heads * m.r_padded);
+    m.span_max = floats(spans * padded), m.span_sum = floats(spans * padded);
+    m.span_out = floats(spans * m.heads * m.r_padded);
     return used;
+}
+
+// Queries of t tokens -> out [t, heads, r]; mla_of(token) has what it attends to. One token splits its context over the
+// threads, several tokens are split over them; the arithmetic is the same.
+template <class MlaOf>
+void attend(Job& job, const Isa& isa, int64_t t, MlaOf mla_of, float* out) {
+    Mla one = mla_of(0);
+    const int64_t heads = one.heads, r = one.r;
+    const int64_t bytes = mla_buffers(one, nullptr), thread_bytes = int64_t(isa.mla_scratch(one));  // the same for all
+    uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * (t > 1 ? job.threads() : 1));
+    uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, thread_bytes * job.threads());
+    if (t == 1) {
+        mla_buffers(one, buffers);
+        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_queries(one, begin, end); });
+        job.parallel(one.tiles, [&](int, int64_t begin, int64_t end) { isa.mla_pack(one, begin, end); });
+        job.parallel(mla_span_count(one), [&](int thread, int64_t begin, int64_t end) {
+            isa.mla_spans(one, begin, end, scratch + thread * thread_bytes);
+        });
+        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_merge(one, begin, end, out); });
+        return;
+    }
+    job.parallel(t, [&](int thread, int64_t begin, int64_t end) {
+        for (int64_t token = begin; token < end; token++) {
+            Mla m = mla_of(token);
+            mla_buffers(m, buffers + thread * bytes);
+            isa.mla_queries(m, 0, heads);
+            isa.mla_pack(m, 0, m.tiles);
+            isa.mla_spans(m, 0, mla_span_count(m), scratch + thread * thread_bytes);
+            isa.mla_merge(m, 0, heads, out + token * heads * r);
+        }
+    });
 }
 
 }  // namespace
 
 // The last t of `context` positions, each over the rows up to its own: q [t, heads, r + p] -> out [t, heads, r].
-// One token splits its context over the threads, several tokens are split over them; the arithmetic is the same.
 EXPORT int slotmoe_mla(const float* q, int64_t t, int64_t heads, const uint8_t* cache, int64_t context, int64_t stride,
                        int64_t r, int64_t p, float scale, float* out) {
     if (t < 1 || heads < 1 || context < t || r < 1 || p < 0 || stride < latent_bytes(r, p)) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        Mla last = mla_for(cache, heads, context, stride, r, p, scale);
-        const int64_t bytes = mla_buffers(last, nullptr), thread_bytes = int64_t(isa.mla_scratch(last));
-        uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * (t > 1 ? job.threads() : 1));
+        attend(job, isa, t, [&](int64_t token) {
+            Mla m = mla_for(cache, heads, context - t + token + 1, stride, r, p, scale);
+            m.q = q + token * heads * (r + p);
+            return m;
+        }, out);
+        return kOk;
+    });
+}
+
+// Each of t tokens over the rows that its list [n] names, in that order and up to the first entry below 0: an entry
+// below `count` is a row of `cache`, others are of `others` [others_count]. sinks [heads], unless null, are a logit a
+// head that has no value.
+EXPORT int slotmoe_attend(const float* q, int64_t t, int64_t heads, const uint8_t* cache, int64_t count, int64_t stride,
+                          const uint8_t* others, int64_t others_count, int64_t others_stride, const int32_t* lists,
+                          int64_t n, int64_t r, int64_t p, float scale, const float* sinks, float* out) {
+    const int64_t least = latent_bytes(r, p);
+    if (t < 1 || heads < 1 || r < 1 || p < 0 || n < 0 || count < 0 || others_count < 0) return kBadArgument;
+    if ((count && stride < least) || (others_count && others_stride < least)) return kBadArgument;
+    for (int64_t i = 0; i < t * n; i++)
+        if (lists[i] >= count + others_count) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        attend(job, isa, t, [&](int64_t token) {
+            const int32_t* list = lists + token * n;
+            int64_t context = 0;
+            while (context < n && list[context] >= 0) context++;
+            Mla m = mla_for(cache, heads, context, stride, r, p, scale);
+            m.q = q + token * heads * (r + p);
+            m.list = list, m.split = count, m.others = others, m.others_stride = others_stride, m.sinks = sinks;
+            return m;
+        }, out);
+        return kOk;
+    });
+}
+
+namespace {
+
+// An integer that orders as the score does; NaN is the lowest.
+inline uint32_t order_of(float score) {
+    const float positive = score + 0.0f;  // of -0 too
+    uint32_t bits;
+    memcpy(&bits, &positive, 4);
+    return score != score ? 0 : bits >> 31 ? ~bits : bits | 1u << 31;
+}
+
+// The k best of n > k scores, the lower of equals first -> their places, ascending. order [n] is working memory.
+void best(const float* scores, int64_t n, int64_t k, uint32_t* order, int32_t* out) {
+    constexpr int kBits = 11;
+    for (int64_t i = 0; i < n; i++) order[i] = order_of(scores[i]);
+    // The k-th best, digit by digit: how many have the digits so far and a larger one next.
+    uint32_t least = 0, known = 0;
+    int64_t wanted = k;  // of those that have the digits so far
+    for (int shift = 32 - kBits; known != ~0u; shift = shift > kBits ? shift - kBits : 0) {
+        const uint32_t digit = (~0u >> shift << shift) & ~known;
+        int32_t counts[1 << kBits] = {};
+        for (int64_t i = 0; i < n; i++) counts[(order[i] & digit) >> shift] += (order[i] & known) == least;
+        uint32_t at = digit >> shift;
+        while (counts[at] < wanted) wanted -= counts[at--];
+        least |= at << shift, known |= digit;
+    }
+    for (int64_t i = 0, taken = 0; taken < k; i++) {  // without a branch that nobody could predict
+        const bool equal = order[i] == least;
+        out[taken] = int32_t(i);
+        taken += (order[i] > least) | (equal & (wanted > 0));
+        wanted -= equal;
+    }
+}
+
+}  // namespace
+
+// Of the first counts[t] of `keys`, rows of latents of r columns, the k that score best, ascending, then -1: q [t,
+// heads, r], weights [t, heads] -> out [t, k].
+EXPORT int slotmoe_index(const float* q, const float* weights, int64_t t, int64_t heads, int64_t r, const uint8_t* keys,
+                         int64_t rows, int64_t stride, const int32_t* counts, int64_t k, int32_t* out) {
+    if (t < 0 || heads < 1 || r < 1 || k < 1 || (rows && stride < latent_bytes(r, 0))) return kBadArgument;
+    int64_t most = 1;
+    for (int64_t token = 0; token < t; token++) {
+        if (counts[token] < 0 || counts[token] > rows) return kBadArgument;
+        most = counts[token] > most ? counts[token] : most;
+        for (int64_t i = 0; i < k; i++) out[token * k + i] = i < counts[token] ? int32_t(i) : -1;
+    }
+    if (most <= k) return kOk;
+    return guarded([&](Job& job, const Isa& isa) {
+        const int64_t at_once = most > kMostScores / kMostIndexed ? up_to(kMostScores, most) : kMostIndexed;
+        Mla* mlas = job.scratch<Mla>(kMlas, at_once);
+        Mla& any = mlas[0] = mla_for(keys, heads, most, stride, r, 0, 1.0f);
+        const int64_t bytes = mla_buffers(any, nullptr, 0), thread_bytes = int64_t(isa.mla_scratch(any));
+        const int64_t tiles = any.tiles, chunks = up_to(most, kChunkRows);
+        uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * at_once);
         uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, thread_bytes * job.threads());
-        if (t == 1) {
-            last.q = q;
-            mla_buffers(last, buffers);
-            job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_queries(last, begin, end); });
-            job.parallel(last.tiles, [&](int, int64_t begin, int64_t end) { isa.mla_pack(last, begin, end); });
-            job.parallel(mla_span_count(last), [&](int thread, int64_t begin, int64_t end) {
-                isa.mla_spans(last, begin, end, scratch + thread * thread_bytes);
-            });
-            job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_merge(last, begin, end, out); });
-            return kOk;
-        }
-        job.parallel(t, [&](int thread, int64_t begin, int64_t end) {
-            for (int64_t token = begin; token < end; token++) {
-                Mla m = mla_for(cache, heads, context - t + token + 1, stride, r, p, scale);
-                m.q = q + token * heads * (r + p);
-                mla_buffers(m, buffers + thread * bytes);
-                isa.mla_queries(m, 0, heads);
-                isa.mla_pack(m, 0, m.tiles);
-                isa.mla_spans(m, 0, mla_span_count(m), scratch + thread * thread_bytes);
-                isa.mla_merge(m, 0, heads, out + token * heads * r);
+        float* scores = job.scratch<float>(kIndexScores, most * at_once);
+        uint32_t* order = job.scratch<uint32_t>(kOrder, most * at_once);
+        for (int64_t first = 0; first < t; first += at_once) {
+            const int64_t n = t - first < at_once ? t - first : at_once;
+            for (int64_t i = 0; i < n; i++) {
+                mlas[i] = mla_for(keys, heads, counts[first + i], stride, r, 0, 1.0f);
+                mlas[i].q = q + (first + i) * heads * r;
+                mla_buffers(mlas[i], buffers + i * bytes, 0);
             }
-        });
+            job.parallel(n * heads, [&](int, int64_t begin, int64_t end) {
+                for (int64_t i = begin; i < end; i++) isa.mla_queries(mlas[i / heads], i % heads, i % heads + 1);
+            });
+            job.parallel(n * tiles, [&](int, int64_t begin, int64_t end) {
+                for (int64_t i = begin; i < end; i++) isa.mla_pack(mlas[i / tiles], i % tiles, i % tiles + 1);
+            });
+            job.parallel(n * chunks, [&](int thread, int64_t begin, int64_t end) {
+                for (int64_t i = begin / chunks; i * chunks < end; i++) {
+                    const int64_t from = begin > i * chunks ? begin - i * chunks : 0;
+                    const int64_t to = end - i * chunks < chunks ? end - i * chunks : chunks;
+                    if (mlas[i].context > k)
+                        isa.index_scores(mlas[i], weights + (first + i) * heads, from, to,
+                                         scratch + thread * thread_bytes, scores + i * most);
+                }
+            });
+            job.parallel(n, [&](int, int64_t begin, int64_t end) {
+                for (int64_t i = begin; i < end; i++)
+                    if (mlas[i].context > k) best(scores + i * most, mlas[i].context, k, order + i * most, out + (first + i) * k);
+            });
+        }
         return kOk;
     });
 }

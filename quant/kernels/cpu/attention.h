@@ -11,7 +11,8 @@
 // byte relative to the largest of a chunk of 64 rows; where the largest is far above the next, beside which the others
 // may be small and many, it is multiplied in fp32.
 //
-// Chunks are grouped into spans by the context's length alone, so that the result does not depend on the threads.
+// A query's context is the first rows of a cache, or those that a list names, in its order. Chunks are grouped into
+// spans by the context's length alone, so that the result does not depend on the threads.
 //
 // Shapes: q [heads, R + P]; out [heads, R]; R4, P4 = R, P padded to 4; K = R4 + P4; Rp = R padded to 64; heads come in
 // tiles of 16, one lane each, Hp of them. A cache row is int8 [R4], int8 [P4], float [2] scales, int32 [2] sums of the
@@ -188,6 +189,14 @@ void mla_pack(const Mla& m, int64_t begin, int64_t end) {
     }
 }
 
+// The rows of the chunk that begins at `first`; what is missing to 64 repeats the last.
+void chunk_rows(const Mla& m, int64_t first, const uint8_t** rows) {
+    for (int64_t i = 0; i < kChunkRows; i++) {
+        const int64_t at = first + i < m.context ? first + i : m.context - 1, row = m.list ? m.list[at] : at;
+        rows[i] = row < m.split ? m.cache + row * m.stride : m.others + (row - m.split) * m.others_stride;
+    }
+}
+
 size_t mla_layout(const Mla& m, uint8_t* base, Chunk& c) {
     size_t used = 0;
     const auto take = [&](int64_t count) {  // of 4 bytes each
@@ -252,14 +261,13 @@ SLOTMOE_NOINLINE const uint8_t* score_part(const Mla& m, int64_t tile, int part,
     return q;
 }
 
-// The scores of n rows, for all heads; those past n are not read.
-void score_chunk(const Mla& m, const uint8_t* rows, int64_t n, const Chunk& c) {
+// The scores of n rows, for all heads.
+void score_chunk(const Mla& m, const uint8_t* const* rows, int64_t n, const Chunk& c) {
     for (int64_t first = 0; first < n; first += Lanes::kScoreRows) {
         const int8_t* row[Lanes::kScoreRows];
         Tail tails[Lanes::kScoreRows];
         for (int64_t j = 0; j < Lanes::kScoreRows; j++) {
-            const uint8_t* bytes = rows + (first + j < n ? first + j : n - 1) * m.stride;
-            row[j] = reinterpret_cast<const int8_t*>(bytes), tails[j] = tail_of(m, bytes);
+            row[j] = reinterpret_cast<const int8_t*>(rows[first + j]), tails[j] = tail_of(m, rows[first + j]);
             c.scales[first + j] = tails[j].scale[0];
         }
         for (int64_t tile = 0; tile < m.tiles; tile++) {
@@ -352,17 +360,15 @@ void scale_down(const Mla& m, int64_t tile, const Chunk& c, float* out) {
 
 // --- sums of rows
 
-// Columns column..column + 64 of n rows -> quads, zeros past R4. Rows past n repeat the last, whose weights are 0
-// there.
-inline void load_quads(const Mla& m, const uint8_t* rows, int64_t n, int64_t column, int8_t* quads) {
+// Columns column..column + 64 of n rows -> quads, zeros past R4. The weights of rows past n are 0.
+inline void load_quads(const Mla& m, const uint8_t* const* rows, int64_t n, int64_t column, int8_t* quads) {
     const int64_t columns = m.r4 - column < kSumColumns ? m.r4 - column : kSumColumns;
     int8_t tail[4][kSumColumns];
     if (columns < kSumColumns) memset(tail, 0, sizeof tail);
     for (int64_t quad = 0; quad < (n + 3) / 4; quad++) {
         const int8_t* in[4];
         for (int j = 0; j < 4; j++) {
-            const int64_t row = quad * 4 + j < n ? quad * 4 + j : n - 1;
-            in[j] = reinterpret_cast<const int8_t*>(rows + row * m.stride) + column;
+            in[j] = reinterpret_cast<const int8_t*>(rows[quad * 4 + j]) + column;
             if (columns < kSumColumns) in[j] = static_cast<int8_t*>(memcpy(tail[j], in[j], size_t(columns)));
         }
         Lanes::interleave(in[0], in[1], in[2], in[3], quads + quad * 4 * kSumColumns);
@@ -420,16 +426,20 @@ void add_row(const Mla& m, const uint8_t* row, float weight, float* out) {
     for (; i < m.r; i++) out[i] += weight * float(q[i]);
 }
 
-// out [heads, Rp] += weights x rows; meanwhile the rows from `next` to `last` come nearer.
-void sum_values(const Mla& m, const uint8_t* rows, int64_t n, const Chunk& c, const uint8_t* next, const uint8_t* last,
-                bool first, float* out) {
-    const int64_t quads = (n + 3) / 4, four = m.heads / 4 * 4;
-    const int64_t slice = (last - next) * 4 * kSumColumns / (m.r_padded * m.heads) + 64;
+// out [heads, Rp] += weights x rows; meanwhile the `count` rows of the next chunk come nearer.
+void sum_values(const Mla& m, const uint8_t* const* rows, int64_t n, const Chunk& c, const uint8_t* const* next,
+                int64_t count, bool first, float* out) {
+    const int64_t quads = (n + 3) / 4, four = m.heads / 4 * 4, bytes = latent_bytes(m.r, m.p);
+    const int64_t slice = count * bytes * 4 * kSumColumns / (m.r_padded * m.heads) + 64;
+    int64_t row = 0, byte = 0;
     for (int64_t column = 0; column < m.r_padded; column += kSumColumns) {
         load_quads(m, rows, n, column, c.quads);
         for (int64_t h = 0; h < four; h += 4) {
-            for (const uint8_t* end = next + slice; next < end && next < last; next += 64)
-                m.near ? Lanes::prefetch(next) : Lanes::prefetch_to_l2(next);
+            for (int64_t i = 0; i < slice && row < count; i += 64) {
+                m.near ? Lanes::prefetch(next[row] + byte) : Lanes::prefetch_to_l2(next[row] + byte);
+                byte += 64;
+                if (byte >= bytes) row++, byte = 0;
+            }
             value_block<4>(m, h, quads, first, c, out + h * m.r_padded + column);
         }
         for (int64_t h = four; h < m.heads; h++) value_block<1>(m, h, quads, first, c, out + h * m.r_padded + column);
@@ -437,7 +447,7 @@ void sum_values(const Mla& m, const uint8_t* rows, int64_t n, const Chunk& c, co
     for (int64_t tile = 0; tile < m.tiles; tile++)
         for (uint32_t heads = c.alone[tile]; heads; heads &= heads - 1) {
             const int64_t h = tile * kTile + __builtin_ctz(heads);
-            if (h < m.heads) add_row(m, rows + c.top_row[h] * m.stride, c.top[h], out + h * m.r_padded);
+            if (h < m.heads) add_row(m, rows[c.top_row[h]], c.top[h], out + h * m.r_padded);
         }
 }
 
@@ -447,15 +457,17 @@ void mla_spans(const Mla& m, int64_t begin, int64_t end, uint8_t* scratch) {
     Chunk c;
     mla_layout(m, scratch, c);
     const int64_t padded = m.tiles * kTile;
+    const uint8_t* chunks[2][kChunkRows];  // this one's rows and the next one's
     for (int64_t span = begin; span < end; span++) {
         float *maxima = m.span_max + span * padded, *sums = m.span_sum + span * padded;
         float* out = m.span_out + span * m.heads * m.r_padded;
         const int64_t start = span * m.span_chunks * kChunkRows, limit = start + m.span_chunks * kChunkRows;
         const int64_t stop = limit < m.context ? limit : m.context, floats = m.heads * m.r_padded;
+        chunk_rows(m, start, chunks[start / kChunkRows % 2]);
         for (int64_t first = start; first < stop; first += kChunkRows) {
             const int64_t n = stop - first < kChunkRows ? stop - first : kChunkRows,
                           chunk = (first - start) / kChunkRows;
-            const uint8_t* rows = m.cache + first * m.stride;
+            const uint8_t **rows = chunks[first / kChunkRows % 2], **next = chunks[(first / kChunkRows + 1) % 2];
             // Another core may have been the last to read the next span's sums; getting them back for writing takes
             // long.
             for (int64_t i = floats * chunk / m.span_chunks;
@@ -464,8 +476,9 @@ void mla_spans(const Mla& m, int64_t begin, int64_t end, uint8_t* scratch) {
             score_chunk(m, rows, n, c);
             for (int64_t tile = 0; tile < m.tiles; tile++)
                 if (!softmax_tile(m, tile, n, first == start, c, maxima, sums)) scale_down(m, tile, c, out);
-            const int64_t next = first + n, after = next + kChunkRows < m.context ? next + kChunkRows : m.context;
-            sum_values(m, rows, n, c, m.cache + next * m.stride, m.cache + after * m.stride, first == start, out);
+            const int64_t left = m.context - first - n;
+            chunk_rows(m, first + n, next);
+            sum_values(m, rows, n, c, next, left < kChunkRows ? left : kChunkRows, first == start, out);
         }
     }
 }
@@ -475,10 +488,11 @@ void mla_merge(const Mla& m, int64_t begin, int64_t end, float* out) {
                   spans = (chunks + m.span_chunks - 1) / m.span_chunks;
     const int64_t padded = m.tiles * kTile;
     for (int64_t h = begin; h < end; h++) {
-        float top = m.span_max[h], sum = 0.0f;
-        for (int64_t s = 1; s < spans; s++) top = m.span_max[s * padded + h] > top ? m.span_max[s * padded + h] : top;
+        float top = m.sinks ? m.sinks[h] : spans ? m.span_max[h] : 0.0f, sum = 0.0f;
+        for (int64_t s = 0; s < spans; s++) top = m.span_max[s * padded + h] > top ? m.span_max[s * padded + h] : top;
         for (int64_t s = 0; s < spans; s++)
             sum += m.span_sum[s * padded + h] * exp_float(m.span_max[s * padded + h] - top);
+        if (m.sinks) sum += exp_float(m.sinks[h] - top);
         float* y = out + h * m.r;
         for (int64_t i = 0; i < m.r; i++) y[i] = 0.0f;
         for (int64_t s = 0; s < spans; s++) {
@@ -487,6 +501,32 @@ void mla_merge(const Mla& m, int64_t begin, int64_t end, float* out) {
             for (int64_t i = 0; i < m.r; i++) y[i] += weight * in[i];
         }
         unmix(y, m.r);
+    }
+}
+
+// The indexer's scores (DeepSeek-V3.2, arXiv 2512.02556): the sum over the heads of weight [heads] * relu(q . row).
+void index_scores(const Mla& m, const float* weights, int64_t begin, int64_t end, uint8_t* scratch, float* scores) {
+    Chunk c;
+    mla_layout(m, scratch, c);
+    const uint8_t* rows[kChunkRows];
+    for (int64_t first = begin * kChunkRows; first < end * kChunkRows && first < m.context; first += kChunkRows) {
+        const int64_t n = m.context - first < kChunkRows ? m.context - first : kChunkRows;
+        chunk_rows(m, first, rows);
+        score_chunk(m, rows, n, c);
+        F sums[kChunkRows];
+        for (int64_t tile = 0; tile < m.tiles; tile++) {
+            alignas(64) float weight[kTile] = {};  // 0 in the lanes that no head has
+            const int64_t heads = m.heads - tile * kTile < kTile ? m.heads - tile * kTile : kTile;
+            memcpy(weight, weights + tile * kTile, size_t(heads) * 4);
+            for (int64_t i = 0; i < kChunkRows; i++) {
+                // max gives its second for NaN
+                const F score = Lanes::max(Lanes::zero(), Lanes::load(c.scores + (tile * kChunkRows + i) * kTile));
+                sums[i] = tile ? Lanes::fma(score, Lanes::load(weight), sums[i]) : Lanes::mul(score, Lanes::load(weight));
+            }
+        }
+        alignas(64) float totals[kChunkRows];
+        for (int64_t i = 0; i < kChunkRows; i += 16) Lanes::sum_lanes(sums + i, totals + i);
+        memcpy(scores + first, totals, size_t(n) * 4);
     }
 }
 

@@ -30,7 +30,7 @@ from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, Function, ten
 from slotmoe.quant.kernels.cpu.weights import Decoder, ExpertRecord, Matrix, NativeRouter
 from slotmoe.quant.shapes import latent_bytes
 
-ABI = 12
+ABI = 13
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _PARTS = ("attention", "route", "experts_by_slot", "mlp")  # whose seconds `decode` measures
 
@@ -65,9 +65,11 @@ class Kernels:
             raise OSError(f"{path} has ABI {self._lib.slotmoe_abi()}, expected {ABI}")
         self._functions = {name: Function(self._lib, name) for name in SIGNATURES}
         functions = self._functions
-        self.linear, self.mlp = functions["linear"], functions["mlp"]
+        self.mlp = functions["mlp"]
         self.rms_norm, self.rotate = functions["rms_norm"], functions["rotate"]
-        self.weighted_sum = functions["weighted_sum"]
+        self.weighted_sum, self.compress = functions["weighted_sum"], functions["compress"]
+        self.hyper_in = functions["hyper_in"].results
+        self.hyper_out, self.hyper_head = functions["hyper_out"], functions["hyper_head"]
         # of slotmoe.quant.codecs.encode and slotmoe.quant.codecs.feedback
         self.quantize_int8 = functions["quantize_int8"].results
         self.int8_error, self.coded_error = functions["int8_error"], functions["coded_error"]
@@ -123,6 +125,12 @@ class Kernels:
         scale = empty(tuple(weight.scale.shape), torch.float32).copy_(weight.scale)
         return Matrix.int8(tiles, scale, weight.shape)
 
+    def linear(self, weight: Matrix, x: Tensor) -> Tensor:
+        """x float32 [T, K] -> x W^T, [T, N]; or [T, G, K] -> [T, G, N / G], where each G-th of the
+        weight's rows multiplies its own row of a token."""
+        y: Tensor = self._functions["linear"](weight, x if x.dim() == 3 else x[:, None])
+        return y.unflatten(1, (x.shape[1], -1)) if x.dim() == 3 else y
+
     def experts_by_slot(
         self,
         x: Tensor,
@@ -161,14 +169,48 @@ class Kernels:
         values = q, cache.data_ptr(), stride, scale
         return self._functions["mla"](*values, C=context, R=latent, P=p)
 
+    def attend(
+        self,
+        q: Tensor,
+        rows: Tensor,
+        others: Tensor | None,
+        lists: Tensor,
+        latent: int,
+        scale: float,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """As `mla`, but each token attends to the rows that its list, int32 [T, N], names, in that
+        order and up to the first entry below 0: the first entries are those of `rows`, the next
+        those of `others`.  `sinks`, float32 [A], are a logit a head that has no value."""
+        p = q.shape[-1] - latent
+        width = latent_bytes(latent, p)
+        stride, others = row_stride(rows, width), rows[:0] if others is None else others
+        values = q, rows.data_ptr(), stride, others.data_ptr(), row_stride(others, width)
+        sizes = {"C": len(rows), "D": len(others), "R": latent, "P": p}
+        return self._functions["attend"](*values, lists, scale, sinks, **sizes)
+
+    def index(self, q: Tensor, weights: Tensor, keys: Tensor, counts: Tensor, k: int) -> Tensor:
+        """The lightning indexer: of the first counts[t] keys, int32 [T], those k that score best,
+        ascending, then -1: int32 [T, k].  A score is the sum over the heads of weights[t] float32
+        [T, A] times relu(q[t] float32 [T, A, R] . key); of equals the lower index comes first, and
+        NaN is the lowest.  `keys` are rows of `store_latents` with P = 0."""
+        stride = row_stride(keys, latent_bytes(q.shape[-1], 0))
+        values = q, weights, keys.data_ptr(), stride, counts
+        return self._functions["index"](*values, S=len(keys), K=k)
+
     def route(
-        self, logits: Tensor, router: Router, bias: Tensor | None = None
+        self,
+        logits: Tensor,
+        router: Router,
+        bias: Tensor | None = None,
+        chosen: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """logits float32 [T, E] -> weights and int64 indices [T, top_k], best first; of equals the
-        lower index.  `bias`, float32 [E], takes part in the choice alone."""
+        lower index.  `bias`, float32 [E], takes part in the choice alone.  With `chosen` these are
+        the indices."""
         native = ctypes.byref(NativeRouter(router, logits.shape[-1]))
         route = self._functions["route"]
-        weights, indices = route.results(native, logits, bias, K=router.top_k)
+        weights, indices = route.results(native, logits, bias, chosen, K=router.top_k)
         return weights, indices
 
     def decode(

@@ -22,8 +22,9 @@ int64_t best_of(const float* choice, int64_t n) {  // the first where several ar
 // One token: logits [e] -> weights and indices [top_k], best first. scores [e] and choice [e + groups] are working
 // memory. Scores plus bias [e], unless that is null, are compared; weights are made of scores alone. Group-limited greedy
 // (DeepSeek-V2, section 2.2.2; DeepSeek-V3, section 2.1.2): the groups with the best experts, of these the best experts.
-void choose(const Router& router, const float* logits, const float* bias, int64_t e, double* scores, float* choice,
-            float* weights, int64_t* indices) {
+// Nothing is compared if indices are `given`.
+void choose(const Router& router, const float* logits, const float* bias, const int64_t* given, int64_t e,
+            double* scores, float* choice, float* weights, int64_t* indices) {
     double largest = logits[0], total = 0;
     for (int64_t i = 1; i < e; i++) largest = logits[i] > largest ? logits[i] : largest;
     for (int64_t i = 0; router.scoring == kSoftmax && i < e; i++) total += scores[i] = std::exp(logits[i] - largest);
@@ -38,7 +39,7 @@ void choose(const Router& router, const float* logits, const float* bias, int64_
         if (!(choice[i] >= -FLT_MAX)) choice[i] = -FLT_MAX;  // NaN too
     }
 
-    if (router.kept < router.groups) {
+    if (!given && router.kept < router.groups) {
         const int64_t group_size = e / router.groups;
         float* groups = choice + e;
         for (int64_t g = 0; g < router.groups; g++) {
@@ -57,7 +58,7 @@ void choose(const Router& router, const float* logits, const float* bias, int64_
 
     double sum = 0;
     for (int64_t i = 0; i < router.top_k; i++) {
-        indices[i] = best_of(choice, e);
+        indices[i] = given ? given[i] : best_of(choice, e);
         weights[i] = float(scores[indices[i]]);
         sum += weights[i];
         choice[indices[i]] = kTaken;
@@ -66,16 +67,16 @@ void choose(const Router& router, const float* logits, const float* bias, int64_
         weights[i] = float(router.normalized ? weights[i] / (sum + 1e-20) * router.factor : weights[i] * router.factor);
 }
 
-// logits [t, e] -> weights, indices [t, top_k].
-void route(Job& job, const Router& router, const float* logits, const float* bias, int64_t t, int64_t e, float* weights,
-           int64_t* indices) {
+// logits [t, e] -> weights, indices [t, top_k], those that are `given` unless that is null.
+void route(Job& job, const Router& router, const float* logits, const float* bias, const int64_t* given, int64_t t,
+           int64_t e, float* weights, int64_t* indices) {
     const int64_t size = e + router.groups, top_k = router.top_k;
     double* scores = job.scratch<double>(kScores, job.threads() * e);
     float* choices = job.scratch<float>(kChoices, job.threads() * size);
     job.parallel(t, [&](int thread, int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++)
-            choose(router, logits + i * e, bias, e, scores + thread * e, choices + thread * size, weights + i * top_k,
-                   indices + i * top_k);
+            choose(router, logits + i * e, bias, given ? given + i * top_k : nullptr, e, scores + thread * e,
+                   choices + thread * size, weights + i * top_k, indices + i * top_k);
     });
 }
 
@@ -88,12 +89,14 @@ void finish(Job& job, const Isa& isa, const Layer& layer, const float* x, int64_
 
 }  // namespace
 
-// logits [t, e], bias [e] or null -> weights, indices [t, top_k].
-EXPORT int slotmoe_route(const Router* router, const float* logits, const float* bias, int64_t t, int64_t e,
-                         float* weights, int64_t* indices) {
+// logits [t, e], bias [e] or null, given [t, top_k] or null -> weights, indices [t, top_k].
+EXPORT int slotmoe_route(const Router* router, const float* logits, const float* bias, const int64_t* given, int64_t t,
+                         int64_t e, float* weights, int64_t* indices) {
     if (t < 0 || !router->valid(e)) return kBadArgument;
+    for (int64_t i = 0; given && i < t * router->top_k; i++)
+        if (given[i] < 0 || given[i] >= e) return kBadArgument;
     return guarded([&](Job& job, const Isa&) {
-        route(job, *router, logits, bias, t, e, weights, indices);
+        route(job, *router, logits, bias, given, t, e, weights, indices);
         return kOk;
     });
 }
@@ -151,7 +154,7 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
                       logits);
             mark(0);
             if (moe) {
-                route(job, m->router, logits, layer.attention->gate_bias, t, e, weights, indices);
+                route(job, m->router, logits, layer.attention->gate_bias, nullptr, t, e, weights, indices);
                 const int32_t* layer_slots = slots + moe_layer * e;
                 bool present = true;
                 for (int64_t i = 0; i < t * top_k; i++) {

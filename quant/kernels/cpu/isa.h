@@ -64,8 +64,13 @@ struct Int8Matrix {
 
 struct Mla {
     const float* q;        // [heads, R + P]
-    const uint8_t* cache;  // [context] rows, `stride` bytes apart; see attention.h
+    const uint8_t* cache;  // rows, `stride` bytes apart; see attention.h
     int64_t heads, context, stride, r, p;
+    const int32_t* list;   // [context]: the rows in their order, or null: the first ones
+    int64_t split;         // row `split` and those behind it are the first of `others`, `others_stride` bytes apart
+    const uint8_t* others;
+    int64_t others_stride;
+    const float* sinks;    // [heads]: a logit that has no value; or null
     float scale;
     int64_t span_chunks;  // chunks of kChunkRows rows in one span
     int64_t tiles;        // of 16 heads
@@ -81,6 +86,15 @@ struct Mla {
     float* span_max;  // [spans, tiles * 16]
     float* span_sum;  // [spans, tiles * 16]
     float* span_out;  // [spans, heads, r_padded]
+};
+
+// A hyper-connection of m streams, or the head's, which has only the first m rows; see streams.h.
+struct Hyper {
+    const float *fn, *base, *scale;  // [rows, m * D], [rows], [3] or [1]
+    int64_t m, iterations;
+    float eps, hc_eps;               // of the norm of the streams, and of all else
+
+    int64_t rows(bool head) const { return head ? m : (2 + m) * m; }
 };
 
 constexpr int64_t latent_bytes(int64_t r, int64_t p) {  // of a cache row
@@ -117,16 +131,28 @@ struct Isa {
     // y [T, ldy], rows begin..end of W [N, K].
     void (*linear_dense)(const float* x, int64_t t, int64_t k, const void* w, Source type, int64_t begin, int64_t end,
                          float* y, int64_t ldy);
-    void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);  // one row
+    // One row; without a weight it is 1.
+    void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
     void (*silu_mul)(const float* gate, const float* up, float* out, int64_t n);  // out may be gate
     void (*weighted_sum)(const float* outs, const float* weights, int64_t k, int64_t ld, int64_t begin, int64_t end,
                          float* y);
+
+    // Of one token, see streams.h.
+    void (*hyper_coefficients)(const Hyper& hyper, const float* mixes, float square, int64_t columns, float* pre,
+                               float* post, float* comb);
+    void (*hyper_out)(const float* y, const float* h, const float* post, const float* comb, int64_t m, int64_t d,
+                      int64_t begin, int64_t end, float* out);
+    // One window.
+    void (*compress)(const float* kv, const float* gate, const float* bias, int64_t rows, int64_t z, float* y);
 
     void (*mla_queries)(const Mla& m, int64_t begin, int64_t end);                 // heads begin..end
     void (*mla_pack)(const Mla& m, int64_t begin, int64_t end);                    // tiles begin..end
     void (*mla_spans)(const Mla& m, int64_t begin, int64_t end, uint8_t* scratch);  // spans begin..end
     void (*mla_merge)(const Mla& m, int64_t begin, int64_t end, float* out);        // heads begin..end
     size_t (*mla_scratch)(const Mla& m);
+    // scores [context]: each row's of chunks begin..end, summed over the heads; see attention.h.
+    void (*index_scores)(const Mla& m, const float* weights, int64_t begin, int64_t end, uint8_t* scratch,
+                         float* scores);
 
     void (*store_latent)(float* row, int64_t r, int64_t p, uint8_t* out);  // row is overwritten
 

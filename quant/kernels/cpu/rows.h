@@ -100,7 +100,7 @@ void quantize_rows(const float* x, int64_t k, int64_t begin, int64_t end, int64_
     }
 }
 
-// y = x / sqrt(mean(x^2) + eps) * weight.
+// y = x / sqrt(mean(x^2) + eps) * weight, which is 1 if there is none.
 void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* y) {
     float sums[16] = {}, total = 0.0f;
     int64_t i = 0;
@@ -109,7 +109,10 @@ void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* 
     for (int j = 0; i < n; i++, j++) sums[j] += x[i] * x[i];
     for (const float sum : sums) total += sum;
     const float scale = 1.0f / __builtin_sqrtf(total / float(n) + eps);
-    for (i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
+    if (!weight)
+        for (i = 0; i < n; i++) y[i] = x[i] * scale;
+    else
+        for (i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
 }
 
 // e^x for x <= 88 within 2 units in the last place; 0 below -87, NaN for NaN.

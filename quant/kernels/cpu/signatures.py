@@ -38,11 +38,11 @@ _SOURCE = "source:source[N,K] type N K"
 _LEVELS = "levels:f32[L] L"
 
 SIGNATURES = {
-    # y = x W^T
-    "linear": "w:bound x:f32[T,K] T >y:f32[T,N]",
+    # y = x W^T; each of G groups of W's rows multiplies its own row of a token
+    "linear": "w:bound x:f32[T,G,K] T G >y:f32[T,N]",
     "pack_int8": f"w:i8[N,K] N K packed:{INT8}",
     # y = x / sqrt(mean(x^2) + eps) * weight
-    "rms_norm": "x:f32[T,K] weight:f32[K] T K eps:float >y:f32[T,K]",
+    "rms_norm": "x:f32[T,K] weight?:f32[K] T K eps:float >y:f32[T,K]",
     # y = residual + (others + down(silu(gate x) * up x)), one rounding a sum, as torch adds
     "mlp": "w:bound x:f32[T,H] T residual?:f32[T,H] others?:f32[T,H] >y:f32[T,H]",
     "experts_by_slot": "record:bound x:f32[T,H] T K indices:i64[T,K] slots:i32[E] E"
@@ -51,13 +51,28 @@ SIGNATURES = {
     "weighted_sum": "outputs:f32[T,K,H] weights:f32[T,K] T K H >y:f32[T,H]",
     "store_latents": "latent:f32[T,W] T R P cache:pointer stride:size",
     "mla": "q:f32[T,A,W] T A cache:pointer C stride:size R P scale:float >y:f32[T,A,R]",
+    "attend": "q:f32[T,A,W] T A cache:pointer C stride:size others:pointer D others_stride:size"
+    " lists:i32[T,N] N R P scale:float sinks?:f32[A] >y:f32[T,A,R]",
+    "index": "q:f32[T,A,R] weights:f32[T,A] T A R keys:pointer S stride:size counts:i32[T] K"
+    " >y:i32[T,K]",
+    # M residual streams of DeepSeek-V4, L = (2 + M) M: what goes into a block, with the factors of
+    # its result and of the streams; the streams behind it; what goes to the head, by fn [M, M, D]
+    "hyper_in": "h:f32[T,M,D] fn:f32[L,M,D] base:f32[L] scale:f32[3] T M D L eps:float"
+    " iterations:size hc_eps:float >x:f32[T,D] >post:f32[T,M] >comb:f32[T,M,M]",
+    "hyper_out": "y:f32[T,D] h:f32[T,M,D] post:f32[T,M] comb:f32[T,M,M] T M D >h:f32[T,M,D]",
+    "hyper_head": "h:f32[T,M,D] fn:f32[M,M,D] base:f32[M] scale:f32[1] T M D eps:float"
+    " hc_eps:float >x:f32[T,D]",
+    # a norm of each window's rows, weighted by the softmax over them of gate + bias
+    "compress": "kv:f32[T,J,Z] gate:f32[T,J,Z] bias:f32[J,Z] norm:f32[Z] T J Z eps:float"
+    " >y:f32[T,Z]",
     "absorb_query": f"q:f32[T,A,N] T {_ABSORB} >y:f32[T,A,R]",
     "absorb_value": f"latent:f32[T,A,R] T {_ABSORB} >y:f32[T,A,V]",
     # the pairs (x0, x1), (x2, x3), ..., or of two halves, times the table
     "rotate": "x:f32[T,A,P] table:c64[T,P/2] halves:size T A P >y:f32[T,A,P]",
     "attention": "layer:bound T h:f32[T,H] table:c64[T,C] query_scale?:f32[T] caches:pointer"
     " stride:size positions:pointer >y:f32[T,H] >x:f32[T,H] >logits:f32[T,E]",
-    "route": "router:pointer logits:f32[T,E] bias?:f32[E] T E >weights:f32[T,K] >indices:i64[T,K]",
+    "route": "router:pointer logits:f32[T,E] bias?:f32[E] chosen?:i64[T,K] T E >weights:f32[T,K]"
+    " >indices:i64[T,K]",
     # checked by hand, which is quicker: it runs once a token
     "decode": "decoder:pointer first:size tokens:size h:pointer table:pointer query_scale:pointer"
     " caches:pointer layer_stride:size row_stride:size positions:pointer slots:pointer"

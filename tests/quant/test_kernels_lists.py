@@ -1,0 +1,202 @@
+"""Attention to the rows that a list names, and the indexer that makes lists, against plain numpy in
+float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.kernels import latent_cache, one_of, quick, relative, seeds, torch_of
+
+
+def attention(q, rows, r, scale, sinks):
+    """q [A, R + P] over rows [S, R + P]."""
+    s = np.concatenate([scale * (q @ rows.T), sinks[:, None]], -1)
+    p = np.exp(s - s.max(-1, keepdims=True))
+    return (p / p.sum(-1, keepdims=True))[:, :-1] @ rows[:, :r]
+
+
+class Lists:
+    """Rows in two places, and lists of them that end early."""
+
+    def __init__(self, kernels, rng, tokens, heads, longest, r, p):
+        self.r, self.kernels, self.scale = r, kernels, 1 / math.sqrt(r + p)
+        self.rows = rng.standard_normal((int(rng.integers(1, 300)), r + p))
+        split = int(rng.integers(0, len(self.rows) + 1))
+        self.places = [latent_cache(kernels, part, r, 5) for part in np.split(self.rows, [split])]
+        lists = rng.integers(0, len(self.rows), (tokens, longest))
+        self.lengths = rng.integers(0, longest + 1, tokens)
+        lists[np.arange(longest) >= self.lengths[:, None]] = -1
+        self.lists = torch.from_numpy(lists.astype(np.int32))
+        self.q = torch_of(rng.standard_normal((tokens, heads, r + p)))
+        self.sinks = torch_of(rng.standard_normal(heads) * 3)
+
+    def attend(self, chosen=slice(None), lists=None):
+        lists = self.lists if lists is None else lists
+        values = lists[chosen].contiguous(), self.r, self.scale, self.sinks
+        return self.kernels.attend(self.q[chosen], *self.places, *values)
+
+
+@quick
+@given(
+    st.integers(1, 6), st.integers(1, 40), one_of(1, 60, 200, 700), one_of(5, 64, 130),
+    st.integers(0, 40), seeds,
+)  # fmt: skip
+def test_attend(kernels, tokens, heads, longest, r, p, seed):
+    case = Lists(kernels, np.random.default_rng(seed), tokens, heads, longest, r, p)
+    got = case.attend()
+    for token, length in enumerate(case.lengths):
+        rows = case.rows[case.lists.numpy()[token, :length]]
+        want = attention(case.q[token].numpy(), rows, r, case.scale, case.sinks.numpy())
+        # a step is what rounding to 8 bits does to a Gaussian value: see test_kernels_attention.py
+        step = 2 * math.sqrt(2 * math.log(2 * max(r, p)) + 1) / 127 / math.sqrt(12)
+        bound = 8 * step * np.abs(rows[:, :r]).max(initial=0)
+        assert np.abs(got[token].numpy() - want).max() <= bound
+    assert not got[torch.from_numpy(case.lengths == 0)].any()
+
+
+@quick
+@given(st.integers(2, 5), one_of(1, 17, 64), one_of(60, 700, 1500), st.integers(2, 5), seeds)
+def test_attend_gives_a_token_the_same_bits(kernels, tokens, heads, longest, threads, seed):
+    """Alone or among others, with every number of threads, and whatever stands behind its list."""
+    case = Lists(kernels, np.random.default_rng(seed), tokens, heads, longest, 64, 8)
+    want = case.attend()
+    kernels.set_threads(threads)
+    assert torch.equal(case.attend(), want)
+    longer = torch.cat([case.lists, torch.full((tokens, 3), -1, dtype=torch.int32)], 1)
+    for token in range(tokens):
+        assert torch.equal(case.attend([token], longer)[0], want[token])
+
+
+@pytest.mark.parametrize(("r", "p"), [(64, 8), (512, 0), (30, 6)])
+def test_attend_to_all_rows_is_mla(kernels, r, p):
+    rng = np.random.default_rng(5)
+    rows, q = rng.standard_normal((1100, r + p)), torch_of(rng.standard_normal((3, 20, r + p)))
+    cache = latent_cache(kernels, rows, r)
+    lists = torch.arange(1100, dtype=torch.int32).repeat(3, 1)
+    lists[0, 1098:], lists[1, 1099:] = -1, -1
+    want = kernels.mla(q, cache, 1100, r, 0.1)
+    assert torch.equal(kernels.attend(q, cache, None, lists, r, 0.1), want)
+    assert torch.equal(kernels.attend(q, cache[:70], cache[70:], lists, r, 0.1), want)
+
+
+def test_attend_reads_what_lists_name_alone(kernels):
+    rng = np.random.default_rng(6)
+    rows, q = rng.standard_normal((200, 64)), torch_of(rng.standard_normal((2, 5, 64)))
+    poisoned = rows.copy()
+    poisoned[::2] = np.nan
+    lists = torch.arange(1, 200, 2, dtype=torch.int32).repeat(2, 1)
+    values = None, lists, 64, 0.1, torch.zeros(5)
+    want = kernels.attend(q, latent_cache(kernels, rows, 64), *values)
+    got = kernels.attend(q, latent_cache(kernels, poisoned, 64), *values)
+    assert torch.equal(got, want)
+    sunk = kernels.attend(q, latent_cache(kernels, rows, 64), *values[:-1], torch.full((5,), 300.0))
+    assert not sunk.any()
+    assert relative(want, kernels.attend(q, latent_cache(kernels, rows, 64), *values[:-1])) > 1e-3
+
+
+def test_attend_refuses(kernels):
+    cache, q = latent_cache(kernels, np.ones((4, 8)), 8), torch.ones(1, 2, 8)
+    good = {"q": q, "rows": cache, "others": cache[:2], "latent": 8, "scale": 1.0}
+    good["lists"] = torch.tensor([[0, 5, -1]], dtype=torch.int32)
+    kernels.attend(**good)
+    bad = {
+        "lists": [good["lists"] + 1, good["lists"].long(), good["lists"][0]],
+        "others": [None, cache[:, :9], cache.float(), cache[:1]],
+        "rows": [cache[:3], cache[:, 1:]],
+        "sinks": [torch.ones(3), torch.ones(2).double()],
+        "latent": [7],
+    }
+    for name, values in bad.items():
+        for value in values:
+            with pytest.raises(ValueError, match=r"expected|must|refused"):
+                kernels.attend(**good | {name: value})
+
+
+def chosen(scores, k):
+    """The best, of equals the first, ascending, then -1."""
+    best = np.sort(np.argsort(-scores, kind="stable")[:k])
+    return np.pad(best, (0, k - len(best)), constant_values=-1)
+
+
+def index(kernels, q, weights, cache, counts, k):
+    return kernels.index(q, weights, cache, torch.tensor(counts, dtype=torch.int32), k).numpy()
+
+
+@quick
+@given(
+    st.integers(1, 5), st.integers(1, 40), one_of(3, 70, 900), one_of(8, 30, 128),
+    one_of(1, 16, 65), seeds,
+)  # fmt: skip
+def test_index(kernels, tokens, heads, rows, width, k, seed):
+    """What is chosen is no worse than what is not, but for what rounding to 8 bits changes."""
+    rng = np.random.default_rng(seed)
+    keys, q = rng.standard_normal((rows, width)), rng.standard_normal((tokens, heads, width))
+    weights, counts = rng.standard_normal((tokens, heads)), rng.integers(0, rows + 1, tokens)
+    cache = latent_cache(kernels, keys, width, 3)
+    cache[counts.max(initial=0) :] = 0xFF
+    got = index(kernels, torch_of(q), torch_of(weights), cache, counts, k)
+    for t, count in enumerate(counts):
+        found, least = got[t][got[t] >= 0], min(k, count)
+        assert len(found) == least
+        assert (np.diff(found) > 0).all()
+        assert (got[t][least:] == -1).all()
+        parts = np.maximum(q[t] @ keys[:count].T, 0) * weights[t][:, None]
+        scores, others = parts.sum(0), np.delete(np.arange(count), found)
+        if least and len(others):
+            error = 0.03 * math.sqrt(width) * np.linalg.norm(weights[t])
+            assert scores[found].min() >= scores[others].max() - error
+
+
+@quick
+@given(one_of(1, 3, 40, 1000, 2999), one_of(0, 1, 700), st.booleans(), seeds)
+def test_index_chooses_exactly(kernels, k, nans, falling, seed):
+    """Keys that are multiples of one have scores as exact as floats; half of them are 0."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.permutation(np.arange(-1500, 1500)) * 0.01
+    keys = sizes[:, None] * rng.standard_normal(32)
+    q = torch_of(np.sign(keys[sizes > 0][:1, None] * np.ones((2, 3, 1))))
+    weights = torch.full((2, 3), -1.0 if falling else 1.0)
+    keys[rng.permutation(3000)[:nans]] = np.nan
+    scores = np.maximum(sizes, 0) * weights[0, 0].item()
+    scores[np.isnan(keys[:, 0])] = -np.inf
+    got = index(kernels, q, weights, latent_cache(kernels, keys, 32), [3000, 1234], k)
+    assert (got[0] == chosen(scores, k)).all()
+    assert (got[1] == chosen(scores[:1234], k)).all()
+
+
+@quick
+@given(st.integers(2, 70), one_of(1, 17, 64), st.integers(2, 5), seeds)
+def test_index_gives_a_token_the_same(kernels, tokens, heads, threads, seed):
+    """Alone or among others, and with every number of threads."""
+    rng = np.random.default_rng(seed)
+    cache = latent_cache(kernels, rng.standard_normal((800, 64)), 64)
+    q = torch_of(rng.standard_normal((tokens, heads, 64)))
+    weights, counts = torch_of(rng.standard_normal((tokens, heads))), rng.integers(0, 801, tokens)
+    want = index(kernels, q, weights, cache, counts, 100)
+    kernels.set_threads(threads)
+    assert (index(kernels, q, weights, cache, counts, 100) == want).all()
+    for t in (0, tokens - 1):
+        alone = q[t : t + 1], weights[t : t + 1], cache, counts[t : t + 1]
+        assert (index(kernels, *alone, 100)[0] == want[t]).all()
+
+
+def test_index_refuses(kernels):
+    cache = latent_cache(kernels, np.ones((4, 8)), 8)
+    good = {"q": torch.ones(1, 2, 8), "weights": torch.ones(1, 2), "keys": cache, "k": 2}
+    good["counts"] = torch.tensor([4], dtype=torch.int32)
+    kernels.index(**good)
+    bad = {
+        "q": [torch.ones(1, 2, 9), torch.ones(1, 3, 8)],
+        "weights": [torch.ones(2, 2), torch.ones(1, 2).double()],
+        "keys": [cache[:, 1:], cache.float()],
+        "counts": [good["counts"] + 1, good["counts"] - 5, good["counts"].long()],
+        "k": [0],
+    }
+    for name, values in bad.items():
+        for value in values:
+            with pytest.raises(ValueError, match=r"expected|must|refused"):
+                kernels.index(**good | {name: value})
