@@ -119,6 +119,7 @@ class Config:
     text_only: bool = False
     mtp: bool = False
     unknown_keys: tuple[str, ...] = ()
+    swiglu_limit: float = 0.0  # of an MLP's gate and up; 0: none
 
     def is_moe(self, layer: int) -> bool:
         """Whether ``layer`` routes to experts; others have a dense MLP of ``intermediate_size``."""

@@ -30,7 +30,7 @@ from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, Function, ten
 from slotmoe.quant.kernels.cpu.weights import Decoder, ExpertRecord, Matrix, NativeRouter
 from slotmoe.quant.shapes import latent_bytes
 
-ABI = 12
+ABI = 13
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _PARTS = ("attention", "route", "experts_by_slot", "mlp")  # whose seconds `decode` measures
 
