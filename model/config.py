@@ -8,72 +8,62 @@ default.  Values that this network does not compute are refused by name.
 import json
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Annotated, get_origin, get_type_hints
+from typing import Annotated
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import (
     FLAG,
     Json,
-    Kind,
     ListOf,
     check,
     integer,
-    number,
     one_of,
     or_null,
     parse_json,
     read_json,
 )
+from slotmoe.model.attention import (
+    COMPRESSED,
+    HYPER,
+    INDEXER,
+    MAX_INT,
+    OF_V4,
+    POSITIVE,
+    Compressed,
+    HyperConnections,
+    Indexer,
+    Rope,
+    floats,
+    kinds_of,
+    parts_of_mla,
+    parts_of_v4,
+)
 from slotmoe.model.checkpoint.encodings import Encoding, parse_encoding
 from slotmoe.model.families import FAMILIES, OTHERS, WRAPPERS, Family
 from slotmoe.model.files import ReadFile
+from slotmoe.model.spellings import in_hub_words
 
 MAX_CONFIG_BYTES = 1 << 20
-MAX_INT = 1 << 31
 
-_POSITIVE, _NOT_NEGATIVE = number(1e-30, 1e30), number(0, 1e30)
 _TOKEN_IDS = ListOf(integer(0, MAX_INT - 1), 0, 64)
 _SUPPORTED: dict[str, tuple[object, ...]] = {  # values that every family has; absent is fine too
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "ep_size": (1, None),
+    "linear_attn_config": (None,),
+    "engram_layer_ids": ([], None),
+    "kv_source_layer_ids": ([], None),
+    "index_source_layer_ids": ([], None),
+    "candidate_source_layer_id": (None,),
 }
 _FLAGS = {"norm_topk_prob": False, "tie_word_embeddings": False, "rope_interleave": True}
-_DEFAULTS = {"moe_layer_freq": 1, "index_topk": None, "num_nextn_predict_layers": 0, **_FLAGS}
+_DEFAULTS = {"moe_layer_freq": 1, "num_nextn_predict_layers": 0, **_FLAGS}
 # What null stands for.
 _NULLS = {"n_shared_experts": 0, "num_nextn_predict_layers": 0, **_FLAGS}
 # What a model with more than text says outside its text_config.
 _OUTER = ("bos_token_id", "eos_token_id", "tie_word_embeddings", "quantization_config")
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary embedding settings (YaRN: arXiv 2309.00071).  ``factor`` 1.0 means plain RoPE."""
-
-    rope_theta: Annotated[float, _POSITIVE]
-    factor: Annotated[float, _POSITIVE] = 1.0
-    original_max_position_embeddings: Annotated[int, integer(1, MAX_INT)] = 1
-    beta_fast: Annotated[float, _POSITIVE] = 32.0
-    beta_slow: Annotated[float, _POSITIVE] = 1.0
-    mscale: Annotated[float, _NOT_NEGATIVE] = 1.0
-    mscale_all_dim: Annotated[float, _NOT_NEGATIVE] = 0.0
-    llama_4_scaling_beta: Annotated[float, _NOT_NEGATIVE] = 0.0  # 0: queries are not scaled
-
-    def _mscale(self, mscale: float) -> float:
-        return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
-
-    @cached_property
-    def table_scale(self) -> float:
-        """Factor on the cosine and sine table."""
-        return self._mscale(self.mscale) / self._mscale(self.mscale_all_dim)
-
-    @property
-    def softmax_factor(self) -> float:
-        """Factor on the softmax scale: ``mscale(factor, mscale_all_dim) ** 2``."""
-        return self._mscale(self.mscale_all_dim) ** 2
 
 
 @dataclass(frozen=True)
@@ -98,7 +88,7 @@ class Config:
     n_group: Annotated[int, integer(1, 4096)]
     topk_group: Annotated[int, integer(1, 4096)]
     norm_topk_prob: Annotated[bool, FLAG]
-    routed_scaling_factor: Annotated[float, _POSITIVE]
+    routed_scaling_factor: Annotated[float, POSITIVE]
     first_k_dense_replace: Annotated[int, integer(0, MAX_INT)]
     moe_layer_freq: Annotated[int, integer(1, MAX_INT)]
     q_lora_rank: Annotated[int | None, or_null(integer(1, 1 << 20))]
@@ -106,15 +96,19 @@ class Config:
     qk_nope_head_dim: Annotated[int, integer(1, 1 << 16)]
     qk_rope_head_dim: Annotated[int, integer(1, 1 << 16)]
     v_head_dim: Annotated[int, integer(1, 1 << 16)]
-    rms_norm_eps: Annotated[float, _POSITIVE]
+    rms_norm_eps: Annotated[float, POSITIVE]
     rope: Rope
     rope_interleave: Annotated[bool, FLAG]  # rotated pairs stand side by side
-    index_topk: Annotated[int | None, or_null(integer(1, MAX_INT))]
     max_position_embeddings: Annotated[int, integer(1, MAX_INT)]
     tie_word_embeddings: Annotated[bool, FLAG]
     num_nextn_predict_layers: Annotated[int, integer(0, 1000)]
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    indexer: Indexer | None = None
+    compressed: Compressed | None = None
+    hyper: HyperConnections | None = None
+    num_hash_layers: int = 0  # the first ones choose experts by token id
+    swiglu_limit: float = 0.0  # 0: none
     encoding: Encoding | None = None  # of a checkpoint's quantized weights
     text_only: bool = False
     mtp: bool = False
@@ -133,6 +127,28 @@ class Config:
         """Decoder layers, with that of the head that predicts one token more if it is used."""
         return self.num_hidden_layers + self.mtp
 
+    @property
+    def stream_width(self) -> int:
+        """Values of all residual streams of a token together."""
+        return self.hidden_size * (1 if self.hyper is None else self.hyper.mult)
+
+    def alone(self, layer: int) -> "Config":
+        """A model of ``layer`` only, its first."""
+        indexer, compressed = self.indexer, self.compressed
+        if indexer is not None:
+            indexer = replace(indexer, full=(self.has_indexer(layer),))
+        if compressed is not None:
+            compressed = replace(compressed, ratios=(self.ratio(layer),))
+        return replace(
+            self,
+            num_hidden_layers=1,
+            first_k_dense_replace=0 if self.is_moe(layer) else 1,
+            num_hash_layers=int(layer < self.num_hash_layers),
+            mtp=False,
+            indexer=indexer,
+            compressed=compressed,
+        )
+
     def with_mtp(self, where: Path, wanted_by: str) -> "Config":
         """The same with the head that predicts one token more (``slotmoe.model.mtp``), which the
         option ``wanted_by`` asks for.  Raises ``ConfigError`` where the model has none."""
@@ -148,7 +164,23 @@ class Config:
     @property
     def latent_width(self) -> int:
         """Values that the latent cache holds for one token of one layer."""
+        if self.compressed is not None:
+            return self.compressed.head_dim
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def ratio(self, layer: int) -> int:
+        """How many positions ``layer`` compresses to one; 0 for none, as in the head that predicts
+        one token more."""
+        ratios = () if self.compressed is None else self.compressed.ratios
+        return ratios[layer] if layer < len(ratios) else 0
+
+    def has_indexer(self, layer: int) -> bool:
+        """Whether ``layer`` has an indexer of its own, as the head that predicts one token more has
+        where positions are not compressed."""
+        full = () if self.indexer is None else self.indexer.full
+        if layer < len(full):
+            return full[layer]
+        return self.indexer is not None and self.compressed is None
 
     @property
     def softmax_scale(self) -> float:
@@ -157,44 +189,23 @@ class Config:
         return 1.0 / math.sqrt(width) * factor
 
     @property
-    def max_context(self) -> tuple[int, str]:
-        """Positions that a sequence may have, and what says so.  Up to ``index_topk`` an indexed
-        attention is to all positions, and beyond it this network does not compute it."""
-        limit = self.max_position_embeddings
-        if self.index_topk is None or self.index_topk >= limit:
-            return limit, "max_position_embeddings"
-        reason = "index_topk; its sparse attention beyond that is not supported, lower --context"
-        return self.index_topk, reason
-
-    @property
     def notes(self) -> list[str]:
         """What a user has to know of how this model is run."""
-        notes = ["only the text part of this model is used"] if self.text_only else []
-        limit, _ = self.max_context
-        if limit < self.max_position_embeddings:
-            why = "up to index_topk its sparse attention is to all positions"
-            notes.append(f"a context has at most {limit} positions: {why}, and exact")
-        return notes
+        return ["only the text part of this model is used"] if self.text_only else []
 
 
-def _kinds(of: type) -> dict[str, Kind]:
-    hints = get_type_hints(of, include_extras=True)
-    annotated = {key: hint for key, hint in hints.items() if get_origin(hint) is Annotated}
-    return {key: hint.__metadata__[0] for key, hint in annotated.items()}
-
-
-_CONFIG, _ROPE = _kinds(Config), _kinds(Rope)
-_REALS = {key for key, kind in {**_CONFIG, **_ROPE}.items() if kind in (_POSITIVE, _NOT_NEGATIVE)}
+_CONFIG = kinds_of(Config)
 # With these, the keys that don't change what the network computes or are read below.
 _KNOWN_KEYS = {*_CONFIG, *_SUPPORTED} | set(
     """attention_dropout auto_map aux_loss_alpha bos_token_id dtype eos_token_id head_dim
-    initializer_range model_type num_key_value_heads output_router_logits pad_token_id
+    initializer_range index_topk model_type num_key_value_heads output_router_logits pad_token_id
     pretraining_tp qk_head_dim quantization_config rope_parameters rope_scaling rope_theta seq_aux
     torch_dtype transformers_version use_cache _name_or_path architectures scoring_func topk_method
     mlp_layer_types layer_types partial_rotary_factor num_mtp_layers
     index_head_dim index_n_heads index_topk_freq index_topk_pattern index_skip_topk_offset
     index_share_for_mtp_iteration indexer_rope_interleave indexer_types moe_router_dtype
-    sliding_window""".split()
+    compress_rates compress_ratios compress_rope_theta sliding_window o_groups o_lora_rank
+    hc_mult hc_sinkhorn_iters hc_eps num_hash_layers swiglu_limit expert_dtype""".split()
 )
 
 
@@ -223,22 +234,26 @@ def _parse(outer: Json) -> Config:
     given = _text_part(outer)
     family = _family(given)
     _refuse_unsupported(given, family)
-    values = {**_DEFAULTS, **given}
+    values = {**_DEFAULTS, **(in_hub_words(given) if family.compressed else given)}
     values |= {key: value for key, value in _NULLS.items() if values.get(key, value) is None}
+    if family.compressed:
+        values |= OF_V4
     if values.get("topk_method", family.topk_methods[0]) == "greedy":
         values |= {"n_group": 1, "topk_group": 1}
-    if values.get("mlp_layer_types") is not None:
+    if values.get("mlp_layer_types") is not None and not family.compressed:
         values["first_k_dense_replace"] = _dense_layers(values)
     check(values, _CONFIG)
     if family.indexed:
-        check(given, {"index_topk": integer(1, MAX_INT)})
+        check(values, INDEXER)
+    if family.compressed:
+        check(values, COMPRESSED | HYPER)
     bos, eos = (_token_ids(values, key) for key in ("bos_token_id", "eos_token_id"))
     config = Config(
         family=family,
-        **_floats({key: values[key] for key in _CONFIG}),
-        rope=_rope(values, family),
+        **floats({key: values[key] for key in _CONFIG}, _CONFIG),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=eos,
+        **(parts_of_v4(values, family) if family.compressed else parts_of_mla(values, family)),
         encoding=parse_encoding(given),
         text_only=given is not outer,
         unknown_keys=tuple(sorted(str(key)[:80] for key in given.keys() - _KNOWN_KEYS)),
@@ -277,6 +292,10 @@ def _refuse_unsupported(values: Json, family: Family) -> None:
     }
     if not family.indexed:
         supported["index_topk"] = (None,)
+    if family.indexed:
+        supported["indexer_rope_interleave"] = (not family.index_halves, None)
+    if family.compressed:
+        supported |= {key: (value, None) for key, value in OF_V4.items()}
     for key, allowed in supported.items():
         if key in values and values[key] not in allowed:
             only = " or ".join(json.dumps(value) for value in allowed)
@@ -303,49 +322,6 @@ def _token_ids(values: Json, key: str) -> tuple[int, ...]:
     ids = [] if value is None else value if isinstance(value, list) else [value]
     check(ids, _TOKEN_IDS, key)
     return tuple(ids)
-
-
-def _rope(values: Json, family: Family) -> Rope:
-    """From ``rope_scaling`` + ``rope_theta`` or transformers 5's ``rope_parameters``."""
-    keys = [key for key in ("rope_parameters", "rope_scaling") if values.get(key) is not None]
-    for key in keys:
-        check(values[key], {}, key)
-    settings = {"rope_theta": values.get("rope_theta", 10000.0)}
-    settings |= values[keys[0]] if keys else {}
-    kind = settings.pop("rope_type", settings.pop("type", None))
-    settings.pop("max_position_embeddings", None)
-    _check_rotated_part(values, settings.pop("partial_rotary_factor", None))
-    if "llama_4_scaling_beta" in settings and not (family.query_scaling and kind == "yarn"):
-        raise ValueError("rope setting 'llama_4_scaling_beta' is not supported in this model")
-    if kind not in ("default", "yarn", None):
-        supported = "only 'yarn' and 'default'"
-        raise ValueError(f"rope type {kind!r:.80} is not supported, {supported}")
-    required = {"rope_theta", "factor", "original_max_position_embeddings"}
-    if kind != "yarn":
-        required = {"rope_theta"}
-        settings = {key: settings[key] for key in required}
-    if unknown := sorted(settings.keys() - _ROPE):
-        raise ValueError(f"rope setting {unknown[0]!r:.80} is not supported")
-    check(settings, {key: _ROPE[key] for key in _ROPE if key in required | settings.keys()}, "rope")
-    if kind == "yarn" and settings["rope_theta"] <= 1:
-        problem = "expected more than 1, whose logarithm YaRN divides by"
-        raise ValueError(f"rope.rope_theta is {settings['rope_theta']}, {problem}")
-    return Rope(**_floats(settings))
-
-
-def _check_rotated_part(values: Json, factor: object) -> None:
-    """``qk_rope_head_dim`` values are rotated, of which ``factor`` says that they are all of a
-    head, or which part of one with what is not rotated."""
-    part = values["qk_rope_head_dim"] / (values["qk_nope_head_dim"] + values["qk_rope_head_dim"])
-    for found in (factor, values.get("partial_rotary_factor")):
-        if found not in (None, 1.0, part):
-            problem = f"is {found!r:.80}, expected 1 or {part:g}, which is qk_rope_head_dim"
-            raise ValueError(f"partial_rotary_factor {problem}")
-
-
-def _floats(values: Json) -> Json:
-    """The same with real numbers that JSON spells as integers turned into floats."""
-    return {key: float(value) if key in _REALS else value for key, value in values.items()}
 
 
 def _check_consistency(c: Config) -> None:

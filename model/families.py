@@ -1,7 +1,8 @@
 """The model families that this network computes, and in what they differ.
 
-All have Multi-head Latent Attention and DeepSeek-style experts.  What differs is data: a row of
-``FAMILIES`` says how the gate scores and chooses, and which values of ``config.json`` fit it.
+All have DeepSeek-style experts, and all but V4 Multi-head Latent Attention.  What differs is data:
+a row of ``FAMILIES`` says how the gate scores and chooses, and which values of ``config.json`` fit
+it.
 """
 
 from typing import NamedTuple
@@ -15,7 +16,8 @@ class Family(NamedTuple):
     choice and not in the weights.  ``scales_normalized``: weights that were made to add up to 1 are
     scaled too.  ``softmax_factor``: YaRN also scales the attention scores.  ``query_scaling``:
     queries grow with their position.  ``indexed``: attention is to the best ``index_topk``
-    positions.
+    positions; ``index_halves``: it rotates two halves to pick them, not pairs side by side.
+    ``compressed``: attention is that of DeepSeek-V4, not to latents.
     """
 
     architecture: str
@@ -27,6 +29,8 @@ class Family(NamedTuple):
     softmax_factor: bool = True
     query_scaling: bool = False
     indexed: bool = False
+    index_halves: bool = False
+    compressed: bool = False
     rope_interleave: tuple[bool, ...] = (True, False)
 
 
@@ -52,8 +56,18 @@ FAMILIES = {
         softmax_factor=False,
         query_scaling=True,
     ),
-    "deepseek_v32": Family("DeepseekV32ForCausalLM", indexed=True, rope_interleave=(True,)),
+    "deepseek_v32": Family(
+        "DeepseekV32ForCausalLM", indexed=True, index_halves=True, rope_interleave=(True,)
+    ),
     "glm_moe_dsa": Family("GlmMoeDsaForCausalLM", indexed=True, rope_interleave=(True,)),
+    "deepseek_v4": Family(
+        "DeepseekV4ForCausalLM",
+        scoring="sqrtsoftplus",
+        softmax_factor=False,
+        indexed=True,
+        compressed=True,
+        rope_interleave=(True,),
+    ),
 }
 """By ``model_type``."""
 
@@ -62,7 +76,8 @@ WRAPPERS = ("kimi_k25", "mistral3")
 
 OTHERS = {
     "deepseek": "its attention has keys and values for each head, no latent",
-    "deepseek_v4": "its attention compresses positions",
+    "deepseek_v41": "its layers share keys, and some look up pieces of text",
+    "deepseek_v41_text": "its layers share keys, and some look up pieces of text",
     "glm4_moe": "its attention is grouped-query, no latent",
     "kimi_linear": "most of its layers have linear attention",
     "longcat_flash": "its layers have two attentions, and experts that compute nothing",

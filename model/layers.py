@@ -1,30 +1,43 @@
-"""One decoder layer, operation by operation: Multi-head Latent Attention, then the feed-forward.
+"""One decoder layer, operation by operation: attention, then the feed-forward, each added to the
+residual stream, or mixed into several (hyper-connections, DeepSeek-V4).
 
-Shapes: T tokens of this pass, D hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, R
-kv_lora_rank, V v_head_dim, W = R + P latent row, C = P / 2, S cached positions, B one block of
-them, E routed experts, K experts a token, Z and Y widths of a key and of a value.
+Shapes: T tokens of this pass, D hidden_size, E routed experts, K experts a token.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Generic, TypeVar
 
-import torch
 from torch import Tensor
 
-from slotmoe.border import Backend, Experts, Geometry, Layer, Mlp, Pending, Step
+from slotmoe.border import (
+    Backend,
+    Compressed,
+    CompressedGeometry,
+    CompressedIndexer,
+    Compressor,
+    Experts,
+    Geometry,
+    HyperGeometry,
+    Indexer,
+    IndexGeometry,
+    Layer,
+    Mixed,
+    Mixing,
+    Mla,
+    Mlp,
+    Pending,
+    Step,
+)
+from slotmoe.model.compressed_attention import CompressedAttention
 from slotmoe.model.config import Config
+from slotmoe.model.latent_attention import LatentAttention
 from slotmoe.model.names import LAYER_PARTS, SHARED_PARTS, layer_tensor
 from slotmoe.model.routing import route, router_of
 
 W = TypeVar("W")
 # DeepSeek's code builds both latent norms with the default epsilon, whatever rms_norm_eps says.
 LATENT_EPS = 1e-6
-
-# Cached rows are widened to float32 in blocks, so that no temporary grows with the context.
-_MAX_BLOCK = 4096
-_MAX_SCORES = 1 << 22
 
 
 def as_tensor(weight: object) -> Tensor:
@@ -40,14 +53,37 @@ def layer_of(weights: Mapping[str, W], layer: int) -> Layer[W]:
     for field, part in chain(LAYER_PARTS.items(), SHARED_PARTS.items()):
         if (weight := weights.get(layer_tensor(layer, part.name))) is None:
             continue
-        if part.role in ("norm", "gate"):
+        if part.role in ("norm", "gate", "table"):
             tensor = as_tensor(weight)
             plain[field] = tensor.float() if part.role == "gate" else tensor
         else:
             matrices[field] = weight
     has_mlp = "gate_proj" in matrices  # of a dense layer, or of shared experts
+    is_compressed = "kv_proj" in matrices
     return Layer(
         input_layernorm=plain["input_layernorm"],
+        attention=(_compressed if is_compressed else _mla)(plain, matrices),
+        post_attention_layernorm=plain["post_attention_layernorm"],
+        gate=plain.get("gate"),
+        gate_bias=plain.get("gate_bias"),
+        experts_of=plain.get("tid2eid"),
+        mlp=Mlp(*(matrices[field] for field in SHARED_PARTS)) if has_mlp else None,
+        attention_mixing=_mixing(plain, "attn_hc"),
+        mlp_mixing=_mixing(plain, "ffn_hc"),
+    )
+
+
+def _mla(plain: Mapping[str, Tensor], matrices: Mapping[str, W]) -> Mla[W]:
+    indexer = None
+    if "indexer_k_proj" in matrices:
+        indexer = Indexer(
+            wq_b=matrices["indexer_q_proj"],
+            wk=matrices["indexer_k_proj"],
+            k_norm=plain["indexer_k_norm"],
+            k_norm_bias=plain["indexer_k_norm_bias"],
+            weights_proj=matrices["indexer_weights_proj"],
+        )
+    return Mla(
         q_proj=matrices.get("q_proj"),
         q_a_proj=matrices.get("q_a_proj"),
         q_a_layernorm=plain.get("q_a_layernorm"),
@@ -56,28 +92,86 @@ def layer_of(weights: Mapping[str, W], layer: int) -> Layer[W]:
         kv_a_layernorm=plain["kv_a_layernorm"],
         kv_b_proj=matrices["kv_b_proj"],
         o_proj=matrices["o_proj"],
-        post_attention_layernorm=plain["post_attention_layernorm"],
-        gate=plain.get("gate"),
-        gate_bias=plain.get("gate_bias"),
-        mlp=Mlp(*(matrices[field] for field in SHARED_PARTS)) if has_mlp else None,
+        indexer=indexer,
     )
+
+
+def _compressed(plain: Mapping[str, Tensor], matrices: Mapping[str, W]) -> Compressed[W]:
+    compressor = _compressor(plain, matrices, "compressor")
+    keys, indexer = _compressor(plain, matrices, "compressed_indexer"), None
+    if keys is not None:
+        queries = matrices["compressed_indexer_q_proj"]
+        indexer = CompressedIndexer(keys, queries, matrices["compressed_indexer_weights_proj"])
+    return Compressed(
+        q_a_proj=matrices["q_a_proj"],
+        q_a_norm=plain["q_a_norm"],
+        q_b_proj=matrices["q_b_proj"],
+        kv_proj=matrices["kv_proj"],
+        kv_norm=plain["kv_norm"],
+        sinks=plain["sinks"],
+        o_a_proj=matrices["o_a_proj"],
+        o_b_proj=matrices["o_b_proj"],
+        compressor=compressor,
+        indexer=indexer,
+    )
+
+
+def _compressor(
+    plain: Mapping[str, Tensor], matrices: Mapping[str, W], field: str
+) -> Compressor[W] | None:
+    if f"{field}_kv_proj" not in matrices:
+        return None
+    projections = matrices[f"{field}_kv_proj"], matrices[f"{field}_gate_proj"]
+    return Compressor(*projections, plain[f"{field}_position_bias"], plain[f"{field}_kv_norm"])
+
+
+def _mixing(plain: Mapping[str, Tensor], field: str) -> Mixing | None:
+    if f"{field}_fn" not in plain:
+        return None
+    return Mixing(*(plain[f"{field}_{part}"] for part in ("fn", "base", "scale")))
 
 
 def geometry_of(config: Config) -> Geometry:
     """What a backend has to know of ``config``."""
-    c = config
-    sizes = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.kv_lora_rank
-    norms = c.rms_norm_eps, LATENT_EPS, c.softmax_scale
-    router = router_of(c)
-    width = c.moe_intermediate_size
-    return Geometry(*sizes, c.v_head_dim, *norms, not c.rope_interleave, router, width)
+    c, indexer, compressed, hyper = config, None, None, None
+    if c.indexer is not None:
+        sizes = c.indexer.n_heads, c.indexer.head_dim, c.indexer.topk
+        indexer = IndexGeometry(*sizes, c.indexer.halves)
+    if c.compressed is not None:
+        compressed = CompressedGeometry(c.compressed.sliding_window, c.compressed.o_groups)
+    if c.hyper is not None:
+        hyper = HyperGeometry(c.hyper.mult, c.hyper.sinkhorn_iters, c.hyper.eps)
+    return Geometry(
+        c.num_attention_heads,
+        c.qk_nope_head_dim,
+        c.qk_rope_head_dim,
+        c.kv_lora_rank,
+        c.v_head_dim,
+        *(c.rms_norm_eps, LATENT_EPS, c.softmax_scale),
+        halves=not c.rope_interleave,
+        router=router_of(c),
+        moe_intermediate_size=c.moe_intermediate_size,
+        indexer=indexer,
+        compressed=compressed,
+        hyper=hyper,
+    )
 
 
 class LayerByLayer(Generic[W]):
     """Runs layers operation by operation, for any number of tokens and every backend."""
 
-    def __init__(self, geometry: Geometry, layers: Sequence[Layer[W]], backend: Backend[W]):
+    def __init__(
+        self,
+        geometry: Geometry,
+        layers: Sequence[Layer[W]],
+        backend: Backend[W],
+        compressed_frequencies_C: Tensor | None = None,
+    ):
         self._geometry, self._layers, self._backend = geometry, layers, backend
+        self._latent = LatentAttention(geometry, backend)
+        self._compressed = None
+        if compressed_frequencies_C is not None:
+            self._compressed = CompressedAttention(geometry, backend, compressed_frequencies_C)
 
     def run_layers(self, step: Step, experts: Experts | None) -> Pending | None:
         """See ``slotmoe.border.Runner``; ``experts`` are never asked."""
@@ -86,13 +180,18 @@ class LayerByLayer(Generic[W]):
             self.feed_forward(step)
         while step.layer < len(self._layers):
             layer = self._layers[step.layer]
-            x_TD = backend.rms_norm(step.h_TD, layer.input_layernorm, eps)
-            step.h_TD += self._attention(step, layer, x_TD)
+            x_TD, mixed = self._input(step, layer.attention_mixing)
+            x_TD = backend.rms_norm(x_TD, layer.input_layernorm, eps)
+            self._add(step, self._attention(step, layer, x_TD), mixed)
             step.timer.mark("attention")
-            step.x_TD = x_TD = backend.rms_norm(step.h_TD, layer.post_attention_layernorm, eps)
+            x_TD, step.mixed = self._input(step, layer.mlp_mixing)
+            step.x_TD = x_TD = backend.rms_norm(x_TD, layer.post_attention_layernorm, eps)
             if layer.gate is not None:
-                logits_TE = backend.linear(x_TD, layer.gate)
-                inputs = logits_TE, router, layer.gate_bias
+                logits_TE, chosen_TK = backend.linear(x_TD, layer.gate), None
+                if layer.experts_of is not None:
+                    assert step.ids_T is not None
+                    chosen_TK = layer.experts_of[step.ids_T].long()
+                inputs = logits_TE, router, layer.gate_bias, chosen_TK
                 choice = backend.route(*inputs) or route(*inputs)
                 step.timer.mark("gate")
                 return Pending(step.layer, x_TD, *choice)
@@ -108,104 +207,28 @@ class LayerByLayer(Generic[W]):
             shared_TD = self._backend.mlp(step.x_TD, *projections)
             y_TD = shared_TD if y_TD is None else y_TD + shared_TD
         assert y_TD is not None
-        step.h_TD += y_TD
-        step.layer, step.x_TD, step.routed_TD = step.layer + 1, None, None
+        self._add(step, y_TD, step.mixed)
+        step.layer, step.x_TD, step.routed_TD, step.mixed = step.layer + 1, None, None, None
         step.timer.mark("shared experts and dense layers")
 
     def _attention(self, step: Step, layer: Layer[W], x_TD: Tensor) -> Tensor:
-        """MLA, each sequence over its own cache.  Only the latent row is cached; keys and values
-        are absorbed into the query and output, or expanded block by block, whichever costs less
-        (absorbed for decode, expanded for long prefill chunks)."""
-        H, N, P, R, V, _, latent_eps, scale, halves, *_ = self._geometry
-        backend, T = self._backend, len(x_TD)
-        rms_norm = backend.rms_norm
-        if layer.q_proj is not None:
-            q = backend.linear(x_TD, layer.q_proj)
+        weights = layer.attention
+        if isinstance(weights, Mla):
+            return self._latent(step, weights, x_TD)
+        assert self._compressed is not None
+        return self._compressed(step, weights, x_TD)
+
+    def _input(self, step: Step, mixing: Mixing | None) -> tuple[Tensor, Mixed | None]:
+        """What a block of the layer reads of the residual stream, or of several, and how they take
+        in what it gives."""
+        if mixing is None:
+            return step.h_TD, None
+        assert self._geometry.hyper is not None
+        return self._backend.mix(step.h_TD, mixing, self._geometry.hyper, self._geometry.eps)
+
+    def _add(self, step: Step, y_TD: Tensor, mixed: Mixed | None) -> None:
+        """Add what a block gives to the residual stream, in its place."""
+        if mixed is None:
+            step.h_TD += y_TD
         else:
-            assert layer.q_a_proj is not None and layer.q_b_proj is not None
-            assert layer.q_a_layernorm is not None
-            low = rms_norm(backend.linear(x_TD, layer.q_a_proj), layer.q_a_layernorm, latent_eps)
-            q = backend.linear(low, layer.q_b_proj)
-        if step.query_scale_T is not None:
-            q = q * step.query_scale_T[:, None]
-        q_THN, q_THP = q.view(T, H, N + P).split([N, P], dim=-1)
-        c_TR, k_TP = backend.linear(x_TD, layer.kv_a_proj).split([R, P], dim=-1)
-        # The key's rope part is rotated as one more head.
-        rotated = backend.rotate(torch.cat([q_THP, k_TP[:, None]], dim=1), step.rope_TC, halves)
-        q_THP, k_TP = rotated[:, :H], rotated[:, H]
-        latent_TW = torch.cat([rms_norm(c_TR, layer.kv_a_layernorm, latent_eps), k_TP], dim=-1)
-        counts = [*step.counts]
-        ends = [step.behind + count for count in counts]
-        rows = [cache.extend(step.layer, end) for cache, end in zip(step.caches, ends, strict=True)]
-        for rows_SX, new_TW in zip(rows, latent_TW.split(counts), strict=True):
-            backend.store_latents(new_TW, R, rows_SX[-len(new_TW) :])
-
-        S = len(rows[0])
-        absorbed_cost = T * H * R * (N + V) + T * S * H * (2 * R + P)
-        expanded_cost = S * H * R * (N + V) + T * S * H * (N + P + V)
-        several = len(rows) > 1
-        if backend.absorbs or several or T == 1 or absorbed_cost <= expanded_cost:
-            q_THW = torch.cat([backend.absorb_query(q_THN, layer.kv_b_proj), q_THP], dim=-1)
-            parts = zip(q_THW.split(counts), rows, strict=True)
-            outputs = [self._over_latents(part, rows_SX) for part, rows_SX in parts]
-            o_THR = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-            o_THV = backend.absorb_value(o_THR, layer.kv_b_proj, N)
-        else:  # one sequence, several tokens
-            q_THZ = torch.cat([q_THN, q_THP], dim=-1)
-            blocks = self._expanded(rows[0], T, layer.kv_b_proj)
-            o_THV = attend(q_THZ, blocks, S, scale)
-        return backend.linear(o_THV.reshape(T, H * V), layer.o_proj)
-
-    def _over_latents(self, q_THW: Tensor, rows_SX: Tensor) -> Tensor:
-        """Attention of one sequence's absorbed queries over its cached rows, [T, H, R]."""
-        R, scale = self._geometry.R, self._geometry.softmax_scale
-        o_THR = self._backend.mla(q_THW, rows_SX, R, scale)
-        if o_THR is not None:
-            return o_THR
-        # All heads share the keys [1, B, W] and values [1, B, R]: the latent rows themselves.
-        keys = (rows_BW.float()[None] for rows_BW in rows_SX.split(self._block_size(len(q_THW))))
-        blocks = ((k_1BW, k_1BW[..., :R]) for k_1BW in keys)
-        return attend(q_THW, blocks, len(rows_SX), scale)
-
-    def _block_size(self, T: int) -> int:
-        return min(_MAX_BLOCK, max(64, _MAX_SCORES // (T * self._geometry.H)))
-
-    def _expanded(self, rows_SW: Tensor, T: int, kv_b: W) -> Iterator[tuple[Tensor, Tensor]]:
-        """Blocks of expanded keys [H, B, N + P] and values [H, B, V]."""
-        H, N, P, R, V, *_ = self._geometry
-        for rows_BW in rows_SW.split(self._block_size(T)):
-            rows_BW = rows_BW.float()
-            expanded = self._backend.expand(rows_BW[:, :R], kv_b)
-            kv_HBX = expanded.view(-1, H, N + V).transpose(0, 1)
-            k_HBP = rows_BW[None, :, R:].expand(H, -1, P)
-            yield torch.cat([kv_HBX[..., :N], k_HBP], dim=-1), kv_HBX[..., N:]
-
-
-def attend(q_THZ: Tensor, blocks: Iterator[tuple[Tensor, Tensor]], S: int, scale: float) -> Tensor:
-    """Causal attention of the last T of S positions, softmax accumulated block by block in float32
-    (arXiv 1805.02867).
-
-    ``blocks`` yields keys [H or 1, B, Z] and values [H or 1, B, Y] in order of position; returns
-    float32 [T, H, Y].
-    """
-    T, H = q_THZ.shape[:2]
-    q_HTZ = q_THZ.transpose(0, 1) * scale
-    position_T = torch.arange(S - T, S, device=q_THZ.device)
-    best_HT1 = torch.full((H, T, 1), -math.inf, device=q_THZ.device)
-    total_HT1 = torch.zeros_like(best_HT1)
-    out_HTY: Tensor | float = 0.0
-    start = 0
-    for k_HBZ, v_HBY in blocks:
-        end = start + k_HBZ.shape[1]
-        scores_HTB = q_HTZ @ k_HBZ.transpose(1, 2)
-        if end > S - T + 1:  # some query stands before some key of this block
-            future = torch.arange(start, end, device=q_THZ.device) > position_T[:, None]
-            scores_HTB = scores_HTB.masked_fill(future, -math.inf)
-        # Every query sees position 0, so its best score is finite from the first block on.
-        better_HT1 = torch.maximum(best_HT1, scores_HTB.amax(dim=-1, keepdim=True))
-        decay_HT1 = (best_HT1 - better_HT1).exp_()
-        scores_HTB = (scores_HTB - better_HT1).exp_()
-        total_HT1 = total_HT1 * decay_HT1 + scores_HTB.sum(dim=-1, keepdim=True)
-        out_HTY = out_HTY * decay_HT1 + scores_HTB @ v_HBY
-        best_HT1, start = better_HT1, end
-    return (out_HTY / total_HT1).transpose(0, 1)
+            step.h_TD.copy_(self._backend.add_mixed(y_TD, step.h_TD, mixed))

@@ -13,7 +13,6 @@ Shapes: R rows, D hidden_size, E routed experts, K experts a token, M MoE layers
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Generic, TypeVar
 
 import torch
@@ -46,7 +45,7 @@ class MtpHead(Generic[W]):
         }
         self._projection = parts["eh_proj"]
         self._enorm, self._hnorm = as_tensor(parts["enorm"]), as_tensor(parts["hnorm"])
-        self.config = replace(main.config, num_hidden_layers=1, first_k_dense_replace=0, mtp=False)
+        self.config = main.config.alone(layer)
         prefix, first = (layer_tensor(index, "").removesuffix(".weight") for index in (layer, 0))
         own = {name.replace(prefix, first): weights[name] for name in weights if prefix in name}
         shared = {EMBEDDING: main.embed_tokens, HEAD: main.lm_head, FINAL_NORM: parts["norm"]}

@@ -2,9 +2,9 @@
 
 This is the one place that spells those names, and llama.cpp's for them.  A tensor's role is how the
 network uses it, which limits how it can be stored (``slotmoe.quant.shapes``): ``norm``, ``gate``
-(of the router, and its bias), ``embedding`` (gathered by row), ``absorbed`` (``kv_b_proj``, used by
-column too), ``sensitive`` (``lm_head``, ``kv_a_proj``, dense MLPs: rounding to 4 bits costs much
-there), else ``matrix``.
+(of the router, and other small ones of its kind), ``table`` (expert ids by token, integers),
+``embedding`` (gathered by row), ``absorbed`` (``kv_b_proj``, used by column too), ``sensitive``
+(``lm_head``, ``kv_a_proj``, dense MLPs: rounding to 4 bits costs much there), else ``matrix``.
 """
 
 import re
@@ -16,7 +16,9 @@ from slotmoe.model.config import Config
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 GATE, POST_NORM = "mlp.gate", "post_attention_layernorm"
-_GATE_BIAS = "mlp.gate.e_score_correction_bias"
+_GATE_BIAS, TABLE = "mlp.gate.e_score_correction_bias", "mlp.gate.tid2eid"
+# Names of parameters that are no module's weight.
+_BARE = re.compile(r".*(bias|sinks|tid2eid|_hc\.\w+|hc_head\.\w+)")
 
 
 class Part(NamedTuple):
@@ -31,24 +33,80 @@ class Part(NamedTuple):
     component: str = "attention"
 
 
+HEAD_MIX_PARTS = {
+    "fn": Part("model.hc_head.hc_fn", "MY", "gate", component="residual streams"),
+    "base": Part("model.hc_head.hc_base", "M", "gate", component="residual streams"),
+    "scale": Part("model.hc_head.hc_scale", "U", "gate", component="residual streams"),
+}
+"""What makes one of the residual streams before the output head."""
 _TOP_PARTS = (
     Part(EMBEDDING, "TD", "embedding", "token_embd", "embeddings"),
+    *HEAD_MIX_PARTS.values(),
     Part(FINAL_NORM, "D", "norm", "output_norm"),
     Part(HEAD, "TD", "sensitive", "output", "embeddings"),
 )
+
+
+def _mix(of: str) -> dict[str, Part]:
+    """What mixes the residual streams at a layer's attention or at its experts."""
+    sizes, component = {"fn": "CY", "base": "C", "scale": "G"}, "residual streams"
+    name = f"{of}_hc"
+    return {
+        f"{name}_{part}": Part(f"{name}.{part}", letters, "gate", component=component)
+        for part, letters in sizes.items()
+    }
+
+
+def _compressor(field: str, name: str, width: str, norm: str) -> dict[str, Part]:
+    """What makes one position of several: rows of ``width`` values, ``norm`` of them a position."""
+    return {
+        f"{field}_kv_proj": Part(f"{name}.kv_proj", f"{width}D", "sensitive"),
+        f"{field}_gate_proj": Part(f"{name}.gate_proj", f"{width}D", "sensitive"),
+        f"{field}_position_bias": Part(f"{name}.position_bias", f"m{width}", "gate"),
+        f"{field}_kv_norm": Part(f"{name}.kv_norm", norm, "norm"),
+    }
+
+
+_INDEXER, _COMPRESSOR = "self_attn.indexer", "self_attn.compressor"
+_V32_INDEXER = {
+    "indexer_q_proj": Part(f"{_INDEXER}.wq_b", "jL", "matrix"),
+    "indexer_k_proj": Part(f"{_INDEXER}.wk", "iD", "sensitive"),
+    "indexer_k_norm": Part(f"{_INDEXER}.k_norm", "i", "norm"),
+    "indexer_k_norm_bias": Part(f"{_INDEXER}.k_norm.bias", "i", "norm"),
+    "indexer_weights_proj": Part(f"{_INDEXER}.weights_proj", "nD", "sensitive"),
+}
+_V4_ATTENTION = {
+    "kv_proj": Part("self_attn.kv_proj", "zD", "sensitive"),
+    "kv_norm": Part("self_attn.kv_norm", "z", "norm"),
+    "sinks": Part("self_attn.sinks", "h", "gate"),
+    **_compressor("compressor", _COMPRESSOR, "c", "a"),
+    **_compressor("compressed_indexer", f"{_COMPRESSOR}.indexer", "k", "I"),
+    "compressed_indexer_q_proj": Part(f"{_COMPRESSOR}.indexer.q_b_proj", "JL", "matrix"),
+    "compressed_indexer_weights_proj": Part(
+        f"{_COMPRESSOR}.indexer.scorer.weights_proj", "HD", "sensitive"
+    ),
+    "o_a_proj": Part("self_attn.o_a_proj", "go", "matrix"),
+    "o_b_proj": Part("self_attn.o_b_proj", "Dg", "matrix"),
+}
 LAYER_PARTS = {
+    **_mix("attn"),
     "input_layernorm": Part("input_layernorm", "D", "norm", "attn_norm"),
     "q_proj": Part("self_attn.q_proj", "QD", "matrix", "attn_q"),
     "q_a_proj": Part("self_attn.q_a_proj", "LD", "matrix", "attn_q_a"),
-    "q_a_layernorm": Part("self_attn.q_a_layernorm", "L", "norm", "attn_q_a_norm"),
+    "q_a_layernorm": Part("self_attn.q_a_layernorm", "A", "norm", "attn_q_a_norm"),
+    "q_a_norm": Part("self_attn.q_a_norm", "l", "norm"),
     "q_b_proj": Part("self_attn.q_b_proj", "PL", "matrix", "attn_q_b"),
     "kv_a_proj": Part("self_attn.kv_a_proj_with_mqa", "WD", "sensitive", "attn_kv_a_mqa"),
     "kv_a_layernorm": Part("self_attn.kv_a_layernorm", "R", "norm", "attn_kv_a_norm"),
     "kv_b_proj": Part("self_attn.kv_b_proj", "KR", "absorbed", "attn_kv_b"),
     "o_proj": Part("self_attn.o_proj", "DV", "matrix", "attn_output"),
+    **_V32_INDEXER,
+    **_V4_ATTENTION,
     "post_attention_layernorm": Part(POST_NORM, "D", "norm", "ffn_norm"),
+    **_mix("ffn"),
     "gate": Part(GATE, "ED", "gate", "ffn_gate_inp", "router"),
     "gate_bias": Part(_GATE_BIAS, "B", "gate", component="router"),
+    "tid2eid": Part(TABLE, "TN", "table", component="router"),
     "gate_proj": Part("mlp.gate_proj", "FD", "sensitive", "ffn_gate", "dense layers"),
     "up_proj": Part("mlp.up_proj", "FD", "sensitive", "ffn_up", "dense layers"),
     "down_proj": Part("mlp.down_proj", "DF", "sensitive", "ffn_down", "dense layers"),
@@ -65,11 +123,16 @@ MTP_PARTS = {
     "enorm": Part("enorm", "D", "norm", component="drafting head"),
     "hnorm": Part("hnorm", "D", "norm", component="drafting head"),
     "eh_proj": Part("eh_proj", "DX", "matrix", component="drafting head"),
+    "e_proj": Part("e_proj", "Dd", "matrix", component="drafting head"),
+    "h_proj": Part("h_proj", "Dd", "matrix", component="drafting head"),
+    "hc_fn": Part("hc_head.hc_fn", "MY", "gate", component="drafting head"),
+    "hc_base": Part("hc_head.hc_base", "M", "gate", component="drafting head"),
+    "hc_scale": Part("hc_head.hc_scale", "U", "gate", component="drafting head"),
     "norm": Part("shared_head.norm", "D", "norm", component="drafting head"),
 }
 """What the layer that predicts one token more has beside a decoder layer.  Its embedding and its
 output head are the model's own; checkpoints hold them once more, as ``embed_tokens`` and
-``shared_head.head``."""
+``shared_head.head``.  V4's has two projections in place of one, and collapses the streams."""
 _TABLES = LAYER_PARTS.values(), SHARED_PARTS.values(), MTP_PARTS.values()
 PARTS = {part.name: part for part in chain(_TOP_PARTS, *_TABLES)}
 """All of them by name."""
@@ -84,10 +147,50 @@ FUSED = {
 how many equal parts of the rows of each expert's matrix a projection is."""
 
 
+_HUB_TOP = {"embed.weight": EMBEDDING, "head.weight": HEAD, "norm.weight": FINAL_NORM}
+_HUB_TOP |= {f"hc_head_{part}": f"model.hc_head.hc_{part}" for part in HEAD_MIX_PARTS}
+_HUB_WORDS = {
+    **{"attn": "self_attn", "ffn": "mlp", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
+    **{"attn_norm": "input_layernorm", "ffn_norm": POST_NORM, "attn_sink": "sinks"},
+    **{"wq_a": "q_a_proj", "q_norm": "q_a_norm", "wq_b": "q_b_proj", "wkv": "kv_proj"},
+    **{"wo_a": "o_a_proj", "wo_b": "o_b_proj", "wgate": "gate_proj", "norm": "kv_norm"},
+    **{"ape": "position_bias", "weights_proj": "scorer.weights_proj"},
+    **{f"hc_{at}_{part}": f"{at}_hc.{part}" for at in ("attn", "ffn") for part in HEAD_MIX_PARTS},
+    **{f"hc_head_{part}": f"hc_head.hc_{part}" for part in HEAD_MIX_PARTS},
+}
+"""DeepSeek's own words for V4's tensors, which transformers 5 also writes."""
+_HUB_LAYER = re.compile(r"(?:model\.)?(layers\.\d+|mtp\.\d+)\.(.+)")
+
+
 def text_name(name: str) -> str:
-    """Name without what checkpoints with images put before the tensors of their text part:
-    ``language_model.model.norm.weight`` or ``model.language_model.norm.weight``."""
-    return re.sub(r"^(model\.)?language_model\.", r"\1", name)
+    """Name without what checkpoints with images put before the tensors of their text part
+    (``language_model.model.norm.weight`` or ``model.language_model.norm.weight``), and in the words
+    of this module where a V4 has DeepSeek's: ``layers.0.attn.wkv.weight``."""
+    name = re.sub(r"^(model\.)?language_model\.", r"\1", name)
+    match = _HUB_LAYER.fullmatch(name)
+    if match is None:
+        return _HUB_TOP.get(name, name)
+    layer, inner = match[1], match[2]
+    if layer.startswith("layers") and not re.match(
+        r"(attn|ffn|attn_norm|ffn_norm|hc_\w+)\b", inner
+    ):
+        return name
+    inner = "shared_head.norm.weight" if inner == "norm.weight" else inner
+    inner = re.sub(r"\bindexer\.(compressor\.)?", "compressor.indexer.", inner)
+    inner = inner.replace("ffn.gate.bias", _GATE_BIAS)
+    inner = re.sub(r"\.scale$", ".weight_scale_inv", inner)
+    if not inner.startswith("shared_head."):
+        inner = ".".join(_HUB_WORDS.get(word, word) for word in inner.split("."))
+    return f"model.{layer}.{inner}"
+
+
+def in_layers(name: str, config: Config) -> str:
+    """Name with the number of its layer where it is that of a head that predicts one token more:
+    ``model.layers.43.enorm.weight`` for ``model.mtp.0.enorm.weight``."""
+    match = re.match(r"model\.mtp\.(\d{1,4})\.", name)
+    if match is None:
+        return name
+    return f"model.layers.{config.num_hidden_layers + int(match[1])}.{name[match.end() :]}"
 
 
 def fused_experts(layer: int, tensor: str) -> str:
@@ -97,7 +200,7 @@ def fused_experts(layer: int, tensor: str) -> str:
 
 def layer_tensor(layer: int, part: str) -> str:
     """Checkpoint name of the tensor ``part`` of a layer."""
-    return f"model.layers.{layer}.{part}" + ("" if part == _GATE_BIAS else ".weight")
+    return f"model.layers.{layer}.{part}" + ("" if _BARE.fullmatch(part) else ".weight")
 
 
 def expert_name(layer: int, expert: int, projection: str) -> str:
@@ -140,15 +243,44 @@ def _sizes(c: Config, layer: int) -> dict[str, int]:
     """Sizes of a layer's tensors by letter; a tensor that it does not have has one of 0."""
     D, H, L, moe = c.hidden_size, c.num_attention_heads, c.q_lora_rank or 0, c.is_moe(layer)
     queries = H * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-    sizes = {"T": c.vocab_size, "D": D, "X": 2 * D, "L": L}
+    hashed = layer < c.num_hash_layers
+    sizes = {"T": c.vocab_size, "D": D, "L": L}
     sizes |= {"Q": 0, "P": queries} if L else {"Q": queries, "P": 0}
-    sizes |= {"W": c.latent_width, "R": c.kv_lora_rank, "V": H * c.v_head_dim}
-    sizes["K"] = H * (c.qk_nope_head_dim + c.v_head_dim)
     sizes["E"] = c.n_routed_experts if moe else 0
-    sizes["B"] = sizes["E"] if c.family.correction_bias else 0
+    sizes["B"] = sizes["E"] if c.family.correction_bias and not hashed else 0
+    sizes["N"] = c.num_experts_per_tok if moe and hashed else 0
     sizes["F"] = 0 if moe else c.intermediate_size
     sizes["S"] = c.n_shared_experts * c.moe_intermediate_size if moe else 0
-    return sizes
+    streams = 0 if c.hyper is None else c.hyper.mult
+    sizes |= {"M": streams, "Y": streams * D, "C": (2 + streams) * streams}
+    sizes |= {"G": 3, "U": 1} if streams else {"G": 0, "U": 0}
+    return sizes | (_sizes_of_mla(c, layer) if c.compressed is None else _sizes_of_v4(c, layer))
+
+
+def _sizes_of_mla(c: Config, layer: int) -> dict[str, int]:
+    H, indexer = c.num_attention_heads, c.indexer
+    sizes = dict.fromkeys("lzhacmkIJHgod", 0) | {"X": 2 * c.hidden_size, "A": c.q_lora_rank or 0}
+    sizes |= {"W": c.latent_width, "R": c.kv_lora_rank, "V": H * c.v_head_dim}
+    sizes["K"] = H * (c.qk_nope_head_dim + c.v_head_dim)
+    if indexer is None or not c.has_indexer(layer):
+        return sizes | dict.fromkeys("jin", 0)
+    width, heads = indexer.head_dim, indexer.n_heads
+    return sizes | {"j": heads * width, "i": width, "n": heads}
+
+
+def _sizes_of_v4(c: Config, layer: int) -> dict[str, int]:
+    attention, indexer, ratio = c.compressed, c.indexer, c.ratio(layer)
+    assert attention is not None and indexer is not None
+    width, overlap, heads = attention.head_dim, 2 if c.has_indexer(layer) else 1, indexer.n_heads
+    sizes = dict.fromkeys("AWRVKXjin", 0) | {"l": c.q_lora_rank or 0, "d": c.hidden_size}
+    sizes |= {"z": width, "h": c.num_attention_heads, "m": ratio}
+    sizes |= {"a": width, "c": overlap * width} if ratio else {"a": 0, "c": 0}
+    sizes["g"] = attention.o_groups * attention.o_lora_rank
+    sizes["o"] = c.num_attention_heads * width // attention.o_groups
+    if not c.has_indexer(layer):
+        return sizes | dict.fromkeys("kIJH", 0)
+    width = indexer.head_dim
+    return sizes | {"k": overlap * width, "I": width, "J": heads * width, "H": heads}
 
 
 def resident_shapes(config: Config) -> dict[str, tuple[int, ...]]:

@@ -1,5 +1,5 @@
-"""The DeepSeek-V2 network (arXiv 2405.04434): Multi-head Latent Attention and DeepSeekMoE, as all
-families of ``slotmoe.model.families`` have them.
+"""The network of DeepSeek-V2 (arXiv 2405.04434) and of the families of ``slotmoe.model.families``:
+their attention, and DeepSeekMoE.
 
 A pass is over one or several sequences, with some tokens of each.  Activations are float32.  What
 it asks of a backend and of the routed experts is in ``slotmoe.border``.
@@ -14,11 +14,12 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from slotmoe.border import Backend, Experts, Runner, Step, Timer
-from slotmoe.model.config import Config, Rope
-from slotmoe.model.kv_cache import LatentCache
+from slotmoe.border import Backend, Experts, Mixing, Runner, Step, Timer
+from slotmoe.model.attention import Rope
+from slotmoe.model.config import Config
+from slotmoe.model.kv_cache import SequenceState
 from slotmoe.model.layers import LayerByLayer, as_tensor, geometry_of, layer_of
-from slotmoe.model.names import EMBEDDING, FINAL_NORM, HEAD
+from slotmoe.model.names import EMBEDDING, FINAL_NORM, HEAD, HEAD_MIX_PARTS
 
 W = TypeVar("W")
 _FEW = 16  # tokens of a sequence that a decoder takes; more are a prompt's
@@ -55,6 +56,25 @@ def position_tables(
     return rope_TC, 1 + rope.llama_4_scaling_beta * torch.log(1 + lengths_T)
 
 
+class Positions:
+    """What a token's position makes of it in each kind of layer, on the device of ``where``."""
+
+    def __init__(self, config: Config, where: Tensor):
+        def frequencies(rope: Rope) -> Tensor:
+            return inverse_frequencies(rope, config.qk_rope_head_dim).to(where.device)
+
+        self._rope, self._compressed = config.rope, config.compressed
+        self._frequencies_C = frequencies(config.rope)
+        self.compressed_C = frequencies(self._compressed.rope) if self._compressed else None
+
+    def tables(self, positions_T: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """``rope_TC``, ``query_scale_T`` and ``compressed_rope_TC`` of a ``Step``."""
+        tables = position_tables(self._rope, self._frequencies_C, positions_T)
+        if self._compressed is None or self.compressed_C is None:
+            return *tables, None
+        return *tables, position_tables(self._compressed.rope, self.compressed_C, positions_T)[0]
+
+
 class Network(Generic[W]):
     """The network over weights in memory.  ``weights`` maps checkpoint names to whatever
     ``backend`` understands; norms and gates are float tensors.  A long pass goes through each layer
@@ -77,54 +97,70 @@ class Network(Generic[W]):
         self.norm = as_tensor(weights[FINAL_NORM])
         tied = config.tie_word_embeddings
         self.lm_head = self.embed_tokens if tied else weights[HEAD]
-        geometry = geometry_of(config)
-        self._layer_by_layer = LayerByLayer(geometry, self.layers, backend)
-        self._decoder = backend.decoder(geometry, self.layers)
+        self._mixing = None
+        if config.hyper is not None:
+            parts = (as_tensor(weights[part.name]).float() for part in HEAD_MIX_PARTS.values())
+            self._mixing = Mixing(*parts)
+        self._geometry, self._positions = geometry_of(config), Positions(config, self.norm)
+        frequencies_C = self._positions.compressed_C
+        self._layer_by_layer = LayerByLayer(self._geometry, self.layers, backend, frequencies_C)
+        self._decoder = backend.decoder(self._geometry, self.layers)
         # Tokens that a pass computes at most in calls that give each bitwise what it gives alone.
         self.rows: int = 0 if self._decoder is None else self._decoder.rows
-        frequencies = inverse_frequencies(config.rope, config.qk_rope_head_dim)
-        self._frequencies = frequencies.to(self.norm.device)
         self.timer = Timer()
 
     @torch.inference_mode()
     def forward(
-        self, ids_T: Tensor, caches: Sequence[LatentCache], counts: Sequence[int] = ()
+        self, ids_T: Tensor, states: Sequence[SequenceState], counts: Sequence[int] = ()
     ) -> Tensor:
-        """Append ``ids``, int64 [T], to the sequences of ``caches``: ``counts`` of them to each, in
+        """Append ``ids``, int64 [T], to the sequences of ``states``: ``counts`` of them to each, in
         order, or equally many.  Returns the residual stream after the last layer, float32 [T, D],
-        which lasts until the next call.
+        or several side by side, which lasts until the next call.
 
-        The caches grow only when the whole pass is done, so a pass that raises can be repeated.
+        The states grow only when the whole pass is done, so a pass that raises can be repeated.
         """
-        counts = counts or [len(ids_T) // len(caches)] * len(caches)
-        return self.run(self.backend.embed(ids_T, self.embed_tokens), caches, counts)
+        counts = counts or [len(ids_T) // len(states)] * len(states)
+        h_TD = self.backend.embed(ids_T, self.embed_tokens)
+        if self.config.hyper is not None:
+            h_TD = h_TD.repeat(1, self.config.hyper.mult)
+        return self.run(h_TD, states, counts, ids_T)
 
-    def run(self, h_TD: Tensor, caches: Sequence[LatentCache], counts: Sequence[int]) -> Tensor:
+    def run(
+        self,
+        h_TD: Tensor,
+        states: Sequence[SequenceState],
+        counts: Sequence[int],
+        ids_T: Tensor | None = None,
+    ) -> Tensor:
         """``forward`` from the residual stream before the first layer on."""
         positions_T = torch.cat(
             [
-                torch.arange(cache.length, cache.length + count, device=h_TD.device)
-                for cache, count in zip(caches, counts, strict=True)
+                torch.arange(state.length, state.length + count, device=h_TD.device)
+                for state, count in zip(states, counts, strict=True)
             ]
-        )
-        rope_TC, scale_T = position_tables(self.config.rope, self._frequencies, positions_T.float())
+        ).float()
+        for state, count in zip(states, counts, strict=True):
+            state.begin(count)
         self.timer.mark("rest")
         runner: Runner = self._layer_by_layer
         T, size = len(h_TD), self._step_tokens
-        is_one = len(caches) > 1 or size >= T
+        is_one = len(states) > 1 or size >= T
         if is_one and self._decoder and self.rows >= T and max(counts) <= _FEW:
             runner = self._decoder
         steps = []
         for start in [0] if is_one else range(0, T, size):
             span = slice(start, T if is_one else start + size)
-            tables = rope_TC[span], None if scale_T is None else scale_T[span]
+            rope_TC, scale_T, compressed_TC = self._positions.tables(positions_T[span])
             of_each = counts if is_one else [len(h_TD[span])]
-            steps.append(Step(h_TD[span], *tables, caches, of_each, self.timer, start))
+            step = Step(h_TD[span], rope_TC, scale_T, states, of_each, self.timer, start)
+            step.compressed_rope_TC = compressed_TC
+            step.ids_T = None if ids_T is None else ids_T[span]
+            steps.append(step)
         waiting = steps
         while waiting:  # all steps take a layer's experts before the next layer's
             waiting = [step for step in waiting if self._advance(step, runner)]
-        for cache, count in zip(caches, counts, strict=True):
-            cache.length += count
+        for state, count in zip(states, counts, strict=True):
+            state.done(count)
         return h_TD if len(steps) > 1 else steps[0].h_TD
 
     def _advance(self, step: Step, runner: Runner) -> bool:
@@ -139,10 +175,19 @@ class Network(Generic[W]):
     @torch.inference_mode()
     def head(self, h_TD: Tensor) -> Tensor:
         """Logits, float32 [T, vocab], from rows of the residual stream after the last layer."""
-        x_TD = self.backend.rms_norm(h_TD, self.norm, self.config.rms_norm_eps)
+        x_TD = self.backend.rms_norm(self.collapse(h_TD), self.norm, self.config.rms_norm_eps)
         logits_TV: Tensor = self.backend.linear(x_TD, self.lm_head)
         self.timer.mark("head")
         return logits_TV
+
+    @torch.inference_mode()
+    def collapse(self, h_TD: Tensor) -> Tensor:
+        """The residual stream, float32 [T, D], or what the head makes of several."""
+        if self._mixing is None:
+            return h_TD
+        assert self._geometry.hyper is not None
+        given = self._mixing, self._geometry.hyper, self.config.rms_norm_eps
+        return self.backend.collapse(h_TD, *given)
 
     def head_each(self, h_TD: Tensor) -> Tensor:
         """``head``, each row bitwise what it gives alone.  A tied head is row-major, and torch's

@@ -7,6 +7,7 @@ from slotmoe.quant.codecs.codec import LUT4, NF4, Codec, ExpertCodecs
 
 ALIGNMENT = 4096
 WIDENED = ("norm", "gate")  # roles of weights that are small and used in float32
+TABLE = "table"  # the role of integers, which are kept as they are, in 32 bits
 RESIDENT_MODES = ("bf16", "int8", "mixed", "nf4")
 _CODED = {  # codec by mode and role
     "mixed": {"matrix": LUT4},
@@ -28,13 +29,13 @@ def padded_record_bytes(hidden_size: int, moe_intermediate_size: int, codecs: Ex
 
 def resident_quantization(role: str, mode: str) -> str | Codec:
     """How a resident weight of this role is stored under ``--resident mode``: ``none`` (as in the
-    source), int8 or by a codec.  Roles are ``norm``, ``gate``, ``embedding``, ``absorbed``,
-    ``sensitive`` and ``matrix``.
+    source), int8 or by a codec.  Roles are ``norm``, ``gate``, ``table``, ``embedding``,
+    ``absorbed``, ``sensitive`` and ``matrix``.
 
     Norms and the router gate keep the source's precision.  The embedding is gathered by row, and
     an absorbed matrix is used by column, which tiles of codes don't serve: both are at least int8.
     """
-    if mode == "bf16" or role in WIDENED:
+    if mode == "bf16" or role in (*WIDENED, TABLE):
         return "none"
     return _CODED.get(mode, {}).get(role, "int8")
 
@@ -47,7 +48,7 @@ def resident_bytes(role: str, shape: tuple[int, ...], mode: str) -> int:
         return quantization.nbytes(N, K)
     if quantization == "int8":
         return math.prod(shape) + 4 * shape[0]
-    return math.prod(shape) * (4 if role in WIDENED else 2)
+    return math.prod(shape) * (4 if role in (*WIDENED, TABLE) else 2)
 
 
 def latent_bytes(r: int, p: int) -> int:

@@ -40,6 +40,7 @@ MODELS = {
     "mistral4": "Mistral Small 4",
     "deepseek_v32": "DeepSeek-V3.2",
     "glm_moe_dsa": "GLM-5",
+    "deepseek_v4": "V4-Flash, V4-Pro",
 }
 GEOMETRIES = {  # their parameters, as the publisher rounds them
     "v2-lite": "16B",
@@ -170,7 +171,8 @@ def families() -> Iterator[str]:
                 "yes" if family.correction_bias else "no",
                 "yes" if family.scales_normalized else "no",
                 "yes" if family.softmax_factor else "no",
-                "sparse" * family.indexed + "queries grow with position" * family.query_scaling,
+                ("compressed, " * family.compressed + "sparse") * family.indexed
+                + "queries grow with position" * family.query_scaling,
             )
             for family, types in rows.items()
         ),

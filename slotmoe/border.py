@@ -5,7 +5,9 @@ Only the backend knows what a weight ``W`` is made of (fp32, int8, codes) and wh
 
 Shapes: T tokens of this pass, D hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, R
 kv_lora_rank, V v_head_dim, W = R + P latent row, X elements of a cached row, C = P / 2, S cached
-positions, B a block of them, E routed experts, K experts a token, M MoE layers.
+positions, B a block of them, E routed experts, K experts a token, M MoE layers, J heads of an
+indexer, A index_head_dim, Z head_dim, Y columns of a compressor, L rows of a list, Q residual
+streams.
 """
 
 from collections.abc import Sequence
@@ -45,12 +47,22 @@ class Mlp(Generic[W]):
 
 
 @dataclass(frozen=True)
-class Layer(Generic[W]):
-    """Weights of one decoder layer.  ``gate`` is None in a dense layer, ``gate_bias`` where the
-    family has none, ``mlp`` where there is no shared expert, and the parts of ``q_a`` and ``q_b``,
-    or ``q_proj``, where queries are made without."""
+class Indexer(Generic[W]):
+    """Weights of a lightning indexer (DeepSeek-V3.2, arXiv 2512.02556): J queries out of the
+    query's latent, one key of A values a token, and what each head counts."""
 
-    input_layernorm: Tensor
+    wq_b: W
+    wk: W
+    k_norm: Tensor
+    k_norm_bias: Tensor
+    weights_proj: W
+
+
+@dataclass(frozen=True)
+class Mla(Generic[W]):
+    """Weights of Multi-head Latent Attention.  The parts of ``q_a`` and ``q_b``, or ``q_proj``, are
+    None where queries are made without, ``indexer`` where a layer has none."""
+
     q_proj: W | None
     q_a_proj: W | None
     q_a_layernorm: Tensor | None
@@ -59,10 +71,73 @@ class Layer(Generic[W]):
     kv_a_layernorm: Tensor
     kv_b_proj: W
     o_proj: W
+    indexer: Indexer[W] | None
+
+
+@dataclass(frozen=True)
+class Compressor(Generic[W]):
+    """Weights that make one row of a few tokens' (DeepSeek-V4): ``kv_proj`` and ``gate_proj`` give
+    Y columns of each token, ``position_bias``, float32 [tokens, Y], is the gate's."""
+
+    kv_proj: W
+    gate_proj: W
+    position_bias: Tensor
+    kv_norm: Tensor
+
+
+@dataclass(frozen=True)
+class CompressedIndexer(Generic[W]):
+    """Weights of the indexer that chooses among compressed rows (DeepSeek-V4)."""
+
+    compressor: Compressor[W]
+    q_b_proj: W
+    weights_proj: W
+
+
+@dataclass(frozen=True)
+class Compressed(Generic[W]):
+    """Weights of DeepSeek-V4's attention: one key that is the value too, a window of tokens, and
+    compressed rows of those before.  ``compressor`` is None where a layer has the window alone,
+    ``indexer`` where it sees all compressed rows."""
+
+    q_a_proj: W
+    q_a_norm: Tensor
+    q_b_proj: W
+    kv_proj: W
+    kv_norm: Tensor
+    sinks: Tensor
+    o_a_proj: W
+    o_b_proj: W
+    compressor: Compressor[W] | None
+    indexer: CompressedIndexer[W] | None
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Weights, float32, that make what a hyper-connection mixes by out of all Q streams: ``fn``
+    [(2 + Q) Q, Q D], ``base`` [(2 + Q) Q] and ``scale`` [3]; of the head [Q, Q D], [Q] and [1]."""
+
+    fn: Tensor
+    base: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class Layer(Generic[W]):
+    """Weights of one decoder layer.  ``gate`` is None in a dense layer, ``gate_bias`` where the
+    family has none, ``experts_of``, int32 [vocab, K], where the gate chooses by its scores instead
+    of by the token, ``mlp`` where there is no shared expert, and the mixings where there is one
+    residual stream."""
+
+    input_layernorm: Tensor
+    attention: Mla[W] | Compressed[W]
     post_attention_layernorm: Tensor
     gate: Tensor | None
     gate_bias: Tensor | None
+    experts_of: Tensor | None
     mlp: Mlp[W] | None
+    attention_mixing: Mixing | None
+    mlp_mixing: Mixing | None
 
 
 class Router(NamedTuple):
@@ -85,10 +160,38 @@ class Router(NamedTuple):
     scoring: str = "softmax"
 
 
+class IndexGeometry(NamedTuple):
+    """Of an indexer: sizes, how many rows it chooses, whether its rotated pairs stand in two
+    ``halves`` (V3.2) instead of side by side."""
+
+    J: int
+    A: int
+    topk: int
+    halves: bool
+
+
+class CompressedGeometry(NamedTuple):
+    """Of DeepSeek-V4's attention: tokens that each token sees uncompressed, itself among them, and
+    groups of heads that ``o_a_proj`` projects each by itself."""
+
+    window: int
+    groups: int
+
+
+class HyperGeometry(NamedTuple):
+    """Of hyper-connections: residual streams, iterations of Sinkhorn and Knopp, what keeps them
+    from dividing by 0."""
+
+    Q: int
+    iterations: int
+    eps: float
+
+
 class Geometry(NamedTuple):
     """What a backend has to know beside the weights to bind layers: sizes as in the shape legend,
     epsilons of the norms over D and over the latents, the factor of the attention scores, whether
-    rotated pairs stand in two ``halves`` instead of side by side."""
+    rotated pairs stand in two ``halves`` instead of side by side.  DeepSeek-V4's head_dim is R and
+    V, N + P of it."""
 
     H: int
     N: int
@@ -101,6 +204,9 @@ class Geometry(NamedTuple):
     halves: bool
     router: Router
     moe_intermediate_size: int
+    indexer: IndexGeometry | None = None
+    compressed: CompressedGeometry | None = None
+    hyper: HyperGeometry | None = None
 
 
 class Pending(NamedTuple):
@@ -113,10 +219,14 @@ class Pending(NamedTuple):
     indices_TK: Tensor
 
 
-class Cache(Protocol):
-    """A sequence's latents: ``slotmoe.model.kv_cache.LatentCache``."""
+class State(Protocol):
+    """What a sequence has left behind in attention: one of ``slotmoe.model.state``."""
 
     length: int
+
+
+class Cache(State, Protocol):
+    """A sequence's latents: ``slotmoe.model.kv_cache.LatentCache``."""
 
     @property
     def layers(self) -> Tensor:
@@ -126,27 +236,43 @@ class Cache(Protocol):
         """The layer's rows with ``count`` more, which the caller writes."""
 
 
+class Mixed(NamedTuple):
+    """How what a block gives is added to Q residual streams (DeepSeek-V4, hyper-connections):
+    ``post``, float32 [T, Q], is each stream's share of it, and ``comb``, float32 [T, Q, Q], how
+    much of stream j goes on in stream k."""
+
+    post_TQ: Tensor
+    comb_TQQ: Tensor
+
+
 @dataclass
 class Step:
     """A pass, or some of its tokens, on their way through the layers, over T tokens: ``counts`` of
-    each sequence, which has a cache of its own.  The pass has ``behind`` tokens before them.
+    each sequence, which has a state of its own.  The pass has ``behind`` tokens before them.
 
-    ``rope_TC`` rotates a token's pairs, and ``query_scale_T``, None for 1, multiplies its queries.
-    ``layer`` is the next layer, with the residual stream ``h_TD`` before it.  Where ``x_TD`` is
-    set, that layer lacks only its feed-forward: ``x_TD`` is the input of that and ``routed_TD`` the
-    weighted sum of its routed experts.
+    ``rope_TC`` rotates a token's pairs, ``compressed_rope_TC`` does in layers with compressed rows,
+    and ``query_scale_T``, None for 1, multiplies its queries.  ``ids_T`` are the tokens, None where
+    no gate chooses by them.  ``layer`` is the next layer, with the residual stream ``h_TD`` before
+    it; several streams stand side by side.  Where ``x_TD`` is set, that layer lacks only its
+    feed-forward: ``x_TD`` is the input of that, ``routed_TD`` the weighted sum of its routed
+    experts, and ``mixed`` how the streams take it in.  ``lists_TL``, int32, are the rows that the
+    last indexer has chosen for each token, best known in ascending order, -1 behind the last.
     """
 
     h_TD: Tensor
     rope_TC: Tensor
     query_scale_T: Tensor | None
-    caches: Sequence[Cache]
+    caches: Sequence[State]
     counts: Sequence[int]
     timer: Timer
     behind: int = 0
     layer: int = 0
     x_TD: Tensor | None = None
     routed_TD: Tensor | None = None
+    ids_T: Tensor | None = None
+    compressed_rope_TC: Tensor | None = None
+    mixed: Mixed | None = None
+    lists_TL: Tensor | None = None
 
 
 class SlotTable(Protocol):
@@ -198,7 +324,9 @@ class Backend(Protocol[W_in]):
         """Whether attention takes the absorbed form always, so that decode and prefill agree."""
 
     def linear(self, x_TK: Tensor, weight: W_in | Tensor) -> Tensor: ...
-    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor: ...
+    def grouped_linear(self, x_TGK: Tensor, weight: W_in) -> Tensor: ...
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor: ...
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor: ...
     def mlp(self, x_TD: Tensor, gate_proj: W_in, up_proj: W_in, down_proj: W_in) -> Tensor: ...
     def embed(self, ids_T: Tensor, weight: W_in) -> Tensor: ...
     def rotate(self, x_THP: Tensor, table_TC: Tensor, halves: bool) -> Tensor: ...
@@ -207,7 +335,34 @@ class Backend(Protocol[W_in]):
     def expand(self, latent_BR: Tensor, kv_b: W_in) -> Tensor: ...
     def store_latents(self, latent_TW: Tensor, R: int, rows_TX: Tensor) -> None: ...
     def mla(self, q_THW: Tensor, rows_SX: Tensor, R: int, scale: float) -> Tensor | None: ...
+    def attend(
+        self,
+        q_THW: Tensor,
+        rows_SX: Tensor,
+        more_SX: Tensor | None,
+        lists_TL: Tensor,
+        R: int,
+        scale: float,
+        sinks_H: Tensor | None,
+    ) -> Tensor: ...
+    def index(
+        self, q_TJA: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int
+    ) -> Tensor: ...
+    def compress(
+        self, kv_BSY: Tensor, gate_BSY: Tensor, bias_SY: Tensor, norm_Y: Tensor, eps: float
+    ) -> Tensor: ...
+    def mix(
+        self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float
+    ) -> tuple[Tensor, Mixed]: ...
+    def add_mixed(self, y_TD: Tensor, h_TD: Tensor, mixed: Mixed) -> Tensor: ...
+    def collapse(
+        self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float
+    ) -> Tensor: ...
     def route(
-        self, logits_TE: Tensor, router: Router, bias_E: Tensor | None
+        self,
+        logits_TE: Tensor,
+        router: Router,
+        bias_E: Tensor | None,
+        chosen_TK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None: ...
     def decoder(self, geometry: Geometry, layers: Sequence[Layer[W_in]]) -> Decoder | None: ...

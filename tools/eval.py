@@ -106,11 +106,11 @@ def _window(folder: Path, window: int | None, context: int | None) -> int:
     """Positions of a window, within --context and the model's limit."""
     from slotmoe.offload.model_source import read_model
 
-    limit, key = read_model(folder)[0].max_context
+    limit = read_model(folder)[0].max_position_embeddings
     if window is None:
         return min(4096, limit) if context is None else context
     if window > limit:
-        allowed = f"{limit}, the model's {key}"
+        allowed = f"{limit}, the model's max_position_embeddings"
         raise PlanError(f"--window {window} is beyond {allowed}: lower --window")
     if context is not None and window > context:
         advice = "lower --window, or raise --context"

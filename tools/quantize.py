@@ -121,7 +121,7 @@ def calibration_windows(folder: Path, texts: Paths) -> list[list[int]]:
     read = files_of(folder)
     config = config_among(read, folder)
     tokenizer = Tokenizer(folder, config.bos_token_id, read)
-    width = min(WINDOW, config.max_context[0])
+    width = min(WINDOW, config.max_position_embeddings)
     tokens = read_tokens(texts, tokenizer)
     return [window for ids in tokens for window in split(ids, tokenizer, width)]
 

@@ -22,7 +22,14 @@ from slotmoe.model.checkpoint.places import Places
 from slotmoe.model.checkpoint.shards import TensorInfo, read_header, tensors_in
 from slotmoe.model.config import Config, config_among
 from slotmoe.model.files import ReadFile, files_in, inside
-from slotmoe.model.names import MTP_PARTS, expert_name, expert_shapes, layer_tensor, resident_shapes
+from slotmoe.model.names import (
+    MTP_PARTS,
+    expert_name,
+    expert_shapes,
+    in_layers,
+    layer_tensor,
+    resident_shapes,
+)
 from slotmoe.model.tokenizer import MAX_SETTINGS_BYTES
 
 
@@ -64,7 +71,8 @@ class Checkpoint:
         Raises ``ConfigError`` or ``CheckpointError``; no tensor data has been read by then.
         """
         config = config_among(files_in(folder), folder)
-        stored, headers = tensors_in(folder)
+        found, headers = tensors_in(folder)
+        stored = {in_layers(name, config): info for name, info in found.items()}
         if keep_mtp:
             config = config.with_mtp(folder / "config.json", "--keep-mtp")
             first = layer_tensor(config.num_hidden_layers, MTP_PARTS["enorm"].name)

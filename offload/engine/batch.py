@@ -125,9 +125,9 @@ class Batch:
         return len(request.prompt) - max(self._shared(request).values(), default=0)
 
     def _shared(self, request: Request) -> dict[Sequence, int]:
-        """How many tokens of the request's prompt the sequences hold that it may use."""
+        """How many tokens of the request's prompt it may take of each sequence."""
         return {
-            sequence: shared_prefix(sequence.tokens, request.reusable)
+            sequence: sequence.reach(shared_prefix(sequence.tokens, request.reusable))
             for sequence in self.sequences
             if sequence.owner == request.owner
         }
@@ -173,11 +173,14 @@ class Batch:
         request.read = end
         if request.hidden is not None:
             assert request.first is not None
-            request.hidden(row.hidden_TD[max(0, request.first - before) :].clone())
+            request.hidden(
+                self.passes.collapse(row.hidden_TD[max(0, request.first - before) :].clone())
+            )
         if request.scored and not self._score(request, row, before):
             return
         if is_last:
             self._filling, request.first_token = None, time.monotonic()
+            sequence.mark()
             self._accept(request, row)
         else:
             self.keep(request, sequence, len(row.ids))
@@ -279,6 +282,7 @@ class Batch:
             self.waiting.remove(request)
         else:
             self._free.append(sequence)
+            sequence.mark()
             self.seconds += 0.2 * (time.monotonic() - request.started - self.seconds)
             self.keep(request, sequence)
         if self._filling is request:

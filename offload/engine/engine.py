@@ -127,7 +127,7 @@ class Engine:
         def empty() -> None:
             for sequence in self.batch.sequences:
                 sequence.cut(0)
-            self.batch.sequences[0].fill(depth, self.model.config, self.model.backend)
+            self.batch.sequences[0].fill(depth, self.model.backend)
 
         self.call(empty)
         return [-1] * depth

@@ -1,5 +1,6 @@
 """Opening a model: what is asked for becomes a plan, and the plan's parts are made and filled."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +12,12 @@ from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.config import Config, config_among
 from slotmoe.model.gguf.checkpoint import open_checkpoint
-from slotmoe.model.kv_cache import LatentCache
+from slotmoe.model.kv_cache import SequenceState
+from slotmoe.model.layers import as_tensor
 from slotmoe.model.mtp import MtpHead
-from slotmoe.model.names import resident_shapes, role_of
+from slotmoe.model.names import TABLE, layer_tensor, resident_shapes, role_of
 from slotmoe.model.network import Network
+from slotmoe.model.state import new_state, plain_row
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.devices.pages import share_heap
@@ -68,7 +71,7 @@ class LoadedModel:
     config: Config
     tokenizer: Tokenizer
     network: Network[Prepared]
-    caches: list[LatentCache]
+    states: list[SequenceState]
     plan: Plan
     eos_token_ids: tuple[int, ...]
     source: Export | Checkpoint
@@ -200,10 +203,9 @@ class _Loader:
             weights = {name: place(name, checkpoint.tensor(name)) for name in checkpoint.infos}
             experts = resident_experts(config, weights, backend, self._device)
             network = Network(config, weights, backend, experts)
-            row = config.latent_width, torch.float32
-            cache = LatentCache(config, self._context, row, self._device.empty)
+            state = new_state(config, self._context, plain_row, self._device.empty)
             return LoadedModel(
-                config, tokenizer, network, [cache], plan, self._eos_token_ids, checkpoint,
+                config, tokenizer, network, [state], plan, self._eos_token_ids, checkpoint,
                 self._device, self._reason, backend, experts, opened.pop_all(), options,
                 self._draft(network),
             )  # fmt: skip
@@ -291,18 +293,19 @@ class _Loader:
             opened.callback(store.close)
             weights = load_resident(export, resident_shapes(config), place)
             guesses = predictor or NextGate(replace(config, mtp=False), weights, backend)
-            experts = self._experts(export, plan, store, guesses, popularity)
+            names = (layer_tensor(layer, TABLE) for layer in range(config.num_hash_layers))
+            tables = [as_tensor(weights[name]).cpu() for name in names]
+            experts = self._experts(export, plan, store, guesses, popularity, tables)
             opened.callback(experts.close)
             network = Network(config, weights, backend, experts, PREFILL_CHUNK)
             experts.substitution = self._substitution(network, predictor, plan)
             head = MtpHead(network, weights, experts, PREFILL_CHUNK) if config.mtp else None
-            row = backend.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
-            caches = [
-                LatentCache(config, self._context, row, device.empty)
+            states = [
+                new_state(config, self._context, backend.latent_row, device.empty)
                 for _ in range(options.sequences)
             ]
             return LoadedModel(
-                config, tokenizer, network, caches, plan, self._eos_token_ids, export,
+                config, tokenizer, network, states, plan, self._eos_token_ids, export,
                 device, self._reason, backend, experts, opened.pop_all(), options,
                 self._draft(network),
                 sizes, store, head,
@@ -383,6 +386,7 @@ class _Loader:
         store: DiskReader | HostTier,
         predictor: NextGate | Predictor,
         popularity: list[float] | None,
+        tables: Sequence[Tensor],
     ) -> Experts:
         """The slots over ``store``, what reads ahead if that can pay, and the CPU's part."""
         options, device, config = self._options, self._device, self._config
@@ -394,7 +398,7 @@ class _Loader:
         missing = plan.slots < layers * experts and plan.staging > top_k
         lookahead, warm = None, list[int]()
         if options.prefetch and missing and size > HELP_BYTES:
-            source = slots, store.bandwidth, device.download
+            source = slots, store.bandwidth, device.download, tables
             lookahead = Lookahead(predictor, layers, experts, size, *source)
         if options.prefetch and popularity:
             ids = range(layers * experts)

@@ -33,8 +33,7 @@ class HeadDrafts:
         self._head, self._experts, self._device = model.head, model.experts, model.device
         self._compute, self._drafting = compute, drafting
         config = self._head.config
-        row = model.backend.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
-        self._cache = LatentCache(config, context, row, model.device.empty)
+        self._cache = LatentCache(config, context, model.backend.latent_row, model.device.empty)
         self._first = 0  # the token that the cache's first row is behind
         self._tokens: list[int] = []  # the text that its rows are of
         self._asking = Asking()
@@ -47,7 +46,7 @@ class HeadDrafts:
         goes_on = self._tokens[: first + 1] == tokens[: first + 1]
         if not (goes_on and 0 <= row <= self._cache.length):
             self._first, row = first, 0
-        self._cache.length = row
+        self._cache.cut(row)
         ids_R = self._device.upload(torch.tensor(tokens[first + 1 :]))
 
         def step() -> Tensor:

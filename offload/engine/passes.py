@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -51,13 +52,13 @@ class Passes:
         self.seconds = dict.fromkeys(("prefill_seconds", "decode_seconds"), 0.0)
 
     def sequences(self) -> list[Sequence]:
-        """One for each latent cache."""
+        """One for each state."""
         model, sequences = self._model, list[Sequence]()
-        for cache in model.caches:
+        for state in model.states:
             head = None
             if model.head is not None and self.drafting is not None:
-                head = HeadDrafts(model, self.compute, self.drafting, cache.context)
-            sequences.append(Sequence(cache, head))
+                head = HeadDrafts(model, self.compute, self.drafting, state.context)
+            sequences.append(Sequence(state, head))
         return sequences
 
     def decode(self, rows: Sequenced[Row]) -> None:
@@ -96,6 +97,10 @@ class Passes:
         for rows_RD in hidden_RD.split(EACH_AT_ONCE):
             yield self._in_ram(self.logits(rows_RD, each=True))
 
+    def collapse(self, hidden_RD: Tensor) -> Tensor:
+        """One residual stream out of what ``Row.hidden_TD`` has."""
+        return self.compute(lambda: self._model.network.collapse(hidden_RD))
+
     def logits(self, hidden_RD: Tensor, each: bool = False) -> Tensor:
         """Logits of rows of the residual stream, float32 [R, V] on the device; with ``each`` a row
         is bitwise what it gives alone."""
@@ -113,14 +118,17 @@ class Passes:
         ids = [[*row.ids, *row.draft] for row in rows]
         counts = [*map(len, ids)]
         ids_T = model.device.upload(torch.tensor([id for row in ids for id in row]))
-        caches = [row.sequence.cache for row in rows]
+        states = [row.sequence.state for row in rows]
 
         def step() -> Tensor:
             for row in rows:
-                row.sequence.cache.length = row.sequence.length
-            if model.experts.begin(len(ids_T), len(rows)):
+                row.sequence.state.cut(row.sequence.length)
+            guesses = model.experts.begin(len(ids_T), len(rows))
+            if model.experts.lookahead is not None:
+                model.experts.lookahead.read_tables([*chain.from_iterable(ids)])
+            if guesses:
                 self._guess_token(rows[0].sequence, ids_T)
-            return model.network.forward(ids_T, caches, counts)
+            return model.network.forward(ids_T, states, counts)
 
         hidden_TD = self.compute(step)
         wanted = list[Tensor]()
@@ -145,7 +153,8 @@ class Passes:
             return
         assert model.experts.lookahead is not None
         embedding_1D = model.backend.embed(ids_1, model.network.embed_tokens)
-        model.experts.lookahead.guess_token(embedding_1D[0], hidden_RD[-1])
+        last_1D = model.network.collapse(hidden_RD[-1:])
+        model.experts.lookahead.guess_token(embedding_1D[0], last_1D[0])
 
     def _in_ram(self, logits_RV: Tensor) -> Tensor:
         """By no copy engine of a GPU, which may have records before them."""

@@ -1,26 +1,25 @@
-"""A text on its way: the tokens that its latent cache holds, and what is drafted behind them.
+"""A text on its way: the tokens whose state it holds, and what is drafted behind them.
 
-Shapes: D hidden_size, R rows, L layers, T tokens, B bytes of a cached row.
+Shapes: D hidden_size, R rows, T tokens.
 """
 
 import torch
 from torch import Tensor
 
 from slotmoe.border import Backend
-from slotmoe.model.config import Config
-from slotmoe.model.kv_cache import LatentCache
+from slotmoe.model.kv_cache import SequenceState
 from slotmoe.offload.engine.mtp_drafts import HeadDrafts
 from slotmoe.offload.policy.drafts import MOST_DRAFTED, NGrams
 from slotmoe.quant.backends.base import Prepared
 
 
 class Sequence:
-    """One latent cache and the tokens whose latents it holds, a new list after each change.  A
+    """One state and the tokens that have made it, a new list after each change.  A
     token id of -1 is unknown.  What a pass that did not end has written behind them means nothing.
     ``head`` drafts, or, where it is None, what the text has repeated before."""
 
-    def __init__(self, cache: LatentCache, head: HeadDrafts | None):
-        self.cache, self._head = cache, head
+    def __init__(self, state: SequenceState, head: HeadDrafts | None):
+        self.state, self._head = state, head
         self.tokens: list[int] = []
         self.owner = ""  # whose latents they are
         # The residual stream after the last layer behind the last token of a pass, and behind those
@@ -31,13 +30,13 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Positions that are cached.  Another thread may ask."""
+        """Tokens that it holds.  Another thread may ask."""
         return len(self.tokens)
 
     @property
     def context(self) -> int:
-        """Positions that the latent cache has room for."""
-        return self.cache.context
+        """Tokens that the state has room for."""
+        return self.state.context
 
     def append(self, ids: list[int], hidden_TD: Tensor, is_prompt: bool) -> None:
         """A pass has computed ``ids`` and a draft behind them; ``hidden_TD`` is the residual stream
@@ -67,36 +66,34 @@ class Sequence:
         return self._head.draft(tokens, self.hidden_RD.clone())
 
     def cut(self, length: int) -> None:
-        """Keep the first ``length`` tokens."""
+        """Keep the first ``length`` tokens, which ``reach`` has said can be."""
         if length < len(self.tokens):
             self.tokens, self.hidden_RD = self.tokens[:length], None
+
+    def reach(self, length: int) -> int:
+        """The longest beginning of up to ``length`` tokens that can be kept or taken."""
+        return self.state.reach(length)
+
+    def mark(self) -> None:
+        """A text ends here, and may be gone on with later."""
+        self.state.cut(self.length)
+        self.state.mark()
 
     def take(self, source: "Sequence", length: int) -> None:
         """Become the first ``length`` tokens of ``source``, which may be this sequence."""
         if source is self:
             self.cut(length)
         else:
-            self.cache.copy(source.cache, length)
+            self.state.copy(source.state, length)
             self.tokens, self.hidden_RD = source.tokens[:length], None
 
-    def latents(self, start: int, end: int) -> Tensor:
-        """Bytes of the latents of those positions, uint8 [L, end - start, B] in RAM."""
-        return self.cache.layers[:, start:end].cpu().contiguous().view(torch.uint8)
-
-    def append_latents(self, ids: list[int], rows_LTB: Tensor) -> None:
-        """Append ``ids`` whose latents were computed before: what ``latents`` gave of them."""
-        end = self.length + len(ids)
-        self.cache.layers[:, self.length : end].view(torch.uint8).copy_(rows_LTB)
-        self.cache.written = max(self.cache.written, end)
+    def resume(self, ids: list[int], snapshot: Tensor) -> None:
+        """Append ``ids``, which were computed before: what they added was ``put`` into the state,
+        and ``snapshot`` was taken behind them."""
+        self.state.resume(self.length + len(ids), snapshot)
         self.tokens, self.hidden_RD = self.tokens + ids, None
 
-    def fill(self, depth: int, config: Config, backend: Backend[Prepared]) -> None:
-        """Become ``depth`` unknown tokens with random latents: for measurements."""
-        latent_SW = torch.randn(
-            depth, config.latent_width, generator=torch.Generator().manual_seed(0)
-        )
-        for rows_SX in self.cache.layers:
-            backend.store_latents(
-                latent_SW.to(rows_SX.device), config.kv_lora_rank, rows_SX[:depth]
-            )
+    def fill(self, depth: int, backend: Backend[Prepared]) -> None:
+        """Become ``depth`` unknown tokens with random rows: for measurements."""
+        self.state.fill(depth, backend.store_latents)
         self.tokens, self.hidden_RD = [-1] * depth, None

@@ -1,11 +1,11 @@
 """Reading ahead: the predictor names experts, the prefetcher decides which of them to read.
 
-Shapes: T tokens, D hidden_size, M MoE layers, E routed experts.
+Shapes: T tokens, D hidden_size, M MoE layers, E routed experts, K experts a token.
 """
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 from torch import Tensor
@@ -31,11 +31,14 @@ class Lookahead(Prefetcher):
         target: Target,
         bandwidth: Callable[[], float],
         download: Callable[[Tensor], Download],
+        tables: Sequence[Tensor] = (),
     ):
-        """``download`` is the device's; the rest is as in ``Prefetcher``."""
+        """``download`` is the device's; ``tables``, int32 [vocab, K] in RAM, have the experts of
+        each token in the first MoE layers; the rest is as in ``Prefetcher``."""
         super().__init__(rows, experts, record_bytes, target, bandwidth)
         self._predictor, self._download = predictor, download
         self._token_scores_ME: Tensor | None = None
+        self._tables = tables
         self.active = False
 
     def begin(self) -> None:
@@ -44,6 +47,14 @@ class Lookahead(Prefetcher):
         self._token_scores_ME = None
         self.active = self.pays()
 
+    def read_tables(self, ids: list[int]) -> None:
+        """Read first what the gates will choose that choose by the token: ``ids`` are the pass's.
+        No guess replaces that."""
+        for row, table in enumerate(self._tables):
+            uses = Counter(table[ids].flatten().tolist())
+            self._guess(row, [expert for expert, _ in uses.most_common()], "table")
+        self.more(-1)
+
     def guess_token(self, embedding_D: Tensor, hidden_D: Tensor) -> None:
         """Guess all layers' experts for one token, from its embedding and the last hidden state
         before it, float32 [D] each, and start to read."""
@@ -51,14 +62,15 @@ class Lookahead(Prefetcher):
         self._token_scores_ME = self._predictor.token_scores(embedding_D, hidden_D)
         likely = self._likely(self._token_scores_ME)
         for row, experts in enumerate(likely):
-            self._guess(row, experts, "token")
+            if row >= len(self._tables):
+                self._guess(row, experts, "token")
         self._cost.add((time.perf_counter() - started) / len(likely))
         self.more(-1)
 
     def guess_layer(self, row: int, layers: int, x_TD: Tensor) -> None:
         """Guess the experts of MoE layer ``row + 1`` from the input of layer ``row``, and start to
         read."""
-        if row + 1 < layers and self.active:
+        if len(self._tables) <= row + 1 < layers and self.active:
             self._guess(row + 1, self._next(row, x_TD), "layer")
         self.more(row)
 

@@ -18,7 +18,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,12 +28,12 @@ from torch import Tensor
 
 from slotmoe.border import Pending, Step, Timer
 from slotmoe.model.checkpoint.reader import Checkpoint
-from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.layers import LayerByLayer, geometry_of, layer_of
 from slotmoe.model.names import EMBEDDING, expert_name, expert_shapes, resident_shapes, split_name
-from slotmoe.model.network import inverse_frequencies, position_tables
+from slotmoe.model.network import Positions
+from slotmoe.model.state import new_state, plain_row
 from slotmoe.offload.ingest.output_dir import HIDDEN
-from slotmoe.quant.backends.base import Prepared, TorchBackend, new
+from slotmoe.quant.backends.base import Prepared, TorchBackend
 from slotmoe.quant.codecs.feedback import Hessian
 
 MAX_TOKENS = 1 << 16  # more text moves the Hessians little
@@ -94,20 +93,13 @@ class Calibration:
         self._ids = [token for window in windows for token in window]
         self._lengths = list(map(len, windows))
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        c, width = self._config, max(self._lengths)
-        row = c.latent_width, torch.float32
-        self._cache = LatentCache(
-            replace(c, num_hidden_layers=1),
-            width,
-            row,
-            lambda shape, dtype: new(shape, dtype).to(self._device),
-        )
-        frequencies_C = inverse_frequencies(c.rope, c.qk_rope_head_dim).to(self._device)
-        positions_T = torch.arange(width, device=self._device).float()
-        self._tables = position_tables(c.rope, frequencies_C, positions_T)
+        self._positions = Positions(self._config, torch.empty(0, device=self._device))
         self._first = self._resumed(min(needed, default=0))
         self.remaining = range(self._first, max(needed, default=-1) + 1)
         self._counts: list[int] = []  # tokens of each expert
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self._device)
 
     @property
     def embedding_files(self) -> list[str]:
@@ -161,7 +153,7 @@ class Calibration:
 
     def _resumed(self, needed: int) -> int:
         """The first layer to compute, at most ``needed``."""
-        wanted = [len(self._ids), self._config.hidden_size]
+        wanted = [len(self._ids), self._config.stream_width]
         try:
             with safe_open(self._path, framework="pt") as file:
                 layer = int(file.metadata()["layer"])
@@ -178,7 +170,9 @@ class Calibration:
         elif self.remaining:
             unique, inverse_T = torch.tensor(self._ids).unique(return_inverse=True)
             rows = [self._checkpoint.rows(EMBEDDING, i, i + 1) for i in unique.tolist()]
-            self.hidden_TD = torch.cat(rows).float()[inverse_T].to(self._device)
+            streams = self._config.stream_width // self._config.hidden_size
+            hidden_TD = torch.cat(rows).float()[inverse_T].to(self._device)
+            self.hidden_TD = hidden_TD.repeat(1, streams)
         return {}
 
     def layer(self, layer: int) -> dict[str, Hessian]:
@@ -195,13 +189,19 @@ class Calibration:
         # An MLP's up projection sees what its gate projection sees.
         tapped = {id(weights[name]): name for name in names if name in self._wanted}
         tap = _Tap({key: name for key, name in tapped.items() if "up_proj" not in name})
-        geometry = geometry_of(self._config)
-        runner = LayerByLayer(geometry, [layer_of(weights, layer)], tap)
+        config, frequencies_C = self._config.alone(layer), self._positions.compressed_C
+        layers = [layer_of(weights, layer)]
+        runner = LayerByLayer(geometry_of(config), layers, tap, frequencies_C)
+        state = new_state(config, max(self._lengths), plain_row, self._empty)
         steps, pendings = list[Step](), list[Pending]()
-        for h_WD in self.hidden_TD.split(self._lengths):
-            rope_TC, scale_T = self._tables
-            scale_W = None if scale_T is None else scale_T[: len(h_WD)]
-            step = Step(h_WD, rope_TC[: len(h_WD)], scale_W, [self._cache], [len(h_WD)], Timer())
+        ids_T = torch.tensor(self._ids, device=self._device)
+        windows = self.hidden_TD.split(self._lengths), ids_T.split(self._lengths)
+        for h_WD, ids_W in zip(*windows, strict=True):
+            positions_W = torch.arange(len(h_WD), device=self._device).float()
+            rope_WC, scale_W, compressed_WC = self._positions.tables(positions_W)
+            step = Step(h_WD, rope_WC, scale_W, [state], [len(h_WD)], Timer(), ids_T=ids_W)
+            step.compressed_rope_TC = compressed_WC
+            state.begin(len(h_WD))
             if (pending := runner.run_layers(step, None)) is not None:
                 pendings.append(pending)
             steps.append(step)
@@ -236,7 +236,10 @@ class Calibration:
             names = self._names(layer, expert)
             gate_ID, up_ID, down_DI = map(self._tensor, names)
             x_UD = x_TD[token_U]
-            act_UI = F.silu(x_UD @ gate_ID.t()) * (x_UD @ up_ID.t()) * weight_U1
+            gate_UI, up_UI = x_UD @ gate_ID.t(), x_UD @ up_ID.t()
+            if limit := self._config.swiglu_limit:
+                gate_UI, up_UI = gate_UI.clamp(max=limit), up_UI.clamp(-limit, limit)
+            act_UI = F.silu(gate_UI) * up_UI * weight_U1
             routed_TD.index_add_(0, token_U, act_UI @ down_DI.t())
             sums.append(act_UI.t() @ act_UI)
             counts.append(len(token_U))

@@ -159,12 +159,12 @@ def ram_bandwidth(model: LoadedModel) -> float:
 def bytes_per_token(model: LoadedModel, position: int) -> dict[str, int]:
     """Bytes that decoding one token at ``position`` reads: weights, its experts, latent cache."""
     assert model.sizes is not None
-    config, cache = model.config, model.caches[0]
+    config = model.config
     uses = len(config.moe_layers) * config.num_experts_per_tok
     return {
         "resident weights": model.sizes.touched,
         "experts": uses * model.plan.record_bytes,
-        "latent KV cache": cache.nbytes // cache.context * position,
+        "latent KV cache": model.states[0].read_bytes(position),
     }
 
 

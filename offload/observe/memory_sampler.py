@@ -24,7 +24,7 @@ def memory_in_use(model: LoadedModel) -> dict[str, tuple[int, dict[str, int]]]:
         return {"vram": (memory.allocated, known), "ram": (used, host)}
     cached, slab = model.quantized("profile").slots.present()
     buffers = min(plan.components["read buffers"], slab - cached)
-    latent = sum(c.nbytes // c.context * max(c.length, c.written) for c in model.caches)
+    latent = sum(state.used_bytes for state in model.states)
     known = {"resident weights": resident, "latent KV cache": latent}
     return {"ram": (used, known | {"expert slots": slab - buffers, "read buffers": buffers})}
 

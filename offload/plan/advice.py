@@ -252,7 +252,7 @@ class Scenario:
 
     def largest_context(self) -> int:
         """Positions that fit with the least number of slots; 0 if none do."""
-        contexts = range(1, self.model.config.max_context[0] + 1)
+        contexts = range(1, self.model.config.max_position_embeddings + 1)
         return bisect_left(contexts, True, key=lambda n: not replace(self, context=n).fits)
 
     def ways_out(self) -> list[str]:
@@ -272,7 +272,7 @@ class Scenario:
         if on_cpu.fits:
             ways.append("--device cpu: RAM alone is enough")
         lite = Model("v2-lite", read_config(geometry_path("v2-lite")))
-        context = min(self.context, lite.config.max_context[0])
+        context = min(self.context, lite.config.max_position_embeddings)
         smaller = Scenario(lite, self.machine, "int8", self.codecs, context)
         if smaller.fits and self.model.config.hidden_size > lite.config.hidden_size:
             size = format_size(sum(smaller.sizes.resident.values()))

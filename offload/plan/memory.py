@@ -34,17 +34,17 @@ CUDA_IMPORT_BYTES = 1 << 30
 def choose_context(config: Config, wanted: int | None) -> int:
     """Positions of the latent cache: as wanted, else as many as the model has, up to 4096.  Raises
     ``PlanError``."""
-    limit, key = config.max_context
+    limit = config.max_position_embeddings
     context = min(4096, limit) if wanted is None else wanted
     if not 1 <= context <= limit:
-        allowed = f"1 to {limit}, the model's {key}"
+        allowed = f"1 to {limit}, the model's max_position_embeddings"
         raise PlanError(f"context {context} is outside {allowed}")
     return context
 
 
 def or_more_context(advice: str, config: Config, context: int) -> str:
     """``advice``, and to raise --context where the model has more positions than ``context``."""
-    limit, _ = config.max_context
+    limit = config.max_position_embeddings
     if context < limit:
         return f"{advice}, or raise --context (now {context}, the model has {limit})"
     return f"{advice}; {limit} positions are all that the model has"

@@ -2,7 +2,8 @@
 
 Two horizons make guesses (``slotmoe.offload.predictor`` has the arithmetic): ``token``, every
 layer's experts before the token starts, and ``layer``, the next MoE layer's experts from the
-present layer's input.  The later word replaces the earlier.
+present layer's input.  The later word replaces the earlier.  A third, ``table``, is certain: the
+gates of some models' first layers choose by the token alone.
 
 A guess costs nothing while the disk would idle; a wrong one delays a demand when the disk would
 not.  So what is expected to be wasted has to fit into the time in which the step computes and
@@ -10,12 +11,13 @@ demands nothing: with a share ``p`` of right guesses, ``idle seconds * bandwidth
 may be on their way ahead of the gates.
 """
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, astuple, dataclass, field
 from typing import Protocol
 
-HORIZONS = ("token", "layer")
+HORIZONS = ("token", "layer", "table")
 
 
 @dataclass
@@ -153,7 +155,8 @@ class Prefetcher:
         for distance, guesses in enumerate(self._rows[row + 1 :], 1):
             if not guesses.absent:
                 continue
-            allowed = window / max(1 - self._right[guesses.horizon].value, 0.02)
+            wrong = max(1 - self._right[guesses.horizon].value, 0.02)
+            allowed = math.inf if guesses.horizon == "table" else window / wrong
             for expert_id in guesses.absent:
                 if ahead >= allowed:
                     return

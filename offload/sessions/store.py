@@ -43,9 +43,7 @@ class Sessions:
         self._identity = _identity(model)
         make_private(folder)
         self._blocks = BlockFolder(folder / "blocks", parse_size(limit), notify)
-        layers_LSX = model.caches[0].layers
-        self._layers = len(layers_LSX)
-        self._token_bytes = self._layers * layers_LSX.shape[2] * layers_LSX.itemsize
+        self._token_bytes = model.states[0].saved_bytes(0, 1)
         self._counts = dict.fromkeys(("restored_tokens", "read_bytes", "written_bytes"), 0)
 
     def root(self, owner: str = "") -> bytes:
@@ -65,13 +63,12 @@ class Sessions:
                     break
                 latest, data = found
                 self._counts["read_bytes"] += len(data)
-                rows_LTB = torch.frombuffer(data, dtype=torch.uint8)
-                rows_LTB = rows_LTB.view(self._layers, len(latest.tokens), -1)
+                saved, state = torch.frombuffer(data, dtype=torch.uint8), sequence.state
                 common = shared_prefix(latest.tokens, tokens)
                 if start + common > held:
-                    sequence.append_latents(
-                        tokens[held - start : common], rows_LTB[:, held - start : common]
-                    )
+                    end = start + len(latest.tokens)
+                    state.put(start, end, saved, start + common)
+                    sequence.resume(tokens[held - start : common], saved[:0])
                 if common < len(tokens):
                     break
             parent = address(parent, tokens)
@@ -93,8 +90,7 @@ class Sessions:
             return
 
         def latents(block: Block) -> memoryview:
-            rows_LTB = sequence.latents(block.start, block.end)
-            return rows_LTB.numpy().reshape(-1).data
+            return sequence.state.saved(block.start, block.end).numpy().data
 
         blocks = list(chain(self.root(owner), tokens))
         written = self._blocks.add(blocks, self._token_bytes, latents)
@@ -116,13 +112,12 @@ def _identity(model: LoadedModel) -> bytes:
     if model.options.route_budget:
         problem = "with a route budget a latent depends on what was cached when it was computed"
         raise ConfigError(f"{problem}: leave out the session or the budget")
-    layers_LSX = model.caches[0].layers
     parts = {
         "export": model.source.manifest["checksum"],
         "program": [version("slotmoe"), torch.__version__],
         "device": [model.device.tier, model.device.name, model.backend.name],
         "misses": model.experts.split.mode,
         "experts": model.config.num_experts_per_tok,
-        "row": [len(layers_LSX), layers_LSX.shape[2], str(layers_LSX.dtype)],
+        "state": model.states[0].saved_bytes(0, 1),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()

@@ -371,7 +371,7 @@ def _windows(
     config: Config, tokenizer: Tokenizer, texts: Sequence[Path], seed: int
 ) -> tuple[list[list[int]], list[list[int]]]:
     """The windows to train on, in random order, and those of the last 5% of each text."""
-    width = min(_WINDOW, config.max_context[0])
+    width = min(_WINDOW, config.max_position_embeddings)
     training: list[list[int]] = []
     held_back: list[list[int]] = []
     for ids in read_tokens(texts, tokenizer):

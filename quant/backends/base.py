@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slotmoe.border import Decoder, Geometry, Layer, Router
+from slotmoe.border import Decoder, Geometry, HyperGeometry, Layer, Mixed, Mixing, Router
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
@@ -25,6 +25,7 @@ from slotmoe.quant.weights import Weight, dequantize, map_tensors, rows
 
 Prepared = Weight | Matrix  # a matrix is bound for native calls
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
+_GATHERED = 1 << 22  # values of cached rows, or scores, in memory at once
 _SLICE = 1 << 22  # weights dequantized at once, so that no temporary grows with a matrix
 
 
@@ -120,9 +121,22 @@ class TorchBackend:
             y_TN[:, start:stop] = F.linear(x_TK, slice_NK)
         return y_TN
 
-    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        """Root-mean-square norm over the last dimension, float32 [T, D]."""
-        return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
+    def grouped_linear(self, x_TGK: Tensor, weight: Prepared) -> Tensor:
+        """Each of G groups times its rows of ``weight`` [G O, K] alone: float32 [T, G, O]."""
+        plain, groups = unbound(weight), x_TGK.shape[1]
+        count = plain.shape[0] // groups
+        parts = (rows(plain, g * count, (g + 1) * count) for g in range(groups))
+        outs = [TorchBackend.linear(self, x_TGK[:, g], part) for g, part in enumerate(parts)]
+        return torch.stack(outs, dim=1)
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
+        """Root-mean-square norm over the last dimension, float32 [T, D]; without a weight, each
+        value counts as it is."""
+        return F.rms_norm(x_TD, x_TD.shape[-1:], weight_D, eps)
+
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+        """Norm by mean and variance over the last dimension, float32 [T, D]."""
+        return F.layer_norm(x_TD, weight_D.shape, weight_D, bias_D, eps)
 
     def mlp(
         self, x_TD: Tensor, gate_proj: Prepared, up_proj: Prepared, down_proj: Prepared
@@ -180,8 +194,124 @@ class TorchBackend:
         serves."""
         return None
 
+    def attend(
+        self,
+        q_THW: Tensor,
+        rows_SX: Tensor,
+        more_SX: Tensor | None,
+        lists_TL: Tensor,
+        R: int,
+        scale: float,
+        sinks_H: Tensor | None,
+    ) -> Tensor:
+        """Attention of each token over the rows that its list names, in that order, float32 [T, H,
+        R].
+
+        ``lists``, int32 [T, L], are indices of ``rows``, and from ``len(rows)`` on of ``more``; -1
+        ends a list.  A row's first R values are its value too.  ``sinks``, float32 [H], take part
+        in the softmax as the score of a row without a value.
+        """
+        few = max(1, _GATHERED // (lists_TL.shape[1] * q_THW.shape[2]))
+        parts, held = list[Tensor](), len(rows_SX)
+        for q_BHW, lists_BL in zip(q_THW.split(few), lists_TL.split(few), strict=True):
+            places_BL = lists_BL.long()
+            rows_BLW = rows_SX[places_BL.clamp(0, held - 1)]
+            if more_SX is not None and len(more_SX):
+                is_more_BL = (places_BL >= held)[..., None]
+                more_BLW = more_SX[(places_BL - held).clamp(min=0)]
+                rows_BLW = torch.where(is_more_BL, more_BLW, rows_BLW)
+            rows_BLW = rows_BLW.float()
+            scores_BHL = q_BHW @ rows_BLW.transpose(1, 2) * scale
+            scores_BHL = scores_BHL.masked_fill((places_BL < 0)[:, None], -torch.inf)
+            if sinks_H is not None:
+                sinks_BH1 = sinks_H[:, None].expand(len(q_BHW), -1, 1)
+                scores_BHL = torch.cat([scores_BHL, sinks_BH1], dim=-1)
+            weights_BHL = scores_BHL.softmax(dim=-1)[..., : lists_BL.shape[1]]
+            parts.append(weights_BHL @ rows_BLW[..., :R])
+        return torch.cat(parts)
+
+    def index(
+        self, q_TJA: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int
+    ) -> Tensor:
+        """Which of the first ``counts``, int32 [T], of S keys score best for each token, the first
+        of equals: int32 [T, k] in ascending order, -1 behind the last.
+
+        A key's score is the sum over the J heads of a weight times the product with its query where
+        that is positive (DeepSeek-V3.2, arXiv 2512.02556).
+        """
+        T, S = len(q_TJA), len(keys_SX)
+        parts, few = list[Tensor](), max(1, _GATHERED // (max(1, S) * q_TJA.shape[1]))
+        places_S = torch.arange(S, device=q_TJA.device)
+        parts = [
+            (weights_B1J @ (q_BJA @ keys_SX.float().t()).relu())[:, 0]
+            for q_BJA, weights_B1J in zip(
+                q_TJA.split(few), weights_TJ[:, None].split(few), strict=True
+            )
+        ]
+        scores_TS = torch.cat(parts).masked_fill(places_S >= counts_T[:, None], -torch.inf)
+        if k >= S:
+            chosen_TS = scores_TS > -torch.inf
+        else:
+            least_T1 = scores_TS.topk(k, dim=-1).values[:, -1:]
+            chosen_TS, equal_TS = scores_TS > least_T1, scores_TS == least_T1
+            left_T1 = k - chosen_TS.sum(dim=-1, keepdim=True)
+            chosen_TS |= equal_TS & (equal_TS.cumsum(dim=-1) <= left_T1)
+            chosen_TS &= scores_TS > -torch.inf
+        best_TK = torch.where(chosen_TS, places_S, S).sort(dim=-1).values[:, :k]
+        lists_TK = best_TK.new_full((T, k), -1, dtype=torch.int32)
+        lists_TK[:, : best_TK.shape[1]] = best_TK.masked_fill(best_TK == S, -1)
+        return lists_TK
+
+    def compress(
+        self, kv_BSY: Tensor, gate_BSY: Tensor, bias_SY: Tensor, norm_Y: Tensor, eps: float
+    ) -> Tensor:
+        """One row of each S, float32 [B, Y]: their mean, weighted in each column by the softmax of
+        ``gate`` + ``bias``, normed (DeepSeek-V4)."""
+        weights_BSY = (gate_BSY + bias_SY).softmax(dim=1)
+        return self.rms_norm((kv_BSY * weights_BSY).sum(dim=1), norm_Y, eps)
+
+    def mix(
+        self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float
+    ) -> tuple[Tensor, Mixed]:
+        """What a block reads of Q residual streams side by side, float32 [T, D], and how they take
+        in what it gives (hyper-connections, arXiv 2512.24880): a matrix that Sinkhorn and Knopp's
+        iterations make doubly stochastic."""
+        Q, iterations, small = hyper
+        streams_TQD = h_TD.unflatten(-1, (Q, -1))
+        logits_TX = TorchBackend.rms_norm(self, h_TD, None, eps) @ mixing.fn.t()
+        parts_X = logits_TX.split([Q, Q, Q * Q], dim=-1), mixing.base.split([Q, Q, Q * Q])
+        pre_TQ, post_TQ, comb_TX = (
+            part * scale + base for part, base, scale in zip(*parts_X, mixing.scale, strict=True)
+        )
+        pre_TQ, post_TQ = pre_TQ.sigmoid() + small, 2 * post_TQ.sigmoid()
+        comb_TQQ = comb_TX.unflatten(-1, (Q, Q)).softmax(dim=-1) + small
+        comb_TQQ = comb_TQQ / (comb_TQQ.sum(dim=-2, keepdim=True) + small)
+        for _ in range(iterations - 1):
+            comb_TQQ = comb_TQQ / (comb_TQQ.sum(dim=-1, keepdim=True) + small)
+            comb_TQQ = comb_TQQ / (comb_TQQ.sum(dim=-2, keepdim=True) + small)
+        return (pre_TQ[..., None] * streams_TQD).sum(dim=1), Mixed(post_TQ, comb_TQQ)
+
+    def add_mixed(self, y_TD: Tensor, h_TD: Tensor, mixed: Mixed) -> Tensor:
+        """The residual streams after a block that has given ``y``, float32 like ``h``."""
+        post_TQ, comb_TQQ = mixed
+        streams_TQD = h_TD.unflatten(-1, (post_TQ.shape[-1], -1))
+        streams_TQD = comb_TQQ.transpose(1, 2) @ streams_TQD
+        mixed_TQD: Tensor = streams_TQD + post_TQ[..., None] * y_TD[:, None]
+        return mixed_TQD.flatten(1)
+
+    def collapse(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float) -> Tensor:
+        """What the output head reads of the residual streams, float32 [T, D]."""
+        logits_TQ = TorchBackend.rms_norm(self, h_TD, None, eps) @ mixing.fn.t()
+        weights_TQ = (logits_TQ * mixing.scale + mixing.base).sigmoid() + hyper.eps
+        weighted_TQD: Tensor = weights_TQ[..., None] * h_TD.unflatten(-1, (hyper.Q, -1))
+        return weighted_TQD.sum(dim=1)
+
     def route(
-        self, logits_TE: Tensor, router: Router, bias_E: Tensor | None
+        self,
+        logits_TE: Tensor,
+        router: Router,
+        bias_E: Tensor | None,
+        chosen_TK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """What ``slotmoe.model.routing.route`` gives, or None without a kernel."""
         return None

@@ -7,13 +7,25 @@ kv_lora_rank, P qk_rope_head_dim.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from slotmoe.border import Experts, Geometry, Layer, Pending, Router, Step
+from slotmoe.border import (
+    Cache,
+    Experts,
+    Geometry,
+    HyperGeometry,
+    Layer,
+    Mixed,
+    Mixing,
+    Mla,
+    Pending,
+    Router,
+    Step,
+)
 from slotmoe.quant.backends.base import Empty, Prepared, Records, SlotTable, TorchBackend, new
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.codecs.weight import CodedWeight
@@ -45,7 +57,7 @@ class NativeDecoder:
         """See ``slotmoe.border.Runner``."""
         table = experts.slot_table()
         assert isinstance(table, SlotTable)
-        owners = [*zip(step.caches, step.counts, strict=True)]
+        owners = [*zip(cast(Sequence[Cache], step.caches), step.counts, strict=True)]
         for cache, count in owners:
             cache.extend(step.layer, count)
         first = step.layer + (step.x_TD is not None)
@@ -120,35 +132,29 @@ class NativeBackend(TorchBackend):
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
         return self._native.rms_norm(x_TD.contiguous(), weight_D, eps)
 
-    def hyper_in(
-        self,
-        h_TMD: Tensor,
-        fn: Tensor,
-        base: Tensor,
-        scale: Tensor,
-        eps: float,
-        iterations: int,
-        hc_eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        weights = fn.view(-1, *h_TMD.shape[1:]), base, scale
-        x_TD, post_TM, comb_TMM = self._native.hyper_in(
-            h_TMD.contiguous(), *weights, eps, iterations, hc_eps
-        )
-        return x_TD, post_TM, comb_TMM
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+        return self._native.layer_norm(x_TD.contiguous(), weight_D, bias_D, eps)
 
-    def hyper_out(self, y_TD: Tensor, h_TMD: Tensor, post_TM: Tensor, comb_TMM: Tensor) -> Tensor:
-        return self._native.hyper_out(y_TD.contiguous(), h_TMD.contiguous(), post_TM, comb_TMM)
+    def mix(
+        self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float
+    ) -> tuple[Tensor, Mixed]:
+        h_TQD, fn = h_TD.unflatten(-1, (hyper.Q, -1)), mixing.fn.unflatten(-1, (hyper.Q, -1))
+        weights = fn, mixing.base, mixing.scale
+        x_TD, *mixed = self._native.hyper_in(h_TQD, *weights, eps, hyper.iterations, hyper.eps)
+        return x_TD, Mixed(*mixed)
 
-    def hyper_head(
-        self, h_TMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, hc_eps: float
-    ) -> Tensor:
-        weights = fn.view(-1, *h_TMD.shape[1:]), base, scale
-        return self._native.hyper_head(h_TMD.contiguous(), *weights, eps, hc_eps)
+    def add_mixed(self, y_TD: Tensor, h_TD: Tensor, mixed: Mixed) -> Tensor:
+        h_TQD = h_TD.unflatten(-1, (mixed.post_TQ.shape[-1], -1))
+        return self._native.hyper_out(y_TD.contiguous(), h_TQD, *mixed).flatten(1)
+
+    def collapse(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float) -> Tensor:
+        h_TQD, fn = h_TD.unflatten(-1, (hyper.Q, -1)), mixing.fn.unflatten(-1, (hyper.Q, -1))
+        return self._native.hyper_head(h_TQD, fn, mixing.base, mixing.scale, eps, hyper.eps)
 
     def compress(
-        self, kv_WJZ: Tensor, gate_WJZ: Tensor, bias_JZ: Tensor, norm_Z: Tensor, eps: float
+        self, kv_BSY: Tensor, gate_BSY: Tensor, bias_SY: Tensor, norm_Y: Tensor, eps: float
     ) -> Tensor:
-        values = kv_WJZ.contiguous(), gate_WJZ.contiguous(), bias_JZ, norm_Z
+        values = kv_BSY.contiguous(), gate_BSY.contiguous(), bias_SY, norm_Y
         return self._native.compress(*values, eps)
 
     def mlp(
@@ -184,20 +190,20 @@ class NativeBackend(TorchBackend):
     def attend(
         self,
         q_THW: Tensor,
-        rows_a_SX: Tensor,
-        rows_b_SX: Tensor | None,
-        lists_TN: Tensor,
+        rows_SX: Tensor,
+        more_SX: Tensor | None,
+        lists_TL: Tensor,
         R: int,
         scale: float,
         sinks_H: Tensor | None,
     ) -> Tensor:
-        rows = rows_a_SX, rows_b_SX, lists_TN.contiguous()
+        rows = rows_SX, more_SX, lists_TL.contiguous()
         return self._native.attend(q_THW.contiguous(), *rows, R, scale, sinks_H)
 
     def index(
-        self, q_TJI: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int
+        self, q_TJA: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int
     ) -> Tensor:
-        values = q_TJI.contiguous(), weights_TJ.contiguous(), keys_SX, counts_T
+        values = q_TJA.contiguous(), weights_TJ.contiguous(), keys_SX, counts_T
         return self._native.index(*values, k)
 
     def route(
@@ -219,7 +225,10 @@ class NativeBackend(TorchBackend):
             weights, mlp = layer.mlp, None
             if weights is not None:
                 mlp = _mlp(weights.gate_proj, weights.up_proj, weights.down_proj)
-            if not isinstance(layer.kv_b_proj, Int8Weight) or (mlp is None) != (weights is None):
+            mla = layer.attention
+            if not isinstance(mla, Mla) or mla.indexer is not None:
+                return None
+            if not isinstance(mla.kv_b_proj, Int8Weight) or (mlp is None) != (weights is None):
                 return None
             bound.append((AttentionLayer(geometry, layer), mlp))
         return NativeDecoder(self._native, Decoder(bound, geometry.router), self._record)

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from slotmoe.border import Geometry, Layer, Router
+from slotmoe.border import Geometry, Layer, Mla, Router
 from slotmoe.quant.backends import triton_rows
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
 from slotmoe.quant.backends.graphs import Capturing, CudaGraphs
@@ -136,9 +136,15 @@ class TritonBackend(TorchBackend):
         mla.combine[(H, T)](part, best, total, S, y_THR, T, H, R, LATENT=power(R))
         return y_THR
 
-    def decoder(self, geometry: Geometry, layers: Sequence[Layer[Prepared]]) -> TritonDecoder:
+    def decoder(
+        self, geometry: Geometry, layers: Sequence[Layer[Prepared]]
+    ) -> TritonDecoder | None:
         """From now on ``experts`` launches for one token the kernels that the decoder launches for
-        these layers, whose shared experts are of one kind."""
+        these layers, whose shared experts are of one kind.  None where they are no MLA to all
+        positions."""
+        for layer in layers:
+            if not isinstance(layer.attention, Mla) or layer.attention.indexer is not None:
+                return None
         mlps = [layer.mlp for layer in layers if layer.gate is not None and layer.mlp is not None]
         self._shared = Shared.of(mlps[0]) if mlps else None
         norm = layers[0].input_layernorm
@@ -147,8 +153,14 @@ class TritonBackend(TorchBackend):
     # Routed experts.
 
     def route(
-        self, logits_TE: Tensor, router: Router, bias_E: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        logits_TE: Tensor,
+        router: Router,
+        bias_E: Tensor | None,
+        chosen_TK: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor] | None:
+        if router.scoring == "sqrtsoftplus":
+            return None
         return triton_rows.route(logits_TE, router, bias_E)
 
     def experts(

@@ -14,14 +14,14 @@ Shapes as in ``slotmoe.model.network``.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from slotmoe.border import Cache, Experts, Geometry, Layer, Pending, Step
+from slotmoe.border import Cache, Experts, Geometry, Layer, Mla, Pending, Step
 from slotmoe.quant.backends import triton_rows as launch
 from slotmoe.quant.backends.base import Prepared, Records, SlotTable
 from slotmoe.quant.backends.graphs import Captured, Capturing
@@ -113,7 +113,7 @@ class TritonDecoder:
 
     def run_layers(self, step: Step, experts: Experts) -> Pending | None:
         """See ``slotmoe.border.Runner``."""
-        (cache,) = step.caches
+        (cache,) = cast(Sequence[Cache], step.caches)
         first, layer_bytes = step.layer + (step.x_TD is not None), cache.layers[0].nbytes
         given_1D, table = step.routed_TD, None
         if first == 0:
@@ -174,31 +174,33 @@ class _Layer:
 
     def __init__(self, workspace: Workspace, geometry: Geometry, layer: Layer[Prepared]):
         self._workspace, self._layer, self._geometry = workspace, layer, geometry
+        assert isinstance(layer.attention, Mla)
+        self._attention = layer.attention
         self._shared = None if layer.mlp is None else Shared.of(layer.mlp)
         self.is_moe = layer.gate is not None
 
     def begin(self, h_1D: Tensor, place: Place, layer_at: int) -> tuple[Tensor, Tensor] | None:
         """Attention and norm into ``place``; weights and indices of the chosen experts, None in a
         dense layer.  The layer's rows begin ``layer_at`` bytes into the latent cache."""
-        workspace, layer = self._workspace, self._layer
+        workspace, layer, attention = self._workspace, self._layer, self._attention
         H, N, P, R, _ = self._geometry[:5]
         width, latent_width = H * (N + P), R + P
         norm = layer.input_layernorm, self._geometry.eps
-        if layer.q_a_proj is None:
-            assert layer.q_proj is not None
+        if attention.q_a_proj is None:
+            assert attention.q_proj is not None
             both = workspace.scratch("both", width + latent_width)
-            q = launch.row(h_1D, layer.q_proj, both, layer.kv_a_proj, norm)
+            q = launch.row(h_1D, attention.q_proj, both, attention.kv_a_proj, norm)
             latent = q[:, width:]
         else:
-            assert layer.q_b_proj is not None and layer.q_a_layernorm is not None
-            Q = layer.q_a_proj.shape[0]
+            assert attention.q_b_proj is not None and attention.q_a_layernorm is not None
+            Q = attention.q_a_proj.shape[0]
             low = workspace.scratch("low", Q + latent_width)
-            launch.row(h_1D, layer.q_a_proj, low, layer.kv_a_proj, norm)
+            launch.row(h_1D, attention.q_a_proj, low, attention.kv_a_proj, norm)
             q, latent = workspace.scratch("q", width), low[:, Q:]
-            low_norm = layer.q_a_layernorm, self._geometry.latent_eps
-            launch.row(low, layer.q_b_proj, q, norm=low_norm)
+            low_norm = attention.q_a_layernorm, self._geometry.latent_eps
+            launch.row(low, attention.q_b_proj, q, norm=low_norm)
         self._attend(q, latent, layer_at)
-        launch.row(workspace.o_1X, layer.o_proj, place.h_1D, add=h_1D)
+        launch.row(workspace.o_1X, attention.o_proj, place.h_1D, add=h_1D)
         norm = layer.post_attention_layernorm, self._geometry.eps
         if layer.gate is None:
             place.x_1D.copy_(F.rms_norm(place.h_1D, norm[0].shape, *norm))
@@ -225,13 +227,14 @@ class _Layer:
 
     def _attend(self, q: Tensor, latent: Tensor, layer_at: int) -> None:
         """From the projections to each head's value, through the cache."""
-        workspace, layer, (H, N, P, R, V) = self._workspace, self._layer, self._geometry[:5]
+        workspace, (H, N, P, R, V) = self._workspace, self._geometry[:5]
+        attention = self._attention
         location, sums = workspace.location, (workspace.part, workspace.best, workspace.total)
-        _, kv_b, scale, _ = operand(layer.kv_b_proj)
+        _, kv_b, scale, _ = operand(attention.kv_b_proj)
         BR, BV, splits, scaled = 64, 16, mla.SPLITS.value, scale is not None
         mla.queries[(triton.cdiv(R, BR), H + 1)](
             q, latent, torch.view_as_real(workspace.rope_1C), workspace.query_scale_1,
-            layer.kv_a_layernorm, self._geometry.latent_eps, kv_b, scale, location, layer_at,
+            attention.kv_a_layernorm, self._geometry.latent_eps, kv_b, scale, location, layer_at,
             workspace.q_HW, H, N, P, R, N + V,
             SCALED=scaled, HALVES=self._geometry.halves, WIDTH=power(N), BR=BR, LATENT=power(R),
             PAIRS=power(P // 2),

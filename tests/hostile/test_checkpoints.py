@@ -234,7 +234,7 @@ WIDTHS = ("vocab_size", "intermediate_size", "moe_intermediate_size", "kv_lora_r
 BAD_VALUES = {
     **{key: [0, REMOVE] for key in WIDTHS},
     "model_type": [
-        *("deepseek_v4", "glm4_moe", "kimi_linear", "longcat_flash", "llama"),
+        *("deepseek_v41", "glm4_moe", "kimi_linear", "longcat_flash", "llama"),
         *(None, 2, ["deepseek_v2"], REMOVE),
     ],
     "architectures": [["LlamaForCausalLM"], V2, [V2, "X"]],

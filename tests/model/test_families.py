@@ -6,11 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slotmoe.errors import CheckpointError, ConfigError, PlanError
+from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.model.config import parse_config
 from slotmoe.model.families import FAMILIES, OTHERS
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.plan.memory import choose_context
 from slotmoe.offload.runtime import Runtime
 from tests.support.families import (
     CASES,
@@ -59,7 +58,7 @@ WRONG = {  # family, what is wrong, words of the message
     "other-class": (GLM, {"architectures": ["DeepseekV3ForCausalLM"]}, "architectures only Glm4"),
     "grouped-keys": (GLM, {"num_key_value_heads": 2}, "num_key_value_heads 2 only 4"),
     "halves": (V32, {**INDEXED, "rope_interleave": False}, "rope_interleave false only true"),
-    "no-index": (V32, {}, "index_topk is missing"),
+    "no-index": (V32, {}, "index_n_heads is missing"),
     "index-of-another": (V3, {"index_topk": 64}, "index_topk 64 only null"),
     "small-groups": (V3, {"n_group": 8, "topk_group": 4}, "n_group is 8 at least 2 experts"),
     "dense-behind": (GLM, BEHIND, "mlp_layer_types dense layer behind"),
@@ -104,16 +103,6 @@ def test_the_text_part_of_a_model_with_images_is_read():
             parse_config({**outer, **text})
     with pytest.raises(ConfigError, match='model_type "mistral" is not supported'):
         parse_config({"model_type": "mistral3", "text_config": {"model_type": "mistral"}})
-
-
-def test_a_context_ends_where_attention_is_to_picked_positions(tmp_path):
-    config = parse_config(config_of(V32, **INDEXED))
-    assert choose_context(config, None) == 64
-    with pytest.raises(PlanError, match=r"context 65 is outside 1 to 64, .* index_topk; .*lower"):
-        choose_context(config, 65)
-    assert config.notes and "64" in config.notes[0]
-    short = parse_config(config_of(V32, **{**INDEXED, "index_topk": 4096}))
-    assert choose_context(short, None) == short.max_position_embeddings and not short.notes
 
 
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"

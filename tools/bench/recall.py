@@ -57,7 +57,7 @@ def recall(folder: Path, texts: tuple[Path, ...], threads: int | None) -> None:
     named and the share of guesses that were wasted."""
     config, _ = read_model(folder)
     predictor, untrained = _predictors(folder, config)
-    K, context = config.num_experts_per_tok, min(1024, config.max_context[0])
+    K, context = config.num_experts_per_tok, min(1024, config.max_position_embeddings)
     guesses = [min(config.n_routed_experts, math.ceil(K * share)) for share in (1, 1.5, 2)]
     named: dict[str, dict[str, list[float]]] = {}  # by predictor and text
     with Runtime.open(folder, context=context, threads=threads) as runtime:

@@ -13,7 +13,7 @@ from itertools import starmap
 import torch
 from torch import Tensor
 
-from slotmoe.border import Geometry, Layer, Router
+from slotmoe.border import Geometry, Layer, Mla, Router
 from slotmoe.quant.codecs.codec import BLOCK, KINDS, SCALES, ExpertCodecs
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
@@ -178,15 +178,17 @@ class AttentionLayer(Bound):
     where they do not fit."""
 
     def __init__(self, geometry: Geometry, layer: Layer[Weight | Matrix]) -> None:
-        shape, kv_b = geometry[:5], layer.kv_b_proj
+        mla = layer.attention
+        assert isinstance(mla, Mla)
+        shape, kv_b = geometry[:5], mla.kv_b_proj
         heads, n, p, r, v = shape
         if min(heads, r, v) < 1 or min(n, p) < 0 or max(shape) >= 2**31 or p % 2:
             raise ValueError(f"shape is {shape}, expected heads, N, even P, R and V")
-        if (layer.q_a_layernorm is None) != (layer.q_b_proj is None):
+        if (mla.q_a_layernorm is None) != (mla.q_b_proj is None):
             raise ValueError("query_norm and query_b must come together")
-        query = _bound(layer.q_proj if layer.q_a_proj is None else layer.q_a_proj)
-        query_b, gate = _bound(layer.q_b_proj), _bound(layer.gate)
-        latent, out = Matrix.of(layer.kv_a_proj), Matrix.of(layer.o_proj)
+        query = _bound(mla.q_proj if mla.q_a_proj is None else mla.q_a_proj)
+        query_b, gate = _bound(mla.q_b_proj), _bound(layer.gate)
+        latent, out = Matrix.of(mla.kv_a_proj), Matrix.of(mla.o_proj)
         assert query is not None and isinstance(kv_b, Int8Weight)
         queries, hidden, wanted = query.shape[0], latent.shape[1], heads * (n + p)
         experts = gate.shape[0] if gate else 0
@@ -203,8 +205,8 @@ class AttentionLayer(Bound):
             geometry.halves,
             *(geometry.eps, geometry.latent_eps, geometry.softmax_scale, 0.0),
             tensor_spec("input_norm:f32[H]").check(layer.input_layernorm, sizes),
-            tensor_spec("query_norm?:f32[Q]").check(layer.q_a_layernorm, sizes),
-            tensor_spec("latent_norm:f32[R]").check(layer.kv_a_layernorm, sizes),
+            tensor_spec("query_norm?:f32[Q]").check(mla.q_a_layernorm, sizes),
+            tensor_spec("latent_norm:f32[R]").check(mla.kv_a_layernorm, sizes),
             tensor_spec("next_norm:f32[H]").check(layer.post_attention_layernorm, sizes),
             *matrices,
             tensor_spec("gate_bias?:f32[E]").check(layer.gate_bias, sizes),

@@ -1,0 +1,175 @@
+"""DeepSeek-V4's attention: a window of tokens, and compressed rows of all before.
+
+Each token has one key of Z values, which all heads share and which is the value too; its last P
+values are rotated.  A query sees the keys of the window, and in most layers rows that were
+compressed out of every 4 (of which an indexer chooses) or every 128 tokens.  Because values are
+rotated, what comes out is rotated back at the query's position.
+
+Shapes: T tokens of this pass, D hidden_size, H heads, Z head_dim, P qk_rope_head_dim, C = P / 2, G
+groups of heads, J heads of the indexer, A index_head_dim, X elements of a cached row, S rows, L
+rows that a token sees, E compressed rows, Y columns of a compressor, M tokens of a compressed row.
+"""
+
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from slotmoe.border import Backend, Compressed, CompressedIndexer, Compressor, Geometry, Step
+from slotmoe.model.compressed_cache import CompressedCache, Group
+
+W = TypeVar("W")
+
+
+class CompressedAttention(Generic[W]):
+    """``frequencies``, float32 [C], rotate the pairs of compressed rows: a position times these."""
+
+    def __init__(self, geometry: Geometry, backend: Backend[W], frequencies_C: Tensor):
+        assert geometry.compressed is not None
+        self._geometry, self._backend = geometry, backend
+        self._compressed, self._frequencies = geometry.compressed, frequencies_C
+
+    def __call__(self, step: Step, weights: Compressed[W], x_TD: Tensor) -> Tensor:
+        """What attention gives for the tokens of ``step`` in its layer, float32 [T, D]."""
+        g, backend, T = self._geometry, self._backend, len(x_TD)
+        rope_TC = step.rope_TC if weights.compressor is None else step.compressed_rope_TC
+        assert rope_TC is not None
+        low_TQ = backend.linear(x_TD, weights.q_a_proj)
+        low_TQ = backend.rms_norm(low_TQ, weights.q_a_norm, g.eps)
+        q_THZ = backend.linear(low_TQ, weights.q_b_proj).view(T, g.H, g.V)
+        q_THZ = self._rotated(backend.rms_norm(q_THZ, None, g.eps), rope_TC)
+        key_TZ = backend.rms_norm(backend.linear(x_TD, weights.kv_proj), weights.kv_norm, g.eps)
+        key_TZ = self._rotated(key_TZ[:, None], rope_TC)[:, 0]
+        outputs, start = list[Tensor](), 0
+        for cache, count in zip(step.caches, step.counts, strict=True):
+            assert isinstance(cache, CompressedCache)
+            span, position = slice(start, start + count), cache.length + step.behind
+            own = _Own(cache, step.layer, position, x_TD[span], low_TQ[span], rope_TC[span])
+            outputs.append(self._over_rows(own, weights, q_THZ[span], key_TZ[span]))
+            start += count
+        o_THZ = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        o_THZ = self._rotated(o_THZ, rope_TC.conj().resolve_conj())
+        groups = self._compressed.groups
+        o_TX = backend.grouped_linear(o_THZ.reshape(T, groups, -1), weights.o_a_proj).flatten(1)
+        return backend.linear(o_TX, weights.o_b_proj)
+
+    def _rotated(self, x_THZ: Tensor, rope_TC: Tensor) -> Tensor:
+        """With the last P values of each head rotated."""
+        P = self._geometry.P
+        rotated = self._backend.rotate(x_THZ[..., -P:], rope_TC, halves=False)
+        return torch.cat([x_THZ[..., :-P], rotated], dim=-1)
+
+    def _over_rows(
+        self, own: "_Own", weights: Compressed[W], q_THZ: Tensor, key_TZ: Tensor
+    ) -> Tensor:
+        """Attention of one sequence's tokens over its rows, [T, H, Z]."""
+        g, backend, cache = self._geometry, self._backend, own.cache
+        window = cache.window
+        new_TX = window.rows.new_empty(len(key_TZ), window.rows.shape[-1])
+        backend.store_latents(key_TZ, g.V, new_TX)
+        rows_SX, first = window.extend(own.layer, own.position, new_TX)
+        entries, counts_T, more_SX = None, None, None
+        if weights.compressor is not None:
+            group = cache.groups[len(weights.compressor.position_bias)]
+            more_SX = self._extend(own, group, weights.compressor, g.V)
+            counts_T = (own.positions_T + 1) // group.ratio
+        if weights.indexer is not None:
+            entries = self._choose(own, weights.indexer)
+        span = self._compressed.window
+        lists_TL = lists(own.positions_T, first, len(rows_SX), span, counts_T, entries)
+        inputs = q_THZ, rows_SX, more_SX, lists_TL
+        return backend.attend(*inputs, g.V, g.softmax_scale, weights.sinks)
+
+    def _choose(self, own: "_Own", weights: CompressedIndexer[W]) -> Tensor:
+        """Which compressed rows each token sees, int32 [T, topk]."""
+        geometry, backend, group = self._geometry.indexer, self._backend, own.cache.index
+        assert geometry is not None and group is not None
+        J, A, topk, _ = geometry
+        keys_SX = self._extend(own, group, weights.compressor, A)
+        q_TJA = backend.linear(own.low_TQ, weights.q_b_proj).view(-1, J, A)
+        q_TJA = self._rotated(q_TJA, own.rope_TC)
+        weights_TJ = backend.linear(own.x_TD, weights.weights_proj) * (J * A) ** -0.5
+        counts_T = (own.positions_T + 1) // group.ratio
+        return backend.index(q_TJA, weights_TJ, keys_SX, counts_T, topk)
+
+    def _extend(self, own: "_Own", group: Group, weights: Compressor[W], width: int) -> Tensor:
+        """Append the rows that the tokens complete to the layer's; returns all, [S, X]."""
+        backend, ratio, start = self._backend, group.ratio, own.position
+        row, end = own.cache.row_of[own.layer], start + len(own.x_TD)
+        rows_SX = group.rows[row, : end // ratio]
+        kv_TY, gate_TY = (
+            backend.linear(own.x_TD, weight) for weight in (weights.kv_proj, weights.gate_proj)
+        )
+        open_S2Y, first = group.open.extend(row, start, torch.stack([kv_TY, gate_TY], dim=1))
+        begin, stop = start // ratio, end // ratio
+        if begin == stop:
+            return rows_SX
+        blocks_EM2Y = open_S2Y[begin * ratio - first : stop * ratio - first]
+        blocks_EM2Y = blocks_EM2Y.unflatten(0, (-1, ratio))
+        bias_MY = weights.position_bias
+        if group.overlaps:  # with the first half of the columns of the tokens before
+            before = (begin - 1) * ratio - first
+            missing = max(0, -before)  # the first row has none
+            before_S2Y = open_S2Y[before + missing : stop * ratio - ratio - first, :, :width]
+            if missing:
+                none_S2Y = before_S2Y.new_zeros(missing, 2, width)
+                none_S2Y[:, 1] = -torch.inf
+                before_S2Y = torch.cat([none_S2Y, before_S2Y])
+            before_EM2Y = before_S2Y.unflatten(0, (-1, ratio))
+            blocks_EM2Y = torch.cat([before_EM2Y, blocks_EM2Y[..., width:]], dim=1)
+            bias_MY = torch.cat([bias_MY[:, :width], bias_MY[:, width:]])
+        kv_EMY, gate_EMY = blocks_EM2Y[:, :, 0], blocks_EM2Y[:, :, 1]
+        y_EY = backend.compress(kv_EMY, gate_EMY, bias_MY, weights.kv_norm, self._geometry.eps)
+        positions_E = torch.arange(begin, stop, device=y_EY.device) * ratio
+        angles_EC = positions_E[:, None].float() * self._frequencies
+        rope_EC = torch.polar(torch.ones_like(angles_EC), angles_EC)
+        y_EY = self._rotated(y_EY[:, None], rope_EC)[:, 0]
+        backend.store_latents(y_EY, width, rows_SX[begin:])
+        return rows_SX
+
+
+class _Own:
+    """One sequence's part of a step in a layer: T tokens from ``position`` on."""
+
+    def __init__(
+        self,
+        cache: CompressedCache,
+        layer: int,
+        position: int,
+        x_TD: Tensor,
+        low_TQ: Tensor,
+        rope_TC: Tensor,
+    ):
+        self.cache, self.layer, self.position = cache, layer, position
+        self.x_TD, self.low_TQ, self.rope_TC = x_TD, low_TQ, rope_TC
+        end = position + len(x_TD)
+        self.positions_T = torch.arange(position, end, dtype=torch.int32, device=x_TD.device)
+
+
+def lists(
+    positions_T: Tensor,
+    first: int,
+    held: int,
+    window: int,
+    counts_T: Tensor | None,
+    entries_TL: Tensor | None,
+) -> Tensor:
+    """The rows that each token sees, in order, int32 [T, L], -1 behind the last: those of the
+    window, of ``held`` rows from position ``first`` on, then compressed rows, which stand behind
+    them: the first ``counts`` of them, or those among ``entries``, int32 [T, topk], that are not
+    -1."""
+    device = positions_T.device
+    seen_T = (positions_T + 1).clamp(max=window)
+    if entries_TL is not None:
+        counts_T = (entries_TL >= 0).sum(dim=1, dtype=torch.int32)
+    total_T = seen_T if counts_T is None else seen_T + counts_T
+    places_L = torch.arange(int(total_T.max()), dtype=torch.int32, device=device)
+    lists_TL = places_L + (positions_T + 1 - seen_T - first)[:, None]
+    behind_TL = places_L - seen_T[:, None]
+    if entries_TL is not None:
+        most = entries_TL.shape[1] - 1
+        chosen_TL = entries_TL.gather(1, behind_TL.clamp(0, most).long())
+        lists_TL = torch.where(behind_TL < 0, lists_TL, chosen_TL + held)
+    elif counts_T is not None:
+        lists_TL = torch.where(behind_TL < 0, lists_TL, behind_TL + held)
+    return lists_TL.masked_fill(places_L >= total_T[:, None], -1)

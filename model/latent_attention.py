@@ -1,0 +1,178 @@
+"""Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), with an indexer
+(DeepSeek-V3.2, arXiv 2512.02556) to the positions that it chooses.
+
+Shapes: T tokens of this pass, D hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, R
+kv_lora_rank, V v_head_dim, W = R + P latent row, S cached positions, B one block of them, J heads
+of the indexer, A index_head_dim, L chosen positions, Z and Y widths of a key and of a value.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from slotmoe.border import Backend, Geometry, Indexer, Mla, Step
+from slotmoe.model.kv_cache import LatentCache
+
+W = TypeVar("W")
+
+# Cached rows are widened to float32 in blocks, so that no temporary grows with the context.
+_MAX_BLOCK = 4096
+_MAX_SCORES = 1 << 22
+_INDEX_EPS = 1e-6  # of the indexer's norm, whatever rms_norm_eps says
+
+
+class LatentAttention(Generic[W]):
+    """MLA, each sequence over its own cache.  Only the latent row is cached; keys and values are
+    absorbed into the query and output, or expanded block by block, whichever costs less (absorbed
+    for decode, expanded for long prefill chunks)."""
+
+    def __init__(self, geometry: Geometry, backend: Backend[W]):
+        self._geometry, self._backend = geometry, backend
+
+    def __call__(self, step: Step, weights: Mla[W], x_TD: Tensor) -> Tensor:
+        """What attention gives for the tokens of ``step`` in its layer, float32 [T, D]."""
+        H, N, P, R, V, _, latent_eps, scale, halves, *_ = self._geometry
+        backend, T, low = self._backend, len(x_TD), x_TD
+        rms_norm = backend.rms_norm
+        if weights.q_proj is not None:
+            q = backend.linear(x_TD, weights.q_proj)
+        else:
+            assert weights.q_a_proj is not None and weights.q_b_proj is not None
+            assert weights.q_a_layernorm is not None
+            low = backend.linear(x_TD, weights.q_a_proj)
+            low = rms_norm(low, weights.q_a_layernorm, latent_eps)
+            q = backend.linear(low, weights.q_b_proj)
+        if step.query_scale_T is not None:
+            q = q * step.query_scale_T[:, None]
+        q_THN, q_THP = q.view(T, H, N + P).split([N, P], dim=-1)
+        c_TR, k_TP = backend.linear(x_TD, weights.kv_a_proj).split([R, P], dim=-1)
+        # The key's rope part is rotated as one more head.
+        rotated = backend.rotate(torch.cat([q_THP, k_TP[:, None]], dim=1), step.rope_TC, halves)
+        q_THP, k_TP = rotated[:, :H], rotated[:, H]
+        latent_TW = torch.cat([rms_norm(c_TR, weights.kv_a_layernorm, latent_eps), k_TP], dim=-1)
+        caches, counts = list[LatentCache](), [*step.counts]
+        for cache in step.caches:
+            assert isinstance(cache, LatentCache)
+            caches.append(cache)
+        ends = [step.behind + count for count in counts]
+        rows = [cache.extend(step.layer, end) for cache, end in zip(caches, ends, strict=True)]
+        for rows_SX, new_TW in zip(rows, latent_TW.split(counts), strict=True):
+            backend.store_latents(new_TW, R, rows_SX[-len(new_TW) :])
+        if weights.indexer is not None:
+            step.lists_TL = self._choose(step, weights.indexer, x_TD, low, caches, ends)
+
+        S = len(rows[0])
+        absorbed_cost = T * H * R * (N + V) + T * S * H * (2 * R + P)
+        expanded_cost = S * H * R * (N + V) + T * S * H * (N + P + V)
+        several = len(rows) > 1 or step.lists_TL is not None
+        if backend.absorbs or several or T == 1 or absorbed_cost <= expanded_cost:
+            q_THW = torch.cat([backend.absorb_query(q_THN, weights.kv_b_proj), q_THP], dim=-1)
+            parts, start = list[Tensor](), 0
+            for count, rows_SX in zip(counts, rows, strict=True):
+                span = slice(start, start + count)
+                lists_TL = None if step.lists_TL is None else step.lists_TL[span]
+                parts.append(self._over_latents(q_THW[span], rows_SX, lists_TL))
+                start += count
+            o_THR = parts[0] if len(parts) == 1 else torch.cat(parts)
+            o_THV = backend.absorb_value(o_THR, weights.kv_b_proj, N)
+        else:  # one sequence, several tokens
+            q_THZ = torch.cat([q_THN, q_THP], dim=-1)
+            blocks = self._expanded(rows[0], T, weights.kv_b_proj)
+            o_THV = attend(q_THZ, blocks, S, scale)
+        return backend.linear(o_THV.reshape(T, H * V), weights.o_proj)
+
+    def _choose(
+        self,
+        step: Step,
+        weights: Indexer[W],
+        x_TD: Tensor,
+        low_TQ: Tensor,
+        caches: Sequence[LatentCache],
+        ends: Sequence[int],
+    ) -> Tensor | None:
+        """Store the tokens' index keys, and choose the positions that each attends to, [T, L]; None
+        where all sequences are short enough to attend to all."""
+        geometry, backend, P = self._geometry.indexer, self._backend, self._geometry.P
+        assert geometry is not None
+        J, A, topk, halves = geometry
+        q_TJA = backend.linear(low_TQ, weights.wq_b).view(-1, J, A)
+        key_TA = backend.linear(x_TD, weights.wk)
+        key_TA = backend.layer_norm(key_TA, weights.k_norm, weights.k_norm_bias, _INDEX_EPS)
+        both = torch.cat([q_TJA, key_TA[:, None]], dim=1)
+        rotated = backend.rotate(both[..., :P], step.rope_TC, halves)
+        both = torch.cat([rotated, both[..., P:]], dim=-1)
+        keys = [
+            cache.extend_index(step.layer, end) for cache, end in zip(caches, ends, strict=True)
+        ]
+        for rows_SX, new_TA in zip(keys, both[:, J].split([*step.counts]), strict=True):
+            backend.store_latents(new_TA, A, rows_SX[-len(new_TA) :])
+        if max(map(len, keys)) <= topk:
+            return None
+        weights_TJ = backend.linear(x_TD, weights.weights_proj) * (J * A) ** -0.5
+        lists, start = list[Tensor](), 0
+        for count, rows_SX in zip(step.counts, keys, strict=True):
+            S, span = len(rows_SX), slice(start, start + count)
+            counts_T = torch.arange(S - count, S, dtype=torch.int32, device=x_TD.device) + 1
+            lists.append(backend.index(both[span, :J], weights_TJ[span], rows_SX, counts_T, topk))
+            start += count
+        return torch.cat(lists)
+
+    def _over_latents(self, q_THW: Tensor, rows_SX: Tensor, lists_TL: Tensor | None) -> Tensor:
+        """Attention of one sequence's absorbed queries over its cached rows, or over those that the
+        lists name, [T, H, R]."""
+        R, scale = self._geometry.R, self._geometry.softmax_scale
+        if lists_TL is not None:
+            return self._backend.attend(q_THW, rows_SX, None, lists_TL, R, scale, None)
+        o_THR = self._backend.mla(q_THW, rows_SX, R, scale)
+        if o_THR is not None:
+            return o_THR
+        # All heads share the keys [1, B, W] and values [1, B, R]: the latent rows themselves.
+        keys = (rows_BW.float()[None] for rows_BW in rows_SX.split(self._block_size(len(q_THW))))
+        blocks = ((k_1BW, k_1BW[..., :R]) for k_1BW in keys)
+        return attend(q_THW, blocks, len(rows_SX), scale)
+
+    def _block_size(self, T: int) -> int:
+        return min(_MAX_BLOCK, max(64, _MAX_SCORES // (T * self._geometry.H)))
+
+    def _expanded(self, rows_SW: Tensor, T: int, kv_b: W) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks of expanded keys [H, B, N + P] and values [H, B, V]."""
+        H, N, P, R, V, *_ = self._geometry
+        for rows_BW in rows_SW.split(self._block_size(T)):
+            rows_BW = rows_BW.float()
+            expanded = self._backend.expand(rows_BW[:, :R], kv_b)
+            kv_HBX = expanded.view(-1, H, N + V).transpose(0, 1)
+            k_HBP = rows_BW[None, :, R:].expand(H, -1, P)
+            yield torch.cat([kv_HBX[..., :N], k_HBP], dim=-1), kv_HBX[..., N:]
+
+
+def attend(q_THZ: Tensor, blocks: Iterator[tuple[Tensor, Tensor]], S: int, scale: float) -> Tensor:
+    """Causal attention of the last T of S positions, softmax accumulated block by block in float32
+    (arXiv 1805.02867).
+
+    ``blocks`` yields keys [H or 1, B, Z] and values [H or 1, B, Y] in order of position; returns
+    float32 [T, H, Y].
+    """
+    T, H = q_THZ.shape[:2]
+    q_HTZ = q_THZ.transpose(0, 1) * scale
+    position_T = torch.arange(S - T, S, device=q_THZ.device)
+    best_HT1 = torch.full((H, T, 1), -math.inf, device=q_THZ.device)
+    total_HT1 = torch.zeros_like(best_HT1)
+    out_HTY: Tensor | float = 0.0
+    start = 0
+    for k_HBZ, v_HBY in blocks:
+        end = start + k_HBZ.shape[1]
+        scores_HTB = q_HTZ @ k_HBZ.transpose(1, 2)
+        if end > S - T + 1:  # some query stands before some key of this block
+            future = torch.arange(start, end, device=q_THZ.device) > position_T[:, None]
+            scores_HTB = scores_HTB.masked_fill(future, -math.inf)
+        # Every query sees position 0, so its best score is finite from the first block on.
+        better_HT1 = torch.maximum(best_HT1, scores_HTB.amax(dim=-1, keepdim=True))
+        decay_HT1 = (best_HT1 - better_HT1).exp_()
+        scores_HTB = (scores_HTB - better_HT1).exp_()
+        total_HT1 = total_HT1 * decay_HT1 + scores_HTB.sum(dim=-1, keepdim=True)
+        out_HTY = out_HTY * decay_HT1 + scores_HTB @ v_HBY
+        best_HT1, start = better_HT1, end
+    return (out_HTY / total_HT1).transpose(0, 1)
