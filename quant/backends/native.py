@@ -132,24 +132,29 @@ class NativeBackend(TorchBackend):
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
         return self._native.rms_norm(x_TD.contiguous(), weight_D, eps)
 
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+        return self._native.layer_norm(x_TD.contiguous(), weight_D, bias_D, eps)
+
     def mix(
         self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float
     ) -> tuple[Tensor, Mixed]:
-        given = *_streams(h_TD, mixing, hyper), eps, hyper.iterations, hyper.eps
-        x_TD, *mixed = self._native.hyper_in(*given)
+        h_TQD, fn = h_TD.unflatten(-1, (hyper.Q, -1)), mixing.fn.unflatten(-1, (hyper.Q, -1))
+        weights = fn, mixing.base, mixing.scale
+        x_TD, *mixed = self._native.hyper_in(h_TQD, *weights, eps, hyper.iterations, hyper.eps)
         return x_TD, Mixed(*mixed)
 
     def add_mixed(self, y_TD: Tensor, h_TD: Tensor, mixed: Mixed) -> Tensor:
-        streams_TQD = h_TD.unflatten(-1, (mixed.post_TQ.shape[1], -1)).contiguous()
-        return self._native.hyper_out(y_TD.contiguous(), streams_TQD, *mixed).flatten(1)
+        h_TQD = h_TD.unflatten(-1, (mixed.post_TQ.shape[-1], -1))
+        return self._native.hyper_out(y_TD.contiguous(), h_TQD, *mixed).flatten(1)
 
     def collapse(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float) -> Tensor:
-        return self._native.hyper_head(*_streams(h_TD, mixing, hyper), eps, hyper.eps)
+        h_TQD, fn = h_TD.unflatten(-1, (hyper.Q, -1)), mixing.fn.unflatten(-1, (hyper.Q, -1))
+        return self._native.hyper_head(h_TQD, fn, mixing.base, mixing.scale, eps, hyper.eps)
 
     def compress(
-        self, kv_WJZ: Tensor, gate_WJZ: Tensor, bias_JZ: Tensor, norm_Z: Tensor, eps: float
+        self, kv_BSY: Tensor, gate_BSY: Tensor, bias_SY: Tensor, norm_Y: Tensor, eps: float
     ) -> Tensor:
-        values = kv_WJZ.contiguous(), gate_WJZ.contiguous(), bias_JZ, norm_Z
+        values = kv_BSY.contiguous(), gate_BSY.contiguous(), bias_SY, norm_Y
         return self._native.compress(*values, eps)
 
     def mlp(
@@ -185,20 +190,20 @@ class NativeBackend(TorchBackend):
     def attend(
         self,
         q_THW: Tensor,
-        rows_a_SX: Tensor,
-        rows_b_SX: Tensor | None,
-        lists_TN: Tensor,
+        rows_SX: Tensor,
+        more_SX: Tensor | None,
+        lists_TL: Tensor,
         R: int,
         scale: float,
         sinks_H: Tensor | None,
     ) -> Tensor:
-        rows = rows_a_SX, rows_b_SX, lists_TN.contiguous()
+        rows = rows_SX, more_SX, lists_TL.contiguous()
         return self._native.attend(q_THW.contiguous(), *rows, R, scale, sinks_H)
 
     def index(
-        self, q_TJI: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int
+        self, q_TJA: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int
     ) -> Tensor:
-        values = q_TJI.contiguous(), weights_TJ.contiguous(), keys_SX, counts_T
+        values = q_TJA.contiguous(), weights_TJ.contiguous(), keys_SX, counts_T
         return self._native.index(*values, k)
 
     def route(
@@ -254,12 +259,3 @@ class NativeBackend(TorchBackend):
             return None
         gate, up, down = matrices
         return Mlp(gate, up, down, self.swiglu_limit)
-
-
-def _streams(
-    h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Residual streams and what mixes them, in the native calls' shapes."""
-    streams_TQD = h_TD.unflatten(-1, (hyper.Q, -1)).contiguous()
-    fn_XQD = mixing.fn.view(-1, *streams_TQD.shape[1:])
-    return streams_TQD, fn_XQD, mixing.base, mixing.scale

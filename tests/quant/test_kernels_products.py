@@ -161,6 +161,18 @@ def test_rms_norm(kernels, t, n, seed):
 
 
 @quick
+@given(st.integers(0, 4), st.integers(1, 300), seeds)
+def test_layer_norm(kernels, t, n, seed):
+    rng = np.random.default_rng(seed)
+    x, weight, bias = (torch_of(rng.standard_normal(shape) + 3) for shape in ((t, n), n, n))
+    got = kernels.layer_norm(x, weight, bias, 1e-3)
+    wide = [part.double() for part in (x, weight, bias)]
+    want = torch.nn.functional.layer_norm(wide[0], (n,), *wide[1:], 1e-3)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+    assert torch.equal(kernels.layer_norm(x[-1:], weight, bias, 1e-3), got[-1:])
+
+
+@quick
 @given(sizes(6, 100, 100), seeds, one_of(None, *CODECS))
 def test_mlp_is_its_three_products(kernels, size, seed, codec):
     """Within the rounding of SiLU and of the requantized activations, and bitwise the same for a

@@ -179,6 +179,17 @@ EXPORT int slotmoe_rms_norm(const float* x, const float* weight, int64_t t, int6
     });
 }
 
+EXPORT int slotmoe_layer_norm(const float* x, const float* weight, const float* bias, int64_t t, int64_t n, float eps,
+                              float* y) {
+    if (t < 0 || n < 1) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        job.parallel(t, [&](int, int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; row++) isa.layer_norm(x + row * n, weight, bias, n, eps, y + row * n);
+        });
+        return kOk;
+    });
+}
+
 // --- gated MLP: down(silu(gate x) * up x)
 
 namespace {

@@ -68,6 +68,7 @@ class Kernels:
         self.mlp = functions["mlp"]
         self.rms_norm, self.rotate = functions["rms_norm"], functions["rotate"]
         self.weighted_sum, self.compress = functions["weighted_sum"], functions["compress"]
+        self.layer_norm = functions["layer_norm"]
         self.hyper_in = functions["hyper_in"].results
         self.hyper_out, self.hyper_head = functions["hyper_out"], functions["hyper_head"]
         # of slotmoe.quant.codecs.encode and slotmoe.quant.codecs.feedback

@@ -136,6 +136,7 @@ struct Isa {
                          float* y, int64_t ldy);
     // One row; without a weight it is 1.
     void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
+    void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t n, float eps, float* y);
     void (*silu_mul)(const float* gate, const float* up, float limit, float* out, int64_t n);  // out may be gate
     void (*weighted_sum)(const float* outs, const float* weights, int64_t k, int64_t ld, int64_t begin, int64_t end,
                          float* y);

@@ -115,6 +115,20 @@ void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* 
         for (i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
 }
 
+// y = (x - mean(x)) / sqrt(variance + eps) * weight + bias.
+void layer_norm(const float* x, const float* weight, const float* bias, int64_t n, float eps, float* y) {
+    const auto sum_of = [&](auto value) {
+        float sums[16] = {}, total = 0.0f;
+        for (int64_t i = 0; i < n; i++) sums[i % 16] += value(x[i]);
+        for (const float sum : sums) total += sum;
+        return total;
+    };
+    const float mean = sum_of([](float v) { return v; }) / float(n);
+    const float square = sum_of([&](float v) { return (v - mean) * (v - mean); });
+    const float scale = 1.0f / __builtin_sqrtf(square / float(n) + eps);
+    for (int64_t i = 0; i < n; i++) y[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+}
+
 // e^x for x <= 88 within 2 units in the last place; 0 below -87, NaN for NaN.
 inline float exp_float(float x) {
     const float low = x > -87.0f ? x : -87.0f, clamped = low < 88.0f ? low : 88.0f;

@@ -44,6 +44,7 @@ SIGNATURES = {
     "pack_int8": f"w:i8[N,K] N K packed:{INT8}",
     # y = x / sqrt(mean(x^2) + eps) * weight
     "rms_norm": "x:f32[T,K] weight?:f32[K] T K eps:float >y:f32[T,K]",
+    "layer_norm": "x:f32[T,K] weight:f32[K] bias:f32[K] T K eps:float >y:f32[T,K]",
     # y = residual + (others + down(silu(gate x) * up x)), one rounding a sum, as torch adds
     "mlp": "w:bound x:f32[T,H] T residual?:f32[T,H] others?:f32[T,H] >y:f32[T,H]",
     "experts_by_slot": "record:bound x:f32[T,H] T K indices:i64[T,K] slots:i32[E] E"
