@@ -40,9 +40,8 @@ class MtpHead(Generic[W]):
         step_tokens: int = 1 << 30,
     ):
         self._main, layer = main, main.config.num_hidden_layers
-        parts = {
-            field: weights[layer_tensor(layer, part.name)] for field, part in MTP_PARTS.items()
-        }
+        names = {field: layer_tensor(layer, part.name) for field, part in MTP_PARTS.items()}
+        parts = {field: weights[name] for field, name in names.items() if name in weights}
         self._projection = parts["eh_proj"]
         self._enorm, self._hnorm = as_tensor(parts["enorm"]), as_tensor(parts["hnorm"])
         self.config = main.config.alone(layer)
