@@ -36,8 +36,8 @@ class CompressedAttention(Generic[W]):
         assert rope_TC is not None
         low_TQ = backend.linear(x_TD, weights.q_a_proj)
         low_TQ = backend.rms_norm(low_TQ, weights.q_a_norm, g.eps)
-        q_THZ = backend.linear(low_TQ, weights.q_b_proj).view(T, g.H, g.V)
-        q_THZ = self._rotated(backend.rms_norm(q_THZ, None, g.eps), rope_TC)
+        q_XZ = backend.linear(low_TQ, weights.q_b_proj).view(-1, g.V)
+        q_THZ = self._rotated(backend.rms_norm(q_XZ, None, g.eps).view(T, g.H, g.V), rope_TC)
         key_TZ = backend.rms_norm(backend.linear(x_TD, weights.kv_proj), weights.kv_norm, g.eps)
         key_TZ = self._rotated(key_TZ[:, None], rope_TC)[:, 0]
         outputs, start = list[Tensor](), 0

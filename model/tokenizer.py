@@ -39,8 +39,9 @@ FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>") 
 
 class Tokenizer:
     """``tokenizer.json``; ``size`` is the number of ids it can decode (the model may have more).
-    ``read`` gives the model's files where they are not simply those of ``folder``, and ``verdicts``
-    is where it is noted which tokenizers have been parsed before."""
+    ``read`` gives the model's files where they are not simply those of ``folder``, ``verdicts``
+    is where it is noted which tokenizers have been parsed before, and ``own_template`` is the chat
+    template where the files have none."""
 
     def __init__(
         self,
@@ -48,6 +49,7 @@ class Tokenizer:
         bos_token_id: int | None,
         read: ReadFile | None = None,
         verdicts: Path | None = None,
+        own_template: str | None = None,
     ):
         from tokenizers import Tokenizer as Backend
 
@@ -64,7 +66,8 @@ class Tokenizer:
         self.settings = settings = {} if found is None else parse_json(found, path)
         path = folder / "chat_template.jinja"
         found = read(path.name, MAX_TEMPLATE_BYTES)
-        self.template = _decoded(found, path) if found else _template_of(settings)
+        template = _decoded(found, path) if found else _template_of(settings)
+        self.template = own_template if template is None else template
         adds_bos = settings.get("tokenizer_class") not in _WITHOUT_BOS
         wants_bos = settings.get("add_bos_token", adds_bos and bos_token_id is not None)
         self.bos_token_id = bos_token_id if wants_bos else None
@@ -140,12 +143,14 @@ class Tokenizer:
         messages: Sequence[Mapping[str, object]],
         tools: list[Json] | None = None,
         begun: bool = False,
-        thinking: bool | None = None,
+        effort: str | None = None,
+        schema: Json | None = None,
     ) -> str:
         """``messages`` through the model's chat template, ready for the assistant's answer, of
         which the last message is the beginning if it is ``begun``; ``tools`` as templates expect
-        them; ``thinking`` switches reasoning on or off where the template can.  Raises
-        ``ConfigError`` if there is no template, if it fails or exceeds its limits."""
+        them; an ``effort`` of "none" switches reasoning off where the template can, and any other
+        on; the answer follows the JSON ``schema``, if there is one.  Raises ``ConfigError`` if
+        there is no template, if it fails or exceeds its limits."""
         if self.template is None:
             problem = "tokenizer_config.json: has no chat_template, so this is not a chat model"
             other = "or continue text with 'slotmoe run MODEL PROMPT', without --chat"
@@ -153,9 +158,12 @@ class Tokenizer:
         bos, eos = _spelling(self.settings, "bos_token"), self.eos_token
         variables = {"messages": messages, "add_generation_prompt": not begun}
         variables |= {"bos_token": bos, "eos_token": eos} | ({"tools": tools} if tools else {})
-        if thinking is not None:  # the words of DeepSeek and Kimi, GLM, Mistral
-            variables |= {"thinking": thinking, "enable_thinking": thinking}
+        if effort is not None:  # the words of DeepSeek and Kimi, GLM, Mistral, our own
+            thinking = effort != "none"
+            variables |= {"thinking": thinking, "enable_thinking": thinking, "effort": effort}
             variables["reasoning_effort"] = "high" if thinking else "none"
+        if schema is not None:
+            variables["response_format"] = schema
         request = json.dumps({"template": self.template, "variables": variables})
         text = _TEMPLATE.run(request.encode()).decode()
         return text.removesuffix(eos) if begun else text

@@ -4,7 +4,11 @@ Codes times scales are computed in float32 and rounded once, to what the referen
 gives: bfloat16 for fp8 (``weight_dequant`` of DeepSeek-V3, https://github.com/deepseek-ai/
 DeepSeek-V3/blob/main/inference/kernel.py, whose caller stores bfloat16), the dtype of the scales
 for int4 (``pack-quantized`` of https://github.com/vllm-project/compressed-tensors), the dtype that
-the weight had for bitsandbytes (``dequantize_4bit``).
+the weight had for bitsandbytes (``dequantize_4bit``).  bfloat16 holds all that mxfp4 gives, which
+is DeepSeek-V4's fp4: a byte's low half is the first of its two e2m1 codes (``Fp8Dequantize`` of
+transformers 5.24, integrations/finegrained_fp8.py, and ``cast_e2m1fn_to_e4m3fn`` of
+https://huggingface.co/deepseek-ai/DeepSeek-V4-Flash/blob/main/inference/convert.py, whose table
+lacks the sign of -0).
 
 Shape legend: R rows that are wanted, C columns of the matrix, G and B blocks of rows and columns.
 """
@@ -21,7 +25,7 @@ from slotmoe.jsonfile import check, number, one_of, parse_json
 from slotmoe.model.checkpoint.encodings import Encoding
 from slotmoe.model.checkpoint.shards import Read, TensorInfo
 
-SCALES = (torch.float32, torch.bfloat16, torch.float16)
+SCALES = (torch.float8_e8m0fnu, torch.float32, torch.bfloat16, torch.float16)  # mxfp4: the first
 NESTED, NESTED_BLOCK = torch.uint8, 256  # bitsandbytes' scales that are codes, with a scale each
 _NESTED = {
     "nested_blocksize": one_of(NESTED_BLOCK),
@@ -29,6 +33,9 @@ _NESTED = {
     "nested_offset": number(-1e30, 1e30),
 }
 _INT4 = torch.arange(-8.0, 8.0)
+# In ascending order; and which of them each e2m1 code is, whose bit 3 is the sign.
+_MXFP4 = torch.tensor([-6, -4, -3, -2, -1.5, -1, -0.5, -0.0, 0, 0.5, 1, 1.5, 2, 3, 4, 6])
+_OF_E2M1 = torch.tensor([*range(8, 16), *range(7, -1, -1)], dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class EncodedTensor(TensorInfo):
         matrix, row = divmod(start, height)
         first = matrix * -(-height // block)  # of the matrix's rows of scales
         scales_GB = read(self.scales, first + row // block, first - (-(row + count) // block))
-        self._check_finite(scales_GB)
+        self._check_finite(scales_GB.float())
         codes_RC = read(self.codes, start, start + count).float()
         scales_RB = scales_GB[torch.arange(row, row + count) // block - row // block].float()
         width = self.shape[-1]
@@ -89,6 +96,8 @@ class EncodedTensor(TensorInfo):
         self._check_finite(scales_RB)
         # The first of a byte's two codes stands above so many bits.
         codes_RC = torch.stack((bytes_ >> above & 15, bytes_ >> 4 - above & 15), 2).flatten(1)
+        if self.encoding.name == "mxfp4":
+            levels, codes_RC = _MXFP4, _OF_E2M1[codes_RC.int()]
         return Codes(levels, codes_RC, scales_RB, self.encoding.columns)
 
     def _numbers(self, scales_RB: Tensor, first: int, beside: Mapping[str, Tensor]) -> Tensor:

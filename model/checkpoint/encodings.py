@@ -23,6 +23,7 @@ class Method(NamedTuple):
 METHODS = {
     "fp8": Method("", "_scale_inv", "F8_E4M3", 1, 1.0),
     "int4": Method("_packed", "_scale", "I32", 8, 0.5),
+    "mxfp4": Method("", "_scale_inv", "I8", 2, 0.5),
     **dict.fromkeys(BITSANDBYTES, Method("", ".absmax", "U8", 2, 0.5)),
 }
 
@@ -31,12 +32,17 @@ METHODS = {
 class Encoding:
     """Weights stored as codes of a method; every block of ``rows`` x ``columns`` weights has a
     scale of its own, 0 standing for all rows or columns of a matrix.  ``dtype`` is what they are
-    decoded to, where the scales don't say it."""
+    decoded to, where the scales don't say it.  Routed experts may have an encoding of their own."""
 
     name: str
     rows: int
     columns: int
     dtype: str = "bfloat16"
+    own_of_experts: "Encoding | None" = None
+
+    @property
+    def of_experts(self) -> "Encoding":
+        return self.own_of_experts or self
 
     @property
     def method(self) -> Method:
@@ -59,7 +65,7 @@ _GROUP = {  # a config group of compressed-tensors: what is decoded here
 }
 _FP8, _INT4, _BITSANDBYTES = "fp8", "compressed-tensors", "bitsandbytes"
 _KINDS: dict[str, Json] = {  # what must be so
-    _FP8: {"fmt": one_of("e4m3"), "expert_dtype": one_of("fp8")},
+    _FP8: {"fmt": one_of("e4m3"), "expert_dtype": one_of("fp8", "fp4")},
     _INT4: {"format": one_of("pack-quantized"), "config_groups": ObjectOf(_GROUP)},
     _BITSANDBYTES: {
         "load_in_4bit": one_of(True),
@@ -97,7 +103,10 @@ def parse_encoding(config: Json) -> Encoding | None:
                 where = f"{place}.config_groups.{name:.40}.weights.actorder"
                 raise ValueError(f"{where} is set, expected null: columns in their own order")
         return Encoding("int4", 1, 32)
+    values = {"expert_dtype": config.get("expert_dtype", "fp8"), **settings}
+    check(values, {"expert_dtype": kinds["expert_dtype"]})
+    experts = Encoding("mxfp4", 1, 32) if values["expert_dtype"] == "fp4" else None
     if (block := settings.get("weight_block_size", [128, 128])) is None:
-        return Encoding("fp8", 0, 0)
+        return Encoding("fp8", 0, 0, own_of_experts=experts)
     check(block, _BLOCK, f"{place}.weight_block_size")
-    return Encoding("fp8", 128, 128)
+    return Encoding("fp8", 128, 128, own_of_experts=experts)

@@ -38,7 +38,10 @@ class Places:
         """The weight ``name``.  Raises ``CheckpointError`` unless it is there with this
         ``shape``."""
         tensor, whole, first, encoding = name, shape, 0, self.config.encoding
-        if (expert := split_expert(name)) is not None and name not in self.stored:
+        expert = split_expert(name)
+        if encoding is not None and expert is not None:
+            encoding = encoding.of_experts
+        if expert is not None and name not in self.stored:
             layer, number, projection = expert
             for fused, part, parts in (FUSED[projection], (projection, 0, 1)):
                 if fused_experts(layer, fused) in self.stored:
@@ -48,7 +51,8 @@ class Places:
         is_fused = tensor != name
         if encoding is not None and len(shape) == 2 and not (is_fused and encoding.flat):
             codes, scales = tensor + encoding.method.codes, tensor + encoding.method.scales
-            if scales in self.stored:
+            of_v4 = tensor.removesuffix("weight") + "scale"  # as DeepSeek-V4's own files have it
+            if (scales := of_v4 if of_v4 in self.stored else scales) in self.stored:
                 encoded = self._encoded(codes, scales, whole, encoding)
                 return replace(encoded, name=name, shape=shape, first=first)
         info = self._tensor(tensor, whole, _PLAIN)
@@ -80,7 +84,8 @@ class Places:
             expected = f"{list(grid)}, one for {rows} x {columns} of {list(shape)} weights"
             raise CheckpointError(f"{where} has shape {list(info.shape)}, expected {expected}")
         beside = self._beside(codes, info, encoding) if encoding.flat else {}
-        _check_dtype(info, (NESTED,) if "nested_absmax" in beside else SCALES)
+        nested, is_mxfp4 = "nested_absmax" in beside, encoding.name == "mxfp4"
+        _check_dtype(info, (NESTED,) if nested else SCALES[:1] if is_mxfp4 else SCALES)
         packed = (*shape[:-1], shape[-1] // per_code)
         written = (math.prod(packed), 1) if encoding.flat else packed
         found = self._tensor(codes, written, (DTYPES[encoding.method.dtype],))

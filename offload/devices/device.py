@@ -84,9 +84,9 @@ class Device:
 
     device, name, tier, queues = torch.device("cpu"), "cpu", "ram", False
 
-    def backend(self, kernels: str, threads: int | None) -> TorchBackend:
-        """What multiplies here; ``kernels`` and ``threads`` as for ``pick_backend``."""
-        return pick_backend(self.device, kernels, threads)
+    def backend(self, kernels: str, threads: int | None, swiglu_limit: float) -> TorchBackend:
+        """What multiplies here; all as for ``pick_backend``."""
+        return pick_backend(self.device, kernels, threads, swiglu_limit)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory on the device.  Raises ``torch.OutOfMemoryError``."""

@@ -142,15 +142,16 @@ class _Loader:
     def __init__(self, folder: Path, options: Options, device: Device, reason: str):
         self._folder, self._options, self._device, self._reason = folder, options, device, reason
         self.budget, self._host_budget = self._budgets()
-        if options.quantize:
-            self._backend = device.backend(options.kernels, options.threads)
-        else:
-            self._backend = TorchBackend()
 
     def _configure(self, source: Export | Checkpoint) -> Tokenizer:
         """Take the config from ``source``, which has verified it; returns the tokenizer."""
         read = source.small_file
-        self._config = config_among(read, self._folder)
+        self._config, options = config_among(read, self._folder), self._options
+        limit = self._config.swiglu_limit
+        if options.quantize:
+            self._backend = self._device.backend(options.kernels, options.threads, limit)
+        else:
+            self._backend = TorchBackend(swiglu_limit=limit)
         self._context = choose_context(self._config, self._options.context)
         self._eos_token_ids = eos_token_ids(self._config, read, self._folder)
         return open_tokenizer(self._config, read, self._folder)
@@ -174,7 +175,7 @@ class _Loader:
 
     def reference(self) -> LoadedModel:
         """A checkpoint as it is, everything resident, computed in float32."""
-        options, backend = self._options, self._backend
+        options = self._options
         if options.slots is not None:
             raise ConfigError(
                 "the reference path (quantize=False) keeps every expert resident; "
@@ -196,7 +197,7 @@ class _Loader:
         with ExitStack() as opened:
             checkpoint = opened.enter_context(open_checkpoint(self._folder))
             tokenizer = self._configure(checkpoint)
-            config = self._config
+            config, backend = self._config, self._backend
             plan = self._reference_plan(checkpoint)
             self._check(plan)
             place = self._placer()
@@ -258,12 +259,13 @@ class _Loader:
 
     def export(self) -> LoadedModel:
         """An export, its experts behind slots."""
-        options, device, backend = self._options, self._device, self._backend
+        options, device = self._options, self._device
         with ExitStack() as opened:
             copies = [Path(folder) for folder in options.experts_dirs]
             export = opened.enter_context(Export.open(self._folder, copies))
             tokenizer = self._configure(export)
             config = self._config = self._with_layers(export)
+            backend = self._backend
             resident = export.manifest["quantization"]["resident"]
             sizes = sizes_of(config, resident, export.layout.codecs, export.predictor_bytes)
             plan = make_plan(
@@ -410,7 +412,8 @@ class _Loader:
             split = Split(mode, cpu_cost(bandwidths))
             # Triton's kernels are the GPU's; beside it the CPU has its own.
             kernels = "torch" if options.kernels == "torch" else "auto"
-            cpu = pick_backend(torch.device("cpu"), kernels, options.threads)
+            given = kernels, options.threads, config.swiglu_limit
+            cpu = pick_backend(torch.device("cpu"), *given)
             in_ram = Records(store.slab, export.layout, levels)
             hybrid = HostCompute(cpu, in_ram, store, device, max(top_k, LENT))
             levels = device.empty(tuple(levels.shape), levels.dtype).copy_(levels)

@@ -19,6 +19,7 @@ from slotmoe.quant.codecs.codec import (
     INT4,
     LUT3,
     LUT4,
+    MXFP4,
     NF4,
     SCALES,
     Codec,
@@ -26,7 +27,7 @@ from slotmoe.quant.codecs.codec import (
 )
 from slotmoe.quant.codecs.encode import NotFiniteError, quantize_int8, quantize_nf4, squared_error
 from slotmoe.quant.codecs.feedback import Hessian, NotPositiveError, quantize
-from slotmoe.quant.codecs.weight import CodedWeight, levels_of, store
+from slotmoe.quant.codecs.weight import CodedWeight, levels_of, possible_scales, store
 from slotmoe.quant.int8 import Int8Weight
 
 _SAMPLED = 1 << 19  # weights that levels are learned from
@@ -58,7 +59,7 @@ class Coder:
     def code(self, name: str, start: int, stop: int, kind: str | Codec) -> Coded:
         """Rows of tensor ``name``, stored as ``kind``: as the checkpoint has them where the codec
         holds that.  Raises ``NotFiniteError``, and what reading raises."""
-        if kind in (NF4, INT4) and self.checkpoint.in_4_bits(name):
+        if kind in (NF4, INT4, MXFP4) and self.checkpoint.in_4_bits(name):
             assert isinstance(kind, Codec)
             stored = self.checkpoint.codes(name, start, stop)
             same_levels = torch.equal(stored.levels, levels_of(kind))
@@ -87,9 +88,9 @@ class Coder:
 
 
 def _kept(codes: Codes, codec: Codec) -> Coded:
-    """The same codes; scales are float16, which holds those of trained weights in bfloat16."""
+    """The same codes; scales are the codec's, float16 for those of trained weights in bfloat16."""
     kept = store(codes.codes, codes.scales, codec)
-    if not bool(kept[1].isfinite().all()):
+    if not possible_scales(kept[1]):
         raise NotFiniteError
     wanted = codes.values()
     weight = CodedWeight(*kept, codes.levels, (len(wanted), wanted.shape[1]))

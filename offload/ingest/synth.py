@@ -167,6 +167,9 @@ class _Random:
         if SCALES[codec.scales].dtype == "F16":
             rows = scales[0], scales[1] * scales[2] // TILE, TILE
             return (self._signed(rows, size).half() * real.view(-1, 1, TILE)).view(scales)
+        if SCALES[codec.scales].dtype == "F8_E8M0":
+            sizes = real.float().view(-1, 1, TILE) * size
+            return sizes.repeat(1, scales[1], 2).to(torch.float8_e8m0fnu)
         of_rows = (real.float() * (size / 127)).view(torch.uint8).view(scales[0], -1, 2 * TILE)
         blocks = self._signed((scales[0], 2 * (scales[1] - of_rows.shape[1]), TILE), 127)
         of_blocks = (blocks * real.view(-1, 1, TILE)).to(torch.int8).view(torch.uint8)

@@ -243,10 +243,13 @@ class Scenario:
         config, sizes = self.model.config, self.sizes
         experts = len(config.moe_layers) * config.n_routed_experts
         resident = sum(map(math.prod, resident_shapes(config).values()))
-        weights = resident + experts * 3 * config.hidden_size * config.moe_intermediate_size
+        of_experts = experts * 3 * config.hidden_size * config.moe_intermediate_size
         export = memory.export_bytes(config, sizes) if self.model.resident is None else 0
-        each = config.encoding.method.weight_bytes if config.encoding else 2
-        needed = {"download": 0 if self.model.is_here else int(each * weights), "export": export}
+        each, of_expert = 2.0, 2.0
+        if (encoding := config.encoding) is not None:
+            each, of_expert = encoding.method.weight_bytes, encoding.of_experts.method.weight_bytes
+        download = int(each * resident + of_expert * of_experts)
+        needed = {"download": 0 if self.model.is_here else download, "export": export}
         free = self.machine.free_disk
         return {**needed, "free": free, "fits": export <= free}
 

@@ -63,7 +63,8 @@ class Sizes:
 def default_codecs(config: Config) -> ExpertCodecs:
     """How experts are coded where nobody says it: as they were trained, if that was in 4 bits."""
     encoding = config.encoding
-    return DEFAULT_CODECS if encoding is None else KEPT_CODECS.get(encoding.name, DEFAULT_CODECS)
+    name = "" if encoding is None else encoding.of_experts.name
+    return KEPT_CODECS.get(name, DEFAULT_CODECS)
 
 
 @lru_cache(maxsize=64)  # a report asks for the same ones dozens of times

@@ -19,26 +19,30 @@ _TRITON_CAPABILITY = 8, 0
 
 
 def pick_backend(
-    device: torch.device, choice: str = "auto", threads: int | None = None
+    device: torch.device,
+    choice: str = "auto",
+    threads: int | None = None,
+    swiglu_limit: float = 0.0,
 ) -> TorchBackend:
     """The ops for ``device``: Triton kernels on CUDA, native ones on a CPU where they were built,
     else torch.
 
     ``choice`` is ``auto``, ``torch``, the plain reference, or ``triton``, which a CPU runs only
-    under Triton's interpreter. ``threads`` defaults to ``system.cores``.  Raises
-    ``ConfigError``.
+    under Triton's interpreter. ``threads`` defaults to ``system.cores``; ``swiglu_limit`` as for
+    ``TorchBackend``.  Raises ``ConfigError``.
     """
     threads = threads or cores()
     if choice == "triton" or (choice == "auto" and device.type == "cuda"):
         torch.set_num_threads(threads)
-        return _triton_ops(device, required=choice == "triton")
+        return _triton_ops(device, swiglu_limit, required=choice == "triton")
     native = bindings.load() if choice == "auto" and device.type == "cpu" else None
     if native is None:
         torch.set_num_threads(threads)
-        return TorchBackend(torch.float32 if device.type == "cpu" else torch.bfloat16)
+        compute = torch.float32 if device.type == "cpu" else torch.bfloat16
+        return TorchBackend(compute, swiglu_limit)
     native.set_threads(threads)
     torch.set_num_threads(1)
-    return NativeBackend(native)
+    return NativeBackend(native, swiglu_limit)
 
 
 def _python_header() -> Path:
@@ -49,7 +53,7 @@ def _python_header() -> Path:
     return Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"
 
 
-def _triton_ops(device: torch.device, required: bool) -> TorchBackend:
+def _triton_ops(device: torch.device, swiglu_limit: float, required: bool) -> TorchBackend:
     """Triton comes with torch's CUDA builds for Linux.  Only this imports it."""
     reason, cuda = "", device.type == "cuda"
     if importlib.util.find_spec("triton") is None:
@@ -63,13 +67,13 @@ def _triton_ops(device: torch.device, required: bool) -> TorchBackend:
     else:
         from slotmoe.quant.backends.triton import TritonBackend
 
-        ops = TritonBackend(device)
+        ops = TritonBackend(device, swiglu_limit)
         if cuda or ops.interpreted:
             return ops
         only = "on a CPU they run only under Triton's interpreter, for tests"
         reason = f"{only}: set TRITON_INTERPRET=1"
     if required:
         raise ConfigError(f"kernels triton: {reason}; or use kernels torch")
-    plain = TorchBackend(torch.bfloat16)
+    plain = TorchBackend(torch.bfloat16, swiglu_limit)
     plain.name = f"torch, since {reason}"
     return plain

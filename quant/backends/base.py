@@ -71,13 +71,15 @@ class TorchBackend:
     """Plain torch on any device; products in ``compute``: float32 on a CPU, bfloat16 on CUDA.
 
     ``absorbs``: whether attention takes the absorbed form always, so that decode and prefill agree.
+    ``swiglu_limit``: an MLP's and an expert's gate is at most this and its up between this and its
+    negative; 0: no limit.
     """
 
     kind = name = "torch"
     absorbs = False
 
-    def __init__(self, compute: torch.dtype = torch.float32):
-        self.compute = compute
+    def __init__(self, compute: torch.dtype = torch.float32, swiglu_limit: float = 0.0):
+        self.compute, self.swiglu_limit = compute, swiglu_limit
 
     @property
     def threads(self) -> int:
@@ -141,8 +143,10 @@ class TorchBackend:
     def mlp(
         self, x_TD: Tensor, gate_proj: Prepared, up_proj: Prepared, down_proj: Prepared
     ) -> Tensor:
-        """``down(silu(gate(x)) * up(x))``, float32 [T, D]."""
+        """``down(silu(gate(x)) * up(x))``, float32 [T, D], within ``swiglu_limit``."""
         gate_TI, up_TI = self.linear(x_TD, gate_proj), self.linear(x_TD, up_proj)
+        if limit := self.swiglu_limit:
+            gate_TI, up_TI = gate_TI.clamp(max=limit), up_TI.clamp(-limit, limit)
         return self.linear(F.silu(gate_TI) * up_TI, down_proj)
 
     def embed(self, ids_T: Tensor, weight: Prepared) -> Tensor:

@@ -93,8 +93,8 @@ class NativeBackend(TorchBackend):
 
     kind, absorbs = "native", True
 
-    def __init__(self, native: Kernels):
-        super().__init__(torch.float32)
+    def __init__(self, native: Kernels, swiglu_limit: float = 0.0):
+        super().__init__(torch.float32, swiglu_limit)
         self._native = native
         self._bound = WeakKeyDictionary[Records, ExpertRecord]()
         self.name = f"native {native.isa}"
@@ -138,18 +138,16 @@ class NativeBackend(TorchBackend):
     def mix(
         self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float
     ) -> tuple[Tensor, Mixed]:
-        h_TQD, fn = h_TD.unflatten(-1, (hyper.Q, -1)), mixing.fn.unflatten(-1, (hyper.Q, -1))
-        weights = fn, mixing.base, mixing.scale
-        x_TD, *mixed = self._native.hyper_in(h_TQD, *weights, eps, hyper.iterations, hyper.eps)
+        given = *_streams(h_TD, mixing, hyper), eps, hyper.iterations, hyper.eps
+        x_TD, *mixed = self._native.hyper_in(*given)
         return x_TD, Mixed(*mixed)
 
     def add_mixed(self, y_TD: Tensor, h_TD: Tensor, mixed: Mixed) -> Tensor:
-        h_TQD = h_TD.unflatten(-1, (mixed.post_TQ.shape[-1], -1))
-        return self._native.hyper_out(y_TD.contiguous(), h_TQD, *mixed).flatten(1)
+        streams_TQD = h_TD.unflatten(-1, (mixed.post_TQ.shape[1], -1)).contiguous()
+        return self._native.hyper_out(y_TD.contiguous(), streams_TQD, *mixed).flatten(1)
 
     def collapse(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float) -> Tensor:
-        h_TQD, fn = h_TD.unflatten(-1, (hyper.Q, -1)), mixing.fn.unflatten(-1, (hyper.Q, -1))
-        return self._native.hyper_head(h_TQD, fn, mixing.base, mixing.scale, eps, hyper.eps)
+        return self._native.hyper_head(*_streams(h_TD, mixing, hyper), eps, hyper.eps)
 
     def compress(
         self, kv_BSY: Tensor, gate_BSY: Tensor, bias_SY: Tensor, norm_Y: Tensor, eps: float
@@ -160,7 +158,7 @@ class NativeBackend(TorchBackend):
     def mlp(
         self, x_TD: Tensor, gate_proj: Prepared, up_proj: Prepared, down_proj: Prepared
     ) -> Tensor:
-        mlp = _mlp(gate_proj, up_proj, down_proj)
+        mlp = self._mlp(gate_proj, up_proj, down_proj)
         if mlp is None:
             return super().mlp(x_TD, gate_proj, up_proj, down_proj)
         return self._native.mlp(mlp, x_TD.contiguous())
@@ -224,7 +222,7 @@ class NativeBackend(TorchBackend):
         for layer in layers:
             weights, mlp = layer.mlp, None
             if weights is not None:
-                mlp = _mlp(weights.gate_proj, weights.up_proj, weights.down_proj)
+                mlp = self._mlp(weights.gate_proj, weights.up_proj, weights.down_proj)
             mla = layer.attention
             if not isinstance(mla, Mla) or mla.indexer is not None:
                 return None
@@ -238,7 +236,8 @@ class NativeBackend(TorchBackend):
         if records not in self._bound:
             layout = records.layout
             sizes = layout.hidden_size, layout.moe_intermediate_size
-            self._bound[records] = ExpertRecord(*sizes, layout.codecs, records.levels)
+            limit = self.swiglu_limit
+            self._bound[records] = ExpertRecord(*sizes, layout.codecs, records.levels, limit)
         return self._bound[records]
 
     def experts(
@@ -250,10 +249,20 @@ class NativeBackend(TorchBackend):
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
         return self._native.weighted_sum(y_TKD, weights_TK.contiguous())
 
+    def _mlp(self, *weights: Prepared) -> Mlp | None:
+        """Gate, up and down bound for native calls; None unless all are tiled int8, or all of one
+        codec."""
+        matrices = [Matrix.of(weight) for weight in weights if not isinstance(weight, Int8Weight)]
+        if len(matrices) < 3 or not matrices[0].coded or not all(map(matrices[0].like, matrices)):
+            return None
+        gate, up, down = matrices
+        return Mlp(gate, up, down, self.swiglu_limit)
 
-def _mlp(*weights: Prepared) -> Mlp | None:
-    """Gate, up and down bound for native calls; None unless all are tiled int8, or all of one
-    codec."""
-    matrices = [Matrix.of(weight) for weight in weights if not isinstance(weight, Int8Weight)]
-    alike = len(matrices) == 3 and all(matrix.like(matrices[0]) for matrix in matrices)
-    return Mlp(*matrices) if alike and matrices[0].coded else None
+
+def _streams(
+    h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Residual streams and what mixes them, in the native calls' shapes."""
+    streams_TQD = h_TD.unflatten(-1, (hyper.Q, -1)).contiguous()
+    fn_XQD = mixing.fn.view(-1, *streams_TQD.shape[1:])
+    return streams_TQD, fn_XQD, mixing.base, mixing.scale

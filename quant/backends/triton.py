@@ -47,8 +47,8 @@ class TritonBackend(TorchBackend):
 
     kind = "triton"
 
-    def __init__(self, device: torch.device):
-        super().__init__(torch.bfloat16)
+    def __init__(self, device: torch.device, swiglu_limit: float = 0.0):
+        super().__init__(torch.bfloat16, swiglu_limit)
         self.interpreted = isinstance(rows.linear, InterpretedFunction)
         self.name = "triton, interpreted" if self.interpreted else "triton"
         self._sums: dict[int, Tensor] = {}
@@ -79,12 +79,12 @@ class TritonBackend(TorchBackend):
         x_TD = x_TD.contiguous()
         if T == 1:
             h_1N = torch.empty(1, N, device=x_TD.device)
-            return self.linear(row_gate_up(x_TD, gate, up, h_1N), down_proj)
+            return self.linear(row_gate_up(x_TD, gate, up, h_1N, self.swiglu_limit), down_proj)
         h_TN = torch.empty(T, N, dtype=torch.bfloat16, device=x_TD.device)
         tile = self._tile(T)
         tiles.gate_up[(triton.cdiv(N, _BN), triton.cdiv(T, tile["BM"]))](
             x_TD, gate.data, gate.scale, up.data, up.scale, gate.levels, h_TN, T, N, K,
-            KIND=gate.kind, **tile,
+            KIND=gate.kind, LIMIT=self.swiglu_limit, **tile,
         )  # fmt: skip
         return self.linear(h_TN, down_proj)
 
@@ -148,7 +148,8 @@ class TritonBackend(TorchBackend):
         mlps = [layer.mlp for layer in layers if layer.gate is not None and layer.mlp is not None]
         self._shared = Shared.of(mlps[0]) if mlps else None
         norm = layers[0].input_layernorm
-        return TritonDecoder(geometry, layers, self.sum_1D(len(norm), norm.device), self.graph)
+        sum_1D = self.sum_1D(len(norm), norm.device)
+        return TritonDecoder(geometry, layers, sum_1D, self.graph, self.swiglu_limit)
 
     # Routed experts.
 
@@ -168,7 +169,7 @@ class TritonBackend(TorchBackend):
     ) -> None:
         given = x_TD.contiguous(), records, slots_E, indices_TK.contiguous(), y_TKD
         if len(x_TD) == 1:  # each use reads its expert's record, in float32
-            triton_rows.experts(Routed(*given), self._shared, None)
+            triton_rows.experts(Routed(*given), self._shared, None, self.swiglu_limit)
         else:
             self._experts_by_groups(*given)
 
@@ -190,7 +191,7 @@ class TritonBackend(TorchBackend):
         tiles.experts_gate_up[(triton.cdiv(width, _BN), programs)](
             x_TD, order, K, starts, slots_E, E, records.slab, in_levels, h, width, D,
             layout.record_bytes, *layout.gate_up_places, KIND=layout.codecs.gate_up.kind,
-            **sizes,
+            LIMIT=self.swiglu_limit, **sizes,
         )  # fmt: skip
         tiles.experts_down[(triton.cdiv(D, _BN), programs)](
             h, order, starts, slots_E, E, records.slab, out_levels, y_TKD, D, width,

@@ -39,7 +39,9 @@ def operand(weight: Prepared) -> Operand:
     if isinstance(weight, Int8Weight):
         return Operand(INT8, weight.q, weight.scale, None)
     if isinstance(weight, CodedWeight):
-        return Operand(weight.kind, weight.codes, weight.scales, weight.levels)
+        scales, is_byte = weight.scales, weight.scales.dtype.itemsize == 1
+        scales = scales.view(torch.uint8) if is_byte else scales
+        return Operand(weight.kind, weight.codes, scales, weight.levels)
     plain = unbound(weight)
     assert isinstance(plain, Tensor)
     return Operand(DENSE, plain, None, None)
@@ -113,12 +115,12 @@ def row(
     return out
 
 
-def row_gate_up(x_1D: Tensor, gate: Operand, up: Operand, out_1I: Tensor) -> Tensor:
-    """``silu(gate(x)) * up(x)`` of one row; both weights of one kind."""
+def row_gate_up(x_1D: Tensor, gate: Operand, up: Operand, out_1I: Tensor, limit: float) -> Tensor:
+    """``silu(gate(x)) * up(x)`` of one row, within ``limit``; both weights of one kind."""
     N, K = out_1I.shape[1], x_1D.shape[1]
     rows.gate_up[(triton.cdiv(N, TILE),)](
         x_1D, gate.data, gate.scale, up.data, up.scale, gate.levels, out_1I, None, N, K,
-        KIND=gate.kind, COLUMNS=512, num_warps=WARPS[gate.kind],
+        KIND=gate.kind, LIMIT=limit, COLUMNS=512, num_warps=WARPS[gate.kind],
     )  # fmt: skip
     return out_1I
 
@@ -165,7 +167,7 @@ def _chooser(
     return (weights_TK, indices_TK), sizes, kind | {"K_BLOCK": power(top_k)}
 
 
-def experts(routed: Routed, shared: Shared | None, ending: Ending | None) -> None:
+def experts(routed: Routed, shared: Shared | None, ending: Ending | None, limit: float) -> None:
     """One token's routed experts where there are ``slots``, and with ``ending`` the shared one and
     what comes behind them.  The bits are the same whether the routed ones are computed here or were
     before.  For what a launch does not use stands something of its type, so that each is of one
@@ -186,7 +188,7 @@ def experts(routed: Routed, shared: Shared | None, ending: Ending | None) -> Non
     rows.experts_gate_up[(programs,)](
         x_1D, records.slab, table, indices_1K, in_levels, h_KI, D, width,
         layout.record_bytes, *layout.gate_up_places, gate.data, gate.scale, up.data, up.scale,
-        gate.levels, h_J, J, first, **_options(codecs.gate_up.kind, gate.kind),
+        gate.levels, h_J, J, first, LIMIT=limit, **_options(codecs.gate_up.kind, gate.kind),
     )  # fmt: skip
     tiles, parts = triton.cdiv(D, TILE), given + with_shared
     first = tiles if shared is not None and ending is None else 0

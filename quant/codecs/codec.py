@@ -48,14 +48,17 @@ SCALES = {
     # of each 64 columns an I8 for the first 32 of each row and one for the last 32; a block's scale
     # is the product, in float32.
     "i8": Scales(32, ".scales", "U8", 2, 2 * TILE),
+    # As f16x2, each a byte that stands for 2^(byte - 127).
+    "e8m0": Scales(32, ".scales", "F8_E8M0", 0, 2 * TILE),
 }
 # Which pairs of bits and scales there are, and what the native kernels call them.
-KINDS = {(4, "f16"): 1, (4, "i8"): 2, (3, "i8"): 3, (4, "f16x2"): 4}
+KINDS = {(4, "f16"): 1, (4, "i8"): 2, (3, "i8"): 3, (4, "f16x2"): 4, (4, "e8m0"): 5}
 
 
 @dataclass(frozen=True)
 class Codec:
-    """``bits`` a code, 2^bits ``levels`` in ascending order, and the coding of ``scales``."""
+    """``bits`` a code, 2^bits ``levels`` in ascending order, -0 before 0, and the coding of
+    ``scales``."""
 
     name: str
     bits: int
@@ -117,6 +120,8 @@ LUT4 = Codec(
 LUT3 = Codec("lut3", 3, "i8", (-127, -80, -48, -22, 3, 28, 58, 97))
 # What checkpoints hold that were trained in 4 bits, so that their codes are kept.
 INT4 = Codec("int4", 4, "f16x2", tuple(range(-8, 8)))
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+MXFP4 = Codec("mxfp4", 4, "e8m0", (*(-level for level in reversed(_E2M1)), *_E2M1))
 
 
 class ExpertCodecs(NamedTuple):
@@ -148,7 +153,7 @@ EXPERT_CODECS = {
 DEFAULT_CODEC = "nf4"
 DEFAULT_CODECS = EXPERT_CODECS[DEFAULT_CODEC, "4"]
 # By the encoding of a checkpoint's experts, which then need no rounding.
-KEPT_CODECS = {INT4.name: ExpertCodecs(INT4, INT4)}
+KEPT_CODECS = {codec.name: ExpertCodecs(codec, codec) for codec in (INT4, MXFP4)}
 
 
 def manifest_codecs(manifest: Json) -> dict[str, Codec]:

@@ -14,8 +14,8 @@ from slotmoe.quant.codecs.codec import BLOCK, KINDS, SCALES, TILE, Codec
 
 @dataclass(frozen=True)
 class CodedWeight:
-    """A [N, K] matrix in ``tiles16``: codes uint8, scales float16 or uint8, levels float32 [16] (8
-    levels stand twice).  Their shapes and dtypes say which codec it is."""
+    """A [N, K] matrix in ``tiles16``: codes uint8, scales float16, uint8 or float8_e8m0fnu, levels
+    float32 [16] (8 levels stand twice).  Their shapes and dtypes say which codec it is."""
 
     codes: Tensor
     scales: Tensor
@@ -29,8 +29,8 @@ class CodedWeight:
     @property
     def kind(self) -> int:
         """What the kernels call its codec."""
-        if self.scales.dtype == torch.uint8:
-            return KINDS[self.bits, "i8"]
+        if self.scales.dtype != torch.float16:
+            return KINDS[self.bits, "i8" if self.scales.dtype == torch.uint8 else "e8m0"]
         return KINDS[self.bits, "f16" if self.scales.shape[2] == TILE else "f16x2"]
 
     @property
@@ -60,17 +60,19 @@ def levels_of(codec: Codec) -> Tensor:
 
 def block_scales(scales: Tensor) -> Tensor:
     """A weight's scales as numbers, float32 [tiles, 16, blocks]."""
-    if scales.dtype == torch.float16:
+    if scales.dtype != torch.uint8:
         return scales.float().reshape(len(scales), -1, TILE).transpose(1, 2)
     rows, blocks = _factors(scales)
     return blocks.float().transpose(1, 2) * rows[..., None]
 
 
 def possible_scales(scales: Tensor) -> bool:
-    """Whether an encoder can have made a weight's scales: they are finite, and only a row without
-    scales has the factor 0."""
+    """Whether an encoder can have made a weight's scales: they are finite, powers of two at most
+    2^104, so that kernels bear them, and only a row without scales has the factor 0."""
     if scales.dtype == torch.float16:
         return bool(scales.isfinite().all())
+    if scales.dtype == torch.float8_e8m0fnu:
+        return bool((scales.float() <= 2.0**104).all())  # which NaN is not
     rows, blocks = _factors(scales)
     return bool((rows.isfinite() & ((rows != 0) | (blocks == 0).all(1))).all())
 
@@ -83,11 +85,12 @@ def _factors(scales: Tensor) -> tuple[Tensor, Tensor]:
 
 def store(codes_NK: Tensor, scales_NX: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
     """The two tensors that hold uint8 codes and the scales of their blocks, of a codec whose
-    scales are float16 and whose levels have 0; K fills blocks.  Scales are rounded."""
+    scales are floats and whose levels have 0; K fills blocks.  Scales are rounded."""
     N, K = codes_NK.shape
     codes_NK = F.pad(codes_NK, (0, -K % BLOCK, 0, -N % TILE), value=codec.levels.index(0))
     parts = BLOCK // SCALES[codec.scales].block
-    scales_NX = F.pad(scales_NX, (0, -scales_NX.shape[1] % parts, 0, -N % TILE)).half()
+    dtype = torch.float16 if SCALES[codec.scales].dtype == "F16" else torch.float8_e8m0fnu
+    scales_NX = F.pad(scales_NX, (0, -scales_NX.shape[1] % parts, 0, -N % TILE)).to(dtype)
     scales = scales_NX.view(-1, TILE, scales_NX.shape[1]).transpose(1, 2)
     codes = pack(codes_NK.view(-1, TILE, codes_NK.shape[1]), codec.bits)
     return codes, scales.reshape(len(codes), -1, parts * TILE).contiguous()

@@ -196,7 +196,8 @@ def _check_codecs(quantization: Json) -> None:
         known = (bits, scales) in KINDS and block == SCALES[scales].block
         _require(known, f"{what}: {bits} bits with {scales} scales for {block} columns are unknown")
         _require(len(levels) == 1 << bits, f"{what} has {len(levels)} levels for {bits} bits")
-        ordered = all(low < high for low, high in pairwise(map(np.float32, levels)))
+        numbers = [(number, not np.signbit(number)) for number in map(np.float32, levels)]
+        ordered = all(low < high for low, high in pairwise(numbers))  # -0 before 0
         _require(ordered, f"the levels of {what} are not in ascending order, each once")
     coded = {name: item["codec"] for name, item in quantization["resident_codecs"].items()}
     for name, codec in coded.items():  # kernels compute both in one go
@@ -298,6 +299,7 @@ def _check_resident(tensors: Json, manifest: Json) -> int:
             _require(len(part.shape) == 2, f"{name:.80} is no matrix")
             expected |= resident_parts(name, part.shape, "int8", part.dtype)
         elif name not in expected:
-            _require(part.dtype.is_floating_point, f"{name:.80} has dtype {part.dtype}")
+            plain = part.dtype.is_floating_point and part.dtype.itemsize > 1
+            _require(plain, f"{name:.80} has dtype {part.dtype}")
             expected |= resident_parts(name, part.shape, "none", part.dtype)
     return _check_tensors(RESIDENT, tensors, expected)

@@ -51,7 +51,7 @@ int slotmoe_absorb_query(const float*, int64_t, int64_t, const int8_t*, const fl
 int slotmoe_absorb_value(const float*, int64_t, int64_t, const int8_t*, const float*, int64_t,
                          int64_t, int64_t, float*);
 int slotmoe_rms_norm(const float*, const float*, int64_t, int64_t, float, float*);
-int slotmoe_mlp(const Matrix*, const float*, int64_t, const float*, const float*, float*);
+int slotmoe_mlp(const Mlp*, const float*, int64_t, const float*, const float*, float*);
 int slotmoe_rotate(const float*, const float*, int64_t, int64_t, int64_t, int64_t, float*);
 int slotmoe_attention(const Attention*, int64_t, const float*, const float*, const float*,
                       uint8_t* const*, int64_t, const int64_t*, float*, float*, float*);
@@ -128,6 +128,10 @@ static void fill_scales(uint8_t* p, int64_t kind, int64_t count, int64_t blocks)
     const int64_t size = scale_bytes(kind, blocks);
     if (kind == kNf4 || kind == kInt4)
         return halves(reinterpret_cast<uint16_t*>(p), count * size / 2);
+    if (kind == kMxfp4) {
+        for (int64_t i = 0; i < count * size; i++) p[i] = uint8_t(next() >> 24) % 160;
+        return;
+    }
     for (int64_t tile = 0; tile < count; tile++) {
         const Floats rows(16);
         memcpy(p + tile * size, rows.p, 64);
@@ -184,12 +188,12 @@ static void linear(int64_t t, int64_t n, int64_t k, float scale) {
 
 static void mlp(int64_t t, int64_t h, int64_t i) {
     Floats x(t * h), y(t * h), residual(t * h), others(t * h);
-    for (int64_t kind = kInt8; kind <= kInt4; kind++) {
+    for (int64_t kind = kInt8; kind <= kMxfp4; kind++) {
         Weights in(kind, i, h), out(kind, h, i);
-        const Matrix w[] = {in.matrix, in.matrix, out.matrix};
-        check(slotmoe_mlp(w, x, t, nullptr, nullptr, y));
-        check(slotmoe_mlp(w, x, t, residual, nullptr, y));
-        check(slotmoe_mlp(w, x, t, residual, others, y));
+        const Mlp w{{in.matrix, in.matrix, out.matrix}, kind % 2 ? 0.5f : 0.0f};
+        check(slotmoe_mlp(&w, x, t, nullptr, nullptr, y));
+        check(slotmoe_mlp(&w, x, t, residual, nullptr, y));
+        check(slotmoe_mlp(&w, x, t, residual, others, y));
     }
 }
 
@@ -205,8 +209,8 @@ static void decode(const Attention& a, int64_t hidden, int64_t experts, const fl
     Array<uint8_t> slab((count - 1) * apart + bytes);
     for (int64_t slot = 0; slot < count; slot++) fill_record(slab + slot * apart, record);
     Weights in(kInt8, i, hidden), down(kInt8, hidden, i);
-    const Matrix mlp[] = {in.matrix, in.matrix, down.matrix};
-    const Layer layers[] = {{&a, mlp}, {&a, nullptr}};
+    const Mlp mlp{{in.matrix, in.matrix, down.matrix}, 0.5f};
+    const Layer layers[] = {{&a, &mlp}, {&a, nullptr}};
     const int64_t odd = experts % 2;
     const Router router{experts % 3 ? 1 : 3, 1, top_k, 1 + odd, odd, odd, 1.5};
     const Model model{2, hidden, experts, layers, router};
@@ -325,7 +329,7 @@ static void quantize(int64_t n, int64_t k) {
         const int status = slotmoe_quantize_nf4(src, type, n, k, levels, codes, absmax);
         if (status != 3) check(status);  // random bf16 may well exceed fp16
         check(slotmoe_quantize_int8(src, type, n, k, q, scale));
-        for (int64_t kind = kNf4; kind <= kInt4; kind++) {
+        for (int64_t kind = kNf4; kind <= kMxfp4; kind++) {
             const Weights weights(kind, n, k);
             check(slotmoe_coded_error(&weights.matrix, src, type, tile_sums));
         }
@@ -335,7 +339,7 @@ static void quantize(int64_t n, int64_t k) {
 
 static void experts(int64_t t, int64_t k, int64_t h, int64_t i) {
     Floats x(t * h), y(t * h), outs(t * k * h), weights(t * k), levels(16);
-    const Record record{h, i, t % 2 ? kLut3 : kNf4, k % 2 ? kLut4 : kInt4, levels, levels};
+    const Record record{h, i, t % 2 ? kLut3 : kMxfp4, k % 2 ? kLut4 : kInt4, levels, levels, 0.5f};
     const int64_t size = slotmoe_record_bytes(&record), apart = (size + 63) / 64 * 64;
     Array<uint8_t> slab((k - 1) * apart + size);  // the last record has no slack
     for (int64_t e = 0; e < k; e++) fill_record(slab + e * apart, record);

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, LUT3, LUT4, NF4, ExpertCodecs
+from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, KEPT_CODECS, LUT3, LUT4, MXFP4, NF4
 from slotmoe.quant.codecs.encode import NotFiniteError, squared_error
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of, pack, unpack
 from slotmoe.quant.int8 import Int8Weight
@@ -34,7 +34,7 @@ from tests.support.kernels import (
 )
 from tests.support.params import nth
 
-CHOICES = {**EXPERT_CODECS, ("kept", "int4"): ExpertCodecs(INT4, INT4)}
+CHOICES = EXPERT_CODECS | {("kept", name): codecs for name, codecs in KEPT_CODECS.items()}
 by_codec = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
 
 
@@ -100,7 +100,7 @@ def test_integer_levels_lose_nothing(kernels):
     rng = np.random.default_rng(0)
     q = rng.choice(np.array([-127, 127], dtype=np.int8), (40, 200))
     made = [(int8_matrix(kernels, torch.from_numpy(q), torch.ones(40)), q.astype(np.float64))]
-    for codec in (LUT4, LUT3, INT4):
+    for codec in (LUT4, LUT3, INT4, MXFP4):
         weight, exact = random_codes(rng, codec, 40, 200)
         made.append((Matrix.of(weight), exact))
     for x in (rng.integers(-127, 128, (3, 200)), rng.choice([-127, 127], (3, 200))):

@@ -25,7 +25,7 @@ from slotmoe.model.routing import Router, route
 from slotmoe.quant import int8
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records, TorchBackend
-from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, LUT3, LUT4, NF4, TILE
+from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, LUT3, LUT4, MXFP4, NF4, TILE
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
@@ -218,7 +218,7 @@ def test_weighted_sum_goes_in_the_gates_order_and_no_token_has_no_experts(ops):
     assert y_TKD.shape == (0, 3, 64)
 
 
-CODECS = {codec.name: codec for codec in (NF4, LUT4, LUT3, INT4)}
+CODECS = {codec.name: codec for codec in (NF4, LUT4, LUT3, INT4, MXFP4)}
 
 
 def make_weight(kind, N, K, seed=0, wild=True):

@@ -5,11 +5,12 @@ import numpy as np
 import torch
 
 from slotmoe.quant.codecs import feedback
-from slotmoe.quant.codecs.codec import INT4, NF4
-from slotmoe.quant.codecs.encode import quantize_nf4
+from slotmoe.quant.codecs.codec import INT4, MXFP4, NF4
+from slotmoe.quant.codecs.encode import nearest, quantize_nf4
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of, store
 
-SUFFIXES = {"f16": "absmax", "f16x2": "scales", "i8": "scales"}  # of the tensor beside the codes
+# Of the tensor beside the codes.
+SUFFIXES = {"f16": "absmax", "f16x2": "scales", "i8": "scales", "e8m0": "scales"}
 
 
 def values(codec, codes, scales, n, k):
@@ -31,6 +32,9 @@ def values(codec, codes, scales, n, k):
         scale = scales.view(np.float16)[tile, block, lane].astype(np.float32)
     elif codec["scales"] == "f16x2":
         scale = scales.view(np.float16)[tile, block, c // 32 * 16 + lane].astype(np.float32)
+    elif codec["scales"] == "e8m0":
+        exponent = scales.view(np.uint8)[tile, block, c // 32 * 16 + lane].astype(int) - 127
+        scale = np.ldexp(np.float32(1), exponent)
     else:
         rows = np.ascontiguousarray(scales[:, :2]).view(np.float32).reshape(-1, 16)
         blocks = scales[:, 2:].view(np.int8)
@@ -45,12 +49,18 @@ def random_codes(rng, codec, n, k, size=1.0):
     shape, largest = codec.scales_shape(n, k), size / max(map(abs, codec.levels))
     if codec.scales in ("f16", "f16x2"):
         scales = (rng.uniform(-largest, largest, shape)).astype(np.float16)
+    elif codec.scales == "e8m0":
+        top = 127 + int(np.floor(np.log2(largest)))
+        scales = rng.integers(top - 6, top + 1, shape, dtype=np.uint8)
+        scales[rng.random(shape) < 0.05] = 0  # a denormal
     else:
         scales = rng.integers(-127, 128, shape, dtype=np.int8).view(np.uint8)
         rows = rng.uniform(0.5, 1, (shape[0], 2, 8)) * largest / 127
         scales[:, :2] = rows.astype(np.float32).view(np.uint8)
     parts = torch.from_numpy(codes), torch.from_numpy(scales)
     exact = values(codec.describe(), codes, scales, n, k).astype(np.float64)
+    if codec.scales == "e8m0":
+        parts = parts[0], parts[1].view(torch.float8_e8m0fnu)
     return CodedWeight(*parts, levels_of(codec), (n, k)), exact
 
 
@@ -61,5 +71,11 @@ def quantize_coded(weight_NK, codec):
         groups_NXB = weight_NK.unflatten(1, (-1, 32))
         scales_NX = (groups_NXB.abs().amax(2) / 7.5).half().float()
         codes_NXB = (groups_NXB / scales_NX.clamp(min=1e-9)[..., None]).round().clamp(-8, 7) + 8
+        return store(codes_NXB.flatten(1).to(torch.uint8), scales_NX, codec)
+    if codec == MXFP4:
+        weight_NK = torch.nn.functional.pad(weight_NK.float(), (0, -weight_NK.shape[1] % 32))
+        groups_NXB = weight_NK.unflatten(1, (-1, 32))
+        scales_NX = (groups_NXB.abs().amax(2) / 6).clamp(min=2.0**-126).log2().ceil().exp2()
+        codes_NXB = nearest(groups_NXB / scales_NX[..., None], torch.tensor(codec.levels))
         return store(codes_NXB.flatten(1).to(torch.uint8), scales_NX, codec)
     return quantize_nf4(weight_NK) if codec == NF4 else feedback.quantize(weight_NK, codec)[:2]

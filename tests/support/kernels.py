@@ -12,9 +12,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from slotmoe.border import Geometry, Layer, Router
+from slotmoe.border import Geometry, Layer, Mla, Router
 from slotmoe.quant.backends.base import new
-from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, LUT3, LUT4, NF4
+from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, LUT3, LUT4, MXFP4, NF4
 from slotmoe.quant.codecs.weight import levels_of
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as qk
@@ -27,7 +27,7 @@ needs_native = pytest.mark.skipif(native is None, reason="the native kernels are
 ISAS = native.isas if native else ()
 
 NF4S = EXPERT_CODECS["nf4", "4"]
-CODECS = (NF4, LUT4, LUT3, INT4)
+CODECS = (NF4, LUT4, LUT3, INT4, MXFP4)
 LEVELS = np.array(NF4.levels, dtype=np.float32)
 
 # Hypothesis runs inside parametrized tests; the fixtures that it complains about only choose the
@@ -79,7 +79,7 @@ def random_expert(rng, h, i, codecs=NF4S):
     parts = [random_codes(rng, codecs.of(name), *shapes[name], size) for name in shapes]
     tensors = [weight.codes for weight, _ in parts] + [weight.scales for weight, _ in parts]
     data = torch.frombuffer(
-        bytearray().join(t.numpy().tobytes() for t in tensors), dtype=torch.uint8
+        bytearray().join(t.view(torch.uint8).numpy().tobytes() for t in tensors), dtype=torch.uint8
     )
     buffer = torch.full((len(data) + 164,), 0xFF, dtype=torch.uint8)
     record = buffer[-buffer.data_ptr() % 64 :][: len(data) + 100]  # it begins at a multiple of 64
@@ -110,10 +110,10 @@ def latent_cache(kernels, rows, r, extra=0):
     return cache
 
 
-def expert_record(h, i, codecs=NF4S, levels=None):
+def expert_record(h, i, codecs=NF4S, levels=None, limit=0.0):
     """How records are coded, as the native calls take it."""
     table = torch.stack([levels_of(codec) for codec in codecs]) if levels is None else levels
-    return ExpertRecord(h, i, codecs, table)
+    return ExpertRecord(h, i, codecs, table, limit)
 
 
 def through_expert(kernels, x, record, intermediate):
@@ -164,7 +164,9 @@ def bound_layer(arguments, constants, halves=False):
     """An ``AttentionLayer``; with a part of a second query's, ``query`` is the first of two."""
     sizes, input_norm, query, query_norm, query_b, *rest = arguments
     queries = (query, None) if query_norm is None and query_b is None else (None, query)
-    layer = Layer(input_norm, *queries, query_norm, query_b, *rest, None)
+    latent, latent_norm, kv_b, out, next_norm, gate, gate_bias = rest
+    mla = Mla(*queries, query_norm, query_b, latent, latent_norm, kv_b, out, None)
+    layer = Layer(input_norm, mla, next_norm, gate, gate_bias, None, None, None, None)
     return AttentionLayer(Geometry(*sizes, *constants, halves, Router(1, 1, 1), 0), layer)
 
 

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 
+from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve import make_server
 from tests.support.forkserver import COMMAND_LINE, Forked
 from tests.support.tiny import SAMPLE
@@ -77,6 +78,22 @@ def tokenizer_with(folder, marks, first, template=None, source=None):
     settings = json.loads((SAMPLE / "tokenizer_config.json").read_text())
     settings["chat_template"] = template or settings["chat_template"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+# Tokens of DeepSeek-V3.2 and V4; of two neighbours the second is special.
+DEEPSEEK_TOKENS = ("<think>", "<｜begin▁of▁sentence｜>", "</think>", "<｜end▁of▁sentence｜>")  # noqa: RUF001
+DEEPSEEK_TOKENS += ("<unused>", "<｜User｜>", "<mask>", "<｜Assistant｜>")  # noqa: RUF001
+DEEPSEEK_TOKENS += ("<pad>", "<｜latest_reminder｜>", "<other>", "｜DSML｜")  # noqa: RUF001
+
+
+def deepseek_files(folder, **settings):
+    """``folder`` with a tokenizer like that of DeepSeek-V4, and no chat template."""
+    tokenizer_with(folder, DEEPSEEK_TOKENS, Tokenizer(SAMPLE, 0).size)
+    found = json.loads((folder / "tokenizer_config.json").read_text())
+    del found["chat_template"]
+    found |= {"bos_token": DEEPSEEK_TOKENS[1], "eos_token": {"content": DEEPSEEK_TOKENS[3]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(found | settings))
     return folder
 
 

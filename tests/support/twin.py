@@ -169,14 +169,14 @@ class Twin:
 
     # What the engine asks for
 
-    def backend(self, kernels, threads):
+    def backend(self, kernels, threads, swiglu_limit=0.0):
         if self._triton:
             from slotmoe.quant.backends.triton import TritonBackend
 
-            ops = type("TwinTriton", (Told, TritonBackend), {})(self.device)
+            ops = type("TwinTriton", (Told, TritonBackend), {})(self.device, swiglu_limit)
             ops.graph = self._graph
         else:
-            ops = TwinBackend(torch.float32)
+            ops = TwinBackend(torch.float32, swiglu_limit)
         ops.twin = self
         return ops
 

@@ -114,7 +114,7 @@ def test_template_sees_reasoning_and_its_switch(runtime):
         ]
         dialect = Dialect(tokenizer)
         assert dialect.prompt(history, None) == "[user]|Hi[assistant]Hm|Yes"
-        assert dialect.prompt(history, None, thinking=False).endswith("YesFalseFalsenone")
-        assert dialect.prompt(history, None, thinking=True).endswith("YesTrueTruehigh")
+        assert dialect.prompt(history, None, effort="none").endswith("YesFalseFalsenone")
+        assert dialect.prompt(history, None, effort="low").endswith("YesTrueTruehigh")
     finally:
         tokenizer.template = before

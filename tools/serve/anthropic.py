@@ -156,7 +156,7 @@ class OutputFormat(requests.Model):
 
 
 class OutputConfig(requests.Model):
-    effort: Annotated[requests.Label | None, _THINKING] = None
+    effort: requests.Label | None = Field(None, description="with `thinking.type` `enabled`")
     format: OutputFormat | None = None
     task_budget: Annotated[Json | None, _THINKING] = None
 
@@ -185,7 +185,12 @@ class CountRequest(Cacheable):
             system = requests.PlainMessage.model_construct(role="system", content=self.system)
             messages.insert(0, system)
         continues = self.messages[-1].role == "assistant"
-        form = self.output_config.format if self.output_config is not None else None
+        output, effort = self.output_config, None
+        form = output.format if output is not None else None
+        if self.thinking is not None:
+            effort = _EFFORTS[self.thinking.type]
+            if effort == "high" and output is not None:
+                effort = output.effort or effort
         if continues and form is not None:
             problem = "the answer can't follow a schema where a last message of the assistant's"
             raise RefusedError(f"messages: {problem} has begun it", "messages")
@@ -193,7 +198,7 @@ class CountRequest(Cacheable):
             messages,
             requests.tool_policy(self.tools or (), choice, False if is_single else None),
             None if form is None else requests.Schema.model_construct(definition=form.definition),
-            None if self.thinking is None else _EFFORTS[self.thinking.type],
+            effort,
             continues,
         )
 

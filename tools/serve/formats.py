@@ -21,8 +21,10 @@ class CallFormat:
     ``joint``, ``closing``.  In ``middle`` may be the ``INDEX`` of the call in the conversation.
 
     Arguments are JSON, or as ``tagged`` says what is before, between and behind the key and the
-    value of each: text as it is, other values as JSON.  A template that is ``structured`` gets
-    calls and results as such, with ``object_arguments`` or their JSON.
+    value of each: text as it is, other values as JSON.  Behind the key may be of which of these two
+    ``kinds`` the value is, else the schema decides.  A ``gap`` is around each argument, and a
+    ``lead`` between text and calls, which belongs to neither.  A template that is ``structured``
+    gets calls and results as such, with ``object_arguments`` or their JSON.
     """
 
     opening: str
@@ -35,6 +37,9 @@ class CallFormat:
     spelled: tuple[str, ...] = ()
     unspelled: tuple[str, ...] = ()
     tagged: tuple[str, str, str] | None = None
+    kinds: tuple[str, str] | None = None
+    gap: str = ""
+    lead: str = ""
     structured: bool = True
     object_arguments: bool = False
     numbered_ids: bool = False  # a call's id is spelled for the model
@@ -84,7 +89,22 @@ MISTRAL = CallFormat(
     "[TOOL_CALLS]", "", "[ARGS]", "", "[TOOL_CALLS]", "",
     marks=("[TOOL_CALLS]", "[ARGS]"), spelled=("[TOOL_CALLS]", "[ARGS]"),
 )  # fmt: skip
-_FORMATS = (DEEPSEEK_V3_1, NATIVE, KIMI, GLM, MISTRAL)
+_DSML = "\uff5cDSML\uff5c"
+
+
+def _dsml(block: str) -> CallFormat:
+    """As the folder ``encoding`` of DeepSeek-V3.2 and V4 has it; they differ in the ``block``."""
+    return CallFormat(
+        f"<{_DSML}{block}>", f'\n<{_DSML}invoke name="', '">', f"</{_DSML}invoke>", "",
+        f"\n</{_DSML}{block}>",
+        marks=(_DSML,), spelled=(_DSML, block), object_arguments=True,
+        tagged=(f'<{_DSML}parameter name="', '" string="', f"</{_DSML}parameter>"),
+        kinds=('true">', 'false">'), gap="\n", lead="\n\n",
+    )  # fmt: skip
+
+
+DEEPSEEK_V3_2, DEEPSEEK_V4 = _dsml("function_calls"), _dsml("tool_calls")
+_FORMATS = (DEEPSEEK_V3_1, NATIVE, KIMI, GLM, MISTRAL, DEEPSEEK_V3_2, DEEPSEEK_V4)
 
 
 def format_of(tokenizer: Tokenizer) -> CallFormat:

@@ -23,6 +23,7 @@ class Dialect:
         self._tokenizer, self.format = tokenizer, formats.format_of(tokenizer)
         self.is_native = self.format is not formats.PLAIN
         template = tokenizer.template or ""
+        self._reminds = requests.REMINDER in template
         self._template_has_tools = self.is_native and bool(re.search(r"\btools\b", template))
         # Tokens that appear in the text of an answer with tool calls.
         ids = {tokenizer.token_id(mark): mark for mark in self.format.marks}
@@ -33,10 +34,15 @@ class Dialect:
         messages: list[requests.ChatMessage],
         policy: requests.ToolPolicy | None,
         continues: bool = False,
-        thinking: bool | None = None,
+        effort: str | None = None,
+        schema: Json | None = None,
     ) -> str:
         """The conversation as text for the model; the answer ``continues`` the last message, or it
-        is a new one, with ``thinking`` or without.  Raises ``RefusedError``, ``ConfigError``."""
+        is a new one, with reasoning as ``effort`` says and by ``schema`` where there is one.
+        Raises ``RefusedError``, ``ConfigError``."""
+        if any(m.role == requests.REMINDER for m in messages) and not self._reminds:
+            problem = f"this model has no role {requests.REMINDER!r}"
+            raise RefusedError(f"messages: {problem}", "messages")
         turns, tools = with_results(messages), None
         functions = policy.functions if policy is not None else []
         if self.format.structured:
@@ -48,7 +54,8 @@ class Dialect:
         elif functions:
             self._describe(functions, written)
         goes_on = self.is_native and not self.format.structured and bool(turns[-1][1])
-        return self._tokenizer.chat(written, tools, begun=continues or goes_on, thinking=thinking)
+        begun = continues or goes_on
+        return self._tokenizer.chat(written, tools, begun, effort, schema)
 
     def _describe(self, functions: Sequence[requests.Function], written: list[Json]) -> None:
         """Describe the functions at the end of the system message of ``written``."""

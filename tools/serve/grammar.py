@@ -28,6 +28,7 @@ _NOTES = {"description", "title", "default", "examples", "$schema", "$comment"}
 _TEXT_KEYS = {"type", *_NOTES}
 _TAGGED_KEYS = {"properties", "required", "additionalProperties", "$defs", "definitions"}
 _TAGGED_KEYS |= _TEXT_KEYS
+_ANYTHING = "(?s:.*)"
 _SPACING = {"whitespace_flexible": False, "key_separator": ": ?", "item_separator": ", ?"}
 
 
@@ -115,10 +116,10 @@ class Grammars:
         marks = self._source.reasoning
         if marks is None:
             return "answer"
-        anything, end = "(?s:.*)", re.escape(marks.end).replace("/", "\\/")
-        rules = ["SPACE: /[ \\n]{0,2}/", f"thought[lazy]: /{anything}{end}/"]
+        end = re.escape(marks.end).replace("/", "\\/")
+        rules = ["SPACE: /[ \\n]{0,2}/", f"thought[lazy]: /{_ANYTHING}{end}/"]
         if marks.end in marks.shown.values():
-            text = f"THOUGHT: /{anything}/ & ~/{anything}{end}{anything}/"
+            text = f"THOUGHT: {_text('', marks.end)}"
             rules[1:] = [f"thought: THOUGHT {self._literal(marks.end)}", text]
         thought = "thought SPACE"
         if not is_thinking:
@@ -138,6 +139,8 @@ class Grammars:
                 raise RefusedError(f"the schemas of the tools {problem}", "tools", 413)
         marks = self._dialect.format
         opening, literal = self._literal(marks.opening), self._literal
+        if marks.lead:
+            opening = f"({literal(marks.lead)})? {opening}"
         more = f"({literal(marks.joint)} call){{0,{MAX_CALLS - 1}}}"
         calls = f"call {'' if policy.single else more} {literal(marks.closing)}"
         names = " | ".join(f"f{index}" for index in range(len(policy.allowed)))
@@ -148,28 +151,39 @@ class Grammars:
             if number:
                 name += f" /[0-9]{{1,4}}/ {literal(after)}"
             rules.append(f"f{index}: {name} {arguments[function.name]} {literal(marks.tail)}")
-        anything, mark = "(?s:.*)", re.escape(marks.opening)
         if marks.tagged is not None:
-            end = re.escape(marks.tagged[2]).replace("/", "\\/")
-            rules.append(f"VALUE: /{anything}/ & ~/{anything}{end}{anything}/")
+            rules.append(f"VALUE: {_text(*self._parts(marks.tagged[2])[:2])}")
         if policy.required:
             start = [f"answer: {opening} {calls}"]
         elif content is not None:
             start = [f"answer: content | {opening} {calls}", f"content: {content}"]
         else:
-            rules.append(f"TEXT: /{anything}/ & ~/{anything}{mark}{anything}/")
-            if self._dialect.is_native:
+            before, token, rest = self._parts(marks.opening)
+            rules.append(f"TEXT: {_text('', token)}")
+            if before:
+                opened = f"OPENED: {_text(before, token)}"
+                start = [f"answer: TEXT | OPENED {literal(rest)} {calls}", opened]
+            elif self._dialect.is_native:
                 start = [f"answer: TEXT ({opening} {calls})?"]
             else:
-                start = [f"answer: TEXT | opened {calls}", f"opened[lazy]: /{anything}{mark}/"]
+                mark = re.escape(marks.opening)
+                start = [f"answer: TEXT | opened {calls}", f"opened[lazy]: /{_ANYTHING}{mark}/"]
         return "\n".join(start + rules)
+
+    def _parts(self, mark: str) -> tuple[str, str, str]:
+        """What ``mark`` has before its token, if it has one, the token, and all from there on.  A
+        text goes on to the token: a lexer takes the longest one."""
+        token = next((token for token in self._dialect.shown.values() if token in mark), mark)
+        before, _, _ = mark.partition(token)
+        return before, token, mark.removeprefix(before)
 
     def _tagged(
         self, schema: Json, strict: bool, where: str, param: str, dropped: list[str]
     ) -> str:
         """The grammar of arguments that are tagged, in the order of their properties: text as it
         is, other values as JSON.  Raises ``RefusedError``."""
-        tags = self._dialect.format.tagged
+        marks, literal = self._dialect.format, self._literal
+        tags, kinds = marks.tagged, marks.kinds or ("", "")
         assert tags is not None
         unheld = [f"{where}: {key}" for key in sorted(schema.keys() - _TAGGED_KEYS)]
         parts, required = list[str](), schema.get("required", [])
@@ -178,20 +192,28 @@ class Grammars:
         if not isinstance(properties, dict) or not isinstance(required, list):
             raise RefusedError(f"{where}: properties or required are malformed", param)
         for key, inner in properties.items():
+            before, end = tags[0] + key + tags[1], literal(tags[2])
+            text = f"{literal(before + kinds[0])} VALUE {literal(self._parts(tags[2])[2])}"
             if not is_text(inner):
                 given = {**definitions, **inner} if isinstance(inner, dict) else {}
                 value = self._json(given, strict, f"{where}: {key}", param, dropped)
+                value = f"{literal(before + kinds[1])} {value} {end}"
+                if marks.kinds is not None and _takes_text(inner):
+                    value += f" | {text}"
             elif values := [inner["const"]] if "const" in inner else inner.get("enum"):
-                value = "(" + " | ".join(self._literal(text) for text in values) + ")"
+                choices = " | ".join(literal(text) for text in values)
+                value = f"{literal(before + kinds[0])} ({choices}) {end}"
             else:
                 unheld += [f"{where}: {key}: {k}" for k in sorted(inner.keys() - _TEXT_KEYS)]
-                value = "VALUE"
-            before, after = self._literal(tags[0] + key + tags[1]), self._literal(tags[2])
-            parts.append(f"({before} {value} {after}){'' if key in required else '?'}")
+                value = text
+            gap = f" {literal(marks.gap)}" if marks.gap else ""
+            parts.append(f"(({value}){gap}){'' if key in required else '?'}")
         if unheld and strict:
             problem = f"no answer can be held to {unheld[0][:200]!r}, and the schema is strict"
             raise RefusedError(f"{problem}; leave out one or the other", param)
         dropped += unheld
+        if marks.gap:
+            parts = [literal(marks.gap), *parts, f"({literal(marks.gap)})?"]
         return " ".join(parts) or '""'
 
     def _literal(self, text: str) -> str:
@@ -237,3 +259,23 @@ class Grammars:
         # A warning counts too: it names something that would be ignored.
         reason = problem.partition("JSON schema: ")[2] or problem
         return reason.partition("\n   1 |")[0][:200]
+
+
+def _text(end: str, never: str) -> str:
+    """The regular expression of text with this ``end`` that does ``never`` hold a mark."""
+    end, never = (re.escape(part).replace("/", "\\/") for part in (end, never))
+    return f"/{_ANYTHING}{end}/ & ~/{_ANYTHING}{never}{_ANYTHING}/"
+
+
+def _takes_text(schema: object) -> bool:
+    """Whether any text is a value of this schema, among others."""
+    schemas: object = [schema]
+    if isinstance(schema, dict) and schema.keys() - _NOTES == {"anyOf"}:
+        schemas = schema["anyOf"]
+    for inner in schemas if isinstance(schemas, list) else ():
+        if inner is True:
+            return True
+        types = inner.get("type", "string") if isinstance(inner, dict) else None
+        if isinstance(types, str | list) and "string" in types and not inner.keys() - _TEXT_KEYS:
+            return True
+    return False

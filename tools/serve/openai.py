@@ -96,7 +96,7 @@ class ChatRequest(OpenAIRequest):
     tools: requests.Tools | None = None
     tool_choice: requests.Choice | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Label | None = Field(None, description="`none` switches reasoning off")
+    reasoning_effort: Label | None = Field(None, description=requests.EFFORT)
     verbosity: Annotated[Label | None, requests.NO_SETTING] = None
     modalities: Annotated[list[Literal["text"]] | None, accepted("answers are text")] = None
     prediction: Annotated[Json | None, accepted("it changes only the speed")] = None

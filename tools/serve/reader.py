@@ -68,21 +68,25 @@ class Reader:
     def _parse(self) -> Iterator[ContentDelta | None]:
         """The deltas, and None where more text has to arrive."""
         marks = self._format
+        openings = () if marks is None else (marks.lead + marks.opening, marks.opening)
         while marks is None or (
-            self._either and not self._unread.startswith(marks.opening[: len(self._unread)])
+            self._either
+            and not any(self._unread.startswith(mark[: len(self._unread)]) for mark in openings)
         ):
             yield from self._text(len(self._unread))
             yield None
         while (position := self._unread.find(marks.opening)) < 0:
-            yield from self._text(len(self._unread) - overlap(self._unread, marks.opening))
+            held = max(overlap(self._unread, mark) for mark in openings)
+            yield from self._text(len(self._unread) - held)
             yield None
-        yield from self._text(position)
+        before = self._unread[:position].removesuffix(marks.lead)
+        yield from self._text(len(before))
         self._in_text = False
         yield from self._skip(marks.opening)
         while True:
             yield from self._skip(marks.head)
             if marks.tagged is not None:
-                yield from self._tagged(marks.tagged, marks.tail)
+                yield from self._tagged(marks, marks.tagged)
             else:
                 before, _, after = marks.middle.partition(INDEX)
                 name = yield from self._skip(before)
@@ -106,24 +110,33 @@ class Reader:
         before, self._unread = self._unread.split(literal, 1) if literal else ("", self._unread)
         return before
 
-    def _tagged(self, tags: tuple[str, str, str], tail: str) -> Iterator[ContentDelta | None]:
-        """Name and arguments of a call, to its ``tail``."""
-        name, written = "", 0
+    def _tagged(
+        self, marks: CallFormat, tags: tuple[str, str, str]
+    ) -> Iterator[ContentDelta | None]:
+        """Name and arguments of a call, to its tail."""
+        name, written, tail = "", 0, marks.tail
+        is_named = bool(marks.middle)
+        if is_named:
+            name = yield from self._skip(marks.middle)
+            yield ContentDelta("{", call=self.calls, name=name)
         while True:
             while tags[0] not in self._unread and tail not in self._unread:
                 yield None
             begins = {self._unread.find(mark): mark for mark in (tags[0], tail)}
             mark = begins[min(position for position in begins if position >= 0)]
             between = yield from self._skip(mark)
-            if not written:
-                name = between.strip()
+            if not is_named:
+                name, is_named = between.strip(), True
                 yield ContentDelta("{", call=self.calls, name=name)
             if mark == tail:
                 yield ContentDelta("}", call=self.calls)
                 return
             key = yield from self._skip(tags[1])
-            value = yield from self._skip(tags[2])
             is_text = key in self._texts.get(name, ())
+            if marks.kinds is not None:
+                kind = yield from self._skip(marks.kinds[0][-1])
+                is_text = marks.kinds[0].startswith(kind)
+            value = yield from self._skip(tags[2])
             shown = json.dumps(value, ensure_ascii=False) if is_text else value
             comma = ", " if written else ""
             written += 1

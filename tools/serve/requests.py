@@ -63,6 +63,7 @@ LABEL = accepted("a label")
 CACHED = accepted("every prefix is cached")
 TIER = accepted("there is one tier")
 REPLAYED = accepted("the model does not see it")
+EFFORT = "`none` switches reasoning off; DeepSeek-V4 also has `max`"
 NO_SETTING = accepted("the model has no such setting")
 DESCRIBED = accepted("a tool is described at once, by its schema")
 _REPLAYED = accepted("clients send back what others added")
@@ -111,6 +112,7 @@ class ToolCall(Model):
 
 
 _NAMED = accepted("no template uses it")
+REMINDER = "latest_reminder"  # the role of messages that DeepSeek-V4 alone knows
 
 
 class Message(Model):
@@ -133,7 +135,7 @@ class Message(Model):
 class PlainMessage(Message):
     content: Content
     role: Annotated[
-        Literal["system", "developer", "user"],
+        Literal["system", "developer", "user", "latest_reminder"],
         AfterValidator(lambda role: "system" if role == "developer" else role),
     ]
     name: Annotated[Label | None, _NAMED] = None
@@ -348,7 +350,8 @@ class Conversation:
     """What a request comes to: the answer to ``messages`` may call functions as ``policy`` says
     (None for no calls) and follows ``schema`` (None for plain text).  Where the template can switch
     reasoning, an ``effort`` of "none" switches it off and every other on (None for the model's own
-    way).  The answer is a new message, or it ``continues`` the text of the last one."""
+    way); DeepSeek-V4 reasons most at "max".  The answer is a new message, or it ``continues`` the
+    text of the last one."""
 
     messages: list[ChatMessage]
     policy: ToolPolicy | None = None

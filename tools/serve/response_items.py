@@ -44,7 +44,7 @@ class _OfCall(_Item):
 
 class InputMessage(_Item):
     type: Literal["message"] | None = None
-    role: Literal["user", "assistant", "system", "developer"]
+    role: Literal["user", "assistant", "system", "developer", "latest_reminder"]
     content: Parts
     phase: Annotated[Label | None, REPLAYED] = None
 
@@ -153,7 +153,7 @@ class TextConfig(requests.Model):
 
 
 class ReasoningConfig(requests.Model):
-    effort: Label | None = Field(None, description="`none` switches reasoning off")
+    effort: Label | None = Field(None, description=requests.EFFORT)
     summary: Annotated[Label | None, _SHOWN] = None
     generate_summary: Annotated[Label | None, _SHOWN] = None
     context: Annotated[Label | None, _SHOWN] = None
@@ -263,7 +263,8 @@ def messages_of(items: Iterable[Item]) -> list[requests.ChatMessage]:
             about: Json = {"tool_call_id": item.call_id, "content": item.output, "name": item.name}
             messages.append(requests.ToolMessage.model_construct(role="tool", **about))
         elif isinstance(item, InputMessage) and item.role != "assistant":
-            about = {"role": "system" if item.role in _SYSTEM else "user", "content": item.content}
+            about = {"role": "system" if item.role in _SYSTEM else item.role}
+            about["content"] = item.content
             messages.append(requests.PlainMessage.model_construct(**about))
         elif not (isinstance(item, FunctionCall) and messages and messages[-1].role == "assistant"):
             about = {"content": item.content if isinstance(item, InputMessage) else None}

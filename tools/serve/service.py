@@ -90,8 +90,9 @@ class Service:
         """The conversation as the model reads it.  Runs the template in a child process, so the
         event loop leaves it to a thread.  Raises ``RefusedError`` and ``ConfigError``."""
         self.check_length(sum(len(message.text) for message in chat.messages))
-        thinking = None if chat.effort is None else chat.effort != "none"
-        return self.dialect.prompt(chat.messages, chat.policy, chat.continues, thinking)
+        schema = None if chat.schema is None else chat.schema.definition
+        about = chat.policy, chat.continues, chat.effort, schema
+        return self.dialect.prompt(chat.messages, *about)
 
     async def chat_ids(self, chat: Conversation) -> list[int]:
         """Token ids of ``chat_text``."""

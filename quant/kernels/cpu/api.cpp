@@ -202,8 +202,8 @@ struct Added {
 };
 
 template <class Tiles>
-void mlp_rows(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, int64_t i, float offset, Added added,
-              float* y, Tiles tiles) {
+void mlp_rows(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, int64_t i, float offset, float limit,
+              Added added, float* y, Tiles tiles) {
     const int64_t in_blocks = up_to(h, kBlock), out_blocks = up_to(i, kBlock);
     for (int64_t pass = 0; pass < t; pass += kPassTokens) {
         const int64_t rows = t - pass < kPassTokens ? t - pass : kPassTokens;
@@ -220,7 +220,7 @@ void mlp_rows(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, in
             tiles(1, x_blocks, x_factor, rows, begin, end, up, i);
             const int64_t first = begin * kTile, n = (end * kTile < i ? end * kTile : i) - first;
             for (int64_t row = 0; row < rows; row++)
-                isa.silu_mul(gate + row * i + first, up + row * i + first, gate + row * i + first, n);
+                isa.silu_mul(gate + row * i + first, up + row * i + first, limit, gate + row * i + first, n);
         });
         if (rows > 1)
             job.parallel(rows, [&](int, int64_t begin, int64_t end) {
@@ -243,9 +243,9 @@ void mlp_rows(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, in
 
 }  // namespace
 
-// Gate [i, h], up [i, h], down [h, i], all int8 or all of one codec.
-void slotmoe::mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Matrix* w, const float* residual,
+void slotmoe::mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Mlp* mlp, const float* residual,
                   const float* others, float* y) {
+    const Matrix* w = mlp->matrix;
     const int64_t h = w[0].k, i = w[0].n;
     if (w[0].kind != kInt8) {
         const CodedMatrix coded[3] = {w[0].as_coded(), w[1].as_coded(), w[2].as_coded()};
@@ -253,18 +253,17 @@ void slotmoe::mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Mat
         const auto tiles = [&](int which, const ActBlock* b, const double* f, int64_t rows, int64_t begin, int64_t end,
                                float* o,
                                int64_t ld) { isa.coded_tiles(coded[which], fitted, b, f, rows, begin, end, o, ld); };
-        return mlp_rows(job, isa, x, t, h, i, fitted.offset, {residual, others}, y, tiles);
+        return mlp_rows(job, isa, x, t, h, i, fitted.offset, mlp->limit, {residual, others}, y, tiles);
     }
     const Int8Matrix tiled[3] = {w[0].as_int8(), w[1].as_int8(), w[2].as_int8()};
     const auto tiles = [&](int which, const ActBlock* b, const double* f, int64_t rows, int64_t begin, int64_t end,
                            float* o, int64_t ld) { isa.int8_tiles(tiled[which], b, f, rows, begin, end, o, ld); };
-    mlp_rows(job, isa, x, t, h, i, 0.0f, {residual, others}, y, tiles);
+    mlp_rows(job, isa, x, t, h, i, 0.0f, mlp->limit, {residual, others}, y, tiles);
 }
 
 // residual and others may be null, but others need a residual: see `Added`.
-EXPORT int slotmoe_mlp(const Matrix* w, const float* x, int64_t t, const float* residual, const float* others,
-                       float* y) {
-    if (t < 0 || !w[0].valid() || w[0].kind >= kF32 || (others && !residual)) return kBadArgument;
+EXPORT int slotmoe_mlp(const Mlp* w, const float* x, int64_t t, const float* residual, const float* others, float* y) {
+    if (t < 0 || !w->valid() || (others && !residual)) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         mlp(job, isa, x, t, w, residual, others, y);
         return kOk;
@@ -303,7 +302,7 @@ void experts_of_token(Job& job, const Isa& isa, const float* x, const uint8_t* c
             isa.coded_tiles(expert.gate, in_levels, x_blocks, x_factor, 1, first, last, gate + e * i, i);
             isa.coded_tiles(expert.up, in_levels, x_blocks, x_factor, 1, first, last, up + e * i, i);
             const int64_t row = first * kTile, count = (last * kTile < i ? last * kTile : i) - row;
-            isa.silu_mul(gate + e * i + row, up + e * i + row, gate + e * i + row, count);
+            isa.silu_mul(gate + e * i + row, up + e * i + row, record.limit, gate + e * i + row, count);
         }
     });
     // Expert by expert again: a thread reads long streams, and mostly activations that it has made itself.
@@ -398,7 +397,8 @@ void pass_experts(Job& job, const Isa& isa, const float* x, const Use* uses, con
             isa.coded_tiles(part.expert.gate, in_levels, blocks, x_factor + part.first, part.rows, first, last, g, i);
             isa.coded_tiles(part.expert.up, in_levels, blocks, x_factor + part.first, part.rows, first, last, u, i);
             const int64_t column = first * kTile, columns = (last * kTile < i ? last * kTile : i) - column;
-            for (int64_t at = column; at < part.rows * i; at += i) isa.silu_mul(g + at, u + at, g + at, columns);
+            for (int64_t at = column; at < part.rows * i; at += i)
+                isa.silu_mul(g + at, u + at, record.limit, g + at, columns);
         }
     });
     job.parallel(rows, [&](int, int64_t begin, int64_t end) {

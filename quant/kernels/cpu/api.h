@@ -57,10 +57,19 @@ struct Matrix {
     }
 };
 
+// Gate [i, h], up [i, h], down [h, i], all int8 or all of one codec.
+struct Mlp {
+    Matrix matrix[3];
+    float limit;  // of gate and up, see silu_mul
+
+    bool valid() const { return matrix[0].valid() && matrix[0].kind < kF32; }
+};
+
 // How the record of an expert is coded: gate and up [intermediate, hidden] alike, and down [hidden, intermediate].
 struct Record {
     int64_t hidden, intermediate, gate_up, down;    // kinds of matrices
     const float *gate_up_levels, *down_levels;      // [16]
+    float limit;                                    // of gate and up, see silu_mul
 
     bool valid() const {
         return hidden >= 1 && intermediate >= 1 && is_coded(gate_up) && is_coded(down) && finite(gate_up_levels) &&
@@ -102,7 +111,7 @@ struct Router {
 
 struct Layer {
     const Attention* attention;
-    const Matrix* mlp;  // gate, up, down of the dense MLP or the shared experts; null if there are none
+    const Mlp* mlp;  // the dense MLP or the shared experts; null if there are none
 };
 
 struct Model {
@@ -114,7 +123,7 @@ struct Model {
 // What entries of other files are made of. No argument is checked here.
 void attention(Job& job, const Isa& isa, const Attention& a, int64_t t, const float* h, const float* table,
                const float* query_scale, uint8_t* const* caches, int64_t stride, const int64_t* positions, float* y, float* x, float* logits);
-void mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Matrix* w, const float* residual,
+void mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Mlp* mlp, const float* residual,
          const float* others, float* y);
 // T tokens through those of their K experts, indices [t, k], that are in the slab (records `stride` bytes apart): slots
 // says where by expert; where it is negative the row of y [t, k, h] is left as it is. A row's arithmetic does not depend

@@ -19,6 +19,7 @@ constexpr int kTile = 16;      // rows of W that are computed together, one 32-b
 constexpr int kBlock = 64;     // columns that are stored together
 constexpr int kXBlock = 16;    // columns that share an activation scale
 constexpr int kXScales = kBlock / kXBlock;
+constexpr int kExponents = 0x0bc00000;  // bits of 1.5 * 2^23 less those of 1: see Lanes::load_exponent
 constexpr int kChunkRows = 64; // MLA: cache rows that are scored together
 
 // 64 activations of one token: x = q * scale * 2^e, with one e a token so that scales stay near 1.
@@ -31,13 +32,15 @@ struct ActBlock {
 
 // What a matrix is made of. A coded one is one of quant/codecs/codec.py; the digit is the bits of a
 // code.
-enum Kind : int64_t { kInt8 = 0, kNf4 = 1, kLut4 = 2, kLut3 = 3, kInt4 = 4, kF32 = 5, kF16 = 6, kBf16 = 7 };
-constexpr bool is_coded(int64_t kind) { return kind >= kNf4 && kind <= kInt4; }
+enum Kind : int64_t {
+    kInt8 = 0, kNf4 = 1, kLut4 = 2, kLut3 = 3, kInt4 = 4, kMxfp4 = 5, kF32 = 6, kF16 = 7, kBf16 = 8
+};
+constexpr bool is_coded(int64_t kind) { return kind >= kNf4 && kind <= kMxfp4; }
 
 // Bytes of a tile of a coded matrix of so many blocks.
 constexpr int64_t code_bytes(int64_t kind, int64_t blocks) { return blocks * (kind == kLut3 ? 384 : 512); }
 constexpr int64_t scale_bytes(int64_t kind, int64_t blocks) {
-    return kind == kInt4 ? blocks * 64 : blocks * 32 + (kind == kNf4 ? 0 : 64);
+    return kind == kInt4 ? blocks * 64 : blocks * 32 + (kind == kNf4 || kind == kMxfp4 ? 0 : 64);
 }
 
 // 16 levels of codes as integers: level = (q + offset) * step. Eight stand twice.
@@ -134,7 +137,7 @@ struct Isa {
     // One row; without a weight it is 1.
     void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
     void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t n, float eps, float* y);
-    void (*silu_mul)(const float* gate, const float* up, float* out, int64_t n);  // out may be gate
+    void (*silu_mul)(const float* gate, const float* up, float limit, float* out, int64_t n);  // out may be gate
     void (*weighted_sum)(const float* outs, const float* weights, int64_t k, int64_t ld, int64_t begin, int64_t end,
                          float* y);
 

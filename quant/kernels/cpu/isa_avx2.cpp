@@ -69,6 +69,19 @@ struct Lanes {
         return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
                 _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
     }
+    static __m256 exponent(__m128i bytes) {
+        const __m256i shifted = _mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23);
+        return _mm256_castsi256_ps(_mm256_add_epi32(shifted, _mm256_set1_epi32(kExponents)));
+    }
+    // 1.5 * 2^23 times 2^(byte - 127), for bytes up to 231: what `times` adds an integer to the last places of.
+    static F load_exponent(const uint8_t* p) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return {exponent(bytes), exponent(_mm_srli_si128(bytes, 8))};
+    }
+    static __m256 times(__m256i v, __m256 exponent) {
+        return _mm256_sub_ps(_mm256_castsi256_ps(_mm256_add_epi32(v, _mm256_castps_si256(exponent))), exponent);
+    }
+    static F times(I v, F exponent) { return {times(v.a, exponent.a), times(v.b, exponent.b)}; }  // exact for |v| < 2^22
     static void store_half(uint16_t* p, F v) {
         __m128i* h = reinterpret_cast<__m128i*>(p);
         _mm_storeu_si128(h, _mm256_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

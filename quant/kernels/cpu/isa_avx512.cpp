@@ -68,6 +68,14 @@ struct Lanes {
     static F load_int8(const int8_t* p) {
         return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
     }
+    // 1.5 * 2^23 times 2^(byte - 127), for bytes up to 231: what `times` adds an integer to the last places of.
+    static F load_exponent(const uint8_t* p) {
+        const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(wide, 23), _mm512_set1_epi32(kExponents)));
+    }
+    static F times(I v, F exponent) {  // exact for |v| < 2^22
+        return _mm512_sub_ps(_mm512_castsi512_ps(_mm512_add_epi32(v, _mm512_castps_si512(exponent))), exponent);
+    }
     static void store_half(uint16_t* p, F v) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                             _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -87,6 +87,22 @@ struct Lanes {
         return to_float({{vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)),
                           vmovl_high_s16(high)}});
     }
+    // 1.5 * 2^23 times 2^(byte - 127), for bytes up to 231: what `times` adds an integer to the last places of.
+    static F load_exponent(const uint8_t* p) {
+        const uint8x16_t q = vld1q_u8(p);
+        const uint16x8_t low = vmovl_u8(vget_low_u8(q)), high = vmovl_high_u8(q);
+        const uint32x4_t wide[] = {vmovl_u16(vget_low_u16(low)), vmovl_high_u16(low), vmovl_u16(vget_low_u16(high)),
+                                   vmovl_high_u16(high)};
+        return floats([&](int i) {
+            return vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32(wide[i], 23), vdupq_n_u32(kExponents)));
+        });
+    }
+    static F times(const I& v, const F& exponent) {  // exact for |v| < 2^22
+        return floats([&](int i) {
+            const int32x4_t sum = vaddq_s32(v.v[i], vreinterpretq_s32_f32(exponent.v[i]));
+            return vsubq_f32(vreinterpretq_f32_s32(sum), exponent.v[i]);
+        });
+    }
     static void store_half(uint16_t* p, const F& a) {
         for (int i = 0; i < 4; i++) vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(a.v[i])));
     }

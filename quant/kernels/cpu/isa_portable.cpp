@@ -95,6 +95,26 @@ struct Lanes {
         return r;
     }
     static F load_int8(const int8_t* p) { F r; for (int i = 0; i < 16; i++) r.v[i] = float(p[i]); return r; }
+    // 1.5 * 2^23 times 2^(byte - 127), for bytes up to 231: what `times` adds an integer to the last places of.
+    static F load_exponent(const uint8_t* p) {
+        F r;
+        for (int i = 0; i < 16; i++) {
+            const uint32_t bits = (uint32_t(p[i]) << 23) + kExponents;
+            memcpy(&r.v[i], &bits, 4);
+        }
+        return r;
+    }
+    static F times(const I& a, F exponent) {  // exact for |a| < 2^22
+        for (int i = 0; i < 16; i++) {
+            uint32_t bits;
+            float sum;
+            memcpy(&bits, &exponent.v[i], 4);
+            bits += uint32_t(a.v[i]);
+            memcpy(&sum, &bits, 4);
+            exponent.v[i] = sum - exponent.v[i];
+        }
+        return exponent;
+    }
     static void store_half(uint16_t* p, const F& a) { for (int i = 0; i < 16; i++) p[i] = to_half(a.v[i]); }
 
     static F pick(const float* levels, const int32_t* code) {

@@ -1,7 +1,8 @@
 // Quantized matrix times rows of activations. The integers are exact; the floats follow one order for one row and for
 // many:
 //   sum over blocks of scale * (((d0 s0 + d1 s1) + d2 s2) + d3 s3), d = int32 dot of 16 columns, s = x's scale,
-// where a block has 64 columns, or 32 with two terms.
+// where a block has 64 columns, or 32 with two terms. Scales that are powers of two multiply each d instead, which is
+// exact, and a block has 64 columns with the scales of two halves.
 //
 // Shapes: W tiles of 16 rows; x blocks [B, T]; y [T, ldy].
 namespace slotmoe {
@@ -28,23 +29,29 @@ inline void prefetch_lines(const void* p, bool past) {
 // Scales of 64 or 32 columns in fp16, or of 32 in 8 bits: kParts of a block's 64 columns.
 template <int Parts>
 struct HalfScales {
-    static constexpr int kParts = Parts, kBytes = 2 * kTile * Parts;  // of a block
+    static constexpr int kParts = Parts, kSums = Parts, kBytes = 2 * kTile * Parts;  // of a block
     static F load(const uint8_t* p, int part) {
         return Lanes::load_half(reinterpret_cast<const uint16_t*>(p) + kTile * part);
     }
     static constexpr int kRows = 0;  // bytes of factors of rows that come first
 };
 struct ByteScales {
-    static constexpr int kParts = 2, kBytes = 2 * kTile;
+    static constexpr int kParts = 2, kSums = 2, kBytes = 2 * kTile;
     static F load(const uint8_t* p, int part) {
         return Lanes::load_int8(reinterpret_cast<const int8_t*>(p) + 16 * part);
     }
     static constexpr int kRows = 64;
 };
+// Of 32 in 8 bits that are a float's exponent. One multiplication less than 64 columns with a scale of their own take.
+struct ExponentScales {
+    static constexpr int kParts = 2, kSums = 1, kBytes = 2 * kTile;
+    static F load(const uint8_t* p, int part) { return Lanes::load_exponent(p + 16 * part); }
+    static constexpr int kRows = 0;
+};
 
 template <int Bits, class Scales>
 struct CodedTile {
-    static constexpr int kBytes = 128 * Bits, kParts = Scales::kParts;
+    static constexpr int kBytes = 128 * Bits, kParts = Scales::kParts, kSums = Scales::kSums;
     const uint8_t *codes, *scales;
     Lanes::Table table;
     bool past;  // past_l2()
@@ -56,7 +63,12 @@ struct CodedTile {
             Lanes::lookup3(codes + 192 * (t / 4), t % 4, table, first, second);
     }
     F scale(int part) const { return Scales::load(scales, part); }
-    static F accumulate(F total, F sum, F scale) { return Lanes::fma(sum, scale, total); }
+    static F number(const Lanes::I& dot, F scale) {
+        return kSums < kParts ? Lanes::times(dot, scale) : Lanes::to_float(dot);
+    }
+    static F accumulate(F total, F sum, F scale) {
+        return kSums < kParts ? Lanes::add(total, sum) : Lanes::fma(sum, scale, total);
+    }
     void prefetch() const {
         prefetch_lines<kBytes>(codes + kPrefetch, past);
         prefetch_lines<1>(scales + kPrefetch / kBytes * Scales::kBytes, past);
@@ -65,7 +77,7 @@ struct CodedTile {
 };
 
 struct Int8Tile {
-    static constexpr int kBytes = 1024, kParts = 1;
+    static constexpr int kBytes = 1024, kParts = 1, kSums = 1;
     const int8_t* packed;
     bool past;  // past_l2()
 
@@ -73,14 +85,17 @@ struct Int8Tile {
         first = Lanes::weights(packed + 128 * t), second = Lanes::weights(packed + 128 * t + 64);
     }
     F scale(int) const { return Lanes::zero(); }  // its scale is per row, applied at the end
+    static F number(const Lanes::I& dot, F) { return Lanes::to_float(dot); }
     static F accumulate(F total, F sum, F) { return Lanes::add(total, sum); }
     void prefetch() const { prefetch_lines<kBytes>(packed + kPrefetch, past); }
     void next() { packed += kBytes; }
 };
 
-// The parts of kXBlock columns that share a weight's scale.
+// The parts of kXBlock columns that are summed up before `accumulate`, and those that share a weight's scale.
 template <class Tile>
-constexpr int kShare = kXScales / Tile::kParts;
+constexpr int kShare = kXScales / Tile::kSums;
+template <class Tile>
+constexpr int kOfScale = kXScales / Tile::kParts;
 
 // Where the registers hold it, four sums of products go on side by side, and become floats when the next block's weights
 // have been looked up: what waits for a result before it holds an entry of the schedulers.
@@ -92,12 +107,13 @@ inline F one_token(Tile tile, const ActBlock* x, int64_t blocks) {
     Lanes::I dots[kXScales] = {};
     const auto add = [&](const ActBlock& block) {
 #pragma GCC unroll 2
-        for (int part = 0; part < Tile::kParts; part++) {
+        for (int part = 0; part < Tile::kSums; part++) {
             constexpr int share = kShare<Tile>;
-            F sum = Lanes::mul(Lanes::to_float(dots[part * share]), Lanes::broadcast(block.scale[part * share]));
+            const auto number = [&](int j) { return Tile::number(dots[j], scales[j / kOfScale<Tile>]); };
+            F sum = Lanes::mul(number(part * share), Lanes::broadcast(block.scale[part * share]));
 #pragma GCC unroll 4
             for (int j = part * share + 1; j < (part + 1) * share; j++)
-                sum = Lanes::fma(Lanes::to_float(dots[j]), Lanes::broadcast(block.scale[j]), sum);
+                sum = Lanes::fma(number(j), Lanes::broadcast(block.scale[j]), sum);
             total = Tile::accumulate(total, sum, scales[part]);
         }
     };
@@ -155,7 +171,7 @@ inline void add_block(const W (*w)[16], const F (*scale)[Tile::kParts], const Ac
             const F s = Lanes::broadcast(x[i].scale[j]);
 #pragma GCC unroll 2
             for (int a = 0; a < Tiles; a++) {
-                const F d = Lanes::to_float(dots[a][i]);
+                const F d = Tile::number(dots[a][i], scale[a][j / kOfScale<Tile>]);
                 sums[a][i] = j % kShare<Tile> == 0 ? Lanes::mul(d, s) : Lanes::fma(d, s, sums[a][i]);
             }
         }
@@ -165,8 +181,8 @@ inline void add_block(const W (*w)[16], const F (*scale)[Tile::kParts], const Ac
 #pragma GCC unroll 4
             for (int i = 0; i < Tokens; i++) {
                 float* total = totals + (a * kTokens + i) * kTile;
-                const F of_part = scale[a][j / kShare<Tile>];
-                Lanes::store(total, Tile::accumulate(Lanes::load(total), sums[a][i], of_part));
+                const F of_sum = scale[a][j / kShare<Tile>];
+                Lanes::store(total, Tile::accumulate(Lanes::load(total), sums[a][i], of_sum));
             }
     }
 }
@@ -261,6 +277,7 @@ void coded_tiles(const CodedMatrix& w, const Levels& levels, const ActBlock* x, 
                  int64_t begin, int64_t end, float* y, int64_t ldy) {
     if (w.kind == kNf4) return coded_tiles_of<4, HalfScales<1>>(w, levels, x, factor, t, begin, end, y, ldy);
     if (w.kind == kInt4) return coded_tiles_of<4, HalfScales<2>>(w, levels, x, factor, t, begin, end, y, ldy);
+    if (w.kind == kMxfp4) return coded_tiles_of<4, ExponentScales>(w, levels, x, factor, t, begin, end, y, ldy);
     if (w.kind == kLut4) return coded_tiles_of<4, ByteScales>(w, levels, x, factor, t, begin, end, y, ldy);
     coded_tiles_of<3, ByteScales>(w, levels, x, factor, t, begin, end, y, ldy);
 }

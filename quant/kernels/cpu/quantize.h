@@ -154,6 +154,11 @@ inline void load_scales(const CodedMatrix& w, int64_t tile, int64_t b, float (*s
             Lanes::store(scales[half], Lanes::load_half(of_block + kTile * (half % parts)));
         return;
     }
+    if (w.kind == kMxfp4) {
+        for (int half = 0; half < 2; half++)
+            Lanes::store(scales[half], Lanes::times(Lanes::start(1), Lanes::load_exponent(p + 32 * b + 16 * half)));
+        return;
+    }
     const typename Lanes::F rows = Lanes::load(reinterpret_cast<const float*>(p));
     for (int half = 0; half < 2; half++)
         Lanes::store(scales[half], Lanes::mul(rows, Lanes::load_int8(reinterpret_cast<const int8_t*>(p) + 64 +

@@ -24,6 +24,7 @@ from torch import Tensor
 
 DTYPES = {
     **{"f16": torch.float16, "f32": torch.float32, "f64": torch.float64, "c64": torch.complex64},
+    "f8_e8m0": torch.float8_e8m0fnu,
     **{"u8": torch.uint8, "i8": torch.int8, "i32": torch.int32, "i64": torch.int64},
 }
 SOURCE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # `Source` of isa.h

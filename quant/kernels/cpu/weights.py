@@ -21,8 +21,8 @@ from slotmoe.quant.kernels.cpu.signatures import INT8, SOURCE_TYPES, Bound, tens
 from slotmoe.quant.shapes import latent_bytes, record_bytes
 from slotmoe.quant.weights import Weight
 
-# Kinds of a native matrix beside `KINDS`, which are coded; a dense one is 5 + its source type.
-_INT8, _DENSE = 0, 5
+# Kinds of a native matrix beside `KINDS`, which are coded; a dense one is 6 + its source type.
+_INT8, _DENSE = 0, 6
 _SCORINGS = "softmax", "sigmoid", "sqrtsoftplus"  # `Scoring` of api.h
 
 
@@ -49,7 +49,7 @@ class _Matrix(ctypes.Structure):
 
 
 class _Mlp(ctypes.Structure):
-    _fields_ = _fields(_Matrix, "gate up down")
+    _fields_ = [*_fields(_Matrix, "gate up down"), ("limit", ctypes.c_float)]
 
 
 class _Attention(ctypes.Structure):
@@ -89,6 +89,7 @@ class _Record(ctypes.Structure):
     _fields_ = [
         *_fields(ctypes.c_int64, "hidden intermediate gate_up down"),
         *_fields(ctypes.c_void_p, "gate_up_levels down_levels"),
+        ("limit", ctypes.c_float),
     ]
 
 
@@ -163,14 +164,14 @@ def _fit(**matrices: tuple[Matrix | None, tuple[int, int]]) -> list[_Matrix]:
 
 class Mlp(Bound):
     """The matrices of down(silu(gate x) * up x), gate and up [I, H], down [H, I]: all int8, or all
-    of one codec."""
+    of one codec.  `limit` as for backends."""
 
-    def __init__(self, gate: Matrix, up: Matrix, down: Matrix) -> None:
+    def __init__(self, gate: Matrix, up: Matrix, down: Matrix, limit: float = 0.0) -> None:
         rows, columns = gate.shape
         natives = _fit(gate=(gate, gate.shape), up=(up, gate.shape), down=(down, (columns, rows)))
         if not gate.coded or not gate.like(up) or not gate.like(down):
             raise ValueError("the matrices of an MLP must be all int8, or all of one codec")
-        super().__init__(_Mlp(*natives), {"H": columns}, gate, up, down)
+        super().__init__(_Mlp(*natives, limit), {"H": columns}, gate, up, down)
 
 
 class AttentionLayer(Bound):
@@ -223,14 +224,21 @@ def _bound(weight: Weight | Matrix | None) -> Matrix | None:
 
 class ExpertRecord(Bound):
     """How the records of experts are coded, [I, H] by I and H = `hidden`, with levels float32 [2,
-    16]: those of gate and up, and of down.  Raises `ValueError`."""
+    16]: those of gate and up, and of down; `limit` as for backends.  Raises `ValueError`."""
 
-    def __init__(self, hidden: int, intermediate: int, codecs: ExpertCodecs, levels: Tensor):
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        codecs: ExpertCodecs,
+        levels: Tensor,
+        limit: float = 0.0,
+    ):
         if not 1 <= hidden < 2**31 or not 1 <= intermediate < 2**31:
             raise ValueError(f"experts are {intermediate} by {hidden}, expected at least 1")
         tensor_spec("levels:f32[2,16]").check(levels, {})
         kinds, starts = [codec.kind for codec in codecs], [row.data_ptr() for row in levels]
-        native = _Record(hidden, intermediate, *kinds, *starts)
+        native = _Record(hidden, intermediate, *kinds, *starts, limit)
         self.record_bytes = record_bytes(hidden, intermediate, codecs)
         self._slab: Slab | None = None  # of the last call
         super().__init__(native, {"H": hidden}, levels)

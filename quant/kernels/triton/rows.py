@@ -20,7 +20,8 @@ NF4 = tl.constexpr(1)
 LUT4 = tl.constexpr(2)
 LUT3 = tl.constexpr(3)
 INT4 = tl.constexpr(4)
-DENSE = tl.constexpr(5)  # row-major float32 or bfloat16
+MXFP4 = tl.constexpr(5)
+DENSE = tl.constexpr(6)  # row-major float32 or bfloat16
 NONE = tl.constexpr(-1)  # no weights
 BLOCKS = tl.constexpr(8)  # blocks of 64 columns that a program takes at a time of codes
 
@@ -30,6 +31,15 @@ def silu(x):
     """Without an exponential that overflows."""
     e = tl.exp(-tl.abs(x))
     return x * tl.where(x >= 0, 1.0, e) / (1 + e)
+
+
+@triton.jit
+def swiglu(gate, up, LIMIT: tl.constexpr):
+    """silu(gate) * up; a LIMIT that is not 0 is the most of both, its negative the least of up."""
+    if LIMIT > 0:  # NaN stays
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    return silu(gate) * up
 
 
 @triton.jit
@@ -69,7 +79,7 @@ def _levels(bytes_ptr, words, j: tl.constexpr, KIND: tl.constexpr):
 @triton.jit
 def row_factors(scales_ptr, tile, blocks, lane, KIND: tl.constexpr):
     """What all scales of a tile's rows are multiplied by, float32."""
-    if (KIND == NF4) | (KIND == INT4):
+    if (KIND != LUT4) & (KIND != LUT3):
         factors = 1.0
     else:
         tile_ptr = scales_ptr.to(tl.pointer_type(tl.float32)) + tile * (blocks + 2) * 8
@@ -86,10 +96,24 @@ def stored_scales(scales_ptr, tile, block, half, blocks, lane, valid, KIND: tl.c
     elif KIND == INT4:
         tile_ptr = scales_ptr.to(tl.pointer_type(tl.float16)) + (tile * blocks + block) * 32
         scales = tl.load(tile_ptr + half * 16 + lane, mask=valid, other=0.0)
+    elif KIND == MXFP4:
+        tile_ptr = scales_ptr.to(tl.pointer_type(tl.uint8)) + (tile * blocks + block) * 32
+        scales = tl.load(tile_ptr + half * 16 + lane, mask=valid, other=0)
     else:
         tile_ptr = scales_ptr.to(tl.pointer_type(tl.int8)) + tile * (blocks + 2) * 32
         scales = tl.load(tile_ptr + 64 + block * 32 + half * 16 + lane, mask=valid, other=0)
     return scales
+
+
+@triton.jit
+def scale_numbers(stored, KIND: tl.constexpr):
+    """Float32 of ``stored_scales``; a program waits for these here, not where it loads them."""
+    if KIND == MXFP4:  # the byte is a float's exponent; the first of them is denormal
+        bits = tl.maximum(stored.to(tl.int32) << 23, 1 << 22)
+        numbers = bits.to(tl.float32, bitcast=True)
+    else:
+        numbers = stored.to(tl.float32)
+    return numbers
 
 
 @triton.jit
@@ -127,7 +151,7 @@ def _coded_rows(
                 squares += x * x
                 x *= tl.load(g_ptr + column, mask=column < K, other=0.0)
             part = tl.fma(_levels(bytes_ptr, words, j, KIND), x[:, None], part)
-        total = tl.fma(part, scale.to(tl.float32) * rows, total)
+        total = tl.fma(part, scale_numbers(scale, KIND) * rows, total)
         words, scale = ahead
     return tl.sum(total, 0), tl.sum(squares, 0)
 
@@ -212,7 +236,7 @@ def linear(
 @triton.jit
 def gate_up(
     x_ptr, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, levels_ptr, y_ptr, tile, N, K,
-    KIND: tl.constexpr, COLUMNS: tl.constexpr = 512,
+    KIND: tl.constexpr, LIMIT: tl.constexpr, COLUMNS: tl.constexpr = 512,
 ):  # fmt: skip
     """One tile of y [N] = silu(gate x) * (up x), that of the program where it is None."""
     if tile is None:
@@ -222,7 +246,7 @@ def gate_up(
     )
     up, _ = _rows(x_ptr, x_ptr, up_ptr, up_scale_ptr, levels_ptr, tile, N, K, KIND, False, COLUMNS)
     n = tile * 16 + tl.arange(0, 16)
-    tl.store(y_ptr + n, silu(gate) * up, mask=n < N)
+    tl.store(y_ptr + n, swiglu(gate, up, LIMIT), mask=n < N)
 
 
 # The experts of one token, in two launches: the shared expert's programs come first, then those of
@@ -237,7 +261,7 @@ def experts_gate_up(
     record_bytes, up_at, gate_scales_at, up_scales_at,
     gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, shared_levels_ptr, shared_y_ptr, SHARED_N,
     first,
-    KIND: tl.constexpr, SHARED: tl.constexpr, COLUMNS: tl.constexpr,
+    KIND: tl.constexpr, SHARED: tl.constexpr, LIMIT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """shared_y [SHARED_N] and, of the experts that have a slot, y [TOP_K, N]: each silu(gate x) *
     (up x).  ``indices`` [TOP_K] are the experts, ``slots`` [E] the rows of their records; SHARED is
@@ -248,7 +272,7 @@ def experts_gate_up(
         if SHARED != NONE:
             gate_up(
                 x_ptr, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, shared_levels_ptr,
-                shared_y_ptr, program, SHARED_N, D, SHARED, COLUMNS,
+                shared_y_ptr, program, SHARED_N, D, SHARED, LIMIT, COLUMNS,
             )  # fmt: skip
     else:
         rank, tile = (program - shared_tiles) // tiles, (program - shared_tiles) % tiles
@@ -257,7 +281,7 @@ def experts_gate_up(
             record_ptr = slab_ptr + slot.to(tl.int64) * record_bytes
             gate_up(
                 x_ptr, record_ptr, record_ptr + gate_scales_at, record_ptr + up_at,
-                record_ptr + up_scales_at, levels_ptr, y_ptr + rank * N, tile, N, D, KIND,
+                record_ptr + up_scales_at, levels_ptr, y_ptr + rank * N, tile, N, D, KIND, LIMIT,
             )  # fmt: skip
 
 

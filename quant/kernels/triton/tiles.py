@@ -18,8 +18,9 @@ from slotmoe.quant.kernels.triton.rows import (
     code_shift,
     code_words,
     row_factors,
-    silu,
+    scale_numbers,
     stored_scales,
+    swiglu,
 )
 
 
@@ -47,7 +48,7 @@ def _weights(w_ptr, scale_ptr, levels_ptr, n, start, N, K, KIND: tl.constexpr, B
         words = code_words(w_ptr, (tile * blocks + block) * 8 + word, lane, valid, KIND)
         codes = (words[:, :, None] >> code_shift(eight, KIND)[None, None, :]) & MASK
         scales = stored_scales(scale_ptr, tile, block, word // 4, blocks, lane, valid, KIND)
-        w = tl.load(levels_ptr + codes) * scales.to(tl.float32)[:, :, None]
+        w = tl.load(levels_ptr + codes) * scale_numbers(scales, KIND)[:, :, None]
         w = tl.reshape(w, [BN, 64])
     else:
         k = start + tl.arange(0, 64)
@@ -88,11 +89,11 @@ def _product(
 @triton.jit
 def _gate_up(
     x_ptr, row, valid, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, levels_ptr, n, N, K,
-    KIND: tl.constexpr, WIDEN: tl.constexpr,
+    KIND: tl.constexpr, LIMIT: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     gate = _product(x_ptr, row, valid, gate_ptr, gate_scale_ptr, levels_ptr, n, N, K, KIND, WIDEN)
     up = _product(x_ptr, row, valid, up_ptr, up_scale_ptr, levels_ptr, n, N, K, KIND, WIDEN)
-    return _rounded(silu(gate) * up, WIDEN).to(tl.bfloat16)
+    return _rounded(swiglu(gate, up, LIMIT), WIDEN).to(tl.bfloat16)
 
 
 @triton.jit
@@ -117,14 +118,15 @@ def linear(
 @triton.jit(do_not_specialize=["T"])
 def gate_up(
     x_ptr, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, levels_ptr, y_ptr, T, N, K,
-    KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr,
+    KIND: tl.constexpr, LIMIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """y bfloat16 [T, N] = silu(gate x) * (up x)."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     t = tl.program_id(1) * BM + tl.arange(0, BM)
     y = _gate_up(
         x_ptr, t, t < T, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, levels_ptr, n, N, K,
-        KIND, WIDEN,
+        KIND, LIMIT, WIDEN,
     )  # fmt: skip
     _store(y_ptr, t, t < T, n, N, y)
 
@@ -147,7 +149,7 @@ def _group_of(starts_ptr, tile, G, GROUPS: tl.constexpr, BM: tl.constexpr):
 @triton.jit(do_not_specialize=["G"])
 def experts_gate_up(
     x_ptr, order_ptr, TOP_K, starts_ptr, slots_ptr, G, slab_ptr, levels_ptr, y_ptr, N, K,
-    record_bytes, up_at, gate_scales_at, up_scales_at, KIND: tl.constexpr,
+    record_bytes, up_at, gate_scales_at, up_scales_at, KIND: tl.constexpr, LIMIT: tl.constexpr,
     GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """y bfloat16 [T * TOP_K, N] = silu(gate x) * (up x), in groups of uses of one expert.
@@ -165,7 +167,7 @@ def experts_gate_up(
         token = tl.load(order_ptr + row, mask=valid, other=0) // TOP_K
         y = _gate_up(
             x_ptr, token, valid, gate_ptr, gate_ptr + gate_scales_at, gate_ptr + up_at,
-            gate_ptr + up_scales_at, levels_ptr, n, N, K, KIND, WIDEN,
+            gate_ptr + up_scales_at, levels_ptr, n, N, K, KIND, LIMIT, WIDEN,
         )  # fmt: skip
         _store(y_ptr, row, valid, n, N, y)
 

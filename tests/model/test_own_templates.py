@@ -1,0 +1,133 @@
+"""Our own chat templates write what public tests of the formats expect, character for character:
+``chats/NAME.json`` has the conversation and its source, ``chats/NAME.txt`` the text."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from slotmoe.model.own_templates import own_template
+from slotmoe.model.tokenizer import Tokenizer
+from tests.support.served import deepseek_files
+
+CHATS = Path(__file__).with_name("chats")
+V32, V4 = "DeepseekV32ForCausalLM", "DeepseekV4ForCausalLM"
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # noqa: RUF001
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"  # noqa: RUF001
+HELLO = {"role": "user", "content": "Hello"}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
+FORMAT = "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
+FORMAT += json.dumps(SCHEMA)
+# As DeepSeek's encoders of V4-Flash and V4-Pro of April 2026 have it for "max".
+ABSOLUTE = (
+    "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
+    "You MUST be very thorough in your thinking and comprehensively decompose the problem to "
+    "resolve the root cause, rigorously stress-testing your logic against all potential paths, "
+    "edge cases, and adversarial scenarios.\n"
+    "Explicitly write out your entire deliberation process, documenting every intermediate step, "
+    "considered alternative, and rejected hypothesis to ensure absolutely no assumption is left "
+    "unchecked.\n\n"
+)
+
+pytestmark = pytest.mark.usefixtures("processes")
+
+
+@pytest.fixture(scope="module")
+def tokenizers(processes, tmp_path_factory):
+    folder = deepseek_files(tmp_path_factory.mktemp("tokenizer"))
+    return {kind: Tokenizer(folder, 0, own_template=own_template(kind)) for kind in (V32, V4)}
+
+
+@pytest.fixture
+def v4(tokenizers):
+    return tokenizers[V4]
+
+
+@pytest.fixture
+def v32(tokenizers):
+    return tokenizers[V32]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CHATS.glob("*.json")))
+def test_public_chats(name, tokenizers):
+    given = json.loads((CHATS / f"{name}.json").read_text(encoding="utf-8"))
+    expected = (CHATS / f"{name}.txt").read_text(encoding="utf-8").removesuffix("\n")
+    tokenizer = tokenizers[V32 if name.startswith("v3.2") else V4]
+    written = tokenizer.chat(given["messages"], given.get("tools"), effort=given["effort"])
+    assert written == expected
+
+
+def test_efforts(v4, v32):
+    asked = f"{USER}Hello{ASSISTANT}"
+    prefixes = {None: "", "none": "", "low": "", "high": "", "xhigh": ABSOLUTE, "max": ABSOLUTE}
+    for effort, prefix in prefixes.items():
+        mark = "</think>" if effort == "none" else "<think>"
+        assert v4.chat([HELLO], effort=effort) == f"{BOS}{prefix}{asked}{mark}"
+    for effort, mark in {None: "</think>", "none": "</think>", "max": "<think>"}.items():
+        assert v32.chat([HELLO], effort=effort) == f"{BOS}{asked}{mark}"
+    assert v4.reasoning.is_begun(v4.chat([HELLO])) and not v32.reasoning.is_begun(v32.chat([HELLO]))
+
+
+def test_a_schema_is_told_in_the_first_system_message(v4, v32):
+    system = {"role": "system", "content": "Be brief."}
+    for tokenizer, mark in ((v4, "<think>"), (v32, "</think>")):
+        end = f"{USER}Hello{ASSISTANT}{mark}"
+        assert tokenizer.chat([HELLO], schema=SCHEMA) == f"{BOS}{FORMAT}{end}"
+        asked = tokenizer.chat([system, HELLO, system], schema=SCHEMA)
+        assert asked.startswith(f"{BOS}Be brief.{FORMAT}{USER}Hello")
+        assert asked.count(FORMAT) == 1
+
+
+def test_v4_writes_results_and_what_the_user_says_then_as_one_message(v4):
+    call = {"function": {"name": "f", "arguments": {}}}
+    messages = [
+        HELLO,
+        {"role": "assistant", "content": "So.", "reasoning_content": "Hm", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+        {"role": "tool", "content": "2"},
+        {"role": "user", "content": "Go on"},
+        {"role": "user", "content": "now"},
+    ]
+    said = (
+        'So.\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n\n</｜DSML｜invoke>\n'  # noqa: RUF001
+        f"</｜DSML｜tool_calls>{EOS}"  # noqa: RUF001
+    )
+    results = "<tool_result>1</tool_result>\n\n<tool_result>2</tool_result>\n\nGo on\n\nnow"
+    end = f"{USER}{results}{ASSISTANT}<think>"
+    # Without tools the reasoning of earlier turns is dropped, with tools it is kept.
+    dropped = f"{BOS}{USER}Hello{ASSISTANT}</think>{said}{end}"
+    assert v4.chat(messages) == dropped
+    tools = [{"function": {"name": "f"}}]
+    assert v4.chat(messages, tools).endswith(f"{USER}Hello{ASSISTANT}<think>Hm</think>{said}{end}")
+    assert v4.chat(messages, effort="none") == dropped.replace("<think>", "</think>")
+
+
+def test_v4_answers_also_after_system_messages_and_reminders(v4):
+    # The encoder has no beginning of an answer here, or one before the reminder.
+    for role, mark in {"system": "", "latest_reminder": "<｜latest_reminder｜>"}.items():  # noqa: RUF001
+        written = v4.chat([HELLO, {"role": role, "content": "Now."}])
+        assert written == f"{BOS}{USER}Hello{mark}Now.{ASSISTANT}<think>"
+
+
+def test_an_answer_that_has_begun_goes_on(v4, v32):
+    begun = [HELLO, {"role": "assistant", "content": "Yes, "}]
+    for tokenizer, effort, mark in (
+        (v4, None, "<think></think>"), (v4, "none", "</think>"), (v32, None, "</think>"),
+    ):  # fmt: skip
+        written = tokenizer.chat(begun, begun=True, effort=effort)
+        assert written == f"{BOS}{USER}Hello{ASSISTANT}{mark}Yes, "
+
+
+def test_developers_of_earlier_turns_are_dropped_with_the_reasoning(v4, v32):
+    developer = {"role": "developer", "content": "Be brief."}
+    assert v4.chat([developer, HELLO]) == f"{BOS}{USER}Hello{ASSISTANT}<think>"
+    kept = v4.chat([developer, HELLO], effort="none")
+    assert kept == f"{BOS}{USER}Be brief.{USER}Hello{ASSISTANT}</think>"
+    assert v32.chat([developer, HELLO], effort="high") == f"{BOS}{USER}Hello{ASSISTANT}<think>"
+
+
+def test_a_template_of_the_model_wins(v4, tmp_path):
+    folder = deepseek_files(tmp_path)
+    (folder / "chat_template.jinja").write_text("its own")
+    assert Tokenizer(folder, 0, own_template=own_template(V4)).chat([HELLO]) == "its own"
+    assert own_template("DeepseekV3ForCausalLM") is None
