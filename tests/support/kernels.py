@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from slotmoe.border import Geometry, Layer, Router
+from slotmoe.border import Geometry, Layer, Mla, Router
 from slotmoe.quant.backends.base import new
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, LUT3, LUT4, MXFP4, NF4
 from slotmoe.quant.codecs.weight import levels_of
@@ -164,7 +164,9 @@ def bound_layer(arguments, constants, halves=False):
     """An ``AttentionLayer``; with a part of a second query's, ``query`` is the first of two."""
     sizes, input_norm, query, query_norm, query_b, *rest = arguments
     queries = (query, None) if query_norm is None and query_b is None else (None, query)
-    layer = Layer(input_norm, *queries, query_norm, query_b, *rest, None)
+    latent, latent_norm, kv_b, out, next_norm, gate, gate_bias = rest
+    mla = Mla(*queries, query_norm, query_b, latent, latent_norm, kv_b, out, None)
+    layer = Layer(input_norm, mla, next_norm, gate, gate_bias, None, None, None, None)
     return AttentionLayer(Geometry(*sizes, *constants, halves, Router(1, 1, 1), 0), layer)
 
 
