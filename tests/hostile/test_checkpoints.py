@@ -245,7 +245,7 @@ BAD_VALUES = {
         {"quant_method": "gptq", "bits": 4},
         {**FP8, "weight_block_size": [64, 64]},
         {**FP8, "fmt": "e5m2"},
-        {**FP8, "expert_dtype": "fp4"},
+        {**FP8, "expert_dtype": "fp3"},
         {"quant_method": "compressed-tensors", "format": "float-quantized"},
         {**BITS, "load_in_8bit": True},
         {**BITS, "load_in_4bit": True, "bnb_4bit_quant_type": "int4"},
