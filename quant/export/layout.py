@@ -36,6 +36,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 DTYPES = {
     "U8": torch.uint8,
     "I8": torch.int8,
+    "I32": torch.int32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
