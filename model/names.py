@@ -298,7 +298,7 @@ def resident_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     add([embedding])
     for layer in range(config.layer_count):
         add(chain(LAYER_PARTS.values(), SHARED_PARTS.values()), layer)
-    add(end[:1] if config.tie_word_embeddings else end)
+    add(end[:-1] if config.tie_word_embeddings else end)
     if config.mtp:
         add(MTP_PARTS.values(), config.num_hidden_layers)
     return shapes

@@ -18,6 +18,10 @@ class Reasoning:
         """Whether a prompt has the first mark already, so that the answer begins behind it."""
         return prompt.rstrip().endswith(self.begin)
 
+    def is_over(self, prompt: str) -> bool:
+        """Whether a prompt has the last mark already, so that the answer has no reasoning."""
+        return prompt.rstrip().endswith(self.end)
+
 
 def reasoning_of(template: str | None, token_id: Callable[[str], int | None]) -> Reasoning | None:
     """The marks that ``template`` has; None for a model that answers at once."""

@@ -111,6 +111,8 @@ class Tokenizer:
             return Splitter(None, False)
         stream = TextStream(self)
         end = "".join(stream.push(id_) for id_ in prompt[-16:])  # the mark may be several tokens
+        if self.reasoning.is_over(end):
+            return Splitter(None, False)
         return Splitter(self.reasoning, self.reasoning.is_begun(end))
 
     def token_id(self, token: str) -> int | None:

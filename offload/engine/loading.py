@@ -56,6 +56,7 @@ from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
 from slotmoe.quant.export.layout import MANIFEST, RecordLayout
 from slotmoe.quant.export.reader import Export
+from slotmoe.quant.shapes import TABLE
 from slotmoe.quant.weights import Weight
 from slotmoe.sizes import format_size, parse_size
 
@@ -354,11 +355,20 @@ class _Loader:
 
         def place(name: str, weight: Weight) -> Prepared:
             role = role_of(name)
-            if isinstance(weight, Tensor) and (weight.dim() == 1 or role == "gate"):
+            if role == TABLE:
+                self._check_table(name, weight)
+            elif isinstance(weight, Tensor) and (weight.dim() == 1 or role == "gate"):
                 weight = weight.float()
             return self._backend.prepare(role, weight, empty)
 
         return place
+
+    def _check_table(self, name: str, ids: Weight) -> None:
+        """Kernels trust the ids of experts.  Raises ``ConfigError``."""
+        last = self._config.n_routed_experts - 1
+        if not (isinstance(ids, Tensor) and 0 <= int(ids.min()) <= int(ids.max()) <= last):
+            problem = f"{name} names an expert outside 0 to {last}"
+            raise ConfigError(f"{self._folder}: {problem}; quantize again")
 
     def _cache(self, slots: int, popularity: list[float] | None) -> Cache:
         """Where every expert has a slot nothing is ever evicted, and the cheapest bookkeeping will

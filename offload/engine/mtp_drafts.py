@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from slotmoe.model.kv_cache import LatentCache
+from slotmoe.model.state import new_state
 from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.policy.drafts import Asking, Drafting
 
@@ -33,8 +33,8 @@ class HeadDrafts:
         self._head, self._experts, self._device = model.head, model.experts, model.device
         self._compute, self._drafting = compute, drafting
         config = self._head.config
-        self._cache = LatentCache(config, context, model.backend.latent_row, model.device.empty)
-        self._first = 0  # the token that the cache's first row is behind
+        self._state = new_state(config, context, model.backend.latent_row, model.device.empty)
+        self._first = 0  # the token that the state's first row is behind
         self._tokens: list[int] = []  # the text that its rows are of
         self._asking = Asking()
 
@@ -44,14 +44,14 @@ class HeadDrafts:
         first = len(tokens) - 1 - len(hidden_RD)
         row = first - self._first
         goes_on = self._tokens[: first + 1] == tokens[: first + 1]
-        if not (goes_on and 0 <= row <= self._cache.length):
+        if not (goes_on and 0 <= row <= self._state.length and self._state.reach(row) == row):
             self._first, row = first, 0
-        self._cache.cut(row)
+        self._state.cut(row)
         ids_R = self._device.upload(torch.tensor(tokens[first + 1 :]))
 
         def step() -> Tensor:
             self._experts.go_on(len(ids_R))
-            return self._head.forward(hidden_RD, ids_R, self._cache)
+            return self._head.forward(hidden_RD, ids_R, self._state)
 
         stream_RD = self._compute(step)
         self._tokens = tokens

@@ -145,16 +145,18 @@ class NativeBackend(TorchBackend):
     def mix(
         self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float
     ) -> tuple[Tensor, Mixed]:
-        given = *_streams(h_TD, mixing, hyper), eps, hyper.iterations, hyper.eps
-        x_TD, *mixed = self._native.hyper_in(*given)
+        h_TQD, fn = h_TD.unflatten(-1, (hyper.Q, -1)), mixing.fn.unflatten(-1, (hyper.Q, -1))
+        weights = fn, mixing.base, mixing.scale
+        x_TD, *mixed = self._native.hyper_in(h_TQD, *weights, eps, hyper.iterations, hyper.eps)
         return x_TD, Mixed(*mixed)
 
     def add_mixed(self, y_TD: Tensor, h_TD: Tensor, mixed: Mixed) -> Tensor:
-        streams_TQD = h_TD.unflatten(-1, (mixed.post_TQ.shape[1], -1)).contiguous()
-        return self._native.hyper_out(y_TD.contiguous(), streams_TQD, *mixed).flatten(1)
+        h_TQD = h_TD.unflatten(-1, (mixed.post_TQ.shape[-1], -1))
+        return self._native.hyper_out(y_TD.contiguous(), h_TQD, *mixed).flatten(1)
 
     def collapse(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float) -> Tensor:
-        return self._native.hyper_head(*_streams(h_TD, mixing, hyper), eps, hyper.eps)
+        h_TQD, fn = h_TD.unflatten(-1, (hyper.Q, -1)), mixing.fn.unflatten(-1, (hyper.Q, -1))
+        return self._native.hyper_head(h_TQD, fn, mixing.base, mixing.scale, eps, hyper.eps)
 
     def compress(
         self, kv_BSY: Tensor, gate_BSY: Tensor, bias_SY: Tensor, norm_Y: Tensor, eps: float
@@ -268,12 +270,3 @@ class NativeBackend(TorchBackend):
             return None
         gate, up, down = matrices
         return Mlp(gate, up, down, self.swiglu_limit)
-
-
-def _streams(
-    h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Residual streams and what mixes them, in the native calls' shapes."""
-    streams_TQD = h_TD.unflatten(-1, (hyper.Q, -1)).contiguous()
-    fn_XQD = mixing.fn.view(-1, *streams_TQD.shape[1:])
-    return streams_TQD, fn_XQD, mixing.base, mixing.scale

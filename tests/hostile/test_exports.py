@@ -114,6 +114,7 @@ BAD_EXPORTS = {
     "sixteen-levels-are-eight": (codec(levels=[*range(8)]), "8 levels for 4 bits"),
     "levels-of-text": (codec(levels=["0"] * 16), "levels"),
     "levels-unordered": (codec(levels=[1, 0, *range(2, 16)]), "ascending"),
+    "levels-zeros-unordered": (codec(levels=[*range(-7, 1), -0.0, *range(1, 8)]), "ascending"),
     # what JSON tells apart and float32 does not
     "levels-equal-as-floats": (codec(levels=[*range(15), 14 + 1e-9]), "ascending"),
     "codec-bits-with-other-scales": (codec(bits=3, levels=[*range(8)]), "are unknown"),

@@ -10,15 +10,19 @@ from slotmoe.errors import CheckpointError
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.names import expert_name
 from tests.support.encoded import (
+    FP4,
     FP8,
     FP8_WHOLE,
     WHOLE_BLOCKS,
+    as_v4_spells,
     bitsandbytes,
     decoded_fp8,
     decoded_int4,
+    decoded_mxfp4,
     encode,
     fuse,
     packed,
+    same_bits,
     write_files,
 )
 from tests.support.tiny import write_checkpoint
@@ -55,6 +59,54 @@ def test_int4_weights_are_code_times_scale(tmp_path):
                 name = expert_name(1, expert, projection)
                 wanted = decoded_int4(stored[name + "_packed"], stored[name + "_scale"])
                 assert torch.equal(checkpoint.tensor(name), wanted.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("spelled", [dict, as_v4_spells])
+@pytest.mark.parametrize("inside", [True, False])
+def test_fp4_experts_are_code_times_power_of_two(tmp_path, spelled, inside):
+    """Exactly in bfloat16; all else is in fp8.  The config says it in either place."""
+    stored = encode(written(tmp_path), FP4)
+    settings, files = dict(FP4), {"model-1.safetensors": spelled(stored)}
+    outside = {} if inside else {"expert_dtype": settings.pop("expert_dtype")}
+    write_files(tmp_path, files, quantization_config=settings, **outside)
+    with Checkpoint.open(tmp_path) as checkpoint:
+        for projection in ("gate_proj", "up_proj", "down_proj"):
+            name = expert_name(1, 3, projection)
+            wanted = decoded_mxfp4(stored[name], stored[name + "_scale_inv"])
+            found = checkpoint.tensor(name)
+            assert found.dtype == torch.bfloat16 and same_bits(found.float(), wanted)
+            assert same_bits(checkpoint.codes(name, 17, 40).values(), wanted[17:40])
+        name = "model.layers.1.mlp.shared_experts.up_proj.weight"
+        scales = 2.0 ** (stored[name + "_scale_inv"].view(torch.uint8).double() - 127)
+        assert torch.equal(checkpoint.tensor(name), decoded_fp8(stored[name], scales).bfloat16())
+
+
+def test_fused_experts_in_fp4(tmp_path):
+    stored = encode(written(tmp_path), FP4)
+    base, fused = "model.layers.1.mlp.experts.", {}
+    for part, names in {"gate_up": ("gate", "up"), "down": ("down",)}.items():
+        for suffix in ("", "_scale_inv"):
+            whole = [
+                torch.cat(
+                    [
+                        stored.pop(f"{base}{e}.{n}_proj.weight{suffix}").view(torch.uint8)
+                        for n in names
+                    ]
+                )
+                for e in range(4)
+            ]
+            dtype = torch.float8_e8m0fnu if suffix else torch.int8
+            fused[f"{base}{part}_proj{suffix}"] = torch.stack(whole).view(dtype)
+    write_files(tmp_path, {"model-1.safetensors": {**stored, **fused}})
+    rows = {"gate_up_proj": {"gate_proj": slice(64), "up_proj": slice(64, None)}}
+    rows["down_proj"] = {"down_proj": slice(None)}
+    with Checkpoint.open(tmp_path) as checkpoint:
+        for whole, parts in rows.items():
+            codes, scales = fused[base + whole], fused[base + whole + "_scale_inv"]
+            wanted = decoded_mxfp4(codes[2], scales.view(torch.uint8)[2])
+            for projection, part in parts.items():
+                found = checkpoint.tensor(expert_name(1, 2, projection)).float()
+                assert same_bits(found, wanted[part])
 
 
 @pytest.mark.parametrize(
@@ -118,6 +170,9 @@ BAD = [
     (FP8, SCALE, cut(1), [SCALE, "[1, 1]", "[1, 2]", "128 x 128"]),
     (FP8, SCALE, lambda scale: scale.to(torch.int32), [SCALE, "I32", "F32"]),
     (FP8, SCALE, None, [GATE, "F8_E4M3", "BF16", "scales"]),
+    (FP4, SCALE, cut(1), [SCALE, "[64, 1]", "[64, 5]", "1 x 32"]),
+    (FP4, SCALE, lambda scale: scale.float(), [SCALE, "F32", "F8_E8M0"]),
+    (FP4, GATE, lambda codes: codes.view(torch.uint8), [GATE, "U8", "I8"]),
     (packed(), ZERO, lambda _: torch.zeros(64, 1), [ZERO, "symmetric"]),
     (packed(), PACKED, cut(3), [PACKED, "[64, 3]", "[64, 20]"]),
     (packed(), PACKED, None, [PACKED, "missing"]),

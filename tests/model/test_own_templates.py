@@ -2,13 +2,19 @@
 ``chats/NAME.json`` has the conversation and its source, ``chats/NAME.txt`` the text."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from slotmoe.errors import ConfigError
+from slotmoe.model.config import read_config
+from slotmoe.model.files import files_in
 from slotmoe.model.own_templates import own_template
 from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.offload.model_source import open_tokenizer
 from tests.support.served import deepseek_files
+from tests.support.tiny import SAMPLE
 
 CHATS = Path(__file__).with_name("chats")
 V32, V4 = "DeepseekV32ForCausalLM", "DeepseekV4ForCausalLM"
@@ -124,6 +130,22 @@ def test_developers_of_earlier_turns_are_dropped_with_the_reasoning(v4, v32):
     kept = v4.chat([developer, HELLO], effort="none")
     assert kept == f"{BOS}{USER}Be brief.{USER}Hello{ASSISTANT}</think>"
     assert v32.chat([developer, HELLO], effort="high") == f"{BOS}{USER}Hello{ASSISTANT}<think>"
+
+
+def test_a_model_without_a_template_gets_ours(v4, v32, tmp_path):
+    folder, config = deepseek_files(tmp_path), read_config(SAMPLE / "config.json")
+    for kind, tokenizer in ((V4, v4), (V32, v32), ("DeepseekV3ForCausalLM", None)):
+        family = config.family._replace(architecture=kind)
+        named = replace(config, family=family, bos_token_id=v4.token_id(BOS))
+        opened = open_tokenizer(named, files_in(folder), folder)
+        if tokenizer is None:
+            with pytest.raises(ConfigError, match="no chat_template"):
+                opened.chat([HELLO])
+        else:
+            assert opened.chat([HELLO]) == tokenizer.chat([HELLO])
+            ids = opened.encode(opened.chat([HELLO]))
+            assert ids[:2] == [opened.token_id(mark) for mark in (BOS, USER)]
+            assert ids[-2] == opened.token_id(ASSISTANT)
 
 
 def test_a_template_of_the_model_wins(v4, tmp_path):

@@ -49,3 +49,4 @@ def test_template_names_the_marks():
     assert reasoning_of(None, ids.get) is None
     begun = reasoning_of("{{ '<think>' }}</think>", ids.get)
     assert begun.is_begun("User: Hi <think>\n") and not begun.is_begun("<think></think>")
+    assert begun.is_over("<think></think>\n") and not begun.is_over("User: Hi <think>")

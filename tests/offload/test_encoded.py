@@ -18,13 +18,17 @@ from slotmoe.quant.export.layout import MANIFEST, PROJECTIONS
 from slotmoe.quant.export.reader import Export
 from tests.support.disk import tree
 from tests.support.encoded import (
+    FP4,
     FP8,
     WHOLE_BLOCKS,
+    as_v4_spells,
     bitsandbytes,
     decoded_int4,
+    decoded_mxfp4,
     encode,
     fuse,
     packed,
+    same_bits,
     write_files,
 )
 from tests.support.hub import NAME, Repo, make
@@ -38,6 +42,7 @@ IDS = list(range(5, 15))
 SOURCES = {
     "fp8": lambda folder: encode(folder, FP8),
     "int4": lambda folder: encode(folder, packed()),
+    "fp4": lambda folder: encode(folder, FP4),
     "fused": fuse,
 }
 
@@ -78,7 +83,7 @@ def test_export_is_that_of_the_decoded_weights(source, resident, tmp_path):
     assert torch.equal(*logits)
 
 
-@pytest.mark.parametrize("settings", [FP8, packed()], ids=["fp8", "int4"])
+@pytest.mark.parametrize("settings", [FP8, packed(), FP4], ids=["fp8", "int4", "fp4"])
 def test_scales_may_be_in_another_file_than_their_codes(hub, settings, tmp_path):
     """From the hub weight files come one after the other, and the first is gone by then."""
     folder = tmp_path / "tiny"
@@ -118,6 +123,46 @@ def test_weights_that_were_trained_in_4_bits_are_kept(tmp_path):
     stored = {key: tensor for key, tensor in stored.items() if not key.startswith(name)}
     write_files(folder, {"model-1.safetensors": {**stored, name: values}})
     assert quantize(folder, tmp_path / "mixed")["quantization"]["experts"]["down"] == "nf4"
+
+
+def test_fp4_experts_are_kept_to_the_bit(tmp_path, slotmoe):
+    """Signs of zeros and denormal scales too; other codes are made of them where asked for."""
+    folder = tmp_path / "tiny"
+    write_checkpoint(folder, **V3)
+    stored = encode(folder, FP4)
+    write_files(folder, {"model-1.safetensors": as_v4_spells(stored)})
+    quantize(folder, tmp_path / "export")
+    with Export.open(tmp_path / "export") as export:
+        for layer in export.layers:
+            for projection, found in export.expert(layer, 5).items():
+                name = expert_name(layer, 5, projection)
+                assert same_bits(found, decoded_mxfp4(stored[name], stored[name + "_scale_inv"]))
+        families = export.manifest["quantization"]["report"]["families"]
+        codec = export.layout.codecs.down
+        assert codec.nbytes(64, 160) * 8 / (64 * 192) == 4.25
+    routed = [family for family in families if ".experts." in family["family"]]
+    assert [(f["stored"], f["relative_rms_error"]) for f in routed] == [("mxfp4", 0.0)] * 3
+    with Runtime.open(tmp_path / "export", context=64, slots=6) as runtime:
+        logits = runtime.logits(IDS)
+    with Runtime.open(folder, context=64, quantize=False) as runtime:
+        assert relative(logits, runtime.logits(IDS)) < 0.1
+    assert slotmoe("verify", tmp_path / "export")[0] == 0
+    code, out, _ = slotmoe("plan", folder, "--ram", "1GiB", "--json")
+    assert (code, json.loads(out)["expert_codecs"]["down"]) == (0, "mxfp4")
+    made = quantize(folder, tmp_path / "lut", codecs=EXPERT_CODECS["lut", "3"])
+    assert made["quantization"]["experts"]["down"] == "lut3"
+
+
+@pytest.mark.parametrize("byte", [255, 240])
+def test_fp4_scales_that_no_weights_have_leave_no_export(tmp_path, byte):
+    write_checkpoint(tmp_path / "tiny", **V3)
+    tensors = encode(tmp_path / "tiny", FP4)
+    name = "model.layers.1.mlp.experts.2.down_proj.weight"
+    tensors[name + "_scale_inv"].view(torch.uint8)[1, 0] = byte
+    write_files(tmp_path / "tiny", {"model-1.safetensors": tensors})
+    with pytest.raises(CheckpointError, match=f"{name}.*(NaN|infinite)"):
+        quantize(tmp_path / "tiny", tmp_path / "export")
+    assert not (tmp_path / "export").exists()
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])

@@ -152,12 +152,10 @@ def make_network(backend, resident="int8", complete=False, **overrides):
 
 
 def cache_of(network, context=40):
-    row = network.backend.latent_row(network.config.kv_lora_rank, network.config.qk_rope_head_dim)
-
     def poisoned(shape, dtype):
         return torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
 
-    return LatentCache(network.config, context, row, poisoned)
+    return LatentCache(network.config, context, network.backend.latent_row, poisoned)
 
 
 def decode(network, ids, cache):

@@ -296,8 +296,8 @@ def test_what_fails_in_a_pass_ends_its_requests_and_a_defect_all(
                 runtime.generate([5])
 
 
-def test_caches_of_all_sequences_are_in_the_plan(runtime, sample_export):
-    nbytes = sum(cache.nbytes for cache in runtime.model.caches)
+def test_states_of_all_sequences_are_in_the_plan(runtime, sample_export):
+    nbytes = sum(state.nbytes for state in runtime.model.states)
     assert runtime.plan.components["latent KV cache"] == 8 * 256 * (80 + 16) * 8 == nbytes
     with pytest.raises(PlanError, match="latent KV cache"):
         Runtime.open(sample_export, ram="350MiB", context=1024, sequences=256)

@@ -104,7 +104,7 @@ def test_a_gpus_latents_come_back(on_twin, tmp_path):
             runtime.keep_in(tmp_path)
             count, _ = restored(runtime, IDS)
             first = runtime.engine.batch.sequences[0]
-            return count, runtime.engine.call(lambda: first.latents(0, len(IDS) - 1))
+            return count, runtime.engine.call(lambda: first.state.saved(0, len(IDS) - 1))
 
     (none, first), (count, again) = logits(), logits()
     assert (none, count) == (0, len(IDS) - 1)

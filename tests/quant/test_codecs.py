@@ -10,10 +10,10 @@ from hypothesis import given
 
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, KEPT_CODECS, LUT3, LUT4, MXFP4, NF4
 from slotmoe.quant.codecs.encode import NotFiniteError, squared_error
-from slotmoe.quant.codecs.weight import CodedWeight, levels_of, pack, unpack
+from slotmoe.quant.codecs.weight import CodedWeight, levels_of, pack, possible_scales, unpack
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.weights import Matrix
-from tests.support.codes import quantize_coded, random_codes
+from tests.support.codes import quantize_coded, random_codes, values
 from tests.support.kernels import (
     CODECS,
     ISAS,
@@ -107,6 +107,27 @@ def test_integer_levels_lose_nothing(kernels):
         x[:, ::16] = 127
         for matrix, exact in made:
             assert relative(kernels.linear(matrix, torch_of(x)), x @ exact.T) < 1e-6
+
+
+def test_powers_of_two_lose_nothing(kernels):
+    """Neither in products, where activations fit 8 bits and sums 24, nor far from 1."""
+    rng, shape = np.random.default_rng(4), (40, 192)
+    codes = torch.from_numpy(rng.integers(0, 256, MXFP4.codes_shape(*shape), dtype=np.uint8))
+    x = rng.integers(-7, 8, (5, 192))
+    x[:, ::16] = 127
+    for middle in (2, 127, 229):
+        powers = torch.full(MXFP4.scales_shape(*shape), middle, dtype=torch.uint8)
+        powers += torch.from_numpy(rng.integers(-2, 3, powers.shape, dtype=np.int8)).view(
+            torch.uint8
+        )
+        scales = powers.view(torch.float8_e8m0fnu)
+        weight = CodedWeight(codes, scales, levels_of(MXFP4), shape)
+        exact = values(MXFP4.describe(), codes.numpy(), powers.numpy(), *shape).astype(np.float64)
+        got = kernels.linear(Matrix.of(weight), torch_of(x)).double().numpy()
+        assert np.array_equal(got, (x @ exact.T).astype(np.float32))
+        assert possible_scales(scales)
+    powers[0, 0, 3] = 232
+    assert not possible_scales(scales)
 
 
 @needs_native

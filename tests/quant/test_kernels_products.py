@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from slotmoe.quant.backends.native import NativeBackend
-from slotmoe.quant.codecs.codec import NF4
+from slotmoe.quant.codecs.codec import MXFP4, NF4, ExpertCodecs
 from slotmoe.quant.codecs.encode import squared_error
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.weights import Matrix, Mlp
@@ -20,11 +20,15 @@ from tests.support.kernels import (
     LEVELS,
     any_matrix,
     coded_matrix,
+    expert_record,
     int8_matrix,
     one_of,
     quick,
+    random_expert,
+    relative,
     seeds,
     sizes,
+    slab_of,
     torch_of,
 )
 from tests.support.oracle import untile
@@ -194,6 +198,38 @@ def test_mlp_is_its_three_products(kernels, size, seed, codec):
     residual, others = (torch_of(rng.standard_normal((t, h)) * by) for by in (1, 1e-3))
     assert torch.equal(kernels.mlp(mlp, x, residual), residual + got)
     assert torch.equal(kernels.mlp(mlp, x, residual, others), residual + (others + got))
+
+
+@pytest.mark.parametrize("codec", [None, MXFP4])
+@pytest.mark.parametrize("t", [1, 2, 9])
+def test_gates_and_ups_have_a_limit(kernels, codec, t):
+    """In an MLP and in experts; NaN stays NaN, and a limit that nothing reaches changes no bit."""
+    rng, (h, i), choice = np.random.default_rng(t), (160, 72), ExpertCodecs(MXFP4, MXFP4)
+    exact, record = random_expert(rng, h, i, choice)
+    slab, x = slab_of([record]), torch_of(rng.standard_normal((t, h)))
+    if codec is None:
+        scale, shapes = torch.full((max(h, i),), 0.01), ((i, h), (i, h), (h, i))
+        q = [torch.from_numpy(rng.integers(-127, 128, s).astype(np.int8)) for s in shapes]
+        parts = [int8_matrix(kernels, w, scale[: len(w)]) for w in q]
+        exact = [w.double().numpy() * 0.01 for w in q]
+
+    def run(limit, x=x):
+        if codec is None:
+            return kernels.mlp(Mlp(*parts, limit), x)
+        y, chosen = torch.empty(len(x), 1, h), torch.zeros(len(x), 1, dtype=torch.int64)
+        how = expert_record(h, i, choice, limit=limit)
+        kernels.experts_by_slot(x, chosen, slab, chosen[0].int(), how, y)
+        return y[:, 0]
+
+    gate, up, down = (torch.from_numpy(weight) for weight in exact)
+    g, u = x.double() @ gate.T, x.double() @ up.T
+    limit = float(u.abs().median())
+    assert (g > limit).any() and (u < -limit).any()
+    acted = torch.nn.functional.silu(g.clamp(max=limit)) * u.clamp(-limit, limit)
+    assert relative(run(limit), acted @ down.T) < 0.02 < relative(run(0.0), acted @ down.T)
+    assert torch.equal(run(0.0), run(1e30))
+    x[-1, 3] = torch.nan
+    assert run(limit)[-1].isnan().all()
 
 
 def numpy_nf4(x):

@@ -25,7 +25,16 @@ from slotmoe.model.routing import Router, route
 from slotmoe.quant import int8
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records, TorchBackend
-from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, LUT3, LUT4, MXFP4, NF4, TILE
+from slotmoe.quant.codecs.codec import (
+    EXPERT_CODECS,
+    INT4,
+    LUT3,
+    LUT4,
+    MXFP4,
+    NF4,
+    TILE,
+    ExpertCodecs,
+)
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
@@ -47,6 +56,13 @@ def disturb(weight, generator, factors=(1.0, -1.0, 0.0, 1e-4, 8.0)):
     rows, numbers = weight.shape[0] % TILE or TILE, weight.scales  # of the last tile
     if numbers.dtype == torch.float16:
         numbers = numbers.view(len(numbers), -1, TILE)
+    elif numbers.dtype == torch.float8_e8m0fnu:
+        powers = numbers.view(torch.uint8).view(len(numbers), -1, TILE)
+        if len(factors) > 2:
+            chosen = torch.randint(-9, 4, powers.shape, generator=generator)
+            powers.copy_(torch.where(chosen < -7, 0, powers.int() + chosen))
+        powers[-1, :, rows:] = 160
+        return
     else:
         blocks = numbers[:, 2:].view(torch.int8)
         blocks[torch.rand(blocks.shape, generator=generator) < 0.2] *= -1
@@ -70,15 +86,16 @@ def make_records(S, D, width, codecs=NF4S, seed=0):
     return Records(slab.to(DEVICE), layout, layout.levels().to(DEVICE))
 
 
-def mlp_in_float64(x_TD, *weights):
+def mlp_in_float64(x_TD, *weights, limit=torch.inf):
     gate, up, down = (dequantize(weight).double() for weight in weights)
     x_TD = x_TD.double()
-    return (torch.nn.functional.silu(x_TD @ gate.T) * (x_TD @ up.T)) @ down.T
+    gate_TI, up_TI = (x_TD @ gate.T).clamp(max=limit), (x_TD @ up.T).clamp(-limit, limit)
+    return (torch.nn.functional.silu(gate_TI) * up_TI) @ down.T
 
 
-def expert_of(records, slot, x_TD):
+def expert_of(records, slot, x_TD, limit=torch.inf):
     """One expert in float64, from dequantized weights."""
-    return mlp_in_float64(x_TD, *records.weights(slot))
+    return mlp_in_float64(x_TD, *records.weights(slot), limit=limit)
 
 
 def error(actual, expected):
@@ -132,11 +149,12 @@ def outputs(ops, x_TD, records, slots_E, indices_TK):
     return y_TKD
 
 
-@pytest.mark.parametrize(
-    ("T", "coding"), nth_interpreted(5, product(TOKENS, EXPERT_CODECS)), ids=str
-)
+CODINGS = {**EXPERT_CODECS, "kept": ExpertCodecs(MXFP4, MXFP4)}
+
+
+@pytest.mark.parametrize(("T", "coding"), nth_interpreted(4, product(TOKENS, CODINGS)), ids=str)
 def test_experts_are_those_experts_and_leave_the_others(ops, T, coding):
-    records, indices_TK = make_records(4, 128, 48, EXPERT_CODECS[coding]), choice(T)
+    records, indices_TK = make_records(4, 128, 48, CODINGS[coding]), choice(T)
     x_TD = randn(T, 128)
     y_TKD = outputs(ops, x_TD, records, slots_of(*SLOTS), indices_TK)
     plain_TKD = outputs(TorchBackend(torch.bfloat16), x_TD, records, slots_of(*SLOTS), indices_TK)
@@ -156,6 +174,33 @@ def test_experts_are_those_experts_and_leave_the_others(ops, T, coding):
     if T == 80:  # enough rows to compare two roundings; each counts alike, however large it is
         # The bound is an error itself, of one sample: hence the tenth.
         assert error_of_rows(y_TKD, exact_TKD) <= 1.1 * error_of_rows(plain_TKD, exact_TKD)
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_gates_and_ups_have_a_limit(ops, T):
+    """In experts and in an MLP; NaN stays NaN, and a limit that nothing reaches changes no bit."""
+    limit, x_TD, indices_TK = 0.5, randn(T, 64), choice(T)
+    records, slots_E = make_records(4, 64, 32), slots_of(2, 1, 0, 3, 0, 1)
+    weights = [make_weight(kind, *shape, wild=False) for kind, shape in (
+        ("mxfp4", (24, 64)), ("mxfp4", (24, 64)), ("int8", (64, 24)),
+    )]  # fmt: skip
+    results = {}
+    for ops.swiglu_limit in (0.0, 1e30, limit):
+        y_TKD = outputs(ops, x_TD, records, slots_E, indices_TK)
+        results[ops.swiglu_limit] = y_TKD, ops.mlp(x_TD, *weights)
+    y_TKD, y_TD = results[limit]
+    exact_TKD = torch.stack([
+        torch.cat([expert_of(records, slots_E[e], x[None], limit) for e in row])
+        for x, row in zip(x_TD, indices_TK, strict=True)
+    ])  # fmt: skip
+    rounding = 3e-6 if T == 1 or type(ops) is TorchBackend else 12 * 2**-9
+    for found, exact in ((y_TKD, exact_TKD), (y_TD, mlp_in_float64(x_TD, *weights, limit=limit))):
+        assert error(found, exact) <= rounding
+    for found, without, large in zip(*(results[key] for key in (limit, 0.0, 1e30)), strict=True):
+        assert torch.equal(without, large) and error(found, without) > 0.05
+    if T == 1:  # numpy warns of NaN in the interpreter's products of many
+        x_TD[0, 5] = torch.nan
+        assert bool(outputs(ops, x_TD, records, slots_E, indices_TK).isnan().all())
 
 
 @pytest.mark.parametrize("T", nth_interpreted(3, TOKENS))
@@ -181,7 +226,7 @@ def test_an_experts_output_depends_on_its_token_alone(ops, T):
 
 
 @pytest.mark.parametrize("shared", nth_interpreted(2, ["int8", "nf4"]))
-def test_a_layer_in_two_launches_is_bitwise_the_layer_in_several(triton_ops, shared):
+def test_a_layer_in_two_launches_is_bitwise_the_layer_in_several(shared):
     """All experts, the shared one and the sums together; or experts as they come, their sum, and
     behind it the shared one.  What counts the programs of a tile is as it was."""
     D, width, indices_1K = 32, 16, choice(1)
@@ -190,22 +235,23 @@ def test_a_layer_in_two_launches_is_bitwise_the_layer_in_several(triton_ops, sha
     mlp, y_1KD = Mlp(*matrices), torch.empty(1, 3, D, device=DEVICE)
     layer = SimpleNamespace(gate=x, input_layernorm=x[0], mlp=mlp)
     geometry = Geometry(1, 1, 2, 1, 1, 1e-6, 1e-6, 0.1, False, Router(1, 1, 3), width)
+    triton_ops = pick_backend(DEVICE, "triton", swiglu_limit=0.5)
     triton_ops.decoder(geometry, [layer])
     finished = torch.zeros(D // TILE, dtype=torch.int32, device=DEVICE)
     whole, parts, one = torch.empty_like(h), torch.empty_like(h), torch.ones(1, device=DEVICE)
     inputs, slots_E = (x, records), slots_of(2, 1, 0, 3, 0, 1)
     ending, shared = launch.Ending(finished, weights, h, whole), launch.Shared.of(mlp)
-    launch.experts(launch.Routed(*inputs, slots_E, indices_1K, y_1KD), shared, ending)
+    launch.experts(launch.Routed(*inputs, slots_E, indices_1K, y_1KD), shared, ending, 0.5)
     y_1KD = torch.full_like(y_1KD, torch.nan)
     for table in ([-1, -1, 0, -1, -1, -1], [2, -1, -1, -1, 0, -1]):
         triton_ops.experts(*inputs, slots_of(*table), indices_1K, y_1KD)
     routed_11D = triton_ops.weighted_sum(y_1KD, weights)[None]
     ending = launch.Ending(finished, one, h, parts)
-    launch.experts(launch.Routed(*inputs, None, indices_1K, routed_11D), shared, ending)
+    launch.experts(launch.Routed(*inputs, None, indices_1K, routed_11D), shared, ending, 0.5)
     assert torch.equal(whole, parts) and not finished.any()
-    exact = h + mlp_in_float64(x, *matrices)
+    exact = h + mlp_in_float64(x, *matrices, limit=0.5)
     for weight, index in zip(weights[0].double(), indices_1K[0], strict=True):
-        exact += weight * expert_of(records, slots_E[index], x)
+        exact += weight * expert_of(records, slots_E[index], x, limit=0.5)
     assert error(whole, exact) < 1e-6
 
 

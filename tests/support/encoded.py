@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+# DeepSeek-V4's: experts in fp4, and all scales powers of two.
+FP4 = {**FP8, "scale_fmt": "ue8m0", "expert_dtype": "fp4"}
 FP8_WHOLE = {**FP8, "weight_block_size": None, "activation_scheme": "static"}
 WHOLE_BLOCKS = {  # rows of 64 weights
     **{"hidden_size": 128, "moe_intermediate_size": 64, "intermediate_size": 192},
@@ -35,6 +37,24 @@ def _fp8(name, weight, block):
     return {name: values.contiguous().to(torch.float8_e4m3fn), name + "_scale_inv": scales}
 
 
+def _mxfp4(name, weight):
+    """Two e2m1 codes a byte, the first in the low half, of which some are -0; a scale for 32
+    weights of a row, of which one is denormal."""
+    groups = weight.unflatten(1, (-1, 32))
+    scales = (groups.abs().amax(2) / 6).log2().ceil().exp2().to(torch.float8_e8m0fnu)
+    size = groups.abs() / scales.float()[:, :, None]
+    middle = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    codes = (torch.bucketize(size, middle) + 8 * (groups < 0)).flatten(1).to(torch.uint8)
+    scales.view(torch.uint8)[-1, -1] = 0
+    packed = (codes[:, ::2] | codes[:, 1::2] << 4).view(torch.int8)
+    return {name: packed, name + "_scale_inv": scales}
+
+
+def as_v4_spells(stored):
+    """``X.scale`` for the scales of ``X.weight``."""
+    return {re.sub(r"weight_scale_inv$", "scale", name): t for name, t in stored.items()}
+
+
 def _int4(name, weight):
     """Codes, scales and shape of ``weight``, groups of 32 along a row."""
     rows, columns = weight.shape
@@ -59,13 +79,18 @@ def encode(folder, settings, block=128, scales_apart=False):
             stored[name] = tensor
         elif is_int4:
             stored |= _int4(name, tensor.float())
+        elif "expert_dtype" in settings and ".experts." in name:
+            stored |= _mxfp4(name, tensor.float())
         else:
             size = block if settings["weight_block_size"] else max(tensor.shape)
             stored |= _fp8(name, tensor.float(), size)
+            if "scale_fmt" in settings:
+                powers = stored[name + "_scale_inv"].to(torch.float8_e8m0fnu)
+                stored[name + "_scale_inv"] = powers
     (folder / "model.safetensors").unlink()
     files = {"model-1.safetensors": dict(stored)}
     if scales_apart:
-        scales = [name for name in stored if "_scale" in name]
+        scales = [name for name in stored if "scale" in name]
         files["model-2.safetensors"] = {n: files["model-1.safetensors"].pop(n) for n in scales}
     write_files(folder, files, quantization_config=settings)
     return stored
@@ -113,6 +138,21 @@ def decoded_fp8(codes, scales, block=128):
     values = np.where(sign == 1, -values, values).astype(np.float32)
     row, column = (np.arange(size) // block for size in values.shape)
     return torch.from_numpy(values * scales.numpy()[row[:, None], column])
+
+
+def decoded_mxfp4(codes, scales):
+    """float32 weights by the format's words: sign, two bits of exponent, one of mantissa, and a
+    power of two; weight ``c`` of a row is in bits 4 (c % 2) on of byte ``c // 2``.  numpy alone."""
+    column = np.arange(2 * codes.shape[1])
+    code = codes.view(torch.uint8).numpy().astype(int)[:, column // 2] >> 4 * (column % 2) & 15
+    exponent, mantissa = code >> 1 & 3, code & 1
+    size = np.where(exponent == 0, mantissa / 2, (1 + mantissa / 2) * 2.0 ** (exponent - 1))
+    power = scales.view(torch.uint8).numpy().astype(int)[:, column // 32] - 127
+    return torch.from_numpy(np.ldexp(np.where(code > 7, -size, size), power).astype(np.float32))
+
+
+def same_bits(a, b):
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
 def decoded_int4(words, scales):

@@ -61,12 +61,11 @@ def reference_cache(config, context, dtype=torch.float32):
     def unwritten(shape, dtype):
         return torch.full(shape, torch.nan, dtype=dtype)
 
-    return LatentCache(config, context, (config.latent_width, dtype), unwritten)
+    return LatentCache(config, context, lambda R, P: (R + P, dtype), unwritten)
 
 
 def native_cache(network, context=40):
-    row = network.backend.latent_row(network.config.kv_lora_rank, network.config.qk_rope_head_dim)
-    return LatentCache(network.config, context, row, new)
+    return LatentCache(network.config, context, network.backend.latent_row, new)
 
 
 def feed(network, cache, ids, sizes):

@@ -91,9 +91,10 @@ def gate(x: np.ndarray, weight: np.ndarray, bias, config: dict) -> list[tuple[in
     return [(int(e), scores[e] * config["routed_scaling_factor"]) for e in best]
 
 
-def mlp(x: np.ndarray, tensors: dict, prefix: str) -> np.ndarray:
+def mlp(x: np.ndarray, tensors: dict, prefix: str, config: dict) -> np.ndarray:
     gate_, up, down = (tensors[f"{prefix}.{part}_proj.weight"] for part in ("gate", "up", "down"))
-    return down @ (silu(gate_ @ x) * (up @ x))
+    limit = config.get("swiglu_limit") or math.inf
+    return down @ (silu(np.minimum(gate_ @ x, limit)) * np.clip(up @ x, -limit, limit))
 
 
 def layer_of(config: dict, tensors: dict, layer: int, hidden: list) -> list:
@@ -132,13 +133,13 @@ def layer_of(config: dict, tensors: dict, layer: int, hidden: list) -> list:
     for position, h in enumerate(hidden):
         x = norm(h, tensors[p + "post_attention_layernorm.weight"], eps)
         if not moe:
-            y = mlp(x, tensors, p + "mlp")
+            y = mlp(x, tensors, p + "mlp", config)
         else:
             bias = tensors.get(p + "mlp.gate.e_score_correction_bias")
             chosen = gate(x, tensors[p + "mlp.gate.weight"], bias, config)
-            y = sum(w * mlp(x, tensors, f"{p}mlp.experts.{e}") for e, w in chosen)
+            y = sum(w * mlp(x, tensors, f"{p}mlp.experts.{e}", config) for e, w in chosen)
             if config.get("n_shared_experts"):
-                y = y + mlp(x, tensors, p + "mlp.shared_experts")
+                y = y + mlp(x, tensors, p + "mlp.shared_experts", config)
         hidden[position] = h + y
     return hidden
 

@@ -9,7 +9,6 @@ import socket
 import threading
 import time
 
-from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve import make_server
 from tests.support.forkserver import COMMAND_LINE, Forked
 from tests.support.tiny import SAMPLE
@@ -66,6 +65,18 @@ def is_weather(arguments):
     return found.keys() == of.keys() and all(found[key] in of[key] for key in of)
 
 
+def sample_without_last(count):
+    """The sample's tokenizer without its last ``count`` tokens, and the first id that is free."""
+    source = json.loads((SAMPLE / "tokenizer.json").read_text())
+    vocab = source["model"]["vocab"]
+    last = len(vocab) - count
+    gone = {token for token, number in vocab.items() if number >= last}
+    source["model"]["vocab"] = {token: vocab[token] for token in vocab.keys() - gone}
+    pairs = [one if isinstance(one, list) else one.split(" ") for one in source["model"]["merges"]]
+    source["model"]["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & gone]
+    return source, last
+
+
 def tokenizer_with(folder, marks, first, template=None, source=None):
     """``folder`` with the sample's tokenizer, or ``source``, and further tokens from the id
     ``first`` on, of which every second is special."""
@@ -87,13 +98,15 @@ DEEPSEEK_TOKENS += ("<unused>", "<｜User｜>", "<mask>", "<｜Assistant｜>")  
 DEEPSEEK_TOKENS += ("<pad>", "<｜latest_reminder｜>", "<other>", "｜DSML｜")  # noqa: RUF001
 
 
-def deepseek_files(folder, **settings):
-    """``folder`` with a tokenizer like that of DeepSeek-V4, and no chat template."""
-    tokenizer_with(folder, DEEPSEEK_TOKENS, Tokenizer(SAMPLE, 0).size)
+def deepseek_files(folder):
+    """``folder`` with the sample's tokenizer, DeepSeek-V4's tokens in place of its last ones, and
+    no chat template."""
+    source, last = sample_without_last(len(DEEPSEEK_TOKENS))
+    tokenizer_with(folder, DEEPSEEK_TOKENS, last, source=source)
     found = json.loads((folder / "tokenizer_config.json").read_text())
     del found["chat_template"]
     found |= {"bos_token": DEEPSEEK_TOKENS[1], "eos_token": {"content": DEEPSEEK_TOKENS[3]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(found | settings))
+    (folder / "tokenizer_config.json").write_text(json.dumps(found))
     return folder
 
 

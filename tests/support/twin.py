@@ -333,7 +333,7 @@ def freed(runtime):
     try:
         yield
         model = runtime.model
-        twin, parts = model.device, [model.network, model.network.layers[1], model.caches[0]]
+        twin, parts = model.device, [model.network, model.network.layers[1], model.states[0]]
         parts += [model.experts, model.experts.slots.slab, model.store]
         layers = getattr(model.network._decoder, "_layers", None)
         parts += layers if isinstance(layers, list) else []

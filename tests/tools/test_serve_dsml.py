@@ -23,12 +23,14 @@ from slotmoe.tools.serve.requests import (
     ToolMessage,
     ToolPolicy,
 )
-from tests.support.served import deepseek_files
+from tests.support.served import ANTHROPIC_TOOL, TOOLS, Served, deepseek_files, is_weather
+from tests.support.served import WEATHER as CITY
 
 ARCHITECTURES = {DEEPSEEK_V3_2: "DeepseekV32ForCausalLM", DEEPSEEK_V4: "DeepseekV4ForCausalLM"}
 FORMS = pytest.mark.parametrize("form", ARCHITECTURES, ids=["v3.2", "v4"])
 BLOCKS = {DEEPSEEK_V3_2: "function_calls", DEEPSEEK_V4: "tool_calls"}
-D, EOS = "\uff5cDSML\uff5c", "<\uff5cend\u2581of\u2581sentence\uff5c>"
+D = "\uff5cDSML\uff5c"
+BOS, EOS = (f"<\uff5c{at}\u2581of\u2581sentence\uff5c>" for at in ("begin", "end"))
 OBJECT = {"type": "object", "properties": {"at": {"type": "number"}}, "required": ["at"]}
 PROPERTIES = {
     "city": {"enum": ["Paris", "Rome"]},
@@ -234,3 +236,91 @@ def test_reminders_are_for_models_that_know_them(tokenizers):
     assert "<\uff5clatest_reminder\uff5c>Hi<\uff5cUser\uff5c>Hi" in prompt
     with pytest.raises(RefusedError, match="latest_reminder"):
         Dialect(tokenizers[DEEPSEEK_V3_2]).prompt(messages, None)
+
+
+@pytest.fixture(scope="module")
+def context():
+    return 1024
+
+
+@pytest.fixture(scope="module")
+def served(network, processes, runtime, tokenizers):
+    """The sample as if it were DeepSeek-V4."""
+    own, runtime.tokenizer = runtime.tokenizer, tokenizers[DEEPSEEK_V4]
+    with Served(runtime) as served:
+        yield served
+    runtime.tokenizer = own
+
+
+USER_SAYS = [{"role": "user", "content": "Weather?"}]
+QUIET = {"model": "sample", "messages": USER_SAYS, "max_tokens": 200}
+
+
+def test_openai_chat(openai_client):
+    asked = {**QUIET, "tools": TOOLS, "tool_choice": "required", "reasoning_effort": "none"}
+    asked |= {"temperature": 0, "parallel_tool_calls": False}
+    choice = openai_client.chat.completions.create(**asked).choices[0]
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    (call,) = choice.message.tool_calls
+    name, arguments = "", ""
+    for chunk in openai_client.chat.completions.create(**asked, stream=True):
+        for part in chunk.choices[0].delta.tool_calls or ():
+            name, arguments = name + (part.function.name or ""), arguments + part.function.arguments
+    assert (name, arguments) == (call.function.name, call.function.arguments)
+    assert name == "stop" or is_weather(arguments)
+    history = [
+        *USER_SAYS,
+        choice.message,
+        {"role": "tool", "tool_call_id": call.id, "content": "ok"},
+    ]
+    history.insert(0, {"role": "latest_reminder", "content": "It rains."})
+    again = openai_client.chat.completions.create(**{**asked, "messages": history, "max_tokens": 1})
+    assert again.usage.prompt_tokens > 0
+
+
+def test_openai_responses(openai_client):
+    asked = {"model": "sample", "input": "Weather?", "max_output_tokens": 200, "temperature": 0}
+    asked |= {"tools": [{"type": "function", "name": "weather", "parameters": CITY}]}
+    asked |= {"tool_choice": "required", "reasoning": {"effort": "none"}}
+    asked |= {"parallel_tool_calls": False}
+    (call,) = openai_client.responses.create(**asked).output
+    assert (call.type, call.name) == ("function_call", "weather") and is_weather(call.arguments)
+    events = list(openai_client.responses.create(**asked, stream=True))
+    deltas = [e.delta for e in events if e.type == "response.function_call_arguments.delta"]
+    assert "".join(deltas) == call.arguments and len(deltas) > 1
+    reminder = {"role": "latest_reminder", "content": "It rains."}
+    items = [reminder, {"role": "user", "content": "Hi"}, call.model_dump(exclude_none=True)]
+    items.append({"type": "function_call_output", "call_id": call.call_id, "output": "wet"})
+    assert openai_client.responses.create(**{**asked, "input": items}).output
+
+
+def test_anthropic(anthropic_client):
+    asked = {**QUIET, "tools": [ANTHROPIC_TOOL], "thinking": {"type": "disabled"}}
+    asked |= {"tool_choice": {"type": "tool", "name": "weather"}}
+    asked["extra_body"] = {"temperature": 0}
+    message = anthropic_client.messages.create(**asked)
+    (call,) = message.content
+    assert message.stop_reason == "tool_use" and is_weather(call.input)
+    with anthropic_client.messages.stream(**asked) as stream:
+        assert stream.get_final_message().content[0].input == call.input
+    results = [{"type": "tool_result", "tool_use_id": call.id, "content": "wet"}]
+    history = [*USER_SAYS, {"role": "assistant", "content": [call]}]
+    history.append({"role": "user", "content": [*results, {"type": "text", "text": "So?"}]})
+    assert anthropic_client.messages.create(**{**asked, "messages": history}).content
+
+
+def test_effort_schema_and_functions_reach_the_prompt(served, monkeypatch):
+    texts, encode = [], served.service.encode
+    monkeypatch.setattr(served.service, "encode", lambda text: texts.append(text) or encode(text))
+    schema = {"name": "a", "schema": OBJECT}
+    wanted = {"type": "json_schema", "json_schema": schema}
+    chat = {"model": "sample", "messages": USER_SAYS, "max_tokens": 1}
+    served.choice(**chat, reasoning_effort="max", response_format=wanted)
+    thinking = {"type": "enabled", "budget_tokens": 1024}
+    for more in ({"output_config": {"effort": "max"}}, {}):
+        assert served.message(messages=USER_SAYS, max_tokens=1, thinking=thinking, **more)[0] == 200
+    for text in texts[:2]:
+        assert text.startswith(f"{BOS}Reasoning Effort: Absolute maximum")
+    assert "## Response Format:\n\nYou MUST strictly adhere" in texts[0]
+    assert json.dumps(OBJECT) in texts[0]
+    assert "Effort" not in texts[2] and all(text.endswith("<think>") for text in texts)

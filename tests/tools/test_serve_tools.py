@@ -34,6 +34,7 @@ from tests.support.served import (
     USER,
     WEATHER,
     is_weather,
+    sample_without_last,
     tokenizer_with,
 )
 from tests.support.tiny import SAMPLE
@@ -64,13 +65,7 @@ def native(processes, tmp_path_factory):
     """The sample with DeepSeek-V2.5's tokens in place of its last nine, half of them special, and a
     template that knows them."""
     folder = shutil.copytree(SAMPLE, tmp_path_factory.mktemp("native") / "sample")
-    source = json.loads((SAMPLE / "tokenizer.json").read_text())
-    vocab = source["model"]["vocab"]
-    last = len(vocab) - len(MARKS)
-    gone = {token for token, number in vocab.items() if number >= last}
-    source["model"]["vocab"] = {token: vocab[token] for token in vocab.keys() - gone}
-    pairs = [one if isinstance(one, list) else one.split(" ") for one in source["model"]["merges"]]
-    source["model"]["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & gone]
+    source, last = sample_without_last(len(MARKS))
     return tokenizer_with(folder, MARKS, last, NATIVE_TEMPLATE, source)
 
 

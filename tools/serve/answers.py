@@ -57,10 +57,10 @@ class Answers:
     """The answers to ``prompts``, in the engine until they end or ``cancel`` is called.
 
     Those to a ``chat`` follow its ``grammar``, and begin with reasoning where the prompt has begun
-    it (``is_thinking``).  ``echoes`` are texts that go before the answers, with the
-    log-probabilities of the prompts' own tokens where log-probabilities are wanted.  Made inside
-    the event loop.  Raises ``RefusedError``: 400 where a prompt does not fit, 429 where the queue
-    is full.
+    it (``is_thinking``; None where they have none).  ``echoes`` are texts that go before the
+    answers, with the log-probabilities of the prompts' own tokens where log-probabilities are
+    wanted.  Made inside the event loop.  Raises ``RefusedError``: 400 where a prompt does not fit,
+    429 where the queue is full.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Answers:
         echoes: Sequence[str] = (),
         chat: Conversation = _NO_CHAT,
         grammar: Mask | None = None,
-        is_thinking: bool = False,
+        is_thinking: bool | None = None,
     ):
         self.request, self.options, self.service = request, options, service
         self._loop = asyncio.get_running_loop()
@@ -109,9 +109,9 @@ class Answers:
                 self._answers.append(answer)
                 self.jobs.append(Job(prompt, answer, emit, request.state.owner, scored))
         how_read = form, chat.schema is not None, policy is not None and policy.required
-        reasoning = tokenizer.reasoning if chat.messages else None
+        reasoning = None if is_thinking is None else tokenizer.reasoning
         self._readers = [
-            Reader(*how_read, Splitter(reasoning, is_thinking), texts) for _ in self.jobs
+            Reader(*how_read, Splitter(reasoning, bool(is_thinking)), texts) for _ in self.jobs
         ]
         service.submit(self.jobs)
         request.state.answers = self  # for the log
@@ -210,9 +210,11 @@ async def chat_answers(
 ) -> Answers:
     """The answers to a conversation.  Raises ``RefusedError`` and ``ConfigError``."""
 
-    def prepare() -> tuple[Mask | None, list[int], bool]:
+    def prepare() -> tuple[Mask | None, list[int], bool | None]:
         text, reasoning = service.chat_text(chat), service.tokenizer.reasoning
-        is_thinking = reasoning is not None and reasoning.is_begun(text)
+        is_thinking = None
+        if reasoning is not None and not reasoning.is_over(text):
+            is_thinking = reasoning.is_begun(text)
         grammar = service.grammars.compile(chat.schema, chat.policy, is_thinking)
         return grammar, service.encode(text), is_thinking
 

@@ -90,11 +90,11 @@ class Grammars:
         return LLTokenizer(self._source.to_json(), n_vocab=size, eos_token=self._eos)
 
     def compile(
-        self, schema: Schema | None, policy: ToolPolicy | None, is_thinking: bool = False
+        self, schema: Schema | None, policy: ToolPolicy | None, is_thinking: bool | None = False
     ) -> Mask | None:
         """What an answer has to follow that follows ``schema``, or calls functions, after its
         reasoning; None where the answer is free.  ``is_thinking`` where the prompt has begun the
-        reasoning.  Raises ``RefusedError``."""
+        reasoning, None where there is none.  Raises ``RefusedError``."""
         if schema is None and policy is None:
             return None
         content, dropped, where = None, list[str](), "response_format"
@@ -111,10 +111,10 @@ class Grammars:
             raise RefusedError(f"the schemas can't be followed together ({reason})")
         return Mask(matcher, self._source.size, dropped)
 
-    def _reasoning(self, is_thinking: bool) -> str:
+    def _reasoning(self, is_thinking: bool | None) -> str:
         """The rule of the whole answer, and those of the reasoning before the answer proper."""
         marks = self._source.reasoning
-        if marks is None:
+        if marks is None or is_thinking is None:
             return "answer"
         end = re.escape(marks.end).replace("/", "\\/")
         rules = ["SPACE: /[ \\n]{0,2}/", f"thought[lazy]: /{_ANYTHING}{end}/"]

@@ -344,7 +344,7 @@ def _delta(delta: ContentDelta) -> Json:
     if delta.call is None:
         return {"content": delta.text}
     arguments: Json = {"function": {"arguments": delta.text}}
-    added = arguments if delta.name is None else _call(delta.name, "")
+    added = arguments if delta.name is None else _call(delta.name, delta.text)
     return {"tool_calls": [{"index": delta.call, **added}]}
 
 
