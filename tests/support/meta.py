@@ -69,7 +69,7 @@ def network_of(config, backend, mode, codecs=NF4S, complete=False):
 def forward(network, tokens, context):
     """The residual stream of a pass over the last ``tokens`` of so many."""
     config = network.config
-    row = network.backend.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
+    row = network.backend.latent_row
     cache = LatentCache(config, context, row, lambda shape, dtype: empty(*shape, dtype=dtype))
     cache.length = context - tokens
     return network.forward(empty(tokens, dtype=torch.int64), [cache])
