@@ -8,6 +8,7 @@ from slotmoe.quant.codecs.codec import LUT4, NF4, Codec, ExpertCodecs
 ALIGNMENT = 4096
 WIDENED = ("norm", "gate")  # roles of weights that are small and used in float32
 TABLE = "table"  # the role of integers, which are kept as they are, in 32 bits
+TABLE_NAME = ".tid2eid"  # how the names of such weights end
 RESIDENT_MODES = ("bf16", "int8", "mixed", "nf4")
 _CODED = {  # codec by mode and role
     "mixed": {"matrix": LUT4},

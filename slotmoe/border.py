@@ -232,6 +232,10 @@ class Cache(State, Protocol):
     def layers(self) -> Tensor:
         """[layers, positions, X]."""
 
+    @property
+    def index_keys(self) -> Tensor:
+        """Those of the layers with an indexer."""
+
     def extend(self, layer: int, count: int) -> Tensor:
         """The layer's rows with ``count`` more, which the caller writes."""
 

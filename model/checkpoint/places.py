@@ -11,13 +11,30 @@ import torch
 from slotmoe.errors import CheckpointError
 from slotmoe.model.checkpoint.dequantize import NESTED, NESTED_BLOCK, SCALES, EncodedTensor
 from slotmoe.model.checkpoint.encodings import METHODS, Encoding
-from slotmoe.model.checkpoint.shards import DTYPES, TensorInfo
+from slotmoe.model.checkpoint.shards import DTYPES, Read, TensorInfo
 from slotmoe.model.config import Config
-from slotmoe.model.names import FUSED, fused_experts, split_expert
+from slotmoe.model.names import FUSED, fused_experts, role_of, split_expert
 
 _SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32)
+_IDS = (torch.int64, torch.int32)
 _MAX_STATE_BYTES = 4096  # bitsandbytes writes 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table(TensorInfo):
+    """Expert ids, int32, of ``stored``, each less than ``experts``."""
+
+    stored: TensorInfo
+    experts: int
+
+    def rows(self, read: Read, start: int, stop: int) -> torch.Tensor:
+        """See ``TensorInfo``.  Refuses ids of no expert, naming the tensor."""
+        ids = self.stored.rows(read, start, stop)
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.experts:
+            problem = f"names an expert outside 0 to {self.experts - 1}"
+            raise CheckpointError(f"{self.path}: {self.name} {problem}; the file is damaged")
+        return ids.int()
 
 
 @dataclass
@@ -55,6 +72,10 @@ class Places:
             if (scales := of_v4 if of_v4 in self.stored else scales) in self.stored:
                 encoded = self._encoded(codes, scales, whole, encoding)
                 return replace(encoded, name=name, shape=shape, first=first)
+        if role_of(name) == "table":
+            info = self._tensor(name, shape, _IDS)
+            place = name, info.path, torch.int32, shape, info.offset
+            return Table(*place, stored=info, experts=self.config.n_routed_experts)
         info = self._tensor(tensor, whole, _PLAIN)
         return replace(info, name=name, shape=shape, first=first)
 

@@ -15,7 +15,7 @@ from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.kv_cache import SequenceState
 from slotmoe.model.layers import as_tensor
 from slotmoe.model.mtp import MtpHead
-from slotmoe.model.names import TABLE, layer_tensor, resident_shapes, role_of
+from slotmoe.model.names import EXPERTS_OF, layer_tensor, resident_shapes, role_of
 from slotmoe.model.network import Network
 from slotmoe.model.state import new_state, plain_row
 from slotmoe.model.tokenizer import Tokenizer
@@ -56,6 +56,7 @@ from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
 from slotmoe.quant.export.layout import MANIFEST, RecordLayout
 from slotmoe.quant.export.reader import Export
+from slotmoe.quant.shapes import TABLE
 from slotmoe.quant.weights import Weight
 from slotmoe.sizes import format_size, parse_size
 
@@ -295,7 +296,7 @@ class _Loader:
             opened.callback(store.close)
             weights = load_resident(export, resident_shapes(config), place)
             guesses = predictor or NextGate(replace(config, mtp=False), weights, backend)
-            names = (layer_tensor(layer, TABLE) for layer in range(config.num_hash_layers))
+            names = (layer_tensor(layer, EXPERTS_OF) for layer in range(config.num_hash_layers))
             tables = [as_tensor(weights[name]).cpu() for name in names]
             experts = self._experts(export, plan, store, guesses, popularity, tables)
             opened.callback(experts.close)
@@ -354,11 +355,20 @@ class _Loader:
 
         def place(name: str, weight: Weight) -> Prepared:
             role = role_of(name)
-            if isinstance(weight, Tensor) and (weight.dim() == 1 or role == "gate"):
+            if role == TABLE:
+                self._check_table(name, weight)
+            elif isinstance(weight, Tensor) and (weight.dim() == 1 or role == "gate"):
                 weight = weight.float()
             return self._backend.prepare(role, weight, empty)
 
         return place
+
+    def _check_table(self, name: str, ids: Weight) -> None:
+        """Kernels trust the ids of experts.  Raises ``ConfigError``."""
+        last = self._config.n_routed_experts - 1
+        if not (isinstance(ids, Tensor) and 0 <= int(ids.min()) <= int(ids.max()) <= last):
+            problem = f"{name} names an expert outside 0 to {last}"
+            raise ConfigError(f"{self._folder}: {problem}; quantize again")
 
     def _cache(self, slots: int, popularity: list[float] | None) -> Cache:
         """Where every expert has a slot nothing is ever evicted, and the cheapest bookkeeping will

@@ -21,6 +21,7 @@ from slotmoe.quant.codecs.codec import Codec
 Squares = Sequence[float]
 """Sum of squared errors and sum of squared weights."""
 _PLAIN = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_PLAIN |= {torch.int32: "int32"}
 
 
 def quantization_report(

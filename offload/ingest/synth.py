@@ -16,7 +16,7 @@ from torch import Tensor
 from slotmoe import model
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import read_config
-from slotmoe.model.names import EMBEDDING, resident_shapes
+from slotmoe.model.names import EMBEDDING, resident_shapes, role_of
 from slotmoe.offload.ingest.manifest import Contents, write_files
 from slotmoe.offload.ingest.output_dir import beside, check_destination, check_space, publish
 from slotmoe.offload.ingest.quantize import Progress, resident_mode
@@ -24,6 +24,7 @@ from slotmoe.quant.codecs.codec import BLOCK, SCALES, TILE, Codec, ExpertCodecs
 from slotmoe.quant.codecs.weight import pack
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT, Part, layer_file
 from slotmoe.quant.export.writer import ExportFile, publish_file, write_json
+from slotmoe.quant.shapes import TABLE
 
 POOL_BYTES = 64 << 20  # random bytes that all weights are cut from, at random places
 PIECE_BYTES = 32 << 20  # written at once
@@ -47,7 +48,10 @@ def synthesize(
     if keep_mtp:
         config = config.with_mtp(config_path, "--keep-mtp")
     check_destination(destination, overwrite)
-    dtypes = dict.fromkeys(resident_shapes(config), torch.bfloat16)
+    dtypes = {
+        name: torch.int32 if role_of(name) == TABLE else torch.bfloat16
+        for name in resident_shapes(config)
+    }
     contents = Contents(config, resident_mode(resident), codecs, dtypes)
     distinct = config.moe_layers[: share_layers or len(config.moe_layers)]
     partial = beside(destination, "partial")
@@ -143,6 +147,9 @@ class _Random:
         step = max(1, PIECE_BYTES // row_bytes)
         for start in range(0, part.shape[0], step):
             count = min(step, part.shape[0] - start)
+            if part.dtype == torch.int32:
+                yield self._experts_of(count, shape[1])
+                continue
             if kind == "none":
                 noise = self._bytes(count * shape[-1]).view(torch.int8).float()
                 yield (noise * (deviation / 73.3)).to(part.dtype).view(count, *shape[1:])
@@ -150,6 +157,12 @@ class _Random:
             codes = self._bytes(count * row_bytes).view(part.dtype).view(count, *part.shape[1:])
             rows = min(count * TILE, shape[0] - start * TILE)
             yield _pad(kind, codes, rows, shape[1]) if isinstance(kind, Codec) else codes
+
+    def _experts_of(self, tokens: int, count: int) -> Tensor:
+        """``count`` different experts for each of so many tokens, int32."""
+        experts = self._contents.config.n_routed_experts
+        first_T = self._bytes(4 * tokens).view(torch.int32) % experts
+        return (first_T[:, None] + torch.arange(count) * (experts // count)).int() % experts
 
     @cached_property
     def _expert_scales(self) -> dict[str, Tensor]:

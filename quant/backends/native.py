@@ -69,7 +69,14 @@ class NativeDecoder:
         stream = step.layer, step.h_TD, step.rope_TC, caches, positions
         records = table.records.slab, table.slots_ME, self.record(table.records)
         rest = step.x_TD, step.routed_TD, step.query_scale_T
-        done = self.native.decode(self.decoder, *stream, *records, *rest)
+        keys = list[Tensor]()
+        if self.decoder.topk:
+            keys = [cache.index_keys for cache, count in owners for _ in range(count)]
+            if step.lists_TL is None:
+                step.lists_TL = torch.empty(len(keys), self.decoder.topk, dtype=torch.int32)
+        done = self.native.decode(
+            self.decoder, *stream, *records, *rest, keys=keys, lists=step.lists_TL
+        )
         for stage, seconds in zip(_STAGES, done.seconds, strict=True):
             now += seconds
             step.timer.mark(stage, now)
@@ -220,17 +227,21 @@ class NativeBackend(TorchBackend):
     ) -> NativeDecoder | None:
         """None where the native call does not compute as the single operations do: ``kv_b_proj`` or
         an MLP in bf16."""
-        bound = list[tuple[AttentionLayer, Mlp | None]]()
+        bound, indexers, topk = list[tuple[AttentionLayer, Mlp | None]](), 0, 0
         for layer in layers:
             weights, mlp = layer.mlp, None
             if weights is not None:
                 mlp = self._mlp(weights.gate_proj, weights.up_proj, weights.down_proj)
             mla = layer.attention
-            if not isinstance(mla, Mla) or mla.indexer is not None:
+            if not isinstance(mla, Mla):
                 return None
+            has = mla.indexer is not None
             if not isinstance(mla.kv_b_proj, Int8Weight) or (mlp is None) != (weights is None):
                 return None
-            bound.append((AttentionLayer(geometry, layer), mlp))
+            if geometry.indexer is not None and (indexers or has):
+                topk = geometry.indexer.topk
+            bound.append((AttentionLayer(geometry, layer, indexers, topk), mlp))
+            indexers += has
         return NativeDecoder(self._native, Decoder(bound, geometry.router), self._record)
 
     def _record(self, records: Records) -> ExpertRecord:

@@ -37,6 +37,7 @@ DTYPES = {
     "U8": torch.uint8,
     "I8": torch.int8,
     "F8_E8M0": torch.float8_e8m0fnu,  # of scales alone
+    "I32": torch.int32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,

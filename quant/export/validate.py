@@ -46,7 +46,7 @@ from slotmoe.quant.export.layout import (
     predictor_parts,
     resident_parts,
 )
-from slotmoe.quant.shapes import ALIGNMENT
+from slotmoe.quant.shapes import ALIGNMENT, TABLE_NAME
 
 MAX_MANIFEST_BYTES = 8 << 20
 MAX_COPIED_BYTES = 32 << 20  # the tokenizer.json of GLM-4.7 has 20 MB
@@ -54,7 +54,7 @@ UNLISTED = "is not in the manifest, so nothing vouches for it"
 _SIZE = integer(1, 1 << 31)
 _LAYER = integer(0, 99999)
 _ERROR = number(0, 1000)
-_PLAIN = ("int8", "bf16", "fp16", "fp32")
+_PLAIN = ("int8", "bf16", "fp16", "fp32", "int32")
 _SHAPE = ListOf(_SIZE, 2, 2)
 _LEVELS = ListOf(number(-1e30, 1e30), 8, 16)
 _CODEC = {
@@ -299,7 +299,9 @@ def _check_resident(tensors: Json, manifest: Json) -> int:
             _require(len(part.shape) == 2, f"{name:.80} is no matrix")
             expected |= resident_parts(name, part.shape, "int8", part.dtype)
         elif name not in expected:
-            plain = part.dtype.is_floating_point and part.dtype.itemsize > 1
-            _require(plain, f"{name:.80} has dtype {part.dtype}")
+            fits = part.dtype.is_floating_point and part.dtype.itemsize > 1
+            if name.endswith(TABLE_NAME):
+                fits = part.dtype == DTYPES["I32"]
+            _require(fits, f"{name:.80} has dtype {part.dtype}")
             expected |= resident_parts(name, part.shape, "none", part.dtype)
     return _check_tensors(RESIDENT, tensors, expected)

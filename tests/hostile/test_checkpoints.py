@@ -8,14 +8,20 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.checkpoint.shards import read_header
 from slotmoe.model.config import parse_config, read_config
+from slotmoe.offload.ingest import synth
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
+from slotmoe.quant.codecs.codec import DEFAULT_CODECS
+from slotmoe.quant.export.layout import MANIFEST
 from slotmoe.quant.export.reader import Export
+from slotmoe.quant.export.validate import manifest_checksum
+from tests.support import v4
 from tests.support.encoded import packed
 from tests.support.hostile import (
     EXPERT,
@@ -308,3 +314,75 @@ def test_unsupported_rope_settings_are_named(key):
     for settings in BAD_ROPE_SETTINGS:
         config = {**CONFIG, "rope_scaling": None, key: settings}
         refused(lambda config=config: parse_config(config), "config.json", "rope", kind=ConfigError)
+
+
+_ATTENTION = "self_attn.compressor"
+OF_V4 = [
+    "model.layers.0.mlp.gate.tid2eid",
+    "model.layers.1.self_attn.sinks",
+    f"model.layers.2.{_ATTENTION}.position_bias",
+    f"model.layers.2.{_ATTENTION}.gate_proj.weight",
+    f"model.layers.1.{_ATTENTION}.indexer.kv_norm.weight",
+    f"model.layers.3.{_ATTENTION}.indexer.scorer.weights_proj.weight",
+    "model.layers.0.self_attn.o_a_proj.weight",
+    "model.layers.2.ffn_hc.scale",
+    "model.hc_head.hc_fn",
+]
+
+
+@pytest.mark.parametrize("hub", [False, True])
+@pytest.mark.parametrize("name", OF_V4)
+def test_a_v4_that_lacks_a_tensor_names_it(name, hub, tmp_path):
+    v4.write_v4(tmp_path, "v4", hub=hub)
+    edit_weights(tmp_path, lambda weights: weights.pop(v4.hub_name(name) if hub else name))
+    refused(lambda: Checkpoint.open(tmp_path), f"tensor {name} is missing", kind=CheckpointError)
+
+
+def edit_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("expert", [-1, 8, 1 << 40])
+def test_expert_ids_of_no_expert_are_refused_by_name(expert, tmp_path):
+    v4.write_v4(tmp_path / "source", "v4", hub=True)
+
+    def change(weights):
+        weights["layers.0.ffn.gate.tid2eid"][17, 1] = expert
+
+    edit_weights(tmp_path / "source", change)
+    wanted = OF_V4[0], "names an expert outside 0 to 7"
+    refused(lambda: quantize(tmp_path / "source", tmp_path / "export"), *wanted)
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16])
+def test_expert_ids_that_are_no_integers_are_refused_by_name(dtype, tmp_path):
+    v4.write_v4(tmp_path, "v4")
+    edit_weights(tmp_path, lambda weights: weights.update({OF_V4[0]: weights[OF_V4[0]].to(dtype)}))
+    refused(lambda: Checkpoint.open(tmp_path), OF_V4[0], "expected I64 or I32")
+
+
+@pytest.mark.parametrize(("name", "dtype"), [(OF_V4[0], "F32"), ("model.norm.weight", "I32")])
+def test_an_export_has_integers_for_expert_ids_alone(name, dtype, tmp_path):
+    v4.write_v4(tmp_path / "source", "v4")
+    quantize(tmp_path / "source", tmp_path / "export")
+
+    def change(manifest):
+        manifest["files"]["resident.safetensors"]["tensors"][name]["dtype"] = dtype
+        manifest["checksum"] = manifest_checksum(manifest)
+
+    edit_json(tmp_path / "export" / MANIFEST, change)
+    refused(lambda: Export.open(tmp_path / "export"), f"{name} has dtype torch.")
+
+
+def test_synthetic_expert_ids_are_different_experts(tmp_path, monkeypatch):
+    monkeypatch.setattr(synth, "POOL_BYTES", 1 << 20)
+    v4.write_v4(tmp_path / "source", "v4")
+    options = "int8", DEFAULT_CODECS, 1, False, lambda *_: None
+    manifest = synth.synthesize(tmp_path / "source" / "config.json", tmp_path / "export", *options)
+    assert manifest["experts"]["linked_layers"] == {"1": 0, "2": 0, "3": 0}
+    ids = Export.open(tmp_path / "export").resident(OF_V4[0])
+    assert ids.dtype == torch.int32 and ids.min() == 0 and ids.max() == 7
+    assert all(len(set(row)) == 3 for row in ids.tolist())

@@ -212,7 +212,7 @@ def test_rows_of_the_head_are_those_of_one_pass_over_the_text(
     runtime.engine.empty()
     decode(runtime, ids[:5], [])
     decode(runtime, ids[:12], ids[12:])
-    came, drafts = sequence._head._cache, drafts_of(runtime)
+    came, drafts = sequence._head._state, drafts_of(runtime)
 
     def read(*given):
         runtime.engine.call(lambda: drafts.read(*given))
@@ -222,14 +222,14 @@ def test_rows_of_the_head_are_those_of_one_pass_over_the_text(
     runtime.engine.empty()
     (hidden_TD,) = runtime.hidden(ids)
     read(ids, hidden_TD[:-1].clone())
-    rows_SX = drafts._cache.layers[0]
+    rows_SX = drafts._state.layers[0]
     assert torch.equal(rows_SX[: came.length], came.layers[0, : came.length])
     with monkeypatch.context() as patch:
         patch.setattr(MtpHead, "forward", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             read(ids[:5], hidden_TD[3:4].clone())
     read(ids[:7], hidden_TD[5:6].clone())  # rows 3 and 4 are not sure any more
-    assert drafts._cache.length == 1
+    assert drafts._state.length == 1
 
 
 def test_the_head_is_asked_as_long_as_that_pays():

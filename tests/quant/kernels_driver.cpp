@@ -14,6 +14,7 @@ using slotmoe::Matrix;
 using slotmoe::Model;
 using slotmoe::Record;
 using slotmoe::Router;
+using slotmoe::Tokens;
 using namespace slotmoe;  // kinds of matrices
 
 extern "C" {
@@ -59,10 +60,8 @@ int slotmoe_quantize_nf4(const void*, int, int64_t, int64_t, const float*, uint8
 int slotmoe_quantize_int8(const void*, int, int64_t, int64_t, int8_t*, float*);
 int slotmoe_route(const Router*, const float*, const float*, const int64_t*, int64_t, int64_t,
                   float*, int64_t*);
-int slotmoe_decode(const Model*, int64_t, int64_t, const float*, const float*, const float*,
-                   uint8_t* const*, int64_t, int64_t, const int64_t*, const int32_t*,
-                   const uint8_t*, int64_t,
-                   int64_t, const Record*, const float*, const float*, float*, float*, float*,
+int slotmoe_decode(const Model*, int64_t, int64_t, const float*, const Tokens*, const int32_t*,
+                   const uint8_t*, int64_t, int64_t, const Record*, const float*, const float*, float*, float*, float*,
                    int64_t*, int64_t*, double*);
 int slotmoe_coded_error(const Matrix*, const void*, int, double*);
 int slotmoe_fit_rows(const void*, int, int64_t, int64_t, const float*, const float*, int64_t,
@@ -241,9 +240,9 @@ static void decode(const Attention& a, int64_t hidden, int64_t experts, const fl
             for (int64_t at = 0; at < 2 * experts; at++)
                 slots[at] = expected == 2 || at / experts < expected ? int32_t(at % count) : -1;
             int64_t reached = -1;
-            check(slotmoe_decode(&model, first, t, h, table, t > 1 ? scales.p : nullptr,
-                                 caches.data(), layer, stride,
-                                 positions.data(), slots, slab, count, apart, &record,
+            const Tokens tokens{positions.data(), table, t > 1 ? scales.p : nullptr,
+                                {caches.data(), nullptr, layer, stride}, {}, nullptr};
+            check(slotmoe_decode(&model, first, t, h, &tokens, slots, slab, count, apart, &record,
                                  first ? sum.p : nullptr, first ? sum.p : nullptr, y, x, weights,
                                  indices, &reached, seconds));
             if (reached != (expected == 3 ? 2 : expected)) check(int(10 + reached));

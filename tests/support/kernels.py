@@ -18,6 +18,7 @@ from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, LUT3, LUT4, MXFP4, N
 from slotmoe.quant.codecs.weight import levels_of
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as qk
+from slotmoe.quant.kernels.cpu.tokens import addresses
 from slotmoe.quant.kernels.cpu.weights import AttentionLayer, ExpertRecord, Matrix
 from slotmoe.quant.shapes import latent_bytes
 from tests.support.codes import random_codes
@@ -131,7 +132,7 @@ def attention_layer(kernels, layer, h, table, caches, positions, query_scale=Non
     logits.  A token's latent row is written to its sequence's cache at its position."""
     stride = qk.row_stride(caches[0], layer.row_bytes)
     places = (ctypes.c_int64 * len(positions))(*positions)
-    values = layer, h, table, query_scale, qk.addresses(caches), stride, places
+    values = layer, h, table, query_scale, addresses(caches), stride, places
     y, x, logits = kernels.attention.results(*values, T=len(caches))
     return y, x, logits if layer.sizes["E"] else None
 

@@ -50,6 +50,7 @@ def rebuild(export):
     for path in [export / "resident.safetensors", *sorted((export / "experts").iterdir())]:
         with safe_open(path, "pt") as file:
             raw |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    beside = {name + ending for name in raw for ending in (".absmax", ".scale")}
     weights = {}
     for name, tensor in raw.items():
         if name + ".absmax" in raw:
@@ -63,6 +64,6 @@ def rebuild(export):
             weights[name] = dequantize_4bit(packed, state)
         elif name + ".scale" in raw:
             weights[name] = tensor.float() * raw[name + ".scale"][:, None]
-        elif not name.endswith((".absmax", ".scale", ".pad")):
+        elif name not in beside and not name.endswith(".pad"):
             weights[name] = tensor.float()
     return weights

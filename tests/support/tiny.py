@@ -40,6 +40,9 @@ SMALL |= {"num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 
 SMALL |= {"n_shared_experts": 1, "n_group": 2, "topk_group": 1}
 SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 16}
 SMALL |= {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "v_head_dim": 8}
+# Tensors of a V4 that its checkpoints have in float32.
+IN_FLOAT32 = ("sinks", "position_bias", "hc.fn", "hc.base", "hc.scale", "hc_fn", "hc_base")
+IN_FLOAT32 += ("hc_scale",)
 REMOVE = object()
 """Pass ``key=REMOVE`` to leave a key out of the config."""
 
@@ -56,12 +59,20 @@ def random_weights(
         for expert in range(parsed.n_routed_experts):
             for name, shape in expert_shapes(parsed).items():
                 shapes[expert_name(layer, expert, name)] = shape
-    weights, sigmoid = {}, parsed.family.scoring == "sigmoid"
+    weights, softmax = {}, parsed.family.scoring == "softmax"
     for name, shape in shapes.items():
         values = torch.randn(shape, generator=generator)
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith("tid2eid"):  # different experts for each token
+            order = torch.rand((shape[0], parsed.n_routed_experts), generator=generator).argsort()
+            weights[name] = order[:, : shape[1]].contiguous()
+            continue
+        if name.endswith(IN_FLOAT32):
+            spread = shape[1] ** -0.5 if name.endswith("fn") else 0.7
+            weights[name] = values * spread + name.endswith("scale")
+            continue
+        if name.endswith(("e_score_correction_bias", "k_norm.bias")):
             values *= 0.2
-        elif name.endswith("mlp.gate.weight") and sigmoid:
+        elif name.endswith("mlp.gate.weight") and not softmax:
             values *= 1.5 * shape[1] ** -0.5
         elif len(shape) == 1:
             values = 1 + 0.1 * values

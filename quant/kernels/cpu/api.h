@@ -19,7 +19,7 @@ constexpr int kOk = 0, kBadArgument = 1, kOutOfMemory = 4;
 enum Slot { kX, kXFactor, kGate, kUp, kAct, kActFactor, kOuts, kMlaBuffers, kMlaThreads, kQuery, kQueryLatent,
             kQueryFull, kRow, kLatentOut, kValues, kUses, kParts, kPartOf,
             kMlas, kScores, kChoices, kLogits, kStreams, kRecords, kTokenOuts, kCaches, kIndexScores, kOrder, kHyper,
-            kSlotCount };
+            kIndexQuery, kIndexKey, kIndexWeights, kIndexCounts, kSlotCount };
 static_assert(kSlotCount <= kScratchSlots, "pool.h has a buffer for each");
 
 constexpr int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple; }
@@ -77,6 +77,39 @@ struct Record {
     }
 };
 
+// Rows of t tokens' sequences in some layers: of a token's sequence those of the first layer begin at `start`, with that
+// of position `first`, or 0 if that is null.
+struct Store {
+    uint8_t* const* start;
+    const int64_t* first;
+    int64_t layer_bytes, row_bytes;
+
+    uint8_t* at(int64_t token, int64_t layer, int64_t position) const {
+        return start[token] + layer * layer_bytes + (position - (first ? first[token] : 0)) * row_bytes;
+    }
+};
+
+// Where t tokens stand, and what their sequences keep.
+struct Tokens {
+    const int64_t* positions;
+    const float *table, *query_scale;  // [t, p / 2] complex: rotates pairs; [t]: multiplies queries, unless null
+    Store rows;                        // latents
+    Store keys;                        // of the layers with an indexer
+    int32_t* lists;                    // [t, topk]: what the last indexer has chosen
+};
+
+// The lightning indexer (DeepSeek-V3.2): queries of a latent of the query, weights of the heads, a key of each token.
+struct Indexer {
+    int64_t heads, width, topk, halves;
+    float scale, unused;  // of the weights
+    Matrix query, weights, key;
+    const float *key_norm, *key_bias;
+
+    bool valid() const {
+        return heads >= 1 && width >= 1 && topk >= 1 && query.valid() && weights.valid();
+    }
+};
+
 // A layer's weights up to its router, as the Python side prepared them.
 struct Attention {
     int64_t heads, n, p, r, v;
@@ -88,8 +121,11 @@ struct Attention {
     const float* gate_bias;              // [gate.n], null without one
     const int8_t* kv_b;
     const float* kv_b_scale;
+    const Indexer* indexer;              // null in a layer without one
+    int64_t keys;                        // its layer in `Tokens::keys`
+    int64_t topk;                        // unless 0, rows are chosen where there are more
 
-    bool valid(int64_t stride) const;  // with cache rows of `stride` bytes
+    bool valid(const Tokens& tokens) const;
 };
 
 // Scores of a router are a token's softmax, or each is that of its logit alone: its sigmoid, or the root of its softplus.
@@ -121,8 +157,8 @@ struct Model {
 };
 
 // What entries of other files are made of. No argument is checked here.
-void attention(Job& job, const Isa& isa, const Attention& a, int64_t t, const float* h, const float* table,
-               const float* query_scale, uint8_t* const* caches, int64_t stride, const int64_t* positions, float* y, float* x, float* logits);
+void attention(Job& job, const Isa& isa, const Attention& a, int64_t layer, int64_t t, const float* h,
+               const Tokens& tokens, float* y, float* x, float* logits);
 void mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Mlp* mlp, const float* residual,
          const float* others, float* y);
 // T tokens through those of their K experts, indices [t, k], that are in the slab (records `stride` bytes apart): slots
@@ -200,5 +236,11 @@ private:
     ActBlock* blocks_ = nullptr;
     double* factor_ = nullptr;
 };
+
+inline void multiply(Job& job, const Isa& isa, const Matrix& w, const float* x, int64_t t, float* y,
+                     int64_t groups = 1) {
+    const Product product(job, isa, w, x, t, y, kX, kXFactor, groups);
+    job.parallel(product.tiles(), [&](int, int64_t begin, int64_t end) { product.run(begin, end); });
+}
 
 }  // namespace slotmoe

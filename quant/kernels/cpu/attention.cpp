@@ -2,90 +2,13 @@
 // token.
 #include <cstring>
 
-#if defined(__unix__) || defined(__APPLE__)
-#include <unistd.h>
-#endif
-
-#include "api.h"
+#include "attend.h"
 
 using namespace slotmoe;
 
 namespace {
 
-constexpr int64_t kMostSpans = 16;
-constexpr int64_t kMostScores = 1 << 20;  // of the indexer that are held at once, if one token has no more
-constexpr int64_t kMostIndexed = 64;      // tokens
-
-// Of a core's first-level data cache; 0 where the system does not say.
-int64_t first_level_bytes() {
-#if defined(_SC_LEVEL1_DCACHE_SIZE)
-    static const int64_t bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
-    return bytes;
-#else
-    return 0;
-#endif
-}
-
-// What a query over `context` rows needs; the split into spans follows from the context alone.
-Mla mla_for(const uint8_t* cache, int64_t heads, int64_t context, int64_t stride, int64_t r, int64_t p, float scale) {
-    Mla m{};
-    m.cache = cache, m.heads = heads, m.context = context, m.stride = stride, m.r = r, m.p = p, m.scale = scale;
-    m.split = INT64_MAX;
-    m.span_chunks = context ? up_to(up_to(context, kChunkRows), kMostSpans) : 1, m.tiles = up_to(heads, kTile);
-    m.near = kChunkRows * stride < first_level_bytes();
-    m.r4 = up_to(r, 4) * 4, m.k = m.r4 + up_to(p, 4) * 4, m.r_padded = up_to(r, 64) * 64;
-    return m;
-}
-
-int64_t mla_span_count(const Mla& m) { return up_to(up_to(m.context, kChunkRows), m.span_chunks); }
-
-// Bytes that a query needs while it is computed, wherever in the context: base, if given, is where m finds them.
-int64_t mla_buffers(Mla& m, uint8_t* base, int64_t spans = kMostSpans) {
-    int64_t used = 0;
-    const auto take = [&](int64_t bytes) {
-        uint8_t* p = base ? base + used : nullptr;
-        used += up_to(bytes, 64) * 64;
-        return p;
-    };
-    const auto floats = [&](int64_t count) { return reinterpret_cast<float*>(take(4 * count)); };
-    const int64_t padded = m.tiles * kTile;
-    m.q_mixed = floats(m.heads * (m.r + m.p)), m.q_scale = floats(2 * padded);
-    m.q_rows = take(m.heads * 2 * m.k), m.q_digits = take(padded * 2 * m.k);
-    m.span_max = floats(spans * padded), m.span_sum = floats(spans * padded);
-    m.span_out = floats(spans * m.heads * m.r_padded);
-    return used;
-}
-
-// Queries of t tokens -> out [t, heads, r]; mla_of(token) has what it attends to. One token splits its context over the
-// threads, several tokens are split over them; the arithmetic is the same.
-template <class MlaOf>
-void attend(Job& job, const Isa& isa, int64_t t, MlaOf mla_of, float* out) {
-    Mla one = mla_of(0);
-    const int64_t heads = one.heads, r = one.r;
-    const int64_t bytes = mla_buffers(one, nullptr), thread_bytes = int64_t(isa.mla_scratch(one));  // the same for all
-    uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * (t > 1 ? job.threads() : 1));
-    uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, thread_bytes * job.threads());
-    if (t == 1) {
-        mla_buffers(one, buffers);
-        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_queries(one, begin, end); });
-        job.parallel(one.tiles, [&](int, int64_t begin, int64_t end) { isa.mla_pack(one, begin, end); });
-        job.parallel(mla_span_count(one), [&](int thread, int64_t begin, int64_t end) {
-            isa.mla_spans(one, begin, end, scratch + thread * thread_bytes);
-        });
-        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_merge(one, begin, end, out); });
-        return;
-    }
-    job.parallel(t, [&](int thread, int64_t begin, int64_t end) {
-        for (int64_t token = begin; token < end; token++) {
-            Mla m = mla_of(token);
-            mla_buffers(m, buffers + thread * bytes);
-            isa.mla_queries(m, 0, heads);
-            isa.mla_pack(m, 0, m.tiles);
-            isa.mla_spans(m, 0, mla_span_count(m), scratch + thread * thread_bytes);
-            isa.mla_merge(m, 0, heads, out + token * heads * r);
-        }
-    });
-}
+constexpr float kIndexEps = 1e-6f;  // of the norm of an indexer's keys
 
 }  // namespace
 
@@ -130,6 +53,9 @@ EXPORT int slotmoe_attend(const float* q, int64_t t, int64_t heads, const uint8_
 
 namespace {
 
+constexpr int64_t kMostScores = 1 << 20;  // of the indexer that are held at once, if one token has no more
+constexpr int64_t kMostIndexed = 64;      // tokens
+
 // An integer that orders as the score does; NaN is the lowest.
 inline uint32_t order_of(float score) {
     const float positive = score + 0.0f;  // of -0 too
@@ -161,6 +87,54 @@ void best(const float* scores, int64_t n, int64_t k, uint32_t* order, int32_t* o
     }
 }
 
+// mla_of(token) has a token's queries and keys; its weights [heads] and its k [k] of out stand where those of t tokens
+// do. out is left as it is where there are at most k.
+template <class MlaOf>
+void choose_rows(Job& job, const Isa& isa, int64_t t, MlaOf mla_of, const float* weights, int64_t k, int32_t* out) {
+    int64_t most = 1;
+    for (int64_t token = 0; token < t; token++) {
+        const int64_t count = mla_of(token).context;
+        most = count > most ? count : most;
+    }
+    if (most <= k) return;
+    const int64_t at_once = most > kMostScores / kMostIndexed ? up_to(kMostScores, most) : kMostIndexed;
+    Mla any = mla_of(0);
+    const int64_t heads = any.heads, tiles = any.tiles, chunks = up_to(most, kChunkRows);
+    const int64_t bytes = mla_buffers(any, nullptr, 0), thread_bytes = int64_t(isa.mla_scratch(any));
+    Mla* mlas = job.scratch<Mla>(kMlas, at_once);
+    uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * at_once);
+    uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, thread_bytes * job.threads());
+    float* scores = job.scratch<float>(kIndexScores, most * at_once);
+    uint32_t* order = job.scratch<uint32_t>(kOrder, most * at_once);
+    for (int64_t first = 0; first < t; first += at_once) {
+        const int64_t n = t - first < at_once ? t - first : at_once;
+        for (int64_t i = 0; i < n; i++) {
+            mlas[i] = mla_of(first + i);
+            mla_buffers(mlas[i], buffers + i * bytes, 0);
+        }
+        job.parallel(n * heads, [&](int, int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) isa.mla_queries(mlas[i / heads], i % heads, i % heads + 1);
+        });
+        job.parallel(n * tiles, [&](int, int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) isa.mla_pack(mlas[i / tiles], i % tiles, i % tiles + 1);
+        });
+        job.parallel(n * chunks, [&](int thread, int64_t begin, int64_t end) {
+            for (int64_t i = begin / chunks; i * chunks < end; i++) {
+                const int64_t from = begin > i * chunks ? begin - i * chunks : 0;
+                const int64_t to = end - i * chunks < chunks ? end - i * chunks : chunks;
+                if (mlas[i].context > k)
+                    isa.index_scores(mlas[i], weights + (first + i) * heads, from, to, scratch + thread * thread_bytes,
+                                     scores + i * most);
+            }
+        });
+        job.parallel(n, [&](int, int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++)
+                if (mlas[i].context > k)
+                    best(scores + i * most, mlas[i].context, k, order + i * most, out + (first + i) * k);
+        });
+    }
+}
+
 }  // namespace
 
 // Of the first counts[t] of `keys`, rows of latents of r columns, the k that score best, ascending, then -1: q [t,
@@ -168,52 +142,43 @@ void best(const float* scores, int64_t n, int64_t k, uint32_t* order, int32_t* o
 EXPORT int slotmoe_index(const float* q, const float* weights, int64_t t, int64_t heads, int64_t r, const uint8_t* keys,
                          int64_t rows, int64_t stride, const int32_t* counts, int64_t k, int32_t* out) {
     if (t < 0 || heads < 1 || r < 1 || k < 1 || (rows && stride < latent_bytes(r, 0))) return kBadArgument;
-    int64_t most = 1;
     for (int64_t token = 0; token < t; token++) {
         if (counts[token] < 0 || counts[token] > rows) return kBadArgument;
-        most = counts[token] > most ? counts[token] : most;
         for (int64_t i = 0; i < k; i++) out[token * k + i] = i < counts[token] ? int32_t(i) : -1;
     }
-    if (most <= k) return kOk;
     return guarded([&](Job& job, const Isa& isa) {
-        const int64_t at_once = most > kMostScores / kMostIndexed ? up_to(kMostScores, most) : kMostIndexed;
-        Mla* mlas = job.scratch<Mla>(kMlas, at_once);
-        Mla& any = mlas[0] = mla_for(keys, heads, most, stride, r, 0, 1.0f);
-        const int64_t bytes = mla_buffers(any, nullptr, 0), thread_bytes = int64_t(isa.mla_scratch(any));
-        const int64_t tiles = any.tiles, chunks = up_to(most, kChunkRows);
-        uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * at_once);
-        uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, thread_bytes * job.threads());
-        float* scores = job.scratch<float>(kIndexScores, most * at_once);
-        uint32_t* order = job.scratch<uint32_t>(kOrder, most * at_once);
-        for (int64_t first = 0; first < t; first += at_once) {
-            const int64_t n = t - first < at_once ? t - first : at_once;
-            for (int64_t i = 0; i < n; i++) {
-                mlas[i] = mla_for(keys, heads, counts[first + i], stride, r, 0, 1.0f);
-                mlas[i].q = q + (first + i) * heads * r;
-                mla_buffers(mlas[i], buffers + i * bytes, 0);
-            }
-            job.parallel(n * heads, [&](int, int64_t begin, int64_t end) {
-                for (int64_t i = begin; i < end; i++) isa.mla_queries(mlas[i / heads], i % heads, i % heads + 1);
-            });
-            job.parallel(n * tiles, [&](int, int64_t begin, int64_t end) {
-                for (int64_t i = begin; i < end; i++) isa.mla_pack(mlas[i / tiles], i % tiles, i % tiles + 1);
-            });
-            job.parallel(n * chunks, [&](int thread, int64_t begin, int64_t end) {
-                for (int64_t i = begin / chunks; i * chunks < end; i++) {
-                    const int64_t from = begin > i * chunks ? begin - i * chunks : 0;
-                    const int64_t to = end - i * chunks < chunks ? end - i * chunks : chunks;
-                    if (mlas[i].context > k)
-                        isa.index_scores(mlas[i], weights + (first + i) * heads, from, to,
-                                         scratch + thread * thread_bytes, scores + i * most);
-                }
-            });
-            job.parallel(n, [&](int, int64_t begin, int64_t end) {
-                for (int64_t i = begin; i < end; i++)
-                    if (mlas[i].context > k) best(scores + i * most, mlas[i].context, k, order + i * most, out + (first + i) * k);
-            });
-        }
+        choose_rows(job, isa, t, [&](int64_t token) {
+            Mla m = mla_for(keys, heads, counts[token], stride, r, 0, 1.0f);
+            m.q = q + token * heads * r;
+            return m;
+        }, weights, k, out);
         return kOk;
     });
+}
+
+void slotmoe::choose(Job& job, const Isa& isa, const Indexer& indexer, int64_t t, const float* x, const float* low,
+                     const float* table, int64_t p, int64_t start, const uint8_t* const* keys, int64_t bytes,
+                     const int64_t* counts, int32_t* lists) {
+    int64_t most = 0;
+    for (int64_t token = 0; token < t; token++) most = counts[token] > most ? counts[token] : most;
+    if (most <= indexer.topk) return;
+    const int64_t heads = indexer.heads, width = indexer.width;
+    float* q = job.scratch<float>(kIndexQuery, t * heads * width);
+    float* weights = job.scratch<float>(kIndexWeights, t * heads);
+    multiply(job, isa, indexer.query, low, t, q);
+    multiply(job, isa, indexer.weights, x, t, weights);
+    job.parallel(t * heads, [&](int, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+            float* rotated = q + i * width + start;
+            rotate(rotated, table + i / heads * p, p / 2, indexer.halves, rotated);
+            weights[i] *= indexer.scale;
+        }
+    });
+    choose_rows(job, isa, t, [&](int64_t token) {
+        Mla m = mla_for(keys[token], heads, counts[token], bytes, width, 0, 1.0f);
+        m.q = q + token * heads * width;
+        return m;
+    }, weights, indexer.topk, lists);
 }
 
 // rows [t, r + p] -> t cache rows, `stride` bytes apart.
@@ -258,22 +223,6 @@ EXPORT int slotmoe_absorb_value(const float* latent, int64_t t, int64_t heads, c
     });
 }
 
-namespace {
-
-// Complex pairs, which stand side by side or in two halves, times the table, each product and sum rounded once. out may
-// be x.
-void rotate(const float* x, const float* table, int64_t pairs, bool halves, float* out) {
-    const int64_t step = halves ? 1 : 2, apart = halves ? pairs : 1;
-    for (int64_t i = 0; i < pairs; i++) {
-        const int64_t first = i * step, second = first + apart;
-        const float a = x[first], b = x[second], c = table[2 * i], s = table[2 * i + 1];
-        out[first] = a * c - b * s;
-        out[second] = a * s + b * c;
-    }
-}
-
-}  // namespace
-
 // x [t, heads, p] by one table [p / 2] of complex numbers a token -> out, the same shape.
 EXPORT int slotmoe_rotate(const float* x, const float* table, int64_t halves, int64_t t, int64_t heads, int64_t p,
                           float* out) {
@@ -289,15 +238,46 @@ EXPORT int slotmoe_rotate(const float* x, const float* table, int64_t halves, in
 
 // --- all of it
 
-bool Attention::valid(int64_t stride) const {
-    if (heads < 1 || n < 0 || p < 0 || p % 2 || r < 1 || v < 1 || stride < latent_bytes(r, p)) return false;
+bool Attention::valid(const Tokens& tokens) const {
+    if (heads < 1 || n < 0 || p < 0 || p % 2 || r < 1 || v < 1 || tokens.rows.row_bytes < latent_bytes(r, p))
+        return false;
+    if (topk && !tokens.lists) return false;
+    if (indexer && (!indexer->valid() || !indexer->key.valid() || p > indexer->width || !query_norm ||
+                    indexer->topk != topk || tokens.keys.row_bytes < latent_bytes(indexer->width, 0)))
+        return false;
     if (!query.valid() || !latent.valid() || !out.valid() || (query_norm && !query_b.valid())) return false;
     return !gate.n || gate.valid();
 }
 
-void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t t, const float* h, const float* table,
-                        const float* query_scale, uint8_t* const* caches, int64_t stride, const int64_t* positions, float* y, float* x,
-                        float* logits) {
+namespace {
+
+// The tokens' keys, and what is chosen of them and those before.
+void index_tokens(Job& job, const Isa& isa, const Attention& a, int64_t t, const float* x, const float* low,
+                  const Tokens& tokens) {
+    const Indexer& indexer = *a.indexer;
+    const int64_t width = indexer.width;
+    float* key = job.scratch<float>(kIndexKey, t * width);
+    const uint8_t** keys = job.scratch<const uint8_t*>(kCaches, t);
+    int64_t* counts = job.scratch<int64_t>(kIndexCounts, t);
+    multiply(job, isa, indexer.key, x, t, key);
+    job.parallel(t, [&](int, int64_t begin, int64_t end) {
+        for (int64_t token = begin; token < end; token++) {
+            float* row = key + token * width;
+            isa.layer_norm(row, indexer.key_norm, indexer.key_bias, width, kIndexEps, row);
+            rotate(row, tokens.table + token * a.p, a.p / 2, indexer.halves, row);
+            isa.store_latent(row, width, 0, tokens.keys.at(token, a.keys, tokens.positions[token]));
+            keys[token] = tokens.keys.at(token, a.keys, 0), counts[token] = tokens.positions[token] + 1;
+        }
+    });
+    choose(job, isa, indexer, t, x, low, tokens.table, a.p, 0, keys, tokens.keys.row_bytes, counts, tokens.lists);
+}
+
+}  // namespace
+
+void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t layer, int64_t t, const float* h,
+                        const Tokens& tokens, float* y, float* x, float* logits) {
+    const int64_t* positions = tokens.positions;
+    const float *table = tokens.table, *query_scale = tokens.query_scale;
     const int64_t heads = a.heads, n = a.n, p = a.p, r = a.r, v = a.v, width = r + p, hidden = a.latent.k;
     const auto norm = [&](const float* in, const float* weight, int64_t columns, float eps, float* out) {
         job.parallel(t, [&](int, int64_t begin, int64_t end) {
@@ -318,15 +298,18 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t t,
     });
     if (a.query_norm) {
         norm(q_in, a.query_norm, a.query.n, a.latent_eps, q_in);
-        const Product query_b(job, isa, a.query_b, q_in, t, q);
-        job.parallel(query_b.tiles(), [&](int, int64_t begin, int64_t end) { query_b.run(begin, end); });
+        multiply(job, isa, a.query_b, q_in, t, q);
     }
+    if (a.indexer) index_tokens(job, isa, a, t, x, q_in, tokens);
 
     float* q_full = job.scratch<float>(kQueryFull, t * heads * width);  // in the cache's columns
     Mla* mlas = job.scratch<Mla>(kMlas, t);
     int64_t spans = 0;
     for (int64_t token = 0; token < t; token++) {
-        mlas[token] = mla_for(caches[token], heads, positions[token] + 1, stride, r, p, a.scale);
+        const bool chosen = a.topk && positions[token] + 1 > a.topk;
+        const int64_t context = chosen ? a.topk : positions[token] + 1;
+        mlas[token] = mla_for(tokens.rows.at(token, layer, 0), heads, context, tokens.rows.row_bytes, r, p, a.scale);
+        if (chosen) mlas[token].list = tokens.lists + token * a.topk;
         mlas[token].q = q_full + token * heads * width;
         spans += mla_span_count(mlas[token]);
     }
@@ -342,7 +325,7 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t t,
             float* row = rows + token * width;
             isa.rms_norm(row, a.latent_norm, r, a.latent_eps, row);
             rotate(row + r, table + token * p, p / 2, a.halves, row + r);
-            isa.store_latent(row, r, p, caches[token] + positions[token] * stride);
+            isa.store_latent(row, r, p, tokens.rows.at(token, layer, positions[token]));
         }
     });
     job.parallel(heads, [&](int, int64_t begin, int64_t end) {
@@ -382,8 +365,7 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t t,
     });
     norm(y, a.next_norm, hidden, a.eps, x);
     if (!a.gate.n) return;
-    const Product gate(job, isa, a.gate, x, t, logits);
-    job.parallel(gate.tiles(), [&](int, int64_t begin, int64_t end) { gate.run(begin, end); });
+    multiply(job, isa, a.gate, x, t, logits);
 }
 
 // One token of each of t sequences: h [t, hidden] -> y = h + attention(rms_norm(h)). A token's latent row is written to
@@ -393,11 +375,12 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t t,
 EXPORT int slotmoe_attention(const Attention* a, int64_t t, const float* h, const float* table,
                              const float* query_scale, uint8_t* const* caches, int64_t stride, const int64_t* positions,
                              float* y, float* x, float* logits) {
-    if (t < 1 || !a->valid(stride)) return kBadArgument;
+    const Tokens tokens{positions, table, query_scale, {caches, nullptr, 0, stride}, {}, nullptr};
+    if (t < 1 || !a->valid(tokens)) return kBadArgument;
     for (int64_t token = 0; token < t; token++)
         if (positions[token] < 0) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        attention(job, isa, *a, t, h, table, query_scale, caches, stride, positions, y, x, logits);
+        attention(job, isa, *a, 0, t, h, tokens, y, x, logits);
         return kOk;
     });
 }

@@ -27,10 +27,11 @@ from slotmoe.border import Router
 from slotmoe.quant.codecs.codec import NF4
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, Function, tensor_spec
+from slotmoe.quant.kernels.cpu.tokens import Rows, Tokens, layer_rows
 from slotmoe.quant.kernels.cpu.weights import Decoder, ExpertRecord, Matrix, NativeRouter
 from slotmoe.quant.shapes import latent_bytes
 
-ABI = 13
+ABI = 14
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _PARTS = ("attention", "route", "experts_by_slot", "mlp")  # whose seconds `decode` measures
 
@@ -228,6 +229,8 @@ class Kernels:
         x: Tensor | None = None,
         experts: Tensor | None = None,
         query_scale: Tensor | None = None,
+        keys: Sequence[Tensor] = (),
+        lists: Tensor | None = None,
     ) -> Decoded:
         """T tokens of one or several sequences through the layers from `first` on, up to one whose
         experts are not all in the slab: h float32 [T, H].
@@ -236,6 +239,10 @@ class Kernels:
         capacity, latent_bytes(R, P)], alike in all; one may stand for several tokens, a position
         after the other. `slots` int32 [MoE layers, E] says which row of `slab` an expert's `record`
         is in, negative if none.
+
+        With indexers, `keys` are their rows, uint8 [indexers, capacity, latent_bytes(A, 0)], and
+        `lists`, int32 [T, topk], what the last one before layer `first` has chosen for tokens that
+        stand behind more than topk; it is overwritten.
 
         With `x` and `experts`, layer `first` only lacks its feed-forward: h is the residual stream
         behind its attention, x the norm of that, `experts` the weighted sum of its routed experts.
@@ -247,11 +254,20 @@ class Kernels:
         asked = decoder.routers_from(first, x is not None)
         t, layers, sizes = len(caches), len(decoder.routed), decoder.sizes
         hidden, top_k, f32 = sizes["H"], sizes["K"], torch.float32
-        inputs = (
-            _address("h", h, f32, t, hidden),
+        indexed = None
+        if decoder.indexers:
+            indexed = Rows(keys).bound(positions, decoder.indexers, decoder.key_bytes)
+        tokens = Tokens(
+            positions,
             _address("table", table, torch.complex64, t, sizes["C"]),
             _address("query_scale", query_scale, f32, t),
-            *cache_rows(caches, positions, layers, decoder.row_bytes),
+            Rows(caches).bound(positions, layers, decoder.row_bytes),
+            indexed,
+            _address("lists", lists, torch.int32, t, decoder.topk),
+        )
+        inputs = (
+            _address("h", h, f32, t, hidden),
+            tokens.address,
             _address("slots", slots, torch.int32, sizes["M"], sizes["E"]),
             record.slab(slab).address,
             *slab.shape,
@@ -317,44 +333,6 @@ def row_stride(cache: Tensor, width: int) -> int:
     if cache.dim() != 2:
         raise ValueError(f"cache has {cache.dim()} dimensions, expected [capacity, {width}]")
     return layer_rows([cache[None]], 1, width)[1]
-
-
-def layer_rows(caches: Sequence[Tensor], layers: int, width: int) -> tuple[int, int, int]:
-    """Of caches that are alike, uint8 [layers, capacity, width]: the bytes from one layer to the
-    next and from one row to the next, and the capacity."""
-    if not caches:
-        raise ValueError("there are no caches, expected one for each token")
-    shape, strides = caches[0].shape, caches[0].stride()
-    for rows in caches:
-        if rows.dtype != torch.uint8 or not rows.is_cpu or rows.dim() != 3:
-            raise ValueError(f"cache is {rows.dtype} on {rows.device}, expected uint8 on the CPU")
-        if rows.shape != shape or rows.stride() != strides:
-            raise ValueError(f"caches {tuple(shape)} and {tuple(rows.shape)} must be alike")
-    if shape[0] != layers or shape[2] != width:
-        raise ValueError(f"cache is {tuple(shape)}, expected [{layers}, capacity, {width}]")
-    apart = strides[1] if shape[1] > 1 else width
-    if strides[2] != 1 or apart < width:
-        raise ValueError(f"cache has strides {strides}, expected rows of {width} adjacent bytes")
-    return strides[0], apart, shape[1]
-
-
-def cache_rows(
-    caches: Sequence[Tensor], positions: Sequence[int], layers: int, width: int
-) -> tuple[ctypes.Array[ctypes.c_void_p], int, int, ctypes.Array[ctypes.c_int64]]:
-    """The addresses of such caches, how far layers and rows are apart, and a position in each."""
-    layer_stride, stride, capacity = layer_rows(caches, layers, width)
-    if len(positions) != len(caches):
-        raise ValueError(
-            f"{len(positions)} positions, expected one for each of {len(caches)} caches"
-        )
-    for position in positions:
-        if not 0 <= position < capacity:
-            raise ValueError(f"position is {position}, expected one of the cache's {capacity} rows")
-    return addresses(caches), layer_stride, stride, (ctypes.c_int64 * len(positions))(*positions)
-
-
-def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
 def rows_per_head(x: Tensor, kv_b: Tensor, n: int) -> int:

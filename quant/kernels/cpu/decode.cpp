@@ -106,15 +106,13 @@ EXPORT int slotmoe_route(const Router* router, const float* logits, const float*
 // slotmoe_mlp. With `experts` [t, hidden], the weighted sum of the first layer's, that layer only lacks its
 // feed-forward: h is the stream behind its attention and x_in [t, hidden] the norm of that.
 //
-// caches [t] are the sequences' latent rows, of which a layer's stand layer_stride bytes behind those of the layer
-// before. slots [MoE layers, e] says where in the slab (`size` records, `record_stride` bytes apart) an expert is,
+// slots [MoE layers, e] says where in the slab (`size` records, `record_stride` bytes apart) an expert is,
 // negative if nowhere: the first layer that wants such an expert is `reached` with only its choice made, y before its
 // feed-forward, weights [t, top_k] its router's. Otherwise all layers are done. indices [n, t, top_k] are what the routers
 // have chosen that were asked, at most one for each MoE layer from `first` on, and x [n + 1, t, hidden] their inputs, the
 // norms of the streams, and one more that means nothing.
 // seconds [4] is added to: attention, routers, experts, and MLPs.
-EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float* h, const float* table,
-                          const float* query_scale, uint8_t* const* caches, int64_t layer_stride, int64_t stride, const int64_t* positions,
+EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float* h, const Tokens* tokens,
                           const int32_t* slots, const uint8_t* slab, int64_t size, int64_t record_stride,
                           const Record* record, const float* x_in, const float* experts, float* y, float* x,
                           float* weights, int64_t* indices, int64_t* reached, double* seconds) {
@@ -122,13 +120,12 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
     if (first < 0 || first >= m->layers || t < 1 || !m->router.valid(e) || record->hidden != hidden || !record->valid())
         return kBadArgument;
     for (int64_t token = 0; token < t; token++)
-        if (positions[token] < 0) return kBadArgument;
+        if (tokens->positions[token] < 0) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         float* logits = job.scratch<float>(kLogits, t * e);
         float* streams = job.scratch<float>(kStreams, 3 * t * hidden);
         float *residual = streams, *attended = streams + t * hidden, *routed = streams + 2 * t * hidden;
         float* outs = job.scratch<float>(kTokenOuts, t * top_k * hidden);
-        uint8_t** layer_caches = job.scratch<uint8_t*>(kCaches, t);
         auto marked = std::chrono::steady_clock::now();
         const auto mark = [&](int part) {
             const auto now = std::chrono::steady_clock::now();
@@ -141,7 +138,7 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
         for (int64_t l = first; l < m->layers; l++) {
             const Layer& layer = m->layer[l];
             const bool moe = layer.attention->gate.n > 0;
-            if (!layer.attention->valid(stride) || (layer.mlp && !layer.mlp->valid())) return kBadArgument;
+            if (!layer.attention->valid(*tokens) || (layer.mlp && !layer.mlp->valid())) return kBadArgument;
             if (l == first && experts) {
                 finish(job, isa, layer, x_in, t, hidden, h, experts, residual);
                 moe_layer += moe;
@@ -149,9 +146,7 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
                 mark(3);
                 continue;
             }
-            for (int64_t token = 0; token < t; token++) layer_caches[token] = caches[token] + l * layer_stride;
-            attention(job, isa, *layer.attention, t, stream, table, query_scale, layer_caches, stride, positions, attended, x,
-                      logits);
+            attention(job, isa, *layer.attention, l, t, stream, *tokens, attended, x, logits);
             mark(0);
             if (moe) {
                 route(job, m->router, logits, layer.attention->gate_bias, nullptr, t, e, weights, indices);

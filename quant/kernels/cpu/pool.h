@@ -12,7 +12,7 @@
 namespace slotmoe {
 
 constexpr int kMaxThreads = 256;
-constexpr int kScratchSlots = 29;
+constexpr int kScratchSlots = 40;
 
 using PhaseFn = void (*)(void* context, int thread, int64_t begin, int64_t end);
 

@@ -76,8 +76,7 @@ SIGNATURES = {
     "route": "router:pointer logits:f32[T,E] bias?:f32[E] chosen?:i64[T,K] T E >weights:f32[T,K]"
     " >indices:i64[T,K]",
     # checked by hand, which is quicker: it runs once a token
-    "decode": "decoder:pointer first:size tokens:size h:pointer table:pointer query_scale:pointer"
-    " caches:pointer layer_stride:size row_stride:size positions:pointer slots:pointer"
+    "decode": "decoder:pointer first:size count:size h:pointer tokens:pointer slots:pointer"
     " slab:pointer records:size record_stride:size record:pointer x:pointer experts:pointer"
     " y:pointer norms:pointer weights:pointer indices:pointer reached:pointer seconds:pointer",
     "quantize_nf4": f"{_SOURCE} levels:f32[16] >codes:u8[N/16,K/64,512] >absmax:f16[N/16,K/64,16]",

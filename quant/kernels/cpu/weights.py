@@ -13,7 +13,7 @@ from itertools import starmap
 import torch
 from torch import Tensor
 
-from slotmoe.border import Geometry, Layer, Mla, Router
+from slotmoe.border import Geometry, Indexer, Layer, Mla, Router
 from slotmoe.quant.codecs.codec import BLOCK, KINDS, SCALES, ExpertCodecs
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
@@ -52,13 +52,23 @@ class _Mlp(ctypes.Structure):
     _fields_ = [*_fields(_Matrix, "gate up down"), ("limit", ctypes.c_float)]
 
 
+class _Indexer(ctypes.Structure):
+    _fields_ = [
+        *_fields(ctypes.c_int64, "heads width topk halves"),
+        *_fields(ctypes.c_float, "scale unused"),
+        *_fields(_Matrix, "query weights key"),
+        *_fields(ctypes.c_void_p, "key_norm key_bias"),
+    ]
+
+
 class _Attention(ctypes.Structure):
     _fields_ = [
         *_fields(ctypes.c_int64, "heads n p r v halves"),
         *_fields(ctypes.c_float, "eps latent_eps scale unused"),
         *_fields(ctypes.c_void_p, "input_norm query_norm latent_norm next_norm"),
         *_fields(_Matrix, "query query_b latent out gate"),
-        *_fields(ctypes.c_void_p, "gate_bias kv_b kv_b_scale"),
+        *_fields(ctypes.c_void_p, "gate_bias kv_b kv_b_scale indexer"),
+        *_fields(ctypes.c_int64, "keys topk"),
     ]
 
 
@@ -175,10 +185,13 @@ class Mlp(Bound):
 
 
 class AttentionLayer(Bound):
-    """The weights of one layer up to its router, `kv_b_proj` of them int8.  Raises `ValueError`
-    where they do not fit."""
+    """The weights of one layer up to its router, `kv_b_proj` of them int8.  Its indexer, if it has
+    one, is the model's `keys`-th; `topk`, unless 0, is how many rows it attends to.  Raises
+    `ValueError` where they do not fit."""
 
-    def __init__(self, geometry: Geometry, layer: Layer[Weight | Matrix]) -> None:
+    def __init__(
+        self, geometry: Geometry, layer: Layer[Weight | Matrix], keys: int = 0, topk: int = 0
+    ) -> None:
         mla = layer.attention
         assert isinstance(mla, Mla)
         shape, kv_b = geometry[:5], mla.kv_b_proj
@@ -201,6 +214,7 @@ class AttentionLayer(Bound):
             gate=(gate, (experts, hidden)),
         )
         sizes = {"H": hidden, "Q": queries, "R": r, "M": heads * (n + v), "E": experts}
+        indexer = _indexer(geometry, mla.indexer, queries, hidden) if mla.indexer else None
         native = _Attention(
             *shape,
             geometry.halves,
@@ -213,9 +227,32 @@ class AttentionLayer(Bound):
             tensor_spec("gate_bias?:f32[E]").check(layer.gate_bias, sizes),
             tensor_spec("kv_b:i8[M,R]").check(kv_b.q, sizes),
             tensor_spec("kv_b_scale:f32[M]").check(kv_b.scale, sizes),
+            indexer and indexer.address,
+            *(keys, topk),
         )
         self.row_bytes, sizes = latent_bytes(r, p), {"H": hidden, "C": p // 2, "E": experts}
-        super().__init__(native, sizes, layer, query, query_b, latent, out, gate)
+        self.topk, self.key_bytes = topk, 0
+        if geometry.indexer is not None and indexer:
+            self.key_bytes = latent_bytes(geometry.indexer.A, 0)
+        super().__init__(native, sizes, layer, query, query_b, latent, out, gate, indexer)
+
+
+def _indexer(
+    geometry: Geometry, indexer: Indexer[Weight | Matrix], queries: int, hidden: int
+) -> Bound:
+    """Of a query's latent of so many columns.  Raises `ValueError`."""
+    assert geometry.indexer is not None
+    heads, width, topk, halves = geometry.indexer
+    bound = Matrix.of(indexer.wq_b), Matrix.of(indexer.weights_proj), Matrix.of(indexer.wk)
+    shapes = (heads * width, queries), (heads, hidden), (width, hidden)
+    names, sizes = ("wq_b", "weights_proj", "wk"), {"A": width}
+    native = _Indexer(
+        *(heads, width, topk, halves, (heads * width) ** -0.5, 0.0),
+        *_fit(**dict(zip(names, zip(bound, shapes, strict=True), strict=True))),
+        tensor_spec("k_norm:f32[A]").check(indexer.k_norm, sizes),
+        tensor_spec("k_norm_bias:f32[A]").check(indexer.k_norm_bias, sizes),
+    )
+    return Bound(native, {}, indexer, *bound)
 
 
 def _bound(weight: Weight | Matrix | None) -> Matrix | None:
@@ -283,6 +320,9 @@ class Decoder(Bound):
             if mlp is not None and mlp.sizes["H"] != sizes["H"]:
                 raise ValueError(f"an MLP's size is different from the layers' {sizes['H']}")
         self.routed = [layer.sizes["E"] > 0 for layer, _ in layers]
+        self.indexers = sum(layer.key_bytes > 0 for layer, _ in layers)
+        self.key_bytes = max(layer.key_bytes for layer, _ in layers)
+        self.topk = max(layer.topk for layer, _ in layers)
         natives = (_Layer * len(layers))()
         for bound, (layer, mlp) in zip(natives, layers, strict=True):
             bound.attention, bound.mlp = layer.address, mlp and mlp.address

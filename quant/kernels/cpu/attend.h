@@ -1,0 +1,103 @@
+// What attention is made of, beside its kernels: queries over the rows of a cache, split over threads.
+#pragma once
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
+#include "api.h"
+
+namespace slotmoe {
+
+constexpr int64_t kMostSpans = 16;
+
+// Of a core's first-level data cache; 0 where the system does not say.
+inline int64_t first_level_bytes() {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+    static const int64_t bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+    return bytes;
+#else
+    return 0;
+#endif
+}
+
+// What a query over `context` rows needs; the split into spans follows from the context alone.
+inline Mla mla_for(const uint8_t* cache, int64_t heads, int64_t context, int64_t stride, int64_t r, int64_t p, float scale) {
+    Mla m{};
+    m.cache = cache, m.heads = heads, m.context = context, m.stride = stride, m.r = r, m.p = p, m.scale = scale;
+    m.split = INT64_MAX;
+    m.span_chunks = context ? up_to(up_to(context, kChunkRows), kMostSpans) : 1, m.tiles = up_to(heads, kTile);
+    m.near = kChunkRows * stride < first_level_bytes();
+    m.r4 = up_to(r, 4) * 4, m.k = m.r4 + up_to(p, 4) * 4, m.r_padded = up_to(r, 64) * 64;
+    return m;
+}
+
+inline int64_t mla_span_count(const Mla& m) { return up_to(up_to(m.context, kChunkRows), m.span_chunks); }
+
+// Bytes that a query needs while it is computed, wherever in the context: base, if given, is where m finds them.
+inline int64_t mla_buffers(Mla& m, uint8_t* base, int64_t spans = kMostSpans) {
+    int64_t used = 0;
+    const auto take = [&](int64_t bytes) {
+        uint8_t* p = base ? base + used : nullptr;
+        used += up_to(bytes, 64) * 64;
+        return p;
+    };
+    const auto floats = [&](int64_t count) { return reinterpret_cast<float*>(take(4 * count)); };
+    const int64_t padded = m.tiles * kTile;
+    m.q_mixed = floats(m.heads * (m.r + m.p)), m.q_scale = floats(2 * padded);
+    m.q_rows = take(m.heads * 2 * m.k), m.q_digits = take(padded * 2 * m.k);
+    m.span_max = floats(spans * padded), m.span_sum = floats(spans * padded);
+    m.span_out = floats(spans * m.heads * m.r_padded);
+    return used;
+}
+
+// Queries of t tokens -> out [t, heads, r]; mla_of(token) has what it attends to. One token splits its context over the
+// threads, several tokens are split over them; the arithmetic is the same.
+template <class MlaOf>
+void attend(Job& job, const Isa& isa, int64_t t, MlaOf mla_of, float* out) {
+    Mla one = mla_of(0);
+    const int64_t heads = one.heads, r = one.r;
+    const int64_t bytes = mla_buffers(one, nullptr), thread_bytes = int64_t(isa.mla_scratch(one));  // the same for all
+    uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * (t > 1 ? job.threads() : 1));
+    uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, thread_bytes * job.threads());
+    if (t == 1) {
+        mla_buffers(one, buffers);
+        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_queries(one, begin, end); });
+        job.parallel(one.tiles, [&](int, int64_t begin, int64_t end) { isa.mla_pack(one, begin, end); });
+        job.parallel(mla_span_count(one), [&](int thread, int64_t begin, int64_t end) {
+            isa.mla_spans(one, begin, end, scratch + thread * thread_bytes);
+        });
+        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_merge(one, begin, end, out); });
+        return;
+    }
+    job.parallel(t, [&](int thread, int64_t begin, int64_t end) {
+        for (int64_t token = begin; token < end; token++) {
+            Mla m = mla_of(token);
+            mla_buffers(m, buffers + thread * bytes);
+            isa.mla_queries(m, 0, heads);
+            isa.mla_pack(m, 0, m.tiles);
+            isa.mla_spans(m, 0, mla_span_count(m), scratch + thread * thread_bytes);
+            isa.mla_merge(m, 0, heads, out + token * heads * r);
+        }
+    });
+}
+
+// Complex pairs, which stand side by side or in two halves, times the table, each product and sum rounded once. out may
+// be x.
+inline void rotate(const float* x, const float* table, int64_t pairs, bool halves, float* out) {
+    const int64_t step = halves ? 1 : 2, apart = halves ? pairs : 1;
+    for (int64_t i = 0; i < pairs; i++) {
+        const int64_t first = i * step, second = first + apart;
+        const float a = x[first], b = x[second], c = table[2 * i], s = table[2 * i + 1];
+        out[first] = a * c - b * s;
+        out[second] = a * s + b * c;
+    }
+}
+
+// What an indexer chooses for t tokens: of the first counts[t] rows that begin at keys[t], `bytes` apart, and of no
+// others if all tokens have at most topk. x [t, hidden] and low [t, ..] are what weights and queries are made of, p
+// columns of a query's head from `start` on are rotated. lists [t, topk] are left as they are where there are no more.
+void choose(Job& job, const Isa& isa, const Indexer& indexer, int64_t t, const float* x, const float* low,
+            const float* table, int64_t p, int64_t start, const uint8_t* const* keys, int64_t bytes,
+            const int64_t* counts, int32_t* lists);
+
+}  // namespace slotmoe

@@ -1,0 +1,210 @@
+"""Tiny checkpoints of DeepSeek-V4, and of V3.2 and GLM-5 beyond ``index_topk``, in both spellings,
+and what transformers makes of them: the oracle."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support.families import DSA, INDEXED, ODD, TYPES, V32, YARN, oracle_network, quietly
+from tests.support.families import config_of as family_config
+from tests.support.oracle import transformers_logits
+from tests.support.tiny import REMOVE, write_files
+
+V4 = "deepseek_v4"
+WINDOW, CSA, HCA = (
+    "sliding_attention",
+    "compressed_sparse_attention",
+    "heavily_compressed_attention",
+)
+_TYPES = {0: WINDOW, 4: CSA, 128: HCA}
+# In the words of DeepSeek's own config.json.  Values are clamped, top-k is less than what there is
+# to choose from, and the window is passed at once.
+CONFIG = {
+    "model_type": V4,
+    "architectures": ["DeepseekV4ForCausalLM"],
+    "vocab_size": 4096,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "torch_dtype": "bfloat16",
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-6,
+    "hidden_size": 64,
+    "moe_intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_hash_layers": 1,
+    "n_shared_experts": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "q_lora_rank": 24,
+    "o_groups": 2,
+    "o_lora_rank": 20,
+    "sliding_window": 8,
+    "compress_ratios": [0, 4, 128, 4],
+    "index_n_heads": 3,
+    "index_head_dim": 24,
+    "index_topk": 4,
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 20,
+    "hc_eps": 1e-6,
+    "swiglu_limit": 0.7,
+    "rope_theta": 10000.0,
+    "compress_rope_theta": 40000.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 16,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    },
+    "scoring_func": "sqrtsoftplus",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+}
+_SIZES = {"hidden_size": 72, "moe_intermediate_size": 37, "num_attention_heads": 6, "head_dim": 22}
+_SIZES |= {"qk_rope_head_dim": 6, "q_lora_rank": 23, "o_groups": 3, "o_lora_rank": 7}
+_SIZES |= {"index_n_heads": 1, "index_head_dim": 10, "n_routed_experts": 12, "hc_mult": 3}
+# Between them: each kind of layer alone and with others, first and last, hash and learned gates,
+# YaRN and plain RoPE, streams of several numbers, odd sizes, a limit and none that is reached.
+V4_CASES = {
+    "v4": {},
+    "v4-window": {"compress_ratios": [0, 0], "num_hidden_layers": 2, "rope_scaling": REMOVE},
+    "v4-csa": {"compress_ratios": [4, 4], "num_hidden_layers": 2, "num_hash_layers": 0},
+    "v4-hca": {"compress_ratios": [128, 128], "num_hidden_layers": 2, "num_hash_layers": 2},
+    "v4-pro": {"compress_ratios": [128, 128, 4, 128], "num_hash_layers": 3, "index_topk": 9},
+    "v4-odd": {**_SIZES, "compress_ratios": [4, 0, 128, 4], "sliding_window": 5},
+    "v4-plain-rope": {"rope_scaling": REMOVE, "swiglu_limit": 10.0, "index_topk": 1},
+    "v4-two-streams": {"hc_mult": 2, "hc_sinkhorn_iters": 3, "hc_eps": 1e-3, "rms_norm_eps": 1e-3},
+    "v4-many-groups": {"o_groups": 4, "sliding_window": 128, "index_topk": 32},
+}
+_SPARSE = {**INDEXED, "index_topk": 5, "index_n_heads": 3, "index_head_dim": 12}
+_SHARED = {"num_hidden_layers": 5, "indexer_types": ["full", "full", "shared", "shared", "full"]}
+SPARSE_CASES = {
+    "v3.2-sparse": (V32, {**_SPARSE, **TYPES}),
+    "v3.2-sparse-yarn": (V32, {**_SPARSE, **ODD, "index_n_heads": 1, "rope_parameters": YARN}),
+    "glm-5-sparse": (DSA, {**_SPARSE, "rms_norm_eps": 1e-5}),
+    "glm-5-shared": (DSA, {**_SPARSE, **_SHARED}),
+}
+"""V3.2 and GLM-5 where attention is to fewer positions than there are: family and overrides."""
+TRANSFORMERS = {  # spellings of transformers 5 for DeepSeek's
+    "compress_ratios": REMOVE,
+    "num_hash_layers": REMOVE,
+    "qk_rope_head_dim": REMOVE,
+    "rope_scaling": REMOVE,
+    "rope_theta": REMOVE,
+    "topk_method": REMOVE,
+    "torch_dtype": REMOVE,
+}
+
+
+def config_of(case: str, **overrides):
+    """``config.json`` of a case of ``V4_CASES`` in DeepSeek's words, or of ``SPARSE_CASES``."""
+    if case in SPARSE_CASES:
+        family, changes = SPARSE_CASES[case]
+        return family_config(family, **{**changes, **overrides})
+    config = CONFIG | V4_CASES[case] | overrides
+    return {key: value for key, value in config.items() if value is not REMOVE}
+
+
+def in_transformers_words(config):
+    """The ``config.json`` of a V4 as transformers 5 writes it."""
+    part = config["qk_rope_head_dim"] / config["head_dim"]
+    layers, hashed = config["num_hidden_layers"], config["num_hash_layers"]
+    yarn = dict(config.get("rope_scaling", {"type": "default"}))
+    yarn["rope_type"] = yarn.pop("type")
+    if yarn["rope_type"] == "yarn":
+        yarn["attention_factor"] = 1.0
+    plain = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+    yarn["rope_theta"] = config["compress_rope_theta"]
+    both = {"main": plain, "compress": yarn}
+    both = {name: {**rope, "partial_rotary_factor": part} for name, rope in both.items()}
+    types = [_TYPES[ratio] for ratio in config["compress_ratios"][:layers]]
+    config = {key: value for key, value in config.items() if key not in TRANSFORMERS}
+    return config | {
+        "dtype": "float32",
+        "layer_types": types,
+        "compress_rates": {CSA: 4, HCA: 128},
+        "mlp_layer_types": ["hash_moe"] * hashed + ["moe"] * (layers - hashed),
+        "partial_rotary_factor": part,
+        "rope_parameters": both,
+    }
+
+
+def write_v4(folder: Path, case: str, dtype=torch.float32, hub=False, seed=0, **overrides):
+    """Write a checkpoint of random weights; returns its config.  Names of tensors and config are
+    those of transformers' network, or with ``hub`` those of DeepSeek's own files."""
+    config = write_files(folder, config_of(case, **overrides), dtype, seed)
+    if hub:
+        file = folder / "model.safetensors"
+        weights = {hub_name(name): tensor for name, tensor in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
+    elif case in V4_CASES:
+        config = in_transformers_words(config)
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
+    return config
+
+
+# Patterns of transformers' names, and what DeepSeek's files have for them.
+_HUB = (
+    (r"^model\.", ""),
+    (r"^embed_tokens\.", "embed."),
+    (r"^lm_head\.", "head."),
+    (r"^hc_head\.hc_(\w+)$", r"hc_head_\1"),
+    (r"\b(attn|ffn)_hc\.(\w+)$", r"hc_\1_\2"),
+    (r"\binput_layernorm\.", "attn_norm."),
+    (r"\bpost_attention_layernorm\.", "ffn_norm."),
+    (r"\bcompressor\.indexer\.scorer\.", "indexer."),
+    (r"\bcompressor\.indexer\.q_b_proj\.", "indexer.wq_b."),
+    (r"\bcompressor\.indexer\.", "indexer.compressor."),
+    (r"\bcompressor\.kv_norm\.", "compressor.norm."),
+    (r"\bposition_bias$", "ape"),
+    (r"\bsinks$", "attn_sink"),
+    (r"\bself_attn\.q_a_norm\.", "self_attn.q_norm."),
+    (r"\bself_attn\.(q|o)_(a|b)_proj\.", r"self_attn.w\1_\2."),
+    (r"\b(self_attn\..*)kv_proj\.", r"\1wkv."),
+    (r"\b(self_attn\..*)gate_proj\.", r"\1wgate."),
+    (r"\be_score_correction_bias$", "bias"),
+    (r"\bgate_proj\.", "w1."),
+    (r"\bdown_proj\.", "w2."),
+    (r"\bup_proj\.", "w3."),
+    (r"\bself_attn\.", "attn."),
+    (r"\bmlp\.", "ffn."),
+)
+
+
+def hub_name(name: str) -> str:
+    """DeepSeek's own name for a tensor of transformers' network."""
+    for pattern, words in _HUB:
+        name = re.sub(pattern, words, name)
+    return name
+
+
+def v4_logits(folder: Path, ids):
+    """Logits of transformers' network, float32 [T, vocab_size], for a folder in either spelling;
+    DeepSeek's names are translated by transformers itself."""
+    weights = load_file(folder / "model.safetensors")
+    if "embed.weight" not in weights:
+        return transformers_logits(folder, ids)
+    import transformers
+
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    with quietly():
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        network, about = load(folder, dtype=torch.float32, output_loading_info=True, **eager)
+        assert not any(about.values()), about
+        return network(torch.tensor([ids])).logits[0]
+
+
+def v4_network(folder: Path):
+    """transformers' network of a folder in its own names."""
+    return oracle_network(folder, load_file(folder / "model.safetensors"))
