@@ -182,11 +182,10 @@ class CompressedCache:
 
     @property
     def nbytes(self) -> int:
-        """With the marks that there may be between two passes."""
-        ends = sum(tail.most * tail.row_bytes for tail in self._tails)
-        others = MOST_MARKS - MOST_ENDS
+        """With the marks that there may be, but for those of the pass under way."""
+        end = sum(tail.most * tail.row_bytes for tail in self._tails)
         far = MARK_TOKENS * (1 + self.window.most)  # a multiple, behind a full window
-        marks = MOST_ENDS * ends + others * self.snapshot_bytes(far)
+        marks = MOST_ENDS * end + MOST_MARKS * self.snapshot_bytes(far)
         rows = sum(group.rows.nbytes for group in self._groups)
         return self._tail_bytes + rows + marks
 
@@ -250,6 +249,10 @@ class CompressedCache:
             self._ends = [*(at for at in self._ends if at != length), length][-MOST_ENDS:]
             for tail in self._tails:
                 tail.mark(length)
+            self._keep_marks([at for at in self.marks if self._may_stay(at)])
+
+    def _may_stay(self, mark: int) -> bool:
+        return mark % MARK_TOKENS == 0 or mark in self._ends
 
     def _keep_marks(self, lengths: Collection[int]) -> None:
         """Forget all marks but these, and those of tokens that are not there."""
@@ -261,7 +264,7 @@ class CompressedCache:
     def _best_marks(self) -> list[int]:
         """Those where texts have ended last, and others, with gaps between them that are as long as
         can be."""
-        marks = [at for at in self.marks if at % MARK_TOKENS == 0 or at in self._ends]
+        marks = [at for at in self.marks if self._may_stay(at)]
         while len(marks) > MOST_MARKS:
             triples = zip(marks, marks[1:], marks[2:], strict=False)
             gaps = {at: after - before for before, at, after in triples if at not in self._ends}
