@@ -32,6 +32,7 @@ from slotmoe.offload.experts.substitution import Substitution
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
 from slotmoe.offload.model_source import eos_token_ids, open_tokenizer
 from slotmoe.offload.options import Options
+from slotmoe.offload.plan.attention import kv_bytes
 from slotmoe.offload.plan.memory import (
     HELP_BYTES,
     LENT,
@@ -39,7 +40,6 @@ from slotmoe.offload.plan.memory import (
     Plan,
     Sizes,
     choose_context,
-    kv_bytes,
     make_plan,
     runtime_growth,
     scratch_bytes,

@@ -11,9 +11,10 @@ from functools import lru_cache
 from slotmoe.errors import PlanError
 from slotmoe.model.config import Config
 from slotmoe.model.names import EMBEDDING, part_of, resident_shapes, role_of
+from slotmoe.offload.plan.attention import kv_bytes, mark_bytes
 from slotmoe.offload.policy.drafts import FEW_DRAFTED, MOST_DRAFTED
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, KEPT_CODECS, ExpertCodecs
-from slotmoe.quant.shapes import latent_bytes, padded_record_bytes, resident_bytes
+from slotmoe.quant.shapes import padded_record_bytes, resident_bytes
 from slotmoe.sizes import format_size
 
 # Tokens of a step of a prefill pass; the same for every budget, because some kernels' logits depend
@@ -91,16 +92,6 @@ def export_bytes(config: Config, sizes: Sizes) -> int:
     return experts * sizes.record_bytes + sum(sizes.resident.values())
 
 
-def kv_bytes(config: Config, positions: int, kernels: str = "native", value_bytes: int = 2) -> int:
-    """Bytes of the latent KV cache for so many positions: ``kv_lora_rank + qk_rope_head_dim``
-    values a layer each, which ``native`` kernels keep in 8 bits, with 16 bytes of scales and sums a
-    row, and others in ``value_bytes``."""
-    row = config.latent_width * value_bytes
-    if kernels == "native":
-        row = latent_bytes(config.kv_lora_rank, config.qk_rope_head_dim)
-    return config.layer_count * positions * row
-
-
 def runtime_growth(config: Config, resident: int) -> int:
     """Bytes that the process takes beside its parts once it has run: pages of libraries and thread
     stacks, the manifest's records, and what is lost at the ends of large pages that hold
@@ -123,6 +114,7 @@ def scratch_bytes(
     if kernels == "native":
         query = H * (c.qk_nope_head_dim + c.qk_rope_head_dim) + (H + 1) * c.qk_rope_head_dim
         attention = (2 + c.mtp) * D + query + H * (3 * c.kv_lora_rank + c.qk_rope_head_dim)
+        attention += _index_scratch(c) + _streams_scratch(c)
         return (2 << 20) + 4 * T * (attention + D * (c.num_experts_per_tok + 4))
     if kernels == "triton":
         return _gpu_scratch(config, tokens)
@@ -131,7 +123,26 @@ def scratch_bytes(
     scores = 4 * max(1 << 22, T * H * 64)
     weights = 4 * D * c.moe_intermediate_size + 3 * (1 << 22)
     rows = 3 * query + T * D * (c.num_experts_per_tok + 6) + 3 * T * widest
+    rows += T * (_index_scratch(c) + _streams_scratch(c))
     return value_bytes * (rows + scores + weights)
+
+
+def _index_scratch(c: Config) -> int:
+    """Values of 32 bits that a token has in attention with an indexer: its queries and key before
+    and after rotation, and lists of rows; and what compressors project."""
+    if c.indexer is None:
+        return 0
+    lists, width = 3 * c.indexer.topk, 3 * (c.indexer.n_heads + 1) * c.indexer.head_dim
+    if c.compressed is not None:
+        width += 8 * (c.compressed.head_dim + c.indexer.head_dim)
+        lists += 3 * c.compressed.sliding_window
+    return lists + width
+
+
+def _streams_scratch(c: Config) -> int:
+    """Values that a token has of several residual streams beside one: themselves, and three copies
+    where they are mixed."""
+    return 0 if c.hyper is None else 4 * c.stream_width - c.hidden_size
 
 
 def _gpu_scratch(c: Config, T: int) -> int:
@@ -155,6 +166,7 @@ def _gpu_scratch(c: Config, T: int) -> int:
         return 4 * tokens * rows + 8 * tokens * H * block + 4 * block * H * expanded
 
     expanded = 2 * (expanded_head + head)
+    lasting = 4 * T * (_index_scratch(c) + _streams_scratch(c))
     splits = 4 * H * SPLITS * (R + 2)  # partial sums of one token's attention
     parts = (
         attention(T, head, V, expanded),
@@ -163,14 +175,17 @@ def _gpu_scratch(c: Config, T: int) -> int:
         T * (12 * D + K * (8 * D + 2 * c.moe_intermediate_size)),
         FEW * splits,
     )
-    return max(parts) + splits + CUBLAS_BYTES
+    return max(parts) + lasting + splits + CUBLAS_BYTES
 
 
 def waiting_bytes(config: Config, tokens: int) -> int:
-    """What a prefill pass holds of its steps that are not at work: the residual stream, twice for
-    the head that predicts one token more, and the rotations, float32."""
-    width = (1 + config.mtp) * config.hidden_size + config.qk_rope_head_dim
-    return 4 * max(0, tokens - PREFILL_CHUNK) * width
+    """What a prefill pass holds of its steps that are not at work: the residual streams, twice for
+    the head that predicts one token more, and the rotations, float32; and the marks that it
+    makes."""
+    rotations = config.qk_rope_head_dim * (1 if config.compressed is None else 2)
+    width = (1 + config.mtp) * config.stream_width + rotations
+    waiting = max(0, tokens - PREFILL_CHUNK)
+    return 4 * waiting * width + mark_bytes(config, waiting, "torch")
 
 
 def _prefill_chunk(config: Config, context: int, room: int) -> int:

@@ -14,7 +14,8 @@ from pathlib import Path
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import read_json
 from slotmoe.model.config import Config
-from slotmoe.offload.plan.memory import HELP_BYTES, Plan, Sizes, kv_bytes
+from slotmoe.offload.plan.attention import attention_products, kv_read_bytes
+from slotmoe.offload.plan.memory import HELP_BYTES, Plan, Sizes
 from slotmoe.offload.shared_files import write_note
 
 KERNEL_SHARE = 0.95  # of the read bandwidth that decode's kernels reach (2 Zen 4 cores)
@@ -130,7 +131,7 @@ class Setting:
         c, rates, record = self.config, self.bandwidths, self.sizes.record_bytes
         on_cpu, small, K = self.plan.tier == "ram", record <= HELP_BYTES, c.num_experts_per_tok
         used = len(c.moe_layers) * K
-        latents = kv_bytes(c, depth, "native" if on_cpu else "triton")
+        latents = kv_read_bytes(c, depth, "native" if on_cpu else "triton")
         touched = self.sizes.touched + latents + used * record
         missing = used * (1 - self.hits(max(self.plan.slots, self.plan.host_slots)))
         read_seconds = rates.latency + MISS_SECONDS if small else record / rates.disk
@@ -146,8 +147,7 @@ class Setting:
             between = TOKEN_SECONDS + alone * LAYER_SECONDS
         seconds = {"between kernels": between, "disk": missing * read_seconds}
         if on_cpu:
-            head_width = 2 * c.kv_lora_rank + c.qk_rope_head_dim
-            attention = c.num_hidden_layers * c.num_attention_heads * head_width * depth
+            attention = attention_products(c, depth)
             return seconds | {
                 "RAM": touched / rates.ram / KERNEL_SHARE,
                 "attention": attention / (self.threads * THREAD_ATTENTION),

@@ -18,7 +18,8 @@ from slotmoe.model.names import expert_shapes, resident_shapes
 from slotmoe.offload import machine
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan import divergence
-from slotmoe.offload.plan.memory import _prefill_chunk, kv_bytes, make_plan, sizes_of, waiting_bytes
+from slotmoe.offload.plan.attention import kv_bytes
+from slotmoe.offload.plan.memory import _prefill_chunk, make_plan, sizes_of, waiting_bytes
 from slotmoe.offload.plan.speed import Bandwidths, Setting, store_bandwidths, stored_bandwidths
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codecs.codec import EXPERT_CODECS

@@ -1,0 +1,120 @@
+"""What attention keeps of a sequence and reads of it, in bytes and operations: arithmetic over a
+config's geometry, without torch.
+
+What a sequence keeps is in ``slotmoe.model.kv_cache`` and ``slotmoe.model.compressed_cache``.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from slotmoe.model.config import Config
+from slotmoe.model.marks import MARK_TOKENS, MOST_ENDS, MOST_MARKS, SPARE
+from slotmoe.quant.shapes import latent_bytes
+
+
+def _row_bytes(kernels: str, value_bytes: int) -> Callable[[int, int], int]:
+    """Bytes of a row of so many latent and rope values: ``native`` kernels keep 8 bits a value,
+    with 16 bytes of scales and sums a row, others ``value_bytes``."""
+    if kernels == "native":
+        return latent_bytes
+    return lambda latent, rope: (latent + rope) * value_bytes
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Rows that some layers keep: one of every ``ratio`` tokens for good, in ``row`` bytes, or none
+    for 0; and of the last ``most`` tokens, ``regular`` of them at a mark that is no text's end,
+    ``last`` bytes a token.  A token reads ``topk`` rows at most, all for 0."""
+
+    ratio: int
+    row: int
+    most: int
+    regular: int
+    last: int
+    topk: int = 0
+
+    def nbytes(self, positions: int) -> int:
+        rows = self.row * max(1, positions // self.ratio) if self.ratio else 0
+        marks = MOST_ENDS * self.most + MOST_MARKS * self.regular
+        return rows + self.last * (2 * (self.most + 1 + SPARE) + marks)
+
+    def read_bytes(self, length: int) -> int:
+        if not self.ratio:
+            return self.last * min(length, self.most)
+        rows = length // self.ratio
+        return self.row * min(rows, self.topk or rows) + self.last * (self.most + 1) // self.ratio
+
+
+def _kept(config: Config, row: Callable[[int, int], int]) -> Iterator[_Kept]:
+    """What DeepSeek-V4 keeps: the window, and compressed rows by their ratio, twice where they have
+    keys for an indexer."""
+    compressed, indexer = config.compressed, config.indexer
+    assert compressed is not None and indexer is not None
+    most, width = compressed.sliding_window - 1, compressed.head_dim
+    yield _Kept(0, 0, most, most, config.layer_count * row(width, 0))
+    layers = [(config.ratio(at), config.has_indexer(at)) for at in range(config.layer_count)]
+    for ratio, overlaps in sorted({*layers} - {(0, False)}):
+        count, span = layers.count((ratio, overlaps)), (1 + overlaps) * ratio
+        rest = span - 1, overlaps * ratio
+        sizes = [(width, indexer.topk if overlaps else 0), *[(indexer.head_dim, 0)] * overlaps]
+        for values, topk in sizes:
+            last = count * 2 * (1 + overlaps) * values * 4
+            yield _Kept(ratio, count * row(values, 0), *rest, last, topk)
+
+
+def _index_bytes(config: Config, row: Callable[[int, int], int]) -> int:
+    """Bytes of a token's index keys, where positions are not compressed."""
+    if config.indexer is None:
+        return 0
+    layers = sum(config.has_indexer(layer) for layer in range(config.layer_count))
+    return layers * row(config.indexer.head_dim, 0)
+
+
+def kv_bytes(config: Config, positions: int, kernels: str = "native", value_bytes: int = 2) -> int:
+    """Bytes of the latent KV cache for so many positions: ``kv_lora_rank + qk_rope_head_dim``
+    values a layer each, and ``index_head_dim`` in layers with an indexer.  Where attention
+    compresses: a window, compressed rows, tokens that are not compressed yet in float32, and all
+    marks that there may be."""
+    row = _row_bytes(kernels, value_bytes)
+    if config.compressed is not None:
+        return sum(kept.nbytes(positions) for kept in _kept(config, row))
+    latent = config.layer_count * row(config.kv_lora_rank, config.qk_rope_head_dim)
+    return positions * (latent + _index_bytes(config, row))
+
+
+def kv_read_bytes(config: Config, length: int, kernels: str, value_bytes: int = 2) -> int:
+    """Bytes of it that a token behind so many reads: of all index keys, and of the rows that an
+    indexer chooses."""
+    row = _row_bytes(kernels, value_bytes)
+    if config.compressed is not None:
+        return sum(kept.read_bytes(length) for kept in _kept(config, row))
+    seen = length if config.indexer is None else min(length, config.indexer.topk)
+    latent = config.layer_count * row(config.kv_lora_rank, config.qk_rope_head_dim)
+    return seen * latent + length * _index_bytes(config, row)
+
+
+def mark_bytes(config: Config, tokens: int, kernels: str = "native", value_bytes: int = 2) -> int:
+    """Bytes of the marks that a pass over so many tokens makes."""
+    if config.compressed is None:
+        return 0
+    kept = _kept(config, _row_bytes(kernels, value_bytes))
+    return tokens // MARK_TOKENS * sum(one.regular * one.last for one in kept)
+
+
+def attention_products(config: Config, length: int) -> int:
+    """Multiply-adds of scores and sums, and of an indexer's scores, for a token behind so many."""
+    c, total = config, 0
+    width = 2 * c.kv_lora_rank + (c.qk_rope_head_dim if c.compressed is None else 0)
+    for layer in range(c.num_hidden_layers):
+        ratio, rows = c.ratio(layer), length
+        if c.compressed is not None:
+            rows = length // ratio if ratio else 0
+        if c.indexer is not None:
+            if c.has_indexer(layer):
+                total += c.indexer.n_heads * c.indexer.head_dim * rows
+            if ratio == 0 or c.has_indexer(layer):
+                rows = min(rows, c.indexer.topk)
+        if c.compressed is not None:
+            rows += min(length, c.compressed.sliding_window)
+        total += c.num_attention_heads * width * rows
+    return total
