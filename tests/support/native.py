@@ -51,7 +51,7 @@ def network_of(raw, resident, ops):
 
 def reference_network(config, weights):
     """The network of the reference path on float32 ``weights``."""
-    ops = TorchBackend()
+    ops = TorchBackend(swiglu_limit=config.swiglu_limit)
     return Network(config, weights, ops, resident_experts(config, weights, ops, Device()))
 
 
