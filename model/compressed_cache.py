@@ -107,7 +107,7 @@ class Tail:
     def cut(self, length: int) -> None:
         """Become the tail of a sequence of ``length`` tokens."""
         if not self.has(length):
-            self.load(length, self.marks[length])
+            self.load(length, self.marks[length] if length else self.rows[:, :0])
 
     def load(self, length: int, last: Tensor) -> None:
         """Become what ``last`` gave of a sequence of that length."""

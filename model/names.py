@@ -16,7 +16,7 @@ from slotmoe.model.config import Config
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 GATE, POST_NORM = "mlp.gate", "post_attention_layernorm"
-_GATE_BIAS, TABLE = "mlp.gate.e_score_correction_bias", "mlp.gate.tid2eid"
+_GATE_BIAS, EXPERTS_OF = "mlp.gate.e_score_correction_bias", "mlp.gate.tid2eid"
 # Names of parameters that are no module's weight.
 _BARE = re.compile(r".*(bias|sinks|tid2eid|_hc\.\w+|hc_head\.\w+)")
 
@@ -106,7 +106,7 @@ LAYER_PARTS = {
     **_mix("ffn"),
     "gate": Part(GATE, "ED", "gate", "ffn_gate_inp", "router"),
     "gate_bias": Part(_GATE_BIAS, "B", "gate", component="router"),
-    "tid2eid": Part(TABLE, "TN", "table", component="router"),
+    "tid2eid": Part(EXPERTS_OF, "TN", "table", component="router"),
     "gate_proj": Part("mlp.gate_proj", "FD", "sensitive", "ffn_gate", "dense layers"),
     "up_proj": Part("mlp.up_proj", "FD", "sensitive", "ffn_up", "dense layers"),
     "down_proj": Part("mlp.down_proj", "DF", "sensitive", "ffn_down", "dense layers"),

@@ -154,8 +154,8 @@ class Runtime:
             position += len(hidden_TD)
 
     def hidden(self, token_ids: list[int], at_once: int | None = None) -> Iterator[Tensor]:
-        """The residual stream after the last layer, float32 [T, D] on the runtime's device, of
-        ``at_once`` tokens at a time, by default of as many as a pass takes."""
+        """The residual stream after the last layer, or several side by side, float32 [T, D] on the
+        runtime's device, of ``at_once`` tokens at a time, by default of as many as a pass takes."""
         at_once = at_once or self.plan.prefill_chunk
         for start in range(0, len(token_ids), at_once):
             yield self.engine.hidden(token_ids[: start + at_once], start)

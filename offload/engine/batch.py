@@ -173,9 +173,7 @@ class Batch:
         request.read = end
         if request.hidden is not None:
             assert request.first is not None
-            request.hidden(
-                self.passes.collapse(row.hidden_TD[max(0, request.first - before) :].clone())
-            )
+            request.hidden(row.hidden_TD[max(0, request.first - before) :].clone())
         if request.scored and not self._score(request, row, before):
             return
         if is_last:

@@ -15,7 +15,7 @@ from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.kv_cache import SequenceState
 from slotmoe.model.layers import as_tensor
 from slotmoe.model.mtp import MtpHead
-from slotmoe.model.names import TABLE, layer_tensor, resident_shapes, role_of
+from slotmoe.model.names import EXPERTS_OF, layer_tensor, resident_shapes, role_of
 from slotmoe.model.network import Network
 from slotmoe.model.state import new_state, plain_row
 from slotmoe.model.tokenizer import Tokenizer
@@ -296,7 +296,7 @@ class _Loader:
             opened.callback(store.close)
             weights = load_resident(export, resident_shapes(config), place)
             guesses = predictor or NextGate(replace(config, mtp=False), weights, backend)
-            names = (layer_tensor(layer, TABLE) for layer in range(config.num_hash_layers))
+            names = (layer_tensor(layer, EXPERTS_OF) for layer in range(config.num_hash_layers))
             tables = [as_tensor(weights[name]).cpu() for name in names]
             experts = self._experts(export, plan, store, guesses, popularity, tables)
             opened.callback(experts.close)

@@ -97,10 +97,6 @@ class Passes:
         for rows_RD in hidden_RD.split(EACH_AT_ONCE):
             yield self._in_ram(self.logits(rows_RD, each=True))
 
-    def collapse(self, hidden_RD: Tensor) -> Tensor:
-        """One residual stream out of what ``Row.hidden_TD`` has."""
-        return self.compute(lambda: self._model.network.collapse(hidden_RD))
-
     def logits(self, hidden_RD: Tensor, each: bool = False) -> Tensor:
         """Logits of rows of the residual stream, float32 [R, V] on the device; with ``each`` a row
         is bitwise what it gives alone."""

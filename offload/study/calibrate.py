@@ -132,7 +132,8 @@ def record(
             skip, last_1D = 1, torch.empty(0, runtime.config.hidden_size, device=runtime.device)
             pieces = torch.tensor(window, device=runtime.device).split(PREFILL_CHUNK)
             hiddens = runtime.hidden(window, PREFILL_CHUNK)
-            for ids_T, hidden_TD in zip(pieces, hiddens, strict=True):
+            for ids_T, streams_TD in zip(pieces, hiddens, strict=True):
+                hidden_TD = call(partial(model.network.collapse, streams_TD))
                 embed = partial(model.backend.embed, ids_T, model.network.embed_tokens)
                 embedding_TD = call(embed)
                 before_TD = torch.cat([last_1D, hidden_TD])[:-1]

@@ -62,6 +62,24 @@ def unbound(weight: Prepared) -> Weight:
     return weight
 
 
+def first_best(scores_TS: Tensor, k: int) -> Tensor:
+    """The places of the ``k`` best scores that are more than -inf, the first of equals: int32
+    [T, k] in ascending order, -1 behind the last."""
+    T, S = scores_TS.shape
+    chosen_TS = scores_TS > -torch.inf
+    if k < S:
+        least_T1 = scores_TS.topk(k, dim=-1).values[:, -1:]
+        better_TS, equal_TS = scores_TS > least_T1, scores_TS == least_T1
+        left_T1 = k - better_TS.sum(dim=-1, keepdim=True)
+        chosen_TS &= better_TS | (equal_TS & (equal_TS.cumsum(dim=-1) <= left_T1))
+    # What is not chosen goes to a column of its own.
+    ranks_TS = torch.where(chosen_TS, chosen_TS.cumsum(dim=-1) - 1, k)
+    lists_TX = torch.full((T, k + 1), -1, dtype=torch.int32, device=scores_TS.device)
+    places_S = torch.arange(S, dtype=torch.int32, device=scores_TS.device)
+    lists_TX.scatter_(1, ranks_TS, places_S.expand(T, S))
+    return lists_TX[:, :k].contiguous()
+
+
 def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Memory for a tensor, wherever torch finds it."""
     return torch.empty(shape, dtype=dtype)
@@ -243,8 +261,8 @@ class TorchBackend:
         A key's score is the sum over the J heads of a weight times the product with its query where
         that is positive (DeepSeek-V3.2, arXiv 2512.02556).
         """
-        T, S = len(q_TJA), len(keys_SX)
-        parts, few = list[Tensor](), max(1, _GATHERED // (max(1, S) * q_TJA.shape[1]))
+        S = len(keys_SX)
+        few = max(1, _GATHERED // (max(1, S) * q_TJA.shape[1]))
         places_S = torch.arange(S, device=q_TJA.device)
         parts = [
             (weights_B1J @ (q_BJA @ keys_SX.float().t()).relu())[:, 0]
@@ -253,18 +271,7 @@ class TorchBackend:
             )
         ]
         scores_TS = torch.cat(parts).masked_fill(places_S >= counts_T[:, None], -torch.inf)
-        if k >= S:
-            chosen_TS = scores_TS > -torch.inf
-        else:
-            least_T1 = scores_TS.topk(k, dim=-1).values[:, -1:]
-            chosen_TS, equal_TS = scores_TS > least_T1, scores_TS == least_T1
-            left_T1 = k - chosen_TS.sum(dim=-1, keepdim=True)
-            chosen_TS |= equal_TS & (equal_TS.cumsum(dim=-1) <= left_T1)
-            chosen_TS &= scores_TS > -torch.inf
-        best_TK = torch.where(chosen_TS, places_S, S).sort(dim=-1).values[:, :k]
-        lists_TK = best_TK.new_full((T, k), -1, dtype=torch.int32)
-        lists_TK[:, : best_TK.shape[1]] = best_TK.masked_fill(best_TK == S, -1)
-        return lists_TK
+        return first_best(scores_TS, k)
 
     def compress(
         self, kv_BSY: Tensor, gate_BSY: Tensor, bias_SY: Tensor, norm_Y: Tensor, eps: float

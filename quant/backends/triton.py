@@ -5,7 +5,8 @@ tokens use tensor cores in bfloat16.  Both read weights as they are stored.  Wit
 ``TRITON_INTERPRET=1`` the same kernels run on a CPU, for tests.
 
 Shapes: T tokens, N rows out, K columns in or experts a token, D hidden_size, H heads, R
-kv_lora_rank, E experts.
+kv_lora_rank, E experts; of lists, indexers, residual streams and compressed rows as in
+``slotmoe.border``.
 """
 
 from collections.abc import Sequence
@@ -17,9 +18,9 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from slotmoe.border import Geometry, Layer, Mla, Router
+from slotmoe.border import Geometry, HyperGeometry, Layer, Mixed, Mixing, Mla, Router
 from slotmoe.quant.backends import triton_rows
-from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
+from slotmoe.quant.backends.base import Prepared, Records, TorchBackend, first_best, unbound
 from slotmoe.quant.backends.graphs import Capturing, CudaGraphs
 from slotmoe.quant.backends.triton_decoder import TritonDecoder
 from slotmoe.quant.backends.triton_rows import (
@@ -31,14 +32,18 @@ from slotmoe.quant.backends.triton_rows import (
     row,
     row_gate_up,
 )
-from slotmoe.quant.kernels.triton import mla, rows, tiles
+from slotmoe.quant.kernels.triton import lists, mla, rows, streams, tiles
+from slotmoe.quant.weights import rows as rows_of
 
 # Triton 3.9 warns that its default will change; this is the present one.
 environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 # A tile of many tokens.  Experts always use it: its size changes a row's last bits.
 _BM, _BN = 64, 64
-# So many tokens attend one by one over the latent cache; more use blockwise attention.
+# So many tokens attend one by one over the latent cache; more use blockwise attention.  Over lists
+# they share the work with more programs.
 _FEW = 16
+_SCORES = 1 << 24  # of an indexer in memory at once
+_SCORED = 512  # keys that a program of many tokens scores
 
 
 class TritonBackend(TorchBackend):
@@ -53,6 +58,7 @@ class TritonBackend(TorchBackend):
         self.name = "triton, interpreted" if self.interpreted else "triton"
         self._sums: dict[int, Tensor] = {}
         self._shared: Shared | None = None
+        self._finished = torch.zeros(0, dtype=torch.int32)
         self.graph: Capturing | None = CudaGraphs() if device.type == "cuda" else None
 
     def linear(self, x_TK: Tensor, weight: Prepared) -> Tensor:
@@ -68,6 +74,12 @@ class TritonBackend(TorchBackend):
             x_TK, data, scale, levels, y_TN, T, N, K, KIND=kind, **tile
         )
         return y_TN
+
+    def grouped_linear(self, x_TGK: Tensor, weight: Prepared) -> Tensor:
+        plain, groups = unbound(weight), x_TGK.shape[1]
+        count = plain.shape[0] // groups
+        parts = (rows_of(plain, g * count, (g + 1) * count) for g in range(groups))
+        return torch.stack([self.linear(x_TGK[:, g], part) for g, part in enumerate(parts)], dim=1)
 
     def mlp(
         self, x_TD: Tensor, gate_proj: Prepared, up_proj: Prepared, down_proj: Prepared
@@ -136,6 +148,103 @@ class TritonBackend(TorchBackend):
         mla.combine[(H, T)](part, best, total, S, y_THR, T, H, R, LATENT=power(R))
         return y_THR
 
+    def attend(
+        self,
+        q_THW: Tensor,
+        rows_SX: Tensor,
+        more_SX: Tensor | None,
+        lists_TL: Tensor,
+        R: int,
+        scale: float,
+        sinks_H: Tensor | None,
+    ) -> Tensor:
+        (T, H, W), L, device = q_THW.shape, lists_TL.shape[1], q_THW.device
+        parts = 1 if T > _FEW else triton.cdiv(L, lists.SHARE.value)
+        y_THR, blocks = torch.empty(T, H, R, device=device), triton.cdiv(H, 16)
+        part, best, total = y_THR, None, None
+        if parts > 1:
+            part, best, total = (torch.empty(T, H, parts, n, device=device) for n in (R, 1, 1))
+        lists.attend[(parts, blocks, T)](
+            q_THW.contiguous(), rows_SX, more_SX, len(rows_SX), lists_TL.contiguous(), L, scale,
+            sinks_H, part, best, total, H, R, W - R,
+            WHOLE=parts == 1, HEADS=16, LATENT=power(R), ROPE=power(W - R),
+            enable_fp_fusion=False,
+        )  # fmt: skip
+        if parts > 1:
+            lists.combine[(triton.cdiv(R, 64), blocks, T)](
+                part, best, total, parts, sinks_H, y_THR, H, R,
+                HEADS=16, COLUMNS=64, enable_fp_fusion=False,
+            )  # fmt: skip
+        return y_THR
+
+    def index(
+        self, q_TJA: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int
+    ) -> Tensor:
+        (T, J, A), S = q_TJA.shape, len(keys_SX)
+        share, few = _SCORED if T > _FEW else lists.KEYS.value, max(1, _SCORES // max(1, S))
+        parts = list[Tensor]()
+        for start in range(0, T, few):
+            given = (x[start : start + few].contiguous() for x in (q_TJA, weights_TJ, counts_T))
+            q_BJA, weights_BJ, counts_B = given
+            scores_BS = torch.empty(len(q_BJA), S, device=q_TJA.device)
+            lists.scores[(triton.cdiv(S, share), len(q_BJA))](
+                q_BJA, weights_BJ, keys_SX, counts_B, scores_BS, S, share, J, A,
+                HEADS=power(J), WIDTH=power(A),
+            )  # fmt: skip
+            parts.append(first_best(scores_BS, k))
+        return torch.cat(parts)
+
+    def compress(
+        self, kv_BSY: Tensor, gate_BSY: Tensor, bias_SY: Tensor, norm_Y: Tensor, eps: float
+    ) -> Tensor:
+        (B, S, Y), block = kv_BSY.shape, 32
+        assert kv_BSY.stride(2) == gate_BSY.stride(2) == 1
+        y_BY = torch.empty(B, Y, device=kv_BSY.device)
+        streams.compress[(triton.cdiv(Y, block), B)](
+            kv_BSY, *kv_BSY.stride()[:2], gate_BSY, *gate_BSY.stride()[:2], bias_SY.contiguous(),
+            y_BY, S, Y, ROWS=power(S), COLUMNS=block,
+        )  # fmt: skip
+        return self.rms_norm(y_BY, norm_Y, eps)
+
+    # Residual streams.
+
+    def mix(
+        self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float
+    ) -> tuple[Tensor, Mixed]:
+        T, Q = len(h_TD), hyper.Q
+        post_TQ = torch.empty(T, Q, device=h_TD.device)
+        mixed = Mixed(post_TQ, torch.empty(T, Q, Q, device=h_TD.device))
+        return self._mix(h_TD, mixing, hyper, eps, mixed), mixed
+
+    def collapse(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float) -> Tensor:
+        return self._mix(h_TD, mixing, hyper, eps, None)
+
+    def _mix(
+        self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float, mixed: Mixed | None
+    ) -> Tensor:
+        """What is read of the streams; how they take in what that gives, into ``mixed``."""
+        (T, K), (Q, iterations, small) = h_TD.shape, hyper
+        D, N, device = K // Q, len(mixing.base), h_TD.device
+        slices, blocks = triton.cdiv(K, streams.SLICE.value), triton.cdiv(T, streams.TOKENS.value)
+        if len(self._finished) < blocks:
+            self._finished = torch.zeros(blocks, dtype=torch.int32, device=device)
+        x_TD, part = torch.empty(T, D, device=device), torch.empty(T, slices, N + 1, device=device)
+        streams.mix[(slices, blocks)](
+            h_TD.contiguous(), mixing.fn, mixing.scale, mixing.base, part, self._finished, x_TD,
+            *(mixed or (None, None)), T, D, Q, N, iterations, eps, small,
+            STREAMS=triton.next_power_of_2(Q), OUTS=power(N),
+        )  # fmt: skip
+        return x_TD
+
+    def add_mixed(self, y_TD: Tensor, h_TD: Tensor, mixed: Mixed) -> Tensor:
+        (T, D), block, out_TX = y_TD.shape, 256, torch.empty_like(h_TD)
+        Q = h_TD.shape[1] // D
+        streams.add_mixed[(triton.cdiv(D, block), T)](
+            y_TD.contiguous(), h_TD.contiguous(), *mixed, out_TX, D, Q,
+            STREAMS=triton.next_power_of_2(Q), BLOCK=block,
+        )  # fmt: skip
+        return out_TX
+
     def decoder(
         self, geometry: Geometry, layers: Sequence[Layer[Prepared]]
     ) -> TritonDecoder | None:
@@ -159,10 +268,8 @@ class TritonBackend(TorchBackend):
         router: Router,
         bias_E: Tensor | None,
         chosen_TK: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor] | None:
-        if router.scoring == "sqrtsoftplus":
-            return None
-        return triton_rows.route(logits_TE, router, bias_E)
+    ) -> tuple[Tensor, Tensor]:
+        return triton_rows.route(logits_TE, router, bias_E, chosen_TK)
 
     def experts(
         self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor

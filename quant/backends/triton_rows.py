@@ -21,6 +21,8 @@ INT8, DENSE = rows.INT8.value, rows.DENSE.value
 # Warps of a program of one token's product.  With two for codes a thread has registers enough for
 # the codes and scales of the step after its own.
 WARPS = {INT8: 4, DENSE: 8, **dict.fromkeys(KINDS.values(), 2)}
+# How ``route`` scores: see ``slotmoe.border.Router``.
+SCORINGS = {"softmax": 0, "sigmoid": rows.SIGMOID.value, "sqrtsoftplus": rows.SOFTPLUS.value}
 # Rows of the router's weight that a program takes: few, since it is small and many may read it.
 _GATE_ROWS = 4
 
@@ -125,11 +127,13 @@ def row_gate_up(x_1D: Tensor, gate: Operand, up: Operand, out_1I: Tensor, limit:
     return out_1I
 
 
-def route(logits_TE: Tensor, router: Router, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
+def route(
+    logits_TE: Tensor, router: Router, bias_E: Tensor | None, chosen_TK: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Weights and indices of the chosen experts."""
     T, E = logits_TE.shape
     choice, sizes, constants = _chooser(T, E, router, bias_E, logits_TE.device)
-    rows.route[(1, T)](logits_TE.contiguous(), bias_E, *choice, *sizes, **constants)
+    rows.route[(1, T)](logits_TE.contiguous(), bias_E, chosen_TK, *choice, *sizes, **constants)
     return choice
 
 
@@ -161,8 +165,13 @@ def _chooser(
     groups, kept, top_k, factor, normalized, group_best, scoring = router
     weights_TK = torch.empty(T, top_k, device=device)
     indices_TK = torch.empty(T, top_k, dtype=torch.int64, device=device)
-    kind = {"SIGMOID": scoring == "sigmoid", "BIASED": bias_E is not None, "GROUP_BEST": group_best}
-    kind |= {"RENORM": normalized, "BLOCK": power(E), "GROUP_BLOCK": power(groups)}
+    kind = {"SCORING": SCORINGS[scoring], "BIASED": bias_E is not None}
+    kind |= {
+        "GROUP_BEST": group_best,
+        "RENORM": normalized,
+        "BLOCK": power(E),
+        "GROUP_BLOCK": power(groups),
+    }
     sizes = E, top_k, groups, kept, factor
     return (weights_TK, indices_TK), sizes, kind | {"K_BLOCK": power(top_k)}
 

@@ -15,6 +15,7 @@ import triton.language as tl
 
 SPLITS = tl.constexpr(64)  # at most so many programs share a context
 ROWS = tl.constexpr(32)  # latent rows that a program takes at a time
+LOG2E = tl.constexpr(1.4426950408889634)  # weights are powers of two
 
 
 @triton.jit
@@ -119,17 +120,47 @@ def queries(
         tl.store(row_ptr + R + imaginary, _saturated(second), mask=pair)
 
 
+@triton.jit
+def scaled_queries(q_ptr, at, valid, R, P, LATENT: tl.constexpr, ROPE: tl.constexpr):
+    """Rows ``at`` of q [., R + P] where ``valid``, their first R and last P values, and what both
+    are to be multiplied by: they are scaled to at most 1 before they become fp16, so that no size
+    overflows."""
+    r, p = tl.arange(0, LATENT), tl.arange(0, ROPE)
+    row_ptr = q_ptr + at[:, None] * (R + P)
+    valid = valid[:, None]
+    latent = tl.load(row_ptr + r[None, :], mask=valid & (r < R)[None, :], other=0.0)
+    rope = tl.load(row_ptr + R + p[None, :], mask=valid & (p < P)[None, :], other=0.0)
+    size = tl.maximum(tl.max(tl.abs(latent), 1), tl.max(tl.abs(rope), 1))
+    size = tl.where(size > 0, size, 1.0)
+    latent = (latent / size[:, None]).to(tl.float16)
+    return latent, (rope / size[:, None]).to(tl.float16), size
+
+
+@triton.jit
+def with_rows(latent, rope, factor, row_ptr, valid, R, P, best, total, sums):
+    """A softmax's best score, total weight and sums with the rows at ``row_ptr`` where ``valid``;
+    there may be none."""
+    r, p = tl.arange(0, latent.shape[1]), tl.arange(0, rope.shape[1])
+    row_ptr = row_ptr[:, None]
+    c = tl.load(row_ptr + r[None, :], mask=valid[:, None] & (r < R)[None, :], other=0.0)
+    k = tl.load(row_ptr + R + p[None, :], mask=valid[:, None] & (p < P)[None, :], other=0.0)
+    scores = (tl.dot(latent, tl.trans(c)) + tl.dot(rope, tl.trans(k))) * factor[:, None]
+    scores = tl.where(valid[None, :], scores, float("-inf"))
+    better = tl.maximum(best, tl.max(scores, 1))
+    base = tl.where(better > float("-inf"), better, 0.0)
+    decay, weights = tl.exp2(best - base), tl.exp2(scores - base[:, None])
+    total = total * decay + tl.sum(weights, 1)
+    sums = sums * decay[:, None] + tl.dot(weights.to(tl.float16), c)
+    return better, total, sums
+
+
 @triton.jit(do_not_specialize=["S", "T"])
 def attend(
     q_ptr, rows_ptr, location_ptr, layer_at, S, scale, part_ptr, best_ptr, total_ptr, T, H, R, P,
     LOCATED: tl.constexpr, HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
     """One split of the context for HEADS heads of one token: unnormalised sums [T, H, SPLITS, R],
-    best score and total weight.
-
-    Queries are scaled to at most 1 before they become fp16, and their scores back, so that no size
-    overflows.
-    """
+    best score and total weight."""
     split, t = tl.program_id(0), tl.program_id(2)
     W = R + P
     if LOCATED:
@@ -143,36 +174,22 @@ def attend(
     if split < splits:
         head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
         r = tl.arange(0, LATENT)
-        p = tl.arange(0, ROPE)
-        row_of_q = q_ptr + (t * H + head)[:, None] * W
-        latent_valid = (head < H)[:, None] & (r < R)[None, :]
-        rope_valid = (head < H)[:, None] & (p < P)[None, :]
-        latent = tl.load(row_of_q + r[None, :], mask=latent_valid, other=0.0)
-        rope = tl.load(row_of_q + R + p[None, :], mask=rope_valid, other=0.0)
-        size = tl.maximum(tl.max(tl.abs(latent), 1), tl.max(tl.abs(rope), 1))
-        size = tl.where(size > 0, size, 1.0)
-        latent = (latent / size[:, None]).to(tl.float16)
-        rope = (rope / size[:, None]).to(tl.float16)
-        factor = size * scale * 1.4426950408889634  # powers of two
+        latent, rope, size = scaled_queries(q_ptr, t * H + head, head < H, R, P, LATENT, ROPE)
+        factor = size * scale * LOG2E
         best = tl.full([HEADS], float("-inf"), tl.float32)
         total = tl.full([HEADS], 0, tl.float32)
         sums = tl.full([HEADS, LATENT], 0, tl.float32)
         stop = tl.minimum(length, (split + 1) * share)
         for first in range(split * share, stop, ROWS):
             s = first + tl.arange(0, ROWS)
-            row_ptr = rows_ptr + s.to(tl.int64)[:, None] * W
+            row_ptr = rows_ptr + s.to(tl.int64) * W
             valid = s < stop
-            c = tl.load(row_ptr + r[None, :], mask=valid[:, None] & (r < R)[None, :], other=0.0)
-            k = tl.load(row_ptr + R + p[None, :], mask=valid[:, None] & (p < P)[None, :], other=0.0)
-            scores = (tl.dot(latent, tl.trans(c)) + tl.dot(rope, tl.trans(k))) * factor[:, None]
-            scores = tl.where(valid[None, :], scores, float("-inf"))
-            better = tl.maximum(best, tl.max(scores, 1))
-            decay, weights = tl.exp2(best - better), tl.exp2(scores - better[:, None])
-            total = total * decay + tl.sum(weights, 1)
-            sums = sums * decay[:, None] + tl.dot(weights.to(tl.float16), c)
-            best = better
+            best, total, sums = with_rows(
+                latent, rope, factor, row_ptr, valid, R, P, best, total, sums
+            )
         at = (t * H + head) * SPLITS + split
-        tl.store(part_ptr + at[:, None] * R + r[None, :], sums, mask=latent_valid)
+        valid = (head < H)[:, None] & (r < R)[None, :]
+        tl.store(part_ptr + at[:, None] * R + r[None, :], sums, mask=valid)
         tl.store(best_ptr + at, best, mask=head < H)
         tl.store(total_ptr + at, total, mask=head < H)
 

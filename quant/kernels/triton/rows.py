@@ -23,6 +23,7 @@ INT4 = tl.constexpr(4)
 MXFP4 = tl.constexpr(5)
 DENSE = tl.constexpr(6)  # row-major float32 or bfloat16
 NONE = tl.constexpr(-1)  # no weights
+SIGMOID, SOFTPLUS = tl.constexpr(1), tl.constexpr(2)  # scores of a router that are no softmax
 BLOCKS = tl.constexpr(8)  # blocks of 64 columns that a program takes at a time of codes
 
 
@@ -358,12 +359,12 @@ def weighted_sum(y_ptr, weights_ptr, out_ptr, TOP_K, D, BLOCK: tl.constexpr):
 
 @triton.jit
 def route(
-    logits_ptr, bias_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
-    SIGMOID: tl.constexpr, BIASED: tl.constexpr, GROUP_BEST: tl.constexpr, RENORM: tl.constexpr,
+    logits_ptr, bias_ptr, chosen_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
+    SCORING: tl.constexpr, BIASED: tl.constexpr, GROUP_BEST: tl.constexpr, RENORM: tl.constexpr,
     BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row of logits [E], that of the grid's second axis, to weights and indices of the best TOP_K
-    experts, the lowest index of equals first.
+    experts, the lowest index of equals first; or with ``chosen`` [T, TOP_K] to weights of those.
 
     ``bias`` [E] is added to what is compared alone.  GROUPS > 1 leaves out all but the KEPT groups
     with the best expert, or with the best sum of two (GROUP_BEST).
@@ -371,7 +372,12 @@ def route(
     t, e = tl.program_id(1), tl.arange(0, BLOCK)
     # Past the first-level cache: other programs of the same launch may have written them.
     logits = tl.load(logits_ptr + t * E + e, mask=e < E, other=float("-inf"), cache_modifier=".cg")
-    if SIGMOID:
+    if SCORING == SOFTPLUS:
+        part = tl.exp(-tl.abs(logits))
+        whole = 1.0 + part  # whose logarithm lacks what this sum has rounded off
+        log = tl.log(whole) + (part - (whole - 1.0)) / whole
+        scores = tl.sqrt(tl.maximum(logits, 0.0) + log)
+    elif SCORING == SIGMOID:
         scores = 1.0 / (1.0 + tl.exp(-logits))
     else:
         scores = tl.exp(logits - tl.max(logits, 0))
@@ -402,7 +408,10 @@ def route(
     weights = tl.full([K_BLOCK], 0, tl.float32)
     indices = tl.full([K_BLOCK], 0, tl.int32)
     for rank in range(TOP_K):
-        first = tl.min(tl.where(choice == tl.max(choice, 0), e, BLOCK), 0)
+        if chosen_ptr is None:
+            first = tl.min(tl.where(choice == tl.max(choice, 0), e, BLOCK), 0)
+        else:
+            first = tl.load(chosen_ptr + t * TOP_K + rank).to(tl.int32)
         weights = tl.where(k == rank, tl.sum(tl.where(e == first, scores, 0.0), 0), weights)
         indices = tl.where(k == rank, first, indices)
         choice = tl.where(e == first, float("-inf"), choice)
@@ -417,7 +426,7 @@ def route(
 def gate(
     x_ptr, g_ptr, eps, normed_ptr, w_ptr, K, finished_ptr, logits_ptr, bias_ptr, weights_ptr,
     indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
-    SIGMOID: tl.constexpr, BIASED: tl.constexpr, GROUP_BEST: tl.constexpr, RENORM: tl.constexpr,
+    SCORING: tl.constexpr, BIASED: tl.constexpr, GROUP_BEST: tl.constexpr, RENORM: tl.constexpr,
     BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -437,6 +446,6 @@ def gate(
     if tl.atomic_add(finished_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         tl.store(finished_ptr, 0)
         route(
-            logits_ptr, bias_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
-            SIGMOID, BIASED, GROUP_BEST, RENORM, BLOCK, GROUP_BLOCK, K_BLOCK,
+            logits_ptr, bias_ptr, None, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
+            SCORING, BIASED, GROUP_BEST, RENORM, BLOCK, GROUP_BLOCK, K_BLOCK,
         )  # fmt: skip
