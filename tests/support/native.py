@@ -40,6 +40,8 @@ def network_of(raw, resident, ops):
             weight = CodedWeight(*coded, levels_of(quantization), tuple(weight.shape))
         elif weight.dim() == 1:
             weight = weight.float()
+        elif not weight.is_floating_point():
+            weight = weight.int()
         return ops.prepare(role_of(name), weight)
 
     prepared = {

@@ -18,7 +18,7 @@ import importlib.machinery
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -26,9 +26,10 @@ from torch import Tensor
 from slotmoe.border import Router
 from slotmoe.quant.codecs.codec import NF4
 from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.kernels.cpu.layers import Decoder
 from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, Function, tensor_spec
-from slotmoe.quant.kernels.cpu.tokens import Rows, Tokens, layer_rows
-from slotmoe.quant.kernels.cpu.weights import Decoder, ExpertRecord, Matrix, NativeRouter
+from slotmoe.quant.kernels.cpu.tokens import GroupRows, Rows, Tokens, layer_rows
+from slotmoe.quant.kernels.cpu.weights import ExpertRecord, Matrix, NativeRouter
 from slotmoe.quant.shapes import latent_bytes
 
 ABI = 14
@@ -40,7 +41,8 @@ class Decoded(NamedTuple):
     """What `Kernels.decode` has done: every layer before `layer`, and of that one, unless it is the
     number of layers, all up to its experts, of which some have no slot.
 
-    `h` float32 [T, H] is the residual stream there.  `indices` int64 [n, T, k] are the choices of
+    `h` float32 [T, H] is the residual stream there,
+    or [T, streams H].  `indices` int64 [n, T, k] are the choices of
     the routers that were asked, this layer's the last, and `x` float32 [n, T, H] their inputs;
     `weights` float32 [T, k] are this layer's, and mean nothing where all are done.  `seconds` are
     what attention, routers, experts and MLPs took."""
@@ -51,6 +53,28 @@ class Decoded(NamedTuple):
     weights: Tensor
     indices: Tensor
     seconds: list[float]
+
+
+class DecodeRows(TypedDict, total=False):
+    """What sequences keep beside `caches`: see `Kernels.decode`."""
+
+    keys: Sequence[Tensor]
+    lists: Tensor | None
+    compressed: "CompressedRows"
+
+
+class CompressedRows(NamedTuple):
+    """What tokens of DeepSeek-V4 have beside `caches`, the rows of the window, the first of which
+    stand at the positions `first`: `ids`, int64 [T], the `table` of layers with a compressor, rows
+    of each of the decoder's `groups`, and how a layer that waits for its experts mixes them in,
+    `post` [T, streams] and `comb` [T, streams, streams], which are overwritten."""
+
+    ids: Tensor | None
+    table: Tensor
+    first: Sequence[int]
+    groups: Sequence[GroupRows]
+    post: Tensor
+    comb: Tensor
 
 
 class Kernels:
@@ -231,6 +255,7 @@ class Kernels:
         query_scale: Tensor | None = None,
         keys: Sequence[Tensor] = (),
         lists: Tensor | None = None,
+        compressed: CompressedRows | None = None,
     ) -> Decoded:
         """T tokens of one or several sequences through the layers from `first` on, up to one whose
         experts are not all in the slab: h float32 [T, H].
@@ -257,16 +282,33 @@ class Kernels:
         indexed = None
         if decoder.indexers:
             indexed = Rows(keys).bound(positions, decoder.indexers, decoder.key_bytes)
-        tokens = Tokens(
-            positions,
+        given = (
             _address("table", table, torch.complex64, t, sizes["C"]),
             _address("query_scale", query_scale, f32, t),
-            Rows(caches).bound(positions, layers, decoder.row_bytes),
-            indexed,
-            _address("lists", lists, torch.int32, t, decoder.topk),
         )
+        streams, mixed = decoder.streams, tuple[int | None, int | None]((None, None))
+        if compressed is None:
+            rows = Rows(caches).bound(positions, layers, decoder.row_bytes)
+            of_indexer = _address("lists", lists, torch.int32, t, decoder.topk)
+            tokens = Tokens(positions, *given, rows, indexed, of_indexer)
+        else:
+            ids, rotation, begins, groups, post, comb = compressed
+            rows = Rows(caches, begins).bound(positions, layers, decoder.row_bytes)
+            parts = zip(groups, decoder.groups, strict=True)
+            tokens = Tokens(
+                positions,
+                *given,
+                rows,
+                ids=_address("ids", ids, torch.int64, t),
+                compressed_table=_address("table", rotation, torch.complex64, t, sizes["C"]),
+                groups=[group.bound(positions, shape) for group, shape in parts],
+            )
+            mixed = (
+                _address("post", post, f32, t, streams),
+                _address("comb", comb, f32, t, streams, streams),
+            )
         inputs = (
-            _address("h", h, f32, t, hidden),
+            _address("h", h, f32, t, streams * hidden),
             tokens.address,
             _address("slots", slots, torch.int32, sizes["M"], sizes["E"]),
             record.slab(slab).address,
@@ -274,8 +316,9 @@ class Kernels:
             record.address,
             _address("x", x, f32, t, hidden),
             _address("experts", experts, f32, t, hidden),
+            *mixed,
         )
-        y, norms = torch.empty(t, hidden), torch.empty(asked + 1, t, hidden)
+        y, norms = torch.empty(t, streams * hidden), torch.empty(asked + 1, t, hidden)
         weights, indices = torch.empty(t, top_k), torch.empty(asked, t, top_k, dtype=torch.int64)
         results = [tensor.data_ptr() for tensor in (y, norms, weights, indices)]
         reached, seconds = ctypes.c_int64(), (ctypes.c_double * len(_PARTS))()

@@ -3,11 +3,14 @@ quant/kernels/cpu/api.h."""
 
 import ctypes
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from slotmoe.quant.kernels.cpu.signatures import Bound
+from slotmoe.quant.kernels.cpu.layers import GroupShape
+from slotmoe.quant.kernels.cpu.signatures import Bound, tensor_spec
+from slotmoe.quant.shapes import latent_bytes
 
 
 class _Store(ctypes.Structure):
@@ -17,11 +20,16 @@ class _Store(ctypes.Structure):
     ]
 
 
+class _Group(ctypes.Structure):
+    _fields_ = [*((name, _Store) for name in ("rows", "open")), ("table", ctypes.c_void_p)]
+
+
 class _Tokens(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("positions", "table", "query_scale")),
         *((name, _Store) for name in ("rows", "keys")),
-        ("lists", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("lists", "ids", "compressed_table")),
+        ("groups", _Group * 3),
     ]
 
 
@@ -50,6 +58,32 @@ class Rows:
         return _Store(*places, layer_bytes, row_bytes), (start, firsts)
 
 
+class GroupRows(NamedTuple):
+    """Of each token's sequence, compressed `rows` of some layers, uint8 [layers, capacity, width],
+    and what its compressor gave of the last tokens, float32 [layers, tokens, 2, columns], the first
+    of which stand at the positions `first`.  `table`, complex64 [T, C], rotates the row that a
+    token completes."""
+
+    rows: Sequence[Tensor]
+    open: Sequence[Tensor]
+    first: Sequence[int]
+    table: Tensor
+
+    def bound(self, positions: Sequence[int], shape: GroupShape) -> tuple[_Group, object]:
+        """For native calls, and what it points to.  Raises `ValueError`."""
+        ratio, columns = shape.ratio, shape.width * (1 + shape.overlaps)
+        needed = [ratio * (1 + shape.overlaps) if (at + 1) % ratio == 0 else 1 for at in positions]
+        for at, count, first in zip(positions, needed, self.first, strict=True):
+            if max(0, at + 1 - count) < first:
+                raise ValueError(f"open rows begin at {first}, but position {at} needs {count}")
+        last = [max(0, (at + 1) // ratio - 1) for at in positions]
+        rows, memory = Rows(self.rows).bound(last, shape.layers, latent_bytes(shape.width, 0))
+        flat = [part.flatten(2).view(torch.uint8) for part in self.open]
+        opened, more = Rows(flat, self.first).bound(positions, shape.layers, 8 * columns)
+        table = tensor_spec("table:c64[T,C]").check(self.table, {"T": len(positions)})
+        return _Group(rows, opened, table), (memory, more, self)
+
+
 class Tokens(Bound):
     """A token stands at one of `positions`; addresses as in api.h.  Raises `ValueError`."""
 
@@ -59,13 +93,19 @@ class Tokens(Bound):
         table: int | None,
         query_scale: int | None,
         rows: tuple[_Store, object],
-        keys: tuple[_Store, object] | None,
-        lists: int | None,
+        keys: tuple[_Store, object] | None = None,
+        lists: int | None = None,
+        ids: int | None = None,
+        compressed_table: int | None = None,
+        groups: Sequence[tuple[_Group, object]] = (),
     ):
         places, none = int64s(positions), (_Store(), None)
         (own, memory), (others, more) = rows, keys or none
         given = ctypes.addressof(places), table, query_scale
-        super().__init__(_Tokens(*given, own, others, lists), {}, places, memory, more)
+        native = _Tokens(*given, own, others, lists, ids, compressed_table)
+        for at, (group, _) in enumerate(groups):
+            native.groups[at] = group
+        super().__init__(native, {}, places, memory, more, groups)
 
 
 def layer_rows(caches: Sequence[Tensor], layers: int, width: int) -> tuple[int, int, int]:
