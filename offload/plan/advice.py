@@ -78,8 +78,10 @@ _NAMES = {  # of each geometry; some models are others trained further
     "v2-lite": ("v2-lite", "coder-v2-lite"),
     "v3": ("v3", "r1", "v3.1"),
 }
-_GEOMETRIES = ("v3.2", "v4-flash", "v4-pro", "moonlight", "kimi-k2", "glm-4.7-flash", "glm-5")
-_GEOMETRIES += ("mistral-small-4",)
+_GEOMETRIES = (
+    *("v3.2", "v4-flash", "v4-pro"),
+    *("moonlight", "kimi-k2", "glm-4.7-flash", "glm-5", "mistral-small-4"),
+)
 GEOMETRIES = {
     **{name: f"geometries/{of}.json" for of, names in _NAMES.items() for name in names},
     **{name: f"geometries/{name}.json" for name in _GEOMETRIES},
