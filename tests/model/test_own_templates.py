@@ -84,6 +84,15 @@ def test_a_schema_is_told_in_the_first_system_message(v4, v32):
         assert asked.count(FORMAT) == 1
 
 
+def test_a_schema_nested_too_deeply_is_refused(v4):
+    deep = dict(SCHEMA)
+    for _ in range(5000):
+        deep = {"items": deep}
+    for given in ({"schema": deep}, {"tools": [{"function": deep}]}):
+        with pytest.raises(ConfigError, match="nested too deeply"):
+            v4.chat([HELLO], **given)
+
+
 def test_v4_writes_results_and_what_the_user_says_then_as_one_message(v4):
     call = {"function": {"name": "f", "arguments": {}}}
     messages = [

@@ -23,6 +23,7 @@ from slotmoe.tools.serve.requests import (
     ToolMessage,
     ToolPolicy,
 )
+from slotmoe.tools.serve.response_items import InputMessage, messages_of
 from tests.support.served import ANTHROPIC_TOOL, TOOLS, Served, deepseek_files, is_weather
 from tests.support.served import WEATHER as CITY
 
@@ -188,6 +189,7 @@ def test_mask_holds_calls_to_their_schemas(form, tokenizers):
     for old, new in {
         "Rome": "Oslo", ">3<": ">33<", "stop": "go", '"false">3': '"true">3', ' string="true"': "",
         '{"at": 0.5}': '{"at": 0.5', '"days"': '"hours"', "</": f"<{D}", "null": "nul",
+        f'"\n</{D}': f'"\n{D}',
     }.items():  # fmt: skip
         assert not passed(tokenizer, calls.replace(old, new), POLICY)[1], new
     single = ToolPolicy(FUNCTIONS, FUNCTIONS, required=True, single=True)
@@ -232,6 +234,8 @@ def test_marks_in_a_text_are_left_as_they_are(form, tokenizers):
 
 def test_reminders_are_for_models_that_know_them(tokenizers):
     messages = [PlainMessage(role=role, content="Hi") for role in ("latest_reminder", "user")]
+    items = [InputMessage(role=message.role, content="Hi") for message in messages]
+    assert [message.role for message in messages_of(items)] == ["latest_reminder", "user"]
     prompt = Dialect(tokenizers[DEEPSEEK_V4]).prompt(messages, None)
     assert "<\uff5clatest_reminder\uff5c>Hi<\uff5cUser\uff5c>Hi" in prompt
     with pytest.raises(RefusedError, match="latest_reminder"):
