@@ -21,6 +21,7 @@ from slotmoe.offload.sessions.blocks import BlockFolder, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved
 from slotmoe.quant.export.layout import RESIDENT, is_predictor, layer_file, tensor_parts
 from slotmoe.quant.export.reader import Export
+from tests.support.blocks import per_token
 from tests.support.disk import memory
 from tests.support.exported import weight_bytes
 
@@ -138,10 +139,10 @@ def sessions(folder):
     blocks = list(chain(bytes(16), [*range(99)]))
 
     def latents(block):
-        found = store.read(block.parent, block.start, block.tokens, 24)
+        found = store.read(block.parent, block.start, block.tokens, per_token(24))
         return found and (found[0], bytes(found[1]))
 
-    store.add(blocks, 24, lambda block: memoryview(bytes(range(24)) * len(block.tokens)))
+    store.add(blocks, per_token(24), lambda block: memoryview(bytes(range(24)) * len(block.tokens)))
     for block in blocks:
         (path,) = (folder / "blocks").rglob(f"*-{block.address.hex()}")
         yield Target(path, partial(latents, block), 100)

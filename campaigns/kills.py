@@ -16,6 +16,7 @@ from campaigns.runner import Attack
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.sessions.blocks import BlockFolder, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved
+from tests.support.blocks import per_token
 from tests.support.disk import die_at_change, digests, forked, memory
 from tests.support.tiny import SMALL, write_checkpoint
 
@@ -54,7 +55,7 @@ class Saving:
 
     def do(self, count=200):
         store = BlockFolder(self.folder / "blocks", 1 << 20, print)
-        store.add(list(chain(self.root, self.tokens[:count])), 24, self.rows)
+        store.add(list(chain(self.root, self.tokens[:count])), per_token(24), self.rows)
         text = [{"role": "text", "content": str(count)}]
         with NamedSession(self.folder, "plans") as session:
             session.save(Saved(self.root, self.tokens[:count], "text", text))
@@ -66,7 +67,7 @@ class Saving:
         damaged = []
         store = BlockFolder(self.folder / "blocks", 1 << 20, damaged.append)
         for block in chain(self.root, self.tokens):
-            found = store.read(block.parent, block.start, block.tokens, 24)
+            found = store.read(block.parent, block.start, block.tokens, per_token(24))
             assert found is None or found[1] == self.rows(found[0])
         assert not damaged, damaged
         with NamedSession(self.folder, "plans") as session:

@@ -29,6 +29,7 @@ from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.validate import manifest_checksum
 from slotmoe.quant.export.verify import span_checksums
 from slotmoe.tools.chat.conversation import Conversation
+from tests.support.blocks import per_token
 from tests.support.gguf import write_gguf
 
 
@@ -185,12 +186,17 @@ def block(folder):
     """A file of latents whose checksum is right: it is what its name says, or dropped."""
     remarks, tokens = [], list(range(20))
     store = BlockFolder(folder / "blocks", 1 << 20, remarks.append)
-    store.add([Block(bytes(16), 0, tokens)], 24, lambda block: memoryview(bytes(24 * 20)))
+    store.add(
+        [Block(bytes(16), 0, tokens)], per_token(24), lambda block: memoryview(bytes(24 * 20))
+    )
     (path,) = (folder / "blocks" / "00").iterdir()
 
     def parse(data):
         path.write_bytes(data[:-16] + xxhash.xxh3_128_digest(data[:-16]))
-        found = store.read(bytes(16), 0, tokens[:9], 24), store.read(bytes(16), 0, tokens, 24)
+        found = (
+            store.read(bytes(16), 0, tokens[:9], per_token(24)),
+            store.read(bytes(16), 0, tokens, per_token(24)),
+        )
         for read in filter(None, found):
             assert read[0].tokens == tokens and len(read[1]) == 24 * len(tokens)
         assert all(remark.isprintable() for remark in remarks)

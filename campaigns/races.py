@@ -25,6 +25,7 @@ from slotmoe.offload.sessions.blocks import BlockFolder, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved, listing
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import write_predictor
+from tests.support.blocks import per_token
 from tests.support.disk import digests, forked, memory
 from tests.support.tiny import SMALL, write_checkpoint
 
@@ -110,9 +111,11 @@ class Sessions(Session):
         store = BlockFolder(self.folder / "blocks", 1 << 16, self._refuse)
         for length in range(1, 400, 40):
             blocks = list(chain(bytes([number]) * 16, [*range(length)]))
-            store.add(blocks, 24, lambda block: memoryview(bytes(24 * len(block.tokens))))
+            store.add(
+                blocks, per_token(24), lambda block: memoryview(bytes(24 * len(block.tokens)))
+            )
             for other in range(3):
-                found = store.read(bytes([other]) * 16, 0, [*range(30)], 24)
+                found = store.read(bytes([other]) * 16, 0, [*range(30)], per_token(24))
                 assert found is None or found[1] == bytes(len(found[1])), "another's latents"
             tick()
 

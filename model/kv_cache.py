@@ -8,7 +8,8 @@ KB in V2 at 16 bits, where expanded keys and values would take V2 4.9 MB; with a
 ``slotmoe.quant.backends.base``): the native kernels keep 8 bits a value.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
 import torch
@@ -53,6 +54,10 @@ class SequenceState(Protocol):
     def done(self, count: int) -> None:
         """A pass has appended ``count`` tokens."""
 
+    @property
+    def marks(self) -> Collection[int]:
+        """Lengths to which it can be cut that are remembered."""
+
     def reach(self, length: int) -> int:
         """The longest length up to ``length`` to which it can be cut."""
 
@@ -62,9 +67,9 @@ class SequenceState(Protocol):
     def copy(self, source: "SequenceState", length: int) -> None:
         """Become the first ``length`` tokens of ``source``, which it can be cut to."""
 
-    def mark(self) -> None:
-        """A text ends here: it can be cut to this length later, as long as there is room to
-        remember so."""
+    def mark(self, length: int) -> None:
+        """A text ends there, at a length that it can be cut to: it can be later too, as long as
+        that is among those that are remembered."""
 
     def fill(self, depth: int, store: Store) -> None:
         """Become ``depth`` tokens with random rows: for measurements."""
@@ -89,7 +94,8 @@ class SequenceState(Protocol):
         there any more."""
 
     def resume(self, length: int, snapshot: Tensor) -> None:
-        """Become ``length`` tokens: what they added was ``put``, and this was their snapshot."""
+        """Become ``length`` tokens, which go on from those that it has: what they added was
+        ``put``, and this was their snapshot."""
 
 
 class LatentCache:
@@ -140,6 +146,10 @@ class LatentCache:
     def done(self, count: int) -> None:
         self.length += count
 
+    @property
+    def marks(self) -> Collection[int]:
+        return ()
+
     def reach(self, length: int) -> int:
         return min(length, self.length)
 
@@ -152,7 +162,7 @@ class LatentCache:
             own[:, :length] = others[:, :length]
         self._written, self.length = max(self._written, length), length
 
-    def mark(self) -> None:
+    def mark(self, length: int) -> None:
         pass
 
     def fill(self, depth: int, store: Store) -> None:
@@ -177,9 +187,9 @@ class LatentCache:
         return flat_bytes(tensor[:, start:end] for tensor in self._tensors)
 
     def put(self, start: int, end: int, data: Tensor, stop: int) -> None:
-        parts = [tensor[:, start:end] for tensor in self._tensors]
-        for part, saved in zip(parts, split_bytes(data, parts), strict=True):
-            part[:, : stop - start] = saved[:, : stop - start]
+        parts = split_bytes(data, ((tensor, end - start) for tensor in self._tensors))
+        for tensor, part in zip(self._tensors, parts, strict=True):
+            tensor[:, start:stop] = part[:, : stop - start]
         self._written = max(self._written, stop)
 
     def snapshot_bytes(self, length: int) -> int:
@@ -197,10 +207,11 @@ def flat_bytes(parts: Iterable[Tensor]) -> Tensor:
     return torch.cat([part.cpu().flatten().view(torch.uint8) for part in parts])
 
 
-def split_bytes(data: Tensor, parts: Iterable[Tensor]) -> Iterable[Tensor]:
-    """What ``flat_bytes`` has made of tensors like ``parts``, in RAM."""
+def split_bytes(data: Tensor, like: Iterable[tuple[Tensor, int]]) -> Iterable[Tensor]:
+    """What ``flat_bytes`` has made of so many rows of each of these [L, S, ...], in RAM."""
     start = 0
-    for part in parts:
-        end = start + part.nbytes
-        yield data[start:end].clone().view(part.dtype).view(part.shape)
+    for tensor, count in like:
+        layers, _, *row = tensor.shape
+        end = start + layers * count * math.prod(row) * tensor.itemsize
+        yield data[start:end].clone().view(tensor.dtype).view(layers, count, *row)
         start = end

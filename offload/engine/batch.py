@@ -178,7 +178,9 @@ class Batch:
             return
         if is_last:
             self._filling, request.first_token = None, time.monotonic()
-            sequence.mark()
+            # The next prompt may go on from here without the last token, which is where this
+            # answer begins to reason; and the same prompt may come again.
+            sequence.mark(end - 1)
             self._accept(request, row)
         else:
             self.keep(request, sequence, len(row.ids))
@@ -280,7 +282,7 @@ class Batch:
             self.waiting.remove(request)
         else:
             self._free.append(sequence)
-            sequence.mark()
+            sequence.mark(sequence.length)
             self.seconds += 0.2 * (time.monotonic() - request.started - self.seconds)
             self.keep(request, sequence)
         if self._filling is request:

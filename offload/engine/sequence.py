@@ -74,10 +74,10 @@ class Sequence:
         """The longest beginning of up to ``length`` tokens that can be kept or taken."""
         return self.state.reach(length)
 
-    def mark(self) -> None:
-        """A text ends here, and may be gone on with later."""
+    def mark(self, length: int) -> None:
+        """A text ends at ``length``, at most 16 tokens ago, and may be gone on with later."""
         self.state.cut(self.length)
-        self.state.mark()
+        self.state.mark(self.state.reach(length))
 
     def take(self, source: "Sequence", length: int) -> None:
         """Become the first ``length`` tokens of ``source``, which may be this sequence."""
@@ -90,6 +90,7 @@ class Sequence:
     def resume(self, ids: list[int], snapshot: Tensor) -> None:
         """Append ``ids``, which were computed before: what they added was ``put`` into the state,
         and ``snapshot`` was taken behind them."""
+        self.state.cut(self.length)
         self.state.resume(self.length + len(ids), snapshot)
         self.tokens, self.hidden_RD = self.tokens + ids, None
 

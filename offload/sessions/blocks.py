@@ -1,9 +1,13 @@
-"""Blocks: the latents of up to 64 tokens in one file, addressed by a chain of hashes.
+"""Blocks: what up to 64 tokens leave behind, in one file, addressed by a chain of hashes.
 
 A block's address is the hash of its parent's address and of its tokens, so it stands for all tokens
 up to its end; the first parent, a root, stands for the model and the owner.  Conversations with the
 same beginning share its blocks.  The latents of a token depend on earlier tokens alone, so the
 first rows of a block serve a prompt that differs further on.
+
+Where attention compresses, what the next token needs of the tokens before is more than what they
+leave behind for good.  A snapshot is a file with the rest, for a place in the middle of a block or
+at its end, under the address that a block has that ends there.
 
 A file is written beside its place, made durable and renamed, by one process at a time.  Files that
 are not what they claim to be are as good as none.  The format: docs/sessions.md.
@@ -29,9 +33,10 @@ from slotmoe.sizes import format_size
 
 BLOCK_TOKENS = 64
 ADDRESS_BYTES, _CHECKSUM_BYTES = 16, 16
-_HEAD = struct.Struct("<16s16s16sIIQ")  # magic, parent, address, start, tokens, bytes a token
-_MAGIC = b"slotmoe block 1\n"
-_NAME = re.compile(r"([0-9a-f]{32})-([0-9]{8})-([0-9]{2})-([0-9a-f]{32})")
+_HEAD = struct.Struct("<16s16s16sIIQ")  # magic, parent, address, start, tokens, bytes behind them
+FORMAT = b"slotmoe block 2\n"
+_SNAPSHOT = b"slotmoe state 2\n"
+_NAME = re.compile(r"([0-9a-f]{32})-([0-9]{8})-([0-9]{2})-([0-9a-f]{32})(-state)?")
 _LEAST_TOKENS = 16  # of a conversation: reading fewer again costs less than a file
 _MOST_SIBLINGS = 4096  # blocks of one parent that are looked at for the one most like a prompt
 _LOCK_SECONDS = 0.5  # for another process to finish its save; what is left out comes with the next
@@ -55,11 +60,12 @@ def unpacked(data: bytes) -> list[int]:
 
 @dataclass(frozen=True)
 class Block:
-    """``tokens`` from position ``start`` on."""
+    """``tokens`` from position ``start`` on, or the snapshot behind them."""
 
     parent: bytes
     start: int
     tokens: list[int]
+    is_snapshot: bool = False
     address: bytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -69,10 +75,10 @@ class Block:
     def end(self) -> int:
         return self.start + len(self.tokens)
 
-    def head(self, token_bytes: int) -> bytes:
-        """How its file begins."""
-        count = len(self.tokens)
-        head = _HEAD.pack(_MAGIC, self.parent, self.address, self.start, count, token_bytes)
+    def head(self, nbytes: int) -> bytes:
+        """How its file begins, where ``nbytes`` follow before the checksum."""
+        magic, count = _SNAPSHOT if self.is_snapshot else FORMAT, len(self.tokens)
+        head = _HEAD.pack(magic, self.parent, self.address, self.start, count, nbytes)
         return head + packed(self.tokens)
 
 
@@ -85,16 +91,21 @@ def chain(root: bytes, tokens: list[int]) -> Iterator[Block]:
         parent = block.address
 
 
+Size = Callable[[Block], int]
+"""Bytes of what a block holds."""
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A block's file as the folder shows it, with its bytes and when it was used; its tokens are
-    inside."""
+    """A block's file as the folder shows it, or a snapshot's, with its bytes and when it was used;
+    its tokens are inside."""
 
     path: Path
     parent: bytes
     start: int
     count: int
     address: bytes
+    is_snapshot: bool
     nbytes: int
     used: float
 
@@ -113,12 +124,12 @@ class BlockFolder:
         self._remark = ""  # the latest one: what goes on and on is said once
         make_private(folder)
         with suppress(OSError), self._locked() as lock:
-            self._set_total(lock, self._tidy(frozenset(), limit))
+            self._set_total(lock, self._tidy((), limit))
 
     # Reading
 
     def read(
-        self, parent: bytes, start: int, tokens: list[int], token_bytes: int
+        self, parent: bytes, start: int, tokens: list[int], size: Size
     ) -> tuple[Block, memoryview] | None:
         """The block behind ``parent`` that has most of ``tokens`` at its beginning, whole, and its
         latents; None where no block has the first of them, or what has is damaged."""
@@ -126,8 +137,27 @@ class BlockFolder:
         path = self._path(block)
         if not path.exists():
             block, path = self._closest(parent, start, tokens)
+        data = self._load(path, block, size(block)) if block.tokens else None
+        return None if data is None else (block, data)
+
+    def snapshot(
+        self, parent: bytes, start: int, tokens: list[int], size: Size
+    ) -> tuple[Block, memoryview] | None:
+        """The snapshot behind ``parent`` and most of ``tokens``; None where there is none that is
+        undamaged."""
+        there = {one.address for one in self._children(parent) if one.is_snapshot}
+        for count in range(len(tokens) if there else 0, 0, -1):
+            block = Block(parent, start, tokens[:count], is_snapshot=True)
+            if block.address in there:
+                data = self._load(self._path(block), block, size(block))
+                if data is not None:
+                    return block, data
+        return None
+
+    def _load(self, path: Path, block: Block, nbytes: int) -> memoryview | None:
+        """What is in the file of ``block``; None where that is nothing to use."""
         try:
-            return (block, self._latents(path, block, token_bytes)) if block.tokens else None
+            return self._content(path, block, nbytes)
         except FileNotFoundError:  # another process has just evicted it
             return None
         except OSError as problem:
@@ -142,7 +172,7 @@ class BlockFolder:
         """The block behind ``parent`` that begins with most of ``tokens``; an empty one if none
         begins with the first of them."""
         best, most = (Block(parent, start, []), self.folder), 0
-        for entry in islice(self._children(parent), _MOST_SIBLINGS):
+        for entry in islice(self._blocks(parent), _MOST_SIBLINGS):
             held = _tokens(entry)
             if (common := shared_prefix(held, tokens)) > most:
                 best, most = (Block(parent, start, held), entry.path), common
@@ -153,9 +183,10 @@ class BlockFolder:
         with suppress(OSError):  # evicted meanwhile, or a folder that can only be read
             os.utime(self._path(block))
 
-    def _latents(self, path: Path, block: Block, token_bytes: int) -> memoryview:
+    def _content(self, path: Path, block: Block, nbytes: int) -> memoryview:
         """Raises ``ValueError`` unless the file is that block, and undamaged."""
-        head, size = block.head(token_bytes), _size(block, token_bytes)
+        head = block.head(nbytes)
+        size = len(head) + nbytes + _CHECKSUM_BYTES
         with open(path, "rb", opener=_no_link) as file:
             if (there := os.fstat(file.fileno()).st_size) != size:
                 raise ValueError(f"has {there} bytes, expected {size}")
@@ -170,19 +201,28 @@ class BlockFolder:
 
     def _path(self, block: Block) -> Path:
         parts = block.parent.hex(), f"{block.start:08}", f"{len(block.tokens):02}"
-        return self.folder / parts[0][:2] / "-".join((*parts, block.address.hex()))
+        name = "-".join((*parts, block.address.hex(), *["state"] * block.is_snapshot))
+        return self.folder / parts[0][:2] / name
 
     def _children(self, parent: bytes) -> Iterator[Entry]:
         paths = (self.folder / parent.hex()[:2]).glob(f"{parent.hex()}-*")
         return filter(None, map(_entry, paths))
 
+    def _blocks(self, parent: bytes) -> Iterator[Entry]:
+        """The same without snapshots."""
+        return (entry for entry in self._children(parent) if not entry.is_snapshot)
+
     # Writing
 
     def add(
-        self, blocks: list[Block], token_bytes: int, latents: Callable[[Block], memoryview]
+        self,
+        blocks: list[Block],
+        size: Size,
+        content: Callable[[Block], memoryview],
+        snapshots: Iterable[Block] = (),
     ) -> int:
-        """Keep the ``blocks`` of one chain, from its root on; ``latents`` are asked for those that
-        are not there.  Returns the bytes written.
+        """Keep the ``blocks`` of one chain, from its root on, and ``snapshots`` in them;
+        ``content`` is asked of those that are not there.  Returns the bytes written.
 
         What can't be written, and what the limit has no room for, is not kept, nor is what comes
         behind it.
@@ -190,23 +230,26 @@ class BlockFolder:
         missing = [block for block in blocks if not self._path(block).exists()]
         if missing and len(missing[-1].tokens) < BLOCK_TOKENS and self._is_covered(missing[-1]):
             missing.pop()
-        if not missing or blocks[-1].end < _LEAST_TOKENS:
+        snapshots = [block for block in snapshots if not self._path(block).exists()]
+        if not (missing or snapshots) or blocks[-1].end < _LEAST_TOKENS:
             self.touch(blocks[-1])
             return 0
-        written, kept = 0, frozenset(block.address for block in blocks)
+        written, kept = 0, [*blocks, *snapshots]
+        missing = sorted([*missing, *snapshots], key=lambda block: block.start)
         try:
             with self._locked() as lock:
                 for block in missing:
                     if self._path(block).exists():  # another process has just kept it
                         continue
-                    size = _size(block, token_bytes)
-                    if not self._reserve(lock, size, kept):
+                    head, nbytes = block.head(size(block)), size(block)
+                    needed = len(head) + nbytes + _CHECKSUM_BYTES
+                    if not self._reserve(lock, needed, kept):
                         room = f"{format_size(self.limit)} have room for {block.start:,} tokens"
                         self._say(f"{self.folder}: {room} of this text; --session-limit sets it")
                         break
-                    freed = self._write(block, block.head(token_bytes), latents(block))
+                    freed = self._write(block, head, content(block))
                     self._set_total(lock, self._total(lock) - freed)
-                    written += size
+                    written += needed
         except OSError as problem:
             reason = problem.strerror or str(problem)
             self._say(f"{self.folder}: can't be written ({reason}), so it is kept in part only")
@@ -214,26 +257,27 @@ class BlockFolder:
 
     def _is_covered(self, block: Block) -> bool:
         """Whether a longer block begins with its tokens."""
-        longer = (one for one in self._children(block.parent) if one.count > len(block.tokens))
+        longer = (one for one in self._blocks(block.parent) if one.count > len(block.tokens))
         return any(_tokens(one)[: len(block.tokens)] == block.tokens for one in longer)
 
-    def _write(self, block: Block, head: bytes, latents: memoryview) -> int:
+    def _write(self, block: Block, head: bytes, content: memoryview) -> int:
         """Write a block, and remove what it has grown out of.  Returns the bytes that frees."""
         digest = xxhash.xxh3_128(head)
-        digest.update(latents)
-        write_private(self._path(block), [head, latents, digest.digest()])
+        digest.update(content)
+        write_private(self._path(block), [head, content, digest.digest()])
         freed = 0
-        for entry in list(self._children(block.parent)):
+        for entry in [] if block.is_snapshot else [*self._blocks(block.parent)]:
             is_shorter = entry.count < len(block.tokens)
             if is_shorter and entry.address == address(block.parent, block.tokens[: entry.count]):
                 freed += entry.nbytes * self._unlink(entry.path)
         return freed
 
     def sweep(self, wanted: Iterable[Block]) -> int:
-        """Remove all blocks but the ``wanted`` ones.  Returns the bytes that are free again."""
+        """Remove all blocks but the ``wanted`` ones, and their snapshots.  Returns the bytes that
+        are free again."""
         with self._locked() as lock:
-            before = self._tidy(frozenset(), self.limit)
-            total = self._tidy(frozenset(block.address for block in wanted), 0)
+            before = self._tidy((), self.limit)
+            total = self._tidy(wanted, 0)
             self._set_total(lock, total)
         return before - total
 
@@ -253,7 +297,7 @@ class BlockFolder:
     # them.  Bytes are added before a file is written: a kill leaves a count that is too large, and
     # counting again corrects it.
 
-    def _reserve(self, lock: int, size: int, kept: frozenset[bytes]) -> bool:
+    def _reserve(self, lock: int, size: int, kept: Iterable[Block]) -> bool:
         """Count ``size`` more bytes, evicting others than ``kept`` where they have no room."""
         total = self._total(lock)
         if total + size > self.limit:
@@ -270,9 +314,9 @@ class BlockFolder:
     def _set_total(self, lock: int, total: int) -> None:
         os.pwrite(lock, b"%020d" % total, 0)
 
-    def _tidy(self, kept: frozenset[bytes], limit: int) -> int:
-        """Remove what killed writers left, then the blocks used longest ago but ``kept``, down to
-        ``limit`` bytes.  Returns the bytes that are left.
+    def _tidy(self, kept: Iterable[Block], limit: int) -> int:
+        """Remove what killed writers left, then the blocks used longest ago but ``kept`` and their
+        snapshots, down to ``limit`` bytes.  Returns the bytes that are left.
 
         A block was used when its latest descendant was, and one whose parent is gone never: nothing
         leads there.
@@ -288,13 +332,25 @@ class BlockFolder:
                 reached.add(entry.address)
         total = sum(entry.nbytes for entry in entries)
 
-        def order(entry: Entry) -> tuple[float, int]:
-            return used[entry.address] if entry.address in reached else 0.0, -entry.start
+        def order(entry: Entry) -> tuple[float, int, bool]:
+            last = used[entry.address] if entry.address in reached else 0.0
+            return last, -entry.start, not entry.is_snapshot
+
+        texts = defaultdict[bytes, list[list[int]]](list)  # behind each parent
+        for block in kept:
+            texts[block.parent].append(block.tokens)
+
+        def is_kept(entry: Entry) -> bool:
+            return any(
+                entry.address == address(entry.parent, tokens[: entry.count])
+                for tokens in texts[entry.parent]
+                if entry.is_snapshot or entry.count == len(tokens)
+            )
 
         for entry in sorted(entries, key=order):
             if total <= limit:
                 break
-            if entry.address not in kept and self._unlink(entry.path):
+            if not is_kept(entry) and self._unlink(entry.path):
                 total -= entry.nbytes
         return total
 
@@ -356,20 +412,15 @@ def write_private(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         raise
 
 
-def _size(block: Block, token_bytes: int) -> int:
-    """Bytes of its file."""
-    return len(block.head(token_bytes)) + len(block.tokens) * token_bytes + _CHECKSUM_BYTES
-
-
 def _entry(path: Path) -> Entry | None:
     """What the file's name says; None if it is no block's, or has just gone."""
     if not (match := _NAME.fullmatch(path.name)):
         return None
-    parent, start, count, own = match.groups()
+    parent, start, count, own, state = match.groups()
     place = bytes.fromhex(parent), int(start), int(count), bytes.fromhex(own)
     with suppress(OSError):
         status = path.lstat()
-        return Entry(path, *place, status.st_size, status.st_mtime)
+        return Entry(path, *place, state is not None, status.st_size, status.st_mtime)
     return None
 
 

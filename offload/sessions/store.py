@@ -1,7 +1,5 @@
 """Between sequences and their blocks on disk: what is there of a prompt is not computed again, and
 what was computed is kept.
-
-Shapes: L layers, T tokens, B bytes of a token's row in the latent cache.
 """
 
 import hashlib
@@ -10,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload.engine.loading import LoadedModel
@@ -17,6 +16,7 @@ from slotmoe.offload.engine.sequence import Sequence
 from slotmoe.offload.sessions.blocks import (
     ADDRESS_BYTES,
     BLOCK_TOKENS,
+    FORMAT,
     Block,
     BlockFolder,
     Notify,
@@ -29,6 +29,7 @@ from slotmoe.quant.export.reader import Export
 from slotmoe.sizes import parse_size
 
 DEFAULT_LIMIT = "8GiB"
+_NONE = torch.empty(0, dtype=torch.uint8)
 
 
 class Sessions:
@@ -43,7 +44,7 @@ class Sessions:
         self._identity = _identity(model)
         make_private(folder)
         self._blocks = BlockFolder(folder / "blocks", parse_size(limit), notify)
-        self._token_bytes = model.states[0].saved_bytes(0, 1)
+        self._state = model.states[0]  # all need the same bytes
         self._counts = dict.fromkeys(("restored_tokens", "read_bytes", "written_bytes"), 0)
 
     def root(self, owner: str = "") -> bytes:
@@ -53,34 +54,56 @@ class Sessions:
     def restore(self, sequence: Sequence, prompt: list[int], owner: str = "") -> int:
         """Append to ``sequence``, which holds a beginning of ``prompt``, what is on disk of the
         rest.  Returns how many tokens that are."""
-        parent, before, latest = self.root(owner), sequence.length, None
+        parent, held, latest = self.root(owner), sequence.length, None
+        there = list[Block]()  # what is in the state now behind the tokens that it held
         for start in range(0, len(prompt), BLOCK_TOKENS):
             tokens = prompt[start : start + BLOCK_TOKENS]
-            held = sequence.length
             if start + len(tokens) > held:
-                found = self._blocks.read(parent, start, tokens, self._token_bytes)
+                found = self._blocks.read(parent, start, tokens, self._size)
                 if found is None:
                     break
                 latest, data = found
-                self._counts["read_bytes"] += len(data)
-                saved, state = torch.frombuffer(data, dtype=torch.uint8), sequence.state
                 common = shared_prefix(latest.tokens, tokens)
                 if start + common > held:
-                    end = start + len(latest.tokens)
-                    state.put(start, end, saved, start + common)
-                    sequence.resume(tokens[held - start : common], saved[:0])
+                    saved = self._tensor(data)
+                    sequence.state.put(start, latest.end, saved, start + common)
+                    there.append(Block(parent, start, tokens[:common]))
                 if common < len(tokens):
                     break
             parent = address(parent, tokens)
         if latest is not None:
             self._blocks.touch(latest)
-        self._counts["restored_tokens"] += sequence.length - before
-        return sequence.length - before
+        while there and not self._resume(sequence, prompt, there.pop()):
+            pass
+        self._counts["restored_tokens"] += sequence.length - held
+        return sequence.length - held
+
+    def _resume(self, sequence: Sequence, prompt: list[int], block: Block) -> bool:
+        """Let ``sequence`` go on as far as a snapshot in ``block`` allows; whether one does."""
+        end, snapshot = block.end, _NONE
+        if self._state.snapshot_bytes(end):
+            found = self._blocks.snapshot(block.parent, block.start, block.tokens, self._size)
+            if found is None or found[0].end <= sequence.length:
+                return False
+            end, snapshot = found[0].end, self._tensor(found[1])
+            self._blocks.touch(found[0])
+        sequence.resume(prompt[sequence.length : end], snapshot)
+        return True
+
+    def _tensor(self, data: memoryview) -> Tensor:
+        """What was read, uint8 in RAM."""
+        self._counts["read_bytes"] += len(data)
+        return torch.frombuffer(data, dtype=torch.uint8) if len(data) else _NONE
+
+    def _size(self, block: Block) -> int:
+        if block.is_snapshot:
+            return self._state.snapshot_bytes(block.end)
+        return self._state.saved_bytes(block.start, block.end)
 
     def keep(self, sequence: Sequence, owner: str = "", added: int | None = None) -> None:
         """Write what ``sequence`` holds and the disk does not: all of it, or, where ``added``
         tokens are new, the blocks that they have filled, if they have filled any."""
-        tokens = sequence.tokens
+        tokens, state = sequence.tokens, sequence.state
         if added is not None:
             full = len(tokens) // BLOCK_TOKENS
             if full == (len(tokens) - added) // BLOCK_TOKENS:
@@ -89,11 +112,21 @@ class Sessions:
         if not tokens or min(tokens) < 0:  # unknown tokens: a measurement's
             return
 
-        def latents(block: Block) -> memoryview:
-            return sequence.state.saved(block.start, block.end).numpy().data
+        def content(block: Block) -> memoryview:
+            if not block.is_snapshot:
+                return state.saved(block.start, block.end).numpy().data
+            snapshot = state.snapshot(block.end)
+            assert snapshot is not None
+            return snapshot.numpy().data
 
         blocks = list(chain(self.root(owner), tokens))
-        written = self._blocks.add(blocks, self._token_bytes, latents)
+        snapshots = list[Block]()
+        for mark in state.marks:
+            if mark <= len(tokens):
+                block = blocks[(mark - 1) // BLOCK_TOKENS]
+                held = tokens[block.start : mark]
+                snapshots.append(Block(block.parent, block.start, held, is_snapshot=True))
+        written = self._blocks.add(blocks, self._size, content, snapshots)
         self._counts["written_bytes"] += written
 
     def stats(self) -> dict[str, int]:
@@ -112,12 +145,13 @@ def _identity(model: LoadedModel) -> bytes:
     if model.options.route_budget:
         problem = "with a route budget a latent depends on what was cached when it was computed"
         raise ConfigError(f"{problem}: leave out the session or the budget")
+    state = model.states[0]
     parts = {
         "export": model.source.manifest["checksum"],
         "program": [version("slotmoe"), torch.__version__],
         "device": [model.device.tier, model.device.name, model.backend.name],
         "misses": model.experts.split.mode,
         "experts": model.config.num_experts_per_tok,
-        "state": model.states[0].saved_bytes(0, 1),
+        "state": [FORMAT.decode(), state.saved_bytes(0, 1024), state.snapshot_bytes(1023)],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()

@@ -21,6 +21,7 @@ from slotmoe.quant.codecs.codec import DEFAULT_CODECS
 from slotmoe.quant.export.layout import Part
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import ExportFile
+from tests.support.blocks import per_token
 from tests.support.engine import ask, start
 from tests.support.tiny import SMALL, write_checkpoint
 
@@ -57,12 +58,12 @@ def test_a_block_that_another_process_kept_meanwhile_is_not_written_again(tmp_pa
         return memoryview(bytes(len(block.tokens) * 8))
 
     def late():
-        theirs.add(blocks, 8, rows)
+        theirs.add(blocks, per_token(8), rows)
         return lock()
 
     monkeypatch.setattr(ours, "_locked", late)
     before = BlockFolder(tmp_path / "blocks", 1 << 20, print)
-    assert ours.add(blocks, 8, lambda block: pytest.fail("asked for latents")) == 0
+    assert ours.add(blocks, per_token(8), lambda block: pytest.fail("asked for latents")) == 0
     assert before.nbytes == ours.nbytes
 
 

@@ -8,6 +8,7 @@ from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.sessions.blocks import BlockFolder, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved
 from slotmoe.quant.export.writer import write_predictor
+from tests.support.blocks import per_token
 from tests.support.predictor import random_tensors
 from tests.support.tiny import write_checkpoint
 
@@ -20,7 +21,7 @@ def write_export(folder):
 def write_blocks(folder):
     store = BlockFolder(folder / "blocks", 1 << 20, print)
     blocks = list(chain(bytes(16), [*range(70)]))
-    store.add(blocks, 24, lambda block: memoryview(bytes(24 * len(block.tokens))))
+    store.add(blocks, per_token(24), lambda block: memoryview(bytes(24 * len(block.tokens))))
 
 
 def write_name(folder):

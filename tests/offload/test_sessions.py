@@ -16,6 +16,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sessions import blocks as blocks_module
 from slotmoe.offload.sessions.blocks import BLOCK_TOKENS, BlockFolder, chain, shared_prefix
 from slotmoe.offload.sessions.names import NamedSession, Saved, listing, remove
+from tests.support.blocks import per_token
 from tests.support.engine import IDS, ask, decode
 from tests.support.tiny import SAMPLE
 from tests.support.twin import Twin
@@ -254,7 +255,7 @@ def test_other_files_do_not_matter(runtime, copy):
 
 def fill(folder, tokens, root=ROOT):
     """Keep rows that say which tokens they are of; how many bytes were written."""
-    return folder.add(list(chain(root, tokens)), TOKEN_BYTES, rows_of)
+    return folder.add(list(chain(root, tokens)), per_token(TOKEN_BYTES), rows_of)
 
 
 def rows_of(block):
@@ -265,7 +266,7 @@ def held(folder, tokens, root=ROOT):
     """How many of ``tokens`` are there, each with its row."""
     count, parent = 0, root
     for block in chain(root, tokens):
-        found = folder.read(parent, block.start, block.tokens, TOKEN_BYTES)
+        found = folder.read(parent, block.start, block.tokens, per_token(TOKEN_BYTES))
         if found is None:
             return count
         assert found[1] == rows_of(found[0])
