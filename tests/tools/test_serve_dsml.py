@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slotmoe.model.own_templates import own_template
+from slotmoe.model.reasoning import Reasoning, Splitter
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.formats import DEEPSEEK_V3_2, DEEPSEEK_V4
@@ -87,9 +88,9 @@ def history(*calls):
     ]
 
 
-def read(form, text, width):
+def read(form, text, width, splitter=None):
     """The deltas of an answer that arrives ``width`` characters at a time."""
-    reader, parts = Reader(form), []
+    reader, parts = Reader(form, splitter=splitter), []
     for start in range(0, len(text), width):
         parts += reader.feed(text[start : start + width])
     return joined(parts + reader.end())
@@ -116,6 +117,11 @@ def test_answers_are_taken_apart_however_they_arrive(form, width):
     assert read(form, f"So.\n\n{two(form)}", width) == [ContentDelta("So."), *wanted]
     assert read(form, f"\n\n{two(form)}", width) == wanted
     assert read(form, two(form), width) == wanted
+    thought = [ContentDelta("Hm 1 < 2", reasoning=True)]
+    for said, text in {"": [], "So.": [ContentDelta("So.")]}.items():
+        splitter = Splitter(Reasoning("<think>", "</think>", {}), True)
+        answer = f"Hm 1 < 2</think>{said}\n\n{two(form)}"
+        assert read(form, answer, width, splitter) == thought + text + wanted
     # Text that only begins like a call; the blank lines before it are its own.
     for text in (f"So.\n\n<{D}tool", "So.\n\n", "a\n\n\n<b", f"5 < 6 {D} <"):
         assert read(form, text, width) == [ContentDelta(text)]
