@@ -32,7 +32,7 @@ from slotmoe.quant.backends.base import Empty, Prepared, Records, SlotTable, Tor
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.kernels.cpu.bindings import CompressedRows, DecodeRows, Kernels
+from slotmoe.quant.kernels.cpu.bindings import Kernels
 from slotmoe.quant.kernels.cpu.layers import (
     AttentionLayer,
     BoundLayer,
@@ -41,7 +41,7 @@ from slotmoe.quant.kernels.cpu.layers import (
     GroupShape,
     hyper_layer,
 )
-from slotmoe.quant.kernels.cpu.tokens import GroupRows
+from slotmoe.quant.kernels.cpu.tokens import CompressedRows, DecodeRows, GroupRows
 from slotmoe.quant.kernels.cpu.weights import ExpertRecord, Matrix, Mlp
 from slotmoe.quant.shapes import latent_bytes
 from slotmoe.quant.weights import Weight
