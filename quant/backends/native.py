@@ -80,7 +80,7 @@ class NativeDecoder:
         rows = self._compressed if self.decoder.groups or self.decoder.streams > 1 else self._latent
         caches, others = rows(step, states, positions)
         stream = step.layer, step.h_TD, step.rope_TC, caches, positions
-        done = self.native.decode(self.decoder, *stream, *records, *rest, **others)
+        done = self.native.decode(self.decoder, *stream, *records, *rest, others)
         for stage, seconds in zip(_STAGES, done.seconds, strict=True):
             now += seconds
             step.timer.mark(stage, now)
@@ -104,7 +104,7 @@ class NativeDecoder:
         if self.decoder.topk and step.lists_TL is None:
             step.lists_TL = torch.empty(len(caches), self.decoder.topk, dtype=torch.int32)
         keys = [cache.index_keys for cache in caches]
-        return [cache.layers for cache in caches], {"keys": keys, "lists": step.lists_TL}
+        return [cache.layers for cache in caches], DecodeRows(keys, step.lists_TL)
 
     def _compressed(
         self, step: Step, states: Sequence[State], positions: Sequence[int]
@@ -127,7 +127,7 @@ class NativeDecoder:
         first = [cache.window.first for cache in caches]
         rest = step.compressed_rope_TC, first, groups, *step.mixed
         compressed = CompressedRows(step.ids_T, *rest)
-        return [cache.window.rows for cache in caches], {"compressed": compressed}
+        return [cache.window.rows for cache in caches], DecodeRows(compressed=compressed)
 
 
 class NativeBackend(TorchBackend):

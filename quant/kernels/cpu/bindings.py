@@ -28,7 +28,7 @@ from slotmoe.quant.codecs.codec import NF4
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.layers import Decoder
 from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, Function, tensor_spec
-from slotmoe.quant.kernels.cpu.tokens import CompressedRows, address, layer_rows, tokens_of
+from slotmoe.quant.kernels.cpu.tokens import NO_ROWS, DecodeRows, address, layer_rows, tokens_of
 from slotmoe.quant.kernels.cpu.weights import ExpertRecord, Matrix, NativeRouter
 from slotmoe.quant.shapes import latent_bytes
 
@@ -231,9 +231,7 @@ class Kernels:
         x: Tensor | None = None,
         experts: Tensor | None = None,
         query_scale: Tensor | None = None,
-        keys: Sequence[Tensor] = (),
-        lists: Tensor | None = None,
-        compressed: CompressedRows | None = None,
+        rows: DecodeRows = NO_ROWS,
     ) -> Decoded:
         """T tokens of one or several sequences through the layers from `first` on, up to one whose
         experts are not all in the slab: h float32 [T, H].
@@ -242,10 +240,6 @@ class Kernels:
         capacity, latent_bytes(R, P)], alike in all; one may stand for several tokens, a position
         after the other. `slots` int32 [MoE layers, E] says which row of `slab` an expert's `record`
         is in, negative if none.
-
-        With indexers, `keys` are their rows, uint8 [indexers, capacity, latent_bytes(A, 0)], and
-        `lists`, int32 [T, topk], what the last one before layer `first` has chosen for tokens that
-        stand behind more than topk; it is overwritten.
 
         With `x` and `experts`, layer `first` only lacks its feed-forward: h is the residual stream
         behind its attention, x the norm of that, `experts` the weighted sum of its routed experts.
@@ -257,8 +251,7 @@ class Kernels:
         asked = decoder.routers_from(first, x is not None)
         t, layers, sizes = len(caches), len(decoder.routed), decoder.sizes
         hidden, top_k, f32 = sizes["H"], sizes["K"], torch.float32
-        at = table, caches, positions, query_scale
-        tokens, mixed = tokens_of(decoder, *at, keys, lists, compressed)
+        tokens, mixed = tokens_of(decoder, table, caches, positions, query_scale, rows)
         wide = decoder.streams * hidden
         inputs = (
             address("h", h, f32, t, wide),
@@ -275,8 +268,8 @@ class Kernels:
         weights, indices = torch.empty(t, top_k), torch.empty(asked, t, top_k, dtype=torch.int64)
         results = [tensor.data_ptr() for tensor in (y, norms, weights, indices)]
         reached, seconds = ctypes.c_int64(), (ctypes.c_double * len(_PARTS))()
-        run = self._functions["decode"].run
-        run(decoder.address, first, t, *inputs, *results, ctypes.byref(reached), seconds)
+        outputs = *results, ctypes.byref(reached), seconds
+        self._functions["decode"].run(decoder.address, first, t, *inputs, *outputs)
         layer = reached.value
         if layer < layers:
             indices = indices[: asked - sum(decoder.routed[layer + 1 :])]

@@ -3,7 +3,7 @@ quant/kernels/cpu/api.h."""
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,14 +84,6 @@ class GroupRows(NamedTuple):
         return _Group(rows, opened, table), (memory, more, self)
 
 
-class DecodeRows(TypedDict, total=False):
-    """What sequences keep beside `caches`, as `Kernels.decode` takes it."""
-
-    keys: Sequence[Tensor]
-    lists: Tensor | None
-    compressed: "CompressedRows"
-
-
 class CompressedRows(NamedTuple):
     """What tokens of DeepSeek-V4 have beside `caches`, the rows of the window, the first of which
     stand at the positions `first`: `ids`, int64 [T], the `table` of layers with a compressor, rows
@@ -106,24 +98,32 @@ class CompressedRows(NamedTuple):
     comb: Tensor
 
 
+class DecodeRows(NamedTuple):
+    """What sequences keep beside `caches`.  With indexers, `keys` are their rows, uint8 [indexers,
+    capacity, latent_bytes(A, 0)], of each token's sequence, and `lists`, int32 [T, topk], what the
+    last one before the first layer has chosen for tokens behind more than topk; they are
+    overwritten."""
+
+    keys: Sequence[Tensor] = ()
+    lists: Tensor | None = None
+    compressed: CompressedRows | None = None
+
+
+NO_ROWS = DecodeRows()
+
+
 def tokens_of(
     decoder: Decoder,
     table: Tensor,
     caches: Sequence[Tensor],
     positions: Sequence[int],
     query_scale: Tensor | None,
-    keys: Sequence[Tensor],
-    lists: Tensor | None,
-    compressed: CompressedRows | None,
+    of: DecodeRows,
 ) -> tuple[Bound, tuple[int | None, int | None]]:
     """What `decode` is given of its tokens, bound, and the addresses of `post` and `comb`.  Raises
     `ValueError`."""
-    t, layers, pairs, places = (
-        len(caches),
-        len(decoder.routed),
-        decoder.sizes["C"],
-        int64s(positions),
-    )
+    t, layers, pairs = len(caches), len(decoder.routed), decoder.sizes["C"]
+    places, compressed = int64s(positions), of.compressed
     native = _Tokens(ctypes.addressof(places))
     native.table = address("table", table, torch.complex64, t, pairs)
     native.query_scale = address("query_scale", query_scale, torch.float32, t)
@@ -132,8 +132,8 @@ def tokens_of(
     more, mixed = list[object](), tuple[int | None, int | None]((None, None))
     if decoder.indexers:
         of_indexers = decoder.indexers, decoder.key_bytes
-        native.keys, held = Rows(keys).bound(positions, *of_indexers)
-        native.lists = address("lists", lists, torch.int32, t, decoder.topk)
+        native.keys, held = Rows(of.keys).bound(positions, *of_indexers)
+        native.lists = address("lists", of.lists, torch.int32, t, decoder.topk)
         more.append(held)
     if compressed is not None:
         for at, begin in zip(positions, compressed.first, strict=True):
