@@ -32,7 +32,7 @@ from slotmoe.quant.backends.base import Empty, Prepared, Records, SlotTable, Tor
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.kernels.cpu.bindings import CompressedRows, DecodeRows, Kernels
+from slotmoe.quant.kernels.cpu.bindings import Kernels
 from slotmoe.quant.kernels.cpu.layers import (
     AttentionLayer,
     BoundLayer,
@@ -41,7 +41,7 @@ from slotmoe.quant.kernels.cpu.layers import (
     GroupShape,
     hyper_layer,
 )
-from slotmoe.quant.kernels.cpu.tokens import GroupRows
+from slotmoe.quant.kernels.cpu.tokens import CompressedRows, DecodeRows, GroupRows
 from slotmoe.quant.kernels.cpu.weights import ExpertRecord, Matrix, Mlp
 from slotmoe.quant.shapes import latent_bytes
 from slotmoe.quant.weights import Weight
@@ -80,7 +80,7 @@ class NativeDecoder:
         rows = self._compressed if self.decoder.groups or self.decoder.streams > 1 else self._latent
         caches, others = rows(step, states, positions)
         stream = step.layer, step.h_TD, step.rope_TC, caches, positions
-        done = self.native.decode(self.decoder, *stream, *records, *rest, **others)
+        done = self.native.decode(self.decoder, *stream, *records, *rest, others)
         for stage, seconds in zip(_STAGES, done.seconds, strict=True):
             now += seconds
             step.timer.mark(stage, now)
@@ -104,7 +104,7 @@ class NativeDecoder:
         if self.decoder.topk and step.lists_TL is None:
             step.lists_TL = torch.empty(len(caches), self.decoder.topk, dtype=torch.int32)
         keys = [cache.index_keys for cache in caches]
-        return [cache.layers for cache in caches], {"keys": keys, "lists": step.lists_TL}
+        return [cache.layers for cache in caches], DecodeRows(keys, step.lists_TL)
 
     def _compressed(
         self, step: Step, states: Sequence[State], positions: Sequence[int]
@@ -127,7 +127,7 @@ class NativeDecoder:
         first = [cache.window.first for cache in caches]
         rest = step.compressed_rope_TC, first, groups, *step.mixed
         compressed = CompressedRows(step.ids_T, *rest)
-        return [cache.window.rows for cache in caches], {"compressed": compressed}
+        return [cache.window.rows for cache in caches], DecodeRows(compressed=compressed)
 
 
 class NativeBackend(TorchBackend):

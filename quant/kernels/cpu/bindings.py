@@ -18,7 +18,7 @@ import importlib.machinery
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from slotmoe.quant.codecs.codec import NF4
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.layers import Decoder
 from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, Function, tensor_spec
-from slotmoe.quant.kernels.cpu.tokens import GroupRows, Rows, Tokens, layer_rows
+from slotmoe.quant.kernels.cpu.tokens import NO_ROWS, DecodeRows, address, layer_rows, tokens_of
 from slotmoe.quant.kernels.cpu.weights import ExpertRecord, Matrix, NativeRouter
 from slotmoe.quant.shapes import latent_bytes
 
@@ -53,28 +53,6 @@ class Decoded(NamedTuple):
     weights: Tensor
     indices: Tensor
     seconds: list[float]
-
-
-class DecodeRows(TypedDict, total=False):
-    """What sequences keep beside `caches`: see `Kernels.decode`."""
-
-    keys: Sequence[Tensor]
-    lists: Tensor | None
-    compressed: "CompressedRows"
-
-
-class CompressedRows(NamedTuple):
-    """What tokens of DeepSeek-V4 have beside `caches`, the rows of the window, the first of which
-    stand at the positions `first`: `ids`, int64 [T], the `table` of layers with a compressor, rows
-    of each of the decoder's `groups`, and how a layer that waits for its experts mixes them in,
-    `post` [T, streams] and `comb` [T, streams, streams], which are overwritten."""
-
-    ids: Tensor | None
-    table: Tensor
-    first: Sequence[int]
-    groups: Sequence[GroupRows]
-    post: Tensor
-    comb: Tensor
 
 
 class Kernels:
@@ -253,9 +231,7 @@ class Kernels:
         x: Tensor | None = None,
         experts: Tensor | None = None,
         query_scale: Tensor | None = None,
-        keys: Sequence[Tensor] = (),
-        lists: Tensor | None = None,
-        compressed: CompressedRows | None = None,
+        rows: DecodeRows = NO_ROWS,
     ) -> Decoded:
         """T tokens of one or several sequences through the layers from `first` on, up to one whose
         experts are not all in the slab: h float32 [T, H].
@@ -264,10 +240,6 @@ class Kernels:
         capacity, latent_bytes(R, P)], alike in all; one may stand for several tokens, a position
         after the other. `slots` int32 [MoE layers, E] says which row of `slab` an expert's `record`
         is in, negative if none.
-
-        With indexers, `keys` are their rows, uint8 [indexers, capacity, latent_bytes(A, 0)], and
-        `lists`, int32 [T, topk], what the last one before layer `first` has chosen for tokens that
-        stand behind more than topk; it is overwritten.
 
         With `x` and `experts`, layer `first` only lacks its feed-forward: h is the residual stream
         behind its attention, x the norm of that, `experts` the weighted sum of its routed experts.
@@ -279,51 +251,25 @@ class Kernels:
         asked = decoder.routers_from(first, x is not None)
         t, layers, sizes = len(caches), len(decoder.routed), decoder.sizes
         hidden, top_k, f32 = sizes["H"], sizes["K"], torch.float32
-        indexed = None
-        if decoder.indexers:
-            indexed = Rows(keys).bound(positions, decoder.indexers, decoder.key_bytes)
-        given = (
-            _address("table", table, torch.complex64, t, sizes["C"]),
-            _address("query_scale", query_scale, f32, t),
-        )
-        streams, mixed = decoder.streams, tuple[int | None, int | None]((None, None))
-        if compressed is None:
-            rows = Rows(caches).bound(positions, layers, decoder.row_bytes)
-            of_indexer = _address("lists", lists, torch.int32, t, decoder.topk)
-            tokens = Tokens(positions, *given, rows, indexed, of_indexer)
-        else:
-            ids, rotation, begins, groups, post, comb = compressed
-            rows = Rows(caches, begins).bound(positions, layers, decoder.row_bytes)
-            parts = zip(groups, decoder.groups, strict=True)
-            tokens = Tokens(
-                positions,
-                *given,
-                rows,
-                ids=_address("ids", ids, torch.int64, t),
-                compressed_table=_address("table", rotation, torch.complex64, t, sizes["C"]),
-                groups=[group.bound(positions, shape) for group, shape in parts],
-            )
-            mixed = (
-                _address("post", post, f32, t, streams),
-                _address("comb", comb, f32, t, streams, streams),
-            )
+        tokens, mixed = tokens_of(decoder, table, caches, positions, query_scale, rows)
+        wide = decoder.streams * hidden
         inputs = (
-            _address("h", h, f32, t, streams * hidden),
+            address("h", h, f32, t, wide),
             tokens.address,
-            _address("slots", slots, torch.int32, sizes["M"], sizes["E"]),
+            address("slots", slots, torch.int32, sizes["M"], sizes["E"]),
             record.slab(slab).address,
             *slab.shape,
             record.address,
-            _address("x", x, f32, t, hidden),
-            _address("experts", experts, f32, t, hidden),
+            address("x", x, f32, t, hidden),
+            address("experts", experts, f32, t, hidden),
             *mixed,
         )
-        y, norms = torch.empty(t, streams * hidden), torch.empty(asked + 1, t, hidden)
+        y, norms = torch.empty(t, wide), torch.empty(asked + 1, t, hidden)
         weights, indices = torch.empty(t, top_k), torch.empty(asked, t, top_k, dtype=torch.int64)
         results = [tensor.data_ptr() for tensor in (y, norms, weights, indices)]
         reached, seconds = ctypes.c_int64(), (ctypes.c_double * len(_PARTS))()
-        run = self._functions["decode"].run
-        run(decoder.address, first, t, *inputs, *results, ctypes.byref(reached), seconds)
+        outputs = *results, ctypes.byref(reached), seconds
+        self._functions["decode"].run(decoder.address, first, t, *inputs, *outputs)
         layer = reached.value
         if layer < layers:
             indices = indices[: asked - sum(decoder.routed[layer + 1 :])]
@@ -387,15 +333,3 @@ def rows_per_head(x: Tensor, kv_b: Tensor, n: int) -> int:
             f" ...] of {tuple(x.shape)}"
         )
     return rows // heads
-
-
-def _address(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:
-    """The tensor's address, checked as the table's are, and quicker; None of None."""
-    if tensor is None:
-        return None
-    if tensor.shape != shape or tensor.dtype != dtype:
-        given = f"{tensor.dtype} {tuple(tensor.shape)}"
-        raise ValueError(f"{name} is {given}, expected {dtype} {shape}")
-    if not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_conj():
-        raise ValueError(f"{name} must be a contiguous CPU tensor, and not conjugated lazily")
-    return tensor.data_ptr()

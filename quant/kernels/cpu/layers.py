@@ -141,7 +141,7 @@ class AttentionLayer(Bound):
             *(keys, topk),
         )
         self.row_bytes, sizes = latent_bytes(r, p), {"H": hidden, "C": p // 2, "E": experts}
-        self.topk, self.key_bytes = topk, 0
+        self.topk, self.key_bytes, self.window = topk, 0, 0
         if geometry.indexer is not None and indexer:
             self.key_bytes = latent_bytes(geometry.indexer.A, 0)
         super().__init__(native, sizes, layer, query, query_b, latent, out, gate, indexer)
@@ -227,7 +227,8 @@ class CompressedLayer(Bound):
             tensor_spec("gate_bias?:f32[E]").check(layer.gate_bias, sizes),
             *(part and part.address for part in (compressor, keys, indexer)),
         )
-        self.row_bytes, sizes = latent_bytes(z, 0), {"H": hidden, "C": p // 2, "E": experts}
+        self.row_bytes, self.window = latent_bytes(z, 0), window
+        sizes = {"H": hidden, "C": p // 2, "E": experts}
         super().__init__(native, sizes, layer, bound, gate, compressor, keys, indexer)
 
 
@@ -313,6 +314,7 @@ class Decoder(Bound):
         self.indexers = sum(part.key_bytes > 0 for part in attentions)
         self.key_bytes = max(part.key_bytes for part in attentions)
         self.topk = max(part.topk for part in attentions)
+        self.window = max(part.window for part in attentions)
         natives, table = (_Layer * len(layers))(), {"K": router.top_k}
         for bound, layer in zip(natives, layers, strict=True):
             attention, mlp, mixings, experts_of = layer
