@@ -304,6 +304,13 @@ def test_linear_of_one_row_is_exact_and_of_many_no_worse_than_bfloat16(triton_op
     assert error(y_TN, exact) <= (1e-6 if T == 1 else 1.1 * reference)
 
 
+def test_the_least_power_of_two_is_denormal(triton_ops):
+    weight, x_1K = make_weight("mxfp4", 16, 64), randn(1, 64) * 1e30
+    weight.scales.view(torch.uint8).zero_()
+    exact = x_1K.double() @ dequantize(weight).double().T
+    assert error(triton_ops.linear(x_1K, weight), exact) <= 1e-6
+
+
 def attention(q_THW, rows_SW, R, scale):
     """In float64: token t sees all rows but the last T - 1 - t."""
     T, S = len(q_THW), len(rows_SW)
