@@ -77,8 +77,13 @@ def test_drafts_change_no_bit(export, wanted, draft, monkeypatch):
         pytest.skip("no decode in one call, or no head that predicts one token more")
     monkeypatch.setattr(Drafting, "lengths", lambda self, chances: [len(each) for each in chances])
     monkeypatch.setattr(Drafting, "pays", lambda self, chance, cost: True)
+    repeated = IDS[:50] * 5
+    with opened(export) as plainly:
+        rows = plainly.logits(repeated)
     with opened(export, draft=draft, sequences=3) as runtime:
         assert texts(runtime) == wanted[1]
+        got = decode(runtime, repeated[:120], repeated[120:])
+        assert torch.equal(got, rows[119:])
         assert runtime.stats()["drafts"]["drafted"] > 0
 
 
