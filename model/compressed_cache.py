@@ -215,7 +215,10 @@ class CompressedCache:
             tail.begin(self.length, count)
 
     def done(self, count: int) -> None:
-        self.length += count
+        start, self.length = self.length, self.length + count
+        for at in range((start // MARK_TOKENS + 1) * MARK_TOKENS, self.length + 1, MARK_TOKENS):
+            for tail in self._tails:  # a decoder has appended the rows by itself
+                tail.mark(at)
         for tail in self._tails:
             tail.done()
 

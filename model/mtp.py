@@ -27,7 +27,15 @@ from torch import Tensor
 from slotmoe.border import Experts, SlotTable
 from slotmoe.model.kv_cache import SequenceState
 from slotmoe.model.layers import as_tensor
-from slotmoe.model.names import EMBEDDING, FINAL_NORM, HEAD, HEAD_MIX_PARTS, MTP_PARTS, layer_tensor
+from slotmoe.model.names import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    HEAD_MIX_PARTS,
+    MTP_PARTS,
+    V4_MTP_PARTS,
+    layer_tensor,
+)
 from slotmoe.model.network import Network
 
 W = TypeVar("W")
@@ -46,7 +54,8 @@ class MtpHead(Generic[W]):
         step_tokens: int = 1 << 30,
     ):
         self._main, layer = main, main.config.num_hidden_layers
-        names = {field: layer_tensor(layer, part.name) for field, part in MTP_PARTS.items()}
+        both = MTP_PARTS | V4_MTP_PARTS
+        names = {field: layer_tensor(layer, part.name) for field, part in both.items()}
         parts = {field: weights[name] for field, name in names.items() if name in weights}
         self._projections = [
             parts[name] for name in ("eh_proj", "e_proj", "h_proj") if name in parts

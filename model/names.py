@@ -123,18 +123,22 @@ MTP_PARTS = {
     "enorm": Part("enorm", "D", "norm", component="drafting head"),
     "hnorm": Part("hnorm", "D", "norm", component="drafting head"),
     "eh_proj": Part("eh_proj", "DX", "matrix", component="drafting head"),
+    "norm": Part("shared_head.norm", "D", "norm", component="drafting head"),
+}
+"""What the layer that predicts one token more has beside a decoder layer.  Its embedding and its
+output head are the model's own; checkpoints hold them once more, as ``embed_tokens`` and
+``shared_head.head``."""
+V4_MTP_PARTS = {
     "e_proj": Part("e_proj", "Dd", "matrix", component="drafting head"),
     "h_proj": Part("h_proj", "Dd", "matrix", component="drafting head"),
     "hc_fn": Part("hc_head.hc_fn", "MY", "gate", component="drafting head"),
     "hc_base": Part("hc_head.hc_base", "M", "gate", component="drafting head"),
     "hc_scale": Part("hc_head.hc_scale", "U", "gate", component="drafting head"),
-    "norm": Part("shared_head.norm", "D", "norm", component="drafting head"),
 }
-"""What the layer that predicts one token more has beside a decoder layer.  Its embedding and its
-output head are the model's own; checkpoints hold them once more, as ``embed_tokens`` and
-``shared_head.head``.  V4's has two projections in place of one, and collapses the streams."""
-_TABLES = LAYER_PARTS.values(), SHARED_PARTS.values(), MTP_PARTS.values()
-PARTS = {part.name: part for part in chain(_TOP_PARTS, *_TABLES)}
+"""What V4's has in place of ``eh_proj``: two projections, of which the second is of each residual
+stream, and what makes one stream of them."""
+_TABLES = LAYER_PARTS, SHARED_PARTS, MTP_PARTS, V4_MTP_PARTS
+PARTS = {part.name: part for part in chain(_TOP_PARTS, *(table.values() for table in _TABLES))}
 """All of them by name."""
 _EXPERT = Part("", "", "matrix")
 
@@ -300,7 +304,7 @@ def resident_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         add(chain(LAYER_PARTS.values(), SHARED_PARTS.values()), layer)
     add(end[:-1] if config.tie_word_embeddings else end)
     if config.mtp:
-        add(MTP_PARTS.values(), config.num_hidden_layers)
+        add(chain(MTP_PARTS.values(), V4_MTP_PARTS.values()), config.num_hidden_layers)
     return shapes
 
 

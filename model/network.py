@@ -154,6 +154,7 @@ class Network(Generic[W]):
             of_each = counts if is_one else [len(h_TD[span])]
             step = Step(h_TD[span], rope_TC, scale_T, states, of_each, self.timer, start)
             step.compressed_rope_TC = compressed_TC
+            step.compressed_C = self._positions.compressed_C
             step.ids_T = None if ids_T is None else ids_T[span]
             steps.append(step)
         waiting = steps

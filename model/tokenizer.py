@@ -166,7 +166,10 @@ class Tokenizer:
             variables["reasoning_effort"] = "high" if thinking else "none"
         if schema is not None:
             variables["response_format"] = schema
-        request = json.dumps({"template": self.template, "variables": variables})
+        try:
+            request = json.dumps({"template": self.template, "variables": variables})
+        except RecursionError:
+            raise ConfigError("a schema is nested too deeply for the chat template") from None
         text = _TEMPLATE.run(request.encode()).decode()
         return text.removesuffix(eos) if begun else text
 

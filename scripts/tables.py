@@ -52,8 +52,11 @@ GEOMETRIES = {  # their parameters, as the publisher rounds them
     "v3.2": "671B",
     "glm-5": "744B",
     "kimi-k2": "1T",
+    "v4-flash": "284B",
+    "v4-pro": "1.6T",
 }
 _RESIDENT = "embeddings", "attention", "dense layers", "router", "shared experts"
+_RESIDENT += ("residual streams",)
 _SCRATCH = "prefill scratch", "waiting tokens", "read buffers", "runtime", "logits", "slot table"
 TYPES = {"string": "text", "array": "list"}
 BOUNDS = {

@@ -10,7 +10,7 @@ indexer, A index_head_dim, Z head_dim, Y columns of a compressor, L rows of a li
 streams.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -240,6 +240,33 @@ class Cache(State, Protocol):
         """The layer's rows with ``count`` more, which the caller writes."""
 
 
+class Tail(Protocol):
+    """The last rows of a sequence in some layers, [layers, ...], from position ``first`` on."""
+
+    first: int
+    rows: Tensor
+
+
+class CompressedGroup(Protocol):
+    """Compressed ``rows`` [layers, S, X] of the layers with one ratio, and the ``open`` tokens'."""
+
+    rows: Tensor
+
+    @property
+    def open(self) -> Tail: ...
+
+
+class CompressedState(State, Protocol):
+    """A sequence's window and compressed rows: ``slotmoe.model.compressed_cache``."""
+
+    @property
+    def window(self) -> Tail: ...
+    @property
+    def groups(self) -> Mapping[int, CompressedGroup]: ...
+    @property
+    def index(self) -> CompressedGroup | None: ...
+
+
 class Mixed(NamedTuple):
     """How what a block gives is added to Q residual streams (DeepSeek-V4, hyper-connections):
     ``post``, float32 [T, Q], is each stream's share of it, and ``comb``, float32 [T, Q, Q], how
@@ -255,6 +282,7 @@ class Step:
     each sequence, which has a state of its own.  The pass has ``behind`` tokens before them.
 
     ``rope_TC`` rotates a token's pairs, ``compressed_rope_TC`` does in layers with compressed rows,
+    where a position is an angle of so many ``compressed_C``,
     and ``query_scale_T``, None for 1, multiplies its queries.  ``ids_T`` are the tokens, None where
     no gate chooses by them.  ``layer`` is the next layer, with the residual stream ``h_TD`` before
     it; several streams stand side by side.  Where ``x_TD`` is set, that layer lacks only its
@@ -275,6 +303,7 @@ class Step:
     routed_TD: Tensor | None = None
     ids_T: Tensor | None = None
     compressed_rope_TC: Tensor | None = None
+    compressed_C: Tensor | None = None
     mixed: Mixed | None = None
     lists_TL: Tensor | None = None
 

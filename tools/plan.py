@@ -58,10 +58,10 @@ def command(
     needed.
 
     MODEL is a geometry (v2-lite, coder-v2-lite, moonlight, glm-4.7-flash, mistral-small-4, v2,
-    v2.5, coder-v2, v3, r1, v3.1, v3.2, glm-5, kimi-k2, sample), an export, a checkpoint folder, a
-    GGUF file, the path of a config.json, or a hub id, of which the config alone is fetched. Speeds
-    come from bandwidths: those given here, those that slotmoe bench --calibrate has measured on
-    this machine, or assumptions; the report says which.
+    v2.5, coder-v2, v3, r1, v3.1, v3.2, v4-flash, v4-pro, glm-5, kimi-k2, sample), an export, a
+    checkpoint folder, a GGUF file, the path of a config.json, or a hub id, of which the config
+    alone is fetched. Speeds come from bandwidths: those given here, those that slotmoe bench
+    --calibrate has measured on this machine, or assumptions; the report says which.
 
     If the model does not fit, the exit code is 1, and the report names the shortfall and the
     cheapest ways out.  Without options for another machine (--gpu, budgets, bandwidths) the free

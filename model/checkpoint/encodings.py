@@ -11,7 +11,7 @@ BITSANDBYTES = ("nf4", "fp4")
 
 class Method(NamedTuple):
     """What follows a weight's name where its codes are, and where their scales are; the dtype of
-    the codes, weights in one of them along a row, and bytes of a weight's code."""
+    the codes, weights in one of them along a row, and bytes of a weight, but for few scales."""
 
     codes: str
     scales: str
@@ -23,7 +23,7 @@ class Method(NamedTuple):
 METHODS = {
     "fp8": Method("", "_scale_inv", "F8_E4M3", 1, 1.0),
     "int4": Method("_packed", "_scale", "I32", 8, 0.5),
-    "mxfp4": Method("", "_scale_inv", "I8", 2, 0.5),
+    "mxfp4": Method("", "_scale_inv", "I8", 2, 17 / 32),
     **dict.fromkeys(BITSANDBYTES, Method("", ".absmax", "U8", 2, 0.5)),
 }
 

@@ -78,7 +78,10 @@ _NAMES = {  # of each geometry; some models are others trained further
     "v2-lite": ("v2-lite", "coder-v2-lite"),
     "v3": ("v3", "r1", "v3.1"),
 }
-_GEOMETRIES = "v3.2 v4-flash v4-pro moonlight kimi-k2 glm-4.7-flash glm-5 mistral-small-4".split()
+_GEOMETRIES = (
+    *("v3.2", "v4-flash", "v4-pro"),
+    *("moonlight", "kimi-k2", "glm-4.7-flash", "glm-5", "mistral-small-4"),
+)
 GEOMETRIES = {
     **{name: f"geometries/{of}.json" for of, names in _NAMES.items() for name in names},
     **{name: f"geometries/{name}.json" for name in _GEOMETRIES},
@@ -243,13 +246,10 @@ class Scenario:
         config, sizes = self.model.config, self.sizes
         experts = len(config.moe_layers) * config.n_routed_experts
         resident = sum(map(math.prod, resident_shapes(config).values()))
-        of_experts = experts * 3 * config.hidden_size * config.moe_intermediate_size
+        weights = resident + experts * 3 * config.hidden_size * config.moe_intermediate_size
         export = memory.export_bytes(config, sizes) if self.model.resident is None else 0
-        each, of_expert = 2.0, 2.0
-        if (encoding := config.encoding) is not None:
-            each, of_expert = encoding.method.weight_bytes, encoding.of_experts.method.weight_bytes
-        download = int(each * resident + of_expert * of_experts)
-        needed = {"download": 0 if self.model.is_here else download, "export": export}
+        each = config.encoding.method.weight_bytes if config.encoding else 2
+        needed = {"download": 0 if self.model.is_here else int(each * weights), "export": export}
         free = self.machine.free_disk
         return {**needed, "free": free, "fits": export <= free}
 

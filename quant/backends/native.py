@@ -15,15 +15,17 @@ from torch import Tensor
 
 from slotmoe.border import (
     Cache,
+    Compressed,
+    CompressedState,
     Experts,
     Geometry,
     HyperGeometry,
     Layer,
     Mixed,
     Mixing,
-    Mla,
     Pending,
     Router,
+    State,
     Step,
 )
 from slotmoe.quant.backends.base import Empty, Prepared, Records, SlotTable, TorchBackend, new
@@ -31,7 +33,16 @@ from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.bindings import Kernels
-from slotmoe.quant.kernels.cpu.weights import AttentionLayer, Decoder, ExpertRecord, Matrix, Mlp
+from slotmoe.quant.kernels.cpu.layers import (
+    AttentionLayer,
+    BoundLayer,
+    CompressedLayer,
+    Decoder,
+    GroupShape,
+    hyper_layer,
+)
+from slotmoe.quant.kernels.cpu.tokens import CompressedRows, DecodeRows, GroupRows
+from slotmoe.quant.kernels.cpu.weights import ExpertRecord, Matrix, Mlp
 from slotmoe.quant.shapes import latent_bytes
 from slotmoe.quant.weights import Weight
 
@@ -57,26 +68,19 @@ class NativeDecoder:
         """See ``slotmoe.border.Runner``."""
         table = experts.slot_table()
         assert isinstance(table, SlotTable)
-        owners = [*zip(cast(Sequence[Cache], step.caches), step.counts, strict=True)]
-        for cache, count in owners:
-            cache.extend(step.layer, count)
+        owners = [*zip(step.caches, step.counts, strict=True)]
+        states = [state for state, count in owners for _ in range(count)]
         first = step.layer + (step.x_TD is not None)
         now = time.perf_counter()
         step.timer.mark("cache and prefetch", now)
         # A call stores all latents of a layer before any token attends to them.
-        caches = [cache.layers for cache, count in owners for _ in range(count)]
-        positions = [cache.length + index for cache, count in owners for index in range(count)]
-        stream = step.layer, step.h_TD, step.rope_TC, caches, positions
+        positions = [state.length + index for state, count in owners for index in range(count)]
         records = table.records.slab, table.slots_ME, self.record(table.records)
         rest = step.x_TD, step.routed_TD, step.query_scale_T
-        keys = list[Tensor]()
-        if self.decoder.topk:
-            keys = [cache.index_keys for cache, count in owners for _ in range(count)]
-            if step.lists_TL is None:
-                step.lists_TL = torch.empty(len(keys), self.decoder.topk, dtype=torch.int32)
-        done = self.native.decode(
-            self.decoder, *stream, *records, *rest, keys=keys, lists=step.lists_TL
-        )
+        rows = self._compressed if self.decoder.groups or self.decoder.streams > 1 else self._latent
+        caches, others = rows(step, states, positions)
+        stream = step.layer, step.h_TD, step.rope_TC, caches, positions
+        done = self.native.decode(self.decoder, *stream, *records, *rest, others)
         for stage, seconds in zip(_STAGES, done.seconds, strict=True):
             now += seconds
             step.timer.mark(stage, now)
@@ -89,6 +93,41 @@ class NativeDecoder:
             experts.passed(first, done.indices[:-1], done.x[:-1])
         step.x_TD = done.x[-1]
         return Pending(done.layer, done.x[-1], done.weights, done.indices[-1])
+
+    def _latent(
+        self, step: Step, states: Sequence[State], positions: Sequence[int]
+    ) -> tuple[list[Tensor], DecodeRows]:
+        """Each token's latent cache, and what indexers keep and have chosen."""
+        caches = cast(Sequence[Cache], states)
+        for cache, position in zip(caches, positions, strict=True):
+            cache.extend(step.layer, position + 1 - cache.length)
+        if self.decoder.topk and step.lists_TL is None:
+            step.lists_TL = torch.empty(len(caches), self.decoder.topk, dtype=torch.int32)
+        keys = [cache.index_keys for cache in caches]
+        return [cache.layers for cache in caches], DecodeRows(keys, step.lists_TL)
+
+    def _compressed(
+        self, step: Step, states: Sequence[State], positions: Sequence[int]
+    ) -> tuple[list[Tensor], DecodeRows]:
+        """Each token's rows of the window, and compressed ones."""
+        caches, Q, T = cast(Sequence[CompressedState], states), self.decoder.streams, len(states)
+        if step.mixed is None:
+            step.mixed = Mixed(torch.empty(T, Q), torch.empty(T, Q, Q))
+        assert step.compressed_C is not None and step.compressed_rope_TC is not None
+        groups, positions_T = list[GroupRows](), torch.tensor(positions)
+        for ratio, index in ((shape.ratio, shape.index) for shape in self.decoder.groups):
+            angles_TC = (positions_T // ratio * ratio)[:, None].float() * step.compressed_C
+            parts = [cache.index if index else cache.groups[ratio] for cache in caches]
+            held = [part for part in parts if part is not None]
+            rows, opened = [part.rows for part in held], [part.open for part in held]
+            tails = [tail.rows for tail in opened], [tail.first for tail in opened]
+            groups.append(
+                GroupRows(rows, *tails, torch.polar(torch.ones_like(angles_TC), angles_TC))
+            )
+        first = [cache.window.first for cache in caches]
+        rest = step.compressed_rope_TC, first, groups, *step.mixed
+        compressed = CompressedRows(step.ids_T, *rest)
+        return [cache.window.rows for cache in caches], DecodeRows(compressed=compressed)
 
 
 class NativeBackend(TorchBackend):
@@ -227,22 +266,28 @@ class NativeBackend(TorchBackend):
     ) -> NativeDecoder | None:
         """None where the native call does not compute as the single operations do: ``kv_b_proj`` or
         an MLP in bf16."""
-        bound, indexers, topk = list[tuple[AttentionLayer, Mlp | None]](), 0, 0
+        bound, groups, indexers, topk = list[BoundLayer](), list[GroupShape](), 0, 0
         for layer in layers:
             weights, mlp = layer.mlp, None
             if weights is not None:
                 mlp = self._mlp(weights.gate_proj, weights.up_proj, weights.down_proj)
-            mla = layer.attention
-            if not isinstance(mla, Mla):
+            if (mlp is None) != (weights is None):
                 return None
-            has = mla.indexer is not None
-            if not isinstance(mla.kv_b_proj, Int8Weight) or (mlp is None) != (weights is None):
+            if isinstance(layer.attention, Compressed):
+                if (of_layer := _compressed_layer(geometry, layer, mlp, groups)) is None:
+                    return None
+                bound.append(of_layer)
+                continue
+            if not isinstance(layer.attention.kv_b_proj, Int8Weight):
                 return None
+            has = layer.attention.indexer is not None
             if geometry.indexer is not None and (indexers or has):
                 topk = geometry.indexer.topk
-            bound.append((AttentionLayer(geometry, layer, indexers, topk), mlp))
+            bound.append(BoundLayer(AttentionLayer(geometry, layer, indexers, topk), mlp))
             indexers += has
-        return NativeDecoder(self._native, Decoder(bound, geometry.router), self._record)
+        streams = geometry.hyper.Q if geometry.hyper else 1
+        decoder = Decoder(bound, geometry.router, streams, groups)
+        return NativeDecoder(self._native, decoder, self._record)
 
     def _record(self, records: Records) -> ExpertRecord:
         """How the records are coded, bound for native calls."""
@@ -270,3 +315,20 @@ class NativeBackend(TorchBackend):
             return None
         gate, up, down = matrices
         return Mlp(gate, up, down, self.swiglu_limit)
+
+
+def _compressed_layer(
+    geometry: Geometry, layer: Layer[Prepared], mlp: Mlp | None, groups: list[GroupShape]
+) -> BoundLayer | None:
+    """None where groups of the output projection share tiles, or a layer has one stream."""
+    attention, mixings = layer.attention, (layer.attention_mixing, layer.mlp_mixing)
+    assert isinstance(attention, Compressed) and geometry.compressed is not None
+    parts = geometry.compressed.groups * TILE
+    if Matrix.of(attention.o_a_proj).shape[0] % parts or geometry.hyper is None:
+        return None
+    bound = CompressedLayer(geometry, layer, groups)
+    hidden = bound.sizes["H"]
+    first, second = (
+        hyper_layer(mixing, geometry.hyper, geometry.eps, hidden) for mixing in mixings if mixing
+    )
+    return BoundLayer(bound, mlp, (first, second), layer.experts_of)

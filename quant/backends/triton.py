@@ -167,8 +167,8 @@ class TritonBackend(TorchBackend):
         lists.attend[(parts, blocks, T)](
             q_THW.contiguous(), rows_SX, more_SX, len(rows_SX), lists_TL.contiguous(), L, scale,
             sinks_H, part, best, total, H, R, W - R,
-            WHOLE=parts == 1, HEADS=16, LATENT=power(R), ROPE=power(W - R),
-            enable_fp_fusion=False,
+            WHOLE=parts == 1, ALIGNED=2 if W % 8 else 16, HEADS=16, LATENT=power(R),
+            ROPE=power(W - R), num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
         if parts > 1:
             lists.combine[(triton.cdiv(R, 64), blocks, T)](

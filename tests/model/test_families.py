@@ -196,6 +196,24 @@ def test_published_configs_name_more_layers_than_they_have(name):
     assert f"model.layers.{layers}.h_proj.weight" in resident_shapes(head)
 
 
+def test_the_head_of_a_v4_is_layer_num_hidden_layers(tmp_path):
+    changes = {"num_nextn_predict_layers": 1, "compress_ratios": [0, 4, 128, 4, 0]}
+    v4.write_v4(tmp_path, "v4", hub=True, **changes)
+    given = load_file(tmp_path / "model.safetensors")
+    names = {"h_proj.weight": "h_proj.weight", "hc_head.hc_fn": "hc_head_fn"}
+    names |= {"self_attn.sinks": "attn.attn_sink", "shared_head.norm.weight": "norm.weight"}
+    names |= {"mlp.experts.7.down_proj.weight": "ffn.experts.7.w2.weight"}
+    with Checkpoint.open(tmp_path) as checkpoint:
+        assert not any(name.startswith("model.layers.4.") for name in checkpoint.infos)
+    with Checkpoint.open(tmp_path, keep_mtp=True) as checkpoint:
+        for name, theirs in names.items():
+            found = checkpoint.tensor(f"model.layers.4.{name}")
+            assert torch.equal(found, given[f"mtp.0.{theirs}"])
+        assert sum(name.startswith("model.layers.4.") for name in checkpoint.infos) == 26 + 3 + 24
+    quantize(tmp_path, tmp_path / "export", keep_mtp=True)
+    assert Export.open(tmp_path / "export").mtp_layer == 4
+
+
 RATIO, TYPE = "compress_ratios", "layer_types"
 HASH_BEHIND = {"mlp_layer_types": ["moe", "hash_moe", "moe", "moe"]}
 HASH_BEHIND |= {"num_hash_layers": REMOVE}

@@ -71,7 +71,12 @@ def test_efforts(v4, v32):
         assert v4.chat([HELLO], effort=effort) == f"{BOS}{prefix}{asked}{mark}"
     for effort, mark in {None: "</think>", "none": "</think>", "max": "<think>"}.items():
         assert v32.chat([HELLO], effort=effort) == f"{BOS}{asked}{mark}"
-    assert v4.reasoning.is_begun(v4.chat([HELLO])) and not v32.reasoning.is_begun(v32.chat([HELLO]))
+
+
+def test_an_answer_has_reasoning_where_the_prompt_has_begun_it(v4, v32):
+    begun, over = (one.splitter(one.encode(one.chat([HELLO]))) for one in (v4, v32))
+    assert begun.feed("Hm</think>Yes") == ("Hm", "Yes")
+    assert over.feed("<think>Yes") == ("", "<think>Yes")
 
 
 def test_a_schema_is_told_in_the_first_system_message(v4, v32):
@@ -82,6 +87,15 @@ def test_a_schema_is_told_in_the_first_system_message(v4, v32):
         asked = tokenizer.chat([system, HELLO, system], schema=SCHEMA)
         assert asked.startswith(f"{BOS}Be brief.{FORMAT}{USER}Hello")
         assert asked.count(FORMAT) == 1
+
+
+def test_a_schema_nested_too_deeply_is_refused(v4):
+    deep = dict(SCHEMA)
+    for _ in range(5000):
+        deep = {"items": deep}
+    for given in ({"schema": deep}, {"tools": [{"function": deep}]}):
+        with pytest.raises(ConfigError, match="nested too deeply"):
+            v4.chat([HELLO], **given)
 
 
 def test_v4_writes_results_and_what_the_user_says_then_as_one_message(v4):

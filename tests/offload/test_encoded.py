@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from slotmoe.errors import CheckpointError
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.names import expert_name
+from slotmoe.offload.ingest import synth
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codecs.codec import EXPERT_CODECS
@@ -151,6 +152,19 @@ def test_fp4_experts_are_kept_to_the_bit(tmp_path, slotmoe):
     assert (code, json.loads(out)["expert_codecs"]["down"]) == (0, "mxfp4")
     made = quantize(folder, tmp_path / "lut", codecs=EXPERT_CODECS["lut", "3"])
     assert made["quantization"]["experts"]["down"] == "lut3"
+
+
+def test_random_experts_in_fp4(tmp_path, slotmoe, monkeypatch):
+    monkeypatch.setattr(synth, "POOL_BYTES", 1 << 20)
+    write_checkpoint(tmp_path, **V3, quantization_config=FP4)
+    code, _, err = slotmoe("synth", tmp_path / "config.json", tmp_path / "random")
+    assert code == 0, err
+    assert slotmoe("verify", tmp_path / "random")[0] == 0
+    with Runtime.open(tmp_path / "random", context=64, slots=6) as runtime:
+        assert runtime.model.export.layout.codecs.down.name == "mxfp4"
+        deviation = runtime.model.export.expert(1, 0)["up_proj"].std().item()
+        assert 0.4 < deviation / (0.5 * 160**-0.5) < 2
+        assert runtime.logits(IDS).isfinite().all()
 
 
 @pytest.mark.parametrize("byte", [255, 240])

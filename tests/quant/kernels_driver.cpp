@@ -62,7 +62,7 @@ int slotmoe_route(const Router*, const float*, const float*, const int64_t*, int
                   float*, int64_t*);
 int slotmoe_decode(const Model*, int64_t, int64_t, const float*, const Tokens*, const int32_t*,
                    const uint8_t*, int64_t, int64_t, const Record*, const float*, const float*, float*, float*, float*,
-                   int64_t*, int64_t*, double*);
+                   float*, float*, int64_t*, int64_t*, double*);
 int slotmoe_coded_error(const Matrix*, const void*, int, double*);
 int slotmoe_fit_rows(const void*, int, int64_t, int64_t, const float*, const float*, int64_t,
                      const float*, int64_t, int64_t, float*);
@@ -209,10 +209,10 @@ static void decode(const Attention& a, int64_t hidden, int64_t experts, const fl
     for (int64_t slot = 0; slot < count; slot++) fill_record(slab + slot * apart, record);
     Weights in(kInt8, i, hidden), down(kInt8, hidden, i);
     const Mlp mlp{{in.matrix, in.matrix, down.matrix}, 0.5f};
-    const Layer layers[] = {{&a, &mlp}, {&a, nullptr}};
+    const Layer layers[] = {{&a, nullptr, nullptr, nullptr, &mlp, nullptr}, {&a}};
     const int64_t odd = experts % 2;
     const Router router{experts % 3 ? 1 : 3, 1, top_k, 1 + odd, odd, odd, 1.5};
-    const Model model{2, hidden, experts, layers, router};
+    const Model model{2, hidden, experts, 1, 0, layers, router};
     const int64_t rows = 70, size = latent_bytes(a.r, a.p), stride = size + 1,
                   layer = rows * stride;
     Floats latents(rows * (a.r + a.p)), scales(3);
@@ -243,7 +243,8 @@ static void decode(const Attention& a, int64_t hidden, int64_t experts, const fl
             const Tokens tokens{positions.data(), table, t > 1 ? scales.p : nullptr,
                                 {caches.data(), nullptr, layer, stride}, {}, nullptr};
             check(slotmoe_decode(&model, first, t, h, &tokens, slots, slab, count, apart, &record,
-                                 first ? sum.p : nullptr, first ? sum.p : nullptr, y, x, weights,
+                                 first ? sum.p : nullptr, first ? sum.p : nullptr, nullptr,
+                                 nullptr, y, x, weights,
                                  indices, &reached, seconds));
             if (reached != (expected == 3 ? 2 : expected)) check(int(10 + reached));
         }

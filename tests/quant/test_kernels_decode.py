@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slotmoe.border import Router
-from slotmoe.quant.kernels.cpu.weights import Decoder, Mlp
+from slotmoe.quant.kernels.cpu.layers import BoundLayer, Decoder
+from slotmoe.quant.kernels.cpu.weights import Mlp
 from slotmoe.quant.shapes import latent_bytes
 from tests.support.kernels import (
     RandomLayer,
@@ -98,7 +99,8 @@ def test_decode_refuses(kernels):
 
     shapes = (32, 64), (32, 64), (64, 32)
     mlp = Mlp(*(any_matrix(kernels, rng, "nf4", *shape) for shape in shapes))
-    layers = [(attention(["int8", "nf4"], 64, experts), mlp) for experts in (6, 0, 6)]
+    made = [attention(["int8", "nf4"], 64, experts) for experts in (6, 0, 6)]
+    layers = [BoundLayer(layer, mlp) for layer in made]
     router = Router(2, 1, 2)
     slab = slab_of([random_expert(rng, 64, 32)[1] for _ in range(6)])
     slots = torch.arange(6, dtype=torch.int32).repeat(2, 1)
@@ -128,7 +130,7 @@ def test_decode_refuses(kernels):
             with pytest.raises(ValueError, match=r"expected|must|apart|at least|refused"):
                 kernels.decode(**good | {name: value})
     smaller = attention(["int8"], 32, 6)
-    for wrong in ([], [layers[0], (smaller, None)], [(smaller, mlp)]):
+    for wrong in ([], [layers[0], BoundLayer(smaller, None)], [BoundLayer(smaller, mlp)]):
         with pytest.raises(ValueError, match=r"no layers|different"):
             Decoder(wrong, router)
     with pytest.raises(ValueError, match="don't fit"):

@@ -7,19 +7,28 @@ import torch
 from slotmoe.model.state import new_state
 from slotmoe.quant.backends.base import new
 from slotmoe.quant.backends.native import NativeBackend
+from tests.support import v4
 from tests.support.families import DSA, V32, config_of
 from tests.support.kernels import native, needs_native
 from tests.support.native import LayerByLayerOps, feed, network_of
 
 pytestmark = needs_native
 
-IDS = torch.randint(2, 4000, (60,), generator=torch.Generator().manual_seed(7)).tolist()
+IDS = torch.randint(2, 4000, (300,), generator=torch.Generator().manual_seed(7)).tolist()
 INDEXED = {"index_topk": 12, "index_head_dim": 16, "index_n_heads": 3, "num_hidden_layers": 4}
 SHARED = {**INDEXED, "indexer_types": ["full", "shared", "full", "shared"]}
-CASES = {"v3.2": (V32, INDEXED), "glm-5, indexers of some layers": (DSA, SHARED)}
+WHOLE = {"o_lora_rank": 16}  # whole tiles for each group
+SOME = {"compress_ratios": [128, 4, 0, 4], "num_hash_layers": 2, "index_topk": 9}
+CASES = {  # with the tokens that are fed
+    "v3.2": (config_of(V32, **INDEXED), 60),
+    "glm-5, indexers of some layers": (config_of(DSA, **SHARED), 60),
+    "v4": (v4.config_of("v4", **WHOLE), 300),
+    "v4, odd sizes": (v4.config_of("v4-odd", **WHOLE), 40),
+    "v4, other layers": (v4.config_of("v4-pro", **WHOLE, **SOME), 140),
+}
 
 
-def state_of(network, context=60):
+def state_of(network, context=300):
     return new_state(network.config, context, network.backend.latent_row, new)
 
 
@@ -28,30 +37,36 @@ def rows_of(state):
     return state.saved(0, state.length), state.snapshot(state.length)
 
 
+def same_rows(one, other):
+    return all(map(torch.equal, rows_of(one), rows_of(other)))
+
+
 @pytest.mark.parametrize(
-    ("name", "resident"), [*((name, "int8") for name in CASES), ("v3.2", "mixed")]
+    ("name", "resident"), [*((name, "int8") for name in CASES), ("v3.2", "mixed"), ("v4", "mixed")]
 )
 def test_few_calls_are_bitwise_op_by_op(name, resident):
-    """Wherever experts are, token by token, a few at once, in several sequences, and in one pass."""
-    raw = config_of(CASES[name][0], **CASES[name][1])
+    """Wherever experts are, token by token, a few at once, in several sequences, in one pass."""
+    raw, count = CASES[name]
     network = network_of(raw, resident, NativeBackend(native))
     plainly = network_of(raw, resident, LayerByLayerOps(native))
-    state, count = state_of(plainly), len(IDS)
-    expected = feed(plainly, state, IDS, [1] * count)
+    state, ids = state_of(plainly), IDS[:count]
+    expected = feed(plainly, state, ids, [1] * count)
     assert network.rows > 0
     for in_table in ((), range(1, network.config.n_routed_experts)):
         network.experts.in_table, network.experts.chosen = in_table, []
         own = state_of(network)
-        assert torch.equal(feed(network, own, IDS, [1] * count), expected)
-        assert all(map(torch.equal, rows_of(own), rows_of(state)))
-        assert network.experts.chosen[-count:] == plainly.experts.chosen[-count:]
+        assert torch.equal(feed(network, own, ids, [1] * count), expected)
+        assert same_rows(own, state)
+        assert network.experts.chosen == plainly.experts.chosen
     network.experts.complete = True
-    for sizes in ([1] * count, [7, 9, 16, 3, 4, 5, 16], [count]):
-        own = state_of(network)
-        assert torch.equal(feed(network, own, IDS, sizes), expected)
-        assert all(map(torch.equal, rows_of(own), rows_of(state)))
+    few = [(index * 5 + 6) % 16 + 1 for index in range(count)]
+    few = few[: sum(sum(few[:index]) <= count for index in range(1, count))]
+    for sizes in ([1] * count, few, [count]):
+        own, end = state_of(network), sum(sizes)
+        assert torch.equal(feed(network, own, ids, sizes), expected[:end])
+        assert end < count or same_rows(own, state)
     pair = [state_of(network), state_of(network)]
-    network.forward(torch.tensor(IDS[:11]), pair[:1])
-    both = torch.tensor(IDS[11:15] + IDS[:4])
+    network.forward(torch.tensor(ids[:11]), pair[:1])
+    both = torch.tensor(ids[11:15] + ids[:4])
     got = network.head_each(network.forward(both, pair))
     assert torch.equal(got, torch.cat([expected[11:15], expected[:4]]))

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from slotmoe.border import Mla
 from slotmoe.errors import ConfigError
 from slotmoe.model.layers import Geometry, Mlp
 from slotmoe.model.routing import Router, route
@@ -233,7 +234,8 @@ def test_a_layer_in_two_launches_is_bitwise_the_layer_in_several(shared):
     records, x, h, weights = make_records(4, D, width), randn(1, D), randn(1, D), randn(1, 3).abs()
     matrices = [make_weight(shared, *shape, wild=False) for shape in ((24, D), (24, D), (D, 24))]
     mlp, y_1KD = Mlp(*matrices), torch.empty(1, 3, D, device=DEVICE)
-    layer = SimpleNamespace(gate=x, input_layernorm=x[0], mlp=mlp)
+    attention = Mla(*[None] * 9)
+    layer = SimpleNamespace(attention=attention, gate=x, input_layernorm=x[0], mlp=mlp)
     geometry = Geometry(1, 1, 2, 1, 1, 1e-6, 1e-6, 0.1, False, Router(1, 1, 3), width)
     triton_ops = pick_backend(DEVICE, "triton", swiglu_limit=0.5)
     triton_ops.decoder(geometry, [layer])
@@ -302,6 +304,13 @@ def test_linear_of_one_row_is_exact_and_of_many_no_worse_than_bfloat16(triton_op
     assert y_TN.shape == exact.shape and y_TN.dtype == torch.float32
     reference = error(TorchBackend(torch.bfloat16).linear(x_TK, weight), exact)
     assert error(y_TN, exact) <= (1e-6 if T == 1 else 1.1 * reference)
+
+
+def test_the_least_power_of_two_is_denormal(triton_ops):
+    weight, x_1K = make_weight("mxfp4", 16, 64), randn(1, 64) * 1e30
+    weight.scales.view(torch.uint8).zero_()
+    exact = x_1K.double() @ dequantize(weight).double().T
+    assert error(triton_ops.linear(x_1K, weight), exact) <= 1e-6
 
 
 def attention(q_THW, rows_SW, R, scale):
@@ -424,6 +433,25 @@ def test_a_gpu_without_what_triton_needs_computes_through_torch_and_says_why(mon
 CODED, PLAIN = 8 * 64 * 16 // 64, 256 * 16 // 64
 
 
+def compiled(card, geometry):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.support.compile_gpu", f"sm_{card}", geometry]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+    for kernel in kernels:
+        assert kernel["shared"] <= 99 << 10 and kernel["spilled"] <= 16, kernel
+    return kernels
+
+
+@pytest.mark.usefixtures("processes", "nightly")
+@pytest.mark.parametrize(("geometry", "count"), [("v3.2", 6), ("v4-flash", 11), ("v4-pro", 11)])
+@pytest.mark.parametrize("card", [80, 86, 89, 90, 120])
+def test_kernels_of_lists_and_streams_compile_for_gpus_that_are_not_here(card, geometry, count):
+    kernels = compiled(card, f"model/geometries/{geometry}.json")
+    assert len(kernels) == count
+
+
 @pytest.mark.usefixtures("processes", "nightly")
 @pytest.mark.parametrize("geometry", ["v2-lite", "v2"])
 @pytest.mark.parametrize("card", [80, 86, 89, 90, 100, 120])
@@ -432,13 +460,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(card, geometry):
     spill nothing to speak of.  A token's experts are one kernel each for gate and up and for down,
     however many are missing.  In their machine code the loads of the next codes and scales come
     long before their use, and a weight costs few instructions."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.support.compile_gpu", f"sm_{card}", geometry]
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    for kernel in kernels:
-        assert kernel["shared"] <= 99 << 10 and kernel["spilled"] <= 16, kernel
+    kernels = compiled(card, geometry)
     one_token = [kernel for kernel in kernels if ".rows.experts_" in kernel["kernel"]]
     assert len(kernels) == 41 and len(one_token) == 6
     for kernel in one_token:

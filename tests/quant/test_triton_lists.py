@@ -50,7 +50,7 @@ def stores(held, beyond, W, used_TL):
 # Tokens' counts, heads, R, P, rows of the second store; the second list has several parts.
 LISTS = [
     ([1], 4, 40, 8, 0),
-    ([7, 300, 130, 128], 17, 40, 0, 150),
+    ([7, 300, 130, 128], 17, 37, 2, 150),
     ([257], 3, 512, 0, 90),
     ([33] * 16 + [140], 2, 16, 64, 0),
 ]

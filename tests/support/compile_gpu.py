@@ -1,5 +1,5 @@
-"""Compiles what the Triton backend launches for V2-Lite or V2, for a GPU that need not be here:
-``python -m tests.support.compile_gpu sm_86 v2-lite``.
+"""Compiles what the Triton backend launches for V2-Lite or V2, or of the attention of V3.2 or V4,
+for a GPU that need not be here: ``python -m tests.support.compile_gpu sm_86 v2-lite``.
 
 A process of its own, since Triton interprets in the tests' one.  Each line of the output is a JSON
 object: kernel, the ``kind`` of the weights that it reads, the bytes of shared memory that a program
@@ -21,11 +21,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from slotmoe.border import Mixing
 from slotmoe.model.config import parse_config, read_config
+from slotmoe.model.layers import geometry_of
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.quant.backends.triton import TritonBackend
 from slotmoe.quant.codecs.codec import LUT3, LUT4, ExpertCodecs
-from tests.support.meta import forward, network_of
+from tests.support.meta import empty, forward, network_of
 from tests.support.slab import NF4S
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -134,14 +136,48 @@ def launch(backend, config, mode, codecs=NF4S):
     forward(network_of(config, backend, mode, codecs, complete=True), 1, 512)
 
 
+def launch_operations(backend, geometry):
+    """What is launched layer by layer for lists, by their indexer, and in V4 for residual streams,
+    compressed rows and gates, of one token, of a few, and of many."""
+    H, _, P, R, *_ = geometry
+    compressed, hyper, router = geometry.compressed, geometry.hyper, geometry.router
+    J, A, topk, _ = geometry.indexer
+    width, window = (R, compressed.window) if compressed else (R + P, 0)
+    rows_SX, keys_SA = (empty(4096, X, dtype=torch.float16) for X in (width, A))
+    more_SX, sinks_H = (rows_SX, empty(H)) if compressed else (None, None)
+    for T in (1, 4, 512):
+        lists_TL = empty(T, window + topk, dtype=torch.int32)
+        backend.attend(empty(T, H, width), rows_SX, more_SX, lists_TL, R, 0.1, sinks_H)
+        counts_T = empty(T, dtype=torch.int32)
+        backend.index(empty(T, J, A), empty(T, J), keys_SA, counts_T, topk)
+        if hyper is not None:
+            Q, D = hyper.Q, 4096
+            mixing = Mixing(empty((2 + Q) * Q, Q * D), empty((2 + Q) * Q), empty(3))
+            _, mixed = backend.mix(empty(T, Q * D), mixing, hyper, 1e-6)
+            backend.add_mixed(empty(T, D), empty(T, Q * D), mixed)
+            head = Mixing(empty(Q, Q * D), empty(Q), empty(1))
+            backend.collapse(empty(T, Q * D), head, hyper, 1e-6)
+            for M, Y in ((8, R), (8, A), (128, R)):
+                both_TM2Y = empty(T, M, 2, Y)
+                given = both_TM2Y[:, :, 0], both_TM2Y[:, :, 1], empty(M, Y), empty(Y)
+                backend.compress(*given, 1e-6)
+        chosen_TK = empty(T, router.top_k, dtype=torch.int64)
+        for given in ((empty(256), None), (None, chosen_TK)):
+            backend.route(empty(T, 256), router, *given)
+
+
 if __name__ == "__main__":
     JITFunction.run = compile_instead(int(sys.argv[1].removeprefix("sm_")))
     given = TritonBackend(torch.device("cuda"))
     given.graph = None
     geometry = geometry_path(sys.argv[2])
+    described_by = read_config(geometry)
+    if described_by.indexer is not None:
+        launch_operations(given, geometry_of(described_by))
+        sys.exit()
     sigmoid = {"model_type": "deepseek_v3", "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
     sigmoid |= {"norm_topk_prob": True, "rope_interleave": False, "n_group": 8, "topk_group": 4}
     sigmoid["architectures"] = None
     launch(given, parse_config(json.loads(geometry.read_text()) | sigmoid), "int8", LUTS)
     for resident in ("int8", "nf4"):
-        launch(given, read_config(geometry), resident)
+        launch(given, described_by, resident)

@@ -18,8 +18,9 @@ from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, LUT3, LUT4, MXFP4, N
 from slotmoe.quant.codecs.weight import levels_of
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as qk
+from slotmoe.quant.kernels.cpu.layers import AttentionLayer
 from slotmoe.quant.kernels.cpu.tokens import addresses
-from slotmoe.quant.kernels.cpu.weights import AttentionLayer, ExpertRecord, Matrix
+from slotmoe.quant.kernels.cpu.weights import ExpertRecord, Matrix
 from slotmoe.quant.shapes import latent_bytes
 from tests.support.codes import random_codes
 

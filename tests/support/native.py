@@ -40,6 +40,8 @@ def network_of(raw, resident, ops):
             weight = CodedWeight(*coded, levels_of(quantization), tuple(weight.shape))
         elif weight.dim() == 1:
             weight = weight.float()
+        elif not weight.is_floating_point():
+            weight = weight.int()
         return ops.prepare(role_of(name), weight)
 
     prepared = {
@@ -51,7 +53,7 @@ def network_of(raw, resident, ops):
 
 def reference_network(config, weights):
     """The network of the reference path on float32 ``weights``."""
-    ops = TorchBackend()
+    ops = TorchBackend(swiglu_limit=config.swiglu_limit)
     return Network(config, weights, ops, resident_experts(config, weights, ops, Device()))
 
 

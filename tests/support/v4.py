@@ -146,7 +146,9 @@ def write_v4(folder: Path, case: str, dtype=torch.float32, hub=False, seed=0, **
     config = write_files(folder, config_of(case, **overrides), dtype, seed)
     if hub:
         file = folder / "model.safetensors"
+        head = f"layers.{config['num_hidden_layers']}."
         weights = {hub_name(name): tensor for name, tensor in load_file(file).items()}
+        weights = {name.replace(head, "mtp.0."): tensor for name, tensor in weights.items()}
         save_file(weights, file, metadata={"format": "pt"})
     elif case in V4_CASES:
         config = in_transformers_words(config)
@@ -159,7 +161,8 @@ _HUB = (
     (r"^model\.", ""),
     (r"^embed_tokens\.", "embed."),
     (r"^lm_head\.", "head."),
-    (r"^hc_head\.hc_(\w+)$", r"hc_head_\1"),
+    (r"\bhc_head\.hc_(\w+)$", r"hc_head_\1"),
+    (r"\bshared_head\.norm\.", "norm."),
     (r"\b(attn|ffn)_hc\.(\w+)$", r"hc_\1_\2"),
     (r"\binput_layernorm\.", "attn_norm."),
     (r"\bpost_attention_layernorm\.", "ffn_norm."),

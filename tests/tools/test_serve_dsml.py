@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slotmoe.model.own_templates import own_template
+from slotmoe.model.reasoning import Reasoning, Splitter
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.formats import DEEPSEEK_V3_2, DEEPSEEK_V4
@@ -23,6 +24,7 @@ from slotmoe.tools.serve.requests import (
     ToolMessage,
     ToolPolicy,
 )
+from slotmoe.tools.serve.response_items import InputMessage, messages_of
 from tests.support.served import ANTHROPIC_TOOL, TOOLS, Served, deepseek_files, is_weather
 from tests.support.served import WEATHER as CITY
 
@@ -86,9 +88,9 @@ def history(*calls):
     ]
 
 
-def read(form, text, width):
+def read(form, text, width, splitter=None):
     """The deltas of an answer that arrives ``width`` characters at a time."""
-    reader, parts = Reader(form), []
+    reader, parts = Reader(form, splitter=splitter), []
     for start in range(0, len(text), width):
         parts += reader.feed(text[start : start + width])
     return joined(parts + reader.end())
@@ -115,6 +117,11 @@ def test_answers_are_taken_apart_however_they_arrive(form, width):
     assert read(form, f"So.\n\n{two(form)}", width) == [ContentDelta("So."), *wanted]
     assert read(form, f"\n\n{two(form)}", width) == wanted
     assert read(form, two(form), width) == wanted
+    thought = [ContentDelta("Hm 1 < 2", reasoning=True)]
+    for said, text in {"": [], "So.": [ContentDelta("So.")]}.items():
+        splitter = Splitter(Reasoning("<think>", "</think>", {}), True)
+        answer = f"Hm 1 < 2</think>{said}\n\n{two(form)}"
+        assert read(form, answer, width, splitter) == thought + text + wanted
     # Text that only begins like a call; the blank lines before it are its own.
     for text in (f"So.\n\n<{D}tool", "So.\n\n", "a\n\n\n<b", f"5 < 6 {D} <"):
         assert read(form, text, width) == [ContentDelta(text)]
@@ -188,6 +195,7 @@ def test_mask_holds_calls_to_their_schemas(form, tokenizers):
     for old, new in {
         "Rome": "Oslo", ">3<": ">33<", "stop": "go", '"false">3': '"true">3', ' string="true"': "",
         '{"at": 0.5}': '{"at": 0.5', '"days"': '"hours"', "</": f"<{D}", "null": "nul",
+        f'"\n</{D}': f'"\n{D}',
     }.items():  # fmt: skip
         assert not passed(tokenizer, calls.replace(old, new), POLICY)[1], new
     single = ToolPolicy(FUNCTIONS, FUNCTIONS, required=True, single=True)
@@ -232,6 +240,8 @@ def test_marks_in_a_text_are_left_as_they_are(form, tokenizers):
 
 def test_reminders_are_for_models_that_know_them(tokenizers):
     messages = [PlainMessage(role=role, content="Hi") for role in ("latest_reminder", "user")]
+    items = [InputMessage(role=message.role, content="Hi") for message in messages]
+    assert [message.role for message in messages_of(items)] == ["latest_reminder", "user"]
     prompt = Dialect(tokenizers[DEEPSEEK_V4]).prompt(messages, None)
     assert "<\uff5clatest_reminder\uff5c>Hi<\uff5cUser\uff5c>Hi" in prompt
     with pytest.raises(RefusedError, match="latest_reminder"):

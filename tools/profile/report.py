@@ -23,7 +23,15 @@ CHARTS = (
 _TOGETHER = dict.fromkeys(
     ("runtime", "prefill scratch", "logits", "scratch and rest"), "runtime and scratch"
 ) | dict.fromkeys(
-    ("attention", "dense layers", "embeddings", "predictor", "router", "shared experts"),
+    (
+        "attention",
+        "dense layers",
+        "embeddings",
+        "predictor",
+        "residual streams",
+        "router",
+        "shared experts",
+    ),
     "resident weights",
 )
 

@@ -19,7 +19,8 @@ constexpr int kOk = 0, kBadArgument = 1, kOutOfMemory = 4;
 enum Slot { kX, kXFactor, kGate, kUp, kAct, kActFactor, kOuts, kMlaBuffers, kMlaThreads, kQuery, kQueryLatent,
             kQueryFull, kRow, kLatentOut, kValues, kUses, kParts, kPartOf,
             kMlas, kScores, kChoices, kLogits, kStreams, kRecords, kTokenOuts, kCaches, kIndexScores, kOrder, kHyper,
-            kIndexQuery, kIndexKey, kIndexWeights, kIndexCounts, kSlotCount };
+            kIndexQuery, kIndexKey, kIndexWeights, kIndexCounts, kChosen, kLists, kBlockOut,
+            kGiven, kSlotCount };
 static_assert(kSlotCount <= kScratchSlots, "pool.h has a buffer for each");
 
 constexpr int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple; }
@@ -89,13 +90,23 @@ struct Store {
     }
 };
 
+// Compressed rows of the layers with one ratio, and what kv and gate gave of the tokens that none has yet: [2, columns].
+struct Group {
+    Store rows, open;
+    const float* table;  // [t, p / 2] complex: rotates the row that a token completes
+};
+constexpr int64_t kGroups = 3;
+
 // Where t tokens stand, and what their sequences keep.
 struct Tokens {
     const int64_t* positions;
     const float *table, *query_scale;  // [t, p / 2] complex: rotates pairs; [t]: multiplies queries, unless null
-    Store rows;                        // latents
+    Store rows;                        // latents, or those of the window
     Store keys;                        // of the layers with an indexer
     int32_t* lists;                    // [t, topk]: what the last indexer has chosen
+    const int64_t* ids;                // [t], for gates that choose by them
+    const float* compressed_table;     // in place of `table` in layers with a compressor
+    Group groups[kGroups];
 };
 
 // The lightning indexer (DeepSeek-V3.2): queries of a latent of the query, weights of the heads, a key of each token.
@@ -128,6 +139,32 @@ struct Attention {
     bool valid(const Tokens& tokens) const;
 };
 
+// What makes one row of `ratio` tokens' (DeepSeek-V4). Where windows `overlap` the first half of the columns is for the
+// row of the next window.
+struct Compressor {
+    Matrix kv, gate;           // [columns, hidden]
+    const float *bias, *norm;  // [rows, width] and [width]
+    int64_t ratio, width, overlaps;
+    int64_t group, layer;      // of Tokens::groups, and which of its layers
+
+    int64_t columns() const { return overlaps ? 2 * width : width; }
+    int64_t rows() const { return overlaps ? 2 * ratio : ratio; }
+    bool valid(const Tokens& tokens, int64_t p) const;
+};
+
+// A layer of DeepSeek-V4 up to its router: one key of z columns, the last p rotated, that is the value too.
+struct Compressed {
+    int64_t heads, z, p, groups, window;
+    float eps, scale;
+    const float *input_norm, *query_norm, *key_norm, *sinks, *next_norm;
+    Matrix query, query_b, key, out_a, out_b, gate;
+    const float* gate_bias;                       // null without one
+    const Compressor *compressor, *index_keys;    // null in a layer without them
+    const Indexer* indexer;                       // has no `key`
+
+    bool valid(const Tokens& tokens) const;
+};
+
 // Scores of a router are a token's softmax, or each is that of its logit alone: its sigmoid, or the root of its softplus.
 enum Scoring : int64_t { kSoftmax = 0, kSigmoid = 1, kSqrtSoftplus = 2 };
 
@@ -146,12 +183,18 @@ struct Router {
 };
 
 struct Layer {
-    const Attention* attention;
-    const Mlp* mlp;  // the dense MLP or the shared experts; null if there are none
+    const Attention* attention;                  // or null, and
+    const Compressed* compressed;                // with
+    const Hyper *attention_mixing, *mlp_mixing;  // of the residual streams
+    const Mlp* mlp;             // the dense MLP or the shared experts; null if there are none
+    const int32_t* experts_of;  // [vocabulary, top_k]: those of a token, where the gate does not choose; else null
+
+    const Matrix& gate() const { return attention ? attention->gate : compressed->gate; }
+    const float* gate_bias() const { return attention ? attention->gate_bias : compressed->gate_bias; }
 };
 
 struct Model {
-    int64_t layers, hidden, experts;
+    int64_t layers, hidden, experts, streams, vocabulary;
     const Layer* layer;
     Router router;
 };
@@ -159,6 +202,10 @@ struct Model {
 // What entries of other files are made of. No argument is checked here.
 void attention(Job& job, const Isa& isa, const Attention& a, int64_t layer, int64_t t, const float* h,
                const Tokens& tokens, float* y, float* x, float* logits);
+// Streams h [t, m, hidden] -> y, those behind the layer's attention, x [t, hidden], what the feed-forward starts with,
+// its logits, and how its result is mixed in: post [t, m] and comb [t, m, m].
+void compressed_layer(Job& job, const Isa& isa, const Layer& layer, int64_t index, int64_t t, const float* h,
+                      const Tokens& tokens, float* y, float* x, float* post, float* comb, float* logits);
 void mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Mlp* mlp, const float* residual,
          const float* others, float* y);
 // T tokens through those of their K experts, indices [t, k], that are in the slab (records `stride` bytes apart): slots

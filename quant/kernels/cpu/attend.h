@@ -81,13 +81,13 @@ void attend(Job& job, const Isa& isa, int64_t t, MlaOf mla_of, float* out) {
     });
 }
 
-// Complex pairs, which stand side by side or in two halves, times the table, each product and sum rounded once. out may
-// be x.
-inline void rotate(const float* x, const float* table, int64_t pairs, bool halves, float* out) {
+// Complex pairs, which stand side by side or in two halves, times the table, each product and sum rounded once. `back`
+// is by the conjugates. out may be x.
+inline void rotate(const float* x, const float* table, int64_t pairs, bool halves, float* out, bool back = false) {
     const int64_t step = halves ? 1 : 2, apart = halves ? pairs : 1;
     for (int64_t i = 0; i < pairs; i++) {
         const int64_t first = i * step, second = first + apart;
-        const float a = x[first], b = x[second], c = table[2 * i], s = table[2 * i + 1];
+        const float a = x[first], b = x[second], c = table[2 * i], s = back ? -table[2 * i + 1] : table[2 * i + 1];
         out[first] = a * c - b * s;
         out[second] = a * s + b * c;
     }

@@ -26,9 +26,10 @@ from torch import Tensor
 from slotmoe.border import Router
 from slotmoe.quant.codecs.codec import NF4
 from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.kernels.cpu.layers import Decoder
 from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, Function, tensor_spec
-from slotmoe.quant.kernels.cpu.tokens import Rows, Tokens, layer_rows
-from slotmoe.quant.kernels.cpu.weights import Decoder, ExpertRecord, Matrix, NativeRouter
+from slotmoe.quant.kernels.cpu.tokens import NO_ROWS, DecodeRows, address, layer_rows, tokens_of
+from slotmoe.quant.kernels.cpu.weights import ExpertRecord, Matrix, NativeRouter
 from slotmoe.quant.shapes import latent_bytes
 
 ABI = 14
@@ -40,7 +41,8 @@ class Decoded(NamedTuple):
     """What `Kernels.decode` has done: every layer before `layer`, and of that one, unless it is the
     number of layers, all up to its experts, of which some have no slot.
 
-    `h` float32 [T, H] is the residual stream there.  `indices` int64 [n, T, k] are the choices of
+    `h` float32 [T, H] is the residual stream there,
+    or [T, streams H].  `indices` int64 [n, T, k] are the choices of
     the routers that were asked, this layer's the last, and `x` float32 [n, T, H] their inputs;
     `weights` float32 [T, k] are this layer's, and mean nothing where all are done.  `seconds` are
     what attention, routers, experts and MLPs took."""
@@ -229,8 +231,7 @@ class Kernels:
         x: Tensor | None = None,
         experts: Tensor | None = None,
         query_scale: Tensor | None = None,
-        keys: Sequence[Tensor] = (),
-        lists: Tensor | None = None,
+        rows: DecodeRows = NO_ROWS,
     ) -> Decoded:
         """T tokens of one or several sequences through the layers from `first` on, up to one whose
         experts are not all in the slab: h float32 [T, H].
@@ -239,10 +240,6 @@ class Kernels:
         capacity, latent_bytes(R, P)], alike in all; one may stand for several tokens, a position
         after the other. `slots` int32 [MoE layers, E] says which row of `slab` an expert's `record`
         is in, negative if none.
-
-        With indexers, `keys` are their rows, uint8 [indexers, capacity, latent_bytes(A, 0)], and
-        `lists`, int32 [T, topk], what the last one before layer `first` has chosen for tokens that
-        stand behind more than topk; it is overwritten.
 
         With `x` and `experts`, layer `first` only lacks its feed-forward: h is the residual stream
         behind its attention, x the norm of that, `experts` the weighted sum of its routed experts.
@@ -254,33 +251,25 @@ class Kernels:
         asked = decoder.routers_from(first, x is not None)
         t, layers, sizes = len(caches), len(decoder.routed), decoder.sizes
         hidden, top_k, f32 = sizes["H"], sizes["K"], torch.float32
-        indexed = None
-        if decoder.indexers:
-            indexed = Rows(keys).bound(positions, decoder.indexers, decoder.key_bytes)
-        tokens = Tokens(
-            positions,
-            _address("table", table, torch.complex64, t, sizes["C"]),
-            _address("query_scale", query_scale, f32, t),
-            Rows(caches).bound(positions, layers, decoder.row_bytes),
-            indexed,
-            _address("lists", lists, torch.int32, t, decoder.topk),
-        )
+        tokens, mixed = tokens_of(decoder, table, caches, positions, query_scale, rows)
+        wide = decoder.streams * hidden
         inputs = (
-            _address("h", h, f32, t, hidden),
+            address("h", h, f32, t, wide),
             tokens.address,
-            _address("slots", slots, torch.int32, sizes["M"], sizes["E"]),
+            address("slots", slots, torch.int32, sizes["M"], sizes["E"]),
             record.slab(slab).address,
             *slab.shape,
             record.address,
-            _address("x", x, f32, t, hidden),
-            _address("experts", experts, f32, t, hidden),
+            address("x", x, f32, t, hidden),
+            address("experts", experts, f32, t, hidden),
+            *mixed,
         )
-        y, norms = torch.empty(t, hidden), torch.empty(asked + 1, t, hidden)
+        y, norms = torch.empty(t, wide), torch.empty(asked + 1, t, hidden)
         weights, indices = torch.empty(t, top_k), torch.empty(asked, t, top_k, dtype=torch.int64)
         results = [tensor.data_ptr() for tensor in (y, norms, weights, indices)]
         reached, seconds = ctypes.c_int64(), (ctypes.c_double * len(_PARTS))()
-        run = self._functions["decode"].run
-        run(decoder.address, first, t, *inputs, *results, ctypes.byref(reached), seconds)
+        outputs = *results, ctypes.byref(reached), seconds
+        self._functions["decode"].run(decoder.address, first, t, *inputs, *outputs)
         layer = reached.value
         if layer < layers:
             indices = indices[: asked - sum(decoder.routed[layer + 1 :])]
@@ -344,15 +333,3 @@ def rows_per_head(x: Tensor, kv_b: Tensor, n: int) -> int:
             f" ...] of {tuple(x.shape)}"
         )
     return rows // heads
-
-
-def _address(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:
-    """The tensor's address, checked as the table's are, and quicker; None of None."""
-    if tensor is None:
-        return None
-    if tensor.shape != shape or tensor.dtype != dtype:
-        given = f"{tensor.dtype} {tuple(tensor.shape)}"
-        raise ValueError(f"{name} is {given}, expected {dtype} {shape}")
-    if not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_conj():
-        raise ValueError(f"{name} must be a contiguous CPU tensor, and not conjugated lazily")
-    return tensor.data_ptr()

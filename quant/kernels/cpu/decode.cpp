@@ -80,9 +80,16 @@ void route(Job& job, const Router& router, const float* logits, const float* bia
     });
 }
 
-// The feed-forward of a layer behind its routed experts, whose sum is null in a dense layer -> y [t, hidden].
+// The feed-forward of a layer behind its routed experts, whose sum is null in a dense layer -> y [t, hidden], or the
+// streams, which post and comb mix it into.
 void finish(Job& job, const Isa& isa, const Layer& layer, const float* x, int64_t t, int64_t hidden, const float* h,
-            const float* experts, float* y) {
+            const float* experts, const float* post, const float* comb, float* y) {
+    if (layer.compressed) {
+        float* block = job.scratch<float>(kBlockOut, t * hidden);
+        if (layer.mlp) mlp(job, isa, x, t, layer.mlp, nullptr, nullptr, block);
+        for (int64_t i = 0; i < t * hidden; i++) block[i] = layer.mlp ? experts[i] + block[i] : experts[i];
+        return hyper_out(job, isa, block, h, post, comb, t, layer.mlp_mixing->m, hidden, y);
+    }
     if (layer.mlp) return mlp(job, isa, x, t, layer.mlp, h, experts, y);
     for (int64_t i = 0; i < t * hidden; i++) y[i] = experts ? h[i] + experts[i] : h[i];
 }
@@ -111,20 +118,23 @@ EXPORT int slotmoe_route(const Router* router, const float* logits, const float*
 // feed-forward, weights [t, top_k] its router's. Otherwise all layers are done. indices [n, t, top_k] are what the routers
 // have chosen that were asked, at most one for each MoE layer from `first` on, and x [n + 1, t, hidden] their inputs, the
 // norms of the streams, and one more that means nothing.
-// seconds [4] is added to: attention, routers, experts, and MLPs.
+// DeepSeek-V4 has several residual streams: h and y are [t, streams, hidden], and post [t, streams] and comb [t,
+// streams, streams] say how a layer that waits for its experts mixes their sum in. seconds [4] is added to: attention,
+// routers, experts, and MLPs.
 EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float* h, const Tokens* tokens,
                           const int32_t* slots, const uint8_t* slab, int64_t size, int64_t record_stride,
-                          const Record* record, const float* x_in, const float* experts, float* y, float* x,
-                          float* weights, int64_t* indices, int64_t* reached, double* seconds) {
-    const int64_t hidden = m->hidden, e = m->experts, top_k = m->router.top_k;
+                          const Record* record, const float* x_in, const float* experts, float* post, float* comb,
+                          float* y, float* x, float* weights, int64_t* indices, int64_t* reached, double* seconds) {
+    const int64_t hidden = m->hidden, e = m->experts, top_k = m->router.top_k, wide = m->streams * hidden;
     if (first < 0 || first >= m->layers || t < 1 || !m->router.valid(e) || record->hidden != hidden || !record->valid())
         return kBadArgument;
     for (int64_t token = 0; token < t; token++)
         if (tokens->positions[token] < 0) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         float* logits = job.scratch<float>(kLogits, t * e);
-        float* streams = job.scratch<float>(kStreams, 3 * t * hidden);
-        float *residual = streams, *attended = streams + t * hidden, *routed = streams + 2 * t * hidden;
+        float* streams = job.scratch<float>(kStreams, t * (2 * wide + hidden));
+        float *residual = streams, *attended = streams + t * wide, *routed = streams + 2 * t * wide;
+        int64_t* given = job.scratch<int64_t>(kGiven, t * top_k);
         float* outs = job.scratch<float>(kTokenOuts, t * top_k * hidden);
         auto marked = std::chrono::steady_clock::now();
         const auto mark = [&](int part) {
@@ -133,23 +143,35 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
             marked = now;
         };
         int64_t moe_layer = 0;
-        for (int64_t l = 0; l < first; l++) moe_layer += m->layer[l].attention->gate.n > 0;
+        for (int64_t l = 0; l < first; l++) moe_layer += m->layer[l].gate().n > 0;
         const float* stream = h;  // the input of the next layer's attention
         for (int64_t l = first; l < m->layers; l++) {
             const Layer& layer = m->layer[l];
-            const bool moe = layer.attention->gate.n > 0;
-            if (!layer.attention->valid(*tokens) || (layer.mlp && !layer.mlp->valid())) return kBadArgument;
+            const bool moe = layer.gate().n > 0;
+            if (layer.attention ? !layer.attention->valid(*tokens) : !layer.compressed->valid(*tokens))
+                return kBadArgument;
+            if (layer.mlp && !layer.mlp->valid()) return kBadArgument;
             if (l == first && experts) {
-                finish(job, isa, layer, x_in, t, hidden, h, experts, residual);
+                finish(job, isa, layer, x_in, t, hidden, h, experts, post, comb, residual);
                 moe_layer += moe;
                 stream = residual;
                 mark(3);
                 continue;
             }
-            attention(job, isa, *layer.attention, l, t, stream, *tokens, attended, x, logits);
+            if (layer.attention)
+                attention(job, isa, *layer.attention, l, t, stream, *tokens, attended, x, logits);
+            else
+                compressed_layer(job, isa, layer, l, t, stream, *tokens, attended, x, post, comb, logits);
             mark(0);
             if (moe) {
-                route(job, m->router, logits, layer.attention->gate_bias, nullptr, t, e, weights, indices);
+                for (int64_t i = 0; layer.experts_of && i < t * top_k; i++) {
+                    const int64_t id = tokens->ids[i / top_k];
+                    if (id < 0 || id >= m->vocabulary) return kBadArgument;
+                    given[i] = layer.experts_of[id * top_k + i % top_k];
+                    if (given[i] < 0 || given[i] >= e) return kBadArgument;
+                }
+                route(job, m->router, logits, layer.gate_bias(), layer.experts_of ? given : nullptr, t, e, weights,
+                      indices);
                 const int32_t* layer_slots = slots + moe_layer * e;
                 bool present = true;
                 for (int64_t i = 0; i < t * top_k; i++) {
@@ -159,7 +181,7 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
                 }
                 mark(1);
                 if (!present) {
-                    memcpy(y, attended, size_t(t * hidden) * 4);
+                    memcpy(y, attended, size_t(t * wide) * 4);
                     *reached = l;
                     return kOk;
                 }
@@ -169,12 +191,12 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
                 moe_layer++;
                 indices += t * top_k;
             }
-            finish(job, isa, layer, x, t, hidden, attended, moe ? routed : nullptr, residual);
+            finish(job, isa, layer, x, t, hidden, attended, moe ? routed : nullptr, post, comb, residual);
             x += moe ? t * hidden : 0;
             stream = residual;
             mark(3);
         }
-        memcpy(y, residual, size_t(t * hidden) * 4);
+        memcpy(y, residual, size_t(t * wide) * 4);
         *reached = m->layers;
         return kOk;
     });

@@ -78,7 +78,8 @@ SIGNATURES = {
     # checked by hand, which is quicker: it runs once a token
     "decode": "decoder:pointer first:size count:size h:pointer tokens:pointer slots:pointer"
     " slab:pointer records:size record_stride:size record:pointer x:pointer experts:pointer"
-    " y:pointer norms:pointer weights:pointer indices:pointer reached:pointer seconds:pointer",
+    " post:pointer comb:pointer y:pointer norms:pointer weights:pointer indices:pointer"
+    " reached:pointer seconds:pointer",
     "quantize_nf4": f"{_SOURCE} levels:f32[16] >codes:u8[N/16,K/64,512] >absmax:f16[N/16,K/64,16]",
     "quantize_int8": f"{_SOURCE} >w:i8[N,K] >scale:f32[N]",
     "coded_error": "w:bound source:source[N,K] type >sums:f64[N/16,2]",

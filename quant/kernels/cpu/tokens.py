@@ -3,11 +3,14 @@ quant/kernels/cpu/api.h."""
 
 import ctypes
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from slotmoe.quant.kernels.cpu.signatures import Bound
+from slotmoe.quant.kernels.cpu.layers import Decoder, GroupShape
+from slotmoe.quant.kernels.cpu.signatures import Bound, tensor_spec
+from slotmoe.quant.shapes import latent_bytes
 
 
 class _Store(ctypes.Structure):
@@ -17,11 +20,16 @@ class _Store(ctypes.Structure):
     ]
 
 
+class _Group(ctypes.Structure):
+    _fields_ = [*((name, _Store) for name in ("rows", "open")), ("table", ctypes.c_void_p)]
+
+
 class _Tokens(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("positions", "table", "query_scale")),
         *((name, _Store) for name in ("rows", "keys")),
-        ("lists", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("lists", "ids", "compressed_table")),
+        ("groups", _Group * 3),
     ]
 
 
@@ -50,22 +58,109 @@ class Rows:
         return _Store(*places, layer_bytes, row_bytes), (start, firsts)
 
 
-class Tokens(Bound):
-    """A token stands at one of `positions`; addresses as in api.h.  Raises `ValueError`."""
+class GroupRows(NamedTuple):
+    """Of each token's sequence, compressed `rows` of some layers, uint8 [layers, capacity, width],
+    and what its compressor gave of the last tokens, float32 [layers, tokens, 2, columns], the first
+    of which stand at the positions `first`.  `table`, complex64 [T, C], rotates the row that a
+    token completes."""
 
-    def __init__(
-        self,
-        positions: Sequence[int],
-        table: int | None,
-        query_scale: int | None,
-        rows: tuple[_Store, object],
-        keys: tuple[_Store, object] | None,
-        lists: int | None,
-    ):
-        places, none = int64s(positions), (_Store(), None)
-        (own, memory), (others, more) = rows, keys or none
-        given = ctypes.addressof(places), table, query_scale
-        super().__init__(_Tokens(*given, own, others, lists), {}, places, memory, more)
+    rows: Sequence[Tensor]
+    open: Sequence[Tensor]
+    first: Sequence[int]
+    table: Tensor
+
+    def bound(self, positions: Sequence[int], shape: GroupShape) -> tuple[_Group, object]:
+        """For native calls, and what it points to.  Raises `ValueError`."""
+        ratio, columns = shape.ratio, shape.width * (1 + shape.overlaps)
+        needed = [ratio * (1 + shape.overlaps) if (at + 1) % ratio == 0 else 1 for at in positions]
+        for at, count, first in zip(positions, needed, self.first, strict=True):
+            if max(0, at + 1 - count) < first:
+                raise ValueError(f"open rows begin at {first}, but position {at} needs {count}")
+        last = [max(0, (at + 1) // ratio - 1) for at in positions]
+        rows, memory = Rows(self.rows).bound(last, shape.layers, latent_bytes(shape.width, 0))
+        flat = [part.flatten(2).view(torch.uint8) for part in self.open]
+        opened, more = Rows(flat, self.first).bound(positions, shape.layers, 8 * columns)
+        table = tensor_spec("table:c64[T,C]").check(self.table, {"T": len(positions)})
+        return _Group(rows, opened, table), (memory, more, self)
+
+
+class CompressedRows(NamedTuple):
+    """What tokens of DeepSeek-V4 have beside `caches`, the rows of the window, the first of which
+    stand at the positions `first`: `ids`, int64 [T], the `table` of layers with a compressor, rows
+    of each of the decoder's `groups`, and how a layer that waits for its experts mixes them in,
+    `post` [T, streams] and `comb` [T, streams, streams], which are overwritten."""
+
+    ids: Tensor | None
+    table: Tensor
+    first: Sequence[int]
+    groups: Sequence[GroupRows]
+    post: Tensor
+    comb: Tensor
+
+
+class DecodeRows(NamedTuple):
+    """What sequences keep beside `caches`.  With indexers, `keys` are their rows, uint8 [indexers,
+    capacity, latent_bytes(A, 0)], of each token's sequence, and `lists`, int32 [T, topk], what the
+    last one before the first layer has chosen for tokens behind more than topk; they are
+    overwritten."""
+
+    keys: Sequence[Tensor] = ()
+    lists: Tensor | None = None
+    compressed: CompressedRows | None = None
+
+
+NO_ROWS = DecodeRows()
+
+
+def tokens_of(
+    decoder: Decoder,
+    table: Tensor,
+    caches: Sequence[Tensor],
+    positions: Sequence[int],
+    query_scale: Tensor | None,
+    of: DecodeRows,
+) -> tuple[Bound, tuple[int | None, int | None]]:
+    """What `decode` is given of its tokens, bound, and the addresses of `post` and `comb`.  Raises
+    `ValueError`."""
+    t, layers, pairs = len(caches), len(decoder.routed), decoder.sizes["C"]
+    places, compressed = int64s(positions), of.compressed
+    native = _Tokens(ctypes.addressof(places))
+    native.table = address("table", table, torch.complex64, t, pairs)
+    native.query_scale = address("query_scale", query_scale, torch.float32, t)
+    begins = None if compressed is None else compressed.first
+    native.rows, memory = Rows(caches, begins).bound(positions, layers, decoder.row_bytes)
+    more, mixed = list[object](), tuple[int | None, int | None]((None, None))
+    if decoder.indexers:
+        of_indexers = decoder.indexers, decoder.key_bytes
+        native.keys, held = Rows(of.keys).bound(positions, *of_indexers)
+        native.lists = address("lists", of.lists, torch.int32, t, decoder.topk)
+        more.append(held)
+    if compressed is not None:
+        for at, begin in zip(positions, compressed.first, strict=True):
+            if max(0, at + 1 - decoder.window) < begin:
+                raise ValueError(f"the window begins at {begin}, expected {decoder.window} rows")
+        native.ids = address("ids", compressed.ids, torch.int64, t)
+        rotation = address("table", compressed.table, torch.complex64, t, pairs)
+        native.compressed_table = rotation
+        for at, (group, shape) in enumerate(zip(compressed.groups, decoder.groups, strict=True)):
+            native.groups[at], held = group.bound(positions, shape)
+            more.append(held)
+        streams = decoder.streams
+        post = address("post", compressed.post, torch.float32, t, streams)
+        mixed = post, address("comb", compressed.comb, torch.float32, t, streams, streams)
+    return Bound(native, {}, places, memory, more), mixed
+
+
+def address(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:
+    """The tensor's address, checked as the table's are, and quicker; None of None."""
+    if tensor is None:
+        return None
+    if tensor.shape != shape or tensor.dtype != dtype:
+        given = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise ValueError(f"{name} is {given}, expected {dtype} {shape}")
+    if not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_conj():
+        raise ValueError(f"{name} must be a contiguous CPU tensor, and not conjugated lazily")
+    return tensor.data_ptr()
 
 
 def layer_rows(caches: Sequence[Tensor], layers: int, width: int) -> tuple[int, int, int]:

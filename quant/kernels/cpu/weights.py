@@ -7,18 +7,16 @@ latent's, V a value head's.
 """
 
 import ctypes
-from collections.abc import Sequence
 from itertools import starmap
 
 import torch
 from torch import Tensor
 
-from slotmoe.border import Geometry, Indexer, Layer, Mla, Router
+from slotmoe.border import Router
 from slotmoe.quant.codecs.codec import BLOCK, KINDS, SCALES, ExpertCodecs
 from slotmoe.quant.codecs.weight import CodedWeight
-from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.signatures import INT8, SOURCE_TYPES, Bound, tensor_spec
-from slotmoe.quant.shapes import latent_bytes, record_bytes
+from slotmoe.quant.shapes import record_bytes
 from slotmoe.quant.weights import Weight
 
 # Kinds of a native matrix beside `KINDS`, which are coded; a dense one is 6 + its source type.
@@ -40,47 +38,23 @@ _MEMORY = {  # what a kind of matrix consists of
 }
 
 
-def _fields(kind: type, names: str) -> list[tuple[str, type]]:
+def fields(kind: type, names: str) -> list[tuple[str, type]]:
     return [(name, kind) for name in names.split()]
 
 
-class _Matrix(ctypes.Structure):
-    _fields_ = _fields(ctypes.c_int64, "kind n k") + _fields(ctypes.c_void_p, "data scale levels")
+class NativeMatrix(ctypes.Structure):
+    _fields_ = fields(ctypes.c_int64, "kind n k") + fields(ctypes.c_void_p, "data scale levels")
 
 
 class _Mlp(ctypes.Structure):
-    _fields_ = [*_fields(_Matrix, "gate up down"), ("limit", ctypes.c_float)]
-
-
-class _Indexer(ctypes.Structure):
-    _fields_ = [
-        *_fields(ctypes.c_int64, "heads width topk halves"),
-        *_fields(ctypes.c_float, "scale unused"),
-        *_fields(_Matrix, "query weights key"),
-        *_fields(ctypes.c_void_p, "key_norm key_bias"),
-    ]
-
-
-class _Attention(ctypes.Structure):
-    _fields_ = [
-        *_fields(ctypes.c_int64, "heads n p r v halves"),
-        *_fields(ctypes.c_float, "eps latent_eps scale unused"),
-        *_fields(ctypes.c_void_p, "input_norm query_norm latent_norm next_norm"),
-        *_fields(_Matrix, "query query_b latent out gate"),
-        *_fields(ctypes.c_void_p, "gate_bias kv_b kv_b_scale indexer"),
-        *_fields(ctypes.c_int64, "keys topk"),
-    ]
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = _fields(ctypes.c_void_p, "attention mlp")
+    _fields_ = [*fields(NativeMatrix, "gate up down"), ("limit", ctypes.c_float)]
 
 
 class NativeRouter(ctypes.Structure):
     """A `Router`.  Raises `ValueError` unless it can choose among so many experts."""
 
     _fields_ = [
-        *_fields(ctypes.c_int64, "groups kept top_k group_best scoring normalized"),
+        *fields(ctypes.c_int64, "groups kept top_k group_best scoring normalized"),
         ("factor", ctypes.c_double),
     ]
 
@@ -97,17 +71,9 @@ class NativeRouter(ctypes.Structure):
 
 class _Record(ctypes.Structure):
     _fields_ = [
-        *_fields(ctypes.c_int64, "hidden intermediate gate_up down"),
-        *_fields(ctypes.c_void_p, "gate_up_levels down_levels"),
+        *fields(ctypes.c_int64, "hidden intermediate gate_up down"),
+        *fields(ctypes.c_void_p, "gate_up_levels down_levels"),
         ("limit", ctypes.c_float),
-    ]
-
-
-class _Model(ctypes.Structure):
-    _fields_ = [
-        *_fields(ctypes.c_int64, "layers hidden experts"),
-        ("layer", ctypes.c_void_p),
-        ("router", NativeRouter),
     ]
 
 
@@ -124,7 +90,7 @@ class Matrix(Bound):
         self.shape, self.kind, self.tensors, sizes = (n, k), kind, memory, {"N": n, "K": k}
         texts = zip(_MEMORY[kind], memory, strict=True)
         pointers = [tensor_spec(text).check(tensor, sizes) for text, tensor in texts]
-        self.native = _Matrix(kind, n, k, *pointers)
+        self.native = NativeMatrix(kind, n, k, *pointers)
         super().__init__(self.native, sizes, memory)
 
     @classmethod
@@ -163,13 +129,13 @@ class Matrix(Bound):
         return all(starmap(torch.equal, zip(*levels, strict=True)))
 
 
-def _fit(**matrices: tuple[Matrix | None, tuple[int, int]]) -> list[_Matrix]:
+def fit(**matrices: tuple[Matrix | None, tuple[int, int]]) -> list[NativeMatrix]:
     """The matrices as structures, empty ones for None.  Raises `ValueError` unless they have these
     shapes."""
     for name, (matrix, shape) in matrices.items():
         if matrix is not None and matrix.shape != shape:
             raise ValueError(f"{name} is {matrix.shape}, expected {shape}")
-    return [_Matrix() if matrix is None else matrix.native for matrix, _ in matrices.values()]
+    return [NativeMatrix() if matrix is None else matrix.native for matrix, _ in matrices.values()]
 
 
 class Mlp(Bound):
@@ -178,85 +144,10 @@ class Mlp(Bound):
 
     def __init__(self, gate: Matrix, up: Matrix, down: Matrix, limit: float = 0.0) -> None:
         rows, columns = gate.shape
-        natives = _fit(gate=(gate, gate.shape), up=(up, gate.shape), down=(down, (columns, rows)))
+        natives = fit(gate=(gate, gate.shape), up=(up, gate.shape), down=(down, (columns, rows)))
         if not gate.coded or not gate.like(up) or not gate.like(down):
             raise ValueError("the matrices of an MLP must be all int8, or all of one codec")
         super().__init__(_Mlp(*natives, limit), {"H": columns}, gate, up, down)
-
-
-class AttentionLayer(Bound):
-    """The weights of one layer up to its router, `kv_b_proj` of them int8.  Its indexer, if it has
-    one, is the model's `keys`-th; `topk`, unless 0, is how many rows it attends to.  Raises
-    `ValueError` where they do not fit."""
-
-    def __init__(
-        self, geometry: Geometry, layer: Layer[Weight | Matrix], keys: int = 0, topk: int = 0
-    ) -> None:
-        mla = layer.attention
-        assert isinstance(mla, Mla)
-        shape, kv_b = geometry[:5], mla.kv_b_proj
-        heads, n, p, r, v = shape
-        if min(heads, r, v) < 1 or min(n, p) < 0 or max(shape) >= 2**31 or p % 2:
-            raise ValueError(f"shape is {shape}, expected heads, N, even P, R and V")
-        if (mla.q_a_layernorm is None) != (mla.q_b_proj is None):
-            raise ValueError("query_norm and query_b must come together")
-        query = _bound(mla.q_proj if mla.q_a_proj is None else mla.q_a_proj)
-        query_b, gate = _bound(mla.q_b_proj), _bound(layer.gate)
-        latent, out = Matrix.of(mla.kv_a_proj), Matrix.of(mla.o_proj)
-        assert query is not None and isinstance(kv_b, Int8Weight)
-        queries, hidden, wanted = query.shape[0], latent.shape[1], heads * (n + p)
-        experts = gate.shape[0] if gate else 0
-        matrices = _fit(
-            query=(query, (queries if query_b else wanted, hidden)),
-            query_b=(query_b, (wanted, queries)),
-            latent=(latent, (r + p, hidden)),
-            out=(out, (hidden, heads * v)),
-            gate=(gate, (experts, hidden)),
-        )
-        sizes = {"H": hidden, "Q": queries, "R": r, "M": heads * (n + v), "E": experts}
-        indexer = _indexer(geometry, mla.indexer, queries, hidden) if mla.indexer else None
-        native = _Attention(
-            *shape,
-            geometry.halves,
-            *(geometry.eps, geometry.latent_eps, geometry.softmax_scale, 0.0),
-            tensor_spec("input_norm:f32[H]").check(layer.input_layernorm, sizes),
-            tensor_spec("query_norm?:f32[Q]").check(mla.q_a_layernorm, sizes),
-            tensor_spec("latent_norm:f32[R]").check(mla.kv_a_layernorm, sizes),
-            tensor_spec("next_norm:f32[H]").check(layer.post_attention_layernorm, sizes),
-            *matrices,
-            tensor_spec("gate_bias?:f32[E]").check(layer.gate_bias, sizes),
-            tensor_spec("kv_b:i8[M,R]").check(kv_b.q, sizes),
-            tensor_spec("kv_b_scale:f32[M]").check(kv_b.scale, sizes),
-            indexer and indexer.address,
-            *(keys, topk),
-        )
-        self.row_bytes, sizes = latent_bytes(r, p), {"H": hidden, "C": p // 2, "E": experts}
-        self.topk, self.key_bytes = topk, 0
-        if geometry.indexer is not None and indexer:
-            self.key_bytes = latent_bytes(geometry.indexer.A, 0)
-        super().__init__(native, sizes, layer, query, query_b, latent, out, gate, indexer)
-
-
-def _indexer(
-    geometry: Geometry, indexer: Indexer[Weight | Matrix], queries: int, hidden: int
-) -> Bound:
-    """Of a query's latent of so many columns.  Raises `ValueError`."""
-    assert geometry.indexer is not None
-    heads, width, topk, halves = geometry.indexer
-    bound = Matrix.of(indexer.wq_b), Matrix.of(indexer.weights_proj), Matrix.of(indexer.wk)
-    shapes = (heads * width, queries), (heads, hidden), (width, hidden)
-    names, sizes = ("wq_b", "weights_proj", "wk"), {"A": width}
-    native = _Indexer(
-        *(heads, width, topk, halves, (heads * width) ** -0.5, 0.0),
-        *_fit(**dict(zip(names, zip(bound, shapes, strict=True), strict=True))),
-        tensor_spec("k_norm:f32[A]").check(indexer.k_norm, sizes),
-        tensor_spec("k_norm_bias:f32[A]").check(indexer.k_norm_bias, sizes),
-    )
-    return Bound(native, {}, indexer, *bound)
-
-
-def _bound(weight: Weight | Matrix | None) -> Matrix | None:
-    return None if weight is None else Matrix.of(weight)
 
 
 class ExpertRecord(Bound):
@@ -301,41 +192,3 @@ class Slab(Bound):
         address = tensor_spec("slab:u8[S,B]").check(slab, self.sizes)
         assert address is not None
         self.address = address
-
-
-class Decoder(Bound):
-    """All layers of a model for one token of each sequence: an `AttentionLayer` each, and an `Mlp`
-    (shared experts or a dense one) or None; at least one layer has a router.  Raises `ValueError`
-    where the layers do not fit together or the router does not fit their experts."""
-
-    def __init__(self, layers: Sequence[tuple[AttentionLayer, Mlp | None]], router: Router) -> None:
-        if not layers:
-            raise ValueError("there are no layers")
-        experts = max(layer.sizes["E"] for layer, _ in layers)
-        sizes, self.row_bytes = layers[0][0].sizes | {"E": experts}, layers[0][0].row_bytes
-        for layer, mlp in layers:
-            same = layer.sizes | {"E": experts} == sizes and layer.row_bytes == self.row_bytes
-            if not same or layer.sizes["E"] not in (0, experts):
-                raise ValueError("the layers have different sizes, or numbers of experts")
-            if mlp is not None and mlp.sizes["H"] != sizes["H"]:
-                raise ValueError(f"an MLP's size is different from the layers' {sizes['H']}")
-        self.routed = [layer.sizes["E"] > 0 for layer, _ in layers]
-        self.indexers = sum(layer.key_bytes > 0 for layer, _ in layers)
-        self.key_bytes = max(layer.key_bytes for layer, _ in layers)
-        self.topk = max(layer.topk for layer, _ in layers)
-        natives = (_Layer * len(layers))()
-        for bound, (layer, mlp) in zip(natives, layers, strict=True):
-            bound.attention, bound.mlp = layer.address, mlp and mlp.address
-        counts, start = (len(layers), sizes["H"], experts), ctypes.addressof(natives)
-        native = _Model(*counts, start, NativeRouter(router, experts))
-        sizes |= {"M": sum(self.routed), "K": router.top_k}
-        super().__init__(native, sizes, list(layers), natives)
-
-    def routers_from(self, first: int, resumed: bool) -> int:
-        """How many routers are left from layer `first` on, without its own if the call is
-        `resumed` from its experts.  Raises `ValueError`."""
-        if not 0 <= first < len(self.routed):
-            raise ValueError(f"first is {first}, expected one of {len(self.routed)} layers")
-        if resumed and not self.routed[first]:
-            raise ValueError(f"layer {first} has no experts: x and experts must be None")
-        return sum(self.routed[first:]) - resumed

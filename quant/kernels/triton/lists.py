@@ -19,7 +19,7 @@ KEYS = tl.constexpr(64)  # keys that a program scores at a time
 
 @triton.jit
 def _part(
-    latent, rope, factor, rows_ptr, more_ptr, held, list_ptr, first, L, R, P
+    latent, rope, factor, rows_ptr, more_ptr, held, list_ptr, first, L, R, P, ALIGNED: tl.constexpr
 ):  # fmt: skip
     """Best scores, total weights and sums over the SHARE rows from entry ``first`` of a list on."""
     best = tl.full([latent.shape[0]], float("-inf"), tl.float32)
@@ -30,7 +30,9 @@ def _part(
         row = tl.load(list_ptr + entry, mask=entry < L, other=-1).to(tl.int64)
         row_ptr = rows_ptr + row * (R + P)
         if more_ptr is not None:
-            row_ptr = tl.where(row < held, row_ptr, more_ptr + (row - held) * (R + P))
+            others_ptr = more_ptr - held.to(tl.int64) * (R + P)
+            row_ptr = tl.where(row < held, rows_ptr, others_ptr) + row * (R + P)
+            row_ptr = tl.multiple_of(row_ptr, ALIGNED)  # which Triton forgets where it chooses
         best, total, sums = with_rows(
             latent, rope, factor, row_ptr, row >= 0, R, P, best, total, sums
         )
@@ -59,27 +61,29 @@ def _finished(best, total, sums, sinks_ptr, head, H):
 @triton.jit(do_not_specialize=["held", "L"])
 def attend(
     q_ptr, rows_ptr, more_ptr, held, lists_ptr, L, scale, sinks_ptr, y_ptr, best_ptr, total_ptr, H,
-    R, P, WHOLE: tl.constexpr, HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
+    R, P, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, HEADS: tl.constexpr, LATENT: tl.constexpr,
+    ROPE: tl.constexpr,
 ):  # fmt: skip
     """HEADS heads of one token over rows of fp16: y [T, H, R] of q [T, H, R + P] if WHOLE.  Else of
     one part: y [T, H, parts, R], best score and total weight.
 
-    Entries of ``lists`` [T, L] from ``held`` on are rows of ``more``; -1 is none.
+    Entries of ``lists`` [T, L] from ``held`` on are rows of ``more``; -1 is none.  Rows begin at
+    multiples of ALIGNED bytes.
     """
     part, t, parts = tl.program_id(0), tl.program_id(2).to(tl.int64), (L + SHARE - 1) // SHARE
     head, r = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, LATENT)
     latent, rope, size = scaled_queries(q_ptr, t * H + head, head < H, R, P, LATENT, ROPE)
     factor, list_ptr = size * scale * LOG2E, lists_ptr + t * L
-    best, total, sums = _part(
-        latent, rope, factor, rows_ptr, more_ptr, held, list_ptr, part * SHARE, L, R, P
-    )
+    best = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.full([HEADS], 0, tl.float32)
+    sums = tl.full([HEADS, LATENT], 0, tl.float32)
+    for first in range(part * SHARE, L if WHOLE else (part + 1) * SHARE, SHARE):
+        next_best, next_total, next_sums = _part(
+            latent, rope, factor, rows_ptr, more_ptr, held, list_ptr, first, L, R, P, ALIGNED
+        )
+        best, total, sums = _joined(best, total, sums, next_best, next_total, next_sums)
     at, valid = t * H + head, (head < H)[:, None] & (r < R)[None, :]
     if WHOLE:
-        for first in range(SHARE, L, SHARE):
-            next_best, next_total, next_sums = _part(
-                latent, rope, factor, rows_ptr, more_ptr, held, list_ptr, first, L, R, P
-            )
-            best, total, sums = _joined(best, total, sums, next_best, next_total, next_sums)
         sums = _finished(best, total, sums, sinks_ptr, head, H)
     else:
         at = at * parts + part

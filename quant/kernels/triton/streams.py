@@ -49,11 +49,11 @@ def mix(
     if tl.atomic_add(finished_ptr + block, 1, sem="acq_rel") == pieces - 1:
         tl.store(finished_ptr + block, 0)
         factor = 1 / tl.sqrt(_summed(row_ptr + N, pieces, pitch, is_token) / K + eps)
-        valid, row_ptr, i_ptr = is_token & is_stream, row_ptr + i[None, :], base_ptr + i[None, :]
-        pre = _summed(row_ptr, pieces, pitch, valid) * factor * tl.load(scale_ptr)
+        valid, pre_ptr, i_ptr = is_token & is_stream, row_ptr + i[None, :], base_ptr + i[None, :]
+        pre = _summed(pre_ptr, pieces, pitch, valid) * factor * tl.load(scale_ptr)
         pre = tl.sigmoid(pre + tl.load(i_ptr, mask=is_stream, other=0.0)) + small
         if post_ptr is not None:
-            post = _summed(row_ptr + Q, pieces, pitch, valid) * factor * tl.load(scale_ptr + 1)
+            post = _summed(pre_ptr + Q, pieces, pitch, valid) * factor * tl.load(scale_ptr + 1)
             post = 2 * tl.sigmoid(post + tl.load(i_ptr + Q, mask=is_stream, other=0.0))
             tl.store(post_ptr + (t * Q)[:, None] + i[None, :], post, mask=valid)
             # What is beyond Q streams becomes 0, and stays so, as ``small`` is not.
@@ -72,12 +72,12 @@ def mix(
             tl.store(comb_ptr + (t * Q * Q)[:, None, None] + at, comb, mask=is_pair)
         for which in range(tl.minimum(TOKENS, T - block * TOKENS)):
             shares = tl.sum(tl.where((token == which)[:, None], pre, 0.0), 0)[:, None]
-            at = (block * TOKENS + which).to(tl.int64)
+            one = (block * TOKENS + which).to(tl.int64)
             for start in range(0, D, 1024):
                 d = start + tl.arange(0, 1024)
-                place, valid = (i * D)[:, None] + d[None, :], (i < Q)[:, None] & (d < D)[None, :]
-                h = tl.load(h_ptr + at * K + place, mask=valid, other=0.0)
-                tl.store(x_ptr + at * D + d, tl.sum(h * shares, 0), mask=d < D)
+                h_at, held = (i * D)[:, None] + d[None, :], (i < Q)[:, None] & (d < D)[None, :]
+                h = tl.load(h_ptr + one * K + h_at, mask=held, other=0.0)
+                tl.store(x_ptr + one * D + d, tl.sum(h * shares, 0), mask=d < D)
 
 
 @triton.jit

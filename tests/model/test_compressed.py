@@ -1,0 +1,116 @@
+"""DeepSeek-V4, V3.2 and GLM-5 over more tokens than a window, a compressed row and ``index_topk``:
+the reference path beside transformers, and all ways to compute a text beside each other."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from slotmoe.model.checkpoint.reader import Checkpoint
+from slotmoe.model.state import new_state, plain_row
+from slotmoe.quant.backends.base import new
+from slotmoe.quant.kernels.cpu import bindings as kernels
+from tests.support import v4
+from tests.support.native import reference_network
+from tests.support.oracle import relative_error
+
+TOKENS = 3 * 128 + 5
+BORDERS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 31, 32, 33, 127, 128, 129, 135, 136, 137)
+BORDERS += (255, 256, 257, 260, 261, 383, 384, 385, TOKENS)
+MASKED = -1e30  # what is below is no score
+# So that no token has all of its heads' products negative, and a tie for it.
+HEADS = {"index_n_heads": 16}
+CASES = [*v4.V4_CASES, *v4.SPARSE_CASES]
+native = pytest.mark.skipif(kernels.load() is None, reason="the native kernels are not built")
+
+
+@contextmanager
+def margins(found):
+    """Appends to ``found`` by how much the last of what a ``topk`` has chosen was better than the
+    best of the rest, as a share of the largest score."""
+    method, function = torch.Tensor.topk, torch.topk
+
+    def note(scores, k):
+        if k < scores.shape[-1]:
+            best = method(scores.float(), k + 1, dim=-1).values[..., -2:]
+            gaps = (best[..., 0] - best[..., 1])[best[..., 1] > MASKED]
+            largest = scores[scores > MASKED].abs().max()
+            found.extend((gaps / largest).flatten().tolist())
+
+    def as_method(scores, k, *args, **kwargs):
+        note(scores, k)
+        return method(scores, k, *args, **kwargs)
+
+    def as_function(scores, k, *args, **kwargs):
+        note(scores, k)
+        return function(scores, k, *args, **kwargs)
+
+    torch.Tensor.topk, torch.topk = as_method, as_function
+    try:
+        yield
+    finally:
+        torch.Tensor.topk, torch.topk = method, function
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Case -> its folder, a text, and the oracle's logits; the text is one in which rounding
+    decides no choice."""
+    known = {}
+
+    def make(case):
+        if case not in known:
+            folder = tmp_path_factory.mktemp(case)
+            v4.write_v4(folder, case, max_position_embeddings=1024, **HEADS)
+            for seed in range(40):
+                generator = torch.Generator().manual_seed(seed)
+                ids = torch.randint(2, 4000, (TOKENS,), generator=generator)
+                gaps = []
+                with margins(gaps):
+                    logits = v4.v4_logits(folder, ids.tolist())
+                if min(gaps, default=1) > 3e-6:
+                    break
+            else:
+                raise AssertionError("in every text rounding decides a choice")
+            known[case] = folder, ids, logits
+        return known[case]
+
+    return make
+
+
+def opened(folder):
+    with Checkpoint.open(folder) as checkpoint:
+        weights = {name: checkpoint.tensor(name) for name in checkpoint.infos}
+        return reference_network(checkpoint.config, weights)
+
+
+def empty(network, row=plain_row, context=512):
+    return new_state(network.config, context, row, new)
+
+
+def fed(network, ids, sizes, state):
+    """Logits of ``ids`` in passes of ``sizes``, then of the rest one by one."""
+    parts = [*ids[: sum(sizes)].split(sizes), *ids[sum(sizes) :].split(1)]
+    return torch.cat([network.head(network.forward(part, [state])) for part in parts if len(part)])
+
+
+@pytest.mark.usefixtures("oracle")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "lengths", [BORDERS, pytest.param(range(1, TOKENS + 1), marks=pytest.mark.slow)]
+)
+def test_every_prompt_length(lengths, case, made):
+    folder, ids, wanted = made(case)
+    network = opened(folder)
+    for length in lengths:
+        got = network.head(network.forward(ids[:length], [empty(network)])[-1:])
+        assert relative_error(got, wanted[length - 1 : length]) <= 1e-5, length
+
+
+@pytest.mark.usefixtures("oracle")
+@pytest.mark.parametrize("case", CASES)
+def test_passes_of_any_size_beside_the_oracle(case, made):
+    folder, ids, wanted = made(case)
+    network = opened(folder)
+    for sizes in ([TOKENS], [1] * 40 + [200, 3], [130, 1, 16, 17, 100]):
+        assert relative_error(fed(network, ids, sizes, empty(network)), wanted) <= 1e-5

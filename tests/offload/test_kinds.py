@@ -1,0 +1,103 @@
+"""Every kind of attention under the engine: one text has the same bits, however it is computed."""
+
+import pytest
+import torch
+
+from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.policy.drafts import Drafting
+from slotmoe.offload.runtime import Runtime
+from slotmoe.quant.kernels.cpu.bindings import load
+from tests.support import v4
+from tests.support.engine import decode, whole
+
+pytestmark = pytest.mark.skipif(load() is None, reason="the native kernels are not built")
+# Over a window, a compressed row of 128 and what an indexer chooses.
+IDS = torch.randint(2, 4000, (290,), generator=torch.Generator().manual_seed(3)).tolist()
+# Groups of rows of o_a_proj that fill tiles, so that decode is one native call; odd ones do not.
+CASES = {"v4": {"o_lora_rank": 32}, "v4-odd": {}, "v3.2-sparse": {}, "glm-5-shared": {}}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def export(request, tmp_path_factory):
+    folder, changes = (
+        tmp_path_factory.mktemp(request.param),
+        {**CASES[request.param], "max_position_embeddings": 1024},
+    )
+    if has_head := request.param != "glm-5-shared":
+        changes["num_nextn_predict_layers"] = 1
+    v4.write_v4(
+        folder / "source", request.param, torch.bfloat16, hub="v4" in request.param, **changes
+    )
+    quantize(folder / "source", folder / "export", keep_mtp=has_head)
+    return folder / "export"
+
+
+def opened(export, **options):
+    return Runtime.open(export, context=400, **{"draft": "off", **options})
+
+
+def texts(runtime):
+    """Ids and log-probabilities behind three prompts at once, one longer than a window."""
+    streams = runtime.generate_all([IDS[:200], IDS[:9], IDS[50:90]], max_new_tokens=24)
+    return [[(token.id, token.logprob) for token in stream] for stream in streams]
+
+
+@pytest.fixture(scope="module")
+def wanted(export):
+    """Logits of a pass, and texts."""
+    with opened(export, sequences=3) as runtime:
+        return runtime.logits(IDS), texts(runtime)
+
+
+def test_decode_equals_prefill(export, wanted):
+    with opened(export) as runtime:
+        for start in (1, 126, 250):
+            got = decode(runtime, IDS[:start], IDS[start : start + 12])
+            assert torch.equal(got, wanted[0][start - 1 : start + 12])
+
+
+def test_same_bits_for_every_budget(export, wanted, always_guessing):
+    options = {"slots": 7}, {"slots": 9, "prefetch": False, "threads": 1}
+    for each in options:
+        with opened(export, sequences=3, **each) as runtime:
+            assert torch.equal(runtime.logits(IDS), wanted[0])
+            assert texts(runtime) == wanted[1]
+            whole(runtime)
+
+
+def test_texts_alone_and_at_once(export, wanted):
+    with opened(export) as runtime:
+        assert texts(runtime) == wanted[1]
+
+
+@pytest.mark.parametrize("draft", ["ngram", "mtp"])
+def test_drafts_change_no_bit(export, wanted, draft, monkeypatch):
+    """What is drafted is always computed, however unlikely."""
+    if "odd" in str(export) or (draft == "mtp" and "glm" in str(export)):
+        pytest.skip("no decode in one call, or no head that predicts one token more")
+    monkeypatch.setattr(Drafting, "lengths", lambda self, chances: [len(each) for each in chances])
+    monkeypatch.setattr(Drafting, "pays", lambda self, chance, cost: True)
+    repeated = IDS[:50] * 5
+    with opened(export) as plainly:
+        rows = plainly.logits(repeated)
+    with opened(export, draft=draft, sequences=3) as runtime:
+        assert texts(runtime) == wanted[1]
+        got = decode(runtime, repeated[:120], repeated[120:])
+        assert torch.equal(got, rows[119:])
+        assert runtime.stats()["drafts"]["drafted"] > 0
+
+
+def test_what_gates_choose_by_the_token_is_read_first(export, always_guessing):
+    if "v4" not in str(export):
+        pytest.skip("its gates choose by what they see")
+    with opened(export, slots=7) as runtime:
+        list(runtime.generate(IDS[:20], max_new_tokens=16))
+        counts = runtime.stats()["prefetch"]["table"]
+        assert counts["right"] == counts["guessed"] == counts["asked"] > 0
+        assert counts["used"] > 0 and counts["wasted"] == 0
+
+
+def test_plain_torch_is_near(export, wanted):
+    with opened(export, kernels="torch") as runtime:
+        error = (runtime.logits(IDS) - wanted[0]).norm(dim=1) / wanted[0].norm(dim=1)
+        assert error[:4].max() < 0.1  # later ones may have chosen other experts or positions
