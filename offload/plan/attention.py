@@ -45,29 +45,27 @@ class _Kept:
         return self.row * min(rows, self.topk or rows) + self.last * (self.most + 1) // self.ratio
 
 
-def _kept(config: Config, row: Callable[[int, int], int]) -> Iterator[_Kept]:
-    """What DeepSeek-V4 keeps: the window, and compressed rows by their ratio, twice where they have
-    keys for an indexer."""
-    compressed, indexer = config.compressed, config.indexer
-    assert compressed is not None and indexer is not None
-    most, width = compressed.sliding_window - 1, compressed.head_dim
-    yield _Kept(0, 0, most, most, config.layer_count * row(width, 0))
+def _kept(config: Config, kernels: str, value_bytes: int) -> Iterator[_Kept]:
+    """What a model keeps: latents and index keys; or where attention compresses, the window, and
+    compressed rows by their ratio, twice where they have keys for an indexer."""
+    row, c, indexer = _row_bytes(kernels, value_bytes), config.compressed, config.indexer
     layers = [(config.ratio(at), config.has_indexer(at)) for at in range(config.layer_count)]
+    topk = 0 if indexer is None else indexer.topk
+    if c is None:
+        latent = row(config.kv_lora_rank, config.qk_rope_head_dim)
+        yield _Kept(1, len(layers) * latent, 0, 0, 0, topk)
+        if indexer is not None:
+            yield _Kept(1, layers.count((0, True)) * row(indexer.head_dim, 0), 0, 0, 0)
+        return
+    assert indexer is not None
+    most = c.sliding_window - 1
+    yield _Kept(0, 0, most, most, len(layers) * row(c.head_dim, 0))
     for ratio, overlaps in sorted({*layers} - {(0, False)}):
         count, span = layers.count((ratio, overlaps)), (1 + overlaps) * ratio
-        rest = span - 1, overlaps * ratio
-        sizes = [(width, indexer.topk if overlaps else 0), *[(indexer.head_dim, 0)] * overlaps]
-        for values, topk in sizes:
+        sizes = [(c.head_dim, topk * overlaps), *[(indexer.head_dim, 0)] * overlaps]
+        for values, most_read in sizes:
             last = count * 2 * (1 + overlaps) * values * 4
-            yield _Kept(ratio, count * row(values, 0), *rest, last, topk)
-
-
-def _index_bytes(config: Config, row: Callable[[int, int], int]) -> int:
-    """Bytes of a token's index keys, where positions are not compressed."""
-    if config.indexer is None:
-        return 0
-    layers = sum(config.has_indexer(layer) for layer in range(config.layer_count))
-    return layers * row(config.indexer.head_dim, 0)
+            yield _Kept(ratio, count * row(values, 0), span - 1, overlaps * ratio, last, most_read)
 
 
 def kv_bytes(config: Config, positions: int, kernels: str = "native", value_bytes: int = 2) -> int:
@@ -75,29 +73,18 @@ def kv_bytes(config: Config, positions: int, kernels: str = "native", value_byte
     values a layer each, and ``index_head_dim`` in layers with an indexer.  Where attention
     compresses: a window, compressed rows, tokens that are not compressed yet in float32, and all
     marks that there may be."""
-    row = _row_bytes(kernels, value_bytes)
-    if config.compressed is not None:
-        return sum(kept.nbytes(positions) for kept in _kept(config, row))
-    latent = config.layer_count * row(config.kv_lora_rank, config.qk_rope_head_dim)
-    return positions * (latent + _index_bytes(config, row))
+    return sum(kept.nbytes(positions) for kept in _kept(config, kernels, value_bytes))
 
 
 def kv_read_bytes(config: Config, length: int, kernels: str, value_bytes: int = 2) -> int:
     """Bytes of it that a token behind so many reads: of all index keys, and of the rows that an
     indexer chooses."""
-    row = _row_bytes(kernels, value_bytes)
-    if config.compressed is not None:
-        return sum(kept.read_bytes(length) for kept in _kept(config, row))
-    seen = length if config.indexer is None else min(length, config.indexer.topk)
-    latent = config.layer_count * row(config.kv_lora_rank, config.qk_rope_head_dim)
-    return seen * latent + length * _index_bytes(config, row)
+    return sum(kept.read_bytes(length) for kept in _kept(config, kernels, value_bytes))
 
 
 def mark_bytes(config: Config, tokens: int, kernels: str = "native", value_bytes: int = 2) -> int:
     """Bytes of the marks that a pass over so many tokens makes."""
-    if config.compressed is None:
-        return 0
-    kept = _kept(config, _row_bytes(kernels, value_bytes))
+    kept = _kept(config, kernels, value_bytes)
     return tokens // MARK_TOKENS * sum(one.regular * one.last for one in kept)
 
 
