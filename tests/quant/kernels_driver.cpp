@@ -66,7 +66,8 @@ int slotmoe_quantize_int8(const void*, int, int64_t, int64_t, int8_t*, float*);
 int slotmoe_route(const Router*, const float*, const float*, const int64_t*, int64_t, int64_t,
                   float*, int64_t*);
 int slotmoe_decode(const Model*, int64_t, int64_t, const float*, const Tokens*, const int32_t*,
-                   const uint8_t*, int64_t, int64_t, const Record*, const float*, const float*, float*, float*, float*,
+                   const uint8_t*, int64_t, int64_t, const Record*, const float*, const float*,
+                   float*, float*, float*,
                    float*, float*, int64_t*, int64_t*, double*);
 int slotmoe_coded_error(const Matrix*, const void*, int, double*);
 int slotmoe_fit_rows(const void*, int, int64_t, int64_t, const float*, const float*, int64_t,
@@ -258,8 +259,9 @@ static void decode(const Attention& a, int64_t hidden, int64_t experts, const fl
     Floats logits(3 * experts), several(3 * top_k);
     Array<int64_t> chosen(3 * top_k);
     for (const float* bias : {a.gate_bias, static_cast<const float*>(nullptr)})
-        for (const int64_t* given : {static_cast<const int64_t*>(nullptr), static_cast<const int64_t*>(chosen.p)})
-            check(slotmoe_route(&router, logits, bias, given, 3, experts, several, chosen));
+        for (bool given : {false, true})
+            check(slotmoe_route(&router, logits, bias, given ? chosen.p : nullptr, 3, experts,
+                                several, chosen));
 }
 
 // A layer of DeepSeek-V4 for one token, with as much memory as it reads and writes: of compressed
@@ -448,13 +450,14 @@ static void lists(int64_t heads, int64_t rows, int64_t length, int64_t r, int64_
     if (length) list[length / 2] = -1;
     for (int64_t i = 0; i < t; i++) counts[i] = int32_t(rows * i / (t - 1));
     for (int64_t tokens : {int64_t(1), t}) {
-        check(slotmoe_attend(q, tokens, heads, a, split, size, b, rows - split, size, list, length, r,
-                             p, 0.1f, tokens > 1 ? sinks.p : nullptr, out));
-        check(slotmoe_index(q, sinks, 1, heads, r, keys, rows, latent_bytes(r, 0), counts + t - 1, 40,
-                            chosen));
+        check(slotmoe_attend(q, tokens, heads, a, split, size, b, rows - split, size, list, length,
+                             r, p, 0.1f, tokens > 1 ? sinks.p : nullptr, out));
+        check(slotmoe_index(q, sinks, 1, heads, r, keys, rows, latent_bytes(r, 0), counts + t - 1,
+                            40, chosen));
     }
     const Floats weights(t * heads);
-    check(slotmoe_index(q, weights, t, heads, r, keys, rows, latent_bytes(r, 0), counts, 40, chosen));
+    check(slotmoe_index(q, weights, t, heads, r, keys, rows, latent_bytes(r, 0), counts, 40,
+                        chosen));
 }
 
 static void streams(int64_t t, int64_t m, int64_t d, int64_t window) {
