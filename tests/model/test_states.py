@@ -3,6 +3,7 @@ fail, cuts, marks, copies, and what goes to the disk and back, in any order."""
 
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -264,25 +265,59 @@ class Contract(RuleBasedStateMachine):
             assert len(state.marks) <= MOST_MARKS + MOST_ENDS + 600 // MARK_TOKENS + 1
 
 
+def of_kind(name, context=CONTEXTS[0]):
+    config = parse_config({**CONFIGS[name], **LEAST[name]})
+    state = new_state(config, context, plain_row, unwritten)
+    return state, (Compressed if name == "v4" else Latents)(state, config)
+
+
+def extend(state, view, tokens):
+    """A pass, up to the end of ``tokens``."""
+    start = state.length
+    state.begin(len(tokens) - start)
+    for layer in range(view.layers):
+        view.write(layer, tokens, start, len(tokens))
+    state.done(len(tokens) - start)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_part_of_a_block_is_put_where_its_first_tokens_are(name):
+    """Also where the context has no room for all of it."""
+    (state, view), tokens = of_kind(name), [*range(300)]
+    other, others_view = of_kind(name, 151)
+    for end in (150, 300):
+        extend(state, view, tokens[:end])
+        state.mark(end)
+    for start, end in ((0, 64), (64, 128), (128, 192)):
+        other.put(start, end, state.saved(start, end), min(end, 150))
+    other.resume(150, state.snapshot(150))
+    others_view.right(tokens[:150])
+
+
+def test_of_many_marks_those_at_ends_stay():
+    (state, view), tokens = of_kind("v4"), [*range(CONTEXTS[0])]
+    ends = [1490, 1500, 1515, 1540, 1560, 1570, 1590]
+    for index, end in enumerate(ends):
+        extend(state, view, tokens[:end])
+        state.mark(end)
+        wanted = ends[max(0, index - 3) : index + 1]
+        assert [mark for mark in state.marks if mark % MARK_TOKENS] == wanted
+        assert len(state.marks) <= MOST_MARKS + 1
+
+
 def test_rows_that_a_long_pass_left_out_do_not_come_back():
     """A short pass behind it moves the rows; what it moves is not all right."""
-    config = parse_config({**CONFIGS["v4"], **LEAST["v4"]})
-    state = new_state(config, CONTEXTS[0], plain_row, unwritten)
-    view, tokens, length = Compressed(state, config), [*range(700)], 0
-    for count, back in ((40, 0), (600, 10), (1, 0)):
-        state.begin(count)
-        for layer in range(view.layers):
-            view.write(layer, tokens, length, length + count)
-        state.done(count)
+    state, view, tokens, length = *of_kind("v4"), [*range(700)], 0
+    for count, back in ((40, 0), (600, 10), (12, 0)):
+        extend(state, view, tokens[: length + count])
         length += count - back
         assert state.reach(length) == length
         state.cut(length)
-    for back in range(1, 17):
-        asked = length - back
+    for asked in range(length - 60, length):
         if (reached := state.reach(asked)) == asked:
             view.right_tails(tokens, asked)
         else:
-            assert reached in state.marks
+            assert reached in state.marks and asked < length - SPARE
 
 
 class Indexed(Contract):

@@ -19,15 +19,8 @@ from slotmoe.offload.runtime import Runtime
 from tests.support.compressed import export_of
 from tests.support.engine import ask, decode
 
-# Until native kernels compute all of their attention, rows depend on others in the last bits:
-# torch.equal belongs here then.
-BITS = 1e-5
 NAMES = ("v4", "v3.2")
 pytestmark = pytest.mark.usefixtures("heavy")
-
-
-def near(actual, expected):
-    return (actual - expected).abs().max() <= BITS * expected.abs().max()
 
 
 def words(seed, count):
@@ -95,7 +88,7 @@ def test_ten_turns_read_nothing_twice(runtime, fresh, keeps_answers):
             prompt, held = [*prompt[:-1], 7], len(prompt) - 1
     logits, count = counted(runtime, lambda: decode(runtime, [*prompt, 9], []))
     assert count == held
-    assert near(logits, fresh([*prompt, 9]))
+    assert torch.equal(logits, fresh([*prompt, 9]))
     state = runtime.engine.batch.sequences[0].state
     assert len(state.marks) <= MOST_MARKS + 2 and state.used_bytes <= state.nbytes
 
@@ -117,7 +110,7 @@ def test_a_prompt_that_differs_reuses_the_last_mark_before(runtime, fresh):
         logits, count = counted(runtime, lambda ids=other: decode(runtime, ids, []))
         compresses = bool(runtime.engine.batch.sequences[0].state.snapshot_bytes(same))
         assert count == (same // MARK_TOKENS * MARK_TOKENS if compresses else same)
-        assert near(logits, fresh(other))
+        assert torch.equal(logits, fresh(other))
 
 
 # Several sequences
@@ -144,7 +137,7 @@ def test_a_text_begins_with_what_a_running_one_holds(export, fresh):
         assert requests[0].reused == 299
         ids = requests[0].answer.ids
         assert ids[0] == int(fresh(second).argmax())
-        assert near(decode(runtime, [*second, *ids], []), fresh([*second, *ids]))
+        assert torch.equal(decode(runtime, [*second, *ids], []), fresh([*second, *ids]))
 
 
 # Passes that are given up
@@ -164,7 +157,7 @@ def test_rejected_drafts_leave_no_trace(runtime, fresh):
         runtime.engine.call(draft)
         logits = decode(runtime, [*ids, 5, 5, 6], [])
         assert batch.sequences[0].length == length + 3
-        assert near(logits, fresh([*ids, 5, 5, 6]))
+        assert torch.equal(logits, fresh([*ids, 5, 5, 6]))
 
 
 @pytest.mark.parametrize("problem", [UnwantedError, OSError])
@@ -196,7 +189,7 @@ def test_a_pass_that_ends_in_the_middle_leaves_texts_right(runtime, fresh, monke
                     decode(runtime, more, [])
             logits = decode(runtime, more, [])
         assert 2 in calls
-        assert near(logits, fresh(more))
+        assert torch.equal(logits, fresh(more))
 
 
 # On disk
@@ -216,7 +209,7 @@ def test_another_process_reads_nothing_twice(export, fresh, tmp_path, keeps_answ
             runtime.keep_in(tmp_path, notify=said.append)
             ids, count = answer_to(runtime, prompt)
             assert count == held
-            assert near(decode(runtime, [*prompt, 4], []), fresh([*prompt, 4]))
+            assert torch.equal(decode(runtime, [*prompt, 4], []), fresh([*prompt, 4]))
         if keeps_answers:
             prompt, held = [*prompt, *ids], len(prompt) + len(ids) - 1
         else:
@@ -259,7 +252,7 @@ def test_snapshots_of_a_long_pass_are_kept(reopened, fresh):
         logits, count = reopened.restored(length)
         ends = [256, 512, 599] if state.snapshot_bytes(600) else [length - 1]
         assert count == max(end for end in ends if end < length)
-        assert near(logits, fresh(words(8, 600)[:length]))
+        assert torch.equal(logits, fresh(words(8, 600)[:length]))
     assert not reopened.said
 
 
@@ -273,7 +266,7 @@ def test_a_damaged_snapshot_is_dropped_and_one_before_it_serves(reopened, fresh)
     data[-100] ^= 1
     paths[0].write_bytes(data)
     logits, count = reopened.restored(600)
-    assert count == 512 and near(logits, fresh(words(8, 600)))
+    assert count == 512 and torch.equal(logits, fresh(words(8, 600)))
     (line,) = reopened.said
     assert paths[0].name in line and "checksum" in line
     assert reopened.restored(600)[1] == 599  # it was kept again
