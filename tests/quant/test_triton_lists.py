@@ -48,7 +48,7 @@ def stores(held, beyond, W, used_TL):
     unused = torch.ones(held + beyond, dtype=torch.bool, device=DEVICE)
     unused[used_TL[used_TL >= 0].long()] = False
     rows_SW[unused] = torch.nan
-    return rows_SW[:held].contiguous(), rows_SW[held:].contiguous()
+    return rows_SW[:held].clone(), rows_SW[held:].clone()
 
 
 # Tokens' counts, heads, R, P, rows of the second store; the second list has several parts.
