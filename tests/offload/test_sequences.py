@@ -256,6 +256,16 @@ def test_snapshots_of_a_long_pass_are_kept(reopened, fresh):
     assert not reopened.said
 
 
+def test_marks_of_another_text_do_not_come_back(reopened, fresh):
+    """Its sequence takes what is on disk of a text that begins alike."""
+    runtime, ids = reopened.runtime, words(8, 600)
+    decode(runtime, [*ids[:200], *words(11, 400)], [])
+    runtime.keep_in(reopened.folder, notify=reopened.said.append)
+    decode(runtime, ids, [])
+    ids = [*ids[:300], *words(12, 30)]
+    assert torch.equal(decode(runtime, ids, []), fresh(ids))
+
+
 def test_a_damaged_snapshot_is_dropped_and_one_before_it_serves(reopened, fresh):
     paths = [
         path for path in files(reopened.folder, snapshots=True) if "-00000576-23-" in path.name
