@@ -21,8 +21,6 @@ INT8, DENSE = rows.INT8.value, rows.DENSE.value
 # Warps of a program of one token's product.  With two for codes a thread has registers enough for
 # the codes and scales of the step after its own.
 WARPS = {INT8: 4, DENSE: 8, **dict.fromkeys(KINDS.values(), 2)}
-# How ``route`` scores: see ``slotmoe.border.Router``.
-SCORINGS = {"softmax": 0, "sigmoid": rows.SIGMOID.value, "sqrtsoftplus": rows.SOFTPLUS.value}
 # Rows of the router's weight that a program takes: few, since it is small and many may read it.
 _GATE_ROWS = 4
 
@@ -160,20 +158,16 @@ def gate(
 
 def _chooser(
     T: int, E: int, router: Router, bias_E: Tensor | None, device: torch.device
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int, int, float], dict[str, int]]:
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int, int, float], dict[str, int | str]]:
     """What the router's kernels take behind their tensors; first, where the choice will be."""
     groups, kept, top_k, factor, normalized, group_best, scoring = router
     weights_TK = torch.empty(T, top_k, device=device)
     indices_TK = torch.empty(T, top_k, dtype=torch.int64, device=device)
-    kind = {"SCORING": SCORINGS[scoring], "BIASED": bias_E is not None}
-    kind |= {
-        "GROUP_BEST": group_best,
-        "RENORM": normalized,
-        "BLOCK": power(E),
-        "GROUP_BLOCK": power(groups),
-    }
+    kind: dict[str, int | str] = {"SCORING": scoring, "BIASED": bias_E is not None}
+    kind |= {"GROUP_BEST": group_best, "RENORM": normalized, "BLOCK": power(E)}
     sizes = E, top_k, groups, kept, factor
-    return (weights_TK, indices_TK), sizes, kind | {"K_BLOCK": power(top_k)}
+    kind |= {"GROUP_BLOCK": power(groups), "K_BLOCK": power(top_k)}
+    return (weights_TK, indices_TK), sizes, kind
 
 
 def experts(routed: Routed, shared: Shared | None, ending: Ending | None, limit: float) -> None:

@@ -5,14 +5,16 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.config import parse_config
 from slotmoe.model.mtp import MtpHead
-from tests.support import plain
+from tests.support import plain, v4
 from tests.support.engine import IDS
-from tests.support.families import CASES, V3, write_family
+from tests.support.families import CASES, V3, oracle_network, quietly, write_family
 from tests.support.native import reference_cache, reference_network
 from tests.support.oracle import relative_error
 
@@ -87,3 +89,55 @@ def test_a_checkpoint_without_a_head_is_refused_by_name(
     message = str(caught.value)
     assert found in message and "leave --keep-mtp out" in message and "\n" not in message
     Checkpoint.open(tmp_path).close()
+
+
+def v4_head_logits(folder, ids):
+    """Float32 logits [T - 1, vocab] of V4's head, by transformers' decoder layer and its collapse
+    of the streams; the way there is vLLM's and SGLang's."""
+    config = json.loads((folder / "config.json").read_text())
+    weights, streams = load_file(folder / "model.safetensors"), []
+    layer = f"model.layers.{config['num_hidden_layers']}."
+    plainly = {name: tensor for name, tensor in weights.items() if layer not in name}
+    main = oracle_network(folder, plainly)
+    main.model.hc_head.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0]))
+    own = {"num_hidden_layers": 1, "layer_types": [v4.WINDOW], "mlp_layer_types": ["moe"]}
+    (folder / "head").mkdir()
+    (folder / "head" / "config.json").write_text(json.dumps(config | own))
+    inner = {name.removeprefix(layer): tensor for name, tensor in weights.items() if layer in name}
+    eps, width = config["rms_norm_eps"], config["hidden_size"]
+    parts = {name: inner.pop(f"{name}.weight") for name in ("enorm", "hnorm", "e_proj", "h_proj")}
+    shared = {name: weights[name] for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    shared["model.norm.weight"] = inner.pop("shared_head.norm.weight")
+    shared |= {f"model.{name}": inner.pop(name) for name in [*inner] if name.startswith("hc_head")}
+    shared |= {f"model.layers.0.{name}": tensor for name, tensor in inner.items()}
+    with quietly():
+        network = oracle_network(folder / "head", shared)
+        main(torch.tensor([ids]))
+        embedding_TD = F.rms_norm(
+            main.model.embed_tokens.weight[ids[1:]], (width,), parts["enorm"], eps
+        )
+        h_1TQD = F.rms_norm(streams[0][:, :-1], (width,), parts["hnorm"], eps) @ parts["h_proj"].t()
+        h_1TQD = h_1TQD + (embedding_TD @ parts["e_proj"].t())[None, :, None]
+        positions_1T = torch.arange(len(ids) - 1)[None]
+        far_TT = positions_1T.t() - positions_1T
+        seen_TT = (far_TT >= 0) & (far_TT < config["sliding_window"])
+        mask = torch.zeros(seen_TT.shape).masked_fill(~seen_TT, -torch.inf)[None, None]
+        tables = {
+            kind: network.model.rotary_emb(h_1TQD, positions_1T, layer_type=kind)
+            for kind in ("main", "compress")
+        }
+        given = {"position_embeddings": tables, "position_ids": positions_1T}
+        h_1TQD = network.model.layers[0](h_1TQD, attention_mask=mask, **given)
+        return network.lm_head(network.model.norm(network.model.hc_head(h_1TQD)))[0]
+
+
+@pytest.mark.usefixtures("oracle")
+@pytest.mark.parametrize("case", ["v4", "v4-odd", "v4-two-streams"])
+def test_v4s_head_beside_transformers_layer(tmp_path, case):
+    v4.write_v4(tmp_path, case, **MTP, index_n_heads=16)  # so that no choice is a tie
+    network, head, state, own = reference(tmp_path)
+    ids_T = torch.tensor(IDS[:30])
+    hidden_TD = network.forward(ids_T, [state])
+    logits_RV = head.head(head.forward(hidden_TD[:-1].clone(), ids_T[1:], own))
+    assert relative_error(logits_RV, v4_head_logits(tmp_path, IDS[:30])) <= TIGHT
+    assert relative_error(logits_RV, network.head(hidden_TD)[1:]) > 0.1

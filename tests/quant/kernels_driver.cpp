@@ -8,12 +8,17 @@
 #include "api.h"
 
 using slotmoe::Attention;
+using slotmoe::Compressed;
+using slotmoe::Compressor;
+using slotmoe::Hyper;
+using slotmoe::Indexer;
 using slotmoe::latent_bytes;
 using slotmoe::Layer;
 using slotmoe::Matrix;
 using slotmoe::Model;
 using slotmoe::Record;
 using slotmoe::Router;
+using slotmoe::Store;
 using slotmoe::Tokens;
 using namespace slotmoe;  // kinds of matrices
 
@@ -61,7 +66,8 @@ int slotmoe_quantize_int8(const void*, int, int64_t, int64_t, int8_t*, float*);
 int slotmoe_route(const Router*, const float*, const float*, const int64_t*, int64_t, int64_t,
                   float*, int64_t*);
 int slotmoe_decode(const Model*, int64_t, int64_t, const float*, const Tokens*, const int32_t*,
-                   const uint8_t*, int64_t, int64_t, const Record*, const float*, const float*, float*, float*, float*,
+                   const uint8_t*, int64_t, int64_t, const Record*, const float*, const float*,
+                   float*, float*, float*,
                    float*, float*, int64_t*, int64_t*, double*);
 int slotmoe_coded_error(const Matrix*, const void*, int, double*);
 int slotmoe_fit_rows(const void*, int, int64_t, int64_t, const float*, const float*, int64_t,
@@ -253,8 +259,72 @@ static void decode(const Attention& a, int64_t hidden, int64_t experts, const fl
     Floats logits(3 * experts), several(3 * top_k);
     Array<int64_t> chosen(3 * top_k);
     for (const float* bias : {a.gate_bias, static_cast<const float*>(nullptr)})
-        for (const int64_t* given : {static_cast<const int64_t*>(nullptr), static_cast<const int64_t*>(chosen.p)})
-            check(slotmoe_route(&router, logits, bias, given, 3, experts, several, chosen));
+        for (bool given : {false, true})
+            check(slotmoe_route(&router, logits, bias, given ? chosen.p : nullptr, 3, experts,
+                                several, chosen));
+}
+
+// A layer of DeepSeek-V4 for one token, with as much memory as it reads and writes: of compressed
+// rows of so many tokens, which an indexer chooses from where windows overlap.
+static void compressed(int64_t kind, int64_t ratio, bool overlaps, int64_t position) {
+    const int64_t hidden = 40, heads = 3, z = 22, p = 6, width = 10, window = 5, q_rank = 17, m = 2,
+                  top_k = 2, experts = 4, i = 33;
+    const int64_t parts = overlaps ? 2 : 1;
+    Weights query(kind, q_rank, hidden), query_b(kind, heads * z, q_rank), key(kind, z, hidden),
+        out_a(kind, 48, z), out_b(kind, hidden, 48), gate(kF32, experts, hidden),
+        kv(kind, parts * z, hidden), index_kv(kind, parts * width, hidden),
+        index_query(kind, 2 * width, q_rank), index_weights(kind, 2, hidden), in(kInt8, i, hidden),
+        down(kInt8, hidden, i);
+    Floats norm(hidden), low_norm(q_rank), row_norm(z), sinks(heads), bias(parts * ratio * z),
+        fn((2 + m) * m * m * hidden), base((2 + m) * m), scale(3), table(p), levels(16);
+    const Compressor compressor{kv.matrix, kv.matrix, bias, row_norm, ratio, z, overlaps, 0, 0},
+        keys{index_kv.matrix, index_kv.matrix, bias, row_norm, ratio, width, overlaps, 1, 0};
+    const Indexer indexer{2, width, 3, 0, 0.2f, 0, index_query.matrix, index_weights.matrix,
+                          {}, nullptr, nullptr};
+    const Compressed a{heads, z, p, 3, window, 1e-6f, 0.1f, norm, low_norm, row_norm, sinks, norm,
+                       query.matrix, query_b.matrix, key.matrix, out_a.matrix, out_b.matrix,
+                       gate.matrix, nullptr, ratio ? &compressor : nullptr,
+                       overlaps ? &keys : nullptr, overlaps ? &indexer : nullptr};
+    const Hyper hyper{fn, base, scale, m, 20, 1e-6f, 1e-6f};
+    const Mlp mlp{{in.matrix, in.matrix, down.matrix}, 0.5f};
+    Array<int32_t> experts_of(3 * top_k), slots(experts);
+    for (int64_t e = 0; e < 3 * top_k; e++) experts_of[e] = int32_t(e % experts);
+    const Layer layer{nullptr, &a, &hyper, &hyper, &mlp, experts_of};
+    const Model model{1, hidden, experts, m, 3, &layer, {1, 1, top_k, 1, kSqrtSoftplus, 1, 1.5}};
+    const Record record{hidden, i, kNf4, kLut4, levels, levels};
+    const int64_t bytes = slotmoe_record_bytes(&record), apart = (bytes + 63) / 64 * 64;
+    Array<uint8_t> slab(apart);
+    fill_record(slab, record);
+
+    const int64_t seen = position + 1 < window ? position + 1 : window, id = 2;
+    const bool done = ratio && (position + 1) % ratio == 0;
+    const int64_t open = done && parts * ratio <= position + 1 ? parts * ratio : done ? ratio : 1;
+    const int64_t ready = ratio ? (position + 1) / ratio : 0;
+    const int64_t firsts[] = {position + 1 - seen, position + 1 - open};
+    Array<uint8_t> rows(seen * latent_bytes(z, 0)), more(ready * latent_bytes(z, 0)),
+        index_rows(ready * latent_bytes(width, 0));
+    Floats open_rows(open * 2 * parts * z), open_keys(open * 2 * parts * width),
+        latents((seen + ready) * z);
+    check(slotmoe_store_latents(latents, seen, z, 0, rows, latent_bytes(z, 0)));
+    check(slotmoe_store_latents(latents, ready, z, 0, more, latent_bytes(z, 0)));
+    check(slotmoe_store_latents(latents, ready, width, 0, index_rows, latent_bytes(width, 0)));
+    uint8_t* starts[] = {rows, more, reinterpret_cast<uint8_t*>(open_rows.p), index_rows,
+                         reinterpret_cast<uint8_t*>(open_keys.p)};
+    const Store others{&starts[1], nullptr, 0, latent_bytes(z, 0)},
+        opened{&starts[2], &firsts[1], 0, 8 * parts * z},
+        indexed{&starts[3], nullptr, 0, latent_bytes(width, 0)},
+        opened_keys{&starts[4], &firsts[1], 0, 8 * parts * width};
+    const Tokens tokens{&position, table, nullptr, {&starts[0], firsts, 0, latent_bytes(z, 0)}, {},
+                        nullptr, &id, table,
+                        {{others, opened, table}, {indexed, opened_keys, table}, {}}};
+    Floats h(m * hidden), post(m), comb(m * m), y(m * hidden), x(2 * hidden), weights(top_k);
+    Array<int64_t> indices(top_k);
+    double seconds[4] = {};
+    for (int64_t e = 0; e < experts; e++) slots[e] = 0;
+    int64_t reached = -1;
+    check(slotmoe_decode(&model, 0, 1, h, &tokens, slots, slab, 1, apart, &record, nullptr, nullptr,
+                         post, comb, y, x, weights, indices, &reached, seconds));
+    if (reached != 1) check(int(10 + reached));
 }
 
 // A layer's attention of one token, all matrices of one kind, at the cache's first row and at its
@@ -380,13 +450,14 @@ static void lists(int64_t heads, int64_t rows, int64_t length, int64_t r, int64_
     if (length) list[length / 2] = -1;
     for (int64_t i = 0; i < t; i++) counts[i] = int32_t(rows * i / (t - 1));
     for (int64_t tokens : {int64_t(1), t}) {
-        check(slotmoe_attend(q, tokens, heads, a, split, size, b, rows - split, size, list, length, r,
-                             p, 0.1f, tokens > 1 ? sinks.p : nullptr, out));
-        check(slotmoe_index(q, sinks, 1, heads, r, keys, rows, latent_bytes(r, 0), counts + t - 1, 40,
-                            chosen));
+        check(slotmoe_attend(q, tokens, heads, a, split, size, b, rows - split, size, list, length,
+                             r, p, 0.1f, tokens > 1 ? sinks.p : nullptr, out));
+        check(slotmoe_index(q, sinks, 1, heads, r, keys, rows, latent_bytes(r, 0), counts + t - 1,
+                            40, chosen));
     }
     const Floats weights(t * heads);
-    check(slotmoe_index(q, weights, t, heads, r, keys, rows, latent_bytes(r, 0), counts, 40, chosen));
+    check(slotmoe_index(q, weights, t, heads, r, keys, rows, latent_bytes(r, 0), counts, 40,
+                        chosen));
 }
 
 static void streams(int64_t t, int64_t m, int64_t d, int64_t window) {
@@ -439,6 +510,11 @@ static void few() {
     attention(20, 130, 70, 10, 0, 1e38f);
     lists(17, 200, 150, 70, 10);
     streams(2, 4, 70, 8);
+    for (int64_t position : {0, 3, 31, 42}) {
+        compressed(kInt8, 4, true, position);
+        compressed(kNf4, 8, false, position);
+        compressed(kBf16, 0, false, position);
+    }
 }
 
 // The few's bytes, whatever ran before.
@@ -484,6 +560,11 @@ static void all() {
         for (int64_t length : {0, 1, 64, 200}) lists(heads, 150, length, 70, 6);
     for (int64_t m : {1, 4})
         for (int64_t d : {1, 16, 70, 300}) streams(2, m, d, d % 9 + 1);
+    for (int64_t kind : {kInt8, kLut3, kF16})
+        for (int64_t position : {0, 2, 3, 4, 7, 11, 30, 31, 127}) {
+            compressed(kind, 4, true, position);
+            compressed(kind, position % 2 ? 8 : 0, false, position);
+        }
     attention(2, 2500, 70, 10, 5);
     attention(17, 20, 2000, 100, 0);  // longer than 32-bit sums of the largest integers take
     for (float size : {0.0f, 1e-40f, 1e38f, 1.0f / 0.0f}) attention(20, 130, 70, 10, 0, size);
@@ -523,6 +604,7 @@ int main(int argc, char** argv) {
             layer(kInt8, 65, 4, 7, 6, 70, 5, 17, 40);
             lists(5, 150, 200, 70, 6);
             streams(3, 4, 300, 8);
+            compressed(kInt8, 4, true, 31);
         } else {
             for (int threads = 1; threads <= 3; threads++) {
                 slotmoe_set_threads(threads);

@@ -65,6 +65,13 @@ def test_few_calls_are_bitwise_op_by_op(name, resident):
         own, end = state_of(network), sum(sizes)
         assert torch.equal(feed(network, own, ids, sizes), expected[:end])
         assert end < count or same_rows(own, state)
+    if count > 256:  # what a text of single tokens can be cut to
+        own = state_of(network)
+        feed(network, own, ids, [1] * count)
+        assert not own.window.has(257)
+        own.cut(own.reach(257))
+        assert own.length == 256
+        assert torch.equal(feed(network, own, ids[256:], [1] * (count - 256)), expected[256:])
     pair = [state_of(network), state_of(network)]
     network.forward(torch.tensor(ids[:11]), pair[:1])
     both = torch.tensor(ids[11:15] + ids[:4])

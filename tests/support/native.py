@@ -3,9 +3,9 @@
 import torch
 
 from slotmoe.model.config import parse_config
-from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import role_of
 from slotmoe.model.network import Network
+from slotmoe.model.state import new_state
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.experts.resident import resident_experts
 from slotmoe.quant import int8
@@ -63,11 +63,11 @@ def reference_cache(config, context, dtype=torch.float32):
     def unwritten(shape, dtype):
         return torch.full(shape, torch.nan, dtype=dtype)
 
-    return LatentCache(config, context, lambda R, P: (R + P, dtype), unwritten)
+    return new_state(config, context, lambda R, P: (R + P, dtype), unwritten)
 
 
 def native_cache(network, context=40):
-    return LatentCache(network.config, context, network.backend.latent_row, new)
+    return new_state(network.config, context, network.backend.latent_row, new)
 
 
 def feed(network, cache, ids, sizes):

@@ -21,7 +21,8 @@ inline int64_t first_level_bytes() {
 }
 
 // What a query over `context` rows needs; the split into spans follows from the context alone.
-inline Mla mla_for(const uint8_t* cache, int64_t heads, int64_t context, int64_t stride, int64_t r, int64_t p, float scale) {
+inline Mla mla_for(const uint8_t* cache, int64_t heads, int64_t context, int64_t stride, int64_t r, int64_t p,
+                   float scale) {
     Mla m{};
     m.cache = cache, m.heads = heads, m.context = context, m.stride = stride, m.r = r, m.p = p, m.scale = scale;
     m.split = INT64_MAX;

@@ -198,7 +198,8 @@ class CompressedLayer(Bound):
         window, parts = geometry.compressed
         names = "q_a_proj q_b_proj kv_proj o_a_proj o_b_proj".split()
         bound = [Matrix.of(getattr(weights, name)) for name in names]
-        gate = Matrix.of(as_matrix(layer.gate))
+        assert layer.gate is not None
+        gate = Matrix.of(layer.gate)
         (queries, hidden), (low, _) = bound[0].shape, bound[3].shape
         shapes = (queries, hidden), (heads * z, queries), (z, hidden), (low, heads * z // parts)
         fitting = zip(
@@ -230,11 +231,6 @@ class CompressedLayer(Bound):
         self.row_bytes, self.window = latent_bytes(z, 0), window
         sizes = {"H": hidden, "C": p // 2, "E": experts}
         super().__init__(native, sizes, layer, bound, gate, compressor, keys, indexer)
-
-
-def as_matrix(weight: Tensor | None) -> Tensor:
-    assert weight is not None
-    return weight
 
 
 def _compressor(

@@ -33,29 +33,28 @@ class _Tokens(ctypes.Structure):
     ]
 
 
-class Rows:
-    """Each token's sequence's rows of some layers, uint8 [layers, capacity, width], alike in all,
-    one of which may stand for several tokens; the first of them are those of the positions
-    `first`, or 0."""
-
-    def __init__(self, tensors: Sequence[Tensor], first: Sequence[int] | None = None):
-        self.tensors, self.first = tensors, first
-
-    def bound(self, positions: Sequence[int], layers: int, width: int) -> tuple[_Store, object]:
-        """For native calls, and what they point to.  Raises `ValueError` unless there is a row for
-        each position."""
-        layer_bytes, row_bytes, capacity = layer_rows(self.tensors, layers, width)
-        if len(positions) != len(self.tensors):
-            count = f"{len(positions)} positions"
-            raise ValueError(f"{count}, expected one for each of {len(self.tensors)} caches")
-        first = self.first or [0] * len(positions)
-        for position, begin in zip(positions, first, strict=True):
-            if not begin <= position < begin + capacity:
-                rows = f"one of the cache's {capacity} rows"
-                raise ValueError(f"position is {position}, expected {rows} from {begin} on")
-        start, firsts = addresses(self.tensors), int64s(first)
-        places = (ctypes.addressof(values) for values in (start, firsts))
-        return _Store(*places, layer_bytes, row_bytes), (start, firsts)
+def _store(
+    tensors: Sequence[Tensor],
+    positions: Sequence[int],
+    layers: int,
+    width: int,
+    first: Sequence[int] | None = None,
+) -> tuple[_Store, object]:
+    """Each token's sequence's rows, and what native calls find them by: uint8 [layers, capacity,
+    width], alike in all, one of which may stand for several tokens; the first of them are those of
+    the positions `first`, or 0.  Raises `ValueError` unless there is a row for each position."""
+    layer_bytes, row_bytes, capacity = layer_rows(tensors, layers, width)
+    if len(positions) != len(tensors):
+        count = f"{len(positions)} positions"
+        raise ValueError(f"{count}, expected one for each of {len(tensors)} caches")
+    first = first or [0] * len(positions)
+    for position, begin in zip(positions, first, strict=True):
+        if not begin <= position < begin + capacity:
+            rows = f"one of the cache's {capacity} rows"
+            raise ValueError(f"position is {position}, expected {rows} from {begin} on")
+    start, firsts = addresses(tensors), int64s(first)
+    places = (ctypes.addressof(values) for values in (start, firsts))
+    return _Store(*places, layer_bytes, row_bytes), (start, firsts)
 
 
 class GroupRows(NamedTuple):
@@ -77,9 +76,9 @@ class GroupRows(NamedTuple):
             if max(0, at + 1 - count) < first:
                 raise ValueError(f"open rows begin at {first}, but position {at} needs {count}")
         last = [max(0, (at + 1) // ratio - 1) for at in positions]
-        rows, memory = Rows(self.rows).bound(last, shape.layers, latent_bytes(shape.width, 0))
+        rows, memory = _store(self.rows, last, shape.layers, latent_bytes(shape.width, 0))
         flat = [part.flatten(2).view(torch.uint8) for part in self.open]
-        opened, more = Rows(flat, self.first).bound(positions, shape.layers, 8 * columns)
+        opened, more = _store(flat, positions, shape.layers, 8 * columns, self.first)
         table = tensor_spec("table:c64[T,C]").check(self.table, {"T": len(positions)})
         return _Group(rows, opened, table), (memory, more, self)
 
@@ -128,11 +127,10 @@ def tokens_of(
     native.table = address("table", table, torch.complex64, t, pairs)
     native.query_scale = address("query_scale", query_scale, torch.float32, t)
     begins = None if compressed is None else compressed.first
-    native.rows, memory = Rows(caches, begins).bound(positions, layers, decoder.row_bytes)
+    native.rows, memory = _store(caches, positions, layers, decoder.row_bytes, begins)
     more, mixed = list[object](), tuple[int | None, int | None]((None, None))
     if decoder.indexers:
-        of_indexers = decoder.indexers, decoder.key_bytes
-        native.keys, held = Rows(of.keys).bound(positions, *of_indexers)
+        native.keys, held = _store(of.keys, positions, decoder.indexers, decoder.key_bytes)
         native.lists = address("lists", of.lists, torch.int32, t, decoder.topk)
         more.append(held)
     if compressed is not None:
@@ -140,8 +138,8 @@ def tokens_of(
             if max(0, at + 1 - decoder.window) < begin:
                 raise ValueError(f"the window begins at {begin}, expected {decoder.window} rows")
         native.ids = address("ids", compressed.ids, torch.int64, t)
-        rotation = address("table", compressed.table, torch.complex64, t, pairs)
-        native.compressed_table = rotation
+        table = compressed.table
+        native.compressed_table = address("table", table, torch.complex64, t, pairs)
         for at, (group, shape) in enumerate(zip(compressed.groups, decoder.groups, strict=True)):
             native.groups[at], held = group.bound(positions, shape)
             more.append(held)

@@ -23,7 +23,6 @@ INT4 = tl.constexpr(4)
 MXFP4 = tl.constexpr(5)
 DENSE = tl.constexpr(6)  # row-major float32 or bfloat16
 NONE = tl.constexpr(-1)  # no weights
-SIGMOID, SOFTPLUS = tl.constexpr(1), tl.constexpr(2)  # scores of a router that are no softmax
 BLOCKS = tl.constexpr(8)  # blocks of 64 columns that a program takes at a time of codes
 
 
@@ -372,12 +371,12 @@ def route(
     t, e = tl.program_id(1), tl.arange(0, BLOCK)
     # Past the first-level cache: other programs of the same launch may have written them.
     logits = tl.load(logits_ptr + t * E + e, mask=e < E, other=float("-inf"), cache_modifier=".cg")
-    if SCORING == SOFTPLUS:
+    if SCORING == "sqrtsoftplus":
         part = tl.exp(-tl.abs(logits))
         whole = 1.0 + part  # whose logarithm lacks what this sum has rounded off
         log = tl.log(whole) + (part - (whole - 1.0)) / whole
         scores = tl.sqrt(tl.maximum(logits, 0.0) + log)
-    elif SCORING == SIGMOID:
+    elif SCORING == "sigmoid":
         scores = 1.0 / (1.0 + tl.exp(-logits))
     else:
         scores = tl.exp(logits - tl.max(logits, 0))
