@@ -29,11 +29,12 @@ from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.layers import Decoder
 from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, Function, tensor_spec
 from slotmoe.quant.kernels.cpu.tokens import NO_ROWS, DecodeRows, address, layer_rows, tokens_of
-from slotmoe.quant.kernels.cpu.weights import ExpertRecord, Matrix, NativeRouter
+from slotmoe.quant.kernels.cpu.weights import ROUTER, ExpertRecord, Matrix, Structure, router_values
 from slotmoe.quant.shapes import latent_bytes
 
 ABI = 14
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
+_ROUTER = Structure(ROUTER)
 _PARTS = ("attention", "route", "experts_by_slot", "mlp")  # whose seconds `decode` measures
 
 
@@ -212,7 +213,7 @@ class Kernels:
         """logits float32 [T, E] -> weights and int64 indices [T, top_k], best first; of equals the
         lower index.  `bias`, float32 [E], takes part in the choice alone.  With `chosen` these are
         the indices."""
-        native = ctypes.byref(NativeRouter(router, logits.shape[-1]))
+        native = _ROUTER.bind({}, *router_values(router, logits.shape[-1]))
         route = self._functions["route"]
         weights, indices = route.results(native, logits, bias, chosen, K=router.top_k)
         return weights, indices
@@ -256,7 +257,7 @@ class Kernels:
         inputs = (
             address("h", h, f32, t, wide),
             tokens.address,
-            address("slots", slots, torch.int32, sizes["M"], sizes["E"]),
+            address("slots", slots, torch.int32, sum(decoder.routed), sizes["E"]),
             record.slab(slab).address,
             *slab.shape,
             record.address,
