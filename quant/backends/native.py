@@ -35,7 +35,7 @@ from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.bindings import Kernels
 from slotmoe.quant.kernels.cpu.layers import Decoder
-from slotmoe.quant.kernels.cpu.tokens import CompressedRows, DecodeRows, GroupRows
+from slotmoe.quant.kernels.cpu.tokens import DecodeRows, GroupRows
 from slotmoe.quant.kernels.cpu.weights import ExpertRecord, Matrix, Mlp
 from slotmoe.quant.shapes import latent_bytes
 from slotmoe.quant.weights import Weight
@@ -119,9 +119,8 @@ class NativeDecoder:
                 GroupRows(rows, *tails, torch.polar(torch.ones_like(angles_TC), angles_TC))
             )
         first = [cache.window.first for cache in caches]
-        rest = step.compressed_rope_TC, first, groups, *step.mixed
-        compressed = CompressedRows(step.ids_T, *rest)
-        return [cache.window.rows for cache in caches], DecodeRows(compressed=compressed)
+        rest = first, step.ids_T, step.compressed_rope_TC, groups, *step.mixed
+        return [cache.window.rows for cache in caches], DecodeRows((), None, *rest)
 
 
 class NativeBackend(TorchBackend):

@@ -250,20 +250,20 @@ class Kernels:
         if (x is None) != (experts is None):
             raise ValueError("x and experts must come together")
         asked = decoder.routers_from(first, x is not None)
-        t, layers, sizes = len(caches), len(decoder.routed), decoder.sizes
-        hidden, top_k, f32 = sizes["H"], sizes["K"], torch.float32
-        tokens, mixed = tokens_of(decoder, table, caches, positions, query_scale, rows)
-        wide = decoder.streams * hidden
+        t, sizes, f32 = len(caches), decoder.sizes, torch.float32
+        hidden, top_k, streams, wide = (sizes[letter] for letter in "HKQX")
+        tokens = tokens_of(decoder, table, caches, positions, query_scale, rows)
         inputs = (
             address("h", h, f32, t, wide),
             tokens.address,
-            address("slots", slots, torch.int32, sum(decoder.routed), sizes["E"]),
+            address("slots", slots, torch.int32, sizes["M"], sizes["E"]),
             record.slab(slab).address,
             *slab.shape,
             record.address,
             address("x", x, f32, t, hidden),
             address("experts", experts, f32, t, hidden),
-            *mixed,
+            address("post", rows.post, f32, t, streams),
+            address("comb", rows.comb, f32, t, streams, streams),
         )
         y, norms = torch.empty(t, wide), torch.empty(asked + 1, t, hidden)
         weights, indices = torch.empty(t, top_k), torch.empty(asked, t, top_k, dtype=torch.int64)
@@ -272,7 +272,7 @@ class Kernels:
         outputs = *results, ctypes.byref(reached), seconds
         self._functions["decode"].run(decoder.address, first, t, *inputs, *outputs)
         layer = reached.value
-        if layer < layers:
+        if layer < len(decoder.routed):
             indices = indices[: asked - sum(decoder.routed[layer + 1 :])]
         spent = seconds[:]
         for part, duration in zip(_PARTS, spent, strict=True):

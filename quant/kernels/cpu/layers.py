@@ -6,7 +6,6 @@ bindings`; of attention: A heads, R the latent's columns or a head's, Q the quer
 queries, M all rows of `kv_b`, Y all values.
 """
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -203,10 +202,12 @@ class Decoder(Bound):
         self.row_bytes = latent_bytes(geometry.R, rotated)
         self.key_bytes = latent_bytes(geometry.indexer.A, 0) if geometry.indexer else 0
         natives = (_LAYER.type * len(layers))(*(part.native for part in bound))
-        counts = len(layers), sizes["H"], sizes.get("E", 0), self.streams, sizes.get("V", 0)
-        router = router_values(geometry.router, sizes.get("E", 0))
-        native = _MODEL.type(*counts, ctypes.addressof(natives), *router)
-        super().__init__(native, sizes, bound, natives)
+        hidden, experts = sizes["H"], sizes.get("E", 0)
+        counts = len(layers), hidden, experts, self.streams, sizes.get("V", 0)
+        model = _MODEL.bind({}, *counts, natives, *router_values(geometry.router, experts))
+        sizes = {letter: sizes[letter] for letter in ("H", "C", "E", "K")}
+        sizes |= {"M": sum(self.routed), "Q": self.streams, "X": self.streams * hidden}
+        super().__init__(model.native, sizes, model, bound)
 
     def routers_from(self, first: int, resumed: bool) -> int:
         """How many routers are left from layer `first` on, without its own if the call is

@@ -109,21 +109,24 @@ class Structure:
     def __init__(self, text: str) -> None:
         self._specs = list[TensorSpec | None]()  # None: a value, or bound
         fields = list[tuple[str, type]]()
-        for name, _, kind in (word.partition(":") for word in text.split()):
-            spec = TensorSpec(f"{name}:{kind}") if "[" in kind else None
+        for index, word in enumerate(text.split()):
+            kind = word.partition(":")[2]
+            spec = TensorSpec(word) if "[" in word else None
             pointed = NativeMatrix if spec and spec.is_matrix else ctypes.c_void_p
-            fields.append((name.strip("?"), pointed if spec else C_TYPES.get(kind, ctypes.c_int64)))
+            # Names of several fields may be the same.
+            fields.append((str(index), pointed if spec else C_TYPES.get(kind, ctypes.c_int64)))
             self._specs.append(spec)
-        self.type: type[ctypes.Structure] = type(
-            "Native", (ctypes.Structure,), {"_fields_": fields}
-        )
+        bases: tuple[type, ...] = (ctypes.Structure,)
+        self.type: type[ctypes.Structure] = type("Native", bases, {"_fields_": fields})
 
     def bind(self, sizes: dict[str, int], *values: object) -> Bound:
         """The structure with these values, its own in order; `sizes` gets the letters that it
         lacks.  Raises `ValueError`."""
         parts, matrices = list[object](), list[Matrix]()
         for spec, value in zip(self._specs, values, strict=True):
-            if spec is None:
+            if isinstance(value, ctypes.Array):
+                parts.append(ctypes.addressof(value))
+            elif spec is None:
                 parts.append(value.address if isinstance(value, Bound) else value)
             elif not spec.is_matrix:
                 parts.append(spec.check(value, sizes))
