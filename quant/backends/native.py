@@ -16,6 +16,7 @@ from torch import Tensor
 from slotmoe.border import (
     Cache,
     Compressed,
+    CompressedGroup,
     CompressedState,
     Experts,
     Geometry,
@@ -35,7 +36,7 @@ from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.bindings import Kernels
 from slotmoe.quant.kernels.cpu.layers import Decoder
-from slotmoe.quant.kernels.cpu.tokens import DecodeRows, GroupRows
+from slotmoe.quant.kernels.cpu.tokens import DecodeRows
 from slotmoe.quant.kernels.cpu.weights import ExpertRecord, Matrix, Mlp
 from slotmoe.quant.shapes import latent_bytes
 from slotmoe.quant.weights import Weight
@@ -108,16 +109,12 @@ class NativeDecoder:
         if step.mixed is None:
             step.mixed = Mixed(torch.empty(T, Q), torch.empty(T, Q, Q))
         assert step.compressed_C is not None and step.compressed_rope_TC is not None
-        groups, positions_T = list[GroupRows](), torch.tensor(positions)
+        groups, positions_T = list[tuple[list[CompressedGroup], Tensor]](), torch.tensor(positions)
         for ratio, index in ((shape.ratio, shape.index) for shape in self.decoder.groups):
             angles_TC = (positions_T // ratio * ratio)[:, None].float() * step.compressed_C
             parts = [cache.index if index else cache.groups[ratio] for cache in caches]
             held = [part for part in parts if part is not None]
-            rows, opened = [part.rows for part in held], [part.open for part in held]
-            tails = [tail.rows for tail in opened], [tail.first for tail in opened]
-            groups.append(
-                GroupRows(rows, *tails, torch.polar(torch.ones_like(angles_TC), angles_TC))
-            )
+            groups.append((held, torch.polar(torch.ones_like(angles_TC), angles_TC)))
         first = [cache.window.first for cache in caches]
         rest = first, step.ids_T, step.compressed_rope_TC, groups, *step.mixed
         return [cache.window.rows for cache in caches], DecodeRows((), None, *rest)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slotmoe.border import CompressedGroup
 from slotmoe.quant.kernels.cpu.layers import Decoder, GroupShape
 from slotmoe.quant.kernels.cpu.signatures import Bound
 from slotmoe.quant.kernels.cpu.weights import Structure
@@ -43,28 +44,24 @@ def _store(
     return addresses(tensors), int64s(first), layer_bytes, row_bytes
 
 
-class GroupRows(NamedTuple):
-    """Of each token's sequence, compressed `rows` of some layers, uint8 [layers, capacity, width],
-    and what its compressor gave of the last tokens, float32 [layers, tokens, 2, columns], the first
-    of which stand at the positions `first`.  `table`, complex64 [T, C], rotates the row that a
-    token completes."""
-
-    rows: Sequence[Tensor]
-    open: Sequence[Tensor]
-    first: Sequence[int]
-    table: Tensor
-
-    def values(self, positions: Sequence[int], shape: GroupShape) -> tuple[object, ...]:
-        """For native calls.  Raises `ValueError`."""
-        ratio, columns = shape.ratio, shape.width * (1 + shape.overlaps)
-        needed = [ratio * (1 + shape.overlaps) if (at + 1) % ratio == 0 else 1 for at in positions]
-        for at, count, first in zip(positions, needed, self.first, strict=True):
-            if max(0, at + 1 - count) < first:
-                raise ValueError(f"open rows begin at {first}, but position {at} needs {count}")
-        last = [max(0, (at + 1) // ratio - 1) for at in positions]
-        rows = _store(self.rows, last, shape.layers, latent_bytes(shape.width, 0))
-        flat = [part.flatten(2).view(torch.uint8) for part in self.open]
-        return *rows, *_store(flat, positions, shape.layers, 8 * columns, self.first), self.table
+def _group(
+    groups: Sequence[CompressedGroup], table: Tensor, positions: Sequence[int], shape: GroupShape
+) -> tuple[object, ...]:
+    """Compressed rows of each token's sequence and its open tokens', float32 [layers, tokens, 2,
+    columns], as native calls find them; `table`, complex64 [T, C], rotates the row that a token
+    completes.  Raises `ValueError`."""
+    tails, ratio, windows = [group.open for group in groups], shape.ratio, 1 + shape.overlaps
+    begins = [tail.first for tail in tails]
+    needed = [ratio * windows if (at + 1) % ratio == 0 else 1 for at in positions]
+    for at, count, first in zip(positions, needed, begins, strict=True):
+        if max(0, at + 1 - count) < first:
+            raise ValueError(f"open rows begin at {first}, but position {at} needs {count}")
+    last = [max(0, (at + 1) // ratio - 1) for at in positions]
+    held = [group.rows for group in groups]
+    rows = _store(held, last, shape.layers, latent_bytes(shape.width, 0))
+    open_bytes = 8 * shape.width * windows
+    flat = [tail.rows.flatten(2).view(torch.uint8) for tail in tails]
+    return *rows, *_store(flat, positions, shape.layers, open_bytes, begins), table
 
 
 class DecodeRows(NamedTuple):
@@ -75,15 +72,16 @@ class DecodeRows(NamedTuple):
 
     Of DeepSeek-V4 the caches are rows of the window, the first of which stand at the positions
     `first`, and there are the tokens' `ids`, int64 [T], the `table` of layers with a compressor,
-    rows of each of the decoder's `groups`, and how a layer that waits for its experts mixes them
-    in, `post` [T, streams] and `comb` [T, streams, streams], which are overwritten."""
+    each token's rows of each of the decoder's `groups`, with the table, complex64 [T, C], that
+    rotates the row that it completes, and how a layer that waits for its experts mixes them in,
+    `post` [T, streams] and `comb` [T, streams, streams], which are overwritten."""
 
     keys: Sequence[Tensor] = ()
     lists: Tensor | None = None
     first: Sequence[int] = ()
     ids: Tensor | None = None
     table: Tensor | None = None
-    groups: Sequence[GroupRows] = ()
+    groups: Sequence[tuple[Sequence[CompressedGroup], Tensor]] = ()
     post: Tensor | None = None
     comb: Tensor | None = None
 
@@ -109,7 +107,7 @@ def tokens_of(
         keys = _store(of.keys, positions, decoder.indexers, decoder.key_bytes)
         lists = of.lists
     shapes = zip(of.groups, decoder.groups, strict=True)
-    held = [value for group, shape in shapes for value in group.values(positions, shape)]
+    held = [value for group, shape in shapes for value in _group(*group, positions, shape)]
     sizes = {"T": len(caches), "C": decoder.sizes["C"], "L": decoder.topk}
     tokens = int64s(positions), table, query_scale, *rows, *keys, lists, of.ids, of.table, *held
     return _STRUCTURES[len(of.groups)].bind(sizes, *tokens)
