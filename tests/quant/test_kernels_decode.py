@@ -113,7 +113,6 @@ def test_decode_refuses(kernels):
     kernels.decode(**good)
     kernels.decode(**good | {"x": None, "experts": None})
     bad = {
-        "first": [3, -1, 1],
         "h": [h[:, 1:], h[:1], h.double(), h.to("meta"), h.t().contiguous().t()],
         "table": [table[:, 1:], table[:1], table.real],
         "caches": [[], [a], *([a, other] for other in (b.float(), b[1:], b[:, :80]))],
@@ -121,8 +120,8 @@ def test_decode_refuses(kernels):
         "slab": [slab[:, :64].contiguous(), slab.float()],
         "slots": [slots[1:], slots.long(), slots + 18],
         "record": [expert_record(65, 32)],
-        "x": [None, h[:1], h.double()],
-        "experts": [None, h[:, 1:].contiguous(), h.to("meta")],
+        "x": [h[:1], h.double()],
+        "experts": [h[:, 1:].contiguous(), h.to("meta")],
         "query_scale": [torch.ones(3), torch.ones(2, 1), torch.ones(2).double()],
     }
     for name, values in bad.items():

@@ -247,8 +247,7 @@ class Kernels:
         Bitwise what `attention`, `route`, `experts_by_slot`, `weighted_sum` and `mlp` give layer by
         layer, and what each token gives alone.
         """
-        if (x is None) != (experts is None):
-            raise ValueError("x and experts must come together")
+        assert (x is None) == (experts is None)
         asked = decoder.routers_from(first, x is not None)
         t, sizes, f32 = len(caches), decoder.sizes, torch.float32
         hidden, top_k, streams, wide = (sizes[letter] for letter in "HKQX")
@@ -282,13 +281,13 @@ class Kernels:
     def absorb_query(self, q: Tensor, kv_b: Int8Weight) -> Tensor:
         """q float32 [T, A, n], kv_b [A * per_head, R] -> float32 [T, A, R]: each head's query times
         its first n rows of kv_b."""
-        per_head = rows_per_head(q, kv_b.q, q.shape[-1])
+        per_head = rows_per_head(q, kv_b.q)
         return self._functions["absorb_query"](q, kv_b.q, kv_b.scale, per_head)
 
     def absorb_value(self, latent: Tensor, kv_b: Int8Weight, n: int) -> Tensor:
         """latent float32 [T, A, R] -> float32 [T, A, per_head - n]: each head's latent through its
         rows of kv_b, as in `absorb_query`, past the first n."""
-        per_head = rows_per_head(latent, kv_b.q, n)
+        per_head = rows_per_head(latent, kv_b.q)
         values, sizes = (latent, kv_b.q, kv_b.scale, per_head), {"N": n, "V": per_head - n}
         return self._functions["absorb_value"](*values, **sizes)
 
@@ -315,22 +314,13 @@ def load() -> Kernels | None:
     return None
 
 
-# Checks of arguments that the table cannot describe.
-
-
 def row_stride(cache: Tensor, width: int) -> int:
     """Bytes from one row to the next of a latent cache, uint8 [capacity, width]."""
-    if cache.dim() != 2:
-        raise ValueError(f"cache has {cache.dim()} dimensions, expected [capacity, {width}]")
     return layer_rows([cache[None]], 1, width)[1]
 
 
-def rows_per_head(x: Tensor, kv_b: Tensor, n: int) -> int:
-    """Rows of `kv_b` for each head of x [T, A, ...], of which `n` are the query's."""
-    heads, rows = x.shape[1] if x.dim() == 3 else 0, len(kv_b)
-    if heads < 1 or rows % heads or not 0 <= n <= rows // heads:
-        raise ValueError(
-            f"{rows} rows of kv_b, {n} of each head's for the query, don't fit [T, A,"
-            f" ...] of {tuple(x.shape)}"
-        )
-    return rows // heads
+def rows_per_head(x: Tensor, kv_b: Tensor) -> int:
+    """Rows of `kv_b` for each head of x [T, A, ...]."""
+    count, rest = divmod(len(kv_b), x.shape[1])
+    assert not rest
+    return count

@@ -32,10 +32,10 @@ def _store(
     """Each token's sequence's rows, as native calls find them: uint8 [layers, capacity, width],
     alike in all, one of which may stand for several tokens; the first of them are those of the
     positions `first`, or 0.  Raises `ValueError` unless there is a row for each position."""
-    layer_bytes, row_bytes, capacity = layer_rows(tensors, layers, width)
     if len(positions) != len(tensors):
         count = f"{len(positions)} positions"
         raise ValueError(f"{count}, expected one for each of {len(tensors)} caches")
+    layer_bytes, row_bytes, capacity = layer_rows(tensors, layers, width)
     first = first or [0] * len(positions)
     for position, begin in zip(positions, first, strict=True):
         if not begin <= position < begin + capacity:
@@ -128,15 +128,13 @@ def address(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -
 def layer_rows(caches: Sequence[Tensor], layers: int, width: int) -> tuple[int, int, int]:
     """Of caches that are alike, uint8 [layers, capacity, width]: the bytes from one layer to the
     next and from one row to the next, and the capacity."""
-    if not caches:
-        raise ValueError("there are no caches, expected one for each token")
     shape, strides = caches[0].shape, caches[0].stride()
     for rows in caches:
-        if rows.dtype != torch.uint8 or not rows.is_cpu or rows.dim() != 3:
+        if rows.dtype != torch.uint8 or not rows.is_cpu:
             raise ValueError(f"cache is {rows.dtype} on {rows.device}, expected uint8 on the CPU")
         if rows.shape != shape or rows.stride() != strides:
             raise ValueError(f"caches {tuple(shape)} and {tuple(rows.shape)} must be alike")
-    if shape[0] != layers or shape[2] != width:
+    if len(shape) != 3 or shape[0] != layers or shape[2] != width:
         raise ValueError(f"cache is {tuple(shape)}, expected [{layers}, capacity, {width}]")
     apart = strides[1] if shape[1] > 1 else width
     if strides[2] != 1 or apart < width:
