@@ -64,53 +64,52 @@ def _group(
     return *rows, *_store(flat, positions, shape.layers, open_bytes, begins), table
 
 
-class DecodeRows(NamedTuple):
-    """What sequences keep beside `caches`.  With indexers, `keys` are their rows, uint8 [indexers,
-    capacity, latent_bytes(A, 0)], of each token's sequence, and `lists`, int32 [T, topk], what the
-    last one before the first layer has chosen for tokens behind more than topk; they are
-    overwritten.
+class Tokens(NamedTuple):
+    """T tokens of one or several sequences, and what these keep.
+
+    A token's pairs are rotated by `table`, complex64 [T, C], and its queries multiplied by
+    `query_scale`, float32 [T].  Its latent row is written at its position of its sequence's cache,
+    uint8 [layers, capacity, latent_bytes(R, P)], alike in all; one may stand for several tokens, a
+    position after the other.  With indexers, `keys` are their rows, uint8 [indexers, capacity,
+    latent_bytes(A, 0)], of each token's sequence, and `lists`, int32 [T, topk], what the last one
+    before the first layer has chosen for tokens behind more than topk; they are overwritten.
 
     Of DeepSeek-V4 the caches are rows of the window, the first of which stand at the positions
-    `first`, and there are the tokens' `ids`, int64 [T], the `table` of layers with a compressor,
-    each token's rows of each of the decoder's `groups`, with the table, complex64 [T, C], that
-    rotates the row that it completes, and how a layer that waits for its experts mixes them in,
-    `post` [T, streams] and `comb` [T, streams, streams], which are overwritten."""
+    `first`, and there are the tokens' `ids`, int64 [T], the table of layers with a compressor, each
+    token's rows of each of the decoder's `groups`, with the table that rotates the row that it
+    completes, and how a layer that waits for its experts mixes them in, `post` [T, streams] and
+    `comb` [T, streams, streams], which are overwritten."""
 
+    table: Tensor
+    caches: Sequence[Tensor]
+    positions: Sequence[int]
+    query_scale: Tensor | None = None
     keys: Sequence[Tensor] = ()
     lists: Tensor | None = None
     first: Sequence[int] = ()
     ids: Tensor | None = None
-    table: Tensor | None = None
+    compressed_table: Tensor | None = None
     groups: Sequence[tuple[Sequence[CompressedGroup], Tensor]] = ()
     post: Tensor | None = None
     comb: Tensor | None = None
 
-
-NO_ROWS = DecodeRows()
-
-
-def tokens_of(
-    decoder: Decoder,
-    table: Tensor,
-    caches: Sequence[Tensor],
-    positions: Sequence[int],
-    query_scale: Tensor | None,
-    of: DecodeRows,
-) -> Bound:
-    """What `decode` is given of its tokens, bound.  Raises `ValueError`."""
-    rows = _store(caches, positions, len(decoder.routed), decoder.row_bytes, of.first)
-    for at, begin in zip(positions, of.first, strict=False):
-        if max(0, at + 1 - decoder.window) < begin:
-            raise ValueError(f"the window begins at {begin}, expected {decoder.window} rows")
-    keys, lists = _NO_STORE, None
-    if decoder.indexers:
-        keys = _store(of.keys, positions, decoder.indexers, decoder.key_bytes)
-        lists = of.lists
-    shapes = zip(of.groups, decoder.groups, strict=True)
-    held = [value for group, shape in shapes for value in _group(*group, positions, shape)]
-    sizes = {"T": len(caches), "C": decoder.sizes["C"], "L": decoder.topk}
-    tokens = int64s(positions), table, query_scale, *rows, *keys, lists, of.ids, of.table, *held
-    return _STRUCTURES[len(of.groups)].bind(sizes, *tokens)
+    def bound(self, decoder: Decoder) -> Bound:
+        """For native calls.  Raises `ValueError`."""
+        positions, layers = self.positions, len(decoder.routed)
+        rows = _store(self.caches, positions, layers, decoder.row_bytes, self.first)
+        for at, begin in zip(positions, self.first, strict=False):
+            if max(0, at + 1 - decoder.window) < begin:
+                raise ValueError(f"the window begins at {begin}, expected {decoder.window} rows")
+        keys, lists = _NO_STORE, None
+        if decoder.indexers:
+            keys = _store(self.keys, positions, decoder.indexers, decoder.key_bytes)
+            lists = self.lists
+        shapes = zip(self.groups, decoder.groups, strict=True)
+        groups = [value for group, shape in shapes for value in _group(*group, positions, shape)]
+        sizes = {"T": len(positions), "C": decoder.sizes["C"], "L": decoder.topk}
+        kept = *rows, *keys, lists, self.ids, self.compressed_table, *groups
+        structure = _STRUCTURES[len(self.groups)]
+        return structure.bind(sizes, int64s(positions), self.table, self.query_scale, *kept)
 
 
 def address(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:
