@@ -211,10 +211,11 @@ def test_bad_records_are_refused(kernels):
     for levels in (torch.zeros(16), torch.zeros(2, 8), torch.zeros(2, 16).double()):
         with pytest.raises(ValueError, match="levels"):
             expert_record(64, 32, codecs, levels)
-    with pytest.raises(ValueError, match="at least 1"):
-        expert_record(64, 0, codecs)
     _, record = random_expert(np.random.default_rng(6), 64, 32, codecs)
     one, x, y = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 64), torch.empty(1, 1, 64)
     wider = expert_record(64, 32, EXPERT_CODECS["lut", "4"])  # its record is longer
     with pytest.raises(ValueError, match="record of"):
         kernels.experts_by_slot(x, one, record[None, :-100], one[0].int(), wider, y)
+    empty, whole = expert_record(64, 0, codecs), slab_of([record])
+    with pytest.raises(ValueError, match="refused"):
+        kernels.experts_by_slot(x, one, whole, one[0].int(), empty, y)
