@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from slotmoe.border import Backend, Compressed, CompressedIndexer, Compressor, Geometry, Step
-from slotmoe.model.compressed_cache import CompressedCache, Group
+from slotmoe.model.state import CompressedCache, Group
 
 W = TypeVar("W")
 

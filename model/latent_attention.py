@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slotmoe.border import Backend, Geometry, Indexer, Mla, Step
-from slotmoe.model.kv_cache import LatentCache
+from slotmoe.model.state import LatentCache
 
 W = TypeVar("W")
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from slotmoe.border import Backend, Experts, Mixing, Runner, Step, Timer
 from slotmoe.model.attention import Rope
 from slotmoe.model.config import Config
-from slotmoe.model.kv_cache import SequenceState
 from slotmoe.model.layers import LayerByLayer, as_tensor, geometry_of, layer_of
 from slotmoe.model.names import EMBEDDING, FINAL_NORM, HEAD, HEAD_MIX_PARTS
+from slotmoe.model.state import SequenceState
 
 W = TypeVar("W")
 _FEW = 16  # tokens of a sequence that a decoder takes; more are a prompt's

@@ -8,10 +8,9 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from slotmoe.model.compressed_cache import CompressedCache
 from slotmoe.model.config import parse_config
 from slotmoe.model.marks import MARK_TOKENS, MOST_ENDS, MOST_MARKS, SPARE
-from slotmoe.model.state import new_state, plain_row
+from slotmoe.model.state import CompressedCache, new_state, plain_row
 from tests.support import states
 from tests.support.compressed import CONFIGS
 
