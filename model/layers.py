@@ -160,18 +160,10 @@ def geometry_of(config: Config) -> Geometry:
 class LayerByLayer(Generic[W]):
     """Runs layers operation by operation, for any number of tokens and every backend."""
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        layers: Sequence[Layer[W]],
-        backend: Backend[W],
-        compressed_frequencies_C: Tensor | None = None,
-    ):
+    def __init__(self, geometry: Geometry, layers: Sequence[Layer[W]], backend: Backend[W]):
         self._geometry, self._layers, self._backend = geometry, layers, backend
         self._latent = LatentAttention(geometry, backend)
-        self._compressed = None
-        if compressed_frequencies_C is not None:
-            self._compressed = CompressedAttention(geometry, backend, compressed_frequencies_C)
+        self._compressed = CompressedAttention(geometry, backend)
 
     def run_layers(self, step: Step, experts: Experts | None) -> Pending | None:
         """See ``slotmoe.border.Runner``; ``experts`` are never asked."""
@@ -215,7 +207,6 @@ class LayerByLayer(Generic[W]):
         weights = layer.attention
         if isinstance(weights, Mla):
             return self._latent(step, weights, x_TD)
-        assert self._compressed is not None
         return self._compressed(step, weights, x_TD)
 
     def _input(self, step: Step, mixing: Mixing | None) -> tuple[Tensor, Mixed | None]:
