@@ -69,8 +69,8 @@ def _compressor(field: str, name: str, width: str, norm: str) -> dict[str, Part]
 
 _INDEXER, _COMPRESSOR = "self_attn.indexer", "self_attn.compressor"
 _V32_INDEXER = {
-    "indexer_q_proj": Part(f"{_INDEXER}.wq_b", "jL", "matrix"),
-    "indexer_k_proj": Part(f"{_INDEXER}.wk", "iD", "sensitive"),
+    "indexer_wq_b": Part(f"{_INDEXER}.wq_b", "jL", "matrix"),
+    "indexer_wk": Part(f"{_INDEXER}.wk", "iD", "sensitive"),
     "indexer_k_norm": Part(f"{_INDEXER}.k_norm", "i", "norm"),
     "indexer_k_norm_bias": Part(f"{_INDEXER}.k_norm.bias", "i", "norm"),
     "indexer_weights_proj": Part(f"{_INDEXER}.weights_proj", "nD", "sensitive"),
@@ -81,7 +81,7 @@ _V4_ATTENTION = {
     "sinks": Part("self_attn.sinks", "h", "gate"),
     **_compressor("compressor", _COMPRESSOR, "c", "a"),
     **_compressor("compressed_indexer", f"{_COMPRESSOR}.indexer", "k", "I"),
-    "compressed_indexer_q_proj": Part(f"{_COMPRESSOR}.indexer.q_b_proj", "JL", "matrix"),
+    "compressed_indexer_q_b_proj": Part(f"{_COMPRESSOR}.indexer.q_b_proj", "JL", "matrix"),
     "compressed_indexer_weights_proj": Part(
         f"{_COMPRESSOR}.indexer.scorer.weights_proj", "HD", "sensitive"
     ),
@@ -106,7 +106,7 @@ LAYER_PARTS = {
     **_mix("ffn"),
     "gate": Part(GATE, "ED", "gate", "ffn_gate_inp", "router"),
     "gate_bias": Part(_GATE_BIAS, "B", "gate", component="router"),
-    "tid2eid": Part(EXPERTS_OF, "TN", "table", component="router"),
+    "experts_of": Part(EXPERTS_OF, "TN", "table", component="router"),
     "gate_proj": Part("mlp.gate_proj", "FD", "sensitive", "ffn_gate", "dense layers"),
     "up_proj": Part("mlp.up_proj", "FD", "sensitive", "ffn_up", "dense layers"),
     "down_proj": Part("mlp.down_proj", "DF", "sensitive", "ffn_down", "dense layers"),
