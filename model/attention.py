@@ -12,6 +12,7 @@ from slotmoe.model.families import Family
 
 MAX_INT = 1 << 31
 POSITIVE, NOT_NEGATIVE = number(1e-30, 1e30), number(0, 1e30)
+_SIZE = integer(1, 1 << 20)
 
 _RATIOS = {
     "sliding_attention": 0,
@@ -58,9 +59,9 @@ class Indexer:
     ``full`` says of each layer whether it has its own, else it takes the choice of the layer
     before.  ``halves``: what is rotated are two halves, not pairs side by side."""
 
-    n_heads: int
-    head_dim: int
-    topk: int
+    n_heads: Annotated[int, integer(1, 4096)]
+    head_dim: Annotated[int, _SIZE]
+    topk: Annotated[int, _SIZE]
     full: tuple[bool, ...]
     halves: bool
 
@@ -71,11 +72,11 @@ class Compressed:
     overlapping windows and of which an indexer picks, 128, or 0 for none.  Each layer also attends
     to the last ``sliding_window`` positions.  ``rope`` is that of layers with a ratio."""
 
-    head_dim: int
-    sliding_window: int
+    head_dim: Annotated[int, integer(1, 1 << 16)]
+    sliding_window: Annotated[int, _SIZE]
+    o_groups: Annotated[int, integer(1, 4096)]
+    o_lora_rank: Annotated[int, _SIZE]
     ratios: tuple[int, ...]
-    o_groups: int
-    o_lora_rank: int
     rope: Rope
 
 
@@ -95,23 +96,18 @@ def kinds_of(of: type) -> dict[str, Kind]:
     return {key: hint.__metadata__[0] for key, hint in annotated.items()}
 
 
-_SIZE = integer(1, 1 << 20)
-_INDEXER = {"index_n_heads": integer(1, 4096), "index_head_dim": _SIZE, "index_topk": _SIZE}
-_COMPRESSED = {
-    "head_dim": integer(1, 1 << 16),
-    "sliding_window": _SIZE,
+_ROPE, _COMPRESSED = kinds_of(Rope), kinds_of(Compressed)
+_INDEXER = {f"index_{key}": kind for key, kind in kinds_of(Indexer).items()}
+_HYPER = {f"hc_{key}": kind for key, kind in kinds_of(HyperConnections).items()}
+_OF_V4: dict[str, object] = {
+    **_COMPRESSED,
+    **_HYPER,
     "compress_ratios": ListOf(one_of(*_RATIOS.values()), 1, 1100),
-    "o_groups": integer(1, 4096),
-    "o_lora_rank": _SIZE,
     "num_hash_layers": integer(0, 1000),
     "swiglu_limit": NOT_NEGATIVE,
     "rope_theta": POSITIVE,
     "compress_rope_theta": POSITIVE,
 }
-
-
-_ROPE = kinds_of(Rope)
-_HYPER = {f"hc_{key}": kind for key, kind in kinds_of(HyperConnections).items()}
 
 
 def parts_of_mla(values: Json, family: Family) -> Json:
@@ -131,16 +127,16 @@ def parts_of_mla(values: Json, family: Family) -> Json:
 
 def _indexer(values: Json, full: tuple[bool, ...], halves: bool) -> Indexer:
     check(values, _INDEXER)
-    width, rotated = values["index_head_dim"], values["qk_rope_head_dim"]
-    if width < rotated:
+    heads, width, topk = (values[key] for key in _INDEXER)
+    if width < (rotated := values["qk_rope_head_dim"]):
         raise ValueError(f"index_head_dim is {width}, expected at least qk_rope_head_dim {rotated}")
-    return Indexer(values["index_n_heads"], width, values["index_topk"], full, halves)
+    return Indexer(heads, width, topk, full, halves)
 
 
 def parts_of_v4(values: Json, family: Family) -> Json:
     """What only DeepSeek-V4 has, of ``values`` in the hub's words.  YaRN multiplies neither cosine
     and sine nor scores by a factor."""
-    check(values, _COMPRESSED | _HYPER)
+    check(values, _OF_V4)
     layers, ratios = values["num_hidden_layers"], tuple(values["compress_ratios"])
     if len(ratios) < layers or any(ratios[layers:]):
         problem = f"says {list(ratios)!r:.80}, expected {layers}, and 0 for what follows"
@@ -155,14 +151,12 @@ def parts_of_v4(values: Json, family: Family) -> Json:
     check(scaling := values["rope_scaling"] or {}, {}, "rope_scaling")
     settings = {**scaling, "rope_theta": values["compress_rope_theta"]}
     rope = replace(_rope(settings, values, family), mscale=0.0, mscale_all_dim=0.0)
-    ratios, rank = ratios[:layers], values["o_lora_rank"]
-    sizes = values["head_dim"], values["sliding_window"]
-    attention = Compressed(*sizes, ratios, groups, rank, rope)
+    ratios, sizes = ratios[:layers], {key: values[key] for key in _COMPRESSED}
     full = tuple(ratio == _RATIOS["compressed_sparse_attention"] for ratio in ratios)
     return {
         "rope": Rope(float(values["rope_theta"])),
         "indexer": _indexer(values, full, family.index_halves),
-        "compressed": attention,
+        "compressed": Compressed(**sizes, ratios=ratios, rope=rope),
         "hyper": HyperConnections(*floats({key: values[key] for key in _HYPER}, _HYPER).values()),
         "num_hash_layers": values["num_hash_layers"],
         "swiglu_limit": float(values["swiglu_limit"]),
