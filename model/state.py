@@ -131,11 +131,10 @@ class Tail:
 @dataclass
 class Rows:
     """Rows that stay for good, one of every ``ratio`` tokens: ``rows`` [L, S, X], each of so many
-    latent and rope values (``widths``).  A token reads ``topk`` of them at most, all for 0."""
+    latent and rope values (``widths``)."""
 
     rows: Tensor
     widths: tuple[int, int]
-    topk: int = 0
     ratio: int = 1
 
     @property
@@ -151,29 +150,19 @@ class Rows:
         """Those rows."""
         return self.rows[:, start // self.ratio : end // self.ratio]
 
-    def read_bytes(self, length: int) -> int:
-        """Bytes of them that one token behind so many reads."""
-        rows = length // self.ratio
-        return min(rows, self.topk or rows) * self.row_bytes
-
 
 class Group(Rows):
     """Compressed rows of some layers, and the ``open`` tokens', [L, tokens, 2, Y]: what ``kv_proj``
     and ``gate_proj`` gave.  With ``overlaps`` a row is of the ``ratio`` tokens before, too."""
 
-    def __init__(
-        self, rows: Tensor, width: int, ratio: int, overlaps: bool, topk: int, empty: Empty
-    ):
+    def __init__(self, rows: Tensor, width: int, ratio: int, overlaps: bool, empty: Empty):
         def needed(length: int) -> int:
             return length - max(0, (length // ratio - overlaps) * ratio)
 
-        super().__init__(rows, (width, 0), topk, ratio)
+        super().__init__(rows, (width, 0), ratio)
         self.overlaps = overlaps
         open_row, most = (2, (1 + overlaps) * width), (1 + overlaps) * ratio - 1
         self.open = Tail(len(rows), open_row, torch.float32, empty, most, needed)
-
-    def read_bytes(self, length: int) -> int:
-        return super().read_bytes(length) + (1 + self.overlaps) * self.open.row_bytes
 
 
 class SequenceState:
@@ -193,28 +182,11 @@ class SequenceState:
         self._ends = list[int]()  # where texts have ended last
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of its memory, with the marks that there may be but for those of the pass under
-        way."""
-        end = sum(tail.most * tail.row_bytes for tail in self._tails)
-        widest = max((tail.most for tail in self._tails), default=0)
-        far = MARK_TOKENS * (1 + widest)  # a multiple, behind a full window
-        marks = MOST_ENDS * end + MOST_MARKS * self.snapshot_bytes(far)
-        return self._tail_bytes + sum(kept.rows.nbytes for kept in self._kept) + marks
-
-    @property
     def used_bytes(self) -> int:
-        """Those that have been written so far."""
+        """Bytes of its memory that have been written so far."""
         marks = sum(self.snapshot_bytes(at) for at in self.marks)
-        return self._tail_bytes + self.saved_bytes(0, self._written) + marks
-
-    @property
-    def _tail_bytes(self) -> int:
-        return sum(tail.rows.nbytes for tail in self._tails)
-
-    def read_bytes(self, length: int) -> int:
-        """Bytes that one token behind so many reads."""
-        return sum(kept.read_bytes(length) for kept in self._kept)
+        tails = sum(tail.rows.nbytes for tail in self._tails)
+        return tails + self.saved_bytes(0, self._written) + marks
 
     def begin(self, count: int) -> None:
         """A pass will append ``count`` tokens."""
@@ -350,7 +322,7 @@ class LatentCache(SequenceState):
         columns, dtype = row(*widths)
         self.layers = empty((layers, context, columns), dtype)
         self.index_keys = torch.empty((0, context, 0), dtype=dtype)
-        kept = [Rows(self.layers, widths, 0 if indexer is None else indexer.topk)]
+        kept = [Rows(self.layers, widths)]
         if indexer is not None:
             full, keys = indexer.full[:layers], (indexer.head_dim, 0)
             self._index_rows = [sum(full[:layer]) for layer in range(layers)]
@@ -377,10 +349,10 @@ class CompressedCache(SequenceState):
         c, indexer, ratios = config.compressed, config.indexer, config.compressed.ratios
         most, self._width = c.sliding_window - 1, c.head_dim
 
-        def group(ratio: int, width: int, overlaps: bool, topk: int) -> Group:
+        def group(ratio: int, width: int, overlaps: bool) -> Group:
             columns, dtype = row(width, 0)
             shape = ratios.count(ratio), max(1, context // ratio), columns
-            return Group(empty(shape, dtype), width, ratio, overlaps, topk, empty)
+            return Group(empty(shape, dtype), width, ratio, overlaps, empty)
 
         columns, dtype = row(c.head_dim, 0)
         self.window = Tail(
@@ -390,15 +362,11 @@ class CompressedCache(SequenceState):
         self.groups, self.index = dict[int, Group](), None
         for ratio in sorted({*ratios} - {0}):
             overlaps = indexer.full[ratios.index(ratio)]
-            self.groups[ratio] = group(ratio, c.head_dim, overlaps, indexer.topk * overlaps)
+            self.groups[ratio] = group(ratio, c.head_dim, overlaps)
             if overlaps:
-                self.index = group(ratio, indexer.head_dim, True, 0)
+                self.index = group(ratio, indexer.head_dim, True)
         groups = [*self.groups.values(), *([self.index] if self.index else [])]
         super().__init__(context, groups, [self.window, *(group.open for group in groups)])
-
-    def read_bytes(self, length: int) -> int:
-        window = self.window.needed(length) * self.window.row_bytes
-        return super().read_bytes(length) + window
 
     def fill(self, depth: int, store: Store) -> None:
         _fill(self.window.rows, (self._width, 0), store, torch.Generator().manual_seed(1))
