@@ -108,6 +108,7 @@ _OF_V4: dict[str, object] = {
     "rope_theta": POSITIVE,
     "compress_rope_theta": POSITIVE,
 }
+KNOWN_KEYS = _INDEXER.keys() | _OF_V4
 
 
 def parts_of_mla(values: Json, family: Family) -> Json:

@@ -129,7 +129,11 @@ class LayerByLayer(Generic[W]):
             layer = self._layers[step.layer]
             x_TD, mixed = self._input(step, layer.attention_mixing)
             x_TD = backend.rms_norm(x_TD, layer.input_layernorm, eps)
-            self._add(step, self._attention(step, layer, x_TD), mixed)
+            if isinstance(weights := layer.attention, Mla):
+                y_TD = self._latent(step, weights, x_TD)
+            else:
+                y_TD = self._compressed(step, weights, x_TD)
+            self._add(step, y_TD, mixed)
             step.timer.mark("attention")
             x_TD, step.mixed = self._input(step, layer.mlp_mixing)
             step.x_TD = x_TD = backend.rms_norm(x_TD, layer.post_attention_layernorm, eps)
@@ -157,12 +161,6 @@ class LayerByLayer(Generic[W]):
         self._add(step, y_TD, step.mixed)
         step.layer, step.x_TD, step.routed_TD, step.mixed = step.layer + 1, None, None, None
         step.timer.mark("shared experts and dense layers")
-
-    def _attention(self, step: Step, layer: Layer[W], x_TD: Tensor) -> Tensor:
-        weights = layer.attention
-        if isinstance(weights, Mla):
-            return self._latent(step, weights, x_TD)
-        return self._compressed(step, weights, x_TD)
 
     def _input(self, step: Step, mixing: Mixing | None) -> tuple[Tensor, Mixed | None]:
         """What a block of the layer reads of the residual stream, or of several, and how they take

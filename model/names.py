@@ -33,11 +33,18 @@ class Part(NamedTuple):
     component: str = "attention"
 
 
-HEAD_MIX_PARTS = {
-    "fn": Part("model.hc_head.hc_fn", "MY", "gate", component="residual streams"),
-    "base": Part("model.hc_head.hc_base", "M", "gate", component="residual streams"),
-    "scale": Part("model.hc_head.hc_scale", "U", "gate", component="residual streams"),
-}
+def _mix(
+    name: str, sizes: tuple[str, str, str], field: str = "", component: str = "residual streams"
+) -> dict[str, Part]:
+    """What mixes the residual streams."""
+    return {
+        f"{field}{part}": Part(f"{name}{part}", letters, "gate", component=component)
+        for part, letters in zip(("fn", "base", "scale"), sizes, strict=True)
+    }
+
+
+_LAYER_MIX, _HEAD_MIX = ("CY", "C", "G"), ("MY", "M", "U")
+HEAD_MIX_PARTS = _mix("model.hc_head.hc_", _HEAD_MIX)
 """What makes one of the residual streams before the output head."""
 _TOP_PARTS = (
     Part(EMBEDDING, "TD", "embedding", "token_embd", "embeddings"),
@@ -45,16 +52,6 @@ _TOP_PARTS = (
     Part(FINAL_NORM, "D", "norm", "output_norm"),
     Part(HEAD, "TD", "sensitive", "output", "embeddings"),
 )
-
-
-def _mix(of: str) -> dict[str, Part]:
-    """What mixes the residual streams at a layer's attention or at its experts."""
-    sizes, component = {"fn": "CY", "base": "C", "scale": "G"}, "residual streams"
-    name = f"{of}_hc"
-    return {
-        f"{name}_{part}": Part(f"{name}.{part}", letters, "gate", component=component)
-        for part, letters in sizes.items()
-    }
 
 
 def _compressor(field: str, name: str, width: str, norm: str) -> dict[str, Part]:
@@ -89,7 +86,7 @@ _V4_ATTENTION = {
     "o_b_proj": Part("self_attn.o_b_proj", "Dg", "matrix"),
 }
 LAYER_PARTS = {
-    **_mix("attn"),
+    **_mix("attn_hc.", _LAYER_MIX, "attn_hc_"),
     "input_layernorm": Part("input_layernorm", "D", "norm", "attn_norm"),
     "q_proj": Part("self_attn.q_proj", "QD", "matrix", "attn_q"),
     "q_a_proj": Part("self_attn.q_a_proj", "LD", "matrix", "attn_q_a"),
@@ -103,7 +100,7 @@ LAYER_PARTS = {
     **_V32_INDEXER,
     **_V4_ATTENTION,
     "post_attention_layernorm": Part(POST_NORM, "D", "norm", "ffn_norm"),
-    **_mix("ffn"),
+    **_mix("ffn_hc.", _LAYER_MIX, "ffn_hc_"),
     "gate": Part(GATE, "ED", "gate", "ffn_gate_inp", "router"),
     "gate_bias": Part(_GATE_BIAS, "B", "gate", component="router"),
     "experts_of": Part(EXPERTS_OF, "TN", "table", component="router"),
@@ -131,9 +128,7 @@ output head are the model's own; checkpoints hold them once more, as ``embed_tok
 V4_MTP_PARTS = {
     "e_proj": Part("e_proj", "Dd", "matrix", component="drafting head"),
     "h_proj": Part("h_proj", "Dd", "matrix", component="drafting head"),
-    "hc_fn": Part("hc_head.hc_fn", "MY", "gate", component="drafting head"),
-    "hc_base": Part("hc_head.hc_base", "M", "gate", component="drafting head"),
-    "hc_scale": Part("hc_head.hc_scale", "U", "gate", component="drafting head"),
+    **_mix("hc_head.hc_", _HEAD_MIX, "hc_", "drafting head"),
 }
 """What V4's has in place of ``eh_proj``: two projections, of which the second is of each residual
 stream, and what makes one stream of them."""

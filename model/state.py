@@ -36,31 +36,26 @@ Store = Callable[[Tensor, int, Tensor], None]
 
 
 class Tail:
-    """The last rows of the sequence in some layers: [L, 2 * keep, ...], of which a sequence of
-    ``length`` tokens needs the last ``needed(length)``, at most ``most``.
+    """The last rows of the sequence in some layers: [L, ``room(most)``, ...], of which a sequence
+    of ``length`` tokens needs the last ``needed(length)``, at most ``most``.
 
     A pass over few tokens appends its rows.  A longer one writes its last rows behind those that
     were there, so that both are there until it is done.
     """
 
-    def __init__(
-        self,
-        layers: int,
-        row: Sequence[int],
-        dtype: torch.dtype,
-        empty: Empty,
-        most: int,
-        needed: Callable[[int], int],
-    ):
-        self.most, self.needed = most, needed
-        self._keep = most + 1 + SPARE
-        self.rows = empty((layers, 2 * self._keep, *row), dtype)
-        self.row_bytes = self.rows[:, 0].nbytes  # of a token, in all layers
+    def __init__(self, rows: Tensor, needed: Callable[[int], int]):
+        self.rows, self.needed, self._keep = rows, needed, rows.shape[1] // 2
+        self.row_bytes = rows[:, 0].nbytes  # of a token, in all layers
         self.first = 0  # the position of the first row
         self._valid = 0  # that of the first one that is right
         self.marks: dict[int, Tensor] = {}  # the rows that a sequence of that length needs
         self._length = self._next = 0
         self._before = self.rows[:0]  # the pass's rows so far of the layer that it is in
+
+    @staticmethod
+    def room(most: int) -> int:
+        """How many rows there are of a layer."""
+        return 2 * (most + 1 + SPARE)
 
     def begin(self, length: int, count: int) -> None:
         """A pass will append ``count`` rows behind position ``length``."""
@@ -117,11 +112,6 @@ class Tail:
             return self.rows[:, length - needed - self.first : length - self.first]
         return self.marks[length] if length else self.rows[:, :0]
 
-    def cut(self, length: int) -> None:
-        """Become the tail of a sequence of ``length`` tokens."""
-        if not self.has(length):
-            self.load(length, self.last(length))
-
     def load(self, length: int, last: Tensor) -> None:
         """Become what ``last`` gave of a sequence of that length."""
         self.rows[:, : self.needed(length)] = last
@@ -155,14 +145,13 @@ class Group(Rows):
     """Compressed rows of some layers, and the ``open`` tokens', [L, tokens, 2, Y]: what ``kv_proj``
     and ``gate_proj`` gave.  With ``overlaps`` a row is of the ``ratio`` tokens before, too."""
 
-    def __init__(self, rows: Tensor, width: int, ratio: int, overlaps: bool, empty: Empty):
+    def __init__(self, rows: Tensor, opened: Tensor, width: int, ratio: int, overlaps: bool):
         def needed(length: int) -> int:
             return length - max(0, (length // ratio - overlaps) * ratio)
 
         super().__init__(rows, (width, 0), ratio)
         self.overlaps = overlaps
-        open_row, most = (2, (1 + overlaps) * width), (1 + overlaps) * ratio - 1
-        self.open = Tail(len(rows), open_row, torch.float32, empty, most, needed)
+        self.open = Tail(opened, needed)
 
 
 class SequenceState:
@@ -218,7 +207,8 @@ class SequenceState:
     def cut(self, length: int) -> None:
         """Keep the first ``length`` tokens, which ``reach`` has said can be."""
         for tail in self._tails:
-            tail.cut(length)
+            if not tail.has(length):
+                tail.load(length, tail.last(length))
         self.length = length
         self._keep_marks(self.marks)
 
@@ -350,14 +340,15 @@ class CompressedCache(SequenceState):
         most, self._width = c.sliding_window - 1, c.head_dim
 
         def group(ratio: int, width: int, overlaps: bool) -> Group:
+            layers, spans = ratios.count(ratio), 1 + overlaps
             columns, dtype = row(width, 0)
-            shape = ratios.count(ratio), max(1, context // ratio), columns
-            return Group(empty(shape, dtype), width, ratio, overlaps, empty)
+            rows = empty((layers, max(1, context // ratio), columns), dtype)
+            shape = layers, Tail.room(spans * ratio - 1), 2, spans * width
+            return Group(rows, empty(shape, torch.float32), width, ratio, overlaps)
 
         columns, dtype = row(c.head_dim, 0)
-        self.window = Tail(
-            len(ratios), (columns,), dtype, empty, most, lambda length: min(length, most)
-        )
+        rows = empty((len(ratios), Tail.room(most), columns), dtype)
+        self.window = Tail(rows, lambda length: min(length, most))
         self.row_of = [ratios[:layer].count(ratio) for layer, ratio in enumerate(ratios)]
         self.groups, self.index = dict[int, Group](), None
         for ratio in sorted({*ratios} - {0}):

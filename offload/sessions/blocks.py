@@ -144,7 +144,7 @@ class BlockFolder:
     def snapshot(self, block: Block, size: Size) -> tuple[Block, memoryview] | None:
         """The snapshot behind most of the tokens of ``block``; None where there is none that is
         undamaged."""
-        there = {one.address for one in self._children(block.parent) if one.is_snapshot}
+        there = {one.address for one in self._children(block.parent, snapshots=True)}
         for count in range(len(block.tokens) if there else 0, 0, -1):
             begun = block.begun(count, is_snapshot=True)
             if begun.address in there:
@@ -171,7 +171,7 @@ class BlockFolder:
         """The one in the place of ``block`` that begins with most of its tokens; an empty one if
         none begins with the first of them."""
         best, most = (block.begun(0), self.folder), 0
-        for entry in islice(self._blocks(block.parent), _MOST_SIBLINGS):
+        for entry in islice(self._children(block.parent), _MOST_SIBLINGS):
             held = _tokens(entry)
             if (common := shared_prefix(held, block.tokens)) > most:
                 best, most = (Block(block.parent, block.start, held), entry.path), common
@@ -203,13 +203,10 @@ class BlockFolder:
         name = "-".join((*parts, block.address.hex(), *["state"] * block.is_snapshot))
         return self.folder / parts[0][:2] / name
 
-    def _children(self, parent: bytes) -> Iterator[Entry]:
+    def _children(self, parent: bytes, snapshots: bool = False) -> Iterator[Entry]:
         paths = (self.folder / parent.hex()[:2]).glob(f"{parent.hex()}-*")
-        return filter(None, map(_entry, paths))
-
-    def _blocks(self, parent: bytes) -> Iterator[Entry]:
-        """The same without snapshots."""
-        return (entry for entry in self._children(parent) if not entry.is_snapshot)
+        entries = filter(None, map(_entry, paths))
+        return (entry for entry in entries if entry.is_snapshot == snapshots)
 
     # Writing
 
@@ -256,7 +253,7 @@ class BlockFolder:
 
     def _is_covered(self, block: Block) -> bool:
         """Whether a longer block begins with its tokens."""
-        longer = (one for one in self._blocks(block.parent) if one.count > len(block.tokens))
+        longer = (one for one in self._children(block.parent) if one.count > len(block.tokens))
         return any(_tokens(one)[: len(block.tokens)] == block.tokens for one in longer)
 
     def _write(self, block: Block, head: bytes, content: memoryview) -> int:
@@ -265,7 +262,7 @@ class BlockFolder:
         digest.update(content)
         write_private(self._path(block), [head, content, digest.digest()])
         freed = 0
-        for entry in [] if block.is_snapshot else [*self._blocks(block.parent)]:
+        for entry in [] if block.is_snapshot else [*self._children(block.parent)]:
             is_shorter = entry.count < len(block.tokens)
             if is_shorter and entry.address == address(block.parent, block.tokens[: entry.count]):
                 freed += entry.nbytes * self._unlink(entry.path)
