@@ -152,13 +152,13 @@ def parts_of_v4(values: Json, family: Family) -> Json:
     check(scaling := values["rope_scaling"] or {}, {}, "rope_scaling")
     settings = {**scaling, "rope_theta": values["compress_rope_theta"]}
     rope = replace(_rope(settings, values, family), mscale=0.0, mscale_all_dim=0.0)
-    ratios, sizes = ratios[:layers], {key: values[key] for key in _COMPRESSED}
+    ratios = ratios[:layers]
     full = tuple(ratio == _RATIOS["compressed_sparse_attention"] for ratio in ratios)
     return {
         "rope": Rope(float(values["rope_theta"])),
         "indexer": _indexer(values, full, family.index_halves),
-        "compressed": Compressed(**sizes, ratios=ratios, rope=rope),
-        "hyper": HyperConnections(*floats({key: values[key] for key in _HYPER}, _HYPER).values()),
+        "compressed": Compressed(**floats(values, _COMPRESSED), ratios=ratios, rope=rope),
+        "hyper": HyperConnections(*floats(values, _HYPER).values()),
         "num_hash_layers": values["num_hash_layers"],
         "swiglu_limit": float(values["swiglu_limit"]),
     }
@@ -200,9 +200,9 @@ def _check_rotated_part(values: Json, factor: object) -> None:
 
 
 def floats(values: Json, kinds: Mapping[str, Kind]) -> Json:
-    """The same with real numbers that JSON spells as integers turned into floats."""
-    reals = (POSITIVE, NOT_NEGATIVE)
-    return {key: float(value) if kinds[key] in reals else value for key, value in values.items()}
+    """What ``values`` has of these kinds; real numbers that JSON spells as integers as floats."""
+    reals, given = (POSITIVE, NOT_NEGATIVE), {key: values[key] for key in kinds if key in values}
+    return {key: float(value) if kinds[key] in reals else value for key, value in given.items()}
 
 
 def in_hub_words(given: Json) -> Json:

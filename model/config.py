@@ -243,7 +243,7 @@ def _parse(outer: Json) -> Config:
     bos, eos = (_token_ids(values, key) for key in ("bos_token_id", "eos_token_id"))
     config = Config(
         family=family,
-        **floats({key: values[key] for key in _CONFIG}, _CONFIG),
+        **floats(values, _CONFIG),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=eos,
         **(parts_of_v4(values, family) if family.compressed else parts_of_mla(values, family)),
