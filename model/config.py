@@ -24,9 +24,6 @@ from slotmoe.jsonfile import (
     read_json,
 )
 from slotmoe.model.attention import (
-    COMPRESSED,
-    HYPER,
-    INDEXER,
     MAX_INT,
     OF_V4,
     POSITIVE,
@@ -35,6 +32,7 @@ from slotmoe.model.attention import (
     Indexer,
     Rope,
     floats,
+    in_hub_words,
     kinds_of,
     parts_of_mla,
     parts_of_v4,
@@ -42,7 +40,6 @@ from slotmoe.model.attention import (
 from slotmoe.model.checkpoint.encodings import Encoding, parse_encoding
 from slotmoe.model.families import FAMILIES, OTHERS, WRAPPERS, Family
 from slotmoe.model.files import ReadFile
-from slotmoe.model.spellings import in_hub_words
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -243,10 +240,6 @@ def _parse(outer: Json) -> Config:
     if values.get("mlp_layer_types") is not None and not family.compressed:
         values["first_k_dense_replace"] = _dense_layers(values)
     check(values, _CONFIG)
-    if family.indexed:
-        check(values, INDEXER)
-    if family.compressed:
-        check(values, COMPRESSED | HYPER)
     bos, eos = (_token_ids(values, key) for key in ("bos_token_id", "eos_token_id"))
     config = Config(
         family=family,

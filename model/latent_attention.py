@@ -8,13 +8,13 @@ of the indexer, A index_head_dim, L chosen positions, Z and Y widths of a key an
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from slotmoe.border import Backend, Geometry, Indexer, Mla, Step
-from slotmoe.model.kv_cache import LatentCache
+from slotmoe.model.state import LatentCache
 
 W = TypeVar("W")
 
@@ -53,10 +53,7 @@ class LatentAttention(Generic[W]):
         rotated = backend.rotate(torch.cat([q_THP, k_TP[:, None]], dim=1), step.rope_TC, halves)
         q_THP, k_TP = rotated[:, :H], rotated[:, H]
         latent_TW = torch.cat([rms_norm(c_TR, weights.kv_a_layernorm, latent_eps), k_TP], dim=-1)
-        caches, counts = list[LatentCache](), [*step.counts]
-        for cache in step.caches:
-            assert isinstance(cache, LatentCache)
-            caches.append(cache)
+        caches, counts = [cast(LatentCache, state) for state in step.caches], [*step.counts]
         ends = [step.behind + count for count in counts]
         rows = [cache.extend(step.layer, end) for cache, end in zip(caches, ends, strict=True)]
         for rows_SX, new_TW in zip(rows, latent_TW.split(counts), strict=True):

@@ -69,8 +69,8 @@ def _compressor(field: str, name: str, width: str, norm: str) -> dict[str, Part]
 
 _INDEXER, _COMPRESSOR = "self_attn.indexer", "self_attn.compressor"
 _V32_INDEXER = {
-    "indexer_q_proj": Part(f"{_INDEXER}.wq_b", "jL", "matrix"),
-    "indexer_k_proj": Part(f"{_INDEXER}.wk", "iD", "sensitive"),
+    "indexer_wq_b": Part(f"{_INDEXER}.wq_b", "jL", "matrix"),
+    "indexer_wk": Part(f"{_INDEXER}.wk", "iD", "sensitive"),
     "indexer_k_norm": Part(f"{_INDEXER}.k_norm", "i", "norm"),
     "indexer_k_norm_bias": Part(f"{_INDEXER}.k_norm.bias", "i", "norm"),
     "indexer_weights_proj": Part(f"{_INDEXER}.weights_proj", "nD", "sensitive"),
@@ -81,7 +81,7 @@ _V4_ATTENTION = {
     "sinks": Part("self_attn.sinks", "h", "gate"),
     **_compressor("compressor", _COMPRESSOR, "c", "a"),
     **_compressor("compressed_indexer", f"{_COMPRESSOR}.indexer", "k", "I"),
-    "compressed_indexer_q_proj": Part(f"{_COMPRESSOR}.indexer.q_b_proj", "JL", "matrix"),
+    "compressed_indexer_q_b_proj": Part(f"{_COMPRESSOR}.indexer.q_b_proj", "JL", "matrix"),
     "compressed_indexer_weights_proj": Part(
         f"{_COMPRESSOR}.indexer.scorer.weights_proj", "HD", "sensitive"
     ),
@@ -106,7 +106,7 @@ LAYER_PARTS = {
     **_mix("ffn"),
     "gate": Part(GATE, "ED", "gate", "ffn_gate_inp", "router"),
     "gate_bias": Part(_GATE_BIAS, "B", "gate", component="router"),
-    "tid2eid": Part(EXPERTS_OF, "TN", "table", component="router"),
+    "experts_of": Part(EXPERTS_OF, "TN", "table", component="router"),
     "gate_proj": Part("mlp.gate_proj", "FD", "sensitive", "ffn_gate", "dense layers"),
     "up_proj": Part("mlp.up_proj", "FD", "sensitive", "ffn_up", "dense layers"),
     "down_proj": Part("mlp.down_proj", "DF", "sensitive", "ffn_down", "dense layers"),
@@ -244,30 +244,30 @@ def role_of(name: str) -> str:
 
 
 def _sizes(c: Config, layer: int) -> dict[str, int]:
-    """Sizes of a layer's tensors by letter; a tensor that it does not have has one of 0."""
+    """Sizes of a layer's tensors by letter; one is 0 or missing of a tensor that it lacks."""
     D, H, L, moe = c.hidden_size, c.num_attention_heads, c.q_lora_rank or 0, c.is_moe(layer)
     queries = H * (c.qk_nope_head_dim + c.qk_rope_head_dim)
     hashed = layer < c.num_hash_layers
     sizes = {"T": c.vocab_size, "D": D, "L": L}
-    sizes |= {"Q": 0, "P": queries} if L else {"Q": queries, "P": 0}
+    sizes["P" if L else "Q"] = queries
     sizes["E"] = c.n_routed_experts if moe else 0
     sizes["B"] = sizes["E"] if c.family.correction_bias and not hashed else 0
     sizes["N"] = c.num_experts_per_tok if moe and hashed else 0
     sizes["F"] = 0 if moe else c.intermediate_size
     sizes["S"] = c.n_shared_experts * c.moe_intermediate_size if moe else 0
-    streams = 0 if c.hyper is None else c.hyper.mult
-    sizes |= {"M": streams, "Y": streams * D, "C": (2 + streams) * streams}
-    sizes |= {"G": 3, "U": 1} if streams else {"G": 0, "U": 0}
+    if c.hyper is not None:
+        streams = c.hyper.mult
+        sizes |= {"M": streams, "Y": streams * D, "C": (2 + streams) * streams, "G": 3, "U": 1}
     return sizes | (_sizes_of_mla(c, layer) if c.compressed is None else _sizes_of_v4(c, layer))
 
 
 def _sizes_of_mla(c: Config, layer: int) -> dict[str, int]:
     H, indexer = c.num_attention_heads, c.indexer
-    sizes = dict.fromkeys("lzhacmkIJHgod", 0) | {"X": 2 * c.hidden_size, "A": c.q_lora_rank or 0}
-    sizes |= {"W": c.latent_width, "R": c.kv_lora_rank, "V": H * c.v_head_dim}
+    sizes = {"X": 2 * c.hidden_size, "A": c.q_lora_rank or 0, "V": H * c.v_head_dim}
+    sizes |= {"W": c.latent_width, "R": c.kv_lora_rank}
     sizes["K"] = H * (c.qk_nope_head_dim + c.v_head_dim)
     if indexer is None or not c.has_indexer(layer):
-        return sizes | dict.fromkeys("jin", 0)
+        return sizes
     width, heads = indexer.head_dim, indexer.n_heads
     return sizes | {"j": heads * width, "i": width, "n": heads}
 
@@ -275,14 +275,14 @@ def _sizes_of_mla(c: Config, layer: int) -> dict[str, int]:
 def _sizes_of_v4(c: Config, layer: int) -> dict[str, int]:
     attention, indexer, ratio = c.compressed, c.indexer, c.ratio(layer)
     assert attention is not None and indexer is not None
-    width, overlap, heads = attention.head_dim, 2 if c.has_indexer(layer) else 1, indexer.n_heads
-    sizes = dict.fromkeys("AWRVKXjin", 0) | {"l": c.q_lora_rank or 0, "d": c.hidden_size}
-    sizes |= {"z": width, "h": c.num_attention_heads, "m": ratio}
-    sizes |= {"a": width, "c": overlap * width} if ratio else {"a": 0, "c": 0}
+    width, overlap, heads = attention.head_dim, 1 + c.has_indexer(layer), indexer.n_heads
+    sizes = {"l": c.q_lora_rank or 0, "d": c.hidden_size, "z": width, "h": c.num_attention_heads}
+    if ratio:
+        sizes |= {"m": ratio, "a": width, "c": overlap * width}
     sizes["g"] = attention.o_groups * attention.o_lora_rank
     sizes["o"] = c.num_attention_heads * width // attention.o_groups
     if not c.has_indexer(layer):
-        return sizes | dict.fromkeys("kIJH", 0)
+        return sizes
     width = indexer.head_dim
     return sizes | {"k": overlap * width, "I": width, "J": heads * width, "H": heads}
 
@@ -294,7 +294,7 @@ def resident_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     def add(parts: Iterable[Part], layer: int | None = None) -> None:
         sizes = _sizes(config, layer or 0)
         for part in parts:
-            shape = tuple(sizes[letter] for letter in part.sizes)
+            shape = tuple(sizes.get(letter, 0) for letter in part.sizes)
             if 0 not in shape:
                 shapes[part.name if layer is None else layer_tensor(layer, part.name)] = shape
 

@@ -226,7 +226,7 @@ class State(Protocol):
 
 
 class Cache(State, Protocol):
-    """A sequence's latents: ``slotmoe.model.kv_cache.LatentCache``."""
+    """A sequence's latents: ``slotmoe.model.state.LatentCache``."""
 
     @property
     def layers(self) -> Tensor:
@@ -257,7 +257,7 @@ class CompressedGroup(Protocol):
 
 
 class CompressedState(State, Protocol):
-    """A sequence's window and compressed rows: ``slotmoe.model.compressed_cache``."""
+    """A sequence's window and compressed rows: ``slotmoe.model.state``."""
 
     @property
     def window(self) -> Tail: ...

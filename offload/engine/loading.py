@@ -12,12 +12,11 @@ from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.config import Config, config_among
 from slotmoe.model.gguf.checkpoint import open_checkpoint
-from slotmoe.model.kv_cache import SequenceState
 from slotmoe.model.layers import as_tensor
 from slotmoe.model.mtp import MtpHead
 from slotmoe.model.names import EXPERTS_OF, layer_tensor, resident_shapes, role_of
 from slotmoe.model.network import Network
-from slotmoe.model.state import new_state, plain_row
+from slotmoe.model.state import SequenceState, new_state, plain_row
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.devices.pages import share_heap

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from slotmoe.border import Backend
-from slotmoe.model.kv_cache import SequenceState
+from slotmoe.model.state import SequenceState
 from slotmoe.offload.engine.mtp_drafts import HeadDrafts
 from slotmoe.offload.policy.drafts import MOST_DRAFTED, NGrams
 from slotmoe.quant.backends.base import Prepared

@@ -1,7 +1,7 @@
 """What attention keeps of a sequence and reads of it, in bytes and operations: arithmetic over a
 config's geometry, without torch.
 
-What a sequence keeps is in ``slotmoe.model.kv_cache`` and ``slotmoe.model.compressed_cache``.
+What a sequence keeps is in ``slotmoe.model.state``.
 """
 
 from collections.abc import Callable, Iterator
