@@ -23,6 +23,7 @@ from slotmoe.border import (
     Layer,
     Mixed,
     Mixing,
+    Mla,
     Pending,
     Router,
     State,
@@ -33,15 +34,8 @@ from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.bindings import Kernels
-from slotmoe.quant.kernels.cpu.layers import (
-    AttentionLayer,
-    BoundLayer,
-    CompressedLayer,
-    Decoder,
-    GroupShape,
-    hyper_layer,
-)
-from slotmoe.quant.kernels.cpu.tokens import CompressedRows, DecodeRows, GroupRows
+from slotmoe.quant.kernels.cpu.layers import Decoder
+from slotmoe.quant.kernels.cpu.tokens import DecodeRows, GroupRows
 from slotmoe.quant.kernels.cpu.weights import ExpertRecord, Matrix, Mlp
 from slotmoe.quant.shapes import latent_bytes
 from slotmoe.quant.weights import Weight
@@ -125,9 +119,8 @@ class NativeDecoder:
                 GroupRows(rows, *tails, torch.polar(torch.ones_like(angles_TC), angles_TC))
             )
         first = [cache.window.first for cache in caches]
-        rest = step.compressed_rope_TC, first, groups, *step.mixed
-        compressed = CompressedRows(step.ids_T, *rest)
-        return [cache.window.rows for cache in caches], DecodeRows(compressed=compressed)
+        rest = first, step.ids_T, step.compressed_rope_TC, groups, *step.mixed
+        return [cache.window.rows for cache in caches], DecodeRows((), None, *rest)
 
 
 class NativeBackend(TorchBackend):
@@ -265,29 +258,16 @@ class NativeBackend(TorchBackend):
         self, geometry: Geometry, layers: Sequence[Layer[Prepared]]
     ) -> NativeDecoder | None:
         """None where the native call does not compute as the single operations do: ``kv_b_proj`` or
-        an MLP in bf16."""
-        bound, groups, indexers, topk = list[BoundLayer](), list[GroupShape](), 0, 0
+        an MLP in bf16, groups of an output projection that share tiles, or V4 with one stream."""
+        mlps = list[Mlp | None]()
         for layer in layers:
             weights, mlp = layer.mlp, None
             if weights is not None:
                 mlp = self._mlp(weights.gate_proj, weights.up_proj, weights.down_proj)
-            if (mlp is None) != (weights is None):
+            if (mlp is None) != (weights is None) or not _is_native(geometry, layer.attention):
                 return None
-            if isinstance(layer.attention, Compressed):
-                if (of_layer := _compressed_layer(geometry, layer, mlp, groups)) is None:
-                    return None
-                bound.append(of_layer)
-                continue
-            if not isinstance(layer.attention.kv_b_proj, Int8Weight):
-                return None
-            has = layer.attention.indexer is not None
-            if geometry.indexer is not None and (indexers or has):
-                topk = geometry.indexer.topk
-            bound.append(BoundLayer(AttentionLayer(geometry, layer, indexers, topk), mlp))
-            indexers += has
-        streams = geometry.hyper.Q if geometry.hyper else 1
-        decoder = Decoder(bound, geometry.router, streams, groups)
-        return NativeDecoder(self._native, decoder, self._record)
+            mlps.append(mlp)
+        return NativeDecoder(self._native, Decoder(geometry, layers, mlps), self._record)
 
     def _record(self, records: Records) -> ExpertRecord:
         """How the records are coded, bound for native calls."""
@@ -317,18 +297,10 @@ class NativeBackend(TorchBackend):
         return Mlp(gate, up, down, self.swiglu_limit)
 
 
-def _compressed_layer(
-    geometry: Geometry, layer: Layer[Prepared], mlp: Mlp | None, groups: list[GroupShape]
-) -> BoundLayer | None:
-    """None where groups of the output projection share tiles, or a layer has one stream."""
-    attention, mixings = layer.attention, (layer.attention_mixing, layer.mlp_mixing)
-    assert isinstance(attention, Compressed) and geometry.compressed is not None
-    parts = geometry.compressed.groups * TILE
-    if Matrix.of(attention.o_a_proj).shape[0] % parts or geometry.hyper is None:
-        return None
-    bound = CompressedLayer(geometry, layer, groups)
-    hidden = bound.sizes["H"]
-    first, second = (
-        hyper_layer(mixing, geometry.hyper, geometry.eps, hidden) for mixing in mixings if mixing
-    )
-    return BoundLayer(bound, mlp, (first, second), layer.experts_of)
+def _is_native(geometry: Geometry, attention: Mla[Prepared] | Compressed[Prepared]) -> bool:
+    """Whether `NativeBackend.decoder` can serve it."""
+    if isinstance(attention, Mla):
+        return isinstance(attention.kv_b_proj, Int8Weight)
+    assert geometry.compressed is not None
+    whole = Matrix.of(attention.o_a_proj).shape[0] % (geometry.compressed.groups * TILE) == 0
+    return whole and geometry.hyper is not None

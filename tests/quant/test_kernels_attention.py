@@ -21,6 +21,7 @@ from tests.support.kernels import (
     coded_matrix,
     int8_matrix,
     latent_cache,
+    layer_of,
     one_of,
     quick,
     relative,
@@ -214,8 +215,8 @@ def test_attention_is_bitwise_its_parts(
     h = torch_of(rng.standard_normal((t, hidden)))
     table = torch.polar(torch.full((t, pairs), 0.9), torch_of(rng.uniform(-9, 9, (t, pairs))))
     query_scale = torch_of(rng.uniform(0.5, 2, t)) if rng.integers(2) else None
-    layer_of = kernels, layer.prepared()
-    got = attention_layer(*layer_of, h, table, caches, positions, query_scale)
+    bound = layer.prepared()
+    got = attention_layer(kernels, bound, h, table, caches, positions, query_scale)
     for i, position in enumerate(positions):
         token = h[i : i + 1], table[i : i + 1], 1.0 if query_scale is None else query_scale[i]
         want = layer.one_by_one(*token, others[i], position)
@@ -246,15 +247,15 @@ def test_bad_layers_are_refused(kernels):
     good, q = layer.arguments(), layer.kv_b.q
     other = any_matrix(kernels, rng, "nf4", 63, 65)
     changes = [
-        *((0, (3, 8, 4, 32, 10)), (0, (2, 8, 3, 32, 10)), (1, torch.ones(64).double())),
-        *((3, None), (4, None), (6, torch.ones(31)), (9, torch.ones(65))),
+        *((0, (3, 8, 4, 32, 10)), (1, torch.ones(64).double())),
+        *((6, torch.ones(31)), (9, torch.ones(65))),
         *((7, Int8Weight(bad, layer.kv_b.scale)) for bad in (q.float(), q[:-1])),
         *((place, other) for place in (2, 4, 5, 8, 10)),
     ]
     for place, value in changes:
         changed = [*good[:place], value, *good[place + 1 :]]
         with pytest.raises(ValueError, match=r"expected|must"):
-            bound_layer(changed, (1e-5, 1e-6, 0.1))
+            bound_layer(*layer_of(changed, (1e-5, 1e-6, 0.1)))
     ones = torch.ones(16, 16, dtype=torch.int8)
     int8, nf4 = int8_matrix(kernels, ones, torch.ones(16)), coded_matrix(rng, 16, 16)
     mlp, turns = Mlp(int8, int8, int8), torch.ones(2, 2, dtype=torch.complex64)

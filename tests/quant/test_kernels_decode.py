@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slotmoe.border import Router
-from slotmoe.quant.kernels.cpu.layers import BoundLayer, Decoder
+from slotmoe.quant.kernels.cpu.layers import Decoder
 from slotmoe.quant.kernels.cpu.weights import Mlp
 from slotmoe.quant.shapes import latent_bytes
 from tests.support.kernels import (
@@ -95,19 +95,19 @@ def test_decode_refuses(kernels):
     rng = np.random.default_rng(17)
 
     def attention(kinds, *sizes):
-        return RandomLayer(kernels, rng, kinds, sizes[0], 3, 8, 4, 20, 6, 0, sizes[1]).prepared()
+        return RandomLayer(kernels, rng, kinds, sizes[0], 3, 8, 4, 20, 6, 0, sizes[1]).layer()
 
     shapes = (32, 64), (32, 64), (64, 32)
     mlp = Mlp(*(any_matrix(kernels, rng, "nf4", *shape) for shape in shapes))
     made = [attention(["int8", "nf4"], 64, experts) for experts in (6, 0, 6)]
-    layers = [BoundLayer(layer, mlp) for layer in made]
-    router = Router(2, 1, 2)
+    geometry, layers = made[0][0]._replace(router=Router(2, 1, 2)), [layer for _, layer in made]
+    mlps = [mlp] * len(layers)
     slab = slab_of([random_expert(rng, 64, 32)[1] for _ in range(6)])
     slots = torch.arange(6, dtype=torch.int32).repeat(2, 1)
     a, b = torch.full((2, 3, 90, latent_bytes(20, 4)), 0xFF, dtype=torch.uint8)
     a[:, :3] = 0
     h, table = torch.randn(2, 64), torch.ones(2, 2, dtype=torch.complex64)
-    good = {"decoder": Decoder(layers, router), "first": 0, "h": h, "table": table}
+    good = {"decoder": Decoder(geometry, layers, mlps), "first": 0, "h": h, "table": table}
     good |= {"caches": [a, b], "positions": [3, 0], "slab": slab, "slots": slots}
     good |= {"record": expert_record(64, 32), "x": h, "experts": h}
     kernels.decode(**good)
@@ -129,9 +129,11 @@ def test_decode_refuses(kernels):
         for value in values:
             with pytest.raises(ValueError, match=r"expected|must|apart|at least|refused"):
                 kernels.decode(**good | {name: value})
-    smaller = attention(["int8"], 32, 6)
-    for wrong in ([], [layers[0], BoundLayer(smaller, None)], [BoundLayer(smaller, mlp)]):
-        with pytest.raises(ValueError, match=r"no layers|different"):
-            Decoder(wrong, router)
+    _, smaller = attention(["int8"], 32, 6)
+    _, fewer = attention(["int8"], 64, 5)
+    narrow = Mlp(*[any_matrix(kernels, rng, "int8", 32, 32)] * 3)
+    for other, mlp_of in ((smaller, None), (fewer, None), (layers[0], narrow)):
+        with pytest.raises(ValueError, match="expected"):
+            Decoder(geometry, [layers[0], other], [None, mlp_of])
     with pytest.raises(ValueError, match="don't fit"):
-        Decoder(layers, Router(1, 1, 7, 1.0))
+        Decoder(geometry._replace(router=Router(1, 1, 7, 1.0)), layers, mlps)

@@ -18,7 +18,7 @@ from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, LUT3, LUT4, MXFP4, N
 from slotmoe.quant.codecs.weight import levels_of
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as qk
-from slotmoe.quant.kernels.cpu.layers import AttentionLayer
+from slotmoe.quant.kernels.cpu.layers import mla_layer, sizes_of
 from slotmoe.quant.kernels.cpu.tokens import addresses
 from slotmoe.quant.kernels.cpu.weights import ExpertRecord, Matrix
 from slotmoe.quant.shapes import latent_bytes
@@ -131,11 +131,12 @@ def attention_layer(kernels, layer, h, table, caches, positions, query_scale=Non
     """One token of each of T sequences through a layer's attention, the oracle of ``decode``: h
     float32 [T, H] -> y = h + attention(rms_norm(h)), x = rms_norm(y) and, with a router, its
     logits.  A token's latent row is written to its sequence's cache at its position."""
-    stride = qk.row_stride(caches[0], layer.row_bytes)
+    stride = qk.row_stride(caches[0], latent_bytes(layer.sizes["R"], 2 * layer.sizes["C"]))
     places = (ctypes.c_int64 * len(positions))(*positions)
     values = layer, h, table, query_scale, addresses(caches), stride, places
-    y, x, logits = kernels.attention.results(*values, T=len(caches))
-    return y, x, logits if layer.sizes["E"] else None
+    experts = layer.sizes.get("E", 0)
+    y, x, logits = kernels.attention.results(*values, T=len(caches), E=experts)
+    return y, x, logits if experts else None
 
 
 def coded_matrix(rng, n, k, codec=NF4, size=1.0):
@@ -162,14 +163,18 @@ def any_matrix(kernels, rng, kind, n, k):
     return Matrix.of(weight.to(getattr(torch, kind)))
 
 
-def bound_layer(arguments, constants, halves=False):
-    """An ``AttentionLayer``; with a part of a second query's, ``query`` is the first of two."""
+def layer_of(arguments, constants, halves=False):
+    """A geometry and a layer; with a part of a second query's, ``query`` is the first of two."""
     sizes, input_norm, query, query_norm, query_b, *rest = arguments
     queries = (query, None) if query_norm is None and query_b is None else (None, query)
     latent, latent_norm, kv_b, out, next_norm, gate, gate_bias = rest
     mla = Mla(*queries, query_norm, query_b, latent, latent_norm, kv_b, out, None)
     layer = Layer(input_norm, mla, next_norm, gate, gate_bias, None, None, None, None)
-    return AttentionLayer(Geometry(*sizes, *constants, halves, Router(1, 1, 1), 0), layer)
+    return Geometry(*sizes, *constants, halves, Router(1, 1, 1), 0), layer
+
+
+def bound_layer(geometry, layer):
+    return mla_layer(geometry, layer, sizes_of(geometry, layer))
 
 
 class RandomLayer:
@@ -203,8 +208,11 @@ class RandomLayer:
         rest = self.out, self.next_norm, self.gate, self.gate_bias
         return [self.sizes, self.input_norm, *query, *latent, *rest]
 
+    def layer(self):
+        return layer_of(self.arguments(), (1e-5, 1e-6, self.scale), self.halves)
+
     def prepared(self):
-        return bound_layer(self.arguments(), (1e-5, 1e-6, self.scale), self.halves)
+        return bound_layer(*self.layer())
 
     def one_by_one(self, h, table, query_scale, cache, position):
         heads, n, p, r, v = self.sizes

@@ -29,11 +29,12 @@ from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.layers import Decoder
 from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, Function, tensor_spec
 from slotmoe.quant.kernels.cpu.tokens import NO_ROWS, DecodeRows, address, layer_rows, tokens_of
-from slotmoe.quant.kernels.cpu.weights import ExpertRecord, Matrix, NativeRouter
+from slotmoe.quant.kernels.cpu.weights import ROUTER, ExpertRecord, Matrix, Structure, router_values
 from slotmoe.quant.shapes import latent_bytes
 
 ABI = 14
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
+_ROUTER = Structure(ROUTER)
 _PARTS = ("attention", "route", "experts_by_slot", "mlp")  # whose seconds `decode` measures
 
 
@@ -212,7 +213,7 @@ class Kernels:
         """logits float32 [T, E] -> weights and int64 indices [T, top_k], best first; of equals the
         lower index.  `bias`, float32 [E], takes part in the choice alone.  With `chosen` these are
         the indices."""
-        native = ctypes.byref(NativeRouter(router, logits.shape[-1]))
+        native = _ROUTER.bind({}, *router_values(router, logits.shape[-1]))
         route = self._functions["route"]
         weights, indices = route.results(native, logits, bias, chosen, K=router.top_k)
         return weights, indices
@@ -249,10 +250,9 @@ class Kernels:
         if (x is None) != (experts is None):
             raise ValueError("x and experts must come together")
         asked = decoder.routers_from(first, x is not None)
-        t, layers, sizes = len(caches), len(decoder.routed), decoder.sizes
-        hidden, top_k, f32 = sizes["H"], sizes["K"], torch.float32
-        tokens, mixed = tokens_of(decoder, table, caches, positions, query_scale, rows)
-        wide = decoder.streams * hidden
+        t, sizes, f32 = len(caches), decoder.sizes, torch.float32
+        hidden, top_k, streams, wide = (sizes[letter] for letter in "HKQX")
+        tokens = tokens_of(decoder, table, caches, positions, query_scale, rows)
         inputs = (
             address("h", h, f32, t, wide),
             tokens.address,
@@ -262,7 +262,8 @@ class Kernels:
             record.address,
             address("x", x, f32, t, hidden),
             address("experts", experts, f32, t, hidden),
-            *mixed,
+            address("post", rows.post, f32, t, streams),
+            address("comb", rows.comb, f32, t, streams, streams),
         )
         y, norms = torch.empty(t, wide), torch.empty(asked + 1, t, hidden)
         weights, indices = torch.empty(t, top_k), torch.empty(asked, t, top_k, dtype=torch.int64)
@@ -271,7 +272,7 @@ class Kernels:
         outputs = *results, ctypes.byref(reached), seconds
         self._functions["decode"].run(decoder.address, first, t, *inputs, *outputs)
         layer = reached.value
-        if layer < layers:
+        if layer < len(decoder.routed):
             indices = indices[: asked - sum(decoder.routed[layer + 1 :])]
         spent = seconds[:]
         for part, duration in zip(_PARTS, spent, strict=True):

@@ -2,175 +2,47 @@
 memory that the native side then reads.
 
 The structures are those of quant/kernels/cpu/api.h.  Shapes: see `slotmoe.quant.kernels.cpu.
-bindings`; of attention: A heads, N and P columns of a query head without and with rotation, R the
-latent's, V a value head's.
+bindings`; of attention: A heads, R the latent's columns or a head's, Q the query's latent, X all
+queries, M all rows of `kv_b`, Y all values.
 """
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from slotmoe.border import (
-    Compressed,
-    Compressor,
-    Geometry,
-    HyperGeometry,
-    Layer,
-    Mixing,
-    Mla,
-    Router,
-)
+from slotmoe.border import Compressed, Compressor, Geometry, Layer, Mixing, Mla
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.kernels.cpu.signatures import Bound, tensor_spec
-from slotmoe.quant.kernels.cpu.weights import Matrix, Mlp, NativeMatrix, NativeRouter, fields, fit
+from slotmoe.quant.kernels.cpu.signatures import Bound
+from slotmoe.quant.kernels.cpu.weights import ROUTER, Matrix, Mlp, Structure, router_values
 from slotmoe.quant.shapes import latent_bytes
 from slotmoe.quant.weights import Weight
 
-
-class _Indexer(ctypes.Structure):
-    _fields_ = [
-        *fields(ctypes.c_int64, "heads width topk halves"),
-        *fields(ctypes.c_float, "scale unused"),
-        *fields(NativeMatrix, "query weights key"),
-        *fields(ctypes.c_void_p, "key_norm key_bias"),
-    ]
-
-
-class _Attention(ctypes.Structure):
-    _fields_ = [
-        *fields(ctypes.c_int64, "heads n p r v halves"),
-        *fields(ctypes.c_float, "eps latent_eps scale unused"),
-        *fields(ctypes.c_void_p, "input_norm query_norm latent_norm next_norm"),
-        *fields(NativeMatrix, "query query_b latent out gate"),
-        *fields(ctypes.c_void_p, "gate_bias kv_b kv_b_scale indexer"),
-        *fields(ctypes.c_int64, "keys topk"),
-    ]
-
-
-class _Compressor(ctypes.Structure):
-    _fields_ = [
-        *fields(NativeMatrix, "kv gate"),
-        *fields(ctypes.c_void_p, "bias norm"),
-        *fields(ctypes.c_int64, "ratio width overlaps group layer"),
-    ]
-
-
-class _Compressed(ctypes.Structure):
-    _fields_ = [
-        *fields(ctypes.c_int64, "heads z p groups window"),
-        *fields(ctypes.c_float, "eps scale"),
-        *fields(ctypes.c_void_p, "input_norm query_norm key_norm sinks next_norm"),
-        *fields(NativeMatrix, "query query_b key out_a out_b gate"),
-        *fields(ctypes.c_void_p, "gate_bias compressor index_keys indexer"),
-    ]
-
-
-class _Hyper(ctypes.Structure):
-    _fields_ = [
-        *fields(ctypes.c_void_p, "fn base scale"),
-        *fields(ctypes.c_int64, "m iterations"),
-        *fields(ctypes.c_float, "eps hc_eps"),
-    ]
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = fields(
-        ctypes.c_void_p, "attention compressed attention_mixing mlp_mixing mlp experts_of"
-    )
-
-
-class _Model(ctypes.Structure):
-    _fields_ = [
-        *fields(ctypes.c_int64, "layers hidden experts streams vocabulary"),
-        ("layer", ctypes.c_void_p),
-        ("router", NativeRouter),
-    ]
-
-
-class AttentionLayer(Bound):
-    """The weights of one layer up to its router, `kv_b_proj` of them int8.  Its indexer, if it has
-    one, is the model's `keys`-th; `topk`, unless 0, is how many rows it attends to.  Raises
-    `ValueError` where they do not fit."""
-
-    def __init__(
-        self, geometry: Geometry, layer: Layer[Weight | Matrix], keys: int = 0, topk: int = 0
-    ) -> None:
-        mla = layer.attention
-        assert isinstance(mla, Mla)
-        shape, kv_b = geometry[:5], mla.kv_b_proj
-        heads, n, p, r, v = shape
-        if min(heads, r, v) < 1 or min(n, p) < 0 or max(shape) >= 2**31 or p % 2:
-            raise ValueError(f"shape is {shape}, expected heads, N, even P, R and V")
-        if (mla.q_a_layernorm is None) != (mla.q_b_proj is None):
-            raise ValueError("query_norm and query_b must come together")
-        query = _bound(mla.q_proj if mla.q_a_proj is None else mla.q_a_proj)
-        query_b, gate = _bound(mla.q_b_proj), _bound(layer.gate)
-        latent, out = Matrix.of(mla.kv_a_proj), Matrix.of(mla.o_proj)
-        assert query is not None and isinstance(kv_b, Int8Weight)
-        queries, hidden, wanted = query.shape[0], latent.shape[1], heads * (n + p)
-        experts = gate.shape[0] if gate else 0
-        matrices = fit(
-            query=(query, (queries if query_b else wanted, hidden)),
-            query_b=(query_b, (wanted, queries)),
-            latent=(latent, (r + p, hidden)),
-            out=(out, (hidden, heads * v)),
-            gate=(gate, (experts, hidden)),
-        )
-        sizes = {"H": hidden, "Q": queries, "R": r, "M": heads * (n + v), "E": experts}
-        indexer, own = None, mla.indexer
-        if own is not None:
-            parts, norms = (own.wq_b, own.weights_proj, own.wk), (own.k_norm, own.k_norm_bias)
-            indexer = _indexer(geometry, queries, hidden, *parts, norm=norms[0], bias=norms[1])
-        native = _Attention(
-            *shape,
-            geometry.halves,
-            *(geometry.eps, geometry.latent_eps, geometry.softmax_scale, 0.0),
-            tensor_spec("input_norm:f32[H]").check(layer.input_layernorm, sizes),
-            tensor_spec("query_norm?:f32[Q]").check(mla.q_a_layernorm, sizes),
-            tensor_spec("latent_norm:f32[R]").check(mla.kv_a_layernorm, sizes),
-            tensor_spec("next_norm:f32[H]").check(layer.post_attention_layernorm, sizes),
-            *matrices,
-            tensor_spec("gate_bias?:f32[E]").check(layer.gate_bias, sizes),
-            tensor_spec("kv_b:i8[M,R]").check(kv_b.q, sizes),
-            tensor_spec("kv_b_scale:f32[M]").check(kv_b.scale, sizes),
-            indexer and indexer.address,
-            *(keys, topk),
-        )
-        self.row_bytes, sizes = latent_bytes(r, p), {"H": hidden, "C": p // 2, "E": experts}
-        self.topk, self.key_bytes, self.window = topk, 0, 0
-        if geometry.indexer is not None and indexer:
-            self.key_bytes = latent_bytes(geometry.indexer.A, 0)
-        super().__init__(native, sizes, layer, query, query_b, latent, out, gate, indexer)
-
-
-def _indexer(
-    geometry: Geometry,
-    queries: int,
-    hidden: int,
-    *weights: Weight | Matrix | None,
-    norm: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Bound:
-    """Of a query's latent of so many columns: what makes queries, weights and, unless a compressor
-    does, keys.  Raises `ValueError`."""
-    assert geometry.indexer is not None
-    heads, width, topk, halves = geometry.indexer
-    query, of_heads, key = map(_bound, weights)
-    matrices = fit(
-        query=(query, (heads * width, queries)),
-        weights=(of_heads, (heads, hidden)),
-        key=(key, (width, hidden)),
-    )
-    native = _Indexer(
-        *(heads, width, topk, halves, (heads * width) ** -0.5, 0.0, *matrices),
-        tensor_spec("k_norm?:f32[A]").check(norm, {"A": width}),
-        tensor_spec("k_norm_bias?:f32[A]").check(bias, {"A": width}),
-    )
-    return Bound(native, {}, query, of_heads, key, norm, bias)
+_INDEXER = Structure(
+    "heads width topk halves scale:float unused:float"
+    " query:matrix[X,Q] weights:matrix[A,H] key?:matrix[W,H] key_norm?:f32[W] key_bias?:f32[W]"
+)
+_ATTENTION = Structure(
+    "heads n p r v halves eps:float latent_eps:float scale:float unused:float"
+    " input_norm:f32[H] query_norm?:f32[Q] latent_norm:f32[R] next_norm:f32[H]"
+    " query:matrix[Q,H] query_b?:matrix[X,Q] latent:matrix[W,H] out:matrix[H,Y] gate?:matrix[E,H]"
+    " gate_bias?:f32[E] kv_b:i8[M,R] kv_b_scale:f32[M] indexer:bound keys topk"
+)
+_COMPRESSOR = Structure(
+    "kv:matrix[Y,H] gate:matrix[Y,H] bias:f32[J,W] norm:f32[W] ratio width overlaps group layer"
+)
+_COMPRESSED = Structure(
+    "heads z p groups window eps:float scale:float"
+    " input_norm:f32[H] query_norm:f32[Q] key_norm:f32[R] sinks:f32[A] next_norm:f32[H]"
+    " query:matrix[Q,H] query_b:matrix[X,Q] key:matrix[R,H] out_a:matrix[L,Y] out_b:matrix[H,L]"
+    " gate:matrix[E,H] gate_bias?:f32[E] compressor:bound index_keys:bound indexer:bound"
+)
+_HYPER = Structure("fn:f32[L,J] base:f32[L] scale:f32[3] m iterations eps:float hc_eps:float")
+_LAYER = Structure(
+    "attention:bound compressed:bound attention_mixing:bound mlp_mixing:bound mlp:bound"
+    " experts_of?:i32[V,K]"
+)
+_MODEL = Structure(f"layers hidden experts streams vocabulary layer:pointer {ROUTER}")
 
 
 @dataclass
@@ -184,149 +56,158 @@ class GroupShape:
     layers: int = 0
 
 
-class CompressedLayer(Bound):
+Groups = dict[tuple[int, bool], GroupShape]
+"""By ratio, and whether they are keys of an indexer."""
+
+
+def sizes_of(geometry: Geometry, layer: Layer[Weight | Matrix]) -> dict[str, int]:
+    """What all layers have alike."""
+    attention, (heads, n, p, r, v) = layer.attention, geometry[:5]
+    sizes = {"H": len(layer.input_layernorm), "A": heads, "R": r, "C": p // 2}
+    sizes["X"] = sizes["Q"] = heads * (n + p)
+    if isinstance(attention, Compressed):
+        assert geometry.compressed is not None
+        return sizes | {"Q": len(attention.q_a_norm), "Y": heads * r // geometry.compressed.groups}
+    if attention.q_a_layernorm is not None:
+        sizes["Q"] = len(attention.q_a_layernorm)
+    return sizes | {"W": r + p, "M": heads * (n + v), "Y": heads * v}
+
+
+def mla_layer(
+    geometry: Geometry,
+    layer: Layer[Weight | Matrix],
+    sizes: dict[str, int],
+    keys: int = 0,
+    topk: int = 0,
+) -> Bound:
+    """The weights of one layer up to its router, `kv_b_proj` of them int8.  Its indexer, if it has
+    one, is the model's `keys`-th; `topk`, unless 0, is how many rows it attends to.  Raises
+    `ValueError` where they do not fit `sizes`."""
+    mla, own = layer.attention, None
+    assert isinstance(mla, Mla) and isinstance(mla.kv_b_proj, Int8Weight)
+    assert (mla.q_a_layernorm is None) == (mla.q_b_proj is None)
+    if mla.indexer is not None:
+        norm = mla.indexer.k_norm, mla.indexer.k_norm_bias
+        parts = mla.indexer.wq_b, mla.indexer.weights_proj, mla.indexer.wk, *norm
+        own = _indexer(geometry, sizes, *parts)
+    return _ATTENTION.bind(
+        sizes,
+        *(*geometry[:5], geometry.halves),
+        *(geometry.eps, geometry.latent_eps, geometry.softmax_scale, 0.0),
+        *(layer.input_layernorm, mla.q_a_layernorm, mla.kv_a_layernorm),
+        layer.post_attention_layernorm,
+        *(mla.q_proj if mla.q_a_proj is None else mla.q_a_proj, mla.q_b_proj),
+        *(mla.kv_a_proj, mla.o_proj, layer.gate, layer.gate_bias),
+        *(mla.kv_b_proj.q, mla.kv_b_proj.scale, own, keys, topk),
+    )
+
+
+def _indexer(geometry: Geometry, sizes: dict[str, int], *weights: object) -> Bound:
+    """Queries, weights and, unless a compressor makes keys, keys with their norm and bias."""
+    assert geometry.indexer is not None
+    heads, width, topk, halves = geometry.indexer
+    own = {"H": sizes["H"], "Q": sizes["Q"], "A": heads, "W": width, "X": heads * width}
+    scale = (heads * width) ** -0.5
+    return _INDEXER.bind(own, heads, width, topk, halves, scale, 0.0, *weights)
+
+
+def compressed_layer(
+    geometry: Geometry, layer: Layer[Weight | Matrix], sizes: dict[str, int], groups: Groups
+) -> Bound:
     """The weights of one layer of DeepSeek-V4 up to its router.  What it compresses is counted in
-    `groups`.  Raises `ValueError` where they do not fit."""
-
-    topk = key_bytes = 0
-
-    def __init__(
-        self, geometry: Geometry, layer: Layer[Weight | Matrix], groups: list[GroupShape]
-    ) -> None:
-        weights, (heads, _, p, z, *_) = layer.attention, geometry
-        assert isinstance(weights, Compressed) and geometry.compressed is not None
-        window, parts = geometry.compressed
-        names = "q_a_proj q_b_proj kv_proj o_a_proj o_b_proj".split()
-        bound = [Matrix.of(getattr(weights, name)) for name in names]
-        assert layer.gate is not None
-        gate = Matrix.of(layer.gate)
-        (queries, hidden), (low, _) = bound[0].shape, bound[3].shape
-        shapes = (queries, hidden), (heads * z, queries), (z, hidden), (low, heads * z // parts)
-        fitting = zip(
-            (*bound, gate), (*shapes, (hidden, low), (gate.shape[0], hidden)), strict=True
-        )
-        matrices = fit(**dict(zip((*names, "gate"), fitting, strict=True)))
-        compressor = keys = indexer = None
-        if weights.compressor is not None:
-            compressor = _compressor(weights.compressor, z, hidden, groups, index=False)
-        if weights.indexer is not None:
-            assert geometry.indexer is not None
-            parts_of = weights.indexer.q_b_proj, weights.indexer.weights_proj, None
-            indexer = _indexer(geometry, queries, hidden, *parts_of)
-            width = geometry.indexer.A
-            keys = _compressor(weights.indexer.compressor, width, hidden, groups, index=True)
-        experts = gate.shape[0]
-        sizes = {"H": hidden, "Q": queries, "Z": z, "A": heads, "E": experts}
-        native = _Compressed(
-            *(heads, z, p, parts, window, geometry.eps, geometry.softmax_scale),
-            tensor_spec("input_norm:f32[H]").check(layer.input_layernorm, sizes),
-            tensor_spec("q_a_norm:f32[Q]").check(weights.q_a_norm, sizes),
-            tensor_spec("kv_norm:f32[Z]").check(weights.kv_norm, sizes),
-            tensor_spec("sinks:f32[A]").check(weights.sinks, sizes),
-            tensor_spec("next_norm:f32[H]").check(layer.post_attention_layernorm, sizes),
-            *matrices,
-            tensor_spec("gate_bias?:f32[E]").check(layer.gate_bias, sizes),
-            *(part and part.address for part in (compressor, keys, indexer)),
-        )
-        self.row_bytes, self.window = latent_bytes(z, 0), window
-        sizes = {"H": hidden, "C": p // 2, "E": experts}
-        super().__init__(native, sizes, layer, bound, gate, compressor, keys, indexer)
+    `groups`.  Raises `ValueError` where they do not fit `sizes`."""
+    weights, (heads, _, p, z, *_) = layer.attention, geometry
+    assert isinstance(weights, Compressed) and geometry.compressed is not None
+    compressor = keys = indexer = None
+    if weights.compressor is not None:
+        compressor = _compressor(weights.compressor, z, sizes, groups, index=False)
+    if weights.indexer is not None:
+        assert geometry.indexer is not None
+        parts = weights.indexer.q_b_proj, weights.indexer.weights_proj, None, None, None
+        indexer, width = _indexer(geometry, sizes, *parts), geometry.indexer.A
+        keys = _compressor(weights.indexer.compressor, width, sizes, groups, index=True)
+    window, parts_of = geometry.compressed
+    return _COMPRESSED.bind(
+        sizes,
+        *(heads, z, p, parts_of, window, geometry.eps, geometry.softmax_scale),
+        *(layer.input_layernorm, weights.q_a_norm, weights.kv_norm, weights.sinks),
+        *(layer.post_attention_layernorm, weights.q_a_proj, weights.q_b_proj, weights.kv_proj),
+        *(weights.o_a_proj, weights.o_b_proj, layer.gate, layer.gate_bias),
+        *(compressor, keys, indexer),
+    )
 
 
 def _compressor(
     weights: Compressor[Weight | Matrix],
     width: int,
-    hidden: int,
-    groups: list[GroupShape],
+    sizes: dict[str, int],
+    groups: Groups,
     index: bool,
 ) -> Bound:
-    ratio, columns = weights.position_bias.shape
+    bias, (ratio, columns) = weights.position_bias, weights.position_bias.shape
     shape = GroupShape(ratio, width, columns == 2 * width, index)
-    known = [(group.ratio, group.index) for group in groups]
-    if (ratio, index) not in known:
-        known.append((ratio, index))
-        groups.append(shape)
-    at = known.index((ratio, index))
-    kv, gate, bias = Matrix.of(weights.kv_proj), Matrix.of(weights.gate_proj), weights.position_bias
-    matrices = fit(kv=(kv, (columns, hidden)), gate=(gate, (columns, hidden)))
+    group = groups.setdefault((ratio, index), shape)
     if shape.overlaps:  # the rows of the window before come first
         bias = torch.cat([bias[:, :width], bias[:, width:]])
-    native = _Compressor(
-        *matrices,
-        tensor_spec("position_bias:f32[J,Z]").check(bias, {"Z": width}),
-        tensor_spec("kv_norm:f32[Z]").check(weights.kv_norm, {"Z": width}),
-        *(ratio, width, shape.overlaps, at, groups[at].layers),
+    group.layers += 1
+    return _COMPRESSOR.bind(
+        {"H": sizes["H"], "W": width, "Y": columns},
+        *(weights.kv_proj, weights.gate_proj, bias, weights.kv_norm),
+        *(ratio, width, shape.overlaps, [*groups].index((ratio, index)), group.layers - 1),
     )
-    groups[at].layers += 1
-    return Bound(native, {}, weights, kv, gate, bias)
 
 
-def hyper_layer(mixing: Mixing, hyper: HyperGeometry, eps: float, hidden: int) -> Bound:
-    Q, iterations, small = hyper
+def _hyper(mixing: Mixing | None, geometry: Geometry, hidden: int) -> Bound | None:
+    if mixing is None or geometry.hyper is None:
+        return None
+    Q, iterations, eps = geometry.hyper
     sizes = {"L": (2 + Q) * Q, "J": Q * hidden}
-    fn = tensor_spec("fn:f32[L,J]").check(mixing.fn, sizes)
-    base = tensor_spec("base:f32[L]").check(mixing.base, sizes)
-    scale = tensor_spec("scale:f32[3]").check(mixing.scale, sizes)
-    return Bound(_Hyper(fn, base, scale, Q, iterations, eps, small), {}, mixing)
-
-
-def _bound(weight: Weight | Matrix | None) -> Matrix | None:
-    return None if weight is None else Matrix.of(weight)
-
-
-class BoundLayer(NamedTuple):
-    """A layer of a `Decoder`: `mlp` is that of shared experts or a dense one, `mixings` are those
-    at attention and at the feed-forward, `experts_of` as in `slotmoe.border.Layer`."""
-
-    attention: AttentionLayer | CompressedLayer
-    mlp: Mlp | None
-    mixings: tuple[Bound, Bound] | None = None
-    experts_of: Tensor | None = None
+    parts = mixing.fn, mixing.base, mixing.scale
+    return _HYPER.bind(sizes, *parts, Q, iterations, geometry.eps, eps)
 
 
 class Decoder(Bound):
-    """All layers of a model for one token of each sequence, with `streams` residual streams; at
-    least one layer has a router.  `groups` are the compressed rows of all layers.  Raises
-    `ValueError` where the layers do not fit together or the router does not fit their experts."""
+    """All layers of a model for one token of each sequence, each with its `mlps`, that of shared
+    experts or a dense one; at least one layer has a router.  Raises `ValueError` where the layers
+    do not fit together or the router does not fit their experts."""
 
     def __init__(
         self,
-        layers: Sequence[BoundLayer],
-        router: Router,
-        streams: int = 1,
-        groups: Sequence[GroupShape] = (),
+        geometry: Geometry,
+        layers: Sequence[Layer[Weight | Matrix]],
+        mlps: Sequence[Mlp | None],
     ) -> None:
-        if not layers:
-            raise ValueError("there are no layers")
-        attentions = [layer.attention for layer in layers]
-        experts = max(part.sizes["E"] for part in attentions)
-        sizes, self.row_bytes = attentions[0].sizes | {"E": experts}, attentions[0].row_bytes
-        for part in attentions:
-            same = part.sizes | {"E": experts} == sizes and part.row_bytes == self.row_bytes
-            if not same or part.sizes["E"] not in (0, experts):
-                raise ValueError("the layers have different sizes, or numbers of experts")
-        self.routed = [part.sizes["E"] > 0 for part in attentions]
-        self.streams, self.groups = streams, groups
-        self.indexers = sum(part.key_bytes > 0 for part in attentions)
-        self.key_bytes = max(part.key_bytes for part in attentions)
-        self.topk = max(part.topk for part in attentions)
-        self.window = max(part.window for part in attentions)
-        natives, table = (_Layer * len(layers))(), {"K": router.top_k}
-        for bound, layer in zip(natives, layers, strict=True):
-            attention, mlp, mixings, experts_of = layer
-            if mlp is not None and mlp.sizes["H"] != sizes["H"]:
-                raise ValueError(f"an MLP's size is different from the layers' {sizes['H']}")
-            kind = "attention" if isinstance(attention, AttentionLayer) else "compressed"
-            setattr(bound, kind, attention.address)
-            bound.mlp = mlp and mlp.address
-            if mixings is not None:
-                bound.attention_mixing, bound.mlp_mixing = (part.address for part in mixings)
-            bound.experts_of = tensor_spec("experts_of?:i32[V,K]").check(experts_of, table)
-        counts = len(layers), sizes["H"], experts, streams, table.get("V", 0)
-        start = ctypes.addressof(natives)
-        native = _Model(*counts, start, NativeRouter(router, experts))
-        sizes |= {"M": sum(self.routed), "K": router.top_k}
-        super().__init__(native, sizes, list(layers), natives)
+        sizes, groups, bound = sizes_of(geometry, layers[0]), Groups(), list[Bound]()
+        sizes["K"], self.indexers, topk = geometry.router.top_k, 0, 0
+        for layer, mlp in zip(layers, mlps, strict=True):
+            mla = compressed = None
+            if isinstance(layer.attention, Compressed):
+                compressed = compressed_layer(geometry, layer, sizes, groups)
+            else:
+                has = layer.attention.indexer is not None
+                if geometry.indexer is not None and (self.indexers or has):
+                    topk = geometry.indexer.topk
+                mla = mla_layer(geometry, layer, sizes, self.indexers, topk)
+                self.indexers += has
+            if mlp is not None:
+                mlp.agree(sizes)
+            mixings = layer.attention_mixing, layer.mlp_mixing
+            both = [_hyper(mixing, geometry, sizes["H"]) for mixing in mixings]
+            bound.append(_LAYER.bind(sizes, mla, compressed, *both, mlp, layer.experts_of))
+        self.routed, self.groups = [layer.gate is not None for layer in layers], [*groups.values()]
+        self.streams = geometry.hyper.Q if geometry.hyper else 1
+        self.topk, self.window, rotated = topk, 0, geometry.P
+        if geometry.compressed is not None:  # a row's last columns are rotated
+            self.window, rotated = geometry.compressed.window, 0
+        self.row_bytes = latent_bytes(geometry.R, rotated)
+        self.key_bytes = latent_bytes(geometry.indexer.A, 0) if geometry.indexer else 0
+        natives = (_LAYER.type * len(layers))(*(part.native for part in bound))
+        hidden, experts = sizes["H"], sizes.get("E", 0)
+        counts = len(layers), hidden, experts, self.streams, sizes.get("V", 0)
+        model = _MODEL.bind({}, *counts, natives, *router_values(geometry.router, experts))
+        sizes = {letter: sizes[letter] for letter in ("H", "C", "E", "K")}
+        sizes |= {"M": sum(self.routed), "Q": self.streams, "X": self.streams * hidden}
+        super().__init__(model.native, sizes, model, bound)
 
     def routers_from(self, first: int, resumed: bool) -> int:
         """How many routers are left from layer `first` on, without its own if the call is

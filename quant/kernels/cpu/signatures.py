@@ -16,6 +16,7 @@ letter sets it, unless the caller does.  N/16 is N / 16 rounded up, K/64+2 two m
 
 import ctypes
 import time
+from collections.abc import Sequence
 from functools import cache
 from operator import itemgetter
 
@@ -29,9 +30,9 @@ DTYPES = {
 }
 SOURCE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # `Source` of isa.h
 INT8 = "i8[N/16,K/64,1024]"  # tiled
-_C_TYPES = {  # all others are sizes
+C_TYPES = {  # all others are sizes
     **dict.fromkeys(("pointer", "bound"), ctypes.c_void_p),
-    **{"type": ctypes.c_int, "float": ctypes.c_float},
+    **{"type": ctypes.c_int, "float": ctypes.c_float, "double": ctypes.c_double},
 }
 _RECORDS = "slab:bound S B"
 _ABSORB = "A kv_b:i8[M,R] kv_b_scale:f32[M] N per_head:size R"
@@ -73,7 +74,7 @@ SIGNATURES = {
     "rotate": "x:f32[T,A,P] table:c64[T,P/2] halves:size T A P >y:f32[T,A,P]",
     "attention": "layer:bound T h:f32[T,H] table:c64[T,C] query_scale?:f32[T] caches:pointer"
     " stride:size positions:pointer >y:f32[T,H] >x:f32[T,H] >logits:f32[T,E]",
-    "route": "router:pointer logits:f32[T,E] bias?:f32[E] chosen?:i64[T,K] T E >weights:f32[T,K]"
+    "route": "router:bound logits:f32[T,E] bias?:f32[E] chosen?:i64[T,K] T E >weights:f32[T,K]"
     " >indices:i64[T,K]",
     # checked by hand, which is quicker: it runs once a token
     "decode": "decoder:pointer first:size count:size h:pointer tokens:pointer slots:pointer"
@@ -100,14 +101,15 @@ _REFUSED = {
 
 
 class TensorSpec:
-    """A tensor of the table, `name:dtype[sizes]`."""
+    """A tensor of the table, `name:dtype[sizes]`, or a matrix of a structure."""
 
     def __init__(self, text: str) -> None:
         name, _, self._text = text.partition(":")
         dtype, _, sizes = self._text.removesuffix("]").partition("[")
         self.optional, self.name = name.endswith("?"), name.strip(">?")
-        self._is_source = dtype == "source"
-        self.dtypes = tuple(SOURCE_TYPES) if self._is_source else (DTYPES[dtype],)
+        self.is_matrix, self._is_source = dtype == "matrix", dtype == "source"
+        kinds = SOURCE_TYPES if self._is_source or self.is_matrix else [DTYPES[dtype]]
+        self.dtypes = tuple(kinds)
         # A letter, what divides it and what is added, or "" and a number; plain ones are quicker.
         self._sizes: list[tuple[str, int, int]] = []
         for size in sizes.split(","):
@@ -135,7 +137,13 @@ class TensorSpec:
             raise ValueError(f"{self.name} is {tensor.dtype}, expected {expected}")
         if self._is_source:
             sizes["type"] = SOURCE_TYPES[tensor.dtype]
-        shape = tensor.shape
+        self.fit(tensor.shape, sizes)
+        if not tensor.is_contiguous() or tensor.is_conj():
+            raise ValueError(f"{self.name} must be contiguous, and not conjugated lazily")
+        return tensor.data_ptr()
+
+    def fit(self, shape: Sequence[int], sizes: dict[str, int]) -> None:
+        """Check the shape as `check` does."""
         if len(shape) != len(self._sizes):
             raise ValueError(f"{self.name} has shape {tuple(shape)}, expected {self._text}")
         for (letter, by, more), actual in zip(self._sizes, shape, strict=True):
@@ -143,9 +151,6 @@ class TensorSpec:
             if (size != actual or by > 1 or more) and actual != -(-size // by) + more:
                 wanted = tuple(self.shape(sizes))
                 raise ValueError(f"{self.name} has shape {tuple(shape)}, expected {wanted}")
-        if not tensor.is_contiguous() or tensor.is_conj():
-            raise ValueError(f"{self.name} must be contiguous, and not conjugated lazily")
-        return tensor.data_ptr()
 
 
 tensor_spec = cache(TensorSpec)
@@ -156,8 +161,14 @@ class Bound:
     ``memory``."""
 
     def __init__(self, native: ctypes.Structure, sizes: dict[str, int], *memory: object):
-        self.address, self.sizes = ctypes.addressof(native), sizes
-        self._memory = native, memory
+        self.address, self.native, self.sizes = ctypes.addressof(native), native, sizes
+        self._memory = memory
+
+    def agree(self, sizes: dict[str, int]) -> None:
+        """Give `sizes` what it lacks of these.  Raises `ValueError` where they differ."""
+        for letter, size in self.sizes.items():
+            if sizes.setdefault(letter, size) != size:
+                raise ValueError(f"{letter} is {sizes[letter]} and {size}, expected one")
 
 
 class Function:
@@ -182,7 +193,7 @@ class Function:
         groups += [word for word in words if ">" in word] + self._letters
         self._in_order = itemgetter(*[groups.index(word) for word in words])
         self._native = getattr(library, f"slotmoe_{name}")
-        self._native.argtypes = [_C_TYPES.get(kind, ctypes.c_int64) for kind in kinds]
+        self._native.argtypes = [C_TYPES.get(kind, ctypes.c_int64) for kind in kinds]
 
     def __call__(self, *values: object, **sizes: int) -> Tensor:
         """The first of the `results`."""
@@ -198,9 +209,7 @@ class Function:
             if spec is not None:
                 value = spec.check(value, sizes)
             elif isinstance(value, Bound):
-                for letter, size in value.sizes.items():
-                    if sizes.setdefault(letter, size) != size:
-                        raise ValueError(f"{letter} is {sizes[letter]} and {size}, expected one")
+                value.agree(sizes)
                 value = value.address
             arguments.append(value)
         results = [torch.empty(*spec.shape(sizes), dtype=spec.dtypes[0]) for spec in self._results]

@@ -9,28 +9,16 @@ import torch
 from torch import Tensor
 
 from slotmoe.quant.kernels.cpu.layers import Decoder, GroupShape
-from slotmoe.quant.kernels.cpu.signatures import Bound, tensor_spec
+from slotmoe.quant.kernels.cpu.signatures import Bound
+from slotmoe.quant.kernels.cpu.weights import Structure
 from slotmoe.quant.shapes import latent_bytes
 
-
-class _Store(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("start", "first")),
-        *((name, ctypes.c_int64) for name in ("layer_bytes", "row_bytes")),
-    ]
-
-
-class _Group(ctypes.Structure):
-    _fields_ = [*((name, _Store) for name in ("rows", "open")), ("table", ctypes.c_void_p)]
-
-
-class _Tokens(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("positions", "table", "query_scale")),
-        *((name, _Store) for name in ("rows", "keys")),
-        *((name, ctypes.c_void_p) for name in ("lists", "ids", "compressed_table")),
-        ("groups", _Group * 3),
-    ]
+_STORE = " start:pointer first:pointer layer_bytes row_bytes"
+_GROUP = _STORE + _STORE + " table:c64[T,C]"
+_TOKENS = "positions:pointer table:c64[T,C] query_scale?:f32[T]" + _STORE + _STORE
+_TOKENS += " lists?:i32[T,L] ids?:i64[T] compressed_table?:c64[T,C]"
+_STRUCTURES = [Structure(_TOKENS + count * _GROUP) for count in range(4)]  # others aren't read
+_NO_STORE: tuple[object, ...] = (None, None, 0, 0)
 
 
 def _store(
@@ -39,10 +27,10 @@ def _store(
     layers: int,
     width: int,
     first: Sequence[int] | None = None,
-) -> tuple[_Store, object]:
-    """Each token's sequence's rows, and what native calls find them by: uint8 [layers, capacity,
-    width], alike in all, one of which may stand for several tokens; the first of them are those of
-    the positions `first`, or 0.  Raises `ValueError` unless there is a row for each position."""
+) -> tuple[object, ...]:
+    """Each token's sequence's rows, as native calls find them: uint8 [layers, capacity, width],
+    alike in all, one of which may stand for several tokens; the first of them are those of the
+    positions `first`, or 0.  Raises `ValueError` unless there is a row for each position."""
     layer_bytes, row_bytes, capacity = layer_rows(tensors, layers, width)
     if len(positions) != len(tensors):
         count = f"{len(positions)} positions"
@@ -52,9 +40,7 @@ def _store(
         if not begin <= position < begin + capacity:
             rows = f"one of the cache's {capacity} rows"
             raise ValueError(f"position is {position}, expected {rows} from {begin} on")
-    start, firsts = addresses(tensors), int64s(first)
-    places = (ctypes.addressof(values) for values in (start, firsts))
-    return _Store(*places, layer_bytes, row_bytes), (start, firsts)
+    return addresses(tensors), int64s(first), layer_bytes, row_bytes
 
 
 class GroupRows(NamedTuple):
@@ -68,44 +54,38 @@ class GroupRows(NamedTuple):
     first: Sequence[int]
     table: Tensor
 
-    def bound(self, positions: Sequence[int], shape: GroupShape) -> tuple[_Group, object]:
-        """For native calls, and what it points to.  Raises `ValueError`."""
+    def values(self, positions: Sequence[int], shape: GroupShape) -> tuple[object, ...]:
+        """For native calls.  Raises `ValueError`."""
         ratio, columns = shape.ratio, shape.width * (1 + shape.overlaps)
         needed = [ratio * (1 + shape.overlaps) if (at + 1) % ratio == 0 else 1 for at in positions]
         for at, count, first in zip(positions, needed, self.first, strict=True):
             if max(0, at + 1 - count) < first:
                 raise ValueError(f"open rows begin at {first}, but position {at} needs {count}")
         last = [max(0, (at + 1) // ratio - 1) for at in positions]
-        rows, memory = _store(self.rows, last, shape.layers, latent_bytes(shape.width, 0))
+        rows = _store(self.rows, last, shape.layers, latent_bytes(shape.width, 0))
         flat = [part.flatten(2).view(torch.uint8) for part in self.open]
-        opened, more = _store(flat, positions, shape.layers, 8 * columns, self.first)
-        table = tensor_spec("table:c64[T,C]").check(self.table, {"T": len(positions)})
-        return _Group(rows, opened, table), (memory, more, self)
-
-
-class CompressedRows(NamedTuple):
-    """What tokens of DeepSeek-V4 have beside `caches`, the rows of the window, the first of which
-    stand at the positions `first`: `ids`, int64 [T], the `table` of layers with a compressor, rows
-    of each of the decoder's `groups`, and how a layer that waits for its experts mixes them in,
-    `post` [T, streams] and `comb` [T, streams, streams], which are overwritten."""
-
-    ids: Tensor | None
-    table: Tensor
-    first: Sequence[int]
-    groups: Sequence[GroupRows]
-    post: Tensor
-    comb: Tensor
+        return *rows, *_store(flat, positions, shape.layers, 8 * columns, self.first), self.table
 
 
 class DecodeRows(NamedTuple):
     """What sequences keep beside `caches`.  With indexers, `keys` are their rows, uint8 [indexers,
     capacity, latent_bytes(A, 0)], of each token's sequence, and `lists`, int32 [T, topk], what the
     last one before the first layer has chosen for tokens behind more than topk; they are
-    overwritten."""
+    overwritten.
+
+    Of DeepSeek-V4 the caches are rows of the window, the first of which stand at the positions
+    `first`, and there are the tokens' `ids`, int64 [T], the `table` of layers with a compressor,
+    rows of each of the decoder's `groups`, and how a layer that waits for its experts mixes them
+    in, `post` [T, streams] and `comb` [T, streams, streams], which are overwritten."""
 
     keys: Sequence[Tensor] = ()
     lists: Tensor | None = None
-    compressed: CompressedRows | None = None
+    first: Sequence[int] = ()
+    ids: Tensor | None = None
+    table: Tensor | None = None
+    groups: Sequence[GroupRows] = ()
+    post: Tensor | None = None
+    comb: Tensor | None = None
 
 
 NO_ROWS = DecodeRows()
@@ -118,35 +98,21 @@ def tokens_of(
     positions: Sequence[int],
     query_scale: Tensor | None,
     of: DecodeRows,
-) -> tuple[Bound, tuple[int | None, int | None]]:
-    """What `decode` is given of its tokens, bound, and the addresses of `post` and `comb`.  Raises
-    `ValueError`."""
-    t, layers, pairs = len(caches), len(decoder.routed), decoder.sizes["C"]
-    places, compressed = int64s(positions), of.compressed
-    native = _Tokens(ctypes.addressof(places))
-    native.table = address("table", table, torch.complex64, t, pairs)
-    native.query_scale = address("query_scale", query_scale, torch.float32, t)
-    begins = None if compressed is None else compressed.first
-    native.rows, memory = _store(caches, positions, layers, decoder.row_bytes, begins)
-    more, mixed = list[object](), tuple[int | None, int | None]((None, None))
+) -> Bound:
+    """What `decode` is given of its tokens, bound.  Raises `ValueError`."""
+    rows = _store(caches, positions, len(decoder.routed), decoder.row_bytes, of.first)
+    for at, begin in zip(positions, of.first, strict=False):
+        if max(0, at + 1 - decoder.window) < begin:
+            raise ValueError(f"the window begins at {begin}, expected {decoder.window} rows")
+    keys, lists = _NO_STORE, None
     if decoder.indexers:
-        native.keys, held = _store(of.keys, positions, decoder.indexers, decoder.key_bytes)
-        native.lists = address("lists", of.lists, torch.int32, t, decoder.topk)
-        more.append(held)
-    if compressed is not None:
-        for at, begin in zip(positions, compressed.first, strict=True):
-            if max(0, at + 1 - decoder.window) < begin:
-                raise ValueError(f"the window begins at {begin}, expected {decoder.window} rows")
-        native.ids = address("ids", compressed.ids, torch.int64, t)
-        table = compressed.table
-        native.compressed_table = address("table", table, torch.complex64, t, pairs)
-        for at, (group, shape) in enumerate(zip(compressed.groups, decoder.groups, strict=True)):
-            native.groups[at], held = group.bound(positions, shape)
-            more.append(held)
-        streams = decoder.streams
-        post = address("post", compressed.post, torch.float32, t, streams)
-        mixed = post, address("comb", compressed.comb, torch.float32, t, streams, streams)
-    return Bound(native, {}, places, memory, more), mixed
+        keys = _store(of.keys, positions, decoder.indexers, decoder.key_bytes)
+        lists = of.lists
+    shapes = zip(of.groups, decoder.groups, strict=True)
+    held = [value for group, shape in shapes for value in group.values(positions, shape)]
+    sizes = {"T": len(caches), "C": decoder.sizes["C"], "L": decoder.topk}
+    tokens = int64s(positions), table, query_scale, *rows, *keys, lists, of.ids, of.table, *held
+    return _STRUCTURES[len(of.groups)].bind(sizes, *tokens)
 
 
 def address(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:

@@ -15,9 +15,15 @@ from torch import Tensor
 from slotmoe.border import Router
 from slotmoe.quant.codecs.codec import BLOCK, KINDS, SCALES, ExpertCodecs
 from slotmoe.quant.codecs.weight import CodedWeight
-from slotmoe.quant.kernels.cpu.signatures import INT8, SOURCE_TYPES, Bound, tensor_spec
+from slotmoe.quant.kernels.cpu.signatures import (
+    C_TYPES,
+    INT8,
+    SOURCE_TYPES,
+    Bound,
+    TensorSpec,
+    tensor_spec,
+)
 from slotmoe.quant.shapes import record_bytes
-from slotmoe.quant.weights import Weight
 
 # Kinds of a native matrix beside `KINDS`, which are coded; a dense one is 6 + its source type.
 _INT8, _DENSE = 0, 6
@@ -38,42 +44,10 @@ _MEMORY = {  # what a kind of matrix consists of
 }
 
 
-def fields(kind: type, names: str) -> list[tuple[str, type]]:
-    return [(name, kind) for name in names.split()]
-
-
 class NativeMatrix(ctypes.Structure):
-    _fields_ = fields(ctypes.c_int64, "kind n k") + fields(ctypes.c_void_p, "data scale levels")
-
-
-class _Mlp(ctypes.Structure):
-    _fields_ = [*fields(NativeMatrix, "gate up down"), ("limit", ctypes.c_float)]
-
-
-class NativeRouter(ctypes.Structure):
-    """A `Router`.  Raises `ValueError` unless it can choose among so many experts."""
-
     _fields_ = [
-        *fields(ctypes.c_int64, "groups kept top_k group_best scoring normalized"),
-        ("factor", ctypes.c_double),
-    ]
-
-    def __init__(self, router: Router, experts: int) -> None:
-        groups, kept, top_k, factor, normalized, group_best, scoring = router
-        fits = groups >= 1 and experts % groups == 0 and 1 <= kept <= groups
-        size = experts // groups if fits else 0
-        if not 1 <= top_k <= kept * size or not 1 <= group_best <= min(2, size):
-            asked = f"{kept} of {groups} groups by {group_best} of their experts"
-            raise ValueError(f"{asked} and top {top_k} don't fit {experts} experts")
-        kind = _SCORINGS.index(scoring)
-        super().__init__(groups, kept, top_k, group_best, kind, normalized, factor)
-
-
-class _Record(ctypes.Structure):
-    _fields_ = [
-        *fields(ctypes.c_int64, "hidden intermediate gate_up down"),
-        *fields(ctypes.c_void_p, "gate_up_levels down_levels"),
-        ("limit", ctypes.c_float),
+        *((name, ctypes.c_int64) for name in ("kind", "n", "k")),
+        *((name, ctypes.c_void_p) for name in ("data", "scale", "levels")),
     ]
 
 
@@ -90,11 +64,10 @@ class Matrix(Bound):
         self.shape, self.kind, self.tensors, sizes = (n, k), kind, memory, {"N": n, "K": k}
         texts = zip(_MEMORY[kind], memory, strict=True)
         pointers = [tensor_spec(text).check(tensor, sizes) for text, tensor in texts]
-        self.native = NativeMatrix(kind, n, k, *pointers)
-        super().__init__(self.native, sizes, memory)
+        super().__init__(NativeMatrix(kind, n, k, *pointers), sizes, memory)
 
     @classmethod
-    def of(cls, weight: "Weight | Matrix") -> "Matrix":
+    def of(cls, weight: object) -> "Matrix":
         """A tensor, float32, float16 or bfloat16, or a coded weight; what is bound stays as is.
         Raises `ValueError`."""
         if isinstance(weight, Matrix):
@@ -129,13 +102,59 @@ class Matrix(Bound):
         return all(starmap(torch.equal, zip(*levels, strict=True)))
 
 
-def fit(**matrices: tuple[Matrix | None, tuple[int, int]]) -> list[NativeMatrix]:
-    """The matrices as structures, empty ones for None.  Raises `ValueError` unless they have these
-    shapes."""
-    for name, (matrix, shape) in matrices.items():
-        if matrix is not None and matrix.shape != shape:
-            raise ValueError(f"{name} is {matrix.shape}, expected {shape}")
-    return [NativeMatrix() if matrix is None else matrix.native for matrix, _ in matrices.values()]
+class Structure:
+    """A structure of api.h in the table's words (`slotmoe.quant.kernels.cpu.signatures`): a bare
+    name is an integer, and `w:matrix[N,K]` a matrix inside, an empty one for None."""
+
+    def __init__(self, text: str) -> None:
+        self._specs = list[TensorSpec | None]()  # None: a value, or bound
+        fields = list[tuple[str, type]]()
+        for index, word in enumerate(text.split()):
+            kind = word.partition(":")[2]
+            spec = TensorSpec(word) if "[" in word else None
+            pointed = NativeMatrix if spec and spec.is_matrix else ctypes.c_void_p
+            # Names of several fields may be the same.
+            fields.append((str(index), pointed if spec else C_TYPES.get(kind, ctypes.c_int64)))
+            self._specs.append(spec)
+        bases: tuple[type, ...] = (ctypes.Structure,)
+        self.type: type[ctypes.Structure] = type("Native", bases, {"_fields_": fields})
+
+    def bind(self, sizes: dict[str, int], *values: object) -> Bound:
+        """The structure with these values, its own in order; `sizes` gets the letters that it
+        lacks.  Raises `ValueError`."""
+        parts, matrices = list[object](), list[Matrix]()
+        for spec, value in zip(self._specs, values, strict=True):
+            if isinstance(value, ctypes.Array):
+                parts.append(ctypes.addressof(value))
+            elif spec is None:
+                parts.append(value.address if isinstance(value, Bound) else value)
+            elif not spec.is_matrix:
+                parts.append(spec.check(value, sizes))
+            elif value is None and spec.optional:
+                parts.append(NativeMatrix())
+            else:
+                matrices.append(Matrix.of(value))
+                spec.fit(matrices[-1].shape, sizes)
+                parts.append(matrices[-1].native)
+        return Bound(self.type(*parts), sizes, values, matrices)
+
+
+_MLP = Structure("gate:matrix[I,H] up:matrix[I,H] down:matrix[H,I] limit:float")
+_RECORD = Structure(
+    "hidden intermediate gate_up down gate_up_levels:pointer down_levels:pointer limit:float"
+)
+ROUTER = "groups kept top_k group_best scoring normalized factor:double"
+
+
+def router_values(router: Router, experts: int) -> tuple[float, ...]:
+    """Those of `ROUTER`.  Raises `ValueError` unless it can choose among so many experts."""
+    groups, kept, top_k, factor, normalized, group_best, scoring = router
+    fits = groups >= 1 and experts % groups == 0 and 1 <= kept <= groups
+    size = experts // groups if fits else 0
+    if not 1 <= top_k <= kept * size or not 1 <= group_best <= min(2, size):
+        asked = f"{kept} of {groups} groups by {group_best} of their experts"
+        raise ValueError(f"{asked} and top {top_k} don't fit {experts} experts")
+    return groups, kept, top_k, group_best, _SCORINGS.index(scoring), normalized, factor
 
 
 class Mlp(Bound):
@@ -143,11 +162,10 @@ class Mlp(Bound):
     of one codec.  `limit` as for backends."""
 
     def __init__(self, gate: Matrix, up: Matrix, down: Matrix, limit: float = 0.0) -> None:
-        rows, columns = gate.shape
-        natives = fit(gate=(gate, gate.shape), up=(up, gate.shape), down=(down, (columns, rows)))
         if not gate.coded or not gate.like(up) or not gate.like(down):
             raise ValueError("the matrices of an MLP must be all int8, or all of one codec")
-        super().__init__(_Mlp(*natives, limit), {"H": columns}, gate, up, down)
+        bound = _MLP.bind({}, gate, up, down, limit)
+        super().__init__(bound.native, {"H": bound.sizes["H"]}, bound)
 
 
 class ExpertRecord(Bound):
@@ -166,7 +184,7 @@ class ExpertRecord(Bound):
             raise ValueError(f"experts are {intermediate} by {hidden}, expected at least 1")
         tensor_spec("levels:f32[2,16]").check(levels, {})
         kinds, starts = [codec.kind for codec in codecs], [row.data_ptr() for row in levels]
-        native = _Record(hidden, intermediate, *kinds, *starts, limit)
+        native = _RECORD.type(hidden, intermediate, *kinds, *starts, limit)
         self.record_bytes = record_bytes(hidden, intermediate, codecs)
         self._slab: Slab | None = None  # of the last call
         super().__init__(native, {"H": hidden}, levels)

@@ -27,19 +27,13 @@ BLOCKS = tl.constexpr(8)  # blocks of 64 columns that a program takes at a time 
 
 
 @triton.jit
-def silu(x):
-    """Without an exponential that overflows."""
-    e = tl.exp(-tl.abs(x))
-    return x * tl.where(x >= 0, 1.0, e) / (1 + e)
-
-
-@triton.jit
 def swiglu(gate, up, LIMIT: tl.constexpr):
     """silu(gate) * up; a LIMIT that is not 0 is the most of both, its negative the least of up."""
     if LIMIT > 0:  # NaN stays
         gate = tl.where(gate > LIMIT, LIMIT, gate)
         up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-    return silu(gate) * up
+    e = tl.exp(-tl.abs(gate))  # which does not overflow
+    return gate * tl.where(gate >= 0, 1.0, e) / (1 + e) * up
 
 
 @triton.jit
@@ -357,6 +351,22 @@ def weighted_sum(y_ptr, weights_ptr, out_ptr, TOP_K, D, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _scored(logits, SCORING: tl.constexpr):
+    """All logits of a token to scores."""
+    if SCORING == "sqrtsoftplus":
+        part = tl.exp(-tl.abs(logits))
+        whole = 1.0 + part  # whose logarithm lacks what this sum has rounded off
+        log = tl.log(whole) + (part - (whole - 1.0)) / whole
+        scores = tl.sqrt(tl.maximum(logits, 0.0) + log)
+    elif SCORING == "sigmoid":
+        scores = 1.0 / (1.0 + tl.exp(-logits))
+    else:
+        scores = tl.exp(logits - tl.max(logits, 0))
+        scores = scores / tl.sum(scores, 0)
+    return scores
+
+
+@triton.jit
 def route(
     logits_ptr, bias_ptr, chosen_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
     SCORING: tl.constexpr, BIASED: tl.constexpr, GROUP_BEST: tl.constexpr, RENORM: tl.constexpr,
@@ -371,25 +381,15 @@ def route(
     t, e = tl.program_id(1), tl.arange(0, BLOCK)
     # Past the first-level cache: other programs of the same launch may have written them.
     logits = tl.load(logits_ptr + t * E + e, mask=e < E, other=float("-inf"), cache_modifier=".cg")
-    if SCORING == "sqrtsoftplus":
-        part = tl.exp(-tl.abs(logits))
-        whole = 1.0 + part  # whose logarithm lacks what this sum has rounded off
-        log = tl.log(whole) + (part - (whole - 1.0)) / whole
-        scores = tl.sqrt(tl.maximum(logits, 0.0) + log)
-    elif SCORING == "sigmoid":
-        scores = 1.0 / (1.0 + tl.exp(-logits))
-    else:
-        scores = tl.exp(logits - tl.max(logits, 0))
-        scores = scores / tl.sum(scores, 0)
+    scores = _scored(logits, SCORING)
     choice = scores
     if BIASED:
         choice += tl.load(bias_ptr + e, mask=e < E, other=0.0)
     choice = tl.where(choice >= -3.0e38, choice, -3.0e38)  # NaN too
     choice = tl.where(e < E, choice, float("-inf"))
-    size = E // GROUPS
     if GROUPS > 1:
         group = tl.arange(0, GROUP_BLOCK)
-        inside = (e // size)[None, :] == group[:, None]
+        inside = (e // (E // GROUPS))[None, :] == group[:, None]
         choices = tl.where(inside, choice[None, :], float("-inf"))
         best = tl.max(choices, 1)
         if GROUP_BEST == 2:
