@@ -146,7 +146,7 @@ class TorchBackend:
         plain, groups = unbound(weight), x_TGK.shape[1]
         count = plain.shape[0] // groups
         parts = (rows(plain, g * count, (g + 1) * count) for g in range(groups))
-        outs = [TorchBackend.linear(self, x_TGK[:, g], part) for g, part in enumerate(parts)]
+        outs = [self.linear(x_TGK[:, g], part) for g, part in enumerate(parts)]
         return torch.stack(outs, dim=1)
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:

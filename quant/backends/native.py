@@ -16,6 +16,7 @@ from torch import Tensor
 from slotmoe.border import (
     Cache,
     Compressed,
+    CompressedGroup,
     CompressedState,
     Experts,
     Geometry,
@@ -35,7 +36,7 @@ from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.bindings import Kernels
 from slotmoe.quant.kernels.cpu.layers import Decoder
-from slotmoe.quant.kernels.cpu.tokens import DecodeRows, GroupRows
+from slotmoe.quant.kernels.cpu.tokens import Tokens
 from slotmoe.quant.kernels.cpu.weights import ExpertRecord, Matrix, Mlp
 from slotmoe.quant.shapes import latent_bytes
 from slotmoe.quant.weights import Weight
@@ -70,11 +71,9 @@ class NativeDecoder:
         # A call stores all latents of a layer before any token attends to them.
         positions = [state.length + index for state, count in owners for index in range(count)]
         records = table.records.slab, table.slots_ME, self.record(table.records)
-        rest = step.x_TD, step.routed_TD, step.query_scale_T
-        rows = self._compressed if self.decoder.groups or self.decoder.streams > 1 else self._latent
-        caches, others = rows(step, states, positions)
-        stream = step.layer, step.h_TD, step.rope_TC, caches, positions
-        done = self.native.decode(self.decoder, *stream, *records, *rest, others)
+        kind = self._compressed if self.decoder.window else self._latent
+        stream = step.layer, step.h_TD, kind(step, states, positions)
+        done = self.native.decode(self.decoder, *stream, *records, step.x_TD, step.routed_TD)
         for stage, seconds in zip(_STAGES, done.seconds, strict=True):
             now += seconds
             step.timer.mark(stage, now)
@@ -88,39 +87,33 @@ class NativeDecoder:
         step.x_TD = done.x[-1]
         return Pending(done.layer, done.x[-1], done.weights, done.indices[-1])
 
-    def _latent(
-        self, step: Step, states: Sequence[State], positions: Sequence[int]
-    ) -> tuple[list[Tensor], DecodeRows]:
-        """Each token's latent cache, and what indexers keep and have chosen."""
+    def _latent(self, step: Step, states: Sequence[State], positions: Sequence[int]) -> Tokens:
+        """With each token's latent cache, and what indexers keep and have chosen."""
         caches = cast(Sequence[Cache], states)
         for cache, position in zip(caches, positions, strict=True):
             cache.extend(step.layer, position + 1 - cache.length)
         if self.decoder.topk and step.lists_TL is None:
             step.lists_TL = torch.empty(len(caches), self.decoder.topk, dtype=torch.int32)
-        keys = [cache.index_keys for cache in caches]
-        return [cache.layers for cache in caches], DecodeRows(keys, step.lists_TL)
+        keys, rows = [cache.index_keys for cache in caches], [cache.layers for cache in caches]
+        place = step.rope_TC, rows, positions, step.query_scale_T
+        return Tokens(*place, keys, step.lists_TL)
 
-    def _compressed(
-        self, step: Step, states: Sequence[State], positions: Sequence[int]
-    ) -> tuple[list[Tensor], DecodeRows]:
-        """Each token's rows of the window, and compressed ones."""
+    def _compressed(self, step: Step, states: Sequence[State], positions: Sequence[int]) -> Tokens:
+        """With each token's rows of the window, and compressed ones."""
         caches, Q, T = cast(Sequence[CompressedState], states), self.decoder.streams, len(states)
         if step.mixed is None:
             step.mixed = Mixed(torch.empty(T, Q), torch.empty(T, Q, Q))
         assert step.compressed_C is not None and step.compressed_rope_TC is not None
-        groups, positions_T = list[GroupRows](), torch.tensor(positions)
+        groups, positions_T = list[tuple[list[CompressedGroup], Tensor]](), torch.tensor(positions)
         for ratio, index in ((shape.ratio, shape.index) for shape in self.decoder.groups):
             angles_TC = (positions_T // ratio * ratio)[:, None].float() * step.compressed_C
             parts = [cache.index if index else cache.groups[ratio] for cache in caches]
             held = [part for part in parts if part is not None]
-            rows, opened = [part.rows for part in held], [part.open for part in held]
-            tails = [tail.rows for tail in opened], [tail.first for tail in opened]
-            groups.append(
-                GroupRows(rows, *tails, torch.polar(torch.ones_like(angles_TC), angles_TC))
-            )
-        first = [cache.window.first for cache in caches]
-        rest = first, step.ids_T, step.compressed_rope_TC, groups, *step.mixed
-        return [cache.window.rows for cache in caches], DecodeRows((), None, *rest)
+            groups.append((held, torch.polar(torch.ones_like(angles_TC), angles_TC)))
+        windows, kept = [cache.window for cache in caches], (step.compressed_rope_TC, groups)
+        rows, first = [window.rows for window in windows], [window.first for window in windows]
+        place = step.rope_TC, rows, positions, step.query_scale_T
+        return Tokens(*place, (), None, first, step.ids_T, *kept, *step.mixed)
 
 
 class NativeBackend(TorchBackend):

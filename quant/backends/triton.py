@@ -20,7 +20,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from slotmoe.border import Geometry, HyperGeometry, Layer, Mixed, Mixing, Mla, Router
 from slotmoe.quant.backends import triton_rows
-from slotmoe.quant.backends.base import Prepared, Records, TorchBackend, first_best, unbound
+from slotmoe.quant.backends.base import Prepared, Records, TorchBackend, first_best
 from slotmoe.quant.backends.graphs import Capturing, CudaGraphs
 from slotmoe.quant.backends.triton_decoder import TritonDecoder
 from slotmoe.quant.backends.triton_rows import (
@@ -33,7 +33,6 @@ from slotmoe.quant.backends.triton_rows import (
     row_gate_up,
 )
 from slotmoe.quant.kernels.triton import lists, mla, rows, streams, tiles
-from slotmoe.quant.weights import rows as rows_of
 
 # Triton 3.9 warns that its default will change; this is the present one.
 environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -74,12 +73,6 @@ class TritonBackend(TorchBackend):
             x_TK, data, scale, levels, y_TN, T, N, K, KIND=kind, **tile
         )
         return y_TN
-
-    def grouped_linear(self, x_TGK: Tensor, weight: Prepared) -> Tensor:
-        plain, groups = unbound(weight), x_TGK.shape[1]
-        count = plain.shape[0] // groups
-        parts = (rows_of(plain, g * count, (g + 1) * count) for g in range(groups))
-        return torch.stack([self.linear(x_TGK[:, g], part) for g, part in enumerate(parts)], dim=1)
 
     def mlp(
         self, x_TD: Tensor, gate_proj: Prepared, up_proj: Prepared, down_proj: Prepared

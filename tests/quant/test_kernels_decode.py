@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from slotmoe.border import Router
 from slotmoe.quant.kernels.cpu.layers import Decoder
+from slotmoe.quant.kernels.cpu.tokens import Tokens
 from slotmoe.quant.kernels.cpu.weights import Mlp
 from slotmoe.quant.shapes import latent_bytes
 from tests.support.kernels import (
@@ -107,13 +108,12 @@ def test_decode_refuses(kernels):
     a, b = torch.full((2, 3, 90, latent_bytes(20, 4)), 0xFF, dtype=torch.uint8)
     a[:, :3] = 0
     h, table = torch.randn(2, 64), torch.ones(2, 2, dtype=torch.complex64)
-    good = {"decoder": Decoder(geometry, layers, mlps), "first": 0, "h": h, "table": table}
-    good |= {"caches": [a, b], "positions": [3, 0], "slab": slab, "slots": slots}
+    good = {"decoder": Decoder(geometry, layers, mlps), "first": 0, "h": h}
+    good |= {"tokens": Tokens(table, [a, b], [3, 0]), "slab": slab, "slots": slots}
     good |= {"record": expert_record(64, 32), "x": h, "experts": h}
     kernels.decode(**good)
     kernels.decode(**good | {"x": None, "experts": None})
     bad = {
-        "first": [3, -1, 1],
         "h": [h[:, 1:], h[:1], h.double(), h.to("meta"), h.t().contiguous().t()],
         "table": [table[:, 1:], table[:1], table.real],
         "caches": [[], [a], *([a, other] for other in (b.float(), b[1:], b[:, :80]))],
@@ -121,14 +121,17 @@ def test_decode_refuses(kernels):
         "slab": [slab[:, :64].contiguous(), slab.float()],
         "slots": [slots[1:], slots.long(), slots + 18],
         "record": [expert_record(65, 32)],
-        "x": [None, h[:1], h.double()],
-        "experts": [None, h[:, 1:].contiguous(), h.to("meta")],
+        "x": [h[:1], h.double()],
+        "experts": [h[:, 1:].contiguous(), h.to("meta")],
         "query_scale": [torch.ones(3), torch.ones(2, 1), torch.ones(2).double()],
     }
     for name, values in bad.items():
         for value in values:
+            changed = {name: value}
+            if name in Tokens._fields:
+                changed = {"tokens": good["tokens"]._replace(**changed)}
             with pytest.raises(ValueError, match=r"expected|must|apart|at least|refused"):
-                kernels.decode(**good | {name: value})
+                kernels.decode(**good | changed)
     _, smaller = attention(["int8"], 32, 6)
     _, fewer = attention(["int8"], 64, 5)
     narrow = Mlp(*[any_matrix(kernels, rng, "int8", 32, 32)] * 3)

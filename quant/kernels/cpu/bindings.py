@@ -15,7 +15,7 @@ down codes, then gate, up and down scales, 64-byte-aligned, then any padding.
 
 import ctypes
 import importlib.machinery
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from slotmoe.quant.codecs.codec import NF4
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.layers import Decoder
 from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, Function, tensor_spec
-from slotmoe.quant.kernels.cpu.tokens import NO_ROWS, DecodeRows, address, layer_rows, tokens_of
+from slotmoe.quant.kernels.cpu.tokens import Tokens, address, layer_rows
 from slotmoe.quant.kernels.cpu.weights import ROUTER, ExpertRecord, Matrix, Structure, router_values
 from slotmoe.quant.shapes import latent_bytes
 
@@ -223,47 +223,38 @@ class Kernels:
         decoder: Decoder,
         first: int,
         h: Tensor,
-        table: Tensor,
-        caches: Sequence[Tensor],
-        positions: Sequence[int],
+        tokens: Tokens,
         slab: Tensor,
         slots: Tensor,
         record: ExpertRecord,
         x: Tensor | None = None,
         experts: Tensor | None = None,
-        query_scale: Tensor | None = None,
-        rows: DecodeRows = NO_ROWS,
     ) -> Decoded:
         """T tokens of one or several sequences through the layers from `first` on, up to one whose
-        experts are not all in the slab: h float32 [T, H].
-
-        A token's latent rows are written at its position of its sequence's cache, uint8 [layers,
-        capacity, latent_bytes(R, P)], alike in all; one may stand for several tokens, a position
-        after the other. `slots` int32 [MoE layers, E] says which row of `slab` an expert's `record`
-        is in, negative if none.
+        experts are not all in the slab: h float32 [T, H].  `slots` int32 [MoE layers, E] says which
+        row of `slab` an expert's `record` is in, negative if none.
 
         With `x` and `experts`, layer `first` only lacks its feed-forward: h is the residual stream
         behind its attention, x the norm of that, `experts` the weighted sum of its routed experts.
         Bitwise what `attention`, `route`, `experts_by_slot`, `weighted_sum` and `mlp` give layer by
         layer, and what each token gives alone.
         """
-        if (x is None) != (experts is None):
-            raise ValueError("x and experts must come together")
+        assert (x is None) == (experts is None)
         asked = decoder.routers_from(first, x is not None)
-        t, sizes, f32 = len(caches), decoder.sizes, torch.float32
+        t, sizes, f32 = len(tokens.positions), decoder.sizes, torch.float32
         hidden, top_k, streams, wide = (sizes[letter] for letter in "HKQX")
-        tokens = tokens_of(decoder, table, caches, positions, query_scale, rows)
+        bound = tokens.bound(decoder)
         inputs = (
             address("h", h, f32, t, wide),
-            tokens.address,
+            bound.address,
             address("slots", slots, torch.int32, sizes["M"], sizes["E"]),
             record.slab(slab).address,
             *slab.shape,
             record.address,
             address("x", x, f32, t, hidden),
             address("experts", experts, f32, t, hidden),
-            address("post", rows.post, f32, t, streams),
-            address("comb", rows.comb, f32, t, streams, streams),
+            address("post", tokens.post, f32, t, streams),
+            address("comb", tokens.comb, f32, t, streams, streams),
         )
         y, norms = torch.empty(t, wide), torch.empty(asked + 1, t, hidden)
         weights, indices = torch.empty(t, top_k), torch.empty(asked, t, top_k, dtype=torch.int64)
@@ -282,13 +273,13 @@ class Kernels:
     def absorb_query(self, q: Tensor, kv_b: Int8Weight) -> Tensor:
         """q float32 [T, A, n], kv_b [A * per_head, R] -> float32 [T, A, R]: each head's query times
         its first n rows of kv_b."""
-        per_head = rows_per_head(q, kv_b.q, q.shape[-1])
+        per_head = rows_per_head(q, kv_b.q)
         return self._functions["absorb_query"](q, kv_b.q, kv_b.scale, per_head)
 
     def absorb_value(self, latent: Tensor, kv_b: Int8Weight, n: int) -> Tensor:
         """latent float32 [T, A, R] -> float32 [T, A, per_head - n]: each head's latent through its
         rows of kv_b, as in `absorb_query`, past the first n."""
-        per_head = rows_per_head(latent, kv_b.q, n)
+        per_head = rows_per_head(latent, kv_b.q)
         values, sizes = (latent, kv_b.q, kv_b.scale, per_head), {"N": n, "V": per_head - n}
         return self._functions["absorb_value"](*values, **sizes)
 
@@ -315,22 +306,13 @@ def load() -> Kernels | None:
     return None
 
 
-# Checks of arguments that the table cannot describe.
-
-
 def row_stride(cache: Tensor, width: int) -> int:
     """Bytes from one row to the next of a latent cache, uint8 [capacity, width]."""
-    if cache.dim() != 2:
-        raise ValueError(f"cache has {cache.dim()} dimensions, expected [capacity, {width}]")
     return layer_rows([cache[None]], 1, width)[1]
 
 
-def rows_per_head(x: Tensor, kv_b: Tensor, n: int) -> int:
-    """Rows of `kv_b` for each head of x [T, A, ...], of which `n` are the query's."""
-    heads, rows = x.shape[1] if x.dim() == 3 else 0, len(kv_b)
-    if heads < 1 or rows % heads or not 0 <= n <= rows // heads:
-        raise ValueError(
-            f"{rows} rows of kv_b, {n} of each head's for the query, don't fit [T, A,"
-            f" ...] of {tuple(x.shape)}"
-        )
-    return rows // heads
+def rows_per_head(x: Tensor, kv_b: Tensor) -> int:
+    """Rows of `kv_b` for each head of x [T, A, ...]."""
+    count, rest = divmod(len(kv_b), x.shape[1])
+    assert not rest
+    return count

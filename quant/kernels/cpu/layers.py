@@ -211,9 +211,6 @@ class Decoder(Bound):
 
     def routers_from(self, first: int, resumed: bool) -> int:
         """How many routers are left from layer `first` on, without its own if the call is
-        `resumed` from its experts.  Raises `ValueError`."""
-        if not 0 <= first < len(self.routed):
-            raise ValueError(f"first is {first}, expected one of {len(self.routed)} layers")
-        if resumed and not self.routed[first]:
-            raise ValueError(f"layer {first} has no experts: x and experts must be None")
+        `resumed` from its experts."""
+        assert 0 <= first < len(self.routed) and (self.routed[first] or not resumed)
         return sum(self.routed[first:]) - resumed

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slotmoe.border import CompressedGroup
 from slotmoe.quant.kernels.cpu.layers import Decoder, GroupShape
 from slotmoe.quant.kernels.cpu.signatures import Bound
 from slotmoe.quant.kernels.cpu.weights import Structure
@@ -31,10 +32,10 @@ def _store(
     """Each token's sequence's rows, as native calls find them: uint8 [layers, capacity, width],
     alike in all, one of which may stand for several tokens; the first of them are those of the
     positions `first`, or 0.  Raises `ValueError` unless there is a row for each position."""
-    layer_bytes, row_bytes, capacity = layer_rows(tensors, layers, width)
     if len(positions) != len(tensors):
         count = f"{len(positions)} positions"
         raise ValueError(f"{count}, expected one for each of {len(tensors)} caches")
+    layer_bytes, row_bytes, capacity = layer_rows(tensors, layers, width)
     first = first or [0] * len(positions)
     for position, begin in zip(positions, first, strict=True):
         if not begin <= position < begin + capacity:
@@ -43,76 +44,72 @@ def _store(
     return addresses(tensors), int64s(first), layer_bytes, row_bytes
 
 
-class GroupRows(NamedTuple):
-    """Of each token's sequence, compressed `rows` of some layers, uint8 [layers, capacity, width],
-    and what its compressor gave of the last tokens, float32 [layers, tokens, 2, columns], the first
-    of which stand at the positions `first`.  `table`, complex64 [T, C], rotates the row that a
-    token completes."""
-
-    rows: Sequence[Tensor]
-    open: Sequence[Tensor]
-    first: Sequence[int]
-    table: Tensor
-
-    def values(self, positions: Sequence[int], shape: GroupShape) -> tuple[object, ...]:
-        """For native calls.  Raises `ValueError`."""
-        ratio, columns = shape.ratio, shape.width * (1 + shape.overlaps)
-        needed = [ratio * (1 + shape.overlaps) if (at + 1) % ratio == 0 else 1 for at in positions]
-        for at, count, first in zip(positions, needed, self.first, strict=True):
-            if max(0, at + 1 - count) < first:
-                raise ValueError(f"open rows begin at {first}, but position {at} needs {count}")
-        last = [max(0, (at + 1) // ratio - 1) for at in positions]
-        rows = _store(self.rows, last, shape.layers, latent_bytes(shape.width, 0))
-        flat = [part.flatten(2).view(torch.uint8) for part in self.open]
-        return *rows, *_store(flat, positions, shape.layers, 8 * columns, self.first), self.table
+def _group(
+    groups: Sequence[CompressedGroup], table: Tensor, positions: Sequence[int], shape: GroupShape
+) -> tuple[object, ...]:
+    """Compressed rows of each token's sequence and its open tokens', float32 [layers, tokens, 2,
+    columns], as native calls find them; `table`, complex64 [T, C], rotates the row that a token
+    completes.  Raises `ValueError`."""
+    tails, ratio, windows = [group.open for group in groups], shape.ratio, 1 + shape.overlaps
+    begins = [tail.first for tail in tails]
+    needed = [ratio * windows if (at + 1) % ratio == 0 else 1 for at in positions]
+    for at, count, first in zip(positions, needed, begins, strict=True):
+        if max(0, at + 1 - count) < first:
+            raise ValueError(f"open rows begin at {first}, but position {at} needs {count}")
+    last = [max(0, (at + 1) // ratio - 1) for at in positions]
+    held = [group.rows for group in groups]
+    rows = _store(held, last, shape.layers, latent_bytes(shape.width, 0))
+    open_bytes = 8 * shape.width * windows
+    flat = [tail.rows.flatten(2).view(torch.uint8) for tail in tails]
+    return *rows, *_store(flat, positions, shape.layers, open_bytes, begins), table
 
 
-class DecodeRows(NamedTuple):
-    """What sequences keep beside `caches`.  With indexers, `keys` are their rows, uint8 [indexers,
-    capacity, latent_bytes(A, 0)], of each token's sequence, and `lists`, int32 [T, topk], what the
-    last one before the first layer has chosen for tokens behind more than topk; they are
-    overwritten.
+class Tokens(NamedTuple):
+    """T tokens of one or several sequences, and what these keep.
+
+    A token's pairs are rotated by `table`, complex64 [T, C], and its queries multiplied by
+    `query_scale`, float32 [T].  Its latent row is written at its position of its sequence's cache,
+    uint8 [layers, capacity, latent_bytes(R, P)], alike in all; one may stand for several tokens, a
+    position after the other.  With indexers, `keys` are their rows, uint8 [indexers, capacity,
+    latent_bytes(A, 0)], of each token's sequence, and `lists`, int32 [T, topk], what the last one
+    before the first layer has chosen for tokens behind more than topk; they are overwritten.
 
     Of DeepSeek-V4 the caches are rows of the window, the first of which stand at the positions
-    `first`, and there are the tokens' `ids`, int64 [T], the `table` of layers with a compressor,
-    rows of each of the decoder's `groups`, and how a layer that waits for its experts mixes them
-    in, `post` [T, streams] and `comb` [T, streams, streams], which are overwritten."""
+    `first`, and there are the tokens' `ids`, int64 [T], the table of layers with a compressor, each
+    token's rows of each of the decoder's `groups`, with the table that rotates the row that it
+    completes, and how a layer that waits for its experts mixes them in, `post` [T, streams] and
+    `comb` [T, streams, streams], which are overwritten."""
 
+    table: Tensor
+    caches: Sequence[Tensor]
+    positions: Sequence[int]
+    query_scale: Tensor | None = None
     keys: Sequence[Tensor] = ()
     lists: Tensor | None = None
     first: Sequence[int] = ()
     ids: Tensor | None = None
-    table: Tensor | None = None
-    groups: Sequence[GroupRows] = ()
+    compressed_table: Tensor | None = None
+    groups: Sequence[tuple[Sequence[CompressedGroup], Tensor]] = ()
     post: Tensor | None = None
     comb: Tensor | None = None
 
-
-NO_ROWS = DecodeRows()
-
-
-def tokens_of(
-    decoder: Decoder,
-    table: Tensor,
-    caches: Sequence[Tensor],
-    positions: Sequence[int],
-    query_scale: Tensor | None,
-    of: DecodeRows,
-) -> Bound:
-    """What `decode` is given of its tokens, bound.  Raises `ValueError`."""
-    rows = _store(caches, positions, len(decoder.routed), decoder.row_bytes, of.first)
-    for at, begin in zip(positions, of.first, strict=False):
-        if max(0, at + 1 - decoder.window) < begin:
-            raise ValueError(f"the window begins at {begin}, expected {decoder.window} rows")
-    keys, lists = _NO_STORE, None
-    if decoder.indexers:
-        keys = _store(of.keys, positions, decoder.indexers, decoder.key_bytes)
-        lists = of.lists
-    shapes = zip(of.groups, decoder.groups, strict=True)
-    held = [value for group, shape in shapes for value in group.values(positions, shape)]
-    sizes = {"T": len(caches), "C": decoder.sizes["C"], "L": decoder.topk}
-    tokens = int64s(positions), table, query_scale, *rows, *keys, lists, of.ids, of.table, *held
-    return _STRUCTURES[len(of.groups)].bind(sizes, *tokens)
+    def bound(self, decoder: Decoder) -> Bound:
+        """For native calls.  Raises `ValueError`."""
+        positions, layers = self.positions, len(decoder.routed)
+        rows = _store(self.caches, positions, layers, decoder.row_bytes, self.first)
+        for at, begin in zip(positions, self.first, strict=False):
+            if max(0, at + 1 - decoder.window) < begin:
+                raise ValueError(f"the window begins at {begin}, expected {decoder.window} rows")
+        keys, lists = _NO_STORE, None
+        if decoder.indexers:
+            keys = _store(self.keys, positions, decoder.indexers, decoder.key_bytes)
+            lists = self.lists
+        shapes = zip(self.groups, decoder.groups, strict=True)
+        groups = [value for group, shape in shapes for value in _group(*group, positions, shape)]
+        sizes = {"T": len(positions), "C": decoder.sizes["C"], "L": decoder.topk}
+        kept = *rows, *keys, lists, self.ids, self.compressed_table, *groups
+        structure = _STRUCTURES[len(self.groups)]
+        return structure.bind(sizes, int64s(positions), self.table, self.query_scale, *kept)
 
 
 def address(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:
@@ -130,15 +127,13 @@ def address(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -
 def layer_rows(caches: Sequence[Tensor], layers: int, width: int) -> tuple[int, int, int]:
     """Of caches that are alike, uint8 [layers, capacity, width]: the bytes from one layer to the
     next and from one row to the next, and the capacity."""
-    if not caches:
-        raise ValueError("there are no caches, expected one for each token")
     shape, strides = caches[0].shape, caches[0].stride()
     for rows in caches:
-        if rows.dtype != torch.uint8 or not rows.is_cpu or rows.dim() != 3:
+        if rows.dtype != torch.uint8 or not rows.is_cpu:
             raise ValueError(f"cache is {rows.dtype} on {rows.device}, expected uint8 on the CPU")
         if rows.shape != shape or rows.stride() != strides:
             raise ValueError(f"caches {tuple(shape)} and {tuple(rows.shape)} must be alike")
-    if shape[0] != layers or shape[2] != width:
+    if len(shape) != 3 or shape[0] != layers or shape[2] != width:
         raise ValueError(f"cache is {tuple(shape)}, expected [{layers}, capacity, {width}]")
     apart = strides[1] if shape[1] > 1 else width
     if strides[2] != 1 or apart < width:
