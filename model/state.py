@@ -9,7 +9,7 @@ DeepSeek-V4: a row of ``head_dim`` values is the one key of a token, which is it
 layer keeps those of the last ``sliding_window`` tokens.  Layers with a ratio m make one row more of
 every m tokens, which stays for good: out of what ``kv_proj`` and ``gate_proj`` gave of them, and in
 layers with an indexer, of the m tokens before too.  Until then these projections are kept, in
-float32.  V4-Flash adds 3.8 KB a token with 8-bit rows, and 45 MB whatever the context is.
+float32.  V4-Flash adds 3.6 KB a token with 8-bit rows, and 40 MB whatever the context is.
 
 The backend says what a row is made of (``latent_row`` of ``slotmoe.quant.backends.base``): the
 native kernels keep 8 bits a value.
