@@ -157,8 +157,7 @@ class Kernels:
         and rounded to 8 bits with one float32 scale (attention.h), NaN if one is not finite."""
         p = latent.shape[-1] - r
         stride = row_stride(cache, latent_bytes(r, p))
-        if len(cache) != len(latent):
-            raise ValueError(f"cache has {len(cache)} rows, latent {len(latent)}")
+        assert len(cache) == len(latent)
         self._functions["store_latents"].results(latent, cache.data_ptr(), stride, R=r, P=p)
 
     def mla(self, q: Tensor, cache: Tensor, context: int, latent: int, scale: float) -> Tensor:
@@ -168,9 +167,7 @@ class Kernels:
         of a call of its own."""
         p = q.shape[-1] - latent
         stride = row_stride(cache, latent_bytes(latent, p))
-        if not len(q) <= context <= len(cache):
-            limits = f"{len(q)} tokens to the cache's {len(cache)} rows"
-            raise ValueError(f"context is {context}, expected {limits}")
+        assert len(q) <= context <= len(cache)
         values = q, cache.data_ptr(), stride, scale
         return self._functions["mla"](*values, C=context, R=latent, P=p)
 
@@ -245,16 +242,16 @@ class Kernels:
         hidden, top_k, streams, wide = (sizes[letter] for letter in "HKQX")
         bound = tokens.bound(decoder)
         inputs = (
-            address("h", h, f32, t, wide),
+            address(h, f32, t, wide),
             bound.address,
-            address("slots", slots, torch.int32, sizes["M"], sizes["E"]),
+            address(slots, torch.int32, sizes["M"], sizes["E"]),
             record.slab(slab).address,
             *slab.shape,
             record.address,
-            address("x", x, f32, t, hidden),
-            address("experts", experts, f32, t, hidden),
-            address("post", tokens.post, f32, t, streams),
-            address("comb", tokens.comb, f32, t, streams, streams),
+            address(x, f32, t, hidden),
+            address(experts, f32, t, hidden),
+            address(tokens.post, f32, t, streams),
+            address(tokens.comb, f32, t, streams, streams),
         )
         y, norms = torch.empty(t, wide), torch.empty(asked + 1, t, hidden)
         weights, indices = torch.empty(t, top_k), torch.empty(asked, t, top_k, dtype=torch.int64)

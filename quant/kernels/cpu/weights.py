@@ -2,8 +2,7 @@
 holds the memory that the native side then reads.
 
 The structures are those of quant/kernels/cpu/api.h.  Shapes: see `slotmoe.quant.kernels.cpu.
-bindings`; of attention: A heads, N and P columns of a query head without and with rotation, R the
-latent's, V a value head's.
+bindings`.
 """
 
 import ctypes
@@ -180,8 +179,6 @@ class ExpertRecord(Bound):
         levels: Tensor,
         limit: float = 0.0,
     ):
-        if not 1 <= hidden < 2**31 or not 1 <= intermediate < 2**31:
-            raise ValueError(f"experts are {intermediate} by {hidden}, expected at least 1")
         tensor_spec("levels:f32[2,16]").check(levels, {})
         kinds, starts = [codec.kind for codec in codecs], [row.data_ptr() for row in levels]
         native = _RECORD.type(hidden, intermediate, *kinds, *starts, limit)
