@@ -85,7 +85,7 @@ def test_route_of_what_is_not_finite(kernels):
             assert len(set(row)) == 5 and min(row) >= 0 and max(row) < 12
     shapes = (5, 1, 2), (4, 5, 2), (1, 1, 13), (4, 1, 4)
     for bad in (*(Router(*shape) for shape in shapes), Router(12, 3, 2, group_best=2)):
-        with pytest.raises(ValueError, match="don't fit"):
+        with pytest.raises(ValueError, match="refused"):
             kernels.route(logits, bad)
     for expert in (-1, 12):
         with pytest.raises(ValueError, match="refused"):
@@ -138,5 +138,6 @@ def test_decode_refuses(kernels):
     for other, mlp_of in ((smaller, None), (fewer, None), (layers[0], narrow)):
         with pytest.raises(ValueError, match="expected"):
             Decoder(geometry, [layers[0], other], [None, mlp_of])
-    with pytest.raises(ValueError, match="don't fit"):
-        Decoder(geometry._replace(router=Router(1, 1, 7, 1.0)), layers, mlps)
+    beyond = Decoder(geometry._replace(router=Router(1, 1, 7, 1.0)), layers, mlps)
+    with pytest.raises(ValueError, match="refused"):
+        kernels.decode(**good | {"decoder": beyond})

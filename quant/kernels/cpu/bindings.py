@@ -2,8 +2,9 @@
 
 `load()` gives the kernels, or None where the binary is missing (no compiler at install) or foreign
 to this machine; the caller then falls back to torch. Tensors are contiguous CPU tensors unless said
-otherwise, and everything about them is checked before the native side sees a pointer: a wrong
-dtype, shape, size or alignment is a `ValueError`.
+otherwise, and all about them is checked before the native side sees a pointer: a wrong dtype,
+shape, size or alignment is a `ValueError`, and of caches and `decode`'s tensors, which backends
+alone make, an `AssertionError`.
 
 Shapes: T tokens; W [N, K]; H hidden size; I expert's intermediate size; k experts of a token; E
 experts of a layer; A heads; R and P columns of a latent, without and with rotation.  Results do not
@@ -210,7 +211,7 @@ class Kernels:
         """logits float32 [T, E] -> weights and int64 indices [T, top_k], best first; of equals the
         lower index.  `bias`, float32 [E], takes part in the choice alone.  With `chosen` these are
         the indices."""
-        native = _ROUTER.bind({}, *router_values(router, logits.shape[-1]))
+        native = _ROUTER.bind({}, *router_values(router))
         route = self._functions["route"]
         weights, indices = route.results(native, logits, bias, chosen, K=router.top_k)
         return weights, indices

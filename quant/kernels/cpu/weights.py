@@ -58,8 +58,6 @@ class Matrix(Bound):
     """
 
     def __init__(self, kind: int, n: int, k: int, *memory: Tensor) -> None:
-        if not 1 <= n < 2**31 or not 1 <= k < 2**31:
-            raise ValueError(f"a matrix of {n} rows and {k} columns, expected at least 1")
         self.shape, self.kind, self.tensors, sizes = (n, k), kind, memory, {"N": n, "K": k}
         texts = zip(_MEMORY[kind], memory, strict=True)
         pointers = [tensor_spec(text).check(tensor, sizes) for text, tensor in texts]
@@ -145,14 +143,9 @@ _RECORD = Structure(
 ROUTER = "groups kept top_k group_best scoring normalized factor:double"
 
 
-def router_values(router: Router, experts: int) -> tuple[float, ...]:
-    """Those of `ROUTER`.  Raises `ValueError` unless it can choose among so many experts."""
+def router_values(router: Router) -> tuple[float, ...]:
+    """Those of `ROUTER`."""
     groups, kept, top_k, factor, normalized, group_best, scoring = router
-    fits = groups >= 1 and experts % groups == 0 and 1 <= kept <= groups
-    size = experts // groups if fits else 0
-    if not 1 <= top_k <= kept * size or not 1 <= group_best <= min(2, size):
-        asked = f"{kept} of {groups} groups by {group_best} of their experts"
-        raise ValueError(f"{asked} and top {top_k} don't fit {experts} experts")
     return groups, kept, top_k, group_best, _SCORINGS.index(scoring), normalized, factor
 
 
