@@ -180,23 +180,20 @@ class ExpertRecord(Bound):
         super().__init__(native, {"H": hidden}, levels)
 
     def slab(self, slab: Tensor) -> "Slab":
-        """The slab, uint8 [S, B].  Raises `ValueError` unless each row holds a record at a multiple
-        of 64."""
+        """The slab, uint8 [S, B], whose rows each hold a record at a multiple of 64.  Raises
+        `ValueError`."""
         if self._slab is None or self._slab.tensor is not slab:
-            bound = Slab(slab)
-            rows, size = slab.shape
-            if (rows and size < self.record_bytes) or size % 64 or slab.data_ptr() % 64:
-                least = f"at least {self.record_bytes}, at multiples of 64"
-                raise ValueError(f"a record of {size} bytes, expected {least}")
-            self._slab = bound
+            self._slab = Slab(slab, self.record_bytes)
         return self._slab
 
 
 class Slab(Bound):
-    """A slab of records as native calls take it.  Raises `ValueError`."""
+    """A slab of records as native calls take it."""
 
-    def __init__(self, slab: Tensor):
-        self.tensor, self.sizes = slab, dict[str, int]()
-        address = tensor_spec("slab:u8[S,B]").check(slab, self.sizes)
-        assert address is not None
-        self.address = address
+    def __init__(self, slab: Tensor, record_bytes: int):
+        self.tensor, self.sizes, self.address = slab, dict[str, int](), slab.data_ptr()
+        tensor_spec("slab:u8[S,B]").check(slab, self.sizes)
+        rows, size = slab.shape
+        if (rows and size < record_bytes) or size % 64 or self.address % 64:
+            least = f"at least {record_bytes}, at multiples of 64"
+            raise ValueError(f"a record of {size} bytes, expected {least}")
