@@ -131,7 +131,7 @@ def attention_layer(kernels, layer, h, table, caches, positions, query_scale=Non
     """One token of each of T sequences through a layer's attention, the oracle of ``decode``: h
     float32 [T, H] -> y = h + attention(rms_norm(h)), x = rms_norm(y) and, with a router, its
     logits.  A token's latent row is written to its sequence's cache at its position."""
-    stride = qk.row_stride(caches[0], latent_bytes(layer.sizes["R"], 2 * layer.sizes["C"]))
+    _, stride = qk.latent_rows(caches[0], layer.sizes["R"], 2 * layer.sizes["C"])
     places = (ctypes.c_int64 * len(positions))(*positions)
     values = layer, h, table, query_scale, addresses(caches), stride, places
     experts = layer.sizes.get("E", 0)

@@ -2,8 +2,9 @@
 
 `load()` gives the kernels, or None where the binary is missing (no compiler at install) or foreign
 to this machine; the caller then falls back to torch. Tensors are contiguous CPU tensors unless said
-otherwise, and everything about them is checked before the native side sees a pointer: a wrong
-dtype, shape, size or alignment is a `ValueError`.
+otherwise, and all about them is checked before the native side sees a pointer: a wrong dtype,
+shape, size or alignment is a `ValueError`, and of caches and `decode`'s tensors, which backends
+alone make, an `AssertionError`.
 
 Shapes: T tokens; W [N, K]; H hidden size; I expert's intermediate size; k experts of a token; E
 experts of a layer; A heads; R and P columns of a latent, without and with rotation.  Results do not
@@ -155,23 +156,18 @@ class Kernels:
         """latent float32 [T, R + P], R = `r` -> T rows of a latent cache, uint8 [T, latent_bytes(R,
         P)], which may be strided.  Latent and rope columns are each rotated by an orthogonal matrix
         and rounded to 8 bits with one float32 scale (attention.h), NaN if one is not finite."""
+        assert len(cache) == len(latent)
         p = latent.shape[-1] - r
-        stride = row_stride(cache, latent_bytes(r, p))
-        if len(cache) != len(latent):
-            raise ValueError(f"cache has {len(cache)} rows, latent {len(latent)}")
-        self._functions["store_latents"].results(latent, cache.data_ptr(), stride, R=r, P=p)
+        self._functions["store_latents"].results(latent, *latent_rows(cache, r, p), R=r, P=p)
 
     def mla(self, q: Tensor, cache: Tensor, context: int, latent: int, scale: float) -> Tensor:
         """Causal attention of the last T of `context` tokens over the latent cache: q float32 [T,
         A, R + P], R = `latent`, rows of `store_latents` -> float32 [T, A, R] = softmax(scale * q
         rows^T) rows[:, :R].  Rows past `context` are not read.  Each token's result is bitwise that
         of a call of its own."""
+        assert len(q) <= context <= len(cache)
         p = q.shape[-1] - latent
-        stride = row_stride(cache, latent_bytes(latent, p))
-        if not len(q) <= context <= len(cache):
-            limits = f"{len(q)} tokens to the cache's {len(cache)} rows"
-            raise ValueError(f"context is {context}, expected {limits}")
-        values = q, cache.data_ptr(), stride, scale
+        values = q, *latent_rows(cache, latent, p), scale
         return self._functions["mla"](*values, C=context, R=latent, P=p)
 
     def attend(
@@ -187,10 +183,8 @@ class Kernels:
         """As `mla`, but each token attends to the rows that its list, int32 [T, N], names, in that
         order and up to the first entry below 0: the first entries are those of `rows`, the next
         those of `others`.  `sinks`, float32 [A], are a logit a head that has no value."""
-        p = q.shape[-1] - latent
-        width = latent_bytes(latent, p)
-        stride, others = row_stride(rows, width), rows[:0] if others is None else others
-        values = q, rows.data_ptr(), stride, others.data_ptr(), row_stride(others, width)
+        p, others = q.shape[-1] - latent, rows[:0] if others is None else others
+        values = q, *latent_rows(rows, latent, p), *latent_rows(others, latent, p)
         sizes = {"C": len(rows), "D": len(others), "R": latent, "P": p}
         return self._functions["attend"](*values, lists, scale, sinks, **sizes)
 
@@ -199,8 +193,7 @@ class Kernels:
         ascending, then -1: int32 [T, k].  A score is the sum over the heads of weights[t] float32
         [T, A] times relu(q[t] float32 [T, A, R] . key); of equals the lower index comes first, and
         NaN is the lowest.  `keys` are rows of `store_latents` with P = 0."""
-        stride = row_stride(keys, latent_bytes(q.shape[-1], 0))
-        values = q, weights, keys.data_ptr(), stride, counts
+        values = q, weights, *latent_rows(keys, q.shape[-1], 0), counts
         return self._functions["index"](*values, S=len(keys), K=k)
 
     def route(
@@ -213,7 +206,7 @@ class Kernels:
         """logits float32 [T, E] -> weights and int64 indices [T, top_k], best first; of equals the
         lower index.  `bias`, float32 [E], takes part in the choice alone.  With `chosen` these are
         the indices."""
-        native = _ROUTER.bind({}, *router_values(router, logits.shape[-1]))
+        native = _ROUTER.bind({}, *router_values(router))
         route = self._functions["route"]
         weights, indices = route.results(native, logits, bias, chosen, K=router.top_k)
         return weights, indices
@@ -245,16 +238,16 @@ class Kernels:
         hidden, top_k, streams, wide = (sizes[letter] for letter in "HKQX")
         bound = tokens.bound(decoder)
         inputs = (
-            address("h", h, f32, t, wide),
+            address(h, f32, t, wide),
             bound.address,
-            address("slots", slots, torch.int32, sizes["M"], sizes["E"]),
+            address(slots, torch.int32, sizes["M"], sizes["E"]),
             record.slab(slab).address,
             *slab.shape,
             record.address,
-            address("x", x, f32, t, hidden),
-            address("experts", experts, f32, t, hidden),
-            address("post", tokens.post, f32, t, streams),
-            address("comb", tokens.comb, f32, t, streams, streams),
+            address(x, f32, t, hidden),
+            address(experts, f32, t, hidden),
+            address(tokens.post, f32, t, streams),
+            address(tokens.comb, f32, t, streams, streams),
         )
         y, norms = torch.empty(t, wide), torch.empty(asked + 1, t, hidden)
         weights, indices = torch.empty(t, top_k), torch.empty(asked, t, top_k, dtype=torch.int64)
@@ -306,9 +299,10 @@ def load() -> Kernels | None:
     return None
 
 
-def row_stride(cache: Tensor, width: int) -> int:
-    """Bytes from one row to the next of a latent cache, uint8 [capacity, width]."""
-    return layer_rows([cache[None]], 1, width)[1]
+def latent_rows(cache: Tensor, r: int, p: int) -> tuple[int, int]:
+    """Of a latent cache, uint8 [capacity, latent_bytes(R, P)]: its address, and the bytes from one
+    row to the next."""
+    return cache.data_ptr(), layer_rows([cache[None]], 1, latent_bytes(r, p))[1]
 
 
 def rows_per_head(x: Tensor, kv_b: Tensor) -> int:

@@ -169,7 +169,7 @@ def _hyper(mixing: Mixing | None, geometry: Geometry, hidden: int) -> Bound | No
 class Decoder(Bound):
     """All layers of a model for one token of each sequence, each with its `mlps`, that of shared
     experts or a dense one; at least one layer has a router.  Raises `ValueError` where the layers
-    do not fit together or the router does not fit their experts."""
+    do not fit together."""
 
     def __init__(
         self,
@@ -204,7 +204,7 @@ class Decoder(Bound):
         natives = (_LAYER.type * len(layers))(*(part.native for part in bound))
         hidden, experts = sizes["H"], sizes.get("E", 0)
         counts = len(layers), hidden, experts, self.streams, sizes.get("V", 0)
-        model = _MODEL.bind({}, *counts, natives, *router_values(geometry.router, experts))
+        model = _MODEL.bind({}, *counts, natives, *router_values(geometry.router))
         sizes = {letter: sizes[letter] for letter in ("H", "C", "E", "K")}
         sizes |= {"M": sum(self.routed), "Q": self.streams, "X": self.streams * hidden}
         super().__init__(model.native, sizes, model, bound)

@@ -31,16 +31,11 @@ def _store(
 ) -> tuple[object, ...]:
     """Each token's sequence's rows, as native calls find them: uint8 [layers, capacity, width],
     alike in all, one of which may stand for several tokens; the first of them are those of the
-    positions `first`, or 0.  Raises `ValueError` unless there is a row for each position."""
-    if len(positions) != len(tensors):
-        count = f"{len(positions)} positions"
-        raise ValueError(f"{count}, expected one for each of {len(tensors)} caches")
+    positions `first`, or 0."""
     layer_bytes, row_bytes, capacity = layer_rows(tensors, layers, width)
     first = first or [0] * len(positions)
-    for position, begin in zip(positions, first, strict=True):
-        if not begin <= position < begin + capacity:
-            rows = f"one of the cache's {capacity} rows"
-            raise ValueError(f"position is {position}, expected {rows} from {begin} on")
+    for _, position, begin in zip(tensors, positions, first, strict=True):
+        assert begin <= position < begin + capacity
     return addresses(tensors), int64s(first), layer_bytes, row_bytes
 
 
@@ -112,15 +107,13 @@ class Tokens(NamedTuple):
         return structure.bind(sizes, int64s(positions), self.table, self.query_scale, *kept)
 
 
-def address(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:
-    """The tensor's address, checked as the table's are, and quicker; None of None."""
+def address(tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:
+    """The tensor's address, asserted to be what native calls take, which is quicker than the
+    table's checks; None of None."""
     if tensor is None:
         return None
-    if tensor.shape != shape or tensor.dtype != dtype:
-        given = f"{tensor.dtype} {tuple(tensor.shape)}"
-        raise ValueError(f"{name} is {given}, expected {dtype} {shape}")
-    if not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_conj():
-        raise ValueError(f"{name} must be a contiguous CPU tensor, and not conjugated lazily")
+    assert (tensor.shape, tensor.dtype) == (shape, dtype)
+    assert tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj()
     return tensor.data_ptr()
 
 
@@ -129,15 +122,10 @@ def layer_rows(caches: Sequence[Tensor], layers: int, width: int) -> tuple[int, 
     next and from one row to the next, and the capacity."""
     shape, strides = caches[0].shape, caches[0].stride()
     for rows in caches:
-        if rows.dtype != torch.uint8 or not rows.is_cpu:
-            raise ValueError(f"cache is {rows.dtype} on {rows.device}, expected uint8 on the CPU")
-        if rows.shape != shape or rows.stride() != strides:
-            raise ValueError(f"caches {tuple(shape)} and {tuple(rows.shape)} must be alike")
-    if len(shape) != 3 or shape[0] != layers or shape[2] != width:
-        raise ValueError(f"cache is {tuple(shape)}, expected [{layers}, capacity, {width}]")
+        assert rows.dtype == torch.uint8 and rows.is_cpu
+        assert (rows.shape, rows.stride()) == (shape, strides)
     apart = strides[1] if shape[1] > 1 else width
-    if strides[2] != 1 or apart < width:
-        raise ValueError(f"cache has strides {strides}, expected rows of {width} adjacent bytes")
+    assert (shape[0], shape[2], strides[2]) == (layers, width, 1) and apart >= width
     return strides[0], apart, shape[1]
 
 

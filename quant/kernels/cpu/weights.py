@@ -2,8 +2,7 @@
 holds the memory that the native side then reads.
 
 The structures are those of quant/kernels/cpu/api.h.  Shapes: see `slotmoe.quant.kernels.cpu.
-bindings`; of attention: A heads, N and P columns of a query head without and with rotation, R the
-latent's, V a value head's.
+bindings`.
 """
 
 import ctypes
@@ -59,8 +58,6 @@ class Matrix(Bound):
     """
 
     def __init__(self, kind: int, n: int, k: int, *memory: Tensor) -> None:
-        if not 1 <= n < 2**31 or not 1 <= k < 2**31:
-            raise ValueError(f"a matrix of {n} rows and {k} columns, expected at least 1")
         self.shape, self.kind, self.tensors, sizes = (n, k), kind, memory, {"N": n, "K": k}
         texts = zip(_MEMORY[kind], memory, strict=True)
         pointers = [tensor_spec(text).check(tensor, sizes) for text, tensor in texts]
@@ -146,14 +143,9 @@ _RECORD = Structure(
 ROUTER = "groups kept top_k group_best scoring normalized factor:double"
 
 
-def router_values(router: Router, experts: int) -> tuple[float, ...]:
-    """Those of `ROUTER`.  Raises `ValueError` unless it can choose among so many experts."""
+def router_values(router: Router) -> tuple[float, ...]:
+    """Those of `ROUTER`."""
     groups, kept, top_k, factor, normalized, group_best, scoring = router
-    fits = groups >= 1 and experts % groups == 0 and 1 <= kept <= groups
-    size = experts // groups if fits else 0
-    if not 1 <= top_k <= kept * size or not 1 <= group_best <= min(2, size):
-        asked = f"{kept} of {groups} groups by {group_best} of their experts"
-        raise ValueError(f"{asked} and top {top_k} don't fit {experts} experts")
     return groups, kept, top_k, group_best, _SCORINGS.index(scoring), normalized, factor
 
 
@@ -180,8 +172,6 @@ class ExpertRecord(Bound):
         levels: Tensor,
         limit: float = 0.0,
     ):
-        if not 1 <= hidden < 2**31 or not 1 <= intermediate < 2**31:
-            raise ValueError(f"experts are {intermediate} by {hidden}, expected at least 1")
         tensor_spec("levels:f32[2,16]").check(levels, {})
         kinds, starts = [codec.kind for codec in codecs], [row.data_ptr() for row in levels]
         native = _RECORD.type(hidden, intermediate, *kinds, *starts, limit)
@@ -190,23 +180,20 @@ class ExpertRecord(Bound):
         super().__init__(native, {"H": hidden}, levels)
 
     def slab(self, slab: Tensor) -> "Slab":
-        """The slab, uint8 [S, B].  Raises `ValueError` unless each row holds a record at a multiple
-        of 64."""
+        """The slab, uint8 [S, B], whose rows each hold a record at a multiple of 64.  Raises
+        `ValueError`."""
         if self._slab is None or self._slab.tensor is not slab:
-            bound = Slab(slab)
-            rows, size = slab.shape
-            if (rows and size < self.record_bytes) or size % 64 or slab.data_ptr() % 64:
-                least = f"at least {self.record_bytes}, at multiples of 64"
-                raise ValueError(f"a record of {size} bytes, expected {least}")
-            self._slab = bound
+            self._slab = Slab(slab, self.record_bytes)
         return self._slab
 
 
 class Slab(Bound):
-    """A slab of records as native calls take it.  Raises `ValueError`."""
+    """A slab of records as native calls take it."""
 
-    def __init__(self, slab: Tensor):
-        self.tensor, self.sizes = slab, dict[str, int]()
-        address = tensor_spec("slab:u8[S,B]").check(slab, self.sizes)
-        assert address is not None
-        self.address = address
+    def __init__(self, slab: Tensor, record_bytes: int):
+        self.tensor, self.sizes, self.address = slab, dict[str, int](), slab.data_ptr()
+        tensor_spec("slab:u8[S,B]").check(slab, self.sizes)
+        rows, size = slab.shape
+        if (rows and size < record_bytes) or size % 64 or self.address % 64:
+            least = f"at least {record_bytes}, at multiples of 64"
+            raise ValueError(f"a record of {size} bytes, expected {least}")
