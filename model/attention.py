@@ -1,4 +1,5 @@
-"""What ``config.json`` says of a model's attention and its residual streams."""
+"""What ``config.json`` says of a model's attention and its residual streams, however its publisher
+spells that."""
 
 import math
 from collections.abc import Mapping
@@ -8,10 +9,17 @@ from typing import Annotated, get_origin, get_type_hints
 
 from slotmoe.jsonfile import Json, Kind, ListOf, check, integer, number, one_of
 from slotmoe.model.families import Family
-from slotmoe.model.spellings import RATIOS, full_indexers
 
 MAX_INT = 1 << 31
 POSITIVE, NOT_NEGATIVE = number(1e-30, 1e30), number(0, 1e30)
+_SIZE = integer(1, 1 << 20)
+
+_RATIOS = {
+    "sliding_attention": 0,
+    "compressed_sparse_attention": 4,
+    "heavily_compressed_attention": 128,
+}
+"""Positions that become one, by transformers' name of such a layer."""
 
 # Values of V4 that its config.json leaves out or repeats.
 OF_V4 = {"num_key_value_heads": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True}
@@ -51,9 +59,9 @@ class Indexer:
     ``full`` says of each layer whether it has its own, else it takes the choice of the layer
     before.  ``halves``: what is rotated are two halves, not pairs side by side."""
 
-    n_heads: int
-    head_dim: int
-    topk: int
+    n_heads: Annotated[int, integer(1, 4096)]
+    head_dim: Annotated[int, _SIZE]
+    topk: Annotated[int, _SIZE]
     full: tuple[bool, ...]
     halves: bool
 
@@ -64,11 +72,11 @@ class Compressed:
     overlapping windows and of which an indexer picks, 128, or 0 for none.  Each layer also attends
     to the last ``sliding_window`` positions.  ``rope`` is that of layers with a ratio."""
 
-    head_dim: int
-    sliding_window: int
+    head_dim: Annotated[int, integer(1, 1 << 16)]
+    sliding_window: Annotated[int, _SIZE]
+    o_groups: Annotated[int, integer(1, 4096)]
+    o_lora_rank: Annotated[int, _SIZE]
     ratios: tuple[int, ...]
-    o_groups: int
-    o_lora_rank: int
     rope: Rope
 
 
@@ -88,23 +96,19 @@ def kinds_of(of: type) -> dict[str, Kind]:
     return {key: hint.__metadata__[0] for key, hint in annotated.items()}
 
 
-_SIZE = integer(1, 1 << 20)
-INDEXER = {"index_n_heads": integer(1, 4096), "index_head_dim": _SIZE, "index_topk": _SIZE}
-COMPRESSED = {
-    "head_dim": integer(1, 1 << 16),
-    "sliding_window": _SIZE,
-    "compress_ratios": ListOf(one_of(*RATIOS.values()), 1, 1100),
-    "o_groups": integer(1, 4096),
-    "o_lora_rank": _SIZE,
+_ROPE, _COMPRESSED = kinds_of(Rope), kinds_of(Compressed)
+_INDEXER = {f"index_{key}": kind for key, kind in kinds_of(Indexer).items()}
+_HYPER = {f"hc_{key}": kind for key, kind in kinds_of(HyperConnections).items()}
+_OF_V4: dict[str, object] = {
+    **_COMPRESSED,
+    **_HYPER,
+    "compress_ratios": ListOf(one_of(*_RATIOS.values()), 1, 1100),
     "num_hash_layers": integer(0, 1000),
     "swiglu_limit": NOT_NEGATIVE,
     "rope_theta": POSITIVE,
     "compress_rope_theta": POSITIVE,
 }
-
-
-_ROPE = kinds_of(Rope)
-HYPER = {f"hc_{key}": kind for key, kind in kinds_of(HyperConnections).items()}
+KNOWN_KEYS = _INDEXER.keys() | _OF_V4
 
 
 def parts_of_mla(values: Json, family: Family) -> Json:
@@ -118,20 +122,22 @@ def parts_of_mla(values: Json, family: Family) -> Json:
         return {"rope": rope}
     if values["q_lora_rank"] is None:
         raise ValueError("q_lora_rank is null, but the indexer's queries are made of its latent")
-    full = full_indexers(values)
+    full = _full_indexers(values)
     return {"rope": rope, "indexer": _indexer(values, full, family.index_halves)}
 
 
 def _indexer(values: Json, full: tuple[bool, ...], halves: bool) -> Indexer:
-    width, rotated = values["index_head_dim"], values["qk_rope_head_dim"]
-    if width < rotated:
+    check(values, _INDEXER)
+    heads, width, topk = (values[key] for key in _INDEXER)
+    if width < (rotated := values["qk_rope_head_dim"]):
         raise ValueError(f"index_head_dim is {width}, expected at least qk_rope_head_dim {rotated}")
-    return Indexer(values["index_n_heads"], width, values["index_topk"], full, halves)
+    return Indexer(heads, width, topk, full, halves)
 
 
 def parts_of_v4(values: Json, family: Family) -> Json:
     """What only DeepSeek-V4 has, of ``values`` in the hub's words.  YaRN multiplies neither cosine
     and sine nor scores by a factor."""
+    check(values, _OF_V4)
     layers, ratios = values["num_hidden_layers"], tuple(values["compress_ratios"])
     if len(ratios) < layers or any(ratios[layers:]):
         problem = f"says {list(ratios)!r:.80}, expected {layers}, and 0 for what follows"
@@ -146,15 +152,13 @@ def parts_of_v4(values: Json, family: Family) -> Json:
     check(scaling := values["rope_scaling"] or {}, {}, "rope_scaling")
     settings = {**scaling, "rope_theta": values["compress_rope_theta"]}
     rope = replace(_rope(settings, values, family), mscale=0.0, mscale_all_dim=0.0)
-    ratios, rank = ratios[:layers], values["o_lora_rank"]
-    sizes = values["head_dim"], values["sliding_window"]
-    attention = Compressed(*sizes, ratios, groups, rank, rope)
-    full = tuple(ratio == RATIOS["compressed_sparse_attention"] for ratio in ratios)
+    ratios = ratios[:layers]
+    full = tuple(ratio == _RATIOS["compressed_sparse_attention"] for ratio in ratios)
     return {
         "rope": Rope(float(values["rope_theta"])),
         "indexer": _indexer(values, full, family.index_halves),
-        "compressed": attention,
-        "hyper": HyperConnections(*floats({key: values[key] for key in HYPER}, HYPER).values()),
+        "compressed": Compressed(**floats(values, _COMPRESSED), ratios=ratios, rope=rope),
+        "hyper": HyperConnections(*floats(values, _HYPER).values()),
         "num_hash_layers": values["num_hash_layers"],
         "swiglu_limit": float(values["swiglu_limit"]),
     }
@@ -196,6 +200,71 @@ def _check_rotated_part(values: Json, factor: object) -> None:
 
 
 def floats(values: Json, kinds: Mapping[str, Kind]) -> Json:
-    """The same with real numbers that JSON spells as integers turned into floats."""
-    reals = (POSITIVE, NOT_NEGATIVE)
-    return {key: float(value) if kinds[key] in reals else value for key, value in values.items()}
+    """What ``values`` has of these kinds; real numbers that JSON spells as integers as floats."""
+    reals, given = (POSITIVE, NOT_NEGATIVE), {key: values[key] for key in kinds if key in values}
+    return {key: float(value) if kinds[key] in reals else value for key, value in given.items()}
+
+
+def in_hub_words(given: Json) -> Json:
+    """The ``config.json`` of a DeepSeek-V4 in the words of DeepSeek's own files, if it is in those
+    of transformers 5, with what latent attention would say.  Raises ``ValueError``, which names
+    the key."""
+    check(given, {"head_dim": integer(1, 1 << 16), "num_hidden_layers": integer(1, 1000)})
+    values, layers, width = dict(given), given["num_hidden_layers"], given["head_dim"]
+    if given.get("layer_types") is not None:
+        check(given, {"layer_types": ListOf(one_of(*_RATIOS), layers, layers)})
+        rates = {name: one_of(ratio) for name, ratio in _RATIOS.items() if ratio}
+        check(given, {"compress_rates": rates})
+        _set(values, "compress_ratios", [_RATIOS[name] for name in given["layer_types"]])
+    if given.get("mlp_layer_types") is not None:
+        check(given, {"mlp_layer_types": ListOf(one_of("hash_moe", "moe"), layers, layers)})
+        count = given["mlp_layer_types"].count("hash_moe")
+        if "hash_moe" in given["mlp_layer_types"][count:]:
+            raise ValueError("mlp_layer_types has a hash_moe layer behind a moe one, expected none")
+        _set(values, "num_hash_layers", count)
+    if given.get("rope_parameters") is not None:
+        check(given, {"rope_parameters": {"main": {}, "compress": {}}})
+        main, compress = (given["rope_parameters"][name] for name in ("main", "compress"))
+        check(main, {"rope_type": one_of("default")}, "rope_parameters.main")
+        for name, rope in (("main", main), ("compress", compress)):
+            check(rope, {"rope_theta": POSITIVE}, f"rope_parameters.{name}")
+        values |= {"rope_scaling": compress, "rope_theta": main["rope_theta"]}
+        values["compress_rope_theta"] = compress["rope_theta"]
+    if given.get("qk_rope_head_dim") is None:
+        check(given, {"partial_rotary_factor": number(0, 1)})
+        values["qk_rope_head_dim"] = int(width * given["partial_rotary_factor"])
+    check(values, {"qk_rope_head_dim": integer(1, width - 1)})
+    values["qk_nope_head_dim"] = width - values["qk_rope_head_dim"]
+    values |= dict.fromkeys(("kv_lora_rank", "v_head_dim"), width)
+    values["intermediate_size"] = values.get("moe_intermediate_size")
+    return {"rope_scaling": None, **values}
+
+
+def _set(values: Json, key: str, value: object) -> None:
+    if values.get(key) not in (None, value):
+        raise ValueError(f"{key} is {values[key]!r:.80}, but other keys say {value!r:.80}")
+    values[key] = value
+
+
+def _full_indexers(values: Json) -> tuple[bool, ...]:
+    """Which layers have an indexer of their own, by the first of ``indexer_types``,
+    ``index_topk_pattern`` and ``index_topk_freq`` that is there; else all.  Raises ``ValueError``,
+    which names the key."""
+    layers: int = values["num_hidden_layers"]
+    for key, words in (("indexer_types", ("full", "shared")), ("index_topk_pattern", ("F", "S"))):
+        if (given := values.get(key)) is None:
+            continue
+        spelled = list(given) if isinstance(given, str) else given
+        words = ("full", "shared") if "full" in spelled else words
+        check({key: spelled}, {key: ListOf(one_of(*words), layers, layers)})
+        full = tuple(word == words[0] for word in spelled)
+        break
+    else:
+        step, offset = values.get("index_topk_freq", 1), values.get("index_skip_topk_offset", 2)
+        key = "index_topk_freq"
+        check({key: step}, {key: integer(1, 1000)})
+        check({"index_skip_topk_offset": offset}, {"index_skip_topk_offset": integer(0, 1000)})
+        full = tuple(max(layer - offset + 1, 0) % step == 0 for layer in range(layers))
+    if not full[0]:
+        raise ValueError(f"{key} leaves the first layer without an indexer, expected one")
+    return full

@@ -10,24 +10,22 @@ groups of heads, J heads of the indexer, A index_head_dim, X elements of a cache
 rows that a token sees, E compressed rows, Y columns of a compressor, M tokens of a compressed row.
 """
 
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from slotmoe.border import Backend, Compressed, CompressedIndexer, Compressor, Geometry, Step
-from slotmoe.model.compressed_cache import CompressedCache, Group
+from slotmoe.model.state import CompressedCache, Group
 
 W = TypeVar("W")
 
 
 class CompressedAttention(Generic[W]):
-    """``frequencies``, float32 [C], rotate the pairs of compressed rows: a position times these."""
+    """That attention, each sequence over its own state."""
 
-    def __init__(self, geometry: Geometry, backend: Backend[W], frequencies_C: Tensor):
-        assert geometry.compressed is not None
+    def __init__(self, geometry: Geometry, backend: Backend[W]):
         self._geometry, self._backend = geometry, backend
-        self._compressed, self._frequencies = geometry.compressed, frequencies_C
 
     def __call__(self, step: Step, weights: Compressed[W], x_TD: Tensor) -> Tensor:
         """What attention gives for the tokens of ``step`` in its layer, float32 [T, D]."""
@@ -40,17 +38,18 @@ class CompressedAttention(Generic[W]):
         q_THZ = self._rotated(backend.rms_norm(q_XZ, None, g.eps).view(T, g.H, g.V), rope_TC)
         key_TZ = backend.rms_norm(backend.linear(x_TD, weights.kv_proj), weights.kv_norm, g.eps)
         key_TZ = self._rotated(key_TZ[:, None], rope_TC)[:, 0]
+        assert g.compressed is not None
         outputs, start = list[Tensor](), 0
-        for cache, count in zip(step.caches, step.counts, strict=True):
-            assert isinstance(cache, CompressedCache)
-            span, position = slice(start, start + count), cache.length + step.behind
-            own = _Own(cache, step.layer, position, x_TD[span], low_TQ[span], rope_TC[span])
-            outputs.append(self._over_rows(own, weights, q_THZ[span], key_TZ[span]))
+        for state, count in zip(step.caches, step.counts, strict=True):
+            cache, span = cast(CompressedCache, state), slice(start, start + count)
+            parts = (part[span] for part in (x_TD, low_TQ, rope_TC, q_THZ, key_TZ))
+            own = _Tokens(step, cache, cache.length + step.behind, *parts)
+            outputs.append(self._over_rows(own, weights, g.compressed.window))
             start += count
         o_THZ = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         o_THZ = self._rotated(o_THZ, rope_TC.conj().resolve_conj())
-        groups = self._compressed.groups
-        o_TX = backend.grouped_linear(o_THZ.reshape(T, groups, -1), weights.o_a_proj).flatten(1)
+        o_TGX = o_THZ.reshape(T, g.compressed.groups, -1)
+        o_TX = backend.grouped_linear(o_TGX, weights.o_a_proj).flatten(1)
         return backend.linear(o_TX, weights.o_b_proj)
 
     def _rotated(self, x_THZ: Tensor, rope_TC: Tensor) -> Tensor:
@@ -59,29 +58,26 @@ class CompressedAttention(Generic[W]):
         rotated = self._backend.rotate(x_THZ[..., -P:], rope_TC, halves=False)
         return torch.cat([x_THZ[..., :-P], rotated], dim=-1)
 
-    def _over_rows(
-        self, own: "_Own", weights: Compressed[W], q_THZ: Tensor, key_TZ: Tensor
-    ) -> Tensor:
+    def _over_rows(self, own: "_Tokens", weights: Compressed[W], window: int) -> Tensor:
         """Attention of one sequence's tokens over its rows, [T, H, Z]."""
-        g, backend, cache = self._geometry, self._backend, own.cache
-        window = cache.window
-        new_TX = window.rows.new_empty(len(key_TZ), window.rows.shape[-1])
-        backend.store_latents(key_TZ, g.V, new_TX)
-        rows_SX, first = window.extend(own.layer, own.position, new_TX)
+        g, backend, cache, T = self._geometry, self._backend, own.cache, len(own.x_TD)
+        new_TX = cache.window.rows.new_empty(T, cache.window.rows.shape[-1])
+        backend.store_latents(own.key_TZ, g.V, new_TX)
+        rows_SX, first = cache.window.extend(own.step.layer, own.position, new_TX)
+        positions_T = torch.arange(T, dtype=torch.int32, device=new_TX.device) + own.position
         entries, counts_T, more_SX = None, None, None
         if weights.compressor is not None:
             group = cache.groups[len(weights.compressor.position_bias)]
             more_SX = self._extend(own, group, weights.compressor, g.V)
-            counts_T = (own.positions_T + 1) // group.ratio
-        if weights.indexer is not None:
-            entries = self._choose(own, weights.indexer)
-        span = self._compressed.window
-        lists_TL = lists(own.positions_T, first, len(rows_SX), span, counts_T, entries)
-        inputs = q_THZ, rows_SX, more_SX, lists_TL
+            counts_T = (positions_T + 1) // group.ratio
+            if weights.indexer is not None:
+                entries = self._choose(own, weights.indexer, counts_T)
+        lists_TL = lists(positions_T, first, len(rows_SX), window, counts_T, entries)
+        inputs = own.q_THZ, rows_SX, more_SX, lists_TL
         return backend.attend(*inputs, g.V, g.softmax_scale, weights.sinks)
 
-    def _choose(self, own: "_Own", weights: CompressedIndexer[W]) -> Tensor:
-        """Which compressed rows each token sees, int32 [T, topk]."""
+    def _choose(self, own: "_Tokens", weights: CompressedIndexer[W], counts_T: Tensor) -> Tensor:
+        """Which of the first ``counts`` compressed rows each token sees, int32 [T, topk]."""
         geometry, backend, group = self._geometry.indexer, self._backend, own.cache.index
         assert geometry is not None and group is not None
         J, A, topk, _ = geometry
@@ -89,13 +85,12 @@ class CompressedAttention(Generic[W]):
         q_TJA = backend.linear(own.low_TQ, weights.q_b_proj).view(-1, J, A)
         q_TJA = self._rotated(q_TJA, own.rope_TC)
         weights_TJ = backend.linear(own.x_TD, weights.weights_proj) * (J * A) ** -0.5
-        counts_T = (own.positions_T + 1) // group.ratio
         return backend.index(q_TJA, weights_TJ, keys_SX, counts_T, topk)
 
-    def _extend(self, own: "_Own", group: Group, weights: Compressor[W], width: int) -> Tensor:
+    def _extend(self, own: "_Tokens", group: Group, weights: Compressor[W], width: int) -> Tensor:
         """Append the rows that the tokens complete to the layer's; returns all, [S, X]."""
         backend, ratio, start = self._backend, group.ratio, own.position
-        row, end = own.cache.row_of[own.layer], start + len(own.x_TD)
+        row, end = own.cache.row_of[own.step.layer], start + len(own.x_TD)
         rows_SX = group.rows[row, : end // ratio]
         kv_TY, gate_TY = (
             backend.linear(own.x_TD, weight) for weight in (weights.kv_proj, weights.gate_proj)
@@ -121,29 +116,30 @@ class CompressedAttention(Generic[W]):
         kv_EMY, gate_EMY = blocks_EM2Y[:, :, 0], blocks_EM2Y[:, :, 1]
         y_EY = backend.compress(kv_EMY, gate_EMY, bias_MY, weights.kv_norm, self._geometry.eps)
         positions_E = torch.arange(begin, stop, device=y_EY.device) * ratio
-        angles_EC = positions_E[:, None].float() * self._frequencies
-        rope_EC = torch.polar(torch.ones_like(angles_EC), angles_EC)
+        assert own.step.compressed_C is not None
+        rope_EC = rotations(positions_E.float(), own.step.compressed_C)
         y_EY = self._rotated(y_EY[:, None], rope_EC)[:, 0]
         backend.store_latents(y_EY, width, rows_SX[begin:])
         return rows_SX
 
 
-class _Own:
-    """One sequence's part of a step in a layer: T tokens from ``position`` on."""
+class _Tokens(NamedTuple):
+    """Those of one sequence in a step's layer, from ``position`` on."""
 
-    def __init__(
-        self,
-        cache: CompressedCache,
-        layer: int,
-        position: int,
-        x_TD: Tensor,
-        low_TQ: Tensor,
-        rope_TC: Tensor,
-    ):
-        self.cache, self.layer, self.position = cache, layer, position
-        self.x_TD, self.low_TQ, self.rope_TC = x_TD, low_TQ, rope_TC
-        end = position + len(x_TD)
-        self.positions_T = torch.arange(position, end, dtype=torch.int32, device=x_TD.device)
+    step: Step
+    cache: CompressedCache
+    position: int
+    x_TD: Tensor
+    low_TQ: Tensor
+    rope_TC: Tensor
+    q_THZ: Tensor
+    key_TZ: Tensor
+
+
+def rotations(positions_T: Tensor, frequencies_C: Tensor, scale: float = 1.0) -> Tensor:
+    """What rotates the pairs at each position, complex [T, C], times ``scale``."""
+    angles_TC = positions_T[:, None] * frequencies_C
+    return torch.polar(torch.full_like(angles_TC, scale), angles_TC)
 
 
 def lists(

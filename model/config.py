@@ -24,9 +24,7 @@ from slotmoe.jsonfile import (
     read_json,
 )
 from slotmoe.model.attention import (
-    COMPRESSED,
-    HYPER,
-    INDEXER,
+    KNOWN_KEYS,
     MAX_INT,
     OF_V4,
     POSITIVE,
@@ -35,6 +33,7 @@ from slotmoe.model.attention import (
     Indexer,
     Rope,
     floats,
+    in_hub_words,
     kinds_of,
     parts_of_mla,
     parts_of_v4,
@@ -42,7 +41,6 @@ from slotmoe.model.attention import (
 from slotmoe.model.checkpoint.encodings import Encoding, parse_encoding
 from slotmoe.model.families import FAMILIES, OTHERS, WRAPPERS, Family
 from slotmoe.model.files import ReadFile
-from slotmoe.model.spellings import in_hub_words
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -196,16 +194,15 @@ class Config:
 
 _CONFIG = kinds_of(Config)
 # With these, the keys that don't change what the network computes or are read below.
-_KNOWN_KEYS = {*_CONFIG, *_SUPPORTED} | set(
-    """attention_dropout auto_map aux_loss_alpha bos_token_id dtype eos_token_id head_dim
-    initializer_range index_topk model_type num_key_value_heads output_router_logits pad_token_id
-    pretraining_tp qk_head_dim quantization_config rope_parameters rope_scaling rope_theta seq_aux
+_KNOWN_KEYS = {*_CONFIG, *_SUPPORTED, *KNOWN_KEYS} | set(
+    """attention_dropout auto_map aux_loss_alpha bos_token_id dtype eos_token_id
+    initializer_range model_type num_key_value_heads output_router_logits pad_token_id
+    pretraining_tp qk_head_dim quantization_config rope_parameters rope_scaling seq_aux
     torch_dtype transformers_version use_cache _name_or_path architectures scoring_func topk_method
     mlp_layer_types layer_types partial_rotary_factor num_mtp_layers
-    index_head_dim index_n_heads index_topk_freq index_topk_pattern index_skip_topk_offset
+    index_topk_freq index_topk_pattern index_skip_topk_offset
     index_share_for_mtp_iteration indexer_rope_interleave indexer_types moe_router_dtype
-    compress_rates compress_ratios compress_rope_theta sliding_window o_groups o_lora_rank
-    hc_mult hc_sinkhorn_iters hc_eps num_hash_layers swiglu_limit expert_dtype""".split()
+    compress_rates expert_dtype""".split()
 )
 
 
@@ -243,14 +240,10 @@ def _parse(outer: Json) -> Config:
     if values.get("mlp_layer_types") is not None and not family.compressed:
         values["first_k_dense_replace"] = _dense_layers(values)
     check(values, _CONFIG)
-    if family.indexed:
-        check(values, INDEXER)
-    if family.compressed:
-        check(values, COMPRESSED | HYPER)
     bos, eos = (_token_ids(values, key) for key in ("bos_token_id", "eos_token_id"))
     config = Config(
         family=family,
-        **floats({key: values[key] for key in _CONFIG}, _CONFIG),
+        **floats(values, _CONFIG),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=eos,
         **(parts_of_v4(values, family) if family.compressed else parts_of_mla(values, family)),

@@ -5,7 +5,10 @@ a row of ``FAMILIES`` says how the gate scores and chooses, and which values of 
 it.
 """
 
+from pathlib import Path
 from typing import NamedTuple
+
+_TEMPLATES = Path(__file__).with_name("templates")
 
 
 class Family(NamedTuple):
@@ -17,7 +20,9 @@ class Family(NamedTuple):
     scaled too.  ``softmax_factor``: YaRN also scales the attention scores.  ``query_scaling``:
     queries grow with their position.  ``indexed``: attention is to the best ``index_topk``
     positions; ``index_halves``: it rotates two halves to pick them, not pairs side by side.
-    ``compressed``: attention is that of DeepSeek-V4, not to latents.
+    ``compressed``: attention is that of DeepSeek-V4, not to latents.  ``template``: the file of our
+    own chat template, for models that ship Python code in place of one (sources: the README, the
+    encoder and the tests in the folder ``encoding`` of each model on the hub).
     """
 
     architecture: str
@@ -32,6 +37,12 @@ class Family(NamedTuple):
     index_halves: bool = False
     compressed: bool = False
     rope_interleave: tuple[bool, ...] = (True, False)
+    template: str = ""
+
+    @property
+    def own_template(self) -> str | None:
+        """That template, which is data and runs where a model's own does; None if there is none."""
+        return (_TEMPLATES / self.template).read_text(encoding="utf-8") if self.template else None
 
 
 _V3 = Family("DeepseekV3ForCausalLM")
@@ -57,7 +68,11 @@ FAMILIES = {
         query_scaling=True,
     ),
     "deepseek_v32": Family(
-        "DeepseekV32ForCausalLM", indexed=True, index_halves=True, rope_interleave=(True,)
+        "DeepseekV32ForCausalLM",
+        indexed=True,
+        index_halves=True,
+        rope_interleave=(True,),
+        template="deepseek-v3.2.jinja",
     ),
     "glm_moe_dsa": Family("GlmMoeDsaForCausalLM", indexed=True, rope_interleave=(True,)),
     "deepseek_v4": Family(
@@ -67,6 +82,7 @@ FAMILIES = {
         indexed=True,
         compressed=True,
         rope_interleave=(True,),
+        template="deepseek-v4.jinja",
     ),
 }
 """By ``model_type``."""

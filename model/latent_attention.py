@@ -8,13 +8,14 @@ of the indexer, A index_head_dim, L chosen positions, Z and Y widths of a key an
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Generic, TypeVar
+from itertools import repeat
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from slotmoe.border import Backend, Geometry, Indexer, Mla, Step
-from slotmoe.model.kv_cache import LatentCache
+from slotmoe.model.state import LatentCache
 
 W = TypeVar("W")
 
@@ -53,10 +54,7 @@ class LatentAttention(Generic[W]):
         rotated = backend.rotate(torch.cat([q_THP, k_TP[:, None]], dim=1), step.rope_TC, halves)
         q_THP, k_TP = rotated[:, :H], rotated[:, H]
         latent_TW = torch.cat([rms_norm(c_TR, weights.kv_a_layernorm, latent_eps), k_TP], dim=-1)
-        caches, counts = list[LatentCache](), [*step.counts]
-        for cache in step.caches:
-            assert isinstance(cache, LatentCache)
-            caches.append(cache)
+        caches, counts = [cast(LatentCache, state) for state in step.caches], [*step.counts]
         ends = [step.behind + count for count in counts]
         rows = [cache.extend(step.layer, end) for cache, end in zip(caches, ends, strict=True)]
         for rows_SX, new_TW in zip(rows, latent_TW.split(counts), strict=True):
@@ -70,12 +68,9 @@ class LatentAttention(Generic[W]):
         several = len(rows) > 1 or step.lists_TL is not None
         if backend.absorbs or several or T == 1 or absorbed_cost <= expanded_cost:
             q_THW = torch.cat([backend.absorb_query(q_THN, weights.kv_b_proj), q_THP], dim=-1)
-            parts, start = list[Tensor](), 0
-            for count, rows_SX in zip(counts, rows, strict=True):
-                span = slice(start, start + count)
-                lists_TL = None if step.lists_TL is None else step.lists_TL[span]
-                parts.append(self._over_latents(q_THW[span], rows_SX, lists_TL))
-                start += count
+            lists = repeat(None) if step.lists_TL is None else step.lists_TL.split(counts)
+            each = zip(q_THW.split(counts), rows, lists, strict=False)
+            parts = [self._over_latents(*part) for part in each]
             o_THR = parts[0] if len(parts) == 1 else torch.cat(parts)
             o_THV = backend.absorb_value(o_THR, weights.kv_b_proj, N)
         else:  # one sequence, several tokens
@@ -112,12 +107,12 @@ class LatentAttention(Generic[W]):
         if max(map(len, keys)) <= topk:
             return None
         weights_TJ = backend.linear(x_TD, weights.weights_proj) * (J * A) ** -0.5
-        lists, start = list[Tensor](), 0
-        for count, rows_SX in zip(step.counts, keys, strict=True):
-            S, span = len(rows_SX), slice(start, start + count)
-            counts_T = torch.arange(S - count, S, dtype=torch.int32, device=x_TD.device) + 1
-            lists.append(backend.index(both[span, :J], weights_TJ[span], rows_SX, counts_T, topk))
-            start += count
+        lists, counts = list[Tensor](), [*step.counts]
+        each = zip(both[:, :J].split(counts), weights_TJ.split(counts), keys, strict=True)
+        for q_TJA, weights_TJ, rows_SX in each:
+            S, T = len(rows_SX), len(q_TJA)
+            counts_T = torch.arange(S - T, S, dtype=torch.int32, device=x_TD.device) + 1
+            lists.append(backend.index(q_TJA, weights_TJ, rows_SX, counts_T, topk))
         return torch.cat(lists)
 
     def _over_latents(self, q_THW: Tensor, rows_SX: Tensor, lists_TL: Tensor | None) -> Tensor:

@@ -35,6 +35,7 @@ from slotmoe.model.latent_attention import LatentAttention
 from slotmoe.model.names import LAYER_PARTS, SHARED_PARTS, layer_tensor
 from slotmoe.model.routing import route, router_of
 
+T = TypeVar("T")
 W = TypeVar("W")
 # DeepSeek's code builds both latent norms with the default epsilon, whatever rms_norm_eps says.
 LATENT_EPS = 1e-6
@@ -48,87 +49,41 @@ def as_tensor(weight: object) -> Tensor:
 
 def layer_of(weights: Mapping[str, W], layer: int) -> Layer[W]:
     """The weights of ``layer`` out of all ``weights`` by checkpoint name."""
-    plain: dict[str, Tensor] = {}
-    matrices: dict[str, W] = {}
+    parts = dict[str, object]()
     for field, part in chain(LAYER_PARTS.items(), SHARED_PARTS.items()):
-        if (weight := weights.get(layer_tensor(layer, part.name))) is None:
-            continue
-        if part.role in ("norm", "gate", "table"):
-            tensor = as_tensor(weight)
-            plain[field] = tensor.float() if part.role == "gate" else tensor
-        else:
-            matrices[field] = weight
-    has_mlp = "gate_proj" in matrices  # of a dense layer, or of shared experts
-    is_compressed = "kv_proj" in matrices
-    return Layer(
-        input_layernorm=plain["input_layernorm"],
-        attention=(_compressed if is_compressed else _mla)(plain, matrices),
-        post_attention_layernorm=plain["post_attention_layernorm"],
-        gate=plain.get("gate"),
-        gate_bias=plain.get("gate_bias"),
-        experts_of=plain.get("tid2eid"),
-        mlp=Mlp(*(matrices[field] for field in SHARED_PARTS)) if has_mlp else None,
-        attention_mixing=_mixing(plain, "attn_hc"),
-        mlp_mixing=_mixing(plain, "ffn_hc"),
-    )
-
-
-def _mla(plain: Mapping[str, Tensor], matrices: Mapping[str, W]) -> Mla[W]:
-    indexer = None
-    if "indexer_k_proj" in matrices:
-        indexer = Indexer(
-            wq_b=matrices["indexer_q_proj"],
-            wk=matrices["indexer_k_proj"],
-            k_norm=plain["indexer_k_norm"],
-            k_norm_bias=plain["indexer_k_norm_bias"],
-            weights_proj=matrices["indexer_weights_proj"],
+        weight = weights.get(layer_tensor(layer, part.name))
+        if weight is not None:
+            parts[field] = as_tensor(weight).float() if part.role == "gate" else weight
+    attention: Mla[W] | Compressed[W] | None
+    if "kv_proj" in parts:
+        keys = _filled(Compressor, parts, "compressed_indexer_")
+        attention = _filled(
+            Compressed,
+            parts,
+            compressor=_filled(Compressor, parts, "compressor_"),
+            indexer=_filled(CompressedIndexer, parts, "compressed_indexer_", compressor=keys),
         )
-    return Mla(
-        q_proj=matrices.get("q_proj"),
-        q_a_proj=matrices.get("q_a_proj"),
-        q_a_layernorm=plain.get("q_a_layernorm"),
-        q_b_proj=matrices.get("q_b_proj"),
-        kv_a_proj=matrices["kv_a_proj"],
-        kv_a_layernorm=plain["kv_a_layernorm"],
-        kv_b_proj=matrices["kv_b_proj"],
-        o_proj=matrices["o_proj"],
-        indexer=indexer,
+    else:
+        attention = _filled(Mla, parts, indexer=_filled(Indexer, parts, "indexer_"))
+    whole: Layer[W] | None = _filled(
+        Layer,
+        parts,
+        attention=attention,
+        mlp=_filled(Mlp, parts),  # of a dense layer, or of shared experts
+        attention_mixing=_filled(Mixing, parts, "attn_hc_"),
+        mlp_mixing=_filled(Mixing, parts, "ffn_hc_"),
     )
+    assert whole is not None
+    return whole
 
 
-def _compressed(plain: Mapping[str, Tensor], matrices: Mapping[str, W]) -> Compressed[W]:
-    compressor = _compressor(plain, matrices, "compressor")
-    keys, indexer = _compressor(plain, matrices, "compressed_indexer"), None
-    if keys is not None:
-        queries = matrices["compressed_indexer_q_proj"]
-        indexer = CompressedIndexer(keys, queries, matrices["compressed_indexer_weights_proj"])
-    return Compressed(
-        q_a_proj=matrices["q_a_proj"],
-        q_a_norm=plain["q_a_norm"],
-        q_b_proj=matrices["q_b_proj"],
-        kv_proj=matrices["kv_proj"],
-        kv_norm=plain["kv_norm"],
-        sinks=plain["sinks"],
-        o_a_proj=matrices["o_a_proj"],
-        o_b_proj=matrices["o_b_proj"],
-        compressor=compressor,
-        indexer=indexer,
-    )
-
-
-def _compressor(
-    plain: Mapping[str, Tensor], matrices: Mapping[str, W], field: str
-) -> Compressor[W] | None:
-    if f"{field}_kv_proj" not in matrices:
-        return None
-    projections = matrices[f"{field}_kv_proj"], matrices[f"{field}_gate_proj"]
-    return Compressor(*projections, plain[f"{field}_position_bias"], plain[f"{field}_kv_norm"])
-
-
-def _mixing(plain: Mapping[str, Tensor], field: str) -> Mixing | None:
-    if f"{field}_fn" not in plain:
-        return None
-    return Mixing(*(plain[f"{field}_{part}"] for part in ("fn", "base", "scale")))
+def _filled(
+    kind: type[T], parts: Mapping[str, object], prefix: str = "", **given: object
+) -> T | None:
+    """Weights of a ``kind`` of the border: a field's name is that of its part behind ``prefix``.
+    None where there are no such parts."""
+    found = {field: parts.get(prefix + field) for field in kind.__annotations__}
+    return kind(**found | given) if any(part is not None for part in found.values()) else None
 
 
 def geometry_of(config: Config) -> Geometry:
@@ -160,18 +115,10 @@ def geometry_of(config: Config) -> Geometry:
 class LayerByLayer(Generic[W]):
     """Runs layers operation by operation, for any number of tokens and every backend."""
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        layers: Sequence[Layer[W]],
-        backend: Backend[W],
-        compressed_frequencies_C: Tensor | None = None,
-    ):
+    def __init__(self, geometry: Geometry, layers: Sequence[Layer[W]], backend: Backend[W]):
         self._geometry, self._layers, self._backend = geometry, layers, backend
         self._latent = LatentAttention(geometry, backend)
-        self._compressed = None
-        if compressed_frequencies_C is not None:
-            self._compressed = CompressedAttention(geometry, backend, compressed_frequencies_C)
+        self._compressed = CompressedAttention(geometry, backend)
 
     def run_layers(self, step: Step, experts: Experts | None) -> Pending | None:
         """See ``slotmoe.border.Runner``; ``experts`` are never asked."""
@@ -182,7 +129,11 @@ class LayerByLayer(Generic[W]):
             layer = self._layers[step.layer]
             x_TD, mixed = self._input(step, layer.attention_mixing)
             x_TD = backend.rms_norm(x_TD, layer.input_layernorm, eps)
-            self._add(step, self._attention(step, layer, x_TD), mixed)
+            if isinstance(weights := layer.attention, Mla):
+                y_TD = self._latent(step, weights, x_TD)
+            else:
+                y_TD = self._compressed(step, weights, x_TD)
+            self._add(step, y_TD, mixed)
             step.timer.mark("attention")
             x_TD, step.mixed = self._input(step, layer.mlp_mixing)
             step.x_TD = x_TD = backend.rms_norm(x_TD, layer.post_attention_layernorm, eps)
@@ -210,13 +161,6 @@ class LayerByLayer(Generic[W]):
         self._add(step, y_TD, step.mixed)
         step.layer, step.x_TD, step.routed_TD, step.mixed = step.layer + 1, None, None, None
         step.timer.mark("shared experts and dense layers")
-
-    def _attention(self, step: Step, layer: Layer[W], x_TD: Tensor) -> Tensor:
-        weights = layer.attention
-        if isinstance(weights, Mla):
-            return self._latent(step, weights, x_TD)
-        assert self._compressed is not None
-        return self._compressed(step, weights, x_TD)
 
     def _input(self, step: Step, mixing: Mixing | None) -> tuple[Tensor, Mixed | None]:
         """What a block of the layer reads of the residual stream, or of several, and how they take

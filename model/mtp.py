@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from slotmoe.border import Experts, SlotTable
-from slotmoe.model.kv_cache import SequenceState
 from slotmoe.model.layers import as_tensor
 from slotmoe.model.names import (
     EMBEDDING,
@@ -37,6 +36,7 @@ from slotmoe.model.names import (
     layer_tensor,
 )
 from slotmoe.model.network import Network
+from slotmoe.model.state import SequenceState
 
 W = TypeVar("W")
 _PIECE = 512  # rows whose doubly wide input is in memory at once

@@ -33,11 +33,18 @@ class Part(NamedTuple):
     component: str = "attention"
 
 
-HEAD_MIX_PARTS = {
-    "fn": Part("model.hc_head.hc_fn", "MY", "gate", component="residual streams"),
-    "base": Part("model.hc_head.hc_base", "M", "gate", component="residual streams"),
-    "scale": Part("model.hc_head.hc_scale", "U", "gate", component="residual streams"),
-}
+def _mix(
+    name: str, sizes: tuple[str, str, str], field: str = "", component: str = "residual streams"
+) -> dict[str, Part]:
+    """What mixes the residual streams."""
+    return {
+        f"{field}{part}": Part(f"{name}{part}", letters, "gate", component=component)
+        for part, letters in zip(("fn", "base", "scale"), sizes, strict=True)
+    }
+
+
+_LAYER_MIX, _HEAD_MIX = ("CY", "C", "G"), ("MY", "M", "U")
+HEAD_MIX_PARTS = _mix("model.hc_head.hc_", _HEAD_MIX)
 """What makes one of the residual streams before the output head."""
 _TOP_PARTS = (
     Part(EMBEDDING, "TD", "embedding", "token_embd", "embeddings"),
@@ -45,16 +52,6 @@ _TOP_PARTS = (
     Part(FINAL_NORM, "D", "norm", "output_norm"),
     Part(HEAD, "TD", "sensitive", "output", "embeddings"),
 )
-
-
-def _mix(of: str) -> dict[str, Part]:
-    """What mixes the residual streams at a layer's attention or at its experts."""
-    sizes, component = {"fn": "CY", "base": "C", "scale": "G"}, "residual streams"
-    name = f"{of}_hc"
-    return {
-        f"{name}_{part}": Part(f"{name}.{part}", letters, "gate", component=component)
-        for part, letters in sizes.items()
-    }
 
 
 def _compressor(field: str, name: str, width: str, norm: str) -> dict[str, Part]:
@@ -69,8 +66,8 @@ def _compressor(field: str, name: str, width: str, norm: str) -> dict[str, Part]
 
 _INDEXER, _COMPRESSOR = "self_attn.indexer", "self_attn.compressor"
 _V32_INDEXER = {
-    "indexer_q_proj": Part(f"{_INDEXER}.wq_b", "jL", "matrix"),
-    "indexer_k_proj": Part(f"{_INDEXER}.wk", "iD", "sensitive"),
+    "indexer_wq_b": Part(f"{_INDEXER}.wq_b", "jL", "matrix"),
+    "indexer_wk": Part(f"{_INDEXER}.wk", "iD", "sensitive"),
     "indexer_k_norm": Part(f"{_INDEXER}.k_norm", "i", "norm"),
     "indexer_k_norm_bias": Part(f"{_INDEXER}.k_norm.bias", "i", "norm"),
     "indexer_weights_proj": Part(f"{_INDEXER}.weights_proj", "nD", "sensitive"),
@@ -81,7 +78,7 @@ _V4_ATTENTION = {
     "sinks": Part("self_attn.sinks", "h", "gate"),
     **_compressor("compressor", _COMPRESSOR, "c", "a"),
     **_compressor("compressed_indexer", f"{_COMPRESSOR}.indexer", "k", "I"),
-    "compressed_indexer_q_proj": Part(f"{_COMPRESSOR}.indexer.q_b_proj", "JL", "matrix"),
+    "compressed_indexer_q_b_proj": Part(f"{_COMPRESSOR}.indexer.q_b_proj", "JL", "matrix"),
     "compressed_indexer_weights_proj": Part(
         f"{_COMPRESSOR}.indexer.scorer.weights_proj", "HD", "sensitive"
     ),
@@ -89,7 +86,7 @@ _V4_ATTENTION = {
     "o_b_proj": Part("self_attn.o_b_proj", "Dg", "matrix"),
 }
 LAYER_PARTS = {
-    **_mix("attn"),
+    **_mix("attn_hc.", _LAYER_MIX, "attn_hc_"),
     "input_layernorm": Part("input_layernorm", "D", "norm", "attn_norm"),
     "q_proj": Part("self_attn.q_proj", "QD", "matrix", "attn_q"),
     "q_a_proj": Part("self_attn.q_a_proj", "LD", "matrix", "attn_q_a"),
@@ -103,10 +100,10 @@ LAYER_PARTS = {
     **_V32_INDEXER,
     **_V4_ATTENTION,
     "post_attention_layernorm": Part(POST_NORM, "D", "norm", "ffn_norm"),
-    **_mix("ffn"),
+    **_mix("ffn_hc.", _LAYER_MIX, "ffn_hc_"),
     "gate": Part(GATE, "ED", "gate", "ffn_gate_inp", "router"),
     "gate_bias": Part(_GATE_BIAS, "B", "gate", component="router"),
-    "tid2eid": Part(EXPERTS_OF, "TN", "table", component="router"),
+    "experts_of": Part(EXPERTS_OF, "TN", "table", component="router"),
     "gate_proj": Part("mlp.gate_proj", "FD", "sensitive", "ffn_gate", "dense layers"),
     "up_proj": Part("mlp.up_proj", "FD", "sensitive", "ffn_up", "dense layers"),
     "down_proj": Part("mlp.down_proj", "DF", "sensitive", "ffn_down", "dense layers"),
@@ -131,9 +128,7 @@ output head are the model's own; checkpoints hold them once more, as ``embed_tok
 V4_MTP_PARTS = {
     "e_proj": Part("e_proj", "Dd", "matrix", component="drafting head"),
     "h_proj": Part("h_proj", "Dd", "matrix", component="drafting head"),
-    "hc_fn": Part("hc_head.hc_fn", "MY", "gate", component="drafting head"),
-    "hc_base": Part("hc_head.hc_base", "M", "gate", component="drafting head"),
-    "hc_scale": Part("hc_head.hc_scale", "U", "gate", component="drafting head"),
+    **_mix("hc_head.hc_", _HEAD_MIX, "hc_", "drafting head"),
 }
 """What V4's has in place of ``eh_proj``: two projections, of which the second is of each residual
 stream, and what makes one stream of them."""
@@ -244,30 +239,30 @@ def role_of(name: str) -> str:
 
 
 def _sizes(c: Config, layer: int) -> dict[str, int]:
-    """Sizes of a layer's tensors by letter; a tensor that it does not have has one of 0."""
+    """Sizes of a layer's tensors by letter; one is 0 or missing of a tensor that it lacks."""
     D, H, L, moe = c.hidden_size, c.num_attention_heads, c.q_lora_rank or 0, c.is_moe(layer)
     queries = H * (c.qk_nope_head_dim + c.qk_rope_head_dim)
     hashed = layer < c.num_hash_layers
     sizes = {"T": c.vocab_size, "D": D, "L": L}
-    sizes |= {"Q": 0, "P": queries} if L else {"Q": queries, "P": 0}
+    sizes["P" if L else "Q"] = queries
     sizes["E"] = c.n_routed_experts if moe else 0
     sizes["B"] = sizes["E"] if c.family.correction_bias and not hashed else 0
     sizes["N"] = c.num_experts_per_tok if moe and hashed else 0
     sizes["F"] = 0 if moe else c.intermediate_size
     sizes["S"] = c.n_shared_experts * c.moe_intermediate_size if moe else 0
-    streams = 0 if c.hyper is None else c.hyper.mult
-    sizes |= {"M": streams, "Y": streams * D, "C": (2 + streams) * streams}
-    sizes |= {"G": 3, "U": 1} if streams else {"G": 0, "U": 0}
+    if c.hyper is not None:
+        streams = c.hyper.mult
+        sizes |= {"M": streams, "Y": streams * D, "C": (2 + streams) * streams, "G": 3, "U": 1}
     return sizes | (_sizes_of_mla(c, layer) if c.compressed is None else _sizes_of_v4(c, layer))
 
 
 def _sizes_of_mla(c: Config, layer: int) -> dict[str, int]:
     H, indexer = c.num_attention_heads, c.indexer
-    sizes = dict.fromkeys("lzhacmkIJHgod", 0) | {"X": 2 * c.hidden_size, "A": c.q_lora_rank or 0}
-    sizes |= {"W": c.latent_width, "R": c.kv_lora_rank, "V": H * c.v_head_dim}
+    sizes = {"X": 2 * c.hidden_size, "A": c.q_lora_rank or 0, "V": H * c.v_head_dim}
+    sizes |= {"W": c.latent_width, "R": c.kv_lora_rank}
     sizes["K"] = H * (c.qk_nope_head_dim + c.v_head_dim)
     if indexer is None or not c.has_indexer(layer):
-        return sizes | dict.fromkeys("jin", 0)
+        return sizes
     width, heads = indexer.head_dim, indexer.n_heads
     return sizes | {"j": heads * width, "i": width, "n": heads}
 
@@ -275,14 +270,14 @@ def _sizes_of_mla(c: Config, layer: int) -> dict[str, int]:
 def _sizes_of_v4(c: Config, layer: int) -> dict[str, int]:
     attention, indexer, ratio = c.compressed, c.indexer, c.ratio(layer)
     assert attention is not None and indexer is not None
-    width, overlap, heads = attention.head_dim, 2 if c.has_indexer(layer) else 1, indexer.n_heads
-    sizes = dict.fromkeys("AWRVKXjin", 0) | {"l": c.q_lora_rank or 0, "d": c.hidden_size}
-    sizes |= {"z": width, "h": c.num_attention_heads, "m": ratio}
-    sizes |= {"a": width, "c": overlap * width} if ratio else {"a": 0, "c": 0}
+    width, overlap, heads = attention.head_dim, 1 + c.has_indexer(layer), indexer.n_heads
+    sizes = {"l": c.q_lora_rank or 0, "d": c.hidden_size, "z": width, "h": c.num_attention_heads}
+    if ratio:
+        sizes |= {"m": ratio, "a": width, "c": overlap * width}
     sizes["g"] = attention.o_groups * attention.o_lora_rank
     sizes["o"] = c.num_attention_heads * width // attention.o_groups
     if not c.has_indexer(layer):
-        return sizes | dict.fromkeys("kIJH", 0)
+        return sizes
     width = indexer.head_dim
     return sizes | {"k": overlap * width, "I": width, "J": heads * width, "H": heads}
 
@@ -294,7 +289,7 @@ def resident_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     def add(parts: Iterable[Part], layer: int | None = None) -> None:
         sizes = _sizes(config, layer or 0)
         for part in parts:
-            shape = tuple(sizes[letter] for letter in part.sizes)
+            shape = tuple(sizes.get(letter, 0) for letter in part.sizes)
             if 0 not in shape:
                 shapes[part.name if layer is None else layer_tensor(layer, part.name)] = shape
 

@@ -14,12 +14,13 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from slotmoe.border import Backend, Experts, Mixing, Runner, Step, Timer
+from slotmoe.border import Backend, Experts, Mixing, Runner, State, Step, Timer
 from slotmoe.model.attention import Rope
+from slotmoe.model.compressed_attention import rotations
 from slotmoe.model.config import Config
-from slotmoe.model.kv_cache import SequenceState
 from slotmoe.model.layers import LayerByLayer, as_tensor, geometry_of, layer_of
 from slotmoe.model.names import EMBEDDING, FINAL_NORM, HEAD, HEAD_MIX_PARTS
+from slotmoe.model.state import SequenceState
 
 W = TypeVar("W")
 _FEW = 16  # tokens of a sequence that a decoder takes; more are a prompt's
@@ -43,36 +44,39 @@ def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
     return plain / rope.factor * interpolated + plain * (1 - interpolated)
 
 
-def position_tables(
-    rope: Rope, frequencies_C: Tensor, positions_T: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """What a token's position makes of it: the rotation of its pairs, complex [T, C], and what
-    multiplies its queries, float32 [T]; None for 1."""
-    angles = positions_T[:, None] * frequencies_C
-    rope_TC = torch.polar(torch.full_like(angles, rope.table_scale), angles)
-    if not rope.llama_4_scaling_beta:
-        return rope_TC, None
-    lengths_T = torch.floor(positions_T / rope.original_max_position_embeddings)
-    return rope_TC, 1 + rope.llama_4_scaling_beta * torch.log(1 + lengths_T)
-
-
 class Positions:
-    """What a token's position makes of it in each kind of layer, on the device of ``where``."""
+    """Makes steps: what a token's position makes of it in each kind of layer.  Tables are on the
+    device of ``where``."""
 
     def __init__(self, config: Config, where: Tensor):
         def frequencies(rope: Rope) -> Tensor:
             return inverse_frequencies(rope, config.qk_rope_head_dim).to(where.device)
 
-        self._rope, self._compressed = config.rope, config.compressed
+        self._rope, compressed = config.rope, config.compressed
         self._frequencies_C = frequencies(config.rope)
-        self.compressed_C = frequencies(self._compressed.rope) if self._compressed else None
+        self._compressed_C = None if compressed is None else frequencies(compressed.rope)
 
-    def tables(self, positions_T: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """``rope_TC``, ``query_scale_T`` and ``compressed_rope_TC`` of a ``Step``."""
-        tables = position_tables(self._rope, self._frequencies_C, positions_T)
-        if self._compressed is None or self.compressed_C is None:
-            return *tables, None
-        return *tables, position_tables(self._compressed.rope, self.compressed_C, positions_T)[0]
+    def step(
+        self,
+        h_TD: Tensor,
+        positions_T: Tensor,
+        states: Sequence[State],
+        counts: Sequence[int],
+        timer: Timer,
+        ids_T: Tensor | None,
+        behind: int = 0,
+    ) -> Step:
+        """A step over tokens at ``positions``, float32 [T]."""
+        rope, scale_T = self._rope, None
+        if rope.llama_4_scaling_beta:
+            lengths_T = torch.floor(positions_T / rope.original_max_position_embeddings)
+            scale_T = 1 + rope.llama_4_scaling_beta * torch.log(1 + lengths_T)
+        rope_TC = rotations(positions_T, self._frequencies_C, rope.table_scale)
+        step = Step(h_TD, rope_TC, scale_T, states, counts, timer, behind, ids_T=ids_T)
+        if self._compressed_C is not None:
+            step.compressed_C = self._compressed_C
+            step.compressed_rope_TC = rotations(positions_T, self._compressed_C)
+        return step
 
 
 class Network(Generic[W]):
@@ -102,8 +106,7 @@ class Network(Generic[W]):
             parts = (as_tensor(weights[part.name]).float() for part in HEAD_MIX_PARTS.values())
             self._mixing = Mixing(*parts)
         self._geometry, self._positions = geometry_of(config), Positions(config, self.norm)
-        frequencies_C = self._positions.compressed_C
-        self._layer_by_layer = LayerByLayer(self._geometry, self.layers, backend, frequencies_C)
+        self._layer_by_layer = LayerByLayer(self._geometry, self.layers, backend)
         self._decoder = backend.decoder(self._geometry, self.layers)
         # Tokens that a pass computes at most in calls that give each bitwise what it gives alone.
         self.rows: int = 0 if self._decoder is None else self._decoder.rows
@@ -150,13 +153,10 @@ class Network(Generic[W]):
         steps = []
         for start in [0] if is_one else range(0, T, size):
             span = slice(start, T if is_one else start + size)
-            rope_TC, scale_T, compressed_TC = self._positions.tables(positions_T[span])
             of_each = counts if is_one else [len(h_TD[span])]
-            step = Step(h_TD[span], rope_TC, scale_T, states, of_each, self.timer, start)
-            step.compressed_rope_TC = compressed_TC
-            step.compressed_C = self._positions.compressed_C
-            step.ids_T = None if ids_T is None else ids_T[span]
-            steps.append(step)
+            ids = None if ids_T is None else ids_T[span]
+            parts = h_TD[span], positions_T[span], states, of_each, self.timer, ids
+            steps.append(self._positions.step(*parts, start))
         waiting = steps
         while waiting:  # all steps take a layer's experts before the next layer's
             waiting = [step for step in waiting if self._advance(step, runner)]

@@ -1,10 +1,369 @@
-"""Which state a model's sequences have."""
+"""What a sequence leaves behind in attention for its next tokens, and how far it can be cut.
+
+Latents, the compressed KV cache of Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434,
+section 2.1): a token costs ``kv_lora_rank`` + ``qk_rope_head_dim`` values a layer, 31 KB in V2-Lite
+and 69 KB in V2 at 16 bits, where expanded keys and values would take V2 4.9 MB; with an indexer
+also ``index_head_dim`` values.
+
+DeepSeek-V4: a row of ``head_dim`` values is the one key of a token, which is its value too.  Each
+layer keeps those of the last ``sliding_window`` tokens.  Layers with a ratio m make one row more of
+every m tokens, which stays for good: out of what ``kv_proj`` and ``gate_proj`` gave of them, and in
+layers with an indexer, of the m tokens before too.  Until then these projections are kept, in
+float32.  V4-Flash adds 3.6 KB a token with 8-bit rows, and 40 MB whatever the context is.
+
+The backend says what a row is made of (``latent_row`` of ``slotmoe.quant.backends.base``): the
+native kernels keep 8 bits a value.
+
+Shapes: L layers, S positions or rows, X elements of a row, Y columns of a compressor, T tokens.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from slotmoe.model.compressed_cache import CompressedCache
 from slotmoe.model.config import Config
-from slotmoe.model.kv_cache import Empty, LatentCache, Row, SequenceState
+from slotmoe.model.marks import MARK_TOKENS, MOST_ENDS, MOST_MARKS, SPARE
+
+Row = Callable[[int, int], tuple[int, torch.dtype]]
+"""Elements and dtype of a row of so many latent and rope values."""
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""Memory of a shape and dtype."""
+Store = Callable[[Tensor, int, Tensor], None]
+"""``store_latents`` of the backend."""
+
+
+class Tail:
+    """The last rows of the sequence in some layers: [L, ``room(most)``, ...], of which a sequence
+    of ``length`` tokens needs the last ``needed(length)``, at most ``most``.
+
+    A pass over few tokens appends its rows.  A longer one writes its last rows behind those that
+    were there, so that both are there until it is done.
+    """
+
+    def __init__(self, rows: Tensor, needed: Callable[[int], int]):
+        self.rows, self.needed, self._keep = rows, needed, rows.shape[1] // 2
+        self.row_bytes = rows[:, 0].nbytes  # of a token, in all layers
+        self.first = 0  # the position of the first row
+        self._valid = 0  # that of the first one that is right
+        self.marks: dict[int, Tensor] = {}  # the rows that a sequence of that length needs
+        self._length = self._next = 0
+        self._before = self.rows[:0]  # the pass's rows so far of the layer that it is in
+
+    @staticmethod
+    def room(most: int) -> int:
+        """How many rows there are of a layer."""
+        return 2 * (most + 1 + SPARE)
+
+    def begin(self, length: int, count: int) -> None:
+        """A pass will append ``count`` rows behind position ``length``."""
+        end, held = length + count, length - self.first
+        if end - self.first > self.rows.shape[1] and held > self._keep:
+            self.rows[:, : self._keep] = self.rows[:, held - self._keep : held].clone()
+            self.first = length - self._keep
+            self._valid = max(self._valid, self.first)
+        self._length, self._next = length, max(self.first, end - self.rows.shape[1])
+
+    def extend(self, layer: int, position: int, new_TX: Tensor) -> tuple[Tensor, int]:
+        """The layer's rows up to those of some tokens of the pass from ``position`` on, which are
+        ``new``, and the position of the first of them."""
+        start, end = position - self.first, position + len(new_TX)
+        if self._next == self.first:
+            rows, first = self.rows[layer, : end - self.first], self.first
+            rows[start:] = new_TX
+        else:
+            before = self.rows[layer, :start] if position == self._length else self._before
+            rows = torch.cat([before[-self._keep :], new_TX])
+            first, stop = end - len(rows), end - self._next
+            stays = min(len(new_TX), max(0, stop - self._keep))
+            self.rows[layer, stop - stays : stop] = new_TX[len(new_TX) - stays :]
+            self._before = rows[-self._keep :].clone()
+        for at in range((position // MARK_TOKENS + 1) * MARK_TOKENS, end + 1, MARK_TOKENS):
+            self._mark(at)[layer] = rows[at - first - self.needed(at) : at - first]
+        return rows, first
+
+    def done(self) -> None:
+        """The pass has gone through all layers."""
+        if self._next > self.first:
+            self.first, self._valid = self._next, self._next + self._keep
+
+    def has(self, length: int) -> bool:
+        """Whether what a sequence of ``length`` tokens needs is there."""
+        return length - self.needed(length) >= self._valid
+
+    def mark(self, length: int) -> None:
+        """Remember what a sequence of ``length`` tokens needs."""
+        if length not in self.marks:
+            self._mark(length).copy_(self.last(length))
+
+    def _mark(self, length: int) -> Tensor:
+        """The mark at ``length``, made if there is none."""
+        if length not in self.marks:
+            layers, _, *row = self.rows.shape
+            self.marks[length] = self.rows.new_empty((layers, self.needed(length), *row))
+        return self.marks[length]
+
+    def last(self, length: int) -> Tensor:
+        """What a sequence of ``length`` tokens needs, [L, needed, ...]."""
+        needed = self.needed(length)
+        if self.has(length):
+            return self.rows[:, length - needed - self.first : length - self.first]
+        return self.marks[length] if length else self.rows[:, :0]
+
+    def load(self, length: int, last: Tensor) -> None:
+        """Become what ``last`` gave of a sequence of that length."""
+        self.rows[:, : self.needed(length)] = last
+        self.first = self._valid = length - self.needed(length)
+
+
+@dataclass
+class Rows:
+    """Rows that stay for good, one of every ``ratio`` tokens: ``rows`` [L, S, X], each of so many
+    latent and rope values (``widths``)."""
+
+    rows: Tensor
+    widths: tuple[int, int]
+    ratio: int = 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in all layers."""
+        return self.rows[:, 0].nbytes
+
+    def count(self, start: int, end: int) -> int:
+        """How many rows the tokens from ``start`` to ``end`` have completed."""
+        return end // self.ratio - start // self.ratio
+
+    def between(self, start: int, end: int) -> Tensor:
+        """Those rows."""
+        return self.rows[:, start // self.ratio : end // self.ratio]
+
+
+class Group(Rows):
+    """Compressed rows of some layers, and the ``open`` tokens', [L, tokens, 2, Y]: what ``kv_proj``
+    and ``gate_proj`` gave.  With ``overlaps`` a row is of the ``ratio`` tokens before, too."""
+
+    def __init__(self, rows: Tensor, opened: Tensor, width: int, ratio: int, overlaps: bool):
+        def needed(length: int) -> int:
+            return length - max(0, (length // ratio - overlaps) * ratio)
+
+        super().__init__(rows, (width, 0), ratio)
+        self.overlaps = overlaps
+        self.open = Tail(opened, needed)
+
+
+class SequenceState:
+    """What the tokens of a sequence leave behind for those that come: ``length`` of them are
+    appended, and ``context`` have room.  It is in ``kept`` rows, and in ``tails``, which remember
+    marks: lengths to which the sequence can be cut.
+
+    A pass says ``begin`` before its first layer and ``done`` behind its last one.  One that does
+    not get there leaves the state as it was.  The last 16 tokens can be cut off, and without tails
+    any.
+    """
+
+    def __init__(self, context: int, kept: Sequence[Rows], tails: Sequence[Tail] = ()):
+        self.context, self.length = context, 0
+        self._kept, self._tails = kept, tails
+        self._written = 0  # positions that some pass has reached
+        self._ends = list[int]()  # where texts have ended last
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of its memory that have been written so far."""
+        marks = sum(self.snapshot_bytes(at) for at in self.marks)
+        tails = sum(tail.rows.nbytes for tail in self._tails)
+        return tails + self.saved_bytes(0, self._written) + marks
+
+    def begin(self, count: int) -> None:
+        """A pass will append ``count`` tokens."""
+        self._keep_marks(self._best_marks())
+        self._written = max(self._written, self.length + count)
+        for tail in self._tails:
+            tail.begin(self.length, count)
+
+    def done(self, count: int) -> None:
+        """A pass has appended ``count`` tokens."""
+        start, self.length = self.length, self.length + count
+        for at in range((start // MARK_TOKENS + 1) * MARK_TOKENS, self.length + 1, MARK_TOKENS):
+            for tail in self._tails:  # a decoder has appended the rows by itself
+                tail.mark(at)
+        for tail in self._tails:
+            tail.done()
+
+    @property
+    def marks(self) -> list[int]:
+        """Lengths to which it can be cut that are remembered."""
+        return sorted(self._tails[0].marks) if self._tails else []
+
+    def reach(self, length: int) -> int:
+        """The longest length up to ``length`` to which it can be cut."""
+        if length >= self.length or all(tail.has(length) for tail in self._tails):
+            return min(length, self.length)
+        return max((at for at in self.marks if at <= length), default=0)
+
+    def cut(self, length: int) -> None:
+        """Keep the first ``length`` tokens, which ``reach`` has said can be."""
+        for tail in self._tails:
+            if not tail.has(length):
+                tail.load(length, tail.last(length))
+        self.length = length
+        self._keep_marks(self.marks)
+
+    def copy(self, source: "SequenceState", length: int) -> None:
+        """Become the first ``length`` tokens of ``source``, which it can be cut to."""
+        for kept, others in zip(self._kept, source._kept, strict=True):
+            kept.between(0, length)[:] = others.between(0, length)
+        for tail, other in zip(self._tails, source._tails, strict=True):
+            tail.load(length, other.last(length))
+            tail.marks = {**other.marks}
+        self.length, self._written, self._ends = length, max(self._written, length), source._ends
+        self._keep_marks(self.marks)
+
+    def mark(self, length: int) -> None:
+        """A text ends there, at a length that it can be cut to: it can be later too, as long as
+        that is among those that are remembered."""
+        if length:
+            self._ends = [*(at for at in self._ends if at != length), length][-MOST_ENDS:]
+            for tail in self._tails:
+                tail.mark(length)
+            self._keep_marks([at for at in self.marks if self._may_stay(at)])
+
+    def _may_stay(self, mark: int) -> bool:
+        return mark % MARK_TOKENS == 0 or mark in self._ends
+
+    def _keep_marks(self, lengths: Collection[int]) -> None:
+        """Forget all marks but these, and those of tokens that are not there."""
+        for tail in self._tails:
+            kept = (at for at in lengths if at <= self.length)
+            tail.marks = {at: tail.marks[at] for at in kept}
+        self._ends = [at for at in self._ends if at <= self.length]
+
+    def _best_marks(self) -> list[int]:
+        """Those where texts have ended last, and others, with gaps between them that are as long as
+        can be."""
+        marks = [at for at in self.marks if self._may_stay(at)]
+        while len(marks) > MOST_MARKS:
+            triples = zip(marks, marks[1:], marks[2:], strict=False)
+            gaps = {at: after - before for before, at, after in triples if at not in self._ends}
+            marks.remove(min(gaps, key=gaps.__getitem__))
+        return marks
+
+    def fill(self, depth: int, store: Store) -> None:
+        """Become ``depth`` tokens with random rows: for measurements."""
+        generator = torch.Generator().manual_seed(0)
+        for kept in self._kept:
+            _fill(kept.between(0, depth), kept.widths, store, generator)
+        for tail in self._tails:
+            tail.load(depth, tail.rows[:, : tail.needed(depth)].clone())
+        self.length = self._written = depth
+        self._keep_marks(())
+
+    # On disk
+
+    def saved_bytes(self, start: int, end: int) -> int:
+        """Bytes of ``saved``."""
+        return sum(kept.count(start, end) * kept.row_bytes for kept in self._kept)
+
+    def saved(self, start: int, end: int) -> Tensor:
+        """What the tokens from ``start`` to ``end`` have added for good, uint8 in RAM."""
+        return _flat_bytes(kept.between(start, end) for kept in self._kept)
+
+    def put(self, start: int, end: int, data: Tensor, stop: int) -> None:
+        """Take over from ``data``, which ``saved`` gave of those positions, what the tokens before
+        ``stop`` have added.  ``resume`` makes them count."""
+        parts = _split_bytes(data, ((kept.rows, kept.count(start, end)) for kept in self._kept))
+        for kept, part in zip(self._kept, parts, strict=True):
+            kept.between(start, stop)[:] = part[:, : kept.count(start, stop)]
+        self._written = max(self._written, stop)
+
+    def snapshot_bytes(self, length: int) -> int:
+        """Bytes of ``snapshot``."""
+        return sum(tail.needed(length) * tail.row_bytes for tail in self._tails)
+
+    def snapshot(self, length: int) -> Tensor | None:
+        """What else the next token behind ``length`` needs, uint8 in RAM; None where it is not
+        there any more."""
+        if self.reach(length) != length:
+            return None
+        return _flat_bytes(tail.last(length) for tail in self._tails)
+
+    def resume(self, length: int, snapshot: Tensor) -> None:
+        """Become ``length`` tokens, which go on from those that it has: what they added was
+        ``put``, and this was their snapshot."""
+        parts = _split_bytes(snapshot, ((tail.rows, tail.needed(length)) for tail in self._tails))
+        for tail, last in zip(self._tails, parts, strict=True):
+            tail.load(length, last)
+        self.length = length
+
+
+class LatentCache(SequenceState):
+    """Latents of one sequence: ``layers`` is [L, S, X] and ``index_keys`` those of the layers with
+    an indexer, of which the first ``length`` rows of each layer are valid.
+
+    A row of X elements is the normed latent and the rotated key part that all heads share.
+    """
+
+    def __init__(self, config: Config, context: int, row: Row, empty: Empty):
+        layers, indexer = config.num_hidden_layers, config.indexer
+        widths = config.kv_lora_rank, config.qk_rope_head_dim
+        columns, dtype = row(*widths)
+        self.layers = empty((layers, context, columns), dtype)
+        self.index_keys = torch.empty((0, context, 0), dtype=dtype)
+        kept = [Rows(self.layers, widths)]
+        if indexer is not None:
+            full, keys = indexer.full[:layers], (indexer.head_dim, 0)
+            self._index_rows = [sum(full[:layer]) for layer in range(layers)]
+            columns, dtype = row(*keys)
+            self.index_keys = empty((sum(full), context, columns), dtype)
+            kept.append(Rows(self.index_keys, keys))
+        super().__init__(context, kept)
+
+    def extend(self, layer: int, count: int) -> Tensor:
+        """The layer's rows with ``count`` more, which the caller writes: [length + count, X]."""
+        return self.layers[layer, : self.length + count]
+
+    def extend_index(self, layer: int, count: int) -> Tensor:
+        """The same of the layer's index keys."""
+        return self.index_keys[self._index_rows[layer], : self.length + count]
+
+
+class CompressedCache(SequenceState):
+    """``window``, and a ``Group`` for each kind of compressed rows: ``groups`` by ratio, and
+    ``index``, the keys of the layers with an indexer.  ``row_of`` is a layer's row in its group."""
+
+    def __init__(self, config: Config, context: int, row: Row, empty: Empty):
+        assert config.compressed is not None and config.indexer is not None
+        c, indexer, ratios = config.compressed, config.indexer, config.compressed.ratios
+        most, self._width = c.sliding_window - 1, c.head_dim
+
+        def group(ratio: int, width: int, overlaps: bool) -> Group:
+            layers, spans = ratios.count(ratio), 1 + overlaps
+            columns, dtype = row(width, 0)
+            rows = empty((layers, max(1, context // ratio), columns), dtype)
+            shape = layers, Tail.room(spans * ratio - 1), 2, spans * width
+            return Group(rows, empty(shape, torch.float32), width, ratio, overlaps)
+
+        columns, dtype = row(c.head_dim, 0)
+        rows = empty((len(ratios), Tail.room(most), columns), dtype)
+        self.window = Tail(rows, lambda length: min(length, most))
+        self.row_of = [ratios[:layer].count(ratio) for layer, ratio in enumerate(ratios)]
+        self.groups, self.index = dict[int, Group](), None
+        for ratio in sorted({*ratios} - {0}):
+            overlaps = indexer.full[ratios.index(ratio)]
+            self.groups[ratio] = group(ratio, c.head_dim, overlaps)
+            if overlaps:
+                self.index = group(ratio, indexer.head_dim, True)
+        groups = [*self.groups.values(), *([self.index] if self.index else [])]
+        super().__init__(context, groups, [self.window, *(group.open for group in groups)])
+
+    def fill(self, depth: int, store: Store) -> None:
+        _fill(self.window.rows, (self._width, 0), store, torch.Generator().manual_seed(1))
+        for tail in self._tails[1:]:
+            tail.rows.normal_()
+        super().fill(depth, store)
 
 
 def plain_row(latent: int, rope: int) -> tuple[int, torch.dtype]:
@@ -17,3 +376,29 @@ def new_state(config: Config, context: int, row: Row, empty: Empty) -> SequenceS
     dtype)`` and with rows as ``row`` of the backend says."""
     kind = LatentCache if config.compressed is None else CompressedCache
     return kind(config, context, row, empty)
+
+
+def _fill(
+    rows_LSX: Tensor, widths: tuple[int, int], store: Store, generator: torch.Generator
+) -> None:
+    """Store random rows."""
+    random_SW = torch.randn(rows_LSX.shape[1], sum(widths), generator=generator)
+    random_SW = random_SW.to(rows_LSX.device)
+    for rows_SX in rows_LSX:
+        store(random_SW, widths[0], rows_SX)
+
+
+def _flat_bytes(parts: Iterable[Tensor]) -> Tensor:
+    """The bytes of tensors one behind the other, uint8 in RAM."""
+    none = torch.empty(0, dtype=torch.uint8)
+    return torch.cat([none, *(part.cpu().flatten().view(torch.uint8) for part in parts)])
+
+
+def _split_bytes(data: Tensor, like: Iterable[tuple[Tensor, int]]) -> Iterable[Tensor]:
+    """What ``_flat_bytes`` has made of so many rows of each of these [L, S, ...], in RAM."""
+    start = 0
+    for tensor, count in like:
+        layers, _, *row = tensor.shape
+        end = start + layers * count * math.prod(row) * tensor.itemsize
+        yield data[start:end].clone().view(tensor.dtype).view(layers, count, *row)
+        start = end

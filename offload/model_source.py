@@ -10,7 +10,6 @@ from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.config import Config, config_among
 from slotmoe.model.files import ReadFile
 from slotmoe.model.gguf.checkpoint import open_checkpoint
-from slotmoe.model.own_templates import own_template
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import SAMPLE, is_hub_id
@@ -36,8 +35,7 @@ def open_tokenizer(config: Config, read: ReadFile, path: Path) -> Tokenizer:
     verdicts = None
     with suppress(ConfigError):  # without a cache folder each is parsed anew
         verdicts = cache_folder() / "tokenizers"
-    template = own_template(config.family.architecture)
-    return Tokenizer(path, config.bos_token_id, read, verdicts, template)
+    return Tokenizer(path, config.bos_token_id, read, verdicts, config.family.own_template)
 
 
 def eos_token_ids(config: Config, read: ReadFile, path: Path) -> tuple[int, ...]:

@@ -226,15 +226,11 @@ class State(Protocol):
 
 
 class Cache(State, Protocol):
-    """A sequence's latents: ``slotmoe.model.kv_cache.LatentCache``."""
+    """A sequence's latents, [layers, positions, X], and the keys of the layers with an indexer:
+    ``slotmoe.model.state.LatentCache``."""
 
-    @property
-    def layers(self) -> Tensor:
-        """[layers, positions, X]."""
-
-    @property
-    def index_keys(self) -> Tensor:
-        """Those of the layers with an indexer."""
+    layers: Tensor
+    index_keys: Tensor
 
     def extend(self, layer: int, count: int) -> Tensor:
         """The layer's rows with ``count`` more, which the caller writes."""
@@ -257,7 +253,7 @@ class CompressedGroup(Protocol):
 
 
 class CompressedState(State, Protocol):
-    """A sequence's window and compressed rows: ``slotmoe.model.compressed_cache``."""
+    """A sequence's window and compressed rows: ``slotmoe.model.state``."""
 
     @property
     def window(self) -> Tail: ...

@@ -127,7 +127,7 @@ class Batch:
     def _shared(self, request: Request) -> dict[Sequence, int]:
         """How many tokens of the request's prompt it may take of each sequence."""
         return {
-            sequence: sequence.reach(shared_prefix(sequence.tokens, request.reusable))
+            sequence: sequence.state.reach(shared_prefix(sequence.tokens, request.reusable))
             for sequence in self.sequences
             if sequence.owner == request.owner
         }

@@ -12,12 +12,11 @@ from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.config import Config, config_among
 from slotmoe.model.gguf.checkpoint import open_checkpoint
-from slotmoe.model.kv_cache import SequenceState
 from slotmoe.model.layers import as_tensor
 from slotmoe.model.mtp import MtpHead
 from slotmoe.model.names import EXPERTS_OF, layer_tensor, resident_shapes, role_of
 from slotmoe.model.network import Network
-from slotmoe.model.state import new_state, plain_row
+from slotmoe.model.state import SequenceState, new_state, plain_row
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.devices.pages import share_heap
@@ -177,24 +176,15 @@ class _Loader:
     def reference(self) -> LoadedModel:
         """A checkpoint as it is, everything resident, computed in float32."""
         options = self._options
-        if options.slots is not None:
-            raise ConfigError(
-                "the reference path (quantize=False) keeps every expert resident; "
-                "slots can't be given"
-            )
-        if options.experts_dirs:
-            raise ConfigError(
-                "the reference path (quantize=False) reads no export; experts_dirs can't be given"
-            )
-        if options.route_budget:
-            raise ConfigError(
-                "the reference path (quantize=False) keeps every expert resident, so none is "
-                "missing; route_budget can't be given"
-            )
-        if options.sequences > 1:
-            raise ConfigError(
-                "the reference path (quantize=False) holds one sequence; sequences can't be given"
-            )
+        resident = "keeps every expert resident"
+        for given, problem in (
+            (options.slots is not None, f"{resident}; slots can't be given"),
+            (options.experts_dirs, "reads no export; experts_dirs can't be given"),
+            (options.route_budget, f"{resident}, so none is missing; route_budget can't be given"),
+            (options.sequences > 1, "holds one sequence; sequences can't be given"),
+        ):
+            if given:
+                raise ConfigError(f"the reference path (quantize=False) {problem}")
         with ExitStack() as opened:
             checkpoint = opened.enter_context(open_checkpoint(self._folder))
             tokenizer = self._configure(checkpoint)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from slotmoe.border import Backend
-from slotmoe.model.kv_cache import SequenceState
+from slotmoe.model.state import SequenceState
 from slotmoe.offload.engine.mtp_drafts import HeadDrafts
 from slotmoe.offload.policy.drafts import MOST_DRAFTED, NGrams
 from slotmoe.quant.backends.base import Prepared
@@ -33,11 +33,6 @@ class Sequence:
         """Tokens that it holds.  Another thread may ask."""
         return len(self.tokens)
 
-    @property
-    def context(self) -> int:
-        """Tokens that the state has room for."""
-        return self.state.context
-
     def append(self, ids: list[int], hidden_TD: Tensor, is_prompt: bool) -> None:
         """A pass has computed ``ids`` and a draft behind them; ``hidden_TD`` is the residual stream
         behind all of these.  Of a prompt the head reads them; else it reads where it drafts."""
@@ -57,7 +52,7 @@ class Sequence:
     def draft(self, id: int) -> tuple[list[int], list[float]]:
         """What may come behind ``id``, which is to be appended, as far as there is room, and how
         likely each token is."""
-        tokens, room = [*self.tokens, id], self.context - self.length - 1
+        tokens, room = [*self.tokens, id], self.state.context - self.length - 1
         if self._head is None:
             self._ngrams.read(tokens)
             return self._ngrams.draft(min(MOST_DRAFTED, room))
@@ -66,13 +61,9 @@ class Sequence:
         return self._head.draft(tokens, self.hidden_RD.clone())
 
     def cut(self, length: int) -> None:
-        """Keep the first ``length`` tokens, which ``reach`` has said can be."""
+        """Keep the first ``length`` tokens, to which the state can be cut."""
         if length < len(self.tokens):
             self.tokens, self.hidden_RD = self.tokens[:length], None
-
-    def reach(self, length: int) -> int:
-        """The longest beginning of up to ``length`` tokens that can be kept or taken."""
-        return self.state.reach(length)
 
     def mark(self, length: int) -> None:
         """A text ends at ``length``, at most 16 tokens ago, and may be gone on with later."""

@@ -189,18 +189,16 @@ class Calibration:
         # An MLP's up projection sees what its gate projection sees.
         tapped = {id(weights[name]): name for name in names if name in self._wanted}
         tap = _Tap({key: name for key, name in tapped.items() if "up_proj" not in name})
-        config, frequencies_C = self._config.alone(layer), self._positions.compressed_C
-        layers = [layer_of(weights, layer)]
-        runner = LayerByLayer(geometry_of(config), layers, tap, frequencies_C)
+        config = self._config.alone(layer)
+        runner = LayerByLayer(geometry_of(config), [layer_of(weights, layer)], tap)
         state = new_state(config, max(self._lengths), plain_row, self._empty)
         steps, pendings = list[Step](), list[Pending]()
         ids_T = torch.tensor(self._ids, device=self._device)
         windows = self.hidden_TD.split(self._lengths), ids_T.split(self._lengths)
         for h_WD, ids_W in zip(*windows, strict=True):
             positions_W = torch.arange(len(h_WD), device=self._device).float()
-            rope_WC, scale_W, compressed_WC = self._positions.tables(positions_W)
-            step = Step(h_WD, rope_WC, scale_W, [state], [len(h_WD)], Timer(), ids_T=ids_W)
-            step.compressed_rope_TC = compressed_WC
+            given = h_WD, positions_W, [state], [len(h_WD)], Timer(), ids_W
+            step = self._positions.step(*given)
             state.begin(len(h_WD))
             if (pending := runner.run_layers(step, None)) is not None:
                 pendings.append(pending)

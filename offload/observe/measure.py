@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 from statistics import median, median_high
@@ -16,6 +16,7 @@ from slotmoe.jsonfile import Json
 from slotmoe.offload.devices.device import Device, Event
 from slotmoe.offload.devices.pages import page_aligned
 from slotmoe.offload.engine.loading import LoadedModel
+from slotmoe.offload.plan.attention import kv_read_bytes
 from slotmoe.offload.plan.memory import HELP_BYTES, by_tier, predicted_components
 from slotmoe.offload.plan.speed import Bandwidths, Setting
 from slotmoe.quant.backends.base import Records, TorchBackend
@@ -164,7 +165,7 @@ def bytes_per_token(model: LoadedModel, position: int) -> dict[str, int]:
     return {
         "resident weights": model.sizes.touched,
         "experts": uses * model.plan.record_bytes,
-        "latent KV cache": model.states[0].read_bytes(position),
+        "latent KV cache": kv_read_bytes(replace(config, mtp=False), position, model.backend.kind),
     }
 
 

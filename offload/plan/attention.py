@@ -1,23 +1,15 @@
 """What attention keeps of a sequence and reads of it, in bytes and operations: arithmetic over a
 config's geometry, without torch.
 
-What a sequence keeps is in ``slotmoe.model.kv_cache`` and ``slotmoe.model.compressed_cache``.
+What a sequence keeps is in ``slotmoe.model.state``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from slotmoe.model.config import Config
 from slotmoe.model.marks import MARK_TOKENS, MOST_ENDS, MOST_MARKS, SPARE
 from slotmoe.quant.shapes import latent_bytes
-
-
-def _row_bytes(kernels: str, value_bytes: int) -> Callable[[int, int], int]:
-    """Bytes of a row of so many latent and rope values: ``native`` kernels keep 8 bits a value,
-    with 16 bytes of scales and sums a row, others ``value_bytes``."""
-    if kernels == "native":
-        return latent_bytes
-    return lambda latent, rope: (latent + rope) * value_bytes
 
 
 @dataclass(frozen=True)
@@ -47,8 +39,13 @@ class _Kept:
 
 def _kept(config: Config, kernels: str, value_bytes: int) -> Iterator[_Kept]:
     """What a model keeps: latents and index keys; or where attention compresses, the window, and
-    compressed rows by their ratio, twice where they have keys for an indexer."""
-    row, c, indexer = _row_bytes(kernels, value_bytes), config.compressed, config.indexer
+    compressed rows by their ratio, twice where they have keys for an indexer.  ``native`` kernels
+    keep 8 bits a value, with 16 bytes of scales and sums a row, others ``value_bytes``."""
+
+    def row(latent: int, rope: int) -> int:
+        return latent_bytes(latent, rope) if kernels == "native" else (latent + rope) * value_bytes
+
+    c, indexer = config.compressed, config.indexer
     layers = [(config.ratio(at), config.has_indexer(at)) for at in range(config.layer_count)]
     topk = 0 if indexer is None else indexer.topk
     if c is None:
@@ -90,18 +87,16 @@ def mark_bytes(config: Config, tokens: int, kernels: str = "native", value_bytes
 
 def attention_products(config: Config, length: int) -> int:
     """Multiply-adds of scores and sums, and of an indexer's scores, for a token behind so many."""
-    c, total = config, 0
-    width = 2 * c.kv_lora_rank + (c.qk_rope_head_dim if c.compressed is None else 0)
+    c, total, is_latent = config, 0, config.compressed is None
+    width = 2 * c.kv_lora_rank + c.qk_rope_head_dim * is_latent
+    window = 0 if c.compressed is None else min(length, c.compressed.sliding_window)
     for layer in range(c.num_hidden_layers):
-        ratio, rows = c.ratio(layer), length
-        if c.compressed is not None:
-            rows = length // ratio if ratio else 0
+        ratio = int(is_latent) or c.ratio(layer)
+        rows = length // ratio if ratio else 0
         if c.indexer is not None:
             if c.has_indexer(layer):
                 total += c.indexer.n_heads * c.indexer.head_dim * rows
-            if ratio == 0 or c.has_indexer(layer):
+            if is_latent or c.has_indexer(layer):
                 rows = min(rows, c.indexer.topk)
-        if c.compressed is not None:
-            rows += min(length, c.compressed.sliding_window)
-        total += c.num_attention_heads * width * rows
+        total += c.num_attention_heads * width * (rows + window)
     return total

@@ -114,7 +114,7 @@ def scratch_bytes(
     if kernels == "native":
         query = H * (c.qk_nope_head_dim + c.qk_rope_head_dim) + (H + 1) * c.qk_rope_head_dim
         attention = (2 + c.mtp) * D + query + H * (3 * c.kv_lora_rank + c.qk_rope_head_dim)
-        attention += _index_scratch(c) + _streams_scratch(c)
+        attention += _more_scratch(c)
         return (2 << 20) + 4 * T * (attention + D * (c.num_experts_per_tok + 4))
     if kernels == "triton":
         return _gpu_scratch(config, tokens)
@@ -123,26 +123,21 @@ def scratch_bytes(
     scores = 4 * max(1 << 22, T * H * 64)
     weights = 4 * D * c.moe_intermediate_size + 3 * (1 << 22)
     rows = 3 * query + T * D * (c.num_experts_per_tok + 6) + 3 * T * widest
-    rows += T * (_index_scratch(c) + _streams_scratch(c))
+    rows += T * _more_scratch(c)
     return value_bytes * (rows + scores + weights)
 
 
-def _index_scratch(c: Config) -> int:
+def _more_scratch(c: Config) -> int:
     """Values of 32 bits that a token has in attention with an indexer: its queries and key before
-    and after rotation, and lists of rows; and what compressors project."""
-    if c.indexer is None:
-        return 0
-    lists, width = 3 * c.indexer.topk, 3 * (c.indexer.n_heads + 1) * c.indexer.head_dim
-    if c.compressed is not None:
-        width += 8 * (c.compressed.head_dim + c.indexer.head_dim)
-        lists += 3 * c.compressed.sliding_window
-    return lists + width
-
-
-def _streams_scratch(c: Config) -> int:
-    """Values that a token has of several residual streams beside one: themselves, and three copies
-    where they are mixed."""
-    return 0 if c.hyper is None else 4 * c.stream_width - c.hidden_size
+    and after rotation, and lists of rows; what compressors project; and of several residual streams
+    beside one: themselves, and three copies where they are mixed."""
+    values = 0 if c.hyper is None else 4 * c.stream_width - c.hidden_size
+    if c.indexer is not None:
+        values += 3 * c.indexer.topk + 3 * (c.indexer.n_heads + 1) * c.indexer.head_dim
+        if c.compressed is not None:
+            values += 8 * (c.compressed.head_dim + c.indexer.head_dim)
+            values += 3 * c.compressed.sliding_window
+    return values
 
 
 def _gpu_scratch(c: Config, T: int) -> int:
@@ -166,7 +161,7 @@ def _gpu_scratch(c: Config, T: int) -> int:
         return 4 * tokens * rows + 8 * tokens * H * block + 4 * block * H * expanded
 
     expanded = 2 * (expanded_head + head)
-    lasting = 4 * T * (_index_scratch(c) + _streams_scratch(c))
+    lasting = 4 * T * _more_scratch(c)
     splits = 4 * H * SPLITS * (R + 2)  # partial sums of one token's attention
     parts = (
         attention(T, head, V, expanded),

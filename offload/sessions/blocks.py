@@ -75,6 +75,10 @@ class Block:
     def end(self) -> int:
         return self.start + len(self.tokens)
 
+    def begun(self, count: int, is_snapshot: bool = False) -> "Block":
+        """The block of its first ``count`` tokens, or the snapshot behind them."""
+        return Block(self.parent, self.start, self.tokens[:count], is_snapshot)
+
     def head(self, nbytes: int) -> bytes:
         """How its file begins, where ``nbytes`` follow before the checksum."""
         magic, count = _SNAPSHOT if self.is_snapshot else FORMAT, len(self.tokens)
@@ -128,30 +132,25 @@ class BlockFolder:
 
     # Reading
 
-    def read(
-        self, parent: bytes, start: int, tokens: list[int], size: Size
-    ) -> tuple[Block, memoryview] | None:
-        """The block behind ``parent`` that has most of ``tokens`` at its beginning, whole, and its
-        latents; None where no block has the first of them, or what has is damaged."""
-        block = Block(parent, start, tokens)
+    def read(self, block: Block, size: Size) -> tuple[Block, memoryview] | None:
+        """The block in the place of ``block`` that has most of its tokens at its beginning, whole,
+        and its latents; None where no block has the first of them, or what has is damaged."""
         path = self._path(block)
         if not path.exists():
-            block, path = self._closest(parent, start, tokens)
+            block, path = self._closest(block)
         data = self._load(path, block, size(block)) if block.tokens else None
         return None if data is None else (block, data)
 
-    def snapshot(
-        self, parent: bytes, start: int, tokens: list[int], size: Size
-    ) -> tuple[Block, memoryview] | None:
-        """The snapshot behind ``parent`` and most of ``tokens``; None where there is none that is
+    def snapshot(self, block: Block, size: Size) -> tuple[Block, memoryview] | None:
+        """The snapshot behind most of the tokens of ``block``; None where there is none that is
         undamaged."""
-        there = {one.address for one in self._children(parent) if one.is_snapshot}
-        for count in range(len(tokens) if there else 0, 0, -1):
-            block = Block(parent, start, tokens[:count], is_snapshot=True)
-            if block.address in there:
-                data = self._load(self._path(block), block, size(block))
+        there = {one.address for one in self._children(block.parent, snapshots=True)}
+        for count in range(len(block.tokens) if there else 0, 0, -1):
+            begun = block.begun(count, is_snapshot=True)
+            if begun.address in there:
+                data = self._load(self._path(begun), begun, size(begun))
                 if data is not None:
-                    return block, data
+                    return begun, data
         return None
 
     def _load(self, path: Path, block: Block, nbytes: int) -> memoryview | None:
@@ -168,14 +167,14 @@ class BlockFolder:
             self._unlink(path)
         return None
 
-    def _closest(self, parent: bytes, start: int, tokens: list[int]) -> tuple[Block, Path]:
-        """The block behind ``parent`` that begins with most of ``tokens``; an empty one if none
-        begins with the first of them."""
-        best, most = (Block(parent, start, []), self.folder), 0
-        for entry in islice(self._blocks(parent), _MOST_SIBLINGS):
+    def _closest(self, block: Block) -> tuple[Block, Path]:
+        """The one in the place of ``block`` that begins with most of its tokens; an empty one if
+        none begins with the first of them."""
+        best, most = (block.begun(0), self.folder), 0
+        for entry in islice(self._children(block.parent), _MOST_SIBLINGS):
             held = _tokens(entry)
-            if (common := shared_prefix(held, tokens)) > most:
-                best, most = (Block(parent, start, held), entry.path), common
+            if (common := shared_prefix(held, block.tokens)) > most:
+                best, most = (Block(block.parent, block.start, held), entry.path), common
         return best
 
     def touch(self, block: Block) -> None:
@@ -204,13 +203,10 @@ class BlockFolder:
         name = "-".join((*parts, block.address.hex(), *["state"] * block.is_snapshot))
         return self.folder / parts[0][:2] / name
 
-    def _children(self, parent: bytes) -> Iterator[Entry]:
+    def _children(self, parent: bytes, snapshots: bool = False) -> Iterator[Entry]:
         paths = (self.folder / parent.hex()[:2]).glob(f"{parent.hex()}-*")
-        return filter(None, map(_entry, paths))
-
-    def _blocks(self, parent: bytes) -> Iterator[Entry]:
-        """The same without snapshots."""
-        return (entry for entry in self._children(parent) if not entry.is_snapshot)
+        entries = filter(None, map(_entry, paths))
+        return (entry for entry in entries if entry.is_snapshot == snapshots)
 
     # Writing
 
@@ -257,7 +253,7 @@ class BlockFolder:
 
     def _is_covered(self, block: Block) -> bool:
         """Whether a longer block begins with its tokens."""
-        longer = (one for one in self._blocks(block.parent) if one.count > len(block.tokens))
+        longer = (one for one in self._children(block.parent) if one.count > len(block.tokens))
         return any(_tokens(one)[: len(block.tokens)] == block.tokens for one in longer)
 
     def _write(self, block: Block, head: bytes, content: memoryview) -> int:
@@ -266,7 +262,7 @@ class BlockFolder:
         digest.update(content)
         write_private(self._path(block), [head, content, digest.digest()])
         freed = 0
-        for entry in [] if block.is_snapshot else [*self._blocks(block.parent)]:
+        for entry in [] if block.is_snapshot else [*self._children(block.parent)]:
             is_shorter = entry.count < len(block.tokens)
             if is_shorter and entry.address == address(block.parent, block.tokens[: entry.count]):
                 freed += entry.nbytes * self._unlink(entry.path)

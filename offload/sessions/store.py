@@ -20,7 +20,6 @@ from slotmoe.offload.sessions.blocks import (
     Block,
     BlockFolder,
     Notify,
-    address,
     chain,
     make_private,
     shared_prefix,
@@ -54,23 +53,21 @@ class Sessions:
     def restore(self, sequence: Sequence, prompt: list[int], owner: str = "") -> int:
         """Append to ``sequence``, which holds a beginning of ``prompt``, what is on disk of the
         rest.  Returns how many tokens that are."""
-        parent, held, latest = self.root(owner), sequence.length, None
+        held, latest = sequence.length, None
         there = list[Block]()  # what is in the state now behind the tokens that it held
-        for start in range(0, len(prompt), BLOCK_TOKENS):
-            tokens = prompt[start : start + BLOCK_TOKENS]
-            if start + len(tokens) > held:
-                found = self._blocks.read(parent, start, tokens, self._size)
-                if found is None:
-                    break
-                latest, data = found
-                common = shared_prefix(latest.tokens, tokens)
-                if start + common > held:
-                    saved = self._tensor(data)
-                    sequence.state.put(start, latest.end, saved, start + common)
-                    there.append(Block(parent, start, tokens[:common]))
-                if common < len(tokens):
-                    break
-            parent = address(parent, tokens)
+        for block in chain(self.root(owner), prompt):
+            if block.end <= held:
+                continue
+            if (found := self._blocks.read(block, self._size)) is None:
+                break
+            latest, data = found
+            common = shared_prefix(latest.tokens, block.tokens)
+            begun = block.begun(common)
+            if begun.end > held:
+                sequence.state.put(block.start, latest.end, self._tensor(data), begun.end)
+                there.append(begun)
+            if begun.end < block.end:
+                break
         if latest is not None:
             self._blocks.touch(latest)
         while there and not self._resume(sequence, prompt, there.pop()):
@@ -82,7 +79,7 @@ class Sessions:
         """Let ``sequence`` go on as far as a snapshot in ``block`` allows; whether one does."""
         end, snapshot = block.end, _NONE
         if self._state.snapshot_bytes(end):
-            found = self._blocks.snapshot(block.parent, block.start, block.tokens, self._size)
+            found = self._blocks.snapshot(block, self._size)
             if found is None or found[0].end <= sequence.length:
                 return False
             end, snapshot = found[0].end, self._tensor(found[1])
@@ -124,8 +121,7 @@ class Sessions:
         for mark in state.marks:
             if mark <= len(tokens):
                 block = blocks[(mark - 1) // BLOCK_TOKENS]
-                held = tokens[block.start : mark]
-                snapshots.append(Block(block.parent, block.start, held, is_snapshot=True))
+                snapshots.append(block.begun(mark - block.start, is_snapshot=True))
         written = self._blocks.add(blocks, self._size, content, snapshots)
         self._counts["written_bytes"] += written
 

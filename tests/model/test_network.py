@@ -15,6 +15,7 @@ from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.kernels.cpu import bindings as kernels
 from tests.support import plain
+from tests.support.compressed import state_bytes
 from tests.support.families import CASES, config_of
 from tests.support.native import (
     LayerByLayerOps,
@@ -119,7 +120,7 @@ def test_one_token_in_few_calls_is_bitwise_op_by_op(geometry, resident):
     size = config.num_hidden_layers * (values + 16)  # two scales and two sums
     if config.indexer is not None:
         size += sum(config.indexer.full) * (-(-config.indexer.head_dim // 4) * 4 + 16)
-    assert native_cache(network).nbytes == 40 * size
+    assert state_bytes(native_cache(network)) == 40 * size
     plainly = network_on(geometry, resident, LayerByLayerOps)
     cache = native_cache(plainly)
     expected = feed(plainly, cache, IDS, [1] * 40)
@@ -217,7 +218,8 @@ def test_cache_holds_one_latent_row_a_token_a_layer(reference):
     network, cache = reference
     c = network.config
     made = cache(100, torch.float16)
-    assert made.nbytes == 2 * 100 * c.num_hidden_layers * (c.kv_lora_rank + c.qk_rope_head_dim)
+    width = c.kv_lora_rank + c.qk_rope_head_dim
+    assert state_bytes(made) == 2 * 100 * c.num_hidden_layers * width
     feed(network, made, IDS, [40])
     assert torch.isfinite(made.layers[:, :40].float()).all()
     assert torch.isnan(made.layers[:, 40:].float()).all()

@@ -9,15 +9,15 @@ import pytest
 
 from slotmoe.errors import ConfigError
 from slotmoe.model.config import read_config
+from slotmoe.model.families import FAMILIES
 from slotmoe.model.files import files_in
-from slotmoe.model.own_templates import own_template
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.model_source import open_tokenizer
 from tests.support.served import deepseek_files
 from tests.support.tiny import SAMPLE
 
 CHATS = Path(__file__).with_name("chats")
-V32, V4 = "DeepseekV32ForCausalLM", "DeepseekV4ForCausalLM"
+V32, V4 = "deepseek_v32", "deepseek_v4"
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # noqa: RUF001
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"  # noqa: RUF001
 HELLO = {"role": "user", "content": "Hello"}
@@ -41,7 +41,8 @@ pytestmark = pytest.mark.usefixtures("processes")
 @pytest.fixture(scope="module")
 def tokenizers(processes, tmp_path_factory):
     folder = deepseek_files(tmp_path_factory.mktemp("tokenizer"))
-    return {kind: Tokenizer(folder, 0, own_template=own_template(kind)) for kind in (V32, V4)}
+    own = {kind: FAMILIES[kind].own_template for kind in (V32, V4)}
+    return {kind: Tokenizer(folder, 0, own_template=template) for kind, template in own.items()}
 
 
 @pytest.fixture
@@ -148,9 +149,8 @@ def test_developers_of_earlier_turns_are_dropped_with_the_reasoning(v4, v32):
 
 def test_a_model_without_a_template_gets_ours(v4, v32, tmp_path):
     folder, config = deepseek_files(tmp_path), read_config(SAMPLE / "config.json")
-    for kind, tokenizer in ((V4, v4), (V32, v32), ("DeepseekV3ForCausalLM", None)):
-        family = config.family._replace(architecture=kind)
-        named = replace(config, family=family, bos_token_id=v4.token_id(BOS))
+    for kind, tokenizer in ((V4, v4), (V32, v32), ("deepseek_v3", None)):
+        named = replace(config, family=FAMILIES[kind], bos_token_id=v4.token_id(BOS))
         opened = open_tokenizer(named, files_in(folder), folder)
         if tokenizer is None:
             with pytest.raises(ConfigError, match="no chat_template"):
@@ -165,5 +165,6 @@ def test_a_model_without_a_template_gets_ours(v4, v32, tmp_path):
 def test_a_template_of_the_model_wins(v4, tmp_path):
     folder = deepseek_files(tmp_path)
     (folder / "chat_template.jinja").write_text("its own")
-    assert Tokenizer(folder, 0, own_template=own_template(V4)).chat([HELLO]) == "its own"
-    assert own_template("DeepseekV3ForCausalLM") is None
+    own = FAMILIES[V4].own_template
+    assert Tokenizer(folder, 0, own_template=own).chat([HELLO]) == "its own"
+    assert FAMILIES["deepseek_v3"].own_template is None

@@ -8,12 +8,11 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from slotmoe.model.compressed_cache import CompressedCache
 from slotmoe.model.config import parse_config
 from slotmoe.model.marks import MARK_TOKENS, MOST_ENDS, MOST_MARKS, SPARE
-from slotmoe.model.state import new_state, plain_row
+from slotmoe.model.state import CompressedCache, new_state, plain_row
 from tests.support import states
-from tests.support.compressed import CONFIGS
+from tests.support.compressed import CONFIGS, state_bytes
 
 CONTEXTS = 1600, 1000
 LEAST = {
@@ -131,7 +130,9 @@ class Compressed:
                 assert torch.equal(rows[group.overlaps :], made)
         for length in (len(tokens), *self.state.marks):
             self.right_tails(tokens, length)
-        assert self.state.used_bytes <= self.state.nbytes + self.state.snapshot_bytes(4096) * 3
+        assert (
+            self.state.used_bytes <= state_bytes(self.state) + self.state.snapshot_bytes(4096) * 3
+        )
 
     def right_tails(self, tokens, length):
         state = self.state

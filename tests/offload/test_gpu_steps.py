@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from slotmoe.model.config import parse_config
-from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import role_of
 from slotmoe.model.network import Network
+from slotmoe.model.state import LatentCache
 from slotmoe.offload.plan.speed import GPU_LAUNCHES
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import int8

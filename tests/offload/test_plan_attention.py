@@ -12,7 +12,7 @@ from slotmoe.offload.plan.attention import attention_products, kv_bytes, kv_read
 from slotmoe.offload.plan.memory import scratch_bytes, waiting_bytes
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.native import NativeBackend
-from tests.support.compressed import CONFIGS
+from tests.support.compressed import CONFIGS, state_bytes
 from tests.support.meta import empty
 
 ROWS = {
@@ -37,9 +37,7 @@ def test_bytes_are_those_of_the_state(name, kernels):
     given = ("native",) if kernels == "native" else ("torch", 4 if kernels == "reference" else 2)
     for context in (1, 100, 4096, 1 << 20):
         state = on_meta(config, context, kernels)
-        assert kv_bytes(config, context, *given) == state.nbytes
-        for length in (0, 1, 127, context // 2, context):
-            assert kv_read_bytes(config, length, *given) == state.read_bytes(length)
+        assert kv_bytes(config, context, *given) == state_bytes(state)
         state.begin(8 * MARK_TOKENS)
         if state.snapshot_bytes(MARK_TOKENS):
             many = range(MARK_TOKENS * 1000, MARK_TOKENS * 1008, MARK_TOKENS)
@@ -52,7 +50,7 @@ def test_the_head_that_predicts_one_token_more_has_a_state_too():
     config = read_config(geometry_path("v4-flash"))
     both = kv_bytes(replace(config, mtp=True), 4096)
     alone = on_meta(config.alone(config.num_hidden_layers), 4096, "native")
-    assert both == kv_bytes(config, 4096) + alone.nbytes
+    assert both == kv_bytes(config, 4096) + state_bytes(alone)
 
 
 def test_a_million_positions_of_v4():
@@ -77,6 +75,12 @@ def test_attention_grows_no_more_behind_what_an_indexer_chooses():
     more = attention_products(v4, 1 << 20) - attention_products(v4, 1 << 19)
     expected = csa * 64 * 128 * (1 << 17) + hca * 64 * 2 * 512 * (1 << 12)
     assert more == expected
+    more = kv_read_bytes(v4, 1 << 20, "native") - kv_read_bytes(v4, 1 << 19, "native")
+    assert more == csa * (1 << 17) * 144 + hca * (1 << 12) * 528
+    window, chosen = 43 * 127 * 528, csa * 512 * 528 + csa * (1 << 18) * 144
+    opened = csa * 2 * 4 * 2 * 2 * (512 + 128) + hca * 2 * 512 * 4
+    read = window + chosen + hca * (1 << 13) * 528 + opened
+    assert kv_read_bytes(v4, 1 << 20, "native") == read
 
 
 def test_streams_and_lists_take_scratch_memory():

@@ -15,6 +15,7 @@ from slotmoe.offload.engine import engine as engines
 from slotmoe.offload.engine import loading
 from slotmoe.offload.engine.requests import Request
 from slotmoe.offload.runtime import Runtime
+from tests.support.compressed import state_bytes
 from tests.support.engine import until
 
 PROMPTS = ["My fellow citizens,", "It is a truth universally acknowledged, that a", "def main("]
@@ -297,7 +298,7 @@ def test_what_fails_in_a_pass_ends_its_requests_and_a_defect_all(
 
 
 def test_states_of_all_sequences_are_in_the_plan(runtime, sample_export):
-    nbytes = sum(state.nbytes for state in runtime.model.states)
+    nbytes = sum(map(state_bytes, runtime.model.states))
     assert runtime.plan.components["latent KV cache"] == 8 * 256 * (80 + 16) * 8 == nbytes
     with pytest.raises(PlanError, match="latent KV cache"):
         Runtime.open(sample_export, ram="350MiB", context=1024, sequences=256)

@@ -264,16 +264,15 @@ def rows_of(block):
 
 def held(folder, tokens, root=ROOT):
     """How many of ``tokens`` are there, each with its row."""
-    count, parent = 0, root
+    count = 0
     for block in chain(root, tokens):
-        found = folder.read(parent, block.start, block.tokens, per_token(TOKEN_BYTES))
+        found = folder.read(block, per_token(TOKEN_BYTES))
         if found is None:
             return count
         assert found[1] == rows_of(found[0])
         count = block.start + shared_prefix(found[0].tokens, block.tokens)
         if count < block.end:
             return count
-        parent = block.address
     return count
 
 

@@ -3,6 +3,7 @@
 import torch
 from safetensors.torch import load_file, save_file
 
+from slotmoe.model.marks import MARK_TOKENS, MOST_ENDS, MOST_MARKS, SPARE
 from slotmoe.offload.ingest.quantize import quantize
 from tests.support.families import INDEXED, V32, config_of
 from tests.support.tiny import write_files
@@ -26,6 +27,16 @@ V4 = {
     },
 }
 CONFIGS = {"v4": V4, "v3.2": {**config_of(V32, **INDEXED), "max_position_embeddings": 8192}}
+
+
+def state_bytes(state):
+    """Bytes of a state's memory, with the marks that there may be but for those of the pass under
+    way."""
+    most = (tail.rows.shape[1] // 2 - 1 - SPARE for tail in state._tails)
+    end = sum(n * tail.row_bytes for n, tail in zip(most, state._tails, strict=True))
+    far = MARK_TOKENS * 4096  # a multiple, behind a full window
+    marks = MOST_ENDS * end + MOST_MARKS * state.snapshot_bytes(far)
+    return sum(part.rows.nbytes for part in (*state._kept, *state._tails)) + marks
 
 
 def export_of(folder, name):

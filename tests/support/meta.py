@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import torch
 
-from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import resident_shapes, role_of
 from slotmoe.model.network import Network
+from slotmoe.model.state import LatentCache
 from slotmoe.quant.backends.base import Records, SlotTable
 from slotmoe.quant.codecs.codec import Codec
 from slotmoe.quant.codecs.weight import CodedWeight

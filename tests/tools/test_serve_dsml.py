@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slotmoe.model.own_templates import own_template
+from slotmoe.model.families import FAMILIES
 from slotmoe.model.reasoning import Reasoning, Splitter
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve.errors import RefusedError
@@ -28,8 +28,8 @@ from slotmoe.tools.serve.response_items import InputMessage, messages_of
 from tests.support.served import ANTHROPIC_TOOL, TOOLS, Served, deepseek_files, is_weather
 from tests.support.served import WEATHER as CITY
 
-ARCHITECTURES = {DEEPSEEK_V3_2: "DeepseekV32ForCausalLM", DEEPSEEK_V4: "DeepseekV4ForCausalLM"}
-FORMS = pytest.mark.parametrize("form", ARCHITECTURES, ids=["v3.2", "v4"])
+KINDS = {DEEPSEEK_V3_2: "deepseek_v32", DEEPSEEK_V4: "deepseek_v4"}
+FORMS = pytest.mark.parametrize("form", KINDS, ids=["v3.2", "v4"])
 BLOCKS = {DEEPSEEK_V3_2: "function_calls", DEEPSEEK_V4: "tool_calls"}
 D = "\uff5cDSML\uff5c"
 BOS, EOS = (f"<\uff5c{at}\u2581of\u2581sentence\uff5c>" for at in ("begin", "end"))
@@ -72,8 +72,8 @@ def two(form):
 def tokenizers(processes, tmp_path_factory):
     folder = deepseek_files(tmp_path_factory.mktemp("tokenizer"))
     return {
-        form: Tokenizer(folder, 0, own_template=own_template(kind))
-        for form, kind in ARCHITECTURES.items()
+        form: Tokenizer(folder, 0, own_template=FAMILIES[kind].own_template)
+        for form, kind in KINDS.items()
     }
 
 
