@@ -43,11 +43,10 @@ class Decoded(NamedTuple):
     """What `Kernels.decode` has done: every layer before `layer`, and of that one, unless it is the
     number of layers, all up to its experts, of which some have no slot.
 
-    `h` float32 [T, H] is the residual stream there,
-    or [T, streams H].  `indices` int64 [n, T, k] are the choices of
-    the routers that were asked, this layer's the last, and `x` float32 [n, T, H] their inputs;
-    `weights` float32 [T, k] are this layer's, and mean nothing where all are done.  `seconds` are
-    what attention, routers, experts and MLPs took."""
+    `h` float32 [T, H], or [T, streams H], is the residual stream there.  `indices` int64 [n, T, k]
+    are the choices of the routers that were asked, this layer's the last, and `x` float32 [n, T, H]
+    their inputs; `weights` float32 [T, k] are this layer's, and mean nothing where all are done.
+    `seconds` are what attention, routers, experts and MLPs took."""
 
     layer: int
     h: Tensor
