@@ -56,7 +56,8 @@ def _group(
     rows = _store(held, last, shape.layers, latent_bytes(shape.width, 0))
     open_bytes = 8 * shape.width * windows
     flat = [tail.rows.flatten(2).view(torch.uint8) for tail in tails]
-    return *rows, *_store(flat, positions, shape.layers, open_bytes, begins), table
+    pairs = address(table, torch.complex64, len(positions), table.shape[1])
+    return *rows, *_store(flat, positions, shape.layers, open_bytes, begins), pairs
 
 
 class Tokens(NamedTuple):
@@ -101,10 +102,22 @@ class Tokens(NamedTuple):
             lists = self.lists
         shapes = zip(self.groups, decoder.groups, strict=True)
         groups = [value for group, shape in shapes for value in _group(*group, positions, shape)]
-        sizes = {"T": len(positions), "C": decoder.sizes["C"], "L": decoder.topk}
-        kept = *rows, *keys, lists, self.ids, self.compressed_table, *groups
-        structure = _STRUCTURES[len(self.groups)]
-        return structure.bind(sizes, int64s(positions), self.table, self.query_scale, *kept)
+        t, pairs, complex64 = len(positions), decoder.sizes["C"], torch.complex64
+        # Not by `Structure.bind`: its checks would cost a small model's token some percent.
+        places = int64s(positions)
+        given = (
+            places,
+            address(self.table, complex64, t, pairs),
+            address(self.query_scale, torch.float32, t),
+            *rows,
+            *keys,
+            address(lists, torch.int32, t, decoder.topk),
+            address(self.ids, torch.int64, t),
+            address(self.compressed_table, complex64, t, pairs),
+            *groups,
+        )
+        parts = (ctypes.addressof(one) if isinstance(one, ctypes.Array) else one for one in given)
+        return Bound(_STRUCTURES[len(self.groups)].type(*parts), {}, self, given)
 
 
 def address(tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:
