@@ -9,7 +9,6 @@ import torch
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.state import new_state, plain_row
 from slotmoe.quant.backends.base import new
-from slotmoe.quant.kernels.cpu import bindings as kernels
 from tests.support import v4
 from tests.support.native import reference_network
 from tests.support.oracle import relative_error
@@ -21,7 +20,6 @@ MASKED = -1e30  # what is below is no score
 # So that no token has all of its heads' products negative, and a tie for it.
 HEADS = {"index_n_heads": 16}
 CASES = [*v4.V4_CASES, *v4.SPARSE_CASES]
-native = pytest.mark.skipif(kernels.load() is None, reason="the native kernels are not built")
 
 
 @contextmanager

@@ -132,13 +132,11 @@ def test_one_token_in_few_calls_is_bitwise_op_by_op(geometry, resident):
         assert torch.equal(actual.layers, cache.layers)
         assert network.experts.chosen == plainly.experts.chosen
         calls = len(network.experts.calls)
-        # network.rows: until the kernels of an indexer are merged, it has no decoder.
-        by_table = in_table and network.rows
-        assert 0 < calls < 40 * layers if by_table else calls == 40 * layers
+        assert 0 < calls < 40 * layers if in_table else calls == 40 * layers
     network.experts.complete, network.experts.calls = True, []
     whole = native_cache(network)
     assert torch.equal(feed(network, native_cache(network), IDS, [1] * 40), expected)
-    assert not network.experts.calls or not network.rows
+    assert not network.experts.calls
     # A tied head is the embedding, row-major, and torch multiplies by it.
     if not config.tie_word_embeddings:
         assert torch.equal(feed(network, whole, IDS, [40]), expected)
