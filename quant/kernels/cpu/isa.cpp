@@ -4,6 +4,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+
+#include "amx.h"
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -21,6 +23,7 @@ bool always() { return true; }
 struct Choice {
     const Isa* isa;
     bool (*is_here)();
+    bool automatic = true;  // else only where it is asked for
 };
 
 #if defined(__x86_64__)
@@ -35,8 +38,14 @@ bool has_avx512vnni() {
 }
 bool has_avx512vbmi() { return has_avx512vnni() && __builtin_cpu_supports("avx512vbmi"); }
 
-constexpr Choice kIsas[] = {{&isa_avx512vbmi, has_avx512vbmi}, {&isa_avx512vnni, has_avx512vnni},
-                            {&isa_avx2, has_avx2}, {&isa_portable, always}};  // best first
+bool has_amx() {
+    unsigned a, b, c, d = 0;
+    return has_avx512vbmi() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 24 & d >> 25 & 1 && tiles_here();
+}
+
+constexpr Choice kIsas[] = {  // best first
+    {&isa_amx, has_amx, false},       {&isa_amx_plain, has_avx512vbmi, false}, {&isa_avx512vbmi, has_avx512vbmi},
+    {&isa_avx512vnni, has_avx512vnni}, {&isa_avx2, has_avx2},                    {&isa_portable, always}};
 #elif defined(__aarch64__)
 #if defined(__APPLE__)
 bool says(const char* name) {
@@ -68,7 +77,7 @@ std::atomic<const Isa*> chosen{nullptr};
 const Isa& slotmoe::best_isa() {
     if (const Isa* i = chosen.load()) return *i;
     for (const Choice& c : kIsas)
-        if (c.is_here()) {
+        if (c.automatic && c.is_here()) {
             chosen.store(c.isa);
             break;
         }

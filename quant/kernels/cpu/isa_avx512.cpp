@@ -1,11 +1,18 @@
 // AVX-512 with VNNI: one register holds 16 lanes. Weights enter vpdpbusd as unsigned bytes (signed + 128).
-// isa_avx512vbmi.cpp compiles this again for CPUs that also look up bytes without a mask.
+// isa_avx512vbmi.cpp compiles this again for CPUs that also look up bytes without a mask, isa_amx.cpp for those that
+// multiply tiles too, and isa_amx_plain.cpp with tiles in plain C++, which give the same bits.
 #if defined(__x86_64__)
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
-#ifdef SLOTMOE_VBMI
+#if defined(SLOTMOE_PLAIN_TILES)
+#define SLOTMOE_ISA isa_amx_plain
+#define SLOTMOE_ISA_NAME "amx_plain"
+#elif defined(SLOTMOE_AMX)
+#define SLOTMOE_ISA isa_amx
+#define SLOTMOE_ISA_NAME "amx"
+#elif defined(SLOTMOE_VBMI)
 #define SLOTMOE_ISA isa_avx512vbmi
 #define SLOTMOE_ISA_NAME "avx512vbmi"
 #else
@@ -27,6 +34,9 @@
 #include <immintrin.h>
 
 #include "isa.h"
+#ifdef SLOTMOE_AMX
+#include "amx.h"
+#endif
 
 namespace slotmoe {
 namespace {

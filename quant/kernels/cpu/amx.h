@@ -1,0 +1,125 @@
+// AMX: eight tiles of up to 16 rows of 64 bytes, and what multiplies them. The instructions are written as assembly,
+// since the intrinsics of GCC 12 do not say that they read and write memory. SLOTMOE_PLAIN_TILES gives plain C++ with the
+// same bits, for machines without AMX: these eight functions are all that differs.
+#pragma once
+#if !defined(SLOTMOE_PLAIN_TILES) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include <cstdint>
+#include <cstring>
+
+namespace slotmoe {
+namespace {
+
+#define SLOTMOE_TILE inline __attribute__((always_inline))
+
+constexpr int kTileRows = 16, kTileBytes = 64;  // of a tile, and of a row of it
+
+struct alignas(64) TileShapes {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};  // of a row
+    uint8_t rows[16] = {};
+
+    void set(int tile, int rows_of, int bytes_of) { rows[tile] = uint8_t(rows_of), bytes[tile] = uint16_t(bytes_of); }
+};
+
+#ifdef SLOTMOE_PLAIN_TILES
+
+struct Tiles {
+    TileShapes shapes;
+    alignas(64) uint8_t tile[8][kTileRows][kTileBytes];
+};
+inline thread_local Tiles tiles;
+
+inline bool tiles_here() { return true; }
+inline void tile_shapes(const TileShapes& shapes) { tiles.shapes = shapes, memset(tiles.tile, 0, sizeof tiles.tile); }
+inline void tile_release() {}
+template <int T>
+inline void tile_zero() {
+    memset(tiles.tile[T], 0, sizeof tiles.tile[T]);
+}
+template <int T>
+inline void tile_load(const void* p, int64_t stride) {
+    tile_zero<T>();
+    for (int row = 0; row < tiles.shapes.rows[T]; row++)
+        memcpy(tiles.tile[T][row], static_cast<const uint8_t*>(p) + row * stride, tiles.shapes.bytes[T]);
+}
+template <int T>
+inline void tile_store(void* p, int64_t stride) {
+    for (int row = 0; row < tiles.shapes.rows[T]; row++)
+        memcpy(static_cast<uint8_t*>(p) + row * stride, tiles.tile[T][row], tiles.shapes.bytes[T]);
+}
+// Sums modulo 2^32, as the instructions': C [m, n] += A [m, 4 k] B [k, 4 n].
+template <int C, int A, int B, class OfA, class OfB>
+inline void tile_dot() {
+    const TileShapes& shapes = tiles.shapes;
+    for (int m = 0; m < shapes.rows[C]; m++)
+        for (int k = 0; k < shapes.bytes[A] / 4; k++)
+            for (int n = 0; n < shapes.bytes[C] / 4; n++) {
+                int32_t sum;
+                memcpy(&sum, tiles.tile[C][m] + 4 * n, 4);
+                for (int i = 0; i < 4; i++)
+                    sum = int32_t(uint32_t(sum) + uint32_t(int32_t(OfA(tiles.tile[A][m][4 * k + i])) *
+                                                           int32_t(OfB(tiles.tile[B][k][4 * n + i]))));
+                memcpy(tiles.tile[C][m] + 4 * n, &sum, 4);
+            }
+}
+template <int C, int A, int B>
+inline void tile_dot_ss() {
+    tile_dot<C, A, B, int8_t, int8_t>();
+}
+template <int C, int A, int B>
+inline void tile_dot_su() {
+    tile_dot<C, A, B, int8_t, uint8_t>();
+}
+template <int C, int A, int B>
+inline void tile_dot_us() {
+    tile_dot<C, A, B, uint8_t, int8_t>();
+}
+
+#else
+
+// Whether this process may use tiles, which it has to ask for: kernel, hypervisor and processor have to have them.
+inline bool tiles_here() {
+#if defined(__linux__)
+    constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+inline void tile_shapes(const TileShapes& shapes) { asm volatile("ldtilecfg %0" : : "m"(shapes) : "memory"); }
+// After each call: threads that hold tiles are slow to switch.
+inline void tile_release() { asm volatile("tilerelease" : : : "memory"); }
+template <int T>
+SLOTMOE_TILE void tile_zero() {
+    asm volatile("tilezero %%tmm%c0" : : "i"(T));
+}
+template <int T>
+SLOTMOE_TILE void tile_load(const void* p, int64_t stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(T) : "memory");
+}
+template <int T>
+SLOTMOE_TILE void tile_store(void* p, int64_t stride) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(T) : "memory");
+}
+// C [m, n] += A [m, 4 k] B [k, 4 n], signed (s) and unsigned (u) bytes of A and of B.
+template <int C, int A, int B>
+SLOTMOE_TILE void tile_dot_ss() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+}
+template <int C, int A, int B>
+SLOTMOE_TILE void tile_dot_su() {
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+}
+template <int C, int A, int B>
+SLOTMOE_TILE void tile_dot_us() {
+    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+}
+
+#endif
+
+}  // namespace
+}  // namespace slotmoe

@@ -1,0 +1,3 @@
+#define SLOTMOE_VBMI
+#define SLOTMOE_AMX
+#include "isa_avx512.cpp"

@@ -1,0 +1,2 @@
+#define SLOTMOE_PLAIN_TILES
+#include "isa_amx.cpp"
