@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 TOUCHED_AT_ONCE = 16 << 20  # bytes between two looks at whether to stop
-_ARENA_MAX = -8  # of glibc's malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
 
 def page_aligned(count: int, forks: bool = True) -> Tensor:
@@ -42,11 +42,16 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def share_heap() -> None:
-    """Let all threads allocate from one heap: the C library gives each thread one of its own, and
-    what is free in one is nothing to the others."""
+def tune_heap() -> None:
+    """Let all threads allocate from one heap, which keeps what is freed for the next pass.  The C
+    library gives each thread a heap of its own, and what is free in one is nothing to the others.
+    It gives a pass's memory back to the system each time, and the first writes to new pages take
+    up to a third of a prefill's time in a virtual machine."""
     with suppress(AttributeError):  # another C library than GNU's
-        ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_ARENA_MAX, 1)
+        mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
+        mallopt(_TRIM_THRESHOLD, 1 << 30)
 
 
 class Touching:

@@ -19,7 +19,7 @@ from slotmoe.model.network import Network
 from slotmoe.model.state import SequenceState, new_state, plain_row
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.devices.device import Device
-from slotmoe.offload.devices.pages import share_heap
+from slotmoe.offload.devices.pages import tune_heap
 from slotmoe.offload.experts.disk import DiskReader
 from slotmoe.offload.experts.experts import Experts
 from slotmoe.offload.experts.host import HostTier
@@ -119,7 +119,7 @@ def open_model(folder: Path, options: Options, device: Device, reason: str) -> L
             f"misses {options.misses} is given but the device is the CPU, which computes every "
             "expert: leave it out"
         )
-    share_heap()
+    tune_heap()
     loader = _Loader(folder, options, device, reason)
     try:
         return loader.export() if options.quantize else loader.reference()
