@@ -25,7 +25,7 @@ def test_the_thread_with_most_parts_counts():
 
 
 def test_phases_are_those_of_the_kernels():
-    """86 of a token of the sample: counted by a breakpoint in ``Job::run`` where it wakes workers."""
+    """86 of a token of the sample: counted by a breakpoint where ``Job::run`` wakes workers."""
     assert barriers(token("sample", 105)) == barriers(token("sample", 130)) == 86
 
 
