@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from slotmoe import system
+from slotmoe.offload.devices.device import Device
 from slotmoe.offload.devices.pages import Arena, page_aligned
 from slotmoe.offload.runtime import Runtime
 from slotmoe.system import Placement, Processor, choose_placement, cores, processors
@@ -81,6 +82,7 @@ def test_one_thread_a_core(machine):
 def test_a_model_that_fits_a_node_stays_there(machine):
     two = machine(32, nodes=2, smt=2, packages=2)
     two.memory(0, 60)
+    assert choose_placement(GIB).nodes == (1,)
     assert choose_placement(64 * GIB) == Placement(32, spans((32, 64)), (1,))
     assert choose_placement(65 * GIB) == Placement(64, spans((64,)), (0, 1))
     assert choose_placement(GIB, threads=8) == Placement(8, (), (0, 1))
@@ -176,6 +178,10 @@ def test_memory_lies_on_the_nodes():
     assert policy(page_aligned(1 << 20)) == "default"
     arena = Arena(1 << 20, nodes=(0, 900))  # the second is not there
     assert policy(arena.empty((4096,), memory.dtype)) == "interleave:0"
+    device = Device()
+    device.placement = Placement(1, (), (0,))
+    for empty in (device.empty, device.weights()):
+        assert policy(empty((1 << 20,), memory.dtype)) == "prefer:0"
     assert not system.lie_on((900,), memory.data_ptr(), 4096)
     assert page_aligned(1 << 20, nodes=(900,))[0] == 0  # it goes on
 
