@@ -53,13 +53,11 @@ def choose_placement(size: int, threads: int | None = None) -> Placement:
     this process."""
     there, allowed = processors(), _allowed()
     is_free = threads is None and allowed >= _numbers(_ROOT / "sys/devices/system/cpu/online")
-    chosen = [processor for processor in there if is_free and processor.nodes]
-    chosen = [processor for processor in chosen if processor.free >= size]
-    if chosen:
-        chosen = [max(chosen, key=lambda processor: (len(processor.cpus), processor.free))]
-    cpus = tuple(cpu for processor in chosen or there for cpu in processor.cpus)
-    nodes = tuple(node for processor in chosen or there for node in processor.nodes)
-    is_several = sum(len(processor.nodes) for processor in there) > 1
+    fitting = [it for it in there if is_free and it.nodes and it.free >= size]
+    chosen = [max(fitting, key=lambda it: (len(it.cpus), it.free))] if fitting else there
+    cpus = tuple(cpu for it in chosen for cpu in it.cpus)
+    nodes = tuple(node for it in chosen for node in it.nodes)
+    is_several = sum(len(it.nodes) for it in there) > 1
     bound = cpus if is_free and len(cpus) < len(allowed) else ()
     return Placement(threads or _within_quota(len(cpus)), bound, nodes if is_several else ())
 
@@ -133,14 +131,14 @@ def bind(cpus: Sequence[int]) -> None:
 def lie_on(nodes: Sequence[int], address: int, size: int) -> bool:
     """Let pages that are not written yet come from one NUMA node while it has room, or in turn from
     several.  False where the system refuses: containers may not ask."""
-    if sys.platform != "linux" or platform.machine() not in _MBIND:
+    number, mask = _MBIND.get(platform.machine()), (ctypes.c_ulong * 16)()
+    if sys.platform != "linux" or number is None:
         return False
-    mask = (ctypes.c_ulong * 16)()
     for node in nodes:
         mask[node // 64] |= 1 << node % 64
     mode = _PREFERRED if len(nodes) == 1 else _INTERLEAVE
     where = ctypes.c_void_p(address), ctypes.c_size_t(size), mode, mask, 64 * len(mask), 0
-    return not ctypes.CDLL(None).syscall(_MBIND[platform.machine()], *where)
+    return not ctypes.CDLL(None).syscall(number, *where)
 
 
 def bypass_page_cache(handle: int, alignment: int) -> bool:
