@@ -19,7 +19,7 @@ from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes, 
 from slotmoe.offload.shared_files import write_note
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS
 
-KERNEL_SHARE = 0.95  # of the read bandwidth that decode's kernels reach (2 Zen 4 cores)
+KERNEL_SHARE = 0.95  # of the bandwidth, RAM's or of cores, that decode reaches (2 Zen 4 cores)
 PREFILL_SHARE = 0.75  # of the kernels' speed that prefill reaches (V2-Lite, 2 Zen 5 cores)
 GPU_SHARE = 0.6  # the same on a GPU: assumed, not measured
 GPU_LAUNCHES = 8  # kernels of a layer in one graph, counted by a test; one more with q-LoRA
@@ -35,7 +35,7 @@ TEXT_HITS = ((0.0, 0.0), (0.1, 0.31), (0.25, 0.56), (0.5, 0.8), (1.0, 1.0))
 CORE = ("int8_products", "coded_products", "attention_products", "core_bytes")
 # What every prediction takes for granted, by its name in the report: on a CPU, and on a GPU.
 CPU_CONSTANTS = {
-    "decode's share of RAM's bandwidth": KERNEL_SHARE,
+    "decode's share of the bandwidth": KERNEL_SHARE,
     "prefill's share of a core's products": PREFILL_SHARE,
     "seconds of Python a token": TOKEN_SECONDS,
     "a layer by itself": LAYER_SECONDS,
@@ -187,7 +187,7 @@ class Setting:
             attention = attention_products(c, depth)
             return seconds | {
                 # The cores may be too few to keep the RAM busy.
-                "RAM": touched / min(rates.ram * KERNEL_SHARE, self.threads * rates.core_bytes),
+                "RAM": touched / min(rates.ram, self.threads * rates.core_bytes) / KERNEL_SHARE,
                 "attention": attention / (self.threads * rates.attention_products),
             }
         experts = min(rates.beside_gpu(), self.threads * rates.core_bytes)

@@ -64,7 +64,7 @@ def test_few_cores_read_less_than_memory_gives():
     rates = Bandwidths(ram=100e9, core_bytes=10e9, attention_products=1e15)
     seconds = [predict(rates, threads).decode_seconds["RAM"] for threads in (1, 4, 9, 10, 64)]
     assert seconds[:3] == pytest.approx([36 * seconds[2] / 4, 9 * seconds[2] / 4, seconds[2]])
-    assert seconds[3] == seconds[4] == pytest.approx(seconds[2] * 90 / 95)
+    assert seconds[3] == seconds[4] == pytest.approx(seconds[2] * 90 / 100)
 
 
 def test_what_is_assumed_of_an_instruction_set():

@@ -55,14 +55,14 @@ def core_rates(model: LoadedModel) -> dict[str, float]:
     records, y_TED = Records(slab, layout, layout.levels()), torch.empty(rows, E, H)
     slots_E, all_TE = torch.arange(E).int(), torch.arange(E).expand(rows, E).contiguous()
     columns, dtype = backend.latent_row(R, P)
-    rows_TX, q_THW = torch.empty(512, columns, dtype=dtype), torch.randn(512, heads, R + P)
-    backend.store_latents(torch.randn(512, R + P), R, rows_TX)
+    rows_TX, q_THW = torch.empty(2048, columns, dtype=dtype), torch.randn(128, heads, R + P)
+    backend.store_latents(torch.randn(2048, R + P), R, rows_TX)
     ways: dict[str, Callable[[], object]] = {
         "int8_products": lambda: backend.linear(x_TH, int8),
         "coded_products": lambda: backend.experts(x_TH[:rows], records, slots_E, all_TE, y_TED),
         "attention_products": lambda: backend.mla(q_THW, rows_TX, R, 0.1),
     }
-    work = (512 * H * 4096, rows * E * 3 * H * inner, 512 * 256 * heads * (2 * R + P))
+    work = (512 * H * 4096, rows * E * 3 * H * inner, 128 * 1984 * heads * (2 * R + P))
     spent = take_turns({name: partial(seconds, way) for name, way in ways.items()}, _TURNS)
     pairs = zip(ways, work, strict=True)
     rates = {name: count / median(spent[name]) / backend.threads for name, count in pairs}
