@@ -1,6 +1,7 @@
 """What this machine and this process have, without torch."""
 
 import ctypes
+import importlib.machinery
 import os
 import re
 import resource
@@ -13,6 +14,7 @@ from uuid import UUID
 
 import psutil
 
+from slotmoe import quant
 from slotmoe.errors import ConfigError
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -64,6 +66,20 @@ def available_memory() -> int:
         with suppress(OSError, ValueError):
             available = min(available, int(limit.read_text()) - int(usage.read_text()))
     return max(available, 0)
+
+
+def instruction_set() -> str | None:
+    """The one that the native kernels use; None where they were not built.  Raises ``OSError`` or
+    ``AttributeError`` where they do not load."""
+    folder = Path(str(quant.__file__)).parent / "kernels" / "cpu"
+    paths = [folder / f"_native{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        return None
+    isa = ctypes.CDLL(str(path)).slotmoe_isa
+    isa.restype = ctypes.c_char_p
+    name: bytes = isa()
+    return name.decode()
 
 
 def device_index(device: str) -> int:

@@ -7,8 +7,7 @@ from slotmoe.errors import ConfigError
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.drafts import DRAFTS
 from slotmoe.offload.policy.hybrid import MODES
-
-MAX_THREADS = 256  # as many as the native kernels start
+from slotmoe.system import MAX_THREADS
 
 
 @dataclass(frozen=True)

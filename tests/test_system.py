@@ -1,5 +1,5 @@
-"""What differs between systems: cores, and reads past the page cache.  What the system refuses
-names the file, and is not called damage: a bad disk, rights, too many open files."""
+"""What differs between systems: reads past the page cache.  What the system refuses names the file,
+and is not called damage: a bad disk, rights, too many open files."""
 
 import errno
 import fcntl
@@ -19,26 +19,6 @@ from slotmoe.quant.export.reader import Export
 from tests.support.tiny import SAMPLE
 
 BLOCK, WEIGHTS = 4096, "model-00001-of-00003.safetensors"
-
-
-@pytest.mark.parametrize(
-    ("physical", "allowed", "quota", "cores"),
-    [
-        (64, 128, "max 100000", 64),
-        (64, 3, "max 100000", 3),
-        (64, 64, "350000 100000", 4),
-        (64, 64, "20000 100000", 1),
-        (None, 2, "not a number", 2),
-    ],
-)
-def test_cores(physical, allowed, quota, cores, monkeypatch, tmp_path):
-    monkeypatch.setattr(system.psutil, "cpu_count", lambda logical: physical)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(allowed)))
-    monkeypatch.setattr(system, "_CPU_LIMIT", tmp_path / "cpu.max")
-    assert system.cores() == min(physical or 8, allowed)
-    (tmp_path / "cpu.max").write_text(quota)
-    assert system.cores() == cores
 
 
 @pytest.fixture

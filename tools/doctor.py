@@ -1,7 +1,6 @@
 """``slotmoe doctor``: what this machine has for a model, what is missing, and how to get it."""
 
 import ctypes
-import importlib.machinery
 import json
 import os
 import platform
@@ -21,7 +20,7 @@ from pathlib import Path
 import click
 import psutil
 
-from slotmoe import __version__, quant, system
+from slotmoe import __version__, system
 from slotmoe.errors import ConfigError
 from slotmoe.offload import machine
 from slotmoe.offload.model_cache import listing
@@ -66,7 +65,7 @@ def command(measure: bool, experts_dirs: tuple[Path, ...], as_json: bool) -> int
       slotmoe doctor
       slotmoe doctor --measure --json
     """
-    checks = [_system(), _processor(), *_kernels(), _gpu(), *_memory(), *_libraries()]
+    checks = [_system(), _processor(), *_nodes(), *_kernels(), _gpu(), *_memory(), *_libraries()]
     checks += [_cache(), _disk(measure), *(_drive(folder, measure) for folder in experts_dirs)]
     is_well = all(check.state != "bad" for check in checks)
     if as_json:
@@ -104,6 +103,19 @@ def _processor() -> Check:
     return Check("processor", "ok", f"{facts['model name']}, {system.cores()} cores{best}")
 
 
+def _nodes() -> Iterator[Check]:
+    """Where threads run and memory lies, if that is a question here."""
+    nodes = [node for processor in system.processors() for node in processor.nodes]
+    if len(nodes) > 1:
+        page = mmap(-1, ALIGNMENT)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+        if system.lie_on(nodes, address, ALIGNMENT):
+            yield Check("NUMA", "ok", f"{len(nodes)} nodes; memory lies where threads run")
+        else:
+            advice = "allow the system call mbind (as in: docker run --cap-add SYS_NICE)"
+            yield Check("NUMA", "note", f"{len(nodes)} nodes; memory can't be placed", advice)
+
+
 def _output(*command: str) -> str:
     """What a program prints.  Raises ``OSError`` or ``SubprocessError``."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
@@ -111,23 +123,17 @@ def _output(*command: str) -> str:
 
 
 def _kernels() -> Iterator[Check]:
-    folder = Path(str(quant.__file__)).parent / "kernels" / "cpu"
-    paths = [folder / f"_native{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-    path = next((path for path in paths if path.exists()), None)
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if path is None:
+    try:
+        isa = machine.instruction_set()
         again = "install slotmoe again: pip install --force-reinstall --no-deps ."
         first = "" if compiler else "install a C++ compiler (as in: apt install g++), then "
         problem = "not built: torch computes everything, up to 200 times slower"
-        yield Check("kernels", "bad", problem, first + again)
-    else:
-        try:
-            isa = ctypes.CDLL(str(path)).slotmoe_isa
-            isa.restype = ctypes.c_char_p
-            yield Check("kernels", "ok", f"native, {isa().decode()}")
-        except (OSError, AttributeError) as problem:
-            advice = "they were built for another machine; install slotmoe again from source"
-            yield Check("kernels", "bad", f"do not load ({str(problem)[:80]})", advice)
+        missing = Check("kernels", "bad", problem, first + again)
+        yield missing if isa is None else Check("kernels", "ok", f"native, {isa}")
+    except (OSError, AttributeError) as failure:
+        advice = "they were built for another machine; install slotmoe again from source"
+        yield Check("kernels", "bad", f"do not load ({str(failure)[:80]})", advice)
     found = f"{compiler or 'no C++ compiler'}; only an install needs it"
     yield Check("compiler", "ok" if compiler else "note", found)
 

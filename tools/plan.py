@@ -4,6 +4,8 @@ import json
 import math
 import shutil
 import sys
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from slotmoe.offload.plan.memory import IMPORT_BYTES, choose_context, or_more_co
 from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.quant.codecs.codec import KEPT_CODECS
 from slotmoe.sizes import format_size, parse_size
-from slotmoe.system import cores
+from slotmoe.system import MAX_THREADS, choose_placement, cores
 from slotmoe.tools import options
 from slotmoe.tools.tables import table
 
@@ -88,6 +90,11 @@ def command(
     codecs, rest = advice.choose_codecs(planned, wanted), (given["slots"], given["misses"])
     drafts = given["draft"] != "off"
     scenario = advice.Scenario(planned, target, resident, codecs, context, *rest, drafts)
+    if given["threads"] is None and _is_here(given):  # fewer where the plan fits one processor
+        plan = scenario.plan
+        size = plan.total if target.vram is None else sum(plan.host.values())
+        target = replace(target, threads=choose_placement(size).threads)
+        scenario = replace(scenario, machine=target)
     report = scenario.report(prompt_tokens, max_new_tokens)
     report["resident"] = {"precision": resident, "why": why}
     report["choices"] = scenario.choices(prompt_tokens, max_new_tokens)
@@ -127,6 +134,8 @@ def _model(name: str, revision: str | None) -> Model:
 def _machine(given: Json) -> Machine:
     """The budgets and bandwidths to plan for: as asked, or this machine's."""
     bandwidths = stored_bandwidths(machine.cache_folder() / "machine.json")
+    with suppress(OSError, AttributeError):  # kernels that do not load
+        bandwidths = bandwidths.assumed_for(machine.instruction_set() or "portable")
     vram, name = None if given["vram"] is None else parse_size(given["vram"]), given["gpu"]
     if name is not None:
         known = advice.gpu_named(name)
@@ -136,6 +145,8 @@ def _machine(given: Json) -> Machine:
     asked["pcie_busy"] = asked["pcie"]
     rates = {tier: float(parse_size(rate)) for tier, rate in asked.items() if rate is not None}
     bandwidths = bandwidths.updated("given", **rates)
+    if "ram" in rates:  # what the CPU computes beside a GPU follows from it
+        bandwidths = bandwidths.updated("by RAM", experts=0.0)
     if (drives := 1 + len(given["experts_dirs"])) > 1:
         origin = f"{bandwidths.origin_of('disk')}, times {drives} drives"
         bandwidths = bandwidths.updated(origin, disk=drives * bandwidths.disk)
@@ -152,12 +163,19 @@ def _machine(given: Json) -> Machine:
         problem = "no GPU is planned for, without which the CPU computes everything"
         raise PlanError(f"--misses {given['misses']} is given and {problem}: drop it")
     threads = given["threads"] or cores()
-    if threads < 1:
-        raise PlanError(f"threads is {threads}, expected at least 1")
+    if not 1 <= threads <= MAX_THREADS:
+        raise PlanError(f"threads is {threads}, expected 1 to {MAX_THREADS}")
+    if _is_here(given):
+        threads = min(threads, cores())
     # What run would find free, once it has imported its libraries.
     free_ram = int(machine.available_memory() * 0.9) - machine.process_bytes() + IMPORT_BYTES
     ram, free_disk = parse_size(given["ram"] or free_ram), shutil.disk_usage(Path.cwd()).free
     return Machine(ram, vram, threads, bandwidths, free_disk, name)
+
+
+def _is_here(given: Json) -> bool:
+    """Whether this machine is planned for, whatever the budgets."""
+    return all(given[name] is None for name in _MACHINE if name not in ("ram", "vram"))
 
 
 def _print(report: Json) -> None:
@@ -233,6 +251,12 @@ def _outlook(report: Json) -> list[str]:
         f"{tier} {figure(rate['bytes_per_second'] / 1e9)} GB/s ({rate['origin']})"
         for tier, rate in report["bandwidths"].items()
     ]
+    core = [
+        f"{figure(rate['per_second'] / 1e9)} G {name.replace('_', ' ')}"
+        for name, rate in report["core"].items()
+    ]
+    of = ", ".join(dict.fromkeys(rate["origin"] for rate in report["core"].values()))
+    constants = [f"{name} {figure(value)}" for name, value in report["constants"].items()]
     slowest = sorted(report["decode_seconds"].items(), key=lambda item: -item[1])
     spent = [f"{name} {1000 * seconds:.0f} ms" for name, seconds in slowest if seconds >= 5e-4]
     bound = _BOUNDS.get(report["bottleneck"], report["bottleneck"])
@@ -248,4 +272,6 @@ def _outlook(report: Json) -> list[str]:
         f"{gpu if report['estimated'] else ''}.",
         f"One token: {', '.join(spent)}.",
         f"Bandwidths: {', '.join(rates)}.",
+        f"A core of {settings['threads']}, in a second: {', '.join(core)} ({of}).",
+        f"Taken for granted: {', '.join(constants)}.",
     ]

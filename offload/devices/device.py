@@ -24,6 +24,7 @@ from torch import Tensor
 from slotmoe.offload.devices.pages import Arena, in_large_pages
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Empty, TorchBackend
+from slotmoe.system import Placement
 
 
 class Event:
@@ -79,10 +80,12 @@ class DeviceMemory:
 class Device:
     """The CPU, whose every call has done its work when it returns; ``CudaDevice`` does the same on
     a GPU.  ``device`` is where its tensors live, ``tier`` the memory that its slots take (``ram``
-    or ``vram``).  ``queues``: kernels are only queued when a call returns.  ``copy``, ``pin`` and
-    ``empty`` may be called from any thread."""
+    or ``vram``).  ``queues``: kernels are only queued when a call returns.  ``placement`` says
+    where the CPU's threads run and RAM lies.  ``copy``, ``pin`` and ``empty`` may be called from
+    any thread."""
 
     device, name, tier, queues = torch.device("cpu"), "cpu", "ram", False
+    placement = Placement(1)
 
     def backend(self, kernels: str, threads: int | None, swiglu_limit: float) -> TorchBackend:
         """What multiplies here; all as for ``pick_backend``."""
@@ -90,11 +93,11 @@ class Device:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory on the device.  Raises ``torch.OutOfMemoryError``."""
-        return in_large_pages(shape, dtype)
+        return in_large_pages(shape, dtype, self.placement.nodes)
 
     def weights(self) -> Empty:
         """An allocator for many weights that stay."""
-        return Arena().empty
+        return Arena(nodes=self.placement.nodes).empty
 
     def current(self) -> AbstractContextManager[object]:
         """Kernels are launched on this device inside, whichever thread launches them."""

@@ -7,31 +7,38 @@ import mmap
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
 from torch import Tensor
 
+from slotmoe.system import lie_on
+
 TOUCHED_AT_ONCE = 16 << 20  # bytes between two looks at whether to stop
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
 
-def page_aligned(count: int, forks: bool = True) -> Tensor:
-    """``count`` bytes of page-aligned zeros, uint8; pages cost nothing until written.  Without
-    ``forks`` a child process has no such memory: a write after a fork would move a page away from
-    under the device that copies from it."""
+def page_aligned(count: int, forks: bool = True, nodes: Sequence[int] = ()) -> Tensor:
+    """``count`` bytes of page-aligned zeros, uint8; pages cost nothing until written, and lie on
+    ``nodes``, if these are given and the system allows it.  Without ``forks`` a child process has
+    no such memory: a write after a fork would move a page away from under the device that copies
+    from it."""
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory would get small pages
     region = mmap.mmap(-1, count, flags=private)
     if hasattr(mmap, "MADV_HUGEPAGE") and count >= 4 << 20:
         region.madvise(mmap.MADV_HUGEPAGE)
     if not forks and hasattr(mmap, "MADV_DONTFORK"):
         region.madvise(mmap.MADV_DONTFORK)
-    return torch.frombuffer(region, dtype=torch.uint8)
+    memory = torch.frombuffer(region, dtype=torch.uint8)
+    if nodes:
+        lie_on(nodes, memory.data_ptr(), count)
+    return memory
 
 
-def in_large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def in_large_pages(shape: tuple[int, ...], dtype: torch.dtype, nodes: Sequence[int] = ()) -> Tensor:
     """A zero CPU tensor, in large pages from 4 MiB on where the system has them."""
-    return page_aligned(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+    return page_aligned(math.prod(shape) * dtype.itemsize, nodes=nodes).view(dtype).view(shape)
 
 
 def give_back_memory() -> None:
@@ -93,8 +100,9 @@ class Arena:
     ``reuse`` takes the last chunk again from its beginning: fresh pages cost more than a copy.
     """
 
-    def __init__(self, chunk_bytes: int = 64 << 20, alignment: int = 64):
+    def __init__(self, chunk_bytes: int = 64 << 20, alignment: int = 64, nodes: Sequence[int] = ()):
         self._chunk_bytes, self._alignment, self._lock = chunk_bytes, alignment, threading.Lock()
+        self._nodes = nodes
         self._chunk, self._used = torch.empty(0, dtype=torch.uint8), 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -103,7 +111,8 @@ class Arena:
         with self._lock:
             if self._used + size > len(self._chunk):
                 # There is room for what follows; tensors keep the old chunk alive.
-                self._chunk, self._used = page_aligned(size + self._chunk_bytes), 0
+                self._chunk = page_aligned(size + self._chunk_bytes, nodes=self._nodes)
+                self._used = 0
             memory = self._chunk[self._used : self._used + size]
             self._used += -(-size // self._alignment) * self._alignment
         return memory.view(dtype).view(shape)

@@ -29,6 +29,7 @@ from slotmoe.offload.engine.forced import Forced
 from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.engine.requests import Request, wait_for
 from slotmoe.offload.experts.disk import STUCK_SECONDS
+from slotmoe.system import bind
 
 T = TypeVar("T")
 IDLE_SECONDS = 1.0  # without a request, after which free memory goes back to the system
@@ -200,6 +201,7 @@ class Engine:
     # The thread
 
     def _run(self) -> None:
+        bind(self.model.device.placement.cpus)
         try:
             with self.model.device.current():
                 while self._has_work():

@@ -58,6 +58,7 @@ from slotmoe.quant.export.reader import Export
 from slotmoe.quant.shapes import TABLE
 from slotmoe.quant.weights import Weight
 from slotmoe.sizes import format_size, parse_size
+from slotmoe.system import choose_placement
 
 FREE_SHARE = 0.9  # of what is free, where no budget is given
 
@@ -232,7 +233,7 @@ class _Loader:
 
     def _check(self, plan: Plan) -> None:
         """Refuse a plan for more than the budget, or for more of a GPU than is free, before
-        anything is read."""
+        anything is read; then say where threads run and memory lies."""
         plan.check()
         ram = plan.total if plan.tier == "ram" else sum(plan.host.values())
         if ram > (total := total_memory()):
@@ -247,6 +248,8 @@ class _Loader:
                 f"{format_size(memory.free)} are free: give --vram {memory.free >> 20}MiB or less, "
                 "or end the programs that use it"
             )
+        self._device.placement = choose_placement(ram, self._options.threads)
+        self._backend.run_on(self._device.placement)
 
     def export(self) -> LoadedModel:
         """An export, its experts behind slots."""
@@ -414,6 +417,7 @@ class _Loader:
             kernels = "torch" if options.kernels == "torch" else "auto"
             given = kernels, options.threads, config.swiglu_limit
             cpu = pick_backend(torch.device("cpu"), *given)
+            cpu.run_on(device.placement)
             in_ram = Records(store.slab, export.layout, levels)
             hybrid = HostCompute(cpu, in_ram, store, device, max(top_k, LENT))
             levels = device.empty(tuple(levels.shape), levels.dtype).copy_(levels)

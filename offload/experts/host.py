@@ -43,7 +43,8 @@ class HostTier:
 
     def __init__(self, export: Export, direct: bool, cache: Cache, staging: int, device: Device):
         size, count = export.layout.record_bytes, cache.slots + staging
-        self.slab = page_aligned(count * size, forks=False).view(-1, size)
+        nodes = device.placement.nodes
+        self.slab = page_aligned(count * size, forks=False, nodes=nodes).view(-1, size)
         self.store, self.cache = ExpertStore(cache, self.slab, count), cache
         self._device, self._lock = device, threading.Lock()
         self._copying: deque[tuple[Event, Slot]] = deque()  # in their order

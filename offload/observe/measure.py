@@ -109,6 +109,7 @@ def expert_bandwidth(backend: TorchBackend, layout: RecordLayout, seconds: float
     from memory that no cache holds."""
     count = max(8, -(-(128 << 20) // layout.record_bytes)) // 4 * 4
     slab = page_aligned(count * layout.record_bytes).view(count, layout.record_bytes)
+    slab.fill_(1)  # pages that nobody has written are all one, which a cache holds
     records = Records(slab, layout, layout.levels())
     x_1D = torch.randn(1, layout.hidden_size, generator=torch.Generator().manual_seed(0))
     slots_E, y_1KD = torch.arange(count, dtype=torch.int32), x_1D.new_empty(1, 4, x_1D.shape[1])

@@ -21,7 +21,7 @@ from slotmoe.model.names import resident_shapes
 from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.divergence import expected
 from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, sizes_of
-from slotmoe.offload.plan.speed import Bandwidths, Setting
+from slotmoe.offload.plan.speed import CORE, CPU_CONSTANTS, GPU_CONSTANTS, Bandwidths, Setting
 from slotmoe.offload.policy.hybrid import choose_mode
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, ExpertCodecs, to_version_2
 from slotmoe.quant.shapes import RESIDENT_MODES
@@ -290,7 +290,10 @@ class Scenario:
         experts = len(config.moe_layers) * config.n_routed_experts
         components = memory.by_name(plan) | {"all experts": {"disk": experts * plan.record_bytes}}
         gpu, rates = machine.vram is not None, machine.bandwidths
-        tiers = ("ram", "disk", "gpu", "pcie") if gpu else ("ram", "disk")
+        names = ("ram", "disk", "gpu", "pcie") if gpu else ("ram", "disk")
+        bandwidths = {name: getattr(rates, name) for name in names}
+        if gpu:
+            bandwidths["experts"] = rates.beside_gpu()
         report: Json = {
             "model": self.model.name,
             "notes": config.notes,
@@ -310,9 +313,14 @@ class Scenario:
             "record_bytes": plan.record_bytes,
             "prefill_chunk": plan.prefill_chunk,
             "bandwidths": {
-                tier: {"bytes_per_second": getattr(rates, tier), "origin": rates.origin_of(tier)}
-                for tier in tiers
+                tier: {"bytes_per_second": rate, "origin": rates.origin_of(tier)}
+                for tier, rate in bandwidths.items()
             },
+            "core": {
+                name: {"per_second": getattr(rates, name), "origin": rates.origin_of(name)}
+                for name in CORE
+            },
+            "constants": GPU_CONSTANTS if gpu else CPU_CONSTANTS,
             "largest_context": self.largest_context(),
             "predicted_peak": by_tier(memory.predicted_components(plan, prompt_tokens, new_tokens)),
             "ways_out": self.ways_out(),

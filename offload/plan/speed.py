@@ -1,8 +1,8 @@
 """How fast a plan can run: bytes over bandwidth, and what was measured of the rest.  Without torch.
 
-Each constant here is a measurement of this project's kernels, named beside it; the bandwidths are
-the machine's own (``slotmoe bench --calibrate`` stores them), given by the user, or assumed, and
-the report says which.
+Bandwidths and the speed of a core are the machine's own (``slotmoe bench --calibrate`` stores
+them), given by the user, or assumed, and the report says which.  The other constants here are
+measurements of this project, named beside them and in the report.
 """
 
 import math
@@ -15,10 +15,12 @@ from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import read_json
 from slotmoe.model.config import Config
 from slotmoe.offload.plan.attention import attention_products, kv_read_bytes
-from slotmoe.offload.plan.memory import HELP_BYTES, Plan, Sizes
+from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes, sizes_of
 from slotmoe.offload.shared_files import write_note
+from slotmoe.quant.codecs.codec import DEFAULT_CODECS
 
-KERNEL_SHARE = 0.95  # of the read bandwidth that decode's kernels reach (2 Zen 4 cores)
+KERNEL_SHARE = 0.95  # of the bandwidth, RAM's or of cores, that decode reaches (2 Zen 4 cores)
+PREFILL_SHARE = 0.75  # of the kernels' speed that prefill reaches (V2-Lite, 2 Zen 5 cores)
 GPU_SHARE = 0.6  # the same on a GPU: assumed, not measured
 GPU_LAUNCHES = 8  # kernels of a layer in one graph, counted by a test; one more with q-LoRA
 GPU_LAUNCH_SECONDS = 1.5e-6  # between two kernels of a graph: assumed
@@ -28,25 +30,47 @@ GPU_MISS_SECONDS = 1.2e-4
 TOKEN_SECONDS = 5e-4  # Python and torch of a token: 0.4 ms with the sample, 1.2 with V2-Lite
 LAYER_SECONDS = 2e-4  # the same of a layer with a call of its own
 MISS_SECONDS = 1.7e-4  # Python, a colder read and a kernel call for an expert read by the decoder
-THREAD_ATTENTION = 260e9  # attention's multiply-adds a second on one thread (Zen 5, AVX-512 VNNI)
-THREAD_PREFILL = 84e9  # prefill's multiply-adds a second on one thread
 # Hits of the default policy against the share of experts in slots: the sample, held-out texts.
 TEXT_HITS = ((0.0, 0.0), (0.1, 0.31), (0.25, 0.56), (0.5, 0.8), (1.0, 1.0))
-MEASURED = ("ram", "disk", "latency", "gpu", "pcie", "pcie_busy", "experts")
+CORE = ("int8_products", "coded_products", "attention_products", "core_bytes")
+# What every prediction takes for granted, by its name in the report: on a CPU, and on a GPU.
+CPU_CONSTANTS = {
+    "decode's share of the bandwidth": KERNEL_SHARE,
+    "prefill's share of a core's products": PREFILL_SHARE,
+    "seconds of Python a token": TOKEN_SECONDS,
+    "a layer by itself": LAYER_SECONDS,
+    "a small read": MISS_SECONDS,
+}
+GPU_CONSTANTS = {
+    "share of GPU memory's bandwidth": GPU_SHARE,
+    "kernels a layer": GPU_LAUNCHES,
+    "seconds between two": GPU_LAUNCH_SECONDS,
+    "a layer that waits": GPU_MISS_SECONDS,
+}
+MEASURED = ("ram", "disk", "latency", "gpu", "pcie", "pcie_busy", "experts", *CORE)
+# Products and bytes of a core beside those with AVX-512, by the first letters of the instruction
+# set: one Zen 5 core.  NEON and AVX-VNNI are guesses.
+SETS = {"avx2": (0.25, 0.7), "avxvnni": (0.35, 0.7), "neon": (0.25, 0.7), "portable": (0.02, 0.03)}
 
 
 @dataclass(frozen=True)
 class Bandwidths:
-    """Bytes a second of each tier, seconds of one small read, and where the figures come from:
-    ``assumed``, ``given`` or ``measured on DATE``."""
+    """Bytes a second of each tier, seconds of one small read, what a core gets through in a second,
+    and where the figures come from: ``assumed``, ``given`` or ``measured on DATE``."""
 
     ram: float = 40e9
     disk: float = 2e9
     gpu: float = 500e9
     pcie: float = 25e9
     pcie_busy: float = 20e9  # the same while the CPU computes experts
-    experts: float = 20e9  # records that the CPU's kernels get through meanwhile
+    experts: float = 0.0  # records that the CPU's kernels get through meanwhile; 0: see beside_gpu
     latency: float = 1e-4  # seconds of one small read from the disk
+    # Of a core: multiply-adds of many tokens by int8 weights, by coded ones, and in attention; and
+    # bytes of weights for one token.
+    int8_products: float = 110e9
+    coded_products: float = 110e9
+    attention_products: float = 200e9
+    core_bytes: float = 25e9
     origin: dict[str, str] = field(default_factory=dict)
 
     def updated(self, origin: str, **values: float) -> "Bandwidths":
@@ -56,6 +80,19 @@ class Bandwidths:
     def origin_of(self, name: str) -> str:
         """Where the figure of tier ``name`` comes from."""
         return self.origin.get(name, "assumed")
+
+    def assumed_for(self, isa: str) -> "Bandwidths":
+        """What was not measured of a core as it is assumed for kernels of that instruction set."""
+        factors = next((SETS[name] for name in SETS if isa.startswith(name)), (1.0, 1.0))
+        names = [name for name in CORE if name not in self.origin]
+        values = {name: getattr(self, name) * factors[name == "core_bytes"] for name in names}
+        return self.updated(f"assumed for {isa}", **values)
+
+    def beside_gpu(self) -> float:
+        """``experts``, or if it was not measured what copies to the GPU leave of the RAM's
+        bandwidth, half of it at least."""
+        ram = KERNEL_SHARE * self.ram
+        return self.experts or max(ram - self.pcie_busy, ram / 2)
 
 
 def stored_bandwidths(path: Path) -> Bandwidths:
@@ -149,31 +186,41 @@ class Setting:
         if on_cpu:
             attention = attention_products(c, depth)
             return seconds | {
-                "RAM": touched / rates.ram / KERNEL_SHARE,
-                "attention": attention / (self.threads * THREAD_ATTENTION),
+                # The cores may be too few to keep the RAM busy.
+                "RAM": touched / min(rates.ram, self.threads * rates.core_bytes) / KERNEL_SHARE,
+                "attention": attention / (self.threads * rates.attention_products),
             }
+        experts = min(rates.beside_gpu(), self.threads * rates.core_bytes)
         absent = used * (1 - self.hits(self.plan.slots)) * record
         computed = {
             "fetch": {"PCIe": absent / rates.pcie},
-            "cpu": {"CPU experts": absent / rates.experts},
-            "hybrid": {"PCIe and CPU experts": absent / (rates.pcie_busy + rates.experts)},
+            "cpu": {"CPU experts": absent / experts},
+            "hybrid": {"PCIe and CPU experts": absent / (rates.pcie_busy + experts)},
         }
         return seconds | {"GPU memory": touched / rates.gpu / GPU_SHARE} | computed[self.misses]
 
     def _prefill(self, tokens: int) -> float | None:
-        """Tokens a second of a prompt: each pass loads its experts once; GPU computing is free."""
-        c, rates, plan = self.config, self.bandwidths, self.plan
-        uses = len(c.moe_layers) * c.num_experts_per_tok
-        work = self.sizes.touched + uses * 3 * c.hidden_size * c.moe_intermediate_size
-        unused = 1 - c.num_experts_per_tok / c.n_routed_experts
-        experts = len(c.moe_layers) * c.n_routed_experts
-        seconds = 0.0
+        """Tokens a second of a prompt: each pass loads its experts once and reads all weights from
+        RAM for every step; GPU computing is free."""
+        c, rates, plan, record = self.config, self.bandwidths, self.plan, self.sizes.record_bytes
+        experts, K = len(c.moe_layers) * c.n_routed_experts, c.num_experts_per_tok
+        head = c.vocab_size * c.hidden_size  # only for the last token
+        dense = sizes_of(c, "int8", DEFAULT_CODECS).touched - head
+        routed = len(c.moe_layers) * K * 3 * c.hidden_size * c.moe_intermediate_size
+        speed, seconds = self.threads * PREFILL_SHARE, 0.0
+        each = dense / rates.int8_products + routed / rates.coded_products  # of a token, one core
+
+        def used(tokens: int) -> float:  # bytes of experts
+            return experts * (1 - (1 - K / c.n_routed_experts) ** tokens) * record
+
         for start in range(0, tokens, plan.prefill_chunk):
             chunk = min(tokens - start, plan.prefill_chunk)
-            needed = experts * (1 - unused**chunk) * self.sizes.record_bytes
+            needed, step = used(chunk), min(chunk, PREFILL_CHUNK)
             disk = needed * (1 - self.hits(max(plan.slots, plan.host_slots))) / rates.disk
             if plan.tier == "ram":
-                seconds += math.hypot(chunk * work / (self.threads * THREAD_PREFILL), disk)
+                attended = attention_products(c, start + chunk // 2) / rates.attention_products
+                read = (self.sizes.touched + used(step)) * chunk / step / rates.ram / KERNEL_SHARE
+                seconds += math.hypot(max(chunk * (each + attended) / speed, read), disk)
             else:
                 seconds += max(needed * (1 - self.hits(plan.slots)) / rates.pcie, disk)
         return tokens / seconds if seconds else None

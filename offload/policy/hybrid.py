@@ -19,7 +19,7 @@ BOUND_TOKENS = 3
 
 def cpu_cost(bandwidths: Bandwidths) -> float:
     """How many records are copied to the GPU while the CPU computes one for a token."""
-    return bandwidths.pcie_busy / bandwidths.experts
+    return bandwidths.pcie_busy / bandwidths.beside_gpu()
 
 
 def choose_mode(wanted: str, bandwidths: Bandwidths, top_k: int) -> str:

@@ -22,6 +22,7 @@ from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.weights import Matrix
 from slotmoe.quant.weights import Weight, dequantize, map_tensors, rows
+from slotmoe.system import Placement
 
 Prepared = Weight | Matrix  # a matrix is bound for native calls
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
@@ -103,6 +104,11 @@ class TorchBackend:
     def threads(self) -> int:
         """CPU threads that the products use."""
         return torch.get_num_threads()
+
+    def run_on(self, placement: Placement) -> None:
+        """Use these threads of the CPU.  torch makes its own from the thread that computes, and
+        they run where that one may."""
+        torch.set_num_threads(placement.threads)
 
     def seconds(self) -> dict[str, float]:
         """Seconds spent in each kernel so far; nothing of torch's own operations."""

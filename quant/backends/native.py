@@ -40,6 +40,7 @@ from slotmoe.quant.kernels.cpu.tokens import Tokens
 from slotmoe.quant.kernels.cpu.weights import ExpertRecord, Matrix, Mlp
 from slotmoe.quant.shapes import latent_bytes
 from slotmoe.quant.weights import Weight
+from slotmoe.system import Placement
 
 # Whose seconds a native decode call reports.
 _STAGES = ("attention", "gate", "experts", "shared experts and dense layers")
@@ -134,6 +135,10 @@ class NativeBackend(TorchBackend):
     @property
     def threads(self) -> int:
         return self._native.threads
+
+    def run_on(self, placement: Placement) -> None:
+        self._native.set_threads(placement.threads)
+        self._native.set_cpus(placement.cpus)
 
     def seconds(self) -> dict[str, float]:
         return self._native.seconds()

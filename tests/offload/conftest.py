@@ -21,6 +21,7 @@ def quick_measurements():
         patch.setattr(measure, "_MEASURED_BYTES", 16 << 20)
         patch.setattr(measure.disk_bandwidth, "__defaults__", (64 << 20,))
         rate = measure.expert_bandwidth
+        patch.setattr("slotmoe.tools.bench.speed._TURNS", 1)
         patch.setattr(measure, "expert_bandwidth", lambda *given, seconds: rate(*given, seconds=0))
         yield
 

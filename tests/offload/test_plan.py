@@ -243,8 +243,9 @@ def test_split_misses_are_predicted_by_both_bandwidths(plan, planned):
     spent = {mode: planned(*arguments, mode)["decode_seconds"] for mode in modes}
     assert spent["auto"] == spent["fetch"]
     fetched, computed = spent["fetch"]["PCIe"], spent["cpu"]["CPU experts"]
-    assert computed == pytest.approx(fetched)  # 20 GB/s is also what is assumed of the CPU
-    assert spent["hybrid"]["PCIe and CPU experts"] == pytest.approx(fetched / 2)
+    left = 0.95 * 40 / 2  # GB/s of RAM beside the copies: half at least
+    assert computed == pytest.approx(fetched * 20 / left)
+    assert spent["hybrid"]["PCIe and CPU experts"] == pytest.approx(fetched * 20 / (20 + left))
     code, _, err = plan("v2-lite", "--device", "cpu", "--misses", "cpu")
     assert code == 2 and "--misses cpu is given and no GPU is planned for" in err
 

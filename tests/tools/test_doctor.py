@@ -6,6 +6,7 @@ from importlib import metadata
 
 import pytest
 
+from slotmoe import system
 from slotmoe.tools import doctor
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -43,8 +44,25 @@ def test_other_processors(report, monkeypatch, tmp_path):
     assert report()[1]["system"]["state"] == "note"
 
 
+def test_several_nodes(report, monkeypatch):
+    two = [system.Processor((0,), (0,), 1), system.Processor((1,), (1,), 1)]
+    monkeypatch.setattr(system, "processors", lambda: two)
+    asked = []
+    for allowed, state in ((True, "ok"), (False, "note")):
+
+        def lie_on(nodes, address, size, allowed=allowed):
+            asked.append((nodes, address % 4096))
+            return allowed
+
+        monkeypatch.setattr(system, "lie_on", lie_on)
+        check = report()[1]["NUMA"]
+        assert check["state"] == state and check["found"].startswith("2 nodes; memory ")
+        assert ("mbind" in check["advice"]) != allowed
+    assert asked == [([0, 1], 0)] * 2
+
+
 def test_missing_kernels(report, monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor.quant, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(doctor.machine.quant, "__file__", str(tmp_path / "__init__.py"))
     code, checks = report()
     assert (code, checks["kernels"]["state"]) == (1, "bad")
     assert "up to 200 times slower" in checks["kernels"]["found"]

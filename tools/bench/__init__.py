@@ -25,7 +25,7 @@ from slotmoe.tools.tables import table
 @count("--decode-tokens", 64, "Tokens of one decode run.")
 @count("--depth", 0, "Tokens taken as cached already.", least=0)
 @count("--repetitions", 5, "Runs; medians are reported.")
-@flag("--calibrate", "Keep the bandwidths measured here for slotmoe plan.")
+@flag("--calibrate", "Keep bandwidths and a core's speed, measured here, for slotmoe plan.")
 @runtime_options
 @JSON
 def command(

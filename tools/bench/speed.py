@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 
+from slotmoe.offload.devices.pages import in_large_pages
+from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.observe import measure as observed
 from slotmoe.offload.runtime import Runtime
-from slotmoe.tools.bench.turns import prefill_seconds, take_turns, token_seconds
+from slotmoe.quant.backends.base import Records
+from slotmoe.quant.export.layout import RecordLayout
+from slotmoe.quant.int8 import Int8Weight
+from slotmoe.tools.bench.turns import prefill_seconds, seconds, take_turns, token_seconds
 
+_TURNS = 25  # of each of a core's kernels: a second in all on two fast cores
 _COUNTERS = ("cache", "prefetch", "drafts", "misses", "memory")
 
 
@@ -25,11 +34,42 @@ def calibration(runtime: Runtime, report: dict[str, Any]) -> dict[str, float]:
     )
     disk /= len(runtime.model.export.folders)
     bandwidths = {"disk": disk, "latency": observed.disk_latency(runtime.model.export)}
+    bandwidths |= core_rates(runtime.model)
     fast = report["ceiling"]["read_bandwidth"]
     if (link := report["link"]) is None:
         return bandwidths | {"ram": fast}
     bandwidths |= {name: link[name] for name in ("pcie", "pcie_busy", "experts")}
     return bandwidths | {"gpu": fast, "ram": observed.ram_bandwidth(runtime.model)}
+
+
+def core_rates(model: LoadedModel) -> dict[str, float]:
+    """What a core's native kernels get through in a second, in V2-Lite's shapes, by the names of
+    ``slotmoe.offload.plan.speed.CORE``: products with all threads at work, bytes with one."""
+    backend, layout = model.cpu, RecordLayout(2048, 1408, model.export.layout.codecs)
+    if backend.kind != "native":
+        return {}
+    H, inner, rows, E, heads, R, P = 2048, 1408, 48, 8, 16, 512, 64
+    x_TH, weight_NH = torch.randn(512, H), torch.randint(-127, 128, (4096, H), dtype=torch.int8)
+    int8 = backend.prepare("linear", Int8Weight(weight_NH, torch.ones(len(weight_NH))))
+    slab = in_large_pages((E, layout.record_bytes), torch.uint8).fill_(1)
+    records, y_TED = Records(slab, layout, layout.levels()), torch.empty(rows, E, H)
+    slots_E, all_TE = torch.arange(E).int(), torch.arange(E).expand(rows, E).contiguous()
+    columns, dtype = backend.latent_row(R, P)
+    rows_TX, q_THW = torch.empty(2048, columns, dtype=dtype), torch.randn(128, heads, R + P)
+    backend.store_latents(torch.randn(2048, R + P), R, rows_TX)
+    ways: dict[str, Callable[[], object]] = {
+        "int8_products": lambda: backend.linear(x_TH, int8),
+        "coded_products": lambda: backend.experts(x_TH[:rows], records, slots_E, all_TE, y_TED),
+        "attention_products": lambda: backend.mla(q_THW, rows_TX, R, 0.1),
+    }
+    work = (512 * H * 4096, rows * E * 3 * H * inner, 128 * 1984 * heads * (2 * R + P))
+    spent = take_turns({name: partial(seconds, way) for name, way in ways.items()}, _TURNS)
+    pairs = zip(ways, work, strict=True)
+    rates = {name: count / median(spent[name]) / backend.threads for name, count in pairs}
+    backend.run_on(replace(model.device.placement, threads=1))
+    rates["core_bytes"] = observed.expert_bandwidth(backend, layout, seconds=0.3)
+    backend.run_on(model.device.placement)
+    return rates
 
 
 def measure(

@@ -13,12 +13,12 @@ from rich.live import Live
 from slotmoe import __version__
 from slotmoe.errors import PlanError
 from slotmoe.jsonfile import Json
-from slotmoe.offload.machine import peak_rss
+from slotmoe.offload.machine import cache_folder, peak_rss
 from slotmoe.offload.observe import measure
 from slotmoe.offload.observe.memory_sampler import MemorySampler
 from slotmoe.offload.observe.profiler import Profiler, attach
 from slotmoe.offload.plan.memory import or_more_context
-from slotmoe.offload.plan.speed import Bandwidths
+from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.calibrate import read_text
 from slotmoe.tools.options import generation_arguments, open_runtime, prompt_text, say
@@ -175,7 +175,8 @@ def measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> Js
     fast = {**link, "gpu": measure.read_bandwidth(model)} if link else {}
     ram, disk = measure.ram_bandwidth(model), measure.disk_bandwidth(model.export)
     latency = measure.disk_latency(model.export)
-    rates = Bandwidths().updated("measured", ram=ram, disk=disk, latency=latency, **fast)
+    rates = stored_bandwidths(cache_folder() / "machine.json")
+    rates = rates.updated("measured", ram=ram, disk=disk, latency=latency, **fast)
     report["bandwidths"] = {"ram": ram, "disk": disk, "disk_latency": latency, **fast}
     prompt, new = max(prompt, 1), max(new, 1)
     report["verdict"] = verdict(report, model, prompt, new, rates)

@@ -111,9 +111,10 @@ void quantize_x(Job& job, const Isa& isa, const float* x, int64_t k, int64_t t, 
 
 // --- settings
 
-EXPORT int slotmoe_abi() { return 14; }
+EXPORT int slotmoe_abi() { return 15; }
 EXPORT void slotmoe_set_threads(int n) { set_threads(n); }
 EXPORT int slotmoe_threads() { return get_threads(); }
+EXPORT void slotmoe_set_cpus(const int32_t* cpus, int count) { set_cpus(cpus, count); }
 
 // Reads `bytes` once with every thread.
 EXPORT uint64_t slotmoe_read(const void* memory, int64_t bytes) {

@@ -16,7 +16,7 @@ down codes, then gate, up and down scales, 64-byte-aligned, then any padding.
 
 import ctypes
 import importlib.machinery
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -32,8 +32,9 @@ from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, Function, ten
 from slotmoe.quant.kernels.cpu.tokens import Tokens, address, layer_rows
 from slotmoe.quant.kernels.cpu.weights import ROUTER, ExpertRecord, Matrix, Structure, router_values
 from slotmoe.quant.shapes import latent_bytes
+from slotmoe.system import cores
 
-ABI = 14
+ABI = 15
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _ROUTER = Structure(ROUTER)
 _PARTS = ("attention", "route", "experts_by_slot", "mlp")  # whose seconds `decode` measures
@@ -67,6 +68,7 @@ class Kernels:
         self._lib.slotmoe_read.argtypes = ctypes.c_void_p, ctypes.c_int64
         if self._lib.slotmoe_abi() != ABI:
             raise OSError(f"{path} has ABI {self._lib.slotmoe_abi()}, expected {ABI}")
+        self.set_threads(cores())
         self._functions = {name: Function(self._lib, name) for name in SIGNATURES}
         functions = self._functions
         self.mlp = functions["mlp"]
@@ -116,6 +118,10 @@ class Kernels:
         if not 1 <= count <= 256:
             raise ValueError(f"{count} threads: expected 1 to 256")
         self._lib.slotmoe_set_threads(count)
+
+    def set_cpus(self, cpus: Sequence[int]) -> None:
+        """Where threads run from the next call on, the caller excepted; anywhere for none."""
+        self._lib.slotmoe_set_cpus((ctypes.c_int32 * len(cpus))(*cpus), len(cpus))
 
     def read(self, memory: Tensor) -> None:
         """Read every byte of uint8 [n] with all threads: the kernels' bound."""

@@ -11,6 +11,9 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
+#if defined(__linux__)
+#include <sched.h>
+#endif
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
@@ -43,65 +46,71 @@ bool spin_until(Ready ready) {
     return ready();
 }
 
-int default_threads() {
-    const int n = int(std::thread::hardware_concurrency());
-    return n < 1 ? 1 : n > kMaxThreads ? kMaxThreads : n;
-}
-
-std::atomic<int> wanted_threads{0};  // survives a fork, unlike the pool
+std::atomic<int> wanted_threads{1};  // survives a fork, unlike the pool
 
 }  // namespace
 
 struct Pool {
     std::mutex job;  // held by the running job
 
-    // generation << 17 | open << 16 | workers inside. A worker enters only while the phase is open and the caller waits
-    // only for those inside: a worker that the system does not schedule costs its share of the speed, nothing more.
-    static constexpr uint64_t kInside = 0xffff, kOpen = 1 << 16, kGeneration = 1 << 17;
+    // phase << 1 | open. A worker goes in by saying so in a cache line of its own, and looks again whether the phase is
+    // open; the caller closes it and waits for those that are inside. A worker that the system does not schedule costs
+    // its share of the speed, nothing more. No line is written by all threads: that takes longer than a phase of many.
+    static constexpr uint64_t kOpen = 1;
     std::atomic<uint64_t> state{0};
-    struct alignas(64) Next {
-        std::atomic<int64_t> value{0};
+    struct Thread {
+        alignas(64) std::atomic<bool> inside{false};
+        // Low half of the phase << 32 | elements of the thread's range that are taken; in a later phase none are.
+        alignas(64) std::atomic<uint64_t> taken{0};
     };
-    Next next[kMaxThreads];  // of each thread's range
+    Thread thread[kMaxThreads];
     PhaseFn fn = nullptr;
     void* context = nullptr;
-    int64_t count = 0, grain = 1;
+    int64_t each = 0, rest = 0, grain = 1;  // elements of a range; one more in the first `rest`
 
     std::mutex sleep;
     std::condition_variable wake, done;
     std::atomic<int> sleeping{0};
     std::atomic<bool> caller_sleeps{false}, stop{false};
     std::vector<std::thread> workers;
+#if defined(__linux__)
+    cpu_set_t cpus{};  // that workers are bound to; to none if there are none
+#endif
 
     void* buffer[kScratchSlots] = {};
     size_t size[kScratchSlots] = {};
 
     int threads() const { return int(workers.size()) + 1; }
 
-    void share(int thread) {
+    void share(int self, uint64_t phase) {
         const int n = threads();
         for (int i = 0; i < n; i++) {
-            const int range = (thread + i) % n;
-            const int64_t end = count * (range + 1) / n;
-            int64_t begin = next[range].value.load();
-            while (begin < end) {
+            const int range = self + i < n ? self + i : self + i - n;
+            const int64_t size = each + (range < rest), first = each * range + (range < rest ? range : rest);
+            uint64_t taken = thread[range].taken.load();
+            for (;;) {
+                const int64_t begin = uint32_t(taken >> 32) == uint32_t(phase) ? uint32_t(taken) : 0;
+                if (begin >= size) break;
                 // Half of what is left: long streams, and yet all threads are done at about the same time.
-                const int64_t half = (end - begin + 1) / 2, piece = half > grain          ? half
-                                                                    : end - begin < grain ? end - begin
-                                                                                          : grain;
-                if (!next[range].value.compare_exchange_weak(begin, begin + piece)) continue;
-                fn(context, thread, begin, begin + piece);
-                begin = next[range].value.load();
+                const int64_t left = size - begin, half = (left + 1) / 2;
+                const int64_t end = begin + (half > grain ? half : left < grain ? left : grain);
+                const uint64_t more = phase << 32 | uint64_t(end);
+                if (!thread[range].taken.compare_exchange_weak(taken, more)) continue;
+                fn(context, self, first + begin, first + end);
+                taken = more;
             }
         }
     }
 
-    void worker(int thread, uint64_t seen) {
+    void worker(int self, uint64_t seen) {
         std::fesetenv(FE_DFL_ENV);  // a new thread inherits its maker's, which may flush denormals
+#if defined(__linux__)
+        if (CPU_COUNT(&cpus)) sched_setaffinity(0, sizeof cpus, &cpus);
+#endif
         for (;;) {
             const auto called = [&] {
                 const uint64_t s = state.load();
-                return stop.load() || ((s & kOpen) && s / kGeneration != seen);
+                return stop.load() || ((s & kOpen) && s != seen);
             };
             if (!spin_until(called)) {
                 std::unique_lock<std::mutex> lock(sleep);
@@ -110,13 +119,14 @@ struct Pool {
                 sleeping--;
             }
             if (stop.load()) return;
-            uint64_t s = state.load();
-            while ((s & kOpen) && !state.compare_exchange_weak(s, s + 1)) {
+            const uint64_t s = state.load();
+            thread[self].inside.exchange(true);  // qemu lets the load below overtake a store to an ARM's memory
+            if ((s & kOpen) && state.load() == s) {
+                seen = s;
+                share(self, s / 2);
             }
-            if (!(s & kOpen)) continue;
-            seen = s / kGeneration;
-            share(thread);
-            if ((state.fetch_sub(1) & kInside) == 1 && caller_sleeps.load()) {
+            thread[self].inside.exchange(false);  // as above
+            if (caller_sleeps.load()) {
                 std::lock_guard<std::mutex> lock(sleep);
                 done.notify_one();
             }
@@ -131,15 +141,23 @@ struct Pool {
     }
 
     void run() {
-        for (int i = 0; i < threads(); i++) next[i].value.store(count * i / threads());
-        state.store((state.load() / kGeneration + 1) * kGeneration | kOpen);
+        uint64_t phase = state.load() / 2 + 1;
+        if (uint32_t(phase) == 0) {  // what a range has of a phase long ago would pass for this one's
+            for (Thread& t : thread) t.taken.store(0);
+            phase++;
+        }
+        state.store(phase << 1 | kOpen);
         wake_sleepers();
-        share(0);
+        share(0, phase);
         state.fetch_and(~kOpen);
-        const auto finished = [&] { return (state.load() & kInside) == 0; };
+        int left = 1;  // threads before it are done: none goes in any more
+        const auto finished = [&] {
+            while (left < threads() && !thread[left].inside.load()) left++;
+            return left == threads();
+        };
         if (spin_until(finished)) return;
         std::unique_lock<std::mutex> lock(sleep);
-        caller_sleeps.exchange(true);  // qemu lets the load below overtake a store to an ARM's memory
+        caller_sleeps.exchange(true);  // as above
         done.wait(lock, finished);
         caller_sleeps.store(false);
     }
@@ -152,7 +170,7 @@ struct Pool {
         for (auto& w : workers) w.join();
         workers.clear();
         stop.store(false);
-        const uint64_t seen = state.load() / kGeneration;
+        const uint64_t seen = state.load();
         try {
             for (int i = 1; i < threads; i++) workers.emplace_back([this, i, seen] { worker(i, seen); });
         } catch (...) {  // the system gives no more threads: work with what there is
@@ -191,8 +209,7 @@ Job::Job() : pool_(pool()) {
     pool_->job.lock();
     std::fegetenv(&environment_);
     std::fesetenv(FE_DFL_ENV);
-    const int wanted = wanted_threads.load();
-    pool_->resize(wanted > 0 ? wanted : default_threads());
+    pool_->resize(wanted_threads.load());
 }
 
 Job::~Job() {
@@ -209,7 +226,8 @@ void Job::run(PhaseFn fn, void* context, int64_t count) {
     }
     pool_->fn = fn;
     pool_->context = context;
-    pool_->count = count;
+    pool_->each = count / pool_->threads();
+    pool_->rest = count % pool_->threads();
     const int64_t pieces = int64_t(pool_->threads()) * kSmallestPieces;
     pool_->grain = (count + pieces - 1) / pieces;
     pool_->run();
@@ -229,9 +247,17 @@ void* Job::scratch_bytes(int slot, size_t bytes) {
 
 void set_threads(int threads) { wanted_threads.store(threads < 1 ? 1 : threads > kMaxThreads ? kMaxThreads : threads); }
 
-int get_threads() {
-    const int wanted = wanted_threads.load();
-    return wanted > 0 ? wanted : default_threads();
+int get_threads() { return wanted_threads.load(); }
+
+void set_cpus(const int32_t* cpus, int count) {
+#if defined(__linux__)
+    Pool* p = pool();
+    std::lock_guard<std::mutex> lock(p->job);
+    p->resize(1);  // the next job makes new workers
+    CPU_ZERO(&p->cpus);
+    for (int i = 0; i < count; i++)
+        if (cpus[i] < CPU_SETSIZE) CPU_SET(cpus[i], &p->cpus);
+#endif
 }
 
 }  // namespace slotmoe

@@ -52,5 +52,8 @@ private:
 
 void set_threads(int threads);
 int get_threads();
+// The caller excepted, threads run on these from the next job on; for none of them, and elsewhere than on Linux, where
+// the system puts them.
+void set_cpus(const int32_t* cpus, int count);
 
 }  // namespace slotmoe
