@@ -27,12 +27,12 @@ def place(left: int, costs: int, line: Sequence[tuple[int, int]]) -> int:
 
 def shares(line: Sequence[int], budget: int) -> list[int]:
     """How many tokens of each prompt the next pass reads, at most ``budget``, by the tokens that
-    each in the line has left.  One behind others gets no more than those before it together, so
-    that they wait for it no longer than for themselves, or all of its tokens if these are at most
-    twice as many."""
+    each in the line has left.  Those that have at most twice as many as the first are read with it,
+    since they share its experts.  Another gets as many as those before it together, so that they
+    wait for it no longer than for themselves."""
     counts, taken = list[int](), 0
     for left in line:
-        most = left if not taken or left <= 2 * taken else max(PIECE, taken)
+        most = left if left <= 2 * line[0] else max(PIECE, taken)
         if not (count := min(left, most, budget - taken)):
             break
         counts.append(count)

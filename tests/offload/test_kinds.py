@@ -3,12 +3,15 @@
 import pytest
 import torch
 
+from slotmoe.offload.engine.forced import Forced
+from slotmoe.offload.engine.mtp_drafts import HeadDrafts
+from slotmoe.offload.engine.requests import Request
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.policy.drafts import Drafting
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.kernels.cpu.bindings import load
 from tests.support import v4
-from tests.support.engine import decode, whole
+from tests.support.engine import at_once, decode, passes_of, together, whole
 
 pytestmark = pytest.mark.skipif(load() is None, reason="the native kernels are not built")
 # Over a window, a compressed row of 128 and what an indexer chooses.
@@ -70,13 +73,21 @@ def test_texts_alone_and_at_once(export, wanted):
         assert texts(runtime) == wanted[1]
 
 
-@pytest.mark.parametrize("draft", ["ngram", "mtp"])
-def test_drafts_change_no_bit(export, wanted, draft, monkeypatch):
+@pytest.fixture
+def eager(monkeypatch):
     """What is drafted is always computed, however unlikely."""
-    if "odd" in str(export) or (draft == "mtp" and "glm" in str(export)):
-        pytest.skip("no decode in one call, or no head that predicts one token more")
     monkeypatch.setattr(Drafting, "lengths", lambda self, chances: [len(each) for each in chances])
     monkeypatch.setattr(Drafting, "pays", lambda self, chance, cost: True)
+
+
+def check(export, draft):
+    if "odd" in str(export) or (draft == "mtp" and "glm" in str(export)):
+        pytest.skip("no decode in one call, or no head that predicts one token more")
+
+
+@pytest.mark.parametrize("draft", ["ngram", "mtp"])
+def test_drafts_change_no_bit(export, wanted, draft, eager):
+    check(export, draft)
     repeated = IDS[:50] * 5
     with opened(export) as plainly:
         rows = plainly.logits(repeated)
@@ -85,6 +96,47 @@ def test_drafts_change_no_bit(export, wanted, draft, monkeypatch):
         got = decode(runtime, repeated[:120], repeated[120:])
         assert torch.equal(got, rows[119:])
         assert runtime.stats()["drafts"]["drafted"] > 0
+
+
+PROMPTS = [IDS[:200], IDS[60:69], IDS[70:290], IDS[5:46]]
+
+
+@pytest.mark.parametrize("draft", ["off", "ngram", "mtp"])
+def test_prompts_in_the_same_passes(export, draft, eager, monkeypatch):
+    """Which take 170 tokens of all, in steps of 100; the ends of some are decoded meanwhile."""
+    if draft != "off":
+        check(export, draft)
+    monkeypatch.setattr("slotmoe.offload.engine.loading.PREFILL_CHUNK", 100)
+    following = [*IDS[20:40], *IDS[20:40]]
+    with opened(export) as runtime:
+        alone = [decode(runtime, prompt, following) for prompt in PROMPTS]
+    with opened(export, sequences=4, draft=draft) as runtime:
+        runtime.plan.__dict__["prefill_chunk"] = 170
+        passes = passes_of(runtime, monkeypatch)
+        assert all(map(torch.equal, together(runtime, PROMPTS, following), alone))
+        assert any(len(rows) > 2 and max(rows) < 0 for rows in passes)
+        assert any(min(rows) < 0 < max(rows) for rows in passes)
+        whole(runtime)
+
+
+def test_a_head_that_fails_ends_the_texts_of_its_pass(export, monkeypatch):
+    """And only these: their states are as long as they are."""
+    check(export, "mtp")
+    with opened(export, sequences=4, draft="mtp") as runtime:
+        runtime.plan.__dict__["prefill_chunk"] = 170
+        alone, calls, read = together(runtime, PROMPTS), [], HeadDrafts.read
+        runtime.engine.empty()
+
+        def fail(*given):
+            calls.append(given)
+            if len(calls) == 6:
+                raise OSError(5, "Input/output error")
+            return read(*given)
+
+        monkeypatch.setattr(HeadDrafts, "read", fail)
+        ends = at_once(runtime, *(Request(prompt, Forced(())) for prompt in PROMPTS))
+        assert {end.finish for end in ends} == {"error", "length"}
+        assert all(map(torch.equal, together(runtime, PROMPTS), alone))
 
 
 def test_what_gates_choose_by_the_token_is_read_first(export, always_guessing):
