@@ -62,12 +62,12 @@ class LatentAttention(Generic[W]):
         if weights.indexer is not None:
             step.lists_TL = self._choose(step, weights.indexer, x_TD, low, caches, ends)
 
-        if backend.absorbs or step.lists_TL is not None or len(rows) == T:
-            lists_TL = step.lists_TL
-            o_THV = self._absorbed(q_THN, q_THP, rows, counts, weights.kv_b_proj, lists_TL)
+        kv_b, lists_TL = weights.kv_b_proj, step.lists_TL
+        if backend.absorbs or lists_TL is not None or len(rows) == T:
+            o_THV = self._absorbed(q_THN, q_THP, kv_b, rows, counts, lists_TL)
         else:
             each = zip(q_THN.split(counts), q_THP.split(counts), rows, strict=True)
-            o_THV = torch.cat([self._cheapest(*part, weights.kv_b_proj) for part in each])
+            o_THV = torch.cat([self._cheapest(*part, kv_b) for part in each])
         return backend.linear(o_THV.reshape(T, H * V), weights.o_proj)
 
     def _cheapest(self, q_THN: Tensor, q_THP: Tensor, rows_SX: Tensor, kv_b: W) -> Tensor:
@@ -77,7 +77,7 @@ class LatentAttention(Generic[W]):
         absorbed_cost = T * H * R * (N + V) + T * S * H * (2 * R + P)
         expanded_cost = S * H * R * (N + V) + T * S * H * (N + P + V)
         if T == 1 or absorbed_cost <= expanded_cost:
-            return self._absorbed(q_THN, q_THP, [rows_SX], [T], kv_b)
+            return self._absorbed(q_THN, q_THP, kv_b, [rows_SX], [T])
         q_THZ = torch.cat([q_THN, q_THP], dim=-1)
         return attend(q_THZ, self._expanded(rows_SX, T, kv_b), S, self._geometry.softmax_scale)
 
@@ -85,9 +85,9 @@ class LatentAttention(Generic[W]):
         self,
         q_THN: Tensor,
         q_THP: Tensor,
-        rows: Sequence[Tensor],
-        counts: list[int],
         kv_b: W,
+        rows: list[Tensor],
+        counts: list[int],
         lists_TL: Tensor | None = None,
     ) -> Tensor:
         """What the queries give, [T, H, V], ``counts`` of each sequence over its own rows."""

@@ -8,7 +8,9 @@ Shapes: T tokens of this pass, D hidden_size, C half of qk_rope_head_dim, V voca
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Generic, TypeVar
 
 import torch
@@ -24,19 +26,6 @@ from slotmoe.model.state import SequenceState
 
 W = TypeVar("W")
 _FEW = 15  # tokens that a decoder takes beside one of each sequence; more are a prompt's
-
-
-def _within(
-    states: Sequence[SequenceState], counts: Sequence[int], start: int, end: int
-) -> Iterator[tuple[SequenceState, int, int]]:
-    """The sequences with tokens from ``start`` to ``end`` of a pass, how many of its tokens each
-    has before them, and how many among them."""
-    first = 0
-    for state, count in zip(states, counts, strict=True):
-        before, stop = max(0, start - first), min(count, end - first)
-        if before < stop:
-            yield state, before, stop - before
-        first += count
 
 
 def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
@@ -162,12 +151,15 @@ class Network(Generic[W]):
         T, size = len(h_TD), self._step_tokens
         if self._decoder and min(self.rows, size) >= T and T - len(states) <= _FEW:
             runner = self._decoder
-        steps = []
+        of_T = [state for state, count in zip(states, counts, strict=True) for _ in range(count)]
+        before_T, steps = [*chain.from_iterable(map(range, counts))], []
         for start in range(0, T, size):
             span = slice(start, start + size)
             ids = None if ids_T is None else ids_T[span]
-            owners, before, parts = zip(*_within(states, counts, start, start + size), strict=True)
-            given = h_TD[span], positions_T[span], owners, before, parts, self.timer, ids
+            parts = Counter(of_T[span])
+            before = [before_T[of_T.index(state, start)] for state in parts]
+            of_each = [*parts], before, [*parts.values()]
+            given = h_TD[span], positions_T[span], *of_each, self.timer, ids
             steps.append(self._positions.step(*given))
         waiting = steps
         while waiting:  # all steps take a layer's experts before the next layer's

@@ -110,17 +110,17 @@ class Batch:
     # Which prompts are read
 
     def _may_start(self, request: Request) -> bool:
-        """Whether there is room, and no prompt in the line is going to be where this one may go on
+        """Whether there is room, and no prompt in the line is about to be where this one may go on
         from it."""
         if len(self.running) >= self.at_once:
             return False
         held = len(request.prompt) - self._unread(request)
-        for other in self._line:
-            common = shared_prefix(other.prompt, request.reusable)
-            is_coming = self.running[other].length < common and held + PIECE < common
-            if is_coming and other.owner == request.owner:
-                return False
-        return True
+        return not any(
+            max(held + PIECE, self.running[other].length)
+            < shared_prefix(other.prompt, request.reusable)
+            for other in self._line
+            if other.owner == request.owner
+        )
 
     def _left(self, request: Request) -> int:
         return len(request.prompt) - self.running[request].length

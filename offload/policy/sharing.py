@@ -7,7 +7,7 @@ most so much longer, however many short ones come.
 
 from collections.abc import Sequence
 
-PIECE = 64  # tokens of prompts that a pass takes where others decode, and the least that one is for
+PIECE = 64  # tokens of prompts in a pass where others decode, and the least that a pass is for
 _SHARE = 0.3  # of a prompt's tokens, as many others may be read before them
 
 

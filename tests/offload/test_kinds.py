@@ -11,7 +11,7 @@ from slotmoe.offload.policy.drafts import Drafting
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.kernels.cpu.bindings import load
 from tests.support import v4
-from tests.support.engine import at_once, decode, passes_of, together, whole
+from tests.support.engine import decode, passes_of, together, until, whole
 
 pytestmark = pytest.mark.skipif(load() is None, reason="the native kernels are not built")
 # Over a window, a compressed row of 128 and what an indexer chooses.
@@ -120,23 +120,31 @@ def test_prompts_in_the_same_passes(export, draft, eager, monkeypatch):
 
 
 def test_a_head_that_fails_ends_the_texts_of_its_pass(export, monkeypatch):
-    """And only these: their states are as long as they are."""
+    """Each is as long as its state then, so that both can be cut: in the second pass, over all of a
+    text and 200 tokens of another."""
     check(export, "mtp")
-    with opened(export, sequences=4, draft="mtp") as runtime:
-        runtime.plan.__dict__["prefill_chunk"] = 170
-        alone, calls, read = together(runtime, PROMPTS), [], HeadDrafts.read
+    ids = torch.randint(2, 4000, (1100,), generator=torch.Generator().manual_seed(4)).tolist()
+    prompts, calls, read = [ids[:900], ids[900:]], [], HeadDrafts.read
+    requests = [Request(prompt, Forced(())) for prompt in prompts]
+    with Runtime.open(export, context=1000, sequences=2, draft="mtp") as runtime:
+        runtime.plan.__dict__["prefill_chunk"] = 420
+        alone = together(runtime, prompts)
         runtime.engine.empty()
 
         def fail(*given):
             calls.append(given)
-            if len(calls) == 6:
+            if len(calls) == 1:
+                runtime.engine.submit(requests[1])
+            if len(calls) == 2:
                 raise OSError(5, "Input/output error")
             return read(*given)
 
         monkeypatch.setattr(HeadDrafts, "read", fail)
-        ends = at_once(runtime, *(Request(prompt, Forced(())) for prompt in PROMPTS))
-        assert {end.finish for end in ends} == {"error", "length"}
-        assert all(map(torch.equal, together(runtime, PROMPTS), alone))
+        passes = passes_of(runtime, monkeypatch)
+        runtime.engine.submit(requests[0])
+        until(lambda: runtime.engine.batch.totals.finished.get("error") == 2)
+        assert passes == [[-420], [-200, -200]]
+        assert all(map(torch.equal, together(runtime, prompts), alone))
 
 
 def test_what_gates_choose_by_the_token_is_read_first(export, always_guessing):

@@ -132,7 +132,7 @@ def test_none_starves_and_the_shortest_are_first():
     come at once the shorter one is first."""
     line, waits = Line(512), []
     long = line.start(5000)
-    while long.left:
+    while long.left and len(waits) < 100:
         short = line.start(100)
         line.step()
         waits.append(short.left)
@@ -175,7 +175,10 @@ def test_torchs_kernels_are_near(sample_export):
                 assert (one - other).norm() < 0.02 * other.norm()
 
 
-def test_scores_and_hidden_states_of_a_shared_pass_are_each_prompts_own(runtime):
+@pytest.mark.parametrize("room", ["runtime", "narrow"])
+def test_scores_and_hidden_states_of_a_shared_pass_are_each_prompts_own(request, room):
+    runtime = request.getfixturevalue(room)
+
     class Scored(Forced):
         def __init__(self):
             super().__init__((), keeps=True)
