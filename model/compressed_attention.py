@@ -40,10 +40,10 @@ class CompressedAttention(Generic[W]):
         key_TZ = self._rotated(key_TZ[:, None], rope_TC)[:, 0]
         assert g.compressed is not None
         outputs, start = list[Tensor](), 0
-        for state, count in zip(step.caches, step.counts, strict=True):
+        for state, before, count in zip(step.caches, step.before, step.counts, strict=True):
             cache, span = cast(CompressedCache, state), slice(start, start + count)
             parts = (part[span] for part in (x_TD, low_TQ, rope_TC, q_THZ, key_TZ))
-            own = _Tokens(step, cache, cache.length + step.behind, *parts)
+            own = _Tokens(step, cache, cache.length + before, *parts)
             outputs.append(self._over_rows(own, weights, g.compressed.window))
             start += count
         o_THZ = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -35,7 +35,7 @@ class LatentAttention(Generic[W]):
 
     def __call__(self, step: Step, weights: Mla[W], x_TD: Tensor) -> Tensor:
         """What attention gives for the tokens of ``step`` in its layer, float32 [T, D]."""
-        H, N, P, R, V, _, latent_eps, scale, halves, *_ = self._geometry
+        H, N, P, R, V, _, latent_eps, _, halves, *_ = self._geometry
         backend, T, low = self._backend, len(x_TD), x_TD
         rms_norm = backend.rms_norm
         if weights.q_proj is not None:
@@ -55,29 +55,48 @@ class LatentAttention(Generic[W]):
         q_THP, k_TP = rotated[:, :H], rotated[:, H]
         latent_TW = torch.cat([rms_norm(c_TR, weights.kv_a_layernorm, latent_eps), k_TP], dim=-1)
         caches, counts = [cast(LatentCache, state) for state in step.caches], [*step.counts]
-        ends = [step.behind + count for count in counts]
+        ends = [before + count for before, count in zip(step.before, counts, strict=True)]
         rows = [cache.extend(step.layer, end) for cache, end in zip(caches, ends, strict=True)]
         for rows_SX, new_TW in zip(rows, latent_TW.split(counts), strict=True):
             backend.store_latents(new_TW, R, rows_SX[-len(new_TW) :])
         if weights.indexer is not None:
             step.lists_TL = self._choose(step, weights.indexer, x_TD, low, caches, ends)
 
-        S = len(rows[0])
+        kv_b, lists_TL = weights.kv_b_proj, step.lists_TL
+        if backend.absorbs or lists_TL is not None or len(rows) == T:
+            o_THV = self._absorbed(q_THN, q_THP, kv_b, rows, counts, lists_TL)
+        else:
+            each = zip(q_THN.split(counts), q_THP.split(counts), rows, strict=True)
+            o_THV = torch.cat([self._cheapest(*part, kv_b) for part in each])
+        return backend.linear(o_THV.reshape(T, H * V), weights.o_proj)
+
+    def _cheapest(self, q_THN: Tensor, q_THP: Tensor, rows_SX: Tensor, kv_b: W) -> Tensor:
+        """What one sequence's queries give, [T, H, V], in the form that costs less."""
+        H, N, P, R, V, *_ = self._geometry
+        T, S = len(q_THN), len(rows_SX)
         absorbed_cost = T * H * R * (N + V) + T * S * H * (2 * R + P)
         expanded_cost = S * H * R * (N + V) + T * S * H * (N + P + V)
-        several = len(rows) > 1 or step.lists_TL is not None
-        if backend.absorbs or several or T == 1 or absorbed_cost <= expanded_cost:
-            q_THW = torch.cat([backend.absorb_query(q_THN, weights.kv_b_proj), q_THP], dim=-1)
-            lists = repeat(None) if step.lists_TL is None else step.lists_TL.split(counts)
-            each = zip(q_THW.split(counts), rows, lists, strict=False)
-            parts = [self._over_latents(*part) for part in each]
-            o_THR = parts[0] if len(parts) == 1 else torch.cat(parts)
-            o_THV = backend.absorb_value(o_THR, weights.kv_b_proj, N)
-        else:  # one sequence, several tokens
-            q_THZ = torch.cat([q_THN, q_THP], dim=-1)
-            blocks = self._expanded(rows[0], T, weights.kv_b_proj)
-            o_THV = attend(q_THZ, blocks, S, scale)
-        return backend.linear(o_THV.reshape(T, H * V), weights.o_proj)
+        if T == 1 or absorbed_cost <= expanded_cost:
+            return self._absorbed(q_THN, q_THP, kv_b, [rows_SX], [T])
+        q_THZ = torch.cat([q_THN, q_THP], dim=-1)
+        return attend(q_THZ, self._expanded(rows_SX, T, kv_b), S, self._geometry.softmax_scale)
+
+    def _absorbed(
+        self,
+        q_THN: Tensor,
+        q_THP: Tensor,
+        kv_b: W,
+        rows: list[Tensor],
+        counts: list[int],
+        lists_TL: Tensor | None = None,
+    ) -> Tensor:
+        """What the queries give, [T, H, V], ``counts`` of each sequence over its own rows."""
+        q_THW = torch.cat([self._backend.absorb_query(q_THN, kv_b), q_THP], dim=-1)
+        lists = repeat(None) if lists_TL is None else lists_TL.split(counts)
+        each = zip(q_THW.split(counts), rows, lists, strict=False)
+        parts = [self._over_latents(*part) for part in each]
+        o_THR = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self._backend.absorb_value(o_THR, kv_b, self._geometry.N)
 
     def _choose(
         self,

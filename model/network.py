@@ -8,7 +8,9 @@ Shapes: T tokens of this pass, D hidden_size, C half of qk_rope_head_dim, V voca
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Generic, TypeVar
 
 import torch
@@ -23,7 +25,7 @@ from slotmoe.model.names import EMBEDDING, FINAL_NORM, HEAD, HEAD_MIX_PARTS
 from slotmoe.model.state import SequenceState
 
 W = TypeVar("W")
-_FEW = 16  # tokens of a sequence that a decoder takes; more are a prompt's
+_FEW = 15  # tokens that a decoder takes beside one of each sequence; more are a prompt's
 
 
 def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
@@ -61,10 +63,10 @@ class Positions:
         h_TD: Tensor,
         positions_T: Tensor,
         states: Sequence[State],
+        before: Sequence[int],
         counts: Sequence[int],
         timer: Timer,
         ids_T: Tensor | None,
-        behind: int = 0,
     ) -> Step:
         """A step over tokens at ``positions``, float32 [T]."""
         rope, scale_T = self._rope, None
@@ -72,7 +74,7 @@ class Positions:
             lengths_T = torch.floor(positions_T / rope.original_max_position_embeddings)
             scale_T = 1 + rope.llama_4_scaling_beta * torch.log(1 + lengths_T)
         rope_TC = rotations(positions_T, self._frequencies_C, rope.table_scale)
-        step = Step(h_TD, rope_TC, scale_T, states, counts, timer, behind, ids_T=ids_T)
+        step = Step(h_TD, rope_TC, scale_T, states, before, counts, timer, ids_T=ids_T)
         if self._compressed_C is not None:
             step.compressed_C = self._compressed_C
             step.compressed_rope_TC = rotations(positions_T, self._compressed_C)
@@ -147,16 +149,18 @@ class Network(Generic[W]):
         self.timer.mark("rest")
         runner: Runner = self._layer_by_layer
         T, size = len(h_TD), self._step_tokens
-        is_one = len(states) > 1 or size >= T
-        if is_one and self._decoder and self.rows >= T and max(counts) <= _FEW:
+        if self._decoder and min(self.rows, size) >= T and T - len(states) <= _FEW:
             runner = self._decoder
-        steps = []
-        for start in [0] if is_one else range(0, T, size):
-            span = slice(start, T if is_one else start + size)
-            of_each = counts if is_one else [len(h_TD[span])]
+        of_T = [state for state, count in zip(states, counts, strict=True) for _ in range(count)]
+        before_T, steps = [*chain.from_iterable(map(range, counts))], []
+        for start in range(0, T, size):
+            span = slice(start, start + size)
             ids = None if ids_T is None else ids_T[span]
-            parts = h_TD[span], positions_T[span], states, of_each, self.timer, ids
-            steps.append(self._positions.step(*parts, start))
+            parts = Counter(of_T[span])
+            before = [before_T[of_T.index(state, start)] for state in parts]
+            of_each = [*parts], before, [*parts.values()]
+            given = h_TD[span], positions_T[span], *of_each, self.timer, ids
+            steps.append(self._positions.step(*given))
         waiting = steps
         while waiting:  # all steps take a layer's experts before the next layer's
             waiting = [step for step in waiting if self._advance(step, runner)]

@@ -275,7 +275,8 @@ class Mixed(NamedTuple):
 @dataclass
 class Step:
     """A pass, or some of its tokens, on their way through the layers, over T tokens: ``counts`` of
-    each sequence, which has a state of its own.  The pass has ``behind`` tokens before them.
+    each sequence, which has a state of its own.  The pass has ``before`` tokens of each before
+    them.
 
     ``rope_TC`` rotates a token's pairs, ``compressed_rope_TC`` does in layers with compressed rows,
     where a position is an angle of so many ``compressed_C``,
@@ -291,9 +292,9 @@ class Step:
     rope_TC: Tensor
     query_scale_T: Tensor | None
     caches: Sequence[State]
+    before: Sequence[int]
     counts: Sequence[int]
     timer: Timer
-    behind: int = 0
     layer: int = 0
     x_TD: Tensor | None = None
     routed_TD: Tensor | None = None

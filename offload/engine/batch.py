@@ -1,17 +1,17 @@
 """The requests under way, and one step of them: propose rows, compute them in a pass, let samplers
 accept.
 
-A step decodes a token of every request whose prompt is read in one pass, so an expert that is
-brought for one serves all, then takes a piece of one waiting prompt, so that none starves.  A short
-prompt overtakes a long one, which gets a piece after each that did.  The latents that a finished
-request leaves behind are reused by a later prompt of the same owner that begins with the same
-tokens; where there are sessions, also those that are on disk.
+A step is one pass, so an expert that is brought for one request serves all: over a token of every
+request whose prompt is read, and over pieces of other prompts, which stand in a line
+(``slotmoe.offload.policy.sharing``).  The latents that a finished request leaves behind are reused
+by a later prompt of the same owner that begins with the same tokens; where there are sessions, also
+those that are on disk.
 """
 
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
@@ -23,12 +23,10 @@ from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.engine.passes import Passes, Row
 from slotmoe.offload.engine.requests import Request, Sampler
 from slotmoe.offload.engine.sequence import Sequence
-from slotmoe.offload.plan.memory import PREFILL_CHUNK
+from slotmoe.offload.policy.sharing import PIECE, allowance, place, shares
 from slotmoe.offload.sessions.blocks import shared_prefix
 from slotmoe.offload.sessions.store import Sessions
 
-# Tokens of a prompt between two decode steps; a whole prefill pass where nothing decodes.
-_SHARED_PIECE = 64
 _DEFECT = "the answer failed; the server's log says how"
 
 
@@ -59,38 +57,49 @@ class Batch:
         self.sessions: Sessions | None = None
         self.running: dict[Request, Sequence] = {}
         self.waiting: deque[Request] = deque()
-        self._filling: Request | None = None  # whose prompt is on its way in
-        self._overtaken: Request | None = None  # whose prompt goes on behind that one
-        self._at: Collection[Request] = ()  # what the pass under way is for
+        self._line: list[Request] = []  # those of them whose prompt is on its way in
+        self._at: dict[Request, Row] = {}  # what the pass under way is for
         self.is_long = False  # whether that pass is long enough to be asked about at each layer
         self.seconds = 1.0  # a request's usual time from its start to its end
         self.totals = Totals()
 
     def wants(self, arrived: Iterable[Request], reached: int) -> bool:
-        """Whether the pass under way, which has ``reached`` so many tokens, is wanted.  One over
-        much of a prompt is not where one of those that have ``arrived`` may overtake it; that
-        happens once, since the next passes are short."""
-        wanted = not all(request.unwanted for request in self._at)
-        for request in self._at if self.is_long else ():
-            request.read = self.running[request].length + reached
-            request.hurried |= self._overtaking(arrived, request) is not None
-            wanted = wanted and not request.hurried
-        return wanted
+        """Whether the pass under way, which has ``reached`` so many tokens, is wanted.  A long one
+        is not where one of those that have ``arrived`` overtakes all prompts, and less is lost than
+        it would wait for."""
+        if self.is_long:
+            tokens = sum(len(row.ids) for row in self._at.values())
+            for request, row in self._at.items():
+                request.read = row.sequence.length + reached * len(row.ids) // tokens
+            is_early = 0 < 2 * reached < tokens  # and not behind the last layer
+            if is_early and any(self._overtakes_all(request, reached) for request in arrived):
+                for request in self._line:
+                    request.allows -= reached
+                return False
+        return not all(request.unwanted for request in self._at)
 
     def step(self) -> None:
-        """Propose rows, compute them in a pass, and let samplers accept: first of all that decode,
-        then of one prompt."""
+        """Propose rows, compute them in a pass, and let samplers accept."""
         self._end_unwanted()
-        reading = self._filling, self._overtaken
-        decoding = [request for request in self.running if request not in reading]
-        if decoding:
-            self._decode(decoding)
-        if (starting := self._next()) is not None:
-            self.waiting.remove(starting)
-            self._overtaken = self._filling
-            self._start(starting)
-        if self._filling is not None:
-            self._fill(self._filling, shared=bool(decoding))
+        for request in [*self.waiting]:
+            if self._may_start(request):
+                self.waiting.remove(request)
+                self._start(request)
+        rows = dict[Request, Row]()
+        for request, sequence in self.running.items():
+            if request not in self._line:
+                assert request.answer is not None
+                rows[request] = Row(sequence, request.answer.ids[-1:])
+        budget = PIECE if rows else self._model.plan.prefill_chunk
+        counts = shares([self._left(request) for request in self._line], budget)
+        self.is_long = sum(counts) > PIECE
+        rows |= map(self._piece, self._line, counts)
+        if self._compute(rows):
+            for request, row in rows.items():
+                if row.is_prompt:
+                    self._read(request, row)
+                else:
+                    self._accept(request, row)
         self.totals.steps += 1
 
     def _end_unwanted(self) -> None:
@@ -98,27 +107,31 @@ class Batch:
             if finish := request.unwanted:
                 self._finish(request, request.end(finish))
 
-    # Which prompt is read
+    # Which prompts are read
 
-    def _next(self) -> Request | None:
-        """The request that starts in this step."""
-        if self._filling is not None:
-            return self._overtaking(self.waiting, self._filling)
-        if self._overtaken is not None:  # it gets a piece before it is overtaken again
-            self._filling, self._overtaken = self._overtaken, None
-            return None
-        return self.waiting[0] if self.waiting and self._has_room() else None
+    def _may_start(self, request: Request) -> bool:
+        """Whether there is room, and no prompt in the line is about to be where this one may go on
+        from it."""
+        if len(self.running) >= self.at_once:
+            return False
+        held = len(request.prompt) - self._unread(request)
+        return not any(
+            max(held + PIECE, self.running[other].length)
+            < shared_prefix(other.prompt, request.reusable)
+            for other in self._line
+            if other.owner == request.owner
+        )
 
-    def _has_room(self) -> bool:
-        return len(self.running) < self.at_once
+    def _left(self, request: Request) -> int:
+        return len(request.prompt) - self.running[request].length
 
-    def _overtaking(self, requests: Iterable[Request], ahead: Request) -> Request | None:
-        """Which of ``requests`` overtakes the request ``ahead``: one that a short pass reads, where
-        that one needs more."""
-        left = len(ahead.prompt) - self.running[ahead].length
-        if not self._has_room() or self._overtaken is not None or left <= PREFILL_CHUNK:
-            return None
-        return next((one for one in requests if self._unread(one) <= PREFILL_CHUNK), None)
+    def _place(self, left: int, costs: int) -> int:
+        return place(left, costs, [(self._left(other), other.allows) for other in self._line])
+
+    def _overtakes_all(self, request: Request, lost: int) -> bool:
+        """Whether a request that starts now is read first, where so many tokens are lost by it."""
+        left = self._unread(request)
+        return self._may_start(request) and not self._place(left, left + PIECE + lost)
 
     def _unread(self, request: Request) -> int:
         """Tokens of the request's prompt that no sequence holds."""
@@ -149,41 +162,46 @@ class Batch:
         taken.take(source or taken, length)
         self._free.remove(taken)
         taken.owner, self.running[request] = request.owner, taken
-        self._filling, request.started = request, time.monotonic()
+        request.started = time.monotonic()
         if self.sessions is not None and request.first and request.hidden is None:
             length += self.sessions.restore(taken, request.reusable, request.owner)
         request.reused = request.read = length
         self.totals.reused_tokens += length
+        left = self._left(request)
+        costs, request.allows = left + PIECE, allowance(left)
+        at = self._place(left, costs)
+        for other in self._line[at:]:
+            other.allows -= costs
+        self._line.insert(at, request)
 
     # Passes
 
-    def _fill(self, request: Request, shared: bool) -> None:
-        """Append a piece of the prompt; after the last one comes the first token."""
+    def _piece(self, request: Request, count: int) -> tuple[Request, Row]:
+        """The next tokens of a prompt."""
         sequence = self.running[request]
-        whole = PREFILL_CHUNK if request.hurried else self._model.plan.prefill_chunk
-        count = _SHARED_PIECE if shared else whole
-        before, end = sequence.length, min(sequence.length + count, len(request.prompt))
+        end = sequence.length + count
         is_last = end == len(request.prompt)
         wanted = is_last and request.answer is not None and not request.scored
-        row = Row(sequence, request.prompt[before:end], wanted)
-        self.is_long = end - before > _SHARED_PIECE
-        if not self._compute([request], lambda: self.passes.prefill(row)):
-            return
+        return request, Row(sequence, request.prompt[sequence.length : end], True, wanted)
+
+    def _read(self, request: Request, row: Row) -> None:
+        """A piece of the prompt is appended; after the last one comes the first token."""
+        sequence = row.sequence
+        request.read, before = sequence.length, sequence.length - len(row.ids)
         self.totals.prompt_tokens += len(row.ids)
-        request.read = end
         if request.hidden is not None:
             assert request.first is not None
             request.hidden(row.hidden_TD[max(0, request.first - before) :].clone())
         if request.scored and not self._score(request, row, before):
             return
-        if is_last:
-            self._filling, request.first_token = None, time.monotonic()
-            # The next prompt may go on from here without the last token, which is where this
-            # answer begins to reason; and the same prompt may come again.
-            sequence.mark(end - 1)
-            self._accept(request, row)
-        else:
-            self.keep(request, sequence, len(row.ids))
+        if self._left(request):
+            return self.keep(request, sequence, len(row.ids))
+        self._line.remove(request)
+        request.first_token = time.monotonic()
+        # The next prompt may go on from here without the last token, which is where this answer
+        # begins to reason; and the same prompt may come again.
+        sequence.mark(sequence.length - 1)
+        self._accept(request, row)
 
     def _score(self, request: Request, row: Row, before: int) -> bool:
         """Let each row of logits of a piece score the prompt's next token; the last one chooses.
@@ -203,32 +221,23 @@ class Batch:
             row.logits_RV = rows_RV[-1:]
         return True
 
-    def _decode(self, requests: list[Request]) -> None:
-        """Append each answer's newest token, and what is drafted and comes true."""
-        rows = list[Row]()
-        for request in requests:
-            assert request.answer is not None
-            rows.append(Row(self.running[request], request.answer.ids[-1:]))
-        if self._compute(requests, lambda: self.passes.decode(rows)):
-            for request, row in zip(requests, rows, strict=True):
-                self._accept(request, row)
-
-    def _compute(self, requests: list[Request], run: Callable[[], None]) -> bool:
-        """Whether a pass for ``requests`` came to its end.  What the world did to it ends them, and
-        the next pass finds everything as it was before; a defect ends the engine."""
-        self._at = requests
+    def _compute(self, rows: dict[Request, Row]) -> bool:
+        """Whether a pass came to its end.  What the world did to it ends its requests, and the next
+        pass finds everything as it was before; a defect ends the engine."""
+        self._at = rows
         try:
-            run()
+            if rows:
+                self.passes.run([*rows.values()])
             return True
         except UnwantedError:
             pass
         except Exception as problem:
             if not _is_from_outside(problem):
                 raise
-            for request in requests:
+            for request in rows:
                 self._fail(request, problem)
         finally:
-            self._at, self.is_long = (), False
+            self._at, self.is_long = {}, False
         return False
 
     def _accept(self, request: Request, row: Row) -> None:
@@ -285,10 +294,8 @@ class Batch:
             sequence.mark(sequence.length)
             self.seconds += 0.2 * (time.monotonic() - request.started - self.seconds)
             self.keep(request, sequence)
-        if self._filling is request:
-            self._filling = None
-        if self._overtaken is request:
-            self._overtaken = None
+        if request in self._line:
+            self._line.remove(request)
         self.end(request, piece)
 
     def end(self, request: Request, piece: Delta) -> None:

@@ -24,7 +24,8 @@ _NONE = torch.empty(0, 0)
 
 @dataclass(slots=True)
 class Row:
-    """A sequence's part of a pass, which appends ``ids`` to it and computes ``draft`` behind them.
+    """A sequence's part of a pass, which appends ``ids`` to it and computes ``draft`` behind them:
+    a piece of a prompt, or the newest token of an answer, behind which a pass may draft.
 
     ``wanted`` says whether the logits of the last id are wanted, and with them those of the draft:
     ``logits_RV``, float32 in RAM.  ``hidden_TD`` is the residual stream behind the ids, until the
@@ -33,6 +34,7 @@ class Row:
 
     sequence: Sequence
     ids: list[int]
+    is_prompt: bool = False
     wanted: bool = True
     draft: list[int] = field(default_factory=list)
     hidden_TD: Tensor = _NONE
@@ -61,27 +63,29 @@ class Passes:
             sequences.append(Sequence(state, head))
         return sequences
 
-    def decode(self, rows: Sequenced[Row]) -> None:
-        """A pass over one token of each sequence, and what is drafted behind them."""
-        started = self._begin()
-        if self.drafting is not None:
-            drafts = [row.sequence.draft(row.ids[0]) for row in rows]
+    def run(self, rows: Sequenced[Row]) -> None:
+        """A pass over ``rows``, and over what is drafted behind those that decode.  Its seconds are
+        of prefill where it reads a prompt."""
+        self._model.network.timer.begin()
+        started = time.perf_counter()
+        decoding = [row for row in rows if not row.is_prompt]
+        read = sum(len(row.ids) for row in rows if row.is_prompt)
+        if self.drafting is not None and decoding:
+            drafts = [row.sequence.draft(row.ids[0]) for row in decoding]
             lengths = self.drafting.lengths([chances for _, chances in drafts])
-            for row, (tokens, _), length in zip(rows, drafts, lengths, strict=True):
+            for row, (tokens, _), length in zip(decoding, drafts, lengths, strict=True):
                 row.draft = tokens[:length]
         drafted_at = time.perf_counter()
-        self._run(rows, is_prompt=False)
-        if self.drafting is not None:
-            count = sum(1 + len(row.draft) for row in rows)
-            seconds = time.perf_counter() - drafted_at
-            self.drafting.measured(count, count - len(rows), seconds)
-        self._end("decode", len(rows), started)
-
-    def prefill(self, row: Row) -> None:
-        """A pass over some tokens of a prompt."""
-        started = self._begin()
-        self._run([row], is_prompt=True)
-        self._end("prefill", len(row.ids), started)
+        self._run(rows)
+        if self.drafting is not None and decoding:
+            count = sum(1 + len(row.draft) for row in decoding)
+            seconds = None if read else time.perf_counter() - drafted_at
+            self.drafting.measured(count, count - len(decoding), seconds)
+        kind = "prefill" if read else "decode"
+        self.tokens["prefill_tokens"] += read
+        self.tokens["decode_tokens"] += len(decoding)
+        self.seconds[f"{kind}_seconds"] += time.perf_counter() - started
+        self._model.network.timer.end(kind, read + len(decoding))
 
     def accept(self, row: Row, id: int) -> None:
         """The next token of a row's draft has come."""
@@ -108,7 +112,7 @@ class Passes:
         """What ``step`` gives, computed.  Raises ``DeviceError``."""
         return self._model.device.run(step, self._ways_out)
 
-    def _run(self, rows: Sequenced[Row], is_prompt: bool) -> None:
+    def _run(self, rows: Sequenced[Row]) -> None:
         """One pass.  One that raises leaves all sequences as they were."""
         model = self._model
         ids = [[*row.ids, *row.draft] for row in rows]
@@ -127,14 +131,17 @@ class Passes:
             return model.network.forward(ids_T, states, counts)
 
         hidden_TD = self.compute(step)
-        wanted = list[Tensor]()
+        wanted, read = list[Tensor](), list[tuple[Row, Tensor | None]]()
         for row, hidden_RD in zip(rows, hidden_TD.split(counts), strict=True):
-            row.sequence.append(row.ids, hidden_RD, is_prompt)
+            read += [(row, row.sequence.hidden_RD)] if row.is_prompt else []
+            row.sequence.append(row.ids, hidden_RD)
             row.hidden_TD = hidden_RD[: len(row.ids)]
             wanted += [hidden_RD[len(row.ids) - 1 :]] if row.wanted else []
+        for row, before_RD in read:  # with all sequences as long as their states
+            row.sequence.read(before_RD, row.hidden_TD)
         if not wanted:
             return
-        wanted_RD = hidden_TD if len(rows) == len(hidden_TD) else torch.cat(wanted)
+        wanted_RD = hidden_TD if len(wanted) == len(hidden_TD) else torch.cat(wanted)
         logits_RV = self._in_ram(self.logits(wanted_RD, each=len(wanted_RD) > 1))
         parts = iter(logits_RV.split([*map(len, wanted)]))
         for row in rows:
@@ -155,12 +162,3 @@ class Passes:
     def _in_ram(self, logits_RV: Tensor) -> Tensor:
         """By no copy engine of a GPU, which may have records before them."""
         return self._model.device.download(logits_RV).get()
-
-    def _begin(self) -> float:
-        self._model.network.timer.begin()
-        return time.perf_counter()
-
-    def _end(self, kind: str, tokens: int, started: float) -> None:
-        self.tokens[f"{kind}_tokens"] += tokens
-        self.seconds[f"{kind}_seconds"] += time.perf_counter() - started
-        self._model.network.timer.end(kind, tokens)

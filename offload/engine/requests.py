@@ -70,7 +70,7 @@ class Request:
     first: int | None = None  # None is the prompt's last token, whose logits are needed
     client: Callable[[], object] = lambda: True
     cancelled: str = ""  # the finish that is wanted now; within a layer it ends
-    hurried: bool = False  # others waited for its prompt: it is read in short passes from then on
+    allows: int = 0  # what others that overtake its prompt may still cost it, in tokens
     reused: int = 0  # tokens of the prompt that were cached already
     read: int = 0  # tokens of the prompt that are read by now, those of a pass by its layers
     submitted: float = field(default_factory=time.monotonic)

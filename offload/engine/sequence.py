@@ -33,14 +33,18 @@ class Sequence:
         """Tokens that it holds.  Another thread may ask."""
         return len(self.tokens)
 
-    def append(self, ids: list[int], hidden_TD: Tensor, is_prompt: bool) -> None:
+    def append(self, ids: list[int], hidden_TD: Tensor) -> None:
         """A pass has computed ``ids`` and a draft behind them; ``hidden_TD`` is the residual stream
-        behind all of these.  Of a prompt the head reads them; else it reads where it drafts."""
-        before_RD, last = self.hidden_RD, len(ids) - 1
-        self.tokens, self._drafted_RD = self.tokens + ids, hidden_TD[last:].clone()
+        behind all of these."""
+        self.tokens, self._drafted_RD = self.tokens + ids, hidden_TD[len(ids) - 1 :].clone()
         self.hidden_RD = self._drafted_RD[:1]
-        if self._head is not None and is_prompt and (last or before_RD is not None):
-            parts = [hidden_TD[:last]] if before_RD is None else [before_RD, hidden_TD[:last]]
+
+    def read(self, before_RD: Tensor | None, hidden_TD: Tensor) -> None:
+        """The head reads a prompt's tokens, which were appended; else it reads where it drafts.
+        ``hidden_TD`` is the residual stream behind them, and ``before_RD`` what was known before
+        them."""
+        parts = [part for part in (before_RD, hidden_TD[:-1]) if part is not None and len(part)]
+        if self._head is not None and parts:
             self._head.read(self.tokens, torch.cat(parts))
 
     def accept(self, id: int) -> None:

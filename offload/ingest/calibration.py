@@ -197,7 +197,7 @@ class Calibration:
         windows = self.hidden_TD.split(self._lengths), ids_T.split(self._lengths)
         for h_WD, ids_W in zip(*windows, strict=True):
             positions_W = torch.arange(len(h_WD), device=self._device).float()
-            given = h_WD, positions_W, [state], [len(h_WD)], Timer(), ids_W
+            given = h_WD, positions_W, [state], [0], [len(h_WD)], Timer(), ids_W
             step = self._positions.step(*given)
             state.begin(len(h_WD))
             if (pending := runner.run_layers(step, None)) is not None:

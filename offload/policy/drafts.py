@@ -176,10 +176,13 @@ class Drafting:
         this ``chance``, gains time; so before any pass was measured."""
         return not self._one or chance * self._one > self._more + cost
 
-    def measured(self, rows: int, drafted: int, seconds: float) -> None:
-        """A pass of so many ``rows``, of which so many were ``drafted``, took ``seconds``."""
+    def measured(self, rows: int, drafted: int, seconds: float | None) -> None:
+        """A pass of so many ``rows``, of which so many were ``drafted``, took ``seconds``; None
+        where it read prompts too, which says nothing of rows."""
         self.passes, self.rows = self.passes + 1, self.rows + rows
         self.drafted += drafted
+        if seconds is None:
+            return
         if not self._one:
             self._one, self._more = seconds, _PRIOR * seconds
         more, predicted, rate = rows - 1, self._seconds(rows), _RATE

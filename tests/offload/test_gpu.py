@@ -113,10 +113,10 @@ def decoded_together(engine):
     """Logits of two sequences' tokens, pass by pass."""
     found = []
     for sequence, cut in zip(engine.batch.sequences, (20, 30), strict=True):
-        engine.batch.passes.prefill(Row(sequence, IDS[:cut]))
+        engine.batch.passes.run([Row(sequence, IDS[:cut], is_prompt=True)])
     for id in IDS[30:34]:
         rows = [Row(sequence, [id + n]) for n, sequence in enumerate(engine.batch.sequences)]
-        engine.batch.passes.decode(rows)
+        engine.batch.passes.run(rows)
         found += [row.logits_RV for row in rows]
     return torch.cat(found)
 

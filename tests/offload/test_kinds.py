@@ -3,12 +3,15 @@
 import pytest
 import torch
 
+from slotmoe.offload.engine.forced import Forced
+from slotmoe.offload.engine.mtp_drafts import HeadDrafts
+from slotmoe.offload.engine.requests import Request
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.policy.drafts import Drafting
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.kernels.cpu.bindings import load
 from tests.support import v4
-from tests.support.engine import decode, whole
+from tests.support.engine import decode, passes_of, together, until, whole
 
 pytestmark = pytest.mark.skipif(load() is None, reason="the native kernels are not built")
 # Over a window, a compressed row of 128 and what an indexer chooses.
@@ -70,13 +73,21 @@ def test_texts_alone_and_at_once(export, wanted):
         assert texts(runtime) == wanted[1]
 
 
-@pytest.mark.parametrize("draft", ["ngram", "mtp"])
-def test_drafts_change_no_bit(export, wanted, draft, monkeypatch):
+@pytest.fixture
+def eager(monkeypatch):
     """What is drafted is always computed, however unlikely."""
-    if "odd" in str(export) or (draft == "mtp" and "glm" in str(export)):
-        pytest.skip("no decode in one call, or no head that predicts one token more")
     monkeypatch.setattr(Drafting, "lengths", lambda self, chances: [len(each) for each in chances])
     monkeypatch.setattr(Drafting, "pays", lambda self, chance, cost: True)
+
+
+def check(export, draft):
+    if "odd" in str(export) or (draft == "mtp" and "glm" in str(export)):
+        pytest.skip("no decode in one call, or no head that predicts one token more")
+
+
+@pytest.mark.parametrize("draft", ["ngram", "mtp"])
+def test_drafts_change_no_bit(export, wanted, draft, eager):
+    check(export, draft)
     repeated = IDS[:50] * 5
     with opened(export) as plainly:
         rows = plainly.logits(repeated)
@@ -85,6 +96,55 @@ def test_drafts_change_no_bit(export, wanted, draft, monkeypatch):
         got = decode(runtime, repeated[:120], repeated[120:])
         assert torch.equal(got, rows[119:])
         assert runtime.stats()["drafts"]["drafted"] > 0
+
+
+PROMPTS = [IDS[:200], IDS[60:69], IDS[70:290], IDS[5:46]]
+
+
+@pytest.mark.parametrize("draft", ["off", "ngram", "mtp"])
+def test_prompts_in_the_same_passes(export, draft, eager, monkeypatch):
+    """Which take 170 tokens of all, in steps of 100; the ends of some are decoded meanwhile."""
+    if draft != "off":
+        check(export, draft)
+    monkeypatch.setattr("slotmoe.offload.engine.loading.PREFILL_CHUNK", 100)
+    following = [*IDS[20:40], *IDS[20:40]]
+    with opened(export) as runtime:
+        alone = [decode(runtime, prompt, following) for prompt in PROMPTS]
+    with opened(export, sequences=4, draft=draft) as runtime:
+        runtime.plan.__dict__["prefill_chunk"] = 170
+        passes = passes_of(runtime, monkeypatch)
+        assert all(map(torch.equal, together(runtime, PROMPTS, following), alone))
+        assert any(len(rows) > 2 and max(rows) < 0 for rows in passes)
+        assert any(min(rows) < 0 < max(rows) for rows in passes)
+        whole(runtime)
+
+
+def test_a_head_that_fails_ends_the_texts_of_its_pass(export, monkeypatch):
+    """Each is as long as its state then, so that both can be cut: in the second pass, over all of a
+    text and 200 tokens of another."""
+    check(export, "mtp")
+    ids = torch.randint(2, 4000, (1100,), generator=torch.Generator().manual_seed(4)).tolist()
+    prompts, calls, read = [ids[:900], ids[900:]], [], HeadDrafts.read
+    requests = [Request(prompt, Forced(())) for prompt in prompts]
+    with Runtime.open(export, context=1000, sequences=2, draft="mtp") as runtime:
+        runtime.plan.__dict__["prefill_chunk"] = 420
+        alone = together(runtime, prompts)
+        runtime.engine.empty()
+
+        def fail(*given):
+            calls.append(given)
+            if len(calls) == 1:
+                runtime.engine.submit(requests[1])
+            if len(calls) == 2:
+                raise OSError(5, "Input/output error")
+            return read(*given)
+
+        monkeypatch.setattr(HeadDrafts, "read", fail)
+        passes = passes_of(runtime, monkeypatch)
+        runtime.engine.submit(requests[0])
+        until(lambda: runtime.engine.batch.totals.finished.get("error") == 2)
+        assert passes == [[-420], [-200, -200]]
+        assert all(map(torch.equal, together(runtime, prompts), alone))
 
 
 def test_what_gates_choose_by_the_token_is_read_first(export, always_guessing):

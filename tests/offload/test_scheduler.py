@@ -10,7 +10,6 @@ import torch
 
 from slotmoe.errors import CLOSED, ConfigError, ExportError, PlanError
 from slotmoe.model.generate import Answer, Sampling, Stops, penalize
-from slotmoe.offload.engine import batch as batches
 from slotmoe.offload.engine import engine as engines
 from slotmoe.offload.engine import loading
 from slotmoe.offload.engine.requests import Request
@@ -61,8 +60,7 @@ def narrow(sample_export, heavy):
 
 
 @pytest.fixture
-def in_steps(narrow, monkeypatch):
-    monkeypatch.setattr(batches, "PREFILL_CHUNK", 16)
+def in_steps(narrow):
     narrow.engine.empty()
     return narrow
 
@@ -381,44 +379,3 @@ def test_a_long_pass_ends_when_nobody_waits_for_it(in_steps, end, sample_export)
         return runtime.close()
     runtime.engine.call(stop)
     assert runtime.logits(ids).isfinite().all()
-
-
-def test_a_short_prompt_overtakes_a_long_one_which_gets_a_piece_after_each(in_steps, monkeypatch):
-    """What is cached of a prompt does not count."""
-    runtime, batch = in_steps, in_steps.engine.batch
-    long, shorts = [5 + n for n in range(240)], [[7 + n, 8, 9] for n in range(3)]
-    shorts[0] = [*long[:100], *shorts[0]]
-    gates, order, callers, pieces = [], [], [], []
-
-    def ask(ids, limit, owner=""):
-        return Caller(runtime, ids, limit, owner, lambda caller: order.append(len(ids)))
-
-    wanted = [token.id for token in runtime.generate(long, 2)]
-    runtime.engine.empty()
-    monkeypatch.setattr(batch, "at_once", 2)
-    Caller(runtime, long[:100], limit=1).wait()
-    fill = batch._fill
-
-    def note(request, shared):
-        sequence = batch.running[request]
-        before = sequence.length
-        fill(request, shared)
-        pieces.append((len(request.prompt), sequence.length - before))
-
-    def arrive(route):
-        gates.append(route)
-        if len(gates) == 3:
-            callers.extend(ask(ids, 1) for ids in shorts)
-
-    monkeypatch.setattr(batch, "_fill", note)
-    stop = runtime.model.experts.on_layer(arrive)
-    callers.append(ask(long, 2, "another"))
-    until(lambda: len(callers) == 4)
-    for caller in callers:
-        caller.wait()
-    runtime.engine.call(stop)
-    assert callers[0].answer.ids == wanted
-    assert order == [*map(len, shorts), 240, 240]
-    assert pieces[0] == (240, 0)  # the pass under way ended, and only that one
-    assert pieces[1:7] == [(len(shorts[0]), 3), (240, 16), (3, 3), (240, 16), (3, 3), (240, 16)]
-    assert {count for length, count in pieces[7:]} == {16}

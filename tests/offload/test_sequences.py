@@ -152,7 +152,7 @@ def test_rejected_drafts_leave_no_trace(runtime, fresh):
 
         def draft(batch=batch, drafts=drafts):
             for _ in range(2):
-                batch.passes._run([Row(batch.sequences[0], [5], draft=drafts)], is_prompt=False)
+                batch.passes._run([Row(batch.sequences[0], [5], draft=drafts)])
 
         runtime.engine.call(draft)
         logits = decode(runtime, [*ids, 5, 5, 6], [])

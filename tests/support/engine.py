@@ -5,6 +5,7 @@ from queue import SimpleQueue
 
 import torch
 
+from slotmoe.offload.engine.forced import Forced
 from slotmoe.offload.engine.requests import Request, wait_for
 from slotmoe.offload.experts.host import HostTier
 from slotmoe.offload.experts.store import CACHED, FREE, LEAVING, READING, STALE
@@ -52,6 +53,36 @@ def decode(runtime, prompt, ids):
     """Logits behind ``prompt``, of which what a sequence holds is not computed again, and behind
     each of ``ids``, decoded one by one."""
     return torch.stack(runtime.engine.force(prompt, ids, keeps=True).logits)
+
+
+def at_once(runtime, *requests):
+    """Submit requests that start in one step, and wait until all have ended: the last deltas."""
+    ended = [SimpleQueue() for _ in requests]
+    for request, queue in zip(requests, ended, strict=True):
+        request.emit = lambda delta, queue=queue: queue.put(delta) if delta.finish else None
+    runtime.engine.call(lambda: runtime.engine.submit(*requests))
+    return [wait_for(queue, runtime.engine._life.is_on) for queue in ended]
+
+
+def together(runtime, prompts, ids=()):
+    """What ``decode`` gives of each of ``prompts``, which are read in the same passes."""
+    texts = [Forced(ids, keeps=True) for _ in prompts]
+    ends = at_once(runtime, *map(Request, prompts, texts))
+    assert {end.finish for end in ends} == {"length"}, ends
+    return [torch.stack(text.logits) for text in texts]
+
+
+def passes_of(runtime, monkeypatch):
+    """The passes from now on, each as the tokens of its rows, of which prompts' are negative."""
+    found, passes = [], runtime.engine.batch.passes
+    run = passes.run
+
+    def note(rows):
+        found.append([-len(row.ids) if row.is_prompt else len(row.ids) for row in rows])
+        run(rows)
+
+    monkeypatch.setattr(passes, "run", note)
+    return found
 
 
 def ask(runtime, ids, answer, at=lambda request: None):

@@ -67,16 +67,17 @@ def anthropic_client(served):
 
 @pytest.fixture
 def steps(runtime, monkeypatch):
-    """Let each step of ``runtime`` be preceded by a call."""
+    """Let each step of ``runtime`` that decodes be preceded by a call."""
     passes = runtime.engine.batch.passes
-    decode = passes.decode
+    run = passes.run
 
     def precede(call):
-        def later(*arguments):
-            call()
-            return decode(*arguments)
+        def later(rows):
+            if not all(row.is_prompt for row in rows):
+                call()
+            return run(rows)
 
-        monkeypatch.setattr(passes, "decode", later)
+        monkeypatch.setattr(passes, "run", later)
 
     return precede
 
