@@ -30,7 +30,7 @@ inline void fine_block(const float* v, float first, float second, float offset, 
     }
 }
 
-void quantize_fine(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset, FineBlock* blocks,
+void quantize_fine(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset, void* blocks,
                    double* factor) {
     for (int64_t row = begin; row < end; row++) {
         const float* in = x + row * k;
@@ -46,16 +46,20 @@ void quantize_fine(const float* x, int64_t k, int64_t begin, int64_t end, int64_
         for (int64_t column = 0; column < k; column += kBlock) {
             alignas(64) float v[kBlock] = {};
             if (largest > 0.0) memcpy(v, in + column, size_t(k - column < kBlock ? k - column : kBlock) * sizeof *v);
-            fine_block(v, first, second, offset, blocks + column / kBlock * t + row, sums);
+            fine_block(v, first, second, offset, static_cast<FineBlock*>(blocks) + column / kBlock * t + row, sums);
         }
     }
 }
 
-// 128 times sums of high digits and those of low ones, of a tile's rows.
-inline void write_fine(const int32_t* high, const int32_t* low, const float* rows, int64_t lanes, double factor,
+// 128 times sums of high digits and those of low ones, of the rows of a tile; y of one token.
+inline void write_fine(const int32_t* high, const int32_t* low, const Int8Matrix& w, int64_t tile, double factor,
                        float* y) {
-    for (int64_t lane = 0; lane < lanes; lane++)
-        y[lane] = float((128.0 * high[lane] + low[lane]) * (double(rows[lane]) * factor));
+    const int64_t row = tile * kTile;
+    const auto write = [&](int64_t lanes) {
+        for (int64_t lane = 0; lane < lanes; lane++)
+            y[row + lane] = float((128.0 * high[lane] + low[lane]) * (double(w.scale[row + lane]) * factor));
+    };
+    w.n - row < kTile ? write(w.n - row) : write(kTile);
 }
 
 // One tile with all columns of `Tokens` tokens: sums [2 digits] of each. A token alone has several sums side by side,
@@ -93,16 +97,16 @@ SLOTMOE_NOINLINE void fine_tokens(const int8_t* packed, const FineBlock* x, int6
     }
 }
 
-// Up to 131,072 columns.
-void fine_tiles(const Int8Matrix& w, const FineBlock* x, const double* factor, int64_t t, int64_t begin, int64_t end,
+// Up to kFineColumns.
+void fine_tiles(const Int8Matrix& w, const void* blocks, const double* factor, int64_t t, int64_t begin, int64_t end,
                 float* y, int64_t ldy) {
+    const FineBlock* x = static_cast<const FineBlock*>(blocks);
     const bool past = past_l2();
     constexpr int kAtOnce = Lanes::kTokensAtOnce;
     alignas(64) int32_t sums[kAtOnce][2][kTile];
     for (int64_t first = 0; first < t; first += kTokens) {
         const int64_t stop = t - first < kTokens ? t : first + kTokens;
         for (int64_t i = begin; i < end; i++) {
-            const int64_t left = w.n - i * kTile, lanes = left < kTile ? left : kTile;
             const int8_t* packed = w.packed + i * w.blocks * kTile * kBlock;
             for (int64_t token = first, count; token < stop; token += count) {
                 count = stop - token >= kAtOnce ? kAtOnce : kAtOnce > 2 && stop - token >= 2 ? 2 : 1;
@@ -113,8 +117,7 @@ void fine_tiles(const Int8Matrix& w, const FineBlock* x, const double* factor, i
                 else
                     fine_tokens<1>(packed, x + token, t, w.blocks, past, sums);
                 for (int64_t a = 0; a < count; a++)
-                    write_fine(sums[a][0], sums[a][1], w.scale + i * kTile, lanes, factor[token + a],
-                               y + (token + a) * ldy + i * kTile);
+                    write_fine(sums[a][0], sums[a][1], w, i, factor[token + a], y + (token + a) * ldy);
             }
         }
     }
