@@ -15,7 +15,7 @@ from slotmoe.quant.kernels.cpu.weights import Matrix
 from tests.support.codes import parts_of, random_codes
 from tests.support.kernels import (
     CODECS,
-    ISAS,
+    TWO_DIGITS,
     any_matrix,
     needs_native,
     one_of,
@@ -27,7 +27,6 @@ from tests.support.kernels import (
 )
 
 pytestmark = needs_native
-TWO_DIGITS = "amx", "amx_plain"
 dims = sizes(40, 70, 300)  # T, N, K
 
 
@@ -101,7 +100,7 @@ def fitted(levels):
 FITTED = {codec: fitted(levels_of(codec).tolist()) for codec in CODECS}
 
 
-@pytest.mark.parametrize("kernels", [isa for isa in ISAS if isa in TWO_DIGITS], indirect=True)
+@pytest.mark.parametrize("kernels", TWO_DIGITS, indirect=True)
 @quick
 @given(dims, seeds, one_of(1e-42, 1e-30, 1.0, 1e30), one_of(*CODECS))
 def test_codes_with_two_digits_are_exact_but_for_one_order_of_floats(

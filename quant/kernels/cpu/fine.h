@@ -62,35 +62,42 @@ inline void write_fine(const int32_t* high, const int32_t* low, const Int8Matrix
     w.n - row < kTile ? write(w.n - row) : write(kTile);
 }
 
-// One tile with all columns of `Tokens` tokens: sums [2 digits] of each. A token alone has several sums side by side,
-// or each instruction would wait for the one before.
-template <int Tokens>
-SLOTMOE_NOINLINE void fine_tokens(const int8_t* packed, const FineBlock* x, int64_t t, int64_t blocks, bool past,
+// `Tiles` neighbouring tiles with all columns of `Tokens` tokens: sums [tiles, tokens, 2 digits]. A token alone has
+// several sums side by side, or each instruction would wait for the one before.
+template <int Tiles, int Tokens>
+SLOTMOE_NOINLINE void fine_tokens(const int8_t* packed, const FineBlock* x, int64_t t, int64_t blocks, bool ahead,
                                   int32_t (*sums)[2][kTile]) {
-    constexpr int kChains = Lanes::kTokensAtOnce == 4 && Tokens < 3 ? 4 / Tokens : 1;
-    Lanes::I dots[Tokens][2][kChains];
+    const bool past = past_l2();
+    constexpr int kAll = Tiles * Tokens * 2, kChains = Lanes::kTokensAtOnce == 4 && Tokens < 3 ? 4 / Tokens : 1;
+    Lanes::I dots[kAll][kChains];
     const FineBlock* last = x + (blocks - 1) * t;
-#pragma GCC unroll 8
-    for (int i = 0; i < 2 * Tokens; i++)
+#pragma GCC unroll 16
+    for (int i = 0; i < kAll; i++)
 #pragma GCC unroll 4
         for (int chain = 0; chain < kChains; chain++)
-            dots[i / 2][i % 2][chain] = Lanes::start(chain ? 0 : -Lanes::kWeightOffset * last[i / 2].sum[i % 2]);
+            dots[i][chain] = Lanes::start(chain ? 0 : -Lanes::kWeightOffset * last[i / 2 % Tokens].sum[i % 2]);
     for (int64_t b = 0; b < blocks; b++, packed += kTile * kBlock, x += t) {
 #pragma GCC unroll 16
         for (int c = 0; c < 16; c++) {
-            const W w = Lanes::weights(packed + 64 * c);
+            W w[Tiles];
+#pragma GCC unroll 2
+            for (int a = 0; a < Tiles; a++) w[a] = Lanes::weights(packed + a * blocks * kTile * kBlock + 64 * c);
 #pragma GCC unroll 8
-            for (int i = 0; i < 2 * Tokens; i++) {
-                Lanes::I& dot = dots[i / 2][i % 2][c % kChains];
-                dot = Lanes::dot(dot, w, x[i / 2].digit[i % 2] + 4 * c);
-            }
+            for (int i = 0; i < 2 * Tokens; i++)
+#pragma GCC unroll 2
+                for (int a = 0; a < Tiles; a++) {
+                    Lanes::I& dot = dots[2 * Tokens * a + i][c % kChains];
+                    dot = Lanes::dot(dot, w[a], x[i / 2].digit[i % 2] + 4 * c);
+                }
         }
-        prefetch_lines<kTile * kBlock>(packed + kPrefetch, past);
+#pragma GCC unroll 2
+        for (int a = 0; a < Tiles; a++)
+            if (ahead) prefetch_lines<kTile * kBlock>(packed + a * blocks * kTile * kBlock + kPrefetch, past);
     }
-    for (int i = 0; i < 2 * Tokens; i++) {
+    for (int i = 0; i < kAll; i++) {
         uint32_t lanes[kTile] = {}, chain[kTile];  // a chain alone may overflow
         for (int j = 0; j < kChains; j++) {
-            memcpy(chain, &dots[i / 2][i % 2][j], sizeof chain);
+            memcpy(chain, &dots[i][j], sizeof chain);
             for (int lane = 0; lane < kTile; lane++) lanes[lane] += chain[lane];
         }
         memcpy(sums[i / 2][i % 2], lanes, sizeof lanes);
@@ -101,23 +108,27 @@ SLOTMOE_NOINLINE void fine_tokens(const int8_t* packed, const FineBlock* x, int6
 void fine_tiles(const Int8Matrix& w, const void* blocks, const double* factor, int64_t t, int64_t begin, int64_t end,
                 float* y, int64_t ldy) {
     const FineBlock* x = static_cast<const FineBlock*>(blocks);
-    const bool past = past_l2();
-    constexpr int kAtOnce = Lanes::kTokensAtOnce;
-    alignas(64) int32_t sums[kAtOnce][2][kTile];
+    constexpr int kAtOnce = Lanes::kTokensAtOnce, kTiles = Lanes::kTilesAtOnce;
+    constexpr decltype(&fine_tokens<1, 1>) kRuns[] = {
+        fine_tokens<1, 1>, fine_tokens<1, (kAtOnce < 2 ? kAtOnce : 2)>, fine_tokens<1, (kAtOnce < 3 ? kAtOnce : 3)>,
+        fine_tokens<1, kAtOnce>};
+    alignas(64) int32_t sums[kTiles * kAtOnce][2][kTile];
     for (int64_t first = 0; first < t; first += kTokens) {
         const int64_t stop = t - first < kTokens ? t : first + kTokens;
-        for (int64_t i = begin; i < end; i++) {
+        for (int64_t i = begin, tiles; i < end; i += tiles) {
+            tiles = stop - first < kManyTokens || end - i < kTiles ? 1 : kTiles;
             const int8_t* packed = w.packed + i * w.blocks * kTile * kBlock;
             for (int64_t token = first, count; token < stop; token += count) {
-                count = stop - token >= kAtOnce ? kAtOnce : kAtOnce > 2 && stop - token >= 2 ? 2 : 1;
-                if (count == kAtOnce)
-                    fine_tokens<kAtOnce>(packed, x + token, t, w.blocks, past, sums);
-                else if (kAtOnce > 2 && count == 2)
-                    fine_tokens<(kAtOnce > 2 ? 2 : 1)>(packed, x + token, t, w.blocks, past, sums);
+                count = stop - token < kAtOnce ? stop - token : kAtOnce;
+                if (tiles > 1 && count == kAtOnce)
+                    fine_tokens<kTiles, kAtOnce>(packed, x + token, t, w.blocks, token == first, sums);
                 else
-                    fine_tokens<1>(packed, x + token, t, w.blocks, past, sums);
-                for (int64_t a = 0; a < count; a++)
-                    write_fine(sums[a][0], sums[a][1], w, i, factor[token + a], y + (token + a) * ldy);
+                    for (int64_t a = 0; a < tiles; a++)
+                        kRuns[count - 1](packed + a * w.blocks * kTile * kBlock, x + token, t, w.blocks,
+                                         token == first, sums + a * count);
+                for (int64_t a = 0; a < tiles * count; a++)
+                    write_fine(sums[a][0], sums[a][1], w, i + a / count, factor[token + a % count],
+                               y + (token + a % count) * ldy);
             }
         }
     }
