@@ -83,17 +83,15 @@ def test_two_digits_take_long_and_bad_rows(kernels):
 
 
 def fitted(levels):
-    """Whole numbers, offset and step of least squared error for 16 levels, as the kernels try."""
+    """Whole numbers and their step of least squared error for 16 levels, as the kernels try."""
     top, best, least = max(map(abs, levels)), None, math.inf
-    for offset in np.arange(-16, 17) / 32:
-        for count in 95 + 0.05 * np.arange(641):
-            exact = [level / top * count - offset for level in levels]
-            whole = [min(max(round(v), -128), 127) for v in exact]
-            error = 0.0
-            for v, r in zip(exact, whole, strict=True):
-                error += (r - v) * (r - v) / (count * count)
-            if error < least:
-                best, least = (np.array(whole), np.float32(offset), top / count), error
+    for count in 95 + 0.05 * np.arange(641):
+        exact = [level / top * count for level in levels]
+        whole, error = [round(v) for v in exact], 0.0
+        for v, r in zip(exact, whole, strict=True):
+            error += (r - v) * (r - v) / (count * count)
+        if error < least:
+            best, least = (np.array(whole), top / count), error
     return best
 
 
@@ -115,14 +113,10 @@ def test_codes_with_two_digits_are_exact_but_for_one_order_of_floats(
     code, of_block, of_row = parts_of(
         vars(codec), weight.codes.numpy(), weight.scales.view(torch.uint8).numpy(), n, k
     )
-    whole, offset, step = FITTED[codec]
-    total = np.zeros((t, n), np.float32)
-    for first in range(0, k, 64 if codec.scales == "f16" else 32):
-        last, biases = first + (64 if codec.scales == "f16" else 32), 0
-        for half in range(first, last, 32):
-            digits = integers[:, half : half + 32].sum(1, keepdims=True).astype(np.float32)
-            biases = biases + np.rint(offset * digits).astype(np.int64)
-        sums = integers[:, first:last] @ whole[code[:, first:last]].T + biases
+    whole, step = FITTED[codec]
+    total, each = np.zeros((t, n), np.float32), 64 if codec.scales == "f16" else 32
+    for first in range(0, k, each):
+        sums = integers[:, first : first + each] @ whole[code[:, first : first + each]].T
         product = sums.astype(np.float32).astype(np.float64) * of_block[:, first]
         total = (product + total).astype(np.float32)
     rows = of_row[:, 0].astype(np.float64) if np.ndim(of_row) else 1.0

@@ -25,13 +25,13 @@ namespace {
 
 // The integers, offset and step that stand for the levels with the least squared error. 8 bits have room to spare over
 // 16 levels, and a free step and offset about halve the error of step = max / 127.
-Levels fit_levels(const float* levels) {
+Levels fit_levels(const float* levels, bool offsets) {
     double largest = 0;
     for (int i = 0; i < 16; i++) largest = std::fmax(largest, std::fabs(double(levels[i])));
     Levels best{};
     if (largest == 0) return best;
     double least = std::numeric_limits<double>::infinity();
-    for (int o = -16; o <= 16; o++)
+    for (int o = offsets ? -16 : 0, last = -o; o <= last; o++)
         for (int d = 0; d <= 640; d++) {
             const double offset = o / 32.0, count = 95.0 + 0.05 * d;
             double error = 0;
@@ -56,20 +56,21 @@ Levels fit_levels(const float* levels) {
 }  // namespace
 
 // Held under the job: the last few level tables.
-const Levels& slotmoe::levels_for(const float* levels) {
+const Levels& slotmoe::levels_for(const Isa& isa, const float* levels) {
     struct Entry {
-        bool used = false;
+        bool used = false, fine;
         float key[16];
         Levels value;
     };
     static Entry cache[8];
     static int next = 0;
     for (const Entry& e : cache)
-        if (e.used && memcmp(e.key, levels, sizeof e.key) == 0) return e.value;
+        if (e.used && e.fine == isa.fine && memcmp(e.key, levels, sizeof e.key) == 0) return e.value;
     Entry& e = cache[next];
     next = (next + 1) % 8;
     memcpy(e.key, levels, sizeof e.key);
-    e.value = fit_levels(levels);
+    e.fine = isa.fine;
+    e.value = fit_levels(levels, !e.fine);
     e.used = true;
     return e.value;
 }
@@ -207,12 +208,12 @@ void mlp_rows(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, in
     const int64_t in_blocks = up_to(h, kBlock), out_blocks = up_to(i, kBlock);
     for (int64_t pass = 0; pass < t; pass += kPassTokens) {
         const int64_t rows = t - pass < kPassTokens ? t - pass : kPassTokens;
-        const Blocks x_blocks = scratch_blocks(job, kX, rows * in_blocks, isa.block_bytes);
+        const Blocks x_blocks = scratch_blocks(job, kX, rows * in_blocks, isa.fine);
         double* x_factor = job.scratch<double>(kXFactor, rows);
         float* gate = job.scratch<float>(kGate, rows * i);
         float* up = job.scratch<float>(kUp, rows * i);
         const int64_t copies = rows == 1 ? job.threads() : 1;
-        const Blocks act = scratch_blocks(job, kAct, copies * rows * out_blocks, isa.block_bytes);
+        const Blocks act = scratch_blocks(job, kAct, copies * rows * out_blocks, isa.fine);
         double* act_factor = job.scratch<double>(kActFactor, copies * rows);
         quantize_x(job, isa, x + pass * h, h, rows, offset, x_blocks, x_factor);
         job.parallel(up_to(i, kTile), [&](int, int64_t begin, int64_t end) {
@@ -249,7 +250,7 @@ void slotmoe::mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Mlp
     const int64_t h = w[0].k, i = w[0].n;
     if (w[0].kind != kInt8) {
         const CodedMatrix coded[3] = {w[0].as_coded(), w[1].as_coded(), w[2].as_coded()};
-        const Levels& fitted = levels_for(w[0].levels);
+        const Levels& fitted = levels_for(isa, w[0].levels);
         const auto tiles = [&](int which, Blocks b, const double* f, int64_t rows, int64_t begin, int64_t end,
                                float* o,
                                int64_t ld) { isa.coded_tiles(coded[which], fitted, b, f, rows, begin, end, o, ld); };
@@ -284,14 +285,14 @@ namespace {
 void experts_of_token(Job& job, const Isa& isa, const float* x, const uint8_t* const* records, const int64_t* rows,
                       int64_t k, const Record& record, float* y) {
     const int64_t h = record.hidden, i = record.intermediate;
-    const Levels &in_levels = levels_for(record.gate_up_levels), &out_levels = levels_for(record.down_levels);
+    const Levels &in_levels = levels_for(isa, record.gate_up_levels), &out_levels = levels_for(isa, record.down_levels);
     const int64_t in_tiles = up_to(i, kTile), in_blocks = up_to(h, kBlock);
     const int64_t out_tiles = up_to(h, kTile), act_blocks = up_to(i, kBlock);
-    const Blocks x_blocks = scratch_blocks(job, kX, in_blocks, isa.block_bytes);
+    const Blocks x_blocks = scratch_blocks(job, kX, in_blocks, isa.fine);
     double* x_factor = job.scratch<double>(kXFactor, 1);
     float* gate = job.scratch<float>(kGate, k * i);
     float* up = job.scratch<float>(kUp, k * i);
-    const Blocks act = scratch_blocks(job, kAct, job.threads() * act_blocks, isa.block_bytes);
+    const Blocks act = scratch_blocks(job, kAct, job.threads() * act_blocks, isa.fine);
 
     isa.quantize_rows(x, h, 0, 1, 1, in_levels.offset, x_blocks, x_factor);
     job.parallel(k * in_tiles, [&](int, int64_t begin, int64_t end) {
@@ -368,13 +369,13 @@ struct Part {
 void pass_experts(Job& job, const Isa& isa, const float* x, const Use* uses, const int32_t* part_of, int64_t rows,
                   const Part* parts, int64_t count, const Record& record, float* y) {
     const int64_t h = record.hidden, i = record.intermediate;
-    const Levels &in_levels = levels_for(record.gate_up_levels), &out_levels = levels_for(record.down_levels);
+    const Levels &in_levels = levels_for(isa, record.gate_up_levels), &out_levels = levels_for(isa, record.down_levels);
     const int64_t in_tiles = up_to(i, kTile), in_blocks = up_to(h, kBlock), act_blocks = up_to(i, kBlock);
-    const Blocks x_blocks = scratch_blocks(job, kX, rows * in_blocks, isa.block_bytes);  // part by part, [B, rows] each
+    const Blocks x_blocks = scratch_blocks(job, kX, rows * in_blocks, isa.fine);  // part by part, [B, rows] each
     double* x_factor = job.scratch<double>(kXFactor, rows);
     float* gate = job.scratch<float>(kGate, rows * i);
     float* up = job.scratch<float>(kUp, rows * i);
-    const Blocks act = scratch_blocks(job, kAct, rows * act_blocks, isa.block_bytes);
+    const Blocks act = scratch_blocks(job, kAct, rows * act_blocks, isa.fine);
     double* act_factor = job.scratch<double>(kActFactor, rows);
     float* outs = job.scratch<float>(kOuts, rows * h);
     const auto quantize = [&](const float* in, int64_t k, int64_t row, float offset, Blocks blocks,

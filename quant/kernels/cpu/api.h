@@ -33,12 +33,13 @@ struct Blocks {
     Blocks operator+(int64_t count) const { return {p + count * bytes, bytes}; }
     operator void*() const { return p; }
 };
-inline Blocks scratch_blocks(Job& job, Slot slot, int64_t count, int64_t bytes) {
+inline Blocks scratch_blocks(Job& job, Slot slot, int64_t count, bool fine) {
+    const int64_t bytes = fine ? sizeof(FineBlock) : sizeof(ActBlock);
     return {job.scratch<uint8_t>(slot, count * bytes), bytes};
 }
 
 const Isa& best_isa();
-const Levels& levels_for(const float* levels);  // valid for the job
+const Levels& levels_for(const Isa& isa, const float* levels);  // valid for the job
 bool finite(const float* levels);
 
 template <class Body>
@@ -245,10 +246,10 @@ public:
             Slot factor = kXFactor, int64_t groups = 1)
         : isa_(isa), w_(w), x_(x), t_(t), y_(y), groups_(groups) {
         if (!w.quantized()) return;
-        if (is_coded(w.kind)) levels_ = levels_for(w.levels);
-        const int64_t size = up_to(w.k, kBlock), bytes = w.kind == kFine ? sizeof(FineBlock) : isa.block_bytes;
+        if (is_coded(w.kind)) levels_ = levels_for(isa, w.levels);
+        const int64_t size = up_to(w.k, kBlock);
         const auto quantize = w.kind == kFine ? isa.quantize_fine : isa.quantize_rows;
-        blocks_ = scratch_blocks(job, blocks, t * groups * size, bytes);
+        blocks_ = scratch_blocks(job, blocks, t * groups * size, w.kind == kFine || isa.fine);
         factor_ = job.scratch<double>(factor, t * groups);
         job.parallel(t * groups, [&](int, int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; row++) {

@@ -8,13 +8,8 @@ namespace {
 
 constexpr float kMostFine = 16256.0f;  // 128 * 127: both digits fit 8 bits
 
-// What coded weights' dot products start from: their integers lack `offset`, and are unsigned where those of Lanes are.
-inline int32_t fine_bias(float offset, int32_t sum) {
-    return int32_t(round_even(offset * float(sum))) - Lanes::kWeightOffset * sum;
-}
-
-// One row; v has kBlock columns, which times both factors are integers within kMostFine.
-inline void fine_block(const float* v, float first, float second, float offset, FineBlock* out, int32_t* sums) {
+// One block of a row; v times both factors are integers within kMostFine. `sums` of digits, of the blocks before.
+inline void fine_block(const float* v, float first, float second, FineBlock* out, int32_t* sums) {
     int32_t q[kBlock], of_digits[2] = {}, halves[2] = {};
     for (int i = 0; i < kBlock; i++) q[i] = int32_t(round_even(v[i] * first * second));
     for (int i = 0; i < kBlock; i++) {
@@ -26,11 +21,12 @@ inline void fine_block(const float* v, float first, float second, float offset, 
         for (int i = 0; i < kBlock / 2; i++) halves[half] += q[half * kBlock / 2 + i];
     for (int i = 0; i < 2; i++) {
         out->sum[i] = sums[i] += of_digits[i];
-        out->bias[i] = fine_bias(offset, halves[i]);
+        out->bias[i] = -Lanes::kWeightOffset * halves[i];
     }
 }
 
-void quantize_fine(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset, void* blocks,
+// No levels of weights have an offset here.
+void quantize_fine(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float, void* blocks,
                    double* factor) {
     for (int64_t row = begin; row < end; row++) {
         const float* in = x + row * k;
@@ -46,7 +42,7 @@ void quantize_fine(const float* x, int64_t k, int64_t begin, int64_t end, int64_
         for (int64_t column = 0; column < k; column += kBlock) {
             alignas(64) float v[kBlock] = {};
             if (largest > 0.0) memcpy(v, in + column, size_t(k - column < kBlock ? k - column : kBlock) * sizeof *v);
-            fine_block(v, first, second, offset, static_cast<FineBlock*>(blocks) + column / kBlock * t + row, sums);
+            fine_block(v, first, second, static_cast<FineBlock*>(blocks) + column / kBlock * t + row, sums);
         }
     }
 }

@@ -1,6 +1,6 @@
 // Rows in two digits on the sets `amx` and `amx_plain`: all their products of int8 and coded matrices. Few rows take
 // VNNI, many take tiles. The integers are the same, and so are the floats of a coded product and their order:
-//   sum over blocks, or halves of blocks that have scales of their own, of scale * float(128 high + low + bias)
+//   sum over blocks, or halves of blocks that have scales of their own, of scale * float(128 high + low)
 //
 // A tile of 16 rows of W is a B tile of AMX as it stands, a block at a time. What binds: a product of tiles takes 16
 // cycles, storing one 16 more, and beside tiles vector arithmetic has one port. So int8 stays in tiles, and codes leave
@@ -103,13 +103,8 @@ inline F piece_scale(const Tile& tile, int part) {
     const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(tile.scales) + part));
     return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_slli_epi32(wide, 23), _mm512_set1_epi32(0x00400000)));
 }
-template <int Parts>
-inline int32_t piece_bias(const FineBlock& block, int part) {
-    return Parts == 2 ? block.bias[part] : block.bias[0] + block.bias[1];
-}
-inline F add_piece(__m512i high, __m512i low, int32_t bias, F scale, F total) {
-    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(_mm512_slli_epi32(high, 7), low), _mm512_set1_epi32(bias));
-    return Lanes::fma(Lanes::to_float(sum), scale, total);
+inline F add_piece(__m512i high, __m512i low, F scale, F total) {
+    return Lanes::fma(Lanes::to_float(_mm512_add_epi32(_mm512_slli_epi32(high, 7), low)), scale, total);
 }
 
 // One tile with `Tokens` tokens.
@@ -121,6 +116,9 @@ SLOTMOE_NOINLINE void coded_tokens(Tile tile, const FineBlock* x, int64_t t, int
 #pragma GCC unroll 2
         for (int part = 0; part < kParts; part++) {
             Lanes::I dots[Tokens][2][2] = {};  // two sums of a digit side by side
+#pragma GCC unroll 4
+            for (int i = 0; i < Tokens; i++)
+                dots[i][1][0] = Lanes::start(kParts == 2 ? x[i].bias[part] : x[i].bias[0] + x[i].bias[1]);
 #pragma GCC unroll 8
             for (int p = part * kPairs; p < (part + 1) * kPairs; p++) {
                 W w[2];
@@ -136,7 +134,7 @@ SLOTMOE_NOINLINE void coded_tokens(Tile tile, const FineBlock* x, int64_t t, int
 #pragma GCC unroll 4
             for (int i = 0; i < Tokens; i++) {
                 const auto both = [&](int digit) { return _mm512_add_epi32(dots[i][digit][0], dots[i][digit][1]); };
-                total[i] = add_piece(both(0), both(1), piece_bias<kParts>(x[i], part), scale, total[i]);
+                total[i] = add_piece(both(0), both(1), scale, total[i]);
             }
         }
         tile.prefetch();
@@ -144,110 +142,112 @@ SLOTMOE_NOINLINE void coded_tokens(Tile tile, const FineBlock* x, int64_t t, int
     for (int i = 0; i < Tokens; i++) Lanes::store(totals[i], total[i]);
 }
 
-// Some pieces of one tile of W, unpacked, and what tiles of tokens multiply them with.
+// Some pieces of one tile of W, unpacked, and sums of every other piece, of both digits.
 struct Pieces {
     int64_t count;
-    alignas(64) uint8_t weights[kChunk * kTile * kBlock];
+    alignas(64) int8_t weights[kChunk * kTile * kBlock];
     alignas(64) float scale[2 * kChunk][kTile];
-    int32_t bias[2 * kChunk][kGroup][kTileRows];
-    alignas(64) int32_t sums[2][2][kTileSums];  // of every other piece, of both digits
+    alignas(64) int32_t sums[2][2][kTileSums];
 };
 
-template <int Parts>
-struct PieceTiles {
-    const Pieces& pieces;
-    const FineBlock* x;  // of the first piece
-    const TokenTiles& tokens;
-    int64_t tile, piece = 0;  // all of one tile of tokens, then those of the next
-
-    void next() {
-        if (++piece == pieces.count) piece = 0, tile++;
-    }
-    const int8_t* digits() const {
-        return x[piece / Parts * tokens.t + tokens.first(tile)].digit[0] + piece % Parts * (kBlock / 2);
-    }
-    template <int C, int Digit>
-    SLOTMOE_TILE void dot() const {
-        if (Digit == 0) tile_load<kB0>(pieces.weights + piece * (kTile * kBlock / Parts), 64);
-        tile_load<kA0 + Digit>(digits() + Digit * kBlock, sizeof *x);
-        tile_zero<C + Digit>(), tile_dot_su<C + Digit, kA0 + Digit, kB0>();
-    }
-};
+template <int C, int Digit>
+SLOTMOE_TILE void dot_digit(const int8_t* weights, const int8_t* digits) {
+    if (Digit == 0) tile_load<kB0>(weights, 64);
+    tile_load<kA0 + Digit>(digits + Digit * kBlock, sizeof(FineBlock));
+    tile_zero<C + Digit>(), tile_dot_ss<C + Digit, kA0 + Digit, kB0>();
+}
 
 // Rows Begin to End of a piece.
 template <int Begin, int End>
-SLOTMOE_TILE void add_rows(const int32_t (*sums)[kTileSums], const int32_t* bias, F scale, F* total) {
-#pragma GCC unroll 4
+SLOTMOE_TILE void add_rows(const int32_t (*sums)[kTileSums], F scale, F* total) {
+#pragma GCC unroll 16
     for (int r = Begin; r < End; r++) {
         const __m512i high = _mm512_load_si512(sums[0] + kTile * r), low = _mm512_load_si512(sums[1] + kTile * r);
-        total[r] = add_piece(high, low, bias[r], scale, total[r]);
+        total[r] = add_piece(high, low, scale, total[r]);
     }
 }
 
-template <int First>
-struct TwoTiles {
-    static constexpr int kFirst = First;
-};
+// Three pieces are on their way: while one is multiplied, in the sums of tiles C and C + 1, the tiles of the one before
+// are stored, and those before that become floats.
+template <int C, int Rows>
+SLOTMOE_TILE void step(const int8_t* weights, const int8_t* digits, Pieces& pieces, const float* scale, F* total) {
+    constexpr int kBefore = 2 - C, kQuarter = Rows / 4;
+    int32_t(*sums)[kTileSums] = pieces.sums[C / 2], (*store)[kTileSums] = pieces.sums[1 - C / 2];
+    const F of_weights = Lanes::load(scale);
+    dot_digit<C, 0>(weights, digits);
+    add_rows<0, kQuarter>(sums, of_weights, total);
+    tile_store<kBefore>(store[0], 64);
+    add_rows<kQuarter, 2 * kQuarter>(sums, of_weights, total);
+    dot_digit<C, 1>(weights, digits);
+    add_rows<2 * kQuarter, 3 * kQuarter>(sums, of_weights, total);
+    tile_store<kBefore + 1>(store[1], 64);
+    add_rows<3 * kQuarter, Rows>(sums, of_weights, total);
+}
 
-// Tiles of tokens group..last times `pieces`, on top of totals [tiles, R, 16], or from zero. Three pieces are on their
-// way: while one is multiplied the tiles of the one before are stored, and those before that become floats.
+template <int Rows>
+SLOTMOE_TILE void load_totals(const float* from, bool zeros, F* total) {
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; r++) total[r] = zeros ? Lanes::zero() : Lanes::load(from + kTile * r);
+}
+template <int Rows>
+SLOTMOE_TILE void store_totals(float* to, const F* total) {
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; r++) Lanes::store(to + kTile * r, total[r]);
+}
+
+// Tiles of tokens group..last times `pieces`, on top of totals [tiles, R, 16] or, `first`, from zero.
 template <int Parts, int Rows>
 SLOTMOE_NOINLINE void multiply_pieces(Pieces& pieces, const FineBlock* x, const TokenTiles& tokens, int64_t group,
                                       int64_t last, bool first, float (*totals)[kTileSums]) {
-    constexpr int kQuarter = Rows / 4;
-    const int64_t count = (last - group) * pieces.count;
-    PieceTiles<Parts> made{pieces, x, tokens, group}, added = made;
+    const int64_t each = pieces.count, count = (last - group) * each;
+    const int8_t *weights = pieces.weights, *digits = x[tokens.first(group)].digit[0];
+    int64_t piece = 0, tile = group, added = 0;
+    const auto next = [&] {
+        weights += kTile * kBlock / Parts;
+        digits += Parts == 2 && piece % 2 == 0 ? kBlock / 2 : tokens.t * int64_t(sizeof *x) - (Parts - 1) * kBlock / 2;
+        if (++piece < each) return;
+        piece = 0, tile++, weights = pieces.weights, digits = x[tokens.first(tile)].digit[0];
+    };
     F total[Rows];
-    const auto load_totals = [&] {
-#pragma GCC unroll 16
-        for (int r = 0; r < Rows; r++)
-            total[r] = first ? Lanes::zero() : Lanes::load(totals[added.tile - group] + kTile * r);
-    };
-    const auto bias = [&] { return pieces.bias[added.piece][added.tile - group]; };
-    const auto end_piece = [&] {
-        const int64_t tile = added.tile;
-        added.next();
-        if (added.tile == tile) return;
-#pragma GCC unroll 16
-        for (int r = 0; r < Rows; r++) Lanes::store(totals[tile - group] + kTile * r, total[r]);
-        if (added.tile < last) load_totals();
-    };
-    const auto add = [&](int64_t i) {
-        add_rows<0, Rows>(pieces.sums[i % 2], bias(), Lanes::load(pieces.scale[added.piece]), total);
-        end_piece();
-    };
-    const auto step = [&](auto tiles, int64_t i) {
-        constexpr int kNew = decltype(tiles)::kFirst, kBefore = 2 - kNew;
-        int32_t(*sums)[kTileSums] = pieces.sums[i % 2], (*store)[kTileSums] = pieces.sums[1 - i % 2];
-        const F scale = Lanes::load(pieces.scale[added.piece]);
-        made.template dot<kNew, 0>();
-        add_rows<0, kQuarter>(sums, bias(), scale, total);
-        tile_store<kBefore>(store[0], 64);
-        add_rows<kQuarter, 2 * kQuarter>(sums, bias(), scale, total);
-        made.template dot<kNew, 1>();
-        add_rows<2 * kQuarter, 3 * kQuarter>(sums, bias(), scale, total);
-        tile_store<kBefore + 1>(store[1], 64);
-        add_rows<3 * kQuarter, Rows>(sums, bias(), scale, total);
-        made.next(), end_piece();
-    };
-    load_totals();
-    made.template dot<0, 0>(), made.template dot<0, 1>(), made.next();
-    if (count > 1) made.template dot<2, 0>(), made.template dot<2, 1>(), made.next();
+    load_totals<Rows>(*totals, first, total);
+    dot_digit<0, 0>(weights, digits), dot_digit<0, 1>(weights, digits), next();
+    if (count > 1) dot_digit<2, 0>(weights, digits), dot_digit<2, 1>(weights, digits), next();
     tile_store<0>(pieces.sums[0][0], 64), tile_store<1>(pieces.sums[0][1], 64);
-    for (int64_t i = 2; i < count; i++) i % 2 ? step(TwoTiles<2>(), i) : step(TwoTiles<0>(), i);
-    if (count == 1) return add(0);
-    if (count % 2)
-        tile_store<0>(pieces.sums[0][0], 64), tile_store<1>(pieces.sums[0][1], 64);
-    else
-        tile_store<2>(pieces.sums[1][0], 64), tile_store<3>(pieces.sums[1][1], 64);
-    add(count), add(count - 1);
+    for (int64_t i = 2; i < count; i++) {
+        if (i % 2)
+            step<2, Rows>(weights, digits, pieces, pieces.scale[added], total);
+        else
+            step<0, Rows>(weights, digits, pieces, pieces.scale[added], total);
+        next();
+        if (++added < each) continue;
+        store_totals<Rows>(*totals++, total), load_totals<Rows>(*totals, first, total);
+        added = 0;
+    }
+    if (count > 1) {
+        add_rows<0, Rows>(pieces.sums[count % 2], Lanes::load(pieces.scale[added]), total);
+        if (++added == each) {
+            store_totals<Rows>(*totals++, total), load_totals<Rows>(*totals, first, total);
+            added = 0;
+        }
+        if (count % 2)
+            tile_store<0>(pieces.sums[0][0], 64), tile_store<1>(pieces.sums[0][1], 64);
+        else
+            tile_store<2>(pieces.sums[1][0], 64), tile_store<3>(pieces.sums[1][1], 64);
+    }
+    add_rows<0, Rows>(pieces.sums[(count - 1) % 2], Lanes::load(pieces.scale[added]), total);
+    store_totals<Rows>(*totals, total);
 }
 
-// A block of codes as bytes of Lanes' form, unsigned.
+inline Lanes::Table signed_table(const Lanes::Table& table) {
+    const __m512i offset = _mm512_set1_epi8(-128);
+    return {_mm512_xor_si512(table.low, offset), _mm512_xor_si512(table.high, offset)};
+}
+
+// A block of codes as signed bytes.
 template <class Tile>
 inline void unpack(const Tile& tile, int64_t block, Pieces& pieces) {
     constexpr int kParts = Tile::kParts;
-    uint8_t* to = pieces.weights + block * kTile * kBlock;
+    int8_t* to = pieces.weights + block * kTile * kBlock;
 #pragma GCC unroll 8
     for (int p = 0; p < 8; p++) {
         W first, second;
@@ -288,14 +288,9 @@ inline void multiply(At at, const FineBlock* x, int64_t t, int64_t blocks, int64
             for (int64_t b = 0; b < blocks; b += kChunk) {
                 const int64_t count = blocks - b < kChunk ? blocks - b : kChunk;
                 pieces.count = count * kParts;
-                for (int64_t piece = 0; piece < pieces.count; piece++)
-                    for (int64_t a = group; a < last; a++)
-                        for (int64_t row = 0; row < tokens.rows; row++)
-                            pieces.bias[piece][a - group][row] = piece_bias<kParts>(
-                                x[(b + piece / kParts) * t + tokens.first(a) + row], int(piece % kParts));
                 for (int64_t i = panel; i < stop; i++) {
                     Tile tile = at(i);
-                    tile.next(b);
+                    tile.table = signed_table(tile.table), tile.next(b);
                     for (int64_t block = 0; block < count; block++, tile.next()) {
                         unpack(tile, block, pieces);
                         Tile ahead = tile;  // of the next tile, or behind the panel's last one of the next chunk

@@ -35,7 +35,7 @@ struct ActBlock {
 struct alignas(64) FineBlock {
     int8_t digit[2][kBlock];
     int32_t sum[2];   // of each digit, over the row up to here
-    int32_t bias[2];  // what a dot product with a half's codes starts from
+    int32_t bias[2];  // what a product of both digits with a half's columns starts from
 };
 
 // What a matrix is made of. A coded one is one of quant/codecs/codec.py; the digit is the bits of a
@@ -132,8 +132,7 @@ struct Encoder {
 struct Isa {
     const char* name;
 
-    // How activations are quantized: blocks of an ActBlock's or of a FineBlock's size.
-    int64_t block_bytes;
+    bool fine;  // blocks of activations are FineBlocks, or else ActBlocks; levels have no offsets then
     // x [T, K] (row stride K), rows begin..end -> blocks [B, T], factor [T] = 2^e or, of FineBlocks, a row's scale (NaN
     // for a row with NaN or infinity).
     void (*quantize_rows)(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset, void* blocks,

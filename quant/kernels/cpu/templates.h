@@ -9,10 +9,10 @@
 #ifdef SLOTMOE_AMX
 #include "fine_amx.h"
 #define SLOTMOE_PRODUCTS \
-    sizeof(FineBlock), quantize_fine, coded_tiles<FineBlock>, int8_by_tiles, quantize_fine, int8_by_tiles
+    true, quantize_fine, coded_tiles<FineBlock>, int8_by_tiles, quantize_fine, int8_by_tiles
 #else
 #define SLOTMOE_PRODUCTS \
-    sizeof(ActBlock), quantize_rows, coded_tiles<ActBlock>, int8_tiles, quantize_fine, fine_tiles
+    false, quantize_rows, coded_tiles<ActBlock>, int8_tiles, quantize_fine, fine_tiles
 #endif
 
 #include "attention.h"
