@@ -70,15 +70,18 @@ def available_memory() -> int:
 
 def instruction_set() -> str | None:
     """The one that the native kernels use; None where they were not built.  Raises ``OSError`` or
-    ``AttributeError`` where they do not load."""
+    ``AttributeError`` where they do not load, and ``ConfigError`` where this machine has not the
+    one that ``SLOTMOE_INSTRUCTIONS`` names."""
     folder = Path(str(quant.__file__)).parent / "kernels" / "cpu"
     paths = [folder / f"_native{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     path = next((path for path in paths if path.exists()), None)
     if path is None:
         return None
-    isa = ctypes.CDLL(str(path)).slotmoe_isa
-    isa.restype = ctypes.c_char_p
-    name: bytes = isa()
+    native, wanted = ctypes.CDLL(str(path)), os.environ.get("SLOTMOE_INSTRUCTIONS")
+    if wanted and native.slotmoe_set_isa(wanted.encode()):
+        raise ConfigError(f"this machine has no instruction set {wanted!r:.40}")
+    native.slotmoe_isa.restype = ctypes.c_char_p
+    name: bytes = native.slotmoe_isa()
     return name.decode()
 
 

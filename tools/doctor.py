@@ -131,6 +131,8 @@ def _kernels() -> Iterator[Check]:
         problem = "not built: torch computes everything, up to 200 times slower"
         missing = Check("kernels", "bad", problem, first + again)
         yield missing if isa is None else Check("kernels", "ok", f"native, {isa}")
+    except ConfigError as failure:
+        yield Check("kernels", "bad", str(failure), "unset SLOTMOE_INSTRUCTIONS")
     except (OSError, AttributeError) as failure:
         advice = "they were built for another machine; install slotmoe again from source"
         yield Check("kernels", "bad", f"do not load ({str(failure)[:80]})", advice)

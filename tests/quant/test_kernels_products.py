@@ -9,6 +9,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from slotmoe.quant.backends.base import new
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.codecs.codec import MXFP4, NF4, ExpertCodecs
 from slotmoe.quant.codecs.encode import squared_error
@@ -86,13 +87,13 @@ def test_many_rows_equal_one_row(kernels):
     rng = np.random.default_rng(4)
     nf4 = coded_matrix(rng, 90, 200)
     q = torch.from_numpy(rng.integers(-127, 128, (90, 200), dtype=np.int8))
-    int8 = int8_matrix(kernels, q, torch.rand(90) + 0.1)
+    weight = Int8Weight(q, torch.rand(90) + 0.1)
+    parts = nf4, kernels.tile_int8(weight, new), kernels.tile_int8(weight, new, fine=True)
     x = torch_of(rng.standard_normal((600, 200)))  # over the token chunk (128) and the pass (512)
-    many = (kernels.linear(nf4, x), kernels.linear(int8, x))
-    for row in (0, 1, 127, 128, 511, 512, 599):
-        alone = x[row : row + 1]
-        assert torch.equal(kernels.linear(nf4, alone)[0], many[0][row])
-        assert torch.equal(kernels.linear(int8, alone)[0], many[1][row])
+    for matrix in parts:
+        many = kernels.linear(matrix, x)
+        for row in (0, 1, 127, 128, 511, 512, 599):
+            assert torch.equal(kernels.linear(matrix, x[row : row + 1])[0], many[row])
 
 
 def test_zeros_and_not_finite(kernels):

@@ -25,8 +25,21 @@ static_assert(kSlotCount <= kScratchSlots, "pool.h has a buffer for each");
 
 constexpr int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple; }
 
+// Blocks of activations, [B, T]: ActBlocks or FineBlocks.
+struct Blocks {
+    uint8_t* p;
+    int64_t bytes;  // of one
+
+    Blocks operator+(int64_t count) const { return {p + count * bytes, bytes}; }
+    operator void*() const { return p; }
+};
+inline Blocks scratch_blocks(Job& job, Slot slot, int64_t count, bool fine) {
+    const int64_t bytes = fine ? sizeof(FineBlock) : sizeof(ActBlock);
+    return {job.scratch<uint8_t>(slot, count * bytes), bytes};
+}
+
 const Isa& best_isa();
-const Levels& levels_for(const float* levels);  // valid for the job
+const Levels& levels_for(const Isa& isa, const float* levels);  // valid for the job
 bool finite(const float* levels);
 
 template <class Body>
@@ -43,12 +56,14 @@ int guarded(Body body) {
 struct Matrix {
     int64_t kind, n, k;
     const void* data;     // tiles of 16 rows (isa.h), or row-major if nothing is quantized
-    const void* scale;    // int8: float [n]; coded: those of tiles
+    const void* scale;    // int8 and kFine: float [n]; coded: those of tiles
     const float* levels;  // coded: [16]
 
     bool valid() const {
-        return n >= 1 && k >= 1 && kind >= kInt8 && kind <= kBf16 && (!is_coded(kind) || finite(levels));
+        return n >= 1 && k >= 1 && kind >= kInt8 && kind <= kFine && (!is_coded(kind) || finite(levels)) &&
+               ((kind != kInt8 && kind != kFine) || k <= kFineColumns);
     }
+    bool quantized() const { return kind < kF32 || kind == kFine; }
     int64_t tiles() const { return up_to(n, kTile); }
     Int8Matrix as_int8() const {
         return {static_cast<const int8_t*>(data), static_cast<const float*>(scale), n, up_to(k, kBlock)};
@@ -230,16 +245,17 @@ public:
     Product(Job& job, const Isa& isa, const Matrix& w, const float* x, int64_t t, float* y, Slot blocks = kX,
             Slot factor = kXFactor, int64_t groups = 1)
         : isa_(isa), w_(w), x_(x), t_(t), y_(y), groups_(groups) {
-        if (w.kind >= kF32) return;
-        if (is_coded(w.kind)) levels_ = levels_for(w.levels);
+        if (!w.quantized()) return;
+        if (is_coded(w.kind)) levels_ = levels_for(isa, w.levels);
         const int64_t size = up_to(w.k, kBlock);
-        blocks_ = job.scratch<ActBlock>(blocks, t * groups * size);
+        const auto quantize = w.kind == kFine ? isa.quantize_fine : isa.quantize_rows;
+        blocks_ = scratch_blocks(job, blocks, t * groups * size, w.kind == kFine || isa.fine);
         factor_ = job.scratch<double>(factor, t * groups);
         job.parallel(t * groups, [&](int, int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; row++) {
                 const int64_t group = row % groups, token = row / groups;
-                isa.quantize_rows(x + row * w.k, w.k, 0, 1, t, levels_.offset, blocks_ + group * t * size + token,
-                                  factor_ + group * t + token);
+                quantize(x + row * w.k, w.k, 0, 1, t, levels_.offset, blocks_ + (group * t * size + token),
+                         factor_ + group * t + token);
             }
         });
     }
@@ -257,10 +273,12 @@ public:
 private:
     void run_group(int64_t group, int64_t begin, int64_t end) const {
         const int64_t rows = end * kTile < w_.n ? end * kTile : w_.n;
-        const ActBlock* blocks = blocks_ + group * t_ * up_to(w_.k, kBlock);
+        const Blocks blocks = blocks_ + group * t_ * up_to(w_.k, kBlock);
         const double* factor = factor_ + group * t_;
         const Source source = Source(w_.kind - kF32);
-        if (w_.kind == kInt8)
+        if (w_.kind == kFine)
+            isa_.fine_tiles(w_.as_int8(), blocks, factor, t_, begin, end, y_, w_.n);
+        else if (w_.kind == kInt8)
             isa_.int8_tiles(w_.as_int8(), blocks, factor, t_, begin, end, y_, w_.n);
         else if (is_coded(w_.kind))
             isa_.coded_tiles(w_.as_coded(), levels_, blocks, factor, t_, begin, end, y_, w_.n);
@@ -280,7 +298,7 @@ private:
     float* y_;
     int64_t groups_;
     Levels levels_{};
-    ActBlock* blocks_ = nullptr;
+    Blocks blocks_{};
     double* factor_ = nullptr;
 };
 

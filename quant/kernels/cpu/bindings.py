@@ -16,6 +16,7 @@ down codes, then gate, up and down scales, 64-byte-aligned, then any padding.
 
 import ctypes
 import importlib.machinery
+import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from slotmoe.border import Router
+from slotmoe.errors import ConfigError
 from slotmoe.quant.codecs.codec import NF4
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.layers import Decoder
@@ -35,6 +37,7 @@ from slotmoe.quant.shapes import latent_bytes
 from slotmoe.system import cores
 
 ABI = 15
+INSTRUCTIONS = "SLOTMOE_INSTRUCTIONS"  # names an instruction set
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _ROUTER = Structure(ROUTER)
 _PARTS = ("attention", "route", "experts_by_slot", "mlp")  # whose seconds `decode` measures
@@ -89,8 +92,9 @@ class Kernels:
             for i in range(self._lib.slotmoe_isa_count())
             if self._lib.slotmoe_isa_supported(i)
         )
-        """Instruction sets that this machine can run, best first: among avx512vbmi, avx512vnni,
-        avx2, neon_i8mm, neon_dot, neon, portable."""
+        """Instruction sets that this machine can run, best first: among amx, amx_plain (the same
+        without AMX, for tests), avx512vbmi, avx512vnni, avx2, neon_i8mm, neon_dot, neon, portable.
+        The first two are used only where they are asked for."""
 
     def seconds(self) -> dict[str, float]:
         """Seconds spent inside each native function so far; `decode` counts as its parts."""
@@ -104,9 +108,10 @@ class Kernels:
         return name.decode()
 
     def set_isa(self, name: str) -> None:
-        """Use one of `isas` from the next call on (for tests and measurements)."""
+        """Use one of `isas` from the next call on.  Raises `ConfigError`."""
         if self._lib.slotmoe_set_isa(name.encode()):
-            raise ValueError(f"instruction set {name!r} is not one of {', '.join(self.isas)}")
+            here = ", ".join(self.isas)
+            raise ConfigError(f"instruction set {name!r:.40} is not one of this machine's: {here}")
 
     @property
     def threads(self) -> int:
@@ -127,14 +132,15 @@ class Kernels:
         """Read every byte of uint8 [n] with all threads: the kernels' bound."""
         self._lib.slotmoe_read(tensor_spec("memory:u8[N]").check(memory, {}), len(memory))
 
-    def tile_int8(self, weight: Int8Weight, empty: Empty) -> Matrix:
-        """A copy, in memory from `empty(shape, dtype)`, in the order that `linear` reads."""
+    def tile_int8(self, weight: Int8Weight, empty: Empty, fine: bool = False) -> Matrix:
+        """A copy, in memory from `empty(shape, dtype)`, in the order that `linear` reads; for
+        `fine` activations see `Matrix`."""
         sizes: dict[str, int] = {}
         tensor_spec("w:i8[N,K]").check(weight.q, sizes)
         tiles = empty(tuple(tensor_spec(f"packed:{INT8}").shape(sizes)), torch.int8)
         self._functions["pack_int8"].results(weight.q, tiles)
         scale = empty(tuple(weight.scale.shape), torch.float32).copy_(weight.scale)
-        return Matrix.int8(tiles, scale, weight.shape)
+        return Matrix.int8(tiles, scale, weight.shape, fine)
 
     def linear(self, weight: Matrix, x: Tensor) -> Tensor:
         """x float32 [T, K] -> x W^T, [T, N]; or [T, G, K] -> [T, G, N / G], where each G-th of the
@@ -292,15 +298,19 @@ class Kernels:
 
 @cache
 def load() -> Kernels | None:
-    """The kernels, or None where their binary is missing or does not load."""
+    """The kernels, or None where their binary is missing or does not load.  They use the best
+    instruction set, or that of ``SLOTMOE_INSTRUCTIONS``.  Raises `ConfigError`."""
     # What serves every version of Python comes before what an older build has left.
     for suffix in reversed(importlib.machinery.EXTENSION_SUFFIXES):
         path = Path(__file__).with_name(f"_native{suffix}")
         if path.exists():
             try:
-                return Kernels(path)
+                kernels = Kernels(path)
             except (OSError, AttributeError):
                 return None
+            if wanted := os.environ.get(INSTRUCTIONS):
+                kernels.set_isa(wanted)
+            return kernels
     return None
 
 

@@ -5,6 +5,16 @@
 
 #include "matmul.h"
 
+#include "fine.h"
+#ifdef SLOTMOE_AMX
+#include "fine_amx.h"
+#define SLOTMOE_PRODUCTS \
+    true, quantize_fine, coded_tiles<FineBlock>, int8_by_tiles, quantize_fine, int8_by_tiles
+#else
+#define SLOTMOE_PRODUCTS \
+    false, quantize_rows, coded_tiles<ActBlock>, int8_tiles, quantize_fine, fine_tiles
+#endif
+
 #include "attention.h"
 
 #include "dense.h"
@@ -18,7 +28,7 @@
 namespace slotmoe {
 
 extern const Isa SLOTMOE_ISA = {
-    SLOTMOE_ISA_NAME, quantize_rows, coded_tiles, int8_tiles,         linear_dense,  rms_norm,     layer_norm,
+    SLOTMOE_ISA_NAME, SLOTMOE_PRODUCTS,               linear_dense,  rms_norm,     layer_norm,
     silu_mul,         weighted_sum,  hyper_coefficients, hyper_out,   compress,      mla_queries,  mla_pack,
     mla_spans,        mla_merge,     mla_scratch, index_scores,       store_latent,  absorb_query, absorb_value,
     quantize_nf4,     quantize_int8, coded_error, int8_error,         read_memory,
