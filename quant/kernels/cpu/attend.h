@@ -45,7 +45,7 @@ inline int64_t mla_buffers(Mla& m, uint8_t* base, int64_t spans = kMostSpans) {
     const auto floats = [&](int64_t count) { return reinterpret_cast<float*>(take(4 * count)); };
     const int64_t padded = m.tiles * kTile;
     m.q_mixed = floats(m.heads * (m.r + m.p)), m.q_scale = floats(2 * padded);
-    m.q_rows = take(m.heads * 2 * m.k), m.q_digits = take(padded * 2 * m.k);
+    m.q_rows = take(m.heads * 2 * m.k), m.q_digits = take(padded * 2 * padded_columns(m));
     m.span_max = floats(spans * padded), m.span_sum = floats(spans * padded);
     m.span_out = floats(spans * m.heads * m.r_padded);
     return used;

@@ -29,7 +29,14 @@ constexpr float kGrowth = 32.0f;
 // A query is kDigit * high + low - kZero; its coarse columns have no low digit.
 constexpr int kDigit = Lanes::kQueryDigit, kZero = kDigit / 2 * kDigit, kQueryMax = kZero - kDigit;
 
+#ifdef SLOTMOE_AMX
+constexpr int kScoreRows = 2 * kTileRows;  // that are scored together
+#else
+constexpr int kScoreRows = Lanes::kScoreRows;
+#endif
+
 struct Chunk {
+    int8_t* copies;     // [kScoreRows, padded_columns]: of rows that no tile can be loaded of
     int8_t* quads;      // [16, 64, 4]: the columns being summed
     float* scales;      // [64]: the rows', of their latent columns
     float* scores;      // [tiles, 64, 16]: scores, then weights
@@ -177,15 +184,29 @@ void mla_queries(const Mla& m, int64_t begin, int64_t end) {
 // Tiles begin..end: q_rows -> q_digits. Lanes that no head has repeat the first, with a scale of 0.
 void mla_pack(const Mla& m, int64_t begin, int64_t end) {
     const int64_t padded = m.tiles * kTile;
+#ifdef SLOTMOE_AMX
+    const int64_t bytes = 2 * padded_columns(m) * kTile;  // of a tile; those of no column and no digit are 0
+    memset(m.q_digits + begin * bytes, 0, size_t((end - begin) * bytes));
+#endif
     for (int64_t h = begin * kTile; h < end * kTile; h++) {
         const bool none = h >= m.heads;
         const uint8_t *high = m.q_rows + (none ? 0 : h) * 2 * m.k, *low = high + m.k;
-        uint8_t* out = m.q_digits + h / kTile * 2 * m.k * kTile + h % kTile * 4;
         if (none) m.q_scale[h] = m.q_scale[padded + h] = 0.0f;
+#ifdef SLOTMOE_AMX
+        uint8_t* out = m.q_digits + h / kTile * bytes + h % kTile * 4;
+        for (int64_t i = 0; i < m.k; i += 4) {
+            const int64_t column = i < m.r4 ? i : m.r_padded + i - m.r4, block = column / kBlock * kBlock;
+            uint8_t* at = out + (block + column) * kTile;
+            memcpy(at, high + i, 4);
+            if (fine(column)) memcpy(at + kBlock * kTile, low + i, 4);
+        }
+#else
+        uint8_t* out = m.q_digits + h / kTile * 2 * m.k * kTile + h % kTile * 4;
         for (int64_t i = 0; i < m.k; i += 4, out += 4 * kTile) {
             memcpy(out, high + i, 4);
             if (fine(i < m.r4 ? i : i - m.r4)) memcpy(out += 4 * kTile, low + i, 4);
         }
+#endif
     }
 }
 
@@ -205,6 +226,9 @@ size_t mla_layout(const Mla& m, uint8_t* base, Chunk& c) {
         return p;
     };
     const int64_t padded = m.tiles * kTile;
+#ifdef SLOTMOE_AMX
+    c.copies = reinterpret_cast<int8_t*>(take(kScoreRows * padded_columns(m) / 4));
+#endif
     c.quads = reinterpret_cast<int8_t*>(take(kQuads * kSumColumns));
     c.scales = take(kChunkRows), c.scores = take(padded * kChunkRows);
     c.weights = reinterpret_cast<int32_t*>(take(padded * kQuads));
@@ -220,12 +244,53 @@ size_t mla_scratch(const Mla& m) {
 
 // --- scores
 
+#ifdef SLOTMOE_AMX
+
+struct WholeTiles {
+    WholeTiles() {
+        TileShapes shapes;
+        for (int tile = 0; tile < 8; tile++) shapes.set(tile, kTileRows, kTileBytes);
+        tile_shapes(shapes);
+    }
+    ~WholeTiles() { tile_release(); }
+};
+
+// Rows that stand apart by one stride and have whole blocks of columns stay where they are; others are copied.
+void line_up(const Mla& m, const int8_t** rows, int8_t* copies) {
+    bool whole = m.k == padded_columns(m);
+    for (int j = 2; j < kScoreRows; j++) whole = whole && rows[j] - rows[j - 1] == rows[1] - rows[0];
+    for (int j = 0; j < kScoreRows && !whole; j++) {
+        int8_t* copy = copies + j * padded_columns(m);
+        memcpy(copy, rows[j], size_t(m.r4)), memcpy(copy + m.r_padded, rows[j] + m.r4, size_t(m.k - m.r4));
+        rows[j] = copy;
+    }
+}
+
+// Of 16 heads by kScoreRows rows, which line_up has seen -> dots [kScoreRows, 2 digits, 16]. Returns where the queries
+// go on.
+inline const uint8_t* dot_part(const Mla& m, int part, const uint8_t* q, const int8_t* const* rows, int32_t* dots) {
+    const int64_t end = part ? padded_columns(m) : m.r_padded, stride = rows[1] - rows[0];
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    for (int64_t c = part ? m.r_padded : 0; c < end; c += kBlock, q += 2 * kBlock * kTile) {
+        tile_load<4>(rows[0] + c, stride), tile_load<6>(q, 4 * kTile), tile_dot_su<0, 4, 6>();
+        tile_load<7>(q + kBlock * kTile, 4 * kTile), tile_dot_su<1, 4, 7>();
+        tile_load<5>(rows[kTileRows] + c, stride), tile_dot_su<2, 5, 6>(), tile_dot_su<3, 5, 7>();
+    }
+    constexpr int64_t kRow = 8 * kTile;
+    tile_store<0>(dots, kRow), tile_store<1>(dots + kTile, kRow);
+    dots += kTileRows * 2 * kTile;
+    tile_store<2>(dots, kRow), tile_store<3>(dots + kTile, kRow);
+    return q;
+}
+
+#else
+
 // Four columns of 16 heads by kScoreRows rows; a row is broadcast. Returns where the queries go on.
 template <bool Fine>
 inline const uint8_t* dot_rows(const uint8_t* q, const int8_t* const* rows, int64_t column, Lanes::I (*dots)[2]) {
     const auto high = Lanes::load_bytes(q), low = Lanes::load_bytes(q + (Fine ? 4 * kTile : 0));
 #pragma GCC unroll 16
-    for (int j = 0; j < Lanes::kScoreRows; j++) {
+    for (int j = 0; j < kScoreRows; j++) {
         const auto row = Lanes::broadcast_bytes(rows[j] + column);
         dots[j][0] = Lanes::dot_bytes(dots[j][0], high, row);
         if (Fine) dots[j][1] = Lanes::dot_bytes(dots[j][1], low, row);
@@ -233,16 +298,24 @@ inline const uint8_t* dot_rows(const uint8_t* q, const int8_t* const* rows, int6
     return q + (Fine ? 8 : 4) * kTile;
 }
 
+#endif
+
 // One part, 0 latent or 1 rope, of one tile of heads by kScoreRows rows, added to `scores` [kScoreRows, 16]. Returns
 // where the queries go on.
 SLOTMOE_NOINLINE const uint8_t* score_part(const Mla& m, int64_t tile, int part, const uint8_t* q,
                                            const int8_t* const* rows, const Tail* tails, float* scores) {
     const auto scale = Lanes::load(m.q_scale + (part * m.tiles + tile) * kTile),
                digit = Lanes::broadcast(float(kDigit));
-    Lanes::I dots[Lanes::kScoreRows][2];
+    const auto zeros = [&](int j) { return Lanes::start(-kZero / kDigit * tails[j].sum[part]); };
+#ifdef SLOTMOE_AMX
+    alignas(64) uint8_t sums[kScoreRows][2][4 * kTile];
+    q = dot_part(m, part, q, rows, reinterpret_cast<int32_t*>(sums));
+    const auto dot = [&](int j, int digit) { return Lanes::add_bytes(digit ? Lanes::start(0) : zeros(j), sums[j][digit]); };
+#else
+    Lanes::I dots[kScoreRows][2];
+    const auto dot = [&](int j, int digit) { return dots[j][digit]; };
 #pragma GCC unroll 16
-    for (int j = 0; j < Lanes::kScoreRows; j++)
-        dots[j][0] = Lanes::start(-kZero / kDigit * tails[j].sum[part]), dots[j][1] = Lanes::start(0);
+    for (int j = 0; j < kScoreRows; j++) dots[j][0] = zeros(j), dots[j][1] = Lanes::start(0);
     const int64_t end = part ? m.k : m.r4;
     int64_t c = part ? m.r4 : 0;
 #pragma GCC unroll 4
@@ -251,9 +324,10 @@ SLOTMOE_NOINLINE const uint8_t* score_part(const Mla& m, int64_t tile, int part,
         q = dot_rows<!Lanes::kCoarse>(q, rows, c + 4, dots);
     }
     if (c < end) q = dot_rows<true>(q, rows, c, dots);
+#endif
 #pragma GCC unroll 16
-    for (int j = 0; j < Lanes::kScoreRows; j++) {
-        const auto sum = Lanes::fma(Lanes::to_float(dots[j][0]), digit, Lanes::to_float(dots[j][1]));
+    for (int j = 0; j < kScoreRows; j++) {
+        const auto sum = Lanes::fma(Lanes::to_float(dot(j, 0)), digit, Lanes::to_float(dot(j, 1)));
         const auto before = part ? Lanes::load(scores + j * kTile) : Lanes::zero();
         Lanes::store(scores + j * kTile,
                      Lanes::fma(sum, Lanes::mul(Lanes::broadcast(tails[j].scale[part]), scale), before));
@@ -263,19 +337,25 @@ SLOTMOE_NOINLINE const uint8_t* score_part(const Mla& m, int64_t tile, int part,
 
 // The scores of n rows, for all heads.
 void score_chunk(const Mla& m, const uint8_t* const* rows, int64_t n, const Chunk& c) {
-    for (int64_t first = 0; first < n; first += Lanes::kScoreRows) {
-        const int8_t* row[Lanes::kScoreRows];
-        Tail tails[Lanes::kScoreRows];
-        for (int64_t j = 0; j < Lanes::kScoreRows; j++) {
+    for (int64_t first = 0; first < n; first += kScoreRows) {
+        const int8_t* row[kScoreRows];
+        Tail tails[kScoreRows];
+        for (int64_t j = 0; j < kScoreRows; j++) {
             row[j] = reinterpret_cast<const int8_t*>(rows[first + j]), tails[j] = tail_of(m, rows[first + j]);
             c.scales[first + j] = tails[j].scale[0];
         }
+#ifdef SLOTMOE_AMX
+        line_up(m, row, c.copies);
+        const int64_t columns = padded_columns(m);
+#else
+        const int64_t columns = m.k;
+#endif
         for (int64_t tile = 0; tile < m.tiles; tile++) {
             float* scores = c.scores + (tile * kChunkRows + first) * kTile;
-            const uint8_t* q = score_part(m, tile, 0, m.q_digits + tile * 2 * m.k * kTile, row, tails, scores);
+            const uint8_t* q = score_part(m, tile, 0, m.q_digits + tile * 2 * columns * kTile, row, tails, scores);
             if (m.p > 0) score_part(m, tile, 1, q, row, tails, scores);
             auto largest = first ? Lanes::load(c.largest + tile * kTile) : Lanes::broadcast(kNoScore);
-            for (int j = 0; j < Lanes::kScoreRows; j++) largest = Lanes::max(Lanes::load(scores + j * kTile), largest);
+            for (int j = 0; j < kScoreRows; j++) largest = Lanes::max(Lanes::load(scores + j * kTile), largest);
             Lanes::store(c.largest + tile * kTile, largest);
         }
     }
@@ -375,6 +455,29 @@ inline void load_quads(const Mla& m, const uint8_t* const* rows, int64_t n, int6
     }
 }
 
+// out [64 columns] += dots * step, or is that if `first`.
+inline void add_dots(const Lanes::I* dots, float step, bool first, float* out) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++, out += 16)
+        Lanes::store(out, Lanes::fma(Lanes::to_float(dots[j]), Lanes::broadcast(step),
+                                     first ? Lanes::zero() : Lanes::load(out)));
+}
+
+#ifdef SLOTMOE_AMX
+
+// Of a tile's heads: weights [16 heads, 64 rows] by quads -> dots [16, 64].
+inline void value_tiles(const int32_t* weights, const int8_t* quads, Lanes::I (*dots)[4]) {
+    constexpr int64_t kRow = 4 * kSumColumns;
+    tile_load<4>(weights, kChunkRows);
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    tile_load<5>(quads, kRow), tile_dot_us<0, 4, 5>(), tile_load<6>(quads + 64, kRow), tile_dot_us<1, 4, 6>();
+    tile_load<7>(quads + 128, kRow), tile_dot_us<2, 4, 7>(), tile_load<5>(quads + 192, kRow), tile_dot_us<3, 4, 5>();
+    tile_store<0>(dots[0], kRow), tile_store<1>(dots[0] + 1, kRow);
+    tile_store<2>(dots[0] + 2, kRow), tile_store<3>(dots[0] + 3, kRow);
+}
+
+#else
+
 // Four rows' bytes times the weights of H heads.
 template <int H>
 inline void value_quad(const int32_t* weights, const int8_t* rows, Lanes::I (*dots)[4]) {
@@ -406,15 +509,10 @@ SLOTMOE_NOINLINE void value_block(const Mla& m, int64_t h, int64_t quads, bool f
             value_quad<H>(weights + (quad + i) * kTile, rows + (quad + i) * 4 * kSumColumns, dots);
     for (; quad < quads; quad++) value_quad<H>(weights + quad * kTile, rows + quad * 4 * kSumColumns, dots);
 #pragma GCC unroll 4
-    for (int i = 0; i < H; i++) {
-        const auto step = Lanes::broadcast(c.step[h + i]);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            float* o = out + i * m.r_padded + 16 * j;
-            Lanes::store(o, Lanes::fma(Lanes::to_float(dots[i][j]), step, first ? Lanes::zero() : Lanes::load(o)));
-        }
-    }
+    for (int i = 0; i < H; i++) add_dots(dots[i], c.step[h + i], first, out + i * m.r_padded);
 }
+
+#endif
 
 // out [Rp] += weight * the latent integers of a row.
 void add_row(const Mla& m, const uint8_t* row, float weight, float* out) {
@@ -429,21 +527,41 @@ void add_row(const Mla& m, const uint8_t* row, float weight, float* out) {
 // out [heads, Rp] += weights x rows; meanwhile the `count` rows of the next chunk come nearer.
 void sum_values(const Mla& m, const uint8_t* const* rows, int64_t n, const Chunk& c, const uint8_t* const* next,
                 int64_t count, bool first, float* out) {
-    const int64_t quads = (n + 3) / 4, four = m.heads / 4 * 4, bytes = latent_bytes(m.r, m.p);
-    const int64_t slice = count * bytes * 4 * kSumColumns / (m.r_padded * m.heads) + 64;
+    const int64_t quads = (n + 3) / 4, bytes = latent_bytes(m.r, m.p);
     int64_t row = 0, byte = 0;
+    const auto come_nearer = [&](int64_t heads) {  // while so many heads' sums of 64 columns are made
+        const int64_t slice = count * bytes * heads * kSumColumns / (m.r_padded * m.heads) + 64;
+        for (int64_t i = 0; i < slice && row < count; i += 64) {
+            m.near ? Lanes::prefetch(next[row] + byte) : Lanes::prefetch_to_l2(next[row] + byte);
+            byte += 64;
+            if (byte >= bytes) row++, byte = 0;
+        }
+    };
+#ifdef SLOTMOE_AMX
+    for (int64_t tile = 0; tile < m.tiles; tile++) Lanes::turn(c.weights + tile * kQuads * kTile, quads);
+    Lanes::I dots[2][kTile][4];
+    const int64_t steps = m.r_padded / kSumColumns * m.tiles;
+    for (int64_t step = 0; step <= steps; step++) {  // tiles multiply while the step before is added
+        if (step < steps) {
+            if (step % m.tiles == 0) load_quads(m, rows, n, step / m.tiles * kSumColumns, c.quads);
+            come_nearer(kTile);
+            value_tiles(c.weights + step % m.tiles * kQuads * kTile, c.quads, dots[step % 2]);
+        }
+        const int64_t done = step - 1, begin = done % m.tiles * kTile;
+        for (int64_t h = begin; done >= 0 && h < begin + kTile && h < m.heads; h++)
+            add_dots(dots[done % 2][h - begin], c.step[h], first, out + h * m.r_padded + done / m.tiles * kSumColumns);
+    }
+#else
+    const int64_t four = m.heads / 4 * 4;
     for (int64_t column = 0; column < m.r_padded; column += kSumColumns) {
         load_quads(m, rows, n, column, c.quads);
         for (int64_t h = 0; h < four; h += 4) {
-            for (int64_t i = 0; i < slice && row < count; i += 64) {
-                m.near ? Lanes::prefetch(next[row] + byte) : Lanes::prefetch_to_l2(next[row] + byte);
-                byte += 64;
-                if (byte >= bytes) row++, byte = 0;
-            }
+            come_nearer(4);
             value_block<4>(m, h, quads, first, c, out + h * m.r_padded + column);
         }
         for (int64_t h = four; h < m.heads; h++) value_block<1>(m, h, quads, first, c, out + h * m.r_padded + column);
     }
+#endif
     for (int64_t tile = 0; tile < m.tiles; tile++)
         for (uint32_t heads = c.alone[tile]; heads; heads &= heads - 1) {
             const int64_t h = tile * kTile + __builtin_ctz(heads);
@@ -454,6 +572,9 @@ void sum_values(const Mla& m, const uint8_t* const* rows, int64_t n, const Chunk
 // --- all of it
 
 void mla_spans(const Mla& m, int64_t begin, int64_t end, uint8_t* scratch) {
+#ifdef SLOTMOE_AMX
+    const WholeTiles tiles;
+#endif
     Chunk c;
     mla_layout(m, scratch, c);
     const int64_t padded = m.tiles * kTile;
@@ -506,6 +627,9 @@ void mla_merge(const Mla& m, int64_t begin, int64_t end, float* out) {
 
 // The indexer's scores (DeepSeek-V3.2, arXiv 2512.02556): the sum over the heads of weight [heads] * relu(q . row).
 void index_scores(const Mla& m, const float* weights, int64_t begin, int64_t end, uint8_t* scratch, float* scores) {
+#ifdef SLOTMOE_AMX
+    const WholeTiles tiles;
+#endif
     Chunk c;
     mla_layout(m, scratch, c);
     const uint8_t* rows[kChunkRows];

@@ -84,12 +84,16 @@ struct Mla {
     float* q_mixed;     // [heads, R + P]
     uint8_t* q_rows;    // [heads, 2 digits, k]
     float* q_scale;     // [2, tiles * 16]: of the latent columns and of the rope columns, times `scale`
-    uint8_t* q_digits;  // [tiles, k / 4, 2 digits or 1, 16 heads, 4 columns]
+    uint8_t* q_digits;  // [tiles, k / 4, 2 digits or 1, 16 heads, 4 columns]; with AMX [tiles, blocks of 64 columns,
+                        // 2 digits, 16, 16 heads, 4 columns]
     // Per span: what probabilities are relative to, their sum and the weighted sum of rows
     float* span_max;  // [spans, tiles * 16]
     float* span_sum;  // [spans, tiles * 16]
     float* span_out;  // [spans, heads, r_padded]
 };
+
+// Of a row whose parts are padded to 64 each.
+constexpr int64_t padded_columns(const Mla& m) { return m.r_padded + (m.k - m.r4 + kBlock - 1) / kBlock * kBlock; }
 
 // A hyper-connection of m streams, or the head's, which has only the first m rows; see streams.h.
 struct Hyper {
