@@ -347,7 +347,7 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t la
         for (int64_t token = 0, first = 0; token < t && first < end; token++) {
             const int64_t count = mla_span_count(mlas[token]);
             const int64_t from = begin > first ? begin - first : 0, to = end - first < count ? end - first : count;
-            if (from < to) isa.mla_spans(mlas[token], from, to, scratch + thread * thread_bytes);
+            if (from < to) mla_spans(isa, mlas[token], from, to, scratch + thread * thread_bytes);
             first += count;
         }
     });

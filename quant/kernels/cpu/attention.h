@@ -12,7 +12,8 @@
 // may be small and many, it is multiplied in fp32.
 //
 // A query's context is the first rows of a cache, or those that a list names, in its order. Chunks are grouped into
-// spans by the context's length alone, so that the result does not depend on the threads.
+// spans by the context's length alone, so that the result does not depend on the threads. Queries of neighbouring tokens
+// go through their chunks together, so that rows are interleaved once for all of them.
 //
 // Shapes: q [heads, R + P]; out [heads, R]; R4, P4 = R, P padded to 4; K = R4 + P4; Rp = R padded to 64; heads come in
 // tiles of 16, one lane each, Hp of them. A cache row is int8 [R4], int8 [P4], float [2] scales, int32 [2] sums of the
@@ -40,13 +41,17 @@ struct Chunk {
     int8_t* quads;      // [16, 64, 4]: the columns being summed
     float* scales;      // [64]: the rows', of their latent columns
     float* scores;      // [tiles, 64, 16]: scores, then weights
-    int32_t* weights;   // [tiles, 16, 16]: four rows' bytes
     float* largest;     // [Hp]: score
+    float* correction;  // [Hp]: of what the chunks before have summed
+    // Of each query
+    int32_t* weights;   // [tiles, 16, 16]: four rows' bytes
     float* step;        // [Hp]: what 1 is worth in a byte
     uint32_t* alone;    // [tiles]: the heads, a bit each, whose largest weight is in no byte
     float* top;         // [Hp]: that weight
     int32_t* top_row;   // [Hp]: its row
-    float* correction;  // [Hp]: of what the chunks before have summed
+    int64_t n;          // rows that it attends to
+    bool first;         // of the span
+    float* out;         // [heads, Rp]: the span's sums
 };
 
 // --- mixing
@@ -218,7 +223,8 @@ void chunk_rows(const Mla& m, int64_t first, const uint8_t** rows) {
     }
 }
 
-size_t mla_layout(const Mla& m, uint8_t* base, Chunk& c) {
+// Of m.shared queries.
+size_t mla_layout(const Mla& m, uint8_t* base, Chunk* chunks) {
     size_t used = 0;
     const auto take = [&](int64_t count) {  // of 4 bytes each
         float* p = base ? reinterpret_cast<float*>(base + used) : nullptr;
@@ -226,20 +232,24 @@ size_t mla_layout(const Mla& m, uint8_t* base, Chunk& c) {
         return p;
     };
     const int64_t padded = m.tiles * kTile;
+    Chunk c{};
 #ifdef SLOTMOE_AMX
     c.copies = reinterpret_cast<int8_t*>(take(kScoreRows * padded_columns(m) / 4));
 #endif
     c.quads = reinterpret_cast<int8_t*>(take(kQuads * kSumColumns));
-    c.scales = take(kChunkRows), c.scores = take(padded * kChunkRows);
-    c.weights = reinterpret_cast<int32_t*>(take(padded * kQuads));
-    c.largest = take(padded), c.step = take(padded), c.top = take(padded), c.correction = take(padded);
-    c.top_row = reinterpret_cast<int32_t*>(take(padded)), c.alone = reinterpret_cast<uint32_t*>(take(m.tiles));
+    c.scales = take(kChunkRows), c.scores = take(padded * kChunkRows), c.largest = take(padded);
+    c.correction = take(padded);
+    for (int64_t i = 0; i < m.shared; i++) {
+        c.weights = reinterpret_cast<int32_t*>(take(padded * kQuads)), c.step = take(padded), c.top = take(padded);
+        c.top_row = reinterpret_cast<int32_t*>(take(padded)), c.alone = reinterpret_cast<uint32_t*>(take(m.tiles));
+        chunks[i] = c;
+    }
     return used;
 }
 
 size_t mla_scratch(const Mla& m) {
-    Chunk c;
-    return mla_layout(m, nullptr, c);
+    Chunk chunks[kShared];
+    return mla_layout(m, nullptr, chunks);
 }
 
 // --- scores
@@ -492,9 +502,13 @@ inline void value_quad(const int32_t* weights, const int8_t* rows, Lanes::I (*do
     }
 }
 
-// out [H heads, 64 columns] += weights x rows.
+// 64 columns of H heads' sums += weights x rows.
 template <int H>
-SLOTMOE_NOINLINE void value_block(const Mla& m, int64_t h, int64_t quads, bool first, const Chunk& c, float* out) {
+SLOTMOE_NOINLINE void value_block(const Mla& m, int64_t h, int64_t column, const Chunk& c) {
+    const int64_t quads = (c.n + 3) / 4, padded = m.r_padded;
+    const bool first = c.first;
+    const float* step = c.step + h;
+    float* out = c.out + h * padded + column;
     const int32_t* weights = c.weights + h / kTile * kQuads * kTile + h % kTile;
     Lanes::I dots[H][4];
 #pragma GCC unroll 4
@@ -509,7 +523,7 @@ SLOTMOE_NOINLINE void value_block(const Mla& m, int64_t h, int64_t quads, bool f
             value_quad<H>(weights + (quad + i) * kTile, rows + (quad + i) * 4 * kSumColumns, dots);
     for (; quad < quads; quad++) value_quad<H>(weights + quad * kTile, rows + quad * 4 * kSumColumns, dots);
 #pragma GCC unroll 4
-    for (int i = 0; i < H; i++) add_dots(dots[i], c.step[h + i], first, out + i * m.r_padded);
+    for (int i = 0; i < H; i++) add_dots(dots[i], step[i], first, out + i * padded);
 }
 
 #endif
@@ -524,83 +538,97 @@ void add_row(const Mla& m, const uint8_t* row, float weight, float* out) {
     for (; i < m.r; i++) out[i] += weight * float(q[i]);
 }
 
-// out [heads, Rp] += weights x rows; meanwhile the `count` rows of the next chunk come nearer.
-void sum_values(const Mla& m, const uint8_t* const* rows, int64_t n, const Chunk& c, const uint8_t* const* next,
-                int64_t count, bool first, float* out) {
-    const int64_t quads = (n + 3) / 4, bytes = latent_bytes(m.r, m.p);
+// The sums of `queries` += weights x rows, of which the last has n; meanwhile the `count` rows of the next chunk come
+// nearer.
+void sum_values(const Mla* m, int64_t queries, const Chunk* chunks, const uint8_t* const* rows, int64_t n,
+                const uint8_t* const* next, int64_t count) {
+    const Mla& any = m[0];
+    const int64_t bytes = latent_bytes(any.r, any.p), heads = any.heads, padded = any.r_padded;
+    const int64_t a_head = count * bytes * kSumColumns / (padded * heads * queries);
+    const bool near = any.near;
     int64_t row = 0, byte = 0;
-    const auto come_nearer = [&](int64_t heads) {  // while so many heads' sums of 64 columns are made
-        const int64_t slice = count * bytes * heads * kSumColumns / (m.r_padded * m.heads) + 64;
-        for (int64_t i = 0; i < slice && row < count; i += 64) {
-            m.near ? Lanes::prefetch(next[row] + byte) : Lanes::prefetch_to_l2(next[row] + byte);
+    const auto come_nearer = [&](int64_t some) {  // while so many heads' sums of 64 columns are made
+        for (int64_t i = 0; i < a_head * some + 64 && row < count; i += 64) {
+            near ? Lanes::prefetch(next[row] + byte) : Lanes::prefetch_to_l2(next[row] + byte);
             byte += 64;
             if (byte >= bytes) row++, byte = 0;
         }
     };
+    int64_t begin = 0;  // queries of a shorter context are through
+    while (chunks[begin].n == 0) begin++;
 #ifdef SLOTMOE_AMX
-    for (int64_t tile = 0; tile < m.tiles; tile++) Lanes::turn(c.weights + tile * kQuads * kTile, quads);
+    const int64_t tiles = any.tiles, a_column = tiles * (queries - begin), steps = padded / kSumColumns * a_column;
     Lanes::I dots[2][kTile][4];
-    const int64_t steps = m.r_padded / kSumColumns * m.tiles;
+    for (int64_t i = begin; i < queries; i++)
+        for (int64_t tile = 0; tile < tiles; tile++)
+            Lanes::turn(chunks[i].weights + tile * kQuads * kTile, (chunks[i].n + 3) / 4);
     for (int64_t step = 0; step <= steps; step++) {  // tiles multiply while the step before is added
         if (step < steps) {
-            if (step % m.tiles == 0) load_quads(m, rows, n, step / m.tiles * kSumColumns, c.quads);
+            const Chunk& c = chunks[begin + step % a_column / tiles];
+            if (step % a_column == 0) load_quads(any, rows, n, step / a_column * kSumColumns, c.quads);
             come_nearer(kTile);
-            value_tiles(c.weights + step % m.tiles * kQuads * kTile, c.quads, dots[step % 2]);
+            value_tiles(c.weights + step % tiles * kQuads * kTile, c.quads, dots[step % 2]);
         }
-        const int64_t done = step - 1, begin = done % m.tiles * kTile;
-        for (int64_t h = begin; done >= 0 && h < begin + kTile && h < m.heads; h++)
-            add_dots(dots[done % 2][h - begin], c.step[h], first, out + h * m.r_padded + done / m.tiles * kSumColumns);
+        if (step == 0) continue;
+        const int64_t done = step - 1, column = done / a_column * kSumColumns, head = done % tiles * kTile;
+        const Chunk& c = chunks[begin + done % a_column / tiles];
+        for (int64_t h = head; h < head + kTile && h < heads; h++)
+            add_dots(dots[done % 2][h - head], c.step[h], c.first, c.out + h * padded + column);
     }
 #else
-    const int64_t four = m.heads / 4 * 4;
-    for (int64_t column = 0; column < m.r_padded; column += kSumColumns) {
-        load_quads(m, rows, n, column, c.quads);
-        for (int64_t h = 0; h < four; h += 4) {
-            come_nearer(4);
-            value_block<4>(m, h, quads, first, c, out + h * m.r_padded + column);
+    for (int64_t column = 0; column < padded; column += kSumColumns) {
+        load_quads(any, rows, n, column, chunks[0].quads);
+        for (int64_t i = begin; i < queries; i++) {
+            int64_t h = 0;
+            for (; h + 4 <= heads; h += 4) come_nearer(4), value_block<4>(m[i], h, column, chunks[i]);
+            for (; h < heads; h++) value_block<1>(m[i], h, column, chunks[i]);
         }
-        for (int64_t h = four; h < m.heads; h++) value_block<1>(m, h, quads, first, c, out + h * m.r_padded + column);
     }
 #endif
-    for (int64_t tile = 0; tile < m.tiles; tile++)
-        for (uint32_t heads = c.alone[tile]; heads; heads &= heads - 1) {
-            const int64_t h = tile * kTile + __builtin_ctz(heads);
-            if (h < m.heads) add_row(m, rows[c.top_row[h]], c.top[h], out + h * m.r_padded);
-        }
+    for (const Chunk* c = chunks + begin; c < chunks + queries; c++)
+        for (int64_t tile = 0; tile < any.tiles; tile++)
+            for (uint32_t alone = c->alone[tile]; alone; alone &= alone - 1) {
+                const int64_t h = tile * kTile + __builtin_ctz(alone);
+                if (h < heads) add_row(any, rows[c->top_row[h]], c->top[h], c->out + h * padded);
+            }
 }
 
 // --- all of it
 
-void mla_spans(const Mla& m, int64_t begin, int64_t end, uint8_t* scratch) {
+// What a query's chunk weighs. `rows` are whole where the query has as many.
+void weigh(const Mla& m, int64_t chunk, const uint8_t* const* rows, Chunk& c) {
+    const int64_t span = chunk / m.span_chunks, place = chunk % m.span_chunks, left = m.context - chunk * kChunkRows;
+    const int64_t padded = m.tiles * kTile, floats = m.heads * m.r_padded;
+    c.n = left < 0 ? 0 : left < kChunkRows ? left : kChunkRows, c.first = place == 0;
+    c.out = m.span_out + span * floats;
+    if (c.n == 0) return;
+    const uint8_t* own[kChunkRows];
+    if (c.n < kChunkRows) chunk_rows(m, chunk * kChunkRows, own), rows = own;
+    // Another core may have been the last to read the next span's sums; getting them back for writing takes long.
+    const bool last = (span + 1) * m.span_chunks * kChunkRows >= m.context;
+    for (int64_t i = floats * place / m.span_chunks; !last && i < floats * (place + 1) / m.span_chunks; i += 16)
+        Lanes::prefetch_write(c.out + floats + i);
+    score_chunk(m, rows, c.n, c);
+    float *maxima = m.span_max + span * padded, *sums = m.span_sum + span * padded;
+    for (int64_t tile = 0; tile < m.tiles; tile++)
+        if (!softmax_tile(m, tile, c.n, c.first, c, maxima, sums)) scale_down(m, tile, c, c.out);
+}
+
+void mla_chunks(const Mla* m, int64_t queries, int64_t begin, int64_t end, uint8_t* scratch) {
 #ifdef SLOTMOE_AMX
     const WholeTiles tiles;
 #endif
-    Chunk c;
-    mla_layout(m, scratch, c);
-    const int64_t padded = m.tiles * kTile;
-    const uint8_t* chunks[2][kChunkRows];  // this one's rows and the next one's
-    for (int64_t span = begin; span < end; span++) {
-        float *maxima = m.span_max + span * padded, *sums = m.span_sum + span * padded;
-        float* out = m.span_out + span * m.heads * m.r_padded;
-        const int64_t start = span * m.span_chunks * kChunkRows, limit = start + m.span_chunks * kChunkRows;
-        const int64_t stop = limit < m.context ? limit : m.context, floats = m.heads * m.r_padded;
-        chunk_rows(m, start, chunks[start / kChunkRows % 2]);
-        for (int64_t first = start; first < stop; first += kChunkRows) {
-            const int64_t n = stop - first < kChunkRows ? stop - first : kChunkRows,
-                          chunk = (first - start) / kChunkRows;
-            const uint8_t **rows = chunks[first / kChunkRows % 2], **next = chunks[(first / kChunkRows + 1) % 2];
-            // Another core may have been the last to read the next span's sums; getting them back for writing takes
-            // long.
-            for (int64_t i = floats * chunk / m.span_chunks;
-                 stop < m.context && i < floats * (chunk + 1) / m.span_chunks; i += 16)
-                Lanes::prefetch_write(out + floats + i);
-            score_chunk(m, rows, n, c);
-            for (int64_t tile = 0; tile < m.tiles; tile++)
-                if (!softmax_tile(m, tile, n, first == start, c, maxima, sums)) scale_down(m, tile, c, out);
-            const int64_t left = m.context - first - n;
-            chunk_rows(m, first + n, next);
-            sum_values(m, rows, n, c, next, left < kChunkRows ? left : kChunkRows, first == start, out);
-        }
+    Chunk chunks[kShared];
+    mla_layout(m[0], scratch, chunks);
+    const Mla& longest = m[queries - 1];
+    const uint8_t* both[2][kChunkRows];  // this chunk's rows and the next one's
+    chunk_rows(longest, begin * kChunkRows, both[begin % 2]);
+    for (int64_t chunk = begin; chunk < end; chunk++) {
+        const uint8_t **rows = both[chunk % 2], **next = both[(chunk + 1) % 2];
+        for (int64_t i = 0; i < queries; i++) weigh(m[i], chunk, rows, chunks[i]);
+        const int64_t n = chunks[queries - 1].n, left = longest.context - chunk * kChunkRows - n;
+        chunk_rows(longest, (chunk + 1) * kChunkRows, next);
+        sum_values(m, queries, chunks, rows, n, next, left < kChunkRows ? left : kChunkRows);
     }
 }
 
@@ -630,8 +658,9 @@ void index_scores(const Mla& m, const float* weights, int64_t begin, int64_t end
 #ifdef SLOTMOE_AMX
     const WholeTiles tiles;
 #endif
-    Chunk c;
-    mla_layout(m, scratch, c);
+    Chunk chunks[kShared];
+    mla_layout(m, scratch, chunks);
+    const Chunk& c = chunks[0];
     const uint8_t* rows[kChunkRows];
     for (int64_t first = begin * kChunkRows; first < end * kChunkRows && first < m.context; first += kChunkRows) {
         const int64_t n = m.context - first < kChunkRows ? m.context - first : kChunkRows;

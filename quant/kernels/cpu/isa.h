@@ -21,6 +21,7 @@ constexpr int kXBlock = 16;    // columns that share an activation scale
 constexpr int kXScales = kBlock / kXBlock;
 constexpr int kExponents = 0x0bc00000;  // bits of 1.5 * 2^23 less those of 1: see Lanes::load_exponent
 constexpr int kChunkRows = 64; // MLA: cache rows that are scored together
+constexpr int kShared = 8;     // MLA: tiles of heads, of one query or several, that share what is read of a chunk
 
 // 64 activations of one token: x = q * scale * 2^e, with one e a token so that scales stay near 1.
 // bias is what a dot product starts from: it takes back the offsets of the weights' integers.
@@ -80,6 +81,7 @@ struct Mla {
     int64_t r4, k;        // R rounded up to 4; that plus P rounded up to 4
     int64_t r_padded;     // R rounded up to 64
     bool near;            // a chunk's rows fit the first-level cache
+    int64_t shared;       // queries that go through chunks together at most
     // Filled by mla_queries and, the last, by mla_pack
     float* q_mixed;     // [heads, R + P]
     uint8_t* q_rows;    // [heads, 2 digits, k]
@@ -155,7 +157,9 @@ struct Isa {
 
     void (*mla_queries)(const Mla& m, int64_t begin, int64_t end);                 // heads begin..end
     void (*mla_pack)(const Mla& m, int64_t begin, int64_t end);                    // tiles begin..end
-    void (*mla_spans)(const Mla& m, int64_t begin, int64_t end, uint8_t* scratch);  // spans begin..end
+    // Chunks begin..end, of those that the last of m.shared or fewer queries has; the queries are over the first rows of
+    // one cache, none over fewer than the one before, unless there is but one.
+    void (*mla_chunks)(const Mla* m, int64_t queries, int64_t begin, int64_t end, uint8_t* scratch);
     void (*mla_merge)(const Mla& m, int64_t begin, int64_t end, float* out);        // heads begin..end
     size_t (*mla_scratch)(const Mla& m);
     // scores [context]: each row's of chunks begin..end, summed over the heads; see attention.h.
