@@ -157,25 +157,26 @@ struct Weights {
     Array<uint8_t> data, scale;
     Floats levels;
     Matrix matrix;
+    static bool tiled(int64_t kind) { return kind == kInt8 || kind == kFine; }
     static int64_t data_bytes(int64_t kind, int64_t n, int64_t k) {
-        if (kind == kInt8) return slotmoe_int8_packed_bytes(n, k);
+        if (tiled(kind)) return slotmoe_int8_packed_bytes(n, k);
         if (is_coded(kind)) return tiles(n) * code_bytes(kind, blocks(k));
         return n * k * (kind == kF32 ? 4 : 2);
     }
     static int64_t scale_bytes(int64_t kind, int64_t n, int64_t k) {
         if (is_coded(kind)) return tiles(n) * slotmoe::scale_bytes(kind, blocks(k));
-        return kind == kInt8 ? n * 4 : 0;
+        return tiled(kind) ? n * 4 : 0;
     }
     Weights(int64_t kind, int64_t n, int64_t k)
         : data(data_bytes(kind, n, k)),
           scale(scale_bytes(kind, n, k)),
           levels(16),
           matrix{kind, n, k, data.p, scale.p, levels.p} {
-        const Floats values(kind == kInt8 ? n : kind == kF32 ? n * k : 0);
-        if (kind == kInt8) memcpy(scale.p, values.p, size_t(n) * 4);
+        const Floats values(tiled(kind) ? n : kind == kF32 ? n * k : 0);
+        if (tiled(kind)) memcpy(scale.p, values.p, size_t(n) * 4);
         if (kind == kF32) memcpy(data.p, values.p, size_t(n * k) * 4);
         if (is_coded(kind)) fill_scales(scale.p, kind, tiles(n), blocks(k));
-        if (kind > kF32) halves(reinterpret_cast<uint16_t*>(data.p), n * k);
+        if (kind > kF32 && kind <= kBf16) halves(reinterpret_cast<uint16_t*>(data.p), n * k);
     }
 };
 
@@ -183,7 +184,7 @@ static void linear(int64_t t, int64_t n, int64_t k, float scale) {
     Floats x(t * k, scale), y(t * n), weight(k), normed(t * k);
     Array<int8_t> w(n * k), packed(slotmoe_int8_packed_bytes(n, k));
     check(slotmoe_pack_int8(w, n, k, packed));
-    for (int64_t kind = kInt8; kind <= kBf16; kind++) {
+    for (int64_t kind = kInt8; kind <= kFine; kind++) {
         const Weights weights(kind, n, k);
         check(slotmoe_linear(&weights.matrix, x, t, 1, y));
         slotmoe_read(weights.data, Weights::data_bytes(kind, n, k) - 1);

@@ -43,12 +43,14 @@ int guarded(Body body) {
 struct Matrix {
     int64_t kind, n, k;
     const void* data;     // tiles of 16 rows (isa.h), or row-major if nothing is quantized
-    const void* scale;    // int8: float [n]; coded: those of tiles
+    const void* scale;    // int8 and kFine: float [n]; coded: those of tiles
     const float* levels;  // coded: [16]
 
     bool valid() const {
-        return n >= 1 && k >= 1 && kind >= kInt8 && kind <= kBf16 && (!is_coded(kind) || finite(levels));
+        return n >= 1 && k >= 1 && kind >= kInt8 && kind <= kFine && (!is_coded(kind) || finite(levels)) &&
+               (kind != kFine || k <= kFineColumns);
     }
+    bool quantized() const { return kind < kF32 || kind == kFine; }
     int64_t tiles() const { return up_to(n, kTile); }
     Int8Matrix as_int8() const {
         return {static_cast<const int8_t*>(data), static_cast<const float*>(scale), n, up_to(k, kBlock)};
@@ -230,16 +232,22 @@ public:
     Product(Job& job, const Isa& isa, const Matrix& w, const float* x, int64_t t, float* y, Slot blocks = kX,
             Slot factor = kXFactor, int64_t groups = 1)
         : isa_(isa), w_(w), x_(x), t_(t), y_(y), groups_(groups) {
-        if (w.kind >= kF32) return;
+        if (!w.quantized()) return;
         if (is_coded(w.kind)) levels_ = levels_for(w.levels);
-        const int64_t size = up_to(w.k, kBlock);
-        blocks_ = job.scratch<ActBlock>(blocks, t * groups * size);
+        const int64_t size = up_to(w.k, kBlock), count = t * groups * size;
+        if (w.kind == kFine)
+            fine_ = job.scratch<FineBlock>(blocks, count);
+        else
+            blocks_ = job.scratch<ActBlock>(blocks, count);
         factor_ = job.scratch<double>(factor, t * groups);
         job.parallel(t * groups, [&](int, int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; row++) {
-                const int64_t group = row % groups, token = row / groups;
-                isa.quantize_rows(x + row * w.k, w.k, 0, 1, t, levels_.offset, blocks_ + group * t * size + token,
-                                  factor_ + group * t + token);
+                const int64_t group = row % groups, token = row / groups, at = group * t * size + token;
+                double* of_row = factor_ + group * t + token;
+                if (w.kind == kFine)
+                    isa.quantize_fine(x + row * w.k, w.k, 0, 1, t, 0.0f, fine_ + at, of_row);
+                else
+                    isa.quantize_rows(x + row * w.k, w.k, 0, 1, t, levels_.offset, blocks_ + at, of_row);
             }
         });
     }
@@ -257,13 +265,15 @@ public:
 private:
     void run_group(int64_t group, int64_t begin, int64_t end) const {
         const int64_t rows = end * kTile < w_.n ? end * kTile : w_.n;
-        const ActBlock* blocks = blocks_ + group * t_ * up_to(w_.k, kBlock);
+        const int64_t at = group * t_ * up_to(w_.k, kBlock);
         const double* factor = factor_ + group * t_;
         const Source source = Source(w_.kind - kF32);
-        if (w_.kind == kInt8)
-            isa_.int8_tiles(w_.as_int8(), blocks, factor, t_, begin, end, y_, w_.n);
+        if (w_.kind == kFine)
+            isa_.fine_tiles(w_.as_int8(), fine_ + at, factor, t_, begin, end, y_, w_.n);
+        else if (w_.kind == kInt8)
+            isa_.int8_tiles(w_.as_int8(), blocks_ + at, factor, t_, begin, end, y_, w_.n);
         else if (is_coded(w_.kind))
-            isa_.coded_tiles(w_.as_coded(), levels_, blocks, factor, t_, begin, end, y_, w_.n);
+            isa_.coded_tiles(w_.as_coded(), levels_, blocks_ + at, factor, t_, begin, end, y_, w_.n);
         else if (groups_ == 1)
             isa_.linear_dense(x_, t_, w_.k, w_.data, source, begin * kTile, rows, y_, w_.n);
         else  // a group's rows of x are apart
@@ -281,6 +291,7 @@ private:
     int64_t groups_;
     Levels levels_{};
     ActBlock* blocks_ = nullptr;
+    FineBlock* fine_ = nullptr;
     double* factor_ = nullptr;
 };
 

@@ -121,14 +121,15 @@ class Kernels:
         """Read every byte of uint8 [n] with all threads: the kernels' bound."""
         self._lib.slotmoe_read(tensor_spec("memory:u8[N]").check(memory, {}), len(memory))
 
-    def tile_int8(self, weight: Int8Weight, empty: Empty) -> Matrix:
-        """A copy, in memory from `empty(shape, dtype)`, in the order that `linear` reads."""
+    def tile_int8(self, weight: Int8Weight, empty: Empty, fine: bool = False) -> Matrix:
+        """A copy, in memory from `empty(shape, dtype)`, in the order that `linear` reads; for
+        `fine` activations see `Matrix`."""
         sizes: dict[str, int] = {}
         tensor_spec("w:i8[N,K]").check(weight.q, sizes)
         tiles = empty(tuple(tensor_spec(f"packed:{INT8}").shape(sizes)), torch.int8)
         self._functions["pack_int8"].results(weight.q, tiles)
         scale = empty(tuple(weight.scale.shape), torch.float32).copy_(weight.scale)
-        return Matrix.int8(tiles, scale, weight.shape)
+        return Matrix.int8(tiles, scale, weight.shape, fine)
 
     def linear(self, weight: Matrix, x: Tensor) -> Tensor:
         """x float32 [T, K] -> x W^T, [T, N]; or [T, G, K] -> [T, G, N / G], where each G-th of the

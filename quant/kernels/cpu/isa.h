@@ -31,11 +31,20 @@ struct ActBlock {
     int32_t bias[kXScales];
 };
 
-// What a matrix is made of. A coded one is one of quant/codecs/codec.py; the digit is the bits of a
-// code.
-enum Kind : int64_t {
-    kInt8 = 0, kNf4 = 1, kLut4 = 2, kLut3 = 3, kInt4 = 4, kMxfp4 = 5, kF32 = 6, kF16 = 7, kBf16 = 8
+// 64 activations of one token in two digits, x = (128 high + low) * the row's factor: see fine.h. 16 tokens are the rows
+// of two tiles of AMX.
+struct alignas(64) FineBlock {
+    int8_t digit[2][kBlock];
+    int32_t sum[2];   // of each digit, over the row up to here
+    int32_t bias[2];  // what a dot product with a half's codes starts from
 };
+
+// What a matrix is made of. A coded one is one of quant/codecs/codec.py; the digit is the bits of a
+// code. kFine is int8 whose activations have two digits on every instruction set.
+enum Kind : int64_t {
+    kInt8 = 0, kNf4 = 1, kLut4 = 2, kLut3 = 3, kInt4 = 4, kMxfp4 = 5, kF32 = 6, kF16 = 7, kBf16 = 8, kFine = 9
+};
+constexpr int64_t kFineColumns = 131072;  // whose sums of bytes by bytes 32 bits hold
 constexpr bool is_coded(int64_t kind) { return kind >= kNf4 && kind <= kMxfp4; }
 
 // Bytes of a tile of a coded matrix of so many blocks.
@@ -136,6 +145,11 @@ struct Isa {
     void (*coded_tiles)(const CodedMatrix& w, const Levels& levels, const ActBlock* x, const double* factor, int64_t t,
                         int64_t begin, int64_t end, float* y, int64_t ldy);
     void (*int8_tiles)(const Int8Matrix& w, const ActBlock* x, const double* factor, int64_t t, int64_t begin,
+                       int64_t end, float* y, int64_t ldy);
+    // The same in two digits.
+    void (*quantize_fine)(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset,
+                          FineBlock* blocks, double* factor);
+    void (*fine_tiles)(const Int8Matrix& w, const FineBlock* x, const double* factor, int64_t t, int64_t begin,
                        int64_t end, float* y, int64_t ldy);
     // y [T, ldy], rows begin..end of W [N, K].
     void (*linear_dense)(const float* x, int64_t t, int64_t k, const void* w, Source type, int64_t begin, int64_t end,

@@ -5,6 +5,8 @@
 
 #include "matmul.h"
 
+#include "fine.h"
+
 #include "attention.h"
 
 #include "dense.h"
@@ -18,7 +20,8 @@
 namespace slotmoe {
 
 extern const Isa SLOTMOE_ISA = {
-    SLOTMOE_ISA_NAME, quantize_rows, coded_tiles, int8_tiles,         linear_dense,  rms_norm,     layer_norm,
+    SLOTMOE_ISA_NAME, quantize_rows, coded_tiles, int8_tiles,         quantize_fine, fine_tiles,
+    linear_dense,     rms_norm,      layer_norm,
     silu_mul,         weighted_sum,  hyper_coefficients, hyper_out,   compress,      mla_queries,  mla_pack,
     mla_chunks,       mla_merge,     mla_scratch, index_scores,       store_latent,  absorb_query, absorb_value,
     quantize_nf4,     quantize_int8, coded_error, int8_error,         read_memory,

@@ -25,7 +25,7 @@ from slotmoe.quant.kernels.cpu.signatures import (
 from slotmoe.quant.shapes import record_bytes
 
 # Kinds of a native matrix beside `KINDS`, which are coded; a dense one is 6 + its source type.
-_INT8, _DENSE = 0, 6
+_INT8, _DENSE, _FINE = 0, 6, 9
 _SCORINGS = "softmax", "sigmoid", "sqrtsoftplus"  # `Scoring` of api.h
 
 
@@ -37,7 +37,7 @@ def _coded(bits: int, coding: str) -> list[str]:
 
 
 _MEMORY = {  # what a kind of matrix consists of
-    _INT8: [f"w:{INT8}", "scale:f32[N]"],
+    **{kind: [f"w:{INT8}", "scale:f32[N]"] for kind in (_INT8, _FINE)},
     **{kind: _coded(*code) for code, kind in KINDS.items()},
     **{_DENSE + source: ["w:source[N,K]"] for source in SOURCE_TYPES.values()},
 }
@@ -54,7 +54,8 @@ class Matrix(Bound):
     """A matrix [N, K] of any kind.
 
     int8 is tiled: [n_tiles, n_blocks, 1024], byte 64 t + 4 lane + i of a block being row 16 tile +
-    lane, column 64 block + 4 t + i, with row scales, float32 [N].
+    lane, column 64 block + 4 t + i, with row scales, float32 [N].  `fine` activations have 15 bits
+    and one scale a row, with up to 131,072 columns.
     """
 
     def __init__(self, kind: int, n: int, k: int, *memory: Tensor) -> None:
@@ -79,13 +80,15 @@ class Matrix(Bound):
         return cls(_DENSE + SOURCE_TYPES[weight.dtype], *weight.shape, weight)
 
     @classmethod
-    def int8(cls, tiles: Tensor, scale: Tensor, shape: tuple[int, int]) -> "Matrix":
-        return cls(_INT8, *shape, tiles, scale)
+    def int8(
+        cls, tiles: Tensor, scale: Tensor, shape: tuple[int, int], fine: bool = False
+    ) -> "Matrix":
+        return cls(_FINE if fine else _INT8, *shape, tiles, scale)
 
     @property
     def coded(self) -> bool:
         """Whether it is int8 or coded."""
-        return self.kind < _DENSE
+        return self.kind < _DENSE or self.kind == _FINE
 
     @property
     def nbytes(self) -> int:
