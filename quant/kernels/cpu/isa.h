@@ -182,12 +182,6 @@ struct Isa {
 
     void (*store_latent)(float* row, int64_t r, int64_t p, uint8_t* out);  // row is overwritten
 
-    // Heads begin..end; see dense.h. A head of q and of out stands ldq and ldo floats after the one before.
-    void (*absorb_query)(const float* q, int64_t ldq, int64_t t, int64_t heads, const int8_t* w, const float* scale,
-                         int64_t n, int64_t per_head, int64_t r, int64_t begin, int64_t end, float* out, int64_t ldo);
-    void (*absorb_value)(const float* latent, int64_t t, int64_t heads, const int8_t* w, const float* scale, int64_t n,
-                         int64_t per_head, int64_t r, int64_t begin, int64_t end, float* out);
-
     // Tiles begin..end of src [N, K]. Return 0, or 2 for NaN or infinity in src, or 3 for a scale beyond fp16.
     int (*quantize_nf4)(const void* src, Source type, int64_t n, int64_t k, const float* levels, int64_t begin,
                         int64_t end, uint8_t* codes, uint16_t* absmax);
