@@ -21,7 +21,7 @@ constexpr int kXBlock = 16;    // columns that share an activation scale
 constexpr int kXScales = kBlock / kXBlock;
 constexpr int kExponents = 0x0bc00000;  // bits of 1.5 * 2^23 less those of 1: see Lanes::load_exponent
 constexpr int kChunkRows = 64; // MLA: cache rows that are scored together
-constexpr int kShared = 8;     // MLA: tiles of heads, of one query or several, that share what is read of a chunk
+constexpr int kShared = 4;     // MLA: tiles of heads, of one query or several, that share what is read of a chunk
 
 // 64 activations of one token: x = q * scale * 2^e, with one e a token so that scales stay near 1.
 // bias is what a dot product starts from: it takes back the offsets of the weights' integers.
