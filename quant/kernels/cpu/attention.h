@@ -68,6 +68,21 @@ struct Signs {  // of the Walsh-Hadamard transform of 16 values
 };
 alignas(64) constexpr Signs kSigns;
 
+// x [Count, 16] -> each one's transform times `scale`.
+template <int Count>
+inline void walsh_vectors(float* x, F scale) {
+    F sums[Count];
+#pragma GCC unroll 4
+    for (int k = 0; k < Count; k++) sums[k] = Lanes::zero();
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; j++)
+#pragma GCC unroll 4
+        for (int k = 0; k < Count; k++)
+            sums[k] = Lanes::fma(Lanes::broadcast(x[16 * k + j]), Lanes::load(kSigns.at[j]), sums[k]);
+#pragma GCC unroll 4
+    for (int k = 0; k < Count; k++) Lanes::store(x + 16 * k, Lanes::mul(sums[k], scale));
+}
+
 // x [n] -> its Walsh-Hadamard transform over sqrt(n), its own inverse; n is a power of two.
 void walsh(float* x, int64_t n) {
     const float norm = 1.0f / __builtin_sqrtf(float(n));
@@ -82,18 +97,25 @@ void walsh(float* x, int64_t n) {
         return;
     }
     const auto minus = Lanes::broadcast(-1.0f), scale = Lanes::broadcast(norm);
-    for (int64_t half = 16; half < n; half *= 2)
-        for (int64_t i = 0; i < n; i += 2 * half)
-            for (int64_t j = i; j < i + half; j += 16) {
-                const auto a = Lanes::load(x + j), b = Lanes::load(x + j + half);
-                Lanes::store(x + j, Lanes::add(a, b));
-                Lanes::store(x + j + half, Lanes::fma(b, minus, a));
+    int64_t half = 16;
+    for (; 4 * half <= n; half *= 4)  // two steps at once
+        for (int64_t i = 0; i < n; i += 4 * half)
+            for (float* at = x + i; at < x + i + half; at += 16) {
+                const auto a = Lanes::load(at), b = Lanes::load(at + half), c = Lanes::load(at + 2 * half),
+                           d = Lanes::load(at + 3 * half);
+                const auto ab = Lanes::add(a, b), cd = Lanes::add(c, d), a_b = Lanes::fma(b, minus, a),
+                           c_d = Lanes::fma(d, minus, c);
+                Lanes::store(at, Lanes::add(ab, cd)), Lanes::store(at + half, Lanes::add(a_b, c_d));
+                Lanes::store(at + 2 * half, Lanes::fma(cd, minus, ab));
+                Lanes::store(at + 3 * half, Lanes::fma(c_d, minus, a_b));
             }
-    for (int64_t i = 0; i < n; i += 16) {
-        auto sum = Lanes::zero();
-        for (int j = 0; j < 16; j++) sum = Lanes::fma(Lanes::broadcast(x[i + j]), Lanes::load(kSigns.at[j]), sum);
-        Lanes::store(x + i, Lanes::mul(sum, scale));
+    for (float* at = x; half < n && at < x + half; at += 16) {
+        const auto a = Lanes::load(at), b = Lanes::load(at + half);
+        Lanes::store(at, Lanes::add(a, b)), Lanes::store(at + half, Lanes::fma(b, minus, a));
     }
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) walsh_vectors<4>(x + i, scale);
+    for (; i < n; i += 16) walsh_vectors<1>(x + i, scale);
 }
 
 // The largest powers of two that make up n, each by itself.
@@ -188,7 +210,7 @@ void mla_queries(const Mla& m, int64_t begin, int64_t end) {
 
 // Tiles begin..end: q_rows -> q_digits. Lanes that no head has repeat the first, with a scale of 0.
 void mla_pack(const Mla& m, int64_t begin, int64_t end) {
-    const int64_t padded = m.tiles * kTile;
+    const int64_t padded = m.tiles * kTile, k = m.k, r4 = m.r4;
 #ifdef SLOTMOE_AMX
     const int64_t bytes = 2 * padded_columns(m) * kTile;  // of a tile; those of no column and no digit are 0
     memset(m.q_digits + begin * bytes, 0, size_t((end - begin) * bytes));
@@ -199,17 +221,17 @@ void mla_pack(const Mla& m, int64_t begin, int64_t end) {
         if (none) m.q_scale[h] = m.q_scale[padded + h] = 0.0f;
 #ifdef SLOTMOE_AMX
         uint8_t* out = m.q_digits + h / kTile * bytes + h % kTile * 4;
-        for (int64_t i = 0; i < m.k; i += 4) {
-            const int64_t column = i < m.r4 ? i : m.r_padded + i - m.r4, block = column / kBlock * kBlock;
+        for (int64_t i = 0; i < k; i += 4) {
+            const int64_t column = i < r4 ? i : m.r_padded + i - r4, block = column / kBlock * kBlock;
             uint8_t* at = out + (block + column) * kTile;
             memcpy(at, high + i, 4);
             if (fine(column)) memcpy(at + kBlock * kTile, low + i, 4);
         }
 #else
         uint8_t* out = m.q_digits + h / kTile * 2 * m.k * kTile + h % kTile * 4;
-        for (int64_t i = 0; i < m.k; i += 4, out += 4 * kTile) {
+        for (int64_t i = 0; i < k; i += 4, out += 4 * kTile) {
             memcpy(out, high + i, 4);
-            if (fine(i < m.r4 ? i : i - m.r4)) memcpy(out += 4 * kTile, low + i, 4);
+            if (fine(i < r4 ? i : i - r4)) memcpy(out += 4 * kTile, low + i, 4);
         }
 #endif
     }
@@ -642,12 +664,11 @@ void mla_merge(const Mla& m, int64_t begin, int64_t end, float* out) {
         for (int64_t s = 0; s < spans; s++)
             sum += m.span_sum[s * padded + h] * exp_float(m.span_max[s * padded + h] - top);
         if (m.sinks) sum += exp_float(m.sinks[h] - top);
-        float* y = out + h * m.r;
-        for (int64_t i = 0; i < m.r; i++) y[i] = 0.0f;
-        for (int64_t s = 0; s < spans; s++) {
+        float *y = out + h * m.r, *in = m.span_out + h * m.r_padded;
+        if (spans == 0) memset(y, 0, size_t(m.r) * 4);
+        for (int64_t s = 0; s < spans; s++, in += m.heads * m.r_padded) {
             const float weight = exp_float(m.span_max[s * padded + h] - top) / sum;
-            const float* in = m.span_out + (s * m.heads + h) * m.r_padded;
-            for (int64_t i = 0; i < m.r; i++) y[i] += weight * in[i];
+            for (int64_t i = 0; i < m.r; i++) y[i] = (s ? y[i] : 0.0f) + weight * in[i];
         }
         unmix(y, m.r);
     }
