@@ -17,6 +17,7 @@ from tests.support.codes import quantize_coded, random_codes, values
 from tests.support.kernels import (
     CODECS,
     ISAS,
+    TWO_DIGITS,
     alone,
     by_each_set,
     expert_record,
@@ -133,14 +134,17 @@ def test_powers_of_two_lose_nothing(kernels):
 @needs_native
 @by_codec
 def test_instruction_sets_agree(codec):
-    """Bitwise where they multiply and add in one rounding, which plain C++ does in two."""
+    """Bitwise where activations are the same and where they multiply and add in one rounding, which
+    plain C++ does in two."""
     rng = np.random.default_rng(1)
     weight, _ = random_codes(rng, codec, 90, 700)
     matrix, x = Matrix.of(weight), torch_of(rng.standard_normal((40, 700)))
-    results = by_each_set(lambda: native.linear(matrix, x))
+    every = by_each_set(lambda: native.linear(matrix, x))
+    results, fine = every[len(TWO_DIGITS) :], every[: len(TWO_DIGITS)]
     source = torch_of(rng.standard_normal((90, 700)))
     assert all(torch.equal(got, results[0]) for got in results[:-1])
     assert relative(results[-1], results[0]) < 1e-6
+    assert all(torch.equal(got, fine[0]) and relative(got, results[0]) < 0.02 for got in fine)
     for made in (weight, Int8Weight(*native.quantize_int8(source))):
         assert len({*by_each_set(lambda made=made: squared_error(source, made))}) == 1
 

@@ -83,56 +83,6 @@ def test_linear_int8(kernels, shape, seed, scale):
     assert (np.abs(got.double().numpy() - x64 @ w.T) <= bound).all()
 
 
-def fine_integers(x):
-    """Rows in 15 bits, by the kernels' steps in float32: x float32 [T, K] -> int64 [T, K] and the
-    value of one, float64 [T, 1]."""
-    top = np.abs(x).max(1, keepdims=True)
-    one, exponent = top.astype(np.float64) / 16256, top.view(np.int32) >> 23
-    first = np.ldexp(np.float32(1), ((127 - exponent) / 2).astype(np.int32))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        second = np.where(top > 0, 1 / one / first, 0).astype(np.float32)
-    return np.rint(x * first * second).astype(np.int64), one
-
-
-@quick
-@given(dims, seeds, one_of(1e-42, 1e-30, 1.0, 3e37), one_of("normal", "t"))
-def test_two_digits_are_exact_but_for_the_rounding_of_rows(kernels, shape, seed, scale, law):
-    """Bit by bit on every instruction set, and closer than rows of 8 bits."""
-    (t, n, k), rng = shape, np.random.default_rng(seed)
-    x = rng.standard_normal((t, k)) if law == "normal" else rng.standard_t(3, (t, k)).clip(-9, 9)
-    x = (x * scale).astype(np.float32)
-    x[seed % t, seed % k :] = 0
-    q = rng.integers(-128, 128, (n, k), dtype=np.int8)
-    s = rng.uniform(0.5, 2, n).astype(np.float32) / 1024
-    weight = Int8Weight(torch.from_numpy(q), torch.from_numpy(s))
-    got = kernels.linear(kernels.tile_int8(weight, new, fine=True), torch_of(x)).numpy()
-    integers, one = fine_integers(x)
-    assert np.abs(integers).max() <= 16256
-    wide = q.astype(np.int64)
-    assert (got == (integers @ wide.T * (s * one)).astype(np.float32)).all()
-    exact = x.astype(np.float64) @ (wide * s.astype(np.float64)[:, None]).T
-    bound = one * 0.5001 * (np.abs(wide).sum(1) * s) + 1e-6 * np.abs(exact) + 1e-45
-    assert (np.abs(got - exact) <= bound).all()
-    coarse = kernels.linear(kernels.tile_int8(weight, new), torch_of(x)).numpy()
-    if scale > 1e-40 and min(t * n, k) >= 64:
-        assert relative(got, exact) <= 0.1 * relative(coarse, exact)
-
-
-def test_two_digits_take_long_and_bad_rows(kernels):
-    """Sums at the bound of 32 bits, NaN and infinity; more columns are refused."""
-    k = 131072
-    weight = Int8Weight(torch.full((3, k), -128).char(), torch.ones(3))
-    tiled = kernels.tile_int8(weight, new, fine=True)
-    x = torch.ones(9, k)
-    x[1:4], x[4, 7], x[5, -1], x[6] = -1, math.nan, -math.inf, 0
-    y = kernels.linear(tiled, x)
-    assert (y[[0, 7, 8]] == -128.0 * k).all() and (y[1:4] == 128.0 * k).all()
-    assert y[4:6].isnan().all() and (y[6] == 0).all()
-    weight = Int8Weight(torch.zeros(1, k + 1).char(), torch.ones(1))
-    with pytest.raises(ValueError, match="refused"):
-        kernels.linear(kernels.tile_int8(weight, new, fine=True), torch.ones(1, k + 1))
-
-
 def test_many_rows_equal_one_row(kernels):
     rng = np.random.default_rng(4)
     nf4 = coded_matrix(rng, 90, 200)

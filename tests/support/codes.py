@@ -13,8 +13,9 @@ from slotmoe.quant.codecs.weight import CodedWeight, levels_of, store
 SUFFIXES = {"f16": "absmax", "f16x2": "scales", "i8": "scales", "e8m0": "scales"}
 
 
-def values(codec, codes, scales, n, k):
-    """float32 [n, k] of a codec as the manifest holds it and the two tensors of a weight."""
+def parts_of(codec, codes, scales, n, k):
+    """Codes, scales of blocks and factors of rows, each [n, k] or one number, of a codec as the
+    manifest holds it and the two tensors of a weight."""
     row, column = np.indices((n, k))
     tile, lane = row // 16, row % 16
     block, c = column // 64, column % 64
@@ -28,6 +29,7 @@ def values(codec, codes, scales, n, k):
         last = highest[0] | highest[1] << 2 | highest[2] << 4
         pair = np.where(a < 3, codes[tile, block, first + 64 * np.minimum(a, 2)], last)
         code = np.where(c % 8 < 4, pair, pair >> 3) & 7
+    rows = np.float32(1)
     if codec["scales"] == "f16":
         scale = scales.view(np.float16)[tile, block, lane].astype(np.float32)
     elif codec["scales"] == "f16x2":
@@ -36,10 +38,16 @@ def values(codec, codes, scales, n, k):
         exponent = scales.view(np.uint8)[tile, block, c // 32 * 16 + lane].astype(int) - 127
         scale = np.ldexp(np.float32(1), exponent)
     else:
-        rows = np.ascontiguousarray(scales[:, :2]).view(np.float32).reshape(-1, 16)
+        rows = np.ascontiguousarray(scales[:, :2]).view(np.float32).reshape(-1, 16)[tile, lane]
         blocks = scales[:, 2:].view(np.int8)
-        scale = blocks[tile, block, c // 32 * 16 + lane].astype(np.float32) * rows[tile, lane]
-    return np.array(codec["levels"], np.float32)[code] * scale
+        scale = blocks[tile, block, c // 32 * 16 + lane].astype(np.float32)
+    return code, scale, rows
+
+
+def values(codec, codes, scales, n, k):
+    """float32 [n, k], likewise."""
+    code, scale, rows = parts_of(codec, codes, scales, n, k)
+    return np.array(codec["levels"], np.float32)[code] * (scale * rows)
 
 
 def random_codes(rng, codec, n, k, size=1.0):

@@ -27,6 +27,7 @@ from tests.support.codes import random_codes
 native = qk.load()
 needs_native = pytest.mark.skipif(native is None, reason="the native kernels are not built")
 ISAS = native.isas if native else ()
+TWO_DIGITS = tuple(isa for isa in ISAS if isa.startswith("amx"))  # activations have everywhere
 
 NF4S = EXPERT_CODECS["nf4", "4"]
 CODECS = (NF4, LUT4, LUT3, INT4, MXFP4)

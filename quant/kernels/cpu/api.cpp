@@ -25,13 +25,13 @@ namespace {
 
 // The integers, offset and step that stand for the levels with the least squared error. 8 bits have room to spare over
 // 16 levels, and a free step and offset about halve the error of step = max / 127.
-Levels fit_levels(const float* levels) {
+Levels fit_levels(const float* levels, bool offsets) {
     double largest = 0;
     for (int i = 0; i < 16; i++) largest = std::fmax(largest, std::fabs(double(levels[i])));
     Levels best{};
     if (largest == 0) return best;
     double least = std::numeric_limits<double>::infinity();
-    for (int o = -16; o <= 16; o++)
+    for (int o = offsets ? -16 : 0, last = -o; o <= last; o++)
         for (int d = 0; d <= 640; d++) {
             const double offset = o / 32.0, count = 95.0 + 0.05 * d;
             double error = 0;
@@ -56,20 +56,21 @@ Levels fit_levels(const float* levels) {
 }  // namespace
 
 // Held under the job: the last few level tables.
-const Levels& slotmoe::levels_for(const float* levels) {
+const Levels& slotmoe::levels_for(const Isa& isa, const float* levels) {
     struct Entry {
-        bool used = false;
+        bool used = false, fine;
         float key[16];
         Levels value;
     };
     static Entry cache[8];
     static int next = 0;
     for (const Entry& e : cache)
-        if (e.used && memcmp(e.key, levels, sizeof e.key) == 0) return e.value;
+        if (e.used && e.fine == isa.fine && memcmp(e.key, levels, sizeof e.key) == 0) return e.value;
     Entry& e = cache[next];
     next = (next + 1) % 8;
     memcpy(e.key, levels, sizeof e.key);
-    e.value = fit_levels(levels);
+    e.fine = isa.fine;
+    e.value = fit_levels(levels, !e.fine);
     e.used = true;
     return e.value;
 }
@@ -100,7 +101,7 @@ Expert expert_at(const uint8_t* data, const Record& r) {
             {r.down, data + 2 * in, first + 2 * scales, r.hidden, out_blocks}};
 }
 
-void quantize_x(Job& job, const Isa& isa, const float* x, int64_t k, int64_t t, float offset, ActBlock* blocks,
+void quantize_x(Job& job, const Isa& isa, const float* x, int64_t k, int64_t t, float offset, Blocks blocks,
                 double* factor) {
     if (t == 1) return isa.quantize_rows(x, k, 0, 1, 1, offset, blocks, factor);
     job.parallel(
@@ -207,12 +208,12 @@ void mlp_rows(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, in
     const int64_t in_blocks = up_to(h, kBlock), out_blocks = up_to(i, kBlock);
     for (int64_t pass = 0; pass < t; pass += kPassTokens) {
         const int64_t rows = t - pass < kPassTokens ? t - pass : kPassTokens;
-        ActBlock* x_blocks = job.scratch<ActBlock>(kX, rows * in_blocks);
+        const Blocks x_blocks = scratch_blocks(job, kX, rows * in_blocks, isa.fine);
         double* x_factor = job.scratch<double>(kXFactor, rows);
         float* gate = job.scratch<float>(kGate, rows * i);
         float* up = job.scratch<float>(kUp, rows * i);
         const int64_t copies = rows == 1 ? job.threads() : 1;
-        ActBlock* act = job.scratch<ActBlock>(kAct, copies * rows * out_blocks);
+        const Blocks act = scratch_blocks(job, kAct, copies * rows * out_blocks, isa.fine);
         double* act_factor = job.scratch<double>(kActFactor, copies * rows);
         quantize_x(job, isa, x + pass * h, h, rows, offset, x_blocks, x_factor);
         job.parallel(up_to(i, kTile), [&](int, int64_t begin, int64_t end) {
@@ -227,7 +228,7 @@ void mlp_rows(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, in
                 isa.quantize_rows(gate, i, begin, end, rows, offset, act, act_factor);
             });
         job.parallel(up_to(h, kTile), [&](int thread, int64_t begin, int64_t end) {
-            ActBlock* blocks = rows == 1 ? act + thread * out_blocks : act;
+            const Blocks blocks = rows == 1 ? act + thread * out_blocks : act;
             double* factor = rows == 1 ? act_factor + thread : act_factor;
             // Each thread quantizes one token's activations for itself: cheaper than another phase.
             if (rows == 1) isa.quantize_rows(gate, i, 0, 1, 1, offset, blocks, factor);
@@ -249,14 +250,14 @@ void slotmoe::mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Mlp
     const int64_t h = w[0].k, i = w[0].n;
     if (w[0].kind != kInt8) {
         const CodedMatrix coded[3] = {w[0].as_coded(), w[1].as_coded(), w[2].as_coded()};
-        const Levels& fitted = levels_for(w[0].levels);
-        const auto tiles = [&](int which, const ActBlock* b, const double* f, int64_t rows, int64_t begin, int64_t end,
+        const Levels& fitted = levels_for(isa, w[0].levels);
+        const auto tiles = [&](int which, Blocks b, const double* f, int64_t rows, int64_t begin, int64_t end,
                                float* o,
                                int64_t ld) { isa.coded_tiles(coded[which], fitted, b, f, rows, begin, end, o, ld); };
         return mlp_rows(job, isa, x, t, h, i, fitted.offset, mlp->limit, {residual, others}, y, tiles);
     }
     const Int8Matrix tiled[3] = {w[0].as_int8(), w[1].as_int8(), w[2].as_int8()};
-    const auto tiles = [&](int which, const ActBlock* b, const double* f, int64_t rows, int64_t begin, int64_t end,
+    const auto tiles = [&](int which, Blocks b, const double* f, int64_t rows, int64_t begin, int64_t end,
                            float* o, int64_t ld) { isa.int8_tiles(tiled[which], b, f, rows, begin, end, o, ld); };
     mlp_rows(job, isa, x, t, h, i, 0.0f, mlp->limit, {residual, others}, y, tiles);
 }
@@ -284,14 +285,14 @@ namespace {
 void experts_of_token(Job& job, const Isa& isa, const float* x, const uint8_t* const* records, const int64_t* rows,
                       int64_t k, const Record& record, float* y) {
     const int64_t h = record.hidden, i = record.intermediate;
-    const Levels &in_levels = levels_for(record.gate_up_levels), &out_levels = levels_for(record.down_levels);
+    const Levels &in_levels = levels_for(isa, record.gate_up_levels), &out_levels = levels_for(isa, record.down_levels);
     const int64_t in_tiles = up_to(i, kTile), in_blocks = up_to(h, kBlock);
     const int64_t out_tiles = up_to(h, kTile), act_blocks = up_to(i, kBlock);
-    ActBlock* x_blocks = job.scratch<ActBlock>(kX, in_blocks);
+    const Blocks x_blocks = scratch_blocks(job, kX, in_blocks, isa.fine);
     double* x_factor = job.scratch<double>(kXFactor, 1);
     float* gate = job.scratch<float>(kGate, k * i);
     float* up = job.scratch<float>(kUp, k * i);
-    ActBlock* act = job.scratch<ActBlock>(kAct, job.threads() * act_blocks);
+    const Blocks act = scratch_blocks(job, kAct, job.threads() * act_blocks, isa.fine);
 
     isa.quantize_rows(x, h, 0, 1, 1, in_levels.offset, x_blocks, x_factor);
     job.parallel(k * in_tiles, [&](int, int64_t begin, int64_t end) {
@@ -314,7 +315,7 @@ void experts_of_token(Job& job, const Isa& isa, const float* x, const uint8_t* c
         for (int64_t e = begin / out_tiles; e * out_tiles < end; e++) {
             const int64_t first = begin > e * out_tiles ? begin - e * out_tiles : 0;
             const int64_t last = end < (e + 1) * out_tiles ? end - e * out_tiles : out_tiles;
-            ActBlock* blocks = act + thread * act_blocks;
+            const Blocks blocks = act + thread * act_blocks;
             double* factor = &held[thread].factor;
             if (held[thread].expert != e)
                 isa.quantize_rows(gate + e * i, i, 0, 1, 1, out_levels.offset, blocks, factor);
@@ -368,20 +369,20 @@ struct Part {
 void pass_experts(Job& job, const Isa& isa, const float* x, const Use* uses, const int32_t* part_of, int64_t rows,
                   const Part* parts, int64_t count, const Record& record, float* y) {
     const int64_t h = record.hidden, i = record.intermediate;
-    const Levels &in_levels = levels_for(record.gate_up_levels), &out_levels = levels_for(record.down_levels);
+    const Levels &in_levels = levels_for(isa, record.gate_up_levels), &out_levels = levels_for(isa, record.down_levels);
     const int64_t in_tiles = up_to(i, kTile), in_blocks = up_to(h, kBlock), act_blocks = up_to(i, kBlock);
-    ActBlock* x_blocks = job.scratch<ActBlock>(kX, rows * in_blocks);  // part by part, [B, rows] each
+    const Blocks x_blocks = scratch_blocks(job, kX, rows * in_blocks, isa.fine);  // part by part, [B, rows] each
     double* x_factor = job.scratch<double>(kXFactor, rows);
     float* gate = job.scratch<float>(kGate, rows * i);
     float* up = job.scratch<float>(kUp, rows * i);
-    ActBlock* act = job.scratch<ActBlock>(kAct, rows * act_blocks);
+    const Blocks act = scratch_blocks(job, kAct, rows * act_blocks, isa.fine);
     double* act_factor = job.scratch<double>(kActFactor, rows);
     float* outs = job.scratch<float>(kOuts, rows * h);
-    const auto quantize = [&](const float* in, int64_t k, int64_t row, float offset, ActBlock* blocks,
+    const auto quantize = [&](const float* in, int64_t k, int64_t row, float offset, Blocks blocks,
                               double* factor) {
         const Part& part = parts[part_of[row]];
         isa.quantize_rows(in, k, 0, 1, part.rows, offset,
-                          blocks + part.first * up_to(k, kBlock) + row - part.first, factor + row);
+                          blocks + (part.first * up_to(k, kBlock) + row - part.first), factor + row);
     };
     job.parallel(rows, [&](int, int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++)
@@ -392,7 +393,7 @@ void pass_experts(Job& job, const Isa& isa, const float* x, const Use* uses, con
             const Part& part = parts[p];
             const int64_t first = begin > p * in_tiles ? begin - p * in_tiles : 0;
             const int64_t last = end < (p + 1) * in_tiles ? end - p * in_tiles : in_tiles;
-            const ActBlock* blocks = x_blocks + part.first * in_blocks;
+            const Blocks blocks = x_blocks + part.first * in_blocks;
             float *g = gate + part.first * i, *u = up + part.first * i;
             isa.coded_tiles(part.expert.gate, in_levels, blocks, x_factor + part.first, part.rows, first, last, g, i);
             isa.coded_tiles(part.expert.up, in_levels, blocks, x_factor + part.first, part.rows, first, last, u, i);

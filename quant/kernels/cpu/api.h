@@ -25,8 +25,21 @@ static_assert(kSlotCount <= kScratchSlots, "pool.h has a buffer for each");
 
 constexpr int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple; }
 
+// Blocks of activations, [B, T]: ActBlocks or FineBlocks.
+struct Blocks {
+    uint8_t* p;
+    int64_t bytes;  // of one
+
+    Blocks operator+(int64_t count) const { return {p + count * bytes, bytes}; }
+    operator void*() const { return p; }
+};
+inline Blocks scratch_blocks(Job& job, Slot slot, int64_t count, bool fine) {
+    const int64_t bytes = fine ? sizeof(FineBlock) : sizeof(ActBlock);
+    return {job.scratch<uint8_t>(slot, count * bytes), bytes};
+}
+
 const Isa& best_isa();
-const Levels& levels_for(const float* levels);  // valid for the job
+const Levels& levels_for(const Isa& isa, const float* levels);  // valid for the job
 bool finite(const float* levels);
 
 template <class Body>
@@ -48,7 +61,7 @@ struct Matrix {
 
     bool valid() const {
         return n >= 1 && k >= 1 && kind >= kInt8 && kind <= kFine && (!is_coded(kind) || finite(levels)) &&
-               (kind != kFine || k <= kFineColumns);
+               ((kind != kInt8 && kind != kFine) || k <= kFineColumns);
     }
     bool quantized() const { return kind < kF32 || kind == kFine; }
     int64_t tiles() const { return up_to(n, kTile); }
@@ -244,21 +257,16 @@ public:
             Slot factor = kXFactor, int64_t groups = 1)
         : isa_(isa), w_(w), x_(x), t_(t), y_(y), groups_(groups) {
         if (!w.quantized()) return;
-        if (is_coded(w.kind)) levels_ = levels_for(w.levels);
-        const int64_t size = up_to(w.k, kBlock), count = t * groups * size;
-        if (w.kind == kFine)
-            fine_ = job.scratch<FineBlock>(blocks, count);
-        else
-            blocks_ = job.scratch<ActBlock>(blocks, count);
+        if (is_coded(w.kind)) levels_ = levels_for(isa, w.levels);
+        const int64_t size = up_to(w.k, kBlock);
+        const auto quantize = w.kind == kFine ? isa.quantize_fine : isa.quantize_rows;
+        blocks_ = scratch_blocks(job, blocks, t * groups * size, w.kind == kFine || isa.fine);
         factor_ = job.scratch<double>(factor, t * groups);
         job.parallel(t * groups, [&](int, int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; row++) {
-                const int64_t group = row % groups, token = row / groups, at = group * t * size + token;
-                double* of_row = factor_ + group * t + token;
-                if (w.kind == kFine)
-                    isa.quantize_fine(x + row * w.k, w.k, 0, 1, t, 0.0f, fine_ + at, of_row);
-                else
-                    isa.quantize_rows(x + row * w.k, w.k, 0, 1, t, levels_.offset, blocks_ + at, of_row);
+                const int64_t group = row % groups, token = row / groups;
+                quantize(x + row * w.k, w.k, 0, 1, t, levels_.offset, blocks_ + (group * t * size + token),
+                         factor_ + group * t + token);
             }
         });
     }
@@ -276,15 +284,15 @@ public:
 private:
     void run_group(int64_t group, int64_t begin, int64_t end) const {
         const int64_t rows = end * kTile < w_.n ? end * kTile : w_.n;
-        const int64_t at = group * t_ * up_to(w_.k, kBlock);
+        const Blocks blocks = blocks_ + group * t_ * up_to(w_.k, kBlock);
         const double* factor = factor_ + group * t_;
         const Source source = Source(w_.kind - kF32);
         if (w_.kind == kFine)
-            isa_.fine_tiles(w_.as_int8(), fine_ + at, factor, t_, begin, end, y_, w_.n);
+            isa_.fine_tiles(w_.as_int8(), blocks, factor, t_, begin, end, y_, w_.n);
         else if (w_.kind == kInt8)
-            isa_.int8_tiles(w_.as_int8(), blocks_ + at, factor, t_, begin, end, y_, w_.n);
+            isa_.int8_tiles(w_.as_int8(), blocks, factor, t_, begin, end, y_, w_.n);
         else if (is_coded(w_.kind))
-            isa_.coded_tiles(w_.as_coded(), levels_, blocks_ + at, factor, t_, begin, end, y_, w_.n);
+            isa_.coded_tiles(w_.as_coded(), levels_, blocks, factor, t_, begin, end, y_, w_.n);
         else if (groups_ == 1)
             isa_.linear_dense(x_, t_, w_.k, w_.data, source, begin * kTile, rows, y_, w_.n);
         else  // a group's rows of x are apart
@@ -301,8 +309,7 @@ private:
     float* y_;
     int64_t groups_;
     Levels levels_{};
-    ActBlock* blocks_ = nullptr;
-    FineBlock* fine_ = nullptr;
+    Blocks blocks_{};
     double* factor_ = nullptr;
 };
 

@@ -36,7 +36,7 @@ struct ActBlock {
 struct alignas(64) FineBlock {
     int8_t digit[2][kBlock];
     int32_t sum[2];   // of each digit, over the row up to here
-    int32_t bias[2];  // what a dot product with a half's codes starts from
+    int32_t bias[2];  // what a product of both digits with a half's columns starts from
 };
 
 // What a matrix is made of. A coded one is one of quant/codecs/codec.py; the digit is the bits of a
@@ -138,18 +138,20 @@ struct Encoder {
 struct Isa {
     const char* name;
 
-    // x [T, K] (row stride K), rows begin..end -> blocks [B, T], factor [T] = 2^e (NaN for a row with NaN or infinity).
-    void (*quantize_rows)(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset,
-                          ActBlock* blocks, double* factor);
+    bool fine;  // blocks of activations are FineBlocks, or else ActBlocks; levels have no offsets then
+    // x [T, K] (row stride K), rows begin..end -> blocks [B, T], factor [T] = 2^e or, of FineBlocks, a row's scale (NaN
+    // for a row with NaN or infinity).
+    void (*quantize_rows)(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset, void* blocks,
+                          double* factor);
     // y [T, ldy] for the rows of tiles begin..end.
-    void (*coded_tiles)(const CodedMatrix& w, const Levels& levels, const ActBlock* x, const double* factor, int64_t t,
+    void (*coded_tiles)(const CodedMatrix& w, const Levels& levels, const void* blocks, const double* factor, int64_t t,
                         int64_t begin, int64_t end, float* y, int64_t ldy);
-    void (*int8_tiles)(const Int8Matrix& w, const ActBlock* x, const double* factor, int64_t t, int64_t begin,
+    void (*int8_tiles)(const Int8Matrix& w, const void* blocks, const double* factor, int64_t t, int64_t begin,
                        int64_t end, float* y, int64_t ldy);
-    // The same in two digits.
-    void (*quantize_fine)(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset,
-                          FineBlock* blocks, double* factor);
-    void (*fine_tiles)(const Int8Matrix& w, const FineBlock* x, const double* factor, int64_t t, int64_t begin,
+    // The same, but that blocks are FineBlocks on every set.
+    void (*quantize_fine)(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset, void* blocks,
+                          double* factor);
+    void (*fine_tiles)(const Int8Matrix& w, const void* blocks, const double* factor, int64_t t, int64_t begin,
                        int64_t end, float* y, int64_t ldy);
     // y [T, ldy], rows begin..end of W [N, K].
     void (*linear_dense)(const float* x, int64_t t, int64_t k, const void* w, Source type, int64_t begin, int64_t end,

@@ -73,7 +73,7 @@ struct CodedTile {
         prefetch_lines<kBytes>(codes + kPrefetch, past);
         prefetch_lines<1>(scales + kPrefetch / kBytes * Scales::kBytes, past);
     }
-    void next() { codes += kBytes, scales += Scales::kBytes; }
+    void next(int64_t blocks = 1) { codes += blocks * kBytes, scales += blocks * Scales::kBytes; }
 };
 
 struct Int8Tile {
@@ -256,8 +256,8 @@ inline void write(const float* totals, const float* rows, int64_t lanes, double 
     for (int64_t lane = 0; lane < lanes; lane++) y[lane] = float(double(totals[lane]) * (double(rows[lane]) * factor));
 }
 
-template <int Bits, class Scales>
-inline void coded_tiles_of(const CodedMatrix& w, const Levels& levels, const ActBlock* x, const double* factor,
+template <int Bits, class Scales, class Block>
+inline void coded_tiles_of(const CodedMatrix& w, const Levels& levels, const Block* x, const double* factor,
                            int64_t t, int64_t begin, int64_t end, float* y, int64_t ldy) {
     using Tile = CodedTile<Bits, Scales>;
     const Lanes::Table table = Lanes::table(levels.q);
@@ -273,8 +273,10 @@ inline void coded_tiles_of(const CodedMatrix& w, const Levels& levels, const Act
     });
 }
 
-void coded_tiles(const CodedMatrix& w, const Levels& levels, const ActBlock* x, const double* factor, int64_t t,
+template <class Block>
+void coded_tiles(const CodedMatrix& w, const Levels& levels, const void* blocks, const double* factor, int64_t t,
                  int64_t begin, int64_t end, float* y, int64_t ldy) {
+    const Block* x = static_cast<const Block*>(blocks);
     if (w.kind == kNf4) return coded_tiles_of<4, HalfScales<1>>(w, levels, x, factor, t, begin, end, y, ldy);
     if (w.kind == kInt4) return coded_tiles_of<4, HalfScales<2>>(w, levels, x, factor, t, begin, end, y, ldy);
     if (w.kind == kMxfp4) return coded_tiles_of<4, ExponentScales>(w, levels, x, factor, t, begin, end, y, ldy);
@@ -282,8 +284,9 @@ void coded_tiles(const CodedMatrix& w, const Levels& levels, const ActBlock* x, 
     coded_tiles_of<3, ByteScales>(w, levels, x, factor, t, begin, end, y, ldy);
 }
 
-void int8_tiles(const Int8Matrix& w, const ActBlock* x, const double* factor, int64_t t, int64_t begin, int64_t end,
-                float* y, int64_t ldy) {
+[[maybe_unused]] void int8_tiles(const Int8Matrix& w, const void* blocks, const double* factor, int64_t t,
+                                 int64_t begin, int64_t end, float* y, int64_t ldy) {
+    const ActBlock* x = static_cast<const ActBlock*>(blocks);
     const bool past = past_l2();
     const auto at = [&](int64_t i) { return Int8Tile{w.packed + i * w.blocks * Int8Tile::kBytes, past}; };
     multiply<Int8Tile>(at, x, t, w.blocks, begin, end, [&](int64_t token, int64_t i, const float* totals) {

@@ -72,8 +72,8 @@ inline void quantize_blocks(const float* v, int64_t count, float offset, ActBloc
     }
 }
 
-void quantize_rows(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset, ActBlock* blocks,
-                   double* factor) {
+[[maybe_unused]] void quantize_rows(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset,
+                                    void* blocks, double* factor) {
     for (int64_t row = begin; row < end; row++) {
         const float* in = x + row * k;
         const uint32_t top = max_bits(in, k);
@@ -95,7 +95,7 @@ void quantize_rows(const float* x, int64_t k, int64_t begin, int64_t end, int64_
             if (n < kColumns || !finite) memset(v, 0, sizeof v);
             if (finite)
                 for (int64_t i = 0; i < n; i++) v[i] = in[column + i] * first * second;
-            quantize_blocks(v, (n + kBlock - 1) / kBlock, offset, blocks + b * t + row, t);
+            quantize_blocks(v, (n + kBlock - 1) / kBlock, offset, static_cast<ActBlock*>(blocks) + b * t + row, t);
         }
     }
 }

@@ -6,6 +6,14 @@
 #include "matmul.h"
 
 #include "fine.h"
+#ifdef SLOTMOE_AMX
+#include "fine_amx.h"
+#define SLOTMOE_PRODUCTS \
+    true, quantize_fine, coded_tiles<FineBlock>, int8_by_tiles, quantize_fine, int8_by_tiles
+#else
+#define SLOTMOE_PRODUCTS \
+    false, quantize_rows, coded_tiles<ActBlock>, int8_tiles, quantize_fine, fine_tiles
+#endif
 
 #include "attention.h"
 
@@ -20,8 +28,7 @@
 namespace slotmoe {
 
 extern const Isa SLOTMOE_ISA = {
-    SLOTMOE_ISA_NAME, quantize_rows, coded_tiles, int8_tiles,         quantize_fine, fine_tiles,
-    linear_dense,     rms_norm,      layer_norm,
+    SLOTMOE_ISA_NAME, SLOTMOE_PRODUCTS,               linear_dense,  rms_norm,     layer_norm,
     silu_mul,         weighted_sum,  hyper_coefficients, hyper_out,   compress,      mla_queries,  mla_pack,
     mla_chunks,       mla_merge,     mla_scratch, index_scores,       store_latent,
     quantize_nf4,     quantize_int8, coded_error, int8_error,         read_memory,
