@@ -637,6 +637,7 @@ void weigh(const Mla& m, int64_t chunk, const uint8_t* const* rows, Chunk& c) {
 }
 
 void mla_chunks(const Mla* m, int64_t queries, int64_t begin, int64_t end, uint8_t* scratch) {
+    if (begin == end) return;  // a list may be empty
 #ifdef SLOTMOE_AMX
     const WholeTiles tiles;
 #endif
