@@ -352,7 +352,8 @@ class _Loader:
                 self._check_table(name, weight)
             elif isinstance(weight, Tensor) and (weight.dim() == 1 or role == "gate"):
                 weight = weight.float()
-            return self._backend.prepare(role, weight, empty)
+            head = self._config.qk_nope_head_dim, self._config.v_head_dim
+            return self._backend.prepare(role, weight, empty, head)
 
         return place
 

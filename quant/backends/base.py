@@ -20,11 +20,11 @@ from slotmoe.border import Decoder, Geometry, HyperGeometry, Layer, Mixed, Mixin
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.kernels.cpu.weights import Matrix
+from slotmoe.quant.kernels.cpu.weights import Absorbed, Matrix
+from slotmoe.quant.kernels.cpu.weights import Prepared as Prepared
 from slotmoe.quant.weights import Weight, dequantize, map_tensors, rows
 from slotmoe.system import Placement
 
-Prepared = Weight | Matrix  # a matrix is bound for native calls
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _GATHERED = 1 << 22  # values of cached rows, or scores, in memory at once
 _SLICE = 1 << 22  # weights dequantized at once, so that no temporary grows with a matrix
@@ -58,7 +58,7 @@ class SlotTable(NamedTuple):
 
 def unbound(weight: Prepared) -> Weight:
     """Raises ``TypeError`` for a weight that was prepared for another backend."""
-    if isinstance(weight, Matrix):
+    if isinstance(weight, Matrix | Absorbed):
         raise TypeError("a tiled matrix is for the native kernels alone")
     return weight
 
@@ -114,9 +114,12 @@ class TorchBackend:
         """Seconds spent in each kernel so far; nothing of torch's own operations."""
         return {}
 
-    def prepare(self, role: str, weight: Weight, empty: Empty = new) -> Prepared:
+    def prepare(
+        self, role: str, weight: Weight, empty: Empty = new, head: tuple[int, int] = (0, 0)
+    ) -> Prepared:
         """A copy of the weight in the form that these ops want to multiply with, in memory from
-        ``empty(shape, dtype)``; ``role`` as in ``slotmoe.quant.shapes``."""
+        ``empty(shape, dtype)``; ``role`` as in ``slotmoe.quant.shapes``.  N and V rows of an
+        absorbed one are a ``head``'s."""
 
         def copy(tensor: Tensor) -> Tensor:
             return empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)

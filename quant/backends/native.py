@@ -37,7 +37,7 @@ from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.bindings import Kernels
 from slotmoe.quant.kernels.cpu.layers import Decoder
 from slotmoe.quant.kernels.cpu.tokens import Tokens
-from slotmoe.quant.kernels.cpu.weights import ExpertRecord, Matrix, Mlp
+from slotmoe.quant.kernels.cpu.weights import Absorbed, ExpertRecord, Matrix, Mlp
 from slotmoe.quant.shapes import latent_bytes
 from slotmoe.quant.weights import Weight
 from slotmoe.system import Placement
@@ -118,8 +118,8 @@ class NativeDecoder:
 
 
 class NativeBackend(TorchBackend):
-    """Activations are quantized to int8 in blocks of 16 with a float32 scale each, or with the
-    instruction set ``amx`` to 15 bits with one scale a row.
+    """Activations are quantized to int8 in blocks of 16 with a float32 scale each, those of
+    ``kv_b_proj`` to 15 bits with one scale a row; so are all with the instruction set ``amx``.
 
     A row's result never depends on the other rows, the threads or the cache, so decode and prefill
     agree.  torch's own threads stay idle in decode.
@@ -144,9 +144,13 @@ class NativeBackend(TorchBackend):
     def seconds(self) -> dict[str, float]:
         return self._native.seconds()
 
-    def prepare(self, role: str, weight: Weight, empty: Empty = new) -> Prepared:
-        """int8 and codes are bound for native calls; ``embedding`` and ``absorbed`` stay as is."""
-        if isinstance(weight, Int8Weight) and role not in ("embedding", "absorbed"):
+    def prepare(
+        self, role: str, weight: Weight, empty: Empty = new, head: tuple[int, int] = (0, 0)
+    ) -> Prepared:
+        """int8 and codes are bound for native calls; an ``embedding`` stays as it is."""
+        if isinstance(weight, Int8Weight) and role == "absorbed":
+            return self._native.tile_absorbed(weight, head, empty)
+        if isinstance(weight, Int8Weight) and role != "embedding":
             return self._native.tile_int8(weight, empty)
         copied = super().prepare(role, weight, empty)
         return Matrix.of(copied) if isinstance(copied, CodedWeight) else copied
@@ -207,13 +211,13 @@ class NativeBackend(TorchBackend):
         return self._native.rotate(x_THP.contiguous(), table_TC, halves)
 
     def absorb_query(self, q_THN: Tensor, kv_b: Prepared) -> Tensor:
-        if isinstance(kv_b, Int8Weight):
+        if isinstance(kv_b, Absorbed):
             return self._native.absorb_query(q_THN.contiguous(), kv_b)
         return super().absorb_query(q_THN, kv_b)
 
     def absorb_value(self, o_THR: Tensor, kv_b: Prepared, N: int) -> Tensor:
-        if isinstance(kv_b, Int8Weight):
-            return self._native.absorb_value(o_THR, kv_b, N)
+        if isinstance(kv_b, Absorbed):
+            return self._native.absorb_value(o_THR, kv_b)
         return super().absorb_value(o_THR, kv_b, N)
 
     def latent_row(self, R: int, P: int) -> tuple[int, torch.dtype]:
@@ -299,7 +303,7 @@ class NativeBackend(TorchBackend):
 def _is_native(geometry: Geometry, attention: Mla[Prepared] | Compressed[Prepared]) -> bool:
     """Whether `NativeBackend.decoder` can serve it."""
     if isinstance(attention, Mla):
-        return isinstance(attention.kv_b_proj, Int8Weight)
+        return isinstance(attention.kv_b_proj, Absorbed)
     assert geometry.compressed is not None
     whole = Matrix.of(attention.o_a_proj).shape[0] % (geometry.compressed.groups * TILE) == 0
     return whole and geometry.hyper is not None

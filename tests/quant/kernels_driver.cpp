@@ -52,10 +52,8 @@ int slotmoe_hyper_out(const float*, const float*, const float*, const float*, in
                       int64_t, float*);
 int slotmoe_compress(const float*, const float*, const float*, const float*, int64_t, int64_t,
                      int64_t, float, float*);
-int slotmoe_absorb_query(const float*, int64_t, int64_t, const int8_t*, const float*, int64_t,
-                         int64_t, int64_t, float*);
-int slotmoe_absorb_value(const float*, int64_t, int64_t, const int8_t*, const float*, int64_t,
-                         int64_t, int64_t, float*);
+int slotmoe_absorb_query(const Absorbed*, const float*, int64_t, float*);
+int slotmoe_absorb_value(const Absorbed*, const float*, int64_t, float*);
 int slotmoe_rms_norm(const float*, const float*, int64_t, int64_t, float, float*);
 int slotmoe_mlp(const Mlp*, const float*, int64_t, const float*, const float*, float*);
 int slotmoe_rotate(const float*, const float*, int64_t, int64_t, int64_t, int64_t, float*);
@@ -328,6 +326,20 @@ static void compressed(int64_t kind, int64_t ratio, bool overlaps, int64_t posit
     if (reached != 1) check(int(10 + reached));
 }
 
+// kv_b by head, its tiles end where the last head's do.
+struct KvB {
+    Array<int8_t> query, value;
+    Floats query_scale, value_scale, ones;
+    Absorbed absorbed;
+    KvB(int64_t heads, int64_t n, int64_t r, int64_t v)
+        : query(heads * slotmoe_int8_packed_bytes(r, n)),
+          value(heads * slotmoe_int8_packed_bytes(v, r)),
+          query_scale(heads * n),
+          value_scale(heads * v),
+          ones(r),
+          absorbed{heads, n, r, v, query, value, query_scale, value_scale, ones} {}
+};
+
 // A layer's attention of one token, all matrices of one kind, at the cache's first row and at its
 // last, which has no slack.
 static void layer(int64_t kind, int64_t hidden, int64_t heads, int64_t n, int64_t p, int64_t r,
@@ -336,10 +348,9 @@ static void layer(int64_t kind, int64_t hidden, int64_t heads, int64_t n, int64_
         query_b(kind, heads * (n + p), q_rank ? q_rank : 1);
     Weights latent(kind, r + p, hidden), out(kind, hidden, heads * v),
         gate(kF32, experts ? experts : 1, hidden);
-    Floats h(3 * hidden), table(3 * p), norm(hidden), query_norm(q_rank), latent_norm(r, 1e6f),
-        scale(heads * (n + v));
+    Floats h(3 * hidden), table(3 * p), norm(hidden), query_norm(q_rank), latent_norm(r, 1e6f);
     Floats y(3 * hidden), x(3 * hidden), logits(3 * experts), bias(experts), scales(3);
-    Array<int8_t> kv_b(heads * (n + v) * r);
+    const KvB kv_b(heads, n, r, v);
     Attention a{heads,
                 n,
                 p,
@@ -360,8 +371,7 @@ static void layer(int64_t kind, int64_t hidden, int64_t heads, int64_t n, int64_
                 out.matrix,
                 experts ? gate.matrix : Matrix{},
                 bias,
-                kv_b,
-                scale};
+                &kv_b.absorbed};
     const int64_t rows = 70, size = latent_bytes(r, p), stride = size + 3;
     Array<uint8_t> cache((rows - 1) * stride + size), short_cache(size),
         third((rows - 1) * stride + size);
@@ -380,10 +390,10 @@ static void layer(int64_t kind, int64_t hidden, int64_t heads, int64_t n, int64_
 }
 
 static void absorb(int64_t t, int64_t heads, int64_t n, int64_t v, int64_t r) {
-    Floats q(t * heads * n), latent(t * heads * r), value(t * heads * v), scale(heads * (n + v));
-    Array<int8_t> w(heads * (n + v) * r);
-    check(slotmoe_absorb_query(q, t, heads, w, scale, n, n + v, r, latent));
-    check(slotmoe_absorb_value(latent, t, heads, w, scale, n, n + v, r, value));
+    Floats q(t * heads * n), latent(t * heads * r), value(t * heads * v);
+    const KvB kv_b(heads, n, r, v);
+    check(slotmoe_absorb_query(&kv_b.absorbed, q, t, latent));
+    check(slotmoe_absorb_value(&kv_b.absorbed, latent, t, value));
 }
 
 static void quantize(int64_t n, int64_t k) {
@@ -505,6 +515,7 @@ static void few() {
     quantize(17, 130);
     for (int64_t l : {8, 16}) encode(17, 130, l, 4 * l);
     absorb(3, 3, 7, 20, 300);
+    absorb(40, 2, 70, 16, 33);
     for (int64_t kind = kInt8; kind <= kBf16; kind++)
         layer(kind, 65, 3, 7, 6, 70, 5, kind % 2 * 17, 9);
     attention(17, 200, 70, 10, 5);
@@ -552,7 +563,7 @@ static void all() {
                 for (int64_t p : {0, 1, 64}) attention(heads, context, r, p, context % 3);
     for (int64_t kind = kInt8; kind <= kBf16; kind++) {
         layer(kind, 65, 3, 7, 6, 70, 5, 0, 9);
-        layer(kind, 40, 1, 0, 2, 1, 1, 17, 0);
+        layer(kind, 40, 1, 1, 2, 1, 1, 17, 0);
         layer(kind, 200, 5, 16, 0, 300, 20, 90, 33);
     }
     for (int64_t block : {32, 64})

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from slotmoe.errors import ConfigError
+from slotmoe.quant.backends.base import new
 from slotmoe.quant.codecs.codec import NF4
 from slotmoe.quant.codecs.encode import squared_error
 from slotmoe.quant.codecs.weight import CodedWeight
@@ -102,7 +103,7 @@ def test_bad_arguments_are_refused():
     x, x64, y = torch.randn(2, 128), torch.randn(2, 64), torch.empty(2, 1, 64)
     slots, chosen = torch.zeros(1, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int64)
     cache, rows = torch.zeros(10, 88, dtype=torch.uint8), torch.ones(10, 72)
-    kv_b = Int8Weight(cache.to(torch.int8), torch.ones(10))
+    kv_b = native.tile_absorbed(Int8Weight(ones, torch.ones(32)), (6, 10), new)
 
     def linear(x=x, codes=good.codes, n=32):
         weight = CodedWeight(codes, good.scales, good.levels, (n, x.shape[1]))
@@ -125,7 +126,9 @@ def test_bad_arguments_are_refused():
         *(experts(coded=expert_record(64, 33)), experts(y=torch.empty(2, 2, 64))),
         lambda: native.weighted_sum(torch.ones(1, 1, 64), torch.ones(1, 2)),
         lambda: native.rotate(scalar, turns),
-        lambda: native.absorb_query(torch.ones(1, 2, 6), kv_b),
+        lambda: native.absorb_query(torch.ones(1, 2, 7), kv_b),
+        lambda: native.absorb_query(torch.ones(1, 3, 6), kv_b),
+        lambda: native.absorb_value(torch.ones(1, 2, 127), kv_b),
         lambda: native.quantize_nf4(torch.ones(4, 64, dtype=torch.int32)),
         lambda: native.quantize_int8(torch.ones(0, 64)),
         lambda: squared_error(torch.ones(32, 33), good),
@@ -138,7 +141,6 @@ def test_bad_arguments_are_refused():
     asserted = [
         *(mla(context=11), mla(context=0), mla(r=73), mla(width=68), mla(cache=cache.half())),
         lambda: native.store_latents(rows, 64, cache[1:]),
-        lambda: native.absorb_query(torch.ones(1, 3, 6), kv_b),
     ]
     for case in asserted:
         with pytest.raises(AssertionError):

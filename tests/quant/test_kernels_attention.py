@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slotmoe.quant.backends.base import new
 from slotmoe.quant.codecs.codec import LUT4
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.weights import Matrix, Mlp
@@ -185,7 +186,7 @@ MIXED = ["int8", "nf4", "float16", "float32"]
 @given(
     one_of(["int8"], ["nf4"], ["bfloat16"], MIXED),
     sizes(140, 5, 80, 20),
-    st.tuples(st.integers(0, 20), st.integers(0, 8)).filter(any),
+    st.tuples(st.integers(1, 20), st.integers(0, 8)),
     st.tuples(one_of(0, 1, 30), one_of(0, 7)),
     st.lists(one_of(0, 1, 2), min_size=1, max_size=7),
     one_of(1.0, 1e4),
@@ -244,12 +245,15 @@ def test_a_layer_holds_its_memory(kernels):
 def test_bad_layers_are_refused(kernels):
     rng = np.random.default_rng(16)
     layer = RandomLayer(kernels, rng, ["int8"], 64, 2, 8, 4, 32, 10, 24, 9)
-    good, q = layer.arguments(), layer.kv_b.q
+    good, q = layer.arguments(), torch.ones(36, 32).char()
     other = any_matrix(kernels, rng, "nf4", 63, 65)
     changes = [
         *((0, (3, 8, 4, 32, 10)), (1, torch.ones(64).double())),
         *((6, torch.ones(31)), (9, torch.ones(65))),
-        *((7, Int8Weight(bad, layer.kv_b.scale)) for bad in (q.float(), q[:-1])),
+        *(
+            (7, kernels.tile_absorbed(Int8Weight(bad, torch.ones(len(bad))), head, new))
+            for bad, head in ((q, (10, 8)), (q[:18], (8, 10)), (q[:, 1:].contiguous(), (8, 10)))
+        ),
         *((place, other) for place in (2, 4, 5, 8, 10)),
     ]
     for place, value in changes:

@@ -9,7 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.kernels import latent_cache, one_of, quick, relative, seeds, torch_of
+from tests.support.kernels import (
+    ISAS,
+    by_each_set,
+    latent_cache,
+    native,
+    one_of,
+    quick,
+    relative,
+    seeds,
+    torch_of,
+)
 
 
 def attention(q, rows, r, scale, sinks):
@@ -200,3 +210,39 @@ def test_index_refuses(kernels):
         for value in values:
             with pytest.raises((ValueError, AssertionError)):
                 kernels.index(**good | {name: value})
+
+
+WIDE = [isa for isa in ISAS if isa.startswith(("amx", "avx512"))]
+
+
+@pytest.mark.skipif(len(WIDE) < 2, reason="no AVX-512 here")
+@quick
+@given(
+    one_of(1, 16, 20, 128),
+    one_of((512, 64), (128, 0), (64, 3), (70, 10), (130, 66)),
+    one_of(1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 200, 2000),
+    one_of(0, 3, 48),
+    seeds,
+)
+def test_tiles_give_the_bits_of_other_instructions(heads, width, context, extra, seed):
+    """Rows in a row, apart, and in any order; attention, and what an indexer chooses."""
+    rng, (r, p) = np.random.default_rng(seed), width
+    rows = rng.standard_normal((context, r + p))
+    rows[context // 3] *= 30
+    tokens = min(context, 3 if heads * context < 10000 else 1)
+    q = torch_of(rng.standard_normal((tokens, heads, r + p)))
+    weights = torch_of(rng.standard_normal((tokens, heads)))
+    lists = torch.from_numpy(rng.integers(0, context, (tokens, min(context, 200))).astype(np.int32))
+
+    def run():
+        cache = latent_cache(native, rows, r, extra)
+        split, parts = context // 2, [native.mla(q, cache, context, r, 0.1)]
+        parts.append(native.attend(q, cache[:split], cache[split:], lists, r, 0.1))
+        if not p:
+            counts = torch.full((tokens,), context, dtype=torch.int32)
+            parts.append(native.index(q, weights, cache, counts, -(-context // 2)))
+        return parts
+
+    first, *others = by_each_set(run)[: len(WIDE)]
+    for other in others:
+        assert all(map(torch.equal, first, other))

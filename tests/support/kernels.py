@@ -200,7 +200,7 @@ class RandomLayer:
         self.query_norm = norm(q_rank) if q_rank else None
         q = torch.from_numpy(rng.integers(-127, 128, (heads * (n + v), r), dtype=np.int8))
         scale = torch_of(rng.uniform(0.5, 2, heads * (n + v)) / 80 / math.sqrt(r))
-        self.kv_b = Int8Weight(q, scale)
+        self.kv_b = kernels.tile_absorbed(Int8Weight(q, scale), (n, v), new)
         self.scale = 1.5 / math.sqrt(n + p)
 
     def arguments(self):
@@ -230,7 +230,7 @@ class RandomLayer:
         absorbed = k.absorb_query(q[..., :n].contiguous(), self.kv_b)
         rotated = k.rotate(q[..., n:].contiguous(), table, self.halves)
         out = k.mla(torch.cat([absorbed, rotated], -1), cache, position + 1, r, self.scale)
-        h = h + k.linear(self.out, k.absorb_value(out, self.kv_b, n).reshape(1, heads * v))
+        h = h + k.linear(self.out, k.absorb_value(out, self.kv_b).reshape(1, heads * v))
         x = k.rms_norm(h, self.next_norm, 1e-5)
         return h, x, k.linear(self.gate, x) if self.gate else None
 

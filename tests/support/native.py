@@ -42,7 +42,8 @@ def network_of(raw, resident, ops):
             weight = weight.float()
         elif not weight.is_floating_point():
             weight = weight.int()
-        return ops.prepare(role_of(name), weight)
+        head = config.qk_nope_head_dim, config.v_head_dim
+        return ops.prepare(role_of(name), weight, head=head)
 
     prepared = {
         name: stored(name, weight) for name, weight in weights.items() if ".experts." not in name

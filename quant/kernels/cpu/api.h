@@ -136,6 +136,18 @@ struct Indexer {
     }
 };
 
+// kv_b_proj [heads * (n + v), r] as attention multiplies it, in two digits: of each head, in tiles of its own (isa.h), the
+// rows of its query, turned, and those of its values.
+struct Absorbed {
+    int64_t heads, n, r, v;
+    const int8_t *query, *value;
+    const float *query_scale, *value_scale, *ones;  // [heads, n], [heads, v], [r]
+
+    bool valid() const {
+        return heads >= 1 && n >= 1 && n <= kFineColumns && r >= 1 && r <= kFineColumns && v >= 1;
+    }
+};
+
 // A layer's weights up to its router, as the Python side prepared them.
 struct Attention {
     int64_t heads, n, p, r, v;
@@ -145,8 +157,7 @@ struct Attention {
     Matrix query, query_b, latent, out;  // without q-LoRA `query` makes the heads' queries and `query_b` is unused
     Matrix gate;                         // of the router; n is 0 in a layer without one
     const float* gate_bias;              // [gate.n], null without one
-    const int8_t* kv_b;
-    const float* kv_b_scale;
+    const Absorbed* kv_b;
     const Indexer* indexer;              // null in a layer without one
     int64_t keys;                        // its layer in `Tokens::keys`
     int64_t topk;                        // unless 0, rows are chosen where there are more

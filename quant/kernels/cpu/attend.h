@@ -29,10 +29,17 @@ inline Mla mla_for(const uint8_t* cache, int64_t heads, int64_t context, int64_t
     m.span_chunks = context ? up_to(up_to(context, kChunkRows), kMostSpans) : 1, m.tiles = up_to(heads, kTile);
     m.near = kChunkRows * stride < first_level_bytes();
     m.r4 = up_to(r, 4) * 4, m.k = m.r4 + up_to(p, 4) * 4, m.r_padded = up_to(r, 64) * 64;
+    m.shared = m.tiles < kShared ? kShared / m.tiles : 1;
     return m;
 }
 
 inline int64_t mla_span_count(const Mla& m) { return up_to(up_to(m.context, kChunkRows), m.span_chunks); }
+
+// Spans begin..end.
+inline void mla_spans(const Isa& isa, const Mla& m, int64_t begin, int64_t end, uint8_t* scratch) {
+    const int64_t chunks = up_to(m.context, kChunkRows), last = end * m.span_chunks;
+    isa.mla_chunks(&m, 1, begin * m.span_chunks, last < chunks ? last : chunks, scratch);
+}
 
 // Bytes that a query needs while it is computed, wherever in the context: base, if given, is where m finds them.
 inline int64_t mla_buffers(Mla& m, uint8_t* base, int64_t spans = kMostSpans) {
@@ -45,39 +52,45 @@ inline int64_t mla_buffers(Mla& m, uint8_t* base, int64_t spans = kMostSpans) {
     const auto floats = [&](int64_t count) { return reinterpret_cast<float*>(take(4 * count)); };
     const int64_t padded = m.tiles * kTile;
     m.q_mixed = floats(m.heads * (m.r + m.p)), m.q_scale = floats(2 * padded);
-    m.q_rows = take(m.heads * 2 * m.k), m.q_digits = take(padded * 2 * m.k);
+    m.q_rows = take(m.heads * 2 * m.k), m.q_digits = take(padded * 2 * padded_columns(m));
     m.span_max = floats(spans * padded), m.span_sum = floats(spans * padded);
     m.span_out = floats(spans * m.heads * m.r_padded);
     return used;
 }
 
-// Queries of t tokens -> out [t, heads, r]; mla_of(token) has what it attends to. One token splits its context over the
-// threads, several tokens are split over them; the arithmetic is the same.
+// Queries of t tokens -> out [t, heads, r]; mla_of(token) has what it attends to: a list, or the first rows of the cache
+// that all have, one more than the token before. One token splits its context over the threads, several tokens are split
+// over them; the arithmetic is the same.
 template <class MlaOf>
 void attend(Job& job, const Isa& isa, int64_t t, MlaOf mla_of, float* out) {
     Mla one = mla_of(0);
     const int64_t heads = one.heads, r = one.r;
     const int64_t bytes = mla_buffers(one, nullptr), thread_bytes = int64_t(isa.mla_scratch(one));  // the same for all
-    uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * (t > 1 ? job.threads() : 1));
+    const int64_t shared = t > 1 && !one.list ? one.shared : 1;
+    uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * shared * (t > 1 ? job.threads() : 1));
     uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, thread_bytes * job.threads());
     if (t == 1) {
         mla_buffers(one, buffers);
         job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_queries(one, begin, end); });
         job.parallel(one.tiles, [&](int, int64_t begin, int64_t end) { isa.mla_pack(one, begin, end); });
         job.parallel(mla_span_count(one), [&](int thread, int64_t begin, int64_t end) {
-            isa.mla_spans(one, begin, end, scratch + thread * thread_bytes);
+            mla_spans(isa, one, begin, end, scratch + thread * thread_bytes);
         });
         job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_merge(one, begin, end, out); });
         return;
     }
     job.parallel(t, [&](int thread, int64_t begin, int64_t end) {
-        for (int64_t token = begin; token < end; token++) {
-            Mla m = mla_of(token);
-            mla_buffers(m, buffers + thread * bytes);
-            isa.mla_queries(m, 0, heads);
-            isa.mla_pack(m, 0, m.tiles);
-            isa.mla_spans(m, 0, mla_span_count(m), scratch + thread * thread_bytes);
-            isa.mla_merge(m, 0, heads, out + token * heads * r);
+        Mla m[kShared];
+        for (int64_t first = begin, count; first < end; first += count) {
+            count = end - first < shared ? end - first : shared;
+            for (int64_t i = 0; i < count; i++) {
+                m[i] = mla_of(first + i);
+                mla_buffers(m[i], buffers + (thread * shared + i) * bytes);
+                isa.mla_queries(m[i], 0, heads);
+                isa.mla_pack(m[i], 0, m[i].tiles);
+            }
+            isa.mla_chunks(m, count, 0, up_to(m[count - 1].context, kChunkRows), scratch + thread * thread_bytes);
+            for (int64_t i = 0; i < count; i++) isa.mla_merge(m[i], 0, heads, out + (first + i) * heads * r);
         }
     });
 }

@@ -197,30 +197,79 @@ EXPORT int slotmoe_store_latents(const float* rows, int64_t t, int64_t r, int64_
     });
 }
 
-// Queries through their heads' first n rows of kv_b: q [t, heads, n] -> out [t, heads, r]. kv_b int8 [heads * per_head,
-// r].
-EXPORT int slotmoe_absorb_query(const float* q, int64_t t, int64_t heads, const int8_t* kv_b, const float* scale,
-                                int64_t n, int64_t per_head, int64_t r, float* out) {
-    if (t < 0 || heads < 1 || n < 0 || n > per_head || r < 1) return kBadArgument;
+namespace {
+
+constexpr int64_t kTogether = 32;  // tokens whose rows are quantized before they are multiplied
+
+// Each head's rows of x [t, heads, ..] times its part of kv_b: queries [n] -> [r], or latents [r] -> values [v]. Heads of x
+// and of out stand ldx and ldo floats apart.
+class Absorption {
+public:
+    Absorption(Job& job, const Isa& isa, const Absorbed& w, bool values, const float* x, int64_t ldx, int64_t t,
+               float* out, int64_t ldo)
+        : isa_(isa), w_(w), scale_(values ? nullptr : w.query_scale), x_(x), ldx_(ldx), t_(t), out_(out), ldo_(ldo),
+          k_(values ? w.r : w.n), blocks_(up_to(k_, kBlock)),
+          of_head_{values ? w.value : w.query, values ? w.value_scale : w.ones, values ? w.v : w.r, blocks_},
+          fine_(job.scratch<FineBlock>(kX, blocks_ * kTogether * job.threads())),
+          factor_(job.scratch<double>(kXFactor, kTogether * job.threads())),
+          row_(job.scratch<float>(kAct, k_ * job.threads())) {}
+
+    int64_t parts() const { return w_.heads * groups(); }  // first all of a head
+    int64_t groups() const { return up_to(t_, kTogether); }
+
+    void run(int thread, int64_t begin, int64_t end) const {  // parts begin..end
+        FineBlock* fine = fine_ + thread * blocks_ * kTogether;
+        double* factor = factor_ + thread * kTogether;
+        for (int64_t part = begin; part < end; part++) {
+            const int64_t head = part / groups(), first = part % groups() * kTogether;
+            const int64_t count = t_ - first < kTogether ? t_ - first : kTogether;
+            for (int64_t i = 0; i < count; i++) {
+                const float* in = x_ + ((first + i) * w_.heads + head) * ldx_;
+                float* row = row_ + thread * k_;
+                for (int64_t j = 0; scale_ && j < k_; j++) row[j] = in[j] * scale_[head * k_ + j];
+                isa_.quantize_fine(scale_ ? row : in, k_, 0, 1, count, 0.0f, fine + i, factor + i);
+            }
+            Int8Matrix w = of_head_;
+            const int64_t tiles = up_to(w.n, kTile);
+            w.packed += head * tiles * blocks_ * kTile * kBlock;
+            w.scale += scale_ ? 0 : head * w.n;
+            float* out = out_ + (first * w_.heads + head) * ldo_;
+            isa_.fine_tiles(w, fine, factor, count, 0, tiles, out, w_.heads * ldo_);
+        }
+    }
+
+private:
+    const Isa& isa_;
+    const Absorbed& w_;
+    const float *scale_, *x_;  // of columns
+    int64_t ldx_, t_;
+    float* out_;
+    int64_t ldo_, k_, blocks_;
+    Int8Matrix of_head_;  // the first
+    FineBlock* fine_;     // of each thread
+    double* factor_;
+    float* row_;
+};
+
+int absorb(const Absorbed& w, bool values, const float* x, int64_t t, float* out) {
+    if (t < 0 || !w.valid()) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        job.parallel(heads, [&](int, int64_t begin, int64_t end) {
-            isa.absorb_query(q, n, t, heads, kv_b, scale, n, per_head, r, begin, end, out, r);
-        });
+        const Absorption product(job, isa, w, values, x, values ? w.r : w.n, t, out, values ? w.v : w.r);
+        job.parallel(product.parts(), [&](int thread, int64_t begin, int64_t end) { product.run(thread, begin, end); });
         return kOk;
     });
 }
 
-// Latent outputs through their heads' rows of kv_b past the first n: latent [t, heads, r] -> out [t, heads, per_head -
-// n].
-EXPORT int slotmoe_absorb_value(const float* latent, int64_t t, int64_t heads, const int8_t* kv_b, const float* scale,
-                                int64_t n, int64_t per_head, int64_t r, float* out) {
-    if (t < 0 || heads < 1 || n < 0 || n > per_head || r < 1) return kBadArgument;
-    return guarded([&](Job& job, const Isa& isa) {
-        job.parallel(heads, [&](int, int64_t begin, int64_t end) {
-            isa.absorb_value(latent, t, heads, kv_b, scale, n, per_head, r, begin, end, out);
-        });
-        return kOk;
-    });
+}  // namespace
+
+// q [t, heads, n] -> out [t, heads, r].
+EXPORT int slotmoe_absorb_query(const Absorbed* w, const float* q, int64_t t, float* out) {
+    return absorb(*w, false, q, t, out);
+}
+
+// latent [t, heads, r] -> out [t, heads, v].
+EXPORT int slotmoe_absorb_value(const Absorbed* w, const float* latent, int64_t t, float* out) {
+    return absorb(*w, true, latent, t, out);
 }
 
 // x [t, heads, p] by one table [p / 2] of complex numbers a token -> out, the same shape.
@@ -239,8 +288,8 @@ EXPORT int slotmoe_rotate(const float* x, const float* table, int64_t halves, in
 // --- all of it
 
 bool Attention::valid(const Tokens& tokens) const {
-    if (heads < 1 || n < 0 || p < 0 || p % 2 || r < 1 || v < 1 || tokens.rows.row_bytes < latent_bytes(r, p))
-        return false;
+    if (!kv_b->valid() || kv_b->heads != heads || kv_b->n != n || kv_b->r != r || kv_b->v != v) return false;
+    if (p < 0 || p % 2 || tokens.rows.row_bytes < latent_bytes(r, p)) return false;
     if (topk && !tokens.lists) return false;
     if (indexer && (!indexer->valid() || !indexer->key.valid() || p > indexer->width || !query_norm ||
                     indexer->topk != topk || tokens.keys.row_bytes < latent_bytes(indexer->width, 0)))
@@ -328,10 +377,11 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t la
             isa.store_latent(row, r, p, tokens.rows.at(token, layer, positions[token]));
         }
     });
-    job.parallel(heads, [&](int, int64_t begin, int64_t end) {
+    const Absorption absorbed(job, isa, *a.kv_b, false, q, n + p, t, q_full, width);
+    job.parallel(heads, [&](int thread, int64_t begin, int64_t end) {
         for (int64_t token = 0; query_scale && token < t; token++)
             for (int64_t i = begin * (n + p); i < end * (n + p); i++) q[token * q_columns + i] *= query_scale[token];
-        isa.absorb_query(q, n + p, t, heads, a.kv_b, a.kv_b_scale, n, n + v, r, begin, end, q_full, width);
+        absorbed.run(thread, begin * absorbed.groups(), end * absorbed.groups());
         for (int64_t token = 0; token < t; token++) {
             for (int64_t head = begin; head < end; head++)
                 rotate(q + token * q_columns + head * (n + p) + n, table + token * p, p / 2, a.halves,
@@ -347,14 +397,15 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t la
         for (int64_t token = 0, first = 0; token < t && first < end; token++) {
             const int64_t count = mla_span_count(mlas[token]);
             const int64_t from = begin > first ? begin - first : 0, to = end - first < count ? end - first : count;
-            if (from < to) isa.mla_spans(mlas[token], from, to, scratch + thread * thread_bytes);
+            if (from < to) mla_spans(isa, mlas[token], from, to, scratch + thread * thread_bytes);
             first += count;
         }
     });
-    job.parallel(heads, [&](int, int64_t begin, int64_t end) {
+    const Absorption of_values(job, isa, *a.kv_b, true, latent_out, r, t, values, v);
+    job.parallel(heads, [&](int thread, int64_t begin, int64_t end) {
         for (int64_t token = 0; token < t; token++)
             isa.mla_merge(mlas[token], begin, end, latent_out + token * heads * r);
-        isa.absorb_value(latent_out, t, heads, a.kv_b, a.kv_b_scale, n, n + v, r, begin, end, values);
+        of_values.run(thread, begin * of_values.groups(), end * of_values.groups());
     });
     const Product out(job, isa, a.out, values, t, y);
     job.parallel(out.tiles(), [&](int, int64_t begin, int64_t end) {

@@ -12,7 +12,8 @@
 // may be small and many, it is multiplied in fp32.
 //
 // A query's context is the first rows of a cache, or those that a list names, in its order. Chunks are grouped into
-// spans by the context's length alone, so that the result does not depend on the threads.
+// spans by the context's length alone, so that the result does not depend on the threads. Queries of neighbouring tokens
+// go through their chunks together, so that rows are interleaved once for all of them.
 //
 // Shapes: q [heads, R + P]; out [heads, R]; R4, P4 = R, P padded to 4; K = R4 + P4; Rp = R padded to 64; heads come in
 // tiles of 16, one lane each, Hp of them. A cache row is int8 [R4], int8 [P4], float [2] scales, int32 [2] sums of the
@@ -29,17 +30,28 @@ constexpr float kGrowth = 32.0f;
 // A query is kDigit * high + low - kZero; its coarse columns have no low digit.
 constexpr int kDigit = Lanes::kQueryDigit, kZero = kDigit / 2 * kDigit, kQueryMax = kZero - kDigit;
 
+#ifdef SLOTMOE_AMX
+constexpr int kScoreRows = 2 * kTileRows;  // that are scored together
+#else
+constexpr int kScoreRows = Lanes::kScoreRows;
+#endif
+
 struct Chunk {
+    int8_t* copies;     // [kScoreRows, padded_columns]: of rows that no tile can be loaded of
     int8_t* quads;      // [16, 64, 4]: the columns being summed
     float* scales;      // [64]: the rows', of their latent columns
     float* scores;      // [tiles, 64, 16]: scores, then weights
-    int32_t* weights;   // [tiles, 16, 16]: four rows' bytes
     float* largest;     // [Hp]: score
+    float* correction;  // [Hp]: of what the chunks before have summed
+    // Of each query
+    int32_t* weights;   // [tiles, 16, 16]: four rows' bytes
     float* step;        // [Hp]: what 1 is worth in a byte
     uint32_t* alone;    // [tiles]: the heads, a bit each, whose largest weight is in no byte
     float* top;         // [Hp]: that weight
     int32_t* top_row;   // [Hp]: its row
-    float* correction;  // [Hp]: of what the chunks before have summed
+    int64_t n;          // rows that it attends to
+    bool first;         // of the span
+    float* out;         // [heads, Rp]: the span's sums
 };
 
 // --- mixing
@@ -56,6 +68,21 @@ struct Signs {  // of the Walsh-Hadamard transform of 16 values
 };
 alignas(64) constexpr Signs kSigns;
 
+// x [Count, 16] -> each one's transform times `scale`.
+template <int Count>
+inline void walsh_vectors(float* x, F scale) {
+    F sums[Count];
+#pragma GCC unroll 4
+    for (int k = 0; k < Count; k++) sums[k] = Lanes::zero();
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; j++)
+#pragma GCC unroll 4
+        for (int k = 0; k < Count; k++)
+            sums[k] = Lanes::fma(Lanes::broadcast(x[16 * k + j]), Lanes::load(kSigns.at[j]), sums[k]);
+#pragma GCC unroll 4
+    for (int k = 0; k < Count; k++) Lanes::store(x + 16 * k, Lanes::mul(sums[k], scale));
+}
+
 // x [n] -> its Walsh-Hadamard transform over sqrt(n), its own inverse; n is a power of two.
 void walsh(float* x, int64_t n) {
     const float norm = 1.0f / __builtin_sqrtf(float(n));
@@ -70,18 +97,25 @@ void walsh(float* x, int64_t n) {
         return;
     }
     const auto minus = Lanes::broadcast(-1.0f), scale = Lanes::broadcast(norm);
-    for (int64_t half = 16; half < n; half *= 2)
-        for (int64_t i = 0; i < n; i += 2 * half)
-            for (int64_t j = i; j < i + half; j += 16) {
-                const auto a = Lanes::load(x + j), b = Lanes::load(x + j + half);
-                Lanes::store(x + j, Lanes::add(a, b));
-                Lanes::store(x + j + half, Lanes::fma(b, minus, a));
+    int64_t half = 16;
+    for (; 4 * half <= n; half *= 4)  // two steps at once
+        for (int64_t i = 0; i < n; i += 4 * half)
+            for (float* at = x + i; at < x + i + half; at += 16) {
+                const auto a = Lanes::load(at), b = Lanes::load(at + half), c = Lanes::load(at + 2 * half),
+                           d = Lanes::load(at + 3 * half);
+                const auto ab = Lanes::add(a, b), cd = Lanes::add(c, d), a_b = Lanes::fma(b, minus, a),
+                           c_d = Lanes::fma(d, minus, c);
+                Lanes::store(at, Lanes::add(ab, cd)), Lanes::store(at + half, Lanes::add(a_b, c_d));
+                Lanes::store(at + 2 * half, Lanes::fma(cd, minus, ab));
+                Lanes::store(at + 3 * half, Lanes::fma(c_d, minus, a_b));
             }
-    for (int64_t i = 0; i < n; i += 16) {
-        auto sum = Lanes::zero();
-        for (int j = 0; j < 16; j++) sum = Lanes::fma(Lanes::broadcast(x[i + j]), Lanes::load(kSigns.at[j]), sum);
-        Lanes::store(x + i, Lanes::mul(sum, scale));
+    for (float* at = x; half < n && at < x + half; at += 16) {
+        const auto a = Lanes::load(at), b = Lanes::load(at + half);
+        Lanes::store(at, Lanes::add(a, b)), Lanes::store(at + half, Lanes::fma(b, minus, a));
     }
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) walsh_vectors<4>(x + i, scale);
+    for (; i < n; i += 16) walsh_vectors<1>(x + i, scale);
 }
 
 // The largest powers of two that make up n, each by itself.
@@ -176,16 +210,30 @@ void mla_queries(const Mla& m, int64_t begin, int64_t end) {
 
 // Tiles begin..end: q_rows -> q_digits. Lanes that no head has repeat the first, with a scale of 0.
 void mla_pack(const Mla& m, int64_t begin, int64_t end) {
-    const int64_t padded = m.tiles * kTile;
+    const int64_t padded = m.tiles * kTile, k = m.k, r4 = m.r4;
+#ifdef SLOTMOE_AMX
+    const int64_t bytes = 2 * padded_columns(m) * kTile;  // of a tile; those of no column and no digit are 0
+    memset(m.q_digits + begin * bytes, 0, size_t((end - begin) * bytes));
+#endif
     for (int64_t h = begin * kTile; h < end * kTile; h++) {
         const bool none = h >= m.heads;
         const uint8_t *high = m.q_rows + (none ? 0 : h) * 2 * m.k, *low = high + m.k;
-        uint8_t* out = m.q_digits + h / kTile * 2 * m.k * kTile + h % kTile * 4;
         if (none) m.q_scale[h] = m.q_scale[padded + h] = 0.0f;
-        for (int64_t i = 0; i < m.k; i += 4, out += 4 * kTile) {
-            memcpy(out, high + i, 4);
-            if (fine(i < m.r4 ? i : i - m.r4)) memcpy(out += 4 * kTile, low + i, 4);
+#ifdef SLOTMOE_AMX
+        uint8_t* out = m.q_digits + h / kTile * bytes + h % kTile * 4;
+        for (int64_t i = 0; i < k; i += 4) {
+            const int64_t column = i < r4 ? i : m.r_padded + i - r4, block = column / kBlock * kBlock;
+            uint8_t* at = out + (block + column) * kTile;
+            memcpy(at, high + i, 4);
+            if (fine(column)) memcpy(at + kBlock * kTile, low + i, 4);
         }
+#else
+        uint8_t* out = m.q_digits + h / kTile * 2 * m.k * kTile + h % kTile * 4;
+        for (int64_t i = 0; i < k; i += 4, out += 4 * kTile) {
+            memcpy(out, high + i, 4);
+            if (fine(i < r4 ? i : i - r4)) memcpy(out += 4 * kTile, low + i, 4);
+        }
+#endif
     }
 }
 
@@ -197,7 +245,8 @@ void chunk_rows(const Mla& m, int64_t first, const uint8_t** rows) {
     }
 }
 
-size_t mla_layout(const Mla& m, uint8_t* base, Chunk& c) {
+// Of m.shared queries.
+size_t mla_layout(const Mla& m, uint8_t* base, Chunk* chunks) {
     size_t used = 0;
     const auto take = [&](int64_t count) {  // of 4 bytes each
         float* p = base ? reinterpret_cast<float*>(base + used) : nullptr;
@@ -205,27 +254,75 @@ size_t mla_layout(const Mla& m, uint8_t* base, Chunk& c) {
         return p;
     };
     const int64_t padded = m.tiles * kTile;
+    Chunk c{};
+#ifdef SLOTMOE_AMX
+    c.copies = reinterpret_cast<int8_t*>(take(kScoreRows * padded_columns(m) / 4));
+#endif
     c.quads = reinterpret_cast<int8_t*>(take(kQuads * kSumColumns));
-    c.scales = take(kChunkRows), c.scores = take(padded * kChunkRows);
-    c.weights = reinterpret_cast<int32_t*>(take(padded * kQuads));
-    c.largest = take(padded), c.step = take(padded), c.top = take(padded), c.correction = take(padded);
-    c.top_row = reinterpret_cast<int32_t*>(take(padded)), c.alone = reinterpret_cast<uint32_t*>(take(m.tiles));
+    c.scales = take(kChunkRows), c.scores = take(padded * kChunkRows), c.largest = take(padded);
+    c.correction = take(padded);
+    for (int64_t i = 0; i < m.shared; i++) {
+        c.weights = reinterpret_cast<int32_t*>(take(padded * kQuads)), c.step = take(padded), c.top = take(padded);
+        c.top_row = reinterpret_cast<int32_t*>(take(padded)), c.alone = reinterpret_cast<uint32_t*>(take(m.tiles));
+        chunks[i] = c;
+    }
     return used;
 }
 
 size_t mla_scratch(const Mla& m) {
-    Chunk c;
-    return mla_layout(m, nullptr, c);
+    Chunk chunks[kShared];
+    return mla_layout(m, nullptr, chunks);
 }
 
 // --- scores
+
+#ifdef SLOTMOE_AMX
+
+struct WholeTiles {
+    WholeTiles() {
+        TileShapes shapes;
+        for (int tile = 0; tile < 8; tile++) shapes.set(tile, kTileRows, kTileBytes);
+        tile_shapes(shapes);
+    }
+    ~WholeTiles() { tile_release(); }
+};
+
+// Rows that stand apart by one stride and have whole blocks of columns stay where they are; others are copied.
+void line_up(const Mla& m, const int8_t** rows, int8_t* copies) {
+    bool whole = m.k == padded_columns(m);
+    for (int j = 2; j < kScoreRows; j++) whole = whole && rows[j] - rows[j - 1] == rows[1] - rows[0];
+    for (int j = 0; j < kScoreRows && !whole; j++) {
+        int8_t* copy = copies + j * padded_columns(m);
+        memcpy(copy, rows[j], size_t(m.r4)), memcpy(copy + m.r_padded, rows[j] + m.r4, size_t(m.k - m.r4));
+        rows[j] = copy;
+    }
+}
+
+// Of 16 heads by kScoreRows rows, which line_up has seen -> dots [kScoreRows, 2 digits, 16]. Returns where the queries
+// go on.
+inline const uint8_t* dot_part(const Mla& m, int part, const uint8_t* q, const int8_t* const* rows, int32_t* dots) {
+    const int64_t end = part ? padded_columns(m) : m.r_padded, stride = rows[1] - rows[0];
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    for (int64_t c = part ? m.r_padded : 0; c < end; c += kBlock, q += 2 * kBlock * kTile) {
+        tile_load<4>(rows[0] + c, stride), tile_load<6>(q, 4 * kTile), tile_dot_su<0, 4, 6>();
+        tile_load<7>(q + kBlock * kTile, 4 * kTile), tile_dot_su<1, 4, 7>();
+        tile_load<5>(rows[kTileRows] + c, stride), tile_dot_su<2, 5, 6>(), tile_dot_su<3, 5, 7>();
+    }
+    constexpr int64_t kRow = 8 * kTile;
+    tile_store<0>(dots, kRow), tile_store<1>(dots + kTile, kRow);
+    dots += kTileRows * 2 * kTile;
+    tile_store<2>(dots, kRow), tile_store<3>(dots + kTile, kRow);
+    return q;
+}
+
+#else
 
 // Four columns of 16 heads by kScoreRows rows; a row is broadcast. Returns where the queries go on.
 template <bool Fine>
 inline const uint8_t* dot_rows(const uint8_t* q, const int8_t* const* rows, int64_t column, Lanes::I (*dots)[2]) {
     const auto high = Lanes::load_bytes(q), low = Lanes::load_bytes(q + (Fine ? 4 * kTile : 0));
 #pragma GCC unroll 16
-    for (int j = 0; j < Lanes::kScoreRows; j++) {
+    for (int j = 0; j < kScoreRows; j++) {
         const auto row = Lanes::broadcast_bytes(rows[j] + column);
         dots[j][0] = Lanes::dot_bytes(dots[j][0], high, row);
         if (Fine) dots[j][1] = Lanes::dot_bytes(dots[j][1], low, row);
@@ -233,16 +330,24 @@ inline const uint8_t* dot_rows(const uint8_t* q, const int8_t* const* rows, int6
     return q + (Fine ? 8 : 4) * kTile;
 }
 
+#endif
+
 // One part, 0 latent or 1 rope, of one tile of heads by kScoreRows rows, added to `scores` [kScoreRows, 16]. Returns
 // where the queries go on.
 SLOTMOE_NOINLINE const uint8_t* score_part(const Mla& m, int64_t tile, int part, const uint8_t* q,
                                            const int8_t* const* rows, const Tail* tails, float* scores) {
     const auto scale = Lanes::load(m.q_scale + (part * m.tiles + tile) * kTile),
                digit = Lanes::broadcast(float(kDigit));
-    Lanes::I dots[Lanes::kScoreRows][2];
+    const auto zeros = [&](int j) { return Lanes::start(-kZero / kDigit * tails[j].sum[part]); };
+#ifdef SLOTMOE_AMX
+    alignas(64) uint8_t sums[kScoreRows][2][4 * kTile];
+    q = dot_part(m, part, q, rows, reinterpret_cast<int32_t*>(sums));
+    const auto dot = [&](int j, int digit) { return Lanes::add_bytes(digit ? Lanes::start(0) : zeros(j), sums[j][digit]); };
+#else
+    Lanes::I dots[kScoreRows][2];
+    const auto dot = [&](int j, int digit) { return dots[j][digit]; };
 #pragma GCC unroll 16
-    for (int j = 0; j < Lanes::kScoreRows; j++)
-        dots[j][0] = Lanes::start(-kZero / kDigit * tails[j].sum[part]), dots[j][1] = Lanes::start(0);
+    for (int j = 0; j < kScoreRows; j++) dots[j][0] = zeros(j), dots[j][1] = Lanes::start(0);
     const int64_t end = part ? m.k : m.r4;
     int64_t c = part ? m.r4 : 0;
 #pragma GCC unroll 4
@@ -251,9 +356,10 @@ SLOTMOE_NOINLINE const uint8_t* score_part(const Mla& m, int64_t tile, int part,
         q = dot_rows<!Lanes::kCoarse>(q, rows, c + 4, dots);
     }
     if (c < end) q = dot_rows<true>(q, rows, c, dots);
+#endif
 #pragma GCC unroll 16
-    for (int j = 0; j < Lanes::kScoreRows; j++) {
-        const auto sum = Lanes::fma(Lanes::to_float(dots[j][0]), digit, Lanes::to_float(dots[j][1]));
+    for (int j = 0; j < kScoreRows; j++) {
+        const auto sum = Lanes::fma(Lanes::to_float(dot(j, 0)), digit, Lanes::to_float(dot(j, 1)));
         const auto before = part ? Lanes::load(scores + j * kTile) : Lanes::zero();
         Lanes::store(scores + j * kTile,
                      Lanes::fma(sum, Lanes::mul(Lanes::broadcast(tails[j].scale[part]), scale), before));
@@ -263,19 +369,25 @@ SLOTMOE_NOINLINE const uint8_t* score_part(const Mla& m, int64_t tile, int part,
 
 // The scores of n rows, for all heads.
 void score_chunk(const Mla& m, const uint8_t* const* rows, int64_t n, const Chunk& c) {
-    for (int64_t first = 0; first < n; first += Lanes::kScoreRows) {
-        const int8_t* row[Lanes::kScoreRows];
-        Tail tails[Lanes::kScoreRows];
-        for (int64_t j = 0; j < Lanes::kScoreRows; j++) {
+    for (int64_t first = 0; first < n; first += kScoreRows) {
+        const int8_t* row[kScoreRows];
+        Tail tails[kScoreRows];
+        for (int64_t j = 0; j < kScoreRows; j++) {
             row[j] = reinterpret_cast<const int8_t*>(rows[first + j]), tails[j] = tail_of(m, rows[first + j]);
             c.scales[first + j] = tails[j].scale[0];
         }
+#ifdef SLOTMOE_AMX
+        line_up(m, row, c.copies);
+        const int64_t columns = padded_columns(m);
+#else
+        const int64_t columns = m.k;
+#endif
         for (int64_t tile = 0; tile < m.tiles; tile++) {
             float* scores = c.scores + (tile * kChunkRows + first) * kTile;
-            const uint8_t* q = score_part(m, tile, 0, m.q_digits + tile * 2 * m.k * kTile, row, tails, scores);
+            const uint8_t* q = score_part(m, tile, 0, m.q_digits + tile * 2 * columns * kTile, row, tails, scores);
             if (m.p > 0) score_part(m, tile, 1, q, row, tails, scores);
             auto largest = first ? Lanes::load(c.largest + tile * kTile) : Lanes::broadcast(kNoScore);
-            for (int j = 0; j < Lanes::kScoreRows; j++) largest = Lanes::max(Lanes::load(scores + j * kTile), largest);
+            for (int j = 0; j < kScoreRows; j++) largest = Lanes::max(Lanes::load(scores + j * kTile), largest);
             Lanes::store(c.largest + tile * kTile, largest);
         }
     }
@@ -375,6 +487,29 @@ inline void load_quads(const Mla& m, const uint8_t* const* rows, int64_t n, int6
     }
 }
 
+// out [64 columns] += dots * step, or is that if `first`.
+inline void add_dots(const Lanes::I* dots, float step, bool first, float* out) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++, out += 16)
+        Lanes::store(out, Lanes::fma(Lanes::to_float(dots[j]), Lanes::broadcast(step),
+                                     first ? Lanes::zero() : Lanes::load(out)));
+}
+
+#ifdef SLOTMOE_AMX
+
+// Of a tile's heads: weights [16 heads, 64 rows] by quads -> dots [16, 64].
+inline void value_tiles(const int32_t* weights, const int8_t* quads, Lanes::I (*dots)[4]) {
+    constexpr int64_t kRow = 4 * kSumColumns;
+    tile_load<4>(weights, kChunkRows);
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    tile_load<5>(quads, kRow), tile_dot_us<0, 4, 5>(), tile_load<6>(quads + 64, kRow), tile_dot_us<1, 4, 6>();
+    tile_load<7>(quads + 128, kRow), tile_dot_us<2, 4, 7>(), tile_load<5>(quads + 192, kRow), tile_dot_us<3, 4, 5>();
+    tile_store<0>(dots[0], kRow), tile_store<1>(dots[0] + 1, kRow);
+    tile_store<2>(dots[0] + 2, kRow), tile_store<3>(dots[0] + 3, kRow);
+}
+
+#else
+
 // Four rows' bytes times the weights of H heads.
 template <int H>
 inline void value_quad(const int32_t* weights, const int8_t* rows, Lanes::I (*dots)[4]) {
@@ -389,9 +524,13 @@ inline void value_quad(const int32_t* weights, const int8_t* rows, Lanes::I (*do
     }
 }
 
-// out [H heads, 64 columns] += weights x rows.
+// 64 columns of H heads' sums += weights x rows.
 template <int H>
-SLOTMOE_NOINLINE void value_block(const Mla& m, int64_t h, int64_t quads, bool first, const Chunk& c, float* out) {
+SLOTMOE_NOINLINE void value_block(const Mla& m, int64_t h, int64_t column, const Chunk& c) {
+    const int64_t quads = (c.n + 3) / 4, padded = m.r_padded;
+    const bool first = c.first;
+    const float* step = c.step + h;
+    float* out = c.out + h * padded + column;
     const int32_t* weights = c.weights + h / kTile * kQuads * kTile + h % kTile;
     Lanes::I dots[H][4];
 #pragma GCC unroll 4
@@ -406,15 +545,10 @@ SLOTMOE_NOINLINE void value_block(const Mla& m, int64_t h, int64_t quads, bool f
             value_quad<H>(weights + (quad + i) * kTile, rows + (quad + i) * 4 * kSumColumns, dots);
     for (; quad < quads; quad++) value_quad<H>(weights + quad * kTile, rows + quad * 4 * kSumColumns, dots);
 #pragma GCC unroll 4
-    for (int i = 0; i < H; i++) {
-        const auto step = Lanes::broadcast(c.step[h + i]);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            float* o = out + i * m.r_padded + 16 * j;
-            Lanes::store(o, Lanes::fma(Lanes::to_float(dots[i][j]), step, first ? Lanes::zero() : Lanes::load(o)));
-        }
-    }
+    for (int i = 0; i < H; i++) add_dots(dots[i], step[i], first, out + i * padded);
 }
+
+#endif
 
 // out [Rp] += weight * the latent integers of a row.
 void add_row(const Mla& m, const uint8_t* row, float weight, float* out) {
@@ -426,60 +560,98 @@ void add_row(const Mla& m, const uint8_t* row, float weight, float* out) {
     for (; i < m.r; i++) out[i] += weight * float(q[i]);
 }
 
-// out [heads, Rp] += weights x rows; meanwhile the `count` rows of the next chunk come nearer.
-void sum_values(const Mla& m, const uint8_t* const* rows, int64_t n, const Chunk& c, const uint8_t* const* next,
-                int64_t count, bool first, float* out) {
-    const int64_t quads = (n + 3) / 4, four = m.heads / 4 * 4, bytes = latent_bytes(m.r, m.p);
-    const int64_t slice = count * bytes * 4 * kSumColumns / (m.r_padded * m.heads) + 64;
+// The sums of `queries` += weights x rows, of which the last has n; meanwhile the `count` rows of the next chunk come
+// nearer.
+void sum_values(const Mla* m, int64_t queries, const Chunk* chunks, const uint8_t* const* rows, int64_t n,
+                const uint8_t* const* next, int64_t count) {
+    const Mla& any = m[0];
+    const int64_t bytes = latent_bytes(any.r, any.p), heads = any.heads, padded = any.r_padded;
+    const int64_t a_head = count * bytes * kSumColumns / (padded * heads * queries);
+    const bool near = any.near;
     int64_t row = 0, byte = 0;
-    for (int64_t column = 0; column < m.r_padded; column += kSumColumns) {
-        load_quads(m, rows, n, column, c.quads);
-        for (int64_t h = 0; h < four; h += 4) {
-            for (int64_t i = 0; i < slice && row < count; i += 64) {
-                m.near ? Lanes::prefetch(next[row] + byte) : Lanes::prefetch_to_l2(next[row] + byte);
-                byte += 64;
-                if (byte >= bytes) row++, byte = 0;
-            }
-            value_block<4>(m, h, quads, first, c, out + h * m.r_padded + column);
+    const auto come_nearer = [&](int64_t some) {  // while so many heads' sums of 64 columns are made
+        for (int64_t i = 0; i < a_head * some + 64 && row < count; i += 64) {
+            near ? Lanes::prefetch(next[row] + byte) : Lanes::prefetch_to_l2(next[row] + byte);
+            byte += 64;
+            if (byte >= bytes) row++, byte = 0;
         }
-        for (int64_t h = four; h < m.heads; h++) value_block<1>(m, h, quads, first, c, out + h * m.r_padded + column);
+    };
+    int64_t begin = 0;  // queries of a shorter context are through
+    while (chunks[begin].n == 0) begin++;
+#ifdef SLOTMOE_AMX
+    const int64_t tiles = any.tiles, a_column = tiles * (queries - begin), steps = padded / kSumColumns * a_column;
+    Lanes::I dots[2][kTile][4];
+    for (int64_t i = begin; i < queries; i++)
+        for (int64_t tile = 0; tile < tiles; tile++)
+            Lanes::turn(chunks[i].weights + tile * kQuads * kTile, (chunks[i].n + 3) / 4);
+    for (int64_t step = 0; step <= steps; step++) {  // tiles multiply while the step before is added
+        if (step < steps) {
+            const Chunk& c = chunks[begin + step % a_column / tiles];
+            if (step % a_column == 0) load_quads(any, rows, n, step / a_column * kSumColumns, c.quads);
+            come_nearer(kTile);
+            value_tiles(c.weights + step % tiles * kQuads * kTile, c.quads, dots[step % 2]);
+        }
+        if (step == 0) continue;
+        const int64_t done = step - 1, column = done / a_column * kSumColumns, head = done % tiles * kTile;
+        const Chunk& c = chunks[begin + done % a_column / tiles];
+        for (int64_t h = head; h < head + kTile && h < heads; h++)
+            add_dots(dots[done % 2][h - head], c.step[h], c.first, c.out + h * padded + column);
     }
-    for (int64_t tile = 0; tile < m.tiles; tile++)
-        for (uint32_t heads = c.alone[tile]; heads; heads &= heads - 1) {
-            const int64_t h = tile * kTile + __builtin_ctz(heads);
-            if (h < m.heads) add_row(m, rows[c.top_row[h]], c.top[h], out + h * m.r_padded);
+#else
+    for (int64_t column = 0; column < padded; column += kSumColumns) {
+        load_quads(any, rows, n, column, chunks[0].quads);
+        for (int64_t i = begin; i < queries; i++) {
+            int64_t h = 0;
+            for (; h + 4 <= heads; h += 4) come_nearer(4), value_block<4>(m[i], h, column, chunks[i]);
+            for (; h < heads; h++) value_block<1>(m[i], h, column, chunks[i]);
         }
+    }
+#endif
+    for (const Chunk* c = chunks + begin; c < chunks + queries; c++)
+        for (int64_t tile = 0; tile < any.tiles; tile++)
+            for (uint32_t alone = c->alone[tile]; alone; alone &= alone - 1) {
+                const int64_t h = tile * kTile + __builtin_ctz(alone);
+                if (h < heads) add_row(any, rows[c->top_row[h]], c->top[h], c->out + h * padded);
+            }
 }
 
 // --- all of it
 
-void mla_spans(const Mla& m, int64_t begin, int64_t end, uint8_t* scratch) {
-    Chunk c;
-    mla_layout(m, scratch, c);
-    const int64_t padded = m.tiles * kTile;
-    const uint8_t* chunks[2][kChunkRows];  // this one's rows and the next one's
-    for (int64_t span = begin; span < end; span++) {
-        float *maxima = m.span_max + span * padded, *sums = m.span_sum + span * padded;
-        float* out = m.span_out + span * m.heads * m.r_padded;
-        const int64_t start = span * m.span_chunks * kChunkRows, limit = start + m.span_chunks * kChunkRows;
-        const int64_t stop = limit < m.context ? limit : m.context, floats = m.heads * m.r_padded;
-        chunk_rows(m, start, chunks[start / kChunkRows % 2]);
-        for (int64_t first = start; first < stop; first += kChunkRows) {
-            const int64_t n = stop - first < kChunkRows ? stop - first : kChunkRows,
-                          chunk = (first - start) / kChunkRows;
-            const uint8_t **rows = chunks[first / kChunkRows % 2], **next = chunks[(first / kChunkRows + 1) % 2];
-            // Another core may have been the last to read the next span's sums; getting them back for writing takes
-            // long.
-            for (int64_t i = floats * chunk / m.span_chunks;
-                 stop < m.context && i < floats * (chunk + 1) / m.span_chunks; i += 16)
-                Lanes::prefetch_write(out + floats + i);
-            score_chunk(m, rows, n, c);
-            for (int64_t tile = 0; tile < m.tiles; tile++)
-                if (!softmax_tile(m, tile, n, first == start, c, maxima, sums)) scale_down(m, tile, c, out);
-            const int64_t left = m.context - first - n;
-            chunk_rows(m, first + n, next);
-            sum_values(m, rows, n, c, next, left < kChunkRows ? left : kChunkRows, first == start, out);
-        }
+// What a query's chunk weighs. `rows` are whole where the query has as many.
+void weigh(const Mla& m, int64_t chunk, const uint8_t* const* rows, Chunk& c) {
+    const int64_t span = chunk / m.span_chunks, place = chunk % m.span_chunks, left = m.context - chunk * kChunkRows;
+    const int64_t padded = m.tiles * kTile, floats = m.heads * m.r_padded;
+    c.n = left < 0 ? 0 : left < kChunkRows ? left : kChunkRows, c.first = place == 0;
+    c.out = m.span_out + span * floats;
+    if (c.n == 0) return;
+    const uint8_t* own[kChunkRows];
+    if (c.n < kChunkRows) chunk_rows(m, chunk * kChunkRows, own), rows = own;
+    // Another core may have been the last to read the next span's sums; getting them back for writing takes long.
+    const bool last = (span + 1) * m.span_chunks * kChunkRows >= m.context;
+    for (int64_t i = floats * place / m.span_chunks; !last && i < floats * (place + 1) / m.span_chunks; i += 16)
+        Lanes::prefetch_write(c.out + floats + i);
+    score_chunk(m, rows, c.n, c);
+    float *maxima = m.span_max + span * padded, *sums = m.span_sum + span * padded;
+    for (int64_t tile = 0; tile < m.tiles; tile++)
+        if (!softmax_tile(m, tile, c.n, c.first, c, maxima, sums)) scale_down(m, tile, c, c.out);
+}
+
+void mla_chunks(const Mla* m, int64_t queries, int64_t begin, int64_t end, uint8_t* scratch) {
+    if (begin == end) return;  // a list may be empty
+#ifdef SLOTMOE_AMX
+    const WholeTiles tiles;
+#endif
+    Chunk chunks[kShared];
+    mla_layout(m[0], scratch, chunks);
+    const Mla& longest = m[queries - 1];
+    const uint8_t* both[2][kChunkRows];  // this chunk's rows and the next one's
+    chunk_rows(longest, begin * kChunkRows, both[begin % 2]);
+    for (int64_t chunk = begin; chunk < end; chunk++) {
+        const uint8_t **rows = both[chunk % 2], **next = both[(chunk + 1) % 2];
+        for (int64_t i = 0; i < queries; i++) weigh(m[i], chunk, rows, chunks[i]);
+        const int64_t n = chunks[queries - 1].n, left = longest.context - chunk * kChunkRows - n;
+        chunk_rows(longest, (chunk + 1) * kChunkRows, next);
+        sum_values(m, queries, chunks, rows, n, next, left < kChunkRows ? left : kChunkRows);
     }
 }
 
@@ -493,12 +665,11 @@ void mla_merge(const Mla& m, int64_t begin, int64_t end, float* out) {
         for (int64_t s = 0; s < spans; s++)
             sum += m.span_sum[s * padded + h] * exp_float(m.span_max[s * padded + h] - top);
         if (m.sinks) sum += exp_float(m.sinks[h] - top);
-        float* y = out + h * m.r;
-        for (int64_t i = 0; i < m.r; i++) y[i] = 0.0f;
-        for (int64_t s = 0; s < spans; s++) {
+        float *y = out + h * m.r, *in = m.span_out + h * m.r_padded;
+        if (spans == 0) memset(y, 0, size_t(m.r) * 4);
+        for (int64_t s = 0; s < spans; s++, in += m.heads * m.r_padded) {
             const float weight = exp_float(m.span_max[s * padded + h] - top) / sum;
-            const float* in = m.span_out + (s * m.heads + h) * m.r_padded;
-            for (int64_t i = 0; i < m.r; i++) y[i] += weight * in[i];
+            for (int64_t i = 0; i < m.r; i++) y[i] = (s ? y[i] : 0.0f) + weight * in[i];
         }
         unmix(y, m.r);
     }
@@ -506,8 +677,12 @@ void mla_merge(const Mla& m, int64_t begin, int64_t end, float* out) {
 
 // The indexer's scores (DeepSeek-V3.2, arXiv 2512.02556): the sum over the heads of weight [heads] * relu(q . row).
 void index_scores(const Mla& m, const float* weights, int64_t begin, int64_t end, uint8_t* scratch, float* scores) {
-    Chunk c;
-    mla_layout(m, scratch, c);
+#ifdef SLOTMOE_AMX
+    const WholeTiles tiles;
+#endif
+    Chunk chunks[kShared];
+    mla_layout(m, scratch, chunks);
+    const Chunk& c = chunks[0];
     const uint8_t* rows[kChunkRows];
     for (int64_t first = begin * kChunkRows; first < end * kChunkRows && first < m.context; first += kChunkRows) {
         const int64_t n = m.context - first < kChunkRows ? m.context - first : kChunkRows;

@@ -24,15 +24,23 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from slotmoe.border import Router
 from slotmoe.errors import ConfigError
-from slotmoe.quant.codecs.codec import NF4
+from slotmoe.quant.codecs.codec import NF4, TILE
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.layers import Decoder
 from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, Function, tensor_spec
 from slotmoe.quant.kernels.cpu.tokens import Tokens, address, layer_rows
-from slotmoe.quant.kernels.cpu.weights import ROUTER, ExpertRecord, Matrix, Structure, router_values
+from slotmoe.quant.kernels.cpu.weights import (
+    ROUTER,
+    Absorbed,
+    ExpertRecord,
+    Matrix,
+    Structure,
+    router_values,
+)
 from slotmoe.quant.shapes import latent_bytes
 from slotmoe.system import cores
 
@@ -135,12 +143,27 @@ class Kernels:
     def tile_int8(self, weight: Int8Weight, empty: Empty, fine: bool = False) -> Matrix:
         """A copy, in memory from `empty(shape, dtype)`, in the order that `linear` reads; for
         `fine` activations see `Matrix`."""
-        sizes: dict[str, int] = {}
-        tensor_spec("w:i8[N,K]").check(weight.q, sizes)
-        tiles = empty(tuple(tensor_spec(f"packed:{INT8}").shape(sizes)), torch.int8)
-        self._functions["pack_int8"].results(weight.q, tiles)
+        tiles = self._tiles(weight.q, empty)
         scale = empty(tuple(weight.scale.shape), torch.float32).copy_(weight.scale)
         return Matrix.int8(tiles, scale, weight.shape, fine)
+
+    def tile_absorbed(self, weight: Int8Weight, head: tuple[int, int], empty: Empty) -> Absorbed:
+        """The same of `kv_b_proj`, `head` of whose rows, N and V, are a head's."""
+        (n, v), r = head, weight.shape[1]
+        q, scale = weight.q.view(-1, n + v, r), weight.scale.view(-1, n + v)
+        tiles = list[Tensor]()
+        for part in (q[:, :n].transpose(1, 2), q[:, n:]):
+            whole = pad(part, (0, 0, 0, -part.shape[1] % TILE)).flatten(0, 1).contiguous()
+            tiles.append(self._tiles(whole, empty).unflatten(0, (len(q), -1)))
+        plain = scale[:, :n], scale[:, n:], torch.ones(r)
+        return Absorbed(*tiles, *(empty(tuple(x.shape), torch.float32).copy_(x) for x in plain))
+
+    def _tiles(self, q: Tensor, empty: Empty) -> Tensor:
+        sizes: dict[str, int] = {}
+        tensor_spec("w:i8[N,K]").check(q, sizes)
+        tiles = empty(tuple(tensor_spec(f"packed:{INT8}").shape(sizes)), torch.int8)
+        self._functions["pack_int8"].results(q, tiles)
+        return tiles
 
     def linear(self, weight: Matrix, x: Tensor) -> Tensor:
         """x float32 [T, K] -> x W^T, [T, N]; or [T, G, K] -> [T, G, N / G], where each G-th of the
@@ -274,18 +297,15 @@ class Kernels:
             self._functions[part].seconds += duration
         return Decoded(layer, y, norms[: len(indices)], weights, indices, spent)
 
-    def absorb_query(self, q: Tensor, kv_b: Int8Weight) -> Tensor:
-        """q float32 [T, A, n], kv_b [A * per_head, R] -> float32 [T, A, R]: each head's query times
-        its first n rows of kv_b."""
-        per_head = rows_per_head(q, kv_b.q)
-        return self._functions["absorb_query"](q, kv_b.q, kv_b.scale, per_head)
+    def absorb_query(self, q: Tensor, kv_b: Absorbed) -> Tensor:
+        """q float32 [T, A, N] -> float32 [T, A, R]: each head's query times its first N rows of
+        kv_b."""
+        return self._functions["absorb_query"](kv_b, q)
 
-    def absorb_value(self, latent: Tensor, kv_b: Int8Weight, n: int) -> Tensor:
-        """latent float32 [T, A, R] -> float32 [T, A, per_head - n]: each head's latent through its
-        rows of kv_b, as in `absorb_query`, past the first n."""
-        per_head = rows_per_head(latent, kv_b.q)
-        values, sizes = (latent, kv_b.q, kv_b.scale, per_head), {"N": n, "V": per_head - n}
-        return self._functions["absorb_value"](*values, **sizes)
+    def absorb_value(self, latent: Tensor, kv_b: Absorbed) -> Tensor:
+        """latent float32 [T, A, R] -> float32 [T, A, V]: each head's latent through its other rows
+        of kv_b."""
+        return self._functions["absorb_value"](kv_b, latent)
 
     def quantize_nf4(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """[N, K] bfloat16, float16 or float32 -> codes uint8, absmax float16 as tiles16.
@@ -318,10 +338,3 @@ def latent_rows(cache: Tensor, r: int, p: int) -> tuple[int, int]:
     """Of a latent cache, uint8 [capacity, latent_bytes(R, P)]: its address, and the bytes from one
     row to the next."""
     return cache.data_ptr(), layer_rows([cache[None]], 1, latent_bytes(r, p))[1]
-
-
-def rows_per_head(x: Tensor, kv_b: Tensor) -> int:
-    """Rows of `kv_b` for each head of x [T, A, ...]."""
-    count, rest = divmod(len(kv_b), x.shape[1])
-    assert not rest
-    return count

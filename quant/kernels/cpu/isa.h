@@ -21,6 +21,7 @@ constexpr int kXBlock = 16;    // columns that share an activation scale
 constexpr int kXScales = kBlock / kXBlock;
 constexpr int kExponents = 0x0bc00000;  // bits of 1.5 * 2^23 less those of 1: see Lanes::load_exponent
 constexpr int kChunkRows = 64; // MLA: cache rows that are scored together
+constexpr int kShared = 4;     // MLA: tiles of heads, of one query or several, that share what is read of a chunk
 
 // 64 activations of one token: x = q * scale * 2^e, with one e a token so that scales stay near 1.
 // bias is what a dot product starts from: it takes back the offsets of the weights' integers.
@@ -89,16 +90,21 @@ struct Mla {
     int64_t r4, k;        // R rounded up to 4; that plus P rounded up to 4
     int64_t r_padded;     // R rounded up to 64
     bool near;            // a chunk's rows fit the first-level cache
+    int64_t shared;       // queries that go through chunks together at most
     // Filled by mla_queries and, the last, by mla_pack
     float* q_mixed;     // [heads, R + P]
     uint8_t* q_rows;    // [heads, 2 digits, k]
     float* q_scale;     // [2, tiles * 16]: of the latent columns and of the rope columns, times `scale`
-    uint8_t* q_digits;  // [tiles, k / 4, 2 digits or 1, 16 heads, 4 columns]
+    uint8_t* q_digits;  // [tiles, k / 4, 2 digits or 1, 16 heads, 4 columns]; with AMX [tiles, blocks of 64 columns,
+                        // 2 digits, 16, 16 heads, 4 columns]
     // Per span: what probabilities are relative to, their sum and the weighted sum of rows
     float* span_max;  // [spans, tiles * 16]
     float* span_sum;  // [spans, tiles * 16]
     float* span_out;  // [spans, heads, r_padded]
 };
+
+// Of a row whose parts are padded to 64 each.
+constexpr int64_t padded_columns(const Mla& m) { return m.r_padded + (m.k - m.r4 + kBlock - 1) / kBlock * kBlock; }
 
 // A hyper-connection of m streams, or the head's, which has only the first m rows; see streams.h.
 struct Hyper {
@@ -167,7 +173,9 @@ struct Isa {
 
     void (*mla_queries)(const Mla& m, int64_t begin, int64_t end);                 // heads begin..end
     void (*mla_pack)(const Mla& m, int64_t begin, int64_t end);                    // tiles begin..end
-    void (*mla_spans)(const Mla& m, int64_t begin, int64_t end, uint8_t* scratch);  // spans begin..end
+    // Chunks begin..end, of those that the last of m.shared or fewer queries has; the queries are over the first rows of
+    // one cache, none over fewer than the one before, unless there is but one.
+    void (*mla_chunks)(const Mla* m, int64_t queries, int64_t begin, int64_t end, uint8_t* scratch);
     void (*mla_merge)(const Mla& m, int64_t begin, int64_t end, float* out);        // heads begin..end
     size_t (*mla_scratch)(const Mla& m);
     // scores [context]: each row's of chunks begin..end, summed over the heads; see attention.h.
@@ -175,12 +183,6 @@ struct Isa {
                          float* scores);
 
     void (*store_latent)(float* row, int64_t r, int64_t p, uint8_t* out);  // row is overwritten
-
-    // Heads begin..end; see dense.h. A head of q and of out stands ldq and ldo floats after the one before.
-    void (*absorb_query)(const float* q, int64_t ldq, int64_t t, int64_t heads, const int8_t* w, const float* scale,
-                         int64_t n, int64_t per_head, int64_t r, int64_t begin, int64_t end, float* out, int64_t ldo);
-    void (*absorb_value)(const float* latent, int64_t t, int64_t heads, const int8_t* w, const float* scale, int64_t n,
-                         int64_t per_head, int64_t r, int64_t begin, int64_t end, float* out);
 
     // Tiles begin..end of src [N, K]. Return 0, or 2 for NaN or infinity in src, or 3 for a scale beyond fp16.
     int (*quantize_nf4)(const void* src, Source type, int64_t n, int64_t k, const float* levels, int64_t begin,

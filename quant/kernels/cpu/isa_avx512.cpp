@@ -195,6 +195,29 @@ struct Lanes {
     }
     static void sum_lanes(const F* a, float* out) { join_lanes<add>(a, out); }
     static void max_lanes(const F* a, float* out) { join_lanes<max>(a, out); }
+#ifdef SLOTMOE_AMX
+    // The first n rows of [16, 16] words, and zeros in place of the others, turned in place.
+    static void turn(int32_t* words, int64_t n) {
+        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        __m512i r[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) r[i] = i < n ? _mm512_loadu_si512(words + 16 * i) : _mm512_setzero_si512();
+#pragma GCC unroll 4
+        for (int half = 1; half < 16; half *= 2) {  // that bit of the row and that of the lane change places
+            const __m512i bit = _mm512_set1_epi32(half), other = _mm512_xor_si512(lane, bit);
+            const __mmask16 odd = _mm512_test_epi32_mask(lane, bit);
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++)
+                if (!(i & half)) {
+                    const __m512i a = r[i], b = r[i + half];
+                    r[i] = _mm512_mask_permutexvar_epi32(a, odd, other, b);
+                    r[i + half] = _mm512_mask_permutexvar_epi32(b, _knot_mask16(odd), other, a);
+                }
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) _mm512_storeu_si512(words + 16 * i, r[i]);
+    }
+#endif
 };
 
 }  // namespace

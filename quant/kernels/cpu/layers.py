@@ -3,7 +3,7 @@ memory that the native side then reads.
 
 The structures are those of quant/kernels/cpu/api.h.  Shapes: see `slotmoe.quant.kernels.cpu.
 bindings`; of attention: A heads, R the latent's columns or a head's, Q the query's latent, X all
-queries, M all rows of `kv_b`, Y all values.
+queries, Y all values.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,16 @@ from dataclasses import dataclass
 import torch
 
 from slotmoe.border import Compressed, Compressor, Geometry, Layer, Mixing, Mla
-from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.signatures import Bound
-from slotmoe.quant.kernels.cpu.weights import ROUTER, Matrix, Mlp, Structure, router_values
+from slotmoe.quant.kernels.cpu.weights import (
+    ROUTER,
+    Absorbed,
+    Mlp,
+    Prepared,
+    Structure,
+    router_values,
+)
 from slotmoe.quant.shapes import latent_bytes
-from slotmoe.quant.weights import Weight
 
 _INDEXER = Structure(
     "heads width topk halves scale:float unused:float"
@@ -26,7 +31,7 @@ _ATTENTION = Structure(
     "heads n p r v halves eps:float latent_eps:float scale:float unused:float"
     " input_norm:f32[H] query_norm?:f32[Q] latent_norm:f32[R] next_norm:f32[H]"
     " query:matrix[Q,H] query_b?:matrix[X,Q] latent:matrix[W,H] out:matrix[H,Y] gate?:matrix[E,H]"
-    " gate_bias?:f32[E] kv_b:i8[M,R] kv_b_scale:f32[M] indexer:bound keys topk"
+    " gate_bias?:f32[E] kv_b:bound indexer:bound keys topk"
 )
 _COMPRESSOR = Structure(
     "kv:matrix[Y,H] gate:matrix[Y,H] bias:f32[J,W] norm:f32[W] ratio width overlaps group layer"
@@ -60,7 +65,7 @@ Groups = dict[tuple[int, bool], GroupShape]
 """By ratio, and whether they are keys of an indexer."""
 
 
-def sizes_of(geometry: Geometry, layer: Layer[Weight | Matrix]) -> dict[str, int]:
+def sizes_of(geometry: Geometry, layer: Layer[Prepared]) -> dict[str, int]:
     """What all layers have alike."""
     attention, (heads, n, p, r, v) = layer.attention, geometry[:5]
     sizes = {"H": len(layer.input_layernorm), "A": heads, "R": r, "C": p // 2}
@@ -70,21 +75,18 @@ def sizes_of(geometry: Geometry, layer: Layer[Weight | Matrix]) -> dict[str, int
         return sizes | {"Q": len(attention.q_a_norm), "Y": heads * r // geometry.compressed.groups}
     if attention.q_a_layernorm is not None:
         sizes["Q"] = len(attention.q_a_layernorm)
-    return sizes | {"W": r + p, "M": heads * (n + v), "Y": heads * v}
+    return sizes | {"W": r + p, "Y": heads * v}
 
 
 def mla_layer(
-    geometry: Geometry,
-    layer: Layer[Weight | Matrix],
-    sizes: dict[str, int],
-    keys: int = 0,
-    topk: int = 0,
+    geometry: Geometry, layer: Layer[Prepared], sizes: dict[str, int], keys: int = 0, topk: int = 0
 ) -> Bound:
-    """The weights of one layer up to its router, `kv_b_proj` of them int8.  Its indexer, if it has
-    one, is the model's `keys`-th; `topk`, unless 0, is how many rows it attends to.  Raises
-    `ValueError` where they do not fit `sizes`."""
+    """The weights of one layer up to its router.  Its indexer, if it has one, is the model's
+    `keys`-th; `topk`, unless 0, is how many rows it attends to.  Raises `ValueError` where they do
+    not fit `sizes`."""
     mla, own = layer.attention, None
-    assert isinstance(mla, Mla) and isinstance(mla.kv_b_proj, Int8Weight)
+    assert isinstance(mla, Mla) and isinstance(mla.kv_b_proj, Absorbed)
+    mla.kv_b_proj.agree({"A": geometry.H, "N": geometry.N, "R": geometry.R, "V": geometry.V})
     assert (mla.q_a_layernorm is None) == (mla.q_b_proj is None)
     if mla.indexer is not None:
         norm = mla.indexer.k_norm, mla.indexer.k_norm_bias
@@ -98,7 +100,7 @@ def mla_layer(
         layer.post_attention_layernorm,
         *(mla.q_proj if mla.q_a_proj is None else mla.q_a_proj, mla.q_b_proj),
         *(mla.kv_a_proj, mla.o_proj, layer.gate, layer.gate_bias),
-        *(mla.kv_b_proj.q, mla.kv_b_proj.scale, own, keys, topk),
+        *(mla.kv_b_proj, own, keys, topk),
     )
 
 
@@ -112,7 +114,7 @@ def _indexer(geometry: Geometry, sizes: dict[str, int], *weights: object) -> Bou
 
 
 def compressed_layer(
-    geometry: Geometry, layer: Layer[Weight | Matrix], sizes: dict[str, int], groups: Groups
+    geometry: Geometry, layer: Layer[Prepared], sizes: dict[str, int], groups: Groups
 ) -> Bound:
     """The weights of one layer of DeepSeek-V4 up to its router.  What it compresses is counted in
     `groups`.  Raises `ValueError` where they do not fit `sizes`."""
@@ -138,11 +140,7 @@ def compressed_layer(
 
 
 def _compressor(
-    weights: Compressor[Weight | Matrix],
-    width: int,
-    sizes: dict[str, int],
-    groups: Groups,
-    index: bool,
+    weights: Compressor[Prepared], width: int, sizes: dict[str, int], groups: Groups, index: bool
 ) -> Bound:
     bias, (ratio, columns) = weights.position_bias, weights.position_bias.shape
     shape = GroupShape(ratio, width, columns == 2 * width, index)
@@ -172,10 +170,7 @@ class Decoder(Bound):
     do not fit together."""
 
     def __init__(
-        self,
-        geometry: Geometry,
-        layers: Sequence[Layer[Weight | Matrix]],
-        mlps: Sequence[Mlp | None],
+        self, geometry: Geometry, layers: Sequence[Layer[Prepared]], mlps: Sequence[Mlp | None]
     ) -> None:
         sizes, groups, bound = sizes_of(geometry, layers[0]), Groups(), list[Bound]()
         sizes["K"], self.indexers, topk = geometry.router.top_k, 0, 0

@@ -35,7 +35,6 @@ C_TYPES = {  # all others are sizes
     **{"type": ctypes.c_int, "float": ctypes.c_float, "double": ctypes.c_double},
 }
 _RECORDS = "slab:bound S B"
-_ABSORB = "A kv_b:i8[M,R] kv_b_scale:f32[M] N per_head:size R"
 _SOURCE = "source:source[N,K] type N K"
 _LEVELS = "levels:f32[L] L"
 
@@ -68,8 +67,8 @@ SIGNATURES = {
     # a norm of each window's rows, weighted by the softmax over them of gate + bias
     "compress": "kv:f32[T,J,Z] gate:f32[T,J,Z] bias:f32[J,Z] norm:f32[Z] T J Z eps:float"
     " >y:f32[T,Z]",
-    "absorb_query": f"q:f32[T,A,N] T {_ABSORB} >y:f32[T,A,R]",
-    "absorb_value": f"latent:f32[T,A,R] T {_ABSORB} >y:f32[T,A,V]",
+    "absorb_query": "kv_b:bound q:f32[T,A,N] T >y:f32[T,A,R]",
+    "absorb_value": "kv_b:bound latent:f32[T,A,R] T >y:f32[T,A,V]",
     # the pairs (x0, x1), (x2, x3), ..., or of two halves, times the table
     "rotate": "x:f32[T,A,P] table:c64[T,P/2] halves:size T A P >y:f32[T,A,P]",
     "attention": "layer:bound T h:f32[T,H] table:c64[T,C] query_scale?:f32[T] caches:pointer"

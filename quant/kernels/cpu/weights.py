@@ -23,6 +23,7 @@ from slotmoe.quant.kernels.cpu.signatures import (
     tensor_spec,
 )
 from slotmoe.quant.shapes import record_bytes
+from slotmoe.quant.weights import Weight
 
 # Kinds of a native matrix beside `KINDS`, which are coded; a dense one is 6 + its source type.
 _INT8, _DENSE, _FINE = 0, 6, 9
@@ -139,6 +140,10 @@ class Structure:
         return Bound(self.type(*parts), sizes, values, matrices)
 
 
+_ABSORBED = Structure(
+    "heads n r v query:i8[A,R/16,N/64,1024] value:i8[A,V/16,R/64,1024] query_scale:f32[A,N]"
+    " value_scale:f32[A,V] ones:f32[R]"
+)
 _MLP = Structure("gate:matrix[I,H] up:matrix[I,H] down:matrix[H,I] limit:float")
 _RECORD = Structure(
     "hidden intermediate gate_up down gate_up_levels:pointer down_levels:pointer limit:float"
@@ -150,6 +155,24 @@ def router_values(router: Router) -> tuple[float, ...]:
     """Those of `ROUTER`."""
     groups, kept, top_k, factor, normalized, group_best, scoring = router
     return groups, kept, top_k, group_best, _SCORINGS.index(scoring), normalized, factor
+
+
+class Absorbed(Bound):
+    """`kv_b_proj` [A (N + V), R] as attention multiplies it: of each head its query's rows, turned,
+    and its values', int8 in tiles as in `Matrix`, with activations that are `fine`.
+
+    query int8 [A, R/16, N/64, 1024], value int8 [A, V/16, R/64, 1024], scales float32 [A, N] and
+    [A, V], ones [R]."""
+
+    def __init__(self, *memory: Tensor) -> None:
+        query_scale, value_scale, ones = memory[2:]
+        (heads, n), v, r = query_scale.shape, value_scale.shape[1], len(ones)
+        sizes = {"A": heads, "N": n, "R": r, "V": v}
+        self.shape = heads * (n + v), r
+        super().__init__(_ABSORBED.bind(sizes, heads, n, r, v, *memory).native, sizes, memory)
+
+
+Prepared = Weight | Matrix | Absorbed  # the last two are bound for native calls
 
 
 class Mlp(Bound):
