@@ -88,7 +88,7 @@ class Kernels:
             if self._lib.slotmoe_isa_supported(i)
         )
         """Instruction sets that this machine can run, best first: among avx512vbmi, avx512vnni,
-        avx2, neon_i8mm, neon_dot, neon, portable."""
+        avxvnni, avx2, neon_i8mm, neon_dot, neon, portable."""
 
     def seconds(self) -> dict[str, float]:
         """Seconds spent inside each native function so far; `decode` counts as its parts."""
