@@ -90,11 +90,16 @@ struct Lanes {
         const __m256i shifted = _mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23);
         return _mm256_castsi256_ps(_mm256_add_epi32(shifted, _mm256_set1_epi32(kExponents)));
     }
+    static void load_int8s(const uint8_t* p, F* out) {  // twice 16
+        const int8_t* bytes = reinterpret_cast<const int8_t*>(p);
+        out[0] = load_int8(bytes), out[1] = load_int8(bytes + 16);
+    }
     // 1.5 * 2^23 times 2^(byte - 127), for bytes up to 231: what `times` adds an integer to the last places of.
     static F load_exponent(const uint8_t* p) {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         return {exponent(bytes), exponent(_mm_srli_si128(bytes, 8))};
     }
+    static void load_exponents(const uint8_t* p, F* out) { out[0] = load_exponent(p), out[1] = load_exponent(p + 16); }
     static __m256 times(__m256i v, __m256 exponent) {
         return _mm256_sub_ps(_mm256_castsi256_ps(_mm256_add_epi32(v, _mm256_castps_si256(exponent))), exponent);
     }

@@ -30,22 +30,22 @@ inline void prefetch_lines(const void* p, bool past) {
 template <int Parts>
 struct HalfScales {
     static constexpr int kParts = Parts, kSums = Parts, kBytes = 2 * kTile * Parts;  // of a block
-    static F load(const uint8_t* p, int part) {
-        return Lanes::load_half(reinterpret_cast<const uint16_t*>(p) + kTile * part);
+    static void load(const uint8_t* p, F* out) {
+#pragma GCC unroll 2
+        for (int part = 0; part < Parts; part++)
+            out[part] = Lanes::load_half(reinterpret_cast<const uint16_t*>(p) + kTile * part);
     }
     static constexpr int kRows = 0;  // bytes of factors of rows that come first
 };
 struct ByteScales {
     static constexpr int kParts = 2, kSums = 2, kBytes = 2 * kTile;
-    static F load(const uint8_t* p, int part) {
-        return Lanes::load_int8(reinterpret_cast<const int8_t*>(p) + 16 * part);
-    }
+    static void load(const uint8_t* p, F* out) { Lanes::load_int8s(p, out); }
     static constexpr int kRows = 64;
 };
 // Of 32 in 8 bits that are a float's exponent. One multiplication less than 64 columns with a scale of their own take.
 struct ExponentScales {
     static constexpr int kParts = 2, kSums = 1, kBytes = 2 * kTile;
-    static F load(const uint8_t* p, int part) { return Lanes::load_exponent(p + 16 * part); }
+    static void load(const uint8_t* p, F* out) { Lanes::load_exponents(p, out); }
     static constexpr int kRows = 0;
 };
 
@@ -62,7 +62,7 @@ struct CodedTile {
         else
             Lanes::lookup3(codes + 192 * (t / 4), t % 4, table, first, second);
     }
-    F scale(int part) const { return Scales::load(scales, part); }
+    void load_scales(F* out) const { Scales::load(scales, out); }
     static F number(const Lanes::I& dot, F scale) {
         return kSums < kParts ? Lanes::times(dot, scale) : Lanes::to_float(dot);
     }
@@ -84,7 +84,7 @@ struct Int8Tile {
     void pair(int t, W& first, W& second) const {
         first = Lanes::weights(packed + 128 * t), second = Lanes::weights(packed + 128 * t + 64);
     }
-    F scale(int) const { return Lanes::zero(); }  // its scale is per row, applied at the end
+    void load_scales(F* out) const { *out = Lanes::zero(); }  // its scale is per row, applied at the end
     static F number(const Lanes::I& dot, F) { return Lanes::to_float(dot); }
     static F accumulate(F total, F sum, F) { return Lanes::add(total, sum); }
     void prefetch() const { prefetch_lines<kBytes>(packed + kPrefetch, past); }
@@ -136,8 +136,7 @@ inline F one_token(Tile tile, const ActBlock* x, int64_t blocks) {
                         dots[j] = Lanes::dot(dots[j], w[j - first][i], x[b].q + 16 * j + 8 * half + 4 * i);
             }
         tile.prefetch();
-#pragma GCC unroll 2
-        for (int part = 0; part < Tile::kParts; part++) scales[part] = tile.scale(part);
+        tile.load_scales(scales);
         if (!kLater) add(x[b]);
     }
     if (kLater) add(x[blocks - 1]);
@@ -151,6 +150,8 @@ inline void add_block(const W (*w)[16], const F (*scale)[Tile::kParts], const Ac
     F sums[Tiles][Tokens];
 #pragma GCC unroll 4
     for (int j = 0; j < kXScales; j++) {
+        // Two tiles' weights are loaded for each use: where compilers keep some in registers, sums go to memory.
+        if (Tiles > 1) asm("" : "+r"(w));
         Lanes::I dots[Tiles][Tokens];
 #ifdef SLOTMOE_TWO_TOKENS  // isa_neon.cpp: an instruction multiplies two tokens
         dot_tokens<Tiles, Tokens>(w, x, j, dots);
@@ -205,8 +206,7 @@ SLOTMOE_NOINLINE void many_tokens(const At& at, int64_t i, const ActBlock* x, in
 #ifdef SLOTMOE_TWO_TOKENS
             for (int c = 0; c < 8; c++) join_columns(w[a][2 * c], w[a][2 * c + 1]);
 #endif
-#pragma GCC unroll 2
-            for (int part = 0; part < Tile::kParts; part++) scale[a][part] = tile.scale(part);
+            tile.load_scales(scale[a]);
             tile.prefetch();
         }
         int64_t token = 0;
