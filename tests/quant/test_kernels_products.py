@@ -84,15 +84,22 @@ def test_linear_int8(kernels, shape, seed, scale):
 
 def test_many_rows_equal_one_row(kernels):
     rng = np.random.default_rng(4)
-    nf4 = coded_matrix(rng, 90, 200)
+    matrices = [coded_matrix(rng, 90, 200, codec) for codec in CODECS]
     q = torch.from_numpy(rng.integers(-127, 128, (90, 200), dtype=np.int8))
-    int8 = int8_matrix(kernels, q, torch.rand(90) + 0.1)
-    x = torch_of(rng.standard_normal((600, 200)))  # over the token chunk (128) and the pass (512)
-    many = (kernels.linear(nf4, x), kernels.linear(int8, x))
-    for row in (0, 1, 127, 128, 511, 512, 599):
-        alone = x[row : row + 1]
-        assert torch.equal(kernels.linear(nf4, alone)[0], many[0][row])
-        assert torch.equal(kernels.linear(int8, alone)[0], many[1][row])
+    matrices.append(int8_matrix(kernels, q, torch.rand(90) + 0.1))
+    x = torch_of(rng.standard_normal((607, 200)))  # over the token chunk (128) and the pass (512)
+    for matrix in matrices:
+        many = kernels.linear(matrix, x)
+        for row in (0, 1, 127, 128, 511, 512, 599, 604, 606):
+            assert torch.equal(kernels.linear(matrix, x[row : row + 1])[0], many[row])
+
+
+def test_largest_products(kernels):
+    """Each byte at its largest, of either sign."""
+    signs = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]).repeat(1, 64)
+    matrix = int8_matrix(kernels, (signs * 127).char(), torch.ones(4))
+    for t in (1, 4):
+        assert torch.equal(kernels.linear(matrix, signs[:t]), signs[:t] @ signs.T * 127)
 
 
 def test_zeros_and_not_finite(kernels):

@@ -12,7 +12,7 @@ using W = Lanes::W;
 
 // tokens that pass over a decoded block: their sums (8 KB a tile) and activations (12 KB) stay near
 constexpr int kTokens = 128;
-constexpr int kManyTokens = 24;    // from here on arithmetic binds, not memory
+constexpr int kManyTokens = 4;     // from here on two tiles share the loads of activations
 constexpr int kPrefetch = 6144;    // bytes ahead
 
 template <int Bytes>
@@ -52,6 +52,7 @@ struct ExponentScales {
 template <int Bits, class Scales>
 struct CodedTile {
     static constexpr int kBytes = 128 * Bits, kParts = Scales::kParts, kSums = Scales::kSums;
+    static constexpr int kAhead = kPrefetch / kBytes;
     const uint8_t *codes, *scales;
     Lanes::Table table;
     bool past;  // past_l2()
@@ -69,15 +70,16 @@ struct CodedTile {
     static F accumulate(F total, F sum, F scale) {
         return kSums < kParts ? Lanes::add(total, sum) : Lanes::fma(sum, scale, total);
     }
-    void prefetch() const {
-        prefetch_lines<kBytes>(codes + kPrefetch, past);
-        prefetch_lines<1>(scales + kPrefetch / kBytes * Scales::kBytes, past);
+    // The block kAhead after this one, or one `skipped` blocks, of a tile, behind that.
+    void prefetch(int64_t skipped = 0) const {
+        prefetch_lines<kBytes>(codes + (kAhead + skipped) * kBytes, past);
+        prefetch_lines<1>(scales + (kAhead + skipped) * Scales::kBytes + (skipped ? 2 * Scales::kRows : 0), past);
     }
     void next() { codes += kBytes, scales += Scales::kBytes; }
 };
 
 struct Int8Tile {
-    static constexpr int kBytes = 1024, kParts = 1, kSums = 1;
+    static constexpr int kBytes = 1024, kParts = 1, kSums = 1, kAhead = kPrefetch / kBytes;
     const int8_t* packed;
     bool past;  // past_l2()
 
@@ -87,7 +89,7 @@ struct Int8Tile {
     void load_scales(F* out) const { *out = Lanes::zero(); }  // its scale is per row, applied at the end
     static F number(const Lanes::I& dot, F) { return Lanes::to_float(dot); }
     static F accumulate(F total, F sum, F) { return Lanes::add(total, sum); }
-    void prefetch() const { prefetch_lines<kBytes>(packed + kPrefetch, past); }
+    void prefetch(int64_t skipped = 0) const { prefetch_lines<kBytes>(packed + (kAhead + skipped) * kBytes, past); }
     void next() { packed += kBytes; }
 };
 
@@ -207,7 +209,8 @@ SLOTMOE_NOINLINE void many_tokens(const At& at, int64_t i, const ActBlock* x, in
             for (int c = 0; c < 8; c++) join_columns(w[a][2 * c], w[a][2 * c + 1]);
 #endif
             tile.load_scales(scale[a]);
-            tile.prefetch();
+            // Behind the first tile's end comes the second one, which is being read: the next two lie behind that.
+            tile.prefetch(Tiles > 1 && b + Tile::kAhead >= blocks ? blocks : 0);
         }
         int64_t token = 0;
         for (; token + kAtOnce <= n; token += kAtOnce)
@@ -222,7 +225,7 @@ SLOTMOE_NOINLINE void many_tokens(const At& at, int64_t i, const ActBlock* x, in
 template <class Tile, class At, class Finish>
 inline void multiply(At at, const ActBlock* x, int64_t t, int64_t blocks, int64_t begin, int64_t end, Finish finish) {
     constexpr int kTiles = Lanes::kTilesAtOnce;
-    // Two tiles share the loads of activations. Where registers pass in halves, multiply-adds bind instead of loads.
+    // Where registers pass in halves, multiply-adds bind instead of loads.
     const bool halves = kTiles > 1 && in_halves();
     alignas(64) float totals[kTiles * kTokens * kTile];
     if (t == 1) {
@@ -235,7 +238,6 @@ inline void multiply(At at, const ActBlock* x, int64_t t, int64_t blocks, int64_
     for (int64_t first = 0; first < t; first += kTokens) {
         const int64_t n = t - first < kTokens ? t - first : kTokens;
         for (int64_t i = begin, tiles; i < end; i += tiles) {
-            // With few tokens the weights arrive from memory, and one stream of them is faster than two.
             tiles = n < kManyTokens || end - i < kTiles || halves ? 1 : kTiles;
             if (tiles == 1)
                 many_tokens<Tile, 1>(at, i, x + first, t, n, blocks, totals);
