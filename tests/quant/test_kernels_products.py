@@ -94,6 +94,16 @@ def test_many_rows_equal_one_row(kernels):
             assert torch.equal(kernels.linear(matrix, x[row : row + 1])[0], many[row])
 
 
+def test_a_row_may_be_long(kernels):
+    rng = np.random.default_rng(6)
+    q = rng.integers(-127, 128, (20, 9000), dtype=np.int8)
+    x = torch_of(rng.standard_normal((5, 9000)) * np.exp(rng.normal(0, 3, 9000)))
+    matrix = int8_matrix(kernels, torch.from_numpy(q), torch.ones(20))
+    got, exact = kernels.linear(matrix, x), x.double().numpy()
+    limit = (half_steps(exact) + 1e-6 * np.abs(exact)) @ np.abs(q.astype(np.float64)).T
+    assert (np.abs(got.double().numpy() - exact @ q.T.astype(np.float64)) <= limit).all()
+
+
 def test_largest_products(kernels):
     """Each byte at its largest, of either sign."""
     signs = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]).repeat(1, 64)

@@ -429,20 +429,21 @@ void add_row(const Mla& m, const uint8_t* row, float weight, float* out) {
 // out [heads, Rp] += weights x rows; meanwhile the `count` rows of the next chunk come nearer.
 void sum_values(const Mla& m, const uint8_t* const* rows, int64_t n, const Chunk& c, const uint8_t* const* next,
                 int64_t count, bool first, float* out) {
-    const int64_t quads = (n + 3) / 4, four = m.heads / 4 * 4, bytes = latent_bytes(m.r, m.p);
-    const int64_t slice = count * bytes * 4 * kSumColumns / (m.r_padded * m.heads) + 64;
+    constexpr int kHeads = Lanes::kTokensAtOnce == 4 ? 4 : 1;  // whose sums the registers hold
+    const int64_t quads = (n + 3) / 4, whole = m.heads / kHeads * kHeads, bytes = latent_bytes(m.r, m.p);
+    const int64_t slice = count * bytes * kHeads * kSumColumns / (m.r_padded * m.heads) + 64;
     int64_t row = 0, byte = 0;
     for (int64_t column = 0; column < m.r_padded; column += kSumColumns) {
         load_quads(m, rows, n, column, c.quads);
-        for (int64_t h = 0; h < four; h += 4) {
+        for (int64_t h = 0; h < whole; h += kHeads) {
             for (int64_t i = 0; i < slice && row < count; i += 64) {
                 m.near ? Lanes::prefetch(next[row] + byte) : Lanes::prefetch_to_l2(next[row] + byte);
                 byte += 64;
                 if (byte >= bytes) row++, byte = 0;
             }
-            value_block<4>(m, h, quads, first, c, out + h * m.r_padded + column);
+            value_block<kHeads>(m, h, quads, first, c, out + h * m.r_padded + column);
         }
-        for (int64_t h = four; h < m.heads; h++) value_block<1>(m, h, quads, first, c, out + h * m.r_padded + column);
+        for (int64_t h = whole; h < m.heads; h++) value_block<1>(m, h, quads, first, c, out + h * m.r_padded + column);
     }
     for (int64_t tile = 0; tile < m.tiles; tile++)
         for (uint32_t heads = c.alone[tile]; heads; heads &= heads - 1) {

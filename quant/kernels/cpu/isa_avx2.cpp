@@ -99,7 +99,9 @@ struct Lanes {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         return {exponent(bytes), exponent(_mm_srli_si128(bytes, 8))};
     }
-    static void load_exponents(const uint8_t* p, F* out) { out[0] = load_exponent(p), out[1] = load_exponent(p + 16); }
+    static void load_exponents(const uint8_t* p, F* out) {  // twice 16
+        out[0] = load_exponent(p), out[1] = load_exponent(p + 16);
+    }
     static __m256 times(__m256i v, __m256 exponent) {
         return _mm256_sub_ps(_mm256_castsi256_ps(_mm256_add_epi32(v, _mm256_castps_si256(exponent))), exponent);
     }

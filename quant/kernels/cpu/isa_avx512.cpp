@@ -93,7 +93,8 @@ struct Lanes {
         const __m512i shifted = _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23);
         return _mm512_castsi512_ps(_mm512_add_epi32(shifted, _mm512_set1_epi32(kExponents)));
     }
-    // 1.5 * 2^23 times 2^(byte - 127), for bytes up to 231: what `times` adds an integer to the last places of; twice 16.
+    // Twice 16 times 1.5 * 2^23 times 2^(byte - 127), for bytes up to 231: what `times` adds an integer to the last
+    // places of.
     static void load_exponents(const uint8_t* p, F* out) {
         const __m256i pair = load_pair(p);
         out[0] = exponent(_mm256_castsi256_si128(pair)), out[1] = exponent(_mm256_extracti128_si256(pair, 1));
