@@ -34,7 +34,8 @@ _MEASURE_HELP = "Measure the disk's speed: write 256 MiB to the cache folder and
 _EXPERTS_HELP = "Look at the drive of this copy of an export's experts too; may be repeated."
 _MEASURED_BYTES, _READ_BYTES, _READERS = 256 << 20, 4 << 20, 4
 _CPUINFO = Path("/proc/cpuinfo")
-_SETS = {"avx512_vnni": "AVX-512 VNNI", "avx2": "AVX2"}  # by their flags there
+# by their flags there
+_SETS = {"avx512_vnni": "AVX-512 VNNI", "avx_vnni": "AVX-VNNI", "avx2": "AVX2"}
 _SETS |= {"asimd": "NEON", "asimddp": "sdot", "i8mm": "i8mm"}
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _MARKS = {"ok": "ok", "note": "--", "bad": "!!"}

@@ -85,15 +85,33 @@ def test_linear_int8(kernels, shape, seed, scale):
 
 def test_many_rows_equal_one_row(kernels):
     rng = np.random.default_rng(4)
-    nf4 = coded_matrix(rng, 90, 200)
+    matrices = [coded_matrix(rng, 90, 200, codec) for codec in CODECS]
     q = torch.from_numpy(rng.integers(-127, 128, (90, 200), dtype=np.int8))
     weight = Int8Weight(q, torch.rand(90) + 0.1)
-    parts = nf4, kernels.tile_int8(weight, new), kernels.tile_int8(weight, new, fine=True)
-    x = torch_of(rng.standard_normal((600, 200)))  # over the token chunk (128) and the pass (512)
-    for matrix in parts:
+    matrices += kernels.tile_int8(weight, new), kernels.tile_int8(weight, new, fine=True)
+    x = torch_of(rng.standard_normal((607, 200)))  # over the token chunk (128) and the pass (512)
+    for matrix in matrices:
         many = kernels.linear(matrix, x)
-        for row in (0, 1, 127, 128, 511, 512, 599):
+        for row in (0, 1, 127, 128, 511, 512, 599, 604, 606):
             assert torch.equal(kernels.linear(matrix, x[row : row + 1])[0], many[row])
+
+
+def test_a_row_may_be_long(kernels):
+    rng = np.random.default_rng(6)
+    q = rng.integers(-127, 128, (20, 9000), dtype=np.int8)
+    x = torch_of(rng.standard_normal((5, 9000)) * np.exp(rng.normal(0, 3, 9000)))
+    matrix = int8_matrix(kernels, torch.from_numpy(q), torch.ones(20))
+    got, exact = kernels.linear(matrix, x), x.double().numpy()
+    limit = (half_steps(exact) + 1e-6 * np.abs(exact)) @ np.abs(q.astype(np.float64)).T
+    assert (np.abs(got.double().numpy() - exact @ q.T.astype(np.float64)) <= limit).all()
+
+
+def test_largest_products(kernels):
+    """Each byte at its largest, of either sign."""
+    signs = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]).repeat(1, 64)
+    matrix = int8_matrix(kernels, (signs * 127).char(), torch.ones(4))
+    for t in (1, 4):
+        assert torch.equal(kernels.linear(matrix, signs[:t]), signs[:t] @ signs.T * 127)
 
 
 def test_zeros_and_not_finite(kernels):

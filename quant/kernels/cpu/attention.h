@@ -598,11 +598,12 @@ void sum_values(const Mla* m, int64_t queries, const Chunk* chunks, const uint8_
             add_dots(dots[done % 2][h - head], c.step[h], c.first, c.out + h * padded + column);
     }
 #else
+    constexpr int kHeads = Lanes::kTokensAtOnce == 4 ? 4 : 1;  // whose sums the registers hold
     for (int64_t column = 0; column < padded; column += kSumColumns) {
         load_quads(any, rows, n, column, chunks[0].quads);
         for (int64_t i = begin; i < queries; i++) {
             int64_t h = 0;
-            for (; h + 4 <= heads; h += 4) come_nearer(4), value_block<4>(m[i], h, column, chunks[i]);
+            for (; h + kHeads <= heads; h += kHeads) come_nearer(kHeads), value_block<kHeads>(m[i], h, column, chunks[i]);
             for (; h < heads; h++) value_block<1>(m[i], h, column, chunks[i]);
         }
     }

@@ -101,8 +101,8 @@ class Kernels:
             if self._lib.slotmoe_isa_supported(i)
         )
         """Instruction sets that this machine can run, best first: among amx, amx_plain (the same
-        without AMX, for tests), avx512vbmi, avx512vnni, avx2, neon_i8mm, neon_dot, neon, portable.
-        The first two are used only where they are asked for."""
+        without AMX, for tests), avx512vbmi, avx512vnni, avxvnni, avx2, neon_i8mm, neon_dot, neon,
+        portable.  The first two are used only where they are asked for."""
 
     def seconds(self) -> dict[str, float]:
         """Seconds spent inside each native function so far; `decode` counts as its parts."""

@@ -98,10 +98,13 @@ void int8_by_tiles(const Int8Matrix& w, const void* blocks, const double* factor
 
 // An exponent's power of two, which `Lanes::times` wants otherwise, may be less than a normal float.
 template <class Tile>
-inline F piece_scale(const Tile& tile, int part) {
-    if constexpr (Tile::kSums == Tile::kParts) return tile.scale(part);
-    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(tile.scales) + part));
-    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_slli_epi32(wide, 23), _mm512_set1_epi32(0x00400000)));
+inline void piece_scales(const Tile& tile, F* out) {
+    if constexpr (Tile::kSums == Tile::kParts) return tile.load_scales(out);
+#pragma GCC unroll 2
+    for (int part = 0; part < Tile::kParts; part++) {
+        const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(tile.scales) + part));
+        out[part] = _mm512_castsi512_ps(_mm512_max_epi32(_mm512_slli_epi32(wide, 23), _mm512_set1_epi32(0x00400000)));
+    }
 }
 inline F add_piece(__m512i high, __m512i low, F scale, F total) {
     return Lanes::fma(Lanes::to_float(_mm512_add_epi32(_mm512_slli_epi32(high, 7), low)), scale, total);
@@ -113,6 +116,8 @@ SLOTMOE_NOINLINE void coded_tokens(Tile tile, const FineBlock* x, int64_t t, int
     constexpr int kParts = Tile::kParts, kPairs = 8 / kParts;
     F total[Tokens] = {};
     for (int64_t b = 0; b < blocks; b++, x += t, tile.next()) {
+        F scales[kParts];
+        piece_scales(tile, scales);
 #pragma GCC unroll 2
         for (int part = 0; part < kParts; part++) {
             Lanes::I dots[Tokens][2][2] = {};  // two sums of a digit side by side
@@ -130,11 +135,10 @@ SLOTMOE_NOINLINE void coded_tokens(Tile tile, const FineBlock* x, int64_t t, int
                         dots[i / 2][i % 2][j] =
                             Lanes::dot(dots[i / 2][i % 2][j], w[j], x[i / 2].digit[i % 2] + 8 * p + 4 * j);
             }
-            const F scale = piece_scale(tile, part);
 #pragma GCC unroll 4
             for (int i = 0; i < Tokens; i++) {
                 const auto both = [&](int digit) { return _mm512_add_epi32(dots[i][digit][0], dots[i][digit][1]); };
-                total[i] = add_piece(both(0), both(1), scale, total[i]);
+                total[i] = add_piece(both(0), both(1), scales[part], total[i]);
             }
         }
         tile.prefetch();
@@ -254,9 +258,10 @@ inline void unpack(const Tile& tile, int64_t block, Pieces& pieces) {
         tile.pair(p, first, second);
         _mm512_store_si512(to + 128 * p, first), _mm512_store_si512(to + 128 * p + 64, second);
     }
+    F scales[kParts];
+    piece_scales(tile, scales);
 #pragma GCC unroll 2
-    for (int part = 0; part < kParts; part++)
-        Lanes::store(pieces.scale[block * kParts + part], piece_scale(tile, part));
+    for (int part = 0; part < kParts; part++) Lanes::store(pieces.scale[block * kParts + part], scales[part]);
 }
 
 // finish(token, tile, totals[16]) receives each result.

@@ -36,6 +36,14 @@ bool has_avx512vnni() {
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 }
+bool has_avxvnni() {
+#ifdef SLOTMOE_EVEX
+    return has_avx512vnni();
+#else
+    unsigned a = 0, b, c, d;
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+#endif
+}
 bool has_avx512vbmi() { return has_avx512vnni() && __builtin_cpu_supports("avx512vbmi"); }
 
 // The processor has tiles and their products of bytes, and the system saves tiles and lets this process use them.
@@ -47,8 +55,9 @@ bool has_amx() {
 }
 
 constexpr Choice kIsas[] = {  // best first
-    {&isa_amx, has_amx, false},       {&isa_amx_plain, has_avx512vbmi, false}, {&isa_avx512vbmi, has_avx512vbmi},
-    {&isa_avx512vnni, has_avx512vnni}, {&isa_avx2, has_avx2},                    {&isa_portable, always}};
+    {&isa_amx, has_amx, false},        {&isa_amx_plain, has_avx512vbmi, false}, {&isa_avx512vbmi, has_avx512vbmi},
+    {&isa_avx512vnni, has_avx512vnni}, {&isa_avxvnni, has_avxvnni},             {&isa_avx2, has_avx2},
+    {&isa_portable, always}};
 #elif defined(__aarch64__)
 #if defined(__APPLE__)
 bool says(const char* name) {

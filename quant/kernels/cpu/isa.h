@@ -208,7 +208,7 @@ bool past_l2();
 
 extern const Isa isa_portable;
 #if defined(__x86_64__)
-extern const Isa isa_avx2, isa_avx512vnni, isa_avx512vbmi, isa_amx, isa_amx_plain;
+extern const Isa isa_avx2, isa_avxvnni, isa_avx512vnni, isa_avx512vbmi, isa_amx, isa_amx_plain;
 #elif defined(__aarch64__)
 extern const Isa isa_neon, isa_neon_dot, isa_neon_i8mm;
 #endif

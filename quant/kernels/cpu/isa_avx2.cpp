@@ -1,11 +1,29 @@
 // AVX2 with FMA and F16C: 16 lanes are two registers. vpmaddubsw would saturate with unsigned weights, so it gets
-// |w| (at most 128) and x with w's sign: two products of at most 128 * 127 fit 16 bits.
+// |w| (at most 128) and x with w's sign: two products of at most 128 * 127 fit 16 bits. isa_avxvnni.cpp compiles this
+// again with vpdpbusd, whose weights are unsigned bytes (signed + 128); with SLOTMOE_EVEX in the encoding of AVX-512,
+// so that CPUs that have only that one can test it.
 #if defined(__x86_64__)
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
-#if defined(__clang__)
+#if !defined(SLOTMOE_AVXVNNI)
+#define SLOTMOE_ISA isa_avx2
+#define SLOTMOE_ISA_NAME "avx2"
+#else
+#define SLOTMOE_ISA isa_avxvnni
+#define SLOTMOE_ISA_NAME "avxvnni"
+#if defined(SLOTMOE_EVEX)
+#define SLOTMOE_DOT "%{evex%} vpdpbusd"
+#else
+#define SLOTMOE_DOT "%{vex%} vpdpbusd"
+#endif
+#endif
+#if defined(__clang__) && defined(SLOTMOE_EVEX)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512vl,avx512vnni"))), apply_to = function)
+#elif defined(__clang__) && defined(SLOTMOE_AVXVNNI)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)
+#elif defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma,f16c")
@@ -22,7 +40,6 @@ struct Lanes {
     struct I { __m256i a, b; };
     using W = I;
     using Table = __m256i;
-    static constexpr int kWeightOffset = 0;
     static constexpr int kTilesAtOnce = 1, kTokensAtOnce = 2;  // what the registers hold for many tokens
 
     static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -73,10 +90,17 @@ struct Lanes {
         const __m256i shifted = _mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23);
         return _mm256_castsi256_ps(_mm256_add_epi32(shifted, _mm256_set1_epi32(kExponents)));
     }
+    static void load_int8s(const uint8_t* p, F* out) {  // twice 16
+        const int8_t* bytes = reinterpret_cast<const int8_t*>(p);
+        out[0] = load_int8(bytes), out[1] = load_int8(bytes + 16);
+    }
     // 1.5 * 2^23 times 2^(byte - 127), for bytes up to 231: what `times` adds an integer to the last places of.
     static F load_exponent(const uint8_t* p) {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         return {exponent(bytes), exponent(_mm_srli_si128(bytes, 8))};
+    }
+    static void load_exponents(const uint8_t* p, F* out) {  // twice 16
+        out[0] = load_exponent(p), out[1] = load_exponent(p + 16);
     }
     static __m256 times(__m256i v, __m256 exponent) {
         return _mm256_sub_ps(_mm256_castsi256_ps(_mm256_add_epi32(v, _mm256_castps_si256(exponent))), exponent);
@@ -99,19 +123,37 @@ struct Lanes {
 
     static __m256i bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
     static I start(int32_t bias) { return {_mm256_set1_epi32(bias), _mm256_set1_epi32(bias)}; }
+    static __m256i flip(__m256i weights) {  // as `dot` takes them
+        return _mm256_xor_si256(weights, _mm256_set1_epi8(char(kWeightOffset)));
+    }
+#ifdef SLOTMOE_AVXVNNI
+    static constexpr int kWeightOffset = 128;
+    // An instruction, as in isa_avx512.cpp.
+    static __m256i dot(__m256i sum, __m256i w, __m256i x) {
+        asm(SLOTMOE_DOT " %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
+        return sum;
+    }
+    static __m256i dot_bytes(__m256i sum, __m256i weight, __m256i value) { return dot(sum, weight, value); }
+#else
+    static constexpr int kWeightOffset = 0;
+    // Bytes up to 127 by signed bytes: two products fit 16 bits.
+    static __m256i dot_bytes(__m256i sum, __m256i weight, __m256i value) {
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(weight, value), _mm256_set1_epi16(1)));
+    }
     static __m256i dot(__m256i sum, __m256i w, __m256i x) {
         const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
         return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
+#endif
     static I dot(I sum, W w, const int8_t* x4) {
         int32_t x;
         memcpy(&x, x4, 4);
         const __m256i v = _mm256_set1_epi32(x);
         return {dot(sum.a, w.a, v), dot(sum.b, w.b, v)};
     }
-    static W weights(const int8_t* p) { return {bytes(p), bytes(p + 32)}; }
+    static W weights(const int8_t* p) { return {flip(bytes(p)), flip(bytes(p + 32))}; }
     static Table table(const int8_t* q) {
-        return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
+        return flip(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q))));
     }
     static void lookup(const uint8_t* codes, Table table, W& high, W& low) {
         const __m256i nibble = _mm256_set1_epi8(15), a = bytes(codes), b = bytes(codes + 32);
@@ -143,20 +185,17 @@ struct Lanes {
     static I add_bytes(I sum, const uint8_t* p) {
         return {_mm256_add_epi32(sum.a, bytes(p)), _mm256_add_epi32(sum.b, bytes(p + 32))};
     }
-    static constexpr int kQueryDigit = 128;      // a query's digits are less
-    static constexpr bool kCoarse = false;  // every other four columns of a query have only the high digit
-    static constexpr int kScoreRows = 2;     // rows that are scored together
-    static constexpr int kMostWeight = 127;  // of a row's weight
-    static constexpr float kAlone = 1.0f;  // a weight of more than this times the next one is no byte
+    static constexpr bool kWide = kWeightOffset != 0;   // whether dots take bytes of 8 bits
+    static constexpr int kQueryDigit = kWide ? 256 : 128;  // a query's digits are less
+    static constexpr bool kCoarse = kWide;  // every other four columns of a query have only the high digit
+    static constexpr int kScoreRows = 2;    // rows that are scored together
+    static constexpr int kMostWeight = kWide ? 255 : 127;  // of a row's weight
+    static constexpr float kAlone = kWide ? 2.0f : 1.0f;  // a weight of more than this times the next one is no byte
     static W load_bytes(const void* p) { return {bytes(p), bytes(static_cast<const uint8_t*>(p) + 32)}; }
     static W broadcast_bytes(const void* p) {  // 4 to each lane
         int32_t four;
         memcpy(&four, p, 4);
         return start(four);
-    }
-    // Bytes up to 127 by signed bytes: two products fit 16 bits.
-    static __m256i dot_bytes(__m256i sum, __m256i weight, __m256i value) {
-        return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(weight, value), _mm256_set1_epi16(1)));
     }
     static I dot_bytes(I sum, W weight, W value) {
         return {dot_bytes(sum.a, weight.a, value.a), dot_bytes(sum.b, weight.b, value.b)};
@@ -205,8 +244,6 @@ struct Lanes {
 }  // namespace
 }  // namespace slotmoe
 
-#define SLOTMOE_ISA isa_avx2
-#define SLOTMOE_ISA_NAME "avx2"
 #include "templates.h"
 #if defined(__clang__)
 #pragma clang attribute pop

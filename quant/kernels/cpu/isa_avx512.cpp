@@ -78,10 +78,26 @@ struct Lanes {
     static F load_int8(const int8_t* p) {
         return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
     }
-    // 1.5 * 2^23 times 2^(byte - 127), for bytes up to 231: what `times` adds an integer to the last places of.
-    static F load_exponent(const uint8_t* p) {
-        const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-        return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(wide, 23), _mm512_set1_epi32(kExponents)));
+    // 32 bytes by one load: compilers make two of it, and loads are what binds one row.
+    static __m256i load_pair(const uint8_t* p) {
+        __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        asm("" : "+v"(v));
+        return v;
+    }
+    static void load_int8s(const uint8_t* p, F* out) {  // twice 16
+        const __m256i pair = load_pair(p);
+        out[0] = to_float(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(pair)));
+        out[1] = to_float(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(pair, 1)));
+    }
+    static F exponent(__m128i bytes) {
+        const __m512i shifted = _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23);
+        return _mm512_castsi512_ps(_mm512_add_epi32(shifted, _mm512_set1_epi32(kExponents)));
+    }
+    // Twice 16 times 1.5 * 2^23 times 2^(byte - 127), for bytes up to 231: what `times` adds an integer to the last
+    // places of.
+    static void load_exponents(const uint8_t* p, F* out) {
+        const __m256i pair = load_pair(p);
+        out[0] = exponent(_mm256_castsi256_si128(pair)), out[1] = exponent(_mm256_extracti128_si256(pair, 1));
     }
     static F times(I v, F exponent) {  // exact for |v| < 2^22
         return _mm512_sub_ps(_mm512_castsi512_ps(_mm512_add_epi32(v, _mm512_castps_si512(exponent))), exponent);

@@ -87,6 +87,10 @@ struct Lanes {
         return to_float({{vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)),
                           vmovl_high_s16(high)}});
     }
+    static void load_int8s(const uint8_t* p, F* out) {  // twice 16
+        const int8_t* bytes = reinterpret_cast<const int8_t*>(p);
+        out[0] = load_int8(bytes), out[1] = load_int8(bytes + 16);
+    }
     // 1.5 * 2^23 times 2^(byte - 127), for bytes up to 231: what `times` adds an integer to the last places of.
     static F load_exponent(const uint8_t* p) {
         const uint8x16_t q = vld1q_u8(p);
@@ -97,6 +101,7 @@ struct Lanes {
             return vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32(wide[i], 23), vdupq_n_u32(kExponents)));
         });
     }
+    static void load_exponents(const uint8_t* p, F* out) { out[0] = load_exponent(p), out[1] = load_exponent(p + 16); }
     static F times(const I& v, const F& exponent) {  // exact for |v| < 2^22
         return floats([&](int i) {
             const int32x4_t sum = vaddq_s32(v.v[i], vreinterpretq_s32_f32(exponent.v[i]));

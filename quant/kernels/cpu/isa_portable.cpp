@@ -95,6 +95,10 @@ struct Lanes {
         return r;
     }
     static F load_int8(const int8_t* p) { F r; for (int i = 0; i < 16; i++) r.v[i] = float(p[i]); return r; }
+    static void load_int8s(const uint8_t* p, F* out) {  // twice 16
+        const int8_t* bytes = reinterpret_cast<const int8_t*>(p);
+        out[0] = load_int8(bytes), out[1] = load_int8(bytes + 16);
+    }
     // 1.5 * 2^23 times 2^(byte - 127), for bytes up to 231: what `times` adds an integer to the last places of.
     static F load_exponent(const uint8_t* p) {
         F r;
@@ -104,6 +108,7 @@ struct Lanes {
         }
         return r;
     }
+    static void load_exponents(const uint8_t* p, F* out) { out[0] = load_exponent(p), out[1] = load_exponent(p + 16); }
     static F times(const I& a, F exponent) {  // exact for |a| < 2^22
         for (int i = 0; i < 16; i++) {
             uint32_t bits;

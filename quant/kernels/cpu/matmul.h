@@ -12,7 +12,7 @@ using W = Lanes::W;
 
 // tokens that pass over a decoded block: their sums (8 KB a tile) and activations (12 KB) stay near
 constexpr int kTokens = 128;
-constexpr int kManyTokens = 24;    // from here on arithmetic binds, not memory
+constexpr int kManyTokens = 4;     // from here on two tiles share the loads of activations
 constexpr int kPrefetch = 6144;    // bytes ahead
 
 template <int Bytes>
@@ -30,28 +30,29 @@ inline void prefetch_lines(const void* p, bool past) {
 template <int Parts>
 struct HalfScales {
     static constexpr int kParts = Parts, kSums = Parts, kBytes = 2 * kTile * Parts;  // of a block
-    static F load(const uint8_t* p, int part) {
-        return Lanes::load_half(reinterpret_cast<const uint16_t*>(p) + kTile * part);
+    static void load(const uint8_t* p, F* out) {
+#pragma GCC unroll 2
+        for (int part = 0; part < Parts; part++)
+            out[part] = Lanes::load_half(reinterpret_cast<const uint16_t*>(p) + kTile * part);
     }
     static constexpr int kRows = 0;  // bytes of factors of rows that come first
 };
 struct ByteScales {
     static constexpr int kParts = 2, kSums = 2, kBytes = 2 * kTile;
-    static F load(const uint8_t* p, int part) {
-        return Lanes::load_int8(reinterpret_cast<const int8_t*>(p) + 16 * part);
-    }
+    static void load(const uint8_t* p, F* out) { Lanes::load_int8s(p, out); }
     static constexpr int kRows = 64;
 };
 // Of 32 in 8 bits that are a float's exponent. One multiplication less than 64 columns with a scale of their own take.
 struct ExponentScales {
     static constexpr int kParts = 2, kSums = 1, kBytes = 2 * kTile;
-    static F load(const uint8_t* p, int part) { return Lanes::load_exponent(p + 16 * part); }
+    static void load(const uint8_t* p, F* out) { Lanes::load_exponents(p, out); }
     static constexpr int kRows = 0;
 };
 
 template <int Bits, class Scales>
 struct CodedTile {
     static constexpr int kBytes = 128 * Bits, kParts = Scales::kParts, kSums = Scales::kSums;
+    static constexpr int kAhead = kPrefetch / kBytes;
     const uint8_t *codes, *scales;
     Lanes::Table table;
     bool past;  // past_l2()
@@ -62,32 +63,33 @@ struct CodedTile {
         else
             Lanes::lookup3(codes + 192 * (t / 4), t % 4, table, first, second);
     }
-    F scale(int part) const { return Scales::load(scales, part); }
+    void load_scales(F* out) const { Scales::load(scales, out); }
     static F number(const Lanes::I& dot, F scale) {
         return kSums < kParts ? Lanes::times(dot, scale) : Lanes::to_float(dot);
     }
     static F accumulate(F total, F sum, F scale) {
         return kSums < kParts ? Lanes::add(total, sum) : Lanes::fma(sum, scale, total);
     }
-    void prefetch() const {
-        prefetch_lines<kBytes>(codes + kPrefetch, past);
-        prefetch_lines<1>(scales + kPrefetch / kBytes * Scales::kBytes, past);
+    // The block kAhead after this one, or one `skipped` blocks, of a tile, behind that.
+    void prefetch(int64_t skipped = 0) const {
+        prefetch_lines<kBytes>(codes + (kAhead + skipped) * kBytes, past);
+        prefetch_lines<1>(scales + (kAhead + skipped) * Scales::kBytes + (skipped ? 2 * Scales::kRows : 0), past);
     }
     void next(int64_t blocks = 1) { codes += blocks * kBytes, scales += blocks * Scales::kBytes; }
 };
 
 struct Int8Tile {
-    static constexpr int kBytes = 1024, kParts = 1, kSums = 1;
+    static constexpr int kBytes = 1024, kParts = 1, kSums = 1, kAhead = kPrefetch / kBytes;
     const int8_t* packed;
     bool past;  // past_l2()
 
     void pair(int t, W& first, W& second) const {
         first = Lanes::weights(packed + 128 * t), second = Lanes::weights(packed + 128 * t + 64);
     }
-    F scale(int) const { return Lanes::zero(); }  // its scale is per row, applied at the end
+    void load_scales(F* out) const { *out = Lanes::zero(); }  // its scale is per row, applied at the end
     static F number(const Lanes::I& dot, F) { return Lanes::to_float(dot); }
     static F accumulate(F total, F sum, F) { return Lanes::add(total, sum); }
-    void prefetch() const { prefetch_lines<kBytes>(packed + kPrefetch, past); }
+    void prefetch(int64_t skipped = 0) const { prefetch_lines<kBytes>(packed + (kAhead + skipped) * kBytes, past); }
     void next() { packed += kBytes; }
 };
 
@@ -136,8 +138,7 @@ inline F one_token(Tile tile, const ActBlock* x, int64_t blocks) {
                         dots[j] = Lanes::dot(dots[j], w[j - first][i], x[b].q + 16 * j + 8 * half + 4 * i);
             }
         tile.prefetch();
-#pragma GCC unroll 2
-        for (int part = 0; part < Tile::kParts; part++) scales[part] = tile.scale(part);
+        tile.load_scales(scales);
         if (!kLater) add(x[b]);
     }
     if (kLater) add(x[blocks - 1]);
@@ -151,6 +152,8 @@ inline void add_block(const W (*w)[16], const F (*scale)[Tile::kParts], const Ac
     F sums[Tiles][Tokens];
 #pragma GCC unroll 4
     for (int j = 0; j < kXScales; j++) {
+        // Two tiles' weights are loaded for each use: where compilers keep some in registers, sums go to memory.
+        if (Tiles > 1) asm("" : "+r"(w));
         Lanes::I dots[Tiles][Tokens];
 #ifdef SLOTMOE_TWO_TOKENS  // isa_neon.cpp: an instruction multiplies two tokens
         dot_tokens<Tiles, Tokens>(w, x, j, dots);
@@ -205,9 +208,9 @@ SLOTMOE_NOINLINE void many_tokens(const At& at, int64_t i, const ActBlock* x, in
 #ifdef SLOTMOE_TWO_TOKENS
             for (int c = 0; c < 8; c++) join_columns(w[a][2 * c], w[a][2 * c + 1]);
 #endif
-#pragma GCC unroll 2
-            for (int part = 0; part < Tile::kParts; part++) scale[a][part] = tile.scale(part);
-            tile.prefetch();
+            tile.load_scales(scale[a]);
+            // Behind the first tile's end comes the second one, which is being read: the next two lie behind that.
+            tile.prefetch(Tiles > 1 && b + Tile::kAhead >= blocks ? blocks : 0);
         }
         int64_t token = 0;
         for (; token + kAtOnce <= n; token += kAtOnce)
@@ -222,7 +225,7 @@ SLOTMOE_NOINLINE void many_tokens(const At& at, int64_t i, const ActBlock* x, in
 template <class Tile, class At, class Finish>
 inline void multiply(At at, const ActBlock* x, int64_t t, int64_t blocks, int64_t begin, int64_t end, Finish finish) {
     constexpr int kTiles = Lanes::kTilesAtOnce;
-    // Two tiles share the loads of activations. Where registers pass in halves, multiply-adds bind instead of loads.
+    // Where registers pass in halves, multiply-adds bind instead of loads.
     const bool halves = kTiles > 1 && in_halves();
     alignas(64) float totals[kTiles * kTokens * kTile];
     if (t == 1) {
@@ -235,7 +238,6 @@ inline void multiply(At at, const ActBlock* x, int64_t t, int64_t blocks, int64_
     for (int64_t first = 0; first < t; first += kTokens) {
         const int64_t n = t - first < kTokens ? t - first : kTokens;
         for (int64_t i = begin, tiles; i < end; i += tiles) {
-            // With few tokens the weights arrive from memory, and one stream of them is faster than two.
             tiles = n < kManyTokens || end - i < kTiles || halves ? 1 : kTiles;
             if (tiles == 1)
                 many_tokens<Tile, 1>(at, i, x + first, t, n, blocks, totals);

@@ -155,8 +155,10 @@ inline void load_scales(const CodedMatrix& w, int64_t tile, int64_t b, float (*s
         return;
     }
     if (w.kind == kMxfp4) {
+        Lanes::F exponents[2];
+        Lanes::load_exponents(p + 32 * b, exponents);
         for (int half = 0; half < 2; half++)
-            Lanes::store(scales[half], Lanes::times(Lanes::start(1), Lanes::load_exponent(p + 32 * b + 16 * half)));
+            Lanes::store(scales[half], Lanes::times(Lanes::start(1), exponents[half]));
         return;
     }
     const typename Lanes::F rows = Lanes::load(reinterpret_cast<const float*>(p));

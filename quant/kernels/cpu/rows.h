@@ -30,23 +30,35 @@ constexpr uint32_t kInfinityBits = 0x7f800000;
 
 // The largest magnitude's bits: integers order like magnitudes, and NaN comes out on top.
 inline uint32_t max_bits(const float* x, int64_t n) {
-    uint32_t top = 0;
-    for (int64_t i = 0; i < n; i++) {
+    uint32_t tops[4] = {}, top = 0;  // of the quarters: a single one would wait for itself
+    const int64_t quarter = n / 4;
+    const auto raise = [&](uint32_t& most, int64_t i) {
         const uint32_t bits = float_bits(x[i]) & 0x7fffffff;
-        top = bits > top ? bits : top;
-    }
+        most = bits > most ? bits : most;
+    };
+    for (int64_t i = 0; i < quarter; i++)
+        for (int j = 0; j < 4; j++) raise(tops[j], j * quarter + i);
+    for (int64_t i = 4 * quarter; i < n; i++) raise(top, i);
+    for (const uint32_t bits : tops) top = bits > top ? bits : top;
     return top;
 }
 
 constexpr int kPartsAtOnce = 16;  // parts of kXBlock columns
+constexpr int kColumnsAtOnce = kPartsAtOnce * kXBlock;
+constexpr int kGroups = 16;  // of so many: all their scales come first, since integers wait long for theirs
 
-// q, scale and bias of `count` <= 4 blocks, the first at `out`, one `t` after the other; v is normalized, |v| < 2.
-inline void quantize_blocks(const float* v, int64_t count, float offset, ActBlock* out, int64_t t) {
+// x times both factors, which are powers of two.
+struct Scaled {
+    F first, second;
+    F operator()(const float* x) const { return Lanes::mul(Lanes::mul(Lanes::load(x), first), second); }
+};
+
+// The scale of each part of kColumnsAtOnce values below 2, and what makes integers of them.
+inline void scale_parts(const float* x, const Scaled& scaled, float* scale, float* inverse) {
     F parts[kPartsAtOnce];
-    alignas(64) float largest[kPartsAtOnce], inverse[kPartsAtOnce], scale[kPartsAtOnce], sums[kPartsAtOnce];
-    alignas(64) int32_t bias[kPartsAtOnce];
+    alignas(64) float largest[kPartsAtOnce];
     for (int i = 0; i < kPartsAtOnce; i++) {
-        const F part = Lanes::load(v + i * kXBlock);
+        const F part = scaled(x + i * kXBlock);
         parts[i] = Lanes::max(part, Lanes::mul(part, Lanes::broadcast(-1.0f)));
     }
     Lanes::max_lanes(parts, largest);
@@ -55,11 +67,19 @@ inline void quantize_blocks(const float* v, int64_t count, float offset, ActBloc
     const F top = Lanes::where_greater(least, Lanes::load(largest), zero, Lanes::load(largest));
     Lanes::store(scale, Lanes::div(top, most));
     Lanes::store(inverse, Lanes::where_greater(top, zero, Lanes::div(most, top), zero));
+}
+
+// q, scale and bias of `count` <= 4 blocks, the first at `out`, one `t` after the other.
+inline void quantize_blocks(const float* x, const Scaled& scaled, const float* scale, const float* inverse,
+                            int64_t count, float offset, ActBlock* out, int64_t t) {
+    F parts[kPartsAtOnce];
+    alignas(64) float sums[kPartsAtOnce];
+    alignas(64) int32_t bias[kPartsAtOnce];
     const F shift = Lanes::broadcast(12582912.0f), back = Lanes::broadcast(-12582912.0f);  // as in round_even
     alignas(64) int8_t q[kPartsAtOnce * kXBlock];
     for (int i = 0; i < kPartsAtOnce; i++) {
-        const F scaled = Lanes::mul(Lanes::load(v + i * kXBlock), Lanes::broadcast(inverse[i]));
-        parts[i] = Lanes::add(Lanes::add(scaled, shift), back);
+        const F normal = Lanes::mul(scaled(x + i * kXBlock), Lanes::broadcast(inverse[i]));
+        parts[i] = Lanes::add(Lanes::add(normal, shift), back);
         Lanes::store_int8(q + i * kXBlock, parts[i]);
     }
     Lanes::sum_lanes(parts, sums);
@@ -84,18 +104,24 @@ inline void quantize_blocks(const float* v, int64_t count, float offset, ActBloc
             e = int(top >> 23) - 127;
             if (e < -126) e = int(float_bits(float(top)) >> 23) - 127 - 149;  // denormal: `top` counts 2^-149
         }
-        const float first = power_of_two(-e / 2), second = power_of_two(-e - -e / 2);
+        const Scaled scaled{Lanes::broadcast(power_of_two(-e / 2)), Lanes::broadcast(power_of_two(-e - -e / 2))};
         double back = finite ? 1.0 : double(bits_float(0x7fc00000));
         for (int i = 0; i < (e < 0 ? -e : e); i++) back *= e < 0 ? 0.5 : 2.0;
         factor[row] = back;
-        constexpr int kColumns = kPartsAtOnce * kXBlock;
-        for (int64_t b = 0, column = 0; column < k; b += kColumns / kBlock, column += kColumns) {
-            alignas(64) float v[kColumns];
-            const int64_t n = k - column < kColumns ? k - column : kColumns;
-            if (n < kColumns || !finite) memset(v, 0, sizeof v);
-            if (finite)
-                for (int64_t i = 0; i < n; i++) v[i] = in[column + i] * first * second;
-            quantize_blocks(v, (n + kBlock - 1) / kBlock, offset, static_cast<ActBlock*>(blocks) + b * t + row, t);
+        float rest[kColumnsAtOnce] = {};  // the last columns, and what stands for a row that has no numbers
+        const int64_t whole = finite ? k / kColumnsAtOnce : 0, groups = (k + kColumnsAtOnce - 1) / kColumnsAtOnce;
+        if (finite) memcpy(rest, in + whole * kColumnsAtOnce, size_t(k - whole * kColumnsAtOnce) * sizeof *rest);
+        const auto at = [&](int64_t group) { return group < whole ? in + group * kColumnsAtOnce : rest; };
+        for (int64_t first = 0; first < groups; first += kGroups) {
+            alignas(64) float scale[kGroups][kPartsAtOnce], inverse[kGroups][kPartsAtOnce];
+            const int64_t stop = groups - first < kGroups ? groups : first + kGroups;
+            for (int64_t g = first; g < stop; g++) scale_parts(at(g), scaled, scale[g - first], inverse[g - first]);
+            for (int64_t g = first; g < stop; g++) {
+                constexpr int kBlocks = kColumnsAtOnce / kBlock;
+                const int64_t left = (k + kBlock - 1) / kBlock - g * kBlocks;
+                quantize_blocks(at(g), scaled, scale[g - first], inverse[g - first], left < kBlocks ? left : kBlocks,
+                                offset, static_cast<ActBlock*>(blocks) + g * kBlocks * t + row, t);
+            }
         }
     }
 }
