@@ -185,8 +185,8 @@ struct Lanes {
     static I add_bytes(I sum, const uint8_t* p) {
         return {_mm256_add_epi32(sum.a, bytes(p)), _mm256_add_epi32(sum.b, bytes(p + 32))};
     }
-    static constexpr bool kWide = kWeightOffset != 0;   // whether dots take bytes of 8 bits
-    static constexpr int kQueryDigit = kWide ? 256 : 128;  // a query's digits are less
+    static constexpr bool kWide = kWeightOffset != 0;      // whether dots take bytes of 8 bits
+    static constexpr int kQueryDigit = kWide ? 256 : 128;     // a query's digits are less
     static constexpr bool kCoarse = kWide;  // every other four columns of a query have only the high digit
     static constexpr int kScoreRows = 2;    // rows that are scored together
     static constexpr int kMostWeight = kWide ? 255 : 127;  // of a row's weight
