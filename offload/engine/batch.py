@@ -23,6 +23,7 @@ from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.engine.passes import Passes, Row
 from slotmoe.offload.engine.requests import Request, Sampler
 from slotmoe.offload.engine.sequence import Sequence
+from slotmoe.offload.plan.memory import PREFILL_CHUNK
 from slotmoe.offload.policy.sharing import PIECE, allowance, place, shares
 from slotmoe.offload.sessions.blocks import shared_prefix
 from slotmoe.offload.sessions.store import Sessions
@@ -91,7 +92,9 @@ class Batch:
                 assert request.answer is not None
                 rows[request] = Row(sequence, request.answer.ids[-1:])
         budget = PIECE if rows else self._model.plan.prefill_chunk
-        counts = shares([self._left(request) for request in self._line], budget)
+        # From a disk, a pass over a few tokens takes as long as one over many.
+        free = PIECE if self._model.experts.slots.complete else PREFILL_CHUNK
+        counts = shares([self._left(request) for request in self._line], budget, free)
         self.is_long = sum(counts) > PIECE
         rows |= map(self._piece, self._line, counts)
         if self._compute(rows):

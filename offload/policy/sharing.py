@@ -25,18 +25,13 @@ def place(left: int, costs: int, line: Sequence[tuple[int, int]]) -> int:
     return index
 
 
-def shares(line: Sequence[int], budget: int) -> list[int]:
+def shares(line: Sequence[int], budget: int, free: int) -> list[int]:
     """How many tokens of each prompt the next pass reads, at most ``budget``, by the tokens that
-    each in the line has left.  Those that have at most twice as many as the first are read with it,
-    since they share its experts.  Another gets as many as those before it together, so that they
-    wait for it no longer than for themselves."""
-    counts, taken = list[int](), 0
+    each in the line has left.  Behind the end of the first one, others get as many as that has, so
+    that it waits for them no longer than for itself, or ``free``, which are no more than a pass
+    costs anyway."""
+    counts, room = list[int](), min(budget, line[0] + max(line[0], free)) if line else 0
     for left in line:
-        most = left if left <= 2 * line[0] else max(PIECE, taken)
-        if not (count := min(left, most, budget - taken)):
-            break
-        counts.append(count)
-        taken += count
-        if count < left:
-            break
-    return counts
+        counts.append(min(left, room))
+        room -= counts[-1]
+    return [count for count in counts if count]

@@ -121,7 +121,7 @@ def test_prompts_in_the_same_passes(export, draft, eager, monkeypatch):
 
 def test_a_head_that_fails_ends_the_texts_of_its_pass(export, monkeypatch):
     """Each is as long as its state then, so that both can be cut: in the second pass, over all of a
-    text and 200 tokens of another."""
+    text and 200 tokens or more of another."""
     check(export, "mtp")
     ids = torch.randint(2, 4000, (1100,), generator=torch.Generator().manual_seed(4)).tolist()
     prompts, calls, read = [ids[:900], ids[900:]], [], HeadDrafts.read
@@ -143,7 +143,7 @@ def test_a_head_that_fails_ends_the_texts_of_its_pass(export, monkeypatch):
         passes = passes_of(runtime, monkeypatch)
         runtime.engine.submit(requests[0])
         until(lambda: runtime.engine.batch.totals.finished.get("error") == 2)
-        assert passes == [[-420], [-200, -200]]
+        assert passes[0] == [-420] and passes[1][0] == -200 >= passes[1][1]
         assert all(map(torch.equal, together(runtime, prompts), alone))
 
 

@@ -51,20 +51,20 @@ def narrow(sample_export, heavy):
 
 
 def test_shares_are_the_first_prompts_of_the_line():
-    for line, budget, wanted in (
-        ([600], 512, [512]),
-        ([600, 9000], 512, [512]),
-        ([88, 8000], 512, [88, 88]),
-        ([20, 8000], 512, [20, 64]),
-        ([20, 8000], 64, [20, 44]),
-        ([64, 8000], 64, [64]),
-        ([128] * 5, 512, [128] * 4),
-        ([500, 1000, 2400, 9], 4096, [500, 1000, 1500]),
-        ([20, 40, 40, 80, 9], 4096, [20, 40, 40, 80, 9]),
-        ([20, 40, 40, 160, 9], 4096, [20, 40, 40, 100]),
-        ([], 512, []),
+    for line, budget, free, wanted in (
+        ([600], 512, 64, [512]),
+        ([600, 9000], 512, 64, [512]),
+        ([88, 8000], 512, 64, [88, 88]),
+        ([20, 8000], 512, 64, [20, 64]),
+        ([20, 8000], 64, 512, [20, 44]),
+        ([64, 8000], 64, 64, [64]),
+        ([128] * 5, 512, 64, [128, 128]),
+        ([128] * 5, 4096, 512, [128] * 5),
+        ([500, 300, 2400, 9], 4096, 64, [500, 300, 200]),
+        ([20, 300, 2400, 9], 4096, 512, [20, 300, 212]),
+        ([], 512, 64, []),
     ):
-        assert shares(line, budget) == wanted
+        assert shares(line, budget, free) == wanted
 
 
 class Line:
@@ -89,7 +89,7 @@ class Line:
         return prompt
 
     def step(self):
-        counts = shares([each.left for each in self.line], self.budget)
+        counts = shares([each.left for each in self.line], self.budget, PIECE)
         assert sum(counts) <= self.budget and all(counts)
         for each, count in zip([*self.line], counts, strict=False):
             self.now, each.left = self.now + count, each.left - count
@@ -352,11 +352,11 @@ def test_a_short_prompt_overtakes_a_long_one(arriving):
     steps = 128 // 16  # gates of a layer in a pass
     passes, order = arriving({3: [40]})
     assert order == [40, 1000]
-    assert passes[:4] == [[-128], [-40, -64], [-128], [-128]]
+    assert passes[:4] == [[-128], [-40, -88], [-128], [-128]]
     assert sum(-sum(rows) for rows in passes) == 1000 + 40 + 128
     passes, order = arriving({6 * steps: [40]})
     assert order == [40, 1000]
-    assert passes[:4] == [[-128], [-40, -64], [-128], [-128]]
+    assert passes[:4] == [[-128], [-40, -88], [-128], [-128]]
     assert sum(-sum(rows) for rows in passes) == 1000 + 40
 
 
