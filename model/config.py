@@ -11,33 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+from slotmoe import jsonfile
 from slotmoe.errors import ConfigError
-from slotmoe.jsonfile import (
-    FLAG,
-    Json,
-    ListOf,
-    check,
-    integer,
-    one_of,
-    or_null,
-    parse_json,
-    read_json,
-)
-from slotmoe.model.attention import (
-    KNOWN_KEYS,
-    MAX_INT,
-    OF_V4,
-    POSITIVE,
-    Compressed,
-    HyperConnections,
-    Indexer,
-    Rope,
-    floats,
-    in_hub_words,
-    kinds_of,
-    parts_of_mla,
-    parts_of_v4,
-)
+from slotmoe.jsonfile import FLAG, Json, ListOf, check, integer, one_of, or_null, read_json
+from slotmoe.model import attention
+from slotmoe.model.attention import MAX_INT, POSITIVE, kinds_of
 from slotmoe.model.checkpoint.encodings import Encoding, parse_encoding
 from slotmoe.model.families import FAMILIES, OTHERS, WRAPPERS, Family
 from slotmoe.model.files import ReadFile
@@ -95,16 +73,16 @@ class Config:
     qk_rope_head_dim: Annotated[int, integer(1, 1 << 16)]
     v_head_dim: Annotated[int, integer(1, 1 << 16)]
     rms_norm_eps: Annotated[float, POSITIVE]
-    rope: Rope
+    rope: attention.Rope
     rope_interleave: Annotated[bool, FLAG]  # rotated pairs stand side by side
     max_position_embeddings: Annotated[int, integer(1, MAX_INT)]
     tie_word_embeddings: Annotated[bool, FLAG]
     num_nextn_predict_layers: Annotated[int, integer(0, 1000)]
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    indexer: Indexer | None = None
-    compressed: Compressed | None = None
-    hyper: HyperConnections | None = None
+    indexer: attention.Indexer | None = None
+    compressed: attention.Compressed | None = None
+    hyper: attention.HyperConnections | None = None
     num_hash_layers: int = 0  # the first ones choose experts by token id
     swiglu_limit: float = 0.0  # 0: none
     encoding: Encoding | None = None  # of a checkpoint's quantized weights
@@ -194,7 +172,7 @@ class Config:
 
 _CONFIG = kinds_of(Config)
 # With these, the keys that don't change what the network computes or are read below.
-_KNOWN_KEYS = {*_CONFIG, *_SUPPORTED, *KNOWN_KEYS} | set(
+_KNOWN_KEYS = {*_CONFIG, *_SUPPORTED, *attention.KNOWN_KEYS} | set(
     """attention_dropout auto_map aux_loss_alpha bos_token_id dtype eos_token_id
     initializer_range model_type num_key_value_heads output_router_logits pad_token_id
     pretraining_tp qk_head_dim quantization_config rope_parameters rope_scaling seq_aux
@@ -224,29 +202,30 @@ def config_among(read: ReadFile, where: Path) -> Config:
     path = where / "config.json"
     if (data := read("config.json", MAX_CONFIG_BYTES)) is None:
         raise ConfigError(f"{path}: is missing; not a model in Hugging Face's format")
-    return parse_config(parse_json(data, path), str(path))
+    return parse_config(jsonfile.parse_json(data, path), str(path))
 
 
 def _parse(outer: Json) -> Config:
     given = _text_part(outer)
     family = _family(given)
     _refuse_unsupported(given, family)
-    values = {**_DEFAULTS, **(in_hub_words(given) if family.compressed else given)}
+    values = {**_DEFAULTS, **(attention.in_hub_words(given) if family.compressed else given)}
     values |= {key: value for key, value in _NULLS.items() if values.get(key, value) is None}
     if family.compressed:
-        values |= OF_V4
+        values |= attention.OF_V4
     if values.get("topk_method", family.topk_methods[0]) == "greedy":
         values |= {"n_group": 1, "topk_group": 1}
     if values.get("mlp_layer_types") is not None and not family.compressed:
         values["first_k_dense_replace"] = _dense_layers(values)
     check(values, _CONFIG)
     bos, eos = (_token_ids(values, key) for key in ("bos_token_id", "eos_token_id"))
+    parts_of = attention.parts_of_v4 if family.compressed else attention.parts_of_mla
     config = Config(
         family=family,
-        **floats(values, _CONFIG),
+        **attention.floats(values, _CONFIG),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=eos,
-        **(parts_of_v4(values, family) if family.compressed else parts_of_mla(values, family)),
+        **parts_of(values, family),
         encoding=parse_encoding(given),
         text_only=given is not outer,
         unknown_keys=tuple(sorted(str(key)[:80] for key in given.keys() - _KNOWN_KEYS)),
@@ -288,7 +267,7 @@ def _refuse_unsupported(values: Json, family: Family) -> None:
     if family.indexed:
         supported["indexer_rope_interleave"] = (not family.index_halves, None)
     if family.compressed:
-        supported |= {key: (value, None) for key, value in OF_V4.items()}
+        supported |= {key: (value, None) for key, value in attention.OF_V4.items()}
     for key, allowed in supported.items():
         if key in values and values[key] not in allowed:
             only = " or ".join(json.dumps(value) for value in allowed)

@@ -10,25 +10,8 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from slotmoe.border import (
-    Backend,
-    Compressed,
-    CompressedGeometry,
-    CompressedIndexer,
-    Compressor,
-    Experts,
-    Geometry,
-    HyperGeometry,
-    Indexer,
-    IndexGeometry,
-    Layer,
-    Mixed,
-    Mixing,
-    Mla,
-    Mlp,
-    Pending,
-    Step,
-)
+from slotmoe import border
+from slotmoe.border import Backend, Geometry, Layer, Mixed, Mixing, Mla, Pending, Step
 from slotmoe.model.compressed_attention import CompressedAttention
 from slotmoe.model.config import Config
 from slotmoe.model.latent_attention import LatentAttention
@@ -54,22 +37,19 @@ def layer_of(weights: Mapping[str, W], layer: int) -> Layer[W]:
         weight = weights.get(layer_tensor(layer, part.name))
         if weight is not None:
             parts[field] = as_tensor(weight).float() if part.role == "gate" else weight
-    attention: Mla[W] | Compressed[W] | None
+    attention: Mla[W] | border.Compressed[W] | None
     if "kv_proj" in parts:
-        keys = _filled(Compressor, parts, "compressed_indexer_")
-        attention = _filled(
-            Compressed,
-            parts,
-            compressor=_filled(Compressor, parts, "compressor_"),
-            indexer=_filled(CompressedIndexer, parts, "compressed_indexer_", compressor=keys),
-        )
+        keys = _filled(border.Compressor, parts, "compressed_indexer_")
+        indexer = _filled(border.CompressedIndexer, parts, "compressed_indexer_", compressor=keys)
+        compressor = _filled(border.Compressor, parts, "compressor_")
+        attention = _filled(border.Compressed, parts, compressor=compressor, indexer=indexer)
     else:
-        attention = _filled(Mla, parts, indexer=_filled(Indexer, parts, "indexer_"))
+        attention = _filled(Mla, parts, indexer=_filled(border.Indexer, parts, "indexer_"))
     whole: Layer[W] | None = _filled(
         Layer,
         parts,
         attention=attention,
-        mlp=_filled(Mlp, parts),  # of a dense layer, or of shared experts
+        mlp=_filled(border.Mlp, parts),  # of a dense layer, or of shared experts
         attention_mixing=_filled(Mixing, parts, "attn_hc_"),
         mlp_mixing=_filled(Mixing, parts, "ffn_hc_"),
     )
@@ -91,11 +71,11 @@ def geometry_of(config: Config) -> Geometry:
     c, indexer, compressed, hyper = config, None, None, None
     if c.indexer is not None:
         sizes = c.indexer.n_heads, c.indexer.head_dim, c.indexer.topk
-        indexer = IndexGeometry(*sizes, c.indexer.halves)
+        indexer = border.IndexGeometry(*sizes, c.indexer.halves)
     if c.compressed is not None:
-        compressed = CompressedGeometry(c.compressed.sliding_window, c.compressed.o_groups)
+        compressed = border.CompressedGeometry(c.compressed.sliding_window, c.compressed.o_groups)
     if c.hyper is not None:
-        hyper = HyperGeometry(c.hyper.mult, c.hyper.sinkhorn_iters, c.hyper.eps)
+        hyper = border.HyperGeometry(c.hyper.mult, c.hyper.sinkhorn_iters, c.hyper.eps)
     return Geometry(
         c.num_attention_heads,
         c.qk_nope_head_dim,
@@ -120,7 +100,7 @@ class LayerByLayer(Generic[W]):
         self._latent = LatentAttention(geometry, backend)
         self._compressed = CompressedAttention(geometry, backend)
 
-    def run_layers(self, step: Step, experts: Experts | None) -> Pending | None:
+    def run_layers(self, step: Step, experts: border.Experts | None) -> Pending | None:
         """See ``slotmoe.border.Runner``; ``experts`` are never asked."""
         backend, eps, router = self._backend, self._geometry.eps, self._geometry.router
         if step.x_TD is not None:

@@ -25,16 +25,9 @@ import torch
 from torch import Tensor
 
 from slotmoe.border import Experts, SlotTable
+from slotmoe.model import names
 from slotmoe.model.layers import as_tensor
-from slotmoe.model.names import (
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
-    HEAD_MIX_PARTS,
-    MTP_PARTS,
-    V4_MTP_PARTS,
-    layer_tensor,
-)
+from slotmoe.model.names import EMBEDDING, FINAL_NORM, HEAD, HEAD_MIX_PARTS, layer_tensor
 from slotmoe.model.network import Network
 from slotmoe.model.state import SequenceState
 
@@ -54,9 +47,9 @@ class MtpHead(Generic[W]):
         step_tokens: int = 1 << 30,
     ):
         self._main, layer = main, main.config.num_hidden_layers
-        both = MTP_PARTS | V4_MTP_PARTS
-        names = {field: layer_tensor(layer, part.name) for field, part in both.items()}
-        parts = {field: weights[name] for field, name in names.items() if name in weights}
+        both = names.MTP_PARTS | names.V4_MTP_PARTS
+        stored = {field: layer_tensor(layer, part.name) for field, part in both.items()}
+        parts = {field: weights[name] for field, name in stored.items() if name in weights}
         self._projections = [
             parts[name] for name in ("eh_proj", "e_proj", "h_proj") if name in parts
         ]

@@ -16,20 +16,12 @@ import torch
 
 from slotmoe.errors import CheckpointError, ConfigError, reading
 from slotmoe.jsonfile import parse_json, read_file
-from slotmoe.model import tiktoken
+from slotmoe.model import names, tiktoken
 from slotmoe.model.checkpoint.dequantize import Codes, EncodedTensor
 from slotmoe.model.checkpoint.places import Places
 from slotmoe.model.checkpoint.shards import TensorInfo, read_header, tensors_in
 from slotmoe.model.config import Config, config_among
 from slotmoe.model.files import ReadFile, files_in, inside
-from slotmoe.model.names import (
-    MTP_PARTS,
-    expert_name,
-    expert_shapes,
-    in_layers,
-    layer_tensor,
-    resident_shapes,
-)
 from slotmoe.model.tokenizer import MAX_SETTINGS_BYTES
 
 
@@ -72,10 +64,10 @@ class Checkpoint:
         """
         config = config_among(files_in(folder), folder)
         found, headers = tensors_in(folder)
-        stored = {in_layers(name, config): info for name, info in found.items()}
+        stored = {names.in_layers(name, config): info for name, info in found.items()}
         if keep_mtp:
             config = config.with_mtp(folder / "config.json", "--keep-mtp")
-            first = layer_tensor(config.num_hidden_layers, MTP_PARTS["enorm"].name)
+            first = names.layer_tensor(config.num_hidden_layers, names.MTP_PARTS["enorm"].name)
             if first not in stored:
                 problem = f"{first} is missing, though num_nextn_predict_layers names its layer"
                 advice = "leave --keep-mtp out, or get all weights"
@@ -203,8 +195,8 @@ def small_files(folder: Path) -> ReadFile:
 def tensor_shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor that ``config`` asks for; one by one, since a hostile one asks
     for far too many."""
-    yield from resident_shapes(config).items()
+    yield from names.resident_shapes(config).items()
     for layer in config.moe_layers:
-        for projection, shape in expert_shapes(config).items():
+        for projection, shape in names.expert_shapes(config).items():
             for expert in range(config.n_routed_experts):
-                yield expert_name(layer, expert, projection), shape
+                yield names.expert_name(layer, expert, projection), shape

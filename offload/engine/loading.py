@@ -31,19 +31,9 @@ from slotmoe.offload.experts.substitution import Substitution
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
 from slotmoe.offload.model_source import eos_token_ids, open_tokenizer
 from slotmoe.offload.options import Options
+from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.attention import kv_bytes
-from slotmoe.offload.plan.memory import (
-    HELP_BYTES,
-    LENT,
-    PREFILL_CHUNK,
-    Plan,
-    Sizes,
-    choose_context,
-    make_plan,
-    runtime_growth,
-    scratch_bytes,
-    sizes_of,
-)
+from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes, make_plan, sizes_of
 from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.offload.policy import DEFAULT_POLICY
 from slotmoe.offload.policy.cache import Cache, make_cache
@@ -153,7 +143,7 @@ class _Loader:
             self._backend = self._device.backend(options.kernels, options.threads, limit)
         else:
             self._backend = TorchBackend(swiglu_limit=limit)
-        self._context = choose_context(self._config, self._options.context)
+        self._context = memory.choose_context(self._config, self._options.context)
         self._eos_token_ids = eos_token_ids(self._config, read, self._folder)
         return open_tokenizer(self._config, read, self._folder)
 
@@ -225,10 +215,11 @@ class _Loader:
         components = {
             "resident weights": checkpoint.nbytes,
             "latent KV cache": kv_bytes(config, context, "torch", value_bytes=4),
-            "prefill scratch": scratch_bytes(config, PREFILL_CHUNK, "torch"),
+            "prefill scratch": memory.scratch_bytes(config, PREFILL_CHUNK, "torch"),
         }
         if tier == "ram":
-            components["runtime"] = process_bytes() + runtime_growth(config, checkpoint.nbytes)
+            growth = memory.runtime_growth(config, checkpoint.nbytes)
+            components["runtime"] = process_bytes() + growth
         return Plan(components, 0, 0, 0, self.budget, tier, context)
 
     def _check(self, plan: Plan) -> None:
@@ -420,7 +411,7 @@ class _Loader:
             cpu = pick_backend(torch.device("cpu"), *given)
             cpu.run_on(device.placement)
             in_ram = Records(store.slab, export.layout, levels)
-            hybrid = HostCompute(cpu, in_ram, store, device, max(top_k, LENT))
+            hybrid = HostCompute(cpu, in_ram, store, device, max(top_k, memory.LENT))
             levels = device.empty(tuple(levels.shape), levels.dtype).copy_(levels)
         records = Records(slots.slab, export.layout, levels)
         return Experts(

@@ -13,18 +13,8 @@ from slotmoe.model.checkpoint.dequantize import Codes
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.names import expert_name, expert_shapes
 from slotmoe.offload.plan.memory import default_codecs
-from slotmoe.quant.codecs import encode
-from slotmoe.quant.codecs.codec import (
-    DEFAULT_CODECS,
-    INT4,
-    LUT3,
-    LUT4,
-    MXFP4,
-    NF4,
-    SCALES,
-    Codec,
-    ExpertCodecs,
-)
+from slotmoe.quant.codecs import codec, encode
+from slotmoe.quant.codecs.codec import DEFAULT_CODECS, NF4, SCALES, Codec, ExpertCodecs
 from slotmoe.quant.codecs.encode import NotFiniteError, quantize_int8, quantize_nf4, squared_error
 from slotmoe.quant.codecs.feedback import Hessian, NotPositiveError, quantize
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of, possible_scales, store
@@ -59,7 +49,7 @@ class Coder:
     def code(self, name: str, start: int, stop: int, kind: str | Codec) -> Coded:
         """Rows of tensor ``name``, stored as ``kind``: as the checkpoint has them where the codec
         holds that.  Raises ``NotFiniteError``, and what reading raises."""
-        if kind in (NF4, INT4, MXFP4) and self.checkpoint.in_4_bits(name):
+        if kind in (NF4, codec.INT4, codec.MXFP4) and self.checkpoint.in_4_bits(name):
             assert isinstance(kind, Codec)
             stored = self.checkpoint.codes(name, start, stop)
             same_levels = torch.equal(stored.levels, levels_of(kind))
@@ -114,7 +104,7 @@ def codecs_for(checkpoint: Checkpoint) -> ExpertCodecs:
 
 def learns(kind: str | Codec) -> bool:
     """Whether a way to store weights has levels that are learned, and codes that are calibrated."""
-    return isinstance(kind, Codec) and kind.name in (LUT4.name, LUT3.name)
+    return isinstance(kind, Codec) and kind.name in (codec.LUT4.name, codec.LUT3.name)
 
 
 def levels_file(checkpoint: Checkpoint, kinds: Mapping[str, str | Codec]) -> str:
@@ -131,9 +121,9 @@ def learn_levels(
     ``kinds`` say how tensors are stored."""
     learning = {name: kind for name, kind in kinds.items() if learns(kind)}
     infos, levels = checkpoint.infos, {}
-    for codec in dict.fromkeys(learning.values()):
-        assert isinstance(codec, Codec)
-        names = [name for name, kind in learning.items() if kind == codec]
+    for kind in dict.fromkeys(learning.values()):
+        assert isinstance(kind, Codec)
+        names = [name for name, stored in learning.items() if stored == kind]
         names = [name for name in names if infos[name].file == file]
         samples = []
         for name in names[:: max(1, -(-len(names) // _MATRICES))]:
@@ -142,7 +132,7 @@ def learn_levels(
             piece = checkpoint.rows(name, (N - count) // 2, (N + count) // 2).float()
             if bool(piece.isfinite().all()):  # else its own quantization says what is wrong
                 samples.append(piece)
-        start = torch.tensor(codec.levels, dtype=torch.float32)
-        learned = encode.learn_levels(samples, start, SCALES[codec.scales].block)
-        levels[codec.name] = [int(level) for level in learned.tolist()]
+        start = torch.tensor(kind.levels, dtype=torch.float32)
+        learned = encode.learn_levels(samples, start, SCALES[kind.scales].block)
+        levels[kind.name] = [int(level) for level in learned.tolist()]
     return levels

@@ -15,14 +15,8 @@ from pathlib import Path
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import TEXT, Json, Kind, ListOf, check, integer, one_of, read_json
-from slotmoe.offload.sessions.blocks import (
-    BlockFolder,
-    chain,
-    make_private,
-    packed,
-    unpacked,
-    write_private,
-)
+from slotmoe.offload.sessions import blocks
+from slotmoe.offload.sessions.blocks import BlockFolder, make_private
 from slotmoe.offload.shared_files import take_lock
 from slotmoe.quant.export.layout import checksum
 
@@ -86,11 +80,11 @@ class NamedSession:
     def save(self, saved: Saved) -> None:
         """Replace the file, whole or not at all.  Raises ``ConfigError``."""
         # In one value: a reader of JSON bounds how many there may be.
-        tokens = base64.b64encode(packed(saved.tokens)).decode()
+        tokens = base64.b64encode(blocks.packed(saved.tokens)).decode()
         values = {"version": _VERSION, **asdict(saved), "root": saved.root.hex(), "tokens": tokens}
         text = json.dumps({"checksum": _checksum(values), **values})
         try:
-            write_private(self.path, [text.encode()])
+            blocks.write_private(self.path, [text.encode()])
         except OSError as problem:
             raise ConfigError(f"{self.path}: can't be written ({problem.strerror})") from None
         self.saved = saved
@@ -137,7 +131,7 @@ def remove(folder: Path, names: Sequence[str]) -> int:
         if not (folder / "blocks").is_dir():
             return 0
         left = [session.saved for session in listing(folder) if session.saved is not None]
-        wanted = [block for saved in left for block in chain(saved.root, saved.tokens)]
+        wanted = [block for saved in left for block in blocks.chain(saved.root, saved.tokens)]
         return BlockFolder(folder / "blocks", 1 << 62, lambda remark: None).sweep(wanted)
     except OSError as problem:
         raise ConfigError(f"{folder}: can't be written ({problem.strerror})") from None
@@ -157,7 +151,7 @@ def _load(path: Path) -> Saved:
         check(values, _SAVED)
         if values["checksum"] != _checksum(values):
             raise ValueError("its checksum is wrong")
-        tokens = unpacked(base64.b64decode(values["tokens"]))
+        tokens = blocks.unpacked(base64.b64decode(values["tokens"]))
     except ValueError as problem:
         advice = f"slotmoe rm --sessions {path.stem} removes it"
         raise _DamagedError(f"{path}: is damaged ({problem}); {advice}") from None

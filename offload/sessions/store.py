@@ -13,17 +13,8 @@ from torch import Tensor
 from slotmoe.errors import ConfigError
 from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.engine.sequence import Sequence
-from slotmoe.offload.sessions.blocks import (
-    ADDRESS_BYTES,
-    BLOCK_TOKENS,
-    FORMAT,
-    Block,
-    BlockFolder,
-    Notify,
-    chain,
-    make_private,
-    shared_prefix,
-)
+from slotmoe.offload.sessions import blocks
+from slotmoe.offload.sessions.blocks import BLOCK_TOKENS, FORMAT, Block, chain, shared_prefix
 from slotmoe.quant.export.reader import Export
 from slotmoe.sizes import parse_size
 
@@ -39,16 +30,16 @@ class Sessions:
     ``ConfigError``.
     """
 
-    def __init__(self, model: LoadedModel, folder: Path, limit: int | str, notify: Notify):
+    def __init__(self, model: LoadedModel, folder: Path, limit: int | str, notify: blocks.Notify):
         self._identity = _identity(model)
-        make_private(folder)
-        self._blocks = BlockFolder(folder / "blocks", parse_size(limit), notify)
+        blocks.make_private(folder)
+        self._blocks = blocks.BlockFolder(folder / "blocks", parse_size(limit), notify)
         self._state = model.states[0]  # all need the same bytes
         self._counts = dict.fromkeys(("restored_tokens", "read_bytes", "written_bytes"), 0)
 
     def root(self, owner: str = "") -> bytes:
         """The address from which the owner's sequences start."""
-        return hashlib.sha256(self._identity + owner.encode()).digest()[:ADDRESS_BYTES]
+        return hashlib.sha256(self._identity + owner.encode()).digest()[: blocks.ADDRESS_BYTES]
 
     def restore(self, sequence: Sequence, prompt: list[int], owner: str = "") -> int:
         """Append to ``sequence``, which holds a beginning of ``prompt``, what is on disk of the
@@ -116,20 +107,20 @@ class Sessions:
             assert snapshot is not None
             return snapshot.numpy().data
 
-        blocks = list(chain(self.root(owner), tokens))
+        there = list(chain(self.root(owner), tokens))
         snapshots = list[Block]()
         for mark in state.marks:
             if mark <= len(tokens):
-                block = blocks[(mark - 1) // BLOCK_TOKENS]
+                block = there[(mark - 1) // BLOCK_TOKENS]
                 snapshots.append(block.begun(mark - block.start, is_snapshot=True))
-        written = self._blocks.add(blocks, self._size, content, snapshots)
+        written = self._blocks.add(there, self._size, content, snapshots)
         self._counts["written_bytes"] += written
 
     def stats(self) -> dict[str, int]:
         """Tokens restored, bytes read and written, and files dropped so far; bytes on disk now, and
         how many there may be."""
-        blocks = self._blocks
-        there = {"damaged": blocks.damaged, "bytes": blocks.nbytes, "limit": blocks.limit}
+        held = self._blocks
+        there = {"damaged": held.damaged, "bytes": held.nbytes, "limit": held.limit}
         return {**self._counts, **there}
 
 

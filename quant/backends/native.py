@@ -13,23 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from slotmoe.border import (
-    Cache,
-    Compressed,
-    CompressedGroup,
-    CompressedState,
-    Experts,
-    Geometry,
-    HyperGeometry,
-    Layer,
-    Mixed,
-    Mixing,
-    Mla,
-    Pending,
-    Router,
-    State,
-    Step,
-)
+from slotmoe import border
+from slotmoe.border import Geometry, HyperGeometry, Mixed, Mixing, Mla, Pending, State, Step
 from slotmoe.quant.backends.base import Empty, Prepared, Records, SlotTable, TorchBackend, new
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.codecs.weight import CodedWeight
@@ -60,7 +45,7 @@ class NativeDecoder:
     record: Callable[[Records], ExpertRecord]
     rows: ClassVar[int] = 1 << 30
 
-    def run_layers(self, step: Step, experts: Experts) -> Pending | None:
+    def run_layers(self, step: Step, experts: border.Experts) -> Pending | None:
         """See ``slotmoe.border.Runner``."""
         table = experts.slot_table()
         assert isinstance(table, SlotTable)
@@ -90,7 +75,7 @@ class NativeDecoder:
 
     def _latent(self, step: Step, states: Sequence[State], positions: Sequence[int]) -> Tokens:
         """With each token's latent cache, and what indexers keep and have chosen."""
-        caches = cast(Sequence[Cache], states)
+        caches = cast(Sequence[border.Cache], states)
         for cache, position in zip(caches, positions, strict=True):
             cache.extend(step.layer, position + 1 - cache.length)
         if self.decoder.topk and step.lists_TL is None:
@@ -101,11 +86,13 @@ class NativeDecoder:
 
     def _compressed(self, step: Step, states: Sequence[State], positions: Sequence[int]) -> Tokens:
         """With each token's rows of the window, and compressed ones."""
-        caches, Q, T = cast(Sequence[CompressedState], states), self.decoder.streams, len(states)
+        caches = cast(Sequence[border.CompressedState], states)
+        Q, T = self.decoder.streams, len(states)
         if step.mixed is None:
             step.mixed = Mixed(torch.empty(T, Q), torch.empty(T, Q, Q))
         assert step.compressed_C is not None and step.compressed_rope_TC is not None
-        groups, positions_T = list[tuple[list[CompressedGroup], Tensor]](), torch.tensor(positions)
+        groups = list[tuple[list[border.CompressedGroup], Tensor]]()
+        positions_T = torch.tensor(positions)
         for ratio, index in ((shape.ratio, shape.index) for shape in self.decoder.groups):
             angles_TC = (positions_T // ratio * ratio)[:, None].float() * step.compressed_C
             parts = [cache.index if index else cache.groups[ratio] for cache in caches]
@@ -251,14 +238,14 @@ class NativeBackend(TorchBackend):
     def route(
         self,
         logits_TE: Tensor,
-        router: Router,
+        router: border.Router,
         bias_E: Tensor | None,
         chosen_TK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         return self._native.route(logits_TE.contiguous(), router, bias_E, chosen_TK)
 
     def decoder(
-        self, geometry: Geometry, layers: Sequence[Layer[Prepared]]
+        self, geometry: Geometry, layers: Sequence[border.Layer[Prepared]]
     ) -> NativeDecoder | None:
         """None where the native call does not compute as the single operations do: ``kv_b_proj`` or
         an MLP in bf16, groups of an output projection that share tiles, or V4 with one stream."""
@@ -300,7 +287,7 @@ class NativeBackend(TorchBackend):
         return Mlp(gate, up, down, self.swiglu_limit)
 
 
-def _is_native(geometry: Geometry, attention: Mla[Prepared] | Compressed[Prepared]) -> bool:
+def _is_native(geometry: Geometry, attention: Mla[Prepared] | border.Compressed[Prepared]) -> bool:
     """Whether `NativeBackend.decoder` can serve it."""
     if isinstance(attention, Mla):
         return isinstance(attention.kv_b_proj, Absorbed)

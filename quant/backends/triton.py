@@ -23,15 +23,7 @@ from slotmoe.quant.backends import triton_rows
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend, first_best
 from slotmoe.quant.backends.graphs import Capturing, CudaGraphs
 from slotmoe.quant.backends.triton_decoder import TritonDecoder
-from slotmoe.quant.backends.triton_rows import (
-    DENSE,
-    Routed,
-    Shared,
-    operand,
-    power,
-    row,
-    row_gate_up,
-)
+from slotmoe.quant.backends.triton_rows import operand, power, row_gate_up
 from slotmoe.quant.kernels.triton import lists, mla, rows, streams, tiles
 
 # Triton 3.9 warns that its default will change; this is the present one.
@@ -56,7 +48,7 @@ class TritonBackend(TorchBackend):
         self.interpreted = isinstance(rows.linear, InterpretedFunction)
         self.name = "triton, interpreted" if self.interpreted else "triton"
         self._sums: dict[int, Tensor] = {}
-        self._shared: Shared | None = None
+        self._shared: triton_rows.Shared | None = None
         self._finished = torch.zeros(0, dtype=torch.int32)
         self.graph: Capturing | None = CudaGraphs() if device.type == "cuda" else None
 
@@ -67,7 +59,7 @@ class TritonBackend(TorchBackend):
             return F.linear(x_TK.to(weight.dtype), weight).float()
         x_TK, y_TN = x_TK.contiguous(), torch.empty(T, N, device=x_TK.device)
         if T == 1:
-            return row(x_TK.float(), weight, y_TN)
+            return triton_rows.row(x_TK.float(), weight, y_TN)
         tile = self._tile(T)
         tiles.linear[(triton.cdiv(N, _BN), triton.cdiv(T, tile["BM"]))](
             x_TK, data, scale, levels, y_TN, T, N, K, KIND=kind, **tile
@@ -79,7 +71,7 @@ class TritonBackend(TorchBackend):
     ) -> Tensor:
         gate, up = operand(gate_proj), operand(up_proj)
         T, (N, K) = len(x_TD), gate_proj.shape
-        if gate.kind != up.kind or (gate.kind == DENSE and T != 1):
+        if gate.kind != up.kind or (gate.kind == triton_rows.DENSE and T != 1):
             return super().mlp(x_TD, gate_proj, up_proj, down_proj)
         x_TD = x_TD.contiguous()
         if T == 1:
@@ -248,7 +240,7 @@ class TritonBackend(TorchBackend):
             if not isinstance(layer.attention, Mla) or layer.attention.indexer is not None:
                 return None
         mlps = [layer.mlp for layer in layers if layer.gate is not None and layer.mlp is not None]
-        self._shared = Shared.of(mlps[0]) if mlps else None
+        self._shared = triton_rows.Shared.of(mlps[0]) if mlps else None
         norm = layers[0].input_layernorm
         sum_1D = self.sum_1D(len(norm), norm.device)
         return TritonDecoder(geometry, layers, sum_1D, self.graph, self.swiglu_limit)
@@ -269,7 +261,7 @@ class TritonBackend(TorchBackend):
     ) -> None:
         given = x_TD.contiguous(), records, slots_E, indices_TK.contiguous(), y_TKD
         if len(x_TD) == 1:  # each use reads its expert's record, in float32
-            triton_rows.experts(Routed(*given), self._shared, None, self.swiglu_limit)
+            triton_rows.experts(triton_rows.Routed(*given), self._shared, None, self.swiglu_limit)
         else:
             self._experts_by_groups(*given)
 

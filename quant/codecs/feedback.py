@@ -19,15 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slotmoe.quant.codecs import encode
 from slotmoe.quant.codecs.codec import BLOCK, SCALES, TILE, Codec
-from slotmoe.quant.codecs.encode import (
-    ByteScales,
-    encode,
-    fit_blocks,
-    inverse_or_zero,
-    nearest,
-    starts_of,
-)
+from slotmoe.quant.codecs.encode import ByteScales, inverse_or_zero, nearest
 from slotmoe.quant.codecs.weight import pack
 from slotmoe.quant.kernels.cpu import bindings
 
@@ -76,7 +70,7 @@ def quantize(
     ``NotPositiveError``."""
     block, levels_L = SCALES[codec.scales].block, torch.tensor(codec.levels, dtype=torch.float32)
     if hessian is None:
-        codes_NK, scales, squares = *encode(weight_NK, levels_L, block), None
+        codes_NK, scales, squares = *encode.encode(weight_NK, levels_L, block), None
     else:
         codes_NK, scales, squares = _encode(weight_NK, hessian, levels_L, block)
     return pack(codes_NK.view(-1, TILE, codes_NK.shape[1]), codec.bits), scales.cpu(), squares
@@ -111,7 +105,7 @@ class _State:
     def __init__(self, w_KN: Tensor, hessian: Hessian, levels_L: Tensor, block: int):
         self._native = bindings.load() if w_KN.is_cpu else None
         self._w_KN, self._hessian, self._block = w_KN, hessian, block
-        self.levels_L, self._starts = levels_L, starts_of(levels_L).to(levels_L)
+        self.levels_L, self._starts = levels_L, encode.starts_of(levels_L).to(levels_L)
         self._spans = [slice(at, at + block) for at in range(0, len(w_KN), block)]
         diagonal = hessian.damped.diagonal()
         first = [self._fit(w_KN[span], diagonal[span]) for span in self._spans]
@@ -123,7 +117,7 @@ class _State:
         importance_B = importance_B.contiguous()
         if self._native is not None:
             return self._native.fit_columns(x_BN, importance_B, self.levels_L, self._starts)
-        return fit_blocks(x_BN.t(), importance_B, self.levels_L, self._starts)
+        return encode.fit_blocks(x_BN.t(), importance_B, self.levels_L, self._starts)
 
     def feed_back(self) -> None:
         """Round all columns in order."""

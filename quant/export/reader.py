@@ -12,6 +12,7 @@ from slotmoe.errors import ExportError
 from slotmoe.jsonfile import Json
 from slotmoe.quant.codecs.codec import manifest_codecs
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of, possible_scales
+from slotmoe.quant.export import validate
 from slotmoe.quant.export.folder import Folder
 from slotmoe.quant.export.layout import (
     COPIED,
@@ -24,12 +25,6 @@ from slotmoe.quant.export.layout import (
     layer_file,
     layer_parts,
     tensor_parts,
-)
-from slotmoe.quant.export.validate import (
-    MAX_COPIED_BYTES,
-    manifest_layout,
-    read_manifest,
-    refuse_unlisted,
 )
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.shapes import ALIGNMENT
@@ -79,9 +74,9 @@ class Export:
         other drives.  Raises ``ExportError`` naming a file that is damaged or does not belong
         there."""
         folder = Path(path)
-        manifest = read_manifest(folder)
-        refuse_unlisted(folder, manifest)
-        export = cls(folder, manifest, manifest_layout(manifest), experts_dirs)
+        manifest = validate.read_manifest(folder)
+        validate.refuse_unlisted(folder, manifest)
+        export = cls(folder, manifest, validate.manifest_layout(manifest), experts_dirs)
         try:
             export._verify_files()
         except BaseException:
@@ -93,7 +88,7 @@ class Export:
         files, linked = self.manifest["files"], self.manifest["experts"]["linked_layers"]
         for name in filter(files.__contains__, COPIED):
             self._own.open_file(name)
-            self.small_file(name, MAX_COPIED_BYTES)
+            self.small_file(name, validate.MAX_COPIED_BYTES)
         for layer in self.layers:
             name, origin = layer_file(layer), linked.get(str(layer), layer)
             for folder in self.folders:

@@ -7,45 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from slotmoe import jsonfile
 from slotmoe.errors import ExportError
-from slotmoe.jsonfile import (
-    TEXT,
-    Json,
-    ListOf,
-    ObjectOf,
-    check,
-    integer,
-    number,
-    one_of,
-    or_null,
-    read_json,
-)
-from slotmoe.quant.codecs.codec import (
-    BLOCK,
-    KINDS,
-    LAYOUT,
-    SCALES,
-    ExpertCodecs,
-    manifest_codecs,
-    to_version_2,
-)
-from slotmoe.quant.export.layout import (
-    COPIED,
-    DTYPES,
-    FORMAT_VERSION,
-    MANIFEST,
-    MAX_PREDICTOR_WIDTH,
-    RESIDENT,
-    SWAP_PRICES,
-    Part,
-    RecordLayout,
-    checksum,
-    is_predictor,
-    layer_file,
-    part_of,
-    predictor_parts,
-    resident_parts,
-)
+from slotmoe.jsonfile import TEXT, Json, ListOf, ObjectOf, check, integer, number, one_of
+from slotmoe.quant.codecs import codec
+from slotmoe.quant.codecs.codec import KINDS, SCALES, ExpertCodecs, manifest_codecs, to_version_2
+from slotmoe.quant.export import layout
+from slotmoe.quant.export.layout import COPIED, RESIDENT, Part, checksum, is_predictor, layer_file
 from slotmoe.quant.shapes import ALIGNMENT, TABLE_NAME
 
 MAX_MANIFEST_BYTES = 8 << 20
@@ -63,13 +31,11 @@ _CODEC = {
     "scales": one_of(*SCALES),
     "levels": _LEVELS,
 }
-_VERSION_1 = {
-    "quantization": {"block": one_of(BLOCK), "levels": _LEVELS, "resident_shapes": ObjectOf(_SHAPE)}
-}
+_VERSION_1 = {"block": one_of(codec.BLOCK), "levels": _LEVELS, "resident_shapes": ObjectOf(_SHAPE)}
 _MANIFEST = {
     "source": {"files": {}},
     "quantization": {
-        "layout": one_of(LAYOUT),
+        "layout": one_of(codec.LAYOUT),
         "codecs": ObjectOf(_CODEC),
         "experts": {"gate_up": TEXT, "down": TEXT},
         "resident_codecs": ObjectOf({"codec": TEXT, "shape": _SHAPE}),
@@ -90,7 +56,7 @@ _WEIGHTS = {
     "header_bytes": integer(ALIGNMENT, 1 << 30),
     "header_checksum": TEXT,
 }
-_TENSOR = {"dtype": one_of(*DTYPES), "shape": ListOf(_SIZE, 1, 3), "checksum": TEXT}
+_TENSOR = {"dtype": one_of(*layout.DTYPES), "shape": ListOf(_SIZE, 1, 3), "checksum": TEXT}
 _TENSORS = {**_WEIGHTS, "tensors": ObjectOf(_TENSOR)}
 _FAMILY = {
     "family": TEXT,
@@ -98,7 +64,7 @@ _FAMILY = {
     "weights": integer(1, 1 << 50),
     "bits_per_weight": number(0, 1 << 20),
     "relative_rms_error": _ERROR,
-    "worst_layer": or_null(_LAYER),
+    "worst_layer": jsonfile.or_null(_LAYER),
     "by_layer": ObjectOf(_ERROR),
 }
 _REPORT = {
@@ -124,10 +90,10 @@ def regular_file(folder: Path, name: str) -> Path:
     return path
 
 
-def manifest_layout(manifest: Json) -> RecordLayout:
+def manifest_layout(manifest: Json) -> layout.RecordLayout:
     """Layout of the records that ``manifest`` describes."""
     experts, codecs = manifest["experts"], ExpertCodecs.of_manifest(manifest)
-    return RecordLayout(experts["hidden_size"], experts["moe_intermediate_size"], codecs)
+    return layout.RecordLayout(experts["hidden_size"], experts["moe_intermediate_size"], codecs)
 
 
 def unlisted_files(folder: Path, manifest: Json) -> list[str]:
@@ -138,7 +104,7 @@ def unlisted_files(folder: Path, manifest: Json) -> list[str]:
     """
     paths = [*folder.iterdir(), *(folder / "experts").glob("*")]
     names = (str(path.relative_to(folder)) for path in paths if path.name != "experts")
-    ours = {MANIFEST, *manifest["files"]}
+    ours = {layout.MANIFEST, *manifest["files"]}
     return sorted(
         name
         for name in names
@@ -157,12 +123,12 @@ def refuse_unlisted(folder: Path, manifest: Json) -> None:
 
 def read_manifest(folder: Path) -> Json:
     """The manifest of ``folder``, checked for types and ranges.  Raises ``ExportError``."""
-    path = regular_file(folder, MANIFEST)
+    path = regular_file(folder, layout.MANIFEST)
     if not path.exists():
         way_out = "slotmoe quantize SRC DST makes one"
         raise ExportError(f"{path}: is missing; {folder} is no finished export ({way_out})")
-    manifest = read_json(path, MAX_MANIFEST_BYTES, ExportError)
-    version, ours = manifest.get("format_version"), FORMAT_VERSION
+    manifest = jsonfile.read_json(path, MAX_MANIFEST_BYTES, ExportError)
+    version, ours = manifest.get("format_version"), layout.FORMAT_VERSION
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ExportError(f"{path}: format_version is {version!r:.40}, expected {ours}")
     if version > ours:
@@ -173,7 +139,7 @@ def read_manifest(folder: Path) -> Json:
         raise ExportError(f"{path}: {what}")
     try:
         if version == 1:
-            check(manifest, _VERSION_1)
+            check(manifest, {"quantization": _VERSION_1})
             to_version_2(manifest)
         _check_manifest(manifest)
     except (LookupError, TypeError, AttributeError, ValueError) as problem:
@@ -200,8 +166,8 @@ def _check_codecs(quantization: Json) -> None:
         ordered = all(low < high for low, high in pairwise(numbers))  # -0 before 0
         _require(ordered, f"the levels of {what} are not in ascending order, each once")
     coded = {name: item["codec"] for name, item in quantization["resident_codecs"].items()}
-    for name, codec in coded.items():  # kernels compute both in one go
-        same = coded.get(name.replace("gate_proj", "up_proj"), codec) == codec
+    for name, own in coded.items():  # kernels compute both in one go
+        same = coded.get(name.replace("gate_proj", "up_proj"), own) == own
         _require(same, f"{name:.80} and the up_proj beside it have different codecs")
     for name in [*quantization["experts"].values(), *coded.values()]:
         _require(name in quantization["codecs"], f"codec {name!r:.40} is not in codecs")
@@ -269,10 +235,11 @@ def check_predictor(tensors: Json, experts: Json) -> int:
     L = len(experts["layers"]) - ("mtp_layer" in experts)
     R = tensors["token.in.weight"]["shape"][0]
     Q = tensors["layer.in.weight"]["shape"][1] if L > 1 else 1
-    _require(max(R, Q) <= MAX_PREDICTOR_WIDTH, f"the predictor is wider than {MAX_PREDICTOR_WIDTH}")
-    expected = predictor_parts(experts["hidden_size"], L, experts["n_routed_experts"], R, Q)
-    if SWAP_PRICES not in tensors:
-        del expected[SWAP_PRICES]
+    most = layout.MAX_PREDICTOR_WIDTH
+    _require(max(R, Q) <= most, f"the predictor is wider than {most}")
+    expected = layout.predictor_parts(experts["hidden_size"], L, experts["n_routed_experts"], R, Q)
+    if layout.SWAP_PRICES not in tensors:
+        del expected[layout.SWAP_PRICES]
     _require(set(tensors) == set(expected), "the predictor has other tensors than its format")
     return _check_tensors("the predictor", tensors, expected)
 
@@ -280,7 +247,7 @@ def check_predictor(tensors: Json, experts: Json) -> int:
 def _check_tensors(of: str, tensors: Json, expected: dict[str, Part]) -> int:
     """Returns the bytes of ``tensors``, which must be as ``expected``."""
     for name, part in expected.items():
-        same = name in tensors and part == part_of(tensors[name])
+        same = name in tensors and part == layout.part_of(tensors[name])
         _require(same, f"{name:.80} of {of} is not stored as the format prescribes")
     return sum(part.nbytes for part in expected.values())
 
@@ -291,17 +258,17 @@ def _check_resident(tensors: Json, manifest: Json) -> int:
     expected: dict[str, Part] = {}
     codecs, coded = manifest_codecs(manifest), manifest["quantization"]["resident_codecs"]
     for name, item in tensors.items():
-        part = part_of(item)
+        part = layout.part_of(item)
         if name in coded:
             shape, codec = tuple(coded[name]["shape"]), codecs[coded[name]["codec"]]
-            expected |= resident_parts(name, shape, codec, part.dtype)
+            expected |= layout.resident_parts(name, shape, codec, part.dtype)
         elif name + ".scale" in tensors:
             _require(len(part.shape) == 2, f"{name:.80} is no matrix")
-            expected |= resident_parts(name, part.shape, "int8", part.dtype)
+            expected |= layout.resident_parts(name, part.shape, "int8", part.dtype)
         elif name not in expected:
             fits = part.dtype.is_floating_point and part.dtype.itemsize > 1
             if name.endswith(TABLE_NAME):
-                fits = part.dtype == DTYPES["I32"]
+                fits = part.dtype == layout.DTYPES["I32"]
             _require(fits, f"{name:.80} has dtype {part.dtype}")
-            expected |= resident_parts(name, part.shape, "none", part.dtype)
+            expected |= layout.resident_parts(name, part.shape, "none", part.dtype)
     return _check_tensors(RESIDENT, tensors, expected)

@@ -12,15 +12,8 @@ from torch import Tensor, uint8
 
 from slotmoe.errors import ExportError
 from slotmoe.jsonfile import Json
-from slotmoe.quant.export.layout import (
-    MANIFEST,
-    Part,
-    checksum,
-    describe_tensors,
-    is_predictor,
-    place,
-    safetensors_header,
-)
+from slotmoe.quant.export import layout
+from slotmoe.quant.export.layout import Part, checksum, describe_tensors, is_predictor, place
 from slotmoe.quant.export.validate import check_predictor, manifest_checksum, read_manifest
 from slotmoe.quant.export.verify import span_checksums
 
@@ -37,7 +30,7 @@ class ExportFile:
     def __init__(self, path: Path, parts: dict[str, Part], checksums: dict[str, str] | None = None):
         self.path, self.parts, self.checksums = path, parts, dict(checksums or {})
         self._temporary = temporary_name(path)
-        self._header = safetensors_header(parts.items())
+        self._header = layout.safetensors_header(parts.items())
         self._unfinished: dict[str, tuple[xxhash.xxh3_128, int]] = {}
         path.parent.mkdir(exist_ok=True)
         self._handle = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -169,7 +162,7 @@ def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> Json:
         files = {name: old for name, old in manifest["files"].items() if not is_predictor(name)}
         manifest["files"] = dict(sorted({**files, path.name: entry}.items()))
         manifest["checksum"] = manifest_checksum(manifest)
-        write_json(folder / MANIFEST, manifest)
+        write_json(folder / layout.MANIFEST, manifest)
         for old in folder.iterdir():
             if is_predictor(old.name.removesuffix(".tmp")) and old.name != path.name:
                 old.unlink()

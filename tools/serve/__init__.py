@@ -16,17 +16,8 @@ import click
 
 from slotmoe.errors import ConfigError
 from slotmoe.sizes import parse_size
-from slotmoe.tools.options import (
-    MODEL,
-    SESSION_LIMIT,
-    Command,
-    flag,
-    open_runtime,
-    option,
-    require_extra,
-    runtime_options,
-    say,
-)
+from slotmoe.tools import options
+from slotmoe.tools.options import flag, open_runtime, option
 
 if TYPE_CHECKING:
     import uvicorn
@@ -56,8 +47,8 @@ _SESSIONS_HELP = (
 _KEYS_HELP = "Ask for this key; may be repeated. Seen by others in ps."
 
 
-@click.command(name="serve", cls=Command)
-@MODEL
+@click.command(name="serve", cls=options.Command)
+@options.MODEL
 @option("--host", None, _HOST_HELP, default="127.0.0.1")
 @option("--port", None, "Port; 0 takes a free one.", type=click.IntRange(0, 65535), default=8000)
 @option("--api-key api_keys", "KEY", _KEYS_HELP, multiple=True)
@@ -69,10 +60,10 @@ _KEYS_HELP = "Ask for this key; may be repeated. Seen by others in ps."
 @option("--max-body", "SIZE", "Largest request body.", default="4MiB")
 @option("--name", "NAME", "The model's name for clients. [default: the folder's, or the hub id]")
 @option("--session-dir", "DIR", _SESSIONS_HELP)
-@SESSION_LIMIT
+@options.SESSION_LIMIT
 @flag("--no-log", "Write no line about each request.")
-@runtime_options
-def command(model: str, host: str, port: int, name: str | None, **options: Any) -> int:
+@options.runtime_options
+def command(model: str, host: str, port: int, name: str | None, **given: Any) -> int:
     """Serve MODEL over HTTP: /v1/chat/completions, /v1/responses, /v1/completions, /v1/models
     (OpenAI), /v1/messages (Anthropic), /tokenize, /health, /metrics (Prometheus), and at / a page
     to chat with it.
@@ -90,22 +81,22 @@ def command(model: str, host: str, port: int, name: str | None, **options: Any) 
       slotmoe serve lite-export --session-dir sessions --session-limit 20GiB
       SLOTMOE_API_KEY=secret slotmoe serve lite-export --host 0.0.0.0 --allow-host box.local
     """
-    require_extra("serve", *_LIBRARIES)
-    sequences, queue = options["max_sequences"], options["max_queue"]
-    keys = _keys(options["api_keys"], options["api_key_file"])
-    origins = _origins(options["origins"], bool(keys))
-    max_body, hosts = parse_size(options["max_body"]), (host, *options["hosts"])
+    options.require_extra("serve", *_LIBRARIES)
+    sequences, queue = given["max_sequences"], given["max_queue"]
+    keys = _keys(given["api_keys"], given["api_key_file"])
+    origins = _origins(given["origins"], bool(keys))
+    max_body, hosts = parse_size(given["max_body"]), (host, *given["hosts"])
     allow_descriptors(sequences + queue + 2 * _SPARE_CONNECTIONS)
-    folder, limit = options["session_dir"], parse_size(options["session_limit"])
+    folder, limit = given["session_dir"], parse_size(given["session_limit"])
     rows = max(sequences, 16)  # of logits: one of each answer, or of a prompt's scored tokens
     with (
         _listen(host, port, bool(keys)) as listener,
-        open_runtime(model, options, logits_rows=rows, sequences=sequences) as runtime,
+        open_runtime(model, given, logits_rows=rows, sequences=sequences) as runtime,
     ):
         if folder is not None:
-            runtime.keep_in(folder, limit, say)
+            runtime.keep_in(folder, limit, options.say)
         name = name or (Path(model).resolve().name if Path(model).exists() else model)
-        edge = keys, hosts, max_body, not options["no_log"], origins
+        edge = keys, hosts, max_body, not given["no_log"], origins
         server, service = make_server(runtime, name, sequences, queue, *edge)
         address, port = listener.getsockname()[:2]
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"

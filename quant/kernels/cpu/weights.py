@@ -14,14 +14,8 @@ from torch import Tensor
 from slotmoe.border import Router
 from slotmoe.quant.codecs.codec import BLOCK, KINDS, SCALES, ExpertCodecs
 from slotmoe.quant.codecs.weight import CodedWeight
-from slotmoe.quant.kernels.cpu.signatures import (
-    C_TYPES,
-    INT8,
-    SOURCE_TYPES,
-    Bound,
-    TensorSpec,
-    tensor_spec,
-)
+from slotmoe.quant.kernels.cpu import signatures
+from slotmoe.quant.kernels.cpu.signatures import C_TYPES, Bound, TensorSpec, tensor_spec
 from slotmoe.quant.shapes import record_bytes
 from slotmoe.quant.weights import Weight
 
@@ -38,9 +32,9 @@ def _coded(bits: int, coding: str) -> list[str]:
 
 
 _MEMORY = {  # what a kind of matrix consists of
-    **{kind: [f"w:{INT8}", "scale:f32[N]"] for kind in (_INT8, _FINE)},
+    **{kind: [f"w:{signatures.INT8}", "scale:f32[N]"] for kind in (_INT8, _FINE)},
     **{kind: _coded(*code) for code, kind in KINDS.items()},
-    **{_DENSE + source: ["w:source[N,K]"] for source in SOURCE_TYPES.values()},
+    **{_DENSE + source: ["w:source[N,K]"] for source in signatures.SOURCE_TYPES.values()},
 }
 
 
@@ -74,11 +68,11 @@ class Matrix(Bound):
         if isinstance(weight, CodedWeight):
             return cls(weight.kind, *weight.shape, weight.codes, weight.scales, weight.levels)
         assert isinstance(weight, Tensor)
-        if weight.dim() != 2 or weight.dtype not in SOURCE_TYPES:
+        if weight.dim() != 2 or weight.dtype not in signatures.SOURCE_TYPES:
             raise ValueError(
                 f"{weight.dtype} of {weight.dim()} dimensions, expected a float matrix"
             )
-        return cls(_DENSE + SOURCE_TYPES[weight.dtype], *weight.shape, weight)
+        return cls(_DENSE + signatures.SOURCE_TYPES[weight.dtype], *weight.shape, weight)
 
     @classmethod
     def int8(
