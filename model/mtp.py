@@ -40,11 +40,7 @@ class MtpHead(Generic[W]):
     is not an embedding."""
 
     def __init__(
-        self,
-        main: Network[W],
-        weights: Mapping[str, W],
-        experts: Experts,
-        step_tokens: int = 1 << 30,
+        self, main: Network[W], weights: Mapping[str, W], experts: Experts, step_tokens: int
     ):
         self._main, layer = main, main.config.num_hidden_layers
         both = names.MTP_PARTS | names.V4_MTP_PARTS

@@ -138,20 +138,18 @@ class Network(Generic[W]):
         ids_T: Tensor | None = None,
     ) -> Tensor:
         """``forward`` from the residual stream before the first layer on."""
-        positions_T = torch.cat(
-            [
-                torch.arange(state.length, state.length + count, device=h_TD.device)
-                for state, count in zip(states, counts, strict=True)
-            ]
-        ).float()
-        for state, count in zip(states, counts, strict=True):
+        pairs = [*zip(states, counts, strict=True)]
+        spans = [(state.length, state.length + count) for state, count in pairs]
+        places = [torch.arange(*span, device=h_TD.device) for span in spans]
+        positions_T = torch.cat(places).float()
+        for state, count in pairs:
             state.begin(count)
         self.timer.mark("rest")
         runner: Runner = self._layer_by_layer
         T, size = len(h_TD), self._step_tokens
         if self._decoder and min(self.rows, size) >= T and T - len(states) <= _FEW:
             runner = self._decoder
-        of_T = [state for state, count in zip(states, counts, strict=True) for _ in range(count)]
+        of_T = [state for state, count in pairs for _ in range(count)]
         before_T, steps = [*chain.from_iterable(map(range, counts))], []
         for start in range(0, T, size):
             span = slice(start, start + size)
@@ -164,7 +162,7 @@ class Network(Generic[W]):
         waiting = steps
         while waiting:  # all steps take a layer's experts before the next layer's
             waiting = [step for step in waiting if self._advance(step, runner)]
-        for state, count in zip(states, counts, strict=True):
+        for state, count in pairs:
             state.done(count)
         return h_TD if len(steps) > 1 else steps[0].h_TD
 

@@ -389,10 +389,6 @@ class Backend(Protocol[W_in]):
         self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float
     ) -> Tensor: ...
     def route(
-        self,
-        logits_TE: Tensor,
-        router: Router,
-        bias_E: Tensor | None,
-        chosen_TK: Tensor | None = None,
+        self, logits_TE: Tensor, router: Router, bias_E: Tensor | None, chosen_TK: Tensor | None
     ) -> tuple[Tensor, Tensor] | None: ...
     def decoder(self, geometry: Geometry, layers: Sequence[Layer[W_in]]) -> Decoder | None: ...

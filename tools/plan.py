@@ -192,10 +192,8 @@ def _print(report: Json) -> None:
     console.print(table(["", *(_NAMES[tier] for tier in tiers)], rows, sums=sums))
     rows = []
     for choice in report["choices"]:
-        speed, share = (
-            choice["decode_tokens_per_second"],
-            min(1, choice["slots"] / report["experts"]),
-        )
+        speed = choice["decode_tokens_per_second"]
+        share = min(1, choice["slots"] / report["experts"])
         keys = ("kl_divergence", "kl_divergence_calibrated")
         losses = ["" if choice[key] is None else f"{choice[key]:.4f}" for key in keys]
         codec = f"none ({choice['codec']})" if choice["codec"] in KEPT_CODECS else choice["codec"]

@@ -220,12 +220,9 @@ class CudaDevice(Device):
         torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
     def memory(self) -> DeviceMemory:
-        counters = (
-            torch.cuda.memory_allocated,
-            torch.cuda.memory_reserved,
-            torch.cuda.max_memory_allocated,
-        )
-        free, total = torch.cuda.mem_get_info(self.device)
+        cuda = torch.cuda
+        counters = cuda.memory_allocated, cuda.memory_reserved, cuda.max_memory_allocated
+        free, total = cuda.mem_get_info(self.device)
         return DeviceMemory(free, total, *(counter(self.device) for counter in counters))
 
     def release(self) -> None:

@@ -213,7 +213,7 @@ class Experts:
         computed: list[int] = []
         if computes:
             computed = self._choose_for_cpu(len(indices), uses, missing, coming, left)
-        fetched = self._in_order(missing, computed, coming, left)
+        fetched = self._in_order(missing, computed, coming + left)
         reads = slots.demand(fetched[: slots.staging])
         self._met += len(coming)
         self._fetched += len(missing) - len(left) - len(computed)
@@ -328,19 +328,15 @@ class Experts:
         return {first + expert: count for expert, count in sorted(counts.items())}
 
     def _in_order(
-        self,
-        missing: list[int],
-        computed: Collection[int],
-        coming: Collection[int],
-        left: Collection[int],
+        self, missing: list[int], computed: Collection[int], there: Collection[int]
     ) -> list[int]:
-        """What is missing and not computed by the CPU: first what is there or on its way, then what
-        is in RAM."""
+        """What is missing and not computed by the CPU: first what is ``there`` or on its way, then
+        what is in RAM."""
         fetched = [id for id in missing if id not in computed] if computed else missing
         if len(fetched) < 2:
             return fetched
         in_ram = self.hybrid.host.cache.cached if self.hybrid is not None else frozenset()
-        ordered = [id for id in fetched if id in coming or id in left]
+        ordered = [id for id in fetched if id in there]
         absent = [id for id in fetched if id not in ordered] if ordered else fetched
         ordered += [id for id in absent if id in in_ram]
         return ordered + [id for id in absent if id not in in_ram]

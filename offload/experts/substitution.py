@@ -40,7 +40,7 @@ class Substitution:
         ``present`` says of an expert of layer ``row`` whether it is in memory or on its way."""
         layer = self._layers[row]
         assert layer.gate is not None
-        inputs = self._backend.linear(x_TD, layer.gate), self._ranks, layer.gate_bias
+        inputs = self._backend.linear(x_TD, layer.gate), self._ranks, layer.gate_bias, None
         scores_TR, indices_TR = self._backend.route(*inputs) or route(*inputs)
         download, K = self._device.download(scores_TR, indices_TR), self._router.top_k
         scores_TR, (indices_TR,) = download.get(), download.others()

@@ -108,9 +108,7 @@ class Samples:
 
 
 def record(
-    runtime: Runtime,
-    windows: Sequence[list[int]],
-    advance: Callable[[int], None] = lambda samples: None,
+    runtime: Runtime, windows: Sequence[list[int]], advance: Callable[[int], None] = lambda _: None
 ) -> Samples:
     """Read each window as a sequence of its own and record it; its first token, before which
     nothing was, is no sample.  ``advance(samples)`` is called after each."""

@@ -327,11 +327,7 @@ class TorchBackend:
         return weighted_TQD.sum(dim=1)
 
     def route(
-        self,
-        logits_TE: Tensor,
-        router: Router,
-        bias_E: Tensor | None,
-        chosen_TK: Tensor | None = None,
+        self, logits_TE: Tensor, router: Router, bias_E: Tensor | None, chosen_TK: Tensor | None
     ) -> tuple[Tensor, Tensor] | None:
         """What ``slotmoe.model.routing.route`` gives, or None without a kernel."""
         return None

@@ -240,7 +240,7 @@ class NativeBackend(TorchBackend):
         logits_TE: Tensor,
         router: border.Router,
         bias_E: Tensor | None,
-        chosen_TK: Tensor | None = None,
+        chosen_TK: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         return self._native.route(logits_TE.contiguous(), router, bias_E, chosen_TK)
 

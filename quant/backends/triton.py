@@ -248,11 +248,7 @@ class TritonBackend(TorchBackend):
     # Routed experts.
 
     def route(
-        self,
-        logits_TE: Tensor,
-        router: Router,
-        bias_E: Tensor | None,
-        chosen_TK: Tensor | None = None,
+        self, logits_TE: Tensor, router: Router, bias_E: Tensor | None, chosen_TK: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         return triton_rows.route(logits_TE, router, bias_E, chosen_TK)
 

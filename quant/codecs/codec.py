@@ -97,12 +97,8 @@ class Codec:
     def describe(self) -> Json:
         """The codec as the manifest holds it, under its name."""
         block = SCALES[self.scales].block
-        return {
-            "bits": self.bits,
-            "block": block,
-            "scales": self.scales,
-            "levels": list(self.levels),
-        }
+        item = {"bits": self.bits, "block": block, "scales": self.scales}
+        return item | {"levels": list(self.levels)}
 
 
 # QLoRA's (arXiv 2305.14314), as bitsandbytes has it.
@@ -172,10 +168,7 @@ def to_version_2(manifest: Json) -> None:
     shapes = old.pop("resident_shapes")
     del old["block"]
     manifest["format_version"] = 2
-    manifest["quantization"] = old | {
-        "codecs": {codec.name: codec.describe()},
-        "experts": ExpertCodecs(codec, codec).names(),
-        "resident_codecs": {
-            name: {"codec": codec.name, "shape": shape} for name, shape in shapes.items()
-        },
-    }
+    coded = {name: {"codec": codec.name, "shape": shape} for name, shape in shapes.items()}
+    experts = ExpertCodecs(codec, codec).names()
+    about = {"codecs": {codec.name: codec.describe()}, "experts": experts}
+    manifest["quantization"] = old | about | {"resident_codecs": coded}

@@ -24,11 +24,8 @@ FORMAT_VERSION = 2
 EXPERTS = "experts"  # the folder of the experts' files
 MANIFEST, RESIDENT = "slotmoe.json", "resident.safetensors"
 COPIED = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-    "chat_template.jinja",
+    *("config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("generation_config.json", "chat_template.jinja"),
 )
 MAX_PREDICTOR_WIDTH = 1 << 14
 _PREDICTOR = re.compile(r"predictor-[0-9a-f]{16}\.safetensors")
@@ -144,12 +141,8 @@ SWAP_PRICES = "swap.prices"  # of a predictor; those of earlier versions have no
 def predictor_parts(D: int, L: int, E: int, R: int, Q: int) -> dict[str, Part]:
     """Tensors of a predictor: hidden size D, L MoE layers of E experts, widths R and Q."""
     parts: dict[str, Part] = {}
-    shapes = {
-        "token.in": (R, 2 * D),
-        "token.out": (L * E, R),
-        "layer.in": (L - 1, Q, D),
-        "layer.out": (L - 1, E, Q),
-    }
+    shapes: dict[str, tuple[int, ...]] = {"token.in": (R, 2 * D), "token.out": (L * E, R)}
+    shapes |= {"layer.in": (L - 1, Q, D), "layer.out": (L - 1, E, Q)}
     for name, shape in shapes.items():
         parts[name + ".weight"] = Part(torch.int8, shape)
         parts[name + ".weight.scale"] = parts[name + ".bias"] = Part(torch.float32, shape[:-1])

@@ -77,7 +77,7 @@ def test_route_of_what_is_not_finite(kernels):
     routers = Router(1, 1, 5), Router(4, 2, 5, 1.0, True), Router(4, 2, 5, 1.0, True, 2, "sigmoid")
     bias = torch.tensor([math.inf, -math.inf, math.nan, 3e38, -3e38, 0.0] * 2)
     for router in routers:
-        weights, indices = kernels.route(logits, router)
+        weights, indices = kernels.route(logits, router, None)
         assert router.scoring == "sigmoid" or weights[:2].isnan().all()
         assert weights[2].isfinite().all()
         biased = kernels.route(logits, router, bias)[1]
@@ -86,7 +86,7 @@ def test_route_of_what_is_not_finite(kernels):
     shapes = (5, 1, 2), (4, 5, 2), (1, 1, 13), (4, 1, 4)
     for bad in (*(Router(*shape) for shape in shapes), Router(12, 3, 2, group_best=2)):
         with pytest.raises(ValueError, match="refused"):
-            kernels.route(logits, bad)
+            kernels.route(logits, bad, None)
     for expert in (-1, 12):
         with pytest.raises(ValueError, match="refused"):
             kernels.route(logits, Router(1, 1, 1), None, torch.full((3, 1), expert))

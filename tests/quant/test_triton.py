@@ -362,7 +362,7 @@ def test_gate(triton_ops, groups, normalized, group_best, sigmoid, biased):
     logits_TE = randn(7, 20) * 4
     bias_E = randn(20) if biased else None
     weights_TK, indices_TK = route(logits_TE, router, bias_E)
-    chosen = triton_ops.route(logits_TE, router, bias_E)
+    chosen = triton_ops.route(logits_TE, router, bias_E, None)
     assert chosen[1].dtype == torch.int64 and torch.equal(chosen[1], indices_TK)
     assert error(chosen[0], weights_TK) < 1e-6
 
@@ -379,7 +379,7 @@ def test_norm_logits_and_choice_in_one_launch(triton_ops, E):
         expected = torch.nn.functional.rms_norm(x.double(), (600,), gain.double(), 1e-3)
         assert error(normed, expected) < 1e-6
         assert error(logits, expected @ weight.double().T) < 1e-6
-        assert all(map(torch.equal, choice, triton_ops.route(logits, router, bias)))
+        assert all(map(torch.equal, choice, triton_ops.route(logits, router, bias, None)))
         assert finished.item() == 0
         x *= -1
 
@@ -387,10 +387,10 @@ def test_norm_logits_and_choice_in_one_launch(triton_ops, E):
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_gate_takes_the_first_of_equals_and_of_no_numbers_still_names_experts(triton_ops):
     logits_TE = torch.zeros(1, 20, device=DEVICE)
-    weights_TK, indices_TK = triton_ops.route(logits_TE, Router(5, 2, 3), None)
+    weights_TK, indices_TK = triton_ops.route(logits_TE, Router(5, 2, 3), None, None)
     assert indices_TK.tolist() == [[0, 1, 2]] and error(weights_TK, torch.full((1, 3), 0.05)) < 1e-6
     logits_TE.fill_(torch.nan)
-    _, indices_TK = triton_ops.route(logits_TE, Router(1, 1, 3), logits_TE[0])
+    _, indices_TK = triton_ops.route(logits_TE, Router(1, 1, 3), logits_TE[0], None)
     assert int(indices_TK.min()) >= 0 and int(indices_TK.max()) < 20
 
 

@@ -33,7 +33,7 @@ from slotmoe.quant.export.reader import Export
 from slotmoe.quant.shapes import RESIDENT_MODES, record_bytes, resident_bytes
 from slotmoe.quant.weights import dequantize
 from slotmoe.tools.options import require_extra
-from slotmoe.tools.quantize import calibration_windows
+from slotmoe.tools.quantize import Paths, calibration_windows
 from slotmoe.tools.tables import table
 
 SAMPLE = Path(model.__file__).parent / "sample"
@@ -63,11 +63,7 @@ def _setting(row: dict[str, Any]) -> dict[str, Any]:
 @click.option("--chart", type=Path, help="Where the chart goes: .svg or .png.")
 @click.option("--rows", type=int, help="Measure at most so many; the next call goes on.")
 def codes(
-    texts: tuple[Path, ...],
-    calibrate: tuple[Path, ...],
-    results: Path,
-    chart: Path | None,
-    rows: int | None,
+    texts: Paths, calibrate: Paths, results: Path, chart: Path | None, rows: int | None
 ) -> None:
     """Print what codes cost, and keep it in --results.  A row takes half a minute, a calibrated
     one two; a killed run goes on with the row that it was at."""
@@ -90,9 +86,7 @@ def codes(
     print(json.dumps(found))
 
 
-def _measure(
-    row: dict[str, Any], texts: tuple[Path, ...], calibrate: tuple[Path, ...], folder: Path
-) -> dict[str, Any]:
+def _measure(row: dict[str, Any], texts: Paths, calibrate: Paths, folder: Path) -> dict[str, Any]:
     """The figures of a row."""
     codecs = EXPERT_CODECS[row["codec"], row["bits"]] if "codec" in row else NF4
     windows = calibration_windows(SAMPLE, calibrate) if row["calibrated"] else None
@@ -149,7 +143,7 @@ def _replace(folder: Path, experts: bool) -> float:
     return math.sqrt(error / square) if square else 0.0
 
 
-def _divergence(folder: Path, paths: tuple[Path, ...]) -> float:
+def _divergence(folder: Path, paths: Paths) -> float:
     """KL divergence from the sample, nats a token."""
     texts = read_texts(paths, folder, SAMPLE)
     options: dict[str, Any] = {"quantize": False, "context": WINDOW}

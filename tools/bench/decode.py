@@ -171,10 +171,7 @@ def gaps(runtime: Runtime, ids: list[int]) -> list[float]:
         chosen = None
         return copy(*arguments)
 
-    with (
-        patch.object(device, "download", watched_download),
-        patch.object(device, "copy", watched_copy),
-    ):
+    with patch.multiple(device, download=watched_download, copy=watched_copy):
         turns.token_seconds(runtime, ids)
     return spent
 
@@ -186,14 +183,8 @@ def gaps(runtime: Runtime, ids: list[int]) -> list[float]:
 def gap(export: str, slots: int, decode_tokens: int) -> None:
     """Microseconds of Python from a gate's choice of experts to the first copy queued behind it.
     Meanwhile the link to the GPU idles."""
-    with Runtime.open(
-        export,
-        device="cuda",
-        context=decode_tokens + 1,
-        slots=slots,
-        misses="fetch",
-        prefetch=False,
-    ) as runtime:
+    few: dict[str, Any] = {"slots": slots, "misses": "fetch", "prefetch": False}
+    with Runtime.open(export, device="cuda", context=decode_tokens + 1, **few) as runtime:
         runtime.warm()
         turns.finish([gap_row(runtime, decode_tokens)])
 

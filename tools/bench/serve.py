@@ -37,13 +37,8 @@ def stream(port: int, prompt: list[int], tokens: int, never: list[int]) -> list[
     """The moments at which the tokens of a greedy answer arrived; the first entry is the request's.
     Ids in ``never`` are never chosen: random weights may end an answer at once."""
     connection, moments = HTTPConnection("127.0.0.1", port, timeout=600), [time.perf_counter()]
-    body: dict[str, Any] = {
-        "model": "bench",
-        "prompt": prompt,
-        "max_tokens": tokens,
-        "temperature": 0,
-    }
-    body["stream"] = True
+    body: dict[str, Any] = {"model": "bench", "prompt": prompt, "max_tokens": tokens}
+    body |= {"temperature": 0, "stream": True}
     if never:
         body["logit_bias"] = {str(id): -100 for id in never}
     headers = {"Content-Type": "application/json"}

@@ -27,13 +27,9 @@ _COUNTERS = ("cache", "prefetch", "drafts", "misses", "memory")
 def calibration(runtime: Runtime, report: dict[str, Any]) -> dict[str, float]:
     """What ``slotmoe.offload.plan.speed.Bandwidths`` can know of this machine: what the report has,
     and the rest measured now."""
-    disk = (
-        report["disk"]["bandwidth"]
-        if report["disk"] is not None
-        else observed.disk_bandwidth(runtime.model.export)
-    )
-    disk /= len(runtime.model.export.folders)
-    bandwidths = {"disk": disk, "latency": observed.disk_latency(runtime.model.export)}
+    export, known = runtime.model.export, report["disk"]
+    disk = known["bandwidth"] if known is not None else observed.disk_bandwidth(export)
+    bandwidths = {"disk": disk / len(export.folders), "latency": observed.disk_latency(export)}
     bandwidths |= core_rates(runtime.model)
     fast = report["ceiling"]["read_bandwidth"]
     if (link := report["link"]) is None:
@@ -93,11 +89,8 @@ def measure(
         return decode_tokens / seconds
 
     prefill_seconds(runtime, ids(8))  # first-use costs: thread pools, page faults of scratch memory
-    ways = {
-        "prefill": prefill,
-        "decode": decode,
-        "bandwidth": lambda: observed.read_bandwidth(runtime.model),
-    }
+    ways: dict[str, Callable[[], float]] = {"prefill": prefill, "decode": decode}
+    ways["bandwidth"] = partial(observed.read_bandwidth, runtime.model)
     runs = take_turns(ways, repetitions, warm_up=False)
     components = _components(runtime, ids(decode_tokens), depth)
     touched = observed.bytes_per_token(runtime.model, depth + decode_tokens // 2)

@@ -20,20 +20,10 @@ from slotmoe.tools.tables import table
 CHARTS = (
     "memory-ram memory-vram time-decode time-prefill tokens expert-use layers bytes predicted"
 ).split()
-_TOGETHER = dict.fromkeys(
-    ("runtime", "prefill scratch", "logits", "scratch and rest"), "runtime and scratch"
-) | dict.fromkeys(
-    (
-        "attention",
-        "dense layers",
-        "embeddings",
-        "predictor",
-        "residual streams",
-        "router",
-        "shared experts",
-    ),
-    "resident weights",
-)
+_SCRATCH = ("runtime", "prefill scratch", "logits", "scratch and rest")
+_WEIGHTS = "attention,dense layers,embeddings,predictor,residual streams,router,shared experts"
+_TOGETHER = dict.fromkeys(_SCRATCH, "runtime and scratch")
+_TOGETHER |= dict.fromkeys(_WEIGHTS.split(","), "resident weights")
 
 
 def write_report(report: Json, folder: Path) -> None:

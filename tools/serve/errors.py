@@ -44,10 +44,8 @@ def error_body(path: str, problem: RefusedError) -> Json:
         kind = "api_error" if is_anthropic else "server_error"
     if is_anthropic:
         error: Json = {"type": _ANTHROPIC_TYPES.get(status, kind), "message": problem.message}
-        return {
-            "type": "error",
-            "error": error | ({"details": d} if (d := problem.details) else {}),
-        }
+        error |= {"details": problem.details} if problem.details else {}
+        return {"type": "error", "error": error}
     about = {"param": problem.param, "code": problem.code}
     return {"error": {"message": problem.message, "type": kind, **about}}
 

@@ -20,16 +20,12 @@ PATH = "/v1/responses"
 router = APIRouter()
 _ITEM: TypeAdapter[Item] = TypeAdapter(Item)
 # What a response says of its request, and what it says where the request says nothing.
+_NOTHING = "instructions max_output_tokens max_tool_calls previous_response_id prompt_cache_key"
 _ECHOED: Json = {
-    "instructions": None,
-    "max_output_tokens": None,
-    "max_tool_calls": None,
+    **dict.fromkeys((*_NOTHING.split(), "safety_identifier", "user")),
     "metadata": {},
     "parallel_tool_calls": True,
-    "previous_response_id": None,
-    "prompt_cache_key": None,
     "reasoning": {"effort": None, "summary": None},
-    "safety_identifier": None,
     "store": True,
     "temperature": 1.0,
     "text": {"format": {"type": "text"}},
@@ -37,7 +33,6 @@ _ECHOED: Json = {
     "top_logprobs": 0,
     "top_p": 1.0,
     "truncation": "disabled",
-    "user": None,
 }
 
 

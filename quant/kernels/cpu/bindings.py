@@ -231,11 +231,7 @@ class Kernels:
         return self._functions["index"](*values, S=len(keys), K=k)
 
     def route(
-        self,
-        logits: Tensor,
-        router: Router,
-        bias: Tensor | None = None,
-        chosen: Tensor | None = None,
+        self, logits: Tensor, router: Router, bias: Tensor | None, chosen: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """logits float32 [T, E] -> weights and int64 indices [T, top_k], best first; of equals the
         lower index.  `bias`, float32 [E], takes part in the choice alone.  With `chosen` these are

@@ -185,12 +185,7 @@ class ExpertRecord(Bound):
     16]: those of gate and up, and of down; `limit` as for backends.  Raises `ValueError`."""
 
     def __init__(
-        self,
-        hidden: int,
-        intermediate: int,
-        codecs: ExpertCodecs,
-        levels: Tensor,
-        limit: float = 0.0,
+        self, hidden: int, intermediate: int, codecs: ExpertCodecs, levels: Tensor, limit: float
     ):
         tensor_spec("levels:f32[2,16]").check(levels, {})
         kinds, starts = [codec.kind for codec in codecs], [row.data_ptr() for row in levels]
