@@ -73,7 +73,8 @@ def instruction_set() -> str | None:
     ``AttributeError`` where they do not load, and ``ConfigError`` where this machine has not the
     one that ``SLOTMOE_INSTRUCTIONS`` names."""
     folder = Path(str(quant.__file__)).parent / "kernels" / "cpu"
-    paths = [folder / f"_native{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    suffixes = reversed(importlib.machinery.EXTENSION_SUFFIXES)  # as the kernels are loaded
+    paths = [folder / f"_native{suffix}" for suffix in suffixes]
     path = next((path for path in paths if path.exists()), None)
     if path is None:
         return None

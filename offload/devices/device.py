@@ -87,9 +87,9 @@ class Device:
     device, name, tier, queues = torch.device("cpu"), "cpu", "ram", False
     placement = Placement(1)
 
-    def backend(self, kernels: str, threads: int | None, swiglu_limit: float) -> TorchBackend:
+    def backend(self, kernels: str, swiglu_limit: float) -> TorchBackend:
         """What multiplies here; all as for ``pick_backend``."""
-        return pick_backend(self.device, kernels, threads, swiglu_limit)
+        return pick_backend(self.device, kernels, swiglu_limit)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory on the device.  Raises ``torch.OutOfMemoryError``."""

@@ -140,7 +140,7 @@ class _Loader:
         self._config, options = config_among(read, self._folder), self._options
         limit = self._config.swiglu_limit
         if options.quantize:
-            self._backend = self._device.backend(options.kernels, options.threads, limit)
+            self._backend = self._device.backend(options.kernels, limit)
         else:
             self._backend = TorchBackend(swiglu_limit=limit)
         self._context = memory.choose_context(self._config, self._options.context)
@@ -407,8 +407,7 @@ class _Loader:
             split = Split(mode, cpu_cost(bandwidths))
             # Triton's kernels are the GPU's; beside it the CPU has its own.
             kernels = "torch" if options.kernels == "torch" else "auto"
-            given = kernels, options.threads, config.swiglu_limit
-            cpu = pick_backend(torch.device("cpu"), *given)
+            cpu = pick_backend(torch.device("cpu"), kernels, config.swiglu_limit)
             cpu.run_on(device.placement)
             in_ram = Records(store.slab, export.layout, levels)
             hybrid = HostCompute(cpu, in_ram, store, device, max(top_k, memory.LENT))

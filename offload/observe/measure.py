@@ -2,8 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
@@ -75,22 +74,19 @@ def disk_latency(export: Export) -> float:
 
 
 def copy_bandwidth(
-    device: Device,
-    rows: list[Tensor],
-    busy: Callable[[], bool] = lambda: False,
-    seconds: float = 0.3,
+    device: Device, rows: list[Tensor], beside: Future[float] | None = None
 ) -> float:
     """Bytes a second of copies from page-locked RAM into ``rows`` of the GPU, uint8 [record_bytes]
-    each: for so many seconds, and as long as ``busy()`` says.  What is copied is what the rows
-    hold, so nothing changes and no memory is needed there."""
+    each: for 0.3 seconds, or as long as what is ``beside`` them takes.  What is copied is what the
+    rows hold, so nothing changes and no memory is needed there."""
     size = rows[0].nbytes
     memory = page_aligned(len(rows) * size, forks=False)
     for source, row in zip(memory.split(size), rows, strict=True):
         source.copy_(row)
     pinned = device.pin(memory)
     try:
-        copied, spent, until = 0, 0.0, time.perf_counter() + seconds
-        while busy() or copied == 0 or time.perf_counter() < until:
+        copied, spent, until = 0, 0.0, time.perf_counter() + 0.3
+        while copied == 0 or (time.perf_counter() < until if beside is None else not beside.done()):
             after = device.record()
             pairs = zip(memory.split(size), rows, strict=True)
             copies: list[Event] = [device.copy(source, row, after) for source, row in pairs]
@@ -135,7 +131,7 @@ def link_bandwidths(model: LoadedModel) -> dict[str, float]:
     alone, layout = copy_bandwidth(device, rows), model.experts.records.layout
     with ThreadPoolExecutor(1) as pool:
         rate = pool.submit(expert_bandwidth, model.cpu, layout, seconds=0.6)
-        copied = copy_bandwidth(device, rows, busy=lambda: not rate.done(), seconds=0.0)
+        copied = copy_bandwidth(device, rows, rate)
     return {"pcie": alone, "pcie_busy": copied, "experts": rate.result()}
 
 

@@ -12,35 +12,27 @@ from slotmoe.errors import ConfigError
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.kernels.cpu import bindings
-from slotmoe.system import cores
 
 # Older GPUs multiply no bfloat16, and their shared memory is too small for the attention.
 _TRITON_CAPABILITY = 8, 0
 
 
 def pick_backend(
-    device: torch.device,
-    choice: str = "auto",
-    threads: int | None = None,
-    swiglu_limit: float = 0.0,
+    device: torch.device, choice: str = "auto", swiglu_limit: float = 0.0
 ) -> TorchBackend:
     """The ops for ``device``: Triton kernels on CUDA, native ones on a CPU where they were built,
     else torch.
 
     ``choice`` is ``auto``, ``torch``, the plain reference, or ``triton``, which a CPU runs only
-    under Triton's interpreter. ``threads`` defaults to ``system.cores``; ``swiglu_limit`` as for
-    ``TorchBackend``.  Raises ``ConfigError``.
+    under Triton's interpreter. ``swiglu_limit`` as for ``TorchBackend``; its ``run_on``
+    says how many threads compute.  Raises ``ConfigError``.
     """
-    threads = threads or cores()
     if choice == "triton" or (choice == "auto" and device.type == "cuda"):
-        torch.set_num_threads(threads)
         return _triton_ops(device, swiglu_limit, required=choice == "triton")
     native = bindings.load() if choice == "auto" and device.type == "cpu" else None
     if native is None:
-        torch.set_num_threads(threads)
         compute = torch.float32 if device.type == "cpu" else torch.bfloat16
         return TorchBackend(compute, swiglu_limit)
-    native.set_threads(threads)
     torch.set_num_threads(1)
     return NativeBackend(native, swiglu_limit)
 

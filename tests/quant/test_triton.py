@@ -19,9 +19,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from slotmoe.border import Mla
+from slotmoe.border import Geometry, Mla, Mlp
 from slotmoe.errors import ConfigError
-from slotmoe.model.layers import Geometry, Mlp
 from slotmoe.model.routing import Router, route
 from slotmoe.quant import int8
 from slotmoe.quant.backends import pick_backend

@@ -169,7 +169,7 @@ class Twin:
 
     # What the engine asks for
 
-    def backend(self, kernels, threads, swiglu_limit=0.0):
+    def backend(self, kernels, swiglu_limit=0.0):
         if self._triton:
             from slotmoe.quant.backends.triton import TritonBackend
 

@@ -40,6 +40,7 @@ from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.weights import Matrix
 from slotmoe.quant.shapes import record_bytes
+from slotmoe.system import Placement, cores
 from slotmoe.tools.bench import turns
 from slotmoe.tools.options import choice, codec_options, count, expert_codecs
 
@@ -56,7 +57,8 @@ class _Bench:
 
     def __init__(self, device: str, rounds: int, gibibytes: float, threads: int | None = None):
         self.config = read_config(geometry_path("v2-lite"))
-        self.ops, self._rounds = pick_backend(torch.device(device), threads=threads), rounds
+        self.ops, self._rounds = pick_backend(torch.device(device)), rounds
+        self.ops.run_on(Placement(threads or cores()))
         self.on_cpu, self._device = device == "cpu", device
         self.rows, self.working_set = list[turns.Row](), int(gibibytes * 2**30)
         if not self.on_cpu:

@@ -33,21 +33,13 @@ from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.layers import Decoder
 from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, Function, tensor_spec
 from slotmoe.quant.kernels.cpu.tokens import Tokens, address, layer_rows
-from slotmoe.quant.kernels.cpu.weights import (
-    ROUTER,
-    Absorbed,
-    ExpertRecord,
-    Matrix,
-    Structure,
-    router_values,
-)
+from slotmoe.quant.kernels.cpu.weights import Absorbed, ExpertRecord, Matrix, bind_router
 from slotmoe.quant.shapes import latent_bytes
 from slotmoe.system import cores
 
 ABI = 15
 INSTRUCTIONS = "SLOTMOE_INSTRUCTIONS"  # names an instruction set
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
-_ROUTER = Structure(ROUTER)
 _PARTS = ("attention", "route", "experts_by_slot", "mlp")  # whose seconds `decode` measures
 
 
@@ -236,9 +228,8 @@ class Kernels:
         """logits float32 [T, E] -> weights and int64 indices [T, top_k], best first; of equals the
         lower index.  `bias`, float32 [E], takes part in the choice alone.  With `chosen` these are
         the indices."""
-        native = _ROUTER.bind({}, *router_values(router))
-        route = self._functions["route"]
-        weights, indices = route.results(native, logits, bias, chosen, K=router.top_k)
+        values = bind_router(router), logits, bias, chosen
+        weights, indices = self._functions["route"].results(*values, K=router.top_k)
         return weights, indices
 
     def decode(

@@ -143,12 +143,17 @@ _RECORD = Structure(
     "hidden intermediate gate_up down gate_up_levels:pointer down_levels:pointer limit:float"
 )
 ROUTER = "groups kept top_k group_best scoring normalized factor:double"
+_ROUTER = Structure(ROUTER)
 
 
 def router_values(router: Router) -> tuple[float, ...]:
     """Those of `ROUTER`."""
     groups, kept, top_k, factor, normalized, group_best, scoring = router
     return groups, kept, top_k, group_best, _SCORINGS.index(scoring), normalized, factor
+
+
+def bind_router(router: Router) -> Bound:
+    return _ROUTER.bind({}, *router_values(router))
 
 
 class Absorbed(Bound):
