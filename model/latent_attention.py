@@ -7,7 +7,7 @@ of the indexer, A index_head_dim, L chosen positions, Z and Y widths of a key an
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import repeat
 from typing import Generic, TypeVar, cast
 
@@ -60,7 +60,9 @@ class LatentAttention(Generic[W]):
         for rows_SX, new_TW in zip(rows, latent_TW.split(counts), strict=True):
             backend.store_latents(new_TW, R, rows_SX[-len(new_TW) :])
         if weights.indexer is not None:
-            step.lists_TL = self._choose(step, weights.indexer, x_TD, low, caches, ends)
+            grown = zip(caches, ends, strict=True)
+            keys = [cache.extend_index(step.layer, end) for cache, end in grown]
+            step.lists_TL = self._choose(step, weights.indexer, x_TD, low, keys)
 
         kv_b, lists_TL = weights.kv_b_proj, step.lists_TL
         if backend.absorbs or lists_TL is not None or len(rows) == T:
@@ -99,16 +101,11 @@ class LatentAttention(Generic[W]):
         return self._backend.absorb_value(o_THR, kv_b, self._geometry.N)
 
     def _choose(
-        self,
-        step: Step,
-        weights: Indexer[W],
-        x_TD: Tensor,
-        low_TQ: Tensor,
-        caches: Sequence[LatentCache],
-        ends: Sequence[int],
+        self, step: Step, weights: Indexer[W], x_TD: Tensor, low_TQ: Tensor, keys: list[Tensor]
     ) -> Tensor | None:
-        """Store the tokens' index keys, and choose the positions that each attends to, [T, L]; None
-        where all sequences are short enough to attend to all."""
+        """Store the tokens' index keys at the end of each sequence's ``keys``, and choose the
+        positions that each token attends to, [T, L]; None where all sequences are short enough to
+        attend to all."""
         geometry, backend, P = self._geometry.indexer, self._backend, self._geometry.P
         assert geometry is not None
         J, A, topk, halves = geometry
@@ -118,9 +115,6 @@ class LatentAttention(Generic[W]):
         both = torch.cat([q_TJA, key_TA[:, None]], dim=1)
         rotated = backend.rotate(both[..., :P], step.rope_TC, halves)
         both = torch.cat([rotated, both[..., P:]], dim=-1)
-        keys = [
-            cache.extend_index(step.layer, end) for cache, end in zip(caches, ends, strict=True)
-        ]
         for rows_SX, new_TA in zip(keys, both[:, J].split([*step.counts]), strict=True):
             backend.store_latents(new_TA, A, rows_SX[-len(new_TA) :])
         if max(map(len, keys)) <= topk:

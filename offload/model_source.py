@@ -75,7 +75,6 @@ def resolve_model(path: str | Path, revision: str | None = None, **reporting: An
             "folder, a GGUF file, a hub id or 'sample'"
         )
     if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"{folder}: holds neither {MANIFEST} (an export) nor config.json (a checkpoint)"
-        )
+        neither = f"{MANIFEST} (an export) nor config.json (a checkpoint)"
+        raise ConfigError(f"{folder}: holds neither {neither}")
     return folder

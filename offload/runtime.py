@@ -96,11 +96,9 @@ class Runtime:
         Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
         """
         options = Options(vram, ram, context, threads, cache_policy, prefetch, quantize, **others)
+        needs = "quantize=False needs the original checkpoint"
         if not quantize and is_hub_id(str(path)) and not Path(path).exists():
-            raise ConfigError(
-                f"{path}: quantize=False needs the original checkpoint in a folder; "
-                "download it first"
-            )
+            raise ConfigError(f"{path}: {needs} in a folder; download it first")
         reporting = {"progress": progress} if progress else {}
         folder = resolve_model(path, revision, **reporting)
         chosen, reason = choose_device(device)
@@ -108,10 +106,7 @@ class Runtime:
         if quantize and not is_export:
             folder = cached_export(folder, cache_folder(), progress, reading, notify)
         elif not quantize and is_export:
-            raise ConfigError(
-                f"{folder}: is an export, already quantized; quantize=False needs the original "
-                "checkpoint"
-            )
+            raise ConfigError(f"{folder}: is an export, already quantized; {needs}")
         return cls(open_model(folder, options, chosen, reason))
 
     def logits(self, token_ids: list[int]) -> Tensor:
@@ -246,9 +241,8 @@ class Runtime:
     ) -> Stream:
         """What ``generate`` gives, before the engine knows of it."""
         if max_new_tokens is not None and max_new_tokens < 1:
-            raise ConfigError(
-                f"max_new_tokens is {max_new_tokens}, expected at least 1 (option -n)"
-            )
+            expected = "expected at least 1 (option -n)"
+            raise ConfigError(f"max_new_tokens is {max_new_tokens}, {expected}")
         sampling = Sampling(temperature, top_p, top_k, seed)
         if (prompt is None) == (messages is None):
             raise ConfigError("give a prompt or messages, one of the two")
@@ -273,13 +267,11 @@ class Runtime:
             raise ConfigError("the prompt is empty; give at least one token")
         if len(ids) + more > context:
             advice = or_more_context("shorten the prompt", self.config, context)
-            raise PlanError(
-                f"the prompt has {len(ids)} tokens and the context holds {context}: {advice}"
-            )
+            held = f"the context holds {context}: {advice}"
+            raise PlanError(f"the prompt has {len(ids)} tokens and {held}")
         if not all(0 <= id < vocabulary for id in ids):
-            raise ConfigError(
-                f"a token id is outside 0 to {vocabulary - 1}, the model's vocabulary"
-            )
+            allowed = f"0 to {vocabulary - 1}, the model's vocabulary"
+            raise ConfigError(f"a token id is outside {allowed}")
         return ids
 
     def keep_in(

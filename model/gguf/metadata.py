@@ -137,9 +137,8 @@ def _gate(found: _Metadata, values: Json) -> Json:
     norm = found.get("expert_weights_norm", FLAG, False)
     if norm and scale != 1:
         name = f"{ARCHITECTURE}.expert_weights_norm"
-        raise ValueError(
-            f"{name} is true beside a scale of {scale}, and DeepSeek-V2 has one of both"
-        )
+        problem = f"{name} is true beside a scale of {scale}"
+        raise ValueError(f"{problem}, and DeepSeek-V2 has one of both")
     gate = {"routed_scaling_factor": scale, "norm_topk_prob": norm}
     known = found.get("expert_group_count", _COUNT, None)
     if known is not None:

@@ -92,9 +92,8 @@ class LoadedModel:
     def quantized(self, purpose: str) -> Experts:
         """The experts' slots.  Raises ``ConfigError`` on the reference path."""
         if self.store is None:
-            raise ConfigError(
-                f"the reference path has no expert cache to {purpose}; open the model quantized"
-            )
+            problem = f"the reference path has no expert cache to {purpose}"
+            raise ConfigError(f"{problem}; open the model quantized")
         return self.experts
 
 
@@ -159,9 +158,8 @@ class _Loader:
             free = int(memory.free * FREE_SHARE)
             return parse_size(vram) if vram is not None else free, free_ram
         if vram is not None:
-            raise PlanError(
-                "--vram is given but the device is the CPU: give --ram, or --device cuda"
-            )
+            problem = "--vram is given but the device is the CPU"
+            raise PlanError(f"{problem}: give --ram, or --device cuda")
         return free_ram, None
 
     def reference(self) -> LoadedModel:
@@ -323,9 +321,8 @@ class _Loader:
         layout = RecordLayout(config.hidden_size, config.moe_intermediate_size, codecs)
         geometry = layout.shapes, config.n_routed_experts, config.moe_layers
         if (export.layout.shapes, export.experts, export.layers) != geometry:
-            raise ConfigError(
-                f"{folder}: config.json and {MANIFEST} describe different models; quantize again"
-            )
+            problem = f"config.json and {MANIFEST} describe different models"
+            raise ConfigError(f"{folder}: {problem}; quantize again")
         if self._options.draft == "mtp" and not config.mtp:
             problem = f"{folder}: has no head that predicts one token more, which draft mtp needs"
             advice = "make it anew with quantize --keep-mtp, or take --draft ngram"

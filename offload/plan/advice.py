@@ -194,9 +194,8 @@ def choose_codecs(model: Model, wanted: ExpertCodecs | None) -> ExpertCodecs:
     codecs = model.codecs or wanted or memory.default_codecs(model.config)
     if wanted is not None and wanted.names() != codecs.names():  # levels are the model's own
         names = " and ".join(dict.fromkeys(codecs.names().values()))
-        raise PlanError(
-            f"{model.name}: its experts are {names}; quantize again for another --codec or --bits"
-        )
+        advice = "quantize again for another --codec or --bits"
+        raise PlanError(f"{model.name}: its experts are {names}; {advice}")
     return codecs
 
 

@@ -229,9 +229,8 @@ def kernels(
     """Each native kernel beside what bounds it."""
     native = bindings.load()
     if native is None:
-        raise ConfigError(
-            "the native kernels are not built: pip install . with a C++ compiler present"
-        )
+        advice = "pip install . with a C++ compiler present"
+        raise ConfigError(f"the native kernels are not built: {advice}")
     if isa:
         native.set_isa(isa)
     bench = _Bench("cpu", repetitions, working_set, threads)

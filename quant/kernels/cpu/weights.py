@@ -69,9 +69,8 @@ class Matrix(Bound):
             return cls(weight.kind, *weight.shape, weight.codes, weight.scales, weight.levels)
         assert isinstance(weight, Tensor)
         if weight.dim() != 2 or weight.dtype not in signatures.SOURCE_TYPES:
-            raise ValueError(
-                f"{weight.dtype} of {weight.dim()} dimensions, expected a float matrix"
-            )
+            found = f"{weight.dtype} of {weight.dim()} dimensions"
+            raise ValueError(f"{found}, expected a float matrix")
         return cls(_DENSE + signatures.SOURCE_TYPES[weight.dtype], *weight.shape, weight)
 
     @classmethod
