@@ -12,8 +12,8 @@
 // may be small and many, it is multiplied in fp32.
 //
 // A query's context is the first rows of a cache, or those that a list names, in its order. Chunks are grouped into
-// spans by the context's length alone, so that the result does not depend on the threads. Queries of neighbouring tokens
-// go through their chunks together, so that rows are interleaved once for all of them.
+// spans by the context's length alone, so that the result does not depend on the threads. Queries of neighbouring
+// tokens go through their chunks together, so that rows are interleaved once for all of them.
 //
 // Shapes: q [heads, R + P]; out [heads, R]; R4, P4 = R, P padded to 4; K = R4 + P4; Rp = R padded to 64; heads come in
 // tiles of 16, one lane each, Hp of them. A cache row is int8 [R4], int8 [P4], float [2] scales, int32 [2] sums of the
@@ -223,7 +223,8 @@ void mla_pack(const Mla& m, int64_t begin, int64_t end) {
             if (left < kBlock) memset(out, 0, kBlock * kTile);
             for (int64_t lane = 0; lane < kTile; lane++) {
                 const uint8_t* from = digits_of(i / columns * kTile + lane) + digit * k + in;
-                left < kBlock ? memcpy(out + lane * kTile, from, size_t(left)) : memcpy(out + lane * kTile, from, kBlock);
+                int32_t* to = out + lane * kTile;
+                left < kBlock ? memcpy(to, from, size_t(left)) : memcpy(to, from, kBlock);
             }
             Lanes::turn(out, kTile);
             for (int64_t quad = 1; digit && quad < kTile; quad += 2) memset(out + quad * kTile, 0, 4 * kTile);
@@ -346,7 +347,9 @@ SLOTMOE_NOINLINE const uint8_t* score_part(const Mla& m, int64_t tile, int part,
 #ifdef SLOTMOE_AMX
     alignas(64) uint8_t sums[kScoreRows][2][4 * kTile];
     q = dot_part(m, part, q, rows, reinterpret_cast<int32_t*>(sums));
-    const auto dot = [&](int j, int digit) { return Lanes::add_bytes(digit ? Lanes::start(0) : zeros(j), sums[j][digit]); };
+    const auto dot = [&](int j, int digit) {
+        return Lanes::add_bytes(digit ? Lanes::start(0) : zeros(j), sums[j][digit]);
+    };
 #else
     Lanes::I dots[kScoreRows][2];
     const auto dot = [&](int j, int digit) { return dots[j][digit]; };
