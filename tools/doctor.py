@@ -122,9 +122,13 @@ def _kernels() -> Iterator[Check]:
         yield Check("kernels", "bad", problem, first + again)
     else:
         try:
-            isa = ctypes.CDLL(str(path)).slotmoe_isa
-            isa.restype = ctypes.c_char_p
-            yield Check("kernels", "ok", f"native, {isa().decode()}")
+            native, wanted = ctypes.CDLL(str(path)), os.environ.get("SLOTMOE_INSTRUCTIONS", "")
+            native.slotmoe_isa.restype = ctypes.c_char_p
+            if wanted and native.slotmoe_set_isa(wanted.encode()):
+                found = f"this machine has no instruction set {wanted!r:.40}"
+                yield Check("kernels", "bad", found, "unset SLOTMOE_INSTRUCTIONS")
+            else:
+                yield Check("kernels", "ok", f"native, {native.slotmoe_isa().decode()}")
         except (OSError, AttributeError) as problem:
             advice = "they were built for another machine; install slotmoe again from source"
             yield Check("kernels", "bad", f"do not load ({str(problem)[:80]})", advice)

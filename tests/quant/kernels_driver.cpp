@@ -544,6 +544,7 @@ static void all() {
         for (int64_t k : odd) {
             linear(1, n, k, 1);
             linear(3, n, k, 1e30f);
+            linear(21, n, k, 1);
             quantize(n, k);
             encode(n, k, 16, 32);
         }

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from slotmoe.errors import ConfigError
 from slotmoe.quant.backends.base import new
 from slotmoe.quant.codecs.codec import NF4
 from slotmoe.quant.codecs.encode import squared_error
@@ -152,3 +153,12 @@ def test_a_missing_or_broken_binary_is_none(tmp_path, monkeypatch):
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
     (tmp_path / f"_native{suffix}").write_bytes(b"not a library")
     assert qk.load.__wrapped__() is None
+
+
+def test_an_instruction_set_can_be_asked_for(kernels, monkeypatch):
+    monkeypatch.setenv(qk.INSTRUCTIONS, "portable")
+    loaded = qk.load.__wrapped__()
+    assert loaded.isa == "portable"
+    monkeypatch.setenv(qk.INSTRUCTIONS, "quantum")
+    with pytest.raises(ConfigError, match=r"'quantum' is not one of this machine's: .*, portable"):
+        qk.load.__wrapped__()

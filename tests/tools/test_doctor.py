@@ -7,6 +7,7 @@ from importlib import metadata
 import pytest
 
 from slotmoe.tools import doctor
+from tests.support.kernels import native, needs_native
 
 pytestmark = pytest.mark.usefixtures("processes")
 
@@ -53,6 +54,20 @@ def test_missing_kernels(report, monkeypatch, tmp_path):
     checks = report()[1]
     assert checks["kernels"]["advice"].startswith("install a C++ compiler")
     assert checks["compiler"]["state"] == "note"
+
+
+@needs_native
+def test_a_wanted_instruction_set(report, monkeypatch):
+    before = native.isa
+    try:
+        monkeypatch.setenv("SLOTMOE_INSTRUCTIONS", "portable")
+        assert report()[1]["kernels"]["found"] == "native, portable"
+        monkeypatch.setenv("SLOTMOE_INSTRUCTIONS", "quantum")
+        code, checks = report()
+        assert (code, checks["kernels"]["advice"]) == (1, "unset SLOTMOE_INSTRUCTIONS")
+        assert "no instruction set 'quantum'" in checks["kernels"]["found"]
+    finally:
+        native.set_isa(before)
 
 
 def with_gpu(folder, monkeypatch, printed):

@@ -54,17 +54,21 @@ inline void tile_store(void* p, int64_t stride) {
 // Sums modulo 2^32, as the instructions': C [m, n] += A [m, 4 k] B [k, 4 n].
 template <int C, int A, int B, class OfA, class OfB>
 inline void tile_dot() {
+    constexpr int kWords = kTileBytes / 4;
     const TileShapes& shapes = tiles.shapes;
-    for (int m = 0; m < shapes.rows[C]; m++)
-        for (int k = 0; k < shapes.bytes[A] / 4; k++)
-            for (int n = 0; n < shapes.bytes[C] / 4; n++) {
-                int32_t sum;
-                memcpy(&sum, tiles.tile[C][m] + 4 * n, 4);
-                for (int i = 0; i < 4; i++)
-                    sum = int32_t(uint32_t(sum) + uint32_t(int32_t(OfA(tiles.tile[A][m][4 * k + i])) *
-                                                           int32_t(OfB(tiles.tile[B][k][4 * n + i]))));
-                memcpy(tiles.tile[C][m] + 4 * n, &sum, 4);
+    const auto(&a)[kTileRows][kTileBytes] = tiles.tile[A], (&b)[kTileRows][kTileBytes] = tiles.tile[B];
+    uint32_t sums[kTileRows][kWords];
+    memcpy(sums, tiles.tile[C], sizeof sums);
+    for (int k = 0; k < shapes.bytes[A] / 4; k++)
+        for (int i = 0; i < 4; i++) {
+            uint32_t row[kWords];
+            for (int n = 0; n < kWords; n++) row[n] = uint32_t(int32_t(OfB(b[k][4 * n + i])));
+            for (int m = 0; m < shapes.rows[C]; m++) {
+                const uint32_t factor = uint32_t(int32_t(OfA(a[m][4 * k + i])));
+                for (int n = 0; n < kWords; n++) sums[m][n] += factor * row[n];
             }
+        }
+    memcpy(tiles.tile[C], sums, sizeof sums);
 }
 template <int C, int A, int B>
 inline void tile_dot_ss() {

@@ -16,6 +16,7 @@ down codes, then gate, up and down scales, 64-byte-aligned, then any padding.
 
 import ctypes
 import importlib.machinery
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from slotmoe.border import Router
+from slotmoe.errors import ConfigError
 from slotmoe.quant.codecs.codec import NF4, TILE
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.layers import Decoder
@@ -42,6 +44,7 @@ from slotmoe.quant.kernels.cpu.weights import (
 from slotmoe.quant.shapes import latent_bytes
 
 ABI = 14
+INSTRUCTIONS = "SLOTMOE_INSTRUCTIONS"  # names an instruction set
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _ROUTER = Structure(ROUTER)
 _PARTS = ("attention", "route", "experts_by_slot", "mlp")  # whose seconds `decode` measures
@@ -95,8 +98,9 @@ class Kernels:
             for i in range(self._lib.slotmoe_isa_count())
             if self._lib.slotmoe_isa_supported(i)
         )
-        """Instruction sets that this machine can run, best first: among avx512vbmi, avx512vnni,
-        avx2, neon_i8mm, neon_dot, neon, portable."""
+        """Instruction sets that this machine can run, best first: among amx, amx_plain (the same
+        without AMX, for tests), avx512vbmi, avx512vnni, avx2, neon_i8mm, neon_dot, neon, portable.
+        The first two are used only where they are asked for."""
 
     def seconds(self) -> dict[str, float]:
         """Seconds spent inside each native function so far; `decode` counts as its parts."""
@@ -110,9 +114,10 @@ class Kernels:
         return name.decode()
 
     def set_isa(self, name: str) -> None:
-        """Use one of `isas` from the next call on (for tests and measurements)."""
+        """Use one of `isas` from the next call on.  Raises `ConfigError`."""
         if self._lib.slotmoe_set_isa(name.encode()):
-            raise ValueError(f"instruction set {name!r} is not one of {', '.join(self.isas)}")
+            here = ", ".join(self.isas)
+            raise ConfigError(f"instruction set {name!r:.40} is not one of this machine's: {here}")
 
     @property
     def threads(self) -> int:
@@ -307,15 +312,19 @@ class Kernels:
 
 @cache
 def load() -> Kernels | None:
-    """The kernels, or None where their binary is missing or does not load."""
+    """The kernels, or None where their binary is missing or does not load.  They use the best
+    instruction set, or that of ``SLOTMOE_INSTRUCTIONS``.  Raises `ConfigError`."""
     # What serves every version of Python comes before what an older build has left.
     for suffix in reversed(importlib.machinery.EXTENSION_SUFFIXES):
         path = Path(__file__).with_name(f"_native{suffix}")
         if path.exists():
             try:
-                return Kernels(path)
+                kernels = Kernels(path)
             except (OSError, AttributeError):
                 return None
+            if wanted := os.environ.get(INSTRUCTIONS):
+                kernels.set_isa(wanted)
+            return kernels
     return None
 
 

@@ -38,9 +38,12 @@ bool has_avx512vnni() {
 }
 bool has_avx512vbmi() { return has_avx512vnni() && __builtin_cpu_supports("avx512vbmi"); }
 
+// The processor has tiles and their products of bytes, and the system saves tiles and lets this process use them.
 bool has_amx() {
-    unsigned a, b, c, d = 0;
-    return has_avx512vbmi() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 24 & d >> 25 & 1 && tiles_here();
+    unsigned a, b, c, d = 0, saved, unused;
+    if (!has_avx512vbmi() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d >> 24 & 3) != 3) return false;
+    asm("xgetbv" : "=a"(saved), "=d"(unused) : "c"(0));
+    return (saved >> 17 & 3) == 3 && tiles_here();
 }
 
 constexpr Choice kIsas[] = {  // best first
