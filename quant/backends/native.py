@@ -105,8 +105,8 @@ class NativeDecoder:
 
 
 class NativeBackend(TorchBackend):
-    """Activations are quantized to int8 in blocks of 16 with a float32 scale each, those of
-    ``kv_b_proj`` to 15 bits with one scale a row; so are all with the instruction set ``amx``.
+    """Activations are quantized to int8 in blocks of 16 with a float32 scale each.  Those of
+    ``kv_b_proj``, and all with the instruction set ``amx``, have 15 bits and one scale a row.
 
     A row's result never depends on the other rows, the threads or the cache, so decode and prefill
     agree.  torch's own threads stay idle in decode.

@@ -233,7 +233,7 @@ class Exported:
         record_bytes = BYTES
 
 
-def page(count, forks):
+def page(count, forks, nodes):
     return torch.full((count,), 255, dtype=torch.uint8)
 
 

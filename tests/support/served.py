@@ -47,13 +47,13 @@ HALVES = [
 SLOW = f"""
 import time
 from slotmoe.offload.engine.passes import Passes
-decode = Passes.decode
-Passes.decode = lambda *given: time.sleep(0.01) or decode(*given)
+run = Passes.run
+Passes.run = lambda *given: time.sleep(0.01) or run(*given)
 {COMMAND_LINE}
 """
 FAILING = f"""
 from slotmoe.offload.engine.passes import Passes
-Passes.prefill = lambda *_: 1 / 0
+Passes.run = lambda *_: 1 / 0
 {COMMAND_LINE}
 """
 

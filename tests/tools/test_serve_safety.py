@@ -285,15 +285,15 @@ def test_abort_in_the_middle_of_a_prompt_leaves_nothing_for_another_key(
     keyed.idle()
     alone = text_alone(runtime, CANARY)
     passes, totals = runtime.engine.batch.passes, runtime.engine.batch.totals
-    prefill, reached, left = passes.prefill, threading.Event(), threading.Event()
+    run, reached, left = passes.run, threading.Event(), threading.Event()
 
-    def paused(row):
-        prefill(row)
-        if len(row.ids) == 64:
+    def paused(rows):
+        run(rows)
+        if any(len(row.ids) == 64 for row in rows):
             reached.set()
             left.wait(60)
 
-    monkeypatch.setattr(passes, "prefill", paused)
+    monkeypatch.setattr(passes, "run", paused)
     asked = completion(prompt=CANARY, max_tokens=8)
     before, made = totals.prompt_tokens, totals.answer_tokens
     first = request(completion(max_tokens=500), **{"x-api-key": "second"})

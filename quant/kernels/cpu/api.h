@@ -136,8 +136,8 @@ struct Indexer {
     }
 };
 
-// kv_b_proj [heads * (n + v), r] as attention multiplies it, in two digits: of each head, in tiles of its own (isa.h), the
-// rows of its query, turned, and those of its values.
+// kv_b_proj [heads * (n + v), r] as attention multiplies it, in two digits: of each head, in tiles of its own (isa.h),
+// the rows of its query, turned, and those of its values.
 struct Absorbed {
     int64_t heads, n, r, v;
     const int8_t *query, *value;

@@ -58,9 +58,9 @@ inline int64_t mla_buffers(Mla& m, uint8_t* base, int64_t spans = kMostSpans) {
     return used;
 }
 
-// Queries of t tokens -> out [t, heads, r]; mla_of(token) has what it attends to: a list, or the first rows of the cache
-// that all have, one more than the token before. One token splits its context over the threads, several tokens are split
-// over them; the arithmetic is the same.
+// Queries of t tokens -> out [t, heads, r]; mla_of(token) has what it attends to: a list, or the first rows of the one
+// cache of all, one more than the token before. One token splits its context over the threads, several tokens are
+// split over them; the arithmetic is the same.
 template <class MlaOf>
 void attend(Job& job, const Isa& isa, int64_t t, MlaOf mla_of, float* out) {
     Mla one = mla_of(0);

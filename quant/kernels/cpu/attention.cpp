@@ -201,8 +201,8 @@ namespace {
 
 constexpr int64_t kTogether = 32;  // tokens whose rows are quantized before they are multiplied
 
-// Each head's rows of x [t, heads, ..] times its part of kv_b: queries [n] -> [r], or latents [r] -> values [v]. Heads of x
-// and of out stand ldx and ldo floats apart.
+// Each head's rows of x [t, heads, ..] times its part of kv_b: queries [n] -> [r], or latents [r] -> values [v]. Heads
+// of x and of out stand ldx and ldo floats apart.
 class Absorption {
 public:
     Absorption(Job& job, const Isa& isa, const Absorbed& w, bool values, const float* x, int64_t ldx, int64_t t,

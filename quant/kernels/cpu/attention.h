@@ -12,8 +12,8 @@
 // may be small and many, it is multiplied in fp32.
 //
 // A query's context is the first rows of a cache, or those that a list names, in its order. Chunks are grouped into
-// spans by the context's length alone, so that the result does not depend on the threads. Queries of neighbouring tokens
-// go through their chunks together, so that rows are interleaved once for all of them.
+// spans by the context's length alone, so that the result does not depend on the threads. Queries of neighbouring
+// tokens go through their chunks together, so that rows are interleaved once for all of them.
 //
 // Shapes: q [heads, R + P]; out [heads, R]; R4, P4 = R, P padded to 4; K = R4 + P4; Rp = R padded to 64; heads come in
 // tiles of 16, one lane each, Hp of them. A cache row is int8 [R4], int8 [P4], float [2] scales, int32 [2] sums of the
@@ -211,30 +211,35 @@ void mla_queries(const Mla& m, int64_t begin, int64_t end) {
 // Tiles begin..end: q_rows -> q_digits. Lanes that no head has repeat the first, with a scale of 0.
 void mla_pack(const Mla& m, int64_t begin, int64_t end) {
     const int64_t padded = m.tiles * kTile, k = m.k, r4 = m.r4;
+    for (int64_t lane = m.heads; lane < end * kTile; lane++) m.q_scale[lane] = m.q_scale[padded + lane] = 0.0f;
+    const auto digits_of = [&](int64_t lane) { return m.q_rows + (lane < m.heads ? lane : 0) * 2 * k; };
 #ifdef SLOTMOE_AMX
-    const int64_t bytes = 2 * padded_columns(m) * kTile;  // of a tile; those of no column and no digit are 0
-    memset(m.q_digits + begin * bytes, 0, size_t((end - begin) * bytes));
-#endif
-    for (int64_t h = begin * kTile; h < end * kTile; h++) {
-        const bool none = h >= m.heads;
-        const uint8_t *high = m.q_rows + (none ? 0 : h) * 2 * m.k, *low = high + m.k;
-        if (none) m.q_scale[h] = m.q_scale[padded + h] = 0.0f;
-#ifdef SLOTMOE_AMX
-        uint8_t* out = m.q_digits + h / kTile * bytes + h % kTile * 4;
-        for (int64_t i = 0; i < k; i += 4) {
-            const int64_t column = i < r4 ? i : m.r_padded + i - r4, block = column / kBlock * kBlock;
-            uint8_t* at = out + (block + column) * kTile;
-            memcpy(at, high + i, 4);
-            if (fine(column)) memcpy(at + kBlock * kTile, low + i, 4);
+    const int64_t columns = padded_columns(m);
+    for (int64_t i = begin * columns; i < end * columns; i += kBlock) {
+        const int64_t column = i % columns, in = column < m.r_padded ? column : r4 + column - m.r_padded,
+                      left = (column < m.r_padded ? r4 : k) - in;
+        for (int64_t digit = 0; digit < 2; digit++) {
+            int32_t* out = reinterpret_cast<int32_t*>(m.q_digits + (2 * i + digit * kBlock) * kTile);
+            if (left < kBlock) memset(out, 0, kBlock * kTile);
+            for (int64_t lane = 0; lane < kTile; lane++) {
+                const uint8_t* from = digits_of(i / columns * kTile + lane) + digit * k + in;
+                int32_t* to = out + lane * kTile;
+                left < kBlock ? memcpy(to, from, size_t(left)) : memcpy(to, from, kBlock);
+            }
+            Lanes::turn(out, kTile);
+            for (int64_t quad = 1; digit && quad < kTile; quad += 2) memset(out + quad * kTile, 0, 4 * kTile);
         }
+    }
 #else
-        uint8_t* out = m.q_digits + h / kTile * 2 * m.k * kTile + h % kTile * 4;
+    for (int64_t h = begin * kTile; h < end * kTile; h++) {
+        const uint8_t *high = digits_of(h), *low = high + k;
+        uint8_t* out = m.q_digits + h / kTile * 2 * k * kTile + h % kTile * 4;
         for (int64_t i = 0; i < k; i += 4, out += 4 * kTile) {
             memcpy(out, high + i, 4);
             if (fine(i < r4 ? i : i - r4)) memcpy(out += 4 * kTile, low + i, 4);
         }
-#endif
     }
+#endif
 }
 
 // The rows of the chunk that begins at `first`; what is missing to 64 repeats the last.
@@ -342,7 +347,9 @@ SLOTMOE_NOINLINE const uint8_t* score_part(const Mla& m, int64_t tile, int part,
 #ifdef SLOTMOE_AMX
     alignas(64) uint8_t sums[kScoreRows][2][4 * kTile];
     q = dot_part(m, part, q, rows, reinterpret_cast<int32_t*>(sums));
-    const auto dot = [&](int j, int digit) { return Lanes::add_bytes(digit ? Lanes::start(0) : zeros(j), sums[j][digit]); };
+    const auto dot = [&](int j, int digit) {
+        return Lanes::add_bytes(digit ? Lanes::start(0) : zeros(j), sums[j][digit]);
+    };
 #else
     Lanes::I dots[kScoreRows][2];
     const auto dot = [&](int j, int digit) { return dots[j][digit]; };

@@ -1,6 +1,6 @@
 // Products whose activations have 15 bits: two int8 digits under one scale a row, x = (128 high + low) * factor. Their
-// sums of integers are exact and leave no order to floats before the row's end, so that a row's result is the same alone
-// or among others, and on every instruction set.
+// sums of integers are exact and leave no order to floats before the row's end. So a row's result is the same alone or
+// among others, and on every instruction set.
 //
 // Shapes: x [T, K]; blocks [B, T]; W tiles of 16 rows; y [T, ldy].
 namespace slotmoe {
@@ -50,12 +50,9 @@ void quantize_fine(const float* x, int64_t k, int64_t begin, int64_t end, int64_
 // 128 times sums of high digits and those of low ones, of the rows of a tile; y of one token.
 inline void write_fine(const int32_t* high, const int32_t* low, const Int8Matrix& w, int64_t tile, double factor,
                        float* y) {
-    const int64_t row = tile * kTile;
-    const auto write = [&](int64_t lanes) {
-        for (int64_t lane = 0; lane < lanes; lane++)
-            y[row + lane] = float((128.0 * high[lane] + low[lane]) * (double(w.scale[row + lane]) * factor));
-    };
-    w.n - row < kTile ? write(w.n - row) : write(kTile);
+    const int64_t row = tile * kTile, lanes = w.n - row < kTile ? w.n - row : kTile;
+    for (int64_t lane = 0; lane < lanes; lane++)
+        y[row + lane] = float((128.0 * high[lane] + low[lane]) * (double(w.scale[row + lane]) * factor));
 }
 
 // `Tiles` neighbouring tiles with all columns of `Tokens` tokens: sums [tiles, tokens, 2 digits]. A token alone has

@@ -10,13 +10,13 @@
 namespace slotmoe {
 namespace {
 
-constexpr int64_t kTileTokens = 4;   // from here on tiles are faster, of codes
-constexpr int kGroup = 8;            // tiles of tokens that pass over unpacked weights
-constexpr int kChunk = 4;            // blocks whose activations and unpacked weights stay in the first-level cache
-constexpr int kPanel = 64;           // tiles of float sums that stay in the second-level one
-constexpr int kSpan = 8;             // blocks of int8 that stay in the first-level cache
+constexpr int64_t kTileTokens = 4;  // from here on tiles are faster, of codes
+constexpr int kGroup = 8;           // tiles of tokens that pass over unpacked weights
+constexpr int kChunk = 4;           // blocks whose activations and unpacked weights stay in the first-level cache
+constexpr int kPanel = 64;          // tiles of float sums that stay in the second-level one
+constexpr int kSpan = 8;            // blocks of int8 that stay in the first-level cache
 constexpr int kA0 = 4, kA1 = 5, kB0 = 6, kB1 = 7;  // tiles; 0 to 3 are sums
-constexpr int kTileSums = kTile * kTileRows;           // integers of a tile
+constexpr int kTileSums = kTile * kTileRows;       // of a tile
 
 // T rows as tiles of equally many, which may overlap: each row of x exists, and few are computed twice.
 struct TokenTiles {

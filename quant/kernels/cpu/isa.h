@@ -173,8 +173,8 @@ struct Isa {
 
     void (*mla_queries)(const Mla& m, int64_t begin, int64_t end);                 // heads begin..end
     void (*mla_pack)(const Mla& m, int64_t begin, int64_t end);                    // tiles begin..end
-    // Chunks begin..end, of those that the last of m.shared or fewer queries has; the queries are over the first rows of
-    // one cache, none over fewer than the one before, unless there is but one.
+    // Chunks begin..end, of those that the last of m.shared or fewer queries has. Several are over the first rows of
+    // one cache, none over fewer than the one before.
     void (*mla_chunks)(const Mla* m, int64_t queries, int64_t begin, int64_t end, uint8_t* scratch);
     void (*mla_merge)(const Mla& m, int64_t begin, int64_t end, float* out);        // heads begin..end
     size_t (*mla_scratch)(const Mla& m);
