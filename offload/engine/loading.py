@@ -116,12 +116,12 @@ def open_model(folder: Path, options: Options, device: Device, reason: str) -> L
     except torch.OutOfMemoryError:
         pass  # what the traceback's frames hold of the device is free only after this block
     device.release()
-    memory = device.memory()
-    assert memory is not None
+    gpu = device.memory()
+    assert gpu is not None
     raise PlanError(
         f"{device.name} ran out of memory while the model was opened: the budget is "
-        f"{format_size(loader.budget)} and {format_size(memory.free)} of "
-        f"{format_size(memory.total)} are free now, other programs may have taken some: "
+        f"{format_size(loader.budget)} and {format_size(gpu.free)} of "
+        f"{format_size(gpu.total)} are free now, other programs may have taken some: "
         "lower --vram"
     )
 
@@ -149,13 +149,13 @@ class _Loader:
     def _budgets(self) -> tuple[int, int | None]:
         """Bytes of the device tier that may be used, and of RAM below a GPU: as asked, or nine
         tenths of what is free now."""
-        ram, vram, memory = self._options.ram, self._options.vram, self._device.memory()
+        ram, vram, gpu = self._options.ram, self._options.vram, self._device.memory()
         if ram is not None:
             free_ram = parse_size(ram)
         else:
             free_ram = int(available_memory() * FREE_SHARE) + process_bytes()
-        if memory is not None:
-            free = int(memory.free * FREE_SHARE)
+        if gpu is not None:
+            free = int(gpu.free * FREE_SHARE)
             return parse_size(vram) if vram is not None else free, free_ram
         if vram is not None:
             problem = "--vram is given but the device is the CPU"
@@ -230,11 +230,11 @@ class _Loader:
                 f"the plan takes {format_size(ram)} of RAM and this machine has "
                 f"{format_size(total)}: give a smaller --ram, or none to take what is free"
             )
-        memory, name = self._device.memory(), self._device.name
-        if memory is not None and plan.total > memory.free:
+        gpu, name = self._device.memory(), self._device.name
+        if gpu is not None and plan.total > gpu.free:
             raise PlanError(
                 f"the plan takes {format_size(plan.total)} of {name}, of which "
-                f"{format_size(memory.free)} are free: give --vram {memory.free >> 20}MiB or less, "
+                f"{format_size(gpu.free)} are free: give --vram {gpu.free >> 20}MiB or less, "
                 "or end the programs that use it"
             )
         self._device.placement = choose_placement(ram, self._options.threads)

@@ -77,9 +77,9 @@ class Coder:
         return Coded((codes, scales), squared_error(piece, weight), weighted or (0.0, 0.0))
 
 
-def _kept(codes: Codes, codec: Codec) -> Coded:
+def _kept(codes: Codes, kind: Codec) -> Coded:
     """The same codes; scales are the codec's, float16 for those of trained weights in bfloat16."""
-    kept = store(codes.codes, codes.scales, codec)
+    kept = store(codes.codes, codes.scales, kind)
     if not possible_scales(kept[1]):
         raise NotFiniteError
     wanted = codes.values()

@@ -181,7 +181,7 @@ def _check_manifest(manifest: Json) -> None:
     if "report" in quantization:
         _check_report(quantization["report"], {*_PLAIN, *quantization["codecs"]})
     _check_experts(manifest)
-    layout, E = manifest_layout(manifest), experts["n_routed_experts"]
+    record, E = manifest_layout(manifest), experts["n_routed_experts"]
     layer_files = list(map(layer_file, experts["layers"]))
     predictors = list(filter(is_predictor, files))
     _require(len(predictors) <= 1, "more than one predictor")
@@ -191,7 +191,7 @@ def _check_manifest(manifest: Json) -> None:
     kinds = dict.fromkeys(layer_files, in_layer)
     kinds |= dict.fromkeys([RESIDENT, *predictors], _TENSORS)
     check(files, kinds | {name: _COPIED for name in files if name in COPIED}, "files")
-    sizes = dict.fromkeys(layer_files, E * layout.record_bytes)
+    sizes = dict.fromkeys(layer_files, E * record.record_bytes)
     sizes[RESIDENT] = _check_resident(files[RESIDENT]["tensors"], manifest)
     for name in predictors:
         sizes[name] = check_predictor(files[name]["tensors"], experts)
@@ -201,10 +201,10 @@ def _check_manifest(manifest: Json) -> None:
 
 
 def _check_experts(manifest: Json) -> None:
-    experts, layout = manifest["experts"], manifest_layout(manifest)
+    experts, record = manifest["experts"], manifest_layout(manifest)
     layers = experts["layers"]
     described = experts["record_bytes"], experts["record"]
-    _require(described == (layout.record_bytes, layout.describe()), "the record layout is unknown")
+    _require(described == (record.record_bytes, record.describe()), "the record layout is unknown")
     _require(layers == sorted(set(layers)), "layers are not in order")
     if "mtp_layer" in experts:
         check(experts, {"mtp_layer": _LAYER}, "experts")
@@ -260,8 +260,8 @@ def _check_resident(tensors: Json, manifest: Json) -> int:
     for name, item in tensors.items():
         part = layout.part_of(item)
         if name in coded:
-            shape, codec = tuple(coded[name]["shape"]), codecs[coded[name]["codec"]]
-            expected |= layout.resident_parts(name, shape, codec, part.dtype)
+            shape, own = tuple(coded[name]["shape"]), codecs[coded[name]["codec"]]
+            expected |= layout.resident_parts(name, shape, own, part.dtype)
         elif name + ".scale" in tensors:
             _require(len(part.shape) == 2, f"{name:.80} is no matrix")
             expected |= layout.resident_parts(name, part.shape, "int8", part.dtype)
