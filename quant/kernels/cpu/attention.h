@@ -309,9 +309,10 @@ inline const uint8_t* dot_part(const Mla& m, int part, const uint8_t* q, const i
     const int64_t end = part ? padded_columns(m) : m.r_padded, stride = rows[1] - rows[0];
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
     for (int64_t c = part ? m.r_padded : 0; c < end; c += kBlock, q += 2 * kBlock * kTile) {
-        tile_load<4>(rows[0] + c, stride), tile_load<6>(q, 4 * kTile), tile_dot_su<0, 4, 6>();
-        tile_load<7>(q + kBlock * kTile, 4 * kTile), tile_dot_su<1, 4, 7>();
-        tile_load<5>(rows[kTileRows] + c, stride), tile_dot_su<2, 5, 6>(), tile_dot_su<3, 5, 7>();
+        tile_load<4>(rows[0] + c, stride), tile_load<6>(q, 4 * kTile), tile_dot<int8_t, uint8_t, 0, 4, 6>();
+        tile_load<7>(q + kBlock * kTile, 4 * kTile), tile_dot<int8_t, uint8_t, 1, 4, 7>();
+        tile_load<5>(rows[kTileRows] + c, stride), tile_dot<int8_t, uint8_t, 2, 5, 6>();
+        tile_dot<int8_t, uint8_t, 3, 5, 7>();
     }
     constexpr int64_t kRow = 8 * kTile;
     tile_store<0>(dots, kRow), tile_store<1>(dots + kTile, kRow);
@@ -509,8 +510,10 @@ inline void value_tiles(const int32_t* weights, const int8_t* quads, Lanes::I (*
     constexpr int64_t kRow = 4 * kSumColumns;
     tile_load<4>(weights, kChunkRows);
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-    tile_load<5>(quads, kRow), tile_dot_us<0, 4, 5>(), tile_load<6>(quads + 64, kRow), tile_dot_us<1, 4, 6>();
-    tile_load<7>(quads + 128, kRow), tile_dot_us<2, 4, 7>(), tile_load<5>(quads + 192, kRow), tile_dot_us<3, 4, 5>();
+    tile_load<5>(quads, kRow), tile_dot<uint8_t, int8_t, 0, 4, 5>();
+    tile_load<6>(quads + 64, kRow), tile_dot<uint8_t, int8_t, 1, 4, 6>();
+    tile_load<7>(quads + 128, kRow), tile_dot<uint8_t, int8_t, 2, 4, 7>();
+    tile_load<5>(quads + 192, kRow), tile_dot<uint8_t, int8_t, 3, 4, 5>();
     tile_store<0>(dots[0], kRow), tile_store<1>(dots[0] + 1, kRow);
     tile_store<2>(dots[0] + 2, kRow), tile_store<3>(dots[0] + 3, kRow);
 }
