@@ -149,13 +149,13 @@ SLOTMOE_NOINLINE void coded_tokens(Tile tile, const FineBlock* x, int64_t t, int
 // Some pieces of one tile of W, unpacked, and sums of every other piece, of both digits.
 struct Pieces {
     int64_t count;
-    alignas(64) int8_t weights[kChunk * kTile * kBlock];
-    alignas(64) float scale[2 * kChunk][kTile];
+    W weights[kChunk * 16];
+    F scale[2 * kChunk];
     alignas(64) int32_t sums[2][2][kTileSums];
 };
 
 template <int C, int Digit>
-SLOTMOE_TILE void dot_digit(const int8_t* weights, const int8_t* digits) {
+SLOTMOE_TILE void dot_digit(const W* weights, const int8_t* digits) {
     if (Digit == 0) tile_load<kB0>(weights, 64);
     tile_load<kA0 + Digit>(digits + Digit * kBlock, sizeof(FineBlock));
     tile_zero<C + Digit>(), tile_dot<int8_t, int8_t, C + Digit, kA0 + Digit, kB0>();
@@ -174,7 +174,7 @@ SLOTMOE_TILE void add_rows(const int32_t (*sums)[kTileSums], F scale, F* total) 
 // Three pieces are on their way: while piece i is multiplied, in the sums of tiles C and C + 1, the tiles of the one
 // before are stored, and those before that become floats.
 template <int C, int Rows>
-SLOTMOE_TILE void step(int64_t i, int64_t count, const int8_t* weights, const int8_t* digits, Pieces& pieces, F scale,
+SLOTMOE_TILE void step(int64_t i, int64_t count, const W* weights, const int8_t* digits, Pieces& pieces, F scale,
                        F* total) {
     constexpr int kBefore = 2 - C, kQuarter = Rows / 4;
     const bool multiplies = i < count, stores = i > 0 && i <= count, adds = i > 1;
@@ -197,16 +197,15 @@ SLOTMOE_NOINLINE void multiply_pieces(Pieces& pieces, const FineBlock* x, const 
     int64_t piece = 0, tile = group, added = 0;
     F total[Rows];
     for (int64_t i = 0; i < count + 2; i++) {
-        const int8_t* weights = pieces.weights + piece * (kTile * kBlock / Parts);
+        const W* weights = pieces.weights + piece * (16 / Parts);
         const int8_t* digits = x[tokens.first(tile) + piece / Parts * tokens.t].digit[0] + piece % Parts * (kBlock / 2);
-        const F scale = Lanes::load(pieces.scale[added]);
         if (added == 0)
 #pragma GCC unroll 16
             for (int r = 0; r < Rows; r++) total[r] = first ? Lanes::zero() : Lanes::load(*totals + kTile * r);
         if (i % 2)
-            step<2, Rows>(i, count, weights, digits, pieces, scale, total);
+            step<2, Rows>(i, count, weights, digits, pieces, pieces.scale[added], total);
         else
-            step<0, Rows>(i, count, weights, digits, pieces, scale, total);
+            step<0, Rows>(i, count, weights, digits, pieces, pieces.scale[added], total);
         if (++piece == each) piece = 0, tile++;
         if (i < 2 || ++added < each) continue;
 #pragma GCC unroll 16
@@ -218,23 +217,6 @@ SLOTMOE_NOINLINE void multiply_pieces(Pieces& pieces, const FineBlock* x, const 
 inline Lanes::Table signed_table(const Lanes::Table& table) {
     const __m512i offset = _mm512_set1_epi8(-128);
     return {_mm512_xor_si512(table.low, offset), _mm512_xor_si512(table.high, offset)};
-}
-
-// A block of codes as signed bytes.
-template <class Tile>
-inline void unpack(const Tile& tile, int64_t block, Pieces& pieces) {
-    constexpr int kParts = Tile::kParts;
-    int8_t* to = pieces.weights + block * kTile * kBlock;
-#pragma GCC unroll 8
-    for (int p = 0; p < 8; p++) {
-        W first, second;
-        tile.pair(p, first, second);
-        _mm512_store_si512(to + 128 * p, first), _mm512_store_si512(to + 128 * p + 64, second);
-    }
-    F scales[kParts];
-    piece_scales(tile, scales);
-#pragma GCC unroll 2
-    for (int part = 0; part < kParts; part++) Lanes::store(pieces.scale[block * kParts + part], scales[part]);
 }
 
 // finish(token, tile, totals[16]) receives each result.
@@ -270,7 +252,10 @@ inline void multiply(At at, const FineBlock* x, int64_t t, int64_t blocks, int64
                     Tile tile = at(i);
                     tile.table = signed_table(tile.table), tile.next(b);
                     for (int64_t block = 0; block < count; block++, tile.next()) {
-                        unpack(tile, block, pieces);
+                        W* to = pieces.weights + 16 * block;
+#pragma GCC unroll 8
+                        for (int p = 0; p < 8; p++) tile.pair(p, to[2 * p], to[2 * p + 1]);
+                        piece_scales(tile, pieces.scale + block * kParts);
                         Tile ahead = tile;  // of the next tile, or behind the panel's last one of the next chunk
                         ahead.next(i + 1 < stop ? blocks : count - (stop - 1 - panel) * blocks);
                         for (int line = 0; line < Tile::kBytes; line += 64) Lanes::prefetch_to_l2(ahead.codes + line);
