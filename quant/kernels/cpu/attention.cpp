@@ -225,10 +225,11 @@ struct Absorption {
         for (int64_t part = begin; part < end; part++) {
             const int64_t head = part / groups, first = part % groups * kTogether;
             const int64_t count = t - first < kTogether ? t - first : kTogether;
+            const float* columns = values ? nullptr : w.query_scale + head * k;
             for (int64_t i = 0; i < count; i++) {
                 const float* in = x + ((first + i) * w.heads + head) * ldx;
-                for (int64_t j = 0; !values && j < k; j++) row[j] = in[j] * w.query_scale[head * k + j];
-                isa.quantize_fine(values ? in : row, k, 0, 1, count, 0.0f, rows + i, factors + i);
+                for (int64_t j = 0; columns && j < k; j++) row[j] = in[j] * columns[j];
+                isa.quantize_fine(columns ? row : in, k, 0, 1, count, 0.0f, rows + i, factors + i);
             }
             const int8_t* packed = (values ? w.value : w.query) + head * tiles * blocks * kTile * kBlock;
             const float* scale = values ? w.value_scale + head * n : w.ones;

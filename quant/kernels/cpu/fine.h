@@ -10,15 +10,18 @@ constexpr float kMostFine = 16256.0f;  // 128 * 127: both digits fit 8 bits
 
 // One block of a row; v times both factors are integers within kMostFine. `sums` of digits, of the blocks before.
 inline void fine_block(const float* v, float first, float second, FineBlock* out, int32_t* sums) {
-    for (int half = 0; half < 2; half++) {
-        int32_t of_digits[2] = {};
-        for (int i = half * kBlock / 2; i < (half + 1) * kBlock / 2; i++) {
-            const int32_t q = int32_t(round_even(v[i] * first * second)), high = (q + 64) >> 7, low = q - 128 * high;
-            out->digit[0][i] = int8_t(high), out->digit[1][i] = int8_t(low);
-            of_digits[0] += high, of_digits[1] += low;
-        }
-        out->bias[half] = -Lanes::kWeightOffset * (128 * of_digits[0] + of_digits[1]);
-        for (int i = 0; i < 2; i++) out->sum[i] = sums[i] += of_digits[i];
+    int32_t q[kBlock], of_digits[2] = {}, halves[2] = {};
+    for (int i = 0; i < kBlock; i++) q[i] = int32_t(round_even(v[i] * first * second));
+    for (int i = 0; i < kBlock; i++) {
+        const int32_t high = (q[i] + 64) >> 7, low = q[i] - 128 * high;
+        out->digit[0][i] = int8_t(high), out->digit[1][i] = int8_t(low);
+        of_digits[0] += high, of_digits[1] += low;
+    }
+    for (int half = 0; half < 2; half++)
+        for (int i = 0; i < kBlock / 2; i++) halves[half] += q[half * kBlock / 2 + i];
+    for (int i = 0; i < 2; i++) {
+        out->sum[i] = sums[i] += of_digits[i];
+        out->bias[i] = -Lanes::kWeightOffset * halves[i];
     }
 }
 

@@ -149,7 +149,7 @@ SLOTMOE_NOINLINE void coded_tokens(Tile tile, const FineBlock* x, int64_t t, int
 // Some pieces of one tile of W, unpacked, and sums of every other piece, of both digits.
 struct Pieces {
     int64_t count;
-    W weights[kChunk * 16];
+    W weights[kChunk * 16];  // 4 columns each
     F scale[2 * kChunk];
     alignas(64) int32_t sums[2][2][kTileSums];
 };
