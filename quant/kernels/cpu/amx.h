@@ -1,12 +1,7 @@
 // AMX: eight tiles of up to 16 rows of 64 bytes, and what multiplies them. The instructions are written as assembly,
 // since the intrinsics of GCC 12 do not say that they read and write memory. SLOTMOE_PLAIN_TILES gives plain C++ with the
-// same bits, for machines without AMX: these eight functions are all that differs.
+// same bits, for machines without AMX: these six functions are all that differs.
 #pragma once
-#if !defined(SLOTMOE_PLAIN_TILES) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include <cstdint>
 #include <cstring>
 
@@ -33,7 +28,6 @@ struct Tiles {
 };
 inline thread_local Tiles tiles;
 
-inline bool tiles_here() { return true; }
 inline void tile_shapes(const TileShapes& shapes) { tiles.shapes = shapes, memset(tiles.tile, 0, sizeof tiles.tile); }
 inline void tile_release() {}
 template <int T>
@@ -52,7 +46,7 @@ inline void tile_store(void* p, int64_t stride) {
         memcpy(static_cast<uint8_t*>(p) + row * stride, tiles.tile[T][row], tiles.shapes.bytes[T]);
 }
 // Sums modulo 2^32, as the instructions': C [m, n] += A [m, 4 k] B [k, 4 n].
-template <int C, int A, int B, class OfA, class OfB>
+template <class OfA, class OfB, int C, int A, int B>
 inline void tile_dot() {
     constexpr int kWords = kTileBytes / 4;
     const TileShapes& shapes = tiles.shapes;
@@ -70,30 +64,9 @@ inline void tile_dot() {
         }
     memcpy(tiles.tile[C], sums, sizeof sums);
 }
-template <int C, int A, int B>
-inline void tile_dot_ss() {
-    tile_dot<C, A, B, int8_t, int8_t>();
-}
-template <int C, int A, int B>
-inline void tile_dot_su() {
-    tile_dot<C, A, B, int8_t, uint8_t>();
-}
-template <int C, int A, int B>
-inline void tile_dot_us() {
-    tile_dot<C, A, B, uint8_t, int8_t>();
-}
 
 #else
 
-// Whether this process may use tiles, which it has to ask for: kernel, hypervisor and processor have to have them.
-inline bool tiles_here() {
-#if defined(__linux__)
-    constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-#else
-    return false;
-#endif
-}
 inline void tile_shapes(const TileShapes& shapes) { asm volatile("ldtilecfg %0" : : "m"(shapes) : "memory"); }
 // After each call: threads that hold tiles are slow to switch.
 inline void tile_release() { asm volatile("tilerelease" : : : "memory"); }
@@ -109,18 +82,16 @@ template <int T>
 SLOTMOE_TILE void tile_store(void* p, int64_t stride) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(T) : "memory");
 }
-// C [m, n] += A [m, 4 k] B [k, 4 n], signed (s) and unsigned (u) bytes of A and of B.
-template <int C, int A, int B>
-SLOTMOE_TILE void tile_dot_ss() {
-    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
-}
-template <int C, int A, int B>
-SLOTMOE_TILE void tile_dot_su() {
-    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
-}
-template <int C, int A, int B>
-SLOTMOE_TILE void tile_dot_us() {
-    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+// C [m, n] += A [m, 4 k] B [k, 4 n], of bytes of these types.
+template <class OfA, class OfB, int C, int A, int B>
+SLOTMOE_TILE void tile_dot() {
+    constexpr bool kSignedA = OfA(-1) < 0, kSignedB = OfB(-1) < 0;
+    if (kSignedA && kSignedB)
+        asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+    else if (kSignedA)
+        asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+    else
+        asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
 }
 
 #endif

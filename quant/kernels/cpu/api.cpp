@@ -101,13 +101,6 @@ Expert expert_at(const uint8_t* data, const Record& r) {
             {r.down, data + 2 * in, first + 2 * scales, r.hidden, out_blocks}};
 }
 
-void quantize_x(Job& job, const Isa& isa, const float* x, int64_t k, int64_t t, float offset, Blocks blocks,
-                double* factor) {
-    if (t == 1) return isa.quantize_rows(x, k, 0, 1, 1, offset, blocks, factor);
-    job.parallel(
-        t, [&](int, int64_t begin, int64_t end) { isa.quantize_rows(x, k, begin, end, t, offset, blocks, factor); });
-}
-
 }  // namespace
 
 // --- settings
@@ -194,19 +187,13 @@ EXPORT int slotmoe_layer_norm(const float* x, const float* weight, const float* 
 
 // --- gated MLP: down(silu(gate x) * up x)
 
-namespace {
-
-// tiles(which, x blocks, x factors, rows, begin, end, y, ldy) multiplies by matrix 0 gate [i, h], 1 up [i, h] or 2 down
-// [h, i]. One token or many: the arithmetic of a row is the same. With a residual [t, h], y = residual + (others + it),
-// or without others y = residual + it.
-struct Added {
-    const float *residual, *others;
-};
-
-template <class Tiles>
-void mlp_rows(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, int64_t i, float offset, float limit,
-              Added added, float* y, Tiles tiles) {
-    const int64_t in_blocks = up_to(h, kBlock), out_blocks = up_to(i, kBlock);
+// One token or many: the arithmetic of a row is the same. With a residual [t, h], y = residual + (others + it), or
+// without others y = residual + it.
+void slotmoe::mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Mlp* mlp, const float* residual,
+                  const float* others, float* y) {
+    const Matrix* w = mlp->matrix;
+    const int64_t h = w[0].k, i = w[0].n, in_blocks = up_to(h, kBlock), out_blocks = up_to(i, kBlock);
+    const Levels levels = is_coded(w[0].kind) ? levels_for(isa, w[0].levels) : Levels{};
     for (int64_t pass = 0; pass < t; pass += kPassTokens) {
         const int64_t rows = t - pass < kPassTokens ? t - pass : kPassTokens;
         const Blocks x_blocks = scratch_blocks(job, kX, rows * in_blocks, isa.fine);
@@ -216,54 +203,36 @@ void mlp_rows(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, in
         const int64_t copies = rows == 1 ? job.threads() : 1;
         const Blocks act = scratch_blocks(job, kAct, copies * rows * out_blocks, isa.fine);
         double* act_factor = job.scratch<double>(kActFactor, copies * rows);
-        quantize_x(job, isa, x + pass * h, h, rows, offset, x_blocks, x_factor);
+        job.parallel(rows, [&](int, int64_t begin, int64_t end) {
+            isa.quantize_rows(x + pass * h, h, begin, end, rows, levels.offset, x_blocks, x_factor);
+        });
         job.parallel(up_to(i, kTile), [&](int, int64_t begin, int64_t end) {
-            tiles(0, x_blocks, x_factor, rows, begin, end, gate, i);
-            tiles(1, x_blocks, x_factor, rows, begin, end, up, i);
+            multiply_tiles(isa, w[0], levels, x_blocks, x_factor, rows, begin, end, gate);
+            multiply_tiles(isa, w[1], levels, x_blocks, x_factor, rows, begin, end, up);
             const int64_t first = begin * kTile, n = (end * kTile < i ? end * kTile : i) - first;
             for (int64_t row = 0; row < rows; row++)
-                isa.silu_mul(gate + row * i + first, up + row * i + first, limit, gate + row * i + first, n);
+                isa.silu_mul(gate + row * i + first, up + row * i + first, mlp->limit, gate + row * i + first, n);
         });
         if (rows > 1)
             job.parallel(rows, [&](int, int64_t begin, int64_t end) {
-                isa.quantize_rows(gate, i, begin, end, rows, offset, act, act_factor);
+                isa.quantize_rows(gate, i, begin, end, rows, levels.offset, act, act_factor);
             });
         job.parallel(up_to(h, kTile), [&](int thread, int64_t begin, int64_t end) {
             const Blocks blocks = rows == 1 ? act + thread * out_blocks : act;
             double* factor = rows == 1 ? act_factor + thread : act_factor;
             // Each thread quantizes one token's activations for itself: cheaper than another phase.
-            if (rows == 1) isa.quantize_rows(gate, i, 0, 1, 1, offset, blocks, factor);
-            tiles(2, blocks, factor, rows, begin, end, y + pass * h, h);
-            if (!added.residual) return;
+            if (rows == 1) isa.quantize_rows(gate, i, 0, 1, 1, levels.offset, blocks, factor);
+            multiply_tiles(isa, w[2], levels, blocks, factor, rows, begin, end, y + pass * h);
+            if (!residual) return;
             for (int64_t row = pass; row < pass + rows; row++)
                 for (int64_t at = row * h + begin * kTile, last = row * h + (end * kTile < h ? end * kTile : h);
                      at < last; at++)
-                    y[at] = added.residual[at] + (added.others ? added.others[at] + y[at] : y[at]);
+                    y[at] = residual[at] + (others ? others[at] + y[at] : y[at]);
         });
     }
 }
 
-}  // namespace
-
-void slotmoe::mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Mlp* mlp, const float* residual,
-                  const float* others, float* y) {
-    const Matrix* w = mlp->matrix;
-    const int64_t h = w[0].k, i = w[0].n;
-    if (w[0].kind != kInt8) {
-        const CodedMatrix coded[3] = {w[0].as_coded(), w[1].as_coded(), w[2].as_coded()};
-        const Levels& fitted = levels_for(isa, w[0].levels);
-        const auto tiles = [&](int which, Blocks b, const double* f, int64_t rows, int64_t begin, int64_t end,
-                               float* o,
-                               int64_t ld) { isa.coded_tiles(coded[which], fitted, b, f, rows, begin, end, o, ld); };
-        return mlp_rows(job, isa, x, t, h, i, fitted.offset, mlp->limit, {residual, others}, y, tiles);
-    }
-    const Int8Matrix tiled[3] = {w[0].as_int8(), w[1].as_int8(), w[2].as_int8()};
-    const auto tiles = [&](int which, Blocks b, const double* f, int64_t rows, int64_t begin, int64_t end,
-                           float* o, int64_t ld) { isa.int8_tiles(tiled[which], b, f, rows, begin, end, o, ld); };
-    mlp_rows(job, isa, x, t, h, i, 0.0f, mlp->limit, {residual, others}, y, tiles);
-}
-
-// residual and others may be null, but others need a residual: see `Added`.
+// residual and others may be null, but others need a residual: see `mlp`.
 EXPORT int slotmoe_mlp(const Mlp* w, const float* x, int64_t t, const float* residual, const float* others, float* y) {
     if (t < 0 || !w->valid() || (others && !residual)) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {

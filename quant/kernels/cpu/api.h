@@ -249,6 +249,13 @@ void hyper_out(Job& job, const Isa& isa, const float* y, const float* h, const f
 void weighted_sum(Job& job, const Isa& isa, const float* outs, const float* weights, int64_t t, int64_t k, int64_t h,
                   float* y);
 
+// Quantized rows times the tiles begin..end of a quantized matrix -> y [t, n].
+inline void multiply_tiles(const Isa& isa, const Matrix& w, const Levels& levels, const void* blocks,
+                           const double* factor, int64_t t, int64_t begin, int64_t end, float* y) {
+    if (is_coded(w.kind)) return isa.coded_tiles(w.as_coded(), levels, blocks, factor, t, begin, end, y, w.n);
+    (w.kind == kFine ? isa.fine_tiles : isa.int8_tiles)(w.as_int8(), blocks, factor, t, begin, end, y, w.n);
+}
+
 // Rows x [t, k] times a matrix -> y [t, n], their activations quantized as the matrix wants them. With several groups x
 // is [t, groups, k], and a group's share of the matrix's rows, whole tiles, multiplies only what is of that group.
 class Product {
@@ -284,15 +291,10 @@ public:
 private:
     void run_group(int64_t group, int64_t begin, int64_t end) const {
         const int64_t rows = end * kTile < w_.n ? end * kTile : w_.n;
-        const Blocks blocks = blocks_ + group * t_ * up_to(w_.k, kBlock);
-        const double* factor = factor_ + group * t_;
         const Source source = Source(w_.kind - kF32);
-        if (w_.kind == kFine)
-            isa_.fine_tiles(w_.as_int8(), blocks, factor, t_, begin, end, y_, w_.n);
-        else if (w_.kind == kInt8)
-            isa_.int8_tiles(w_.as_int8(), blocks, factor, t_, begin, end, y_, w_.n);
-        else if (is_coded(w_.kind))
-            isa_.coded_tiles(w_.as_coded(), levels_, blocks, factor, t_, begin, end, y_, w_.n);
+        if (w_.quantized())
+            multiply_tiles(isa_, w_, levels_, blocks_ + group * t_ * up_to(w_.k, kBlock), factor_ + group * t_, t_,
+                           begin, end, y_);
         else if (groups_ == 1)
             isa_.linear_dense(x_, t_, w_.k, w_.data, source, begin * kTile, rows, y_, w_.n);
         else  // a group's rows of x are apart

@@ -203,59 +203,48 @@ constexpr int64_t kTogether = 32;  // tokens whose rows are quantized before the
 
 // Each head's rows of x [t, heads, ..] times its part of kv_b: queries [n] -> [r], or latents [r] -> values [v]. Heads
 // of x and of out stand ldx and ldo floats apart.
-class Absorption {
-public:
-    Absorption(Job& job, const Isa& isa, const Absorbed& w, bool values, const float* x, int64_t ldx, int64_t t,
-               float* out, int64_t ldo)
-        : isa_(isa), w_(w), scale_(values ? nullptr : w.query_scale), x_(x), ldx_(ldx), t_(t), out_(out), ldo_(ldo),
-          k_(values ? w.r : w.n), blocks_(up_to(k_, kBlock)),
-          of_head_{values ? w.value : w.query, values ? w.value_scale : w.ones, values ? w.v : w.r, blocks_},
-          fine_(job.scratch<FineBlock>(kX, blocks_ * kTogether * job.threads())),
-          factor_(job.scratch<double>(kXFactor, kTogether * job.threads())),
-          row_(job.scratch<float>(kAct, k_ * job.threads())) {}
-
-    int64_t parts() const { return w_.heads * groups(); }  // first all of a head
-    int64_t groups() const { return up_to(t_, kTogether); }
+struct Absorption {
+    Job& job;
+    const Isa& isa;
+    const Absorbed& w;
+    bool values;
+    const float* x;
+    int64_t ldx, t;
+    float* out;
+    int64_t ldo;
+    int64_t k = values ? w.r : w.n, n = values ? w.v : w.r, blocks = up_to(k, kBlock), tiles = up_to(n, kTile);
+    int64_t groups = up_to(t, kTogether);  // the parts of a head
+    FineBlock* fine = job.scratch<FineBlock>(kX, blocks * kTogether * job.threads());  // each thread's
+    double* factor = job.scratch<double>(kXFactor, kTogether * job.threads());
+    float* scaled = job.scratch<float>(kAct, k * job.threads());
 
     void run(int thread, int64_t begin, int64_t end) const {  // parts begin..end
-        FineBlock* fine = fine_ + thread * blocks_ * kTogether;
-        double* factor = factor_ + thread * kTogether;
+        FineBlock* rows = fine + thread * blocks * kTogether;
+        double* factors = factor + thread * kTogether;
+        float* row = scaled + thread * k;
         for (int64_t part = begin; part < end; part++) {
-            const int64_t head = part / groups(), first = part % groups() * kTogether;
-            const int64_t count = t_ - first < kTogether ? t_ - first : kTogether;
+            const int64_t head = part / groups, first = part % groups * kTogether;
+            const int64_t count = t - first < kTogether ? t - first : kTogether;
+            const float* columns = values ? nullptr : w.query_scale + head * k;
             for (int64_t i = 0; i < count; i++) {
-                const float* in = x_ + ((first + i) * w_.heads + head) * ldx_;
-                float* row = row_ + thread * k_;
-                for (int64_t j = 0; scale_ && j < k_; j++) row[j] = in[j] * scale_[head * k_ + j];
-                isa_.quantize_fine(scale_ ? row : in, k_, 0, 1, count, 0.0f, fine + i, factor + i);
+                const float* in = x + ((first + i) * w.heads + head) * ldx;
+                for (int64_t j = 0; columns && j < k; j++) row[j] = in[j] * columns[j];
+                isa.quantize_fine(columns ? row : in, k, 0, 1, count, 0.0f, rows + i, factors + i);
             }
-            Int8Matrix w = of_head_;
-            const int64_t tiles = up_to(w.n, kTile);
-            w.packed += head * tiles * blocks_ * kTile * kBlock;
-            w.scale += scale_ ? 0 : head * w.n;
-            float* out = out_ + (first * w_.heads + head) * ldo_;
-            isa_.fine_tiles(w, fine, factor, count, 0, tiles, out, w_.heads * ldo_);
+            const int8_t* packed = (values ? w.value : w.query) + head * tiles * blocks * kTile * kBlock;
+            const float* scale = values ? w.value_scale + head * n : w.ones;
+            float* y = out + (first * w.heads + head) * ldo;
+            isa.fine_tiles({packed, scale, n, blocks}, rows, factors, count, 0, tiles, y, w.heads * ldo);
         }
     }
-
-private:
-    const Isa& isa_;
-    const Absorbed& w_;
-    const float *scale_, *x_;  // of columns
-    int64_t ldx_, t_;
-    float* out_;
-    int64_t ldo_, k_, blocks_;
-    Int8Matrix of_head_;  // the first
-    FineBlock* fine_;     // of each thread
-    double* factor_;
-    float* row_;
 };
 
 int absorb(const Absorbed& w, bool values, const float* x, int64_t t, float* out) {
     if (t < 0 || !w.valid()) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        const Absorption product(job, isa, w, values, x, values ? w.r : w.n, t, out, values ? w.v : w.r);
-        job.parallel(product.parts(), [&](int thread, int64_t begin, int64_t end) { product.run(thread, begin, end); });
+        const Absorption product{job, isa, w, values, x, values ? w.r : w.n, t, out, values ? w.v : w.r};
+        job.parallel(w.heads * product.groups,
+                     [&](int thread, int64_t begin, int64_t end) { product.run(thread, begin, end); });
         return kOk;
     });
 }
@@ -377,11 +366,11 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t la
             isa.store_latent(row, r, p, tokens.rows.at(token, layer, positions[token]));
         }
     });
-    const Absorption absorbed(job, isa, *a.kv_b, false, q, n + p, t, q_full, width);
+    const Absorption absorbed{job, isa, *a.kv_b, false, q, n + p, t, q_full, width};
     job.parallel(heads, [&](int thread, int64_t begin, int64_t end) {
         for (int64_t token = 0; query_scale && token < t; token++)
             for (int64_t i = begin * (n + p); i < end * (n + p); i++) q[token * q_columns + i] *= query_scale[token];
-        absorbed.run(thread, begin * absorbed.groups(), end * absorbed.groups());
+        absorbed.run(thread, begin * absorbed.groups, end * absorbed.groups);
         for (int64_t token = 0; token < t; token++) {
             for (int64_t head = begin; head < end; head++)
                 rotate(q + token * q_columns + head * (n + p) + n, table + token * p, p / 2, a.halves,
@@ -401,11 +390,11 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t la
             first += count;
         }
     });
-    const Absorption of_values(job, isa, *a.kv_b, true, latent_out, r, t, values, v);
+    const Absorption of_values{job, isa, *a.kv_b, true, latent_out, r, t, values, v};
     job.parallel(heads, [&](int thread, int64_t begin, int64_t end) {
         for (int64_t token = 0; token < t; token++)
             isa.mla_merge(mlas[token], begin, end, latent_out + token * heads * r);
-        of_values.run(thread, begin * of_values.groups(), end * of_values.groups());
+        of_values.run(thread, begin * of_values.groups, end * of_values.groups);
     });
     const Product out(job, isa, a.out, values, t, y);
     job.parallel(out.tiles(), [&](int, int64_t begin, int64_t end) {

@@ -210,11 +210,10 @@ void mla_queries(const Mla& m, int64_t begin, int64_t end) {
 
 // Tiles begin..end: q_rows -> q_digits. Lanes that no head has repeat the first, with a scale of 0.
 void mla_pack(const Mla& m, int64_t begin, int64_t end) {
-    const int64_t padded = m.tiles * kTile, k = m.k, r4 = m.r4;
+    const int64_t padded = m.tiles * kTile, k = m.k, r4 = m.r4, columns = padded_columns(m);
     for (int64_t lane = m.heads; lane < end * kTile; lane++) m.q_scale[lane] = m.q_scale[padded + lane] = 0.0f;
     const auto digits_of = [&](int64_t lane) { return m.q_rows + (lane < m.heads ? lane : 0) * 2 * k; };
 #ifdef SLOTMOE_AMX
-    const int64_t columns = padded_columns(m);
     for (int64_t i = begin * columns; i < end * columns; i += kBlock) {
         const int64_t column = i % columns, in = column < m.r_padded ? column : r4 + column - m.r_padded,
                       left = (column < m.r_padded ? r4 : k) - in;
@@ -233,7 +232,7 @@ void mla_pack(const Mla& m, int64_t begin, int64_t end) {
 #else
     for (int64_t h = begin * kTile; h < end * kTile; h++) {
         const uint8_t *high = digits_of(h), *low = high + k;
-        uint8_t* out = m.q_digits + h / kTile * 2 * k * kTile + h % kTile * 4;
+        uint8_t* out = m.q_digits + h / kTile * 2 * columns * kTile + h % kTile * 4;
         for (int64_t i = 0; i < k; i += 4, out += 4 * kTile) {
             memcpy(out, high + i, 4);
             if (fine(i < r4 ? i : i - r4)) memcpy(out += 4 * kTile, low + i, 4);
@@ -309,9 +308,10 @@ inline const uint8_t* dot_part(const Mla& m, int part, const uint8_t* q, const i
     const int64_t end = part ? padded_columns(m) : m.r_padded, stride = rows[1] - rows[0];
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
     for (int64_t c = part ? m.r_padded : 0; c < end; c += kBlock, q += 2 * kBlock * kTile) {
-        tile_load<4>(rows[0] + c, stride), tile_load<6>(q, 4 * kTile), tile_dot_su<0, 4, 6>();
-        tile_load<7>(q + kBlock * kTile, 4 * kTile), tile_dot_su<1, 4, 7>();
-        tile_load<5>(rows[kTileRows] + c, stride), tile_dot_su<2, 5, 6>(), tile_dot_su<3, 5, 7>();
+        tile_load<4>(rows[0] + c, stride), tile_load<6>(q, 4 * kTile), tile_dot<int8_t, uint8_t, 0, 4, 6>();
+        tile_load<7>(q + kBlock * kTile, 4 * kTile), tile_dot<int8_t, uint8_t, 1, 4, 7>();
+        tile_load<5>(rows[kTileRows] + c, stride), tile_dot<int8_t, uint8_t, 2, 5, 6>();
+        tile_dot<int8_t, uint8_t, 3, 5, 7>();
     }
     constexpr int64_t kRow = 8 * kTile;
     tile_store<0>(dots, kRow), tile_store<1>(dots + kTile, kRow);
@@ -376,6 +376,7 @@ SLOTMOE_NOINLINE const uint8_t* score_part(const Mla& m, int64_t tile, int part,
 
 // The scores of n rows, for all heads.
 void score_chunk(const Mla& m, const uint8_t* const* rows, int64_t n, const Chunk& c) {
+    const int64_t columns = padded_columns(m);
     for (int64_t first = 0; first < n; first += kScoreRows) {
         const int8_t* row[kScoreRows];
         Tail tails[kScoreRows];
@@ -385,9 +386,6 @@ void score_chunk(const Mla& m, const uint8_t* const* rows, int64_t n, const Chun
         }
 #ifdef SLOTMOE_AMX
         line_up(m, row, c.copies);
-        const int64_t columns = padded_columns(m);
-#else
-        const int64_t columns = m.k;
 #endif
         for (int64_t tile = 0; tile < m.tiles; tile++) {
             float* scores = c.scores + (tile * kChunkRows + first) * kTile;
@@ -509,8 +507,10 @@ inline void value_tiles(const int32_t* weights, const int8_t* quads, Lanes::I (*
     constexpr int64_t kRow = 4 * kSumColumns;
     tile_load<4>(weights, kChunkRows);
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-    tile_load<5>(quads, kRow), tile_dot_us<0, 4, 5>(), tile_load<6>(quads + 64, kRow), tile_dot_us<1, 4, 6>();
-    tile_load<7>(quads + 128, kRow), tile_dot_us<2, 4, 7>(), tile_load<5>(quads + 192, kRow), tile_dot_us<3, 4, 5>();
+    tile_load<5>(quads, kRow), tile_dot<uint8_t, int8_t, 0, 4, 5>();
+    tile_load<6>(quads + 64, kRow), tile_dot<uint8_t, int8_t, 1, 4, 6>();
+    tile_load<7>(quads + 128, kRow), tile_dot<uint8_t, int8_t, 2, 4, 7>();
+    tile_load<5>(quads + 192, kRow), tile_dot<uint8_t, int8_t, 3, 4, 5>();
     tile_store<0>(dots[0], kRow), tile_store<1>(dots[0] + 1, kRow);
     tile_store<2>(dots[0] + 2, kRow), tile_store<3>(dots[0] + 3, kRow);
 }

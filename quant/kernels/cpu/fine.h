@@ -88,12 +88,9 @@ SLOTMOE_NOINLINE void fine_tokens(const int8_t* packed, const FineBlock* x, int6
             if (ahead) prefetch_lines<kTile * kBlock>(packed + a * blocks * kTile * kBlock + kPrefetch, past);
     }
     for (int i = 0; i < kAll; i++) {
-        uint32_t lanes[kTile] = {}, chain[kTile];  // a chain alone may overflow
-        for (int j = 0; j < kChains; j++) {
-            memcpy(chain, &dots[i][j], sizeof chain);
-            for (int lane = 0; lane < kTile; lane++) lanes[lane] += chain[lane];
-        }
-        memcpy(sums[i / 2][i % 2], lanes, sizeof lanes);
+        for (int chain = 1; chain < kChains; chain++)  // each alone may overflow
+            dots[i][0] = Lanes::add_bytes(dots[i][0], reinterpret_cast<const uint8_t*>(&dots[i][chain]));
+        memcpy(sums[i / 2][i % 2], &dots[i][0], sizeof dots[i][0]);
     }
 }
 

@@ -52,9 +52,9 @@ inline void int8_span(const int8_t* w0, const int8_t* w1, const FineBlock* x, in
     for (int64_t b = begin; b < end; b++) {
         const int8_t(*digit)[kBlock] = x[b * t].digit;
         const int8_t *first = w0 + b * kTile * kBlock, *second = w1 + b * kTile * kBlock;
-        tile_load<kA0>(digit[0], sizeof *x), tile_load<kB0>(first, 64), tile_dot_ss<0, kA0, kB0>();
-        tile_load<kA1>(digit[1], sizeof *x), tile_dot_ss<1, kA1, kB0>();
-        tile_load<kB1>(second, 64), tile_dot_ss<2, kA0, kB1>(), tile_dot_ss<3, kA1, kB1>();
+        tile_load<kA0>(digit[0], sizeof *x), tile_load<kB0>(first, 64), tile_dot<int8_t, int8_t, 0, kA0, kB0>();
+        tile_load<kA1>(digit[1], sizeof *x), tile_dot<int8_t, int8_t, 1, kA1, kB0>();
+        tile_load<kB1>(second, 64), tile_dot<int8_t, int8_t, 2, kA0, kB1>(), tile_dot<int8_t, int8_t, 3, kA1, kB1>();
         if (!ahead) continue;
         prefetch_lines<kTile * kBlock>(first + 4 * kTile * kBlock, false);
         prefetch_lines<kTile * kBlock>(second + 4 * kTile * kBlock, false);
@@ -149,16 +149,16 @@ SLOTMOE_NOINLINE void coded_tokens(Tile tile, const FineBlock* x, int64_t t, int
 // Some pieces of one tile of W, unpacked, and sums of every other piece, of both digits.
 struct Pieces {
     int64_t count;
-    alignas(64) int8_t weights[kChunk * kTile * kBlock];
-    alignas(64) float scale[2 * kChunk][kTile];
+    W weights[kChunk * 16];  // 4 columns each
+    F scale[2 * kChunk];
     alignas(64) int32_t sums[2][2][kTileSums];
 };
 
 template <int C, int Digit>
-SLOTMOE_TILE void dot_digit(const int8_t* weights, const int8_t* digits) {
+SLOTMOE_TILE void dot_digit(const W* weights, const int8_t* digits) {
     if (Digit == 0) tile_load<kB0>(weights, 64);
     tile_load<kA0 + Digit>(digits + Digit * kBlock, sizeof(FineBlock));
-    tile_zero<C + Digit>(), tile_dot_ss<C + Digit, kA0 + Digit, kB0>();
+    tile_zero<C + Digit>(), tile_dot<int8_t, int8_t, C + Digit, kA0 + Digit, kB0>();
 }
 
 // Rows Begin to End of a piece.
@@ -171,32 +171,22 @@ SLOTMOE_TILE void add_rows(const int32_t (*sums)[kTileSums], F scale, F* total) 
     }
 }
 
-// Three pieces are on their way: while one is multiplied, in the sums of tiles C and C + 1, the tiles of the one before
-// are stored, and those before that become floats.
+// Three pieces are on their way: while piece i is multiplied, in the sums of tiles C and C + 1, the tiles of the one
+// before are stored, and those before that become floats.
 template <int C, int Rows>
-SLOTMOE_TILE void step(const int8_t* weights, const int8_t* digits, Pieces& pieces, const float* scale, F* total) {
+SLOTMOE_TILE void step(int64_t i, int64_t count, const W* weights, const int8_t* digits, Pieces& pieces, F scale,
+                       F* total) {
     constexpr int kBefore = 2 - C, kQuarter = Rows / 4;
+    const bool multiplies = i < count, stores = i > 0 && i <= count, adds = i > 1;
     int32_t(*sums)[kTileSums] = pieces.sums[C / 2], (*store)[kTileSums] = pieces.sums[1 - C / 2];
-    const F of_weights = Lanes::load(scale);
-    dot_digit<C, 0>(weights, digits);
-    add_rows<0, kQuarter>(sums, of_weights, total);
-    tile_store<kBefore>(store[0], 64);
-    add_rows<kQuarter, 2 * kQuarter>(sums, of_weights, total);
-    dot_digit<C, 1>(weights, digits);
-    add_rows<2 * kQuarter, 3 * kQuarter>(sums, of_weights, total);
-    tile_store<kBefore + 1>(store[1], 64);
-    add_rows<3 * kQuarter, Rows>(sums, of_weights, total);
-}
-
-template <int Rows>
-SLOTMOE_TILE void load_totals(const float* from, bool zeros, F* total) {
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; r++) total[r] = zeros ? Lanes::zero() : Lanes::load(from + kTile * r);
-}
-template <int Rows>
-SLOTMOE_TILE void store_totals(float* to, const F* total) {
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; r++) Lanes::store(to + kTile * r, total[r]);
+    if (multiplies) dot_digit<C, 0>(weights, digits);
+    if (adds) add_rows<0, kQuarter>(sums, scale, total);
+    if (stores) tile_store<kBefore>(store[0], 64);
+    if (adds) add_rows<kQuarter, 2 * kQuarter>(sums, scale, total);
+    if (multiplies) dot_digit<C, 1>(weights, digits);
+    if (adds) add_rows<2 * kQuarter, 3 * kQuarter>(sums, scale, total);
+    if (stores) tile_store<kBefore + 1>(store[1], 64);
+    if (adds) add_rows<3 * kQuarter, Rows>(sums, scale, total);
 }
 
 // Tiles of tokens group..last times `pieces`, on top of totals [tiles, R, 16] or, `first`, from zero.
@@ -204,64 +194,29 @@ template <int Parts, int Rows>
 SLOTMOE_NOINLINE void multiply_pieces(Pieces& pieces, const FineBlock* x, const TokenTiles& tokens, int64_t group,
                                       int64_t last, bool first, float (*totals)[kTileSums]) {
     const int64_t each = pieces.count, count = (last - group) * each;
-    const int8_t *weights = pieces.weights, *digits = x[tokens.first(group)].digit[0];
     int64_t piece = 0, tile = group, added = 0;
-    const auto next = [&] {
-        weights += kTile * kBlock / Parts;
-        digits += Parts == 2 && piece % 2 == 0 ? kBlock / 2 : tokens.t * int64_t(sizeof *x) - (Parts - 1) * kBlock / 2;
-        if (++piece < each) return;
-        piece = 0, tile++, weights = pieces.weights, digits = x[tokens.first(tile)].digit[0];
-    };
     F total[Rows];
-    load_totals<Rows>(*totals, first, total);
-    dot_digit<0, 0>(weights, digits), dot_digit<0, 1>(weights, digits), next();
-    if (count > 1) dot_digit<2, 0>(weights, digits), dot_digit<2, 1>(weights, digits), next();
-    tile_store<0>(pieces.sums[0][0], 64), tile_store<1>(pieces.sums[0][1], 64);
-    for (int64_t i = 2; i < count; i++) {
+    for (int64_t i = 0; i < count + 2; i++) {
+        const W* weights = pieces.weights + piece * (16 / Parts);
+        const int8_t* digits = x[tokens.first(tile) + piece / Parts * tokens.t].digit[0] + piece % Parts * (kBlock / 2);
+        if (added == 0)
+#pragma GCC unroll 16
+            for (int r = 0; r < Rows; r++) total[r] = first ? Lanes::zero() : Lanes::load(*totals + kTile * r);
         if (i % 2)
-            step<2, Rows>(weights, digits, pieces, pieces.scale[added], total);
+            step<2, Rows>(i, count, weights, digits, pieces, pieces.scale[added], total);
         else
-            step<0, Rows>(weights, digits, pieces, pieces.scale[added], total);
-        next();
-        if (++added < each) continue;
-        store_totals<Rows>(*totals++, total), load_totals<Rows>(*totals, first, total);
-        added = 0;
+            step<0, Rows>(i, count, weights, digits, pieces, pieces.scale[added], total);
+        if (++piece == each) piece = 0, tile++;
+        if (i < 2 || ++added < each) continue;
+#pragma GCC unroll 16
+        for (int r = 0; r < Rows; r++) Lanes::store(*totals + kTile * r, total[r]);
+        totals++, added = 0;
     }
-    if (count > 1) {
-        add_rows<0, Rows>(pieces.sums[count % 2], Lanes::load(pieces.scale[added]), total);
-        if (++added == each) {
-            store_totals<Rows>(*totals++, total), load_totals<Rows>(*totals, first, total);
-            added = 0;
-        }
-        if (count % 2)
-            tile_store<0>(pieces.sums[0][0], 64), tile_store<1>(pieces.sums[0][1], 64);
-        else
-            tile_store<2>(pieces.sums[1][0], 64), tile_store<3>(pieces.sums[1][1], 64);
-    }
-    add_rows<0, Rows>(pieces.sums[(count - 1) % 2], Lanes::load(pieces.scale[added]), total);
-    store_totals<Rows>(*totals, total);
 }
 
 inline Lanes::Table signed_table(const Lanes::Table& table) {
     const __m512i offset = _mm512_set1_epi8(-128);
     return {_mm512_xor_si512(table.low, offset), _mm512_xor_si512(table.high, offset)};
-}
-
-// A block of codes as signed bytes.
-template <class Tile>
-inline void unpack(const Tile& tile, int64_t block, Pieces& pieces) {
-    constexpr int kParts = Tile::kParts;
-    int8_t* to = pieces.weights + block * kTile * kBlock;
-#pragma GCC unroll 8
-    for (int p = 0; p < 8; p++) {
-        W first, second;
-        tile.pair(p, first, second);
-        _mm512_store_si512(to + 128 * p, first), _mm512_store_si512(to + 128 * p + 64, second);
-    }
-    F scales[kParts];
-    piece_scales(tile, scales);
-#pragma GCC unroll 2
-    for (int part = 0; part < kParts; part++) Lanes::store(pieces.scale[block * kParts + part], scales[part]);
 }
 
 // finish(token, tile, totals[16]) receives each result.
@@ -297,7 +252,10 @@ inline void multiply(At at, const FineBlock* x, int64_t t, int64_t blocks, int64
                     Tile tile = at(i);
                     tile.table = signed_table(tile.table), tile.next(b);
                     for (int64_t block = 0; block < count; block++, tile.next()) {
-                        unpack(tile, block, pieces);
+                        W* to = pieces.weights + 16 * block;
+#pragma GCC unroll 8
+                        for (int p = 0; p < 8; p++) tile.pair(p, to[2 * p], to[2 * p + 1]);
+                        piece_scales(tile, pieces.scale + block * kParts);
                         Tile ahead = tile;  // of the next tile, or behind the panel's last one of the next chunk
                         ahead.next(i + 1 < stop ? blocks : count - (stop - 1 - panel) * blocks);
                         for (int line = 0; line < Tile::kBytes; line += 64) Lanes::prefetch_to_l2(ahead.codes + line);

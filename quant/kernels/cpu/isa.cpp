@@ -4,8 +4,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
-
-#include "amx.h"
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -46,12 +48,18 @@ bool has_avxvnni() {
 }
 bool has_avx512vbmi() { return has_avx512vnni() && __builtin_cpu_supports("avx512vbmi"); }
 
-// The processor has tiles and their products of bytes, and the system saves tiles and lets this process use them.
+// The processor has tiles and their products of bytes, and the system saves tiles and lets this process, which has to
+// ask, use them.
 bool has_amx() {
+#if defined(__linux__)
+    constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     unsigned a, b, c, d = 0, saved, unused;
     if (!has_avx512vbmi() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d >> 24 & 3) != 3) return false;
     asm("xgetbv" : "=a"(saved), "=d"(unused) : "c"(0));
-    return (saved >> 17 & 3) == 3 && tiles_here();
+    return (saved >> 17 & 3) == 3 && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+    return false;
+#endif
 }
 
 constexpr Choice kIsas[] = {  // best first

@@ -95,8 +95,8 @@ struct Mla {
     float* q_mixed;     // [heads, R + P]
     uint8_t* q_rows;    // [heads, 2 digits, k]
     float* q_scale;     // [2, tiles * 16]: of the latent columns and of the rope columns, times `scale`
-    uint8_t* q_digits;  // [tiles, k / 4, 2 digits or 1, 16 heads, 4 columns]; with AMX [tiles, blocks of 64 columns,
-                        // 2 digits, 16, 16 heads, 4 columns]
+    uint8_t* q_digits;  // [tiles, padded_columns * 32]: [k / 4, 2 digits or 1, 16 heads, 4 columns]; with AMX [blocks of
+                        // 64 columns, 2 digits, 16, 16 heads, 4 columns]
     // Per span: what probabilities are relative to, their sum and the weighted sum of rows
     float* span_max;  // [spans, tiles * 16]
     float* span_sum;  // [spans, tiles * 16]
@@ -135,24 +135,25 @@ struct Encoder {
                     int64_t block, int64_t begin, int64_t end, float* q);
 };
 
+using Quantize = void(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset, void* blocks,
+                      double* factor);
+using Int8Tiles = void(const Int8Matrix& w, const void* blocks, const double* factor, int64_t t, int64_t begin,
+                       int64_t end, float* y, int64_t ldy);
+
 struct Isa {
     const char* name;
 
     bool fine;  // blocks of activations are FineBlocks, or else ActBlocks; levels have no offsets then
     // x [T, K] (row stride K), rows begin..end -> blocks [B, T], factor [T] = 2^e or, of FineBlocks, a row's scale (NaN
     // for a row with NaN or infinity).
-    void (*quantize_rows)(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset, void* blocks,
-                          double* factor);
+    Quantize* quantize_rows;
     // y [T, ldy] for the rows of tiles begin..end.
     void (*coded_tiles)(const CodedMatrix& w, const Levels& levels, const void* blocks, const double* factor, int64_t t,
                         int64_t begin, int64_t end, float* y, int64_t ldy);
-    void (*int8_tiles)(const Int8Matrix& w, const void* blocks, const double* factor, int64_t t, int64_t begin,
-                       int64_t end, float* y, int64_t ldy);
+    Int8Tiles* int8_tiles;
     // The same, but that blocks are FineBlocks on every set.
-    void (*quantize_fine)(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset, void* blocks,
-                          double* factor);
-    void (*fine_tiles)(const Int8Matrix& w, const void* blocks, const double* factor, int64_t t, int64_t begin,
-                       int64_t end, float* y, int64_t ldy);
+    Quantize* quantize_fine;
+    Int8Tiles* fine_tiles;
     // y [T, ldy], rows begin..end of W [N, K].
     void (*linear_dense)(const float* x, int64_t t, int64_t k, const void* w, Source type, int64_t begin, int64_t end,
                          float* y, int64_t ldy);

@@ -250,12 +250,12 @@ inline void multiply(At at, const ActBlock* x, int64_t t, int64_t blocks, int64_
     }
 }
 
-// Doubles, so that no order of huge and tiny factors overflows on the way.
-inline void write(const float* totals, int64_t lanes, double factor, float* y) {
-    for (int64_t lane = 0; lane < lanes; lane++) y[lane] = float(double(totals[lane]) * factor);
-}
-inline void write(const float* totals, const float* rows, int64_t lanes, double factor, float* y) {
-    for (int64_t lane = 0; lane < lanes; lane++) y[lane] = float(double(totals[lane]) * (double(rows[lane]) * factor));
+// The first `left` of a tile's results, times the rows' own factors unless those are null. Doubles, so that no order of
+// huge and tiny factors overflows on the way.
+inline void write(const float* totals, const float* rows, int64_t left, double factor, float* y) {
+    const int64_t lanes = left < kTile ? left : kTile;
+    for (int64_t lane = 0; lane < lanes; lane++)
+        y[lane] = float(double(totals[lane]) * (rows ? double(rows[lane]) * factor : factor));
 }
 
 template <int Bits, class Scales, class Block>
@@ -266,12 +266,8 @@ inline void coded_tiles_of(const CodedMatrix& w, const Levels& levels, const Blo
     const bool past = past_l2();
     const auto at = [&](int64_t i) { return Tile{w.tile_codes(i), w.tile_scales(i) + Scales::kRows, table, past}; };
     multiply<Tile>(at, x, t, w.blocks, begin, end, [&](int64_t token, int64_t i, const float* totals) {
-        const int64_t left = w.n - i * kTile, lanes = left < kTile ? left : kTile;
-        float* out = y + token * ldy + i * kTile;
-        if constexpr (Scales::kRows)
-            write(totals, reinterpret_cast<const float*>(w.tile_scales(i)), lanes, factor[token] * levels.step, out);
-        else
-            write(totals, lanes, factor[token] * levels.step, out);
+        const float* rows = Scales::kRows ? reinterpret_cast<const float*>(w.tile_scales(i)) : nullptr;
+        write(totals, rows, w.n - i * kTile, factor[token] * levels.step, y + token * ldy + i * kTile);
     });
 }
 
@@ -292,8 +288,7 @@ void coded_tiles(const CodedMatrix& w, const Levels& levels, const void* blocks,
     const bool past = past_l2();
     const auto at = [&](int64_t i) { return Int8Tile{w.packed + i * w.blocks * Int8Tile::kBytes, past}; };
     multiply<Int8Tile>(at, x, t, w.blocks, begin, end, [&](int64_t token, int64_t i, const float* totals) {
-        const int64_t left = w.n - i * kTile, lanes = left < kTile ? left : kTile;
-        write(totals, w.scale + i * kTile, lanes, factor[token], y + token * ldy + i * kTile);
+        write(totals, w.scale + i * kTile, w.n - i * kTile, factor[token], y + token * ldy + i * kTile);
     });
 }
 
