@@ -49,8 +49,8 @@ GPU_CONSTANTS = {
 }
 MEASURED = ("ram", "disk", "latency", "gpu", "pcie", "pcie_busy", "experts", *CORE)
 # Products and bytes of a core beside those with AVX-512, by the first letters of the instruction
-# set: one Zen 5 core.  NEON and AVX-VNNI are guesses.
-SETS = {"avx2": (0.25, 0.7), "avxvnni": (0.35, 0.7), "neon": (0.25, 0.7), "portable": (0.02, 0.03)}
+# set: one Zen 5 core, by its caches.  NEON is a guess.
+SETS = {"avx2": (0.25, 0.7), "avxvnni": (0.55, 1.0), "neon": (0.25, 0.7), "portable": (0.02, 0.03)}
 
 
 @dataclass(frozen=True)
