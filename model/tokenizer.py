@@ -136,9 +136,10 @@ class Tokenizer:
         """The whole tokenizer, as in ``tokenizer.json``."""
         return self._backend.to_str()
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of ``ids`` without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        return self._backend.decode(ids, skip_special_tokens=True)
+    def decode(self, ids: list[int], special: bool = False) -> str:
+        """Text of ``ids``, of ``special`` tokens too or without them; bytes that are no UTF-8
+        become U+FFFD."""
+        return self._backend.decode(ids, skip_special_tokens=not special)
 
     def chat(
         self,

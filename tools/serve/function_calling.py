@@ -71,8 +71,8 @@ class Dialect:
         written, count = list[Json](), 0
         for message, results in turns:
             about: Json = {"role": message.role, "content": message.text}
-            if message.reasoning:
-                about["reasoning_content"] = message.reasoning
+            if message.thoughts:
+                about["reasoning_content"] = message.thoughts
             ids, calls = list[str](), list[Json]()
             for call in message.calls:
                 name, arguments = call.function.name, call.function.arguments or "{}"
@@ -94,8 +94,8 @@ class Dialect:
             text = message.text + ("\n" if message.text and message.calls else "")
             text += self.format.write(message.calls)
             written.append({"role": message.role, "content": text})
-            if message.reasoning:
-                written[-1]["reasoning_content"] = message.reasoning
+            if message.thoughts:
+                written[-1]["reasoning_content"] = message.thoughts
             responses = []
             for call, result in zip(message.calls, results, strict=True):
                 error = ' error="true"' if result.failed else ""
