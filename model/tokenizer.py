@@ -26,6 +26,8 @@ MAX_TEMPLATE_BYTES = 1 << 20
 MAX_SETTINGS_BYTES = 1 << 22
 _WITHOUT_BOS = ("TikTokenTokenizer",)  # of Moonlight and Kimi: their text begins with no token
 REPLACEMENT = "\ufffd"
+_GIVEN = {"messages", "tools", "add_generation_prompt"}  # which no other variables replace
+_HERE = "\ue000 "  # ends a text that goes on; a template that keeps whitespace keeps the space
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 # Byte-level BPE spells a byte as itself where that is a visible character of Latin-1, and the
 # others in order as the characters from 256 on.
@@ -72,7 +74,10 @@ class Tokenizer:
         wants_bos = settings.get("add_bos_token", adds_bos and bos_token_id is not None)
         self.bos_token_id = bos_token_id if wants_bos else None
         self.reasoning = reasoning_of(self.template, self.token_id)
-        self.eos_token = _spelling(settings, "eos_token")
+        named = {name: _spelling(settings, name) for name in settings if name.endswith("_token")}
+        self._spellings = {"bos_token": "", "eos_token": ""}  # of special tokens, for the template
+        self._spellings |= {name: token for name, token in named.items() if token}
+        self.eos_token = self._spellings["eos_token"]
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.size = max(vocabulary.values(), default=-1) + 1
         # Characters of the longest token: no token of byte-level BPE has more of a text.
@@ -148,31 +153,39 @@ class Tokenizer:
         begun: bool = False,
         effort: str | None = None,
         schema: Json | None = None,
+        extra: Json | None = None,
     ) -> str:
-        """``messages`` through the model's chat template, ready for the assistant's answer, of
-        which the last message is the beginning if it is ``begun``; ``tools`` as templates expect
-        them; an ``effort`` of "none" switches reasoning off where the template can, and any other
-        on; the answer follows the JSON ``schema``, if there is one.  Raises ``ConfigError`` if
-        there is no template, if it fails or exceeds its limits."""
+        """``messages`` through the model's chat template, ready for the assistant's answer, which
+        goes on with the text of the last message if that is ``begun``; ``tools`` as templates
+        expect them; an ``effort`` of "none" switches reasoning off where the template can, and any
+        other on; the answer follows the JSON ``schema``, if there is one.  ``extra`` are further
+        variables of the template, and go before others (``chat_template_kwargs``).  Raises
+        ``ConfigError`` if there is no template, if it fails or exceeds its limits."""
         if self.template is None:
             problem = "tokenizer_config.json: has no chat_template, so this is not a chat model"
             other = "or continue text with 'slotmoe run MODEL PROMPT', without --chat"
             raise ConfigError(f"{problem}: take its Chat or Instruct version, {other}")
-        bos, eos = _spelling(self.settings, "bos_token"), self.eos_token
-        variables = {"messages": messages, "add_generation_prompt": not begun}
-        variables |= {"bos_token": bos, "eos_token": eos} | ({"tools": tools} if tools else {})
+        if taken := _GIVEN & {*(extra or ())}:
+            problem = f"chat_template_kwargs: {min(taken)} is not the template's to choose"
+            raise ConfigError(f"{problem}; give it as a field of the request")
+        chat = [{key: value for key, value in m.items() if value is not None} for m in messages]
+        if begun:
+            chat[-1]["content"] = f"{chat[-1].get('content', '')}{_HERE}"
+        variables = {"messages": chat, "add_generation_prompt": not begun, **self._spellings}
+        variables |= {"tools": tools or None, "documents": None}
         if effort is not None:  # the words of DeepSeek and Kimi, GLM, Mistral, our own
             thinking = effort != "none"
             variables |= {"thinking": thinking, "enable_thinking": thinking, "effort": effort}
             variables["reasoning_effort"] = "high" if thinking else "none"
         if schema is not None:
             variables["response_format"] = schema
+        request = {"template": self.template, "variables": variables | (extra or {})}
         try:
-            request = json.dumps({"template": self.template, "variables": variables})
+            data = json.dumps(request).encode()
         except RecursionError:
             raise ConfigError("a schema is nested too deeply for the chat template") from None
-        text = _TEMPLATE.run(request.encode()).decode()
-        return text.removesuffix(eos) if begun else text
+        text = _TEMPLATE.run(data).decode()
+        return _until_here(text) if begun else text
 
 
 class TextStream:
@@ -231,10 +244,20 @@ def _template_of(settings: Json) -> str | None:
     return template if isinstance(template, str) else None
 
 
+def _until_here(text: str) -> str:
+    """A conversation up to where its last message ends.  Raises ``ConfigError``."""
+    begun, mark, rest = text.rpartition(_HERE[0])
+    if not mark:
+        problem = "chat_template: leaves the last message out, so no answer can go on with it"
+        raise ConfigError(f"{problem}; end with a message of the user")
+    return begun if rest.startswith(_HERE[1]) else begun.rstrip()
+
+
 def _spelling(settings: Json, name: str) -> str:
     """How a special token is spelled; empty if the settings don't say."""
-    token = settings.get(name)
-    return str(token.get("content", "") if isinstance(token, dict) else token or "")
+    token = settings[name]
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else ""
 
 
 def _check_parses(data: bytes, path: Path, verdicts: Path | None) -> None:
