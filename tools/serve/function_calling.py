@@ -36,10 +36,11 @@ class Dialect:
         continues: bool = False,
         effort: str | None = None,
         schema: Json | None = None,
+        extra: Json | None = None,
     ) -> str:
         """The conversation as text for the model; the answer ``continues`` the last message, or it
-        is a new one, with reasoning as ``effort`` says and by ``schema`` where there is one.
-        Raises ``RefusedError``, ``ConfigError``."""
+        is a new one, with reasoning as ``effort`` says and by ``schema`` where there is one.  The
+        template gets ``extra`` variables.  Raises ``RefusedError``, ``ConfigError``."""
         if any(m.role == requests.REMINDER for m in messages) and not self._reminds:
             problem = f"this model has no role {requests.REMINDER!r}"
             raise RefusedError(f"messages: {problem}", "messages")
@@ -55,7 +56,7 @@ class Dialect:
             self._describe(functions, written)
         goes_on = self.is_native and not self.format.structured and bool(turns[-1][1])
         begun = continues or goes_on
-        return self._tokenizer.chat(written, tools, begun, effort, schema)
+        return self._tokenizer.chat(written, tools, begun, effort, schema, extra)
 
     def _describe(self, functions: Sequence[requests.Function], written: list[Json]) -> None:
         """Describe the functions at the end of the system message of ``written``."""

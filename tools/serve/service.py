@@ -91,7 +91,7 @@ class Service:
         event loop leaves it to a thread.  Raises ``RefusedError`` and ``ConfigError``."""
         self.check_length(sum(len(message.text) for message in chat.messages))
         schema = chat.wanted.definition if isinstance(chat.wanted, Schema) else None
-        about = chat.policy, chat.continues, chat.effort, schema
+        about = chat.policy, chat.continues, chat.effort, schema, chat.extra
         return self.dialect.prompt(chat.messages, *about)
 
     async def chat_ids(self, chat: Conversation) -> list[int]:
