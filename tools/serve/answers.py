@@ -85,7 +85,8 @@ class Answers:
         self._prompt_tokens = sum(map(len, prompts))
         tokenizer, dialect = service.tokenizer, service.dialect
         self._reasoning_tokens = None if tokenizer.reasoning is None else 0
-        sampling, scored = options.sampling, bool(echoes) and options.logprobs is not None
+        sampling = replace(service.sampling, **options.sampling)
+        scored = bool(echoes) and options.logprobs is not None
         scores = self._prompt_tokens * options.choices * (1 + (options.logprobs or 0))
         if scored and scores > MAX_SCORES:
             problem = f"{scores} log-probabilities, more than {MAX_SCORES} in one request"
