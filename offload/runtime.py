@@ -46,7 +46,8 @@ class Runtime:
 
     def __init__(self, model: LoadedModel):
         self.config, self.tokenizer, self.plan = model.config, model.tokenizer, model.plan
-        self.eos_token_ids, self.device = model.eos_token_ids, model.device.device
+        self.eos_token_ids, self.sampling = model.generation
+        self.device = model.device.device
         self._engine: Engine | None = Engine(model)
         self._trace: TraceWriter | None = None
         # No thread may compute when the process ends.
@@ -178,9 +179,9 @@ class Runtime:
         self,
         prompt: str | list[int] | None = None,
         max_new_tokens: int | None = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
+        temperature: float | None = 0.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
         seed: int | None = None,
         chat: bool = False,
         messages: Sequence[dict[str, str]] | None = None,
@@ -190,6 +191,7 @@ class Runtime:
 
         Stops at an end-of-sentence token, after ``max_new_tokens`` (None is no limit), or when the
         context is full; the last token's ``finish`` names the limit that ended the text.
+        At a temperature above 0 each setting of sampling that is None is the model's own.
         ``chat`` sends the text through the model's chat template as a user's message;
         ``messages``, in place of a prompt, are a whole conversation, each with its ``role`` and
         ``content``.  What the prompt shares with the beginning of an earlier text is not computed
@@ -232,9 +234,9 @@ class Runtime:
         self,
         prompt: str | list[int] | None,
         max_new_tokens: int | None = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
+        temperature: float | None = 0.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
         seed: int | None = None,
         chat: bool = False,
         messages: Sequence[dict[str, str]] | None = None,
@@ -243,7 +245,9 @@ class Runtime:
         if max_new_tokens is not None and max_new_tokens < 1:
             expected = "expected at least 1 (option -n)"
             raise ConfigError(f"max_new_tokens is {max_new_tokens}, {expected}")
-        sampling = Sampling(temperature, top_p, top_k, seed)
+        given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+        own = Sampling() if temperature == 0 else self.sampling
+        sampling = own.with_given(**given)
         if (prompt is None) == (messages is None):
             raise ConfigError("give a prompt or messages, one of the two")
         if messages is not None:

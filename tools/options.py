@@ -196,7 +196,22 @@ def runtime_arguments(given: Json) -> Json:
     return arguments
 
 
-SAMPLING = ("temperature", "top_p", "top_k", "seed")  # arguments of ``Sampling``
+_GREEDY = "0 is greedy: always the likeliest token."
+_MODELS = "[default: the model's own]"
+_LIKELIEST = "Sample from the likeliest tokens that reach this probability."
+_TOP_K = f"Sample from the N likeliest tokens; 0 is all. {_MODELS}"
+_MIN_P = f"Drop tokens less likely than N times the likeliest. {_MODELS}"
+_REPETITION = f"Divide the logits of tokens that are there already; 1 is off. {_MODELS}"
+_SAMPLING = {
+    "temperature": option("--temperature", "N", f"{_GREEDY} {_MODELS}", type=float),
+    "top_p": option("--top-p", "N", f"{_LIKELIEST} {_MODELS}", type=float),
+    "top_k": integer("--top-k", _TOP_K),
+    "min_p": option("--min-p", "N", _MIN_P, type=float),
+    "repetition_penalty": option("--repetition-penalty", "N", _REPETITION, type=float),
+    "seed": integer("--seed", "Make sampling repeatable."),
+}
+SAMPLING = ("temperature", "top_p", "top_k", "seed")  # arguments of ``Runtime.generate``
+OWN = tuple(name for name in _SAMPLING if name != "seed")  # settings that a model has its own of
 _CHAT = flag("--chat", "Send PROMPT through the model's chat template, as a user's message.")
 _TRACE_HELP = "Record which experts were used, for later replay."
 _TRACE = option("--trace", "FILE", _TRACE_HELP, type=NEW_FILE)
@@ -205,27 +220,20 @@ _STOP = "Stop after N tokens."
 _STOP_OR_END = f"{_STOP} [default: {_NEW_TOKENS}; with --chat the answer's end]"
 
 
-def _text_options(
-    length: int | None, help: str, temperature: float, top_p: float, *others: Decorator
-) -> Decorator:
-    greedy = "0 is greedy: always the likeliest token."
-    likeliest = "Sample from the likeliest tokens that reach this probability."
-    return _adding(
-        integer("-n --max-new-tokens", help, length),
-        option("--temperature", "N", greedy, default=temperature),
-        option("--top-p", "N", likeliest, default=top_p),
-        integer("--top-k", "Sample from the N likeliest tokens; 0 is all.", 0),
-        integer("--seed", "Make sampling repeatable."),
-        *others,
-    )
+def _text_options(length: int | None, help: str, *others: Decorator, **own: Decorator) -> Decorator:
+    sampling = ((_SAMPLING | own)[name] for name in SAMPLING)
+    return _adding(integer("-n --max-new-tokens", help, length), *sampling, *others)
 
 
-generation_options = _text_options(None, _STOP_OR_END, 0.0, 1.0, _CHAT, _TRACE)
+_GREEDILY = {"temperature": option("--temperature", "N", _GREEDY, default=0.0)}
+generation_options = _text_options(None, _STOP_OR_END, _CHAT, _TRACE, **_GREEDILY)
 """Adds the options of a continuation: its length, the sampling, and the kind of its prompt."""
-workload_options = _text_options(_NEW_TOKENS, _STOP, 0.0, 1.0, _CHAT, _TRACE)
+workload_options = _text_options(_NEW_TOKENS, _STOP, _CHAT, _TRACE, **_GREEDILY)
 """Adds the same for a measurement, whose length does not depend on the model."""
-chat_options = _text_options(1024, _STOP, 0.3, 0.95, _TRACE)
-"""Adds the options of a chat's answers, with the defaults that DeepSeek gives its chat models."""
+chat_options = _text_options(1024, _STOP, _TRACE)
+"""Adds the options of a chat's answers."""
+sampling_options = _adding(*(_SAMPLING[name] for name in OWN))
+"""Adds those of a server's defaults."""
 _SESSION = (
     "Keep this text or conversation on disk under a name, and go on with what is there; its "
     "messages and what the model computed of them can be read by this user."

@@ -11,6 +11,7 @@ from torch import Tensor
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.config import Config, config_among
+from slotmoe.model.generate import Generation
 from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.layers import as_tensor
 from slotmoe.model.mtp import MtpHead
@@ -29,7 +30,7 @@ from slotmoe.offload.experts.resident import resident_experts
 from slotmoe.offload.experts.slots import Slots
 from slotmoe.offload.experts.substitution import Substitution
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
-from slotmoe.offload.model_source import eos_token_ids, open_tokenizer
+from slotmoe.offload.model_source import generation_of, open_tokenizer
 from slotmoe.offload.options import Options
 from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.attention import kv_bytes
@@ -64,7 +65,7 @@ class LoadedModel:
     network: Network[Prepared]
     states: list[SequenceState]
     plan: Plan
-    eos_token_ids: tuple[int, ...]
+    generation: Generation
     source: Export | Checkpoint
     device: Device
     device_reason: str
@@ -143,7 +144,7 @@ class _Loader:
         else:
             self._backend = TorchBackend(swiglu_limit=limit)
         self._context = memory.choose_context(self._config, self._options.context)
-        self._eos_token_ids = eos_token_ids(self._config, read, self._folder)
+        self._generation = generation_of(self._config, read, self._folder)
         return open_tokenizer(self._config, read, self._folder)
 
     def _budgets(self) -> tuple[int, int | None]:
@@ -186,7 +187,7 @@ class _Loader:
             network = Network(config, weights, backend, experts)
             state = new_state(config, self._context, plain_row, self._device.empty)
             return LoadedModel(
-                config, tokenizer, network, [state], plan, self._eos_token_ids, checkpoint,
+                config, tokenizer, network, [state], plan, self._generation, checkpoint,
                 self._device, self._reason, backend, experts, opened.pop_all(), options,
                 self._draft(network),
             )  # fmt: skip
@@ -290,7 +291,7 @@ class _Loader:
                 for _ in range(options.sequences)
             ]
             return LoadedModel(
-                config, tokenizer, network, states, plan, self._eos_token_ids, export,
+                config, tokenizer, network, states, plan, self._generation, export,
                 device, self._reason, backend, experts, opened.pop_all(), options,
                 self._draft(network),
                 sizes, store, head,

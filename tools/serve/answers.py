@@ -85,7 +85,8 @@ class Answers:
         self._prompt_tokens = sum(map(len, prompts))
         tokenizer, dialect = service.tokenizer, service.dialect
         self._reasoning_tokens = None if tokenizer.reasoning is None else 0
-        sampling, counts = options.sampling, (options.logprobs, options.prompt_logprobs)
+        sampling = replace(service.sampling, **options.sampling)
+        counts = options.logprobs, options.prompt_logprobs
         logprobs = max((count for count in counts if count is not None), default=None)
         scored = options.prompt_logprobs is not None or (bool(echoes) and logprobs is not None)
         scores = self._prompt_tokens * options.choices * (1 + (logprobs or 0))

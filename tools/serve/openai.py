@@ -196,13 +196,13 @@ class CompletionRequest(OpenAIRequest):
 
 @router.get("/v1/models")
 async def models(service: Serving) -> Response:
-    return JSONResponse({"object": "list", "data": [service.described()]})
+    return JSONResponse({"object": "list", "data": [*map(service.described, service.listed)]})
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, service: Serving) -> Response:
     service.check_model(name)
-    return JSONResponse(service.described())
+    return JSONResponse(service.described(name))
 
 
 @router.post("/v1/chat/completions", responses=EventStream.responses)
@@ -240,7 +240,7 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
 async def _respond(
     body: OpenAIRequest, answers: Answers, choices: "ChatChoices | TextChoices"
 ) -> Response:
-    about: Json = {"id": f"{choices.prefix}-{uuid.uuid4().hex}", "model": body.model}
+    about: Json = {"id": f"{choices.prefix}-{uuid.uuid4().hex}", "model": answers.service.name}
     about |= {"created": int(time.time()), "system_fingerprint": f"slotmoe_{__version__}"}
     options = body.stream_options or StreamOptions()
 
