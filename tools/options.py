@@ -1,5 +1,6 @@
 """Options that several commands share: where the model runs and within which budget."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
@@ -37,7 +38,15 @@ class Decorator(Protocol):
 
 def option(names: str, metavar: str | None, help: str, **rest: Any) -> Decorator:
     """A click option; ``names`` are separated by spaces."""
+    if metavar == "SIZE":
+        rest["callback"] = _check_size
     return click.option(*names.split(), metavar=metavar, help=help, **rest)
+
+
+def _check_size(ctx: click.Context, parameter: click.Parameter, size: str | None) -> str | None:
+    if size is not None:
+        parse_size(size)
+    return size
 
 
 def flag(names: str, help: str) -> Decorator:
@@ -90,7 +99,17 @@ _GROUPS = {  # title -> the parameters' names
 JSON = flag("--json as_json", "Print one JSON object.")
 VERBOSE = flag("--verbose", "Say more on stderr: device, prefill, expert cache, disk.")
 EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
-NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+class _NewFile(click.Path):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if not path.parent.is_dir():
+            self.fail(f"{path}: its folder is not there", param, ctx)
+        return path
+
+
+NEW_FILE = _NewFile(dir_okay=False, path_type=Path)
 
 
 def _adding(*options: Decorator) -> Decorator:
@@ -211,11 +230,11 @@ def _text_options(
     greedy = "0 is greedy: always the likeliest token."
     likeliest = "Sample from the likeliest tokens that reach this probability."
     return _adding(
-        integer("-n --max-new-tokens", help, length),
-        option("--temperature", "N", greedy, default=temperature),
-        option("--top-p", "N", likeliest, default=top_p),
-        integer("--top-k", "Sample from the N likeliest tokens; 0 is all.", 0),
-        integer("--seed", "Make sampling repeatable."),
+        count("-n --max-new-tokens", length, help),
+        option("--temperature", "N", greedy, default=temperature, type=click.FloatRange(0)),
+        option("--top-p", "N", likeliest, default=top_p, type=click.FloatRange(0, 1, True)),
+        count("--top-k", 0, "Sample from the N likeliest tokens; 0 is all.", least=0),
+        option("--seed", "N", "Make sampling repeatable.", type=click.IntRange(0, (1 << 63) - 1)),
         *others,
     )
 
@@ -339,14 +358,12 @@ def open_runtime(model: str, given: Json, quiet: bool = False, **settings: int) 
 
     texts = "Downloading", f"Reading {model}, once", f"Quantizing {model}, once"
     with byte_bars(*texts, quiet=quiet, waiting=f"loading {model}…") as (arriving, reading, making):
-        from slotmoe.offload.model_source import resolve_model
         from slotmoe.offload.runtime import Runtime  # takes a second: torch
 
-        told: Json = {"progress": making, "notify": notify}
-        folder = resolve_model(model, given["revision"], arriving=arriving, **told)
-        of_model = {name: given[name] for name in ("ram", "vram", "slots", "draft", "experts_dirs")}
-        arguments = told | of_model | runtime_arguments(given) | settings
-        runtime = Runtime.open(folder, reading=reading, **arguments)
+        told: Json = {"progress": making, "notify": notify, "arriving": arriving}
+        names = "ram", "vram", "slots", "draft", "experts_dirs", "revision"
+        arguments = told | {name: given[name] for name in names} | runtime_arguments(given)
+        runtime = Runtime.open(model, reading=reading, **(arguments | settings))
     if (altered := runtime.model.options.altered) is not None:
         notify(altered)
     slow = runtime.plan.tier == "ram" and runtime.stats()["kernels"] == "torch"

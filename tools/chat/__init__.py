@@ -107,8 +107,6 @@ def command(
     from slotmoe.tools.chat.conversation import Conversation
 
     sampling = Sampling(**{name: given[name] for name in options.SAMPLING})
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1 (option -n)")
     with open_session(given, "chat") as session, open_runtime(model, given) as runtime:
         conversation = Conversation(runtime, max_new_tokens, sampling, system, session)
         if trace is not None:
