@@ -8,6 +8,7 @@ with Runtime.open("sample") as runtime:
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Answer, Delta, Sampling, Token
 from slotmoe.offload.devices.cuda import choose_device
 from slotmoe.offload.engine.engine import Engine
-from slotmoe.offload.engine.loading import LoadedModel, open_model
+from slotmoe.offload.engine.loading import LoadedModel, check_options, open_model
 from slotmoe.offload.engine.requests import Stream
 from slotmoe.offload.experts.experts import Route
 from slotmoe.offload.ingest.cached import cached_export
@@ -68,6 +69,7 @@ class Runtime:
         *,
         progress: Progress | None = None,
         reading: Progress = ignore,
+        arriving: Progress = ignore,
         notify: Notify = ignore,
         revision: str | None = None,
         **others: Any,
@@ -80,7 +82,8 @@ class Runtime:
         limit).  ``cache_policy`` is one of ``slotmoe.offload.policy.POLICIES``.
         ``prefetch=False`` reads experts only when a gate has chosen them.  ``quantize=False``
         computes a checkpoint as it is, all of it resident.  ``revision`` of a hub id is a branch,
-        tag or commit.  ``progress``, ``reading`` and ``notify`` are as in ``cached_export``.
+        tag or commit.  ``progress``, ``reading`` and ``notify`` are as in ``cached_export``,
+        ``arriving`` is of a download.
         ``others`` are:
 
         ``slots``        the most experts in slots on the device; None takes all that fit
@@ -100,12 +103,14 @@ class Runtime:
         needs = "quantize=False needs the original checkpoint"
         if not quantize and is_hub_id(str(path)) and not Path(path).exists():
             raise ConfigError(f"{path}: {needs} in a folder; download it first")
-        reporting = {"progress": progress} if progress else {}
-        folder = resolve_model(path, revision, **reporting)
         chosen, reason = choose_device(device)
+        check = partial(check_options, options, chosen)
+        told = {"arriving": arriving, "progress": progress or ignore, "notify": notify}
+        folder = resolve_model(path, revision, ready=check, **told)
         is_export = (folder / MANIFEST).is_file()
         if quantize and not is_export:
-            folder = cached_export(folder, cache_folder(), progress, reading, notify)
+            check(folder, smallest=True)  # before gigabytes are read
+            folder = cached_export(folder, cache_folder(), progress, reading, notify, check)
         elif not quantize and is_export:
             raise ConfigError(f"{folder}: is an export, already quantized; {needs}")
         return cls(open_model(folder, options, chosen, reason))

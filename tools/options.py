@@ -1,5 +1,6 @@
 """Options that several commands share: where the model runs and within which budget."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
@@ -37,7 +38,15 @@ class Decorator(Protocol):
 
 def option(names: str, metavar: str | None, help: str, **rest: Any) -> Decorator:
     """A click option; ``names`` are separated by spaces."""
+    if metavar == "SIZE":
+        rest["callback"] = _check_size
     return click.option(*names.split(), metavar=metavar, help=help, **rest)
+
+
+def _check_size(ctx: click.Context, parameter: click.Parameter, size: str | None) -> str | None:
+    if size is not None:
+        parse_size(size)
+    return size
 
 
 def flag(names: str, help: str) -> Decorator:
@@ -90,7 +99,17 @@ _GROUPS = {  # title -> the parameters' names
 JSON = flag("--json as_json", "Print one JSON object.")
 VERBOSE = flag("--verbose", "Say more on stderr: device, prefill, expert cache, disk.")
 EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
-NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+class _NewFile(click.Path):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if not path.parent.is_dir():
+            self.fail(f"{path}: its folder is not there", param, ctx)
+        return path
+
+
+NEW_FILE = _NewFile(dir_okay=False, path_type=Path)
 
 
 def _adding(*options: Decorator) -> Decorator:
@@ -202,13 +221,16 @@ _LIKELIEST = "Sample from the likeliest tokens that reach this probability."
 _TOP_K = f"Sample from the N likeliest tokens; 0 is all. {_MODELS}"
 _MIN_P = f"Drop tokens less likely than N times the likeliest. {_MODELS}"
 _REPETITION = f"Divide the logits of tokens that are there already; 1 is off. {_MODELS}"
+_POSITIVE, _PROBABILITY = click.FloatRange(0), click.FloatRange(0, 1)
+_SEEDS = click.IntRange(0, (1 << 63) - 1)
+_PENALTIES = click.FloatRange(0, min_open=True)
 _SAMPLING = {
-    "temperature": option("--temperature", "N", f"{_GREEDY} {_MODELS}", type=float),
-    "top_p": option("--top-p", "N", f"{_LIKELIEST} {_MODELS}", type=float),
-    "top_k": integer("--top-k", _TOP_K),
-    "min_p": option("--min-p", "N", _MIN_P, type=float),
-    "repetition_penalty": option("--repetition-penalty", "N", _REPETITION, type=float),
-    "seed": integer("--seed", "Make sampling repeatable."),
+    "temperature": option("--temperature", "N", f"{_GREEDY} {_MODELS}", type=_POSITIVE),
+    "top_p": option("--top-p", "N", f"{_LIKELIEST} {_MODELS}", type=click.FloatRange(0, 1, True)),
+    "top_k": count("--top-k", None, _TOP_K, least=0),
+    "min_p": option("--min-p", "N", _MIN_P, type=_PROBABILITY),
+    "repetition_penalty": option("--repetition-penalty", "N", _REPETITION, type=_PENALTIES),
+    "seed": option("--seed", "N", "Make sampling repeatable.", type=_SEEDS),
 }
 SAMPLING = ("temperature", "top_p", "top_k", "seed")  # arguments of ``Runtime.generate``
 OWN = tuple(name for name in _SAMPLING if name != "seed")  # settings that a model has its own of
@@ -222,10 +244,10 @@ _STOP_OR_END = f"{_STOP} [default: {_NEW_TOKENS}; with --chat the answer's end]"
 
 def _text_options(length: int | None, help: str, *others: Decorator, **own: Decorator) -> Decorator:
     sampling = ((_SAMPLING | own)[name] for name in SAMPLING)
-    return _adding(integer("-n --max-new-tokens", help, length), *sampling, *others)
+    return _adding(count("-n --max-new-tokens", length, help), *sampling, *others)
 
 
-_GREEDILY = {"temperature": option("--temperature", "N", _GREEDY, default=0.0)}
+_GREEDILY = {"temperature": option("--temperature", "N", _GREEDY, default=0.0, type=_POSITIVE)}
 generation_options = _text_options(None, _STOP_OR_END, _CHAT, _TRACE, **_GREEDILY)
 """Adds the options of a continuation: its length, the sampling, and the kind of its prompt."""
 workload_options = _text_options(_NEW_TOKENS, _STOP, _CHAT, _TRACE, **_GREEDILY)
@@ -347,14 +369,12 @@ def open_runtime(model: str, given: Json, quiet: bool = False, **settings: int) 
 
     texts = "Downloading", f"Reading {model}, once", f"Quantizing {model}, once"
     with byte_bars(*texts, quiet=quiet, waiting=f"loading {model}…") as (arriving, reading, making):
-        from slotmoe.offload.model_source import resolve_model
         from slotmoe.offload.runtime import Runtime  # takes a second: torch
 
-        told: Json = {"progress": making, "notify": notify}
-        folder = resolve_model(model, given["revision"], arriving=arriving, **told)
-        of_model = {name: given[name] for name in ("ram", "vram", "slots", "draft", "experts_dirs")}
-        arguments = told | of_model | runtime_arguments(given) | settings
-        runtime = Runtime.open(folder, reading=reading, **arguments)
+        told: Json = {"progress": making, "notify": notify, "arriving": arriving}
+        names = "ram", "vram", "slots", "draft", "experts_dirs", "revision"
+        arguments = told | {name: given[name] for name in names} | runtime_arguments(given)
+        runtime = Runtime.open(model, reading=reading, **(arguments | settings))
     if (altered := runtime.model.options.altered) is not None:
         notify(altered)
     slow = runtime.plan.tier == "ram" and runtime.stats()["kernels"] == "torch"

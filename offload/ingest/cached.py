@@ -9,7 +9,7 @@ times.
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -36,12 +36,13 @@ def cached_export(
     progress: Progress | None = None,
     reading: Progress = ignore,
     notify: Notify = ignore,
+    ready: Callable[[Path], None] = ignore,
 ) -> Path:
     """Export of the checkpoint ``source`` in the folder ``cache``, quantized now if it is not there
     yet.
 
     The source's content is read, ``reading(done, total)`` in bytes, when it is new here or has
-    changed.  ``notify`` is told where the export will be.
+    changed.  ``notify`` is told where the export will be, and ``ready`` may refuse to make it.
     """
     files = contents(source)
     states = [(path.name, path.stat()) for path in files]
@@ -55,6 +56,7 @@ def cached_export(
     key = content_key(files, reading)
     destination = next(filter(is_export, sorted(cache.glob(f"*-{key}"))), None)
     if destination is None:
+        ready(source)
         destination = cache / f"{source.resolve().name}-{key}"
         output_dir.make_cache(cache)
         with open_checkpoint(source) as checkpoint:

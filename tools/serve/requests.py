@@ -54,7 +54,6 @@ class AnswerOptions:
     prompt, None for none at all).  It has ``least`` tokens before a token may end it; if it
     ``goes_on``, no end-of-sentence token does."""
 
-
     sampling: Json
     limit: int | None
     stop: tuple[str, ...] = ()
