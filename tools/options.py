@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -14,7 +13,7 @@ from click.shell_completion import CompletionItem
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import device_index, total_memory
-from slotmoe.offload.model_cache import is_hub_id
+from slotmoe.offload.model_cache import is_model, library, locate
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.drafts import DRAFTS
 from slotmoe.offload.policy.hybrid import MODES
@@ -63,7 +62,14 @@ def completing(names: Callable[[], Iterable[str]]) -> Callable[..., list[str]]:
 
 
 class Command(click.Command):
-    """A command whose help shows its options in groups."""
+    """A command whose help shows its options in groups, and that looks whether its models are there
+    before a library is loaded."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if ctx.info_name != "plan":  # which knows more names
+            for model in filter(None, map(ctx.params.get, ("model", "reference"))):
+                locate(model, ctx.params["revision"] if model == ctx.params["model"] else None, say)
+        return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {title: [] for title in (*_GROUPS, "Options")}
@@ -273,65 +279,28 @@ def decoded(data: bytes, what: str) -> str:
 
 
 def model_names(ctx: click.Context, parameter: click.Parameter, typed: str) -> list[CompletionItem]:
-    """For the shell's completion of MODEL: the sample, exports and checkpoints, and folders that
-    may hold some."""
+    """For the shell's completion of MODEL: the sample, exports by name, exports and checkpoints by
+    path, and folders that may hold some."""
     from slotmoe.offload.plan.advice import GEOMETRIES
 
-    names = GEOMETRIES if ctx.info_name == "plan" else ("sample",)
-    found = [CompletionItem(name) for name in names if name.startswith(typed)]
+    names = dict.fromkeys(GEOMETRIES if ctx.info_name == "plan" else ["sample"]) | library()
+    found = {name: CompletionItem(name) for name in names if name.startswith(typed)}
     folder, _, begin = typed.rpartition("/")
     with suppress(OSError):
         for path in sorted(Path(folder or ("/" if typed[:1] == "/" else ".")).iterdir()):
-            if path.name.startswith(begin) and _is_model(path):
-                found.append(CompletionItem(f"{typed.removesuffix(begin)}{path.name}"))
-    return found or [CompletionItem(typed, type="dir")]
+            if path.name.startswith(begin) and is_model(path):
+                name = f"{typed.removesuffix(begin)}{path.name}"
+                found[name] = CompletionItem(name)
+    return [*found.values()] or [CompletionItem(typed, type="dir")]
 
 
 MODEL = click.argument("model", metavar="MODEL", shell_complete=model_names)
-
-
-def is_on_hub(model: str, revision: str | None) -> bool:
-    """Whether ``model`` is a hub id.  A folder of that name comes first, and a line on stderr says
-    so.  Raises ``ConfigError``."""
-    if not is_hub_id(model) or not Path(model).exists():
-        return is_hub_id(model)
-    if revision is not None:
-        advice = "leave out --revision or call from elsewhere"
-        raise ConfigError(f"{model}: is a folder here, which goes before the hub; {advice}")
-    if not (Path(model) / "slotmoe.json").exists():
-        say(f"{model} is a folder here, so it is not looked up on the hub")
-    return False
-
-
-def _check_name(model: str) -> None:
-    """Raise ``ConfigError``, with what may have been meant, if ``model`` is nothing at all but
-    resembles something."""
-    if model == "sample" or Path(model).exists():
-        return
-    from slotmoe.offload.plan.advice import GEOMETRIES
-
-    if model in GEOMETRIES:
-        weights = "deepseek-ai/DeepSeek-V2-Lite has weights of v2-lite, slotmoe synth makes random"
-        raise ConfigError(f"{model}: is a geometry, without weights; {weights}")
-    folder = Path(model).parent
-    with suppress(OSError):
-        there = {path.name: str(folder / path.name) for path in folder.iterdir() if _is_model(path)}
-        there |= {"sample": "sample"} if model == Path(model).name else {}
-        if near := get_close_matches(Path(model).name, there, 1):  # the folder alone is no likeness
-            raise ConfigError(f"{model}: no such folder; did you mean {there[near[0]]}?")
-
-
-def _is_model(folder: Path) -> bool:
-    """Whether it looks like an export or a checkpoint."""
-    return any((folder / name).is_file() for name in ("slotmoe.json", "config.json"))
 
 
 def open_runtime(model: str, given: Json, quiet: bool = False, **settings: int) -> "Runtime":
     """A ``Runtime`` for the command line's ``MODEL`` and runtime options, with a progress bar if it
     must quantize.  ``settings`` are more arguments of ``Runtime.open``."""
     notify = notifier(quiet)
-    if not is_on_hub(model, given["revision"]):
-        _check_name(model)
     if given["ram"] is not None and parse_size(given["ram"]) > (total := total_memory()):
         # The rest of the plan may still fit.
         notify(f"--ram {given['ram']} is more than this machine has ({format_size(total)})")
