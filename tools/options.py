@@ -1,5 +1,6 @@
 """Options that several commands share: where the model runs and within which budget."""
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
@@ -39,16 +40,18 @@ def option(names: str, metavar: str | None, help: str, **rest: Any) -> Decorator
     return click.option(*names.split(), metavar=metavar, help=help, **rest)
 
 
-def flag(names: str, help: str) -> Decorator:
-    return click.option(*names.split(), is_flag=True, help=help)
+def flag(names: str, help: str, **rest: Any) -> Decorator:
+    return click.option(*names.split(), is_flag=True, help=help, **rest)
 
 
-def integer(names: str, help: str, default: int | None = None) -> Decorator:
-    return option(names, "N", help, type=int, default=default)
+def integer(names: str, help: str, default: int | None = None, **rest: Any) -> Decorator:
+    return option(names, "N", help, type=int, default=default, **rest)
 
 
-def choice(name: str, values: Sequence[str], default: str | None, help: str) -> Decorator:
-    return click.option(name, type=click.Choice(values), default=default, help=help)
+def choice(
+    name: str, values: Sequence[str], default: str | None, help: str, **rest: Any
+) -> Decorator:
+    return click.option(name, type=click.Choice(values), default=default, help=help, **rest)
 
 
 def count(names: str, default: int | None, help: str, least: int = 1) -> Decorator:
@@ -61,9 +64,33 @@ def completing(names: Callable[[], Iterable[str]]) -> Callable[..., list[str]]:
     return lambda ctx, parameter, typed: [name for name in names() if name.startswith(typed)]
 
 
+class Rare(click.Option):
+    """An option that ``--help-all`` shows and ``--help`` does not."""
+
+
+def _help_all(ctx: click.Context, parameter: click.Parameter, given: bool) -> None:
+    if given and not ctx.resilient_parsing:
+        ctx.meta[_HELP_ALL.opts[0]] = True
+        click.echo(ctx.get_help())
+        ctx.exit()
+
+
+_HELP_ALL = click.Option(
+    ["--help-all"],
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_help_all,
+    help="Show the rarer options too.",
+)
+
+
 class Command(click.Command):
     """A command whose help shows its options in groups, and that looks whether its models are there
     before a library is loaded."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        return [*super().get_params(ctx), _HELP_ALL]
 
     def invoke(self, ctx: click.Context) -> Any:
         if ctx.info_name != "plan":  # which knows more names
@@ -75,7 +102,11 @@ class Command(click.Command):
         groups: dict[str, list[tuple[str, str]]] = {title: [] for title in (*_GROUPS, "Options")}
         of = {name: title for title, names in _GROUPS.items() for name in names.split()}
         for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
+            is_shown = _HELP_ALL.opts[0] in ctx.meta or not isinstance(parameter, Rare)
+            record = parameter.get_help_record(ctx) if is_shown else None
+            if record is not None and parameter.name in (mine := ctx.default_map or {}):
+                plain = re.sub(r" *\[default: [^]]*\]", "", record[1])
+                record = record[0], f"{plain} [default: {mine[parameter.name]}, by slotmoe.toml]"
             if record is not None and isinstance(parameter, click.Option):
                 groups[of.get(parameter.name or "", "Options")].append(record)
         for title, records in groups.items():
@@ -145,7 +176,7 @@ def expert_codecs(given: Json) -> ExpertCodecs | None:
 
 
 _REVISION = "Branch, tag or commit of a model on the hub. [default: main]"
-REVISION = option("--revision", "REV", _REVISION)
+REVISION = option("--revision", "REV", _REVISION, cls=Rare)
 _DEVICE = "auto takes the GPU when there is one; of several, cuda:N that number in CUDA's order."
 _MISSES = (
     "With a GPU, an expert that is in none of its slots is fetched, computed by the CPU, or either "
@@ -155,6 +186,9 @@ _EXPERTS_DIR = (
     "A copy of the export's experts folder on another drive, from which reads come too; may be "
     "repeated."
 )
+_THREADS = "CPU threads. [default: the physical cores that it may use]"
+_SLOTS = "Keep at most N experts in memory. [default: all that fit the budget]"
+_NO_PREFETCH = "Read experts only when a gate has asked for them, never ahead."
 _DRAFT = (
     "Tokens that may come next are computed with those that do, as many as pay; the text is the "
     "same to the bit. ngram drafts what followed earlier in the text, mtp what the head expects "
@@ -175,29 +209,31 @@ def _check_device(ctx: click.Context, parameter: click.Parameter, device: str) -
 
 
 _NAMED = {"callback": _check_device, "shell_complete": completing(lambda: ("auto", "cpu", "cuda"))}
-runtime_options = _adding(
+open_options = _adding(
     REVISION,
     option("--device", "auto|cpu|cuda|cuda:N", _DEVICE, default="auto", **_NAMED),
     option("--ram", "SIZE", "RAM for the whole process, like 8GiB. [default: 90% of what is free]"),
     option("--vram", "SIZE", "GPU memory budget, like 20GiB. [default: 90% of what is free]"),
     integer("--context", "Positions of the KV cache. [default: 4096, or the model's limit]"),
-    integer("--threads", "CPU threads. [default: the physical cores that it may use]"),
-    integer("--slots", "Keep at most N experts in memory. [default: all that fit the budget]"),
-    choice("--cache-policy", list(POLICIES), DEFAULT_POLICY, "Which experts stay in memory."),
-    choice("--misses", MODES, "auto", _MISSES),
-    option("--experts-dir experts_dirs", "DIR", _EXPERTS_DIR, multiple=True),
-    flag("--no-prefetch", "Read experts only when a gate has asked for them, never ahead."),
-    choice("--draft", DRAFTS, "off", _DRAFT),
-    option("--route-budget", "N", _BUDGET, type=float),
+    integer("--threads", _THREADS, cls=Rare),
+    integer("--slots", _SLOTS, cls=Rare),
+    choice("--cache-policy", [*POLICIES], DEFAULT_POLICY, "Which experts stay.", cls=Rare),
+    choice("--misses", MODES, "auto", _MISSES, cls=Rare),
+    option("--experts-dir experts_dirs", "DIR", _EXPERTS_DIR, multiple=True, cls=Rare),
+    flag("--no-prefetch", _NO_PREFETCH, cls=Rare),
 )
-"""Adds the options that ``open_runtime`` reads."""
+"""Adds the options that ``open_runtime`` reads of any command."""
+bench_options = _adding(open_options, option("--route-budget", "N", _BUDGET, type=float, cls=Rare))
+"""Adds the same, and what acts where tokens are decoded."""
+runtime_options = _adding(bench_options, choice("--draft", DRAFTS, "off", _DRAFT, cls=Rare))
+"""Adds the same, and what acts where they are chosen."""
 
 
 def runtime_arguments(given: Json) -> Json:
     """What ``Runtime.open`` takes of ``runtime_options`` for any model, without budgets."""
     names = ("device", "context", "threads", "cache_policy", "misses")
     arguments = {name: given[name] for name in names}
-    arguments |= {"route_budget": given["route_budget"] or 0.0}
+    arguments |= {"route_budget": given.get("route_budget") or 0.0}
     arguments |= {"prefetch": not given["no_prefetch"], "kernels": given.get("kernels", "auto")}
     return arguments
 
@@ -205,7 +241,7 @@ def runtime_arguments(given: Json) -> Json:
 SAMPLING = ("temperature", "top_p", "top_k", "seed")  # arguments of ``Sampling``
 _CHAT = flag("--chat", "Send PROMPT through the model's chat template, as a user's message.")
 _TRACE_HELP = "Record which experts were used, for later replay."
-_TRACE = option("--trace", "FILE", _TRACE_HELP, type=NEW_FILE)
+_TRACE = option("--trace", "FILE", _TRACE_HELP, type=NEW_FILE, cls=Rare)
 _NEW_TOKENS = 128  # of a continuation; a chat's answer ends by itself
 _STOP = "Stop after N tokens."
 _STOP_OR_END = f"{_STOP} [default: {_NEW_TOKENS}; with --chat the answer's end]"
@@ -220,7 +256,7 @@ def _text_options(
         integer("-n --max-new-tokens", help, length),
         option("--temperature", "N", greedy, default=temperature),
         option("--top-p", "N", likeliest, default=top_p),
-        integer("--top-k", "Sample from the N likeliest tokens; 0 is all.", 0),
+        integer("--top-k", "Sample from the N likeliest tokens; 0 is all.", 0, cls=Rare),
         integer("--seed", "Make sampling repeatable."),
         *others,
     )
@@ -238,8 +274,8 @@ _SESSION = (
 )
 _SESSION_DIR = "Folder of the sessions. [default: $SLOTMOE_CACHE/sessions]"
 _SESSION_LIMIT = "Most bytes of latents there; what was unused for longest goes first."
-SESSION_DIR = option("--session-dir", "DIR", _SESSION_DIR, type=Path)
-SESSION_LIMIT = option("--session-limit", "SIZE", _SESSION_LIMIT, default="8GiB")
+SESSION_DIR = option("--session-dir", "DIR", _SESSION_DIR, type=Path, cls=Rare)
+SESSION_LIMIT = option("--session-limit", "SIZE", _SESSION_LIMIT, default="8GiB", cls=Rare)
 session_options = _adding(option("--session", "NAME", _SESSION), SESSION_DIR, SESSION_LIMIT)
 """Adds the options that ``slotmoe.tools.sessions`` reads."""
 PROMPT = click.argument("prompt", metavar="PROMPT", required=False)
@@ -313,7 +349,8 @@ def open_runtime(model: str, given: Json, quiet: bool = False, **settings: int) 
 
         told: Json = {"progress": making, "notify": notify}
         folder = resolve_model(model, given["revision"], arriving=arriving, **told)
-        of_model = {name: given[name] for name in ("ram", "vram", "slots", "draft", "experts_dirs")}
+        names = ("ram", "vram", "slots", "draft", "experts_dirs")
+        of_model = {name: given[name] for name in names if name in given}
         arguments = told | of_model | runtime_arguments(given) | settings
         runtime = Runtime.open(folder, reading=reading, **arguments)
     if (altered := runtime.model.options.altered) is not None:
