@@ -196,6 +196,15 @@ for line in ("--help", "run --help", "--version", "doctor", "list", "plan v2-lit
     cli.main(line.split(), prog_name="slotmoe", standalone_mode=False)
     assert not heavy & set(sys.modules), line
     assert line.startswith("plan") or "rich" not in sys.modules, line
+for line in ("run nowhere x", "chat nowhere", "serve nowhere", "bench nowhere", "profile nowhere",
+             "eval nowhere --text x", "verify nowhere", "quantize nowhere dst"):
+    try:
+        cli.main(line.split(), prog_name="slotmoe", standalone_mode=False)
+    except ValueError as problem:
+        assert str(problem).startswith("nowhere: "), problem
+    else:
+        raise SystemExit(line)
+    assert not heavy & set(sys.modules), line
 """
 
 
