@@ -26,7 +26,7 @@ MAX_SETTINGS_BYTES = 1 << 22
 _WITHOUT_BOS = ("TikTokenTokenizer",)  # of Moonlight and Kimi: their text begins with no token
 REPLACEMENT = "\ufffd"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-_GIVEN = {"messages", "tools", "add_generation_prompt"}  # which no other variables replace
+_GIVEN = {"messages", "tools"}  # which no other variables replace
 _HERE = "\ue000 "  # ends a text that goes on; a template that keeps whitespace keeps the space
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 # Byte-level BPE spells a byte as itself where that is a visible character of Latin-1, and the
@@ -143,9 +143,10 @@ class Tokenizer:
         """The whole tokenizer, as in ``tokenizer.json``."""
         return self._backend.to_str()
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of ``ids`` without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        return self._backend.decode(ids, skip_special_tokens=True)
+    def decode(self, ids: list[int], special: bool = False) -> str:
+        """Text of ``ids``, of ``special`` tokens too or without them; bytes that are no UTF-8
+        become U+FFFD."""
+        return self._backend.decode(ids, skip_special_tokens=not special)
 
     def chat(
         self,
