@@ -40,7 +40,7 @@ def user(content, **fields):
 MANY_IDS = {str(i): 1 for i in range(1025)}
 WRONG = {  # in both of OpenAI's older APIs
     "temperature": [-1, "0"],
-    "top_p": [0],
+    "top_p": [-0.1],
     "top_k": [-2, 1 << 31],
     "min_p": [2],
     "n": [0, 17],

@@ -141,6 +141,10 @@ class PlainMessage(Message):
     name: Annotated[Label | None, _NAMED] = None
 
 
+class InsertedMessage(PlainMessage):
+    """The system's in the midst of a conversation: it stays where it is, whatever the template."""
+
+
 class AssistantMessage(Message):
     """Clients send back what they got, and what they added to it."""
 
@@ -271,12 +275,14 @@ class GenerationRequest(Model):
 
     model: Label
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="0 is greedy")
     top_k: TopK = Field(None, description="-1 and 0 switch it off")
     stream: bool | None = None
 
     def sampling(self, *bias: tuple[int, float]) -> Sampling:
         given = self.model_dump(include=_SAMPLING_FIELDS, exclude_none=True)
+        if self.top_p == 0:
+            given |= {"temperature": 0.0, "top_p": 1.0}
         return Sampling(**{"temperature": 1.0, **given}, logit_bias=bias)
 
 
@@ -299,13 +305,14 @@ Tools = Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)]
 
 @dataclass(frozen=True)
 class ToolPolicy:
-    """All ``functions`` are described to the model; it may call those of ``allowed``, must call if
-    ``required``, and calls once if ``single``."""
+    """The model may call those of ``allowed``, must call if ``required``, and calls once if
+    ``single``.  All ``functions`` are described to it, the ``deferred`` ones in messages."""
 
     functions: Sequence[Function]
     allowed: Sequence[Function]
     required: bool
     single: bool
+    deferred: frozenset[str] = frozenset()
 
 
 def tool_policy(
