@@ -102,7 +102,7 @@ BODIES = [
     (b"\xff\xfe", "is not JSON: byte 0 is not UTF-8"),
     (b"[" * 50_000, "it is nested too deeply"),
     (b'{"n": ' + b"9" * 5000 + b"}", "a number is too long"),
-    (b"[]", "is a list, expected a JSON object"),
+    (b"[]", "is not a JSON object"),
     (b"", "the body is missing"),
     (b'{"model": "sample", "prompt": "x", "temperature": NaN}', ""),
     (b'{"model": "sample", "prompt": "x", "temperature": 1e999}', ""),
