@@ -25,6 +25,7 @@ MAX_TEMPLATE_BYTES = 1 << 20
 MAX_SETTINGS_BYTES = 1 << 22
 _WITHOUT_BOS = ("TikTokenTokenizer",)  # of Moonlight and Kimi: their text begins with no token
 REPLACEMENT = "\ufffd"
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 _GIVEN = {"messages", "tools"}  # which no other variables replace
 _HERE = "\ue000 "  # ends a text that goes on; a template that keeps whitespace keeps the space
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
@@ -169,7 +170,7 @@ class Tokenizer:
         if taken := _GIVEN & {*(extra or ())}:
             problem = f"chat_template_kwargs: {min(taken)} is not the template's to choose"
             raise ConfigError(f"{problem}; give it as a field of the request")
-        chat = [{key: value for key, value in m.items() if value is not None} for m in messages]
+        chat = [_message(message) for message in messages]
         if begun:
             chat[-1]["content"] = f"{chat[-1].get('content', '')}{_HERE}"
         variables = {"messages": chat, "add_generation_prompt": not begun, **self._spellings}
@@ -243,6 +244,15 @@ def _template_of(settings: Json) -> str | None:
         named = {item.get("name"): item.get("template") for item in template if type(item) is dict}
         template = named.get("default")
     return template if isinstance(template, str) else None
+
+
+def _message(given: Mapping[str, object]) -> Json:
+    """What of a message has a value, with its reasoning under the names that templates have."""
+    message = {name: value for name, value in given.items() if value is not None}
+    thoughts = [message[name] for name in _REASONING if name in message]
+    if thoughts:
+        message = {"thinking": thoughts[0], **message, "reasoning_content": thoughts[0]}
+    return message
 
 
 def _until_here(text: str) -> str:

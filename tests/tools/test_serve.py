@@ -6,6 +6,7 @@ import json
 import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 from click.testing import CliRunner
@@ -294,6 +295,42 @@ def test_a_signal_ends_running_answers_with_a_reason(sample_export):
         assert '"finish_reason":"length"' in rest and rest.endswith("data: [DONE]\n\n")
         assert rest.count("data: ") < 450  # it was cut off, and has not come to its own end
         assert "POST /v1/completions 200 in " in child.stderr.read()
+
+
+@pytest.mark.usefixtures("processes")
+def test_a_signal_refuses_requests_that_are_being_prepared(sample_export, tmp_path):
+    """Those in the threads that render and encode, and those that wait for one.  Running answers
+    end as ever."""
+    preparing = f"""
+import os, time
+from slotmoe.tools.serve.service import Service
+def chat_text(*_):
+    while not os.path.exists({str(tmp_path / "go")!r}):
+        time.sleep(0.01)
+Service.chat_text = chat_text
+{SLOW}"""
+    child, port = start(sample_export, program=preparing)
+    with child, ExitStack() as stack:
+
+        def post(path, **body):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            stack.callback(connection.close)
+            data = json.dumps({**GREEDY, **body})
+            connection.request("POST", path, data, {"Content-Type": "application/json"})
+            return connection
+
+        running = post(TEXT, prompt="Call me", max_tokens=500, stream=True).getresponse()
+        running.readline()
+        posted = [post(CHAT, messages=USER) for _ in range(40)]
+        child.terminate()
+        assert b'"finish_reason":"length"' in running.read()
+        for response in [connection.getresponse() for connection in posted]:
+            error = json.loads(response.read())["error"]
+            assert (response.status, error["message"]) == (503, "the server is shutting down")
+            assert response.headers["retry-after"] == "5"
+        (tmp_path / "go").touch()
+        assert child.wait() == 143
+        assert "Traceback" not in child.stderr.read()
 
 
 @pytest.mark.usefixtures("network")

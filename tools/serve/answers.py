@@ -238,7 +238,7 @@ async def chat_answers(
         grammar = service.grammars.compile(chat.wanted, chat.policy, is_thinking)
         return grammar, service.encode(text), is_thinking
 
-    grammar, prompt, is_thinking = await asyncio.to_thread(prepare)
+    grammar, prompt, is_thinking = await service.prepare(prepare)
     request.state.relaxed = grammar.relaxed if grammar is not None else []  # for a header
     return Answers(service, request, [prompt], options, (), chat, grammar, is_thinking)
 

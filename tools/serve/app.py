@@ -1,6 +1,6 @@
 """The application of ``slotmoe serve``: all routes, and their description."""
 
-import asyncio
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -75,7 +75,7 @@ async def tokenize(body: TokenizeRequest, service: Serving) -> Response:
         ids = await service.chat_ids(body.conversation())
     else:
         add_bos = body.add_special_tokens is not False
-        ids = await asyncio.to_thread(service.encode, body.prompt or "", add_bos)
+        ids = await service.prepare(partial(service.encode, body.prompt or "", add_bos))
     about = {"count": len(ids), "max_model_len": service.runtime.context}
     return JSONResponse({**about, "tokens": ids})
 

@@ -1,9 +1,9 @@
 """OpenAI's chat and text completions."""
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -225,10 +225,11 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
         if not isinstance(prompt, str):
             prompts.append(prompt)
         elif body.suffix is None:
-            prompts.append(await asyncio.to_thread(service.encode, prompt))
+            prompts.append(await service.prepare(partial(service.encode, prompt)))
         else:
             service.check_length(len(prompt) + len(body.suffix))
-            prompts.append(await asyncio.to_thread(tokenizer.encode_gap, prompt, body.suffix))
+            encode = partial(tokenizer.encode_gap, prompt, body.suffix)
+            prompts.append(await service.prepare(encode))
         if body.echo:
             text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
             echoes += [text] * options.choices

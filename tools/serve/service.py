@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry, Histogram
@@ -23,6 +23,8 @@ from slotmoe.tools.serve.response_store import ResponseStore
 
 _SHORTEN = "Shorten it, or start the server with --context"
 
+_RESTART_SECONDS = "5"  # after which a client may look for a server again
+T = TypeVar("T")
 _TOKENS = ("prompt_tokens", "reused_tokens", "answer_tokens")
 _HISTOGRAMS = {
     "queue": "From request to its first step",
@@ -52,7 +54,7 @@ class Service:
         self._batch = self.engine.batch
         self._batch.at_once, self.engine.ended = sequences, ended
         self._limit, self._open = sequences + waiting, set[Job]()
-        self._is_ending = False
+        self._is_ending, self._preparing = False, set[asyncio.Future[Any]]()
         self.tokenizer, self.created = runtime.tokenizer, int(time.time())
         self.dialect = Dialect(runtime.tokenizer)
         self.grammars = Grammars(runtime.tokenizer, runtime.eos_token_ids, self.dialect)
@@ -102,7 +104,21 @@ class Service:
 
     async def chat_ids(self, chat: Conversation) -> list[int]:
         """Token ids of ``chat_text``."""
-        return await asyncio.to_thread(lambda: self.encode(self.chat_text(chat)))
+        return await self.prepare(lambda: self.encode(self.chat_text(chat)))
+
+    async def prepare(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives, in a thread.  Raises as it does, and ``RefusedError`` as soon as the
+        server is to end."""
+        self._check_open()
+        task = asyncio.ensure_future(asyncio.to_thread(work))
+        self._preparing.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            self._check_open()
+            raise
+        finally:
+            self._preparing.discard(task)
 
     def limit(self, prompt: list[int], limit: int | None, scored: bool) -> int:
         """The most tokens of an answer to ``prompt``.  Raises ``RefusedError``."""
@@ -123,9 +139,7 @@ class Service:
 
     def submit(self, requests: Sequence[Job]) -> None:
         """Queue all of ``requests`` or none.  Raises ``RefusedError``."""
-        if self._is_ending or not self.alive:
-            why = "shutting down" if self.alive else "ending, since the model has failed"
-            raise RefusedError(f"the server is {why}", status=503)
+        self._check_open()
         if len(self._open) + len(requests) > self._limit:
             self.refused += 1
             problem = "too many answers are waiting; try again later"
@@ -134,9 +148,19 @@ class Service:
         self._open.update(requests)
         self.engine.submit(*requests)
 
+    def _check_open(self) -> None:
+        """Raises ``RefusedError`` where no answer can be given any more."""
+        if self._is_ending:
+            headers = {"retry-after": _RESTART_SECONDS}
+            raise RefusedError("the server is shutting down", status=503, headers=headers)
+        if not self.alive:
+            raise RefusedError("the server is ending, since the model has failed", status=503)
+
     def stop(self) -> None:
-        """End every answer within a layer, and take no more."""
+        """End every answer within a layer, and take no more.  A signal may call this."""
         self._is_ending = True
+        for task in [*self._preparing]:
+            task.get_loop().call_soon_threadsafe(task.cancel)
         for request in [*self._open]:
             request.cancel("shutdown")
 
