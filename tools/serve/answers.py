@@ -93,7 +93,7 @@ class Answers:
         if scored and scores > MAX_SCORES:
             problem = f"{scores} log-probabilities, more than {MAX_SCORES} in one request"
             raise RefusedError(f"logprobs of the prompt would be {problem}", "logprobs")
-        ends = (() if options.goes_on else service.runtime.eos_token_ids) + options.ends
+        ends = (*(() if options.goes_on else service.runtime.eos_token_ids), *options.ends)
         policy, form, shown, calls, texts = chat.policy, None, None, "", dict[str, frozenset[str]]()
         if policy is not None:
             form, shown, calls = dialect.format, dialect.shown, dialect.format.opening
