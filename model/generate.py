@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from slotmoe.errors import CheckpointError, ConfigError
+from slotmoe.errors import CheckpointError, ConfigError, check_types
 from slotmoe.jsonfile import Json
 from slotmoe.model.reasoning import overlap
 from slotmoe.model.tokenizer import TextStream, Tokenizer
@@ -77,6 +77,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
+        check_types(vars(self), type(self).__annotations__)
         seed_fits = self.seed is None or 0 <= self.seed < 1 << 63
         biases = [value for _, value in self.logit_bias]
         for name, valid, expected in (

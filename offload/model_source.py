@@ -13,7 +13,7 @@ from slotmoe.model.generate import Generation
 from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.machine import cache_folder
-from slotmoe.offload.model_cache import SAMPLE, is_hub_id
+from slotmoe.offload.model_cache import locate
 from slotmoe.quant.export.layout import MANIFEST
 from slotmoe.quant.export.reader import Export
 
@@ -47,33 +47,11 @@ def generation_of(config: Config, read: ReadFile, path: Path) -> Generation:
 
 
 def resolve_model(path: str | Path, revision: str | None = None, **reporting: Any) -> Path:
-    """Folder of a ``MODEL``: an export, a Hugging Face checkpoint, or ``sample``; or the path of a
-    GGUF file.
-
-    A hub id that is no folder here becomes an export in the cache folder first;
-    ``slotmoe.offload.ingest.hub.hub_export`` gets ``revision`` and ``reporting``.  Raises
-    ``ConfigError``, and what that raises.
-    """
-    folder = Path(path)
-    if is_hub_id(str(path)) and not folder.exists():
-        from slotmoe.offload.ingest.hub import hub_export
-
-        return hub_export(str(path), revision, cache_folder(), **reporting)
-    if revision is not None:
-        raise ConfigError(
-            f"{folder}: a revision is of a model on the hub, but this is a folder here; "
-            "leave the revision out"
-        )
-    if str(path) == "sample" and not folder.is_dir():
-        return SAMPLE
-    if folder.is_file():
+    """Path of a ``MODEL``, as ``locate`` finds it.  A hub id becomes an export in the cache folder
+    first; ``slotmoe.offload.ingest.hub.hub_export`` gets ``revision`` and ``reporting``.  Raises
+    ``ConfigError``, and what that raises."""
+    if (folder := locate(path, revision)) is not None:
         return folder
-    if not folder.is_dir():
-        raise ConfigError(
-            f"{folder}: no such folder or file; MODEL is an export, a Hugging Face checkpoint "
-            "folder, a GGUF file, a hub id or 'sample'"
-        )
-    if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
-        neither = f"{MANIFEST} (an export) nor config.json (a checkpoint)"
-        raise ConfigError(f"{folder}: holds neither {neither}")
-    return folder
+    from slotmoe.offload.ingest.hub import hub_export
+
+    return hub_export(str(path), revision, cache_folder(), **reporting)

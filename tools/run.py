@@ -33,10 +33,11 @@ def command(
 ) -> None:
     """Continue PROMPT with MODEL and stream the text to stdout; statistics go to stderr.
 
-    MODEL is an export (see slotmoe quantize), a Hugging Face checkpoint folder, a GGUF file, a hub
-    id like deepseek-ai/DeepSeek-V2-Lite, or 'sample'; the last four are quantized once into a cache
-    folder ($SLOTMOE_CACHE, default ~/.cache/slotmoe; see slotmoe list). PROMPT '-' reads the prompt
-    from stdin. On a terminal a continuation begins with its prompt, dimmed.
+    MODEL is the path of an export, a Hugging Face checkpoint folder or a GGUF file; else a name
+    that slotmoe list shows, or a part that no other has; else a hub id like
+    deepseek-ai/DeepSeek-V2-Lite. What is no export is quantized once into a cache folder
+    ($SLOTMOE_CACHE, default ~/.cache/slotmoe). PROMPT '-' reads the prompt from stdin. On a
+    terminal a continuation begins with its prompt, dimmed.
 
     With --session the text, or with --chat the conversation, is kept on disk: the next PROMPT goes
     on where it ended, and nothing of it is computed again. See docs/sessions.md.

@@ -114,7 +114,7 @@ def test_the_prompt_of_a_file(export, run, tmp_path):
 
 
 NO_PROMPTS = [
-    ([{"role": "user", "content": "Hi"}], r"holds a dict.*tokenizer\.chat\(messages\)"),
+    ([{"role": "user", "content": "Hi"}], r"holds a dict.*a conversation as messages="),
     (["Hi"], "holds a str, expected text or token ids"),
     (None, "give a prompt or messages"),
     ([], "the prompt is empty"),

@@ -103,13 +103,9 @@ def command(
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
         options.require_extra("chat", "prompt_toolkit")
-    from slotmoe.model.generate import Sampling
     from slotmoe.tools.chat.conversation import Conversation
 
     chosen = {name: given[name] for name in options.SAMPLING}
-    Sampling().with_given(**chosen)  # refused before the model is opened
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1 (option -n)")
     with open_session(given, "chat") as session, open_runtime(model, given) as runtime:
         sampling = runtime.sampling.with_given(**chosen)
         conversation = Conversation(runtime, max_new_tokens, sampling, system, session)

@@ -18,7 +18,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import Grammars
-from slotmoe.tools.serve.requests import Conversation
+from slotmoe.tools.serve.requests import Conversation, Schema
 from slotmoe.tools.serve.response_store import ResponseStore
 
 _SHORTEN = "Shorten it, or start the server with --context"
@@ -96,8 +96,8 @@ class Service:
         """The conversation as the model reads it.  Runs the template in a child process, so the
         event loop leaves it to a thread.  Raises ``RefusedError`` and ``ConfigError``."""
         self.check_length(sum(len(message.text) for message in chat.messages))
-        schema = None if chat.schema is None else chat.schema.definition
-        about = chat.policy, chat.continues, chat.effort, schema
+        schema = chat.wanted.definition if isinstance(chat.wanted, Schema) else None
+        about = chat.policy, chat.continues, chat.effort, schema, chat.extra
         return self.dialect.prompt(chat.messages, *about)
 
     async def chat_ids(self, chat: Conversation) -> list[int]:
