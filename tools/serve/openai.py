@@ -29,6 +29,7 @@ Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), Whole, AfterValidator(la
 _Bias = dict[str, Annotated[float, Field(ge=-100, le=100)]]
 Bias = Annotated[_Bias, Field(max_length=1024), at_most(1024, "token ids")]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+Repetition = Annotated[float, Field(ge=0.01, le=10)]  # less would overflow logits
 
 
 class StreamOptions(requests.Model):
@@ -51,8 +52,7 @@ class OpenAIRequest(requests.LabelledRequest):
     n: Annotated[int, Field(ge=1, le=requests.MAX_ANSWERS), Whole] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    # Less than 0.01 would overflow logits.
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    repetition_penalty: Repetition | None = None
     logit_bias: Bias | None = Field(None, description="by token id")
     stream_options: StreamOptions | None = Field(None, description="needs `stream`")
     stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None
