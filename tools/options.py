@@ -116,7 +116,10 @@ class Command(click.Command):
 
 
 _GROUPS = {  # title -> the parameters' names
-    "Text": "file text max_new_tokens temperature top_p top_k seed chat system",
+    "Text": (
+        "file text chat system max_new_tokens temperature top_p top_k min_p repetition_penalty "
+        "seed stop"
+    ),
     "Sessions on disk": "session resume session_dir session_limit",
     "Where it runs, and in how much memory": (
         "device ram vram context threads slots cache_policy misses no_prefetch draft kernels "
@@ -238,7 +241,11 @@ def runtime_arguments(given: Json) -> Json:
     return arguments
 
 
-SAMPLING = ("temperature", "top_p", "top_k", "seed")  # arguments of ``Sampling``
+# Arguments of ``Sampling``.
+SAMPLING = ("temperature", "top_p", "top_k", "seed", "min_p", "repetition_penalty")
+_MIN_P = "Leave out what is less likely than N times the likeliest."
+_PENALTY = "Above 1: repeat less of what the prompt and the answer hold."
+SYSTEM = option("--system", "TEXT", "How the model should behave; with slotmoe run it sets --chat.")
 _CHAT = flag("--chat", "Send PROMPT through the model's chat template, as a user's message.")
 _TRACE_HELP = "Record which experts were used, for later replay."
 _TRACE = option("--trace", "FILE", _TRACE_HELP, type=NEW_FILE, cls=Rare)
@@ -257,7 +264,10 @@ def _text_options(
         option("--temperature", "N", greedy, default=temperature),
         option("--top-p", "N", likeliest, default=top_p),
         integer("--top-k", "Sample from the N likeliest tokens; 0 is all.", 0, cls=Rare),
+        option("--min-p", "N", _MIN_P, default=0.0, cls=Rare),
+        option("--repetition-penalty", "N", _PENALTY, default=1.0, cls=Rare),
         integer("--seed", "Make sampling repeatable."),
+        option("--stop", "TEXT", "End before this text; may be repeated.", multiple=True),
         *others,
     )
 
@@ -284,7 +294,8 @@ PROMPT = click.argument("prompt", metavar="PROMPT", required=False)
 
 def generation_arguments(given: Json) -> Json:
     """What ``Runtime.generate`` takes of ``generation_options``, removed from ``given``."""
-    arguments = {name: given.pop(name) for name in ("max_new_tokens", *SAMPLING, "chat")}
+    names = ("max_new_tokens", *SAMPLING, "stop", "chat")
+    arguments = {name: given.pop(name) for name in names}
     if arguments["max_new_tokens"] is None and not arguments["chat"]:
         arguments["max_new_tokens"] = _NEW_TOKENS
     return arguments
