@@ -125,7 +125,10 @@ class Command(click.Command):
 
 
 _GROUPS = {  # title -> the parameters' names
-    "Text": "file text max_new_tokens temperature top_p top_k seed chat system",
+    "Text": (
+        "file text chat system max_new_tokens temperature top_p top_k min_p repetition_penalty "
+        "seed stop"
+    ),
     "Sessions on disk": "session resume session_dir session_limit",
     "Where it runs, and in how much memory": (
         "device ram vram context threads slots cache_policy misses no_prefetch draft kernels "
@@ -278,6 +281,7 @@ _SAMPLING = {
 }
 SAMPLING = tuple(_SAMPLING)  # arguments of ``Runtime.generate``
 OWN = tuple(name for name in SAMPLING if name != "seed")  # settings that a model has its own of
+SYSTEM = option("--system", "TEXT", "How the model should behave; with slotmoe run it sets --chat.")
 _CHAT = flag("--chat", "Send PROMPT through the model's chat template, as a user's message.")
 _TRACE_HELP = "Record which experts were used, for later replay."
 _TRACE = option("--trace", "FILE", _TRACE_HELP, type=NEW_FILE, cls=Rare)
@@ -288,7 +292,8 @@ _STOP_OR_END = f"{_STOP} [default: {_NEW_TOKENS}; with --chat the answer's end]"
 
 def _text_options(length: int | None, help: str, *others: Decorator, **own: Decorator) -> Decorator:
     sampling = ((_SAMPLING | own)[name] for name in SAMPLING)
-    return _adding(count("-n --max-new-tokens", length, help), *sampling, *others)
+    stop = option("--stop", "TEXT", "End before this text; may be repeated.", multiple=True)
+    return _adding(count("-n --max-new-tokens", length, help), *sampling, stop, *others)
 
 
 _GREEDILY = {"temperature": option("--temperature", "N", _GREEDY, default=0.0, type=_POSITIVE)}
@@ -316,7 +321,8 @@ PROMPT = click.argument("prompt", metavar="PROMPT", required=False)
 
 def generation_arguments(given: Json) -> Json:
     """What ``Runtime.generate`` takes of ``generation_options``, removed from ``given``."""
-    arguments = {name: given.pop(name) for name in ("max_new_tokens", *SAMPLING, "chat")}
+    names = ("max_new_tokens", *SAMPLING, "stop", "chat")
+    arguments = {name: given.pop(name) for name in names}
     if arguments["max_new_tokens"] is None and not arguments["chat"]:
         arguments["max_new_tokens"] = _NEW_TOKENS
     return arguments
