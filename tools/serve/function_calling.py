@@ -38,10 +38,11 @@ class Dialect:
         continues: bool = False,
         effort: str | None = None,
         schema: Json | None = None,
+        extra: Json | None = None,
     ) -> str:
         """The conversation as text for the model; the answer ``continues`` the last message, or it
-        is a new one, with reasoning as ``effort`` says and by ``schema`` where there is one.
-        Raises ``RefusedError``, ``ConfigError``."""
+        is a new one, with reasoning as ``effort`` says and by ``schema`` where there is one.  The
+        template gets ``extra`` variables.  Raises ``RefusedError``, ``ConfigError``."""
         if any(m.role == requests.REMINDER for m in messages) and not self._reminds:
             problem = f"this model has no role {requests.REMINDER!r}"
             raise RefusedError(f"messages: {problem}", "messages")
@@ -61,7 +62,7 @@ class Dialect:
             self._describe(functions, written)
         goes_on = self.is_native and not self.format.structured and bool(turns[-1][1])
         begun = continues or goes_on
-        return self._tokenizer.chat(written, tools, begun, effort, schema)
+        return self._tokenizer.chat(written, tools, begun, effort, schema, extra)
 
     @cached_property
     def _inserts(self) -> bool:
@@ -88,8 +89,8 @@ class Dialect:
         written, count = list[Json](), 0
         for message, results in turns:
             about: Json = {"role": message.role, "content": message.text}
-            if message.reasoning:
-                about["reasoning_content"] = message.reasoning
+            if message.thoughts:
+                about["reasoning_content"] = message.thoughts
             ids, calls = list[str](), list[Json]()
             for call in message.calls:
                 name, arguments = call.function.name, call.function.arguments or "{}"
@@ -111,8 +112,8 @@ class Dialect:
             text = message.text + ("\n" if message.text and message.calls else "")
             text += self.format.write(message.calls)
             written.append({"role": message.role, "content": text})
-            if message.reasoning:
-                written[-1]["reasoning_content"] = message.reasoning
+            if message.thoughts:
+                written[-1]["reasoning_content"] = message.thoughts
             responses = []
             for call, result in zip(message.calls, results, strict=True):
                 error = ' error="true"' if result.failed else ""
