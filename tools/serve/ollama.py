@@ -1,7 +1,6 @@
 """Ollama's API: its requests as the conversations and texts of OpenAI's, its answers as JSON in
 lines."""
 
-import asyncio
 import json
 import time
 import uuid
@@ -175,7 +174,7 @@ async def generate(body: GenerateRequest, request: Request, service: Serving) ->
         ids = service.tokenizer.encode_gap(prompt, suffix) if suffix else service.encode(prompt)
         return ids, service.grammars.compile(body.wanted, None, None)
 
-    ids, grammar = await asyncio.to_thread(prepare)
+    ids, grammar = await service.prepare(prepare)
     return await _respond(body, Answers(service, request, [ids], options, grammar=grammar))
 
 
