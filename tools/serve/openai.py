@@ -3,7 +3,6 @@
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
-from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -225,15 +224,14 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
         if not isinstance(prompt, str):
             prompts.append(prompt)
         elif body.suffix is None:
-            prompts.append(await service.prepare(partial(service.encode, prompt)))
+            prompts.append(await service.prepare(service.encode, prompt))
         else:
             service.check_length(len(prompt) + len(body.suffix))
-            encode = partial(tokenizer.encode_gap, prompt, body.suffix)
-            prompts.append(await service.prepare(encode))
+            prompts.append(await service.prepare(tokenizer.encode_gap, prompt, body.suffix))
         if body.echo:
             text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
             echoes += [text] * options.choices
-    grammar = await service.prepare(partial(service.grammars.compile, body.wanted, None, None))
+    grammar = await service.prepare(service.grammars.compile, body.wanted, None, None)
     answers = Answers(service, request, prompts, options, echoes, grammar=grammar)
     return await _respond(body, answers, TextChoices(answers))
 
