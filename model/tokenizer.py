@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -26,6 +25,7 @@ MAX_TEMPLATE_BYTES = 1 << 20
 MAX_SETTINGS_BYTES = 1 << 22
 _WITHOUT_BOS = ("TikTokenTokenizer",)  # of Moonlight and Kimi: their text begins with no token
 REPLACEMENT = "\ufffd"
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 _GIVEN = {"messages", "tools"}  # which no other variables replace
 _HERE = "\ue000 "  # ends a text that goes on; a template that keeps whitespace keeps the space
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
@@ -63,6 +63,8 @@ class Tokenizer:
             raise ConfigError(f"{path}: {problem}")
         _check_parses(data, path, verdicts)
         self._backend = Backend.from_buffer(data)
+        self._backend.no_truncation()  # which a file may have kept from its training
+        self._backend.no_padding()
         path = folder / "tokenizer_config.json"
         found = read(path.name, MAX_SETTINGS_BYTES)
         self.settings = settings = {} if found is None else parse_json(found, path)
@@ -168,7 +170,7 @@ class Tokenizer:
         if taken := _GIVEN & {*(extra or ())}:
             problem = f"chat_template_kwargs: {min(taken)} is not the template's to choose"
             raise ConfigError(f"{problem}; give it as a field of the request")
-        chat = [{key: value for key, value in m.items() if value is not None} for m in messages]
+        chat = [_message(message) for message in messages]
         if begun:
             chat[-1]["content"] = f"{chat[-1].get('content', '')}{_HERE}"
         variables = {"messages": chat, "add_generation_prompt": not begun, **self._spellings}
@@ -184,7 +186,7 @@ class Tokenizer:
             data = json.dumps(request).encode()
         except RecursionError:
             raise ConfigError("a schema is nested too deeply for the chat template") from None
-        text = _TEMPLATE.run(data).decode()
+        text = _TEMPLATE.run(data, "chat_template").decode()
         return _until_here(text) if begun else text
 
 
@@ -244,6 +246,15 @@ def _template_of(settings: Json) -> str | None:
     return template if isinstance(template, str) else None
 
 
+def _message(given: Mapping[str, object]) -> Json:
+    """What of a message has a value, with its reasoning under the names that templates have."""
+    message = {name: value for name, value in given.items() if value is not None}
+    thoughts = [message[name] for name in _REASONING if name in message]
+    if thoughts:
+        message = {"thinking": thoughts[0], **message, "reasoning_content": thoughts[0]}
+    return message
+
+
 def _until_here(text: str) -> str:
     """A conversation up to where its last message ends.  Raises ``ConfigError``."""
     begun, mark, rest = text.rpartition(_HERE[0])
@@ -268,7 +279,8 @@ def _check_parses(data: bytes, path: Path, verdicts: Path | None) -> None:
     key = hashlib.sha256(__version__.encode() + b" " + data).hexdigest()
     if verdicts is not None and (verdicts / key).is_file():
         return
-    replace(_PARSER, what=f"{path}: the tokenizers library").run(data)
+    _PARSER.run(data, f"{path}: the tokenizers library")
+    _PARSER.close()  # few have a second one
     if verdicts is not None:
         with suppress(OSError):  # only a child's time is lost
             verdicts.mkdir(parents=True, exist_ok=True)
@@ -276,43 +288,69 @@ def _check_parses(data: bytes, path: Path, verdicts: Path | None) -> None:
 
 
 _PARSER = Child(
-    "tokenizer.json",
     """
 from tokenizers import Tokenizer
-data = sys.stdin.buffer.read()
-limit()
-tokenizer = Tokenizer.from_buffer(data)
-text = "Hello, w\\u00f6rld 12 \\u4f60\\u597d\\n"
-ids = tokenizer.encode(text, add_special_tokens=False).ids
-tokenizer.decode(ids), tokenizer.get_vocab(), tokenizer.to_str()
+def answer(data):
+    limit()
+    tokenizer = Tokenizer.from_buffer(data)
+    text = "Hello, w\\u00f6rld 12 \\u4f60\\u597d\\n"
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    tokenizer.decode(ids), tokenizer.get_vocab(), tokenizer.to_str()
+    return b""
 """,
     seconds=20,
     memory=2 << 30,
 )
+# The environment of transformers' ``apply_chat_template``.  Nothing in it changes, so that one
+# conversation leaves nothing to the next.
 _TEMPLATE = Child(
-    "chat_template",
     """
-import datetime
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import datetime, functools
+from jinja2 import ext, nodes, sandbox, utils
+class Generation(ext.Extension):
+    tags = {"generation"}
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+class Dict:  # the class itself has methods that change others
+    def __call__(self, *given, **named):
+        return dict(*given, **named)
+    def fromkeys(self, *given):
+        return dict.fromkeys(*given)
+class Namespace(utils.Namespace):
+    def __init__(*given, **named):
+        utils.Namespace.__init__(given[0])
+        for name, value in dict(*given[1:], **named).items():
+            given[0][name] = value
+    def __setitem__(self, name, value):
+        if str(name).startswith("_"):
+            raise sandbox.SecurityError(f"a namespace can't have {name!r}")
+        utils.Namespace.__setitem__(self, name, value)
 def raise_exception(message):
     raise ValueError(message)
 def strftime_now(form):
     return datetime.datetime.now().strftime(form)
-def tojson(value, indent=None):
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-loops = ["jinja2.ext.loopcontrols"]
-environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
+def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    how = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return json.dumps(value, ensure_ascii=ensure_ascii, **how)
+environment = sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+)
 environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+environment.globals.update(dict=Dict(), namespace=Namespace)
 environment.filters["tojson"] = tojson
-request, most = json.load(sys.stdin), 4 << 20
-limit()
-parts, size = [], 0
-for part in environment.from_string(request["template"]).generate(**request["variables"]):
-    size += len(part)
-    if size > most:
-        raise ValueError(f"more than {most} characters of output")
-    parts.append(part)
-sys.stdout.buffer.write("".join(parts).encode())
+compiled = functools.lru_cache(4)(environment.from_string)
+def answer(data):
+    request, most = json.loads(data), 4 << 20
+    limit()
+    parts, size = [], 0
+    for part in compiled(request["template"]).generate(request["variables"]):
+        size += len(part)
+        if size > most:
+            raise ValueError(f"more than {most} characters of output")
+        parts.append(part)
+    return "".join(parts).encode()
 """,
     seconds=0.5,
     memory=64 << 20,

@@ -15,6 +15,7 @@ import click
 
 from slotmoe import __version__
 from slotmoe.errors import ConfigError, DeviceError, DownloadError, SlotmoeError
+from slotmoe.tools.settings import defaults
 
 _COMMANDS = {
     "run": "Continue a prompt with a model, streaming the text.",
@@ -96,6 +97,8 @@ def cli(ctx: click.Context, traceback: bool) -> None:
     ctx.ensure_object(dict)["traceback"] = traceback
     if ctx.invoked_subcommand is None:
         click.echo(_START)
+    else:
+        ctx.default_map = {ctx.invoked_subcommand: defaults(ctx)}
 
 
 def main(arguments: list[str] | None = None, group: click.Group = cli) -> NoReturn:

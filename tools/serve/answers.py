@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar, NamedTuple
@@ -85,7 +85,8 @@ class Answers:
         self._prompt_tokens = sum(map(len, prompts))
         tokenizer, dialect = service.tokenizer, service.dialect
         self._reasoning_tokens = None if tokenizer.reasoning is None else 0
-        sampling, counts = options.sampling, (options.logprobs, options.prompt_logprobs)
+        sampling = replace(service.sampling, **options.sampling)
+        counts = options.logprobs, options.prompt_logprobs
         logprobs = max((count for count in counts if count is not None), default=None)
         scored = options.prompt_logprobs is not None or (bool(echoes) and logprobs is not None)
         scores = self._prompt_tokens * options.choices * (1 + (logprobs or 0))
@@ -237,9 +238,15 @@ async def chat_answers(
         grammar = service.grammars.compile(chat.wanted, chat.policy, is_thinking)
         return grammar, service.encode(text), is_thinking
 
-    grammar, prompt, is_thinking = await asyncio.to_thread(prepare)
+    grammar, prompt, is_thinking = await service.prepare(prepare)
     request.state.relaxed = grammar.relaxed if grammar is not None else []  # for a header
     return Answers(service, request, [prompt], options, (), chat, grammar, is_thinking)
+
+
+def event(data: Json) -> str:
+    """One server-sent event, named after the type of ``data`` if it has one."""
+    name = f"event: {data['type']}\n" if "type" in data else ""
+    return f"{name}data: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
 class EventStream(StreamingResponse):
@@ -249,9 +256,10 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
     responses: ClassVar[dict[int | str, Json]] = {200: {"content": {media_type: {}}}}
+    spell = staticmethod(event)
 
     def __init__(self, events: AsyncIterator[str], answers: Answers, ping: str = ": ping\n\n"):
-        content = _with_pings(events, answers, ping)
+        content = _with_pings(events, answers, ping, self.spell)
         super().__init__(content, headers={"cache-control": "no-cache"})
         self._answers = answers
 
@@ -270,14 +278,8 @@ def spelled(content: bytes) -> str:
         return "".join(f"\\x{byte:02x}" for byte in content)
 
 
-def event(data: Json) -> str:
-    """One server-sent event, named after the type of ``data`` if it has one."""
-    name = f"event: {data['type']}\n" if "type" in data else ""
-    return f"{name}data: {json.dumps(data, separators=(',', ':'))}\n\n"
-
-
 async def _with_pings(
-    events: AsyncIterator[str], answers: Answers, ping: str
+    events: AsyncIterator[str], answers: Answers, ping: str, spell: Callable[[Json], str]
 ) -> AsyncIterator[str]:
     """``events``, with ``ping`` wherever ``PING_SECONDS`` have passed without one, and the error
     that ends them."""
@@ -294,7 +296,7 @@ async def _with_pings(
                 coming = None
                 yield text
     except RefusedError as problem:
-        yield event(error_body(answers.request.url.path, problem))
+        yield spell(error_body(answers.request.url.path, problem))
     finally:
         if coming is not None:
             coming.cancel()

@@ -234,7 +234,7 @@ async def messages(body: MessagesRequest, request: Request, service: Serving) ->
     options = body.options()
     answers = await chat_answers(service, request, body.chat(), options)
     about: Json = {"id": f"msg_{uuid.uuid4().hex}", "type": "message"}
-    about |= {"role": "assistant", "model": body.model}
+    about |= {"role": "assistant", "model": service.name}
     if body.stream:
         return EventStream(_events(about, answers), answers, ping=_event("ping"))
     (update,) = await answers.whole()

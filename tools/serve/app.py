@@ -1,6 +1,6 @@
 """The application of ``slotmoe serve``: all routes, and their description."""
 
-import asyncio
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +12,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
 from slotmoe import __version__
 from slotmoe.jsonfile import Json
-from slotmoe.tools.serve import anthropic, openai, requests, responses
+from slotmoe.tools.serve import anthropic, ollama, openai, requests, responses
 from slotmoe.tools.serve.errors import HANDLED, RefusedError, error_response
 from slotmoe.tools.serve.openai import MAX_IDS
 from slotmoe.tools.serve.service import Service, Serving
@@ -75,7 +75,7 @@ async def tokenize(body: TokenizeRequest, service: Serving) -> Response:
         ids = await service.chat_ids(body.conversation())
     else:
         add_bos = body.add_special_tokens is not False
-        ids = await asyncio.to_thread(service.encode, body.prompt or "", add_bos)
+        ids = await service.prepare(partial(service.encode, body.prompt or "", add_bos))
     about = {"count": len(ids), "max_model_len": service.runtime.context}
     return JSONResponse({**about, "tokens": ids})
 
@@ -122,6 +122,6 @@ def make_app(service: Service, has_keys: bool) -> FastAPI:
         app.add_exception_handler(kind, error_response)
     app.include_router(public)
     security = [Security(key) for key in _KEYS] if has_keys else []  # for the description
-    for router in (routes, openai.router, responses.router, anthropic.router):
+    for router in (routes, openai.router, responses.router, anthropic.router, ollama.router):
         app.include_router(router, dependencies=security)
     return app

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
 
-ANTHROPIC_PATH = "/v1/messages"
+ANTHROPIC_PATH, OLLAMA_PATH = "/v1/messages", "/api"
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -39,6 +39,8 @@ class RefusedError(Exception):
 def error_body(path: str, problem: RefusedError) -> Json:
     """``problem`` in the envelope of the API that ``path`` belongs to."""
     is_anthropic, status = f"{path}/".startswith(f"{ANTHROPIC_PATH}/"), problem.status
+    if f"{path}/".startswith(f"{OLLAMA_PATH}/"):
+        return {"error": problem.message}
     kind = "rate_limit_error" if status == 429 else "invalid_request_error"
     if status >= 500:
         kind = "api_error" if is_anthropic else "server_error"

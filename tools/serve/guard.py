@@ -52,7 +52,7 @@ class Guard:
         self._app, self._max_body, self._origins = app, max_body, frozenset(origins)
         self._keys = [key.encode() for key in keys]
         self._owners = [hashlib.sha256(key).hexdigest() for key in self._keys]
-        self._hosts = {"localhost", *(host.lower() for host in hosts)}
+        self._hosts = {"localhost", *(_name(host) for host in hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -96,17 +96,16 @@ class Guard:
             if len(headers.getlist(name)) > 1:  # a proxy may have looked at the other one
                 raise RefusedError(f"the header {name} is given more than once")
         host, origin = headers.get("host", ""), headers.get("origin", "")
-        if not self._is_known(host.lower()):
-            problem = f"the name {host[:80]!r} is not allowed here"
+        if not self._is_known(_name(host)):
+            problem = f"the name {_name(host)[:80]!r} is not allowed here"
             raise RefusedError(f"{problem}; start with --allow-host to allow it", status=403)
         ours = (f"http://{host.lower()}", f"https://{host.lower()}")  # the latter by a proxy
         if origin and not shares and origin.lower() not in ours:
             problem = f"requests from pages of the origin {origin[:80]!r} are refused"
             raise RefusedError(f"{problem}; start with --cors-origin to allow it", status=403)
 
-    def _is_known(self, host: str) -> bool:
+    def _is_known(self, name: str) -> bool:
         """Names are on the list or refused; an address can't be rebound."""
-        name = host[1:].partition("]")[0] if host[:1] == "[" else host.partition(":")[0]
         try:
             return name in self._hosts or bool(ipaddress.ip_address(name))
         except ValueError:
@@ -156,6 +155,12 @@ class Guard:
                 body += message.get("body", b"")
             more = message["type"] == "http.request" and message.get("more_body", False)
         return bytes(body)
+
+
+def _name(host: str) -> str:
+    """Of ``host``, without its port."""
+    host = host.lower()
+    return host[1:].partition("]")[0] if host[:1] == "[" else host.partition(":")[0]
 
 
 class Connection(H11Protocol):

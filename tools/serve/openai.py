@@ -1,9 +1,9 @@
 """OpenAI's chat and text completions."""
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -29,6 +29,7 @@ Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), Whole, AfterValidator(la
 _Bias = dict[str, Annotated[float, Field(ge=-100, le=100)]]
 Bias = Annotated[_Bias, Field(max_length=1024), at_most(1024, "token ids")]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+Repetition = Annotated[float, Field(ge=0.01, le=10)]  # less would overflow logits
 
 
 class StreamOptions(requests.Model):
@@ -51,8 +52,7 @@ class OpenAIRequest(requests.LabelledRequest):
     n: Annotated[int, Field(ge=1, le=requests.MAX_ANSWERS), Whole] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    # Less than 0.01 would overflow logits.
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    repetition_penalty: Repetition | None = None
     logit_bias: Bias | None = Field(None, description="by token id")
     stream_options: StreamOptions | None = Field(None, description="needs `stream`")
     stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None
@@ -196,13 +196,13 @@ class CompletionRequest(OpenAIRequest):
 
 @router.get("/v1/models")
 async def models(service: Serving) -> Response:
-    return JSONResponse({"object": "list", "data": [service.described()]})
+    return JSONResponse({"object": "list", "data": [*map(service.described, service.listed)]})
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, service: Serving) -> Response:
     service.check_model(name)
-    return JSONResponse(service.described())
+    return JSONResponse(service.described(name))
 
 
 @router.post("/v1/chat/completions", responses=EventStream.responses)
@@ -225,10 +225,11 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
         if not isinstance(prompt, str):
             prompts.append(prompt)
         elif body.suffix is None:
-            prompts.append(await asyncio.to_thread(service.encode, prompt))
+            prompts.append(await service.prepare(partial(service.encode, prompt)))
         else:
             service.check_length(len(prompt) + len(body.suffix))
-            prompts.append(await asyncio.to_thread(tokenizer.encode_gap, prompt, body.suffix))
+            encode = partial(tokenizer.encode_gap, prompt, body.suffix)
+            prompts.append(await service.prepare(encode))
         if body.echo:
             text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
             echoes += [text] * options.choices
@@ -240,7 +241,7 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
 async def _respond(
     body: OpenAIRequest, answers: Answers, choices: "ChatChoices | TextChoices"
 ) -> Response:
-    about: Json = {"id": f"{choices.prefix}-{uuid.uuid4().hex}", "model": body.model}
+    about: Json = {"id": f"{choices.prefix}-{uuid.uuid4().hex}", "model": answers.service.name}
     about |= {"created": int(time.time()), "system_fingerprint": f"slotmoe_{__version__}"}
     options = body.stream_options or StreamOptions()
 

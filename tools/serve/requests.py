@@ -47,13 +47,14 @@ Labels = Annotated[dict[str, Label], Field(max_length=16), at_most(16, "labels")
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """How each of ``choices`` answers to a prompt is made: at most ``limit`` tokens (None for as
-    many as the context holds), ended by a string of ``stop`` or a token of ``ends``, with the
-    log-probabilities of so many of the likeliest ids beside each token's (``logprobs``, and
-    ``prompt_logprobs`` for those of the prompt, None for none at all).  It has ``least`` tokens
-    before a token may end it; if it ``goes_on``, no end-of-sentence token does."""
+    """How each of ``choices`` answers to a prompt is made: with the settings of ``sampling`` in
+    place of the server's own, at most ``limit`` tokens (None for as many as the context holds),
+    ended by a string of ``stop`` or a token of ``ends``, with the log-probabilities of so many of
+    the likeliest ids beside each token's (``logprobs``, and ``prompt_logprobs`` for those of the
+    prompt, None for none at all).  It has ``least`` tokens before a token may end it; if it
+    ``goes_on``, no end-of-sentence token does."""
 
-    sampling: Sampling
+    sampling: Json
     limit: int | None
     stop: tuple[str, ...] = ()
     choices: int = 1
@@ -327,9 +328,10 @@ class GenerationRequest(Model):
     top_k: TopK = Field(None, description="-1 and 0 switch it off")
     stream: bool | None = None
 
-    def sampling(self, *bias: tuple[int, float]) -> Sampling:
+    def sampling(self, *bias: tuple[int, float]) -> Json:
+        """Arguments of ``Sampling``, of those that are given."""
         given = self.model_dump(include=_SAMPLING_FIELDS, exclude_none=True)
-        return Sampling(**{"temperature": 1.0, **given}, logit_bias=bias)
+        return {**given, "logit_bias": bias}
 
 
 class LabelledRequest(GenerationRequest):

@@ -21,17 +21,16 @@ router = APIRouter()
 _ITEM: TypeAdapter[Item] = TypeAdapter(Item)
 # What a response says of its request, and what it says where the request says nothing.
 _NOTHING = "instructions max_output_tokens max_tool_calls previous_response_id prompt_cache_key"
+_OWN = ("temperature", "top_p")  # the server's own, where the request says nothing
 _ECHOED: Json = {
-    **dict.fromkeys((*_NOTHING.split(), "safety_identifier", "user")),
+    **dict.fromkeys((*_NOTHING.split(), "safety_identifier", "user", *_OWN)),
     "metadata": {},
     "parallel_tool_calls": True,
     "reasoning": {"effort": None, "summary": None},
     "store": True,
-    "temperature": 1.0,
     "text": {"format": {"type": "text"}},
     "tool_choice": "auto",
     "top_logprobs": 0,
-    "top_p": 1.0,
     "truncation": "disabled",
 }
 
@@ -136,10 +135,12 @@ class Draft:
         self._coming: list[Json] = []  # of tokens whose text is still to come
         self._output: list[Json] = []
         self.response: Json = {
-            **{"id": f"resp_{uuid.uuid4().hex}", "object": "response", "model": body.model},
+            **{"id": f"resp_{uuid.uuid4().hex}", "object": "response"},
+            **{"model": answers.service.name},
             **{"created_at": int(time.time()), "completed_at": None, "status": "in_progress"},
             **{"background": False, "error": None, "incomplete_details": None},
             **_ECHOED,
+            **{name: getattr(answers.service.sampling, name) for name in _OWN},
             **given,
             **{"tools": tools, "output": self._output, "usage": None},
         }
