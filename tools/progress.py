@@ -8,6 +8,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 Update = Callable[[int, int], None]
+_NARROW = 60  # characters of a terminal: less have no room for a bar
 
 
 class _Bars(progress.Progress):
@@ -15,7 +16,10 @@ class _Bars(progress.Progress):
 
     def __init__(self, *columns: progress.ProgressColumn, quiet: bool, text: str = ""):
         self.text, console = text, Console(stderr=True)
-        columns = (progress.BarColumn(), *columns, progress.TimeRemainingColumn())
+        if console.width < _NARROW:
+            columns = (progress.TaskProgressColumn(),)
+        else:
+            columns = (progress.BarColumn(), *columns, progress.TimeRemainingColumn())
         # Drawing takes time from the model.
         super().__init__("{task.description}", *columns, console=console, refresh_per_second=2)
         self.disable = quiet or not console.is_terminal
