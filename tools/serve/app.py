@@ -93,7 +93,7 @@ async def detokenize(body: DetokenizeRequest, service: Serving) -> Response:
     if max(body.tokens, default=0) >= service.tokenizer.size:
         problem = f"outside 0 to {service.tokenizer.size - 1}"
         raise RefusedError(f"tokens: a token id is {problem}", "tokens")
-    text = await asyncio.to_thread(service.tokenizer.decode, body.tokens, True)
+    text = await service.prepare(partial(service.tokenizer.decode, body.tokens, True))
     return JSONResponse({"prompt": text, "content": text})
 
 
@@ -109,7 +109,7 @@ async def apply_template(body: TemplateRequest, service: Serving) -> Response:
     if body.model is not None:
         service.check_model(body.model)
     chat = body.conversation(effort=body.reasoning_effort)
-    return JSONResponse({"prompt": await asyncio.to_thread(service.chat_text, chat)})
+    return JSONResponse({"prompt": await service.prepare(partial(service.chat_text, chat))})
 
 
 def make_app(service: Service, has_keys: bool) -> FastAPI:

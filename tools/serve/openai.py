@@ -233,7 +233,7 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
         if body.echo:
             text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
             echoes += [text] * options.choices
-    grammar = await asyncio.to_thread(service.grammars.compile, body.wanted, None, None)
+    grammar = await service.prepare(partial(service.grammars.compile, body.wanted, None, None))
     answers = Answers(service, request, prompts, options, echoes, grammar=grammar)
     return await _respond(body, answers, TextChoices(answers))
 

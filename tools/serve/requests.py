@@ -268,6 +268,7 @@ _ANY_OBJECT = Schema.model_construct(definition={"type": "object"})
 
 class TextFormat(Model):
     type: Literal["text", "json_object"]
+    definition: Annotated[Json | None, Field(alias="schema")] = None  # llama.cpp's
 
 
 class SchemaFormat(Model):
@@ -424,6 +425,8 @@ class Templated(Model):
 def schema_of(wanted: TextFormat | SchemaFormat | Schema | None) -> Schema | None:
     """What an answer has to follow; None for plain text."""
     if isinstance(wanted, TextFormat):
+        if wanted.definition is not None:
+            return Schema.model_construct(definition=wanted.definition)
         return _ANY_OBJECT if wanted.type == "json_object" else None
     return wanted.json_schema if isinstance(wanted, SchemaFormat) else wanted
 
