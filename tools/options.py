@@ -121,7 +121,7 @@ class Command(click.Command):
         for title, records in groups.items():
             if records:
                 with formatter.section(title):
-                    formatter.write_dl(records)
+                    formatter.write_dl(records, col_max=min(30, formatter.width // 2))
 
 
 _GROUPS = {  # title -> the parameters' names
@@ -401,7 +401,7 @@ def open_runtime(model: str, given: Json, quiet: bool = False, **settings: int) 
 
 def say(text: str) -> None:
     """Print a remark of the program on stderr."""
-    click.echo(f"slotmoe: {text}", err=True)
+    print(f"slotmoe: {text}", file=sys.stderr)  # click's echo would write into a bar's line
 
 
 def notifier(quiet: bool) -> Callable[[str], None]:
