@@ -1,9 +1,10 @@
 """What ``Runtime.open`` is asked for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, check_types
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.drafts import DRAFTS
 from slotmoe.offload.policy.hybrid import MODES
@@ -14,8 +15,8 @@ from slotmoe.system import MAX_THREADS
 class Options:
     """What ``Runtime.open`` is asked for; it documents them."""
 
-    vram: int | str | None = None
-    ram: int | str | None = None
+    vram: float | str | None = None
+    ram: float | str | None = None
     context: int | None = None
     threads: int | None = None
     cache_policy: str | None = None
@@ -26,11 +27,12 @@ class Options:
     logits_rows: int = 1
     sequences: int = 1
     misses: str = "auto"
-    experts_dirs: tuple[str | Path, ...] = ()
+    experts_dirs: Sequence[str | Path] = ()
     draft: str = "off"
     route_budget: float = 0.0
 
     def __post_init__(self) -> None:
+        check_types(vars(self), type(self).__annotations__)
         if self.cache_policy not in (None, *POLICIES):
             raise ConfigError(
                 f"cache policy {self.cache_policy!r:.40} is unknown, expected one of: "

@@ -10,14 +10,14 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from slotmoe.errors import CLOSED, ConfigError, PlanError
+from slotmoe.errors import CLOSED, ConfigError, PlanError, check_types
 from slotmoe.jsonfile import Json
-from slotmoe.model.generate import Answer, Delta, Sampling, Token
+from slotmoe.model.generate import Answer, Sampling, Stops, Token
 from slotmoe.offload.devices.cuda import choose_device
 from slotmoe.offload.engine.engine import Engine
 from slotmoe.offload.engine.loading import LoadedModel, check_options, open_model
@@ -31,8 +31,12 @@ from slotmoe.offload.model_source import resolve_model
 from slotmoe.offload.observe.trace import TraceWriter
 from slotmoe.offload.options import Options
 from slotmoe.offload.plan.memory import PREFILL_CHUNK, or_more_context
+from slotmoe.offload.prompts import Messages, TextOptions, check_messages, ids_of, is_conversation
 from slotmoe.offload.sessions.store import DEFAULT_LIMIT, Sessions
 from slotmoe.quant.export.layout import MANIFEST
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _ROWS_OF_TEXT = 128  # rows of logits made at once; a prefill pass takes a multiple of it
 
@@ -47,7 +51,8 @@ class Runtime:
 
     def __init__(self, model: LoadedModel):
         self.config, self.tokenizer, self.plan = model.config, model.tokenizer, model.plan
-        self.eos_token_ids, self.device = model.eos_token_ids, model.device.device
+        self.eos_token_ids, self.sampling = model.generation
+        self.device = model.device.device
         self._engine: Engine | None = Engine(model)
         self._trace: TraceWriter | None = None
         # No thread may compute when the process ends.
@@ -66,12 +71,19 @@ class Runtime:
         prefetch: bool = True,
         quantize: bool = True,
         *,
+        slots: int | None = None,
+        kernels: str = "auto",
+        logits_rows: int = 1,
+        sequences: int = 1,
+        misses: str = "auto",
+        experts_dirs: Sequence[str | Path] = (),
+        draft: str = "off",
+        route_budget: float = 0.0,
+        revision: str | None = None,
         progress: Progress | None = None,
         reading: Progress = ignore,
         arriving: Progress = ignore,
         notify: Notify = ignore,
-        revision: str | None = None,
-        **others: Any,
     ) -> "Runtime":
         """Open an export, a checkpoint folder or hub id (quantized once into the cache folder) or
         ``sample``.
@@ -80,29 +92,27 @@ class Runtime:
         ``context`` is the number of positions of the latent cache, None min(4096, the model's
         limit).  ``cache_policy`` is one of ``slotmoe.offload.policy.POLICIES``.
         ``prefetch=False`` reads experts only when a gate has chosen them.  ``quantize=False``
-        computes a checkpoint as it is, all of it resident.  ``revision`` of a hub id is a branch,
+        computes a checkpoint as it is, all of it resident.  ``slots`` caps the experts in slots on
+        the device.  ``kernels`` are as for ``slotmoe.quant.backends.pick_backend``.  There are
+        ``sequences`` latent caches, and ``logits_rows`` rows of logits alive at once.  ``misses``
+        says what computes an expert without a slot on a GPU: ``fetch``, the GPU, once it is copied
+        there; ``cpu``; ``hybrid``, both; ``auto`` takes what measured bandwidths advise.
+        ``experts_dirs`` are copies of the export's ``experts`` on other drives.  ``draft`` and
+        ``route_budget``: docs/drafts.md, docs/routing.md.  ``revision`` of a hub id is a branch,
         tag or commit.  ``progress``, ``reading`` and ``notify`` are as in ``cached_export``,
         ``arriving`` is of a download.
-        ``others`` are:
-
-        ``slots``        the most experts in slots on the device; None takes all that fit
-        ``kernels``      ``auto``, ``torch`` or ``triton`` (``slotmoe.quant.backends.pick_backend``)
-        ``sequences``    latent caches of ``context`` positions each
-        ``logits_rows``  rows of logits that will be alive at once (``logits_from``: 128)
-        ``route_budget``  see docs/routing.md
-        ``misses``       what computes an expert without a slot on a GPU: ``fetch``, the GPU, once
-                         it is copied there; ``cpu``; ``hybrid``, both, split by bandwidths;
-                         ``auto`` takes what measured ones advise, or ``fetch``
-        ``experts_dirs`` copies of the export's ``experts`` on other drives, which are read too
-        ``draft``        one of ``slotmoe.offload.policy.drafts.DRAFTS`` (docs/drafts.md)
 
         Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
         """
-        options = Options(vram, ram, context, threads, cache_policy, prefetch, quantize, **others)
+        options = Options(
+            vram, ram, context, threads, cache_policy, prefetch, quantize, slots, kernels,
+            logits_rows, sequences, misses, experts_dirs, draft, route_budget,
+        )  # fmt: skip
+        check_types({"path": path}, {"path": str | Path})
         needs = "quantize=False needs the original checkpoint"
         if not quantize and is_hub_id(str(path)) and not Path(path).exists():
             raise ConfigError(f"{path}: {needs} in a folder; download it first")
-        chosen, reason = choose_device(device)
+        chosen, reason = choose_device(str(device))
         check = partial(check_options, options, chosen)
         told = {"arriving": arriving, "progress": progress or ignore, "notify": notify}
         folder = resolve_model(path, revision, ready=check, **told)
@@ -166,6 +176,7 @@ class Runtime:
     def encode(self, text: str, chat: bool = False) -> list[int]:
         """Token ids of a prompt or, with ``chat``, of a user's message in the model's chat
         template.  Raises as ``check_length`` does."""
+        check_types({"text": text}, {"text": str})
         self.check_length(len(text))
         message = {"role": "user", "content": text}
         return self.tokenizer.encode(self.tokenizer.chat([message]) if chat else text)
@@ -181,88 +192,134 @@ class Runtime:
 
     def generate(
         self,
-        prompt: str | list[int] | None = None,
+        prompt: str | Sequence[int] | None = None,
         max_new_tokens: int | None = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
+        temperature: float | None = 0.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
         seed: int | None = None,
         chat: bool = False,
-        messages: Sequence[dict[str, str]] | None = None,
+        messages: Messages | None = None,
+        *,
+        tools: Sequence[Json] | None = None,
+        stop: str | Sequence[str] = (),
+        top_logprobs: int = 0,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
     ) -> Stream:
         """Continue ``prompt`` (text, or token ids used as they are) and yield each ``Token`` as it
         is made; any number of threads may ask at once.
 
-        Stops at an end-of-sentence token, after ``max_new_tokens`` (None is no limit), or when the
-        context is full; the last token's ``finish`` names the limit that ended the text.
-        ``chat`` sends the text through the model's chat template as a user's message;
-        ``messages``, in place of a prompt, are a whole conversation, each with its ``role`` and
-        ``content``.  What the prompt shares with the beginning of an earlier text is not computed
-        again, if it is still in a latent cache.  The engine goes on while nobody takes the tokens,
-        until the text ends or the iterator is closed or forgotten.  Raises ``PlanError`` if the
-        prompt does not fit.
+        Stops at an end-of-sentence token, before one of the texts ``stop``, after
+        ``max_new_tokens`` (None is no limit), or when the context is full; the last token's
+        ``finish`` names the limit that ended the text.  ``top_logprobs`` likeliest ids are reported
+        with each token.  ``chat`` sends the text through the model's chat template as a user's
+        message; ``messages``, in place of a prompt, are a whole conversation, and they and
+        ``tools`` are as the template expects them.  What the prompt shares with the beginning of an
+        earlier text is not computed again, if it is still in a latent cache.  The engine goes on
+        while nobody takes the tokens, until the text ends or the iterator is closed or forgotten.
+        At a temperature above 0, or None, each setting of sampling that is None is the model's own.
+        Raises ``ConfigError``, and ``PlanError`` if the prompt does not fit.
         """
-        stream = self._ask(prompt, max_new_tokens, temperature, top_p, top_k, seed, chat, messages)
-        self.engine.submit(stream.request)
-        return stream
-
-    def generate_all(self, prompts: Iterable[str | list[int]], **options: Any) -> list[Stream]:
-        """``generate`` of several prompts at once, with the same ``options``: an iterator for each,
-        in their order."""
-        return [self.generate(prompt, **options) for prompt in prompts]
-
-    async def stream(
-        self, prompt: str | list[int] | None = None, **options: Any
-    ) -> AsyncIterator[Token]:
-        """``generate`` for ``async for``; the event loop goes on meanwhile."""
-        import asyncio
-
-        loop, deltas = asyncio.get_running_loop(), asyncio.Queue[Delta]()
-        stream = self._ask(prompt, **options)
-
-        def emit(delta: Delta) -> None:
-            with suppress(RuntimeError):  # the loop has ended, so nothing reads this any more
-                loop.call_soon_threadsafe(deltas.put_nowait, delta)
-
-        stream.request.emit = emit
-        self.engine.submit(stream.request)
-        try:
-            while not stream.text.ended:
-                for token in stream.text.feed(await deltas.get()):
-                    yield token
-        finally:
-            stream.close()
-
-    def _ask(
-        self,
-        prompt: str | list[int] | None,
-        max_new_tokens: int | None = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int | None = None,
-        chat: bool = False,
-        messages: Sequence[dict[str, str]] | None = None,
-    ) -> Stream:
-        """What ``generate`` gives, before the engine knows of it."""
+        given = {"max_new_tokens": max_new_tokens, "chat": chat, "stop": stop, "tools": tools}
+        check_types(given, TextOptions.__annotations__)
         if max_new_tokens is not None and max_new_tokens < 1:
             expected = "expected at least 1 (option -n)"
             raise ConfigError(f"max_new_tokens is {max_new_tokens}, {expected}")
-        sampling = Sampling(temperature, top_p, top_k, seed)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(text, str) and text for text in stops):
+            raise ConfigError(f"stop is {stop!r:.60}, expected texts that are not empty")
+        chosen = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+        chosen |= {"min_p": min_p, "repetition_penalty": repetition_penalty}
+        sampling = (Sampling() if temperature == 0 else self.sampling).with_given(**chosen)
         if (prompt is None) == (messages is None):
             raise ConfigError("give a prompt or messages, one of the two")
+        if tools and messages is None:
+            raise ConfigError("tools go with messages; give the prompt as one of those")
         if messages is not None:
-            _check_messages(messages)
-            self.check_length(sum(len(message["content"]) for message in messages))
-            prompt = self.tokenizer.encode(self.tokenizer.chat([*messages]))
+            prompt = self._encode_chat(messages, tools)
         elif isinstance(prompt, str):
             prompt = self.encode(prompt, chat)
         ids = self.checked(prompt, more=1)
         room = self.context - len(ids)
         count = room if max_new_tokens is None else min(max_new_tokens, room)
-        limit = "length" if count == max_new_tokens else "context"
+        limit, wanted = "length" if count == max_new_tokens else "context", self._top(top_logprobs)
         model = self.tokenizer, self.eos_token_ids
-        return Stream(ids, Answer(ids, *model, sampling, count, logprobs=0), limit)
+        stream = Stream(ids, Answer(ids, *model, sampling, count, Stops(stops), wanted), limit)
+        self.engine.submit(stream.request)
+        return stream
+
+    def _encode_chat(self, messages: Messages, tools: Sequence[Json] | None) -> list[int]:
+        """Token ids of a conversation.  Raises ``ConfigError`` and ``PlanError``."""
+        check_messages(messages, tools)
+        self.check_length(sum(len(str(message.get("content") or "")) for message in messages))
+        text = self.tokenizer.chat([*messages], None if tools is None else [*tools])
+        return self.tokenizer.encode(text)
+
+    def _top(self, count: int) -> int:
+        """How many likeliest ids are reported with a token.  Raises ``ConfigError``."""
+        check_types({"top_logprobs": count}, TextOptions.__annotations__)
+        most = min(self.tokenizer.size, self.config.vocab_size)
+        if not 0 <= count <= most:
+            raise ConfigError(f"top_logprobs is {count}, expected 0 to {most}, the vocabulary")
+        return count
+
+    def generate_all(
+        self, prompts: Iterable[str | Sequence[int] | Messages], **options: "Unpack[TextOptions]"
+    ) -> list[Stream]:
+        """``generate`` of several prompts or conversations at once, with the same ``options``: an
+        iterator for each, in their order.  As many are computed together as there are
+        ``sequences``."""
+        if isinstance(prompts, str | bytes):
+            problem = f"prompts is {prompts!r:.40}"
+            raise ConfigError(f"{problem}, expected a list of them; generate takes a single one")
+        return [
+            self.generate(None, messages=prompt, **options)  # type: ignore[arg-type]
+            if is_conversation(prompt)
+            else self.generate(prompt, **options)  # type: ignore[arg-type]
+            for prompt in prompts
+        ]
+
+    async def stream(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        messages: Messages | None = None,
+        **options: "Unpack[TextOptions]",
+    ) -> AsyncIterator[Token]:
+        """``generate`` for ``async for``; the event loop goes on meanwhile."""
+        import asyncio
+
+        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+        stream = self.generate(prompt, messages=messages, **options)
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the loop has ended, so nothing reads this any more
+                loop.call_soon_threadsafe(arrived.set)
+
+        stream.wake.append(wake)
+        try:
+            while True:
+                arrived.clear()
+                for token in stream.ready():
+                    yield token
+                if stream.ended:
+                    break
+                await arrived.wait()
+        finally:
+            stream.close()
+
+    def score(self, prompt: str | Sequence[int], top_logprobs: int = 0) -> list[Token]:
+        """The tokens of ``prompt``, each with its log-probability behind those before it (None for
+        the first) and ``top_logprobs`` likeliest ids.  Raises as ``generate`` does."""
+        ids = self.checked(self.encode(prompt) if isinstance(prompt, str) else prompt)
+        if max(ids) >= self.tokenizer.size:
+            raise ConfigError(f"the token {max(ids)} has no text, so it can't be scored")
+        model, wanted = (self.tokenizer, self.eos_token_ids), self._top(top_logprobs)
+        answer = Answer(ids, *model, Sampling(), 0, logprobs=wanted)
+        stream = Stream(ids, answer, "length", scored=True)
+        self.engine.submit(stream.request)
+        stream.read()
+        return answer.read
 
     def checked(self, prompt: object, more: int = 0) -> list[int]:
         """Token ids that the model can read and that the context has room for, and for so many
@@ -392,28 +449,3 @@ def _end(engine: Engine) -> None:
     """Nobody has the runtime any more, or the process ends."""
     with suppress(KeyboardInterrupt):
         engine.close()
-
-
-def _check_messages(messages: object) -> None:
-    """Raise ``ConfigError`` unless these are messages, each with a ``role`` and a ``content``."""
-    expected = "expected a list of messages, each with role and content, which are text"
-    if not isinstance(messages, Sequence) or not messages:
-        raise ConfigError(f"messages is {messages!r:.60}, {expected}")
-    for message in messages:
-        texts = [message.get(key) for key in ("role", "content")] if type(message) is dict else [0]
-        if not all(isinstance(text, str) for text in texts):
-            raise ConfigError(f"a message is {message!r:.60}, {expected}")
-
-
-def ids_of(prompt: object) -> list[int]:
-    """A prompt's token ids.  Raises ``ConfigError`` unless it is a sequence of integers."""
-    if not isinstance(prompt, Sequence):
-        raise ConfigError(f"the prompt is a {type(prompt).__name__}, expected text or token ids")
-    strange = next((item for item in prompt if not isinstance(item, int)), None)
-    if strange is not None:
-        problem = f"the prompt holds a {type(strange).__name__}"
-        problem += ", expected text or token ids, which are integers"
-        if isinstance(strange, dict):
-            problem += "; of messages make text with tokenizer.chat(messages)"
-        raise ConfigError(problem)
-    return [*prompt]

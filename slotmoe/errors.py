@@ -1,8 +1,11 @@
 """The errors that a user can cause, under one base."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral, Real
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 CLOSED = "this Runtime is closed; open the model again"
 
@@ -45,6 +48,30 @@ class DeviceError(SlotmoeError):
 class DownloadError(SlotmoeError):
     """A download that the network or the server made fail; the same command resumes it.  The
     command line exits with 1."""
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+_WORDS |= {NoneType: "None", Path: "a path"}
+
+
+def check_types(values: Mapping[str, object], types: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` for the first of ``values`` that is of none of its ``types``, which are
+    annotations.  Numbers may be numpy's; texts are no lists."""
+    for name, value in values.items():
+        of = types[name]
+        kinds = [get_origin(t) or t for t in (get_args(of) if isinstance(of, UnionType) else [of])]
+        if not any(_is_of(value, kind) for kind in kinds):
+            expected = " or ".join(_WORDS.get(kind, "a list") for kind in kinds)
+            raise ConfigError(f"{name} is {value!r:.40}, expected {expected}")
+
+
+def _is_of(value: object, kind: type) -> bool:
+    if kind in (int, float):
+        number = Integral if kind is int else Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    if kind in (tuple, Sequence):
+        return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return isinstance(value, kind)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ for _power, _letter in enumerate("KMGT", 1):
     _UNITS |= {f"{_letter}B": 1000**_power, _letter: 1024**_power, f"{_letter}IB": 1024**_power}
 
 
-def parse_size(text: str | int) -> int:
+def parse_size(text: str | float) -> int:
     """Bytes of ``8GiB``, ``7.5GB`` or ``512MiB``; an integer is bytes.  Raises ``PlanError``."""
     quoted, advice = f"{str(text)[:40]!r}", "write it like 8GiB, 7.5GB or 512MiB"
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", str(text))

@@ -17,6 +17,7 @@ from slotmoe.errors import DownloadError, PlanError
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import read_config
 from slotmoe.offload import machine
+from slotmoe.offload.model_cache import is_hub_id, library, locate
 from slotmoe.offload.plan import advice
 from slotmoe.offload.plan.advice import Machine, Model
 from slotmoe.offload.plan.memory import IMPORT_BYTES, choose_context, or_more_context
@@ -106,8 +107,12 @@ def _model(name: str, revision: str | None) -> Model:
     """What MODEL is, from its config and, for an export, its manifest; of a model on the hub from
     the config there, or in huggingface_hub's cache.  Raises ``ConfigError`` or
     ``DownloadError``."""
-    if not options.is_on_hub(name, revision):
-        return Model.read(name)
+    is_here = Path(name).exists()
+    if is_here or revision is not None:
+        locate(name, revision, options.say)  # says what may surprise, or refuses
+    if is_here or not is_hub_id(name):
+        place = name if is_here or name in advice.GEOMETRIES else library().get(name, name)
+        return replace(Model.read(str(place)), name=name)
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     revision, offline = revision or "main", False

@@ -12,6 +12,7 @@ from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.config import Config, config_among
 from slotmoe.model.files import ReadFile
+from slotmoe.model.generate import Generation
 from slotmoe.model.gguf import files_of
 from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.layers import as_tensor
@@ -31,7 +32,7 @@ from slotmoe.offload.experts.resident import resident_experts
 from slotmoe.offload.experts.slots import Slots
 from slotmoe.offload.experts.substitution import Substitution
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
-from slotmoe.offload.model_source import eos_token_ids, open_tokenizer
+from slotmoe.offload.model_source import generation_of, open_tokenizer
 from slotmoe.offload.options import Options
 from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.attention import kv_bytes
@@ -67,7 +68,7 @@ class LoadedModel:
     network: Network[Prepared]
     states: list[SequenceState]
     plan: Plan
-    eos_token_ids: tuple[int, ...]
+    generation: Generation
     source: Export | Checkpoint
     device: Device
     device_reason: str
@@ -167,7 +168,7 @@ class _Loader:
         else:
             self._backend = TorchBackend(swiglu_limit=limit)
         self._context = memory.choose_context(self._config, self._options.context)
-        self._eos_token_ids = eos_token_ids(self._config, read, self._folder)
+        self._generation = generation_of(self._config, read, self._folder)
 
     def _budgets(self) -> tuple[int, int | None]:
         """Bytes of the device tier that may be used, and of RAM below a GPU: as asked, or nine
@@ -210,7 +211,7 @@ class _Loader:
             network = Network(config, weights, backend, experts)
             state = new_state(config, self._context, plain_row, self._device.empty)
             return LoadedModel(
-                config, tokenizer, network, [state], plan, self._eos_token_ids, checkpoint,
+                config, tokenizer, network, [state], plan, self._generation, checkpoint,
                 self._device, self._reason, backend, experts, opened.pop_all(), options,
                 self._draft(network.rows),
             )  # fmt: skip
@@ -326,7 +327,7 @@ class _Loader:
                 for _ in range(options.sequences)
             ]
             return LoadedModel(
-                config, tokenizer, network, states, plan, self._eos_token_ids, export,
+                config, tokenizer, network, states, plan, self._generation, export,
                 device, self._reason, backend, experts, opened.pop_all(), options,
                 self._draft(network.rows),
                 sizes, store, head,

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from typing import Protocol, TypeVar
@@ -119,43 +120,51 @@ def wait_for(queue: "SimpleQueue[T]", alive: Callable[[], bool], seconds: float 
                 raise
 
 
-class Text:
-    """A text's tokens out of its deltas.  Tokens of a character that is not complete are held back;
-    the last token carries what is left of one, and ``limit``, if that ended the text."""
-
-    def __init__(self, request: Request, limit: str):
-        self._request, self._limit = request, limit
-        self._held: list[Token] = []
-        self.ended = False
-
-    def feed(self, delta: Delta) -> list[Token]:
-        """Tokens that are complete with ``delta``.  Raises what has ended the text, if that was
-        neither a token nor a limit."""
-        self._held += delta.tokens
-        if delta.finish is None:
-            return self._release() if delta.complete else []
-        self.ended = True
-        if delta.finish not in ("stop", "length"):
-            raise self._request.problem or ConfigError(CLOSED)
-        if self._held:
-            rest = delta.text.removeprefix("".join(token.text for token in delta.tokens))
-            finish, last = self._limit if delta.finish == "length" else None, self._held[-1]
-            self._held[-1] = replace(last, text=last.text + rest, finish=finish)
-        return self._release()
-
-    def _release(self) -> list[Token]:
-        held, self._held = self._held, []
-        return held
-
-
 class Stream(Iterator[Token]):
-    """The tokens of a text as they are made.  ``close`` cancels it, and so does whatever interrupts
-    a wait for the next one, and the end of all references to it."""
+    """The tokens of a text as they are made, those of a character when that is complete; the last
+    one carries what is left, and ``limit``, if that ended the text.  ``close`` cancels it, and so
+    does whatever interrupts a wait for the next one, and the end of all references to it."""
 
-    def __init__(self, prompt: list[int], answer: Sampler, limit: str):
-        self._deltas: SimpleQueue[Delta] = SimpleQueue()
-        self.request = Request(prompt, answer, self._deltas.put, client=weakref.ref(self))
-        self.text, self._ready = Text(self.request, limit), deque[Token]()
+    def __init__(self, prompt: list[int], answer: Sampler, limit: str, scored: bool = False):
+        deltas, calls = SimpleQueue[Delta](), list[Callable[[], None]]()
+
+        def emit(delta: Delta) -> None:
+            deltas.put(delta)
+            for call in calls:
+                call()
+
+        self._deltas, self._limit = deltas, limit
+        self.wake = calls  # which the engine's thread calls behind each delta
+        self.request = Request(prompt, answer, emit, scored=scored, client=weakref.ref(self))
+        self._held, self._ready, self.ended = list[Token](), deque[Token](), False
+
+    def _feed(self, delta: Delta) -> None:
+        """Raises what has ended the text, if that was neither a token nor a limit."""
+        self._held += delta.tokens
+        if delta.finish is not None:
+            self.ended = True
+            if delta.finish not in ("stop", "length"):
+                raise self.request.problem or ConfigError(CLOSED)
+            if self._held:  # a stop string may begin inside the last token
+                finish, last = self._limit if delta.finish == "length" else None, self._held[-1]
+                before = sum(len(token.text) for token in delta.tokens[:-1])
+                text = delta.text[before:] if delta.tokens else last.text + delta.text
+                self._held[-1] = replace(last, text=text, finish=finish)
+        if delta.complete or self.ended:
+            self._ready += self._held
+            self._held = []
+
+    def read(self) -> str:
+        """The text that is left, when it has ended."""
+        return "".join(token.text for token in self)
+
+    def ready(self) -> Iterator[Token]:
+        """The tokens that are there now.  Raises what the engine could not do."""
+        with suppress(Empty):
+            while not self.ended:
+                self._feed(self._deltas.get_nowait())
+        while self._ready:
+            yield self._ready.popleft()
 
     def __next__(self) -> Token:
         if not self._ready:
@@ -168,12 +177,11 @@ class Stream(Iterator[Token]):
         """Wait so long at most until the next token or the end is there, and say whether it is.
         Raises what the engine could not do."""
         try:
-            while not (self._ready or self.text.ended):
+            while not (self._ready or self.ended):
                 if self._deltas.empty():
                     age = time.monotonic() - self.request.submitted
                     time.sleep(min(_TOGETHER_SECONDS, _TOGETHER_SHARE * age))
-                delta = wait_for(self._deltas, self.request.alive, seconds)
-                self._ready += self.text.feed(delta)
+                self._feed(wait_for(self._deltas, self.request.alive, seconds))
         except Empty:
             return False
         except BaseException:  # also Ctrl-C: who does not wait any more wants no more
@@ -184,4 +192,4 @@ class Stream(Iterator[Token]):
     def close(self) -> None:
         """Nobody wants the rest."""
         self.request.cancel()
-        self.text.ended = True
+        self.ended = True

@@ -13,7 +13,7 @@ from rich.console import Console
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.plan.memory import DEFAULT_CONTEXT, or_more_context
 from slotmoe.offload.plan.speed import store_bandwidths
-from slotmoe.tools.options import JSON, MODEL, Command, count, flag, open_runtime, runtime_options
+from slotmoe.tools.options import JSON, MODEL, Command, bench_options, count, flag, open_runtime
 from slotmoe.tools.progress import byte_bars
 from slotmoe.tools.run import by_drive
 from slotmoe.tools.tables import table
@@ -26,7 +26,7 @@ from slotmoe.tools.tables import table
 @count("--depth", 0, "Tokens taken as cached already.", least=0)
 @count("--repetitions", 5, "Runs; medians are reported.")
 @flag("--calibrate", "Keep bandwidths and a core's speed, measured here, for slotmoe plan.")
-@runtime_options
+@bench_options
 @JSON
 def command(
     model: str,

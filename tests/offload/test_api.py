@@ -1,0 +1,136 @@
+"""``Runtime`` as a notebook's user has it: each mistake is a sentence, and a batch, a conversation
+and log-probabilities are what they are one by one."""
+
+import asyncio
+import inspect
+
+import numpy
+import pytest
+import torch
+
+from slotmoe.errors import ConfigError
+from slotmoe.offload.prompts import TextOptions
+from slotmoe.offload.runtime import Runtime
+
+USER = {"role": "user", "content": "Call me"}
+CALL = {"type": "function", "function": {"name": "stop", "arguments": {}}}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+
+
+@pytest.fixture(scope="module")
+def runtime(sample_export):
+    with Runtime.open(sample_export, context=256, sequences=3) as runtime:
+        yield runtime
+
+
+OPTIONS = [
+    ({"context": "4k"}, "context is '4k', expected a whole number or None"),
+    ({"context": True}, "context is True"),
+    ({"threads": 2.5}, "threads is 2.5, expected a whole number or None"),
+    ({"sequences": "2"}, "sequences is '2', expected a whole number"),
+    ({"quantize": "nf4"}, "quantize is 'nf4', expected True or False"),
+    ({"experts_dirs": "/mnt/b"}, "experts_dirs is '/mnt/b', expected a list"),
+    ({"route_budget": "0.1"}, "route_budget is '0.1', expected a number"),
+    ({"ram": []}, r"ram is \[\], expected a number or text or None"),
+    ({"device": 0}, "device '0' is unknown, expected auto, cpu, cuda or cuda:N"),
+    ({"path": None}, "path is None, expected text or a path"),
+]
+
+
+@pytest.mark.parametrize(("options", "problem"), OPTIONS, ids=str)
+def test_what_is_no_option(options, problem):
+    with pytest.raises(ConfigError, match=problem):
+        Runtime.open(**{"path": "sample", **options})
+
+
+ASKED = [
+    ({"prompt": b"x"}, "of the type bytes, expected a list of token ids"),
+    ({"prompt": torch.tensor([1, 2])}, "of the type Tensor"),
+    ({"prompt": [True]}, "holds a bool, expected text or token ids"),
+    ({"temperature": "1"}, "temperature is '1', expected a number"),
+    ({"top_k": 1.5, "temperature": 1}, "top_k is 1.5, expected a whole number"),
+    ({"seed": 1.5, "temperature": 1}, "seed is 1.5, expected a whole number or None"),
+    ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5, expected a whole number or None"),
+    ({"chat": "no"}, "chat is 'no', expected True or False"),
+    ({"stop": ""}, "stop is '', expected texts that are not empty"),
+    ({"stop": [5]}, r"stop is \[5\], expected texts"),
+    ({"top_logprobs": -1}, "top_logprobs is -1, expected 0 to 4096"),
+    ({"tools": [{}]}, "tools go with messages"),
+    ({"prompt": None, "messages": [{**USER, "more": {1}}]}, "what JSON can't.*Object of type set"),
+]
+
+
+@pytest.mark.parametrize(("asked", "problem"), ASKED, ids=str)
+def test_what_is_no_question(runtime, asked, problem):
+    """And none of them harms the engine."""
+    with pytest.raises(ConfigError, match=problem):
+        runtime.generate(**{"prompt": "x", **asked})
+    assert len(runtime.generate("Call me", 1).read()) > 0
+
+
+def test_other_mistakes_are_sentences_too(runtime):
+    for call, problem in (
+        (lambda: runtime.logits("Call me"), "of the type str, expected a list of token ids"),
+        (lambda: runtime.generate_all("Call me"), "prompts is 'Call me', expected a list"),
+        (lambda: runtime.encode(5), "text is 5, expected text"),
+        (lambda: runtime.score([5, 4096]), "0 to 4095"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            call()
+    with pytest.raises(TypeError, match=r"generate\(\) got an unexpected keyword argument 'temp'"):
+        runtime.generate_all(["Call me"], temp=1)
+    with pytest.raises(TypeError, match=r"open\(\) got an unexpected keyword argument 'contxt'"):
+        Runtime.open("sample", contxt=64)
+
+
+def test_a_type_checker_sees_every_keyword():
+    names = inspect.signature(Runtime.generate).parameters
+    shared = {name: one.annotation for name, one in names.items()}
+    for own in ("self", "prompt", "messages"):
+        del shared[own]
+    assert shared == TextOptions.__annotations__
+    kinds = {one.kind for one in inspect.signature(Runtime.open).parameters.values()}
+    assert inspect.Parameter.VAR_KEYWORD not in kinds
+
+
+def test_a_batch_is_computed_together_and_as_one_by_one(runtime, processes):
+    """Texts and conversations, of which one calls a function."""
+    prompts = ["It is a truth", [USER, CALLED, {**USER, "role": "tool"}], [5, 6, 7]]
+    alone = [
+        [*runtime.generate(prompts[0], 6, top_logprobs=2)],
+        [*runtime.generate(None, 6, messages=prompts[1], top_logprobs=2)],
+        [*runtime.generate(prompts[2], numpy.int64(6), top_logprobs=2)],
+    ]
+    before = runtime.engine.batch.totals.steps
+    texts = runtime.generate_all(prompts, max_new_tokens=6, top_logprobs=2)
+    assert [[*text] for text in texts] == alone
+    assert runtime.engine.batch.totals.steps - before < 15  # 3 prompts, and 5 passes for all
+
+
+def test_log_probabilities_are_those_of_the_logits(runtime):
+    ids = runtime.encode("Call me Ishmael")
+    logprobs_TV = runtime.logits(ids).log_softmax(dim=-1)
+    first, *rest = runtime.score("Call me Ishmael", top_logprobs=3)
+    assert first.logprob is None and [token.id for token in (first, *rest)] == ids
+    for token, row_V in zip(rest, logprobs_TV, strict=False):
+        best = row_V.topk(3)
+        assert token.logprob == pytest.approx(float(row_V[token.id]), abs=1e-5)
+        assert [id_ for id_, _ in token.likeliest] == best.indices.tolist()
+        assert [value for _, value in token.likeliest] == pytest.approx(best.values.tolist())
+    assert "".join(token.text for token in rest) == "Call me Ishmael"
+    (token,) = runtime.generate(ids, 1, top_logprobs=1)
+    assert token.likeliest == ((token.id, token.logprob),)
+
+
+def test_a_text_ends_before_a_stop_string_also_inside_a_token(runtime):
+    whole = runtime.generate("Call me", 40).read()
+    stop = whole[20:23]
+    expected = whole[: whole.index(stop)]
+    *_, last = runtime.generate("Call me", 40, stop=[stop, "never"])
+    assert last.finish is None
+    assert runtime.generate("Call me", 40, stop=stop).read() == expected
+
+    async def read():
+        return [token.text async for token in runtime.stream("Call me", stop=stop)]
+
+    assert "".join(asyncio.run(read())) == expected

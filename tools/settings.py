@@ -1,0 +1,83 @@
+"""A user's own defaults of options, in ``slotmoe.toml``: keys before any section are for every
+command that has the option, those of a section for its command."""
+
+import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+
+import click
+
+from slotmoe.errors import ConfigError
+from slotmoe.jsonfile import Json, read_file
+
+_TYPED = (str, int, float)
+
+
+def defaults(ctx: click.Context) -> Json:
+    """What the file says for the options of the command that the group of ``ctx`` calls, by
+    parameter, as click's ``default_map`` has it.  Raises ``ConfigError``."""
+    path, name = Path(click.get_app_dir("slotmoe")) / "slotmoe.toml", ctx.invoked_subcommand
+    if name is None or not path.is_file():
+        return {}
+    group, values, given = ctx.command, _parsed(path), Json()
+    assert isinstance(group, click.Group)
+    commands, options = group.list_commands(ctx), _options(group, ctx, name)
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check(path, f"[{key}]", key, commands)
+        elif key in options:
+            given[key] = value
+        elif not any(key in _options(group, ctx, other) for other in commands):
+            _check(path, key, key, options)
+    if isinstance(section := values.get(name), dict):
+        for key in section:
+            _check(path, f"[{name}] {key}", key, options)
+        given |= section
+    try:
+        return {str(options[key].name): _value(ctx, options[key], given[key]) for key in given}
+    except click.BadParameter as problem:
+        raise ConfigError(f"{path}: for {name}, {problem.message}") from None
+
+
+def _parsed(path: Path) -> Json:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        values: Json = tomllib.loads(read_file(path, 1 << 20).decode())
+    except ValueError as problem:
+        raise ConfigError(f"{path}: is no TOML ({problem})") from None
+    return values
+
+
+def _options(group: click.Group, ctx: click.Context, name: str) -> dict[str, click.Option]:
+    """The options of a command by their long names."""
+    command = group.get_command(ctx, name)
+    parameters = [] if command is None else command.params
+    options = [option for option in parameters if isinstance(option, click.Option)]
+    return {max(option.opts, key=len).lstrip("-"): option for option in options}
+
+
+def _check(path: Path, place: str, key: str, known: Iterable[str]) -> None:
+    if key not in known:
+        near = get_close_matches(key, known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+        raise ConfigError(f"{path}: {place} is unknown; {hint}")
+
+
+def _value(ctx: click.Context, option: click.Option, value: object) -> object:
+    """``value`` as if it was typed.  Raises ``BadParameter``."""
+    texts = value if option.multiple and isinstance(value, list) else [value]
+    kinds, expected = ((bool,), "true or false") if option.is_flag else (_TYPED, "text or a number")
+    if not all(type(text) in kinds for text in texts):
+        raise click.BadParameter(f"{option.opts[-1]} is {value!r:.40}, expected {expected}")
+    if option.is_flag:
+        return value
+    typed = [str(text) for text in texts] if option.multiple else str(value)
+    try:
+        option.type_cast_value(ctx, typed)
+    except click.BadParameter as problem:
+        raise click.BadParameter(f"{option.opts[-1]}: {problem.message}") from None
+    return typed
