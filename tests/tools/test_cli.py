@@ -195,10 +195,11 @@ def test_help_needs_no_torch():
     assert "slotmoe run sample" in child.stdout and "--max-new-tokens" in child.stdout
 
 
-def test_a_table_that_does_not_fit_is_a_list():
+def test_a_table_that_does_not_fit_is_a_list(monkeypatch):
     columns, row = ["codec", "bits\na weight", "tokens/s"], ["lut, of three kinds", "4.25", "11.5"]
     for width, expected in ((80, 1), (34, 3)):
-        console = Console(width=width, file=io.StringIO())
+        monkeypatch.setenv("COLUMNS", str(width))
+        console = Console(file=io.StringIO())
         console.print(table(columns, [row], "What codes cost in this case"))
         out = console.file.getvalue()
         assert all(cell in out for cell in row) and "…" not in out
