@@ -9,6 +9,7 @@ from slotmoe.jsonfile import parse_json
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.config import Config, config_among
 from slotmoe.model.files import ReadFile
+from slotmoe.model.generate import Generation
 from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.machine import cache_folder
@@ -38,13 +39,11 @@ def open_tokenizer(config: Config, read: ReadFile, path: Path) -> Tokenizer:
     return Tokenizer(path, config.bos_token_id, read, verdicts, config.family.own_template)
 
 
-def eos_token_ids(config: Config, read: ReadFile, path: Path) -> tuple[int, ...]:
-    """The tokens at which an answer ends, by the config and by ``generation_config.json``."""
+def generation_of(config: Config, read: ReadFile, path: Path) -> Generation:
+    """What the model at ``path`` says of its texts.  Raises ``ConfigError``."""
     path = path / "generation_config.json"
     data = read(path.name, 1 << 20)
-    value = None if data is None else parse_json(data, path).get("eos_token_id")
-    extra = value if isinstance(value, list) else [value]
-    return tuple({*config.eos_token_ids, *(id for id in extra if isinstance(id, int))})
+    return Generation.of(config.eos_token_ids, {} if data is None else parse_json(data, path))
 
 
 def resolve_model(path: str | Path, revision: str | None = None, **reporting: Any) -> Path:

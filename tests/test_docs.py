@@ -47,7 +47,7 @@ QUICK_CALLS = [
 
 
 @pytest.fixture
-def in_a_folder(heavy, sample_export, tmp_path, monkeypatch):
+def in_a_folder(heavy, processes, sample_export, tmp_path, monkeypatch):
     """As in a user's, where no test has imported anything."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("slotmoe.offload.engine.loading.process_bytes", lambda: 400 << 20)

@@ -42,7 +42,7 @@ _KERNELS_HELP = (
 
 @click.command(name="eval", cls=options.Command)
 @options.MODEL
-@option("--text texts", "FILE", _TEXT_HELP, type=Path, multiple=True, required=True)
+@option("--text texts", "FILE", _TEXT_HELP, type=options.EXISTING, multiple=True, required=True)
 @option("--reference", "SRC", _REFERENCE_HELP)
 @choice("--method", ["strided", "llama.cpp"], "strided", _METHOD_HELP)
 @integer("--window", "Positions that one pass reads. [default: --context]")

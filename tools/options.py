@@ -1,5 +1,6 @@
 """Options that several commands share: where the model runs and within which budget."""
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -37,7 +38,15 @@ class Decorator(Protocol):
 
 def option(names: str, metavar: str | None, help: str, **rest: Any) -> Decorator:
     """A click option; ``names`` are separated by spaces."""
+    if metavar == "SIZE":
+        rest["callback"] = _check_size
     return click.option(*names.split(), metavar=metavar, help=help, **rest)
+
+
+def _check_size(ctx: click.Context, parameter: click.Parameter, size: str | None) -> str | None:
+    if size is not None:
+        parse_size(size)
+    return size
 
 
 def flag(names: str, help: str, **rest: Any) -> Decorator:
@@ -54,9 +63,9 @@ def choice(
     return click.option(name, type=click.Choice(values), default=default, help=help, **rest)
 
 
-def count(names: str, default: int | None, help: str, least: int = 1) -> Decorator:
+def count(names: str, default: int | None, help: str, least: int = 1, **rest: Any) -> Decorator:
     """An option that takes a whole number of at least ``least``."""
-    return option(names, "N", help, type=click.IntRange(least), default=default)
+    return option(names, "N", help, type=click.IntRange(least), default=default, **rest)
 
 
 def completing(names: Callable[[], Iterable[str]]) -> Callable[..., list[str]]:
@@ -119,7 +128,17 @@ _GROUPS = {  # title -> the parameters' names
 JSON = flag("--json as_json", "Print one JSON object.")
 VERBOSE = flag("--verbose", "Say more on stderr: device, prefill, expert cache, disk.")
 EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
-NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+class _NewFile(click.Path):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if not path.parent.is_dir():
+            self.fail(f"{path}: its folder is not there", param, ctx)
+        return path
+
+
+NEW_FILE = _NewFile(dir_okay=False, path_type=Path)
 
 
 def _adding(*options: Decorator) -> Decorator:
@@ -230,10 +249,27 @@ def runtime_arguments(given: Json) -> Json:
     return arguments
 
 
-# Arguments of ``Sampling``.
-SAMPLING = ("temperature", "top_p", "top_k", "seed", "min_p", "repetition_penalty")
-_MIN_P = "Leave out what is less likely than N times the likeliest."
-_PENALTY = "Above 1: repeat less of what the prompt and the answer hold."
+_GREEDY = "0 is greedy: always the likeliest token."
+_MODELS = "[default: the model's own]"
+_LIKELIEST = "Sample from the likeliest tokens that reach this probability."
+_TOP_K = f"Sample from the N likeliest tokens; 0 is all. {_MODELS}"
+_MIN_P = f"Drop tokens less likely than N times the likeliest. {_MODELS}"
+_REPETITION = f"Divide the logits of tokens that are there already; 1 is off. {_MODELS}"
+_POSITIVE, _PROBABILITY = click.FloatRange(0), click.FloatRange(0, 1)
+_SEEDS = click.IntRange(0, (1 << 63) - 1)
+_PENALTIES = click.FloatRange(0, min_open=True)
+_SAMPLING = {
+    "temperature": option("--temperature", "N", f"{_GREEDY} {_MODELS}", type=_POSITIVE),
+    "top_p": option("--top-p", "N", f"{_LIKELIEST} {_MODELS}", type=click.FloatRange(0, 1, True)),
+    "top_k": count("--top-k", None, _TOP_K, least=0, cls=Rare),
+    "min_p": option("--min-p", "N", _MIN_P, type=_PROBABILITY, cls=Rare),
+    "repetition_penalty": option(
+        "--repetition-penalty", "N", _REPETITION, type=_PENALTIES, cls=Rare
+    ),
+    "seed": option("--seed", "N", "Make sampling repeatable.", type=_SEEDS),
+}
+SAMPLING = tuple(_SAMPLING)  # arguments of ``Runtime.generate``
+OWN = tuple(name for name in SAMPLING if name != "seed")  # settings that a model has its own of
 SYSTEM = option("--system", "TEXT", "How the model should behave; with slotmoe run it sets --chat.")
 _CHAT = flag("--chat", "Send PROMPT through the model's chat template, as a user's message.")
 _TRACE_HELP = "Record which experts were used, for later replay."
@@ -243,30 +279,21 @@ _STOP = "Stop after N tokens."
 _STOP_OR_END = f"{_STOP} [default: {_NEW_TOKENS}; with --chat the answer's end]"
 
 
-def _text_options(
-    length: int | None, help: str, temperature: float, top_p: float, *others: Decorator
-) -> Decorator:
-    greedy = "0 is greedy: always the likeliest token."
-    likeliest = "Sample from the likeliest tokens that reach this probability."
-    return _adding(
-        integer("-n --max-new-tokens", help, length),
-        option("--temperature", "N", greedy, default=temperature),
-        option("--top-p", "N", likeliest, default=top_p),
-        integer("--top-k", "Sample from the N likeliest tokens; 0 is all.", 0, cls=Rare),
-        option("--min-p", "N", _MIN_P, default=0.0, cls=Rare),
-        option("--repetition-penalty", "N", _PENALTY, default=1.0, cls=Rare),
-        integer("--seed", "Make sampling repeatable."),
-        option("--stop", "TEXT", "End before this text; may be repeated.", multiple=True),
-        *others,
-    )
+def _text_options(length: int | None, help: str, *others: Decorator, **own: Decorator) -> Decorator:
+    sampling = ((_SAMPLING | own)[name] for name in SAMPLING)
+    stop = option("--stop", "TEXT", "End before this text; may be repeated.", multiple=True)
+    return _adding(count("-n --max-new-tokens", length, help), *sampling, stop, *others)
 
 
-generation_options = _text_options(None, _STOP_OR_END, 0.0, 1.0, _CHAT, _TRACE)
+_GREEDILY = {"temperature": option("--temperature", "N", _GREEDY, default=0.0, type=_POSITIVE)}
+generation_options = _text_options(None, _STOP_OR_END, _CHAT, _TRACE, **_GREEDILY)
 """Adds the options of a continuation: its length, the sampling, and the kind of its prompt."""
-workload_options = _text_options(_NEW_TOKENS, _STOP, 0.0, 1.0, _CHAT, _TRACE)
+workload_options = _text_options(_NEW_TOKENS, _STOP, _CHAT, _TRACE, **_GREEDILY)
 """Adds the same for a measurement, whose length does not depend on the model."""
-chat_options = _text_options(1024, _STOP, 0.3, 0.95, _TRACE)
-"""Adds the options of a chat's answers, with the defaults that DeepSeek gives its chat models."""
+chat_options = _text_options(1024, _STOP, _TRACE)
+"""Adds the options of a chat's answers."""
+sampling_options = _adding(*(_SAMPLING[name] for name in OWN))
+"""Adds those of a server's defaults."""
 _SESSION = (
     "Keep this text or conversation on disk under a name, and go on with what is there; its "
     "messages and what the model computed of them can be read by this user."
@@ -344,15 +371,14 @@ def open_runtime(model: str, given: Json, quiet: bool = False, **settings: int) 
 
     texts = "Downloading", f"Reading {model}, once", f"Quantizing {model}, once"
     with byte_bars(*texts, quiet=quiet, waiting=f"loading {model}…") as (arriving, reading, making):
-        from slotmoe.offload.model_source import resolve_model
         from slotmoe.offload.runtime import Runtime  # takes a second: torch
 
-        told: Json = {"progress": making, "notify": notify}
-        folder = resolve_model(model, given["revision"], arriving=arriving, **told)
-        names = ("ram", "vram", "slots", "draft", "experts_dirs")
-        of_model = {name: given[name] for name in names if name in given}
-        arguments = told | of_model | runtime_arguments(given) | settings
-        runtime = Runtime.open(folder, reading=reading, **arguments)
+        told: Json = {"progress": making, "notify": notify, "arriving": arriving}
+        names = "ram", "vram", "slots", "draft", "experts_dirs", "revision"
+        arguments = (
+            told | {name: given[name] for name in names if name in given} | runtime_arguments(given)
+        )
+        runtime = Runtime.open(model, reading=reading, **(arguments | settings))
     if (altered := runtime.model.options.altered) is not None:
         notify(altered)
     slow = runtime.plan.tier == "ram" and runtime.stats()["kernels"] == "torch"

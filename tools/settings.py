@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, SlotmoeError
 from slotmoe.jsonfile import Json, read_file
 
 
@@ -40,8 +40,9 @@ def defaults(ctx: click.Context) -> Json:
     for key, value in ({key: values[key] for key in values if key in options} | section).items():
         try:
             found[str(options[key].name)] = _value(ctx, options[key], value)
-        except click.BadParameter as problem:
-            raise ConfigError(f"{path}: {key} for {name}: {problem.message}") from None
+        except (click.BadParameter, SlotmoeError) as problem:
+            text = getattr(problem, "message", str(problem))
+            raise ConfigError(f"{path}: {key} for {name}: {text}") from None
     return found
 
 
@@ -68,5 +69,5 @@ def _value(ctx: click.Context, option: click.Option, value: object) -> object:
         expected = "true or false" if option.is_flag else "text or a number"
         raise click.BadParameter(f"is {value!r:.40}, expected {expected}")
     typed = [str(text) for text in texts] if option.multiple else str(value)
-    option.type_cast_value(ctx, typed)
+    option.process_value(ctx, typed)
     return typed

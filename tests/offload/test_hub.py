@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import slotmoe.offload.ingest.download as download
-from slotmoe.errors import CheckpointError, ConfigError, DownloadError, ExportError
+from slotmoe.errors import CheckpointError, ConfigError, DownloadError, ExportError, PlanError
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.offload.ingest.download import Range, receive
 from slotmoe.offload.ingest.hub import hub_export, quantize_from_hub
@@ -331,6 +331,17 @@ REFUSED = {
     "header of a terabyte": (terabyte, "header of 1099511627784 bytes"),
     **{str(file): (index(file), "is not a plain .safetensors file name") for file in PATHS},
 }
+
+
+def test_options_that_cannot_work_are_refused_before_any_weight(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / "cache"))
+    write_checkpoint(tmp_path / "tiny")
+    hub.add(NAME, Repo(tmp_path / "tiny"))
+    for options in ({"ram": "10MiB"}, {"context": 999}, {"draft": "mtp"}, {"route_budget": 0.1}):
+        with pytest.raises((ConfigError, PlanError)):
+            Runtime.open(NAME, **options)
+    assert weight_requests(hub) == []
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -59,6 +59,7 @@ REFUSED = {
     "context = 'x'": "context for run: 'x' is not a valid integer",
     "no-prefetch = 1": "no-prefetch for run: is 1, expected true or false",
     "seed = [1]": "seed for run: is [1], expected text or a number",
+    "ram = 'lots'": "ram for run: 'lots' is not a size",
     "context =": "is no TOML",
 }
 

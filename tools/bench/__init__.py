@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 
 from slotmoe.offload.machine import cache_folder
-from slotmoe.offload.plan.memory import or_more_context
+from slotmoe.offload.plan.memory import DEFAULT_CONTEXT, or_more_context
 from slotmoe.offload.plan.speed import store_bandwidths
 from slotmoe.tools.options import JSON, MODEL, Command, bench_options, count, flag, open_runtime
 from slotmoe.tools.progress import byte_bars
@@ -55,13 +55,17 @@ def command(
     """
     from slotmoe.tools.bench.speed import calibration, measure
 
-    with open_runtime(model, options, quiet=as_json) as runtime:
-        needed = max(prompt_tokens, depth + decode_tokens)
-        if needed > runtime.context:
-            less = "lower --prompt-tokens, --depth or --decode-tokens"
-            advice = or_more_context(less, runtime.config, runtime.context)
-            problem = f"{needed} positions are needed, the context has {runtime.context}"
+    needed = max(prompt_tokens, depth + decode_tokens)
+    less = "lower --prompt-tokens, --depth or --decode-tokens"
+
+    def check(context: int, advice: str) -> None:
+        if needed > context:
+            problem = f"{needed} positions are needed, the context has {context}"
             raise click.UsageError(f"{problem}: {advice}")
+
+    check(options["context"] or DEFAULT_CONTEXT, f"{less}, or raise --context")
+    with open_runtime(model, options, quiet=as_json) as runtime:
+        check(runtime.context, or_more_context(less, runtime.config, runtime.context))
         with byte_bars("Filling expert slots", quiet=as_json) as (progress,):
             runtime.warm(progress)
         report = measure(runtime, prompt_tokens, decode_tokens, depth, repetitions)

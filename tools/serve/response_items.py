@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Field, Tag
 
 from slotmoe.jsonfile import Json
 from slotmoe.tools.serve import requests
@@ -82,6 +82,9 @@ class ItemReference(requests.Model):
     id: Label
 
 
+_TYPES = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
+
+
 def _type_of(item: object) -> str:
     """An item without a type is a message."""
     return str((isinstance(item, dict) and item.get("type")) or "message")
@@ -93,7 +96,7 @@ Item: TypeAlias = Annotated[
     | Annotated[FunctionOutput, Tag("function_call_output")]
     | Annotated[Reasoning, Tag("reasoning")]
     | Annotated[ItemReference, Tag("item_reference")],
-    Discriminator(_type_of),
+    by_kind(_type_of, f"of a type that is read here: {', '.join(_TYPES)}"),
 ]
 Items = Annotated[list[Item], Field(min_length=1, max_length=requests.MAX_MESSAGES)]
 
@@ -180,7 +183,9 @@ Included = Literal[
 class ResponsesRequest(requests.LabelledRequest):
     """``/v1/responses``."""
 
-    model: Label = Field("", description="the open model if not given")
+    model: Label | None = Field(  # type: ignore[assignment]
+        None, description="the open model if not given"
+    )
     input: Annotated[
         Annotated[requests.Text, Tag("text")] | Annotated[Items, Tag("list")],
         by_kind(text_or_list, "text nor a list of items"),
