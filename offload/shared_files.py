@@ -1,5 +1,6 @@
 """Files and folders that several processes may write at once, without torch."""
 
+import errno
 import fcntl
 import json
 import os
@@ -7,7 +8,36 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
+
+from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
+
+# Network folders whose locks reach a single machine: by type, or by an option of the mount.
+_UNSHARED = {f"fuse.{kind}": "" for kind in ("sshfs", "rclone", "s3fs", "gcsfuse", "blobfuse2")}
+_UNSHARED |= dict.fromkeys(("nfs", "nfs4"), "nolock local_lock=all local_lock=flock")
+_UNSHARED |= {"cifs": "nobrl", "smb3": "nobrl", "lustre": "localflock"}
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def check_locks(folder: Path) -> None:
+    """Raise ``ConfigError`` where other machines would not see the locks of this one, or ``folder``
+    has none."""
+    there = folder.resolve()
+    mounts = [m for m in psutil.disk_partitions(all=True) if there.is_relative_to(m.mountpoint)]
+    mount = max(mounts, key=lambda m: len(m.mountpoint), default=None)
+    if mount is not None and (unshared := _UNSHARED.get(mount.fstype)) is not None:
+        given = [option for option in unshared.split() if option in mount.opts.split(",")]
+        if given or not unshared:
+            problem = " ".join([f"{folder}: is on {mount.fstype}", *given])
+            reason = "whose locks other machines do not see"
+            raise ConfigError(f"{problem}, {reason}; take a local folder, or NFS with its locks")
+    try:
+        os.close(take_lock(folder / "lock", os.O_RDWR | os.O_CREAT, 1.0))
+    except OSError as problem:
+        if problem.errno in _NO_LOCKS:
+            reason = f"{folder}: its file system has no locks ({problem.strerror})"
+            raise ConfigError(f"{reason}; take another folder") from None
 
 
 def take_lock(path: Path, flags: int, seconds: float) -> int:

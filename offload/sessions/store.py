@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from slotmoe.errors import ConfigError
+from slotmoe.jsonfile import Json
 from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.engine.sequence import Sequence
 from slotmoe.offload.sessions import blocks
 from slotmoe.offload.sessions.blocks import BLOCK_TOKENS, FORMAT, Block, chain, shared_prefix
+from slotmoe.offload.shared_files import check_locks
 from slotmoe.quant.export.reader import Export
+from slotmoe.quant.kernels.cpu.bindings import load
 from slotmoe.sizes import parse_size
 
 DEFAULT_LIMIT = "8GiB"
@@ -33,6 +36,8 @@ class Sessions:
     def __init__(self, model: LoadedModel, folder: Path, limit: int | str, notify: blocks.Notify):
         self._identity = _identity(model)
         blocks.make_private(folder)
+        blocks.make_private(folder / "blocks")
+        check_locks(folder / "blocks")
         self._blocks = blocks.BlockFolder(folder / "blocks", parse_size(limit), notify)
         self._state = model.states[0]  # all need the same bytes
         self._counts = dict.fromkeys(("restored_tokens", "read_bytes", "written_bytes"), 0)
@@ -116,12 +121,12 @@ class Sessions:
         written = self._blocks.add(there, self._size, content, snapshots)
         self._counts["written_bytes"] += written
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> Json:
         """Tokens restored, bytes read and written, and files dropped so far; bytes on disk now, and
-        how many there may be."""
+        how many there may be; and ``bits``, the same on machines that use each other's latents."""
         held = self._blocks
         there = {"damaged": held.damaged, "bytes": held.nbytes, "limit": held.limit}
-        return {**self._counts, **there}
+        return {**self._counts, **there, "bits": self._identity.hex()[:16]}
 
 
 def _identity(model: LoadedModel) -> bytes:
@@ -132,10 +137,12 @@ def _identity(model: LoadedModel) -> bytes:
     if model.options.route_budget:
         problem = "with a route budget a latent depends on what was cached when it was computed"
         raise ConfigError(f"{problem}: leave out the session or the budget")
-    state = model.states[0]
+    state, native = model.states[0], load() if model.backend.kind == "native" else None
     parts = {
         "export": model.source.manifest["checksum"],
         "program": [version("slotmoe"), torch.__version__],
+        "kernels": native and native.digest,
+        "torch": torch.backends.cpu.get_cpu_capability(),
         "device": [model.device.tier, model.device.name, model.backend.name],
         "misses": model.experts.split.mode,
         "experts": model.config.num_experts_per_tok,

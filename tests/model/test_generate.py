@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.model.generate import Answer, Generation, Sampling, candidates, sample
 from slotmoe.model.tokenizer import TextStream, Tokenizer
-from slotmoe.offload.engine.requests import Request, Text
+from slotmoe.offload.engine.requests import Stream
 from tests.support.tiny import SAMPLE
 
 TOKENIZER = Tokenizer(SAMPLE, 0)
@@ -117,10 +117,11 @@ def test_stream_of_any_ids_adds_up_to_their_text(ids):
 def generated(rows_RV, count=99, sampling=None):
     """Tokens of an answer that chooses from these logits."""
     answer = Answer([0], TOKENIZER, (1,), sampling or Sampling(), count, logprobs=0)
-    text, tokens = Text(Request([0], answer), "length"), []
+    stream, tokens = Stream([0], answer, "length"), []
     for logits_V in rows_RV:
-        tokens += text.feed(answer.take(logits_V))
-        if text.ended:
+        stream.request.emit(answer.take(logits_V))
+        tokens += stream.ready()
+        if stream.ended:
             break
     return tokens
 

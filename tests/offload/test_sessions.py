@@ -6,6 +6,7 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sessions import blocks as blocks_module
 from slotmoe.offload.sessions.blocks import BLOCK_TOKENS, BlockFolder, chain, shared_prefix
 from slotmoe.offload.sessions.names import NamedSession, Saved, listing, remove
+from slotmoe.quant.kernels.cpu.bindings import Kernels
 from tests.support.blocks import per_token
 from tests.support.engine import IDS, ask, decode
 from tests.support.tiny import SAMPLE
@@ -177,6 +179,11 @@ def test_owners_models_and_versions_do_not_share(runtime, sample_export, store, 
     assert count(runtime, owner="another key") == 0
     with Runtime.open(sample_export, context=1024, kernels="torch") as other:
         assert count(other) == 0
+    bits = runtime.stats()["sessions"]["bits"]
+    for what in ("torch.backends.cpu.get_cpu_capability", f"{Kernels.__module__}.Kernels.digest"):
+        with monkeypatch.context() as patch:  # of another machine
+            patch.setattr(what, (lambda: "SSE") if "torch" in what else "other")
+            assert count(runtime) == 0 and runtime.stats()["sessions"]["bits"] != bits
     with monkeypatch.context() as patch:
         patch.setitem(runtime.model.source.manifest, "checksum", "of another export")
         assert count(runtime) == 0
@@ -362,6 +369,43 @@ def test_a_lock_that_is_never_released_costs_a_save_and_no_more(tmp_path, monkey
     with folder._locked():
         fill(BlockFolder(tmp_path / "blocks", 1 << 20, said.append), tokens)
     assert len(said) == 1 and "another process" in said[0]
+
+
+def mounted(monkeypatch, folder, kind, options="rw"):
+    """As if a file system of that kind were mounted at ``folder``."""
+    mounts = [SimpleNamespace(mountpoint="/", fstype="ext4", opts="rw")]
+    mounts += [SimpleNamespace(mountpoint=str(folder), fstype=kind, opts=options)]
+    monkeypatch.setattr("psutil.disk_partitions", lambda all: mounts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "refused"),
+    [
+        ("fuse.sshfs", "rw", "is on fuse.sshfs, whose locks other machines do not see"),
+        ("nfs", "rw,vers=3,local_lock=all", "is on nfs local_lock=all, whose locks"),
+        ("cifs", "rw,nobrl", "is on cifs nobrl, whose locks"),
+        ("nfs4", "rw,vers=4.2,local_lock=none", None),
+        ("cifs", "rw", None),
+        ("fuse.glusterfs", "rw", None),
+    ],
+)
+def test_a_folder_whose_locks_others_do_not_see_is_refused(
+    runtime, tmp_path, monkeypatch, kind, options, refused
+):
+    mounted(monkeypatch, tmp_path, kind, options)
+    if refused is None:
+        return runtime.keep_in(tmp_path / "sessions")
+    with pytest.raises(ConfigError, match=refused):
+        runtime.keep_in(tmp_path / "sessions")
+
+
+def test_a_folder_without_locks_is_refused(runtime, tmp_path, monkeypatch):
+    def flock(handle, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(ConfigError, match="has no locks"):
+        runtime.keep_in(tmp_path)
 
 
 # Names

@@ -12,10 +12,13 @@ import pytest
 
 from slotmoe.model.generate import Sampling
 from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.sessions.blocks import BLOCK_TOKENS
 from slotmoe.offload.sessions.names import NamedSession
 from slotmoe.tools.chat.conversation import Conversation
+from tests.support.forkserver import COMMAND_LINE
 from tests.support.served import SLOW, Served, start
 
+JSON = "application/json"
 RUN = ("--ram", "2GiB", "-n", "12")
 TEXT = "The people of the United States have a government of laws and not of men. " * 8
 
@@ -210,12 +213,44 @@ def test_another_key_sees_nothing_whatever_its_place_in_the_list(serving):
 
 
 @pytest.mark.usefixtures("processes")
+def test_another_server_goes_on_where_a_killed_one_stopped(sample_export, folder):
+    """Both have started before, and share the folder at the same time."""
+    options = "--session-dir", folder
+    (first, port), (second, other) = (
+        start(sample_export, *options, program=program) for program in (SLOW, COMMAND_LINE)
+    )
+    asked = {"model": "sample", "prompt": TEXT, "max_tokens": 300, "stream": True, "temperature": 0}
+
+    def ask(port, **more):
+        address, kind = f"http://127.0.0.1:{port}/v1/completions", {"Content-Type": JSON}
+        body = json.dumps(asked | more).encode()
+        return urllib.request.urlopen(urllib.request.Request(address, body, kind), timeout=30)
+
+    with first, second:
+        text = ""
+        with ask(port) as response:
+            for line in response:
+                if line.startswith(b"data: {"):
+                    text += json.loads(line[6:])["choices"][0]["text"]
+                if len(text) > 200:
+                    break
+            first.send_signal(signal.SIGKILL)
+        with ask(other, prompt=TEXT + text, stream=False, max_tokens=1) as response:
+            usage = json.load(response)["usage"]
+        second.terminate()
+    assert len(text) > 200
+    # All but the tokens behind the last full block; the answer's text may have other tokens.
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    assert cached >= usage["prompt_tokens"] - 2 * BLOCK_TOKENS
+
+
+@pytest.mark.usefixtures("processes")
 def test_a_server_that_is_stopped_keeps_what_it_has_read(sample_export, folder):
     """Ctrl-C in the middle of an answer."""
     options = "--session-dir", folder, "--session-limit", "1GiB"
     child, port = start(sample_export, *options, program=SLOW)
     body = {"model": "sample", "prompt": TEXT, "max_tokens": 300, "stream": True, "temperature": 0}
-    address, kind = f"http://127.0.0.1:{port}/v1/completions", {"Content-Type": "application/json"}
+    address, kind = f"http://127.0.0.1:{port}/v1/completions", {"Content-Type": JSON}
     request = urllib.request.Request(address, json.dumps(body).encode(), kind)
     with child:
         with urllib.request.urlopen(request, timeout=30) as response:

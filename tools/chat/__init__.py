@@ -72,7 +72,7 @@ Frontend: TypeAlias = "Pipe | Terminal"
 
 @click.command(name="chat", cls=options.Command)
 @options.MODEL
-@options.option("--system", "TEXT", "How the model should behave.")
+@options.SYSTEM
 @options.chat_options
 @options.session_options
 @options.flag("--resume", "Go on with the conversation that was kept last.")
@@ -108,7 +108,8 @@ def command(
     chosen = {name: given[name] for name in options.SAMPLING}
     with open_session(given, "chat") as session, open_runtime(model, given) as runtime:
         sampling = runtime.sampling.with_given(**chosen)
-        conversation = Conversation(runtime, max_new_tokens, sampling, system, session)
+        settings = max_new_tokens, sampling, system, session, given["stop"]
+        conversation = Conversation(runtime, *settings)
         if trace is not None:
             runtime.trace(trace)
         frontend = _terminal(model, conversation) if on_terminal else Pipe()

@@ -89,10 +89,6 @@ def command(model: str, host: str, port: int, names: tuple[str, ...], **given: A
       SLOTMOE_API_KEY=secret slotmoe serve lite-export --host 0.0.0.0 --allow-host box.local
     """
     options.require_extra("serve", *_LIBRARIES)
-    from slotmoe.model.generate import Sampling
-
-    sampling = {name: given[name] for name in options.OWN}
-    Sampling().with_given(**sampling)
     sequences, queue = given["max_sequences"], given["max_queue"]
     keys = _keys(given["api_keys"], given["api_key_file"])
     origins = _origins(given["origins"], bool(keys))
@@ -108,6 +104,7 @@ def command(model: str, host: str, port: int, names: tuple[str, ...], **given: A
             runtime.keep_in(folder, limit, options.say)
         if not {*names} - {"*"}:
             names = (Path(model).resolve().name if Path(model).exists() else model, *names)
+        sampling = {name: given[name] for name in options.OWN}
         edge = keys, hosts, max_body, not given["no_log"], origins, sampling
         server, service = make_server(runtime, names, sequences, queue, *edge)
         address, port = listener.getsockname()[:2]

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar, NamedTuple
@@ -93,7 +93,7 @@ class Answers:
         if scored and scores > MAX_SCORES:
             problem = f"{scores} log-probabilities, more than {MAX_SCORES} in one request"
             raise RefusedError(f"logprobs of the prompt would be {problem}", "logprobs")
-        ends = (() if options.goes_on else service.runtime.eos_token_ids) + options.ends
+        ends = (*(() if options.goes_on else service.runtime.eos_token_ids), *options.ends)
         policy, form, shown, calls, texts = chat.policy, None, None, "", dict[str, frozenset[str]]()
         if policy is not None:
             form, shown, calls = dialect.format, dialect.shown, dialect.format.opening
@@ -243,6 +243,12 @@ async def chat_answers(
     return Answers(service, request, [prompt], options, (), chat, grammar, is_thinking)
 
 
+def event(data: Json) -> str:
+    """One server-sent event, named after the type of ``data`` if it has one."""
+    name = f"event: {data['type']}\n" if "type" in data else ""
+    return f"{name}data: {json.dumps(data, separators=(',', ':'))}\n\n"
+
+
 class EventStream(StreamingResponse):
     """Server-sent events, and ``ping`` where nothing else moves; if they fail, the error is the
     last.  However the response ends, its answers are cancelled.  ``responses`` describes a route
@@ -250,9 +256,10 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
     responses: ClassVar[dict[int | str, Json]] = {200: {"content": {media_type: {}}}}
+    spell = staticmethod(event)
 
     def __init__(self, events: AsyncIterator[str], answers: Answers, ping: str = ": ping\n\n"):
-        content = _with_pings(events, answers, ping)
+        content = _with_pings(events, answers, ping, self.spell)
         super().__init__(content, headers={"cache-control": "no-cache"})
         self._answers = answers
 
@@ -271,14 +278,8 @@ def spelled(content: bytes) -> str:
         return "".join(f"\\x{byte:02x}" for byte in content)
 
 
-def event(data: Json) -> str:
-    """One server-sent event, named after the type of ``data`` if it has one."""
-    name = f"event: {data['type']}\n" if "type" in data else ""
-    return f"{name}data: {json.dumps(data, separators=(',', ':'))}\n\n"
-
-
 async def _with_pings(
-    events: AsyncIterator[str], answers: Answers, ping: str
+    events: AsyncIterator[str], answers: Answers, ping: str, spell: Callable[[Json], str]
 ) -> AsyncIterator[str]:
     """``events``, with ``ping`` wherever ``PING_SECONDS`` have passed without one, and the error
     that ends them."""
@@ -295,7 +296,7 @@ async def _with_pings(
                 coming = None
                 yield text
     except RefusedError as problem:
-        yield event(error_body(answers.request.url.path, problem))
+        yield spell(error_body(answers.request.url.path, problem))
     finally:
         if coming is not None:
             coming.cancel()

@@ -3,8 +3,10 @@
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TypeAlias
 
+from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve import formats, requests
@@ -44,8 +46,12 @@ class Dialect:
         if any(m.role == requests.REMINDER for m in messages) and not self._reminds:
             problem = f"this model has no role {requests.REMINDER!r}"
             raise RefusedError(f"messages: {problem}", "messages")
+        if any(isinstance(m, requests.InsertedMessage) for m in messages) and not self._inserts:
+            messages = _told_by_user(messages)
         turns, tools = with_results(messages), None
-        functions = policy.functions if policy is not None else []
+        functions = list[requests.Function]()
+        if policy is not None:
+            functions = [f for f in policy.functions if f.name not in policy.deferred]
         if self.format.structured:
             written = self._structured(turns)
         else:
@@ -57,6 +63,17 @@ class Dialect:
         goes_on = self.is_native and not self.format.structured and bool(turns[-1][1])
         begun = continues or goes_on
         return self._tokenizer.chat(written, tools, begun, effort, schema, extra)
+
+    @cached_property
+    def _inserts(self) -> bool:
+        """Whether the template leaves a message of the system's in the midst where it is."""
+        roles = "system user system assistant user system".split()
+        said = [{"role": role, "content": f"<{number}>"} for number, role in enumerate(roles)]
+        try:
+            text = self._tokenizer.chat(said)
+        except ConfigError:
+            return False
+        return re.findall(r"<\d>", text) == [message["content"] for message in said]
 
     def _describe(self, functions: Sequence[requests.Function], written: list[Json]) -> None:
         """Describe the functions at the end of the system message of ``written``."""
@@ -123,6 +140,21 @@ class Dialect:
                 written.append({"role": message.role, "content": text})
             goes_on = bool(results)
         return written
+
+
+def _told_by_user(messages: list[requests.ChatMessage]) -> list[requests.ChatMessage]:
+    """With what is inserted as the user's, of whom no two messages follow each other then."""
+    told = list[requests.ChatMessage]()
+    for message in messages:
+        role, text = message.role, message.text
+        if isinstance(message, requests.InsertedMessage):
+            role, text = "user", f"<system>\n{text}\n</system>"
+        if role == "user":
+            if told and told[-1].role == role:
+                text = f"{told.pop().text}\n\n{text}"
+            message = requests.PlainMessage.model_construct(role=role, content=text)
+        told.append(message)
+    return told
 
 
 def with_results(messages: list[requests.ChatMessage]) -> list[Turn]:

@@ -18,8 +18,9 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import Grammars
-from slotmoe.tools.serve.requests import Conversation, Schema
+from slotmoe.tools.serve.requests import Conversation
 from slotmoe.tools.serve.response_store import ResponseStore
+from slotmoe.tools.serve.wanted import Schema
 
 _SHORTEN = "Shorten it, or start the server with --context"
 
@@ -200,6 +201,10 @@ class Service:
         about |= {"type": "model", "display_name": name, "created_at": created}
         return {**about, "lifecycle": "active", "max_input_tokens": self.runtime.context}
 
+    @property
+    def own_settings(self) -> Json:
+        return {name: getattr(self.sampling, name) for name in OWN_SETTINGS}
+
     def stats(self) -> Json:
         """Counts and bytes now; memory is by tier."""
         totals, stats, plan = self._batch.totals, self.runtime.stats(), self.runtime.plan
@@ -208,7 +213,7 @@ class Service:
         memory[plan.tier] |= {"budget": plan.budget}
         return {
             **{"model": self.name, "context": self.runtime.context, "memory": memory},
-            "sampling": {name: getattr(self.sampling, name) for name in OWN_SETTINGS},
+            "sampling": self.own_settings,
             **{"running": self.running, "queued": self.queued},
             **{name: getattr(totals, name) for name in _TOKENS},
             **{name: stats[name] for name in ("cache", "io", "kernels", "drafts")},

@@ -15,6 +15,7 @@ down codes, then gate, up and down scales, 64-byte-aligned, then any padding.
 """
 
 import ctypes
+import hashlib
 import importlib.machinery
 import os
 from collections.abc import Callable, Sequence
@@ -106,6 +107,11 @@ class Kernels:
         """The instruction set in use."""
         name: bytes = self._lib.slotmoe_isa()
         return name.decode()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the binary: the same on machines that compute the same bits by one `isa`."""
+        return hashlib.sha256(Path(self._lib._name).read_bytes()).hexdigest()
 
     def set_isa(self, name: str) -> None:
         """Use one of `isas` from the next call on.  Raises `ConfigError`."""
