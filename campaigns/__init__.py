@@ -81,6 +81,12 @@ CAMPAIGNS = (
         "all pass (2026-11-28)",
     ),
     Gate(
+        "templates",
+        "Chat templates of some hundred models write conversations, beside transformers.",
+        "no character differs, and the same are refused",
+        "178 templates, 2,136 conversations, no difference (2026-11-28)",
+    ),
+    Gate(
         "mutants",
         "One line of a core file is changed; the tests of CI's tier must notice.",
         "85% of 100 changes, sampled with a seed, are noticed",
