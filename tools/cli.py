@@ -9,6 +9,7 @@ import sys
 import traceback
 from difflib import get_close_matches
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import NoReturn
 
 import click
@@ -74,7 +75,9 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
 
-_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
+_SETTINGS = {"help_option_names": ["-h", "--help", "--help-all"], "show_default": True}
+if (width := get_terminal_size().columns) < 52:  # click would write 50 columns
+    _SETTINGS["terminal_width"] = width
 
 
 @click.group("slotmoe", cls=LazyGroup, context_settings=_SETTINGS, invoke_without_command=True)

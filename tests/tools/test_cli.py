@@ -1,6 +1,7 @@
 """The command line: exit codes, one clear line of complaint, and what goes to stdout and what to
 stderr."""
 
+import io
 import json
 import os
 import re
@@ -13,13 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from slotmoe.model.network import Network
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.export.layout import PROJECTIONS
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.weights import dequantize
-from tests.support.forkserver import PIPE, ROOT, Forked
+from slotmoe.tools.tables import table
+from tests.support.forkserver import PIPE, ROOT, Forked, OnTerminal
 from tests.support.tiny import SMALL, write_checkpoint
 
 PROMPT = "It is a truth universally acknowledged, that"
@@ -197,7 +200,7 @@ for line in ("--help", "run --help", "--version", "doctor", "list", "plan v2-lit
     assert not heavy & set(sys.modules), line
     assert line.startswith("plan") or "rich" not in sys.modules, line
 for line in ("run nowhere x", "chat nowhere", "serve nowhere", "bench nowhere", "profile nowhere",
-             "eval nowhere --text x", "verify nowhere", "quantize nowhere dst"):
+             "eval nowhere --text setup.py", "verify nowhere", "quantize nowhere dst"):
     try:
         cli.main(line.split(), prog_name="slotmoe", standalone_mode=False)
     except ValueError as problem:
@@ -214,6 +217,30 @@ def test_help_needs_no_torch():
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     assert "slotmoe run sample" in child.stdout and "--max-new-tokens" in child.stdout
+
+
+def test_a_table_that_does_not_fit_is_a_list(monkeypatch):
+    columns, row = ["codec", "bits\na weight", "tokens/s"], ["lut, of three kinds", "4.25", "11.5"]
+    for width, expected in ((80, 1), (34, 3)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        console = Console(file=io.StringIO())
+        console.print(table(columns, [row], "What codes cost in this case"))
+        out = console.file.getvalue()
+        assert all(cell in out for cell in row) and "…" not in out
+        assert sum(any(cell in line for cell in row) for line in out.splitlines()) == expected
+
+
+@pytest.mark.usefixtures("processes")
+def test_forty_columns(checkpoint, tmp_path):
+    """No line is longer but for examples, bars are shares, and a remark has a line of its own."""
+    options = {"COLUMNS": "40", "SLOTMOE_CACHE": str(tmp_path)}
+    command = [sys.executable, "-m", "slotmoe", "run", "--help-all"]
+    out = subprocess.run(command, cwd=ROOT, env=os.environ | options, capture_output=True).stdout
+    lines = [line for line in out.decode().splitlines() if not line.startswith("    slotmoe ")]
+    assert max(map(len, lines)) <= 40
+    with OnTerminal("run", checkpoint, "x", "-n", 2, **options) as terminal:
+        shown = terminal.rest()
+    assert "\x1b[2Kslotmoe: " in shown and "100%" in shown and "━" not in shown
 
 
 @pytest.mark.usefixtures("processes")

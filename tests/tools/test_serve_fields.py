@@ -151,7 +151,7 @@ EXAMPLES = {
         **each(previous_response_id=None, include=["message.output_text.logprobs"], prompt={}),
         **each(top_logprobs=2, tools=[FUNCTION], truncation="disabled", background=False, image={}),
         **each(client_metadata={"x": "y"}, max_tool_calls=3, background_options={}),
-        **each(access_programs=[], context_management=[], conversation="c", moderation={}),
+        **each(access_programs=[{}], context_management=[{}], conversation="c", moderation={}),
         "text": {"text": {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA}}},
         "tool_choice": {"tools": [FUNCTION], "tool_choice": FUNCTION},
         "parallel_tool_calls": {"tools": [FUNCTION], "parallel_tool_calls": False},

@@ -182,6 +182,16 @@ def test_refusals_are_in_ollamas_form(served, reason):
         assert served.post(f"/api/{path}", model="sample", prompt="x", **more)[0] == 400
 
 
+def test_bodies_are_json_whatever_clients_call_them(served):
+    """As ``curl -d`` sends them; from a page only what it had to ask for."""
+    own = {"Host": "localhost:1", "Origin": "http://localhost:1"}
+    for headers, status in (({}, 200), (own, 415)):
+        for kind in ("application/x-www-form-urlencoded", ""):
+            about = {**headers, "Content_Type": kind}
+            assert served.ask("POST", "/api/show", {"model": "sample"}, **about)[0] == status
+    assert served.ask("POST", TEXT, {}, Content_Type="text/plain")[0] == 415
+
+
 def test_a_stream_that_fails_says_so_in_its_last_line(served, gate):
     connection, response = served.open("POST", "/api/chat", {**ASK, "options": SHORT})
     until(lambda: served.service.running)

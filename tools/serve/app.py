@@ -1,6 +1,5 @@
 """The application of ``slotmoe serve``: all routes, and their description."""
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -76,7 +75,7 @@ async def tokenize(body: TokenizeRequest, service: Serving) -> Response:
         ids = await service.chat_ids(body.conversation())
     else:
         add_bos = body.add_special_tokens is not False
-        ids = await service.prepare(partial(service.encode, body.prompt or "", add_bos))
+        ids = await service.prepare(service.encode, body.prompt or "", add_bos)
     about = {"count": len(ids), "max_model_len": service.runtime.context}
     return JSONResponse({**about, "tokens": ids})
 
@@ -94,7 +93,7 @@ async def detokenize(body: DetokenizeRequest, service: Serving) -> Response:
     if max(body.tokens, default=0) >= service.tokenizer.size:
         problem = f"outside 0 to {service.tokenizer.size - 1}"
         raise RefusedError(f"tokens: a token id is {problem}", "tokens")
-    text = await service.prepare(partial(service.tokenizer.decode, body.tokens, True))
+    text = await service.prepare(service.tokenizer.decode, body.tokens, True)
     return JSONResponse({"prompt": text, "content": text})
 
 
@@ -110,7 +109,7 @@ async def apply_template(body: TemplateRequest, service: Serving) -> Response:
     if body.model is not None:
         service.check_model(body.model)
     chat = body.conversation(effort=body.reasoning_effort)
-    return JSONResponse({"prompt": await service.prepare(partial(service.chat_text, chat))})
+    return JSONResponse({"prompt": await service.prepare(service.chat_text, chat)})
 
 
 def make_app(service: Service, has_keys: bool) -> FastAPI:

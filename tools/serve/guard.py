@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from slotmoe.tools.serve.bodies import check
-from slotmoe.tools.serve.errors import RefusedError, error_body
+from slotmoe.tools.serve.errors import OLLAMA_PATH, RefusedError, error_body
 
 BODY_SECONDS = 30.0  # in which a request's body has to arrive
 IDLE_SECONDS = 10.0  # after twice this time a connection on which nothing moves is closed
@@ -57,7 +57,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        headers, is_read = Headers(scope=scope), False
+        headers, is_read = MutableHeaders(scope=scope), False
         is_health = scope.get("raw_path", b"") == b"/health"
         origin = headers.get("origin", "")
         shares = bool(origin) and not self._origins.isdisjoint((origin.lower(), "*"))
@@ -77,6 +77,8 @@ class Guard:
                 raise RefusedError(problem, None, 401, "invalid_api_key", ask)
             scope.setdefault("state", {})["owner"] = owner or ""
             has_body = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+            if not origin and scope["path"].startswith(f"{OLLAMA_PATH}/"):  # so no page's
+                headers["content-type"] = "application/json"  # as Ollama
             if scope["method"] == "POST" and has_body:
                 body = await self._body(headers, receive)
                 receive, is_read = _replay(body, receive), True

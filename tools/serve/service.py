@@ -18,8 +18,9 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import Grammars
-from slotmoe.tools.serve.requests import Conversation, Schema
+from slotmoe.tools.serve.requests import Conversation
 from slotmoe.tools.serve.response_store import ResponseStore
+from slotmoe.tools.serve.wanted import Schema
 
 _SHORTEN = "Shorten it, or start the server with --context"
 
@@ -106,11 +107,11 @@ class Service:
         """Token ids of ``chat_text``."""
         return await self.prepare(lambda: self.encode(self.chat_text(chat)))
 
-    async def prepare(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives, in a thread.  Raises as it does, and ``RefusedError`` as soon as the
-        server is to end."""
+    async def prepare(self, work: Callable[..., T], *given: object) -> T:
+        """What ``work`` makes of what is ``given``, in a thread.  Raises as it does, and
+        ``RefusedError`` as soon as the server is to end."""
         self._check_open()
-        task = asyncio.ensure_future(asyncio.to_thread(work))
+        task = asyncio.ensure_future(asyncio.to_thread(work, *given))
         self._preparing.add(task)
         try:
             return await task
