@@ -75,7 +75,7 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
 
-_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
+_SETTINGS = {"help_option_names": ["-h", "--help", "--help-all"], "show_default": True}
 if (width := get_terminal_size().columns) < 52:  # click would write 50 columns
     _SETTINGS["terminal_width"] = width
 

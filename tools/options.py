@@ -75,33 +75,20 @@ def completing(names: Callable[[], Iterable[str]]) -> Callable[..., list[str]]:
     return lambda ctx, parameter, typed: [name for name in names() if name.startswith(typed)]
 
 
+_ALL = "--help-all"
+
+
 class Rare(click.Option):
     """An option that ``--help-all`` shows and ``--help`` does not."""
-
-
-def _help_all(ctx: click.Context, parameter: click.Parameter, given: bool) -> None:
-    if given and not ctx.resilient_parsing:
-        ctx.meta[_HELP_ALL.opts[0]] = True
-        click.echo(ctx.get_help())
-        ctx.exit()
-
-
-_HELP_ALL = click.Option(
-    ["--help-all"],
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_help_all,
-    help="Show the rarer options too.",
-)
 
 
 class Command(click.Command):
     """A command whose help shows its options in groups, and that looks whether its models are there
     before a library is loaded."""
 
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        return [*super().get_params(ctx), _HELP_ALL]
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_ALL] = _ALL in args
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         if ctx.info_name != "plan":  # which knows more names
@@ -113,7 +100,7 @@ class Command(click.Command):
         groups: dict[str, list[tuple[str, str]]] = {title: [] for title in (*_GROUPS, "Options")}
         of = {name: title for title, names in _GROUPS.items() for name in names.split()}
         for parameter in self.get_params(ctx):
-            is_shown = _HELP_ALL.opts[0] in ctx.meta or not isinstance(parameter, Rare)
+            is_shown = ctx.meta.get(_ALL) or not isinstance(parameter, Rare)
             record = parameter.get_help_record(ctx) if is_shown else None
             if record is not None and parameter.name in (mine := ctx.default_map or {}):
                 plain = re.sub(r" *\[default: [^]]*\]", "", record[1])
@@ -124,6 +111,8 @@ class Command(click.Command):
             if records:
                 with formatter.section(title):
                     formatter.write_dl(records, col_max=min(30, formatter.width // 2))
+        if not ctx.meta.get(_ALL):
+            formatter.write(f"\nRarer options: slotmoe {ctx.info_name} {_ALL}\n")
 
 
 _GROUPS = {  # title -> the parameters' names
