@@ -46,7 +46,6 @@ from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.resident_weights import Place, load_resident
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
-from slotmoe.quant.codecs.codec import EXPERT_CODECS
 from slotmoe.quant.export.layout import MANIFEST, RecordLayout
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.shapes import TABLE
@@ -125,13 +124,10 @@ def open_model(folder: Path, options: Options, device: Device, reason: str) -> L
     )
 
 
-def check_options(
-    options: Options, device: Device, checkpoint: Path, smallest: bool = False
-) -> None:
+def check_options(options: Options, device: Device, checkpoint: Path) -> None:
     """Refuse options with which the export that ``cached_export`` would make of ``checkpoint``
-    can't be opened, or not even the ``smallest`` one of it.  Reads its config alone, and raises as
-    ``open_model`` does."""
-    _Loader(checkpoint, options, device, "").check(smallest)
+    can't be opened.  Reads its config alone, and raises as ``open_model`` does."""
+    _Loader(checkpoint, options, device, "").check()
 
 
 class _Loader:
@@ -146,18 +142,16 @@ class _Loader:
         self._folder, self._options, self._device, self._reason = folder, options, device, reason
         self.budget, self._host_budget = self._budgets()
 
-    def check(self, smallest: bool) -> None:
+    def check(self) -> None:
         """Is ``check_options`` for this model."""
         self._configure(files_of(self._folder))
-        options, codecs, resident = self._options, memory.default_codecs(self._config), "int8"
-        if smallest:
-            codecs, resident = EXPERT_CODECS["lut", "3"], "nf4"
-        elif options.draft == "mtp" or options.route_budget:
+        if self._options.draft == "mtp" or self._options.route_budget:
             problem = "draft mtp and route_budget need an export made for them"
             advice = "slotmoe quantize with --keep-mtp or --calibrate TEXT makes one"
             raise ConfigError(f"{self._folder}: {problem}; {advice}")
         self._draft(2 if self._backend.kind == "native" else 1)
-        self._refuse(self._plan(sizes_of(self._config, resident, codecs)))
+        codecs = memory.default_codecs(self._config)
+        self._refuse(self._plan(sizes_of(self._config, "int8", codecs)))
 
     def _configure(self, read: ReadFile) -> None:
         """Take the config from a model's files, which have been verified."""
