@@ -304,7 +304,6 @@ class _Loader:
                 if config.mtp:  # the predictor does not know the head's experts
                     E = config.n_routed_experts
                     popularity = popularity + [config.num_experts_per_tok / E] * E
-            self._check_prices(predictor)
             store = self._store(export, plan, popularity)
             opened.callback(store.close)
             weights = load_resident(export, resident_shapes(config), place)
@@ -333,19 +332,17 @@ class _Loader:
         """What spends the route budget, if one is given; where all experts get slots they are soon
         there, and nothing is to be saved."""
         config, budget = self._config, self._options.route_budget
-        if not budget or plan.slots == len(config.moe_layers) * config.n_routed_experts:
+        if not budget:
             return None
-        assert predictor is not None
-        chooser = RouteBudget(predictor.swap_prices, budget, config.num_experts_per_tok)
-        return Substitution(network, self._device, chooser)
-
-    def _check_prices(self, predictor: Predictor | None) -> None:
-        """Raise ``ConfigError`` for a route budget without prices of swaps."""
-        if self._options.route_budget and not (predictor and predictor.swap_prices):
+        if predictor is None or not predictor.swap_prices:
             raise ConfigError(
                 f"{self._folder}: route_budget needs what a swap of experts costs, which was not "
                 "measured: slotmoe quantize MODEL EXPORT --calibrate TEXT does that"
             )
+        if plan.slots == len(config.moe_layers) * config.n_routed_experts:
+            return None
+        chooser = RouteBudget(predictor.swap_prices, budget, config.num_experts_per_tok)
+        return Substitution(network, self._device, chooser)
 
     def _with_layers(self, export: Export) -> Config:
         """The config with the layers that are used of ``export``.  Raises ``ConfigError``."""

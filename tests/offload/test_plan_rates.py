@@ -210,10 +210,11 @@ def test_every_constant_is_named(plan):
         out = " ".join(plan("v2-lite", "--ram", "12GiB", *options)[1].split())
         assert all(name in out for name in report["constants"])
         assert "G int8 products" in out and "(assumed for " in out
-    names = "STREAM_PRODUCTS TOKEN_SECONDS LAYER_SECONDS MISS_SECONDS GPU_SHARE"
+    names = "STREAM_PRODUCTS TOKEN_SECONDS LAYER_SECONDS MISS_SECONDS GPU_SHARE HEAD_RIGHT"
     names += " GPU_LAUNCHES GPU_LAUNCH_SECONDS GPU_MISS_SECONDS"
-    values = {*speed.CPU_CONSTANTS.values(), *speed.GPU_CONSTANTS.values()}
-    assert values == {getattr(speed, name) for name in names.split()}
+    found = [speed.constants(FAST, gpu, True) for gpu in (False, True)]
+    values = {value for named in found for value in named.values()}
+    assert values == {FAST.share, *(getattr(speed, name) for name in names.split())}
 
 
 @pytest.mark.usefixtures("heavy")
