@@ -152,15 +152,10 @@ class _Loader:
         options, codecs, resident = self._options, memory.default_codecs(self._config), "int8"
         if smallest:
             codecs, resident = EXPERT_CODECS["lut", "3"], "nf4"
-        if options.draft == "mtp":
-            self._config.with_mtp(self._folder, "draft mtp")
-        for given, name, needed in (
-            (options.draft == "mtp", "draft mtp", "--keep-mtp"),
-            (options.route_budget, "route_budget", "--calibrate TEXT"),
-        ):
-            if given and not smallest:
-                advice = f"slotmoe quantize MODEL EXPORT {needed} makes one that can"
-                raise ConfigError(f"{self._folder}: can't have {name} as it is; {advice}")
+        elif options.draft == "mtp" or options.route_budget:
+            problem = "draft mtp and route_budget need an export made for them"
+            advice = "slotmoe quantize with --keep-mtp or --calibrate TEXT makes one"
+            raise ConfigError(f"{self._folder}: {problem}; {advice}")
         self._draft(2 if self._backend.kind == "native" else 1)
         self._refuse(self._plan(sizes_of(self._config, resident, codecs)))
 

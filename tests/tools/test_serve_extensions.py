@@ -21,6 +21,7 @@ RULES = [
     ({"structured_outputs": {"json": SCHEMA}}, r'\{"a": ?[12]\}'),
     ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, r'\{"a": ?[12]\}'),
     ({"json_schema": SCHEMA}, r'\{"a": ?[12]\}'),
+    ({"response_format": {"type": "json_object", "schema": SCHEMA}}, r'\{"a": ?[12]\}'),
 ]
 
 

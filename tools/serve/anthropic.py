@@ -20,6 +20,7 @@ from slotmoe.tools.serve.errors import ANTHROPIC_PATH, RefusedError
 from slotmoe.tools.serve.fields import Refused, accepted
 from slotmoe.tools.serve.reader import ContentDelta, joined, parse_arguments
 from slotmoe.tools.serve.service import Serving
+from slotmoe.tools.serve.wanted import Schema
 
 router = APIRouter()
 _STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
@@ -115,7 +116,7 @@ class CountRequest(given.Cacheable):
         return requests.Conversation(
             messages,
             offer.policy(choice, False if is_single else None),
-            None if form is None else requests.Schema.model_construct(definition=form.definition),
+            None if form is None else Schema.model_construct(definition=form.definition),
             effort,
             continues,
         )

@@ -16,8 +16,9 @@ from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.formats import INDEX, is_text
 from slotmoe.tools.serve.function_calling import Dialect
-from slotmoe.tools.serve.requests import Rule, Schema, ToolPolicy
+from slotmoe.tools.serve.requests import ToolPolicy
 from slotmoe.tools.serve.schemas import relaxed
+from slotmoe.tools.serve.wanted import Rule, Schema
 
 MAX_CALLS = 32  # in one answer
 _MAX_SCHEMA = 1 << 16  # characters

@@ -23,6 +23,7 @@ from slotmoe.tools.serve.grammar import Mask
 from slotmoe.tools.serve.reader import ContentDelta, joined, parse_arguments
 from slotmoe.tools.serve.requests import CallId, Label, Name, Text, Whole
 from slotmoe.tools.serve.service import Service, Serving
+from slotmoe.tools.serve.wanted import Schema
 
 router = APIRouter(prefix=OLLAMA_PATH)
 _VERSION = "0.13.0"  # of Ollama, whose API this is: clients ask for a least one
@@ -92,9 +93,9 @@ class OllamaRequest(requests.Model):
         return requests.Conversation(messages, policy, self.wanted, effort, continues)
 
     @property
-    def wanted(self) -> requests.Schema | None:
+    def wanted(self) -> Schema | None:
         schema = {"type": "object"} if self.format == "json" else self.format
-        return requests.Schema.model_construct(definition=schema) if schema else None
+        return Schema.model_construct(definition=schema) if schema else None
 
 
 class ChatRequest(OllamaRequest):

@@ -5,10 +5,9 @@ A field is honoured, or it is harmless and marked ``accepted``, or the request i
 table of all of them is docs/api-fields.md.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, Tag, model_validator
 
@@ -17,6 +16,7 @@ from slotmoe.model.generate import Sampling
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.fields import Model as Model  # for the requests of other modules too
 from slotmoe.tools.serve.fields import Refused, accepted, at_most, by_kind, text_or_list
+from slotmoe.tools.serve.wanted import Rule, Schema
 
 MAX_ANSWERS = 16  # in one request
 MAX_TOOLS = 128
@@ -41,7 +41,6 @@ Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]  # of a function
 CallId = Annotated[str, Field(min_length=1, max_length=256)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Stops = Annotated[list[Stop], Field(max_length=16)]
-Source = Annotated[str, Field(min_length=1, max_length=1 << 14)]  # of a grammar
 Labels = Annotated[dict[str, Label], Field(max_length=16), at_most(16, "labels")]
 
 
@@ -260,69 +259,6 @@ Choice: TypeAlias = Annotated[
 ]
 
 
-class Schema(Model):
-    name: Annotated[str, Field(max_length=64)]
-    description: Annotated[str, Field(max_length=4096)] | None = None
-    definition: Annotated[Json, Field(alias="schema")]
-    strict: bool | None = None
-
-
-_ANY_OBJECT = Schema.model_construct(definition={"type": "object"})
-
-
-class TextFormat(Model):
-    type: Literal["text", "json_object"]
-
-
-class SchemaFormat(Model):
-    type: Literal["json_schema"]
-    json_schema: Schema
-
-
-class Rule(NamedTuple):
-    """What an answer follows, if it is no JSON schema: a ``regex``, a ``grammar`` as Lark or
-    llama.cpp write it, or a ``choice`` of texts."""
-
-    kind: Literal["regex", "grammar", "choice"]
-    text: str | list[str]
-    param: str
-
-
-class StructuredOutputs(Model):
-    """vLLM's form of what an answer follows."""
-
-    definition: Json | Source | None = Field(None, alias="json")
-    json_object: Literal[True] | None = None
-    regex: Source | None = None
-    grammar: Source | None = None
-    choice: Annotated[list[Text], Field(min_length=1)] | None = None
-
-    @model_validator(mode="after")
-    def _is_one(self) -> "StructuredOutputs":
-        if (count := len(self.model_dump(exclude_none=True))) != 1:
-            names = "json, json_object, regex, grammar and choice"
-            raise ValueError(f"has {count} of {names}, expected one")
-        return self
-
-    @property
-    def wanted(self) -> "Schema | Rule":
-        """Raises ``RefusedError``."""
-        name = "structured_outputs"
-        if rule := self.regex or self.grammar or self.choice:
-            return Rule(
-                "regex" if self.regex else "grammar" if self.grammar else "choice", rule, name
-            )
-        definition = self.definition
-        if isinstance(definition, str):
-            try:
-                definition = json.loads(definition)
-            except (ValueError, RecursionError):
-                raise RefusedError(f"{name}.json is no JSON", name) from None
-            if not isinstance(definition, dict):
-                raise RefusedError(f"{name}.json is no JSON object", name)
-        return _ANY_OBJECT if definition is None else Schema.model_construct(definition=definition)
-
-
 class GenerationRequest(Model):
     """Fields of the requests of all APIs.  null is the same as leaving a field out."""
 
@@ -426,13 +362,6 @@ class Templated(Model):
         if self.add_generation_prompt is False and not continues:
             extra["add_generation_prompt"] = False
         return Conversation(messages, policy, wanted, effort, continues, extra)
-
-
-def schema_of(wanted: TextFormat | SchemaFormat | Schema | None) -> Schema | None:
-    """What an answer has to follow; None for plain text."""
-    if isinstance(wanted, TextFormat):
-        return _ANY_OBJECT if wanted.type == "json_object" else None
-    return wanted.json_schema if isinstance(wanted, SchemaFormat) else wanted
 
 
 @dataclass(frozen=True)

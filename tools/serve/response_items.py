@@ -16,6 +16,7 @@ from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.fields import Refused, accepted, by_kind, text_or_list
 from slotmoe.tools.serve.requests import DESCRIBED, REPLAYED, Label
+from slotmoe.tools.serve.wanted import Schema, TextFormat, schema_of
 
 _SYSTEM = ("system", "developer")
 _SHOWN = accepted("reasoning is shown whole")
@@ -146,12 +147,12 @@ class AllowedChoice(requests.Model):
     tools: Annotated[list[FunctionChoice], Field(min_length=1, max_length=requests.MAX_TOOLS)]
 
 
-class SchemaFormat(requests.Schema):
+class SchemaFormat(Schema):
     type: Literal["json_schema"]
 
 
 class TextConfig(requests.Model):
-    format: Annotated[requests.TextFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    format: Annotated[TextFormat | SchemaFormat, Field(discriminator="type")] | None = None
     verbosity: Annotated[Label | None, requests.NO_SETTING] = None
 
 
@@ -245,7 +246,7 @@ class ResponsesRequest(requests.LabelledRequest):
         if not tools and choice in ("none", "auto"):
             choice = None  # clients give it in any case
         policy = requests.tool_policy(tools, choice, self.parallel_tool_calls if tools else None)
-        schema = requests.schema_of(self.text.format if self.text is not None else None)
+        schema = schema_of(self.text.format if self.text is not None else None)
         effort = self.reasoning.effort if self.reasoning is not None else None
         return requests.Conversation(messages, policy, schema, effort)
 

@@ -18,8 +18,9 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import Grammars
-from slotmoe.tools.serve.requests import Conversation, Schema
+from slotmoe.tools.serve.requests import Conversation
 from slotmoe.tools.serve.response_store import ResponseStore
+from slotmoe.tools.serve.wanted import Schema
 
 _SHORTEN = "Shorten it, or start the server with --context"
 
