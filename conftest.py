@@ -30,9 +30,9 @@ os.environ |= {
 }
 # A shell starts what runs in the background with Ctrl-C ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# Nothing that a test does may depend on the user's own cache folder, or leave anything there.
+# Nothing that a test does may depend on the user's own folders, or leave anything there.
 CACHE = TemporaryDirectory()
-os.environ["SLOTMOE_CACHE"] = CACHE.name
+os.environ["SLOTMOE_CACHE"] = os.environ["XDG_CONFIG_HOME"] = CACHE.name
 # Triton decides when it is imported whether it compiles for a GPU or interprets on the CPU.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -1,57 +1,139 @@
 """Libraries that read what a stranger wrote run in a child process, with limits on time and memory:
 a sandbox bounds neither, and a native library may abort the process that it is in."""
 
+import atexit
 import json
-import subprocess
+import os
+import socket
 import sys
-from dataclasses import dataclass
+from subprocess import DEVNULL, Popen
+from threading import Lock
+from typing import Any
 
 from slotmoe.errors import ConfigError
 
 
-@dataclass(frozen=True)
 class Child:
-    """A ``program`` in Python that imports its libraries and then calls ``limit()``, from where on
-    it has ``seconds`` of CPU time and ``memory`` bytes more.  ``what`` is what it reads."""
+    """A process that stays, and answers one input after the other, whatever thread they are of.
 
-    what: str
-    program: str
-    seconds: float
-    memory: int
+    Its ``program`` in Python imports its libraries and defines ``answer(data)``, from bytes to
+    bytes.  That calls ``limit()``, from where on it has ``seconds`` of CPU time and ``memory``
+    bytes more.  A child that broke a limit or ended is replaced for the next input, and so is one
+    that keeps ``memory`` bytes of earlier ones.  It ends with the process that started it."""
 
-    def run(self, data: bytes) -> bytes:
-        """What the program writes when it reads ``data``.  Raises ``ConfigError``."""
+    _process: Popen[bytes] | None
+
+    def __init__(self, program: str, seconds: float, memory: int):
+        self._program, self._seconds, self._memory = program, seconds, memory
+        self._forget()
+        os.register_at_fork(after_in_child=self._forget)
+        atexit.register(self._end)
+
+    def run(self, data: bytes, what: str) -> bytes:
+        """The answer to ``data``, which are of ``what``.  Raises ``ConfigError``."""
+        with self._lock:
+            state = _ENDS  # also if Ctrl-C comes between a question and its answer
+            try:
+                state, answer = self._ask(data)
+            except TimeoutError:
+                causes = "the machine is overloaded, or the file is hostile"
+                raise ConfigError(f"{what}: did not finish; {causes}") from None
+            except (EOFError, ConnectionError):
+                code = self._end()
+                cause = f"signal {-code}" if code < 0 else f"exit code {code}"
+                problem = f"crashed the library that reads it ({cause})"
+                if code == -_TOO_LONG:
+                    problem = f"did not finish in {self._seconds} seconds"
+                raise ConfigError(f"{what}: {problem}; it is broken or hostile") from None
+            finally:
+                if state & _ENDS:
+                    self._end()
+        if state & _FAILED:
+            raise ConfigError(f"{what}: failed ({answer.decode(errors='replace')[:160]})")
+        return answer
+
+    def close(self) -> None:
+        """End the process; the next input starts another."""
+        with self._lock:
+            self._end()
+
+    def _forget(self) -> None:
+        """Have no process: after a fork it is the parent's."""
+        self._lock, self._process = Lock(), None
+
+    def _ask(self, data: bytes) -> tuple[int, bytes]:
+        """Raises ``EOFError`` and ``ConnectionError`` where the process has ended."""
+        if self._process is None or self._process.poll() is not None:
+            self._end()
+            self._start()
+        self._socket.sendall(len(data).to_bytes(_SIZE, "little") + data)
+        state, size = self._read(1)[0], int.from_bytes(self._read(_SIZE), "little")
+        if state > _FAILED | _ENDS or size > _MAX_ANSWER:
+            raise EOFError  # it is out of its mind
+        return state, self._read(size)
+
+    def _read(self, size: int) -> bytes:
+        data: bytes = self._answers.read(size)
+        if len(data) < size:
+            raise EOFError
+        return data
+
+    def _start(self) -> None:
         # What Python would search, without the working directory; so it need not look for it (-S).
         paths = json.dumps([path for path in sys.path if path])
-        limits = map(str, (self.seconds, self.memory))
-        command = [sys.executable, "-I", "-S", "-c", _LIMITS + self.program, paths, *limits]
-        timeout = 60 * self.seconds  # for a machine that stands still: the child bounds CPU time
-        try:  # the environment may hold keys: who breaks out finds it empty
-            child = subprocess.run(
-                command, input=data, capture_output=True, timeout=timeout, env={}
-            )
-        except subprocess.TimeoutExpired:
-            causes = "the machine is overloaded, or the file is hostile"
-            raise ConfigError(f"{self.what}: did not finish; {causes}") from None
-        if child.returncode < 0:
-            problem = f"crashed the library that reads it (signal {-child.returncode})"
-            if child.returncode == -_TOO_LONG:
-                problem = f"did not finish in {self.seconds} seconds"
-            raise ConfigError(f"{self.what}: {problem}; it is broken or hostile")
-        if child.returncode:
-            lines = child.stderr.decode(errors="replace").strip().splitlines() or ["out of memory"]
-            raise ConfigError(f"{self.what}: failed ({lines[-1][:160]})")
-        return child.stdout
+        limits = map(str, (self._seconds, self._memory))
+        command = [sys.executable, "-I", "-S", "-c", _FIRST + self._program + _THEN, paths, *limits]
+        ours, theirs = socket.socketpair()
+        with theirs:
+            streams = theirs.fileno(), theirs.fileno(), DEVNULL
+            # The environment may hold keys.  Ctrl-C on the terminal reaches only its own session.
+            own: Any = {"env": {}, "cwd": "/", "start_new_session": True}
+            self._process = Popen(command, -1, None, *streams, **own)
+        ours.settimeout(60 * self._seconds)  # for a machine that stands still, or a stopped child
+        self._socket, self._answers = ours, ours.makefile("rb")
+
+    def _end(self) -> int:
+        """The exit code of the process; 0 if there is none."""
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        self._socket.close()
+        self._answers.close()
+        process.kill()  # which changes nothing of one that has ended
+        return process.wait()
 
 
 _TOO_LONG = 27  # SIGPROF, which kills
-_LIMITS = """
-import json, resource, signal, sys
-def limit():
-    seconds, memory = float(sys.argv[2]), int(sys.argv[3])
+_FAILED, _ENDS = 1, 2  # bits of an answer's state
+_SIZE, _MAX_ANSWER = 8, 32 << 20  # bytes of a length, and of an answer
+_FIRST = """
+import json, os, resource, signal, sys
+sys.path[:], seconds, memory = json.loads(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+statm = os.open("/proc/self/statm", os.O_RDONLY)
+def used():
+    return int(os.pread(statm, 64, 0).split()[0]) * resource.getpagesize()
+def bound(seconds, memory):
     signal.setitimer(signal.ITIMER_PROF, seconds)
-    memory += int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-sys.path[:] = json.loads(sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_AS, (memory, resource.RLIM_INFINITY))
+def limit():
+    bound(seconds, used() + memory)
+"""
+_THEN = """
+source, sink, start = sys.stdin.buffer, sys.stdout.buffer, used()
+while head := source.read(8):
+    state = 0
+    try:
+        said = answer(source.read(int.from_bytes(head, "little")))
+    except BaseException as caught:
+        problem = caught
+        state = 1 if isinstance(problem, Exception) and not isinstance(problem, MemoryError) else 3
+    bound(0, resource.RLIM_INFINITY)
+    if state:
+        said = " ".join(f"{type(problem).__name__}: {problem}".split()).encode(errors="replace")
+    if used() > start + memory:
+        state |= 2
+    sink.write(bytes([state]) + len(said).to_bytes(8, "little") + said)
+    sink.flush()
+    said = problem = None
 """

@@ -4,18 +4,21 @@ import math
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from slotmoe.errors import CheckpointError, ConfigError, check_types
+from slotmoe.jsonfile import Json
 from slotmoe.model.reasoning import overlap
 from slotmoe.model.tokenizer import TextStream, Tokenizer
 
 _FIRST = 64  # likeliest ids looked at first: to sort 100,000 takes longer than some models' step
+OWN_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of a model
 _BROKEN = "the model computed NaN or infinite logits; its weights are broken"
 
 
@@ -90,6 +93,32 @@ class Sampling:
         ):
             if not valid:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected {expected}")
+
+    def with_given(self, **given: Any) -> "Sampling":
+        """The same with those of ``given`` that are not None.  Raises ``ConfigError``."""
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
+
+
+class Generation(NamedTuple):
+    """What a model says of its texts: the tokens at which they end, and how to choose tokens."""
+
+    eos_token_ids: tuple[int, ...]
+    sampling: Sampling
+
+    @classmethod
+    def of(cls, eos_token_ids: Collection[int], about: Json) -> "Generation":
+        """By ``generation_config.json``, and by the config's ``eos_token_ids``.  A setting that is
+        not given is off, the temperature 1; one that no ``Sampling`` can have counts as not
+        given."""
+        ends, sampling = about.get("eos_token_id"), Sampling(temperature=1.0)
+        ends = ends if isinstance(ends, list) else [ends]
+        for name in OWN_SETTINGS:
+            with suppress(KeyError, TypeError, ValueError, OverflowError, ConfigError):
+                value = (int if name == "top_k" else float)(about[name])
+                sampling = sampling.with_given(**{name: value})
+        if about.get("do_sample") is False:
+            sampling = sampling.with_given(temperature=0.0)
+        return cls(tuple({*eos_token_ids, *(i for i in ends if isinstance(i, int))}), sampling)
 
 
 def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

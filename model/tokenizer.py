@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -26,6 +25,9 @@ MAX_TEMPLATE_BYTES = 1 << 20
 MAX_SETTINGS_BYTES = 1 << 22
 _WITHOUT_BOS = ("TikTokenTokenizer",)  # of Moonlight and Kimi: their text begins with no token
 REPLACEMENT = "\ufffd"
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_GIVEN = {"messages", "tools"}  # which no other variables replace
+_HERE = "\ue000 "  # ends a text that goes on; a template that keeps whitespace keeps the space
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 # Byte-level BPE spells a byte as itself where that is a visible character of Latin-1, and the
 # others in order as the characters from 256 on.
@@ -61,6 +63,8 @@ class Tokenizer:
             raise ConfigError(f"{path}: {problem}")
         _check_parses(data, path, verdicts)
         self._backend = Backend.from_buffer(data)
+        self._backend.no_truncation()  # which a file may have kept from its training
+        self._backend.no_padding()
         path = folder / "tokenizer_config.json"
         found = read(path.name, MAX_SETTINGS_BYTES)
         self.settings = settings = {} if found is None else parse_json(found, path)
@@ -72,7 +76,10 @@ class Tokenizer:
         wants_bos = settings.get("add_bos_token", adds_bos and bos_token_id is not None)
         self.bos_token_id = bos_token_id if wants_bos else None
         self.reasoning = reasoning_of(self.template, self.token_id)
-        self.eos_token = _spelling(settings, "eos_token")
+        named = {name: _spelling(settings, name) for name in settings if name.endswith("_token")}
+        self._spellings = {"bos_token": "", "eos_token": ""}  # of special tokens, for the template
+        self._spellings |= {name: token for name, token in named.items() if token}
+        self.eos_token = self._spellings["eos_token"]
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.size = max(vocabulary.values(), default=-1) + 1
         # Characters of the longest token: no token of byte-level BPE has more of a text.
@@ -136,9 +143,10 @@ class Tokenizer:
         """The whole tokenizer, as in ``tokenizer.json``."""
         return self._backend.to_str()
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of ``ids`` without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        return self._backend.decode(ids, skip_special_tokens=True)
+    def decode(self, ids: list[int], special: bool = False) -> str:
+        """Text of ``ids``, of ``special`` tokens too or without them; bytes that are no UTF-8
+        become U+FFFD."""
+        return self._backend.decode(ids, skip_special_tokens=not special)
 
     def chat(
         self,
@@ -147,31 +155,39 @@ class Tokenizer:
         begun: bool = False,
         effort: str | None = None,
         schema: Json | None = None,
+        extra: Json | None = None,
     ) -> str:
-        """``messages`` through the model's chat template, ready for the assistant's answer, of
-        which the last message is the beginning if it is ``begun``; ``tools`` as templates expect
-        them; an ``effort`` of "none" switches reasoning off where the template can, and any other
-        on; the answer follows the JSON ``schema``, if there is one.  Raises ``ConfigError`` if
-        there is no template, if it fails or exceeds its limits."""
+        """``messages`` through the model's chat template, ready for the assistant's answer, which
+        goes on with the text of the last message if that is ``begun``; ``tools`` as templates
+        expect them; an ``effort`` of "none" switches reasoning off where the template can, and any
+        other on; the answer follows the JSON ``schema``, if there is one.  ``extra`` are further
+        variables of the template, and go before others (``chat_template_kwargs``).  Raises
+        ``ConfigError`` if there is no template, if it fails or exceeds its limits."""
         if self.template is None:
             problem = "tokenizer_config.json: has no chat_template, so this is not a chat model"
             other = "or continue text with 'slotmoe run MODEL PROMPT', without --chat"
             raise ConfigError(f"{problem}: take its Chat or Instruct version, {other}")
-        bos, eos = _spelling(self.settings, "bos_token"), self.eos_token
-        variables = {"messages": messages, "add_generation_prompt": not begun}
-        variables |= {"bos_token": bos, "eos_token": eos} | ({"tools": tools} if tools else {})
+        if taken := _GIVEN & {*(extra or ())}:
+            problem = f"chat_template_kwargs: {min(taken)} is not the template's to choose"
+            raise ConfigError(f"{problem}; give it as a field of the request")
+        chat = [_message(message) for message in messages]
+        if begun:
+            chat[-1]["content"] = f"{chat[-1].get('content', '')}{_HERE}"
+        variables = {"messages": chat, "add_generation_prompt": not begun, **self._spellings}
+        variables |= {"tools": tools or None, "documents": None}
         if effort is not None:  # the words of DeepSeek and Kimi, GLM, Mistral, our own
             thinking = effort != "none"
             variables |= {"thinking": thinking, "enable_thinking": thinking, "effort": effort}
             variables["reasoning_effort"] = "high" if thinking else "none"
         if schema is not None:
             variables["response_format"] = schema
+        request = {"template": self.template, "variables": variables | (extra or {})}
         try:
-            request = json.dumps({"template": self.template, "variables": variables})
+            data = json.dumps(request).encode()
         except RecursionError:
             raise ConfigError("a schema is nested too deeply for the chat template") from None
-        text = _TEMPLATE.run(request.encode()).decode()
-        return text.removesuffix(eos) if begun else text
+        text = _TEMPLATE.run(data, "chat_template").decode()
+        return _until_here(text) if begun else text
 
 
 class TextStream:
@@ -230,10 +246,29 @@ def _template_of(settings: Json) -> str | None:
     return template if isinstance(template, str) else None
 
 
+def _message(given: Mapping[str, object]) -> Json:
+    """What of a message has a value, with its reasoning under the names that templates have."""
+    message = {name: value for name, value in given.items() if value is not None}
+    thoughts = [message[name] for name in _REASONING if name in message]
+    if thoughts:
+        message = {"thinking": thoughts[0], **message, "reasoning_content": thoughts[0]}
+    return message
+
+
+def _until_here(text: str) -> str:
+    """A conversation up to where its last message ends.  Raises ``ConfigError``."""
+    begun, mark, rest = text.rpartition(_HERE[0])
+    if not mark:
+        problem = "chat_template: leaves the last message out, so no answer can go on with it"
+        raise ConfigError(f"{problem}; end with a message of the user")
+    return begun if rest.startswith(_HERE[1]) else begun.rstrip()
+
+
 def _spelling(settings: Json, name: str) -> str:
     """How a special token is spelled; empty if the settings don't say."""
-    token = settings.get(name)
-    return str(token.get("content", "") if isinstance(token, dict) else token or "")
+    token = settings[name]
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else ""
 
 
 def _check_parses(data: bytes, path: Path, verdicts: Path | None) -> None:
@@ -244,7 +279,8 @@ def _check_parses(data: bytes, path: Path, verdicts: Path | None) -> None:
     key = hashlib.sha256(__version__.encode() + b" " + data).hexdigest()
     if verdicts is not None and (verdicts / key).is_file():
         return
-    replace(_PARSER, what=f"{path}: the tokenizers library").run(data)
+    _PARSER.run(data, f"{path}: the tokenizers library")
+    _PARSER.close()  # few have a second one
     if verdicts is not None:
         with suppress(OSError):  # only a child's time is lost
             verdicts.mkdir(parents=True, exist_ok=True)
@@ -252,43 +288,69 @@ def _check_parses(data: bytes, path: Path, verdicts: Path | None) -> None:
 
 
 _PARSER = Child(
-    "tokenizer.json",
     """
 from tokenizers import Tokenizer
-data = sys.stdin.buffer.read()
-limit()
-tokenizer = Tokenizer.from_buffer(data)
-text = "Hello, w\\u00f6rld 12 \\u4f60\\u597d\\n"
-ids = tokenizer.encode(text, add_special_tokens=False).ids
-tokenizer.decode(ids), tokenizer.get_vocab(), tokenizer.to_str()
+def answer(data):
+    limit()
+    tokenizer = Tokenizer.from_buffer(data)
+    text = "Hello, w\\u00f6rld 12 \\u4f60\\u597d\\n"
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    tokenizer.decode(ids), tokenizer.get_vocab(), tokenizer.to_str()
+    return b""
 """,
     seconds=20,
     memory=2 << 30,
 )
+# The environment of transformers' ``apply_chat_template``.  Nothing in it changes, so that one
+# conversation leaves nothing to the next.
 _TEMPLATE = Child(
-    "chat_template",
     """
-import datetime
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import datetime, functools
+from jinja2 import ext, nodes, sandbox, utils
+class Generation(ext.Extension):
+    tags = {"generation"}
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+class Dict:  # the class itself has methods that change others
+    def __call__(self, *given, **named):
+        return dict(*given, **named)
+    def fromkeys(self, *given):
+        return dict.fromkeys(*given)
+class Namespace(utils.Namespace):
+    def __init__(*given, **named):
+        utils.Namespace.__init__(given[0])
+        for name, value in dict(*given[1:], **named).items():
+            given[0][name] = value
+    def __setitem__(self, name, value):
+        if str(name).startswith("_"):
+            raise sandbox.SecurityError(f"a namespace can't have {name!r}")
+        utils.Namespace.__setitem__(self, name, value)
 def raise_exception(message):
     raise ValueError(message)
 def strftime_now(form):
     return datetime.datetime.now().strftime(form)
-def tojson(value, indent=None):
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-loops = ["jinja2.ext.loopcontrols"]
-environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
+def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    how = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return json.dumps(value, ensure_ascii=ensure_ascii, **how)
+environment = sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+)
 environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+environment.globals.update(dict=Dict(), namespace=Namespace)
 environment.filters["tojson"] = tojson
-request, most = json.load(sys.stdin), 4 << 20
-limit()
-parts, size = [], 0
-for part in environment.from_string(request["template"]).generate(**request["variables"]):
-    size += len(part)
-    if size > most:
-        raise ValueError(f"more than {most} characters of output")
-    parts.append(part)
-sys.stdout.buffer.write("".join(parts).encode())
+compiled = functools.lru_cache(4)(environment.from_string)
+def answer(data):
+    request, most = json.loads(data), 4 << 20
+    limit()
+    parts, size = [], 0
+    for part in compiled(request["template"]).generate(request["variables"]):
+        size += len(part)
+        if size > most:
+            raise ValueError(f"more than {most} characters of output")
+        parts.append(part)
+    return "".join(parts).encode()
 """,
     seconds=0.5,
     memory=64 << 20,

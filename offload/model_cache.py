@@ -1,11 +1,17 @@
-"""The exports in the cache folder: what is there, and how it is removed.  Without torch."""
+"""The exports in the cache folder: their names, what is there, and how it is removed; and where a
+MODEL lies.  Without torch.
+
+An export that was made there is called after its source's content or commit.  People give the short
+name, which is without: ``model`` of ``owner--model-COMMIT-VERSION`` and of ``model-KEY``.
+"""
 
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,19 +19,22 @@ from pathlib import Path
 from slotmoe import model
 from slotmoe.errors import ConfigError, ExportError
 from slotmoe.jsonfile import Json
+from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.shared_files import read_note, take_lock
 
 SAMPLE = Path(model.__file__).parent / "sample"
 _MANIFEST = "slotmoe.json"  # as slotmoe.quant.export.layout has it, which imports torch
 _UNFINISHED = (".partial", ".download", ".replaced")
+_KEYED = re.compile(r"(?:[\w.-]+?--)?(.+?)(?:\.gguf)?-[0-9a-f]{12}(?:-\d+)?")
 
 
 @dataclass(frozen=True)
 class Cached:
     """A folder of the cache: ``bytes`` on disk, seconds since 1970 when it was last ``used``, and
-    the folder or hub id that it is of, as far as that is noted."""
+    the folder or hub id that it is of, as far as that is noted.  ``short`` is what to call it."""
 
     name: str
+    short: str
     source: str | None
     bytes: int
     used: float
@@ -39,7 +48,85 @@ def is_hub_id(name: str) -> bool:
 
 
 def is_export(folder: Path) -> bool:
-    return (folder / _MANIFEST).is_file()
+    return (folder / _MANIFEST).is_file() and not folder.name.endswith(_UNFINISHED)
+
+
+def is_model(folder: Path) -> bool:
+    """Whether it looks like an export or a checkpoint."""
+    return is_export(folder) or (folder / "config.json").is_file()
+
+
+def locate(
+    model: str | Path, revision: str | None = None, notify: Callable[[str], object] = str
+) -> Path | None:
+    """The path of a ``MODEL``: first an export, a checkpoint folder or a GGUF file there, then
+    ``sample``, then what has the name in the cache folder; None for a hub id.  ``notify`` gets a
+    line where that may surprise.  Raises ``ConfigError``."""
+    name, path, on_hub = str(model), Path(model), is_hub_id(str(model))
+    is_path = path.is_file() or is_model(path)
+    if revision is not None and (is_path or not on_hub):
+        problem = f"revision {revision} is of a model on the hub, but this is here"
+        raise ConfigError(f"{name}: {problem}; leave out --revision")
+    if is_path:
+        if on_hub and not is_export(path):
+            notify(f"{name} is a folder here, so it is not looked up on the hub")
+        elif name in library():
+            notify(f"{name} is here, so the one of the cache folder is not used")
+        return path
+    if name == "sample":
+        return SAMPLE
+    if path.name == name and (named := export_named(name)) is not None:
+        if name not in (named.name, short_name(named)):
+            notify(f"{name} is {short_name(named)}, in {named.parent}")
+        return named
+    if path.exists():
+        neither = f"{_MANIFEST} (an export) nor config.json (a checkpoint)"
+        raise ConfigError(f"{path}: holds neither {neither}")
+    if not on_hub:
+        raise ConfigError(f"{path}: {_meant(path)}")
+    return None
+
+
+def _meant(path: Path) -> str:
+    """What to say of a path where nothing is."""
+    from slotmoe.offload.plan.advice import GEOMETRIES
+
+    if str(path) in GEOMETRIES:
+        weights = "deepseek-ai/DeepSeek-V2-Lite has weights of v2-lite, slotmoe synth makes random"
+        return f"is a geometry, without weights; {weights}"
+    there = dict.fromkeys([*library(), "sample"]) if path.name == str(path) else {}
+    with suppress(OSError):
+        there |= {each.name: str(each) for each in path.parent.iterdir() if is_model(each)}
+    if near := get_close_matches(path.name, there, 1):  # the folder alone is no likeness
+        return f"no such folder; did you mean {there[near[0]] or near[0]}?"
+    known = "a path, a name that slotmoe list shows, a hub id or 'sample'"
+    return f"no such folder or file; MODEL is {known}"
+
+
+def short_name(export: Path) -> str:
+    match = _KEYED.fullmatch(export.name)
+    return export.name if match is None else match[1]
+
+
+def library(cache: Path | None = None) -> dict[str, Path]:
+    """The exports in the cache folder by short name, or, where several have the same, by their
+    folders'."""
+    with suppress(ConfigError, OSError):
+        folders = [*filter(is_export, sorted((cache or cache_folder()).iterdir()))]
+        shorts = Counter(map(short_name, folders))
+        return {f.name if shorts[short_name(f)] > 1 else short_name(f): f for f in folders}
+    return {}
+
+
+def export_named(wanted: str) -> Path | None:
+    """The export in the cache folder with that name, or else the only one that has it, in any
+    case, as a part of its own.  Raises ``ConfigError`` where several have."""
+    exports, part = library(), wanted.lower()
+    found = [name for name, path in exports.items() if wanted in (name, path.name)]
+    found = found or [name for name, path in exports.items() if part in short_name(path).lower()]
+    if len(found) > 1:
+        raise ConfigError(f"{wanted}: may be any of {', '.join(found)}; give one of them")
+    return exports[found[0]] if found else None
 
 
 def mark_used(folder: Path) -> None:
@@ -53,6 +140,7 @@ def listing(cache: Path) -> list[Cached]:
     if not cache.is_dir():
         return []
     sources, found = dict(_sources(cache)), []
+    names = {path: name for name, path in library(cache).items()}
     for path in cache.iterdir():
         finished = is_export(path)
         if path.is_symlink() or not (finished or path.name.endswith(_UNFINISHED)):
@@ -61,41 +149,51 @@ def listing(cache: Path) -> list[Cached]:
             plain = path.name if finished else path.name.rpartition(".")[0]
             source = sources.get(plain) or _hub_id(plain)
             used = path.stat().st_mtime
-            found.append(Cached(path.name, source, _bytes(path), used, finished))
+            short = names.get(path, path.name)
+            found.append(Cached(path.name, short, source, _bytes(path), used, finished))
     return sorted(found, key=lambda cached: -cached.used)
 
 
-def remove(cache: Path, wanted: str) -> list[Cached]:
-    """Remove what is called ``wanted``, or is of that hub id, that folder, or of ``sample``, and
-    return it.  Raises ``ConfigError`` if there is none, ``ExportError`` if another process is
-    writing it."""
-    there, folder = listing(cache), Path(wanted)
-    if wanted == "sample" and not folder.is_dir():
-        folder = SAMPLE
-    meant = {wanted, str(folder.resolve())}
-    meant |= {export for export, source in _sources(cache) if source in meant}
-    chosen = [cached for cached in there if {cached.name, cached.source} & meant]
-    if not chosen:
-        names = [name for cached in there for name in (cached.name, cached.source) if name]
-        near = get_close_matches(wanted, names, 1)
-        hint = f"did you mean {near[0]}?" if near else "slotmoe list shows what there is"
-        raise ConfigError(f"{cache}: holds no {wanted!r}; {hint}")
-    for cached in chosen:
-        path = cache / cached.name
-        try:
-            os.close(take_lock(path, os.O_RDONLY | os.O_DIRECTORY, 0))
-        except BlockingIOError:
-            problem = "another process is writing it; wait for it to finish, or stop it"
-            raise ExportError(f"{path}: {problem}") from None
-        gone = path
-        if cached.finished:  # so that a kill leaves no half of an export under its name
-            gone = path.with_name(f"{path.name}.replaced")
-            shutil.rmtree(gone, ignore_errors=True)
-            path.rename(gone)
-        shutil.rmtree(gone)
-        for note in _notes(cache, cached.name):
-            note.unlink(missing_ok=True)
-    return chosen
+def find(cache: Path, wanted: Sequence[str]) -> list[Cached]:
+    """What has those names, or is of those hub ids, folders, or of ``sample``.  Raises
+    ``ConfigError`` if one of them is not there, or is a short name of several."""
+    there, chosen = listing(cache), dict[str, Cached]()
+    for name in wanted:
+        folder = SAMPLE if name == "sample" and not Path(name).is_dir() else Path(name)
+        meant = {name, str(folder.resolve())}
+        meant |= {export for export, source in _sources(cache) if source in meant}
+        found = [cached for cached in there if {cached.name, cached.source} & meant]
+        found = found or [cached for cached in there if cached.short == name]
+        if not found:
+            names = [name for c in there for name in (c.short, c.name, c.source) if name]
+            near = get_close_matches(name, names, 1)
+            hint = f"did you mean {near[0]}?" if near else "slotmoe list shows what there is"
+            raise ConfigError(f"{cache}: holds no {name!r}; {hint}")
+        chosen |= {cached.name: cached for cached in found}
+    return [*chosen.values()]
+
+
+def remove(cache: Path, chosen: Sequence[Cached]) -> None:
+    """Remove these.  Raises ``ExportError``, and removes nothing, if another process is writing one
+    of them."""
+    with ExitStack() as locks:
+        for cached in chosen:
+            path = cache / cached.name
+            try:
+                lock = take_lock(path, os.O_RDONLY | os.O_DIRECTORY, 0)
+            except BlockingIOError:
+                problem = "another process is writing it; wait for it to finish, or stop it"
+                raise ExportError(f"{path}: {problem}") from None
+            locks.callback(os.close, lock)
+        for cached in chosen:
+            gone = path = cache / cached.name
+            if cached.finished:  # so that a kill leaves no half of an export under its name
+                gone = path.with_name(f"{path.name}.replaced")
+                shutil.rmtree(gone, ignore_errors=True)
+                path.rename(gone)
+            shutil.rmtree(gone)
+            for note in _notes(cache, cached.name):
+                note.unlink(missing_ok=True)
 
 
 def facts(cached: Cached) -> Json:

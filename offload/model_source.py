@@ -9,10 +9,11 @@ from slotmoe.jsonfile import parse_json
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.config import Config, config_among
 from slotmoe.model.files import ReadFile
+from slotmoe.model.generate import Generation
 from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.machine import cache_folder
-from slotmoe.offload.model_cache import SAMPLE, is_hub_id
+from slotmoe.offload.model_cache import locate
 from slotmoe.quant.export.layout import MANIFEST
 from slotmoe.quant.export.reader import Export
 
@@ -38,43 +39,19 @@ def open_tokenizer(config: Config, read: ReadFile, path: Path) -> Tokenizer:
     return Tokenizer(path, config.bos_token_id, read, verdicts, config.family.own_template)
 
 
-def eos_token_ids(config: Config, read: ReadFile, path: Path) -> tuple[int, ...]:
-    """The tokens at which an answer ends, by the config and by ``generation_config.json``."""
+def generation_of(config: Config, read: ReadFile, path: Path) -> Generation:
+    """What the model at ``path`` says of its texts.  Raises ``ConfigError``."""
     path = path / "generation_config.json"
     data = read(path.name, 1 << 20)
-    value = None if data is None else parse_json(data, path).get("eos_token_id")
-    extra = value if isinstance(value, list) else [value]
-    return tuple({*config.eos_token_ids, *(id for id in extra if isinstance(id, int))})
+    return Generation.of(config.eos_token_ids, {} if data is None else parse_json(data, path))
 
 
 def resolve_model(path: str | Path, revision: str | None = None, **reporting: Any) -> Path:
-    """Folder of a ``MODEL``: an export, a Hugging Face checkpoint, or ``sample``; or the path of a
-    GGUF file.
-
-    A hub id that is no folder here becomes an export in the cache folder first;
-    ``slotmoe.offload.ingest.hub.hub_export`` gets ``revision`` and ``reporting``.  Raises
-    ``ConfigError``, and what that raises.
-    """
-    folder = Path(path)
-    if is_hub_id(str(path)) and not folder.exists():
-        from slotmoe.offload.ingest.hub import hub_export
-
-        return hub_export(str(path), revision, cache_folder(), **reporting)
-    if revision is not None:
-        raise ConfigError(
-            f"{folder}: a revision is of a model on the hub, but this is a folder here; "
-            "leave the revision out"
-        )
-    if str(path) == "sample" and not folder.is_dir():
-        return SAMPLE
-    if folder.is_file():
+    """Path of a ``MODEL``, as ``locate`` finds it.  A hub id becomes an export in the cache folder
+    first; ``slotmoe.offload.ingest.hub.hub_export`` gets ``revision`` and ``reporting``.  Raises
+    ``ConfigError``, and what that raises."""
+    if (folder := locate(path, revision)) is not None:
         return folder
-    if not folder.is_dir():
-        raise ConfigError(
-            f"{folder}: no such folder or file; MODEL is an export, a Hugging Face checkpoint "
-            "folder, a GGUF file, a hub id or 'sample'"
-        )
-    if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
-        neither = f"{MANIFEST} (an export) nor config.json (a checkpoint)"
-        raise ConfigError(f"{folder}: holds neither {neither}")
-    return folder
+    from slotmoe.offload.ingest.hub import hub_export
+
+    return hub_export(str(path), revision, cache_folder(), **reporting)

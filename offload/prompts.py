@@ -14,16 +14,16 @@ class TextOptions(TypedDict, total=False):
     """The keywords of ``Runtime.generate`` that several texts share."""
 
     max_new_tokens: int | None
-    temperature: float
-    top_p: float
-    top_k: int
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
     seed: int | None
     chat: bool
     tools: Sequence[Json] | None
     stop: str | Sequence[str]
     top_logprobs: int
-    min_p: float
-    repetition_penalty: float
+    min_p: float | None
+    repetition_penalty: float | None
 
 
 def is_conversation(prompt: object) -> bool:

@@ -8,6 +8,7 @@ with Runtime.open("sample") as runtime:
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Answer, Sampling, Stops, Token
 from slotmoe.offload.devices.cuda import choose_device
 from slotmoe.offload.engine.engine import Engine
-from slotmoe.offload.engine.loading import LoadedModel, open_model
+from slotmoe.offload.engine.loading import LoadedModel, check_options, open_model
 from slotmoe.offload.engine.requests import Stream
 from slotmoe.offload.experts.experts import Route
 from slotmoe.offload.ingest.cached import cached_export
@@ -50,7 +51,8 @@ class Runtime:
 
     def __init__(self, model: LoadedModel):
         self.config, self.tokenizer, self.plan = model.config, model.tokenizer, model.plan
-        self.eos_token_ids, self.device = model.eos_token_ids, model.device.device
+        self.eos_token_ids, self.sampling = model.generation
+        self.device = model.device.device
         self._engine: Engine | None = Engine(model)
         self._trace: TraceWriter | None = None
         # No thread may compute when the process ends.
@@ -80,6 +82,7 @@ class Runtime:
         revision: str | None = None,
         progress: Progress | None = None,
         reading: Progress = ignore,
+        arriving: Progress = ignore,
         notify: Notify = ignore,
     ) -> "Runtime":
         """Open an export, a checkpoint folder or hub id (quantized once into the cache folder) or
@@ -96,7 +99,8 @@ class Runtime:
         there; ``cpu``; ``hybrid``, both; ``auto`` takes what measured bandwidths advise.
         ``experts_dirs`` are copies of the export's ``experts`` on other drives.  ``draft`` and
         ``route_budget``: docs/drafts.md, docs/routing.md.  ``revision`` of a hub id is a branch,
-        tag or commit.  ``progress``, ``reading`` and ``notify`` are as in ``cached_export``.
+        tag or commit.  ``progress``, ``reading`` and ``notify`` are as in ``cached_export``,
+        ``arriving`` is of a download.
 
         Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
         """
@@ -108,12 +112,14 @@ class Runtime:
         needs = "quantize=False needs the original checkpoint"
         if not quantize and is_hub_id(str(path)) and not Path(path).exists():
             raise ConfigError(f"{path}: {needs} in a folder; download it first")
-        reporting = {"progress": progress} if progress else {}
-        folder = resolve_model(path, revision, **reporting)
         chosen, reason = choose_device(str(device))
+        check = partial(check_options, options, chosen)
+        told = {"arriving": arriving, "progress": progress or ignore, "notify": notify}
+        folder = resolve_model(path, revision, ready=check, **told)
         is_export = (folder / MANIFEST).is_file()
         if quantize and not is_export:
-            folder = cached_export(folder, cache_folder(), progress, reading, notify)
+            check(folder, smallest=True)  # before gigabytes are read
+            folder = cached_export(folder, cache_folder(), progress, reading, notify, check)
         elif not quantize and is_export:
             raise ConfigError(f"{folder}: is an export, already quantized; {needs}")
         return cls(open_model(folder, options, chosen, reason))
@@ -188,9 +194,9 @@ class Runtime:
         self,
         prompt: str | Sequence[int] | None = None,
         max_new_tokens: int | None = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
+        temperature: float | None = 0.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
         seed: int | None = None,
         chat: bool = False,
         messages: Messages | None = None,
@@ -198,8 +204,8 @@ class Runtime:
         tools: Sequence[Json] | None = None,
         stop: str | Sequence[str] = (),
         top_logprobs: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
     ) -> Stream:
         """Continue ``prompt`` (text, or token ids used as they are) and yield each ``Token`` as it
         is made; any number of threads may ask at once.
@@ -212,6 +218,7 @@ class Runtime:
         ``tools`` are as the template expects them.  What the prompt shares with the beginning of an
         earlier text is not computed again, if it is still in a latent cache.  The engine goes on
         while nobody takes the tokens, until the text ends or the iterator is closed or forgotten.
+        At a temperature above 0, or None, each setting of sampling that is None is the model's own.
         Raises ``ConfigError``, and ``PlanError`` if the prompt does not fit.
         """
         given = {"max_new_tokens": max_new_tokens, "chat": chat, "stop": stop, "tools": tools}
@@ -222,7 +229,9 @@ class Runtime:
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(text, str) and text for text in stops):
             raise ConfigError(f"stop is {stop!r:.60}, expected texts that are not empty")
-        sampling = Sampling(temperature, top_p, top_k, seed, min_p, repetition_penalty)
+        chosen = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+        chosen |= {"min_p": min_p, "repetition_penalty": repetition_penalty}
+        sampling = (Sampling() if temperature == 0 else self.sampling).with_given(**chosen)
         if (prompt is None) == (messages is None):
             raise ConfigError("give a prompt or messages, one of the two")
         if tools and messages is None:

@@ -9,12 +9,14 @@ import sys
 import traceback
 from difflib import get_close_matches
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import NoReturn
 
 import click
 
 from slotmoe import __version__
 from slotmoe.errors import ConfigError, DeviceError, DownloadError, SlotmoeError
+from slotmoe.tools.settings import defaults
 
 _COMMANDS = {
     "run": "Continue a prompt with a model, streaming the text.",
@@ -73,7 +75,9 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
 
-_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
+_SETTINGS = {"help_option_names": ["-h", "--help", "--help-all"], "show_default": True}
+if (width := get_terminal_size().columns) < 52:  # click would write 50 columns
+    _SETTINGS["terminal_width"] = width
 
 
 @click.group("slotmoe", cls=LazyGroup, context_settings=_SETTINGS, invoke_without_command=True)
@@ -96,6 +100,8 @@ def cli(ctx: click.Context, traceback: bool) -> None:
     ctx.ensure_object(dict)["traceback"] = traceback
     if ctx.invoked_subcommand is None:
         click.echo(_START)
+    else:
+        ctx.default_map = {ctx.invoked_subcommand: defaults(ctx)}
 
 
 def main(arguments: list[str] | None = None, group: click.Group = cli) -> NoReturn:

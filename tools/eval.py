@@ -34,6 +34,7 @@ _METHOD_HELP = (
     "strided scores every token once; llama.cpp the second half of each window, as its "
     "perplexity tool does."
 )
+_WORST = "With --reference: show the N worst tokens."
 _KERNELS_HELP = (
     "torch rounds no activations, several times slower on a CPU: the cost of the weights alone."
 )
@@ -41,14 +42,14 @@ _KERNELS_HELP = (
 
 @click.command(name="eval", cls=options.Command)
 @options.MODEL
-@option("--text texts", "FILE", _TEXT_HELP, type=Path, multiple=True, required=True)
+@option("--text texts", "FILE", _TEXT_HELP, type=options.EXISTING, multiple=True, required=True)
 @option("--reference", "SRC", _REFERENCE_HELP)
 @choice("--method", ["strided", "llama.cpp"], "strided", _METHOD_HELP)
 @integer("--window", "Positions that one pass reads. [default: --context]")
 @integer("--stride", "Tokens from one window's begin to the next one's. [default: --window - 1]")
-@option("--worst", "N", "Show the N worst tokens.", type=click.IntRange(0, 1000), default=10)
+@option("--worst", "N", _WORST, type=click.IntRange(0, 1000), default=10)
 @choice("--kernels", ["auto", "torch"], "auto", _KERNELS_HELP)
-@options.runtime_options
+@options.open_options
 @options.JSON
 def command(
     model: str, texts: tuple[Path, ...], reference: str | None, as_json: bool, **given: Any
@@ -81,7 +82,8 @@ def command(
     from slotmoe.offload.model_source import resolve_model
     from slotmoe.offload.study.evaluate import Evaluation, read_texts, windows_of
 
-    method, stride, folder = given["method"], given["stride"], resolve_model(model)
+    method, stride = given["method"], given["stride"]
+    folder = resolve_model(model, given["revision"])
     window = given["context"] = _window(folder, given["window"], given["context"])
     read = read_texts(texts, folder, None if reference is None else resolve_model(reference))
     windows = [windows_of(text, method, window, stride) for text in read]

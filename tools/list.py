@@ -18,8 +18,9 @@ from slotmoe.tools.sessions import ago, described, session_facts, session_folder
 @options.SESSION_DIR
 @options.JSON
 def command(as_json: bool, sessions: bool, session_dir: Path | None) -> None:
-    """Show what slotmoe run made of checkpoint folders, hub ids and the sample: the exports in
-    $SLOTMOE_CACHE (default ~/.cache/slotmoe), the one that was used last first.
+    """Show the exports in $SLOTMOE_CACHE (default ~/.cache/slotmoe), by the names that stand for
+    them in every command: what slotmoe run made of checkpoint folders, hub ids and the sample, and
+    what slotmoe quantize and synth wrote there. The one that was used last is first.
 
     \b
     Examples:
@@ -43,7 +44,7 @@ def command(as_json: bool, sessions: bool, session_dir: Path | None) -> None:
             size, used = format_size(cached.bytes), ago(cached.used)
             state = "" if cached.finished else " (unfinished)"
             of = "" if cached.source is None else f", of {cached.source}"
-            print(visible(f"{size:>10}  {used:<14}  {cached.name}{state}{of}"))
+            print(visible(f"{size:>10}  {used:<14}  {cached.short}{state}{of}"))
         print(f"{folder}: {format_size(total)}. slotmoe rm NAME removes one.")
     else:
         print(f"{folder}: holds no exports yet; slotmoe run MODEL makes them")

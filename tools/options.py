@@ -1,9 +1,9 @@
 """Options that several commands share: where the model runs and within which budget."""
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import device_index, total_memory
-from slotmoe.offload.model_cache import is_hub_id
+from slotmoe.offload.model_cache import is_model, library, locate
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.drafts import DRAFTS
 from slotmoe.offload.policy.hybrid import MODES
@@ -37,24 +37,37 @@ class Decorator(Protocol):
 
 def option(names: str, metavar: str | None, help: str, **rest: Any) -> Decorator:
     """A click option; ``names`` are separated by spaces."""
+    if metavar == "SIZE" or rest.get("type") is NEW_FILE:
+        rest["callback"] = _check_value
     return click.option(*names.split(), metavar=metavar, help=help, **rest)
 
 
-def flag(names: str, help: str) -> Decorator:
-    return click.option(*names.split(), is_flag=True, help=help)
+def _check_value(ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """Refuse a size, or a new file in no folder."""
+    if isinstance(value, str):
+        parse_size(value)
+    if isinstance(value, Path) and not value.parent.is_dir():
+        raise click.BadParameter(f"{value}: its folder is not there")
+    return value
 
 
-def integer(names: str, help: str, default: int | None = None) -> Decorator:
-    return option(names, "N", help, type=int, default=default)
+def flag(names: str, help: str, **rest: Any) -> Decorator:
+    return click.option(*names.split(), is_flag=True, help=help, **rest)
 
 
-def choice(name: str, values: Sequence[str], default: str | None, help: str) -> Decorator:
-    return click.option(name, type=click.Choice(values), default=default, help=help)
+def integer(names: str, help: str, default: int | None = None, **rest: Any) -> Decorator:
+    return option(names, "N", help, type=int, default=default, **rest)
 
 
-def count(names: str, default: int | None, help: str, least: int = 1) -> Decorator:
+def choice(
+    name: str, values: Sequence[str], default: str | None, help: str, **rest: Any
+) -> Decorator:
+    return click.option(name, type=click.Choice(values), default=default, help=help, **rest)
+
+
+def count(names: str, default: int | None, help: str, least: int = 1, **rest: Any) -> Decorator:
     """An option that takes a whole number of at least ``least``."""
-    return option(names, "N", help, type=click.IntRange(least), default=default)
+    return option(names, "N", help, type=click.IntRange(least), default=default, **rest)
 
 
 def completing(names: Callable[[], Iterable[str]]) -> Callable[..., list[str]]:
@@ -62,24 +75,51 @@ def completing(names: Callable[[], Iterable[str]]) -> Callable[..., list[str]]:
     return lambda ctx, parameter, typed: [name for name in names() if name.startswith(typed)]
 
 
+_ALL = "--help-all"
+
+
+class Rare(click.Option):
+    """An option that ``--help-all`` shows and ``--help`` does not."""
+
+
 class Command(click.Command):
-    """A command whose help shows its options in groups."""
+    """A command whose help shows its options in groups, and that looks whether its models are there
+    before a library is loaded."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_ALL] = _ALL in args
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if ctx.info_name != "plan":  # which knows more names
+            for model in filter(None, map(ctx.params.get, ("model", "reference"))):
+                locate(model, ctx.params["revision"] if model == ctx.params["model"] else None, say)
+        return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {title: [] for title in (*_GROUPS, "Options")}
         of = {name: title for title, names in _GROUPS.items() for name in names.split()}
         for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
+            is_shown = ctx.meta.get(_ALL) or not isinstance(parameter, Rare)
+            record = parameter.get_help_record(ctx) if is_shown else None
+            if record is not None and parameter.name in (mine := ctx.default_map or {}):
+                plain = re.sub(r" *\[default: [^]]*\]", "", record[1])
+                record = record[0], f"{plain} [default: {mine[parameter.name]}, by slotmoe.toml]"
             if record is not None and isinstance(parameter, click.Option):
                 groups[of.get(parameter.name or "", "Options")].append(record)
         for title, records in groups.items():
             if records:
                 with formatter.section(title):
-                    formatter.write_dl(records)
+                    formatter.write_dl(records, col_max=min(30, formatter.width // 2))
+        if not ctx.meta.get(_ALL):
+            formatter.write(f"\nRarer options: slotmoe {ctx.info_name} {_ALL}\n")
 
 
 _GROUPS = {  # title -> the parameters' names
-    "Text": "file text max_new_tokens temperature top_p top_k seed chat system",
+    "Text": (
+        "file text chat system max_new_tokens temperature top_p top_k min_p repetition_penalty "
+        "seed stop"
+    ),
     "Sessions on disk": "session resume session_dir session_limit",
     "Where it runs, and in how much memory": (
         "device ram vram context threads slots cache_policy misses no_prefetch draft kernels "
@@ -139,7 +179,7 @@ def expert_codecs(given: Json) -> ExpertCodecs | None:
 
 
 _REVISION = "Branch, tag or commit of a model on the hub. [default: main]"
-REVISION = option("--revision", "REV", _REVISION)
+REVISION = option("--revision", "REV", _REVISION, cls=Rare)
 _DEVICE = "auto takes the GPU when there is one; of several, cuda:N that number in CUDA's order."
 _MISSES = (
     "With a GPU, an expert that is in none of its slots is fetched, computed by the CPU, or either "
@@ -149,11 +189,15 @@ _EXPERTS_DIR = (
     "A copy of the export's experts folder on another drive, from which reads come too; may be "
     "repeated."
 )
+_THREADS = "CPU threads. [default: the physical cores that it may use]"
+_SLOTS = "Keep at most N experts in memory. [default: all that fit the budget]"
+_NO_PREFETCH = "Read experts only when a gate has asked for them, never ahead."
 _DRAFT = (
     "Tokens that may come next are computed with those that do, as many as pay; the text is the "
     "same to the bit. ngram drafts what followed earlier in the text, mtp what the head expects "
     "that quantize --keep-mtp has kept; auto is ngram, off on a GPU."
 )
+_MTP = "mtp counts the head that predicts one token more, as quantize --keep-mtp keeps it."
 _BUDGET = (
     "Let experts in memory stand in for missing ones where the gate nearly tied, at about N nats "
     "of KL divergence a token, like 0.01. The text then depends on the cache."
@@ -169,71 +213,91 @@ def _check_device(ctx: click.Context, parameter: click.Parameter, device: str) -
 
 
 _NAMED = {"callback": _check_device, "shell_complete": completing(lambda: ("auto", "cpu", "cuda"))}
-runtime_options = _adding(
+_PLANNED = (
     REVISION,
     option("--device", "auto|cpu|cuda|cuda:N", _DEVICE, default="auto", **_NAMED),
     option("--ram", "SIZE", "RAM for the whole process, like 8GiB. [default: 90% of what is free]"),
     option("--vram", "SIZE", "GPU memory budget, like 20GiB. [default: 90% of what is free]"),
     integer("--context", "Positions of the KV cache. [default: 4096, or the model's limit]"),
-    integer("--threads", "CPU threads. [default: the physical cores that it may use]"),
-    integer("--slots", "Keep at most N experts in memory. [default: all that fit the budget]"),
-    choice("--cache-policy", list(POLICIES), DEFAULT_POLICY, "Which experts stay in memory."),
-    choice("--misses", MODES, "auto", _MISSES),
-    option("--experts-dir experts_dirs", "DIR", _EXPERTS_DIR, multiple=True),
-    flag("--no-prefetch", "Read experts only when a gate has asked for them, never ahead."),
-    choice("--draft", DRAFTS, "off", _DRAFT),
-    option("--route-budget", "N", _BUDGET, type=float),
+    integer("--threads", _THREADS, cls=Rare),
+    integer("--slots", _SLOTS, cls=Rare),
+    choice("--misses", MODES, "auto", _MISSES, cls=Rare),
+    option("--experts-dir experts_dirs", "DIR", _EXPERTS_DIR, multiple=True, cls=Rare),
+    flag("--no-prefetch", _NO_PREFETCH, cls=Rare),
 )
-"""Adds the options that ``open_runtime`` reads."""
+plan_options = _adding(*_PLANNED, choice("--draft", ["off", "mtp"], "off", _MTP, cls=Rare))
+"""Adds what ``slotmoe plan`` reckons with."""
+_POLICY = choice("--cache-policy", [*POLICIES], DEFAULT_POLICY, "Which experts stay.", cls=Rare)
+open_options = _adding(*_PLANNED, _POLICY)
+"""Adds the options that ``open_runtime`` reads of any command."""
+bench_options = _adding(open_options, option("--route-budget", "N", _BUDGET, type=float, cls=Rare))
+"""Adds the same, and what acts where tokens are decoded."""
+runtime_options = _adding(bench_options, choice("--draft", DRAFTS, "off", _DRAFT, cls=Rare))
+"""Adds the same, and what acts where they are chosen."""
 
 
 def runtime_arguments(given: Json) -> Json:
     """What ``Runtime.open`` takes of ``runtime_options`` for any model, without budgets."""
     names = ("device", "context", "threads", "cache_policy", "misses")
     arguments = {name: given[name] for name in names}
-    arguments |= {"route_budget": given["route_budget"] or 0.0}
+    arguments |= {"route_budget": given.get("route_budget") or 0.0}
     arguments |= {"prefetch": not given["no_prefetch"], "kernels": given.get("kernels", "auto")}
     return arguments
 
 
-SAMPLING = ("temperature", "top_p", "top_k", "seed")  # arguments of ``Sampling``
+_GREEDY = "0 is greedy: always the likeliest token."
+_MODELS = "[default: the model's own]"
+_LIKELIEST = "Sample from the likeliest tokens that reach this probability."
+_TOP_K = f"Sample from the N likeliest tokens; 0 is all. {_MODELS}"
+_MIN_P = f"Drop tokens less likely than N times the likeliest. {_MODELS}"
+_REPETITION = f"Divide the logits of tokens that are there already; 1 is off. {_MODELS}"
+_POSITIVE, _PROBABILITY = click.FloatRange(0), click.FloatRange(0, 1)
+_SEEDS = click.IntRange(0, (1 << 63) - 1)
+_PENALTIES = click.FloatRange(0, min_open=True)
+_SAMPLING = {
+    "temperature": option("--temperature", "N", f"{_GREEDY} {_MODELS}", type=_POSITIVE),
+    "top_p": option("--top-p", "N", f"{_LIKELIEST} {_MODELS}", type=click.FloatRange(0, 1, True)),
+    "top_k": count("--top-k", None, _TOP_K, least=0, cls=Rare),
+    "min_p": option("--min-p", "N", _MIN_P, type=_PROBABILITY, cls=Rare),
+    "repetition_penalty": option(
+        "--repetition-penalty", "N", _REPETITION, type=_PENALTIES, cls=Rare
+    ),
+    "seed": option("--seed", "N", "Make sampling repeatable.", type=_SEEDS),
+}
+SAMPLING = tuple(_SAMPLING)  # arguments of ``Runtime.generate``
+OWN = tuple(name for name in SAMPLING if name != "seed")  # settings that a model has its own of
+SYSTEM = option("--system", "TEXT", "How the model should behave; with slotmoe run it sets --chat.")
 _CHAT = flag("--chat", "Send PROMPT through the model's chat template, as a user's message.")
 _TRACE_HELP = "Record which experts were used, for later replay."
-_TRACE = option("--trace", "FILE", _TRACE_HELP, type=NEW_FILE)
+_TRACE = option("--trace", "FILE", _TRACE_HELP, type=NEW_FILE, cls=Rare)
 _NEW_TOKENS = 128  # of a continuation; a chat's answer ends by itself
 _STOP = "Stop after N tokens."
 _STOP_OR_END = f"{_STOP} [default: {_NEW_TOKENS}; with --chat the answer's end]"
 
 
-def _text_options(
-    length: int | None, help: str, temperature: float, top_p: float, *others: Decorator
-) -> Decorator:
-    greedy = "0 is greedy: always the likeliest token."
-    likeliest = "Sample from the likeliest tokens that reach this probability."
-    return _adding(
-        integer("-n --max-new-tokens", help, length),
-        option("--temperature", "N", greedy, default=temperature),
-        option("--top-p", "N", likeliest, default=top_p),
-        integer("--top-k", "Sample from the N likeliest tokens; 0 is all.", 0),
-        integer("--seed", "Make sampling repeatable."),
-        *others,
-    )
+def _text_options(length: int | None, help: str, *others: Decorator, **own: Decorator) -> Decorator:
+    sampling = ((_SAMPLING | own)[name] for name in SAMPLING)
+    stop = option("--stop", "TEXT", "End before this text; may be repeated.", multiple=True)
+    return _adding(count("-n --max-new-tokens", length, help), *sampling, stop, *others)
 
 
-generation_options = _text_options(None, _STOP_OR_END, 0.0, 1.0, _CHAT, _TRACE)
+_GREEDILY = {"temperature": option("--temperature", "N", _GREEDY, default=0.0, type=_POSITIVE)}
+generation_options = _text_options(None, _STOP_OR_END, _CHAT, _TRACE, **_GREEDILY)
 """Adds the options of a continuation: its length, the sampling, and the kind of its prompt."""
-workload_options = _text_options(_NEW_TOKENS, _STOP, 0.0, 1.0, _CHAT, _TRACE)
+workload_options = _text_options(_NEW_TOKENS, _STOP, _CHAT, _TRACE, **_GREEDILY)
 """Adds the same for a measurement, whose length does not depend on the model."""
-chat_options = _text_options(1024, _STOP, 0.3, 0.95, _TRACE)
-"""Adds the options of a chat's answers, with the defaults that DeepSeek gives its chat models."""
+chat_options = _text_options(1024, _STOP, _TRACE)
+"""Adds the options of a chat's answers."""
+sampling_options = _adding(*(_SAMPLING[name] for name in OWN))
+"""Adds those of a server's defaults."""
 _SESSION = (
     "Keep this text or conversation on disk under a name, and go on with what is there; its "
     "messages and what the model computed of them can be read by this user."
 )
 _SESSION_DIR = "Folder of the sessions. [default: $SLOTMOE_CACHE/sessions]"
 _SESSION_LIMIT = "Most bytes of latents there; what was unused for longest goes first."
-SESSION_DIR = option("--session-dir", "DIR", _SESSION_DIR, type=Path)
-SESSION_LIMIT = option("--session-limit", "SIZE", _SESSION_LIMIT, default="8GiB")
+SESSION_DIR = option("--session-dir", "DIR", _SESSION_DIR, type=Path, cls=Rare)
+SESSION_LIMIT = option("--session-limit", "SIZE", _SESSION_LIMIT, default="8GiB", cls=Rare)
 session_options = _adding(option("--session", "NAME", _SESSION), SESSION_DIR, SESSION_LIMIT)
 """Adds the options that ``slotmoe.tools.sessions`` reads."""
 PROMPT = click.argument("prompt", metavar="PROMPT", required=False)
@@ -242,7 +306,8 @@ PROMPT = click.argument("prompt", metavar="PROMPT", required=False)
 
 def generation_arguments(given: Json) -> Json:
     """What ``Runtime.generate`` takes of ``generation_options``, removed from ``given``."""
-    arguments = {name: given.pop(name) for name in ("max_new_tokens", *SAMPLING, "chat")}
+    names = ("max_new_tokens", *SAMPLING, "stop", "chat")
+    arguments = {name: given.pop(name) for name in names}
     if arguments["max_new_tokens"] is None and not arguments["chat"]:
         arguments["max_new_tokens"] = _NEW_TOKENS
     return arguments
@@ -273,65 +338,28 @@ def decoded(data: bytes, what: str) -> str:
 
 
 def model_names(ctx: click.Context, parameter: click.Parameter, typed: str) -> list[CompletionItem]:
-    """For the shell's completion of MODEL: the sample, exports and checkpoints, and folders that
-    may hold some."""
+    """For the shell's completion of MODEL: the sample, exports by name, exports and checkpoints by
+    path, and folders that may hold some."""
     from slotmoe.offload.plan.advice import GEOMETRIES
 
-    names = GEOMETRIES if ctx.info_name == "plan" else ("sample",)
-    found = [CompletionItem(name) for name in names if name.startswith(typed)]
+    names = dict.fromkeys(GEOMETRIES if ctx.info_name == "plan" else ["sample"]) | library()
+    found = {name: CompletionItem(name) for name in names if name.startswith(typed)}
     folder, _, begin = typed.rpartition("/")
     with suppress(OSError):
         for path in sorted(Path(folder or ("/" if typed[:1] == "/" else ".")).iterdir()):
-            if path.name.startswith(begin) and _is_model(path):
-                found.append(CompletionItem(f"{typed.removesuffix(begin)}{path.name}"))
-    return found or [CompletionItem(typed, type="dir")]
+            if path.name.startswith(begin) and is_model(path):
+                name = f"{typed.removesuffix(begin)}{path.name}"
+                found[name] = CompletionItem(name)
+    return [*found.values()] or [CompletionItem(typed, type="dir")]
 
 
 MODEL = click.argument("model", metavar="MODEL", shell_complete=model_names)
-
-
-def is_on_hub(model: str, revision: str | None) -> bool:
-    """Whether ``model`` is a hub id.  A folder of that name comes first, and a line on stderr says
-    so.  Raises ``ConfigError``."""
-    if not is_hub_id(model) or not Path(model).exists():
-        return is_hub_id(model)
-    if revision is not None:
-        advice = "leave out --revision or call from elsewhere"
-        raise ConfigError(f"{model}: is a folder here, which goes before the hub; {advice}")
-    if not (Path(model) / "slotmoe.json").exists():
-        say(f"{model} is a folder here, so it is not looked up on the hub")
-    return False
-
-
-def _check_name(model: str) -> None:
-    """Raise ``ConfigError``, with what may have been meant, if ``model`` is nothing at all but
-    resembles something."""
-    if model == "sample" or Path(model).exists():
-        return
-    from slotmoe.offload.plan.advice import GEOMETRIES
-
-    if model in GEOMETRIES:
-        weights = "deepseek-ai/DeepSeek-V2-Lite has weights of v2-lite, slotmoe synth makes random"
-        raise ConfigError(f"{model}: is a geometry, without weights; {weights}")
-    folder = Path(model).parent
-    with suppress(OSError):
-        there = {path.name: str(folder / path.name) for path in folder.iterdir() if _is_model(path)}
-        there |= {"sample": "sample"} if model == Path(model).name else {}
-        if near := get_close_matches(Path(model).name, there, 1):  # the folder alone is no likeness
-            raise ConfigError(f"{model}: no such folder; did you mean {there[near[0]]}?")
-
-
-def _is_model(folder: Path) -> bool:
-    """Whether it looks like an export or a checkpoint."""
-    return any((folder / name).is_file() for name in ("slotmoe.json", "config.json"))
 
 
 def open_runtime(model: str, given: Json, quiet: bool = False, **settings: int) -> "Runtime":
     """A ``Runtime`` for the command line's ``MODEL`` and runtime options, with a progress bar if it
     must quantize.  ``settings`` are more arguments of ``Runtime.open``."""
     notify = notifier(quiet)
-    if not is_on_hub(model, given["revision"]):
-        _check_name(model)
     if given["ram"] is not None and parse_size(given["ram"]) > (total := total_memory()):
         # The rest of the plan may still fit.
         notify(f"--ram {given['ram']} is more than this machine has ({format_size(total)})")
@@ -339,14 +367,14 @@ def open_runtime(model: str, given: Json, quiet: bool = False, **settings: int) 
 
     texts = "Downloading", f"Reading {model}, once", f"Quantizing {model}, once"
     with byte_bars(*texts, quiet=quiet, waiting=f"loading {model}…") as (arriving, reading, making):
-        from slotmoe.offload.model_source import resolve_model
         from slotmoe.offload.runtime import Runtime  # takes a second: torch
 
-        told: Json = {"progress": making, "notify": notify}
-        folder = resolve_model(model, given["revision"], arriving=arriving, **told)
-        of_model = {name: given[name] for name in ("ram", "vram", "slots", "draft", "experts_dirs")}
-        arguments = told | of_model | runtime_arguments(given) | settings
-        runtime = Runtime.open(folder, reading=reading, **arguments)
+        told: Json = {"progress": making, "notify": notify, "arriving": arriving}
+        names = "ram", "vram", "slots", "draft", "experts_dirs", "revision"
+        arguments = (
+            told | {name: given[name] for name in names if name in given} | runtime_arguments(given)
+        )
+        runtime = Runtime.open(model, reading=reading, **(arguments | settings))
     if (altered := runtime.model.options.altered) is not None:
         notify(altered)
     slow = runtime.plan.tier == "ram" and runtime.stats()["kernels"] == "torch"
@@ -358,7 +386,7 @@ def open_runtime(model: str, given: Json, quiet: bool = False, **settings: int) 
 
 def say(text: str) -> None:
     """Print a remark of the program on stderr."""
-    click.echo(f"slotmoe: {text}", err=True)
+    print(f"slotmoe: {text}", file=sys.stderr)  # click's echo would write into a bar's line
 
 
 def notifier(quiet: bool) -> Callable[[str], None]:

@@ -16,8 +16,11 @@ class _Bars(progress.Progress):
     def __init__(self, *columns: progress.ProgressColumn, quiet: bool, text: str = ""):
         self.text, console = text, Console(stderr=True)
         columns = (progress.BarColumn(), *columns, progress.TimeRemainingColumn())
+        words = "{task.description}"
+        if console.width < 60:  # these have no room for a bar
+            columns, words = (), f"{{task.percentage:>3.0f}}% {words}"
         # Drawing takes time from the model.
-        super().__init__("{task.description}", *columns, console=console, refresh_per_second=2)
+        super().__init__(words, *columns, console=console, refresh_per_second=2)
         self.disable = quiet or not console.is_terminal
 
     def get_renderables(self) -> Iterable[RenderableType]:

@@ -14,6 +14,8 @@ from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import config_among
 from slotmoe.model.gguf import files_of
+from slotmoe.offload.machine import cache_folder
+from slotmoe.offload.model_cache import library, locate
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
 from slotmoe.tools.options import flag, option, say
@@ -34,7 +36,7 @@ _GUESSES = {
 
 @click.command(name="quantize")
 @click.argument("source", metavar="SRC")
-@click.argument("destination", metavar="DST", type=Path)
+@click.argument("destination", metavar="[DST]", type=Path, required=False)
 @options.RESIDENT
 @options.codec_options
 @option("--calibrate texts", "TEXT", _CALIBRATE_HELP, type=Path, multiple=True)
@@ -48,10 +50,11 @@ _GUESSES = {
 @flag("--verbose", "Show what quantization cost, by kind of tensor.")
 @options.JSON
 def command(
-    source: str, destination: Path, texts: Paths, verbose: bool, as_json: bool, **given: Any
+    source: str, destination: Path | None, texts: Paths, verbose: bool, as_json: bool, **given: Any
 ) -> None:
     """Quantize SRC (a checkpoint folder in Hugging Face's DeepSeek-V2 format, a GGUF file, a hub id
-    or 'sample') into the export DST.
+    or 'sample') into the export DST, or without DST into the cache folder, where SRC and a name
+    that slotmoe list shows find it from everywhere.
 
     Routed experts become codes of 4 bits, or with --bits of fewer.  The source is streamed: memory
     stays small however large the model. Interrupted or killed, the same command resumes where it
@@ -84,7 +87,7 @@ def command(
     """
     started = time.perf_counter()
     given["codecs"] = options.expert_codecs(given)
-    manifest = _quantize(source, destination, texts, as_json, given)
+    manifest, destination = _quantize(source, destination, texts, as_json, given)
     report = _report(manifest, destination, time.perf_counter() - started)
     if not as_json:
         if verbose:
@@ -95,7 +98,9 @@ def command(
     if as_json:
         print(json.dumps(report))
     else:
-        click.echo(f'Run it: slotmoe run {destination} "Your prompt"', err=True)
+        names = {folder: name for name, folder in library().items()}
+        name = names.get(destination, destination)
+        click.echo(f'Run it: slotmoe run {name} "Your prompt"', err=True)
 
 
 def _check_source(folder: Path, texts: Paths) -> list[list[int]] | None:
@@ -137,26 +142,30 @@ def _stopping(advice: str) -> Iterator[None]:
         raise
 
 
-def _quantize(source: str, destination: Path, texts: Paths, quiet: bool, given: Json) -> Json:
-    """The manifest of the export."""
-    from slotmoe.offload.ingest.hub import quantize_from_hub
-    from slotmoe.offload.ingest.quantize import quantize
-    from slotmoe.offload.model_source import resolve_model
-
+def _quantize(
+    source: str, destination: Path | None, texts: Paths, quiet: bool, given: Json
+) -> tuple[Json, Path]:
+    """The manifest of the export, and where it is."""
     revision, keep_source = given.pop("revision"), given.pop("keep_source")
-    on_hub = options.is_on_hub(source, revision)
-    if not on_hub:
-        folder = resolve_model(source, revision)
+    folder = locate(source, revision, options.say)
+    from slotmoe.offload.ingest.cached import cached_place
+    from slotmoe.offload.ingest.hub import hub_place, quantize_from_hub
+    from slotmoe.offload.ingest.quantize import quantize
+
+    if folder is not None:
         given["calibration"] = _check_source(folder, texts)
-    bars = ("Downloading", "Quantizing", f"Checking {destination}")
-    again = f"run the same command again to resume from {destination}.partial"
-    with _stopping(again), byte_bars(*bars, quiet=quiet) as (arriving, progress, checking):
-        given |= {"progress": progress, "checking": checking, "notify": options.notifier(quiet)}
-        if not on_hub:
-            return quantize(folder, destination, **given)
+    bars = ("Reading", "Downloading", "Quantizing", "Checking")
+    again = "run the same command again to resume"
+    with _stopping(again), byte_bars(*bars, quiet=quiet) as (reading, arriving, making, checking):
+        given |= {"progress": making, "checking": checking, "notify": options.notifier(quiet)}
+        if folder is not None:
+            destination = destination or cached_place(folder, cache_folder(), reading)
+            return quantize(folder, destination, **given), destination
+        if destination is None:
+            destination, revision = hub_place(source, revision, cache_folder())
         given |= {"keep_source": keep_source, "arriving": arriving}
         given["ready"] = lambda folder: _check_source(folder, texts)
-        return quantize_from_hub(source, revision or "main", destination, **given)
+        return quantize_from_hub(source, revision or "main", destination, **given), destination
 
 
 def _calibrate(destination: Path, texts: Paths, quiet: bool) -> Json:

@@ -1,40 +1,42 @@
 """``slotmoe rm``: remove exports from the cache folder, or sessions."""
 
 import json
+import sys
 from pathlib import Path
 
 import click
 
 from slotmoe.offload.machine import cache_folder
-from slotmoe.offload.model_cache import listing, remove
+from slotmoe.offload.model_cache import find, library, remove
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
 from slotmoe.tools.screen import visible
 from slotmoe.tools.sessions import session_folder, sessions_in
 
-_names = options.completing(lambda: (cached.name for cached in listing(cache_folder())))
-
 
 @click.command(name="rm")
-@click.argument("names", metavar="NAME...", nargs=-1, shell_complete=_names)
+@click.argument("names", metavar="NAME...", nargs=-1, shell_complete=options.completing(library))
 @options.flag("--sessions", "NAME are sessions of slotmoe chat and run.")
 @options.flag(
     "--all all_sessions", "With --sessions: remove all of them, and what unnamed texts left."
 )
 @options.SESSION_DIR
+@options.flag("-y --yes", "Ask nothing.")
 @options.JSON
 def command(
     names: tuple[str, ...],
     sessions: bool,
     all_sessions: bool,
+    yes: bool,
     as_json: bool,
     session_dir: Path | None,
 ) -> None:
     """Remove exports from the cache folder: NAME is one that slotmoe list shows, or what it is of:
-    a folder, a hub id, sample.
+    a folder, a hub id, sample. If one NAME can't be removed, none is.
 
-    What is removed is made again when it is needed: a folder is quantized anew, a model on the hub
-    downloaded. A session's messages are gone for good.
+    On a terminal it asks first; a script is not asked. What slotmoe run made is made again when it
+    is needed: a folder is quantized anew, a model on the hub downloaded. A session's messages are
+    gone for good.
 
     \b
     Examples:
@@ -45,19 +47,25 @@ def command(
     """
     if bool(names) == all_sessions or (all_sessions and not sessions):
         raise click.UsageError("needs NAME, or --sessions --all")
-    removed, where = list(dict.fromkeys(names)), "sessions" if sessions else "cache"
     folder = session_folder(session_dir) if sessions else cache_folder()
+    removed, size, chosen = [*dict.fromkeys(names)], "", []
+    if not sessions:
+        chosen = find(folder, removed)
+        removed, freed = [cached.name for cached in chosen], sum(cached.bytes for cached in chosen)
+        size = f", {format_size(freed)}"
+    elif all_sessions:
+        removed = [session.name for session in sessions_in(folder)]
+    called = ", ".join(map(visible, removed)) or f"{folder}: unnamed texts"
+    if not yes and sys.stdin.isatty() and sys.stderr.isatty():
+        click.confirm(f"Remove {called}{size}?", abort=True, err=True)
     if sessions:
         from slotmoe.offload.sessions.names import remove as remove_sessions
 
-        if all_sessions:
-            removed = [session.name for session in sessions_in(folder)]
         freed = remove_sessions(folder, removed)
     else:
-        gone = [cached for name in removed for cached in remove(folder, name)]
-        removed, freed = [cached.name for cached in gone], sum(cached.bytes for cached in gone)
+        remove(folder, chosen)
     if as_json:
+        where = "sessions" if sessions else "cache"
         print(json.dumps({where: str(folder), "removed": removed, "bytes": freed}))
     else:
-        called = ", ".join(map(visible, removed)) or f"{folder}: unnamed texts"
         print(f"{called}: removed, {format_size(freed)} are free again")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @options.MODEL
 @options.PROMPT
 @options.option("--file", "FILE", "Take the prompt from a UTF-8 file.", type=options.EXISTING)
+@options.SYSTEM
 @options.generation_options
 @options.session_options
 @options.runtime_options
@@ -33,10 +34,11 @@ def command(
 ) -> None:
     """Continue PROMPT with MODEL and stream the text to stdout; statistics go to stderr.
 
-    MODEL is an export (see slotmoe quantize), a Hugging Face checkpoint folder, a GGUF file, a hub
-    id like deepseek-ai/DeepSeek-V2-Lite, or 'sample'; the last four are quantized once into a cache
-    folder ($SLOTMOE_CACHE, default ~/.cache/slotmoe; see slotmoe list). PROMPT '-' reads the prompt
-    from stdin. On a terminal a continuation begins with its prompt, dimmed.
+    MODEL is the path of an export, a Hugging Face checkpoint folder or a GGUF file; else a name
+    that slotmoe list shows, or a part that no other has; else a hub id like
+    deepseek-ai/DeepSeek-V2-Lite. What is no export is quantized once into a cache folder
+    ($SLOTMOE_CACHE, default ~/.cache/slotmoe). PROMPT '-' reads the prompt from stdin. On a
+    terminal a continuation begins with its prompt, dimmed.
 
     With --session the text, or with --chat the conversation, is kept on disk: the next PROMPT goes
     on where it ended, and nothing of it is computed again. See docs/sessions.md.
@@ -49,6 +51,7 @@ def command(
       slotmoe run v2-export --ram 16GiB --file prompt.txt --json
       slotmoe run v2-export --ram 16GiB --session novel --file chapter-1.txt
     """
+    given["chat"] |= given["system"] is not None
     text, arguments = options.prompt_text(prompt, file), options.generation_arguments(given)
     with (
         open_session(given, "chat" if arguments["chat"] else "text") as session,
@@ -57,7 +60,7 @@ def command(
         go_on(session, runtime, given["session_limit"], options.notifier(as_json))
         if given["trace"] is not None:
             runtime.trace(given["trace"])
-        continuation = Continuation(runtime, text, arguments, as_json, session)
+        continuation = Continuation(runtime, text, arguments, as_json, session, given["system"])
         stopped = None
         try:
             continuation.run()
@@ -86,6 +89,7 @@ class Continuation:
         arguments: Json,
         quiet: bool,
         session: "NamedSession | None" = None,
+        system: str | None = None,
     ):
         self._runtime, self._prompt, self._quiet = runtime, prompt, quiet
         self._arguments, self.tokens = arguments, list[Any]()
@@ -96,6 +100,9 @@ class Continuation:
         self._saved = saved = None if session is None else session.saved
         earlier = [] if saved is None else saved.messages
         if self._chat:
+            if system is not None:
+                rest = earlier[1:] if earlier and earlier[0]["role"] == "system" else earlier
+                earlier = [_message("system", system), *rest]
             self._messages = [*earlier, _message("user", prompt)]
         else:
             before = earlier[0]["content"] if earlier else ""
@@ -103,10 +110,9 @@ class Continuation:
 
     def run(self) -> None:
         """Generate until it ends or is interrupted."""
-        on_terminal = not self._quiet and is_terminal(sys.stdout)
+        on_terminal, started = not self._quiet and is_terminal(sys.stdout), time.perf_counter()
         ids, tokenizer = self._ids(), self._runtime.tokenizer
         splitter = tokenizer.splitter(ids) if self._chat else Splitter(None, False)
-        started = time.perf_counter()
         stream = self._runtime.generate(ids, **self._arguments)
         try:
             wait_reading(stream, self._quiet)
@@ -126,7 +132,7 @@ class Continuation:
     def _ids(self) -> list[int]:
         """The prompt's tokens, behind those of the session; another model has other tokens."""
         tokenizer, saved, ids = self._runtime.tokenizer, self._saved, list[int]()
-        self._runtime.check_length(len(self._prompt))
+        self._runtime.check_length(sum(len(message["content"]) for message in self._messages))
         if self._chat:
             ids += tokenizer.encode(tokenizer.chat(self._messages))
         elif saved is not None and saved.root == self._runtime.sessions.root():

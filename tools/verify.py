@@ -8,16 +8,18 @@ import click
 
 from slotmoe.errors import ExportError
 from slotmoe.jsonfile import Json
+from slotmoe.offload.model_cache import export_named, is_export
 from slotmoe.sizes import format_size
-from slotmoe.tools.options import JSON, say
+from slotmoe.tools.options import JSON, model_names, say
 from slotmoe.tools.progress import byte_bars
 
 
 @click.command(name="verify")
-@click.argument("export", metavar="EXPORT", type=Path)
+@click.argument("export", metavar="EXPORT", type=Path, shell_complete=model_names)
 @JSON
 def command(export: Path, as_json: bool) -> int:
-    """Check every checksum of EXPORT: of each file, its header, its tensors and its expert records.
+    """Check every checksum of EXPORT, a path or a name that slotmoe list shows: of each file, its
+    header, its tensors and its expert records.
 
     Says what to do about each bad file, and exits with 1 if there is one.  A damaged export is
     repaired by the command that made it: slotmoe quantize SRC EXPORT makes only the bad files
@@ -28,14 +30,16 @@ def command(export: Path, as_json: bool) -> int:
       slotmoe verify lite-export
       slotmoe verify lite-export --json
     """
+    started = time.perf_counter()
+    if not export.exists() and export.name == str(export):
+        export = export_named(str(export)) or export
+    if not is_export(export):
+        problem = "holds no slotmoe.json, so it is no finished export"
+        raise ExportError(f"{export}: {problem} (slotmoe quantize SRC DST makes one)")
     from slotmoe.quant.export.layout import MANIFEST
     from slotmoe.quant.export.validate import UNLISTED, read_manifest, unlisted_files
     from slotmoe.quant.export.verify import damaged_files
 
-    started = time.perf_counter()
-    if not (export / MANIFEST).exists():
-        problem = f"holds no {MANIFEST}, so it is no finished export"
-        raise ExportError(f"{export}: {problem} (slotmoe quantize SRC DST makes one)")
     manifest: Json = {"files": {}}
     try:
         manifest = read_manifest(export)

@@ -30,6 +30,9 @@ PROGRAMS = {
     "litellm": ("use_litellm.py", ["litellm==1.110.2"]),
     "langchain-openai": ("use_langchain_openai.py", ["langchain-openai==1.7.4"]),
     # Later clients of Anthropic's have no class that it makes.
+    "langchain-ollama": ("use_langchain_ollama.py", ["langchain-ollama==1.1.0"]),
+    "ollama": ("use_ollama.py", ["ollama==0.6.3"]),
+    "ollama-node": ("use_ollama.mjs", ["ollama@0.6.4"]),
     "pydantic-ai": (
         "use_pydantic_ai.py",
         ["pydantic-ai-slim[openai,anthropic]==2.38.0", "anthropic==1.17.0"],

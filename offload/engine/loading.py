@@ -11,6 +11,9 @@ from torch import Tensor
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.config import Config, config_among
+from slotmoe.model.files import ReadFile
+from slotmoe.model.generate import Generation
+from slotmoe.model.gguf import files_of
 from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.layers import as_tensor
 from slotmoe.model.mtp import MtpHead
@@ -29,7 +32,7 @@ from slotmoe.offload.experts.resident import resident_experts
 from slotmoe.offload.experts.slots import Slots
 from slotmoe.offload.experts.substitution import Substitution
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
-from slotmoe.offload.model_source import eos_token_ids, open_tokenizer
+from slotmoe.offload.model_source import generation_of, open_tokenizer
 from slotmoe.offload.options import Options
 from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.attention import kv_bytes
@@ -43,6 +46,7 @@ from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.resident_weights import Place, load_resident
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
+from slotmoe.quant.codecs.codec import EXPERT_CODECS
 from slotmoe.quant.export.layout import MANIFEST, RecordLayout
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.shapes import TABLE
@@ -64,7 +68,7 @@ class LoadedModel:
     network: Network[Prepared]
     states: list[SequenceState]
     plan: Plan
-    eos_token_ids: tuple[int, ...]
+    generation: Generation
     source: Export | Checkpoint
     device: Device
     device_reason: str
@@ -104,11 +108,6 @@ def open_model(folder: Path, options: Options, device: Device, reason: str) -> L
     Raises ``ConfigError``, ``CheckpointError``, ``ExportError``, or ``PlanError``, also where the
     device has less memory than it seemed to.
     """
-    if device.tier == "ram" and options.misses != "auto":
-        raise ConfigError(
-            f"misses {options.misses} is given but the device is the CPU, which computes every "
-            "expert: leave it out"
-        )
     tune_heap()
     loader = _Loader(folder, options, device, reason)
     try:
@@ -126,16 +125,42 @@ def open_model(folder: Path, options: Options, device: Device, reason: str) -> L
     )
 
 
+def check_options(
+    options: Options, device: Device, checkpoint: Path, smallest: bool = False
+) -> None:
+    """Refuse options with which the export that ``cached_export`` would make of ``checkpoint``
+    can't be opened, or not even the ``smallest`` one of it.  Reads its config alone, and raises as
+    ``open_model`` does."""
+    _Loader(checkpoint, options, device, "").check(smallest)
+
+
 class _Loader:
     """Makes the parts of one model."""
 
     def __init__(self, folder: Path, options: Options, device: Device, reason: str):
+        if device.tier == "ram" and options.misses != "auto":
+            raise ConfigError(
+                f"misses {options.misses} is given but the device is the CPU, which computes every "
+                "expert: leave it out"
+            )
         self._folder, self._options, self._device, self._reason = folder, options, device, reason
         self.budget, self._host_budget = self._budgets()
 
-    def _configure(self, source: Export | Checkpoint) -> Tokenizer:
-        """Take the config from ``source``, which has verified it; returns the tokenizer."""
-        read = source.small_file
+    def check(self, smallest: bool) -> None:
+        """Is ``check_options`` for this model."""
+        self._configure(files_of(self._folder))
+        options, codecs, resident = self._options, memory.default_codecs(self._config), "int8"
+        if smallest:
+            codecs, resident = EXPERT_CODECS["lut", "3"], "nf4"
+        elif options.draft == "mtp" or options.route_budget:
+            problem = "draft mtp and route_budget need an export made for them"
+            advice = "slotmoe quantize with --keep-mtp or --calibrate TEXT makes one"
+            raise ConfigError(f"{self._folder}: {problem}; {advice}")
+        self._draft(2 if self._backend.kind == "native" else 1)
+        self._refuse(self._plan(sizes_of(self._config, resident, codecs)))
+
+    def _configure(self, read: ReadFile) -> None:
+        """Take the config from a model's files, which have been verified."""
         self._config, options = config_among(read, self._folder), self._options
         limit = self._config.swiglu_limit
         if options.quantize:
@@ -143,8 +168,7 @@ class _Loader:
         else:
             self._backend = TorchBackend(swiglu_limit=limit)
         self._context = memory.choose_context(self._config, self._options.context)
-        self._eos_token_ids = eos_token_ids(self._config, read, self._folder)
-        return open_tokenizer(self._config, read, self._folder)
+        self._generation = generation_of(self._config, read, self._folder)
 
     def _budgets(self) -> tuple[int, int | None]:
         """Bytes of the device tier that may be used, and of RAM below a GPU: as asked, or nine
@@ -176,7 +200,8 @@ class _Loader:
                 raise ConfigError(f"the reference path (quantize=False) {problem}")
         with ExitStack() as opened:
             checkpoint = opened.enter_context(open_checkpoint(self._folder))
-            tokenizer = self._configure(checkpoint)
+            self._configure(checkpoint.small_file)
+            tokenizer = open_tokenizer(self._config, checkpoint.small_file, self._folder)
             config, backend = self._config, self._backend
             plan = self._reference_plan(checkpoint)
             self._check(plan)
@@ -186,19 +211,20 @@ class _Loader:
             network = Network(config, weights, backend, experts)
             state = new_state(config, self._context, plain_row, self._device.empty)
             return LoadedModel(
-                config, tokenizer, network, [state], plan, self._eos_token_ids, checkpoint,
+                config, tokenizer, network, [state], plan, self._generation, checkpoint,
                 self._device, self._reason, backend, experts, opened.pop_all(), options,
-                self._draft(network),
+                self._draft(network.rows),
             )  # fmt: skip
 
-    def _draft(self, network: Network[Prepared]) -> tuple[str, str]:
-        """What drafts come from, and why.  Raises ``ConfigError`` where they would change bits."""
+    def _draft(self, rows: int) -> tuple[str, str]:
+        """What drafts come from, and why, where ``rows`` of a pass may be of one text.  Raises
+        ``ConfigError`` where they would change bits."""
         asked, backend = self._options.draft, self._backend
         if asked == "off":
             return "off", "not asked for"
         if self._options.route_budget:
             problem = "with a route budget the text depends on the cache, token by token"
-        elif network.rows > 1:
+        elif rows > 1:
             source = "mtp" if asked == "mtp" else "ngram"
             return source, "rows of a pass are bitwise as alone"
         else:
@@ -206,6 +232,24 @@ class _Loader:
         if asked != "auto":
             raise ConfigError(f"draft {asked}: {problem}; leave it out")
         return "off", problem
+
+    def _plan(self, sizes: Sizes) -> Plan:
+        """The plan for an export of those sizes."""
+        options = self._options
+        return make_plan(
+            self._config,
+            sizes,
+            tier=self._device.tier,
+            budget=self.budget,
+            context=self._context,
+            runtime_bytes=process_bytes(),
+            slots=options.slots,
+            host_budget=self._host_budget,
+            kernels=self._backend.kind,
+            logits_rows=options.logits_rows,
+            sequences=options.sequences,
+            drafts=options.draft != "off",
+        )
 
     def _reference_plan(self, checkpoint: Checkpoint) -> Plan:
         """Everything resident, in the checkpoint's own precision; the cache in float32."""
@@ -221,8 +265,13 @@ class _Loader:
         return Plan(components, 0, 0, 0, self.budget, tier, context)
 
     def _check(self, plan: Plan) -> None:
-        """Refuse a plan for more than the budget, or for more of a GPU than is free, before
-        anything is read; then say where threads run and memory lies."""
+        """Refuse a plan before anything is read, or say where threads run and memory lies."""
+        self._device.placement = choose_placement(self._refuse(plan), self._options.threads)
+        self._backend.run_on(self._device.placement)
+
+    def _refuse(self, plan: Plan) -> int:
+        """Refuse a plan for more than the budget, or for more of a GPU than is free; returns the
+        bytes of RAM that it takes."""
         plan.check()
         ram = plan.total if plan.tier == "ram" else sum(plan.host.values())
         if ram > (total := total_memory()):
@@ -237,8 +286,7 @@ class _Loader:
                 f"{format_size(gpu.free)} are free: give --vram {gpu.free >> 20}MiB or less, "
                 "or end the programs that use it"
             )
-        self._device.placement = choose_placement(ram, self._options.threads)
-        self._backend.run_on(self._device.placement)
+        return ram
 
     def export(self) -> LoadedModel:
         """An export, its experts behind slots."""
@@ -246,25 +294,13 @@ class _Loader:
         with ExitStack() as opened:
             copies = [Path(folder) for folder in options.experts_dirs]
             export = opened.enter_context(Export.open(self._folder, copies))
-            tokenizer = self._configure(export)
+            self._configure(export.small_file)
+            tokenizer = open_tokenizer(self._config, export.small_file, self._folder)
             config = self._config = self._with_layers(export)
             backend = self._backend
             resident = export.manifest["quantization"]["resident"]
             sizes = sizes_of(config, resident, export.layout.codecs, export.predictor_bytes)
-            plan = make_plan(
-                config,
-                sizes,
-                tier=device.tier,
-                budget=self.budget,
-                context=self._context,
-                runtime_bytes=process_bytes(),
-                slots=options.slots,
-                host_budget=self._host_budget,
-                kernels=backend.kind,
-                logits_rows=options.logits_rows,
-                sequences=options.sequences,
-                drafts=options.draft != "off",
-            )
+            plan = self._plan(sizes)
             self._check(plan)
             place = self._placer()
             predictor, popularity = None, None
@@ -274,6 +310,7 @@ class _Loader:
                 if config.mtp:  # the predictor does not know the head's experts
                     E = config.n_routed_experts
                     popularity = popularity + [config.num_experts_per_tok / E] * E
+            self._check_prices(predictor)
             store = self._store(export, plan, popularity)
             opened.callback(store.close)
             weights = load_resident(export, resident_shapes(config), place)
@@ -290,9 +327,9 @@ class _Loader:
                 for _ in range(options.sequences)
             ]
             return LoadedModel(
-                config, tokenizer, network, states, plan, self._eos_token_ids, export,
+                config, tokenizer, network, states, plan, self._generation, export,
                 device, self._reason, backend, experts, opened.pop_all(), options,
-                self._draft(network),
+                self._draft(network.rows),
                 sizes, store, head,
             )  # fmt: skip
 
@@ -302,17 +339,19 @@ class _Loader:
         """What spends the route budget, if one is given; where all experts get slots they are soon
         there, and nothing is to be saved."""
         config, budget = self._config, self._options.route_budget
-        if not budget:
+        if not budget or plan.slots == len(config.moe_layers) * config.n_routed_experts:
             return None
-        if predictor is None or not predictor.swap_prices:
+        assert predictor is not None
+        chooser = RouteBudget(predictor.swap_prices, budget, config.num_experts_per_tok)
+        return Substitution(network, self._device, chooser)
+
+    def _check_prices(self, predictor: Predictor | None) -> None:
+        """Raise ``ConfigError`` for a route budget without prices of swaps."""
+        if self._options.route_budget and not (predictor and predictor.swap_prices):
             raise ConfigError(
                 f"{self._folder}: route_budget needs what a swap of experts costs, which was not "
                 "measured: slotmoe quantize MODEL EXPORT --calibrate TEXT does that"
             )
-        if plan.slots == len(config.moe_layers) * config.n_routed_experts:
-            return None
-        chooser = RouteBudget(predictor.swap_prices, budget, config.num_experts_per_tok)
-        return Substitution(network, self._device, chooser)
 
     def _with_layers(self, export: Export) -> Config:
         """The config with the layers that are used of ``export``.  Raises ``ConfigError``."""

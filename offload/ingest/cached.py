@@ -9,7 +9,7 @@ times.
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -36,27 +36,12 @@ def cached_export(
     progress: Progress | None = None,
     reading: Progress = ignore,
     notify: Notify = ignore,
+    ready: Callable[[Path], None] = ignore,
 ) -> Path:
     """Export of the checkpoint ``source`` in the folder ``cache``, quantized now if it is not there
-    yet.
-
-    The source's content is read, ``reading(done, total)`` in bytes, when it is new here or has
-    changed.  ``notify`` is told where the export will be.
-    """
-    files = contents(source)
-    states = [(path.name, path.stat()) for path in files]
-    facts = [f"{name} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for name, s in states]
-    digest = _digest([os.fspath(source.resolve()), *facts])
-    note = cache / f"{source.resolve().name}-{digest}.source.json"
-    known = noted_export(note)
-    if known is not None and is_export(cache / known):
-        mark_used(cache / known)
-        return cache / known
-    key = content_key(files, reading)
-    destination = next(filter(is_export, sorted(cache.glob(f"*-{key}"))), None)
-    if destination is None:
-        destination = cache / f"{source.resolve().name}-{key}"
-        output_dir.make_cache(cache)
+    yet.  ``notify`` is told where it will be, and ``ready`` may refuse to make it."""
+    destination = cached_place(source, cache, reading, ready)
+    if not is_export(destination):
         with open_checkpoint(source) as checkpoint:
             config, codecs = checkpoint.config, codecs_for(checkpoint)
         sizes = sizes_of(config, resident_mode("auto"), codecs)
@@ -64,10 +49,33 @@ def cached_export(
         free = format_size(shutil.disk_usage(cache).free)
         notify(f"{source} is quantized once, into {destination}: {size} of {free} that are free")
         quantize(source, destination, wait_for_lock=True, progress=progress or ignore)
-    with suppress(OSError):  # a cache that can't be written goes without
-        write_note(note, {"export": destination.name, "source": os.fspath(source.resolve())})
     mark_used(destination)
     return destination
+
+
+def cached_place(
+    source: Path, cache: Path, reading: Progress = ignore, ready: Callable[[Path], None] = ignore
+) -> Path:
+    """Where in the folder ``cache`` the export of the checkpoint ``source`` is, or belongs.  When
+    it is new here or has changed, and ``ready`` does not refuse it, its content is read,
+    ``reading(done, total)`` in bytes."""
+    files = contents(source)
+    states = [(path.name, path.stat()) for path in files]
+    facts = [f"{name} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for name, s in states]
+    digest = _digest([os.fspath(source.resolve()), *facts])
+    note = cache / f"{source.resolve().name}-{digest}.source.json"
+    known = noted_export(note)
+    if known is not None and is_export(cache / known):
+        return cache / known
+    ready(source)
+    key = content_key(files, reading)
+    place = next(filter(is_export, sorted(cache.glob(f"*-{key}"))), None)
+    if place is None:
+        place = cache / f"{source.resolve().name}-{key}"
+        output_dir.make_cache(cache)
+    with suppress(OSError):  # a cache that can't be written goes without
+        write_note(note, {"export": place.name, "source": os.fspath(source.resolve())})
+    return place
 
 
 def contents(source: Path) -> list[Path]:

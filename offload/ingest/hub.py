@@ -345,21 +345,29 @@ def _clear(download: Path) -> None:
 
 def hub_export(repo: str, revision: str | None, cache: Path, **reporting: Any) -> Path:
     """Export of a model on the hub in the folder ``cache``, made now if it is not there yet.
+    Raises like ``quantize_from_hub``."""
+    destination, commit = hub_place(repo, revision, cache, reporting.get("patience"))
+    if not (destination / MANIFEST).is_file():
+        quantize_from_hub(repo, commit, destination, wait_for_lock=True, **reporting)
+    mark_used(destination)
+    return destination
+
+
+def hub_place(
+    repo: str, revision: str | None, cache: Path, patience: Patience | None = None
+) -> tuple[Path, str]:
+    """Where in the folder ``cache`` the export of a model on the hub belongs, and its commit.
 
     The commit that a revision was at first is noted there: later runs need no network, and a commit
-    that changes a README does not start a download of hundreds of gigabytes.  Raises like
-    ``quantize_from_hub``.
+    that changes a README does not start a download of hundreds of gigabytes.  Raises as ``resolve``
+    does.
     """
     revision = revision or "main"
     name = repo.replace("/", "--")
     note = cache / f"{name}@{quote(revision, safe='')}.json"
     commit = read_note(note).get("commit")
     if not isinstance(commit, str):
-        commit = resolve(repo, revision, reporting.get("patience") or Patience()).commit
+        commit = resolve(repo, revision, patience or Patience()).commit
         output_dir.make_cache(cache)
         write_note(note, {"commit": commit})
-    destination = cache / f"{name}-{commit[:12]}-{FORMAT_VERSION}"
-    if not (destination / MANIFEST).is_file():
-        quantize_from_hub(repo, commit, destination, wait_for_lock=True, **reporting)
-    mark_used(destination)
-    return destination
+    return cache / f"{name}-{commit[:12]}-{FORMAT_VERSION}", commit

@@ -25,6 +25,7 @@ SPLITS, FEW = 64, 16  # Triton kernels: programs that share a context, tokens th
 _SPANS = 16  # native kernels: parts that a token's attention is summed in, each in memory
 CUBLAS_BYTES = 8 << 20  # its workspace, from torch's allocator; 32 MiB on compute capability 9.0
 LEVELS_BYTES = 128  # two tables of 16 levels, the experts'
+DEFAULT_CONTEXT = 4096  # or the model's limit
 HELP_BYTES = 128 << 10  # the waiting thread reads such a record: waking another costs more
 # What importing the libraries takes, measured with torch 2.13 for CPUs; a running process knows its
 # own figure.
@@ -33,10 +34,11 @@ CUDA_IMPORT_BYTES = 1 << 30
 
 
 def choose_context(config: Config, wanted: int | None) -> int:
-    """Positions of the latent cache: as wanted, else as many as the model has, up to 4096.  Raises
+    """Positions of the latent cache: as wanted, else as many as the model has, up to
+    ``DEFAULT_CONTEXT``.  Raises
     ``PlanError``."""
     limit = config.max_position_embeddings
-    context = min(4096, limit) if wanted is None else wanted
+    context = min(DEFAULT_CONTEXT, limit) if wanted is None else wanted
     if not 1 <= context <= limit:
         allowed = f"1 to {limit}, the model's max_position_embeddings"
         raise PlanError(f"context {context} is outside {allowed}")

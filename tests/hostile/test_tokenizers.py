@@ -1,6 +1,6 @@
 """Chat templates and tokenizers made to break things."""
 
-from dataclasses import replace
+from contextlib import suppress
 
 import pytest
 
@@ -64,10 +64,46 @@ def test_a_template_that_breaks_out_finds_no_keys(checkpoint, monkeypatch, tmp_p
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     tokenizer = Tokenizer(checkpoint, 0)
     assert tokenizer.chat(HI).endswith("User: hi\n\nAssistant:")
-    printing = replace(tokenizer_module._TEMPLATE, program="import os; print(os.environ)")
+    program = "def answer(data): return repr((os.environ, os.getcwd(), sys.path)).encode()"
+    printing = Child(program, 1, 1 << 30)
     monkeypatch.setattr(tokenizer_module, "_TEMPLATE", printing)
     printed = tokenizer.chat(HI)
+    printing.close()
     assert "environ" in printed and "hf_secret" not in printed and str(tmp_path) not in printed
+
+
+KEEPING = (
+    "{% set ns = namespace(kept=SECRET) %}{% macro m(x=[]) %}{{ x }}{% endmacro %}",
+    "{{ dict.update(messages[0], kept=SECRET) }}",
+    "{% set namespace.kept = SECRET %}",
+    "{% set ns = namespace(__class__=SECRET) %}",
+    "{% set raise_exception.kept = SECRET %}",
+    "{% set dict.fromkeys = SECRET %}",
+    "{{ [].append(SECRET) }}",
+    "{{ cycler.__init__(lipsum, SECRET) }}",
+    "{{ self.__dict__.update(kept=SECRET) }}",
+    "{{ messages[0].update(kept=SECRET) }}",
+    "{% set loop = SECRET %}{% set kept = SECRET %}{% set range = SECRET %}",
+)
+KEPT = (
+    "{{ [kept, ns, m, loop] | join }}{{ range(1) }}{{ namespace.kept }}{{ dict.kept }}"
+    "{{ dict.fromkeys.kept }}{{ raise_exception.kept }}{{ cycler.kept }}{{ messages[0].kept }}"
+)
+
+
+@pytest.mark.parametrize("keeping", KEEPING)
+def test_a_conversation_leaves_nothing_to_the_next(keeping, checkpoint, verdicts):
+    """Which the same process reads, by the same template."""
+    template = "{% if SECRET %}KEEPING{% else %}KEPT{% endif %}"
+    template = template.replace("KEEPING", keeping).replace("KEPT", KEPT)
+    (checkpoint / "chat_template.jinja").write_text(template)
+    tokenizer, child = Tokenizer(checkpoint, 0, verdicts=verdicts), tokenizer_module._TEMPLATE
+    before = tokenizer.chat(HI)
+    process = child._process
+    with suppress(ConfigError):
+        tokenizer.chat(HI, extra={"SECRET": "hunter2"})
+    assert tokenizer.chat(HI) == before == "range(0, 1)"
+    assert child._process is process
 
 
 def test_a_template_finds_no_globals_by_format(checkpoint):
@@ -132,6 +168,19 @@ def test_a_tokenizer_is_parsed_by_a_child_once(checkpoint, tmp_path, monkeypatch
     (tmp_path / "file").touch()  # where no verdict can be kept
     refused(lambda: Tokenizer(checkpoint, 0, verdicts=tmp_path / "file" / "x"), kind=ConfigError)
     assert len(started) == 3
+
+
+def test_a_tokenizer_neither_cuts_nor_pads(checkpoint):
+    text = "Call me Ishmael. Some years ago, never mind how long precisely."
+    whole = Tokenizer(checkpoint, 0).encode(text)
+    cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None}
+    pad |= {"pad_id": 1, "pad_type_id": 0, "pad_token": "a"}
+    for values in ({"truncation": cut}, {"padding": pad}):
+        parts(**values)(checkpoint)
+        tokenizer = Tokenizer(checkpoint, 0)
+        assert tokenizer.encode(text) == whole
+        assert tokenizer.encode_with_ends(text)[0] == whole[1:]
 
 
 def test_prompt_that_is_no_text(checkpoint):

@@ -8,9 +8,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from slotmoe.errors import CheckpointError, ConfigError
-from slotmoe.model.generate import Answer, Sampling, candidates, sample
+from slotmoe.model.generate import Answer, Generation, Sampling, candidates, sample
 from slotmoe.model.tokenizer import TextStream, Tokenizer
-from slotmoe.offload.engine.requests import Request, Text
+from slotmoe.offload.engine.requests import Stream
 from tests.support.tiny import SAMPLE
 
 TOKENIZER = Tokenizer(SAMPLE, 0)
@@ -25,6 +25,30 @@ def test_sampling_follows_the_tempered_distribution():
     drawn = [sample(logits, Sampling(temperature=2.0), generator) for _ in range(6000)]
     counts = torch.bincount(torch.tensor(drawn))
     torch.testing.assert_close(counts / 6000, (logits / 2).softmax(-1), atol=0.025, rtol=0)
+
+
+FULL = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1}
+PLAIN = Sampling(temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("about", "expected"),
+    [
+        ({}, PLAIN),
+        ({**FULL, "do_sample": True, "max_new_tokens": 5}, Sampling(**FULL)),
+        ({"do_sample": False, "top_p": 0.9}, Sampling(top_p=0.9)),
+        ({"temperature": 0}, Sampling()),
+        # What nobody can sample with is as if it were not there.
+        ({"top_k": -1, "top_p": 0, "min_p": 2, "temperature": -1, "repetition_penalty": 0}, PLAIN),
+        (dict.fromkeys(FULL), PLAIN),
+        ({name: [1] for name in FULL}, PLAIN),
+        (dict.fromkeys(FULL, "?"), PLAIN),
+        (dict.fromkeys(FULL, 10**400), Sampling(temperature=1.0, top_k=10**400)),
+    ],
+)
+def test_a_models_own_settings(about, expected):
+    assert Generation.of((), about) == ((), expected)
+    assert sorted(Generation.of((7,), {**about, "eos_token_id": [1, "x"]}).eos_token_ids) == [1, 7]
 
 
 def by_full_sort(logits, sampling):
@@ -93,10 +117,11 @@ def test_stream_of_any_ids_adds_up_to_their_text(ids):
 def generated(rows_RV, count=99, sampling=None):
     """Tokens of an answer that chooses from these logits."""
     answer = Answer([0], TOKENIZER, (1,), sampling or Sampling(), count, logprobs=0)
-    text, tokens = Text(Request([0], answer), "length"), []
+    stream, tokens = Stream([0], answer, "length"), []
     for logits_V in rows_RV:
-        tokens += text.feed(answer.take(logits_V))
-        if text.ended:
+        stream.request.emit(answer.take(logits_V))
+        tokens += stream.ready()
+        if stream.ended:
             break
     return tokens
 

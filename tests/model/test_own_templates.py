@@ -139,6 +139,34 @@ def test_an_answer_that_has_begun_goes_on(v4, v32):
         assert written == f"{BOS}{USER}Hello{ASSISTANT}{mark}Yes, "
 
 
+def test_an_answer_goes_on_where_the_template_ends_the_last_message(tmp_path):
+    """As transformers' continue_final_message: whatever the template writes behind it."""
+    messages = [HELLO, {"role": "assistant", "content": "Yes, "}]
+    folder = deepseek_files(tmp_path)
+
+    def begun(template: str) -> str:
+        (folder / "chat_template.jinja").write_text(template)
+        return Tokenizer(folder, 0).chat(messages, begun=True)
+
+    each = "{% for m in messages %}<|im_start|>{{ CONTENT }}<|im_end|>\n{% endfor %}END"
+    start = "<|im_start|>Hello<|im_end|>\n<|im_start|>Yes,"
+    assert begun(each.replace("CONTENT", "m.content")) == f"{start} "
+    assert begun(each.replace("CONTENT", "m.content.strip()")) == start
+    with pytest.raises(ConfigError, match="leaves the last message out"):
+        begun("{{ messages[0].content }}")
+
+
+def test_variables_of_a_request(tmp_path):
+    folder = deepseek_files(tmp_path)
+    (folder / "chat_template.jinja").write_text("{{ enable_thinking }}{{ lang }}{{ eos_token }}")
+    tokenizer = Tokenizer(folder, 0)
+    assert tokenizer.chat([HELLO], effort="high") == f"True{EOS}"
+    extra = {"enable_thinking": False, "lang": "de", "eos_token": "."}
+    assert tokenizer.chat([HELLO], effort="high", extra=extra) == "Falsede."
+    with pytest.raises(ConfigError, match="messages is not the template's to choose"):
+        tokenizer.chat([HELLO], extra={"messages": []})
+
+
 def test_developers_of_earlier_turns_are_dropped_with_the_reasoning(v4, v32):
     developer = {"role": "developer", "content": "Be brief."}
     assert v4.chat([developer, HELLO]) == f"{BOS}{USER}Hello{ASSISTANT}<think>"

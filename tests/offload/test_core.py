@@ -6,7 +6,6 @@ import os
 import pytest
 import torch
 
-from slotmoe.model.child import Child
 from slotmoe.model.config import read_config
 from slotmoe.model.generate import Answer, Sampling
 from slotmoe.offload.experts.experts import _first
@@ -185,12 +184,6 @@ def test_where_a_pass_is_and_what_its_layers_used(small_export):
         stop()
         step([6])
         assert experts.slots.cache.hits - before == 2 * used
-
-
-@pytest.mark.usefixtures("processes")
-def test_a_child_gives_back_what_it_writes():
-    program = "data = sys.stdin.buffer.read()\nlimit()\nsys.stdout.buffer.write(data[::-1])"
-    assert Child("this", program, 5, 1 << 30).run(b"abc") == b"cba"
 
 
 def test_a_file_without_room_is_closed(tmp_path, monkeypatch):

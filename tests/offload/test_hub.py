@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import slotmoe.offload.ingest.download as download
-from slotmoe.errors import CheckpointError, ConfigError, DownloadError, ExportError
+from slotmoe.errors import CheckpointError, ConfigError, DownloadError, ExportError, PlanError
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.offload.ingest.download import Range, receive
 from slotmoe.offload.ingest.hub import hub_export, quantize_from_hub
@@ -333,6 +333,17 @@ REFUSED = {
 }
 
 
+def test_options_that_cannot_work_are_refused_before_any_weight(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / "cache"))
+    write_checkpoint(tmp_path / "tiny")
+    hub.add(NAME, Repo(tmp_path / "tiny"))
+    for options in ({"ram": "10MiB"}, {"context": 999}, {"draft": "mtp"}, {"route_budget": 0.1}):
+        with pytest.raises((ConfigError, PlanError)):
+            Runtime.open(NAME, **options)
+    assert weight_requests(hub) == []
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_bad_repository_is_refused_before_any_weight(name, hub, tmp_path):
     write_checkpoint(tmp_path / "tiny", shards=3)
@@ -354,9 +365,10 @@ def test_run_from_the_hub_is_made_once_and_then_needs_no_network(
 ):
     monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    code, out, err = slotmoe("run", NAME, "It is", "-n", 3)
-    assert code == 0
+    code, _, err = slotmoe("quantize", NAME)  # without DST where ``run`` looks for it
+    assert code == 0 and err.endswith('Run it: slotmoe run tiny "Your prompt"\n')
     assert "6 of 6 weight files to download" in err
+    out = slotmoe("run", "tiny", "It is", "-n", 3)[1]
     served.repos.clear()
     served.requests.clear()
     assert slotmoe("run", NAME, "It is", "-n", 3)[:2] == (0, out)

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from slotmoe.errors import ConfigError, ExportError
 from slotmoe.offload import model_cache
 from slotmoe.offload.ingest import cached
 from slotmoe.offload.ingest.cached import cached_export
@@ -149,7 +149,9 @@ def test_what_is_listed(cache, source, slotmoe):
     size = sum(path.stat().st_size for path in (cache / names[1]).rglob("*") if path.is_file())
     assert report["exports"][1]["bytes"] == pytest.approx(size, rel=0.2)
     out = slotmoe("list")[1]
-    assert all(words in out for words in (*names, "(unfinished)", "of org/tiny", "1 day ago"))
+    shorts = [export["short"] for export in report["exports"]]
+    assert shorts == ["tiny", "model", names[2]] and all(f"  {name}" in out for name in shorts)
+    assert all(words in out for words in ("(unfinished)", "of org/tiny", "1 day ago"))
     cached_export(source, cache)  # what was used last is first
     first = json.loads(slotmoe("list", "--json")[1])["exports"][0]
     assert first["source"] == str(source)
@@ -175,18 +177,90 @@ def test_nothing_else_is_removed(cache, source, slotmoe):
     assert f"did you mean {name}?" in slotmoe("rm", name[:-1])[2]
 
 
-def test_work_in_progress_is_not_removed(cache):
+def test_all_is_removed_or_nothing(cache, slotmoe):
+    """Where one name is unknown, or what it stands for is being written."""
+    there = sorted(cache.iterdir())
+    code, _, err = slotmoe("rm", "tiny", "nothing")
+    assert (code, "holds no 'nothing'" in err) == (2, True)
     handle = os.open(cache / "model-000000000000.partial", os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        with pytest.raises(ExportError, match="another process is writing it"):
-            model_cache.remove(cache, "model-000000000000.partial")
+        code, _, err = slotmoe("rm", "tiny", "model-000000000000.partial")
+        assert (code, "another process is writing it" in err) == (2, True)
     finally:
         os.close(handle)
-    with pytest.raises(ConfigError):
-        model_cache.remove(cache, "nothing")
+    assert sorted(cache.iterdir()) == there
+
+
+def test_a_person_is_asked_before_something_is_removed(cache, slotmoe, monkeypatch):
+    for stream in (sys.stdin, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("click.termui.visible_prompt_func", lambda prompt: "")
+    there = sorted(cache.iterdir())
+    assert slotmoe("rm", "tiny")[0] == 130
+    assert sorted(cache.iterdir()) == there
+    assert slotmoe("rm", "tiny", "-y")[0] == 0
+    monkeypatch.setattr("click.termui.visible_prompt_func", lambda prompt: "y")
+    assert slotmoe("rm", "model")[0] == 0
+    assert not [*filter(model_cache.is_export, cache.iterdir())]
 
 
 def test_a_link_in_the_cache_is_left_alone(cache, source):
     (cache / "link").symlink_to(source.parent)
     assert "link" not in [cached.name for cached in model_cache.listing(cache)]
+
+
+# Names
+
+
+@pytest.fixture
+def elsewhere(cache, tmp_path, monkeypatch):
+    """A folder without any model in it."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+
+def test_an_export_is_found_by_name_from_everywhere(cache, elsewhere, processes, slotmoe):
+    """By its short name, its folder's, and a part that no other has."""
+    folder = next(path for path in cache.iterdir() if path.name.startswith("org--tiny-"))
+    said = []
+    for name in ("tiny", folder.name, "org/tiny"):
+        found = model_cache.locate(name, notify=said.append)
+        assert found == (None if "/" in name else folder) and not said
+    assert model_cache.locate("TIN", notify=said.append) == folder
+    assert said == [f"TIN is tiny, in {cache}"]
+    for command in (["run", "tiny", "x", "-n", 2], ["verify", "tiny"], ["plan", "tiny"]):
+        code, _, err = slotmoe(*command)
+        assert code == 0, err
+    assert "did you mean tiny?" in slotmoe("run", "tinny", "x")[2]
+
+
+def test_a_path_goes_before_a_name_and_a_name_of_several_is_refused(
+    cache, elsewhere, source, slotmoe
+):
+    shutil.copytree(source, "tiny")
+    said = []
+    assert model_cache.locate("tiny", notify=said.append) == Path("tiny")
+    assert "tiny is here, so" in said[0]
+    other = cache / f"model-{'b' * 12}"
+    shutil.copytree(next(filter(model_cache.is_export, cache.glob("model-*"))), other)
+    for command in (["run", "model", "x"], ["verify", "mod"]):
+        code, _, err = slotmoe(*command)
+        assert code == 2 and ": may be any of" in err and other.name in err
+    assert f"did you mean {other.name}?" in slotmoe("rm", f"model-{'b' * 9}")[2]
+    assert slotmoe("rm", other.name)[0] == 0
+    Path("model").mkdir()  # no model is in it
+    assert model_cache.locate("model") is not None
+
+
+def test_quantize_without_a_destination_makes_what_run_takes(
+    source, made, tmp_path, processes, slotmoe, monkeypatch
+):
+    monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / "cache"))
+    code, _, err = slotmoe("quantize", source, "--bits", "3")
+    assert code == 0 and err.endswith('Run it: slotmoe run model "Your prompt"\n')
+    assert slotmoe("run", source, "x", "-n", 2)[0] == 0
+    assert made == []  # by ``run``
+    code, _, err = slotmoe("synth", source / "config.json")
+    assert code == 0 and err.endswith("Measure it: slotmoe bench model-random\n")
+    assert [*model_cache.library()] == ["model", "model-random"]

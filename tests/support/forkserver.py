@@ -140,14 +140,6 @@ class OnTerminal(Forked):
         return self._unread.decode()
 
 
-def run(command, input, **_):
-    """In place of ``subprocess.run`` for the programs of ``slotmoe.model.child``."""
-    program, arguments = command[4], command[5:]  # after python -I -S -c
-    child = Forked(*arguments, program=program, stdin=PIPE, env={})
-    read = child.communicate(input)
-    return subprocess.CompletedProcess(command, child.returncode, *read)
-
-
 def _stream(wanted, mode):
     """Our end of a child's stream, if it is a pipe, and a descriptor of the child's end."""
     if wanted == DEVNULL:

@@ -122,10 +122,11 @@ class Served:
     """A server in a thread of this process, and the least of clients."""
 
     def __init__(self, runtime, keys=(), *, waiting=16, max_body=1 << 20, sequences=8, **edge):
+        names, hosts = edge.pop("names", ("sample",)), ("box.local", "Other.local:18094")
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.address, self.key = f"http://127.0.0.1:{self.port}", (*keys, "none")[0]
-        given = "sample", sequences, waiting, keys, ("box.local",), max_body
+        given = names, sequences, waiting, keys, hosts, max_body
         self.server, self.service = make_server(runtime, *given, **edge)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
 
@@ -197,7 +198,7 @@ class Served:
 
 def start(export, *options, program=COMMAND_LINE):
     """A server in a process of its own, and its port, or the line that it said instead."""
-    settings = "--port 0 --ram 2GiB --context 512 --name sample".split()
+    settings = "--port 0 --ram 2GiB --context 512 --served-model-name sample".split()
     child = Forked("serve", export, *settings, *options, program=program)
     child.stderr = io.TextIOWrapper(child.stderr)
     line = child.stderr.readline()

@@ -1,28 +1,12 @@
 """Fixtures of the server's tests."""
 
-import subprocess
 import time
-from functools import cache
 from threading import Event
-from types import SimpleNamespace
 
 import pytest
 
-from slotmoe.model.child import Child
 from slotmoe.offload.runtime import Runtime
-from tests.support import forkserver
 from tests.support.served import Served
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_forked_child_for_each_input():
-    """Most requests here are about other things than their chat template, whose child takes a tenth
-    of a second; the same input gives the same output.  Errors are not kept."""
-    forks = SimpleNamespace(run=forkserver.run, TimeoutExpired=subprocess.TimeoutExpired)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("slotmoe.model.child.subprocess", forks)
-        patch.setattr(Child, "run", cache(Child.run))
-        yield
 
 
 @pytest.fixture(scope="module")

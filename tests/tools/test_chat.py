@@ -34,15 +34,16 @@ def talking(runtime, monkeypatch):
     """Make a conversation; its ``sent`` are the prompts (token ids) that it had answered,
     ``generated`` the ids of the answers, ``told`` what the user was told."""
 
-    def generate(self, prompt, *arguments):
+    def generate(self, prompt, *arguments, **options):
         sent.append(prompt)
         generated.append([])
-        for token in original(self, prompt, *arguments):
+        for token in original(self, prompt, *arguments, **options):
             generated[-1].append(token.id)
             yield token
 
-    def make(max_new_tokens=24, system=None, **sampling):
-        conversation = Conversation(runtime, max_new_tokens, Sampling(**sampling), system)
+    def make(max_new_tokens=24, system=None, stop=(), **sampling):
+        settings = max_new_tokens, Sampling(**sampling), system, None, stop
+        conversation = Conversation(runtime, *settings)
         conversation.notify = told.append
         conversation.sent, conversation.generated, conversation.told = sent, generated, told
         return conversation
@@ -79,6 +80,21 @@ def test_messages_go_through_the_chat_template(talking):
     chat.reset()
     said(chat.answer("Again"))
     assert decode(chat.sent[2]) == "User: Again\n\nAssistant:"
+
+
+def test_an_answer_ends_before_a_stop_string(talking):
+    whole = said(talking().answer("Who goes there?"))
+    chat = talking(stop=[whole[5:8]])
+    assert said(chat.answer("Who goes there?")) == whole[: whole.index(whole[5:8])].rstrip()
+
+
+def test_sampling_is_as_the_options_say(talking):
+    """The likeliest alone is as likely as itself, and a penalty changes the answer."""
+    first, again, other = (
+        said(talking(**options).answer("Who goes there?"))
+        for options in ({}, {"temperature": 1.0, "min_p": 1.0}, {"repetition_penalty": 2.0})
+    )
+    assert first == again != other
 
 
 def test_only_what_is_new_is_read(talking):
@@ -153,7 +169,7 @@ def test_answer_that_reaches_an_end_says_which(talking, monkeypatch):
     assert "stopped because the context is full" in chat.told[0]
     said(talking(max_new_tokens=3).answer("Hello"))
     assert "stopped after 3 tokens" in chat.told[1]
-    monkeypatch.setattr(Runtime, "generate", lambda *_: (token for token in ()))
+    monkeypatch.setattr(Runtime, "generate", lambda *_, **__: (token for token in ()))
     assert said(talking().answer("Hello")) == ""
     assert chat.told[2:] == ["the model gave an empty answer"]
 

@@ -1,6 +1,7 @@
 """The command line: exit codes, one clear line of complaint, and what goes to stdout and what to
 stderr."""
 
+import io
 import json
 import os
 import re
@@ -13,13 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from slotmoe.model.network import Network
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.export.layout import PROJECTIONS
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.weights import dequantize
-from tests.support.forkserver import PIPE, ROOT, Forked
+from slotmoe.tools.tables import table
+from tests.support.forkserver import PIPE, ROOT, Forked, OnTerminal
 from tests.support.tiny import SMALL, write_checkpoint
 
 PROMPT = "It is a truth universally acknowledged, that"
@@ -58,10 +61,10 @@ BAD_USE = {
     "run EXPORT x --device cpu --misses fetch": "misses fetch",
     "run EXPORT x --device cpu --vram 1GiB": "--vram",
     "run EXPORT x --temperature nan": "temperature is nan",
-    "run EXPORT x --top-p 1.5": "top_p is 1.5",
-    "run EXPORT x --top-k -3": "top_k is -3",
-    f"run EXPORT x --seed {1 << 80}": "seed is",
-    "run EXPORT x -n 0": "max_new_tokens is 0, expected at least 1 (option -n)",
+    "run EXPORT x --top-p 1.5": "1.5 is not in the range 0<x<=1",
+    "run EXPORT x --top-k -3": "-3 is not in the range x>=0",
+    f"run EXPORT x --seed {1 << 80}": "is not in the range",
+    "run EXPORT x -n 0": "0 is not in the range x>=1",
     "run EXPORT x --threads 300": "expected 1 to 256",
     "run EXPORT x --file setup.py": "both given",
     "run EXPORT --file nowhere": "nowhere",
@@ -96,6 +99,30 @@ def test_bad_use_is_one_line_and_exit_code_2(run, monkeypatch):
         else:  # click's own: usage, a hint, the error
             assert err.startswith("Usage: ")
     assert not Path("dst").exists()
+
+
+BEFORE = [
+    *("run CHECKPOINT x --top-p 5", "run CHECKPOINT x -n -3", "run CHECKPOINT x --temperature -1"),
+    *("run CHECKPOINT x --ram 10MiB", "chat CHECKPOINT --context 257", "serve CHECKPOINT --vram 1"),
+    *("run CHECKPOINT x --slots 1", "chat CHECKPOINT --threads 300", "run CHECKPOINT x --seed -1"),
+    *("bench CHECKPOINT --prompt-tokens 5000", "bench CHECKPOINT --depth 60 --context 64"),
+    *("eval CHECKPOINT --text nowhere", "run CHECKPOINT x --trace nowhere/trace"),
+    *("run CHECKPOINT x --session-limit lots", "run CHECKPOINT x --misses cpu --device cpu"),
+    *("run CHECKPOINT x --draft mtp", "serve CHECKPOINT --route-budget 2 --port 0"),
+    *("run CHECKPOINT x --route-budget 0.1", "profile CHECKPOINT --ram 10MiB"),
+    "serve CHECKPOINT --ram 1MiB --max-sequences 256 --port 0",
+]
+
+
+def test_what_config_and_machine_tell_is_said_before_anything_is_quantized(
+    run, tmp_path, monkeypatch, network
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / "cache"))
+    for line in BEFORE:
+        code, out, err = run(line)
+        assert (code, out) == (2, "") and "Traceback" not in err, line
+        assert not (tmp_path / "cache").exists(), line
 
 
 def test_more_memory_than_there_is(run, monkeypatch):
@@ -172,6 +199,15 @@ for line in ("--help", "run --help", "--version", "doctor", "list", "plan v2-lit
     cli.main(line.split(), prog_name="slotmoe", standalone_mode=False)
     assert not heavy & set(sys.modules), line
     assert line.startswith("plan") or "rich" not in sys.modules, line
+for line in ("run nowhere x", "chat nowhere", "serve nowhere", "bench nowhere", "profile nowhere",
+             "eval nowhere --text setup.py", "verify nowhere", "quantize nowhere dst"):
+    try:
+        cli.main(line.split(), prog_name="slotmoe", standalone_mode=False)
+    except ValueError as problem:
+        assert str(problem).startswith("nowhere: "), problem
+    else:
+        raise SystemExit(line)
+    assert not heavy & set(sys.modules), line
 """
 
 
@@ -181,6 +217,30 @@ def test_help_needs_no_torch():
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     assert "slotmoe run sample" in child.stdout and "--max-new-tokens" in child.stdout
+
+
+def test_a_table_that_does_not_fit_is_a_list(monkeypatch):
+    columns, row = ["codec", "bits\na weight", "tokens/s"], ["lut, of three kinds", "4.25", "11.5"]
+    for width, expected in ((80, 1), (34, 3)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        console = Console(file=io.StringIO())
+        console.print(table(columns, [row], "What codes cost in this case"))
+        out = console.file.getvalue()
+        assert all(cell in out for cell in row) and "…" not in out
+        assert sum(any(cell in line for cell in row) for line in out.splitlines()) == expected
+
+
+@pytest.mark.usefixtures("processes")
+def test_forty_columns(checkpoint, tmp_path):
+    """No line is longer but for examples, bars are shares, and a remark has a line of its own."""
+    options = {"COLUMNS": "40", "SLOTMOE_CACHE": str(tmp_path)}
+    command = [sys.executable, "-m", "slotmoe", "run", "--help-all"]
+    out = subprocess.run(command, cwd=ROOT, env=os.environ | options, capture_output=True).stdout
+    lines = [line for line in out.decode().splitlines() if not line.startswith("    slotmoe ")]
+    assert max(map(len, lines)) <= 40
+    with OnTerminal("run", checkpoint, "x", "-n", 2, **options) as terminal:
+        shown = terminal.rest()
+    assert "\x1b[2Kslotmoe: " in shown and "100%" in shown and "━" not in shown
 
 
 @pytest.mark.usefixtures("processes")

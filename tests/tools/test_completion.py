@@ -13,7 +13,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "command-line.md"
 OFFERED = {
     "pro": ["profile"],
     "run sample x --max": ["--max-new-tokens"],
-    "run li": ["lite", "lite-export"],
+    "run li": ["library", "lite", "lite-export"],
+    "rm l": ["library"],
     "run sam": ["sample"],
     "plan v2-": ["v2-lite"],
     "plan v2 --gpu rtx-40": ["rtx-4060", "rtx-4060-ti", "rtx-4070", "rtx-4080", "rtx-4090"],
@@ -52,6 +53,8 @@ def test_what_a_shell_offers(shell, processes, tmp_path):
     for name, file in (("lite-export", "slotmoe.json"), ("lite", "config.json"), ("lint", "x")):
         (tmp_path / "work" / name).mkdir(parents=True)
         (tmp_path / "work" / name / file).touch()
+    (tmp_path / "cache" / "library-0123456789ab").mkdir(parents=True)
+    (tmp_path / "cache" / "library-0123456789ab" / "slotmoe.json").touch()
     # The line that the page advises to put in the shell's own file, as a table spells it.
     (setup,) = re.findall(rf"\| {shell} \| `([^`]*)` \|", PAGE.read_text())
     lines = [SETUP[shell].format(setup=setup.replace("\\|", "|"))]
@@ -63,7 +66,9 @@ def test_what_a_shell_offers(shell, processes, tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path / "work",
-        env=os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}", "HOME": str(tmp_path)},
+        env=os.environ
+        | {"PATH": f"{program.parent}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+        | {"SLOTMOE_CACHE": str(tmp_path / "cache")},
     )
     assert done.returncode == 0 and not done.stderr, done.stderr
     answers = done.stdout.split("END\n")[:-1]

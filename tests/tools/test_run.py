@@ -107,6 +107,37 @@ def test_a_continuation_has_128_tokens_and_a_chat_no_limit(sample_export, export
         assert reported(export, "Hi", "--chat", *options)["finish_reason"] == reason
 
 
+@pytest.mark.usefixtures("processes")
+def test_a_system_message_and_stop_strings(export, run, reported):
+    """A session's own system message makes way."""
+    text = run(export, "Hello", "-n", 9)[0]
+    report = reported(export, "Hello", "-n", 9, "--stop", text[3:5])
+    assert (report["text"], report["finish_reason"]) == (text[: text.index(text[3:5])], "stop")
+    chat = [export, "Hi", "-n", 2, "--session", "s", "--session-dir", export.parent / "sessions"]
+    for system in ("Be brief.", "Be kind."):
+        run(*chat, "--system", system)
+    (saved,) = (export.parent / "sessions" / "names").glob("*.json")
+    messages = json.loads(saved.read_text())["messages"]
+    assert [message["role"] for message in messages] == ["system", *["user", "assistant"] * 2]
+    assert messages[0]["content"] == "Be kind."
+
+
+def test_the_first_token_counts_from_the_request(monkeypatch, capsys):
+    """With the template's time, and the tokenizer's."""
+    clock = iter(range(100))
+    monkeypatch.setattr(command.time, "perf_counter", lambda: next(clock))
+    tokens = [SimpleNamespace(text="a", id=1, logprob=0.0, finish=None)]
+    made = SimpleNamespace(generate=lambda ids, **_: (token for token in tokens))
+    made.tokenizer = SimpleNamespace(encode=lambda text: [next(clock)])
+    made.check_length = lambda count: next(clock)
+    stats = {"tokens": {f"{kind}_{of}": 0 for kind in ("prefill", "decode") for of in ("tokens",)}}
+    made.stats, made.context = lambda: stats, 9
+    monkeypatch.setattr(command, "wait_reading", lambda *_: None)
+    continuation = command.Continuation(made, "x", {"chat": False}, quiet=True)
+    continuation.run()
+    assert continuation.report()["first_token_seconds"] == 3
+
+
 def test_the_prompt_of_a_file(export, run, tmp_path):
     (tmp_path / "prompt").write_text("Hello")
     given = run(export, "Hello", "-n", 5)[0]

@@ -6,6 +6,7 @@ import json
 import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 from click.testing import CliRunner
@@ -45,6 +46,42 @@ def test_streams_add_up_to_the_whole_answer(served):
     assert "usage" not in plain[-1]
     text = "".join(event["choices"][0]["text"] for event in plain)
     assert text == served.text(echo=True) and text.startswith("Call me")
+
+
+def test_what_a_request_leaves_open_is_as_the_model_or_the_server_says(served, runtime):
+    """The sample says 0.7 and 0.95."""
+    asked = {"prompt": "Call me", "model": "sample", "seed": 3, "max_tokens": 20}
+
+    def text(served, **options):
+        return served.post(TEXT, **asked, **options)[1]["choices"][0]["text"]
+
+    own = text(served, temperature=0.7, top_p=0.95)
+    assert text(served) == own != text(served, temperature=1, top_p=1)
+    made = runtime.generate("Call me", 20, temperature=0.7, seed=3)
+    assert "".join(token.text for token in made) == own
+    figures = dict.fromkeys(("top_k", "min_p"), 0) | {"repetition_penalty": 1}
+    said = {"temperature": 0.7, "top_p": 0.95}
+    assert served.ask("GET", "/stats")[1]["sampling"] == figures | said
+    options = {"model": "sample", "input": "Hi", "max_output_tokens": 1}
+    assert said.items() <= served.post("/v1/responses", **options)[1].items()
+    with Served(runtime, sampling={"temperature": 0.0, "top_p": None}) as other:
+        assert text(other) == text(served, temperature=0)
+        assert other.ask("GET", "/stats")[1]["sampling"] == figures | said | {"temperature": 0}
+
+
+def test_a_model_has_any_number_of_names(runtime, network):
+    with Served(runtime, names=("one", "two", "*")) as any_, Served(runtime, names=("a",)) as few:
+        for name, server, status in (
+            *((name, any_, 200) for name in ("one", "two", "gpt-4o")),
+            *(("a", few, 200), ("a:latest", few, 200), ("b", few, 404), ("*", few, 404)),
+        ):
+            for path in (CHAT, "/v1/messages"):
+                got, answer = server.post(path, model=name, messages=USER, max_tokens=1)
+                assert got == status, (name, answer)
+                assert status != 200 or answer["model"] == server.service.name
+            assert server.ask("GET", f"/v1/models/{name}")[0] == status
+        listed = any_.ask("GET", "/v1/models")[1]["data"]
+        assert [model["id"] for model in listed] == ["one", "two"]
 
 
 def test_parameters_are_honoured(served, runtime):
@@ -189,7 +226,8 @@ def test_door_asks_for_the_key_everywhere_but_at_health(runtime):
 
 
 def test_rebound_names_and_pages_of_other_origins_are_refused(served):
-    for host in ("localhost:80", "127.0.0.1", "[::1]:9", "box.local:1", "10.0.0.9"):
+    hosts = "localhost:80", "127.0.0.1", "[::1]:9", "box.local:1", "10.0.0.9", "other.local"
+    for host in hosts:
         assert served.ask("GET", "/stats", Host=host)[0] == 200, host
     for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example:80", ""):
         assert served.ask("GET", "/health", Host=host)[0] == 403, host
@@ -259,6 +297,45 @@ def test_a_signal_ends_running_answers_with_a_reason(sample_export):
         assert "POST /v1/completions 200 in " in child.stderr.read()
 
 
+@pytest.mark.usefixtures("processes")
+def test_a_signal_refuses_requests_that_are_being_prepared(sample_export, tmp_path):
+    """Those in the threads that render and encode, and those that wait for one.  Running answers
+    end as ever."""
+    preparing = f"""
+import os, sys, time
+import slotmoe.tools.serve as serve
+from slotmoe.tools.serve.service import Service
+serve._GRACE_SECONDS = 600
+def chat_text(*_):
+    while not os.path.exists({str(tmp_path / "go")!r}):
+        time.sleep(0.01)
+Service.check_model, Service.chat_text = lambda *_: print("came", file=sys.stderr), chat_text
+{SLOW}"""
+    child, port = start(sample_export, program=preparing)
+    with child, ExitStack() as stack:
+
+        def post(path, **body):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            stack.callback(connection.close)
+            data = json.dumps({**GREEDY, **body})
+            connection.request("POST", path, data, {"Content-Type": "application/json"})
+            return connection
+
+        running = post(TEXT, prompt="Call me", max_tokens=500, stream=True).getresponse()
+        running.readline()
+        posted = [post(CHAT, messages=USER) for _ in range(40)]
+        assert [child.stderr.readline() for _ in range(41)] == ["came\n"] * 41
+        child.terminate()
+        assert b'"finish_reason":"length"' in running.read()
+        for response in [connection.getresponse() for connection in posted]:
+            error = json.loads(response.read())["error"]
+            assert (response.status, error["message"]) == (503, "the server is shutting down")
+            assert response.headers["retry-after"] == "5"
+        (tmp_path / "go").touch()
+        assert child.wait() == 143
+        assert "Traceback" not in child.stderr.read()
+
+
 @pytest.mark.usefixtures("network")
 def test_wrong_use_is_told_before_anything_is_loaded(tmp_path):
     def run(*arguments):
@@ -271,5 +348,7 @@ def test_wrong_use_is_told_before_anything_is_loaded(tmp_path):
     assert "any page" in run("--cors-origin", "*")
     for origin in ("localhost:3000", "http://localhost:3000/", "null", "http://a b", "http://"):
         assert "is no origin" in run("--cors-origin", origin), origin
+    for host in ("http://box.local", "box.local/", "*.local", "*", "a:b", ""):
+        assert "is no name of a host" in run("--allow-host", host), host
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "can't listen" in run("--port", taken.getsockname()[1])

@@ -10,6 +10,7 @@ import pytest
 
 from slotmoe.tools.serve import answers as serve_answers
 from slotmoe.tools.serve.anthropic import MessagesRequest
+from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.response_items import ResponsesRequest
 from tests.support.served import ANTHROPIC_TOOL, USER, Served, until
 
@@ -37,6 +38,12 @@ def text_of(served, **fields):
 USE = {"type": "tool_use", "id": "x", "name": "weather", "input": {}}
 RESULT = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]}
 PICTURE = {"type": "image", "source": {"type": "url", "url": "http://localhost/x.png"}}
+PLAIN = {"type": "text", "media_type": "text/plain", "data": "Lear is old."}
+DOCUMENT = {"type": "document", "source": PLAIN, "title": "Lear", "citations": {"enabled": False}}
+PARTS = {"type": "content", "content": [{"type": "text", "text": "Lear "}]}
+PARTS["content"].append({"type": "text", "text": "is old."})
+RESULT_OF_SEARCH = {"type": "search_result", "source": "http://a/b", "title": 'A "play"'}
+RESULT_OF_SEARCH["content"] = [{"type": "text", "text": "Lear is old."}]
 REFUSED = [
     {"cache_control": "forever"},
     {"thinking": {"type": "hard"}},
@@ -52,6 +59,9 @@ REFUSED = [
     {"tools": [{**ANTHROPIC_TOOL, "odd": 1}]},
     {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
     {"tools": [{"name": "odd", "input_schema": {"type": "array"}}]},
+    {"mcp_servers": [{"type": "url", "url": "http://localhost/", "name": "x"}]},
+    {"container": "x"},
+    {"messages": [{"role": "user", "content": [{**DOCUMENT, "source": {"type": "url"}}]}]},
     {"tools": [ANTHROPIC_TOOL], "tool_choice": {"type": "tool"}},
     {"tools": [ANTHROPIC_TOOL], "tool_choice": {"type": "tool", "name": "other"}},
     {"tool_choice": {"type": "any"}},
@@ -63,6 +73,120 @@ def test_what_is_not_honoured_is_refused(served):
         status, answer = served.message(**fields)
         assert (status, answer["type"]) == (400, "error"), fields
         assert answer["error"]["type"] == "invalid_request_error" and answer["error"]["message"]
+
+
+SYSTEM = {"role": "system", "content": "The date is now known."}
+TOLD = "<system>\nThe date is now known.\n</system>"
+ENDED = "{% if add_generation_prompt %}A:{% endif %}"
+KEEPS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}" + ENDED
+# As DeepSeek-V3 has it: all of the system's come first.
+HOISTS = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'] }}: {{ m['content'] }}\n"
+    "{% endif %}{% endfor %}" + ENDED
+)
+RAISES = "{% for m in messages %}{% if m['role'] == 'system' and not loop.first %}"
+RAISES += "{{ raise_exception('no') }}{% endif %}{% endfor %}" + KEEPS
+
+
+@pytest.mark.usefixtures("processes")
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [(KEEPS, f"system: {SYSTEM['content']}\n"), (HOISTS, TOLD), (RAISES, TOLD)],
+)
+def test_later_messages_of_the_systems_stay_in_their_place(runtime, monkeypatch, template, told):
+    """The text of a request is the beginning of the next one's, whatever the template."""
+    monkeypatch.setattr(runtime.tokenizer, "template", template)
+    dialect = Dialect(runtime.tokenizer)
+    answer = {"role": "assistant", "content": "yes"}
+    turns, texts = [*USER, SYSTEM], list[str]()
+    for more in ([], [answer, *USER], [answer, *USER, SYSTEM, *USER]):
+        turns = turns + more
+        chat = MessagesRequest(**{**ASK, "messages": turns, "system": "Be brief."}).chat()
+        texts.append(dialect.prompt(chat.messages, chat.policy).removesuffix("A:"))
+    first, second, third = texts
+    assert second.startswith(first) and third.startswith(second)
+    assert [text.count(told) for text in texts] == [1, 1, 2]
+
+
+def prompt_of(service, **fields):
+    chat = MessagesRequest(**{**ASK, **fields}).chat()
+    return service.dialect.prompt(chat.messages, chat.policy)
+
+
+def test_what_the_system_says_first_is_one_text(served):
+    billed = {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.332.34c;"}
+    blocks = [billed, {"type": "text", "text": "Be brief."}]
+    expected = prompt_of(served.service, system="Be brief.\n\nThe date is now known.")
+    for system, messages in ((blocks, [SYSTEM, *USER]), ("Be brief.", [SYSTEM, *USER])):
+        assert prompt_of(served.service, system=system, messages=messages) == expected
+    assert billed["text"] not in expected
+
+
+LATE = {**ANTHROPIC_TOOL, "name": "late", "description": "Comes late.", "defer_loading": True}
+FIND = {"type": "tool_use", "id": "f", "name": "weather", "input": {"city": "Rome", "days": 1}}
+FOUND = {"type": "tool_result", "tool_use_id": "f"}
+FOUND["content"] = [{"type": "tool_reference", "tool_name": "late"}]
+
+
+def test_a_deferred_tool_is_described_where_it_is_offered(served):
+    """So that what is before it stays cached, and it can be called from there on."""
+    tools, turns = [ANTHROPIC_TOOL, LATE], [*USER, {"role": "assistant", "content": [FIND]}]
+    before = prompt_of(served.service, tools=tools[:1], messages=USER)
+    assert prompt_of(served.service, tools=tools, messages=USER) == before
+    turns += [{"role": "user", "content": [FOUND]}]
+    after = prompt_of(served.service, tools=tools, messages=turns)
+    assert after.startswith(before) and after.count("Comes late.") == 1
+    named = {"tools": tools, "tool_choice": {"type": "tool", "name": "late"}, "max_tokens": 200}
+    status, answer = served.message(**named, messages=turns)
+    assert status == 200 and answer["content"][0]["name"] == "late"
+    assert served.message(**named)[0] == 400  # nothing has offered it
+    change = {"type": "tool_addition", "tool": {"type": "tool_reference", "name": "late"}}
+    system = {"role": "system", "content": [change], "clear_at": "never"}
+    assert "Comes late." in prompt_of(served.service, tools=tools, messages=[*USER, system])
+    assert served.message(**named, messages=[*USER, system])[0] == 200
+    gone = {"role": "system", "content": [{**change, "type": "tool_removal"}]}
+    assert served.message(**named, messages=[*USER, system, gone])[0] == 400
+    assert served.message(messages=[*USER, system])[0] == 400  # without tools
+
+
+@pytest.mark.parametrize("block", [DOCUMENT, {**DOCUMENT, "source": PARTS}, RESULT_OF_SEARCH])
+def test_documents_and_search_results_are_read_as_text(served, block):
+    asked = [{"role": "user", "content": [block, {"type": "text", "text": "Who?"}]}]
+    assert "Lear is old.\n" in prompt_of(served.service, messages=asked)
+    found = {**FOUND, "content": [block]}
+    turns = [*USER, {"role": "assistant", "content": [FIND]}, {"role": "user", "content": [found]}]
+    text = prompt_of(served.service, tools=[ANTHROPIC_TOOL], messages=turns)
+    assert "Lear is old.\n" in text
+    assert served.message(tools=[ANTHROPIC_TOOL], messages=turns)[0] == 200
+
+
+NOTHING = "cache_control container inference_geo speed diagnostics billing_policy compaction "
+NOTHING += "fallbacks fallback_credit_token mcp_servers context_management thread"
+MEANINGLESS = [
+    dict.fromkeys(NOTHING.split()),
+    {"mcp_servers": [], "speed": "standard", "inference_geo": "global", "user_profile_id": "x"},
+    {"diagnostics": {"previous_message_id": None}, "thinking": {"type": "between_tools"}},
+    {"messages": [*USER, {**SYSTEM, "output_config": {"effort": "low"}}]},
+    {"max_tokens": 0},
+]
+
+
+def test_many_tools_are_offered(served):
+    tools = [{"name": f"f{n}", "input_schema": {"type": "object"}} for n in range(300)]
+    chat = MessagesRequest(**ASK, tools=tools).chat()
+    assert "f299" in served.service.chat_text(chat)
+    assert served.service.grammars.compile(None, chat.policy, None) is not None
+
+
+def test_of_no_probability_only_the_likeliest_is_left(served):
+    likeliest = text_of(served)
+    assert {text_of(served, temperature=1, top_p=0) for _ in range(3)} == {likeliest}
+
+
+@pytest.mark.parametrize("fields", MEANINGLESS)
+def test_what_the_clients_types_allow_is_accepted(served, fields):
+    assert served.message(**{"max_tokens": 1, **fields})[0] == 200
 
 
 MANY = [{}] * 100_000

@@ -99,6 +99,9 @@ OPENAI = {
     **each(seed=7, n=2, stop=["\n", "END"], max_tokens=-1, min_tokens=3, ignore_eos=True),
     **each(min_p=0.1, frequency_penalty=0.5, presence_penalty=0.5, repetition_penalty=1.1),
     **each(logprobs=None, logit_bias={"300": 5}, store=True, **LABELS),
+    **each(response_format={"type": "json_object"}, structured_outputs={"regex": "[a-c]{4}"}),
+    **each(grammar='root ::= "yes" | "no"', json_schema=SCHEMA),
+    **each(stop_token_ids=[300], prompt_logprobs=1),
     "stream_options": streamed(include_usage=True),
     "stream_options.continuous_usage_stats": streamed(
         include_usage=True, continuous_usage_stats=True
@@ -109,7 +112,7 @@ EXAMPLES = {
     "text": {**OPENAI, **each(prompt=["Call me", "Hi"], echo=True, suffix=None, best_of=1)},
     "chat": {
         **OPENAI,
-        **each(messages=[GO_ON], response_format={"type": "json_object"}, reasoning_effort="low"),
+        **each(messages=[GO_ON], reasoning_effort="low"),
         **each(verbosity="low", modalities=["text"], audio={"voice": "alloy", "format": "wav"}),
         **each(prediction={"type": "content", "content": "x"}, moderation={"model": "x"}),
         **each(functions=[{"name": "f"}], function_call="auto", web_search_options={}),
@@ -124,6 +127,14 @@ EXAMPLES = {
         "messages.parsed": said(parsed={}),
         "messages.provider_specific_fields": said(provider_specific_fields={}),
         "messages.reasoning_content": said(reasoning_content="Hm"),
+        "messages.reasoning": said(reasoning="Hm"),
+        "messages.reasoning_details": said(reasoning_details=[{"type": "reasoning.text"}]),
+        "messages.id": said(id="x"),
+        "continue_final_message": {
+            "messages": [GO_ON, {"role": "assistant", "content": "Hi"}],
+            "continue_final_message": True,
+        },
+        **each(add_generation_prompt=True, chat_template_kwargs={"thinking": False}),
         "messages.refusal": said(refusal="No"),
         "messages.audio": said(audio={"id": "x"}),
         "messages.function_call": said(function_call={"name": "f"}),
@@ -140,7 +151,7 @@ EXAMPLES = {
         **each(previous_response_id=None, include=["message.output_text.logprobs"], prompt={}),
         **each(top_logprobs=2, tools=[FUNCTION], truncation="disabled", background=False, image={}),
         **each(client_metadata={"x": "y"}, max_tool_calls=3, background_options={}),
-        **each(access_programs=[], context_management=[], conversation="c", moderation={}),
+        **each(access_programs=[{}], context_management=[{}], conversation="c", moderation={}),
         "text": {"text": {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA}}},
         "tool_choice": {"tools": [FUNCTION], "tool_choice": FUNCTION},
         "parallel_tool_calls": {"tools": [FUNCTION], "parallel_tool_calls": False},

@@ -114,6 +114,8 @@ def page(served, browser):
 
 def test_talk_by_keys(page, served):
     """An answer, another one, one that is stopped, a new chat."""
+    shown = "[...document.querySelectorAll('#settings input')].map(field => field.placeholder)"
+    assert page.evaluate(shown) == ["0.7", "0.95", "0", "0", "1", "no limit", "random"]
     page.settings(temperature=0, max_tokens=12)
     assert page.evaluate("document.activeElement.id") == "prompt"
     page.say("Tell me of the king.", 2)

@@ -44,12 +44,14 @@ def test_openai(openai_client, answer):
     reply = openai_client.chat.completions.create(**SHORT)
     message = reply.choices[0].message
     assert (message.reasoning_content, message.content) == answer
+    assert message.reasoning == answer[0]
     details = reply.usage.completion_tokens_details
     assert 0 < details.reasoning_tokens < reply.usage.completion_tokens
     thoughts, texts = [], []
     for chunk in openai_client.chat.completions.create(**SHORT, stream=True):
         delta = chunk.choices[0].delta
         thoughts.append(getattr(delta, "reasoning_content", None) or "")
+        assert getattr(delta, "reasoning", "") == thoughts[-1]
         texts.append(delta.content or "")
         assert not (thoughts[-1] and texts[-1])
     assert ("".join(thoughts), "".join(texts)) == answer
@@ -113,6 +115,8 @@ def test_template_sees_reasoning_and_its_switch(runtime):
             AssistantMessage(role="assistant", content="Yes", reasoning_content="Hm"),
         ]
         dialect = Dialect(tokenizer)
+        assert dialect.prompt(history, None) == "[user]|Hi[assistant]Hm|Yes"
+        history[1] = AssistantMessage(role="assistant", content="Yes", reasoning="Hm")
         assert dialect.prompt(history, None) == "[user]|Hi[assistant]Hm|Yes"
         assert dialect.prompt(history, None, effort="none").endswith("YesFalseFalsenone")
         assert dialect.prompt(history, None, effort="low").endswith("YesTrueTruehigh")

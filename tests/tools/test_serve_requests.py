@@ -40,7 +40,7 @@ def user(content, **fields):
 MANY_IDS = {str(i): 1 for i in range(1025)}
 WRONG = {  # in both of OpenAI's older APIs
     "temperature": [-1, "0"],
-    "top_p": [0],
+    "top_p": [-0.1],
     "top_k": [-2, 1 << 31],
     "min_p": [2],
     "n": [0, 17],
@@ -102,7 +102,7 @@ BODIES = [
     (b"\xff\xfe", "is not JSON: byte 0 is not UTF-8"),
     (b"[" * 50_000, "it is nested too deeply"),
     (b'{"n": ' + b"9" * 5000 + b"}", "a number is too long"),
-    (b"[]", "is a list, expected a JSON object"),
+    (b"[]", "is not a JSON object"),
     (b"", "the body is missing"),
     (b'{"model": "sample", "prompt": "x", "temperature": NaN}', ""),
     (b'{"model": "sample", "prompt": "x", "temperature": 1e999}', ""),

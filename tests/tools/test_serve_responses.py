@@ -1,12 +1,19 @@
 """``/v1/responses``, with OpenAI's client and with what Codex sends."""
 
 import json
+import re
+import socket
 
 import openai
 import pydantic
 import pytest
-from openai.types.responses import Response, ResponseStreamEvent
+from fastapi.exceptions import RequestValidationError
+from openai.types.responses import Response, ResponseItemList, ResponseStreamEvent
 
+from slotmoe.tools.serve import errors as serve_errors
+from slotmoe.tools.serve.anthropic import MessagesRequest
+from slotmoe.tools.serve.app import TokenizeRequest
+from slotmoe.tools.serve.openai import ChatRequest
 from slotmoe.tools.serve.response_items import ResponsesRequest
 from slotmoe.tools.serve.response_store import ResponseStore
 from tests.support.served import GREEDY, WEATHER, is_weather
@@ -63,6 +70,7 @@ def test_the_model_may_be_left_out(served):
     assert (status, answer["model"], answer["output"][0]["type"]) == (200, "sample", "message")
     assert events_of(served, **body)[-1]["response"]["model"] == "sample"
     assert post(served, f"{PATH}/input_tokens", input="Hi")[1]["input_tokens"] > 2
+    assert post(served, **body, model=None)[1]["model"] == "sample"
     assert post(served, **body, model="other")[0] == 404
 
 
@@ -188,20 +196,68 @@ def test_stored_responses_are_there_for_their_key_until_deleted(served, client):
     assert served.ask("GET", f"{PATH}/{unstored.id}", x_api_key="first")[0] == 404
 
 
+LISTED = pydantic.TypeAdapter(ResponseItemList)
+
+
+def test_input_items_are_listed_in_pages(served, client):
+    first = client.responses.create(**ASK, max_output_tokens=3)
+    call = [function_call("1", "f"), function_output("1", "It rains.")]
+    said = {"role": "assistant", "content": "So it is."}
+    more = {"input": [*call, said, {"role": "user", "content": "And?"}], "max_output_tokens": 3}
+    second = client.responses.create(**{**ASK, **more}, previous_response_id=first.id)
+    items = client.responses.input_items.list(second.id, order="asc", limit=2)
+    assert len(items.data) == 2 and items.has_more
+    given = [*items]  # of all pages
+    kinds = ["message", "message", "function_call", "function_call_output", "message", "message"]
+    assert [item.type for item in given] == kinds
+    assert [given[0].content[0].text, given[4].content[0].text] == [KING, "So it is."]
+    ids = [item.id for item in client.responses.input_items.list(second.id)]
+    assert ids[::-1] == [item.id for item in given] and len(set(ids)) == 6
+    path = f"{PATH}/{second.id}/input_items"
+    _, page, _ = served.ask("GET", path, x_api_key="first")
+    LISTED.validate_json(json.dumps(page), strict=True)
+    referred = [{"type": "item_reference", "id": ids[-1]}]
+    assert client.responses.create(**{**ASK, "input": referred}, max_output_tokens=3).output_text
+    assert served.ask("GET", path, x_api_key="second")[0] == 404
+    for wrong in ("after=x", "limit=0", "order=up"):
+        status, answer, _ = served.ask("GET", f"{path}?{wrong}", x_api_key="first")
+        assert (status, answer["error"]["param"]) == (400, wrong.partition("=")[0])
+
+
+def test_a_stored_response_is_streamed_again(served, client):
+    """By the same events, from any of them on."""
+    scored = {"top_logprobs": 1, "include": ["message.output_text.logprobs"]}
+    asked = {**ASK, "max_output_tokens": 12, **scored}
+    events = events_of(served, **asked)
+    id_ = events[-1]["response"]["id"]
+    assert [e.to_dict() for e in client.responses.retrieve(id_, stream=True)] == events
+    rest = client.responses.retrieve(id_, stream=True, starting_after=5)
+    assert [e.sequence_number for e in rest] == [*range(6, len(events))]
+    assert [*client.responses.retrieve(id_, stream=True, starting_after=99)] == []
+    whole = client.responses.create(**asked)
+    again = [*client.responses.retrieve(whole.id, stream=True)]
+    assert again[-1].response.output_text == whole.output_text
+    kinds = [event["type"] for event in events]
+    assert [event.type for event in again] == kinds
+
+
 def test_store_is_bounded():
     def response(name, text=""):
         return {"id": name, "output": [{"id": f"item of {name}", "text": text}]}
 
+    def put(store, answer):
+        store.put("x", answer, [{"id": answer["output"][0]["id"]}])
+
     store = ResponseStore(most=3, size=9000)
     for name in "abc":
-        store.put("x", response(name), [{}])
+        put(store, response(name))
     assert store.get("x", "a") and store.get("y", "a") is None
-    store.put("x", response("d"), [{}])  # b is the one that was unused for longest
+    put(store, response("d"))  # b is the one that was unused for longest
     assert [name for name in "abcd" if store.get("x", name)] == ["a", "c", "d"]
     assert store.item("x", "item of a") and store.item("y", "item of a") is None
-    store.put("x", response("e", "." * 6000), [{}])
+    put(store, response("e", "." * 6000))
     assert [name for name in "acde" if store.get("x", name)] == ["d", "e"]
-    store.put("x", response("f", "." * 9000), [{}])
+    put(store, response("f", "." * 9000))
     assert store.get("x", "f") is None and store.get("x", "e")
     assert store.delete("x", "e") and not store.delete("x", "e")
 
@@ -308,6 +364,34 @@ def test_what_is_not_honoured_is_refused(served):
         error = answer["error"]
         assert (status, error["type"]) == (400, "invalid_request_error"), fields
         assert error["param"] == param and error["message"]
+
+
+WRONG = [5, 1.5, "x", [], {}, True, [5], [{}], {"type": "x"}, [{"type": "x"}], [{"role": "user"}]]
+WRONG += [[{"role": "user", "content": wrong}] for wrong in ([5], [{"type": "x"}], {})]
+PYTHON = re.compile(r"dictionary|instance|False|True|None|\(\)|_type|[a-z][A-Z]")
+
+
+@pytest.mark.parametrize("kind", [ResponsesRequest, MessagesRequest, ChatRequest, TokenizeRequest])
+def test_no_refusal_has_a_name_of_pythons(kind):
+    """None of a wrong value for any field of any request."""
+    asked = {"model": "x", "messages": [{"role": "user", "content": "x"}], "input": "x"}
+    asked = {name: value for name, value in asked.items() if name in kind.model_fields}
+    for name in kind.model_fields:
+        for value in WRONG:
+            try:
+                kind.model_validate(body := {**asked, name: value})
+            except pydantic.ValidationError as found:
+                places = [{**e, "loc": ("body", *e["loc"])} for e in found.errors()]
+                refusal = serve_errors._invalid(RequestValidationError(places, body=body))
+                assert not PYTHON.search(refusal.message), refusal.message
+
+
+def test_health_is_told_without_a_host_to_http_1_0(served):
+    """As load balancers ask."""
+    for path, status in (("/health", b"200"), ("/stats", b"403")):
+        with socket.create_connection(("127.0.0.1", served.port), 30) as link:
+            link.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+            assert link.makefile("rb").readline().split()[1] == status
 
 
 def test_failure_in_the_middle_of_a_stream_is_an_event(served):

@@ -11,9 +11,9 @@ import click
 from rich.console import Console
 
 from slotmoe.offload.machine import cache_folder
-from slotmoe.offload.plan.memory import or_more_context
+from slotmoe.offload.plan.memory import DEFAULT_CONTEXT, or_more_context
 from slotmoe.offload.plan.speed import store_bandwidths
-from slotmoe.tools.options import JSON, MODEL, Command, count, flag, open_runtime, runtime_options
+from slotmoe.tools.options import JSON, MODEL, Command, bench_options, count, flag, open_runtime
 from slotmoe.tools.progress import byte_bars
 from slotmoe.tools.run import by_drive
 from slotmoe.tools.tables import table
@@ -26,7 +26,7 @@ from slotmoe.tools.tables import table
 @count("--depth", 0, "Tokens taken as cached already.", least=0)
 @count("--repetitions", 5, "Runs; medians are reported.")
 @flag("--calibrate", "Keep bandwidths and a core's speed, measured here, for slotmoe plan.")
-@runtime_options
+@bench_options
 @JSON
 def command(
     model: str,
@@ -55,13 +55,17 @@ def command(
     """
     from slotmoe.tools.bench.speed import calibration, measure
 
-    with open_runtime(model, options, quiet=as_json) as runtime:
-        needed = max(prompt_tokens, depth + decode_tokens)
-        if needed > runtime.context:
-            less = "lower --prompt-tokens, --depth or --decode-tokens"
-            advice = or_more_context(less, runtime.config, runtime.context)
-            problem = f"{needed} positions are needed, the context has {runtime.context}"
+    needed = max(prompt_tokens, depth + decode_tokens)
+    less = "lower --prompt-tokens, --depth or --decode-tokens"
+
+    def check(context: int, advice: str) -> None:
+        if needed > context:
+            problem = f"{needed} positions are needed, the context has {context}"
             raise click.UsageError(f"{problem}: {advice}")
+
+    check(options["context"] or DEFAULT_CONTEXT, f"{less}, or raise --context")
+    with open_runtime(model, options, quiet=as_json) as runtime:
+        check(runtime.context, or_more_context(less, runtime.config, runtime.context))
         with byte_bars("Filling expert slots", quiet=as_json) as (progress,):
             runtime.warm(progress)
         report = measure(runtime, prompt_tokens, decode_tokens, depth, repetitions)

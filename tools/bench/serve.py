@@ -57,7 +57,7 @@ def stream(port: int, prompt: list[int], tokens: int, never: list[int]) -> list[
 def _serving(runtime: Runtime, sequences: int) -> Iterator[int]:
     """The server in a thread of this process; its port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server, _ = make_server(runtime, "bench", sequences, 32)
+        server, _ = make_server(runtime, ["bench"], sequences, 32)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

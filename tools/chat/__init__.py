@@ -72,7 +72,7 @@ Frontend: TypeAlias = "Pipe | Terminal"
 
 @click.command(name="chat", cls=options.Command)
 @options.MODEL
-@options.option("--system", "TEXT", "How the model should behave.")
+@options.SYSTEM
 @options.chat_options
 @options.session_options
 @options.flag("--resume", "Go on with the conversation that was kept last.")
@@ -103,14 +103,13 @@ def command(
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
         options.require_extra("chat", "prompt_toolkit")
-    from slotmoe.model.generate import Sampling
     from slotmoe.tools.chat.conversation import Conversation
 
-    sampling = Sampling(**{name: given[name] for name in options.SAMPLING})
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1 (option -n)")
+    chosen = {name: given[name] for name in options.SAMPLING}
     with open_session(given, "chat") as session, open_runtime(model, given) as runtime:
-        conversation = Conversation(runtime, max_new_tokens, sampling, system, session)
+        sampling = runtime.sampling.with_given(**chosen)
+        settings = max_new_tokens, sampling, system, session, given["stop"]
+        conversation = Conversation(runtime, *settings)
         if trace is not None:
             runtime.trace(trace)
         frontend = _terminal(model, conversation) if on_terminal else Pipe()

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.jsonfile import Json, read_json
+from slotmoe.tools.options import SAMPLING
 from slotmoe.tools.run import of_budget
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Conversation:
         sampling: Sampling,
         system: str | None = None,
         session: NamedSession | None = None,
+        stop: Sequence[str] = (),
     ):
         self.runtime, self.system = runtime, system
         self.exchanges: list[Exchange] = []
@@ -67,7 +69,7 @@ class Conversation:
         self._stream: Stream | None = None  # the latest answer's
         self._tokens: list[int] = []  # of its prompt, and of the answer so far
         self._reading_since: float | None = None  # time.monotonic(), until the first token
-        self._session = session
+        self._session, self._stop = session, stop
         if session is not None and (saved := session.saved) is not None:
             kept, self.exchanges = _parse(session.path, {"messages": saved.messages})
             self.system = kept if system is None else system
@@ -113,13 +115,12 @@ class Conversation:
         chosen, count, text, thoughts = self._sampling, 0, "", 0
         if chosen.seed is not None:
             self._sampling = replace(chosen, seed=(chosen.seed + 1) % (1 << 63))
-        sampling = chosen.temperature, chosen.top_p, chosen.top_k, chosen.seed
-
+        sampling = {name: getattr(chosen, name) for name in SAMPLING}
         splitter = self.runtime.tokenizer.splitter(prompt)
 
         def texts() -> Iterator[str]:
             nonlocal count, thoughts
-            self._stream = self.runtime.generate(prompt, limit, *sampling)
+            self._stream = self.runtime.generate(prompt, limit, **sampling, stop=self._stop)
             for token in self._stream:
                 count += 1
                 self._tokens.append(token.id)

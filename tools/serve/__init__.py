@@ -6,7 +6,7 @@ import os
 import re
 import resource
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from slotmoe.errors import ConfigError
+from slotmoe.jsonfile import Json
 from slotmoe.sizes import parse_size
 from slotmoe.tools import options
 from slotmoe.tools.options import flag, open_runtime, option
@@ -32,10 +33,15 @@ _SPARE_CONNECTIONS = 256  # besides those of answers: idle ones, and requests wi
 
 _ORIGIN = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[!-.0-~]+")
 
+_NAMES_HELP = (
+    "The model's name for clients; more may be given, answers have the first. '*' is any. "
+    "[default: the folder's, or the hub id]"
+)
+_HOST = re.compile(r"[a-zA-Z0-9_.-]+(:[0-9]+)?")
 _READY = "a page to chat; the API is under /v1; Ctrl-C ends it"
 _SEQUENCES, _QUEUE = click.IntRange(1, 256), click.IntRange(0, 10_000)
 _HOST_HELP = "Address to listen on; others than loopback need a key."
-_HOSTS_HELP = "A name by which clients may call; may be repeated."
+_HOSTS_HELP = "A name by which clients may call, at any port; may be repeated."
 _CORS_HELP = (
     "Let web pages of this origin use the API, like http://localhost:3000; may be repeated. '*' is "
     "any page, and needs a key."
@@ -58,12 +64,13 @@ _KEYS_HELP = "Ask for this key; may be repeated. Seen by others in ps."
 @option("--max-sequences", None, "Answers that decode together.", type=_SEQUENCES, default=4)
 @option("--max-queue", None, "Answers that may wait; then 429.", type=_QUEUE, default=32)
 @option("--max-body", "SIZE", "Largest request body.", default="4MiB")
-@option("--name", "NAME", "The model's name for clients. [default: the folder's, or the hub id]")
+@option("--served-model-name names", "NAME", _NAMES_HELP, multiple=True)
 @option("--session-dir", "DIR", _SESSIONS_HELP)
 @options.SESSION_LIMIT
+@options.sampling_options
 @flag("--no-log", "Write no line about each request.")
 @options.runtime_options
-def command(model: str, host: str, port: int, name: str | None, **given: Any) -> int:
+def command(model: str, host: str, port: int, names: tuple[str, ...], **given: Any) -> int:
     """Serve MODEL over HTTP: /v1/chat/completions, /v1/responses, /v1/completions, /v1/models
     (OpenAI), /v1/messages (Anthropic), /tokenize, /health, /metrics (Prometheus), and at / a page
     to chat with it.
@@ -85,7 +92,7 @@ def command(model: str, host: str, port: int, name: str | None, **given: Any) ->
     sequences, queue = given["max_sequences"], given["max_queue"]
     keys = _keys(given["api_keys"], given["api_key_file"])
     origins = _origins(given["origins"], bool(keys))
-    max_body, hosts = parse_size(given["max_body"]), (host, *given["hosts"])
+    max_body, hosts = parse_size(given["max_body"]), (host, *_checked(given["hosts"]))
     allow_descriptors(sequences + queue + 2 * _SPARE_CONNECTIONS)
     folder, limit = given["session_dir"], parse_size(given["session_limit"])
     rows = max(sequences, 16)  # of logits: one of each answer, or of a prompt's scored tokens
@@ -95,12 +102,14 @@ def command(model: str, host: str, port: int, name: str | None, **given: Any) ->
     ):
         if folder is not None:
             runtime.keep_in(folder, limit, options.say)
-        name = name or (Path(model).resolve().name if Path(model).exists() else model)
-        edge = keys, hosts, max_body, not given["no_log"], origins
-        server, service = make_server(runtime, name, sequences, queue, *edge)
+        if not {*names} - {"*"}:
+            names = (Path(model).resolve().name if Path(model).exists() else model, *names)
+        sampling = {name: given[name] for name in options.OWN}
+        edge = keys, hosts, max_body, not given["no_log"], origins, sampling
+        server, service = make_server(runtime, names, sequences, queue, *edge)
         address, port = listener.getsockname()[:2]
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
-        click.echo(f"slotmoe: {name} is ready at {url}, {_READY}", err=True)
+        click.echo(f"slotmoe: {service.name} is ready at {url}, {_READY}", err=True)
         try:
             server.run(sockets=[listener])
         finally:
@@ -114,7 +123,7 @@ def command(model: str, host: str, port: int, name: str | None, **given: Any) ->
 
 def make_server(
     runtime: "Runtime",
-    name: str,
+    names: Sequence[str],
     sequences: int,
     queue: int,
     keys: Iterable[str] = (),
@@ -122,9 +131,11 @@ def make_server(
     max_body: int = 4 << 20,
     is_logged: bool = False,
     origins: Iterable[str] = (),
+    sampling: Json | None = None,
 ) -> tuple["uvicorn.Server", "Service"]:
     """A uvicorn server, to ``run`` on a socket, and its ``Service``; ``max_body`` is in bytes.
-    If it ``is_logged``, each request is a line on stderr."""
+    If it ``is_logged``, each request is a line on stderr.  Settings of ``sampling`` go before the
+    model's own."""
     import uvicorn
 
     from slotmoe.tools.serve.app import make_app
@@ -147,7 +158,8 @@ def make_server(
         settings.timeout_graceful_shutdown = _FAILED_SECONDS
         server.should_exit = True
 
-    service = Service(runtime, name, sequences, queue, ended)
+    own = runtime.sampling.with_given(**sampling or {})
+    service = Service(runtime, names, sequences, queue, own, ended)
     app = make_app(service, bool(keys))
     guarded = Guard(app, keys, hosts, max_body, origins)
     settings = uvicorn.Config(
@@ -198,6 +210,15 @@ def _keys(given: tuple[str, ...], file: str | None) -> tuple[str, ...]:
         problem = "is empty or holds characters that no HTTP header can"
         raise ConfigError(f"an API key {problem}; use letters, digits and signs")
     return tuple(dict.fromkeys(keys))
+
+
+def _checked(hosts: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of hosts, maybe with a port.  Raises ``ConfigError``."""
+    for host in hosts:
+        if not _HOST.fullmatch(host):
+            expected = "expected NAME or NAME:PORT, without a scheme or a path"
+            raise ConfigError(f"--allow-host {host!r:.80}: is no name of a host; {expected}")
+    return hosts
 
 
 def _origins(given: tuple[str, ...], has_keys: bool) -> tuple[str, ...]:

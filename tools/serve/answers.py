@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar, NamedTuple
@@ -85,12 +85,15 @@ class Answers:
         self._prompt_tokens = sum(map(len, prompts))
         tokenizer, dialect = service.tokenizer, service.dialect
         self._reasoning_tokens = None if tokenizer.reasoning is None else 0
-        sampling, scored = options.sampling, bool(echoes) and options.logprobs is not None
-        scores = self._prompt_tokens * options.choices * (1 + (options.logprobs or 0))
+        sampling = replace(service.sampling, **options.sampling)
+        counts = options.logprobs, options.prompt_logprobs
+        logprobs = max((count for count in counts if count is not None), default=None)
+        scored = options.prompt_logprobs is not None or (bool(echoes) and logprobs is not None)
+        scores = self._prompt_tokens * options.choices * (1 + (logprobs or 0))
         if scored and scores > MAX_SCORES:
             problem = f"{scores} log-probabilities, more than {MAX_SCORES} in one request"
-            raise RefusedError(f"echo with logprobs would give {problem}", "logprobs")
-        ends = () if options.goes_on else service.runtime.eos_token_ids
+            raise RefusedError(f"logprobs of the prompt would be {problem}", "logprobs")
+        ends = (*(() if options.goes_on else service.runtime.eos_token_ids), *options.ends)
         policy, form, shown, calls, texts = chat.policy, None, None, "", dict[str, frozenset[str]]()
         if policy is not None:
             form, shown, calls = dialect.format, dialect.shown, dialect.format.opening
@@ -104,11 +107,11 @@ class Answers:
                     mask = (grammar or Mask(None, tokenizer.size)).mask(options.least, ends)
                 model = prompt, tokenizer, ends
                 how = replace(sampling, seed=seed), limit, Stops(options.stop, calls)
-                answer = Answer(*model, *how, options.logprobs, mask, shown)
+                answer = Answer(*model, *how, logprobs, mask, shown)
                 emit = partial(self._emit, len(self.jobs))
                 self._answers.append(answer)
                 self.jobs.append(Job(prompt, answer, emit, request.state.owner, scored))
-        how_read = form, chat.schema is not None, policy is not None and policy.required
+        how_read = form, chat.wanted is not None, policy is not None and policy.required
         reasoning = None if is_thinking is None else tokenizer.reasoning
         self._readers = [
             Reader(*how_read, Splitter(reasoning, bool(is_thinking)), texts) for _ in self.jobs
@@ -179,10 +182,27 @@ class Answers:
         return [
             {
                 **self._score(token.id, token.logprob),
-                "top_logprobs": [self._score(*alternative) for alternative in token.likeliest],
+                "top_logprobs": [
+                    self._score(*other) for other in token.likeliest[: self.options.logprobs]
+                ],
             }
             for token in tokens
         ]
+
+    def prompt_scores(self, index: int) -> list[Json | None] | None:
+        """Log-probabilities of the prompt of whole answer ``index`` by id, in vLLM's form; None
+        where they are not wanted.  A token beyond the likeliest has no rank."""
+        if (count := self.options.prompt_logprobs) is None:
+            return None
+        rows = list[Json | None]()
+        for token in self._answers[index].read:
+            row, likeliest = Json(), token.likeliest[:count]
+            ranks = {id_: rank for rank, (id_, _) in enumerate(token.likeliest, 1)}
+            for id_, logprob in ((token.id, token.logprob), *likeliest):
+                text = spelled(self.service.tokenizer.token_bytes(id_))
+                row[str(id_)] = {"logprob": logprob, "rank": ranks.get(id_), "decoded_token": text}
+            rows.append(None if token.logprob is None else row)
+        return rows
 
     def _score(self, id_: int, logprob: float | None) -> Json:
         content = self.service.tokenizer.token_bytes(id_)
@@ -215,12 +235,18 @@ async def chat_answers(
         is_thinking = None
         if reasoning is not None and not reasoning.is_over(text):
             is_thinking = reasoning.is_begun(text)
-        grammar = service.grammars.compile(chat.schema, chat.policy, is_thinking)
+        grammar = service.grammars.compile(chat.wanted, chat.policy, is_thinking)
         return grammar, service.encode(text), is_thinking
 
-    grammar, prompt, is_thinking = await asyncio.to_thread(prepare)
+    grammar, prompt, is_thinking = await service.prepare(prepare)
     request.state.relaxed = grammar.relaxed if grammar is not None else []  # for a header
     return Answers(service, request, [prompt], options, (), chat, grammar, is_thinking)
+
+
+def event(data: Json) -> str:
+    """One server-sent event, named after the type of ``data`` if it has one."""
+    name = f"event: {data['type']}\n" if "type" in data else ""
+    return f"{name}data: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
 class EventStream(StreamingResponse):
@@ -230,9 +256,10 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
     responses: ClassVar[dict[int | str, Json]] = {200: {"content": {media_type: {}}}}
+    spell = staticmethod(event)
 
     def __init__(self, events: AsyncIterator[str], answers: Answers, ping: str = ": ping\n\n"):
-        content = _with_pings(events, answers, ping)
+        content = _with_pings(events, answers, ping, self.spell)
         super().__init__(content, headers={"cache-control": "no-cache"})
         self._answers = answers
 
@@ -251,14 +278,8 @@ def spelled(content: bytes) -> str:
         return "".join(f"\\x{byte:02x}" for byte in content)
 
 
-def event(data: Json) -> str:
-    """One server-sent event, named after the type of ``data`` if it has one."""
-    name = f"event: {data['type']}\n" if "type" in data else ""
-    return f"{name}data: {json.dumps(data, separators=(',', ':'))}\n\n"
-
-
 async def _with_pings(
-    events: AsyncIterator[str], answers: Answers, ping: str
+    events: AsyncIterator[str], answers: Answers, ping: str, spell: Callable[[Json], str]
 ) -> AsyncIterator[str]:
     """``events``, with ``ping`` wherever ``PING_SECONDS`` have passed without one, and the error
     that ends them."""
@@ -275,7 +296,7 @@ async def _with_pings(
                 coming = None
                 yield text
     except RefusedError as problem:
-        yield event(error_body(answers.request.url.path, problem))
+        yield spell(error_body(answers.request.url.path, problem))
     finally:
         if coming is not None:
             coming.cancel()

@@ -4,127 +4,34 @@ Some fields mean nothing to this server and are accepted: a prompt is cached whe
 ``cache_control`` asks for it, and a budget of thinking bounds nothing.
 """
 
-import json
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field, Tag
+from pydantic import Field
 from starlette.responses import JSONResponse
 
 from slotmoe.jsonfile import Json
+from slotmoe.tools.serve import anthropic_messages as given
 from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event
 from slotmoe.tools.serve.errors import ANTHROPIC_PATH, RefusedError
-from slotmoe.tools.serve.fields import accepted, by_kind, text_or_list
+from slotmoe.tools.serve.fields import Refused, accepted
 from slotmoe.tools.serve.reader import ContentDelta, joined, parse_arguments
-from slotmoe.tools.serve.requests import DESCRIBED, REPLAYED
 from slotmoe.tools.serve.service import Serving
+from slotmoe.tools.serve.wanted import Schema
 
 router = APIRouter()
 _STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
-_EFFORTS = {"disabled": "none", "enabled": "high", "adaptive": None}  # in OpenAI's words
-_CHOICES = {"auto": "auto", "any": "required", "none": "none"}  # in OpenAI's words
+# In OpenAI's words.
+_EFFORTS = {"disabled": "none", "enabled": "high", "adaptive": None, "between_tools": None}
+_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _THINKING = accepted("nothing bounds reasoning")
 _SIGNATURE = "slotmoe"  # of thinking: clients send it back, nothing here verifies it
+_BILLING = "x-anthropic-billing-header:"  # Claude Code's, another one in each conversation
+_MAX_TOOLS = 1024
 _NO_THREADS = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
-
-
-class Cacheable(requests.Model):
-    cache_control: Annotated[Json | None, requests.CACHED] = None
-
-
-class TextBlock(requests.TextPart):
-    citations: Annotated[list[Json] | None, REPLAYED] = None
-
-
-Text: TypeAlias = Annotated[
-    Annotated[requests.Text, Tag("text")] | Annotated[list[TextBlock], Tag("list")],
-    by_kind(text_or_list, "text nor a list of blocks"),
-]
-
-
-class ToolUse(Cacheable):
-    type: Literal["tool_use"]
-    id: requests.CallId
-    name: requests.Name
-    input: Json
-    caller: Annotated[Json | None, REPLAYED] = None
-    toolset_name: Annotated[None, REPLAYED] = None
-
-    def call(self) -> requests.ToolCall:
-        try:
-            arguments = json.dumps(self.input, ensure_ascii=False)
-        except RecursionError:
-            raise RefusedError("messages: an input is nested too deeply", "messages") from None
-        return requests.ToolCall.of(self.id, self.name, arguments)
-
-
-class ToolResult(Cacheable):
-    type: Literal["tool_result"]
-    tool_use_id: requests.CallId
-    content: Text | None = None
-    is_error: bool | None = None
-    toolset_name: Annotated[None, REPLAYED] = None
-
-    def message(self) -> requests.ToolMessage:
-        kind = requests.FailedToolMessage if self.is_error else requests.ToolMessage
-        about: Json = {"tool_call_id": self.tool_use_id, "content": self.content or ""}
-        return kind.model_construct(role="tool", **about)
-
-
-class Thinking(requests.Model):
-    type: Literal["thinking"]
-    thinking: requests.Text
-    signature: requests.Text | None = None
-
-
-class RedactedThinking(requests.Model):
-    type: Literal["redacted_thinking"]
-    data: Annotated[requests.Text, REPLAYED]
-
-
-Block: TypeAlias = Annotated[
-    TextBlock | ToolUse | ToolResult | Thinking | RedactedThinking, Field(discriminator="type")
-]
-
-
-class AnthropicMessage(requests.Model):
-    role: Literal["user", "assistant"]
-    content: Annotated[
-        Annotated[requests.Text, Tag("text")] | Annotated[list[Block], Tag("list")],
-        by_kind(text_or_list, "text nor a list of blocks"),
-    ]
-
-    def messages(self) -> list[requests.ChatMessage]:
-        """Each result of a call, then the text and the calls.  Raises ``RefusedError``."""
-        blocks: list[Block] = [TextBlock.model_construct(text=self.content)]
-        if isinstance(self.content, list):
-            blocks = self.content
-        thoughts = [block.thinking for block in blocks if isinstance(block, Thinking)]
-        texts = [block for block in blocks if isinstance(block, requests.TextPart)]
-        calls = [block.call() for block in blocks if isinstance(block, ToolUse)]
-        results = [block.message() for block in blocks if isinstance(block, ToolResult)]
-        if (calls and self.role == "user") or (results and self.role == "assistant"):
-            raise RefusedError(f"a message of the {self.role} can't hold such a block", "messages")
-        about: Json = {"role": self.role, "content": texts, "tool_calls": calls}
-        about["reasoning_content"] = "".join(thoughts)
-        kind = requests.AssistantMessage if self.role == "assistant" else requests.PlainMessage
-        message = kind.model_construct(**about)
-        return [*results, message] if message.text or calls or not results else [*results]
-
-
-class _Custom(Cacheable):
-    type: Literal["custom"] | None = None
-
-
-class Tool(requests.Function, _Custom):
-    parameters: Annotated[Json, Field(alias="input_schema")]
-    eager_input_streaming: Annotated[bool | None, DESCRIBED] = None
-    defer_loading: Annotated[bool | None, DESCRIBED] = None
-    input_examples: Annotated[list[Json] | None, DESCRIBED] = None
-    allowed_callers: Annotated[list[Literal["direct"]] | None, DESCRIBED] = None
 
 
 class ToolChoice(requests.Model):
@@ -145,7 +52,7 @@ class Metadata(requests.Model):
 
 
 class ThinkingConfig(requests.Model):
-    type: Literal["disabled", "enabled", "adaptive"]
+    type: Literal["disabled", "enabled", "adaptive", "between_tools"]
     budget_tokens: Annotated[requests.Count | None, _THINKING] = None
     display: Annotated[Literal["summarized", "omitted"] | None, _THINKING] = None
 
@@ -161,29 +68,41 @@ class OutputConfig(requests.Model):
     task_budget: Annotated[Json | None, _THINKING] = None
 
 
-class CountRequest(Cacheable):
+class CountRequest(given.Cacheable):
     """``/v1/messages/count_tokens``, and what it shares with ``/v1/messages``."""
 
     model: requests.Label
     messages: Annotated[
-        list[AnthropicMessage], Field(min_length=1, max_length=requests.MAX_MESSAGES)
+        list[given.AnthropicMessage], Field(min_length=1, max_length=requests.MAX_MESSAGES)
     ]
-    system: Text | None = None
-    tools: Annotated[list[Tool], Field(max_length=requests.MAX_TOOLS)] | None = None
+    system: given.Text | None = None
+    tools: Annotated[list[given.Tool], Field(max_length=_MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: ThinkingConfig | None = Field(None, description="its `type` switches reasoning")
     output_config: OutputConfig | None = Field(None, description="its `format` is a JSON schema")
     context_management: Annotated[Json | None, accepted("nothing is edited")] = None
+    speed: Annotated[Literal["standard", "fast"] | None, accepted("there is one speed")] = None
+    user_profile_id: Annotated[requests.Label | None, requests.LABEL] = None
+    workspace_id: Annotated[requests.Label | None, requests.LABEL] = None
+    billing_policy: Annotated[None, Refused("nothing is billed")] = None
+    compaction: Annotated[None, Refused("a conversation is read whole")] = None
+    mcp_servers: Annotated[list[None] | None, Refused("the server calls no others")] = None
 
     def chat(self) -> requests.Conversation:
         """A last message of the assistant's is the beginning of the answer.  Raises
         ``RefusedError``."""
         choice = self.tool_choice.choice() if self.tool_choice is not None else None
         is_single = self.tools and self.tool_choice and self.tool_choice.disable_parallel_tool_use
-        messages = [message for given in self.messages for message in given.messages()]
-        if self.system is not None:
-            system = requests.PlainMessage.model_construct(role="system", content=self.system)
-            messages.insert(0, system)
+        offer = given.Offer(self.tools or [])
+        messages = [message for turn in self.messages for message in turn.messages(offer)]
+        blocks = [self.system] if isinstance(self.system, str) else self.system or ()
+        texts = [block if isinstance(block, str) else block.text for block in blocks]
+        texts = ["".join(text for text in texts if not text.startswith(_BILLING))]
+        while messages and messages[0].role == "system":  # in no midst
+            texts.append(messages.pop(0).text)
+        if system := "\n\n".join(text for text in texts if text):
+            about: Json = {"role": "system", "content": system}
+            messages.insert(0, requests.PlainMessage.model_construct(**about))
         continues = self.messages[-1].role == "assistant"
         output, effort = self.output_config, None
         form = output.format if output is not None else None
@@ -196,8 +115,8 @@ class CountRequest(Cacheable):
             raise RefusedError(f"messages: {problem} has begun it", "messages")
         return requests.Conversation(
             messages,
-            requests.tool_policy(self.tools or (), choice, False if is_single else None),
-            None if form is None else requests.Schema.model_construct(definition=form.definition),
+            offer.policy(choice, False if is_single else None),
+            None if form is None else Schema.model_construct(definition=form.definition),
             effort,
             continues,
         )
@@ -207,10 +126,15 @@ class MessagesRequest(CountRequest, requests.GenerationRequest):
     """``/v1/messages``."""
 
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
-    max_tokens: requests.Count
+    max_tokens: Annotated[int, Field(ge=0), requests.Whole]
     stop_sequences: requests.Stops | None = None
     metadata: Annotated[Metadata | None, requests.LABEL] = None
     service_tier: Annotated[Literal["auto", "standard_only"] | None, requests.TIER] = None
+    container: Annotated[None, Refused("the server runs no code")] = None
+    diagnostics: Annotated[Json | None, accepted("nothing is diagnosed")] = None
+    fallback_credit_token: Annotated[None, Refused("nothing is billed")] = None
+    fallbacks: Annotated[None, Refused("the server has one model")] = None
+    inference_geo: Annotated[requests.Label | None, accepted("the server is one machine")] = None
     thread: object = Field(None, description="refused: `thread_unsupported_request`")
 
     def options(self) -> requests.AnswerOptions:
@@ -234,7 +158,7 @@ async def messages(body: MessagesRequest, request: Request, service: Serving) ->
     options = body.options()
     answers = await chat_answers(service, request, body.chat(), options)
     about: Json = {"id": f"msg_{uuid.uuid4().hex}", "type": "message"}
-    about |= {"role": "assistant", "model": body.model}
+    about |= {"role": "assistant", "model": service.name}
     if body.stream:
         return EventStream(_events(about, answers), answers, ping=_event("ping"))
     (update,) = await answers.whole()

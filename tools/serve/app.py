@@ -1,17 +1,20 @@
 """The application of ``slotmoe serve``: all routes, and their description."""
 
-import asyncio
 from pathlib import Path
+from typing import Annotated
 
 from fastapi import APIRouter, FastAPI, Response, Security
 from fastapi.security import APIKeyHeader, HTTPBearer
 from prometheus_client import generate_latest
+from pydantic import Field
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
 from slotmoe import __version__
 from slotmoe.jsonfile import Json
-from slotmoe.tools.serve import anthropic, openai, requests, responses
+from slotmoe.tools.serve import anthropic, ollama, openai, requests, responses
+from slotmoe.tools.serve.description import Application
 from slotmoe.tools.serve.errors import HANDLED, RefusedError, error_response
+from slotmoe.tools.serve.openai import MAX_IDS
 from slotmoe.tools.serve.service import Service, Serving
 
 _POLICY = (
@@ -54,14 +57,12 @@ def metrics(service: Serving) -> Response:
     return PlainTextResponse(generate_latest(service.registry), media_type=_PROMETHEUS)
 
 
-class TokenizeRequest(requests.Model):
+class TokenizeRequest(requests.Templated):
     """In vLLM's form: of ``prompt``, or of ``messages`` as the model reads them."""
 
     model: requests.Label | None = None
     prompt: requests.Text | None = None
     add_special_tokens: bool | None = None
-    messages: requests.Messages | None = None
-    tools: requests.Tools | None = None
 
 
 @routes.post("/tokenize")
@@ -71,18 +72,49 @@ async def tokenize(body: TokenizeRequest, service: Serving) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise RefusedError("give either prompt or messages", "prompt")
     if body.messages is not None:
-        policy = requests.tool_policy([tool.function for tool in body.tools or ()], None)
-        ids = await service.chat_ids(requests.Conversation(body.messages, policy))
+        ids = await service.chat_ids(body.conversation())
     else:
         add_bos = body.add_special_tokens is not False
-        ids = await asyncio.to_thread(service.encode, body.prompt or "", add_bos)
+        ids = await service.prepare(service.encode, body.prompt or "", add_bos)
     about = {"count": len(ids), "max_model_len": service.runtime.context}
     return JSONResponse({**about, "tokens": ids})
 
 
+class DetokenizeRequest(requests.Model):
+    model: requests.Label | None = None
+    tokens: Annotated[list[requests.Id], Field(max_length=MAX_IDS)]
+
+
+@routes.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, service: Serving) -> Response:
+    """The text is ``prompt`` in vLLM's form, ``content`` in llama.cpp's."""
+    if body.model is not None:
+        service.check_model(body.model)
+    if max(body.tokens, default=0) >= service.tokenizer.size:
+        problem = f"outside 0 to {service.tokenizer.size - 1}"
+        raise RefusedError(f"tokens: a token id is {problem}", "tokens")
+    text = await service.prepare(service.tokenizer.decode, body.tokens, True)
+    return JSONResponse({"prompt": text, "content": text})
+
+
+class TemplateRequest(requests.Templated):
+    model: requests.Label | None = None
+    messages: requests.Messages
+    reasoning_effort: requests.Label | None = None
+
+
+@routes.post("/apply-template")
+async def apply_template(body: TemplateRequest, service: Serving) -> Response:
+    """The text that the model would read, in llama.cpp's form."""
+    if body.model is not None:
+        service.check_model(body.model)
+    chat = body.conversation(effort=body.reasoning_effort)
+    return JSONResponse({"prompt": await service.prepare(service.chat_text, chat)})
+
+
 def make_app(service: Service, has_keys: bool) -> FastAPI:
     """The application; where it ``has_keys``, ``Guard`` in front of it asks for them."""
-    app = FastAPI(
+    app = Application(
         title="slotmoe", version=__version__, docs_url=None, redoc_url=None, responses=_REFUSALS
     )
     app.state.service = service
@@ -90,6 +122,6 @@ def make_app(service: Service, has_keys: bool) -> FastAPI:
         app.add_exception_handler(kind, error_response)
     app.include_router(public)
     security = [Security(key) for key in _KEYS] if has_keys else []  # for the description
-    for router in (routes, openai.router, responses.router, anthropic.router):
+    for router in (routes, openai.router, responses.router, anthropic.router, ollama.router):
         app.include_router(router, dependencies=security)
     return app

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
 
-ANTHROPIC_PATH = "/v1/messages"
+ANTHROPIC_PATH, OLLAMA_PATH = "/v1/messages", "/api"
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -39,6 +39,8 @@ class RefusedError(Exception):
 def error_body(path: str, problem: RefusedError) -> Json:
     """``problem`` in the envelope of the API that ``path`` belongs to."""
     is_anthropic, status = f"{path}/".startswith(f"{ANTHROPIC_PATH}/"), problem.status
+    if f"{path}/".startswith(f"{OLLAMA_PATH}/"):
+        return {"error": problem.message}
     kind = "rate_limit_error" if status == 429 else "invalid_request_error"
     if status >= 500:
         kind = "api_error" if is_anthropic else "server_error"
@@ -50,8 +52,9 @@ def error_body(path: str, problem: RefusedError) -> Json:
     return {"error": {"message": problem.message, "type": kind, **about}}
 
 
-# What pydantic says of the sizes of Python's objects, in words about fields.
+# What pydantic says of Python's objects, in words about fields.
 _WORDS = {
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "is not a JSON object"),
     "missing": "is missing",
     "extra_forbidden": "is not supported by this server",
     "too_long": "has more than {max_length} items",
@@ -95,6 +98,8 @@ def _invalid(problem: RequestValidationError) -> RefusedError:
 def _place(error: Json, value: Json) -> list[str | int]:
     """The way through a body to what is wrong.  pydantic's way also names members of unions."""
     place, (*steps, last) = list[str | int](), error["loc"]
+    if steps == ["query"]:
+        return [last]
     for step in steps[1:]:
         if _holds(value, step):
             place.append(step)
@@ -118,6 +123,6 @@ def _reason(error: Json, place: list[str | int]) -> str:
     words = _WORDS.get(error["type"])
     if words is not None:
         return f"{where or 'the body'} {words.format_map(context)}"
-    reason = str(error["msg"]).removeprefix("Value error, ")
+    reason = str(error["msg"]).removeprefix("Value error, ").replace("False", "false")
     glue = " " if reason.startswith(("is ", "has ")) else ": "
     return f"{where}{glue}{reason}" if where else reason

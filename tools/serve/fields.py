@@ -17,12 +17,12 @@ def accepted(reason: str) -> object:
 
 @dataclass(frozen=True)
 class Refused:
-    """Marks a field that may only be null, because of ``reason``."""
+    """Marks a field that may only be null, or an empty list, because of ``reason``."""
 
     reason: str
 
     def _check(self, value: object) -> None:
-        if value is not None:
+        if value not in (None, []):
             raise ValueError(f"is not supported by this server: {self.reason}")
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:

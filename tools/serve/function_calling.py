@@ -3,8 +3,10 @@
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TypeAlias
 
+from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve import formats, requests
@@ -36,15 +38,20 @@ class Dialect:
         continues: bool = False,
         effort: str | None = None,
         schema: Json | None = None,
+        extra: Json | None = None,
     ) -> str:
         """The conversation as text for the model; the answer ``continues`` the last message, or it
-        is a new one, with reasoning as ``effort`` says and by ``schema`` where there is one.
-        Raises ``RefusedError``, ``ConfigError``."""
+        is a new one, with reasoning as ``effort`` says and by ``schema`` where there is one.  The
+        template gets ``extra`` variables.  Raises ``RefusedError``, ``ConfigError``."""
         if any(m.role == requests.REMINDER for m in messages) and not self._reminds:
             problem = f"this model has no role {requests.REMINDER!r}"
             raise RefusedError(f"messages: {problem}", "messages")
+        if any(isinstance(m, requests.InsertedMessage) for m in messages) and not self._inserts:
+            messages = _told_by_user(messages)
         turns, tools = with_results(messages), None
-        functions = policy.functions if policy is not None else []
+        functions = list[requests.Function]()
+        if policy is not None:
+            functions = [f for f in policy.functions if f.name not in policy.deferred]
         if self.format.structured:
             written = self._structured(turns)
         else:
@@ -55,7 +62,18 @@ class Dialect:
             self._describe(functions, written)
         goes_on = self.is_native and not self.format.structured and bool(turns[-1][1])
         begun = continues or goes_on
-        return self._tokenizer.chat(written, tools, begun, effort, schema)
+        return self._tokenizer.chat(written, tools, begun, effort, schema, extra)
+
+    @cached_property
+    def _inserts(self) -> bool:
+        """Whether the template leaves a message of the system's in the midst where it is."""
+        roles = "system user system assistant user system".split()
+        said = [{"role": role, "content": f"<{number}>"} for number, role in enumerate(roles)]
+        try:
+            text = self._tokenizer.chat(said)
+        except ConfigError:
+            return False
+        return re.findall(r"<\d>", text) == [message["content"] for message in said]
 
     def _describe(self, functions: Sequence[requests.Function], written: list[Json]) -> None:
         """Describe the functions at the end of the system message of ``written``."""
@@ -71,8 +89,8 @@ class Dialect:
         written, count = list[Json](), 0
         for message, results in turns:
             about: Json = {"role": message.role, "content": message.text}
-            if message.reasoning:
-                about["reasoning_content"] = message.reasoning
+            if message.thoughts:
+                about["reasoning_content"] = message.thoughts
             ids, calls = list[str](), list[Json]()
             for call in message.calls:
                 name, arguments = call.function.name, call.function.arguments or "{}"
@@ -94,8 +112,8 @@ class Dialect:
             text = message.text + ("\n" if message.text and message.calls else "")
             text += self.format.write(message.calls)
             written.append({"role": message.role, "content": text})
-            if message.reasoning:
-                written[-1]["reasoning_content"] = message.reasoning
+            if message.thoughts:
+                written[-1]["reasoning_content"] = message.thoughts
             responses = []
             for call, result in zip(message.calls, results, strict=True):
                 error = ' error="true"' if result.failed else ""
@@ -122,6 +140,21 @@ class Dialect:
                 written.append({"role": message.role, "content": text})
             goes_on = bool(results)
         return written
+
+
+def _told_by_user(messages: list[requests.ChatMessage]) -> list[requests.ChatMessage]:
+    """With what is inserted as the user's, of whom no two messages follow each other then."""
+    told = list[requests.ChatMessage]()
+    for message in messages:
+        role, text = message.role, message.text
+        if isinstance(message, requests.InsertedMessage):
+            role, text = "user", f"<system>\n{text}\n</system>"
+        if role == "user":
+            if told and told[-1].role == role:
+                text = f"{told.pop().text}\n\n{text}"
+            message = requests.PlainMessage.model_construct(role=role, content=text)
+        told.append(message)
+    return told
 
 
 def with_results(messages: list[requests.ChatMessage]) -> list[Turn]:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer, grammar_from
 from torch import Tensor
 
 from slotmoe.errors import ConfigError
@@ -16,8 +16,9 @@ from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.formats import INDEX, is_text
 from slotmoe.tools.serve.function_calling import Dialect
-from slotmoe.tools.serve.requests import Schema, ToolPolicy
+from slotmoe.tools.serve.requests import ToolPolicy
 from slotmoe.tools.serve.schemas import relaxed
+from slotmoe.tools.serve.wanted import Rule, Schema
 
 MAX_CALLS = 32  # in one answer
 _MAX_SCHEMA = 1 << 16  # characters
@@ -61,7 +62,7 @@ class Mask:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
             if self._matcher.is_error():
                 problem = "leaves nothing that could come next, or takes too much work to follow"
-                raise ConfigError(f"the JSON schema {problem}; make it simpler")
+                raise ConfigError(f"the JSON schema or grammar {problem}; make it simpler")
             bits_V = np.unpackbits(bits, count=self._size, bitorder="little")
             allowed_V = torch.from_numpy(bits_V.view(np.bool_))
         if self._left <= 0:
@@ -90,26 +91,50 @@ class Grammars:
         return LLTokenizer(self._source.to_json(), n_vocab=size, eos_token=self._eos)
 
     def compile(
-        self, schema: Schema | None, policy: ToolPolicy | None, is_thinking: bool | None = False
+        self,
+        wanted: Schema | Rule | None,
+        policy: ToolPolicy | None,
+        is_thinking: bool | None = False,
     ) -> Mask | None:
-        """What an answer has to follow that follows ``schema``, or calls functions, after its
+        """What an answer has to follow that is as ``wanted``, or calls functions, after its
         reasoning; None where the answer is free.  ``is_thinking`` where the prompt has begun the
         reasoning, None where there is none.  Raises ``RefusedError``."""
-        if schema is None and policy is None:
+        if wanted is None and policy is None:
             return None
-        content, dropped, where = None, list[str](), "response_format"
-        if schema is not None:
-            strict = bool(schema.strict)
-            content = self._json(schema.definition, strict, where, where, dropped)
+        content, dropped, where, rules = None, list[str](), "response_format", list[Json]()
+        if isinstance(wanted, Rule):
+            content = "@wanted"
+            rules.append({"name": "wanted", "lark_grammar": self._lark(wanted)})
+        elif wanted is not None:
+            strict = bool(wanted.strict)
+            content = self._json(wanted.definition, strict, where, where, dropped)
         grammar = f"answer: {content}"
         if policy is not None:
             grammar = self._calls(policy, content, dropped)
         grammar = f"start: {self._reasoning(is_thinking)}\n{grammar}"
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        rules.insert(0, {"lark_grammar": grammar})
+        matcher = LLMatcher(self._tokenizer, json.dumps({"grammars": rules}), log_level=0)
         if matcher.is_error():
             reason = matcher.get_error()[:200]
             raise RefusedError(f"the schemas can't be followed together ({reason})")
         return Mask(matcher, self._source.size, dropped)
+
+    def _lark(self, rule: Rule) -> str:
+        """``rule`` in Lark's words.  Raises ``RefusedError``."""
+        kind, text, param = rule
+        try:
+            lark = grammar_from(kind, text if isinstance(text, str) else json.dumps(text))
+            if kind == "regex":
+                lark = json.loads(lark)["grammars"][0]["lark_grammar"]
+            problem = LLMatcher(self._tokenizer, lark, log_level=0).get_error()
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            reason = problem.partition("\n   1 |")[0][:200]
+            raise RefusedError(f"{param}: the {kind} can't be followed ({reason})", param)
+        if len(lark) > _MAX_SCHEMA:
+            raise RefusedError(f"{param}: more than {_MAX_SCHEMA} characters", param, 413)
+        return lark
 
     def _reasoning(self, is_thinking: bool | None) -> str:
         """The rule of the whole answer, and those of the reasoning before the answer proper."""

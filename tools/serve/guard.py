@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from slotmoe.tools.serve.bodies import check
-from slotmoe.tools.serve.errors import RefusedError, error_body
+from slotmoe.tools.serve.errors import OLLAMA_PATH, RefusedError, error_body
 
 BODY_SECONDS = 30.0  # in which a request's body has to arrive
 IDLE_SECONDS = 10.0  # after twice this time a connection on which nothing moves is closed
@@ -52,29 +52,33 @@ class Guard:
         self._app, self._max_body, self._origins = app, max_body, frozenset(origins)
         self._keys = [key.encode() for key in keys]
         self._owners = [hashlib.sha256(key).hexdigest() for key in self._keys]
-        self._hosts = {"localhost", *(host.lower() for host in hosts)}
+        self._hosts = {"localhost", *(_name(host) for host in hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        headers, is_read = Headers(scope=scope), False
+        headers, is_read = MutableHeaders(scope=scope), False
+        is_health = scope.get("raw_path", b"") == b"/health"
         origin = headers.get("origin", "")
         shares = bool(origin) and not self._origins.isdisjoint((origin.lower(), "*"))
         if shares:
             send = _shared(send, origin)
         try:
-            self._check_names(headers, shares)
+            if not (is_health and scope["http_version"] == "1.0" and "host" not in headers):
+                self._check_names(headers, shares)
             if shares and scope["method"] == "OPTIONS":  # a browser asks, without the key
                 allowed = headers.get("access-control-request-headers", "")
                 fields = {**_PREFLIGHT, "access-control-allow-headers": allowed}
                 return await Response(None, 204, fields)(scope, receive, send)
             owner = self._owner(headers)
-            if owner is None and scope.get("raw_path", b"") != b"/health":
+            if owner is None and not is_health:
                 problem = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
                 ask = _ASK if scope["path"] == "/" else None
                 raise RefusedError(problem, None, 401, "invalid_api_key", ask)
             scope.setdefault("state", {})["owner"] = owner or ""
             has_body = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+            if not origin and scope["path"].startswith(f"{OLLAMA_PATH}/"):  # so no page's
+                headers["content-type"] = "application/json"  # as Ollama
             if scope["method"] == "POST" and has_body:
                 body = await self._body(headers, receive)
                 receive, is_read = _replay(body, receive), True
@@ -96,17 +100,16 @@ class Guard:
             if len(headers.getlist(name)) > 1:  # a proxy may have looked at the other one
                 raise RefusedError(f"the header {name} is given more than once")
         host, origin = headers.get("host", ""), headers.get("origin", "")
-        if not self._is_known(host.lower()):
-            problem = f"the name {host[:80]!r} is not allowed here"
+        if not self._is_known(_name(host)):
+            problem = f"the name {_name(host)[:80]!r} is not allowed here"
             raise RefusedError(f"{problem}; start with --allow-host to allow it", status=403)
         ours = (f"http://{host.lower()}", f"https://{host.lower()}")  # the latter by a proxy
         if origin and not shares and origin.lower() not in ours:
             problem = f"requests from pages of the origin {origin[:80]!r} are refused"
             raise RefusedError(f"{problem}; start with --cors-origin to allow it", status=403)
 
-    def _is_known(self, host: str) -> bool:
+    def _is_known(self, name: str) -> bool:
         """Names are on the list or refused; an address can't be rebound."""
-        name = host[1:].partition("]")[0] if host[:1] == "[" else host.partition(":")[0]
         try:
             return name in self._hosts or bool(ipaddress.ip_address(name))
         except ValueError:
@@ -156,6 +159,12 @@ class Guard:
                 body += message.get("body", b"")
             more = message["type"] == "http.request" and message.get("more_body", False)
         return bytes(body)
+
+
+def _name(host: str) -> str:
+    """Of ``host``, without its port."""
+    host = host.lower()
+    return host[1:].partition("]")[0] if host[:1] == "[" else host.partition(":")[0]
 
 
 class Connection(H11Protocol):

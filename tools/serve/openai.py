@@ -1,6 +1,5 @@
 """OpenAI's chat and text completions."""
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -20,6 +19,15 @@ from slotmoe.tools.serve.fields import Refused, accepted, at_most, by_kind, text
 from slotmoe.tools.serve.reader import ContentDelta, joined
 from slotmoe.tools.serve.requests import Id, Label, Stop, Stops, Text, TopLogprobs, Whole
 from slotmoe.tools.serve.service import Serving
+from slotmoe.tools.serve.wanted import (
+    Rule,
+    Schema,
+    SchemaFormat,
+    Source,
+    StructuredOutputs,
+    TextFormat,
+    schema_of,
+)
 
 router = APIRouter()
 MAX_IDS = 1 << 18  # of a prompt; DeepSeek-V2's longest context has 163,840
@@ -29,6 +37,7 @@ Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), Whole, AfterValidator(la
 _Bias = dict[str, Annotated[float, Field(ge=-100, le=100)]]
 Bias = Annotated[_Bias, Field(max_length=1024), at_most(1024, "token ids")]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+Repetition = Annotated[float, Field(ge=0.01, le=10)]  # less would overflow logits
 
 
 class StreamOptions(requests.Model):
@@ -51,10 +60,15 @@ class OpenAIRequest(requests.LabelledRequest):
     n: Annotated[int, Field(ge=1, le=requests.MAX_ANSWERS), Whole] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    # Less than 0.01 would overflow logits.
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    repetition_penalty: Repetition | None = None
     logit_bias: Bias | None = Field(None, description="by token id")
     stream_options: StreamOptions | None = Field(None, description="needs `stream`")
+    stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None
+    prompt_logprobs: TopLogprobs | None = Field(None, description="not with `stream`")
+    response_format: Annotated[TextFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    grammar: Source | None = Field(None, description="as in `structured_outputs`")
+    json_schema: Json | None = Field(None, description="`json` of `structured_outputs`")
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0), Whole] | None = None
     store: Annotated[bool | None, accepted("nothing is stored")] = None
@@ -76,12 +90,32 @@ class OpenAIRequest(requests.LabelledRequest):
                 problem = f"{key[:40]!r} is not a token id from 0 to {vocabulary - 1}"
                 raise RefusedError(f"logit_bias: {problem}", "logit_bias")
             bias.append((int(key), value))
+        if self.prompt_logprobs is not None and self.stream:
+            raise RefusedError("prompt_logprobs can't be given with stream", "prompt_logprobs")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        sampling, goes_on = self.sampling(*bias), bool(self.ignore_eos)
-        return requests.AnswerOptions(sampling, limit, stop, self.n or 1, logprobs, least, goes_on)
+        about = self.sampling(*bias), limit, stop, self.n or 1, logprobs, least
+        ends = bool(self.ignore_eos), tuple(self.stop_token_ids or ())
+        return requests.AnswerOptions(*about, *ends, self.prompt_logprobs)
+
+    @property
+    def wanted(self) -> Schema | Rule | None:
+        """What answers follow.  Raises ``RefusedError``."""
+        given: dict[str, Schema | Rule] = {}
+        if (schema := schema_of(self.response_format)) is not None:
+            given["response_format"] = schema
+        if self.structured_outputs is not None:
+            given["structured_outputs"] = self.structured_outputs.wanted
+        if self.json_schema is not None:
+            given["json_schema"] = Schema.model_construct(definition=self.json_schema)
+        if self.grammar is not None:
+            given["grammar"] = Rule("grammar", self.grammar, "grammar")
+        if len(given) > 1:
+            first, second, *_ = given
+            raise RefusedError(f"give {first} or {second}, not both", second)
+        return next(iter(given.values()), None)
 
 
-class ChatRequest(OpenAIRequest):
+class ChatRequest(OpenAIRequest, requests.Templated):
     """``/v1/chat/completions``."""
 
     needs: ClassVar = {**OpenAIRequest.needs, "top_logprobs": "logprobs"}
@@ -90,10 +124,6 @@ class ChatRequest(OpenAIRequest):
     max_completion_tokens: Limit | None = Field(None, description="`max_tokens` by another name")
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = Field(None, description="needs `logprobs`")
-    response_format: (
-        Annotated[requests.TextFormat | requests.SchemaFormat, Field(discriminator="type")] | None
-    ) = None
-    tools: requests.Tools | None = None
     tool_choice: requests.Choice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Label | None = Field(None, description=requests.EFFORT)
@@ -120,10 +150,8 @@ class ChatRequest(OpenAIRequest):
 
     def chat(self) -> requests.Conversation:
         """Raises ``RefusedError``."""
-        functions = [tool.function for tool in self.tools or ()]
-        policy = requests.tool_policy(functions, self.tool_choice, self.parallel_tool_calls)
-        schema = requests.schema_of(self.response_format)
-        return requests.Conversation(self.messages, policy, schema, self.reasoning_effort)
+        about = self.tool_choice, self.parallel_tool_calls, self.wanted, self.reasoning_effort
+        return self.conversation(*about)
 
 
 def _prompt_kind(value: object) -> str | None:
@@ -146,7 +174,9 @@ class CompletionRequest(OpenAIRequest):
         | Annotated[list[Ids], _SOME_PROMPTS, Tag("lists")],
         by_kind(_prompt_kind, "text, token ids nor a list of either"),
     ] = Field(description="text, token ids, or up to 16 of either")
-    max_tokens: Limit | None = Field(None, description="16 if not given; 0 needs `echo`")
+    max_tokens: Limit | None = Field(
+        None, description="16 if not given; 0 needs `echo` or `prompt_logprobs`"
+    )
     logprobs: TopLogprobs | None = Field(None, description="the likeliest tokens in each place")
     echo: bool | None = Field(None, description="the prompt comes first")
     suffix: Text | None = Field(None, description="if the tokenizer has tokens for it")
@@ -154,8 +184,8 @@ class CompletionRequest(OpenAIRequest):
 
     def options(self, vocabulary: int) -> requests.AnswerOptions:
         """For a tokenizer of ``vocabulary`` ids.  Raises ``RefusedError``."""
-        if self.max_tokens == 0 and not self.echo:
-            raise RefusedError("max_tokens: 0 needs echo: true", "max_tokens")
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise RefusedError("max_tokens: 0 needs echo: true or prompt_logprobs", "max_tokens")
         if self.suffix is not None and not isinstance(self.prompt, str):
             raise RefusedError("suffix can only be given with one prompt, as text", "suffix")
         if self.suffix is not None and self.echo:
@@ -172,13 +202,13 @@ class CompletionRequest(OpenAIRequest):
 
 @router.get("/v1/models")
 async def models(service: Serving) -> Response:
-    return JSONResponse({"object": "list", "data": [service.described()]})
+    return JSONResponse({"object": "list", "data": [*map(service.described, service.listed)]})
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, service: Serving) -> Response:
     service.check_model(name)
-    return JSONResponse(service.described())
+    return JSONResponse(service.described(name))
 
 
 @router.post("/v1/chat/completions", responses=EventStream.responses)
@@ -201,21 +231,22 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
         if not isinstance(prompt, str):
             prompts.append(prompt)
         elif body.suffix is None:
-            prompts.append(await asyncio.to_thread(service.encode, prompt))
+            prompts.append(await service.prepare(service.encode, prompt))
         else:
             service.check_length(len(prompt) + len(body.suffix))
-            prompts.append(await asyncio.to_thread(tokenizer.encode_gap, prompt, body.suffix))
+            prompts.append(await service.prepare(tokenizer.encode_gap, prompt, body.suffix))
         if body.echo:
             text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
             echoes += [text] * options.choices
-    answers = Answers(service, request, prompts, options, echoes)
+    grammar = await service.prepare(service.grammars.compile, body.wanted, None, None)
+    answers = Answers(service, request, prompts, options, echoes, grammar=grammar)
     return await _respond(body, answers, TextChoices(answers))
 
 
 async def _respond(
     body: OpenAIRequest, answers: Answers, choices: "ChatChoices | TextChoices"
 ) -> Response:
-    about: Json = {"id": f"{choices.prefix}-{uuid.uuid4().hex}", "model": body.model}
+    about: Json = {"id": f"{choices.prefix}-{uuid.uuid4().hex}", "model": answers.service.name}
     about |= {"created": int(time.time()), "system_fingerprint": f"slotmoe_{__version__}"}
     options = body.stream_options or StreamOptions()
 
@@ -239,7 +270,7 @@ async def _respond(
     if body.stream:
         return EventStream(events(), answers)
     wholes = [choices.whole(update) for update in await answers.whole()]
-    content = {**about, "object": choices.kind, "choices": wholes}
+    content = {**about, "object": choices.kind, "choices": wholes, **choices.about}
     return JSONResponse({**content, "usage": _usage(answers)})
 
 
@@ -252,6 +283,12 @@ class ChatChoices:
         self._answers = answers
         begin = {"role": "assistant", "content": ""}
         self.first = [_choice(index, "delta", begin) for index in range(len(answers.jobs))]
+
+    @property
+    def about(self) -> Json:
+        """Fields of a whole response beside its choices."""
+        scores = self._answers.prompt_scores(0)
+        return {} if scores is None else {"prompt_logprobs": scores}
 
     def chunks(self, update: Update) -> Iterator[Json]:
         deltas = [_delta(delta) for delta in update.content if not delta.complete]
@@ -271,7 +308,7 @@ class ChatChoices:
         message: Json = {"role": "assistant", "content": content, "refusal": None}
         thoughts = [part.text for part in parts if part.reasoning]
         if thoughts:
-            message["reasoning_content"] = "".join(thoughts)
+            message["reasoning_content"] = message["reasoning"] = "".join(thoughts)
         if calls:
             message["tool_calls"] = calls
         logprobs = self._logprobs(update.tokens)
@@ -287,6 +324,7 @@ class TextChoices:
     """Texts."""
 
     prefix, kind, chunk_kind, first = "cmpl", "text_completion", "text_completion", list[Json]()
+    about = Json()
 
     def __init__(self, answers: Answers):
         self._answers = answers
@@ -297,7 +335,9 @@ class TextChoices:
 
     def whole(self, update: Update) -> Json:
         logprobs = None if self._answers.options.logprobs is None else self._logprobs(update)
-        return _choice(update.index, "text", update.text, logprobs, update.finish)
+        choice = _choice(update.index, "text", update.text, logprobs, update.finish)
+        scores = self._answers.prompt_scores(update.index)
+        return choice if scores is None else {**choice, "prompt_logprobs": scores}
 
     def _logprobs(self, update: Update) -> Json:
         offsets, likeliest = list[int](), list[dict[str, float] | None]()
@@ -305,7 +345,8 @@ class TextChoices:
             offsets.append(self._offsets[update.index])
             self._offsets[update.index] += len(token.text)
             # That of the token itself is always there.
-            top = [*token.likeliest, (token.id, token.logprob)]
+            likeliest_ids = token.likeliest[: self._answers.options.logprobs]
+            top = [*likeliest_ids, (token.id, token.logprob)]
             scores = {self._name(id_): logprob for id_, logprob in top if logprob is not None}
             likeliest.append(None if token.logprob is None else scores)
         return {
@@ -340,7 +381,7 @@ def _choice(
 def _delta(delta: ContentDelta) -> Json:
     """What ``delta`` adds to OpenAI's message."""
     if delta.reasoning:
-        return {"reasoning_content": delta.text}
+        return {"reasoning_content": delta.text, "reasoning": delta.text}
     if delta.call is None:
         return {"content": delta.text}
     arguments: Json = {"function": {"arguments": delta.text}}

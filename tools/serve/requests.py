@@ -16,6 +16,7 @@ from slotmoe.model.generate import Sampling
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.fields import Model as Model  # for the requests of other modules too
 from slotmoe.tools.serve.fields import Refused, accepted, at_most, by_kind, text_or_list
+from slotmoe.tools.serve.wanted import Rule, Schema
 
 MAX_ANSWERS = 16  # in one request
 MAX_TOOLS = 128
@@ -45,18 +46,22 @@ Labels = Annotated[dict[str, Label], Field(max_length=16), at_most(16, "labels")
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """How each of ``choices`` answers to a prompt is made: at most ``limit`` tokens (None for as
-    many as the context holds), ended by a string of ``stop``, with the log-probabilities of so many
-    of the likeliest ids beside each token's (``logprobs``, None for none at all).  It has ``least``
-    tokens before an end-of-sentence token may end it; if it ``goes_on``, none does."""
+    """How each of ``choices`` answers to a prompt is made: with the settings of ``sampling`` in
+    place of the server's own, at most ``limit`` tokens (None for as many as the context holds),
+    ended by a string of ``stop`` or a token of ``ends``, with the log-probabilities of so many of
+    the likeliest ids beside each token's (``logprobs``, and ``prompt_logprobs`` for those of the
+    prompt, None for none at all).  It has ``least`` tokens before a token may end it; if it
+    ``goes_on``, no end-of-sentence token does."""
 
-    sampling: Sampling
+    sampling: Json
     limit: int | None
     stop: tuple[str, ...] = ()
     choices: int = 1
     logprobs: int | None = None
     least: int = 0
     goes_on: bool = False
+    ends: tuple[int, ...] = ()
+    prompt_logprobs: int | None = None
 
 
 LABEL = accepted("a label")
@@ -117,6 +122,7 @@ REMINDER = "latest_reminder"  # the role of messages that DeepSeek-V4 alone know
 
 class Message(Model):
     content: Content | None = None
+    id: Annotated[Label | None, _REPLAYED] = None
 
     @property
     def text(self) -> str:
@@ -128,7 +134,7 @@ class Message(Model):
         return []
 
     @property
-    def reasoning(self) -> str:
+    def thoughts(self) -> str:
         return ""
 
 
@@ -139,6 +145,10 @@ class PlainMessage(Message):
         AfterValidator(lambda role: "system" if role == "developer" else role),
     ]
     name: Annotated[Label | None, _NAMED] = None
+
+
+class InsertedMessage(PlainMessage):
+    """The system's in the midst of a conversation: it stays where it is, whatever the template."""
 
 
 class AssistantMessage(Message):
@@ -153,6 +163,8 @@ class AssistantMessage(Message):
     function_call: Annotated[None, Refused("use tool_calls")] = None
     parsed: Annotated[object, _REPLAYED] = None
     reasoning_content: Text | None = Field(None, description="where the template uses it")
+    reasoning: Text | None = Field(None, description="`reasoning_content` by another name")
+    reasoning_details: Annotated[list[Json] | None, accepted("`reasoning` has the text")] = None
     provider_specific_fields: Annotated[Json | None, _REPLAYED] = None
 
     @property
@@ -160,8 +172,8 @@ class AssistantMessage(Message):
         return self.tool_calls or []
 
     @property
-    def reasoning(self) -> str:
-        return self.reasoning_content or ""
+    def thoughts(self) -> str:
+        return self.reasoning_content or self.reasoning or ""
 
     @model_validator(mode="after")
     def _is_not_empty(self) -> "AssistantMessage":
@@ -247,37 +259,21 @@ Choice: TypeAlias = Annotated[
 ]
 
 
-class Schema(Model):
-    name: Annotated[str, Field(max_length=64)]
-    description: Annotated[str, Field(max_length=4096)] | None = None
-    definition: Annotated[Json, Field(alias="schema")]
-    strict: bool | None = None
-
-
-_ANY_OBJECT = Schema.model_construct(definition={"type": "object"})
-
-
-class TextFormat(Model):
-    type: Literal["text", "json_object"]
-
-
-class SchemaFormat(Model):
-    type: Literal["json_schema"]
-    json_schema: Schema
-
-
 class GenerationRequest(Model):
     """Fields of the requests of all APIs.  null is the same as leaving a field out."""
 
     model: Label
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="0 is greedy")
     top_k: TopK = Field(None, description="-1 and 0 switch it off")
     stream: bool | None = None
 
-    def sampling(self, *bias: tuple[int, float]) -> Sampling:
+    def sampling(self, *bias: tuple[int, float]) -> Json:
+        """Arguments of ``Sampling``, of those that are given."""
         given = self.model_dump(include=_SAMPLING_FIELDS, exclude_none=True)
-        return Sampling(**{"temperature": 1.0, **given}, logit_bias=bias)
+        if self.top_p == 0:
+            given |= {"temperature": 0.0, "top_p": 1.0}
+        return {**given, "logit_bias": bias}
 
 
 class LabelledRequest(GenerationRequest):
@@ -299,13 +295,14 @@ Tools = Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)]
 
 @dataclass(frozen=True)
 class ToolPolicy:
-    """All ``functions`` are described to the model; it may call those of ``allowed``, must call if
-    ``required``, and calls once if ``single``."""
+    """The model may call those of ``allowed``, must call if ``required``, and calls once if
+    ``single``.  All ``functions`` are described to it, the ``deferred`` ones in messages."""
 
     functions: Sequence[Function]
     allowed: Sequence[Function]
     required: bool
     single: bool
+    deferred: frozenset[str] = frozenset()
 
 
 def tool_policy(
@@ -338,23 +335,46 @@ def tool_policy(
     return ToolPolicy(functions, allowed, mode == "required", single)
 
 
-def schema_of(wanted: TextFormat | SchemaFormat | Schema | None) -> Schema | None:
-    """What an answer has to follow; None for plain text."""
-    if isinstance(wanted, TextFormat):
-        return _ANY_OBJECT if wanted.type == "json_object" else None
-    return wanted.json_schema if isinstance(wanted, SchemaFormat) else wanted
+class Templated(Model):
+    """A conversation, and how the chat template writes it."""
+
+    messages: Messages | None = None
+    tools: Tools | None = None
+    add_generation_prompt: bool | None = Field(None, description="if false, no answer is begun")
+    continue_final_message: bool | None = Field(None, description="the answer goes on with it")
+    chat_template_kwargs: Json | None = Field(None, description="variables of the template")
+
+    def conversation(
+        self,
+        choice: Model | str | None = None,
+        parallel: bool | None = None,
+        wanted: Schema | Rule | None = None,
+        effort: str | None = None,
+    ) -> "Conversation":
+        """Raises ``RefusedError``."""
+        policy = tool_policy([tool.function for tool in self.tools or ()], choice, parallel)
+        messages, extra = self.messages or [], dict(self.chat_template_kwargs or {})
+        continues, name = bool(self.continue_final_message), "continue_final_message"
+        if continues and self.add_generation_prompt:
+            raise RefusedError(f"give add_generation_prompt or {name}, not both", name)
+        if continues and (messages[-1].role != "assistant" or messages[-1].calls):
+            raise RefusedError(f"{name}: the last message is no text of the assistant", name)
+        if self.add_generation_prompt is False and not continues:
+            extra["add_generation_prompt"] = False
+        return Conversation(messages, policy, wanted, effort, continues, extra)
 
 
 @dataclass(frozen=True)
 class Conversation:
     """What a request comes to: the answer to ``messages`` may call functions as ``policy`` says
-    (None for no calls) and follows ``schema`` (None for plain text).  Where the template can switch
+    (None for no calls) and follows ``wanted`` (None for plain text).  Where the template can switch
     reasoning, an ``effort`` of "none" switches it off and every other on (None for the model's own
     way); DeepSeek-V4 reasons most at "max".  The answer is a new message, or it ``continues`` the
-    text of the last one."""
+    text of the last one.  The template gets ``extra`` variables."""
 
     messages: list[ChatMessage]
     policy: ToolPolicy | None = None
-    schema: Schema | None = None
+    wanted: Schema | Rule | None = None
     effort: str | None = None
     continues: bool = False
+    extra: Json | None = None

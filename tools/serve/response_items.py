@@ -9,13 +9,14 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Field, Tag
 
 from slotmoe.jsonfile import Json
 from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.fields import Refused, accepted, by_kind, text_or_list
 from slotmoe.tools.serve.requests import DESCRIBED, REPLAYED, Label
+from slotmoe.tools.serve.wanted import Schema, TextFormat, schema_of
 
 _SYSTEM = ("system", "developer")
 _SHOWN = accepted("reasoning is shown whole")
@@ -82,6 +83,9 @@ class ItemReference(requests.Model):
     id: Label
 
 
+_TYPES = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
+
+
 def _type_of(item: object) -> str:
     """An item without a type is a message."""
     return str((isinstance(item, dict) and item.get("type")) or "message")
@@ -93,7 +97,7 @@ Item: TypeAlias = Annotated[
     | Annotated[FunctionOutput, Tag("function_call_output")]
     | Annotated[Reasoning, Tag("reasoning")]
     | Annotated[ItemReference, Tag("item_reference")],
-    Discriminator(_type_of),
+    by_kind(_type_of, f"of a type that is read here: {', '.join(_TYPES)}"),
 ]
 Items = Annotated[list[Item], Field(min_length=1, max_length=requests.MAX_MESSAGES)]
 
@@ -143,12 +147,12 @@ class AllowedChoice(requests.Model):
     tools: Annotated[list[FunctionChoice], Field(min_length=1, max_length=requests.MAX_TOOLS)]
 
 
-class SchemaFormat(requests.Schema):
+class SchemaFormat(Schema):
     type: Literal["json_schema"]
 
 
 class TextConfig(requests.Model):
-    format: Annotated[requests.TextFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    format: Annotated[TextFormat | SchemaFormat, Field(discriminator="type")] | None = None
     verbosity: Annotated[Label | None, requests.NO_SETTING] = None
 
 
@@ -180,7 +184,9 @@ Included = Literal[
 class ResponsesRequest(requests.LabelledRequest):
     """``/v1/responses``."""
 
-    model: Label = Field("", description="the open model if not given")
+    model: Label | None = Field(  # type: ignore[assignment]
+        None, description="the open model if not given"
+    )
     input: Annotated[
         Annotated[requests.Text, Tag("text")] | Annotated[Items, Tag("list")],
         by_kind(text_or_list, "text nor a list of items"),
@@ -240,7 +246,7 @@ class ResponsesRequest(requests.LabelledRequest):
         if not tools and choice in ("none", "auto"):
             choice = None  # clients give it in any case
         policy = requests.tool_policy(tools, choice, self.parallel_tool_calls if tools else None)
-        schema = requests.schema_of(self.text.format if self.text is not None else None)
+        schema = schema_of(self.text.format if self.text is not None else None)
         effort = self.reasoning.effort if self.reasoning is not None else None
         return requests.Conversation(messages, policy, schema, effort)
 

@@ -1,6 +1,7 @@
 """Responses that clients may go on from, in memory."""
 
 import json
+import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ class Stored:
 
     response: Json
     items: Sequence[Json]
+    events: bytes  # that a stream of it consists of, packed
     size: int
 
 
@@ -29,12 +31,13 @@ class ResponseStore:
         self._most, self._size = most, size
         self._stored: OrderedDict[tuple[str, str], Stored] = OrderedDict()
 
-    def put(self, owner: str, response: Json, items: Sequence[Json]) -> None:
+    def put(self, owner: str, response: Json, items: Sequence[Json], events: str = "") -> None:
         """Keep ``response``, unless it is too large by itself."""
-        size = len(json.dumps([response, items])) + _ITEM * len(items)
+        packed = zlib.compress(events.encode(), 1)
+        size = len(json.dumps([response, items])) + _ITEM * len(items) + len(packed)
         if size > self._size:
             return
-        self._stored[owner, response["id"]] = Stored(response, items, size)
+        self._stored[owner, response["id"]] = Stored(response, items, packed, size)
         while len(self._stored) > self._most or self._total() > self._size:
             self._stored.popitem(last=False)
 
@@ -53,7 +56,7 @@ class ResponseStore:
         return self._stored.pop((owner, id_), None) is not None
 
     def item(self, owner: str, id_: str) -> Json | None:
-        """An item that one of the owner's responses consists of."""
-        theirs = [stored.response for (of, _), stored in self._stored.items() if of == owner]
-        items = (item for response in theirs for item in response["output"])
+        """An item of one of the owner's conversations."""
+        theirs = [stored.items for (of, _), stored in self._stored.items() if of == owner]
+        items = (item for conversation in theirs for item in conversation)
         return next((item for item in items if item["id"] == id_), None)

@@ -2,9 +2,11 @@
 
 import time
 import uuid
+import zlib
 from collections.abc import AsyncIterator, Iterator
+from typing import Annotated, Literal, TypeAlias
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, TypeAdapter
 from pydantic.main import IncEx
 from starlette.responses import JSONResponse
@@ -13,25 +15,30 @@ from slotmoe.jsonfile import Json
 from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.reader import ContentDelta
+from slotmoe.tools.serve.requests import Label
 from slotmoe.tools.serve.response_items import Item, ItemReference, ResponsesRequest
+from slotmoe.tools.serve.response_store import Stored
 from slotmoe.tools.serve.service import Service, Serving
 
 PATH = "/v1/responses"
 router = APIRouter()
+Event: TypeAlias = Annotated[int, Query(ge=0)]
+_PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco"}
+_PREFIXES["reasoning"] = "rs"
+_INPUT = {"type": "input_text"}
 _ITEM: TypeAdapter[Item] = TypeAdapter(Item)
 # What a response says of its request, and what it says where the request says nothing.
 _NOTHING = "instructions max_output_tokens max_tool_calls previous_response_id prompt_cache_key"
+_OWN = ("temperature", "top_p")  # the server's own, where the request says nothing
 _ECHOED: Json = {
-    **dict.fromkeys((*_NOTHING.split(), "safety_identifier", "user")),
+    **dict.fromkeys((*_NOTHING.split(), "safety_identifier", "user", *_OWN)),
     "metadata": {},
     "parallel_tool_calls": True,
     "reasoning": {"effort": None, "summary": None},
     "store": True,
-    "temperature": 1.0,
     "text": {"format": {"type": "text"}},
     "tool_choice": "auto",
     "top_logprobs": 0,
-    "top_p": 1.0,
     "truncation": "disabled",
 }
 
@@ -41,15 +48,19 @@ async def create(body: ResponsesRequest, request: Request, service: Serving) -> 
     items = _conversation(service, request.state.owner, body)
     answers = await chat_answers(service, request, body.chat(items), body.options())
     draft = Draft(body, answers)
+    begin = [draft.event(kind, response=draft.response) for kind in ("created", "in_progress")]
 
-    def store() -> None:
+    def end() -> str:
+        last = draft.event(draft.response["status"], response=draft.response)
         if body.store is not False and draft.response["status"] != "failed":
-            conversation = [*map(_dumped, items), *draft.response["output"]]
-            service.responses.put(request.state.owner, draft.response, conversation)
+            conversation = [*map(_listed, items), *draft.response["output"]]
+            given = request.state.owner, draft.response, conversation, "".join(draft.events)
+            service.responses.put(*given)
+        return last
 
     async def events() -> AsyncIterator[str]:
-        for kind in ("created", "in_progress"):
-            yield draft.event(kind, response=draft.response)
+        for text in begin:
+            yield text
         try:
             async for update in answers.updates():
                 for text in draft.add(update):
@@ -58,14 +69,13 @@ async def create(body: ResponsesRequest, request: Request, service: Serving) -> 
             code = "server_error" if problem.status >= 500 else "invalid_prompt"
             error = {"code": code, "message": problem.message}
             draft.response |= {"status": "failed", "error": error}
-        store()
-        yield draft.event(draft.response["status"], response=draft.response)
+        yield end()
 
     if body.stream:
         return EventStream(events(), answers)
     for update in await answers.whole():
         list(draft.add(update))
-    store()
+    end()
     return JSONResponse(draft.response)
 
 
@@ -76,12 +86,36 @@ async def count_tokens(body: ResponsesRequest, request: Request, service: Servin
     return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
 
 
-@router.get(PATH + "/{id}")
-async def retrieve(id: str, request: Request, service: Serving) -> Response:
-    stored = service.responses.get(request.state.owner, id)
-    if stored is None:
-        raise _missing(id)
-    return JSONResponse(stored.response)
+@router.get(PATH + "/{id}", responses=EventStream.responses)
+async def retrieve(
+    id: str, request: Request, service: Serving, stream: bool = False, starting_after: Event = -1
+) -> Response:
+    stored = _found(id, request, service)
+    if not stream:
+        return JSONResponse(stored.response)
+    events = zlib.decompress(stored.events).split(b"\n\n")[starting_after + 1 :]
+    return Response(b"\n\n".join(events), media_type=EventStream.media_type)
+
+
+@router.get(PATH + "/{id}/input_items")
+async def input_items(
+    id: str,
+    request: Request,
+    service: Serving,
+    after: Label | None = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+) -> Response:
+    stored = _found(id, request, service)
+    items = stored.items[: len(stored.items) - len(stored.response["output"])]
+    items = items[:: 1 if order == "asc" else -1]
+    ids = [item["id"] for item in items]
+    if after is not None and after not in ids:
+        raise RefusedError(f"after: {after!r:.80} is none of the items", "after")
+    items = items[0 if after is None else ids.index(after) + 1 :]
+    page = {"object": "list", "data": items[:limit], "has_more": len(items) > limit}
+    ends = [item["id"] for item in items[:limit]] or [None]
+    return JSONResponse({**page, "first_id": ends[0], "last_id": ends[-1]})
 
 
 @router.delete(PATH + "/{id}")
@@ -89,6 +123,13 @@ async def delete(id: str, request: Request, service: Serving) -> Response:
     if not service.responses.delete(request.state.owner, id):
         raise _missing(id)
     return JSONResponse({"id": id, "object": "response", "deleted": True})
+
+
+def _found(id_: str, request: Request, service: Service) -> Stored:
+    """Raises ``RefusedError``."""
+    if (stored := service.responses.get(request.state.owner, id_)) is None:
+        raise _missing(id_)
+    return stored
 
 
 def _missing(id_: str) -> RefusedError:
@@ -130,24 +171,28 @@ class Draft:
             given.pop("text", None)
         names = "type", "name", "description", "parameters", "strict"
         tools = [{name: getattr(tool, name) for name in names} for tool in body.functions()]
-        self._answers, self._number, self._kind = answers, 0, ""  # of the item that is open
+        self.events: list[str] = []
+        self._answers, self._kind = answers, ""  # of the item that is open
         self._texts: list[str] = []  # of the item that is open
         self._scores: list[Json] = []  # of its tokens
         self._coming: list[Json] = []  # of tokens whose text is still to come
         self._output: list[Json] = []
         self.response: Json = {
-            **{"id": f"resp_{uuid.uuid4().hex}", "object": "response", "model": body.model},
+            **{"id": f"resp_{uuid.uuid4().hex}", "object": "response"},
+            **{"model": answers.service.name},
             **{"created_at": int(time.time()), "completed_at": None, "status": "in_progress"},
             **{"background": False, "error": None, "incomplete_details": None},
             **_ECHOED,
+            **{name: getattr(answers.service.sampling, name) for name in _OWN},
             **given,
             **{"tools": tools, "output": self._output, "usage": None},
         }
 
     def event(self, kind: str, **content: object) -> str:
-        self._number += 1
-        number = self._number - 1
-        return event({"type": f"response.{kind}", "sequence_number": number, **content})
+        number = len(self.events)
+        text = event({"type": f"response.{kind}", "sequence_number": number, **content})
+        self.events.append(text)
+        return text
 
     def add(self, update: Update) -> Iterator[str]:
         """Events of what ``update`` adds, up to the end of the last item."""
@@ -234,6 +279,16 @@ def _usage(answers: Answers) -> Json:
         "output_tokens_details": {"reasoning_tokens": usage.reasoning or 0},
         "total_tokens": usage.prompt + usage.answer,
     }
+
+
+def _listed(item: Item) -> Json:
+    """An item of a request, with what clients expect of one that a server lists."""
+    listed = {"type": "message", "status": "completed", **_dumped(item)}
+    if isinstance(listed.get("content"), str):
+        is_answer, part = listed["role"] == "assistant", {"text": listed["content"]}
+        kind: Json = {"type": "output_text", "annotations": []} if is_answer else _INPUT
+        listed["content"] = [{**kind, **part}]
+    return {"id": f"{_PREFIXES[listed['type']]}_{uuid.uuid4().hex}", **listed}
 
 
 def _dumped(part: BaseModel, include: IncEx | None = None, exclude: IncEx | None = None) -> Json:

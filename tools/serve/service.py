@@ -4,13 +4,14 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from slotmoe.jsonfile import Json
+from slotmoe.model.generate import OWN_SETTINGS, Sampling
 from slotmoe.offload.engine.requests import Request as Job
 from slotmoe.offload.observe.memory_sampler import memory_in_use
 from slotmoe.offload.runtime import Runtime
@@ -19,9 +20,12 @@ from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import Grammars
 from slotmoe.tools.serve.requests import Conversation
 from slotmoe.tools.serve.response_store import ResponseStore
+from slotmoe.tools.serve.wanted import Schema
 
 _SHORTEN = "Shorten it, or start the server with --context"
 
+_RESTART_SECONDS = "5"  # after which a client may look for a server again
+T = TypeVar("T")
 _TOKENS = ("prompt_tokens", "reused_tokens", "answer_tokens")
 _HISTOGRAMS = {
     "queue": "From request to its first step",
@@ -32,22 +36,26 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # of the his
 
 
 class Service:
-    """An open model that answers under ``name``, ``sequences`` requests at once; ``waiting`` more
-    may queue.  ``ended`` is called when the model fails."""
+    """An open model that answers under each of ``names`` (``*`` is any), ``sequences`` requests at
+    once; ``waiting`` more may queue.  What a request does not say of its ``sampling`` is as there.
+    ``ended`` is called when the model fails."""
 
     def __init__(
         self,
         runtime: Runtime,
-        name: str,
+        names: Sequence[str],
         sequences: int,
         waiting: int,
+        sampling: Sampling,
         ended: Callable[[], None] = lambda: None,
     ):
-        self.runtime, self.engine, self.name = runtime, runtime.engine, name
+        self.runtime, self.engine, self.sampling = runtime, runtime.engine, sampling
+        self._names, self.listed = names, [name for name in names if name != "*"]
+        self.name = self.listed[0]
         self._batch = self.engine.batch
         self._batch.at_once, self.engine.ended = sequences, ended
         self._limit, self._open = sequences + waiting, set[Job]()
-        self._is_ending = False
+        self._is_ending, self._preparing = False, set[asyncio.Future[Any]]()
         self.tokenizer, self.created = runtime.tokenizer, int(time.time())
         self.dialect = Dialect(runtime.tokenizer)
         self.grammars = Grammars(runtime.tokenizer, runtime.eos_token_ids, self.dialect)
@@ -61,8 +69,9 @@ class Service:
         self.registry.register(self)
 
     def check_model(self, model: str) -> None:
-        """Raises ``RefusedError`` unless ``model`` is what this server serves."""
-        if model != self.name:
+        """Raises ``RefusedError`` unless ``model`` is a name of what this server serves; Ollama's
+        clients may add a tag."""
+        if {model, model.removesuffix(":latest"), "*"}.isdisjoint(self._names):
             problem = f"the model {model!r:.80} is not here; this server has {self.name!r}"
             raise RefusedError(problem, "model", 404, "model_not_found")
 
@@ -90,13 +99,27 @@ class Service:
         """The conversation as the model reads it.  Runs the template in a child process, so the
         event loop leaves it to a thread.  Raises ``RefusedError`` and ``ConfigError``."""
         self.check_length(sum(len(message.text) for message in chat.messages))
-        schema = None if chat.schema is None else chat.schema.definition
-        about = chat.policy, chat.continues, chat.effort, schema
+        schema = chat.wanted.definition if isinstance(chat.wanted, Schema) else None
+        about = chat.policy, chat.continues, chat.effort, schema, chat.extra
         return self.dialect.prompt(chat.messages, *about)
 
     async def chat_ids(self, chat: Conversation) -> list[int]:
         """Token ids of ``chat_text``."""
-        return await asyncio.to_thread(lambda: self.encode(self.chat_text(chat)))
+        return await self.prepare(lambda: self.encode(self.chat_text(chat)))
+
+    async def prepare(self, work: Callable[..., T], *given: object) -> T:
+        """What ``work`` makes of what is ``given``, in a thread.  Raises as it does, and
+        ``RefusedError`` as soon as the server is to end."""
+        self._check_open()
+        task = asyncio.ensure_future(asyncio.to_thread(work, *given))
+        self._preparing.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            self._check_open()
+            raise
+        finally:
+            self._preparing.discard(task)
 
     def limit(self, prompt: list[int], limit: int | None, scored: bool) -> int:
         """The most tokens of an answer to ``prompt``.  Raises ``RefusedError``."""
@@ -117,9 +140,7 @@ class Service:
 
     def submit(self, requests: Sequence[Job]) -> None:
         """Queue all of ``requests`` or none.  Raises ``RefusedError``."""
-        if self._is_ending or not self.alive:
-            why = "shutting down" if self.alive else "ending, since the model has failed"
-            raise RefusedError(f"the server is {why}", status=503)
+        self._check_open()
         if len(self._open) + len(requests) > self._limit:
             self.refused += 1
             problem = "too many answers are waiting; try again later"
@@ -128,9 +149,19 @@ class Service:
         self._open.update(requests)
         self.engine.submit(*requests)
 
+    def _check_open(self) -> None:
+        """Raises ``RefusedError`` where no answer can be given any more."""
+        if self._is_ending:
+            headers = {"retry-after": _RESTART_SECONDS}
+            raise RefusedError("the server is shutting down", status=503, headers=headers)
+        if not self.alive:
+            raise RefusedError("the server is ending, since the model has failed", status=503)
+
     def stop(self) -> None:
-        """End every answer within a layer, and take no more."""
+        """End every answer within a layer, and take no more.  A signal may call this."""
         self._is_ending = True
+        for task in [*self._preparing]:
+            task.get_loop().call_soon_threadsafe(task.cancel)
         for request in [*self._open]:
             request.cancel("shutdown")
 
@@ -162,13 +193,17 @@ class Service:
             self._first.observe(request.first_token - request.submitted)
         self._answer.observe(time.monotonic() - request.submitted)
 
-    def described(self) -> Json:
+    def described(self, name: str) -> Json:
         """The model in OpenAI's list of models, and in Anthropic's."""
-        about = {"id": self.name, "object": "model", "created": self.created}
+        about = {"id": name, "object": "model", "created": self.created}
         about |= {"owned_by": "slotmoe", "max_model_len": self.runtime.context}
         created = datetime.fromtimestamp(self.created, timezone.utc).isoformat()
-        about |= {"type": "model", "display_name": self.name, "created_at": created}
+        about |= {"type": "model", "display_name": name, "created_at": created}
         return {**about, "lifecycle": "active", "max_input_tokens": self.runtime.context}
+
+    @property
+    def own_settings(self) -> Json:
+        return {name: getattr(self.sampling, name) for name in OWN_SETTINGS}
 
     def stats(self) -> Json:
         """Counts and bytes now; memory is by tier."""
@@ -178,6 +213,7 @@ class Service:
         memory[plan.tier] |= {"budget": plan.budget}
         return {
             **{"model": self.name, "context": self.runtime.context, "memory": memory},
+            "sampling": self.own_settings,
             **{"running": self.running, "queued": self.queued},
             **{name: getattr(totals, name) for name in _TOKENS},
             **{name: stats[name] for name in ("cache", "io", "kernels", "drafts")},

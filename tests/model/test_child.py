@@ -1,0 +1,155 @@
+"""A child that answers for strangers' input: its limits, its replacement, its end."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from slotmoe.errors import ConfigError
+from slotmoe.model.child import Child
+
+PROGRAM = """
+import time
+kept = []
+def answer(data):
+    limit()
+    exec(data, globals())
+    return repr(said).encode()
+"""
+PID = b"said = os.getpid()"
+
+pytestmark = pytest.mark.usefixtures("processes")
+
+
+@pytest.fixture
+def child():
+    child = Child(PROGRAM, 0.2, 64 << 20)
+    yield child
+    child.close()
+
+
+def ask(child, code):
+    return eval(child.run(code.encode() if isinstance(code, str) else code, "this"))
+
+
+def test_it_stays(child):
+    pid = ask(child, PID)
+    assert ask(child, "said = os.getppid()") == os.getpid() != pid
+    with pytest.raises(ConfigError, match=r"^this: failed \(ValueError: a b\)$"):
+        ask(child, "raise ValueError('a\\n  b')")
+    for _ in range(3):  # each is below the limits, together they are above
+        ask(child, "said, end = 0, time.process_time() + 0.1\nwhile time.process_time() < end: 0")
+        ask(child, "said = len(bytes(32 << 20))")
+    assert ask(child, PID) == pid
+
+
+def test_it_is_alone(child, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.chdir(tmp_path)
+    assert "hf_secret" not in str(ask(child, "said = str(os.environ)"))
+    assert ask(child, "said = os.getcwd()") == "/"
+    # Ctrl-C goes to the processes of the terminal's session.
+    assert ask(child, "said = os.getsid(0) == os.getpid()")
+
+
+BREAKS = {
+    "endless": ("while True: 0", "did not finish in 0.2 seconds"),
+    "native-endless": ("10 ** 10 ** 9", "did not finish in 0.2 seconds"),
+    "memory": ("bytes(65 << 20)", "MemoryError"),
+    "crashes": ("os.abort()", "signal 6"),
+    "ends": ("os._exit(3)", r"\(exit code 3\)"),
+    "exits": ("sys.exit('bye')", "SystemExit: bye"),
+    "garbage": ("os.write(1, b'\\xff' * 100); time.sleep(60)", "broken or hostile"),
+    "too-large": ("os.write(1, b'\\0' * 8 + b'\\1'); time.sleep(60)", "broken or hostile"),
+    "half": ("os.write(1, b'\\0\\5' + b'\\0' * 7 + b'ab'); os._exit(0)", "exit code 0"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_it_is_replaced_when_it_breaks(name, child):
+    code, problem = BREAKS[name]
+    pid, files = ask(child, PID), len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ConfigError, match=problem):
+        ask(child, code)
+    assert not psutil.pid_exists(pid)  # it has been waited for
+    assert ask(child, PID) != pid
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_it_is_replaced_when_it_hangs():
+    child = Child(PROGRAM, 0.02, 64 << 20)
+    with pytest.raises(ConfigError, match="did not finish; the machine is overloaded"):
+        ask(child, "time.sleep(1000)")
+    assert child._process is None
+    child.close()
+
+
+def test_it_is_replaced_when_it_keeps_what_it_read(child):
+    pid = ask(child, PID)
+    assert ask(child, "kept.append(bytes(40 << 20)); said = 1")
+    assert ask(child, PID) == pid
+    assert ask(child, "kept.append(bytes(40 << 20)); said = 1")  # its limit is from here on
+    assert ask(child, PID) != pid
+
+
+def test_it_is_replaced_when_it_was_killed(child):
+    psutil.Process(ask(child, PID)).kill()
+    child._process.wait()
+    assert ask(child, PID)
+
+
+def test_an_interrupted_question_has_no_late_answer(child, monkeypatch):
+    pid = ask(child, PID)
+
+    def interrupted(size):
+        raise KeyboardInterrupt
+
+    answers = SimpleNamespace(read=interrupted, close=child._answers.close)
+    monkeypatch.setattr(child, "_answers", answers)
+    with pytest.raises(KeyboardInterrupt):
+        ask(child, "said = 'late'")
+    assert ask(child, PID) != pid
+
+
+def test_threads_get_their_own_answers(child):
+    def shout(number):
+        return ask(child, f"said = {number}" if number % 10 else "sys.exit()")
+
+    with ThreadPoolExecutor(8) as pool:
+        asked = {number: pool.submit(shout, number) for number in range(200)}
+    for number, future in asked.items():
+        if number % 10:
+            assert future.result() == number
+        else:
+            assert isinstance(future.exception(), ConfigError)
+
+
+FORKING = f"""
+import os
+from slotmoe.model.child import Child
+child = Child({PROGRAM!r}, 1, 64 << 20)
+pids = [child.run({PID!r}, "this")]
+child._lock.acquire()  # as another thread may have at that moment
+read, write = os.pipe()
+if not os.fork():
+    os.write(write, child.run({PID!r}, "this"))
+    child.close()
+    os._exit(0)
+child._lock.release()
+os.wait()
+print(*pids, os.read(read, 99), child.run({PID!r}, "this"), flush=True)
+os._exit(0)
+"""
+
+
+def test_a_forked_process_has_its_own_and_each_ends_with_its_process():
+    out = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, check=True).stdout
+    first, other, again = (int(eval(text)) for text in out.split())
+    assert first == again != other
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(first).wait(60)

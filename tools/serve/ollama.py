@@ -1,0 +1,293 @@
+"""Ollama's API: its requests as the conversations and texts of OpenAI's, its answers as JSON in
+lines."""
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from datetime import datetime, timezone
+from itertools import pairwise
+from typing import Annotated, ClassVar, Literal
+
+from fastapi import APIRouter, Request, Response
+from pydantic import ConfigDict, Field
+from starlette.responses import JSONResponse
+
+from slotmoe.jsonfile import Json
+from slotmoe.model.tokenizer import FIM_TOKENS
+from slotmoe.tools.serve import openai, requests
+from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers
+from slotmoe.tools.serve.errors import OLLAMA_PATH
+from slotmoe.tools.serve.fields import Refused, accepted
+from slotmoe.tools.serve.grammar import Mask
+from slotmoe.tools.serve.reader import ContentDelta, joined, parse_arguments
+from slotmoe.tools.serve.requests import CallId, Label, Name, Text, Whole
+from slotmoe.tools.serve.service import Service, Serving
+from slotmoe.tools.serve.wanted import Schema
+
+router = APIRouter(prefix=OLLAMA_PATH)
+_VERSION = "0.13.0"  # of Ollama, whose API this is: clients ask for a least one
+
+
+class Options(openai.OpenAIRequest):
+    """Most say how to load a model, and are not looked at; Ollama does the same with what it does
+    not know."""
+
+    model_config = ConfigDict(extra="ignore")
+    model: Label = ""
+    n: Annotated[Literal[1] | None, Whole] = None
+    repetition_penalty: openai.Repetition | None = Field(None, alias="repeat_penalty")
+    num_predict: Annotated[int, Field(ge=-2), Whole] | None = None
+
+
+class CalledFunction(requests.Model):
+    name: Name
+    arguments: Json
+    index: Annotated[int | None, accepted("the order is known")] = None
+
+
+class Call(requests.Model):
+    id: CallId | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunction
+
+
+class Message(requests.Model):
+    role: Literal["system", "user", "assistant", "tool"]
+    content: Text | None = None
+    thinking: Text | None = None
+    images: Annotated[None, Refused("the model reads text")] = None
+    tool_calls: Annotated[list[Call], Field(max_length=requests.MAX_TOOLS)] | None = None
+    tool_name: Name | None = None
+    tool_call_id: CallId | None = None
+
+
+class OllamaRequest(requests.Model):
+    model: Label
+    stream: bool | None = Field(None, description="true if not given")
+    options: Options | None = None
+    format: Literal["", "json"] | Json | None = None
+    think: bool | Label | None = None
+    logprobs: bool | None = None
+    top_logprobs: requests.TopLogprobs | None = None
+    keep_alive: Annotated[float | Label | None, accepted("the model stays open")] = None
+    truncate: Annotated[bool | None, accepted("a prompt that does not fit is refused")] = None
+    shift: Annotated[bool | None, accepted("an answer ends where the context is full")] = None
+
+    def answer_options(self, service: Service) -> requests.AnswerOptions:
+        """Raises ``RefusedError``, also for another model than the server's."""
+        service.check_model(self.model)
+        options, logprobs = self.options or Options.model_construct(), self.top_logprobs
+        limit = max(options.num_predict or -1, -1)
+        logprobs = (logprobs or 0) if self.logprobs else None
+        return options.options_with(service.vocabulary, limit, logprobs)
+
+    def conversation(
+        self, given: Sequence[Message], policy: requests.ToolPolicy | None = None
+    ) -> requests.Conversation:
+        """A last message of the assistant's is the beginning of the answer."""
+        messages, effort = _messages(given), self.think
+        if isinstance(effort, bool):
+            effort = "high" if effort else "none"
+        continues = messages[-1].role == "assistant" and not messages[-1].calls
+        return requests.Conversation(messages, policy, self.wanted, effort, continues)
+
+    @property
+    def wanted(self) -> Schema | None:
+        schema = {"type": "object"} if self.format == "json" else self.format
+        return Schema.model_construct(definition=schema) if schema else None
+
+
+class ChatRequest(OllamaRequest):
+    messages: Annotated[list[Message], Field(max_length=requests.MAX_MESSAGES)] | None = None
+    tools: requests.Tools | None = None
+
+
+class GenerateRequest(OllamaRequest):
+    prompt: Text | None = None
+    suffix: Text | None = None
+    system: Text | None = None
+    raw: bool | None = None
+    template: Annotated[Literal[""] | None, Field(description="refused: the model has one")] = None
+    context: Annotated[None, Refused("send messages to /api/chat")] = None
+    images: Annotated[None, Refused("the model reads text")] = None
+
+
+def _messages(given: Sequence[Message]) -> list[requests.ChatMessage]:
+    """In OpenAI's words.  Calls and results need no ids: a result is of the first call that has
+    none, and has its name if it has one."""
+    told, calls = list[requests.ChatMessage](), list[requests.ToolCall]()
+    for message in given:
+        about: Json = {"role": message.role, "content": message.content or ""}
+        if message.role == "tool":
+            same = [call for call in calls if call.id == message.tool_call_id]
+            same += [c for c in calls if message.tool_name in (None, c.function.name)]
+            calls = [call for call in calls if call not in same[:1]]
+            id_ = same[0].id if same else "none"
+            told.append(requests.ToolMessage.model_construct(**about, tool_call_id=id_))
+        elif message.role == "assistant":
+            made = [(call.id, call.function) for call in message.tool_calls or ()]
+            calls = [
+                requests.ToolCall.of(id_ or f"{len(told)}-{n}", f.name, json.dumps(f.arguments))
+                for n, (id_, f) in enumerate(made)
+            ]
+            about |= {"tool_calls": calls, "reasoning_content": message.thinking}
+            told.append(requests.AssistantMessage.model_construct(**about))
+        else:
+            told.append(requests.PlainMessage.model_construct(**about))
+    return told
+
+
+class Lines(EventStream):
+    """The same as a JSON object a line."""
+
+    media_type = "application/x-ndjson"
+    responses: ClassVar[dict[int | str, Json]] = {200: {"content": {media_type: {}}}}
+
+    @staticmethod
+    def spell(data: Json) -> str:
+        return f"{json.dumps(data, separators=(',', ':'))}\n"
+
+
+@router.post("/chat", responses=Lines.responses)
+async def chat(body: ChatRequest, request: Request, service: Serving) -> Response:
+    options = body.answer_options(service)
+    if not body.messages:
+        return _loaded(body, {"message": {"role": "assistant", "content": ""}})
+    policy = requests.tool_policy([tool.function for tool in body.tools or ()], None)
+    told = body.conversation(body.messages, policy)
+    return await _respond(body, await chat_answers(service, request, told, options))
+
+
+@router.post("/generate", responses=Lines.responses)
+async def generate(body: GenerateRequest, request: Request, service: Serving) -> Response:
+    prompt, suffix, options = body.prompt or "", body.suffix or "", body.answer_options(service)
+    if not prompt and not suffix:
+        return _loaded(body, {"response": ""})
+    if not (body.raw or suffix) and service.tokenizer.template is not None:
+        system = [Message.model_construct(role="system", content=body.system)]
+        user = Message.model_construct(role="user", content=prompt)
+        told = body.conversation([*(system if body.system else ()), user])
+        return await _respond(body, await chat_answers(service, request, told, options))
+    service.check_length(len(prompt) + len(suffix))
+
+    def prepare() -> tuple[list[int], Mask | None]:
+        ids = service.tokenizer.encode_gap(prompt, suffix) if suffix else service.encode(prompt)
+        return ids, service.grammars.compile(body.wanted, None, None)
+
+    ids, grammar = await service.prepare(prepare)
+    return await _respond(body, Answers(service, request, [ids], options, grammar=grammar))
+
+
+def _loaded(body: OllamaRequest, empty: Json) -> Response:
+    """For clients that only want the model in memory, or out of it."""
+    reason = "unload" if body.keep_alive in (0, "0") else "load"
+    about = {"model": body.model, "created_at": _time(time.time()), **empty}
+    return JSONResponse({**about, "done": True, "done_reason": reason})
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat()
+
+
+async def _respond(body: OllamaRequest, answers: Answers) -> Response:
+    is_chat, pending = isinstance(body, ChatRequest), list[ContentDelta]()
+
+    def chunk(update: Update) -> Json:
+        """What is new, and the calls that are complete with it."""
+        said: Json = {"content" if is_chat else "response": update.text}
+        if thought := "".join(delta.text for delta in update.content if delta.reasoning):
+            said["thinking"] = thought
+        pending.extend(delta for delta in update.content if delta.call is not None)
+        if any(delta.complete for delta in update.content):
+            made = [part for part in joined(pending) if part.complete]
+            said["tool_calls"] = [call for call in map(_call, made) if call is not None]
+            pending[:] = [d for d in pending if d.call not in {part.call for part in made}]
+        content: Json = {"message": {"role": "assistant", **said}} if is_chat else said
+        if scores := answers.scores(update.tokens):
+            content["logprobs"] = scores
+        about = {"model": answers.service.name, "created_at": _time(time.time())}
+        return {**about, **content, "done": False}
+
+    async def events() -> AsyncIterator[str]:
+        async for update in answers.updates():
+            if update.content or update.tokens:
+                yield Lines.spell(chunk(update))
+        yield Lines.spell({**chunk(Update(0)), **_end(answers)})
+
+    if body.stream is not False:
+        return Lines(events(), answers, Lines.spell(chunk(Update(0))))
+    (update,) = await answers.whole()
+    return JSONResponse({**chunk(update), **_end(answers)})
+
+
+def _call(part: ContentDelta) -> Json | None:
+    if (given := parse_arguments(part.text)) is None:
+        return None
+    function = {"index": part.call, "name": part.name, "arguments": given}
+    return {"id": f"call_{uuid.uuid4().hex}", "function": function}
+
+
+def _end(answers: Answers) -> Json:
+    """Why an answer ended, its counts, and durations in nanoseconds."""
+    usage, (job,), end = answers.usage(), answers.jobs, time.monotonic()
+    times = pairwise((job.submitted, job.started, job.first_token or end, end))
+    names = ("load_duration", "prompt_eval_duration", "eval_duration")
+    spans = zip(names, times, strict=True)
+    durations = {name: int(1e9 * (later - earlier)) for name, (earlier, later) in spans}
+    durations["total_duration"] = sum(durations.values())
+    counts = {"prompt_eval_count": usage.prompt, "eval_count": usage.answer}
+    reason = "stop" if answers.finishes == ["stop"] else "length"
+    return {"done": True, "done_reason": reason, **durations, **counts}
+
+
+class ShowRequest(requests.Model):
+    model: Label | None = None
+    name: Label | None = Field(None, description="`model` by its older name")
+    verbose: Annotated[bool | None, accepted("tokens are not listed")] = None
+
+
+@router.post("/show")
+async def show(body: ShowRequest, service: Serving) -> Response:
+    service.check_model(body.model or body.name or "")
+    about, tokenizer = _described(service, service.name), service.tokenizer
+    family, own = about["details"]["family"], service.own_settings.items()
+    capabilities = {
+        "completion": True,
+        "insert": None not in map(tokenizer.token_id, FIM_TOKENS),
+        "tools": tokenizer.template is not None,
+        "thinking": tokenizer.reasoning is not None,
+    }
+    context = {f"{family}.context_length": service.runtime.context}
+    about["model_info"] = {"general.architecture": family, **context}
+    about["capabilities"] = [name for name, is_there in capabilities.items() if is_there]
+    about["parameters"] = "\n".join(f"{name} {value}" for name, value in own)
+    return JSONResponse({**about, "modelfile": "", "template": tokenizer.template or ""})
+
+
+@router.get("/version")
+async def version() -> Response:
+    return JSONResponse({"version": _VERSION})
+
+
+@router.get("/tags")
+@router.get("/ps")
+async def models(service: Serving) -> Response:
+    return JSONResponse({"models": [_described(service, name) for name in service.listed]})
+
+
+def _described(service: Service, name: str) -> Json:
+    """The open model under a name with a tag, as all of Ollama's are."""
+    name, manifest = (
+        name if ":" in name else f"{name}:latest",
+        service.runtime.model.export.manifest,
+    )
+    family = service.runtime.config.family.architecture.removesuffix("ForCausalLM").lower()
+    codes = "/".join(sorted({*manifest["quantization"]["experts"].values()}))
+    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    return {
+        **{"name": name, "model": name, "digest": manifest["checksum"], "size": size},
+        **{"modified_at": _time(service.created), "context_length": service.runtime.context},
+        "size_vram": service.runtime.plan.budget if service.runtime.plan.tier == "vram" else 0,
+        "details": {"family": family, "families": [family], "quantization_level": codes},
+    }
