@@ -16,7 +16,7 @@ from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.fields import Refused, accepted, by_kind, text_or_list
 from slotmoe.tools.serve.requests import DESCRIBED, REPLAYED, Label
-from slotmoe.tools.serve.wanted import Schema, TextFormat, schema_of
+from slotmoe.tools.serve.rules import Schema, TextFormat, schema_of
 
 _SYSTEM = ("system", "developer")
 _SHOWN = accepted("reasoning is shown whole")
