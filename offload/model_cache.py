@@ -48,7 +48,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def is_export(folder: Path) -> bool:
-    return (folder / _MANIFEST).is_file()
+    return (folder / _MANIFEST).is_file() and not folder.name.endswith(_UNFINISHED)
 
 
 def is_model(folder: Path) -> bool:
@@ -56,12 +56,8 @@ def is_model(folder: Path) -> bool:
     return is_export(folder) or (folder / "config.json").is_file()
 
 
-def _ignore(text: str) -> None:
-    pass
-
-
 def locate(
-    model: str | Path, revision: str | None = None, notify: Callable[[str], None] = _ignore
+    model: str | Path, revision: str | None = None, notify: Callable[[str], object] = str
 ) -> Path | None:
     """The path of a ``MODEL``: first an export, a checkpoint folder or a GGUF file there, then
     ``sample``, then what has the name in the cache folder; None for a hub id.  ``notify`` gets a
@@ -74,8 +70,8 @@ def locate(
     if is_path:
         if on_hub and not is_export(path):
             notify(f"{name} is a folder here, so it is not looked up on the hub")
-        elif name in (exports := library()):
-            notify(f"{name} is here, so {exports[name]} is not used")
+        elif name in library():
+            notify(f"{name} is here, so the one of the cache folder is not used")
         return path
     if name == "sample":
         return SAMPLE
@@ -117,12 +113,8 @@ def library(cache: Path | None = None) -> dict[str, Path]:
     folders'."""
     with suppress(ConfigError, OSError):
         folders = [*filter(is_export, sorted((cache or cache_folder()).iterdir()))]
-        folders = [folder for folder in folders if not folder.name.endswith(_UNFINISHED)]
-        counts = Counter(map(short_name, folders))
-        return {
-            folder.name if counts[short_name(folder)] > 1 else short_name(folder): folder
-            for folder in folders
-        }
+        shorts = Counter(map(short_name, folders))
+        return {f.name if shorts[short_name(f)] > 1 else short_name(f): f for f in folders}
     return {}
 
 
@@ -130,18 +122,11 @@ def export_named(wanted: str) -> Path | None:
     """The export in the cache folder with that name, or else the only one that has it, in any
     case, as a part of its own.  Raises ``ConfigError`` where several have."""
     exports, part = library(), wanted.lower()
-    ways: tuple[Callable[[Path], bool], ...] = (
-        lambda folder: folder.name == wanted,
-        lambda folder: short_name(folder) == wanted,
-        lambda folder: part in short_name(folder).lower(),
-    )
-    for fits in ways:
-        found = {name: folder for name, folder in exports.items() if fits(folder)}
-        if len(found) > 1:
-            raise ConfigError(f"{wanted}: may be any of {', '.join(found)}; give one of them")
-        if found:
-            return next(iter(found.values()))
-    return None
+    found = [name for name, path in exports.items() if wanted in (name, path.name)]
+    found = found or [name for name, path in exports.items() if part in short_name(path).lower()]
+    if len(found) > 1:
+        raise ConfigError(f"{wanted}: may be any of {', '.join(found)}; give one of them")
+    return exports[found[0]] if found else None
 
 
 def mark_used(folder: Path) -> None:

@@ -16,7 +16,7 @@ import click
 
 from slotmoe import __version__
 from slotmoe.errors import ConfigError, DeviceError, DownloadError, SlotmoeError
-from slotmoe.tools.settings import defaults
+from slotmoe.tools.settings import HELP_ALL, defaults
 
 _COMMANDS = {
     "run": "Continue a prompt with a model, streaming the text.",
@@ -50,6 +50,11 @@ slotmoe --help lists all commands, slotmoe COMMAND --help has examples."""
 
 class LazyGroup(click.Group):
     """Imports a command from the module of its name when it is called."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if HELP_ALL in args:
+            ctx.meta[HELP_ALL] = True
+        return super().parse_args(ctx, ["--help" if arg == HELP_ALL else arg for arg in args])
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)

@@ -206,6 +206,9 @@ def _cache() -> Check:
     """The exports in the cache folder."""
     try:
         folder = machine.cache_folder()
+        there = next(filter(Path.exists, (folder.absolute(), *folder.absolute().parents)))
+        if not there.is_dir():
+            raise ConfigError(f"{folder}: {there} is no folder")
         held = sum(cached.bytes for cached in listing(folder))
     except (ConfigError, OSError) as problem:
         return Check("cache", "bad", str(problem), "set SLOTMOE_CACHE to a folder that can be read")

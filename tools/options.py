@@ -1,6 +1,5 @@
 """Options that several commands share: where the model runs and within which budget."""
 
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +21,7 @@ from slotmoe.offload.policy.hybrid import MODES
 from slotmoe.quant.codecs.codec import DEFAULT_CODEC, EXPERT_CODECS, ExpertCodecs
 from slotmoe.quant.shapes import RESIDENT_MODES
 from slotmoe.sizes import format_size, parse_size
+from slotmoe.tools.settings import HELP_ALL
 
 if TYPE_CHECKING:
     from slotmoe.offload.runtime import Runtime
@@ -38,15 +38,18 @@ class Decorator(Protocol):
 
 def option(names: str, metavar: str | None, help: str, **rest: Any) -> Decorator:
     """A click option; ``names`` are separated by spaces."""
-    if metavar == "SIZE":
-        rest["callback"] = _check_size
+    if metavar == "SIZE" or rest.get("type") is NEW_FILE:
+        rest["callback"] = _check_value
     return click.option(*names.split(), metavar=metavar, help=help, **rest)
 
 
-def _check_size(ctx: click.Context, parameter: click.Parameter, size: str | None) -> str | None:
-    if size is not None:
-        parse_size(size)
-    return size
+def _check_value(ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """Refuse a size, or a new file in no folder."""
+    if isinstance(value, str):
+        parse_size(value)
+    if isinstance(value, Path) and not value.parent.is_dir():
+        raise click.BadParameter(f"{value}: its folder is not there")
+    return value
 
 
 def flag(names: str, help: str, **rest: Any) -> Decorator:
@@ -77,29 +80,9 @@ class Rare(click.Option):
     """An option that ``--help-all`` shows and ``--help`` does not."""
 
 
-def _help_all(ctx: click.Context, parameter: click.Parameter, given: bool) -> None:
-    if given and not ctx.resilient_parsing:
-        ctx.meta[_HELP_ALL.opts[0]] = True
-        click.echo(ctx.get_help())
-        ctx.exit()
-
-
-_HELP_ALL = click.Option(
-    ["--help-all"],
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_help_all,
-    help="Show the rarer options too.",
-)
-
-
 class Command(click.Command):
     """A command whose help shows its options in groups, and that looks whether its models are there
     before a library is loaded."""
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        return [*super().get_params(ctx), _HELP_ALL]
 
     def invoke(self, ctx: click.Context) -> Any:
         if ctx.info_name != "plan":  # which knows more names
@@ -111,7 +94,7 @@ class Command(click.Command):
         groups: dict[str, list[tuple[str, str]]] = {title: [] for title in (*_GROUPS, "Options")}
         of = {name: title for title, names in _GROUPS.items() for name in names.split()}
         for parameter in self.get_params(ctx):
-            is_shown = _HELP_ALL.opts[0] in ctx.meta or not isinstance(parameter, Rare)
+            is_shown = HELP_ALL in ctx.meta or not isinstance(parameter, Rare)
             record = parameter.get_help_record(ctx) if is_shown else None
             if record is not None and parameter.name in (mine := ctx.default_map or {}):
                 plain = re.sub(r" *\[default: [^]]*\]", "", record[1])
@@ -122,6 +105,8 @@ class Command(click.Command):
             if records:
                 with formatter.section(title):
                     formatter.write_dl(records, col_max=min(30, formatter.width // 2))
+        if HELP_ALL not in ctx.meta:
+            formatter.write(f"\nRarer options: slotmoe {ctx.info_name} {HELP_ALL}\n")
 
 
 _GROUPS = {  # title -> the parameters' names
@@ -139,17 +124,7 @@ _GROUPS = {  # title -> the parameters' names
 JSON = flag("--json as_json", "Print one JSON object.")
 VERBOSE = flag("--verbose", "Say more on stderr: device, prefill, expert cache, disk.")
 EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
-
-
-class _NewFile(click.Path):
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        path = Path(os.fsdecode(super().convert(value, param, ctx)))
-        if not path.parent.is_dir():
-            self.fail(f"{path}: its folder is not there", param, ctx)
-        return path
-
-
-NEW_FILE = _NewFile(dir_okay=False, path_type=Path)
+NEW_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 def _adding(*options: Decorator) -> Decorator:
@@ -216,6 +191,7 @@ _DRAFT = (
     "same to the bit. ngram drafts what followed earlier in the text, mtp what the head expects "
     "that quantize --keep-mtp has kept; auto is ngram, off on a GPU."
 )
+_MTP = "mtp counts the head that predicts one token more, as quantize --keep-mtp keeps it."
 _BUDGET = (
     "Let experts in memory stand in for missing ones where the gate nearly tied, at about N nats "
     "of KL divergence a token, like 0.01. The text then depends on the cache."
@@ -231,7 +207,7 @@ def _check_device(ctx: click.Context, parameter: click.Parameter, device: str) -
 
 
 _NAMED = {"callback": _check_device, "shell_complete": completing(lambda: ("auto", "cpu", "cuda"))}
-open_options = _adding(
+_PLANNED = (
     REVISION,
     option("--device", "auto|cpu|cuda|cuda:N", _DEVICE, default="auto", **_NAMED),
     option("--ram", "SIZE", "RAM for the whole process, like 8GiB. [default: 90% of what is free]"),
@@ -239,11 +215,14 @@ open_options = _adding(
     integer("--context", "Positions of the KV cache. [default: 4096, or the model's limit]"),
     integer("--threads", _THREADS, cls=Rare),
     integer("--slots", _SLOTS, cls=Rare),
-    choice("--cache-policy", [*POLICIES], DEFAULT_POLICY, "Which experts stay.", cls=Rare),
     choice("--misses", MODES, "auto", _MISSES, cls=Rare),
     option("--experts-dir experts_dirs", "DIR", _EXPERTS_DIR, multiple=True, cls=Rare),
     flag("--no-prefetch", _NO_PREFETCH, cls=Rare),
 )
+plan_options = _adding(*_PLANNED, choice("--draft", ["off", "mtp"], "off", _MTP, cls=Rare))
+"""Adds what ``slotmoe plan`` reckons with."""
+_POLICY = choice("--cache-policy", [*POLICIES], DEFAULT_POLICY, "Which experts stay.", cls=Rare)
+open_options = _adding(*_PLANNED, _POLICY)
 """Adds the options that ``open_runtime`` reads of any command."""
 bench_options = _adding(open_options, option("--route-budget", "N", _BUDGET, type=float, cls=Rare))
 """Adds the same, and what acts where tokens are decoded."""

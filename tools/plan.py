@@ -52,7 +52,7 @@ _PROMPT_HELP = "Tokens of the prompt. [default: 512, or what the context has roo
 @options.option("--disk-bandwidth", "SIZE", "Bytes a second of a drive, like 3.5GB.")
 @options.option("--pcie-bandwidth", "SIZE", "Bytes a second to the GPU, like 25GB.")
 @options.option("--gpu-bandwidth", "SIZE", "Bytes a second of GPU memory, like 1008GB.")
-@options.runtime_options
+@options.plan_options
 @options.JSON
 def command(
     model: str, prompt_tokens: int | None, max_new_tokens: int, as_json: bool, **given: Any
@@ -88,9 +88,9 @@ def command(
         less = or_more_context("lower --prompt-tokens", planned.config, context)
         raise PlanError(f"{problem}: {less}")
     resident, why = advice.choose_precision(planned, target, given["resident"])
-    codecs, rest = advice.choose_codecs(planned, wanted), (given["slots"], given["misses"])
-    drafts = given["draft"] != "off"
-    scenario = advice.Scenario(planned, target, resident, codecs, context, *rest, drafts)
+    codecs, ahead = advice.choose_codecs(planned, wanted), not given["no_prefetch"]
+    rest = given["slots"], given["misses"], given["draft"] == "mtp", ahead
+    scenario = advice.Scenario(planned, target, resident, codecs, context, *rest)
     if given["threads"] is None and _is_here(given):  # fewer where the plan fits one processor
         plan = scenario.plan
         size = plan.total if target.vram is None else sum(plan.host.values())
@@ -100,8 +100,7 @@ def command(
     report["resident"] = {"precision": resident, "why": why}
     report["choices"] = scenario.choices(prompt_tokens, max_new_tokens)
     print(json.dumps(report)) if as_json else _print(report)
-    is_this = all(given[name] is None for name in _MACHINE)
-    return int(not report["fits"] or (is_this and not report["disk"]["fits"]))
+    return int(not report["fits"])
 
 
 def _model(name: str, revision: str | None) -> Model:
@@ -174,8 +173,9 @@ def _machine(given: Json) -> Machine:
         threads = min(threads, cores())
     # What run would find free, once it has imported its libraries.
     free_ram = int(machine.available_memory() * 0.9) - machine.process_bytes() + IMPORT_BYTES
-    ram, free_disk = parse_size(given["ram"] or free_ram), shutil.disk_usage(Path.cwd()).free
-    return Machine(ram, vram, threads, bandwidths, free_disk, name)
+    is_this = all(given[name] is None for name in _MACHINE)
+    free_disk = shutil.disk_usage(Path.cwd()).free if is_this else None
+    return Machine(parse_size(given["ram"] or free_ram), vram, threads, bandwidths, free_disk, name)
 
 
 def _is_here(given: Json) -> bool:
@@ -208,33 +208,37 @@ def _print(report: Json) -> None:
     lines = [_LOSS, *([f"GPU: {report['gpu']}."] if report["gpu"] else [])]
     lines += [f"Resident weights are {resident['precision']}: {resident['why']}."]
     lines += [f"{note[0].upper()}{note[1:]}." for note in report["notes"]]
-    lines += _outlook(report) if report["fits"] else ["Ways out, the cheapest first:"]
-    lines += [f"  {number}. {way}" for number, way in enumerate(report["ways_out"], 1)]
+    ways = report["ways_out"]
+    lines += [f"Way out: {way}." for way in ways if len(ways) == 1]
+    if len(ways) > 1:
+        lines.append("Ways out, the cheapest first:")
+        lines += [f"  {number}. {way}" for number, way in enumerate(ways, 1)]
+    lines += _outlook(report) if report["fits"] else []
     for line in lines:
         console.print(Text(line))
 
 
 def _verdict(report: Json) -> list[str]:
-    """Whether it fits, and how fast it is; and what it takes of the disk."""
+    """Whether it fits, and how fast it is and what it takes of the disk, or what is missing."""
     name, disk = report["model"], report["disk"]
-    if report["fits"]:
-        speed, hits = figure(report["decode_tokens_per_second"], 2), report["hit_rate"]
-        share = "all experts" if hits == 1 else f"{hits:.0%} of a token's experts found"
-        about = "an estimated" if report["estimated"] else "about"
-        lines = [f"{name} fits: {about} {speed} tokens/s, with {share} in memory."]
-    else:
+    export, download = (format_size(disk[name]) for name in ("export", "download"))
+    free = "" if disk["free"] is None else f", {format_size(disk['free'])} are free in {Path.cwd()}"
+    if report["shortfall"]:
         short = [
             f"{format_size(size)} of {_NAMES[tier]}"
             for tier, size in report["shortfall_by_tier"].items()
         ]
-        lines = [f"{name} does not fit: {' and '.join(short)} short."]
-    if not disk["export"]:
-        return lines
-    export, download, free = (format_size(disk[name]) for name in ("export", "download", "free"))
-    verdict = "Disk" if disk["fits"] else "It does not fit this disk"
-    sizes = f"the export takes {export}, {free} are free in {Path.cwd()}"
-    streamed = f"; {download} to download, streamed and not kept" if disk["download"] else ""
-    return [*lines, f"{verdict}: {sizes}{streamed}."]
+        return [f"{name} does not fit: {' and '.join(short)} short."]
+    if not disk["fits"]:
+        return [f"{name} does not fit: its export takes {export}{free}."]
+    speed, hits = figure(report["decode_tokens_per_second"], 2), report["hit_rate"]
+    share = "all experts" if hits == 1 else f"{hits:.0%} of a token's experts found"
+    about = "an estimated" if report["estimated"] else "about"
+    lines = [f"{name} fits: {about} {speed} tokens/s, with {share} in memory."]
+    if disk["export"]:
+        streamed = f"; {download} to download, streamed and not kept" if disk["download"] else ""
+        lines.append(f"Disk: the export takes {export}{free}{streamed}.")
+    return lines
 
 
 def figure(number: float, significant: int = 3) -> str:
@@ -260,21 +264,28 @@ def _outlook(report: Json) -> list[str]:
     ]
     of = ", ".join(dict.fromkeys(rate["origin"] for rate in report["core"].values()))
     constants = [f"{name} {figure(value)}" for name, value in report["constants"].items()]
+    slow = max(report["prefill_seconds"].items(), key=lambda item: item[1])[0]
+    slow = _BOUNDS.get(slow, slow)
     slowest = sorted(report["decode_seconds"].items(), key=lambda item: -item[1])
     spent = [f"{name} {1000 * seconds:.0f} ms" for name, seconds in slowest if seconds >= 5e-4]
     bound = _BOUNDS.get(report["bottleneck"], report["bottleneck"])
-    gpu = " (estimated: bytes over bandwidth, kernels and waits as counted; no GPU has measured it)"
+    gpu = (
+        " (estimated: bytes over bandwidth, kernels and waits as counted, computing of prompts as "
+    )
+    gpu += "nothing; no GPU has measured it)"
+    more = f", each taken for one of the {cores()} here as far as RAM feeds it"
+    more = more if settings["threads"] > cores() else ""
     return [
         f"{report['slots']} of {report['experts']} experts in fast slots{host}; "
         f"a context of up to {report['largest_context']} fits.",
         f"A prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones: "
         f"peak {', '.join(peak)};",
-        ("  " if prefill is None else f"  prefill {figure(prefill)} tokens/s, ")
+        ("  " if prefill is None else f"  prefill {figure(prefill)} tokens/s, bound by {slow}, ")
         + f"decode {figure(report['decode_tokens_per_second'])} tokens/s at "
         f"{report['hit_rate']:.0%} hits, bound by {bound}"
         f"{gpu if report['estimated'] else ''}.",
         f"One token: {', '.join(spent)}.",
         f"Bandwidths: {', '.join(rates)}.",
-        f"A core of {settings['threads']}, in a second: {', '.join(core)} ({of}).",
+        f"A core of {settings['threads']}{more}, in a second: {', '.join(core)} ({of}).",
         f"Taken for granted: {', '.join(constants)}.",
     ]

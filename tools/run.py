@@ -30,13 +30,7 @@ if TYPE_CHECKING:
 @options.VERBOSE
 @options.JSON
 def command(
-    model: str,
-    prompt: str | None,
-    file: Path | None,
-    system: str | None,
-    verbose: bool,
-    as_json: bool,
-    **given: Any,
+    model: str, prompt: str | None, file: Path | None, verbose: bool, as_json: bool, **given: Any
 ) -> None:
     """Continue PROMPT with MODEL and stream the text to stdout; statistics go to stderr.
 
@@ -57,7 +51,7 @@ def command(
       slotmoe run v2-export --ram 16GiB --file prompt.txt --json
       slotmoe run v2-export --ram 16GiB --session novel --file chapter-1.txt
     """
-    given["chat"] |= system is not None
+    given["chat"] |= given["system"] is not None
     text, arguments = options.prompt_text(prompt, file), options.generation_arguments(given)
     with (
         open_session(given, "chat" if arguments["chat"] else "text") as session,
@@ -66,7 +60,7 @@ def command(
         go_on(session, runtime, given["session_limit"], options.notifier(as_json))
         if given["trace"] is not None:
             runtime.trace(given["trace"])
-        continuation = Continuation(runtime, text, arguments, as_json, session, system)
+        continuation = Continuation(runtime, text, arguments, as_json, session, given["system"])
         stopped = None
         try:
             continuation.run()

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, SlotmoeError
 from slotmoe.jsonfile import Json, read_file
 
-_TYPED = (str, int, float)
+HELP_ALL = "--help-all"  # the group notes it in ``meta``, a command's help looks for it
 
 
 def defaults(ctx: click.Context) -> Json:
@@ -20,27 +20,6 @@ def defaults(ctx: click.Context) -> Json:
     path, name = Path(click.get_app_dir("slotmoe")) / "slotmoe.toml", ctx.invoked_subcommand
     if name is None or not path.is_file():
         return {}
-    group, values, given = ctx.command, _parsed(path), Json()
-    assert isinstance(group, click.Group)
-    commands, options = group.list_commands(ctx), _options(group, ctx, name)
-    for key, value in values.items():
-        if isinstance(value, dict):
-            _check(path, f"[{key}]", key, commands)
-        elif key in options:
-            given[key] = value
-        elif not any(key in _options(group, ctx, other) for other in commands):
-            _check(path, key, key, options)
-    if isinstance(section := values.get(name), dict):
-        for key in section:
-            _check(path, f"[{name}] {key}", key, options)
-        given |= section
-    try:
-        return {str(options[key].name): _value(ctx, options[key], given[key]) for key in given}
-    except click.BadParameter as problem:
-        raise ConfigError(f"{path}: for {name}, {problem.message}") from None
-
-
-def _parsed(path: Path) -> Json:
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -49,14 +28,31 @@ def _parsed(path: Path) -> Json:
         values: Json = tomllib.loads(read_file(path, 1 << 20).decode())
     except ValueError as problem:
         raise ConfigError(f"{path}: is no TOML ({problem})") from None
-    return values
+    group, found = ctx.command, Json()
+    assert isinstance(group, click.Group)
+    commands, options = group.list_commands(ctx), _options(group, ctx, name)
+    section = values[name] if isinstance(values.get(name), dict) else {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check(path, f"[{key}]", key, commands)
+        elif not any(key in _options(group, ctx, other) for other in (name, *commands)):
+            _check(path, key, key, options)
+    for key in section:
+        _check(path, f"[{name}] {key}", key, options)
+    for key, value in ({key: values[key] for key in values if key in options} | section).items():
+        try:
+            found[str(options[key].name)] = _value(ctx, options[key], value)
+        except (click.BadParameter, SlotmoeError) as problem:
+            text = getattr(problem, "message", str(problem))
+            raise ConfigError(f"{path}: {key} for {name}: {text}") from None
+    return found
 
 
 def _options(group: click.Group, ctx: click.Context, name: str) -> dict[str, click.Option]:
     """The options of a command by their long names."""
     command = group.get_command(ctx, name)
-    parameters = [] if command is None else command.params
-    options = [option for option in parameters if isinstance(option, click.Option)]
+    assert command is not None
+    options = [option for option in command.params if isinstance(option, click.Option)]
     return {max(option.opts, key=len).lstrip("-"): option for option in options}
 
 
@@ -70,14 +66,10 @@ def _check(path: Path, place: str, key: str, known: Iterable[str]) -> None:
 def _value(ctx: click.Context, option: click.Option, value: object) -> object:
     """``value`` as if it was typed.  Raises ``BadParameter``."""
     texts = value if option.multiple and isinstance(value, list) else [value]
-    kinds, expected = ((bool,), "true or false") if option.is_flag else (_TYPED, "text or a number")
+    kinds = (bool,) if option.is_flag else (str, int, float)
     if not all(type(text) in kinds for text in texts):
-        raise click.BadParameter(f"{option.opts[-1]} is {value!r:.40}, expected {expected}")
-    if option.is_flag:
-        return value
+        expected = "true or false" if option.is_flag else "text or a number"
+        raise click.BadParameter(f"is {value!r:.40}, expected {expected}")
     typed = [str(text) for text in texts] if option.multiple else str(value)
-    try:
-        option.type_cast_value(ctx, typed)
-    except click.BadParameter as problem:
-        raise click.BadParameter(f"{option.opts[-1]}: {problem.message}") from None
+    option.process_value(ctx, typed)
     return typed

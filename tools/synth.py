@@ -45,10 +45,11 @@ def command(geometry: str, destination: Path | None, as_json: bool, **given: Any
 
     started, source = time.perf_counter(), geometry_path(geometry)
     given["codecs"] = options.expert_codecs(given) or default_codecs(read_config(source))
-    shown = destination or f"{Path(geometry.removesuffix('/config.json')).name}-random"
+    shown: Path | str | None = destination
     if destination is None:
+        shown = f"{Path(geometry.removesuffix('/config.json')).name}-random"
         make_cache(cache_folder())
-    destination = destination or cache_folder() / shown
+        destination = cache_folder() / shown
     with byte_bars(f"Writing {geometry}", quiet=as_json) as (progress,):
         manifest = synthesize(source, destination, progress=progress, **given)
     size = sum(entry["bytes"] for entry in manifest["files"].values())

@@ -40,9 +40,8 @@ def cached_export(
 ) -> Path:
     """Export of the checkpoint ``source`` in the folder ``cache``, quantized now if it is not there
     yet.  ``notify`` is told where it will be, and ``ready`` may refuse to make it."""
-    destination = cached_place(source, cache, reading)
+    destination = cached_place(source, cache, reading, ready)
     if not is_export(destination):
-        ready(source)
         with open_checkpoint(source) as checkpoint:
             config, codecs = checkpoint.config, codecs_for(checkpoint)
         sizes = sizes_of(config, resident_mode("auto"), codecs)
@@ -54,10 +53,12 @@ def cached_export(
     return destination
 
 
-def cached_place(source: Path, cache: Path, reading: Progress = ignore) -> Path:
-    """Where in the folder ``cache`` the export of the checkpoint ``source`` is, or belongs.  The
-    source's content is read, ``reading(done, total)`` in bytes, when it is new here or has
-    changed."""
+def cached_place(
+    source: Path, cache: Path, reading: Progress = ignore, ready: Callable[[Path], None] = ignore
+) -> Path:
+    """Where in the folder ``cache`` the export of the checkpoint ``source`` is, or belongs.  When
+    it is new here or has changed, and ``ready`` does not refuse it, its content is read,
+    ``reading(done, total)`` in bytes."""
     files = contents(source)
     states = [(path.name, path.stat()) for path in files]
     facts = [f"{name} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for name, s in states]
@@ -66,6 +67,7 @@ def cached_place(source: Path, cache: Path, reading: Progress = ignore) -> Path:
     known = noted_export(note)
     if known is not None and is_export(cache / known):
         return cache / known
+    ready(source)
     key = content_key(files, reading)
     place = next(filter(is_export, sorted(cache.glob(f"*-{key}"))), None)
     if place is None:

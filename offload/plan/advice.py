@@ -4,6 +4,7 @@ Without torch.
 """
 
 import math
+import re
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,7 @@ from slotmoe.model.names import resident_shapes
 from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.divergence import expected
 from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, sizes_of
-from slotmoe.offload.plan.speed import CORE, CPU_CONSTANTS, GPU_CONSTANTS, Bandwidths, Setting
+from slotmoe.offload.plan.speed import CORE, Bandwidths, Setting, constants
 from slotmoe.offload.policy.hybrid import choose_mode
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, ExpertCodecs, to_version_2
 from slotmoe.quant.shapes import RESIDENT_MODES
@@ -66,11 +67,15 @@ GPUS = {
 
 def gpu_named(name: str) -> Gpu:
     """The GPU of ``GPUS`` with that name, however it is spelled.  Raises ``ConfigError``."""
-    key = name.lower().replace(" ", "-").replace("_", "-")
-    if key in GPUS:
-        return GPUS[key]
+    key, plain = re.sub("[ _-]", "", name.lower()), {each.replace("-", ""): each for each in GPUS}
+    if key in plain:
+        return GPUS[plain[key]]
+    digits = re.sub(r"\D", "", key)  # a number is another GPU's, however close
+    near = [plain[each] for each in plain if re.sub(r"\D", "", each) == digits]
+    near += [plain[each] for each in plain if len(key) > 4 and key in each]
+    meant = f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
     known = f"known are {', '.join(GPUS)}; or give --vram and --gpu-bandwidth"
-    raise ConfigError(f"GPU {name!r:.40} is unknown; {_near(key, GPUS, 0.3)}{known}")
+    raise ConfigError(f"GPU {name!r:.40} is unknown; {meant}{known}")
 
 
 _NAMES = {  # of each geometry; some models are others trained further
@@ -89,8 +94,8 @@ GEOMETRIES = {
 }
 
 
-def _near(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    near = get_close_matches(name, known, 1, cutoff)
+def _near(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, known, 1)
     return f"did you mean {near[0]}? " if near else ""
 
 
@@ -160,14 +165,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Machine:
-    """Budgets in bytes, ``vram`` None without a GPU; ``free_disk`` bytes where an export would go;
-    and the GPU's name where it is known."""
+    """Budgets in bytes, ``vram`` None without a GPU; ``free_disk`` bytes where an export would go,
+    None on another machine; and the GPU's name where it is known."""
 
     ram: int
     vram: int | None
     threads: int
     bandwidths: Bandwidths
-    free_disk: int
+    free_disk: int | None
     gpu: str | None = None
 
 
@@ -203,7 +208,8 @@ def choose_codecs(model: Model, wanted: ExpertCodecs | None) -> ExpertCodecs:
 class Scenario:
     """A model on a machine: ``resident`` is of ``RESIDENT_MODES``, ``codecs`` are the experts',
     ``context`` counts positions, and ``slots`` caps the expert slots.  ``misses`` is as in
-    ``slotmoe run``; with ``drafts`` there is memory for them."""
+    ``slotmoe run``; with ``drafts`` there is memory for them, with ``prefetch`` experts are read
+    ahead."""
 
     model: Model
     machine: Machine
@@ -213,6 +219,7 @@ class Scenario:
     slots: int | None = None
     misses: str = "auto"
     drafts: bool = False
+    prefetch: bool = True
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -241,7 +248,7 @@ class Scenario:
 
     def disk(self) -> Json:
         """Bytes to ``download``, which are streamed, of the ``export`` that is still to be made,
-        and ``free``; and whether the export ``fits``."""
+        and ``free``, None on another machine; and whether the export ``fits``."""
         config, sizes = self.model.config, self.sizes
         experts = len(config.moe_layers) * config.n_routed_experts
         resident = sum(map(math.prod, resident_shapes(config).values()))
@@ -250,7 +257,7 @@ class Scenario:
         each = config.encoding.method.weight_bytes if config.encoding else 2
         needed = {"download": 0 if self.model.is_here else int(each * weights), "export": export}
         free = self.machine.free_disk
-        return {**needed, "free": free, "fits": export <= free}
+        return {**needed, "free": free, "fits": free is None or export <= free}
 
     def largest_context(self) -> int:
         """Positions that fit with the least number of slots; 0 if none do."""
@@ -260,7 +267,8 @@ class Scenario:
     def ways_out(self) -> list[str]:
         """Up to three changes that make the plan fit, the cheapest first; none if it fits."""
         if self.fits:
-            return []
+            size, fits = (self.disk()[name] for name in ("export", "fits"))
+            return [] if fits else [f"call this from a drive with {format_size(size)} free"]
         again = "" if self.model.resident is None else "quantize again with "
         largest, mixed = self.largest_context(), replace(self, resident="mixed")
         on_cpu = replace(self, machine=replace(self.machine, vram=None))
@@ -296,7 +304,7 @@ class Scenario:
         report: Json = {
             "model": self.model.name,
             "notes": config.notes,
-            "fits": self.fits,
+            "fits": self.fits and self.disk()["fits"],
             "components": components,
             "total": by_tier(components),
             "gpu": machine.gpu,
@@ -319,7 +327,7 @@ class Scenario:
                 name: {"per_second": getattr(rates, name), "origin": rates.origin_of(name)}
                 for name in CORE
             },
-            "constants": GPU_CONSTANTS if gpu else CPU_CONSTANTS,
+            "constants": constants(rates, gpu, config.mtp),
             "largest_context": self.largest_context(),
             "predicted_peak": by_tier(memory.predicted_components(plan, prompt_tokens, new_tokens)),
             "ways_out": self.ways_out(),
@@ -338,7 +346,8 @@ class Scenario:
         config, sizes, rates = self.model.config, self.sizes, self.machine.bandwidths
         is_random = self.model.random_weights
         misses = choose_mode(self.misses, rates, config.num_experts_per_tok)
-        return Setting(config, sizes, self.plan, rates, self.machine.threads, is_random, misses)
+        on, threads = (config, sizes, self.plan, rates), self.machine.threads
+        return Setting(*on, threads, is_random, misses, self.prefetch)
 
     def choices(self, prompt_tokens: int, new_tokens: int) -> list[Json]:
         """What each ``--codec``, ``--bits`` and ``--resident`` would give: bytes of the ``export``,

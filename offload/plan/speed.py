@@ -7,6 +7,7 @@ measurements of this project, named beside them and in the report.
 
 import math
 from bisect import bisect_left
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -14,14 +15,16 @@ from pathlib import Path
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import read_json
 from slotmoe.model.config import Config
+from slotmoe.model.names import resident_shapes
 from slotmoe.offload.plan.attention import attention_products, kv_read_bytes
-from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes, sizes_of
+from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes
 from slotmoe.offload.shared_files import write_note
-from slotmoe.quant.codecs.codec import DEFAULT_CODECS
 
-KERNEL_SHARE = 0.95  # of the bandwidth, RAM's or of cores, that decode reaches (2 Zen 4 cores)
-PREFILL_SHARE = 0.75  # of the kernels' speed that prefill reaches (V2-Lite, 2 Zen 5 cores)
-GPU_SHARE = 0.6  # the same on a GPU: assumed, not measured
+# What prefill does beside products (norms, gates, sums), as int8 products for each value of a token
+# in a layer: the sample, V2-Lite and GLM-4.7-Flash on a Zen 5 core.
+STREAM_PRODUCTS = 8000
+GPU_SHARE = 0.6  # of a GPU's bandwidth that decode reaches: assumed, not measured
+HEAD_RIGHT = 0.85  # of what a model's own head drafts: DeepSeek-V3's report, not measured
 GPU_LAUNCHES = 8  # kernels of a layer in one graph, counted by a test; one more with q-LoRA
 GPU_LAUNCH_SECONDS = 1.5e-6  # between two kernels of a graph: assumed
 # From the end of a layer's last copy to the next layer's first: its experts and the next layer's
@@ -32,22 +35,15 @@ LAYER_SECONDS = 2e-4  # the same of a layer with a call of its own
 MISS_SECONDS = 1.7e-4  # Python, a colder read and a kernel call for an expert read by the decoder
 # Hits of the default policy against the share of experts in slots: the sample, held-out texts.
 TEXT_HITS = ((0.0, 0.0), (0.1, 0.31), (0.25, 0.56), (0.5, 0.8), (1.0, 1.0))
-CORE = ("int8_products", "coded_products", "attention_products", "core_bytes")
-# What every prediction takes for granted, by its name in the report: on a CPU, and on a GPU.
-CPU_CONSTANTS = {
-    "decode's share of the bandwidth": KERNEL_SHARE,
-    "prefill's share of a core's products": PREFILL_SHARE,
-    "seconds of Python a token": TOKEN_SECONDS,
-    "a layer by itself": LAYER_SECONDS,
-    "a small read": MISS_SECONDS,
+# Values in and out by products of the shapes that rates are measured with, V2-Lite's and the
+# sample's ("small"): a product of matrices takes a time for each product, and for each value.
+SHAPES = {
+    "int8": ((2048 + 4096) / (2048 * 4096), (256 + 704) / (256 * 704)),
+    "coded": ((2048 + 1408) / (2048 * 1408), (256 + 64) / (256 * 64)),
+    "attention": (1 / (2 * 512 + 64), 1 / (2 * 64 + 16)),
 }
-GPU_CONSTANTS = {
-    "share of GPU memory's bandwidth": GPU_SHARE,
-    "kernels a layer": GPU_LAUNCHES,
-    "seconds between two": GPU_LAUNCH_SECONDS,
-    "a layer that waits": GPU_MISS_SECONDS,
-}
-MEASURED = ("ram", "disk", "latency", "gpu", "pcie", "pcie_busy", "experts", *CORE)
+CORE = (*(f"{kind}_{size}" for kind in SHAPES for size in ("products", "small")), "core_bytes")
+MEASURED = ("ram", "share", "disk", "latency", "gpu", "pcie", "pcie_busy", "experts", *CORE)
 # Products and bytes of a core beside those with AVX-512, by the first letters of the instruction
 # set: one Zen 5 core, by its caches.  NEON is a guess.
 SETS = {"avx2": (0.25, 0.7), "avxvnni": (0.55, 1.0), "neon": (0.25, 0.7), "portable": (0.02, 0.03)}
@@ -59,17 +55,21 @@ class Bandwidths:
     and where the figures come from: ``assumed``, ``given`` or ``measured on DATE``."""
 
     ram: float = 40e9
+    share: float = 0.95  # of it that decode's kernels reach
     disk: float = 2e9
     gpu: float = 500e9
     pcie: float = 25e9
     pcie_busy: float = 20e9  # the same while the CPU computes experts
     experts: float = 0.0  # records that the CPU's kernels get through meanwhile; 0: see beside_gpu
     latency: float = 1e-4  # seconds of one small read from the disk
-    # Of a core: multiply-adds of many tokens by int8 weights, by coded ones, and in attention; and
-    # bytes of weights for one token.
+    # Of a core: multiply-adds of many tokens by int8 weights, by coded ones, and in attention, each
+    # in two sizes (``SHAPES``); and bytes of weights for one token.
     int8_products: float = 110e9
+    int8_small: float = 80e9
     coded_products: float = 110e9
-    attention_products: float = 200e9
+    coded_small: float = 40e9
+    attention_products: float = 90e9
+    attention_small: float = 36e9
     core_bytes: float = 25e9
     origin: dict[str, str] = field(default_factory=dict)
 
@@ -91,8 +91,34 @@ class Bandwidths:
     def beside_gpu(self) -> float:
         """``experts``, or if it was not measured what copies to the GPU leave of the RAM's
         bandwidth, half of it at least."""
-        ram = KERNEL_SHARE * self.ram
+        ram = self.share * self.ram
         return self.experts or max(ram - self.pcie_busy, ram / 2)
+
+    def core_seconds(self, kind: str, products: float, values: float) -> float:
+        """Seconds of a core for ``products`` of a kind of ``SHAPES``, which take ``values`` in and
+        out; for attention those are scores."""
+        large, small = (1 / getattr(self, f"{kind}_{size}") for size in ("products", "small"))
+        few, many = SHAPES[kind]
+        a_value = min(max(0.0, (small - large) / (many - few)), large / few)
+        return float(products * (large - a_value * few) + values * a_value)
+
+
+def constants(rates: Bandwidths, gpu: bool, mtp: bool) -> dict[str, float]:
+    """What a prediction takes for granted, by its name in the report."""
+    of_cpu = {
+        "products for a value of prefill's stream": STREAM_PRODUCTS,
+        "seconds of Python a token": TOKEN_SECONDS,
+        "a layer by itself": LAYER_SECONDS,
+        "a small read": MISS_SECONDS,
+    }
+    of_gpu = {
+        "share of GPU memory's bandwidth": GPU_SHARE,
+        "kernels a layer": GPU_LAUNCHES,
+        "seconds between two": GPU_LAUNCH_SECONDS,
+        "a layer that waits": GPU_MISS_SECONDS,
+    }
+    of_head = {"the head's drafts that are right": HEAD_RIGHT} if mtp else {}
+    return {"share of RAM's bandwidth": rates.share} | (of_gpu if gpu else of_cpu) | of_head
 
 
 def stored_bandwidths(path: Path) -> Bandwidths:
@@ -117,10 +143,11 @@ def store_bandwidths(path: Path, **values: float) -> None:
 @dataclass(frozen=True)
 class Speed:
     """A predicted speed (of prefill None where nothing that is modelled bounds it), the hit rate
-    assumed, and what a decoded token waits for, its ``bottleneck`` longest.  Commands give it under
-    these names as JSON."""
+    assumed, and what a prompt waits for and a decoded token, its ``bottleneck`` longest.  Commands
+    give it under these names as JSON."""
 
     prefill_tokens_per_second: float | None
+    prefill_seconds: dict[str, float]
     decode_tokens_per_second: float
     hit_rate: float
     decode_seconds: dict[str, float]
@@ -147,6 +174,7 @@ class Setting:
     threads: int
     random_routing: bool
     misses: str = "fetch"
+    prefetch: bool = True
 
     def hits(self, slots: int) -> float:
         """Hit rate to expect of so many slots."""
@@ -155,19 +183,36 @@ class Setting:
 
     def predict(self, prompt_tokens: int, new_tokens: int) -> Speed:
         """Speed for a prompt and its continuation, with the slots full: a cold start is slower."""
-        seconds = self._decode_seconds(prompt_tokens + new_tokens // 2)
+        depth = prompt_tokens + new_tokens // 2
+        without = replace(self, config=replace(self.config, mtp=False))
+        seconds = without._decode_seconds(depth, 1)
+        if self.config.mtp:  # the engine drafts where that pays
+            both = self._decode_seconds(depth, 2)
+            drafting = {name: spent / (1 + HEAD_RIGHT) for name, spent in both.items()}
+            seconds = min(seconds, drafting, key=self._total)
+        prefill = self._prefill_seconds(prompt_tokens)
+        spent, slowest = self._total(prefill), max(seconds, key=seconds.__getitem__)
+        speeds = prompt_tokens / spent if spent else None, prefill, 1 / self._total(seconds)
+        return Speed(*speeds, self.hits(self.plan.slots), seconds, slowest)
+
+    def _total(self, seconds: dict[str, float]) -> float:
+        """Reads hide behind computing, but not perfectly; the computing thread makes small ones."""
         disk = seconds["disk"]
         computing = sum(seconds.values()) - disk
-        # Reads hide behind computing, but not perfectly; the computing thread makes small ones.
-        small = self.sizes.record_bytes <= HELP_BYTES
-        total = computing + disk if small else math.hypot(computing, disk)
-        prefill, hit_rate = self._prefill(prompt_tokens), self.hits(self.plan.slots)
-        return Speed(prefill, 1 / total, hit_rate, seconds, max(seconds, key=seconds.__getitem__))
+        ahead = self.prefetch and self.sizes.record_bytes > HELP_BYTES
+        return math.hypot(computing, disk) if ahead else computing + disk
 
-    def _decode_seconds(self, depth: int) -> dict[str, float]:
+    def _attention(self, depth: int) -> float:
+        """Seconds of a core for a token behind so many."""
+        products, c = attention_products(self.config, depth), self.config
+        scores = products / (2 * c.kv_lora_rank + c.qk_rope_head_dim * (c.compressed is None))
+        return self.bandwidths.core_seconds("attention", products, scores)
+
+    def _decode_seconds(self, depth: int, rows: int) -> dict[str, float]:
+        """What a pass over so many ``rows`` of a text waits for."""
         c, rates, record = self.config, self.bandwidths, self.sizes.record_bytes
         on_cpu, small, K = self.plan.tier == "ram", record <= HELP_BYTES, c.num_experts_per_tok
-        used = len(c.moe_layers) * K
+        used = len(c.moe_layers) * c.n_routed_experts * (1 - (1 - K / c.n_routed_experts) ** rows)
         latents = kv_read_bytes(c, depth, "native" if on_cpu else "triton")
         touched = self.sizes.touched + latents + used * record
         missing = used * (1 - self.hits(max(self.plan.slots, self.plan.host_slots)))
@@ -184,11 +229,10 @@ class Setting:
             between = TOKEN_SECONDS + alone * LAYER_SECONDS
         seconds = {"between kernels": between, "disk": missing * read_seconds}
         if on_cpu:
-            attention = attention_products(c, depth)
             return seconds | {
                 # The cores may be too few to keep the RAM busy.
-                "RAM": touched / min(rates.ram, self.threads * rates.core_bytes) / KERNEL_SHARE,
-                "attention": attention / (self.threads * rates.attention_products),
+                "RAM": touched / min(rates.share * rates.ram, self.threads * rates.core_bytes),
+                "attention": rows * self._attention(depth) / self.threads,
             }
         experts = min(rates.beside_gpu(), self.threads * rates.core_bytes)
         absent = used * (1 - self.hits(self.plan.slots)) * record
@@ -199,16 +243,12 @@ class Setting:
         }
         return seconds | {"GPU memory": touched / rates.gpu / GPU_SHARE} | computed[self.misses]
 
-    def _prefill(self, tokens: int) -> float | None:
-        """Tokens a second of a prompt: each pass loads its experts once and reads all weights from
-        RAM for every step; GPU computing is free."""
+    def _prefill_seconds(self, tokens: int) -> dict[str, float]:
+        """What a prompt waits for: each pass loads its experts once, and reads all weights from RAM
+        for every step; GPU computing is free."""
         c, rates, plan, record = self.config, self.bandwidths, self.plan, self.sizes.record_bytes
         experts, K = len(c.moe_layers) * c.n_routed_experts, c.num_experts_per_tok
-        head = c.vocab_size * c.hidden_size  # only for the last token
-        dense = sizes_of(c, "int8", DEFAULT_CODECS).touched - head
-        routed = len(c.moe_layers) * K * 3 * c.hidden_size * c.moe_intermediate_size
-        speed, seconds = self.threads * PREFILL_SHARE, 0.0
-        each = dense / rates.int8_products + routed / rates.coded_products  # of a token, one core
+        each, spent = self._token_seconds() / self.threads, defaultdict[str, float](float, disk=0.0)
 
         def used(tokens: int) -> float:  # bytes of experts
             return experts * (1 - (1 - K / c.n_routed_experts) ** tokens) * record
@@ -216,11 +256,23 @@ class Setting:
         for start in range(0, tokens, plan.prefill_chunk):
             chunk = min(tokens - start, plan.prefill_chunk)
             needed, step = used(chunk), min(chunk, PREFILL_CHUNK)
-            disk = needed * (1 - self.hits(max(plan.slots, plan.host_slots))) / rates.disk
+            spent["disk"] += needed * (1 - self.hits(max(plan.slots, plan.host_slots))) / rates.disk
             if plan.tier == "ram":
-                attended = attention_products(c, start + chunk // 2) / rates.attention_products
-                read = (self.sizes.touched + used(step)) * chunk / step / rates.ram / KERNEL_SHARE
-                seconds += math.hypot(max(chunk * (each + attended) / speed, read), disk)
+                cores = chunk * (each + self._attention(start + chunk // 2) / self.threads)
+                read = (self.sizes.touched + used(step)) * chunk / step / rates.ram / rates.share
+                spent["RAM" if read > cores else "cores"] += max(cores, read)
+                layers = TOKEN_SECONDS + c.layer_count * LAYER_SECONDS
+                spent["between kernels"] += chunk / step * layers
             else:
-                seconds += max(needed * (1 - self.hits(plan.slots)) / rates.pcie, disk)
-        return tokens / seconds if seconds else None
+                spent["PCIe"] += needed * (1 - self.hits(plan.slots)) / rates.pcie
+        return dict(spent)
+
+    def _token_seconds(self) -> float:
+        """Seconds of a core for a token of a prompt, without attention and the head."""
+        c, rates = self.config, self.bandwidths
+        D, inner = c.hidden_size, c.moe_intermediate_size
+        uses = len(c.moe_layers) * c.num_experts_per_tok
+        shapes = [s for s in resident_shapes(c).values() if len(s) == 2 and c.vocab_size not in s]
+        dense = rates.core_seconds("int8", sum(map(math.prod, shapes)), sum(map(sum, shapes)))
+        routed = rates.core_seconds("coded", uses * 3 * D * inner, uses * 3 * (D + inner))
+        return dense + routed + STREAM_PRODUCTS * c.layer_count * D / rates.int8_products

@@ -200,7 +200,7 @@ for line in ("--help", "run --help", "--version", "doctor", "list", "plan v2-lit
     assert not heavy & set(sys.modules), line
     assert line.startswith("plan") or "rich" not in sys.modules, line
 for line in ("run nowhere x", "chat nowhere", "serve nowhere", "bench nowhere", "profile nowhere",
-             "eval nowhere --text x", "verify nowhere", "quantize nowhere dst"):
+             "eval nowhere --text setup.py", "verify nowhere", "quantize nowhere dst"):
     try:
         cli.main(line.split(), prog_name="slotmoe", standalone_mode=False)
     except ValueError as problem:
@@ -219,10 +219,11 @@ def test_help_needs_no_torch():
     assert "slotmoe run sample" in child.stdout and "--max-new-tokens" in child.stdout
 
 
-def test_a_table_that_does_not_fit_is_a_list():
+def test_a_table_that_does_not_fit_is_a_list(monkeypatch):
     columns, row = ["codec", "bits\na weight", "tokens/s"], ["lut, of three kinds", "4.25", "11.5"]
     for width, expected in ((80, 1), (34, 3)):
-        console = Console(width=width, file=io.StringIO())
+        monkeypatch.setenv("COLUMNS", str(width))
+        console = Console(file=io.StringIO())
         console.print(table(columns, [row], "What codes cost in this case"))
         out = console.file.getvalue()
         assert all(cell in out for cell in row) and "…" not in out

@@ -302,12 +302,14 @@ def test_a_signal_refuses_requests_that_are_being_prepared(sample_export, tmp_pa
     """Those in the threads that render and encode, and those that wait for one.  Running answers
     end as ever."""
     preparing = f"""
-import os, time
+import os, sys, time
+import slotmoe.tools.serve as serve
 from slotmoe.tools.serve.service import Service
+serve._GRACE_SECONDS = 600
 def chat_text(*_):
     while not os.path.exists({str(tmp_path / "go")!r}):
         time.sleep(0.01)
-Service.chat_text = chat_text
+Service.check_model, Service.chat_text = lambda *_: print("came", file=sys.stderr), chat_text
 {SLOW}"""
     child, port = start(sample_export, program=preparing)
     with child, ExitStack() as stack:
@@ -322,6 +324,7 @@ Service.chat_text = chat_text
         running = post(TEXT, prompt="Call me", max_tokens=500, stream=True).getresponse()
         running.readline()
         posted = [post(CHAT, messages=USER) for _ in range(40)]
+        assert [child.stderr.readline() for _ in range(41)] == ["came\n"] * 41
         child.terminate()
         assert b'"finish_reason":"length"' in running.read()
         for response in [connection.getresponse() for connection in posted]:

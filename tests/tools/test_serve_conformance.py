@@ -8,11 +8,12 @@ import subprocess
 import sys
 from collections import Counter
 
+import jsonschema_rs
 import pytest
 
 from slotmoe.offload.runtime import Runtime
 from tests.support.forkserver import ROOT, Forked
-from tests.support.served import GREEDY, USER, Served
+from tests.support.served import ANTHROPIC_TOOL, GREEDY, TOOLS, USER, Served
 
 KING = USER[0]["content"]
 
@@ -90,3 +91,54 @@ def test_llm_talks_streamed_and_whole_and_continues(served, llm):
     schema |= {"required": ["king"], "additionalProperties": False}
     found = json.loads(llm("-m", "talk", "--schema", json.dumps(schema), "Who?"))
     assert found["king"] in ("Lear", "Henry")
+
+
+CHAT = {**GREEDY, "messages": USER, "max_tokens": 200}
+NAMED = {"tools": TOOLS, "tool_choice": "required"}
+SCORED = {"logprobs": True, "top_logprobs": 1}
+RESPONSE = {**GREEDY, "input": KING, "max_output_tokens": 4}
+ASKED = [
+    ("/v1/chat/completions", {**CHAT, **SCORED, "max_tokens": 3}),
+    ("/v1/chat/completions", {**CHAT, **NAMED}),
+    ("/v1/completions", {**GREEDY, "prompt": KING, "max_tokens": 3, "logprobs": 2}),
+    ("/v1/messages", CHAT),
+    ("/v1/messages", {**CHAT, "tools": [ANTHROPIC_TOOL], "tool_choice": {"type": "any"}}),
+    ("/v1/messages/count_tokens", {"model": "sample", "messages": USER}),
+    ("/v1/responses", {**RESPONSE, "top_logprobs": 1}),
+    ("/v1/responses/input_tokens", {"input": KING}),
+    ("/tokenize", {"prompt": KING}),
+    ("/detokenize", {"tokens": [5, 6]}),
+    ("/apply-template", {"messages": USER}),
+    ("/api/chat", {"model": "sample", "messages": USER, "stream": False}),
+    ("/api/generate", {"model": "sample", "prompt": KING, "stream": False}),
+    ("/api/show", {"model": "sample"}),
+    *((path, None) for path in ("/health", "/stats", "/v1/models", "/api/tags", "/api/version")),
+]
+
+
+def test_answers_are_as_described(served):
+    described = served.ask("GET", "/openapi.json", x_api_key="first")[1]
+
+    def check(path, answer, *, method="get", status="200"):
+        content = described["paths"][path][method]["responses"][status]["content"]
+        schema = content["application/json"]["schema"] | {"components": described["components"]}
+        jsonschema_rs.validate(schema, answer)
+        with pytest.raises(jsonschema_rs.ValidationError):
+            jsonschema_rs.validate(schema, {})
+
+    for path, body in ASKED:
+        method = "GET" if body is None else "POST"
+        status, answer, _ = served.ask(method, path, body, x_api_key="first")
+        assert status == 200, (path, answer)
+        check(path, answer, method=method.lower())
+        if body is not None:
+            check(path, served.post(path, odd=1)[1], method="post", status="4XX")
+    id_ = served.post("/v1/responses", **RESPONSE)[1]["id"]
+    one = "/v1/responses/{id}"
+    for path, method in ((one, "get"), (f"{one}/input_items", "get"), (one, "delete")):
+        answer = served.ask(method.upper(), path.format(id=id_), x_api_key="first")[1]
+        check(path, answer, method=method)
+    for path, methods in described["paths"].items():
+        for method, route in methods.items():
+            content = route["responses"]["200"]["content"].get("application/json")
+            assert content is None or content["schema"], f"{method} {path}"

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ import torch
 from slotmoe.offload.devices.pages import in_large_pages
 from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.observe import measure as observed
+from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.backends.base import Records
+from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.tools.bench.turns import prefill_seconds, seconds, take_turns, token_seconds
@@ -30,42 +31,56 @@ def calibration(runtime: Runtime, report: dict[str, Any]) -> dict[str, float]:
     export, known = runtime.model.export, report["disk"]
     disk = known["bandwidth"] if known is not None else observed.disk_bandwidth(export)
     bandwidths = {"disk": disk / len(export.folders), "latency": observed.disk_latency(export)}
-    bandwidths |= core_rates(runtime.model)
-    fast = report["ceiling"]["read_bandwidth"]
-    if (link := report["link"]) is None:
-        return bandwidths | {"ram": fast}
-    bandwidths |= {name: link[name] for name in ("pcie", "pcie_busy", "experts")}
-    return bandwidths | {"gpu": fast, "ram": observed.ram_bandwidth(runtime.model)}
+    cores, fast = core_rates(runtime.model), report["ceiling"]["read_bandwidth"]
+    if (link := report["link"]) is not None:
+        bandwidths |= {name: link[name] for name in ("pcie", "pcie_busy", "experts")}
+        bandwidths["gpu"], fast = fast, observed.ram_bandwidth(runtime.model)
+    share = min(1.0, cores.pop("all_bytes") / fast) if cores else Bandwidths.share
+    return bandwidths | cores | {"ram": fast, "share": share}
 
 
 def core_rates(model: LoadedModel) -> dict[str, float]:
-    """What a core's native kernels get through in a second, in V2-Lite's shapes, by the names of
-    ``slotmoe.offload.plan.speed.CORE``: products with all threads at work, bytes with one."""
-    backend, layout = model.cpu, RecordLayout(2048, 1408, model.export.layout.codecs)
+    """What a core's native kernels get through in a second, by the names of
+    ``slotmoe.offload.plan.speed.CORE``: products with all threads at work, in V2-Lite's shapes and
+    in the sample's, bytes with one; and the bytes of all threads."""
+    backend, codecs = model.cpu, model.export.layout.codecs
     if backend.kind != "native":
         return {}
-    H, inner, rows, E, heads, R, P = 2048, 1408, 48, 8, 16, 512, 64
-    x_TH, weight_NH = torch.randn(512, H), torch.randint(-127, 128, (4096, H), dtype=torch.int8)
-    int8 = backend.prepare("linear", Int8Weight(weight_NH, torch.ones(len(weight_NH))))
+    layout = RecordLayout(2048, 1408, codecs)
+    ways = _products(backend, "products", layout, 4096, 16, 512, 64)
+    ways |= _products(backend, "small", RecordLayout(256, 64, codecs), 704, 8, 64, 16)
+    spent = take_turns({name: partial(seconds, way) for name, (way, _) in ways.items()}, _TURNS)
+    # The mean: what other programs take of a core counts.
+    rates = {
+        name: count / fmean(spent[name]) / backend.threads for name, (_, count) in ways.items()
+    }
+    rates["all_bytes"] = observed.expert_bandwidth(backend, layout, seconds=0.3)
+    backend.run_on(replace(model.device.placement, threads=1))
+    rates["core_bytes"] = observed.expert_bandwidth(backend, layout, seconds=0.3)
+    backend.run_on(model.device.placement)
+    return rates
+
+
+def _products(
+    backend: TorchBackend, size: str, layout: RecordLayout, wide: int, heads: int, R: int, P: int
+) -> dict[str, tuple[Callable[[], object], int]]:
+    """By the names of ``CORE`` that end in ``size``: a call, and its multiply-adds."""
+    H, rows, E = layout.hidden_size, 48, 8
+    x_TH, weight_NH = torch.randn(512, H), torch.randint(-127, 128, (wide, H), dtype=torch.int8)
+    int8 = backend.prepare("linear", Int8Weight(weight_NH, torch.ones(wide)))
     slab = in_large_pages((E, layout.record_bytes), torch.uint8).fill_(1)
     records, y_TED = Records(slab, layout, layout.levels()), torch.empty(rows, E, H)
     slots_E, all_TE = torch.arange(E).int(), torch.arange(E).expand(rows, E).contiguous()
     columns, dtype = backend.latent_row(R, P)
     rows_TX, q_THW = torch.empty(2048, columns, dtype=dtype), torch.randn(128, heads, R + P)
     backend.store_latents(torch.randn(2048, R + P), R, rows_TX)
-    ways: dict[str, Callable[[], object]] = {
-        "int8_products": lambda: backend.linear(x_TH, int8),
-        "coded_products": lambda: backend.experts(x_TH[:rows], records, slots_E, all_TE, y_TED),
-        "attention_products": lambda: backend.mla(q_THW, rows_TX, R, 0.1),
+    x_RH, scores = x_TH[:rows], 128 * 1984 * heads
+    products = rows * E * 3 * H * layout.moe_intermediate_size
+    return {
+        f"int8_{size}": (lambda: backend.linear(x_TH, int8), 512 * H * wide),
+        f"coded_{size}": (lambda: backend.experts(x_RH, records, slots_E, all_TE, y_TED), products),
+        f"attention_{size}": (lambda: backend.mla(q_THW, rows_TX, R, 0.1), scores * (2 * R + P)),
     }
-    work = (512 * H * 4096, rows * E * 3 * H * inner, 128 * 1984 * heads * (2 * R + P))
-    spent = take_turns({name: partial(seconds, way) for name, way in ways.items()}, _TURNS)
-    pairs = zip(ways, work, strict=True)
-    rates = {name: count / median(spent[name]) / backend.threads for name, count in pairs}
-    backend.run_on(replace(model.device.placement, threads=1))
-    rates["core_bytes"] = observed.expert_bandwidth(backend, layout, seconds=0.3)
-    backend.run_on(model.device.placement)
-    return rates
 
 
 def measure(

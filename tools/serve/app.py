@@ -12,6 +12,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from slotmoe import __version__
 from slotmoe.jsonfile import Json
 from slotmoe.tools.serve import anthropic, ollama, openai, requests, responses
+from slotmoe.tools.serve.description import Application
 from slotmoe.tools.serve.errors import HANDLED, RefusedError, error_response
 from slotmoe.tools.serve.openai import MAX_IDS
 from slotmoe.tools.serve.service import Service, Serving
@@ -115,7 +116,7 @@ async def apply_template(body: TemplateRequest, service: Serving) -> Response:
 
 def make_app(service: Service, has_keys: bool) -> FastAPI:
     """The application; where it ``has_keys``, ``Guard`` in front of it asks for them."""
-    app = FastAPI(
+    app = Application(
         title="slotmoe", version=__version__, docs_url=None, redoc_url=None, responses=_REFUSALS
     )
     app.state.service = service

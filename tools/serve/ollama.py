@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse
 from slotmoe.jsonfile import Json
 from slotmoe.model.tokenizer import FIM_TOKENS
 from slotmoe.tools.serve import openai, requests
-from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers
+from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, compact
 from slotmoe.tools.serve.errors import OLLAMA_PATH
 from slotmoe.tools.serve.fields import Refused, accepted
 from slotmoe.tools.serve.grammar import Mask
@@ -146,7 +146,7 @@ class Lines(EventStream):
 
     @staticmethod
     def spell(data: Json) -> str:
-        return f"{json.dumps(data, separators=(',', ':'))}\n"
+        return f"{compact(data)}\n"
 
 
 @router.post("/chat", responses=Lines.responses)

@@ -219,6 +219,7 @@ class ResponsesRequest(requests.LabelledRequest):
         requests.Count | None, accepted("it bounds tools that OpenAI runs")
     ] = None
     moderation: Annotated[None, Refused("the server does not moderate")] = None
+    personality: Annotated[None, Refused("the model has no such setting")] = None
     prompt: Annotated[None, Refused("no prompts are stored here; send its text")] = None
     reasoning: ReasoningConfig | None = None
     stream_options: StreamOptions | None = None
