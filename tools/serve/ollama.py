@@ -21,8 +21,8 @@ from slotmoe.tools.serve.errors import OLLAMA_PATH
 from slotmoe.tools.serve.fields import Refused, accepted
 from slotmoe.tools.serve.reader import ContentDelta, joined, parse_arguments
 from slotmoe.tools.serve.requests import CallId, Label, Name, Text, Whole
+from slotmoe.tools.serve.rules import Schema
 from slotmoe.tools.serve.service import Service, Serving
-from slotmoe.tools.serve.wanted import Schema
 
 router = APIRouter(prefix=OLLAMA_PATH)
 _VERSION = "0.13.0"  # of Ollama, whose API this is: clients ask for a least one
