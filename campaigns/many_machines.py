@@ -116,7 +116,8 @@ def process(command, **options):
 def litellm(place, programs, environment):
     """Two servers behind LiteLLM."""
     serve = [sys.executable, "-m", "slotmoe", "serve", place / "export", "--port", "0"]
-    serve += ["--session-dir", place / "sessions", "--ram", "1GiB", "--name", "lite", "--no-log"]
+    serve += ["--session-dir", place / "sessions", "--ram", "1GiB", "--no-log"]
+    serve += ["--served-model-name", "lite"]
     with ExitStack() as stack:
         servers, config = {}, (FILES / "litellm.yaml").read_text()
         for box in ("box-1", "box-2"):
