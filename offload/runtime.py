@@ -118,7 +118,6 @@ class Runtime:
         folder = resolve_model(path, revision, ready=check, **told)
         is_export = (folder / MANIFEST).is_file()
         if quantize and not is_export:
-            check(folder, smallest=True)  # before gigabytes are read
             folder = cached_export(folder, cache_folder(), progress, reading, notify, check)
         elif not quantize and is_export:
             raise ConfigError(f"{folder}: is an export, already quantized; {needs}")

@@ -11,6 +11,8 @@ import click
 from slotmoe.errors import ConfigError, SlotmoeError
 from slotmoe.jsonfile import Json, read_file
 
+HELP_ALL = "--help-all"  # the group notes it in ``meta``, a command's help looks for it
+
 
 def defaults(ctx: click.Context) -> Json:
     """What the file says for the options of the command that the group of ``ctx`` calls, by

@@ -199,7 +199,7 @@ def test_tokens_of_a_text_and_of_a_conversation(served, runtime):
 
     text = "Call me Ishmael, café."
     ids = runtime.tokenizer.encode(text)
-    expected = {"count": len(ids), "max_model_len": 512, "tokens": ids}
+    expected = {"count": len(ids), "max_model_len": 512, "tokens": ids, "token_strs": None}
     assert ask(prompt=text) == ask(prompt=text, model="sample") == (200, expected)
     assert ask(prompt=text, add_special_tokens=False)[1]["tokens"] == ids[1:]
     assert ask(prompt="", add_special_tokens=False)[1]["tokens"] == []

@@ -85,8 +85,10 @@ HOISTS = (
     "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'] }}: {{ m['content'] }}\n"
     "{% endif %}{% endfor %}" + ENDED
 )
-RAISES = "{% for m in messages %}{% if m['role'] == 'system' and not loop.first %}"
-RAISES += "{{ raise_exception('no') }}{% endif %}{% endfor %}" + KEEPS
+# As Mistral has it: of the user's and the assistant's messages none follow each other.
+RAISES = "{% set ns = namespace(n=0) %}{% for m in messages %}{% if not loop.first %}"
+RAISES += "{% if (m['role'] == 'user') != (ns.n % 2 == 0) %}{{ raise_exception('no') }}{% endif %}"
+RAISES += "{% set ns.n = ns.n + 1 %}{% endif %}{% endfor %}" + KEEPS
 
 
 @pytest.mark.usefixtures("processes")

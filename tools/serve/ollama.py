@@ -16,14 +16,14 @@ from starlette.responses import JSONResponse
 from slotmoe.jsonfile import Json
 from slotmoe.model.tokenizer import FIM_TOKENS
 from slotmoe.tools.serve import openai, requests
-from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers
+from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, compact
 from slotmoe.tools.serve.errors import OLLAMA_PATH
 from slotmoe.tools.serve.fields import Refused, accepted
 from slotmoe.tools.serve.grammar import Mask
 from slotmoe.tools.serve.reader import ContentDelta, joined, parse_arguments
 from slotmoe.tools.serve.requests import CallId, Label, Name, Text, Whole
+from slotmoe.tools.serve.rules import Schema
 from slotmoe.tools.serve.service import Service, Serving
-from slotmoe.tools.serve.wanted import Schema
 
 router = APIRouter(prefix=OLLAMA_PATH)
 _VERSION = "0.13.0"  # of Ollama, whose API this is: clients ask for a least one
@@ -146,7 +146,7 @@ class Lines(EventStream):
 
     @staticmethod
     def spell(data: Json) -> str:
-        return f"{json.dumps(data, separators=(',', ':'))}\n"
+        return f"{compact(data)}\n"
 
 
 @router.post("/chat", responses=Lines.responses)
