@@ -87,6 +87,12 @@ CAMPAIGNS = (
         "178 templates, 2,136 conversations, no difference (2026-11-28)",
     ),
     Gate(
+        "many-machines",
+        "Ray Serve and LiteLLM in front of two replicas, of which one is killed in an answer.",
+        "sessions stick, and go on at the other, computing nothing again; queues add replicas",
+        "both parts, nothing wrong (2026-11-28)",
+    ),
+    Gate(
         "mutants",
         "One line of a core file is changed; the tests of CI's tier must notice.",
         "85% of 100 changes, sampled with a seed, are noticed",

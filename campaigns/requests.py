@@ -10,7 +10,7 @@ from slotmoe.tools.serve import anthropic, app, openai, response_items
 from slotmoe.tools.serve.bodies import check
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.grammar import Grammars
-from slotmoe.tools.serve.wanted import Schema
+from slotmoe.tools.serve.rules import Schema
 from tests.support.tiny import SAMPLE
 
 FUNCTION = {"name": "f", "parameters": {"type": "object"}}

@@ -126,13 +126,17 @@ class Tokenizer:
         """The id of the token that is spelled like this, if there is one."""
         return self._backend.token_to_id(token)
 
+    def spelling(self, token_id: int) -> str:
+        """A token as the tokenizer has it."""
+        return self._backend.id_to_token(token_id)  # type: ignore[return-value]
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token; none for a special one.  Bytes of part of a character, which have
         no text, are those of byte-level BPE or of a byte token like ``<0xE2>``."""
         text = self.decode([token_id])
         if REPLACEMENT not in text:
             return text.encode()
-        spelled: str = self._backend.id_to_token(token_id)  # type: ignore[assignment]
+        spelled = self.spelling(token_id)
         if _BYTE_TOKEN.fullmatch(spelled):
             return bytes.fromhex(spelled[3:5])
         if all(character in _BYTE_LEVEL for character in spelled):

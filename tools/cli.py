@@ -16,7 +16,7 @@ import click
 
 from slotmoe import __version__
 from slotmoe.errors import ConfigError, DeviceError, DownloadError, SlotmoeError
-from slotmoe.tools.settings import defaults
+from slotmoe.tools.settings import HELP_ALL, defaults
 
 _COMMANDS = {
     "run": "Continue a prompt with a model, streaming the text.",
@@ -51,6 +51,11 @@ slotmoe --help lists all commands, slotmoe COMMAND --help has examples."""
 class LazyGroup(click.Group):
     """Imports a command from the module of its name when it is called."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if HELP_ALL in args:
+            ctx.meta[HELP_ALL] = True
+        return super().parse_args(ctx, ["--help" if arg == HELP_ALL else arg for arg in args])
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
 
@@ -75,7 +80,7 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
 
-_SETTINGS = {"help_option_names": ["-h", "--help", "--help-all"], "show_default": True}
+_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 if (width := get_terminal_size().columns) < 52:  # click would write 50 columns
     _SETTINGS["terminal_width"] = width
 
@@ -93,9 +98,9 @@ def cli(ctx: click.Context, traceback: bool) -> None:
 
     \b
     Then with a real checkpoint, from the hub or a folder in Hugging Face's format:
-      slotmoe quantize deepseek-ai/DeepSeek-V2-Lite-Chat lite-export
-      slotmoe run lite-export --chat "Why is the sky blue?"
-      slotmoe chat lite-export
+      slotmoe quantize deepseek-ai/DeepSeek-V2-Lite-Chat
+      slotmoe run lite --chat "Why is the sky blue?"
+      slotmoe chat lite
     """
     ctx.ensure_object(dict)["traceback"] = traceback
     if ctx.invoked_subcommand is None:

@@ -21,6 +21,7 @@ from slotmoe.offload.policy.hybrid import MODES
 from slotmoe.quant.codecs.codec import DEFAULT_CODEC, EXPERT_CODECS, ExpertCodecs
 from slotmoe.quant.shapes import RESIDENT_MODES
 from slotmoe.sizes import format_size, parse_size
+from slotmoe.tools.settings import HELP_ALL
 
 if TYPE_CHECKING:
     from slotmoe.offload.runtime import Runtime
@@ -75,9 +76,6 @@ def completing(names: Callable[[], Iterable[str]]) -> Callable[..., list[str]]:
     return lambda ctx, parameter, typed: [name for name in names() if name.startswith(typed)]
 
 
-_ALL = "--help-all"
-
-
 class Rare(click.Option):
     """An option that ``--help-all`` shows and ``--help`` does not."""
 
@@ -85,10 +83,6 @@ class Rare(click.Option):
 class Command(click.Command):
     """A command whose help shows its options in groups, and that looks whether its models are there
     before a library is loaded."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.meta[_ALL] = _ALL in args
-        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         if ctx.info_name != "plan":  # which knows more names
@@ -100,7 +94,7 @@ class Command(click.Command):
         groups: dict[str, list[tuple[str, str]]] = {title: [] for title in (*_GROUPS, "Options")}
         of = {name: title for title, names in _GROUPS.items() for name in names.split()}
         for parameter in self.get_params(ctx):
-            is_shown = ctx.meta.get(_ALL) or not isinstance(parameter, Rare)
+            is_shown = HELP_ALL in ctx.meta or not isinstance(parameter, Rare)
             record = parameter.get_help_record(ctx) if is_shown else None
             if record is not None and parameter.name in (mine := ctx.default_map or {}):
                 plain = re.sub(r" *\[default: [^]]*\]", "", record[1])
@@ -111,8 +105,8 @@ class Command(click.Command):
             if records:
                 with formatter.section(title):
                     formatter.write_dl(records, col_max=min(30, formatter.width // 2))
-        if not ctx.meta.get(_ALL):
-            formatter.write(f"\nRarer options: slotmoe {ctx.info_name} {_ALL}\n")
+        if HELP_ALL not in ctx.meta:
+            formatter.write(f"\nRarer options: slotmoe {ctx.info_name} {HELP_ALL}\n")
 
 
 _GROUPS = {  # title -> the parameters' names

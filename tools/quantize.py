@@ -155,7 +155,7 @@ def _quantize(
     if folder is not None:
         given["calibration"] = _check_source(folder, texts)
     bars = ("Reading", "Downloading", "Quantizing", "Checking")
-    again = "run the same command again to resume"
+    again = f"run the same command again to resume in {destination or cache_folder()}"
     with _stopping(again), byte_bars(*bars, quiet=quiet) as (reading, arriving, making, checking):
         given |= {"progress": making, "checking": checking, "notify": options.notifier(quiet)}
         if folder is not None:

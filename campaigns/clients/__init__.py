@@ -20,7 +20,7 @@ from slotmoe.model.tokenizer import Tokenizer
 from tests.support.tiny import SAMPLE
 
 HERE = Path(__file__).parent
-CONTEXT = 32768  # what coding agents send has 10,000 tokens of the sample's
+CONTEXT = 65536  # what coding agents send has 18,000 tokens of the sample's
 SECONDS = 1800  # for all cases of a program
 # The newest of this date that Python 3.11 and Node 20 take; what they require is no newer.
 DATE = "2026-11-26"
@@ -55,6 +55,7 @@ PROGRAMS = {
             "zod@4.6.7",
         ],
     ),
+    "claude-code": ("use_claude.mjs", ["@anthropic-ai/claude-code@2.1.332"]),
     "codex": ("use_agents.mjs", ["@openai/codex@0.169.0"]),
     "opencode": ("use_agents.mjs", ["opencode-ai@1.18.33"]),
 }

@@ -14,8 +14,10 @@ function agent(last, ...command) {
   const about = { cwd: home, env, encoding: "utf8", timeout: 240e3, stdio: ["ignore", "pipe", "pipe"] };
   const done = spawnSync(name, command, about);
   assert.equal(done.status, 0, done.stdout + done.stderr);
-  const types = done.stdout.trim().split("\n").map((line) => JSON.parse(line).type);
+  const events = done.stdout.trim().split("\n").map((line) => JSON.parse(line));
+  const types = events.map(({ type }) => type);
   assert(types.includes(last) && !types.includes("error"), done.stdout + done.stderr);
+  return events.find(({ type }) => type === last);
 }
 
 const provider = { name: "slotmoe", base_url: `${url}/v1`, wire_api: "responses" };
@@ -42,9 +44,10 @@ const opencode = (way) =>
 
 const cases = {
   codex: {
-    "a turn, and another one": () => {
-      codex(question);
-      codex("resume", "--last", "And the queen?");
+    "a turn, and another one that reads only what is new": () => {
+      const { input_tokens } = codex(question).usage;
+      const { usage } = codex("resume", "--last", "And the queen?");
+      assert(usage.cached_input_tokens >= input_tokens, JSON.stringify([input_tokens, usage]));
     },
   },
   opencode: {

@@ -46,7 +46,6 @@ from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.resident_weights import Place, load_resident
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
-from slotmoe.quant.codecs.codec import EXPERT_CODECS
 from slotmoe.quant.export.layout import MANIFEST, RecordLayout
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.shapes import TABLE
@@ -125,13 +124,10 @@ def open_model(folder: Path, options: Options, device: Device, reason: str) -> L
     )
 
 
-def check_options(
-    options: Options, device: Device, checkpoint: Path, smallest: bool = False
-) -> None:
+def check_options(options: Options, device: Device, checkpoint: Path) -> None:
     """Refuse options with which the export that ``cached_export`` would make of ``checkpoint``
-    can't be opened, or not even the ``smallest`` one of it.  Reads its config alone, and raises as
-    ``open_model`` does."""
-    _Loader(checkpoint, options, device, "").check(smallest)
+    can't be opened.  Reads its config alone, and raises as ``open_model`` does."""
+    _Loader(checkpoint, options, device, "").check()
 
 
 class _Loader:
@@ -146,18 +142,16 @@ class _Loader:
         self._folder, self._options, self._device, self._reason = folder, options, device, reason
         self.budget, self._host_budget = self._budgets()
 
-    def check(self, smallest: bool) -> None:
+    def check(self) -> None:
         """Is ``check_options`` for this model."""
         self._configure(files_of(self._folder))
-        options, codecs, resident = self._options, memory.default_codecs(self._config), "int8"
-        if smallest:
-            codecs, resident = EXPERT_CODECS["lut", "3"], "nf4"
-        elif options.draft == "mtp" or options.route_budget:
+        if self._options.draft == "mtp" or self._options.route_budget:
             problem = "draft mtp and route_budget need an export made for them"
             advice = "slotmoe quantize with --keep-mtp or --calibrate TEXT makes one"
             raise ConfigError(f"{self._folder}: {problem}; {advice}")
         self._draft(2 if self._backend.kind == "native" else 1)
-        self._refuse(self._plan(sizes_of(self._config, resident, codecs)))
+        codecs = memory.default_codecs(self._config)
+        self._refuse(self._plan(sizes_of(self._config, "int8", codecs)))
 
     def _configure(self, read: ReadFile) -> None:
         """Take the config from a model's files, which have been verified."""
@@ -310,7 +304,6 @@ class _Loader:
                 if config.mtp:  # the predictor does not know the head's experts
                     E = config.n_routed_experts
                     popularity = popularity + [config.num_experts_per_tok / E] * E
-            self._check_prices(predictor)
             store = self._store(export, plan, popularity)
             opened.callback(store.close)
             weights = load_resident(export, resident_shapes(config), place)
@@ -339,19 +332,17 @@ class _Loader:
         """What spends the route budget, if one is given; where all experts get slots they are soon
         there, and nothing is to be saved."""
         config, budget = self._config, self._options.route_budget
-        if not budget or plan.slots == len(config.moe_layers) * config.n_routed_experts:
+        if not budget:
             return None
-        assert predictor is not None
-        chooser = RouteBudget(predictor.swap_prices, budget, config.num_experts_per_tok)
-        return Substitution(network, self._device, chooser)
-
-    def _check_prices(self, predictor: Predictor | None) -> None:
-        """Raise ``ConfigError`` for a route budget without prices of swaps."""
-        if self._options.route_budget and not (predictor and predictor.swap_prices):
+        if predictor is None or not predictor.swap_prices:
             raise ConfigError(
                 f"{self._folder}: route_budget needs what a swap of experts costs, which was not "
                 "measured: slotmoe quantize MODEL EXPORT --calibrate TEXT does that"
             )
+        if plan.slots == len(config.moe_layers) * config.n_routed_experts:
+            return None
+        chooser = RouteBudget(predictor.swap_prices, budget, config.num_experts_per_tok)
+        return Substitution(network, self._device, chooser)
 
     def _with_layers(self, export: Export) -> Config:
         """The config with the layers that are used of ``export``.  Raises ``ConfigError``."""

@@ -100,6 +100,11 @@ class Request:
         self.cancelled = self.cancelled or finish
         self.wake()
 
+    @property
+    def together(self) -> float:
+        """Seconds in which deltas are better left to gather, where none is there."""
+        return min(_TOGETHER_SECONDS, _TOGETHER_SHARE * (time.monotonic() - self.submitted))
+
     def end(self, finish: str, error: str = "") -> Delta:
         """The last delta."""
         return Delta("", (), finish) if self.answer is None else self.answer.end(finish, error)
@@ -179,8 +184,7 @@ class Stream(Iterator[Token]):
         try:
             while not (self._ready or self.ended):
                 if self._deltas.empty():
-                    age = time.monotonic() - self.request.submitted
-                    time.sleep(min(_TOGETHER_SECONDS, _TOGETHER_SHARE * age))
+                    time.sleep(self.request.together)
                 self._feed(wait_for(self._deltas, self.request.alive, seconds))
         except Empty:
             return False

@@ -22,14 +22,7 @@ from slotmoe.model.names import resident_shapes
 from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.divergence import expected
 from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, sizes_of
-from slotmoe.offload.plan.speed import (
-    CORE,
-    CPU_CONSTANTS,
-    GPU_CONSTANTS,
-    HEAD_RIGHT,
-    Bandwidths,
-    Setting,
-)
+from slotmoe.offload.plan.speed import CORE, Bandwidths, Setting, constants
 from slotmoe.offload.policy.hybrid import choose_mode
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, ExpertCodecs, to_version_2
 from slotmoe.quant.shapes import RESIDENT_MODES
@@ -308,9 +301,6 @@ class Scenario:
         bandwidths = {name: getattr(rates, name) for name in names}
         if gpu:
             bandwidths["experts"] = rates.beside_gpu()
-        constants = {"decode's share of RAM's bandwidth": rates.share}
-        constants |= GPU_CONSTANTS if gpu else CPU_CONSTANTS
-        constants |= {"the head's drafts that are right": HEAD_RIGHT} if config.mtp else {}
         report: Json = {
             "model": self.model.name,
             "notes": config.notes,
@@ -337,7 +327,7 @@ class Scenario:
                 name: {"per_second": getattr(rates, name), "origin": rates.origin_of(name)}
                 for name in CORE
             },
-            "constants": constants,
+            "constants": constants(rates, gpu, config.mtp),
             "largest_context": self.largest_context(),
             "predicted_peak": by_tier(memory.predicted_components(plan, prompt_tokens, new_tokens)),
             "ways_out": self.ways_out(),

@@ -43,19 +43,6 @@ SHAPES = {
     "attention": (1 / (2 * 512 + 64), 1 / (2 * 64 + 16)),
 }
 CORE = (*(f"{kind}_{size}" for kind in SHAPES for size in ("products", "small")), "core_bytes")
-# What every prediction takes for granted, by its name in the report: on a CPU, and on a GPU.
-CPU_CONSTANTS = {
-    "products for a value of prefill's stream": STREAM_PRODUCTS,
-    "seconds of Python a token": TOKEN_SECONDS,
-    "a layer by itself": LAYER_SECONDS,
-    "a small read": MISS_SECONDS,
-}
-GPU_CONSTANTS = {
-    "share of GPU memory's bandwidth": GPU_SHARE,
-    "kernels a layer": GPU_LAUNCHES,
-    "seconds between two": GPU_LAUNCH_SECONDS,
-    "a layer that waits": GPU_MISS_SECONDS,
-}
 MEASURED = ("ram", "share", "disk", "latency", "gpu", "pcie", "pcie_busy", "experts", *CORE)
 # Products and bytes of a core beside those with AVX-512, by the first letters of the instruction
 # set: one Zen 5 core, by its caches.  NEON is a guess.
@@ -114,6 +101,24 @@ class Bandwidths:
         few, many = SHAPES[kind]
         a_value = min(max(0.0, (small - large) / (many - few)), large / few)
         return float(products * (large - a_value * few) + values * a_value)
+
+
+def constants(rates: Bandwidths, gpu: bool, mtp: bool) -> dict[str, float]:
+    """What a prediction takes for granted, by its name in the report."""
+    of_cpu = {
+        "products for a value of prefill's stream": STREAM_PRODUCTS,
+        "seconds of Python a token": TOKEN_SECONDS,
+        "a layer by itself": LAYER_SECONDS,
+        "a small read": MISS_SECONDS,
+    }
+    of_gpu = {
+        "share of GPU memory's bandwidth": GPU_SHARE,
+        "kernels a layer": GPU_LAUNCHES,
+        "seconds between two": GPU_LAUNCH_SECONDS,
+        "a layer that waits": GPU_MISS_SECONDS,
+    }
+    of_head = {"the head's drafts that are right": HEAD_RIGHT} if mtp else {}
+    return {"share of RAM's bandwidth": rates.share} | (of_gpu if gpu else of_cpu) | of_head
 
 
 def stored_bandwidths(path: Path) -> Bandwidths:

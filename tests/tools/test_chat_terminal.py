@@ -91,8 +91,8 @@ def test_refused_message_can_be_edited(terminal, chat):
 
 @pytest.mark.parametrize("again", [False, True])
 def test_interrupt_stops_the_answer_and_keeps_the_session(terminal, chat, monkeypatch, again):
-    def generate(self, *arguments):
-        for number, token in enumerate(original(self, *arguments)):
+    def generate(self, *arguments, **options):
+        for number, token in enumerate(original(self, *arguments, **options)):
             if number == 5 and not views:  # of the first answer
                 pressed.append(True)
                 signal.raise_signal(signal.SIGINT)

@@ -124,6 +124,15 @@ def test_an_extra_that_is_not_installed(report, monkeypatch):
     assert checks["serve"]["advice"] == "pip install 'slotmoe[serve]'"
 
 
+@pytest.mark.parametrize("place", ["file", "file/folder"])
+def test_a_cache_that_is_a_file(report, place, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / place))
+    code, checks = report()
+    assert (code, checks["cache"]["state"]) == (1, "bad")
+    assert checks["cache"]["found"].endswith(f"{tmp_path / 'file'} is no folder")
+
+
 def test_the_disk(report, monkeypatch, tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()

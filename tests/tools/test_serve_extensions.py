@@ -145,7 +145,9 @@ def test_templates_are_applied_and_get_variables(served, runtime, monkeypatch):
 def test_ids_become_text_again(served, runtime):
     text = "Call me \U0001f600"
     ids = served.post("/tokenize", prompt=text)[1]["tokens"]
+    spelled = served.post("/tokenize", prompt="Call me", return_token_strs=True)[1]["token_strs"]
     bos = runtime.tokenizer.decode(ids[:1], special=True)
+    assert "".join(spelled) == bos + "Call\u0120me"
     assert bos and served.post("/detokenize", tokens=ids[1:])[1] == {
         "prompt": text,
         "content": text,

@@ -60,8 +60,7 @@ def command(
 
     def check(context: int, advice: str) -> None:
         if needed > context:
-            problem = f"{needed} positions are needed, the context has {context}"
-            raise click.UsageError(f"{problem}: {advice}")
+            raise click.UsageError(f"{needed} positions are needed, not {context}: {advice}")
 
     check(options["context"] or DEFAULT_CONTEXT, f"{less}, or raise --context")
     with open_runtime(model, options, quiet=as_json) as runtime:

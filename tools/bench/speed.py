@@ -46,16 +46,14 @@ def core_rates(model: LoadedModel) -> dict[str, float]:
     backend, codecs = model.cpu, model.export.layout.codecs
     if backend.kind != "native":
         return {}
-    large = _products(backend, RecordLayout(2048, 1408, codecs), 4096, 16, 512, 64)
-    small = _products(backend, RecordLayout(256, 64, codecs), 704, 8, 64, 16)
-    ways, work = dict[str, Callable[[], object]](), dict[str, int]()
-    for size, products in (("products", large), ("small", small)):
-        for kind, (way, count) in products.items():
-            ways[f"{kind}_{size}"], work[f"{kind}_{size}"] = way, count
-    spent = take_turns({name: partial(seconds, way) for name, way in ways.items()}, _TURNS)
-    # The mean: what other programs take of a core counts.
-    rates = {name: work[name] / fmean(spent[name]) / backend.threads for name in ways}
     layout = RecordLayout(2048, 1408, codecs)
+    ways = _products(backend, "products", layout, 4096, 16, 512, 64)
+    ways |= _products(backend, "small", RecordLayout(256, 64, codecs), 704, 8, 64, 16)
+    spent = take_turns({name: partial(seconds, way) for name, (way, _) in ways.items()}, _TURNS)
+    # The mean: what other programs take of a core counts.
+    rates = {
+        name: count / fmean(spent[name]) / backend.threads for name, (_, count) in ways.items()
+    }
     rates["all_bytes"] = observed.expert_bandwidth(backend, layout, seconds=0.3)
     backend.run_on(replace(model.device.placement, threads=1))
     rates["core_bytes"] = observed.expert_bandwidth(backend, layout, seconds=0.3)
@@ -64,9 +62,9 @@ def core_rates(model: LoadedModel) -> dict[str, float]:
 
 
 def _products(
-    backend: TorchBackend, layout: RecordLayout, wide: int, heads: int, R: int, P: int
+    backend: TorchBackend, size: str, layout: RecordLayout, wide: int, heads: int, R: int, P: int
 ) -> dict[str, tuple[Callable[[], object], int]]:
-    """By the kinds of ``slotmoe.offload.plan.speed.SHAPES``: a call, and its multiply-adds."""
+    """By the names of ``CORE`` that end in ``size``: a call, and its multiply-adds."""
     H, rows, E = layout.hidden_size, 48, 8
     x_TH, weight_NH = torch.randn(512, H), torch.randint(-127, 128, (wide, H), dtype=torch.int8)
     int8 = backend.prepare("linear", Int8Weight(weight_NH, torch.ones(wide)))
@@ -76,15 +74,12 @@ def _products(
     columns, dtype = backend.latent_row(R, P)
     rows_TX, q_THW = torch.empty(2048, columns, dtype=dtype), torch.randn(128, heads, R + P)
     backend.store_latents(torch.randn(2048, R + P), R, rows_TX)
-    x_RH = x_TH[:rows]
+    x_RH, scores = x_TH[:rows], 128 * 1984 * heads
     products = rows * E * 3 * H * layout.moe_intermediate_size
     return {
-        "int8": (lambda: backend.linear(x_TH, int8), 512 * H * wide),
-        "coded": (lambda: backend.experts(x_RH, records, slots_E, all_TE, y_TED), products),
-        "attention": (
-            lambda: backend.mla(q_THW, rows_TX, R, 0.1),
-            128 * 1984 * heads * (2 * R + P),
-        ),
+        f"int8_{size}": (lambda: backend.linear(x_TH, int8), 512 * H * wide),
+        f"coded_{size}": (lambda: backend.experts(x_RH, records, slots_E, all_TE, y_TED), products),
+        f"attention_{size}": (lambda: backend.mla(q_THW, rows_TX, R, 0.1), scores * (2 * R + P)),
     }
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,6 +24,7 @@ from slotmoe.tools.serve.requests import AnswerOptions, Conversation
 from slotmoe.tools.serve.service import Service
 
 MAX_SCORES = 100_000  # log-probabilities of prompts' tokens and their alternatives in one request
+compact = json.JSONEncoder(separators=(",", ":")).encode
 PING_SECONDS = 3.0  # after which a stream on which nothing moves says that it is alive
 # Finishes of a job that end the whole request.  Nobody reads a 499.
 _FAILURES = {"error": 500, "refused": 400, "cancelled": 499}
@@ -76,7 +78,8 @@ class Answers:
     ):
         self.request, self.options, self.service = request, options, service
         self._loop = asyncio.get_running_loop()
-        self._deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
+        self._deltas, self._arrived = deque[tuple[int, Delta]](), asyncio.Event()
+        self._waits = True  # for deltas, where none is there
         self._echoes = dict(enumerate(echoes))  # that were not sent yet
         self.jobs: list[Job] = []
         self._answers: list[Answer] = []  # of the jobs
@@ -122,10 +125,24 @@ class Answers:
     def _emit(self, index: int, delta: Delta) -> None:
         if delta.finish is not None:
             self.service.observe(self.jobs[index])
-        try:
-            self._loop.call_soon_threadsafe(self._deltas.put_nowait, (index, delta))
-        except RuntimeError:  # the loop has ended, so nothing reads this any more
-            self.cancel()
+        self._deltas.append((index, delta))
+        if self._waits:
+            self._waits = False
+            try:
+                self._loop.call_soon_threadsafe(self._arrived.set)
+            except RuntimeError:  # the loop has ended, so nothing reads this any more
+                self.cancel()
+
+    async def _next(self) -> tuple[int, Delta]:
+        """An answer's index and its next delta."""
+        if not self._deltas:
+            await asyncio.sleep(self.jobs[0].together)
+        while not self._deltas:
+            self._arrived.clear()
+            self._waits = True
+            if not self._deltas:  # which came before the engine's thread saw that
+                await self._arrived.wait()
+        return self._deltas.popleft()
 
     def cancel(self) -> None:
         """Nobody wants these answers any more; the engine ends them within one layer."""
@@ -136,7 +153,7 @@ class Answers:
         """What is new in each answer, as it comes.  Raises ``RefusedError`` if one fails."""
         running = len(self.jobs)
         while running:
-            index, delta = await self._deltas.get()
+            index, delta = await self._next()
             finish, reader = delta.finish, self._readers[index]
             if failure := _FAILURES.get(finish or ""):
                 self.cancel()
@@ -246,7 +263,7 @@ async def chat_answers(
 def event(data: Json) -> str:
     """One server-sent event, named after the type of ``data`` if it has one."""
     name = f"event: {data['type']}\n" if "type" in data else ""
-    return f"{name}data: {json.dumps(data, separators=(',', ':'))}\n\n"
+    return f"{name}data: {compact(data)}\n\n"
 
 
 class EventStream(StreamingResponse):
@@ -281,22 +298,31 @@ def spelled(content: bytes) -> str:
 async def _with_pings(
     events: AsyncIterator[str], answers: Answers, ping: str, spell: Callable[[Json], str]
 ) -> AsyncIterator[str]:
-    """``events``, with ``ping`` wherever ``PING_SECONDS`` have passed without one, and the error
-    that ends them."""
-    coming: asyncio.Future[str | None] | None = None
+    """``events``, those that are there together, with ``ping`` wherever ``PING_SECONDS`` have
+    passed without one, and the error that ends them."""
+    texts, moved, loop = list[str](), asyncio.Event(), asyncio.get_running_loop()
+
+    async def read() -> None:
+        try:
+            async for text in events:
+                texts.append(text)
+                moved.set()
+        except RefusedError as problem:
+            texts.append(spell(error_body(answers.request.url.path, problem)))
+        finally:
+            moved.set()
+
+    reading = asyncio.create_task(read())
     try:
-        while True:
-            coming = coming or asyncio.ensure_future(anext(events, None))
-            await asyncio.wait((coming,), timeout=PING_SECONDS)
-            if not coming.done():
-                yield ping
-            elif (text := coming.result()) is None:
-                return
-            else:
-                coming = None
-                yield text
-    except RefusedError as problem:
-        yield spell(error_body(answers.request.url.path, problem))
+        while texts or not reading.done():
+            timer = loop.call_later(PING_SECONDS, moved.set)
+            await moved.wait()
+            timer.cancel()
+            moved.clear()
+            if texts or not reading.done():
+                together = "".join(texts) or ping
+                texts.clear()
+                yield together
+        await reading
     finally:
-        if coming is not None:
-            coming.cancel()
+        reading.cancel()

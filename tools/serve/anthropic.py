@@ -19,8 +19,8 @@ from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answe
 from slotmoe.tools.serve.errors import ANTHROPIC_PATH, RefusedError
 from slotmoe.tools.serve.fields import Refused, accepted
 from slotmoe.tools.serve.reader import ContentDelta, joined, parse_arguments
+from slotmoe.tools.serve.rules import Schema
 from slotmoe.tools.serve.service import Serving
-from slotmoe.tools.serve.wanted import Schema
 
 router = APIRouter()
 _STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}

@@ -63,6 +63,7 @@ class TokenizeRequest(requests.Templated):
     model: requests.Label | None = None
     prompt: requests.Text | None = None
     add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
 
 
 @routes.post("/tokenize")
@@ -77,7 +78,8 @@ async def tokenize(body: TokenizeRequest, service: Serving) -> Response:
         add_bos = body.add_special_tokens is not False
         ids = await service.prepare(service.encode, body.prompt or "", add_bos)
     about = {"count": len(ids), "max_model_len": service.runtime.context}
-    return JSONResponse({**about, "tokens": ids})
+    spellings = [*map(service.tokenizer.spelling, ids)] if body.return_token_strs else None
+    return JSONResponse({**about, "tokens": ids, "token_strs": spellings})
 
 
 class DetokenizeRequest(requests.Model):

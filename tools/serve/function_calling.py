@@ -143,17 +143,20 @@ class Dialect:
 
 
 def _told_by_user(messages: list[requests.ChatMessage]) -> list[requests.ChatMessage]:
-    """With what is inserted as the user's, of whom no two messages follow each other then."""
-    told = list[requests.ChatMessage]()
+    """With what is inserted at the end of the user's message or the result before it, or as the
+    beginning of the user's."""
+    told, after = list[requests.ChatMessage](), False
     for message in messages:
-        role, text = message.role, message.text
-        if isinstance(message, requests.InsertedMessage):
-            role, text = "user", f"<system>\n{text}\n</system>"
-        if role == "user":
-            if told and told[-1].role == role:
-                text = f"{told.pop().text}\n\n{text}"
-            message = requests.PlainMessage.model_construct(role=role, content=text)
+        inserted = isinstance(message, requests.InsertedMessage)
+        if inserted:
+            text = f"<system>\n{message.text}\n</system>"
+            message = requests.PlainMessage.model_construct(role="user", content=text)
+        joins = ("user", "tool") if inserted else ("user",) if after else ()
+        if message.role == "user" and told and told[-1].role in joins:
+            last, text = told.pop(), message.text
+            message = last.model_copy(update={"content": f"{last.text}\n\n{text}"})
         told.append(message)
+        after = inserted
     return told
 
 

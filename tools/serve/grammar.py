@@ -17,8 +17,8 @@ from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.formats import INDEX, is_text
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.requests import ToolPolicy
+from slotmoe.tools.serve.rules import Rule, Schema
 from slotmoe.tools.serve.schemas import relaxed
-from slotmoe.tools.serve.wanted import Rule, Schema
 
 MAX_CALLS = 32  # in one answer
 _MAX_SCHEMA = 1 << 16  # characters

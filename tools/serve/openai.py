@@ -12,22 +12,13 @@ from starlette.responses import JSONResponse
 from slotmoe import __version__
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Token
-from slotmoe.tools.serve import requests
+from slotmoe.tools.serve import requests, rules
 from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event, spelled
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.fields import Refused, accepted, at_most, by_kind, text_or_list
 from slotmoe.tools.serve.reader import ContentDelta, joined
 from slotmoe.tools.serve.requests import Id, Label, Stop, Stops, Text, TopLogprobs, Whole
 from slotmoe.tools.serve.service import Serving
-from slotmoe.tools.serve.wanted import (
-    Rule,
-    Schema,
-    SchemaFormat,
-    Source,
-    StructuredOutputs,
-    TextFormat,
-    schema_of,
-)
 
 router = APIRouter()
 MAX_IDS = 1 << 18  # of a prompt; DeepSeek-V2's longest context has 163,840
@@ -65,9 +56,11 @@ class OpenAIRequest(requests.LabelledRequest):
     stream_options: StreamOptions | None = Field(None, description="needs `stream`")
     stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None
     prompt_logprobs: TopLogprobs | None = Field(None, description="not with `stream`")
-    response_format: Annotated[TextFormat | SchemaFormat, Field(discriminator="type")] | None = None
-    structured_outputs: StructuredOutputs | None = None
-    grammar: Source | None = Field(None, description="as in `structured_outputs`")
+    response_format: (
+        Annotated[rules.TextFormat | rules.SchemaFormat, Field(discriminator="type")] | None
+    ) = None
+    structured_outputs: rules.StructuredOutputs | None = None
+    grammar: rules.Source | None = Field(None, description="as in `structured_outputs`")
     json_schema: Json | None = Field(None, description="`json` of `structured_outputs`")
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0), Whole] | None = None
@@ -98,17 +91,17 @@ class OpenAIRequest(requests.LabelledRequest):
         return requests.AnswerOptions(*about, *ends, self.prompt_logprobs)
 
     @property
-    def wanted(self) -> Schema | Rule | None:
+    def wanted(self) -> rules.Schema | rules.Rule | None:
         """What answers follow.  Raises ``RefusedError``."""
-        given: dict[str, Schema | Rule] = {}
-        if (schema := schema_of(self.response_format)) is not None:
+        given: dict[str, rules.Schema | rules.Rule] = {}
+        if (schema := rules.schema_of(self.response_format)) is not None:
             given["response_format"] = schema
         if self.structured_outputs is not None:
             given["structured_outputs"] = self.structured_outputs.wanted
         if self.json_schema is not None:
-            given["json_schema"] = Schema.model_construct(definition=self.json_schema)
+            given["json_schema"] = rules.Schema.model_construct(definition=self.json_schema)
         if self.grammar is not None:
-            given["grammar"] = Rule("grammar", self.grammar, "grammar")
+            given["grammar"] = rules.Rule("grammar", self.grammar, "grammar")
         if len(given) > 1:
             first, second, *_ = given
             raise RefusedError(f"give {first} or {second}, not both", second)

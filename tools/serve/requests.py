@@ -16,7 +16,7 @@ from slotmoe.model.generate import Sampling
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.fields import Model as Model  # for the requests of other modules too
 from slotmoe.tools.serve.fields import Refused, accepted, at_most, by_kind, text_or_list
-from slotmoe.tools.serve.wanted import Rule, Schema
+from slotmoe.tools.serve.rules import Rule, Schema
 
 MAX_ANSWERS = 16  # in one request
 MAX_TOOLS = 128

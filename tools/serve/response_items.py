@@ -16,7 +16,7 @@ from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.fields import Refused, accepted, by_kind, text_or_list
 from slotmoe.tools.serve.requests import DESCRIBED, REPLAYED, Label
-from slotmoe.tools.serve.wanted import Schema, TextFormat, schema_of
+from slotmoe.tools.serve.rules import Schema, TextFormat, schema_of
 
 _SYSTEM = ("system", "developer")
 _SHOWN = accepted("reasoning is shown whole")
@@ -219,6 +219,7 @@ class ResponsesRequest(requests.LabelledRequest):
         requests.Count | None, accepted("it bounds tools that OpenAI runs")
     ] = None
     moderation: Annotated[None, Refused("the server does not moderate")] = None
+    personality: Annotated[None, Refused("the model has no such setting")] = None
     prompt: Annotated[None, Refused("no prompts are stored here; send its text")] = None
     reasoning: ReasoningConfig | None = None
     stream_options: StreamOptions | None = None

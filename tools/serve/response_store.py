@@ -51,9 +51,8 @@ class ResponseStore:
             self._stored.move_to_end((owner, id_))
         return stored
 
-    def delete(self, owner: str, id_: str) -> bool:
-        """Whether it was there."""
-        return self._stored.pop((owner, id_), None) is not None
+    def delete(self, owner: str, id_: str) -> None:
+        self._stored.pop((owner, id_), None)
 
     def item(self, owner: str, id_: str) -> Json | None:
         """An item of one of the owner's conversations."""

@@ -22,10 +22,7 @@ from slotmoe.tools.serve.service import Service, Serving
 
 PATH = "/v1/responses"
 router = APIRouter()
-Event: TypeAlias = Annotated[int, Query(ge=0)]
-_PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco"}
-_PREFIXES["reasoning"] = "rs"
-_INPUT = {"type": "input_text"}
+Event: TypeAlias = Annotated[int, Query(ge=-1)]
 _ITEM: TypeAdapter[Item] = TypeAdapter(Item)
 # What a response says of its request, and what it says where the request says nothing.
 _NOTHING = "instructions max_output_tokens max_tool_calls previous_response_id prompt_cache_key"
@@ -120,21 +117,17 @@ async def input_items(
 
 @router.delete(PATH + "/{id}")
 async def delete(id: str, request: Request, service: Serving) -> Response:
-    if not service.responses.delete(request.state.owner, id):
-        raise _missing(id)
+    _found(id, request, service)
+    service.responses.delete(request.state.owner, id)
     return JSONResponse({"id": id, "object": "response", "deleted": True})
 
 
 def _found(id_: str, request: Request, service: Service) -> Stored:
     """Raises ``RefusedError``."""
     if (stored := service.responses.get(request.state.owner, id_)) is None:
-        raise _missing(id_)
+        problem = f"the response {id_!r:.80} is not stored here, or no longer"
+        raise RefusedError(problem, "id", 404, "response_not_found")
     return stored
-
-
-def _missing(id_: str) -> RefusedError:
-    problem = f"the response {id_!r:.80} is not stored here, or no longer"
-    return RefusedError(problem, "id", 404, "response_not_found")
 
 
 def _conversation(service: Service, owner: str, body: ResponsesRequest) -> list[Item]:
@@ -285,10 +278,9 @@ def _listed(item: Item) -> Json:
     """An item of a request, with what clients expect of one that a server lists."""
     listed = {"type": "message", "status": "completed", **_dumped(item)}
     if isinstance(listed.get("content"), str):
-        is_answer, part = listed["role"] == "assistant", {"text": listed["content"]}
-        kind: Json = {"type": "output_text", "annotations": []} if is_answer else _INPUT
-        listed["content"] = [{**kind, **part}]
-    return {"id": f"{_PREFIXES[listed['type']]}_{uuid.uuid4().hex}", **listed}
+        kind = "output_text" if listed["role"] == "assistant" else "input_text"
+        listed["content"] = [{"type": kind, "text": listed["content"], "annotations": []}]
+    return {"id": f"{listed['type']}_{uuid.uuid4().hex}", **listed}
 
 
 def _dumped(part: BaseModel, include: IncEx | None = None, exclude: IncEx | None = None) -> Json:

@@ -20,7 +20,7 @@ from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import Grammars
 from slotmoe.tools.serve.requests import Conversation
 from slotmoe.tools.serve.response_store import ResponseStore
-from slotmoe.tools.serve.wanted import Schema
+from slotmoe.tools.serve.rules import Schema
 
 _SHORTEN = "Shorten it, or start the server with --context"
 

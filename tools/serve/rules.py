@@ -1,20 +1,22 @@
 """What an answer has to follow, as requests of each API say it: a JSON schema or another rule."""
 
 import json
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from slotmoe.jsonfile import Json
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.fields import Model
 
 Source = Annotated[str, Field(min_length=1, max_length=1 << 14)]  # of a grammar
+_Kind: TypeAlias = Literal["regex", "grammar", "choice"]
+_KINDS: tuple[_Kind, ...] = ("regex", "grammar", "choice")
 _Choice = Annotated[str, Field(max_length=1 << 16)]
 
 
 class Schema(Model):
-    name: Annotated[str, Field(max_length=64)]
+    name: Annotated[str, Field(max_length=64)] = ""
     description: Annotated[str, Field(max_length=4096)] | None = None
     definition: Annotated[Json, Field(alias="schema")]
     strict: bool | None = None
@@ -37,7 +39,7 @@ class Rule(NamedTuple):
     """What an answer follows, if it is no JSON schema: a ``regex``, a ``grammar`` as Lark or
     llama.cpp write it, or a ``choice`` of texts."""
 
-    kind: Literal["regex", "grammar", "choice"]
+    kind: _Kind
     text: str | list[str]
     param: str
 
@@ -51,30 +53,22 @@ class StructuredOutputs(Model):
     grammar: Source | None = None
     choice: Annotated[list[_Choice], Field(min_length=1)] | None = None
 
-    @model_validator(mode="after")
-    def _is_one(self) -> "StructuredOutputs":
-        if (count := len(self.model_dump(exclude_none=True))) != 1:
-            names = "json, json_object, regex, grammar and choice"
-            raise ValueError(f"has {count} of {names}, expected one")
-        return self
-
     @property
-    def wanted(self) -> "Schema | Rule":
+    def wanted(self) -> Schema | Rule:
         """Raises ``RefusedError``."""
-        name = "structured_outputs"
-        if rule := self.regex or self.grammar or self.choice:
-            return Rule(
-                "regex" if self.regex else "grammar" if self.grammar else "choice", rule, name
-            )
-        definition = self.definition
-        if isinstance(definition, str):
-            try:
-                definition = json.loads(definition)
-            except (ValueError, RecursionError):
-                raise RefusedError(f"{name}.json is no JSON", name) from None
-            if not isinstance(definition, dict):
-                raise RefusedError(f"{name}.json is no JSON object", name)
-        return _ANY_OBJECT if definition is None else Schema.model_construct(definition=definition)
+        name, given = "structured_outputs", {k: v for k, v in self if v is not None}
+        if len(given) != 1:
+            names = "json, json_object, regex, grammar and choice"
+            raise RefusedError(f"{name} has {len(given)} of {names}, expected one", name)
+        for kind in _KINDS:
+            if kind in given:
+                return Rule(kind, given[kind], name)
+        schema = {"type": "object"} if self.definition is None else self.definition
+        try:
+            schema = json.loads(schema) if isinstance(schema, str) else schema
+            return Schema.model_validate({"schema": schema})
+        except (ValueError, RecursionError):
+            raise RefusedError(f"{name}.json is no JSON object", name) from None
 
 
 def schema_of(wanted: TextFormat | SchemaFormat | Schema | None) -> Schema | None:
