@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -13,10 +14,11 @@ import psutil
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
 
-# Network folders whose locks reach a single machine: by type, or by an option of the mount.
-_UNSHARED = {f"fuse.{kind}": "" for kind in ("sshfs", "rclone", "s3fs", "gcsfuse", "blobfuse2")}
-_UNSHARED |= dict.fromkeys(("nfs", "nfs4"), "nolock local_lock=all local_lock=flock")
-_UNSHARED |= {"cifs": "nobrl", "smb3": "nobrl", "lustre": "localflock"}
+# Network folders whose locks reach a single machine, by type and options of the mount.
+_UNSHARED = re.compile(
+    r"fuse\.(sshfs|rclone|s3fs|gcsfuse|blobfuse2) |nfs4? .*\b(nolock|local_lock=(all|flock))\b|"
+    r"(cifs|smb3) .*\bnobrl\b|lustre .*\blocalflock\b"
+)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -26,12 +28,9 @@ def check_locks(folder: Path) -> None:
     there = folder.resolve()
     mounts = [m for m in psutil.disk_partitions(all=True) if there.is_relative_to(m.mountpoint)]
     mount = max(mounts, key=lambda m: len(m.mountpoint), default=None)
-    if mount is not None and (unshared := _UNSHARED.get(mount.fstype)) is not None:
-        given = [option for option in unshared.split() if option in mount.opts.split(",")]
-        if given or not unshared:
-            problem = " ".join([f"{folder}: is on {mount.fstype}", *given])
-            reason = "whose locks other machines do not see"
-            raise ConfigError(f"{problem}, {reason}; take a local folder, or NFS with its locks")
+    if mount is not None and _UNSHARED.match(kind := f"{mount.fstype} {mount.opts}"):
+        problem = f"{folder}: other machines do not see the locks of its file system ({kind:.200})"
+        raise ConfigError(f"{problem}; take a local folder, or NFS with its locks")
     try:
         os.close(take_lock(folder / "lock", os.O_RDWR | os.O_CREAT, 1.0))
     except OSError as problem:

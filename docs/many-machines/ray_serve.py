@@ -26,20 +26,17 @@ SEQUENCES, QUEUE = 4, 32  # answers of a replica that decode together, and that 
 )
 @serve.ingress()
 class Replica:
-    def __init__(self, model, sessions, hosts, keys, options):
+    def __init__(self, model, sessions, keys, hosts, options):
         from slotmoe import Runtime
-        from slotmoe.tools.serve.service import Service
+        from slotmoe.tools.serve import make_server
 
-        self.edge = keys, hosts, 4 << 20
         self.runtime = Runtime.open(model, sequences=SEQUENCES, logits_rows=16, **options)
         self.runtime.keep_in(sessions, "100GiB", print)
-        self.service = Service(self.runtime, "slotmoe", SEQUENCES, QUEUE)
+        place = ["slotmoe"], SEQUENCES, QUEUE, keys, hosts
+        self.server, self.service = make_server(self.runtime, *place)
 
     def __serve_build_asgi_app__(self):
-        from slotmoe.tools.serve.app import make_app
-        from slotmoe.tools.serve.guard import Guard
-
-        return Guard(make_app(self.service, bool(self.edge[0])), *self.edge)
+        return self.server.config.app
 
     def check_health(self):
         if not self.service.alive:
@@ -54,4 +51,4 @@ def app(given):
     with commas; ``ram`` is a budget.  $SLOTMOE_API_KEY is the clients' key."""
     keys = [os.environ["SLOTMOE_API_KEY"]]
     hosts, options = given.get("hosts", "").split(","), {"ram": given.get("ram")}
-    return Replica.bind(given["model"], given["sessions"], hosts, keys, options)
+    return Replica.bind(given["model"], given["sessions"], keys, hosts, options)
