@@ -99,10 +99,8 @@ class Runtime:
         there; ``cpu``; ``hybrid``, both; ``auto`` takes what measured bandwidths advise.
         ``experts_dirs`` are copies of the export's ``experts`` on other drives.  ``draft`` and
         ``route_budget``: docs/drafts.md, docs/routing.md.  ``revision`` of a hub id is a branch,
-        tag or commit.  ``progress``, ``reading`` and ``notify`` are as in ``cached_export``,
-        ``arriving`` is of a download.
-
-        Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
+        tag or commit.  ``progress``, ``reading``, ``notify``: as in ``cached_export``.  Raises
+        ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
         """
         options = Options(
             vram, ram, context, threads, cache_policy, prefetch, quantize, slots, kernels,
@@ -116,11 +114,10 @@ class Runtime:
         check = partial(check_options, options, chosen)
         told = {"arriving": arriving, "progress": progress or ignore, "notify": notify}
         folder = resolve_model(path, revision, ready=check, **told)
-        is_export = (folder / MANIFEST).is_file()
+        if (is_export := (folder / MANIFEST).is_file()) and not quantize:
+            raise ConfigError(f"{folder}: is an export, already quantized; {needs}")
         if quantize and not is_export:
             folder = cached_export(folder, cache_folder(), progress, reading, notify, check)
-        elif not quantize and is_export:
-            raise ConfigError(f"{folder}: is an export, already quantized; {needs}")
         return cls(open_model(folder, options, chosen, reason))
 
     def logits(self, token_ids: list[int]) -> Tensor:
