@@ -114,11 +114,10 @@ class Runtime:
         check = partial(check_options, options, chosen)
         told = {"arriving": arriving, "progress": progress or ignore, "notify": notify}
         folder = resolve_model(path, revision, ready=check, **told)
-        is_export = (folder / MANIFEST).is_file()
+        if (is_export := (folder / MANIFEST).is_file()) and not quantize:
+            raise ConfigError(f"{folder}: is an export, already quantized; {needs}")
         if quantize and not is_export:
             folder = cached_export(folder, cache_folder(), progress, reading, notify, check)
-        elif not quantize and is_export:
-            raise ConfigError(f"{folder}: is an export, already quantized; {needs}")
         return cls(open_model(folder, options, chosen, reason))
 
     def logits(self, token_ids: list[int]) -> Tensor:
