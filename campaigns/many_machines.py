@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import site
 import subprocess
@@ -69,7 +70,7 @@ class Front:
     def text(self, session, then=None):
         """A long answer, as far as it comes; ``then`` is called in the middle."""
         text = ""
-        with self.ask(session, [USER], 800, stream=True) as response, suppress(*BROKEN):
+        with self.ask(session, [USER], 2400, stream=True) as response, suppress(*BROKEN):
             for line in map(bytes.decode, response):
                 if line.startswith("data: {") and "choices" in (data := json.loads(line[6:])):
                     text += data["choices"][0]["delta"].get("content") or ""
@@ -237,7 +238,12 @@ def grows_and_drains(front):
 
 @contextmanager
 def prepare(folder, given):
-    quantize(SAMPLE, folder / "export")
+    """The sample with a longer context, for answers that last seconds."""
+    config = json.loads((SAMPLE / "config.json").read_text())
+    shutil.copytree(SAMPLE, folder / "source")
+    text = json.dumps(config | {"max_position_embeddings": 4096})
+    (folder / "source" / "config.json").write_text(text)
+    quantize(folder / "source", folder / "export")
     yield folder, (given.environments or folder / "environments").resolve()
 
 

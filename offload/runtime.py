@@ -85,22 +85,19 @@ class Runtime:
         arriving: Progress = ignore,
         notify: Notify = ignore,
     ) -> "Runtime":
-        """Open an export, a checkpoint folder or hub id (quantized once into the cache folder) or
-        ``sample``.
+        """Open an export, or a checkpoint folder, hub id or ``sample``, quantized once.
 
         ``ram`` and ``vram`` are budgets in bytes or like ``"8GiB"``; None takes what is free.
         ``context`` is the number of positions of the latent cache, None min(4096, the model's
         limit).  ``cache_policy`` is one of ``slotmoe.offload.policy.POLICIES``.
         ``prefetch=False`` reads experts only when a gate has chosen them.  ``quantize=False``
-        computes a checkpoint as it is, all of it resident.  ``slots`` caps the experts in slots on
-        the device.  ``kernels`` are as for ``slotmoe.quant.backends.pick_backend``.  There are
-        ``sequences`` latent caches, and ``logits_rows`` rows of logits alive at once.  ``misses``
-        says what computes an expert without a slot on a GPU: ``fetch``, the GPU, once it is copied
-        there; ``cpu``; ``hybrid``, both; ``auto`` takes what measured bandwidths advise.
-        ``experts_dirs`` are copies of the export's ``experts`` on other drives.  ``draft`` and
-        ``route_budget``: docs/drafts.md, docs/routing.md.  ``revision`` of a hub id is a branch,
-        tag or commit.  ``progress``, ``reading`` and ``notify`` are as in ``cached_export``,
-        ``arriving`` is of a download.
+        computes a checkpoint as it is, all of it resident.  ``slots`` caps the experts in slots.
+        ``kernels`` are as for ``slotmoe.quant.backends.pick_backend``.  There are ``sequences``
+        latent caches, and ``logits_rows`` rows of logits alive at once.  ``misses`` says what
+        computes an expert without a slot on a GPU: ``fetch``, the GPU; ``cpu``; ``hybrid``, both;
+        ``auto``, what bandwidths advise.  ``experts_dirs`` are copies of ``experts`` elsewhere.
+        ``draft`` and ``route_budget``: docs/drafts.md, docs/routing.md.  ``revision`` is of a hub
+        id, ``arriving`` of a download.  The others are as in ``cached_export``.
 
         Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
         """
