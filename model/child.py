@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import sys
+from contextlib import ExitStack
 from subprocess import DEVNULL, Popen
 from threading import Lock
 from typing import Any
@@ -38,13 +39,16 @@ class Child:
             except TimeoutError:
                 causes = "the machine is overloaded, or the file is hostile"
                 raise ConfigError(f"{what}: did not finish; {causes}") from None
-            except (EOFError, ConnectionError):
+            except (EOFError, ConnectionError):  # it has ended
                 code = self._end()
                 cause = f"signal {-code}" if code < 0 else f"exit code {code}"
                 problem = f"crashed the library that reads it ({cause})"
                 if code == -_TOO_LONG:
                     problem = f"did not finish in {self._seconds} seconds"
                 raise ConfigError(f"{what}: {problem}; it is broken or hostile") from None
+            except OSError as problem:
+                cause = f"the system starts no process for it ({problem.strerror})"
+                raise ConfigError(f"{what}: can't be read; {cause}") from None
             finally:
                 if state & _ENDS:
                     self._end()
@@ -84,11 +88,13 @@ class Child:
         limits = map(str, (self._seconds, self._memory))
         command = [sys.executable, "-I", "-S", "-c", _FIRST + self._program + _THEN, paths, *limits]
         ours, theirs = socket.socketpair()
-        with theirs:
+        with ExitStack() as failed, theirs:
+            failed.callback(ours.close)
             streams = theirs.fileno(), theirs.fileno(), DEVNULL
             # The environment may hold keys.  Ctrl-C on the terminal reaches only its own session.
             own: Any = {"env": {}, "cwd": "/", "start_new_session": True}
             self._process = Popen(command, -1, None, *streams, **own)
+            failed.pop_all()
         ours.settimeout(60 * self._seconds)  # for a machine that stands still, or a stopped child
         self._socket, self._answers = ours, ours.makefile("rb")
 

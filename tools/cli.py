@@ -98,9 +98,9 @@ def cli(ctx: click.Context, traceback: bool) -> None:
 
     \b
     Then with a real checkpoint, from the hub or a folder in Hugging Face's format:
-      slotmoe quantize deepseek-ai/DeepSeek-V2-Lite-Chat lite-export
-      slotmoe run lite-export --chat "Why is the sky blue?"
-      slotmoe chat lite-export
+      slotmoe quantize deepseek-ai/DeepSeek-V2-Lite-Chat
+      slotmoe run lite --chat "Why is the sky blue?"
+      slotmoe chat lite
     """
     ctx.ensure_object(dict)["traceback"] = traceback
     if ctx.invoked_subcommand is None:

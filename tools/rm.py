@@ -30,7 +30,7 @@ def command(
     yes: bool,
     as_json: bool,
     session_dir: Path | None,
-) -> None:
+) -> int:
     """Remove exports from the cache folder: NAME is one that slotmoe list shows, or what it is of:
     a folder, a hub id, sample. If one NAME can't be removed, none is.
 
@@ -40,7 +40,7 @@ def command(
 
     \b
     Examples:
-      slotmoe rm DeepSeek-V2-Lite-Chat-0f3a91c2d4e5
+      slotmoe rm DeepSeek-V2-Lite-Chat
       slotmoe rm deepseek-ai/DeepSeek-V2-Lite-Chat
       slotmoe rm --sessions plans
       slotmoe rm --sessions --all
@@ -56,8 +56,9 @@ def command(
     elif all_sessions:
         removed = [session.name for session in sessions_in(folder)]
     called = ", ".join(map(visible, removed)) or f"{folder}: unnamed texts"
-    if not yes and sys.stdin.isatty() and sys.stderr.isatty():
-        click.confirm(f"Remove {called}{size}?", abort=True, err=True)
+    asks = not yes and sys.stdin.isatty() and sys.stderr.isatty()
+    if asks and not click.confirm(f"Remove {called}{size}?", err=True):
+        return 1
     if sessions:
         from slotmoe.offload.sessions.names import remove as remove_sessions
 
@@ -69,3 +70,4 @@ def command(
         print(json.dumps({where: str(folder), "removed": removed, "bytes": freed}))
     else:
         print(f"{called}: removed, {format_size(freed)} are free again")
+    return 0

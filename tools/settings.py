@@ -31,20 +31,20 @@ def defaults(ctx: click.Context) -> Json:
     group, found = ctx.command, Json()
     assert isinstance(group, click.Group)
     commands, options = group.list_commands(ctx), _options(group, ctx, name)
-    section = values[name] if isinstance(values.get(name), dict) else {}
-    for key, value in values.items():
-        if isinstance(value, dict):
+    items = [("", *item) for item in values.items()]
+    if isinstance(section := values.get(name), dict):
+        items += [(f"[{name}] ", *item) for item in section.items()]
+    for place, key, value in items:
+        if not place and isinstance(value, dict):
             _check(path, f"[{key}]", key, commands)
-        elif not any(key in _options(group, ctx, other) for other in (name, *commands)):
-            _check(path, key, key, options)
-    for key in section:
-        _check(path, f"[{name}] {key}", key, options)
-    for key, value in ({key: values[key] for key in values if key in options} | section).items():
-        try:
-            found[str(options[key].name)] = _value(ctx, options[key], value)
-        except (click.BadParameter, SlotmoeError) as problem:
-            text = getattr(problem, "message", str(problem))
-            raise ConfigError(f"{path}: {key} for {name}: {text}") from None
+        elif key in options:
+            try:
+                found[str(options[key].name)] = _value(ctx, options[key], value)
+            except (click.BadParameter, SlotmoeError) as problem:
+                text = getattr(problem, "message", str(problem))
+                raise ConfigError(f"{path}: {key} for {name}: {text}") from None
+        elif place or not any(key in _options(group, ctx, other) for other in commands):
+            _check(path, place + key, key, options)
     return found
 
 

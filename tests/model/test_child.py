@@ -1,5 +1,6 @@
 """A child that answers for strangers' input: its limits, its replacement, its end."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -101,6 +102,15 @@ def test_it_is_replaced_when_it_was_killed(child):
     psutil.Process(ask(child, PID)).kill()
     child._process.wait()
     assert ask(child, PID)
+
+
+def test_a_system_without_processes_is_named(child, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("slotmoe.model.child.Popen", full)
+    with pytest.raises(ConfigError, match=r"^this: can't be read; .* \(Resource temporarily"):
+        ask(child, PID)
 
 
 def test_an_interrupted_question_has_no_late_answer(child, monkeypatch):

@@ -143,7 +143,7 @@ def test_divergence_of_models_that_have_little_in_common(model, evaluate, tmp_pa
 
 BAD = {
     "no-text": ("", "--text"),
-    "missing": ("--text nowhere", "nowhere: can't be read"),
+    "missing": ("--text nowhere", "'nowhere' does not exist"),
     "empty": ("--text EMPTY", "is empty"),
     "no-utf8": ("--text LATIN", "byte 3 is not UTF-8"),
     "window-beyond-model": ("--text TEXT --window 257", "is beyond 256, the model's max_position"),

@@ -1,12 +1,14 @@
 """``slotmoe serve`` over loopback: its answers, its parameters, its door, and what it does when
 things go wrong."""
 
+import asyncio
 import http.client
 import json
 import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -15,6 +17,9 @@ from llguidance import LLTokenizer
 from slotmoe import __version__
 from slotmoe.model.tokenizer import FIM_TOKENS, Tokenizer
 from slotmoe.tools.cli import cli
+from slotmoe.tools.serve import answers as serve_answers
+from slotmoe.tools.serve.answers import EventStream
+from slotmoe.tools.serve.errors import RefusedError
 from tests.support.served import GREEDY, PROMPTS, SLOW, USER, Served, start, tokenizer_with, until
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -82,6 +87,30 @@ def test_a_model_has_any_number_of_names(runtime, network):
             assert server.ask("GET", f"/v1/models/{name}")[0] == status
         listed = any_.ask("GET", "/v1/models")[1]["data"]
         assert [model["id"] for model in listed] == ["one", "two"]
+
+
+def test_events_that_are_there_go_out_together(monkeypatch):
+    monkeypatch.setattr(serve_answers, "PING_SECONDS", 0.01)
+
+    async def pieces():
+        pinged, found = asyncio.Event(), list[str]()
+
+        async def events():
+            yield "a"
+            yield "b"
+            await pinged.wait()
+            yield "c"
+            raise RefusedError("reason")
+
+        answers = SimpleNamespace(request=SimpleNamespace(url=SimpleNamespace(path="/api/chat")))
+        async for piece in EventStream(events(), answers, "ping").body_iterator:
+            found.append(piece)
+            if piece == "ping":
+                pinged.set()
+        return found
+
+    first, *pings, last = asyncio.run(pieces())
+    assert (first, {*pings}, last) == ("ab", {"ping"}, 'cdata: {"error":"reason"}\n\n')
 
 
 def test_parameters_are_honoured(served, runtime):

@@ -136,7 +136,7 @@ def test_a_deferred_tool_is_described_where_it_is_offered(served):
     tools, turns = [ANTHROPIC_TOOL, LATE], [*USER, {"role": "assistant", "content": [FIND]}]
     before = prompt_of(served.service, tools=tools[:1], messages=USER)
     assert prompt_of(served.service, tools=tools, messages=USER) == before
-    turns += [{"role": "user", "content": [FOUND]}]
+    turns += [{"role": "user", "content": [{**FOUND, "content": FOUND["content"] * 3}]}]
     after = prompt_of(served.service, tools=tools, messages=turns)
     assert after.startswith(before) and after.count("Comes late.") == 1
     named = {"tools": tools, "tool_choice": {"type": "tool", "name": "late"}, "max_tokens": 200}

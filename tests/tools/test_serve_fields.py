@@ -82,6 +82,25 @@ def used(use=(), result=()):
     return {"messages": [GO_ON, answer, {"role": "user", "content": [result]}]}
 
 
+def told(**more):
+    return {"messages": [GO_ON, {"role": "system", "content": "Now.", **more}]}
+
+
+def document(field, value):
+    source = {"type": "content", "content": [{**TEXT, field: value}]}
+    return {"type": "document", "source": source}
+
+
+def search(field, value):
+    about = {"type": "search_result", "source": "x", "title": "x"}
+    return {**about, "content": [{**TEXT, field: value}]}
+
+
+QUOTED = {
+    "source.content": lambda *given: blocks("user", document(*given)),
+    "content.source.content": lambda *given: used({}, {"content": [document(*given)]}),
+    "content.content": lambda *given: used({}, {"content": [search(*given)]}),
+}
 CACHE = {"type": "ephemeral"}
 TEXT = {"type": "text", "text": "Hi"}
 CACHED = {**TEXT, "cache_control": CACHE}
@@ -151,7 +170,13 @@ EXAMPLES = {
         **each(previous_response_id=None, include=["message.output_text.logprobs"], prompt={}),
         **each(top_logprobs=2, tools=[FUNCTION], truncation="disabled", background=False, image={}),
         **each(client_metadata={"x": "y"}, max_tool_calls=3, background_options={}),
-        **each(access_programs=[{}], context_management=[{}], conversation="c", moderation={}),
+        **each(
+            personality="friendly",
+            access_programs=[{}],
+            context_management=[{}],
+            conversation="c",
+            moderation={},
+        ),
         "text": {"text": {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA}}},
         "tool_choice": {"tools": [FUNCTION], "tool_choice": FUNCTION},
         "parallel_tool_calls": {"tools": [FUNCTION], "parallel_tool_calls": False},
@@ -202,6 +227,18 @@ EXAMPLES = {
         "messages.content.toolset_name": used({"toolset_name": None}),
         "messages.content.content.cache_control": used({}, {"content": [CACHED]}),
         "messages.content.content.citations": used({}, {"content": [{**TEXT, "citations": []}]}),
+        **each(speed="fast", inference_geo="us", user_profile_id="x", workspace_id="x"),
+        **each(
+            diagnostics={}, billing_policy={}, compaction={}, container="x", fallbacks="default"
+        ),
+        **each(fallback_credit_token="x", mcp_servers=[{}]),
+        "messages.clear_at": told(clear_at="next_user_message"),
+        "messages.output_config": told(output_config={"effort": "low"}),
+        **{
+            f"messages.content.{place}.{field}": quoted(field, value)
+            for field, value in (("cache_control", CACHE), ("citations", []))
+            for place, quoted in QUOTED.items()
+        },
     },
 }
 EXAMPLES["chat"]["stream_options.include_usage"] = OPENAI["stream_options"]

@@ -6,7 +6,7 @@ from datetime import datetime
 import pytest
 
 from slotmoe.tools.serve import requests
-from tests.support.served import TOOLS, USER, WEATHER, is_weather, until
+from tests.support.served import TOOLS, USER, WEATHER, Served, is_weather, until
 
 TEXT = "/v1/completions"
 ASK = {"model": "sample:latest", "messages": USER}
@@ -213,6 +213,12 @@ def test_the_model_is_listed_and_shown(served, runtime):
         assert shown["model_info"]["deepseekv2.context_length"] == runtime.context
         assert "temperature 0.7" in shown["parameters"].splitlines()
     assert served.post("/api/show", model="other")[0] == 404
+    names = ("a:8b", "hub/b", "*")
+    with Served(runtime, names=names) as other:
+        listed = [model["name"] for model in other.ask("GET", "/api/tags")[1]["models"]]
+        assert listed == ["a:8b", "hub/b:latest"]
+        for name in (*listed, "anything"):
+            assert other.post("/api/show", model=name)[0] == 200
     assert served.ask("GET", "/api/version")[1]["version"].count(".") == 2
 
 

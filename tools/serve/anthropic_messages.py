@@ -39,21 +39,23 @@ class Tool(requests.Function, Cacheable):
 
 
 class Offer:
-    """The tools of a request.  The model reads of a deferred one where a message offers it."""
+    """The tools of a request.  The model reads of a deferred one where it is first offered."""
 
     def __init__(self, tools: list[Tool]):
         self._tools = tools
-        self._deferred = frozenset(tool.name for tool in tools if tool.defer_loading)
-        self._names = {tool.name for tool in tools} - self._deferred
+        self._unread = {tool.name: tool for tool in tools if tool.defer_loading}
+        self._deferred = frozenset(self._unread)
+        self._known = {tool.name for tool in tools}
+        self._names = self._known - self._deferred
 
     def change(self, name: str, added: bool) -> str:
         """What the model reads.  Raises ``RefusedError``."""
-        for tool in self._tools:
-            if tool.name == name:
-                (self._names.add if added else self._names.discard)(name)
-                text = json.dumps(described(tool), ensure_ascii=False) if added else name
-                return f"This function {'can' if added else 'cannot'} be called now: {text}\n"
-        raise RefusedError(f"messages: {name!r} is none of the tools", "messages")
+        if name not in self._known:
+            raise RefusedError(f"messages: {name!r} is none of the tools", "messages")
+        (self._names.add if added else self._names.discard)(name)
+        tool = self._unread.pop(name, None) if added else None
+        text = name if tool is None else json.dumps(described(tool), ensure_ascii=False)
+        return f"This function {'can' if added else 'cannot'} be called now: {text}\n"
 
     def policy(
         self, choice: requests.Model | str | None, parallel: bool | None

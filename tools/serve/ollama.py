@@ -19,7 +19,6 @@ from slotmoe.tools.serve import openai, requests
 from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, compact
 from slotmoe.tools.serve.errors import OLLAMA_PATH
 from slotmoe.tools.serve.fields import Refused, accepted
-from slotmoe.tools.serve.grammar import Mask
 from slotmoe.tools.serve.reader import ContentDelta, joined, parse_arguments
 from slotmoe.tools.serve.requests import CallId, Label, Name, Text, Whole
 from slotmoe.tools.serve.rules import Schema
@@ -165,17 +164,15 @@ async def generate(body: GenerateRequest, request: Request, service: Serving) ->
     if not prompt and not suffix:
         return _loaded(body, {"response": ""})
     if not (body.raw or suffix) and service.tokenizer.template is not None:
-        system = [Message.model_construct(role="system", content=body.system)]
-        user = Message.model_construct(role="user", content=prompt)
-        told = body.conversation([*(system if body.system else ()), user])
-        return await _respond(body, await chat_answers(service, request, told, options))
+        said = (("system", body.system), ("user", prompt))
+        told = [Message.model_construct(role=role, content=text) for role, text in said if text]
+        answers = await chat_answers(service, request, body.conversation(told), options)
+        return await _respond(body, answers)
     service.check_length(len(prompt) + len(suffix))
-
-    def prepare() -> tuple[list[int], Mask | None]:
-        ids = service.tokenizer.encode_gap(prompt, suffix) if suffix else service.encode(prompt)
-        return ids, service.grammars.compile(body.wanted, None, None)
-
-    ids, grammar = await service.prepare(prepare)
+    texts = (prompt, suffix) if suffix else (prompt,)
+    encode = service.tokenizer.encode_gap if suffix else service.encode
+    ids = await service.prepare(encode, *texts)
+    grammar = await service.prepare(service.grammars.compile, body.wanted, None, None)
     return await _respond(body, Answers(service, request, [ids], options, grammar=grammar))
 
 
@@ -200,9 +197,9 @@ async def _respond(body: OllamaRequest, answers: Answers) -> Response:
             said["thinking"] = thought
         pending.extend(delta for delta in update.content if delta.call is not None)
         if any(delta.complete for delta in update.content):
-            made = [part for part in joined(pending) if part.complete]
-            said["tool_calls"] = [call for call in map(_call, made) if call is not None]
-            pending[:] = [d for d in pending if d.call not in {part.call for part in made}]
+            made = {part.call: _call(part) for part in joined(pending) if part.complete}
+            said["tool_calls"] = [call for call in made.values() if call is not None]
+            pending[:] = [delta for delta in pending if delta.call not in made]
         content: Json = {"message": {"role": "assistant", **said}} if is_chat else said
         if scores := answers.scores(update.tokens):
             content["logprobs"] = scores
@@ -278,10 +275,7 @@ async def models(service: Serving) -> Response:
 
 def _described(service: Service, name: str) -> Json:
     """The open model under a name with a tag, as all of Ollama's are."""
-    name, manifest = (
-        name if ":" in name else f"{name}:latest",
-        service.runtime.model.export.manifest,
-    )
+    manifest, name = service.runtime.model.export.manifest, name + (":latest" * (":" not in name))
     family = service.runtime.config.family.architecture.removesuffix("ForCausalLM").lower()
     codes = "/".join(sorted({*manifest["quantization"]["experts"].values()}))
     size = sum(entry["bytes"] for entry in manifest["files"].values())

@@ -16,7 +16,7 @@ _Choice = Annotated[str, Field(max_length=1 << 16)]
 
 
 class Schema(Model):
-    name: Annotated[str, Field(max_length=64)]
+    name: Annotated[str, Field(max_length=64)] = ""
     description: Annotated[str, Field(max_length=4096)] | None = None
     definition: Annotated[Json, Field(alias="schema")]
     strict: bool | None = None
@@ -66,7 +66,7 @@ class StructuredOutputs(Model):
         schema = {"type": "object"} if self.definition is None else self.definition
         try:
             schema = json.loads(schema) if isinstance(schema, str) else schema
-            return Schema.model_validate({"name": "", "schema": schema})
+            return Schema.model_validate({"schema": schema})
         except (ValueError, RecursionError):
             raise RefusedError(f"{name}.json is no JSON object", name) from None
 
