@@ -85,8 +85,7 @@ class Runtime:
         arriving: Progress = ignore,
         notify: Notify = ignore,
     ) -> "Runtime":
-        """Open an export, a checkpoint folder or hub id (quantized once into the cache folder) or
-        ``sample``.
+        """Open an export, or a checkpoint folder, hub id or ``sample``, quantized once.
 
         ``ram`` and ``vram`` are budgets in bytes or like ``"8GiB"``; None takes what is free.
         ``context`` is the number of positions of the latent cache, None min(4096, the model's
@@ -96,9 +95,9 @@ class Runtime:
         ``kernels`` are as for ``slotmoe.quant.backends.pick_backend``.  There are ``sequences``
         latent caches, and ``logits_rows`` rows of logits alive at once.  ``misses`` says what
         computes an expert without a slot on a GPU: ``fetch``, the GPU; ``cpu``; ``hybrid``, both;
-        ``auto``, what bandwidths advise.  ``experts_dirs`` are copies of ``experts`` on other
-        drives.  ``draft`` and ``route_budget``: docs/drafts.md, docs/routing.md.  ``revision`` is
-        of a hub id.  The others are as in ``cached_export``, ``arriving`` is of a download.
+        ``auto``, what bandwidths advise.  ``experts_dirs`` are copies of ``experts`` elsewhere.
+        ``draft`` and ``route_budget``: docs/drafts.md, docs/routing.md.  ``revision`` is of a hub
+        id, ``arriving`` of a download.  The others are as in ``cached_export``.
 
         Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
         """
