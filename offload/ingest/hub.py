@@ -37,6 +37,7 @@ from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize
 from slotmoe.offload.ingest.repository import Expected, Patience, Snapshot, resolve
 from slotmoe.offload.model_cache import mark_used
 from slotmoe.offload.shared_files import read_note, write_note
+from slotmoe.quant.codecs.codec import DEFAULT_CODEC
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES
 from slotmoe.quant.export.writer import write_json
@@ -358,7 +359,7 @@ def hub_export(repo: str, revision: str | None, cache: Path, **reporting: Any) -
         commit = resolve(repo, revision, reporting.get("patience") or Patience()).commit
         output_dir.make_cache(cache)
         write_note(note, {"commit": commit})
-    destination = cache / f"{name}-{commit[:12]}-{FORMAT_VERSION}"
+    destination = cache / f"{name}-{commit[:12]}-{FORMAT_VERSION}{DEFAULT_CODEC}"
     if not (destination / MANIFEST).is_file():
         quantize_from_hub(repo, commit, destination, wait_for_lock=True, **reporting)
     mark_used(destination)
