@@ -57,7 +57,7 @@ WRONG = {  # in both of OpenAI's older APIs
 OTHER = {"type": "function", "function": {"name": "other"}}
 REASONS = [
     (CHAT, user([PART]), "messages.0.content.0: a part of type 'image_url' can't be read"),
-    (CHAT, user(5), "messages.0.content is neither text nor a list of parts"),
+    (CHAT, user(5), "messages.0.content is neither text nor a list"),
     (CHAT, {"messages": [{"role": "wizard"}]}, "messages.0 has the unknown 'role' 'wizard'"),
     (CHAT, {"messages": USER * 4097}, "messages has more than 4096 items"),
     (CHAT, user("x", extra=1), "messages.0.extra is not supported by this server"),

@@ -15,9 +15,9 @@ from slotmoe.model.generate import Token
 from slotmoe.tools.serve import requests, rules
 from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event, spelled
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.fields import Refused, accepted, at_most, by_kind, text_or_list
+from slotmoe.tools.serve.fields import Refused, accepted, at_most, by_kind
 from slotmoe.tools.serve.reader import ContentDelta, joined
-from slotmoe.tools.serve.requests import Id, Label, Stop, Stops, Text, TopLogprobs, Whole
+from slotmoe.tools.serve.requests import Id, Label, Stop, Stops, Text, TextOr, TopLogprobs, Whole
 from slotmoe.tools.serve.service import Serving
 
 router = APIRouter()
@@ -41,13 +41,7 @@ class OpenAIRequest(requests.LabelledRequest):
     needs: ClassVar = {"stream_options": "stream"}  # a field that has to be true
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Seed | None = Field(None, description="with `n`, answer i has seed + i")
-    stop: (
-        Annotated[
-            Annotated[Stop, Tag("text")] | Annotated[Stops, Tag("list")],
-            by_kind(text_or_list, "text nor a list of texts"),
-        ]
-        | None
-    ) = None
+    stop: TextOr[Stop, Stops] | None = None
     n: Annotated[int, Field(ge=1, le=requests.MAX_ANSWERS), Whole] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -219,19 +213,14 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
     if len(given) * options.choices > requests.MAX_ANSWERS:
         problem = f"prompts times n is more than {requests.MAX_ANSWERS} answers in one request"
         raise RefusedError(problem, "n")
-    tokenizer, prompts, echoes = service.tokenizer, list[list[int]](), list[str]()
+    prompts, echoes = list[list[int]](), list[str]()
     for prompt in given:
-        if not isinstance(prompt, str):
-            prompts.append(prompt)
-        elif body.suffix is None:
-            prompts.append(await service.prepare(service.encode, prompt))
-        else:
-            service.check_length(len(prompt) + len(body.suffix))
-            prompts.append(await service.prepare(tokenizer.encode_gap, prompt, body.suffix))
+        work = service.encode, prompt, True, body.suffix
+        prompts.append(await service.prepare(*work) if isinstance(prompt, str) else prompt)
         if body.echo:
-            text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+            text = prompt if isinstance(prompt, str) else service.tokenizer.decode(prompt)
             echoes += [text] * options.choices
-    grammar = await service.prepare(service.grammars.compile, body.wanted, None, None)
+    grammar = await service.prepare(service.grammars.compile, body.wanted)
     answers = Answers(service, request, prompts, options, echoes, grammar=grammar)
     return await _respond(body, answers, TextChoices(answers))
 

@@ -5,9 +5,10 @@ A field is honoured, or it is harmless and marked ``accepted``, or the request i
 table of all of them is docs/api-fields.md.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
+from itertools import dropwhile
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, Tag, model_validator
 
@@ -41,6 +42,11 @@ Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]  # of a function
 CallId = Annotated[str, Field(min_length=1, max_length=256)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Stops = Annotated[list[Stop], Field(max_length=16)]
+T = TypeVar("T")
+L = TypeVar("L")
+TextOr = Annotated[
+    Annotated[T, Tag("text")] | Annotated[L, Tag("list")], by_kind(text_or_list, "text nor a list")
+]
 Labels = Annotated[dict[str, Label], Field(max_length=16), at_most(16, "labels")]
 
 
@@ -88,12 +94,7 @@ class TextPart(Model):
         return part
 
 
-P = TypeVar("P")
-TextOrParts = Annotated[
-    Annotated[Text, Tag("text")] | Annotated[list[P], Tag("list")],
-    by_kind(text_or_list, "text nor a list of parts"),
-]
-Content: TypeAlias = TextOrParts[TextPart]
+Content: TypeAlias = TextOr[Text, list[TextPart]]
 
 
 class CalledFunction(Model):
@@ -199,6 +200,23 @@ class FailedToolMessage(ToolMessage):
 
 
 ChatMessage: TypeAlias = PlainMessage | AssistantMessage | ToolMessage
+
+
+def said(role: str, content: object, **about: Any) -> ChatMessage:
+    """What a message of another API comes to, whose fields were checked there."""
+    kind: type[ChatMessage] = PlainMessage
+    if role in ("assistant", "tool"):
+        kind = AssistantMessage if role == "assistant" else ToolMessage
+    return kind.model_construct(role=role, content=content, **about)
+
+
+def with_system(texts: Iterable[str | None], messages: list[ChatMessage]) -> list[ChatMessage]:
+    """``messages`` with those of the system's that are first as one, which begins with ``texts``:
+    some templates use only one, before all others."""
+    rest = list(dropwhile(lambda message: message.role == "system", messages))
+    first = [message.text for message in messages[: len(messages) - len(rest)]]
+    text = "\n\n".join(text for text in (*texts, *first) if text)
+    return [said("system", text), *rest] if text else rest
 
 
 class Function(Model):

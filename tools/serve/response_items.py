@@ -6,7 +6,6 @@ model doesn't do.  Tools that only OpenAI runs are not offered to the model.
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, Tag
@@ -14,11 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, Tag
 from slotmoe.jsonfile import Json
 from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.fields import Refused, accepted, by_kind, text_or_list
-from slotmoe.tools.serve.requests import DESCRIBED, REPLAYED, Label
+from slotmoe.tools.serve.fields import Refused, accepted, by_kind
+from slotmoe.tools.serve.requests import DESCRIBED, REPLAYED, Label, TextOr
 from slotmoe.tools.serve.rules import Schema, TextFormat, schema_of
 
-_SYSTEM = ("system", "developer")
 _SHOWN = accepted("reasoning is shown whole")
 
 
@@ -29,7 +27,7 @@ class Part(requests.Model):
     logprobs: Annotated[list[Json] | None, REPLAYED] = None
 
 
-Parts: TypeAlias = requests.TextOrParts[Part]
+Parts: TypeAlias = TextOr[requests.Text, list[Part]]
 
 
 class _Item(requests.Model):
@@ -169,10 +167,7 @@ class ResponsesRequest(requests.LabelledRequest):
     model: Label | None = Field(  # type: ignore[assignment]
         None, description="the open model if not given"
     )
-    input: Annotated[
-        Annotated[requests.Text, Tag("text")] | Annotated[Items, Tag("list")],
-        by_kind(text_or_list, "text nor a list of items"),
-    ]
+    input: TextOr[requests.Text, Items]
     instructions: requests.Text | None = None
     max_output_tokens: requests.Count | None = None
     previous_response_id: Label | None = Field(None, description="continues this response")
@@ -219,12 +214,7 @@ class ResponsesRequest(requests.LabelledRequest):
 
     def chat(self, items: Sequence[Item]) -> requests.Conversation:
         """That of ``items``.  Raises ``RefusedError``."""
-        messages = messages_of(items)
-        # Some templates use only one message of the system's, before all others.
-        systems = list(takewhile(lambda message: message.role == "system", messages))
-        texts = [text for text in (self.instructions, *(m.text for m in systems)) if text]
-        first = requests.PlainMessage.model_construct(role="system", content="\n\n".join(texts))
-        messages = [*([first] if texts else []), *messages[len(systems) :]]
+        messages = requests.with_system([self.instructions], messages_of(items))
         tools, choice = self.functions(), self.tool_choice
         if not tools and choice in ("none", "auto"):
             choice = None  # clients give it in any case
@@ -249,16 +239,13 @@ def messages_of(items: Iterable[Item]) -> list[requests.ChatMessage]:
             thoughts = "".join(part.text for part in item.content or ())
             continue
         if isinstance(item, FunctionOutput):
-            about: Json = {"tool_call_id": item.call_id, "content": item.output, "name": item.name}
-            messages.append(requests.ToolMessage.model_construct(role="tool", **about))
-        elif isinstance(item, InputMessage) and item.role != "assistant":
-            about = {"role": "system" if item.role in _SYSTEM else item.role}
-            about["content"] = item.content
-            messages.append(requests.PlainMessage.model_construct(**about))
-        elif not (isinstance(item, FunctionCall) and messages and messages[-1].role == "assistant"):
-            about = {"content": item.content if isinstance(item, InputMessage) else None}
-            assistant = requests.AssistantMessage.model_construct
-            messages.append(assistant(role="assistant", tool_calls=[], **about))
+            about: Json = {"tool_call_id": item.call_id, "name": item.name}
+            messages.append(requests.said("tool", item.output, **about))
+        elif isinstance(item, InputMessage):
+            role = "system" if item.role == "developer" else item.role
+            messages.append(requests.said(role, item.content))
+        elif not messages or messages[-1].role != "assistant":
+            messages.append(requests.said("assistant", None))
         last = messages[-1]
         if isinstance(last, requests.AssistantMessage):
             if isinstance(item, FunctionCall):
