@@ -1,4 +1,4 @@
-"""``slotmoe serve``: a model behind OpenAI's and Anthropic's APIs, and a page to talk to it."""
+"""``slotmoe serve``: a model behind OpenAI's, Anthropic's and Ollama's APIs, and a page to chat."""
 
 import gc
 import ipaddress
@@ -72,8 +72,8 @@ _KEYS_HELP = "Ask for this key; may be repeated. Seen by others in ps."
 @options.runtime_options
 def command(model: str, host: str, port: int, names: tuple[str, ...], **given: Any) -> int:
     """Serve MODEL over HTTP: /v1/chat/completions, /v1/responses, /v1/completions, /v1/models
-    (OpenAI), /v1/messages (Anthropic), /tokenize, /health, /metrics (Prometheus), and at / a page
-    to chat with it.
+    (OpenAI), /v1/messages (Anthropic), /api/chat, /api/generate (Ollama), /tokenize, /health,
+    /metrics (Prometheus), and at / a page to chat with it.
 
     Answers decode together, so an expert that is read for one serves all. Each has a latent cache
     of --context positions; all --max-sequences of them count against --ram. With --session-dir a
