@@ -29,7 +29,7 @@ def calibration(runtime: Runtime, report: dict[str, Any]) -> dict[str, float]:
     """What ``slotmoe.offload.plan.speed.Bandwidths`` can know of this machine: what the report has,
     and the rest measured now."""
     export, known = runtime.model.export, report["disk"]
-    disk = known["bandwidth"] if known is not None else observed.disk_bandwidth(export)
+    disk = known["bandwidth"] if known is not None else sum(observed.drive_bandwidths(export))
     bandwidths = {"disk": disk / len(export.folders), "latency": observed.disk_latency(export)}
     cores, fast = core_rates(runtime.model), report["ceiling"]["read_bandwidth"]
     if (link := report["link"]) is not None:
