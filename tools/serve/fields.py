@@ -46,7 +46,7 @@ def at_most(count: int, what: str) -> BeforeValidator:
 def by_kind(kind: Callable[[object], str | None], expected: str) -> Discriminator:
     """Tells the members of a union apart, so that an error names what is wrong in the one that was
     meant; without a member, it says what was ``expected``."""
-    message = f"is neither {expected}" if " nor " in expected else f"is not {expected}"
+    message = f"is neither {expected}"
     return Discriminator(kind, custom_error_type="kind", custom_error_message=message)
 
 

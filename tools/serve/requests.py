@@ -262,19 +262,8 @@ class AllowedChoice(Model):
     allowed_tools: AllowedTools
 
 
-def _choice_kind(value: object) -> str | None:
-    if isinstance(value, dict) and value.get("type") in ("function", "allowed_tools"):
-        return str(value["type"])
-    return "word" if isinstance(value, str) else None
-
-
 Word: TypeAlias = Literal["none", "auto", "required"]
-Choice: TypeAlias = Annotated[
-    Annotated[Word, Tag("word")]
-    | Annotated[FunctionChoice, Tag("function")]
-    | Annotated[AllowedChoice, Tag("allowed_tools")],
-    by_kind(_choice_kind, "a word, a 'function' nor 'allowed_tools'"),
-]
+Choice: TypeAlias = Word | Annotated[FunctionChoice | AllowedChoice, Field(discriminator="type")]
 
 
 class GenerationRequest(Model):

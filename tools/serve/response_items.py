@@ -8,12 +8,12 @@ model doesn't do.  Tools that only OpenAI runs are not offered to the model.
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from slotmoe.jsonfile import Json
 from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.fields import Refused, accepted, by_kind
+from slotmoe.tools.serve.fields import Refused, accepted
 from slotmoe.tools.serve.requests import DESCRIBED, REPLAYED, Label, TextOr
 from slotmoe.tools.serve.rules import Schema, TextFormat, schema_of
 
@@ -42,7 +42,7 @@ class _OfCall(_Item):
 
 
 class InputMessage(_Item):
-    type: Literal["message"] | None = None
+    type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer", "latest_reminder"]
     content: Parts
     phase: Annotated[Label | None, REPLAYED] = None
@@ -81,21 +81,15 @@ class ItemReference(requests.Model):
     id: Label
 
 
-_TYPES = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
-
-
-def _type_of(item: object) -> str:
+def _typed(item: object) -> object:
     """An item without a type is a message."""
-    return str((isinstance(item, dict) and item.get("type")) or "message")
+    return {**item, "type": item.get("type") or "message"} if isinstance(item, dict) else item
 
 
 Item: TypeAlias = Annotated[
-    Annotated[InputMessage, Tag("message")]
-    | Annotated[FunctionCall, Tag("function_call")]
-    | Annotated[FunctionOutput, Tag("function_call_output")]
-    | Annotated[Reasoning, Tag("reasoning")]
-    | Annotated[ItemReference, Tag("item_reference")],
-    by_kind(_type_of, f"of a type that is read here: {', '.join(_TYPES)}"),
+    InputMessage | FunctionCall | FunctionOutput | Reasoning | ItemReference,
+    Field(discriminator="type"),
+    BeforeValidator(_typed),
 ]
 Items = Annotated[list[Item], Field(min_length=1, max_length=requests.MAX_MESSAGES)]
 
@@ -206,11 +200,6 @@ class ResponsesRequest(requests.LabelledRequest):
     def functions(self) -> list[FunctionTool]:
         """The tools that the model may use."""
         return [tool for tool in self.tools or () if isinstance(tool, FunctionTool)]
-
-    def items(self) -> list[Item]:
-        if isinstance(self.input, str):
-            return [InputMessage.model_construct(role="user", content=self.input)]
-        return self.input
 
     def chat(self, items: Sequence[Item]) -> requests.Conversation:
         """That of ``items``.  Raises ``RefusedError``."""
