@@ -24,9 +24,7 @@ from slotmoe.tools.serve.service import Serving
 
 router = APIRouter()
 _STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
-# In OpenAI's words.
-_EFFORTS = {"disabled": "none", "enabled": "high"}
-_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+_CHOICES = {"auto": "auto", "any": "required", "none": "none"}  # in OpenAI's words
 _THINKING = accepted("nothing bounds reasoning")
 _SIGNATURE = "slotmoe"  # of thinking: clients send it back, nothing here verifies it
 _BILLING = "x-anthropic-billing-header:"  # Claude Code's, another one in each conversation
@@ -72,9 +70,7 @@ class CountRequest(given.Cacheable):
     """``/v1/messages/count_tokens``, and what it shares with ``/v1/messages``."""
 
     model: requests.Label
-    messages: Annotated[
-        list[given.AnthropicMessage], Field(min_length=1, max_length=requests.MAX_MESSAGES)
-    ]
+    messages: Annotated[list[given.AnthropicMessage], requests.SOME]
     system: given.Text | None = None
     tools: Annotated[list[given.Tool], Field(max_length=_MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
@@ -100,11 +96,8 @@ class CountRequest(given.Cacheable):
         system = "".join(text for text in texts if not text.startswith(_BILLING))
         continues = self.messages[-1].role == "assistant"
         output = self.output_config or OutputConfig.model_construct()
-        effort, form = None, output.format
-        if self.thinking is not None:
-            effort = _EFFORTS.get(self.thinking.type)
-        if effort == "high":
-            effort = output.effort or effort
+        efforts, form = {"disabled": "none", "enabled": output.effort or "high"}, output.format
+        effort = efforts.get(self.thinking.type) if self.thinking is not None else None
         if continues and form is not None:
             problem = "the answer can't follow a schema where a last message of the assistant's"
             raise RefusedError(f"messages: {problem} has begun it", "messages")

@@ -16,12 +16,11 @@ from pydantic import Field
 from slotmoe.jsonfile import Json
 from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.fields import accepted
+from slotmoe.tools.serve.fields import BY_TYPE, accepted
 from slotmoe.tools.serve.formats import described
 from slotmoe.tools.serve.requests import DESCRIBED, REPLAYED, TextOr
 
 _IN_PLACE = accepted("a message stays where it is, so that what follows it stays cached")
-_BY_TYPE = Field(discriminator="type")
 _UNCITED = accepted("the model cites nothing")
 
 
@@ -90,7 +89,7 @@ class BlockSource(requests.Model):
 
 class Document(Cacheable):
     type: Literal["document"]
-    source: Annotated[PlainSource | BlockSource, _BY_TYPE]
+    source: Annotated[PlainSource | BlockSource, BY_TYPE]
     title: requests.Text | None = None
     context: requests.Text | None = None
     citations: Annotated[Json | None, _UNCITED] = None
@@ -160,7 +159,7 @@ class ToolUse(Cacheable):
 class ToolResult(Cacheable):
     type: Literal["tool_result"]
     tool_use_id: requests.CallId
-    content: TextOr[requests.Text, list[Annotated[Quote | ToolReference, _BY_TYPE]]] | None = None
+    content: TextOr[requests.Text, list[Annotated[Quote | ToolReference, BY_TYPE]]] | None = None
     is_error: bool | None = None
     toolset_name: Annotated[None, REPLAYED] = None
 
@@ -181,7 +180,7 @@ class RedactedThinking(requests.Model):
     data: Annotated[requests.Text, REPLAYED]
 
 
-Block: TypeAlias = Annotated[Quote | ToolUse | ToolResult | Thinking | RedactedThinking, _BY_TYPE]
+Block: TypeAlias = Annotated[Quote | ToolUse | ToolResult | Thinking | RedactedThinking, BY_TYPE]
 
 
 class _Turn(requests.Model):
@@ -206,7 +205,7 @@ class _Turn(requests.Model):
 
 class _SystemTurn(requests.Model):
     role: Literal["system"]
-    content: TextOr[requests.Text, list[Annotated[TextBlock | ToolChange, _BY_TYPE]]]
+    content: TextOr[requests.Text, list[Annotated[TextBlock | ToolChange, BY_TYPE]]]
     clear_at: Annotated[Literal["next_user_message", "never"] | None, _IN_PLACE] = None
     output_config: Annotated[Json | None, accepted("that of the request is followed")] = None
 

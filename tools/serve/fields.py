@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, model_validator
 
 MAX_ITEMS = 4096  # of a list that has no other bound
+BY_TYPE = Field(discriminator="type")  # the members of a union
 
 
 def accepted(reason: str) -> object:

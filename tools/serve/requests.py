@@ -15,8 +15,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, Tag, model_validato
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Sampling
 from slotmoe.tools.serve.errors import RefusedError
+from slotmoe.tools.serve.fields import BY_TYPE, Refused, accepted, at_most, by_kind, text_or_list
 from slotmoe.tools.serve.fields import Model as Model  # for the requests of other modules too
-from slotmoe.tools.serve.fields import Refused, accepted, at_most, by_kind, text_or_list
 from slotmoe.tools.serve.rules import Rule, Schema
 
 MAX_ANSWERS = 16  # in one request
@@ -263,7 +263,7 @@ class AllowedChoice(Model):
 
 
 Word: TypeAlias = Literal["none", "auto", "required"]
-Choice: TypeAlias = Word | Annotated[FunctionChoice | AllowedChoice, Field(discriminator="type")]
+Choice: TypeAlias = Word | Annotated[FunctionChoice | AllowedChoice, BY_TYPE]
 
 
 class GenerationRequest(Model):
@@ -296,7 +296,8 @@ class LabelledRequest(GenerationRequest):
 
 
 _ByRole = Annotated[ChatMessage, Field(discriminator="role")]
-Messages = Annotated[list[_ByRole], Field(min_length=1, max_length=MAX_MESSAGES)]
+SOME = Field(min_length=1, max_length=MAX_MESSAGES)
+Messages = Annotated[list[_ByRole], SOME]
 Tools = Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)]
 
 

@@ -13,8 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from slotmoe.jsonfile import Json
 from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.fields import Refused, accepted
-from slotmoe.tools.serve.requests import DESCRIBED, REPLAYED, Label, TextOr
+from slotmoe.tools.serve.fields import BY_TYPE, Refused, accepted
+from slotmoe.tools.serve.requests import DESCRIBED, REPLAYED, Count, Label, TextOr, Word
 from slotmoe.tools.serve.rules import Schema, TextFormat, schema_of
 
 _SHOWN = accepted("reasoning is shown whole")
@@ -88,10 +88,10 @@ def _typed(item: object) -> object:
 
 Item: TypeAlias = Annotated[
     InputMessage | FunctionCall | FunctionOutput | Reasoning | ItemReference,
-    Field(discriminator="type"),
+    BY_TYPE,
     BeforeValidator(_typed),
 ]
-Items = Annotated[list[Item], Field(min_length=1, max_length=requests.MAX_MESSAGES)]
+Items = Annotated[list[Item], requests.SOME]
 
 
 class FunctionTool(requests.Function):
@@ -113,7 +113,8 @@ class OtherTool(BaseModel):
     ]  # fmt: skip
 
 
-Tool: TypeAlias = Annotated[FunctionTool | OtherTool, Field(discriminator="type")]
+Tool: TypeAlias = Annotated[FunctionTool | OtherTool, BY_TYPE]
+Tools = Annotated[list[Tool], Field(max_length=requests.MAX_TOOLS)]
 
 
 class FunctionChoice(requests.FunctionName):
@@ -131,7 +132,7 @@ class SchemaFormat(Schema):
 
 
 class TextConfig(requests.Model):
-    format: Annotated[TextFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    format: Annotated[TextFormat | SchemaFormat, BY_TYPE] | None = None
     verbosity: Annotated[Label | None, requests.NO_SETTING] = None
 
 
@@ -163,17 +164,11 @@ class ResponsesRequest(requests.LabelledRequest):
     )
     input: TextOr[requests.Text, Items]
     instructions: requests.Text | None = None
-    max_output_tokens: requests.Count | None = None
+    max_output_tokens: Count | None = None
     previous_response_id: Label | None = Field(None, description="continues this response")
     store: bool | None = Field(None, description="true if not given")
-    tools: Annotated[list[Tool], Field(max_length=requests.MAX_TOOLS)] | None = Field(
-        None, description="the model is offered functions only"
-    )
-    tool_choice: (
-        requests.Word
-        | Annotated[FunctionChoice | AllowedChoice, Field(discriminator="type")]
-        | None
-    ) = None
+    tools: Tools | None = Field(None, description="the model is offered functions only")
+    tool_choice: Word | Annotated[FunctionChoice | AllowedChoice, BY_TYPE] | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = Field(None, description="its `format` is that of `response_format`")
     background: Annotated[Literal[False] | None, accepted("answers come at once")] = None
@@ -183,12 +178,8 @@ class ResponsesRequest(requests.LabelledRequest):
     context_management: Annotated[None, Refused("a conversation is read whole")] = None
     conversation: Annotated[None, Refused("use previous_response_id")] = None
     image: Annotated[None, Refused("answers are text")] = None
-    include: list[Included] | None = Field(
-        None, description="only `message.output_text.logprobs` works"
-    )
-    max_tool_calls: Annotated[
-        requests.Count | None, accepted("it bounds tools that OpenAI runs")
-    ] = None
+    include: list[Included] | None = Field(None, description=f"only `{_SCORES}` works")
+    max_tool_calls: Annotated[Count | None, accepted("it bounds tools that OpenAI runs")] = None
     moderation: Annotated[None, Refused("the server does not moderate")] = None
     personality: Annotated[None, Refused("the model has no such setting")] = None
     prompt: Annotated[None, Refused("no prompts are stored here; send its text")] = None

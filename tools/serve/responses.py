@@ -7,8 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Literal, TypeAlias
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BaseModel, TypeAdapter
-from pydantic.main import IncEx
+from pydantic import TypeAdapter
 from starlette.responses import JSONResponse
 
 from slotmoe.jsonfile import Json
@@ -133,7 +132,6 @@ def _found(service: Service, owner: str, id_: str, before: bool = False) -> Stor
 def _conversation(service: Service, owner: str, body: ResponsesRequest) -> list[Item]:
     """All items up to the answer, those of earlier responses included.  Raises ``RefusedError``,
     also for another model than the server's."""
-    body.model = body.model or service.name
     service.check_model(body.model)
     items = list[Item]()
     if body.previous_response_id is not None:
@@ -158,7 +156,8 @@ class Draft:
 
     def __init__(self, body: ResponsesRequest, answers: Answers):
         # What changes nothing is not echoed: it may be no value that clients know.
-        given = _dumped(body, set(_ECHOED), {"reasoning": True, "text": {"verbosity"}})
+        rest: Json = {"reasoning": True, "text": {"verbosity"}}
+        given = body.model_dump(by_alias=True, exclude_none=True, include={*_ECHOED}, exclude=rest)
         given = {name: value for name, value in given.items() if value or name != "text"}
         names = {"type", "name", "description", "parameters", "strict"}
         tools = [tool.model_dump(include=names) for tool in body.functions()]
@@ -273,12 +272,8 @@ def _usage(answers: Answers) -> Json:
 
 def _listed(item: Item) -> Json:
     """An item of a request, with what clients expect of one that a server lists."""
-    listed = {"type": "message", "status": "completed", **_dumped(item)}
+    listed = {"status": "completed", **item.model_dump(exclude_none=True)}
     if isinstance(listed.get("content"), str):
         kind = "output_text" if listed["role"] == "assistant" else "input_text"
         listed["content"] = [{"type": kind, "text": listed["content"], "annotations": []}]
     return {"id": f"{listed['type']}_{uuid.uuid4().hex}", **listed}
-
-
-def _dumped(part: BaseModel, include: IncEx | None = None, exclude: IncEx | None = None) -> Json:
-    return part.model_dump(by_alias=True, exclude_none=True, include=include, exclude=exclude)
