@@ -39,7 +39,7 @@ class Replica:
         return self.server.config.app
 
     def check_health(self):
-        if not self.service.alive:
+        if not self.service.engine.alive:
             raise RuntimeError("the model has failed")
 
     def __del__(self):

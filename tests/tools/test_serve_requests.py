@@ -228,7 +228,7 @@ def test_tokenizer_with_more_ids_than_the_model_has_rows(wider):
         for fields in ({}, {"echo": True, "logprobs": 1, "max_tokens": 0}):
             assert wider.post(TEXT, **GREEDY, prompt=prompt, **fields)[0] == 400
     assert wider.text(echo=True, logprobs=1)
-    assert wider.service.alive
+    assert wider.service.engine.alive
 
 
 def test_exception_of_one_answer_ends_that_answer_alone(served, monkeypatch, capfd):
@@ -249,7 +249,7 @@ def test_exception_of_one_answer_ends_that_answer_alone(served, monkeypatch, cap
         assert "nobody foresaw this" in capfd.readouterr().err
         monkeypatch.undo()
     served.idle()
-    assert served.service.alive
+    assert served.service.engine.alive
 
 
 def test_every_response_has_an_id(served):

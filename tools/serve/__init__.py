@@ -210,8 +210,7 @@ def _keys(given: tuple[str, ...], file: str | None) -> tuple[str, ...]:
         keys += [line.strip() for line in lines if line.strip()]
         if len(keys) == len(given):
             raise ConfigError(f"{file}: holds no API key, expected one a line")
-    if os.environ.get("SLOTMOE_API_KEY"):
-        keys.append(os.environ["SLOTMOE_API_KEY"])
+    keys += filter(None, [os.environ.get("SLOTMOE_API_KEY")])
     if not all(key and key.isascii() and key.isprintable() and " " not in key for key in keys):
         problem = "is empty or holds characters that no HTTP header can"
         raise ConfigError(f"an API key {problem}; use letters, digits and signs")

@@ -162,7 +162,7 @@ class Answers:
                 echo = ContentDelta(self._echoes.pop(index))
                 yield Update(index, [echo], [*self._answers[index].read])
             content = reader.feed(delta.text)
-            if reader.is_thinking and self._reasoning_tokens is not None:
+            if reader.splitter.is_thinking and self._reasoning_tokens is not None:
                 self._reasoning_tokens += len(delta.tokens)
             self._sent += len(delta.tokens)
             if finish is not None:
@@ -289,10 +289,7 @@ class EventStream(StreamingResponse):
 
 def spelled(content: bytes) -> str:
     """A token's bytes as text; where they are part of a character, as OpenAI writes them."""
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        return "".join(f"\\x{byte:02x}" for byte in content)
+    return content.decode(errors="backslashreplace")
 
 
 async def _with_pings(

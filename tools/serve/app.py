@@ -42,7 +42,7 @@ async def page() -> Response:
 
 @public.get("/health")
 async def health(service: Serving) -> Response:
-    if service.alive:
+    if service.engine.alive:
         return JSONResponse({"status": "ok"})
     return JSONResponse({"status": "the model has failed"}, 503)
 

@@ -1,6 +1,5 @@
 """A conversation with tool calls and reasoning as the text that a model was trained on."""
 
-import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,6 +10,7 @@ from slotmoe.jsonfile import Json
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve import formats, requests
 from slotmoe.tools.serve.errors import RefusedError
+from slotmoe.tools.serve.reader import parse_arguments
 from slotmoe.tools.serve.rules import Schema
 
 _UNCALLED = "a result answers no call of the message before it"
@@ -185,10 +185,7 @@ def _in_order(
 
 def _parsed(arguments: str) -> Json:
     """Of a call in a history, for a template that goes through them."""
-    try:
-        parsed = json.loads(arguments)
-    except (ValueError, RecursionError):
-        parsed = None
+    parsed = parse_arguments(arguments)
     if not isinstance(parsed, dict):
         problem = f"arguments {arguments!r:.80} are no JSON object"
         raise RefusedError(f"messages: {problem}", "messages")

@@ -42,21 +42,17 @@ class Reader:
         texts: Mapping[str, frozenset[str]] | None = None,
     ):
         self._format, self._either, self._texts = call_format, either, texts or {}
-        self._splitter = splitter or Splitter(None, False)
+        self.splitter = splitter or Splitter(None, False)
         self._unread, self._in_text = "", not required
         self._deltas = self._parse()
         self.calls = 0  # that are complete
 
     def feed(self, text: str, is_last: bool = False) -> list[ContentDelta]:
         """The deltas that ``text`` completes."""
-        thought, text = self._splitter.feed(text, is_last)
+        thought, text = self.splitter.feed(text, is_last)
         self._unread += text
         thoughts = [ContentDelta(thought, reasoning=True)] if thought else []
         return thoughts + list(iter(self._deltas.__next__, None))
-
-    @property
-    def is_thinking(self) -> bool:
-        return self._splitter.is_thinking
 
     def end(self) -> list[ContentDelta]:
         """What was held back, at the end of the answer."""

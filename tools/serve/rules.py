@@ -22,9 +22,6 @@ class Schema(Model):
     strict: bool | None = None
 
 
-_ANY_OBJECT = Schema.model_construct(definition={"type": "object"})
-
-
 class TextFormat(Model):
     type: Literal["text", "json_object"]
     definition: Annotated[Json | None, Field(alias="schema")] = None  # llama.cpp's
@@ -73,7 +70,7 @@ class StructuredOutputs(Model):
 def schema_of(wanted: TextFormat | SchemaFormat | Schema | None) -> Schema | None:
     """What an answer has to follow; None for plain text."""
     if isinstance(wanted, TextFormat):
-        if wanted.definition is not None:
-            return Schema.model_construct(definition=wanted.definition)
-        return _ANY_OBJECT if wanted.type == "json_object" else None
+        any_object = {"type": "object"} if wanted.type == "json_object" else None
+        definition = any_object if wanted.definition is None else wanted.definition
+        return None if definition is None else Schema.model_construct(definition=definition)
     return wanted.json_schema if isinstance(wanted, SchemaFormat) else wanted

@@ -22,7 +22,6 @@ from slotmoe.tools.serve.requests import Conversation
 from slotmoe.tools.serve.response_store import ResponseStore
 
 _SHORTEN = "Shorten it, or start the server with --context"
-
 T = TypeVar("T")
 _TOKENS = ("prompt_tokens", "reused_tokens", "answer_tokens")
 _HISTOGRAMS = {
@@ -154,7 +153,7 @@ class Service:
         """Raises ``RefusedError`` where no answer can be given any more."""
         if self._is_ending:
             raise shutting_down()
-        if not self.alive:
+        if not self.engine.alive:
             raise RefusedError("the server is ending, since the model has failed", status=503)
 
     def stop(self) -> None:
@@ -164,11 +163,6 @@ class Service:
             task.get_loop().call_soon_threadsafe(task.cancel)
         for request in [*self._open]:
             request.cancel("shutdown")
-
-    @property
-    def alive(self) -> bool:
-        """Whether the model can answer."""
-        return self.engine.alive
 
     @property
     def running(self) -> int:
