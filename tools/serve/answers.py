@@ -196,15 +196,11 @@ class Answers:
         """Log-probabilities of ``tokens`` in OpenAI's form; none where they are not wanted."""
         if self.options.logprobs is None:
             return []
-        return [
-            {
-                **self._score(token.id, token.logprob),
-                "top_logprobs": [
-                    self._score(*other) for other in token.likeliest[: self.options.logprobs]
-                ],
-            }
-            for token in tokens
-        ]
+        scores = list[Json]()
+        for token in tokens:
+            top = [self._score(*other) for other in token.likeliest[: self.options.logprobs]]
+            scores.append({**self._score(token.id, token.logprob), "top_logprobs": top})
+        return scores
 
     def prompt_scores(self, index: int) -> list[Json | None] | None:
         """Log-probabilities of the prompt of whole answer ``index`` by id, in vLLM's form; None

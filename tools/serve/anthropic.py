@@ -17,7 +17,7 @@ from slotmoe.tools.serve import anthropic_messages as given
 from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event
 from slotmoe.tools.serve.errors import ANTHROPIC_PATH, RefusedError
-from slotmoe.tools.serve.fields import Refused, accepted
+from slotmoe.tools.serve.fields import BY_TYPE, Refused, accepted
 from slotmoe.tools.serve.reader import ContentDelta, joined, parse_arguments
 from slotmoe.tools.serve.rules import Schema
 from slotmoe.tools.serve.service import Serving
@@ -33,16 +33,13 @@ _NO_THREADS = {"error_code": "thread_unsupported_request", "unsupported": ["thre
 
 
 class ToolChoice(requests.Model):
-    type: Literal["auto", "any", "none", "tool"]
-    name: requests.Name | None = None
+    type: Literal["auto", "any", "none"]
     disable_parallel_tool_use: bool | None = None
 
-    def choice(self) -> "str | ToolChoice":
-        """In OpenAI's words, without a name.  Raises ``RefusedError``."""
-        if (self.type == "tool") != (self.name is not None):
-            problem = "a name has to be given with the type 'tool', and only with it"
-            raise RefusedError(f"tool_choice: {problem}", "tool_choice")
-        return _CHOICES.get(self.type, self)
+
+class NamedChoice(requests.FunctionName):
+    type: Literal["tool"]
+    disable_parallel_tool_use: bool | None = None
 
 
 class Metadata(requests.Model):
@@ -73,7 +70,7 @@ class CountRequest(given.Cacheable):
     messages: Annotated[list[given.AnthropicMessage], requests.SOME]
     system: given.Text | None = None
     tools: Annotated[list[given.Tool], Field(max_length=_MAX_TOOLS)] | None = None
-    tool_choice: ToolChoice | None = None
+    tool_choice: Annotated[ToolChoice | NamedChoice, BY_TYPE] | None = None
     thinking: ThinkingConfig | None = Field(None, description="its `type` switches reasoning")
     output_config: OutputConfig | None = Field(None, description="its `format` is a JSON schema")
     context_management: Annotated[Json | None, accepted("nothing is edited")] = None
@@ -87,7 +84,7 @@ class CountRequest(given.Cacheable):
     def chat(self) -> requests.Conversation:
         """A last message of the assistant's is the beginning of the answer.  Raises
         ``RefusedError``."""
-        choice = self.tool_choice.choice() if self.tool_choice is not None else None
+        choice = self.tool_choice and _CHOICES.get(self.tool_choice.type, self.tool_choice)
         is_single = self.tools and self.tool_choice and self.tool_choice.disable_parallel_tool_use
         offer = given.Offer(self.tools or [])
         messages = [message for turn in self.messages for message in turn.messages(offer)]

@@ -123,10 +123,9 @@ class Dialect:
         for message, results in turns:
             text = message.text + self.format.write(message.calls)
             if results:
-                outputs = "\n".join(
-                    formats.OUTPUT + result.text + formats.END_OUTPUT for result in results
-                )
-                text += self._tokenizer.eos_token + formats.OUTPUTS + outputs + formats.END_OUTPUTS
+                texts = [formats.OUTPUT + result.text + formats.END_OUTPUT for result in results]
+                outputs = formats.OUTPUTS + "\n".join(texts) + formats.END_OUTPUTS
+                text += self._tokenizer.eos_token + outputs
             if goes_on and message.role == "assistant":
                 written[-1]["content"] += text
             else:

@@ -39,8 +39,7 @@ class Options(openai.OpenAIRequest):
     num_predict: Annotated[int, Field(ge=-2), Whole] | None = None
 
 
-class CalledFunction(requests.Model):
-    name: Name
+class CalledFunction(requests.FunctionName):
     arguments: Json
     index: Annotated[int | None, accepted("the order is known")] = None
 

@@ -91,9 +91,8 @@ class OpenAIRequest(requests.LabelledRequest):
             raise RefusedError(f"give {given[0]} or {given[1]}, not both", given[1])
         if schema is not None or not given:
             return schema
-        outputs = self.structured_outputs or rules.StructuredOutputs.model_construct(
-            definition=self.json_schema, grammar=self.grammar
-        )
+        make = rules.StructuredOutputs.model_construct
+        outputs = self.structured_outputs or make(definition=self.json_schema, grammar=self.grammar)
         return outputs.wanted(given[0])
 
 

@@ -14,7 +14,7 @@ from slotmoe.jsonfile import Json
 from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.fields import BY_TYPE, Refused, accepted
-from slotmoe.tools.serve.requests import DESCRIBED, REPLAYED, Count, Label, TextOr, Word
+from slotmoe.tools.serve.requests import DESCRIBED, REPLAYED, Count, Label, TextOr, Word, said
 from slotmoe.tools.serve.rules import Schema, TextFormat, schema_of
 
 _SHOWN = accepted("reasoning is shown whole")
@@ -159,9 +159,7 @@ Included = Literal[
 class ResponsesRequest(requests.LabelledRequest):
     """``/v1/responses``."""
 
-    model: Label | None = Field(  # type: ignore[assignment]
-        None, description="the open model if not given"
-    )
+    model: Label | None = Field(None, description="the open one if null")  # type: ignore[assignment]
     input: TextOr[requests.Text, Items]
     instructions: requests.Text | None = None
     max_output_tokens: Count | None = None
@@ -206,8 +204,7 @@ class ResponsesRequest(requests.LabelledRequest):
     def options(self) -> requests.AnswerOptions:
         is_scored = self.top_logprobs is not None or _SCORES in (self.include or ())
         logprobs = (self.top_logprobs or 0) if is_scored else None
-        limit = self.max_output_tokens
-        return requests.AnswerOptions(self.sampling(), limit, logprobs=logprobs)
+        return requests.AnswerOptions(self.sampling(), self.max_output_tokens, logprobs=logprobs)
 
 
 def messages_of(items: Iterable[Item]) -> list[requests.ChatMessage]:
@@ -219,13 +216,12 @@ def messages_of(items: Iterable[Item]) -> list[requests.ChatMessage]:
             thoughts = "".join(part.text for part in item.content or ())
             continue
         if isinstance(item, FunctionOutput):
-            about: Json = {"tool_call_id": item.call_id, "name": item.name}
-            messages.append(requests.said("tool", item.output, **about))
+            messages.append(said("tool", item.output, tool_call_id=item.call_id, name=item.name))
         elif isinstance(item, InputMessage):
             role = "system" if item.role == "developer" else item.role
-            messages.append(requests.said(role, item.content))
+            messages.append(said(role, item.content))
         elif not messages or messages[-1].role != "assistant":
-            messages.append(requests.said("assistant", None))
+            messages.append(said("assistant", None))
         last = messages[-1]
         if isinstance(last, requests.AssistantMessage):
             if isinstance(item, FunctionCall):
