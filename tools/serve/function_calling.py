@@ -186,6 +186,5 @@ def _parsed(arguments: str) -> Json:
     """Of a call in a history, for a template that goes through them."""
     parsed = parse_arguments(arguments)
     if not isinstance(parsed, dict):
-        problem = f"arguments {arguments!r:.80} are no JSON object"
-        raise RefusedError(f"messages: {problem}", "messages")
+        raise RefusedError(f"messages: arguments {arguments!r:.80} are no JSON object", "messages")
     return parsed
