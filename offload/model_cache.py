@@ -12,13 +12,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
 from slotmoe import model
 from slotmoe.errors import ConfigError, ExportError
-from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.shared_files import read_note, take_lock
 
@@ -142,13 +141,10 @@ def listing(cache: Path) -> list[Cached]:
     sources, found = dict(_sources(cache)), []
     names = {path: name for name, path in library(cache).items()}
     for path in cache.iterdir():
-        finished = is_export(path)
-        if path.is_symlink() or not (finished or path.name.endswith(_UNFINISHED)):
-            continue
-        if path.is_dir():
+        finished, is_folder = is_export(path), path.is_dir() and not path.is_symlink()
+        if is_folder and (finished or path.name.endswith(_UNFINISHED)):
             plain = path.name if finished else path.name.rpartition(".")[0]
-            source = sources.get(plain) or _hub_id(plain)
-            used = path.stat().st_mtime
+            source, used = sources.get(plain) or _hub_id(plain), path.stat().st_mtime
             short = names.get(path, path.name)
             found.append(Cached(path.name, short, source, _bytes(path), used, finished))
     return sorted(found, key=lambda cached: -cached.used)
@@ -196,11 +192,6 @@ def remove(cache: Path, chosen: Sequence[Cached]) -> None:
                 note.unlink(missing_ok=True)
 
 
-def facts(cached: Cached) -> Json:
-    """The same for JSON."""
-    return asdict(cached) | {"used": timestamp(cached.used)}
-
-
 def timestamp(seconds: float) -> str:
     """Seconds since 1970 as ISO 8601 writes them."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
@@ -214,8 +205,7 @@ def _sources(cache: Path) -> list[tuple[str, str]]:
 
 
 def _hub_id(name: str) -> str | None:
-    """``owner/model`` of what ``slotmoe.offload.ingest.hub.hub_export`` calls
-    ``owner--model-COMMIT-VERSION``."""
+    """``owner/model`` of what ``hub_export`` calls ``owner--model-COMMIT-VERSION``."""
     owner, separator, rest = name.partition("--")
     model = rest.rsplit("-", 2)[0]
     return f"{owner}/{model}" if separator and model else None

@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     from slotmoe.offload.study.evaluate import Evaluation, Text, Window
 
 _TEXT_HELP = "UTF-8 text to score; repeatable."
-_REFERENCE_HELP = (
-    "Compare with this model: the unquantized checkpoint folder, 'sample', or an export."
-)
+_REFERENCE = "Compare with this model: the unquantized checkpoint folder, 'sample', or an export."
 _METHOD_HELP = (
     "strided scores every token once; llama.cpp the second half of each window, as its "
     "perplexity tool does."
@@ -43,7 +41,7 @@ _KERNELS_HELP = (
 @click.command(name="eval", cls=options.Command)
 @options.MODEL
 @option("--text texts", "FILE", _TEXT_HELP, type=options.EXISTING, multiple=True, required=True)
-@option("--reference", "SRC", _REFERENCE_HELP)
+@option("--reference", "SRC", _REFERENCE)
 @choice("--method", ["strided", "llama.cpp"], "strided", _METHOD_HELP)
 @integer("--window", "Positions that one pass reads. [default: --context]")
 @integer("--stride", "Tokens from one window's begin to the next one's. [default: --window - 1]")

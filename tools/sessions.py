@@ -89,15 +89,11 @@ def described(folder: Path) -> str:
 
 def session_facts(folder: Path) -> Json:
     """The same for JSON."""
-    shown = [
-        {
-            "name": session.name,
-            "kind": _kind(session),
-            "tokens": None if session.saved is None else len(session.saved.tokens),
-            "used": timestamp(session.used),
-        }
-        for session in sessions_in(folder)
-    ]
+    shown = []
+    for session in sessions_in(folder):
+        tokens = None if session.saved is None else len(session.saved.tokens)
+        facts = {"name": session.name, "kind": _kind(session), "tokens": tokens}
+        shown.append(facts | {"used": timestamp(session.used)})
     return {"folder": str(folder), "sessions": shown}
 
 
