@@ -279,13 +279,13 @@ class Step:
     them.
 
     ``rope_TC`` rotates a token's pairs, ``compressed_rope_TC`` does in layers with compressed rows,
-    where a position is an angle of so many ``compressed_C``,
-    and ``query_scale_T``, None for 1, multiplies its queries.  ``ids_T`` are the tokens, None where
-    no gate chooses by them.  ``layer`` is the next layer, with the residual stream ``h_TD`` before
-    it; several streams stand side by side.  Where ``x_TD`` is set, that layer lacks only its
-    feed-forward: ``x_TD`` is the input of that, ``routed_TD`` the weighted sum of its routed
-    experts, and ``mixed`` how the streams take it in.  ``lists_TL``, int32, are the rows that the
-    last indexer has chosen for each token, best known in ascending order, -1 behind the last.
+    where a position is an angle of so many ``compressed_C``, and ``query_scale_T``, None for 1,
+    multiplies its queries.  ``ids_T`` are the tokens, None where no gate chooses by them.
+    ``layer`` is the next layer, with the residual stream ``h_TD`` before it; several streams stand
+    side by side.  Where ``x_TD`` is set, that layer lacks only its feed-forward: ``x_TD`` is the
+    input of that, ``routed_TD`` the weighted sum of its routed experts, and ``mixed`` how the
+    streams take it in.  ``lists_TL``, int32, are the rows that the last indexer has chosen for each
+    token, best known in ascending order, -1 behind the last.
     """
 
     h_TD: Tensor

@@ -371,8 +371,7 @@ def _windows(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """The windows to train on, in random order, and those of the last 5% of each text."""
     width = min(_WINDOW, config.max_position_embeddings)
-    training: list[list[int]] = []
-    held_back: list[list[int]] = []
+    training, held_back = list[list[int]](), list[list[int]]()
     for ids in read_tokens(texts, tokenizer):
         end = len(ids) - len(ids) // 20
         training += split(ids[:end], tokenizer, width)
