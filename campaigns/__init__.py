@@ -81,6 +81,12 @@ CAMPAIGNS = (
         "all pass (2026-11-28)",
     ),
     Gate(
+        "templates",
+        "Chat templates of some hundred models write conversations, beside transformers.",
+        "no character differs, and the same are refused",
+        "178 templates, 2,136 conversations, no difference (2026-11-28)",
+    ),
+    Gate(
         "many-machines",
         "Ray Serve and LiteLLM in front of two replicas, of which one is killed in an answer.",
         "sessions stick, and go on at the other, computing nothing again; queues add replicas",

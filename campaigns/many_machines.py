@@ -179,13 +179,13 @@ def ray(place, programs, environment):
 def sticks(front):
     """What a session's second request needs is in its replica's memory, not on the disk; and there
     are sessions on each replica."""
-    sessions = [f"session-number-{number}" for number in range(8)]
+    sessions = [f"session-number-{number}" for number in range(10)]
 
     def restored():
         return [one["sessions"]["restored_tokens"] for one in front.stats(sessions)]
 
-    for session in sessions:
-        messages = [{**USER, "content": f"{session}: {TEXT}"}]
+    for number, session in enumerate(sessions):  # of lengths whose sums are never the same
+        messages = [{**USER, "content": f"{session}: {TEXT}{'and ' * 2**number}"}]
         front.cached(session, messages)
         before = restored()
         length, cached = front.cached(session, messages)

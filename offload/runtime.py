@@ -85,8 +85,7 @@ class Runtime:
         arriving: Progress = ignore,
         notify: Notify = ignore,
     ) -> "Runtime":
-        """Open an export, a checkpoint folder or hub id (quantized once into the cache folder) or
-        ``sample``.
+        """Open an export, or a checkpoint folder, hub id or ``sample``, quantized once.
 
         ``ram`` and ``vram`` are budgets in bytes or like ``"8GiB"``; None takes what is free.
         ``context`` is the number of positions of the latent cache, None min(4096, the model's
@@ -96,9 +95,9 @@ class Runtime:
         ``kernels`` are as for ``slotmoe.quant.backends.pick_backend``.  There are ``sequences``
         latent caches, and ``logits_rows`` rows of logits alive at once.  ``misses`` says what
         computes an expert without a slot on a GPU: ``fetch``, the GPU; ``cpu``; ``hybrid``, both;
-        ``auto``, what bandwidths advise.  ``experts_dirs`` are copies of ``experts`` on other
-        drives.  ``draft`` and ``route_budget``: docs/drafts.md, docs/routing.md.  ``revision`` is
-        of a hub id.  The others are as in ``cached_export``, ``arriving`` is of a download.
+        ``auto``, what bandwidths advise.  ``experts_dirs`` are copies of ``experts`` elsewhere.
+        ``draft`` and ``route_budget``: docs/drafts.md, docs/routing.md.  ``revision`` is of a hub
+        id, ``arriving`` of a download.  The others are as in ``cached_export``.
 
         Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
         """
@@ -114,11 +113,10 @@ class Runtime:
         check = partial(check_options, options, chosen)
         told = {"arriving": arriving, "progress": progress or ignore, "notify": notify}
         folder = resolve_model(path, revision, ready=check, **told)
-        is_export = (folder / MANIFEST).is_file()
+        if (is_export := (folder / MANIFEST).is_file()) and not quantize:
+            raise ConfigError(f"{folder}: is an export, already quantized; {needs}")
         if quantize and not is_export:
             folder = cached_export(folder, cache_folder(), progress, reading, notify, check)
-        elif not quantize and is_export:
-            raise ConfigError(f"{folder}: is an export, already quantized; {needs}")
         return cls(open_model(folder, options, chosen, reason))
 
     def logits(self, token_ids: list[int]) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -77,11 +78,18 @@ def command(
       slotmoe eval lite-nf4 --text a.txt --text b.txt --reference lite-bf16 --ram 12GiB --json
       slotmoe eval lite-export --text wiki.test.raw --method llama.cpp --window 512
     """
+    from slotmoe.offload.devices.cuda import choose_device
+    from slotmoe.offload.engine.loading import check_options
     from slotmoe.offload.model_source import resolve_model
+    from slotmoe.offload.options import Options
     from slotmoe.offload.study.evaluate import Evaluation, read_texts, windows_of
 
     method, stride = given["method"], given["stride"]
-    folder = resolve_model(model, given["revision"])
+    asked = {name: given[name] for name in ("ram", "vram", "slots", "experts_dirs")}
+    asked |= options.runtime_arguments(given)
+    device, _ = choose_device(asked.pop("device"))
+    ready = partial(check_options, Options(**asked), device)
+    folder = resolve_model(model, given["revision"], ready=ready)
     window = given["context"] = _window(folder, given["window"], given["context"])
     read = read_texts(texts, folder, None if reference is None else resolve_model(reference))
     windows = [windows_of(text, method, window, stride) for text in read]

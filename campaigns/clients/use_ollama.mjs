@@ -18,11 +18,12 @@ async function text(stream, body) {
 
 await run({
   "text whole and streamed": both((stream) => text(stream)),
-  "tools whole and streamed": both((stream) => {
+  "tools whole and streamed": both(async (stream) => {
     const call = { function: { name: "weather", arguments: { city: cities[0] } } };
     const called = { role: "assistant", content: "", tool_calls: [call] };
     const told = { role: "tool", tool_name: "weather", content: weather(call.function.arguments) };
-    return text(stream, { messages: [...messages, called, told], tools });
+    await text(stream, { messages: [...messages, called, told], tools });
+    return told.content;
   }),
   "structured whole and streamed": both(async (stream) => {
     const { city } = JSON.parse(await text(stream, { format: parameters }));

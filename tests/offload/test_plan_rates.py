@@ -43,6 +43,7 @@ def test_prefill_is_products_over_cores():
     assert attention == attention_products(LITE, 256)
     flat = FAST.updated("given", int8_small=FAST.int8_products)
     core = (int8 + speed.STREAM_PRODUCTS * 27 * 2048) / FAST.int8_products
+    coded *= 1 + speed.DECODED_ROWS * 64 / (6 * 512)  # each expert is decoded once
     core += coded / FAST.coded_products + attention / FAST.attention_products
     between = speed.TOKEN_SECONDS + 27 * speed.LAYER_SECONDS
     for threads in (1, 8, 64):
@@ -210,8 +211,8 @@ def test_every_constant_is_named(plan):
         out = " ".join(plan("v2-lite", "--ram", "12GiB", *options)[1].split())
         assert all(name in out for name in report["constants"])
         assert "G int8 products" in out and "(assumed for " in out
-    names = "STREAM_PRODUCTS TOKEN_SECONDS LAYER_SECONDS MISS_SECONDS GPU_SHARE HEAD_RIGHT"
-    names += " GPU_LAUNCHES GPU_LAUNCH_SECONDS GPU_MISS_SECONDS"
+    names = "STREAM_PRODUCTS DECODED_ROWS TOKEN_SECONDS LAYER_SECONDS MISS_SECONDS GPU_SHARE"
+    names += " HEAD_RIGHT GPU_LAUNCHES GPU_LAUNCH_SECONDS GPU_MISS_SECONDS"
     found = [speed.constants(FAST, gpu, True) for gpu in (False, True)]
     values = {value for named in found for value in named.values()}
     assert values == {FAST.share, *(getattr(speed, name) for name in names.split())}
