@@ -67,8 +67,7 @@ def check_types(values: Mapping[str, object], types: Mapping[str, Any]) -> None:
 
 def _is_of(value: object, kind: type) -> bool:
     if kind in (int, float):
-        number = Integral if kind is int else Real
-        return isinstance(value, number) and not isinstance(value, bool)
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
     if kind in (tuple, Sequence):
         return isinstance(value, Sequence) and not isinstance(value, str | bytes)
     return isinstance(value, kind)

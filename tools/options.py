@@ -183,7 +183,6 @@ _EXPERTS_DIR = (
     "A copy of the export's experts folder on another drive, from which reads come too; may be "
     "repeated."
 )
-_THREADS = "CPU threads. [default: the physical cores that it may use]"
 _SLOTS = "Keep at most N experts in memory. [default: all that fit the budget]"
 _NO_PREFETCH = "Read experts only when a gate has asked for them, never ahead."
 _DRAFT = (
@@ -210,7 +209,7 @@ _PLANNED = (
     option("--ram", "SIZE", "RAM for the whole process, like 8GiB. [default: 90% of what is free]"),
     option("--vram", "SIZE", "GPU memory budget, like 20GiB. [default: 90% of what is free]"),
     integer("--context", "Positions of the KV cache. [default: 4096, or the model's limit]"),
-    integer("--threads", _THREADS, cls=Rare),
+    integer("--threads", "CPU threads. [default: the physical cores that it may use]", cls=Rare),
     integer("--slots", _SLOTS, cls=Rare),
     choice("--misses", MODES, "auto", _MISSES, cls=Rare),
     option("--experts-dir experts_dirs", "DIR", _EXPERTS_DIR, multiple=True, cls=Rare),

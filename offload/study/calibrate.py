@@ -309,10 +309,9 @@ def calibrate(
 
     ram = _ram_left(config, [*groups, held_back])
     context = max(len(window) for window in [*training, *held_back])
-    generator = torch.Generator().manual_seed(seed)
     with Runtime.open(folder, ram=ram, context=context, threads=threads) as runtime:
         steps = epochs * sum(math.ceil(_count(group) / _BATCH) for group in groups)
-        net = _Net(config, steps, generator, runtime.device)
+        net = _Net(config, steps, torch.Generator().manual_seed(seed), runtime.device)
         uses = torch.zeros(L * E)
         for group in groups:
             samples = record(runtime, group, reading)

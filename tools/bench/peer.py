@@ -15,9 +15,6 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.bench import turns
 from slotmoe.tools.options import count, flag, option
 
-_DRIVER = "The program made of scripts/peer.cpp, as docs/benchmarks.md says."
-_BUSY = "Beside both a process that never rests takes half of one core."
-
 
 class _Peer:
     """The driver's process, which waits for its next line in between."""
@@ -57,7 +54,7 @@ def _spin() -> None:
 @turns.repetitions(7)
 @turns.THREADS
 @option("--ram", "SIZE", "RAM budget.")
-@flag("--busy", _BUSY)
+@flag("--busy", "Beside both a process that never rests takes half of one core.")
 def peer(
     export: str,
     driver: Path,
@@ -69,7 +66,8 @@ def peer(
     busy: bool,
     **given: Any,
 ) -> None:
-    """Prefill or decode EXPORT, and GGUF by ik_llama.cpp's DRIVER (docs/benchmarks.md), in turn."""
+    """Prefill or decode EXPORT, and GGUF by ik_llama.cpp's DRIVER, in turn.  DRIVER is made of
+    scripts/peer.cpp, as docs/benchmarks.md says."""
     if bool(prompt_tokens) == bool(decode_tokens):
         raise ConfigError("give --prompt-tokens or --decode-tokens")
     tokens, what = (prompt_tokens, "prefill") if prompt_tokens else (decode_tokens, "decode")

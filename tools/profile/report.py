@@ -17,9 +17,8 @@ from slotmoe.tools.options import require_extra, say
 from slotmoe.tools.run import drafted
 from slotmoe.tools.tables import table
 
-CHARTS = (
-    "memory-ram memory-vram time-decode time-prefill tokens expert-use layers bytes predicted"
-).split()
+_BY_KIND = "memory-ram memory-vram time-decode time-prefill"
+CHARTS = f"{_BY_KIND} tokens expert-use layers bytes predicted".split()
 _SCRATCH = ("runtime", "prefill scratch", "logits", "scratch and rest")
 _WEIGHTS = "attention,dense layers,embeddings,predictor,residual streams,router,shared experts"
 _TOGETHER = dict.fromkeys(_SCRATCH, "runtime and scratch")
@@ -55,8 +54,8 @@ def _html(report: Json, images: dict[str, tuple[str, bytes]], rows: list[Json]) 
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"size": format_size, "base64": lambda d: base64.b64encode(d).decode()}
-    template = environment.get_template("report.html")
-    return template.render(**report, images=images, compared=rows)
+    page = environment.get_template("report.html")
+    return page.render(**report, images=images, compared=rows)
 
 
 def compared(report: Json) -> list[Json]:
