@@ -4,9 +4,10 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
+from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -26,14 +27,8 @@ from slotmoe.tools.settings import HELP_ALL
 if TYPE_CHECKING:
     from slotmoe.offload.runtime import Runtime
 
-F = TypeVar("F", bound=Callable[..., object])
+Decorator = Callable[[Any], Any]  # adds an option to a command's function
 MAX_PROMPT_BYTES = 32 << 20  # of a file or stdin; 163,840 tokens of English are less than 1 MB
-
-
-class Decorator(Protocol):
-    """Adds an option to a command's function."""
-
-    def __call__(self, function: F, /) -> F: ...
 
 
 def option(names: str, metavar: str | None, help: str, **rest: Any) -> Decorator:
@@ -44,9 +39,9 @@ def option(names: str, metavar: str | None, help: str, **rest: Any) -> Decorator
 
 
 def _check_value(ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
-    """Refuse a size, or a new file in no folder."""
+    """Refuse what is no device, no size, or a new file in no folder."""
     if isinstance(value, str):
-        parse_size(value)
+        (device_index if parameter.name == "device" else parse_size)(value)
     if isinstance(value, Path) and not value.parent.is_dir():
         raise click.BadParameter(f"{value}: its folder is not there")
     return value
@@ -128,12 +123,7 @@ NEW_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 def _adding(*options: Decorator) -> Decorator:
-    def add(function: F) -> F:
-        for decorate in reversed(options):
-            function = decorate(function)
-        return function
-
-    return add
+    return lambda function: reduce(lambda it, add: add(it), reversed(options), function)
 
 
 _RESIDENT = (
@@ -197,12 +187,7 @@ _BUDGET = (
 )
 
 
-def _check_device(ctx: click.Context, parameter: click.Parameter, device: str) -> str:
-    device_index(device)
-    return device
-
-
-_NAMED = {"callback": _check_device, "shell_complete": completing(lambda: ("auto", "cpu", "cuda"))}
+_NAMED = {"callback": _check_value, "shell_complete": completing(lambda: ("auto", "cpu", "cuda"))}
 _PLANNED = (
     REVISION,
     option("--device", "auto|cpu|cuda|cuda:N", _DEVICE, default="auto", **_NAMED),

@@ -250,13 +250,11 @@ class _Net:
         """As the file holds them."""
         tensors = {"popularity": popularity, SWAP_PRICES: prices}
         for name, value in self.tensors.items():
-            value = value.detach().cpu()
+            tensors[name] = value = value.detach().cpu()
             if name.endswith(".weight"):
                 q, scale = int8.quantize(value.flatten(0, -2))
                 tensors[name] = q.view(value.shape)
                 tensors[name + ".scale"] = scale.view(value.shape[:-1])
-            else:
-                tensors[name] = value
         return {name: tensors[name] for name in self.parts}
 
 
