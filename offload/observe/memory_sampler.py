@@ -86,8 +86,7 @@ class MemorySampler:
             now = memory_in_use(self._model)
         components = {}
         for tier, (used, known) in now.items():
-            runtime = {"runtime": min(used, self.baseline)} if tier == "ram" else {}
-            parts = runtime | known
+            parts = ({"runtime": min(used, self.baseline)} if tier == "ram" else {}) | known
             components[tier] = {**parts, "scratch and rest": max(0, used - sum(parts.values()))}
         total = {tier: used for tier, (used, _) in now.items()}
         sample = Sample(perf_counter() - self.origin, total, components)

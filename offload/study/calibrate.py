@@ -112,8 +112,7 @@ def record(
 ) -> Samples:
     """Read each window as a sequence of its own and record it; its first token, before which
     nothing was, is no sample.  ``advance(samples)`` is called after each."""
-    model = runtime.model
-    samples = Samples(runtime.config, _count(windows))
+    model, samples = runtime.model, Samples(runtime.config, _count(windows))
     done, skip = 0, 0
 
     def on_layer(route: Route) -> None:

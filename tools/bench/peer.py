@@ -61,7 +61,7 @@ def peer(
     """Prefill or decode EXPORT, and GGUF by ik_llama.cpp's DRIVER, in turn.  DRIVER is made of
     scripts/peer.cpp, as docs/benchmarks.md says."""
     names = ("prompt_tokens", "decode_tokens", "depth")
-    prompt, decode, depth = (given.pop(name) for name in names)
+    prompt, decode, depth = (int(given.pop(name)) for name in names)
     if bool(prompt) == bool(decode):
         raise ConfigError("give --prompt-tokens or --decode-tokens")
     tokens, what = (prompt, "prefill") if prompt else (decode, "decode")

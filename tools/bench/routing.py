@@ -60,11 +60,7 @@ class _Way:
 @option("-o --output", "CHART.png", "Draw bytes against KL divergence.", type=NEW_FILE)
 @turns.THREADS
 def routing(
-    export: str,
-    texts: tuple[Path, ...],
-    budgets: Sequence[float],
-    output: Path | None,
-    **given: Any,
+    export: str, texts: Sequence[Path], budgets: Sequence[float], output: Path | None, **given: Any
 ) -> None:
     """For each TEXT and route budget, bytes read a token and the KL divergence from the text
     without a budget; and of generated text how much repeats."""

@@ -118,8 +118,7 @@ def _memory(axes: Axes, report: Json, tier: str) -> str:
     begins = {step["kind"]: step["began"] for step in reversed(report["steps"])}
     for kind, began in begins.items():  # a line where each phase begins
         axes.axvline(began, color="black", linestyle=":", linewidth=1)
-        at_top = axes.get_xaxis_transform()
-        axes.text(began, 1, f" {kind}", transform=at_top, va="top", fontsize=9)
+        axes.text(began, 1, f" {kind}", transform=axes.get_xaxis_transform(), va="top", fontsize=9)
     _legend(axes)
     most, allowed = (format_size(report[name][tier]) for name in ("peak", "budget"))
     return f"Memory ({tier}) by component over time: peak {most}, budget {allowed}"

@@ -17,8 +17,9 @@ from slotmoe.tools.options import require_extra, say
 from slotmoe.tools.run import drafted
 from slotmoe.tools.tables import table
 
-_BY_KIND = "memory-ram memory-vram time-decode time-prefill"
-CHARTS = f"{_BY_KIND} tokens expert-use layers bytes predicted".split()
+CHARTS = (
+    "memory-ram memory-vram time-decode time-prefill tokens expert-use layers bytes predicted"
+).split()
 _SCRATCH = ("runtime", "prefill scratch", "logits", "scratch and rest")
 _WEIGHTS = "attention,dense layers,embeddings,predictor,residual streams,router,shared experts"
 _TOGETHER = dict.fromkeys(_SCRATCH, "runtime and scratch")
