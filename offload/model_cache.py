@@ -108,8 +108,7 @@ def short_name(export: Path) -> str:
 
 
 def library(cache: Path | None = None) -> dict[str, Path]:
-    """The exports in the cache folder by short name, or, where several have the same, by their
-    folders'."""
+    """The exports in the cache folder by short name, or by the folders' where several have it."""
     with suppress(ConfigError, OSError):
         folders = [*filter(is_export, sorted((cache or cache_folder()).iterdir()))]
         shorts = Counter(map(short_name, folders))
@@ -170,8 +169,7 @@ def find(cache: Path, wanted: Sequence[str]) -> list[Cached]:
 
 
 def remove(cache: Path, chosen: Sequence[Cached]) -> None:
-    """Remove these.  Raises ``ExportError``, and removes nothing, if another process is writing one
-    of them."""
+    """Remove these.  Raises ``ExportError``, and removes nothing, if another process writes one."""
     with ExitStack() as locks:
         for cached in chosen:
             path = cache / cached.name
@@ -198,8 +196,7 @@ def timestamp(seconds: float) -> str:
 
 
 def _sources(cache: Path) -> list[tuple[str, str]]:
-    """The noted folders, each behind the name of its export; folders of the same content share
-    one."""
+    """The noted folders, each behind its export's name; folders of the same content share one."""
     values = map(read_note, sorted(cache.glob("*.source.json")))
     return [(str(about.get("export")), str(about.get("source"))) for about in values]
 

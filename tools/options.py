@@ -151,8 +151,7 @@ KEEP_MTP = flag("--keep-mtp", _KEEP_MTP)
 
 
 def expert_codecs(given: Json) -> ExpertCodecs | None:
-    """What ``codec_options`` say, removed from ``given``; None if they say nothing.  Raises
-    ``ConfigError``."""
+    """What ``codec_options`` say, removed from ``given``, if anything.  Raises ``ConfigError``."""
     codec, bits = given.pop("codec"), given.pop("bits")
     if codec is None and bits is None:
         return None

@@ -1,5 +1,4 @@
-"""What commands do with sessions on disk: open the one that the options name, list them, remove
-some."""
+"""What commands do with sessions on disk: open the one that the options name, and list them."""
 
 import time
 from collections.abc import Callable, Iterator

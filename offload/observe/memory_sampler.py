@@ -31,8 +31,7 @@ def memory_in_use(model: LoadedModel) -> dict[str, tuple[int, dict[str, int]]]:
 
 @dataclass(frozen=True)
 class Sample:
-    """Memory at one moment: seconds since the start, bytes in use by tier, and of them by tier and
-    component."""
+    """Memory at one moment: seconds since the start, bytes in use by tier, and by component too."""
 
     seconds: float
     total: dict[str, int]

@@ -76,8 +76,7 @@ class Profiler(Timer):
         self._began = self._last = perf_counter()
 
     def mark(self, stage: str, now: float | None = None) -> None:
-        """The time since the last mark, until now or that moment of ``perf_counter``, went into
-        ``stage``."""
+        """The time since the last mark, until ``now`` of ``perf_counter``, went into ``stage``."""
         if self._synchronize is not None:
             self._synchronize()
         now = perf_counter() if now is None else now
@@ -97,8 +96,7 @@ class Profiler(Timer):
             self.passes[-1].tokens += 1
 
     def between_steps(self) -> None:
-        """What has passed since the last step's end was its sampling; call it after the last step
-        too."""
+        """What has passed since the last step's end was its sampling; call it at the end too."""
         if self.passes and self.passes[-1].seconds is self._seconds:
             self.mark("sampling")
 
@@ -111,8 +109,7 @@ class Profiler(Timer):
         self.coming[route.row] += route.coming
 
     def seconds(self, kind: str) -> dict[str, float]:
-        """Seconds by stage over all steps of ``kind``, the stages that took any time, in the order
-        of ``STAGES``."""
+        """Seconds by stage over all steps of ``kind``, of the stages that took any, in order."""
         steps = [step.seconds.copy() for step in list(self.passes) if step.kind == kind]
         sums = {stage: sum(step.get(stage, 0.0) for step in steps) for stage in STAGES}
         return {stage: spent for stage, spent in sums.items() if spent > 0}

@@ -234,8 +234,7 @@ class Evaluation:
             del self._worst[self.keep :]
 
     def report(self) -> Json:
-        """All texts together, then ``files`` one by one and, with a reference, ``worst_tokens``,
-        the worst first."""
+        """All texts together, ``files`` one by one and, with a reference, ``worst_tokens``."""
         total, compared = Totals(), self.reference is not None
         files = []
         for path, totals in self.files.items():

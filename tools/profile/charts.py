@@ -42,8 +42,7 @@ _RATES = (
     ("right, of the guesses", ORANGE, "s--", "right", ("guessed",)),
     ("used, of what was read ahead", RED, "D:", "used", ("used", "wasted")),
 )
-"""Of each line by layer: label, colour, style, the count that it shows, and those that make up the
-whole."""
+"""Of each line by layer: label, colour, style, the count that it shows, and those of the whole."""
 Fill = Callable[[Axes], str]
 
 
