@@ -91,9 +91,8 @@ class HyperConnections:
 
 
 def kinds_of(of: type) -> dict[str, Kind]:
-    hints = get_type_hints(of, include_extras=True)
-    annotated = {key: hint for key, hint in hints.items() if get_origin(hint) is Annotated}
-    return {key: hint.__metadata__[0] for key, hint in annotated.items()}
+    hints = get_type_hints(of, include_extras=True).items()
+    return {key: hint.__metadata__[0] for key, hint in hints if get_origin(hint) is Annotated}
 
 
 _ROPE, _COMPRESSED = kinds_of(Rope), kinds_of(Compressed)
@@ -223,11 +222,10 @@ def in_hub_words(given: Json) -> Json:
             raise ValueError("mlp_layer_types has a hash_moe layer behind a moe one, expected none")
         _set(values, "num_hash_layers", count)
     if given.get("rope_parameters") is not None:
-        check(given, {"rope_parameters": {"main": {}, "compress": {}}})
-        main, compress = (given["rope_parameters"][name] for name in ("main", "compress"))
-        check(main, {"rope_type": one_of("default")}, "rope_parameters.main")
-        for name, rope in (("main", main), ("compress", compress)):
-            check(rope, {"rope_theta": POSITIVE}, f"rope_parameters.{name}")
+        theta = {"rope_theta": POSITIVE}
+        kinds = {"main": {"rope_type": one_of("default"), **theta}, "compress": theta}
+        check(given, {"rope_parameters": kinds})
+        main, compress = (given["rope_parameters"][name] for name in kinds)
         values |= {"rope_scaling": compress, "rope_theta": main["rope_theta"]}
         values["compress_rope_theta"] = compress["rope_theta"]
     if given.get("qk_rope_head_dim") is None:

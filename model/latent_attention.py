@@ -14,7 +14,7 @@ from typing import Generic, TypeVar, cast
 import torch
 from torch import Tensor
 
-from slotmoe.border import Backend, Geometry, Indexer, Mla, Step
+from slotmoe.border import Backend, Geometry, Indexer, Listed, Mla, Step
 from slotmoe.model.state import LatentCache
 
 W = TypeVar("W")
@@ -133,7 +133,7 @@ class LatentAttention(Generic[W]):
         lists name, [T, H, R]."""
         R, scale = self._geometry.R, self._geometry.softmax_scale
         if lists_TL is not None:
-            return self._backend.attend(q_THW, rows_SX, None, lists_TL, R, scale, None)
+            return self._backend.attend(q_THW, Listed(rows_SX, None, lists_TL), R, scale)
         o_THR = self._backend.mla(q_THW, rows_SX, R, scale)
         if o_THR is not None:
             return o_THR

@@ -46,9 +46,7 @@ class MtpHead(Generic[W]):
         both = names.MTP_PARTS | names.V4_MTP_PARTS
         stored = {field: layer_tensor(layer, part.name) for field, part in both.items()}
         parts = {field: weights[name] for field, name in stored.items() if name in weights}
-        self._projections = [
-            parts[name] for name in ("eh_proj", "e_proj", "h_proj") if name in parts
-        ]
+        self._projections = [parts[key] for key in ("eh_proj", "e_proj", "h_proj") if key in parts]
         self._enorm, self._hnorm = as_tensor(parts["enorm"]), as_tensor(parts["hnorm"])
         self.config = main.config.alone(layer)
         prefix, first = (layer_tensor(index, "").removesuffix(".weight") for index in (layer, 0))

@@ -186,11 +186,9 @@ class Network(Generic[W]):
     @torch.inference_mode()
     def collapse(self, h_TD: Tensor) -> Tensor:
         """The residual stream, float32 [T, D], or what the head makes of several."""
-        if self._mixing is None:
+        if self._mixing is None or self._geometry.hyper is None:
             return h_TD
-        assert self._geometry.hyper is not None
-        given = self._mixing, self._geometry.hyper, self.config.rms_norm_eps
-        return self.backend.collapse(h_TD, *given)
+        return self.backend.collapse(h_TD, self._mixing, self._geometry.hyper)
 
     def head_each(self, h_TD: Tensor) -> Tensor:
         """``head``, each row bitwise what it gives alone.  A tied head is row-major, and torch's

@@ -380,12 +380,9 @@ def new_state(config: Config, context: int, row: Row, empty: Empty) -> SequenceS
     return kind(config, context, row, empty)
 
 
-def _fill(
-    rows_LSX: Tensor, widths: tuple[int, int], store: Store, generator: torch.Generator
-) -> None:
+def _fill(rows_LSX: Tensor, widths: tuple[int, int], store: Store, source: torch.Generator) -> None:
     """Store random rows."""
-    random_SW = torch.randn(rows_LSX.shape[1], sum(widths), generator=generator)
-    random_SW = random_SW.to(rows_LSX.device)
+    random_SW = torch.randn(rows_LSX.shape[1], sum(widths), generator=source).to(rows_LSX.device)
     for rows_SX in rows_LSX:
         store(random_SW, widths[0], rows_SX)
 

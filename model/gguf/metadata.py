@@ -167,6 +167,5 @@ def _rope(found: _Metadata) -> Json:
     multiplier = found.get("rope.scaling.yarn_log_multiplier", _REAL)
     mscale = float(Decimal(str(multiplier)) * 10)
     yarn = {key: found.get(f"rope.scaling.{name}", *kind) for key, (name, *kind) in _YARN.items()}
-    return rope | {
-        "rope_scaling": {"type": "yarn", **yarn, "mscale": mscale, "mscale_all_dim": mscale}
-    }
+    scaling = {"type": "yarn", **yarn, "mscale": mscale, "mscale_all_dim": mscale}
+    return rope | {"rope_scaling": scaling}

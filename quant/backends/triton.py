@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from slotmoe.border import Geometry, HyperGeometry, Layer, Mixed, Mixing, Mla, Router
+from slotmoe.border import Geometry, HyperGeometry, Layer, Listed, Mixed, Mixing, Mla, Mlp, Router
 from slotmoe.quant.backends import triton_rows
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend, first_best
 from slotmoe.quant.backends.graphs import Capturing, CudaGraphs
@@ -66,13 +66,11 @@ class TritonBackend(TorchBackend):
         )
         return y_TN
 
-    def mlp(
-        self, x_TD: Tensor, gate_proj: Prepared, up_proj: Prepared, down_proj: Prepared
-    ) -> Tensor:
-        gate, up = operand(gate_proj), operand(up_proj)
-        T, (N, K) = len(x_TD), gate_proj.shape
+    def mlp(self, x_TD: Tensor, weights: Mlp[Prepared]) -> Tensor:
+        gate, up, down_proj = *map(operand, (weights.gate_proj, weights.up_proj)), weights.down_proj
+        T, (N, K) = len(x_TD), weights.gate_proj.shape
         if gate.kind != up.kind or (gate.kind == triton_rows.DENSE and T != 1):
-            return super().mlp(x_TD, gate_proj, up_proj, down_proj)
+            return super().mlp(x_TD, weights)
         x_TD = x_TD.contiguous()
         if T == 1:
             h_1N = torch.empty(1, N, device=x_TD.device)
@@ -122,9 +120,7 @@ class TritonBackend(TorchBackend):
         if T > _FEW or rows_SW.dtype != torch.float16:
             return None
         splits, (S, P) = mla.SPLITS.value, (len(rows_SW), W - R)
-        part, best, total = (
-            torch.empty(T, H, splits, width, device=q_THW.device) for width in (R, 1, 1)
-        )
+        part, best, total = (torch.empty(T, H, splits, n, device=q_THW.device) for n in (R, 1, 1))
         y_THR = torch.empty(T, H, R, device=q_THW.device)
         mla.attend[(splits, triton.cdiv(H, 16), T)](
             q_THW.contiguous(), rows_SW, None, 0, S, scale, part, best, total, T, H, R, P,
@@ -133,16 +129,8 @@ class TritonBackend(TorchBackend):
         mla.combine[(H, T)](part, best, total, S, y_THR, T, H, R, LATENT=power(R))
         return y_THR
 
-    def attend(
-        self,
-        q_THW: Tensor,
-        rows_SX: Tensor,
-        more_SX: Tensor | None,
-        lists_TL: Tensor,
-        R: int,
-        scale: float,
-        sinks_H: Tensor | None,
-    ) -> Tensor:
+    def attend(self, q_THW: Tensor, listed: Listed, R: int, scale: float) -> Tensor:
+        rows_SX, more_SX, lists_TL, sinks_H = listed
         (T, H, W), L, device = q_THW.shape, lists_TL.shape[1], q_THW.device
         parts = 1 if T > _FEW else triton.cdiv(L, lists.SHARE.value)
         y_THR, blocks = torch.empty(T, H, R, device=device), triton.cdiv(H, 16)
@@ -179,9 +167,8 @@ class TritonBackend(TorchBackend):
             parts.append(first_best(scores_BS, k))
         return torch.cat(parts)
 
-    def compress(
-        self, kv_BSY: Tensor, gate_BSY: Tensor, bias_SY: Tensor, norm_Y: Tensor, eps: float
-    ) -> Tensor:
+    def compress(self, both_BS2Y: Tensor, bias_SY: Tensor, norm_Y: Tensor, eps: float) -> Tensor:
+        kv_BSY, gate_BSY = both_BS2Y.unbind(2)
         (B, S, Y), block = kv_BSY.shape, 32
         assert kv_BSY.stride(2) == gate_BSY.stride(2) == 1
         y_BY = torch.empty(B, Y, device=kv_BSY.device)
@@ -193,22 +180,16 @@ class TritonBackend(TorchBackend):
 
     # Residual streams.
 
-    def mix(
-        self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float
-    ) -> tuple[Tensor, Mixed]:
-        T, Q = len(h_TD), hyper.Q
-        post_TQ = torch.empty(T, Q, device=h_TD.device)
-        mixed = Mixed(post_TQ, torch.empty(T, Q, Q, device=h_TD.device))
-        return self._mix(h_TD, mixing, hyper, eps, mixed), mixed
+    def mix(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry) -> tuple[Tensor, Mixed]:
+        T, Q, device = len(h_TD), hyper.Q, h_TD.device
+        mixed = Mixed(torch.empty(T, Q, device=device), torch.empty(T, Q, Q, device=device))
+        return self.collapse(h_TD, mixing, hyper, mixed), mixed
 
-    def collapse(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float) -> Tensor:
-        return self._mix(h_TD, mixing, hyper, eps, None)
-
-    def _mix(
-        self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float, mixed: Mixed | None
+    def collapse(
+        self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, mixed: Mixed | None = None
     ) -> Tensor:
-        """What is read of the streams; how they take in what that gives, into ``mixed``."""
-        (T, K), (Q, iterations, small) = h_TD.shape, hyper
+        """Also how the streams take in what a block gives, into ``mixed``."""
+        (T, K), (Q, iterations, small, eps) = h_TD.shape, hyper
         D, N, device = K // Q, len(mixing.base), h_TD.device
         slices, blocks = triton.cdiv(K, streams.SLICE.value), triton.cdiv(T, streams.TOKENS.value)
         if len(self._finished) < blocks:

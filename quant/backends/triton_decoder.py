@@ -46,9 +46,11 @@ class Workspace:
     graph that begins behind one of them ends in the other.
     """
 
-    def __init__(self, device: torch.device, hidden: int, geometry: Geometry):
+    def __init__(self, norm_D: Tensor, geometry: Geometry, swiglu_limit: float):
         (H, _, P, R, V), router = geometry[:5], geometry.router
-        self._device = device
+        self.geometry, self.swiglu_limit = geometry, swiglu_limit
+        self._device, hidden = norm_D.device, len(norm_D)
+        device = norm_D.device
         self.embedded_1D, self.h_1D = self.empty(1, hidden), self.empty(1, hidden)
         self.places = [Place(self.empty(1, hidden), self.empty(1, hidden)) for _ in range(2)]
         self.rope_1C = torch.empty(1, P // 2, dtype=torch.complex64, device=device)
@@ -103,10 +105,8 @@ class TritonDecoder:
         swiglu_limit: float,
     ):
         """The sum of the routed experts comes in ``sum_1D``."""
-        norm = layers[0].input_layernorm
-        self._workspace = Workspace(norm.device, len(norm), geometry)
-        given = self._workspace, geometry, swiglu_limit
-        self._layers = [_Layer(*given, layer) for layer in layers]
+        self._workspace = Workspace(layers[0].input_layernorm, geometry, swiglu_limit)
+        self._layers = [_Layer(self._workspace, layer) for layer in layers]
         self._sum_1D, self._capturing = sum_1D, graph
         # By the first layer, whether all are in it, and the bytes of a layer in the latent cache:
         # one serves all such caches.  It keeps the addresses of all that it has touched.
@@ -174,11 +174,8 @@ class TritonDecoder:
 class _Layer:
     """A layer's weights bound to the workspace."""
 
-    def __init__(
-        self, workspace: Workspace, geometry: Geometry, swiglu_limit: float, layer: Layer[Prepared]
-    ):
-        self._workspace, self._layer, self._geometry = workspace, layer, geometry
-        self._swiglu_limit = swiglu_limit
+    def __init__(self, workspace: Workspace, layer: Layer[Prepared]):
+        self._workspace, self._layer, self._geometry = workspace, layer, workspace.geometry
         assert isinstance(layer.attention, Mla)
         self._attention = layer.attention
         self._shared = None if layer.mlp is None else Shared.of(layer.mlp)
@@ -222,12 +219,12 @@ class _Layer:
         if routed is None:
             assert mlp is not None and shared is not None
             act = workspace.scratch("act", shared.width)
-            launch.row_gate_up(place.x_1D, shared.gate, shared.up, act, self._swiglu_limit)
+            launch.row_gate_up(place.x_1D, shared.gate, shared.up, act, workspace.swiglu_limit)
             return launch.row(act, mlp.down_proj, workspace.h_1D, add=place.h_1D)
         if shared is None and routed.slots_E is None:
             return torch.add(place.h_1D, routed.y_1KD[0], out=workspace.h_1D)
         ending = Ending(workspace.finished, weights_1K, place.h_1D, workspace.h_1D)
-        launch.experts(routed, shared, ending, self._swiglu_limit)
+        launch.experts(routed, shared, ending, workspace.swiglu_limit)
         return workspace.h_1D
 
     def _attend(self, q: Tensor, latent: Tensor, layer_at: int) -> None:

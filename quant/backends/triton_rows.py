@@ -83,9 +83,8 @@ class Shared(NamedTuple):
 
     @classmethod
     def of(cls, mlp: Mlp[Prepared]) -> "Shared":
-        return cls(
-            mlp.gate_proj.shape[0], *map(operand, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        )
+        weights = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        return cls(mlp.gate_proj.shape[0], *map(operand, weights))
 
 
 _NO_SHARED = Shared(0, *[Operand(rows.NONE.value, None, None, None)] * 3)

@@ -3,6 +3,7 @@
 import math
 import mmap
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-class Export:
+class Export(AbstractContextManager["Export"]):
     """An open export.  Reads are thread-safe; close it or use it as a context manager.  ``folders``
     hold the experts' files: the export's own first, then copies."""
 
@@ -204,9 +205,6 @@ class Export:
     def close(self) -> None:
         for folder in self.folders:
             folder.close()
-
-    def __enter__(self) -> "Export":
-        return self
 
     def __exit__(self, *problem: object) -> None:
         self.close()

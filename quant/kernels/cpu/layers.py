@@ -158,10 +158,9 @@ def _compressor(
 def _hyper(mixing: Mixing | None, geometry: Geometry, hidden: int) -> Bound | None:
     if mixing is None or geometry.hyper is None:
         return None
-    Q, iterations, eps = geometry.hyper
+    Q, iterations, small, eps = geometry.hyper
     sizes = {"L": (2 + Q) * Q, "J": Q * hidden}
-    parts = mixing.fn, mixing.base, mixing.scale
-    return _HYPER.bind(sizes, *parts, Q, iterations, geometry.eps, eps)
+    return _HYPER.bind(sizes, mixing.fn, mixing.base, mixing.scale, Q, iterations, eps, small)
 
 
 class Decoder(Bound):

@@ -152,7 +152,7 @@ def router_values(router: Router) -> tuple[float, ...]:
 
 
 def bind_router(router: Router) -> Bound:
-    return _ROUTER.bind({}, *router_values(router))
+    return _ROUTER.bind({"K": router.top_k}, *router_values(router))
 
 
 class Absorbed(Bound):

@@ -121,8 +121,7 @@ def _coded_step(codes_ptr, scales_ptr, tile, at, lane, blocks, KIND: tl.constexp
 
 @triton.jit
 def _coded_rows(
-    x_ptr, g_ptr, codes_ptr, scales_ptr, levels_ptr, tile, K,
-    KIND: tl.constexpr, NORM: tl.constexpr, BLOCKS: tl.constexpr,
+    x_ptr, g_ptr, codes_ptr, scales_ptr, levels_ptr, tile, K, KIND: tl.constexpr, NORM: tl.constexpr
 ):  # fmt: skip
     """One tile of 16 rows: their products with x (times g), and the sum of x's squares if NORM."""
     blocks = (K + 63) // 64
@@ -192,9 +191,7 @@ def _rows(
     if (KIND == INT8) | (KIND == DENSE):
         y, squares = _plain_rows(x_ptr, g_ptr, w_ptr, scale_ptr, tile, N, K, KIND, NORM, COLUMNS)
     else:
-        y, squares = _coded_rows(
-            x_ptr, g_ptr, w_ptr, scale_ptr, levels_ptr, tile, K, KIND, NORM, BLOCKS
-        )
+        y, squares = _coded_rows(x_ptr, g_ptr, w_ptr, scale_ptr, levels_ptr, tile, K, KIND, NORM)
     return y, squares
 
 
@@ -213,10 +210,9 @@ def linear(
         n = tile * 16 + tl.arange(0, 16)
         valid = n < N
     else:
-        y, squares = _rows(
-            x_ptr, g_ptr, w2_ptr, scale2_ptr, levels2_ptr, tile - tiles, N2, K, KIND2, NORM
-        )
-        n = (tile - tiles) * 16 + tl.arange(0, 16)
+        tile -= tiles
+        y, squares = _rows(x_ptr, g_ptr, w2_ptr, scale2_ptr, levels2_ptr, tile, N2, K, KIND2, NORM)
+        n = tile * 16 + tl.arange(0, 16)
         valid = n < N2
         n += N
     if NORM:

@@ -52,9 +52,8 @@ def _weights(w_ptr, scale_ptr, levels_ptr, n, start, N, K, KIND: tl.constexpr, B
         w = tl.reshape(w, [BN, 64])
     else:
         k = start + tl.arange(0, 64)
-        w = tl.load(
-            w_ptr + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0
-        ).to(tl.float32)
+        inside = (n < N)[:, None] & (k < K)[None, :]
+        w = tl.load(w_ptr + n[:, None] * K + k[None, :], mask=inside, other=0).to(tl.float32)
     return w
 
 
