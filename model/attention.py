@@ -1,5 +1,4 @@
-"""What ``config.json`` says of a model's attention and its residual streams, however its publisher
-spells that."""
+"""A model's attention and residual streams as ``config.json`` says, in any publisher's words."""
 
 import math
 from collections.abc import Mapping
@@ -206,8 +205,7 @@ def floats(values: Json, kinds: Mapping[str, Kind]) -> Json:
 
 def in_hub_words(given: Json) -> Json:
     """The ``config.json`` of a DeepSeek-V4 in the words of DeepSeek's own files, if it is in those
-    of transformers 5, with what latent attention would say.  Raises ``ValueError``, which names
-    the key."""
+    of transformers 5, with what latent attention would say.  ``ValueError`` names the key."""
     check(given, {"head_dim": integer(1, 1 << 16), "num_hidden_layers": integer(1, 1000)})
     values, layers, width = dict(given), given["num_hidden_layers"], given["head_dim"]
     if given.get("layer_types") is not None:
@@ -246,8 +244,7 @@ def _set(values: Json, key: str, value: object) -> None:
 
 def _full_indexers(values: Json) -> tuple[bool, ...]:
     """Which layers have an indexer of their own, by the first of ``indexer_types``,
-    ``index_topk_pattern`` and ``index_topk_freq`` that is there; else all.  Raises ``ValueError``,
-    which names the key."""
+    ``index_topk_pattern`` and ``index_topk_freq`` that is there; else all.  ``ValueError``."""
     layers: int = values["num_hidden_layers"]
     for key, words in (("indexer_types", ("full", "shared")), ("index_topk_pattern", ("F", "S"))):
         if (given := values.get(key)) is None:

@@ -151,8 +151,7 @@ def lists(
 ) -> Tensor:
     """The rows that each token sees, in order, int32 [T, L], -1 behind the last: those of the
     window, of ``held`` rows from position ``first`` on, then compressed rows, which stand behind
-    them: the first ``counts`` of them, or those among ``entries``, int32 [T, topk], that are not
-    -1."""
+    them: the first ``counts``, or those among ``entries``, int32 [T, topk], that are not -1."""
     device = positions_T.device
     seen_T = (positions_T + 1).clamp(max=window)
     if entries_TL is not None:

@@ -145,8 +145,7 @@ class Config:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     def ratio(self, layer: int) -> int:
-        """How many positions ``layer`` compresses to one; 0 for none, as in the head that predicts
-        one token more."""
+        """How many positions ``layer`` compresses to one; 0: none, as in the ``mtp`` head."""
         ratios = () if self.compressed is None else self.compressed.ratios
         return ratios[layer] if layer < len(ratios) else 0
 

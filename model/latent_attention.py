@@ -104,8 +104,7 @@ class LatentAttention(Generic[W]):
         self, step: Step, weights: Indexer[W], x_TD: Tensor, low_TQ: Tensor, keys: list[Tensor]
     ) -> Tensor | None:
         """Store the tokens' index keys at the end of each sequence's ``keys``, and choose the
-        positions that each token attends to, [T, L]; None where all sequences are short enough to
-        attend to all."""
+        positions that each token attends to, [T, L]; None where each attends to all."""
         geometry, backend, P = self._geometry.indexer, self._backend, self._geometry.P
         assert geometry is not None
         J, A, topk, halves = geometry

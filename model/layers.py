@@ -141,8 +141,7 @@ class LayerByLayer(Generic[W]):
         step.timer.mark("shared experts and dense layers")
 
     def _input(self, step: Step, mixing: Mixing | None) -> tuple[Tensor, Mixed | None]:
-        """What a block of the layer reads of the residual stream, or of several, and how they take
-        in what it gives."""
+        """What a block reads of the residual streams, and how they take in what it gives."""
         if mixing is None:
             return step.h_TD, None
         assert self._geometry.hyper is not None

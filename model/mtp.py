@@ -36,8 +36,7 @@ _PIECE = 512  # rows whose doubly wide input is in memory at once
 
 
 class MtpHead(Generic[W]):
-    """The head of ``main`` over ``weights`` by checkpoint name: a network of one layer, whose input
-    is not an embedding."""
+    """The head of ``main`` over ``weights`` by checkpoint name: a network of one layer."""
 
     def __init__(
         self, main: Network[W], weights: Mapping[str, W], experts: Experts, step_tokens: int

@@ -220,8 +220,7 @@ def part_of(name: str) -> Part:
 
 
 def text_layer(name: str, config: Config) -> int | None:
-    """The layer of a tensor, None also in the head that predicts one token more: a text goes
-    through the others."""
+    """The layer of a tensor if texts go through it: None for the head that predicts one more."""
     layer, _ = split_name(name)
     return None if layer == config.num_hidden_layers else layer
 

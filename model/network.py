@@ -47,8 +47,7 @@ def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
 
 
 class Positions:
-    """Makes steps: what a token's position makes of it in each kind of layer.  Tables are on the
-    device of ``where``."""
+    """Makes steps: what positions make of tokens in each kind of layer, on ``where``'s device."""
 
     def __init__(self, config: Config, where: Tensor):
         def frequencies(rope: Rope) -> Tensor:

@@ -190,8 +190,7 @@ def small_files(folder: Path) -> ReadFile:
 
 
 def tensor_shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor that ``config`` asks for; one by one, since a hostile one asks
-    for far too many."""
+    """Name and shape of every tensor of ``config``, one by one: a hostile one has far too many."""
     yield from names.resident_shapes(config).items()
     for layer in config.moe_layers:
         for projection, shape in names.expert_shapes(config).items():

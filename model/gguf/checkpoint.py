@@ -70,8 +70,7 @@ class HeadsTensor(TensorInfo):
 def open_checkpoint(path: Path, keep_mtp: bool = False) -> Checkpoint:
     """The checkpoint folder ``path``, see ``Checkpoint.open``, or the GGUF file, the first where
     there are several: every tensor of its metadata is there with the right shape.  Raises
-    ``CheckpointError`` or ``ConfigError``, also where the ``gguf`` package is needed and
-    missing."""
+    ``CheckpointError`` or ``ConfigError``, also where the ``gguf`` package is missing."""
     if not is_gguf(path):
         return Checkpoint.open(path, keep_mtp)
     if keep_mtp:

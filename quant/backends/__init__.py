@@ -20,8 +20,7 @@ _TRITON_CAPABILITY = 8, 0
 def pick_backend(
     device: torch.device, choice: str = "auto", swiglu_limit: float = 0.0
 ) -> TorchBackend:
-    """The ops for ``device``: Triton kernels on CUDA, native ones on a CPU where they were built,
-    else torch.
+    """The ops for ``device``: Triton on CUDA, native on a CPU where kernels were built, else torch.
 
     ``choice`` is ``auto``, ``torch``, the plain reference, or ``triton``, which a CPU runs only
     under Triton's interpreter. ``swiglu_limit`` as for ``TorchBackend``; its ``run_on``

@@ -160,8 +160,7 @@ class TorchBackend:
         return torch.stack(outs, dim=1)
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
-        """Root-mean-square norm over the last dimension, float32 [T, D]; without a weight, each
-        value counts as it is."""
+        """RMS norm over the last dimension, float32 [T, D], times the weight if there is one."""
         return F.rms_norm(x_TD, x_TD.shape[-1:], weight_D, eps)
 
     def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
@@ -220,8 +219,7 @@ class TorchBackend:
 
     def mla(self, q_THW: Tensor, rows_SX: Tensor, R: int, scale: float) -> Tensor | None:
         """Causal attention of the last T of S positions over the cached rows, float32 [T, H, R];
-        None without a kernel: rows are then plain [S, W], and the network's own blockwise attention
-        serves."""
+        None without a kernel: rows are then plain [S, W], and the network attends by blocks."""
         return None
 
     def attend(self, q_THW: Tensor, listed: Listed, R: int, scale: float) -> Tensor:
@@ -322,8 +320,7 @@ class TorchBackend:
     def experts(
         self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
     ) -> None:
-        """Each token through those of its experts that have a slot: their unweighted outputs, into
-        ``y`` (float32 [T, K, D]).
+        """Each token's experts that have a slot: outputs, unweighted, in ``y`` (float32 [T, K, D]).
 
         ``slots``, int32 [E], says which of ``records`` each expert of the layer is in.  Where it is
         -1 the outputs are left as they are, so experts may come in several calls; a call takes all

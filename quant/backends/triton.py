@@ -38,8 +38,7 @@ _SCORED = 512  # keys that a program of many tokens scores
 
 
 class TritonBackend(TorchBackend):
-    """See the module.  ``graph`` captures the graphs of a decode step; with None its kernels are
-    launched one by one."""
+    """``graph`` captures the graphs of a decode step; with None its kernels are launched singly."""
 
     kind = "triton"
 
@@ -215,8 +214,7 @@ class TritonBackend(TorchBackend):
         self, geometry: Geometry, layers: Sequence[Layer[Prepared]]
     ) -> TritonDecoder | None:
         """From now on ``experts`` launches for one token the kernels that the decoder launches for
-        these layers, whose shared experts are of one kind.  None where they are no MLA to all
-        positions."""
+        these layers, whose shared experts are of one kind.  None but for MLA to all positions."""
         for layer in layers:
             if not isinstance(layer.attention, Mla) or layer.attention.indexer is not None:
                 return None
@@ -268,8 +266,7 @@ class TritonBackend(TorchBackend):
         )  # fmt: skip
 
     def sum_1D(self, D: int, device: torch.device) -> Tensor:
-        """Where ``weighted_sum`` leaves the sum of one token, so that graphs find it there; it
-        lasts until the next."""
+        """Where ``weighted_sum`` leaves one token's sum until the next, so that graphs find it."""
         if D not in self._sums:
             self._sums[D] = torch.empty(1, D, device=device)
         return self._sums[D]

@@ -31,8 +31,7 @@ from slotmoe.quant.kernels.triton import mla
 
 
 class Place(NamedTuple):
-    """What is between a layer's attention and its feed-forward: ``h + attention(norm(h))``, and the
-    norm of that."""
+    """Between attention and feed-forward: ``h + attention(norm(h))``, and the norm of that."""
 
     h_1D: Tensor
     x_1D: Tensor
@@ -75,8 +74,7 @@ class Workspace:
         return self._scratch[name, width]
 
     def begin(self, rope_1C: Tensor, query_scale_1: Tensor | None, cache: Cache) -> None:
-        """A step at the end of ``cache``, float16, begins.  Values change by kernels, never by
-        copies from the host."""
+        """A step at the end of ``cache``, float16, begins.  Values change by kernels alone."""
         if query_scale_1 is not None:
             self.query_scale_1.copy_(query_scale_1)
         layers_LSW = cache.layers
@@ -213,8 +211,7 @@ class _Layer:
         return launch.gate(*given, logits_1E, finished)
 
     def end(self, place: Place, routed: Routed | None, weights_1K: Tensor) -> Tensor:
-        """``h + (experts + mlp(x))``, the ``routed`` experts by their weights; None in a dense
-        layer."""
+        """``h + (experts + mlp(x))``, ``routed`` by their weights; None in a dense layer."""
         workspace, mlp, shared = self._workspace, self._layer.mlp, self._shared
         if routed is None:
             assert mlp is not None and shared is not None

@@ -65,8 +65,7 @@ class Part:
         return self.dtype.itemsize * math.prod(self.shape)
 
     def span(self, start: int = 0) -> tuple[int, int]:
-        """Its first byte and the one after its last, where the record or the data is at
-        ``start``."""
+        """Its first byte and the one after its last, of a record or data at ``start``."""
         return start + self.offset, start + self.offset + self.nbytes
 
     def describe(self) -> Json:

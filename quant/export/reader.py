@@ -72,8 +72,7 @@ class Export(AbstractContextManager["Export"]):
     @classmethod
     def open(cls, path: str | Path, experts_dirs: Sequence[Path] = ()) -> "Export":
         """Open the export in folder ``path``, and ``experts_dirs``, copies of its ``experts`` on
-        other drives.  Raises ``ExportError`` naming a file that is damaged or does not belong
-        there."""
+        other drives.  ``ExportError`` names a file that is damaged or foreign."""
         folder = Path(path)
         manifest = validate.read_manifest(folder)
         validate.refuse_unlisted(folder, manifest)
@@ -130,8 +129,7 @@ class Export(AbstractContextManager["Export"]):
     def read_range(
         self, layer: int, expert: int, start: int, out: memoryview, folder: int = 0
     ) -> None:
-        """Fill ``out`` from byte ``start`` of a record on, unverified, from one of ``folders``.
-        Raises ``ExportError``."""
+        """Fill ``out`` from byte ``start`` of a record on, unverified.  Raises ``ExportError``."""
         name = layer_file(layer)
         offset = self.manifest["files"][name]["header_bytes"] + start
         offset += expert * self.layout.record_bytes

@@ -1,5 +1,4 @@
-"""Files of an export, written under a temporary name and renamed when they are whole and
-durable."""
+"""Files of an export, written under a temporary name and renamed when whole and durable."""
 
 import fcntl
 import json

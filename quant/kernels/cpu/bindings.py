@@ -63,8 +63,7 @@ class Decoded(NamedTuple):
 
 class Kernels:
     """The native kernels.  Methods allocate their results, may be called from several threads (jobs
-    queue), release the GIL while they run, and raise ValueError for bad arguments before anything
-    is read."""
+    queue), release the GIL while they run, and raise ValueError for bad arguments first."""
 
     def __init__(self, path: Path) -> None:
         self._lib = ctypes.CDLL(str(path))  # what it returns is an int, unless said otherwise
@@ -182,8 +181,8 @@ class Kernels:
     def mla(self, q: Tensor, cache: Tensor, context: int, latent: int, scale: float) -> Tensor:
         """Causal attention of the last T of `context` tokens over the latent cache: q float32 [T,
         A, R + P], R = `latent`, rows of `store_latents` -> float32 [T, A, R] = softmax(scale * q
-        rows^T) rows[:, :R].  Rows past `context` are not read.  Each token's result is bitwise that
-        of a call of its own."""
+        rows^T) rows[:, :R].  Rows past `context` are not read.  A token gives bitwise what it gives
+        alone."""
         assert len(q) <= context <= len(cache)
         p = q.shape[-1] - latent
         values = q, *latent_rows(cache, latent, p), scale
@@ -259,8 +258,7 @@ class Kernels:
 
     def quantize_nf4(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """[N, K] bfloat16, float16 or float32 -> codes uint8, absmax float16 as tiles16.
-        ValueError when the source holds NaN or infinity, or a block's absmax does not fit
-        float16."""
+        ValueError for NaN, infinity, or a block's absmax beyond float16."""
         levels = torch.tensor(NF4.levels)
         codes, absmax = self._functions["quantize_nf4"].results(source, levels)
         return codes, absmax
@@ -285,6 +283,5 @@ def load() -> Kernels | None:
 
 
 def latent_rows(cache: Tensor, r: int, p: int) -> tuple[int, int]:
-    """Of a latent cache, uint8 [capacity, latent_bytes(R, P)]: its address, and the bytes from one
-    row to the next."""
+    """Address of a cache, uint8 [capacity, latent_bytes(R, P)], and bytes from row to row."""
     return cache.data_ptr(), layer_rows([cache[None]], 1, latent_bytes(r, p))[1]

@@ -82,8 +82,7 @@ def mla_layer(
     geometry: Geometry, layer: Layer[Prepared], sizes: dict[str, int], keys: int = 0, topk: int = 0
 ) -> Bound:
     """The weights of one layer up to its router.  Its indexer, if it has one, is the model's
-    `keys`-th; `topk`, unless 0, is how many rows it attends to.  Raises `ValueError` where they do
-    not fit `sizes`."""
+    `keys`-th; `topk`, unless 0, is how many rows it attends to.  Raises `ValueError`."""
     mla, own = layer.attention, None
     assert isinstance(mla, Mla) and isinstance(mla.kv_b_proj, Absorbed)
     mla.kv_b_proj.agree({"A": geometry.H, "N": geometry.N, "R": geometry.R, "V": geometry.V})
@@ -165,8 +164,7 @@ def _hyper(mixing: Mixing | None, geometry: Geometry, hidden: int) -> Bound | No
 
 class Decoder(Bound):
     """All layers of a model for one token of each sequence, each with its `mlps`, that of shared
-    experts or a dense one; at least one layer has a router.  Raises `ValueError` where the layers
-    do not fit together."""
+    experts or a dense one; at least one layer has a router.  Raises `ValueError`."""
 
     def __init__(
         self, geometry: Geometry, layers: Sequence[Layer[Prepared]], mlps: Sequence[Mlp | None]

@@ -159,8 +159,7 @@ tensor_spec = cache(TensorSpec)
 
 
 class Bound:
-    """What native calls take as one structure, and the sizes that it sets.  It points into
-    ``memory``."""
+    """A structure for native calls, which points into ``memory``, and the sizes that it sets."""
 
     def __init__(self, native: ctypes.Structure, sizes: dict[str, int], *memory: object):
         self.address, self.native, self.sizes = ctypes.addressof(native), native, sizes

@@ -1,5 +1,4 @@
-"""Triton kernels of attention to the rows that lists name, and of an indexer's scores
-(DeepSeek-V3.2 and V4).
+"""Triton kernels of attention to rows that lists name, and of indexers (DeepSeek-V3.2 and V4).
 
 A list is cut into parts of SHARE rows, whose sums are added up in order.  So a result depends on
 the token's own list alone, and is the same whether a program takes all parts or each has a program;

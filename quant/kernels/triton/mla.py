@@ -1,5 +1,4 @@
-"""Triton kernels of Multi-head Latent Attention in its absorbed form, for a few tokens over a long
-latent cache.
+"""Triton kernels of absorbed Multi-head Latent Attention, a few tokens over a long latent cache.
 
 The context is split over programs (flash decoding).  The split depends on the context's length
 alone, so a result does not change with anything else.  Keys and values are the fp16 latent rows

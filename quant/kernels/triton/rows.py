@@ -1,5 +1,4 @@
-"""Triton kernels for one token: products of weights with one row of activations, bound by the read
-of the weights.
+"""Triton kernels for one token: weights times one row of activations, bound by the weights' read.
 
 A program makes 16 rows of a product, in float32 throughout.  Weights are read once, as they are
 stored; a code becomes a number in a register.  ``slotmoe.quant.backends.triton_rows`` launches
@@ -201,8 +200,7 @@ def linear(
     r_ptr, y_ptr, K,
     KIND: tl.constexpr, KIND2: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """y [N + N2] = both weights times x [K], plus r if RESIDUAL.  With NORM x is normed with g
-    first."""
+    """y [N + N2] = both weights times x [K], normed with g first if NORM, plus r if RESIDUAL."""
     tile = tl.program_id(0)
     tiles = (N + 15) // 16
     if tile < tiles:

@@ -132,8 +132,7 @@ def gate_up(
 
 @triton.jit
 def _group_of(starts_ptr, tile, G, GROUPS: tl.constexpr, BM: tl.constexpr):
-    """Which group the ``tile``-th tile of BM rows belongs to (G: none), the tile's first row, and
-    the group's last row + 1."""
+    """The group of the ``tile``-th tile of BM rows (G: none), its first row, the group's end."""
     g = tl.arange(0, GROUPS)
     start = tl.load(starts_ptr + g, mask=g < G, other=0)
     size = tl.load(starts_ptr + 1 + g, mask=g < G, other=0) - start
