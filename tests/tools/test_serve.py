@@ -365,6 +365,22 @@ Service.check_model, Service.chat_text = lambda *_: print("came", file=sys.stder
         assert "Traceback" not in child.stderr.read()
 
 
+@pytest.mark.usefixtures("processes")
+def test_a_signal_refuses_requests_that_are_half_there(sample_export):
+    program = f"import slotmoe.tools.serve as serve\nserve._GRACE_SECONDS = 0.1\n{SLOW}"
+    child, port = start(sample_export, program=program)
+    with child, socket.create_connection(("127.0.0.1", port), timeout=30) as half:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        half.sendall(f"{head}Expect: 100-continue\r\nContent-Length: 99\r\n\r\n".encode())
+        assert half.recv(999).startswith(b"HTTP/1.1 100")  # it reads the body now
+        child.terminate()
+        answer = half.makefile("rb").read()
+        assert answer.startswith(b"HTTP/1.1 503") and b"\r\nretry-after: 5\r\n" in answer
+        assert b"the server is shutting down" in answer
+        assert child.wait() == 143
+        assert "Traceback" not in child.stderr.read()
+
+
 @pytest.mark.usefixtures("network")
 def test_wrong_use_is_told_before_anything_is_loaded(tmp_path):
     def run(*arguments):

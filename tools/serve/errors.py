@@ -36,6 +36,12 @@ class RefusedError(Exception):
         return self.message
 
 
+def shutting_down() -> RefusedError:
+    """Of a request that can't be answered any more; soon there may be a server again."""
+    headers = {"retry-after": "5"}
+    return RefusedError("the server is shutting down", status=503, headers=headers)
+
+
 def error_body(path: str, problem: RefusedError) -> Json:
     """``problem`` in the envelope of the API that ``path`` belongs to."""
     is_anthropic, status = f"{path}/".startswith(f"{ANTHROPIC_PATH}/"), problem.status

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from slotmoe.tools.serve.bodies import check
-from slotmoe.tools.serve.errors import OLLAMA_PATH, RefusedError, error_body
+from slotmoe.tools.serve.errors import OLLAMA_PATH, RefusedError, error_body, shutting_down
 
 BODY_SECONDS = 30.0  # in which a request's body has to arrive
 IDLE_SECONDS = 10.0  # after twice this time a connection on which nothing moves is closed
@@ -49,7 +49,8 @@ class Guard:
         max_body: int,
         origins: Iterable[str] = (),
     ):
-        self._app, self._max_body, self._origins = app, max_body, frozenset(origins)
+        self._app, self._max_body = app, max_body
+        self._origins = frozenset(origin.lower() for origin in origins)
         self._keys = [key.encode() for key in keys]
         self._owners = [hashlib.sha256(key).hexdigest() for key in self._keys]
         self._hosts = {"localhost", *(_name(host) for host in hosts)}
@@ -84,7 +85,7 @@ class Guard:
                 receive, is_read = _replay(body, receive), True
                 check(body)
         except RefusedError as problem:
-            if not is_read and problem.status not in (408, 413):
+            if not is_read and problem.status not in (408, 413, 503):
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._read(receive), DISCARD_SECONDS)
             fields = {} if is_read else {"connection": "close", **(problem.headers or {})}
@@ -143,6 +144,8 @@ class Guard:
         except asyncio.TimeoutError:
             problem = f"the body did not arrive within {BODY_SECONDS:.0f} seconds"
             raise RefusedError(problem, status=408) from None
+        except asyncio.CancelledError:
+            raise shutting_down() from None
         if len(body) > self._max_body:
             problem = f"the body is larger than {self._max_body} bytes; see --max-body"
             raise RefusedError(problem, status=413)

@@ -15,7 +15,7 @@ from slotmoe.model.generate import OWN_SETTINGS, Sampling
 from slotmoe.offload.engine.requests import Request as Job
 from slotmoe.offload.observe.memory_sampler import memory_in_use
 from slotmoe.offload.runtime import Runtime
-from slotmoe.tools.serve.errors import RefusedError
+from slotmoe.tools.serve.errors import RefusedError, shutting_down
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import Grammars
 from slotmoe.tools.serve.requests import Conversation
@@ -24,7 +24,6 @@ from slotmoe.tools.serve.rules import Schema
 
 _SHORTEN = "Shorten it, or start the server with --context"
 
-_RESTART_SECONDS = "5"  # after which a client may look for a server again
 T = TypeVar("T")
 _TOKENS = ("prompt_tokens", "reused_tokens", "answer_tokens")
 _HISTOGRAMS = {
@@ -68,10 +67,12 @@ class Service:
         )
         self.registry.register(self)
 
-    def check_model(self, model: str) -> None:
-        """Raises ``RefusedError`` unless ``model`` is a name of what this server serves; Ollama's
-        clients may add a tag."""
-        if {model, model.removesuffix(":latest"), "*"}.isdisjoint(self._names):
+    def check_model(self, model: str | None) -> None:
+        """Raises ``RefusedError`` unless ``model`` is a name of what this server serves, or none is
+        given; Ollama's clients may add a tag."""
+        if model is not None and {model, model.removesuffix(":latest"), "*"}.isdisjoint(
+            self._names
+        ):
             problem = f"the model {model!r:.80} is not here; this server has {self.name!r}"
             raise RefusedError(problem, "model", 404, "model_not_found")
 
@@ -152,8 +153,7 @@ class Service:
     def _check_open(self) -> None:
         """Raises ``RefusedError`` where no answer can be given any more."""
         if self._is_ending:
-            headers = {"retry-after": _RESTART_SECONDS}
-            raise RefusedError("the server is shutting down", status=503, headers=headers)
+            raise shutting_down()
         if not self.alive:
             raise RefusedError("the server is ending, since the model has failed", status=503)
 
