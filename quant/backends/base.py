@@ -122,10 +122,7 @@ class TorchBackend:
         ``empty(shape, dtype)``; ``role`` as in ``slotmoe.quant.shapes``.  N and V rows of an
         absorbed one are a ``head``'s."""
 
-        def copy(tensor: Tensor) -> Tensor:
-            return empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
-
-        return map_tensors(weight, copy)
+        return map_tensors(weight, lambda x: empty(tuple(x.shape), x.dtype).copy_(x))
 
     def read_bandwidth(self, memory: Tensor) -> float:
         """Bytes a second, median of 5, at which all threads read present ``memory``, uint8."""

@@ -48,8 +48,8 @@ class Workspace:
     def __init__(self, norm_D: Tensor, geometry: Geometry, swiglu_limit: float):
         (H, _, P, R, V), router = geometry[:5], geometry.router
         self.geometry, self.swiglu_limit = geometry, swiglu_limit
-        self._device, hidden = norm_D.device, len(norm_D)
-        device = norm_D.device
+        self._device = device = norm_D.device
+        hidden = len(norm_D)
         self.embedded_1D, self.h_1D = self.empty(1, hidden), self.empty(1, hidden)
         self.places = [Place(self.empty(1, hidden), self.empty(1, hidden)) for _ in range(2)]
         self.rope_1C = torch.empty(1, P // 2, dtype=torch.complex64, device=device)

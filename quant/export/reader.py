@@ -55,12 +55,9 @@ class Export(AbstractContextManager["Export"]):
         self.mtp_layer: int | None = manifest["experts"].get("mtp_layer")  # the last, if kept
         self._codecs = manifest_codecs(manifest)
         self._levels = {name: levels_of(codec) for name, codec in self._codecs.items()}
-        self._predictor = next(filter(is_predictor, manifest["files"]), None)
-        self._parts = {
-            name: tensor_parts(entry)
-            for name, entry in manifest["files"].items()
-            if name in (RESIDENT, self._predictor)
-        }
+        self._predictor = next(filter(is_predictor, files), None)
+        held = [name for name in files if name in (RESIDENT, self._predictor)]
+        self._parts = {name: tensor_parts(files[name]) for name in held}
         # Of all resident tensors, and of all the predictor's.
         self.resident_bytes, self.predictor_bytes = (
             sum(part.nbytes for part in self._parts.get(name, {}).values())
