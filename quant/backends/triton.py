@@ -234,17 +234,13 @@ class TritonBackend(TorchBackend):
     def experts(
         self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
     ) -> None:
-        given = x_TD.contiguous(), records, slots_E, indices_TK.contiguous(), y_TKD
+        """Of many tokens all uses of an expert together, on tensor cores in bfloat16.  Experts
+        without a slot are sorted too, so an output doesn't depend on which a call computes."""
+        x_TD, indices_TK = x_TD.contiguous(), indices_TK.contiguous()
         if len(x_TD) == 1:  # each use reads its expert's record, in float32
-            triton_rows.experts(triton_rows.Routed(*given), self._shared, None, self.swiglu_limit)
-        else:
-            self._experts_by_groups(*given)
-
-    def _experts_by_groups(
-        self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
-    ) -> None:
-        """All uses of an expert together, on tensor cores in bfloat16.  Experts without a slot are
-        sorted too, so an output doesn't depend on which experts a call computes."""
+            routed = triton_rows.Routed(x_TD, records, slots_E, indices_TK, y_TKD)
+            triton_rows.experts(routed, self._shared, None, self.swiglu_limit)
+            return
         layout, uses, K = records.layout, indices_TK.numel(), indices_TK.shape[1]
         D, width = layout.hidden_size, layout.moe_intermediate_size
         E, (in_levels, out_levels) = len(slots_E), records.levels
