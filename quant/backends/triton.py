@@ -66,21 +66,22 @@ class TritonBackend(TorchBackend):
         return y_TN
 
     def mlp(self, x_TD: Tensor, weights: Mlp[Prepared]) -> Tensor:
-        gate, up, down_proj = *map(operand, (weights.gate_proj, weights.up_proj)), weights.down_proj
+        gate, up = operand(weights.gate_proj), operand(weights.up_proj)
         T, (N, K) = len(x_TD), weights.gate_proj.shape
         if gate.kind != up.kind or (gate.kind == triton_rows.DENSE and T != 1):
             return super().mlp(x_TD, weights)
         x_TD = x_TD.contiguous()
         if T == 1:
             h_1N = torch.empty(1, N, device=x_TD.device)
-            return self.linear(row_gate_up(x_TD, gate, up, h_1N, self.swiglu_limit), down_proj)
+            row_gate_up(x_TD, gate, up, h_1N, self.swiglu_limit)
+            return self.linear(h_1N, weights.down_proj)
         h_TN = torch.empty(T, N, dtype=torch.bfloat16, device=x_TD.device)
         tile = self._tile(T)
         tiles.gate_up[(triton.cdiv(N, _BN), triton.cdiv(T, tile["BM"]))](
             x_TD, gate.data, gate.scale, up.data, up.scale, gate.levels, h_TN, T, N, K,
             KIND=gate.kind, LIMIT=self.swiglu_limit, **tile,
         )  # fmt: skip
-        return self.linear(h_TN, down_proj)
+        return self.linear(h_TN, weights.down_proj)
 
     def _tile(self, T: int) -> dict[str, int]:
         """Options of a kernel for ``T`` tokens."""

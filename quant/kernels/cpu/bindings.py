@@ -181,8 +181,7 @@ class Kernels:
     def mla(self, q: Tensor, cache: Tensor, context: int, latent: int, scale: float) -> Tensor:
         """Causal attention of the last T of `context` tokens over the latent cache: q float32 [T,
         A, R + P], R = `latent`, rows of `store_latents` -> float32 [T, A, R] = softmax(scale * q
-        rows^T) rows[:, :R].  Rows past `context` are not read.  A token gives bitwise what it gives
-        alone."""
+        rows^T) rows[:, :R].  Rows past `context` are not read.  A token gives these bits alone."""
         assert len(q) <= context <= len(cache)
         p = q.shape[-1] - latent
         values = q, *latent_rows(cache, latent, p), scale
