@@ -1,5 +1,4 @@
-"""``config.json`` of a model of one of the families (``slotmoe.model.families``), read once and
-frozen.
+"""``config.json`` of a model of one of ``slotmoe.model.families``, read once and frozen.
 
 Every key that shapes the network is required, so that a misspelt one is an error instead of a
 default.  Values that this network does not compute are refused by name.

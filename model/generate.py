@@ -56,8 +56,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose a token.  ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0
-    keep every token.
+    """``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 keep every token.
 
     ``repetition_penalty`` divides or multiplies the logits of what prompt and answer hold (arXiv
     1909.05858), 1 is off; ``presence_penalty`` and ``frequency_penalty`` are taken from those of
@@ -120,8 +119,7 @@ class Generation(NamedTuple):
 
 
 def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One id from float32 CPU logits: the likeliest at temperature 0, else one of ``candidates``,
-    by one random number."""
+    """One id by float32 CPU logits: the likeliest at temperature 0, else by one random number."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     ids, weights = candidates(logits_V, sampling)

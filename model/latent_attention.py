@@ -128,8 +128,7 @@ class LatentAttention(Generic[W]):
         return torch.cat(lists)
 
     def _over_latents(self, q_THW: Tensor, rows_SX: Tensor, lists_TL: Tensor | None) -> Tensor:
-        """Attention of one sequence's absorbed queries over its cached rows, or over those that the
-        lists name, [T, H, R]."""
+        """A sequence's absorbed queries over its cached rows, or those of lists: [T, H, R]."""
         R, scale = self._geometry.R, self._geometry.softmax_scale
         if lists_TL is not None:
             return self._backend.attend(q_THW, Listed(rows_SX, None, lists_TL), R, scale)
@@ -156,8 +155,7 @@ class LatentAttention(Generic[W]):
 
 
 def attend(q_THZ: Tensor, blocks: Iterator[tuple[Tensor, Tensor]], S: int, scale: float) -> Tensor:
-    """Causal attention of the last T of S positions, softmax accumulated block by block in float32
-    (arXiv 1805.02867).
+    """Causal attention of the last T of S positions, by blocks in float32 (arXiv 1805.02867).
 
     ``blocks`` yields keys [H or 1, B, Z] and values [H or 1, B, Y] in order of position; returns
     float32 [T, H, Y].

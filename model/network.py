@@ -29,8 +29,7 @@ _FEW = 15  # tokens that a decoder takes beside one of each sequence; more are a
 
 
 def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
-    """RoPE's angle per position, float32 [dim / 2], blended by YaRN's ramp (arXiv 2309.00071,
-    section 3.2)."""
+    """RoPE's angle per position, float32 [dim / 2], by YaRN's ramp (arXiv 2309.00071, 3.2)."""
     plain = 1.0 / rope.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if rope.factor == 1.0:
         return plain

@@ -1,5 +1,4 @@
-"""Shapes and bytes of quantized weights, without torch: what a plan needs to know before anything
-is downloaded."""
+"""Shapes and bytes of quantized weights, without torch: what a plan needs before a download."""
 
 import math
 

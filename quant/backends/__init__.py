@@ -37,8 +37,7 @@ def pick_backend(
 
 
 def _python_header() -> Path:
-    """What Triton's launchers include; a system's own Python has it in a package apart
-    (python3-dev)."""
+    """What Triton's launchers include; a system's Python has it in a package, python3-dev."""
     # Debian's default scheme names a folder that has no headers: Triton takes the other one too.
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     return Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"

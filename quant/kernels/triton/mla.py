@@ -119,8 +119,7 @@ def queries(
 @triton.jit
 def scaled_queries(q_ptr, at, valid, R, P, LATENT: tl.constexpr, ROPE: tl.constexpr):
     """Rows ``at`` of q [., R + P] where ``valid``, their first R and last P values, and what both
-    are to be multiplied by: they are scaled to at most 1 before they become fp16, so that no size
-    overflows."""
+    are to be multiplied by: they are scaled to at most 1, so that no size overflows fp16."""
     r, p = tl.arange(0, LATENT), tl.arange(0, ROPE)
     row_ptr = q_ptr + at[:, None] * (R + P)
     valid = valid[:, None]
