@@ -25,7 +25,7 @@ from slotmoe.offload.shared_files import read_note, take_lock
 SAMPLE = Path(model.__file__).parent / "sample"
 _MANIFEST = "slotmoe.json"  # as slotmoe.quant.export.layout has it, which imports torch
 _UNFINISHED = (".partial", ".download", ".replaced")
-_KEYED = re.compile(r"(?:[\w.-]+?--)?(.+?)(?:\.gguf)?-[0-9a-f]{12}(?:-\d+)?")
+_KEYED = re.compile(r"(?:[\w.-]+?--)?(.+?)(?:\.gguf)?-[0-9a-f]{12}(?:-\d+\w*)?")
 
 
 @dataclass(frozen=True)

@@ -35,17 +35,20 @@ _COMMANDS = {
     "doctor": "Say what this machine has, what is missing, and how to get it.",
 }
 _START = """\
-slotmoe runs DeepSeek-V2 models that are far larger than your GPU's memory, or your RAM.
+Run DeepSeek-V2 models that are far larger than your GPU's memory, or your RAM.
 
+\b
 Now, with the bundled sample model and without a download:
   slotmoe run sample "It is a truth universally acknowledged, that" --temperature 0.7
 
-Then a real model:
+\b
+Then a real model, from the hub or a folder in Hugging Face's format:
   slotmoe doctor                         what this machine has, and what is missing
   slotmoe plan v2-lite                   will it fit, and how fast will it be?
   slotmoe run deepseek-ai/DeepSeek-V2-Lite-Chat --chat "Why is the sky blue?"
-
-slotmoe --help lists all commands, slotmoe COMMAND --help has examples."""
+  slotmoe chat DeepSeek-V2-Lite-Chat
+"""  # click leaves lines as they are behind \b
+_MORE = "\nslotmoe --help lists all commands, slotmoe COMMAND --help has examples."
 
 
 class LazyGroup(click.Group):
@@ -85,26 +88,16 @@ if (width := get_terminal_size().columns) < 52:  # click would write 50 columns
     _SETTINGS["terminal_width"] = width
 
 
-@click.group("slotmoe", cls=LazyGroup, context_settings=_SETTINGS, invoke_without_command=True)
+@click.group(
+    "slotmoe", cls=LazyGroup, help=_START, context_settings=_SETTINGS, invoke_without_command=True
+)
 @click.version_option(__version__, "-V", "--version", prog_name="slotmoe")
 @click.option("--traceback", is_flag=True, help="Show where an internal error comes from.")
 @click.pass_context
 def cli(ctx: click.Context, traceback: bool) -> None:
-    """Run DeepSeek-V2 models that are far larger than your graphics card, or your RAM.
-
-    \b
-    Try it now, with the bundled sample model and no download:
-      slotmoe run sample "It is a truth universally acknowledged, that" --temperature 0.7
-
-    \b
-    Then with a real checkpoint, from the hub or a folder in Hugging Face's format:
-      slotmoe quantize deepseek-ai/DeepSeek-V2-Lite-Chat
-      slotmoe run lite --chat "Why is the sky blue?"
-      slotmoe chat lite
-    """
     ctx.ensure_object(dict)["traceback"] = traceback
     if ctx.invoked_subcommand is None:
-        click.echo(_START)
+        click.echo(_START.replace("\b\n", "") + _MORE)
     else:
         ctx.default_map = {ctx.invoked_subcommand: defaults(ctx)}
 
@@ -113,9 +106,8 @@ def main(arguments: list[str] | None = None, group: click.Group = cli) -> NoRetu
     """Run the command line; exit codes: 0 done, 1 the work failed, 2 bad usage or input, 130
     interrupted."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    hangup = getattr(signal, "SIGHUP", None)
-    if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:  # else nohup ignores it
-        signal.signal(hangup, lambda *_: sys.exit(129))
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # else nohup ignores it
+        signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
     _open_streams()
     state = dict[str, object]()
     try:

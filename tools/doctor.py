@@ -72,12 +72,12 @@ def command(measure: bool, experts_dirs: tuple[Path, ...], as_json: bool) -> int
     if as_json:
         report = {"version": __version__, "ok": is_well, "checks": list(map(asdict, checks))}
         print(json.dumps(report))
-        return int(not is_well)
-    width = max(len(check.name) for check in checks)
-    for check in checks:
-        print(f"{_MARKS[check.state]}  {check.name:{width}}  {visible(check.found)}")
-        if check.advice:
-            print(f"    {'':{width}}  -> {check.advice}")
+    else:
+        width = max(len(check.name) for check in checks)
+        for check in checks:
+            print(f"{_MARKS[check.state]}  {check.name:{width}}  {visible(check.found)}")
+            if check.advice:
+                print(f"    {'':{width}}  -> {check.advice}")
     return int(not is_well)
 
 
@@ -125,12 +125,12 @@ def _output(*command: str) -> str:
 
 def _kernels() -> Iterator[Check]:
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    again = "install slotmoe again: pip install --force-reinstall --no-deps ."
+    first = "" if compiler else "install a C++ compiler (as in: apt install g++), then "
+    problem = "not built: torch computes everything, up to 200 times slower"
+    missing = Check("kernels", "bad", problem, first + again)
     try:
         isa = machine.instruction_set()
-        again = "install slotmoe again: pip install --force-reinstall --no-deps ."
-        first = "" if compiler else "install a C++ compiler (as in: apt install g++), then "
-        problem = "not built: torch computes everything, up to 200 times slower"
-        missing = Check("kernels", "bad", problem, first + again)
         yield missing if isa is None else Check("kernels", "ok", f"native, {isa}")
     except ConfigError as failure:
         yield Check("kernels", "bad", str(failure), "unset SLOTMOE_INSTRUCTIONS")
@@ -158,17 +158,14 @@ def _gpu() -> Check:
 
 
 def _memory() -> Iterator[Check]:
-    total, free = machine.total_memory(), machine.available_memory()
-    is_limited = total < psutil.virtual_memory().total
-    limit = ", the limit of a memory cgroup" if is_limited else ""
-    found = f"{format_size(free)} free of {format_size(total)}{limit}{_stored('ram')}"
-    yield Check("RAM", "ok", found)
-    page, huge = os.sysconf("SC_PAGE_SIZE"), "unknown"
+    total, free = machine.total_memory(), format_size(machine.available_memory())
+    limit = ", the limit of a memory cgroup" if total < psutil.virtual_memory().total else ""
+    yield Check("RAM", "ok", f"{free} free of {format_size(total)}{limit}{_stored('ram')}")
+    huge, advice = "unknown", f"echo madvise > {_HUGE_PAGES}, as root"
     with suppress(OSError):
         huge = re.findall(r"\[(\w+)\]", _HUGE_PAGES.read_text())[0]
-    is_off, advice = huge == "never", f"echo madvise > {_HUGE_PAGES}, as root"
-    found = f"{page} bytes; transparent huge pages: {huge}"
-    yield Check("pages", "note" if is_off else "ok", found, advice if is_off else "")
+    found = f"{os.sysconf('SC_PAGE_SIZE')} bytes; transparent huge pages: {huge}"
+    yield Check("pages", *(("note", found, advice) if huge == "never" else ("ok", found)))
 
 
 def _libraries() -> Iterator[Check]:
@@ -178,8 +175,7 @@ def _libraries() -> Iterator[Check]:
         if match and match[2] in ("chat", "serve", "plots", "gguf"):
             extras.setdefault(match[2], []).append(match[1])
     for extra, libraries in extras.items():
-        missing = [name for name in libraries if not _is_installed(name)]
-        if missing:
+        if missing := [name for name in libraries if not _is_installed(name)]:
             found = f"not installed: {', '.join(missing)}"
             yield Check(extra, "note", found, f"pip install 'slotmoe[{extra}]'")
         else:
@@ -246,9 +242,8 @@ def _drive(folder: Path, measure: bool) -> Check:
         advice = "copy the files of an export's experts folder there"
         return Check("drive", "bad", f"{folder} has no layer-*.safetensors", advice)
     state, reads = _reads(files[0], measure)
-    return Check(
-        "drive", state, f"{len(files)} layers in {folder} on {_file_system(folder)}{reads}"
-    )
+    found = f"{len(files)} layers in {folder} on {_file_system(folder)}{reads}"
+    return Check("drive", state, found)
 
 
 def _file_system(folder: Path) -> str:

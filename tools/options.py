@@ -199,10 +199,7 @@ _BUDGET = (
 
 
 def _check_device(ctx: click.Context, parameter: click.Parameter, device: str) -> str:
-    try:
-        device_index(device)
-    except ConfigError as problem:
-        raise click.BadParameter(str(problem)) from None
+    device_index(device)
     return device
 
 
@@ -219,24 +216,21 @@ _PLANNED = (
     option("--experts-dir experts_dirs", "DIR", _EXPERTS_DIR, multiple=True, cls=Rare),
     flag("--no-prefetch", _NO_PREFETCH, cls=Rare),
 )
+# What ``slotmoe plan`` reckons with.
 plan_options = _adding(*_PLANNED, choice("--draft", ["off", "mtp"], "off", _MTP, cls=Rare))
-"""Adds what ``slotmoe plan`` reckons with."""
+# What ``open_runtime`` reads of any command; then what acts where tokens are decoded, and chosen.
 _POLICY = choice("--cache-policy", [*POLICIES], DEFAULT_POLICY, "Which experts stay.", cls=Rare)
 open_options = _adding(*_PLANNED, _POLICY)
-"""Adds the options that ``open_runtime`` reads of any command."""
 bench_options = _adding(open_options, option("--route-budget", "N", _BUDGET, type=float, cls=Rare))
-"""Adds the same, and what acts where tokens are decoded."""
 runtime_options = _adding(bench_options, choice("--draft", DRAFTS, "off", _DRAFT, cls=Rare))
-"""Adds the same, and what acts where they are chosen."""
 
 
 def runtime_arguments(given: Json) -> Json:
     """What ``Runtime.open`` takes of ``runtime_options`` for any model, without budgets."""
     names = ("device", "context", "threads", "cache_policy", "misses")
-    arguments = {name: given[name] for name in names}
-    arguments |= {"route_budget": given.get("route_budget") or 0.0}
-    arguments |= {"prefetch": not given["no_prefetch"], "kernels": given.get("kernels", "auto")}
-    return arguments
+    arguments = {"prefetch": not given["no_prefetch"], "kernels": given.get("kernels", "auto")}
+    arguments["route_budget"] = given.get("route_budget") or 0.0
+    return arguments | {name: given[name] for name in names}
 
 
 _GREEDY = "0 is greedy: always the likeliest token."
@@ -245,17 +239,15 @@ _LIKELIEST = "Sample from the likeliest tokens that reach this probability."
 _TOP_K = f"Sample from the N likeliest tokens; 0 is all. {_MODELS}"
 _MIN_P = f"Drop tokens less likely than N times the likeliest. {_MODELS}"
 _REPETITION = f"Divide the logits of tokens that are there already; 1 is off. {_MODELS}"
-_POSITIVE, _PROBABILITY = click.FloatRange(0), click.FloatRange(0, 1)
+_POSITIVE = click.FloatRange(0)
+_PENALTY: Json = {"type": click.FloatRange(0, min_open=True), "cls": Rare}
 _SEEDS = click.IntRange(0, (1 << 63) - 1)
-_PENALTIES = click.FloatRange(0, min_open=True)
 _SAMPLING = {
     "temperature": option("--temperature", "N", f"{_GREEDY} {_MODELS}", type=_POSITIVE),
     "top_p": option("--top-p", "N", f"{_LIKELIEST} {_MODELS}", type=click.FloatRange(0, 1, True)),
     "top_k": count("--top-k", None, _TOP_K, least=0, cls=Rare),
-    "min_p": option("--min-p", "N", _MIN_P, type=_PROBABILITY, cls=Rare),
-    "repetition_penalty": option(
-        "--repetition-penalty", "N", _REPETITION, type=_PENALTIES, cls=Rare
-    ),
+    "min_p": option("--min-p", "N", _MIN_P, type=click.FloatRange(0, 1), cls=Rare),
+    "repetition_penalty": option("--repetition-penalty", "N", _REPETITION, **_PENALTY),
     "seed": option("--seed", "N", "Make sampling repeatable.", type=_SEEDS),
 }
 SAMPLING = tuple(_SAMPLING)  # arguments of ``Runtime.generate``
@@ -276,14 +268,12 @@ def _text_options(length: int | None, help: str, *others: Decorator, **own: Deco
 
 
 _GREEDILY = {"temperature": option("--temperature", "N", _GREEDY, default=0.0, type=_POSITIVE)}
+# Of a continuation, of a measurement (whose length does not depend on the model), of a chat's
+# answers, and of a server's defaults.
 generation_options = _text_options(None, _STOP_OR_END, _CHAT, _TRACE, **_GREEDILY)
-"""Adds the options of a continuation: its length, the sampling, and the kind of its prompt."""
 workload_options = _text_options(_NEW_TOKENS, _STOP, _CHAT, _TRACE, **_GREEDILY)
-"""Adds the same for a measurement, whose length does not depend on the model."""
 chat_options = _text_options(1024, _STOP, _TRACE)
-"""Adds the options of a chat's answers."""
 sampling_options = _adding(*(_SAMPLING[name] for name in OWN))
-"""Adds those of a server's defaults."""
 _SESSION = (
     "Keep this text or conversation on disk under a name, and go on with what is there; its "
     "messages and what the model computed of them can be read by this user."
@@ -292,10 +282,10 @@ _SESSION_DIR = "Folder of the sessions. [default: $SLOTMOE_CACHE/sessions]"
 _SESSION_LIMIT = "Most bytes of latents there; what was unused for longest goes first."
 SESSION_DIR = option("--session-dir", "DIR", _SESSION_DIR, type=Path, cls=Rare)
 SESSION_LIMIT = option("--session-limit", "SIZE", _SESSION_LIMIT, default="8GiB", cls=Rare)
+# What ``slotmoe.tools.sessions`` reads.
 session_options = _adding(option("--session", "NAME", _SESSION), SESSION_DIR, SESSION_LIMIT)
-"""Adds the options that ``slotmoe.tools.sessions`` reads."""
+# For ``prompt_text``, which asks for it unless there is a file.
 PROMPT = click.argument("prompt", metavar="PROMPT", required=False)
-"""For ``prompt_text``, which asks for it unless there is a file."""
 
 
 def generation_arguments(given: Json) -> Json:
@@ -363,12 +353,11 @@ def open_runtime(model: str, given: Json, quiet: bool = False, **settings: int) 
     with byte_bars(*texts, quiet=quiet, waiting=f"loading {model}…") as (arriving, reading, making):
         from slotmoe.offload.runtime import Runtime  # takes a second: torch
 
-        told: Json = {"progress": making, "notify": notify, "arriving": arriving}
+        told: Json = {"progress": making, "reading": reading, "arriving": arriving}
         names = "ram", "vram", "slots", "draft", "experts_dirs", "revision"
-        arguments = (
-            told | {name: given[name] for name in names if name in given} | runtime_arguments(given)
-        )
-        runtime = Runtime.open(model, reading=reading, **(arguments | settings))
+        arguments = {name: given[name] for name in names if name in given}
+        arguments |= runtime_arguments(given) | settings
+        runtime = Runtime.open(model, notify=notify, **told, **arguments)
     if (altered := runtime.model.options.altered) is not None:
         notify(altered)
     slow = runtime.plan.tier == "ram" and runtime.stats()["kernels"] == "torch"

@@ -22,6 +22,7 @@ from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize, 
 from slotmoe.offload.model_cache import is_export, mark_used
 from slotmoe.offload.plan.memory import export_bytes, sizes_of
 from slotmoe.offload.shared_files import read_note, write_note
+from slotmoe.quant.codecs.codec import DEFAULT_CODEC
 from slotmoe.quant.export.layout import FORMAT_VERSION
 from slotmoe.quant.export.verify import span_checksums
 from slotmoe.sizes import format_size
@@ -108,5 +109,5 @@ def noted_export(note: Path) -> str | None:
 
 
 def _digest(parts: Iterable[str]) -> str:
-    text = "\n".join([str(FORMAT_VERSION), *parts])
+    text = "\n".join([f"{FORMAT_VERSION}{DEFAULT_CODEC}", *parts])
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:12]

@@ -19,6 +19,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from random import Random
 
 import torch
 import torch.nn.functional as F
@@ -36,16 +37,18 @@ from slotmoe.offload.ingest.output_dir import HIDDEN
 from slotmoe.quant.backends.base import Prepared, TorchBackend
 from slotmoe.quant.codecs.feedback import Hessian
 
-MAX_TOKENS = 1 << 16  # more text moves the Hessians little
+MAX_TOKENS = 1 << 16  # more move the Hessians little
 WINDOW = 512  # tokens that are read as one sequence; attention to more costs more than it says
 _PRIOR_TOKENS = 256  # what the layer's Hessian counts beside an expert's own
 Windows = Sequence[Sequence[int]]
 
 
-def chosen(windows: Windows) -> list[list[int]]:
-    """Of windows of token ids, as many as hold about ``MAX_TOKENS``, evenly spread."""
-    step = max(1, -(-sum(map(len, windows)) // MAX_TOKENS))
-    return [list(window) for window in windows[::step]]
+def chosen(windows: Windows, vocab_size: int) -> list[list[int]]:
+    """Windows of token ids, evenly spread, and as many of random tokens behind the same first one,
+    together about ``MAX_TOKENS``.  Random tokens keep codes from losing on other kinds of text."""
+    step = max(1, -(-2 * sum(map(len, windows)) // MAX_TOKENS))
+    text, random = [list(window) for window in windows[::step]], Random(0)
+    return text + [[ids[0], *random.choices(range(vocab_size), k=len(ids) - 1)] for ids in text]
 
 
 def fingerprint(windows: Windows | None) -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slotmoe.model.checkpoint.dequantize import Codes
 from slotmoe.model.checkpoint.reader import Checkpoint
-from slotmoe.model.names import expert_name, expert_shapes
+from slotmoe.model.names import expert_name, expert_shapes, split_name
 from slotmoe.offload.plan.memory import default_codecs
 from slotmoe.quant.codecs import codec, encode
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, NF4, SCALES, Codec, ExpertCodecs
@@ -110,8 +110,14 @@ def learns(kind: str | Codec) -> bool:
 def levels_file(checkpoint: Checkpoint, kinds: Mapping[str, str | Codec]) -> str:
     """The weight file that levels are learned from, the first in order of name that holds any
     tensor for them: while a model is downloaded no other may be there.  Empty if none does."""
-    files = (checkpoint.infos[name].file for name, kind in kinds.items() if learns(kind))
-    return min(files, default="")
+    return min((checkpoint.infos[name].file for name in _learning(checkpoint, kinds)), default="")
+
+
+def _learning(checkpoint: Checkpoint, kinds: Mapping[str, str | Codec]) -> dict[str, str | Codec]:
+    """Without the head that predicts one token more, which changes no other byte."""
+    last = checkpoint.config.num_hidden_layers
+    learning = {name: kind for name, kind in kinds.items() if learns(kind)}
+    return {name: kind for name, kind in learning.items() if split_name(name)[0] != last}
 
 
 def learn_levels(
@@ -119,7 +125,7 @@ def learn_levels(
 ) -> dict[str, list[int]]:
     """Levels for this checkpoint by the name of a codec, learned from tensors in a weight file;
     ``kinds`` say how tensors are stored."""
-    learning = {name: kind for name, kind in kinds.items() if learns(kind)}
+    learning = _learning(checkpoint, kinds)
     infos, levels = checkpoint.infos, {}
     for kind in dict.fromkeys(learning.values()):
         assert isinstance(kind, Codec)

@@ -37,6 +37,7 @@ from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize
 from slotmoe.offload.ingest.repository import Expected, Patience, Snapshot, resolve
 from slotmoe.offload.model_cache import mark_used
 from slotmoe.offload.shared_files import read_note, write_note
+from slotmoe.quant.codecs.codec import DEFAULT_CODEC
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES
 from slotmoe.quant.export.writer import write_json
@@ -370,4 +371,4 @@ def hub_place(
         commit = resolve(repo, revision, patience or Patience()).commit
         output_dir.make_cache(cache)
         write_note(note, {"commit": commit})
-    return cache / f"{name}-{commit[:12]}-{FORMAT_VERSION}", commit
+    return cache / f"{name}-{commit[:12]}-{FORMAT_VERSION}{DEFAULT_CODEC}", commit

@@ -151,7 +151,9 @@ class _Job:
         self._kinds = {name: tensor.kind for name, tensor in self._contents.tensors.items()}
         self._levels_file = levels_file(self.checkpoint, self._kinds)
         learned = any(map(learns, self._kinds.values()))
-        self._text = chosen(calibration) if calibration is not None and learned else None
+        self._text: Windows | None = None
+        if calibration is not None and learned:
+            self._text = chosen(calibration, self.checkpoint.config.vocab_size)
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._done, self._total = 0, 0
         self._state = State({})

@@ -4,6 +4,7 @@ import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from statistics import median, median_high
@@ -60,11 +61,6 @@ def drive_bandwidths(export: Export, total: int = 1 << 30) -> list[float]:
 
     with ThreadPoolExecutor(len(export.folders)) as pool:
         return list(pool.map(measure, export.folders))
-
-
-def disk_bandwidth(export: Export) -> float:
-    """Bytes a second of all the export's drives together, measured now."""
-    return sum(drive_bandwidths(export))
 
 
 def disk_latency(export: Export) -> float:
@@ -183,11 +179,9 @@ def predict(
 
 def device_bandwidth(device: Device, memory: Tensor) -> float:
     """Bytes a second at which the GPU reads its ``memory``, uint8: median of 5 sums over it."""
-    words, seconds = memory[: memory.nbytes // 8 * 8].view(torch.int64), []
-    for _ in range(6):
-        device.record().synchronize()
-        started = time.perf_counter()
+    words, moments = memory[: memory.nbytes // 8 * 8].view(torch.int64), []
+    for _ in range(7):
         words.sum()
         device.record().synchronize()
-        seconds.append(time.perf_counter() - started)
-    return words.nbytes / median(seconds[1:])
+        moments.append(time.perf_counter())
+    return words.nbytes / median(after - before for before, after in pairwise(moments[1:]))

@@ -52,7 +52,8 @@ class MemorySampler:
         self.origin, self._interval = perf_counter(), interval
         self.baseline, self.earlier_peak = process_bytes(), peak_rss()
         self._model: LoadedModel | None = None
-        self._highest: dict[str, Sample] = {}
+        # Of each tier the sample with the most bytes there, even where ``samples`` is thinned out.
+        self.highest: dict[str, Sample] = {}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="slotmoe-memory", daemon=True)
         self._take()
@@ -71,16 +72,6 @@ class MemorySampler:
         self._model = model
         with self:
             yield
-
-    @property
-    def latest(self) -> Sample:
-        """The newest sample."""
-        return self.samples[-1]
-
-    def highest(self, tier: str) -> Sample:
-        """The sample with the most bytes in use in ``tier``; it is kept even where ``samples`` is
-        thinned out."""
-        return self._highest[tier]
 
     def _run(self) -> None:
         while not self._stopping.wait(self._interval):
@@ -102,8 +93,8 @@ class MemorySampler:
         sample = Sample(perf_counter() - self.origin, total, components)
         self.samples.append(sample)
         for tier, used in total.items():
-            if tier not in self._highest or used > self._highest[tier].total[tier]:
-                self._highest[tier] = sample
+            if tier not in self.highest or used > self.highest[tier].total[tier]:
+                self.highest[tier] = sample
         if len(self.samples) > LONGEST:
             del self.samples[::2]
             self._interval *= 2

@@ -13,7 +13,7 @@ from slotmoe.model.config import Config
 from slotmoe.model.names import EMBEDDING, part_of, resident_shapes, role_of
 from slotmoe.offload.plan.attention import kv_bytes, mark_bytes
 from slotmoe.offload.policy.drafts import FEW_DRAFTED, MOST_DRAFTED
-from slotmoe.quant.codecs.codec import DEFAULT_CODECS, KEPT_CODECS, ExpertCodecs
+from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, KEPT_CODECS, ExpertCodecs
 from slotmoe.quant.shapes import padded_record_bytes, resident_bytes
 from slotmoe.sizes import format_size
 
@@ -64,10 +64,11 @@ class Sizes:
 
 
 def default_codecs(config: Config) -> ExpertCodecs:
-    """How experts are coded where nobody says it: as they were trained, if that was in 4 bits."""
+    """How experts are coded where nobody says it: as the checkpoint has them, if a codec holds
+    that."""
     encoding = config.encoding
     name = "" if encoding is None else encoding.of_experts.name
-    return KEPT_CODECS.get(name, DEFAULT_CODECS)
+    return KEPT_CODECS.get(name) or EXPERT_CODECS.get((name, "4"), DEFAULT_CODECS)
 
 
 @lru_cache(maxsize=64)  # a report asks for the same ones dozens of times

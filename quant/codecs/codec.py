@@ -146,7 +146,7 @@ EXPERT_CODECS = {
     ("lut", "3"): ExpertCodecs(LUT3, LUT3),
     ("nf4", "4"): ExpertCodecs(NF4, NF4),
 }
-DEFAULT_CODEC = "nf4"
+DEFAULT_CODEC = "lut"
 DEFAULT_CODECS = EXPERT_CODECS[DEFAULT_CODEC, "4"]
 # By the encoding of a checkpoint's experts, which then need no rounding.
 KEPT_CODECS = {codec.name: ExpertCodecs(codec, codec) for codec in (INT4, MXFP4)}

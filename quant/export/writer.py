@@ -122,11 +122,16 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, values: Json, indent: int | None = 1) -> None:
-    """Replace ``path`` by the JSON of ``values``, durably and never half.  Python indents ten times
-    slower than it writes one line."""
+    """Replace ``path`` by the JSON of ``values``.  Python indents ten times slower than it writes
+    one line."""
+    replace_file(path, json.dumps(values, indent=indent).encode())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Replace ``path``, durably and never half."""
     try:
-        with open(temporary_name(path), "w", encoding="utf-8") as file:
-            file.write(json.dumps(values, indent=indent))
+        with open(temporary_name(path), "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         publish_file(path)

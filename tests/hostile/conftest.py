@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.quant.codecs.codec import EXPERT_CODECS
 from tests.support.tiny import write_checkpoint
 
 
@@ -12,7 +13,8 @@ from tests.support.tiny import write_checkpoint
 def good(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good")
     write_checkpoint(folder / "checkpoint", shards=2)
-    quantize(folder / "checkpoint", folder / "export", resident="nf4")
+    options = {"resident": "nf4", "codecs": EXPERT_CODECS["nf4", "4"]}
+    quantize(folder / "checkpoint", folder / "export", **options)
     return folder
 
 

@@ -19,7 +19,7 @@ def quick_measurements():
     """Nothing here asks whether a measured bandwidth is true, so little is read for it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "_MEASURED_BYTES", 16 << 20)
-        patch.setattr(measure.disk_bandwidth, "__defaults__", (64 << 20,))
+        patch.setattr(measure.drive_bandwidths, "__defaults__", (64 << 20,))
         rate = measure.expert_bandwidth
         patch.setattr("slotmoe.tools.bench.speed._TURNS", 1)
         patch.setattr(measure, "expert_bandwidth", lambda *given, seconds: rate(*given, seconds=0))

@@ -153,7 +153,7 @@ def test_the_command_line_chooses_a_codec(slotmoe, exports, tmp_path, heavy, mon
     """quantize, synth and plan have the same options; bits per weight follow."""
     monkeypatch.setattr(synth, "POOL_BYTES", 1 << 20)
     config, chosen = exports.source / "config.json", []
-    for number, options in enumerate((["--codec", "nf4"], ["--bits", "3.5"])):
+    for number, options in enumerate(([], ["--codec", "nf4"], ["--bits", "3.5"])):
         random, made = tmp_path / f"random-{number}", tmp_path / f"made-{number}"
         code, out, _ = slotmoe("synth", config, random, *options, "--json")
         assert code == 0
@@ -171,7 +171,7 @@ def test_the_command_line_chooses_a_codec(slotmoe, exports, tmp_path, heavy, mon
         code, _, err = slotmoe("plan", made, "--bits", "3")
         assert (code, "its experts are" in err) == (2, True)
         assert slotmoe("verify", random)[0] == slotmoe("verify", made)[0] == 0
-    assert chosen == [("nf4", "nf4"), ("lut3", "lut4")]
+    assert chosen == [("lut4", "lut4"), ("nf4", "nf4"), ("lut3", "lut4")]
     arguments = exports.source, tmp_path / "x", "--codec", "nf4", "--bits", "3"
     code, _, err = slotmoe("quantize", *arguments)
     assert (code, "--codec nf4 has no 3 bits" in err) == (2, True)

@@ -123,13 +123,13 @@ def test_a_state_names_what_is_durable_and_a_file_before_it_is_published(tmp_pat
         (
             "v2-lite",
             {"native": 113377280, "torch": 312606720, "triton": 147834880},
-            {"logits": 409600, "waiting tokens": 30277632, "expert slots": 4370522112},
+            {"logits": 409600, "waiting tokens": 30277632, "expert slots": 4371533824},
             {"latent KV cache": 49550400, "waiting tokens": 21018624},
         ),
         (
             "v2",
             {"native": 614596608, "torch": 696254464, "triton": 411238400},
-            {"logits": 409600, "waiting tokens": 74317824, "expert slots": 19264389120},
+            {"logits": 409600, "waiting tokens": 74317824, "expert slots": 19264487424},
             {"latent KV cache": 110112000, "waiting tokens": 51591168},
         ),
     ],

@@ -123,7 +123,7 @@ def test_weights_that_were_trained_in_4_bits_are_kept(tmp_path):
     values = values_of(stored, name).bfloat16().contiguous()
     stored = {key: tensor for key, tensor in stored.items() if not key.startswith(name)}
     write_files(folder, {"model-1.safetensors": {**stored, name: values}})
-    assert quantize(folder, tmp_path / "mixed")["quantization"]["experts"]["down"] == "nf4"
+    assert quantize(folder, tmp_path / "mixed")["quantization"]["experts"]["down"] == "lut4"
 
 
 def test_fp4_experts_are_kept_to_the_bit(tmp_path, slotmoe):
@@ -184,7 +184,8 @@ def test_codes_of_bitsandbytes_are_kept_by_nf4(tmp_path, nested, heavy):
     folder = tmp_path / "tiny"
     write_checkpoint(folder, **{**V3, **WHOLE_BLOCKS})
     _, wanted = bitsandbytes(folder, nested=nested)
-    quantize(folder, tmp_path / "export", resident="nf4")
+    manifest = quantize(folder, tmp_path / "export", resident="nf4")
+    assert manifest["quantization"]["experts"]["down"] == "nf4"
     with Export.open(tmp_path / "export") as export, Checkpoint.open(folder) as checkpoint:
         for projection in PROJECTIONS:
             name = expert_name(1, 2, projection)

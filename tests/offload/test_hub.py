@@ -375,7 +375,7 @@ def test_run_from_the_hub_is_made_once_and_then_needs_no_network(
     with Runtime.open(NAME, context=64) as runtime:
         assert runtime.config.num_hidden_layers == 4
     assert served.requests == []
-    assert (tmp_path / "cache" / f"org--tiny-{'a' * 12}-{FORMAT_VERSION}" / MANIFEST).is_file()
+    assert (tmp_path / "cache" / f"org--tiny-{'a' * 12}-{FORMAT_VERSION}lut" / MANIFEST).is_file()
 
 
 def test_cached_export_is_made_by_one_of_two(served, wanted, tmp_path):

@@ -162,7 +162,7 @@ def test_sampler_sees_memory_come_and_thins_out_but_keeps_the_peak(monkeypatch):
     with Sampler(interval=1e-4) as sampler:
         assert thinned.wait(30)
     assert len(sampler.samples) <= 8
-    highest = sampler.highest("ram")
+    highest = sampler.highest["ram"]
     assert (sampler.baseline, highest.total["ram"]) == (10, 75)
     assert [*highest.components["ram"].values()] == [10, 65, 0]  # runtime, weights, and the rest
 

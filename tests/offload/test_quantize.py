@@ -355,7 +355,8 @@ def test_export_is_rebuilt_from_the_documented_bytes(resident, dtype, kinds, tmp
     """With safetensors, numpy and bitsandbytes alone, sizes that fill neither tiles nor blocks; and
     the report says what quantization cost, layer by layer."""
     weights = random_weights(write_checkpoint(tmp_path / "source", dtype=dtype, **ODD), dtype)
-    manifest = quantize(tmp_path / "source", tmp_path / "export", resident=resident)
+    options = {"resident": resident, "codecs": NF4_CODECS}
+    manifest = quantize(tmp_path / "source", tmp_path / "export", **options)
     assert manifest["quantization"]["layout"] == "tiles16"
     assert manifest["quantization"]["codecs"]["nf4"]["levels"] == list(NF4.levels)
     report = manifest["quantization"]["report"]

@@ -159,7 +159,7 @@ def test_repair_from_another_checkpoint_is_refused(good, export, tmp_path):
 
 def test_damaged_manifest(good, export, slotmoe):
     text = (export / MANIFEST).read_text()
-    (export / MANIFEST).write_text(text.replace('"nf4"', '"nf5"', 1))
+    (export / MANIFEST).write_text(text.replace('"lut4"', '"lut5"', 1))
     code, out, _ = slotmoe("verify", export)
     assert code == 1
     assert f"{export / MANIFEST}: its checksum is wrong" in out and "--overwrite" in out

@@ -1,11 +1,14 @@
 """What other people's code makes of the same files: transformers' network, and weights by
 safetensors and bitsandbytes."""
 
+import json
+
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tests.support.codes import values
 from tests.support.families import oracle_network, quietly
 
 
@@ -50,7 +53,8 @@ def rebuild(export):
     for path in [export / "resident.safetensors", *sorted((export / "experts").iterdir())]:
         with safe_open(path, "pt") as file:
             raw |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    beside = {name + ending for name in raw for ending in (".absmax", ".scale")}
+    beside = {name + ending for name in raw for ending in (".absmax", ".scale", ".scales")}
+    codecs = json.loads((export / "slotmoe.json").read_text())["quantization"]["codecs"]
     weights = {}
     for name, tensor in raw.items():
         if name + ".absmax" in raw:
@@ -62,6 +66,10 @@ def rebuild(export):
             about["code"] = get_4bit_type("nf4", device="cpu")
             state = QuantState(absmax, shape=torch.Size(codes.shape), **about)
             weights[name] = dequantize_4bit(packed, state)
+        elif name + ".scales" in raw:  # 4 bits: 16 rows and 64 columns a tile
+            codes, scales = tensor.numpy(), raw[name + ".scales"].numpy()
+            rows, columns = 16 * codes.shape[0], 64 * codes.shape[1]
+            weights[name] = torch.from_numpy(values(codecs["lut4"], codes, scales, rows, columns))
         elif name + ".scale" in raw:
             weights[name] = tensor.float() * raw[name + ".scale"][:, None]
         elif name not in beside and not name.endswith(".pad"):

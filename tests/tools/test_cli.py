@@ -305,7 +305,7 @@ def test_synth_and_bench(slotmoe, tmp_path):
     write_checkpoint(tmp_path / "source", **sizes)
     made = tmp_path / "random"
     synth = ["synth", tmp_path / "source" / "config.json", made, "--share-layers", 2, "--json"]
-    code, out, _ = slotmoe(*synth, "--resident", "nf4")
+    code, out, _ = slotmoe(*synth, "--codec", "nf4", "--resident", "nf4")
     assert code == 0 and json.loads(out)["bytes"] > 0
     files = sorted((made / "experts").iterdir())
     assert len(files) == 4 and len({file.stat().st_ino for file in files}) == 2

@@ -18,6 +18,8 @@ from slotmoe.tools.progress import byte_bars
 from slotmoe.tools.run import by_drive
 from slotmoe.tools.tables import table
 
+_COUNTS = ("prompt_tokens", "decode_tokens", "depth", "repetitions")
+
 
 @click.command(name="bench", cls=Command)
 @MODEL
@@ -28,16 +30,7 @@ from slotmoe.tools.tables import table
 @flag("--calibrate", "Keep bandwidths and a core's speed, measured here, for slotmoe plan.")
 @bench_options
 @JSON
-def command(
-    model: str,
-    prompt_tokens: int,
-    decode_tokens: int,
-    depth: int,
-    repetitions: int,
-    calibrate: bool,
-    as_json: bool,
-    **options: Any,
-) -> None:
+def command(model: str, calibrate: bool, as_json: bool, **options: Any) -> None:
     """Measure MODEL with random token ids: prefill from an empty cache, then decode after --depth
     cached tokens.
 
@@ -55,7 +48,8 @@ def command(
     """
     from slotmoe.tools.bench.speed import calibration, measure
 
-    needed = max(prompt_tokens, depth + decode_tokens)
+    counts = {name: options.pop(name) for name in _COUNTS}
+    needed = max(counts["prompt_tokens"], counts["depth"] + counts["decode_tokens"])
     less = "lower --prompt-tokens, --depth or --decode-tokens"
 
     def check(context: int, advice: str) -> None:
@@ -67,7 +61,7 @@ def command(
         check(runtime.context, or_more_context(less, runtime.config, runtime.context))
         with byte_bars("Filling expert slots", quiet=as_json) as (progress,):
             runtime.warm(progress)
-        report = measure(runtime, prompt_tokens, decode_tokens, depth, repetitions)
+        report = measure(runtime, **counts)
         if calibrate:
             store_bandwidths(cache_folder() / "machine.json", **calibration(runtime, report))
         options["context"] = runtime.context
@@ -81,19 +75,15 @@ def _print(report: dict[str, Any]) -> None:
     settings, ceiling = report["settings"], report["ceiling"]
     limit = (f"{ceiling['decode_tokens_per_second']:.1f}", f"{ceiling['decode_fraction']:.0%}")
     rows = []
-    for kind, label, limits in (
-        ("prefill", f"prefill {settings['prompt_tokens']}", ("", "")),
-        ("decode", f"decode after {settings['depth']}", limit),
-    ):
+    labels = f"prefill {settings['prompt_tokens']}", f"decode after {settings['depth']}"
+    for label, limits in zip(labels, (("", ""), limit), strict=True):
+        kind = label.split()[0]
         runs, speed = report[f"{kind}_runs"], report[f"{kind}_tokens_per_second"]
         rows.append((label, f"{speed:.2f}", f"{min(runs):.2f}-{max(runs):.2f}", *limits))
-    console = Console(file=sys.stdout)
     columns = ("", "median tokens/s", "range", "ceiling", "of ceiling")
     machine = f"{settings['kernels']} kernels, {settings['threads']} threads"
     title = f"{settings['model']} on {settings['device']}: {machine}"
-    console.print(table(columns, rows, title))
-    for line in _sentences(report):
-        console.print(line)
+    Console(file=sys.stdout).print(table(columns, rows, title), *_sentences(report), sep="\n")
 
 
 def _sentences(report: dict[str, Any]) -> list[str]:

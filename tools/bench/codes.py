@@ -12,6 +12,7 @@ import json
 import math
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ import click
 from rich.console import Console
 from safetensors.torch import save_file
 
-from slotmoe import model
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.config import read_config
 from slotmoe.model.names import EMBEDDING, expert_name, resident_shapes, role_of
 from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.model_cache import SAMPLE
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.divergence import measured, takes_text
 from slotmoe.offload.runtime import Runtime
@@ -36,19 +37,22 @@ from slotmoe.tools.options import require_extra
 from slotmoe.tools.quantize import Paths, calibration_windows
 from slotmoe.tools.tables import table
 
-SAMPLE = Path(model.__file__).parent / "sample"
 WINDOW, WINDOWS = 513, 4  # of each text: 2,048 tokens
 NF4 = EXPERT_CODECS["nf4", "4"]
-_FIGURES = {"bits_per_weight", "relative_rms_error", "kl_divergence", "gigabytes_per_token"}
+_FIGURES = {  # and their formats
+    "bits_per_weight": ".2f",
+    "relative_rms_error": ".4f",
+    "kl_divergence": ".5f",
+    "gigabytes_per_token": ".3f",
+}
 
 
 def _rows(calibrated: bool) -> list[dict[str, Any]]:
     """What is measured."""
-    rows: list[dict[str, Any]] = [
-        {"codec": codec, "bits": bits, "calibrated": False} for codec, bits in EXPERT_CODECS
-    ]
-    rows += [{"resident": mode, "calibrated": False} for mode in RESIDENT_MODES if mode != "bf16"]
-    return rows + [{**row, "calibrated": True} for row in rows if calibrated and takes_text(row)]
+    rows: list[dict[str, Any]] = [{"codec": codec, "bits": bits} for codec, bits in EXPERT_CODECS]
+    rows += [{"resident": mode} for mode in RESIDENT_MODES if mode != "bf16"]
+    with_text = [{**row, "calibrated": True} for row in rows if calibrated and takes_text(row)]
+    return [{**row, "calibrated": False} for row in rows] + with_text
 
 
 def _setting(row: dict[str, Any]) -> dict[str, Any]:
@@ -127,8 +131,7 @@ def _replace(folder: Path, experts: bool) -> float:
         if experts:
             made = {
                 expert_name(layer, expert, projection): weight
-                for layer in export.layers
-                for expert in range(export.experts)
+                for layer, expert in product(export.layers, range(export.experts))
                 for projection, weight in export.expert(layer, expert).items()
             }
     for name, weight in made.items():
@@ -167,17 +170,10 @@ def _name(row: dict[str, Any]) -> str:
 def _print(rows: list[dict[str, Any]]) -> None:
     columns = ("", "bits a weight", "relative RMS", "KL, nats a token", "GB a token")
     for title, key in (("Experts", "codec"), ("Resident weights", "resident")):
-        cells = [
-            (
-                _name(row),
-                f"{row['bits_per_weight']:.2f}",
-                f"{row['relative_rms_error'] or math.nan:.4f}",
-                f"{row['kl_divergence']:.5f}",
-                f"{row['gigabytes_per_token']:.3f}",
-            )
-            for row in rows
-            if key in row
-        ]
+        cells = []
+        for row in (row for row in rows if key in row):
+            shown = row | {"relative_rms_error": row["relative_rms_error"] or math.nan}
+            cells.append((_name(row), *(f"{shown[n]:{form}}" for n, form in _FIGURES.items())))
         heading = f"{title} alone; bits and bytes of V2-Lite; {_MARKED}"
         Console(stderr=True).print(table(columns, cells, heading))
 

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from statistics import fmean, median, quantiles
 from typing import Any
@@ -38,26 +37,6 @@ class _WithoutEngine:
         pass
 
 
-@contextmanager
-def _without_engine(runtime: Runtime) -> Iterator[None]:
-    network = runtime.model.network
-    experts, network.experts = network.experts, _WithoutEngine(runtime.model.quantized("compare"))
-    try:
-        yield
-    finally:
-        network.experts = experts
-
-
-@contextmanager
-def _watched(runtime: Runtime) -> Iterator[None]:
-    with MemorySampler() as sampler, sampler.watching(runtime.model):
-        _, detach = attach(runtime, sampler.origin)
-        try:
-            yield
-        finally:
-            detach()
-
-
 def _milliseconds(runtime: Runtime, ids: list[int], depth: int = 1) -> float:
     """Of one token.  The first isn't counted: what ran before has moved the memory it needs."""
     return 1e3 * fmean(turns.token_seconds(runtime, ids, depth)[1:])
@@ -75,9 +54,7 @@ def depth(
 ) -> None:
     """What a longer context costs: the ratio is the speed at --depth over that at --against."""
     if against >= depth:
-        raise click.UsageError(
-            f"--against is {against}, expected less than --depth, which is {depth}"
-        )
+        raise click.UsageError(f"--against is {against}, expected less than --depth, {depth}")
     ids = turns.random_ids(decode_tokens)
     with Runtime.open(export, context=depth + decode_tokens, threads=threads) as runtime:
         runtime.warm()
@@ -98,18 +75,17 @@ def engine(export: str, slots: int | None, decode_tokens: int, repetitions: int)
         runtime.warm()
 
         def without() -> float:
-            with _without_engine(runtime):
+            experts = _WithoutEngine(runtime.model.quantized("compare"))
+            with patch.object(runtime.model.network, "experts", experts):
                 return _milliseconds(runtime, ids)
 
-        ways: dict[str, Callable[[], float]]
-        ways = {"with the engine": partial(_milliseconds, runtime, ids), "without it": without}
+        ways = {"with the engine": lambda: _milliseconds(runtime, ids), "without it": without}
         rows = turns.compare(ways, repetitions, "with the engine", "milliseconds")
     if slots is not None:
-        with ExitStack() as stack:
-            ways = {}
-            for name, prefetch in (("with prefetch", True), ("without prefetch", False)):
-                limited = Runtime.open(export, context=256, slots=slots, prefetch=prefetch)
-                ways[name] = partial(_milliseconds, stack.enter_context(limited), ids)
+        few = partial(Runtime.open, export, context=256, slots=slots)
+        with few() as ahead, few(prefetch=False) as never:
+            opened = {"with prefetch": ahead, "without prefetch": never}
+            ways = {name: partial(_milliseconds, it, ids) for name, it in opened.items()}
             rows += turns.compare(ways, repetitions, "with prefetch", "milliseconds")
     turns.finish(rows)
 
@@ -130,11 +106,11 @@ def profile(export: str, ram: str | None, decode_tokens: int, repetitions: int) 
         runtime.warm()
 
         def watched() -> list[float]:
-            with _watched(runtime):
+            with MemorySampler() as sampler, sampler.watching(runtime.model), ExitStack() as stack:
+                stack.callback(attach(runtime, sampler.origin)[1])
                 return turns.token_seconds(runtime, ids)
 
-        ways: dict[str, Callable[[], list[float]]]
-        ways = {"watched": watched, "plain": partial(turns.token_seconds, runtime, ids)}
+        ways = {"watched": watched, "plain": lambda: turns.token_seconds(runtime, ids)}
         spent = turns.take_turns(ways, repetitions)
     tokens = {way: [1e3 * token for turn in spent[way] for token in turn] for way in ways}
     rows = []

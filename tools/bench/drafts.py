@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -38,17 +39,16 @@ def drafts(
     export: str,
     text: Path,
     replace: tuple[str, str] | None,
-    ram: str | None,
     prompt_tokens: int,
     decode_tokens: int,
     repetitions: int,
-    threads: int | None,
+    **given: Any,
 ) -> None:
     """Decode the answer to TEXT with drafts and without: its second half, or, with --replace, all
     of it anew.  The ratio is of tokens a second; each turn learns what drafts are worth anew."""
     prompt, answer = _texts(read_text(text), replace)
     context = prompt_tokens + decode_tokens
-    with Runtime.open(export, ram=ram, context=context, threads=threads, draft="ngram") as runtime:
+    with Runtime.open(export, context=context, draft="ngram", **given) as runtime:
         runtime.warm()
         ids = runtime.tokenizer.encode(prompt)[-prompt_tokens:]
         following = runtime.tokenizer.encode(answer, add_bos=False)[:decode_tokens]
@@ -58,14 +58,13 @@ def drafts(
         used: dict[str, dict[str, float]] = {}
 
         def speed(way: str, drafting: Drafting | None) -> float:
-            passes.drafting, before = drafting, _disk_bytes(runtime)
+            passes.drafting, before = drafting, runtime.stats()["io"]["disk"]["bytes"]
             moments = runtime.engine.force(ids, following).moments
-            spent = moments[-1] - moments[0]
-            read = _disk_bytes(runtime) - before
+            read = runtime.stats()["io"]["disk"]["bytes"] - before
             used[way] = {"disk_bytes_per_token": read / len(following)}
             if drafting is not None:
                 used[way] |= drafting.stats()
-            return len(following) / spent
+            return len(following) / (moments[-1] - moments[0])
 
         ways: dict[str, Callable[[], float]] = {
             "without drafts": lambda: speed("without drafts", None),
@@ -74,8 +73,3 @@ def drafts(
         of = ways, repetitions, "without drafts", "tokens_per_second"
         rows = turns.compare(*of, warm_up=False)  # the prompt has warmed all
     turns.finish([row | used[row["way"]] for row in rows], tokens=len(following), prompt=len(ids))
-
-
-def _disk_bytes(runtime: Runtime) -> int:
-    disk: int = runtime.stats()["io"]["disk"]["bytes"]
-    return disk

@@ -182,18 +182,15 @@ def _linears(bench: _Bench) -> None:
         size, levels = math.prod(shapes[0]), levels_of(codec).to(memory.device)
         whole = memory.view(-1)[: memory.numel() // size * size].view(-1, *shapes[0])
         scales = bench.empty((len(whole), *shapes[1]), dtype)
-        weights = [
-            CodedWeight(codes, of_codes, levels, (N, D))
-            for codes, of_codes in zip(whole, scales, strict=True)
-        ]
+        pairs = zip(whole, scales, strict=True)
+        weights = [CodedWeight(codes, of_codes, levels, (N, D)) for codes, of_codes in pairs]
         for weight in weights:
             _fill_scales(weight, 0.9 * D**-0.5)
         return weights
 
-    kinds: dict[str, tuple[int, Sequence[Any]]] = {
-        "int8": (N * D, [int8(block) for block in memory.view(torch.int8)]),
-        **{codec.name: (codec.nbytes(N, D), coded(codec)) for codec in (NF4, LUT4, LUT3)},
-    }
+    kinds: dict[str, tuple[int, Sequence[Any]]]
+    kinds = {"int8": (N * D, [int8(block) for block in memory.view(torch.int8)])}
+    kinds |= {codec.name: (codec.nbytes(N, D), coded(codec)) for codec in (NF4, LUT4, LUT3)}
     x_1D, x_TD = bench.randn(1, D), bench.randn(MANY, D)
     for kind, (size, weights) in kinds.items():
         actions = [partial(linear, x_1D, weight) for weight in weights]
@@ -217,6 +214,13 @@ def _attention(bench: _Bench) -> None:
         bench.measure(name, H * context * (R + W), caches[0].nbytes, actions, memory)
 
 
+def _layer(bench: _Bench, codecs: ExpertCodecs | None) -> None:
+    """All kernels of a layer."""
+    _experts(bench, codecs or DEFAULT_CODECS)
+    _linears(bench)
+    _attention(bench)
+
+
 @click.command()
 @turns.THREADS
 @click.option("--isa", help="Instruction set. [default: the best here]")
@@ -234,9 +238,7 @@ def kernels(
     if isa:
         native.set_isa(isa)
     bench = _Bench("cpu", repetitions, working_set, threads)
-    _experts(bench, expert_codecs(codec) or DEFAULT_CODECS)
-    _linears(bench)
-    _attention(bench)
+    _layer(bench, expert_codecs(codec))
     source = torch.randn(N, bench.config.hidden_size).bfloat16()
     for quantizer in (quantize_nf4, quantize_int8):
         actions = [partial(quantizer, source)]
@@ -258,7 +260,7 @@ def _launching(way: str) -> Iterator[None]:
         yield
 
 
-def _step(export: str, way: str, steps: int, depth: int, ceiling: float) -> turns.Row:
+def _step(export: str, way: str, ceiling: float, steps: int, depth: int) -> turns.Row:
     """A decode step after ``depth`` cached tokens, every expert in a slot.  ``gaps`` is the share
     of its wall time without a kernel, by torch's profiler."""
     ids, activities = turns.random_ids(steps + 3), [torch.profiler.ProfilerActivity.CUDA]
@@ -300,29 +302,19 @@ def _compiled(variant: str) -> Iterator[None]:
 @codec_options
 @choice("--variant", VARIANTS, VARIANTS[0], "Blocks x warps of one token's 4-bit products.")
 def gpu(
-    export: str | None,
-    working_set: float,
-    repetitions: int,
-    steps: int,
-    depth: int,
-    variant: str,
-    **codec: Any,
+    export: str | None, working_set: float, repetitions: int, variant: str, **given: Any
 ) -> None:
     """Each Triton kernel beside the GPU's bandwidth, and with EXPORT (slotmoe synth v2-lite EXPORT
     --share-layers 2) a decode step: kernel by kernel, as two graphs a layer, and as one graph."""
     if not torch.cuda.is_available():
-        raise ConfigError(
-            "gpu needs a CUDA device, and torch finds none here; "
-            "python -m slotmoe.tools.bench kernels measures the CPU"
-        )
+        advice = "python -m slotmoe.tools.bench kernels measures the CPU"
+        raise ConfigError(f"gpu needs a CUDA device, and torch finds none here; {advice}")
     with _compiled(variant), torch.inference_mode():
         bench = _Bench("cuda", repetitions, working_set)
-        _experts(bench, expert_codecs(codec) or DEFAULT_CODECS)
-        _linears(bench)
-        _attention(bench)
+        _layer(bench, expert_codecs(given))
     rows, ceiling = bench.rows, bench.rows[0]["plain_bytes_per_second"]
     if export is not None:
         for way in ("kernel by kernel", "two graphs a layer", "one graph"):
-            rows.append(_step(export, way, steps, depth, ceiling))
+            rows.append(_step(export, way, ceiling, **given))
     told = {"device": torch.cuda.get_device_name(), "ops": bench.ops.name, "variant": variant}
     turns.finish(rows, **told, bandwidth=ceiling)

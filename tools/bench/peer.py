@@ -5,9 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -48,16 +47,6 @@ def _spin() -> None:
         pass
 
 
-@contextmanager
-def _neighbour() -> Iterator[None]:
-    process = multiprocessing.get_context("spawn").Process(target=_spin, daemon=True)
-    process.start()
-    try:
-        yield
-    finally:
-        process.kill()
-
-
 @click.command()
 @turns.EXPORT
 @click.argument("driver", metavar="DRIVER", type=Path)
@@ -77,18 +66,18 @@ def peer(
     decode_tokens: int,
     depth: int,
     repetitions: int,
-    threads: int | None,
-    ram: str | None,
     busy: bool,
+    **given: Any,
 ) -> None:
     """Prefill or decode EXPORT, and GGUF by ik_llama.cpp's DRIVER (docs/benchmarks.md), in turn."""
     if bool(prompt_tokens) == bool(decode_tokens):
         raise ConfigError("give --prompt-tokens or --decode-tokens")
     tokens, what = (prompt_tokens, "prefill") if prompt_tokens else (decode_tokens, "decode")
     context = max(depth, 1) + tokens + 8
-    with Runtime.open(export, ram=ram, context=context, threads=threads) as runtime:
+    with Runtime.open(export, context=context, **given) as runtime:
         runtime.warm()
         other = _Peer(driver, model, runtime.threads, context)
+        neighbour = multiprocessing.get_context("spawn").Process(target=_spin, daemon=True)
 
         def ours() -> float:
             ids = turns.random_ids(tokens)
@@ -100,9 +89,12 @@ def peer(
             if depth:
                 other.seconds("depth", depth)
             ways = {"slotmoe": ours, "peer": lambda: tokens / other.seconds(what, tokens)}
-            with _neighbour() if busy else nullcontext():
-                rows = turns.compare(ways, repetitions, "peer", "tokens_per_second")
+            if busy:
+                neighbour.start()
+            rows = turns.compare(ways, repetitions, "peer", "tokens_per_second")
         finally:
             other.close()
+            if busy:
+                neighbour.kill()
         of = {"prompt": prompt_tokens, "decode": decode_tokens, "depth": depth}
         turns.finish(rows, threads=runtime.threads, busy=busy, **of)

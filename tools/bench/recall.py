@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from pathlib import Path
 
 import click
@@ -22,16 +23,15 @@ from slotmoe.tools.bench import turns
 
 def _predictors(folder: Path, config: Config) -> tuple[Predictor | None, NextGate]:
     """The export's predictor, and the untrained one that applies the next layers' gates."""
-    parts = (POST_NORM, GATE)
     with Export.open(folder) as export:
         tensors = export.predictor()
-        names = [layer_tensor(layer, part) for layer in export.layers for part in parts]
+        pairs = product(export.layers, (POST_NORM, GATE))
+        names = [layer_tensor(layer, part) for layer, part in pairs]
         weights = {name: export.resident(name) for name in names}
     plain = {name: w.float() for name, w in weights.items() if isinstance(w, torch.Tensor)}
-    trained = None
-    if tensors is not None:
-        trained = Predictor(tensors, config.num_experts_per_tok, TorchBackend())
-    return trained, NextGate(config, plain, TorchBackend())
+    K, backend = config.num_experts_per_tok, TorchBackend()
+    trained = None if tensors is None else Predictor(tensors, K, backend)
+    return trained, NextGate(config, plain, backend)
 
 
 def _recall(gate: NextGate, samples: Samples, guesses: list[int]) -> list[float]:
@@ -47,9 +47,7 @@ def _recall(gate: NextGate, samples: Samples, guesses: list[int]) -> list[float]
 
 
 @click.command()
-@click.argument(
-    "folder", metavar="EXPORT", type=click.Path(exists=True, file_okay=False, path_type=Path)
-)
+@click.argument("folder", metavar="EXPORT", type=Path)
 @click.argument("texts", metavar="TEXT...", nargs=-1, required=True, type=Path)
 @turns.THREADS
 def recall(folder: Path, texts: tuple[Path, ...], threads: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,22 @@ def _divergence(wanted_V: Tensor, got_V: Tensor) -> float:
     return float((log_p_V.exp() * (log_p_V - log_q_V)).sum())
 
 
+@dataclass
 class _Way:
     """A runtime with a budget, and what was counted of it."""
 
-    def __init__(self, runtime: Runtime, budget: float):
-        self.runtime, self.budget = runtime, budget
-        self.divergence, self.tokens = 0.0, 0
+    runtime: Runtime
+    budget: float
+    divergence: float = 0.0
+    tokens: int = 0
 
     def row(self, text: str) -> turns.Row:
         stats, count = self.runtime.stats(), max(1, self.tokens)
-        row: turns.Row = {"text": text, "budget": self.budget}
+        row: turns.Row = {"text": text, "budget": self.budget, "kl": self.divergence / count}
         row["bytes_per_token"] = stats["io"]["disk"]["bytes"] / count
-        row["kl"] = self.divergence / count
         if self.budget:
-            routing = stats["routing"]
-            row |= {"estimated_kl": routing["estimated_kl"]}
-            row |= {"swaps_per_token": routing["swaps"] / count}
+            row["estimated_kl"] = stats["routing"]["estimated_kl"]
+            row["swaps_per_token"] = stats["routing"]["swaps"] / count
         return row
 
 
@@ -60,22 +61,21 @@ class _Way:
 def routing(
     export: str,
     texts: tuple[Path, ...],
-    slots: int,
     tokens: int,
     generate: int,
     budgets: tuple[float, ...],
     output: Path | None,
-    threads: int | None,
+    **given: Any,
 ) -> None:
     """For each TEXT and route budget, bytes read a token and the KL divergence from the text
     without a budget; and of generated text how much repeats."""
     rows: list[turns.Row] = []
     for path in texts:
         with ExitStack() as opened:
-            ways = [
-                _Way(opened.enter_context(_open(export, slots, threads, budget)), budget)
-                for budget in (0.0, *(budgets or _BUDGETS))
-            ]
+            ways = []
+            for budget in (0.0, *(budgets or _BUDGETS)):
+                runtime = Runtime.open(export, route_budget=budget, **given)
+                ways.append(_Way(opened.enter_context(runtime), budget))
             rows += _measure(ways, path, tokens, generate)
     for budget in dict.fromkeys(row["budget"] for row in rows):
         chosen = [row for row in rows if row["budget"] == budget]
@@ -84,44 +84,38 @@ def routing(
         rows.append({"text": "mean", "budget": budget, **means})
     if output is not None:
         _draw(rows, output)
-    turns.finish(rows, export=export, slots=slots)
+    turns.finish(rows, export=export, slots=given["slots"])
 
 
 def _draw(rows: list[turns.Row], output: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from slotmoe.tools.profile.charts import picture
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for text in dict.fromkeys(row["text"] for row in rows):
-        points = [row for row in rows if row["text"] == text]
-        whole = points[0]["bytes_per_token"]
-        saved = [100 * (1 - point["bytes_per_token"] / whole) for point in points]
-        style = {"linewidth": 2.5, "color": "black"} if text == "mean" else {"linewidth": 1.2}
-        axes.plot([point["kl"] for point in points], saved, marker="o", label=text, **style)
-    axes.set(xlabel="KL divergence, nats a token", ylabel="fewer bytes read (%)")
-    axes.set(xlim=0, ylim=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    FigureCanvasAgg(figure).print_png(output)
+    def fill(axes: Any) -> str:
+        for text in dict.fromkeys(row["text"] for row in rows):
+            points = [row for row in rows if row["text"] == text]
+            whole = points[0]["bytes_per_token"]
+            saved = [100 * (1 - point["bytes_per_token"] / whole) for point in points]
+            style = {"linewidth": 2.5, "color": "black"} if text == "mean" else {"linewidth": 1.2}
+            axes.plot([point["kl"] for point in points], saved, marker="o", label=text, **style)
+        axes.set(xlabel="KL divergence, nats a token", ylabel="fewer bytes read (%)")
+        axes.set(xlim=0, ylim=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        return "What a route budget saves, and costs"
 
-
-def _open(export: str, slots: int, threads: int | None, budget: float) -> Runtime:
-    return Runtime.open(export, slots=slots, threads=threads, route_budget=budget)
+    output.write_bytes(picture(fill)[1])
 
 
-def _measure(ways: list[_Way], path: Path, tokens: int, generate: int) -> list[dict[str, Any]]:
+def _measure(ways: list[_Way], path: Path, tokens: int, generate: int) -> list[turns.Row]:
     tokenizer, context = ways[0].runtime.tokenizer, ways[0].runtime.context
     ids = tokenizer.encode(read_text(path), add_bos=False)[:tokens]
     for window in split(ids, tokenizer, context):
         for way in ways:
             way.runtime.engine.empty()
         for end in range(1, len(window) + 1):
-            made = (way.runtime.engine.force(window[:end], keeps=True).logits[0] for way in ways)
-            wanted_V, *others = made
-            for way, logits_V in zip(ways[1:], others, strict=True):
-                way.divergence += _divergence(wanted_V, logits_V)
-            for way in ways:
+            made = [way.runtime.engine.force(window[:end], keeps=True).logits[0] for way in ways]
+            for way, logits_V in zip(ways, made, strict=True):
+                way.divergence += _divergence(made[0], logits_V)  # of the first 0
                 way.tokens += 1
     rows = [way.row(path.name) for way in ways]
     if generate:

@@ -29,7 +29,7 @@ def calibration(runtime: Runtime, report: dict[str, Any]) -> dict[str, float]:
     """What ``slotmoe.offload.plan.speed.Bandwidths`` can know of this machine: what the report has,
     and the rest measured now."""
     export, known = runtime.model.export, report["disk"]
-    disk = known["bandwidth"] if known is not None else observed.disk_bandwidth(export)
+    disk = known["bandwidth"] if known is not None else sum(observed.drive_bandwidths(export))
     bandwidths = {"disk": disk / len(export.folders), "latency": observed.disk_latency(export)}
     cores, fast = core_rates(runtime.model), report["ceiling"]["read_bandwidth"]
     if (link := report["link"]) is not None:
@@ -51,9 +51,8 @@ def core_rates(model: LoadedModel) -> dict[str, float]:
     ways |= _products(backend, "small", RecordLayout(256, 64, codecs), 704, 8, 64, 16)
     spent = take_turns({name: partial(seconds, way) for name, (way, _) in ways.items()}, _TURNS)
     # The mean: what other programs take of a core counts.
-    rates = {
-        name: count / fmean(spent[name]) / backend.threads for name, (_, count) in ways.items()
-    }
+    threads = backend.threads
+    rates = {name: count / fmean(spent[name]) / threads for name, (_, count) in ways.items()}
     rates["all_bytes"] = observed.expert_bandwidth(backend, layout, seconds=0.3)
     backend.run_on(replace(model.device.placement, threads=1))
     rates["core_bytes"] = observed.expert_bandwidth(backend, layout, seconds=0.3)
@@ -111,15 +110,11 @@ def measure(
     touched = observed.bytes_per_token(runtime.model, depth + decode_tokens // 2)
     speed, bandwidth = median(runs["decode"]), median(runs["bandwidth"])
     limit, stats = bandwidth / sum(touched.values()), runtime.stats()
-    settings = {
-        "prompt_tokens": prompt_tokens,
-        "decode_tokens": decode_tokens,
-        "depth": depth,
-        "repetitions": repetitions,
-        "kernels": stats["kernels"],
-        "threads": runtime.threads,
-        "device": stats["device"]["name"],
-    }
+    settings = {"prompt_tokens": prompt_tokens, "decode_tokens": decode_tokens, "depth": depth}
+    settings |= {"repetitions": repetitions, "kernels": stats["kernels"]}
+    settings |= {"threads": runtime.threads, "device": stats["device"]["name"]}
+    if "misses" in stats:
+        settings["misses"] = stats["misses"]["mode"]
     return {
         "prefill_tokens_per_second": median(runs["prefill"]),
         "decode_tokens_per_second": speed,
@@ -132,7 +127,7 @@ def measure(
             "decode_fraction": speed / limit,
         },
         "decode_milliseconds": components,
-        "settings": settings | ({"misses": stats["misses"]["mode"]} if "misses" in stats else {}),
+        "settings": settings,
         "disk": _disk(runtime, moved),
         "link": _link(runtime, moved, speed),
         **{key: stats[key] for key in _COUNTERS if key in stats},
@@ -141,8 +136,7 @@ def measure(
 
 def _components(runtime: Runtime, ids: list[int], depth: int) -> dict[str, float]:
     """Milliseconds of a decoded token by kernel, the longest first, and by what remains."""
-    waited = runtime.stats()["wait_seconds"]
-    backend = runtime.model.backend
+    waited, backend = runtime.stats()["wait_seconds"], runtime.model.backend
     before, total = backend.seconds(), sum(token_seconds(runtime, ids, depth))
     spent = {name: after - before[name] for name, after in backend.seconds().items()}
     longest = sorted(spent.items(), key=lambda item: -item[1])
@@ -158,8 +152,7 @@ def _moved(runtime: Runtime) -> dict[str, Any]:
     not even in a free one."""
     stats = runtime.stats()
     host = stats["io"].get("host", {"bytes": 0, "seconds": 0.0, "lent_bytes": 0})
-    cache = stats["cache"]
-    missing = (cache["misses"] - cache["reclaimed"]) * runtime.plan.record_bytes
+    missing = (stats["cache"]["misses"] - stats["cache"]["reclaimed"]) * runtime.plan.record_bytes
     counts = {"disk": stats["io"]["disk"]["bytes"], "missing": missing, "copied": host["bytes"]}
     return {**counts, "copying": host["seconds"], "computed": host["lent_bytes"]}
 
@@ -171,13 +164,10 @@ def _disk(runtime: Runtime, moved: Counter[str]) -> dict[str, Any] | None:
         return None
     each = observed.drive_bandwidths(runtime.model.export)
     alone, rate = sum(each), moved["disk"] / moved["seconds"]
-    per_token = moved["disk"] / moved["tokens"]
     rates = {"bytes_per_second": rate, "bandwidth": alone, "fraction": rate / alone}
-    drives = [
-        {**drive, "bandwidth": bandwidth}
-        for drive, bandwidth in zip(runtime.stats()["io"]["disk"]["drives"], each, strict=True)
-    ]
-    return {"bytes_per_token": per_token, **rates, "drives": drives}
+    pairs = zip(runtime.stats()["io"]["disk"]["drives"], each, strict=True)
+    drives = [{**drive, "bandwidth": bandwidth} for drive, bandwidth in pairs]
+    return {"bytes_per_token": moved["disk"] / moved["tokens"], **rates, "drives": drives}
 
 
 def _link(runtime: Runtime, moved: Counter[str], speed: float) -> dict[str, float] | None:

@@ -44,8 +44,6 @@ _RATES = (
 )
 """Of each line by layer: label, colour, style, the count that it shows, and those that make up the
 whole."""
-
-
 Fill = Callable[[Axes], str]
 
 
@@ -68,8 +66,7 @@ def draw(report: Json, compared: list[Json]) -> dict[str, tuple[str, bytes]]:
     for kind, time in report["time"].items():
         if time["milliseconds_per_token"]:
             fills[f"time-{kind}"] = partial(_time, kind=kind, time=time)
-    steps = [step for step in report["steps"] if step["kind"] == "decode"]
-    if steps:
+    if steps := [step for step in report["steps"] if step["kind"] == "decode"]:
         fills["bytes"] = partial(_bytes, report=report, steps=steps)
     if len(steps) > 1:
         fills["tokens"] = partial(_tokens, steps=steps)
@@ -93,7 +90,7 @@ def _legend(axes: Axes) -> None:
 
 def _stack(axes: Axes, x: Sequence[float], layers: dict[str, list[float]]) -> None:
     colours = [_COLOURS[name] for name in layers]
-    axes.stackplot(x, list(layers.values()), labels=list(layers), colors=colours, linewidth=0)
+    axes.stackplot(x, [*layers.values()], labels=[*layers], colors=colours, linewidth=0)
     axes.margins(x=0)
 
 
@@ -107,9 +104,9 @@ def _bars(axes: Axes, values: dict[str, float], labels: list[str], what: str) ->
 def _memory(axes: Axes, report: Json, tier: str) -> str:
     series, (unit, scale) = report["memory"][tier], _unit(report["peak"][tier])
     budget, peak = report["budget"][tier] / scale, report["peak"][tier] / scale
-    seconds, components = series["seconds"], series["components"]
-    _stack(axes, seconds, {n: [size / scale for size in s] for n, s in components.items()})
-    total = [size / scale for size in series["bytes"]]
+    seconds, total = series["seconds"], [size / scale for size in series["bytes"]]
+    parts = series["components"].items()
+    _stack(axes, seconds, {name: [size / scale for size in sizes] for name, sizes in parts})
     axes.plot(seconds, total, color="black", linewidth=0.8, label="all of it")
     near = budget < 2 * peak  # else the chart would be empty below its line
     if near:
@@ -119,15 +116,13 @@ def _memory(axes: Axes, report: Json, tier: str) -> str:
     axes.set(xlabel="time since the start (s)", ylabel=f"{tier} in use ({unit})")
     axes.set(ylim=(0, 1.1 * max(peak, budget if near else 0)))
     begins = {step["kind"]: step["began"] for step in reversed(report["steps"])}
-    for kind, began in reversed(begins.items()):  # a line where each phase begins
+    for kind, began in begins.items():  # a line where each phase begins
         axes.axvline(began, color="black", linestyle=":", linewidth=1)
         at_top = axes.get_xaxis_transform()
         axes.text(began, 1, f" {kind}", transform=at_top, va="top", fontsize=9)
     _legend(axes)
-    sizes = (
-        f"peak {format_size(report['peak'][tier])}, budget {format_size(report['budget'][tier])}"
-    )
-    return f"Memory ({tier}) by component over time: {sizes}"
+    most, allowed = (format_size(report[name][tier]) for name in ("peak", "budget"))
+    return f"Memory ({tier}) by component over time: peak {most}, budget {allowed}"
 
 
 def _time(axes: Axes, kind: str, time: Json) -> str:
@@ -151,9 +146,8 @@ def _tokens(axes: Axes, steps: list[Json]) -> str:
 def _uses(axes: Axes, layers: list[Json]) -> str:
     uses = [layer["uses"] for layer in layers]
     image = axes.imshow(uses, aspect="auto", cmap="cividis", interpolation="nearest", vmin=0)
-    every = -(-len(layers) // 15)
-    names = [str(layer["layer"]) for layer in layers[::every]]
-    axes.set_yticks(range(0, len(layers), every), names)
+    shown = range(0, len(layers), -(-len(layers) // 15))
+    axes.set_yticks(shown, [str(layers[index]["layer"]) for index in shown])
     axes.set(xlabel="expert", ylabel="layer")
     assert axes.figure is not None
     axes.figure.colorbar(image, ax=axes, label="tokens")

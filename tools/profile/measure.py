@@ -123,15 +123,15 @@ def _shown(
 
 def figures(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> Json:
     """All figures so far that fit a terminal."""
-    stats, plan, latest = runtime.stats(), runtime.plan, sampler.latest.total
-    peak = {tier: sampler.highest(tier).total[tier] for tier in latest}
+    stats, plan, latest = runtime.stats(), runtime.plan, sampler.samples[-1].total
+    peak = {tier: sampler.highest[tier].total[tier] for tier in latest}
     if peak_rss() > sampler.earlier_peak:  # else this process held more before the profile
         peak["ram"] = max(peak["ram"], peak_rss())
     if "vram" in peak:
         peak["vram"] = max(peak["vram"], stats["memory"]["peak_vram"])
     components: dict[str, dict[str, int]] = {}
     for tier, most in peak.items():
-        sample = sampler.highest(tier)
+        sample = sampler.highest[tier]
         sizes = Counter(sample.components[tier])
         # What came and went between two samples was no weight, slot or buffer.
         sizes["scratch and rest"] += most - sample.total[tier]
@@ -154,26 +154,22 @@ def figures(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> Jso
 
 def measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> Json:
     """``figures`` and all series, predictions and settings."""
-    model, tiers = runtime.model, sampler.latest.total
+    model, tiers = runtime.model, sampler.samples[-1].total
     prompt, new = profiler.tokens("prefill"), profiler.tokens("decode")
+    settings = {"slotmoe": __version__, "device": str(runtime.device), "threads": runtime.threads}
+    settings |= {"kernels": runtime.stats()["kernels"], "context": runtime.context}
     report = figures(runtime, profiler, sampler) | {
         "memory": {tier: _series(sampler, tier) for tier in tiers},
-        "peak_seconds": {tier: sampler.highest(tier).seconds for tier in tiers},
+        "peak_seconds": {tier: sampler.highest[tier].seconds for tier in tiers},
         "steps": [asdict(step) for step in profiler.passes],
         "layers": _layers(runtime, profiler),
         "touched_per_token": measure.bytes_per_token(model, prompt + new // 2),
-        "settings": {
-            "slotmoe": __version__,
-            "device": str(runtime.device),
-            "kernels": runtime.stats()["kernels"],
-            "threads": runtime.threads,
-            "context": runtime.context,
-        },
+        "settings": settings,
     }
     # Last, because measuring takes memory of its own.
     link = measure.link_bandwidths(model)
     fast = {**link, "gpu": measure.read_bandwidth(model)} if link else {}
-    ram, disk = measure.ram_bandwidth(model), measure.disk_bandwidth(model.export)
+    ram, disk = measure.ram_bandwidth(model), sum(measure.drive_bandwidths(model.export))
     latency = measure.disk_latency(model.export)
     rates = stored_bandwidths(cache_folder() / "machine.json")
     rates = rates.updated("measured", ram=ram, disk=disk, latency=latency, **fast)

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from rich.text import Text
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
+from slotmoe.quant.export.writer import replace_file
 from slotmoe.sizes import format_size
 from slotmoe.tools.options import require_extra, say
 from slotmoe.tools.run import drafted
@@ -46,19 +46,7 @@ def write_report(report: Json, folder: Path) -> None:
     for name in {f"{chart}.png" for chart in CHARTS} - set(files):
         (folder / name).unlink(missing_ok=True)
     for name, data in files.items():
-        _replace(folder / name, data)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        replace_file(folder / name, data)
 
 
 def _html(report: Json, images: dict[str, tuple[str, bytes]], rows: list[Json]) -> str:
@@ -73,8 +61,7 @@ def _html(report: Json, images: dict[str, tuple[str, bytes]], rows: list[Json]) 
 
 def compared(report: Json) -> list[Json]:
     """Predicted beside measured, in bytes or tokens a second."""
-    rows: list[tuple[str, str, float, float]] = []
-    predicted = report["predicted"]
+    rows, predicted = list[tuple[str, str, float, float]](), report["predicted"]
     for tier, peak in report["peak"].items():
         plan, actual = (_by_name(figures["components"], tier) for figures in (predicted, report))
         for name in dict.fromkeys([*plan, *actual]):
@@ -104,8 +91,7 @@ def overview(report: Json) -> RenderableType:
         rows = [(n, format_size(size), f"{size / peak:.0%}") for n, size in sizes.items() if size]
         title = f"{tier}: peak {format_size(peak)}, now {latest}, budget {budget}"
         tables.append(table(("at the peak", "size", "share"), rows, title))
-    prefill, decode = (report["time"][kind] for kind in ("prefill", "decode"))
-    spent = [kind["milliseconds_per_token"] for kind in (prefill, decode)]
+    spent = [report["time"][kind]["milliseconds_per_token"] for kind in ("prefill", "decode")]
     rows = []
     for part in dict.fromkeys([*spent[1], *spent[0]]):
         share = f"{spent[1][part] / sum(spent[1].values()):.0%}" if part in spent[1] else ""
@@ -116,7 +102,7 @@ def overview(report: Json) -> RenderableType:
     lines = [Text(", ".join(_sentences(report)) + ".")]
     if "verdict" in report:
         lines.insert(0, Text(report["verdict"]["text"], style="bold"))
-    elif not prefill["tokens"]:
+    elif not report["time"]["prefill"]["tokens"]:
         lines = [Text("reading the prompt…")]
     return Group(*lines, Columns(tables))
 

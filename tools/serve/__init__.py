@@ -31,13 +31,16 @@ _GRACE_SECONDS = 3  # for answers to be delivered once the server has to end
 _FAILED_SECONDS = 1  # for errors to be delivered once the model has failed
 _SPARE_CONNECTIONS = 256  # besides those of answers: idle ones, and requests without an answer
 
-_ORIGIN = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[!-.0-~]+")
-
 _NAMES_HELP = (
     "The model's name for clients; more may be given, answers have the first. '*' is any. "
     "[default: the folder's, or the hub id]"
 )
-_HOST = re.compile(r"[a-zA-Z0-9_.-]+(:[0-9]+)?")
+# Forms of what may be given, and words for them.
+_HOST = r"[a-zA-Z0-9_.-]+(:[0-9]+)?"
+_HOST_FORM = "name of a host; expected NAME or NAME:PORT, without a scheme or a path"
+_ORIGIN = r"\*|[a-zA-Z][a-zA-Z0-9+.-]*://[!-.0-~]+"
+_ORIGIN_FORM = "origin; expected SCHEME://HOST, with :PORT where there is one, and no path"
+_GIVE_KEY = "give --api-key, --api-key-file or $SLOTMOE_API_KEY"
 _READY = "a page to chat; the API is under /v1; Ctrl-C ends it"
 _SEQUENCES, _QUEUE = click.IntRange(1, 256), click.IntRange(0, 10_000)
 _HOST_HELP = "Address to listen on; others than loopback need a key."
@@ -91,8 +94,11 @@ def command(model: str, host: str, port: int, names: tuple[str, ...], **given: A
     options.require_extra("serve", *_LIBRARIES)
     sequences, queue = given["max_sequences"], given["max_queue"]
     keys = _keys(given["api_keys"], given["api_key_file"])
-    origins = _origins(given["origins"], bool(keys))
-    max_body, hosts = parse_size(given["max_body"]), (host, *_checked(given["hosts"]))
+    hosts = (host, *_checked("--allow-host", given["hosts"], _HOST, _HOST_FORM))
+    origins = _checked("--cors-origin", given["origins"], _ORIGIN, _ORIGIN_FORM)
+    if "*" in origins and not keys:
+        advice = f"{_GIVE_KEY}, or name the origin"
+        raise ConfigError(f"--cors-origin '*': any page could use this server; {advice}")
     allow_descriptors(sequences + queue + 2 * _SPARE_CONNECTIONS)
     folder, limit = given["session_dir"], parse_size(given["session_limit"])
     rows = max(sequences, 16)  # of logits: one of each answer, or of a prompt's scored tokens
@@ -105,7 +111,8 @@ def command(model: str, host: str, port: int, names: tuple[str, ...], **given: A
         if not {*names} - {"*"}:
             names = (Path(model).resolve().name if Path(model).exists() else model, *names)
         sampling = {name: given[name] for name in options.OWN}
-        edge = keys, hosts, max_body, not given["no_log"], origins, sampling
+        max_body, is_logged = parse_size(given["max_body"]), not given["no_log"]
+        edge = keys, hosts, max_body, is_logged, origins, sampling
         server, service = make_server(runtime, names, sequences, queue, *edge)
         address, port = listener.getsockname()[:2]
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
@@ -212,27 +219,12 @@ def _keys(given: tuple[str, ...], file: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(keys))
 
 
-def _checked(hosts: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of hosts, maybe with a port.  Raises ``ConfigError``."""
-    for host in hosts:
-        if not _HOST.fullmatch(host):
-            expected = "expected NAME or NAME:PORT, without a scheme or a path"
-            raise ConfigError(f"--allow-host {host!r:.80}: is no name of a host; {expected}")
-    return hosts
-
-
-def _origins(given: tuple[str, ...], has_keys: bool) -> tuple[str, ...]:
-    """The origins of pages that may use the server, as browsers spell them.  Raises
-    ``ConfigError``."""
-    for origin in given:
-        if origin == "*" and not has_keys:
-            problem = "any page on the web could use this server"
-            advice = "give --api-key, --api-key-file or $SLOTMOE_API_KEY, or name the origin"
-            raise ConfigError(f"--cors-origin '*': {problem}; {advice}")
-        if origin != "*" and not _ORIGIN.fullmatch(origin):
-            expected = "expected SCHEME://HOST, with :PORT where there is one, and no path"
-            raise ConfigError(f"--cors-origin {origin!r:.80}: is no origin; {expected}")
-    return tuple(origin.lower() for origin in given)
+def _checked(option: str, given: tuple[str, ...], form: str, what: str) -> tuple[str, ...]:
+    """What is ``given`` for an option.  Raises ``ConfigError`` for what has not this ``form``."""
+    for text in given:
+        if not re.fullmatch(form, text):
+            raise ConfigError(f"{option} {text!r:.80}: is no {what}")
+    return given
 
 
 def allow_descriptors(count: int) -> None:
@@ -250,8 +242,7 @@ def _listen(host: str, port: int, has_keys: bool) -> socket.socket:
         kind = 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE
         family, _, _, _, address = socket.getaddrinfo(host, port, *kind)[0]
         if not has_keys and not ipaddress.ip_address(address[0]).is_loopback:
-            advice = "give --api-key, --api-key-file or $SLOTMOE_API_KEY"
-            raise ConfigError(f"--host {host}: others could use this server; {advice}")
+            raise ConfigError(f"--host {host}: others could use this server; {_GIVE_KEY}")
         return socket.create_server(address[:2], family=family)
     except OSError as problem:
         reason = f"can't listen there ({problem.strerror}); give another --host or --port"

@@ -5,7 +5,7 @@ Some fields mean nothing to this server and are accepted: a prompt is cached whe
 """
 
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -220,8 +220,7 @@ async def _events(about: Json, answers: Answers) -> AsyncIterator[str]:
             update.content = [ContentDelta()]  # an empty answer has an empty block
         for delta in update.content:
             if delta.name is not None or delta.kind != kind:
-                for text in _block_end(index, kind):
-                    yield text
+                yield _block_end(index, kind)
                 index, kind = index + 1, delta.kind
                 block = _block(kind, delta.name)
                 yield _event("content_block_start", index=index, content_block=block)
@@ -229,18 +228,17 @@ async def _events(about: Json, answers: Answers) -> AsyncIterator[str]:
                 type_, name = _DELTAS[kind]
                 added = {"type": type_, name: delta.text}
                 yield _event("content_block_delta", index=index, delta=added)
-    for text in _block_end(index, kind):
-        yield text
+    yield _block_end(index, kind)
     yield _event("message_delta", delta=_stop(update), usage=_usage(answers))
     yield _event("message_stop")
 
 
-def _block_end(index: int, kind: str) -> Iterator[str]:
-    if kind == "reasoning":
-        delta = {"type": "signature_delta", "signature": _SIGNATURE}
-        yield _event("content_block_delta", index=index, delta=delta)
-    if kind:
-        yield _event("content_block_stop", index=index)
+def _block_end(index: int, kind: str) -> str:
+    """Nothing before the first block."""
+    signed = {"type": "signature_delta", "signature": _SIGNATURE}
+    signature = _event("content_block_delta", index=index, delta=signed)
+    end = _event("content_block_stop", index=index) if kind else ""
+    return signature * (kind == "reasoning") + end
 
 
 def _event(kind: str, **content: object) -> str:

@@ -68,8 +68,7 @@ class TokenizeRequest(requests.Templated):
 
 @routes.post("/tokenize")
 async def tokenize(body: TokenizeRequest, service: Serving) -> Response:
-    if body.model is not None:
-        service.check_model(body.model)
+    service.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise RefusedError("give either prompt or messages", "prompt")
     if body.messages is not None:
@@ -90,8 +89,7 @@ class DetokenizeRequest(requests.Model):
 @routes.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, service: Serving) -> Response:
     """The text is ``prompt`` in vLLM's form, ``content`` in llama.cpp's."""
-    if body.model is not None:
-        service.check_model(body.model)
+    service.check_model(body.model)
     if max(body.tokens, default=0) >= service.tokenizer.size:
         problem = f"outside 0 to {service.tokenizer.size - 1}"
         raise RefusedError(f"tokens: a token id is {problem}", "tokens")
@@ -108,8 +106,7 @@ class TemplateRequest(requests.Templated):
 @routes.post("/apply-template")
 async def apply_template(body: TemplateRequest, service: Serving) -> Response:
     """The text that the model would read, in llama.cpp's form."""
-    if body.model is not None:
-        service.check_model(body.model)
+    service.check_model(body.model)
     chat = body.conversation(effort=body.reasoning_effort)
     return JSONResponse({"prompt": await service.prepare(service.chat_text, chat)})
 

@@ -49,7 +49,8 @@ class Guard:
         max_body: int,
         origins: Iterable[str] = (),
     ):
-        self._app, self._max_body, self._origins = app, max_body, frozenset(origins)
+        self._app, self._max_body = app, max_body
+        self._origins = frozenset(origin.lower() for origin in origins)
         self._keys = [key.encode() for key in keys]
         self._owners = [hashlib.sha256(key).hexdigest() for key in self._keys]
         self._hosts = {"localhost", *(_name(host) for host in hosts)}

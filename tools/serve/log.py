@@ -49,10 +49,8 @@ class Log:
                     headers["x-slotmoe-routing"] = self._altered
                 if state.get("relaxed"):
                     text = ascii("; ".join(state["relaxed"]))[1:-1]  # fields have any names
-                    is_long = len(text) > _MAX_HEADER
-                    headers["x-slotmoe-relaxed"] = (
-                        f"{text[: _MAX_HEADER - 3]}..." if is_long else text
-                    )
+                    short = f"{text[: _MAX_HEADER - 3]}..."
+                    headers["x-slotmoe-relaxed"] = text if len(text) <= _MAX_HEADER else short
             await send(message)
 
         # The server itself drops the body of an answer to HEAD.

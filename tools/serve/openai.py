@@ -93,19 +93,18 @@ class OpenAIRequest(requests.LabelledRequest):
     @property
     def wanted(self) -> rules.Schema | rules.Rule | None:
         """What answers follow.  Raises ``RefusedError``."""
-        given: dict[str, rules.Schema | rules.Rule] = {}
-        if (schema := rules.schema_of(self.response_format)) is not None:
-            given["response_format"] = schema
-        if self.structured_outputs is not None:
-            given["structured_outputs"] = self.structured_outputs.wanted
-        if self.json_schema is not None:
-            given["json_schema"] = rules.Schema.model_construct(definition=self.json_schema)
-        if self.grammar is not None:
-            given["grammar"] = rules.Rule("grammar", self.grammar, "grammar")
+        schema = rules.schema_of(self.response_format)
+        given = ["response_format"] if schema is not None else []
+        names = ("structured_outputs", "json_schema", "grammar")
+        given += [name for name in names if getattr(self, name) is not None]
         if len(given) > 1:
-            first, second, *_ = given
-            raise RefusedError(f"give {first} or {second}, not both", second)
-        return next(iter(given.values()), None)
+            raise RefusedError(f"give {given[0]} or {given[1]}, not both", given[1])
+        if schema is not None or not given:
+            return schema
+        outputs = self.structured_outputs or rules.StructuredOutputs.model_construct(
+            definition=self.json_schema, grammar=self.grammar
+        )
+        return outputs.wanted(given[0])
 
 
 class ChatRequest(OpenAIRequest, requests.Templated):

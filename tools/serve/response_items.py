@@ -114,24 +114,11 @@ class OtherTool(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
     type: Literal[
-        "apply_patch",
-        "code_interpreter",
-        "computer",
-        "computer_use_preview",
-        "custom",
-        "file_search",
-        "image_generation",
-        "local_shell",
-        "mcp",
-        "namespace",
-        "programmatic_tool_calling",
-        "shell",
-        "tool_search",
-        "web_search",
-        "web_search_2025_08_26",
-        "web_search_preview",
-        "web_search_preview_2025_03_11",
-    ]
+        "apply_patch", "code_interpreter", "computer", "computer_use_preview", "custom",
+        "file_search", "image_generation", "local_shell", "mcp", "namespace",
+        "programmatic_tool_calling", "shell", "tool_search", "web_search", "web_search_2025_08_26",
+        "web_search_preview", "web_search_preview_2025_03_11",
+    ]  # fmt: skip
 
 
 Tool: TypeAlias = Annotated[FunctionTool | OtherTool, Field(discriminator="type")]
@@ -170,15 +157,10 @@ class StreamOptions(requests.Model):
 
 _SCORES = "message.output_text.logprobs"
 Included = Literal[
-    "code_interpreter_call.outputs",
-    "computer_call_output.output.image_url",
-    "file_search_call.results",
-    "message.input_image.image_url",
-    "message.output_text.logprobs",
-    "reasoning.encrypted_content",
-    "web_search_call.action.sources",
-    "web_search_call.results",
-]
+    "code_interpreter_call.outputs", "computer_call_output.output.image_url",
+    "file_search_call.results", "message.input_image.image_url", "message.output_text.logprobs",
+    "reasoning.encrypted_content", "web_search_call.action.sources", "web_search_call.results",
+]  # fmt: skip
 
 
 class ResponsesRequest(requests.LabelledRequest):

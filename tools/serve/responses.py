@@ -87,7 +87,7 @@ async def count_tokens(body: ResponsesRequest, request: Request, service: Servin
 async def retrieve(
     id: str, request: Request, service: Serving, stream: bool = False, starting_after: Event = -1
 ) -> Response:
-    stored = _found(id, request, service)
+    stored = _found(service, request.state.owner, id)
     if not stream:
         return JSONResponse(stored.response)
     events = zlib.decompress(stored.events).split(b"\n\n")[starting_after + 1 :]
@@ -103,7 +103,7 @@ async def input_items(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
 ) -> Response:
-    stored = _found(id, request, service)
+    stored = _found(service, request.state.owner, id)
     items = stored.items[: len(stored.items) - len(stored.response["output"])]
     items = items[:: 1 if order == "asc" else -1]
     ids = [item["id"] for item in items]
@@ -117,16 +117,17 @@ async def input_items(
 
 @router.delete(PATH + "/{id}")
 async def delete(id: str, request: Request, service: Serving) -> Response:
-    _found(id, request, service)
+    _found(service, request.state.owner, id)
     service.responses.delete(request.state.owner, id)
     return JSONResponse({"id": id, "object": "response", "deleted": True})
 
 
-def _found(id_: str, request: Request, service: Service) -> Stored:
-    """Raises ``RefusedError``."""
-    if (stored := service.responses.get(request.state.owner, id_)) is None:
-        problem = f"the response {id_!r:.80} is not stored here, or no longer"
-        raise RefusedError(problem, "id", 404, "response_not_found")
+def _found(service: Service, owner: str, id_: str, before: bool = False) -> Stored:
+    """The one of a path, or the one ``before`` a request.  Raises ``RefusedError``."""
+    if (stored := service.responses.get(owner, id_)) is None:
+        kind, status = ("previous_response", 400) if before else ("response", 404)
+        problem = f"{id_!r:.80} is not stored here, or no longer; send the whole conversation"
+        raise RefusedError(f"{kind}_id: {problem}", f"{kind}_id", status, f"{kind}_not_found")
     return stored
 
 
@@ -137,12 +138,8 @@ def _conversation(service: Service, owner: str, body: ResponsesRequest) -> list[
     service.check_model(body.model)
     items = list[Item]()
     if body.previous_response_id is not None:
-        stored = service.responses.get(owner, body.previous_response_id)
-        if stored is None:
-            problem = f"{body.previous_response_id!r:.80} is not stored here, or no longer"
-            name, code = "previous_response_id", "previous_response_not_found"
-            raise RefusedError(f"{name}: {problem}; send the whole conversation", name, 400, code)
-        items += [_ITEM.validate_python(item) for item in stored.items]
+        stored = _found(service, owner, body.previous_response_id, before=True)
+        items += map(_ITEM.validate_python, stored.items)
     for item in body.items():
         if isinstance(item, ItemReference):
             known = service.responses.item(owner, item.id)

@@ -53,10 +53,9 @@ class StructuredOutputs(Model):
     grammar: Source | None = None
     choice: Annotated[list[_Choice], Field(min_length=1)] | None = None
 
-    @property
-    def wanted(self) -> Schema | Rule:
-        """Raises ``RefusedError``."""
-        name, given = "structured_outputs", {k: v for k, v in self if v is not None}
+    def wanted(self, name: str) -> Schema | Rule:
+        """By the field of this ``name``.  Raises ``RefusedError``."""
+        given = {key: value for key, value in self if value is not None}
         if len(given) != 1:
             names = "json, json_object, regex, grammar and choice"
             raise RefusedError(f"{name} has {len(given)} of {names}, expected one", name)

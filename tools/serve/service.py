@@ -67,10 +67,12 @@ class Service:
         )
         self.registry.register(self)
 
-    def check_model(self, model: str) -> None:
-        """Raises ``RefusedError`` unless ``model`` is a name of what this server serves; Ollama's
-        clients may add a tag."""
-        if {model, model.removesuffix(":latest"), "*"}.isdisjoint(self._names):
+    def check_model(self, model: str | None) -> None:
+        """Raises ``RefusedError`` unless ``model`` is a name of what this server serves, or none is
+        given; Ollama's clients may add a tag."""
+        if model is not None and {model, model.removesuffix(":latest"), "*"}.isdisjoint(
+            self._names
+        ):
             problem = f"the model {model!r:.80} is not here; this server has {self.name!r}"
             raise RefusedError(problem, "model", 404, "model_not_found")
 
