@@ -66,11 +66,7 @@ class Predictor:
     """The trained guesses of an export.  ``popularity`` has each expert id's uses a token."""
 
     def __init__(
-        self,
-        tensors: Mapping[str, Tensor],
-        top_k: int,
-        ops: TorchBackend,
-        place: Place | None = None,
+        self, tensors: dict[str, Tensor], top_k: int, ops: TorchBackend, place: Place | None = None
     ):
         """``tensors`` as in the file (``slotmoe.quant.export.layout.predictor_parts``), ``top_k``
         the experts that a token uses in a layer. ``place`` puts a named weight on its device in the

@@ -66,9 +66,8 @@ class MappedDownload(Download):
 
 
 class Mailbox:
-    """Small tensors between host and device, through page-locked RAM that kernels read and write:
-    no copy engine is asked, which may have records before them.  ``device`` makes such RAM
-    (``mapped``) and events of the compute stream."""
+    """Small tensors between host and device, through page-locked RAM (``mapped``) that kernels read
+    and write: no copy engine is asked, which may have records before them."""
 
     def __init__(self) -> None:
         self._free: dict[int, list[Mapped]] = {}
@@ -153,10 +152,9 @@ class CudaDevice(Device):
             return once()
         except torch.OutOfMemoryError:
             free = self.memory().free >> 20
-            raise DeviceError(
-                f"{self.name} has no memory left in the middle of a step ({free} MiB free): "
-                f"another program has taken it; end that, or open the model with {ways_out}"
-            ) from None
+            problem = f"has no memory left in the middle of a step ({free} MiB free)"
+            advice = f"another program has taken it; end that, or open the model with {ways_out}"
+            raise DeviceError(f"{self.name} {problem}: {advice}") from None
         except RuntimeError as problem:
             if "CUDA" not in str(problem):
                 raise
@@ -271,10 +269,8 @@ def why_not(facts: CudaFacts) -> str:
         return f"{device}, {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or newer is needed"
     if not any(_runs(built, facts.capability) for built in facts.architectures):
         known = ", ".join(facts.architectures)
-        return (
-            f"{device}, for which torch {facts.torch} has no kernels (it has {known}); "
-            "install another build of torch"
-        )
+        problem = f"for which torch {facts.torch} has no kernels (it has {known})"
+        return f"{device}, {problem}; install another build of torch"
     return ""
 
 

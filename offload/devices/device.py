@@ -113,7 +113,7 @@ class Device:
         """Kernels launched from now on run after ``event``; ``RuntimeError`` if its copy failed."""
 
     def copy(self, source: Tensor, target: Tensor, after: Event) -> Event:
-        """After ``after``, copy ``source``, in RAM and unchanged until the event is done."""
+        """Once ``after`` is reached, copy ``source`` (in RAM, unchanged until that is done)."""
         target.copy_(source)
         return Event()
 

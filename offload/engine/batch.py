@@ -78,7 +78,9 @@ class Batch:
 
     def step(self) -> None:
         """Propose rows, compute them in a pass, and let samplers accept."""
-        self._end_unwanted()
+        for request in [*self.running, *self.waiting]:
+            if finish := request.unwanted:
+                self._finish(request, request.end(finish))
         for request in [*self.waiting]:
             if self._may_start(request):
                 self.waiting.remove(request)
@@ -101,11 +103,6 @@ class Batch:
                 else:
                     self._accept(request, row)
         self.totals.steps += 1
-
-    def _end_unwanted(self) -> None:
-        for request in [*self.running, *self.waiting]:
-            if finish := request.unwanted:
-                self._finish(request, request.end(finish))
 
     # Which prompts are read
 

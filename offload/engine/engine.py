@@ -49,8 +49,8 @@ class _Call(Generic[T]):
 
 
 class _Life:
-    """Whether the engine's thread goes on and is not left behind, without the engine.  A signal in
-    ``Thread.is_alive`` may call a thread ended that is not (CPython 3.11)."""
+    """Whether the engine's thread goes on and is not left behind; this knows no engine.  A signal
+    in ``Thread.is_alive`` may call a thread ended that is not (CPython 3.11)."""
 
     def __init__(self) -> None:
         self.goes_on, self.end = True, SimpleQueue[None]()
@@ -141,8 +141,7 @@ class Engine:
             raise request.problem or ConfigError(CLOSED)
 
     def call(self, action: Callable[[], T]) -> T:
-        """What ``action`` gives, in the engine's thread between two steps.  Raises what it raises,
-        and ``ConfigError`` after ``stop``."""
+        """What ``action`` gives or raises, between two steps; ``ConfigError`` after ``stop``."""
         self.check()
         call = _Call(action)
         try:
@@ -157,11 +156,6 @@ class Engine:
         if problem is not None:
             raise problem
         return result[0]
-
-    @property
-    def forked(self) -> bool:
-        """Whether this is a child's copy of an engine of its parent's."""
-        return self._refusal == _FORKED
 
     @property
     def alive(self) -> bool:
@@ -180,7 +174,7 @@ class Engine:
         """``stop``, wait, and release files and memory; a thread that a disk keeps stays behind.
         A forked child only closes files: threads, locks and the GPU are the parent's."""
         self.stop()
-        if self.forked:
+        if self._refusal == _FORKED:
             return self.model.source.close()
         if self.model.store is not None:
             self.model.store.stop()
@@ -211,8 +205,7 @@ class Engine:
             self._life.end.put(None)
 
     def _has_work(self) -> bool:
-        """Wait for some; False where there will be none.  What answers have left behind is given
-        back to the system soon after the last one."""
+        """Wait for some; False if none will come.  Soon after the last, memory is given back."""
         patience: float | None = IDLE_SECONDS
         while True:
             self._receive()

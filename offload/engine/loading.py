@@ -113,12 +113,10 @@ def open_model(folder: Path, options: Options, device: Device, reason: str) -> L
     device.release()
     gpu = device.memory()
     assert gpu is not None
-    raise PlanError(
-        f"{device.name} ran out of memory while the model was opened: the budget is "
-        f"{format_size(loader.budget)} and {format_size(gpu.free)} of "
-        f"{format_size(gpu.total)} are free now, other programs may have taken some: "
-        "lower --vram"
-    )
+    free = f"{format_size(gpu.free)} of {format_size(gpu.total)} are free now"
+    known = f"the budget is {format_size(loader.budget)} and {free}"
+    problem = f"{device.name} ran out of memory while the model was opened: {known}"
+    raise PlanError(f"{problem}, other programs may have taken some: lower --vram")
 
 
 def check_options(options: Options, device: Device, checkpoint: Path) -> None:
@@ -132,10 +130,8 @@ class _Loader:
 
     def __init__(self, folder: Path, options: Options, device: Device, reason: str):
         if device.tier == "ram" and options.misses != "auto":
-            raise ConfigError(
-                f"misses {options.misses} is given but the device is the CPU, which computes every "
-                "expert: leave it out"
-            )
+            reason = "the device is the CPU, which computes every expert: leave it out"
+            raise ConfigError(f"misses {options.misses} is given but {reason}")
         self._folder, self._options, self._device, self._reason = folder, options, device, reason
         self.budget, self._host_budget = self._budgets()
         self._popularity: list[float] | None = None
@@ -170,8 +166,7 @@ class _Loader:
         else:
             free_ram = int(available_memory() * FREE_SHARE) + process_bytes()
         if gpu is not None:
-            free = int(gpu.free * FREE_SHARE)
-            return parse_size(vram) if vram is not None else free, free_ram
+            return parse_size(vram) if vram is not None else int(gpu.free * FREE_SHARE), free_ram
         if vram is not None:
             problem = "--vram is given but the device is the CPU"
             raise PlanError(f"{problem}: give --ram, or --device cuda")
@@ -216,8 +211,7 @@ class _Loader:
         if self._options.route_budget:
             problem = "with a route budget the text depends on the cache, token by token"
         elif rows > 1:
-            source = "mtp" if asked == "mtp" else "ngram"
-            return source, "rows of a pass are bitwise as alone"
+            return "mtp" if asked == "mtp" else "ngram", "rows of a pass are bitwise as alone"
         else:
             problem = f"{backend.name} computes several tokens of a text not bitwise as one by one"
         if asked != "auto":
@@ -265,17 +259,16 @@ class _Loader:
         plan.check()
         ram = plan.total if plan.tier == "ram" else sum(plan.host.values())
         if ram > (total := total_memory()):
-            raise PlanError(
-                f"the plan takes {format_size(ram)} of RAM and this machine has "
-                f"{format_size(total)}: give a smaller --ram, or none to take what is free"
-            )
+            sizes = f"{format_size(ram)} of RAM and this machine has {format_size(total)}"
+            advice = "give a smaller --ram, or none to take what is free"
+            raise PlanError(f"the plan takes {sizes}: {advice}")
         gpu, name = self._device.memory(), self._device.name
         if gpu is not None and plan.total > gpu.free:
-            raise PlanError(
-                f"the plan takes {format_size(plan.total)} of {name}, of which "
-                f"{format_size(gpu.free)} are free: give --vram {gpu.free >> 20}MiB or less, "
-                "or end the programs that use it"
+            sizes = (
+                f"{format_size(plan.total)} of {name}, of which {format_size(gpu.free)} are free"
             )
+            advice = f"give --vram {gpu.free >> 20}MiB or less, or end the programs that use it"
+            raise PlanError(f"the plan takes {sizes}: {advice}")
         return ram
 
     def export(self) -> LoadedModel:
@@ -330,10 +323,9 @@ class _Loader:
         if not budget:
             return None
         if predictor is None or not predictor.swap_prices:
-            raise ConfigError(
-                f"{self._folder}: route_budget needs what a swap of experts costs, which was not "
-                "measured: slotmoe quantize MODEL EXPORT --calibrate TEXT does that"
-            )
+            needs = "route_budget needs what a swap of experts costs, which was not measured"
+            advice = "slotmoe quantize MODEL EXPORT --calibrate TEXT does that"
+            raise ConfigError(f"{self._folder}: {needs}: {advice}")
         if plan.slots == len(config.moe_layers) * config.n_routed_experts:
             return None
         chooser = RouteBudget(predictor.swap_prices, budget, config.num_experts_per_tok)
@@ -420,8 +412,7 @@ class _Loader:
         hybrid, split, levels = None, Split(), export.layout.levels()
         if isinstance(store, HostTier):
             bandwidths = stored_bandwidths(cache_folder() / "machine.json")
-            mode = choose_mode(options.misses, bandwidths, top_k)
-            split = Split(mode, cpu_cost(bandwidths))
+            split = Split(choose_mode(options.misses, bandwidths, top_k), cpu_cost(bandwidths))
             # Triton's kernels are the GPU's; beside it the CPU has its own.
             kernels = "torch" if options.kernels == "torch" else "auto"
             cpu = pick_backend(torch.device("cpu"), kernels, config.swiglu_limit)

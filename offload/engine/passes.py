@@ -45,8 +45,7 @@ class Passes:
 
     def __init__(self, model: LoadedModel):
         self._model = model
-        budget = format_size(model.plan.budget)
-        self._ways_out = f"a lower --vram (now {budget}) or --context"
+        self._ways_out = f"a lower --vram (now {format_size(model.plan.budget)}) or --context"
         self.drafting = Drafting(model.plan.drafted) if model.draft[0] != "off" else None
         self.tokens = dict.fromkeys(("prefill_tokens", "decode_tokens"), 0)
         self.seconds = dict.fromkeys(("prefill_seconds", "decode_seconds"), 0.0)
@@ -62,8 +61,7 @@ class Passes:
         return sequences
 
     def run(self, rows: Sequenced[Row]) -> None:
-        """A pass over ``rows``, and over what is drafted behind those that decode.  Its seconds are
-        of prefill where it reads a prompt."""
+        """A pass over ``rows`` and drafts; where it reads a prompt, its seconds are of prefill."""
         self._model.network.timer.begin()
         started = time.perf_counter()
         decoding = [row for row in rows if not row.is_prompt]
@@ -94,13 +92,12 @@ class Passes:
         self.drafting.accepted += 1
 
     def each(self, hidden_RD: Tensor) -> Iterable[Tensor]:
-        """``logits`` of rows a few at a time, float32 in RAM, bitwise what each gives alone."""
+        """``logits`` of rows, a few at a time, in RAM, each bitwise as it is alone."""
         for rows_RD in hidden_RD.split(EACH_AT_ONCE):
-            yield self._in_ram(self.logits(rows_RD, each=True))
+            yield self._model.device.download(self.logits(rows_RD, each=True)).get()
 
     def logits(self, hidden_RD: Tensor, each: bool = False) -> Tensor:
-        """Logits of rows of the residual stream, float32 [R, V] on the device; with ``each`` a row
-        is bitwise what it gives alone."""
+        """Logits, float32 [R, V] on the device; with ``each`` a row is bitwise as it is alone."""
         network = self._model.network
         head = network.head_each if each else network.head
         return self.compute(lambda: head(hidden_RD))
@@ -139,7 +136,7 @@ class Passes:
         if not wanted:
             return
         wanted_RD = hidden_TD if len(wanted) == len(hidden_TD) else torch.cat(wanted)
-        logits_RV = self._in_ram(self.logits(wanted_RD, each=len(wanted_RD) > 1))
+        logits_RV = model.device.download(self.logits(wanted_RD, each=len(wanted_RD) > 1)).get()
         parts = iter(logits_RV.split([*map(len, wanted)]))
         for row in rows:
             if row.wanted:
@@ -154,7 +151,3 @@ class Passes:
         embedding_1D = model.backend.embed(ids_1, model.network.embed_tokens)
         last_1D = model.network.collapse(hidden_RD[-1:])
         model.experts.lookahead.guess_token(embedding_1D[0], last_1D[0])
-
-    def _in_ram(self, logits_RV: Tensor) -> Tensor:
-        """By no copy engine of a GPU, which may have records before them."""
-        return self._model.device.download(logits_RV).get()

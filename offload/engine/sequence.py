@@ -80,8 +80,7 @@ class Sequence:
             self.tokens, self.hidden_RD = source.tokens[:length], None
 
     def resume(self, ids: list[int], snapshot: Tensor) -> None:
-        """Append ``ids``, which were computed before: what they added was ``put`` into the state,
-        and ``snapshot`` was taken behind them."""
+        """Append ``ids``, whose rows were ``put`` into the state, and the ``snapshot`` behind."""
         self.state.cut(self.length)
         self.state.resume(self.length + len(ids), snapshot)
         self.tokens, self.hidden_RD = self.tokens + ids, None

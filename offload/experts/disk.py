@@ -24,8 +24,7 @@ _AGAIN_SECONDS = 0.02
 
 
 class DiskReader:
-    """A ``Source``: ``threads`` for each drive that read records piece by piece, the most urgent
-    record first.
+    """A ``Source``: ``threads`` for each drive read records by pieces, the most urgent one first.
 
     Reads bypass the page cache where the file system allows (``direct``).  A record that fails to
     arrive or has a wrong checksum is read once more, from each drive, of which those that fail are

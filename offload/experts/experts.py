@@ -113,8 +113,7 @@ class Experts:
     # The network's side
 
     def slot_table(self) -> SlotTable:
-        """Where experts are.  The table is empty while something is to be done between two layers:
-        the backend then stops after each gate."""
+        """Where experts are; empty while the backend is to stop after each gate."""
         stops = bool(self._warm) or (self.lookahead is not None and self.lookahead.active)
         stops = stops or any(inputs for _, inputs in self._listeners)
         complete = self.slots.complete and not stops
@@ -122,8 +121,7 @@ class Experts:
         return SlotTable(self.records, slots_ME, complete)
 
     def begin(self, tokens: int, sequences: int = 1) -> bool:
-        """A pass over ``tokens`` tokens begins; whether ``guess_token`` is worth calling.  What the
-        last one has left in staging is given back."""
+        """A pass begins, without what the last one left in staging; is ``guess_token`` worth it?"""
         self.slots.advance(tokens)
         self._apart = sequences > 1
         if self.substitution is not None:
@@ -245,7 +243,7 @@ class Experts:
         slots, hybrid = self.slots, self.hybrid
         self._note_idle(work)
         while True:
-            acquired = hybrid.reads if hybrid is not None else []
+            acquired = [*hybrid.host.acquired] if hybrid is not None else []
             if not (work.cached or work.reads or acquired):
                 return
             done = [read for read in work.reads if read.done][: max(1, slots.staging // 2)]
@@ -300,7 +298,7 @@ class Experts:
     def _kept(self, row: int, tokens: int) -> range:
         """Of a pass in several steps this layer's experts stay until its last step, where there is
         room for two layers, and so does what later layers will use.  New experts replace those of
-        layers that are done; the first two layers' replace what the cache likes least."""
+        layers that are done; the first two layers' what the cache likes least but theirs."""
         experts, end = self._cache.experts, len(self._rows) if row >= 2 else row + 2
         if tokens == self._pass.tokens or 2 * experts > self._cache.slots:
             return range(0)
@@ -321,9 +319,7 @@ class Experts:
         counts = Counter(chain.from_iterable(indices))
         return {first + expert: count for expert, count in sorted(counts.items())}
 
-    def _in_order(
-        self, missing: list[int], computed: Collection[int], there: Collection[int]
-    ) -> list[int]:
+    def _in_order(self, missing: list[int], computed: list[int], there: list[int]) -> list[int]:
         """What is missing and not ``computed``, first what is ``there``, then what is in RAM."""
         fetched = [id for id in missing if id not in computed] if computed else missing
         if len(fetched) < 2:
@@ -399,8 +395,7 @@ class Experts:
         counts: Json = {"hits": cache.hits, "misses": cache.misses}
         counts |= {"hit_rate": cache.hits / lookups if lookups else None}
         counts |= {"already_coming": self._met, "evictions": cache.evictions}
-        counts |= {"bypassed": cache.bypassed, "reclaimed": slots.reclaimed}
-        counts |= {"slots": slots.planned}
+        counts |= {"bypassed": cache.bypassed, "reclaimed": slots.reclaimed, "slots": slots.planned}
         stats: Json = {"cache": counts, "wait_seconds": slots.wait_seconds}
         if self.lookahead is not None:
             stats["prefetch"] = self.lookahead.stats()

@@ -55,16 +55,14 @@ class HostTier:
         self.wait, self.stop = disk.wait, disk.stop
 
     def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
-        """A read of one record into ``target`` on the GPU: from RAM if it is there, and then queued
-        already, else from disk through RAM."""
+        """A read into ``target`` on the GPU: queued already if it is in RAM, else from the disk."""
         after = self._device.record()  # the slot's last readers have been launched
         slot = self._claim(expert_id)
+        read = Read(expert_id, urgency, slot.record.numpy().data)
         if slot.state is READING:
-            read = Read(expert_id, urgency, slot.record.numpy().data)
             # What stays in a read must not keep it: this does, until it has been called.
             read.after = partial(self._forward, read, slot, target, after)
         else:
-            read = Read(expert_id, urgency)
             self._forward(read, slot, target, after, True)
             read.done = True
         return read
@@ -82,12 +80,10 @@ class HostTier:
     def acquire(self, expert_id: int) -> Read:
         """A demand for one record in RAM: ``submit`` starts the read, ``release`` ends its use."""
         slot = self._claim(expert_id)
-        if slot.state is READING:
-            read = Read(expert_id, DEMAND, slot.record.numpy().data)
+        read = Read(expert_id, DEMAND, slot.record.numpy().data, done=slot.state is not READING)
+        if not read.done:
             read.after = partial(self._arrived, slot)
             slot.read = read
-        else:
-            read = Read(expert_id, DEMAND, done=True)
         self.acquired[read] = slot
         return read
 

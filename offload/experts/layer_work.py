@@ -8,8 +8,7 @@ from slotmoe.offload.experts.source import Read
 
 @dataclass
 class Pass:
-    """A pass over ``tokens`` tokens, which go through a layer in steps: ``seen`` of them have been
-    through layer ``row``."""
+    """A pass over ``tokens`` tokens: in steps, ``seen`` of them have been through layer ``row``."""
 
     tokens: int = 0
     row: int = -1

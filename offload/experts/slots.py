@@ -21,33 +21,26 @@ LAZY_BYTES = 256 << 20  # a slab beyond this gets its pages while the first toke
 
 
 class Slots:
-    """An ``ExpertStore`` on ``device`` that gets its records from ``source``; ``reserve`` of the
-    staging slots are for demands alone, at least as many as one token's experts of a layer.
+    """An ``ExpertStore`` on ``device`` that gets records of ``size`` bytes from ``source``;
+    ``reserve`` staging slots are for demands alone, at least one token's experts of a layer.
 
-    In RAM a large slab grows: it begins with a few slots, and a thread makes the others' pages
-    present (``Touching``).
+    In RAM a large slab begins with a few slots; ``Touching`` makes the others' pages present.
     """
 
     def __init__(
-        self,
-        source: Source,
-        cache: Cache,
-        staging: int,
-        reserve: int,
-        record_bytes: int,
-        device: Device,
+        self, source: Source, cache: Cache, staging: int, reserve: int, size: int, device: Device
     ):
         self._all = cache.layers * cache.experts
         total = min(cache.slots + staging, self._all)
-        self.slab = device.empty((total, record_bytes), torch.uint8)
+        self.slab = device.empty((total, size), torch.uint8)
         self._source, self._device, self.cache = source, device, cache
         self.staging, self._reserve = staging, reserve
         self.wait_seconds, self.reclaimed = 0.0, 0
         self.planned, self._touched = cache.slots, 0
-        ready = max(staging + reserve, LAZY_BYTES // record_bytes)
+        ready = max(staging + reserve, LAZY_BYTES // size)
         self._touching: Touching | None = None
         if ready < total and device.tier == "ram":
-            self._touching = Touching(self.slab.view(-1), ready * record_bytes)
+            self._touching = Touching(self.slab.view(-1), ready * size)
             cache.slots = ready - staging
         self.store = ExpertStore(cache, self.slab, min(ready, total) if self._touching else total)
         # What the device was told last of the store's table.

@@ -63,8 +63,7 @@ class Slot:
 
 
 class ExpertStore:
-    """Slots for records of experts, uint8 [cache.slots + staging, record_bytes], of which the first
-    ``ready`` can be used.
+    """Slots for records, uint8 [cache.slots + staging, record_bytes]; first ``ready`` are usable.
 
     ``cache`` decides which experts stay, at most ``cache.slots`` of them.  The other slots are for
     staging: they hold records on their way in, so that nothing is evicted before its successor has

@@ -4,7 +4,6 @@ An expert id is ``row * experts + expert``, where row counts the MoE layers from
 each expert a worth.  The cached expert of least worth, and of equals the one of lowest id, is
 evicted for a new one.  With bypass the new one gets a slot only if it is worth more: layers are
 visited in a cycle, so a cache smaller than what one token uses never hits if it admits everything.
-What copies the bytes stands elsewhere.
 
 A forward pass of T tokens is ``advance(T)``, then layer by layer ``use_chunk``, and ``offer`` for
 what was missing, once its bytes are in memory.
@@ -68,8 +67,7 @@ class Cache(ABC):
         self.misses += len(distinct) - hits
 
     def offer(self, expert_id: int, pinned: Collection[int] = (), must: bool = False) -> int | None:
-        """``expert_id`` was used, is not cached, and its bytes are in memory: see ``victim``, which
-        is evicted.  What is ``pinned`` stays."""
+        """The absent ``expert_id`` was used and is in memory: evict ``victim``, not ``pinned``."""
         held_N = np.zeros(self.layers * self.experts, np.bool_)
         held_N[[*pinned]] = True
         evicted = self.victim(expert_id, held_N, must)
@@ -81,8 +79,7 @@ class Cache(ABC):
 
     def victim(self, expert_id: int, held_N: Array, must: bool = False) -> int | None:
         """What is to be evicted for ``expert_id``, which was used: None if there is room, a cached
-        expert that is not held, or ``expert_id`` itself if it gets no slot, which with
-        ``must`` it gets unless all are held."""
+        expert that is not held, or itself if it gets no slot; with ``must``, if all are held."""
         if len(self.cached) < self.slots:
             return None
         worth_N = self._worth_now()

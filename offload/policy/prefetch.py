@@ -71,17 +71,12 @@ class Target(Protocol):
 
 
 class Prefetcher:
-    """Guesses by MoE layer ("row"), and which to read.  ``bandwidth()``: bytes a second by disk."""
+    """Guesses by MoE layer ("row"), and which to read: ``size`` bytes, ``bandwidth()`` a second."""
 
     def __init__(
-        self,
-        rows: int,
-        experts: int,
-        record_bytes: int,
-        target: Target,
-        bandwidth: Callable[[], float],
+        self, rows: int, experts: int, size: int, target: Target, bandwidth: Callable[[], float]
     ):
-        self._experts, self._record_bytes = experts, record_bytes
+        self._experts, self._record_bytes = experts, size
         self._target, self._bandwidth = target, bandwidth
         self._rows = [_Guesses() for _ in range(rows)]
         # The share of right guesses; seconds that the disk idles a layer, and that guessing takes;

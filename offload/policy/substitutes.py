@@ -60,14 +60,12 @@ class RandomSwaps:
         self._row, self._top_k, self._uniform, self.squares = row, top_k, uniform, 0.0
 
     def stats(self) -> dict[str, float]:
-        """What is counted."""
         return {"squares": self.squares}
 
     def advance(self, tokens: int) -> None:
         """As ``RouteBudget.advance``."""
 
     def choose(self, row: int, weights: Sequence[float], present: Sequence[bool]) -> list[int]:
-        """As ``RouteBudget.choose``."""
         used, others = list(range(self._top_k)), len(weights) - self._top_k
         if row == self._row and others and self._uniform() < self.RATE:
             first = _first(self._top_k)

@@ -54,8 +54,7 @@ class Sessions:
             if (found := self._blocks.read(block, self._size)) is None:
                 break
             latest, data = found
-            common = shared_prefix(latest.tokens, block.tokens)
-            begun = block.begun(common)
+            begun = block.begun(shared_prefix(latest.tokens, block.tokens))
             if begun.end > held:
                 sequence.state.put(block.start, latest.end, self._tensor(data), begun.end)
                 there.append(begun)
