@@ -101,12 +101,9 @@ class LoadedModel:
 
 
 def open_model(folder: Path, options: Options, device: Device, reason: str) -> LoadedModel:
-    """Read the export or checkpoint in ``folder`` as ``options`` ask.  Nothing stays allocated if
-    that fails.
-
-    Raises ``ConfigError``, ``CheckpointError``, ``ExportError``, or ``PlanError``, also where the
-    device has less memory than it seemed to.
-    """
+    """Read the export or checkpoint in ``folder`` as ``options`` ask.  If that fails, nothing stays
+    allocated.  Raises ``ConfigError``, ``CheckpointError``, ``ExportError``, or ``PlanError``, also
+    where the device has less memory than it seemed to."""
     tune_heap()
     loader = _Loader(folder, options, device, reason)
     try:
@@ -141,6 +138,7 @@ class _Loader:
             )
         self._folder, self._options, self._device, self._reason = folder, options, device, reason
         self.budget, self._host_budget = self._budgets()
+        self._popularity: list[float] | None = None
 
     def check(self) -> None:
         """Is ``check_options`` for this model."""
@@ -165,8 +163,7 @@ class _Loader:
         self._generation = generation_of(self._config, read, self._folder)
 
     def _budgets(self) -> tuple[int, int | None]:
-        """Bytes of the device tier that may be used, and of RAM below a GPU: as asked, or nine
-        tenths of what is free now."""
+        """Bytes of the device tier, and of RAM below a GPU: as asked, or ``FREE_SHARE``."""
         ram, vram, gpu = self._options.ram, self._options.vram, self._device.memory()
         if ram is not None:
             free_ram = parse_size(ram)
@@ -264,8 +261,7 @@ class _Loader:
         self._backend.run_on(self._device.placement)
 
     def _refuse(self, plan: Plan) -> int:
-        """Refuse a plan for more than the budget, or for more of a GPU than is free; returns the
-        bytes of RAM that it takes."""
+        """Refuse a plan beyond the budget, or what is there; returns the bytes of RAM in it."""
         plan.check()
         ram = plan.total if plan.tier == "ram" else sum(plan.host.values())
         if ram > (total := total_memory()):
@@ -297,21 +293,21 @@ class _Loader:
             plan = self._plan(sizes)
             self._check(plan)
             place = self._placer()
-            predictor, popularity = None, None
+            predictor = None
             if (trained := export.predictor()) is not None:
                 predictor = Predictor(trained, config.num_experts_per_tok, backend, place)
-                popularity = predictor.popularity
+                self._popularity = predictor.popularity
                 if config.mtp:  # the predictor does not know the head's experts
                     E = config.n_routed_experts
-                    popularity = popularity + [config.num_experts_per_tok / E] * E
-            store = self._store(export, plan, popularity)
+                    self._popularity = self._popularity + [config.num_experts_per_tok / E] * E
+            store = self._store(export, plan)
             opened.callback(store.close)
             weights = load_resident(export, resident_shapes(config), place)
             guesses = predictor or NextGate(replace(config, mtp=False), weights, backend)
             names = (layer_tensor(layer, EXPERTS_OF) for layer in range(config.num_hash_layers))
             tables = [as_tensor(weights[name]).cpu() for name in names]
-            experts = self._experts(export, plan, store, guesses, popularity, tables)
-            opened.callback(experts.close)
+            experts = self._experts(export, plan, store, guesses, tables)
+            opened.callback(experts.slots.close)
             network = Network(config, weights, backend, experts, PREFILL_CHUNK)
             experts.substitution = self._substitution(network, predictor, plan)
             head = MtpHead(network, weights, experts, PREFILL_CHUNK) if config.mtp else None
@@ -329,8 +325,7 @@ class _Loader:
     def _substitution(
         self, network: Network[Prepared], predictor: Predictor | None, plan: Plan
     ) -> Substitution | None:
-        """What spends the route budget, if one is given; where all experts get slots they are soon
-        there, and nothing is to be saved."""
+        """What spends the route budget, if one is given and not all experts get slots."""
         config, budget = self._config, self._options.route_budget
         if not budget:
             return None
@@ -382,25 +377,21 @@ class _Loader:
             problem = f"{name} names an expert outside 0 to {last}"
             raise ConfigError(f"{self._folder}: {problem}; quantize again")
 
-    def _cache(self, slots: int, popularity: list[float] | None) -> Cache:
-        """Where every expert has a slot nothing is ever evicted, and the cheapest bookkeeping will
-        do."""
+    def _cache(self, slots: int) -> Cache:
+        """Where every expert has a slot nothing is evicted, and the cheapest policy will do."""
         layers, experts = len(self._config.moe_layers), self._config.n_routed_experts
         policy = self._options.cache_policy or DEFAULT_POLICY
         policy = policy if slots < layers * experts else "lru"
-        return make_cache(policy, slots, layers, experts, popularity)
+        return make_cache(policy, slots, layers, experts, self._popularity)
 
-    def _store(
-        self, export: Export, plan: Plan, popularity: list[float] | None
-    ) -> DiskReader | HostTier:
+    def _store(self, export: Export, plan: Plan) -> DiskReader | HostTier:
         """What slots get records from."""
-        # Where everything fits each expert is read once, and what an earlier run left in the page
-        # cache is welcome.
+        # Where everything fits each is read once: what is in the page cache is welcome.
         everything = len(self._config.moe_layers) * export.experts
         direct = max(plan.slots, plan.host_slots) < everything
         if self._device.tier == "ram":
             return DiskReader(export, direct)
-        cache = self._cache(plan.host_slots, popularity)
+        cache = self._cache(plan.host_slots)
         return HostTier(export, direct, cache, plan.host_staging, self._device)
 
     def _experts(
@@ -409,14 +400,13 @@ class _Loader:
         plan: Plan,
         store: DiskReader | HostTier,
         predictor: NextGate | Predictor,
-        popularity: list[float] | None,
         tables: Sequence[Tensor],
     ) -> Experts:
         """The slots over ``store``, what reads ahead if that can pay, and the CPU's part."""
         options, device, config = self._options, self._device, self._config
         size, top_k = plan.record_bytes, config.num_experts_per_tok
         layers, experts = len(config.moe_layers), export.experts
-        cache = self._cache(plan.slots, popularity)
+        cache = self._cache(plan.slots)
         slots = Slots(store, cache, plan.staging, top_k, size, device)
         # Records that are not worth waking a thread for are not worth reading ahead either.
         missing = plan.slots < layers * experts and plan.staging > top_k
@@ -424,7 +414,7 @@ class _Loader:
         if options.prefetch and missing and size > HELP_BYTES:
             source = slots, store.bandwidth, device.download, tables
             lookahead = Lookahead(predictor, layers, experts, size, *source)
-        if options.prefetch and popularity:
+        if options.prefetch and (popularity := self._popularity):
             ids = range(layers * experts)
             warm = sorted(ids, key=popularity.__getitem__, reverse=True)[: plan.slots]
         hybrid, split, levels = None, Split(), export.layout.levels()

@@ -27,9 +27,8 @@ class Row:
     """A sequence's part of a pass, which appends ``ids`` to it and computes ``draft`` behind them:
     a piece of a prompt, or the newest token of an answer, behind which a pass may draft.
 
-    ``wanted`` says whether the logits of the last id are wanted, and with them those of the draft:
-    ``logits_RV``, float32 in RAM.  ``hidden_TD`` is the residual stream behind the ids, until the
-    next pass.
+    ``wanted`` says whether the logits of the last id and of the draft are: ``logits_RV``, float32
+    in RAM.  ``hidden_TD`` is the residual stream behind the ids, until the next pass.
     """
 
     sequence: Sequence
@@ -42,8 +41,7 @@ class Row:
 
 
 class Passes:
-    """Runs passes of an open model, and counts them.  ``drafting`` is None where nothing is
-    drafted."""
+    """Runs and counts passes of an open model.  ``drafting`` is None where nothing is drafted."""
 
     def __init__(self, model: LoadedModel):
         self._model = model
@@ -96,8 +94,7 @@ class Passes:
         self.drafting.accepted += 1
 
     def each(self, hidden_RD: Tensor) -> Iterable[Tensor]:
-        """Logits of rows of the residual stream, a few at a time, float32 in RAM, each row bitwise
-        what it gives alone."""
+        """``logits`` of rows a few at a time, float32 in RAM, bitwise what each gives alone."""
         for rows_RD in hidden_RD.split(EACH_AT_ONCE):
             yield self._in_ram(self.logits(rows_RD, each=True))
 
@@ -149,8 +146,7 @@ class Passes:
                 row.logits_RV = next(parts)
 
     def _guess_token(self, sequence: Sequence, ids_1: Tensor) -> None:
-        """Let the lookahead guess a token's experts from its embedding and the last hidden state
-        before it."""
+        """Let the lookahead guess a token's experts, from it and the hidden state before it."""
         model, hidden_RD = self._model, sequence.hidden_RD
         if hidden_RD is None:
             return

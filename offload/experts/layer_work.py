@@ -29,9 +29,8 @@ class Pass:
 @dataclass
 class Work:
     """What is left of a layer: ``uses`` counts each expert's tokens, ``newest`` are the newest
-    token's experts, and ``kept`` the expert ids that stay for the pass's next step or layer; lists
-    of expert ids that are ``cached``, to be read ``later``, or ``used`` in staging; and reads on
-    their way."""
+    token's experts, ``kept`` the ids that stay for the pass's next step or layer; ids ``cached``,
+    to be read ``later``, or ``used`` in staging; and reads on their way."""
 
     row: int
     uses: Mapping[int, int]

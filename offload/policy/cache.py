@@ -29,8 +29,7 @@ class Cache(ABC):
     def __init__(
         self, slots: int, layers: int, experts: int, popularity: Sequence[float] | None = None
     ):
-        """``popularity`` is the expected uses of each expert a token: what a policy believes before
-        it has seen any."""
+        """``popularity`` is each expert's uses a token that a policy expects before it saw any."""
         assert popularity is None or len(popularity) == layers * experts
         self.slots, self.layers, self.experts = slots, layers, experts
         self.hits = self.misses = self.evictions = self.bypassed = 0
@@ -98,8 +97,7 @@ class Cache(ABC):
         return victim
 
     def by_worth(self, expert_ids: Collection[int]) -> list[int]:
-        """``expert_ids``, cached or not, the one of least worth last, of equals that of lowest
-        id."""
+        """``expert_ids``, cached or not, that of least worth last, of equals that of lowest id."""
         ids = np.array(sorted(expert_ids, reverse=True))
         ordered: list[int] = ids[(-self._worth_now()[ids]).argsort(kind="stable")].tolist()
         return ordered
@@ -245,5 +243,4 @@ def make_cache(
     policy: str, slots: int, layers: int, experts: int, popularity: Sequence[float] | None = None
 ) -> Cache:
     """An empty cache under one of ``slotmoe.offload.policy.POLICIES``."""
-    kind = {"lru": Lru, "learned": Learned}[policy]
-    return kind(slots, layers, experts, popularity)
+    return {"lru": Lru, "learned": Learned}[policy](slots, layers, experts, popularity)

@@ -23,8 +23,7 @@ class RouteBudget:
         self.swaps, self.spent, self.tokens = 0, 0.0, 0
 
     def stats(self) -> dict[str, float]:
-        """``swaps`` so far, what they are estimated to cost in nats a token, and how many tokens
-        were decoded."""
+        """``swaps`` so far, their estimated cost in nats a token, and how many were decoded."""
         spent = self.spent / max(self.tokens, 1)
         return {"swaps": self.swaps, "estimated_kl": spent, "tokens": self.tokens}
 

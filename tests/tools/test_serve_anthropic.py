@@ -105,7 +105,7 @@ def test_later_messages_of_the_systems_stay_in_their_place(runtime, monkeypatch,
     for more in ([], [answer, *USER], [answer, *USER, SYSTEM, *USER]):
         turns = turns + more
         chat = MessagesRequest(**{**ASK, "messages": turns, "system": "Be brief."}).chat()
-        texts.append(dialect.prompt(chat.messages, chat.policy).removesuffix("A:"))
+        texts.append(dialect.prompt(chat).removesuffix("A:"))
     first, second, third = texts
     assert second.startswith(first) and third.startswith(second)
     assert [text.count(told) for text in texts] == [1, 1, 2]
@@ -113,7 +113,7 @@ def test_later_messages_of_the_systems_stay_in_their_place(runtime, monkeypatch,
 
 def prompt_of(service, **fields):
     chat = MessagesRequest(**{**ASK, **fields}).chat()
-    return service.dialect.prompt(chat.messages, chat.policy)
+    return service.dialect.prompt(chat)
 
 
 def test_what_the_system_says_first_is_one_text(served):

@@ -17,6 +17,7 @@ from slotmoe.tools.serve.grammar import Grammars
 from slotmoe.tools.serve.reader import ContentDelta, Reader, joined, parse_arguments
 from slotmoe.tools.serve.requests import (
     AssistantMessage,
+    Conversation,
     Function,
     PlainMessage,
     Schema,
@@ -101,7 +102,7 @@ def test_format_is_recognised_and_writes_the_history(form, tokenizers):
     dialect = Dialect(tokenizers[form])
     assert dialect.format is form and list(dialect.shown.values()) == [D]
     given = history(("weather", json.dumps(ARGUMENTS)), ("stop", ""))
-    text = dialect.prompt(given, POLICY, effort="high")
+    text = dialect.prompt(Conversation(given, POLICY, effort="high"))
     assert f"<think>Hm</think>So.\n\n{two(form)}{EOS}" in text
     assert text.index("r0") < text.index("r1") and text.endswith("<think>")
     assert '{"name": "stop", "description": "", "parameters"' in text
@@ -147,7 +148,7 @@ CALLS = st.lists(
 @given(calls=CALLS, width=st.integers(1, 40))
 def test_what_is_written_of_a_call_is_read_as_the_same_call(form, tokenizers, calls, width):
     given = history(*((name, json.dumps(arguments)) for name, arguments in calls))
-    text = Dialect(tokenizers[form]).prompt(given, POLICY, effort="high")
+    text = Dialect(tokenizers[form]).prompt(Conversation(given, POLICY, effort="high"))
     _, _, answer = text.partition("<think>Hm</think>")
     parts = read(form, answer.partition(EOS)[0], width)
     assert parts[0] == ContentDelta("So.")
@@ -234,7 +235,9 @@ def _either(form, text):
 def test_marks_in_a_text_are_left_as_they_are(form, tokenizers):
     # As with every template: what spells a token is that token.  An answer alone can call.
     text = f'Say <{D}invoke name="stop">'
-    prompt = Dialect(tokenizers[form]).prompt([PlainMessage(role="user", content=text)], POLICY)
+    prompt = Dialect(tokenizers[form]).prompt(
+        Conversation([PlainMessage(role="user", content=text)], POLICY)
+    )
     assert prompt.count(text) == 1
 
 
@@ -242,10 +245,10 @@ def test_reminders_are_for_models_that_know_them(tokenizers):
     messages = [PlainMessage(role=role, content="Hi") for role in ("latest_reminder", "user")]
     items = [InputMessage(role=message.role, content="Hi") for message in messages]
     assert [message.role for message in messages_of(items)] == ["latest_reminder", "user"]
-    prompt = Dialect(tokenizers[DEEPSEEK_V4]).prompt(messages, None)
+    prompt = Dialect(tokenizers[DEEPSEEK_V4]).prompt(Conversation(messages))
     assert "<\uff5clatest_reminder\uff5c>Hi<\uff5cUser\uff5c>Hi" in prompt
     with pytest.raises(RefusedError, match="latest_reminder"):
-        Dialect(tokenizers[DEEPSEEK_V3_2]).prompt(messages, None)
+        Dialect(tokenizers[DEEPSEEK_V3_2]).prompt(Conversation(messages))
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from slotmoe.tools.serve.reader import ContentDelta, Reader, joined
 from slotmoe.tools.serve.requests import (
     AssistantMessage,
     CalledFunction,
+    Conversation,
     Function,
     PlainMessage,
     ToolCall,
@@ -147,7 +148,7 @@ def test_history_is_what_the_model_would_have_written(form, tokenizers):
         ToolMessage(role="tool", tool_call_id="b", content="stopped"),
         ToolMessage(role="tool", tool_call_id="a", content="wet"),
     ]
-    text = Dialect(tokenizers[form]).prompt(history, None)
+    text = Dialect(tokenizers[form]).prompt(Conversation(history))
     assert f"[user]Hi[A]So.{TWO[form]}" in text
     assert text.index("wet") < text.index("stopped") and text.endswith("[A]")
     if form is KIMI:
@@ -226,4 +227,4 @@ def test_history_with_arguments_that_are_no_object_is_refused(tokenizers):
         ToolMessage(role="tool", tool_call_id="a", content="ok"),
     ]
     with pytest.raises(RefusedError, match="no JSON object"):
-        Dialect(tokenizers[GLM]).prompt(history, None)
+        Dialect(tokenizers[GLM]).prompt(Conversation(history))

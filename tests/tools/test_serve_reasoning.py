@@ -9,7 +9,7 @@ import pytest
 
 from slotmoe.model.reasoning import Reasoning
 from slotmoe.tools.serve.function_calling import Dialect
-from slotmoe.tools.serve.requests import AssistantMessage, PlainMessage
+from slotmoe.tools.serve.requests import AssistantMessage, Conversation, PlainMessage
 from tests.support.served import Served
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -33,7 +33,7 @@ def served(network, processes, runtime):
 def answer(served, runtime):
     """Reasoning and text of a greedy answer, by the model itself."""
     message = PlainMessage(role="user", content="It is a truth")
-    prompt = Dialect(runtime.tokenizer).prompt([message], None)
+    prompt = Dialect(runtime.tokenizer).prompt(Conversation([message]))
     text = "".join(token.text for token in runtime.generate(prompt, 60))
     before, comma, after = text.partition(",")
     assert comma and before.strip() and after.strip()
@@ -115,10 +115,10 @@ def test_template_sees_reasoning_and_its_switch(runtime):
             AssistantMessage(role="assistant", content="Yes", reasoning_content="Hm"),
         ]
         dialect = Dialect(tokenizer)
-        assert dialect.prompt(history, None) == "[user]|Hi[assistant]Hm|Yes"
+        assert dialect.prompt(Conversation(history)) == "[user]|Hi[assistant]Hm|Yes"
         history[1] = AssistantMessage(role="assistant", content="Yes", reasoning="Hm")
-        assert dialect.prompt(history, None) == "[user]|Hi[assistant]Hm|Yes"
-        assert dialect.prompt(history, None, effort="none").endswith("YesFalseFalsenone")
-        assert dialect.prompt(history, None, effort="low").endswith("YesTrueTruehigh")
+        assert dialect.prompt(Conversation(history)) == "[user]|Hi[assistant]Hm|Yes"
+        assert dialect.prompt(Conversation(history, effort="none")).endswith("YesFalseFalsenone")
+        assert dialect.prompt(Conversation(history, effort="low")).endswith("YesTrueTruehigh")
     finally:
         tokenizer.template = before

@@ -57,7 +57,7 @@ WRONG = {  # in both of OpenAI's older APIs
 OTHER = {"type": "function", "function": {"name": "other"}}
 REASONS = [
     (CHAT, user([PART]), "messages.0.content.0: a part of type 'image_url' can't be read"),
-    (CHAT, user(5), "messages.0.content is neither text nor a list of parts"),
+    (CHAT, user(5), "messages.0.content is neither text nor a list"),
     (CHAT, {"messages": [{"role": "wizard"}]}, "messages.0 has the unknown 'role' 'wizard'"),
     (CHAT, {"messages": USER * 4097}, "messages has more than 4096 items"),
     (CHAT, user("x", extra=1), "messages.0.extra is not supported by this server"),
@@ -72,7 +72,7 @@ REASONS = [
     *((CHAT, {"tools": [function(name)]}, f"tools.0.function.name: {NAME}") for name in NAMES),
     (CHAT, {"tools": [FUNCTION], "tool_choice": OTHER}, "tool_choice: 'other' is none of the"),
     (CHAT, {"tool_choice": "auto"}, "tool_choice can only be given with tools"),
-    (CHAT, {"tools": [FUNCTION], "tool_choice": 5}, "tool_choice is neither a word"),
+    (CHAT, {"tools": [FUNCTION], "tool_choice": 5}, "tool_choice: Input should be 'none'"),
     (CHAT, {"metadata": {str(i): "" for i in range(17)}}, "metadata has 17 labels, more than 16"),
     (CHAT, {"max_tokens": 0}, "max_tokens is 0, expected a positive count or -1"),
     (CHAT, {"max_tokens": 4, "min_tokens": 5}, "min_tokens is more than the limit of tokens"),

@@ -324,7 +324,7 @@ def test_items_become_messages():
         function_output("3", "three"),
     ]
     body = ResponsesRequest(model="x", input=items, instructions="be")
-    messages = body.chat(body.items()).messages
+    messages = body.chat(body.input).messages
     assert [(m.role, m.text, [call.id for call in m.calls]) for m in messages] == [
         ("system", "be", []),
         ("user", "a", []),
@@ -336,7 +336,7 @@ def test_items_become_messages():
     ]
     leading = [{"role": role, "content": role} for role in ("developer", "system", "user")]
     body = ResponsesRequest(model="x", input=leading, instructions="be")
-    first, second = body.chat(body.items()).messages
+    first, second = body.chat(body.input).messages
     assert (first.text, second.text) == ("be\n\ndeveloper\n\nsystem", "user")
 
 

@@ -21,6 +21,7 @@ UNHELD = [
     ({**OBJECT, "not": {"properties": {"a": {"const": 1}}}}, ["not"]),
     ({**OBJECT, "if": {"required": ["b"]}, "then": {"required": ["a"]}}, ["if", "then"]),
     ({**OBJECT, "dependentRequired": {"b": ["a"]}}, ["dependentRequired"]),
+    ({**OBJECT, "dependentSchemas": {"b": {"required": ["a"]}}}, ["dependentSchemas"]),
     ({"type": "object", "unevaluatedProperties": {"const": 1}}, ["unevaluatedProperties"]),
     ({**OPEN, "minProperties": 1}, ["minProperties"]),
     ({**TEXT, "pattern": "^(?=a)b"}, ["pattern"]),

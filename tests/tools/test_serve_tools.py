@@ -19,6 +19,7 @@ from slotmoe.tools.serve.reader import ContentDelta, Reader, joined, parse_argum
 from slotmoe.tools.serve.requests import (
     AssistantMessage,
     CalledFunction,
+    Conversation,
     FailedToolMessage,
     Function,
     PlainMessage,
@@ -106,7 +107,7 @@ def calls_in_two_rounds():
 def test_model_without_tool_tokens_is_told_in_plain_words(runtime):
     dialect = Dialect(runtime.tokenizer)
     system = PlainMessage(role="system", content="Be brief.")
-    text = dialect.prompt([system, *calls_in_two_rounds()], policy("weather"))
+    text = dialect.prompt(Conversation([system, *calls_in_two_rounds()], policy("weather")))
     begin, end = runtime.tokenizer.settings["bos_token"], runtime.tokenizer.eos_token
     told = json.dumps({"name": "weather", "description": "", "parameters": WEATHER})
     assert text.startswith(
@@ -122,14 +123,14 @@ def test_model_without_tool_tokens_is_told_in_plain_words(runtime):
         'Assistant: <tool_call>{"name": "stop", "arguments": {}}</tool_call>' + end + "User: "
         '<tool_response name="stop">\nok\n</tool_response>\n\nAssistant:'
     )
-    assert dialect.prompt([user("Hi")], None) == f"{begin}User: Hi\n\nAssistant:"
+    assert dialect.prompt(Conversation([user("Hi")])) == f"{begin}User: Hi\n\nAssistant:"
 
 
 def test_model_with_tool_tokens_reads_its_own_format(native):
     tokenizer = Tokenizer(native, 0)
     calls, call, sep, end_call, end_calls, outputs, output, end_output, end_outputs = MARKS
     begin, end = tokenizer.settings["bos_token"], tokenizer.eos_token
-    text = Dialect(tokenizer).prompt(calls_in_two_rounds(), policy("weather"))
+    text = Dialect(tokenizer).prompt(Conversation(calls_in_two_rounds(), policy("weather")))
     told = json.dumps({"name": "weather", "description": "", "parameters": WEATHER}, indent=4)
     head = (
         "You are a helpful Assistant.\n\n## Tools\n\n### Function\n\n"
@@ -147,7 +148,7 @@ def test_model_with_tool_tokens_reads_its_own_format(native):
     untaught.template, other.template = NATIVE_TEMPLATE, untaught.template
     assert [Dialect(one).is_native for one in (tokenizer, untaught, other)] == [True, False, False]
     tokenizer.template += "{% for one in tools %}{{ one.function.name }}{% endfor %}"
-    text = Dialect(tokenizer).prompt([user("Hi")], policy("weather", "stop"))
+    text = Dialect(tokenizer).prompt(Conversation([user("Hi")], policy("weather", "stop")))
     assert text == f"{begin}[U]Hi[A]weatherstop"
 
 
@@ -156,10 +157,10 @@ def test_results_belong_to_the_calls_before_them(runtime):
     wrong = [turns[:2], turns[:3], turns[:2] + turns[:1], turns[2:], [*turns, turns[-1]]]
     for messages in [*wrong, turns[:3] + turns[2:]]:
         with pytest.raises(RefusedError, match=r"has no result|answers no call"):
-            Dialect(runtime.tokenizer).prompt(messages, None)
+            Dialect(runtime.tokenizer).prompt(Conversation(messages))
     renamed = result("c", "ok", name="weather")
     with pytest.raises(RefusedError, match="name of another"):
-        Dialect(runtime.tokenizer).prompt([*turns[:-1], renamed], None)
+        Dialect(runtime.tokenizer).prompt(Conversation([*turns[:-1], renamed]))
 
 
 def read(reader, text, width):

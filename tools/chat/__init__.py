@@ -105,9 +105,8 @@ def command(
         options.require_extra("chat", "prompt_toolkit")
     from slotmoe.tools.chat.conversation import Conversation
 
-    chosen = {name: given[name] for name in options.SAMPLING}
     with open_session(given, "chat") as session, open_runtime(model, given) as runtime:
-        sampling = runtime.sampling.with_given(**chosen)
+        sampling = runtime.sampling.with_given(**{name: given[name] for name in options.SAMPLING})
         settings = max_new_tokens, sampling, system, session, given["stop"]
         conversation = Conversation(runtime, *settings)
         if trace is not None:

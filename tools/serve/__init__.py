@@ -111,8 +111,7 @@ def command(model: str, host: str, port: int, names: tuple[str, ...], **given: A
         if not {*names} - {"*"}:
             names = (Path(model).resolve().name if Path(model).exists() else model, *names)
         sampling = {name: given[name] for name in options.OWN}
-        max_body, is_logged = parse_size(given["max_body"]), not given["no_log"]
-        edge = keys, hosts, max_body, is_logged, origins, sampling
+        edge = keys, hosts, parse_size(given["max_body"]), not given["no_log"], origins, sampling
         server, service = make_server(runtime, names, sequences, queue, *edge)
         address, port = listener.getsockname()[:2]
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"

@@ -24,9 +24,7 @@ from slotmoe.tools.serve.service import Serving
 
 router = APIRouter()
 _STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
-# In OpenAI's words.
-_EFFORTS = {"disabled": "none", "enabled": "high", "adaptive": None, "between_tools": None}
-_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+_CHOICES = {"auto": "auto", "any": "required", "none": "none"}  # in OpenAI's words
 _THINKING = accepted("nothing bounds reasoning")
 _SIGNATURE = "slotmoe"  # of thinking: clients send it back, nothing here verifies it
 _BILLING = "x-anthropic-billing-header:"  # Claude Code's, another one in each conversation
@@ -72,9 +70,7 @@ class CountRequest(given.Cacheable):
     """``/v1/messages/count_tokens``, and what it shares with ``/v1/messages``."""
 
     model: requests.Label
-    messages: Annotated[
-        list[given.AnthropicMessage], Field(min_length=1, max_length=requests.MAX_MESSAGES)
-    ]
+    messages: Annotated[list[given.AnthropicMessage], requests.SOME]
     system: given.Text | None = None
     tools: Annotated[list[given.Tool], Field(max_length=_MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
@@ -95,31 +91,20 @@ class CountRequest(given.Cacheable):
         is_single = self.tools and self.tool_choice and self.tool_choice.disable_parallel_tool_use
         offer = given.Offer(self.tools or [])
         messages = [message for turn in self.messages for message in turn.messages(offer)]
-        blocks = [self.system] if isinstance(self.system, str) else self.system or ()
-        texts = [block if isinstance(block, str) else block.text for block in blocks]
-        texts = ["".join(text for text in texts if not text.startswith(_BILLING))]
-        while messages and messages[0].role == "system":  # in no midst
-            texts.append(messages.pop(0).text)
-        if system := "\n\n".join(text for text in texts if text):
-            about: Json = {"role": "system", "content": system}
-            messages.insert(0, requests.PlainMessage.model_construct(**about))
+        system = self.system or ()
+        texts = [system] if isinstance(system, str) else [block.text for block in system]
+        system = "".join(text for text in texts if not text.startswith(_BILLING))
         continues = self.messages[-1].role == "assistant"
-        output, effort = self.output_config, None
-        form = output.format if output is not None else None
-        if self.thinking is not None:
-            effort = _EFFORTS[self.thinking.type]
-            if effort == "high" and output is not None:
-                effort = output.effort or effort
+        output = self.output_config or OutputConfig.model_construct()
+        efforts, form = {"disabled": "none", "enabled": output.effort or "high"}, output.format
+        effort = efforts.get(self.thinking.type) if self.thinking is not None else None
         if continues and form is not None:
             problem = "the answer can't follow a schema where a last message of the assistant's"
             raise RefusedError(f"messages: {problem} has begun it", "messages")
-        return requests.Conversation(
-            messages,
-            offer.policy(choice, False if is_single else None),
-            None if form is None else Schema.model_construct(definition=form.definition),
-            effort,
-            continues,
-        )
+        policy = offer.policy(choice, False if is_single else None)
+        wanted = None if form is None else Schema.model_construct(definition=form.definition)
+        messages = requests.with_system([system], messages)
+        return requests.Conversation(messages, policy, wanted, effort, continues)
 
 
 class MessagesRequest(CountRequest, requests.GenerationRequest):

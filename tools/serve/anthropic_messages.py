@@ -8,20 +8,19 @@ before it stays cached: the system's messages stay where they are, and tools may
 import json
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Annotated, Literal, TypeAlias, TypeVar
+from typing import Annotated, Literal, TypeAlias
 from xml.sax.saxutils import quoteattr
 
-from pydantic import Field, Tag
+from pydantic import Field
 
 from slotmoe.jsonfile import Json
 from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.fields import accepted, by_kind, text_or_list
+from slotmoe.tools.serve.fields import BY_TYPE, accepted
 from slotmoe.tools.serve.formats import described
-from slotmoe.tools.serve.requests import DESCRIBED, REPLAYED
+from slotmoe.tools.serve.requests import DESCRIBED, REPLAYED, TextOr
 
 _IN_PLACE = accepted("a message stays where it is, so that what follows it stays cached")
-_BY_TYPE = Field(discriminator="type")
 _UNCITED = accepted("the model cites nothing")
 
 
@@ -74,12 +73,7 @@ class TextBlock(requests.TextPart):
         return self.text
 
 
-B = TypeVar("B")
-TextOrBlocks = Annotated[
-    Annotated[requests.Text, Tag("text")] | Annotated[list[B], Tag("list")],
-    by_kind(text_or_list, "text nor a list of blocks"),
-]
-Text: TypeAlias = TextOrBlocks[TextBlock]
+Text: TypeAlias = TextOr[requests.Text, list[TextBlock]]
 
 
 class PlainSource(requests.Model):
@@ -95,7 +89,7 @@ class BlockSource(requests.Model):
 
 class Document(Cacheable):
     type: Literal["document"]
-    source: Annotated[PlainSource | BlockSource, _BY_TYPE]
+    source: Annotated[PlainSource | BlockSource, BY_TYPE]
     title: requests.Text | None = None
     context: requests.Text | None = None
     citations: Annotated[Json | None, _UNCITED] = None
@@ -165,7 +159,7 @@ class ToolUse(Cacheable):
 class ToolResult(Cacheable):
     type: Literal["tool_result"]
     tool_use_id: requests.CallId
-    content: TextOrBlocks[Annotated[Quote | ToolReference, _BY_TYPE]] | None = None
+    content: TextOr[requests.Text, list[Annotated[Quote | ToolReference, BY_TYPE]]] | None = None
     is_error: bool | None = None
     toolset_name: Annotated[None, REPLAYED] = None
 
@@ -186,12 +180,12 @@ class RedactedThinking(requests.Model):
     data: Annotated[requests.Text, REPLAYED]
 
 
-Block: TypeAlias = Annotated[Quote | ToolUse | ToolResult | Thinking | RedactedThinking, _BY_TYPE]
+Block: TypeAlias = Annotated[Quote | ToolUse | ToolResult | Thinking | RedactedThinking, BY_TYPE]
 
 
 class _Turn(requests.Model):
     role: Literal["user", "assistant"]
-    content: TextOrBlocks[Block]
+    content: TextOr[requests.Text, list[Block]]
 
     def messages(self, offer: Offer) -> list[requests.ChatMessage]:
         """Each result of a call, then the text and the calls.  Raises ``RefusedError``."""
@@ -204,16 +198,14 @@ class _Turn(requests.Model):
         if (calls and self.role == "user") or (results and self.role == "assistant"):
             raise RefusedError(f"a message of the {self.role} can't hold such a block", "messages")
         text = read((block for block in blocks if isinstance(block, Readable)), offer)
-        about: Json = {"role": self.role, "content": text, "tool_calls": calls}
-        about["reasoning_content"] = "".join(thoughts)
-        kind = requests.AssistantMessage if self.role == "assistant" else requests.PlainMessage
-        message = kind.model_construct(**about)
+        about: Json = {"tool_calls": calls, "reasoning_content": "".join(thoughts)}
+        message = requests.said(self.role, text, **about)
         return [*results, message] if text or calls or not results else [*results]
 
 
 class _SystemTurn(requests.Model):
     role: Literal["system"]
-    content: TextOrBlocks[Annotated[TextBlock | ToolChange, _BY_TYPE]]
+    content: TextOr[requests.Text, list[Annotated[TextBlock | ToolChange, BY_TYPE]]]
     clear_at: Annotated[Literal["next_user_message", "never"] | None, _IN_PLACE] = None
     output_config: Annotated[Json | None, accepted("that of the request is followed")] = None
 

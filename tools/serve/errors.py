@@ -110,9 +110,8 @@ def _place(error: Json, value: Json) -> list[str | int]:
         if _holds(value, step):
             place.append(step)
             value = value[step]
-    return (
-        [*place, last] if steps and (error["type"] == "missing" or _holds(value, last)) else place
-    )
+    is_named = error["type"] == "missing" or _holds(value, last)
+    return [*place, last] if steps and is_named else place
 
 
 def _holds(value: object, step: str | int) -> bool:

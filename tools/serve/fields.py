@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, model_validator
 
 MAX_ITEMS = 4096  # of a list that has no other bound
+BY_TYPE = Field(discriminator="type")  # the members of a union
 
 
 def accepted(reason: str) -> object:
@@ -46,7 +47,7 @@ def at_most(count: int, what: str) -> BeforeValidator:
 def by_kind(kind: Callable[[object], str | None], expected: str) -> Discriminator:
     """Tells the members of a union apart, so that an error names what is wrong in the one that was
     meant; without a member, it says what was ``expected``."""
-    message = f"is neither {expected}" if " nor " in expected else f"is not {expected}"
+    message = f"is neither {expected}"
     return Discriminator(kind, custom_error_type="kind", custom_error_message=message)
 
 

@@ -11,6 +11,7 @@ from slotmoe.jsonfile import Json
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve import formats, requests
 from slotmoe.tools.serve.errors import RefusedError
+from slotmoe.tools.serve.rules import Schema
 
 _UNCALLED = "a result answers no call of the message before it"
 Turn: TypeAlias = tuple[
@@ -31,18 +32,9 @@ class Dialect:
         ids = {tokenizer.token_id(mark): mark for mark in self.format.marks}
         self.shown = {id_: mark for id_, mark in ids.items() if id_ is not None}
 
-    def prompt(
-        self,
-        messages: list[requests.ChatMessage],
-        policy: requests.ToolPolicy | None,
-        continues: bool = False,
-        effort: str | None = None,
-        schema: Json | None = None,
-        extra: Json | None = None,
-    ) -> str:
-        """The conversation as text for the model; the answer ``continues`` the last message, or it
-        is a new one, with reasoning as ``effort`` says and by ``schema`` where there is one.  The
-        template gets ``extra`` variables.  Raises ``RefusedError``, ``ConfigError``."""
+    def prompt(self, chat: requests.Conversation) -> str:
+        """``chat`` as text for the model.  Raises ``RefusedError``, ``ConfigError``."""
+        messages, policy = chat.messages, chat.policy
         if any(m.role == requests.REMINDER for m in messages) and not self._reminds:
             problem = f"this model has no role {requests.REMINDER!r}"
             raise RefusedError(f"messages: {problem}", "messages")
@@ -61,8 +53,9 @@ class Dialect:
         elif functions:
             self._describe(functions, written)
         goes_on = self.is_native and not self.format.structured and bool(turns[-1][1])
-        begun = continues or goes_on
-        return self._tokenizer.chat(written, tools, begun, effort, schema, extra)
+        schema = chat.wanted.definition if isinstance(chat.wanted, Schema) else None
+        about = chat.continues or goes_on, chat.effort, schema, chat.extra
+        return self._tokenizer.chat(written, tools, *about)
 
     @cached_property
     def _inserts(self) -> bool:

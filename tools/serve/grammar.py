@@ -93,8 +93,8 @@ class Grammars:
     def compile(
         self,
         wanted: Schema | Rule | None,
-        policy: ToolPolicy | None,
-        is_thinking: bool | None = False,
+        policy: ToolPolicy | None = None,
+        is_thinking: bool | None = None,
     ) -> Mask | None:
         """What an answer has to follow that is as ``wanted``, or calls functions, after its
         reasoning; None where the answer is free.  ``is_thinking`` where the prompt has begun the

@@ -101,20 +101,18 @@ class Guard:
             if len(headers.getlist(name)) > 1:  # a proxy may have looked at the other one
                 raise RefusedError(f"the header {name} is given more than once")
         host, origin = headers.get("host", ""), headers.get("origin", "")
-        if not self._is_known(_name(host)):
-            problem = f"the name {_name(host)[:80]!r} is not allowed here"
-            raise RefusedError(f"{problem}; start with --allow-host to allow it", status=403)
+        name = _name(host)
+        try:
+            ipaddress.ip_address(name)  # which can't be rebound
+        except ValueError:
+            if name not in self._hosts:
+                problem = f"the name {name[:80]!r} is not allowed here"
+                advice = "start with --allow-host to allow it"
+                raise RefusedError(f"{problem}; {advice}", status=403) from None
         ours = (f"http://{host.lower()}", f"https://{host.lower()}")  # the latter by a proxy
         if origin and not shares and origin.lower() not in ours:
             problem = f"requests from pages of the origin {origin[:80]!r} are refused"
             raise RefusedError(f"{problem}; start with --cors-origin to allow it", status=403)
-
-    def _is_known(self, name: str) -> bool:
-        """Names are on the list or refused; an address can't be rebound."""
-        try:
-            return name in self._hosts or bool(ipaddress.ip_address(name))
-        except ValueError:
-            return False
 
     def _owner(self, headers: Headers) -> str | None:
         """The digest of the client's key; empty where none is needed, None where it is wrong."""

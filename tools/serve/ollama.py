@@ -117,13 +117,12 @@ def _messages(given: Sequence[Message]) -> list[requests.ChatMessage]:
     none, and has its name if it has one."""
     told, calls = list[requests.ChatMessage](), list[requests.ToolCall]()
     for message in given:
-        about: Json = {"role": message.role, "content": message.content or ""}
+        about = Json()
         if message.role == "tool":
             same = [call for call in calls if call.id == message.tool_call_id]
             same += [c for c in calls if message.tool_name in (None, c.function.name)]
             calls = [call for call in calls if call not in same[:1]]
-            id_ = same[0].id if same else "none"
-            told.append(requests.ToolMessage.model_construct(**about, tool_call_id=id_))
+            about["tool_call_id"] = same[0].id if same else "none"
         elif message.role == "assistant":
             made = [(call.id, call.function) for call in message.tool_calls or ()]
             calls = [
@@ -131,9 +130,7 @@ def _messages(given: Sequence[Message]) -> list[requests.ChatMessage]:
                 for n, (id_, f) in enumerate(made)
             ]
             about |= {"tool_calls": calls, "reasoning_content": message.thinking}
-            told.append(requests.AssistantMessage.model_construct(**about))
-        else:
-            told.append(requests.PlainMessage.model_construct(**about))
+        told.append(requests.said(message.role, message.content or "", **about))
     return told
 
 
@@ -168,11 +165,8 @@ async def generate(body: GenerateRequest, request: Request, service: Serving) ->
         told = [Message.model_construct(role=role, content=text) for role, text in said if text]
         answers = await chat_answers(service, request, body.conversation(told), options)
         return await _respond(body, answers)
-    service.check_length(len(prompt) + len(suffix))
-    texts = (prompt, suffix) if suffix else (prompt,)
-    encode = service.tokenizer.encode_gap if suffix else service.encode
-    ids = await service.prepare(encode, *texts)
-    grammar = await service.prepare(service.grammars.compile, body.wanted, None, None)
+    ids = await service.prepare(service.encode, prompt, True, suffix or None)
+    grammar = await service.prepare(service.grammars.compile, body.wanted)
     return await _respond(body, Answers(service, request, [ids], options, grammar=grammar))
 
 

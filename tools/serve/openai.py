@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import AfterValidator, Field, Tag
@@ -15,9 +15,9 @@ from slotmoe.model.generate import Token
 from slotmoe.tools.serve import requests, rules
 from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event, spelled
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.fields import Refused, accepted, at_most, by_kind, text_or_list
+from slotmoe.tools.serve.fields import BY_TYPE, Refused, accepted, at_most, by_kind
 from slotmoe.tools.serve.reader import ContentDelta, joined
-from slotmoe.tools.serve.requests import Id, Label, Stop, Stops, Text, TopLogprobs, Whole
+from slotmoe.tools.serve.requests import Id, Label, Stop, Stops, Text, TextOr, TopLogprobs, Whole
 from slotmoe.tools.serve.service import Serving
 
 router = APIRouter()
@@ -38,16 +38,9 @@ class StreamOptions(requests.Model):
 
 
 class OpenAIRequest(requests.LabelledRequest):
-    needs: ClassVar = {"stream_options": "stream"}  # a field that has to be true
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Seed | None = Field(None, description="with `n`, answer i has seed + i")
-    stop: (
-        Annotated[
-            Annotated[Stop, Tag("text")] | Annotated[Stops, Tag("list")],
-            by_kind(text_or_list, "text nor a list of texts"),
-        ]
-        | None
-    ) = None
+    stop: TextOr[Stop, Stops] | None = None
     n: Annotated[int, Field(ge=1, le=requests.MAX_ANSWERS), Whole] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -56,9 +49,7 @@ class OpenAIRequest(requests.LabelledRequest):
     stream_options: StreamOptions | None = Field(None, description="needs `stream`")
     stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None
     prompt_logprobs: TopLogprobs | None = Field(None, description="not with `stream`")
-    response_format: (
-        Annotated[rules.TextFormat | rules.SchemaFormat, Field(discriminator="type")] | None
-    ) = None
+    response_format: Annotated[rules.TextFormat | rules.SchemaFormat, BY_TYPE] | None = None
     structured_outputs: rules.StructuredOutputs | None = None
     grammar: rules.Source | None = Field(None, description="as in `structured_outputs`")
     json_schema: Json | None = Field(None, description="`json` of `structured_outputs`")
@@ -74,9 +65,8 @@ class OpenAIRequest(requests.LabelledRequest):
         limit, least = None if limit == -1 else limit, self.min_tokens or 0
         if limit is not None and limit < least:
             raise RefusedError("min_tokens is more than the limit of tokens", "min_tokens")
-        for name, needed in self.needs.items():
-            if getattr(self, name) is not None and not getattr(self, needed):
-                raise RefusedError(f"{name} needs {needed}: true", name)
+        if self.stream_options is not None and not self.stream:
+            raise RefusedError("stream_options needs stream: true", "stream_options")
         bias = []
         for key, value in (self.logit_bias or {}).items():
             if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocabulary):
@@ -110,7 +100,6 @@ class OpenAIRequest(requests.LabelledRequest):
 class ChatRequest(OpenAIRequest, requests.Templated):
     """``/v1/chat/completions``."""
 
-    needs: ClassVar = {**OpenAIRequest.needs, "top_logprobs": "logprobs"}
     messages: requests.Messages
     max_tokens: Limit | None = Field(None, description="-1 is as many as the context holds")
     max_completion_tokens: Limit | None = Field(None, description="`max_tokens` by another name")
@@ -132,11 +121,11 @@ class ChatRequest(OpenAIRequest, requests.Templated):
         """For a tokenizer of ``vocabulary`` ids.  Raises ``RefusedError``."""
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise RefusedError("give max_tokens or max_completion_tokens, not both", "max_tokens")
-        limit, name = self.max_tokens, "max_tokens"
-        if limit is None:
-            limit, name = self.max_completion_tokens, "max_completion_tokens"
-        if limit == 0:
+        name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        if (limit := getattr(self, name)) == 0:
             raise RefusedError(f"{name} is 0, expected a positive count or -1", name)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RefusedError("top_logprobs needs logprobs: true", "top_logprobs")
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return self.options_with(vocabulary, limit, logprobs)
 
@@ -218,19 +207,14 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
     if len(given) * options.choices > requests.MAX_ANSWERS:
         problem = f"prompts times n is more than {requests.MAX_ANSWERS} answers in one request"
         raise RefusedError(problem, "n")
-    tokenizer, prompts, echoes = service.tokenizer, list[list[int]](), list[str]()
+    prompts, echoes = list[list[int]](), list[str]()
     for prompt in given:
-        if not isinstance(prompt, str):
-            prompts.append(prompt)
-        elif body.suffix is None:
-            prompts.append(await service.prepare(service.encode, prompt))
-        else:
-            service.check_length(len(prompt) + len(body.suffix))
-            prompts.append(await service.prepare(tokenizer.encode_gap, prompt, body.suffix))
+        work = service.encode, prompt, True, body.suffix
+        prompts.append(await service.prepare(*work) if isinstance(prompt, str) else prompt)
         if body.echo:
-            text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+            text = prompt if isinstance(prompt, str) else service.tokenizer.decode(prompt)
             echoes += [text] * options.choices
-    grammar = await service.prepare(service.grammars.compile, body.wanted, None, None)
+    grammar = await service.prepare(service.grammars.compile, body.wanted)
     answers = Answers(service, request, prompts, options, echoes, grammar=grammar)
     return await _respond(body, answers, TextChoices(answers))
 

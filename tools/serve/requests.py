@@ -5,17 +5,18 @@ A field is honoured, or it is harmless and marked ``accepted``, or the request i
 table of all of them is docs/api-fields.md.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
+from itertools import dropwhile
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, Tag, model_validator
 
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Sampling
 from slotmoe.tools.serve.errors import RefusedError
+from slotmoe.tools.serve.fields import BY_TYPE, Refused, accepted, at_most, by_kind, text_or_list
 from slotmoe.tools.serve.fields import Model as Model  # for the requests of other modules too
-from slotmoe.tools.serve.fields import Refused, accepted, at_most, by_kind, text_or_list
 from slotmoe.tools.serve.rules import Rule, Schema
 
 MAX_ANSWERS = 16  # in one request
@@ -41,6 +42,11 @@ Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]  # of a function
 CallId = Annotated[str, Field(min_length=1, max_length=256)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Stops = Annotated[list[Stop], Field(max_length=16)]
+T = TypeVar("T")
+L = TypeVar("L")
+TextOr = Annotated[
+    Annotated[T, Tag("text")] | Annotated[L, Tag("list")], by_kind(text_or_list, "text nor a list")
+]
 Labels = Annotated[dict[str, Label], Field(max_length=16), at_most(16, "labels")]
 
 
@@ -88,12 +94,7 @@ class TextPart(Model):
         return part
 
 
-P = TypeVar("P")
-TextOrParts = Annotated[
-    Annotated[Text, Tag("text")] | Annotated[list[P], Tag("list")],
-    by_kind(text_or_list, "text nor a list of parts"),
-]
-Content: TypeAlias = TextOrParts[TextPart]
+Content: TypeAlias = TextOr[Text, list[TextPart]]
 
 
 class CalledFunction(Model):
@@ -201,6 +202,23 @@ class FailedToolMessage(ToolMessage):
 ChatMessage: TypeAlias = PlainMessage | AssistantMessage | ToolMessage
 
 
+def said(role: str, content: object, **about: Any) -> ChatMessage:
+    """What a message of another API comes to, whose fields were checked there."""
+    kind: type[ChatMessage] = PlainMessage
+    if role in ("assistant", "tool"):
+        kind = AssistantMessage if role == "assistant" else ToolMessage
+    return kind.model_construct(role=role, content=content, **about)
+
+
+def with_system(texts: Iterable[str | None], messages: list[ChatMessage]) -> list[ChatMessage]:
+    """``messages`` with those of the system's that are first as one, which begins with ``texts``:
+    some templates use only one, before all others."""
+    rest = list(dropwhile(lambda message: message.role == "system", messages))
+    first = [message.text for message in messages[: len(messages) - len(rest)]]
+    text = "\n\n".join(text for text in (*texts, *first) if text)
+    return [said("system", text), *rest] if text else rest
+
+
 class Function(Model):
     """A function that the model may call; ``parameters`` is the JSON schema of its arguments."""
 
@@ -244,19 +262,8 @@ class AllowedChoice(Model):
     allowed_tools: AllowedTools
 
 
-def _choice_kind(value: object) -> str | None:
-    if isinstance(value, dict) and value.get("type") in ("function", "allowed_tools"):
-        return str(value["type"])
-    return "word" if isinstance(value, str) else None
-
-
 Word: TypeAlias = Literal["none", "auto", "required"]
-Choice: TypeAlias = Annotated[
-    Annotated[Word, Tag("word")]
-    | Annotated[FunctionChoice, Tag("function")]
-    | Annotated[AllowedChoice, Tag("allowed_tools")],
-    by_kind(_choice_kind, "a word, a 'function' nor 'allowed_tools'"),
-]
+Choice: TypeAlias = Word | Annotated[FunctionChoice | AllowedChoice, BY_TYPE]
 
 
 class GenerationRequest(Model):
@@ -289,7 +296,8 @@ class LabelledRequest(GenerationRequest):
 
 
 _ByRole = Annotated[ChatMessage, Field(discriminator="role")]
-Messages = Annotated[list[_ByRole], Field(min_length=1, max_length=MAX_MESSAGES)]
+SOME = Field(min_length=1, max_length=MAX_MESSAGES)
+Messages = Annotated[list[_ByRole], SOME]
 Tools = Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)]
 
 

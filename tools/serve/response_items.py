@@ -6,19 +6,17 @@ model doesn't do.  Tools that only OpenAI runs are not offered to the model.
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from slotmoe.jsonfile import Json
 from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.fields import Refused, accepted, by_kind, text_or_list
-from slotmoe.tools.serve.requests import DESCRIBED, REPLAYED, Label
+from slotmoe.tools.serve.fields import BY_TYPE, Refused, accepted
+from slotmoe.tools.serve.requests import DESCRIBED, REPLAYED, Count, Label, TextOr, Word
 from slotmoe.tools.serve.rules import Schema, TextFormat, schema_of
 
-_SYSTEM = ("system", "developer")
 _SHOWN = accepted("reasoning is shown whole")
 
 
@@ -29,7 +27,7 @@ class Part(requests.Model):
     logprobs: Annotated[list[Json] | None, REPLAYED] = None
 
 
-Parts: TypeAlias = requests.TextOrParts[Part]
+Parts: TypeAlias = TextOr[requests.Text, list[Part]]
 
 
 class _Item(requests.Model):
@@ -44,7 +42,7 @@ class _OfCall(_Item):
 
 
 class InputMessage(_Item):
-    type: Literal["message"] | None = None
+    type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer", "latest_reminder"]
     content: Parts
     phase: Annotated[Label | None, REPLAYED] = None
@@ -83,23 +81,17 @@ class ItemReference(requests.Model):
     id: Label
 
 
-_TYPES = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
-
-
-def _type_of(item: object) -> str:
+def _typed(item: object) -> object:
     """An item without a type is a message."""
-    return str((isinstance(item, dict) and item.get("type")) or "message")
+    return {**item, "type": item.get("type") or "message"} if isinstance(item, dict) else item
 
 
 Item: TypeAlias = Annotated[
-    Annotated[InputMessage, Tag("message")]
-    | Annotated[FunctionCall, Tag("function_call")]
-    | Annotated[FunctionOutput, Tag("function_call_output")]
-    | Annotated[Reasoning, Tag("reasoning")]
-    | Annotated[ItemReference, Tag("item_reference")],
-    by_kind(_type_of, f"of a type that is read here: {', '.join(_TYPES)}"),
+    InputMessage | FunctionCall | FunctionOutput | Reasoning | ItemReference,
+    BY_TYPE,
+    BeforeValidator(_typed),
 ]
-Items = Annotated[list[Item], Field(min_length=1, max_length=requests.MAX_MESSAGES)]
+Items = Annotated[list[Item], requests.SOME]
 
 
 class FunctionTool(requests.Function):
@@ -121,7 +113,8 @@ class OtherTool(BaseModel):
     ]  # fmt: skip
 
 
-Tool: TypeAlias = Annotated[FunctionTool | OtherTool, Field(discriminator="type")]
+Tool: TypeAlias = Annotated[FunctionTool | OtherTool, BY_TYPE]
+Tools = Annotated[list[Tool], Field(max_length=requests.MAX_TOOLS)]
 
 
 class FunctionChoice(requests.FunctionName):
@@ -139,7 +132,7 @@ class SchemaFormat(Schema):
 
 
 class TextConfig(requests.Model):
-    format: Annotated[TextFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    format: Annotated[TextFormat | SchemaFormat, BY_TYPE] | None = None
     verbosity: Annotated[Label | None, requests.NO_SETTING] = None
 
 
@@ -169,22 +162,13 @@ class ResponsesRequest(requests.LabelledRequest):
     model: Label | None = Field(  # type: ignore[assignment]
         None, description="the open model if not given"
     )
-    input: Annotated[
-        Annotated[requests.Text, Tag("text")] | Annotated[Items, Tag("list")],
-        by_kind(text_or_list, "text nor a list of items"),
-    ]
+    input: TextOr[requests.Text, Items]
     instructions: requests.Text | None = None
-    max_output_tokens: requests.Count | None = None
+    max_output_tokens: Count | None = None
     previous_response_id: Label | None = Field(None, description="continues this response")
     store: bool | None = Field(None, description="true if not given")
-    tools: Annotated[list[Tool], Field(max_length=requests.MAX_TOOLS)] | None = Field(
-        None, description="the model is offered functions only"
-    )
-    tool_choice: (
-        requests.Word
-        | Annotated[FunctionChoice | AllowedChoice, Field(discriminator="type")]
-        | None
-    ) = None
+    tools: Tools | None = Field(None, description="the model is offered functions only")
+    tool_choice: Word | Annotated[FunctionChoice | AllowedChoice, BY_TYPE] | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = Field(None, description="its `format` is that of `response_format`")
     background: Annotated[Literal[False] | None, accepted("answers come at once")] = None
@@ -194,12 +178,8 @@ class ResponsesRequest(requests.LabelledRequest):
     context_management: Annotated[None, Refused("a conversation is read whole")] = None
     conversation: Annotated[None, Refused("use previous_response_id")] = None
     image: Annotated[None, Refused("answers are text")] = None
-    include: list[Included] | None = Field(
-        None, description="only `message.output_text.logprobs` works"
-    )
-    max_tool_calls: Annotated[
-        requests.Count | None, accepted("it bounds tools that OpenAI runs")
-    ] = None
+    include: list[Included] | None = Field(None, description=f"only `{_SCORES}` works")
+    max_tool_calls: Annotated[Count | None, accepted("it bounds tools that OpenAI runs")] = None
     moderation: Annotated[None, Refused("the server does not moderate")] = None
     personality: Annotated[None, Refused("the model has no such setting")] = None
     prompt: Annotated[None, Refused("no prompts are stored here; send its text")] = None
@@ -212,19 +192,9 @@ class ResponsesRequest(requests.LabelledRequest):
         """The tools that the model may use."""
         return [tool for tool in self.tools or () if isinstance(tool, FunctionTool)]
 
-    def items(self) -> list[Item]:
-        if isinstance(self.input, str):
-            return [InputMessage.model_construct(role="user", content=self.input)]
-        return self.input
-
     def chat(self, items: Sequence[Item]) -> requests.Conversation:
         """That of ``items``.  Raises ``RefusedError``."""
-        messages = messages_of(items)
-        # Some templates use only one message of the system's, before all others.
-        systems = list(takewhile(lambda message: message.role == "system", messages))
-        texts = [text for text in (self.instructions, *(m.text for m in systems)) if text]
-        first = requests.PlainMessage.model_construct(role="system", content="\n\n".join(texts))
-        messages = [*([first] if texts else []), *messages[len(systems) :]]
+        messages = requests.with_system([self.instructions], messages_of(items))
         tools, choice = self.functions(), self.tool_choice
         if not tools and choice in ("none", "auto"):
             choice = None  # clients give it in any case
@@ -249,16 +219,13 @@ def messages_of(items: Iterable[Item]) -> list[requests.ChatMessage]:
             thoughts = "".join(part.text for part in item.content or ())
             continue
         if isinstance(item, FunctionOutput):
-            about: Json = {"tool_call_id": item.call_id, "content": item.output, "name": item.name}
-            messages.append(requests.ToolMessage.model_construct(role="tool", **about))
-        elif isinstance(item, InputMessage) and item.role != "assistant":
-            about = {"role": "system" if item.role in _SYSTEM else item.role}
-            about["content"] = item.content
-            messages.append(requests.PlainMessage.model_construct(**about))
-        elif not (isinstance(item, FunctionCall) and messages and messages[-1].role == "assistant"):
-            about = {"content": item.content if isinstance(item, InputMessage) else None}
-            assistant = requests.AssistantMessage.model_construct
-            messages.append(assistant(role="assistant", tool_calls=[], **about))
+            about: Json = {"tool_call_id": item.call_id, "name": item.name}
+            messages.append(requests.said("tool", item.output, **about))
+        elif isinstance(item, InputMessage):
+            role = "system" if item.role == "developer" else item.role
+            messages.append(requests.said(role, item.content))
+        elif not messages or messages[-1].role != "assistant":
+            messages.append(requests.said("assistant", None))
         last = messages[-1]
         if isinstance(last, requests.AssistantMessage):
             if isinstance(item, FunctionCall):

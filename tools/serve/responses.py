@@ -7,8 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Literal, TypeAlias
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BaseModel, TypeAdapter
-from pydantic.main import IncEx
+from pydantic import TypeAdapter
 from starlette.responses import JSONResponse
 
 from slotmoe.jsonfile import Json
@@ -16,7 +15,7 @@ from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answe
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.reader import ContentDelta
 from slotmoe.tools.serve.requests import Label
-from slotmoe.tools.serve.response_items import Item, ItemReference, ResponsesRequest
+from slotmoe.tools.serve.response_items import InputMessage, Item, ItemReference, ResponsesRequest
 from slotmoe.tools.serve.response_store import Stored
 from slotmoe.tools.serve.service import Service, Serving
 
@@ -56,8 +55,7 @@ async def create(body: ResponsesRequest, request: Request, service: Serving) -> 
         return last
 
     async def events() -> AsyncIterator[str]:
-        for text in begin:
-            yield text
+        yield "".join(begin)
         try:
             async for update in answers.updates():
                 for text in draft.add(update):
@@ -134,13 +132,15 @@ def _found(service: Service, owner: str, id_: str, before: bool = False) -> Stor
 def _conversation(service: Service, owner: str, body: ResponsesRequest) -> list[Item]:
     """All items up to the answer, those of earlier responses included.  Raises ``RefusedError``,
     also for another model than the server's."""
-    body.model = body.model or service.name
     service.check_model(body.model)
     items = list[Item]()
     if body.previous_response_id is not None:
         stored = _found(service, owner, body.previous_response_id, before=True)
         items += map(_ITEM.validate_python, stored.items)
-    for item in body.items():
+    given = body.input
+    if isinstance(given, str):
+        given = [InputMessage.model_construct(role="user", content=given)]
+    for item in given:
         if isinstance(item, ItemReference):
             known = service.responses.item(owner, item.id)
             if known is None:
@@ -156,11 +156,11 @@ class Draft:
 
     def __init__(self, body: ResponsesRequest, answers: Answers):
         # What changes nothing is not echoed: it may be no value that clients know.
-        given = _dumped(body, set(_ECHOED), {"reasoning": True, "text": {"verbosity"}})
-        if not given.get("text"):
-            given.pop("text", None)
-        names = "type", "name", "description", "parameters", "strict"
-        tools = [{name: getattr(tool, name) for name in names} for tool in body.functions()]
+        rest: Json = {"reasoning": True, "text": {"verbosity"}}
+        given = body.model_dump(by_alias=True, exclude_none=True, include={*_ECHOED}, exclude=rest)
+        given = {name: value for name, value in given.items() if value or name != "text"}
+        names = {"type", "name", "description", "parameters", "strict"}
+        tools = [tool.model_dump(include=names) for tool in body.functions()]
         self.events: list[str] = []
         self._answers, self._kind = answers, ""  # of the item that is open
         self._texts: list[str] = []  # of the item that is open
@@ -179,8 +179,7 @@ class Draft:
         }
 
     def event(self, kind: str, **content: object) -> str:
-        number = len(self.events)
-        text = event({"type": f"response.{kind}", "sequence_number": number, **content})
+        text = event({"type": f"response.{kind}", "sequence_number": len(self.events), **content})
         self.events.append(text)
         return text
 
@@ -273,12 +272,8 @@ def _usage(answers: Answers) -> Json:
 
 def _listed(item: Item) -> Json:
     """An item of a request, with what clients expect of one that a server lists."""
-    listed = {"type": "message", "status": "completed", **_dumped(item)}
+    listed = {"status": "completed", **item.model_dump(exclude_none=True)}
     if isinstance(listed.get("content"), str):
         kind = "output_text" if listed["role"] == "assistant" else "input_text"
         listed["content"] = [{"type": kind, "text": listed["content"], "annotations": []}]
     return {"id": f"{listed['type']}_{uuid.uuid4().hex}", **listed}
-
-
-def _dumped(part: BaseModel, include: IncEx | None = None, exclude: IncEx | None = None) -> Json:
-    return part.model_dump(by_alias=True, exclude_none=True, include=include, exclude=exclude)

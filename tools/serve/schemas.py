@@ -26,7 +26,7 @@ _UNHELD: Mapping[str, Callable[[Any, Json], bool]] = {
     "unevaluatedItems": lambda value, schema: value is True or "items" in schema,
     "propertyNames": lambda value, _: value is True or _only(value, type="string"),
     "dependentRequired": lambda value, _: not any(value.values()),
-    "dependentJsons": lambda value, _: not any(v is not True and v for v in value.values()),
+    "dependentSchemas": lambda value, _: not any(v is not True and v for v in value.values()),
     "dependencies": lambda value, _: not any(v is not True and v for v in value.values()),
     "if": lambda _, schema: "then" not in schema and "else" not in schema,
     "then": lambda value, schema: "if" not in schema or value is True or value == {},
@@ -43,13 +43,13 @@ _KNOWN_FORMATS = "date-time time date duration email hostname ipv4 ipv6 uuid uri
 _SILENT_FORMATS = "binary byte password int32 int64 float double".split()
 # What regular languages don't have: look-around, word boundaries, references to groups.
 _IRREGULAR = re.compile(r"\(\?<?[=!]|(?<!\\)(?:\\\\)*\\[bB1-9]")
-# Jsons of one object that may stand in several places.
-_SHARED = {"allOf", "if", "dependentJsons", "dependencies"}
+# Schemas of one object that may stand in several places.
+_SHARED = {"allOf", "if", "dependentSchemas", "dependencies"}
 _OF_OTHERS = {"patternProperties", "propertyNames", "unevaluatedProperties"}
 # llguidance counts remainders, of multiples that are combined those of their least common multiple:
 # 1,048,578 take 15 seconds and 630 MB.  Of divisors of this that is never more than this.
 _MULTIPLES = 9000
-_COMBINED = {"$ref", "allOf", "anyOf", "oneOf", "if", "dependentJsons", "patternProperties"}
+_COMBINED = {"$ref", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "patternProperties"}
 _OF_NAMES = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _NOTES = ("title", "description", "$comment", "default", "examples", "deprecated")

@@ -20,7 +20,6 @@ from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import Grammars
 from slotmoe.tools.serve.requests import Conversation
 from slotmoe.tools.serve.response_store import ResponseStore
-from slotmoe.tools.serve.rules import Schema
 
 _SHORTEN = "Shorten it, or start the server with --context"
 
@@ -70,9 +69,8 @@ class Service:
     def check_model(self, model: str | None) -> None:
         """Raises ``RefusedError`` unless ``model`` is a name of what this server serves, or none is
         given; Ollama's clients may add a tag."""
-        if model is not None and {model, model.removesuffix(":latest"), "*"}.isdisjoint(
-            self._names
-        ):
+        known = {model, model and model.removesuffix(":latest"), "*"}
+        if model is not None and known.isdisjoint(self._names):
             problem = f"the model {model!r:.80} is not here; this server has {self.name!r}"
             raise RefusedError(problem, "model", 404, "model_not_found")
 
@@ -91,18 +89,19 @@ class Service:
             problem = f"{held}, the prompt has {characters} characters"
             raise RefusedError(f"{problem}. {_SHORTEN}", code="context_length_exceeded")
 
-    def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Token ids of a prompt.  Raises ``RefusedError`` before it reads one that can't fit."""
-        self.check_length(len(text))
+    def encode(self, text: str, add_bos: bool = True, suffix: str | None = None) -> list[int]:
+        """Token ids of a prompt, the answer to which goes before a ``suffix`` if there is one.
+        Raises ``RefusedError`` before it reads one that can't fit."""
+        self.check_length(len(text) + len(suffix or ""))
+        if suffix is not None:
+            return self.tokenizer.encode_gap(text, suffix)
         return self.tokenizer.encode(text, add_bos)
 
     def chat_text(self, chat: Conversation) -> str:
         """The conversation as the model reads it.  Runs the template in a child process, so the
         event loop leaves it to a thread.  Raises ``RefusedError`` and ``ConfigError``."""
         self.check_length(sum(len(message.text) for message in chat.messages))
-        schema = chat.wanted.definition if isinstance(chat.wanted, Schema) else None
-        about = chat.policy, chat.continues, chat.effort, schema, chat.extra
-        return self.dialect.prompt(chat.messages, *about)
+        return self.dialect.prompt(chat)
 
     async def chat_ids(self, chat: Conversation) -> list[int]:
         """Token ids of ``chat_text``."""
@@ -145,7 +144,8 @@ class Service:
         if len(self._open) + len(requests) > self._limit:
             self.refused += 1
             problem = "too many answers are waiting; try again later"
-            headers = {"retry-after": str(self._retry_after)}
+            seconds = round(self._batch.seconds / self._batch.at_once)  # until one is likely free
+            headers = {"retry-after": str(min(60, max(1, seconds)))}
             raise RefusedError(problem, None, 429, "rate_limit_exceeded", headers)
         self._open.update(requests)
         self.engine.submit(*requests)
@@ -164,11 +164,6 @@ class Service:
             task.get_loop().call_soon_threadsafe(task.cancel)
         for request in [*self._open]:
             request.cancel("shutdown")
-
-    @property
-    def _retry_after(self) -> int:
-        """Seconds after which a sequence is likely free, 1 to 60."""
-        return min(60, max(1, round(self._batch.seconds / self._batch.at_once)))
 
     @property
     def alive(self) -> bool:
