@@ -75,11 +75,11 @@ def command(
 
     \b
     Examples:
-      slotmoe eval lite-export --text book.txt
-      slotmoe eval lite-export --text a.txt --reference DeepSeek-V2-Lite-Chat --window 1024
-      slotmoe eval lite-export --text a.txt --reference DeepSeek-V2-Lite-Chat --kernels torch
+      slotmoe eval lite --text book.txt
+      slotmoe eval lite --text a.txt --reference DeepSeek-V2-Lite-Chat --window 1024
+      slotmoe eval lite --text a.txt --reference DeepSeek-V2-Lite-Chat --kernels torch
       slotmoe eval lite-nf4 --text a.txt --text b.txt --reference lite-bf16 --ram 12GiB --json
-      slotmoe eval lite-export --text wiki.test.raw --method llama.cpp --window 512
+      slotmoe eval lite --text wiki.test.raw --method llama.cpp --window 512
     """
     from slotmoe.offload.devices.cuda import choose_device
     from slotmoe.offload.engine.loading import check_options

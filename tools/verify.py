@@ -27,8 +27,8 @@ def command(export: Path, as_json: bool) -> int:
 
     \b
     Examples:
-      slotmoe verify lite-export
-      slotmoe verify lite-export --json
+      slotmoe verify lite
+      slotmoe verify lite --json
     """
     started = time.perf_counter()
     if not export.exists() and export.name == str(export):

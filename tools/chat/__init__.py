@@ -95,10 +95,10 @@ def command(
     \b
     Examples:
       slotmoe chat sample
-      slotmoe chat lite-export --ram 6GiB --context 16384 --system "Answer in one sentence."
-      slotmoe chat lite-export --session plans
-      slotmoe chat lite-export --resume
-      printf '%s\\n' "Why is the sky blue?" /stats | slotmoe chat lite-export --seed 1
+      slotmoe chat lite --ram 6GiB --context 16384 --system "Answer in one sentence."
+      slotmoe chat lite --session plans
+      slotmoe chat lite --resume
+      printf '%s\\n' "Why is the sky blue?" /stats | slotmoe chat lite --seed 1
     """
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
