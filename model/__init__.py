@@ -1,2 +1,1 @@
-"""The DeepSeek-V2 network: configuration, checkpoint reader, forward pass, latent KV cache,
-tokenizer, generation."""
+"""The DeepSeek-V2 network: configuration, checkpoints, forward pass, caches, tokenizer, answers."""

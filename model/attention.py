@@ -1,5 +1,4 @@
-"""What ``config.json`` says of a model's attention and its residual streams, however its publisher
-spells that."""
+"""A model's attention and residual streams as ``config.json`` says, in any publisher's words."""
 
 import math
 from collections.abc import Mapping
@@ -91,9 +90,8 @@ class HyperConnections:
 
 
 def kinds_of(of: type) -> dict[str, Kind]:
-    hints = get_type_hints(of, include_extras=True)
-    annotated = {key: hint for key, hint in hints.items() if get_origin(hint) is Annotated}
-    return {key: hint.__metadata__[0] for key, hint in annotated.items()}
+    hints = get_type_hints(of, include_extras=True).items()
+    return {key: hint.__metadata__[0] for key, hint in hints if get_origin(hint) is Annotated}
 
 
 _ROPE, _COMPRESSED = kinds_of(Rope), kinds_of(Compressed)
@@ -207,8 +205,7 @@ def floats(values: Json, kinds: Mapping[str, Kind]) -> Json:
 
 def in_hub_words(given: Json) -> Json:
     """The ``config.json`` of a DeepSeek-V4 in the words of DeepSeek's own files, if it is in those
-    of transformers 5, with what latent attention would say.  Raises ``ValueError``, which names
-    the key."""
+    of transformers 5, with what latent attention would say.  ``ValueError`` names the key."""
     check(given, {"head_dim": integer(1, 1 << 16), "num_hidden_layers": integer(1, 1000)})
     values, layers, width = dict(given), given["num_hidden_layers"], given["head_dim"]
     if given.get("layer_types") is not None:
@@ -223,11 +220,10 @@ def in_hub_words(given: Json) -> Json:
             raise ValueError("mlp_layer_types has a hash_moe layer behind a moe one, expected none")
         _set(values, "num_hash_layers", count)
     if given.get("rope_parameters") is not None:
-        check(given, {"rope_parameters": {"main": {}, "compress": {}}})
-        main, compress = (given["rope_parameters"][name] for name in ("main", "compress"))
-        check(main, {"rope_type": one_of("default")}, "rope_parameters.main")
-        for name, rope in (("main", main), ("compress", compress)):
-            check(rope, {"rope_theta": POSITIVE}, f"rope_parameters.{name}")
+        theta = {"rope_theta": POSITIVE}
+        kinds = {"main": {"rope_type": one_of("default"), **theta}, "compress": theta}
+        check(given, {"rope_parameters": kinds})
+        main, compress = (given["rope_parameters"][name] for name in kinds)
         values |= {"rope_scaling": compress, "rope_theta": main["rope_theta"]}
         values["compress_rope_theta"] = compress["rope_theta"]
     if given.get("qk_rope_head_dim") is None:
@@ -248,8 +244,7 @@ def _set(values: Json, key: str, value: object) -> None:
 
 def _full_indexers(values: Json) -> tuple[bool, ...]:
     """Which layers have an indexer of their own, by the first of ``indexer_types``,
-    ``index_topk_pattern`` and ``index_topk_freq`` that is there; else all.  Raises ``ValueError``,
-    which names the key."""
+    ``index_topk_pattern`` and ``index_topk_freq`` that is there; else all.  ``ValueError``."""
     layers: int = values["num_hidden_layers"]
     for key, words in (("indexer_types", ("full", "shared")), ("index_topk_pattern", ("F", "S"))):
         if (given := values.get(key)) is None:

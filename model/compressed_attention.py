@@ -15,7 +15,8 @@ from typing import Generic, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from slotmoe.border import Backend, Compressed, CompressedIndexer, Compressor, Geometry, Step
+from slotmoe import border
+from slotmoe.border import Compressed, CompressedIndexer, Compressor, Listed, Step
 from slotmoe.model.state import CompressedCache, Group
 
 W = TypeVar("W")
@@ -24,7 +25,7 @@ W = TypeVar("W")
 class CompressedAttention(Generic[W]):
     """That attention, each sequence over its own state."""
 
-    def __init__(self, geometry: Geometry, backend: Backend[W]):
+    def __init__(self, geometry: border.Geometry, backend: border.Backend[W]):
         self._geometry, self._backend = geometry, backend
 
     def __call__(self, step: Step, weights: Compressed[W], x_TD: Tensor) -> Tensor:
@@ -73,8 +74,8 @@ class CompressedAttention(Generic[W]):
             if weights.indexer is not None:
                 entries = self._choose(own, weights.indexer, counts_T)
         lists_TL = lists(positions_T, first, len(rows_SX), window, counts_T, entries)
-        inputs = own.q_THZ, rows_SX, more_SX, lists_TL
-        return backend.attend(*inputs, g.V, g.softmax_scale, weights.sinks)
+        listed = Listed(rows_SX, more_SX, lists_TL, weights.sinks)
+        return backend.attend(own.q_THZ, listed, g.V, g.softmax_scale)
 
     def _choose(self, own: "_Tokens", weights: CompressedIndexer[W], counts_T: Tensor) -> Tensor:
         """Which of the first ``counts`` compressed rows each token sees, int32 [T, topk]."""
@@ -92,10 +93,9 @@ class CompressedAttention(Generic[W]):
         backend, ratio, start = self._backend, group.ratio, own.position
         row, end = own.cache.row_of[own.step.layer], start + len(own.x_TD)
         rows_SX = group.rows[row, : end // ratio]
-        kv_TY, gate_TY = (
-            backend.linear(own.x_TD, weight) for weight in (weights.kv_proj, weights.gate_proj)
-        )
-        open_S2Y, first = group.open.extend(row, start, torch.stack([kv_TY, gate_TY], dim=1))
+        both = weights.kv_proj, weights.gate_proj
+        new_T2Y = torch.stack([backend.linear(own.x_TD, weight) for weight in both], dim=1)
+        open_S2Y, first = group.open.extend(row, start, new_T2Y)
         begin, stop = start // ratio, end // ratio
         if begin == stop:
             return rows_SX
@@ -113,8 +113,7 @@ class CompressedAttention(Generic[W]):
             before_EM2Y = before_S2Y.unflatten(0, (-1, ratio))
             blocks_EM2Y = torch.cat([before_EM2Y, blocks_EM2Y[..., width:]], dim=1)
             bias_MY = torch.cat([bias_MY[:, :width], bias_MY[:, width:]])
-        kv_EMY, gate_EMY = blocks_EM2Y[:, :, 0], blocks_EM2Y[:, :, 1]
-        y_EY = backend.compress(kv_EMY, gate_EMY, bias_MY, weights.kv_norm, self._geometry.eps)
+        y_EY = backend.compress(blocks_EM2Y, bias_MY, weights.kv_norm, self._geometry.eps)
         positions_E = torch.arange(begin, stop, device=y_EY.device) * ratio
         assert own.step.compressed_C is not None
         rope_EC = rotations(positions_E.float(), own.step.compressed_C)
@@ -152,8 +151,7 @@ def lists(
 ) -> Tensor:
     """The rows that each token sees, in order, int32 [T, L], -1 behind the last: those of the
     window, of ``held`` rows from position ``first`` on, then compressed rows, which stand behind
-    them: the first ``counts`` of them, or those among ``entries``, int32 [T, topk], that are not
-    -1."""
+    them: the first ``counts``, or those among ``entries``, int32 [T, topk], that are not -1."""
     device = positions_T.device
     seen_T = (positions_T + 1).clamp(max=window)
     if entries_TL is not None:

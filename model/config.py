@@ -1,5 +1,4 @@
-"""``config.json`` of a model of one of the families (``slotmoe.model.families``), read once and
-frozen.
+"""``config.json`` of a model of one of ``slotmoe.model.families``, read once and frozen.
 
 Every key that shapes the network is required, so that a misspelt one is an error instead of a
 default.  Values that this network does not compute are refused by name.
@@ -145,8 +144,7 @@ class Config:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     def ratio(self, layer: int) -> int:
-        """How many positions ``layer`` compresses to one; 0 for none, as in the head that predicts
-        one token more."""
+        """How many positions ``layer`` compresses to one; 0: none, as in the ``mtp`` head."""
         ratios = () if self.compressed is None else self.compressed.ratios
         return ratios[layer] if layer < len(ratios) else 0
 

@@ -44,8 +44,7 @@ class Token:
 class Delta:
     """What one step added to an answer; its text ends with a ``complete`` character, or does not.
     ``finish`` is None while it goes on, ``stop`` after an end-of-sentence token or a stop string
-    (then ``stopped_by``), ``length`` at the limit; the caller of ``Answer.end`` may give other
-    words."""
+    (then ``stopped_by``), ``length`` at the limit, or what the caller of ``Answer.end`` gives."""
 
     text: str
     tokens: tuple[Token, ...]
@@ -57,8 +56,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose a token.  ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0
-    keep every token.
+    """``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 keep every token.
 
     ``repetition_penalty`` divides or multiplies the logits of what prompt and answer hold (arXiv
     1909.05858), 1 is off; ``presence_penalty`` and ``frequency_penalty`` are taken from those of
@@ -108,8 +106,7 @@ class Generation(NamedTuple):
     @classmethod
     def of(cls, eos_token_ids: Collection[int], about: Json) -> "Generation":
         """By ``generation_config.json``, and by the config's ``eos_token_ids``.  A setting that is
-        not given is off, the temperature 1; one that no ``Sampling`` can have counts as not
-        given."""
+        not given, or that no ``Sampling`` can have, is off, the temperature 1."""
         ends, sampling = about.get("eos_token_id"), Sampling(temperature=1.0)
         ends = ends if isinstance(ends, list) else [ends]
         for name in OWN_SETTINGS:
@@ -122,10 +119,7 @@ class Generation(NamedTuple):
 
 
 def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One id from float32 CPU logits: the likeliest at temperature 0, else one of ``candidates``.
-
-    One random number makes the choice, and it depends on the candidates alone.
-    """
+    """One id by float32 CPU logits: the likeliest at temperature 0, else by one random number."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     ids, weights = candidates(logits_V, sampling)
@@ -183,11 +177,8 @@ def _best(logits_V: Tensor, count: int) -> Tensor:
 def penalize(
     logits_V: Tensor, sampling: Sampling, prompt: Collection[int], counts: Mapping[int, int]
 ) -> Tensor:
-    """``logits_V`` with the penalties and the bias of ``sampling``: ``counts`` is how often the
-    answer so far holds an id.
-
-    Without any the same tensor comes back; else a copy.
-    """
+    """``logits_V``, or a copy with the penalties and the bias of ``sampling``; ``counts`` is how
+    often the answer so far holds an id."""
     repetition, presence = sampling.repetition_penalty, sampling.presence_penalty
     frequency, bias = sampling.frequency_penalty, sampling.logit_bias
     if repetition == 1 and not (presence or frequency or bias):

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar, cast
 import torch
 from torch import Tensor
 
-from slotmoe.border import Backend, Geometry, Indexer, Mla, Step
+from slotmoe.border import Backend, Geometry, Indexer, Listed, Mla, Step
 from slotmoe.model.state import LatentCache
 
 W = TypeVar("W")
@@ -104,8 +104,7 @@ class LatentAttention(Generic[W]):
         self, step: Step, weights: Indexer[W], x_TD: Tensor, low_TQ: Tensor, keys: list[Tensor]
     ) -> Tensor | None:
         """Store the tokens' index keys at the end of each sequence's ``keys``, and choose the
-        positions that each token attends to, [T, L]; None where all sequences are short enough to
-        attend to all."""
+        positions that each token attends to, [T, L]; None where each attends to all."""
         geometry, backend, P = self._geometry.indexer, self._backend, self._geometry.P
         assert geometry is not None
         J, A, topk, halves = geometry
@@ -129,11 +128,10 @@ class LatentAttention(Generic[W]):
         return torch.cat(lists)
 
     def _over_latents(self, q_THW: Tensor, rows_SX: Tensor, lists_TL: Tensor | None) -> Tensor:
-        """Attention of one sequence's absorbed queries over its cached rows, or over those that the
-        lists name, [T, H, R]."""
+        """A sequence's absorbed queries over its cached rows, or those of lists: [T, H, R]."""
         R, scale = self._geometry.R, self._geometry.softmax_scale
         if lists_TL is not None:
-            return self._backend.attend(q_THW, rows_SX, None, lists_TL, R, scale, None)
+            return self._backend.attend(q_THW, Listed(rows_SX, None, lists_TL), R, scale)
         o_THR = self._backend.mla(q_THW, rows_SX, R, scale)
         if o_THR is not None:
             return o_THR
@@ -157,8 +155,7 @@ class LatentAttention(Generic[W]):
 
 
 def attend(q_THZ: Tensor, blocks: Iterator[tuple[Tensor, Tensor]], S: int, scale: float) -> Tensor:
-    """Causal attention of the last T of S positions, softmax accumulated block by block in float32
-    (arXiv 1805.02867).
+    """Causal attention of the last T of S positions, by blocks in float32 (arXiv 1805.02867).
 
     ``blocks`` yields keys [H or 1, B, Z] and values [H or 1, B, Y] in order of position; returns
     float32 [T, H, Y].

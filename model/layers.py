@@ -57,9 +57,7 @@ def layer_of(weights: Mapping[str, W], layer: int) -> Layer[W]:
     return whole
 
 
-def _filled(
-    kind: type[T], parts: Mapping[str, object], prefix: str = "", **given: object
-) -> T | None:
+def _filled(kind: type[T], parts: dict[str, object], prefix: str = "", **given: object) -> T | None:
     """Weights of a ``kind`` of the border: a field's name is that of its part behind ``prefix``.
     None where there are no such parts."""
     found = {field: parts.get(prefix + field) for field in kind.__annotations__}
@@ -75,7 +73,8 @@ def geometry_of(config: Config) -> Geometry:
     if c.compressed is not None:
         compressed = border.CompressedGeometry(c.compressed.sliding_window, c.compressed.o_groups)
     if c.hyper is not None:
-        hyper = border.HyperGeometry(c.hyper.mult, c.hyper.sinkhorn_iters, c.hyper.eps)
+        h = c.hyper
+        hyper = border.HyperGeometry(h.mult, h.sinkhorn_iters, h.eps, c.rms_norm_eps)
     return Geometry(
         c.num_attention_heads,
         c.qk_nope_head_dim,
@@ -134,8 +133,7 @@ class LayerByLayer(Generic[W]):
         mlp, y_TD = self._layers[step.layer].mlp, step.routed_TD
         if mlp is not None:
             assert step.x_TD is not None
-            projections = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-            shared_TD = self._backend.mlp(step.x_TD, *projections)
+            shared_TD = self._backend.mlp(step.x_TD, mlp)
             y_TD = shared_TD if y_TD is None else y_TD + shared_TD
         assert y_TD is not None
         self._add(step, y_TD, step.mixed)
@@ -143,12 +141,11 @@ class LayerByLayer(Generic[W]):
         step.timer.mark("shared experts and dense layers")
 
     def _input(self, step: Step, mixing: Mixing | None) -> tuple[Tensor, Mixed | None]:
-        """What a block of the layer reads of the residual stream, or of several, and how they take
-        in what it gives."""
+        """What a block reads of the residual streams, and how they take in what it gives."""
         if mixing is None:
             return step.h_TD, None
         assert self._geometry.hyper is not None
-        return self._backend.mix(step.h_TD, mixing, self._geometry.hyper, self._geometry.eps)
+        return self._backend.mix(step.h_TD, mixing, self._geometry.hyper)
 
     def _add(self, step: Step, y_TD: Tensor, mixed: Mixed | None) -> None:
         """Add what a block gives to the residual stream, in its place."""

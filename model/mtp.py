@@ -36,8 +36,7 @@ _PIECE = 512  # rows whose doubly wide input is in memory at once
 
 
 class MtpHead(Generic[W]):
-    """The head of ``main`` over ``weights`` by checkpoint name: a network of one layer, whose input
-    is not an embedding."""
+    """The head of ``main`` over ``weights`` by checkpoint name: a network of one layer."""
 
     def __init__(
         self, main: Network[W], weights: Mapping[str, W], experts: Experts, step_tokens: int
@@ -46,9 +45,7 @@ class MtpHead(Generic[W]):
         both = names.MTP_PARTS | names.V4_MTP_PARTS
         stored = {field: layer_tensor(layer, part.name) for field, part in both.items()}
         parts = {field: weights[name] for field, name in stored.items() if name in weights}
-        self._projections = [
-            parts[name] for name in ("eh_proj", "e_proj", "h_proj") if name in parts
-        ]
+        self._projections = [parts[key] for key in ("eh_proj", "e_proj", "h_proj") if key in parts]
         self._enorm, self._hnorm = as_tensor(parts["enorm"]), as_tensor(parts["hnorm"])
         self.config = main.config.alone(layer)
         prefix, first = (layer_tensor(index, "").removesuffix(".weight") for index in (layer, 0))

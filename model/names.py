@@ -65,26 +65,7 @@ def _compressor(field: str, name: str, width: str, norm: str) -> dict[str, Part]
 
 
 _INDEXER, _COMPRESSOR = "self_attn.indexer", "self_attn.compressor"
-_V32_INDEXER = {
-    "indexer_wq_b": Part(f"{_INDEXER}.wq_b", "jL", "matrix"),
-    "indexer_wk": Part(f"{_INDEXER}.wk", "iD", "sensitive"),
-    "indexer_k_norm": Part(f"{_INDEXER}.k_norm", "i", "norm"),
-    "indexer_k_norm_bias": Part(f"{_INDEXER}.k_norm.bias", "i", "norm"),
-    "indexer_weights_proj": Part(f"{_INDEXER}.weights_proj", "nD", "sensitive"),
-}
-_V4_ATTENTION = {
-    "kv_proj": Part("self_attn.kv_proj", "zD", "sensitive"),
-    "kv_norm": Part("self_attn.kv_norm", "z", "norm"),
-    "sinks": Part("self_attn.sinks", "h", "gate"),
-    **_compressor("compressor", _COMPRESSOR, "c", "a"),
-    **_compressor("compressed_indexer", f"{_COMPRESSOR}.indexer", "k", "I"),
-    "compressed_indexer_q_b_proj": Part(f"{_COMPRESSOR}.indexer.q_b_proj", "JL", "matrix"),
-    "compressed_indexer_weights_proj": Part(
-        f"{_COMPRESSOR}.indexer.scorer.weights_proj", "HD", "sensitive"
-    ),
-    "o_a_proj": Part("self_attn.o_a_proj", "go", "matrix"),
-    "o_b_proj": Part("self_attn.o_b_proj", "Dg", "matrix"),
-}
+_SCORER = f"{_COMPRESSOR}.indexer.scorer.weights_proj"
 LAYER_PARTS = {
     **_mix("attn_hc.", _LAYER_MIX, "attn_hc_"),
     "input_layernorm": Part("input_layernorm", "D", "norm", "attn_norm"),
@@ -97,8 +78,22 @@ LAYER_PARTS = {
     "kv_a_layernorm": Part("self_attn.kv_a_layernorm", "R", "norm", "attn_kv_a_norm"),
     "kv_b_proj": Part("self_attn.kv_b_proj", "KR", "absorbed", "attn_kv_b"),
     "o_proj": Part("self_attn.o_proj", "DV", "matrix", "attn_output"),
-    **_V32_INDEXER,
-    **_V4_ATTENTION,
+    # The indexer of V3.2.
+    "indexer_wq_b": Part(f"{_INDEXER}.wq_b", "jL", "matrix"),
+    "indexer_wk": Part(f"{_INDEXER}.wk", "iD", "sensitive"),
+    "indexer_k_norm": Part(f"{_INDEXER}.k_norm", "i", "norm"),
+    "indexer_k_norm_bias": Part(f"{_INDEXER}.k_norm.bias", "i", "norm"),
+    "indexer_weights_proj": Part(f"{_INDEXER}.weights_proj", "nD", "sensitive"),
+    # The attention of V4.
+    "kv_proj": Part("self_attn.kv_proj", "zD", "sensitive"),
+    "kv_norm": Part("self_attn.kv_norm", "z", "norm"),
+    "sinks": Part("self_attn.sinks", "h", "gate"),
+    **_compressor("compressor", _COMPRESSOR, "c", "a"),
+    **_compressor("compressed_indexer", f"{_COMPRESSOR}.indexer", "k", "I"),
+    "compressed_indexer_q_b_proj": Part(f"{_COMPRESSOR}.indexer.q_b_proj", "JL", "matrix"),
+    "compressed_indexer_weights_proj": Part(_SCORER, "HD", "sensitive"),
+    "o_a_proj": Part("self_attn.o_a_proj", "go", "matrix"),
+    "o_b_proj": Part("self_attn.o_b_proj", "Dg", "matrix"),
     "post_attention_layernorm": Part(POST_NORM, "D", "norm", "ffn_norm"),
     **_mix("ffn_hc.", _LAYER_MIX, "ffn_hc_"),
     "gate": Part(GATE, "ED", "gate", "ffn_gate_inp", "router"),
@@ -170,9 +165,7 @@ def text_name(name: str) -> str:
     if match is None:
         return _HUB_TOP.get(name, name)
     layer, inner = match[1], match[2]
-    if layer.startswith("layers") and not re.match(
-        r"(attn|ffn|attn_norm|ffn_norm|hc_\w+)\b", inner
-    ):
+    if layer.startswith("layers") and not re.match(r"((attn|ffn)(_norm)?|hc_\w+)\b", inner):
         return name
     inner = "shared_head.norm.weight" if inner == "norm.weight" else inner
     inner = re.sub(r"\bindexer\.(compressor\.)?", "compressor.indexer.", inner)
@@ -227,8 +220,7 @@ def part_of(name: str) -> Part:
 
 
 def text_layer(name: str, config: Config) -> int | None:
-    """The layer of a tensor, None also in the head that predicts one token more: a text goes
-    through the others."""
+    """The layer of a tensor if texts go through it: None for the head that predicts one more."""
     layer, _ = split_name(name)
     return None if layer == config.num_hidden_layers else layer
 

@@ -29,8 +29,7 @@ _FEW = 15  # tokens that a decoder takes beside one of each sequence; more are a
 
 
 def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
-    """RoPE's angle per position, float32 [dim / 2], blended by YaRN's ramp (arXiv 2309.00071,
-    section 3.2)."""
+    """RoPE's angle per position, float32 [dim / 2], by YaRN's ramp (arXiv 2309.00071, 3.2)."""
     plain = 1.0 / rope.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if rope.factor == 1.0:
         return plain
@@ -47,8 +46,7 @@ def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
 
 
 class Positions:
-    """Makes steps: what a token's position makes of it in each kind of layer.  Tables are on the
-    device of ``where``."""
+    """Makes steps: what positions make of tokens in each kind of layer, on ``where``'s device."""
 
     def __init__(self, config: Config, where: Tensor):
         def frequencies(rope: Rope) -> Tensor:
@@ -186,11 +184,9 @@ class Network(Generic[W]):
     @torch.inference_mode()
     def collapse(self, h_TD: Tensor) -> Tensor:
         """The residual stream, float32 [T, D], or what the head makes of several."""
-        if self._mixing is None:
+        if self._mixing is None or self._geometry.hyper is None:
             return h_TD
-        assert self._geometry.hyper is not None
-        given = self._mixing, self._geometry.hyper, self.config.rms_norm_eps
-        return self.backend.collapse(h_TD, *given)
+        return self.backend.collapse(h_TD, self._mixing, self._geometry.hyper)
 
     def head_each(self, h_TD: Tensor) -> Tensor:
         """``head``, each row bitwise what it gives alone.  A tied head is row-major, and torch's

@@ -40,8 +40,7 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """Weights float32 [T, K] and expert indices int64 [T, K], best first, from the gate's logits,
     float32 [T, E].  ``bias``, float32 [E], is added to what is compared, never to a weight.
-    ``chosen``, int64 [T, K], are the indices where the token's id says them and nothing is
-    compared."""
+    ``chosen``, int64 [T, K], are the indices where the token's id says them."""
     scores_TE = _scores(logits_TE, router.scoring)
     indices_TK = _best(scores_TE, router, bias_E) if chosen_TK is None else chosen_TK
     weights_TK = scores_TE.gather(1, indices_TK)

@@ -244,8 +244,7 @@ class SequenceState:
         self._ends = [at for at in self._ends if at <= self.length]
 
     def _best_marks(self) -> list[int]:
-        """Those where texts have ended last, and others, with gaps between them that are as long as
-        can be."""
+        """Those where texts have ended last, and others, with the longest gaps between them."""
         marks = [at for at in self.marks if self._may_stay(at)]
         while len(marks) > MOST_MARKS:
             triples = zip(marks, marks[1:], marks[2:], strict=False)
@@ -286,8 +285,7 @@ class SequenceState:
         return sum(tail.needed(length) * tail.row_bytes for tail in self._tails)
 
     def snapshot(self, length: int) -> Tensor | None:
-        """What else the next token behind ``length`` needs, uint8 in RAM; None where it is not
-        there any more."""
+        """What else the next token behind ``length`` needs, uint8 in RAM; None where it is gone."""
         if self.reach(length) != length:
             return None
         return _flat_bytes(tail.last(length) for tail in self._tails)
@@ -380,12 +378,9 @@ def new_state(config: Config, context: int, row: Row, empty: Empty) -> SequenceS
     return kind(config, context, row, empty)
 
 
-def _fill(
-    rows_LSX: Tensor, widths: tuple[int, int], store: Store, generator: torch.Generator
-) -> None:
+def _fill(rows_LSX: Tensor, widths: tuple[int, int], store: Store, source: torch.Generator) -> None:
     """Store random rows."""
-    random_SW = torch.randn(rows_LSX.shape[1], sum(widths), generator=generator)
-    random_SW = random_SW.to(rows_LSX.device)
+    random_SW = torch.randn(rows_LSX.shape[1], sum(widths), generator=source).to(rows_LSX.device)
     for rows_SX in rows_LSX:
         store(random_SW, widths[0], rows_SX)
 

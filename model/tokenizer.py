@@ -148,8 +148,7 @@ class Tokenizer:
         return self._backend.to_str()
 
     def decode(self, ids: list[int], special: bool = False) -> str:
-        """Text of ``ids``, of ``special`` tokens too or without them; bytes that are no UTF-8
-        become U+FFFD."""
+        """Text of ``ids``, with ``special`` tokens or without; U+FFFD for what is no UTF-8."""
         return self._backend.decode(ids, skip_special_tokens=not special)
 
     def chat(

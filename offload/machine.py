@@ -59,8 +59,7 @@ def total_memory() -> int:
 
 
 def available_memory() -> int:
-    """Bytes of RAM that this process can still take: what the machine has free, or less under a
-    memory cgroup."""
+    """Bytes of RAM that this process can still take: what is free, here or in its cgroup."""
     available: int = psutil.virtual_memory().available
     for limit, usage in _CGROUP:
         with suppress(OSError, ValueError):
@@ -74,11 +73,10 @@ def instruction_set() -> str | None:
     one that ``SLOTMOE_INSTRUCTIONS`` names."""
     folder = Path(str(quant.__file__)).parent / "kernels" / "cpu"
     suffixes = reversed(importlib.machinery.EXTENSION_SUFFIXES)  # as the kernels are loaded
-    paths = [folder / f"_native{suffix}" for suffix in suffixes]
-    path = next((path for path in paths if path.exists()), None)
-    if path is None:
+    paths = [path for suffix in suffixes if (path := folder / f"_native{suffix}").exists()]
+    if not paths:
         return None
-    native, wanted = ctypes.CDLL(str(path)), os.environ.get("SLOTMOE_INSTRUCTIONS")
+    native, wanted = ctypes.CDLL(str(paths[0])), os.environ.get("SLOTMOE_INSTRUCTIONS")
     if wanted and native.slotmoe_set_isa(wanted.encode()):
         raise ConfigError(f"this machine has no instruction set {wanted!r:.40}")
     native.slotmoe_isa.restype = ctypes.c_char_p

@@ -12,13 +12,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
 from slotmoe import model
 from slotmoe.errors import ConfigError, ExportError
-from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.shared_files import read_note, take_lock
 
@@ -109,8 +108,7 @@ def short_name(export: Path) -> str:
 
 
 def library(cache: Path | None = None) -> dict[str, Path]:
-    """The exports in the cache folder by short name, or, where several have the same, by their
-    folders'."""
+    """The exports in the cache folder by short name, or by the folders' where several have it."""
     with suppress(ConfigError, OSError):
         folders = [*filter(is_export, sorted((cache or cache_folder()).iterdir()))]
         shorts = Counter(map(short_name, folders))
@@ -142,13 +140,10 @@ def listing(cache: Path) -> list[Cached]:
     sources, found = dict(_sources(cache)), []
     names = {path: name for name, path in library(cache).items()}
     for path in cache.iterdir():
-        finished = is_export(path)
-        if path.is_symlink() or not (finished or path.name.endswith(_UNFINISHED)):
-            continue
-        if path.is_dir():
+        finished, is_folder = is_export(path), path.is_dir() and not path.is_symlink()
+        if is_folder and (finished or path.name.endswith(_UNFINISHED)):
             plain = path.name if finished else path.name.rpartition(".")[0]
-            source = sources.get(plain) or _hub_id(plain)
-            used = path.stat().st_mtime
+            source, used = sources.get(plain) or _hub_id(plain), path.stat().st_mtime
             short = names.get(path, path.name)
             found.append(Cached(path.name, short, source, _bytes(path), used, finished))
     return sorted(found, key=lambda cached: -cached.used)
@@ -174,8 +169,7 @@ def find(cache: Path, wanted: Sequence[str]) -> list[Cached]:
 
 
 def remove(cache: Path, chosen: Sequence[Cached]) -> None:
-    """Remove these.  Raises ``ExportError``, and removes nothing, if another process is writing one
-    of them."""
+    """Remove these.  Raises ``ExportError``, and removes nothing, if another process writes one."""
     with ExitStack() as locks:
         for cached in chosen:
             path = cache / cached.name
@@ -196,26 +190,19 @@ def remove(cache: Path, chosen: Sequence[Cached]) -> None:
                 note.unlink(missing_ok=True)
 
 
-def facts(cached: Cached) -> Json:
-    """The same for JSON."""
-    return asdict(cached) | {"used": timestamp(cached.used)}
-
-
 def timestamp(seconds: float) -> str:
     """Seconds since 1970 as ISO 8601 writes them."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def _sources(cache: Path) -> list[tuple[str, str]]:
-    """The noted folders, each behind the name of its export; folders of the same content share
-    one."""
+    """The noted folders, each behind its export's name; folders of the same content share one."""
     values = map(read_note, sorted(cache.glob("*.source.json")))
     return [(str(about.get("export")), str(about.get("source"))) for about in values]
 
 
 def _hub_id(name: str) -> str | None:
-    """``owner/model`` of what ``slotmoe.offload.ingest.hub.hub_export`` calls
-    ``owner--model-COMMIT-VERSION``."""
+    """``owner/model`` of what ``hub_export`` calls ``owner--model-COMMIT-VERSION``."""
     owner, separator, rest = name.partition("--")
     model = rest.rsplit("-", 2)[0]
     return f"{owner}/{model}" if separator and model else None

@@ -33,11 +33,6 @@ class Options:
 
     def __post_init__(self) -> None:
         check_types(vars(self), type(self).__annotations__)
-        if self.cache_policy not in (None, *POLICIES):
-            raise ConfigError(
-                f"cache policy {self.cache_policy!r:.40} is unknown, expected one of: "
-                + ", ".join(POLICIES)
-            )
         if not 0 <= self.route_budget <= 1:
             given = f"route_budget is {self.route_budget}"
             raise ConfigError(f"{given}, expected 0 to 1: nats of KL divergence a token")
@@ -45,8 +40,8 @@ class Options:
             raise ConfigError(f"sequences is {self.sequences}, expected 1 to 256")
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise ConfigError(f"threads is {self.threads}, expected 1 to {MAX_THREADS}")
-        for name, values in (("misses", MODES), ("draft", DRAFTS)):
-            if (given := getattr(self, name)) not in values:
+        for name, values in (("cache_policy", POLICIES), ("misses", MODES), ("draft", DRAFTS)):
+            if (given := getattr(self, name)) is not None and given not in values:
                 expected = f"expected one of: {', '.join(values)}"
                 raise ConfigError(f"{name} {given!r:.40} is unknown, {expected}")
 

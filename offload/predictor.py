@@ -1,5 +1,4 @@
-"""Guesses of experts before their gate has chosen: trained ones, kept in the export, and untrained
-ones from its own gates.
+"""Guesses of experts before their gate has chosen, trained (in the export) or by its own gates.
 
 Shapes: D hidden_size, L MoE layers (indexed by ``row``), E routed experts, R and Q hidden widths.
 
@@ -64,15 +63,10 @@ class NextGate:
 
 
 class Predictor:
-    """The trained guesses of an export.  ``popularity`` has, for each expert id ``row * E +
-    expert``, its uses a token."""
+    """The trained guesses of an export.  ``popularity`` has each expert id's uses a token."""
 
     def __init__(
-        self,
-        tensors: Mapping[str, Tensor],
-        top_k: int,
-        ops: TorchBackend,
-        place: Place | None = None,
+        self, tensors: dict[str, Tensor], top_k: int, ops: TorchBackend, place: Place | None = None
     ):
         """``tensors`` as in the file (``slotmoe.quant.export.layout.predictor_parts``), ``top_k``
         the experts that a token uses in a layer. ``place`` puts a named weight on its device in the
@@ -114,9 +108,8 @@ class Predictor:
         """Experts of MoE layer ``row + 1`` from the input of layer ``row``, [D] or [T, D]: float32
         logits [E] or [T, E].
 
-        ``token_scores`` are those of ``token_scores`` for the same token and layer ``row + 1``, [E]
-        or [T, E]: with them the guess is better, much so in the first layers, whose input knows
-        little of the context yet.
+        ``token_scores``, [E] or [T, E], are ``token_scores``' of layer ``row + 1``: with them the
+        guess is better, much so in the first layers, whose input knows little of the context.
         """
         scores = self._forward(rms(x), self._layers[row])
         if token_scores is None:

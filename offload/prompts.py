@@ -51,11 +51,8 @@ def check_messages(messages: object, tools: object) -> None:
 def ids_of(prompt: object) -> list[int]:
     """A prompt's token ids.  Raises ``ConfigError`` unless it is a sequence of integers."""
     if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes | bytearray):
-        kind, expected = (
-            type(prompt).__name__,
-            "expected a list of token ids, as encode(text) gives",
-        )
-        raise ConfigError(f"the prompt is of the type {kind}, {expected}")
+        expected = "expected a list of token ids, as encode(text) gives"
+        raise ConfigError(f"the prompt is of the type {type(prompt).__name__}, {expected}")
     strange = next((item for item in prompt if type(item) is not int), None)
     if strange is not None:
         problem = f"the prompt holds a {type(strange).__name__}"

@@ -20,8 +20,7 @@ _LOADERS = 6  # threads: more than cores, since reading waits for the disk; 4 we
 def load_resident(
     export: Export, shapes: dict[str, tuple[int, ...]], place: Place
 ) -> dict[str, Prepared]:
-    """The weights of ``shapes``, verified and placed; a few at a time, so that reading and copying
-    overlap."""
+    """The weights of ``shapes``, verified and placed; reading and copying overlap."""
     thread = threading.local()  # each thread's staging memory
 
     def load(name: str) -> Prepared:
@@ -30,10 +29,8 @@ def load_resident(
         thread.staging.reuse()
         weight = export.resident(name, thread.staging.empty)
         if tuple(weight.shape) != shapes[name]:
-            raise ConfigError(
-                f"{export.folder}: {name} has shape {list(weight.shape)}, config.json asks for "
-                f"{list(shapes[name])}"
-            )
+            asked = f"config.json asks for {list(shapes[name])}"
+            raise ConfigError(f"{export.folder}: {name} has shape {list(weight.shape)}, {asked}")
         return place(name, weight)
 
     pool = ThreadPoolExecutor(_LOADERS)

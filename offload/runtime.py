@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from slotmoe.offload.model_cache import is_hub_id
 from slotmoe.offload.model_source import resolve_model
 from slotmoe.offload.observe.trace import TraceWriter
 from slotmoe.offload.options import Options
-from slotmoe.offload.plan.memory import PREFILL_CHUNK, or_more_context
+from slotmoe.offload.plan.memory import or_more_context
 from slotmoe.offload.prompts import Messages, TextOptions, check_messages, ids_of, is_conversation
 from slotmoe.offload.sessions.store import DEFAULT_LIMIT, Sessions
 from slotmoe.quant.export.layout import MANIFEST
@@ -128,11 +128,9 @@ class Runtime:
         """
         ids, start = self.checked(token_ids), 0
         logits = torch.empty(len(ids), self.config.vocab_size)
-        for hidden_TD in self.hidden(ids):
-            for rows_RD in hidden_TD.split(PREFILL_CHUNK):
-                end = start + len(rows_RD)
-                logits[start:end] = self._logits_of(rows_RD)
-                start = end
+        for rows_RV in self._logits_from(ids, 0):
+            logits[start : start + len(rows_RV)] = rows_RV
+            start += len(rows_RV)
         return logits
 
     def next_logits(self, token_ids: list[int]) -> Tensor:
@@ -141,8 +139,7 @@ class Runtime:
         return self.engine.force(self.checked(token_ids), keeps=True).logits[0]
 
     def logits_from(self, token_ids: list[int], first: int = 0) -> Iterator[Tensor]:
-        """The rows of ``logits`` from position ``first`` on, float32 [at most 128, vocab_size] at a
-        time, on the runtime's device.
+        """The rows of ``logits`` from ``first`` on, float32 [at most 128, V] a time, on the device.
 
         Memory grows with neither the tokens nor the vocabulary.  Pieces end at multiples of 128
         positions, so that those of two runtimes match.  Raises as ``logits`` does.
@@ -154,8 +151,8 @@ class Runtime:
         for hidden_TD in self.hidden(token_ids):
             for start in range(0, len(hidden_TD), _ROWS_OF_TEXT):
                 if position + start + _ROWS_OF_TEXT > first:
-                    rows = slice(max(start, first - position), start + _ROWS_OF_TEXT)
-                    yield self._logits_of(hidden_TD[rows])
+                    rows_RD = hidden_TD[max(start, first - position) : start + _ROWS_OF_TEXT]
+                    yield self.engine.call(partial(self.engine.batch.passes.logits, rows_RD))
             position += len(hidden_TD)
 
     def hidden(self, token_ids: list[int], at_once: int | None = None) -> Iterator[Tensor]:
@@ -164,9 +161,6 @@ class Runtime:
         at_once = at_once or self.plan.prefill_chunk
         for start in range(0, len(token_ids), at_once):
             yield self.engine.hidden(token_ids[: start + at_once], start)
-
-    def _logits_of(self, hidden_RD: Tensor) -> Tensor:
-        return self.engine.call(lambda: self.engine.batch.passes.logits(hidden_RD))
 
     def encode(self, text: str, chat: bool = False) -> list[int]:
         """Token ids of a prompt or, with ``chat``, of a user's message in the model's chat
@@ -262,9 +256,8 @@ class Runtime:
     def generate_all(
         self, prompts: Iterable[str | Sequence[int] | Messages], **options: "Unpack[TextOptions]"
     ) -> list[Stream]:
-        """``generate`` of several prompts or conversations at once, with the same ``options``: an
-        iterator for each, in their order.  As many are computed together as there are
-        ``sequences``."""
+        """``generate`` of several prompts or conversations with the same ``options``: an iterator
+        for each, in their order.  As many are computed together as there are ``sequences``."""
         if isinstance(prompts, str | bytes):
             problem = f"prompts is {prompts!r:.40}"
             raise ConfigError(f"{problem}, expected a list of them; generate takes a single one")
@@ -369,10 +362,8 @@ class Runtime:
         return self.model.cpu.threads
 
     def warm(self, progress: Progress | None = None) -> None:
-        """Fill the free expert slots, layer by layer, so that what follows is measured without
-        first reads."""
-        fill = self.model.experts.fill
-        self.engine.call(lambda: fill(progress or (lambda done, total: None)))
+        """Fill the free expert slots by layer: what follows is measured without first reads."""
+        self.engine.call(partial(self.model.experts.fill, progress or ignore))
 
     def trace(self, path: str | Path) -> None:
         """Record the routing of everything from now on into ``path`` (format:
@@ -393,22 +384,22 @@ class Runtime:
         tier), ``memory``, ``misses`` with a GPU, ``sessions`` where they are kept, ``drafts``,
         ``routing`` where options change the text, and ``device``: which, and why it was taken."""
         model, plan, on_device = self.model, self.plan, self.model.device.memory()
-        memory: dict[str, Any] = {"plan": dict(plan.components), "budget": plan.budget}
-        memory["tier"] = plan.tier
-        if plan.host:
-            memory["host_plan"] = dict(plan.host)
+        memory: Json = {"plan": dict(plan.components), "budget": plan.budget, "tier": plan.tier}
+        memory |= {"host_plan": dict(plan.host)} if plan.host else {}
         memory["peak_rss"] = peak_rss()
         if on_device is not None:
             memory |= {"peak_vram": on_device.peak, "reserved_vram": on_device.reserved}
             memory["beside_vram"] = on_device.beside
-        tokens = {**self.engine.batch.passes.tokens, **self.engine.batch.passes.seconds}
-        stats: Json = {"tokens": tokens, "memory": memory}
-        stats["kernels"] = model.backend.name
-        stats["device"] = {"name": model.device.name, "why": model.device_reason}
-        drafting = self.engine.batch.passes.drafting
-        stats["drafts"] = dict(zip(("kind", "why"), model.draft, strict=True))
-        stats["drafts"] |= {} if drafting is None else drafting.stats()
-        stats |= model.experts.stats()
+        passes, (kind, why) = self.engine.batch.passes, model.draft
+        drafted = {} if passes.drafting is None else passes.drafting.stats()
+        stats: Json = {
+            "tokens": {**passes.tokens, **passes.seconds},
+            "memory": memory,
+            "kernels": model.backend.name,
+            "device": {"name": model.device.name, "why": model.device_reason},
+            "drafts": {"kind": kind, "why": why, **drafted},
+            **model.experts.stats(),
+        }
         if model.store is not None:
             stats["io"] = model.store.stats()
         if self.sessions is not None:

@@ -23,8 +23,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def check_locks(folder: Path) -> None:
-    """Raise ``ConfigError`` where other machines would not see the locks of this one, or ``folder``
-    has none."""
+    """Raise ``ConfigError`` if ``folder`` has no locks, or none that other machines see."""
     there = folder.resolve()
     mounts = [m for m in psutil.disk_partitions(all=True) if there.is_relative_to(m.mountpoint)]
     mount = max(mounts, key=lambda m: len(m.mountpoint), default=None)
@@ -46,26 +45,17 @@ def take_lock(path: Path, flags: int, seconds: float) -> int:
     while True:
         handle = os.open(path, flags | os.O_NOFOLLOW, 0o600)
         try:
-            while not _has_locked(handle, until):
-                time.sleep(0.01)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 return handle
-        except FileNotFoundError:
-            pass
-        except BaseException:
+        except BaseException as problem:
             os.close(handle)
-            raise
-        os.close(handle)  # it was removed or renamed in between
-
-
-def _has_locked(handle: int, until: float) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        if time.monotonic() > until:
-            raise
-        return False
+            is_held = isinstance(problem, BlockingIOError) and time.monotonic() <= until
+            if not is_held and not isinstance(problem, FileNotFoundError):
+                raise
+        else:
+            os.close(handle)  # it was removed or renamed in between, as where it is not found
+        time.sleep(0.01)
 
 
 def write_note(path: Path, values: Json) -> None:

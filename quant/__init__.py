@@ -1,2 +1,1 @@
-"""Quantization: codecs and int8, the export artifact, and the one place that picks a
-matmul backend."""
+"""Quantization: codecs and int8, the export, and the one place that picks a matmul backend."""

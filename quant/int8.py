@@ -1,5 +1,4 @@
-"""int8, row-wise symmetric: ``w[n, k] = q[n, k] * scale[n]``, q int8 in [-127, 127], scale
-float32."""
+"""Row-wise symmetric int8: ``w[n, k] = q[n, k] * scale[n]``, |q| at most 127, scale float32."""
 
 from dataclasses import dataclass
 

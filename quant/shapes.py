@@ -1,5 +1,4 @@
-"""Shapes and bytes of quantized weights, without torch: what a plan needs to know before anything
-is downloaded."""
+"""Shapes and bytes of quantized weights, without torch: what a plan needs before a download."""
 
 import math
 
@@ -10,10 +9,7 @@ WIDENED = ("norm", "gate")  # roles of weights that are small and used in float3
 TABLE = "table"  # the role of integers, which are kept as they are, in 32 bits
 TABLE_NAME = ".tid2eid"  # how the names of such weights end
 RESIDENT_MODES = ("bf16", "int8", "mixed", "nf4")
-_CODED = {  # codec by mode and role
-    "mixed": {"matrix": LUT4},
-    "nf4": {"matrix": NF4, "sensitive": NF4},
-}
+_CODED = {"mixed": {"matrix": LUT4}, "nf4": {"matrix": NF4, "sensitive": NF4}}  # by mode and role
 
 
 def record_bytes(hidden_size: int, moe_intermediate_size: int, codecs: ExpertCodecs) -> int:

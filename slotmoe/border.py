@@ -180,10 +180,11 @@ class CompressedGeometry(NamedTuple):
 
 class HyperGeometry(NamedTuple):
     """Of hyper-connections: residual streams, iterations of Sinkhorn and Knopp, what keeps them
-    from dividing by 0."""
+    from dividing by 0, and the epsilon of the streams' norm."""
 
     Q: int
     iterations: int
+    small: float
     eps: float
 
 
@@ -263,6 +264,20 @@ class CompressedState(State, Protocol):
     def index(self) -> CompressedGroup | None: ...
 
 
+class Listed(NamedTuple):
+    """Cached rows that attention is to, for each token those that its list names, in that order.
+
+    ``lists``, int32 [T, L], are indices of ``rows``, and from ``len(rows)`` on of ``more``; -1
+    ends a list.  A row's first R values are its value too.  ``sinks``, float32 [H], take part in
+    the softmax as the score of a row without a value.
+    """
+
+    rows_SX: Tensor
+    more_SX: Tensor | None
+    lists_TL: Tensor
+    sinks_H: Tensor | None = None
+
+
 class Mixed(NamedTuple):
     """How what a block gives is added to Q residual streams (DeepSeek-V4, hyper-connections):
     ``post``, float32 [T, Q], is each stream's share of it, and ``comb``, float32 [T, Q, Q], how
@@ -279,13 +294,13 @@ class Step:
     them.
 
     ``rope_TC`` rotates a token's pairs, ``compressed_rope_TC`` does in layers with compressed rows,
-    where a position is an angle of so many ``compressed_C``,
-    and ``query_scale_T``, None for 1, multiplies its queries.  ``ids_T`` are the tokens, None where
-    no gate chooses by them.  ``layer`` is the next layer, with the residual stream ``h_TD`` before
-    it; several streams stand side by side.  Where ``x_TD`` is set, that layer lacks only its
-    feed-forward: ``x_TD`` is the input of that, ``routed_TD`` the weighted sum of its routed
-    experts, and ``mixed`` how the streams take it in.  ``lists_TL``, int32, are the rows that the
-    last indexer has chosen for each token, best known in ascending order, -1 behind the last.
+    where a position is an angle of so many ``compressed_C``, and ``query_scale_T``, None for 1,
+    multiplies its queries.  ``ids_T`` are the tokens, None where no gate chooses by them.
+    ``layer`` is the next layer, with the residual stream ``h_TD`` before it; several streams stand
+    side by side.  Where ``x_TD`` is set, that layer lacks only its feed-forward: ``x_TD`` is the
+    input of that, ``routed_TD`` the weighted sum of its routed experts, and ``mixed`` how the
+    streams take it in.  ``lists_TL``, int32, are the rows that the last indexer has chosen for each
+    token, best known in ascending order, -1 behind the last.
     """
 
     h_TD: Tensor
@@ -357,7 +372,7 @@ class Backend(Protocol[W_in]):
     def grouped_linear(self, x_TGK: Tensor, weight: W_in) -> Tensor: ...
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor: ...
     def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor: ...
-    def mlp(self, x_TD: Tensor, gate_proj: W_in, up_proj: W_in, down_proj: W_in) -> Tensor: ...
+    def mlp(self, x_TD: Tensor, weights: Mlp[W_in]) -> Tensor: ...
     def embed(self, ids_T: Tensor, weight: W_in) -> Tensor: ...
     def rotate(self, x_THP: Tensor, table_TC: Tensor, halves: bool) -> Tensor: ...
     def absorb_query(self, q_THN: Tensor, kv_b: W_in) -> Tensor: ...
@@ -365,29 +380,16 @@ class Backend(Protocol[W_in]):
     def expand(self, latent_BR: Tensor, kv_b: W_in) -> Tensor: ...
     def store_latents(self, latent_TW: Tensor, R: int, rows_TX: Tensor) -> None: ...
     def mla(self, q_THW: Tensor, rows_SX: Tensor, R: int, scale: float) -> Tensor | None: ...
-    def attend(
-        self,
-        q_THW: Tensor,
-        rows_SX: Tensor,
-        more_SX: Tensor | None,
-        lists_TL: Tensor,
-        R: int,
-        scale: float,
-        sinks_H: Tensor | None,
-    ) -> Tensor: ...
+    def attend(self, q_THW: Tensor, listed: Listed, R: int, scale: float) -> Tensor: ...
     def index(
         self, q_TJA: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int
     ) -> Tensor: ...
     def compress(
-        self, kv_BSY: Tensor, gate_BSY: Tensor, bias_SY: Tensor, norm_Y: Tensor, eps: float
+        self, both_BS2Y: Tensor, bias_SY: Tensor, norm_Y: Tensor, eps: float
     ) -> Tensor: ...
-    def mix(
-        self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float
-    ) -> tuple[Tensor, Mixed]: ...
+    def mix(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry) -> tuple[Tensor, Mixed]: ...
     def add_mixed(self, y_TD: Tensor, h_TD: Tensor, mixed: Mixed) -> Tensor: ...
-    def collapse(
-        self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float
-    ) -> Tensor: ...
+    def collapse(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry) -> Tensor: ...
     def route(
         self, logits_TE: Tensor, router: Router, bias_E: Tensor | None, chosen_TK: Tensor | None
     ) -> tuple[Tensor, Tensor] | None: ...

@@ -23,8 +23,7 @@ class SlotmoeError(ValueError):
 
 
 class ConfigError(SlotmoeError):
-    """A ``config.json``, tokenizer or option that is malformed or asks for something
-    unsupported."""
+    """A ``config.json``, tokenizer or option that is malformed or asks for what is unsupported."""
 
 
 class CheckpointError(SlotmoeError):
@@ -32,8 +31,7 @@ class CheckpointError(SlotmoeError):
 
 
 class ExportError(SlotmoeError):
-    """An export that is damaged, truncated, mismatched or half-written, or a destination that can't
-    take one."""
+    """A damaged, truncated or mismatched export, or a destination that can't take one."""
 
 
 class PlanError(SlotmoeError):
@@ -41,13 +39,11 @@ class PlanError(SlotmoeError):
 
 
 class DeviceError(SlotmoeError):
-    """A graphics card that failed at work, or whose memory another program took.  The command line
-    exits with 1."""
+    """A GPU that failed at work, or whose memory another program took.  (Exit code 1.)"""
 
 
 class DownloadError(SlotmoeError):
-    """A download that the network or the server made fail; the same command resumes it.  The
-    command line exits with 1."""
+    """A download that network or server made fail; the same command resumes it.  (Exit code 1.)"""
 
 
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
@@ -67,8 +63,7 @@ def check_types(values: Mapping[str, object], types: Mapping[str, Any]) -> None:
 
 def _is_of(value: object, kind: type) -> bool:
     if kind in (int, float):
-        number = Integral if kind is int else Real
-        return isinstance(value, number) and not isinstance(value, bool)
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
     if kind in (tuple, Sequence):
         return isinstance(value, Sequence) and not isinstance(value, str | bytes)
     return isinstance(value, kind)

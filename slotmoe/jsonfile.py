@@ -96,9 +96,7 @@ def integer(low: int, high: int) -> Kind:
 
 def number(low: float, high: float) -> Kind:
     def fits(value: object) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return False
-        return low <= value <= high
+        return isinstance(value, int | float) and type(value) is not bool and low <= value <= high
 
     return Kind(f"a number from {low:g} to {high:g}", fits)
 

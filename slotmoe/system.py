@@ -67,10 +67,8 @@ def processors() -> list[Processor]:
     system, allowed = _ROOT / "sys/devices/system", _allowed()
     if not allowed:
         return [Processor(tuple(range(psutil.cpu_count(logical=False) or os.cpu_count() or 1)))]
-    siblings = "topology/thread_siblings_list"
-    firsts = {
-        min({cpu} | _numbers(system / f"cpu/cpu{cpu}" / siblings) & allowed) for cpu in _fast()
-    }
+    path = "cpu/cpu{}/topology/thread_siblings_list"
+    firsts = {min({cpu} | _numbers(system / path.format(cpu)) & allowed) for cpu in _fast()}
     found: dict[int, Processor] = {}  # by package
     for node in sorted(_numbers(system / "node/online")):
         cpus, free = _numbers(system / f"node/node{node}/cpulist"), _free(node)

@@ -21,7 +21,7 @@ from slotmoe.tools.settings import HELP_ALL, defaults
 _COMMANDS = {
     "run": "Continue a prompt with a model, streaming the text.",
     "chat": "Talk to a model, with history, commands and formatted answers.",
-    "serve": "Serve a model over HTTP: OpenAI's and Anthropic's APIs, and a page.",
+    "serve": "Serve a model over HTTP: OpenAI's, Anthropic's and Ollama's APIs, and a page.",
     "quantize": "Turn a checkpoint into a 4-bit export that loads fast.",
     "verify": "Check every checksum of an export.",
     "synth": "Write an export of a real geometry with random weights.",

@@ -119,8 +119,7 @@ def _nodes() -> Iterator[Check]:
 
 def _output(*command: str) -> str:
     """What a program prints.  Raises ``OSError`` or ``SubprocessError``."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-    return done.stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout
 
 
 def _kernels() -> Iterator[Check]:

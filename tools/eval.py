@@ -17,6 +17,7 @@ from rich.text import Text as Cell
 from slotmoe.errors import PlanError
 from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import available_memory, process_bytes
+from slotmoe.offload.model_cache import is_export
 from slotmoe.sizes import format_size, parse_size
 from slotmoe.tools import options
 from slotmoe.tools.options import choice, integer, option
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
     from slotmoe.offload.runtime import Runtime
     from slotmoe.offload.study.evaluate import Evaluation, Text, Window
 
+# Rows of float32 in memory at once: two pieces of 128, and the float64 ones of a step, twice.
+_LOGITS_ROWS = 384
 _TEXT_HELP = "UTF-8 text to score; repeatable."
-_REFERENCE_HELP = (
-    "Compare with this model: the unquantized checkpoint folder, 'sample', or an export."
-)
+_REFERENCE = "Compare with this model: the unquantized checkpoint folder, 'sample', or an export."
 _METHOD_HELP = (
     "strided scores every token once; llama.cpp the second half of each window, as its "
     "perplexity tool does."
@@ -44,7 +45,7 @@ _KERNELS_HELP = (
 @click.command(name="eval", cls=options.Command)
 @options.MODEL
 @option("--text texts", "FILE", _TEXT_HELP, type=options.EXISTING, multiple=True, required=True)
-@option("--reference", "SRC", _REFERENCE_HELP)
+@option("--reference", "SRC", _REFERENCE)
 @choice("--method", ["strided", "llama.cpp"], "strided", _METHOD_HELP)
 @integer("--window", "Positions that one pass reads. [default: --context]")
 @integer("--stride", "Tokens from one window's begin to the next one's. [default: --window - 1]")
@@ -74,11 +75,11 @@ def command(
 
     \b
     Examples:
-      slotmoe eval lite-export --text book.txt
-      slotmoe eval lite-export --text a.txt --reference DeepSeek-V2-Lite-Chat --window 1024
-      slotmoe eval lite-export --text a.txt --reference DeepSeek-V2-Lite-Chat --kernels torch
+      slotmoe eval lite --text book.txt
+      slotmoe eval lite --text a.txt --reference DeepSeek-V2-Lite-Chat --window 1024
+      slotmoe eval lite --text a.txt --reference DeepSeek-V2-Lite-Chat --kernels torch
       slotmoe eval lite-nf4 --text a.txt --text b.txt --reference lite-bf16 --ram 12GiB --json
-      slotmoe eval lite-export --text wiki.test.raw --method llama.cpp --window 512
+      slotmoe eval lite --text wiki.test.raw --method llama.cpp --window 512
     """
     from slotmoe.offload.devices.cuda import choose_device
     from slotmoe.offload.engine.loading import check_options
@@ -134,31 +135,27 @@ def _open_reference(reference: str, given: Json) -> Runtime:
     from slotmoe.offload.engine.loading import FREE_SHARE
     from slotmoe.offload.model_source import resolve_model
     from slotmoe.offload.runtime import Runtime
-    from slotmoe.offload.study.evaluate import LOGITS_ROWS
-    from slotmoe.quant.export.layout import MANIFEST
 
-    is_export = (resolve_model(reference) / MANIFEST).is_file()
+    quantize = is_export(resolve_model(reference))
     ram, vram = (given[name] and parse_size(given[name]) for name in ("ram", "vram"))
-    if is_export:
+    if quantize:
         ram = (ram or int(available_memory() * FREE_SHARE)) // 2
         if (memory := choose_device(given["device"])[0].memory()) is not None:
             vram = (vram or int(memory.free * FREE_SHARE)) // 2
-    shared = options.runtime_arguments(given) | {"kernels": "auto", "logits_rows": LOGITS_ROWS}
+    shared = options.runtime_arguments(given) | {"kernels": "auto", "logits_rows": _LOGITS_ROWS}
     try:
-        return Runtime.open(reference, ram=ram, vram=vram, quantize=is_export, **shared)
+        return Runtime.open(reference, ram=ram, vram=vram, quantize=quantize, **shared)
     except PlanError as problem:
         advice = "; or quantize it with --resident bf16 and give that export as the reference"
-        advice = "" if is_export else advice
+        advice = "" if quantize else advice
         raise PlanError(f"the reference {reference} {problem}{advice}") from None
 
 
 def _open_beside(reference: Runtime | None, model: str, quiet: bool, given: Json) -> Runtime:
     """The model, in what an open reference leaves of the budget: its plan counts memory that it has
     not touched yet."""
-    from slotmoe.offload.study.evaluate import LOGITS_ROWS
-
     if reference is None:
-        return options.open_runtime(model, given, quiet, logits_rows=LOGITS_ROWS)
+        return options.open_runtime(model, given, quiet, logits_rows=_LOGITS_ROWS)
     planned, vram, ram = reference.plan.total, given["vram"], given["ram"]
     if reference.plan.tier == "ram":
         used = process_bytes()
@@ -168,7 +165,7 @@ def _open_beside(reference: Runtime | None, model: str, quiet: bool, given: Json
         vram = max(1, parse_size(vram) - planned)
     left = given | {"ram": ram, "vram": vram}
     try:
-        return options.open_runtime(model, left, quiet, logits_rows=LOGITS_ROWS)
+        return options.open_runtime(model, left, quiet, logits_rows=_LOGITS_ROWS)
     except PlanError as problem:
         beside = f"the reference, which takes {format_size(planned)}"
         advice = "or evaluate without --reference"

@@ -1,12 +1,13 @@
 """``slotmoe list``: the exports in the cache folder."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from slotmoe.offload.machine import cache_folder
-from slotmoe.offload.model_cache import facts, listing
+from slotmoe.offload.model_cache import listing, timestamp
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
 from slotmoe.tools.screen import visible
@@ -36,7 +37,7 @@ def command(as_json: bool, sessions: bool, session_dir: Path | None) -> None:
     found = listing(folder)
     total = sum(cached.bytes for cached in found)
     if as_json:
-        exports = [facts(cached) for cached in found]
+        exports = [asdict(cached) | {"used": timestamp(cached.used)} for cached in found]
         print(json.dumps({"cache": str(folder), "exports": exports, "bytes": total}))
     elif found:
         print(f"{'size':>10}  {'last used':<14}  export")

@@ -4,9 +4,10 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
+from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -26,14 +27,8 @@ from slotmoe.tools.settings import HELP_ALL
 if TYPE_CHECKING:
     from slotmoe.offload.runtime import Runtime
 
-F = TypeVar("F", bound=Callable[..., object])
+Decorator = Callable[[Any], Any]  # adds an option to a command's function
 MAX_PROMPT_BYTES = 32 << 20  # of a file or stdin; 163,840 tokens of English are less than 1 MB
-
-
-class Decorator(Protocol):
-    """Adds an option to a command's function."""
-
-    def __call__(self, function: F, /) -> F: ...
 
 
 def option(names: str, metavar: str | None, help: str, **rest: Any) -> Decorator:
@@ -44,9 +39,9 @@ def option(names: str, metavar: str | None, help: str, **rest: Any) -> Decorator
 
 
 def _check_value(ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
-    """Refuse a size, or a new file in no folder."""
+    """Refuse what is no device, no size, or a new file in no folder."""
     if isinstance(value, str):
-        parse_size(value)
+        (device_index if parameter.name == "device" else parse_size)(value)
     if isinstance(value, Path) and not value.parent.is_dir():
         raise click.BadParameter(f"{value}: its folder is not there")
     return value
@@ -128,12 +123,7 @@ NEW_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 def _adding(*options: Decorator) -> Decorator:
-    def add(function: F) -> F:
-        for decorate in reversed(options):
-            function = decorate(function)
-        return function
-
-    return add
+    return lambda function: reduce(lambda it, add: add(it), reversed(options), function)
 
 
 _RESIDENT = (
@@ -161,8 +151,7 @@ KEEP_MTP = flag("--keep-mtp", _KEEP_MTP)
 
 
 def expert_codecs(given: Json) -> ExpertCodecs | None:
-    """What ``codec_options`` say, removed from ``given``; None if they say nothing.  Raises
-    ``ConfigError``."""
+    """What ``codec_options`` say, removed from ``given``, if anything.  Raises ``ConfigError``."""
     codec, bits = given.pop("codec"), given.pop("bits")
     if codec is None and bits is None:
         return None
@@ -183,7 +172,6 @@ _EXPERTS_DIR = (
     "A copy of the export's experts folder on another drive, from which reads come too; may be "
     "repeated."
 )
-_THREADS = "CPU threads. [default: the physical cores that it may use]"
 _SLOTS = "Keep at most N experts in memory. [default: all that fit the budget]"
 _NO_PREFETCH = "Read experts only when a gate has asked for them, never ahead."
 _DRAFT = (
@@ -198,19 +186,14 @@ _BUDGET = (
 )
 
 
-def _check_device(ctx: click.Context, parameter: click.Parameter, device: str) -> str:
-    device_index(device)
-    return device
-
-
-_NAMED = {"callback": _check_device, "shell_complete": completing(lambda: ("auto", "cpu", "cuda"))}
+_NAMED = {"callback": _check_value, "shell_complete": completing(lambda: ("auto", "cpu", "cuda"))}
 _PLANNED = (
     REVISION,
     option("--device", "auto|cpu|cuda|cuda:N", _DEVICE, default="auto", **_NAMED),
     option("--ram", "SIZE", "RAM for the whole process, like 8GiB. [default: 90% of what is free]"),
     option("--vram", "SIZE", "GPU memory budget, like 20GiB. [default: 90% of what is free]"),
     integer("--context", "Positions of the KV cache. [default: 4096, or the model's limit]"),
-    integer("--threads", _THREADS, cls=Rare),
+    integer("--threads", "CPU threads. [default: the physical cores that it may use]", cls=Rare),
     integer("--slots", _SLOTS, cls=Rare),
     choice("--misses", MODES, "auto", _MISSES, cls=Rare),
     option("--experts-dir experts_dirs", "DIR", _EXPERTS_DIR, multiple=True, cls=Rare),

@@ -74,7 +74,7 @@ def command(
     Examples:
       slotmoe plan v2 --gpu rtx-4090 --ram 64GiB --disk-bandwidth 5GB
       slotmoe plan v2-lite --ram 5GiB
-      slotmoe plan lite-export --ram 8GiB --context 32768 --json
+      slotmoe plan DeepSeek-V2-Lite-Chat --ram 8GiB --context 32768 --json
     """
     wanted = options.expert_codecs(given)
     planned, target = _model(model, given["revision"]), _machine(given)

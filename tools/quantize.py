@@ -78,12 +78,12 @@ def command(
 
     \b
     Examples:
-      slotmoe quantize DeepSeek-V2-Lite-Chat lite-export
-      slotmoe quantize DeepSeek-V2-Lite-Chat.Q8_0.gguf lite-export
-      slotmoe quantize deepseek-ai/DeepSeek-V2-Chat v2-export --resident mixed --workers 8
-      slotmoe quantize DeepSeek-V2-Lite-Chat lite-export --bits 3
-      slotmoe quantize deepseek-ai/DeepSeek-V2-Lite lite-export --revision main --keep-source
-      slotmoe quantize DeepSeek-V2-Lite-Chat lite-export --calibrate a.txt --calibrate b.txt
+      slotmoe quantize DeepSeek-V2-Lite-Chat lite
+      slotmoe quantize DeepSeek-V2-Lite-Chat.Q8_0.gguf lite
+      slotmoe quantize deepseek-ai/DeepSeek-V2-Chat --resident mixed --workers 8
+      slotmoe quantize DeepSeek-V2-Lite-Chat lite --bits 3
+      slotmoe quantize deepseek-ai/DeepSeek-V2-Lite lite --revision main --keep-source
+      slotmoe quantize DeepSeek-V2-Lite-Chat lite --calibrate a.txt --calibrate b.txt
     """
     started = time.perf_counter()
     given["codecs"] = options.expert_codecs(given)

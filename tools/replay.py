@@ -69,8 +69,7 @@ def measure(traces: Paths, slots: Sequence[int], policies: Sequence[str], quiet:
         if header != geometry:
             raise ConfigError(f"{path}: is of another model than {traces[0]}; replay them apart")
     experts, top_k = geometry["n_routed_experts"], geometry["num_experts_per_tok"]
-    layers = len(geometry["layers"])
-    total = experts * layers
+    total = experts * (layers := len(geometry["layers"]))
     if max(slots, default=0) > total:
         problem = f"the model of {traces[0]} has {total} experts, ask for at most that many"
         raise ConfigError(f"--slots {max(slots)}: {problem}")
@@ -105,8 +104,7 @@ def _print(report: Json) -> None:
         rows: dict[str, list[str]] = {}
         for result in report["results"]:
             policy, bold = result["policy"], "[b]" * (result["policy"] == report["default"])
-            cells = rows.setdefault(policy, [bold + policy])
-            cells.append(f"{bold}{100 * result[key]:.1f}")
+            rows.setdefault(policy, [bold + policy]).append(f"{bold}{100 * result[key]:.1f}")
         console.print(title)
         console.print(table(columns, rows.values()))
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from pathlib import Path
+from typing import Any
 
 import click
 
@@ -23,14 +23,7 @@ from slotmoe.tools.sessions import session_folder, sessions_in
 @options.SESSION_DIR
 @options.flag("-y --yes", "Ask nothing.")
 @options.JSON
-def command(
-    names: tuple[str, ...],
-    sessions: bool,
-    all_sessions: bool,
-    yes: bool,
-    as_json: bool,
-    session_dir: Path | None,
-) -> int:
+def command(names: tuple[str, ...], sessions: bool, as_json: bool, **given: Any) -> int:
     """Remove exports from the cache folder: NAME is one that slotmoe list shows, or what it is of:
     a folder, a hub id, sample. If one NAME can't be removed, none is.
 
@@ -45,18 +38,19 @@ def command(
       slotmoe rm --sessions plans
       slotmoe rm --sessions --all
     """
-    if bool(names) == all_sessions or (all_sessions and not sessions):
+    is_all = given["all_sessions"]
+    if bool(names) == is_all or (is_all and not sessions):
         raise click.UsageError("needs NAME, or --sessions --all")
-    folder = session_folder(session_dir) if sessions else cache_folder()
+    folder = session_folder(given["session_dir"]) if sessions else cache_folder()
     removed, size, chosen = [*dict.fromkeys(names)], "", []
     if not sessions:
         chosen = find(folder, removed)
         removed, freed = [cached.name for cached in chosen], sum(cached.bytes for cached in chosen)
         size = f", {format_size(freed)}"
-    elif all_sessions:
+    elif is_all:
         removed = [session.name for session in sessions_in(folder)]
     called = ", ".join(map(visible, removed)) or f"{folder}: unnamed texts"
-    asks = not yes and sys.stdin.isatty() and sys.stderr.isatty()
+    asks = not given["yes"] and sys.stdin.isatty() and sys.stderr.isatty()
     if asks and not click.confirm(f"Remove {called}{size}?", err=True):
         return 1
     if sessions:

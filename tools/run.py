@@ -46,10 +46,10 @@ def command(
     \b
     Examples:
       slotmoe run sample "It is a truth universally acknowledged, that" --temperature 0.7
-      slotmoe run lite-export --chat --temperature 0.7 --seed 1 "Write a haiku about disks."
-      slotmoe run v2-export --ram 16GiB --context 8192 - < prompt.txt
-      slotmoe run v2-export --ram 16GiB --file prompt.txt --json
-      slotmoe run v2-export --ram 16GiB --session novel --file chapter-1.txt
+      slotmoe run lite --chat --temperature 0.7 --seed 1 "Write a haiku about disks."
+      slotmoe run v2-chat --ram 16GiB --context 8192 - < prompt.txt
+      slotmoe run v2-chat --ram 16GiB --file prompt.txt --json
+      slotmoe run v2-chat --ram 16GiB --session novel --file chapter-1.txt
     """
     given["chat"] |= given["system"] is not None
     text, arguments = options.prompt_text(prompt, file), options.generation_arguments(given)

@@ -1,5 +1,4 @@
-"""What commands do with sessions on disk: open the one that the options name, list them, remove
-some."""
+"""What commands do with sessions on disk: open the one that the options name, and list them."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -89,15 +88,11 @@ def described(folder: Path) -> str:
 
 def session_facts(folder: Path) -> Json:
     """The same for JSON."""
-    shown = [
-        {
-            "name": session.name,
-            "kind": _kind(session),
-            "tokens": None if session.saved is None else len(session.saved.tokens),
-            "used": timestamp(session.used),
-        }
-        for session in sessions_in(folder)
-    ]
+    shown = []
+    for session in sessions_in(folder):
+        tokens = None if session.saved is None else len(session.saved.tokens)
+        facts = {"name": session.name, "kind": _kind(session), "tokens": tokens}
+        shown.append(facts | {"used": timestamp(session.used)})
     return {"folder": str(folder), "sessions": shown}
 
 

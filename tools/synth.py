@@ -38,7 +38,7 @@ def command(geometry: str, destination: Path | None, as_json: bool, **given: Any
     Examples:
       slotmoe synth v2-lite                         9 GB, under a minute
       slotmoe bench v2-lite-random --ram 5GiB
-      slotmoe synth v2 v2-random --share-layers 4   22 GB instead of 131
+      slotmoe synth v2 v2-random --share-layers 4   21 GB instead of 132
     """
     from slotmoe.offload.ingest.output_dir import make_cache
     from slotmoe.offload.ingest.synth import synthesize

@@ -27,8 +27,8 @@ def command(export: Path, as_json: bool) -> int:
 
     \b
     Examples:
-      slotmoe verify lite-export
-      slotmoe verify lite-export --json
+      slotmoe verify lite
+      slotmoe verify lite --json
     """
     started = time.perf_counter()
     if not export.exists() and export.name == str(export):
@@ -62,9 +62,8 @@ def command(export: Path, as_json: bool) -> int:
             print(f"{export / entry['file']}: {entry['problem']}\n  {entry['advice']}")
         say(f"{len(bad)} of {len(damaged.keys() | files.keys())} files are bad")
     else:
-        print(
-            f"{export}: all {len(files)} files are right ({format_size(size)} in {seconds:.1f} s)"
-        )
+        measured = f"{format_size(size)} in {seconds:.1f} s"
+        print(f"{export}: all {len(files)} files are right ({measured})")
     return int(bool(bad))
 
 

@@ -15,6 +15,7 @@ from slotmoe.model.checkpoint.shards import DTYPES, Read, TensorInfo
 from slotmoe.model.config import Config
 from slotmoe.model.names import FUSED, fused_experts, role_of, split_expert
 
+Shape = tuple[int, ...]
 _SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 _IDS = (torch.int64, torch.int32)
@@ -51,9 +52,8 @@ class Places:
     label: str = ""
     used: set[TensorInfo] = field(default_factory=set)
 
-    def find(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
-        """The weight ``name``.  Raises ``CheckpointError`` unless it is there with this
-        ``shape``."""
+    def find(self, name: str, shape: Shape) -> TensorInfo:
+        """The weight ``name``.  Raises ``CheckpointError`` unless it is there with this shape."""
         tensor, whole, first, encoding = name, shape, 0, self.config.encoding
         expert = split_expert(name)
         if encoding is not None and expert is not None:
@@ -79,9 +79,7 @@ class Places:
         info = self._tensor(tensor, whole, _PLAIN)
         return replace(info, name=name, shape=shape, first=first)
 
-    def _encoded(
-        self, codes: str, scales: str, shape: tuple[int, ...], encoding: Encoding
-    ) -> EncodedTensor:
+    def _encoded(self, codes: str, scales: str, shape: Shape, encoding: Encoding) -> EncodedTensor:
         """Matrices of ``shape``.  Raises ``CheckpointError``."""
         info, per_code = self.stored[scales], encoding.method.weights
         self.used.add(info)
@@ -128,9 +126,7 @@ class Places:
             beside[part] = self._tensor(f"{name}.{part}", (count,), (torch.float32,))
         return beside
 
-    def _tensor(
-        self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
-    ) -> TensorInfo:
+    def _tensor(self, name: str, shape: Shape, dtypes: tuple[torch.dtype, ...]) -> TensorInfo:
         if name not in self.stored:
             problem = f"tensor {self.spelled(name)} is missing; {self.source} asks for it"
             raise CheckpointError(f"{self.where}: {problem}")

@@ -7,7 +7,7 @@ map would count the whole shard as resident.
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from slotmoe.model.files import ReadFile, files_in, inside
 from slotmoe.model.tokenizer import MAX_SETTINGS_BYTES
 
 
-class Checkpoint:
+class Checkpoint(AbstractContextManager["Checkpoint"]):
     """An open checkpoint, a context manager.  Reading is thread-safe.
 
     ``infos`` are the tensors that the network uses, and ``stored`` those of the files that they are
@@ -161,9 +161,6 @@ class Checkpoint:
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def __enter__(self) -> "Checkpoint":
-        return self
-
     def __exit__(self, *_problem: object) -> None:
         self.close()
 
@@ -193,8 +190,7 @@ def small_files(folder: Path) -> ReadFile:
 
 
 def tensor_shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor that ``config`` asks for; one by one, since a hostile one asks
-    for far too many."""
+    """Name and shape of every tensor of ``config``, one by one: a hostile one has far too many."""
     yield from names.resident_shapes(config).items()
     for layer in config.moe_layers:
         for projection, shape in names.expert_shapes(config).items():

@@ -70,8 +70,7 @@ class HeadsTensor(TensorInfo):
 def open_checkpoint(path: Path, keep_mtp: bool = False) -> Checkpoint:
     """The checkpoint folder ``path``, see ``Checkpoint.open``, or the GGUF file, the first where
     there are several: every tensor of its metadata is there with the right shape.  Raises
-    ``CheckpointError`` or ``ConfigError``, also where the ``gguf`` package is needed and
-    missing."""
+    ``CheckpointError`` or ``ConfigError``, also where the ``gguf`` package is missing."""
     if not is_gguf(path):
         return Checkpoint.open(path, keep_mtp)
     if keep_mtp:
@@ -112,9 +111,8 @@ def _matrices(c: Config) -> dict[str, int]:
     for layer in range(c.num_hidden_layers):
         counts |= {names.layer_tensor(layer, half): c.num_attention_heads for half in _HALVES}
     for layer in c.moe_layers:
-        counts |= {
-            names.fused_experts(layer, name): c.n_routed_experts for name in names.expert_shapes(c)
-        }
+        fused = (names.fused_experts(layer, name) for name in names.expert_shapes(c))
+        counts |= dict.fromkeys(fused, c.n_routed_experts)
     return counts
 
 

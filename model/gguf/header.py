@@ -61,8 +61,7 @@ place of the one that was asked for, so a Q4_K file of V2-Lite holds Q5_0 and Q8
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor in the file ``path``, ``offset`` bytes from its start; ``shape`` is as torch has it,
-    ggml's backwards."""
+    """A tensor ``offset`` bytes into the file ``path``; ``shape`` is ggml's backwards."""
 
     name: str
     path: Path

@@ -122,8 +122,7 @@ def _config(header: GgufHeader) -> Json:
 
 
 def _heads(found: _Metadata, values: Json) -> Json:
-    """Since 2025 the widths of a head have keys of their own, and the old ones those of the latent
-    cache."""
+    """Since 2025 a head's widths have keys of their own; the old ones are the latent cache's."""
     mla = any(f"{name}_mla" in found for name in _HEADS)
     names = [f"{name}_mla" if mla else name for name in _HEADS]
     keys, width = (found.get(name, _COUNT) for name in names)
@@ -167,6 +166,5 @@ def _rope(found: _Metadata) -> Json:
     multiplier = found.get("rope.scaling.yarn_log_multiplier", _REAL)
     mscale = float(Decimal(str(multiplier)) * 10)
     yarn = {key: found.get(f"rope.scaling.{name}", *kind) for key, (name, *kind) in _YARN.items()}
-    return rope | {
-        "rope_scaling": {"type": "yarn", **yarn, "mscale": mscale, "mscale_all_dim": mscale}
-    }
+    scaling = {"type": "yarn", **yarn, "mscale": mscale, "mscale_all_dim": mscale}
+    return rope | {"rope_scaling": scaling}

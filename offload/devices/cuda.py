@@ -51,8 +51,7 @@ class _Interface:
 
 
 class MappedDownload(Download):
-    """Values that kernels write into page-locked RAM, which serves the next ones: what is given
-    away is a copy."""
+    """Values that kernels write into page-locked RAM; it serves the next ones, so it is copied."""
 
     def __init__(self, event: Event, host: Tensor, *others: Tensor):
         super().__init__(host, *others)
@@ -67,9 +66,8 @@ class MappedDownload(Download):
 
 
 class Mailbox:
-    """Small tensors between host and device, through page-locked RAM that kernels read and write:
-    no copy engine is asked, which may have records before them.  ``device`` makes such RAM
-    (``mapped``) and events of the compute stream."""
+    """Small tensors between host and device, through page-locked RAM (``mapped``) that kernels read
+    and write: no copy engine is asked, which may have records before them."""
 
     def __init__(self) -> None:
         self._free: dict[int, list[Mapped]] = {}
@@ -137,8 +135,7 @@ class CudaDevice(Device):
         return self.empty
 
     def run(self, step: Callable[[], Tensor], ways_out: str) -> Tensor:
-        """Where the device had no memory left, ``step`` runs once more, when the allocator has
-        given back what it kept."""
+        """Without memory, ``step`` runs once more, when the allocator gave back what it kept."""
 
         def once() -> Tensor:
             with self.current():
@@ -155,10 +152,9 @@ class CudaDevice(Device):
             return once()
         except torch.OutOfMemoryError:
             free = self.memory().free >> 20
-            raise DeviceError(
-                f"{self.name} has no memory left in the middle of a step ({free} MiB free): "
-                f"another program has taken it; end that, or open the model with {ways_out}"
-            ) from None
+            problem = f"has no memory left in the middle of a step ({free} MiB free)"
+            advice = f"another program has taken it; end that, or open the model with {ways_out}"
+            raise DeviceError(f"{self.name} {problem}: {advice}") from None
         except RuntimeError as problem:
             if "CUDA" not in str(problem):
                 raise
@@ -166,7 +162,6 @@ class CudaDevice(Device):
             raise DeviceError(f"{self.name} failed ({told}); start the program again") from None
 
     def current(self) -> AbstractContextManager[object]:
-        """Kernels are launched on this device inside, whichever thread launches them."""
         return torch.cuda.device(self.device)
 
     def record(self) -> Event:
@@ -185,9 +180,6 @@ class CudaDevice(Device):
             target.copy_(source, non_blocking=True)
             ended.record()
         return _CudaEvent(ended, started)
-
-    def drain(self) -> None:
-        self._copies.synchronize()
 
     def mapped(self, size: int) -> Mapped:
         """Page-locked RAM that kernels address."""
@@ -277,16 +269,13 @@ def why_not(facts: CudaFacts) -> str:
         return f"{device}, {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or newer is needed"
     if not any(_runs(built, facts.capability) for built in facts.architectures):
         known = ", ".join(facts.architectures)
-        return (
-            f"{device}, for which torch {facts.torch} has no kernels (it has {known}); "
-            "install another build of torch"
-        )
+        problem = f"for which torch {facts.torch} has no kernels (it has {known})"
+        return f"{device}, {problem}; install another build of torch"
     return ""
 
 
 def _runs(architecture: str, capability: tuple[int, int]) -> bool:
-    """Whether kernels for ``sm_XY`` (same generation) or ``compute_XY`` (any later one) run on a
-    GPU."""
+    """Whether kernels for ``sm_XY`` (same generation) or ``compute_XY`` (or later) run there."""
     kind, _, digits = architecture.partition("_")
     digits = digits.rstrip("af")
     if not digits.isdecimal():
@@ -296,9 +285,8 @@ def _runs(architecture: str, capability: tuple[int, int]) -> bool:
 
 
 def choose_device(wanted: str, make: Callable[[int], Device] = CudaDevice) -> tuple[Device, str]:
-    """The device to compute on, and why, as one clause: ``auto``, ``cpu``, ``cuda``, or ``cuda:N``
-    for the GPU of that number in CUDA's order.  Raises ``ConfigError`` if a GPU is asked for in
-    vain."""
+    """The device to compute on, and why, as one clause.  ``wanted`` as for ``device_index``.
+    Raises ``ConfigError`` if a GPU is asked for in vain."""
     index = device_index(wanted)
     if wanted == "cpu":
         return Device(), "as asked"

@@ -61,8 +61,7 @@ class Download:
 @dataclass(frozen=True)
 class DeviceMemory:
     """Bytes: ``free`` and ``total`` of a GPU; of this process's tensors those ``allocated`` now,
-    their ``peak`` so far, and what its allocator has ``reserved`` for them.  What is neither is the
-    CUDA context and other programs."""
+    their ``peak`` so far, and what its allocator has ``reserved`` for them."""
 
     free: int
     total: int
@@ -72,17 +71,15 @@ class DeviceMemory:
 
     @property
     def beside(self) -> int:
-        """Bytes in use that are not this process's tensors: the CUDA context, libraries' own
-        memory, other programs."""
+        """Bytes of no tensor of this process: the CUDA context, libraries, other programs."""
         return max(0, self.total - self.free - self.reserved)
 
 
 class Device:
-    """The CPU, whose every call has done its work when it returns; ``CudaDevice`` does the same on
-    a GPU.  ``device`` is where its tensors live, ``tier`` the memory that its slots take (``ram``
-    or ``vram``).  ``queues``: kernels are only queued when a call returns.  ``placement`` says
-    where the CPU's threads run and RAM lies.  ``copy``, ``pin`` and ``empty`` may be called from
-    any thread."""
+    """The CPU, whose every call has done its work when it returns; ``CudaDevice`` is a GPU.
+    ``device`` is where its tensors live, ``tier`` the memory that its slots take (``ram`` or
+    ``vram``).  ``queues``: kernels are only queued when a call returns.  ``placement``: where CPU
+    threads run and RAM lies.  ``copy``, ``pin`` and ``empty`` may be called from any thread."""
 
     device, name, tier, queues = torch.device("cpu"), "cpu", "ram", False
     placement = Placement(1)
@@ -113,17 +110,12 @@ class Device:
         return Event()
 
     def wait(self, event: Event) -> None:
-        """Kernels launched from now on run after ``event``.  Raises ``RuntimeError`` if its copy is
-        known to have failed."""
+        """Kernels launched from now on run after ``event``; ``RuntimeError`` if its copy failed."""
 
     def copy(self, source: Tensor, target: Tensor, after: Event) -> Event:
-        """Copy ``source`` (in RAM, unchanged until the event is done) to ``target`` on the device,
-        once ``after`` has happened."""
+        """Once ``after`` is reached, copy ``source`` (in RAM, unchanged until that is done)."""
         target.copy_(source)
         return Event()
-
-    def drain(self) -> None:
-        """Block the host until no copy is under way."""
 
     def download(self, tensor: Tensor, *others: Tensor) -> Download:
         """Bring small tensors to the host together, behind the kernels launched so far."""

@@ -21,9 +21,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
 def page_aligned(count: int, forks: bool = True, nodes: Sequence[int] = ()) -> Tensor:
     """``count`` bytes of page-aligned zeros, uint8; pages cost nothing until written, and lie on
-    ``nodes``, if these are given and the system allows it.  Without ``forks`` a child process has
-    no such memory: a write after a fork would move a page away from under the device that copies
-    from it."""
+    ``nodes``, if given and allowed.  Without ``forks`` a child process has no such memory: a write
+    after a fork would move a page away from under the device that copies from it."""
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory would get small pages
     region = mmap.mmap(-1, count, flags=private)
     if hasattr(mmap, "MADV_HUGEPAGE") and count >= 4 << 20:

@@ -1,11 +1,9 @@
-"""The requests under way, and one step of them: propose rows, compute them in a pass, let samplers
-accept.
+"""The requests under way, and a step of them: propose rows, compute them, let samplers accept.
 
 A step is one pass, so an expert that is brought for one request serves all: over a token of every
 request whose prompt is read, and over pieces of other prompts, which stand in a line
-(``slotmoe.offload.policy.sharing``).  The latents that a finished request leaves behind are reused
-by a later prompt of the same owner that begins with the same tokens; where there are sessions, also
-those that are on disk.
+(``slotmoe.offload.policy.sharing``).  The latents that a finished request leaves behind, and where
+there are sessions those on disk, are reused by later prompts of its owner that begin alike.
 """
 
 import time
@@ -65,9 +63,8 @@ class Batch:
         self.totals = Totals()
 
     def wants(self, arrived: Iterable[Request], reached: int) -> bool:
-        """Whether the pass under way, which has ``reached`` so many tokens, is wanted.  A long one
-        is not where one of those that have ``arrived`` overtakes all prompts, and less is lost than
-        it would wait for."""
+        """Whether the pass under way, which has ``reached`` so many tokens, is wanted; a long one
+        only if none that ``arrived`` overtakes all prompts and would wait for more than is lost."""
         if self.is_long:
             tokens = sum(len(row.ids) for row in self._at.values())
             for request, row in self._at.items():
@@ -81,7 +78,9 @@ class Batch:
 
     def step(self) -> None:
         """Propose rows, compute them in a pass, and let samplers accept."""
-        self._end_unwanted()
+        for request in [*self.running, *self.waiting]:
+            if finish := request.unwanted:
+                self._finish(request, request.end(finish))
         for request in [*self.waiting]:
             if self._may_start(request):
                 self.waiting.remove(request)
@@ -105,16 +104,10 @@ class Batch:
                     self._accept(request, row)
         self.totals.steps += 1
 
-    def _end_unwanted(self) -> None:
-        for request in [*self.running, *self.waiting]:
-            if finish := request.unwanted:
-                self._finish(request, request.end(finish))
-
     # Which prompts are read
 
     def _may_start(self, request: Request) -> bool:
-        """Whether there is room, and no prompt in the line is about to be where this one may go on
-        from it."""
+        """Whether there is room, and no prompt in the line will soon hold more of this one's."""
         if len(self.running) >= self.at_once:
             return False
         held = len(request.prompt) - self._unread(request)
@@ -149,8 +142,7 @@ class Batch:
         }
 
     def _start(self, request: Request) -> None:
-        """Give a request a free sequence, and in it what some sequence holds of its prompt, and the
-        disk behind that."""
+        """Give a request a free sequence, in it what some sequence and the disk hold of it."""
         shared = self._shared(request)
         source = max(shared, key=shared.__getitem__, default=None)
         length = 0 if source is None else shared[source]
@@ -244,8 +236,7 @@ class Batch:
         return False
 
     def _accept(self, request: Request, row: Row) -> None:
-        """Let the sampler choose from a row's logits: one token, and one more as long as it chooses
-        what was drafted."""
+        """Let the sampler choose a token, and one more as long as it chooses what was drafted."""
         if request.answer is None:
             return self._finish(request, request.end("stop"))
         added = len(row.ids)
@@ -307,8 +298,7 @@ class Batch:
         request.emit(piece)
 
     def keep(self, request: Request, sequence: Sequence, added: int | None = None) -> None:
-        """Keep what the request's sequence holds on disk, or the blocks that so many tokens have
-        filled."""
+        """Keep on disk what a sequence holds, or the blocks that so many tokens have filled."""
         if self.sessions is not None and request.hidden is None:
             self.sessions.keep(sequence, request.owner, added)
 

@@ -41,8 +41,7 @@ _FORKED = (
 
 @dataclass(eq=False)
 class _Call(Generic[T]):
-    """Something to do in the engine's thread between two steps.  ``reply`` gets the result, or what
-    was raised."""
+    """What the engine's thread does between two steps; ``reply`` gets the result or the error."""
 
     action: Callable[[], T]
     reply: "SimpleQueue[tuple[list[T], BaseException | None]]" = field(default_factory=SimpleQueue)
@@ -50,9 +49,8 @@ class _Call(Generic[T]):
 
 
 class _Life:
-    """Whether the engine's thread goes on, and nobody has left it behind.  This knows no engine.
-    ``Thread.is_alive`` is not asked: a signal that strikes there may call a thread ended that is
-    not (CPython 3.11)."""
+    """Whether the engine's thread goes on and is not left behind; this knows no engine.  A signal
+    in ``Thread.is_alive`` may call a thread ended that is not (CPython 3.11)."""
 
     def __init__(self) -> None:
         self.goes_on, self.end = True, SimpleQueue[None]()
@@ -62,11 +60,8 @@ class _Life:
 
 
 class Engine:
-    """Runs a ``batch`` of requests in a thread of its own.
-
-    ``ended`` is called in the thread when it ends: by ``stop``, or because of ``problem``, a
-    defect.
-    """
+    """Runs a ``batch`` of requests in a thread of its own, which calls ``ended`` when it ends: by
+    ``stop``, or because of ``problem``, a defect."""
 
     def __init__(self, model: LoadedModel):
         self.model, self.batch = model, Batch(model)
@@ -92,8 +87,7 @@ class Engine:
             raise ConfigError(self._refusal)
 
     def submit(self, *requests: Request) -> None:
-        """Answer ``requests`` as soon as sequences are free.  Raises ``ConfigError`` after
-        ``stop``."""
+        """Answer ``requests`` when sequences are free.  Raises ``ConfigError`` after ``stop``."""
         self.check()
         try:
             for request in requests:
@@ -147,8 +141,7 @@ class Engine:
             raise request.problem or ConfigError(CLOSED)
 
     def call(self, action: Callable[[], T]) -> T:
-        """What ``action`` gives, in the engine's thread between two steps.  Raises what it raises,
-        and ``ConfigError`` after ``stop``."""
+        """What ``action`` gives or raises, between two steps; ``ConfigError`` after ``stop``."""
         self.check()
         call = _Call(action)
         try:
@@ -165,11 +158,6 @@ class Engine:
         return result[0]
 
     @property
-    def forked(self) -> bool:
-        """Whether this is a child's copy of an engine of its parent's."""
-        return self._refusal == _FORKED
-
-    @property
     def alive(self) -> bool:
         return self._life.goes_on
 
@@ -183,11 +171,10 @@ class Engine:
         self._inbox.put(None)
 
     def close(self) -> None:
-        """``stop``, wait, and release files and memory.  A thread that a disk keeps for long stays
-        behind.  In a forked child only files are closed: threads, locks and the GPU are the
-        parent's."""
+        """``stop``, wait, and release files and memory; a thread that a disk keeps stays behind.
+        A forked child only closes files: threads, locks and the GPU are the parent's."""
         self.stop()
-        if self.forked:
+        if self._refusal == _FORKED:
             return self.model.source.close()
         if self.model.store is not None:
             self.model.store.stop()
@@ -218,8 +205,7 @@ class Engine:
             self._life.end.put(None)
 
     def _has_work(self) -> bool:
-        """Wait for some; False where there will be none.  What answers have left behind is given
-        back to the system soon after the last one."""
+        """Wait for some; False if none will come.  Soon after the last, memory is given back."""
         patience: float | None = IDLE_SECONDS
         while True:
             self._receive()
@@ -248,15 +234,11 @@ class Engine:
             self._calls.append(item)
 
     def _look(self) -> None:
-        """A layer is at its end, or waits for a disk: end the pass or the call if nobody wants it
-        any more."""
+        """A layer ends or waits for a disk: end the pass or call if nobody wants it any more."""
         if self._inbox.empty() and not (self.batch.is_long or self._call):
             return
-        arrived, call = self._receive(), self._call
-        if call is not None:
-            wanted = not call.cancelled
-        else:
-            wanted = self.batch.wants(arrived, self.model.experts.reached)
+        arrived, call, batch = self._receive(), self._call, self.batch
+        wanted = not call.cancelled if call else batch.wants(arrived, self.model.experts.reached)
         if self._refusal or not wanted:
             raise UnwantedError
 
@@ -277,10 +259,9 @@ class Engine:
                 self.batch.keep(request, sequence)
             self._refuse(request)
         self.batch.running.clear()
-        while self.batch.waiting:
-            self._refuse(self.batch.waiting.popleft())
-        while self._calls:
-            self._calls.popleft().reply.put(([], ConfigError(self._refusal)))
+        for left in (self.batch.waiting, self._calls):
+            while left:
+                self._refuse(left.popleft())
         self._life.goes_on = False  # who puts something in from now on looks at this
         self._refuse_all()
 
@@ -288,18 +269,18 @@ class Engine:
         """End what has come in."""
         with suppress(Empty):
             while True:
-                item = self._inbox.get_nowait()
-                if isinstance(item, Request):
-                    self._refuse(item)
-                elif item is not None:
-                    item.reply.put(([], ConfigError(self._refusal)))
+                self._refuse(self._inbox.get_nowait())
 
-    def _refuse(self, request: Request) -> None:
+    def _refuse(self, item: "Request | _Call[Any] | None") -> None:
+        if isinstance(item, _Call):
+            item.reply.put(([], ConfigError(self._refusal)))
+        if not isinstance(item, Request):
+            return
         finish, error = "shutdown", ""
         if self.problem is not None:
             finish, error = "error", "the model failed; see the server's log"
-            request.problem = self.problem
-        self.batch.end(request, request.end(finish, error))
+            item.problem = self.problem
+        self.batch.end(item, item.end(finish, error))
 
 
 _ALL: "weakref.WeakSet[Engine]" = weakref.WeakSet()
@@ -310,5 +291,4 @@ def _after_fork() -> None:
         engine.refuse(_FORKED)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(after_in_child=_after_fork)

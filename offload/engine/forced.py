@@ -13,9 +13,9 @@ from slotmoe.model.generate import Delta
 
 
 class Forced:
-    """A sampler that chooses ``ids`` and notes the ``moments`` (of ``time.perf_counter()``) at
-    which it could choose, and if it ``keeps`` them the logits, float32 [V] each: one more than
-    there are ids."""
+    """A ``Sampler`` that chooses ``ids``, and notes one more than these: the ``moments`` (of
+    ``time.perf_counter()``) at which it could choose, and if it ``keeps`` them logits, float32 [V].
+    """
 
     def __init__(self, ids: Sequence[int], keeps: bool = False):
         self.ids: list[int] = []
@@ -27,7 +27,6 @@ class Forced:
         """Its prompt is never scored."""
 
     def take(self, logits_V: Tensor) -> Delta:
-        """See ``slotmoe.offload.engine.requests.Sampler``."""
         self.moments.append(time.perf_counter())
         if self._keeps:
             self.logits.append(logits_V.clone())
@@ -37,5 +36,4 @@ class Forced:
         return Delta("", ())
 
     def end(self, finish: str, error: str = "") -> Delta:
-        """See ``slotmoe.offload.engine.requests.Sampler``."""
         return Delta("", (), finish, error=error)

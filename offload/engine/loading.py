@@ -101,12 +101,9 @@ class LoadedModel:
 
 
 def open_model(folder: Path, options: Options, device: Device, reason: str) -> LoadedModel:
-    """Read the export or checkpoint in ``folder`` as ``options`` ask.  Nothing stays allocated if
-    that fails.
-
-    Raises ``ConfigError``, ``CheckpointError``, ``ExportError``, or ``PlanError``, also where the
-    device has less memory than it seemed to.
-    """
+    """Read the export or checkpoint in ``folder`` as ``options`` ask.  If that fails, nothing stays
+    allocated.  Raises ``ConfigError``, ``CheckpointError``, ``ExportError``, or ``PlanError``, also
+    where the device has less memory than it seemed to."""
     tune_heap()
     loader = _Loader(folder, options, device, reason)
     try:
@@ -116,12 +113,10 @@ def open_model(folder: Path, options: Options, device: Device, reason: str) -> L
     device.release()
     gpu = device.memory()
     assert gpu is not None
-    raise PlanError(
-        f"{device.name} ran out of memory while the model was opened: the budget is "
-        f"{format_size(loader.budget)} and {format_size(gpu.free)} of "
-        f"{format_size(gpu.total)} are free now, other programs may have taken some: "
-        "lower --vram"
-    )
+    free = f"{format_size(gpu.free)} of {format_size(gpu.total)} are free now"
+    known = f"the budget is {format_size(loader.budget)} and {free}"
+    problem = f"{device.name} ran out of memory while the model was opened: {known}"
+    raise PlanError(f"{problem}, other programs may have taken some: lower --vram")
 
 
 def check_options(options: Options, device: Device, checkpoint: Path) -> None:
@@ -135,12 +130,11 @@ class _Loader:
 
     def __init__(self, folder: Path, options: Options, device: Device, reason: str):
         if device.tier == "ram" and options.misses != "auto":
-            raise ConfigError(
-                f"misses {options.misses} is given but the device is the CPU, which computes every "
-                "expert: leave it out"
-            )
+            reason = "the device is the CPU, which computes every expert: leave it out"
+            raise ConfigError(f"misses {options.misses} is given but {reason}")
         self._folder, self._options, self._device, self._reason = folder, options, device, reason
         self.budget, self._host_budget = self._budgets()
+        self._popularity: list[float] | None = None
 
     def check(self) -> None:
         """Is ``check_options`` for this model."""
@@ -165,16 +159,14 @@ class _Loader:
         self._generation = generation_of(self._config, read, self._folder)
 
     def _budgets(self) -> tuple[int, int | None]:
-        """Bytes of the device tier that may be used, and of RAM below a GPU: as asked, or nine
-        tenths of what is free now."""
+        """Bytes of the device tier, and of RAM below a GPU: as asked, or ``FREE_SHARE``."""
         ram, vram, gpu = self._options.ram, self._options.vram, self._device.memory()
         if ram is not None:
             free_ram = parse_size(ram)
         else:
             free_ram = int(available_memory() * FREE_SHARE) + process_bytes()
         if gpu is not None:
-            free = int(gpu.free * FREE_SHARE)
-            return parse_size(vram) if vram is not None else free, free_ram
+            return parse_size(vram) if vram is not None else int(gpu.free * FREE_SHARE), free_ram
         if vram is not None:
             problem = "--vram is given but the device is the CPU"
             raise PlanError(f"{problem}: give --ram, or --device cuda")
@@ -219,8 +211,7 @@ class _Loader:
         if self._options.route_budget:
             problem = "with a route budget the text depends on the cache, token by token"
         elif rows > 1:
-            source = "mtp" if asked == "mtp" else "ngram"
-            return source, "rows of a pass are bitwise as alone"
+            return "mtp" if asked == "mtp" else "ngram", "rows of a pass are bitwise as alone"
         else:
             problem = f"{backend.name} computes several tokens of a text not bitwise as one by one"
         if asked != "auto":
@@ -264,22 +255,20 @@ class _Loader:
         self._backend.run_on(self._device.placement)
 
     def _refuse(self, plan: Plan) -> int:
-        """Refuse a plan for more than the budget, or for more of a GPU than is free; returns the
-        bytes of RAM that it takes."""
+        """Refuse a plan beyond the budget, or what is there; returns the bytes of RAM in it."""
         plan.check()
         ram = plan.total if plan.tier == "ram" else sum(plan.host.values())
         if ram > (total := total_memory()):
-            raise PlanError(
-                f"the plan takes {format_size(ram)} of RAM and this machine has "
-                f"{format_size(total)}: give a smaller --ram, or none to take what is free"
-            )
+            sizes = f"{format_size(ram)} of RAM and this machine has {format_size(total)}"
+            advice = "give a smaller --ram, or none to take what is free"
+            raise PlanError(f"the plan takes {sizes}: {advice}")
         gpu, name = self._device.memory(), self._device.name
         if gpu is not None and plan.total > gpu.free:
-            raise PlanError(
-                f"the plan takes {format_size(plan.total)} of {name}, of which "
-                f"{format_size(gpu.free)} are free: give --vram {gpu.free >> 20}MiB or less, "
-                "or end the programs that use it"
+            sizes = (
+                f"{format_size(plan.total)} of {name}, of which {format_size(gpu.free)} are free"
             )
+            advice = f"give --vram {gpu.free >> 20}MiB or less, or end the programs that use it"
+            raise PlanError(f"the plan takes {sizes}: {advice}")
         return ram
 
     def export(self) -> LoadedModel:
@@ -297,21 +286,21 @@ class _Loader:
             plan = self._plan(sizes)
             self._check(plan)
             place = self._placer()
-            predictor, popularity = None, None
+            predictor = None
             if (trained := export.predictor()) is not None:
                 predictor = Predictor(trained, config.num_experts_per_tok, backend, place)
-                popularity = predictor.popularity
+                self._popularity = predictor.popularity
                 if config.mtp:  # the predictor does not know the head's experts
                     E = config.n_routed_experts
-                    popularity = popularity + [config.num_experts_per_tok / E] * E
-            store = self._store(export, plan, popularity)
+                    self._popularity = self._popularity + [config.num_experts_per_tok / E] * E
+            store = self._store(export, plan)
             opened.callback(store.close)
             weights = load_resident(export, resident_shapes(config), place)
             guesses = predictor or NextGate(replace(config, mtp=False), weights, backend)
             names = (layer_tensor(layer, EXPERTS_OF) for layer in range(config.num_hash_layers))
             tables = [as_tensor(weights[name]).cpu() for name in names]
-            experts = self._experts(export, plan, store, guesses, popularity, tables)
-            opened.callback(experts.close)
+            experts = self._experts(export, plan, store, guesses, tables)
+            opened.callback(experts.slots.close)
             network = Network(config, weights, backend, experts, PREFILL_CHUNK)
             experts.substitution = self._substitution(network, predictor, plan)
             head = MtpHead(network, weights, experts, PREFILL_CHUNK) if config.mtp else None
@@ -329,16 +318,14 @@ class _Loader:
     def _substitution(
         self, network: Network[Prepared], predictor: Predictor | None, plan: Plan
     ) -> Substitution | None:
-        """What spends the route budget, if one is given; where all experts get slots they are soon
-        there, and nothing is to be saved."""
+        """What spends the route budget, if one is given and not all experts get slots."""
         config, budget = self._config, self._options.route_budget
         if not budget:
             return None
         if predictor is None or not predictor.swap_prices:
-            raise ConfigError(
-                f"{self._folder}: route_budget needs what a swap of experts costs, which was not "
-                "measured: slotmoe quantize MODEL EXPORT --calibrate TEXT does that"
-            )
+            needs = "route_budget needs what a swap of experts costs, which was not measured"
+            advice = "slotmoe quantize MODEL EXPORT --calibrate TEXT does that"
+            raise ConfigError(f"{self._folder}: {needs}: {advice}")
         if plan.slots == len(config.moe_layers) * config.n_routed_experts:
             return None
         chooser = RouteBudget(predictor.swap_prices, budget, config.num_experts_per_tok)
@@ -382,25 +369,21 @@ class _Loader:
             problem = f"{name} names an expert outside 0 to {last}"
             raise ConfigError(f"{self._folder}: {problem}; quantize again")
 
-    def _cache(self, slots: int, popularity: list[float] | None) -> Cache:
-        """Where every expert has a slot nothing is ever evicted, and the cheapest bookkeeping will
-        do."""
+    def _cache(self, slots: int) -> Cache:
+        """Where every expert has a slot nothing is evicted, and the cheapest policy will do."""
         layers, experts = len(self._config.moe_layers), self._config.n_routed_experts
         policy = self._options.cache_policy or DEFAULT_POLICY
         policy = policy if slots < layers * experts else "lru"
-        return make_cache(policy, slots, layers, experts, popularity)
+        return make_cache(policy, slots, layers, experts, self._popularity)
 
-    def _store(
-        self, export: Export, plan: Plan, popularity: list[float] | None
-    ) -> DiskReader | HostTier:
+    def _store(self, export: Export, plan: Plan) -> DiskReader | HostTier:
         """What slots get records from."""
-        # Where everything fits each expert is read once, and what an earlier run left in the page
-        # cache is welcome.
+        # Where everything fits each is read once: what is in the page cache is welcome.
         everything = len(self._config.moe_layers) * export.experts
         direct = max(plan.slots, plan.host_slots) < everything
         if self._device.tier == "ram":
             return DiskReader(export, direct)
-        cache = self._cache(plan.host_slots, popularity)
+        cache = self._cache(plan.host_slots)
         return HostTier(export, direct, cache, plan.host_staging, self._device)
 
     def _experts(
@@ -409,14 +392,13 @@ class _Loader:
         plan: Plan,
         store: DiskReader | HostTier,
         predictor: NextGate | Predictor,
-        popularity: list[float] | None,
         tables: Sequence[Tensor],
     ) -> Experts:
         """The slots over ``store``, what reads ahead if that can pay, and the CPU's part."""
         options, device, config = self._options, self._device, self._config
         size, top_k = plan.record_bytes, config.num_experts_per_tok
         layers, experts = len(config.moe_layers), export.experts
-        cache = self._cache(plan.slots, popularity)
+        cache = self._cache(plan.slots)
         slots = Slots(store, cache, plan.staging, top_k, size, device)
         # Records that are not worth waking a thread for are not worth reading ahead either.
         missing = plan.slots < layers * experts and plan.staging > top_k
@@ -424,14 +406,13 @@ class _Loader:
         if options.prefetch and missing and size > HELP_BYTES:
             source = slots, store.bandwidth, device.download, tables
             lookahead = Lookahead(predictor, layers, experts, size, *source)
-        if options.prefetch and popularity:
+        if options.prefetch and (popularity := self._popularity):
             ids = range(layers * experts)
             warm = sorted(ids, key=popularity.__getitem__, reverse=True)[: plan.slots]
         hybrid, split, levels = None, Split(), export.layout.levels()
         if isinstance(store, HostTier):
             bandwidths = stored_bandwidths(cache_folder() / "machine.json")
-            mode = choose_mode(options.misses, bandwidths, top_k)
-            split = Split(mode, cpu_cost(bandwidths))
+            split = Split(choose_mode(options.misses, bandwidths, top_k), cpu_cost(bandwidths))
             # Triton's kernels are the GPU's; beside it the CPU has its own.
             kernels = "torch" if options.kernels == "torch" else "auto"
             cpu = pick_backend(torch.device("cpu"), kernels, config.swiglu_limit)

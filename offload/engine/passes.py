@@ -27,9 +27,8 @@ class Row:
     """A sequence's part of a pass, which appends ``ids`` to it and computes ``draft`` behind them:
     a piece of a prompt, or the newest token of an answer, behind which a pass may draft.
 
-    ``wanted`` says whether the logits of the last id are wanted, and with them those of the draft:
-    ``logits_RV``, float32 in RAM.  ``hidden_TD`` is the residual stream behind the ids, until the
-    next pass.
+    ``wanted`` says whether the logits of the last id and of the draft are: ``logits_RV``, float32
+    in RAM.  ``hidden_TD`` is the residual stream behind the ids, until the next pass.
     """
 
     sequence: Sequence
@@ -42,13 +41,11 @@ class Row:
 
 
 class Passes:
-    """Runs passes of an open model, and counts them.  ``drafting`` is None where nothing is
-    drafted."""
+    """Runs and counts passes of an open model.  ``drafting`` is None where nothing is drafted."""
 
     def __init__(self, model: LoadedModel):
         self._model = model
-        budget = format_size(model.plan.budget)
-        self._ways_out = f"a lower --vram (now {budget}) or --context"
+        self._ways_out = f"a lower --vram (now {format_size(model.plan.budget)}) or --context"
         self.drafting = Drafting(model.plan.drafted) if model.draft[0] != "off" else None
         self.tokens = dict.fromkeys(("prefill_tokens", "decode_tokens"), 0)
         self.seconds = dict.fromkeys(("prefill_seconds", "decode_seconds"), 0.0)
@@ -64,8 +61,7 @@ class Passes:
         return sequences
 
     def run(self, rows: Sequenced[Row]) -> None:
-        """A pass over ``rows``, and over what is drafted behind those that decode.  Its seconds are
-        of prefill where it reads a prompt."""
+        """A pass over ``rows`` and drafts; where it reads a prompt, its seconds are of prefill."""
         self._model.network.timer.begin()
         started = time.perf_counter()
         decoding = [row for row in rows if not row.is_prompt]
@@ -96,14 +92,12 @@ class Passes:
         self.drafting.accepted += 1
 
     def each(self, hidden_RD: Tensor) -> Iterable[Tensor]:
-        """Logits of rows of the residual stream, a few at a time, float32 in RAM, each row bitwise
-        what it gives alone."""
+        """``logits`` of rows, a few at a time, in RAM, each bitwise as it is alone."""
         for rows_RD in hidden_RD.split(EACH_AT_ONCE):
-            yield self._in_ram(self.logits(rows_RD, each=True))
+            yield self._model.device.download(self.logits(rows_RD, each=True)).get()
 
     def logits(self, hidden_RD: Tensor, each: bool = False) -> Tensor:
-        """Logits of rows of the residual stream, float32 [R, V] on the device; with ``each`` a row
-        is bitwise what it gives alone."""
+        """Logits, float32 [R, V] on the device; with ``each`` a row is bitwise as it is alone."""
         network = self._model.network
         head = network.head_each if each else network.head
         return self.compute(lambda: head(hidden_RD))
@@ -142,15 +136,14 @@ class Passes:
         if not wanted:
             return
         wanted_RD = hidden_TD if len(wanted) == len(hidden_TD) else torch.cat(wanted)
-        logits_RV = self._in_ram(self.logits(wanted_RD, each=len(wanted_RD) > 1))
+        logits_RV = model.device.download(self.logits(wanted_RD, each=len(wanted_RD) > 1)).get()
         parts = iter(logits_RV.split([*map(len, wanted)]))
         for row in rows:
             if row.wanted:
                 row.logits_RV = next(parts)
 
     def _guess_token(self, sequence: Sequence, ids_1: Tensor) -> None:
-        """Let the lookahead guess a token's experts from its embedding and the last hidden state
-        before it."""
+        """Let the lookahead guess a token's experts, from it and the hidden state before it."""
         model, hidden_RD = self._model, sequence.hidden_RD
         if hidden_RD is None:
             return
@@ -158,7 +151,3 @@ class Passes:
         embedding_1D = model.backend.embed(ids_1, model.network.embed_tokens)
         last_1D = model.network.collapse(hidden_RD[-1:])
         model.experts.lookahead.guess_token(embedding_1D[0], last_1D[0])
-
-    def _in_ram(self, logits_RV: Tensor) -> Tensor:
-        """By no copy engine of a GPU, which may have records before them."""
-        return self._model.device.download(logits_RV).get()

@@ -46,8 +46,7 @@ class Sampler(Protocol):
 
 @dataclass(eq=False)
 class Request:
-    """A prompt and what is wanted of it: the engine's thread calls ``emit`` with each delta, the
-    last time with a finish.
+    """A prompt and what is wanted of it.  ``emit`` gets each delta, the last one with a finish.
 
     Besides those of the sampler, ``Delta.finish`` is ``shutdown``, ``cancelled``, ``error``, or
     ``refused`` for a grammar that can't be followed to its end, where the engine ended it;
@@ -58,8 +57,7 @@ class Request:
     ``scored`` those that ``answer.score`` gets logits of, else those of which ``hidden`` gets the
     residual stream after the last layer, float32 [T, D], pass by pass.
 
-    The request is cancelled by ``cancel``, or when its ``client`` is gone.  Times are
-    ``time.monotonic()``.
+    A request whose ``client`` is gone is cancelled.  Times are ``time.monotonic()``.
     """
 
     prompt: list[int]

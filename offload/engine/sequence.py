@@ -34,15 +34,13 @@ class Sequence:
         return len(self.tokens)
 
     def append(self, ids: list[int], hidden_TD: Tensor) -> None:
-        """A pass has computed ``ids`` and a draft behind them; ``hidden_TD`` is the residual stream
-        behind all of these."""
+        """A pass has computed ``ids`` and a draft, with the residual stream ``hidden_TD``."""
         self.tokens, self._drafted_RD = self.tokens + ids, hidden_TD[len(ids) - 1 :].clone()
         self.hidden_RD = self._drafted_RD[:1]
 
     def read(self, before_RD: Tensor | None, hidden_TD: Tensor) -> None:
-        """The head reads a prompt's tokens, which were appended; else it reads where it drafts.
-        ``hidden_TD`` is the residual stream behind them, and ``before_RD`` what was known before
-        them."""
+        """The head reads a prompt's appended tokens; else it reads where it drafts.  ``hidden_TD``
+        is the residual stream behind them, ``before_RD`` what was known before them."""
         parts = [part for part in (before_RD, hidden_TD[:-1]) if part is not None and len(part)]
         if self._head is not None and parts:
             self._head.read(self.tokens, torch.cat(parts))
@@ -54,8 +52,7 @@ class Sequence:
         self.hidden_RD = self._drafted_RD[: len(self.hidden_RD) + 1]
 
     def draft(self, id: int) -> tuple[list[int], list[float]]:
-        """What may come behind ``id``, which is to be appended, as far as there is room, and how
-        likely each token is."""
+        """What may come behind ``id``, as far as there is room, and how likely each token is."""
         tokens, room = [*self.tokens, id], self.state.context - self.length - 1
         if self._head is None:
             self._ngrams.read(tokens)
@@ -83,8 +80,7 @@ class Sequence:
             self.tokens, self.hidden_RD = source.tokens[:length], None
 
     def resume(self, ids: list[int], snapshot: Tensor) -> None:
-        """Append ``ids``, which were computed before: what they added was ``put`` into the state,
-        and ``snapshot`` was taken behind them."""
+        """Append ``ids``, whose rows were ``put`` into the state, and the ``snapshot`` behind."""
         self.state.cut(self.length)
         self.state.resume(self.length + len(ids), snapshot)
         self.tokens, self.hidden_RD = self.tokens + ids, None

@@ -1,5 +1,4 @@
-"""The disk tier: threads with several aligned direct reads in flight, the most urgent record
-first."""
+"""The disk tier: threads with aligned direct reads in flight, the most urgent record first."""
 
 import heapq
 import logging
@@ -25,8 +24,7 @@ _AGAIN_SECONDS = 0.02
 
 
 class DiskReader:
-    """A ``Source``: ``threads`` for each drive that read records piece by piece, the most urgent
-    record first.
+    """A ``Source``: ``threads`` for each drive read records by pieces, the most urgent one first.
 
     Reads bypass the page cache where the file system allows (``direct``).  A record that fails to
     arrive or has a wrong checksum is read once more, from each drive, of which those that fail are
@@ -43,8 +41,7 @@ class DiskReader:
         self._lock = threading.Lock()
         self.drives = Drives([folder.path for folder in export.folders])
         self._work = [threading.Condition(self._lock) for _ in self.drives.all]  # by drive
-        # Something in it: look whether a read is done.  A thread wakes up for it sooner than for a
-        # condition.
+        # An item says: look whether a read is done.  It wakes a thread sooner than a condition.
         self._arrived: SimpleQueue[None] = SimpleQueue()
         self._queue: list[tuple[int, int, Read]] = []
         self._order = count()
@@ -63,7 +60,7 @@ class DiskReader:
             thread.start()
 
     def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
-        return Read(expert_id, target.numpy().data, urgency)
+        return Read(expert_id, urgency, target.numpy().data)
 
     def submit(self, reads: Iterable[Read]) -> None:
         with self._lock:
@@ -113,11 +110,6 @@ class DiskReader:
         if self._arrived.empty():
             self._arrived.put(None)
 
-    def _forget_queue(self) -> None:
-        for *_, read in self._queue:
-            read.after = None  # it may keep the read
-        self._queue.clear()
-
     def advance(self, tokens: int) -> None:
         """A disk remembers nothing."""
 
@@ -139,10 +131,11 @@ class DiskReader:
         with self._lock:
             self._closing = True
             for *_, read in self._queue:
+                read.after = None  # it may keep the read
                 if not read.done:
                     read.error, read.cancelled = ConfigError(CLOSED), True
                     read.done = read.outstanding == 0  # else its reader says so
-            self._forget_queue()
+            self._queue.clear()
             for work in self._work:
                 work.notify_all()
         self._tell()
@@ -177,8 +170,7 @@ class DiskReader:
         return sum(left) // self._piece
 
     def _take(self, drive: Drive) -> tuple[Read, int, int] | None:
-        """The next piece for a drive to read, (read, start, stop) in bytes of the record; the lock
-        is held."""
+        """A drive's next piece, (read, start, stop) in bytes of the record; the lock is held."""
         while self._queue:
             urgency, _, read = self._queue[0]
             total = len(read.buffer)
@@ -196,8 +188,7 @@ class DiskReader:
         return None
 
     def _read(self, drive: Drive, read: Read, start: int, stop: int) -> None:
-        """Read a piece; the last one makes its read ``done``.  What goes wrong is the read's: its
-        thread goes on."""
+        """Read a piece; the last makes its read ``done``.  The thread survives what goes wrong."""
         problem: Exception | None = None
         try:
             self._read_piece(drive, read, start, stop)
@@ -221,15 +212,11 @@ class DiskReader:
                 where = self._place(read.expert_id)
                 self._export.read_range(*where, start, read.buffer[start:stop], drive.number)
             except ExportError as problem:
-                drive = self._leave_out(drive, problem)
-                continue
-            with self._lock:
-                drive.note(began, stop - start)
-            return
-
-    def _leave_out(self, drive: Drive, problem: ExportError) -> Drive:
-        with self._lock:
-            return self.drives.leave_out(drive, problem)
+                with self._lock:
+                    drive = self.drives.leave_out(drive, problem)
+            else:
+                with self._lock:
+                    return drive.note(began, stop - start)
 
     def _count(self, read: Read, size: int, problem: Exception | None) -> bool:
         """Note that a piece has been read; whether it was the last one."""
@@ -274,7 +261,8 @@ class DiskReader:
                 self._export.read_range(*where, 0, read.buffer, drive.number)
                 self._export.verify_record(*where, read.buffer)
             except ExportError as problem:
-                another = self._leave_out(drive, problem)
+                with self._lock:
+                    another = self.drives.leave_out(drive, problem)
                 asked = asked or [another]  # the bytes of those before are overwritten
 
 

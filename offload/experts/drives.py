@@ -72,8 +72,6 @@ class Drives:
 
     def takes(self, drive: Drive, waiting: Callable[[], int]) -> bool:
         """Whether ``drive`` should read the next of the pieces, ``waiting()`` in number."""
-        if len(self.alive) == 1:
-            return not drive.failed
         now = time.perf_counter()
         pace = drive.pace(now)
         faster = [other.pace(now) for other in self.alive if other.pace(now) < pace]

@@ -1,5 +1,4 @@
-"""The experts' step: bring the experts that a layer's tokens need, compute each group where its
-bytes lie, and sum in gate order.
+"""The experts' step: bring those that a layer needs, compute them there, sum in gate order.
 
 Shapes: T tokens, D hidden_size, M MoE layers, E routed experts, K experts a token.
 """
@@ -35,9 +34,8 @@ _FETCH = Split()
 @dataclass(frozen=True)
 class Route:
     """A gate's choice: ``indices`` [T][K] of MoE layer ``row``, and how many of its distinct
-    experts were cached, were missing, and of these were on their way.  ``x_TD`` is the experts'
-    input, None where the backend went through several layers at once.  ``behind`` tokens of the
-    same pass came before."""
+    experts were cached, missing, and of these on their way.  ``x_TD`` is their input, None where
+    the backend went through several layers at once.  ``behind`` tokens of the pass came before."""
 
     row: int
     indices: list[list[int]]
@@ -52,8 +50,7 @@ OnLayer = Callable[[Route], None]
 
 
 class Experts:
-    """Routed experts behind slots, for any number of tokens, on a CPU or a GPU.  It is the
-    network's ``experts``.
+    """Routed experts behind slots, on a CPU or a GPU; the network's ``experts``.
 
     What is cached is computed first, then what arrives, in groups; the sum is in gate order, so the
     result is bitwise the same for every budget, policy and timing.  (What the CPU computes beside a
@@ -88,7 +85,7 @@ class Experts:
         shape = self._count, slots.cache.experts
         self._none_ME = torch.full(shape, -1, dtype=torch.int32)
         self.lookahead, self._warm = lookahead, list(reversed(warm))
-        self.hybrid, self.split, self._computes = hybrid, split, split.computes
+        self.hybrid, self.split = hybrid, split
         self.substitution: Substitution | None = None
         self.look: Callable[[], None] = lambda: None
         self._apart = False  # whether the pass's tokens are of several sequences
@@ -107,8 +104,7 @@ class Experts:
 
     @property
     def reached(self) -> int:
-        """Tokens of the pass under way, by the share of the layers that they have reached.  Another
-        thread may ask."""
+        """Tokens of the pass, by the share of layers reached.  Another thread may ask."""
         now = self._pass
         if now.row >= self._count:  # the head's pass: the network's has read them
             return 0
@@ -117,8 +113,7 @@ class Experts:
     # The network's side
 
     def slot_table(self) -> SlotTable:
-        """Where experts are.  The table is empty while something is to be done between two layers:
-        the backend then stops after each gate."""
+        """Where experts are; empty while the backend is to stop after each gate."""
         stops = bool(self._warm) or (self.lookahead is not None and self.lookahead.active)
         stops = stops or any(inputs for _, inputs in self._listeners)
         complete = self.slots.complete and not stops
@@ -126,8 +121,7 @@ class Experts:
         return SlotTable(self.records, slots_ME, complete)
 
     def begin(self, tokens: int, sequences: int = 1) -> bool:
-        """A pass over ``tokens`` tokens begins; whether ``guess_token`` is worth calling.  What the
-        last one has left in staging is given back."""
+        """A pass begins, without what the last one left in staging; is ``guess_token`` worth it?"""
         self.slots.advance(tokens)
         self._apart = sequences > 1
         if self.substitution is not None:
@@ -186,15 +180,14 @@ class Experts:
     # What a layer needs
 
     def _bring(self, row: int, x_TD: Tensor, indices_TK: Tensor, y_TKD: Tensor) -> Iterator[Tensor]:
-        """The slots of a layer's experts in groups, each as ``TorchBackend.experts`` takes it: what
-        is cached first, then what arrives.  What the CPU computes beside a GPU goes to ``y_TKD``
-        meanwhile."""
+        """Slots of a layer's experts in groups, as ``TorchBackend.experts`` takes them: first what
+        is cached, then what arrives.  What the CPU computes goes to ``y_TKD`` meanwhile."""
         slots, store, device, hybrid = self.slots, self._store, self._device, self.hybrid
         if device.queues and slots.complete and not self._listeners:
             self._cache.hits += indices_TK.numel()  # the host need not know the choice
             yield slots.slots_ME[row]
             return
-        learns, computes = self._learns, self._computes
+        learns, computes = self._learns, self.split.computes
         inputs = [x_TD if computes else x_TD[-FOLLOWED:]] if computes or learns else []
         download = device.download(indices_TK, *inputs)
         if device.queues:  # by the slot table, before the host knows the choice
@@ -223,10 +216,10 @@ class Experts:
         work.reads, work.later = reads, fetched[slots.staging :]
         work.cached = [] if device.queues else [id for id in uses if id in cached]
         if missing or (work.many and not slots.complete):
-            store.hold(list(newest))
+            store.held_N[list(newest)] = True
             if work.many:
-                store.hold(work.cached)
-                store.hold(slice(work.kept.start, work.kept.stop))
+                store.held_N[work.cached] = True
+                store.held_N[work.kept.start : work.kept.stop] = True
         if hybrid is not None and computes:
             hybrid.begin(download.others()[0], chosen, computed)
         if self._listeners:
@@ -250,7 +243,7 @@ class Experts:
         slots, hybrid = self.slots, self.hybrid
         self._note_idle(work)
         while True:
-            acquired = hybrid.reads if hybrid is not None else []
+            acquired = [*hybrid.host.acquired] if hybrid is not None else []
             if not (work.cached or work.reads or acquired):
                 return
             done = [read for read in work.reads if read.done][: max(1, slots.staging // 2)]
@@ -286,7 +279,7 @@ class Experts:
             work.used += used
             return
         if ready and not work.kept:  # what is kept stays held
-            self._store.let_go([id for id in ready if id not in work.newest])
+            self._store.held_N[[id for id in ready if id not in work.newest]] = False
         for expert_id in used:
             self.slots.admit(expert_id, must=expert_id in work.kept)
         if work.kept:
@@ -304,9 +297,8 @@ class Experts:
 
     def _kept(self, row: int, tokens: int) -> range:
         """Of a pass in several steps this layer's experts stay until its last step, where there is
-        room for two layers, and what later layers will use stays too: new experts replace those of
-        layers that are done.  The first two layers' replace what the cache likes least of all but
-        theirs."""
+        room for two layers, and so does what later layers will use.  New experts replace those of
+        layers that are done; the first two layers' what the cache likes least but theirs."""
         experts, end = self._cache.experts, len(self._rows) if row >= 2 else row + 2
         if tokens == self._pass.tokens or 2 * experts > self._cache.slots:
             return range(0)
@@ -327,11 +319,8 @@ class Experts:
         counts = Counter(chain.from_iterable(indices))
         return {first + expert: count for expert, count in sorted(counts.items())}
 
-    def _in_order(
-        self, missing: list[int], computed: Collection[int], there: Collection[int]
-    ) -> list[int]:
-        """What is missing and not computed by the CPU: first what is ``there`` or on its way, then
-        what is in RAM."""
+    def _in_order(self, missing: list[int], computed: list[int], there: list[int]) -> list[int]:
+        """What is missing and not ``computed``, first what is ``there``, then what is in RAM."""
         fetched = [id for id in missing if id not in computed] if computed else missing
         if len(fetched) < 2:
             return fetched
@@ -349,10 +338,9 @@ class Experts:
         coming: Collection[int],
         left: Collection[int],
     ) -> list[int]:
-        """Which missing experts the CPU computes: those that the fewest tokens use, and of one
-        token's those that the gate weighs least.  For one token all are fetched as long as slots
-        are free, or nothing would ever fill them.  What is on its way, or still in a free slot, is
-        not computed again."""
+        """Which missing experts the CPU computes, but for what is on its way or in a free slot:
+        those that the fewest tokens use, and of one token's those that the gate weighs least.  One
+        token's are all fetched while slots are free, or nothing would ever fill them."""
         if self.hybrid is None or (tokens == 1 and self.slots.room() > 0):
             return []
         absent = [id for id in reversed(missing) if id not in coming and id not in left]
@@ -373,8 +361,7 @@ class Experts:
         self.timer.mark("cache and prefetch")
 
     def _read_warm(self) -> None:
-        """Keep one read of a popular expert going until the cache has no free room; demands
-        overtake it."""
+        """Keep a read of a popular expert going, behind demands, until the cache is full."""
         slots = self.slots
         slots.admit_warm()
         while self._warm and self._warm[-1] in slots:
@@ -408,8 +395,7 @@ class Experts:
         counts: Json = {"hits": cache.hits, "misses": cache.misses}
         counts |= {"hit_rate": cache.hits / lookups if lookups else None}
         counts |= {"already_coming": self._met, "evictions": cache.evictions}
-        counts |= {"bypassed": cache.bypassed, "reclaimed": slots.reclaimed}
-        counts |= {"slots": slots.planned}
+        counts |= {"bypassed": cache.bypassed, "reclaimed": slots.reclaimed, "slots": slots.planned}
         stats: Json = {"cache": counts, "wait_seconds": slots.wait_seconds}
         if self.lookahead is not None:
             stats["prefetch"] = self.lookahead.stats()
@@ -417,10 +403,6 @@ class Experts:
             misses = {"mode": self.split.mode, "fetched": self._fetched}
             stats["misses"] = misses | {"computed": self._computed, "seconds": self.hybrid.seconds}
         return stats
-
-    def close(self) -> None:
-        """Stop what goes on in other threads."""
-        self.slots.close()
 
 
 def _first(expert_ids: list[int], uses: Mapping[int, int]) -> tuple[list[int], list[int]]:

@@ -29,7 +29,6 @@ from slotmoe.offload.policy.cache import Cache
 from slotmoe.quant.export.reader import Export
 
 PIN_BYTES = 64 << 20
-_NOTHING = memoryview(b"")
 
 
 class HostTier:
@@ -56,16 +55,14 @@ class HostTier:
         self.wait, self.stop = disk.wait, disk.stop
 
     def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
-        """A read of one record into ``target`` on the GPU: from RAM if it is there, and then queued
-        already, else from disk through RAM."""
+        """A read into ``target`` on the GPU: queued already if it is in RAM, else from the disk."""
         after = self._device.record()  # the slot's last readers have been launched
         slot = self._claim(expert_id)
+        read = Read(expert_id, urgency, slot.record.numpy().data)
         if slot.state is READING:
-            read = Read(expert_id, slot.record.numpy().data, urgency)
             # What stays in a read must not keep it: this does, until it has been called.
             read.after = partial(self._forward, read, slot, target, after)
         else:
-            read = Read(expert_id, _NOTHING, urgency)
             self._forward(read, slot, target, after, True)
             read.done = True
         return read
@@ -81,15 +78,12 @@ class HostTier:
                 self.cache.use(read.expert_id)
 
     def acquire(self, expert_id: int) -> Read:
-        """A read of one record into RAM alone, ahead of all prefetches; ``submit`` starts it, and
-        ``release`` ends its use."""
+        """A demand for one record in RAM: ``submit`` starts the read, ``release`` ends its use."""
         slot = self._claim(expert_id)
-        if slot.state is READING:
-            read = Read(expert_id, slot.record.numpy().data, DEMAND)
+        read = Read(expert_id, DEMAND, slot.record.numpy().data, done=slot.state is not READING)
+        if not read.done:
             read.after = partial(self._arrived, slot)
             slot.read = read
-        else:
-            read = Read(expert_id, _NOTHING, DEMAND, done=True)
         self.acquired[read] = slot
         return read
 
@@ -161,8 +155,7 @@ class HostTier:
         self._pinned.close()
 
     def _claim(self, expert_id: int) -> Slot:
-        """A slot for one use of an expert: where it is cached, or a staged one, which is READING if
-        it has to be written."""
+        """A slot for a use of an expert: its own, or a staged one, READING if to be written."""
         store = self.store
         while True:
             with self._lock:
@@ -227,8 +220,7 @@ class HostTier:
 
 
 class _Pinning:
-    """Page-locks a slab in pieces of ``PIN_BYTES``, each when all its records have been written
-    once."""
+    """Page-locks a slab by ``PIN_BYTES``, each piece when all its records were written once."""
 
     def __init__(self, slab: Tensor, device: Device):
         self._device, self._lock = device, threading.Lock()

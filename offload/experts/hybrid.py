@@ -16,8 +16,7 @@ from slotmoe.quant.backends.base import Records, TorchBackend
 
 
 class HostCompute:
-    """The CPU's part of a step on a GPU: it computes records of the host tier where they lie, of
-    which it acquires so many ``at_once``."""
+    """The CPU's part beside a GPU: it computes the host's records in place, so many ``at_once``."""
 
     def __init__(
         self, backend: TorchBackend, records: Records, host: HostTier, device: Device, at_once: int
@@ -36,11 +35,6 @@ class HostCompute:
         """The layer is over, or was broken off."""
         self._waiting = []
         self.host.release_all()
-
-    @property
-    def reads(self) -> list[Read]:
-        """What is acquired, done or not; empty when all is computed."""
-        return list(self.host.acquired)
 
     def _acquire(self) -> None:
         """Ask the host tier for the next records."""

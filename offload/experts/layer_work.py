@@ -8,8 +8,7 @@ from slotmoe.offload.experts.source import Read
 
 @dataclass
 class Pass:
-    """A pass over ``tokens`` tokens, which go through a layer in steps: ``seen`` of them have been
-    through layer ``row``."""
+    """A pass over ``tokens`` tokens: in steps, ``seen`` of them have been through layer ``row``."""
 
     tokens: int = 0
     row: int = -1
@@ -29,9 +28,8 @@ class Pass:
 @dataclass
 class Work:
     """What is left of a layer: ``uses`` counts each expert's tokens, ``newest`` are the newest
-    token's experts, and ``kept`` the expert ids that stay for the pass's next step or layer; lists
-    of expert ids that are ``cached``, to be read ``later``, or ``used`` in staging; and reads on
-    their way."""
+    token's experts, ``kept`` the ids that stay for the pass's next step or layer; ids ``cached``,
+    to be read ``later``, or ``used`` in staging; and reads on their way."""
 
     row: int
     uses: Mapping[int, int]

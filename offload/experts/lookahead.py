@@ -48,8 +48,7 @@ class Lookahead(Prefetcher):
         self.active = self.pays()
 
     def read_tables(self, ids: list[int]) -> None:
-        """Read first what the gates will choose that choose by the token: ``ids`` are the pass's.
-        No guess replaces that."""
+        """Read first what gates that go by the token choose for ``ids``; no guess replaces that."""
         for row, table in enumerate(self._tables):
             uses = Counter(table[ids].flatten().tolist())
             self._guess(row, [expert for expert, _ in uses.most_common()], "table")
@@ -68,8 +67,7 @@ class Lookahead(Prefetcher):
         self.more(-1)
 
     def guess_layer(self, row: int, layers: int, x_TD: Tensor) -> None:
-        """Guess the experts of MoE layer ``row + 1`` from the input of layer ``row``, and start to
-        read."""
+        """Guess MoE layer ``row + 1``'s experts by layer ``row``'s input, and start to read."""
         if len(self._tables) <= row + 1 < layers and self.active:
             self._guess(row + 1, self._next(row, x_TD), "layer")
         self.more(row)

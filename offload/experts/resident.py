@@ -31,7 +31,7 @@ class _InMemory:
     """A ``Source`` of what is in memory: every read is done at once."""
 
     def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
-        return Read(expert_id, memoryview(b""), urgency, done=True)
+        return Read(expert_id, urgency, done=True)
 
     def wait(self, reads: Collection[Read]) -> list[Read]:
         return list(reads)

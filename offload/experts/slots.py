@@ -14,50 +14,33 @@ from slotmoe.errors import DeviceError
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.devices.pages import Touching
 from slotmoe.offload.experts.source import DEMAND, WARM, Read, Source, read_each
-from slotmoe.offload.experts.store import (
-    ARRIVED,
-    CACHED,
-    FREE,
-    LEAVING,
-    READING,
-    STALE,
-    ExpertStore,
-    Slot,
-)
+from slotmoe.offload.experts.store import ARRIVED, CACHED, FREE, READING, STALE, ExpertStore, Slot
 from slotmoe.offload.policy.cache import Cache
 
 LAZY_BYTES = 256 << 20  # a slab beyond this gets its pages while the first tokens are made
-_NOTHING = memoryview(b"")
 
 
 class Slots:
-    """An ``ExpertStore`` on ``device`` that gets its records from ``source``; ``reserve`` of the
-    staging slots are for demands alone, at least as many as one token's experts of a layer.
+    """An ``ExpertStore`` on ``device`` that gets records of ``size`` bytes from ``source``;
+    ``reserve`` staging slots are for demands alone, at least one token's experts of a layer.
 
-    In RAM a large slab grows: it begins with a few slots, and a thread makes the others' pages
-    present (``Touching``).
+    In RAM a large slab begins with a few slots; ``Touching`` makes the others' pages present.
     """
 
     def __init__(
-        self,
-        source: Source,
-        cache: Cache,
-        staging: int,
-        reserve: int,
-        record_bytes: int,
-        device: Device,
+        self, source: Source, cache: Cache, staging: int, reserve: int, size: int, device: Device
     ):
         self._all = cache.layers * cache.experts
         total = min(cache.slots + staging, self._all)
-        self.slab = device.empty((total, record_bytes), torch.uint8)
+        self.slab = device.empty((total, size), torch.uint8)
         self._source, self._device, self.cache = source, device, cache
         self.staging, self._reserve = staging, reserve
         self.wait_seconds, self.reclaimed = 0.0, 0
         self.planned, self._touched = cache.slots, 0
-        ready = max(staging + reserve, LAZY_BYTES // record_bytes)
+        ready = max(staging + reserve, LAZY_BYTES // size)
         self._touching: Touching | None = None
         if ready < total and device.tier == "ram":
-            self._touching = Touching(self.slab.view(-1), ready * record_bytes)
+            self._touching = Touching(self.slab.view(-1), ready * size)
             cache.slots = ready - staging
         self.store = ExpertStore(cache, self.slab, min(ready, total) if self._touching else total)
         # What the device was told last of the store's table.
@@ -92,7 +75,7 @@ class Slots:
         """A pass over more tokens begins.  What the last one has left in staging is given up; the
         cache admits what has arrived to warm it."""
         self.store.held_N.fill(False)
-        for slot, read in self._coming():
+        for slot, read in self.store.coming():
             if read.urgency != WARM:
                 self._give_up(slot)
         self.admit_warm()
@@ -100,11 +83,10 @@ class Slots:
         self._source.advance(tokens)
 
     def release(self) -> None:
-        """A layer's work is over, or was broken off: nothing is referred to any more, and demands
-        that it has not used are given up."""
+        """A layer's work has ended: nothing is held any more, and unused demands are given up."""
         self.store.held_N.fill(False)
         if self.store.staged:
-            for slot, read in self._coming():
+            for slot, read in self.store.coming():
                 if read.urgency == DEMAND:
                     self._give_up(slot)
 
@@ -127,8 +109,7 @@ class Slots:
         return reads
 
     def prefetch(self, expert_id: int, urgency: int) -> bool:
-        """Start reading an expert unless that would leave fewer than ``reserve`` staging slots
-        free."""
+        """Start reading an expert unless fewer than ``reserve`` staging slots would be free."""
         self.store.collect()
         if len(self.store.staged) + self._reserve >= self.staging:
             return False
@@ -167,7 +148,7 @@ class Slots:
 
     def admit_guesses(self) -> None:
         """Let the cache admit what was read ahead and has arrived."""
-        for slot, read in self._coming():
+        for slot, read in self.store.coming():
             if DEMAND < read.urgency < WARM and read.arrived and read.error is None:
                 self.take([read])
                 self.admit(slot.expert, must=True)
@@ -175,7 +156,7 @@ class Slots:
     def admit_warm(self) -> None:
         """Let the cache admit what was read to warm it and has arrived, as long as it has room."""
         self._grow()
-        for slot, read in self._coming():
+        for slot, read in self.store.coming():
             if read.urgency != WARM or not read.arrived:
                 continue
             if len(self.cache) < self.cache.slots and read.error is None:
@@ -186,10 +167,9 @@ class Slots:
     # Between passes
 
     def fill(self, expert_ids: Iterable[int], done: Callable[[], None]) -> None:
-        """Read experts that are not cached into the cache's free room, several at a time, and wait;
-        ``done()`` after each."""
+        """Read experts into the cache's free room, and wait; ``done()`` after each."""
         self._finish_growing()
-        for slot, _ in self._coming():
+        for slot, _ in self.store.coming():
             self._give_up(slot)
         absent = [expert_id for expert_id in expert_ids if expert_id not in self.cache]
 
@@ -210,8 +190,7 @@ class Slots:
         return self.slab.view(-1)
 
     def present(self) -> tuple[int, int]:
-        """Bytes of cached records, and bytes of the slab that are in use by now.  Another thread
-        may ask."""
+        """Bytes of cached records, and of the slab in use by now.  Another thread may ask."""
         size, touching = self.slab.shape[1], self._touching
         used = (len(self.cache) + len(self.store.staged)) * size
         if touching is not None:  # its pages, and those of the first slots that are in use
@@ -240,21 +219,15 @@ class Slots:
             self.cache.slots, self._touching = self.planned, None
             self._touched = self.slab.nbytes
 
-    def _coming(self) -> list[tuple[Slot, Read]]:
-        """What is staged and was not given up, the oldest first."""
-        staged = self.store.staged.values()
-        return [(slot, slot.read) for slot in staged if slot.state is not LEAVING and slot.read]
-
     def _begin(self, expert_id: int, urgency: int, new: list[Read]) -> Slot:
-        """Stage a slot for an expert; ``new`` gets what its source has to be told of, if
-        anything."""
+        """Stage a slot for an expert; ``new`` gets what its source has to be told of, if any."""
         store = self.store
         if store.leaving or not store.available:
             self._make_room()
         slot = store.take(expert_id)
         if slot.state is ARRIVED:
             copy = slot.read.copy if slot.read is not None else None
-            slot.read = read = Read(expert_id, _NOTHING, urgency, done=True, copy=copy)
+            slot.read = read = Read(expert_id, urgency, done=True, copy=copy)
             self._wait_for_copy(read)
             if read.error is None:
                 self.reclaimed += 1
@@ -300,7 +273,7 @@ class Slots:
         store = self.store
         store.collect()
         while not store.available:
-            unwanted = (slot for slot, read in self._coming() if read.urgency != DEMAND)
+            unwanted = (slot for slot, read in self.store.coming() if read.urgency != DEMAND)
             if (slot := next(unwanted, None)) is not None:
                 self._give_up(slot)
             else:

@@ -19,6 +19,7 @@ from slotmoe.offload.devices.device import Event
 
 # Urgencies; prefetches lie between them, the number of layers until their use.
 DEMAND, WARM = 0, 1 << 30
+_NOTHING = memoryview(b"")
 
 
 @dataclass(eq=False, slots=True)
@@ -27,10 +28,9 @@ class Read:
     says why not; on a GPU kernels can use it that wait for ``copy`` first, None once they do."""
 
     expert_id: int
-    buffer: memoryview
     urgency: int
-    # ``after(arrived)`` runs once in the reading thread, before ``done``: False if the read failed
-    # or was given up.
+    buffer: memoryview = _NOTHING
+    # Called once in the reading thread, before ``done``; False: the read failed or was given up.
     after: Callable[[bool], None] | None = None
     taken: int = 0  # bytes given to readers
     outstanding: int = 0  # pieces being read
@@ -49,8 +49,7 @@ class Source(Protocol):
     """What gives records to the tier above."""
 
     def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
-        """A read of one record into ``target``, uint8; ``submit`` starts it.  It may be done
-        already."""
+        """A read of a record into ``target``, uint8; ``submit`` starts it, if it is not done."""
 
     def submit(self, reads: Iterable[Read]) -> None:
         """Queue what ``read`` gave, as far as it is not done; reads of urgency ``DEMAND`` overtake

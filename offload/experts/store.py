@@ -63,8 +63,7 @@ class Slot:
 
 
 class ExpertStore:
-    """Slots for records of experts, uint8 [cache.slots + staging, record_bytes], of which the first
-    ``ready`` can be used.
+    """Slots for records, uint8 [cache.slots + staging, record_bytes]; first ``ready`` are usable.
 
     ``cache`` decides which experts stay, at most ``cache.slots`` of them.  The other slots are for
     staging: they hold records on their way in, so that nothing is evicted before its successor has
@@ -102,22 +101,13 @@ class ExpertStore:
         slot = self.of.get(expert_id)
         return FREE if slot is None else slot.state
 
-    def hold(self, expert_ids: list[int] | slice) -> None:
-        """Experts are in use, whether they are here or not."""
-        self.held_N[expert_ids] = True
-
-    def let_go(self, expert_ids: list[int] | slice) -> None:
-        """Experts are not in use any more."""
-        self.held_N[expert_ids] = False
-
     def refer(self, slot: Slot, references: int) -> None:
         """So many more uses of what is cached, or fewer; with one it is held."""
         slot.references += references
         self.held_N[slot.expert] = slot.references > 0
 
     def take(self, expert_id: int) -> Slot:
-        """Stage one of the available slots for an expert: it is ARRIVED if the expert's record is
-        still in it, else READING."""
+        """Stage an available slot: ARRIVED if the expert's record is still in it, else READING."""
         slot = self.of.get(expert_id)
         if slot is not None and slot.state is STALE:
             self.move(slot, ARRIVED)
@@ -145,8 +135,7 @@ class ExpertStore:
         self.move(slot, CACHED)
 
     def give_up(self, slot: Slot, cancel: Callable[[Read], bool]) -> None:
-        """A staged record is not wanted any more.  ``cancel(read)`` says whether nothing writes to
-        the slot from then on."""
+        """A staged record is not wanted.  ``cancel(read)``: whether nothing writes there now."""
         read = slot.read
         if read is not None and read.arrived and read.error is None:
             self.move(slot, STALE)
@@ -161,6 +150,11 @@ class ExpertStore:
             for slot in list(self.staged.values()):
                 if slot.state is LEAVING and slot.read is not None and slot.read.done:
                     self.move(slot, FREE)
+
+    def coming(self) -> list[tuple[Slot, Read]]:
+        """What is staged and was not given up, the oldest first."""
+        staged = self.staged.values()
+        return [(slot, slot.read) for slot in staged if slot.state is not LEAVING and slot.read]
 
     def leaving_reads(self) -> list[Read]:
         """What still arrives in slots that were given up."""

@@ -2,8 +2,7 @@
 
 An export is named after the content of its source, so a folder that was moved, copied or touched
 finds its own.  Reading a source takes as long as its disk needs, so a note keeps what was found:
-``NAME-FACTS.source.json`` says which export belongs to a folder whose files have those sizes and
-times.
+``NAME-FACTS.source.json`` names the export of a folder whose files have those sizes and times.
 """
 
 import hashlib
@@ -57,9 +56,8 @@ def cached_export(
 def cached_place(
     source: Path, cache: Path, reading: Progress = ignore, ready: Callable[[Path], None] = ignore
 ) -> Path:
-    """Where in the folder ``cache`` the export of the checkpoint ``source`` is, or belongs.  When
-    it is new here or has changed, and ``ready`` does not refuse it, its content is read,
-    ``reading(done, total)`` in bytes."""
+    """Where in the folder ``cache`` the export of the checkpoint ``source`` is, or belongs.  New or
+    changed content is read, ``reading(done, total)`` in bytes, unless ``ready`` refuses it."""
     files = contents(source)
     states = [(path.name, path.stat()) for path in files]
     facts = [f"{name} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for name, s in states]

@@ -132,20 +132,17 @@ class Calibration:
         read = 2.5 * tokens * moe * (c.num_experts_per_tok + c.n_shared_experts) * expert
         width = (2 * c.hidden_size + c.moe_intermediate_size) / 3
         coded = 9 * moe * c.n_routed_experts * expert * width
-        minutes = [math.ceil(2 * work / rate / 60) for work in (read, coded)]
-        return (
-            f"{tokens} tokens of text go through {len(self.remaining)} layers, and experts are "
-            f"coded by what they see: about {minutes[0]} min for the text and {minutes[1]} min for "
-            "the codes"
-        )
+        text, codes = (f"{math.ceil(2 * work / rate / 60)} min" for work in (read, coded))
+        what = f"{tokens} tokens of text go through {len(self.remaining)} layers"
+        times = f"about {text} for the text and {codes} for the codes"
+        return f"{what}, and experts are coded by what they see: {times}"
 
     def remarks(self, uncalibrated: Sequence[str]) -> list[str]:
         """What a person should know of how far the text reached."""
         counts, sentences = sorted(self._counts), []
         if counts:
-            spread = (
-                f"{counts[0]} to {counts[-1]} tokens each, {counts[len(counts) // 2]} in the middle"
-            )
+            least, most, middle = counts[0], counts[-1], counts[len(counts) // 2]
+            spread = f"{least} to {most} tokens each, {middle} in the middle"
             sentences.append(f"of the calibration text experts got {spread}")
         if none := counts.count(0):
             sentences.append(f"{none} experts got none and are coded by their layer's Hessian")
@@ -179,8 +176,7 @@ class Calibration:
         return {}
 
     def layer(self, layer: int) -> dict[str, Hessian]:
-        """The Hessians of the next of the ``remaining`` layers.  Weights of the one before are
-        expected to be written."""
+        """The Hessians of the next of the ``remaining`` layers; the one before is written."""
         if layer > self._first:
             temporary = self._path.with_name(HIDDEN + ".tmp")
             save_file({"hidden": self.hidden_TD.cpu()}, temporary, {"layer": str(layer)})
@@ -218,9 +214,7 @@ class Calibration:
         self.hidden_TD = torch.cat([step.h_TD for step in steps])
         return hessians
 
-    def _experts(
-        self, layer: int, pendings: Sequence[Pending]
-    ) -> tuple[Tensor, dict[str, Hessian]]:
+    def _experts(self, layer: int, pendings: list[Pending]) -> tuple[Tensor, dict[str, Hessian]]:
         """What the routed experts add to the stream, and their Hessians."""
         x_TD = torch.cat([pending.x_TD for pending in pendings])
         weights_TK = torch.cat([pending.weights_TK for pending in pendings])
@@ -247,9 +241,8 @@ class Calibration:
             self._advance(sum(self._checkpoint.infos[name].nbytes for name in names))
             hessians |= dict.fromkeys(names[:2], into)
             downs.append(names[2])
-        hessians |= {
-            name: Hessian(mean) for name, mean in zip(downs, _shrunk(sums, counts), strict=True)
-        }
+        for name, mean in zip(downs, _shrunk(sums, counts), strict=True):
+            hessians[name] = Hessian(mean)
         self._counts += counts
         return routed_TD, hessians
 

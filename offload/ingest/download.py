@@ -1,5 +1,4 @@
-"""One file over HTTP, several ranges at once: resumable to the byte after a kill, checked while it
-arrives.
+"""One file over HTTP, several ranges at once: resumable to the byte, checked while it arrives.
 
 huggingface_hub downloads a file in one stream to a temporary name of each process's own and removes
 it when it fails, so a broken 9 GB shard starts from zero (version 2.4).  Here its HTTP client
@@ -110,9 +109,8 @@ async def fetch(
 ) -> None:
     """Download ``remote`` to ``path``, going on from what an earlier call left.
 
-    ``advance`` gets the count of bytes as they arrive, of those that were there already and,
-    negative, of those thrown away.  Raises what ``receive`` raises, and ``OSError`` if ``path``
-    can't be written.
+    ``advance`` gets counts of bytes: that arrive, were there already and, negative, are thrown
+    away.  Raises what ``receive`` raises, and ``OSError`` if ``path`` can't be written.
     """
     expected = remote.expected
     for _ in range(2):  # a wrong checksum may be one bad transfer, twice is a bad file
@@ -125,8 +123,7 @@ async def fetch(
 
 
 class _Transfer:
-    """What is missing of a file, fetched in several ranges at once; ``NAME.ranges`` notes how far
-    they are for after a kill."""
+    """What is missing of a file, fetched in several ranges at once."""
 
     def __init__(self, remote: Remote, path: Path, advance: Callable[[int], None]):
         self._remote, self._path, self._advance = remote, path, advance
@@ -134,9 +131,7 @@ class _Transfer:
         self._note, self._saved = path.with_name(path.name + ".ranges"), time.monotonic()
         expected, state = remote.expected, read_note(self._note)
         starts = range(0, expected.size, RANGE_BYTES)
-        self._ranges = [
-            Range(start, min(start + RANGE_BYTES, expected.size), start) for start in starts
-        ]
+        self._ranges = [Range(at, min(at + RANGE_BYTES, expected.size), at) for at in starts]
         with suppress(OSError, ValueError, KeyError, TypeError):
             pairs = list(zip(self._ranges, state["received"], strict=True))
             possible = all(0 <= count <= part.end - part.start for part, count in pairs)
@@ -205,7 +200,6 @@ class _Transfer:
 
     def _save(self) -> None:
         """After a power failure the note may claim what never reached the disk; then the checksum
-        is wrong and this one file comes again, which is cheaper than to sync gigabytes all the
-        time."""
+        is wrong and this file comes again, which is cheaper than to sync all the time."""
         checksum = self._remote.expected.checksum
         write_note(self._note, {"checksum": checksum, "received": self._received()})

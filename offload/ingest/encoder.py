@@ -38,8 +38,7 @@ class Coded:
 @dataclass
 class Coder:
     """Codes weights of a checkpoint.  ``levels`` are learned ones, by codec; ``hessians`` those of
-    the layer at hand, by tensor; ``uncalibrated`` gets the names of those that turned out to be
-    none."""
+    the layer at hand, by tensor; ``uncalibrated`` gets the tensors of those that are none."""
 
     checkpoint: Checkpoint
     levels: Mapping[str, Sequence[float]] = field(default_factory=dict)
@@ -88,8 +87,7 @@ def _kept(codes: Codes, kind: Codec) -> Coded:
 
 
 def codecs_for(checkpoint: Checkpoint) -> ExpertCodecs:
-    """How experts are coded where nobody says it: as the checkpoint has them, if it has all of them
-    in 4 bits that a codec holds."""
+    """How experts are coded unless said: as they are, if all are in 4 bits that a codec holds."""
     config = checkpoint.config
     names = (
         expert_name(layer, expert, projection)
@@ -123,8 +121,7 @@ def _learning(checkpoint: Checkpoint, kinds: Mapping[str, str | Codec]) -> dict[
 def learn_levels(
     checkpoint: Checkpoint, kinds: Mapping[str, str | Codec], file: str
 ) -> dict[str, list[int]]:
-    """Levels for this checkpoint by the name of a codec, learned from tensors in a weight file;
-    ``kinds`` say how tensors are stored."""
+    """Levels by codec, learned from tensors of a weight file, which are stored as ``kinds``."""
     learning = _learning(checkpoint, kinds)
     infos, levels = checkpoint.infos, {}
     for kind in dict.fromkeys(learning.values()):

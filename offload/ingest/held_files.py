@@ -1,7 +1,7 @@
 """Weight files that are not all in the checkpoint's folder, but come one after the other: each is
 held from the first step of the work that reads it to the last."""
 
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -22,9 +22,7 @@ class Step(NamedTuple):
 class Shards(Protocol):
     """Where the files come from."""
 
-    def announce(
-        self, together: Sequence[Collection[str]], export_bytes: int, free_bytes: int
-    ) -> int:
+    def announce(self, together: Sequence[list[str]], export_bytes: int, free_bytes: int) -> int:
         """Say which files will come, some at a time ``together`` on the disk; returns the bytes
         that they take there at their peak beyond what is taken already."""
 
@@ -52,8 +50,7 @@ def together(steps: Sequence[Step]) -> list[list[str]]:
 def held(
     checkpoint: Checkpoint, shards: Shards, steps: Sequence[Step], arrived: Callable[[str], None]
 ) -> Generator[Step, None, None]:
-    """Each step while ``checkpoint`` can read its files.  ``arrived`` is called with each file when
-    it can be read."""
+    """Each step while ``checkpoint`` can read its files, ``arrived`` told of each."""
     uses, coming = _uses(steps), shards.arrivals(order(steps))
     there: dict[str, tuple[Path, ExitStack]] = {}
     with ExitStack() as closing:

@@ -1,20 +1,18 @@
 """A model on the hub as the source of an export, one weight file at a time.
 
-The revision is resolved once, and everything comes from that commit.  ``DST.download`` holds what
-has come:
+The revision is resolved once, to a commit.  ``DST.download`` holds what has come of that:
 
     plan.json        repository, revision, commit, and the size and checksum of each file
     headers/NAME/    the small files, and sparse files with each weight file's header and size
     weights/         at most two weight files, one being quantized and one arriving
 
-``headers/NAME`` is thus a checkpoint folder whose tensors can be checked before any weight is
-fetched.
+``headers/NAME`` is thus a checkpoint whose tensors can be checked before weights are fetched.
 """
 
 import asyncio
 import os
 import shutil
-from collections.abc import Awaitable, Callable, Collection, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,9 +181,7 @@ class HubShards:
                 return path
         return None
 
-    def announce(
-        self, together: Sequence[Collection[str]], export_bytes: int, free_bytes: int
-    ) -> int:
+    def announce(self, together: Sequence[list[str]], export_bytes: int, free_bytes: int) -> int:
         files = {file for group in together for file in group}
         for path in self._weights.iterdir():
             plain = path.name.removesuffix(".tmp").removesuffix(".incomplete")
@@ -273,9 +269,8 @@ def quantize_from_hub(
 
     Killed at any moment, the same call resumes at the byte, from the commit that the first call
     found.  ``keep_source`` leaves the checkpoint in ``DST.source``.  ``arriving(done, total)`` gets
-    bytes of the download; ``ready`` gets the folder of config, tokenizer and headers before any
-    weight is fetched, and returns the ``calibration``.  Raises what ``quantize`` and ``resolve``
-    raise, and ``DownloadError``.
+    bytes of the download; ``ready`` the folder of config, tokenizer and headers before any weight
+    is fetched, to return ``calibration``.  Raises as ``quantize``, ``resolve`` and ``fetch`` do.
     """
     download = output_dir.beside(destination, "download")
     kept = output_dir.beside(destination, "source") if keep_source else None
@@ -314,13 +309,11 @@ def quantize_from_hub(
         return manifest
 
 
-def _begin(
-    download: Path, repo: str, revision: str, overwrite: bool, patience: Patience
-) -> Snapshot:
+def _begin(folder: Path, repo: str, revision: str, overwrite: bool, patience: Patience) -> Snapshot:
     """The commit that a killed run began with, so that all files are of one commit even if the
     revision moved on; without one, what the revision is now, and an empty folder."""
     begun = None
-    plan = read_note(download / "plan.json")
+    plan = read_note(folder / "plan.json")
     with suppress(KeyError, TypeError, AttributeError):
         files = {name: Expected(*facts) for name, facts in plan["files"].items()}
         begun = Snapshot(plan["repo"], plan["revision"], plan["commit"], files)
@@ -328,11 +321,11 @@ def _begin(
         if (begun.repo, begun.revision) != (repo, revision):
             problem = f"was begun with {begun.repo} at {begun.revision}"
             advice = f"pass --overwrite to start anew with {repo} at {revision}"
-            raise ExportError(f"{download}: {problem}; {advice}")
+            raise ExportError(f"{folder}: {problem}; {advice}")
         return begun
     snapshot = resolve(repo, revision, patience)
     if snapshot != begun:
-        _clear(download)
+        _clear(folder)
     return snapshot
 
 
@@ -345,8 +338,7 @@ def _clear(download: Path) -> None:
 
 
 def hub_export(repo: str, revision: str | None, cache: Path, **reporting: Any) -> Path:
-    """Export of a model on the hub in the folder ``cache``, made now if it is not there yet.
-    Raises like ``quantize_from_hub``."""
+    """Export of a hub's model in ``cache``, made if absent; raises as ``quantize_from_hub``."""
     destination, commit = hub_place(repo, revision, cache, reporting.get("patience"))
     if not (destination / MANIFEST).is_file():
         quantize_from_hub(repo, commit, destination, wait_for_lock=True, **reporting)
@@ -359,9 +351,8 @@ def hub_place(
 ) -> tuple[Path, str]:
     """Where in the folder ``cache`` the export of a model on the hub belongs, and its commit.
 
-    The commit that a revision was at first is noted there: later runs need no network, and a commit
-    that changes a README does not start a download of hundreds of gigabytes.  Raises as ``resolve``
-    does.
+    The commit that a revision was at first is noted there: later runs need no network, and a new
+    README does not start a download of hundreds of gigabytes.  Raises as ``resolve`` does.
     """
     revision = revision or "main"
     name = repo.replace("/", "--")

@@ -29,9 +29,8 @@ class Stored:
 
 
 class Contents:
-    """The files of one export whose resident weights are ``mode`` (of ``RESIDENT_MODES``) and whose
-    experts are coded by ``codecs``; ``dtypes`` are the source's, by tensor.  ``tensors`` are the
-    source's, file by file of the export."""
+    """The files of an export with resident weights of ``mode`` (``RESIDENT_MODES``) and experts of
+    ``codecs``; ``dtypes`` and ``tensors`` are the source's, the latter by file of the export."""
 
     def __init__(
         self, config: Config, mode: str, codecs: ExpertCodecs, dtypes: Mapping[str, torch.dtype]

@@ -1,7 +1,6 @@
 """The folder that an export is made in, and the moment when it gets its name.
 
-Work happens in ``DST.partial``, which one process owns at a time; the last act is to rename it to
-``DST``.
+Work happens in ``DST.partial``, which one process owns at a time and at last renames to ``DST``.
 """
 
 import errno
@@ -42,8 +41,8 @@ def finished_manifest(destination: Path) -> Json | None:
 class State:
     """What a killed run goes on from, all of it durable before it is noted here: manifest entries
     of finished ``files``; by tensor the checksums of what unfinished ones hold, and sums of squares
-    of errors and weights, plainly and ``weighted`` by Hessians; and learned ``levels`` by codec.
-    ``identity`` says what is made of what."""
+    of errors and weights, plainly and ``weighted`` by Hessians; learned ``levels`` by codec; and
+    the ``identity``: what is made of what."""
 
     identity: Json
     files: dict[str, Json] = field(default_factory=dict)
@@ -163,8 +162,7 @@ def check_space(partial: Path, needed: int) -> None:
     free = shutil.disk_usage(partial).free
     if needed > free:
         sizes = f"needs {format_size(needed)} of free disk, has {format_size(free)}"
-        advice = "make room or choose another destination"
-        raise ExportError(f"{partial.parent}: {sizes}; {advice}")
+        raise ExportError(f"{partial.parent}: {sizes}; make room or choose another destination")
 
 
 def publish(partial: Path, destination: Path) -> None:

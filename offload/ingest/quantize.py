@@ -1,12 +1,10 @@
-"""Checkpoint in, export out: a tensor at a time, resumable, never half-written under its final
-name.
+"""Checkpoint in, export out: by tensor, resumable, never half-written under its final name.
 
 Every tensor is quantized straight to its place in the file of the export that holds it, so weight
 files can arrive in any order and leave at once (``slotmoe.offload.ingest.hub``).  Work happens in
 ``DST.partial``.  ``state.json`` there says what is done: each finished file's manifest entry, and
 the checksums of the tensors that unfinished files hold already.  It is written after those bytes
-are durable, so a killed run resumes to the same bytes.  The last act is to rename the folder to
-``DST``.
+are durable, so a killed run resumes to the same bytes.  At last the folder is renamed to ``DST``.
 """
 
 import os
@@ -175,13 +173,11 @@ class _Job:
         return manifest
 
     def repair(self, destination: Path, manifest: Json, damaged: Mapping[str, str]) -> Json:
-        """Make the ``damaged`` files (name -> problem) of an export again as they were made, each
-        replaced by one rename; returns the manifest.  Raises ``ExportError`` where that takes a
-        text that is not given."""
+        """Make the ``damaged`` files (name -> problem) of an export again as they were, and replace
+        each by a rename; returns the manifest.  Raises ``ExportError`` if a text is missing."""
         quantization = manifest["quantization"]
-        self._state.levels |= {
-            name: item["levels"] for name, item in quantization["codecs"].items()
-        }
+        for name, item in quantization["codecs"].items():
+            self._state.levels[name] = item["levels"]
         wanted = quantization.get("calibration")
         if wanted is None:
             self._text = None
@@ -314,8 +310,7 @@ class _Job:
         return [*steps, Step({infos[name].file for name in rest}, rest)]
 
     def _learn_levels(self, file: str) -> None:
-        """Learn levels, unless they are known, when the file is there that they are learned
-        from."""
+        """Learn levels, unless they are known, if ``file`` is the one they are learned from."""
         if not self._state.levels and file == self._levels_file:
             self._state.levels |= learn_levels(self.checkpoint, self._kinds, file)
             self._state.save(self.partial)
@@ -383,8 +378,7 @@ class _Job:
         publish_file(self.partial / file)
 
     def _finished(self, file: str, size: int) -> bool:
-        """Whether ``file``, made of ``size`` bytes of the source, is whole; a kill before the
-        rename leaves its temporary name."""
+        """Whether ``file``, of ``size`` source bytes, is whole; a kill may have left it unnamed."""
         entry, path = self._state.files.get(file), self.partial / file
         if entry is None:
             return False

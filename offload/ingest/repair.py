@@ -16,8 +16,7 @@ from slotmoe.quant.export.writer import sync_folder, write_json
 
 
 def export_of(checkpoint: Checkpoint, mode: str, codecs: ExpertCodecs, folder: Path) -> Json | None:
-    """The manifest of ``folder`` if it is an export of ``checkpoint`` and its layers in this
-    precision."""
+    """The manifest of ``folder`` if it is an export of ``checkpoint`` in this precision."""
     if folder.is_symlink():
         return None
     try:
@@ -45,8 +44,7 @@ def source_files(checkpoint: Checkpoint) -> dict[str, Json]:
 
 
 def replace_files(destination: Path, manifest: Json, partial: Path, entries: Json) -> None:
-    """Replace files of the export by those in ``partial``, whose manifest ``entries`` have to be
-    the export's."""
+    """Replace files of the export by those in ``partial``, if their ``entries`` are the same."""
     for name, entry in entries.items():
         if entry != manifest["files"][name]:
             problem = "this slotmoe makes other bytes of the source"

@@ -1,5 +1,4 @@
-"""What quantization cost, by tensor family: bits a weight and relative RMS error, kept in the
-export's manifest.
+"""What quantization cost by tensor family, bits a weight and relative RMS error, for the manifest.
 
 A family is a tensor's place in a layer, whichever layer (and expert) it is in.  Its relative RMS
 error is ``sqrt(sum (w - w')^2 / sum w^2)`` over all its weights, w' being what readers dequantize;
@@ -28,8 +27,7 @@ def quantization_report(
     contents: Contents, errors: Mapping[str, Squares], weighted: Mapping[str, Squares]
 ) -> Json:
     """The report for an export.  ``errors`` maps the names of quantized weights to their
-    ``squared_error``; others are exact.  ``weighted`` are those of calibrated weights in the
-    measure of their Hessians."""
+    ``squared_error``; others are exact.  ``weighted`` are calibrated ones' by their Hessians."""
     files = map(contents.parts, contents.files)
     parts = {name: part for file in files for name, part in file.items()}
     families: dict[str, dict[str, Stored]] = {}

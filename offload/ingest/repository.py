@@ -123,9 +123,8 @@ class Snapshot:
 
 
 def resolve(repo: str, revision: str, patience: Patience) -> Snapshot:
-    """The commit that ``revision`` is now.  Without a network, the one that huggingface_hub's cache
-    holds.  Raises ``ConfigError`` if there is no such model or access to it, ``DownloadError`` if
-    the hub can't be asked."""
+    """The commit that ``revision`` is now, or without a network in huggingface_hub's cache.  Raises
+    ``ConfigError`` without such a model or access, ``DownloadError`` if the hub can't be asked."""
     from huggingface_hub import HfApi
 
     api = HfApi(library_name="slotmoe")
@@ -184,8 +183,7 @@ def _cached_snapshot(repo: str, revision: str) -> Snapshot | None:
 
 
 def explained(repo: str, revision: str, problem: Exception) -> Exception:
-    """What to raise for an error of huggingface_hub's or its HTTP client's: what the user can do
-    about it, or ``PassingError``."""
+    """What to raise for huggingface_hub's and HTTP's errors: a way out, or ``PassingError``."""
     from huggingface_hub import constants, errors
 
     hub, login = constants.ENDPOINT, "log in with 'hf auth login' or set HF_TOKEN"

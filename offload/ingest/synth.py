@@ -96,8 +96,7 @@ def _write_weights(contents: Contents, partial: Path, files: list[str], progress
 
 
 class _Random:
-    """Random weights at the speed of memory: slices of one pool of noise, scaled so that
-    activations stay finite.
+    """Random weights at memory's speed: slices of a pool of noise, so small that all stays finite.
 
     Every matrix has mean zero: the least bias, summed over thousands of columns, would give all
     tokens the same direction, and with it the same experts.
@@ -201,8 +200,7 @@ def _deviation(name: str, shape: tuple[int, ...]) -> float:
 
 
 def _pad(codec: Codec, codes: Tensor, rows: int, K: int) -> Tensor:
-    """The code of zero, if a codec has one, in every padded row and column of the tiles of [rows,
-    K]."""
+    """The code of zero, if a codec has one, in what is padding in the tiles of [rows, K]."""
     if 0 not in codec.levels or (rows % TILE == 0 and K % BLOCK == 0):
         return codes
     real = torch.full((rows, K), 15, dtype=torch.uint8)

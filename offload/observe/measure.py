@@ -105,10 +105,9 @@ def expert_bandwidth(backend: TorchBackend, layout: RecordLayout, seconds: float
     records = Records(slab, layout, layout.levels())
     x_1D = torch.randn(1, layout.hidden_size, generator=torch.Generator().manual_seed(0))
     slots_E, y_1KD = torch.arange(count, dtype=torch.int32), x_1D.new_empty(1, 4, x_1D.shape[1])
-    choices = torch.arange(count).view(-1, 1, 4)
     spent, rounds, started = 0.0, 0, 0.0
     while spent < seconds or rounds < 2:
-        for indices_1K in choices:
+        for indices_1K in torch.arange(count).view(-1, 1, 4):
             backend.experts(x_1D, records, slots_E, indices_1K, y_1KD)
         rounds += 1
         if rounds == 1:  # the first round was for pages and threads
@@ -154,10 +153,9 @@ def bytes_per_token(model: LoadedModel, position: int) -> dict[str, int]:
     """Bytes that decoding one token at ``position`` reads: weights, its experts, latent cache."""
     assert model.sizes is not None
     config = model.config
-    uses = len(config.moe_layers) * config.num_experts_per_tok
     return {
         "resident weights": model.sizes.touched,
-        "experts": uses * model.plan.record_bytes,
+        "experts": len(config.moe_layers) * config.num_experts_per_tok * model.plan.record_bytes,
         "latent KV cache": kv_read_bytes(replace(config, mtp=False), position, model.backend.kind),
     }
 

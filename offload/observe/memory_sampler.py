@@ -31,8 +31,7 @@ def memory_in_use(model: LoadedModel) -> dict[str, tuple[int, dict[str, int]]]:
 
 @dataclass(frozen=True)
 class Sample:
-    """Memory at one moment: seconds since the start, bytes in use by tier, and of them by tier and
-    component."""
+    """Memory at one moment: seconds since the start, bytes in use by tier, and by component too."""
 
     seconds: float
     total: dict[str, int]
@@ -86,8 +85,7 @@ class MemorySampler:
             now = memory_in_use(self._model)
         components = {}
         for tier, (used, known) in now.items():
-            runtime = {"runtime": min(used, self.baseline)} if tier == "ram" else {}
-            parts = runtime | known
+            parts = ({"runtime": min(used, self.baseline)} if tier == "ram" else {}) | known
             components[tier] = {**parts, "scratch and rest": max(0, used - sum(parts.values()))}
         total = {tier: used for tier, (used, _) in now.items()}
         sample = Sample(perf_counter() - self.origin, total, components)

@@ -76,8 +76,7 @@ class Profiler(Timer):
         self._began = self._last = perf_counter()
 
     def mark(self, stage: str, now: float | None = None) -> None:
-        """The time since the last mark, until now or that moment of ``perf_counter``, went into
-        ``stage``."""
+        """The time since the last mark, until ``now`` of ``perf_counter``, went into ``stage``."""
         if self._synchronize is not None:
             self._synchronize()
         now = perf_counter() if now is None else now
@@ -97,8 +96,7 @@ class Profiler(Timer):
             self.passes[-1].tokens += 1
 
     def between_steps(self) -> None:
-        """What has passed since the last step's end was its sampling; call it after the last step
-        too."""
+        """What has passed since the last step's end was its sampling; call it at the end too."""
         if self.passes and self.passes[-1].seconds is self._seconds:
             self.mark("sampling")
 
@@ -111,13 +109,9 @@ class Profiler(Timer):
         self.coming[route.row] += route.coming
 
     def seconds(self, kind: str) -> dict[str, float]:
-        """Seconds by stage over all steps of ``kind``, the stages that took any time, in the order
-        of ``STAGES``."""
-        sums = dict.fromkeys(STAGES, 0.0)
-        for step in list(self.passes):
-            if step.kind == kind:
-                for stage, spent in list(step.seconds.items()):
-                    sums[stage] += spent
+        """Seconds by stage over all steps of ``kind``, of the stages that took any, in order."""
+        steps = [step.seconds.copy() for step in list(self.passes) if step.kind == kind]
+        sums = {stage: sum(step.get(stage, 0.0) for step in steps) for stage in STAGES}
         return {stage: spent for stage, spent in sums.items() if spent > 0}
 
     def tokens(self, kind: str) -> int:
@@ -125,21 +119,20 @@ class Profiler(Timer):
         return sum(step.tokens for step in list(self.passes) if step.kind == kind)
 
 
-def attach(runtime: Runtime, origin: float | None = None) -> tuple[Profiler, Callable[[], None]]:
+def attach(runtime: Runtime, origin: float) -> tuple[Profiler, Callable[[], None]]:
     """A profiler that watches every step of ``runtime`` from now on, and a function that ends that.
-    Times are in seconds since ``origin``, of ``time.perf_counter()``, or since now.  Raises
-    ``ConfigError`` on the reference path."""
+    Times are in seconds since ``origin``, of ``time.perf_counter()``.  Raises ``ConfigError`` on
+    the reference path."""
     model, config = runtime.model, runtime.config
     experts = model.quantized("profile")
     # Where kernels are only queued, a mark waits for them.
     wait = (lambda: model.device.record().synchronize()) if model.device.queues else None
-    start = perf_counter() if origin is None else origin
     store = model.store
 
     def moved() -> dict[str, int]:
         return {} if store is None else {name: io["bytes"] for name, io in store.stats().items()}
 
-    profiler = Profiler(len(config.moe_layers), config.n_routed_experts, start, moved, wait)
+    profiler = Profiler(len(config.moe_layers), config.n_routed_experts, origin, moved, wait)
 
     def watch(timer: Timer) -> None:
         model.network.timer = experts.timer = timer

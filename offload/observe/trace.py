@@ -78,8 +78,7 @@ def read_trace(path: Path) -> tuple[Json, list[Step]]:
         header = _parse_header(path, file.readline(_LONGEST_HEADER))
         body = file.read()
     shape = len(header["layers"]), header["num_experts_per_tok"]
-    steps = list[Step]()
-    offset = 0
+    steps, offset = list[Step](), 0
     while offset < len(body):
         tokens = int.from_bytes(body[offset : offset + 4], "little")
         count = tokens * shape[0]  # of gates' choices

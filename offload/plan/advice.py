@@ -1,12 +1,10 @@
-"""What a user can do with a model on a machine, before a byte is downloaded: the precision of the
-resident weights, the largest context, the speed, and the ways out if the model does not fit.
-Without torch.
+"""What a user can do with a model on a machine, before a byte is downloaded: precision, context,
+speed, and the ways out if the model does not fit.  Without torch.
 """
 
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -78,25 +76,15 @@ def gpu_named(name: str) -> Gpu:
     raise ConfigError(f"GPU {name!r:.40} is unknown; {meant}{known}")
 
 
-_NAMES = {  # of each geometry; some models are others trained further
-    "v2": ("v2", "v2.5", "coder-v2"),
-    "v2-lite": ("v2-lite", "coder-v2-lite"),
-    "v3": ("v3", "r1", "v3.1"),
-}
-_GEOMETRIES = (
-    *("v3.2", "v4-flash", "v4-pro"),
-    *("moonlight", "kimi-k2", "glm-4.7-flash", "glm-5", "mistral-small-4"),
+_NAMES = (  # of a geometry's file first, then of models that were trained further
+    ("v2", "v2.5", "coder-v2"),
+    ("v2-lite", "coder-v2-lite"),
+    ("v3", "r1", "v3.1"),
+    *[(name,) for name in "v3.2 v4-flash v4-pro moonlight kimi-k2 glm-4.7-flash glm-5".split()],
+    ("mistral-small-4",),
 )
-GEOMETRIES = {
-    **{name: f"geometries/{of}.json" for of, names in _NAMES.items() for name in names},
-    **{name: f"geometries/{name}.json" for name in _GEOMETRIES},
-    "sample": "sample/config.json",
-}
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    near = get_close_matches(name, known, 1)
-    return f"did you mean {near[0]}? " if near else ""
+GEOMETRIES = {name: f"geometries/{names[0]}.json" for names in _NAMES for name in names}
+GEOMETRIES["sample"] = "sample/config.json"
 
 
 def geometry_path(geometry: str) -> Path:
@@ -105,8 +93,10 @@ def geometry_path(geometry: str) -> Path:
     if key in GEOMETRIES:
         return Path(model_package.__file__).parent / GEOMETRIES[key]
     if not Path(geometry).is_file():
+        near = get_close_matches(key, GEOMETRIES, 1)
+        meant = f"did you mean {near[0]}? " if near else ""
         known = f"known are {', '.join(GEOMETRIES)}; or give the path of a config.json"
-        raise ConfigError(f"{geometry}: no such geometry; {_near(key, GEOMETRIES)}{known}")
+        raise ConfigError(f"{geometry}: no such geometry; {meant}{known}")
     return Path(geometry)
 
 
@@ -208,8 +198,7 @@ def choose_codecs(model: Model, wanted: ExpertCodecs | None) -> ExpertCodecs:
 class Scenario:
     """A model on a machine: ``resident`` is of ``RESIDENT_MODES``, ``codecs`` are the experts',
     ``context`` counts positions, and ``slots`` caps the expert slots.  ``misses`` is as in
-    ``slotmoe run``; with ``drafts`` there is memory for them, with ``prefetch`` experts are read
-    ahead."""
+    ``slotmoe run``; ``drafts`` have memory, with ``prefetch`` experts are read ahead."""
 
     model: Model
     machine: Machine
@@ -297,10 +286,12 @@ class Scenario:
         experts = len(config.moe_layers) * config.n_routed_experts
         components = memory.by_name(plan) | {"all experts": {"disk": experts * plan.record_bytes}}
         gpu, rates = machine.vram is not None, machine.bandwidths
-        names = ("ram", "disk", "gpu", "pcie") if gpu else ("ram", "disk")
-        bandwidths = {name: getattr(rates, name) for name in names}
-        if gpu:
-            bandwidths["experts"] = rates.beside_gpu()
+        tiers = ("ram", "disk", "gpu", "pcie", "experts") if gpu else ("ram", "disk")
+
+        def known(name: str, unit: str) -> Json:
+            rate = rates.beside_gpu() if name == "experts" else getattr(rates, name)
+            return {unit: rate, "origin": rates.origin_of(name)}
+
         report: Json = {
             "model": self.model.name,
             "notes": config.notes,
@@ -319,14 +310,8 @@ class Scenario:
             "expert_codecs": self.codecs.names(),
             "record_bytes": plan.record_bytes,
             "prefill_chunk": plan.prefill_chunk,
-            "bandwidths": {
-                tier: {"bytes_per_second": rate, "origin": rates.origin_of(tier)}
-                for tier, rate in bandwidths.items()
-            },
-            "core": {
-                name: {"per_second": getattr(rates, name), "origin": rates.origin_of(name)}
-                for name in CORE
-            },
+            "bandwidths": {tier: known(tier, "bytes_per_second") for tier in tiers},
+            "core": {name: known(name, "per_second") for name in CORE},
             "constants": constants(rates, gpu, config.mtp),
             "largest_context": self.largest_context(),
             "predicted_peak": by_tier(memory.predicted_components(plan, prompt_tokens, new_tokens)),
@@ -353,7 +338,7 @@ class Scenario:
         """What each ``--codec``, ``--bits`` and ``--resident`` would give: bytes of the ``export``,
         expert slots, the speed of decode, None where it does not fit, and the divergence that the
         bundled sample has so, with and without a text for ``--calibrate``."""
-        rows, kept = [], memory.default_codecs(self.model.config)
+        rows, kept = list[Json](), memory.default_codecs(self.model.config)
         coded = dict(EXPERT_CODECS)
         if kept != DEFAULT_CODECS:
             coded[kept.down.name, "4"] = kept
@@ -363,18 +348,12 @@ class Scenario:
             if other.fits:
                 predicted = other._setting().predict(prompt_tokens, new_tokens)
                 speed = predicted.decode_tokens_per_second
-            rows.append(
-                {
-                    "codec": codec,
-                    "bits": bits,
-                    "resident": mode,
-                    "export": memory.export_bytes(self.model.config, other.sizes),
-                    "slots": other.plan.slots,
-                    "decode_tokens_per_second": speed,
-                    "kl_divergence": expected(codec, bits, mode, calibrated=False),
-                    "kl_divergence_calibrated": expected(codec, bits, mode, calibrated=True),
-                }
-            )
+            row = {"codec": codec, "bits": bits, "resident": mode, "slots": other.plan.slots}
+            row["export"] = memory.export_bytes(self.model.config, other.sizes)
+            row["decode_tokens_per_second"] = speed
+            row["kl_divergence"] = expected(codec, bits, mode, calibrated=False)
+            row["kl_divergence_calibrated"] = expected(codec, bits, mode, calibrated=True)
+            rows.append(row)
         return rows
 
 

@@ -1,7 +1,5 @@
-"""What attention keeps of a sequence and reads of it, in bytes and operations: arithmetic over a
-config's geometry, without torch.
-
-What a sequence keeps is in ``slotmoe.model.state``.
+"""What attention keeps of a sequence (``slotmoe.model.state``) and reads of it, in bytes and
+operations: arithmetic over a config's geometry, without torch.
 """
 
 from collections.abc import Iterator
@@ -68,14 +66,12 @@ def _kept(config: Config, kernels: str, value_bytes: int) -> Iterator[_Kept]:
 def kv_bytes(config: Config, positions: int, kernels: str = "native", value_bytes: int = 2) -> int:
     """Bytes of the latent KV cache for so many positions: ``kv_lora_rank + qk_rope_head_dim``
     values a layer each, and ``index_head_dim`` in layers with an indexer.  Where attention
-    compresses: a window, compressed rows, tokens that are not compressed yet in float32, and all
-    marks that there may be."""
+    compresses: a window, compressed rows, uncompressed tokens in float32, all possible marks."""
     return sum(kept.nbytes(positions) for kept in _kept(config, kernels, value_bytes))
 
 
 def kv_read_bytes(config: Config, length: int, kernels: str, value_bytes: int = 2) -> int:
-    """Bytes of it that a token behind so many reads: of all index keys, and of the rows that an
-    indexer chooses."""
+    """Bytes of it that a token behind so many reads: all index keys, and the rows chosen."""
     return sum(kept.read_bytes(length) for kept in _kept(config, kernels, value_bytes))
 
 

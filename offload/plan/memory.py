@@ -17,9 +17,7 @@ from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, KEPT_CODEC
 from slotmoe.quant.shapes import padded_record_bytes, resident_bytes
 from slotmoe.sizes import format_size
 
-# Tokens of a step of a prefill pass; the same for every budget, because some kernels' logits depend
-# on it.
-PREFILL_CHUNK = 512
+PREFILL_CHUNK = 512  # tokens of a prefill pass's step, for every budget: some logits depend on it
 LENT = 4  # records at once that the CPU computes with in prefill, or waits for from the disk
 SPLITS, FEW = 64, 16  # Triton kernels: programs that share a context, tokens that attend singly
 _SPANS = 16  # native kernels: parts that a token's attention is summed in, each in memory
@@ -27,16 +25,13 @@ CUBLAS_BYTES = 8 << 20  # its workspace, from torch's allocator; 32 MiB on compu
 LEVELS_BYTES = 128  # two tables of 16 levels, the experts'
 DEFAULT_CONTEXT = 4096  # or the model's limit
 HELP_BYTES = 128 << 10  # the waiting thread reads such a record: waking another costs more
-# What importing the libraries takes, measured with torch 2.13 for CPUs; a running process knows its
-# own figure.
+# What importing the libraries takes, with torch 2.13 for CPUs; a running process knows its figure.
 IMPORT_BYTES = 226 << 20
 CUDA_IMPORT_BYTES = 1 << 30
 
 
 def choose_context(config: Config, wanted: int | None) -> int:
-    """Positions of the latent cache: as wanted, else as many as the model has, up to
-    ``DEFAULT_CONTEXT``.  Raises
-    ``PlanError``."""
+    """Positions: as wanted, else min(``DEFAULT_CONTEXT``, the model's).  Raises ``PlanError``."""
     limit = config.max_position_embeddings
     context = min(DEFAULT_CONTEXT, limit) if wanted is None else wanted
     if not 1 <= context <= limit:
@@ -64,27 +59,23 @@ class Sizes:
 
 
 def default_codecs(config: Config) -> ExpertCodecs:
-    """How experts are coded where nobody says it: as the checkpoint has them, if a codec holds
-    that."""
+    """How experts are coded unless said: as the checkpoint has them, if a codec holds that."""
     encoding = config.encoding
     name = "" if encoding is None else encoding.of_experts.name
     return KEPT_CODECS.get(name) or EXPERT_CODECS.get((name, "4"), DEFAULT_CODECS)
 
 
 @lru_cache(maxsize=64)  # a report asks for the same ones dozens of times
-def sizes_of(
-    config: Config, resident: str, codecs: ExpertCodecs, predictor_bytes: int = 0
-) -> Sizes:
-    """Sizes of an export whose resident weights are of ``RESIDENT_MODES`` and whose experts
-    are coded by ``codecs``."""
+def sizes_of(config: Config, resident: str, codecs: ExpertCodecs, predictor: int = 0) -> Sizes:
+    """Sizes of an export with ``resident`` of ``RESIDENT_MODES``, and bytes of a ``predictor``."""
     components, touched = Counter[str](), 0
     for name, shape in resident_shapes(config).items():
         size = resident_bytes(role_of(name), shape, resident)
         components[part_of(name).component] += size
         if config.tie_word_embeddings or name != EMBEDDING:
             touched += size
-    if predictor_bytes:
-        components["predictor"] = predictor_bytes
+    if predictor:
+        components["predictor"] = predictor
     record = padded_record_bytes(config.hidden_size, config.moe_intermediate_size, codecs)
     return Sizes(dict(components), touched, record)
 
@@ -102,9 +93,7 @@ def runtime_growth(config: Config, resident: int) -> int:
     return (14 << 20) + 2048 * len(config.moe_layers) * config.n_routed_experts + resident // 50
 
 
-def scratch_bytes(
-    config: Config, tokens: int, kernels: str = "native", value_bytes: int = 4
-) -> int:
+def scratch_bytes(config: Config, tokens: int, kernels: str, value_bytes: int = 4) -> int:
     """Peak in bytes of the temporaries of a prefill step over ``tokens`` tokens; an upper bound, at
     most a quarter too large at real geometries.
 
@@ -150,8 +139,7 @@ def _gpu_scratch(c: Config, T: int) -> int:
     Attention: the residual stream and its norm, the queries and copies of them, the output and its
     sums, two blocks of scores, and two blocks of expanded keys and values, which are the larger the
     fewer tokens there are; up to ``few`` tokens deep in a context go through the absorbed form,
-    whose queries are wide.  Experts: the outputs by use, twice, and what is between their
-    projections.
+    whose queries are wide.  Experts: outputs by use, twice, and what is between projections.
     """
     D, H, K, R = c.hidden_size, c.num_attention_heads, c.num_experts_per_tok, c.kv_lora_rank
     head, P, V = c.qk_nope_head_dim + c.qk_rope_head_dim, c.qk_rope_head_dim, c.v_head_dim
@@ -177,9 +165,8 @@ def _gpu_scratch(c: Config, T: int) -> int:
 
 
 def waiting_bytes(config: Config, tokens: int) -> int:
-    """What a prefill pass holds of its steps that are not at work: the residual streams, twice for
-    the head that predicts one token more, and the rotations, float32; and the marks that it
-    makes."""
+    """What a prefill pass holds of its steps that are not at work: residual streams, twice for the
+    head that predicts one token more, and rotations, float32; and the marks that it makes."""
     rotations = config.qk_rope_head_dim * (1 if config.compressed is None else 2)
     width = (1 + config.mtp) * config.stream_width + rotations
     waiting = max(0, tokens - PREFILL_CHUNK)
@@ -229,8 +216,7 @@ class Plan:
 
     @property
     def shortfall(self) -> dict[str, int]:
-        """What the least number of slots needs beyond the budget, by tier; empty if the plan
-        works."""
+        """What the fewest slots need beyond the budget, by tier; empty if the plan works."""
         missing = {tier: sum(parts.values()) - most for tier, (most, parts) in self.tiers.items()}
         return {tier: size for tier, size in missing.items() if size > 0}
 
@@ -241,11 +227,9 @@ class Plan:
             fast = tier == self.tier
             advice = ", lower --context, or quantize with --resident mixed" if fast else ""
             parts = [f"{name} {format_size(size)}" for name, size in components.items() if size]
-            raise PlanError(
-                f"needs at least {format_size(budget + missing)} of {tier} ({', '.join(parts)}), "
-                f"the budget is {format_size(budget)}, {format_size(missing)} short: "
-                f"raise --{tier}{advice}"
-            )
+            needs = f"needs at least {format_size(budget + missing)} of {tier} ({', '.join(parts)})"
+            short = f"the budget is {format_size(budget)}, {format_size(missing)} short"
+            raise PlanError(f"{needs}, {short}: raise --{tier}{advice}")
 
 
 def make_plan(

@@ -90,8 +90,7 @@ class Bandwidths:
         return self.updated(f"assumed for {isa}", **values)
 
     def beside_gpu(self) -> float:
-        """``experts``, or if it was not measured what copies to the GPU leave of the RAM's
-        bandwidth, half of it at least."""
+        """``experts``, or if unmeasured what copies leave of the RAM's bandwidth, at least half."""
         ram = self.share * self.ram
         return self.experts or max(ram - self.pcie_busy, ram / 2)
 
@@ -144,9 +143,8 @@ def store_bandwidths(path: Path, **values: float) -> None:
 
 @dataclass(frozen=True)
 class Speed:
-    """A predicted speed (of prefill None where nothing that is modelled bounds it), the hit rate
-    assumed, and what a prompt waits for and a decoded token, its ``bottleneck`` longest.  Commands
-    give it under these names as JSON."""
+    """A predicted speed (of prefill None where nothing modelled bounds it), the assumed hit rate,
+    what a prompt and a token wait for, ``bottleneck`` longest.  Commands give it as JSON so."""
 
     prefill_tokens_per_second: float | None
     prefill_seconds: dict[str, float]

@@ -4,7 +4,6 @@ An expert id is ``row * experts + expert``, where row counts the MoE layers from
 each expert a worth.  The cached expert of least worth, and of equals the one of lowest id, is
 evicted for a new one.  With bypass the new one gets a slot only if it is worth more: layers are
 visited in a cycle, so a cache smaller than what one token uses never hits if it admits everything.
-What copies the bytes stands elsewhere.
 
 A forward pass of T tokens is ``advance(T)``, then layer by layer ``use_chunk``, and ``offer`` for
 what was missing, once its bytes are in memory.
@@ -29,8 +28,7 @@ class Cache(ABC):
     def __init__(
         self, slots: int, layers: int, experts: int, popularity: Sequence[float] | None = None
     ):
-        """``popularity`` is the expected uses of each expert a token: what a policy believes before
-        it has seen any."""
+        """``popularity`` is each expert's uses a token that a policy expects before it saw any."""
         assert popularity is None or len(popularity) == layers * experts
         self.slots, self.layers, self.experts = slots, layers, experts
         self.hits = self.misses = self.evictions = self.bypassed = 0
@@ -69,8 +67,7 @@ class Cache(ABC):
         self.misses += len(distinct) - hits
 
     def offer(self, expert_id: int, pinned: Collection[int] = (), must: bool = False) -> int | None:
-        """``expert_id`` was used, is not cached, and its bytes are in memory: see ``victim``, which
-        is evicted.  What is ``pinned`` stays."""
+        """The absent ``expert_id`` was used and is in memory: evict ``victim``, not ``pinned``."""
         held_N = np.zeros(self.layers * self.experts, np.bool_)
         held_N[[*pinned]] = True
         evicted = self.victim(expert_id, held_N, must)
@@ -82,8 +79,7 @@ class Cache(ABC):
 
     def victim(self, expert_id: int, held_N: Array, must: bool = False) -> int | None:
         """What is to be evicted for ``expert_id``, which was used: None if there is room, a cached
-        expert that is not held, or ``expert_id`` itself if it gets no slot, which with
-        ``must`` it gets unless all are held."""
+        expert that is not held, or itself if it gets no slot; with ``must``, if all are held."""
         if len(self.cached) < self.slots:
             return None
         worth_N = self._worth_now()
@@ -98,8 +94,7 @@ class Cache(ABC):
         return victim
 
     def by_worth(self, expert_ids: Collection[int]) -> list[int]:
-        """``expert_ids``, cached or not, the one of least worth last, of equals that of lowest
-        id."""
+        """``expert_ids``, cached or not, that of least worth last, of equals that of lowest id."""
         ids = np.array(sorted(expert_ids, reverse=True))
         ordered: list[int] = ids[(-self._worth_now()[ids]).argsort(kind="stable")].tolist()
         return ordered
@@ -245,5 +240,4 @@ def make_cache(
     policy: str, slots: int, layers: int, experts: int, popularity: Sequence[float] | None = None
 ) -> Cache:
     """An empty cache under one of ``slotmoe.offload.policy.POLICIES``."""
-    kind = {"lru": Lru, "learned": Learned}[policy]
-    return kind(slots, layers, experts, popularity)
+    return {"lru": Lru, "learned": Learned}[policy](slots, layers, experts, popularity)

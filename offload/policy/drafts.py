@@ -44,8 +44,7 @@ class NGrams:
         self._chances = [*_CHANCES]
         self._counts = [0] * len(_CHANCES)
         self._tokens = list[int]()
-        # By how many tokens stood there: behind which tokens the last two were found latest, and
-        # for each place, where before.
+        # By the tokens before: where the last two stood latest, and for each place, where before.
         self._latest = dict[tuple[int, int], int]()
         self._earlier = [0]
         self._place = self._alike = 0  # so many tokens before the place are the last ones
@@ -95,12 +94,9 @@ class NGrams:
         self._chances[kind] += (hit - self._chances[kind]) / (count + 1)
 
     def draft(self, limit: int) -> tuple[list[int], list[float]]:
-        """At most ``limit`` tokens that may come next, and how likely each is to be reached and
-        right."""
+        """At most ``limit`` tokens that may come next, and the chance that all up to each come."""
         drafted, chances, chance = list[int](), list[float](), 1.0
-        if not self._alike:
-            return drafted, chances
-        for index in range(limit):
+        for index in range(limit if self._alike else 0):
             place = self._place + index
             beyond = place - len(self._tokens)  # a text that repeats itself goes on so
             drafted.append(self._tokens[place] if beyond < 0 else drafted[beyond])

@@ -1,9 +1,7 @@
-"""Who computes an expert that is in no slot: the GPU, once it is copied there, or the CPU, where
-it lies.  Without torch.
+"""Who computes an expert in no slot: the GPU, once it is copied, or the CPU.  Without torch.
 
 Both go on at once, so the best split is the one whose slower side is done first.  It follows from
-two measured figures: how fast records are copied, and how fast the CPU kernels get through them,
-each while the other goes on.
+how fast records are copied and how fast the CPU kernels get through them, measured together.
 """
 
 from collections.abc import Sequence
@@ -23,9 +21,8 @@ def cpu_cost(bandwidths: Bandwidths) -> float:
 
 
 def choose_mode(wanted: str, bandwidths: Bandwidths, top_k: int) -> str:
-    """``fetch``, ``cpu`` or ``hybrid``: as asked, or for ``auto`` what the measured bandwidths
-    advise where all of a token's experts are missing; ``fetch`` where nothing was measured.  Raises
-    ``ConfigError``."""
+    """``fetch``, ``cpu`` or ``hybrid``: as asked, or for ``auto`` what is best where all of a
+    token's experts are missing, ``fetch`` where nothing was measured.  Raises ``ConfigError``."""
     if wanted not in MODES:
         raise ConfigError(f"misses {wanted!r:.40} is unknown, expected one of: {', '.join(MODES)}")
     if wanted != "auto":
@@ -51,8 +48,7 @@ def for_cpu(tokens: Sequence[int], cost: float) -> int:
 
 @dataclass(frozen=True)
 class Split:
-    """How missing experts are divided.  ``mode`` is ``fetch``, ``cpu`` or ``hybrid``; ``cost`` is a
-    ``cpu_cost``."""
+    """How missing experts are divided: ``mode`` is of ``choose_mode``, ``cost`` a ``cpu_cost``."""
 
     mode: str = "fetch"
     cost: float = 1.0
@@ -63,11 +59,8 @@ class Split:
         return self.mode != "fetch"
 
     def for_cpu(self, tokens: int, uses: Sequence[int], missing: int) -> int:
-        """How many of a layer's absent experts the CPU computes, the first ones of ``uses``: how
-        many of the pass's ``tokens`` use each, the fewest first.  ``missing`` counts those too that
-        are on their way."""
-        if not self.computes:
-            return 0
+        """How many of a layer's absent experts the CPU computes, the first of ``uses``: how many of
+        the pass's ``tokens`` use each, the fewest first.  ``missing`` counts what is coming too."""
         if tokens > 1:
             return for_cpu(uses, self.cost)
         if self.mode == "cpu":

@@ -51,9 +51,8 @@ class Average:
 
 @dataclass
 class _Guesses:
-    """What a row is expected to use: expert ids that ``horizon`` named, the best first; those of
-    them that were ``absent`` from memory then; and by which horizon each was named that is being
-    read."""
+    """What a row is expected to use: expert ids that ``horizon`` named, the best first; which were
+    ``absent`` from memory then; and what is ``reading``, by the horizon that named it."""
 
     named: list[int] = field(default_factory=list)
     horizon: str = "layer"
@@ -72,18 +71,12 @@ class Target(Protocol):
 
 
 class Prefetcher:
-    """Guesses by MoE layer ("row"), and which of them to read now.  ``bandwidth()`` is the disk's,
-    in bytes a second."""
+    """Guesses by MoE layer ("row"), and which to read: ``size`` bytes, ``bandwidth()`` a second."""
 
     def __init__(
-        self,
-        rows: int,
-        experts: int,
-        record_bytes: int,
-        target: Target,
-        bandwidth: Callable[[], float],
+        self, rows: int, experts: int, size: int, target: Target, bandwidth: Callable[[], float]
     ):
-        self._experts, self._record_bytes = experts, record_bytes
+        self._experts, self._record_bytes = experts, size
         self._target, self._bandwidth = target, bandwidth
         self._rows = [_Guesses() for _ in range(rows)]
         # The share of right guesses; seconds that the disk idles a layer, and that guessing takes;
@@ -148,8 +141,7 @@ class Prefetcher:
                 self._target.drop(expert_id)
 
     def more(self, row: int) -> None:
-        """Start reads for the layers after ``row`` (-1: before the first) as far as they are worth
-        it."""
+        """Start reads for the layers after ``row`` (-1: all) as far as they are worth it."""
         ahead = sum(len(guesses.reading) for guesses in self._rows) * self._record_bytes
         window = self._idle.value * self._bandwidth()
         for distance, guesses in enumerate(self._rows[row + 1 :], 1):
@@ -167,8 +159,7 @@ class Prefetcher:
                     ahead += self._record_bytes
 
     def idle(self) -> None:
-        """All demands are met and the step goes on: from here until the next gate the disk has
-        nothing else to do."""
+        """All demands are met: until the next gate the disk has nothing else to do."""
         self._free_since = time.perf_counter()
 
     def reset(self) -> None:

@@ -27,9 +27,8 @@ def place(left: int, costs: int, line: Sequence[tuple[int, int]]) -> int:
 
 def shares(line: Sequence[int], budget: int, free: int) -> list[int]:
     """How many tokens of each prompt the next pass reads, at most ``budget``, by the tokens that
-    each in the line has left.  Behind the end of the first one, others get as many as that has, so
-    that it waits for them no longer than for itself, or ``free``, which are no more than a pass
-    costs anyway."""
+    each in the line has left.  Behind the end of the first, others get as many as that has, so that
+    it waits no longer for them than for itself, or ``free``, which a pass costs anyway."""
     counts, room = list[int](), min(budget, line[0] + max(line[0], free)) if line else 0
     for left in line:
         counts.append(min(left, room))

@@ -23,8 +23,7 @@ class RouteBudget:
         self.swaps, self.spent, self.tokens = 0, 0.0, 0
 
     def stats(self) -> dict[str, float]:
-        """``swaps`` so far, what they are estimated to cost in nats a token, and how many tokens
-        were decoded."""
+        """``swaps`` so far, their estimated cost in nats a token, and how many were decoded."""
         spent = self.spent / max(self.tokens, 1)
         return {"swaps": self.swaps, "estimated_kl": spent, "tokens": self.tokens}
 
@@ -61,14 +60,12 @@ class RandomSwaps:
         self._row, self._top_k, self._uniform, self.squares = row, top_k, uniform, 0.0
 
     def stats(self) -> dict[str, float]:
-        """What is counted."""
         return {"squares": self.squares}
 
     def advance(self, tokens: int) -> None:
         """As ``RouteBudget.advance``."""
 
     def choose(self, row: int, weights: Sequence[float], present: Sequence[bool]) -> list[int]:
-        """As ``RouteBudget.choose``."""
         used, others = list(range(self._top_k)), len(weights) - self._top_k
         if row == self._row and others and self._uniform() < self.RATE:
             first = _first(self._top_k)

@@ -101,8 +101,7 @@ Size = Callable[[Block], int]
 
 @dataclass(frozen=True)
 class Entry:
-    """A block's file as the folder shows it, or a snapshot's, with its bytes and when it was used;
-    its tokens are inside."""
+    """A block's or snapshot's file as the folder shows it, its bytes, and when it was ``used``."""
 
     path: Path
     parent: bytes
@@ -142,8 +141,7 @@ class BlockFolder:
         return None if data is None else (block, data)
 
     def snapshot(self, block: Block, size: Size) -> tuple[Block, memoryview] | None:
-        """The snapshot behind most of the tokens of ``block``; None where there is none that is
-        undamaged."""
+        """The undamaged snapshot behind most of the tokens of ``block``, if there is one."""
         there = {one.address for one in self._children(block.parent, snapshots=True)}
         for count in range(len(block.tokens) if there else 0, 0, -1):
             begun = block.begun(count, is_snapshot=True)
@@ -220,8 +218,7 @@ class BlockFolder:
         """Keep the ``blocks`` of one chain, from its root on, and ``snapshots`` in them;
         ``content`` is asked of those that are not there.  Returns the bytes written.
 
-        What can't be written, and what the limit has no room for, is not kept, nor is what comes
-        behind it.
+        What can't be written, or has no room, is not kept, nor is what comes behind it.
         """
         missing = [block for block in blocks if not self._path(block).exists()]
         if missing and len(missing[-1].tokens) < BLOCK_TOKENS and self._is_covered(missing[-1]):
@@ -269,8 +266,7 @@ class BlockFolder:
         return freed
 
     def sweep(self, wanted: Iterable[Block]) -> int:
-        """Remove all blocks but the ``wanted`` ones, and their snapshots.  Returns the bytes that
-        are free again."""
+        """Remove all but the ``wanted`` blocks and their snapshots.  Returns the bytes freed."""
         with self._locked() as lock:
             before = self._tidy((), self.limit)
             total = self._tidy(wanted, 0)
@@ -289,9 +285,8 @@ class BlockFolder:
         finally:
             os.close(handle)
 
-    # The limit.  The lock's file holds the bytes of all blocks, so that not every save has to count
-    # them.  Bytes are added before a file is written: a kill leaves a count that is too large, and
-    # counting again corrects it.
+    # The limit.  The lock's file holds the bytes of all blocks, so that not every save counts them.
+    # Bytes are added before a file is written: after a kill they are too many, until counted again.
 
     def _reserve(self, lock: int, size: int, kept: Iterable[Block]) -> bool:
         """Count ``size`` more bytes, evicting others than ``kept`` where they have no room."""
@@ -351,8 +346,7 @@ class BlockFolder:
         return total
 
     def _entries(self) -> Iterator[Entry]:
-        """All blocks.  Files that were never finished are removed on the way, so the caller has the
-        lock."""
+        """All blocks.  Removes files that were never finished, so the caller has the lock."""
         for path in list(self.folder.glob("[0-9a-f][0-9a-f]/*")):
             if path.name.endswith(".tmp"):
                 self._unlink(path)

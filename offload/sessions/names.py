@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,8 +50,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Listed:
-    """A session as a list shows it; ``used`` is in seconds since 1970, ``saved`` None where the
-    file is damaged."""
+    """A listed session: ``used`` in seconds since 1970, ``saved`` None where it is damaged."""
 
     name: str
     used: float
@@ -113,31 +112,28 @@ def listing(folder: Path) -> list[Listed]:
 
 def remove(folder: Path, names: Sequence[str]) -> int:
     """Remove those sessions, and every block that no other named session lists: the blocks of
-    unnamed texts, which are computed again where they are needed, go too.  Returns the bytes that
-    are free again.  Raises ``ConfigError``, and removes nothing where one of them is not there or
-    in use."""
-    sessions, there = list[NamedSession](), {session.name for session in listing(folder)}
+    unnamed texts, which are computed again where needed, go too.  Returns the bytes freed.  Raises
+    ``ConfigError``, and removes nothing where one of them is not there or in use."""
+    there = {session.name for session in listing(folder)}
     try:
-        for name in names:
-            if name not in there:
-                advice = "slotmoe list --sessions shows what there is"
-                raise ConfigError(f"{folder}: holds no session {name!r:.80}; {advice}")
-            with suppress(_DamagedError):
-                sessions.append(NamedSession(folder, name))
-        for name in names:
-            path = folder / "names" / f"{name}.json"
-            path.unlink()
-            path.with_suffix(".lock").unlink(missing_ok=True)
-        if not (folder / "blocks").is_dir():
-            return 0
-        left = [session.saved for session in listing(folder) if session.saved is not None]
-        wanted = [block for saved in left for block in blocks.chain(saved.root, saved.tokens)]
-        return BlockFolder(folder / "blocks", 1 << 62, lambda remark: None).sweep(wanted)
+        with ExitStack() as opened:
+            for name in names:
+                if name not in there:
+                    advice = "slotmoe list --sessions shows what there is"
+                    raise ConfigError(f"{folder}: holds no session {name!r:.80}; {advice}")
+                with suppress(_DamagedError):
+                    opened.enter_context(NamedSession(folder, name))
+            for name in names:
+                path = folder / "names" / f"{name}.json"
+                path.unlink()
+                path.with_suffix(".lock").unlink(missing_ok=True)
+            if not (folder / "blocks").is_dir():
+                return 0
+            left = [session.saved for session in listing(folder) if session.saved is not None]
+            wanted = [block for saved in left for block in blocks.chain(saved.root, saved.tokens)]
+            return BlockFolder(folder / "blocks", 1 << 62, lambda remark: None).sweep(wanted)
     except OSError as problem:
         raise ConfigError(f"{folder}: can't be written ({problem.strerror})") from None
-    finally:
-        for session in sessions:
-            session.close()
 
 
 class _DamagedError(ConfigError):

@@ -1,6 +1,4 @@
-"""Between sequences and their blocks on disk: what is there of a prompt is not computed again, and
-what was computed is kept.
-"""
+"""Between sequences and their blocks on disk: what is there is not computed again."""
 
 import hashlib
 import json
@@ -29,8 +27,7 @@ class Sessions:
     """The latents on disk that ``model`` can use, in ``folder`` and at most ``limit`` bytes.
 
     Only sequences of the same owner share latents.  Whatever changes their bits belongs to a
-    block's address: the export, the program's version, the kernels and the device.  Raises
-    ``ConfigError``.
+    block's address: export, program's version, kernels and device.  Raises ``ConfigError``.
     """
 
     def __init__(self, model: LoadedModel, folder: Path, limit: int | str, notify: blocks.Notify):
@@ -57,8 +54,7 @@ class Sessions:
             if (found := self._blocks.read(block, self._size)) is None:
                 break
             latest, data = found
-            common = shared_prefix(latest.tokens, block.tokens)
-            begun = block.begun(common)
+            begun = block.begun(shared_prefix(latest.tokens, block.tokens))
             if begun.end > held:
                 sequence.state.put(block.start, latest.end, self._tensor(data), begun.end)
                 there.append(begun)

@@ -112,8 +112,7 @@ def record(
 ) -> Samples:
     """Read each window as a sequence of its own and record it; its first token, before which
     nothing was, is no sample.  ``advance(samples)`` is called after each."""
-    model = runtime.model
-    samples = Samples(runtime.config, _count(windows))
+    model, samples = runtime.model, Samples(runtime.config, _count(windows))
     done, skip = 0, 0
 
     def on_layer(route: Route) -> None:
@@ -250,13 +249,11 @@ class _Net:
         """As the file holds them."""
         tensors = {"popularity": popularity, SWAP_PRICES: prices}
         for name, value in self.tensors.items():
-            value = value.detach().cpu()
+            tensors[name] = value = value.detach().cpu()
             if name.endswith(".weight"):
                 q, scale = int8.quantize(value.flatten(0, -2))
                 tensors[name] = q.view(value.shape)
                 tensors[name + ".scale"] = scale.view(value.shape[:-1])
-            else:
-                tensors[name] = value
         return {name: tensors[name] for name in self.parts}
 
 
@@ -309,10 +306,9 @@ def calibrate(
 
     ram = _ram_left(config, [*groups, held_back])
     context = max(len(window) for window in [*training, *held_back])
-    generator = torch.Generator().manual_seed(seed)
     with Runtime.open(folder, ram=ram, context=context, threads=threads) as runtime:
         steps = epochs * sum(math.ceil(_count(group) / _BATCH) for group in groups)
-        net = _Net(config, steps, generator, runtime.device)
+        net = _Net(config, steps, torch.Generator().manual_seed(seed), runtime.device)
         uses = torch.zeros(L * E)
         for group in groups:
             samples = record(runtime, group, reading)
@@ -371,8 +367,7 @@ def _windows(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """The windows to train on, in random order, and those of the last 5% of each text."""
     width = min(_WINDOW, config.max_position_embeddings)
-    training: list[list[int]] = []
-    held_back: list[list[int]] = []
+    training, held_back = list[list[int]](), list[list[int]]()
     for ids in read_tokens(texts, tokenizer):
         end = len(ids) - len(ids) // 20
         training += split(ids[:end], tokenizer, width)

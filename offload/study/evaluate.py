@@ -37,9 +37,7 @@ from slotmoe.offload.model_source import read_model
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.calibrate import read_text
 
-# Rows of float32 in memory at once: two pieces of 128, and the float64 ones of _ROWS, twice.
-LOGITS_ROWS = 384
-_ROWS = 32
+_ROWS = 32  # at a time in float64
 _CONTEXT = 16  # tokens shown before a bad one
 
 
@@ -236,18 +234,15 @@ class Evaluation:
             del self._worst[self.keep :]
 
     def report(self) -> Json:
-        """All texts together, then ``files`` one by one and, with a reference, ``worst_tokens``,
-        the worst first."""
+        """All texts together, ``files`` one by one and, with a reference, ``worst_tokens``."""
         total, compared = Totals(), self.reference is not None
         files = []
         for path, totals in self.files.items():
             total.add(totals)
             if totals.tokens:
                 files.append({"file": str(path), **totals.report(compared)})
-        report = {**total.report(compared), "files": files}
-        if compared:
-            report["worst_tokens"] = self._worst
-        return report
+        worst = {"worst_tokens": self._worst} if compared else {}
+        return {**total.report(compared), "files": files, **worst}
 
 
 def _rows(runtime: Runtime, ids: list[int], first: int) -> Iterator[Tensor]:

@@ -20,8 +20,7 @@ _TRITON_CAPABILITY = 8, 0
 def pick_backend(
     device: torch.device, choice: str = "auto", swiglu_limit: float = 0.0
 ) -> TorchBackend:
-    """The ops for ``device``: Triton kernels on CUDA, native ones on a CPU where they were built,
-    else torch.
+    """The ops for ``device``: Triton on CUDA, native on a CPU where kernels were built, else torch.
 
     ``choice`` is ``auto``, ``torch``, the plain reference, or ``triton``, which a CPU runs only
     under Triton's interpreter. ``swiglu_limit`` as for ``TorchBackend``; its ``run_on``
@@ -38,8 +37,7 @@ def pick_backend(
 
 
 def _python_header() -> Path:
-    """What Triton's launchers include; a system's own Python has it in a package apart
-    (python3-dev)."""
+    """What Triton's launchers include; a system's Python has it in a package, python3-dev."""
     # Debian's default scheme names a folder that has no headers: Triton takes the other one too.
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     return Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"

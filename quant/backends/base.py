@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slotmoe.border import Decoder, Geometry, HyperGeometry, Layer, Mixed, Mixing, Router
+from slotmoe import border
+from slotmoe.border import Decoder, Geometry, HyperGeometry, Layer, Listed, Mixed, Mixing, Router
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
@@ -121,10 +122,7 @@ class TorchBackend:
         ``empty(shape, dtype)``; ``role`` as in ``slotmoe.quant.shapes``.  N and V rows of an
         absorbed one are a ``head``'s."""
 
-        def copy(tensor: Tensor) -> Tensor:
-            return empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
-
-        return map_tensors(weight, copy)
+        return map_tensors(weight, lambda x: empty(tuple(x.shape), x.dtype).copy_(x))
 
     def read_bandwidth(self, memory: Tensor) -> float:
         """Bytes a second, median of 5, at which all threads read present ``memory``, uint8."""
@@ -159,22 +157,19 @@ class TorchBackend:
         return torch.stack(outs, dim=1)
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
-        """Root-mean-square norm over the last dimension, float32 [T, D]; without a weight, each
-        value counts as it is."""
+        """RMS norm over the last dimension, float32 [T, D], times the weight if there is one."""
         return F.rms_norm(x_TD, x_TD.shape[-1:], weight_D, eps)
 
     def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
         """Norm by mean and variance over the last dimension, float32 [T, D]."""
         return F.layer_norm(x_TD, weight_D.shape, weight_D, bias_D, eps)
 
-    def mlp(
-        self, x_TD: Tensor, gate_proj: Prepared, up_proj: Prepared, down_proj: Prepared
-    ) -> Tensor:
+    def mlp(self, x_TD: Tensor, weights: border.Mlp[Prepared]) -> Tensor:
         """``down(silu(gate(x)) * up(x))``, float32 [T, D], within ``swiglu_limit``."""
-        gate_TI, up_TI = self.linear(x_TD, gate_proj), self.linear(x_TD, up_proj)
+        gate_TI, up_TI = self.linear(x_TD, weights.gate_proj), self.linear(x_TD, weights.up_proj)
         if limit := self.swiglu_limit:
             gate_TI, up_TI = gate_TI.clamp(max=limit), up_TI.clamp(-limit, limit)
-        return self.linear(F.silu(gate_TI) * up_TI, down_proj)
+        return self.linear(F.silu(gate_TI) * up_TI, weights.down_proj)
 
     def embed(self, ids_T: Tensor, weight: Prepared) -> Tensor:
         """Rows ``ids`` of the table, float32 [T, D]."""
@@ -221,27 +216,12 @@ class TorchBackend:
 
     def mla(self, q_THW: Tensor, rows_SX: Tensor, R: int, scale: float) -> Tensor | None:
         """Causal attention of the last T of S positions over the cached rows, float32 [T, H, R];
-        None without a kernel: rows are then plain [S, W], and the network's own blockwise attention
-        serves."""
+        None without a kernel: rows are then plain [S, W], and the network attends by blocks."""
         return None
 
-    def attend(
-        self,
-        q_THW: Tensor,
-        rows_SX: Tensor,
-        more_SX: Tensor | None,
-        lists_TL: Tensor,
-        R: int,
-        scale: float,
-        sinks_H: Tensor | None,
-    ) -> Tensor:
-        """Attention of each token over the rows that its list names, in that order, float32 [T, H,
-        R].
-
-        ``lists``, int32 [T, L], are indices of ``rows``, and from ``len(rows)`` on of ``more``; -1
-        ends a list.  A row's first R values are its value too.  ``sinks``, float32 [H], take part
-        in the softmax as the score of a row without a value.
-        """
+    def attend(self, q_THW: Tensor, listed: Listed, R: int, scale: float) -> Tensor:
+        """Attention of each token over the rows that its list names, float32 [T, H, R]."""
+        rows_SX, more_SX, lists_TL, sinks_H = listed
         few = max(1, _GATHERED // (lists_TL.shape[1] * q_THW.shape[2]))
         parts, held = list[Tensor](), len(rows_SX)
         for q_BHW, lists_BL in zip(q_THW.split(few), lists_TL.split(few), strict=True):
@@ -282,21 +262,18 @@ class TorchBackend:
         scores_TS = torch.cat(parts).masked_fill(places_S >= counts_T[:, None], -torch.inf)
         return first_best(scores_TS, k)
 
-    def compress(
-        self, kv_BSY: Tensor, gate_BSY: Tensor, bias_SY: Tensor, norm_Y: Tensor, eps: float
-    ) -> Tensor:
-        """One row of each S, float32 [B, Y]: their mean, weighted in each column by the softmax of
-        ``gate`` + ``bias``, normed (DeepSeek-V4)."""
+    def compress(self, both_BS2Y: Tensor, bias_SY: Tensor, norm_Y: Tensor, eps: float) -> Tensor:
+        """One row of each S, float32 [B, Y]: their mean, which is the first of ``both``, weighted
+        in each column by the softmax of the second + ``bias``, normed (DeepSeek-V4)."""
+        kv_BSY, gate_BSY = both_BS2Y.unbind(2)
         weights_BSY = (gate_BSY + bias_SY).softmax(dim=1)
         return self.rms_norm((kv_BSY * weights_BSY).sum(dim=1), norm_Y, eps)
 
-    def mix(
-        self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float
-    ) -> tuple[Tensor, Mixed]:
+    def mix(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry) -> tuple[Tensor, Mixed]:
         """What a block reads of Q residual streams side by side, float32 [T, D], and how they take
         in what it gives (hyper-connections, arXiv 2512.24880): a matrix that Sinkhorn and Knopp's
         iterations make doubly stochastic."""
-        Q, iterations, small = hyper
+        Q, iterations, small, eps = hyper
         streams_TQD = h_TD.unflatten(-1, (Q, -1))
         logits_TX = TorchBackend.rms_norm(self, h_TD, None, eps) @ mixing.fn.t()
         parts_X = logits_TX.split([Q, Q, Q * Q], dim=-1), mixing.base.split([Q, Q, Q * Q])
@@ -319,10 +296,10 @@ class TorchBackend:
         mixed_TQD: Tensor = streams_TQD + post_TQ[..., None] * y_TD[:, None]
         return mixed_TQD.flatten(1)
 
-    def collapse(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float) -> Tensor:
+    def collapse(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry) -> Tensor:
         """What the output head reads of the residual streams, float32 [T, D]."""
-        logits_TQ = TorchBackend.rms_norm(self, h_TD, None, eps) @ mixing.fn.t()
-        weights_TQ = (logits_TQ * mixing.scale + mixing.base).sigmoid() + hyper.eps
+        logits_TQ = TorchBackend.rms_norm(self, h_TD, None, hyper.eps) @ mixing.fn.t()
+        weights_TQ = (logits_TQ * mixing.scale + mixing.base).sigmoid() + hyper.small
         weighted_TQD: Tensor = weights_TQ[..., None] * h_TD.unflatten(-1, (hyper.Q, -1))
         return weighted_TQD.sum(dim=1)
 
@@ -340,8 +317,7 @@ class TorchBackend:
     def experts(
         self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
     ) -> None:
-        """Each token through those of its experts that have a slot: their unweighted outputs, into
-        ``y`` (float32 [T, K, D]).
+        """Each token's experts that have a slot: outputs, unweighted, in ``y`` (float32 [T, K, D]).
 
         ``slots``, int32 [E], says which of ``records`` each expert of the layer is in.  Where it is
         -1 the outputs are left as they are, so experts may come in several calls; a call takes all
@@ -352,7 +328,7 @@ class TorchBackend:
         slots_TK = slots_E[indices_TK]
         for slot in slots_TK[slots_TK >= 0].unique().tolist():
             uses = (slots_TK == slot).nonzero(as_tuple=True)
-            y_TKD[uses] = self.mlp(x_TD[uses[0]], *records.weights(slot))
+            y_TKD[uses] = self.mlp(x_TD[uses[0]], border.Mlp(*records.weights(slot)))
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
         """Sum over K of weight times output, float32 [T, D].  The order of additions is the gate's,

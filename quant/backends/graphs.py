@@ -37,8 +37,7 @@ class Capturing(Protocol):
 
 
 class CudaGraphs:
-    """Captures the graphs of one backend.  They share a memory pool, since they never run at the
-    same time.
+    """Captures one backend's graphs.  They share a memory pool, since they never run at once.
 
     A pool's handle dies with the last graph that was captured into it, so no two backends share
     one, and a capture that fails is the last.
@@ -55,8 +54,7 @@ class CudaGraphs:
 
     def __call__(self, function: Callable[[], R]) -> Graph[R] | None:
         """What ``function`` does, as a graph.  It runs at least once and must not make the host
-        wait for the device.  None where a capture has failed, which is said once: the work is then
-        launched kernel by kernel."""
+        wait for the device.  None where a capture has failed, which is said once."""
         if self._failed:
             return None
         if self._stream is None:

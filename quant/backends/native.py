@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slotmoe import border
-from slotmoe.border import Geometry, HyperGeometry, Mixed, Mixing, Mla, Pending, State, Step
+from slotmoe.border import Geometry, HyperGeometry, Listed, Mixed, Mixing, Mla, Router, State, Step
 from slotmoe.quant.backends.base import Empty, Prepared, Records, SlotTable, TorchBackend, new
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.codecs.weight import CodedWeight
@@ -22,7 +22,7 @@ from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.bindings import Kernels
 from slotmoe.quant.kernels.cpu.layers import Decoder
 from slotmoe.quant.kernels.cpu.tokens import Tokens
-from slotmoe.quant.kernels.cpu.weights import Absorbed, ExpertRecord, Matrix, Mlp
+from slotmoe.quant.kernels.cpu.weights import Absorbed, ExpertRecord, Matrix, Mlp, bind_router
 from slotmoe.quant.shapes import latent_bytes
 from slotmoe.quant.weights import Weight
 from slotmoe.system import Placement
@@ -45,7 +45,7 @@ class NativeDecoder:
     record: Callable[[Records], ExpertRecord]
     rows: ClassVar[int] = 1 << 30
 
-    def run_layers(self, step: Step, experts: border.Experts) -> Pending | None:
+    def run_layers(self, step: Step, experts: border.Experts) -> border.Pending | None:
         """See ``slotmoe.border.Runner``."""
         table = experts.slot_table()
         assert isinstance(table, SlotTable)
@@ -71,7 +71,7 @@ class NativeDecoder:
         if len(done.indices) > 1:
             experts.passed(first, done.indices[:-1], done.x[:-1])
         step.x_TD = done.x[-1]
-        return Pending(done.layer, done.x[-1], done.weights, done.indices[-1])
+        return border.Pending(done.layer, done.x[-1], done.weights, done.indices[-1])
 
     def _latent(self, step: Step, states: Sequence[State], positions: Sequence[int]) -> Tokens:
         """With each token's latent cache, and what indexers keep and have chosen."""
@@ -164,34 +164,29 @@ class NativeBackend(TorchBackend):
     def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
         return self._native.layer_norm(x_TD.contiguous(), weight_D, bias_D, eps)
 
-    def mix(
-        self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float
-    ) -> tuple[Tensor, Mixed]:
-        h_TQD, fn = h_TD.unflatten(-1, (hyper.Q, -1)), mixing.fn.unflatten(-1, (hyper.Q, -1))
+    def mix(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry) -> tuple[Tensor, Mixed]:
+        Q, iterations, small, eps = hyper
+        h_TQD, fn = h_TD.unflatten(-1, (Q, -1)), mixing.fn.unflatten(-1, (Q, -1))
         weights = fn, mixing.base, mixing.scale
-        x_TD, *mixed = self._native.hyper_in(h_TQD, *weights, eps, hyper.iterations, hyper.eps)
+        x_TD, *mixed = self._native.hyper_in(h_TQD, *weights, eps, iterations, small)
         return x_TD, Mixed(*mixed)
 
     def add_mixed(self, y_TD: Tensor, h_TD: Tensor, mixed: Mixed) -> Tensor:
         h_TQD = h_TD.unflatten(-1, (mixed.post_TQ.shape[-1], -1))
         return self._native.hyper_out(y_TD.contiguous(), h_TQD, *mixed).flatten(1)
 
-    def collapse(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float) -> Tensor:
-        h_TQD, fn = h_TD.unflatten(-1, (hyper.Q, -1)), mixing.fn.unflatten(-1, (hyper.Q, -1))
-        return self._native.hyper_head(h_TQD, fn, mixing.base, mixing.scale, eps, hyper.eps)
+    def collapse(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry) -> Tensor:
+        Q, _, small, eps = hyper
+        h_TQD, fn = h_TD.unflatten(-1, (Q, -1)), mixing.fn.unflatten(-1, (Q, -1))
+        return self._native.hyper_head(h_TQD, fn, mixing.base, mixing.scale, eps, small)
 
-    def compress(
-        self, kv_BSY: Tensor, gate_BSY: Tensor, bias_SY: Tensor, norm_Y: Tensor, eps: float
-    ) -> Tensor:
-        values = kv_BSY.contiguous(), gate_BSY.contiguous(), bias_SY, norm_Y
-        return self._native.compress(*values, eps)
+    def compress(self, both_BS2Y: Tensor, bias_SY: Tensor, norm_Y: Tensor, eps: float) -> Tensor:
+        kv_BSY, gate_BSY = (part.contiguous() for part in both_BS2Y.unbind(2))
+        return self._native.compress(kv_BSY, gate_BSY, bias_SY, norm_Y, eps)
 
-    def mlp(
-        self, x_TD: Tensor, gate_proj: Prepared, up_proj: Prepared, down_proj: Prepared
-    ) -> Tensor:
-        mlp = self._mlp(gate_proj, up_proj, down_proj)
-        if mlp is None:
-            return super().mlp(x_TD, gate_proj, up_proj, down_proj)
+    def mlp(self, x_TD: Tensor, weights: border.Mlp[Prepared]) -> Tensor:
+        if (mlp := self._mlp(weights)) is None:
+            return super().mlp(x_TD, weights)
         return self._native.mlp(mlp, x_TD.contiguous())
 
     def rotate(self, x_THP: Tensor, table_TC: Tensor, halves: bool) -> Tensor:
@@ -199,12 +194,12 @@ class NativeBackend(TorchBackend):
 
     def absorb_query(self, q_THN: Tensor, kv_b: Prepared) -> Tensor:
         if isinstance(kv_b, Absorbed):
-            return self._native.absorb_query(q_THN.contiguous(), kv_b)
+            return self._native.absorb_query(kv_b, q_THN.contiguous())
         return super().absorb_query(q_THN, kv_b)
 
     def absorb_value(self, o_THR: Tensor, kv_b: Prepared, N: int) -> Tensor:
         if isinstance(kv_b, Absorbed):
-            return self._native.absorb_value(o_THR, kv_b)
+            return self._native.absorb_value(kv_b, o_THR)
         return super().absorb_value(o_THR, kv_b, N)
 
     def latent_row(self, R: int, P: int) -> tuple[int, torch.dtype]:
@@ -216,18 +211,9 @@ class NativeBackend(TorchBackend):
     def mla(self, q_THW: Tensor, rows_SX: Tensor, R: int, scale: float) -> Tensor | None:
         return self._native.mla(q_THW.contiguous(), rows_SX, len(rows_SX), R, scale)
 
-    def attend(
-        self,
-        q_THW: Tensor,
-        rows_SX: Tensor,
-        more_SX: Tensor | None,
-        lists_TL: Tensor,
-        R: int,
-        scale: float,
-        sinks_H: Tensor | None,
-    ) -> Tensor:
-        rows = rows_SX, more_SX, lists_TL.contiguous()
-        return self._native.attend(q_THW.contiguous(), *rows, R, scale, sinks_H)
+    def attend(self, q_THW: Tensor, listed: Listed, R: int, scale: float) -> Tensor:
+        listed = listed._replace(lists_TL=listed.lists_TL.contiguous())
+        return self._native.attend(q_THW.contiguous(), listed, R, scale)
 
     def index(
         self, q_TJA: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int
@@ -236,13 +222,11 @@ class NativeBackend(TorchBackend):
         return self._native.index(*values, k)
 
     def route(
-        self,
-        logits_TE: Tensor,
-        router: border.Router,
-        bias_E: Tensor | None,
-        chosen_TK: Tensor | None,
+        self, logits_TE: Tensor, router: Router, bias_E: Tensor | None, chosen_TK: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return self._native.route(logits_TE.contiguous(), router, bias_E, chosen_TK)
+        values = bind_router(router), logits_TE.contiguous(), bias_E, chosen_TK
+        weights_TK, indices_TK = self._native.route(*values)
+        return weights_TK, indices_TK
 
     def decoder(
         self, geometry: Geometry, layers: Sequence[border.Layer[Prepared]]
@@ -251,10 +235,8 @@ class NativeBackend(TorchBackend):
         an MLP in bf16, groups of an output projection that share tiles, or V4 with one stream."""
         mlps = list[Mlp | None]()
         for layer in layers:
-            weights, mlp = layer.mlp, None
-            if weights is not None:
-                mlp = self._mlp(weights.gate_proj, weights.up_proj, weights.down_proj)
-            if (mlp is None) != (weights is None) or not _is_native(geometry, layer.attention):
+            mlp = None if layer.mlp is None else self._mlp(layer.mlp)
+            if (mlp is None) != (layer.mlp is None) or not _is_native(geometry, layer.attention):
                 return None
             mlps.append(mlp)
         return NativeDecoder(self._native, Decoder(geometry, layers, mlps), self._record)
@@ -271,16 +253,16 @@ class NativeBackend(TorchBackend):
     def experts(
         self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
     ) -> None:
-        values = records.slab, slots_E, self._record(records), y_TKD
-        self._native.experts_by_slot(x_TD.contiguous(), indices_TK.contiguous(), *values)
+        inputs, record = (x_TD.contiguous(), indices_TK.contiguous()), self._record(records)
+        self._native.experts_by_slot(record, *inputs, slots_E, record.slab(records.slab), y_TKD)
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
         return self._native.weighted_sum(y_TKD, weights_TK.contiguous())
 
-    def _mlp(self, *weights: Prepared) -> Mlp | None:
-        """Gate, up and down bound for native calls; None unless all are tiled int8, or all of one
-        codec."""
-        matrices = [Matrix.of(weight) for weight in weights if not isinstance(weight, Int8Weight)]
+    def _mlp(self, weights: border.Mlp[Prepared]) -> Mlp | None:
+        """The weights bound for native calls; None unless all are tiled int8, or of one codec."""
+        parts = weights.gate_proj, weights.up_proj, weights.down_proj
+        matrices = [Matrix.of(weight) for weight in parts if not isinstance(weight, Int8Weight)]
         if len(matrices) < 3 or not matrices[0].coded or not all(map(matrices[0].like, matrices)):
             return None
         gate, up, down = matrices

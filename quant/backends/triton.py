@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from slotmoe.border import Geometry, HyperGeometry, Layer, Mixed, Mixing, Mla, Router
+from slotmoe.border import Geometry, HyperGeometry, Layer, Listed, Mixed, Mixing, Mla, Mlp, Router
 from slotmoe.quant.backends import triton_rows
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend, first_best
 from slotmoe.quant.backends.graphs import Capturing, CudaGraphs
@@ -38,8 +38,7 @@ _SCORED = 512  # keys that a program of many tokens scores
 
 
 class TritonBackend(TorchBackend):
-    """See the module.  ``graph`` captures the graphs of a decode step; with None its kernels are
-    launched one by one."""
+    """``graph`` captures the graphs of a decode step; with None its kernels are launched singly."""
 
     kind = "triton"
 
@@ -66,24 +65,23 @@ class TritonBackend(TorchBackend):
         )
         return y_TN
 
-    def mlp(
-        self, x_TD: Tensor, gate_proj: Prepared, up_proj: Prepared, down_proj: Prepared
-    ) -> Tensor:
-        gate, up = operand(gate_proj), operand(up_proj)
-        T, (N, K) = len(x_TD), gate_proj.shape
+    def mlp(self, x_TD: Tensor, weights: Mlp[Prepared]) -> Tensor:
+        gate, up = operand(weights.gate_proj), operand(weights.up_proj)
+        T, (N, K) = len(x_TD), weights.gate_proj.shape
         if gate.kind != up.kind or (gate.kind == triton_rows.DENSE and T != 1):
-            return super().mlp(x_TD, gate_proj, up_proj, down_proj)
+            return super().mlp(x_TD, weights)
         x_TD = x_TD.contiguous()
         if T == 1:
             h_1N = torch.empty(1, N, device=x_TD.device)
-            return self.linear(row_gate_up(x_TD, gate, up, h_1N, self.swiglu_limit), down_proj)
+            row_gate_up(x_TD, gate, up, h_1N, self.swiglu_limit)
+            return self.linear(h_1N, weights.down_proj)
         h_TN = torch.empty(T, N, dtype=torch.bfloat16, device=x_TD.device)
         tile = self._tile(T)
         tiles.gate_up[(triton.cdiv(N, _BN), triton.cdiv(T, tile["BM"]))](
             x_TD, gate.data, gate.scale, up.data, up.scale, gate.levels, h_TN, T, N, K,
             KIND=gate.kind, LIMIT=self.swiglu_limit, **tile,
         )  # fmt: skip
-        return self.linear(h_TN, down_proj)
+        return self.linear(h_TN, weights.down_proj)
 
     def _tile(self, T: int) -> dict[str, int]:
         """Options of a kernel for ``T`` tokens."""
@@ -122,9 +120,7 @@ class TritonBackend(TorchBackend):
         if T > _FEW or rows_SW.dtype != torch.float16:
             return None
         splits, (S, P) = mla.SPLITS.value, (len(rows_SW), W - R)
-        part, best, total = (
-            torch.empty(T, H, splits, width, device=q_THW.device) for width in (R, 1, 1)
-        )
+        part, best, total = (torch.empty(T, H, splits, n, device=q_THW.device) for n in (R, 1, 1))
         y_THR = torch.empty(T, H, R, device=q_THW.device)
         mla.attend[(splits, triton.cdiv(H, 16), T)](
             q_THW.contiguous(), rows_SW, None, 0, S, scale, part, best, total, T, H, R, P,
@@ -133,16 +129,8 @@ class TritonBackend(TorchBackend):
         mla.combine[(H, T)](part, best, total, S, y_THR, T, H, R, LATENT=power(R))
         return y_THR
 
-    def attend(
-        self,
-        q_THW: Tensor,
-        rows_SX: Tensor,
-        more_SX: Tensor | None,
-        lists_TL: Tensor,
-        R: int,
-        scale: float,
-        sinks_H: Tensor | None,
-    ) -> Tensor:
+    def attend(self, q_THW: Tensor, listed: Listed, R: int, scale: float) -> Tensor:
+        rows_SX, more_SX, lists_TL, sinks_H = listed
         (T, H, W), L, device = q_THW.shape, lists_TL.shape[1], q_THW.device
         parts = 1 if T > _FEW else triton.cdiv(L, lists.SHARE.value)
         y_THR, blocks = torch.empty(T, H, R, device=device), triton.cdiv(H, 16)
@@ -179,9 +167,8 @@ class TritonBackend(TorchBackend):
             parts.append(first_best(scores_BS, k))
         return torch.cat(parts)
 
-    def compress(
-        self, kv_BSY: Tensor, gate_BSY: Tensor, bias_SY: Tensor, norm_Y: Tensor, eps: float
-    ) -> Tensor:
+    def compress(self, both_BS2Y: Tensor, bias_SY: Tensor, norm_Y: Tensor, eps: float) -> Tensor:
+        kv_BSY, gate_BSY = both_BS2Y.unbind(2)
         (B, S, Y), block = kv_BSY.shape, 32
         assert kv_BSY.stride(2) == gate_BSY.stride(2) == 1
         y_BY = torch.empty(B, Y, device=kv_BSY.device)
@@ -193,22 +180,16 @@ class TritonBackend(TorchBackend):
 
     # Residual streams.
 
-    def mix(
-        self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float
-    ) -> tuple[Tensor, Mixed]:
-        T, Q = len(h_TD), hyper.Q
-        post_TQ = torch.empty(T, Q, device=h_TD.device)
-        mixed = Mixed(post_TQ, torch.empty(T, Q, Q, device=h_TD.device))
-        return self._mix(h_TD, mixing, hyper, eps, mixed), mixed
+    def mix(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry) -> tuple[Tensor, Mixed]:
+        T, Q, device = len(h_TD), hyper.Q, h_TD.device
+        mixed = Mixed(torch.empty(T, Q, device=device), torch.empty(T, Q, Q, device=device))
+        return self.collapse(h_TD, mixing, hyper, mixed), mixed
 
-    def collapse(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float) -> Tensor:
-        return self._mix(h_TD, mixing, hyper, eps, None)
-
-    def _mix(
-        self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, eps: float, mixed: Mixed | None
+    def collapse(
+        self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry, mixed: Mixed | None = None
     ) -> Tensor:
-        """What is read of the streams; how they take in what that gives, into ``mixed``."""
-        (T, K), (Q, iterations, small) = h_TD.shape, hyper
+        """Also how the streams take in what a block gives, into ``mixed``."""
+        (T, K), (Q, iterations, small, eps) = h_TD.shape, hyper
         D, N, device = K // Q, len(mixing.base), h_TD.device
         slices, blocks = triton.cdiv(K, streams.SLICE.value), triton.cdiv(T, streams.TOKENS.value)
         if len(self._finished) < blocks:
@@ -234,8 +215,7 @@ class TritonBackend(TorchBackend):
         self, geometry: Geometry, layers: Sequence[Layer[Prepared]]
     ) -> TritonDecoder | None:
         """From now on ``experts`` launches for one token the kernels that the decoder launches for
-        these layers, whose shared experts are of one kind.  None where they are no MLA to all
-        positions."""
+        these layers, whose shared experts are of one kind.  None but for MLA to all positions."""
         for layer in layers:
             if not isinstance(layer.attention, Mla) or layer.attention.indexer is not None:
                 return None
@@ -255,17 +235,13 @@ class TritonBackend(TorchBackend):
     def experts(
         self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
     ) -> None:
-        given = x_TD.contiguous(), records, slots_E, indices_TK.contiguous(), y_TKD
+        """Of many tokens all uses of an expert together, on tensor cores in bfloat16.  Experts
+        without a slot are sorted too, so an output doesn't depend on which a call computes."""
+        x_TD, indices_TK = x_TD.contiguous(), indices_TK.contiguous()
         if len(x_TD) == 1:  # each use reads its expert's record, in float32
-            triton_rows.experts(triton_rows.Routed(*given), self._shared, None, self.swiglu_limit)
-        else:
-            self._experts_by_groups(*given)
-
-    def _experts_by_groups(
-        self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
-    ) -> None:
-        """All uses of an expert together, on tensor cores in bfloat16.  Experts without a slot are
-        sorted too, so an output doesn't depend on which experts a call computes."""
+            routed = triton_rows.Routed(x_TD, records, slots_E, indices_TK, y_TKD)
+            triton_rows.experts(routed, self._shared, None, self.swiglu_limit)
+            return
         layout, uses, K = records.layout, indices_TK.numel(), indices_TK.shape[1]
         D, width = layout.hidden_size, layout.moe_intermediate_size
         E, (in_levels, out_levels) = len(slots_E), records.levels
@@ -287,8 +263,7 @@ class TritonBackend(TorchBackend):
         )  # fmt: skip
 
     def sum_1D(self, D: int, device: torch.device) -> Tensor:
-        """Where ``weighted_sum`` leaves the sum of one token, so that graphs find it there; it
-        lasts until the next."""
+        """Where ``weighted_sum`` leaves one token's sum until the next, so that graphs find it."""
         if D not in self._sums:
             self._sums[D] = torch.empty(1, D, device=device)
         return self._sums[D]

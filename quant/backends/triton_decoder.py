@@ -31,8 +31,7 @@ from slotmoe.quant.kernels.triton import mla
 
 
 class Place(NamedTuple):
-    """What is between a layer's attention and its feed-forward: ``h + attention(norm(h))``, and the
-    norm of that."""
+    """Between attention and feed-forward: ``h + attention(norm(h))``, and the norm of that."""
 
     h_1D: Tensor
     x_1D: Tensor
@@ -46,9 +45,11 @@ class Workspace:
     graph that begins behind one of them ends in the other.
     """
 
-    def __init__(self, device: torch.device, hidden: int, geometry: Geometry):
+    def __init__(self, norm_D: Tensor, geometry: Geometry, swiglu_limit: float):
         (H, _, P, R, V), router = geometry[:5], geometry.router
-        self._device = device
+        self.geometry, self.swiglu_limit = geometry, swiglu_limit
+        self._device = device = norm_D.device
+        hidden = len(norm_D)
         self.embedded_1D, self.h_1D = self.empty(1, hidden), self.empty(1, hidden)
         self.places = [Place(self.empty(1, hidden), self.empty(1, hidden)) for _ in range(2)]
         self.rope_1C = torch.empty(1, P // 2, dtype=torch.complex64, device=device)
@@ -73,8 +74,7 @@ class Workspace:
         return self._scratch[name, width]
 
     def begin(self, rope_1C: Tensor, query_scale_1: Tensor | None, cache: Cache) -> None:
-        """A step at the end of ``cache``, float16, begins.  Values change by kernels, never by
-        copies from the host."""
+        """A step at the end of ``cache``, float16, begins.  Values change by kernels alone."""
         if query_scale_1 is not None:
             self.query_scale_1.copy_(query_scale_1)
         layers_LSW = cache.layers
@@ -103,10 +103,8 @@ class TritonDecoder:
         swiglu_limit: float,
     ):
         """The sum of the routed experts comes in ``sum_1D``."""
-        norm = layers[0].input_layernorm
-        self._workspace = Workspace(norm.device, len(norm), geometry)
-        given = self._workspace, geometry, swiglu_limit
-        self._layers = [_Layer(*given, layer) for layer in layers]
+        self._workspace = Workspace(layers[0].input_layernorm, geometry, swiglu_limit)
+        self._layers = [_Layer(self._workspace, layer) for layer in layers]
         self._sum_1D, self._capturing = sum_1D, graph
         # By the first layer, whether all are in it, and the bytes of a layer in the latent cache:
         # one serves all such caches.  It keeps the addresses of all that it has touched.
@@ -174,11 +172,8 @@ class TritonDecoder:
 class _Layer:
     """A layer's weights bound to the workspace."""
 
-    def __init__(
-        self, workspace: Workspace, geometry: Geometry, swiglu_limit: float, layer: Layer[Prepared]
-    ):
-        self._workspace, self._layer, self._geometry = workspace, layer, geometry
-        self._swiglu_limit = swiglu_limit
+    def __init__(self, workspace: Workspace, layer: Layer[Prepared]):
+        self._workspace, self._layer, self._geometry = workspace, layer, workspace.geometry
         assert isinstance(layer.attention, Mla)
         self._attention = layer.attention
         self._shared = None if layer.mlp is None else Shared.of(layer.mlp)
@@ -216,18 +211,17 @@ class _Layer:
         return launch.gate(*given, logits_1E, finished)
 
     def end(self, place: Place, routed: Routed | None, weights_1K: Tensor) -> Tensor:
-        """``h + (experts + mlp(x))``, the ``routed`` experts by their weights; None in a dense
-        layer."""
+        """``h + (experts + mlp(x))``, ``routed`` by their weights; None in a dense layer."""
         workspace, mlp, shared = self._workspace, self._layer.mlp, self._shared
         if routed is None:
             assert mlp is not None and shared is not None
             act = workspace.scratch("act", shared.width)
-            launch.row_gate_up(place.x_1D, shared.gate, shared.up, act, self._swiglu_limit)
+            launch.row_gate_up(place.x_1D, shared.gate, shared.up, act, workspace.swiglu_limit)
             return launch.row(act, mlp.down_proj, workspace.h_1D, add=place.h_1D)
         if shared is None and routed.slots_E is None:
             return torch.add(place.h_1D, routed.y_1KD[0], out=workspace.h_1D)
         ending = Ending(workspace.finished, weights_1K, place.h_1D, workspace.h_1D)
-        launch.experts(routed, shared, ending, self._swiglu_limit)
+        launch.experts(routed, shared, ending, workspace.swiglu_limit)
         return workspace.h_1D
 
     def _attend(self, q: Tensor, latent: Tensor, layer_at: int) -> None:

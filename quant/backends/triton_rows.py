@@ -83,9 +83,8 @@ class Shared(NamedTuple):
 
     @classmethod
     def of(cls, mlp: Mlp[Prepared]) -> "Shared":
-        return cls(
-            mlp.gate_proj.shape[0], *map(operand, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        )
+        weights = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        return cls(mlp.gate_proj.shape[0], *map(operand, weights))
 
 
 _NO_SHARED = Shared(0, *[Operand(rows.NONE.value, None, None, None)] * 3)
@@ -145,8 +144,7 @@ def gate(
     logits_1E: Tensor,
     finished_1: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Norm, logits and ``route`` of one row in one launch; ``finished_1``, int32, is 0 before and
-    after."""
+    """Norm, logits and ``route`` of a row in a launch; ``finished_1``, int32, is 0 around it."""
     E, D = weight_ED.shape
     choice, sizes, constants = _chooser(1, E, router, bias_E, x_1D.device)
     rows.gate[(triton.cdiv(E, _GATE_ROWS),)](
@@ -173,8 +171,7 @@ def _chooser(
 def experts(routed: Routed, shared: Shared | None, ending: Ending | None, limit: float) -> None:
     """One token's routed experts where there are ``slots``, and with ``ending`` the shared one and
     what comes behind them.  The bits are the same whether the routed ones are computed here or were
-    before.  For what a launch does not use stands something of its type, so that each is of one
-    kernel."""
+    before.  For what a launch does not use stands something of its type: all are of one kernel."""
     x_1D, records, slots_E, indices_1K, y_1KD = routed
     layout, K, (in_levels, out_levels) = records.layout, indices_1K.shape[1], records.levels
     D, width, codecs = layout.hidden_size, layout.moe_intermediate_size, layout.codecs

@@ -23,10 +23,8 @@ from slotmoe.quant.shapes import ALIGNMENT, padded_record_bytes
 FORMAT_VERSION = 2
 EXPERTS = "experts"  # the folder of the experts' files
 MANIFEST, RESIDENT = "slotmoe.json", "resident.safetensors"
-COPIED = (
-    *("config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("generation_config.json", "chat_template.jinja"),
-)
+COPIED: tuple[str, ...] = ("config.json", "tokenizer.json", "tokenizer_config.json")
+COPIED += ("generation_config.json", "chat_template.jinja")
 MAX_PREDICTOR_WIDTH = 1 << 14
 _PREDICTOR = re.compile(r"predictor-[0-9a-f]{16}\.safetensors")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -65,8 +63,7 @@ class Part:
         return self.dtype.itemsize * math.prod(self.shape)
 
     def span(self, start: int = 0) -> tuple[int, int]:
-        """Its first byte and the one after its last, where the record or the data is at
-        ``start``."""
+        """Its first byte and the one after its last, of a record or data at ``start``."""
         return start + self.offset, start + self.offset + self.nbytes
 
     def describe(self) -> Json:

@@ -3,6 +3,7 @@
 import math
 import mmap
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-class Export:
+class Export(AbstractContextManager["Export"]):
     """An open export.  Reads are thread-safe; close it or use it as a context manager.  ``folders``
     hold the experts' files: the export's own first, then copies."""
 
@@ -54,12 +55,9 @@ class Export:
         self.mtp_layer: int | None = manifest["experts"].get("mtp_layer")  # the last, if kept
         self._codecs = manifest_codecs(manifest)
         self._levels = {name: levels_of(codec) for name, codec in self._codecs.items()}
-        self._predictor = next(filter(is_predictor, manifest["files"]), None)
-        self._parts = {
-            name: tensor_parts(entry)
-            for name, entry in manifest["files"].items()
-            if name in (RESIDENT, self._predictor)
-        }
+        self._predictor = next(filter(is_predictor, files), None)
+        held = [name for name in files if name in (RESIDENT, self._predictor)]
+        self._parts = {name: tensor_parts(files[name]) for name in held}
         # Of all resident tensors, and of all the predictor's.
         self.resident_bytes, self.predictor_bytes = (
             sum(part.nbytes for part in self._parts.get(name, {}).values())
@@ -71,8 +69,7 @@ class Export:
     @classmethod
     def open(cls, path: str | Path, experts_dirs: Sequence[Path] = ()) -> "Export":
         """Open the export in folder ``path``, and ``experts_dirs``, copies of its ``experts`` on
-        other drives.  Raises ``ExportError`` naming a file that is damaged or does not belong
-        there."""
+        other drives.  ``ExportError`` names a file that is damaged or foreign."""
         folder = Path(path)
         manifest = validate.read_manifest(folder)
         validate.refuse_unlisted(folder, manifest)
@@ -129,8 +126,7 @@ class Export:
     def read_range(
         self, layer: int, expert: int, start: int, out: memoryview, folder: int = 0
     ) -> None:
-        """Fill ``out`` from byte ``start`` of a record on, unverified, from one of ``folders``.
-        Raises ``ExportError``."""
+        """Fill ``out`` from byte ``start`` of a record on, unverified.  Raises ``ExportError``."""
         name = layer_file(layer)
         offset = self.manifest["files"][name]["header_bytes"] + start
         offset += expert * self.layout.record_bytes
@@ -204,9 +200,6 @@ class Export:
     def close(self) -> None:
         for folder in self.folders:
             folder.close()
-
-    def __enter__(self) -> "Export":
-        return self
 
     def __exit__(self, *problem: object) -> None:
         self.close()

@@ -215,8 +215,7 @@ def _check_experts(manifest: Json) -> None:
 
 
 def _check_report(report: Json, known: set[str]) -> None:
-    """What quantization cost must have the documented keys and possible figures; ``known`` are the
-    ways to store a tensor."""
+    """A report must have the documented keys and possible figures; ``known``: ways to store."""
     check(report, _REPORT, "quantization.report")
     _require(report.keys() == _REPORT.keys(), "the report has other keys than its format")
     for row in report["families"]:

@@ -1,5 +1,4 @@
-"""Files of an export, written under a temporary name and renamed when they are whole and
-durable."""
+"""Files of an export, written under a temporary name and renamed when whole and durable."""
 
 import fcntl
 import json
@@ -86,10 +85,9 @@ class ExportFile:
         for name, digest in zip(names, digests[len(records) :], strict=True):
             if digest != self.checksums[name]:
                 self._temporary.unlink()
-                raise ExportError(
-                    f"{self._temporary}: {name} was damaged after it had been written; "
-                    "run the same command to make it anew"
-                )
+                what = f"{name} was damaged after it had been written"
+                way_out = "run the same command to make it anew"
+                raise ExportError(f"{self._temporary}: {what}; {way_out}")
         entry: Json = {"bytes": self.nbytes, "header_bytes": len(self._header)}
         entry |= {"header_checksum": checksum(self._header), "checksum": whole}
         if record_bytes:

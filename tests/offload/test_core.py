@@ -161,7 +161,7 @@ def test_a_drive_that_declines_gets_no_piece(small_export, monkeypatch):
     with Runtime.open(small_export, context=64, slots=4) as runtime:
         store = runtime.model.store
         monkeypatch.setattr(store.drives, "takes", lambda drive, waiting: False)
-        read = Read(0, memoryview(bytearray(store.record_bytes)), DEMAND)
+        read = Read(0, DEMAND, memoryview(bytearray(store.record_bytes)))
         with store._lock:  # no thread looks meanwhile
             store._queue.append((DEMAND, 0, read))
             assert store._take(store.drives.fastest()) is None

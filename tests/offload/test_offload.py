@@ -255,9 +255,9 @@ def test_what_was_read_ahead_is_admitted_in_place_of_what_is_not_pinned(sample_e
             slots.wait([slots.store.of[expert_id].read])
         (demand,) = slots.demand([102])
         slots.wait([demand])
-        slots.store.hold(slice(2, 102))
+        slots.store.held_N[2:102] = True
         slots.admit_guesses()
-        slots.store.let_go([2])
+        slots.store.held_N[2] = False
         slots.prefetch(103, urgency=1)
         slots.wait([slots.store.of[103].read])
         slots.demand([103])  # it had arrived as a guess, and is none any more

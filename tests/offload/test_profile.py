@@ -171,7 +171,7 @@ def test_watching_changes_no_logits_and_ends(sample_export):
     with Runtime.open(sample_export, slots=60, context=64) as runtime:
         ids = list(range(100, 140))
         plain = runtime.logits(ids)
-        profiler, detach = attach(runtime)
+        profiler, detach = attach(runtime, 0.0)
         assert isinstance(profiler, Profiler)
         runtime.engine.empty()
         assert torch.equal(decode(runtime, ids[:20], ids[20:]), plain[19:])

@@ -171,8 +171,8 @@ class Engine(RuleBasedStateMachine):
         self.demand(missing, breaks)
         reads = slots.demand(missing)
         assert all(READING <= store.state(id) <= ARRIVED for id in missing)
-        store.hold(chosen)
-        store.hold(pins)
+        store.held_N[chosen] = True
+        store.held_N[pins] = True
         slots.cache.use_chunk(row, [[id % EXPERTS for id in chosen]])
         model.use(chosen)
         self.right(*set(chosen).difference(missing))

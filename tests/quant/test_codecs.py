@@ -165,7 +165,7 @@ def test_experts(kernels, choice, sizes):
     x, record = torch_of(rng.standard_normal((40, h))), expert_record(h, i, codecs)
     indices = torch.from_numpy(rng.integers(0, 4, (40, 2)))
     y = torch.full((40, 2, h), 7.0)
-    kernels.experts_by_slot(x, indices, slab, slots, record, y)
+    kernels.experts_by_slot(record, x, indices, slots, record.slab(slab), y)
     for slot, (weights, _) in enumerate(made):
         uses = (slots[indices] == slot).nonzero(as_tuple=True)
         want = expert(x[uses[0]].double().numpy(), *weights)
@@ -173,7 +173,7 @@ def test_experts(kernels, choice, sizes):
     assert (y[slots[indices] < 0] == 7).all()
     for row in range(0, 40, 7):
         again, part = torch.full((1, 2, h), 7.0), slice(row, row + 1)
-        kernels.experts_by_slot(x[part], indices[part], slab, slots, record, again)
+        kernels.experts_by_slot(record, x[part], indices[part], slots, record.slab(slab), again)
         assert torch.equal(again[0], y[row])
 
 
@@ -196,7 +196,8 @@ def test_more_uses_than_one_pass_takes(kernels):
     x, indices = torch_of(rng.standard_normal((400, 64))), rng.integers(0, 3, (400, 3))
     y = torch.full((400, 3, 64), torch.nan)
     slots = torch.tensor([2, 0, 1], dtype=torch.int32)
-    kernels.experts_by_slot(x, torch.from_numpy(indices), slab, slots, expert_record(64, 32), y)
+    record = expert_record(64, 32)
+    kernels.experts_by_slot(record, x, torch.from_numpy(indices), slots, record.slab(slab), y)
     for row, uses in enumerate(slots.numpy()[indices].tolist()):
         assert torch.equal(y[row], alone(kernels, x[row], [slab[slot] for slot in uses], 32))
 
@@ -219,7 +220,8 @@ def test_bad_records_are_refused(kernels):
     one, x, y = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 64), torch.empty(1, 1, 64)
     wider = expert_record(64, 32, EXPERT_CODECS["lut", "4"])  # its record is longer
     with pytest.raises(ValueError, match="record of"):
-        kernels.experts_by_slot(x, one, record[None, :-100], one[0].int(), wider, y)
-    empty, whole = expert_record(64, 0, codecs), slab_of([record])
+        wider.slab(record[None, :-100])
+    empty = expert_record(64, 0, codecs)
+    whole = empty.slab(slab_of([record]))
     with pytest.raises(ValueError, match="refused"):
-        kernels.experts_by_slot(x, one, whole, one[0].int(), empty, y)
+        kernels.experts_by_slot(empty, x, one, one[0].int(), whole, y)

@@ -110,7 +110,7 @@ def test_bad_arguments_are_refused():
         return lambda: native.linear(Matrix.of(weight), x)
 
     def experts(x=x64, chosen=chosen, slab=record[None], slots=slots, coded=coded, y=y):
-        return lambda: native.experts_by_slot(x, chosen, slab, slots, coded, y)
+        return lambda: native.experts_by_slot(coded, x, chosen, slots, coded.slab(slab), y)
 
     def mla(width=72, cache=cache, context=5, r=64):
         return lambda: native.mla(torch.ones(1, 2, width), cache, context, r, 1.0)
@@ -126,9 +126,9 @@ def test_bad_arguments_are_refused():
         *(experts(coded=expert_record(64, 33)), experts(y=torch.empty(2, 2, 64))),
         lambda: native.weighted_sum(torch.ones(1, 1, 64), torch.ones(1, 2)),
         lambda: native.rotate(scalar, turns),
-        lambda: native.absorb_query(torch.ones(1, 2, 7), kv_b),
-        lambda: native.absorb_query(torch.ones(1, 3, 6), kv_b),
-        lambda: native.absorb_value(torch.ones(1, 2, 127), kv_b),
+        lambda: native.absorb_query(kv_b, torch.ones(1, 2, 7)),
+        lambda: native.absorb_query(kv_b, torch.ones(1, 3, 6)),
+        lambda: native.absorb_value(kv_b, torch.ones(1, 2, 127)),
         lambda: native.quantize_nf4(torch.ones(4, 64, dtype=torch.int32)),
         lambda: native.quantize_int8(torch.ones(0, 64)),
         lambda: squared_error(torch.ones(32, 33), good),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from slotmoe.border import Router
 from slotmoe.quant.kernels.cpu.layers import Decoder
 from slotmoe.quant.kernels.cpu.tokens import Tokens
-from slotmoe.quant.kernels.cpu.weights import Mlp
+from slotmoe.quant.kernels.cpu.weights import Mlp, bind_router
 from slotmoe.quant.shapes import latent_bytes
 from tests.support.kernels import (
     RandomLayer,
@@ -53,7 +53,7 @@ def test_route(kernels, t, groups, size, kind, bias, data):
     if bias is not None:
         bias = torch_of(np.round(rng.standard_normal(experts), 1) * bias)
     router = Router(count, kept, top_k, 1.5, renormalize, group_best, scoring)
-    weights, indices = kernels.route(logits, router, bias)
+    weights, indices = kernels.route(bind_router(router), logits, bias)
     scores = SCORES[scoring](logits.double()).float()
     choice = scores if bias is None else scores + bias
     in_groups = choice.view(t, count, size).topk(group_best, -1).values.sum(-1)
@@ -66,7 +66,7 @@ def test_route(kernels, t, groups, size, kind, bias, data):
     want = want / (want.sum(-1, keepdim=True) + 1e-20) if renormalize else want
     torch.testing.assert_close(weights, (want * 1.5).float(), rtol=1e-6, atol=1e-30)
     assert torch.equal(indices, order)
-    given_weights, kept = kernels.route(logits, router, bias, order.flip(1))
+    given_weights, kept = kernels.route(bind_router(router), logits, bias, order.flip(1))
     assert torch.equal(kept, order.flip(1))
     torch.testing.assert_close(given_weights, weights.flip(1), rtol=1e-6, atol=1e-30)
 
@@ -77,19 +77,19 @@ def test_route_of_what_is_not_finite(kernels):
     routers = Router(1, 1, 5), Router(4, 2, 5, 1.0, True), Router(4, 2, 5, 1.0, True, 2, "sigmoid")
     bias = torch.tensor([math.inf, -math.inf, math.nan, 3e38, -3e38, 0.0] * 2)
     for router in routers:
-        weights, indices = kernels.route(logits, router, None)
+        weights, indices = kernels.route(bind_router(router), logits)
         assert router.scoring == "sigmoid" or weights[:2].isnan().all()
         assert weights[2].isfinite().all()
-        biased = kernels.route(logits, router, bias)[1]
+        biased = kernels.route(bind_router(router), logits, bias)[1]
         for row in (*indices.tolist(), *biased.tolist()):
             assert len(set(row)) == 5 and min(row) >= 0 and max(row) < 12
     shapes = (5, 1, 2), (4, 5, 2), (1, 1, 13), (4, 1, 4)
     for bad in (*(Router(*shape) for shape in shapes), Router(12, 3, 2, group_best=2)):
         with pytest.raises(ValueError, match="refused"):
-            kernels.route(logits, bad, None)
+            kernels.route(bind_router(bad), logits)
     for expert in (-1, 12):
         with pytest.raises(ValueError, match="refused"):
-            kernels.route(logits, Router(1, 1, 1), None, torch.full((3, 1), expert))
+            kernels.route(bind_router(Router(1, 1, 1)), logits, None, torch.full((3, 1), expert))
 
 
 def test_decode_refuses(kernels):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slotmoe.border import Listed
 from tests.support.kernels import (
     ISAS,
     by_each_set,
@@ -46,8 +47,8 @@ class Lists:
 
     def attend(self, chosen=slice(None), lists=None):
         lists = self.lists if lists is None else lists
-        values = lists[chosen].contiguous(), self.r, self.scale, self.sinks
-        return self.kernels.attend(self.q[chosen], *self.places, *values)
+        listed = Listed(*self.places, lists[chosen].contiguous(), self.sinks)
+        return self.kernels.attend(self.q[chosen], listed, self.r, self.scale)
 
 
 @quick
@@ -89,8 +90,8 @@ def test_attend_to_all_rows_is_mla(kernels, r, p):
     lists = torch.arange(1100, dtype=torch.int32).repeat(3, 1)
     lists[0, 1098:], lists[1, 1099:] = -1, -1
     want = kernels.mla(q, cache, 1100, r, 0.1)
-    assert torch.equal(kernels.attend(q, cache, None, lists, r, 0.1), want)
-    assert torch.equal(kernels.attend(q, cache[:70], cache[70:], lists, r, 0.1), want)
+    for places in ((cache, None), (cache[:70], cache[70:])):
+        assert torch.equal(kernels.attend(q, Listed(*places, lists), r, 0.1), want)
 
 
 def test_attend_reads_what_lists_name_alone(kernels):
@@ -99,31 +100,31 @@ def test_attend_reads_what_lists_name_alone(kernels):
     poisoned = rows.copy()
     poisoned[::2] = np.nan
     lists = torch.arange(1, 200, 2, dtype=torch.int32).repeat(2, 1)
-    values = None, lists, 64, 0.1, torch.zeros(5)
-    want = kernels.attend(q, latent_cache(kernels, rows, 64), *values)
-    got = kernels.attend(q, latent_cache(kernels, poisoned, 64), *values)
-    assert torch.equal(got, want)
-    sunk = kernels.attend(q, latent_cache(kernels, rows, 64), *values[:-1], torch.full((5,), 300.0))
-    assert not sunk.any()
-    assert relative(want, kernels.attend(q, latent_cache(kernels, rows, 64), *values[:-1])) > 1e-3
+
+    def attend(rows, sinks=None):
+        listed = Listed(latent_cache(kernels, rows, 64), None, lists, sinks)
+        return kernels.attend(q, listed, 64, 0.1)
+
+    want = attend(rows, torch.zeros(5))
+    assert torch.equal(attend(poisoned, torch.zeros(5)), want)
+    assert not attend(rows, torch.full((5,), 300.0)).any()
+    assert relative(want, attend(rows)) > 1e-3
 
 
 def test_attend_refuses(kernels):
     cache, q = latent_cache(kernels, np.ones((4, 8)), 8), torch.ones(1, 2, 8)
-    good = {"q": q, "rows": cache, "others": cache[:2], "latent": 8, "scale": 1.0}
-    good["lists"] = torch.tensor([[0, 5, -1]], dtype=torch.int32)
-    kernels.attend(**good)
+    good = Listed(cache, cache[:2], torch.tensor([[0, 5, -1]], dtype=torch.int32))
+    kernels.attend(q, good, 8, 1.0)
     bad = {
-        "lists": [good["lists"] + 1, good["lists"].long(), good["lists"][0]],
-        "others": [None, cache[:, :9], cache.float(), cache[:1]],
-        "rows": [cache[:3], cache[:, 1:]],
-        "sinks": [torch.ones(3), torch.ones(2).double()],
-        "latent": [7],
+        "lists_TL": [good.lists_TL + 1, good.lists_TL.long(), good.lists_TL[0]],
+        "more_SX": [None, cache[:, :9], cache.float(), cache[:1]],
+        "rows_SX": [cache[:3], cache[:, 1:]],
+        "sinks_H": [torch.ones(3), torch.ones(2).double()],
     }
-    for name, values in bad.items():
-        for value in values:
-            with pytest.raises((ValueError, AssertionError)):
-                kernels.attend(**good | {name: value})
+    refused = [good._replace(**{name: value}) for name in bad for value in bad[name]]
+    for listed, latent in [*((listed, 8) for listed in refused), (good, 7)]:
+        with pytest.raises((ValueError, AssertionError)):
+            kernels.attend(q, listed, latent, 1.0)
 
 
 def chosen(scores, k):
@@ -237,7 +238,8 @@ def test_tiles_give_the_bits_of_other_instructions(heads, width, context, extra,
     def run():
         cache = latent_cache(native, rows, r, extra)
         split, parts = context // 2, [native.mla(q, cache, context, r, 0.1)]
-        parts.append(native.attend(q, cache[:split], cache[split:], lists, r, 0.1))
+        listed = Listed(cache[:split], cache[split:], lists)
+        parts.append(native.attend(q, listed, r, 0.1))
         if not p:
             counts = torch.full((tokens,), context, dtype=torch.int32)
             parts.append(native.index(q, weights, cache, counts, -(-context // 2)))

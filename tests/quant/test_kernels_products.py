@@ -158,11 +158,11 @@ def test_absorbed_products_are_exact_but_for_the_rounding_of_rows(
         (kernels.absorb_query, q, q.numpy() * scale[:, :n], w[:, :n].transpose(0, 2, 1)),
         (kernels.absorb_value, latent, latent.numpy(), values),
     ):
-        got, want = times(x, kv_b), np.einsum("thk,hnk->thn", rows.astype(np.float64), part)
+        got, want = times(kv_b, x), np.einsum("thk,hnk->thn", rows.astype(np.float64), part)
         half = np.abs(rows).max(-1, keepdims=True) / 16256 * 0.5001
         limit = half * np.abs(part.astype(np.float64)).sum(-1) + 1e-6 * np.abs(want)
         assert np.all(np.abs(got.numpy() - want) <= limit)
-        assert torch.equal(times(x[-1:], kv_b), got[-1:])
+        assert torch.equal(times(kv_b, x[-1:]), got[-1:])
 
 
 @quick
@@ -243,7 +243,7 @@ def test_gates_and_ups_have_a_limit(kernels, codec, t):
             return kernels.mlp(Mlp(*parts, limit), x)
         y, chosen = torch.empty(len(x), 1, h), torch.zeros(len(x), 1, dtype=torch.int64)
         how = expert_record(h, i, choice, limit=limit)
-        kernels.experts_by_slot(x, chosen, slab, chosen[0].int(), how, y)
+        kernels.experts_by_slot(how, x, chosen, chosen[0].int(), how.slab(slab), y)
         return y[:, 0]
 
     gate, up, down = (torch.from_numpy(weight) for weight in exact)

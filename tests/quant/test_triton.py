@@ -187,7 +187,7 @@ def test_gates_and_ups_have_a_limit(ops, T):
     results = {}
     for ops.swiglu_limit in (0.0, 1e30, limit):
         y_TKD = outputs(ops, x_TD, records, slots_E, indices_TK)
-        results[ops.swiglu_limit] = y_TKD, ops.mlp(x_TD, *weights)
+        results[ops.swiglu_limit] = y_TKD, ops.mlp(x_TD, Mlp(*weights))
     y_TKD, y_TD = results[limit]
     exact_TKD = torch.stack([
         torch.cat([expert_of(records, slots_E[e], x[None], limit) for e in row])

@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 
-from slotmoe.border import HyperGeometry, Mixed, Mixing, Router
+from slotmoe.border import HyperGeometry, Listed, Mixed, Mixing, Router
 from slotmoe.model.routing import route
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import TorchBackend
@@ -69,8 +69,8 @@ def test_attention_over_lists(ops, counts, H, R, P, beyond, sunk):
     q_THW = randn(len(counts), H, R + P) * 3
     q_THW *= torch.logspace(-3, 3, len(counts), device=DEVICE)[:, None, None]
     sinks_H = randn(H) * 2 if sunk else None
-    given = R, 0.2, sinks_H
-    y_THR = ops.attend(q_THW, rows_SW, more_SW if beyond else None, lists_TL, *given)
+    listed = Listed(rows_SW, more_SW if beyond else None, lists_TL, sinks_H)
+    y_THR = ops.attend(q_THW, listed, R, 0.2)
     assert y_THR.shape == (len(counts), H, R) and y_THR.dtype == torch.float32
     both_SW = torch.cat([rows_SW, more_SW]).double()
     for y_HR, q_HW, list_L, count in zip(y_THR, q_THW.double(), lists_TL, counts, strict=True):
@@ -88,11 +88,12 @@ def test_a_tokens_attention_is_the_same_alone_and_among_others(ops):
     lists_TL, sinks_H = lists_of(counts, 310, 100, 250), randn(20)
     rows_SW, more_SW = stores(100, 250, 48, lists_TL)
     q_THW = randn(17, 20, 48)
-    whole_THR = ops.attend(q_THW, rows_SW, more_SW, lists_TL, 40, 0.2, sinks_H)
+    listed = Listed(rows_SW, more_SW, lists_TL, sinks_H)
+    whole_THR = ops.attend(q_THW, listed, 40, 0.2)
     for t in range(4):
-        alone = q_THW[t : t + 1], rows_SW, more_SW, lists_TL[t : t + 1, : counts[t]]
-        assert torch.equal(ops.attend(*alone, 40, 0.2, sinks_H)[0], whole_THR[t])
-    some_THR = ops.attend(q_THW[1:4], rows_SW, more_SW, lists_TL[1:4], 40, 0.2, sinks_H)
+        alone = listed._replace(lists_TL=lists_TL[t : t + 1, : counts[t]])
+        assert torch.equal(ops.attend(q_THW[t : t + 1], alone, 40, 0.2)[0], whole_THR[t])
+    some_THR = ops.attend(q_THW[1:4], listed._replace(lists_TL=lists_TL[1:4]), 40, 0.2)
     assert torch.equal(some_THR, whole_THR[1:4])
 
 
@@ -148,11 +149,10 @@ def test_an_indexers_scores_bear_queries_of_any_size_and_are_the_same_among_othe
 def test_compressed_rows(ops, B, S, Y):
     both_BS2Y = randn(B, S, 2, Y) * 3
     both_BS2Y[0, : S // 2, 1] = -torch.inf  # as before the first row
-    given = both_BS2Y[:, :, 0], both_BS2Y[:, :, 1], randn(S, Y), torch.rand(Y, device=DEVICE)
+    given = both_BS2Y, randn(S, Y), torch.rand(Y, device=DEVICE)
     y_BY = ops.compress(*given, 1e-3)
     assert error(y_BY, PLAIN.compress(*(x.double() for x in given), 1e-3)) < 1e-6
-    alone = (x[-1:] for x in given[:2])
-    assert torch.equal(ops.compress(*alone, *given[2:], 1e-3), y_BY[-1:])
+    assert torch.equal(ops.compress(both_BS2Y[-1:], *given[1:], 1e-3), y_BY[-1:])
 
 
 def mixing_of(Q, D, head):
@@ -170,11 +170,11 @@ STREAMS = [(1, 4, 300), (6, 3, 21), (9, 2, 1030), (2, 1, 16)]
 @pytest.mark.parametrize(("T", "Q", "D"), STREAMS)
 def test_residual_streams_are_mixed_and_take_in_what_a_block_gives(ops, T, Q, D):
     """The count of the programs that have finished is as it was."""
-    hyper, mixing = HyperGeometry(Q, 20, 1e-6), mixing_of(Q, D, head=False)
+    hyper, mixing = HyperGeometry(Q, 20, 1e-6, 1e-4), mixing_of(Q, D, head=False)
     h_TD, y_TD = randn(T, Q * D) * 4, randn(T, D)
     for _ in range(2):
-        x_TD, mixed = ops.mix(h_TD, mixing, hyper, 1e-4)
-        exact = PLAIN.mix(h_TD.double(), in_float64(mixing), hyper, 1e-4)
+        x_TD, mixed = ops.mix(h_TD, mixing, hyper)
+        exact = PLAIN.mix(h_TD.double(), in_float64(mixing), hyper)
         exact_TD, exact_mixed = exact
         assert error(x_TD, exact_TD) < 1e-6
         for part, expected in zip(mixed, exact_mixed, strict=True):
@@ -183,7 +183,7 @@ def test_residual_streams_are_mixed_and_take_in_what_a_block_gives(ops, T, Q, D)
         exact_mixed = Mixed(*(part.double() for part in mixed))
         expected = PLAIN.add_mixed(y_TD.double(), h_TD.double(), exact_mixed)
         assert error(added_TD, expected) < 1e-6
-        alone_1D, of_one = ops.mix(h_TD[-1:], mixing, hyper, 1e-4)
+        alone_1D, of_one = ops.mix(h_TD[-1:], mixing, hyper)
         assert torch.equal(alone_1D, x_TD[-1:])
         assert all(torch.equal(part, all_[-1:]) for part, all_ in zip(of_one, mixed, strict=True))
         assert torch.equal(ops.add_mixed(y_TD[-1:], h_TD[-1:], of_one), added_TD[-1:])
@@ -192,11 +192,12 @@ def test_residual_streams_are_mixed_and_take_in_what_a_block_gives(ops, T, Q, D)
 
 @pytest.mark.parametrize(("T", "Q", "D"), STREAMS)
 def test_the_head_reads_all_residual_streams(ops, T, Q, D):
-    hyper, mixing, h_TD = HyperGeometry(Q, 20, 1e-6), mixing_of(Q, D, head=True), randn(T, Q * D)
-    x_TD = ops.collapse(h_TD, mixing, hyper, 1e-4)
-    exact_TD = PLAIN.collapse(h_TD.double(), in_float64(mixing), hyper, 1e-4)
+    hyper, mixing = HyperGeometry(Q, 20, 1e-6, 1e-4), mixing_of(Q, D, head=True)
+    h_TD = randn(T, Q * D)
+    x_TD = ops.collapse(h_TD, mixing, hyper)
+    exact_TD = PLAIN.collapse(h_TD.double(), in_float64(mixing), hyper)
     assert x_TD.shape == (T, D) and error(x_TD, exact_TD) < 1e-6
-    assert torch.equal(ops.collapse(h_TD[-1:], mixing, hyper, 1e-4), x_TD[-1:])
+    assert torch.equal(ops.collapse(h_TD[-1:], mixing, hyper), x_TD[-1:])
 
 
 ROUTERS = product(

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from slotmoe.border import Mixing
+from slotmoe.border import Listed, Mixing
 from slotmoe.model.config import parse_config, read_config
 from slotmoe.model.layers import geometry_of
 from slotmoe.offload.plan.advice import geometry_path
@@ -147,20 +147,19 @@ def launch_operations(backend, geometry):
     more_SX, sinks_H = (rows_SX, empty(H)) if compressed else (None, None)
     for T in (1, 4, 512):
         lists_TL = empty(T, window + topk, dtype=torch.int32)
-        backend.attend(empty(T, H, width), rows_SX, more_SX, lists_TL, R, 0.1, sinks_H)
+        listed = Listed(rows_SX, more_SX, lists_TL, sinks_H)
+        backend.attend(empty(T, H, width), listed, R, 0.1)
         counts_T = empty(T, dtype=torch.int32)
         backend.index(empty(T, J, A), empty(T, J), keys_SA, counts_T, topk)
         if hyper is not None:
             Q, D = hyper.Q, 4096
             mixing = Mixing(empty((2 + Q) * Q, Q * D), empty((2 + Q) * Q), empty(3))
-            _, mixed = backend.mix(empty(T, Q * D), mixing, hyper, 1e-6)
+            _, mixed = backend.mix(empty(T, Q * D), mixing, hyper)
             backend.add_mixed(empty(T, D), empty(T, Q * D), mixed)
             head = Mixing(empty(Q, Q * D), empty(Q), empty(1))
-            backend.collapse(empty(T, Q * D), head, hyper, 1e-6)
+            backend.collapse(empty(T, Q * D), head, hyper)
             for M, Y in ((8, R), (8, A), (128, R)):
-                both_TM2Y = empty(T, M, 2, Y)
-                given = both_TM2Y[:, :, 0], both_TM2Y[:, :, 1], empty(M, Y), empty(Y)
-                backend.compress(*given, 1e-6)
+                backend.compress(empty(T, M, 2, Y), empty(M, Y), empty(Y), 1e-6)
         chosen_TK = empty(T, router.top_k, dtype=torch.int64)
         for given in ((empty(256), None), (None, chosen_TK)):
             backend.route(empty(T, 256), router, *given)

@@ -124,7 +124,7 @@ def through_expert(kernels, x, record, intermediate):
     y, chosen = torch.empty(len(x), 1, x.shape[1]), torch.zeros(len(x), 1, dtype=torch.int64)
     slots = torch.zeros(1, dtype=torch.int32)
     coded = expert_record(x.shape[1], intermediate)
-    kernels.experts_by_slot(x, chosen, slab_of([record]), slots, coded, y)
+    kernels.experts_by_slot(coded, x, chosen, slots, coded.slab(slab_of([record])), y)
     return y[:, 0]
 
 
@@ -227,10 +227,10 @@ class RandomLayer:
         normed = k.rms_norm(latent[:, :r].contiguous(), self.latent_norm, 1e-6)
         key = k.rotate(latent[:, None, r:].contiguous(), table, self.halves)[0]
         k.store_latents(torch.cat([normed, key], -1), r, cache[position : position + 1])
-        absorbed = k.absorb_query(q[..., :n].contiguous(), self.kv_b)
+        absorbed = k.absorb_query(self.kv_b, q[..., :n].contiguous())
         rotated = k.rotate(q[..., n:].contiguous(), table, self.halves)
         out = k.mla(torch.cat([absorbed, rotated], -1), cache, position + 1, r, self.scale)
-        h = h + k.linear(self.out, k.absorb_value(out, self.kv_b).reshape(1, heads * v))
+        h = h + k.linear(self.out, k.absorb_value(self.kv_b, out).reshape(1, heads * v))
         x = k.rms_norm(h, self.next_norm, 1e-5)
         return h, x, k.linear(self.gate, x) if self.gate else None
 

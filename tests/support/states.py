@@ -40,7 +40,7 @@ class Disk:
 
     def read(self, expert_id, target, urgency):
         self._fail("read")
-        read = Read(expert_id, target.numpy().data, urgency)
+        read = Read(expert_id, urgency, target.numpy().data)
         self.targets[read] = target.data_ptr()
         return read
 

@@ -146,7 +146,7 @@ class Twin:
         self.syncs = self.launches = self.copies = self.released = self.seams = 0
         self._mailbox, self._host_side, self._given = Mailbox(), [], set()
         self.pinned, self.pins_allowed, self.unpinned_copies = {}, 1 << 30, 0  # address -> bytes
-        self._ordered, self._latest = -1, None
+        self._ordered = -1
         # By a slot's address: its last reader, and the number of its last copy.
         self._read, self._written = {}, {}
         self._lock, self._queue = threading.Lock(), Queue()
@@ -220,13 +220,9 @@ class Twin:
             self.unpinned_copies += not self._is_pinned(source)
             self._written[target.data_ptr()] = self.copies
             target.fill_(255)
-            self._latest = copy = TwinCopy(self, self.copies)
+            copy = TwinCopy(self, self.copies)
             self._queue.put((copy, source, target, self.delay, self.spoil(self.copies)))
             return copy
-
-    def drain(self):
-        if self._latest is not None:
-            self._latest.synchronize()
 
     def mapped(self, size):
         """Memory with two addresses, as page-locked RAM has one for the host and one for

@@ -56,7 +56,7 @@ async def status(app, asked, key):
 def test_a_replica_of_ray_answers(ray_serve, heavy, sample_export, tmp_path, monkeypatch):
     monkeypatch.setenv("SLOTMOE_API_KEY", "secret")
     ray_serve.Replica.bind = ray_serve.Replica
-    given = {"model": sample_export, "sessions": tmp_path / "sessions", "ram": "1GiB"}
+    given = {"model": sample_export, "sessions": tmp_path / "sessions", "ram": "4GiB"}
     replica = ray_serve.app({**given, "hosts": "llm.example.org"})
     asked = {"model": "slotmoe", "prompt": "The people of the United States" * 4, "max_tokens": 1}
 

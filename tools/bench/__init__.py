@@ -88,9 +88,8 @@ def _print(report: dict[str, Any]) -> None:
 
 def _sentences(report: dict[str, Any]) -> list[str]:
     ceiling, link, disk = report["ceiling"], report["link"], report["disk"]
-    spent = [
-        f"{name} {ms:.1f} ms" for name, ms in report["decode_milliseconds"].items() if ms >= 0.05
-    ]
+    stages = report["decode_milliseconds"].items()
+    spent = [f"{name} {ms:.1f} ms" for name, ms in stages if ms >= 0.05]
     touched = [f"{name} {size / 1e6:.0f} MB" for name, size in ceiling["bytes_per_token"].items()]
     lines = [
         f"One token by kernel: {', '.join(spent)}.",

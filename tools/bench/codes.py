@@ -125,9 +125,8 @@ def _replace(folder: Path, experts: bool) -> float:
     error = square = 0.0
     with Checkpoint.open(SAMPLE) as checkpoint, Export.open(folder / "export") as export:
         tensors = {name: checkpoint.tensor(name) for name in checkpoint.infos}
-        made = {
-            name: dequantize(export.resident(name)) for name in resident_shapes(checkpoint.config)
-        }
+        names = resident_shapes(checkpoint.config)
+        made = {name: dequantize(export.resident(name)) for name in names}
         if experts:
             made = {
                 expert_name(layer, expert, projection): weight

@@ -42,10 +42,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
         self.end_headers()
         self.wfile.flush()
-        out = self.connection.fileno()
         with open(self.file, "rb") as file:
-            while start < stop:
-                start += os.sendfile(out, file.fileno(), start, min(stop - start, 16 << 20))
+            self.connection.sendfile(file, start, stop - start)
 
 
 def _serve(file: Path, listener: socket) -> None:

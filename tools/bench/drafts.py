@@ -36,22 +36,16 @@ def _texts(text: str, replace: tuple[str, str] | None) -> tuple[str, str]:
 @turns.repetitions(5)
 @turns.THREADS
 def drafts(
-    export: str,
-    text: Path,
-    replace: tuple[str, str] | None,
-    prompt_tokens: int,
-    decode_tokens: int,
-    repetitions: int,
-    **given: Any,
+    export: str, text: Path, replace: tuple[str, str] | None, repetitions: int, **given: Any
 ) -> None:
     """Decode the answer to TEXT with drafts and without: its second half, or, with --replace, all
     of it anew.  The ratio is of tokens a second; each turn learns what drafts are worth anew."""
     prompt, answer = _texts(read_text(text), replace)
-    context = prompt_tokens + decode_tokens
-    with Runtime.open(export, context=context, draft="ngram", **given) as runtime:
+    read, decoded = given.pop("prompt_tokens"), given.pop("decode_tokens")
+    with Runtime.open(export, context=read + decoded, draft="ngram", **given) as runtime:
         runtime.warm()
-        ids = runtime.tokenizer.encode(prompt)[-prompt_tokens:]
-        following = runtime.tokenizer.encode(answer, add_bos=False)[:decode_tokens]
+        ids = runtime.tokenizer.encode(prompt)[-read:]
+        following = runtime.tokenizer.encode(answer, add_bos=False)[:decoded]
         passes = runtime.engine.batch.passes
         runtime.engine.empty()
         runtime.engine.force(ids)
@@ -60,8 +54,8 @@ def drafts(
         def speed(way: str, drafting: Drafting | None) -> float:
             passes.drafting, before = drafting, runtime.stats()["io"]["disk"]["bytes"]
             moments = runtime.engine.force(ids, following).moments
-            read = runtime.stats()["io"]["disk"]["bytes"] - before
-            used[way] = {"disk_bytes_per_token": read / len(following)}
+            size = runtime.stats()["io"]["disk"]["bytes"] - before
+            used[way] = {"disk_bytes_per_token": size / len(following)}
             if drafting is not None:
                 used[way] |= drafting.stats()
             return len(following) / (moments[-1] - moments[0])

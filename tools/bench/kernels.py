@@ -248,8 +248,7 @@ def kernels(
 
 @contextmanager
 def _launching(way: str) -> Iterator[None]:
-    """A runtime that is opened and used inside launches its decode kernels this way; its own way is
-    one graph."""
+    """A runtime that is opened and used inside launches its decode kernels this way."""
     from slotmoe.quant.backends import triton
 
     with ExitStack() as stack:

@@ -15,9 +15,6 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.bench import turns
 from slotmoe.tools.options import count, flag, option
 
-_DRIVER = "The program made of scripts/peer.cpp, as docs/benchmarks.md says."
-_BUSY = "Beside both a process that never rests takes half of one core."
-
 
 class _Peer:
     """The driver's process, which waits for its next line in between."""
@@ -57,22 +54,17 @@ def _spin() -> None:
 @turns.repetitions(7)
 @turns.THREADS
 @option("--ram", "SIZE", "RAM budget.")
-@flag("--busy", _BUSY)
+@flag("--busy", "Beside both a process that never rests takes half of one core.")
 def peer(
-    export: str,
-    driver: Path,
-    model: Path,
-    prompt_tokens: int,
-    decode_tokens: int,
-    depth: int,
-    repetitions: int,
-    busy: bool,
-    **given: Any,
+    export: str, driver: Path, model: Path, repetitions: int, busy: bool, **given: Any
 ) -> None:
-    """Prefill or decode EXPORT, and GGUF by ik_llama.cpp's DRIVER (docs/benchmarks.md), in turn."""
-    if bool(prompt_tokens) == bool(decode_tokens):
+    """Prefill or decode EXPORT, and GGUF by ik_llama.cpp's DRIVER, in turn.  DRIVER is made of
+    scripts/peer.cpp, as docs/benchmarks.md says."""
+    names = ("prompt_tokens", "decode_tokens", "depth")
+    prompt, decode, depth = (int(given.pop(name)) for name in names)
+    if bool(prompt) == bool(decode):
         raise ConfigError("give --prompt-tokens or --decode-tokens")
-    tokens, what = (prompt_tokens, "prefill") if prompt_tokens else (decode_tokens, "decode")
+    tokens, what = (prompt, "prefill") if prompt else (decode, "decode")
     context = max(depth, 1) + tokens + 8
     with Runtime.open(export, context=context, **given) as runtime:
         runtime.warm()
@@ -81,7 +73,7 @@ def peer(
 
         def ours() -> float:
             ids = turns.random_ids(tokens)
-            if prompt_tokens:
+            if prompt:
                 return tokens / turns.prefill_seconds(runtime, ids)
             return tokens / sum(turns.token_seconds(runtime, ids, depth))
 
@@ -96,5 +88,5 @@ def peer(
             other.close()
             if busy:
                 neighbour.kill()
-        of = {"prompt": prompt_tokens, "decode": decode_tokens, "depth": depth}
+        of = {"prompt": prompt, "decode": decode, "depth": depth}
         turns.finish(rows, threads=runtime.threads, busy=busy, **of)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,24 +60,18 @@ class _Way:
 @option("-o --output", "CHART.png", "Draw bytes against KL divergence.", type=NEW_FILE)
 @turns.THREADS
 def routing(
-    export: str,
-    texts: tuple[Path, ...],
-    tokens: int,
-    generate: int,
-    budgets: tuple[float, ...],
-    output: Path | None,
-    **given: Any,
+    export: str, texts: Sequence[Path], budgets: Sequence[float], output: Path | None, **given: Any
 ) -> None:
     """For each TEXT and route budget, bytes read a token and the KL divergence from the text
     without a budget; and of generated text how much repeats."""
-    rows: list[turns.Row] = []
+    rows, counts = list[turns.Row](), (given.pop("tokens"), given.pop("generate"))
     for path in texts:
         with ExitStack() as opened:
             ways = []
             for budget in (0.0, *(budgets or _BUDGETS)):
                 runtime = Runtime.open(export, route_budget=budget, **given)
                 ways.append(_Way(opened.enter_context(runtime), budget))
-            rows += _measure(ways, path, tokens, generate)
+            rows += _measure(ways, path, *counts)
     for budget in dict.fromkeys(row["budget"] for row in rows):
         chosen = [row for row in rows if row["budget"] == budget]
         figures = [name for name in chosen[0] if name not in ("text", "budget")]

@@ -38,9 +38,7 @@ def stream(port: int, prompt: list[int], tokens: int, never: list[int]) -> list[
     Ids in ``never`` are never chosen: random weights may end an answer at once."""
     connection, moments = HTTPConnection("127.0.0.1", port, timeout=600), [time.perf_counter()]
     body: dict[str, Any] = {"model": "bench", "prompt": prompt, "max_tokens": tokens}
-    body |= {"temperature": 0, "stream": True}
-    if never:
-        body["logit_bias"] = {str(id): -100 for id in never}
+    body |= {"temperature": 0, "stream": True, "logit_bias": {str(id): -100 for id in never}}
     headers = {"Content-Type": "application/json"}
     connection.request("POST", "/v1/completions", json.dumps(body), headers)
     response = connection.getresponse()

@@ -158,8 +158,7 @@ def _moved(runtime: Runtime) -> dict[str, Any]:
 
 
 def _disk(runtime: Runtime, moved: Counter[str]) -> dict[str, Any] | None:
-    """What decoding read from disk, beside what the disk gives alone, and all reads by drive; None
-    if it read nothing."""
+    """What decoding read from disk, if anything, beside what the disk gives alone, and by drive."""
     if not moved["disk"]:
         return None
     each = observed.drive_bandwidths(runtime.model.export)

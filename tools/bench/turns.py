@@ -21,6 +21,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.options import Decorator, count, option
 
 T = TypeVar("T")
+Ways = Mapping[str, Callable[[], T]]
 Row = dict[str, Any]
 EXPORT = click.argument("export", metavar="EXPORT")
 THREADS = count("--threads", None, "CPU threads. [default: cores]")
@@ -38,9 +39,7 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def take_turns(
-    ways: Mapping[str, Callable[[], T]], rounds: int, warm_up: bool = True
-) -> dict[str, list[T]]:
+def take_turns(ways: Ways[T], rounds: int, warm_up: bool = True) -> dict[str, list[T]]:
     """What each way returned in each round; with ``warm_up``, after a round that isn't counted."""
     names, results = list(ways), {name: list[T]() for name in ways}
     if warm_up:
@@ -53,11 +52,7 @@ def take_turns(
 
 
 def compare(
-    ways: Mapping[str, Callable[[], float]],
-    rounds: int,
-    against: str,
-    unit: str,
-    warm_up: bool = True,
+    ways: Ways[float], rounds: int, against: str, unit: str, warm_up: bool = True
 ) -> list[Row]:
     """A row for each way: the median in ``unit``, its range, and the median and range of the ratios
     to the way ``against``, round by round."""

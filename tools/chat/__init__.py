@@ -95,19 +95,18 @@ def command(
     \b
     Examples:
       slotmoe chat sample
-      slotmoe chat lite-export --ram 6GiB --context 16384 --system "Answer in one sentence."
-      slotmoe chat lite-export --session plans
-      slotmoe chat lite-export --resume
-      printf '%s\\n' "Why is the sky blue?" /stats | slotmoe chat lite-export --seed 1
+      slotmoe chat lite --ram 6GiB --context 16384 --system "Answer in one sentence."
+      slotmoe chat lite --session plans
+      slotmoe chat lite --resume
+      printf '%s\\n' "Why is the sky blue?" /stats | slotmoe chat lite --seed 1
     """
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
         options.require_extra("chat", "prompt_toolkit")
     from slotmoe.tools.chat.conversation import Conversation
 
-    chosen = {name: given[name] for name in options.SAMPLING}
     with open_session(given, "chat") as session, open_runtime(model, given) as runtime:
-        sampling = runtime.sampling.with_given(**chosen)
+        sampling = runtime.sampling.with_given(**{name: given[name] for name in options.SAMPLING})
         settings = max_new_tokens, sampling, system, session, given["stop"]
         conversation = Conversation(runtime, *settings)
         if trace is not None:

@@ -198,9 +198,8 @@ class Conversation:
                 prompt = f"{position:,} of {len(stream.request.prompt):,} tokens"
             facts.append(f"reading {prompt}, {time.monotonic() - since:.0f} s")
         if before is not None:
-            tokens, seconds, hits, misses = (
-                stats[group][name] - before[group][name] for group, name in _COUNTS
-            )
+            counts = (stats[group][name] - before[group][name] for group, name in _COUNTS)
+            tokens, seconds, hits, misses = counts
             if tokens:
                 facts.append(f"{tokens / seconds:.1f} tokens/s")
             if hits or misses:
@@ -222,9 +221,8 @@ class Conversation:
         if len(ids) + room > context and sent:
             # Where half has no place for the newest exchange, as few as necessary are dropped.
             for limit in (context // 2, context - room):
-                dropped = 1 + bisect_left(
-                    range(1, len(sent)), -limit, key=lambda oldest: -len(without(oldest))
-                )
+                later = range(1, len(sent))
+                dropped = 1 + bisect_left(later, -limit, key=lambda oldest: -len(without(oldest)))
                 if dropped < len(sent):
                     break
             ids = without(dropped)

@@ -115,9 +115,8 @@ class View:
         self._block, self._thought, self._printed = "", "", False
         self._drawn: list[list[Segment]] = []
         self._next_drawing = 0.0
-        show = self.render
         self.live = Live(
-            console=console, get_renderable=show, transient=True, redirect_stdout=False
+            get_renderable=self.render, console=console, transient=True, redirect_stdout=False
         )
 
     def think(self, text: str) -> None:

@@ -43,9 +43,9 @@ def command(
     \b
     Examples:
       slotmoe profile sample
-      slotmoe profile lite-export --ram 5GiB -n 64 -o lite-5gib --live
-      slotmoe profile lite-export --ram 5GiB --warm --json > steady.json
-      slotmoe profile lite-export --text notes.txt --context 8192 --json > profile.json
+      slotmoe profile lite --ram 5GiB -n 64 -o lite-5gib --live
+      slotmoe profile lite --ram 5GiB --warm --json > steady.json
+      slotmoe profile lite --text notes.txt --context 8192 --json > profile.json
     """
     from slotmoe.tools.profile.measure import run  # imports torch
     from slotmoe.tools.profile.report import overview, write_report

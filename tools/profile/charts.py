@@ -42,8 +42,7 @@ _RATES = (
     ("right, of the guesses", ORANGE, "s--", "right", ("guessed",)),
     ("used, of what was read ahead", RED, "D:", "used", ("used", "wasted")),
 )
-"""Of each line by layer: label, colour, style, the count that it shows, and those that make up the
-whole."""
+"""Of each line by layer: label, colour, style, the count that it shows, and those of the whole."""
 Fill = Callable[[Axes], str]
 
 
@@ -118,8 +117,7 @@ def _memory(axes: Axes, report: Json, tier: str) -> str:
     begins = {step["kind"]: step["began"] for step in reversed(report["steps"])}
     for kind, began in begins.items():  # a line where each phase begins
         axes.axvline(began, color="black", linestyle=":", linewidth=1)
-        at_top = axes.get_xaxis_transform()
-        axes.text(began, 1, f" {kind}", transform=at_top, va="top", fontsize=9)
+        axes.text(began, 1, f" {kind}", transform=axes.get_xaxis_transform(), va="top", fontsize=9)
     _legend(axes)
     most, allowed = (format_size(report[name][tier]) for name in ("peak", "budget"))
     return f"Memory ({tier}) by component over time: peak {most}, budget {allowed}"

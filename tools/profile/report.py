@@ -55,8 +55,8 @@ def _html(report: Json, images: dict[str, tuple[str, bytes]], rows: list[Json]) 
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"size": format_size, "base64": lambda d: base64.b64encode(d).decode()}
-    template = environment.get_template("report.html")
-    return template.render(**report, images=images, compared=rows)
+    page = environment.get_template("report.html")
+    return page.render(**report, images=images, compared=rows)
 
 
 def compared(report: Json) -> list[Json]:

@@ -87,9 +87,9 @@ def command(model: str, host: str, port: int, names: tuple[str, ...], **given: A
       slotmoe serve sample
       curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
            -d '{"model": "sample", "prompt": "Call me", "temperature": 0}'
-      slotmoe serve lite-export --ram 8GiB --context 8192 --max-sequences 8
-      slotmoe serve lite-export --session-dir sessions --session-limit 20GiB
-      SLOTMOE_API_KEY=secret slotmoe serve lite-export --host 0.0.0.0 --allow-host box.local
+      slotmoe serve lite --ram 8GiB --context 8192 --max-sequences 8
+      slotmoe serve lite --session-dir sessions --session-limit 20GiB
+      SLOTMOE_API_KEY=secret slotmoe serve lite --host 0.0.0.0 --allow-host box.local
     """
     options.require_extra("serve", *_LIBRARIES)
     sequences, queue = given["max_sequences"], given["max_queue"]

@@ -27,14 +27,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from slotmoe.border import Router
+from slotmoe.border import Listed
 from slotmoe.errors import ConfigError
 from slotmoe.quant.codecs.codec import NF4, TILE
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.layers import Decoder
 from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, Function, tensor_spec
 from slotmoe.quant.kernels.cpu.tokens import Tokens, address, layer_rows
-from slotmoe.quant.kernels.cpu.weights import Absorbed, ExpertRecord, Matrix, bind_router
+from slotmoe.quant.kernels.cpu.weights import Absorbed, ExpertRecord, Matrix
 from slotmoe.quant.shapes import latent_bytes
 from slotmoe.system import cores
 
@@ -63,8 +63,7 @@ class Decoded(NamedTuple):
 
 class Kernels:
     """The native kernels.  Methods allocate their results, may be called from several threads (jobs
-    queue), release the GIL while they run, and raise ValueError for bad arguments before anything
-    is read."""
+    queue), release the GIL while they run, and raise ValueError for bad arguments first."""
 
     def __init__(self, path: Path) -> None:
         self._lib = ctypes.CDLL(str(path))  # what it returns is an int, unless said otherwise
@@ -75,10 +74,12 @@ class Kernels:
         self.set_threads(cores())
         self._functions = {name: Function(self._lib, name) for name in SIGNATURES}
         functions = self._functions
-        self.mlp = functions["mlp"]
+        self.mlp, self.layer_norm = functions["mlp"], functions["layer_norm"]
         self.rms_norm, self.rotate = functions["rms_norm"], functions["rotate"]
         self.weighted_sum, self.compress = functions["weighted_sum"], functions["compress"]
-        self.layer_norm = functions["layer_norm"]
+        self.absorb_query, self.absorb_value = functions["absorb_query"], functions["absorb_value"]
+        self.route = functions["route"].results
+        self.experts_by_slot = functions["experts_by_slot"].results
         self.hyper_in = functions["hyper_in"].results
         self.hyper_out, self.hyper_head = functions["hyper_out"], functions["hyper_head"]
         # of slotmoe.quant.codecs.encode and slotmoe.quant.codecs.feedback
@@ -169,21 +170,6 @@ class Kernels:
         y: Tensor = self._functions["linear"](weight, x if x.dim() == 3 else x[:, None])
         return y.unflatten(1, (x.shape[1], -1)) if x.dim() == 3 else y
 
-    def experts_by_slot(
-        self,
-        x: Tensor,
-        indices: Tensor,
-        slab: Tensor,
-        slots: Tensor,
-        record: ExpertRecord,
-        y: Tensor,
-    ) -> None:
-        """x float32 [T, H] through those of each token's experts, indices int64 [T, k], that are in
-        the slab (uint8 [S, >= record_bytes]), unweighted, into y float32 [T, k, H]: slots int32 [E]
-        says in which row by expert; where it is negative, y is left as it is."""
-        bound = record.slab(slab)
-        self._functions["experts_by_slot"].results(record, x, indices, slots, bound, y)
-
     def store_latents(self, latent: Tensor, r: int, cache: Tensor) -> None:
         """latent float32 [T, R + P], R = `r` -> T rows of a latent cache, uint8 [T, latent_bytes(R,
         P)], which may be strided.  Latent and rope columns are each rotated by an orthogonal matrix
@@ -195,26 +181,15 @@ class Kernels:
     def mla(self, q: Tensor, cache: Tensor, context: int, latent: int, scale: float) -> Tensor:
         """Causal attention of the last T of `context` tokens over the latent cache: q float32 [T,
         A, R + P], R = `latent`, rows of `store_latents` -> float32 [T, A, R] = softmax(scale * q
-        rows^T) rows[:, :R].  Rows past `context` are not read.  Each token's result is bitwise that
-        of a call of its own."""
+        rows^T) rows[:, :R].  Rows past `context` are not read.  A token gives these bits alone."""
         assert len(q) <= context <= len(cache)
         p = q.shape[-1] - latent
         values = q, *latent_rows(cache, latent, p), scale
         return self._functions["mla"](*values, C=context, R=latent, P=p)
 
-    def attend(
-        self,
-        q: Tensor,
-        rows: Tensor,
-        others: Tensor | None,
-        lists: Tensor,
-        latent: int,
-        scale: float,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """As `mla`, but each token attends to the rows that its list, int32 [T, N], names, in that
-        order and up to the first entry below 0: the first entries are those of `rows`, the next
-        those of `others`.  `sinks`, float32 [A], are a logit a head that has no value."""
+    def attend(self, q: Tensor, listed: Listed, latent: int, scale: float) -> Tensor:
+        """As `mla`, but each token attends to the rows that its list names."""
+        rows, others, lists, sinks = listed
         p, others = q.shape[-1] - latent, rows[:0] if others is None else others
         values = q, *latent_rows(rows, latent, p), *latent_rows(others, latent, p)
         sizes = {"C": len(rows), "D": len(others), "R": latent, "P": p}
@@ -227,16 +202,6 @@ class Kernels:
         NaN is the lowest.  `keys` are rows of `store_latents` with P = 0."""
         values = q, weights, *latent_rows(keys, q.shape[-1], 0), counts
         return self._functions["index"](*values, S=len(keys), K=k)
-
-    def route(
-        self, logits: Tensor, router: Router, bias: Tensor | None, chosen: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """logits float32 [T, E] -> weights and int64 indices [T, top_k], best first; of equals the
-        lower index.  `bias`, float32 [E], takes part in the choice alone.  With `chosen` these are
-        the indices."""
-        values = bind_router(router), logits, bias, chosen
-        weights, indices = self._functions["route"].results(*values, K=router.top_k)
-        return weights, indices
 
     def decode(
         self,
@@ -290,20 +255,9 @@ class Kernels:
             self._functions[part].seconds += duration
         return Decoded(layer, y, norms[: len(indices)], weights, indices, spent)
 
-    def absorb_query(self, q: Tensor, kv_b: Absorbed) -> Tensor:
-        """q float32 [T, A, N] -> float32 [T, A, R]: each head's query times its first N rows of
-        kv_b."""
-        return self._functions["absorb_query"](kv_b, q)
-
-    def absorb_value(self, latent: Tensor, kv_b: Absorbed) -> Tensor:
-        """latent float32 [T, A, R] -> float32 [T, A, V]: each head's latent through its other rows
-        of kv_b."""
-        return self._functions["absorb_value"](kv_b, latent)
-
     def quantize_nf4(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """[N, K] bfloat16, float16 or float32 -> codes uint8, absmax float16 as tiles16.
-        ValueError when the source holds NaN or infinity, or a block's absmax does not fit
-        float16."""
+        ValueError for NaN, infinity, or a block's absmax beyond float16."""
         levels = torch.tensor(NF4.levels)
         codes, absmax = self._functions["quantize_nf4"].results(source, levels)
         return codes, absmax
@@ -328,6 +282,5 @@ def load() -> Kernels | None:
 
 
 def latent_rows(cache: Tensor, r: int, p: int) -> tuple[int, int]:
-    """Of a latent cache, uint8 [capacity, latent_bytes(R, P)]: its address, and the bytes from one
-    row to the next."""
+    """Address of a cache, uint8 [capacity, latent_bytes(R, P)], and bytes from row to row."""
     return cache.data_ptr(), layer_rows([cache[None]], 1, latent_bytes(r, p))[1]

@@ -82,8 +82,7 @@ def mla_layer(
     geometry: Geometry, layer: Layer[Prepared], sizes: dict[str, int], keys: int = 0, topk: int = 0
 ) -> Bound:
     """The weights of one layer up to its router.  Its indexer, if it has one, is the model's
-    `keys`-th; `topk`, unless 0, is how many rows it attends to.  Raises `ValueError` where they do
-    not fit `sizes`."""
+    `keys`-th; `topk`, unless 0, is how many rows it attends to.  Raises `ValueError`."""
     mla, own = layer.attention, None
     assert isinstance(mla, Mla) and isinstance(mla.kv_b_proj, Absorbed)
     mla.kv_b_proj.agree({"A": geometry.H, "N": geometry.N, "R": geometry.R, "V": geometry.V})
@@ -158,16 +157,14 @@ def _compressor(
 def _hyper(mixing: Mixing | None, geometry: Geometry, hidden: int) -> Bound | None:
     if mixing is None or geometry.hyper is None:
         return None
-    Q, iterations, eps = geometry.hyper
+    Q, iterations, small, eps = geometry.hyper
     sizes = {"L": (2 + Q) * Q, "J": Q * hidden}
-    parts = mixing.fn, mixing.base, mixing.scale
-    return _HYPER.bind(sizes, *parts, Q, iterations, geometry.eps, eps)
+    return _HYPER.bind(sizes, mixing.fn, mixing.base, mixing.scale, Q, iterations, eps, small)
 
 
 class Decoder(Bound):
     """All layers of a model for one token of each sequence, each with its `mlps`, that of shared
-    experts or a dense one; at least one layer has a router.  Raises `ValueError` where the layers
-    do not fit together."""
+    experts or a dense one; at least one layer has a router.  Raises `ValueError`."""
 
     def __init__(
         self, geometry: Geometry, layers: Sequence[Layer[Prepared]], mlps: Sequence[Mlp | None]

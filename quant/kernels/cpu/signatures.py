@@ -34,7 +34,6 @@ C_TYPES = {  # all others are sizes
     **dict.fromkeys(("pointer", "bound"), ctypes.c_void_p),
     **{"type": ctypes.c_int, "float": ctypes.c_float, "double": ctypes.c_double},
 }
-_RECORDS = "slab:bound S B"
 _SOURCE = "source:source[N,K] type N K"
 _LEVELS = "levels:f32[L] L"
 
@@ -47,8 +46,10 @@ SIGNATURES = {
     "layer_norm": "x:f32[T,K] weight:f32[K] bias:f32[K] T K eps:float >y:f32[T,K]",
     # y = residual + (others + down(silu(gate x) * up x)), one rounding a sum, as torch adds
     "mlp": "w:bound x:f32[T,H] T residual?:f32[T,H] others?:f32[T,H] >y:f32[T,H]",
+    # x through those of each token's experts whose slot is a row of the slab, into y, unweighted;
+    # where it is negative, y is left as it is
     "experts_by_slot": "record:bound x:f32[T,H] T K indices:i64[T,K] slots:i32[E] E"
-    f" {_RECORDS} y:f32[T,K,H]",
+    " slab:bound S B y:f32[T,K,H]",
     # the products are added one by one in order, from zero
     "weighted_sum": "outputs:f32[T,K,H] weights:f32[T,K] T K H >y:f32[T,H]",
     "store_latents": "latent:f32[T,W] T R P cache:pointer stride:size",
@@ -67,12 +68,14 @@ SIGNATURES = {
     # a norm of each window's rows, weighted by the softmax over them of gate + bias
     "compress": "kv:f32[T,J,Z] gate:f32[T,J,Z] bias:f32[J,Z] norm:f32[Z] T J Z eps:float"
     " >y:f32[T,Z]",
+    # each head's query times its first N rows of kv_b; its latent through the other V rows
     "absorb_query": "kv_b:bound q:f32[T,A,N] T >y:f32[T,A,R]",
     "absorb_value": "kv_b:bound latent:f32[T,A,R] T >y:f32[T,A,V]",
     # the pairs (x0, x1), (x2, x3), ..., or of two halves, times the table
     "rotate": "x:f32[T,A,P] table:c64[T,P/2] halves:size T A P >y:f32[T,A,P]",
     "attention": "layer:bound T h:f32[T,H] table:c64[T,C] query_scale?:f32[T] caches:pointer"
     " stride:size positions:pointer >y:f32[T,H] >x:f32[T,H] >logits:f32[T,E]",
+    # best first, of equals the lower index; the bias takes part in the choice alone
     "route": "router:bound logits:f32[T,E] bias?:f32[E] chosen?:i64[T,K] T E >weights:f32[T,K]"
     " >indices:i64[T,K]",
     # checked by hand, which is quicker: it runs once a token
@@ -156,8 +159,7 @@ tensor_spec = cache(TensorSpec)
 
 
 class Bound:
-    """What native calls take as one structure, and the sizes that it sets.  It points into
-    ``memory``."""
+    """A structure for native calls, which points into ``memory``, and the sizes that it sets."""
 
     def __init__(self, native: ctypes.Structure, sizes: dict[str, int], *memory: object):
         self.address, self.native, self.sizes = ctypes.addressof(native), native, sizes

@@ -1,5 +1,4 @@
-"""Where tokens stand and what their sequences keep, as native calls take it: the structures of
-quant/kernels/cpu/api.h."""
+"""Where tokens stand and what their sequences keep: the structures of quant/kernels/cpu/api.h."""
 
 import ctypes
 from collections.abc import Sequence
@@ -30,8 +29,7 @@ def _store(
     first: Sequence[int] | None = None,
 ) -> tuple[object, ...]:
     """Each token's sequence's rows, as native calls find them: uint8 [layers, capacity, width],
-    alike in all, one of which may stand for several tokens; the first of them are those of the
-    positions `first`, or 0."""
+    alike in all, one may stand for several tokens; they begin at positions `first`, or 0."""
     layer_bytes, row_bytes, capacity = layer_rows(tensors, layers, width)
     first = first or [0] * len(positions)
     for _, position, begin in zip(tensors, positions, first, strict=True):

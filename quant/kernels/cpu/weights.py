@@ -61,8 +61,7 @@ class Matrix(Bound):
 
     @classmethod
     def of(cls, weight: object) -> "Matrix":
-        """A tensor, float32, float16 or bfloat16, or a coded weight; what is bound stays as is.
-        Raises `ValueError`."""
+        """Of float32, float16, bfloat16 or a coded weight; what is bound stays.  `ValueError`."""
         if isinstance(weight, Matrix):
             return weight
         if isinstance(weight, CodedWeight):
@@ -152,7 +151,7 @@ def router_values(router: Router) -> tuple[float, ...]:
 
 
 def bind_router(router: Router) -> Bound:
-    return _ROUTER.bind({}, *router_values(router))
+    return _ROUTER.bind({"K": router.top_k}, *router_values(router))
 
 
 class Absorbed(Bound):
@@ -199,8 +198,7 @@ class ExpertRecord(Bound):
         super().__init__(native, {"H": hidden}, levels)
 
     def slab(self, slab: Tensor) -> "Slab":
-        """The slab, uint8 [S, B], whose rows each hold a record at a multiple of 64.  Raises
-        `ValueError`."""
+        """The slab, uint8 [S, B], each row a record at a multiple of 64.  Raises `ValueError`."""
         if self._slab is None or self._slab.tensor is not slab:
             self._slab = Slab(slab, self.record_bytes)
         return self._slab

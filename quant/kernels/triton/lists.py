@@ -1,5 +1,4 @@
-"""Triton kernels of attention to the rows that lists name, and of an indexer's scores
-(DeepSeek-V3.2 and V4).
+"""Triton kernels of attention to rows that lists name, and of indexers (DeepSeek-V3.2 and V4).
 
 A list is cut into parts of SHARE rows, whose sums are added up in order.  So a result depends on
 the token's own list alone, and is the same whether a program takes all parts or each has a program;
@@ -11,7 +10,7 @@ lists, S keys, J heads of an indexer, A width of its keys.
 import triton
 import triton.language as tl
 
-from slotmoe.quant.kernels.triton.mla import LOG2E, ROWS, scaled_queries, with_rows
+from slotmoe.quant.kernels.triton.mla import LOG2E, ROWS, added, scaled_queries
 
 SHARE = tl.constexpr(128)
 KEYS = tl.constexpr(64)  # keys that a program scores at a time
@@ -33,9 +32,7 @@ def _part(
             others_ptr = more_ptr - held.to(tl.int64) * (R + P)
             row_ptr = tl.where(row < held, rows_ptr, others_ptr) + row * (R + P)
             row_ptr = tl.multiple_of(row_ptr, ALIGNED)  # which Triton forgets where it chooses
-        best, total, sums = with_rows(
-            latent, rope, factor, row_ptr, row >= 0, R, P, best, total, sums
-        )
+        best, total, sums = added(latent, rope, factor, row_ptr, row >= 0, R, P, best, total, sums)
     return best, total, sums
 
 

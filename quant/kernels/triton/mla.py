@@ -1,5 +1,4 @@
-"""Triton kernels of Multi-head Latent Attention in its absorbed form, for a few tokens over a long
-latent cache.
+"""Triton kernels of absorbed Multi-head Latent Attention, a few tokens over a long latent cache.
 
 The context is split over programs (flash decoding).  The split depends on the context's length
 alone, so a result does not change with anything else.  Keys and values are the fp16 latent rows
@@ -62,11 +61,8 @@ def _absorbed(
     q = tl.load(q_ptr + n, mask=n < N, other=0.0) * factor
     if SCALED:
         q *= tl.load(scale_ptr + first + n, mask=n < N, other=0.0)
-    w = tl.load(
-        w_ptr + (first + n)[:, None] * R + r[None, :],
-        mask=(n < N)[:, None] & (r < R)[None, :],
-        other=0,
-    )
+    valid = (n < N)[:, None] & (r < R)[None, :]
+    w = tl.load(w_ptr + (first + n)[:, None] * R + r[None, :], mask=valid, other=0)
     return tl.sum(w.to(tl.float32) * q[:, None], 0)
 
 
@@ -123,8 +119,7 @@ def queries(
 @triton.jit
 def scaled_queries(q_ptr, at, valid, R, P, LATENT: tl.constexpr, ROPE: tl.constexpr):
     """Rows ``at`` of q [., R + P] where ``valid``, their first R and last P values, and what both
-    are to be multiplied by: they are scaled to at most 1 before they become fp16, so that no size
-    overflows."""
+    are to be multiplied by: they are scaled to at most 1, so that no size overflows fp16."""
     r, p = tl.arange(0, LATENT), tl.arange(0, ROPE)
     row_ptr = q_ptr + at[:, None] * (R + P)
     valid = valid[:, None]
@@ -137,9 +132,8 @@ def scaled_queries(q_ptr, at, valid, R, P, LATENT: tl.constexpr, ROPE: tl.conste
 
 
 @triton.jit
-def with_rows(latent, rope, factor, row_ptr, valid, R, P, best, total, sums):
-    """A softmax's best score, total weight and sums with the rows at ``row_ptr`` where ``valid``;
-    there may be none."""
+def added(latent, rope, factor, row_ptr, valid, R, P, best, total, sums):
+    """A softmax's best score, total weight and sums with the ``valid`` rows added; none may be."""
     r, p = tl.arange(0, latent.shape[1]), tl.arange(0, rope.shape[1])
     row_ptr = row_ptr[:, None]
     c = tl.load(row_ptr + r[None, :], mask=valid[:, None] & (r < R)[None, :], other=0.0)
@@ -165,9 +159,8 @@ def attend(
     W = R + P
     if LOCATED:
         length = (tl.load(location_ptr) + 1).to(tl.int32)
-        rows_ptr = tl.multiple_of(
-            (tl.load(location_ptr + 1) + layer_at).to(tl.pointer_type(tl.float16)), 16
-        )
+        layer_ptr = (tl.load(location_ptr + 1) + layer_at).to(tl.pointer_type(tl.float16))
+        rows_ptr = tl.multiple_of(layer_ptr, 16)
     else:
         length = S - T + 1 + t
     share, splits = _split(length)
@@ -184,9 +177,7 @@ def attend(
             s = first + tl.arange(0, ROWS)
             row_ptr = rows_ptr + s.to(tl.int64) * W
             valid = s < stop
-            best, total, sums = with_rows(
-                latent, rope, factor, row_ptr, valid, R, P, best, total, sums
-            )
+            best, total, sums = added(latent, rope, factor, row_ptr, valid, R, P, best, total, sums)
         at = (t * H + head) * SPLITS + split
         valid = (head < H)[:, None] & (r < R)[None, :]
         tl.store(part_ptr + at[:, None] * R + r[None, :], sums, mask=valid)
@@ -200,21 +191,15 @@ def _combined(part_ptr, best_ptr, total_ptr, at, splits, r, R):
     i = tl.arange(0, SPLITS)
     best = tl.load(best_ptr + at + i, mask=i < splits, other=float("-inf"))
     greatest = tl.max(best, 0)
-    total = tl.sum(
-        tl.load(total_ptr + at + i, mask=i < splits, other=0.0) * tl.exp2(best - greatest), 0
-    )
+    totals = tl.load(total_ptr + at + i, mask=i < splits, other=0.0)
+    total = tl.sum(totals * tl.exp2(best - greatest), 0)
     out = r.to(tl.float32) * 0
     for first in range(0, splits, 8):
         j = first + tl.arange(0, 8)
-        weight = tl.exp2(
-            tl.load(best_ptr + at + j, mask=j < splits, other=float("-inf")) - greatest
-        )
-        part = tl.load(
-            part_ptr + (at + j)[:, None] * R + r[None, :],
-            mask=(j < splits)[:, None] & (r < R)[None, :],
-            other=0.0,
-        )
-        out += tl.sum(part * weight[:, None], 0)
+        bests = tl.load(best_ptr + at + j, mask=j < splits, other=float("-inf"))
+        valid = (j < splits)[:, None] & (r < R)[None, :]
+        part = tl.load(part_ptr + (at + j)[:, None] * R + r[None, :], mask=valid, other=0.0)
+        out += tl.sum(part * tl.exp2(bests - greatest)[:, None], 0)
     return out / total
 
 
@@ -245,9 +230,8 @@ def values(
         o = tl.load(o_ptr + (t * H + head) * R + r, mask=r < R, other=0.0)
     v = tl.program_id(0) * BV + tl.arange(0, BV)
     n = head * (N + V) + N + v
-    w = tl.load(
-        w_ptr + n[:, None] * R + r[None, :], mask=(v < V)[:, None] & (r < R)[None, :], other=0
-    ).to(tl.float32)
+    valid = (v < V)[:, None] & (r < R)[None, :]
+    w = tl.load(w_ptr + n[:, None] * R + r[None, :], mask=valid, other=0).to(tl.float32)
     y = tl.sum(w * o[None, :], 1)
     if SCALED:
         y *= tl.load(scale_ptr + n, mask=v < V, other=0.0)

@@ -1,5 +1,4 @@
-"""Triton kernels for one token: products of weights with one row of activations, bound by the read
-of the weights.
+"""Triton kernels for one token: weights times one row of activations, bound by the weights' read.
 
 A program makes 16 rows of a product, in float32 throughout.  Weights are read once, as they are
 stored; a code becomes a number in a register.  ``slotmoe.quant.backends.triton_rows`` launches
@@ -121,8 +120,7 @@ def _coded_step(codes_ptr, scales_ptr, tile, at, lane, blocks, KIND: tl.constexp
 
 @triton.jit
 def _coded_rows(
-    x_ptr, g_ptr, codes_ptr, scales_ptr, levels_ptr, tile, K,
-    KIND: tl.constexpr, NORM: tl.constexpr, BLOCKS: tl.constexpr,
+    x_ptr, g_ptr, codes_ptr, scales_ptr, levels_ptr, tile, K, KIND: tl.constexpr, NORM: tl.constexpr
 ):  # fmt: skip
     """One tile of 16 rows: their products with x (times g), and the sum of x's squares if NORM."""
     blocks = (K + 63) // 64
@@ -192,9 +190,7 @@ def _rows(
     if (KIND == INT8) | (KIND == DENSE):
         y, squares = _plain_rows(x_ptr, g_ptr, w_ptr, scale_ptr, tile, N, K, KIND, NORM, COLUMNS)
     else:
-        y, squares = _coded_rows(
-            x_ptr, g_ptr, w_ptr, scale_ptr, levels_ptr, tile, K, KIND, NORM, BLOCKS
-        )
+        y, squares = _coded_rows(x_ptr, g_ptr, w_ptr, scale_ptr, levels_ptr, tile, K, KIND, NORM)
     return y, squares
 
 
@@ -204,8 +200,7 @@ def linear(
     r_ptr, y_ptr, K,
     KIND: tl.constexpr, KIND2: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """y [N + N2] = both weights times x [K], plus r if RESIDUAL.  With NORM x is normed with g
-    first."""
+    """y [N + N2] = both weights times x [K], normed with g first if NORM, plus r if RESIDUAL."""
     tile = tl.program_id(0)
     tiles = (N + 15) // 16
     if tile < tiles:
@@ -213,10 +208,9 @@ def linear(
         n = tile * 16 + tl.arange(0, 16)
         valid = n < N
     else:
-        y, squares = _rows(
-            x_ptr, g_ptr, w2_ptr, scale2_ptr, levels2_ptr, tile - tiles, N2, K, KIND2, NORM
-        )
-        n = (tile - tiles) * 16 + tl.arange(0, 16)
+        tile -= tiles
+        y, squares = _rows(x_ptr, g_ptr, w2_ptr, scale2_ptr, levels2_ptr, tile, N2, K, KIND2, NORM)
+        n = tile * 16 + tl.arange(0, 16)
         valid = n < N2
         n += N
     if NORM:

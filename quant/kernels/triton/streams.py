@@ -102,8 +102,7 @@ def compress(
     kv_ptr, kv_pitch, kv_row, gate_ptr, gate_pitch, gate_row, bias_ptr, y_ptr, S, Y,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """y [B, Y]: the means of kv [B, S, Y], weighted in each column by the softmax of gate [B, S, Y]
-    + bias [S, Y]."""
+    """y [B, Y]: means of kv [B, S, Y], weighted by each column's softmax of gate + bias [S, Y]."""
     b, s = tl.program_id(1).to(tl.int64), tl.arange(0, ROWS)[:, None]
     y = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     valid = (s < S) & (y < Y)

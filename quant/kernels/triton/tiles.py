@@ -52,9 +52,8 @@ def _weights(w_ptr, scale_ptr, levels_ptr, n, start, N, K, KIND: tl.constexpr, B
         w = tl.reshape(w, [BN, 64])
     else:
         k = start + tl.arange(0, 64)
-        w = tl.load(
-            w_ptr + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0
-        ).to(tl.float32)
+        inside = (n < N)[:, None] & (k < K)[None, :]
+        w = tl.load(w_ptr + n[:, None] * K + k[None, :], mask=inside, other=0).to(tl.float32)
     return w
 
 
@@ -133,8 +132,7 @@ def gate_up(
 
 @triton.jit
 def _group_of(starts_ptr, tile, G, GROUPS: tl.constexpr, BM: tl.constexpr):
-    """Which group the ``tile``-th tile of BM rows belongs to (G: none), the tile's first row, and
-    the group's last row + 1."""
+    """The group of the ``tile``-th tile of BM rows (G: none), its first row, the group's end."""
     g = tl.arange(0, GROUPS)
     start = tl.load(starts_ptr + g, mask=g < G, other=0)
     size = tl.load(starts_ptr + 1 + g, mask=g < G, other=0) - start
