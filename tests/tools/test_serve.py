@@ -266,7 +266,7 @@ def test_rebound_names_and_pages_of_other_origins_are_refused(served):
         assert served.ask("GET", "/stats", Host="localhost:1", Origin=origin)[0] == status
 
 
-@pytest.mark.usefixtures("network")
+@pytest.mark.usefixtures("network", "processes")
 def test_beyond_the_queue_clients_are_told_when_to_come_back(runtime, gate):
     with Served(runtime, waiting=0) as served, ThreadPoolExecutor(8) as pool:
         whole = [pool.submit(served.complete, "Call me", max_tokens=4) for _ in range(8)]
