@@ -97,6 +97,16 @@ def test_half_a_request_does_not_hold_a_connection(served, monkeypatch, half):
         assert ended(connection)
 
 
+def test_a_body_does_not_wait_until_its_headers_are_acknowledged(served):
+    connections = served.server.server_state.connections
+    until(lambda: not connections)
+    with connect(served.port):
+        until(lambda: connections)
+        (there,) = connections
+        of_client = there.transport.get_extra_info("socket")
+        assert of_client.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 LIMIT = 8 + 16 + 256  # connections
 
 
