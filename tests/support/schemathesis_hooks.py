@@ -53,7 +53,7 @@ RULES = {
         *(many_prompts(count) for count in range(2, MAX_ANSWERS + 1)),
     ],
     "MessagesRequest": [],
-    "Conversation": [],
+    "CountRequest": [],
     "ResponsesRequest": [],
     "TokenizeRequest": [],
 }

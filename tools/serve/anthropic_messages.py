@@ -183,7 +183,7 @@ class RedactedThinking(requests.Model):
 Block: TypeAlias = Annotated[Quote | ToolUse | ToolResult | Thinking | RedactedThinking, BY_TYPE]
 
 
-class _Turn(requests.Model):
+class Turn(requests.Model):
     role: Literal["user", "assistant"]
     content: TextOr[requests.Text, list[Block]]
 
@@ -203,7 +203,7 @@ class _Turn(requests.Model):
         return [*results, message] if text or calls or not results else [*results]
 
 
-class _SystemTurn(requests.Model):
+class SystemTurn(requests.Model):
     role: Literal["system"]
     content: TextOr[requests.Text, list[Annotated[TextBlock | ToolChange, BY_TYPE]]]
     clear_at: Annotated[Literal["next_user_message", "never"] | None, _IN_PLACE] = None
@@ -215,4 +215,4 @@ class _SystemTurn(requests.Model):
         return [kind.model_construct(role="system", content=text)] if text else []
 
 
-AnthropicMessage: TypeAlias = Annotated[_Turn | _SystemTurn, Field(discriminator="role")]
+AnthropicMessage: TypeAlias = Annotated[Turn | SystemTurn, Field(discriminator="role")]

@@ -39,7 +39,7 @@ class Options(openai.OpenAIRequest):
     num_predict: Annotated[int, Field(ge=-2), Whole] | None = None
 
 
-class CalledFunction(requests.FunctionName):
+class OllamaFunction(requests.FunctionName):
     arguments: Json
     index: Annotated[int | None, accepted("the order is known")] = None
 
@@ -47,7 +47,7 @@ class CalledFunction(requests.FunctionName):
 class Call(requests.Model):
     id: CallId | None = None
     type: Literal["function"] | None = None
-    function: CalledFunction
+    function: OllamaFunction
 
 
 class Message(requests.Model):
@@ -96,7 +96,7 @@ class OllamaRequest(requests.Model):
         return Schema.model_construct(definition=schema) if schema else None
 
 
-class ChatRequest(OllamaRequest):
+class OllamaChatRequest(OllamaRequest):
     messages: Annotated[list[Message], Field(max_length=requests.MAX_MESSAGES)] | None = None
     tools: requests.Tools | None = None
 
@@ -145,7 +145,7 @@ class Lines(EventStream):
 
 
 @router.post("/chat", responses=Lines.responses)
-async def chat(body: ChatRequest, request: Request, service: Serving) -> Response:
+async def chat(body: OllamaChatRequest, request: Request, service: Serving) -> Response:
     options = body.answer_options(service)
     if not body.messages:
         return _loaded(body, {"message": {"role": "assistant", "content": ""}})
@@ -181,7 +181,7 @@ def _time(seconds: float) -> str:
 
 
 async def _respond(body: OllamaRequest, answers: Answers) -> Response:
-    is_chat, pending = isinstance(body, ChatRequest), list[ContentDelta]()
+    is_chat, pending = isinstance(body, OllamaChatRequest), list[ContentDelta]()
 
     def chunk(update: Update) -> Json:
         """What is new, and the calls that are complete with it."""

@@ -94,7 +94,7 @@ Item: TypeAlias = Annotated[
 Items = Annotated[list[Item], requests.SOME]
 
 
-class FunctionTool(requests.Function):
+class FunctionToolItem(requests.Function):
     type: Literal["function"]
     defer_loading: Annotated[bool | None, DESCRIBED] = None
     allowed_callers: Annotated[list[Literal["direct"]] | None, DESCRIBED] = None
@@ -113,26 +113,26 @@ class OtherTool(BaseModel):
     ]  # fmt: skip
 
 
-Tool: TypeAlias = Annotated[FunctionTool | OtherTool, BY_TYPE]
+Tool: TypeAlias = Annotated[FunctionToolItem | OtherTool, BY_TYPE]
 Tools = Annotated[list[Tool], Field(max_length=requests.MAX_TOOLS)]
 
 
-class FunctionChoice(requests.FunctionName):
+class FunctionItem(requests.FunctionName):
     type: Literal["function"]
 
 
-class AllowedChoice(requests.Model):
+class AllowedItem(requests.Model):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[list[FunctionChoice], Field(min_length=1, max_length=requests.MAX_TOOLS)]
+    tools: Annotated[list[FunctionItem], Field(min_length=1, max_length=requests.MAX_TOOLS)]
 
 
-class SchemaFormat(Schema):
+class SchemaItem(Schema):
     type: Literal["json_schema"]
 
 
 class TextConfig(requests.Model):
-    format: Annotated[TextFormat | SchemaFormat, BY_TYPE] | None = None
+    format: Annotated[TextFormat | SchemaItem, BY_TYPE] | None = None
     verbosity: Annotated[Label | None, requests.NO_SETTING] = None
 
 
@@ -144,7 +144,7 @@ class ReasoningConfig(requests.Model):
     mode: Annotated[Label | None, _SHOWN] = None
 
 
-class StreamOptions(requests.Model):
+class ItemStreamOptions(requests.Model):
     include_obfuscation: Annotated[bool | None, accepted("nothing is padded")] = None
 
 
@@ -166,7 +166,7 @@ class ResponsesRequest(requests.LabelledRequest):
     previous_response_id: Label | None = Field(None, description="continues this response")
     store: bool | None = Field(None, description="true if not given")
     tools: Tools | None = Field(None, description="the model is offered functions only")
-    tool_choice: Word | Annotated[FunctionChoice | AllowedChoice, BY_TYPE] | None = None
+    tool_choice: Word | Annotated[FunctionItem | AllowedItem, BY_TYPE] | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = Field(None, description="its `format` is that of `response_format`")
     background: Annotated[Literal[False] | None, accepted("answers come at once")] = None
@@ -182,13 +182,13 @@ class ResponsesRequest(requests.LabelledRequest):
     personality: Annotated[None, Refused("the model has no such setting")] = None
     prompt: Annotated[None, Refused("no prompts are stored here; send its text")] = None
     reasoning: ReasoningConfig | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: ItemStreamOptions | None = None
     top_logprobs: requests.TopLogprobs | None = None
     truncation: Literal["disabled"] | None = Field(None, description="nothing is dropped silently")
 
-    def functions(self) -> list[FunctionTool]:
+    def functions(self) -> list[FunctionToolItem]:
         """The tools that the model may use."""
-        return [tool for tool in self.tools or () if isinstance(tool, FunctionTool)]
+        return [tool for tool in self.tools or () if isinstance(tool, FunctionToolItem)]
 
     def chat(self, items: Sequence[Item]) -> requests.Conversation:
         """That of ``items``.  Raises ``RefusedError``."""
