@@ -52,7 +52,8 @@ def core_rates(model: LoadedModel) -> dict[str, float]:
     spent = take_turns({name: partial(seconds, way) for name, (way, _) in ways.items()}, _TURNS)
     # The mean, since what other programs take of a core counts, but for the two worst: a turn is
     # shorter than the time slice that another program may get once.
-    means = {name: fmean(sorted(times)[:-2]) for name, times in spent.items()}
+    left_out = _TURNS // 12
+    means = {name: fmean(sorted(times)[: _TURNS - left_out]) for name, times in spent.items()}
     rates = {name: count / means[name] / backend.threads for name, (_, count) in ways.items()}
     rates["all_bytes"] = observed.expert_bandwidth(backend, layout, seconds=0.3)
     backend.run_on(replace(model.device.placement, threads=1))
