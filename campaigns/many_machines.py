@@ -17,6 +17,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -39,7 +40,7 @@ QUIET["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 KEYS = {"LITELLM_MASTER_KEY": "sk-of-clients", "SLOTMOE_API_KEY": "sk-of-servers"}
 
 
-class Front:
+class Front(ABC):
     """What clients call: ``model`` at ``url``.  ``kill`` kills the replica that is answering, and
     ``stats`` gives what the replicas of sessions have counted."""
 
@@ -79,8 +80,9 @@ class Front:
                     then = None
         return text
 
+    @abstractmethod
     def kill(self):
-        raise NotImplementedError
+        """End the replica that answers, at once."""
 
     def stats(self, sessions):
         for session in sessions:
