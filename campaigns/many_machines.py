@@ -17,7 +17,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -40,9 +39,9 @@ QUIET["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 KEYS = {"LITELLM_MASTER_KEY": "sk-of-clients", "SLOTMOE_API_KEY": "sk-of-servers"}
 
 
-class Front(ABC):
-    """What clients call: ``model`` at ``url``.  ``kill`` kills the replica that is answering, and
-    ``stats`` gives what the replicas of sessions have counted."""
+class Front:
+    """What clients call: ``model`` at ``url``.  ``stats`` gives what the replicas of sessions have
+    counted.  What is in front of several also gets a ``kill``, of the one that is answering."""
 
     def __init__(self, url, model, key):
         self.url, self.model = url, model
@@ -79,10 +78,6 @@ class Front(ABC):
                     then()
                     then = None
         return text
-
-    @abstractmethod
-    def kill(self):
-        """End the replica that answers, at once."""
 
     def stats(self, sessions):
         for session in sessions:
