@@ -11,7 +11,7 @@ import xxhash
 from campaigns.models import few_words, tiny_export
 from campaigns.requests import REQUESTS, request, schemas
 from slotmoe.errors import SlotmoeError
-from slotmoe.jsonfile import parse_json
+from slotmoe.jsonfile import Json, parse_json
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.config import parse_config
 from slotmoe.model.generate import Sampling
@@ -65,7 +65,7 @@ def signed(sign, values):
 def config(folder):
     corpus = [json.loads(geometry_path(name).read_text()) for name in GEOMETRIES]
     path = folder / "config.json"
-    return corpus, lambda data: lawful(lambda: parse_config(parse_json(data, path)))
+    return corpus, lambda data: lawful(lambda: parse_config(parse_json(data, path, Json)))
 
 
 def in_checkpoint(folder, name, read):
