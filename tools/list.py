@@ -1,16 +1,16 @@
 """``slotmoe list``: the exports in the cache folder."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
+from slotmoe.errors import one_line
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import listing, timestamp
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
-from slotmoe.tools.screen import visible
+from slotmoe.tools.screen import json_of
 from slotmoe.tools.sessions import ago, described, session_facts, session_folder
 
 
@@ -31,21 +31,21 @@ def command(as_json: bool, sessions: bool, session_dir: Path | None) -> None:
     """
     if sessions:
         folder = session_folder(session_dir)
-        print(json.dumps(session_facts(folder)) if as_json else described(folder))
+        print(json_of(session_facts(folder)) if as_json else "\n".join(described(folder)))
         return
     folder = cache_folder()
     found = listing(folder)
     total = sum(cached.bytes for cached in found)
     if as_json:
         exports = [asdict(cached) | {"used": timestamp(cached.used)} for cached in found]
-        print(json.dumps({"cache": str(folder), "exports": exports, "bytes": total}))
+        print(json_of({"cache": str(folder), "exports": exports, "bytes": total}))
     elif found:
         print(f"{'size':>10}  {'last used':<14}  export")
         for cached in found:
             size, used = format_size(cached.bytes), ago(cached.used)
             state = "" if cached.finished else " (unfinished)"
             of = "" if cached.source is None else f", of {cached.source}"
-            print(visible(f"{size:>10}  {used:<14}  {cached.short}{state}{of}"))
+            print(one_line(f"{size:>10}  {used:<14}  {cached.short}{state}{of}"))
         print(f"{folder}: {format_size(total)}. slotmoe rm NAME removes one.")
     else:
         print(f"{folder}: holds no exports yet; slotmoe run MODEL makes them")

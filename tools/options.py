@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, one_line
 from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import device_index, total_memory
 from slotmoe.offload.model_cache import is_model, library, locate
@@ -350,8 +350,9 @@ def open_runtime(model: str, given: Json, quiet: bool = False, **settings: int) 
     return runtime
 
 
-def say(text: str) -> None:
+def say(*lines: str) -> None:
     """Print a remark of the program on stderr."""
+    text = "\n".join(map(one_line, lines))
     print(f"slotmoe: {text}", file=sys.stderr)  # click's echo would write into a bar's line
 
 

@@ -1,6 +1,5 @@
 """``slotmoe quantize``: a checkpoint in, from a folder or from the hub; an export out."""
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
@@ -20,7 +18,8 @@ from slotmoe.sizes import format_size
 from slotmoe.tools import options
 from slotmoe.tools.options import flag, option, say
 from slotmoe.tools.progress import byte_bars
-from slotmoe.tools.tables import table
+from slotmoe.tools.screen import json_of
+from slotmoe.tools.tables import Console, table
 
 Paths = tuple[Path, ...]
 _CALIBRATE_HELP = (
@@ -96,7 +95,7 @@ def command(
     if texts:
         report["calibration"] = _calibrate(destination, texts, as_json)
     if as_json:
-        print(json.dumps(report))
+        print(json_of(report))
     else:
         names = {folder: name for name, folder in library().items()}
         name = names.get(destination, destination)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, one_line
 from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import timestamp
@@ -73,17 +73,17 @@ def sessions_in(folder: Path) -> "list[Listed]":
     return listing(folder)
 
 
-def described(folder: Path) -> str:
-    """The named sessions there as a table."""
+def described(folder: Path) -> list[str]:
+    """The lines of a table of the named sessions there."""
     sessions = sessions_in(folder)
     if not sessions:
-        return f"{folder}: holds no named sessions"
-    width = max(len(session.name) for session in sessions)
-    rows = list[str]()
+        return [f"{folder}: holds no named sessions"]
+    width, rows = max(len(session.name) for session in sessions), list[str]()
     for session in sessions:
         tokens = "" if session.saved is None else f", {len(session.saved.tokens):,} tokens"
-        rows.append(f"{session.name:{width}}  {_kind(session)}{tokens}, {ago(session.used)}")
-    return "\n".join([*rows, f"{folder}: {len(sessions)}. slotmoe rm --sessions NAME removes one."])
+        row = f"{session.name:{width}}  {_kind(session)}{tokens}, {ago(session.used)}"
+        rows.append(one_line(row))
+    return [*rows, f"{folder}: {len(sessions)}. slotmoe rm --sessions NAME removes one."]
 
 
 def session_facts(folder: Path) -> Json:

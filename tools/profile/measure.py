@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.live import Live
 
 from slotmoe import __version__
@@ -26,6 +26,7 @@ from slotmoe.tools.profile.report import overview
 from slotmoe.tools.profile.verdict import verdict
 from slotmoe.tools.progress import byte_bars, step_progress
 from slotmoe.tools.run import speeds
+from slotmoe.tools.tables import Console
 
 _CACHE = "hits misses hit_rate already_coming evictions bypassed slots".split()
 DEFAULT_PROMPT = (
