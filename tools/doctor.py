@@ -20,14 +20,14 @@ import click
 import psutil
 
 from slotmoe import __version__, system
-from slotmoe.errors import ConfigError, one_line
+from slotmoe.errors import ConfigError
 from slotmoe.offload import machine
 from slotmoe.offload.model_cache import listing
 from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.quant.shapes import ALIGNMENT
 from slotmoe.sizes import format_size
 from slotmoe.tools.options import JSON, flag, option
-from slotmoe.tools.screen import json_of
+from slotmoe.tools.screen import json_of, show
 
 _MEASURE_HELP = "Measure the disk's speed: write 256 MiB to the cache folder and read them back."
 _EXPERTS_HELP = "Look at the drive of this copy of an export's experts too; may be repeated."
@@ -74,9 +74,9 @@ def command(measure: bool, experts_dirs: tuple[Path, ...], as_json: bool) -> int
     else:
         width = max(len(check.name) for check in checks)
         for check in checks:
-            print(f"{_MARKS[check.state]}  {check.name:{width}}  {one_line(check.found)}")
+            show(f"{_MARKS[check.state]}  {check.name:{width}}  {check.found}")
             if check.advice:
-                print(f"    {'':{width}}  -> {check.advice}")
+                show(f"    {'':{width}}  -> {check.advice}")
     return int(not is_well)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from slotmoe.errors import ConfigError, one_line
+from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import device_index, total_memory
 from slotmoe.offload.model_cache import is_model, library, locate
@@ -22,6 +22,7 @@ from slotmoe.offload.policy.hybrid import MODES
 from slotmoe.quant.codecs.codec import DEFAULT_CODEC, EXPERT_CODECS, ExpertCodecs
 from slotmoe.quant.shapes import RESIDENT_MODES
 from slotmoe.sizes import format_size, parse_size
+from slotmoe.tools.screen import show
 from slotmoe.tools.settings import HELP_ALL
 
 if TYPE_CHECKING:
@@ -352,8 +353,7 @@ def open_runtime(model: str, given: Json, quiet: bool = False, **settings: int) 
 
 def say(*lines: str) -> None:
     """Print a remark of the program on stderr."""
-    text = "\n".join(map(one_line, lines))
-    print(f"slotmoe: {text}", file=sys.stderr)  # click's echo would write into a bar's line
+    show(f"slotmoe: {lines[0]}", *lines[1:], err=True)
 
 
 def notifier(quiet: bool) -> Callable[[str], None]:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.text import Text
 
-from slotmoe.errors import DownloadError, PlanError
+from slotmoe.errors import DownloadError, PlanError, SlotmoeError, one_line
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import read_config
 from slotmoe.offload import machine
@@ -129,7 +129,8 @@ def _model(name: str, revision: str | None) -> Model:
         # Imports torch, for the few who have an error to be told.
         from slotmoe.offload.ingest.repository import explained
 
-        raise explained(name, revision, problem) from None
+        told = explained(name, revision, problem)
+        raise told if isinstance(told, SlotmoeError) else DownloadError(f"{name}: {told}") from None
     return Model(name, read_config(Path(path)))
 
 
@@ -184,7 +185,7 @@ def _is_here(given: Json) -> bool:
 def _print(report: Json) -> None:
     console, resident = Console(), report["resident"]
     for line in _verdict(report):
-        console.print(Text(line), style="bold", soft_wrap=True)
+        console.print(Text(one_line(line)), style="bold", soft_wrap=True)
     tiers = [tier for tier in _NAMES if tier in report["total"]]
 
     def row(name: str, sizes: dict[str, int]) -> list[str]:
@@ -213,7 +214,7 @@ def _print(report: Json) -> None:
         lines += [f"  {number}. {way}" for number, way in enumerate(ways, 1)]
     lines += _outlook(report) if report["fits"] else []
     for line in lines:
-        console.print(Text(line))
+        console.print(Text(one_line(line)))
 
 
 def _verdict(report: Json) -> list[str]:

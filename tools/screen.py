@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
-from slotmoe.errors import visible
+from slotmoe.errors import one_line, visible
 
 if TYPE_CHECKING:
     from slotmoe.offload.engine.requests import Stream
@@ -48,6 +48,11 @@ def commanded(stream: TextIO) -> TextIO:
 def exact(stream: TextIO) -> TextIO:
     """What takes a model's text: a pipe gets every character."""
     return stream if stream.isatty() else commanded(stream)
+
+
+def show(*lines: str, err: bool = False) -> None:
+    """Print lines, each of which stays one, on stdout or stderr."""
+    print(*map(one_line, lines), sep="\n", file=sys.stderr if err else sys.stdout)
 
 
 def json_of(values: object) -> str:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slotmoe.errors import ConfigError, one_line
+from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import timestamp
@@ -81,8 +81,7 @@ def described(folder: Path) -> list[str]:
     width, rows = max(len(session.name) for session in sessions), list[str]()
     for session in sessions:
         tokens = "" if session.saved is None else f", {len(session.saved.tokens):,} tokens"
-        row = f"{session.name:{width}}  {_kind(session)}{tokens}, {ago(session.used)}"
-        rows.append(one_line(row))
+        rows.append(f"{session.name:{width}}  {_kind(session)}{tokens}, {ago(session.used)}")
     return [*rows, f"{folder}: {len(sessions)}. slotmoe rm --sessions NAME removes one."]
 
 

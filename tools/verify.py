@@ -5,13 +5,13 @@ from pathlib import Path
 
 import click
 
-from slotmoe.errors import ExportError, one_line
+from slotmoe.errors import ExportError
 from slotmoe.jsonfile import Json
 from slotmoe.offload.model_cache import export_named, is_export
 from slotmoe.sizes import format_size
 from slotmoe.tools.options import JSON, model_names, say
 from slotmoe.tools.progress import byte_bars
-from slotmoe.tools.screen import json_of
+from slotmoe.tools.screen import json_of, show
 
 
 @click.command(name="verify")
@@ -59,12 +59,11 @@ def command(export: Path, as_json: bool) -> int:
         print(json_of({**report, "bytes": size, "seconds": seconds, "bad": bad}))
     elif bad:
         for entry in bad:
-            print(one_line(f"{export / entry['file']}: {entry['problem']}"))
-            print(one_line(f"  {entry['advice']}"))
+            show(f"{export / entry['file']}: {entry['problem']}", f"  {entry['advice']}")
         say(f"{len(bad)} of {len(damaged.keys() | files.keys())} files are bad")
     else:
         measured = f"{format_size(size)} in {seconds:.1f} s"
-        print(f"{export}: all {len(files)} files are right ({measured})")
+        show(f"{export}: all {len(files)} files are right ({measured})")
     return int(bool(bad))
 
 

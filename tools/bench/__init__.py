@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from slotmoe.errors import one_line
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.plan.memory import DEFAULT_CONTEXT, or_more_context
 from slotmoe.offload.plan.speed import store_bandwidths
@@ -80,7 +81,7 @@ def _print(report: dict[str, Any]) -> None:
         rows.append((label, f"{speed:.2f}", f"{min(runs):.2f}-{max(runs):.2f}", *limits))
     columns = ("", "median tokens/s", "range", "ceiling", "of ceiling")
     machine = f"{settings['kernels']} kernels, {settings['threads']} threads"
-    title = f"{settings['model']} on {settings['device']}: {machine}"
+    title = one_line(f"{settings['model']} on {settings['device']}: {machine}")
     Console().print(table(columns, rows, title), *_sentences(report), sep="\n")
 
 

@@ -11,7 +11,7 @@ import click
 from slotmoe.errors import ConfigError
 from slotmoe.tools import options
 from slotmoe.tools.options import flag, option
-from slotmoe.tools.screen import json_of, on_interrupt
+from slotmoe.tools.screen import json_of, on_interrupt, show
 from slotmoe.tools.tables import Console
 
 _FOLDER_HELP = "Folder of the report; an earlier report there is replaced."
@@ -66,7 +66,7 @@ def command(
         print(json_of(report))
     else:
         Console().print(overview(report))
-        print(f"Report: {page}")
+        show(f"Report: {page}")
 
 
 @contextlib.contextmanager
