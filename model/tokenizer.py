@@ -83,9 +83,9 @@ class Tokenizer:
         added, vocabulary = self._backend.get_added_tokens_decoder(), self._backend.get_vocab()
         self.special = {id_ for id_, token in added.items() if token.special}
         self._is_byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
-        names = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
-        found = {vocabulary[name]: name for name in names.keys() & vocabulary.keys()}
-        self._bytes = {id_: names[n] for id_, n in found.items() if self.decode([id_]) != n}
+        spelled = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
+        named = {vocabulary[name]: name for name in spelled.keys() & vocabulary.keys()}
+        self._bytes = {id_: spelled[n] for id_, n in named.items() if self.decode([id_]) != n}
         self.size = max(vocabulary.values(), default=-1) + 1
         # Characters of the longest token: no token of byte-level BPE has more of a text.
         self.longest = max(map(len, vocabulary), default=0)
