@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from slotmoe.errors import ConfigError, PlanError
+from slotmoe.errors import ConfigError, PlanError, visible
 from slotmoe.model.generate import Answer
 from slotmoe.model.reasoning import Reasoning, Splitter
 from slotmoe.model.tokenizer import TextStream, Tokenizer
@@ -17,7 +17,7 @@ from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools import run as command
 from slotmoe.tools.options import MAX_PROMPT_BYTES
-from slotmoe.tools.screen import echo_of, visible
+from slotmoe.tools.screen import echo_of
 from tests.support.forkserver import ROOT, OnTerminal
 from tests.support.tiny import SMALL, write_checkpoint
 
