@@ -37,7 +37,7 @@ from slotmoe.offload.model_cache import mark_used
 from slotmoe.offload.shared_files import read_note, write_note
 from slotmoe.quant.codecs.codec import DEFAULT_CODEC
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST
-from slotmoe.quant.export.schema import MAX_COPIED_BYTES
+from slotmoe.quant.export.validate import MAX_COPIED_BYTES
 from slotmoe.quant.export.writer import write_json
 from slotmoe.sizes import format_size
 

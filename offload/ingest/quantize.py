@@ -39,8 +39,7 @@ from slotmoe.quant.codecs.encode import NotFiniteError
 from slotmoe.quant.export import writer
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST, is_predictor
 from slotmoe.quant.export.reader import Export
-from slotmoe.quant.export.schema import MAX_COPIED_BYTES
-from slotmoe.quant.export.validate import refuse_unlisted
+from slotmoe.quant.export.validate import MAX_COPIED_BYTES, refuse_unlisted
 from slotmoe.quant.export.verify import damaged_files, span_checksums
 from slotmoe.quant.export.writer import ExportFile, publish_file, write_json
 from slotmoe.quant.shapes import RESIDENT_MODES

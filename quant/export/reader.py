@@ -27,7 +27,6 @@ from slotmoe.quant.export.layout import (
     layer_parts,
     tensor_parts,
 )
-from slotmoe.quant.export.schema import MAX_COPIED_BYTES
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.shapes import ALIGNMENT
 
@@ -86,7 +85,7 @@ class Export(AbstractContextManager["Export"]):
         files, linked = self.manifest["files"], self.manifest["experts"]["linked_layers"]
         for name in filter(files.__contains__, COPIED):
             self._own.open_file(name)
-            self.small_file(name, MAX_COPIED_BYTES)
+            self.small_file(name, validate.MAX_COPIED_BYTES)
         for layer in self.layers:
             name, origin = layer_file(layer), linked.get(str(layer), layer)
             for folder in self.folders:

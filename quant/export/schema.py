@@ -5,35 +5,39 @@ from array import array
 from itertools import pairwise
 from typing import Annotated, Literal
 
-from msgspec import Meta, Struct, field
+from msgspec import Meta, Struct
 
 from slotmoe.jsonfile import Json, typed
 from slotmoe.quant.codecs.codec import KINDS, SCALES, to_version_2
 
-MAX_COPIED_BYTES = 32 << 20  # the tokenizer.json of GLM-4.7 has 20 MB
 _Size = Annotated[int, Meta(ge=1, le=1 << 31)]
 _Width = Annotated[int, Meta(ge=1, le=1 << 20)]
 _Layer = Annotated[int, Meta(ge=0, le=99999)]
 _Weights = Annotated[int, Meta(ge=1, le=1 << 50)]
 _Error = Annotated[float, Meta(ge=0, le=1000)]
-_Shape = Annotated[list[_Size], Meta(min_length=2, max_length=2)]
+_Matrix = Annotated[list[_Size], Meta(min_length=2, max_length=2)]
 _Level = Annotated[float, Meta(ge=-1e30, le=1e30)]
 _Levels = Annotated[list[_Level], Meta(min_length=8, max_length=16)]
 
 
-class Codec(Struct):
+class _Codec(Struct):
     bits: int
     block: int
     scales: str
     levels: _Levels
 
 
-class Coded(Struct):
+class _Coded(Struct):
     codec: str
-    shape: _Shape
+    shape: _Matrix
 
 
-class Family(Struct, forbid_unknown_fields=True):
+class _Experts(Struct):
+    gate_up: str
+    down: str
+
+
+class _Family(Struct, forbid_unknown_fields=True):
     family: str
     stored: str
     weights: _Weights
@@ -44,25 +48,26 @@ class Family(Struct, forbid_unknown_fields=True):
     relative_output_error: _Error = 0.0  # of calibrated weights alone
 
 
-class Report(Struct, forbid_unknown_fields=True):
-    weights: _Weights
-    bits_per_weight: Annotated[float, Meta(ge=0, le=256)]
-    families: Annotated[list[Family], Meta(min_length=0, max_length=1000)]
-
-
-class ExpertNames(Struct):
-    gate_up: str
-    down: str
+class _Report(Struct, frozen=True, forbid_unknown_fields=True):
+    weights: _Weights = 1
+    bits_per_weight: Annotated[float, Meta(ge=0, le=256)] = 0.0
+    families: Annotated[list[_Family], Meta(min_length=0, max_length=1000)] = []
 
 
 class Quantization(Struct):
     layout: Literal["tiles16"]
-    codecs: dict[str, Codec]
-    experts: ExpertNames
+    codecs: dict[str, _Codec]
+    experts: _Experts
     resident: Literal["bf16", "int8", "mixed", "nf4"]
-    resident_codecs: dict[str, Coded]
-    report: Report = field(default_factory=lambda: Report(0, 0.0, []))
+    resident_codecs: dict[str, _Coded]
+    report: _Report = _Report()
     calibration: str = ""
+
+
+class _OldQuantization(Struct):
+    block: Literal[64]
+    levels: _Levels
+    resident_shapes: dict[str, _Matrix]
 
 
 class Experts(Struct):
@@ -76,41 +81,15 @@ class Experts(Struct):
     mtp_layer: _Layer = -1  # none
 
 
-class Source(Struct):
-    files: Json
-    name: str = ""
-
-
-class _OldQuantization(Struct):
-    block: Literal[64]
-    levels: _Levels
-    resident_shapes: dict[str, _Shape]
-
-
-class Version1(Struct):
-    format_version: Literal[1]
-    quantization: _OldQuantization
-
-
-class File(Struct):
-    """An entry of ``files``."""
-
-    bytes: Annotated[int, Meta(ge=0, le=1 << 50)]
+class _Tensor(Struct):
+    dtype: Literal["U8", "I8", "F8_E8M0", "I32", "F16", "BF16", "F32"]
+    shape: Annotated[list[_Size], Meta(min_length=1, max_length=3)]
     checksum: str
 
 
-class Manifest(Struct):
-    format_version: Literal[2]
-    source: Source
-    quantization: Quantization
-    experts: Experts
-    files: dict[str, File]
-
-
-class Copied(File):
-    """Of a file as in the source."""
-
-    bytes: Annotated[int, Meta(ge=0, le=MAX_COPIED_BYTES)]
+class File(Struct):
+    bytes: Annotated[int, Meta(ge=0, le=1 << 50)]
+    checksum: str
 
 
 class _Safetensors(File):
@@ -119,37 +98,35 @@ class _Safetensors(File):
 
 
 class Records(_Safetensors):
-    """Of a layer's experts."""
-
     records: list[str]
 
 
-class Tensor(Struct):
-    dtype: Literal["U8", "I8", "F8_E8M0", "I32", "F16", "BF16", "F32"]
-    shape: Annotated[list[_Size], Meta(min_length=1, max_length=3)]
-    checksum: str
-
-
 class Tensors(_Safetensors):
-    """Of resident weights or a predictor."""
+    tensors: dict[str, _Tensor]
 
-    tensors: dict[str, Tensor]
+
+class _Source(Struct):
+    files: Json
+    name: str = ""
+
+
+class Manifest(Struct):
+    format_version: Literal[2]
+    source: _Source
+    quantization: Quantization
+    experts: Experts
+    files: dict[str, File]
 
 
 def typed_manifest(manifest: Json) -> Manifest:
     """A ``manifest`` that is as ``Manifest`` says, with codecs that readers know.  One of version 1
     becomes one of version 2.  Raises ``ValueError``."""
-    if manifest.get("format_version") == 1:
-        typed(manifest, Version1)
+    if (version := manifest.get("format_version")) == 1 and version is not True:
+        typed(manifest.get("quantization"), _OldQuantization, "quantization")
         to_version_2(manifest)
     given = typed(manifest, Manifest)
     _check_codecs(given.quantization)
     return given
-
-
-def require(condition: bool, what: str) -> None:
-    if not condition:
-        raise ValueError(what)
 
 
 def _check_codecs(quantization: Quantization) -> None:
@@ -171,3 +148,8 @@ def _check_codecs(quantization: Quantization) -> None:
         require(same, f"{name:.80} and the up_proj beside it have different codecs")
     for name in [experts.gate_up, experts.down, *coded.values()]:
         require(name in codecs, f"codec {name!r:.40} is not in codecs")
+
+
+def require(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(what)

@@ -13,6 +13,7 @@ from slotmoe.quant.export.schema import require, typed_manifest
 from slotmoe.quant.shapes import TABLE_NAME
 
 MAX_MANIFEST_BYTES = 8 << 20
+MAX_COPIED_BYTES = 32 << 20  # the tokenizer.json of GLM-4.7 has 20 MB
 UNLISTED = "is not in the manifest, so nothing vouches for it"
 _PLAIN = ("int8", "bf16", "fp16", "fp32", "int32")
 
@@ -93,7 +94,7 @@ def _check_manifest(manifest: Json, given: schema.Manifest) -> None:
     layer_files = list(map(layer_file, given.experts.layers))
     predictors = list(filter(is_predictor, files))
     require(len(predictors) <= 1, "more than one predictor")
-    kinds: dict[str, type] = dict.fromkeys(COPIED, schema.Copied)
+    kinds: dict[str, type] = dict.fromkeys(COPIED, schema.File)
     kinds |= dict.fromkeys(layer_files, schema.Records)
     kinds |= dict.fromkeys([RESIDENT, *predictors], schema.Tensors)
     require(files.keys() <= kinds.keys(), "files names something that is not part of the format")
