@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
 from msgspec import Meta, Struct
 
@@ -114,22 +114,8 @@ class _IndexerLayers(Struct):
     index_skip_topk_offset: Annotated[int, Meta(ge=0, le=1000)] = 2
 
 
-class _Rates(Struct):
-    compressed_sparse_attention: Literal[4]
-    heavily_compressed_attention: Literal[128]
-
-
-class _Theta(Struct):
-    rope_theta: Positive
-
-
-class _MainRope(_Theta):
-    rope_type: Literal["default"]
-
-
-class _Ropes(Struct):
-    main: _MainRope
-    compress: _Theta
+_MainRope = TypedDict("_MainRope", {"rope_type": Literal["default"], "rope_theta": Positive})
+_Ropes = TypedDict("_Ropes", {"main": _MainRope, "compress": Json})
 
 
 class _KeysOfHub(Struct):
@@ -140,7 +126,7 @@ class _KeysOfHub(Struct):
     qk_rope_head_dim: _Width | None = None
     partial_rotary_factor: Annotated[float, Meta(ge=0, le=1)] | None = None
     layer_types: list[_LayerType] | None = None
-    compress_rates: _Rates | None = None
+    compress_rates: dict[str, int] | None = None
     mlp_layer_types: list[Literal["hash_moe", "moe"]] | None = None
     rope_parameters: _Ropes | None = None
 
@@ -244,8 +230,11 @@ def in_hub_words(given: Json) -> Json:
     hub, values = typed(given, _KeysOfHub), dict(given)
     layers, width, rotated = hub.num_hidden_layers, hub.head_dim, hub.qk_rope_head_dim
     if (types := hub.layer_types) is not None:
-        if hub.compress_rates is None:
-            raise ValueError("compress_rates is missing")
+        rates = hub.compress_rates or {}
+        for name, ratio in _RATIOS.items():
+            if ratio and rates.get(name) != ratio:
+                problem = f"is {rates[name]}" if name in rates else "is missing"
+                raise ValueError(f"compress_rates.{name} {problem}, expected {ratio}")
         if len(types) != layers:
             raise ValueError(f"layer_types has {len(types)} values, expected {layers}")
         _set(values, "compress_ratios", [_RATIOS[name] for name in types])
@@ -256,9 +245,11 @@ def in_hub_words(given: Json) -> Json:
             raise ValueError(f"mlp_layer_types {problem}, or a hash_moe layer behind a moe one")
         _set(values, "num_hash_layers", count)
     if (ropes := hub.rope_parameters) is not None:
-        values["rope_scaling"] = given["rope_parameters"]["compress"]
-        values["rope_theta"] = ropes.main.rope_theta
-        values["compress_rope_theta"] = ropes.compress.rope_theta
+        values["rope_scaling"], values["rope_theta"] = (
+            ropes["compress"],
+            ropes["main"]["rope_theta"],
+        )
+        values["compress_rope_theta"] = ropes["compress"].get("rope_theta")
     if rotated is None:
         if hub.partial_rotary_factor is None:
             raise ValueError("partial_rotary_factor is missing")

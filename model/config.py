@@ -8,7 +8,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
 from msgspec import Meta, Struct, structs
 
@@ -176,8 +176,7 @@ class Config(Geometry):
         return ["only the text part of this model is used"] if self.text_only else []
 
 
-class _Wrapper(Struct):
-    text_config: Json
+_Wrapper = TypedDict("_Wrapper", {"text_config": Json})
 
 
 class _TokenIds(Struct):
@@ -253,7 +252,7 @@ def _text_part(values: Json) -> Json:
     """The config of a model's text part, which is the whole of most."""
     if values.get("model_type") not in WRAPPERS:
         return values
-    inner = typed(values, _Wrapper).text_config
+    inner = typed(values, _Wrapper)["text_config"]
     return {key: values[key] for key in _OUTER if key in values} | inner
 
 

@@ -2,7 +2,7 @@
 Without torch: ``slotmoe.model.checkpoint.dequantize`` decodes them."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 from msgspec import Struct
 
@@ -71,8 +71,7 @@ class _Weights(Struct):  # of compressed-tensors: what is decoded here
     actorder: None = None  # columns in their own order
 
 
-class _Group(Struct):
-    weights: _Weights
+_Group = TypedDict("_Group", {"weights": _Weights})
 
 
 class _CompressedTensors(Struct):
@@ -93,8 +92,7 @@ _KINDS: dict[str, type[Struct]] = {
 }
 
 
-class _Plain(Struct):  # of what bitsandbytes has encoded
-    dtype: Literal["bfloat16", "float16", "float32"]
+_Dtype = TypedDict("_Dtype", {"dtype": Literal["bfloat16", "float16", "float32"]})
 
 
 def parse_encoding(config: Json) -> Encoding | None:
@@ -114,11 +112,11 @@ def parse_encoding(config: Json) -> Encoding | None:
     if isinstance(given, _Bitsandbytes):
         if not given.load_in_4bit:
             raise ValueError(f"{place}.load_in_4bit is false, which is not supported")
-        plain = typed({"dtype": config.get("torch_dtype"), **config}, _Plain)
-        return Encoding(given.bnb_4bit_quant_type, 1, 64, plain.dtype)
+        plain = typed({"dtype": config.get("torch_dtype"), **config}, _Dtype)
+        return Encoding(given.bnb_4bit_quant_type, 1, 64, plain["dtype"])
     if isinstance(given, _CompressedTensors):
         for name, group in given.config_groups.items():
-            if not group.weights.symmetric:
+            if not group["weights"].symmetric:
                 where = f"{place}.config_groups.{name:.40}.weights.symmetric"
                 raise ValueError(f"{where} is false, which is not supported")
         return Encoding("int4", 1, 32)

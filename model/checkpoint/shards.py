@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
-from msgspec import Struct
 from safetensors import SafetensorError, safe_open
 
 from slotmoe.errors import CheckpointError, reading
@@ -124,8 +124,7 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Te
     return infos, header_bytes
 
 
-class _Index(Struct):
-    weight_map: dict[str, str]
+_Index = TypedDict("_Index", {"weight_map": dict[str, str]})
 
 
 def weight_files(folder: Path) -> dict[str, str] | None:
@@ -133,7 +132,7 @@ def weight_files(folder: Path) -> dict[str, str] | None:
     index = folder / INDEX_NAME
     if not index.exists():
         return None
-    found = read_json(index, MAX_INDEX_BYTES, _Index, CheckpointError).weight_map
+    found = read_json(index, MAX_INDEX_BYTES, _Index, CheckpointError)["weight_map"]
     if not found:
         raise CheckpointError(f"{index}: weight_map is empty")
     weight_map = {text_name(name): file for name, file in found.items()}

@@ -140,7 +140,7 @@ class Model:
             given = typed_manifest(manifest)
             resident, files = given.quantization.resident, given.files
             sizes = [entry.bytes for file, entry in files.items() if file.startswith("predictor-")]
-            random_weights = not given.source.files  # as Export.random_weights
+            random_weights = not given.source["files"]  # as Export.random_weights
             codecs = ExpertCodecs.of_manifest(manifest)
             kept = given.experts.mtp_layer >= 0
             return cls(name, config, True, resident, codecs, sum(sizes), random_weights, kept)

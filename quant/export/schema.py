@@ -3,7 +3,7 @@
 import math
 from array import array
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
 from msgspec import Meta, Struct
 
@@ -16,25 +16,21 @@ _Layer = Annotated[int, Meta(ge=0, le=99999)]
 _Weights = Annotated[int, Meta(ge=1, le=1 << 50)]
 _Error = Annotated[float, Meta(ge=0, le=1000)]
 _Matrix = Annotated[list[_Size], Meta(min_length=2, max_length=2)]
+_Shape = Annotated[list[_Size], Meta(min_length=1, max_length=3)]
+_Dtype = Literal["U8", "I8", "F8_E8M0", "I32", "F16", "BF16", "F32"]
 _Level = Annotated[float, Meta(ge=-1e30, le=1e30)]
 _Levels = Annotated[list[_Level], Meta(min_length=8, max_length=16)]
 
 
-class _Codec(Struct):
-    bits: int
-    block: int
-    scales: str
-    levels: _Levels
-
-
-class _Coded(Struct):
-    codec: str
-    shape: _Matrix
-
-
-class _Experts(Struct):
-    gate_up: str
-    down: str
+_Codec = TypedDict("_Codec", {"bits": int, "block": int, "scales": str, "levels": _Levels})
+_Coded = TypedDict("_Coded", {"codec": str, "shape": _Matrix})
+_Projections = TypedDict("_Projections", {"gate_up": str, "down": str})
+_Tensor = TypedDict("_Tensor", {"dtype": _Dtype, "shape": _Shape, "checksum": str})
+_Source = TypedDict("_Source", {"files": Json})
+_Shapes = dict[str, _Matrix]
+_OldQuantization = TypedDict(
+    "_OldQuantization", {"block": Literal[64], "levels": _Levels, "resident_shapes": _Shapes}
+)
 
 
 class _Family(Struct, forbid_unknown_fields=True):
@@ -57,17 +53,11 @@ class _Report(Struct, frozen=True, forbid_unknown_fields=True):
 class Quantization(Struct):
     layout: Literal["tiles16"]
     codecs: dict[str, _Codec]
-    experts: _Experts
+    experts: _Projections
     resident: Literal["bf16", "int8", "mixed", "nf4"]
     resident_codecs: dict[str, _Coded]
     report: _Report = _Report()
     calibration: str = ""
-
-
-class _OldQuantization(Struct):
-    block: Literal[64]
-    levels: _Levels
-    resident_shapes: dict[str, _Matrix]
 
 
 class Experts(Struct):
@@ -81,33 +71,13 @@ class Experts(Struct):
     mtp_layer: _Layer = -1  # none
 
 
-class _Tensor(Struct):
-    dtype: Literal["U8", "I8", "F8_E8M0", "I32", "F16", "BF16", "F32"]
-    shape: Annotated[list[_Size], Meta(min_length=1, max_length=3)]
-    checksum: str
-
-
 class File(Struct):
     bytes: Annotated[int, Meta(ge=0, le=1 << 50)]
     checksum: str
-
-
-class _Safetensors(File):
-    header_bytes: Annotated[int, Meta(ge=4096, le=1 << 30)]
-    header_checksum: str
-
-
-class Records(_Safetensors):
-    records: list[str]
-
-
-class Tensors(_Safetensors):
-    tensors: dict[str, _Tensor]
-
-
-class _Source(Struct):
-    files: Json
-    name: str = ""
+    header_bytes: Annotated[int, Meta(ge=4096, le=1 << 30)] = 4096
+    header_checksum: str = ""
+    records: list[str] = []
+    tensors: dict[str, _Tensor] = {}
 
 
 class Manifest(Struct):
@@ -133,20 +103,20 @@ def _check_codecs(quantization: Quantization) -> None:
     """Every codec must be one that readers know, and every name of a codec one of these."""
     codecs, experts = quantization.codecs, quantization.experts
     for name, codec in codecs.items():
-        what, bits, scales = f"codec {name!r:.40}", codec.bits, codec.scales
-        known = (bits, scales) in KINDS and codec.block == SCALES[scales].block
-        coding = f"{bits} bits with {scales:.20} scales for {codec.block} columns"
+        what, bits, block = f"codec {name!r:.40}", codec["bits"], codec["block"]
+        scales, levels = codec["scales"], codec["levels"]
+        known = (bits, scales) in KINDS and block == SCALES[scales].block
+        coding = f"{bits} bits with {scales:.20} scales for {block} columns"
         require(known, f"{what}: {coding} are unknown")
-        count = len(codec.levels)
-        require(count == 1 << bits, f"{what} has {count} levels for {bits} bits")
-        numbers = [(level, math.copysign(1, level)) for level in array("f", codec.levels)]
+        require(len(levels) == 1 << bits, f"{what} has {len(levels)} levels for {bits} bits")
+        numbers = [(level, math.copysign(1, level)) for level in array("f", levels)]
         ordered = all(low < high for low, high in pairwise(numbers))  # -0 before 0
         require(ordered, f"the levels of {what} are not in ascending order, each once")
-    coded = {name: item.codec for name, item in quantization.resident_codecs.items()}
+    coded = {name: item["codec"] for name, item in quantization.resident_codecs.items()}
     for name, own in coded.items():  # kernels compute both in one go
         same = coded.get(name.replace("gate_proj", "up_proj"), own) == own
         require(same, f"{name:.80} and the up_proj beside it have different codecs")
-    for name in [experts.gate_up, experts.down, *coded.values()]:
+    for name in [experts["gate_up"], experts["down"], *coded.values()]:
         require(name in codecs, f"codec {name!r:.40} is not in codecs")
 
 

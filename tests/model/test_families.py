@@ -227,7 +227,7 @@ WRONG_V4 = {  # what is wrong, words of the message
     "hash-too-many": ({"num_hash_layers": 5}, "num_hash_layers is 5 num_hidden_layers is 4"),
     "hash-twice": ({"mlp_layer_types": ["moe"] * 4}, "num_hash_layers is 1 other keys say 0"),
     "layer-type": ({TYPE: ["full_attention"] * 4}, "layer_types[0] is 'full_attention'"),
-    "rates-missing": ({TYPE: ["sliding_attention"] * 4}, "compress_rates is missing"),
+    "rates-missing": ({TYPE: ["sliding_attention"] * 4}, "compress_rates. is missing"),
     "groups": ({"o_groups": 3}, "num_attention_heads 4 o_groups 3"),
     "rope-too-wide": ({"qk_rope_head_dim": 32}, "qk_rope_head_dim is 32 31"),
     "narrow-index": ({"index_head_dim": 8}, "index_head_dim is 8 qk_rope_head_dim 16"),
