@@ -67,7 +67,7 @@ class Tokenizer:
         self._backend.no_padding()
         path = folder / "tokenizer_config.json"
         found = read(path.name, MAX_SETTINGS_BYTES)
-        self.settings = settings = {} if found is None else parse_json(found, path)
+        self.settings = settings = {} if found is None else parse_json(found, path, Json)
         path = folder / "chat_template.jinja"
         found = read(path.name, MAX_TEMPLATE_BYTES)
         template = _decoded(found, path) if found else _template_of(settings)

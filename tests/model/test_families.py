@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slotmoe.errors import CheckpointError, ConfigError
-from slotmoe.jsonfile import read_json
+from slotmoe.jsonfile import Json, read_json
 from slotmoe.model.checkpoint.reader import Checkpoint, tensor_shapes
 from slotmoe.model.config import parse_config
 from slotmoe.model.families import FAMILIES, OTHERS
@@ -181,7 +181,7 @@ def test_transformers_reads_the_same_of_both_spellings(tmp_path):
 
 @pytest.mark.parametrize("name", ["v4-flash", "v4-pro"])
 def test_published_configs_name_more_layers_than_they_have(name):
-    given = read_json(geometry_path(name), 1 << 20)
+    given = read_json(geometry_path(name), 1 << 20, Json)
     config = parse_config(given)
     assert config.compressed and config.indexer and config.hyper and not config.unknown_keys
     layers = config.num_hidden_layers
@@ -289,7 +289,7 @@ def test_layers_have_the_indexers_that_transformers_gives_them(keys):
     [
         ({"indexer_types": ["shared", "full", "full"]}, "indexer_types leaves the first layer"),
         ({"indexer_types": ["full", "dense", "full"]}, r"indexer_types\[1\] is 'dense'"),
-        ({"index_topk_pattern": "FS"}, "index_topk_pattern is not a list of 3"),
+        ({"index_topk_pattern": "FS"}, r"index_topk_pattern is \['F', 'S'\], expected 3 of F or S"),
         ({"index_topk_freq": 0}, "index_topk_freq is 0"),
         ({"indexer_rope_interleave": False}, "indexer_rope_interleave false .* only true"),
         ({"q_lora_rank": None}, "q_lora_rank is null"),
