@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from slotmoe.errors import CheckpointError, ConfigError, reading
+from slotmoe.errors import CheckpointError, reading
 from slotmoe.jsonfile import parse_json, read_file
 from slotmoe.model import names, tiktoken
 from slotmoe.model.checkpoint.dequantize import Codes, EncodedTensor
@@ -175,10 +175,7 @@ def small_files(folder: Path) -> ReadFile:
         model = read_file(path, tiktoken.MAX_BYTES, CheckpointError)
         settings = read("tokenizer_config.json", MAX_SETTINGS_BYTES) or b"{}"
         parsed = parse_json(settings, folder / "tokenizer_config.json")
-        try:
-            return tiktoken.tokenizer_json(model, parsed)
-        except ValueError as problem:
-            raise ConfigError(f"{path}: {problem}") from None
+        return tiktoken.tokenizer_json(model, parsed, path)
 
     def read(name: str, limit: int) -> bytes | None:
         if (folder / name).is_file():
