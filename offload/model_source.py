@@ -41,7 +41,8 @@ def open_tokenizer(config: Config, read: ReadFile, path: Path) -> Tokenizer:
     verdicts = None
     with suppress(ConfigError):  # without a cache folder each is parsed anew
         verdicts = cache_folder() / "tokenizers"
-    return Tokenizer(path, config.bos_token_id, read, verdicts, config.family.own_template)
+    own = config.family.own_template
+    return Tokenizer(path, config.bos_token_id, read, verdicts, own, config.vocab_size)
 
 
 def generation_of(config: Config, read: ReadFile, path: Path) -> Generation:
