@@ -3,69 +3,38 @@ parses one and returns whether it was accepted.  Each runs in a process that is 
 
 import base64
 import json
-from contextlib import closing, suppress
+from contextlib import closing
 from types import SimpleNamespace
 
 import xxhash
 
+from campaigns.cases import in_file, lawful, sign_manifest, signed
 from campaigns.models import few_words, tiny_export
 from campaigns.requests import REQUESTS, request, schemas
-from slotmoe.errors import SlotmoeError
-from slotmoe.jsonfile import parse_json
+from campaigns.weights import body
+from slotmoe.jsonfile import Json, parse_json
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.config import parse_config
 from slotmoe.model.generate import Sampling
 from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.gguf.header import read_header
-from slotmoe.model.tiktoken import tokenizer_json
+from slotmoe.model.tiktoken import made
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.plan.advice import GEOMETRIES, geometry_path
-from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sessions.blocks import Block, BlockFolder, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved, listing
-from slotmoe.quant.export.layout import checksum, tensor_parts
+from slotmoe.quant.export.layout import checksum
 from slotmoe.quant.export.reader import Export
-from slotmoe.quant.export.validate import manifest_checksum
-from slotmoe.quant.export.verify import span_checksums
 from slotmoe.tools.chat.conversation import Conversation
 from tests.support.blocks import per_token
 from tests.support.gguf import write_gguf
 
 
-def lawful(action):
-    """Whether ``action`` went well; errors of ours are lawful, if they are one line."""
-    try:
-        action()
-    except SlotmoeError as problem:
-        if not str(problem).isprintable() or len(str(problem)) > 1000:
-            raise ValueError("not one line for people") from problem
-        return False
-    return True
-
-
-def in_file(path, good, read, end=b""):
-    """A parser whose input is a file's bytes, before ``end``."""
-
-    def parse(data):
-        path.write_bytes(data + end)
-        return lawful(read)
-
-    return [good], parse
-
-
-def signed(sign, values):
-    """JSON with the right checksum, as someone with bad intentions would write it, or the bytes as
-    they are where that can't be."""
-    with suppress(ValueError, AttributeError, TypeError, RecursionError):
-        return sign(json.loads(values))
-    return values
-
-
 def config(folder):
     corpus = [json.loads(geometry_path(name).read_text()) for name in GEOMETRIES]
     path = folder / "config.json"
-    return corpus, lambda data: lawful(lambda: parse_config(parse_json(data, path)))
+    return corpus, lambda data: lawful(lambda: parse_config(parse_json(data, path, Json)))
 
 
 def in_checkpoint(folder, name, read):
@@ -91,10 +60,6 @@ def templated(place):
     Tokenizer(place, 0, verdicts=place / "verdicts").chat([{"role": "user", "content": "hi"}])
 
 
-def sign_manifest(values):
-    return json.dumps({**values, "checksum": manifest_checksum(values)}).encode()
-
-
 def manifest(folder):
     export = tiny_export(folder)
     path = export / "slotmoe.json"
@@ -106,42 +71,6 @@ def manifest(folder):
 
     good, parse = in_file(path, json.loads(path.read_bytes()), read)
     return good, lambda data: parse(signed(sign_manifest, data))
-
-
-def body(folder, file):
-    """Tensors or records with right checksums, which a model is opened with and computes from."""
-    export = tiny_export(folder)
-    (path,) = export.glob(file)
-    values = json.loads((export / "slotmoe.json").read_bytes())
-    entry = values["files"][str(path.relative_to(export))]
-    with Export.open(export) as opened:
-        size = opened.layout.record_bytes
-    good, start = path.read_bytes(), entry["header_bytes"]
-    if "records" in entry:
-        names = [*range(len(entry["records"]))]
-        spans = [(start + number * size, start + (number + 1) * size) for number in names]
-    else:
-        parts = tensor_parts(entry)
-        names, spans = [*parts], [part.span(start) for part in parts.values()]
-
-    def parse(data):
-        data = (data + good[start + len(data) :])[: len(good) - start]
-        path.write_bytes(good[:start] + data)
-        entry["checksum"], sums = span_checksums(path, spans)
-        for name, digest in zip(names, sums, strict=True):
-            if "records" in entry:
-                entry["records"][name] = digest
-            else:
-                entry["tensors"][name]["checksum"] = digest
-        (export / "slotmoe.json").write_bytes(sign_manifest(values))
-
-        def compute():
-            with Runtime.open(export, context=32, ram="1GiB", threads=1) as runtime:
-                list(runtime.generate([1, 2, 3], 2))
-
-        return lawful(compute)
-
-    return [good[start:]], parse
 
 
 def sign_session(values):
@@ -214,7 +143,7 @@ def tiktoken(folder):
 
     def parse(data):
         try:
-            tokenizer_json(data, settings)
+            made(data, settings)
         except ValueError:
             return False
         return True

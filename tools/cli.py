@@ -16,6 +16,7 @@ import click
 
 from slotmoe import __version__
 from slotmoe.errors import ConfigError, DeviceError, DownloadError, SlotmoeError
+from slotmoe.tools.screen import guard_streams
 from slotmoe.tools.settings import HELP_ALL, defaults
 
 _COMMANDS = {
@@ -181,6 +182,7 @@ def _open_streams() -> None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    guard_streams()
 
 
 if __name__ == "__main__":

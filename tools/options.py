@@ -22,6 +22,7 @@ from slotmoe.offload.policy.hybrid import MODES
 from slotmoe.quant.codecs.codec import DEFAULT_CODEC, EXPERT_CODECS, ExpertCodecs
 from slotmoe.quant.shapes import RESIDENT_MODES
 from slotmoe.sizes import format_size, parse_size
+from slotmoe.tools.screen import show
 from slotmoe.tools.settings import HELP_ALL
 
 if TYPE_CHECKING:
@@ -350,9 +351,9 @@ def open_runtime(model: str, given: Json, quiet: bool = False, **settings: int) 
     return runtime
 
 
-def say(text: str) -> None:
+def say(*lines: str) -> None:
     """Print a remark of the program on stderr."""
-    print(f"slotmoe: {text}", file=sys.stderr)  # click's echo would write into a bar's line
+    show(f"slotmoe: {lines[0]}", *lines[1:], err=True)
 
 
 def notifier(quiet: bool) -> Callable[[str], None]:

@@ -1,16 +1,16 @@
 """``slotmoe rm``: remove exports from the cache folder, or sessions."""
 
-import json
 import sys
 from typing import Any
 
 import click
 
+from slotmoe.errors import one_line
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import find, library, remove
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
-from slotmoe.tools.screen import visible
+from slotmoe.tools.screen import json_of, show
 from slotmoe.tools.sessions import session_folder, sessions_in
 
 
@@ -49,9 +49,9 @@ def command(names: tuple[str, ...], sessions: bool, as_json: bool, **given: Any)
         size = f", {format_size(freed)}"
     elif is_all:
         removed = [session.name for session in sessions_in(folder)]
-    called = ", ".join(map(visible, removed)) or f"{folder}: unnamed texts"
+    called = ", ".join(removed) or f"{folder}: unnamed texts"
     asks = not given["yes"] and sys.stdin.isatty() and sys.stderr.isatty()
-    if asks and not click.confirm(f"Remove {called}{size}?", err=True):
+    if asks and not click.confirm(one_line(f"Remove {called}{size}?"), err=True):
         return 1
     if sessions:
         from slotmoe.offload.sessions.names import remove as remove_sessions
@@ -61,7 +61,7 @@ def command(names: tuple[str, ...], sessions: bool, as_json: bool, **given: Any)
         remove(folder, chosen)
     if as_json:
         where = "sessions" if sessions else "cache"
-        print(json.dumps({where: str(folder), "removed": removed, "bytes": freed}))
+        print(json_of({where: str(folder), "removed": removed, "bytes": freed}))
     else:
-        print(f"{called}: removed, {format_size(freed)} are free again")
+        show(f"{called}: removed, {format_size(freed)} are free again")
     return 0

@@ -1,20 +1,18 @@
 """``slotmoe profile``: where a run's memory and time go."""
 
 import contextlib
-import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from slotmoe.errors import ConfigError
 from slotmoe.tools import options
 from slotmoe.tools.options import flag, option
-from slotmoe.tools.screen import on_interrupt
+from slotmoe.tools.screen import json_of, on_interrupt, show
+from slotmoe.tools.tables import Console
 
 _FOLDER_HELP = "Folder of the report; an earlier report there is replaced."
 
@@ -65,10 +63,10 @@ def command(
         if stop is not None:
             raise stop
     if as_json:
-        print(json.dumps(report))
+        print(json_of(report))
     else:
-        Console(file=sys.stdout).print(overview(report))
-        print(f"Report: {page}")
+        Console().print(overview(report))
+        show(f"Report: {page}")
 
 
 @contextlib.contextmanager
