@@ -23,7 +23,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from glob import glob
 from itertools import islice
-from os.path import exists  # unlike a path's, says no where the disk does not answer
 from pathlib import Path
 
 import xxhash
@@ -137,7 +136,7 @@ class BlockFolder:
         """The block in the place of ``block`` that has most of its tokens at its beginning, whole,
         and its latents; None where no block has the first of them, or what has is damaged."""
         path = self._path(block)
-        if not exists(path):
+        if not os.path.exists(path):  # nor where the disk does not answer
             block, path = self._closest(block)
         data = self._load(path, block, size(block)) if block.tokens else None
         return None if data is None else (block, data)
@@ -206,7 +205,7 @@ class BlockFolder:
     def _children(self, parent: bytes, snapshots: bool = False) -> Iterator[Entry]:
         folder = self.folder / parent.hex()[:2]
         names = glob(f"{parent.hex()}-*", root_dir=folder)  # none of a folder that can't be read
-        entries = filter(None, (_entry(folder / name) for name in names))
+        entries = filter(None, map(_entry, map(folder.joinpath, names)))
         return (entry for entry in entries if entry.is_snapshot == snapshots)
 
     # Writing
@@ -223,10 +222,10 @@ class BlockFolder:
 
         What can't be written, or has no room, is not kept, nor is what comes behind it.
         """
-        missing = [block for block in blocks if not exists(self._path(block))]
+        missing = [block for block in blocks if not os.path.exists(self._path(block))]
         if missing and len(missing[-1].tokens) < BLOCK_TOKENS and self._is_covered(missing[-1]):
             missing.pop()
-        snapshots = [block for block in snapshots if not exists(self._path(block))]
+        snapshots = [block for block in snapshots if not os.path.exists(self._path(block))]
         if not (missing or snapshots) or blocks[-1].end < _LEAST_TOKENS:
             self.touch(blocks[-1])
             return 0
@@ -235,7 +234,7 @@ class BlockFolder:
         try:
             with self._locked() as lock:
                 for block in missing:
-                    if exists(self._path(block)):  # another process has just kept it
+                    if os.path.exists(self._path(block)):  # another process has just kept it
                         continue
                     head, nbytes = block.head(size(block)), size(block)
                     needed = len(head) + nbytes + _CHECKSUM_BYTES

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict
@@ -62,7 +62,7 @@ class Listed:
     saved: Saved | None
 
 
-class NamedSession:
+class NamedSession(AbstractContextManager["NamedSession"]):
     """The session ``name`` of ``folder``, this process's alone until it is closed.  ``saved`` is
     None for a new one.  Raises ``ConfigError`` where it can't be had, or its file is damaged."""
 
@@ -95,9 +95,6 @@ class NamedSession:
 
     def close(self) -> None:
         os.close(self._lock)
-
-    def __enter__(self) -> "NamedSession":
-        return self
 
     def __exit__(self, *raised: object) -> None:
         self.close()
