@@ -69,9 +69,10 @@ class State:
     @classmethod
     def read(cls, folder: Path) -> "State | None":
         """What ``save`` wrote; None if nothing is there, or if it is not as it was written."""
-        with suppress(ValueError):
+        try:
             return typed(read_signed(folder / _STATE), cls)
-        return None
+        except ValueError:
+            return None
 
     def save(self, folder: Path) -> None:
         """Replace what is noted, durably and never half."""
