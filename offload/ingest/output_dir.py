@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slotmoe.errors import ExportError
+from slotmoe.errors import ExportError, naming
 from slotmoe.jsonfile import Json
 from slotmoe.offload.shared_files import read_note, take_lock
 from slotmoe.quant.export.layout import COPIED, MANIFEST, RESIDENT, is_predictor
@@ -147,9 +147,11 @@ def _lock(partial: Path, seconds: float) -> int:
 
 @contextmanager
 def full_disk_explained(folder: Path) -> Iterator[None]:
-    """Raise ``ExportError`` instead of the ``OSError`` of a full disk."""
+    """Raise ``ExportError`` instead of the ``OSError`` of a full disk; others name a file, or at
+    least the ``folder``."""
     try:
-        yield
+        with naming(folder):
+            yield
     except OSError as problem:
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
