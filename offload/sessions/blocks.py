@@ -27,8 +27,8 @@ from pathlib import Path
 
 import xxhash
 
-from slotmoe.errors import ConfigError
-from slotmoe.offload.shared_files import take_lock
+from slotmoe.errors import ConfigError, naming
+from slotmoe.offload.shared_files import Removed, take_lock
 from slotmoe.quant.export.writer import publish_file, temporary_name
 from slotmoe.sizes import format_size
 
@@ -126,6 +126,7 @@ class BlockFolder:
         self.folder, self.limit, self._notify = folder, limit, notify
         self.damaged = 0
         self._remark = ""  # the latest one: what goes on and on is said once
+        self._left = list[str]()  # what could not be removed lately, and why
         make_private(folder)
         with suppress(OSError), self._locked() as lock:
             self._set_total(lock, self._tidy((), limit))
@@ -267,13 +268,14 @@ class BlockFolder:
                 freed += entry.nbytes * self._unlink(entry.path)
         return freed
 
-    def sweep(self, wanted: Iterable[Block]) -> int:
-        """Remove all but the ``wanted`` blocks and their snapshots.  Returns the bytes freed."""
+    def sweep(self, wanted: Iterable[Block]) -> Removed:
+        """Remove all but the ``wanted`` blocks and their snapshots."""
         with self._locked() as lock:
             before = self._tidy((), self.limit)
             total = self._tidy(wanted, 0)
             self._set_total(lock, total)
-        return before - total
+        more = f", nor {len(self._left) - 1} others" if len(self._left) > 1 else ""
+        return Removed(before - total, {"": f"{self._left[0]}{more}"} if self._left else {})
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
@@ -314,6 +316,7 @@ class BlockFolder:
         A block was used when its latest descendant was, and one whose parent is gone never: nothing
         leads there.
         """
+        self._left.clear()
         entries = sorted(self._entries(), key=lambda entry: -entry.start)
         used = defaultdict[bytes, float](float)
         for entry in entries:
@@ -356,10 +359,14 @@ class BlockFolder:
                 yield entry
 
     def _unlink(self, path: Path) -> bool:
-        with suppress(OSError):  # who reads a damaged one removes it without the lock
+        try:
             path.unlink()
             return True
-        return False
+        except FileNotFoundError:  # who reads a damaged one removes it without the lock
+            return False
+        except OSError as problem:
+            self._left.append(f"{path}: can't be removed ({problem.strerror})")
+            return False
 
     @property
     def nbytes(self) -> int:
@@ -392,7 +399,7 @@ def write_private(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     fresh.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     try:
-        with open(os.open(fresh, flags, 0o600), "wb") as file:
+        with naming(path), open(os.open(fresh, flags, 0o600), "wb") as file:
             for part in parts:
                 file.write(part)
             file.flush()
