@@ -21,7 +21,7 @@ from campaigns.runner import Attack
 from slotmoe.errors import SlotmoeError
 from slotmoe.offload.ingest.cached import cached_export
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.sessions.blocks import BlockFolder, chain
+from slotmoe.offload.sessions.blocks import Block, BlockFolder, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved, listing
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import write_predictor
@@ -115,7 +115,7 @@ class Sessions(Session):
                 blocks, per_token(24), lambda block: memoryview(bytes(24 * len(block.tokens)))
             )
             for other in range(3):
-                found = store.read(bytes([other]) * 16, 0, [*range(30)], per_token(24))
+                found = store.read(Block(bytes([other]) * 16, 0, [*range(30)]), per_token(24))
                 assert found is None or found[1] == bytes(len(found[1])), "another's latents"
             tick()
 
