@@ -74,10 +74,7 @@ def serve_beside(folder):
     from slotmoe.tools import serve
 
     make = serve.make_server
-    texts = [Text(**text) for text in json.loads((folder / "texts").read_text())]
-    for text in texts:
-        for said in (text.greedy, text.sampled):
-            said[:] = map(tuple, said)
+    texts = read_texts(folder)
 
     def work(runtime, chance):
         while True:
@@ -106,3 +103,11 @@ def serve_beside(folder):
 
 def write_texts(folder, texts):
     (folder / "texts").write_text(json.dumps([asdict(text) for text in texts]))
+
+
+def read_texts(folder):
+    texts = [Text(**text) for text in json.loads((folder / "texts").read_text())]
+    for text in texts:
+        for said in (text.greedy, text.sampled):
+            said[:] = map(tuple, said)
+    return texts

@@ -12,7 +12,7 @@ from campaigns.cases import in_file, lawful, sign_manifest, signed
 from campaigns.models import few_words, tiny_export
 from campaigns.requests import REQUESTS, request, schemas
 from campaigns.weights import body
-from slotmoe.jsonfile import parse_json
+from slotmoe.jsonfile import Json, parse_json
 from slotmoe.model import tokenizer
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.config import parse_config
@@ -35,7 +35,7 @@ from tests.support.gguf import write_gguf
 def config(folder):
     corpus = [json.loads(geometry_path(name).read_text()) for name in GEOMETRIES]
     path = folder / "config.json"
-    return corpus, lambda data: lawful(lambda: parse_config(parse_json(data, path)))
+    return corpus, lambda data: lawful(lambda: parse_config(parse_json(data, path, Json)))
 
 
 def in_checkpoint(folder, name, read):

@@ -64,7 +64,7 @@ def test_campaigns_have_a_usual_part():
 
 def test_no_campaign_shrinks():
     """What was attacked once is attacked for good."""
-    least = {"system-calls": 7, "fuzz": 21, "interrupts": 5, "kills": 4, "races": 5}
+    least = {"system-calls": 7, "fuzz": 21, "interrupts": 5, "kills": 4, "races": 6}
     for name, parts in {**least, "environments": 26, "clients": 15}.items():
         attack = import_module(f"campaigns.{name.replace('-', '_')}").ATTACK
         assert len(attack.parts) >= parts, name
@@ -124,11 +124,18 @@ Engine._finish = lost
 """
 OTHER_TEXT = """
 from campaigns import server
-alone = server.texts_alone
-def other(export):
-    return {prompt: ["~", *texts] for prompt, texts in alone(export).items()}
-server.texts_alone, server.SETTLING = other, 5
+wanted = server.wanted_of
+def other(*given):
+    return {prompt: ["~", *texts] for prompt, texts in wanted(*given).items()}
+server.wanted_of, server.SETTLING = other, 5
 """
+SAVED_LATER = """
+from threading import Thread
+from slotmoe.offload.engine.batch import Batch
+keep = Batch.keep
+Batch.keep = lambda *given: Thread(target=keep, args=given).start()
+"""
+NO_LOCKS = "import fcntl\nfcntl.flock = lambda *_: None"
 PLANTED = {
     **{
         code: ("fuzz config --blind", FUZZ.replace("BROKEN", code), wrong)
@@ -144,7 +151,8 @@ PLANTED = {
     "an export without fsync": ("kills quantize-power", NO_SYNC, "change"),
     "no checksums": ("flips --count 3000", UNCHECKED, "missed"),
     "a sequence that is lost": ("interrupts python --count 60", LOST, "empty"),
-    "no locks": ("races --count 60", "import fcntl\nfcntl.flock = lambda *_: None", ""),
+    "no locks": ("races destination cache session sessions predictor --count 60", NO_LOCKS, ""),
+    "a save beside other texts": ("races threads --count 20", SAVED_LATER, ""),
     "a wrong answer": ("server --clients 5 --seconds 5", OTHER_TEXT, "and alone"),
 }
 

@@ -120,7 +120,7 @@ def _ranks(model: bytes) -> dict[bytes, int]:
 
 def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
     """The two tokens that become a third one: what merges inside of it leave, in the order of their
-    ranks, since no text has others side by side.  Where they leave more, only a whole word is it."""
+    ranks.  No text has others side by side.  Where they leave more, only a whole word is it."""
     none = len(ranks)
     for token in ranks:
         cuts = [*range(len(token) + 1)]

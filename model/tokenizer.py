@@ -21,6 +21,7 @@ from slotmoe.model.reasoning import Splitter, reasoning_of
 MAX_TOKENIZER_BYTES = 32 << 20  # that of GLM-4.7 has 20 MB
 # Mistral Small 4 has 131,000 tokens and 270,000 merges, which may be written as pairs.
 MAX_TOKENIZER_VALUES = 1_000_000
+_SPARE_IDS = 1024  # beyond the model's rows: special tokens of a fine-tuning that it never learned
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_SETTINGS_BYTES = 1 << 22
 _WITHOUT_BOS = ("TikTokenTokenizer",)  # of Moonlight and Kimi: their text begins with no token
@@ -39,10 +40,10 @@ FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>") 
 
 
 class Tokenizer:
-    """``tokenizer.json``; ``size`` is the number of ids it can decode (the model may have more).
-    ``read`` gives the model's files where they are not simply those of ``folder``, ``verdicts``
-    is where it is noted which tokenizers have been parsed before, and ``own_template`` is the chat
-    template where the files have none."""
+    """``tokenizer.json``; ``size`` is the number of ids it can decode, of which a few may be beyond
+    the model's ``rows``.  ``read`` gives the model's files where they are not simply those of
+    ``folder``, ``verdicts`` is where it is noted which tokenizers have been parsed before, and
+    ``own_template`` is the chat template where the files have none."""
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class Tokenizer:
         read: ReadFile | None = None,
         verdicts: Path | None = None,
         own_template: str | None = None,
+        rows: int = MAX_TOKENIZER_VALUES,
     ):
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders
@@ -67,7 +69,7 @@ class Tokenizer:
         self._backend.no_padding()
         path = folder / "tokenizer_config.json"
         found = read(path.name, MAX_SETTINGS_BYTES)
-        self.settings = settings = {} if found is None else parse_json(found, path)
+        self.settings = settings = {} if found is None else parse_json(found, path, Json)
         path = folder / "chat_template.jinja"
         found = read(path.name, MAX_TEMPLATE_BYTES)
         template = _decoded(found, path) if found else _template_of(settings)
@@ -84,11 +86,16 @@ class Tokenizer:
         self.special = {id_ for id_, token in added.items() if token.special}
         self._is_byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
         spelled = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
-        named = {vocabulary[name]: name for name in spelled.keys() & vocabulary.keys()}
-        self._bytes = {id_: spelled[n] for id_, n in named.items() if self.decode([id_]) != n}
+        ids = {vocabulary[name]: name for name in spelled.keys() & vocabulary.keys()}
+        self._bytes = {id_: spelled[n] for id_, n in ids.items() if self.decode([id_]) != n}
         self.size = max(vocabulary.values(), default=-1) + 1
-        # Characters of the longest token: no token of byte-level BPE has more of a text.
-        self.longest = max(map(len, vocabulary), default=0)
+        if self.size > (most := min(rows + _SPARE_IDS, MAX_TOKENIZER_VALUES)):
+            problem = f"has the token id {self.size - 1}; the model's {rows} rows allow {most - 1}"
+            raise ConfigError(f"{folder / 'tokenizer.json'}: {problem}; it is of another model")
+        self.unused = self.size - len({*vocabulary.values()})  # ids
+        lengths = [*map(len, vocabulary)]
+        # Characters of all tokens, and of the longest: none of byte-level BPE has more of a text.
+        self.characters, self.longest = sum(lengths), max(lengths, default=0)
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """Token ids of ``text``, after one beginning-of-sentence token if the model wants it."""

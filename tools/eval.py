@@ -80,7 +80,7 @@ def command(
     """
     from slotmoe.offload.devices.cuda import choose_device
     from slotmoe.offload.engine.loading import check_options
-    from slotmoe.offload.model_source import resolve_model
+    from slotmoe.offload.ingest.cached import resolve_model
     from slotmoe.offload.options import Options
     from slotmoe.offload.study.evaluate import Evaluation, read_texts, windows_of
 
@@ -130,7 +130,7 @@ def _open_reference(reference: str, given: Json) -> Runtime:
     """The reference: a checkpoint as it is, or an export in at most half of the budget."""
     from slotmoe.offload.devices.cuda import choose_device
     from slotmoe.offload.engine.loading import FREE_SHARE
-    from slotmoe.offload.model_source import resolve_model
+    from slotmoe.offload.ingest.cached import resolve_model
     from slotmoe.offload.runtime import Runtime
 
     quantize = is_export(resolve_model(reference))

@@ -118,13 +118,13 @@ def _check_source(folder: Path, texts: Paths) -> list[list[int]] | None:
 
 def calibration_windows(folder: Path, texts: Paths) -> list[list[int]]:
     """The texts in windows of token ids of the checkpoint ``folder``."""
-    from slotmoe.model.tokenizer import Tokenizer
     from slotmoe.offload.ingest.calibration import WINDOW
+    from slotmoe.offload.model_source import open_tokenizer
     from slotmoe.offload.study.calibrate import read_tokens, split
 
     read = files_of(folder)
     config = config_among(read, folder)
-    tokenizer = Tokenizer(folder, config.bos_token_id, read)
+    tokenizer = open_tokenizer(config, read, folder)
     width = min(WINDOW, config.max_position_embeddings)
     tokens = read_tokens(texts, tokenizer)
     return [window for ids in tokens for window in split(ids, tokenizer, width)]

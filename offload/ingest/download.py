@@ -134,7 +134,9 @@ class _Transfer:
         self._ranges = [Range(at, min(at + RANGE_BYTES, expected.size), at) for at in starts]
         with suppress(OSError, ValueError, KeyError, TypeError):
             pairs = list(zip(self._ranges, state["received"], strict=True))
-            possible = all(0 <= count <= part.end - part.start for part, count in pairs)
+            possible = all(
+                type(count) is int and 0 <= count <= part.end - part.start for part, count in pairs
+            )
             same = state["checksum"] == expected.checksum
             if possible and same and self._incomplete.stat().st_size == expected.size:
                 for part, count in pairs:

@@ -21,7 +21,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from glob import glob
 from itertools import islice
+from os.path import exists  # unlike a path's, says no where the disk does not answer
 from pathlib import Path
 
 import xxhash
@@ -135,7 +137,7 @@ class BlockFolder:
         """The block in the place of ``block`` that has most of its tokens at its beginning, whole,
         and its latents; None where no block has the first of them, or what has is damaged."""
         path = self._path(block)
-        if not path.exists():
+        if not exists(path):
             block, path = self._closest(block)
         data = self._load(path, block, size(block)) if block.tokens else None
         return None if data is None else (block, data)
@@ -202,8 +204,9 @@ class BlockFolder:
         return self.folder / parts[0][:2] / name
 
     def _children(self, parent: bytes, snapshots: bool = False) -> Iterator[Entry]:
-        paths = (self.folder / parent.hex()[:2]).glob(f"{parent.hex()}-*")
-        entries = filter(None, map(_entry, paths))
+        folder = self.folder / parent.hex()[:2]
+        names = glob(f"{parent.hex()}-*", root_dir=folder)  # none of a folder that can't be read
+        entries = filter(None, (_entry(folder / name) for name in names))
         return (entry for entry in entries if entry.is_snapshot == snapshots)
 
     # Writing
@@ -220,10 +223,10 @@ class BlockFolder:
 
         What can't be written, or has no room, is not kept, nor is what comes behind it.
         """
-        missing = [block for block in blocks if not self._path(block).exists()]
+        missing = [block for block in blocks if not exists(self._path(block))]
         if missing and len(missing[-1].tokens) < BLOCK_TOKENS and self._is_covered(missing[-1]):
             missing.pop()
-        snapshots = [block for block in snapshots if not self._path(block).exists()]
+        snapshots = [block for block in snapshots if not exists(self._path(block))]
         if not (missing or snapshots) or blocks[-1].end < _LEAST_TOKENS:
             self.touch(blocks[-1])
             return 0
@@ -232,7 +235,7 @@ class BlockFolder:
         try:
             with self._locked() as lock:
                 for block in missing:
-                    if self._path(block).exists():  # another process has just kept it
+                    if exists(self._path(block)):  # another process has just kept it
                         continue
                     head, nbytes = block.head(size(block)), size(block)
                     needed = len(head) + nbytes + _CHECKSUM_BYTES

@@ -12,9 +12,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Literal, TypedDict
+
+from msgspec import Meta, Struct
 
 from slotmoe.errors import ConfigError
-from slotmoe.jsonfile import TEXT, Json, Kind, ListOf, check, integer, one_of, read_json
+from slotmoe.jsonfile import Json, read_json, typed
 from slotmoe.offload.sessions import blocks
 from slotmoe.offload.sessions.blocks import BlockFolder, make_private
 from slotmoe.offload.shared_files import take_lock
@@ -23,16 +26,18 @@ from slotmoe.quant.export.layout import checksum
 _VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_BYTES = 64 << 20
-_ROOT = Kind("32 hexadecimal digits", lambda value: bool(re.fullmatch("[0-9a-f]{32}", str(value))))
-_SAVED = {
-    "version": integer(_VERSION, _VERSION),
-    "checksum": TEXT,
-    "root": _ROOT,
-    "tokens": TEXT,
-    "kind": one_of("chat", "text"),
-    "messages": ListOf({"role": TEXT, "content": TEXT}, 1, 1 << 20),
-    "forgotten": integer(0, 1 << 20),
-}
+
+_Message = TypedDict("_Message", {"role": str, "content": str})
+
+
+class _File(Struct):
+    version: Literal[1]
+    checksum: str
+    root: Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z", description="32 hexadecimal digits")]
+    tokens: str
+    kind: Literal["chat", "text"]
+    messages: Annotated[list[_Message], Meta(min_length=1, max_length=1 << 20)]
+    forgotten: Annotated[int, Meta(ge=0, le=1 << 20)]
 
 
 @dataclass(frozen=True)
@@ -142,17 +147,17 @@ class _DamagedError(ConfigError):
 
 def _load(path: Path) -> Saved:
     """Raises ``_DamagedError``."""
-    values = read_json(path, _MAX_BYTES, _DamagedError)
+    values = read_json(path, _MAX_BYTES, Json, _DamagedError)
     try:
-        check(values, _SAVED)
-        if values["checksum"] != _checksum(values):
+        file = typed(values, _File)
+        if file.checksum != _checksum(values):
             raise ValueError("its checksum is wrong")
-        tokens = blocks.unpacked(base64.b64decode(values["tokens"]))
+        tokens = blocks.unpacked(base64.b64decode(file.tokens))
     except ValueError as problem:
         advice = f"slotmoe rm --sessions {path.stem} removes it"
         raise _DamagedError(f"{path}: is damaged ({problem}); {advice}") from None
-    rest = {key: values[key] for key in ("kind", "messages", "forgotten")}
-    return Saved(bytes.fromhex(values["root"]), tokens, **rest)
+    root = bytes.fromhex(file.root)
+    return Saved(root, tokens, file.kind, values["messages"], file.forgotten)
 
 
 def _checksum(values: Json) -> str:

@@ -1,11 +1,13 @@
 """Saves and restores beside other texts: whatever is asked inside their file operations, each text
 and each block on disk is that of an engine alone."""
 
+import errno
 import os
 import sys
 import threading
 from collections import defaultdict
 from contextlib import contextmanager
+from itertools import count
 
 import pytest
 
@@ -33,16 +35,19 @@ class Texts:
     """Texts that a ``runtime`` is asked for."""
 
     def __init__(self, runtime):
-        self.runtime, self.asked, self.started = runtime, [], 0
+        self.runtime, self.asked, self.started, self.seen = runtime, [], 0, set()
 
     def ask(self, prompt):
         stream = self.runtime.generate(prompt, COUNT, top_logprobs=99)
         self.asked.append((prompt, stream))
         return stream
 
-    def start_another(self):
-        """From another thread, one that begins as ``FIRST`` does.  Wait for its end, if this is not
-        the thread that makes it."""
+    def start_another(self, operation):
+        """From another thread, one that begins as ``FIRST`` does, inside each of the first ``MOST``
+        operations.  Wait for its end, if this is not the thread that makes it."""
+        if self.started == MOST:
+            return
+        self.seen.add(operation)
         number, self.started, streams = self.started, self.started + 1, []
         prompt = [*FIRST[: 11 * number % 140], *range(100 + number, 130 + number)]
         thread = threading.Thread(target=lambda: streams.append(self.ask(prompt)))
@@ -53,13 +58,11 @@ class Texts:
 
 
 @contextmanager
-def in_file_operations(texts):
-    """Let another text start inside each of the first file operations of sessions, in whichever
-    thread.  Gives the names of those operations."""
-    seen = set()
+def at_file_operations(runtime, act):
+    """``act(name)`` before each file operation of sessions, in whichever thread."""
 
     def look(frame, event, function):
-        if event != "c_call" or texts.started == MOST:
+        if event != "c_call":
             return
         module = getattr(function, "__module__", None)
         if module is None:
@@ -70,18 +73,17 @@ def in_file_operations(texts):
         while frame is not None and "/sessions/" not in frame.f_code.co_filename:
             frame = frame.f_back
         if frame is not None:
-            seen.add(name)
-            texts.start_another()
+            act(name)
 
     threading.setprofile(look)
     sys.setprofile(look)
-    texts.runtime.engine.call(lambda: sys.setprofile(look))
+    runtime.engine.call(lambda: sys.setprofile(look))
     try:
-        yield seen
+        yield
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
-        texts.runtime.engine.call(lambda: sys.setprofile(None))
+        runtime.engine.call(lambda: sys.setprofile(None))
 
 
 def blocks_of(root, tokens):
@@ -104,12 +106,12 @@ def test_texts_that_start_inside_a_save_or_a_restore_change_nothing(
         with opened() as runtime:
             runtime.keep_in(tmp_path, notify=said.append)
             texts = Texts(runtime)
-            with in_file_operations(texts) as names:
+            with at_file_operations(runtime, texts.start_another):
                 texts.ask(FIRST)
                 until(lambda texts=texts: texts.started == MOST)
             for prompt, stream in texts.asked:
                 made[tuple(prompt)].append([*stream])
-            seen |= names
+            seen |= texts.seen
     with opened() as runtime:
         runtime.keep_in(tmp_path, notify=said.append)
         root, before = runtime.sessions.root(), 0
@@ -140,3 +142,39 @@ def test_texts_that_start_inside_a_save_or_a_restore_change_nothing(
                 assert content[-16 - len(saved) : -16] == saved.numpy().tobytes(), name
     assert restored == [len(prompt) - 1 for prompt in made] and not said
     assert not left and seen >= DONE
+
+
+def test_no_file_operation_that_fails_costs_more_than_its_block(
+    small_export, tmp_path, monkeypatch, heavy
+):
+    """Of a save, then of a restore and the save behind it; the next text is kept again."""
+    monkeypatch.setattr(os, "fsync", os.fstat)
+    left, failed, other = 0, [], [*FIRST[:100], 9]
+
+    def fail(name):
+        nonlocal left
+        left -= name not in ("close", "__exit__")
+        if left == 0 and name not in ("close", "__exit__"):
+            failed.append(name)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with Runtime.open(small_export, context=256) as runtime:
+        wanted = {
+            prompt: [*runtime.generate(prompt, COUNT)] for prompt in map(tuple, (FIRST, other))
+        }
+        for before, prompt in (((), FIRST), ((FIRST, [*FIRST[:70], *range(5, 50)]), other)):
+            for number in count(1):
+                runtime.keep_in(tmp_path / f"{len(before)} {number}")
+                for text in before:
+                    runtime.engine.empty()
+                    runtime.next_logits(text)
+                runtime.engine.empty()
+                left, known = number, len(failed)
+                with at_file_operations(runtime, fail):
+                    tokens = [*runtime.generate(prompt, COUNT)]
+                assert tokens == wanted[tuple(prompt)], failed[-1:]
+                if len(failed) == known:
+                    break
+                runtime.engine.empty()
+                assert [*runtime.generate(prompt, COUNT)] == tokens
+    assert DONE - {*failed} == {"close", "__exit__"}

@@ -54,7 +54,7 @@ def _html(report: Json, images: dict[str, tuple[str, bytes]], rows: list[Json]) 
 
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    environment.finalize = lambda value: visible(value) if isinstance(value, str) else value
+    environment.finalize = lambda value: visible(value) if type(value) is str else value
     environment.filters |= {"size": format_size, "base64": lambda d: base64.b64encode(d).decode()}
     page = environment.get_template("report.html")
     return page.render(**report, images=images, compared=rows)
