@@ -9,9 +9,22 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+from campaigns import CAMPAIGNS
+from campaigns.runner import parse, play
 
 ROOT = Path(__file__).parents[1]
+# Parts of each campaign that take a second or two in CI, in the process of the tests.
+USUAL = [
+    "system-calls verify --count 1",
+    "fuzz --blind --count 20",
+    "flips --count 300",
+    "interrupts python --count 1",
+    "kills --count 1",
+    "races --count 1",
+    "environments 'no home' --count 2",
+]
+LONG = {"soak", "server", "clients", "templates", "many-machines", "mutants"}  # have no such part
+# The others, and more of these, in processes of their own.
 SHORT = [
     "system-calls quantize chat --count 1",
     "fuzz --blind --seconds 2",
@@ -35,6 +48,20 @@ def played(line, before=""):
     return done.returncode, [json.loads(report) for report in done.stdout.splitlines()]
 
 
+@pytest.mark.usefixtures("processes")
+@pytest.mark.parametrize("line", USUAL)
+def test_usual_part(line, monkeypatch, capsys):
+    monkeypatch.setenv("SLOTMOE_CACHE", "")  # a campaign sets it
+    name, *words = shlex.split(line)
+    attack = import_module(f"campaigns.{name.replace('-', '_')}").ATTACK
+    good = play(name, attack, parse(name, "", attack, [*words, "--seed", "1"]))
+    assert good, capsys.readouterr().out
+
+
+def test_campaigns_have_a_usual_part():
+    assert {line.split()[0] for line in USUAL} == {gate.name for gate in CAMPAIGNS} - LONG
+
+
 def test_no_campaign_shrinks():
     """What was attacked once is attacked for good."""
     least = {"system-calls": 7, "fuzz": 21, "interrupts": 5, "kills": 4, "races": 6}
@@ -43,6 +70,7 @@ def test_no_campaign_shrinks():
         assert len(attack.parts) >= parts, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", SHORT)
 def test_nothing_is_wrong(line):
     code, reports = played(line)
@@ -129,6 +157,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_defects_are_found(name):
     line, before, wanted = PLANTED[name]

@@ -5,6 +5,7 @@ answer a prompt, in one thread.  Each case of ``WHOLE`` opens the model itself i
 """
 
 import ctypes
+import math
 import threading
 from dataclasses import replace
 from itertools import count
@@ -90,6 +91,7 @@ class Opened:
         """What a model with few slots and a route budget asks of its predictor."""
         config = self._model.config
         x_TD = torch.ones(2, config.hidden_size)
+        assert all(map(math.isfinite, predictor.popularity + predictor.swap_prices))
         scores_TLE = predictor.token_scores(x_TD, x_TD)
         E, K = config.n_routed_experts, config.num_experts_per_tok
         for row, scores_E in enumerate(scores_TLE[0]):
