@@ -22,8 +22,8 @@ CAMPAIGNS = (
     Gate(
         "system-calls",
         "Each system call of a command fails in turn: bad disk, full disk, signal, short, killed.",
-        "100% of points: a failure is one line, no wrong byte under a final name, the same command"
-        " then makes the same bytes",
+        "100% of points: a failure is one line that names the file, no wrong byte under a final"
+        " name, the same command then makes the same bytes",
         "3,490 points and 38 of `fsync` alone, nothing wrong (325f334)",
     ),
     Gate(
