@@ -14,10 +14,11 @@ import click
 from rich.console import Console
 from rich.text import Text as Cell
 
-from slotmoe.errors import PlanError
+from slotmoe.errors import ConfigError, PlanError
 from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import available_memory, process_bytes
 from slotmoe.offload.model_cache import is_export
+from slotmoe.signals import Stopping
 from slotmoe.sizes import format_size, parse_size
 from slotmoe.tools import options
 from slotmoe.tools.options import choice, integer, option
@@ -176,17 +177,25 @@ def _run(
     evaluation: Evaluation, texts: list[Text], windows: list[list[Window]], title: str, quiet: bool
 ) -> None:
     before, total = 0, sum(text.ends[-1] for text in texts)
-    with byte_bars(title, quiet=quiet) as (progress,):
+    engines = [it.engine for it in (evaluation.runtime, evaluation.reference) if it is not None]
+
+    def stop(_: int) -> None:
+        for engine in engines:
+            engine.stop()
+
+    with byte_bars(title, quiet=quiet) as (progress,), Stopping(stop) as stopping:
         try:
             for text, cut in zip(texts, windows, strict=True):
                 for done in evaluation.run(text, cut):
                     progress(before + done, total)
                 before += text.ends[-1]
-        except KeyboardInterrupt:
-            if not quiet and any(totals.tokens for totals in evaluation.files.values()):
-                options.say("stopped; so far:")
-                _print(evaluation.report(), sys.stderr)
-            raise
+        except ConfigError:
+            if not stopping.number:
+                raise
+        if stopping.number and not quiet and any(it.tokens for it in evaluation.files.values()):
+            options.say("stopped; so far:")
+            _print(evaluation.report(), sys.stderr)
+    stopping.check()
 
 
 _COLUMNS = {  # title -> key of the report and its format

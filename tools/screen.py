@@ -2,10 +2,7 @@
 
 import os
 import re
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -49,13 +46,3 @@ def wait_reading(stream: "Stream", quiet: bool) -> None:
         finally:
             if seconds == _NEXT_SECONDS:
                 print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def on_interrupt(handler: Callable[..., object]) -> Iterator[None]:
-    """Ctrl-C calls ``handler`` meanwhile."""
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

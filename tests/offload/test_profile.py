@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import threading
@@ -17,9 +18,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from slotmoe.offload.engine import requests
+from slotmoe.offload.engine.requests import Stream
 from slotmoe.offload.observe import memory_sampler as memory
 from slotmoe.offload.observe import profiler
+from slotmoe.offload.observe.measure import setting_of
 from slotmoe.offload.observe.memory_sampler import MemorySampler
 from slotmoe.offload.observe.profiler import Profiler, attach
 from slotmoe.offload.observe.trace import read_trace
@@ -242,21 +244,21 @@ def test_report_in_chromium(reported, browser):
         assert tab.complaints == []
 
 
-@pytest.mark.parametrize(("stop", "after"), [(KeyboardInterrupt, 0), (SystemExit(143), 3)])
+@pytest.mark.parametrize(("number", "after"), [(signal.SIGINT, 0), (signal.SIGTERM, 3)])
 def test_stopped_run_writes_what_it_has_and_says_so(
-    stop, after, profile, monkeypatch, tmp_path, no_charts
+    number, after, profile, monkeypatch, tmp_path, no_charts
 ):
-    original, calls = requests.wait_for, []
+    original, calls = Stream.__next__, []
 
-    def wait_for(*arguments):
+    def following(stream):
         calls.append(1)
         if len(calls) == after + 1:
-            raise stop
-        return original(*arguments)
+            signal.raise_signal(number)
+        return original(stream)
 
-    monkeypatch.setattr(requests, "wait_for", wait_for)
+    monkeypatch.setattr(Stream, "__next__", following)
     code, out, err = profile(TEXT, "-n", "20", "--json")
-    assert (code, out) == (130 if stop is KeyboardInterrupt else 143, "")
+    assert (code, out) == (128 + number, "")
     assert f"stopped after {after} of 20 tokens" in err
     assert "report.html" in err
     assert "Traceback" not in err
@@ -340,12 +342,12 @@ def test_the_verdict_says_what_more_memory_gives(sample_export):
     spent = {"waiting for disk": 75.0, "experts": 25.0}
     report = {"time": {"decode": {"milliseconds_per_token": spent}}}
     report["decode_tokens_per_second"] = 10.0
-    rates = Bandwidths()
     with Runtime.open(sample_export, slots=56, context=64) as runtime:
-        model, total = runtime.model, runtime.plan.total
-        capped = verdict(report, model, 10, 10, rates)
-        tight = dataclasses.replace(runtime.plan, budget=total)
-        small = verdict(report, dataclasses.replace(model, plan=tight), 10, 10, rates)
+        setting, kernels = setting_of(runtime.model, Bandwidths()), runtime.model.backend.kind
+        total = runtime.plan.total
+        capped = verdict(report, setting, kernels, 10, 10)
+        tight = dataclasses.replace(setting, plan=dataclasses.replace(runtime.plan, budget=total))
+        small = verdict(report, tight, kernels, 10, 10)
     start = "Decode makes 10.0 tokens/s; 75% of a token's time is waiting for disk. It would make "
     assert capped["text"].startswith(start + "without --slots about ")
     assert small["text"].startswith(start + "with --ram ")

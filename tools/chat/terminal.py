@@ -1,7 +1,6 @@
 """``slotmoe chat`` on a terminal: a prompt with history, and answers as Markdown."""
 
 import contextlib
-import signal
 import sys
 import termios
 import time
@@ -20,7 +19,8 @@ from rich.markdown import Markdown
 from rich.segment import Segment, Segments
 from rich.text import Text
 
-from slotmoe.tools.screen import on_interrupt, visible
+from slotmoe.signals import ENDING, Handling, leave
+from slotmoe.tools.screen import visible
 
 Status = Callable[[], str]
 _PAUSE = 30  # times as long as a drawing took passes until the next one
@@ -48,6 +48,20 @@ class Terminal:
             bottom_toolbar=status,
         )
 
+    @contextlib.contextmanager
+    def talking(self) -> Iterator[None]:
+        """Ctrl-C between answers does nothing; what ends the process leaves the terminal as it was
+        before."""
+        mode = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
+
+        def end(number: int, _: object) -> None:
+            if mode is not None:
+                termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
+            leave(number)
+
+        with Handling(lambda *_: None, ENDING[:1]), Handling(end, ENDING[1:]):
+            yield
+
     def read(self) -> str | None:
         while True:
             draft, self._draft = self._draft, ""
@@ -61,8 +75,8 @@ class Terminal:
                 return None
 
     def show(self, answer: Generator[str, None, None]) -> None:
-        """The answer as it comes; Ctrl-C ends it, once, with ``KeyboardInterrupt``."""
-        with on_interrupt(_stop_once), _no_echo(), contextlib.closing(answer):
+        """The answer as it comes."""
+        with _no_echo(), contextlib.closing(answer):
             self._view = View(self._console, self._status)
             with self._view.live, contextlib.closing(self._view):
                 for piece in answer:
@@ -219,9 +233,3 @@ def _no_echo() -> Iterator[None]:
         yield
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
-
-
-def _stop_once(*_: object) -> None:
-    """End what is going on; Ctrl-C pressed again meanwhile does nothing."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
