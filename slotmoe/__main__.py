@@ -3,13 +3,13 @@
 import atexit
 import signal
 
-from slotmoe.signals import Handling, leave
+from slotmoe.signals import ENDING, Stopping, leave
 
 
 def main() -> None:
-    Handling(leave).__enter__()
-    # The first to be registered is the last to be called: then Python forgets its handlers.
-    atexit.register(Handling(signal.SIG_IGN).__enter__)
+    Stopping(leave, once=False).__enter__()
+    # Python forgets its handlers soon after this, which is the last exit handler to be called.
+    atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in ENDING])
     from slotmoe.tools.cli import main
 
     main()

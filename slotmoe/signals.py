@@ -5,24 +5,15 @@ break.  So a signal ends the process itself, unless a command has something to f
 final name holds is whole at any moment.  This is imported before all else, and imports little.
 """
 
-from __future__ import annotations
-
 import os
 import signal
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from types import FrameType
-
-    from typing_extensions import Self
-
-    Handler = Callable[[int, FrameType | None], object] | int | None
+from collections.abc import Callable
+from types import FrameType
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def leave(number: int, frame: FrameType | None = None, remark: str = "") -> None:
+def leave(number: int, remark: str = "") -> None:
     """End the process now, as by the signal ``number``; after Ctrl-C with a line."""
     signal.signal(number, signal.SIG_DFL)  # another one does not wait for a reader of stderr
     try:
@@ -34,36 +25,28 @@ def leave(number: int, frame: FrameType | None = None, remark: str = "") -> None
         os._exit(128 + number)
 
 
-class Handling:
-    """As a context manager: ``numbers`` call ``handler`` meanwhile, but what is ignored stays so
-    (by nohup, or in a shell's background)."""
+class Stopping:
+    """As a context manager: a signal is noted as ``number``, and ``stop`` is called with it.  The
+    next one acts as before, if this is for ``once``.  What is ignored stays so (by nohup, or in a
+    shell's background)."""
 
-    def __init__(self, handler: Handler, numbers: tuple[signal.Signals, ...] = ENDING):
-        self._handler, self._numbers = handler, numbers
-        self._before: dict[signal.Signals, Handler] = {}
+    def __init__(self, stop: Callable[[int], object], once: bool = True):
+        self._stop, self._once, self.number = stop, once, 0
 
-    def __enter__(self) -> Self:
-        for number in self._numbers:
-            if (before := signal.getsignal(number)) != signal.SIG_IGN:
-                self._before[number] = before
-                signal.signal(number, self._handler)
+    def __enter__(self) -> "Stopping":
+        before = [(number, signal.getsignal(number)) for number in ENDING]
+        self._before = [each for each in before if each[1] != signal.SIG_IGN]
+        for number, _ in self._before:
+            signal.signal(number, self._take)
         return self
 
     def __exit__(self, *raised: object) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
+        for number, handler in self._before:
+            signal.signal(number, handler)
 
-
-class Stopping(Handling):
-    """Meanwhile the first signal calls ``stop`` with its number; the next one acts as before.
-    ``check`` then ends what has nothing more to finish."""
-
-    def __init__(self, stop: Callable[[int], object]):
-        super().__init__(self._take)
-        self._stop, self.number = stop, 0
-
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        self.__exit__()
+    def _take(self, number: int, _: FrameType | None) -> None:
+        if self._once:
+            self.__exit__()
         self.number = number
         self._stop(number)
 

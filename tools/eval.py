@@ -178,12 +178,8 @@ def _run(
 ) -> None:
     before, total = 0, sum(text.ends[-1] for text in texts)
     engines = [it.engine for it in (evaluation.runtime, evaluation.reference) if it is not None]
-
-    def stop(_: int) -> None:
-        for engine in engines:
-            engine.stop()
-
-    with byte_bars(title, quiet=quiet) as (progress,), Stopping(stop) as stopping:
+    stopping = Stopping(lambda _: [engine.stop() for engine in engines])
+    with byte_bars(title, quiet=quiet) as (progress,), stopping:
         try:
             for text, cut in zip(texts, windows, strict=True):
                 for done in evaluation.run(text, cut):

@@ -15,7 +15,7 @@ from slotmoe.model.config import config_among
 from slotmoe.model.gguf import files_of
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import library, locate
-from slotmoe.signals import Handling, leave
+from slotmoe.signals import Stopping, leave
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
 from slotmoe.tools.options import flag, option, say
@@ -132,9 +132,9 @@ def calibration_windows(folder: Path, texts: Paths) -> list[list[int]]:
     return [window for ids in tokens for window in split(ids, tokenizer, width)]
 
 
-def _ending(advice: str) -> Handling:
+def _ending(advice: str) -> Stopping:
     """Meanwhile the line after Ctrl-C says what there is now."""
-    return Handling(partial(leave, remark=f"; {visible(advice)}"))
+    return Stopping(partial(leave, remark=f"; {visible(advice)}"))
 
 
 def _quantize(

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -18,15 +19,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from slotmoe.offload import runtime as runtimes
 from slotmoe.offload.engine.requests import Stream
+from slotmoe.offload.observe import measure, profiler
 from slotmoe.offload.observe import memory_sampler as memory
-from slotmoe.offload.observe import profiler
-from slotmoe.offload.observe.measure import setting_of
 from slotmoe.offload.observe.memory_sampler import MemorySampler
 from slotmoe.offload.observe.profiler import Profiler, attach
 from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.runtime import Runtime
+from slotmoe.tools.bench import speed
 from slotmoe.tools.profile.report import CHARTS, compared, write_report
 from slotmoe.tools.profile.verdict import verdict
 from tests.support.browser import Tab
@@ -332,6 +334,52 @@ def test_folder_that_cannot_be_written(place, profile, tmp_path, monkeypatch):
     assert (tmp_path / "taken").read_text() == "a file"
 
 
+COMMANDS = {
+    "profile": "hello -n 5 --slots 60".split(),
+    "bench": "--prompt-tokens 20 --decode-tokens 5 --repetitions 1 --slots 60 --calibrate".split(),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_takes_memory_of_its_own_begins_when_the_model_is_gone(
+    command, slotmoe, sample_export, monkeypatch, tmp_path
+):
+    """Measuring disk and RAM, and drawing: the budget is for the model and them in turn."""
+    monkeypatch.chdir(tmp_path)
+    opened, done = [], []
+
+    def open_model(*arguments):
+        model = original(*arguments)
+        opened.extend(map(weakref.ref, (model.network, model.experts.slots.slab, *model.states)))
+        return model
+
+    def alone(name, result):
+        def do(*_):
+            assert opened and not [type(part()) for part in opened if part() is not None]
+            done.append(name)
+            return result
+
+        return do
+
+    original = runtimes.open_model
+    monkeypatch.setattr(runtimes, "open_model", open_model)
+    for name, result in {
+        "drive_bandwidths": [1e9],
+        "ram_bandwidth": 1e9,
+        "disk_latency": 1e-4,
+    }.items():
+        monkeypatch.setattr(measure, name, alone(name, result))
+    monkeypatch.setattr(speed, "core_rates", alone("core_rates", {"all_bytes": 1e9}))
+    drawn = SimpleNamespace(draw=alone("draw", {}))
+    monkeypatch.setitem(sys.modules, "slotmoe.tools.profile.charts", drawn)
+    monkeypatch.setattr(measure, "read_bandwidth", lambda model: 1e9)
+    monkeypatch.setattr("slotmoe.tools.bench.store_bandwidths", lambda *_, **values: None)
+    code, _, err = slotmoe(command, sample_export, *COMMANDS[command])
+    assert (code, "Traceback" in err) == (0, False), err
+    wanted = {"profile": {"ram_bandwidth", "draw"}, "bench": {"core_rates"}}[command]
+    assert {*done} == wanted | {"drive_bandwidths", "disk_latency"}
+
+
 def test_warm_slots_are_full_before_the_first_token(profile, no_charts):
     options = TEXT, "-n", "5", "--slots", "224", "--json"
     runs = [json.loads(profile(*options, *warm)[1]) for warm in ([], ["--warm"])]
@@ -343,7 +391,10 @@ def test_the_verdict_says_what_more_memory_gives(sample_export):
     report = {"time": {"decode": {"milliseconds_per_token": spent}}}
     report["decode_tokens_per_second"] = 10.0
     with Runtime.open(sample_export, slots=56, context=64) as runtime:
-        setting, kernels = setting_of(runtime.model, Bandwidths()), runtime.model.backend.kind
+        setting, kernels = (
+            measure.setting_of(runtime.model, Bandwidths()),
+            runtime.model.backend.kind,
+        )
         total = runtime.plan.total
         capped = verdict(report, setting, kernels, 10, 10)
         tight = dataclasses.replace(setting, plan=dataclasses.replace(runtime.plan, budget=total))

@@ -64,7 +64,6 @@ def command(model: str, calibrate: bool, as_json: bool, **options: Any) -> None:
             runtime.warm(progress)
         report, closed = measure(runtime, **counts), Lasting(runtime.model)
         options["context"] = runtime.context
-    del runtime  # and its memory, which the rest takes in part
     compare_disk(closed, report["disk"])
     if calibrate:
         store_bandwidths(cache_folder() / "machine.json", **calibration(closed, report))
@@ -74,7 +73,6 @@ def command(model: str, calibrate: bool, as_json: bool, **options: Any) -> None:
 
 
 def _print(report: dict[str, Any]) -> None:
-
     settings, ceiling = report["settings"], report["ceiling"]
     limit = (f"{ceiling['decode_tokens_per_second']:.1f}", f"{ceiling['decode_fraction']:.0%}")
     rows = []

@@ -1,6 +1,7 @@
 """``slotmoe chat`` on a terminal: a prompt with history, and answers as Markdown."""
 
 import contextlib
+import signal
 import sys
 import termios
 import time
@@ -19,7 +20,7 @@ from rich.markdown import Markdown
 from rich.segment import Segment, Segments
 from rich.text import Text
 
-from slotmoe.signals import ENDING, Handling, leave
+from slotmoe.signals import Stopping, leave
 from slotmoe.tools.screen import visible
 
 Status = Callable[[], str]
@@ -54,12 +55,13 @@ class Terminal:
         before."""
         mode = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
 
-        def end(number: int, _: object) -> None:
-            if mode is not None:
-                termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
-            leave(number)
+        def end(number: int) -> None:
+            if number != signal.SIGINT:
+                if mode is not None:
+                    termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
+                leave(number)
 
-        with Handling(lambda *_: None, ENDING[:1]), Handling(end, ENDING[1:]):
+        with Stopping(end, once=False):
             yield
 
     def read(self) -> str | None:
