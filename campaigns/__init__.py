@@ -63,6 +63,12 @@ CAMPAIGNS = (
         "208, of which 4 were wrong and are mended (e450e24)",
     ),
     Gate(
+        "escapes",
+        "Escape codes, forged lines and markup in every string that strangers write.",
+        "each string of each input: no such character on stdout, stderr, in the log or an answer",
+        "",
+    ),
+    Gate(
         "soak",
         "Tokens under random budgets, policies, sessions, Ctrl-C, errors and bad reads.",
         "20,000 tokens, all with the same bits; descriptors and threads as before, memory +5%",

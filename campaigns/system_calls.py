@@ -123,6 +123,8 @@ class Child:
             return f"{said}"
         elif code and not (said and said[0].startswith("slotmoe: ")):
             return f"no line of ours: {said}"
+        elif code and str(self.work.parent) not in said[0]:
+            return f"names no file: {said}"
         if code == 0 and found != self.wanted:
             return "wrong bytes, and exit code 0"
         if kind == "unsynced" and os.strerror(errno.EIO) not in self.error:

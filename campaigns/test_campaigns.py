@@ -9,9 +9,22 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+from campaigns import CAMPAIGNS
+from campaigns.runner import parse, play
 
 ROOT = Path(__file__).parents[1]
+# Parts of each campaign that take a second or two in CI, in the process of the tests.
+USUAL = [
+    "system-calls verify --count 1",
+    "fuzz --blind --count 20",
+    "flips --count 300",
+    "interrupts python --count 1",
+    "kills --count 1",
+    "races --count 1",
+    "environments 'no home' --count 2",
+]
+LONG = {"soak", "server", "clients", "templates", "many-machines", "mutants"}  # have no such part
+# The others, and more of these, in processes of their own.
 SHORT = [
     "system-calls quantize chat --count 1",
     "fuzz --blind --seconds 2",
@@ -35,14 +48,29 @@ def played(line, before=""):
     return done.returncode, [json.loads(report) for report in done.stdout.splitlines()]
 
 
+@pytest.mark.usefixtures("processes")
+@pytest.mark.parametrize("line", USUAL)
+def test_usual_part(line, monkeypatch, capsys):
+    monkeypatch.setenv("SLOTMOE_CACHE", "")  # a campaign sets it
+    name, *words = shlex.split(line)
+    attack = import_module(f"campaigns.{name.replace('-', '_')}").ATTACK
+    good = play(name, attack, parse(name, "", attack, [*words, "--seed", "1"]))
+    assert good, capsys.readouterr().out
+
+
+def test_campaigns_have_a_usual_part():
+    assert {line.split()[0] for line in USUAL} == {gate.name for gate in CAMPAIGNS} - LONG
+
+
 def test_no_campaign_shrinks():
     """What was attacked once is attacked for good."""
-    least = {"system-calls": 7, "fuzz": 21, "interrupts": 5, "kills": 4, "races": 5}
+    least = {"system-calls": 7, "fuzz": 21, "interrupts": 5, "kills": 4, "races": 6}
     for name, parts in {**least, "environments": 26, "clients": 15}.items():
         attack = import_module(f"campaigns.{name.replace('-', '_')}").ATTACK
         assert len(attack.parts) >= parts, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", SHORT)
 def test_nothing_is_wrong(line):
     code, reports = played(line)
@@ -96,11 +124,18 @@ Engine._finish = lost
 """
 OTHER_TEXT = """
 from campaigns import server
-alone = server.texts_alone
-def other(export):
-    return {prompt: ["~", *texts] for prompt, texts in alone(export).items()}
-server.texts_alone, server.SETTLING = other, 5
+wanted = server.wanted_of
+def other(*given):
+    return {prompt: ["~", *texts] for prompt, texts in wanted(*given).items()}
+server.wanted_of, server.SETTLING = other, 5
 """
+SAVED_LATER = """
+from threading import Thread
+from slotmoe.offload.engine.batch import Batch
+keep = Batch.keep
+Batch.keep = lambda *given: Thread(target=keep, args=given).start()
+"""
+NO_LOCKS = "import fcntl\nfcntl.flock = lambda *_: None"
 PLANTED = {
     **{
         code: ("fuzz config --blind", FUZZ.replace("BROKEN", code), wrong)
@@ -116,11 +151,13 @@ PLANTED = {
     "an export without fsync": ("kills quantize-power", NO_SYNC, "change"),
     "no checksums": ("flips --count 3000", UNCHECKED, "missed"),
     "a sequence that is lost": ("interrupts python --count 60", LOST, "empty"),
-    "no locks": ("races --count 60", "import fcntl\nfcntl.flock = lambda *_: None", ""),
+    "no locks": ("races destination cache session sessions predictor --count 60", NO_LOCKS, ""),
+    "a save beside other texts": ("races threads --count 20", SAVED_LATER, ""),
     "a wrong answer": ("server --clients 5 --seconds 5", OTHER_TEXT, "and alone"),
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_defects_are_found(name):
     line, before, wanted = PLANTED[name]

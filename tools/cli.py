@@ -15,6 +15,7 @@ import click
 
 from slotmoe import __version__
 from slotmoe.errors import ConfigError, DeviceError, DownloadError, SlotmoeError
+from slotmoe.tools.screen import guard_streams
 from slotmoe.tools.settings import HELP_ALL, defaults
 
 _COMMANDS = {
@@ -135,7 +136,7 @@ def _ending(problem: BaseException, is_traced: bool) -> tuple[str, int]:
             # Python would fail once more to write what stdout still holds.
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return f"{problem.filename or 'input or output'}: {problem.strerror or problem}", 1
+            return f"{problem.filename or 'stdin or stdout'}: {problem.strerror or problem}", 1
         case ImportError():  # of a library that the system can't map, say
             advice = "memory is short, or the installation incomplete"
             return f"can't load what it needs ({SlotmoeError(text[:400])}): {advice}", 1
@@ -173,3 +174,4 @@ def _open_streams() -> None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    guard_streams()

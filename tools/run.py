@@ -1,6 +1,5 @@
 """``slotmoe run``: a prompt in, its continuation out."""
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -13,7 +12,15 @@ from slotmoe.model.reasoning import Splitter
 from slotmoe.signals import Stopping
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
-from slotmoe.tools.screen import dimmed, echo_of, is_terminal, visible, wait_reading
+from slotmoe.tools.screen import (
+    commanded,
+    dimmed,
+    echo_of,
+    exact,
+    is_terminal,
+    json_of,
+    wait_reading,
+)
 from slotmoe.tools.sessions import go_on, open_session
 
 if TYPE_CHECKING:
@@ -70,7 +77,7 @@ def command(
         print(*lines, continuation.line(report), sep="\n", file=sys.stderr)
     continuation.stopping.check()
     if as_json:
-        print(json.dumps(report))
+        print(json_of(report))
 
 
 class Continuation:
@@ -116,7 +123,7 @@ class Continuation:
                     if not self.tokens:
                         self._first_seconds = time.perf_counter() - started
                         if on_terminal and not self._chat:
-                            print(echo_of(self._prompt), end="")
+                            print(echo_of(self._prompt), end="", file=commanded(sys.stdout))
                     self.tokens.append(token)
                     self._show(on_terminal, *splitter.feed(token.text))
                 self._show(on_terminal, *splitter.feed("", is_last=True))
@@ -155,12 +162,12 @@ class Continuation:
     def _show(self, on_terminal: bool, thought: str, text: str) -> None:
         """Print what has come: reasoning dimmed, or on stderr where stdout is no terminal."""
         if thought and not self._quiet:
-            file = sys.stdout if on_terminal else sys.stderr
+            file = commanded(sys.stdout) if on_terminal else sys.stderr
             print(dimmed(thought) if on_terminal else thought, end="", flush=True, file=file)
         if text and not self._quiet:
             if self._thoughts and not self._texts:
                 print("\n", file=sys.stdout if on_terminal else sys.stderr)
-            print(visible(text) if on_terminal else text, end="", flush=True)
+            print(text, end="", flush=True, file=exact(sys.stdout))
         self._thoughts += [thought] if thought else []
         self._texts += [text] if text else []
 
@@ -232,7 +239,7 @@ def by_drive(drives: list[Json]) -> str:
         rate = drive["bytes"] / drive["seconds"] / 1e9 if drive["seconds"] else 0.0
         failed = ", then failed" * drive["failed"]
         read = f"{format_size(drive['bytes'])} at {rate:.2f} GB/s"
-        texts.append(f"{visible(drive['folder'])} {read}{failed}")
+        texts.append(f"{drive['folder']} {read}{failed}")
     return "; ".join(texts)
 
 

@@ -91,30 +91,30 @@ class Shards:
         self.released.append(file)
 
 
-def test_a_state_names_what_is_durable_and_a_file_before_it_is_published(tmp_path, monkeypatch):
+def test_a_state_names_what_is_durable(tmp_path, monkeypatch):
     """What the resume's state counts as written has been synced."""
     source = tmp_path / "source"
     write_checkpoint(source, shards=3, **SMALL)
-    synced, states, published = set(), [], []
-    sync, write, publish = ExportFile.sync, output_dir.State.save, quantize.publish_file
+    synced, counts = set(), []
+    sync, write = ExportFile.sync, output_dir.State.save
 
     def save(state, partial):
-        assert {name.rpartition("/")[2] for name in state.written} <= synced
-        states.append((len(state.written), {*state.files}))
+        noted = {sum for item in state.written.values() for sum in item["checksums"]}
+        assert noted <= synced
+        counts.append(len(state.written))
         write(state, partial)
 
-    def publish_file(path):
-        assert path.relative_to(tmp_path / "export.partial").as_posix() in states[-1][1]
-        published.append(path)
-        publish(path)
+    def synced_too(file):
+        whole = set(file.checksums.values())
+        sync(file)
+        synced.update(whole)
 
-    monkeypatch.setattr(ExportFile, "sync", lambda file: synced.add(file.path.name) or sync(file))
+    monkeypatch.setattr(ExportFile, "sync", synced_too)
     monkeypatch.setattr(output_dir.State, "save", save)
-    monkeypatch.setattr(quantize, "publish_file", publish_file)
     shards = Shards(source)
     quantize.quantize(source, tmp_path / "export", workers=1, shards=shards)
     assert shards.released == sorted(path.name for path in source.glob("*.safetensors"))
-    assert len(published) == 2 and max(count for count, _ in states) > 0
+    assert counts == sorted(counts) and len({*counts}) > 3
 
 
 @pytest.mark.parametrize(

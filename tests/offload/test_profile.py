@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from slotmoe.errors import visible
 from slotmoe.offload import runtime as runtimes
 from slotmoe.offload.engine.requests import Stream
 from slotmoe.offload.observe import measure, profiler
@@ -227,11 +228,13 @@ def test_report_holds_everything_and_asks_for_nothing(reported):
 
 def test_words_of_strangers_stay_words(reported, tmp_path, no_charts):
     hostile = "</pre><script>fetch('http://x.org')</script><img src=x onerror=alert(1)>{{ 7 * 7 }}"
+    hostile += "\x1b]0;title\x07"
     workload = reported.report["workload"] | {"prompt": hostile, "text": hostile}
     write_report(reported.report | {"model": hostile, "workload": workload}, tmp_path)
     found = page(tmp_path)
     assert "script" not in found.tags
-    assert hostile in found.words
+    assert visible(hostile) in found.words
+    assert "\x1b" not in (tmp_path / "report.html").read_text()
 
 
 def test_report_in_chromium(reported, browser):

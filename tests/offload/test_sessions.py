@@ -122,6 +122,17 @@ def test_a_prompt_that_differs_reuses_what_comes_before(runtime, copy):
         assert torch.equal(logits, computed(runtime, ids))
 
 
+def test_nothing_is_taken_from_behind_a_gap(runtime, store, copy):
+    """The second block is gone, and another text's serves in its place; the third is there."""
+    kept(runtime, copy, [*TEXT[:100], 3, *TEXT[:60]])
+    gone = [*chain(runtime.sessions.root(), TEXT)][1].address.hex()
+    next(path for path in files(copy) if gone in path.name.split("-")).unlink()
+    said = keeping(runtime, copy)
+    count, logits = restored(runtime, TEXT)
+    assert (count, said) == (100, [])
+    assert torch.equal(logits, store[1])
+
+
 # What is kept
 
 

@@ -194,7 +194,7 @@ class Conversation:
     def load(self, path: Path) -> None:
         """Go on from what ``save`` wrote.  Raises ``ConfigError`` and changes nothing then."""
         path = path.expanduser().resolve()
-        system, exchanges = _parse(path, read_json(path, _MAX_FILE_BYTES))
+        system, exchanges = _parse(path, read_json(path, _MAX_FILE_BYTES, Json))
         self._ids(system, exchanges, "Hello")
         self.reset()
         self.system, self.exchanges, self.file = system, exchanges, path

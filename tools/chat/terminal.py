@@ -14,14 +14,14 @@ from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import has_focus
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from rich.console import Console
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment, Segments
 from rich.text import Text
 
+from slotmoe.errors import visible
 from slotmoe.signals import Stopping, leave
-from slotmoe.tools.screen import visible
+from slotmoe.tools.tables import Console
 
 Status = Callable[[], str]
 _PAUSE = 30  # times as long as a drawing took passes until the next one
@@ -90,18 +90,18 @@ class Terminal:
         if self._view is not None:
             self._view.think(text)
 
-    def say(self, text: str) -> None:
+    def say(self, *lines: str) -> None:
         """A remark, below what was answered so far."""
         if self._view is not None:
             self._view.close()
-        self._console.print(Text(visible(text), style="dim italic"))
+        self._console.print(Text("\n".join(lines), style="dim italic"))
 
     def fail(self, problem: BaseException) -> None:
         """Print it; the message is offered again unless some of its answer was shown."""
         if isinstance(problem, KeyboardInterrupt):
             self.say("stopped")
         else:
-            self._console.print(Text(visible(str(problem)), style="red"))
+            self._console.print(Text(str(problem), style="red"))
         self._draft = self._unanswered
 
     def _history(self, path: Path) -> History:

@@ -1,17 +1,16 @@
 """``slotmoe profile``: where a run's memory and time go."""
 
-import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from slotmoe.errors import ConfigError
 from slotmoe.tools import options
 from slotmoe.tools.options import flag, option
+from slotmoe.tools.screen import json_of, show
+from slotmoe.tools.tables import Console
 
 _FOLDER_HELP = "Folder of the report; an earlier report there is replaced."
 
@@ -57,10 +56,10 @@ def command(
         options.say(f"{page} has what was measured until then, and says so")
     stopping.check()
     if as_json:
-        print(json.dumps(report))
+        print(json_of(report))
     else:
-        Console(file=sys.stdout).print(overview(report))
-        print(f"Report: {page}")
+        Console().print(overview(report))
+        show(f"Report: {page}")
 
 
 def _check_folder(folder: Path) -> None:

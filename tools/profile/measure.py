@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import click
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.live import Live
 
 from slotmoe import __version__
@@ -28,6 +27,8 @@ from slotmoe.tools.profile.report import overview
 from slotmoe.tools.profile.verdict import verdict
 from slotmoe.tools.progress import byte_bars, step_progress
 from slotmoe.tools.run import speeds
+from slotmoe.tools.screen import show
+from slotmoe.tools.tables import Console
 
 _CACHE = "hits misses hit_rate already_coming evictions bypassed slots".split()
 DEFAULT_PROMPT = (
@@ -94,7 +95,7 @@ def _observed(
                 advance()
         if stopping.number:
             so_far = f"stopped after {len(words)} of {most} tokens; writing the report so far"
-            click.echo(f"\nslotmoe: {so_far}", err=True)
+            show("", f"slotmoe: {so_far}", err=True)
         detach()
         report: Json = {"model": model, "complete": not stopping.number}
         report |= measured(runtime, profiler, sampler)

@@ -115,7 +115,7 @@ def command(model: str, host: str, port: int, names: tuple[str, ...], **given: A
         server, service = make_server(runtime, names, sequences, queue, *edge)
         address, port = listener.getsockname()[:2]
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
-        click.echo(f"slotmoe: {service.name} is ready at {url}, {_READY}", err=True)
+        options.say(f"{service.name} is ready at {url}, {_READY}")
 
         def stop(_: int) -> None:
             service.stop()
@@ -130,7 +130,7 @@ def command(model: str, host: str, port: int, names: tuple[str, ...], **given: A
     stopping.check()
     if problem is None:
         return 0
-    click.echo(f"slotmoe: the model failed, so the server ended: {problem!r:.400}", err=True)
+    options.say(f"the model failed, so the server ended: {problem!r:.400}")
     return 1
 
 
@@ -181,6 +181,7 @@ def make_server(
         lifespan="off",
         log_level="warning",
         access_log=False,
+        use_colors=False,
         server_header=False,
         limit_concurrency=sequences + queue + _SPARE_CONNECTIONS,
         timeout_graceful_shutdown=_GRACE_SECONDS,
