@@ -233,8 +233,8 @@ def in_hub_words(given: Json) -> Json:
         rates = hub.compress_rates or {}
         for name, ratio in _RATIOS.items():
             if ratio and rates.get(name) != ratio:
-                problem = f"is {rates[name]}" if name in rates else "is missing"
-                raise ValueError(f"compress_rates.{name} {problem}, expected {ratio}")
+                found = f"is {rates[name]}, which is not {ratio}" if name in rates else "is missing"
+                raise ValueError(f"compress_rates.{name} {found}")
         if len(types) != layers:
             raise ValueError(f"layer_types has {len(types)} values, expected {layers}")
         _set(values, "compress_ratios", [_RATIOS[name] for name in types])

@@ -11,8 +11,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import slotmoe
-from slotmoe.errors import ConfigError
+from slotmoe import errors
 from slotmoe.jsonfile import Json
 from slotmoe.model.child import Child
 from slotmoe.model.tokenizer import BYTE_CHARACTERS
@@ -45,13 +44,13 @@ def tokenizer_json(model: bytes, settings: Json, path: Path) -> bytes:
     made = _MAKER.run(json.dumps(settings).encode() + b"\n" + model, str(path))
     _MAKER.close()
     if not made.startswith(b"{"):
-        raise ConfigError(f"{path}: {made.decode()}")
+        raise errors.ConfigError(f"{path}: {made.decode()}")
     return made
 
 
 _MAKER = Child(
     f"""
-sys.path.append({str(Path(slotmoe.__file__).parents[1])!r})
+sys.path.append({str(Path(errors.__file__).parents[1])!r})
 from slotmoe.model.tiktoken import made
 def answer(data):
     limit()

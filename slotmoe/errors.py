@@ -83,6 +83,16 @@ def _is_of(value: object, kind: type) -> bool:
 
 
 @contextmanager
+def naming(path: object) -> Iterator[None]:
+    """An ``OSError`` meanwhile, of a call that knows a file by its number, names ``path``."""
+    try:
+        yield
+    except OSError as problem:
+        problem.filename = problem.filename or str(path)
+        raise
+
+
+@contextmanager
 def reading(path: Path, error: type[SlotmoeError]) -> Iterator[None]:
     """While ``path`` is read: what the system refuses (rights, too many open files, a bad disk) is
     an ``error`` that names the file and does not call it damaged."""

@@ -150,4 +150,4 @@ def test_stdout_on_a_full_disk():
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
-    assert done.stderr == "slotmoe: input or output: No space left on device\n"
+    assert done.stderr == "slotmoe: stdin or stdout: No space left on device\n"

@@ -144,7 +144,7 @@ def _ending(problem: BaseException, is_traced: bool) -> tuple[str, int]:
             # Python would fail once more to write what stdout still holds.
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return f"{problem.filename or 'input or output'}: {problem.strerror or problem}", 1
+            return f"{problem.filename or 'stdin or stdout'}: {problem.strerror or problem}", 1
         case ImportError():  # of a library that the system can't map, say
             advice = "memory is short, or the installation incomplete"
             return f"can't load what it needs ({SlotmoeError(text[:400])}): {advice}", 1

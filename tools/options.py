@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, naming
 from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import device_index, total_memory
 from slotmoe.offload.model_cache import is_model, library, locate
@@ -290,7 +290,8 @@ def prompt_text(prompt: str | None, file: Path | None = None) -> str:
         raise click.UsageError(problem, click.get_current_context())
     if prompt is not None and prompt != "-":
         return prompt
-    with nullcontext(sys.stdin.buffer) if file is None else open(file, "rb") as source:
+    opened = nullcontext(sys.stdin.buffer) if file is None else open(file, "rb")
+    with naming(file or "stdin"), opened as source:
         return decoded(source.read(MAX_PROMPT_BYTES + 1), f"{file or 'stdin'}: the prompt")
 
 

@@ -112,7 +112,7 @@ def _print(report: Json) -> None:
 def _draw(report: Json, output: Path) -> None:
     from matplotlib.axes import Axes
 
-    from slotmoe.tools.profile.charts import picture
+    from slotmoe.tools.profile.charts import save
 
     def fill(axes: Axes) -> str:
         for policy in dict.fromkeys(result["policy"] for result in report["results"]):
@@ -131,4 +131,4 @@ def _draw(report: Json, output: Path) -> None:
         counts = f"{report['experts']} experts, {tokens} tokens of {runs} recorded runs"
         return f"Expert cache by policy: {counts}"
 
-    output.write_bytes(picture(fill)[1])
+    save(output, fill)

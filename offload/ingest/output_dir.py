@@ -15,7 +15,7 @@ from typing import Annotated, TypedDict
 
 from msgspec import Meta
 
-from slotmoe.errors import ExportError
+from slotmoe.errors import ExportError, naming
 from slotmoe.jsonfile import Json, typed
 from slotmoe.offload.shared_files import read_note, take_lock
 from slotmoe.quant.export.layout import COPIED, MANIFEST, RESIDENT, is_predictor
@@ -172,9 +172,11 @@ def _lock(partial: Path, seconds: float) -> int:
 
 @contextmanager
 def full_disk_explained(folder: Path) -> Iterator[None]:
-    """Raise ``ExportError`` instead of the ``OSError`` of a full disk."""
+    """Raise ``ExportError`` instead of the ``OSError`` of a full disk; others name a file, or at
+    least the ``folder``."""
     try:
-        yield
+        with naming(folder):
+            yield
     except OSError as problem:
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

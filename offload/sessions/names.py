@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict
@@ -20,7 +20,7 @@ from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json, read_json, typed
 from slotmoe.offload.sessions import blocks
 from slotmoe.offload.sessions.blocks import BlockFolder, make_private
-from slotmoe.offload.shared_files import take_lock
+from slotmoe.offload.shared_files import Removed, take_lock
 from slotmoe.quant.export.layout import checksum
 
 _VERSION = 1
@@ -62,7 +62,7 @@ class Listed:
     saved: Saved | None
 
 
-class NamedSession:
+class NamedSession(AbstractContextManager["NamedSession"]):
     """The session ``name`` of ``folder``, this process's alone until it is closed.  ``saved`` is
     None for a new one.  Raises ``ConfigError`` where it can't be had, or its file is damaged."""
 
@@ -96,9 +96,6 @@ class NamedSession:
     def close(self) -> None:
         os.close(self._lock)
 
-    def __enter__(self) -> "NamedSession":
-        return self
-
     def __exit__(self, *raised: object) -> None:
         self.close()
 
@@ -115,10 +112,11 @@ def listing(folder: Path) -> list[Listed]:
     return sorted(listed, key=lambda session: -session.used)
 
 
-def remove(folder: Path, names: Sequence[str]) -> int:
+def remove(folder: Path, names: Sequence[str]) -> Removed:
     """Remove those sessions, and every block that no other named session lists: the blocks of
-    unnamed texts, which are computed again where needed, go too.  Returns the bytes freed.  Raises
-    ``ConfigError``, and removes nothing where one of them is not there or in use."""
+    unnamed texts, which are computed again where needed, go too.  Raises ``ConfigError``, and
+    removes nothing where one of them is not there or in use."""
+    kept = dict[str, str]()
     there = {session.name for session in listing(folder)}
     try:
         with ExitStack() as opened:
@@ -130,13 +128,17 @@ def remove(folder: Path, names: Sequence[str]) -> int:
                     opened.enter_context(NamedSession(folder, name))
             for name in names:
                 path = folder / "names" / f"{name}.json"
-                path.unlink()
-                path.with_suffix(".lock").unlink(missing_ok=True)
+                try:
+                    path.unlink()
+                    path.with_suffix(".lock").unlink(missing_ok=True)
+                except OSError as problem:
+                    kept[name] = f"{path}: can't be removed ({problem.strerror})"
             if not (folder / "blocks").is_dir():
-                return 0
+                return Removed(0, kept)
             left = [session.saved for session in listing(folder) if session.saved is not None]
             wanted = [block for saved in left for block in blocks.chain(saved.root, saved.tokens)]
-            return BlockFolder(folder / "blocks", 1 << 62, lambda remark: None).sweep(wanted)
+            swept = BlockFolder(folder / "blocks", 1 << 62, lambda remark: None).sweep(wanted)
+            return Removed(swept.bytes, kept | swept.left)
     except OSError as problem:
         raise ConfigError(f"{folder}: can't be written ({problem.strerror})") from None
 

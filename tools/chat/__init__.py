@@ -195,4 +195,6 @@ def _sessions(folder: Path, action: str = "", name: str = "", *rest: str) -> lis
         raise ConfigError("/sessions: takes nothing, or delete NAME")
     from slotmoe.offload.sessions.names import remove
 
-    return [f"{name}: deleted, {format_size(remove(folder, [name]))} are free again"]
+    freed, left = remove(folder, [name])
+    said = [] if name in left else [f"{name}: deleted, {format_size(freed)} are free again"]
+    return [*said, *left.values()]
