@@ -46,8 +46,8 @@ def changed_value(text, chance):
     """JSON with one to three changes: another value, one less, one doubled, or two exchanged."""
     value = {"": json.loads(text)}
     for _ in range(chance.randint(1, 3)):
-        inside, key = place_in(value, chance)
-        other, other_key = place_in(value, chance)
+        inside, key = _place(value, chance)
+        other, other_key = _place(value, chance)
         match chance.randrange(6):
             case 0 if inside is not value:
                 del inside[key]
@@ -84,7 +84,7 @@ def _changed_text(text, chance):
     return text[:at] + chance.choice("\0\n\"%'*+-.0^{}[]()|\\\u00e9\ud800") + text[at + 1 :]
 
 
-def place_in(value, chance):
+def _place(value, chance):
     """A container somewhere in ``value`` and one of its keys.  A field is chosen as often as all
     that a long list beside it has."""
     inside, key = value, ""

@@ -2,14 +2,16 @@
 each kind of file that holds any.  A case is text of JSON: the files by name, or GGUF's metadata."""
 
 import base64
+import functools
 import json
 import math
 import shutil
+from collections import defaultdict
 from contextlib import suppress
 from dataclasses import replace
 
 from campaigns.cases import lawful
-from campaigns.fuzz import MEMORY, SECONDS, place_in
+from campaigns.fuzz import MEMORY, SECONDS
 from campaigns.models import few_words
 from slotmoe.model import tokenizer
 from slotmoe.model.config import config_among
@@ -51,19 +53,38 @@ MODELS = {
 
 
 def changed_number(text, chance):
-    """JSON in which one or two numbers, or keys that are numbers, are others."""
-    value = {"": json.loads(text)}
+    """JSON in which one or two numbers, or keys that are numbers, are others; of each kind one is
+    changed as often."""
+    value, kinds = json.loads(text), kinds_of(text)
     for _ in range(chance.randint(1, 2)):
-        for _ in range(1000):
-            inside, key = place_in(value, chance)
-            new = chance.choice(LIMITS)
-            if type(inside[key]) in (int, float):
-                inside[key] = inside[key] + chance.choice((-1, 1)) if chance.random() < 0.2 else new
-                break
-            if isinstance(key, str) and key.isdigit():
-                inside[str(new)] = inside.pop(key)
-                break
-    return json.dumps(value[""]).encode()
+        *path, key = chance.choice(chance.choice(kinds))
+        inside, new = value, chance.choice(LIMITS)
+        for step in path:
+            inside = inside[step]
+        if isinstance(inside[key], dict):
+            inside[str(new)] = inside.pop(key)
+            break
+        inside[key] = inside[key] + chance.choice((-1, 1)) if chance.random() < 0.2 else new
+    return json.dumps(value).encode()
+
+
+@functools.cache
+def kinds_of(text):
+    """The paths to all numbers, by what they are of: all that a container has are of one kind."""
+    kinds = defaultdict(list)
+
+    def walk(inside, path, kind):
+        for key in inside if isinstance(inside, dict) else range(len(inside)):
+            step = "*" if len(inside) > 60 or isinstance(inside, list) else key
+            value, ours = inside[key], (*kind, step)
+            named = isinstance(value, dict) and isinstance(key, str) and key.isdigit()
+            if named or type(value) in (int, float):
+                kinds[ours].append((*path, key))
+            if isinstance(value, dict | list):
+                walk(value, (*path, key), ours)
+
+    walk(json.loads(text), (), ())
+    return list(kinds.values())
 
 
 def token_numbers(folder):
@@ -92,6 +113,7 @@ def header_of(folder):
 def corpus(checkpoint, header):
     names = ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json")
     files = {name: json.loads((checkpoint / name).read_text()) for name in names}
+    yield files
     own = files["tokenizer.json"] | SIZED
     yield files | {"tokenizer.json": own}
     for kind, model in MODELS.items():
