@@ -18,6 +18,7 @@ SHORT = [
     "fuzz config --seconds 2",
     "flips --count 1000",
     "interrupts --count 8",
+    "resume --count 20",
     "kills --count 8",
     "races --count 2",
     "environments 'no home' 'few descriptors'",
@@ -37,7 +38,7 @@ def played(line, before=""):
 
 def test_no_campaign_shrinks():
     """What was attacked once is attacked for good."""
-    least = {"system-calls": 7, "fuzz": 21, "interrupts": 5, "kills": 4, "races": 5}
+    least = {"system-calls": 7, "fuzz": 21, "interrupts": 5, "kills": 4, "races": 5, "resume": 5}
     for name, parts in {**least, "environments": 26, "clients": 15}.items():
         attack = import_module(f"campaigns.{name.replace('-', '_')}").ATTACK
         assert len(attack.parts) >= parts, name
@@ -81,6 +82,10 @@ NO_SYNC = """
 from slotmoe.quant.export.writer import ExportFile
 ExportFile.sync = lambda file: None
 """
+BELIEVED = """
+from slotmoe.offload.ingest import calibration
+calibration.checksum = lambda data: ""
+"""
 UNCHECKED = """
 from slotmoe.quant.export.reader import Export
 Export._verify = lambda *_: None
@@ -114,6 +119,7 @@ PLANTED = {
     "deep code": ("fuzz config --count 30000", DEEP, "KeyError"),
     "a failed fsync": ("system-calls quantize --kinds unsynced", QUIET_SYNC, "not said"),
     "an export without fsync": ("kills quantize-power", NO_SYNC, "change"),
+    "a stream that is believed": ("resume calibrated --count 300", BELIEVED, "other bytes"),
     "no checksums": ("flips --count 3000", UNCHECKED, "missed"),
     "a sequence that is lost": ("interrupts python --count 60", LOST, "empty"),
     "no locks": ("races --count 60", "import fcntl\nfcntl.flock = lambda *_: None", ""),
