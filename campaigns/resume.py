@@ -22,14 +22,16 @@ from tests.support.resumes import KINDS, SIGNED, STRANGE, WAYS, Resumes, damaged
 
 @contextmanager
 def prepare(folder, given):
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     few_words(folder / "tiny", shards=2, layers=3)
     yield folder
+    torch.set_num_threads(threads)
 
 
 def run(place, part, aim):
     came, wrong, chance = Counter(), [], aim.chance
-    resumes = Resumes(part, place / "tiny", place / "work")
+    resumes = Resumes(part, place / "tiny", place / "work", aim.count)
     stages = [files for files in resumes.left if files]
     while aim.goes_on(came.total()):
         files = dict(chance.choice(stages))

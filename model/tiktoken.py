@@ -8,8 +8,12 @@ special tokens are those of ``tokenizer_config.json``.  Other tokenizers are ref
 import base64
 import binascii
 import json
+from collections.abc import Iterator
+from pathlib import Path
 
+from slotmoe import errors
 from slotmoe.jsonfile import Json
+from slotmoe.model.child import Child
 from slotmoe.model.tokenizer import BYTE_CHARACTERS
 
 FILE_NAME, MAX_BYTES = "tiktoken.model", 16 << 20  # Kimi K2's has 2.8 MB
@@ -33,20 +37,41 @@ _WORDS = "|".join(
 )
 
 
-def tokenizer_json(model: bytes, settings: Json) -> bytes:
-    """The ``tokenizer.json`` of a ``tiktoken.model`` with these ``settings``, the content of
-    ``tokenizer_config.json``.  Raises ``ValueError`` for others than Moonlight's and Kimi's."""
+def tokenizer_json(model: bytes, settings: Json, path: Path) -> bytes:
+    """The ``tokenizer.json`` of the ``tiktoken.model`` at ``path`` with these ``settings``, the
+    content of ``tokenizer_config.json``; a child makes it, within limits.  Raises ``ConfigError``
+    for others than Moonlight's and Kimi's."""
+    made = _MAKER.run(json.dumps(settings).encode() + b"\n" + model, str(path))
+    _MAKER.close()
+    if not made.startswith(b"{"):
+        raise errors.ConfigError(f"{path}: {made.decode()}")
+    return made
+
+
+_MAKER = Child(
+    f"""
+sys.path.append({str(Path(errors.__file__).parents[1])!r})
+from slotmoe.model.tiktoken import made
+def answer(data):
+    limit()
+    settings, _, model = data.partition(b"\\n")
+    try:
+        return made(model, json.loads(settings))
+    except ValueError as problem:
+        return str(problem).encode()
+""",
+    seconds=20,
+    memory=512 << 20,
+)
+
+
+def made(model: bytes, settings: Json) -> bytes:
+    """What ``tokenizer_json`` gives, of as many merges as tokens.  Raises ``ValueError``."""
     if settings.get("tokenizer_class") != _CLASS:
         problem = f"tokenizer_class is {settings.get('tokenizer_class')!r:.60}, expected {_CLASS!r}"
         raise ValueError(f"{problem}; make a tokenizer.json of it and put it beside the checkpoint")
     ranks = _ranks(model)
     spelled = {token: "".join(BYTE_CHARACTERS[byte] for byte in token) for token in ranks}
-    merges = []
-    for token in ranks:
-        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        pairs = [pair for pair in halves if pair[0] in ranks and pair[1] in ranks]
-        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        merges += [f"{spelled[left]} {spelled[right]}" for left, right in pairs]
     split = {"type": "Split", "pattern": {"Regex": _WORDS}, "behavior": "Isolated", "invert": False}
     byte_level: Json = {"type": "ByteLevel"}
     byte_level |= dict.fromkeys(("add_prefix_space", "trim_offsets", "use_regex"), False)
@@ -64,7 +89,7 @@ def tokenizer_json(model: bytes, settings: Json) -> bytes:
             **dict.fromkeys(off),
             **{"fuse_unk": False, "byte_fallback": False, "ignore_merges": True},
             "vocab": {spelled[token]: rank for token, rank in ranks.items()},
-            "merges": merges,
+            "merges": [f"{spelled[left]} {spelled[right]}" for left, right in _merges(ranks)],
         },
     }
     return json.dumps(tokenizer, ensure_ascii=False).encode()
@@ -90,6 +115,22 @@ def _ranks(model: bytes) -> dict[bytes, int]:
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise ValueError(f"has no token for the byte {missing[0]}, so it can't spell every text")
     return ranks
+
+
+def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """The two tokens that become a third one: what merges inside of it leave, in the order of their
+    ranks.  No text has others side by side.  Where they leave more, only a whole word is it."""
+    none = len(ranks)
+    for token in ranks:
+        cuts = [*range(len(token) + 1)]
+        order = [ranks.get(token[cut : cut + 2], none) for cut in cuts[:-2]]  # of parts joined
+        while len(order) > 1 and (least := min(order)) < none:
+            index = order.index(least)
+            del order[index], cuts[index + 1]
+            for other in range(max(0, index - 1), min(index + 1, len(order))):
+                order[other] = ranks.get(token[cuts[other] : cuts[other + 2]], none)
+        if len(order) == 1:
+            yield token[: cuts[1]], token[cuts[1] :]
 
 
 def _added_tokens(settings: Json, first: int) -> list[Json]:

@@ -6,7 +6,7 @@ here is parsed by a child first, because the library aborts the process on some.
 
 import hashlib
 import json
-import re
+from codecs import getincrementaldecoder
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate
@@ -21,6 +21,7 @@ from slotmoe.model.reasoning import Splitter, reasoning_of
 MAX_TOKENIZER_BYTES = 32 << 20  # that of GLM-4.7 has 20 MB
 # Mistral Small 4 has 131,000 tokens and 270,000 merges, which may be written as pairs.
 MAX_TOKENIZER_VALUES = 1_000_000
+_SPARE_IDS = 1024  # beyond the model's rows: special tokens of a fine-tuning that it never learned
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_SETTINGS_BYTES = 1 << 22
 _WITHOUT_BOS = ("TikTokenTokenizer",)  # of Moonlight and Kimi: their text begins with no token
@@ -28,7 +29,6 @@ REPLACEMENT = "\ufffd"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _GIVEN = {"messages", "tools"}  # which no other variables replace
 _HERE = "\ue000 "  # ends a text that goes on; a template that keeps whitespace keeps the space
-_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 # Byte-level BPE spells a byte as itself where that is a visible character of Latin-1, and the
 # others in order as the characters from 256 on.
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -40,10 +40,10 @@ FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>") 
 
 
 class Tokenizer:
-    """``tokenizer.json``; ``size`` is the number of ids it can decode (the model may have more).
-    ``read`` gives the model's files where they are not simply those of ``folder``, ``verdicts``
-    is where it is noted which tokenizers have been parsed before, and ``own_template`` is the chat
-    template where the files have none."""
+    """``tokenizer.json``; ``size`` is the number of ids it can decode, of which a few may be beyond
+    the model's ``rows``.  ``read`` gives the model's files where they are not simply those of
+    ``folder``, ``verdicts`` is where it is noted which tokenizers have been parsed before, and
+    ``own_template`` is the chat template where the files have none."""
 
     def __init__(
         self,
@@ -52,8 +52,10 @@ class Tokenizer:
         read: ReadFile | None = None,
         verdicts: Path | None = None,
         own_template: str | None = None,
+        rows: int = MAX_TOKENIZER_VALUES,
     ):
         from tokenizers import Tokenizer as Backend
+        from tokenizers import decoders
 
         read, path = read or files_in(folder), folder / "tokenizer.json"
         if (data := read(path.name, MAX_TOKENIZER_BYTES)) is None:
@@ -67,7 +69,7 @@ class Tokenizer:
         self._backend.no_padding()
         path = folder / "tokenizer_config.json"
         found = read(path.name, MAX_SETTINGS_BYTES)
-        self.settings = settings = {} if found is None else parse_json(found, path)
+        self.settings = settings = {} if found is None else parse_json(found, path, Json)
         path = folder / "chat_template.jinja"
         found = read(path.name, MAX_TEMPLATE_BYTES)
         template = _decoded(found, path) if found else _template_of(settings)
@@ -80,10 +82,20 @@ class Tokenizer:
         self._spellings = {"bos_token": "", "eos_token": ""}  # of special tokens, for the template
         self._spellings |= {name: token for name, token in named.items() if token}
         self.eos_token = self._spellings["eos_token"]
-        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        added, vocabulary = self._backend.get_added_tokens_decoder(), self._backend.get_vocab()
+        self.special = {id_ for id_, token in added.items() if token.special}
+        self._is_byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
+        spelled = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
+        ids = {vocabulary[name]: name for name in spelled.keys() & vocabulary.keys()}
+        self._bytes = {id_: spelled[n] for id_, n in ids.items() if self.decode([id_]) != n}
         self.size = max(vocabulary.values(), default=-1) + 1
-        # Characters of the longest token: no token of byte-level BPE has more of a text.
-        self.longest = max(map(len, vocabulary), default=0)
+        if self.size > (most := min(rows + _SPARE_IDS, MAX_TOKENIZER_VALUES)):
+            problem = f"has the token id {self.size - 1}; the model's {rows} rows allow {most - 1}"
+            raise ConfigError(f"{folder / 'tokenizer.json'}: {problem}; it is of another model")
+        self.unused = self.size - len({*vocabulary.values()})  # ids
+        lengths = [*map(len, vocabulary)]
+        # Characters of all tokens, and of the longest: none of byte-level BPE has more of a text.
+        self.characters, self.longest = sum(lengths), max(lengths, default=0)
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """Token ids of ``text``, after one beginning-of-sentence token if the model wants it."""
@@ -130,18 +142,21 @@ class Tokenizer:
         """A token as the tokenizer has it."""
         return self._backend.id_to_token(token_id)  # type: ignore[return-value]
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token; none for a special one.  Bytes of part of a character, which have
-        no text, are those of byte-level BPE or of a byte token like ``<0xE2>``."""
-        text = self.decode([token_id])
-        if REPLACEMENT not in text:
+    def token_bytes(self, token_id: int, before: int | None = None) -> bytes:
+        """The bytes that a token adds to a text, as its first or behind the token ``before``; none
+        for a special one.  Bytes of part of a character, which have no text, are those of
+        byte-level BPE or of a byte token like ``<0xE2>``."""
+        text, byte = self.decode([token_id]), self._bytes.get(token_id)
+        if byte is not None and (before is not None or REPLACEMENT in text):
+            return byte
+        if REPLACEMENT in text:
+            spelled = self.spelling(token_id)
+            if all(character in _BYTE_LEVEL for character in spelled):
+                return bytes(_BYTE_LEVEL[character] for character in spelled)
+        if before is None or self._is_byte_level:
             return text.encode()
-        spelled = self.spelling(token_id)
-        if _BYTE_TOKEN.fullmatch(spelled):
-            return bytes.fromhex(spelled[3:5])
-        if all(character in _BYTE_LEVEL for character in spelled):
-            return bytes(_BYTE_LEVEL[character] for character in spelled)
-        return text.encode()
+        # Others write what is between two words with the second one.
+        return self.decode([before, token_id])[len(self.decode([before])) :].encode()
 
     def to_json(self) -> str:
         """The whole tokenizer, as in ``tokenizer.json``."""
@@ -194,43 +209,34 @@ class Tokenizer:
 
 
 class TextStream:
-    """Turns a stream of ids into text that never ends inside a UTF-8 character.  Special tokens
-    have no text, unless they are marks of reasoning or ``shown`` says what."""
+    """Turns a stream of ids into text that never ends inside a UTF-8 character; of bytes that are
+    none, each is U+FFFD as soon as that is certain.  Special tokens have no text, unless they are
+    marks of reasoning or ``shown`` says what."""
 
     def __init__(self, tokenizer: Tokenizer, shown: Mapping[int, str] | None = None):
         marks = {} if tokenizer.reasoning is None else tokenizer.reasoning.shown
         self._tokenizer, self._shown = tokenizer, {**marks, **(shown or {})}
-        self._ids: list[int] = []  # the last finished token, for context, and those still held
-        self._printed = ""  # what of their text is already out
+        self._before: int | None = None
+        self._characters = getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
         """Text that became certain with this token; empty while a character is incomplete."""
         if token_id in self._shown:
             return self.flush() + self._shown[token_id]
-        self._ids.append(token_id)
-        text = self._tokenizer.decode(self._ids)
-        if text == self._printed:  # a special token, which completes nothing
-            self._ids.pop()
+        if token_id in self._tokenizer.special:
             return ""
-        # A trailing replacement mark may be the start of a character that the next tokens complete.
-        certain = text[:-1] if text.endswith(REPLACEMENT) else text
-        fresh = certain[len(self._printed) :]
-        self._printed = certain
-        if certain == text:
-            self._ids = self._ids[-1:]
-            self._printed = self._tokenizer.decode(self._ids)
-        return fresh
+        added = self._tokenizer.token_bytes(token_id, self._before)
+        self._before = token_id
+        return self._characters.decode(added)
 
     def flush(self) -> str:
         """What remains at the end: an incomplete character, as U+FFFD."""
-        text = self._tokenizer.decode(self._ids)
-        fresh, self._ids, self._printed = text[len(self._printed) :], [], ""
-        return fresh
+        return self._characters.decode(b"", final=True)
 
     @property
     def complete(self) -> bool:
         """True if no character is waiting for its last bytes."""
-        return len(self._ids) <= 1
+        return not self._characters.getstate()[0]
 
 
 def _decoded(template: bytes, path: Path) -> str:

@@ -4,7 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from slotmoe.errors import ConfigError
-from slotmoe.jsonfile import parse_json
+from slotmoe.jsonfile import Json, parse_json
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.config import Config, config_among
 from slotmoe.model.files import ReadFile
@@ -41,11 +41,12 @@ def open_tokenizer(config: Config, read: ReadFile, path: Path) -> Tokenizer:
     verdicts = None
     with suppress(ConfigError):  # without a cache folder each is parsed anew
         verdicts = cache_folder() / "tokenizers"
-    return Tokenizer(path, config.bos_token_id, read, verdicts, config.family.own_template)
+    own = config.family.own_template
+    return Tokenizer(path, config.bos_token_id, read, verdicts, own, config.vocab_size)
 
 
 def generation_of(config: Config, read: ReadFile, path: Path) -> Generation:
     """What the model at ``path`` says of its texts.  Raises ``ConfigError``."""
     path = path / "generation_config.json"
     data = read(path.name, 1 << 20)
-    return Generation.of(config.eos_token_ids, {} if data is None else parse_json(data, path))
+    return Generation.of(config.eos_token_ids, {} if data is None else parse_json(data, path, Json))

@@ -8,10 +8,11 @@ import re
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, naming
 from slotmoe.jsonfile import Json
 
 # Network folders whose locks reach a single machine, by type and options of the mount.
@@ -19,6 +20,16 @@ _UNSHARED = re.compile(
     r"fuse\.(sshfs|rclone|s3fs|gcsfuse|blobfuse2) |nfs4? .*\b(nolock|local_lock=(all|flock))\b|"
     r"(cifs|smb3) .*\bnobrl\b|lustre .*\blocalflock\b"
 )
+
+
+class Removed(NamedTuple):
+    """What a removal came to: the bytes that are free again, and a line for each name whose files
+    are not gone."""
+
+    bytes: int
+    left: dict[str, str]
+
+
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -45,7 +56,8 @@ def take_lock(path: Path, flags: int, seconds: float) -> int:
     while True:
         handle = os.open(path, flags | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with naming(path):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 return handle
         except BaseException as problem:
@@ -61,7 +73,8 @@ def take_lock(path: Path, flags: int, seconds: float) -> int:
 def write_note(path: Path, values: Json) -> None:
     """Replace ``path`` by the JSON of ``values``, whole but not durably.  Raises ``OSError``."""
     fresh = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
-    fresh.write_text(json.dumps(values))
+    with naming(path):
+        fresh.write_text(json.dumps(values))
     fresh.replace(path)
 
 

@@ -1,5 +1,6 @@
-"""The errors that a user can cause, under one base."""
+"""The errors that a user can cause, under one base, and what may be shown of strangers' text."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -8,6 +9,18 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 CLOSED = "this Runtime is closed; open the model again"
+_COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """``text`` with codes for characters, but line feeds and tabs, that command a terminal."""
+    return _COMMANDING.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def one_line(text: object) -> str:
+    """The same on one line: with codes for line feeds, tabs and all that is no printable
+    character."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
 
 
 class SlotmoeError(ValueError):
@@ -18,7 +31,7 @@ class SlotmoeError(ValueError):
     """
 
     def __init__(self, message: str):
-        plain = "".join(one if one.isprintable() else repr(one)[1:-1] for one in message)
+        plain = one_line(message)
         super().__init__(plain if len(plain) < 1000 else f"{plain[:600]} … {plain[-300:]}")
 
 
@@ -67,6 +80,16 @@ def _is_of(value: object, kind: type) -> bool:
     if kind in (tuple, Sequence):
         return isinstance(value, Sequence) and not isinstance(value, str | bytes)
     return isinstance(value, kind)
+
+
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """An ``OSError`` meanwhile, of a call that knows a file by its number, names ``path``."""
+    try:
+        yield
+    except OSError as problem:
+        problem.filename = problem.filename or str(path)
+        raise
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """``slotmoe doctor``: what this machine has for a model, what is missing, and how to get it."""
 
 import ctypes
-import json
 import os
 import platform
 import re
@@ -28,7 +27,7 @@ from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.quant.shapes import ALIGNMENT
 from slotmoe.sizes import format_size
 from slotmoe.tools.options import JSON, flag, option
-from slotmoe.tools.screen import visible
+from slotmoe.tools.screen import json_of, show
 
 _MEASURE_HELP = "Measure the disk's speed: write 256 MiB to the cache folder and read them back."
 _EXPERTS_HELP = "Look at the drive of this copy of an export's experts too; may be repeated."
@@ -71,13 +70,13 @@ def command(measure: bool, experts_dirs: tuple[Path, ...], as_json: bool) -> int
     is_well = all(check.state != "bad" for check in checks)
     if as_json:
         report = {"version": __version__, "ok": is_well, "checks": list(map(asdict, checks))}
-        print(json.dumps(report))
+        print(json_of(report))
     else:
         width = max(len(check.name) for check in checks)
         for check in checks:
-            print(f"{_MARKS[check.state]}  {check.name:{width}}  {visible(check.found)}")
+            show(f"{_MARKS[check.state]}  {check.name:{width}}  {check.found}")
             if check.advice:
-                print(f"    {'':{width}}  -> {check.advice}")
+                show(f"    {'':{width}}  -> {check.advice}")
     return int(not is_well)
 
 

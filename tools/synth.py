@@ -1,6 +1,5 @@
 """``slotmoe synth``: an export with random weights, to try a machine before a long download."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from slotmoe.offload.plan.memory import default_codecs
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
 from slotmoe.tools.progress import byte_bars
+from slotmoe.tools.screen import json_of, show
 
 _SHARE_HELP = "Write N distinct expert layers and hard-link the others to them."
 
@@ -55,7 +55,7 @@ def command(geometry: str, destination: Path | None, as_json: bool, **given: Any
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     seconds = time.perf_counter() - started
     if as_json:
-        print(json.dumps({"export": str(destination), "bytes": size, "seconds": seconds}))
+        print(json_of({"export": str(destination), "bytes": size, "seconds": seconds}))
     else:
-        click.echo(f"{destination}: {format_size(size)} in {seconds:.1f} s", err=True)
-        click.echo(f"Measure it: slotmoe bench {shown}", err=True)
+        made = f"{destination}: {format_size(size)} in {seconds:.1f} s"
+        show(made, f"Measure it: slotmoe bench {shown}", err=True)

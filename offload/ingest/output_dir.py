@@ -11,10 +11,12 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import Annotated, TypedDict
 
-from slotmoe.errors import ExportError
-from slotmoe.jsonfile import TEXT, Json, ListOf, ObjectOf, check, integer, number
+from msgspec import Meta
+
+from slotmoe.errors import ExportError, naming
+from slotmoe.jsonfile import Json, typed
 from slotmoe.offload.shared_files import read_note, take_lock
 from slotmoe.quant.export.layout import COPIED, MANIFEST, RESIDENT, is_predictor
 from slotmoe.quant.export.validate import manifest_checksum, read_manifest
@@ -24,13 +26,8 @@ from slotmoe.sizes import format_size
 _STATE = "state.json"
 # A calibration text's residual stream, before layers of even and of odd number.
 STREAMS = ("stream-0.bin", "stream-1.bin")
-_KINDS = {
-    "identity": {},
-    "written": ObjectOf({"checksums": ListOf(TEXT, 1, 4), "sums": ListOf(number(0, 1e100), 4, 4)}),
-    "levels": ObjectOf(ListOf(integer(-127, 127), 8, 16)),
-    "layer": integer(0, 99999),
-    "stream": TEXT,
-}
+_Sum = Annotated[float, Meta(ge=0, le=1e100)]
+_Level = Annotated[int, Meta(ge=-127, le=127)]
 
 
 def beside(destination: Path, suffix: str) -> Path:
@@ -50,8 +47,8 @@ class Written(TypedDict):
     """A tensor of the source that the export holds: the ``checksums`` of its parts; and ``sums`` of
     squares of its error and of its weights, plainly and by a Hessian."""
 
-    checksums: list[str]
-    sums: list[float]
+    checksums: Annotated[list[str], Meta(min_length=1, max_length=4)]
+    sums: Annotated[list[_Sum], Meta(min_length=4, max_length=4)]
 
 
 @dataclass
@@ -63,19 +60,19 @@ class State:
 
     identity: Json
     written: dict[str, Written] = field(default_factory=dict)
-    levels: dict[str, list[int]] = field(default_factory=dict)
-    layer: int = 0
+    levels: dict[str, Annotated[list[_Level], Meta(min_length=8, max_length=16)]] = field(
+        default_factory=dict
+    )
+    layer: Annotated[int, Meta(ge=0, le=99999)] = 0
     stream: str = ""
 
     @classmethod
     def read(cls, folder: Path) -> "State | None":
         """What ``save`` wrote; None if nothing is there, or if it is not as it was written."""
-        state = read_signed(folder / _STATE)
         try:
-            check(state, _KINDS)
+            return typed(read_signed(folder / _STATE), cls)
         except ValueError:
             return None
-        return cls(**{name: state[name] for name in _KINDS})
 
     def save(self, folder: Path) -> None:
         """Replace what is noted, durably and never half."""
@@ -175,9 +172,11 @@ def _lock(partial: Path, seconds: float) -> int:
 
 @contextmanager
 def full_disk_explained(folder: Path) -> Iterator[None]:
-    """Raise ``ExportError`` instead of the ``OSError`` of a full disk."""
+    """Raise ``ExportError`` instead of the ``OSError`` of a full disk; others name a file, or at
+    least the ``folder``."""
     try:
-        yield
+        with naming(folder):
+            yield
     except OSError as problem:
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

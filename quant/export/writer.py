@@ -10,7 +10,7 @@ from pathlib import Path
 import xxhash
 from torch import Tensor, uint8
 
-from slotmoe.errors import ExportError
+from slotmoe.errors import ExportError, naming
 from slotmoe.jsonfile import Json
 from slotmoe.quant.export import layout
 from slotmoe.quant.export.layout import Part, checksum, describe_tensors, is_predictor, place
@@ -36,7 +36,8 @@ class ExportFile:
         path.parent.mkdir(exist_ok=True)
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
-            os.ftruncate(self._handle, max(self._span(name)[1] for name in parts))
+            with naming(path):
+                os.ftruncate(self._handle, max(self._span(name)[1] for name in parts))
             self._pwrite(memoryview(self._header), 0)
             for name in filter(_is_padding, parts):
                 self._pwrite(memoryview(bytes(parts[name].nbytes)), self._span(name)[0])
@@ -61,13 +62,15 @@ class ExportFile:
             self._unfinished[name] = digest, written
 
     def _pwrite(self, data: memoryview, offset: int) -> None:
-        while data:
-            count = os.pwrite(self._handle, data, offset)
-            data, offset = data[count:], offset + count
+        with naming(self.path):
+            while data:
+                count = os.pwrite(self._handle, data, offset)
+                data, offset = data[count:], offset + count
 
     def sync(self) -> None:
         """Make what was written durable."""
-        os.fsync(self._handle)
+        with naming(self.path):
+            os.fsync(self._handle)
 
     def finish(self, record_bytes: int | None = None) -> Json:
         """Check the whole file as it lies on disk, make it durable and return its manifest entry.
@@ -136,7 +139,8 @@ def sync_folder(folder: Path) -> None:
     """Make renames inside ``folder`` durable."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(handle)
+        with naming(folder):
+            os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -150,7 +154,7 @@ def write_json(path: Path, values: Json, indent: int | None = 1) -> None:
 def replace_file(path: Path, data: bytes) -> None:
     """Replace ``path``, durably and never half."""
     try:
-        with open(temporary_name(path), "wb") as file:
+        with naming(path), open(temporary_name(path), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -170,7 +174,8 @@ def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> Json:
     parts = place({name: Part(item.dtype, tuple(item.shape)) for name, item in tensors.items()})
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # two at once must not remove each other's file
+        with naming(folder):
+            fcntl.flock(handle, fcntl.LOCK_EX)  # two at once must not remove each other's file
         manifest = read_manifest(folder)
         check_predictor(describe_tensors(parts, dict.fromkeys(parts, "")), manifest["experts"])
         digest = checksum(b"".join(tensors[name].numpy().tobytes() for name in parts))

@@ -1,5 +1,6 @@
 """Chat templates and tokenizers made to break things."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -8,6 +9,10 @@ import slotmoe.model.tokenizer as tokenizer_module
 from slotmoe.errors import ConfigError
 from slotmoe.model.child import Child
 from slotmoe.model.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer
+from slotmoe.offload.model_source import read_model
+from slotmoe.tools.serve import grammar
+from slotmoe.tools.serve.errors import RefusedError
+from slotmoe.tools.serve.rules import Schema
 from tests.support.hostile import edit_json, edited, fifo, refused, truncate, without, write
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -154,6 +159,43 @@ TOKENIZERS = {
 def test_broken_tokenizer(name, checkpoint):
     TOKENIZERS[name](checkpoint)
     refused(lambda: Tokenizer(checkpoint, 0), "tokenizer", kind=ConfigError)
+
+
+def test_an_id_far_beyond_the_models_rows(checkpoint):
+    """All that has a place for each id would be as large, above all the tables of grammars."""
+    model(lambda it: it["vocab"].update(zzzzqq=4096 + 1023))(checkpoint)
+    assert read_model(checkpoint)[1].size == 4096 + 1024
+    for id_ in (4096 + 1024, 20_000_000):
+        model(lambda it, id_=id_: it["vocab"].update(zzzzqq=id_))(checkpoint)
+        words = "tokenizer.json", f"the token id {id_}", "4096 rows"
+        refused(lambda: read_model(checkpoint), *words, kind=ConfigError)
+    refused(lambda: Tokenizer(checkpoint, 0, rows=1 << 25), "id 20000000", kind=ConfigError)
+
+
+class PanicError(BaseException):
+    """As pyo3's, which is no Exception."""
+
+
+def panic(*_, **__):
+    raise PanicError("assertion failed")
+
+
+@pytest.mark.parametrize("about", [{"characters": 4 << 20}, {"unused": 1 << 20}, {}])
+def test_tables_of_grammars_are_made_once_within_a_budget(checkpoint, monkeypatch, about):
+    tokenizer, made = Tokenizer(checkpoint, 0), []
+    vars(tokenizer).update(about)
+    monkeypatch.setattr(grammar, "LLTokenizer", lambda *_, **__: made.append(1) or panic())
+    grammars = grammar.Grammars(tokenizer, (1,), None)
+    reason = "more than 3145728" if about else "assertion failed"
+
+    def refusal(_):
+        with pytest.raises(RefusedError, match=f"this model can't hold .*{reason}") as caught:
+            grammars.compile(Schema.model_construct(definition={"type": "object"}, strict=None))
+        return caught.value.status
+
+    with ThreadPoolExecutor(4) as pool:
+        assert {*pool.map(refusal, range(8))} == {400}
+    assert len(made) == (not about)
 
 
 def test_a_tokenizer_is_parsed_by_a_child_once(checkpoint, tmp_path, monkeypatch):

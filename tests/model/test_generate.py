@@ -1,15 +1,19 @@
 """Sampling, streaming of text, and when generation stops."""
 
-from itertools import product
+import base64
+import json
+from itertools import accumulate, chain, product
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.model.generate import Answer, Generation, Sampling, candidates, sample
-from slotmoe.model.tokenizer import TextStream, Tokenizer
+from slotmoe.model.gguf.tokenizer import tokenizer_files
+from slotmoe.model.tiktoken import made
+from slotmoe.model.tokenizer import BYTE_CHARACTERS, TextStream, Tokenizer
 from slotmoe.offload.engine.requests import Stream
 from tests.support.tiny import SAMPLE
 
@@ -106,12 +110,108 @@ def test_stream_gives_back_the_text_and_never_half_a_character(text):
     assert "".join(parts) + stream.flush() == TOKENIZER.decode(ids)
 
 
+def of_a_sentencepiece():
+    """Words that begin with what stands for a space, and characters in bytes, as Llama's."""
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    names += ["\u2581", "\u2581\u2581", "\u2581the", "the", "n't", ".", "é", "日", "<0x41"]
+    about = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    steps = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}]
+    steps += [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    steps += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    return {
+        "added_tokens": [{"id": i, "content": names[i], **about, "special": True} for i in (1, 2)],
+        "decoder": {"type": "Sequence", "decoders": steps},
+        "model": {"type": "BPE", "vocab": {n: i for i, n in enumerate(names)}, "merges": []},
+    }
+
+
+def of_a_gguf():
+    model = json.loads((SAMPLE / "tokenizer.json").read_text())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    about = {"model": "gpt2", "pre": "deepseek-llm", "tokens": tokens}
+    about |= {"token_type": [3, 3, *[1] * (len(tokens) - 2)], "eos_token_id": 1}
+    about |= {"merges": [" ".join(pair) for pair in model["merges"]], "bos_token_id": 0}
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in about.items()}
+    return tokenizer_files(metadata)["tokenizer.json"]
+
+
+def of_words():
+    """As BERT's: a space goes before what is no end of a word."""
+    names = ["[UNK]", "[SEP]", "the", "##n", "##'t", ".", "é", "##日"]
+    model = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##"}
+    model |= {"max_input_chars_per_word": 9, "vocab": {n: i for i, n in enumerate(names)}}
+    return {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}, "model": model}
+
+
+def of_a_tiktoken():
+    tokens = [*(bytes([byte]) for byte in range(256)), b"\xe6\x97", b"\x97\xa5", b" \xf0", b"\xa5a"]
+    lines = (base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(tokens))
+    return json.loads(made(b"\n".join(lines), {"tokenizer_class": "TikTokenTokenizer"}))
+
+
+KINDS = {
+    "byte-level": lambda: json.loads((SAMPLE / "tokenizer.json").read_text()),
+    **{"tiktoken": of_a_tiktoken, "gguf": of_a_gguf},
+    **{"sentencepiece": of_a_sentencepiece, "words": of_words},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request, processes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    source = {**BARE, **KINDS[request.param]()}
+    (folder / "tokenizer.json").write_text(json.dumps(source))
+    return Tokenizer(folder, None)
+
+
+BARE = {"version": "1.0", "added_tokens": []}
+BARE |= dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor"))
+
+
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.lists(st.integers(0, TOKENIZER.size - 1), max_size=40))
-@example([150, 107, 1, 1904])  # a character of two tokens, then a special token
-def test_stream_of_any_ids_adds_up_to_their_text(ids):
-    stream = TextStream(TOKENIZER)
-    assert "".join([stream.push(one) for one in ids]) + stream.flush() == TOKENIZER.decode(ids)
+@given(st.data())
+def test_stream_of_any_ids_adds_up_to_their_text(tokenizer, data):
+    """Of characters in bytes, where the library takes a whole run of them for none as soon as one
+    byte is none, these are whole."""
+    kinds = [st.integers(0, tokenizer.size - 1).map(lambda i: [i])]
+    if byte := tokenizer.token_id("<0x00>"):
+        kinds = [st.sampled_from([0, 1, 2, *range(byte + 256, tokenizer.size)]).map(lambda i: [i])]
+        kinds += [st.text(max_size=3).map(lambda text: [byte + b for b in text.encode()])]
+    ids = [*chain.from_iterable(data.draw(st.lists(st.one_of(kinds), max_size=40)))]
+    assert streamed(tokenizer, ids) == tokenizer.decode(ids)
+
+
+def streamed(tokenizer, ids):
+    stream = TextStream(tokenizer)
+    return "".join([stream.push(one) for one in ids]) + stream.flush()
+
+
+PARTS = [bytes([byte]) for byte in b"\x80\xa0\xbf\xc0\xc3\xe0\xe6\xed\xf0\xf4a"]
+
+
+def test_stream_of_bytes_that_are_no_characters_is_that_of_the_library():
+    spelled = [TOKENIZER.token_id(BYTE_CHARACTERS[part[0]]) for part in PARTS]
+    assert [TOKENIZER.token_bytes(id_) for id_ in spelled] == PARTS
+    for ids in product(spelled, repeat=4):
+        assert streamed(TOKENIZER, ids) == TOKENIZER.decode([*ids]), ids
+    # A special token, which has no text, does not part the bytes of a character.
+    assert streamed(TOKENIZER, [150, 107, 1, 1904]) == TOKENIZER.decode([150, 107, 1, 1904])
+
+
+@pytest.mark.parametrize("part", [b"\x80", b"\xe6", b"\xed"])
+def test_a_token_costs_the_same_however_many_came_before(part, monkeypatch):
+    stream, decoded, decode = TextStream(TOKENIZER), [], Tokenizer.decode
+
+    def counted(self, ids, *how):
+        decoded.append(len(ids))
+        return decode(self, ids, *how)
+
+    monkeypatch.setattr(Tokenizer, "decode", counted)
+    id_ = TOKENIZER.token_id(BYTE_CHARACTERS[part[0]])
+    shown = [*accumulate(len(stream.push(id_)) for _ in range(500))]
+    assert all(count - 1 <= there for count, there in enumerate(shown, 1))
+    assert sum(decoded) <= 3 * 500
+    assert shown[-1] + len(stream.flush()) == 500
 
 
 def generated(rows_RV, count=99, sampling=None):

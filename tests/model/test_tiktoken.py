@@ -4,13 +4,16 @@ import base64
 import json
 from collections import Counter
 from itertools import pairwise
+from random import Random
 
 import pytest
 import regex
+from tokenizers import Tokenizer as Backend
 
 from slotmoe.errors import ConfigError
+from slotmoe.model import tiktoken
 from slotmoe.model.checkpoint.reader import Checkpoint, small_files
-from slotmoe.model.tiktoken import tokenizer_json
+from slotmoe.model.child import Child
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
@@ -133,6 +136,7 @@ BAD = {
 }
 
 
+@pytest.mark.usefixtures("processes")
 def test_bad_files_are_refused_by_name(tokens, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings(len(tokens))))
     for change, words in BAD.values():
@@ -150,4 +154,55 @@ def test_other_settings_are_refused_by_name(tokens):
     }
     for words, changes in cases.items():
         with pytest.raises(ValueError, match=words):
-            tokenizer_json(model_file(tokens), {**settings(len(tokens)), **changes})
+            tiktoken.made(model_file(tokens), {**settings(len(tokens)), **changes})
+
+
+def random_tokens(chance, pieces):
+    """Every byte, and tokens that are joined of earlier ones, or not."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    while len(tokens) < 256 + pieces:
+        near = [chance.choice([b"a", b"b", *tokens[256:]]) for _ in range(chance.choice([2, 2, 3]))]
+        if (token := b"".join(near)[:9]) not in tokens:
+            tokens.append(token)
+    return tokens
+
+
+def test_one_merge_a_token_gives_the_ids_of_all():
+    """The proof: beside each other stand only the two parts that earlier merges leave of a token,
+    whatever is around them."""
+    chance = Random(5)
+    for pieces in [1, 3, 8, 20, 60] * 4:
+        tokens = random_tokens(chance, pieces)
+        made = tiktoken.made(model_file(tokens), settings(len(tokens)))
+        backend, ranks = Backend.from_buffer(made), {t: rank for rank, t in enumerate(tokens)}
+        for _ in range(40):
+            word = "".join(chance.choices("ab", k=chance.randrange(1, 40)))
+            assert backend.encode(word).ids == merged(word.encode(), ranks)
+
+
+def hostile(count=100, size=200):
+    """Tokens of equal bytes, which can be cut anywhere."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    tokens += [b"x" * length for length in range(2, size)]
+    return [*tokens, *(b"x" * size + bytes([0, number]) for number in range(count))]
+
+
+def test_what_is_made_is_linear_in_the_file():
+    tokens = hostile()
+    model = model_file(tokens)
+    made = tiktoken.made(model, settings(len(tokens)))
+    assert len(json.loads(made)["model"]["merges"]) <= len(tokens) - 256
+    assert len(made) < 4 * len(model)
+
+
+@pytest.mark.usefixtures("processes")
+@pytest.mark.parametrize("limit", [{"seconds": 0.01}, {"memory": 1 << 20}])
+def test_a_child_makes_it_within_limits(tmp_path, monkeypatch, limit):
+    (tmp_path / "tiktoken.model").write_bytes(model_file(hostile(size=500)))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings(256 + 498 + 100)))
+    program = tiktoken._MAKER._program
+    limits = {"seconds": tiktoken._MAKER._seconds, "memory": tiktoken._MAKER._memory}
+    assert limits == {"seconds": 20, "memory": 512 << 20}
+    monkeypatch.setattr(tiktoken, "_MAKER", Child(program, **{**limits, **limit}))
+    with pytest.raises(ConfigError, match=r"tiktoken\.model: (did not finish in|failed \(Memory)"):
+        small_files(tmp_path)("tokenizer.json", 1 << 20)

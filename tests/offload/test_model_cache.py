@@ -192,6 +192,29 @@ def test_all_is_removed_or_nothing(cache, slotmoe):
     assert sorted(cache.iterdir()) == there
 
 
+def test_what_can_t_be_removed_is_said(cache, slotmoe, monkeypatch):
+    """With what is free again all the same; the rest of its kind, and other exports, go."""
+    sizes = {cached.short: cached for cached in model_cache.listing(cache)}
+    unlink = os.unlink
+
+    def refuse(path, **options):
+        if str(path).endswith("resident.safetensors"):
+            raise PermissionError(1, "Operation not permitted", path)
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        code, out, err = slotmoe("rm", "tiny", "model", "--json")
+    report = json.loads(out)
+    assert (code, report["removed"], err) == (1, [], "")
+    there = sum(cached.bytes for cached in model_cache.listing(cache) if not cached.finished)
+    assert report["bytes"] == sum(sizes[name].bytes for name in ("tiny", "model")) - there
+    assert all(
+        "resident.safetensors can't be removed (Operation not" in one for one in report["left"]
+    )
+    assert len(report["left"]) == 2 and all(str(cache) in one for one in report["left"])
+
+
 def test_a_person_is_asked_before_something_is_removed(cache, slotmoe, monkeypatch):
     for stream in (sys.stdin, sys.stderr):
         monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)

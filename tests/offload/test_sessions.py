@@ -122,6 +122,17 @@ def test_a_prompt_that_differs_reuses_what_comes_before(runtime, copy):
         assert torch.equal(logits, computed(runtime, ids))
 
 
+def test_nothing_is_taken_from_behind_a_gap(runtime, store, copy):
+    """The second block is gone, and another text's serves in its place; the third is there."""
+    kept(runtime, copy, [*TEXT[:100], 3, *TEXT[:60]])
+    gone = [*chain(runtime.sessions.root(), TEXT)][1].address.hex()
+    next(path for path in files(copy) if gone in path.name.split("-")).unlink()
+    said = keeping(runtime, copy)
+    count, logits = restored(runtime, TEXT)
+    assert (count, said) == (100, [])
+    assert torch.equal(logits, store[1])
+
+
 # What is kept
 
 
@@ -475,8 +486,8 @@ def test_removing_a_session_removes_its_blocks(tmp_path):
         remove(tmp_path, ["first", "thirst"])
     assert held(folder, first) == 130
     before = folder.nbytes
-    freed = remove(tmp_path, ["first"])
-    assert freed > 0 and folder.nbytes == before - freed
+    freed, left = remove(tmp_path, ["first"])
+    assert freed > 0 and folder.nbytes == before - freed and not left
     assert (held(folder, first), held(folder, unnamed)) == (BLOCK_TOKENS, 0)
     assert held(folder, second) >= len(second) // BLOCK_TOKENS * BLOCK_TOKENS
     assert [listed.name for listed in listing(tmp_path)] == ["second"]

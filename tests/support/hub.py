@@ -172,7 +172,7 @@ class Hub:
 # One for the whole run.
 HUB = Hub()
 HOME = tempfile.TemporaryDirectory()
-# huggingface_hub reads these when it is imported, which any test or campaign may be the first to do.
+# huggingface_hub reads these when it is imported, which any test may be the first to do.
 os.environ |= {
     "HF_ENDPOINT": HUB.endpoint,
     "HF_HOME": HOME.name,

@@ -254,11 +254,16 @@ def test_door_asks_for_the_key_everywhere_but_at_health(runtime):
             assert served.ask("GET", "/v1/models", x_api_key=key)[0] == status
 
 
+HOSTILE = ["", ":80", "[::1]evil.com", "[::1", "::1", "[::1].evil.com:80", "[::1%evil.com]", "[]"]
+HOSTILE += ["localhost:80.evil.com", "localhost:80:80", "evil.com@localhost", "localhost@evil.com"]
+HOSTILE += ["localhost/evil.com", "localhost evil.com", "127.0.0.1:x", "[localhost]", "localhost,a"]
+
+
 def test_rebound_names_and_pages_of_other_origins_are_refused(served):
     hosts = "localhost:80", "127.0.0.1", "[::1]:9", "box.local:1", "10.0.0.9", "other.local"
     for host in hosts:
         assert served.ask("GET", "/stats", Host=host)[0] == 200, host
-    for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example:80", ""):
+    for host in (*HOSTILE, "evil.example", "localhost.evil.example", "127.0.0.1.evil.example:80"):
         assert served.ask("GET", "/health", Host=host)[0] == 403, host
     for origin in ("http://evil.example", "null"):
         assert served.ask("GET", "/stats", Origin=origin)[0] == 403

@@ -277,6 +277,44 @@ def test_a_header_that_is_given_twice_is_refused(served):
         assert answer.startswith(b"HTTP/1.1 400") and b"more than once" in answer
 
 
+AGAIN = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+CHUNKED = b"2\r\n{}\r\n0\r\n\r\n"
+ONE = {"Transfer-Encoding": "chunked"}
+BOTH = "can't be given together"
+# What could make this server and a proxy take different bytes for a request, and what it says.
+AMBIGUOUS = {
+    "both lengths": (request(CHUNKED, **ONE), BOTH),
+    "both, the chunked one last": (request(CHUNKED, **{"Content-Length": "2"}, **ONE), BOTH),
+    "both, without a body": (b"GET /health HTTP/1.1\r\nContent-Length: 0\r\n", BOTH),
+    "two hosts": (b"GET /health HTTP/1.1\r\nHost: localhost\r\n", "Invalid"),
+    "no host": (b"GET /health HTTP/1.1\r\n\r\n", "Invalid"),
+    "a folded host": (b"GET /health HTTP/1.1\r\nHost: localhost\r\n evil.com\r\n\r\n", "403"),
+    "two lengths": (request(b"{}", **{"Content-Length": "2, 3"}), "Invalid"),
+    "a signed length": (request(b"{}", **{"Content-Length": "+2"}), "Invalid"),
+    "another coding": (request(b"{}", **{"Transfer-Encoding": "gzip, chunked"}), "Invalid"),
+    "a space before the colon": (b"GET /health HTTP/1.1\r\nHost : localhost\r\n\r\n", "Invalid"),
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_what_two_readers_may_read_in_two_ways_is_refused_and_closed(served, name):
+    data, words = AMBIGUOUS[name]
+    if not data.endswith((b"\r\n\r\n", b"{}")):
+        data += b"Host: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    with connect(served.port, data + AGAIN) as connection:
+        answer = connection.makefile("rb").read().decode()  # to the end of the connection
+    assert answer.startswith("HTTP/1.1 4") and answer.count("HTTP/1.1 ") == 1
+    assert words in answer
+
+
+def test_an_absolute_target_names_nothing(served):
+    """A browser that a proxy is to serve writes one."""
+    for host in ("localhost", "evil.com"):
+        data = f"GET http://{host}/stats HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        with connect(served.port, data.encode()) as connection:
+            assert connection.makefile("rb").read().startswith(b"HTTP/1.1 404")
+
+
 CANARY = (
     "The canary's word is plum. "
     "The people of the United States have a government of laws and not of men. "

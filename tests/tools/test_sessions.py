@@ -134,6 +134,34 @@ def test_sessions_are_listed_and_deleted(chat, run, slotmoe, folder):
     assert code == 2 and "holds no session 'novel'" in err
 
 
+@pytest.mark.parametrize("stuck", ["plans.json", "blocks"])
+def test_what_can_t_be_removed_is_said(stuck, run, slotmoe, folder, monkeypatch):
+    """A session whose file stays keeps its blocks, too."""
+    run(TEXT, session="plans")
+    run(f"{TEXT} And", session="older")
+    place, unlink = ("--sessions", "--session-dir", folder), os.unlink
+
+    def refuse(path, **options):
+        if stuck in str(path):
+            raise PermissionError(1, "Operation not permitted", str(path))
+        unlink(path, **options)
+
+    def size():
+        return sum(path.stat().st_size for path in folder.glob("blocks/*/*"))
+
+    before = size()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        code, out, err = slotmoe("rm", *place, "plans", "older", "--json")
+        report = json.loads(out)
+        assert (code, report["bytes"], report["left"] != []) == (1, before - size(), True)
+        assert report["removed"] == (["older"] if stuck == "plans.json" else ["plans", "older"])
+        code, out, err = slotmoe("rm", *place, *(["plans"] if stuck == "plans.json" else ["--all"]))
+    assert code == 1 and "removed, 0 B are free again" in out
+    assert re.fullmatch(rf"slotmoe: {folder}/\S*{stuck}\S* can't be removed \(Op.*\).*\n", err)
+    assert slotmoe("rm", *place, "--all")[0] == size() == 0
+
+
 REFUSED = {
     ("--session", "a/b"): "is no name of a session",
     ("--resume",): "holds no conversation to resume",

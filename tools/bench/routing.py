@@ -83,7 +83,7 @@ def routing(
 
 
 def _draw(rows: list[turns.Row], output: Path) -> None:
-    from slotmoe.tools.profile.charts import picture
+    from slotmoe.tools.profile.charts import save
 
     def fill(axes: Any) -> str:
         for text in dict.fromkeys(row["text"] for row in rows):
@@ -98,7 +98,7 @@ def _draw(rows: list[turns.Row], output: Path) -> None:
         axes.legend()
         return "What a route budget saves, and costs"
 
-    output.write_bytes(picture(fill)[1])
+    save(output, fill)
 
 
 def _measure(ways: list[_Way], path: Path, tokens: int, generate: int) -> list[turns.Row]:

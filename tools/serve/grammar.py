@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from threading import Lock
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from slotmoe.tools.serve.schemas import relaxed
 MAX_CALLS = 32  # in one answer
 _MAX_SCHEMA = 1 << 16  # characters
 _MAX_SCHEMAS = 1 << 18  # characters of all of a request's functions together
+# Of all tokens, and of an id without one: llguidance's tables of so many take 3 s and 250 MB.  Kimi
+# K2's tokens have 1.2 million.
+_MAX_CHARACTERS, _UNUSED = 3 << 20, 6
 # Without free whitespace a model can't go on with blanks for ever; one after each sign is what most
 # models were taught.
 _NOTES = {"description", "title", "default", "examples", "$schema", "$comment"}
@@ -84,11 +88,29 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...], dialect: Dialect):
         self._source, self._eos, self._dialect = tokenizer, list(eos_token_ids), dialect
+        self._lock = Lock()
+
+    @property
+    def _tokenizer(self) -> LLTokenizer:
+        """Raises ``RefusedError`` where the tokenizer is too large."""
+        with self._lock:  # several would make it at once
+            tables = self._tables
+        if isinstance(tables, str):
+            problem = "the tokenizer of this model can't hold an answer to a schema or a grammar"
+            raise RefusedError(f"{problem}: {tables}; leave out schemas, grammars and tools")
+        return tables
 
     @cached_property
-    def _tokenizer(self) -> LLTokenizer:
-        size = self._source.size
-        return LLTokenizer(self._source.to_json(), n_vocab=size, eos_token=self._eos)
+    def _tables(self) -> LLTokenizer | str:
+        """Of all tokens, or why there are none."""
+        source = self._source
+        characters = source.characters + _UNUSED * source.unused
+        if characters > _MAX_CHARACTERS:
+            return f"its tokens have {characters} characters, more than {_MAX_CHARACTERS}"
+        try:
+            return LLTokenizer(source.to_json(), n_vocab=source.size, eos_token=self._eos)
+        except BaseException as problem:  # a panic of Rust is no Exception
+            return f"{problem!r:.200}"
 
     def compile(
         self,
@@ -257,8 +279,10 @@ class Grammars:
                 problem = f"the schema has more than {_MAX_SCHEMA} characters"
                 raise RefusedError(f"{where}: {problem}", param, 413)
             kept, unheld = relaxed(schema)
-        except (RecursionError, ValueError):
+        except RecursionError:
             raise RefusedError(f"{where}: the schema is nested too deeply", param) from None
+        except ValueError as error:
+            raise RefusedError(f"{where}: the schema {error}", param) from None
         if "x-guidance" in schema:
             raise RefusedError(f"{where}: the schema has the unknown keyword 'x-guidance'", param)
         text = json.dumps({**kept, "x-guidance": _SPACING})

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import hmac
 import ipaddress
+import re
 import socket
 from collections.abc import Iterable
 
@@ -29,6 +30,8 @@ SILENT_SECONDS = 1.0  # after which a connection that waits for its client is a 
 PEER_CONNECTIONS = 128  # of one address that may be silent
 _PREFLIGHT = {"access-control-allow-methods": "GET, POST, DELETE", "access-control-max-age": "600"}
 _ONCE = ("host", "origin", "authorization", "x-api-key", "content-type")
+_LENGTHS = ("content-length", "transfer-encoding")  # a proxy may believe the other one
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)]|([^\[\]:@/\s]+))(?::[0-9]*)?")
 # A browser then asks its user.
 _ASK = {"www-authenticate": 'Basic realm="slotmoe: any name, the API key as password"'}
 
@@ -54,7 +57,7 @@ class Guard:
         self._origins = frozenset(origin.lower() for origin in origins)
         self._keys = [key.encode() for key in keys]
         self._owners = [hashlib.sha256(key).hexdigest() for key in self._keys]
-        self._hosts = {"localhost", *(_name(host) for host in hosts)}
+        self._hosts = {"localhost", *map(_name, hosts)} - {""}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -101,13 +104,15 @@ class Guard:
         for name in _ONCE:
             if len(headers.getlist(name)) > 1:  # a proxy may have looked at the other one
                 raise RefusedError(f"the header {name} is given more than once")
+        if all(name in headers for name in _LENGTHS):
+            raise RefusedError(f"the headers {' and '.join(_LENGTHS)} can't be given together")
         host, origin = headers.get("host", ""), headers.get("origin", "")
         name = _name(host)
         try:
             ipaddress.ip_address(name)  # which can't be rebound
         except ValueError:
             if name not in self._hosts:
-                problem = f"the name {name[:80]!r} is not allowed here"
+                problem = f"the name {host[:80]!r} is not allowed here"
                 advice = "start with --allow-host to allow it"
                 raise RefusedError(f"{problem}; {advice}", status=403) from None
         ours = (f"http://{host.lower()}", f"https://{host.lower()}")  # the latter by a proxy
@@ -164,9 +169,9 @@ class Guard:
 
 
 def _name(host: str) -> str:
-    """Of ``host``, without its port."""
-    host = host.lower()
-    return host[1:].partition("]")[0] if host[:1] == "[" else host.partition(":")[0]
+    """Of ``host``, without its port; empty where it is not a host and a port."""
+    found = _HOST.fullmatch(host.lower())
+    return (found[1] or found[2]) if found else ""
 
 
 class Connection(H11Protocol):
