@@ -19,6 +19,7 @@ USUAL = [
     "fuzz --blind --count 20",
     "flips --count 300",
     "interrupts python --count 1",
+    "resume plain --count 2",
     "kills --count 1",
     "races --count 1",
     "environments 'no home' --count 2",
@@ -32,6 +33,7 @@ SHORT = [
     "fuzz config --seconds 2",
     "flips --count 1000",
     "interrupts --count 8",
+    "resume --count 20",
     "kills --count 8",
     "races --count 2",
     "environments 'no home' 'few descriptors'",
@@ -66,7 +68,7 @@ def test_campaigns_have_a_usual_part():
 
 def test_no_campaign_shrinks():
     """What was attacked once is attacked for good."""
-    least = {"system-calls": 7, "fuzz": 21, "interrupts": 5, "kills": 4, "races": 6}
+    least = {"system-calls": 7, "fuzz": 21, "interrupts": 5, "kills": 4, "races": 6, "resume": 5}
     for name, parts in {**least, "environments": 26, "clients": 15, "escapes": 10}.items():
         attack = import_module(f"campaigns.{name.replace('-', '_')}").ATTACK
         assert len(attack.parts) >= parts, name
@@ -110,6 +112,10 @@ writer.ExportFile.sync = quiet
 NO_SYNC = """
 from slotmoe.quant.export.writer import ExportFile
 ExportFile.sync = lambda file: None
+"""
+BELIEVED = """
+from slotmoe.offload.ingest import calibration
+calibration.checksum = lambda data: ""
 """
 UNCHECKED = """
 from slotmoe.quant.export.reader import Export
@@ -159,6 +165,7 @@ PLANTED = {
     "tables of any size": ("fuzz token-numbers --blind --count 3000", ANY_SIZE, "ended with -6"),
     "a failed fsync": ("system-calls quantize --kinds unsynced", QUIET_SYNC, "not said"),
     "an export without fsync": ("kills quantize-power", NO_SYNC, "change"),
+    "a stream that is believed": ("resume calibrated --count 300", BELIEVED, "other bytes"),
     "no checksums": ("flips --count 3000", UNCHECKED, "missed"),
     "a sequence that is lost": ("interrupts python --count 60", LOST, "empty"),
     "no locks": ("races destination cache session sessions predictor --count 60", NO_LOCKS, ""),
