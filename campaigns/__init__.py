@@ -108,8 +108,8 @@ CAMPAIGNS = (
     ),
     Gate(
         "mutants",
-        "One line of a core file is changed; the tests of CI's tier must notice.",
-        "85% of 100 changes, sampled with a seed, are noticed",
+        "Files that hold invariants are changed in one place; the tests of CI's tier must notice.",
+        "90% in each of ten parts, but for changes of which a list says why none can see them",
         "",
     ),
 )

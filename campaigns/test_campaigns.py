@@ -185,3 +185,17 @@ def test_planted_defects_are_found(name):
     assert code == 1
     for report in reports:
         assert any(wanted in problem for problem in report["wrong"]), report
+
+
+def test_mutants_of_a_file():
+    """No line moves; a look-up stands before each; what a test cannot see is left alone."""
+    edits = pytest.importorskip("campaigns.edits", reason="pip install 'slotmoe[nightly]'")
+    source = "def f(x: int | None):\n    assert x\n    if x in y:\n        x += 1\n    return x\n"
+    found = {edit.mutant() for edit in edits.edits("f.py", source)}
+    changes = {(mutant.line, mutant.start, mutant.after) for mutant in found}
+    assert changes == {
+        *((3, 3, f"if {test}:") for test in ("True", "False", "(x not in y)")),
+        *((4, 4, change) for change in ("pass", "x -= 1", "x += 0", "x += 2")),
+        (5, 5, "return None"),
+    }
+    assert edits.watched(source, 100).split("\n")[3] == "        __reach__[104]; x += 1"
