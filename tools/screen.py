@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TextIO
 
 from slotmoe.errors import one_line, visible
@@ -89,13 +87,3 @@ def wait_reading(stream: "Stream", quiet: bool) -> None:
         finally:
             if seconds == _NEXT_SECONDS:
                 print("\r\x1b[2K", end="", file=screen, flush=True)
-
-
-@contextmanager
-def on_interrupt(handler: Callable[..., object]) -> Iterator[None]:
-    """Ctrl-C calls ``handler`` meanwhile."""
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -55,9 +55,8 @@ class Sessions:
                 break
             latest, data = found
             begun = block.begun(shared_prefix(latest.tokens, block.tokens))
-            if begun.end > held:
-                sequence.state.put(block.start, latest.end, self._tensor(data), begun.end)
-                there.append(begun)
+            sequence.state.put(block.start, latest.end, self._tensor(data), begun.end)
+            there.append(begun)
             if begun.end < block.end:
                 break
         if latest is not None:

@@ -82,13 +82,14 @@ def left(source, tmp_path_factory):
 HELD = """
 import signal, sys, time
 import slotmoe.offload.ingest.quantize as module
-from slotmoe.tools.cli import main
+from slotmoe.__main__ import main
 def held(path, values):
     print("held", flush=True)
     time.sleep(600)
 module.write_json = held
 signal.signal(signal.SIGINT, signal.default_int_handler)
-main(["quantize", *sys.argv[1:]])
+sys.argv.insert(1, "quantize")
+main()
 """
 
 
