@@ -11,6 +11,7 @@ import xxhash
 from campaigns.cases import in_file, lawful, sign_manifest, signed
 from campaigns.models import few_words, tiny_export
 from campaigns.requests import REQUESTS, request, schemas
+from campaigns.token_numbers import token_numbers
 from campaigns.weights import body
 from slotmoe.jsonfile import Json, parse_json
 from slotmoe.model import tokenizer
@@ -194,5 +195,6 @@ PARSERS = {
     **{f"body-{name}": lambda at, name=name: request(name) for name in REQUESTS},
     "schemas": schemas,
     "tokenizer": tokenizer_file,
+    "token-numbers": token_numbers,
     "template": lambda at: in_checkpoint(at, "tokenizer_config.json", templated),
 }

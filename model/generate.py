@@ -2,7 +2,6 @@
 
 import math
 from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -174,27 +173,40 @@ def _best(logits_V: Tensor, count: int) -> Tensor:
     return ids[logits_V[ids].argsort(descending=True, stable=True)][:count]
 
 
-def penalize(
-    logits_V: Tensor, sampling: Sampling, prompt: Collection[int], counts: Mapping[int, int]
-) -> Tensor:
-    """``logits_V``, or a copy with the penalties and the bias of ``sampling``; ``counts`` is how
-    often the answer so far holds an id."""
-    repetition, presence = sampling.repetition_penalty, sampling.presence_penalty
-    frequency, bias = sampling.frequency_penalty, sampling.logit_bias
-    if repetition == 1 and not (presence or frequency or bias):
+class Penalties:
+    """The penalties and the bias of ``sampling`` on what follows ``prompt``; a token costs the same
+    however long prompt and answer are."""
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int]):
+        self._presence, self._frequency = sampling.presence_penalty, sampling.frequency_penalty
+        self._repetition, self._prompt = sampling.repetition_penalty, prompt
+        self._ids = [token_id for token_id, _ in sampling.logit_bias]
+        self._bias = torch.tensor([value for _, value in sampling.logit_bias])
+        self._is_on = self._repetition != 1 or self._presence or self._frequency or self._ids
+        self._times_V: Tensor | None = None  # how often the answer holds an id
+
+    def __call__(self, logits_V: Tensor) -> Tensor:
+        """``logits_V``, or a copy with penalties and bias."""
+        if not self._is_on:
+            return logits_V
+        if self._times_V is None:
+            self._times_V, self._seen_V = torch.zeros_like(logits_V), torch.zeros_like(logits_V) > 0
+            ids = torch.tensor(self._prompt)
+            self._seen_V[ids[ids < len(logits_V)]] = True
+        if self._repetition != 1:
+            by = self._repetition
+            less_V = torch.where(logits_V > 0, logits_V / by, logits_V * by)
+            logits_V = torch.where(self._seen_V, less_V, logits_V)
+        less_V = self._presence + self._frequency * self._times_V
+        logits_V = torch.where(self._times_V > 0, logits_V - less_V, logits_V)
+        logits_V[self._ids] += self._bias
         return logits_V
-    logits_V = logits_V.clone()
-    seen = [token_id for token_id in {*prompt, *counts} if token_id < len(logits_V)]
-    if repetition != 1 and seen:
-        values = logits_V[seen]
-        logits_V[seen] = torch.where(values > 0, values / repetition, values * repetition)
-    if counts and (presence or frequency):
-        times = torch.tensor(list(counts.values()), dtype=torch.float32)
-        logits_V[list(counts)] -= presence + frequency * times
-    if bias:
-        ids, added = zip(*bias, strict=True)
-        logits_V[list(ids)] += torch.tensor(added)
-    return logits_V
+
+    def add(self, chosen: int) -> None:
+        """The answer holds this id now."""
+        if self._times_V is not None:
+            self._times_V[chosen] += 1
+            self._seen_V[chosen] = True
 
 
 def random_source(seed: int | None) -> torch.Generator:
@@ -246,10 +258,10 @@ class Answer:
         grammar: Grammar | None = None,
         shown: Mapping[int, str] | None = None,
     ):
-        self._prompt, self._tokenizer, self._eos = frozenset(prompt), tokenizer, eos_token_ids
+        self._tokenizer, self._eos = tokenizer, eos_token_ids
         self._sampling, self._random = sampling, random_source(sampling.seed)
         self._left, self._stops, self._logprobs = max_new_tokens, stops or Stops(), logprobs
-        self._grammar, self._counts = grammar, Counter[int]()
+        self._grammar, self._penalties = grammar, Penalties(sampling, prompt)
         self.stream, self._prompt_stream = TextStream(tokenizer, shown), TextStream(tokenizer)
         self._held: list[Token] = []  # tokens whose text may turn out to begin a stop string
         self.ids: list[int] = []
@@ -273,7 +285,7 @@ class Answer:
         if self._left == 0:
             return self.end("length")
         logits_V = logits_V[: self._tokenizer.size]
-        adjusted_V = penalize(logits_V, self._sampling, self._prompt, self._counts)
+        adjusted_V = self._penalties(logits_V)
         if self._grammar is not None:
             allowed_V = self._grammar.allowed()[: len(logits_V)]
             adjusted_V = adjusted_V.masked_fill(~allowed_V, -math.inf)
@@ -283,7 +295,7 @@ class Answer:
         if chosen in self._eos:
             return self.end("stop")
         self.ids.append(chosen)
-        self._counts[chosen] += 1
+        self._penalties.add(chosen)
         self._left -= 1
         self._held.append(self._token(chosen, self.stream.push(chosen), logits_V))
         complete = self._grammar is not None and self._grammar.consume(chosen)

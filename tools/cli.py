@@ -1,10 +1,9 @@
-"""Entry point of ``slotmoe``.  Commands are imported when they are called, so help is instant."""
+"""The commands of ``slotmoe``.  They are imported when they are called, so help is instant."""
 
 import contextlib
 import importlib
 import io
 import os
-import signal
 import sys
 import traceback
 from difflib import get_close_matches
@@ -106,19 +105,12 @@ def cli(ctx: click.Context, traceback: bool) -> None:
 def main(arguments: list[str] | None = None, group: click.Group = cli) -> NoReturn:
     """Run the command line; exit codes: 0 done, 1 the work failed, 2 bad usage or input, 130
     interrupted."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # else nohup ignores it
-        signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
     _open_streams()
     state = dict[str, object]()
     try:
-        try:
-            _check_folder()
-            code = group.main(arguments, prog_name=group.name, standalone_mode=False, obj=state)
-            sys.stdout.flush()  # or Python fails to, when no handler is left
-        finally:
-            if arguments is None:  # nothing is left to be interrupted; libraries clean up
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _check_folder()
+        code = group.main(arguments, prog_name=group.name, standalone_mode=False, obj=state)
+        sys.stdout.flush()  # or Python fails to, when no handler is left
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as problem:
         problem.show()
@@ -183,7 +175,3 @@ def _open_streams() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     guard_streams()
-
-
-if __name__ == "__main__":
-    main()

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from slotmoe.errors import PlanError, one_line
+from slotmoe.errors import ConfigError, PlanError, one_line
 from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import available_memory, process_bytes
 from slotmoe.offload.model_cache import is_export
+from slotmoe.signals import Stopping
 from slotmoe.sizes import format_size, parse_size
 from slotmoe.tools import options
 from slotmoe.tools.options import choice, integer, option
@@ -173,17 +174,25 @@ def _run(
     evaluation: Evaluation, texts: list[Text], windows: list[list[Window]], title: str, quiet: bool
 ) -> None:
     before, total = 0, sum(text.ends[-1] for text in texts)
-    try:
-        with byte_bars(title, quiet=quiet) as (progress,):
+    engines = [it.engine for it in (evaluation.runtime, evaluation.reference) if it is not None]
+
+    def stop(_: int) -> None:
+        for engine in engines:
+            engine.stop()
+
+    with byte_bars(title, quiet=quiet) as (progress,), Stopping(stop) as stopping:
+        try:
             for text, cut in zip(texts, windows, strict=True):
                 for done in evaluation.run(text, cut):
                     progress(before + done, total)
                 before += text.ends[-1]
-    except KeyboardInterrupt:
-        if not quiet and any(totals.tokens for totals in evaluation.files.values()):
-            options.say("stopped; so far:")
-            _print(evaluation.report(), stderr=True)
-        raise
+        except ConfigError:
+            if not stopping.number:
+                raise
+    if stopping.number and not quiet and any(it.tokens for it in evaluation.files.values()):
+        options.say("stopped; so far:")
+        _print(evaluation.report(), stderr=True)
+    stopping.check()
 
 
 _COLUMNS = {  # title -> key of the report and its format

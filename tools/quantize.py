@@ -1,19 +1,19 @@
 """``slotmoe quantize``: a checkpoint in, from a folder or from the hub; an export out."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, one_line
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import config_among
 from slotmoe.model.gguf import files_of
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import library, locate
+from slotmoe.signals import Stopping, leave
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
 from slotmoe.tools.options import flag, option, say
@@ -130,15 +130,9 @@ def calibration_windows(folder: Path, texts: Paths) -> list[list[int]]:
     return [window for ids in tokens for window in split(ids, tokenizer, width)]
 
 
-@contextmanager
-def _stopping(advice: str) -> Iterator[None]:
-    """Ctrl-C ends this with a line that says what there is now."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        show("", err=True)
-        say(f"stopped; {advice}")
-        raise
+def _ending(advice: str) -> Stopping:
+    """Meanwhile the line after Ctrl-C says what there is now."""
+    return Stopping(partial(leave, remark=f"; {one_line(advice)}"))
 
 
 def _quantize(
@@ -155,7 +149,7 @@ def _quantize(
         given["calibration"] = _check_source(folder, texts)
     bars = ("Reading", "Downloading", "Quantizing", "Checking")
     again = f"run the same command again to resume in {destination or cache_folder()}"
-    with _stopping(again), byte_bars(*bars, quiet=quiet) as (reading, arriving, making, checking):
+    with _ending(again), byte_bars(*bars, quiet=quiet) as (reading, arriving, making, checking):
         given |= {"progress": making, "checking": checking, "notify": options.notifier(quiet)}
         if folder is not None:
             destination = destination or cached_place(folder, cache_folder(), reading)
@@ -172,7 +166,7 @@ def _calibrate(destination: Path, texts: Paths, quiet: bool) -> Json:
 
     started = time.perf_counter()
     kept = f"{destination} is a whole export, calibrated as before"
-    with _stopping(kept), byte_bars("Calibrating", quiet=quiet) as (progress,):
+    with _ending(kept), byte_bars("Calibrating", quiet=quiet) as (progress,):
         report = calibrate(destination, texts, progress)
     report["seconds"] = time.perf_counter() - started
     if quiet:

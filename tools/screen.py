@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TextIO
 
 from slotmoe.errors import one_line, visible
@@ -65,14 +63,15 @@ def is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def dimmed(text: str) -> str:
-    """``text`` for a terminal, dimmed unless NO_COLOR asks for no colors (https://no-color.org)."""
-    return visible(text) if os.environ.get("NO_COLOR") else f"\x1b[2m{visible(text)}\x1b[22m"
+def print_dimmed(text: str) -> None:
+    """Print on a terminal, dimmed unless NO_COLOR asks for no colors (https://no-color.org)."""
+    begin, end = ("", "") if os.environ.get("NO_COLOR") else ("\x1b[2m", "\x1b[22m")
+    print(f"{begin}{visible(text)}{end}", end="", flush=True, file=commanded(sys.stdout))
 
 
-def echo_of(prompt: str) -> str:
-    """The prompt, or the end of a long one, as it is shown before its continuation."""
-    return dimmed(prompt if len(prompt) <= _MOST_ECHOED else f"…{prompt[-_MOST_ECHOED:]}")
+def echo(prompt: str) -> None:
+    """Print the prompt, or the end of a long one, before its continuation."""
+    print_dimmed(prompt if len(prompt) <= _MOST_ECHOED else f"…{prompt[-_MOST_ECHOED:]}")
 
 
 def wait_reading(stream: "Stream", quiet: bool) -> None:
@@ -89,13 +88,3 @@ def wait_reading(stream: "Stream", quiet: bool) -> None:
         finally:
             if seconds == _NEXT_SECONDS:
                 print("\r\x1b[2K", end="", file=screen, flush=True)
-
-
-@contextmanager
-def on_interrupt(handler: Callable[..., object]) -> Iterator[None]:
-    """Ctrl-C calls ``handler`` meanwhile."""
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from slotmoe.errors import CLOSED, ConfigError, ExportError, PlanError
-from slotmoe.model.generate import Answer, Sampling, Stops, penalize
+from slotmoe.model.generate import Answer, Penalties, Sampling, Stops
 from slotmoe.offload.engine import engine as engines
 from slotmoe.offload.engine import loading
 from slotmoe.offload.engine.requests import Request
@@ -329,14 +329,18 @@ def test_stop_strings_are_cut_out_and_count_outside_of_tool_calls(runtime):
 
 def test_penalties_and_bias_change_the_choice():
     logits = torch.tensor([2.0, 1.9, -1.0, 1.0])
-    assert penalize(logits, Sampling(), [0], {0: 1}) is logits
+    assert Penalties(Sampling(), [0])(logits) is logits
     both = Sampling(presence_penalty=0.5, frequency_penalty=0.25)
-    for sampling, prompt, counts, wanted in (
-        (both, [1], {0: 2}, [1.0, 1.9, -1.0, 1.0]),
-        (Sampling(repetition_penalty=2.0), [0, 2], {}, [1.0, 1.9, -2.0, 1.0]),
-        (Sampling(logit_bias=((3, 5.0),)), [], {}, [2.0, 1.9, -1.0, 6.0]),
+    for sampling, prompt, answer, wanted in (
+        (both, [1], [0, 0], [1.0, 1.9, -1.0, 1.0]),
+        (Sampling(repetition_penalty=2.0), [0, 9], [2, 2], [1.0, 1.9, -2.0, 1.0]),
+        (Sampling(logit_bias=((3, 5.0),)), [1], [3], [2.0, 1.9, -1.0, 6.0]),
     ):
-        assert penalize(logits, sampling, prompt, counts).tolist() == pytest.approx(wanted)
+        penalties = Penalties(sampling, prompt)
+        penalties(logits)
+        for token_id in answer:
+            penalties.add(token_id)
+        assert penalties(logits).tolist() == pytest.approx(wanted)
     assert logits.tolist() == pytest.approx([2.0, 1.9, -1.0, 1.0])
 
 

@@ -93,7 +93,7 @@ def prepare(place):
     write_checkpoint(place / "source", 2, **SMALL)
     _edit(place / "source/tokenizer_config.json", chat_template=TEMPLATE)
     quantize(place / "source", place / "export")
-    (place / "cache").mkdir()
+    (place / "cache").mkdir(exist_ok=True)
     (place / "settings/slotmoe").mkdir(parents=True)
     environment = {"SLOTMOE_CACHE": place / "cache", "XDG_CONFIG_HOME": place / "settings"}
     environment |= {"COLUMNS": "9999"}  # no line is broken

@@ -45,7 +45,8 @@ def command(model: str, calibrate: bool, as_json: bool, **options: Any) -> None:
       slotmoe bench lite-random --ram 5GiB --prompt-tokens 64 --json
       slotmoe bench lite-random --calibrate          what slotmoe plan then reckons with
     """
-    from slotmoe.tools.bench.speed import calibration, measure
+    from slotmoe.offload.observe.measure import Lasting
+    from slotmoe.tools.bench.speed import calibration, compare_disk, measure
 
     counts = {name: options.pop(name) for name in _COUNTS}
     needed = max(counts["prompt_tokens"], counts["depth"] + counts["decode_tokens"])
@@ -60,17 +61,17 @@ def command(model: str, calibrate: bool, as_json: bool, **options: Any) -> None:
         check(runtime.context, or_more_context(less, runtime.config, runtime.context))
         with byte_bars("Filling expert slots", quiet=as_json) as (progress,):
             runtime.warm(progress)
-        report = measure(runtime, **counts)
-        if calibrate:
-            store_bandwidths(cache_folder() / "machine.json", **calibration(runtime, report))
+        report, closed = measure(runtime, **counts), Lasting(runtime.model)
         options["context"] = runtime.context
+    compare_disk(closed, report["disk"])
+    if calibrate:
+        store_bandwidths(cache_folder() / "machine.json", **calibration(closed, report))
     given = {key: value for key, value in options.items() if value is not None}
     report["settings"] = {"model": model, **given, **report["settings"]}
     print(json_of(report)) if as_json else _print(report)
 
 
 def _print(report: dict[str, Any]) -> None:
-
     settings, ceiling = report["settings"], report["ceiling"]
     limit = (f"{ceiling['decode_tokens_per_second']:.1f}", f"{ceiling['decode_fraction']:.0%}")
     rows = []

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -62,6 +63,7 @@ class Pipe:
         print(text, end="", flush=True, file=sys.stderr)
 
     say = staticmethod(options.say)
+    talking = nullcontext
 
     def fail(self, problem: BaseException) -> None:
         """What was read last could not be done, or was interrupted."""
@@ -114,7 +116,8 @@ def command(
             runtime.trace(trace)
         frontend = _terminal(model, conversation) if on_terminal else Pipe()
         go_on(session, runtime, given["session_limit"], frontend.say)
-        talk(conversation, frontend, session_folder(given["session_dir"]))
+        with frontend.talking():
+            talk(conversation, frontend, session_folder(given["session_dir"]))
 
 
 def _terminal(model: str, conversation: "Conversation") -> "Terminal":

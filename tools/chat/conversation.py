@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.jsonfile import Json, read_json
+from slotmoe.signals import Stopping
 from slotmoe.tools.options import SAMPLING
 from slotmoe.tools.run import of_budget
 
@@ -80,19 +81,25 @@ class Conversation:
         """The answer to ``message`` piece by piece, without whitespace at its ends; ``again``
         replaces the last exchange.
 
-        An answer that is stopped, by closing this or by an exception, is kept as far as it came; if
-        that is nowhere, nothing has changed.  Raises ``PlanError`` if the message does not fit into
-        the context.
+        An answer that is stopped, by closing this, a signal (which is raised from here) or an
+        exception, is kept as far as it came; if that is nowhere, nothing has changed.  Raises
+        ``PlanError`` if the message does not fit into the context.
         """
         self._before, self._stream = self.runtime.stats(), None
         self._reading_since = time.monotonic()
-        try:
-            yield from self._answer(message, self.exchanges[:-1] if again else self.exchanges)
-        finally:
-            self._reading_since = None
-            if self._stream is not None:
-                self._stream.close()
-            self._keep()
+        with Stopping(lambda _: self._close()) as stopping:
+            try:
+                earlier = self.exchanges[:-1] if again else self.exchanges
+                yield from self._answer(message, earlier, stopping)
+            finally:
+                self._reading_since = None
+                self._close()
+                self._keep()
+        stopping.check()
+
+    def _close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
 
     def _keep(self) -> None:
         """Keep the conversation in its session; the engine keeps what was computed of it."""
@@ -108,7 +115,9 @@ class Conversation:
         except ConfigError as problem:  # a full disk must not end the chat
             self.notify(str(problem))
 
-    def _answer(self, message: str, earlier: list[Exchange]) -> Generator[str, None, None]:
+    def _answer(
+        self, message: str, earlier: list[Exchange], stopping: Stopping
+    ) -> Generator[str, None, None]:
         prompt = self._fit(earlier, message)
         self._tokens = [*prompt]
         limit = min(self._max_new_tokens, self.runtime.context - len(prompt))
@@ -121,6 +130,8 @@ class Conversation:
         def texts() -> Iterator[str]:
             nonlocal count, thoughts
             self._stream = self.runtime.generate(prompt, limit, **sampling, stop=self._stop)
+            if stopping.number:  # before there was a stream to close
+                self._close()
             for token in self._stream:
                 count += 1
                 self._tokens.append(token.id)
@@ -130,6 +141,7 @@ class Conversation:
                     thoughts += len(thought)
                     self.think(thought)
                 yield said
+            stopping.check()
             thought, said = splitter.feed("", is_last=True)
             if thought:
                 thoughts += len(thought)

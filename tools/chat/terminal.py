@@ -20,7 +20,7 @@ from rich.segment import Segment, Segments
 from rich.text import Text
 
 from slotmoe.errors import visible
-from slotmoe.tools.screen import on_interrupt
+from slotmoe.signals import Stopping, leave
 from slotmoe.tools.tables import Console
 
 Status = Callable[[], str]
@@ -49,6 +49,21 @@ class Terminal:
             bottom_toolbar=status,
         )
 
+    @contextlib.contextmanager
+    def talking(self) -> Iterator[None]:
+        """Ctrl-C between answers does nothing; what ends the process leaves the terminal as it was
+        before."""
+        mode = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
+
+        def end(number: int) -> None:
+            if number != signal.SIGINT:
+                if mode is not None:
+                    termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
+                leave(number)
+
+        with Stopping(end, once=False):
+            yield
+
     def read(self) -> str | None:
         while True:
             draft, self._draft = self._draft, ""
@@ -62,8 +77,8 @@ class Terminal:
                 return None
 
     def show(self, answer: Generator[str, None, None]) -> None:
-        """The answer as it comes; Ctrl-C ends it, once, with ``KeyboardInterrupt``."""
-        with on_interrupt(_stop_once), _no_echo(), contextlib.closing(answer):
+        """The answer as it comes."""
+        with _no_echo(), contextlib.closing(answer):
             self._view = View(self._console, self._status)
             with self._view.live, contextlib.closing(self._view):
                 for piece in answer:
@@ -220,9 +235,3 @@ def _no_echo() -> Iterator[None]:
         yield
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
-
-
-def _stop_once(*_: object) -> None:
-    """End what is going on; Ctrl-C pressed again meanwhile does nothing."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt

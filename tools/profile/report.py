@@ -43,6 +43,7 @@ def write_report(report: Json, folder: Path) -> None:
     files = {f"{name}.png": png for name, (_, png) in images.items()}
     files["profile.json"] = json_of(report).encode()
     files["report.html"] = _html(report, images, rows).encode()
+    folder.mkdir(parents=True, exist_ok=True)
     for name in {f"{chart}.png" for chart in CHARTS} - set(files):
         (folder / name).unlink(missing_ok=True)
     for name, data in files.items():

@@ -9,13 +9,13 @@ import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
+from slotmoe.signals import Stopping
 from slotmoe.sizes import parse_size
 from slotmoe.tools import options
 from slotmoe.tools.options import flag, open_runtime, option
@@ -116,11 +116,18 @@ def command(model: str, host: str, port: int, names: tuple[str, ...], **given: A
         address, port = listener.getsockname()[:2]
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
         options.say(f"{service.name} is ready at {url}, {_READY}")
-        try:
-            server.run(sockets=[listener])
-        finally:
+
+        def stop(_: int) -> None:
             service.stop()
+            server.should_exit = True
+
+        with Stopping(stop) as stopping:
+            try:
+                server.run(sockets=[listener])
+            finally:
+                service.stop()
         problem = service.engine.problem
+    stopping.check()
     if problem is None:
         return 0
     options.say(f"the model failed, so the server ended: {problem!r:.400}")
@@ -150,11 +157,10 @@ def make_server(
     from slotmoe.tools.serve.service import Service
 
     class Server(uvicorn.Server):
-        """Lets running answers end with a reason when it gets a signal to end."""
-
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            service.stop()
-            super().handle_exit(sig, frame)
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """``command`` has taken them."""
+            yield
 
         def run(self, sockets: list[socket.socket] | None = None) -> None:
             with _often_collected():

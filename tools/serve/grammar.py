@@ -279,8 +279,10 @@ class Grammars:
                 problem = f"the schema has more than {_MAX_SCHEMA} characters"
                 raise RefusedError(f"{where}: {problem}", param, 413)
             kept, unheld = relaxed(schema)
-        except (RecursionError, ValueError):
+        except RecursionError:
             raise RefusedError(f"{where}: the schema is nested too deeply", param) from None
+        except ValueError as error:
+            raise RefusedError(f"{where}: the schema {error}", param) from None
         if "x-guidance" in schema:
             raise RefusedError(f"{where}: the schema has the unknown keyword 'x-guidance'", param)
         text = json.dumps({**kept, "x-guidance": _SPACING})

@@ -49,6 +49,8 @@ _OF_OTHERS = {"patternProperties", "propertyNames", "unevaluatedProperties"}
 # llguidance counts remainders, of multiples that are combined those of their least common multiple:
 # 1,048,578 take 15 seconds and 630 MB.  Of divisors of this that is never more than this.
 _MULTIPLES = 9000
+# Beyond so many llguidance follows no answer, which it finds out in time that grows by the square.
+_MOST_OPTIONAL = 500
 _COMBINED = {"$ref", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "patternProperties"}
 _OF_NAMES = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
@@ -57,7 +59,7 @@ _NOTES = ("title", "description", "$comment", "default", "examples", "deprecated
 
 def relaxed(schema: Json) -> tuple[Json, list[str]]:
     """``schema`` without the keywords that can't be held, and where each of those stood that said
-    something, as ``properties.tags.uniqueItems``.  Raises ``RecursionError``."""
+    something, as ``properties.tags.uniqueItems``.  Raises ``RecursionError``, ``ValueError``."""
     dropped = list[str]()
     return _held(schema, "", dropped, closes=not _shares(schema)), dropped
 
@@ -98,6 +100,9 @@ def _held(schema: Json, place: str, dropped: list[str], closes: bool) -> Json:
             dropped += [] if says_nothing else [here]
         elif name in _OF_NAMES and isinstance(value, dict):
             kept[name] = {}
+            if name == "properties" and _run(value, schema) > _MOST_OPTIONAL:
+                problem = f"has more than {_MOST_OPTIONAL} optional properties one after the other"
+                raise ValueError(f"{problem} ({place or 'at its top'})")
             for key, schema_of_key in value.items():
                 if name == "patternProperties" and _IRREGULAR.search(key):
                     dropped.append(f"{here}.{key}")
@@ -110,6 +115,16 @@ def _held(schema: Json, place: str, dropped: list[str], closes: bool) -> Json:
         else:
             kept[name] = value
     return kept
+
+
+def _run(properties: Json, schema: Json) -> int:
+    """The most optional ones between two that are required."""
+    required, run, longest = schema.get("required"), 0, 0
+    needed = {*filter(lambda key: isinstance(key, str), required)} if type(required) is list else ()
+    for key in properties:
+        run = 0 if key in needed else run + 1
+        longest = max(longest, run)
+    return longest
 
 
 def _fate(name: str, value: Any, schema: Json) -> bool | None:
