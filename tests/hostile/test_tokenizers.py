@@ -118,6 +118,14 @@ def test_a_template_finds_no_globals_by_format(checkpoint):
     assert Tokenizer(checkpoint, 0).chat(HI) == "<>"
 
 
+@pytest.mark.parametrize("template", [[{"name": []}], [{"name": "a", "template": []}], {}, 5])
+def test_a_template_of_another_kind_is_refused_by_its_key(template, checkpoint, verdicts):
+    path = checkpoint / "tokenizer_config.json"
+    edit_json(path, lambda settings: settings.update(chat_template=template))
+    wanted = "tokenizer_config.json: chat_template"
+    refused(lambda: Tokenizer(checkpoint, 0, verdicts=verdicts), wanted, kind=ConfigError)
+
+
 def test_template_file_goes_before_the_setting(checkpoint):
     assert Tokenizer(checkpoint, 0).chat(HI).endswith("User: hi\n\nAssistant:")
     (checkpoint / "chat_template.jinja").write_text("<{{ messages[0].content }}>")
