@@ -40,6 +40,7 @@ from slotmoe.quant.export.validate import manifest_checksum
 from slotmoe.quant.export.verify import damaged_files
 from slotmoe.quant.export.writer import write_predictor
 from slotmoe.tools.chat.conversation import Conversation
+from tests.support import v4
 from tests.support.encoded import packed
 from tests.support.gguf import write_gguf
 from tests.support.hostile import INDEX, f32
@@ -104,10 +105,15 @@ def config(geometry, folder, good):
     return values, read
 
 
+def config_with(geometry, others, folder, good):
+    values, read = config(geometry, folder, good)
+    return values | others, read
+
+
 def encoded(encoding, folder, good):
     """With weights of that encoding."""
-    values, read = config("v3", folder, good)
-    return values | {"torch_dtype": "bfloat16", "quantization_config": encoding}, read
+    others = {"torch_dtype": "bfloat16", "quantization_config": encoding}
+    return config_with("v3", others, folder, good)
 
 
 def generation(folder, good):
@@ -294,6 +300,10 @@ def hub_answer(folder, good):
 
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+PATTERNS = {"num_hidden_layers": 3, "index_topk_pattern": "FSS", "index_topk_freq": 2}
+PATTERNS |= {"index_skip_topk_offset": 2, "mlp_layer_types": ["dense", "sparse", "sparse"]}
+PATTERNS |= {"indexer_types": None, "first_k_dense_replace": 1, "eos_token_id": [1, 2]}
+WRAPPED = {"model_type": "kimi_k25", "text_config": json.loads(geometry_path("v3").read_text())}
 BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 _GEOMETRIES = {path: name for name, path in GEOMETRIES.items()}.values()
 LONG = {
@@ -301,6 +311,9 @@ LONG = {
     "config-fp8": partial(encoded, FP8),
     "config-int4": partial(encoded, packed()),
     "config-nf4": partial(encoded, BITS),
+    "config-patterns": partial(config_with, "glm-5", PATTERNS),
+    "config-in-words-of-transformers": partial(config_with, "v4-flash", v4.config_of("v4")),
+    "config-wrapped": partial(config_with, "kimi-k2", WRAPPED),
     "tokenizer": tokenizer,
     "manifest": manifest,
     "gguf": gguf,

@@ -33,7 +33,6 @@ TEMPLATES = {
     "deep": "{{" + "(" * 3000 + "1" + ")" * 3000 + "}}",
     "surrogate": "\ud800",
     "undefined": "{{ nothing.at.all }}",
-    "not-text": 5,
     "absent": None,
 }
 
