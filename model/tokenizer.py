@@ -8,7 +8,7 @@ import hashlib
 import json
 from codecs import getincrementaldecoder
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import accumulate
 from pathlib import Path
 
@@ -288,8 +288,8 @@ def _check_parses(data: bytes, path: Path, verdicts: Path | None) -> None:
     key = hashlib.sha256(__version__.encode() + b" " + data).hexdigest()
     if verdicts is not None and (verdicts / key).is_file():
         return
-    _PARSER.run(data, f"{path}: the tokenizers library")
-    _PARSER.close()  # few have a second one
+    with closing(_PARSER):  # few have a second one
+        _PARSER.run(data, f"{path}: the tokenizers library")
     if verdicts is not None:
         with suppress(OSError):  # only a child's time is lost
             verdicts.mkdir(parents=True, exist_ok=True)
