@@ -27,7 +27,7 @@ from pathlib import Path
 
 import xxhash
 
-from slotmoe.errors import ConfigError, naming
+from slotmoe.errors import ConfigError, naming, refused
 from slotmoe.offload.shared_files import take_lock
 from slotmoe.quant.export.writer import publish_file, temporary_name
 from slotmoe.sizes import format_size
@@ -383,12 +383,9 @@ class BlockFolder:
 
 def make_private(folder: Path) -> None:
     """Make ``folder`` for this user alone.  Raises ``ConfigError``."""
-    try:
+    with refused(folder, ConfigError, "can't keep sessions there"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
-    except OSError as problem:
-        reason = problem.strerror or str(problem)
-        raise ConfigError(f"{folder}: can't keep sessions there ({reason})") from None
 
 
 def write_private(path: Path, parts: Iterable[bytes | memoryview]) -> None:

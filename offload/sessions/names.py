@@ -16,7 +16,7 @@ from typing import Annotated, Literal, TypedDict
 
 from msgspec import Meta, Struct
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, refused
 from slotmoe.jsonfile import Json, read_json, typed
 from slotmoe.offload.sessions import blocks
 from slotmoe.offload.sessions.blocks import BlockFolder, make_private
@@ -87,10 +87,8 @@ class NamedSession(AbstractContextManager["NamedSession"]):
         tokens = base64.b64encode(blocks.packed(saved.tokens)).decode()
         values = {"version": _VERSION, **asdict(saved), "root": saved.root.hex(), "tokens": tokens}
         text = json.dumps({"checksum": _checksum(values), **values})
-        try:
+        with refused(self.path, ConfigError, "can't be written"):
             blocks.write_private(self.path, [text.encode()])
-        except OSError as problem:
-            raise ConfigError(f"{self.path}: can't be written ({problem.strerror})") from None
         self.saved = saved
 
     def close(self) -> None:
@@ -119,29 +117,26 @@ def remove(folder: Path, names: Sequence[str]) -> int:
     behind all others if a file can't be removed."""
     freed, stuck = 0, list[OSError]()
     there = {session.name for session in listing(folder)}
-    try:
-        with ExitStack() as opened:
-            for name in names:
-                if name not in there:
-                    advice = "slotmoe list --sessions shows what there is"
-                    raise ConfigError(f"{folder}: holds no session {name!r:.80}; {advice}")
-                with suppress(_DamagedError):
-                    opened.enter_context(NamedSession(folder, name))
-            for name in names:
-                path = folder / "names" / f"{name}.json"
-                try:
-                    path.unlink()
-                    path.with_suffix(".lock").unlink(missing_ok=True)
-                except OSError as problem:
-                    stuck.append(problem)
-            left = [session.saved for session in listing(folder) if session.saved is not None]
-            wanted = [block for saved in left for block in blocks.chain(saved.root, saved.tokens)]
-            if (folder / "blocks").is_dir():
-                kept = BlockFolder(folder / "blocks", 1 << 62, lambda remark: None)
-                freed, others = kept.sweep(wanted)
-                stuck += others
-    except OSError as problem:
-        raise ConfigError(f"{folder}: can't be written ({problem.strerror})") from None
+    with refused(folder, ConfigError, "can't be written"), ExitStack() as opened:
+        for name in names:
+            if name not in there:
+                advice = "slotmoe list --sessions shows what there is"
+                raise ConfigError(f"{folder}: holds no session {name!r:.80}; {advice}")
+            with suppress(_DamagedError):
+                opened.enter_context(NamedSession(folder, name))
+        for name in names:
+            path = folder / "names" / f"{name}.json"
+            try:
+                path.unlink()
+                path.with_suffix(".lock").unlink(missing_ok=True)
+            except OSError as problem:
+                stuck.append(problem)
+        left = [session.saved for session in listing(folder) if session.saved is not None]
+        wanted = [block for saved in left for block in blocks.chain(saved.root, saved.tokens)]
+        if (folder / "blocks").is_dir():
+            kept = BlockFolder(folder / "blocks", 1 << 62, lambda remark: None)
+            freed, others = kept.sweep(wanted)
+            stuck += others
     check_removed(stuck, freed)
     return freed
 

@@ -123,7 +123,7 @@ def test_a_damaged_note_is_no_note(tmp_path):
 
 
 @pytest.fixture
-def cache(source, tmp_path, monkeypatch):
+def cache(source, tmp_path, monkeypatch, processes):
     """A cache with an export of a folder, one of the hub's, and work that was not finished."""
     cache = tmp_path / "cache"
     monkeypatch.setenv("SLOTMOE_CACHE", str(cache))
@@ -164,7 +164,7 @@ def test_removing(cache, source, slotmoe, made):
     code, out, _ = slotmoe("rm", source, "model-000000000000.partial", "--json")
     assert (code, json.loads(out)["removed"]) == (0, [export, "model-000000000000.partial"])
     assert slotmoe("rm", "org/tiny")[1].startswith(f"org--tiny-{'a' * 12}-1: removed, ")
-    left = ["chat_history", "machine.json", "notes", "org--tiny@old.json"]
+    left = ["chat_history", "machine.json", "notes", "org--tiny@old.json", "tokenizers"]
     assert sorted(path.name for path in cache.iterdir()) == left
     cached_export(source, cache)
     assert made == [source]
