@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from slotmoe.errors import ConfigError, PlanError
+from slotmoe.errors import ConfigError, PlanError, refused
 from slotmoe.jsonfile import Json, read_json
 from slotmoe.signals import Stopping
 from slotmoe.tools.options import SAMPLING
@@ -185,10 +185,8 @@ class Conversation:
         path = path.expanduser().resolve()
         if path.exists() and path != self.file:
             raise ConfigError(f"{path}: exists already; choose another name, or remove it first")
-        try:
+        with refused(path, ConfigError, "can't be written"):
             write_json(path, {"messages": _messages(self.system, self.exchanges)})
-        except OSError as problem:
-            raise ConfigError(f"{path}: can't be written ({problem.strerror})") from None
         self.file = path
 
     def load(self, path: Path) -> None:
