@@ -39,6 +39,12 @@ CAMPAIGNS = (
         "1,170,000, none missed (e450e24)",
     ),
     Gate(
+        "resume",
+        "A file of a `quantize` that was stopped changes, at each stage; signed ones also forged.",
+        "3,000 cases each: the same bytes, or a line whose advice makes them; no raw error",
+        "",
+    ),
+    Gate(
         "interrupts",
         "Ctrl-C at any moment of `run`, `chat`, `serve` and Python, there also beside threads.",
         "200 each: no hang, no traceback, the beginning of the right text, the same text again",
@@ -102,8 +108,8 @@ CAMPAIGNS = (
     ),
     Gate(
         "mutants",
-        "One line of a core file is changed; the tests of CI's tier must notice.",
-        "85% of 100 changes, sampled with a seed, are noticed",
+        "Files that hold invariants are changed in one place; the tests of CI's tier must notice.",
+        "90% in each of ten parts, but for changes of which a list says why none can see them",
         "",
     ),
 )

@@ -21,6 +21,7 @@ USUAL = [
     "fuzz --blind --count 20",
     "flips --count 300",
     "interrupts python --count 1",
+    "resume plain --count 2",
     "kills --count 1",
     "races --count 1",
     "environments 'no home' --count 2",
@@ -34,6 +35,7 @@ SHORT = [
     "fuzz config --seconds 2",
     "flips --count 1000",
     "interrupts --count 8",
+    "resume --count 20",
     "kills --count 8",
     "races --count 2",
     "environments 'no home' 'few descriptors'",
@@ -72,7 +74,7 @@ def test_campaigns_have_a_usual_part():
 
 def test_no_campaign_shrinks():
     """What was attacked once is attacked for good."""
-    least = {"system-calls": 7, "fuzz": 21, "interrupts": 5, "kills": 4, "races": 6}
+    least = {"system-calls": 7, "fuzz": 21, "interrupts": 5, "kills": 4, "races": 6, "resume": 5}
     for name, parts in {**least, "environments": 26, "clients": 15, "escapes": 10}.items():
         attack = import_module(f"campaigns.{name.replace('-', '_')}").ATTACK
         assert len(attack.parts) >= parts, name
@@ -116,6 +118,10 @@ writer.ExportFile.sync = quiet
 NO_SYNC = """
 from slotmoe.quant.export.writer import ExportFile
 ExportFile.sync = lambda file: None
+"""
+BELIEVED = """
+from slotmoe.offload.ingest import calibration
+calibration.checksum = lambda data: ""
 """
 UNCHECKED = """
 from slotmoe.quant.export.reader import Export
@@ -165,6 +171,7 @@ PLANTED = {
     "tables of any size": ("fuzz token-numbers --blind --count 3000", ANY_SIZE, "ended with -6"),
     "a failed fsync": ("system-calls quantize --kinds unsynced", QUIET_SYNC, "not said"),
     "an export without fsync": ("kills quantize-power", NO_SYNC, "change"),
+    "a stream that is believed": ("resume calibrated --count 300", BELIEVED, "other bytes"),
     "no checksums": ("flips --count 3000", UNCHECKED, "missed"),
     "a sequence that is lost": ("interrupts python --count 60", LOST, "empty"),
     "no locks": ("races destination cache session sessions predictor --count 60", NO_LOCKS, ""),
@@ -184,3 +191,17 @@ def test_planted_defects_are_found(name):
     assert code == 1
     for report in reports:
         assert any(wanted in problem for problem in report["wrong"]), report
+
+
+def test_mutants_of_a_file():
+    """No line moves; a look-up stands before each; what a test cannot see is left alone."""
+    edits = pytest.importorskip("campaigns.edits", reason="pip install 'slotmoe[nightly]'")
+    source = "def f(x: int | None):\n    assert x\n    if x in y:\n        x += 1\n    return x\n"
+    found = {edit.mutant() for edit in edits.edits("f.py", source)}
+    changes = {(mutant.line, mutant.start, mutant.after) for mutant in found}
+    assert changes == {
+        *((3, 3, f"if {test}:") for test in ("True", "False", "(x not in y)")),
+        *((4, 4, change) for change in ("pass", "x -= 1", "x += 0", "x += 2")),
+        (5, 5, "return None"),
+    }
+    assert edits.watched(source, 100).split("\n")[3] == "        __reach__[104]; x += 1"

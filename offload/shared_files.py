@@ -35,10 +35,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 def check_locks(folder: Path) -> None:
     """Raise ``ConfigError`` if ``folder`` has no locks, or none that other machines see."""
-    there = folder.resolve()
-    mounts = [m for m in psutil.disk_partitions(all=True) if there.is_relative_to(m.mountpoint)]
-    mount = max(mounts, key=lambda m: len(m.mountpoint), default=None)
-    if mount is not None and _UNSHARED.match(kind := f"{mount.fstype} {mount.opts}"):
+    if _UNSHARED.match(kind := " ".join(file_system(folder))):
         problem = f"{folder}: other machines do not see the locks of its file system ({kind:.200})"
         raise ConfigError(f"{problem}; take a local folder, or NFS with its locks")
     try:
@@ -47,6 +44,14 @@ def check_locks(folder: Path) -> None:
         if problem.errno in _NO_LOCKS:
             reason = f"{folder}: its file system has no locks ({problem.strerror})"
             raise ConfigError(f"{reason}; take another folder") from None
+
+
+def file_system(folder: Path) -> tuple[str, str]:
+    """The type of the one that ``folder`` is on, as in ``ext4``, and the options of its mount."""
+    there, parts = folder.resolve(), psutil.disk_partitions(all=True)
+    mounts = [part for part in parts if there.is_relative_to(part.mountpoint)]
+    mounts.sort(key=lambda part: len(part.mountpoint))  # of two at one place the later is on top
+    return (mounts[-1].fstype, mounts[-1].opts) if mounts else ("unknown file system", "")
 
 
 def take_lock(path: Path, flags: int, seconds: float) -> int:
@@ -71,11 +76,20 @@ def take_lock(path: Path, flags: int, seconds: float) -> int:
 
 
 def write_note(path: Path, values: Json) -> None:
-    """Replace ``path`` by the JSON of ``values``, whole but not durably.  Raises ``OSError``."""
+    """Replace ``path`` by the JSON of ``values``.  Raises as ``write_whole``."""
+    write_whole(path, json.dumps(values).encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace ``path``, whole but not durably.  Raises ``OSError``."""
     fresh = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
-    with naming(path):
-        fresh.write_text(json.dumps(values))
-    fresh.replace(path)
+    try:
+        with naming(path):
+            fresh.write_bytes(data)
+        fresh.replace(path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def read_note(path: Path) -> Json:

@@ -24,6 +24,7 @@ from slotmoe.errors import ConfigError
 from slotmoe.offload import machine
 from slotmoe.offload.model_cache import listing
 from slotmoe.offload.plan.speed import stored_bandwidths
+from slotmoe.offload.shared_files import file_system
 from slotmoe.quant.shapes import ALIGNMENT
 from slotmoe.sizes import format_size
 from slotmoe.tools.options import JSON, flag, option
@@ -215,7 +216,7 @@ def _disk(measure: bool) -> Check:
     with suppress(ConfigError):
         folder = machine.cache_folder().absolute()
         there = next(path for path in (folder, *folder.parents) if path.is_dir())
-    found = f"{format_size(shutil.disk_usage(there).free)} free on {_file_system(there)}"
+    found = f"{format_size(shutil.disk_usage(there).free)} free on {file_system(there)[0]}"
     try:
         with tempfile.NamedTemporaryFile(dir=there) as file:
             block = os.urandom(_READ_BYTES)
@@ -240,16 +241,8 @@ def _drive(folder: Path, measure: bool) -> Check:
         advice = "copy the files of an export's experts folder there"
         return Check("drive", "bad", f"{folder} has no layer-*.safetensors", advice)
     state, reads = _reads(files[0], measure)
-    found = f"{len(files)} layers in {folder} on {_file_system(folder)}{reads}"
+    found = f"{len(files)} layers in {folder} on {file_system(folder)[0]}{reads}"
     return Check("drive", state, found)
-
-
-def _file_system(folder: Path) -> str:
-    """Its type, as in ``ext4``."""
-    there, parts = folder.resolve(), psutil.disk_partitions(all=True)
-    mounts = [part for part in parts if there.is_relative_to(part.mountpoint)]
-    mounts.sort(key=lambda part: len(part.mountpoint))  # of two at one place the later is on top
-    return mounts[-1].fstype if mounts else "unknown file system"
 
 
 def _reads(path: Path, measure: bool) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
 from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
+from slotmoe.offload.shared_files import write_whole
 from slotmoe.offload.study.replay import OPTIMUM, gate_choices, replay
 from slotmoe.tools.options import EXISTING, JSON, NEW_FILE, option, require_extra
 from slotmoe.tools.progress import step_progress
@@ -112,7 +113,7 @@ def _print(report: Json) -> None:
 def _draw(report: Json, output: Path) -> None:
     from matplotlib.axes import Axes
 
-    from slotmoe.tools.profile.charts import save
+    from slotmoe.tools.profile.charts import picture
 
     def fill(axes: Axes) -> str:
         for policy in dict.fromkeys(result["policy"] for result in report["results"]):
@@ -131,4 +132,4 @@ def _draw(report: Json, output: Path) -> None:
         counts = f"{report['experts']} experts, {tokens} tokens of {runs} recorded runs"
         return f"Expert cache by policy: {counts}"
 
-    save(output, fill)
+    write_whole(output, picture(fill)[1])

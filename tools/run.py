@@ -12,15 +12,7 @@ from slotmoe.model.reasoning import Splitter
 from slotmoe.signals import Stopping
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
-from slotmoe.tools.screen import (
-    commanded,
-    dimmed,
-    echo_of,
-    exact,
-    is_terminal,
-    json_of,
-    wait_reading,
-)
+from slotmoe.tools.screen import echo, exact, is_terminal, json_of, print_dimmed, wait_reading
 from slotmoe.tools.sessions import go_on, open_session
 
 if TYPE_CHECKING:
@@ -123,7 +115,7 @@ class Continuation:
                     if not self.tokens:
                         self._first_seconds = time.perf_counter() - started
                         if on_terminal and not self._chat:
-                            print(echo_of(self._prompt), end="", file=commanded(sys.stdout))
+                            echo(self._prompt)
                     self.tokens.append(token)
                     self._show(on_terminal, *splitter.feed(token.text))
                 self._show(on_terminal, *splitter.feed("", is_last=True))
@@ -162,8 +154,10 @@ class Continuation:
     def _show(self, on_terminal: bool, thought: str, text: str) -> None:
         """Print what has come: reasoning dimmed, or on stderr where stdout is no terminal."""
         if thought and not self._quiet:
-            file = commanded(sys.stdout) if on_terminal else sys.stderr
-            print(dimmed(thought) if on_terminal else thought, end="", flush=True, file=file)
+            if on_terminal:
+                print_dimmed(thought)
+            else:
+                print(thought, end="", flush=True, file=sys.stderr)
         if text and not self._quiet:
             if self._thoughts and not self._texts:
                 print("\n", file=sys.stdout if on_terminal else sys.stderr)

@@ -63,14 +63,15 @@ def is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def dimmed(text: str) -> str:
-    """``text`` for a terminal, dimmed unless NO_COLOR asks for no colors (https://no-color.org)."""
-    return visible(text) if os.environ.get("NO_COLOR") else f"\x1b[2m{visible(text)}\x1b[22m"
+def print_dimmed(text: str) -> None:
+    """Print on a terminal, dimmed unless NO_COLOR asks for no colors (https://no-color.org)."""
+    begin, end = ("", "") if os.environ.get("NO_COLOR") else ("\x1b[2m", "\x1b[22m")
+    print(f"{begin}{visible(text)}{end}", end="", flush=True, file=commanded(sys.stdout))
 
 
-def echo_of(prompt: str) -> str:
-    """The prompt, or the end of a long one, as it is shown before its continuation."""
-    return dimmed(prompt if len(prompt) <= _MOST_ECHOED else f"…{prompt[-_MOST_ECHOED:]}")
+def echo(prompt: str) -> None:
+    """Print the prompt, or the end of a long one, before its continuation."""
+    print_dimmed(prompt if len(prompt) <= _MOST_ECHOED else f"…{prompt[-_MOST_ECHOED:]}")
 
 
 def wait_reading(stream: "Stream", quiet: bool) -> None:

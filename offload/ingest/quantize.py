@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import InitVar, dataclass, replace
+from dataclasses import InitVar, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -160,9 +160,10 @@ class _Job:
         self._done, self._total = 0, 0
         self._state = State({})
         self._coder = Coder(self.checkpoint, self._state.levels)
-        # By unfinished file of the export, also source tensors that are still to be written to it,
-        # and those that are, though not yet durable.
+        # By file of the export: what an earlier run has left, source tensors that are still to be
+        # written, those that are though not yet durable, and the manifest's entry in the end.
         self._open_files: dict[str, ExportFile] = {}
+        self._found: dict[str, dict[str, str]] = {}
         self._left: dict[str, set[str]] = {}
         self._fresh: dict[str, dict[str, Written]] = {}
         self._entries: Json = {}
@@ -170,9 +171,9 @@ class _Job:
     def run(self) -> Json:
         """Write every missing file, then the manifest; returns it."""
         files = self.write([*self._contents.files, *COPIED])
-        state, kinds = self._state, self._kinds
-        sums = {name: written["sums"] for name, written in state.written.items()}
-        errors = {name: sums[name][:2] for name in sums if kinds[name] != "none"}
+        state = self._state
+        sums = {name: state.written[name]["sums"] for name in self._kinds}
+        errors = {name: sums[name][:2] for name, kind in self._kinds.items() if kind != "none"}
         weighted = {name: sums[name][2:] for name in sums if sums[name][3]}
         made: Json = {"report": quantization_report(self._contents, errors, weighted)}
         if self._text is not None:
@@ -229,26 +230,16 @@ class _Job:
             problem = "was begun from another source or with other options"
             advice = "pass --overwrite to start anew, or remove it"
             raise ExportError(f"{self.partial}: {problem}; {advice}")
-        if state is None or state.identity != ours.identity or not self._fits(state):
+        if state is None or state.identity != ours.identity:
             output_dir.empty(self.partial)
             return
-        # Equal is not the same: 1 and 1.0.
-        self._state = replace(state, identity=ours.identity, levels=ours.levels or state.levels)
-        self._coder.levels = self._state.levels
-
-    def _fits(self, state: State) -> bool:
-        """Whether what it says is of this export: its tensors, and all learned levels once there
-        are any codes."""
-        tensors, kinds, levels = self._contents.tensors, self._kinds, state.levels
-        known = all(
-            name in tensors and len(tensors[name].parts) == len(written["checksums"])
-            for name, written in state.written.items()
-        )
-        sizes = {name: len(set(values)) for name, values in levels.items()}
-        ordered = all(values == sorted(set(values)) for values in levels.values())
-        if not levels and known:
-            return not any(learns(kinds[name]) for name in state.written)
-        return known and ordered and sizes == self._learned
+        state.identity, state.levels = ours.identity, ours.levels or state.levels
+        good = {name: len(it) for name, it in state.levels.items() if it == sorted(set(it))}
+        if good != self._learned:  # what was coded with them is not known either
+            exact = [name for name, kind in self._kinds.items() if not learns(kind)]
+            written = {name: state.written[name] for name in exact if name in state.written}
+            state.levels, state.written = {}, written
+        self._state, self._coder.levels = state, state.levels
 
     def write(self, names: list[str]) -> Json:
         """Write the files ``names`` unless they are finished; returns their manifest entries."""
@@ -257,7 +248,7 @@ class _Job:
         for name, tensor in tensors.items():
             if tensor.file in made_of:
                 made_of[tensor.file].append(name)
-        self._entries, self._fresh = {}, {file: {} for file in made_of}
+        self._fresh = {file: {} for file in made_of}
         self._done, self._total = 0, sum(infos[n].nbytes for file in made_of for n in made_of[file])
         self._left = {file: self._resume(file, made_of[file]) for file in made_of}
         missing = [file for file in made_of if file not in self._entries]
@@ -275,7 +266,7 @@ class _Job:
         with ExitStack() as closing_files:
             for file in missing:
                 parts = self._contents.parts(file)
-                export_file = ExportFile(self.partial / file, parts, self._noted(made_of[file]))
+                export_file = ExportFile(self.partial / file, parts, self._found.get(file))
                 self._open_files[file] = closing_files.enter_context(closing(export_file))
                 if not self._left[file]:  # killed after its last tensor
                     self._finish(file)
@@ -299,12 +290,6 @@ class _Job:
         small = {name: data for name, data in found.items() if name in names and data is not None}
         return {file: self._entries[file] for file in made_of} | write_files(small, self.partial)
 
-    def _noted(self, names: Iterable[str]) -> dict[str, str]:
-        """Checksums of the parts of those tensors that are written."""
-        tensors, written = self._contents.tensors, self._state.written
-        parts = [(tensors[n].parts, written[n]["checksums"]) for n in names if n in written]
-        return {part: sum for pair in parts for part, sum in zip(*pair, strict=True)}
-
     def _resume(self, file: str, names: list[str]) -> set[str]:
         """The tensors of ``file`` that are still to be written: the state may be wrong about others
         by now.  A whole file gets its entry."""
@@ -318,6 +303,7 @@ class _Job:
 
         if noted and path.is_file():
             entry, found = read_back(path, parts, contents.record_bytes(file), advance)
+            self._found[file] = found
             for name, item in noted.items():
                 if item["checksums"] == [found[part] for part in contents.tensors[name].parts]:
                     written[name] = item

@@ -97,7 +97,7 @@ class Sessions:
             if full == (len(tokens) - added) // BLOCK_TOKENS:
                 return
             tokens = tokens[: full * BLOCK_TOKENS]
-        if not tokens or min(tokens) < 0:  # unknown tokens: a measurement's
+        if not tokens:
             return
 
         def content(block: Block) -> memoryview:

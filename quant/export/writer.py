@@ -24,14 +24,13 @@ class ExportFile:
     """The file ``path`` put together tensor by tensor: in any order, by several threads, over
     several runs.
 
-    ``checksums`` names every tensor that is whole and the xxh3-128 of its bytes.  Saved after
-    ``sync``, and compared with what ``read_back`` finds, they make another run's ``ExportFile`` go
-    on from here; what they do not name is written again.
+    ``checksums`` are the xxh3-128 of the tensors that are whole, by name; at first those that
+    ``read_back`` has found of an earlier run, of which the wrong ones are written again.
     """
 
     def __init__(self, path: Path, parts: dict[str, Part], checksums: dict[str, str] | None = None):
         self.path, self.parts = path, parts
-        self.checksums = fixed_checksums(parts) | (checksums or {})
+        self.checksums = (checksums or {}) | fixed_checksums(parts)
         self._header = layout.safetensors_header(parts.items())
         self._unfinished: dict[str, tuple[xxhash.xxh3_128, int]] = {}
         path.parent.mkdir(exist_ok=True)

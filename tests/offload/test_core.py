@@ -2,18 +2,22 @@
 
 import errno
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from slotmoe.model.config import read_config
 from slotmoe.model.generate import Answer, Sampling
-from slotmoe.offload.experts.experts import _first
+from slotmoe.offload.devices.device import Device
+from slotmoe.offload.experts.experts import Experts, _first
+from slotmoe.offload.experts.slots import Slots
 from slotmoe.offload.experts.source import DEMAND, Read
 from slotmoe.offload.experts.store import FREE
 from slotmoe.offload.ingest import output_dir, quantize
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import make_plan, predicted_components, scratch_bytes, sizes_of
+from slotmoe.offload.policy.cache import make_cache
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sessions.blocks import BlockFolder, chain
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS
@@ -22,6 +26,7 @@ from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import ExportFile
 from tests.support.blocks import per_token
 from tests.support.engine import ask, start
+from tests.support.states import BYTES, CHOSEN, EXPERTS, ROWS, Disk
 from tests.support.tiny import SMALL, write_checkpoint
 
 ROOT = bytes(16)
@@ -34,6 +39,30 @@ def test_a_call_takes_few_uses_and_at_least_one_expert():
     assert _first([2], uses) == ([2], [])
 
 
+def test_what_was_guessed_and_is_demanded_is_read_once():
+    """On its way, or arrived; where the read has failed, again."""
+    disk = Disk(None)
+    cache = make_cache("lru", 4, ROWS, EXPERTS)
+    slots = Slots(disk, cache, CHOSEN + 3, CHOSEN, BYTES, Device())
+    assert all(slots.prefetch(expert_id, DEMAND + 1) for expert_id in (1, 2, 3))
+    guessed = list(disk.pending)
+    disk.end(guessed[1], True)
+    disk.end(guessed[2], False)
+    reads = slots.demand([1, 2, 3])
+    assert reads[:2] == guessed[:2] and [read.urgency for read in reads] == [DEMAND] * 3
+    assert reads[2] is not guessed[2] and disk.pending == [guessed[0], reads[2]]
+
+
+def test_the_cpu_computes_what_few_tokens_use_once_slots_are_full():
+    host = SimpleNamespace(cache=SimpleNamespace(cached={2}))
+    split = SimpleNamespace(for_cpu=lambda tokens, uses, fetched: 2)
+    experts = SimpleNamespace(hybrid=SimpleNamespace(host=host), split=split)
+    for room, tokens, chosen in ((1, 1, []), (1, 2, [2, 3]), (0, 1, [2, 3])):
+        experts.slots = SimpleNamespace(room=lambda room=room: room)
+        args = tokens, {1: 9, 2: 1, 3: 1, 4: 1}, [1, 2, 3, 4], {4}, ()
+        assert Experts._choose_for_cpu(experts, *args) == chosen
+
+
 def test_memory_in_use_never_shrinks(small_export):
     """Pages that a slab has touched stay."""
     with Runtime.open(small_export, context=64, slots=4) as runtime:
@@ -41,7 +70,7 @@ def test_memory_in_use_never_shrinks(small_export):
         assert slots.present() == (0, 0)
         list(runtime.generate([5, 6, 7], 1))
         cached, used = slots.present()
-        assert used >= cached > 0
+        assert used >= cached == len(slots.cache) * runtime.plan.record_bytes > 0
         for expert_id in [*slots.cache.cached]:
             slots.store.move(slots.store.of[expert_id], FREE)
         assert slots.present() == (0, used)

@@ -101,7 +101,7 @@ def test_a_cache_that_cannot_be_written_serves(source, tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError
 
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
     monkeypatch.setattr(os, "utime", refuse)
     assert cached_export(source, cache) == export
 

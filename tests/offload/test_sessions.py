@@ -159,15 +159,18 @@ def test_only_this_user_can_read_it(store):
         assert path.stat().st_mode & 0o777 == (0o600 if path.is_file() else 0o700)
 
 
-def test_long_answers_are_kept_as_they_grow(runtime, tmp_path):
+def test_long_answers_are_kept_as_they_grow(runtime, tmp_path, monkeypatch):
+    """Once, and no file is touched for a token that fills no block."""
     keeping(runtime, tmp_path)
-    answer, sizes = Answer(TEXT[:60], runtime.tokenizer, (), Sampling(), 80), []
+    monkeypatch.setattr(BlockFolder, "touch", lambda *_: pytest.fail("a file is touched"))
+    answer, sizes = Answer(TEXT[:70], runtime.tokenizer, (), Sampling(), 70), []
 
     def note(_):
         sizes.append([path.name.split("-")[2] for path in files(tmp_path)])
 
-    ask(runtime, TEXT[:60], answer, note)
+    ask(runtime, TEXT[:70], answer, note)
     assert sizes[-2:] == [["64", "64"], ["64", "64", "11"]]
+    assert runtime.sessions.stats()["written_bytes"] == size_of(tmp_path)
 
 
 # Of whom it is

@@ -17,7 +17,7 @@ from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools import run as command
 from slotmoe.tools.options import MAX_PROMPT_BYTES
-from slotmoe.tools.screen import echo_of, guard_streams
+from slotmoe.tools.screen import guard_streams
 from tests.support.forkserver import ROOT, OnTerminal
 from tests.support.tiny import SMALL, write_checkpoint
 
@@ -187,7 +187,7 @@ def test_control_codes_of_the_model_reach_no_terminal(monkeypatch, capsys):
         return capsys.readouterr().out
 
     assert printed(on_terminal=False) == "a\x1b[2J\n"
-    assert printed(on_terminal=True) == echo_of("x\x07") + "a\\x1b[2J\n"
+    assert printed(on_terminal=True) == "\x1b[2mx\\x07\x1b[22ma\\x1b[2J\n"
     assert visible("\x9b31m\u202e\t") == "\\x9b31m\\u202e\t"
 
 

@@ -12,6 +12,7 @@ import click
 from torch import Tensor
 
 from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.shared_files import write_whole
 from slotmoe.offload.study.calibrate import read_text, split
 from slotmoe.tools.bench import turns
 from slotmoe.tools.options import NEW_FILE, count, option
@@ -83,7 +84,7 @@ def routing(
 
 
 def _draw(rows: list[turns.Row], output: Path) -> None:
-    from slotmoe.tools.profile.charts import save
+    from slotmoe.tools.profile.charts import picture
 
     def fill(axes: Any) -> str:
         for text in dict.fromkeys(row["text"] for row in rows):
@@ -98,7 +99,7 @@ def _draw(rows: list[turns.Row], output: Path) -> None:
         axes.legend()
         return "What a route budget saves, and costs"
 
-    save(output, fill)
+    write_whole(output, picture(fill)[1])
 
 
 def _measure(ways: list[_Way], path: Path, tokens: int, generate: int) -> list[turns.Row]:

@@ -4,13 +4,11 @@ people with any kind of colour blindness can tell apart."""
 import io
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from slotmoe.errors import naming
 from slotmoe.jsonfile import Json
 from slotmoe.sizes import format_size
 
@@ -57,12 +55,6 @@ def picture(fill: Fill) -> tuple[str, bytes]:
     axes.spines[["top", "right"]].set_visible(False)
     FigureCanvasAgg(figure).print_png(buffer)
     return title, buffer.getvalue()
-
-
-def save(path: Path, fill: Fill) -> None:
-    """Write a chart."""
-    with naming(path):
-        path.write_bytes(picture(fill)[1])
 
 
 def draw(report: Json, compared: list[Json]) -> dict[str, tuple[str, bytes]]:
