@@ -62,7 +62,7 @@ CAMPAIGNS = (
         "Two or three processes, or eight threads in each, at one destination, cache, session or"
         " predictor; some get signals.",
         "1,000 rounds each: success or a refusal, nothing wrong on the disk",
-        "2,500 rounds in all, 169 to 1,275 each, nothing wrong (d443fb2)",
+        "2,500 rounds in all (d443fb2), and 40 of threads (0e14cc1), nothing wrong",
     ),
     Gate(
         "environments",
