@@ -148,7 +148,7 @@ def resolve(repo: str, revision: str, patience: Patience) -> Snapshot:
     for sibling in info.siblings or []:
         size = sibling.size if isinstance(sibling.size, int) else -1
         checksum = str(sibling.lfs.sha256 if sibling.lfs else sibling.blob_id)
-        files[sibling.rfilename] = Expected(size, checksum)
+        files[str(sibling.rfilename)] = Expected(size, checksum)
     if not is_commit(str(info.sha)):
         answer = f"the hub answers with the commit {info.sha!r:.60}, which is none"
         raise DownloadError(f"{repo}: {answer}; is HF_ENDPOINT right?")
