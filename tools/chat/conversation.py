@@ -87,15 +87,14 @@ class Conversation:
         """
         self._before, self._stream = self.runtime.stats(), None
         self._reading_since = time.monotonic()
-        with Stopping(lambda _: self._close()) as stopping:
+        with Stopping(lambda _: self._close()) as self._stopping:
             try:
-                earlier = self.exchanges[:-1] if again else self.exchanges
-                yield from self._answer(message, earlier, stopping)
+                yield from self._answer(message, self.exchanges[:-1] if again else self.exchanges)
             finally:
                 self._reading_since = None
                 self._close()
                 self._keep()
-        stopping.check()
+        self._stopping.check()
 
     def _close(self) -> None:
         if self._stream is not None:
@@ -115,9 +114,7 @@ class Conversation:
         except ConfigError as problem:  # a full disk must not end the chat
             self.notify(str(problem))
 
-    def _answer(
-        self, message: str, earlier: list[Exchange], stopping: Stopping
-    ) -> Generator[str, None, None]:
+    def _answer(self, message: str, earlier: list[Exchange]) -> Generator[str, None, None]:
         prompt = self._fit(earlier, message)
         self._tokens = [*prompt]
         limit = min(self._max_new_tokens, self.runtime.context - len(prompt))
@@ -130,7 +127,7 @@ class Conversation:
         def texts() -> Iterator[str]:
             nonlocal count, thoughts
             self._stream = self.runtime.generate(prompt, limit, **sampling, stop=self._stop)
-            if stopping.number:  # before there was a stream to close
+            if self._stopping.number:  # before there was a stream to close
                 self._close()
             for token in self._stream:
                 count += 1
@@ -141,7 +138,7 @@ class Conversation:
                     thoughts += len(thought)
                     self.think(thought)
                 yield said
-            stopping.check()
+            self._stopping.check()
             thought, said = splitter.feed("", is_last=True)
             if thought:
                 thoughts += len(thought)
