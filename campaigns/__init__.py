@@ -74,7 +74,7 @@ CAMPAIGNS = (
         "escapes",
         "Escape codes, forged lines and markup in every string that strangers write.",
         "each string of each input: no such character on stdout, stderr, in the log or an answer",
-        "",
+        "994 commands and requests, 60 strings of each file, nothing wrong (2026-11-28)",
     ),
     Gate(
         "soak",
