@@ -11,7 +11,7 @@ survives: a programmer's slip of that kind would land.
 2. The seed orders the mutants of each part.  All are tried: a night.  --seconds 360 is an hour's
    sample, --count 30 one of thirty each.
 3. Each mutant runs in a copy of the tree against tests that reach its line, at most --limit of
-   them: those that reach the fewest other lines first.  A failure or a hang kills it.  A test that
+   them, which take different ways through the file.  A failure or a hang kills it.  A test that
    fails without the mutant too does not count.
 
 --limit makes the figure a lower bound: another test might have killed a survivor.  Mutants that
@@ -31,6 +31,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 from queue import Queue
 
@@ -144,22 +145,21 @@ def make_map(tree, path):
 
 def reaching(mutant, tests):
     """The tests that reach the mutant's line; the file, if the line runs when it is imported."""
-    begin = SPAN * FILES.index(mutant.file)
+    number = FILES.index(mutant.file)
     if mutant.start:
-        return [test for test in tests if begin + mutant.start in test["lines"]]
-    return [test for test in tests if any(begin < line < begin + SPAN for line in test["lines"])]
+        return [test for test in tests if SPAN * number + mutant.start in test["lines"]]
+    return [test for test in tests if number in test["ways"]]
 
 
-def choose(tests, limit):
-    """At most ``limit`` tests, those of a file together: first those that reach the fewest lines,
-    then by time; of a function one parameter, of a file five tests, before there are more."""
-    functions, files, ranks = Counter(), Counter(), []
+def choose(mutant, tests, limit):
+    """At most ``limit`` tests, those of a file together: one for each way through the mutant's
+    file, which all that share a fixture's have in common, then a second; first those that reach
+    the fewest lines, then by time."""
+    seen, ranks, number = Counter(), [], FILES.index(mutant.file)
     for test in sorted(tests, key=lambda test: (len(test["lines"]), test["seconds"])):
-        function = test["test"].partition("[")[0]
-        file = function.partition("::")[0]
-        ranks.append((functions[function] + files[file] // 5, len(ranks), file, test))
-        functions[function] += 1
-        files[file] += functions[function] == 1
+        way = test["ways"][number]
+        ranks.append((seen[way], len(ranks), test["test"].partition("::")[0], test))
+        seen[way] += 1
     chosen = sorted(ranks, key=lambda rank: rank[:2])[:limit]
     order = list(dict.fromkeys(file for *_, file, _ in chosen))
     return [test for *_, file, test in sorted(chosen, key=lambda rank: order.index(rank[2]))]
@@ -233,6 +233,10 @@ def explained(tree):
 def prepare(folder, given):
     given.tree = given.tree.resolve()
     given.equivalent, given.tests = explained(given.tree), make_map(given.tree, given.map)
+    for test in given.tests:
+        of_files = groupby(test["lines"], lambda line: line // SPAN)
+        test["ways"] = {number: hash(tuple(lines)) for number, lines in of_files}
+        test["lines"] = frozenset(test["lines"])
     yield Trial(given.tree, folder, given.workers)
 
 
@@ -247,7 +251,7 @@ def run(trial, part, aim):
             if mutant is None or (mutant.file, mutant.before, mutant.after) in given.equivalent:
                 continue
             reach = reaching(mutant, given.tests)
-            chosen = choose(reach, given.limit)
+            chosen = choose(mutant, reach, given.limit)
             if killer := trial.run(mutant, chosen):
                 killed[mutant.file] += 1
             else:

@@ -15,7 +15,7 @@ from typing import Annotated, TypedDict
 
 from msgspec import Meta
 
-from slotmoe.errors import ExportError, naming
+from slotmoe.errors import ExportError, naming, refused
 from slotmoe.jsonfile import Json, typed
 from slotmoe.offload.shared_files import read_note, take_lock
 from slotmoe.quant.export.layout import COPIED, MANIFEST, RESIDENT, is_predictor
@@ -132,11 +132,9 @@ def empty(folder: Path) -> None:
 
 def make_cache(cache: Path) -> None:
     """Make the folder that holds exports made on the way.  Raises ``ExportError``."""
-    try:
+    advice = "; set SLOTMOE_CACHE to a folder that can"
+    with refused(cache, ExportError, "can't be made", advice):
         cache.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        advice = "set SLOTMOE_CACHE to a folder that can"
-        raise ExportError(f"{cache}: can't be made ({problem.strerror}); {advice}") from None
 
 
 @contextmanager

@@ -149,8 +149,8 @@ def resolve(repo: str, revision: str, patience: Patience) -> Snapshot:
         answer = f"the hub answers with the commit {info.sha!r:.60}, which is none"
         raise DownloadError(f"{repo}: {answer}; is HF_ENDPOINT right?")
     files = {
-        sibling.rfilename: (sibling.size, sibling.lfs.sha256 if sibling.lfs else sibling.blob_id)
-        for sibling in info.siblings or []
+        str(file.rfilename): (file.size, file.lfs.sha256 if file.lfs else file.blob_id)
+        for file in info.siblings or []
     }
     return Snapshot(repo, revision, str(info.sha), needed(files))
 

@@ -2,10 +2,13 @@
 
 import errno
 import os
+import stat
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from slotmoe.model.config import read_config
 from slotmoe.model.generate import Answer, Sampling
@@ -20,10 +23,11 @@ from slotmoe.offload.plan.memory import make_plan, predicted_components, scratch
 from slotmoe.offload.policy.cache import make_cache
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sessions.blocks import BlockFolder, chain
+from slotmoe.offload.sessions.store import _identity
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS
-from slotmoe.quant.export.layout import Part
+from slotmoe.quant.export.layout import Part, place
 from slotmoe.quant.export.reader import Export
-from slotmoe.quant.export.writer import ExportFile
+from slotmoe.quant.export.writer import ExportFile, replace_file
 from tests.support.blocks import per_token
 from tests.support.engine import ask, start
 from tests.support.states import BYTES, CHOSEN, EXPERTS, ROWS, Disk
@@ -229,3 +233,39 @@ def test_a_file_without_room_is_closed(tmp_path, monkeypatch):
     after = os.dup(0)
     os.close(after)
     assert after == before
+
+
+def test_a_file_of_an_export_is_written_by_pieces_and_short_writes(tmp_path, monkeypatch):
+    pwrite, whole = os.pwrite, torch.arange(7, dtype=torch.uint8)
+    monkeypatch.setattr(os, "pwrite", lambda handle, data, at: pwrite(handle, data[:3], at))
+    file = ExportFile(tmp_path / "file", place({"a": Part(torch.uint8, (7,))}))
+    file.write("a", whole[:4])
+    assert "a" not in file.checksums
+    file.write("a", whole[4:])
+    file.finish()
+    file.close()
+    assert torch.equal(load_file(tmp_path / "file")["a"], whole)
+    os.umask(mask := os.umask(0))
+    assert stat.S_IMODE(os.stat(tmp_path / "file").st_mode) == 0o666 & ~mask
+
+
+def test_a_file_is_replaced_durably_or_not_at_all(tmp_path, monkeypatch):
+    """Every byte is at the disk before the name is; no descriptor and no half of it is left."""
+    durable, opened = [], len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, "fsync", lambda handle: durable.append(os.fstat(handle)))
+    replace_file(tmp_path / "file", b"12345")
+    assert [found.st_size for found in durable if stat.S_ISREG(found.st_mode)] == [5]
+    assert len(durable) == 2 and len(os.listdir("/proc/self/fd")) <= opened
+    monkeypatch.setattr(os, "rename", fails := Mock(side_effect=OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"):
+        replace_file(tmp_path / "file", b"other")
+    fails.assert_called_once()
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"12345"]
+
+
+def test_latents_of_other_kernels_are_of_another_session(small_export, monkeypatch):
+    with Runtime.open(small_export, context=64, slots=4) as runtime:
+        ours = _identity(runtime.model)
+        monkeypatch.setattr("slotmoe.offload.sessions.store.load", lambda: Mock(digest="others"))
+        native = runtime.model.backend.kind == "native"
+        assert (_identity(runtime.model) != ours) == native
