@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.model.generate import Answer, Generation, Sampling, candidates, sample
 from slotmoe.model.gguf.tokenizer import tokenizer_files
-from slotmoe.model.tiktoken import made
+from slotmoe.model.tiktoken import tokenizer_json
 from slotmoe.model.tokenizer import BYTE_CHARACTERS, TextStream, Tokenizer
 from slotmoe.offload.engine.requests import Stream
 from tests.support.tiny import SAMPLE
@@ -146,7 +146,7 @@ def of_words():
 def of_a_tiktoken():
     tokens = [*(bytes([byte]) for byte in range(256)), b"\xe6\x97", b"\x97\xa5", b" \xf0", b"\xa5a"]
     lines = (base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(tokens))
-    return json.loads(made(b"\n".join(lines), {"tokenizer_class": "TikTokenTokenizer"}))
+    return json.loads(tokenizer_json(b"\n".join(lines), {"tokenizer_class": "TikTokenTokenizer"}))
 
 
 KINDS = {
