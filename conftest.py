@@ -15,19 +15,11 @@ import torch
 from slotmoe.offload.model_source import read_model
 from tests.support.browser import BROWSER, Browser
 from tests.support.exports import made_once
-from tests.support.hub import HOME, HUB, TOKEN
+from tests.support.hub import HUB
 from tests.support.tiny import SAMPLE, SMALL
 
 pytest_plugins = ["tests.support.tiers"]
 
-# huggingface_hub reads these when it is imported, which any test may be the first to do.
-os.environ |= {
-    "HF_ENDPOINT": HUB.endpoint,
-    "HF_HOME": HOME.name,
-    "HF_TOKEN": TOKEN,
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "NO_PROXY": "127.0.0.1",
-}
 # A shell starts what runs in the background with Ctrl-C ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Nothing that a test does may depend on the user's own folders, or leave anything there.
@@ -78,10 +70,7 @@ def slotmoe(capsys):
             main([str(argument) for argument in arguments])
         return caught.value.code, *capsys.readouterr()
 
-    before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGHUP)]
-    yield run
-    for number, handler in before:  # the command line's end the process without a word
-        signal.signal(number, handler)
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,155 +1,188 @@
-"""Changes in the source of a file: mutants of single lines, and look-ups that tell which lines run.
-No line moves.
+"""Changes in the source of a file: mutants, by cosmic-ray's operators and some of our own, and
+look-ups that tell which lines run.
 
-Not changed: docstrings, strings, f-strings, annotations, decorators, assertions, imports, code for
-type checkers alone, ``__repr__``.
+Of an operator's replacements the nearest and the opposite are tried: any test notices ``<<`` for
+``+``.  Not changed: strings, f-strings, annotations, decorators, assertions, imports, code for type
+checkers alone, ``__repr__``.
 """
 
 import ast
+import copy
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 
-OPERATORS = {
-    **{ast.Lt: ("<", "<=", ">="), ast.LtE: ("<=", "<", ">")},
-    **{ast.Gt: (">", ">=", "<="), ast.GtE: (">=", ">", "<")},
-    **{ast.Eq: ("==", "!="), ast.NotEq: ("!=", "==")},
-    **{ast.In: ("in", "not in"), ast.NotIn: ("not in", "in")},
-    **{ast.Is: ("is", "is not"), ast.IsNot: ("is not", "is")},
-    **{ast.And: ("and", "or"), ast.Or: ("or", "and")},
-    **{ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "//"), ast.FloorDiv: ("//", "*")},
-    **{ast.LShift: ("<<", ">>"), ast.RShift: (">>", "<<")},
-}
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator
+
+BINARY = """Add_Sub Sub_Add Mul_FloorDiv FloorDiv_Mul Div_Mul Mod_FloorDiv Pow_Mul LShift_RShift
+    RShift_LShift BitOr_BitAnd BitAnd_BitOr BitXor_BitOr"""
+COMPARISON = """Eq_NotEq NotEq_Eq Lt_LtE Lt_GtE LtE_Lt LtE_Gt Gt_GtE Gt_LtE GtE_Gt GtE_Lt Is_IsNot
+    IsNot_Is"""
+UNARY = "Delete_Not Delete_USub Delete_Invert"
+OTHERS = """ReplaceTrueWithFalse ReplaceFalseWithTrue ReplaceAndWithOr ReplaceOrWithAnd
+    ReplaceBreakWithContinue ReplaceContinueWithBreak NumberReplacer ExceptionReplacer
+    ZeroIterationForLoop"""
+NAMES = [
+    *(f"ReplaceBinaryOperator_{name}" for name in BINARY.split()),
+    *(f"ReplaceComparisonOperator_{name}" for name in COMPARISON.split()),
+    *(f"ReplaceUnaryOperator_{name}" for name in UNARY.split()),
+    *OTHERS.split(),
+]
+OPERATORS = [get_operator(f"core/{name}")() for name in NAMES]
 HEADERS = {ast.If: "test", ast.While: "test", ast.For: "iter", ast.Match: "subject"}
+OTHER = {ast.In: ast.NotIn, ast.NotIn: ast.In, "min": "max", "max": "min"}
+OTHER |= {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.BitOr: ast.BitAnd}
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """``file`` with ``after`` for ``before`` in line ``line``, which is part of the statement that
-    begins in line ``start``; 0 where the statement runs when the file is imported."""
+    """``file`` with the lines ``after`` for the lines ``before``, the first of which is ``line``.
+    ``start`` is the line whose look-up says that a test reaches the change; 0 where it runs when
+    the file is imported."""
 
     file: str
     line: int
     start: int
     before: str
     after: str
+    source: str
 
     def __str__(self):
-        return f"{self.file}:{self.line}\n  - {self.before.strip()}\n  + {self.after.strip()}"
-
-    def apply(self, path):
-        lines = path.read_text().split("\n")
-        assert lines[self.line - 1] == self.before
-        lines[self.line - 1] = self.after
-        path.write_text("\n".join(lines))
+        return f"{self.file}:{self.line}\n  - {self.before}\n  + {self.after}"
 
 
-class Finder:
-    """Finds the single-line changes of a file."""
+class Edit:
+    """A change that ``made`` makes of a source, or of which it makes None."""
 
-    def __init__(self, file, source):
-        self.file, self.lines, self.found = file, source.encode().split(b"\n"), []
-        self.body(ast.parse(source), start=0)
+    def __init__(self, file: str, source: str, start: int, made: Callable[[], str | None]):
+        self.file, self.source, self.start, self.made = file, source, start, made
 
-    def change(self, start, line, begin, end, text):
-        before = self.lines[line - 1]
-        after = before[:begin] + text.encode() + before[end:]
-        self.found.append(Mutant(self.file, line, start, before.decode(), after.decode()))
+    def mutant(self) -> Mutant | None:
+        """None where the change is none, or no Python."""
+        source = self.made()
+        try:
+            same = source is None or ast.dump(ast.parse(source)) == ast.dump(ast.parse(self.source))
+        except SyntaxError:
+            return None
+        if same:
+            return None
+        old, new = self.source.split("\n"), source.split("\n")
+        first = next(
+            n for n, lines in enumerate(zip(old, new, strict=False)) if len(set(lines)) > 1
+        )
+        while old[-1] == new[-1] and min(len(old), len(new)) > first + 1:
+            del old[-1], new[-1]
+        before, after = ("\n    ".join(map(str.strip, lines[first:])) for lines in (old, new))
+        return Mutant(self.file, first + 1, self.start, before, after, source)
 
-    def replace(self, start, node, *texts):
-        if node.lineno == node.end_lineno:
-            for text in texts:
-                self.change(start, node.lineno, node.col_offset, node.end_col_offset, text)
 
-    def operator(self, start, left, kind, right):
-        """Change the operator between two nodes, if all three are in one line."""
-        if type(kind) in OPERATORS and left.end_lineno == right.lineno:
-            old, *new = OPERATORS[type(kind)]
-            gap = self.lines[right.lineno - 1][left.end_col_offset : right.col_offset].decode()
-            begin = left.end_col_offset + gap.index(old)
-            for text in new:
-                self.change(start, right.lineno, begin, begin + len(old), text)
+def edits(file: str, source: str) -> list[Edit]:
+    """All changes of a file, in its order within each operator."""
+    tree = ast.parse(source)
+    skipped, starts, found = places_of(tree), starts_of(tree), []
+    counts: Counter[int] = Counter()
+    for node in ast_nodes(get_ast(source)):
+        for number, operator in enumerate(OPERATORS):
+            for begin, _ in operator.mutation_positions(node):
+                made = partial(mutate_code, source, operator, counts[number])
+                counts[number] += 1
+                if not any(first <= begin < last for first, last in skipped):
+                    found.append(Edit(file, source, starts[begin[0]], made))
+    for node in ast.walk(tree):
+        if hasattr(node, "lineno"):
+            begin = node.lineno, node.col_offset
+            if not any(first <= begin < last for first, last in skipped):
+                for old, text in our_changes(node, inside=starts[node.lineno] > 0):
+                    made = partial(spliced, source, old, text)
+                    found.append(Edit(file, source, starts[old.lineno], made))
+    return found
 
-    def body(self, node, start):
-        """Statements; ``start`` is 0 outside functions."""
-        inside = start or isinstance(node, ast.FunctionDef)
-        for statement in ast.iter_child_nodes(node):
-            if isinstance(statement, ast.stmt):
-                self.statement(statement, statement.lineno if inside else 0)
-            elif isinstance(statement, ast.ExceptHandler | ast.match_case):
-                self.body(statement, start)
 
-    def statement(self, node, start):
-        if isinstance(node, ast.Assert | ast.Import | ast.ImportFrom) or is_text(node):
-            return
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            if node.name != "__repr__":
-                for default in defaults(node):
-                    self.expression(default, 0)
-                self.body(node, start)
-            return
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            return
-        if isinstance(node, ast.If):
-            self.replace(start, node.test, "True", "False")
-        elif isinstance(node, ast.While) and not isinstance(node.test, ast.Constant):
-            self.replace(start, node.test, "False")
-        elif isinstance(node, ast.Return) and ast.unparse(node) not in ("return", "return None"):
-            self.replace(start, node, "return None")
-        elif start and is_dropped(node):
-            self.replace(start, node, "pass")
-        if isinstance(node, ast.AugAssign):
-            self.operator(start, node.target, node.op, node.value)
-        for child in ast.iter_child_nodes(node):
-            if not isinstance(node, ast.AnnAssign) or child is node.value:
-                self.expression(child, start)
-        self.body(node, start)
+def our_changes(node, inside):
+    """What cosmic-ray has no operator for: pairs of a node and the text in its place.  A name's
+    value is not dropped: any test fails."""
+    match node:
+        case ast.If(test=test) | ast.IfExp(test=test):
+            yield from ((test, "True"), (test, "False"))
+        case ast.While(test=test) if not isinstance(test, ast.Constant):
+            yield test, "False"
+        case ast.Return(value=value) if value and ast.unparse(value) not in ("None", "False"):
+            yield value, "None"
+        case ast.Call(func=ast.Name(id="min" | "max" as name)):
+            yield node.func, OTHER[name]
+        case ast.Compare(ops=[ast.In() | ast.NotIn() as kind]):
+            yield node, f"({with_other(node, ops=[OTHER[type(kind)]()])})"
+        case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]) if inside:
+            yield node, "pass"
+        case ast.Expr(value=value) if inside and not isinstance(value, ast.Yield | ast.YieldFrom):
+            yield node, "pass"
+        case ast.AugAssign(op=kind):
+            yield node, "pass"
+            if type(kind) in OTHER:
+                yield node, with_other(node, op=OTHER[type(kind)]())
+        case ast.Raise() | ast.Delete() | ast.Break() | ast.Continue():
+            yield node, "pass"
 
-    def expression(self, node, start):
-        if isinstance(node, ast.stmt | ast.ExceptHandler | ast.match_case | ast.JoinedStr):
-            return  # inside an f-string, Python before 3.12 knows no positions
+
+def with_other(node, **fields):
+    """The source of ``node`` with these fields."""
+    other = copy.copy(node)
+    vars(other).update(fields)
+    return ast.unparse(other)
+
+
+def spliced(source, node, text):
+    """``source`` with ``text`` for ``node``."""
+    lines = source.encode().split(b"\n")
+    first, last = node.lineno - 1, node.end_lineno - 1
+    end = lines[last][node.end_col_offset :]
+    lines[first : last + 1] = [lines[first][: node.col_offset] + text.encode() + end]
+    return b"\n".join(lines).decode()
+
+
+def places_of(tree):
+    """Beginnings and ends of what is not changed."""
+    skipped = []
+    for node in ast.walk(tree):
         match node:
-            case ast.Constant(value=bool(value)):
-                self.replace(start, node, str(not value))
-            case ast.Constant(value=int(value)) | ast.Constant(value=float(value)):
-                self.replace(start, node, str(value + 1), str(value - 1))
-            case ast.UnaryOp(op=ast.Not()):
-                self.change(start, node.lineno, node.col_offset, node.col_offset + 4, "")
-            case ast.Call(func=ast.Name(id="min" | "max" as name)):
-                self.replace(start, node.func, "max" if name == "min" else "min")
-            case ast.IfExp():
-                self.replace(start, node.test, "True", "False")
-            case ast.Compare():
-                for left, kind, right in zip(
-                    [node.left, *node.comparators[:-1]], node.ops, node.comparators, strict=True
-                ):
-                    self.operator(start, left, kind, right)
-            case ast.BoolOp():
-                for left, right in pairwise(node.values):
-                    self.operator(start, left, node.op, right)
-            case ast.BinOp():
-                self.operator(start, node.left, node.op, node.right)
+            case ast.Assert() | ast.Import() | ast.ImportFrom() | ast.JoinedStr():
+                skipped.append(node)
+            case ast.Expr(value=ast.Constant()):
+                skipped.append(node)
+            case ast.If() if "TYPE_CHECKING" in ast.unparse(node.test):
+                skipped.append(node)
+            case ast.FunctionDef():
+                skipped += [*node.decorator_list, *([node.returns] if node.returns else [])]
+                if node.name == "__repr__":
+                    skipped.append(node)
+            case ast.ClassDef():
+                skipped += node.decorator_list
+            case ast.arg() | ast.AnnAssign() if node.annotation:
+                skipped.append(node.annotation)
+    return [((n.lineno, n.col_offset), (n.end_lineno, n.end_col_offset)) for n in skipped]
+
+
+def starts_of(tree):
+    """Line -> the first line of the statement in a function that it is part of, or 0.  ``except``
+    is reached where what follows it is."""
+    starts: Counter[int] = Counter()
+
+    def visit(node, inside):
         for child in ast.iter_child_nodes(node):
-            self.expression(child, start)
+            within = inside or isinstance(node, ast.FunctionDef)
+            if isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case) and within:
+                first = child if isinstance(child, ast.stmt) else child.body[0]
+                last = getattr(child, "end_lineno", first.lineno)
+                begin = getattr(child, "lineno", first.lineno)
+                for line in range(begin, last + 1):
+                    starts[line] = 0 if isinstance(child, ast.FunctionDef) else first.lineno
+            visit(child, within)
 
-
-def is_text(node):
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-
-
-def is_dropped(node):
-    """Whether a mutant goes without the statement.  Not without a name's value: any test fails."""
-    if isinstance(node, ast.Assign):
-        return all(isinstance(target, ast.Attribute | ast.Subscript) for target in node.targets)
-    if isinstance(node, ast.Expr):
-        return not isinstance(node.value, ast.Yield | ast.YieldFrom)
-    return isinstance(node, ast.AugAssign | ast.Raise | ast.Delete | ast.Break | ast.Continue)
-
-
-def defaults(node):
-    """Default values of a function's parameters."""
-    if isinstance(node, ast.ClassDef):
-        return []
-    return [value for value in (*node.args.defaults, *node.args.kw_defaults) if value]
+    visit(tree, False)
+    return starts
 
 
 def watched(source, number):
@@ -175,3 +208,7 @@ def watched(source, number):
         old = lines[line - 1]
         lines[line - 1] = old[:column] + text.encode() + old[column:]
     return b"\n".join(lines).decode()
+
+
+def is_text(node):
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)

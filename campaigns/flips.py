@@ -139,7 +139,7 @@ def sessions(folder):
     blocks = list(chain(bytes(16), [*range(99)]))
 
     def latents(block):
-        found = store.read(block.parent, block.start, block.tokens, per_token(24))
+        found = store.read(block, per_token(24))
         return found and (found[0], bytes(found[1]))
 
     store.add(blocks, per_token(24), lambda block: memoryview(bytes(range(24)) * len(block.tokens)))

@@ -32,6 +32,7 @@ PARTS = (
     *("config", "index", "header", "manifest", "gguf", "trace", "resident", "experts"),
     *("predictor", "session", "block", "saved-chat", "tiktoken", "body-chat", "body-responses"),
     *("body-messages", "body-completions", "body-tokenize", "schemas", "tokenizer", "template"),
+    "token-numbers",
 )
 _ODD = [
     *(None, True, False, 0, -1, 1, 2, 255, 1 << 31, 1 << 63, 1 << 64, 10**40, -(10**40)),
@@ -169,15 +170,16 @@ class Child:
         self.lowest, self.found = 0, {"cases": 0, "refused": 0, "problem": ""}
 
     def attack(self, folder, guided):
-        values, self.parse = self.parser(folder)
+        values, self.parse, *own = self.parser(folder)
+        self.change = own[0] if own else mutated
         corpus = [good if isinstance(good, bytes) else json.dumps(good) for good in values]
         for good in corpus:  # which also imports what is imported late
             assert self.parse(self.keep(good)) is not False, "the good input is refused"
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        if guided:
+        if guided and not own:
             self.guided(corpus, folder / "corpus")
         while True:
-            self.one(mutated(self.aim.chance.choice(corpus), self.aim.chance))
+            self.one(self.change(self.aim.chance.choice(corpus), self.aim.chance))
 
     def guided(self, corpus, folder):
         """By libFuzzer, which keeps what reaches code for the first time and chooses among it."""

@@ -67,7 +67,7 @@ class Saving:
         damaged = []
         store = BlockFolder(self.folder / "blocks", 1 << 20, damaged.append)
         for block in chain(self.root, self.tokens):
-            found = store.read(block.parent, block.start, block.tokens, per_token(24))
+            found = store.read(block, per_token(24))
             assert found is None or found[1] == self.rows(found[0])
         assert not damaged, damaged
         with NamedSession(self.folder, "plans") as session:

@@ -1,71 +1,78 @@
-"""Which defects the tests of CI would find: single-line changes of the core files, each tried
-against tests that reach its line.  ``python -m campaigns.mutants``
+"""Which defects the tests of CI would find: single changes of the files that hold invariants, each
+tried against tests that reach it.
 
 A line that tests run is not yet a line that they check.  A mutant is the product with one operator,
-constant, condition or statement changed.  Where no test fails, the mutant survives: a programmer's
-slip of that kind would land.
+constant, condition or statement changed (campaigns.edits).  Where no test fails, the mutant
+survives: a programmer's slip of that kind would land.
 
-1. A seed decides which mutants of ``FILES`` are made: at most one a line, ten a file.
-2. The suite runs once, as ``./check`` runs it, in a copy of the tree whose core files say which
-   lines each test reaches (``campaigns.reached``).  ``--map`` keeps that for as long as no file of
-   the tree changes.
-3. Each mutant runs in a copy of the tree against tests that reach its line, at most ``--limit`` of
-   them: those that reach the fewest other lines first.  A failure or a hang kills it.  A test that
+1. The suite runs once, as ./check runs it, in a copy of the tree whose files of interest say which
+   lines each test reaches (campaigns.reached).  --map keeps that for as long as no file of the tree
+   changes.
+2. The seed orders the mutants of each part.  All are tried: a night.  --seconds 360 is an hour's
+   sample, --count 30 one of thirty each.
+3. Each mutant runs in a copy of the tree against tests that reach its line, at most --limit of
+   them, which take different ways through the file.  A failure or a hang kills it.  A test that
    fails without the mutant too does not count.
 
-``--limit`` makes the figure a lower bound: another test might have killed a survivor.  With a
-higher one and ``--keep``, only the survivors run again.  Equivalent mutants survive whatever the
-tests.  The checkout is never changed.
+--limit makes the figure a lower bound: another test might have killed a survivor.  Mutants that
+change nothing that a test could see survive whatever the tests: equivalent.toml lists them, each
+with the reason, and they do not count.  The checkout is never changed.
 """
 
-import argparse
 import hashlib
 import json
+import multiprocessing
 import os
-import random
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 from queue import Queue
 
 import psutil
 
-from campaigns.edits import Finder, watched
+from campaigns.edits import edits, watched
+from campaigns.reached import run_pytest
+from campaigns.runner import Attack
 
-FILES = (
-    "offload/experts/slots.py",
-    "offload/experts/disk.py",
-    "offload/experts/experts.py",
-    "offload/sessions/blocks.py",
-    "quant/export/writer.py",
-    "offload/ingest/quantize.py",
-    "model/child.py",
-    "offload/engine/engine.py",
-    "offload/plan/memory.py",
-    "quant/export/reader.py",
-)
-EACH = 10  # mutants of a file
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PARTS = {
+    "experts": (
+        "offload/experts/store.py",
+        "offload/experts/slots.py",
+        "offload/experts/experts.py",
+    ),
+    "disk": ("offload/experts/disk.py",),
+    "step": ("offload/engine/engine.py", "offload/engine/passes.py"),
+    "scheduler": ("offload/engine/batch.py", "offload/engine/requests.py"),
+    "sessions": ("offload/sessions/blocks.py", "offload/sessions/store.py"),
+    "writer": ("quant/export/writer.py",),
+    "quantize": ("offload/ingest/quantize.py",),
+    "child": ("model/child.py",),
+    "memory": ("offload/plan/memory.py",),
+    "readers": ("quant/export/reader.py", "quant/codecs/codec.py", "quant/codecs/weight.py"),
+}
+FILES = [file for files in PARTS.values() for file in files]
+LEAST = 0.9  # of the mutants of a part are killed
 SPAN = 100_000  # numbers for the lines of a file
 PLUGIN = Path(__file__).with_name("reached.py")
-
-
-def sample(tree, seed):
-    """``EACH`` mutants of each file, in different lines."""
-    chosen = []
-    for file in FILES:
-        by_line = {}
-        for mutant in Finder(file, (tree / file).read_text()).found:
-            by_line.setdefault(mutant.line, []).append(mutant)
-        dice = random.Random(f"{seed} {file}")
-        for line in sorted(dice.sample(sorted(by_line), min(EACH, len(by_line)))):
-            chosen.append(dice.choice(by_line[line]))
-    return chosen
+EQUIVALENT = Path(__file__).with_name("equivalent.toml")
+# Imported once for all mutants: of seven CPU seconds that it takes to start tests, one is left.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    "pytest hypothesis.stateful xdist.plugin anyio.pytest_plugin torch safetensors.torch tokenizers"
+    " jinja2 psutil xxhash".split()
+)
 
 
 class Copy:
@@ -82,19 +89,20 @@ class Copy:
         self.changes += 1
         os.utime(self.root / file, (self.changes, self.changes))
 
-    def pytest(self, *arguments, seconds=None, slowest=None, output=subprocess.DEVNULL):
+    def pytest(self, *arguments, seconds=None, slowest=None, output=os.devnull):
         """Exit code, None after ``seconds``, and the records of the tests that ran; a test that
         takes longer than ``slowest`` ends all."""
         records = tempfile.mkdtemp(dir=self.folder)
         places = {"TMPDIR": records, "MUTANTS_FOLDER": records, "PYTHONPATH": str(self.root)}
-        process = {"cwd": self.root, "stdout": output, "stderr": output, "timeout": seconds}
-        process["env"] = os.environ | places | {"MUTANTS_SLOWEST": str(slowest or "")}
-        command = [sys.executable, "-m", "pytest", "-p", "reached", *arguments]
-        try:
-            code = subprocess.run(command, **process).returncode
-        except subprocess.TimeoutExpired:
-            code = None
-        for left in psutil.process_iter():  # what a test has started and not ended
+        places["MUTANTS_SLOWEST"] = str(slowest or "")
+        process = FORKS.Process(target=run_pytest, args=(self.root, places, arguments, output))
+        process.start()
+        process.join(seconds)
+        code = process.exitcode
+        with suppress(OSError):  # what a test has started and not ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        for left in psutil.process_iter():
             with suppress(psutil.Error):
                 if left.environ().get("MUTANTS_FOLDER") == records:
                     left.kill()
@@ -105,7 +113,7 @@ class Copy:
 
 def digest_of(tree):
     """Of the product and its tests, which decide which tests reach a line."""
-    total = hashlib.sha256(repr((FILES, [])).encode() + PLUGIN.read_bytes())
+    total = hashlib.sha256(repr(FILES).encode() + PLUGIN.read_bytes())
     for path in (tree / "pyproject.toml", *sorted(tree.rglob("*.py"))):
         if not path.relative_to(tree).parts[0].startswith((".", "campaigns")):
             total.update(str(path.relative_to(tree)).encode() + path.read_bytes())
@@ -118,42 +126,40 @@ def make_map(tree, path):
     if path and path.exists():
         kept = json.loads(path.read_text())
         if kept["digest"] == digest:
-            return kept
+            return kept["tests"]
         print(f"{path} is of another tree: the suite runs again", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as folder:
         copy = Copy(tree, Path(folder))
         for number, file in enumerate(FILES):
             source = (copy.root / file).read_text()
             (copy.root / file).write_text(watched(source, SPAN * number))
-        code, records = copy.pytest(output=sys.stderr)
+        code, records = copy.pytest(output="/dev/stderr")
     if code not in (0, 1):  # tests failed, which then count for no mutant
         sys.exit(f"pytest did not run the tests: exit code {code}")
     passed = [record for record in records if record["outcome"] == "passed"]
     print(f"{len(passed)} of {len(records)} tests passed", file=sys.stderr)
-    result = {"digest": digest, "tests": passed}
     if path:
-        path.write_text(json.dumps(result))
-    return result
+        path.write_text(json.dumps({"digest": digest, "tests": passed}))
+    return passed
 
 
 def reaching(mutant, tests):
     """The tests that reach the mutant's line; the file, if the line runs when it is imported."""
-    begin = SPAN * FILES.index(mutant.file)
+    number = FILES.index(mutant.file)
     if mutant.start:
-        return [test for test in tests if begin + mutant.start in test["lines"]]
-    return [test for test in tests if any(begin < line < begin + SPAN for line in test["lines"])]
+        return [test for test in tests if SPAN * number + mutant.start in test["lines"]]
+    return [test for test in tests if number in test["ways"]]
 
 
-def choose(tests, limit):
-    """At most ``limit`` tests, those of a file together: first those that reach the fewest lines,
-    then by time; of a function one parameter, of a file five tests, before there are more."""
-    functions, files, ranks = Counter(), Counter(), []
+def choose(mutant, tests, limit):
+    """At most ``limit`` tests, those of a file together: one for each way through the mutant's
+    file, which all that share a fixture's have in common, then a second; first those that reach
+    the fewest lines, then by time."""
+    seen, ranks, number = Counter(), [], FILES.index(mutant.file)
     for test in sorted(tests, key=lambda test: (len(test["lines"]), test["seconds"])):
-        function = test["test"].partition("[")[0]
-        file = function.partition("::")[0]
-        ranks.append((functions[function] + files[file] // 5, len(ranks), file, test))
-        functions[function] += 1
-        files[file] += functions[function] == 1
+        way = test["ways"][number]
+        ranks.append((seen[way], len(ranks), test["test"].partition("::")[0], test))
+        seen[way] += 1
     chosen = sorted(ranks, key=lambda rank: rank[:2])[:limit]
     order = list(dict.fromkeys(file for *_, file, _ in chosen))
     return [test for *_, file, test in sorted(chosen, key=lambda rank: order.index(rank[2]))]
@@ -183,9 +189,8 @@ class Trial:
                     return "hang"
                 killer = next(iter(ended["failed"]), None)
                 if self.is_sound(copy, killer, tests):
-                    return killer or f"exit {code}"
-                if killer is None:
-                    return None
+                    return killer or ("hang" if code == 1 else f"exit {code}")
+                assert killer, "without the mutant no test starts either"
             return None
         finally:
             self.copies.put(copy)
@@ -193,7 +198,7 @@ class Trial:
     def mutated(self, copy, mutant, tests):
         path = copy.root / mutant.file
         source = path.read_text()
-        mutant.apply(path)
+        path.write_text(mutant.source)
         copy.changed(mutant.file)
         try:
             seconds = [test["seconds"] for test in tests]
@@ -215,61 +220,66 @@ class Trial:
         return killer in self.sound
 
 
-def read_kept(path, digest):
-    """Mutant -> its record, of an earlier run on the same tree."""
-    lines = path.read_text().splitlines() if path and path.exists() else []
-    records = [json.loads(line) for line in lines]
-    return {record["mutant"]: record for record in records if record["digest"] == digest}
+def explained(tree):
+    """The mutants that no test can kill, as ``file``, ``before`` and ``after``."""
+    entries = tomllib.loads(EQUIVALENT.read_text())["equivalent"]
+    for entry in entries:
+        if entry["before"].split("\n")[0] not in (tree / entry["file"]).read_text():
+            raise ValueError(f"{EQUIVALENT.name}: {entry['file']} has no such line: {entry}")
+    return {(entry["file"], entry["before"], entry["after"]) for entry in entries}
 
 
-def arguments():
-    parser = argparse.ArgumentParser(prog="python -m campaigns.mutants", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    own = Path(__file__).resolve().parents[1]
-    parser.add_argument("--tree", type=Path, default=own, help="the checkout (default: its own)")
-    parser.add_argument("--seed", default="0", help="which mutants (default: 0)")
-    parser.add_argument("--limit", type=int, default=40, help="tests for a mutant (default: 40)")
-    parser.add_argument("--workers", type=int, default=2, help="mutants at once (default: 2)")
-    parser.add_argument("--map", type=Path, help="a file for what tests reach")
-    parser.add_argument("--keep", type=Path, help="a file for results: an interrupted run goes on")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
-    return parser.parse_args()
+@contextmanager
+def prepare(folder, given):
+    given.tree = given.tree.resolve()
+    given.equivalent, given.tests = explained(given.tree), make_map(given.tree, given.map)
+    for test in given.tests:
+        of_files = groupby(test["lines"], lambda line: line // SPAN)
+        test["ways"] = {number: hash(tuple(lines)) for number, lines in of_files}
+        test["lines"] = frozenset(test["lines"])
+    yield Trial(given.tree, folder, given.workers)
 
 
-def main():
-    options = arguments()
-    tree = options.tree.resolve()
-    tests = make_map(tree, options.map)
-    mutants = sample(tree, options.seed)
-    kept = read_kept(options.keep, tests["digest"])
-    begin = time.monotonic()
+def run(trial, part, aim):
+    given, begin, killed, survivors = aim.given, time.monotonic(), Counter(), {}
+    todo = [edit for file in PARTS[part] for edit in edits(file, (given.tree / file).read_text())]
+    aim.chance.shuffle(todo)
 
-    def attempt(mutant):
-        reach = reaching(mutant, tests["tests"])
-        chosen = choose(reach, options.limit)
-        record = kept.get(str(mutant))
-        if not record or (not record["killed by"] and record["tests"] < len(chosen)):
-            record = {"mutant": str(mutant), "digest": tests["digest"], "reach": len(reach)}
-            record |= {"tests": len(chosen), "killed by": trial.run(mutant, chosen)}
-            if options.keep:
-                with open(options.keep, "a") as file:
-                    file.write(json.dumps(record) + "\n")
-        print(f"{mutant}\n  {record['killed by'] or 'SURVIVES'}", file=sys.stderr, flush=True)
-        return record
+    def work():
+        while todo and aim.goes_on(killed.total() + len(survivors)):
+            mutant = todo.pop().mutant()
+            if mutant is None or (mutant.file, mutant.before, mutant.after) in given.equivalent:
+                continue
+            reach = reaching(mutant, given.tests)
+            chosen = choose(mutant, reach, given.limit)
+            if killer := trial.run(mutant, chosen):
+                killed[mutant.file] += 1
+            else:
+                survivors[str(mutant)] = mutant.file
+                killer = f"survives {len(chosen)} of {len(reach)} tests"
+            print(f"{mutant}\n  {killer}", file=sys.stderr, flush=True)
 
-    with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as folder:
-        trial = Trial(tree, Path(folder), options.workers)
-        with ThreadPoolExecutor(options.workers) as pool:
-            records = list(pool.map(attempt, mutants))
-    survivors = [record for record in records if not record["killed by"]]
-    for record in survivors:
-        print(f"{record['mutant']}\n  survives {record['tests']} of {record['reach']} tests")
-    killed, minutes = len(records) - len(survivors), (time.monotonic() - begin) / 60
-    share = f"{killed} of {len(records)} mutants killed ({killed / len(records):.0%})"
-    print(f"{share} in {minutes:.0f} minutes, seed {options.seed}")
-    if options.json:
-        print(json.dumps({"killed": killed, "mutants": len(records), "survivors": survivors}))
+    with ThreadPoolExecutor(given.workers) as pool:
+        for worker in [pool.submit(work) for _ in range(given.workers)]:
+            worker.result()
+    of_files = Counter(survivors.values())
+    report = {"killed": killed.total(), "mutants": killed.total() + len(survivors)}
+    report |= {file: f"{killed[file]} of {killed[file] + of_files[file]}" for file in PARTS[part]}
+    report |= {"minutes": round((time.monotonic() - begin) / 60), "survivors": [*survivors]}
+    return report | {"wrong": [*survivors] if killed.total() < LEAST * report["mutants"] else []}
 
 
-if __name__ == "__main__":
-    main()
+OWN = Path(__file__).resolve().parents[1]
+ATTACK = Attack(
+    run,
+    PARTS,
+    each="mutants of a part",
+    count=10_000,
+    prepare=prepare,
+    options={
+        "tree": {"type": Path, "default": OWN, "help": "the checkout [its own]"},
+        "limit": {"type": int, "default": 40, "help": "tests for a mutant [40]"},
+        "workers": {"type": int, "default": 2, "help": "mutants at once [2]"},
+        "map": {"type": Path, "help": "a file for what tests reach"},
+    },
+)

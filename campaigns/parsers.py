@@ -3,15 +3,18 @@ parses one and returns whether it was accepted.  Each runs in a process that is 
 
 import base64
 import json
-from contextlib import closing, suppress
+from contextlib import closing
 from types import SimpleNamespace
 
 import xxhash
 
+from campaigns.cases import in_file, lawful, sign_manifest, signed
 from campaigns.models import few_words, tiny_export
 from campaigns.requests import REQUESTS, request, schemas
-from slotmoe.errors import SlotmoeError
-from slotmoe.jsonfile import parse_json
+from campaigns.token_numbers import token_numbers
+from campaigns.weights import body
+from slotmoe.jsonfile import Json, parse_json
+from slotmoe.model import tokenizer
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.config import parse_config
 from slotmoe.model.generate import Sampling
@@ -21,51 +24,19 @@ from slotmoe.model.tiktoken import tokenizer_json
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.plan.advice import GEOMETRIES, geometry_path
-from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sessions.blocks import Block, BlockFolder, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved, listing
-from slotmoe.quant.export.layout import checksum, tensor_parts
+from slotmoe.quant.export.layout import checksum
 from slotmoe.quant.export.reader import Export
-from slotmoe.quant.export.validate import manifest_checksum
-from slotmoe.quant.export.verify import span_checksums
 from slotmoe.tools.chat.conversation import Conversation
 from tests.support.blocks import per_token
 from tests.support.gguf import write_gguf
 
 
-def lawful(action):
-    """Whether ``action`` went well; errors of ours are lawful, if they are one line."""
-    try:
-        action()
-    except SlotmoeError as problem:
-        if not str(problem).isprintable() or len(str(problem)) > 1000:
-            raise ValueError("not one line for people") from problem
-        return False
-    return True
-
-
-def in_file(path, good, read, end=b""):
-    """A parser whose input is a file's bytes, before ``end``."""
-
-    def parse(data):
-        path.write_bytes(data + end)
-        return lawful(read)
-
-    return [good], parse
-
-
-def signed(sign, values):
-    """JSON with the right checksum, as someone with bad intentions would write it, or the bytes as
-    they are where that can't be."""
-    with suppress(ValueError, AttributeError, TypeError, RecursionError):
-        return sign(json.loads(values))
-    return values
-
-
 def config(folder):
     corpus = [json.loads(geometry_path(name).read_text()) for name in GEOMETRIES]
     path = folder / "config.json"
-    return corpus, lambda data: lawful(lambda: parse_config(parse_json(data, path)))
+    return corpus, lambda data: lawful(lambda: parse_config(parse_json(data, path, Json)))
 
 
 def in_checkpoint(folder, name, read):
@@ -82,17 +53,18 @@ def opened(place):
         list(checkpoint.headers())
 
 
+def tokenizer_file(folder):
+    tokenizer._PARSER.close = lambda: None  # a process for each case takes a thousand times as long
+    return in_checkpoint(folder, "tokenizer.json", tokenized)
+
+
 def tokenized(place):
-    tokenizer = Tokenizer(place, 0)
-    tokenizer.decode(tokenizer.encode("Hello, w\u00f6rld \u4f60\u597d"))
+    made = Tokenizer(place, 0)
+    made.decode(made.encode("Hello, w\u00f6rld \u4f60\u597d"))
 
 
 def templated(place):
     Tokenizer(place, 0, verdicts=place / "verdicts").chat([{"role": "user", "content": "hi"}])
-
-
-def sign_manifest(values):
-    return json.dumps({**values, "checksum": manifest_checksum(values)}).encode()
 
 
 def manifest(folder):
@@ -106,42 +78,6 @@ def manifest(folder):
 
     good, parse = in_file(path, json.loads(path.read_bytes()), read)
     return good, lambda data: parse(signed(sign_manifest, data))
-
-
-def body(folder, file):
-    """Tensors or records with right checksums, which a model is opened with and computes from."""
-    export = tiny_export(folder)
-    (path,) = export.glob(file)
-    values = json.loads((export / "slotmoe.json").read_bytes())
-    entry = values["files"][str(path.relative_to(export))]
-    with Export.open(export) as opened:
-        size = opened.layout.record_bytes
-    good, start = path.read_bytes(), entry["header_bytes"]
-    if "records" in entry:
-        names = [*range(len(entry["records"]))]
-        spans = [(start + number * size, start + (number + 1) * size) for number in names]
-    else:
-        parts = tensor_parts(entry)
-        names, spans = [*parts], [part.span(start) for part in parts.values()]
-
-    def parse(data):
-        data = (data + good[start + len(data) :])[: len(good) - start]
-        path.write_bytes(good[:start] + data)
-        entry["checksum"], sums = span_checksums(path, spans)
-        for name, digest in zip(names, sums, strict=True):
-            if "records" in entry:
-                entry["records"][name] = digest
-            else:
-                entry["tensors"][name]["checksum"] = digest
-        (export / "slotmoe.json").write_bytes(sign_manifest(values))
-
-        def compute():
-            with Runtime.open(export, context=32, ram="1GiB", threads=1) as runtime:
-                list(runtime.generate([1, 2, 3], 2))
-
-        return lawful(compute)
-
-    return [good[start:]], parse
 
 
 def sign_session(values):
@@ -194,8 +130,8 @@ def block(folder):
     def parse(data):
         path.write_bytes(data[:-16] + xxhash.xxh3_128_digest(data[:-16]))
         found = (
-            store.read(bytes(16), 0, tokens[:9], per_token(24)),
-            store.read(bytes(16), 0, tokens, per_token(24)),
+            store.read(Block(bytes(16), 0, tokens[:9]), per_token(24)),
+            store.read(Block(bytes(16), 0, tokens), per_token(24)),
         )
         for read in filter(None, found):
             assert read[0].tokens == tokens and len(read[1]) == 24 * len(tokens)
@@ -258,6 +194,7 @@ PARSERS = {
     "tiktoken": tiktoken,
     **{f"body-{name}": lambda at, name=name: request(name) for name in REQUESTS},
     "schemas": schemas,
-    "tokenizer": lambda at: in_checkpoint(at, "tokenizer.json", tokenized),
+    "tokenizer": tokenizer_file,
+    "token-numbers": token_numbers,
     "template": lambda at: in_checkpoint(at, "tokenizer_config.json", templated),
 }

@@ -9,10 +9,12 @@ What such a fixture reaches counts for each test that asks for it; caches of the
 before each test.
 """
 
+import ctypes
 import faulthandler
 import functools
 import json
 import os
+import signal
 import sys
 import time
 from contextlib import suppress
@@ -120,3 +122,19 @@ def pytest_configure(config):
     # The process that only hands out tests runs none.
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         config.pluginmanager.register(Recorder(Path(os.environ["MUTANTS_FOLDER"])))
+
+
+def run_pytest(root, places, arguments, output):
+    """In a new process: in the tree ``root``, with the environment ``places``."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # when the campaign ends
+    os.setsid()
+    handle = os.open(output, os.O_WRONLY)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.environ |= places
+    os.chdir(root)
+    sys.path.insert(0, str(root))
+    for name in [name for name in sys.modules if name.startswith("campaigns")]:
+        del sys.modules[name]  # the checkout's
+    imported = "ignore::pytest.PytestAssertRewriteWarning"
+    sys.exit(pytest.main(["-p", "reached", "-W", imported, *arguments]))

@@ -1,6 +1,7 @@
 """Good requests to the server, and how it parses them, for the fuzzer."""
 
 import json
+from types import SimpleNamespace
 
 from pydantic import ValidationError
 
@@ -10,6 +11,8 @@ from slotmoe.tools.serve import anthropic, app, openai, response_items
 from slotmoe.tools.serve.bodies import check
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.grammar import Grammars
+from slotmoe.tools.serve.response_store import ResponseStore
+from slotmoe.tools.serve.responses import _conversation
 from slotmoe.tools.serve.rules import Schema
 from tests.support.tiny import SAMPLE
 
@@ -84,13 +87,14 @@ SCHEMA = {
 }
 
 
+SERVICE = SimpleNamespace(check_model=lambda name: None, responses=ResponseStore())
 # A good body, its class, and what is done with it: it becomes options and a conversation.
 REQUESTS = {
     "chat": (CHAT, openai.ChatRequest, lambda body: (body.options(4096), body.chat())),
     "responses": (
         RESPONSES,
         response_items.ResponsesRequest,
-        lambda body: (body.options(), body.chat(body.items())),
+        lambda body: (body.options(), body.chat(_conversation(SERVICE, "", body))),
     ),
     "messages": (MESSAGES, anthropic.MessagesRequest, lambda body: (body.options(), body.chat())),
     "completions": (

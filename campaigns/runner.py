@@ -11,7 +11,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -30,6 +30,9 @@ class Aim:
     def begin(self):
         """The time begins now."""
         self._began = self._shown = time.monotonic()
+
+    def close(self):
+        self._out.close()
 
     def goes_on(self, done: int) -> bool:
         """Whether more is wanted after ``done`` cases.  Shows how far it is now and then."""
@@ -97,9 +100,9 @@ def play(name: str, attack: Attack, given: argparse.Namespace) -> bool:
         os.environ["SLOTMOE_CACHE"] = f"{folder}/cache"
         with attack.prepare(Path(folder), given) as place:
             for part in given.parts or attack.parts:
-                aim = Aim(f"{name} {part}", given)
                 try:
-                    found = attack.run(place, part, aim)
+                    with closing(Aim(f"{name} {part}", given)) as aim:
+                        found = attack.run(place, part, aim)
                 except Exception as problem:
                     traceback.print_exc()
                     found = {"wrong": [repr(problem)]}

@@ -1,8 +1,11 @@
-"""A hundred clients of a server, for half an hour.
+"""A hundred clients of a server that keeps sessions, for half an hour, and eight threads beside
+them that generate in the server's process.
 
-They ask, leave in the middle, send half requests and nonsense, as each one's seed says.  Greedy
-answers must be those of a model that computes alone, and at the end the server has the places,
-slots, descriptors, threads and children of the beginning, and 5% more memory at most.
+Clients ask, go on with a text, leave in the middle, send half requests and nonsense, as each one's
+seed says.  What anybody gets must be what a model says that computes alone, and so must be what
+another process restores afterwards.  At the end the server has the places, slots, descriptors,
+threads and children of its start, and 2% more memory at most.  Its start is what is there at rest
+after a tenth of the time under the same load: then every kind of request has been answered often.
 """
 
 import http.client
@@ -17,38 +20,57 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 
+from campaigns.beside import texts_alone, write_texts
 from campaigns.models import sample_export
 from campaigns.runner import Attack
 from slotmoe.model.tokenizer import REPLACEMENT
 from slotmoe.offload.runtime import Runtime
+from tests.support.forkserver import COMMAND_LINE
 from tests.support.served import GREEDY, HALVES, PROMPTS, USER, start
 
 LENGTH = 60  # tokens of the longest answer
 TIMES = (1, 5, 20, 39)  # how often a prompt repeats its words
 SETTLING = 25  # seconds after which a connection that says nothing is gone
-GROWTH = 0.05
+GROWTH = 0.02
+LIMIT = 2 << 20  # bytes of sessions, a third of what the texts would take
+OPEN = {"context": 512, "ram": "2GiB"}
+PROGRAM = f"""
+from pathlib import Path
+from campaigns.beside import serve_beside
+serve_beside(Path({{!r}}))
+{COMMAND_LINE}
+"""
 IN_POOL = (os.cpu_count() or 1) + 4  # threads that asyncio starts on demand
 LAWFUL = {"200", "400", "404", "429", "None"}
 # What the server may write: asyncio, of clients that have left.
 SAID = {"WARNING:  Invalid HTTP request received.", "socket.send() raised exception."}
 
 
-def texts_alone(export):
-    """The greedy text of each prompt, token by token."""
-    prompts = [prompt * times for prompt in PROMPTS for times in TIMES]
-    with Runtime.open(export, context=512, ram="2GiB") as runtime:
-        return {
-            prompt: [token.text for token in runtime.generate(prompt, LENGTH)] for prompt in prompts
-        }
+def wanted_of(prompts, texts):
+    """The texts of the tokens that a greedy answer has, of prompts and of ids that go on with the
+    answer to one; a list of ids can't begin within a character."""
+    wanted = {}
+    for prompt, text in zip(prompts, texts, strict=True):
+        said = [part[2] for part in text.greedy]
+        wanted[prompt] = said
+        for begun in (1, 20, 40) if "".join(said).isascii() else ():
+            ids = (*text.prompt, *(id_ for id_, *_ in text.greedy[:begun]))
+            wanted[ids] = said[begun:]
+    return wanted
 
 
 class Clients:
-    """What clients of a server at ``port`` do; ``wanted`` are the texts of the tokens that greedy
-    answers to prompts have, ``wrong`` is what was not as it should be."""
+    """What clients of a server at ``port`` do; ``wanted`` is what ``wanted_of`` gives, ``wrong`` is
+    what was not as it should be."""
 
     def __init__(self, port, wanted):
         self.port, self.wanted, self.wrong = port, wanted, []
-        self.kinds, self.requests, self._lock = Counter(), 0, threading.Lock()
+        self._lock = threading.Lock()
+        self.begin()
+
+    def begin(self):
+        """Count from now on."""
+        self.kinds, self.requests, self.compared = Counter(), 0, 0
 
     def play(self, chance, goes_on):
         """One client; ``kinds`` counts how often each action had which status."""
@@ -56,13 +78,14 @@ class Clients:
             *(self.answer, self.stream, self.leave, self.abort, self.nonsense),
             *(self.page, self.half, self.converse),
         ]
+        prompts = [*self.wanted]
         while goes_on():
             time.sleep(chance.random())
-            action = chance.choice(actions)
+            action, prompt = chance.choice(actions), chance.choice(prompts)
             body = {
                 **GREEDY,
-                "prompt": chance.choice(PROMPTS) * chance.choice(TIMES),
-                "max_tokens": chance.randrange(1, LENGTH),
+                "prompt": prompt,
+                "max_tokens": chance.randint(1, len(self.wanted[prompt])),
                 "n": chance.choice([1, 1, 2]),
             }
             kind = f"{action.__name__} {action(chance, body)}"
@@ -88,6 +111,7 @@ class Clients:
     def check(self, body, texts):
         """Whether the ``texts`` are what the model says alone."""
         wanted = "".join(self.wanted[body["prompt"]][: body["max_tokens"]])
+        self.compared += len(texts)
         for text in texts:
             # The last token may be a part of a character.
             if text.rstrip(REPLACEMENT) != wanted.rstrip(REPLACEMENT):
@@ -164,27 +188,59 @@ class Clients:
         }
 
 
+def restored(export, folder, texts):
+    """What is wrong with what another process restores of the ``texts``, and how much that is."""
+    wrong = []
+    with Runtime.open(export, **OPEN) as runtime:
+        runtime.keep_in(folder, LIMIT, wrong.append)
+        for text in texts:
+            ids = [*text.prompt, *(id_ for id_, *_ in text.greedy[:40])]
+            found = [(token.id, token.logprob) for token in runtime.generate(ids, LENGTH - 40)]
+            if found != [part[:2] for part in text.greedy[40:]]:
+                wrong.append(f"restored {ids}: {found}")
+            runtime.engine.empty()
+        return wrong, runtime.stats()["sessions"]["restored_tokens"]
+
+
+def changed(before, after):
+    """What there is more or less of than there may be, and by how much memory grew."""
+    more = {"descriptors": 0, "children": 0, "slots": 0, "threads": IN_POOL}
+    wrong = [
+        f"{before[name]} {name}, then {after[name]}"
+        for name, most in more.items()
+        if not 0 <= after[name] - before[name] <= most
+    ]
+    growth = round(after["bytes"] / before["bytes"] - 1, 4)
+    if growth > GROWTH:
+        wrong.append(f"memory grew by {growth:.1%}")
+    return wrong, growth
+
+
 def run(folder, part, aim):
-    """After 10 seconds and a sixtieth of the time, in which the server becomes warm."""
     export, count = sample_export(folder), aim.given.clients
+    prompts = [prompt * times for prompt in PROMPTS for times in TIMES]
+    texts = texts_alone(export, prompts, LENGTH, **OPEN)
+    write_texts(folder, texts)
     options = ("--max-sequences", "8", "--max-queue", str(count // 2), "--no-log")
-    wanted = texts_alone(export)
-    child, port = start(export, *options)
-    process, clients, log = psutil.Process(child.pid), Clients(port, wanted), set()
+    options += ("--session-dir", folder / "kept", "--session-limit", LIMIT)
+    child, port = start(export, *options, program=PROGRAM.format(str(folder)))
+    process, log = psutil.Process(child.pid), set()
+    clients, go, done = Clients(port, wanted_of(prompts, texts)), folder / "go", folder / "done"
     reader = threading.Thread(target=lambda: log.update(line.strip() for line in child.stderr))
     reader.start()
-    warm = time.monotonic() + 10 + aim.given.seconds / 60
+    warm = time.monotonic() + max(20, aim.given.seconds / 10)
     try:
         with ThreadPoolExecutor(count) as pool:
 
             def play(goes_on):
                 chances = [random.Random(aim.chance.random()) for _ in range(count)]
+                go.touch()
                 list(pool.map(lambda chance: clients.play(chance, goes_on), chances))
+                go.unlink()
 
             play(lambda: time.monotonic() < warm)
-            before = clients.settled(process)
-            clients.kinds.clear()
-            clients.requests = 0
+            before, beside = clients.settled(process), done.stat().st_size
+            clients.begin()
             aim.begin()
             play(lambda: aim.goes_on(clients.requests))
         after = clients.settled(process)
@@ -195,18 +251,15 @@ def run(folder, part, aim):
         reader.join()
         child.stderr.close()
     kinds = dict(sorted(clients.kinds.items()))
-    wrong = clients.wrong + [f"said {line!r}" for line in log - SAID]
+    figures = {"requests": clients.requests, "compared": clients.compared}
+    figures["beside"] = done.stat().st_size - beside
+    wrong, figures["restored tokens"] = restored(export, folder / "kept", texts)
+    wrong += [f"no {name}" for name, figure in figures.items() if not figure]
+    more, growth = changed(before, after)
+    wrong += clients.wrong + more + [f"said {line!r}" for line in log - SAID]
     wrong += [f"status {status}" for status in {kind.split()[1] for kind in kinds} - LAWFUL]
-    wrong += [
-        f"{before[name]} {name}, then {after[name]}"
-        for name, more in (("descriptors", 0), ("children", 0), ("slots", 0), ("threads", IN_POOL))
-        if not 0 <= after[name] - before[name] <= more
-    ]
-    growth = after["bytes"] / before["bytes"] - 1
-    if growth > GROWTH:
-        wrong.append(f"memory grew by {growth:.1%}")
-    figures = {"requests": clients.requests, "growth": round(growth, 4), "kinds": kinds}
-    return {"clients": count, **figures, "before": before, "after": after, "wrong": wrong}
+    figures |= {"growth": growth, "kinds": kinds, "before": before, "after": after}
+    return {"clients": count, **figures, "wrong": [text[:500] for text in wrong[:50]]}
 
 
 OPTIONS = {"clients": {"type": int, "default": 100, "help": "at once [100]"}}

@@ -8,23 +8,30 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { NONE, BAD_DISK, FULL_DISK, INTERRUPTED, SHORT, KILLED, UNSYNCED, KINDS };
-enum { READS = 1, WRITES = 2, OPENS = 4, SYNCS = 8, NAMES = 16 };
+enum { NONE, BAD_DISK, FULL_DISK, INTERRUPTED, SHORT, KILLED, UNSYNCED, NO_LOCKS, QUOTA, TOO_BIG, KINDS };
+enum { READS = 1, WRITES = 2, OPENS = 4, SYNCS = 8, NAMES = 16, LOCKS = 32, SIZES = 64 };
 static const int meets[] = {
     [NONE] = 0,
-    [BAD_DISK] = READS | WRITES | OPENS | SYNCS | NAMES,
-    [FULL_DISK] = WRITES | NAMES,
+    [BAD_DISK] = READS | WRITES | OPENS | SYNCS | NAMES | LOCKS | SIZES,
+    [FULL_DISK] = WRITES | NAMES | SIZES,
     [INTERRUPTED] = READS | WRITES | OPENS | SYNCS,
     [SHORT] = READS | WRITES,
-    [KILLED] = WRITES | OPENS | SYNCS | NAMES,
+    [KILLED] = WRITES | OPENS | SYNCS | NAMES | SIZES,
     [UNSYNCED] = SYNCS,
+    [NO_LOCKS] = LOCKS,
+    [QUOTA] = WRITES | NAMES | SIZES,
+    [TOO_BIG] = WRITES | SIZES,
 };
 static const int numbers[] = {
-    [BAD_DISK] = EIO, [FULL_DISK] = ENOSPC, [INTERRUPTED] = EINTR, [UNSYNCED] = EIO};
+    [BAD_DISK] = EIO, [FULL_DISK] = ENOSPC, [INTERRUPTED] = EINTR, [UNSYNCED] = EIO,
+    [NO_LOCKS] = ENOLCK, [QUOTA] = EDQUOT, [TOO_BIG] = EFBIG};
 static char root[4096];
 static int kind, onwards;
 static long first, calls[KINDS];
@@ -111,8 +118,14 @@ OPEN(open64)
   }
 ON_FILE(fsync, SYNCS, )
 ON_FILE(fdatasync, SYNCS, )
-ON_FILE(ftruncate, NAMES, COMMA off_t size, COMMA size)
-ON_FILE(ftruncate64, NAMES, COMMA off64_t size, COMMA size)
+ON_FILE(ftruncate, SIZES, COMMA off_t size, COMMA size)
+ON_FILE(ftruncate64, SIZES, COMMA off64_t size, COMMA size)
+ON_FILE(flock, LOCKS, COMMA int operation, COMMA operation)
+
+void *mmap(void *near, size_t size, int access, int flags, int file, off_t offset) {
+  if (file >= 0 && fails_open(file, READS)) return MAP_FAILED;
+  return (void *)syscall(SYS_mmap, near, size, access, flags, file, offset);
+}
 
 #define ON_NAME(name, more, ...)                                           \
   int name(const char *path more) {                                        \

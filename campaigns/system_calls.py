@@ -2,8 +2,8 @@
 
 A process that has imported everything forks a child for each attempt.  The shim of shim.c, which is
 preloaded, lets the child's n-th call on a file of its work fail, or all from the n-th on.  The exit
-code must be one of the contract, a failure is one line, no wrong byte is left under a final name,
-and the same command then makes what an undisturbed one makes.
+code must be one of the contract, a failure is one line that names the file, no wrong byte is left
+under a final name, and the same command then makes what an undisturbed one makes.
 """
 
 import ctypes
@@ -26,8 +26,9 @@ from tests.support.disk import digests, forked
 KINDS = {
     **{"bad-disk": 1, "full-disk": 2, "interrupted": 3, "short": 4, "killed": 5},
     "unsynced": 6,  # a bad disk that only fsync reports
+    **{"no-locks": 7, "quota": 8, "too-big": 9},
 }
-LASTING = ("bad-disk", "full-disk", "short")  # the others happen once
+LASTING = ("bad-disk", "full-disk", "short", "quota")  # the others happen once
 HARMLESS = ("interrupted", "short")
 
 
@@ -112,6 +113,12 @@ class Child:
         sys.stderr.flush()
         os._exit(code)
 
+    def names_file(self):
+        """Whether either stream says which it is."""
+        out = self.work / "stdout"
+        said = self.error + (out.read_text(errors="replace") if out.exists() else "")
+        return f"{self.work.parent}/" in said or "stdin or stdout" in said
+
     def judge(self, kind, code):
         """What is wrong with the outcome, or nothing."""
         found, said = self.made(), self.error.splitlines()[-1:]
@@ -123,6 +130,8 @@ class Child:
             return f"{said}"
         elif code and not (said and said[0].startswith("slotmoe: ")):
             return f"no line of ours: {said}"
+        elif code and not self.names_file():
+            return f"names no file: {said}"
         if code == 0 and found != self.wanted:
             return "wrong bytes, and exit code 0"
         if kind == "unsynced" and os.strerror(errno.EIO) not in self.error:

@@ -1,17 +1,21 @@
 """A model's attention and residual streams as ``config.json`` says, in any publisher's words."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Annotated, get_origin, get_type_hints
+from typing import Annotated, Literal, TypedDict
 
-from slotmoe.jsonfile import Json, Kind, ListOf, check, integer, number, one_of
+from msgspec import Meta, Struct
+
+from slotmoe.jsonfile import Json, typed
 from slotmoe.model.families import Family
 
 MAX_INT = 1 << 31
-POSITIVE, NOT_NEGATIVE = number(1e-30, 1e30), number(0, 1e30)
-_SIZE = integer(1, 1 << 20)
+Positive = Annotated[float, Meta(ge=1e-30, le=1e30)]
+_NotNegative = Annotated[float, Meta(ge=0, le=1e30)]
+_Size = Annotated[int, Meta(ge=1, le=1 << 20)]
+_Width = Annotated[int, Meta(ge=1, le=1 << 16)]
+_Heads = Annotated[int, Meta(ge=1, le=4096)]
 
 _RATIOS = {
     "sliding_attention": 0,
@@ -19,6 +23,9 @@ _RATIOS = {
     "heavily_compressed_attention": 128,
 }
 """Positions that become one, by transformers' name of such a layer."""
+_LayerType = Literal[
+    "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
+]
 
 # Values of V4 that its config.json leaves out or repeats.
 OF_V4 = {"num_key_value_heads": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True}
@@ -29,14 +36,14 @@ OF_V4 |= {"first_k_dense_replace": 0, "moe_layer_freq": 1, "rope_interleave": Tr
 class Rope:
     """Rotary embedding settings (YaRN: arXiv 2309.00071).  ``factor`` 1.0 means plain RoPE."""
 
-    rope_theta: Annotated[float, POSITIVE]
-    factor: Annotated[float, POSITIVE] = 1.0
-    original_max_position_embeddings: Annotated[int, integer(1, MAX_INT)] = 1
-    beta_fast: Annotated[float, POSITIVE] = 32.0
-    beta_slow: Annotated[float, POSITIVE] = 1.0
-    mscale: Annotated[float, NOT_NEGATIVE] = 1.0
-    mscale_all_dim: Annotated[float, NOT_NEGATIVE] = 0.0
-    llama_4_scaling_beta: Annotated[float, NOT_NEGATIVE] = 0.0  # 0: queries are not scaled
+    rope_theta: Positive
+    factor: Positive = 1.0
+    original_max_position_embeddings: Annotated[int, Meta(ge=1, le=MAX_INT)] = 1
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    mscale: _NotNegative = 1.0
+    mscale_all_dim: _NotNegative = 0.0
+    llama_4_scaling_beta: _NotNegative = 0.0  # 0: queries are not scaled
 
     def _mscale(self, mscale: float) -> float:
         return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
@@ -52,15 +59,14 @@ class Rope:
         return self._mscale(self.mscale_all_dim) ** 2
 
 
-@dataclass(frozen=True)
-class Indexer:
+class Indexer(Struct, frozen=True, rename=lambda name: f"index_{name}"):
     """What picks the best ``topk`` positions (of the compressed ones where attention compresses):
     ``full`` says of each layer whether it has its own, else it takes the choice of the layer
     before.  ``halves``: what is rotated are two halves, not pairs side by side."""
 
-    n_heads: Annotated[int, integer(1, 4096)]
-    head_dim: Annotated[int, _SIZE]
-    topk: Annotated[int, _SIZE]
+    n_heads: _Heads
+    head_dim: _Size
+    topk: _Size
     full: tuple[bool, ...]
     halves: bool
 
@@ -71,51 +77,71 @@ class Compressed:
     overlapping windows and of which an indexer picks, 128, or 0 for none.  Each layer also attends
     to the last ``sliding_window`` positions.  ``rope`` is that of layers with a ratio."""
 
-    head_dim: Annotated[int, integer(1, 1 << 16)]
-    sliding_window: Annotated[int, _SIZE]
-    o_groups: Annotated[int, integer(1, 4096)]
-    o_lora_rank: Annotated[int, _SIZE]
+    head_dim: _Width
+    sliding_window: _Size
+    o_groups: _Heads
+    o_lora_rank: _Size
     ratios: tuple[int, ...]
     rope: Rope
 
 
-@dataclass(frozen=True)
-class HyperConnections:
+class HyperConnections(Struct, frozen=True, rename=lambda name: f"hc_{name}"):
     """``mult`` residual streams (arXiv 2512.24880), mixed by matrices that ``sinkhorn_iters`` steps
     make doubly stochastic; ``eps`` keeps them from zero."""
 
-    mult: Annotated[int, integer(1, 64)]
-    sinkhorn_iters: Annotated[int, integer(1, 1000)]
-    eps: Annotated[float, POSITIVE]
+    mult: Annotated[int, Meta(ge=1, le=64)]
+    sinkhorn_iters: Annotated[int, Meta(ge=1, le=1000)]
+    eps: Positive
 
 
-def kinds_of(of: type) -> dict[str, Kind]:
-    hints = get_type_hints(of, include_extras=True).items()
-    return {key: hint.__metadata__[0] for key, hint in hints if get_origin(hint) is Annotated}
+class _KeysOfV4(Struct):
+    """What else DeepSeek's own ``config.json`` says of V4 alone."""
+
+    compress_ratios: Annotated[list[Literal[0, 4, 128]], Meta(min_length=1, max_length=1100)]
+    num_hash_layers: Annotated[int, Meta(ge=0, le=1000)]
+    swiglu_limit: _NotNegative
+    rope_theta: Positive
+    compress_rope_theta: Positive
+    rope_scaling: Json | None
 
 
-_ROPE, _COMPRESSED = kinds_of(Rope), kinds_of(Compressed)
-_INDEXER = {f"index_{key}": kind for key, kind in kinds_of(Indexer).items()}
-_HYPER = {f"hc_{key}": kind for key, kind in kinds_of(HyperConnections).items()}
-_OF_V4: dict[str, object] = {
-    **_COMPRESSED,
-    **_HYPER,
-    "compress_ratios": ListOf(one_of(*_RATIOS.values()), 1, 1100),
-    "num_hash_layers": integer(0, 1000),
-    "swiglu_limit": NOT_NEGATIVE,
-    "rope_theta": POSITIVE,
-    "compress_rope_theta": POSITIVE,
-}
-KNOWN_KEYS = _INDEXER.keys() | _OF_V4
+class _IndexerLayers(Struct):
+    """Which layers have an indexer, in the words of one publisher or another."""
+
+    indexer_types: list[Literal["full", "shared"]] | None = None
+    index_topk_pattern: str | list[str] | None = None
+    index_topk_freq: Annotated[int, Meta(ge=1, le=1000)] = 1
+    index_skip_topk_offset: Annotated[int, Meta(ge=0, le=1000)] = 2
+
+
+_MainRope = TypedDict("_MainRope", {"rope_type": Literal["default"], "rope_theta": Positive})
+_Ropes = TypedDict("_Ropes", {"main": _MainRope, "compress": Json})
+
+
+class _KeysOfHub(Struct):
+    """What a ``config.json`` of V4 in the words of transformers 5 says in its own way."""
+
+    head_dim: _Width
+    num_hidden_layers: Annotated[int, Meta(ge=1, le=1000)]
+    qk_rope_head_dim: _Width | None = None
+    partial_rotary_factor: Annotated[float, Meta(ge=0, le=1)] | None = None
+    layer_types: list[_LayerType] | None = None
+    compress_rates: dict[str, int] | None = None
+    mlp_layer_types: list[Literal["hash_moe", "moe"]] | None = None
+    rope_parameters: _Ropes | None = None
+
+
+_READ = (Indexer, HyperConnections, _KeysOfV4)
+KNOWN_KEYS = {key for of in _READ for key in of.__struct_encode_fields__}
+KNOWN_KEYS |= {field.name for field in fields(Compressed)}
 
 
 def parts_of_mla(values: Json, family: Family) -> Json:
     """``rope`` and ``indexer`` of a model with latent attention."""
     keys = [key for key in ("rope_parameters", "rope_scaling") if values.get(key) is not None]
-    for key in keys:
-        check(values[key], {}, key)
+    given = [typed(values[key], Json, key) for key in keys]
     settings = {"rope_theta": values.get("rope_theta", 10000.0)}
-    rope = _rope({**settings, **(values[keys[0]] if keys else {})}, values, family)
+    rope = _rope({**settings, **(given[0] if given else {})}, values, family)
     if not family.indexed:
         return {"rope": rope}
     if values["q_lora_rank"] is None:
@@ -125,40 +151,39 @@ def parts_of_mla(values: Json, family: Family) -> Json:
 
 
 def _indexer(values: Json, full: tuple[bool, ...], halves: bool) -> Indexer:
-    check(values, _INDEXER)
-    heads, width, topk = (values[key] for key in _INDEXER)
-    if width < (rotated := values["qk_rope_head_dim"]):
+    indexer = typed({**values, "index_full": full, "index_halves": halves}, Indexer)
+    if (width := indexer.head_dim) < (rotated := values["qk_rope_head_dim"]):
         raise ValueError(f"index_head_dim is {width}, expected at least qk_rope_head_dim {rotated}")
-    return Indexer(heads, width, topk, full, halves)
+    return indexer
 
 
 def parts_of_v4(values: Json, family: Family) -> Json:
     """What only DeepSeek-V4 has, of ``values`` in the hub's words.  YaRN multiplies neither cosine
     and sine nor scores by a factor."""
-    check(values, _OF_V4)
-    layers, ratios = values["num_hidden_layers"], tuple(values["compress_ratios"])
+    given, layers = typed(values, _KeysOfV4), values["num_hidden_layers"]
+    ratios = tuple(given.compress_ratios)
     if len(ratios) < layers or any(ratios[layers:]):
         problem = f"says {list(ratios)!r:.80}, expected {layers}, and 0 for what follows"
         raise ValueError(f"compress_ratios {problem}")
-    if (heads := values["num_attention_heads"]) % (groups := values["o_groups"]):
-        raise ValueError(f"num_attention_heads {heads} is not a multiple of o_groups {groups}")
-    if values["num_hash_layers"] > layers:
-        problem = f"is {values['num_hash_layers']}, but num_hidden_layers is {layers}"
+    if given.num_hash_layers > layers:
+        problem = f"is {given.num_hash_layers}, but num_hidden_layers is {layers}"
         raise ValueError(f"num_hash_layers {problem}")
     if values["q_lora_rank"] is None:
         raise ValueError("q_lora_rank is null, expected a number")
-    check(scaling := values["rope_scaling"] or {}, {}, "rope_scaling")
-    settings = {**scaling, "rope_theta": values["compress_rope_theta"]}
+    settings = {**(given.rope_scaling or {}), "rope_theta": given.compress_rope_theta}
     rope = replace(_rope(settings, values, family), mscale=0.0, mscale_all_dim=0.0)
     ratios = ratios[:layers]
     full = tuple(ratio == _RATIOS["compressed_sparse_attention"] for ratio in ratios)
+    compressed = typed({**values, "ratios": ratios, "rope": rope}, Compressed)
+    if (heads := values["num_attention_heads"]) % (groups := compressed.o_groups):
+        raise ValueError(f"num_attention_heads {heads} is not a multiple of o_groups {groups}")
     return {
-        "rope": Rope(float(values["rope_theta"])),
+        "rope": Rope(given.rope_theta),
         "indexer": _indexer(values, full, family.index_halves),
-        "compressed": Compressed(**floats(values, _COMPRESSED), ratios=ratios, rope=rope),
-        "hyper": HyperConnections(*floats(values, _HYPER).values()),
-        "num_hash_layers": values["num_hash_layers"],
-        "swiglu_limit": float(values["swiglu_limit"]),
+        "compressed": compressed,
+        "hyper": typed(values, HyperConnections),
+        "num_hash_layers": given.num_hash_layers,
+        "swiglu_limit": given.swiglu_limit,
     }
 
 
@@ -178,13 +203,15 @@ def _rope(settings: Json, values: Json, family: Family) -> Rope:
     if kind != "yarn":
         required = {"rope_theta"}
         settings = {key: settings[key] for key in required}
-    if unknown := sorted(settings.keys() - _ROPE):
+    if unknown := sorted(settings.keys() - {field.name for field in fields(Rope)}):
         raise ValueError(f"rope setting {unknown[0]!r:.80} is not supported")
-    check(settings, {key: _ROPE[key] for key in _ROPE if key in required | settings.keys()}, "rope")
-    if kind == "yarn" and settings["rope_theta"] <= 1:
+    if missing := sorted(required - settings.keys()):
+        raise ValueError(f"rope.{missing[0]} is missing")
+    rope = typed(settings, Rope, "rope")
+    if kind == "yarn" and rope.rope_theta <= 1:
         problem = "expected more than 1, whose logarithm YaRN divides by"
-        raise ValueError(f"rope.rope_theta is {settings['rope_theta']}, {problem}")
-    return Rope(**floats(settings, _ROPE))
+        raise ValueError(f"rope.rope_theta is {rope.rope_theta}, {problem}")
+    return rope
 
 
 def _check_rotated_part(values: Json, factor: object) -> None:
@@ -197,40 +224,39 @@ def _check_rotated_part(values: Json, factor: object) -> None:
             raise ValueError(f"partial_rotary_factor {problem}")
 
 
-def floats(values: Json, kinds: Mapping[str, Kind]) -> Json:
-    """What ``values`` has of these kinds; real numbers that JSON spells as integers as floats."""
-    reals, given = (POSITIVE, NOT_NEGATIVE), {key: values[key] for key in kinds if key in values}
-    return {key: float(value) if kinds[key] in reals else value for key, value in given.items()}
-
-
 def in_hub_words(given: Json) -> Json:
     """The ``config.json`` of a DeepSeek-V4 in the words of DeepSeek's own files, if it is in those
     of transformers 5, with what latent attention would say.  ``ValueError`` names the key."""
-    check(given, {"head_dim": integer(1, 1 << 16), "num_hidden_layers": integer(1, 1000)})
-    values, layers, width = dict(given), given["num_hidden_layers"], given["head_dim"]
-    if given.get("layer_types") is not None:
-        check(given, {"layer_types": ListOf(one_of(*_RATIOS), layers, layers)})
-        rates = {name: one_of(ratio) for name, ratio in _RATIOS.items() if ratio}
-        check(given, {"compress_rates": rates})
-        _set(values, "compress_ratios", [_RATIOS[name] for name in given["layer_types"]])
-    if given.get("mlp_layer_types") is not None:
-        check(given, {"mlp_layer_types": ListOf(one_of("hash_moe", "moe"), layers, layers)})
-        count = given["mlp_layer_types"].count("hash_moe")
-        if "hash_moe" in given["mlp_layer_types"][count:]:
-            raise ValueError("mlp_layer_types has a hash_moe layer behind a moe one, expected none")
+    hub, values = typed(given, _KeysOfHub), dict(given)
+    layers, width, rotated = hub.num_hidden_layers, hub.head_dim, hub.qk_rope_head_dim
+    if (types := hub.layer_types) is not None:
+        rates = hub.compress_rates or {}
+        for name, ratio in _RATIOS.items():
+            if ratio and rates.get(name) != ratio:
+                found = f"is {rates[name]}, which is not {ratio}" if name in rates else "is missing"
+                raise ValueError(f"compress_rates.{name} {found}")
+        if len(types) != layers:
+            raise ValueError(f"layer_types has {len(types)} values, expected {layers}")
+        _set(values, "compress_ratios", [_RATIOS[name] for name in types])
+    if (moes := hub.mlp_layer_types) is not None:
+        count = moes.count("hash_moe")
+        if len(moes) != layers or "hash_moe" in moes[count:]:
+            problem = f"has {len(moes)} values for {layers} layers"
+            raise ValueError(f"mlp_layer_types {problem}, or a hash_moe layer behind a moe one")
         _set(values, "num_hash_layers", count)
-    if given.get("rope_parameters") is not None:
-        theta = {"rope_theta": POSITIVE}
-        kinds = {"main": {"rope_type": one_of("default"), **theta}, "compress": theta}
-        check(given, {"rope_parameters": kinds})
-        main, compress = (given["rope_parameters"][name] for name in kinds)
-        values |= {"rope_scaling": compress, "rope_theta": main["rope_theta"]}
-        values["compress_rope_theta"] = compress["rope_theta"]
-    if given.get("qk_rope_head_dim") is None:
-        check(given, {"partial_rotary_factor": number(0, 1)})
-        values["qk_rope_head_dim"] = int(width * given["partial_rotary_factor"])
-    check(values, {"qk_rope_head_dim": integer(1, width - 1)})
-    values["qk_nope_head_dim"] = width - values["qk_rope_head_dim"]
+    if (ropes := hub.rope_parameters) is not None:
+        values["rope_scaling"], values["rope_theta"] = (
+            ropes["compress"],
+            ropes["main"]["rope_theta"],
+        )
+        values["compress_rope_theta"] = ropes["compress"].get("rope_theta")
+    if rotated is None:
+        if hub.partial_rotary_factor is None:
+            raise ValueError("partial_rotary_factor is missing")
+        rotated = int(width * hub.partial_rotary_factor)
+    if not 0 < rotated < width:
+        raise ValueError(f"qk_rope_head_dim is {rotated}, expected 1 to {width - 1}")
+    values |= {"qk_rope_head_dim": rotated, "qk_nope_head_dim": width - rotated}
     values |= dict.fromkeys(("kv_lora_rank", "v_head_dim"), width)
     values["intermediate_size"] = values.get("moe_intermediate_size")
     return {"rope_scaling": None, **values}
@@ -245,21 +271,19 @@ def _set(values: Json, key: str, value: object) -> None:
 def _full_indexers(values: Json) -> tuple[bool, ...]:
     """Which layers have an indexer of their own, by the first of ``indexer_types``,
     ``index_topk_pattern`` and ``index_topk_freq`` that is there; else all.  ``ValueError``."""
-    layers: int = values["num_hidden_layers"]
-    for key, words in (("indexer_types", ("full", "shared")), ("index_topk_pattern", ("F", "S"))):
-        if (given := values.get(key)) is None:
-            continue
-        spelled = list(given) if isinstance(given, str) else given
-        words = ("full", "shared") if "full" in spelled else words
-        check({key: spelled}, {key: ListOf(one_of(*words), layers, layers)})
-        full = tuple(word == words[0] for word in spelled)
-        break
-    else:
-        step, offset = values.get("index_topk_freq", 1), values.get("index_skip_topk_offset", 2)
-        key = "index_topk_freq"
-        check({key: step}, {key: integer(1, 1000)})
-        check({"index_skip_topk_offset": offset}, {"index_skip_topk_offset": integer(0, 1000)})
-        full = tuple(max(layer - offset + 1, 0) % step == 0 for layer in range(layers))
+    given, layers = typed(values, _IndexerLayers), values["num_hidden_layers"]
+    step, offset = given.index_topk_freq, given.index_skip_topk_offset
+    full = tuple(max(layer - offset + 1, 0) % step == 0 for layer in range(layers))
+    key, words = "index_topk_freq", given.indexer_types
+    if words is not None:
+        key = "indexer_types"
+    elif given.index_topk_pattern is not None:
+        key, words = "index_topk_pattern", [*given.index_topk_pattern]
+    if words is not None:
+        if len(words) != layers or ({*words} - {"F", "S"} and {*words} - {"full", "shared"}):
+            expected = f"expected {layers} of F or S, or of full or shared"
+            raise ValueError(f"{key} is {words!r:.80}, {expected}")
+        full = tuple(word in ("F", "full") for word in words)
     if not full[0]:
         raise ValueError(f"{key} leaves the first layer without an indexer, expected one")
     return full

@@ -8,20 +8,23 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, TypedDict
 
-from slotmoe import jsonfile
+from msgspec import Meta, Struct, structs
+
 from slotmoe.errors import ConfigError
-from slotmoe.jsonfile import FLAG, Json, ListOf, check, integer, one_of, or_null, read_json
+from slotmoe.jsonfile import Json, parse_json, read_json, typed
 from slotmoe.model import attention
-from slotmoe.model.attention import MAX_INT, POSITIVE, kinds_of
+from slotmoe.model.attention import MAX_INT, Positive
 from slotmoe.model.checkpoint.encodings import Encoding, parse_encoding
 from slotmoe.model.families import FAMILIES, OTHERS, WRAPPERS, Family
 from slotmoe.model.files import ReadFile
 
 MAX_CONFIG_BYTES = 1 << 20
 
-_TOKEN_IDS = ListOf(integer(0, MAX_INT - 1), 0, 64)
+_TokenId = Annotated[int, Meta(ge=0, le=MAX_INT - 1)]
+_Ends = Annotated[list[_TokenId], Meta(min_length=0, max_length=64)] | _TokenId | None
+_LayerTypes = Annotated[list[Literal["dense", "sparse"]], Meta(min_length=1, max_length=1000)]
 _SUPPORTED: dict[str, tuple[object, ...]] = {  # values that every family has; absent is fine too
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
@@ -42,41 +45,46 @@ _OUTER = ("bos_token_id", "eos_token_id", "tie_word_embeddings", "quantization_c
 
 
 @dataclass(frozen=True)
-class Config:
-    """Geometry of one model.  Names are those of DeepSeek's ``config.json``; beside the type of a
-    value that is read from there as it is stands what it has to be.
+class Geometry:
+    """What a ``Config`` reads from ``config.json`` as it is.  Names are DeepSeek's."""
+
+    vocab_size: Annotated[int, Meta(ge=1, le=1 << 24)]
+    hidden_size: Annotated[int, Meta(ge=1, le=1 << 20)]
+    intermediate_size: Annotated[int, Meta(ge=1, le=1 << 22)]
+    moe_intermediate_size: Annotated[int, Meta(ge=1, le=1 << 20)]
+    num_hidden_layers: Annotated[int, Meta(ge=1, le=1000)]
+    num_attention_heads: Annotated[int, Meta(ge=1, le=4096)]
+    n_routed_experts: Annotated[int, Meta(ge=1, le=4096)]
+    n_shared_experts: Annotated[int, Meta(ge=0, le=256)]  # 0: none
+    num_experts_per_tok: Annotated[int, Meta(ge=1, le=256)]
+    n_group: Annotated[int, Meta(ge=1, le=4096)]
+    topk_group: Annotated[int, Meta(ge=1, le=4096)]
+    norm_topk_prob: bool
+    routed_scaling_factor: Positive
+    first_k_dense_replace: Annotated[int, Meta(ge=0, le=MAX_INT)]
+    moe_layer_freq: Annotated[int, Meta(ge=1, le=MAX_INT)]
+    q_lora_rank: Annotated[int, Meta(ge=1, le=1 << 20)] | None
+    kv_lora_rank: Annotated[int, Meta(ge=1, le=1 << 20)]
+    qk_nope_head_dim: Annotated[int, Meta(ge=1, le=1 << 16)]
+    qk_rope_head_dim: Annotated[int, Meta(ge=1, le=1 << 16)]
+    v_head_dim: Annotated[int, Meta(ge=1, le=1 << 16)]
+    rms_norm_eps: Positive
+    rope_interleave: bool  # rotated pairs stand side by side
+    max_position_embeddings: Annotated[int, Meta(ge=1, le=MAX_INT)]
+    tie_word_embeddings: bool
+    num_nextn_predict_layers: Annotated[int, Meta(ge=0, le=1000)]
+
+
+@dataclass(frozen=True)
+class Config(Geometry):
+    """Geometry of one model.
 
     ``text_only``: the checkpoint also has parts that are not text, which are left out.  ``mtp``:
     the head that predicts one token more is used, as layer ``num_hidden_layers``.
     """
 
     family: Family
-    vocab_size: Annotated[int, integer(1, 1 << 24)]
-    hidden_size: Annotated[int, integer(1, 1 << 20)]
-    intermediate_size: Annotated[int, integer(1, 1 << 22)]
-    moe_intermediate_size: Annotated[int, integer(1, 1 << 20)]
-    num_hidden_layers: Annotated[int, integer(1, 1000)]
-    num_attention_heads: Annotated[int, integer(1, 4096)]
-    n_routed_experts: Annotated[int, integer(1, 4096)]
-    n_shared_experts: Annotated[int, integer(0, 256)]  # 0: none
-    num_experts_per_tok: Annotated[int, integer(1, 256)]
-    n_group: Annotated[int, integer(1, 4096)]
-    topk_group: Annotated[int, integer(1, 4096)]
-    norm_topk_prob: Annotated[bool, FLAG]
-    routed_scaling_factor: Annotated[float, POSITIVE]
-    first_k_dense_replace: Annotated[int, integer(0, MAX_INT)]
-    moe_layer_freq: Annotated[int, integer(1, MAX_INT)]
-    q_lora_rank: Annotated[int | None, or_null(integer(1, 1 << 20))]
-    kv_lora_rank: Annotated[int, integer(1, 1 << 20)]
-    qk_nope_head_dim: Annotated[int, integer(1, 1 << 16)]
-    qk_rope_head_dim: Annotated[int, integer(1, 1 << 16)]
-    v_head_dim: Annotated[int, integer(1, 1 << 16)]
-    rms_norm_eps: Annotated[float, POSITIVE]
     rope: attention.Rope
-    rope_interleave: Annotated[bool, FLAG]  # rotated pairs stand side by side
-    max_position_embeddings: Annotated[int, integer(1, MAX_INT)]
-    tie_word_embeddings: Annotated[bool, FLAG]
-    num_nextn_predict_layers: Annotated[int, integer(0, 1000)]
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     indexer: attention.Indexer | None = None
@@ -111,7 +119,7 @@ class Config:
         """A model of ``layer`` only, its first."""
         indexer, compressed = self.indexer, self.compressed
         if indexer is not None:
-            indexer = replace(indexer, full=(self.has_indexer(layer),))
+            indexer = structs.replace(indexer, full=(self.has_indexer(layer),))
         if compressed is not None:
             compressed = replace(compressed, ratios=(self.ratio(layer),))
         return replace(
@@ -168,9 +176,16 @@ class Config:
         return ["only the text part of this model is used"] if self.text_only else []
 
 
-_CONFIG = kinds_of(Config)
+_Wrapper = TypedDict("_Wrapper", {"text_config": Json})
+
+
+class _TokenIds(Struct):
+    bos_token_id: _Ends = None
+    eos_token_id: _Ends = None
+
+
 # With these, the keys that don't change what the network computes or are read below.
-_KNOWN_KEYS = {*_CONFIG, *_SUPPORTED, *attention.KNOWN_KEYS} | set(
+_KNOWN_KEYS = {*vars(Geometry)["__annotations__"], *_SUPPORTED, *attention.KNOWN_KEYS} | set(
     """attention_dropout auto_map aux_loss_alpha bos_token_id dtype eos_token_id
     initializer_range model_type num_key_value_heads output_router_logits pad_token_id
     pretraining_tp qk_head_dim quantization_config rope_parameters rope_scaling seq_aux
@@ -192,7 +207,7 @@ def parse_config(values: Json, where: str = "config.json") -> Config:
 
 def read_config(path: Path) -> Config:
     """The ``Config`` in the file ``path``."""
-    return parse_config(read_json(path, MAX_CONFIG_BYTES), str(path))
+    return parse_config(read_json(path, MAX_CONFIG_BYTES, Json), str(path))
 
 
 def config_among(read: ReadFile, where: Path) -> Config:
@@ -200,7 +215,7 @@ def config_among(read: ReadFile, where: Path) -> Config:
     path = where / "config.json"
     if (data := read("config.json", MAX_CONFIG_BYTES)) is None:
         raise ConfigError(f"{path}: is missing; not a model in Hugging Face's format")
-    return parse_config(jsonfile.parse_json(data, path), str(path))
+    return parse_config(parse_json(data, path, Json), str(path))
 
 
 def _parse(outer: Json) -> Config:
@@ -215,12 +230,13 @@ def _parse(outer: Json) -> Config:
         values |= {"n_group": 1, "topk_group": 1}
     if values.get("mlp_layer_types") is not None and not family.compressed:
         values["first_k_dense_replace"] = _dense_layers(values)
-    check(values, _CONFIG)
-    bos, eos = (_token_ids(values, key) for key in ("bos_token_id", "eos_token_id"))
+    geometry = typed(values, Geometry)
+    ids = typed(values, _TokenIds)
+    bos, eos = _as_tuple(ids.bos_token_id), _as_tuple(ids.eos_token_id)
     parts_of = attention.parts_of_v4 if family.compressed else attention.parts_of_mla
     config = Config(
+        **vars(geometry),
         family=family,
-        **attention.floats(values, _CONFIG),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=eos,
         **parts_of(values, family),
@@ -236,8 +252,7 @@ def _text_part(values: Json) -> Json:
     """The config of a model's text part, which is the whole of most."""
     if values.get("model_type") not in WRAPPERS:
         return values
-    check(values, {"text_config": {}})
-    inner: Json = values["text_config"]
+    inner = typed(values, _Wrapper)["text_config"]
     return {key: values[key] for key in _OUTER if key in values} | inner
 
 
@@ -275,8 +290,7 @@ def _refuse_unsupported(values: Json, family: Family) -> None:
 
 def _dense_layers(values: Json) -> int:
     """``first_k_dense_replace`` as ``mlp_layer_types`` spells it."""
-    check(values, {"mlp_layer_types": ListOf(one_of("dense", "sparse"), 1, 1000)})
-    types: list[str] = values["mlp_layer_types"]
+    types = typed(values["mlp_layer_types"], _LayerTypes, "mlp_layer_types")
     dense = types.count("dense")
     for key, wanted in {"num_hidden_layers": len(types), "first_k_dense_replace": dense}.items():
         if values.get(key, wanted) != wanted:
@@ -286,12 +300,8 @@ def _dense_layers(values: Json) -> int:
     return dense
 
 
-def _token_ids(values: Json, key: str) -> tuple[int, ...]:
-    """A token id, a list of them, or none."""
-    value = values.get(key)
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    check(ids, _TOKEN_IDS, key)
-    return tuple(ids)
+def _as_tuple(ids: list[int] | int | None) -> tuple[int, ...]:
+    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
 
 
 def _check_consistency(c: Config) -> None:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import slotmoe
+from slotmoe import errors
 from slotmoe.jsonfile import Json
 from slotmoe.model.child import Child
 from slotmoe.model.tokenizer import BYTE_CHARACTERS
@@ -46,7 +46,7 @@ def made_by_child(model: bytes, settings: Json, path: Path) -> bytes:
 
 _MAKER = Child(
     f"""
-sys.path.append({str(Path(slotmoe.__file__).parents[1])!r})
+sys.path.append({str(Path(errors.__file__).parents[1])!r})
 from slotmoe.model.tiktoken import tokenizer_json
 def answer(data):
     limit()

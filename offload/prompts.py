@@ -53,11 +53,11 @@ def ids_of(prompt: object) -> list[int]:
     if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes | bytearray):
         expected = "expected a list of token ids, as encode(text) gives"
         raise ConfigError(f"the prompt is of the type {type(prompt).__name__}, {expected}")
-    strange = next((item for item in prompt if type(item) is not int), None)
-    if strange is not None:
-        problem = f"the prompt holds a {type(strange).__name__}"
+    strange = [item for item in prompt if type(item) is not int]
+    if strange:
+        problem = f"the prompt holds a {type(strange[0]).__name__}"
         problem += ", expected text or token ids, which are integers"
-        if isinstance(strange, Mapping):
+        if isinstance(strange[0], Mapping):
             problem += "; give a conversation as messages="
         raise ConfigError(problem)
     return [*prompt]

@@ -23,11 +23,10 @@ from slotmoe.offload.engine.engine import Engine
 from slotmoe.offload.engine.loading import LoadedModel, check_options, open_model
 from slotmoe.offload.engine.requests import Stream
 from slotmoe.offload.experts.experts import Route
-from slotmoe.offload.ingest.cached import cached_export
+from slotmoe.offload.ingest.cached import cached_export, resolve_model
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore
 from slotmoe.offload.machine import cache_folder, peak_rss
 from slotmoe.offload.model_cache import is_hub_id
-from slotmoe.offload.model_source import resolve_model
 from slotmoe.offload.observe.trace import TraceWriter
 from slotmoe.offload.options import Options
 from slotmoe.offload.plan.memory import or_more_context

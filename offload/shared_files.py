@@ -7,12 +7,14 @@ import os
 import re
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, naming
 from slotmoe.jsonfile import Json
+from slotmoe.sizes import format_size
 
 # Network folders whose locks reach a single machine, by type and options of the mount.
 _UNSHARED = re.compile(
@@ -24,10 +26,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 def check_locks(folder: Path) -> None:
     """Raise ``ConfigError`` if ``folder`` has no locks, or none that other machines see."""
-    there = folder.resolve()
-    mounts = [m for m in psutil.disk_partitions(all=True) if there.is_relative_to(m.mountpoint)]
-    mount = max(mounts, key=lambda m: len(m.mountpoint), default=None)
-    if mount is not None and _UNSHARED.match(kind := f"{mount.fstype} {mount.opts}"):
+    if _UNSHARED.match(kind := " ".join(file_system(folder))):
         problem = f"{folder}: other machines do not see the locks of its file system ({kind:.200})"
         raise ConfigError(f"{problem}; take a local folder, or NFS with its locks")
     try:
@@ -38,6 +37,14 @@ def check_locks(folder: Path) -> None:
             raise ConfigError(f"{reason}; take another folder") from None
 
 
+def file_system(folder: Path) -> tuple[str, str]:
+    """The type of the one that ``folder`` is on, as in ``ext4``, and the options of its mount."""
+    there, parts = folder.resolve(), psutil.disk_partitions(all=True)
+    mounts = [part for part in parts if there.is_relative_to(part.mountpoint)]
+    mounts.sort(key=lambda part: len(part.mountpoint))  # of two at one place the later is on top
+    return (mounts[-1].fstype, mounts[-1].opts) if mounts else ("unknown file system", "")
+
+
 def take_lock(path: Path, flags: int, seconds: float) -> int:
     """A handle of ``path``, opened with ``flags``, that alone holds its lock until it is closed.
     Raises ``BlockingIOError`` if another has the lock for so many seconds, and ``OSError``."""
@@ -45,7 +52,8 @@ def take_lock(path: Path, flags: int, seconds: float) -> int:
     while True:
         handle = os.open(path, flags | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with naming(path):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 return handle
         except BaseException as problem:
@@ -58,10 +66,20 @@ def take_lock(path: Path, flags: int, seconds: float) -> int:
         time.sleep(0.01)
 
 
+def check_removed(left: Sequence[OSError], freed: int) -> None:
+    """Raise an ``OSError`` that names the first of the files that are ``left``, if there are any,
+    and says how many bytes are free again without them."""
+    if left:
+        more = f", nor {len(left) - 1} others" if len(left) > 1 else ""
+        said = f"can't be removed ({left[0].strerror}){more}; {format_size(freed)} are free again"
+        raise OSError(left[0].errno, said, left[0].filename)
+
+
 def write_note(path: Path, values: Json) -> None:
     """Replace ``path`` by the JSON of ``values``, whole but not durably.  Raises ``OSError``."""
     fresh = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
-    fresh.write_text(json.dumps(values))
+    with naming(path):
+        fresh.write_text(json.dumps(values))
     fresh.replace(path)
 
 

@@ -12,11 +12,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def lower_bounds() -> dict[str, str]:
-    """By name, of what the program needs and of its extras; those of ``dev`` are for developers."""
+    """By name, of what the program needs and of its extras, but for those of developers."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     needed = project["dependencies"] + [
-        one for name, some in extras.items() if name != "dev" for one in some
+        one for name, some in extras.items() if name not in ("dev", "nightly") for one in some
     ]
     pinned = (re.fullmatch(r"([\w.-]+)>=([\w.]+)", one) for one in needed)
     return {match[1]: match[2] for match in pinned if match}

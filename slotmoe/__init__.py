@@ -5,23 +5,22 @@ with slotmoe.Runtime.open("sample") as runtime:
     for token in runtime.generate("It is a truth universally acknowledged,", max_new_tokens=32):
         print(token.text, end="", flush=True)
 
-``Runtime``, ``Token`` and ``Export`` need torch, so they are imported when they are first used.
+Names are imported when they are first used: some need torch, and ``slotmoe.signals`` goes first.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
-from slotmoe.errors import (
-    CheckpointError,
-    ConfigError,
-    DeviceError,
-    DownloadError,
-    ExportError,
-    PlanError,
-    SlotmoeError,
-)
-
+TYPE_CHECKING = False  # as typing has it, which takes as long to import as all of this
 if TYPE_CHECKING:
+    from slotmoe.errors import (
+        CheckpointError,
+        ConfigError,
+        DeviceError,
+        DownloadError,
+        ExportError,
+        PlanError,
+        SlotmoeError,
+    )
     from slotmoe.model.generate import Token
     from slotmoe.offload.runtime import Runtime
     from slotmoe.quant.export.reader import Export
@@ -48,10 +47,10 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in _LAZY:
+    if name not in __all__:
         raise AttributeError(f"module 'slotmoe' has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+    return getattr(import_module(_LAZY.get(name, "slotmoe.errors")), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *__all__})

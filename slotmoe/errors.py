@@ -1,13 +1,26 @@
-"""The errors that a user can cause, under one base."""
+"""The errors that a user can cause, under one base, and what may be shown of strangers' text."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 CLOSED = "this Runtime is closed; open the model again"
+_COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """``text`` with codes for characters, but line feeds and tabs, that command a terminal."""
+    return _COMMANDING.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def one_line(text: object) -> str:
+    """The same on one line: with codes for line feeds, tabs and all that is no printable
+    character."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
 
 
 class SlotmoeError(ValueError):
@@ -18,7 +31,7 @@ class SlotmoeError(ValueError):
     """
 
     def __init__(self, message: str):
-        plain = "".join(one if one.isprintable() else repr(one)[1:-1] for one in message)
+        plain = one_line(message)
         super().__init__(plain if len(plain) < 1000 else f"{plain[:600]} … {plain[-300:]}")
 
 
@@ -70,10 +83,25 @@ def _is_of(value: object, kind: type) -> bool:
 
 
 @contextmanager
-def reading(path: Path, error: type[SlotmoeError]) -> Iterator[None]:
-    """While ``path`` is read: what the system refuses (rights, too many open files, a bad disk) is
-    an ``error`` that names the file and does not call it damaged."""
+def naming(path: object) -> Iterator[None]:
+    """An ``OSError`` meanwhile, of a call that knows a file by its number, names ``path``."""
     try:
         yield
     except OSError as problem:
-        raise error(f"{path}: can't be read ({problem.strerror or problem})") from None
+        problem.filename = problem.filename or str(path)
+        raise
+
+
+def reading(path: Path, error: type[SlotmoeError]) -> AbstractContextManager[None]:
+    """While ``path`` is read: what the system refuses (rights, too many open files, a bad disk) is
+    an ``error`` that names the file and does not call it damaged."""
+    return refused(path, error, "can't be read")
+
+
+@contextmanager
+def refused(path: Path, error: type[SlotmoeError], what: str, advice: str = "") -> Iterator[None]:
+    """The system's refusals meanwhile are an ``error`` that names ``path``."""
+    try:
+        yield
+    except OSError as problem:
+        raise error(f"{path}: {what} ({problem.strerror or problem}){advice}") from None

@@ -1,15 +1,25 @@
-"""JSON files that come from strangers: read within bounds, and checked against a table of kinds."""
+"""JSON files that come from strangers: read within bounds, and typed.
+
+A type is whatever ``msgspec`` converts to: a ``Struct``, a dataclass, or an annotation.  An object
+may have more keys than its type.
+"""
 
 import json
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from slotmoe.errors import ConfigError, SlotmoeError, reading
 
+T = TypeVar("T")
 Json = dict[str, Any]  # an object as it comes in or goes out
 MAX_JSON_VALUES = 300_000  # V3 in nested NF4 has 270,000 tensors, Kimi K2 with scales 210,000
 MAX_JSON_DEPTH = 32
+_WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+_WORDS |= {NoneType: "null", list: "a list", tuple: "a list"}
 _BEYOND = "far beyond what this file holds in a real model"
 
 
@@ -20,20 +30,23 @@ def read_file(path: Path, max_bytes: int, error: type[SlotmoeError] = ConfigErro
         if path.exists() and not path.is_file():  # a pipe would block
             raise error(f"{path}: is not a regular file")
         with open(path, "rb") as file:
-            data = file.read(max_bytes + 1)
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(min(size, max_bytes) + 1)  # so much memory is taken first
     if len(data) > max_bytes:
         raise error(f"{path}: more than {max_bytes} bytes, {_BEYOND}")
     return data
 
 
-def read_json(path: Path, max_bytes: int, error: type[SlotmoeError] = ConfigError) -> Json:
+def read_json(
+    path: Path, max_bytes: int, of: type[T], error: type[SlotmoeError] = ConfigError
+) -> T:
     """``parse_json`` of the file ``path``, which may have ``max_bytes``."""
-    return parse_json(read_file(path, max_bytes, error), path, error)
+    return parse_json(read_file(path, max_bytes, error), path, of, error)
 
 
-def parse_json(data: bytes, path: Path, error: type[SlotmoeError] = ConfigError) -> Json:
+def parse_json(data: bytes, path: Path, of: type[T], error: type[SlotmoeError] = ConfigError) -> T:
     """The JSON object in ``data`` of the file ``path``; ``error`` is raised, naming the file, for
-    anything else.
+    anything else, and for values that are not as ``of`` says.
 
     Refused as well: more than ``MAX_JSON_VALUES`` values (so that memory stays within a few times
     the file's size), nesting beyond ``MAX_JSON_DEPTH``, NaN and infinity, and keys that occur
@@ -63,76 +76,62 @@ def parse_json(data: bytes, path: Path, error: type[SlotmoeError] = ConfigError)
         level = [child for v in objects if isinstance(v, list) for child in v]
     if level:
         raise error(f"{path}: nested deeper than {MAX_JSON_DEPTH} levels")
-    return values
+    try:
+        return typed(values, of)
+    except ValueError as problem:
+        raise error(f"{path}: {problem}") from None
 
 
-class Kind(NamedTuple):
-    """What one value has to be: in words, and the test."""
+def typed(value: object, of: type[T], place: str = "") -> T:
+    """``value`` as the type ``of`` has it.  Raises ``ValueError``, which names the ``place`` in the
+    file, what is there and what was expected."""
+    import msgspec
 
-    expected: str
-    fits: Callable[[object], bool]
-
-
-class ListOf(NamedTuple):
-    """A list of ``least`` to ``most`` values of one kind."""
-
-    kind: object
-    least: int
-    most: int
-
-
-class ObjectOf(NamedTuple):
-    """An object with any keys, whose values are of one kind."""
-
-    kind: object
+    try:
+        return msgspec.convert(value, of)
+    except msgspec.ValidationError as problem:
+        for inside, part, kind in _parts(value, of, place):
+            typed(part, kind, inside)
+        if field := re.match(
+            "Object (missing|contains unknown).* field `(.+)`", str(problem), re.S
+        ):
+            what = "is missing" if field[1] == "missing" else "is unknown"
+            raise ValueError(f"{_at(place, field[2])} {what}") from None
+        raise ValueError(f"{place} is {value!r:.80}, which is not {_words(of)}") from None
 
 
-def integer(low: int, high: int) -> Kind:
-    def fits(value: object) -> bool:
-        return type(value) is int and low <= value <= high  # True and False are of type bool
-
-    return Kind(f"an integer from {low} to {high}", fits)
+def _at(place: str, key: str) -> str:
+    return f"{place}.{key:.80}" if place else f"{key:.80}"
 
 
-def number(low: float, high: float) -> Kind:
-    def fits(value: object) -> bool:
-        return isinstance(value, int | float) and type(value) is not bool and low <= value <= high
-
-    return Kind(f"a number from {low:g} to {high:g}", fits)
-
-
-def one_of(*allowed: object) -> Kind:
-    return Kind(" or ".join(map(json.dumps, allowed)), allowed.__contains__)
-
-
-def or_null(kind: Kind) -> Kind:
-    return Kind(f"{kind.expected} or null", lambda value: value is None or kind.fits(value))
-
-
-TEXT = Kind("text", lambda value: isinstance(value, str))
-FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+def _parts(value: object, of: Any, place: str) -> Iterator[tuple[str, object, Any]]:
+    """What is inside ``value``: its place, itself, and the type that it should have."""
+    origin, args = get_origin(of), get_args(of)
+    if origin in (Annotated, Union, UnionType):
+        for kind in args:  # of which one at most has parts
+            yield from _parts(value, kind, place)
+    elif isinstance(value, list) and origin in (list, tuple):
+        yield from ((f"{place}[{index}]", item, args[0]) for index, item in enumerate(value))
+    elif isinstance(value, dict) and origin is dict:
+        yield from ((_at(place, key), item, args[1]) for key, item in value.items())
+    elif isinstance(value, dict) and isinstance(of, type):
+        kinds = get_type_hints(of, include_extras=True)
+        keys = zip(getattr(of, "__struct_encode_fields__", kinds), kinds.values(), strict=True)
+        yield from ((_at(place, key), value[key], kind) for key, kind in keys if key in value)
 
 
-def check(value: object, kind: object, place: str = "") -> None:
-    """Raise ``ValueError``, which names the ``place`` in the file, unless ``value`` is as ``kind``
-    says: a ``Kind``, ``ListOf`` or ``ObjectOf``, or a dict of the kinds of an object's values by
-    key.  Such an object may have more keys.
-    """
-    if isinstance(kind, Kind):
-        if not kind.fits(value):
-            raise ValueError(f"{place} is {value!r:.80}, which is not {kind.expected}")
-    elif isinstance(kind, ListOf):
-        if not (isinstance(value, list) and kind.least <= len(value) <= kind.most):
-            raise ValueError(f"{place} is not a list of {kind.least} to {kind.most} values")
-        for index, item in enumerate(value):
-            check(item, kind.kind, f"{place}[{index}]")
-    elif not isinstance(value, dict):
-        raise ValueError(f"{place} is {value!r:.80}, which is not an object")
-    else:
-        kinds = dict.fromkeys(value, kind.kind) if isinstance(kind, ObjectOf) else kind
-        assert isinstance(kinds, dict)
-        for key, inner in kinds.items():
-            inside = f"{place}.{key:.80}" if place else f"{key:.80}"
-            if key not in value:
-                raise ValueError(f"{inside} is missing")
-            check(value[key], inner, inside)
+def _words(of: Any) -> str:
+    """A type in words."""
+    origin, args = get_origin(of), get_args(of)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_words, args))
+    if origin is Literal:
+        return " or ".join(map(json.dumps, args))
+    if origin is Annotated:
+        meta, limits = args[1], ""
+        if meta.ge is not None:
+            limits = f" from {meta.ge} to {meta.le}"
+        elif meta.max_length is not None:
+            limits = f" of {meta.min_length} to {meta.max_length} values"
+        return meta.description or _words(args[0]) + limits
+    return _WORDS.get(origin or of, "an object")

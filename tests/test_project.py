@@ -16,6 +16,8 @@ from zipfile import ZipFile
 import pytest
 
 import slotmoe
+from scripts.audit import judged, releases
+from scripts.notices import needed
 from slotmoe.offload.runtime import Runtime
 
 ROOT = Path(__file__).parent.parent
@@ -279,11 +281,34 @@ def test_kernels_are_the_same_bytes_wherever_they_are_built(tmp_path):
     assert built[0] == built[1]
 
 
+def names(pattern, text):
+    return {name.replace("_", "-").lower() for name in re.findall(pattern, text, re.MULTILINE)}
+
+
+@pytest.mark.usefixtures("nightly")  # a dependency's new release may need something new
+def test_what_is_installed_is_locked_and_listed():
+    """The bill of materials is made of the lock, and ``scripts/audit.py`` asks for its releases."""
+    lock, notices = ((ROOT / name).read_text() for name in ("requirements.lock", "THIRD_PARTY.md"))
+    if f"Python {sys.version_info[0]}.{sys.version_info[1]}," not in lock:
+        pytest.skip("the lock is for another Python")
+    assert {*needed()} - names(r"^([\w.-]+)==", "\n".join(releases())) == set()
+    assert {*needed()} == names(r"^\| ([\w.-]+) \| .+ \|$", notices) - {"package"}
+
+
+def test_an_audit_that_looked_nothing_up_is_no_success():
+    """As pip-audit reports what a mirror of pypi.org does not know."""
+    good = {"name": "a", "version": "1", "vulns": []}
+    bad = {"name": "b", "version": "2", "vulns": [{"id": "PYSEC-1", "fix_versions": ["3", "2.1"]}]}
+    skipped = {"name": "c", "skip_reason": "not found on PyPI"}
+    assert judged({"dependencies": [good]}) == (["1 releases looked up, 0 advisories"], 0)
+    lines, code = judged({"dependencies": [good, skipped]})
+    assert (lines[-1], code) == ("1 releases were not looked up: not found on PyPI", 3)
+    lines, code = judged({"dependencies": [good, bad, skipped]})
+    assert (lines[0], code) == ("b 2: PYSEC-1, fixed in 3, 2.1", 1)
+
+
 def test_dependencies_are_locked_and_listed_with_their_licences():
     """``scripts/lock.py`` and ``scripts/notices.py`` make the lists."""
-
-    def names(pattern, text):
-        return {name.replace("_", "-").lower() for name in re.findall(pattern, text, re.MULTILINE)}
 
     project = (ROOT / "pyproject.toml").read_text()
     locked = names(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text())

@@ -146,8 +146,8 @@ def test_short_reads_are_no_damage(sample_export, monkeypatch):
 @pytest.mark.usefixtures("processes")
 def test_stdout_on_a_full_disk():
     """It ended with code 120, and with Python's own remarks."""
-    command = [sys.executable, "-m", "slotmoe.tools.cli", "verify", str(SAMPLE), "--help"]
+    command = [sys.executable, "-m", "slotmoe", "verify", str(SAMPLE), "--help"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
-    assert done.stderr == "slotmoe: input or output: No space left on device\n"
+    assert done.stderr == "slotmoe: stdin or stdout: No space left on device\n"

@@ -1,10 +1,9 @@
-"""Entry point of ``slotmoe``.  Commands are imported when they are called, so help is instant."""
+"""The commands of ``slotmoe``.  They are imported when they are called, so help is instant."""
 
 import contextlib
 import importlib
 import io
 import os
-import signal
 import sys
 import traceback
 from difflib import get_close_matches
@@ -16,6 +15,7 @@ import click
 
 from slotmoe import __version__
 from slotmoe.errors import ConfigError, DeviceError, DownloadError, SlotmoeError
+from slotmoe.tools.screen import guard_streams
 from slotmoe.tools.settings import HELP_ALL, defaults
 
 _COMMANDS = {
@@ -105,19 +105,12 @@ def cli(ctx: click.Context, traceback: bool) -> None:
 def main(arguments: list[str] | None = None, group: click.Group = cli) -> NoReturn:
     """Run the command line; exit codes: 0 done, 1 the work failed, 2 bad usage or input, 130
     interrupted."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # else nohup ignores it
-        signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
     _open_streams()
     state = dict[str, object]()
     try:
-        try:
-            _check_folder()
-            code = group.main(arguments, prog_name=group.name, standalone_mode=False, obj=state)
-            sys.stdout.flush()  # or Python fails to, when no handler is left
-        finally:
-            if arguments is None:  # nothing is left to be interrupted; libraries clean up
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _check_folder()
+        code = group.main(arguments, prog_name=group.name, standalone_mode=False, obj=state)
+        sys.stdout.flush()  # or Python fails to, when no handler is left
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as problem:
         problem.show()
@@ -143,7 +136,7 @@ def _ending(problem: BaseException, is_traced: bool) -> tuple[str, int]:
             # Python would fail once more to write what stdout still holds.
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return f"{problem.filename or 'input or output'}: {problem.strerror or problem}", 1
+            return f"{problem.filename or 'stdin or stdout'}: {problem.strerror or problem}", 1
         case ImportError():  # of a library that the system can't map, say
             advice = "memory is short, or the installation incomplete"
             return f"can't load what it needs ({SlotmoeError(text[:400])}): {advice}", 1
@@ -181,7 +174,4 @@ def _open_streams() -> None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-
-
-if __name__ == "__main__":
-    main()
+    guard_streams()

@@ -1,7 +1,6 @@
 """``slotmoe doctor``: what this machine has for a model, what is missing, and how to get it."""
 
 import ctypes
-import json
 import os
 import platform
 import re
@@ -25,10 +24,11 @@ from slotmoe.errors import ConfigError
 from slotmoe.offload import machine
 from slotmoe.offload.model_cache import listing
 from slotmoe.offload.plan.speed import stored_bandwidths
+from slotmoe.offload.shared_files import file_system
 from slotmoe.quant.shapes import ALIGNMENT
 from slotmoe.sizes import format_size
 from slotmoe.tools.options import JSON, flag, option
-from slotmoe.tools.screen import visible
+from slotmoe.tools.screen import json_of, show
 
 _MEASURE_HELP = "Measure the disk's speed: write 256 MiB to the cache folder and read them back."
 _EXPERTS_HELP = "Look at the drive of this copy of an export's experts too; may be repeated."
@@ -71,13 +71,13 @@ def command(measure: bool, experts_dirs: tuple[Path, ...], as_json: bool) -> int
     is_well = all(check.state != "bad" for check in checks)
     if as_json:
         report = {"version": __version__, "ok": is_well, "checks": list(map(asdict, checks))}
-        print(json.dumps(report))
+        print(json_of(report))
     else:
         width = max(len(check.name) for check in checks)
         for check in checks:
-            print(f"{_MARKS[check.state]}  {check.name:{width}}  {visible(check.found)}")
+            show(f"{_MARKS[check.state]}  {check.name:{width}}  {check.found}")
             if check.advice:
-                print(f"    {'':{width}}  -> {check.advice}")
+                show(f"    {'':{width}}  -> {check.advice}")
     return int(not is_well)
 
 
@@ -216,15 +216,15 @@ def _disk(measure: bool) -> Check:
     with suppress(ConfigError):
         folder = machine.cache_folder().absolute()
         there = next(path for path in (folder, *folder.parents) if path.is_dir())
-    found = f"{format_size(shutil.disk_usage(there).free)} free on {_file_system(there)}"
+    found = f"{format_size(shutil.disk_usage(there).free)} free on {file_system(there)[0]}"
     try:
-        with tempfile.NamedTemporaryFile(dir=there) as file:
+        with tempfile.TemporaryFile(dir=there) as file:  # which has no name to be left behind
             block = os.urandom(_READ_BYTES)
             for _ in range(_MEASURED_BYTES // _READ_BYTES if measure else 1):
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
-            state, reads = _reads(Path(file.name), measure)
+            state, reads = _reads(Path(f"/dev/fd/{file.fileno()}"), measure)
     except OSError as problem:
         advice = "set SLOTMOE_CACHE to a folder that can be written"
         return Check("disk", "bad", f"{found}; can't be written ({problem.strerror})", advice)
@@ -241,16 +241,8 @@ def _drive(folder: Path, measure: bool) -> Check:
         advice = "copy the files of an export's experts folder there"
         return Check("drive", "bad", f"{folder} has no layer-*.safetensors", advice)
     state, reads = _reads(files[0], measure)
-    found = f"{len(files)} layers in {folder} on {_file_system(folder)}{reads}"
+    found = f"{len(files)} layers in {folder} on {file_system(folder)[0]}{reads}"
     return Check("drive", state, found)
-
-
-def _file_system(folder: Path) -> str:
-    """Its type, as in ``ext4``."""
-    there, parts = folder.resolve(), psutil.disk_partitions(all=True)
-    mounts = [part for part in parts if there.is_relative_to(part.mountpoint)]
-    mounts.sort(key=lambda part: len(part.mountpoint))  # of two at one place the later is on top
-    return mounts[-1].fstype if mounts else "unknown file system"
 
 
 def _reads(path: Path, measure: bool) -> tuple[str, str]:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.text import Text as Cell
 
-from slotmoe.errors import PlanError
+from slotmoe.errors import ConfigError, PlanError, one_line
 from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import available_memory, process_bytes
 from slotmoe.offload.model_cache import is_export
+from slotmoe.signals import Stopping
 from slotmoe.sizes import format_size, parse_size
 from slotmoe.tools import options
 from slotmoe.tools.options import choice, integer, option
 from slotmoe.tools.progress import byte_bars
-from slotmoe.tools.tables import table
+from slotmoe.tools.screen import json_of
+from slotmoe.tools.tables import Console, table
 
 if TYPE_CHECKING:
     from slotmoe.offload.runtime import Runtime
@@ -83,7 +81,7 @@ def command(
     """
     from slotmoe.offload.devices.cuda import choose_device
     from slotmoe.offload.engine.loading import check_options
-    from slotmoe.offload.model_source import resolve_model
+    from slotmoe.offload.ingest.cached import resolve_model
     from slotmoe.offload.options import Options
     from slotmoe.offload.study.evaluate import Evaluation, read_texts, windows_of
 
@@ -110,7 +108,7 @@ def command(
         settings |= {"kernels": stats["kernels"], "threads": runtime.threads}
         report = {**evaluation.report(), "seconds": seconds, "settings": settings}
         report["memory"] = stats["memory"]
-    print(json.dumps(report)) if as_json else _print(report, sys.stdout)
+    print(json_of(report)) if as_json else _print(report)
 
 
 def _window(folder: Path, window: int | None, context: int | None) -> int:
@@ -133,7 +131,7 @@ def _open_reference(reference: str, given: Json) -> Runtime:
     """The reference: a checkpoint as it is, or an export in at most half of the budget."""
     from slotmoe.offload.devices.cuda import choose_device
     from slotmoe.offload.engine.loading import FREE_SHARE
-    from slotmoe.offload.model_source import resolve_model
+    from slotmoe.offload.ingest.cached import resolve_model
     from slotmoe.offload.runtime import Runtime
 
     quantize = is_export(resolve_model(reference))
@@ -176,17 +174,25 @@ def _run(
     evaluation: Evaluation, texts: list[Text], windows: list[list[Window]], title: str, quiet: bool
 ) -> None:
     before, total = 0, sum(text.ends[-1] for text in texts)
-    with byte_bars(title, quiet=quiet) as (progress,):
+    engines = [it.engine for it in (evaluation.runtime, evaluation.reference) if it is not None]
+
+    def stop(_: int) -> None:
+        for engine in engines:
+            engine.stop()
+
+    with byte_bars(title, quiet=quiet) as (progress,), Stopping(stop) as stopping:
         try:
             for text, cut in zip(texts, windows, strict=True):
                 for done in evaluation.run(text, cut):
                     progress(before + done, total)
                 before += text.ends[-1]
-        except KeyboardInterrupt:
-            if not quiet and any(totals.tokens for totals in evaluation.files.values()):
-                options.say("stopped; so far:")
-                _print(evaluation.report(), sys.stderr)
-            raise
+        except ConfigError:
+            if not stopping.number:
+                raise
+    if stopping.number and not quiet and any(it.tokens for it in evaluation.files.values()):
+        options.say("stopped; so far:")
+        _print(evaluation.report(), stderr=True)
+    stopping.check()
 
 
 _COLUMNS = {  # title -> key of the report and its format
@@ -200,29 +206,24 @@ _COLUMNS = {  # title -> key of the report and its format
 }
 
 
-def _print(report: Json, out: TextIO) -> None:
-    console = Console(file=out)
+def _print(report: Json, stderr: bool = False) -> None:
+    console = Console(stderr)
     columns = {title: shown for title, shown in _COLUMNS.items() if shown[0] in report}
     rows = [(Path(file["file"]).name, file) for file in report["files"]]
     if len(rows) > 1:
         rows.append(("all", report))
     cells = [
-        [_visible(name), *(shown.format(row[key]) for key, shown in columns.values())]
+        [one_line(name), *(shown.format(row[key]) for key, shown in columns.values())]
         for name, row in rows
     ]
     console.print(table(["text", *columns], cells))
     differing = []
     for token in report.get("worst_tokens", ()):
-        likeliest = f"{_visible(token['reference_top'])} -> {_visible(token['top'])}"
+        likeliest = one_line(f"{token['reference_top']} -> {token['top']}")
         chance = f"{token['reference_probability']:.2%} -> {token['probability']:.2%}"
-        after, text = Cell(_visible(token["context"])[-30:]), Cell(_visible(token["token"]))
-        differing.append((f"{token['kl_divergence']:.3f}", after, text, chance, Cell(likeliest)))
+        after, text = one_line(token["context"])[-30:], one_line(token["token"])
+        differing.append((f"{token['kl_divergence']:.3f}", after, text, chance, likeliest))
     if differing:
         title = "Where predictions differ most (reference -> model)"
         names = ["KL", "after", "token", "chance", "likeliest"]
         console.print(table(names, differing, title, (2, 4)))
-
-
-def _visible(text: str) -> str:
-    """Text on one line, with nothing in it that a terminal obeys."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -1,6 +1,5 @@
 """``slotmoe list``: the exports in the cache folder."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import listing, timestamp
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
-from slotmoe.tools.screen import visible
+from slotmoe.tools.screen import json_of, show
 from slotmoe.tools.sessions import ago, described, session_facts, session_folder
 
 
@@ -31,21 +30,21 @@ def command(as_json: bool, sessions: bool, session_dir: Path | None) -> None:
     """
     if sessions:
         folder = session_folder(session_dir)
-        print(json.dumps(session_facts(folder)) if as_json else described(folder))
+        print(json_of(session_facts(folder))) if as_json else show(*described(folder))
         return
     folder = cache_folder()
     found = listing(folder)
     total = sum(cached.bytes for cached in found)
     if as_json:
         exports = [asdict(cached) | {"used": timestamp(cached.used)} for cached in found]
-        print(json.dumps({"cache": str(folder), "exports": exports, "bytes": total}))
+        print(json_of({"cache": str(folder), "exports": exports, "bytes": total}))
     elif found:
-        print(f"{'size':>10}  {'last used':<14}  export")
+        show(f"{'size':>10}  {'last used':<14}  export")
         for cached in found:
             size, used = format_size(cached.bytes), ago(cached.used)
             state = "" if cached.finished else " (unfinished)"
             of = "" if cached.source is None else f", of {cached.source}"
-            print(visible(f"{size:>10}  {used:<14}  {cached.short}{state}{of}"))
-        print(f"{folder}: {format_size(total)}. slotmoe rm NAME removes one.")
+            show(f"{size:>10}  {used:<14}  {cached.short}{state}{of}")
+        show(f"{folder}: {format_size(total)}. slotmoe rm NAME removes one.")
     else:
-        print(f"{folder}: holds no exports yet; slotmoe run MODEL makes them")
+        show(f"{folder}: holds no exports yet; slotmoe run MODEL makes them")

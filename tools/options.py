@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, naming
 from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import device_index, total_memory
 from slotmoe.offload.model_cache import is_model, library, locate
@@ -22,6 +22,7 @@ from slotmoe.offload.policy.hybrid import MODES
 from slotmoe.quant.codecs.codec import DEFAULT_CODEC, EXPERT_CODECS, ExpertCodecs
 from slotmoe.quant.shapes import RESIDENT_MODES
 from slotmoe.sizes import format_size, parse_size
+from slotmoe.tools.screen import show
 from slotmoe.tools.settings import HELP_ALL
 
 if TYPE_CHECKING:
@@ -289,7 +290,8 @@ def prompt_text(prompt: str | None, file: Path | None = None) -> str:
         raise click.UsageError(problem, click.get_current_context())
     if prompt is not None and prompt != "-":
         return prompt
-    with nullcontext(sys.stdin.buffer) if file is None else open(file, "rb") as source:
+    opened = nullcontext(sys.stdin.buffer) if file is None else open(file, "rb")
+    with naming(file or "stdin"), opened as source:
         return decoded(source.read(MAX_PROMPT_BYTES + 1), f"{file or 'stdin'}: the prompt")
 
 
@@ -350,9 +352,9 @@ def open_runtime(model: str, given: Json, quiet: bool = False, **settings: int) 
     return runtime
 
 
-def say(text: str) -> None:
+def say(*lines: str) -> None:
     """Print a remark of the program on stderr."""
-    print(f"slotmoe: {text}", file=sys.stderr)  # click's echo would write into a bar's line
+    show(f"slotmoe: {lines[0]}", *lines[1:], err=True)
 
 
 def notifier(quiet: bool) -> Callable[[str], None]:

@@ -1,19 +1,16 @@
 """``slotmoe plan``: what goes where and how fast it will be, before a byte is downloaded."""
 
-import json
 import math
 import shutil
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.text import Text
 
-from slotmoe.errors import DownloadError, PlanError
+from slotmoe.errors import DownloadError, PlanError, SlotmoeError, one_line
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import read_config
 from slotmoe.offload import machine
@@ -26,7 +23,8 @@ from slotmoe.quant.codecs.codec import KEPT_CODECS
 from slotmoe.sizes import format_size, parse_size
 from slotmoe.system import MAX_THREADS, choose_placement, cores
 from slotmoe.tools import options
-from slotmoe.tools.tables import table
+from slotmoe.tools.screen import json_of
+from slotmoe.tools.tables import Console, table
 
 _NAMES = {"vram": "GPU memory", "ram": "RAM", "disk": "disk"}
 _LOSS = (
@@ -99,7 +97,7 @@ def command(
     report = scenario.report(prompt_tokens, max_new_tokens)
     report["resident"] = {"precision": resident, "why": why}
     report["choices"] = scenario.choices(prompt_tokens, max_new_tokens)
-    print(json.dumps(report)) if as_json else _print(report)
+    print(json_of(report)) if as_json else _print(report)
     return int(not report["fits"])
 
 
@@ -131,7 +129,8 @@ def _model(name: str, revision: str | None) -> Model:
         # Imports torch, for the few who have an error to be told.
         from slotmoe.offload.ingest.repository import explained
 
-        raise explained(name, revision, problem) from None
+        told = explained(name, revision, problem)
+        raise told if isinstance(told, SlotmoeError) else DownloadError(f"{name}: {told}") from None
     return Model(name, read_config(Path(path)))
 
 
@@ -184,9 +183,9 @@ def _is_here(given: Json) -> bool:
 
 
 def _print(report: Json) -> None:
-    console, resident = Console(file=sys.stdout), report["resident"]
+    console, resident = Console(), report["resident"]
     for line in _verdict(report):
-        console.print(Text(line), style="bold", soft_wrap=True)
+        console.print(Text(one_line(line)), style="bold", soft_wrap=True)
     tiers = [tier for tier in _NAMES if tier in report["total"]]
 
     def row(name: str, sizes: dict[str, int]) -> list[str]:
@@ -215,7 +214,7 @@ def _print(report: Json) -> None:
         lines += [f"  {number}. {way}" for number, way in enumerate(ways, 1)]
     lines += _outlook(report) if report["fits"] else []
     for line in lines:
-        console.print(Text(line))
+        console.print(Text(one_line(line)))
 
 
 def _verdict(report: Json) -> list[str]:

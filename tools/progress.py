@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich import progress
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.text import Text
+
+from slotmoe.tools.tables import Console
 
 Update = Callable[[int, int], None]
 
@@ -19,8 +21,9 @@ class _Bars(progress.Progress):
         words = "{task.description}"
         if console.width < 60:  # these have no room for a bar
             columns, words = (), f"{{task.percentage:>3.0f}}% {words}"
+        described = progress.TextColumn(words, markup=False)
         # Drawing takes time from the model.
-        super().__init__(words, *columns, console=console, refresh_per_second=2)
+        super().__init__(described, *columns, console=console, refresh_per_second=2)
         self.disable = quiet or not console.is_terminal
 
     def get_renderables(self) -> Iterable[RenderableType]:

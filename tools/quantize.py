@@ -1,26 +1,25 @@
 """``slotmoe quantize``: a checkpoint in, from a folder or from the hub; an export out."""
 
-import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, one_line
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import config_among
 from slotmoe.model.gguf import files_of
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import library, locate
+from slotmoe.signals import Stopping, leave
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
 from slotmoe.tools.options import flag, option, say
 from slotmoe.tools.progress import byte_bars
-from slotmoe.tools.tables import table
+from slotmoe.tools.screen import json_of, show
+from slotmoe.tools.tables import Console, table
 
 Paths = tuple[Path, ...]
 _CALIBRATE_HELP = (
@@ -96,11 +95,11 @@ def command(
     if texts:
         report["calibration"] = _calibrate(destination, texts, as_json)
     if as_json:
-        print(json.dumps(report))
+        print(json_of(report))
     else:
         names = {folder: name for name, folder in library().items()}
         name = names.get(destination, destination)
-        click.echo(f'Run it: slotmoe run {name} "Your prompt"', err=True)
+        show(f'Run it: slotmoe run {name} "Your prompt"', err=True)
 
 
 def _check_source(folder: Path, texts: Paths) -> list[list[int]] | None:
@@ -131,15 +130,9 @@ def calibration_windows(folder: Path, texts: Paths) -> list[list[int]]:
     return [window for ids in tokens for window in split(ids, tokenizer, width)]
 
 
-@contextmanager
-def _stopping(advice: str) -> Iterator[None]:
-    """Ctrl-C ends this with a line that says what there is now."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        click.echo(err=True)
-        say(f"stopped; {advice}")
-        raise
+def _ending(advice: str) -> Stopping:
+    """Meanwhile the line after Ctrl-C says what there is now."""
+    return Stopping(partial(leave, remark=f"; {one_line(advice)}"))
 
 
 def _quantize(
@@ -156,7 +149,7 @@ def _quantize(
         given["calibration"] = _check_source(folder, texts)
     bars = ("Reading", "Downloading", "Quantizing", "Checking")
     again = f"run the same command again to resume in {destination or cache_folder()}"
-    with _stopping(again), byte_bars(*bars, quiet=quiet) as (reading, arriving, making, checking):
+    with _ending(again), byte_bars(*bars, quiet=quiet) as (reading, arriving, making, checking):
         given |= {"progress": making, "checking": checking, "notify": options.notifier(quiet)}
         if folder is not None:
             destination = destination or cached_place(folder, cache_folder(), reading)
@@ -173,18 +166,18 @@ def _calibrate(destination: Path, texts: Paths, quiet: bool) -> Json:
 
     started = time.perf_counter()
     kept = f"{destination} is a whole export, calibrated as before"
-    with _stopping(kept), byte_bars("Calibrating", quiet=quiet) as (progress,):
+    with _ending(kept), byte_bars("Calibrating", quiet=quiet) as (progress,):
         report = calibrate(destination, texts, progress)
     report["seconds"] = time.perf_counter() - started
     if quiet:
         return report
     spent = f"{report['seconds']:.1f} s ({format_size(report['bytes'])})"
-    click.echo(f"Calibrated on {report['tokens']} tokens in {spent}", err=True)
+    show(f"Calibrated on {report['tokens']} tokens in {spent}", err=True)
     for name, text in _GUESSES.items():
         if name in report["recall"]:
             pairs = zip(report["recall"][name], report["guesses"], strict=True)
             shares = ", ".join(f"{share:.1%} by {n}" for share, n in pairs)
-            click.echo(f"  experts named {text}: {shares} guesses a layer", err=True)
+            show(f"  experts named {text}: {shares} guesses a layer", err=True)
     return report
 
 
@@ -225,4 +218,4 @@ def _print(report: Json) -> None:
     size, experts, resident = map(format_size, sizes)
     spent = f"{report['seconds']:.1f} s (experts {experts}, resident {resident})"
     bits = f"{report['bits_per_weight']:.2f} bits a weight"
-    click.echo(f"{report['export']}: {size} in {spent}, {bits}", err=True)
+    show(f"{report['export']}: {size} in {spent}, {bits}", err=True)

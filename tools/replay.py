@@ -1,23 +1,22 @@
 """``slotmoe replay``: hit rate against cache size for every policy, from recorded routing."""
 
-import json
-import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 
 import click
-from rich.console import Console
+from rich.text import Text
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, naming
 from slotmoe.jsonfile import Json
 from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.study.replay import OPTIMUM, gate_choices, replay
 from slotmoe.tools.options import EXISTING, JSON, NEW_FILE, option, require_extra
 from slotmoe.tools.progress import step_progress
-from slotmoe.tools.tables import table
+from slotmoe.tools.screen import json_of
+from slotmoe.tools.tables import Console, table
 
 Paths = tuple[Path, ...]
 _SIZES_HELP = "Cache size, repeatable. [default: 5% to 100%]"
@@ -55,7 +54,7 @@ def command(
     report = measure(traces, sizes, (*(policies or POLICIES), OPTIMUM), quiet=as_json)
     if output is not None:
         _draw(report, output)
-    print(json.dumps(report)) if as_json else _print(report)
+    print(json_of(report)) if as_json else _print(report)
 
 
 def measure(traces: Paths, slots: Sequence[int], policies: Sequence[str], quiet: bool) -> Json:
@@ -95,16 +94,17 @@ def measure(traces: Paths, slots: Sequence[int], policies: Sequence[str], quiet:
 
 
 def _print(report: Json) -> None:
-    console = Console(file=sys.stdout)
+    console = Console()
     tokens = sum(trace["tokens"] for trace in report["traces"])
     sizes = sorted({result["slots"] for result in report["results"]})
     columns = ["slots", *(f"{size}\n{100 * size / report['experts']:.0f}%" for size in sizes)]
     hits = f"Hits in % of the gates' choices: {tokens} tokens"
     for key, title in (("hit_rate", hits), ("of_optimum", "Hits in % of the optimum's")):
-        rows: dict[str, list[str]] = {}
+        rows: dict[str, list[Text]] = {}
         for result in report["results"]:
-            policy, bold = result["policy"], "[b]" * (result["policy"] == report["default"])
-            rows.setdefault(policy, [bold + policy]).append(f"{bold}{100 * result[key]:.1f}")
+            policy, style = result["policy"], "bold" * (result["policy"] == report["default"])
+            row = rows.setdefault(policy, [Text(policy, style)])
+            row.append(Text(f"{100 * result[key]:.1f}", style))
         console.print(title)
         console.print(table(columns, rows.values()))
 
@@ -131,4 +131,5 @@ def _draw(report: Json, output: Path) -> None:
         counts = f"{report['experts']} experts, {tokens} tokens of {runs} recorded runs"
         return f"Expert cache by policy: {counts}"
 
-    output.write_bytes(picture(fill)[1])
+    with naming(output):
+        output.write_bytes(picture(fill)[1])

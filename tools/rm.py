@@ -1,16 +1,16 @@
 """``slotmoe rm``: remove exports from the cache folder, or sessions."""
 
-import json
 import sys
 from typing import Any
 
 import click
 
+from slotmoe.errors import one_line
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import find, library, remove
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
-from slotmoe.tools.screen import visible
+from slotmoe.tools.screen import json_of, show
 from slotmoe.tools.sessions import session_folder, sessions_in
 
 
@@ -45,11 +45,11 @@ def command(names: tuple[str, ...], sessions: bool, as_json: bool, **given: Any)
     removed, size, chosen = [*dict.fromkeys(names)], "", []
     if not sessions:
         chosen = find(folder, removed)
-        removed, freed = [cached.name for cached in chosen], sum(cached.bytes for cached in chosen)
-        size = f", {format_size(freed)}"
+        removed = [cached.name for cached in chosen]
+        size = f", {format_size(sum(cached.bytes for cached in chosen))}"
     elif is_all:
         removed = [session.name for session in sessions_in(folder)]
-    called = ", ".join(map(visible, removed)) or f"{folder}: unnamed texts"
+    called = one_line(", ".join(removed) or f"{folder}: unnamed texts")
     asks = not given["yes"] and sys.stdin.isatty() and sys.stderr.isatty()
     if asks and not click.confirm(f"Remove {called}{size}?", err=True):
         return 1
@@ -58,10 +58,10 @@ def command(names: tuple[str, ...], sessions: bool, as_json: bool, **given: Any)
 
         freed = remove_sessions(folder, removed)
     else:
-        remove(folder, chosen)
+        freed = remove(folder, chosen)
     if as_json:
         where = "sessions" if sessions else "cache"
-        print(json.dumps({where: str(folder), "removed": removed, "bytes": freed}))
+        print(json_of({where: str(folder), "removed": removed, "bytes": freed}))
     else:
-        print(f"{called}: removed, {format_size(freed)} are free again")
+        show(f"{called}: removed, {format_size(freed)} are free again")
     return 0

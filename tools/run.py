@@ -1,6 +1,5 @@
 """``slotmoe run``: a prompt in, its continuation out."""
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -10,9 +9,10 @@ import click
 
 from slotmoe.jsonfile import Json
 from slotmoe.model.reasoning import Splitter
+from slotmoe.signals import Stopping
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
-from slotmoe.tools.screen import dimmed, echo_of, is_terminal, visible, wait_reading
+from slotmoe.tools.screen import echo, is_terminal, json_of, print_dimmed, wait_reading
 from slotmoe.tools.sessions import go_on, open_session
 
 if TYPE_CHECKING:
@@ -61,20 +61,15 @@ def command(
         if given["trace"] is not None:
             runtime.trace(given["trace"])
         continuation = Continuation(runtime, text, arguments, as_json, session, given["system"])
-        stopped = None
-        try:
-            continuation.run()
-        except KeyboardInterrupt as stop:
-            stopped = stop
+        continuation.run()
         report = continuation.report()
     if not as_json:
         print(flush=True)
         lines = [summary(report)] if verbose else []
         print(*lines, continuation.line(report), sep="\n", file=sys.stderr)
-    if stopped is not None:
-        raise stopped
+    continuation.stopping.check()
     if as_json:
-        print(json.dumps(report))
+        print(json_of(report))
 
 
 class Continuation:
@@ -95,7 +90,6 @@ class Continuation:
         self._arguments, self.tokens = arguments, list[Any]()
         self._first_seconds: float | None = None
         self._thoughts, self._texts = list[str](), list[str]()  # of the answer
-        self._ended = False
         self._session, self._chat = session, arguments.pop("chat")
         self._saved = saved = None if session is None else session.saved
         earlier = [] if saved is None else saved.messages
@@ -109,25 +103,25 @@ class Continuation:
             self._messages = [_message("text", before + prompt)]
 
     def run(self) -> None:
-        """Generate until it ends or is interrupted."""
+        """Generate until it ends, or a signal ends it."""
         on_terminal, started = not self._quiet and is_terminal(sys.stdout), time.perf_counter()
         ids, tokenizer = self._ids(), self._runtime.tokenizer
         splitter = tokenizer.splitter(ids) if self._chat else Splitter(None, False)
         stream = self._runtime.generate(ids, **self._arguments)
-        try:
-            wait_reading(stream, self._quiet)
-            for token in stream:
-                if not self.tokens:
-                    self._first_seconds = time.perf_counter() - started
-                    if on_terminal and not self._chat:
-                        print(echo_of(self._prompt), end="")
-                self.tokens.append(token)
-                self._show(on_terminal, *splitter.feed(token.text))
-            self._show(on_terminal, *splitter.feed("", is_last=True))
-            self._ended = True
-        finally:
-            stream.close()
-            self._keep(ids)
+        with Stopping(lambda _: stream.close()) as self.stopping:
+            try:
+                wait_reading(stream, self._quiet)
+                for token in stream:
+                    if not self.tokens:
+                        self._first_seconds = time.perf_counter() - started
+                        if on_terminal and not self._chat:
+                            echo(self._prompt)
+                    self.tokens.append(token)
+                    self._show(on_terminal, *splitter.feed(token.text))
+                self._show(on_terminal, *splitter.feed("", is_last=True))
+            finally:
+                stream.close()
+                self._keep(ids)
 
     def _ids(self) -> list[int]:
         """The prompt's tokens, behind those of the session; another model has other tokens."""
@@ -160,12 +154,14 @@ class Continuation:
     def _show(self, on_terminal: bool, thought: str, text: str) -> None:
         """Print what has come: reasoning dimmed, or on stderr where stdout is no terminal."""
         if thought and not self._quiet:
-            file = sys.stdout if on_terminal else sys.stderr
-            print(dimmed(thought) if on_terminal else thought, end="", flush=True, file=file)
+            if on_terminal:
+                print_dimmed(thought)
+            else:
+                print(thought, end="", flush=True, file=sys.stderr)
         if text and not self._quiet:
             if self._thoughts and not self._texts:
                 print("\n", file=sys.stdout if on_terminal else sys.stderr)
-            print(visible(text) if on_terminal else text, end="", flush=True)
+            print(text, end="", flush=True)
         self._thoughts += [thought] if thought else []
         self._texts += [text] if text else []
 
@@ -179,7 +175,7 @@ class Continuation:
             **({"reasoning": "".join(self._thoughts)} if self._thoughts else {}),
             "ids": [token.id for token in self.tokens],
             "logprobs": [token.logprob for token in self.tokens],
-            "finish_reason": (limit or "stop") if self._ended else "interrupted",
+            "finish_reason": "interrupted" if self.stopping.number else limit or "stop",
             "first_token_seconds": self._first_seconds,
             "context": self._runtime.context,
             **speeds(stats),
@@ -237,7 +233,7 @@ def by_drive(drives: list[Json]) -> str:
         rate = drive["bytes"] / drive["seconds"] / 1e9 if drive["seconds"] else 0.0
         failed = ", then failed" * drive["failed"]
         read = f"{format_size(drive['bytes'])} at {rate:.2f} GB/s"
-        texts.append(f"{visible(drive['folder'])} {read}{failed}")
+        texts.append(f"{drive['folder']} {read}{failed}")
     return "; ".join(texts)
 
 

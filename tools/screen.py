@@ -1,24 +1,58 @@
 """What a person sees on a terminal, and a pipe does not get."""
 
+import json
 import os
-import re
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TextIO
+
+from slotmoe.errors import one_line, visible
 
 if TYPE_CHECKING:
     from slotmoe.offload.engine.requests import Stream
 
-_COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _FIRST_SECONDS, _NEXT_SECONDS = 0.5, 0.2  # until the line of ``wait_reading`` appears, and changes
 _MOST_ECHOED = 1000  # characters of a prompt
 
 
-def visible(text: str) -> str:
-    """``text`` with codes for characters, but line feeds and tabs, that command a terminal."""
-    return _COMMANDING.sub(lambda match: repr(match[0])[1:-1], text)
+class Screen:
+    """A ``stream`` for text that strangers may have written: none of it commands a terminal."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self.stream.write(visible(text))
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+
+def guard_streams() -> None:
+    """Let terminals, and stderr as it is often a log, show what is printed, by whomever, and obey
+    none of it.  A pipe gets every character of a model's text."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, Screen) and (name == "stderr" or stream.isatty()):
+            setattr(sys, name, Screen(stream))
+
+
+def commanded(stream: TextIO) -> TextIO:
+    """What takes codes of our own for the terminal that ``stream`` is."""
+    return stream.stream if isinstance(stream, Screen) else stream
+
+
+def show(*lines: str, err: bool = False) -> None:
+    """Print lines, each of which stays one, on stdout or stderr."""
+    print(*map(one_line, lines), sep="\n", file=sys.stderr if err else sys.stdout)
+
+
+def json_of(values: object) -> str:
+    """JSON, in which every control character is a code."""
+    return json.dumps(values).replace("\x7f", r"\u007f")
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -26,14 +60,15 @@ def is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def dimmed(text: str) -> str:
-    """``text`` for a terminal, dimmed unless NO_COLOR asks for no colors (https://no-color.org)."""
-    return visible(text) if os.environ.get("NO_COLOR") else f"\x1b[2m{visible(text)}\x1b[22m"
+def print_dimmed(text: str) -> None:
+    """Print on a terminal, dimmed unless NO_COLOR asks for no colors (https://no-color.org)."""
+    begin, end = ("", "") if os.environ.get("NO_COLOR") else ("\x1b[2m", "\x1b[22m")
+    print(f"{begin}{visible(text)}{end}", end="", flush=True, file=commanded(sys.stdout))
 
 
-def echo_of(prompt: str) -> str:
-    """The prompt, or the end of a long one, as it is shown before its continuation."""
-    return dimmed(prompt if len(prompt) <= _MOST_ECHOED else f"…{prompt[-_MOST_ECHOED:]}")
+def echo(prompt: str) -> None:
+    """Print the prompt, or the end of a long one, before its continuation."""
+    print_dimmed(prompt if len(prompt) <= _MOST_ECHOED else f"…{prompt[-_MOST_ECHOED:]}")
 
 
 def wait_reading(stream: "Stream", quiet: bool) -> None:
@@ -41,21 +76,12 @@ def wait_reading(stream: "Stream", quiet: bool) -> None:
     a second on, how much of the prompt is read."""
     if not quiet and is_terminal(sys.stderr):
         total, seconds = len(stream.request.prompt), _FIRST_SECONDS
+        screen = commanded(sys.stderr)
         try:
             while not stream.wait(seconds):
                 seconds = _NEXT_SECONDS
                 done = f"reading {stream.request.read:,} of {total:,} tokens"
-                print(f"\r\x1b[2K{done}", end="", file=sys.stderr, flush=True)
+                print(f"\r\x1b[2K{done}", end="", file=screen, flush=True)
         finally:
             if seconds == _NEXT_SECONDS:
-                print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def on_interrupt(handler: Callable[..., object]) -> Iterator[None]:
-    """Ctrl-C calls ``handler`` meanwhile."""
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+                print("\r\x1b[2K", end="", file=screen, flush=True)

@@ -73,17 +73,16 @@ def sessions_in(folder: Path) -> "list[Listed]":
     return listing(folder)
 
 
-def described(folder: Path) -> str:
-    """The named sessions there as a table."""
+def described(folder: Path) -> list[str]:
+    """The lines of a table of the named sessions there."""
     sessions = sessions_in(folder)
     if not sessions:
-        return f"{folder}: holds no named sessions"
-    width = max(len(session.name) for session in sessions)
-    rows = list[str]()
+        return [f"{folder}: holds no named sessions"]
+    width, rows = max(len(session.name) for session in sessions), list[str]()
     for session in sessions:
         tokens = "" if session.saved is None else f", {len(session.saved.tokens):,} tokens"
         rows.append(f"{session.name:{width}}  {_kind(session)}{tokens}, {ago(session.used)}")
-    return "\n".join([*rows, f"{folder}: {len(sessions)}. slotmoe rm --sessions NAME removes one."])
+    return [*rows, f"{folder}: {len(sessions)}. slotmoe rm --sessions NAME removes one."]
 
 
 def session_facts(folder: Path) -> Json:

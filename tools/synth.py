@@ -1,6 +1,5 @@
 """``slotmoe synth``: an export with random weights, to try a machine before a long download."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,11 @@ from slotmoe.model.config import read_config
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import default_codecs
+from slotmoe.signals import Stopping
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
 from slotmoe.tools.progress import byte_bars
+from slotmoe.tools.screen import json_of, show
 
 _SHARE_HELP = "Write N distinct expert layers and hard-link the others to them."
 
@@ -50,12 +51,21 @@ def command(geometry: str, destination: Path | None, as_json: bool, **given: Any
         shown = f"{Path(geometry.removesuffix('/config.json')).name}-random"
         make_cache(cache_folder())
         destination = cache_folder() / shown
-    with byte_bars(f"Writing {geometry}", quiet=as_json) as (progress,):
-        manifest = synthesize(source, destination, progress=progress, **given)
+    with (
+        byte_bars(f"Writing {geometry}", quiet=as_json) as (progress,),
+        Stopping(lambda _: None) as stopping,
+    ):
+
+        def advance(done: int, total: int) -> None:
+            stopping.check()  # what was written goes
+            progress(done, total)
+
+        manifest = synthesize(source, destination, progress=advance, **given)
+    stopping.check()
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     seconds = time.perf_counter() - started
     if as_json:
-        print(json.dumps({"export": str(destination), "bytes": size, "seconds": seconds}))
+        print(json_of({"export": str(destination), "bytes": size, "seconds": seconds}))
     else:
-        click.echo(f"{destination}: {format_size(size)} in {seconds:.1f} s", err=True)
-        click.echo(f"Measure it: slotmoe bench {shown}", err=True)
+        made = f"{destination}: {format_size(size)} in {seconds:.1f} s"
+        show(made, f"Measure it: slotmoe bench {shown}", err=True)

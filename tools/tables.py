@@ -1,13 +1,37 @@
-"""Tables for a terminal."""
+"""What is drawn on a terminal."""
 
+import sys
 from collections.abc import Container, Iterable, Sequence
 
+import rich.console
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import ConsoleOptions, RenderableType, RenderHook
 from rich.measure import Measurement
+from rich.segment import Segment
 from rich.table import Table
 
+from slotmoe.errors import visible
+from slotmoe.tools.screen import commanded, guard_streams
+
 Row = Sequence[RenderableType]
+
+
+class Console(rich.console.Console):
+    """Draws with codes of its own; none comes out of a text, nor is that markup."""
+
+    def __init__(self, stderr: bool = False):
+        stream = commanded(sys.stderr if stderr else sys.stdout)
+        super().__init__(file=stream, markup=False, emoji=False)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else visible(text), style, control)
+
+    def push_render_hook(self, hook: RenderHook) -> None:
+        super().push_render_hook(hook)
+        guard_streams()  # meanwhile rich takes codes in what others print for its own
 
 
 def table(

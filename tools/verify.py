@@ -1,6 +1,5 @@
 """``slotmoe verify``: compare every checksum of an export."""
 
-import json
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from slotmoe.offload.model_cache import export_named, is_export
 from slotmoe.sizes import format_size
 from slotmoe.tools.options import JSON, model_names, say
 from slotmoe.tools.progress import byte_bars
+from slotmoe.tools.screen import json_of, show
 
 
 @click.command(name="verify")
@@ -56,14 +56,14 @@ def command(export: Path, as_json: bool) -> int:
     size = sum(entry["bytes"] for entry in files.values())
     if as_json:
         report = {"export": str(export), "ok": not bad, "files": len(files)}
-        print(json.dumps({**report, "bytes": size, "seconds": seconds, "bad": bad}))
+        print(json_of({**report, "bytes": size, "seconds": seconds, "bad": bad}))
     elif bad:
         for entry in bad:
-            print(f"{export / entry['file']}: {entry['problem']}\n  {entry['advice']}")
+            show(f"{export / entry['file']}: {entry['problem']}", f"  {entry['advice']}")
         say(f"{len(bad)} of {len(damaged.keys() | files.keys())} files are bad")
     else:
         measured = f"{format_size(size)} in {seconds:.1f} s"
-        print(f"{export}: all {len(files)} files are right ({measured})")
+        show(f"{export}: all {len(files)} files are right ({measured})")
     return int(bool(bad))
 
 

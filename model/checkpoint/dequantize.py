@@ -16,26 +16,36 @@ Shape legend: R rows that are wanted, C columns of the matrix, G and B blocks of
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from msgspec import Meta, Struct
 from torch import Tensor
 
 from slotmoe.errors import CheckpointError
-from slotmoe.jsonfile import check, number, one_of, parse_json
+from slotmoe.jsonfile import parse_json
 from slotmoe.model.checkpoint.encodings import Encoding
 from slotmoe.model.checkpoint.shards import Read, TensorInfo
 
 SCALES = (torch.float8_e8m0fnu, torch.float32, torch.bfloat16, torch.float16)  # mxfp4: the first
 NESTED, NESTED_BLOCK = torch.uint8, 256  # bitsandbytes' scales that are codes, with a scale each
-_NESTED = {
-    "nested_blocksize": one_of(NESTED_BLOCK),
-    "nested_dtype": one_of("float32"),
-    "nested_offset": number(-1e30, 1e30),
-}
 _INT4 = torch.arange(-8.0, 8.0)
 # In ascending order; and which of them each e2m1 code is, whose bit 3 is the sign.
 _MXFP4 = torch.tensor([-6, -4, -3, -2, -1.5, -1, -0.5, -0.0, 0, 0.5, 1, 1.5, 2, 3, 4, 6])
 _OF_E2M1 = torch.tensor([*range(8, 16), *range(7, -1, -1)], dtype=torch.uint8)
+
+
+class _State(Struct):
+    """What bitsandbytes notes of a weight."""
+
+    blocksize: int
+    dtype: str
+
+
+class _NestedState(_State):
+    nested_blocksize: Literal[256]  # NESTED_BLOCK
+    nested_dtype: Literal["float32"]
+    nested_offset: Annotated[float, Meta(ge=-1e30, le=1e30)]
 
 
 @dataclass(frozen=True)
@@ -104,20 +114,23 @@ class EncodedTensor(TensorInfo):
         """The scales of bitsandbytes from number ``first`` on, of which those that are codes have
         scales too.  Raises ``CheckpointError`` where its notes say what is not decoded here."""
         try:
-            state = parse_json(beside["quant_state"].numpy().tobytes(), Path("quant_state"))
-            block, dtype = one_of(self.encoding.columns), one_of(self.encoding.dtype)
-            check(state, {"blocksize": block, "dtype": dtype})
-            if scales_RB.dtype != NESTED:
-                return scales_RB
-            check(state, _NESTED)
+            of = _NestedState if scales_RB.dtype == NESTED else _State
+            state = parse_json(beside["quant_state"].numpy().tobytes(), Path("quant_state"), of)
+            for key, wanted in (
+                ("blocksize", self.encoding.columns),
+                ("dtype", self.encoding.dtype),
+            ):
+                if (found := getattr(state, key)) != wanted:
+                    raise ValueError(f"{key} is {found!r:.40}, expected {wanted}")
         except ValueError as problem:
             path = self.beside["quant_state"].path
             raise CheckpointError(f"{path}: {self.name}: {problem}") from None
+        if not isinstance(state, _NestedState):
+            return scales_RB
         block_RB = (first + torch.arange(scales_RB.numel())) // NESTED_BLOCK
         levels, absmax = beside["nested_quant_map"], beside["nested_absmax"]
         numbers = levels[scales_RB.flatten().int()] * absmax[block_RB]
-        offset: float = state["nested_offset"]
-        return (numbers + offset).view(scales_RB.shape)
+        return (numbers + state.nested_offset).view(scales_RB.shape)
 
     def _check_finite(self, scales: Tensor) -> None:
         if not torch.isfinite(scales).all():

@@ -2,9 +2,11 @@
 Without torch: ``slotmoe.model.checkpoint.dequantize`` decodes them."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
-from slotmoe.jsonfile import Json, ListOf, ObjectOf, check, one_of
+from msgspec import Struct
+
+from slotmoe.jsonfile import Json, typed
 
 BITSANDBYTES = ("nf4", "fp4")
 
@@ -54,59 +56,71 @@ class Encoding:
         return self.name in BITSANDBYTES
 
 
-_GROUP = {  # a config group of compressed-tensors: what is decoded here
-    "weights": {
-        "num_bits": one_of(4),
-        "type": one_of("int"),
-        "symmetric": one_of(True),
-        "strategy": one_of("group"),
-        "group_size": one_of(32),
-    }
+class _Fp8(Struct):
+    expert_dtype: Literal["fp8", "fp4"]
+    fmt: Literal["e4m3"] = "e4m3"
+    weight_block_size: tuple[Literal[128], Literal[128]] | None = (128, 128)
+
+
+class _Weights(Struct):  # of compressed-tensors: what is decoded here
+    num_bits: Literal[4]
+    type: Literal["int"]
+    symmetric: bool
+    strategy: Literal["group"]
+    group_size: Literal[32]
+    actorder: None = None  # columns in their own order
+
+
+_Group = TypedDict("_Group", {"weights": _Weights})
+
+
+class _CompressedTensors(Struct):
+    format: Literal["pack-quantized"]
+    config_groups: dict[str, _Group]
+
+
+class _Bitsandbytes(Struct):
+    load_in_4bit: bool
+    bnb_4bit_quant_type: Literal["nf4", "fp4"]
+    bnb_4bit_quant_storage: Literal["uint8"] = "uint8"
+
+
+_KINDS: dict[str, type[Struct]] = {
+    "fp8": _Fp8,
+    "compressed-tensors": _CompressedTensors,
+    "bitsandbytes": _Bitsandbytes,
 }
-_FP8, _INT4, _BITSANDBYTES = "fp8", "compressed-tensors", "bitsandbytes"
-_KINDS: dict[str, Json] = {  # what must be so
-    _FP8: {"fmt": one_of("e4m3"), "expert_dtype": one_of("fp8", "fp4")},
-    _INT4: {"format": one_of("pack-quantized"), "config_groups": ObjectOf(_GROUP)},
-    _BITSANDBYTES: {
-        "load_in_4bit": one_of(True),
-        "bnb_4bit_quant_type": one_of(*BITSANDBYTES),
-        "bnb_4bit_quant_storage": one_of("uint8"),
-    },
-}
-_OPTIONAL = {"fmt", "expert_dtype", "bnb_4bit_quant_storage"}  # but if they are there
-_BLOCK = ListOf(one_of(128), 2, 2)
+
+
+_Dtype = TypedDict("_Dtype", {"dtype": Literal["bfloat16", "float16", "float32"]})
 
 
 def parse_encoding(config: Json) -> Encoding | None:
     """The encoding that a ``config.json`` names; None where it is absent.  Raises ``ValueError``,
     which names the key, for what is not decoded here."""
     place = "quantization_config"
-    settings = config.get(place)
-    if not settings:
+    if not config.get(place):
         return None
-    check(settings, {}, place)
+    settings = {"expert_dtype": config.get("expert_dtype", "fp8")} | typed(
+        config[place], Json, place
+    )
     method = settings.get("quant_method")
     if not isinstance(method, str) or method not in _KINDS:
-        known = f"only {_FP8}, {_INT4} or {_BITSANDBYTES}"
-        problem = f"{place}.quant_method {method!r:.40} is not supported, {known}"
+        problem = f"{place}.quant_method {method!r:.40} is not supported, only {', '.join(_KINDS)}"
         raise ValueError(f"{problem}; give the original checkpoint")
-    kinds = _KINDS[method]
-    required = kinds.keys() - _OPTIONAL | kinds.keys() & settings.keys()
-    check(settings, {key: kinds[key] for key in sorted(required)}, place)
-    if method == _BITSANDBYTES:
-        values = {"dtype": config.get("torch_dtype"), **config}
-        check(values, {"dtype": one_of("bfloat16", "float16", "float32")})
-        return Encoding(settings["bnb_4bit_quant_type"], 1, 64, values["dtype"])
-    if method == _INT4:
-        for name, group in settings["config_groups"].items():
-            if group["weights"].get("actorder") is not None:
-                where = f"{place}.config_groups.{name:.40}.weights.actorder"
-                raise ValueError(f"{where} is set, expected null: columns in their own order")
+    given = typed(settings, _KINDS[method], place)
+    if isinstance(given, _Bitsandbytes):
+        if not given.load_in_4bit:
+            raise ValueError(f"{place}.load_in_4bit is false, which is not supported")
+        plain = typed({"dtype": config.get("torch_dtype"), **config}, _Dtype)
+        return Encoding(given.bnb_4bit_quant_type, 1, 64, plain["dtype"])
+    if isinstance(given, _CompressedTensors):
+        for name, group in given.config_groups.items():
+            if not group["weights"].symmetric:
+                where = f"{place}.config_groups.{name:.40}.weights.symmetric"
+                raise ValueError(f"{where} is false, which is not supported")
         return Encoding("int4", 1, 32)
-    values = {"expert_dtype": config.get("expert_dtype", "fp8"), **settings}
-    check(values, {"expert_dtype": kinds["expert_dtype"]})
-    experts = Encoding("mxfp4", 1, 32) if values["expert_dtype"] == "fp4" else None
-    if (block := settings.get("weight_block_size", [128, 128])) is None:
-        return Encoding("fp8", 0, 0, own_of_experts=experts)
-    check(block, _BLOCK, f"{place}.weight_block_size")
-    return Encoding("fp8", 128, 128, own_of_experts=experts)
+    assert isinstance(given, _Fp8)
+    experts = Encoding("mxfp4", 1, 32) if given.expert_dtype == "fp4" else None
+    size = 0 if given.weight_block_size is None else 128
+    return Encoding("fp8", size, size, own_of_experts=experts)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from slotmoe.errors import CheckpointError, reading
-from slotmoe.jsonfile import parse_json, read_file
+from slotmoe.jsonfile import Json, parse_json, read_file
 from slotmoe.model import names, tiktoken
 from slotmoe.model.checkpoint.dequantize import Codes, EncodedTensor
 from slotmoe.model.checkpoint.places import Places
@@ -174,7 +174,7 @@ def small_files(folder: Path) -> ReadFile:
         path = inside(folder, tiktoken.FILE_NAME)
         model = read_file(path, tiktoken.MAX_BYTES, CheckpointError)
         settings = read("tokenizer_config.json", MAX_SETTINGS_BYTES) or b"{}"
-        parsed = parse_json(settings, folder / "tokenizer_config.json")
+        parsed = parse_json(settings, folder / "tokenizer_config.json", Json)
         return tiktoken.made_by_child(model, parsed, path)
 
     def read(name: str, limit: int) -> bytes | None:

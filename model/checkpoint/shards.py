@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -123,15 +124,18 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Te
     return infos, header_bytes
 
 
+_Index = TypedDict("_Index", {"weight_map": dict[str, str]})
+
+
 def weight_files(folder: Path) -> dict[str, str] | None:
     """File of each tensor by the folder's index, names checked, or None.  ``CheckpointError``."""
     index = folder / INDEX_NAME
     if not index.exists():
         return None
-    weight_map = read_json(index, MAX_INDEX_BYTES, CheckpointError).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map object")
-    weight_map = {text_name(name): str(file) for name, file in weight_map.items()}
+    found = read_json(index, MAX_INDEX_BYTES, _Index, CheckpointError)["weight_map"]
+    if not found:
+        raise CheckpointError(f"{index}: weight_map is empty")
+    weight_map = {text_name(name): file for name, file in found.items()}
     for file in dict.fromkeys(weight_map.values()):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors", file):
             problem = "is not a plain .safetensors file name inside the folder"

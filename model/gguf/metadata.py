@@ -7,17 +7,21 @@ its key: what llama.cpp assumes in its place may be wrong (its gate knows no gro
 import json
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
 
 from slotmoe import model
 from slotmoe.errors import CheckpointError
-from slotmoe.jsonfile import FLAG, TEXT, Json, Kind, check, integer, number, one_of, read_json
+from slotmoe.jsonfile import Json, read_json, typed
 from slotmoe.model.files import ReadFile
 from slotmoe.model.gguf.header import GgufHeader
-from slotmoe.model.gguf.tokenizer import end_ids, special_id, tokenizer_files
+from slotmoe.model.gguf.tokenizer import Tokenizer, read_tokenizer, tokenizer_files
 
 ARCHITECTURE = "deepseek2"
-_COUNT, _REAL = integer(0, (1 << 31) - 1), number(0, 1e30)
+_Count = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+_Real = Annotated[float, Meta(ge=0, le=1e30)]
+_One = Annotated[float, Meta(ge=1, le=1, description="1")]
 _GEOMETRY = {
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
@@ -33,21 +37,20 @@ _GEOMETRY = {
 """``config.json``'s key -> that of the metadata, behind the architecture's name."""
 _GROUPS = ("n_group", "topk_group", "topk_method")
 _FIXED = {  # what may be written, but can have no other value
-    "attention.causal": one_of(True),
-    "expert_gating_func": Kind("1 (softmax)", (0, 1).__contains__),
-    "nextn_predict_layers": one_of(0),
-    "rope.scaling.attn_factor": one_of(1),
-    "rope.scaling.yarn_attn_factor": one_of(1),
-    "rope.scaling.yarn_ext_factor": one_of(1),
+    "attention.causal": bool,
+    "expert_gating_func": Annotated[int, Meta(ge=0, le=1, description="1 (softmax)")],
+    "nextn_predict_layers": Literal[0],
+    "rope.scaling.attn_factor": _One,
+    "rope.scaling.yarn_attn_factor": _One,
+    "rope.scaling.yarn_ext_factor": _One,
 }
-_YARN: dict[str, tuple[str, Kind] | tuple[str, Kind, float]] = {
-    "factor": ("factor", _REAL),
-    "original_max_position_embeddings": ("original_context_length", _COUNT),
-    "beta_fast": ("yarn_beta_fast", _REAL, 32.0),
-    "beta_slow": ("yarn_beta_slow", _REAL, 1.0),
+_YARN: dict[str, tuple[Any, ...]] = {
+    "factor": ("factor", _Real),
+    "original_max_position_embeddings": ("original_context_length", _Count),
+    "beta_fast": ("yarn_beta_fast", _Real, 32.0),
+    "beta_slow": ("yarn_beta_slow", _Real, 1.0),
 }
-"""Settings of YaRN -> key behind ``rope.scaling``, kind, and what a file without it means."""
-_ROPE_TYPE = {f"{ARCHITECTURE}.rope.scaling.type": one_of("yarn")}
+"""Settings of YaRN -> key behind ``rope.scaling``, type, and what a file without it means."""
 _HEADS = ("attention.key_length", "attention.value_length")
 _KNOWN = {*_FIXED, *_HEADS, "attention.head_count_kv", "expert_group_used_count"}
 _KNOWN |= {"tensor_data_layout", "rope.scaling.finetuned", "rope.scaling.yarn_log_multiplier"}
@@ -64,12 +67,13 @@ class _Metadata:
     def __contains__(self, key: str) -> bool:
         return f"{ARCHITECTURE}.{key}" in self._values
 
-    def get(self, key: str, kind: Kind, *default: object) -> Any:
+    def get(self, key: str, of: Any, *default: object) -> Any:
         name = f"{ARCHITECTURE}.{key}"
         self._asked.add(name)
-        if name in self._values or not default:
-            check(self._values, {name: kind})
-            return self._values[name]
+        if name in self._values:
+            return typed(self._values[name], of, name)
+        if not default:
+            raise ValueError(f"{name} is missing")
         return default[0]
 
     def unknown(self) -> Json:
@@ -83,9 +87,10 @@ def small_files(header: GgufHeader) -> ReadFile:
     """The model's small files, see ``slotmoe.model.files``, made of the first file's metadata.
     Raises ``CheckpointError``, which names the key."""
     try:
-        check(header.metadata, {"general.architecture": one_of(ARCHITECTURE)})
-        files = tokenizer_files(header.metadata)
-        files["config.json"] = _config(header)
+        if (found := header.metadata.get("general.architecture")) != ARCHITECTURE:
+            raise ValueError(f"general.architecture is {found!r:.80}, expected {ARCHITECTURE!r}")
+        tokenizer = read_tokenizer(header.metadata)
+        files = {**tokenizer_files(tokenizer), "config.json": _config(header, tokenizer)}
     except ValueError as problem:
         raise CheckpointError(f"{header.path}: {problem}") from None
     contents = {name: json.dumps(values, indent=2).encode() for name, values in files.items()}
@@ -99,25 +104,24 @@ def small_files(header: GgufHeader) -> ReadFile:
     return read
 
 
-def _config(header: GgufHeader) -> Json:
+def _config(header: GgufHeader, tokenizer: Tokenizer) -> Json:
     """``config.json`` as DeepSeek writes it.  Raises ``ValueError``."""
     found = _Metadata(header)
-    for key, kind in _FIXED.items():
-        if key in found:
-            found.get(key, kind)
+    for key, of in _FIXED.items():
+        if key in found and found.get(key, of) is False:
+            raise ValueError(f"{ARCHITECTURE}.{key} is False, expected true")
     values: Json = {"architectures": ["DeepseekV2ForCausalLM"]}
     values |= {"model_type": "deepseek_v2", "hidden_act": "silu", "scoring_func": "softmax"}
-    values |= {key: found.get(name, _COUNT) for key, name in _GEOMETRY.items()}
-    values["q_lora_rank"] = found.get("attention.q_lora_rank", _COUNT, None) or None
-    values["n_shared_experts"] = found.get("expert_shared_count", _COUNT)
-    values["bos_token_id"] = special_id(header.metadata, "bos")
-    values["eos_token_id"] = end_ids(header.metadata)
+    values |= {key: found.get(name, _Count) for key, name in _GEOMETRY.items()}
+    values["q_lora_rank"] = found.get("attention.q_lora_rank", _Count, None) or None
+    values["n_shared_experts"] = found.get("expert_shared_count", _Count)
+    values["bos_token_id"] = tokenizer.bos_token_id
+    values["eos_token_id"] = tokenizer.ends
     values["num_key_value_heads"] = values["num_attention_heads"]
-    values["max_position_embeddings"] = found.get("context_length", _COUNT)
-    values["rms_norm_eps"] = found.get("attention.layer_norm_rms_epsilon", _REAL)
+    values["max_position_embeddings"] = found.get("context_length", _Count)
+    values["rms_norm_eps"] = found.get("attention.layer_norm_rms_epsilon", _Real)
     values["tie_word_embeddings"] = "output.weight" not in header.tensors
-    tokens = header.metadata.get("tokenizer.ggml.tokens", [])
-    values["vocab_size"] = found.get("vocab_size", _COUNT, len(tokens))
+    values["vocab_size"] = found.get("vocab_size", _Count, len(tokenizer.tokens))
     return values | _heads(found, values) | _gate(found, values) | _rope(found) | found.unknown()
 
 
@@ -125,28 +129,28 @@ def _heads(found: _Metadata, values: Json) -> Json:
     """Since 2025 a head's widths have keys of their own; the old ones are the latent cache's."""
     mla = any(f"{name}_mla" in found for name in _HEADS)
     names = [f"{name}_mla" if mla else name for name in _HEADS]
-    keys, width = (found.get(name, _COUNT) for name in names)
+    keys, width = (found.get(name, _Count) for name in names)
     if (nope := keys - values["qk_rope_head_dim"]) < 1:
         raise ValueError(f"{ARCHITECTURE}.{names[0]} is {keys}, less than the rope's dimensions")
     return {"qk_nope_head_dim": nope, "v_head_dim": width}
 
 
 def _gate(found: _Metadata, values: Json) -> Json:
-    scale = found.get("expert_weights_scale", _REAL)
-    norm = found.get("expert_weights_norm", FLAG, False)
+    scale = found.get("expert_weights_scale", _Real)
+    norm = found.get("expert_weights_norm", bool, False)
     if norm and scale != 1:
         name = f"{ARCHITECTURE}.expert_weights_norm"
         problem = f"{name} is true beside a scale of {scale}"
         raise ValueError(f"{problem}, and DeepSeek-V2 has one of both")
     gate = {"routed_scaling_factor": scale, "norm_topk_prob": norm}
-    known = found.get("expert_group_count", _COUNT, None)
+    known = found.get("expert_group_count", _Count, None)
     if known is not None:
-        used = found.get("expert_group_used_count", _COUNT)
+        used = found.get("expert_group_used_count", _Count)
         method = "group_limited_greedy" if known > 1 else "greedy"
         return gate | {"n_group": known, "topk_group": used, "topk_method": method}
     # Files from before the end of 2025 do not say; those of DeepSeek's own models are known.
     for path in sorted((Path(model.__file__).parent / "geometries").glob("*.json")):
-        geometry = read_json(path, 1 << 20)
+        geometry = read_json(path, 1 << 20, Json)
         keys = ("model_type", *_GEOMETRY, "q_lora_rank")
         if all(geometry.get(key) == values[key] for key in keys):
             return gate | {key: geometry[key] for key in _GROUPS}
@@ -156,15 +160,15 @@ def _gate(found: _Metadata, values: Json) -> Json:
 
 
 def _rope(found: _Metadata) -> Json:
-    rope = {"rope_theta": found.get("rope.freq_base", _REAL, 10000.0), "rope_scaling": None}
-    kind = found.get("rope.scaling.type", TEXT, "none")
-    if kind == "none" and found.get("rope.scaling.factor", _REAL, 1) == 1:
+    rope = {"rope_theta": found.get("rope.freq_base", _Real, 10000.0), "rope_scaling": None}
+    kind = found.get("rope.scaling.type", str, "none")
+    if kind == "none" and found.get("rope.scaling.factor", _Real, 1) == 1:
         return rope
-    check({f"{ARCHITECTURE}.rope.scaling.type": kind}, _ROPE_TYPE)
+    found.get("rope.scaling.type", Literal["yarn"])
     # The multiplier is a tenth of mscale_all_dim; mscale, which no GGUF has, is the same in
     # DeepSeek's models.
-    multiplier = found.get("rope.scaling.yarn_log_multiplier", _REAL)
+    multiplier = found.get("rope.scaling.yarn_log_multiplier", _Real)
     mscale = float(Decimal(str(multiplier)) * 10)
-    yarn = {key: found.get(f"rope.scaling.{name}", *kind) for key, (name, *kind) in _YARN.items()}
+    yarn = {key: found.get(f"rope.scaling.{name}", *of) for key, (name, *of) in _YARN.items()}
     scaling = {"type": "yarn", **yarn, "mscale": mscale, "mscale_all_dim": mscale}
     return rope | {"rope_scaling": scaling}

@@ -4,7 +4,11 @@ GGUF names the pre-tokenizer, which splits text before merges are applied, and d
 the patterns of the DeepSeek-V2 family stand here, as DeepSeek's own ``tokenizer.json`` has them.
 """
 
-from slotmoe.jsonfile import FLAG, TEXT, Json, ListOf, check, integer, one_of
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from slotmoe.jsonfile import Json, typed
 
 _LETTERS = (
     "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af"
@@ -30,24 +34,59 @@ _SPLITS = {
 """Patterns that split text one after the other, by the pre-tokenizer's name.  DeepSeek-V2 and its
 Coder models have the first; both of DeepSeek's split single digits after them."""
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
-_MOST = 400_000
 _PREFIX = "tokenizer.ggml."
+_OfEach = Meta(min_length=1, max_length=400_000)
 
 
-def tokenizer_files(metadata: Json) -> dict[str, Json]:
+class Tokenizer(Struct):
+    """The tokenizer as metadata has it."""
+
+    model: Literal["gpt2"]  # byte-level BPE
+    pre: Literal["deepseek-llm", "deepseek-coder", "gpt-2"]
+    tokens: Annotated[list[str], _OfEach]
+    token_type: Annotated[list[Annotated[int, Meta(ge=0, le=6)]], _OfEach]
+    merges: Annotated[list[str], _OfEach]
+    bos_token_id: int
+    eos_token_id: int
+    eot_token_id: int | None = None
+    add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
+    chat_template: str | None = None
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens at which a text ends, and a turn, if that differs."""
+        turn = self.eos_token_id if self.eot_token_id is None else self.eot_token_id
+        return list(dict.fromkeys((self.eos_token_id, turn)))
+
+    def settings(self) -> Json:
+        """What ``tokenizer_config.json`` says of it."""
+        names = {"bos_token": self.tokens[self.bos_token_id]}
+        names["eos_token"] = self.tokens[self.eos_token_id]
+        flags = {"add_bos_token": self.add_bos_token, "add_eos_token": self.add_eos_token}
+        others = {**flags, "chat_template": self.chat_template}
+        return names | {name: value for name, value in others.items() if value is not None}
+
+
+def read_tokenizer(metadata: Json) -> Tokenizer:
+    """The tokenizer, checked.  Raises ``ValueError``, naming the key."""
+    behind = {name: value for name, value in metadata.items() if name.startswith(_PREFIX)}
+    given = {name.removeprefix(_PREFIX): value for name, value in behind.items()}
+    given["chat_template"] = metadata.get("tokenizer.chat_template")
+    found = typed(given, Tokenizer, _PREFIX[:-1])
+    count, types = len(found.tokens), len(found.token_type)
+    if types != count:
+        raise ValueError(f"{_PREFIX}token_type has {types} values for {count} tokens")
+    for name in ("bos_token_id", "eos_token_id", "eot_token_id"):
+        index: int | None = getattr(found, name)
+        if index is not None and not 0 <= index < count:
+            raise ValueError(f"{_PREFIX}{name} is {index}, expected 0 to {count - 1}")
+    return found
+
+
+def tokenizer_files(found: Tokenizer) -> dict[str, Json]:
     """``tokenizer.json`` and ``tokenizer_config.json``.  Raises ``ValueError``, naming the key."""
-    kinds = {
-        "model": one_of("gpt2"),  # byte-level BPE
-        "pre": one_of(*_SPLITS),
-        "tokens": ListOf(TEXT, 1, _MOST),
-        "token_type": ListOf(integer(0, 6), 1, _MOST),
-        "merges": ListOf(TEXT, 1, _MOST),
-    }
-    check(metadata, {_PREFIX + key: kind for key, kind in kinds.items()})
-    names, types = (metadata[_PREFIX + key] for key in ("tokens", "token_type"))
-    if len(names) != len(types):
-        counts = f"{len(types)} values for {len(names)} tokens"
-        raise ValueError(f"{_PREFIX}token_type has {counts}")
+    names, types = found.tokens, found.token_type
     # Rows beyond the tokenizer, which some converters declare as tokens of the user's.
     tokens = {
         name: index
@@ -60,7 +99,7 @@ def tokenizer_files(metadata: Json) -> dict[str, Json]:
         for name, index in tokens.items()
         if types[index] in (_CONTROL, _USER_DEFINED)
     ]  # fmt: skip
-    split = _SPLITS[metadata[f"{_PREFIX}pre"]]
+    split = _SPLITS[found.pre]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     steps: list[Json] = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -73,42 +112,15 @@ def tokenizer_files(metadata: Json) -> dict[str, Json]:
         "added_tokens": added,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "decoder": {**byte_level, "use_regex": True},
-        "model": {"type": "BPE", "vocab": tokens, "merges": _merges(metadata, tokens)},
+        "model": {"type": "BPE", "vocab": tokens, "merges": _merges(found.merges, tokens)},
     }
-    return {"tokenizer.json": tokenizer, "tokenizer_config.json": _settings(metadata, names)}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **found.settings()}
+    return {"tokenizer.json": tokenizer, "tokenizer_config.json": settings}
 
 
-def end_ids(metadata: Json) -> list[int]:
-    """The tokens at which a text ends, and a turn, if that differs.  Raises ``ValueError``."""
-    turn = f"{_PREFIX}eot_token_id" in metadata
-    return list(dict.fromkeys(special_id(metadata, name) for name in ("eos", "eot")[: 1 + turn]))
-
-
-def special_id(metadata: Json, name: str) -> int:
-    """The token with which every text begins (``bos``) or ends.  Raises ``ValueError``."""
-    key = f"{_PREFIX}{name}_token_id"
-    check(metadata, {key: integer(0, len(metadata[f"{_PREFIX}tokens"]) - 1)})
-    index: int = metadata[key]
-    return index
-
-
-def _merges(metadata: Json, tokens: dict[str, int]) -> list[str]:
-    merges: list[str] = metadata[f"{_PREFIX}merges"]
+def _merges(merges: list[str], tokens: dict[str, int]) -> list[str]:
     for number, merge in enumerate(merges):
         left, _, right = merge.partition(" ")
         if not {left, right, left + right} <= tokens.keys():
             raise ValueError(f"{_PREFIX}merges[{number}] is {merge!r:.80}, not two tokens of it")
     return merges
-
-
-def _settings(metadata: Json, names: list[str]) -> Json:
-    settings: Json = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    for name in ("bos", "eos"):
-        settings[f"{name}_token"] = names[special_id(metadata, name)]
-        if (key := f"{_PREFIX}add_{name}_token") in metadata:
-            check(metadata, {key: FLAG})
-            settings[f"add_{name}_token"] = metadata[key]
-    if (key := "tokenizer.chat_template") in metadata:
-        check(metadata, {key: TEXT})
-        settings["chat_template"] = metadata[key]
-    return settings

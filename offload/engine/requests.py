@@ -144,7 +144,7 @@ class Stream(Iterator[Token]):
     def _feed(self, delta: Delta) -> None:
         """Raises what has ended the text, if that was neither a token nor a limit."""
         self._held += delta.tokens
-        if delta.finish is not None:
+        if delta.finish is not None and not self.ended:  # what comes after ``close`` counts no more
             self.ended = True
             if delta.finish not in ("stop", "length"):
                 raise self.request.problem or ConfigError(CLOSED)
@@ -192,6 +192,7 @@ class Stream(Iterator[Token]):
         return True
 
     def close(self) -> None:
-        """Nobody wants the rest."""
-        self.request.cancel()
+        """Nobody wants the rest, and who waits for it goes on; signal handlers call this."""
         self.ended = True
+        self.request.cancel()
+        self._deltas.put(Delta("", (), "cancelled"))

@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.gguf.header import shard_paths
 from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.encoder import codecs_for
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize, resident_mode
-from slotmoe.offload.model_cache import is_export, mark_used
+from slotmoe.offload.machine import cache_folder
+from slotmoe.offload.model_cache import is_export, locate, mark_used
 from slotmoe.offload.plan.memory import export_bytes, sizes_of
 from slotmoe.offload.shared_files import read_note, write_note
 from slotmoe.quant.codecs.codec import DEFAULT_CODEC
@@ -51,6 +53,17 @@ def cached_export(
         quantize(source, destination, wait_for_lock=True, progress=progress or ignore)
     mark_used(destination)
     return destination
+
+
+def resolve_model(path: str | Path, revision: str | None = None, **reporting: Any) -> Path:
+    """Path of a ``MODEL``, as ``locate`` finds it.  A hub id becomes an export in the cache folder
+    first; ``slotmoe.offload.ingest.hub.hub_export`` gets ``revision`` and ``reporting``.  Raises
+    ``ConfigError``, and what that raises."""
+    if (folder := locate(path, revision)) is not None:
+        return folder
+    from slotmoe.offload.ingest.hub import hub_export
+
+    return hub_export(str(path), revision, cache_folder(), **reporting)
 
 
 def cached_place(

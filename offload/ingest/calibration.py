@@ -2,7 +2,8 @@
 Hessians of ``slotmoe.quant.codecs.feedback``.
 
 One layer is in memory at a time, its experts one by one, beside the residual stream of all tokens.
-After each layer the stream is put into ``hidden.safetensors``, from which a killed run goes on.
+After each layer the stream is put into a file, from which a killed run goes on if the state of the
+resume has its checksum.
 
 The routed experts' inputs count by the square of their gate weight, as their errors do.  Gate and
 up projections of a layer share one Hessian.  A down projection has its own, pulled towards the
@@ -21,10 +22,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from slotmoe.border import Pending, Step, Timer
@@ -33,9 +33,10 @@ from slotmoe.model.layers import LayerByLayer, geometry_of, layer_of
 from slotmoe.model.names import EMBEDDING, expert_name, expert_shapes, resident_shapes, split_name
 from slotmoe.model.network import Positions
 from slotmoe.model.state import new_state, plain_row
-from slotmoe.offload.ingest.output_dir import HIDDEN
+from slotmoe.offload.ingest.output_dir import STREAMS, State
 from slotmoe.quant.backends.base import Prepared, TorchBackend
 from slotmoe.quant.codecs.feedback import Hessian
+from slotmoe.quant.export.layout import checksum
 
 MAX_TOKENS = 1 << 16  # more move the Hessians little
 WINDOW = 512  # tokens that are read as one sequence; attention to more costs more than it says
@@ -76,9 +77,9 @@ class _Tap(TorchBackend):
 
 class Calibration:
     """``windows`` of token ids through ``checkpoint``; ``wanted`` are the tensors whose Hessians
-    are kept, ``needed`` the layers that are to be written, in ``folder``.  ``advance`` gets
-    bytes of experts read.  ``remaining`` are the layers that the text goes through, and
-    ``hidden_TD`` is the residual stream behind those that are done."""
+    are kept, ``needed`` the layers that are to be written, in ``folder``, whose ``state`` says how
+    far an earlier run came.  ``advance`` gets bytes of experts read.  ``remaining`` are the layers
+    that the text goes through, and ``hidden_TD`` the residual stream behind those that are done."""
 
     hidden_TD: Tensor
 
@@ -89,15 +90,17 @@ class Calibration:
         wanted: set[str],
         needed: Sequence[int],
         folder: Path,
+        state: State,
         advance: Callable[[int], None],
     ):
         self._checkpoint, self._config, self._wanted = checkpoint, checkpoint.config, wanted
-        self._path, self._advance = folder / HIDDEN, advance
+        self._folder, self._state, self._advance = folder, state, advance
         self._ids = [token for window in windows for token in window]
         self._lengths = list(map(len, windows))
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._positions = Positions(self._config, torch.empty(0, device=self._device))
-        self._first = self._resumed(min(needed, default=0))
+        resumed = bool(needed) and self._resume(min(needed))
+        self._first = state.layer if resumed else 0
         self.remaining = range(self._first, max(needed, default=-1) + 1)
         self._counts: list[int] = []  # tokens of each expert
 
@@ -151,22 +154,26 @@ class Calibration:
             sentences.append(f"{what}, have no finite Hessian and are coded without calibration")
         return sentences
 
-    def _resumed(self, needed: int) -> int:
-        """The first layer to compute, at most ``needed``."""
-        wanted = [len(self._ids), self._config.stream_width]
-        try:
-            with safe_open(self._path, framework="pt") as file:
-                layer = int(file.metadata()["layer"])
-                shape = file.get_slice("hidden").get_shape()
-            return layer if layer <= needed and shape == wanted else 0
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-            return 0
+    def _resume(self, needed: int) -> bool:
+        """Take the stream that an earlier run has left, if it is whole and of a layer that comes no
+        later than ``needed``."""
+        path, width = self._stream_before(self._state.layer), self._config.stream_width
+        if not 0 < self._state.layer <= needed or not path.is_file():
+            return False
+        data = np.fromfile(path, np.float32, width * len(self._ids))
+        if data.size < width * len(self._ids) or checksum(data.data) != self._state.stream:
+            return False
+        self.hidden_TD = torch.from_numpy(data).view(-1, width)
+        return True
+
+    def _stream_before(self, layer: int) -> Path:
+        """Not the file of the layer before, which the state names until this one is durable."""
+        return self._folder / STREAMS[layer % 2]
 
     def begin(self) -> dict[str, Hessian]:
         """Read the residual stream before the first layer; no Hessians are known yet."""
         if self.remaining and self._first:
-            with safe_open(self._path, framework="pt") as file:
-                self.hidden_TD = file.get_tensor("hidden").to(self._device)
+            self.hidden_TD = self.hidden_TD.to(self._device)
         elif self.remaining:
             unique, inverse_T = torch.tensor(self._ids).unique(return_inverse=True)
             rows = [self._checkpoint.rows(EMBEDDING, i, i + 1) for i in unique.tolist()]
@@ -178,11 +185,13 @@ class Calibration:
     def layer(self, layer: int) -> dict[str, Hessian]:
         """The Hessians of the next of the ``remaining`` layers; the one before is written."""
         if layer > self._first:
-            temporary = self._path.with_name(HIDDEN + ".tmp")
-            save_file({"hidden": self.hidden_TD.cpu()}, temporary, {"layer": str(layer)})
-            with temporary.open("rb") as file:
+            with open(self._stream_before(layer), "wb") as file:
+                data = self.hidden_TD.cpu().numpy().data
+                file.write(data)
+                file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(self._path)
+            self._state.layer, self._state.stream = layer, checksum(data)
+            self._state.save(self._folder)
         names = [name for name in resident_shapes(self._config) if split_name(name)[0] == layer]
         weights = {name: self._tensor(name) for name in names}
         # An MLP's up projection sees what its gate projection sees.

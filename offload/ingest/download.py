@@ -19,7 +19,7 @@ from typing import Any
 
 from anyio import current_time, fail_after
 
-from slotmoe.errors import DownloadError
+from slotmoe.errors import DownloadError, naming
 from slotmoe.offload.ingest.repository import Expected, PassingError, Remote, explained
 from slotmoe.offload.shared_files import read_note, write_note
 from slotmoe.quant.export.writer import sync_folder
@@ -134,7 +134,9 @@ class _Transfer:
         self._ranges = [Range(at, min(at + RANGE_BYTES, expected.size), at) for at in starts]
         with suppress(OSError, ValueError, KeyError, TypeError):
             pairs = list(zip(self._ranges, state["received"], strict=True))
-            possible = all(0 <= count <= part.end - part.start for part, count in pairs)
+            possible = all(
+                type(count) is int and 0 <= count <= part.end - part.start for part, count in pairs
+            )
             same = state["checksum"] == expected.checksum
             if possible and same and self._incomplete.stat().st_size == expected.size:
                 for part, count in pairs:
@@ -147,7 +149,8 @@ class _Transfer:
         expected = self._remote.expected
         handle = os.open(self._incomplete, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
-            os.ftruncate(handle, expected.size)
+            with naming(self._path):
+                os.ftruncate(handle, expected.size)
             self._advance(sum(self._received()))
             try:
                 await self._receive(handle)
@@ -156,7 +159,8 @@ class _Transfer:
                 raise
             checksum = await checksum_of(handle, expected)
             if checksum == expected.checksum:
-                os.fsync(handle)
+                with naming(self._path):
+                    os.fsync(handle)
                 os.rename(self._incomplete, self._path)
                 sync_folder(self._path.parent)
             else:
@@ -186,9 +190,10 @@ class _Transfer:
 
     def _take(self, handle: int, part: Range, data: bytes) -> None:
         view, at = memoryview(data), part.at
-        while view:
-            count = os.pwrite(handle, view, at)
-            view, at = view[count:], at + count
+        with naming(self._path):
+            while view:
+                count = os.pwrite(handle, view, at)
+                view, at = view[count:], at + count
         part.at = at
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self._save()

@@ -2,7 +2,8 @@
 
 The revision is resolved once, to a commit.  ``DST.download`` holds what has come of that:
 
-    plan.json        repository, revision, commit, and the size and checksum of each file
+    plan.json        repository, revision, commit, the size and checksum of each file, and what
+                     came of headers/NAME, with a checksum of all that
     headers/NAME/    the small files, and sparse files with each weight file's header and size
     weights/         at most two weight files, one being quantized and one arriving
 
@@ -21,7 +22,7 @@ from urllib.parse import quote
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from slotmoe.errors import CheckpointError, ExportError
+from slotmoe.errors import CheckpointError, ExportError, SlotmoeError
 from slotmoe.jsonfile import Json
 from slotmoe.model import tiktoken
 from slotmoe.model.checkpoint import shards
@@ -32,13 +33,13 @@ from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.calibration import Windows
 from slotmoe.offload.ingest.download import CONNECTIONS, Range, checksum_of, fetch, receive
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize
-from slotmoe.offload.ingest.repository import Expected, Patience, Snapshot, resolve
+from slotmoe.offload.ingest.repair import source_files
+from slotmoe.offload.ingest.repository import Patience, Snapshot, is_commit, needed, resolve
 from slotmoe.offload.model_cache import mark_used
 from slotmoe.offload.shared_files import read_note, write_note
 from slotmoe.quant.codecs.codec import DEFAULT_CODEC
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES
-from slotmoe.quant.export.writer import write_json
 from slotmoe.sizes import format_size
 
 _HEAD_BYTES = 64 << 10  # holds most headers; the rest of a longer one takes a second request
@@ -58,16 +59,20 @@ class HubShards:
     notify: Notify
     patience: Patience
     keep_mtp: bool
+    prepared: Json
 
     def __post_init__(self) -> None:
         self._weights = self.download / "weights"
         self.folder = self.download / "headers" / self.snapshot.repo.rpartition("/")[2]
         self._done, self._total = 0, 0
+        if not self._is_as_prepared():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     async def prepare(self) -> None:
         """Fetch everything but weights, so that ``folder`` can be opened as a checkpoint.
 
-        Raises ``ConfigError`` or ``CheckpointError`` for what is unsupported or incomplete.
+        ``prepared`` says what an earlier call has fetched, and then what is there.  Raises
+        ``ConfigError`` or ``CheckpointError`` for what is unsupported or incomplete.
         """
         from huggingface_hub import get_async_session
 
@@ -121,8 +126,15 @@ class HubShards:
         async with get_async_session() as client:
             await asyncio.gather(*(self._fetch_header(span, name) for name in names))
             with Checkpoint.open(self.folder, self.keep_mtp) as opened:
-                apart = opened.apart
+                apart, self.prepared = opened.apart, source_files(opened)
             await asyncio.gather(*map(put_apart, apart))
+
+    def _is_as_prepared(self) -> bool:
+        try:
+            with Checkpoint.open(self.folder, self.keep_mtp) as opened:
+                return source_files(opened) == self.prepared
+        except SlotmoeError:
+            return False
 
     async def _fetch_small(self, name: str, limit: int) -> None:
         path, expected = self.folder / name, self.snapshot.files.get(name)
@@ -133,7 +145,7 @@ class HubShards:
             raise CheckpointError(f"{self.snapshot.repo}/{name}: {sizes}; not a real model's file")
         if path.exists():
             return
-        if (cached := await self._checked_cache(name)) is None:
+        if (cached := await self._checked(name, self.snapshot.cached(name))) is None:
             await fetch(self.snapshot.remote(name, self.patience), path)
         else:
             _copy(cached, path)
@@ -162,19 +174,18 @@ class HubShards:
             raise ExportError(f"{path.parent}: {problem}")
         os.rename(temporary, path)
 
-    async def _checked_cache(self, name: str) -> Path | None:
-        """The file in huggingface_hub's cache if its checksum is right."""
-        path, expected = self.snapshot.cached(name), self.snapshot.files[name]
-        if path is None:
-            return None
-        with open(path, "rb") as file:
-            if await checksum_of(file.fileno(), expected) == expected.checksum:
-                return path
-        self.notify(f"{path}: is damaged, so it is not used; remove it")
+    async def _checked(self, name: str, *places: Path | None) -> Path | None:
+        """The first place that has a file with the checksum of the file ``name``."""
+        expected = self.snapshot.files[name]
+        for path in filter(None, places):
+            with open(path, "rb") as file:
+                if await checksum_of(file.fileno(), expected) == expected.checksum:
+                    return path
+            self.notify(f"{path}: is damaged, so it is not used but downloaded again")
         return None
 
     def _arrived(self, name: str) -> Path | None:
-        """A weight file that came in an earlier run and was checked then."""
+        """A weight file that came in an earlier run."""
         for folder in (self._weights, self.kept):
             path = None if folder is None else folder / name
             if path and path.is_file() and path.stat().st_size == self.snapshot.files[name].size:
@@ -221,8 +232,8 @@ class HubShards:
             _copy(path, self.kept / file)
 
     async def _arrive(self, name: str) -> Path:
-        path = self._arrived(name) or await self._checked_cache(name)
-        if path is None:
+        places = self._arrived(name), self.snapshot.cached(name)
+        if (path := await self._checked(name, *places)) is None:
             path = self._weights / name
             await fetch(self.snapshot.remote(name, self.patience), path, self._advance)
         return path
@@ -279,18 +290,19 @@ def quantize_from_hub(
         if wait_for_lock and (manifest := output_dir.finished_manifest(destination)) is not None:
             _clear(download)
             return manifest
-        snapshot = _begin(download, repo, revision, overwrite, patience)
+        snapshot, prepared = _begin(download, repo, revision, overwrite, patience)
         if kept is not None:
             why = f"which {repo} has not, so nothing is put there"
             output_dir.refuse_foreign(kept, snapshot.files, why)
         try:
             with start_blocking_portal() as portal:
                 reporting = arriving, notify, patience
-                shards = HubShards(portal, snapshot, download, kept, *reporting, keep_mtp)
+                shards = HubShards(portal, snapshot, download, kept, *reporting, keep_mtp, prepared)
                 with output_dir.full_disk_explained(download):
                     portal.call(shards.prepare)
                     calibration = ready(shards.folder)
-                    write_json(download / "plan.json", vars(snapshot))
+                    plan = {**vars(snapshot), "prepared": shards.prepared}
+                    output_dir.write_signed(download / "plan.json", plan)
                     if kept is not None:
                         kept.mkdir(exist_ok=True)
                 options |= {"overwrite": overwrite, "wait_for_lock": wait_for_lock}
@@ -309,24 +321,27 @@ def quantize_from_hub(
         return manifest
 
 
-def _begin(folder: Path, repo: str, revision: str, overwrite: bool, patience: Patience) -> Snapshot:
+def _begin(
+    folder: Path, repo: str, revision: str, overwrite: bool, patience: Patience
+) -> tuple[Snapshot, Json]:
     """The commit that a killed run began with, so that all files are of one commit even if the
-    revision moved on; without one, what the revision is now, and an empty folder."""
-    begun = None
-    plan = read_note(folder / "plan.json")
-    with suppress(KeyError, TypeError, AttributeError):
-        files = {name: Expected(*facts) for name, facts in plan["files"].items()}
-        begun = Snapshot(plan["repo"], plan["revision"], plan["commit"], files)
+    revision moved on, and what it had prepared.  Without one, what the revision is now, and an
+    empty folder."""
+    plan, begun = output_dir.read_signed(folder / "plan.json"), None
+    with suppress(KeyError, TypeError, AttributeError, ValueError):
+        files, facts = needed(plan["files"]), (plan["repo"], plan["revision"], plan["commit"])
+        if is_commit(plan["commit"]) and files.keys() == plan["files"].keys():
+            begun = Snapshot(*facts, files)
     if begun is not None and not overwrite:
         if (begun.repo, begun.revision) != (repo, revision):
             problem = f"was begun with {begun.repo} at {begun.revision}"
             advice = f"pass --overwrite to start anew with {repo} at {revision}"
             raise ExportError(f"{folder}: {problem}; {advice}")
-        return begun
+        return begun, plan.get("prepared", {})
     snapshot = resolve(repo, revision, patience)
     if snapshot != begun:
         _clear(folder)
-    return snapshot
+    return snapshot, plan.get("prepared", {})
 
 
 def _clear(download: Path) -> None:
@@ -357,8 +372,8 @@ def hub_place(
     revision = revision or "main"
     name = repo.replace("/", "--")
     note = cache / f"{name}@{quote(revision, safe='')}.json"
-    commit = read_note(note).get("commit")
-    if not isinstance(commit, str):
+    commit = str(read_note(note).get("commit"))
+    if not is_commit(commit):
         commit = resolve(repo, revision, patience or Patience()).commit
         output_dir.make_cache(cache)
         write_note(note, {"commit": commit})

@@ -1,6 +1,5 @@
 """An export's contents: tensors by file, their precision, and the manifest that describes them."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from slotmoe.quant.codecs.codec import LAYOUT, Codec, ExpertCodecs
 from slotmoe.quant.export import layout
 from slotmoe.quant.export.layout import RESIDENT, Part, RecordLayout, checksum, layer_file
 from slotmoe.quant.export.validate import manifest_checksum
+from slotmoe.quant.export.writer import replace_file
 from slotmoe.quant.shapes import resident_quantization
 
 
@@ -126,8 +126,6 @@ def write_files(contents: Mapping[str, bytes], folder: Path) -> Json:
     """Write files that the export holds as they are; returns their manifest entries, by name."""
     entries = {}
     for name, data in contents.items():
-        (folder / name).write_bytes(data)
-        with open(folder / name, "rb") as file:
-            os.fsync(file.fileno())
+        replace_file(folder / name, data)
         entries[name] = {"bytes": len(data), "checksum": checksum(data)}
     return entries

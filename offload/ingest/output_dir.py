@@ -11,9 +11,12 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, TypedDict
 
-from slotmoe.errors import ExportError
-from slotmoe.jsonfile import Json
+from msgspec import Meta
+
+from slotmoe.errors import ExportError, naming, refused
+from slotmoe.jsonfile import Json, typed
 from slotmoe.offload.shared_files import read_note, take_lock
 from slotmoe.quant.export.layout import COPIED, MANIFEST, RESIDENT, is_predictor
 from slotmoe.quant.export.validate import manifest_checksum, read_manifest
@@ -21,7 +24,10 @@ from slotmoe.quant.export.writer import sync_folder, write_json
 from slotmoe.sizes import format_size
 
 _STATE = "state.json"
-HIDDEN = "hidden.safetensors"  # where ``slotmoe.offload.ingest.calibration`` goes on
+# A calibration text's residual stream, before layers of even and of odd number.
+STREAMS = ("stream-0.bin", "stream-1.bin")
+_Sum = Annotated[float, Meta(ge=0, le=1e100)]
+_Level = Annotated[int, Meta(ge=-127, le=127)]
 
 
 def beside(destination: Path, suffix: str) -> Path:
@@ -37,32 +43,51 @@ def finished_manifest(destination: Path) -> Json | None:
     return read_manifest(destination) if (destination / MANIFEST).is_file() else None
 
 
+class Written(TypedDict):
+    """A tensor of the source that the export holds: the ``checksums`` of its parts; and ``sums`` of
+    squares of its error and of its weights, plainly and by a Hessian."""
+
+    checksums: Annotated[list[str], Meta(min_length=1, max_length=4)]
+    sums: Annotated[list[_Sum], Meta(min_length=4, max_length=4)]
+
+
 @dataclass
 class State:
-    """What a killed run goes on from, all of it durable before it is noted here: manifest entries
-    of finished ``files``; by tensor the checksums of what unfinished ones hold, and sums of squares
-    of errors and weights, plainly and ``weighted`` by Hessians; learned ``levels`` by codec; and
-    the ``identity``: what is made of what."""
+    """What a killed run goes on from, all of it durable before it is noted here: the ``identity``,
+    what is made of what; the tensors that are ``written``, by name; learned ``levels`` by codec;
+    and the first ``layer`` that a calibration text has not gone through, with the checksum of its
+    residual ``stream`` there."""
 
     identity: Json
-    files: dict[str, Json] = field(default_factory=dict)
-    written: dict[str, dict[str, str]] = field(default_factory=dict)
-    squares: dict[str, list[float]] = field(default_factory=dict)
-    weighted: dict[str, list[float]] = field(default_factory=dict)
-    levels: dict[str, list[int]] = field(default_factory=dict)
+    written: dict[str, Written] = field(default_factory=dict)
+    levels: dict[str, Annotated[list[_Level], Meta(min_length=8, max_length=16)]] = field(
+        default_factory=dict
+    )
+    layer: Annotated[int, Meta(ge=0, le=99999)] = 0
+    stream: str = ""
 
     @classmethod
     def read(cls, folder: Path) -> "State | None":
         """What ``save`` wrote; None if nothing is there, or if it is not as it was written."""
-        state = read_note(folder / _STATE)
-        if state.pop("checksum", None) != manifest_checksum(state):
+        try:
+            return typed(read_signed(folder / _STATE), cls)
+        except ValueError:
             return None
-        return cls(**state) if state.keys() == vars(cls({})).keys() else cls({})
 
     def save(self, folder: Path) -> None:
         """Replace what is noted, durably and never half."""
-        state = vars(self)
-        write_json(folder / _STATE, {"checksum": manifest_checksum(state), **state}, indent=None)
+        write_signed(folder / _STATE, vars(self))
+
+
+def read_signed(path: Path) -> Json:
+    """What ``write_signed`` wrote; nothing if it is not there or not as it was written."""
+    values = read_note(path)
+    return values if values.pop("checksum", None) == manifest_checksum(values) else {}
+
+
+def write_signed(path: Path, values: Json) -> None:
+    """Replace ``path``, durably and never half, by the JSON of ``values`` and its checksum."""
+    write_json(path, {"checksum": manifest_checksum(values), **values}, indent=None)
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:
@@ -85,7 +110,7 @@ def check_ours(folder: Path) -> None:
     """Raise ``ExportError`` if ``folder``, soon to be emptied, holds what no export has."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     predictors = [name for name in names if is_predictor(name.removesuffix(".tmp"))]
-    ours = [*COPIED, MANIFEST, RESIDENT, HIDDEN, "experts", _STATE, *predictors]
+    ours = [*COPIED, MANIFEST, RESIDENT, *STREAMS, "experts", _STATE, *predictors]
     refuse_foreign(folder, ours, "which no export has, so it is never emptied")
 
 
@@ -107,11 +132,9 @@ def empty(folder: Path) -> None:
 
 def make_cache(cache: Path) -> None:
     """Make the folder that holds exports made on the way.  Raises ``ExportError``."""
-    try:
+    advice = "; set SLOTMOE_CACHE to a folder that can"
+    with refused(cache, ExportError, "can't be made", advice):
         cache.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        advice = "set SLOTMOE_CACHE to a folder that can"
-        raise ExportError(f"{cache}: can't be made ({problem.strerror}); {advice}") from None
 
 
 @contextmanager
@@ -147,9 +170,11 @@ def _lock(partial: Path, seconds: float) -> int:
 
 @contextmanager
 def full_disk_explained(folder: Path) -> Iterator[None]:
-    """Raise ``ExportError`` instead of the ``OSError`` of a full disk."""
+    """Raise ``ExportError`` instead of the ``OSError`` of a full disk; others name a file, or at
+    least the ``folder``."""
     try:
-        yield
+        with naming(folder):
+            yield
     except OSError as problem:
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

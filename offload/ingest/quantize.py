@@ -2,9 +2,9 @@
 
 Every tensor is quantized straight to its place in the file of the export that holds it, so weight
 files can arrive in any order and leave at once (``slotmoe.offload.ingest.hub``).  Work happens in
-``DST.partial``.  ``state.json`` there says what is done: each finished file's manifest entry, and
-the checksums of the tensors that unfinished files hold already.  It is written after those bytes
-are durable, so a killed run resumes to the same bytes.  At last the folder is renamed to ``DST``.
+``DST.partial``.  ``state.json`` there says what is done: the checksums of the tensors that files
+hold already.  It is written after those bytes are durable, and compared with them before a killed
+run goes on, which so makes the same bytes.  At last the folder is renamed to ``DST``.
 """
 
 import os
@@ -31,17 +31,18 @@ from slotmoe.offload.ingest.calibration import Calibration, Windows, chosen, fin
 from slotmoe.offload.ingest.encoder import Coder, codecs_for, learn_levels, learns, levels_file
 from slotmoe.offload.ingest.held_files import Shards, Step, held, together
 from slotmoe.offload.ingest.manifest import Contents, write_files
-from slotmoe.offload.ingest.output_dir import State, check_space
+from slotmoe.offload.ingest.output_dir import State, Written, check_space
 from slotmoe.offload.ingest.repair import export_of, remove_predictors, replace_files, source_files
 from slotmoe.offload.ingest.report import quantization_report
-from slotmoe.quant.codecs.codec import TILE, ExpertCodecs
+from slotmoe.offload.model_source import small_parts
+from slotmoe.quant.codecs.codec import TILE, Codec, ExpertCodecs
 from slotmoe.quant.codecs.encode import NotFiniteError
 from slotmoe.quant.export import writer
-from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST, is_predictor
+from slotmoe.quant.export.layout import COPIED, EXPERTS, FORMAT_VERSION, MANIFEST, is_predictor
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES, refuse_unlisted
-from slotmoe.quant.export.verify import damaged_files, span_checksums
-from slotmoe.quant.export.writer import ExportFile, publish_file, write_json
+from slotmoe.quant.export.verify import damaged_files
+from slotmoe.quant.export.writer import ExportFile, fixed_checksums, read_back, write_json
 from slotmoe.quant.shapes import RESIDENT_MODES
 
 Progress = Callable[[int, int], None]
@@ -103,6 +104,7 @@ def quantize(
         existing = None if overwrite else export_of(checkpoint, mode, codecs, destination)
         if existing is None:
             output_dir.check_destination(destination, overwrite)
+            small_parts(checkpoint, source)
         else:
             output_dir.check_ours(folder)
         workers = workers or min(os.cpu_count() or 1, 8)
@@ -122,9 +124,10 @@ def quantize(
             for path in list(folder.rglob("*")):  # the state, and what kills left half-written
                 if path.is_file() and path not in wanted:
                     path.unlink()
-            writer.sync_folder(folder)
-            with Export.open(folder):  # before it replaces anything
-                pass
+            for changed in (folder / EXPERTS, folder):
+                writer.sync_folder(changed)
+            with Export.open(folder) as export:  # before it replaces anything
+                small_parts(export, folder)
             output_dir.publish(folder, destination)
         return manifest
 
@@ -148,23 +151,31 @@ class _Job:
         self._contents = Contents(self.checkpoint.config, self.mode, self.codecs, dtypes)
         self._kinds = {name: tensor.kind for name, tensor in self._contents.tensors.items()}
         self._levels_file = levels_file(self.checkpoint, self._kinds)
-        learned = any(map(learns, self._kinds.values()))
+        coded = [kind for kind in self._kinds.values() if isinstance(kind, Codec) and learns(kind)]
+        self._learned = {kind.name: 1 << kind.bits for kind in coded}  # numbers of levels
         self._text: Windows | None = None
-        if calibration is not None and learned:
+        if calibration is not None and coded:
             self._text = chosen(calibration, self.checkpoint.config.vocab_size)
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._done, self._total = 0, 0
         self._state = State({})
         self._coder = Coder(self.checkpoint, self._state.levels)
-        # By unfinished file of the export, and source tensors that are still to be written to it.
+        # By file of the export: what an earlier run has left, source tensors that are still to be
+        # written, those that are though not yet durable, and the manifest's entry in the end.
         self._open_files: dict[str, ExportFile] = {}
+        self._found: dict[str, dict[str, str]] = {}
         self._left: dict[str, set[str]] = {}
+        self._fresh: dict[str, dict[str, Written]] = {}
+        self._entries: Json = {}
 
     def run(self) -> Json:
         """Write every missing file, then the manifest; returns it."""
         files = self.write([*self._contents.files, *COPIED])
         state = self._state
-        made: Json = {"report": quantization_report(self._contents, state.squares, state.weighted)}
+        sums = {name: state.written[name]["sums"] for name in self._kinds}
+        errors = {name: sums[name][:2] for name, kind in self._kinds.items() if kind != "none"}
+        weighted = {name: sums[name][2:] for name in sums if sums[name][3]}
+        made: Json = {"report": quantization_report(self._contents, errors, weighted)}
         if self._text is not None:
             made["calibration"] = fingerprint(self._text)
         source = state.identity["source"]
@@ -177,7 +188,8 @@ class _Job:
         each by a rename; returns the manifest.  Raises ``ExportError`` if a text is missing."""
         quantization = manifest["quantization"]
         for name, item in quantization["codecs"].items():
-            self._state.levels[name] = item["levels"]
+            if name in self._learned:
+                self._state.levels[name] = item["levels"]
         wanted = quantization.get("calibration")
         if wanted is None:
             self._text = None
@@ -213,15 +225,21 @@ class _Job:
             "text": fingerprint(self._text),
             "source": {"name": name, "files": files},
         }
-        state = State.read(self.partial)
-        if state is not None and state.identity == self._state.identity:
-            self._state, self._coder.levels = state, state.levels
-            return
-        if state is not None and not overwrite:
+        state, ours = State.read(self.partial), self._state
+        if state is not None and state.identity != ours.identity and not overwrite:
             problem = "was begun from another source or with other options"
             advice = "pass --overwrite to start anew, or remove it"
             raise ExportError(f"{self.partial}: {problem}; {advice}")
-        output_dir.empty(self.partial)
+        if state is None or state.identity != ours.identity:
+            output_dir.empty(self.partial)
+            return
+        state.identity, state.levels = ours.identity, ours.levels or state.levels
+        good = {name: len(it) for name, it in state.levels.items() if it == sorted(set(it))}
+        if good != self._learned:  # what was coded with them is not known either
+            exact = [name for name, kind in self._kinds.items() if not learns(kind)]
+            written = {name: state.written[name] for name in exact if name in state.written}
+            state.levels, state.written = {}, written
+        self._state, self._coder.levels = state, state.levels
 
     def write(self, names: list[str]) -> Json:
         """Write the files ``names`` unless they are finished; returns their manifest entries."""
@@ -230,33 +248,25 @@ class _Job:
         for name, tensor in tensors.items():
             if tensor.file in made_of:
                 made_of[tensor.file].append(name)
-        sizes = {file: sum(infos[name].nbytes for name in made_of[file]) for file in made_of}
-        self._done, self._total = 0, sum(sizes.values())
-        written: dict[str, dict[str, str]] = {}
-        todo, taken, self._left = list[str](), 0, {}
-        for file in made_of:
-            if self._finished(file, sizes[file]):
-                continue
-            path, there = writer.temporary_name(self.partial / file), {}
-            if path.is_file():
-                taken += path.stat().st_blocks * 512
-                if path.stat().st_size == self._contents.nbytes(file):
-                    there = self._state.written.get(file, {})
-            missing = [n for n in made_of[file] if not there.keys() >= set(tensors[n].parts)]
-            written[file], self._left[file] = there, set(missing)
-            todo += missing
+        self._fresh = {file: {} for file in made_of}
+        self._done, self._total = 0, sum(infos[n].nbytes for file in made_of for n in made_of[file])
+        self._left = {file: self._resume(file, made_of[file]) for file in made_of}
+        missing = [file for file in made_of if file not in self._entries]
+        todo = [name for file in missing for name in made_of[file] if name in self._left[file]]
         calibration = self._calibration(todo)
         steps = self._steps(todo, calibration)
-        needed = max(sum(map(self._contents.nbytes, written)) - taken, 0) + (16 << 20)
+        paths = filter(Path.is_file, map(self.partial.joinpath, missing))
+        taken = sum(path.stat().st_blocks * 512 for path in paths)
+        needed = max(sum(map(self._contents.nbytes, missing)) - taken, 0) + (16 << 20)
         if self.shards is not None:
             free = shutil.disk_usage(self.partial).free
             needed += self.shards.announce(together(steps), needed, free)
         check_space(self.partial, needed)
         self._advance(self._total - sum(infos[name].nbytes for name in todo) - self._done)
         with ExitStack() as closing_files:
-            for file in written:
+            for file in missing:
                 parts = self._contents.parts(file)
-                export_file = ExportFile(self.partial / file, parts, written[file])
+                export_file = ExportFile(self.partial / file, parts, self._found.get(file))
                 self._open_files[file] = closing_files.enter_context(closing(export_file))
                 if not self._left[file]:  # killed after its last tensor
                     self._finish(file)
@@ -278,8 +288,29 @@ class _Job:
                     self.notify(sentence)
         found = {name: self.checkpoint.small_file(name, MAX_COPIED_BYTES) for name in COPIED}
         small = {name: data for name, data in found.items() if name in names and data is not None}
-        entries = {file: self._state.files[file] for file in made_of}
-        return entries | write_files(small, self.partial)
+        return {file: self._entries[file] for file in made_of} | write_files(small, self.partial)
+
+    def _resume(self, file: str, names: list[str]) -> set[str]:
+        """The tensors of ``file`` that are still to be written: the state may be wrong about others
+        by now.  A whole file gets its entry."""
+        contents, written, before = self._contents, self._state.written, self._done
+        path, parts = self.partial / file, contents.parts(file)
+        noted = {name: written.pop(name) for name in names if name in written}
+        size = sum(self.checkpoint.infos[name].nbytes for name in noted)
+
+        def advance(position: int) -> None:
+            self._advance(before + size * position // contents.nbytes(file) - self._done)
+
+        if noted and path.is_file():
+            entry, found = read_back(path, parts, contents.record_bytes(file), advance)
+            self._found[file] = found
+            for name, item in noted.items():
+                if item["checksums"] == [found[part] for part in contents.tensors[name].parts]:
+                    written[name] = item
+            same = fixed_checksums(parts).items() <= found.items()
+            if same and written.keys() >= {*names} and path.stat().st_size == entry["bytes"]:
+                self._entries[file] = entry
+        return {*names} - written.keys()
 
     def _calibration(self, names: list[str]) -> Calibration | None:
         """The text's way through the layers that have tensors among ``names``."""
@@ -288,7 +319,8 @@ class _Job:
         coded = {name for name, kind in self._kinds.items() if learns(kind)}
         layers = {text_layer(name, self.checkpoint.config) for name in names}
         wanted = [layer for layer in layers if layer is not None]
-        return Calibration(self.checkpoint, self._text, coded, wanted, self.partial, self._advance)
+        noting = self.partial, self._state, self._advance
+        return Calibration(self.checkpoint, self._text, coded, wanted, *noting)
 
     def _steps(self, names: list[str], calibration: Calibration | None) -> list[Step]:
         """The work on the tensors ``names``: at once, or weight file by weight file where these
@@ -319,7 +351,7 @@ class _Job:
         """Make what unfinished files hold durable, and say so in the state."""
         for name, export_file in self._open_files.items():
             export_file.sync()
-            self._state.written[name] = dict(export_file.checksums)
+            self._state.written |= self._fresh[name]
         self._state.save(self.partial)
 
     def _write_tensors(self, names: list[str]) -> None:
@@ -354,49 +386,21 @@ class _Job:
             added = *coded.squares, *coded.weighted
             sums = [a + b for a, b in zip(sums, added, strict=True)]
             self._advance((stop - start) * info.row_bytes)
+        checksums = [export_file.checksums[part] for part in tensor.parts]
         with self._lock:
-            if tensor.kind != "none":
-                self._state.squares[name] = sums[:2]
-            if sums[3]:
-                self._state.weighted[name] = sums[2:]
+            self._fresh[file][name] = {"checksums": checksums, "sums": sums}
             self._left[file].remove(name)
             whole = not self._left[file]
         if whole:
             self._finish(file)
 
     def _finish(self, file: str) -> None:
-        """Check a complete file, record it, then name it: ``_finished`` may have to do the last."""
-        export_file = self._open_files.pop(file)
-        try:
-            entry = export_file.finish(self._contents.record_bytes(file))
-            with self._lock:
-                self._state.files[file] = entry
-        finally:
-            with self._lock:
-                self._state.written.pop(file, None)
-                self._state.save(self.partial)
-        publish_file(self.partial / file)
-
-    def _finished(self, file: str, size: int) -> bool:
-        """Whether ``file``, of ``size`` source bytes, is whole; a kill may have left it unnamed."""
-        entry, path = self._state.files.get(file), self.partial / file
-        if entry is None:
-            return False
-        if not path.exists():
-            publish_file(path)
-        before = self._done
-
-        def advance(position: int) -> None:
-            self._advance(before + size * position // entry["bytes"] - self._done)
-
-        intact = path.is_file() and path.stat().st_size == entry["bytes"]
-        if intact and span_checksums(path, (), advance)[0] == entry["checksum"]:
-            return True
-        # Its successor will have the right size long before it is whole: forget the entry first.
-        del self._state.files[file]
-        self._state.save(self.partial)
-        path.unlink(missing_ok=True)
-        return False
+        """Check a complete file and note what it holds."""
+        entry = self._open_files.pop(file).finish(self._contents.record_bytes(file))
+        with self._lock:
+            self._entries[file] = entry
+            self._state.written |= self._fresh[file]
+            self._state.save(self.partial)
 
     def _advance(self, count: int) -> None:
         if self._stop.is_set():

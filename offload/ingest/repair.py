@@ -26,7 +26,7 @@ def export_of(checkpoint: Checkpoint, mode: str, codecs: ExpertCodecs, folder: P
     source = manifest.get("source")
     same = isinstance(source, dict) and source.get("files") == source_files(checkpoint)
     quantization = manifest["quantization"]
-    same = same and quantization["resident"] == mode
+    same = same and quantization.get("resident") == mode
     same = same and ("mtp_layer" in manifest["experts"]) == checkpoint.config.mtp
     return manifest if same and quantization["experts"] == codecs.names() else None
 

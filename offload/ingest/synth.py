@@ -23,7 +23,7 @@ from slotmoe.offload.ingest.quantize import Progress, resident_mode
 from slotmoe.quant.codecs.codec import BLOCK, SCALES, TILE, Codec, ExpertCodecs
 from slotmoe.quant.codecs.weight import pack
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT, Part, layer_file
-from slotmoe.quant.export.writer import ExportFile, publish_file, write_json
+from slotmoe.quant.export.writer import ExportFile, write_json
 from slotmoe.quant.shapes import TABLE
 
 POOL_BYTES = 64 << 20  # random bytes that all weights are cut from, at random places
@@ -90,7 +90,6 @@ def _write_weights(contents: Contents, partial: Path, files: list[str], progress
                 done += piece.nbytes
                 progress(done, total)
             entries[name] = file.finish(contents.record_bytes(name))
-        publish_file(partial / name)
     progress(total, total)  # headers and padding, too
     return entries
 

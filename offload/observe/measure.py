@@ -1,5 +1,6 @@
 """Measured bandwidths of disk, link and memory, for reports and ``slotmoe bench --calibrate``."""
 
+import math
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -140,13 +141,15 @@ def read_bandwidth(model: LoadedModel) -> float:
         return device_bandwidth(model.device, memory[: 16 * _MEASURED_BYTES])
     room = model.plan.budget - model.plan.total
     if memory is None or memory.nbytes < _MEASURED_BYTES <= room:
-        return ram_bandwidth(model)
+        return ram_bandwidth(model.cpu)
     return model.cpu.read_bandwidth(memory[: 4 * _MEASURED_BYTES])
 
 
-def ram_bandwidth(model: LoadedModel) -> float:
-    """Bytes a second at which all threads together read RAM, measured now."""
-    return model.cpu.read_bandwidth(torch.ones(_MEASURED_BYTES, dtype=torch.uint8))
+def ram_bandwidth(cpu: TorchBackend, room: float = math.inf) -> float:
+    """Bytes a second at which all threads together read RAM, measured now in at most ``room`` bytes
+    of it."""
+    size = max(1 << 20, min(_MEASURED_BYTES, room))
+    return cpu.read_bandwidth(torch.ones(int(size), dtype=torch.uint8))
 
 
 def bytes_per_token(model: LoadedModel, position: int) -> dict[str, int]:
@@ -160,17 +163,26 @@ def bytes_per_token(model: LoadedModel, position: int) -> dict[str, int]:
     }
 
 
-def predict(
-    model: LoadedModel, prompt_tokens: int, new_tokens: int, bandwidths: Bandwidths
-) -> Json:
+class Lasting:
+    """What of an open ``model`` has none of its memory: for measuring and predicting when it is
+    closed."""
+
+    def __init__(self, model: LoadedModel):
+        assert model.sizes is not None
+        self.export, self.cpu, self.placement = model.export, model.cpu, model.device.placement
+        self.config, self.sizes, self.plan = model.config, model.sizes, model.plan
+        self.kernels, self.misses = model.backend.kind, model.quantized("predict").split.mode
+
+    def setting(self, bandwidths: Bandwidths) -> Setting:
+        run = bandwidths, self.cpu.threads, self.export.random_weights, self.misses
+        return Setting(self.config, self.sizes, self.plan, *run)
+
+
+def predict(setting: Setting, prompt_tokens: int, new_tokens: int) -> Json:
     """What the plan expects of a run: ``components`` at the peak (name -> tier -> bytes) and their
     ``peak`` (tier -> bytes), ``hit_rate``, tokens a second of prefill and decode,
     ``decode_seconds`` by what a token waits for, and its ``bottleneck``."""
-    assert model.sizes is not None
-    mode = model.quantized("predict").split.mode
-    threads, is_random = model.cpu.threads, model.export.random_weights
-    setting = Setting(model.config, model.sizes, model.plan, bandwidths, threads, is_random, mode)
-    components = predicted_components(model.plan, prompt_tokens, new_tokens)
+    components = predicted_components(setting.plan, prompt_tokens, new_tokens)
     speed = asdict(setting.predict(prompt_tokens, new_tokens))
     return {"peak": by_tier(components), "components": components, **speed}
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, naming, reading, refused
 from slotmoe.jsonfile import Json
 from slotmoe.offload.policy.forecast import FEATURES, Array, fold
 
@@ -35,14 +35,11 @@ class TraceWriter:
     def __init__(
         self, path: Path, layers: tuple[int, ...], n_routed_experts: int, num_experts_per_tok: int
     ):
-        try:
-            self._file = path.open("wb")
-        except OSError as problem:
-            raise ConfigError(f"{path}: can't write the trace there ({problem.strerror})") from None
+        with refused(path, ConfigError, "can't write the trace there"):
+            self._path, self._file = path, path.open("wb")
         facts = zip(_KEYS, (layers, n_routed_experts, num_experts_per_tok), strict=True)
         header = {"format": "slotmoe-trace", "version": 2, **dict(facts)}
-        self._file.write(json.dumps(header).encode() + b"\n")
-        self._file.flush()
+        self._write(json.dumps(header).encode() + b"\n")
         self._layers = layers
         self._step: dict[int, Step] = {}  # [T, K] and [T, F] of each layer so far
 
@@ -60,9 +57,13 @@ class TraceWriter:
         if whole and tokens == len(self._step[self._layers[0]].indices):
             layers = zip(*(self._step[layer] for layer in self._layers), strict=True)
             parts = [np.uint32(tokens).astype("<u4"), *(np.stack(part, 1) for part in layers)]
-            self._file.write(b"".join(part.tobytes() for part in parts))
-            self._file.flush()  # a child that is forked would write what is kept once more
+            self._write(b"".join(part.tobytes() for part in parts))
             self._step.clear()
+
+    def _write(self, data: bytes) -> None:
+        with naming(self._path):
+            self._file.write(data)
+            self._file.flush()  # a child that is forked would write what is kept once more
 
     def close(self) -> None:
         self._file.close()
@@ -74,7 +75,7 @@ def read_trace(path: Path) -> tuple[Json, list[Step]]:
     Everything is checked against the bytes that are there: counts, and that each gate chose K
     different experts below E.
     """
-    with path.open("rb") as file:
+    with reading(path, ConfigError), path.open("rb") as file:
         header = _parse_header(path, file.readline(_LONGEST_HEADER))
         body = file.read()
     shape = len(header["layers"]), header["num_experts_per_tok"]

@@ -22,8 +22,8 @@ from slotmoe.offload.plan.divergence import expected
 from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, sizes_of
 from slotmoe.offload.plan.speed import CORE, Bandwidths, Setting, constants
 from slotmoe.offload.policy.hybrid import choose_mode
-from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, ExpertCodecs, to_version_2
-from slotmoe.quant.shapes import RESIDENT_MODES
+from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, ExpertCodecs
+from slotmoe.quant.export.schema import typed_manifest
 from slotmoe.sizes import format_size
 
 
@@ -135,22 +135,18 @@ class Model:
         config, path = read_config(folder / "config.json"), folder / "slotmoe.json"
         if not path.is_file():
             return cls(name, config, True)
-        manifest = read_json(path, 8 << 20)
+        manifest = read_json(path, 8 << 20, Json)
         try:
-            if manifest["format_version"] == 1:
-                to_version_2(manifest)
-            resident, files = manifest["quantization"]["resident"], manifest["files"]
-            sizes = [files[file]["bytes"] for file in files if file.startswith("predictor-")]
-            if resident not in RESIDENT_MODES:
-                raise ValueError
-            random_weights = not manifest["source"]["files"]  # as Export.random_weights
+            given = typed_manifest(manifest)
+            resident, files = given.quantization.resident, given.files
+            sizes = [entry.bytes for file, entry in files.items() if file.startswith("predictor-")]
+            random_weights = not given.source["files"]  # as Export.random_weights
             codecs = ExpertCodecs.of_manifest(manifest)
-            sizes_of(config, resident, codecs)  # what is unknown raises here
-            kept = "mtp_layer" in manifest["experts"]
+            kept = given.experts.mtp_layer >= 0
             return cls(name, config, True, resident, codecs, sum(sizes), random_weights, kept)
-        except (KeyError, TypeError, ValueError):
-            problem = "is not a complete export's manifest; quantize again"
-            raise ConfigError(f"{path}: {problem}") from None
+        except ValueError as problem:
+            what = f"{problem}; not a complete export's manifest, quantize again"
+            raise ConfigError(f"{path}: {what}") from None
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,12 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta
 
 from slotmoe.errors import ConfigError
-from slotmoe.jsonfile import read_json
+from slotmoe.jsonfile import Json, read_json, typed
 from slotmoe.model.config import Config
 from slotmoe.model.names import resident_shapes
 from slotmoe.offload.plan.attention import attention_products, kv_read_bytes
@@ -44,6 +47,7 @@ SHAPES = {
     "attention": (1 / (2 * 512 + 64), 1 / (2 * 64 + 16)),
 }
 CORE = (*(f"{kind}_{size}" for kind in SHAPES for size in ("products", "small")), "core_bytes")
+_Rate = Annotated[float, Meta(ge=1e-12, le=10**15)]
 MEASURED = ("ram", "share", "disk", "latency", "gpu", "pcie", "pcie_busy", "experts", *CORE)
 # Products and bytes of a core beside those with AVX-512, by the first letters of the instruction
 # set: one Zen 5 core, by its caches.  NEON is a guess.
@@ -126,11 +130,13 @@ def stored_bandwidths(path: Path) -> Bandwidths:
     """What ``store_bandwidths`` wrote to ``path``, or assumptions.  Raises ``ConfigError``."""
     if not path.is_file():
         return Bandwidths()
-    stored = read_json(path, 1 << 16)
-    values = {name: stored[name] for name in MEASURED if stored.get(name) is not None}
-    if not all(isinstance(rate, int | float) and 0 < rate < 1e15 for rate in values.values()):
-        problem = "is not what slotmoe bench --calibrate writes; delete it or run that again"
-        raise ConfigError(f"{path}: {problem}")
+    stored = read_json(path, 1 << 16, Json)
+    try:
+        measured = {name: stored[name] for name in MEASURED if stored.get(name) is not None}
+        values = typed(measured, dict[str, _Rate])
+    except ValueError as problem:
+        advice = "delete it or run slotmoe bench --calibrate again"
+        raise ConfigError(f"{path}: {problem}; {advice}") from None
     return Bandwidths().updated(f"measured on {str(stored.get('date'))[:10]}", **values)
 
 

@@ -21,12 +21,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from glob import glob
 from itertools import islice
 from pathlib import Path
 
 import xxhash
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, naming, refused
 from slotmoe.offload.shared_files import take_lock
 from slotmoe.quant.export.writer import publish_file, temporary_name
 from slotmoe.sizes import format_size
@@ -125,6 +126,7 @@ class BlockFolder:
         self.folder, self.limit, self._notify = folder, limit, notify
         self.damaged = 0
         self._remark = ""  # the latest one: what goes on and on is said once
+        self._left = list[OSError]()  # of what could not be removed lately
         make_private(folder)
         with suppress(OSError), self._locked() as lock:
             self._set_total(lock, self._tidy((), limit))
@@ -135,7 +137,7 @@ class BlockFolder:
         """The block in the place of ``block`` that has most of its tokens at its beginning, whole,
         and its latents; None where no block has the first of them, or what has is damaged."""
         path = self._path(block)
-        if not path.exists():
+        if not os.path.exists(path):  # nor where the disk does not answer
             block, path = self._closest(block)
         data = self._load(path, block, size(block)) if block.tokens else None
         return None if data is None else (block, data)
@@ -202,8 +204,9 @@ class BlockFolder:
         return self.folder / parts[0][:2] / name
 
     def _children(self, parent: bytes, snapshots: bool = False) -> Iterator[Entry]:
-        paths = (self.folder / parent.hex()[:2]).glob(f"{parent.hex()}-*")
-        entries = filter(None, map(_entry, paths))
+        folder = self.folder / parent.hex()[:2]
+        names = glob(f"{parent.hex()}-*", root_dir=folder)  # none of a folder that can't be read
+        entries = filter(None, map(_entry, map(folder.joinpath, names)))
         return (entry for entry in entries if entry.is_snapshot == snapshots)
 
     # Writing
@@ -220,10 +223,10 @@ class BlockFolder:
 
         What can't be written, or has no room, is not kept, nor is what comes behind it.
         """
-        missing = [block for block in blocks if not self._path(block).exists()]
+        missing = [block for block in blocks if not os.path.exists(self._path(block))]
         if missing and len(missing[-1].tokens) < BLOCK_TOKENS and self._is_covered(missing[-1]):
             missing.pop()
-        snapshots = [block for block in snapshots if not self._path(block).exists()]
+        snapshots = [block for block in snapshots if not os.path.exists(self._path(block))]
         if not (missing or snapshots) or blocks[-1].end < _LEAST_TOKENS:
             self.touch(blocks[-1])
             return 0
@@ -232,7 +235,7 @@ class BlockFolder:
         try:
             with self._locked() as lock:
                 for block in missing:
-                    if self._path(block).exists():  # another process has just kept it
+                    if os.path.exists(self._path(block)):  # another process has just kept it
                         continue
                     head, nbytes = block.head(size(block)), size(block)
                     needed = len(head) + nbytes + _CHECKSUM_BYTES
@@ -265,13 +268,14 @@ class BlockFolder:
                 freed += entry.nbytes * self._unlink(entry.path)
         return freed
 
-    def sweep(self, wanted: Iterable[Block]) -> int:
-        """Remove all but the ``wanted`` blocks and their snapshots.  Returns the bytes freed."""
+    def sweep(self, wanted: Iterable[Block]) -> tuple[int, list[OSError]]:
+        """Remove all but the ``wanted`` blocks and their snapshots.  Returns the bytes freed, and
+        what kept files from it."""
         with self._locked() as lock:
             before = self._tidy((), self.limit)
             total = self._tidy(wanted, 0)
             self._set_total(lock, total)
-        return before - total
+        return before - total, self._left
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
@@ -312,6 +316,7 @@ class BlockFolder:
         A block was used when its latest descendant was, and one whose parent is gone never: nothing
         leads there.
         """
+        self._left.clear()
         entries = sorted(self._entries(), key=lambda entry: -entry.start)
         used = defaultdict[bytes, float](float)
         for entry in entries:
@@ -354,10 +359,14 @@ class BlockFolder:
                 yield entry
 
     def _unlink(self, path: Path) -> bool:
-        with suppress(OSError):  # who reads a damaged one removes it without the lock
+        try:
             path.unlink()
             return True
-        return False
+        except FileNotFoundError:  # who reads a damaged one removes it without the lock
+            return False
+        except OSError as problem:
+            self._left.append(problem)
+            return False
 
     @property
     def nbytes(self) -> int:
@@ -374,12 +383,9 @@ class BlockFolder:
 
 def make_private(folder: Path) -> None:
     """Make ``folder`` for this user alone.  Raises ``ConfigError``."""
-    try:
+    with refused(folder, ConfigError, "can't keep sessions there"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
-    except OSError as problem:
-        reason = problem.strerror or str(problem)
-        raise ConfigError(f"{folder}: can't keep sessions there ({reason})") from None
 
 
 def write_private(path: Path, parts: Iterable[bytes | memoryview]) -> None:
@@ -390,7 +396,7 @@ def write_private(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     fresh.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     try:
-        with open(os.open(fresh, flags, 0o600), "wb") as file:
+        with naming(path), open(os.open(fresh, flags, 0o600), "wb") as file:
             for part in parts:
                 file.write(part)
             file.flush()

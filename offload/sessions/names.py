@@ -9,30 +9,35 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Literal, TypedDict
 
-from slotmoe.errors import ConfigError
-from slotmoe.jsonfile import TEXT, Json, Kind, ListOf, check, integer, one_of, read_json
+from msgspec import Meta, Struct
+
+from slotmoe.errors import ConfigError, refused
+from slotmoe.jsonfile import Json, read_json, typed
 from slotmoe.offload.sessions import blocks
 from slotmoe.offload.sessions.blocks import BlockFolder, make_private
-from slotmoe.offload.shared_files import take_lock
+from slotmoe.offload.shared_files import check_removed, take_lock
 from slotmoe.quant.export.layout import checksum
 
 _VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_BYTES = 64 << 20
-_ROOT = Kind("32 hexadecimal digits", lambda value: bool(re.fullmatch("[0-9a-f]{32}", str(value))))
-_SAVED = {
-    "version": integer(_VERSION, _VERSION),
-    "checksum": TEXT,
-    "root": _ROOT,
-    "tokens": TEXT,
-    "kind": one_of("chat", "text"),
-    "messages": ListOf({"role": TEXT, "content": TEXT}, 1, 1 << 20),
-    "forgotten": integer(0, 1 << 20),
-}
+
+_Message = TypedDict("_Message", {"role": str, "content": str})
+
+
+class _File(Struct):
+    version: Literal[1]
+    checksum: str
+    root: Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z", description="32 hexadecimal digits")]
+    tokens: str
+    kind: Literal["chat", "text"]
+    messages: Annotated[list[_Message], Meta(min_length=1, max_length=1 << 20)]
+    forgotten: Annotated[int, Meta(ge=0, le=1 << 20)]
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Listed:
     saved: Saved | None
 
 
-class NamedSession:
+class NamedSession(AbstractContextManager["NamedSession"]):
     """The session ``name`` of ``folder``, this process's alone until it is closed.  ``saved`` is
     None for a new one.  Raises ``ConfigError`` where it can't be had, or its file is damaged."""
 
@@ -82,17 +87,12 @@ class NamedSession:
         tokens = base64.b64encode(blocks.packed(saved.tokens)).decode()
         values = {"version": _VERSION, **asdict(saved), "root": saved.root.hex(), "tokens": tokens}
         text = json.dumps({"checksum": _checksum(values), **values})
-        try:
+        with refused(self.path, ConfigError, "can't be written"):
             blocks.write_private(self.path, [text.encode()])
-        except OSError as problem:
-            raise ConfigError(f"{self.path}: can't be written ({problem.strerror})") from None
         self.saved = saved
 
     def close(self) -> None:
         os.close(self._lock)
-
-    def __enter__(self) -> "NamedSession":
-        return self
 
     def __exit__(self, *raised: object) -> None:
         self.close()
@@ -113,27 +113,32 @@ def listing(folder: Path) -> list[Listed]:
 def remove(folder: Path, names: Sequence[str]) -> int:
     """Remove those sessions, and every block that no other named session lists: the blocks of
     unnamed texts, which are computed again where needed, go too.  Returns the bytes freed.  Raises
-    ``ConfigError``, and removes nothing where one of them is not there or in use."""
+    ``ConfigError``, and removes nothing where one of them is not there or in use, and ``OSError``
+    behind all others if a file can't be removed."""
+    freed, stuck = 0, list[OSError]()
     there = {session.name for session in listing(folder)}
-    try:
-        with ExitStack() as opened:
-            for name in names:
-                if name not in there:
-                    advice = "slotmoe list --sessions shows what there is"
-                    raise ConfigError(f"{folder}: holds no session {name!r:.80}; {advice}")
-                with suppress(_DamagedError):
-                    opened.enter_context(NamedSession(folder, name))
-            for name in names:
-                path = folder / "names" / f"{name}.json"
+    with refused(folder, ConfigError, "can't be written"), ExitStack() as opened:
+        for name in names:
+            if name not in there:
+                advice = "slotmoe list --sessions shows what there is"
+                raise ConfigError(f"{folder}: holds no session {name!r:.80}; {advice}")
+            with suppress(_DamagedError):
+                opened.enter_context(NamedSession(folder, name))
+        for name in names:
+            path = folder / "names" / f"{name}.json"
+            try:
                 path.unlink()
                 path.with_suffix(".lock").unlink(missing_ok=True)
-            if not (folder / "blocks").is_dir():
-                return 0
-            left = [session.saved for session in listing(folder) if session.saved is not None]
-            wanted = [block for saved in left for block in blocks.chain(saved.root, saved.tokens)]
-            return BlockFolder(folder / "blocks", 1 << 62, lambda remark: None).sweep(wanted)
-    except OSError as problem:
-        raise ConfigError(f"{folder}: can't be written ({problem.strerror})") from None
+            except OSError as problem:
+                stuck.append(problem)
+        left = [session.saved for session in listing(folder) if session.saved is not None]
+        wanted = [block for saved in left for block in blocks.chain(saved.root, saved.tokens)]
+        if (folder / "blocks").is_dir():
+            kept = BlockFolder(folder / "blocks", 1 << 62, lambda remark: None)
+            freed, others = kept.sweep(wanted)
+            stuck += others
+    check_removed(stuck, freed)
+    return freed
 
 
 class _DamagedError(ConfigError):
@@ -142,17 +147,17 @@ class _DamagedError(ConfigError):
 
 def _load(path: Path) -> Saved:
     """Raises ``_DamagedError``."""
-    values = read_json(path, _MAX_BYTES, _DamagedError)
+    values = read_json(path, _MAX_BYTES, Json, _DamagedError)
     try:
-        check(values, _SAVED)
-        if values["checksum"] != _checksum(values):
+        file = typed(values, _File)
+        if file.checksum != _checksum(values):
             raise ValueError("its checksum is wrong")
-        tokens = blocks.unpacked(base64.b64decode(values["tokens"]))
+        tokens = blocks.unpacked(base64.b64decode(file.tokens))
     except ValueError as problem:
         advice = f"slotmoe rm --sessions {path.stem} removes it"
         raise _DamagedError(f"{path}: is damaged ({problem}); {advice}") from None
-    rest = {key: values[key] for key in ("kind", "messages", "forgotten")}
-    return Saved(bytes.fromhex(values["root"]), tokens, **rest)
+    root = bytes.fromhex(file.root)
+    return Saved(root, tokens, file.kind, values["messages"], file.forgotten)
 
 
 def _checksum(values: Json) -> str:

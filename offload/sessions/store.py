@@ -55,9 +55,8 @@ class Sessions:
                 break
             latest, data = found
             begun = block.begun(shared_prefix(latest.tokens, block.tokens))
-            if begun.end > held:
-                sequence.state.put(block.start, latest.end, self._tensor(data), begun.end)
-                there.append(begun)
+            sequence.state.put(block.start, latest.end, self._tensor(data), begun.end)
+            there.append(begun)
             if begun.end < block.end:
                 break
         if latest is not None:
@@ -98,7 +97,7 @@ class Sessions:
             if full == (len(tokens) - added) // BLOCK_TOKENS:
                 return
             tokens = tokens[: full * BLOCK_TOKENS]
-        if not tokens or min(tokens) < 0:  # unknown tokens: a measurement's
+        if not tokens:
             return
 
         def content(block: Block) -> memoryview:

@@ -42,7 +42,7 @@ from slotmoe.offload.predictor import Predictor, rms
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import int8
 from slotmoe.quant.backends.base import TorchBackend
-from slotmoe.quant.export.layout import SWAP_PRICES, predictor_parts
+from slotmoe.quant.export.layout import MAX_SWAP_PRICE, SWAP_PRICES, predictor_parts
 from slotmoe.quant.export.writer import write_predictor
 from slotmoe.system import cores
 
@@ -349,7 +349,7 @@ def swap_prices(runtime: Runtime, windows: Sequence[list[int]], seed: int) -> Te
                 experts.substitution = None
             divergences[row] += (wanted_TV.exp() * (wanted_TV - got_TV)).sum().item()
             squares[row] += swaps.squares
-    return (divergences / squares.clamp(min=1e-12)).clamp(min=0)
+    return (divergences / squares.clamp(min=1e-12)).clamp(0, MAX_SWAP_PRICE)
 
 
 def _ram_left(config: Config, groups: Sequence[Sequence[list[int]]]) -> int:

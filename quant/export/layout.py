@@ -133,6 +133,7 @@ def resident_parts(
 
 
 SWAP_PRICES = "swap.prices"  # of a predictor; those of earlier versions have none
+MAX_SWAP_PRICE = 1e6  # nats
 
 
 def predictor_parts(D: int, L: int, E: int, R: int, Q: int) -> dict[str, Part]:

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 import xxhash
 
-from slotmoe.errors import ExportError
+from slotmoe.errors import ExportError, naming
 from slotmoe.jsonfile import Json
 from slotmoe.quant.codecs.weight import possible_scales
-from slotmoe.quant.export.layout import COPIED, PROJECTIONS, RecordLayout, tensor_parts
+from slotmoe.quant.export.layout import COPIED, EXPERTS, PROJECTIONS, tensor_parts
 from slotmoe.quant.export.validate import manifest_layout, regular_file
 
 Span = tuple[int, int]
@@ -25,7 +25,7 @@ def span_checksums(
     may nest or overlap.  ``advance`` is called with the position after each read."""
     whole, digests, position = xxhash.xxh3_128(), [xxhash.xxh3_128() for _ in spans], 0
     starts, stops = np.array(spans, np.int64).reshape(-1, 2).T
-    with open(path, "rb", buffering=0) as file:
+    with naming(path), open(path, "rb", buffering=0) as file:
         while piece := file.read(_PIECE):
             data, end = memoryview(piece), position + len(piece)
             whole.update(data)
@@ -76,23 +76,24 @@ def _damage(folder: Path, name: str, manifest: Json, advance: Callable[[int], No
     if not wrong and whole != entry["checksum"]:
         return "is damaged"
     if not wrong:
-        return _impossible_scales(path, entry, manifest_layout(manifest))
+        return _impossible_scales(path, name, manifest)
     more = f" and {len(wrong) - 1} more of {len(expected)} parts" if len(wrong) > 1 else ""
     return f"is damaged in {wrong[0]}{more}"
 
 
-def _impossible_scales(path: Path, entry: Json, layout: RecordLayout) -> str | None:
+def _impossible_scales(path: Path, name: str, manifest: Json) -> str | None:
     """Which expert of a layer's file has scales that no encoder makes, whatever their checksum."""
-    if "records" not in entry:
+    if not name.startswith(EXPERTS):
         return None
+    layout, entry = manifest_layout(manifest), manifest["files"][name]
     levels = layout.levels()
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     records = torch.frombuffer(memory, dtype=torch.uint8, offset=entry["header_bytes"])
     for expert, record in enumerate(records.view(-1, layout.record_bytes)):
-        for name in PROJECTIONS:
-            if not possible_scales(layout.weight(record, name, levels).scales):
-                return f"has scales in {name} of expert {expert} that no weights have"
+        for projection in PROJECTIONS:
+            if not possible_scales(layout.weight(record, projection, levels).scales):
+                return f"has scales in {projection} of expert {expert} that no weights have"
     return None
 
 
@@ -103,7 +104,7 @@ def _expected_spans(name: str, manifest: Json) -> dict[str, tuple[Span, str]]:
         return {}
     start = entry["header_bytes"]
     spans = {"its header": ((0, start), entry["header_checksum"])}
-    if "records" in entry:
+    if name.startswith(EXPERTS):
         size = manifest_layout(manifest).record_bytes
         for expert, checksum in enumerate(entry["records"]):
             first = start + expert * size

@@ -3,47 +3,50 @@
 import fcntl
 import json
 import os
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 
 import xxhash
 from torch import Tensor, uint8
 
-from slotmoe.errors import ExportError
+from slotmoe.errors import ExportError, naming
 from slotmoe.jsonfile import Json
 from slotmoe.quant.export import layout
 from slotmoe.quant.export.layout import Part, checksum, describe_tensors, is_predictor, place
 from slotmoe.quant.export.validate import check_predictor, manifest_checksum, read_manifest
 from slotmoe.quant.export.verify import span_checksums
 
+_HEADER = "its header"
+
 
 class ExportFile:
     """The file ``path`` put together tensor by tensor: in any order, by several threads, over
-    several runs.  Its name is ``….tmp`` until ``publish_file``.
+    several runs.
 
-    ``checksums`` names every tensor that is whole and the xxh3-128 of its bytes.  Saved after
-    ``sync`` and passed to the next run's ``ExportFile``, it makes that run go on from here; what it
-    does not name is written again.
+    ``checksums`` are the xxh3-128 of the tensors that are whole, by name; at first those that
+    ``read_back`` has found of an earlier run, of which the wrong ones are written again.
     """
 
     def __init__(self, path: Path, parts: dict[str, Part], checksums: dict[str, str] | None = None):
-        self.path, self.parts, self.checksums = path, parts, dict(checksums or {})
-        self._temporary = temporary_name(path)
+        self.path, self.parts = path, parts
+        self.checksums = (checksums or {}) | fixed_checksums(parts)
         self._header = layout.safetensors_header(parts.items())
         self._unfinished: dict[str, tuple[xxhash.xxh3_128, int]] = {}
         path.parent.mkdir(exist_ok=True)
-        self._handle = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
-            os.ftruncate(self._handle, self.nbytes)
+            with naming(path):
+                os.ftruncate(self._handle, max(self._span(name)[1] for name in parts))
             self._pwrite(memoryview(self._header), 0)
+            for name in filter(_is_padding, parts):
+                self._pwrite(memoryview(bytes(parts[name].nbytes)), self._span(name)[0])
         except BaseException:
             self.close()
             raise
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the finished file."""
-        return max(part.span(len(self._header))[1] for part in self.parts.values())
+    def _span(self, name: str) -> tuple[int, int]:
+        return self.parts[name].span(len(self._header))
 
     def write(self, name: str, piece: Tensor) -> None:
         """Append ``piece`` to tensor ``name``; a tensor's pieces come from one thread, in order."""
@@ -51,7 +54,7 @@ class ExportFile:
         digest, written = self._unfinished.pop(name, (xxhash.xxh3_128(), 0))
         assert piece.dtype == part.dtype and written + len(data) <= part.nbytes
         digest.update(data)
-        self._pwrite(data, len(self._header) + part.offset + written)
+        self._pwrite(data, self._span(name)[0] + written)
         written += len(data)
         if written == part.nbytes:
             self.checksums[name] = digest.hexdigest()
@@ -59,43 +62,65 @@ class ExportFile:
             self._unfinished[name] = digest, written
 
     def _pwrite(self, data: memoryview, offset: int) -> None:
-        while data:
-            count = os.pwrite(self._handle, data, offset)
-            data, offset = data[count:], offset + count
+        with naming(self.path):
+            while data:
+                count = os.pwrite(self._handle, data, offset)
+                data, offset = data[count:], offset + count
 
     def sync(self) -> None:
         """Make what was written durable."""
-        os.fsync(self._handle)
+        with naming(self.path):
+            os.fsync(self._handle)
 
     def finish(self, record_bytes: int | None = None) -> Json:
-        """Check the whole file as it lies on disk, make it durable and return its manifest entry,
-        with the checksums of its tensors, or of its records of ``record_bytes``.  Raises
-        ``ExportError``.
+        """Check the whole file as it lies on disk, make it durable and return its manifest entry.
+        Raises ``ExportError``.
 
         Days may lie between a file's first tensor and its last, so each is compared with what was
         written: a checksum must not bless a damage.
         """
         self.sync()
-        start, step = len(self._header), record_bytes or self.nbytes
-        records = [(at, at + step) for at in range(start, self.nbytes, step) if record_bytes]
-        # Padding is not written: the new file is zeros.
-        names = [name for name in self.parts if not name.endswith(".pad")]
-        tensors = [self.parts[name].span(start) for name in names]
-        whole, digests = span_checksums(self._temporary, [*records, *tensors])
-        for name, digest in zip(names, digests[len(records) :], strict=True):
-            if digest != self.checksums[name]:
-                self._temporary.unlink()
+        entry, found = read_back(self.path, self.parts, record_bytes)
+        for name, checksum_found in found.items():
+            if checksum_found != self.checksums[name]:
                 what = f"{name} was damaged after it had been written"
-                way_out = "run the same command to make it anew"
-                raise ExportError(f"{self._temporary}: {what}; {way_out}")
-        entry: Json = {"bytes": self.nbytes, "header_bytes": len(self._header)}
-        entry |= {"header_checksum": checksum(self._header), "checksum": whole}
-        if record_bytes:
-            return {**entry, "records": digests[: len(records)]}
-        return {**entry, "tensors": describe_tensors(self.parts, self.checksums)}
+                raise ExportError(f"{self.path}: {what}; run the same command to make it anew")
+        return entry
 
     def close(self) -> None:
         os.close(self._handle)
+
+
+def _is_padding(name: str) -> bool:
+    return name.endswith(".pad")
+
+
+def fixed_checksums(parts: Mapping[str, Part]) -> dict[str, str]:
+    """Checksums of the header, and of padding, which is zeros."""
+    padding = {name: checksum(bytes(parts[name].nbytes)) for name in filter(_is_padding, parts)}
+    return {_HEADER: checksum(layout.safetensors_header(parts.items())), **padding}
+
+
+def read_back(
+    path: Path,
+    parts: dict[str, Part],
+    record_bytes: int | None,
+    advance: Callable[[int], None] | None = None,
+) -> tuple[Json, dict[str, str]]:
+    """What a file of these ``parts`` holds: its manifest entry, with checksums of its tensors or of
+    its records of ``record_bytes``; and the checksums of all parts and the header.  ``advance`` is
+    called with the position after each read."""
+    start = len(layout.safetensors_header(parts.items()))
+    spans = [(0, start), *(part.span(start) for part in parts.values())]
+    end, step = max(stop for _, stop in spans), record_bytes or 0
+    records = [(at, at + step) for at in (range(start, end, step) if step else ())]
+    whole, digests = span_checksums(path, [*spans, *records], advance)
+    found = dict(zip((_HEADER, *parts), digests, strict=False))
+    entry: Json = {"bytes": end, "header_bytes": start}
+    entry |= {"header_checksum": found[_HEADER], "checksum": whole}
+    if records:
+        return {**entry, "records": digests[len(found) :]}, found
+    return {**entry, "tensors": describe_tensors(parts, found)}, found
 
 
 def temporary_name(path: Path) -> Path:
@@ -114,7 +139,8 @@ def sync_folder(folder: Path) -> None:
     """Make renames inside ``folder`` durable."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(handle)
+        with naming(folder):
+            os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -128,7 +154,7 @@ def write_json(path: Path, values: Json, indent: int | None = 1) -> None:
 def replace_file(path: Path, data: bytes) -> None:
     """Replace ``path``, durably and never half."""
     try:
-        with open(temporary_name(path), "wb") as file:
+        with naming(path), open(temporary_name(path), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -148,13 +174,14 @@ def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> Json:
     parts = place({name: Part(item.dtype, tuple(item.shape)) for name, item in tensors.items()})
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # two at once must not remove each other's file
+        with naming(folder):
+            fcntl.flock(handle, fcntl.LOCK_EX)  # two at once must not remove each other's file
         manifest = read_manifest(folder)
         check_predictor(describe_tensors(parts, dict.fromkeys(parts, "")), manifest["experts"])
         digest = checksum(b"".join(tensors[name].numpy().tobytes() for name in parts))
         path = folder / f"predictor-{digest[:16]}.safetensors"
         try:
-            with closing(ExportFile(path, parts)) as file:
+            with closing(ExportFile(temporary_name(path), parts)) as file:
                 for name in parts:
                     file.write(name, tensors[name])
                 entry = file.finish()

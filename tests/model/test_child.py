@@ -12,7 +12,9 @@ import psutil
 import pytest
 
 from slotmoe.errors import ConfigError
+from slotmoe.model import tokenizer
 from slotmoe.model.child import Child
+from slotmoe.model.tokenizer import Tokenizer
 
 PROGRAM = """
 import time
@@ -141,7 +143,9 @@ def test_threads_get_their_own_answers(child):
 
 FORKING = f"""
 import os
+from slotmoe.model import tokenizer
 from slotmoe.model.child import Child
+from slotmoe.model.tokenizer import Tokenizer
 child = Child({PROGRAM!r}, 1, 64 << 20)
 pids = [child.run({PID!r}, "this")]
 child._lock.acquire()  # as another thread may have at that moment
@@ -163,3 +167,10 @@ def test_a_forked_process_has_its_own_and_each_ends_with_its_process():
     assert first == again != other
     with suppress(psutil.NoSuchProcess):
         psutil.Process(first).wait(60)
+
+
+def test_a_tokenizer_that_is_refused_leaves_no_process(processes, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match="tokenizers library: failed"):
+        Tokenizer(tmp_path, 0)
+    assert tokenizer._PARSER._process is None

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slotmoe.errors import CheckpointError, ConfigError
-from slotmoe.jsonfile import read_json
+from slotmoe.jsonfile import Json, read_json
 from slotmoe.model.checkpoint.reader import Checkpoint, tensor_shapes
 from slotmoe.model.config import parse_config
 from slotmoe.model.families import FAMILIES, OTHERS
@@ -181,7 +181,7 @@ def test_transformers_reads_the_same_of_both_spellings(tmp_path):
 
 @pytest.mark.parametrize("name", ["v4-flash", "v4-pro"])
 def test_published_configs_name_more_layers_than_they_have(name):
-    given = read_json(geometry_path(name), 1 << 20)
+    given = read_json(geometry_path(name), 1 << 20, Json)
     config = parse_config(given)
     assert config.compressed and config.indexer and config.hyper and not config.unknown_keys
     layers = config.num_hidden_layers
@@ -227,7 +227,7 @@ WRONG_V4 = {  # what is wrong, words of the message
     "hash-too-many": ({"num_hash_layers": 5}, "num_hash_layers is 5 num_hidden_layers is 4"),
     "hash-twice": ({"mlp_layer_types": ["moe"] * 4}, "num_hash_layers is 1 other keys say 0"),
     "layer-type": ({TYPE: ["full_attention"] * 4}, "layer_types[0] is 'full_attention'"),
-    "rates-missing": ({TYPE: ["sliding_attention"] * 4}, "compress_rates is missing"),
+    "rates-missing": ({TYPE: ["sliding_attention"] * 4}, "compress_rates. is missing"),
     "groups": ({"o_groups": 3}, "num_attention_heads 4 o_groups 3"),
     "rope-too-wide": ({"qk_rope_head_dim": 32}, "qk_rope_head_dim is 32 31"),
     "narrow-index": ({"index_head_dim": 8}, "index_head_dim is 8 qk_rope_head_dim 16"),
@@ -289,7 +289,7 @@ def test_layers_have_the_indexers_that_transformers_gives_them(keys):
     [
         ({"indexer_types": ["shared", "full", "full"]}, "indexer_types leaves the first layer"),
         ({"indexer_types": ["full", "dense", "full"]}, r"indexer_types\[1\] is 'dense'"),
-        ({"index_topk_pattern": "FS"}, "index_topk_pattern is not a list of 3"),
+        ({"index_topk_pattern": "FS"}, r"index_topk_pattern is \['F', 'S'\], expected 3 of F or S"),
         ({"index_topk_freq": 0}, "index_topk_freq is 0"),
         ({"indexer_rope_interleave": False}, "indexer_rope_interleave false .* only true"),
         ({"q_lora_rank": None}, "q_lora_rank is null"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.model.generate import Answer, Generation, Sampling, candidates, sample
-from slotmoe.model.gguf.tokenizer import tokenizer_files
+from slotmoe.model.gguf.tokenizer import read_tokenizer, tokenizer_files
 from slotmoe.model.tiktoken import tokenizer_json
 from slotmoe.model.tokenizer import BYTE_CHARACTERS, TextStream, Tokenizer
 from slotmoe.offload.engine.requests import Stream
@@ -133,7 +133,7 @@ def of_a_gguf():
     about |= {"token_type": [3, 3, *[1] * (len(tokens) - 2)], "eos_token_id": 1}
     about |= {"merges": [" ".join(pair) for pair in model["merges"]], "bos_token_id": 0}
     metadata = {f"tokenizer.ggml.{key}": value for key, value in about.items()}
-    return tokenizer_files(metadata)["tokenizer.json"]
+    return tokenizer_files(read_tokenizer(metadata))["tokenizer.json"]
 
 
 def of_words():

@@ -47,6 +47,7 @@ ASKED = [
     ({"prompt": b"x"}, "of the type bytes, expected a list of token ids"),
     ({"prompt": torch.tensor([1, 2])}, "of the type Tensor"),
     ({"prompt": [True]}, "holds a bool, expected text or token ids"),
+    ({"prompt": [7, None]}, "holds a NoneType, expected text or token ids"),
     ({"temperature": "1"}, "temperature is '1', expected a number"),
     ({"top_k": 1.5, "temperature": 1}, "top_k is 1.5, expected a whole number"),
     ({"seed": 1.5, "temperature": 1}, "seed is 1.5, expected a whole number or None"),

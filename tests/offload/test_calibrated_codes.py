@@ -14,6 +14,7 @@ from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.names import expert_name, split_name
 from slotmoe.offload.ingest import calibration as ingest
 from slotmoe.offload.ingest.calibration import Calibration
+from slotmoe.offload.ingest.output_dir import State
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codecs.codec import EXPERT_CODECS
@@ -176,7 +177,8 @@ def test_the_stream_is_the_networks(source, tmp_path):
     text = windows(2, 40)
     with Checkpoint.open(source) as checkpoint:
         layers = range(checkpoint.config.num_hidden_layers)
-        calibration = Calibration(checkpoint, text, set(), layers, tmp_path, lambda count: None)
+        given = text, set(), layers, tmp_path, State({}), lambda count: None
+        calibration = Calibration(checkpoint, *given)
         calibration.begin()
         found = [calibration.layer(layer) for layer in calibration.remaining]
     assert len(found) == 4

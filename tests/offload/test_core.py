@@ -2,26 +2,35 @@
 
 import errno
 import os
+import stat
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from slotmoe.model.config import read_config
 from slotmoe.model.generate import Answer, Sampling
-from slotmoe.offload.experts.experts import _first
+from slotmoe.offload.devices.device import Device
+from slotmoe.offload.experts.experts import Experts, _first
+from slotmoe.offload.experts.slots import Slots
 from slotmoe.offload.experts.source import DEMAND, Read
 from slotmoe.offload.experts.store import FREE
 from slotmoe.offload.ingest import output_dir, quantize
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import make_plan, predicted_components, scratch_bytes, sizes_of
+from slotmoe.offload.policy.cache import make_cache
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sessions.blocks import BlockFolder, chain
+from slotmoe.offload.sessions.store import _identity
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS
-from slotmoe.quant.export.layout import Part
+from slotmoe.quant.export.layout import Part, place
 from slotmoe.quant.export.reader import Export
-from slotmoe.quant.export.writer import ExportFile
+from slotmoe.quant.export.writer import ExportFile, replace_file
 from tests.support.blocks import per_token
 from tests.support.engine import ask, start
+from tests.support.states import BYTES, CHOSEN, EXPERTS, ROWS, Disk
 from tests.support.tiny import SMALL, write_checkpoint
 
 ROOT = bytes(16)
@@ -34,6 +43,30 @@ def test_a_call_takes_few_uses_and_at_least_one_expert():
     assert _first([2], uses) == ([2], [])
 
 
+def test_what_was_guessed_and_is_demanded_is_read_once():
+    """On its way, or arrived; where the read has failed, again."""
+    disk = Disk(None)
+    cache = make_cache("lru", 4, ROWS, EXPERTS)
+    slots = Slots(disk, cache, CHOSEN + 3, CHOSEN, BYTES, Device())
+    assert all(slots.prefetch(expert_id, DEMAND + 1) for expert_id in (1, 2, 3))
+    guessed = list(disk.pending)
+    disk.end(guessed[1], True)
+    disk.end(guessed[2], False)
+    reads = slots.demand([1, 2, 3])
+    assert reads[:2] == guessed[:2] and [read.urgency for read in reads] == [DEMAND] * 3
+    assert reads[2] is not guessed[2] and disk.pending == [guessed[0], reads[2]]
+
+
+def test_the_cpu_computes_what_few_tokens_use_once_slots_are_full():
+    host = SimpleNamespace(cache=SimpleNamespace(cached={2}))
+    split = SimpleNamespace(for_cpu=lambda tokens, uses, fetched: 2)
+    experts = SimpleNamespace(hybrid=SimpleNamespace(host=host), split=split)
+    for room, tokens, chosen in ((1, 1, []), (1, 2, [2, 3]), (0, 1, [2, 3])):
+        experts.slots = SimpleNamespace(room=lambda room=room: room)
+        args = tokens, {1: 9, 2: 1, 3: 1, 4: 1}, [1, 2, 3, 4], {4}, ()
+        assert Experts._choose_for_cpu(experts, *args) == chosen
+
+
 def test_memory_in_use_never_shrinks(small_export):
     """Pages that a slab has touched stay."""
     with Runtime.open(small_export, context=64, slots=4) as runtime:
@@ -41,7 +74,7 @@ def test_memory_in_use_never_shrinks(small_export):
         assert slots.present() == (0, 0)
         list(runtime.generate([5, 6, 7], 1))
         cached, used = slots.present()
-        assert used >= cached > 0
+        assert used >= cached == len(slots.cache) * runtime.plan.record_bytes > 0
         for expert_id in [*slots.cache.cached]:
             slots.store.move(slots.store.of[expert_id], FREE)
         assert slots.present() == (0, used)
@@ -91,30 +124,30 @@ class Shards:
         self.released.append(file)
 
 
-def test_a_state_names_what_is_durable_and_a_file_before_it_is_published(tmp_path, monkeypatch):
+def test_a_state_names_what_is_durable(tmp_path, monkeypatch):
     """What the resume's state counts as written has been synced."""
     source = tmp_path / "source"
     write_checkpoint(source, shards=3, **SMALL)
-    synced, states, published = set(), [], []
-    sync, write, publish = ExportFile.sync, output_dir.State.save, quantize.publish_file
+    synced, counts = set(), []
+    sync, write = ExportFile.sync, output_dir.State.save
 
     def save(state, partial):
-        assert {name.rpartition("/")[2] for name in state.written} <= synced
-        states.append((len(state.written), {*state.files}))
+        noted = {sum for item in state.written.values() for sum in item["checksums"]}
+        assert noted <= synced
+        counts.append(len(state.written))
         write(state, partial)
 
-    def publish_file(path):
-        assert path.relative_to(tmp_path / "export.partial").as_posix() in states[-1][1]
-        published.append(path)
-        publish(path)
+    def synced_too(file):
+        whole = set(file.checksums.values())
+        sync(file)
+        synced.update(whole)
 
-    monkeypatch.setattr(ExportFile, "sync", lambda file: synced.add(file.path.name) or sync(file))
+    monkeypatch.setattr(ExportFile, "sync", synced_too)
     monkeypatch.setattr(output_dir.State, "save", save)
-    monkeypatch.setattr(quantize, "publish_file", publish_file)
     shards = Shards(source)
     quantize.quantize(source, tmp_path / "export", workers=1, shards=shards)
     assert shards.released == sorted(path.name for path in source.glob("*.safetensors"))
-    assert len(published) == 2 and max(count for count, _ in states) > 0
+    assert counts == sorted(counts) and len({*counts}) > 3
 
 
 @pytest.mark.parametrize(
@@ -200,3 +233,39 @@ def test_a_file_without_room_is_closed(tmp_path, monkeypatch):
     after = os.dup(0)
     os.close(after)
     assert after == before
+
+
+def test_a_file_of_an_export_is_written_by_pieces_and_short_writes(tmp_path, monkeypatch):
+    pwrite, whole = os.pwrite, torch.arange(7, dtype=torch.uint8)
+    monkeypatch.setattr(os, "pwrite", lambda handle, data, at: pwrite(handle, data[:3], at))
+    file = ExportFile(tmp_path / "file", place({"a": Part(torch.uint8, (7,))}))
+    file.write("a", whole[:4])
+    assert "a" not in file.checksums
+    file.write("a", whole[4:])
+    file.finish()
+    file.close()
+    assert torch.equal(load_file(tmp_path / "file")["a"], whole)
+    os.umask(mask := os.umask(0))
+    assert stat.S_IMODE(os.stat(tmp_path / "file").st_mode) == 0o666 & ~mask
+
+
+def test_a_file_is_replaced_durably_or_not_at_all(tmp_path, monkeypatch):
+    """Every byte is at the disk before the name is; no descriptor and no half of it is left."""
+    durable, opened = [], len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, "fsync", lambda handle: durable.append(os.fstat(handle)))
+    replace_file(tmp_path / "file", b"12345")
+    assert [found.st_size for found in durable if stat.S_ISREG(found.st_mode)] == [5]
+    assert len(durable) == 2 and len(os.listdir("/proc/self/fd")) <= opened
+    monkeypatch.setattr(os, "rename", fails := Mock(side_effect=OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"):
+        replace_file(tmp_path / "file", b"other")
+    fails.assert_called_once()
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"12345"]
+
+
+def test_latents_of_other_kernels_are_of_another_session(small_export, monkeypatch):
+    with Runtime.open(small_export, context=64, slots=4) as runtime:
+        ours = _identity(runtime.model)
+        monkeypatch.setattr("slotmoe.offload.sessions.store.load", lambda: Mock(digest="others"))
+        native = runtime.model.backend.kind == "native"
+        assert (_identity(runtime.model) != ours) == native

@@ -79,7 +79,11 @@ def test_commands_know_drives(copies, slotmoe, processes):
 
 @pytest.mark.parametrize(
     ("place", "harm", "help_bytes"),
-    [("export/experts", "pulled", 0), ("a", "flipped", 128 << 10)],  # the waiting thread reads, too
+    [
+        ("export/experts", "pulled", 0),
+        ("export/experts", "flipped", 0),  # read again from all, this one last
+        ("a", "flipped", 128 << 10),  # the waiting thread reads, too
+    ],
 )
 def test_a_drive_that_fails_while_running_is_left_out(
     copies, monkeypatch, caplog, place, help_bytes, harm

@@ -314,7 +314,9 @@ def test_slots_grow_with_their_pages_and_results_stay_the_same(
             rows.append(step([id]))
             assert len(slots.cache) <= slots.cache.slots <= planned
             touching.ready += size * planned // 90
-        runtime.warm()  # waits for the last page
+        assert slots.memory().nbytes == slots.slab.nbytes  # waits for the last page
+        assert slots._touching is None and len(slots.cache) < planned
+        runtime.warm()
         assert len(slots.cache) == slots.cache.slots == planned and slots._touching is None
         whole(runtime)
         assert torch.equal(torch.cat(rows), wanted[0])

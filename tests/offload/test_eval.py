@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import signal
 from itertools import product
 from pathlib import Path
 
@@ -191,7 +192,7 @@ def test_interrupted_evaluation_tells_what_it_has(as_json, model, evaluate, monk
     def logits_from(self, *arguments, **options):
         calls.append(1)
         if len(calls) == 4:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(Runtime, "logits_from", logits_from)

@@ -9,8 +9,9 @@ from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.names import resident_shapes
 from slotmoe.offload.ingest import quantize as ingest
+from slotmoe.offload.ingest.cached import resolve_model
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.model_source import read_model, resolve_model
+from slotmoe.offload.model_source import read_model
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import layer_file
 from slotmoe.quant.export.reader import Export

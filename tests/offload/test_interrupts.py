@@ -20,7 +20,10 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.reader import Export
 from tests.support.disk import forked
 from tests.support.engine import IDS, PROMPT, until, whole
-from tests.support.interrupts import KINDS, check, compute, on_threads
+from tests.support.forkserver import Forked
+from tests.support.interrupts import KINDS, check, compute, on_threads, struck
+from tests.support.params import nth
+from tests.support.tiny import SAMPLE
 from tests.support.twin import freed
 
 CTRL_C = signal.SIGINT
@@ -110,6 +113,40 @@ def test_ctrl_c_ends_the_filling_of_slots(sample_export):
             runtime.warm(at_three)
         whole(runtime)
     assert len(calls) <= 4
+
+
+RUN = "run EXPORT hello -n 3 --context 64"
+EVERY = {  # of the functions that a command calls, one in so many gets a signal
+    RUN: 150,
+    "list": 40,
+    "chat EXPORT -n 3 --context 64 --session x --session-dir FOLDER": 60,
+    "quantize CHECKPOINT FOLDER/export --overwrite": 60,
+    "verify EXPORT": 60,
+    "synth CHECKPOINT/config.json FOLDER/export": 60,
+    "plan v2-lite": 60,
+    "bench EXPORT --prompt-tokens 8 --decode-tokens 4 --repetitions 1 --context 64": 60,
+    "eval EXPORT --text CHECKPOINT/config.json --window 64": 60,
+    "profile EXPORT hello -n 3 --context 64 -o FOLDER": 60,
+    "replay FOLDER/trace": 60,
+    "rm --sessions --all --session-dir FOLDER": 60,
+    "doctor": 60,
+}
+
+
+@pytest.mark.usefixtures("processes")
+@pytest.mark.parametrize("number", nth(2, [signal.SIGINT, signal.SIGTERM]))
+@pytest.mark.parametrize("words", nth(len(EVERY), EVERY))
+def test_a_signal_in_any_function_ends_a_command(words, number, sample_export, tmp_path):
+    """Also while libraries are imported, where they lose exceptions."""
+    places = {"EXPORT": sample_export, "CHECKPOINT": SAMPLE, "FOLDER": tmp_path}
+    if "FOLDER/trace" in words:
+        trace = tmp_path / "trace"
+        assert Forked("run", sample_export, "hello", "-n", 3, "--trace", trace).wait() == 0
+    every = EVERY[words]
+    for name, place in places.items():
+        words = words.replace(name, str(place))
+    count, wrong = struck(number, every, *words.split())
+    assert count > 20 and wrong == []
 
 
 @pytest.fixture

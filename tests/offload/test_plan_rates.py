@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from slotmoe.offload.observe.measure import Lasting
 from slotmoe.offload.plan import speed
 from slotmoe.offload.plan.attention import attention_products
 from slotmoe.offload.plan.memory import make_plan, sizes_of
@@ -222,7 +223,7 @@ def test_every_constant_is_named(plan):
 @needs_native
 def test_calibration_measures_what_is_stored(sample_export, tmp_path):
     with Runtime.open(sample_export, context=64, threads=2) as runtime:
-        rates = bench.core_rates(runtime.model)
+        rates = bench.core_rates(Lasting(runtime.model))
         assert runtime.threads == 2
     rates["share"] = rates.pop("all_bytes") / 1e12
     assert {*rates} == {*CORE, "share"} and all(1e6 < rates[name] < 1e13 for name in CORE)

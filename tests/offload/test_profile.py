@@ -6,9 +6,11 @@ import dataclasses
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import threading
+import weakref
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -17,14 +19,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from slotmoe.offload.engine import requests
+from slotmoe.errors import visible
+from slotmoe.offload import runtime as runtimes
+from slotmoe.offload.engine.requests import Stream
+from slotmoe.offload.observe import measure, profiler
 from slotmoe.offload.observe import memory_sampler as memory
-from slotmoe.offload.observe import profiler
 from slotmoe.offload.observe.memory_sampler import MemorySampler
 from slotmoe.offload.observe.profiler import Profiler, attach
 from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.runtime import Runtime
+from slotmoe.tools.bench import speed
 from slotmoe.tools.profile.report import CHARTS, compared, write_report
 from slotmoe.tools.profile.verdict import verdict
 from tests.support.browser import Tab
@@ -223,11 +228,13 @@ def test_report_holds_everything_and_asks_for_nothing(reported):
 
 def test_words_of_strangers_stay_words(reported, tmp_path, no_charts):
     hostile = "</pre><script>fetch('http://x.org')</script><img src=x onerror=alert(1)>{{ 7 * 7 }}"
+    hostile += "\x1b]0;title\x07"
     workload = reported.report["workload"] | {"prompt": hostile, "text": hostile}
     write_report(reported.report | {"model": hostile, "workload": workload}, tmp_path)
     found = page(tmp_path)
     assert "script" not in found.tags
-    assert hostile in found.words
+    assert visible(hostile) in found.words
+    assert "\x1b" not in (tmp_path / "report.html").read_text()
 
 
 def test_report_in_chromium(reported, browser):
@@ -242,21 +249,21 @@ def test_report_in_chromium(reported, browser):
         assert tab.complaints == []
 
 
-@pytest.mark.parametrize(("stop", "after"), [(KeyboardInterrupt, 0), (SystemExit(143), 3)])
+@pytest.mark.parametrize(("number", "after"), [(signal.SIGINT, 0), (signal.SIGTERM, 3)])
 def test_stopped_run_writes_what_it_has_and_says_so(
-    stop, after, profile, monkeypatch, tmp_path, no_charts
+    number, after, profile, monkeypatch, tmp_path, no_charts
 ):
-    original, calls = requests.wait_for, []
+    original, calls = Stream.__next__, []
 
-    def wait_for(*arguments):
+    def following(stream):
         calls.append(1)
         if len(calls) == after + 1:
-            raise stop
-        return original(*arguments)
+            signal.raise_signal(number)
+        return original(stream)
 
-    monkeypatch.setattr(requests, "wait_for", wait_for)
+    monkeypatch.setattr(Stream, "__next__", following)
     code, out, err = profile(TEXT, "-n", "20", "--json")
-    assert (code, out) == (130 if stop is KeyboardInterrupt else 143, "")
+    assert (code, out) == (128 + number, "")
     assert f"stopped after {after} of 20 tokens" in err
     assert "report.html" in err
     assert "Traceback" not in err
@@ -330,6 +337,52 @@ def test_folder_that_cannot_be_written(place, profile, tmp_path, monkeypatch):
     assert (tmp_path / "taken").read_text() == "a file"
 
 
+COMMANDS = {
+    "profile": "hello -n 5 --slots 60".split(),
+    "bench": "--prompt-tokens 20 --decode-tokens 5 --repetitions 1 --slots 60 --calibrate".split(),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_takes_memory_of_its_own_begins_when_the_model_is_gone(
+    command, slotmoe, sample_export, monkeypatch, tmp_path
+):
+    """Measuring disk and RAM, and drawing: the budget is for the model and them in turn."""
+    monkeypatch.chdir(tmp_path)
+    opened, done = [], []
+
+    def open_model(*arguments):
+        model = original(*arguments)
+        opened.extend(map(weakref.ref, (model.network, model.experts.slots.slab, *model.states)))
+        return model
+
+    def alone(name, result):
+        def do(*_):
+            assert opened and not [type(part()) for part in opened if part() is not None]
+            done.append(name)
+            return result
+
+        return do
+
+    original = runtimes.open_model
+    monkeypatch.setattr(runtimes, "open_model", open_model)
+    for name, result in {
+        "drive_bandwidths": [1e9],
+        "ram_bandwidth": 1e9,
+        "disk_latency": 1e-4,
+    }.items():
+        monkeypatch.setattr(measure, name, alone(name, result))
+    monkeypatch.setattr(speed, "core_rates", alone("core_rates", {"all_bytes": 1e9}))
+    drawn = SimpleNamespace(draw=alone("draw", {}))
+    monkeypatch.setitem(sys.modules, "slotmoe.tools.profile.charts", drawn)
+    monkeypatch.setattr(measure, "read_bandwidth", lambda model: 1e9)
+    monkeypatch.setattr("slotmoe.tools.bench.store_bandwidths", lambda *_, **values: None)
+    code, _, err = slotmoe(command, sample_export, *COMMANDS[command])
+    assert (code, "Traceback" in err) == (0, False), err
+    wanted = {"profile": {"ram_bandwidth", "draw"}, "bench": {"core_rates"}}[command]
+    assert {*done} == wanted | {"drive_bandwidths", "disk_latency"}
+
+
 def test_warm_slots_are_full_before_the_first_token(profile, no_charts):
     options = TEXT, "-n", "5", "--slots", "224", "--json"
     runs = [json.loads(profile(*options, *warm)[1]) for warm in ([], ["--warm"])]
@@ -340,12 +393,15 @@ def test_the_verdict_says_what_more_memory_gives(sample_export):
     spent = {"waiting for disk": 75.0, "experts": 25.0}
     report = {"time": {"decode": {"milliseconds_per_token": spent}}}
     report["decode_tokens_per_second"] = 10.0
-    rates = Bandwidths()
     with Runtime.open(sample_export, slots=56, context=64) as runtime:
-        model, total = runtime.model, runtime.plan.total
-        capped = verdict(report, model, 10, 10, rates)
-        tight = dataclasses.replace(runtime.plan, budget=total)
-        small = verdict(report, dataclasses.replace(model, plan=tight), 10, 10, rates)
+        setting, kernels = (
+            measure.Lasting(runtime.model).setting(Bandwidths()),
+            runtime.model.backend.kind,
+        )
+        total = runtime.plan.total
+        capped = verdict(report, setting, kernels, 10, 10)
+        tight = dataclasses.replace(setting, plan=dataclasses.replace(runtime.plan, budget=total))
+        small = verdict(report, tight, kernels, 10, 10)
     start = "Decode makes 10.0 tokens/s; 75% of a token's time is waiting for disk. It would make "
     assert capped["text"].startswith(start + "without --slots about ")
     assert small["text"].startswith(start + "with --ram ")

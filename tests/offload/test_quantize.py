@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from slotmoe.errors import ExportError
+from slotmoe.errors import ConfigError, ExportError
 from slotmoe.model.config import read_config
 from slotmoe.model.names import expert_name, resident_shapes, role_of
 from slotmoe.offload.ingest.quantize import quantize
@@ -82,13 +82,14 @@ def left(source, tmp_path_factory):
 HELD = """
 import signal, sys, time
 import slotmoe.offload.ingest.quantize as module
-from slotmoe.tools.cli import main
+from slotmoe.__main__ import main
 def held(path, values):
     print("held", flush=True)
     time.sleep(600)
 module.write_json = held
 signal.signal(signal.SIGINT, signal.default_int_handler)
-main(["quantize", *sys.argv[1:]])
+sys.argv.insert(1, "quantize")
+main()
 """
 
 
@@ -177,9 +178,10 @@ def test_damage_to_what_was_left_is_repaired(kind, damage, name, left, source, w
 def test_file_that_lost_bytes_is_not_taken_for_whole_after_a_kill(left, source, wanted, tmp_path):
     """Its successor has the right size from its first byte on."""
     file = shutil.copytree(left / "stopped.partial", tmp_path / "export.partial") / RESIDENT
+    size = file.stat().st_size
 
     def killed(_done, _total):
-        if file.with_name(RESIDENT + ".tmp").exists():
+        if file.exists() and file.stat().st_size == size:
             raise Stop
 
     for lose in (cut, Path.unlink):
@@ -219,6 +221,36 @@ def test_an_export_that_does_not_open_replaces_none(made, source, wanted, tmp_pa
     assert tree(tmp_path / "export") == wanted
     quantize(source, tmp_path / "export", overwrite=True)
     assert tree(tmp_path / "export") == wanted
+
+
+BAD = {
+    "tokenizer.json": ["{}", '{"model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}}'],
+    "tokenizer_config.json": ["[]"],
+    "generation_config.json": ["{"],
+}
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name in BAD for text in BAD[name]])
+def test_an_export_that_cannot_encode_replaces_none(
+    late, name, text, made, source, wanted, tmp_path, processes
+):
+    """A bad file of the source is known before the work, and one that turned bad meanwhile before
+    the new export gets its name."""
+    shutil.copytree(made, tmp_path / "export")
+    shutil.copytree(source, tmp_path / "source")
+    spoil = partial((tmp_path / "source" / name).write_text, text)
+
+    def progress(done, total):
+        assert late
+        spoil()
+
+    if not late:
+        spoil()
+    with pytest.raises(ConfigError, match=rf"{'partial' if late else 'source'}/{name}"):
+        quantize(tmp_path / "source", tmp_path / "export", overwrite=True, progress=progress)
+    assert tree(tmp_path / "export") == wanted
+    assert (tmp_path / "export.partial").exists() == late
 
 
 def test_existing_destination(source, wanted, tmp_path):

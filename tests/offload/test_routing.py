@@ -8,13 +8,13 @@ import shutil
 import pytest
 import torch
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, ExportError
 from slotmoe.model.routing import route, router_of
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.policy.substitutes import WINDOW, RouteBudget
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.calibrate import swap_prices
-from slotmoe.quant.export.layout import SWAP_PRICES
+from slotmoe.quant.export.layout import MAX_SWAP_PRICE, SWAP_PRICES
 from slotmoe.quant.export.writer import write_predictor
 from tests.support.engine import IDS, decode
 from tests.support.predictor import random_tensors
@@ -36,8 +36,10 @@ def test_the_best_that_is_present_stands_in_for_the_least():
         assert budget.choose(0, WEIGHTS, [mark == "1" for mark in present]) == ranks
 
 
-def test_what_is_spent_stays_within_the_budget():
-    chance, budget = random.Random(0), RouteBudget([0.3, 0.1] * 8, 0.01, 4)
+@pytest.mark.parametrize("price", [0.0, 1e-30, 0.3, MAX_SWAP_PRICE])
+def test_what_is_spent_stays_within_the_budget(price):
+    """For all prices that are read."""
+    chance, budget = random.Random(0), RouteBudget([price, 0.1] * 8, 0.01, 4)
     spent = []
     for _ in range(2000):
         budget.advance(1)
@@ -45,7 +47,8 @@ def test_what_is_spent_stays_within_the_budget():
             weights = sorted((0.1 * chance.random() for _ in range(8)), reverse=True)
             budget.choose(row, weights, [chance.random() < 0.5 for _ in range(8)])
         spent.append(budget.spent)
-    assert 0.9 * 0.01 < budget.spent / 2000 <= 0.01
+    assert 0 < budget.spent / 2000 <= 0.01
+    assert price != 0.3 or budget.spent / 2000 > 0.9 * 0.01
     windows = [after - before for before, after in zip(spent, spent[WINDOW:], strict=False)]
     assert max(windows) <= 2 * WINDOW * 0.01
     assert budget.tokens == 2000
@@ -130,6 +133,17 @@ def test_impossible_requests_are_refused(export, tmp_path):
     refused = pytest.raises(ConfigError, match="route budget")
     with Runtime.open(export, context=128, route_budget=0.1) as runtime, refused:
         runtime.keep_in(tmp_path)
+
+
+@pytest.mark.parametrize("price", [-0.05, -1e-30, 1.1e6, math.nan, math.inf, -math.inf])
+def test_impossible_prices_are_refused(price, export, tmp_path):
+    """A negative one would give budget back with each swap."""
+    shutil.copytree(export, tmp_path / "export")
+    tensors = random_tensors(0, 16)
+    tensors[SWAP_PRICES] = torch.tensor([0.05, price])
+    write_predictor(tmp_path / "export", tensors)
+    with pytest.raises(ExportError, match=r"predictor-\w+\.safetensors: swap\.prices .*calibrate"):
+        Runtime.open(tmp_path / "export", context=128, route_budget=0.1)
 
 
 def test_prices_are_measured(export):

@@ -122,6 +122,17 @@ def test_a_prompt_that_differs_reuses_what_comes_before(runtime, copy):
         assert torch.equal(logits, computed(runtime, ids))
 
 
+def test_nothing_is_taken_from_behind_a_gap(runtime, store, copy):
+    """The second block is gone, and another text's serves in its place; the third is there."""
+    kept(runtime, copy, [*TEXT[:100], 3, *TEXT[:60]])
+    gone = [*chain(runtime.sessions.root(), TEXT)][1].address.hex()
+    next(path for path in files(copy) if gone in path.name.split("-")).unlink()
+    said = keeping(runtime, copy)
+    count, logits = restored(runtime, TEXT)
+    assert (count, said) == (100, [])
+    assert torch.equal(logits, store[1])
+
+
 # What is kept
 
 
@@ -148,15 +159,18 @@ def test_only_this_user_can_read_it(store):
         assert path.stat().st_mode & 0o777 == (0o600 if path.is_file() else 0o700)
 
 
-def test_long_answers_are_kept_as_they_grow(runtime, tmp_path):
+def test_long_answers_are_kept_as_they_grow(runtime, tmp_path, monkeypatch):
+    """Once, and no file is touched for a token that fills no block."""
     keeping(runtime, tmp_path)
-    answer, sizes = Answer(TEXT[:60], runtime.tokenizer, (), Sampling(), 80), []
+    monkeypatch.setattr(BlockFolder, "touch", lambda *_: pytest.fail("a file is touched"))
+    answer, sizes = Answer(TEXT[:70], runtime.tokenizer, (), Sampling(), 70), []
 
     def note(_):
         sizes.append([path.name.split("-")[2] for path in files(tmp_path)])
 
-    ask(runtime, TEXT[:60], answer, note)
+    ask(runtime, TEXT[:70], answer, note)
     assert sizes[-2:] == [["64", "64"], ["64", "64", "11"]]
+    assert runtime.sessions.stats()["written_bytes"] == size_of(tmp_path)
 
 
 # Of whom it is

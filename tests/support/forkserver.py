@@ -31,7 +31,7 @@ from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-COMMAND_LINE = "from slotmoe.tools.cli import main; main()"
+COMMAND_LINE = "from slotmoe.__main__ import main; main()"
 PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
 _IMPORTED = """torch numpy uvicorn slotmoe.offload.runtime slotmoe.offload.engine.loading
     slotmoe.tools.serve.app slotmoe.tools.chat.terminal slotmoe.tools.profile.report""".split()

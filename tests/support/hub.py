@@ -8,6 +8,7 @@ handler, and returns True if it has answered.
 
 import hashlib
 import json
+import os
 import socket
 import tempfile
 import threading
@@ -168,9 +169,17 @@ class Hub:
         handler.answer(206 if span else 200, data, **headers)
 
 
-# One for the whole run: huggingface_hub reads its endpoint only when it is imported.
+# One for the whole run.
 HUB = Hub()
 HOME = tempfile.TemporaryDirectory()
+# huggingface_hub reads these when it is imported, which any test may be the first to do.
+os.environ |= {
+    "HF_ENDPOINT": HUB.endpoint,
+    "HF_HOME": HOME.name,
+    "HF_TOKEN": TOKEN,
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "NO_PROXY": "127.0.0.1",
+}
 
 
 def make(destination, **options):

@@ -37,9 +37,16 @@ def talking(runtime, monkeypatch):
     def generate(self, prompt, *arguments, **options):
         sent.append(prompt)
         generated.append([])
-        for token in original(self, prompt, *arguments, **options):
-            generated[-1].append(token.id)
-            yield token
+        stream = original(self, prompt, *arguments, **options)
+        answer, score = stream.request.answer, stream.request.answer.take
+
+        def take(logits_V):
+            delta = score(logits_V)
+            generated[-1] += [token.id for token in delta.tokens]
+            return delta
+
+        answer.take = take
+        return stream
 
     def make(max_new_tokens=24, system=None, stop=(), **sampling):
         settings = max_new_tokens, Sampling(**sampling), system, None, stop

@@ -13,7 +13,6 @@ from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
 from slotmoe.model.generate import Sampling
-from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.chat import COMMANDS, talk
 from slotmoe.tools.chat.conversation import Conversation
 from slotmoe.tools.chat.terminal import Terminal, View, finished, markdown, visible
@@ -91,12 +90,12 @@ def test_refused_message_can_be_edited(terminal, chat):
 
 @pytest.mark.parametrize("again", [False, True])
 def test_interrupt_stops_the_answer_and_keeps_the_session(terminal, chat, monkeypatch, again):
-    def generate(self, *arguments, **options):
-        for number, token in enumerate(original(self, *arguments, **options)):
-            if number == 5 and not views:  # of the first answer
-                pressed.append(True)
-                signal.raise_signal(signal.SIGINT)
-            yield token
+    def add(self, piece):
+        shown.append(piece)
+        if len(shown) == 3:  # of the first answer
+            pressed.append(True)
+            signal.raise_signal(signal.SIGINT)
+        added(self, piece)
 
     def close(self):
         views.append(self)
@@ -104,12 +103,13 @@ def test_interrupt_stops_the_answer_and_keeps_the_session(terminal, chat, monkey
             signal.raise_signal(signal.SIGINT)
         closed(self)
 
-    pressed, views, closed, original = [], [], View.close, Runtime.generate
+    pressed, views, shown, closed, added = [], [], [], View.close, View.add
     monkeypatch.setattr(View, "close", close)
-    monkeypatch.setattr(Runtime, "generate", generate)
+    monkeypatch.setattr(View, "add", add)
     before = signal.getsignal(signal.SIGINT)
     terminal.keys.send_text("Hello\rGo on\r\x04")
-    talk(chat, terminal, Path())
+    with terminal.talking():
+        talk(chat, terminal, Path())
     first, second = chat.exchanges
     assert (first.user, second.user) == ("Hello", "Go on")
     assert 0 < len(first.assistant) < len(second.assistant)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from slotmoe.errors import ConfigError, PlanError
+from slotmoe.errors import ConfigError, PlanError, visible
 from slotmoe.model.generate import Answer
 from slotmoe.model.reasoning import Reasoning, Splitter
 from slotmoe.model.tokenizer import TextStream, Tokenizer
@@ -17,7 +17,7 @@ from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools import run as command
 from slotmoe.tools.options import MAX_PROMPT_BYTES
-from slotmoe.tools.screen import echo_of, visible
+from slotmoe.tools.screen import guard_streams
 from tests.support.forkserver import ROOT, OnTerminal
 from tests.support.tiny import SMALL, write_checkpoint
 
@@ -180,13 +180,14 @@ def test_control_codes_of_the_model_reach_no_terminal(monkeypatch, capsys):
         made = SimpleNamespace(generate=lambda ids, **_: (token for token in tokens))
         made.tokenizer = SimpleNamespace(encode=lambda text: [1])
         made.check_length = lambda count: None
-        monkeypatch.setattr(command, "is_terminal", lambda stream: on_terminal)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: on_terminal, raising=False)
+        guard_streams()
         monkeypatch.setattr(command, "wait_reading", lambda *_: None)
         command.Continuation(made, "x\x07", {"chat": False}, quiet=False).run()
         return capsys.readouterr().out
 
     assert printed(on_terminal=False) == "a\x1b[2J\n"
-    assert printed(on_terminal=True) == echo_of("x\x07") + "a\\x1b[2J\n"
+    assert printed(on_terminal=True) == "\x1b[2mx\\x07\x1b[22ma\\x1b[2J\n"
     assert visible("\x9b31m\u202e\t") == "\\x9b31m\\u202e\t"
 
 

@@ -3,20 +3,19 @@ benchmarks are ``python -m slotmoe.tools.bench NAME``."""
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 import click
-from rich.console import Console
 
+from slotmoe.errors import one_line
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.plan.memory import DEFAULT_CONTEXT, or_more_context
 from slotmoe.offload.plan.speed import store_bandwidths
 from slotmoe.tools.options import JSON, MODEL, Command, bench_options, count, flag, open_runtime
 from slotmoe.tools.progress import byte_bars
 from slotmoe.tools.run import by_drive
-from slotmoe.tools.tables import table
+from slotmoe.tools.screen import json_of
+from slotmoe.tools.tables import Console, table
 
 _COUNTS = ("prompt_tokens", "decode_tokens", "depth", "repetitions")
 
@@ -46,7 +45,8 @@ def command(model: str, calibrate: bool, as_json: bool, **options: Any) -> None:
       slotmoe bench lite-random --ram 5GiB --prompt-tokens 64 --json
       slotmoe bench lite-random --calibrate          what slotmoe plan then reckons with
     """
-    from slotmoe.tools.bench.speed import calibration, measure
+    from slotmoe.offload.observe.measure import Lasting
+    from slotmoe.tools.bench.speed import calibration, compare_disk, measure
 
     counts = {name: options.pop(name) for name in _COUNTS}
     needed = max(counts["prompt_tokens"], counts["depth"] + counts["decode_tokens"])
@@ -61,17 +61,17 @@ def command(model: str, calibrate: bool, as_json: bool, **options: Any) -> None:
         check(runtime.context, or_more_context(less, runtime.config, runtime.context))
         with byte_bars("Filling expert slots", quiet=as_json) as (progress,):
             runtime.warm(progress)
-        report = measure(runtime, **counts)
-        if calibrate:
-            store_bandwidths(cache_folder() / "machine.json", **calibration(runtime, report))
+        report, closed = measure(runtime, **counts), Lasting(runtime.model)
         options["context"] = runtime.context
+    compare_disk(closed, report["disk"])
+    if calibrate:
+        store_bandwidths(cache_folder() / "machine.json", **calibration(closed, report))
     given = {key: value for key, value in options.items() if value is not None}
     report["settings"] = {"model": model, **given, **report["settings"]}
-    print(json.dumps(report)) if as_json else _print(report)
+    print(json_of(report)) if as_json else _print(report)
 
 
 def _print(report: dict[str, Any]) -> None:
-
     settings, ceiling = report["settings"], report["ceiling"]
     limit = (f"{ceiling['decode_tokens_per_second']:.1f}", f"{ceiling['decode_fraction']:.0%}")
     rows = []
@@ -82,8 +82,8 @@ def _print(report: dict[str, Any]) -> None:
         rows.append((label, f"{speed:.2f}", f"{min(runs):.2f}-{max(runs):.2f}", *limits))
     columns = ("", "median tokens/s", "range", "ceiling", "of ceiling")
     machine = f"{settings['kernels']} kernels, {settings['threads']} threads"
-    title = f"{settings['model']} on {settings['device']}: {machine}"
-    Console(file=sys.stdout).print(table(columns, rows, title), *_sentences(report), sep="\n")
+    title = one_line(f"{settings['model']} on {settings['device']}: {machine}")
+    Console().print(table(columns, rows, title), *_sentences(report), sep="\n")
 
 
 def _sentences(report: dict[str, Any]) -> list[str]:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from safetensors.torch import save_file
 
 from slotmoe.model.checkpoint.reader import Checkpoint
@@ -35,7 +34,7 @@ from slotmoe.quant.shapes import RESIDENT_MODES, record_bytes, resident_bytes
 from slotmoe.quant.weights import dequantize
 from slotmoe.tools.options import require_extra
 from slotmoe.tools.quantize import Paths, calibration_windows
-from slotmoe.tools.tables import table
+from slotmoe.tools.tables import Console, table
 
 WINDOW, WINDOWS = 513, 4  # of each text: 2,048 tokens
 NF4 = EXPERT_CODECS["nf4", "4"]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from slotmoe.offload.devices.pages import in_large_pages
-from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.observe import measure as observed
 from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.runtime import Runtime
@@ -25,25 +24,25 @@ _TURNS = 25  # of each of a core's kernels: a second in all on two fast cores
 _COUNTERS = ("cache", "prefetch", "drafts", "misses", "memory")
 
 
-def calibration(runtime: Runtime, report: dict[str, Any]) -> dict[str, float]:
+def calibration(closed: observed.Lasting, report: dict[str, Any]) -> dict[str, float]:
     """What ``slotmoe.offload.plan.speed.Bandwidths`` can know of this machine: what the report has,
     and the rest measured now."""
-    export, known = runtime.model.export, report["disk"]
+    export, known = closed.export, report["disk"]
     disk = known["bandwidth"] if known is not None else sum(observed.drive_bandwidths(export))
     bandwidths = {"disk": disk / len(export.folders), "latency": observed.disk_latency(export)}
-    cores, fast = core_rates(runtime.model), report["ceiling"]["read_bandwidth"]
+    cores, fast = core_rates(closed), report["ceiling"]["read_bandwidth"]
     if (link := report["link"]) is not None:
         bandwidths |= {name: link[name] for name in ("pcie", "pcie_busy", "experts")}
-        bandwidths["gpu"], fast = fast, observed.ram_bandwidth(runtime.model)
+        bandwidths["gpu"], fast = fast, observed.ram_bandwidth(closed.cpu)
     share = min(1.0, cores.pop("all_bytes") / fast) if cores else Bandwidths.share
     return bandwidths | cores | {"ram": fast, "share": share}
 
 
-def core_rates(model: LoadedModel) -> dict[str, float]:
+def core_rates(closed: observed.Lasting) -> dict[str, float]:
     """What a core's native kernels get through in a second, by the names of
     ``slotmoe.offload.plan.speed.CORE``: products with all threads at work, in V2-Lite's shapes and
     in the sample's, bytes with one; and the bytes of all threads."""
-    backend, codecs = model.cpu, model.export.layout.codecs
+    backend, codecs = closed.cpu, closed.export.layout.codecs
     if backend.kind != "native":
         return {}
     layout = RecordLayout(2048, 1408, codecs)
@@ -56,9 +55,9 @@ def core_rates(model: LoadedModel) -> dict[str, float]:
     means = {name: fmean(sorted(times)[: _TURNS - left_out]) for name, times in spent.items()}
     rates = {name: count / means[name] / backend.threads for name, (_, count) in ways.items()}
     rates["all_bytes"] = observed.expert_bandwidth(backend, layout, seconds=0.3)
-    backend.run_on(replace(model.device.placement, threads=1))
+    backend.run_on(replace(closed.placement, threads=1))
     rates["core_bytes"] = observed.expert_bandwidth(backend, layout, seconds=0.3)
-    backend.run_on(model.device.placement)
+    backend.run_on(closed.placement)
     return rates
 
 
@@ -88,7 +87,7 @@ def measure(
     runtime: Runtime, prompt_tokens: int, decode_tokens: int, depth: int, repetitions: int
 ) -> dict[str, Any]:
     """Medians of ``repetitions`` runs, the ceiling, and the settings that matter, as one JSON-able
-    object."""
+    object.  ``compare_disk`` adds what takes memory beside the model's."""
     generator, moved = torch.Generator().manual_seed(0), Counter[str]()
 
     def ids(tokens: int) -> list[int]:
@@ -160,15 +159,21 @@ def _moved(runtime: Runtime) -> dict[str, Any]:
 
 
 def _disk(runtime: Runtime, moved: Counter[str]) -> dict[str, Any] | None:
-    """What decoding read from disk, if anything, beside what the disk gives alone, and by drive."""
+    """What decoding read from disk, if anything, and by drive."""
     if not moved["disk"]:
         return None
-    each = observed.drive_bandwidths(runtime.model.export)
-    alone, rate = sum(each), moved["disk"] / moved["seconds"]
-    rates = {"bytes_per_second": rate, "bandwidth": alone, "fraction": rate / alone}
-    pairs = zip(runtime.stats()["io"]["disk"]["drives"], each, strict=True)
-    drives = [{**drive, "bandwidth": bandwidth} for drive, bandwidth in pairs]
-    return {"bytes_per_token": moved["disk"] / moved["tokens"], **rates, "drives": drives}
+    rates = {"bytes_per_second": moved["disk"] / moved["seconds"]}
+    rates["bytes_per_token"] = moved["disk"] / moved["tokens"]
+    return {**rates, "drives": runtime.stats()["io"]["disk"]["drives"]}
+
+
+def compare_disk(closed: observed.Lasting, disk: dict[str, Any] | None) -> None:
+    """Add to the ``disk`` of a report what the disk gives alone."""
+    if disk is not None:
+        each = observed.drive_bandwidths(closed.export)
+        disk |= {"bandwidth": sum(each), "fraction": disk["bytes_per_second"] / sum(each)}
+        for drive, bandwidth in zip(disk["drives"], each, strict=True):
+            drive["bandwidth"] = bandwidth
 
 
 def _link(runtime: Runtime, moved: Counter[str], speed: float) -> dict[str, float] | None:

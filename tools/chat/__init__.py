@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -61,6 +62,7 @@ class Pipe:
         print(text, end="", flush=True, file=sys.stderr)
 
     say = staticmethod(options.say)
+    talking = nullcontext
 
     def fail(self, problem: BaseException) -> None:
         """What was read last could not be done, or was interrupted."""
@@ -113,7 +115,8 @@ def command(
             runtime.trace(trace)
         frontend = _terminal(model, conversation) if on_terminal else Pipe()
         go_on(session, runtime, given["session_limit"], frontend.say)
-        talk(conversation, frontend, session_folder(given["session_dir"]))
+        with frontend.talking():
+            talk(conversation, frontend, session_folder(given["session_dir"]))
 
 
 def _terminal(model: str, conversation: "Conversation") -> "Terminal":
@@ -154,7 +157,8 @@ def _perform(
         if argument:
             conversation.set_system(None if argument == "off" else argument)
         text = conversation.system
-        frontend.say("there is no system message" if text is None else f"system message: {text}")
+        said = "there is no system message" if text is None else f"system message: {text}"
+        frontend.say(*said.split("\n"))
     elif command == "/save":
         path = Path(argument) if argument else conversation.file
         if path is None:
@@ -169,7 +173,7 @@ def _perform(
     elif command == "/regenerate":
         frontend.show(conversation.regenerate())
     elif command == "/sessions":
-        frontend.say(_sessions(sessions, *argument.split()))
+        frontend.say(*_sessions(sessions, *argument.split()))
     elif command == "/stats":
         from slotmoe.tools.run import summary
 
@@ -179,18 +183,18 @@ def _perform(
         frontend.say(f"{total - conversation.forgotten} of {total} exchanges are seen by the model")
     elif command == "/help":
         width = max(map(len, COMMANDS))
-        frontend.say("\n".join([*(f"{u:{width}}  {text}" for u, text in COMMANDS.items()), KEYS]))
+        frontend.say(*(f"{u:{width}}  {text}" for u, text in COMMANDS.items()), *KEYS.split("\n"))
     else:
         advice = "/help lists them, and a message that starts with a slash is sent with //"
         raise ConfigError(f"{command}: no such command; {advice}")
 
 
-def _sessions(folder: Path, action: str = "", name: str = "", *rest: str) -> str:
-    """What ``/sessions`` says, and does.  Raises ``ConfigError``."""
+def _sessions(folder: Path, action: str = "", name: str = "", *rest: str) -> list[str]:
+    """The lines that ``/sessions`` says, and does.  Raises ``ConfigError``."""
     if not action:
         return described(folder)
     if action != "delete" or not name or rest:
         raise ConfigError("/sessions: takes nothing, or delete NAME")
     from slotmoe.offload.sessions.names import remove
 
-    return f"{name}: deleted, {format_size(remove(folder, [name]))} are free again"
+    return [f"{name}: deleted, {format_size(remove(folder, [name]))} are free again"]

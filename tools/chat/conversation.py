@@ -15,8 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from slotmoe.errors import ConfigError, PlanError
+from slotmoe.errors import ConfigError, PlanError, refused
 from slotmoe.jsonfile import Json, read_json
+from slotmoe.signals import Stopping
 from slotmoe.tools.options import SAMPLING
 from slotmoe.tools.run import of_budget
 
@@ -80,19 +81,24 @@ class Conversation:
         """The answer to ``message`` piece by piece, without whitespace at its ends; ``again``
         replaces the last exchange.
 
-        An answer that is stopped, by closing this or by an exception, is kept as far as it came; if
-        that is nowhere, nothing has changed.  Raises ``PlanError`` if the message does not fit into
-        the context.
+        An answer that is stopped, by closing this, a signal (which is raised from here) or an
+        exception, is kept as far as it came; if that is nowhere, nothing has changed.  Raises
+        ``PlanError`` if the message does not fit into the context.
         """
         self._before, self._stream = self.runtime.stats(), None
         self._reading_since = time.monotonic()
-        try:
-            yield from self._answer(message, self.exchanges[:-1] if again else self.exchanges)
-        finally:
-            self._reading_since = None
-            if self._stream is not None:
-                self._stream.close()
-            self._keep()
+        with Stopping(lambda _: self._close()) as self._stopping:
+            try:
+                yield from self._answer(message, self.exchanges[:-1] if again else self.exchanges)
+            finally:
+                self._reading_since = None
+                self._close()
+                self._keep()
+        self._stopping.check()
+
+    def _close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
 
     def _keep(self) -> None:
         """Keep the conversation in its session; the engine keeps what was computed of it."""
@@ -121,6 +127,8 @@ class Conversation:
         def texts() -> Iterator[str]:
             nonlocal count, thoughts
             self._stream = self.runtime.generate(prompt, limit, **sampling, stop=self._stop)
+            if self._stopping.number:  # before there was a stream to close
+                self._close()
             for token in self._stream:
                 count += 1
                 self._tokens.append(token.id)
@@ -130,6 +138,7 @@ class Conversation:
                     thoughts += len(thought)
                     self.think(thought)
                 yield said
+            self._stopping.check()
             thought, said = splitter.feed("", is_last=True)
             if thought:
                 thoughts += len(thought)
@@ -173,16 +182,14 @@ class Conversation:
         path = path.expanduser().resolve()
         if path.exists() and path != self.file:
             raise ConfigError(f"{path}: exists already; choose another name, or remove it first")
-        try:
+        with refused(path, ConfigError, "can't be written"):
             write_json(path, {"messages": _messages(self.system, self.exchanges)})
-        except OSError as problem:
-            raise ConfigError(f"{path}: can't be written ({problem.strerror})") from None
         self.file = path
 
     def load(self, path: Path) -> None:
         """Go on from what ``save`` wrote.  Raises ``ConfigError`` and changes nothing then."""
         path = path.expanduser().resolve()
-        system, exchanges = _parse(path, read_json(path, _MAX_FILE_BYTES))
+        system, exchanges = _parse(path, read_json(path, _MAX_FILE_BYTES, Json))
         self._ids(system, exchanges, "Hello")
         self.reset()
         self.system, self.exchanges, self.file = system, exchanges, path

@@ -14,13 +14,14 @@ from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import has_focus
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from rich.console import Console
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment, Segments
 from rich.text import Text
 
-from slotmoe.tools.screen import on_interrupt, visible
+from slotmoe.errors import visible
+from slotmoe.signals import Stopping, leave
+from slotmoe.tools.tables import Console
 
 Status = Callable[[], str]
 _PAUSE = 30  # times as long as a drawing took passes until the next one
@@ -48,6 +49,21 @@ class Terminal:
             bottom_toolbar=status,
         )
 
+    @contextlib.contextmanager
+    def talking(self) -> Iterator[None]:
+        """Ctrl-C between answers does nothing; what ends the process leaves the terminal as it was
+        before."""
+        mode = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
+
+        def end(number: int) -> None:
+            if number != signal.SIGINT:
+                if mode is not None:
+                    termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
+                leave(number)
+
+        with Stopping(end, once=False):
+            yield
+
     def read(self) -> str | None:
         while True:
             draft, self._draft = self._draft, ""
@@ -61,8 +77,8 @@ class Terminal:
                 return None
 
     def show(self, answer: Generator[str, None, None]) -> None:
-        """The answer as it comes; Ctrl-C ends it, once, with ``KeyboardInterrupt``."""
-        with on_interrupt(_stop_once), _no_echo(), contextlib.closing(answer):
+        """The answer as it comes."""
+        with _no_echo(), contextlib.closing(answer):
             self._view = View(self._console, self._status)
             with self._view.live, contextlib.closing(self._view):
                 for piece in answer:
@@ -74,18 +90,18 @@ class Terminal:
         if self._view is not None:
             self._view.think(text)
 
-    def say(self, text: str) -> None:
+    def say(self, *lines: str) -> None:
         """A remark, below what was answered so far."""
         if self._view is not None:
             self._view.close()
-        self._console.print(Text(visible(text), style="dim italic"))
+        self._console.print(Text("\n".join(lines), style="dim italic"))
 
     def fail(self, problem: BaseException) -> None:
         """Print it; the message is offered again unless some of its answer was shown."""
         if isinstance(problem, KeyboardInterrupt):
             self.say("stopped")
         else:
-            self._console.print(Text(visible(str(problem)), style="red"))
+            self._console.print(Text(str(problem), style="red"))
         self._draft = self._unanswered
 
     def _history(self, path: Path) -> History:
@@ -219,9 +235,3 @@ def _no_echo() -> Iterator[None]:
         yield
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
-
-
-def _stop_once(*_: object) -> None:
-    """End what is going on; Ctrl-C pressed again meanwhile does nothing."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt

@@ -1,20 +1,16 @@
 """``slotmoe profile``: where a run's memory and time go."""
 
-import contextlib
-import json
-import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, refused
 from slotmoe.tools import options
 from slotmoe.tools.options import flag, option
-from slotmoe.tools.screen import on_interrupt
+from slotmoe.tools.screen import json_of, show
+from slotmoe.tools.tables import Console
 
 _FOLDER_HELP = "Folder of the report; an earlier report there is replaced."
 
@@ -52,37 +48,23 @@ def command(
 
     if prompt is not None and text is not None:
         raise click.UsageError("PROMPT and --text are both given: choose one")
-    pressed: list[BaseException] = []
-    with _report_folder(output):
-        report, stopped = run(model, prompt, text, as_json, given)
-        # A second Ctrl-C waits, so that it doesn't cost the report.
-        with on_interrupt(lambda *_: pressed.append(KeyboardInterrupt())):
-            write_report(report, output)
+    _check_folder(output)
+    report, stopping = run(model, prompt, text, as_json, given)
+    write_report(report, output)
     page = output / "report.html"
-    if stopped is not None:
+    if stopping.number:
         options.say(f"{page} has what was measured until then, and says so")
-    for stop in (*pressed, stopped):
-        if stop is not None:
-            raise stop
+    stopping.check()
     if as_json:
-        print(json.dumps(report))
+        print(json_of(report))
     else:
-        Console(file=sys.stdout).print(overview(report))
-        print(f"Report: {page}")
+        Console().print(overview(report))
+        show(f"Report: {page}")
 
 
-@contextlib.contextmanager
-def _report_folder(folder: Path) -> Iterator[None]:
-    """Make sure that ``folder`` can be written; a new one is removed if it stays empty."""
-    is_new = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as problem:
-        reason = f"can't write a report there ({problem.strerror})"
-        raise ConfigError(f"{folder}: {reason}; choose another folder with -o") from None
-    try:
-        yield
-    finally:
-        if is_new and not any(folder.iterdir()):
-            folder.rmdir()
+def _check_folder(folder: Path) -> None:
+    """Make sure that ``folder`` can be written, or be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    advice = "; choose another folder with -o"
+    with refused(folder, ConfigError, "can't write a report there", advice):
+        tempfile.TemporaryFile(dir=there).close()

@@ -1,19 +1,19 @@
 """The measured run, and its figures as one JSON-able object, which ``profile.json`` holds."""
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import click
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.live import Live
 
 from slotmoe import __version__
 from slotmoe.errors import PlanError
 from slotmoe.jsonfile import Json
-from slotmoe.offload.machine import cache_folder, peak_rss
+from slotmoe.offload.machine import cache_folder, peak_rss, process_bytes
 from slotmoe.offload.observe import measure
 from slotmoe.offload.observe.memory_sampler import MemorySampler
 from slotmoe.offload.observe.profiler import Profiler, attach
@@ -21,11 +21,14 @@ from slotmoe.offload.plan.memory import or_more_context
 from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.calibrate import read_text
+from slotmoe.signals import Stopping
 from slotmoe.tools.options import generation_arguments, open_runtime, prompt_text, say
 from slotmoe.tools.profile.report import overview
 from slotmoe.tools.profile.verdict import verdict
 from slotmoe.tools.progress import byte_bars, step_progress
 from slotmoe.tools.run import speeds
+from slotmoe.tools.screen import show
+from slotmoe.tools.tables import Console
 
 _CACHE = "hits misses hit_rate already_coming evictions bypassed slots".split()
 DEFAULT_PROMPT = (
@@ -42,10 +45,29 @@ _TEXT_BYTES_PER_TOKEN = 64  # of a text file no more than this times the context
 
 def run(
     model: str, prompt: str | None, text: Path | None, quiet: bool, options: Json
-) -> tuple[Json, BaseException | None]:
-    """The report, and what stopped the run."""
+) -> tuple[Json, Stopping]:
+    """The report, and what may have stopped the run."""
+    report, stopping, lasting = _observed(model, prompt, text, quiet, options)
+    # The model is closed by now, because measuring takes memory of its own.
+    room = lasting.plan.budget - process_bytes() if lasting.plan.tier == "ram" else math.inf
+    ram, disk = measure.ram_bandwidth(lasting.cpu, room), measure.drive_bandwidths(lasting.export)
+    latency = measure.disk_latency(lasting.export)
+    rates = {"ram": ram, "disk": sum(disk), **report["bandwidths"]}
+    report["bandwidths"] = {**rates, "disk_latency": latency}
+    known = stored_bandwidths(cache_folder() / "machine.json")
+    setting = lasting.setting(known.updated("measured", latency=latency, **rates))
+    tokens = [max(1, report["time"][kind]["tokens"]) for kind in ("prefill", "decode")]
+    report["verdict"] = verdict(report, setting, lasting.kernels, *tokens)
+    report["predicted"] = measure.predict(setting, *tokens)
+    return report, stopping
+
+
+def _observed(
+    model: str, prompt: str | None, text: Path | None, quiet: bool, options: Json
+) -> tuple[Json, Stopping, measure.Lasting]:
+    """What was seen of the run, and what lasts when the model is closed."""
     live, warm, trace = (options.pop(name) for name in ("live", "warm", "trace"))
-    arguments, words, stopped = generation_arguments(options), list[str](), None
+    arguments, words = generation_arguments(options), list[str]()
     most = arguments["max_new_tokens"]
     with (
         MemorySampler() as sampler,
@@ -63,24 +85,27 @@ def run(
         def now() -> RenderableType:
             return overview(figures(runtime, profiler, sampler))
 
-        try:
-            with _shown(now, most, live, quiet) as advance:
-                for token in runtime.generate(given, **arguments):
-                    words.append(token.text)
-                    advance()
-        except (KeyboardInterrupt, SystemExit) as stop:
-            stopped = stop
+        stream = runtime.generate(given, **arguments)
+        with (
+            Stopping(lambda _: stream.close()) as stopping,
+            _shown(now, most, live, quiet) as advance,
+        ):
+            for token in stream:
+                words.append(token.text)
+                advance()
+        if stopping.number:
             so_far = f"stopped after {len(words)} of {most} tokens; writing the report so far"
-            click.echo(f"\nslotmoe: {so_far}", err=True)
+            show("", f"slotmoe: {so_far}", err=True)
         detach()
-        report: Json = {"model": model, "complete": stopped is None}
+        report: Json = {"model": model, "complete": not stopping.number}
         report |= measured(runtime, profiler, sampler)
         read = given if isinstance(given, str) else runtime.tokenizer.decode(given)
+        lasting = measure.Lasting(runtime.model)
     workload = {"prompt": read, "text": "".join(words)}
     report["workload"] = {**workload, "new_tokens": len(words), "asked_tokens": most}
     asked = {key: value for key, value in options.items() if value is not None}
     report["settings"] = asked | report["settings"]
-    return report, stopped
+    return report, stopping, lasting
 
 
 def _workload(
@@ -153,7 +178,7 @@ def figures(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> Jso
 
 
 def measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> Json:
-    """``figures`` and all series, predictions and settings."""
+    """``figures``, all series and settings, and what the link to a GPU gives."""
     model, tiers = runtime.model, sampler.samples[-1].total
     prompt, new = profiler.tokens("prefill"), profiler.tokens("decode")
     settings = {"slotmoe": __version__, "device": str(runtime.device), "threads": runtime.threads}
@@ -166,17 +191,9 @@ def measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> Js
         "touched_per_token": measure.bytes_per_token(model, prompt + new // 2),
         "settings": settings,
     }
-    # Last, because measuring takes memory of its own.
     link = measure.link_bandwidths(model)
-    fast = {**link, "gpu": measure.read_bandwidth(model)} if link else {}
-    ram, disk = measure.ram_bandwidth(model), sum(measure.drive_bandwidths(model.export))
-    latency = measure.disk_latency(model.export)
-    rates = stored_bandwidths(cache_folder() / "machine.json")
-    rates = rates.updated("measured", ram=ram, disk=disk, latency=latency, **fast)
-    report["bandwidths"] = {"ram": ram, "disk": disk, "disk_latency": latency, **fast}
-    prompt, new = max(prompt, 1), max(new, 1)
-    report["verdict"] = verdict(report, model, prompt, new, rates)
-    return report | {"predicted": measure.predict(model, prompt, new, rates)}
+    report["bandwidths"] = {**link, "gpu": measure.read_bandwidth(model)} if link else {}
+    return report
 
 
 def _layers(runtime: Runtime, profiler: Profiler) -> list[Json]:

@@ -1,7 +1,6 @@
 """The report of ``slotmoe profile``: tables for a terminal, and a folder of files."""
 
 import base64
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -9,12 +8,13 @@ from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, visible
 from slotmoe.jsonfile import Json
 from slotmoe.quant.export.writer import replace_file
 from slotmoe.sizes import format_size
 from slotmoe.tools.options import require_extra, say
 from slotmoe.tools.run import drafted
+from slotmoe.tools.screen import json_of
 from slotmoe.tools.tables import table
 
 CHARTS = (
@@ -41,8 +41,9 @@ def write_report(report: Json, folder: Path) -> None:
 
         images = draw(report, rows)
     files = {f"{name}.png": png for name, (_, png) in images.items()}
-    files["profile.json"] = json.dumps(report).encode()
+    files["profile.json"] = json_of(report).encode()
     files["report.html"] = _html(report, images, rows).encode()
+    folder.mkdir(parents=True, exist_ok=True)
     for name in {f"{chart}.png" for chart in CHARTS} - set(files):
         (folder / name).unlink(missing_ok=True)
     for name, data in files.items():
@@ -54,6 +55,7 @@ def _html(report: Json, images: dict[str, tuple[str, bytes]], rows: list[Json]) 
 
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment.finalize = lambda value: visible(value) if type(value) is str else value
     environment.filters |= {"size": format_size, "base64": lambda d: base64.b64encode(d).decode()}
     page = environment.get_template("report.html")
     return page.render(**report, images=images, compared=rows)

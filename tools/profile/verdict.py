@@ -3,13 +3,11 @@
 from dataclasses import replace
 
 from slotmoe.jsonfile import Json
-from slotmoe.offload.engine.loading import LoadedModel
-from slotmoe.offload.observe.measure import predict
 from slotmoe.offload.plan.memory import make_plan, runtime_growth
-from slotmoe.offload.plan.speed import Bandwidths
+from slotmoe.offload.plan.speed import Setting
 
 
-def verdict(report: Json, model: LoadedModel, prompt: int, new: int, rates: Bandwidths) -> Json:
+def verdict(report: Json, setting: Setting, kernels: str, prompt: int, new: int) -> Json:
     """``text``, a sentence or two, and ``budgets``: sizes of the device tier's budget beyond this
     run's, each with the decode speed to expect of it, scaled by what this run measured."""
     spent = report["time"]["decode"]["milliseconds_per_token"]
@@ -19,7 +17,7 @@ def verdict(report: Json, model: LoadedModel, prompt: int, new: int, rates: Band
     slowest = max(spent, key=spent.__getitem__)
     share = spent[slowest] / sum(spent.values())
     text = f"Decode makes {speed:.1f} tokens/s; {share:.0%} of a token's time is {slowest}."
-    plan, config = model.plan, model.config
+    plan, config = setting.plan, setting.config
     missing = len(config.moe_layers) * config.n_routed_experts - plan.slots
     if missing <= 0:
         more = f"Every expert has a slot, so more --{plan.tier} makes it no faster."
@@ -29,9 +27,9 @@ def verdict(report: Json, model: LoadedModel, prompt: int, new: int, rates: Band
     # In steps of half a GiB, or below one of 10 MiB.
     units = [1 << 29 if size >= 1 << 30 else 10 << 20 for size in sizes]
     rounded = [-int(-size // unit) * unit for size, unit in zip(sizes, units, strict=True)]
-    now, budgets, ways = _decode_speed(model, plan.budget, prompt, new, rates), [], []
+    now, budgets, ways = _decode_speed(setting, plan.budget, kernels, prompt, new), [], []
     for size in dict.fromkeys(rounded):
-        faster = speed * _decode_speed(model, size, prompt, new, rates) / now
+        faster = speed * _decode_speed(setting, size, kernels, prompt, new) / now
         budgets.append({plan.tier: size, "decode_tokens_per_second": faster})
         asked = f"{size / (1 << 30):g}GiB" if size >= 1 << 30 else f"{size >> 20}MiB"
         is_capped = whole <= plan.budget  # only --slots keeps experts out
@@ -40,12 +38,9 @@ def verdict(report: Json, model: LoadedModel, prompt: int, new: int, rates: Band
     return {"text": f"{text} It would make {', '.join(ways)} tokens/s.", "budgets": budgets}
 
 
-def _decode_speed(
-    model: LoadedModel, budget: int, prompt: int, new: int, rates: Bandwidths
-) -> float:
+def _decode_speed(setting: Setting, budget: int, kernels: str, prompt: int, new: int) -> float:
     """Predicted tokens a second within ``budget`` bytes of the device tier."""
-    plan, config, sizes = model.plan, model.config, model.sizes
-    assert sizes is not None
+    plan, config, sizes = setting.plan, setting.config, setting.sizes
     growth = runtime_growth(config, sum(sizes.resident.values()))
     runtime = plan.components.get("runtime", plan.host.get("runtime", growth)) - growth
     wider = make_plan(
@@ -57,7 +52,6 @@ def _decode_speed(
         runtime_bytes=runtime,
         slots=plan.slots if budget == plan.budget else None,
         host_budget=plan.host_budget if plan.host else None,
-        kernels=model.backend.kind,
+        kernels=kernels,
     )
-    predicted = predict(replace(model, plan=wider), prompt, new, rates)
-    return float(predicted["decode_tokens_per_second"])
+    return replace(setting, plan=wider).predict(prompt, new).decode_tokens_per_second

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
+from slotmoe.signals import Stopping
 from slotmoe.sizes import parse_size
 from slotmoe.tools import options
 from slotmoe.tools.options import flag, open_runtime, option
@@ -117,15 +117,19 @@ def command(model: str, host: str, port: int, names: tuple[str, ...], **given: A
         server, service = make_server(runtime, names, sequences, queue, *edge)
         address, port = listener.getsockname()[:2]
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
-        click.echo(f"slotmoe: {service.name} is ready at {url}, {_READY}", err=True)
-        try:
-            server.run(sockets=[listener])
-        finally:
+        options.say(f"{service.name} is ready at {url}, {_READY}")
+
+        def stop(_: int) -> None:
             service.stop()
+            server.should_exit = True
+
+        with Stopping(stop) as stopping:
+            server.run(sockets=[listener])
         problem = service.engine.problem
+    stopping.check()
     if problem is None:
         return 0
-    click.echo(f"slotmoe: the model failed, so the server ended: {problem!r:.400}", err=True)
+    options.say(f"the model failed, so the server ended: {problem!r:.400}")
     return 1
 
 
@@ -152,11 +156,10 @@ def make_server(
     from slotmoe.tools.serve.service import Service
 
     class Server(uvicorn.Server):
-        """Lets running answers end with a reason when it gets a signal to end."""
-
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            service.stop()
-            super().handle_exit(sig, frame)
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """``command`` has taken them."""
+            yield
 
         def run(self, sockets: list[socket.socket] | None = None) -> None:
             with bounded():
@@ -177,6 +180,7 @@ def make_server(
         lifespan="off",
         log_level="warning",
         access_log=False,
+        use_colors=False,
         server_header=False,
         limit_concurrency=sequences + queue + _SPARE_CONNECTIONS,
         timeout_graceful_shutdown=_GRACE_SECONDS,

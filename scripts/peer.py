@@ -59,7 +59,7 @@ def peer(
     export: str, driver: Path, model: Path, repetitions: int, busy: bool, **given: Any
 ) -> None:
     """Prefill or decode EXPORT, and GGUF by ik_llama.cpp's DRIVER, in turn.  DRIVER is made of
-    scripts/peer.cpp, as docs/benchmarks.md says."""
+    peer.cpp, as docs/benchmarks.md says."""
     names = ("prompt_tokens", "decode_tokens", "depth")
     prompt, decode, depth = (int(given.pop(name)) for name in names)
     if bool(prompt) == bool(decode):
@@ -90,3 +90,7 @@ def peer(
                 neighbour.kill()
         of = {"prompt": prompt, "decode": decode, "depth": depth}
         turns.finish(rows, threads=runtime.threads, busy=busy, **of)
+
+
+if __name__ == "__main__":
+    peer()
