@@ -1,18 +1,26 @@
-"""Ctrl-C at moments by chance: in ``run``, ``chat``, ``serve`` and in Python, there also while
-other threads use the runtime.
+"""Ctrl-C and SIGTERM at moments by chance: over the whole life of each command, in a server that
+answers, and in Python, there also while other threads use the runtime.
 
-Nothing may hang, show a traceback or print anything but the beginning of the right text; afterwards
-the same text comes again.
+Nothing may hang, show a traceback or print anything but the beginning of the right text; what is
+ended says so and leaves no process behind; afterwards the same text comes again.  Every second
+command is a process of its own, with all its imports; the others are forked, and begin behind them.
+With ``--busy`` so many loops take the processor meanwhile.
 """
 
 import http.client
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psutil
 
 from campaigns.models import sample_export
 from campaigns.runner import Attack
@@ -20,56 +28,155 @@ from slotmoe.offload.runtime import Runtime
 from tests.support.engine import whole
 from tests.support.forkserver import PIPE, Forked
 from tests.support.served import GREEDY, start
+from tests.support.tiny import SAMPLE, SMALL, write_checkpoint
 
-PROMPT, SECONDS = "It is a truth universally acknowledged, that", 30
-OPTIONS = "-n 80 --temperature 0 --ram 2GiB --context 256".split()
+PROMPT, SECONDS = "It is a truth universally acknowledged, that", 60
+OPTIONS = "--ram 2GiB --context 256"
 COMMANDS = {
-    "run": (["run", "EXPORT", PROMPT, *OPTIONS], b""),
-    "chat": (["chat", "EXPORT", *OPTIONS], b"Hello\n/exit\n"),
+    "run": f"run EXPORT Hello -n 80 --temperature 0 {OPTIONS} --session x --session-dir WORK/s",
+    "chat": f"chat EXPORT -n 80 --temperature 0 {OPTIONS} --session x --session-dir WORK/s",
+    "start": f"serve EXPORT --port 0 {OPTIONS}",
+    "quantize": "quantize CHECKPOINT WORK/export",
+    "verify": "verify EXPORT",
+    "synth": "synth CHECKPOINT/config.json WORK/export",
+    "plan": "plan v2-lite",
+    "bench": f"bench EXPORT --prompt-tokens 64 --decode-tokens 16 --repetitions 1 {OPTIONS}",
+    "eval": "eval EXPORT --text TEXT --reference EXPORT --window 128",
+    "profile": f"profile EXPORT hello -n 40 {OPTIONS} -o WORK/report",
+    "replay": "replay TRACE",
+    "list": "list",
+    "rm": "rm --sessions --all --session-dir WORK",
+    "doctor": "doctor",
 }
+SAME = {"run", "chat", "plan", "list"}  # whose output is the same each time
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 @contextmanager
 def prepare(folder, given):
-    yield sample_export(folder)
+    with ExitStack() as stack:
+        for _ in range(given.busy):
+            loop = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            stack.callback(loop.wait)
+            stack.callback(loop.kill)
+        yield sample_export(folder)
 
 
-def ended(child, struck):
+def places_of(export):
+    """What commands read, made once."""
+    folder = export.parent
+    places = {name.upper(): folder / name for name in ("checkpoint", "trace", "text", "work")}
+    if not places["TEXT"].exists():
+        write_checkpoint(places["CHECKPOINT"], **SMALL)
+        recorded = Forked("run", export, "Hello", "-n", 40, "--trace", places["TRACE"])
+        assert recorded.wait() == 0
+        places["TEXT"].write_text((SAMPLE / "config.json").read_text() * 3)
+    return {"EXPORT": export, **places}
+
+
+def ended(child, codes):
     """What is wrong with how a process ended, and its output."""
     with ThreadPoolExecutor(1) as pool:
         out, err = pool.submit(child.communicate).result(SECONDS)
-    codes = {0, 130} if struck else {0}
     if child.returncode not in codes or b"Traceback" in err:
         return [f"exit code {child.returncode}: {err.decode()[-600:]}"], out
+    if child.returncode == 130 and b"\nslotmoe: interrupted" not in err:
+        return [f"no line: {err.decode()[-600:]}"], out
     return [], out
+
+
+def answers(pid):
+    """Whether a command's handlers are set by now, or it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        caught = next(line.split()[1] for line in lines if line.startswith("SigCgt"))
+    except (OSError, StopIteration):
+        return True
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+class Play:
+    """Runs a command, which gets a signal or not."""
+
+    def __init__(self, export, part):
+        words, places = COMMANDS[part], places_of(export)
+        self.part, self.work = part, places["WORK"]
+        for name, place in places.items():
+            words = words.replace(name, str(place))
+        self.words = words.split()
+        self.slowest, self.lives, self.text = 0.0, {}, None
+
+    def __call__(self, is_forked, number=None, share=0.0):
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+        pipes = {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE}
+        child = (
+            Forked(*self.words, stdin=PIPE)
+            if is_forked
+            else subprocess.Popen([sys.executable, "-m", "slotmoe", *self.words], **pipes)
+        )
+        with child, ThreadPoolExecutor(1) as pool:
+            while not answers(child.pid):
+                time.sleep(0.0005)
+            began = time.monotonic()
+            reading = pool.submit(child.communicate, b"Hello\n")
+            if number is None and self.part == "start":
+                time.sleep(3)
+                child.send_signal(signal.SIGINT)
+            elif number is not None:
+                time.sleep(share * self.lives[is_forked])
+                beside = self._children(child.pid)
+                child.send_signal(number)
+                began = time.monotonic()
+            out, err = reading.result(SECONDS)
+        spent, code = time.monotonic() - began, child.returncode
+        if number is None:
+            self.lives[is_forked] = 1.05 * spent
+            self.text = out
+            return [] if code in (0, 130) else [f"exit code {code}: {err.decode()[-600:]}"], code
+        self.slowest = max(self.slowest, spent)
+        return self._judge(number, code, out, err, beside), code
+
+    def _judge(self, number, code, out, err, beside):
+        said = err.decode()[-600:]
+        gone = psutil.wait_procs(beside, timeout=5)[1]
+        if gone:
+            return [f"left behind: {gone}"]
+        if code not in (0, CODES[number]) or "Traceback" in said:
+            return [f"exit code {code}: {said}"]
+        if code == 130 and "\nslotmoe: interrupted" not in said:
+            return [f"no line: {said}"]
+        if self.part in SAME and not (out == self.text if code == 0 else self._begins(out)):
+            return [f"exit code {code}, another text: {out!r:.300}"]
+        if code == 0 and out.count(b"\n") < self.text.count(b"\n") - (self.part == "start"):
+            return [f"exit code 0, less text: {out!r:.300}"]
+        return []
+
+    def _begins(self, out):
+        return self.text.startswith(out.rstrip(b"\n"))
+
+    def _children(self, pid):
+        try:
+            return psutil.Process(pid).children(recursive=True)
+        except psutil.Error:
+            return []
 
 
 def command(export, part, aim):
     """A process each time."""
-    words, keys = COMMANDS[part]
-    words = [export if word == "EXPORT" else word for word in words]
-
-    def play(delay):
-        with Forked(*words, stdin=PIPE) as child:
-            child.stdin.write(keys)
-            child.stdin.flush()
-            if delay is not None:
-                time.sleep(delay)
-                child.send_signal(signal.SIGINT)
-            return ended(child, delay is not None)
-
-    began = time.monotonic()
-    wrong, text = play(None)
-    longest, done, struck = 1.1 * (time.monotonic() - began), 0, 0
+    play, done, codes = Play(export, part), 0, {}
+    wrong = [line for is_forked in (False, True) for line in play(is_forked)[0]]
     while not wrong and aim.goes_on(done):
-        wrong, out = play(aim.chance.uniform(0, longest))
-        struck += out != text
-        if not wrong and not text.startswith(out.rstrip(b"\n")):
-            wrong = [f"another text: {out!r:.300}"]
+        number = signal.SIGTERM if done % 8 == 7 else signal.SIGINT
+        share = aim.chance.random()
+        wrong, code = play(done % 2 == 1, number, share)
+        wrong = [f"after {share:.3f} of its life, forked {done % 2}: {line}" for line in wrong]
+        codes[code] = codes.get(code, 0) + 1
         done += 1
-    again = play(None)
-    wrong += again[0] or ([] if again[1] == text else ["another text afterwards"])
-    return {"signals": done, "came early": struck, "wrong": wrong}
+    text = play.text
+    if not wrong and part in SAME:
+        wrong = play(True)[0] or ["another text afterwards"] * (play.text != text)
+    return {"signals": done, "codes": codes, "slowest": round(play.slowest, 2), "wrong": wrong}
 
 
 def serve(export, part, aim):
@@ -87,7 +194,7 @@ def serve(export, part, aim):
                 texts.add(json.load(client.getresponse())["choices"][0]["text"])
             child.send_signal(signal.SIGINT)
             child.stderr = child.stderr.detach()
-            wrong, _ = ended(child, struck=True)
+            wrong, _ = ended(child, {130})
             client.close()
         done += 1
     return {"signals": done, "wrong": wrong + ["several texts"] * (len(texts) != 1)}
@@ -136,11 +243,16 @@ def python(export, part, aim):
 
 
 PROMPTS = [PROMPT, "Call me", "def main("]
-ATTACKS = {"run": command, "chat": command, "serve": serve, "python": python, "threads": python}
+ATTACKS = {
+    **dict.fromkeys(COMMANDS, command),
+    "serve": serve,
+    **dict.fromkeys(("python", "threads"), python),
+}
 
 
 def run(export, part, aim):
     return ATTACKS[part](export, part, aim)
 
 
-ATTACK = Attack(run, ATTACKS, "signals", 200, prepare=prepare)
+OPTIONS_OF = {"busy": {"type": int, "default": 0, "help": "loops beside [0]"}}
+ATTACK = Attack(run, ATTACKS, "signals", 500, prepare=prepare, options=OPTIONS_OF)

@@ -228,7 +228,7 @@ def run(folder, part, aim):
     clients, go, done = Clients(port, wanted_of(prompts, texts)), folder / "go", folder / "done"
     reader = threading.Thread(target=lambda: log.update(line.strip() for line in child.stderr))
     reader.start()
-    warm = time.monotonic() + max(10, aim.given.seconds / 10)
+    warm = time.monotonic() + max(20, aim.given.seconds / 10)
     try:
         with ThreadPoolExecutor(count) as pool:
 

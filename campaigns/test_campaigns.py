@@ -1,11 +1,13 @@
 """Each campaign finds nothing wrong in a few seconds, and finds a defect that is planted."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -13,7 +15,7 @@ from campaigns import CAMPAIGNS
 from campaigns.runner import parse, play
 
 ROOT = Path(__file__).parents[1]
-# Parts of each campaign that take a second or two in CI, in the process of the tests.
+# Of each campaign what takes a second or two in CI: in the process of the tests, where that can be.
 USUAL = [
     "system-calls verify --count 1",
     "fuzz --blind --count 20",
@@ -54,11 +56,15 @@ def played(line, before=""):
 
 @pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("line", USUAL)
-def test_usual_part(line, monkeypatch, capsys):
-    monkeypatch.setenv("SLOTMOE_CACHE", "")  # a campaign sets it
+def test_usual_part(line, capsys):
     name, *words = shlex.split(line)
+    if name == "system-calls":  # which begins again with a library preloaded
+        code, reports = played(line)
+        assert code == 0, reports
+        return
     attack = import_module(f"campaigns.{name.replace('-', '_')}").ATTACK
-    good = play(name, attack, parse(name, "", attack, [*words, "--seed", "1"]))
+    with mock.patch.dict(os.environ):  # a campaign sets variables
+        good = play(name, attack, parse(name, "", attack, [*words, "--seed", "1"]))
     assert good, capsys.readouterr().out
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from itertools import accumulate
 from pathlib import Path
+from typing import TypedDict
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json, parse_json
@@ -37,6 +38,15 @@ _BYTE_LEVEL |= {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)}
 BYTE_CHARACTERS = {byte: character for character, byte in _BYTE_LEVEL.items()}
 # As the Coder models spell them.
 FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")  # noqa: RUF001
+_Named = TypedDict("_Named", {"name": str, "template": str})
+
+
+class _Settings(TypedDict, total=False):
+    """Of ``tokenizer_config.json``, beside the special tokens."""
+
+    chat_template: str | list[_Named] | None
+    tokenizer_class: str | None
+    add_bos_token: bool | None
 
 
 class Tokenizer:
@@ -68,8 +78,9 @@ class Tokenizer:
         self._backend.no_truncation()  # which a file may have kept from its training
         self._backend.no_padding()
         path = folder / "tokenizer_config.json"
-        found = read(path.name, MAX_SETTINGS_BYTES)
-        self.settings = settings = {} if found is None else parse_json(found, path, Json)
+        if (found := read(path.name, MAX_SETTINGS_BYTES)) is None:
+            found = b"{}"
+        tokens, settings = parse_json(found, path, Json), parse_json(found, path, _Settings)
         path = folder / "chat_template.jinja"
         found = read(path.name, MAX_TEMPLATE_BYTES)
         template = _decoded(found, path) if found else _template_of(settings)
@@ -78,7 +89,7 @@ class Tokenizer:
         wants_bos = settings.get("add_bos_token", adds_bos and bos_token_id is not None)
         self.bos_token_id = bos_token_id if wants_bos else None
         self.reasoning = reasoning_of(self.template, self.token_id)
-        named = {name: _spelling(settings, name) for name in settings if name.endswith("_token")}
+        named = {name: _spelling(tokens[name]) for name in tokens if name.endswith("_token")}
         self._spellings = {"bos_token": "", "eos_token": ""}  # of special tokens, for the template
         self._spellings |= {name: token for name, token in named.items() if token}
         self.eos_token = self._spellings["eos_token"]
@@ -246,13 +257,12 @@ def _decoded(template: bytes, path: Path) -> str:
         raise ConfigError(f"{path}: is not UTF-8 text") from None
 
 
-def _template_of(settings: Json) -> str | None:
+def _template_of(settings: _Settings) -> str | None:
     """The chat template of ``tokenizer_config.json``: one, or the default of several named ones."""
     template = settings.get("chat_template")
     if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template if type(item) is dict}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+        return {item["name"]: item["template"] for item in template}.get("default")
+    return template
 
 
 def _message(given: Mapping[str, object]) -> Json:
@@ -273,9 +283,8 @@ def _until_here(text: str) -> str:
     return begun if rest.startswith(_HERE[1]) else begun.rstrip()
 
 
-def _spelling(settings: Json, name: str) -> str:
+def _spelling(token: object) -> str:
     """How a special token is spelled; empty if the settings don't say."""
-    token = settings[name]
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else ""
 

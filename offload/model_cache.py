@@ -19,7 +19,7 @@ from pathlib import Path
 from slotmoe import model
 from slotmoe.errors import ConfigError, ExportError
 from slotmoe.offload.machine import cache_folder
-from slotmoe.offload.shared_files import Removed, read_note, take_lock
+from slotmoe.offload.shared_files import check_removed, read_note, take_lock
 
 SAMPLE = Path(model.__file__).parent / "sample"
 _MANIFEST = "slotmoe.json"  # as slotmoe.quant.export.layout has it, which imports torch
@@ -168,9 +168,10 @@ def find(cache: Path, wanted: Sequence[str]) -> list[Cached]:
     return [*chosen.values()]
 
 
-def remove(cache: Path, chosen: Sequence[Cached]) -> Removed:
-    """Remove these.  Raises ``ExportError``, and removes nothing, if another process writes one."""
-    freed, left = 0, dict[str, str]()
+def remove(cache: Path, chosen: Sequence[Cached]) -> int:
+    """Remove these.  Returns the bytes freed.  Raises ``ExportError``, and removes nothing, if
+    another process writes one, and ``OSError`` behind all others if one can't be removed."""
+    freed, left = 0, list[OSError]()
     with ExitStack() as locks:
         for cached in chosen:
             path = cache / cached.name
@@ -191,10 +192,11 @@ def remove(cache: Path, chosen: Sequence[Cached]) -> Removed:
                 for note in _notes(cache, cached.name):
                     note.unlink(missing_ok=True)
             except OSError as problem:
-                what = f"{problem.filename} can't be removed ({problem.strerror})"
-                left[cached.name] = f"{gone if gone.exists() else path}: {what}"
+                problem.filename = gone / problem.filename
+                left.append(problem)
             freed += cached.bytes - sum(map(_bytes, {path, gone}))
-    return Removed(freed, left)
+    check_removed(left, freed)
+    return freed
 
 
 def timestamp(seconds: float) -> str:

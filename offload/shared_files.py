@@ -7,29 +7,20 @@ import os
 import re
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 
 from slotmoe.errors import ConfigError, naming
 from slotmoe.jsonfile import Json
+from slotmoe.sizes import format_size
 
 # Network folders whose locks reach a single machine, by type and options of the mount.
 _UNSHARED = re.compile(
     r"fuse\.(sshfs|rclone|s3fs|gcsfuse|blobfuse2) |nfs4? .*\b(nolock|local_lock=(all|flock))\b|"
     r"(cifs|smb3) .*\bnobrl\b|lustre .*\blocalflock\b"
 )
-
-
-class Removed(NamedTuple):
-    """What a removal came to: the bytes that are free again, and a line for each name whose files
-    are not gone."""
-
-    bytes: int
-    left: dict[str, str]
-
-
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -75,21 +66,21 @@ def take_lock(path: Path, flags: int, seconds: float) -> int:
         time.sleep(0.01)
 
 
+def check_removed(left: Sequence[OSError], freed: int) -> None:
+    """Raise an ``OSError`` that names the first of the files that are ``left``, if there are any,
+    and says how many bytes are free again without them."""
+    if left:
+        more = f", nor {len(left) - 1} others" if len(left) > 1 else ""
+        said = f"can't be removed ({left[0].strerror}){more}; {format_size(freed)} are free again"
+        raise OSError(left[0].errno, said, left[0].filename)
+
+
 def write_note(path: Path, values: Json) -> None:
-    """Replace ``path`` by the JSON of ``values``.  Raises as ``write_whole``."""
-    write_whole(path, json.dumps(values).encode())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Replace ``path``, whole but not durably.  Raises ``OSError``."""
+    """Replace ``path`` by the JSON of ``values``, whole but not durably.  Raises ``OSError``."""
     fresh = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
-    try:
-        with naming(path):
-            fresh.write_bytes(data)
-        fresh.replace(path)
-    except OSError:
-        fresh.unlink(missing_ok=True)
-        raise
+    with naming(path):
+        fresh.write_text(json.dumps(values))
+    fresh.replace(path)
 
 
 def read_note(path: Path) -> Json:

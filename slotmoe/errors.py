@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
@@ -92,11 +92,16 @@ def naming(path: object) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def reading(path: Path, error: type[SlotmoeError]) -> Iterator[None]:
+def reading(path: Path, error: type[SlotmoeError]) -> AbstractContextManager[None]:
     """While ``path`` is read: what the system refuses (rights, too many open files, a bad disk) is
     an ``error`` that names the file and does not call it damaged."""
+    return refused(path, error, "can't be read")
+
+
+@contextmanager
+def refused(path: Path, error: type[SlotmoeError], what: str, advice: str = "") -> Iterator[None]:
+    """The system's refusals meanwhile are an ``error`` that names ``path``."""
     try:
         yield
     except OSError as problem:
-        raise error(f"{path}: can't be read ({problem.strerror or problem})") from None
+        raise error(f"{path}: {what} ({problem.strerror or problem}){advice}") from None

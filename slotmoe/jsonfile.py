@@ -5,6 +5,7 @@ may have more keys than its type.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,8 @@ def read_file(path: Path, max_bytes: int, error: type[SlotmoeError] = ConfigErro
         if path.exists() and not path.is_file():  # a pipe would block
             raise error(f"{path}: is not a regular file")
         with open(path, "rb") as file:
-            data = file.read(max_bytes + 1)
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(min(size, max_bytes) + 1)  # so much memory is taken first
     if len(data) > max_bytes:
         raise error(f"{path}: more than {max_bytes} bytes, {_BEYOND}")
     return data

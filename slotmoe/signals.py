@@ -52,7 +52,5 @@ class Stopping:
 
     def check(self) -> None:
         """Raises ``KeyboardInterrupt`` or ``SystemExit`` after a signal."""
-        if self.number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.number:
-            raise SystemExit(128 + self.number)
+        if number := self.number:
+            raise KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)

@@ -218,13 +218,13 @@ def _disk(measure: bool) -> Check:
         there = next(path for path in (folder, *folder.parents) if path.is_dir())
     found = f"{format_size(shutil.disk_usage(there).free)} free on {file_system(there)[0]}"
     try:
-        with tempfile.NamedTemporaryFile(dir=there) as file:
+        with tempfile.TemporaryFile(dir=there) as file:  # which has no name to be left behind
             block = os.urandom(_READ_BYTES)
             for _ in range(_MEASURED_BYTES // _READ_BYTES if measure else 1):
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
-            state, reads = _reads(Path(file.name), measure)
+            state, reads = _reads(Path(f"/dev/fd/{file.fileno()}"), measure)
     except OSError as problem:
         advice = "set SLOTMOE_CACHE to a folder that can be written"
         return Check("disk", "bad", f"{found}; can't be written ({problem.strerror})", advice)

@@ -8,11 +8,10 @@ from statistics import fmean
 import click
 from rich.text import Text
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, naming
 from slotmoe.jsonfile import Json
 from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
-from slotmoe.offload.shared_files import write_whole
 from slotmoe.offload.study.replay import OPTIMUM, gate_choices, replay
 from slotmoe.tools.options import EXISTING, JSON, NEW_FILE, option, require_extra
 from slotmoe.tools.progress import step_progress
@@ -132,4 +131,5 @@ def _draw(report: Json, output: Path) -> None:
         counts = f"{report['experts']} experts, {tokens} tokens of {runs} recorded runs"
         return f"Expert cache by policy: {counts}"
 
-    write_whole(output, picture(fill)[1])
+    with naming(output):
+        output.write_bytes(picture(fill)[1])

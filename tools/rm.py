@@ -56,17 +56,12 @@ def command(names: tuple[str, ...], sessions: bool, as_json: bool, **given: Any)
     if sessions:
         from slotmoe.offload.sessions.names import remove as remove_sessions
 
-        freed, left = remove_sessions(folder, removed)
+        freed = remove_sessions(folder, removed)
     else:
-        freed, left = remove(folder, chosen)
-    gone = [name for name in removed if name not in left]
+        freed = remove(folder, chosen)
     if as_json:
         where = "sessions" if sessions else "cache"
-        report = {where: str(folder), "removed": gone, "bytes": freed, "left": [*left.values()]}
-        print(json_of(report))
+        print(json_of({where: str(folder), "removed": removed, "bytes": freed}))
     else:
-        called = ", ".join(gone) if removed else called
-        show(f"{called or 'nothing'}: removed, {format_size(freed)} are free again")
-        for problem in left.values():
-            options.say(problem)
-    return int(bool(left))
+        show(f"{called}: removed, {format_size(freed)} are free again")
+    return 0

@@ -12,7 +12,7 @@ from slotmoe.model.reasoning import Splitter
 from slotmoe.signals import Stopping
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
-from slotmoe.tools.screen import echo, exact, is_terminal, json_of, print_dimmed, wait_reading
+from slotmoe.tools.screen import echo, is_terminal, json_of, print_dimmed, wait_reading
 from slotmoe.tools.sessions import go_on, open_session
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class Continuation:
         if text and not self._quiet:
             if self._thoughts and not self._texts:
                 print("\n", file=sys.stdout if on_terminal else sys.stderr)
-            print(text, end="", flush=True, file=exact(sys.stdout))
+            print(text, end="", flush=True)
         self._thoughts += [thought] if thought else []
         self._texts += [text] if text else []
 

@@ -32,20 +32,17 @@ class Screen:
 
 
 def guard_streams() -> None:
-    """Let stdout and stderr show whatever is printed, by whomever, and obey none of it."""
+    """Let terminals, and stderr as it is often a log, show what is printed, by whomever, and obey
+    none of it.  A pipe gets every character of a model's text."""
     for name in ("stdout", "stderr"):
-        if not isinstance(stream := getattr(sys, name), Screen):
+        stream = getattr(sys, name)
+        if not isinstance(stream, Screen) and (name == "stderr" or stream.isatty()):
             setattr(sys, name, Screen(stream))
 
 
 def commanded(stream: TextIO) -> TextIO:
     """What takes codes of our own for the terminal that ``stream`` is."""
     return stream.stream if isinstance(stream, Screen) else stream
-
-
-def exact(stream: TextIO) -> TextIO:
-    """What takes a model's text: a pipe gets every character."""
-    return stream if stream.isatty() else commanded(stream)
 
 
 def show(*lines: str, err: bool = False) -> None:

@@ -10,6 +10,7 @@ from slotmoe.model.config import read_config
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import default_codecs
+from slotmoe.signals import Stopping
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
 from slotmoe.tools.progress import byte_bars
@@ -50,8 +51,17 @@ def command(geometry: str, destination: Path | None, as_json: bool, **given: Any
         shown = f"{Path(geometry.removesuffix('/config.json')).name}-random"
         make_cache(cache_folder())
         destination = cache_folder() / shown
-    with byte_bars(f"Writing {geometry}", quiet=as_json) as (progress,):
-        manifest = synthesize(source, destination, progress=progress, **given)
+    with (
+        byte_bars(f"Writing {geometry}", quiet=as_json) as (progress,),
+        Stopping(lambda _: None) as stopping,
+    ):
+
+        def advance(done: int, total: int) -> None:
+            stopping.check()  # what was written goes
+            progress(done, total)
+
+        manifest = synthesize(source, destination, progress=advance, **given)
+    stopping.check()
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     seconds = time.perf_counter() - started
     if as_json:

@@ -164,19 +164,18 @@ def bytes_per_token(model: LoadedModel, position: int) -> dict[str, int]:
 
 
 class Lasting:
-    """What of an open ``model`` has none of its memory: measured with when it is closed."""
+    """What of an open ``model`` has none of its memory: for measuring and predicting when it is
+    closed."""
 
     def __init__(self, model: LoadedModel):
+        assert model.sizes is not None
         self.export, self.cpu, self.placement = model.export, model.cpu, model.device.placement
-        self.kernels = model.backend.kind
+        self.config, self.sizes, self.plan = model.config, model.sizes, model.plan
+        self.kernels, self.misses = model.backend.kind, model.quantized("predict").split.mode
 
-
-def setting_of(model: LoadedModel, bandwidths: Bandwidths) -> Setting:
-    """What is predicted from; it holds none of the model's memory."""
-    assert model.sizes is not None
-    mode = model.quantized("predict").split.mode
-    threads, is_random = model.cpu.threads, model.export.random_weights
-    return Setting(model.config, model.sizes, model.plan, bandwidths, threads, is_random, mode)
+    def setting(self, bandwidths: Bandwidths) -> Setting:
+        run = bandwidths, self.cpu.threads, self.export.random_weights, self.misses
+        return Setting(self.config, self.sizes, self.plan, *run)
 
 
 def predict(setting: Setting, prompt_tokens: int, new_tokens: int) -> Json:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from slotmoe.errors import ConfigError, naming, reading
+from slotmoe.errors import ConfigError, naming, reading, refused
 from slotmoe.jsonfile import Json
 from slotmoe.offload.policy.forecast import FEATURES, Array, fold
 
@@ -35,17 +35,11 @@ class TraceWriter:
     def __init__(
         self, path: Path, layers: tuple[int, ...], n_routed_experts: int, num_experts_per_tok: int
     ):
-        try:
+        with refused(path, ConfigError, "can't write the trace there"):
             self._path, self._file = path, path.open("wb")
-        except OSError as problem:
-            raise ConfigError(f"{path}: can't write the trace there ({problem.strerror})") from None
         facts = zip(_KEYS, (layers, n_routed_experts, num_experts_per_tok), strict=True)
         header = {"format": "slotmoe-trace", "version": 2, **dict(facts)}
-        try:
-            self._write(json.dumps(header).encode() + b"\n")
-        except OSError:
-            self._file.close()
-            raise
+        self._write(json.dumps(header).encode() + b"\n")
         self._layers = layers
         self._step: dict[int, Step] = {}  # [T, K] and [T, F] of each layer so far
 

@@ -27,8 +27,8 @@ from pathlib import Path
 
 import xxhash
 
-from slotmoe.errors import ConfigError, naming
-from slotmoe.offload.shared_files import Removed, take_lock
+from slotmoe.errors import ConfigError, naming, refused
+from slotmoe.offload.shared_files import take_lock
 from slotmoe.quant.export.writer import publish_file, temporary_name
 from slotmoe.sizes import format_size
 
@@ -126,7 +126,7 @@ class BlockFolder:
         self.folder, self.limit, self._notify = folder, limit, notify
         self.damaged = 0
         self._remark = ""  # the latest one: what goes on and on is said once
-        self._left = list[str]()  # what could not be removed lately, and why
+        self._left = list[OSError]()  # of what could not be removed lately
         make_private(folder)
         with suppress(OSError), self._locked() as lock:
             self._set_total(lock, self._tidy((), limit))
@@ -268,14 +268,14 @@ class BlockFolder:
                 freed += entry.nbytes * self._unlink(entry.path)
         return freed
 
-    def sweep(self, wanted: Iterable[Block]) -> Removed:
-        """Remove all but the ``wanted`` blocks and their snapshots."""
+    def sweep(self, wanted: Iterable[Block]) -> tuple[int, list[OSError]]:
+        """Remove all but the ``wanted`` blocks and their snapshots.  Returns the bytes freed, and
+        what kept files from it."""
         with self._locked() as lock:
             before = self._tidy((), self.limit)
             total = self._tidy(wanted, 0)
             self._set_total(lock, total)
-        more = f", nor {len(self._left) - 1} others" if len(self._left) > 1 else ""
-        return Removed(before - total, {"": f"{self._left[0]}{more}"} if self._left else {})
+        return before - total, self._left
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
@@ -365,7 +365,7 @@ class BlockFolder:
         except FileNotFoundError:  # who reads a damaged one removes it without the lock
             return False
         except OSError as problem:
-            self._left.append(f"{path}: can't be removed ({problem.strerror})")
+            self._left.append(problem)
             return False
 
     @property
@@ -383,12 +383,9 @@ class BlockFolder:
 
 def make_private(folder: Path) -> None:
     """Make ``folder`` for this user alone.  Raises ``ConfigError``."""
-    try:
+    with refused(folder, ConfigError, "can't keep sessions there"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
-    except OSError as problem:
-        reason = problem.strerror or str(problem)
-        raise ConfigError(f"{folder}: can't keep sessions there ({reason})") from None
 
 
 def write_private(path: Path, parts: Iterable[bytes | memoryview]) -> None:

@@ -16,11 +16,11 @@ from typing import Annotated, Literal, TypedDict
 
 from msgspec import Meta, Struct
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, refused
 from slotmoe.jsonfile import Json, read_json, typed
 from slotmoe.offload.sessions import blocks
 from slotmoe.offload.sessions.blocks import BlockFolder, make_private
-from slotmoe.offload.shared_files import Removed, take_lock
+from slotmoe.offload.shared_files import check_removed, take_lock
 from slotmoe.quant.export.layout import checksum
 
 _VERSION = 1
@@ -87,10 +87,8 @@ class NamedSession(AbstractContextManager["NamedSession"]):
         tokens = base64.b64encode(blocks.packed(saved.tokens)).decode()
         values = {"version": _VERSION, **asdict(saved), "root": saved.root.hex(), "tokens": tokens}
         text = json.dumps({"checksum": _checksum(values), **values})
-        try:
+        with refused(self.path, ConfigError, "can't be written"):
             blocks.write_private(self.path, [text.encode()])
-        except OSError as problem:
-            raise ConfigError(f"{self.path}: can't be written ({problem.strerror})") from None
         self.saved = saved
 
     def close(self) -> None:
@@ -112,35 +110,35 @@ def listing(folder: Path) -> list[Listed]:
     return sorted(listed, key=lambda session: -session.used)
 
 
-def remove(folder: Path, names: Sequence[str]) -> Removed:
+def remove(folder: Path, names: Sequence[str]) -> int:
     """Remove those sessions, and every block that no other named session lists: the blocks of
-    unnamed texts, which are computed again where needed, go too.  Raises ``ConfigError``, and
-    removes nothing where one of them is not there or in use."""
-    kept = dict[str, str]()
+    unnamed texts, which are computed again where needed, go too.  Returns the bytes freed.  Raises
+    ``ConfigError``, and removes nothing where one of them is not there or in use, and ``OSError``
+    behind all others if a file can't be removed."""
+    freed, stuck = 0, list[OSError]()
     there = {session.name for session in listing(folder)}
-    try:
-        with ExitStack() as opened:
-            for name in names:
-                if name not in there:
-                    advice = "slotmoe list --sessions shows what there is"
-                    raise ConfigError(f"{folder}: holds no session {name!r:.80}; {advice}")
-                with suppress(_DamagedError):
-                    opened.enter_context(NamedSession(folder, name))
-            for name in names:
-                path = folder / "names" / f"{name}.json"
-                try:
-                    path.unlink()
-                    path.with_suffix(".lock").unlink(missing_ok=True)
-                except OSError as problem:
-                    kept[name] = f"{path}: can't be removed ({problem.strerror})"
-            if not (folder / "blocks").is_dir():
-                return Removed(0, kept)
-            left = [session.saved for session in listing(folder) if session.saved is not None]
-            wanted = [block for saved in left for block in blocks.chain(saved.root, saved.tokens)]
-            swept = BlockFolder(folder / "blocks", 1 << 62, lambda remark: None).sweep(wanted)
-            return Removed(swept.bytes, kept | swept.left)
-    except OSError as problem:
-        raise ConfigError(f"{folder}: can't be written ({problem.strerror})") from None
+    with refused(folder, ConfigError, "can't be written"), ExitStack() as opened:
+        for name in names:
+            if name not in there:
+                advice = "slotmoe list --sessions shows what there is"
+                raise ConfigError(f"{folder}: holds no session {name!r:.80}; {advice}")
+            with suppress(_DamagedError):
+                opened.enter_context(NamedSession(folder, name))
+        for name in names:
+            path = folder / "names" / f"{name}.json"
+            try:
+                path.unlink()
+                path.with_suffix(".lock").unlink(missing_ok=True)
+            except OSError as problem:
+                stuck.append(problem)
+        left = [session.saved for session in listing(folder) if session.saved is not None]
+        wanted = [block for saved in left for block in blocks.chain(saved.root, saved.tokens)]
+        if (folder / "blocks").is_dir():
+            kept = BlockFolder(folder / "blocks", 1 << 62, lambda remark: None)
+            freed, others = kept.sweep(wanted)
+            stuck += others
+    check_removed(stuck, freed)
+    return freed
 
 
 class _DamagedError(ConfigError):

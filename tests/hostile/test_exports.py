@@ -124,6 +124,7 @@ BAD_EXPORTS = {
     "codec-of-experts": (signed("quantization", "experts", "down", value="lut9"), "'lut9'"),
     "codec-of-resident": (signed("quantization", "resident_codecs", Q, "codec", value="x"), "'x'"),
     "levels-infinite": (infinite_level, "levels"),
+    "resident-is-object": (signed("quantization", "resident", value={}), "quantization.resident"),
     "layout-unknown": (signed("quantization", "layout", value="tiles32"), "layout"),
     "record-of-other-size": (experts("record_bytes", 4096), "record"),
     "record-with-other-offsets": (experts("record", 0, "up_proj.weight", "offset"), "record"),

@@ -33,7 +33,6 @@ TEMPLATES = {
     "deep": "{{" + "(" * 3000 + "1" + ")" * 3000 + "}}",
     "surrogate": "\ud800",
     "undefined": "{{ nothing.at.all }}",
-    "not-text": 5,
     "absent": None,
 }
 
@@ -116,6 +115,14 @@ def test_a_template_finds_no_globals_by_format(checkpoint):
     template = "<{{ ('{0.__globals__}' | attr('format'))(raise_exception) }}>"
     (checkpoint / "chat_template.jinja").write_text(template)
     assert Tokenizer(checkpoint, 0).chat(HI) == "<>"
+
+
+@pytest.mark.parametrize("template", [[{"name": []}], [{"name": "a", "template": []}], {}, 5])
+def test_a_template_of_another_kind_is_refused_by_its_key(template, checkpoint, verdicts):
+    path = checkpoint / "tokenizer_config.json"
+    edit_json(path, lambda settings: settings.update(chat_template=template))
+    wanted = "tokenizer_config.json: chat_template"
+    refused(lambda: Tokenizer(checkpoint, 0, verdicts=verdicts), wanted, kind=ConfigError)
 
 
 def test_template_file_goes_before_the_setting(checkpoint):

@@ -395,7 +395,7 @@ def test_the_verdict_says_what_more_memory_gives(sample_export):
     report["decode_tokens_per_second"] = 10.0
     with Runtime.open(sample_export, slots=56, context=64) as runtime:
         setting, kernels = (
-            measure.setting_of(runtime.model, Bandwidths()),
+            measure.Lasting(runtime.model).setting(Bandwidths()),
             runtime.model.backend.kind,
         )
         total = runtime.plan.total

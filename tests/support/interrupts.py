@@ -58,6 +58,11 @@ number, every = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 line = b"\\nslotmoe: interrupted" if number == signal.SIGINT else b""
 seen, struck, wrong, parent = set(), 0, [], os.getpid()
 
+def can_fork():
+    "concurrent.futures takes a lock before a fork, which this thread may hold."
+    lock = getattr(sys.modules.get("concurrent.futures.thread"), "_global_shutdown_lock", None)
+    return lock is None or not lock.locked()
+
 def strike(code):
     global struck
     read, write = os.pipe()
@@ -80,7 +85,7 @@ def strike(code):
 def trace(frame, event, argument):
     if frame.f_code not in seen and signal.getsignal(signal.SIGHUP) != signal.SIG_DFL:
         seen.add(frame.f_code)
-        if len(seen) % every == 0:
+        if len(seen) % every == 0 and can_fork():
             strike(frame.f_code)
 
 @atexit.register

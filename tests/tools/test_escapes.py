@@ -68,10 +68,10 @@ def test_on_a_terminal(place, hub):
 
 
 @contextlib.contextmanager
-def terminals():
-    """Stdout and stderr are one terminal, which this gives."""
+def terminals(are_terminals=True):
+    """Stdout and stderr are one terminal or one pipe, which this gives."""
     stream = io.StringIO()
-    stream.isatty = lambda: True
+    stream.isatty = lambda: are_terminals
     with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
         guard_streams()
         yield stream
@@ -93,13 +93,14 @@ def test_nothing_that_is_printed_commands():
 
 
 def test_a_pipe_gets_the_answer_as_it_is_and_a_terminal_does_not():
-    with terminals() as terminal:
-        Pipe().show(iter([CODES]))
-        Pipe().think(CODES)
-        assert not obeyed(terminal.getvalue())
-        terminal.isatty = lambda: False
-        Pipe().show(iter([CODES]))
-    assert terminal.getvalue().endswith(f"{CODES}\n")
+    for are_terminals in (True, False):
+        with terminals(are_terminals) as terminal:
+            Pipe().think(CODES)  # on stderr
+            thought = terminal.getvalue()
+            Pipe().show(iter([CODES]))
+        assert not obeyed(thought)
+        answer = thought if are_terminals else CODES
+        assert terminal.getvalue() == f"{thought}{answer}\n"
 
 
 def test_nothing_that_rich_draws_commands(monkeypatch):

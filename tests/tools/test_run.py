@@ -180,8 +180,8 @@ def test_control_codes_of_the_model_reach_no_terminal(monkeypatch, capsys):
         made = SimpleNamespace(generate=lambda ids, **_: (token for token in tokens))
         made.tokenizer = SimpleNamespace(encode=lambda text: [1])
         made.check_length = lambda count: None
-        guard_streams()
         monkeypatch.setattr(sys.stdout, "isatty", lambda: on_terminal, raising=False)
+        guard_streams()
         monkeypatch.setattr(command, "wait_reading", lambda *_: None)
         command.Continuation(made, "x\x07", {"chat": False}, quiet=False).run()
         return capsys.readouterr().out

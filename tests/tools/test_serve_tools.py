@@ -108,7 +108,7 @@ def test_model_without_tool_tokens_is_told_in_plain_words(runtime):
     dialect = Dialect(runtime.tokenizer)
     system = PlainMessage(role="system", content="Be brief.")
     text = dialect.prompt(Conversation([system, *calls_in_two_rounds()], policy("weather")))
-    begin, end = runtime.tokenizer.settings["bos_token"], runtime.tokenizer.eos_token
+    begin, end = runtime.tokenizer.spelling(0), runtime.tokenizer.eos_token
     told = json.dumps({"name": "weather", "description": "", "parameters": WEATHER})
     assert text.startswith(
         f"{begin}Be brief.\n\nYou can call these functions:\n{told}\n\n"
@@ -129,7 +129,7 @@ def test_model_without_tool_tokens_is_told_in_plain_words(runtime):
 def test_model_with_tool_tokens_reads_its_own_format(native):
     tokenizer = Tokenizer(native, 0)
     calls, call, sep, end_call, end_calls, outputs, output, end_output, end_outputs = MARKS
-    begin, end = tokenizer.settings["bos_token"], tokenizer.eos_token
+    begin, end = tokenizer.spelling(0), tokenizer.eos_token
     text = Dialect(tokenizer).prompt(Conversation(calls_in_two_rounds(), policy("weather")))
     told = json.dumps({"name": "weather", "description": "", "parameters": WEATHER}, indent=4)
     head = (

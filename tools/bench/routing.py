@@ -11,8 +11,8 @@ from typing import Any
 import click
 from torch import Tensor
 
+from slotmoe.errors import naming
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.shared_files import write_whole
 from slotmoe.offload.study.calibrate import read_text, split
 from slotmoe.tools.bench import turns
 from slotmoe.tools.options import NEW_FILE, count, option
@@ -99,7 +99,8 @@ def _draw(rows: list[turns.Row], output: Path) -> None:
         axes.legend()
         return "What a route budget saves, and costs"
 
-    write_whole(output, picture(fill)[1])
+    with naming(output):
+        output.write_bytes(picture(fill)[1])
 
 
 def _measure(ways: list[_Way], path: Path, tokens: int, generate: int) -> list[turns.Row]:

@@ -13,7 +13,6 @@ from slotmoe.offload.machine import cache_folder
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
 from slotmoe.tools.options import MAX_PROMPT_BYTES, open_runtime
-from slotmoe.tools.screen import exact
 from slotmoe.tools.sessions import described, go_on, open_session, session_folder
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ class Pipe:
     def show(self, answer: Iterator[str]) -> None:
         """Print the answer to what was read last, as it comes."""
         for piece in answer:
-            print(piece, end="", flush=True, file=exact(sys.stdout))
+            print(piece, end="", flush=True)
         print(flush=True)
 
     def think(self, text: str) -> None:
@@ -198,6 +197,4 @@ def _sessions(folder: Path, action: str = "", name: str = "", *rest: str) -> lis
         raise ConfigError("/sessions: takes nothing, or delete NAME")
     from slotmoe.offload.sessions.names import remove
 
-    freed, left = remove(folder, [name])
-    said = [] if name in left else [f"{name}: deleted, {format_size(freed)} are free again"]
-    return [*said, *left.values()]
+    return [f"{name}: deleted, {format_size(remove(folder, [name]))} are free again"]

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from slotmoe.errors import ConfigError, PlanError
+from slotmoe.errors import ConfigError, PlanError, refused
 from slotmoe.jsonfile import Json, read_json
 from slotmoe.signals import Stopping
 from slotmoe.tools.options import SAMPLING
@@ -87,15 +87,14 @@ class Conversation:
         """
         self._before, self._stream = self.runtime.stats(), None
         self._reading_since = time.monotonic()
-        with Stopping(lambda _: self._close()) as stopping:
+        with Stopping(lambda _: self._close()) as self._stopping:
             try:
-                earlier = self.exchanges[:-1] if again else self.exchanges
-                yield from self._answer(message, earlier, stopping)
+                yield from self._answer(message, self.exchanges[:-1] if again else self.exchanges)
             finally:
                 self._reading_since = None
                 self._close()
                 self._keep()
-        stopping.check()
+        self._stopping.check()
 
     def _close(self) -> None:
         if self._stream is not None:
@@ -115,9 +114,7 @@ class Conversation:
         except ConfigError as problem:  # a full disk must not end the chat
             self.notify(str(problem))
 
-    def _answer(
-        self, message: str, earlier: list[Exchange], stopping: Stopping
-    ) -> Generator[str, None, None]:
+    def _answer(self, message: str, earlier: list[Exchange]) -> Generator[str, None, None]:
         prompt = self._fit(earlier, message)
         self._tokens = [*prompt]
         limit = min(self._max_new_tokens, self.runtime.context - len(prompt))
@@ -130,7 +127,7 @@ class Conversation:
         def texts() -> Iterator[str]:
             nonlocal count, thoughts
             self._stream = self.runtime.generate(prompt, limit, **sampling, stop=self._stop)
-            if stopping.number:  # before there was a stream to close
+            if self._stopping.number:  # before there was a stream to close
                 self._close()
             for token in self._stream:
                 count += 1
@@ -141,7 +138,7 @@ class Conversation:
                     thoughts += len(thought)
                     self.think(thought)
                 yield said
-            stopping.check()
+            self._stopping.check()
             thought, said = splitter.feed("", is_last=True)
             if thought:
                 thoughts += len(thought)
@@ -185,10 +182,8 @@ class Conversation:
         path = path.expanduser().resolve()
         if path.exists() and path != self.file:
             raise ConfigError(f"{path}: exists already; choose another name, or remove it first")
-        try:
+        with refused(path, ConfigError, "can't be written"):
             write_json(path, {"messages": _messages(self.system, self.exchanges)})
-        except OSError as problem:
-            raise ConfigError(f"{path}: can't be written ({problem.strerror})") from None
         self.file = path
 
     def load(self, path: Path) -> None:

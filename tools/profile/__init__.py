@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, refused
 from slotmoe.tools import options
 from slotmoe.tools.options import flag, option
 from slotmoe.tools.screen import json_of, show
@@ -65,8 +65,6 @@ def command(
 def _check_folder(folder: Path) -> None:
     """Make sure that ``folder`` can be written, or be made."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
+    advice = "; choose another folder with -o"
+    with refused(folder, ConfigError, "can't write a report there", advice):
         tempfile.TemporaryFile(dir=there).close()
-    except OSError as problem:
-        reason = f"can't write a report there ({problem.strerror})"
-        raise ConfigError(f"{folder}: {reason}; choose another folder with -o") from None

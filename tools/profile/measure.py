@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import RenderableType
@@ -18,7 +18,7 @@ from slotmoe.offload.observe import measure
 from slotmoe.offload.observe.memory_sampler import MemorySampler
 from slotmoe.offload.observe.profiler import Profiler, attach
 from slotmoe.offload.plan.memory import or_more_context
-from slotmoe.offload.plan.speed import Setting, stored_bandwidths
+from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.calibrate import read_text
 from slotmoe.signals import Stopping
@@ -47,15 +47,15 @@ def run(
     model: str, prompt: str | None, text: Path | None, quiet: bool, options: Json
 ) -> tuple[Json, Stopping]:
     """The report, and what may have stopped the run."""
-    report, stopping, setting, lasting = _observed(model, prompt, text, quiet, options)
+    report, stopping, lasting = _observed(model, prompt, text, quiet, options)
     # The model is closed by now, because measuring takes memory of its own.
-    room = setting.plan.budget - process_bytes() if setting.plan.tier == "ram" else math.inf
+    room = lasting.plan.budget - process_bytes() if lasting.plan.tier == "ram" else math.inf
     ram, disk = measure.ram_bandwidth(lasting.cpu, room), measure.drive_bandwidths(lasting.export)
     latency = measure.disk_latency(lasting.export)
     rates = {"ram": ram, "disk": sum(disk), **report["bandwidths"]}
     report["bandwidths"] = {**rates, "disk_latency": latency}
-    known = setting.bandwidths.updated("measured", latency=latency, **rates)
-    setting = replace(setting, bandwidths=known)
+    known = stored_bandwidths(cache_folder() / "machine.json")
+    setting = lasting.setting(known.updated("measured", latency=latency, **rates))
     tokens = [max(1, report["time"][kind]["tokens"]) for kind in ("prefill", "decode")]
     report["verdict"] = verdict(report, setting, lasting.kernels, *tokens)
     report["predicted"] = measure.predict(setting, *tokens)
@@ -64,8 +64,8 @@ def run(
 
 def _observed(
     model: str, prompt: str | None, text: Path | None, quiet: bool, options: Json
-) -> tuple[Json, Stopping, Setting, measure.Lasting]:
-    """What was seen of the run, and what is measured and predicted with when the model is gone."""
+) -> tuple[Json, Stopping, measure.Lasting]:
+    """What was seen of the run, and what lasts when the model is closed."""
     live, warm, trace = (options.pop(name) for name in ("live", "warm", "trace"))
     arguments, words = generation_arguments(options), list[str]()
     most = arguments["max_new_tokens"]
@@ -100,13 +100,12 @@ def _observed(
         report: Json = {"model": model, "complete": not stopping.number}
         report |= measured(runtime, profiler, sampler)
         read = given if isinstance(given, str) else runtime.tokenizer.decode(given)
-        stored = stored_bandwidths(cache_folder() / "machine.json")
-        setting, lasting = measure.setting_of(runtime.model, stored), measure.Lasting(runtime.model)
+        lasting = measure.Lasting(runtime.model)
     workload = {"prompt": read, "text": "".join(words)}
     report["workload"] = {**workload, "new_tokens": len(words), "asked_tokens": most}
     asked = {key: value for key, value in options.items() if value is not None}
     report["settings"] = asked | report["settings"]
-    return report, stopping, setting, lasting
+    return report, stopping, lasting
 
 
 def _workload(

@@ -122,10 +122,7 @@ def command(model: str, host: str, port: int, names: tuple[str, ...], **given: A
             server.should_exit = True
 
         with Stopping(stop) as stopping:
-            try:
-                server.run(sockets=[listener])
-            finally:
-                service.stop()
+            server.run(sockets=[listener])
         problem = service.engine.problem
     stopping.check()
     if problem is None:

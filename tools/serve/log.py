@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from slotmoe.errors import one_line
-
 if TYPE_CHECKING:
     from slotmoe.tools.serve.answers import Answers
 
@@ -70,7 +68,7 @@ class Log:
 def _line(scope: Scope, status: int, seconds: float, answers: "Answers | None") -> str:
     """Like ``2026-01-31 12:00:00 POST /v1/completions 200 in 3.2 s, 12 + 37 tokens, first after 0.8
     s, stop``."""
-    path = one_line(scope["path"][:100])
+    path = ascii(scope["path"][:100])[1:-1]
     line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {scope['method']} {path} {status or 'no answer'}"
     line += f" in {seconds:.1f} s"
     if answers is None:

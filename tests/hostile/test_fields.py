@@ -1,0 +1,358 @@
+"""Every field of every JSON file that somebody else may have written, with every kind of value: a
+reader takes it, or refuses it in one line that names the file."""
+
+import json
+import math
+import shutil
+import tracemalloc
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.hf_api import ModelInfo
+
+from slotmoe.errors import SlotmoeError
+from slotmoe.model.checkpoint.shards import read_header, tensors_in
+from slotmoe.model.config import config_among, read_config
+from slotmoe.model.files import files_in
+from slotmoe.model.generate import Sampling
+from slotmoe.model.gguf import header
+from slotmoe.model.gguf.metadata import small_files
+from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.offload import model_cache
+from slotmoe.offload.ingest import output_dir
+from slotmoe.offload.ingest.cached import noted_export
+from slotmoe.offload.ingest.hub import hub_place
+from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.ingest.repository import Patience, resolve
+from slotmoe.offload.model_source import generation_of
+from slotmoe.offload.observe.trace import read_trace
+from slotmoe.offload.plan.advice import GEOMETRIES, Model, geometry_path
+from slotmoe.offload.plan.speed import MEASURED, stored_bandwidths
+from slotmoe.offload.sessions.names import NamedSession, Saved, listing
+from slotmoe.quant.export.layout import MANIFEST, checksum
+from slotmoe.quant.export.reader import Export
+from slotmoe.quant.export.validate import manifest_checksum
+from slotmoe.quant.export.verify import damaged_files
+from slotmoe.quant.export.writer import write_predictor
+from slotmoe.tools.chat.conversation import Conversation
+from tests.support import v4
+from tests.support.encoded import packed
+from tests.support.gguf import write_gguf
+from tests.support.hostile import INDEX, f32
+from tests.support.params import nth
+from tests.support.predictor import random_tensors
+from tests.support.tiny import REMOVE, SAMPLE, SMALL, write_checkpoint
+
+
+def nested(depth):
+    return [nested(depth - 1)] if depth else []
+
+
+VALUES = [None, True, -1, 0, 1 << 63, math.inf, 0.5, "", "x" * 100_000, [], {}, [[]], [{}]]
+VALUES += [{"": []}, nested(20), REMOVE]
+LARGE = (1 << 63, math.inf)  # what memory might be taken for
+MOST = 32 << 20
+
+
+def fields(values, path=()):
+    """The paths of every value inside; of values that are alike, the first and the last one's."""
+    if path:
+        yield path
+    items = [*(values.items() if isinstance(values, dict) else enumerate(values))]
+    inner = [value for _, value in items]
+    kinds = {(type(value), *(value if isinstance(value, dict) else ())) for value in inner}
+    if len(items) > 2 and len(kinds) == 1 and not (path == () or isinstance(inner[0], str)):
+        items = [items[0], items[-1]]
+    for key, value in items:
+        if isinstance(value, dict | list):
+            yield from fields(value, (*path, key))
+        else:
+            yield (*path, key)
+
+
+def changed(values, path, value):
+    """A copy with another value at ``path``."""
+    key, *rest = path
+    copy = values.copy()
+    if rest:
+        copy[key] = changed(values[key], rest, value)
+    elif value is REMOVE:
+        del copy[key]
+    else:
+        copy[key] = value
+    return copy
+
+
+def text(values):
+    return json.dumps(values).replace("Infinity", "1e400").encode()
+
+
+# Each gives a file's values, and what writes others there and reads them.
+
+
+def config(geometry, folder, good):
+    values = json.loads(geometry_path(geometry).read_text())
+
+    def read(values):
+        (folder / "config.json").write_bytes(text(values))
+        read_config(folder / "config.json")
+
+    return values, read
+
+
+def config_with(geometry, others, folder, good):
+    values, read = config(geometry, folder, good)
+    return values | others, read
+
+
+def encoded(encoding, folder, good):
+    """With weights of that encoding."""
+    others = {"torch_dtype": "bfloat16", "quantization_config": encoding}
+    return config_with("v3", others, folder, good)
+
+
+def generation(folder, good):
+    shutil.copytree(SAMPLE, folder, dirs_exist_ok=True)
+    known = read_config(folder / "config.json")
+    values = json.loads((folder / "generation_config.json").read_text())
+    values |= {"eos_token_id": [1, 2], "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1}
+
+    def read(values):
+        (folder / "generation_config.json").write_bytes(text(values))
+        generation_of(known, files_in(folder), folder)
+
+    return values, read
+
+
+def tokenizer(folder, good):
+    shutil.copytree(SAMPLE, folder, dirs_exist_ok=True)
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    named = [{"name": "default", "template": values["chat_template"]}]
+    values |= {"chat_template": named, "eos_token": {"content": "<|end_of_sentence|>"}}
+
+    def read(values):
+        (folder / "tokenizer_config.json").write_bytes(text(values))
+        found = Tokenizer(folder, 0, verdicts=model_cache.cache_folder() / "tokenizers")
+        assert found.template is None or isinstance(found.template, str)
+        assert all(isinstance(spelled, str) for spelled in found._spellings.values())
+
+    return values, read
+
+
+def index(folder, good):
+    shutil.copytree(good / "checkpoint", folder, dirs_exist_ok=True)
+    values = json.loads((folder / INDEX).read_text())
+    values["weight_map"] = dict([*values["weight_map"].items()][:5])
+
+    def read(values):
+        (folder / INDEX).write_bytes(text(values))
+        tensors_in(folder)
+
+    return values, read
+
+
+def tensors(folder, good):
+    """The header of a file of weights."""
+    path = folder / "model.safetensors"
+
+    def read(values):
+        header = text(values)
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+        read_header(path)
+
+    return {"__metadata__": {"format": "pt"}, "a": f32(0, 4), "b": f32(4, 8)}, read
+
+
+def manifest(folder, good):
+    write_checkpoint(folder / "source", **{**SMALL, "num_hidden_layers": 3})
+    export = folder / "export"
+    quantize(folder / "source", export, resident="nf4")
+    write_predictor(export, random_tensors(1, experts=4, hidden=16))
+    values = json.loads((export / MANIFEST).read_text())
+    del values["checksum"]
+
+    def read(values):
+        signature = manifest_checksum(values)
+        (export / MANIFEST).write_bytes(text({**values, "checksum": signature}))
+        try:
+            with Export.open(export) as opened:
+                damaged_files(export, opened.manifest, lambda done, total: None)
+        finally:
+            Model.read(str(export))
+
+    return values, read
+
+
+def gguf(folder, good):
+    shutil.copytree(SAMPLE, folder / "source")
+    whole = header.read_header(write_gguf(folder / "source", folder / "model.gguf"))
+
+    def read(values):
+        config_among(small_files(replace(whole, metadata=values)), whole.path)
+
+    values = dict(whole.metadata)
+    tokens = values["tokenizer.ggml.tokens"][:300]  # for speed
+    merges = [it for it in values["tokenizer.ggml.merges"] if it.replace(" ", "") in tokens]
+    values |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges}
+    values["tokenizer.ggml.token_type"] = values["tokenizer.ggml.token_type"][:300]
+    return values, read
+
+
+def session(folder, good):
+    words = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    with NamedSession(folder, "plans") as made:
+        made.save(Saved(bytes(16), [1, 2], "chat", words))
+    path = folder / "names" / "plans.json"
+    values = json.loads(path.read_text())
+    del values["checksum"]
+
+    def read(values):
+        signature = checksum(json.dumps(values, sort_keys=True).encode())
+        path.write_bytes(text({**values, "checksum": signature}))
+        listing(folder)
+        with NamedSession(folder, "plans") as opened:
+            conversation(opened)
+
+    return values, read
+
+
+def conversation(session=None):
+    """With a model whose template and tokenizer do nothing."""
+    tokenizer = SimpleNamespace(chat=json.dumps, encode=list)
+    runtime = SimpleNamespace(tokenizer=tokenizer, check_length=lambda length: None)
+    return Conversation(runtime, 5, Sampling(), session=session)
+
+
+def saved_chat(folder, good):
+    words = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+
+    def read(values):
+        (folder / "chat.json").write_bytes(text(values))
+        conversation().load(folder / "chat.json")
+
+    return {"messages": [{"role": "system", "content": "Be brief."}, *words]}, read
+
+
+def trace(folder, good):
+    values = {"format": "slotmoe-trace", "version": 2, "layers": [1, 2]}
+    values |= {"n_routed_experts": 8, "num_experts_per_tok": 2}
+
+    def read(values):
+        (folder / "x.trace").write_bytes(text(values) + b"\n")
+        read_trace(folder / "x.trace")
+
+    return values, read
+
+
+def bandwidths(folder, good):
+    def read(values):
+        (folder / "machine.json").write_bytes(text(values))
+        stored_bandwidths(folder / "machine.json")
+
+    return {**dict.fromkeys(MEASURED, 1e9), "date": "2026-11-28"}, read
+
+
+def resume(folder, good):
+    written = {"a": {"checksums": ["00", "11"], "sums": [0.0, 1.0, 0.0, 1.0]}}
+    values = {"identity": {"source": {"files": {}}}, "written": written}
+    values |= {"levels": {"lut4": [*range(16)]}, "layer": 1, "stream": "00"}
+
+    def read(values):
+        output_dir.write_signed(folder / "state.json", values)
+        output_dir.State.read(folder)
+
+    return values, read
+
+
+def notes(folder, good):
+    """What the cache folder notes of sources and of the hub."""
+
+    def read(values):
+        for name in ("a-0.source.json", "owner--model@main.json"):
+            (folder / name).write_bytes(text(values))
+        noted_export(folder / "a-0.source.json")
+        model_cache.listing(folder)
+        (folder / "x").mkdir(exist_ok=True)
+        (folder / "x" / MANIFEST).write_text("{}")
+        model_cache.remove(folder, model_cache.find(folder, ["x"]))
+        if values.get("commit") == "a" * 40:
+            hub_place("owner/model", None, folder)
+
+    return {"export": "a-0", "source": "/a", "commit": "a" * 40}, read
+
+
+def hub_answer(folder, good):
+    sibling = {"rfilename": "config.json", "size": 9, "blobId": "0" * 40}
+    large = {"rfilename": "model.safetensors", "size": 9, "blobId": "0" * 40}
+    large["lfs"] = {"sha256": "0" * 64, "size": 9, "pointerSize": 9}
+
+    def read(values):
+        answer = json.loads(text(values))
+        with patch.object(HfApi, "model_info", lambda *_, **__: ModelInfo(**answer)):
+            resolve("owner/model", "main", Patience(attempts=1, pause=0))
+
+    return {"id": "owner/model", "sha": "0" * 40, "siblings": [sibling, large]}, read
+
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+PATTERNS = {"num_hidden_layers": 3, "index_topk_pattern": "FSS", "index_topk_freq": 2}
+PATTERNS |= {"index_skip_topk_offset": 2, "mlp_layer_types": ["dense", "sparse", "sparse"]}
+PATTERNS |= {"indexer_types": None, "first_k_dense_replace": 1, "eos_token_id": [1, 2]}
+WRAPPED = {"model_type": "kimi_k25", "text_config": json.loads(geometry_path("v3").read_text())}
+BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+_GEOMETRIES = {path: name for name, path in GEOMETRIES.items()}.values()
+LONG = {
+    **{f"config-{name}": partial(config, name) for name in _GEOMETRIES},
+    "config-fp8": partial(encoded, FP8),
+    "config-int4": partial(encoded, packed()),
+    "config-nf4": partial(encoded, BITS),
+    "config-patterns": partial(config_with, "glm-5", PATTERNS),
+    "config-in-words-of-transformers": partial(config_with, "v4-flash", v4.config_of("v4")),
+    "config-wrapped": partial(config_with, "kimi-k2", WRAPPED),
+    "tokenizer": tokenizer,
+    "manifest": manifest,
+    "gguf": gguf,
+}
+SHORT = {
+    "generation": generation,
+    "index": index,
+    "tensors": tensors,
+    "session": session,
+    "saved-chat": saved_chat,
+    "trace": trace,
+    "bandwidths": bandwidths,
+    "resume": resume,
+    "notes": notes,
+    "hub-answer": hub_answer,
+}
+SHARES = 7  # of a long one's fields and values; the usual tests take the first
+CASES = [*product(SHORT, [None]), *nth(SHARES, product(LONG, range(SHARES)))]
+
+
+@pytest.mark.parametrize(("name", "share"), CASES)
+def test_every_field_may_be_anything(name, share, heavy, good, tmp_path):
+    values, read = (SHORT | LONG)[name](tmp_path, good)
+    read(values)
+    wrong = []
+    every = [*product(fields(values), VALUES)]
+    for path, value in every if share is None else every[share::SHARES]:
+        if value in LARGE:
+            tracemalloc.start()
+        try:
+            read(changed(values, path, value))
+        except SlotmoeError as problem:
+            message = str(problem)
+            named = str(tmp_path) in message or "owner/model" in message
+            if not (named and message.isprintable() and len(message) < 1000):
+                wrong.append(f"{path} = {value!r:.40}: {message}")
+        except Exception as problem:
+            wrong.append(f"{path} = {value!r:.40}: {problem!r:.200}")
+        if (taken := tracemalloc.get_traced_memory()[1]) > MOST:
+            wrong.append(f"{path} = {value!r:.40}: takes {taken} bytes")
+        tracemalloc.stop()
+    assert not wrong, "\n".join(wrong)
