@@ -31,7 +31,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from queue import Queue
 
@@ -152,17 +152,22 @@ def reaching(mutant, tests):
 
 
 def choose(mutant, tests, limit):
-    """At most ``limit`` tests, those of a file together: one for each way through the mutant's
-    file, which all that share a fixture's have in common, then a second; first those that reach
-    the fewest lines, then by time."""
-    seen, ranks, number = Counter(), [], FILES.index(mutant.file)
-    for test in sorted(tests, key=lambda test: (len(test["lines"]), test["seconds"])):
-        way = test["ways"][number]
-        ranks.append((seen[way], len(ranks), test["test"].partition("::")[0], test))
-        seen[way] += 1
-    chosen = sorted(ranks, key=lambda rank: rank[:2])[:limit]
-    order = list(dict.fromkeys(file for *_, file, _ in chosen))
-    return [test for *_, file, test in sorted(chosen, key=lambda rank: order.index(rank[2]))]
+    """At most ``limit`` tests, those of a file together: by turns one that reaches the fewest lines
+    and one that reaches most of the mutant's file, then the fastest.  Tests that share a fixture's
+    way through that file alone, or another, come one by one."""
+    number, seen, orders = FILES.index(mutant.file), Counter(), []
+    for worth in (lambda test: len(test["lines"]), lambda test: -test["ways"][number][0]):
+        seen.clear()
+        ranks = []
+        for test in sorted(tests, key=lambda test: (worth(test), test["seconds"])):
+            ranks.append((seen[test["ways"][number]], len(ranks), test["test"]))
+            seen[test["ways"][number]] += 1
+        orders.append([name for *_, name in sorted(ranks)])
+    names = list(dict.fromkeys(chain.from_iterable(zip(*orders, strict=True))))[:limit]
+    files = list(dict.fromkeys(name.partition("::")[0] for name in names))
+    names.sort(key=lambda name: files.index(name.partition("::")[0]))
+    by_name = {test["test"]: test for test in tests}
+    return [by_name[name] for name in names]
 
 
 class Trial:
@@ -235,7 +240,8 @@ def prepare(folder, given):
     given.equivalent, given.tests = explained(given.tree), make_map(given.tree, given.map)
     for test in given.tests:
         of_files = groupby(test["lines"], lambda line: line // SPAN)
-        test["ways"] = {number: hash(tuple(lines)) for number, lines in of_files}
+        ways = {number: tuple(lines) for number, lines in of_files}
+        test["ways"] = {number: (len(lines), hash(lines)) for number, lines in ways.items()}
         test["lines"] = frozenset(test["lines"])
     yield Trial(given.tree, folder, given.workers)
 

@@ -101,9 +101,11 @@ def test_it_is_replaced_when_it_keeps_what_it_read(child):
 
 
 def test_it_is_replaced_when_it_was_killed(child):
-    psutil.Process(ask(child, PID)).kill()
+    pid, files = ask(child, PID), len(os.listdir("/proc/self/fd"))
+    psutil.Process(pid).kill()
     child._process.wait()
-    assert ask(child, PID)
+    assert ask(child, PID) != pid
+    assert len(os.listdir("/proc/self/fd")) == files
 
 
 def test_a_system_without_processes_is_named(child, monkeypatch):
