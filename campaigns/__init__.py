@@ -49,7 +49,7 @@ CAMPAIGNS = (
         "interrupts",
         "Ctrl-C and SIGTERM over the life of each command, and in Python, also beside threads.",
         "500 each: no hang, no traceback, a line, the beginning of the right text, the same again",
-        "200 each of `run`, `chat`, `serve` and Python, nothing wrong (2026-11-28)",
+        "164 over the life of 6 commands, 40 of `serve`; 200 each of Python, nothing wrong (2026-11-28)",
     ),
     Gate(
         "kills",
@@ -74,7 +74,7 @@ CAMPAIGNS = (
         "escapes",
         "Escape codes, forged lines and markup in every string that strangers write.",
         "each string of each input: no such character on stdout, stderr, in the log or an answer",
-        "",
+        "994 commands and requests, 60 strings of each file, nothing wrong (2026-11-28)",
     ),
     Gate(
         "soak",
@@ -87,7 +87,7 @@ CAMPAIGNS = (
         "A hundred clients of a server with sessions ask, leave, send half requests and nonsense;"
         " eight threads of its process generate.",
         "30 minutes, answers as of a model alone; descriptors as before, memory +2%",
-        "136,301 requests, 15,698 compared answers, all right; memory +0.8% (56618ae)",
+        "twice, 250,093 requests, 25,657 compared answers, all right; memory +1.0% (0e14cc1)",
     ),
     Gate(
         "clients",

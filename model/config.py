@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict
 
-from msgspec import Meta, Struct, structs
+from msgspec import Meta, structs
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json, parse_json, read_json, typed
@@ -177,15 +177,9 @@ class Config(Geometry):
 
 
 _Wrapper = TypedDict("_Wrapper", {"text_config": Json})
-
-
-class _TokenIds(Struct):
-    bos_token_id: _Ends = None
-    eos_token_id: _Ends = None
-
-
+_TokenIds = TypedDict("_TokenIds", {"bos_token_id": _Ends, "eos_token_id": _Ends}, total=False)
 # With these, the keys that don't change what the network computes or are read below.
-_KNOWN_KEYS = {*vars(Geometry)["__annotations__"], *_SUPPORTED, *attention.KNOWN_KEYS} | set(
+_KNOWN_KEYS = {*Geometry.__dataclass_fields__, *_SUPPORTED, *attention.KNOWN_KEYS} | set(
     """attention_dropout auto_map aux_loss_alpha bos_token_id dtype eos_token_id
     initializer_range model_type num_key_value_heads output_router_logits pad_token_id
     pretraining_tp qk_head_dim quantization_config rope_parameters rope_scaling seq_aux
@@ -232,7 +226,7 @@ def _parse(outer: Json) -> Config:
         values["first_k_dense_replace"] = _dense_layers(values)
     geometry = typed(values, Geometry)
     ids = typed(values, _TokenIds)
-    bos, eos = _as_tuple(ids.bos_token_id), _as_tuple(ids.eos_token_id)
+    bos, eos = _as_tuple(ids.get("bos_token_id")), _as_tuple(ids.get("eos_token_id"))
     parts_of = attention.parts_of_v4 if family.compressed else attention.parts_of_mla
     config = Config(
         **vars(geometry),

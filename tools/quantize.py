@@ -119,12 +119,10 @@ def _check_source(folder: Path, texts: Paths) -> list[list[int]] | None:
 def calibration_windows(folder: Path, texts: Paths) -> list[list[int]]:
     """The texts in windows of token ids of the checkpoint ``folder``."""
     from slotmoe.offload.ingest.calibration import WINDOW
-    from slotmoe.offload.model_source import open_tokenizer
+    from slotmoe.offload.model_source import read_model
     from slotmoe.offload.study.calibrate import read_tokens, split
 
-    read = files_of(folder)
-    config = config_among(read, folder)
-    tokenizer = open_tokenizer(config, read, folder)
+    config, tokenizer = read_model(folder)
     width = min(WINDOW, config.max_position_embeddings)
     tokens = read_tokens(texts, tokenizer)
     return [window for ids in tokens for window in split(ids, tokenizer, width)]

@@ -65,7 +65,7 @@ class _Fp8(Struct):
 class _Weights(Struct):  # of compressed-tensors: what is decoded here
     num_bits: Literal[4]
     type: Literal["int"]
-    symmetric: bool
+    symmetric: Literal[True]
     strategy: Literal["group"]
     group_size: Literal[32]
     actorder: None = None  # columns in their own order
@@ -80,7 +80,7 @@ class _CompressedTensors(Struct):
 
 
 class _Bitsandbytes(Struct):
-    load_in_4bit: bool
+    load_in_4bit: Literal[True]
     bnb_4bit_quant_type: Literal["nf4", "fp4"]
     bnb_4bit_quant_storage: Literal["uint8"] = "uint8"
 
@@ -110,15 +110,9 @@ def parse_encoding(config: Json) -> Encoding | None:
         raise ValueError(f"{problem}; give the original checkpoint")
     given = typed(settings, _KINDS[method], place)
     if isinstance(given, _Bitsandbytes):
-        if not given.load_in_4bit:
-            raise ValueError(f"{place}.load_in_4bit is false, which is not supported")
         plain = typed({"dtype": config.get("torch_dtype"), **config}, _Dtype)
         return Encoding(given.bnb_4bit_quant_type, 1, 64, plain["dtype"])
     if isinstance(given, _CompressedTensors):
-        for name, group in given.config_groups.items():
-            if not group["weights"].symmetric:
-                where = f"{place}.config_groups.{name:.40}.weights.symmetric"
-                raise ValueError(f"{where} is false, which is not supported")
         return Encoding("int4", 1, 32)
     assert isinstance(given, _Fp8)
     experts = Encoding("mxfp4", 1, 32) if given.expert_dtype == "fp4" else None

@@ -16,7 +16,6 @@ token, W a latent row, C pairs of a head's rope part.
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,10 +32,11 @@ from slotmoe.model.layers import LayerByLayer, geometry_of, layer_of
 from slotmoe.model.names import EMBEDDING, expert_name, expert_shapes, resident_shapes, split_name
 from slotmoe.model.network import Positions
 from slotmoe.model.state import new_state, plain_row
-from slotmoe.offload.ingest.output_dir import STREAMS, State
+from slotmoe.offload.ingest.output_dir import STREAM, State
 from slotmoe.quant.backends.base import Prepared, TorchBackend
 from slotmoe.quant.codecs.feedback import Hessian
 from slotmoe.quant.export.layout import checksum
+from slotmoe.quant.export.writer import replace_file
 
 MAX_TOKENS = 1 << 16  # more move the Hessians little
 WINDOW = 512  # tokens that are read as one sequence; attention to more costs more than it says
@@ -94,13 +94,12 @@ class Calibration:
         advance: Callable[[int], None],
     ):
         self._checkpoint, self._config, self._wanted = checkpoint, checkpoint.config, wanted
-        self._folder, self._state, self._advance = folder, state, advance
+        self._path, self._state, self._advance = folder / STREAM, state, advance
         self._ids = [token for window in windows for token in window]
         self._lengths = list(map(len, windows))
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._positions = Positions(self._config, torch.empty(0, device=self._device))
-        resumed = bool(needed) and self._resume(min(needed))
-        self._first = state.layer if resumed else 0
+        self._first = self._resumed(min(needed, default=0))
         self.remaining = range(self._first, max(needed, default=-1) + 1)
         self._counts: list[int] = []  # tokens of each expert
 
@@ -154,27 +153,21 @@ class Calibration:
             sentences.append(f"{what}, have no finite Hessian and are coded without calibration")
         return sentences
 
-    def _resume(self, needed: int) -> bool:
-        """Take the stream that an earlier run has left, if it is whole and of a layer that comes no
-        later than ``needed``."""
-        path, width = self._stream_before(self._state.layer), self._config.stream_width
-        if not 0 < self._state.layer <= needed or not path.is_file():
-            return False
-        data = np.fromfile(path, np.float32, width * len(self._ids))
-        if data.size < width * len(self._ids) or checksum(data.data) != self._state.stream:
-            return False
-        self.hidden_TD = torch.from_numpy(data).view(-1, width)
-        return True
-
-    def _stream_before(self, layer: int) -> Path:
-        """Not the file of the layer before, which the state names until this one is durable."""
-        return self._folder / STREAMS[layer % 2]
+    def _resumed(self, needed: int) -> int:
+        """The first layer to compute, at most ``needed``, with the stream that an earlier run has
+        left before it; 0 if there is none, or if it is not as that run says."""
+        layer, size = self._state.layer, len(self._ids) * self._config.stream_width
+        if not 0 < layer <= needed or not self._path.is_file():
+            return 0
+        data = np.fromfile(self._path, np.float32, size)
+        if data.size < size or checksum(data.data) != self._state.stream:
+            return 0
+        self.hidden_TD = torch.from_numpy(data).view(len(self._ids), -1).to(self._device)
+        return layer
 
     def begin(self) -> dict[str, Hessian]:
         """Read the residual stream before the first layer; no Hessians are known yet."""
-        if self.remaining and self._first:
-            self.hidden_TD = self.hidden_TD.to(self._device)
-        elif self.remaining:
+        if self.remaining and not self._first:
             unique, inverse_T = torch.tensor(self._ids).unique(return_inverse=True)
             rows = [self._checkpoint.rows(EMBEDDING, i, i + 1) for i in unique.tolist()]
             streams = self._config.stream_width // self._config.hidden_size
@@ -185,13 +178,10 @@ class Calibration:
     def layer(self, layer: int) -> dict[str, Hessian]:
         """The Hessians of the next of the ``remaining`` layers; the one before is written."""
         if layer > self._first:
-            with open(self._stream_before(layer), "wb") as file:
-                data = self.hidden_TD.cpu().numpy().data
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            data = self.hidden_TD.cpu().numpy().data
+            replace_file(self._path, data)
             self._state.layer, self._state.stream = layer, checksum(data)
-            self._state.save(self._folder)
+            self._state.save(self._path.parent)
         names = [name for name in resident_shapes(self._config) if split_name(name)[0] == layer]
         weights = {name: self._tensor(name) for name in names}
         # An MLP's up projection sees what its gate projection sees.

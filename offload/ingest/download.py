@@ -20,6 +20,7 @@ from typing import Any
 from anyio import current_time, fail_after
 
 from slotmoe.errors import DownloadError, naming
+from slotmoe.jsonfile import typed
 from slotmoe.offload.ingest.repository import Expected, PassingError, Remote, explained
 from slotmoe.offload.shared_files import read_note, write_note
 from slotmoe.quant.export.writer import sync_folder
@@ -133,10 +134,9 @@ class _Transfer:
         starts = range(0, expected.size, RANGE_BYTES)
         self._ranges = [Range(at, min(at + RANGE_BYTES, expected.size), at) for at in starts]
         with suppress(OSError, ValueError, KeyError, TypeError):
-            pairs = list(zip(self._ranges, state["received"], strict=True))
-            possible = all(
-                type(count) is int and 0 <= count <= part.end - part.start for part, count in pairs
-            )
+            received = typed(state["received"], list[int])
+            pairs = list(zip(self._ranges, received, strict=True))
+            possible = all(0 <= count <= part.end - part.start for part, count in pairs)
             same = state["checksum"] == expected.checksum
             if possible and same and self._incomplete.stat().st_size == expected.size:
                 for part, count in pairs:

@@ -2,8 +2,7 @@
 
 The revision is resolved once, to a commit.  ``DST.download`` holds what has come of that:
 
-    plan.json        repository, revision, commit, the size and checksum of each file, and what
-                     came of headers/NAME, with a checksum of all that
+    plan.json        repository, revision, commit, and the size and checksum of each file, signed
     headers/NAME/    the small files, and sparse files with each weight file's header and size
     weights/         at most two weight files, one being quantized and one arriving
 
@@ -22,8 +21,8 @@ from urllib.parse import quote
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from slotmoe.errors import CheckpointError, ExportError, SlotmoeError
-from slotmoe.jsonfile import Json
+from slotmoe.errors import CheckpointError, ExportError
+from slotmoe.jsonfile import Json, typed
 from slotmoe.model import tiktoken
 from slotmoe.model.checkpoint import shards
 from slotmoe.model.checkpoint.reader import Checkpoint
@@ -33,7 +32,6 @@ from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.calibration import Windows
 from slotmoe.offload.ingest.download import CONNECTIONS, Range, checksum_of, fetch, receive
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize
-from slotmoe.offload.ingest.repair import source_files
 from slotmoe.offload.ingest.repository import Patience, Snapshot, is_commit, needed, resolve
 from slotmoe.offload.model_cache import mark_used
 from slotmoe.offload.shared_files import read_note, write_note
@@ -59,20 +57,16 @@ class HubShards:
     notify: Notify
     patience: Patience
     keep_mtp: bool
-    prepared: Json
 
     def __post_init__(self) -> None:
         self._weights = self.download / "weights"
         self.folder = self.download / "headers" / self.snapshot.repo.rpartition("/")[2]
         self._done, self._total = 0, 0
-        if not self._is_as_prepared():
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     async def prepare(self) -> None:
         """Fetch everything but weights, so that ``folder`` can be opened as a checkpoint.
 
-        ``prepared`` says what an earlier call has fetched, and then what is there.  Raises
-        ``ConfigError`` or ``CheckpointError`` for what is unsupported or incomplete.
+        Raises ``ConfigError`` or ``CheckpointError`` for what is unsupported or incomplete.
         """
         from huggingface_hub import get_async_session
 
@@ -126,15 +120,8 @@ class HubShards:
         async with get_async_session() as client:
             await asyncio.gather(*(self._fetch_header(span, name) for name in names))
             with Checkpoint.open(self.folder, self.keep_mtp) as opened:
-                apart, self.prepared = opened.apart, source_files(opened)
+                apart = opened.apart
             await asyncio.gather(*map(put_apart, apart))
-
-    def _is_as_prepared(self) -> bool:
-        try:
-            with Checkpoint.open(self.folder, self.keep_mtp) as opened:
-                return source_files(opened) == self.prepared
-        except SlotmoeError:
-            return False
 
     async def _fetch_small(self, name: str, limit: int) -> None:
         path, expected = self.folder / name, self.snapshot.files.get(name)
@@ -143,20 +130,18 @@ class HubShards:
         if expected.size > limit:
             sizes = f"{expected.size} bytes, more than {limit}"
             raise CheckpointError(f"{self.snapshot.repo}/{name}: {sizes}; not a real model's file")
-        if path.exists():
-            return
-        if (cached := await self._checked(name, self.snapshot.cached(name))) is None:
+        found = await self._checked(name, path, self.snapshot.cached(name))
+        if found is None:
             await fetch(self.snapshot.remote(name, self.patience), path)
-        else:
-            _copy(cached, path)
+        elif found != path:
+            _copy(found, path)
 
     async def _fetch_header(
         self, span: Callable[[str, int, int], Awaitable[bytes]], name: str
     ) -> None:
-        """Make the sparse file that has a weight file's size and header."""
+        """Make the sparse file that has a weight file's size and header, also where there is one:
+        nothing says what its checksum should be."""
         path, size = self.folder / name, self.snapshot.files[name].size
-        if path.exists():
-            return
         data = await span(name, 0, min(_HEAD_BYTES, size))
         length = 8 + int.from_bytes(data[:8], "little")
         if length > MAX_HEADER_BYTES:
@@ -178,6 +163,8 @@ class HubShards:
         """The first place that has a file with the checksum of the file ``name``."""
         expected = self.snapshot.files[name]
         for path in filter(None, places):
+            if not path.is_file():
+                continue
             with open(path, "rb") as file:
                 if await checksum_of(file.fileno(), expected) == expected.checksum:
                     return path
@@ -290,19 +277,18 @@ def quantize_from_hub(
         if wait_for_lock and (manifest := output_dir.finished_manifest(destination)) is not None:
             _clear(download)
             return manifest
-        snapshot, prepared = _begin(download, repo, revision, overwrite, patience)
+        snapshot = _begin(download, repo, revision, overwrite, patience)
         if kept is not None:
             why = f"which {repo} has not, so nothing is put there"
             output_dir.refuse_foreign(kept, snapshot.files, why)
         try:
             with start_blocking_portal() as portal:
                 reporting = arriving, notify, patience
-                shards = HubShards(portal, snapshot, download, kept, *reporting, keep_mtp, prepared)
+                shards = HubShards(portal, snapshot, download, kept, *reporting, keep_mtp)
                 with output_dir.full_disk_explained(download):
                     portal.call(shards.prepare)
                     calibration = ready(shards.folder)
-                    plan = {**vars(snapshot), "prepared": shards.prepared}
-                    output_dir.write_signed(download / "plan.json", plan)
+                    output_dir.write_signed(download / "plan.json", vars(snapshot))
                     if kept is not None:
                         kept.mkdir(exist_ok=True)
                 options |= {"overwrite": overwrite, "wait_for_lock": wait_for_lock}
@@ -321,27 +307,23 @@ def quantize_from_hub(
         return manifest
 
 
-def _begin(
-    folder: Path, repo: str, revision: str, overwrite: bool, patience: Patience
-) -> tuple[Snapshot, Json]:
+def _begin(folder: Path, repo: str, revision: str, overwrite: bool, patience: Patience) -> Snapshot:
     """The commit that a killed run began with, so that all files are of one commit even if the
-    revision moved on, and what it had prepared.  Without one, what the revision is now, and an
-    empty folder."""
-    plan, begun = output_dir.read_signed(folder / "plan.json"), None
-    with suppress(KeyError, TypeError, AttributeError, ValueError):
-        files, facts = needed(plan["files"]), (plan["repo"], plan["revision"], plan["commit"])
-        if is_commit(plan["commit"]) and files.keys() == plan["files"].keys():
-            begun = Snapshot(*facts, files)
+    revision moved on; without one, what the revision is now, and an empty folder."""
+    begun = None
+    with suppress(ValueError):
+        begun = typed(output_dir.read_signed(folder / "plan.json"), Snapshot)
+        begun = begun if is_commit(begun.commit) and needed(begun.files) == begun.files else None
     if begun is not None and not overwrite:
         if (begun.repo, begun.revision) != (repo, revision):
             problem = f"was begun with {begun.repo} at {begun.revision}"
             advice = f"pass --overwrite to start anew with {repo} at {revision}"
             raise ExportError(f"{folder}: {problem}; {advice}")
-        return begun, plan.get("prepared", {})
+        return begun
     snapshot = resolve(repo, revision, patience)
     if snapshot != begun:
         _clear(folder)
-    return snapshot, plan.get("prepared", {})
+    return snapshot
 
 
 def _clear(download: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, TypedDict
+from typing import Annotated
 
 from msgspec import Meta
 
@@ -24,9 +24,9 @@ from slotmoe.quant.export.writer import sync_folder, write_json
 from slotmoe.sizes import format_size
 
 _STATE = "state.json"
-# A calibration text's residual stream, before layers of even and of odd number.
-STREAMS = ("stream-0.bin", "stream-1.bin")
+STREAM = "stream.bin"  # where ``slotmoe.offload.ingest.calibration`` goes on
 _Sum = Annotated[float, Meta(ge=0, le=1e100)]
+Written = tuple[list[str], Annotated[list[_Sum], Meta(min_length=4, max_length=4)]]
 _Level = Annotated[int, Meta(ge=-127, le=127)]
 
 
@@ -43,26 +43,17 @@ def finished_manifest(destination: Path) -> Json | None:
     return read_manifest(destination) if (destination / MANIFEST).is_file() else None
 
 
-class Written(TypedDict):
-    """A tensor of the source that the export holds: the ``checksums`` of its parts; and ``sums`` of
-    squares of its error and of its weights, plainly and by a Hessian."""
-
-    checksums: Annotated[list[str], Meta(min_length=1, max_length=4)]
-    sums: Annotated[list[_Sum], Meta(min_length=4, max_length=4)]
-
-
 @dataclass
 class State:
     """What a killed run goes on from, all of it durable before it is noted here: the ``identity``,
-    what is made of what; the tensors that are ``written``, by name; learned ``levels`` by codec;
+    what is made of what; by tensor that is ``written`` the checksums of its parts, and sums of
+    squares of its error and of its weights, plainly and by a Hessian; learned ``levels`` by codec;
     and the first ``layer`` that a calibration text has not gone through, with the checksum of its
     residual ``stream`` there."""
 
     identity: Json
     written: dict[str, Written] = field(default_factory=dict)
-    levels: dict[str, Annotated[list[_Level], Meta(min_length=8, max_length=16)]] = field(
-        default_factory=dict
-    )
+    levels: dict[str, list[_Level]] = field(default_factory=dict)
     layer: Annotated[int, Meta(ge=0, le=99999)] = 0
     stream: str = ""
 
@@ -110,7 +101,7 @@ def check_ours(folder: Path) -> None:
     """Raise ``ExportError`` if ``folder``, soon to be emptied, holds what no export has."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     predictors = [name for name in names if is_predictor(name.removesuffix(".tmp"))]
-    ours = [*COPIED, MANIFEST, RESIDENT, *STREAMS, "experts", _STATE, *predictors]
+    ours = [*COPIED, MANIFEST, RESIDENT, STREAM, "experts", _STATE, *predictors]
     refuse_foreign(folder, ours, "which no export has, so it is never emptied")
 
 

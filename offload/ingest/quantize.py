@@ -42,7 +42,7 @@ from slotmoe.quant.export.layout import COPIED, EXPERTS, FORMAT_VERSION, MANIFES
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES, refuse_unlisted
 from slotmoe.quant.export.verify import damaged_files
-from slotmoe.quant.export.writer import ExportFile, fixed_checksums, read_back, write_json
+from slotmoe.quant.export.writer import ExportFile, write_json
 from slotmoe.quant.shapes import RESIDENT_MODES
 
 Progress = Callable[[int, int], None]
@@ -160,10 +160,9 @@ class _Job:
         self._done, self._total = 0, 0
         self._state = State({})
         self._coder = Coder(self.checkpoint, self._state.levels)
-        # By file of the export: what an earlier run has left, source tensors that are still to be
-        # written, those that are though not yet durable, and the manifest's entry in the end.
+        # By file of the export, also source tensors that are still to be written, those that are
+        # though not yet durable, and the manifest's entry in the end.
         self._open_files: dict[str, ExportFile] = {}
-        self._found: dict[str, dict[str, str]] = {}
         self._left: dict[str, set[str]] = {}
         self._fresh: dict[str, dict[str, Written]] = {}
         self._entries: Json = {}
@@ -172,10 +171,8 @@ class _Job:
         """Write every missing file, then the manifest; returns it."""
         files = self.write([*self._contents.files, *COPIED])
         state = self._state
-        sums = {name: state.written[name]["sums"] for name in self._kinds}
-        errors = {name: sums[name][:2] for name, kind in self._kinds.items() if kind != "none"}
-        weighted = {name: sums[name][2:] for name in sums if sums[name][3]}
-        made: Json = {"report": quantization_report(self._contents, errors, weighted)}
+        sums = {name: state.written[name][1] for name in self._kinds}
+        made: Json = {"report": quantization_report(self._contents, sums)}
         if self._text is not None:
             made["calibration"] = fingerprint(self._text)
         source = state.identity["source"]
@@ -265,11 +262,8 @@ class _Job:
         self._advance(self._total - sum(infos[name].nbytes for name in todo) - self._done)
         with ExitStack() as closing_files:
             for file in missing:
-                parts = self._contents.parts(file)
-                export_file = ExportFile(self.partial / file, parts, self._found.get(file))
-                self._open_files[file] = closing_files.enter_context(closing(export_file))
-                if not self._left[file]:  # killed after its last tensor
-                    self._finish(file)
+                opened = closing(self._opened(file, made_of[file]))
+                self._open_files[file] = closing_files.enter_context(opened)
             ready: Iterable[Step] = steps
             if self.shards is None:
                 self._learn_levels(self._levels_file)
@@ -290,26 +284,33 @@ class _Job:
         small = {name: data for name, data in found.items() if name in names and data is not None}
         return {file: self._entries[file] for file in made_of} | write_files(small, self.partial)
 
+    def _opened(self, file: str, names: Iterable[str]) -> ExportFile:
+        """``file``, which holds what is written of its tensors ``names``."""
+        tensors, written = self._contents.tensors, self._state.written
+        known = dict[str, str]()
+        for name in written.keys() & {*names}:
+            known |= zip(tensors[name].parts, written[name][0], strict=False)
+        return ExportFile(self.partial / file, self._contents.parts(file), known)
+
     def _resume(self, file: str, names: list[str]) -> set[str]:
         """The tensors of ``file`` that are still to be written: the state may be wrong about others
         by now.  A whole file gets its entry."""
         contents, written, before = self._contents, self._state.written, self._done
-        path, parts = self.partial / file, contents.parts(file)
-        noted = {name: written.pop(name) for name in names if name in written}
+        noted, wrong = written.keys() & {*names}, {*contents.parts(file)}
         size = sum(self.checkpoint.infos[name].nbytes for name in noted)
 
         def advance(position: int) -> None:
             self._advance(before + size * position // contents.nbytes(file) - self._done)
 
-        if noted and path.is_file():
-            entry, found = read_back(path, parts, contents.record_bytes(file), advance)
-            self._found[file] = found
-            for name, item in noted.items():
-                if item["checksums"] == [found[part] for part in contents.tensors[name].parts]:
-                    written[name] = item
-            same = fixed_checksums(parts).items() <= found.items()
-            if same and written.keys() >= {*names} and path.stat().st_size == entry["bytes"]:
+        if noted and (self.partial / file).is_file():
+            with closing(self._opened(file, names)) as opened:
+                entry, different = opened.check(contents.record_bytes(file), advance)
+            wrong = {*different}
+            if not wrong:
                 self._entries[file] = entry
+        for name in noted:
+            if not wrong.isdisjoint(contents.tensors[name].parts):
+                del written[name]
         return {*names} - written.keys()
 
     def _calibration(self, names: list[str]) -> Calibration | None:
@@ -388,7 +389,7 @@ class _Job:
             self._advance((stop - start) * info.row_bytes)
         checksums = [export_file.checksums[part] for part in tensor.parts]
         with self._lock:
-            self._fresh[file][name] = {"checksums": checksums, "sums": sums}
+            self._fresh[file][name] = checksums, sums
             self._left[file].remove(name)
             whole = not self._left[file]
         if whole:

@@ -23,11 +23,9 @@ _PLAIN = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _PLAIN |= {torch.int32: "int32"}
 
 
-def quantization_report(
-    contents: Contents, errors: Mapping[str, Squares], weighted: Mapping[str, Squares]
-) -> Json:
-    """The report for an export.  ``errors`` maps the names of quantized weights to their
-    ``squared_error``; others are exact.  ``weighted`` are calibrated ones' by their Hessians."""
+def quantization_report(contents: Contents, sums: Mapping[str, Sequence[float]]) -> Json:
+    """The report for an export.  ``sums`` maps a weight's name to its ``squared_error`` and that in
+    its Hessian's measure, zeros if it was not calibrated."""
     files = map(contents.parts, contents.files)
     parts = {name: part for file in files for name, part in file.items()}
     families: dict[str, dict[str, Stored]] = {}
@@ -41,12 +39,13 @@ def quantization_report(
         places = [parts[part] for tensor in of_tensors for part in tensor.parts]
         stored = _PLAIN[places[0].dtype] if kind == "none" else kind
         by_layer: dict[int | None, list[Squares]] = {}
-        for name in tensors.keys() & errors.keys():
-            by_layer.setdefault(split_name(name)[0], []).append(errors[name])
-        sums = {layer: _summed(squares) for layer, squares in by_layer.items()}
-        layers = sorted(layer for layer in sums if layer is not None)
-        worst = {layer: _relative(sums[layer]) for layer in layers}
-        calibrated = [weighted[name] for name in tensors.keys() & weighted.keys()]
+        for name, tensor in tensors.items():
+            if tensor.kind != "none":
+                by_layer.setdefault(split_name(name)[0], []).append(sums[name][:2])
+        of_layers = {layer: _summed(squares) for layer, squares in by_layer.items()}
+        layers = sorted(layer for layer in of_layers if layer is not None)
+        worst = {layer: _relative(of_layers[layer]) for layer in layers}
+        calibrated = [sums[name][2:] for name in tensors if sums[name][3]]
         weights = sum(math.prod(tensor.shape) for tensor in of_tensors)
         sizes[key] = sum(part.nbytes for part in places)
         row = {
@@ -54,7 +53,7 @@ def quantization_report(
             "stored": stored.name if isinstance(stored, Codec) else stored,
             "weights": weights,
             "bits_per_weight": _bits(sizes[key], weights),
-            "relative_rms_error": _relative(_summed(sums.values())),
+            "relative_rms_error": _relative(_summed(of_layers.values())),
             "worst_layer": max(worst, key=worst.__getitem__, default=None),
             "by_layer": {str(layer): error for layer, error in worst.items()},
         }

@@ -6,7 +6,6 @@ import os
 import random
 import re
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -145,13 +144,14 @@ def resolve(repo: str, revision: str, patience: Patience) -> Snapshot:
             return cached
         advice = "huggingface_hub's cache holds nothing of it either, so connect to the network"
         raise DownloadError(f"{problem}; {advice}") from None
+    files = {}
+    for sibling in info.siblings or []:
+        size = sibling.size if isinstance(sibling.size, int) else -1
+        checksum = str(sibling.lfs.sha256 if sibling.lfs else sibling.blob_id)
+        files[str(sibling.rfilename)] = Expected(size, checksum)
     if not is_commit(str(info.sha)):
         answer = f"the hub answers with the commit {info.sha!r:.60}, which is none"
         raise DownloadError(f"{repo}: {answer}; is HF_ENDPOINT right?")
-    files = {
-        str(file.rfilename): (file.size, file.lfs.sha256 if file.lfs else file.blob_id)
-        for file in info.siblings or []
-    }
     return Snapshot(repo, revision, str(info.sha), needed(files))
 
 
@@ -159,16 +159,15 @@ def is_commit(name: str) -> bool:
     return re.fullmatch("[0-9a-f]{40}", name) is not None
 
 
-def needed(files: Mapping[str, Sequence[Any]]) -> dict[str, Expected]:
-    """Those that an export is made of, and whose size and checksum the hub says well."""
+def needed(files: dict[str, Expected]) -> dict[str, Expected]:
+    """Those that an export is made of, and that the hub describes well."""
     names = (*COPIED, INDEX_NAME, tiktoken.FILE_NAME)
     return {
-        name: Expected(size, checksum)
-        for name, (size, checksum) in files.items()
+        name: expected
+        for name, expected in files.items()
         if (name in names or ("/" not in name and name.endswith(".safetensors")))
-        and re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", str(checksum))
-        and type(size) is int
-        and 0 <= size < 1 << 50
+        and re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", expected.checksum)
+        and 0 <= expected.size < 1 << 50
     }
 
 
@@ -183,7 +182,7 @@ def _cached_snapshot(repo: str, revision: str) -> Snapshot | None:
     for path in Path(config).parent.iterdir():
         blob = Path(os.path.realpath(path))
         if blob.is_file():
-            files[path.name] = blob.stat().st_size, blob.name
+            files[path.name] = Expected(blob.stat().st_size, blob.name)
     return Snapshot(repo, revision, Path(config).parent.name, needed(files))
 
 

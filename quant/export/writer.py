@@ -3,12 +3,12 @@
 import fcntl
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import xxhash
-from torch import Tensor, uint8
+from torch import Tensor, uint8, zeros
 
 from slotmoe.errors import ExportError, naming
 from slotmoe.jsonfile import Json
@@ -17,36 +17,36 @@ from slotmoe.quant.export.layout import Part, checksum, describe_tensors, is_pre
 from slotmoe.quant.export.validate import check_predictor, manifest_checksum, read_manifest
 from slotmoe.quant.export.verify import span_checksums
 
-_HEADER = "its header"
-
 
 class ExportFile:
     """The file ``path`` put together tensor by tensor: in any order, by several threads, over
     several runs.
 
-    ``checksums`` are the xxh3-128 of the tensors that are whole, by name; at first those that
-    ``read_back`` has found of an earlier run, of which the wrong ones are written again.
+    ``checksums`` are the xxh3-128 of the tensors that are whole, by name.  Saved after ``sync`` and
+    passed to the next run's ``ExportFile``, they make that run go on from here.
     """
 
     def __init__(self, path: Path, parts: dict[str, Part], checksums: dict[str, str] | None = None):
-        self.path, self.parts = path, parts
-        self.checksums = (checksums or {}) | fixed_checksums(parts)
+        self.path, self.parts, self.checksums = path, parts, dict(checksums or {})
         self._header = layout.safetensors_header(parts.items())
         self._unfinished: dict[str, tuple[xxhash.xxh3_128, int]] = {}
         path.parent.mkdir(exist_ok=True)
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             with naming(path):
-                os.ftruncate(self._handle, max(self._span(name)[1] for name in parts))
+                os.ftruncate(self._handle, self.nbytes)
             self._pwrite(memoryview(self._header), 0)
-            for name in filter(_is_padding, parts):
-                self._pwrite(memoryview(bytes(parts[name].nbytes)), self._span(name)[0])
+            for name, part in parts.items():
+                if name.endswith(".pad"):
+                    self.write(name, zeros(part.shape, dtype=part.dtype))
         except BaseException:
             self.close()
             raise
 
-    def _span(self, name: str) -> tuple[int, int]:
-        return self.parts[name].span(len(self._header))
+    @property
+    def nbytes(self) -> int:
+        """Size of the finished file."""
+        return max(part.span(len(self._header))[1] for part in self.parts.values())
 
     def write(self, name: str, piece: Tensor) -> None:
         """Append ``piece`` to tensor ``name``; a tensor's pieces come from one thread, in order."""
@@ -54,7 +54,7 @@ class ExportFile:
         digest, written = self._unfinished.pop(name, (xxhash.xxh3_128(), 0))
         assert piece.dtype == part.dtype and written + len(data) <= part.nbytes
         digest.update(data)
-        self._pwrite(data, self._span(name)[0] + written)
+        self._pwrite(data, len(self._header) + part.offset + written)
         written += len(data)
         if written == part.nbytes:
             self.checksums[name] = digest.hexdigest()
@@ -72,55 +72,36 @@ class ExportFile:
         with naming(self.path):
             os.fsync(self._handle)
 
-    def finish(self, record_bytes: int | None = None) -> Json:
-        """Check the whole file as it lies on disk, make it durable and return its manifest entry.
-        Raises ``ExportError``.
-
-        Days may lie between a file's first tensor and its last, so each is compared with what was
-        written: a checksum must not bless a damage.
-        """
+    def check(
+        self, record_bytes: int | None = None, advance: Callable[[int], None] | None = None
+    ) -> tuple[Json, list[str]]:
+        """The manifest entry of the file as it lies on disk, durable now, with checksums of its
+        tensors or of its records of ``record_bytes``; and the tensors that are not what
+        ``checksums`` says.  ``advance`` is called with the position after each read."""
         self.sync()
-        entry, found = read_back(self.path, self.parts, record_bytes)
-        for name, checksum_found in found.items():
-            if checksum_found != self.checksums[name]:
-                what = f"{name} was damaged after it had been written"
-                raise ExportError(f"{self.path}: {what}; run the same command to make it anew")
+        start, end, step = len(self._header), self.nbytes, record_bytes or self.nbytes
+        spans = [part.span(start) for part in self.parts.values()]
+        records = [(at, at + step) for at in range(start, end, step) if record_bytes]
+        whole, digests = span_checksums(self.path, [*spans, *records], advance)
+        found = dict(zip(self.parts, digests, strict=False))
+        wrong = [name for name, digest in found.items() if self.checksums.get(name) != digest]
+        entry: Json = {"bytes": end, "header_bytes": start}
+        entry |= {"header_checksum": checksum(self._header), "checksum": whole}
+        if record_bytes:
+            return {**entry, "records": digests[len(spans) :]}, wrong
+        return {**entry, "tensors": describe_tensors(self.parts, found)}, wrong
+
+    def finish(self, record_bytes: int | None = None) -> Json:
+        """The entry of ``check``.  Raises ``ExportError`` if anything is wrong: days may lie
+        between a file's first tensor and its last, and a checksum must not bless a damage."""
+        entry, wrong = self.check(record_bytes)
+        if wrong:
+            what = f"{wrong[0]} was damaged after it had been written"
+            raise ExportError(f"{self.path}: {what}; run the same command to make it anew")
         return entry
 
     def close(self) -> None:
         os.close(self._handle)
-
-
-def _is_padding(name: str) -> bool:
-    return name.endswith(".pad")
-
-
-def fixed_checksums(parts: Mapping[str, Part]) -> dict[str, str]:
-    """Checksums of the header, and of padding, which is zeros."""
-    padding = {name: checksum(bytes(parts[name].nbytes)) for name in filter(_is_padding, parts)}
-    return {_HEADER: checksum(layout.safetensors_header(parts.items())), **padding}
-
-
-def read_back(
-    path: Path,
-    parts: dict[str, Part],
-    record_bytes: int | None,
-    advance: Callable[[int], None] | None = None,
-) -> tuple[Json, dict[str, str]]:
-    """What a file of these ``parts`` holds: its manifest entry, with checksums of its tensors or of
-    its records of ``record_bytes``; and the checksums of all parts and the header.  ``advance`` is
-    called with the position after each read."""
-    start = len(layout.safetensors_header(parts.items()))
-    spans = [(0, start), *(part.span(start) for part in parts.values())]
-    end, step = max(stop for _, stop in spans), record_bytes or 0
-    records = [(at, at + step) for at in (range(start, end, step) if step else ())]
-    whole, digests = span_checksums(path, [*spans, *records], advance)
-    found = dict(zip((_HEADER, *parts), digests, strict=False))
-    entry: Json = {"bytes": end, "header_bytes": start}
-    entry |= {"header_checksum": found[_HEADER], "checksum": whole}
-    if records:
-        return {**entry, "records": digests[len(found) :]}, found
-    return {**entry, "tensors": describe_tensors(parts, found)}, found
 
 
 def temporary_name(path: Path) -> Path:
@@ -151,7 +132,7 @@ def write_json(path: Path, values: Json, indent: int | None = 1) -> None:
     replace_file(path, json.dumps(values, indent=indent).encode())
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes | memoryview) -> None:
     """Replace ``path``, durably and never half."""
     try:
         with naming(path), open(temporary_name(path), "wb") as file:

@@ -132,7 +132,7 @@ def test_a_state_names_what_is_durable(tmp_path, monkeypatch):
     sync, write = ExportFile.sync, output_dir.State.save
 
     def save(state, partial):
-        noted = {sum for item in state.written.values() for sum in item["checksums"]}
+        noted = {sum for item in state.written.values() for sum in item[0]}
         assert noted <= synced
         counts.append(len(state.written))
         write(state, partial)

@@ -383,3 +383,10 @@ def test_a_long_pass_ends_when_nobody_waits_for_it(in_steps, end, sample_export)
         return runtime.close()
     runtime.engine.call(stop)
     assert runtime.logits(ids).isfinite().all()
+
+
+def test_the_usual_time_of_a_request_follows_the_latest(runtime):
+    """By a fifth of the difference: a client that is refused is told to come back then."""
+    runtime.engine.batch.seconds = 1000.0
+    runtime.generate("Call me", 1).read()
+    assert 800 < runtime.engine.batch.seconds < 900
