@@ -49,7 +49,7 @@ CAMPAIGNS = (
         "interrupts",
         "Ctrl-C and SIGTERM over the life of each command, and in Python, also beside threads.",
         "500 each: no hang, no traceback, a line, the beginning of the right text, the same again",
-        "164 over the life of 6 commands, 40 of `serve`; 200 each of Python, nothing wrong (2026-11-28)",
+        "164 over six commands' lives, 40 of `serve`, 400 of Python, nothing wrong (2026-11-28)",
     ),
     Gate(
         "kills",
