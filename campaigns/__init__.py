@@ -47,9 +47,9 @@ CAMPAIGNS = (
     ),
     Gate(
         "interrupts",
-        "Ctrl-C at any moment of `run`, `chat`, `serve` and Python, there also beside threads.",
-        "200 each: no hang, no traceback, the beginning of the right text, the same text again",
-        "200 each, nothing wrong (2026-11-28)",
+        "Ctrl-C and SIGTERM over the life of each command, and in Python, also beside threads.",
+        "500 each: no hang, no traceback, a line, the beginning of the right text, the same again",
+        "164 over the life of 6 commands, 40 of `serve`; 200 each of Python, nothing wrong (2026-11-28)",
     ),
     Gate(
         "kills",

@@ -176,7 +176,8 @@ class Child:
         for good in corpus:  # which also imports what is imported late
             assert self.parse(self.keep(good)) is not False, "the good input is refused"
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        if guided and not own:
+        guided = self.found["guided"] = guided and not own
+        if guided:
             self.guided(corpus, folder / "corpus")
         while True:
             self.one(self.change(self.aim.chance.choice(corpus), self.aim.chance))

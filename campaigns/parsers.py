@@ -20,7 +20,7 @@ from slotmoe.model.config import parse_config
 from slotmoe.model.generate import Sampling
 from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.gguf.header import read_header
-from slotmoe.model.tiktoken import made
+from slotmoe.model.tiktoken import tokenizer_json
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.plan.advice import GEOMETRIES, geometry_path
@@ -150,7 +150,7 @@ def tiktoken(folder):
 
     def parse(data):
         try:
-            made(data, settings)
+            tokenizer_json(data, settings)
         except ValueError:
             return False
         return True

@@ -74,7 +74,7 @@ def test_campaigns_have_a_usual_part():
 
 def test_no_campaign_shrinks():
     """What was attacked once is attacked for good."""
-    least = {"system-calls": 7, "fuzz": 21, "interrupts": 5, "kills": 4, "races": 6, "resume": 5}
+    least = {"system-calls": 7, "fuzz": 22, "interrupts": 5, "kills": 4, "races": 6, "resume": 5}
     for name, parts in {**least, "environments": 26, "clients": 15, "escapes": 10}.items():
         attack = import_module(f"campaigns.{name.replace('-', '_')}").ATTACK
         assert len(attack.parts) >= parts, name

@@ -18,7 +18,7 @@ from slotmoe.model.config import config_among
 from slotmoe.model.generate import TextStream
 from slotmoe.model.gguf.header import read_header
 from slotmoe.model.gguf.metadata import small_files
-from slotmoe.model.tiktoken import made
+from slotmoe.model.tiktoken import tokenizer_json
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_source import generation_of, open_tokenizer
 from slotmoe.tools.serve.errors import RefusedError
@@ -135,7 +135,7 @@ def read_of(files, header):
     contents = {name: json.dumps(values).encode() for name, values in files.items()}
     if "tiktoken.model" in files:
         lines = "\n".join(f"{word} {rank}" for word, rank in files["tiktoken.model"]).encode()
-        contents["tokenizer.json"] = made(lines, files["tokenizer_config.json"])
+        contents["tokenizer.json"] = tokenizer_json(lines, files["tokenizer_config.json"])
     return lambda name, limit: contents.get(name)
 
 

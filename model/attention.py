@@ -71,8 +71,7 @@ class Indexer(Struct, frozen=True, rename=lambda name: f"index_{name}"):
     halves: bool
 
 
-@dataclass(frozen=True)
-class Compressed:
+class Compressed(Struct, frozen=True):
     """DeepSeek-V4's attention.  ``ratios`` says of each layer how many positions become one: 4, by
     overlapping windows and of which an indexer picks, 128, or 0 for none.  Each layer also attends
     to the last ``sliding_window`` positions.  ``rope`` is that of layers with a ratio."""
@@ -131,9 +130,8 @@ class _KeysOfHub(Struct):
     rope_parameters: _Ropes | None = None
 
 
-_READ = (Indexer, HyperConnections, _KeysOfV4)
+_READ = (Indexer, HyperConnections, Compressed, _KeysOfV4)
 KNOWN_KEYS = {key for of in _READ for key in of.__struct_encode_fields__}
-KNOWN_KEYS |= {field.name for field in fields(Compressed)}
 
 
 def parts_of_mla(values: Json, family: Family) -> Json:

@@ -121,7 +121,7 @@ class Config(Geometry):
         if indexer is not None:
             indexer = structs.replace(indexer, full=(self.has_indexer(layer),))
         if compressed is not None:
-            compressed = replace(compressed, ratios=(self.ratio(layer),))
+            compressed = structs.replace(compressed, ratios=(self.ratio(layer),))
         return replace(
             self,
             num_hidden_layers=1,

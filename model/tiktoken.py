@@ -37,36 +37,30 @@ _WORDS = "|".join(
 )
 
 
-def tokenizer_json(model: bytes, settings: Json, path: Path) -> bytes:
-    """The ``tokenizer.json`` of the ``tiktoken.model`` at ``path`` with these ``settings``, the
-    content of ``tokenizer_config.json``; a child makes it, within limits.  Raises ``ConfigError``
-    for others than Moonlight's and Kimi's."""
+def made_by_child(model: bytes, settings: Json, path: Path) -> bytes:
+    """``tokenizer_json`` of the file ``path``, within limits.  Raises ``ConfigError``."""
     made = _MAKER.run(json.dumps(settings).encode() + b"\n" + model, str(path))
-    _MAKER.close()
-    if not made.startswith(b"{"):
-        raise errors.ConfigError(f"{path}: {made.decode()}")
+    _MAKER.close()  # few have a second one
     return made
 
 
 _MAKER = Child(
     f"""
 sys.path.append({str(Path(errors.__file__).parents[1])!r})
-from slotmoe.model.tiktoken import made
+from slotmoe.model.tiktoken import tokenizer_json
 def answer(data):
     limit()
     settings, _, model = data.partition(b"\\n")
-    try:
-        return made(model, json.loads(settings))
-    except ValueError as problem:
-        return str(problem).encode()
+    return tokenizer_json(model, json.loads(settings))
 """,
     seconds=20,
     memory=512 << 20,
 )
 
 
-def made(model: bytes, settings: Json) -> bytes:
-    """What ``tokenizer_json`` gives, of as many merges as tokens.  Raises ``ValueError``."""
+def tokenizer_json(model: bytes, settings: Json) -> bytes:
+    """The ``tokenizer.json`` of a ``tiktoken.model`` with these ``settings``, the content of
+    ``tokenizer_config.json``.  Raises ``ValueError`` for others than Moonlight's and Kimi's."""
     if settings.get("tokenizer_class") != _CLASS:
         problem = f"tokenizer_class is {settings.get('tokenizer_class')!r:.60}, expected {_CLASS!r}"
         raise ValueError(f"{problem}; make a tokenizer.json of it and put it beside the checkpoint")

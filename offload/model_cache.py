@@ -1,5 +1,4 @@
-"""The exports in the cache folder: their names, what is there, and how it is removed; and where a
-MODEL lies.  Without torch.
+"""The exports in the cache folder, how they are removed, and where a MODEL lies.  Without torch.
 
 An export that was made there is called after its source's content or commit.  People give the short
 name, which is without: ``model`` of ``owner--model-COMMIT-VERSION`` and of ``model-KEY``.

@@ -1,5 +1,4 @@
-"""slotmoe: DeepSeek-V2 on one machine whose GPU, and perhaps whose RAM, is far smaller than the
-model.
+"""slotmoe: DeepSeek-V2 on one machine whose GPU, perhaps whose RAM, is far smaller.
 
 with slotmoe.Runtime.open("sample") as runtime:
     for token in runtime.generate("It is a truth universally acknowledged,", max_new_tokens=32):
@@ -26,19 +25,8 @@ if TYPE_CHECKING:
     from slotmoe.quant.export.reader import Export
 
 __version__ = "0.1.0"
-__all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "DeviceError",
-    "DownloadError",
-    "Export",
-    "ExportError",
-    "PlanError",
-    "Runtime",
-    "SlotmoeError",
-    "Token",
-    "__version__",
-]
+__all__ = ["CheckpointError", "ConfigError", "DeviceError", "DownloadError", "Export"]
+__all__ += ["ExportError", "PlanError", "Runtime", "SlotmoeError", "Token", "__version__"]
 _LAZY = {
     "Export": "slotmoe.quant.export.reader",
     "Runtime": "slotmoe.offload.runtime",

@@ -3,11 +3,10 @@
 Only the backend knows what a weight ``W`` is made of (fp32, int8, codes) and where it lies.  Only
 ``Experts`` knows where the routed experts are.
 
-Shapes: T tokens of this pass, D hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, R
-kv_lora_rank, V v_head_dim, W = R + P latent row, X elements of a cached row, C = P / 2, S cached
-positions, B a block of them, E routed experts, K experts a token, M MoE layers, J heads of an
-indexer, A index_head_dim, Z head_dim, Y columns of a compressor, L rows of a list, Q residual
-streams.
+Shapes: T tokens, D hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, R kv_lora_rank, V
+v_head_dim, W = R + P latent row, X elements of a cached row, C = P / 2, S cached positions, B a
+block of them, E routed experts, K experts a token, M MoE layers, J heads of an indexer, A
+index_head_dim, Z head_dim, Y columns of a compressor, L rows of a list, Q residual streams.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,8 +32,7 @@ class Timer:
         """The last pass has given one token more, which it had drafted."""
 
     def mark(self, stage: str, now: float | None = None) -> None:
-        """The time since the last mark, until ``now`` (of ``time.perf_counter()``), belongs to
-        ``stage``."""
+        """The time since the last mark, until ``now`` (``time.perf_counter()``), is ``stage``'s."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +124,7 @@ class Mixing:
 class Layer(Generic[W]):
     """Weights of one decoder layer.  ``gate`` is None in a dense layer, ``gate_bias`` where the
     family has none, ``experts_of``, int32 [vocab, K], where the gate chooses by its scores instead
-    of by the token, ``mlp`` where there is no shared expert, and the mixings where there is one
-    residual stream."""
+    of by the token, ``mlp`` where there is no shared expert, the mixings with one stream."""
 
     input_layernorm: Tensor
     attention: Mla[W] | Compressed[W]
@@ -190,9 +187,8 @@ class HyperGeometry(NamedTuple):
 
 class Geometry(NamedTuple):
     """What a backend has to know beside the weights to bind layers: sizes as in the shape legend,
-    epsilons of the norms over D and over the latents, the factor of the attention scores, whether
-    rotated pairs stand in two ``halves`` instead of side by side.  DeepSeek-V4's head_dim is R and
-    V, N + P of it."""
+    epsilons of the norms over D and over the latents, the factor of the scores, whether rotated
+    pairs stand in two ``halves``.  DeepSeek-V4's head_dim is R and V, N + P of it."""
 
     H: int
     N: int
@@ -227,8 +223,7 @@ class State(Protocol):
 
 
 class Cache(State, Protocol):
-    """A sequence's latents, [layers, positions, X], and the keys of the layers with an indexer:
-    ``slotmoe.model.state.LatentCache``."""
+    """Latents, [layers, positions, X], and indexers' keys: ``slotmoe.model.state.LatentCache``."""
 
     layers: Tensor
     index_keys: Tensor
@@ -290,8 +285,7 @@ class Mixed(NamedTuple):
 @dataclass
 class Step:
     """A pass, or some of its tokens, on their way through the layers, over T tokens: ``counts`` of
-    each sequence, which has a state of its own.  The pass has ``before`` tokens of each before
-    them.
+    each sequence, which has a state of its own, behind the pass's ``before`` of each.
 
     ``rope_TC`` rotates a token's pairs, ``compressed_rope_TC`` does in layers with compressed rows,
     where a position is an angle of so many ``compressed_C``, and ``query_scale_T``, None for 1,
@@ -337,9 +331,8 @@ class Experts(Protocol):
         """Where experts are now; None where no backend computes them by itself."""
 
     def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
-        """The backend has computed the experts of M MoE layers from ``layer`` on by the slot
-        table; their gates chose ``indices_MTK`` for the inputs ``x_MTD``, which a backend need not
-        keep where all experts have slots."""
+        """The backend has computed M MoE layers from ``layer`` on by the slot table; the gates
+        chose ``indices_MTK`` for ``x_MTD``, which it need not keep where all experts have slots."""
 
 
 class Runner(Protocol):

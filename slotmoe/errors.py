@@ -18,8 +18,7 @@ def visible(text: str) -> str:
 
 
 def one_line(text: object) -> str:
-    """The same on one line: with codes for line feeds, tabs and all that is no printable
-    character."""
+    """The same on one line: line feeds, tabs and all that is not printable have codes too."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
 
 

@@ -150,8 +150,7 @@ def _open_reference(reference: str, given: Json) -> Runtime:
 
 
 def _open_beside(reference: Runtime | None, model: str, quiet: bool, given: Json) -> Runtime:
-    """The model, in what an open reference leaves of the budget: its plan counts memory that it has
-    not touched yet."""
+    """The model, in what an open reference leaves: its plan counts memory not touched yet."""
     if reference is None:
         return options.open_runtime(model, given, quiet, logits_rows=_LOGITS_ROWS)
     planned, vram, ram = reference.plan.total, given["vram"], given["ram"]

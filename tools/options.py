@@ -77,8 +77,7 @@ class Rare(click.Option):
 
 
 class Command(click.Command):
-    """A command whose help shows its options in groups, and that looks whether its models are there
-    before a library is loaded."""
+    """A command that groups its options, and looks for its models before a library is loaded."""
 
     def invoke(self, ctx: click.Context) -> Any:
         if ctx.info_name != "plan":  # which knows more names
@@ -252,8 +251,7 @@ def _text_options(length: int | None, help: str, *others: Decorator, **own: Deco
 
 
 _GREEDILY = {"temperature": option("--temperature", "N", _GREEDY, default=0.0, type=_POSITIVE)}
-# Of a continuation, of a measurement (whose length does not depend on the model), of a chat's
-# answers, and of a server's defaults.
+# Of continuations, measurements (whose length no model decides), chats, and a server's defaults.
 generation_options = _text_options(None, _STOP_OR_END, _CHAT, _TRACE, **_GREEDILY)
 workload_options = _text_options(_NEW_TOKENS, _STOP, _CHAT, _TRACE, **_GREEDILY)
 chat_options = _text_options(1024, _STOP, _TRACE)

@@ -102,9 +102,8 @@ def command(
 
 
 def _model(name: str, revision: str | None) -> Model:
-    """What MODEL is, from its config and, for an export, its manifest; of a model on the hub from
-    the config there, or in huggingface_hub's cache.  Raises ``ConfigError`` or
-    ``DownloadError``."""
+    """What MODEL is, from its config and an export's manifest; on the hub from the config there, or
+    in huggingface_hub's cache.  Raises ``ConfigError`` or ``DownloadError``."""
     is_here = Path(name).exists()
     if is_here or revision is not None:
         locate(name, revision, options.say)  # says what may surprise, or refuses
@@ -268,10 +267,8 @@ def _outlook(report: Json) -> list[str]:
     slowest = sorted(report["decode_seconds"].items(), key=lambda item: -item[1])
     spent = [f"{name} {1000 * seconds:.0f} ms" for name, seconds in slowest if seconds >= 5e-4]
     bound = _BOUNDS.get(report["bottleneck"], report["bottleneck"])
-    gpu = (
-        " (estimated: bytes over bandwidth, kernels and waits as counted, computing of prompts as "
-    )
-    gpu += "nothing; no GPU has measured it)"
+    gpu = " (estimated: bytes over bandwidth, kernels and waits as counted, computing of prompts as"
+    gpu += " nothing; no GPU has measured it)"
     more = f", each taken for one of the {cores()} here as far as RAM feeds it"
     more = more if settings["threads"] > cores() else ""
     return [

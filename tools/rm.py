@@ -25,7 +25,7 @@ from slotmoe.tools.sessions import session_folder, sessions_in
 @options.JSON
 def command(names: tuple[str, ...], sessions: bool, as_json: bool, **given: Any) -> int:
     """Remove exports from the cache folder: NAME is one that slotmoe list shows, or what it is of:
-    a folder, a hub id, sample. If one NAME can't be removed, none is.
+    a folder, a hub id, sample. If one NAME is unknown or in use, none is removed.
 
     On a terminal it asks first; a script is not asked. What slotmoe run made is made again when it
     is needed: a folder is quantized anew, a model on the hub downloaded. A session's messages are

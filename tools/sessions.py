@@ -52,8 +52,7 @@ def open_session(given: Json, kind: str) -> "Iterator[NamedSession | None]":
 def go_on(
     session: "NamedSession | None", runtime: "Runtime", limit: str, notify: Callable[[str], None]
 ) -> None:
-    """Let the runtime keep its texts where the session is, if there is one, and say which it is.
-    ``limit`` is ``--session-limit``."""
+    """Let the runtime keep its texts where the session is, if any, within ``limit``, and say so."""
     if session is None:
         return
     runtime.keep_in(session.folder, limit, notify)

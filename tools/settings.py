@@ -26,7 +26,7 @@ def defaults(ctx: click.Context) -> Json:
         import tomli as tomllib
     try:
         values: Json = tomllib.loads(read_file(path, 1 << 20).decode())
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise ConfigError(f"{path}: is no TOML ({problem})") from None
     group, found = ctx.command, Json()
     assert isinstance(group, click.Group)

@@ -42,8 +42,7 @@ def table(
     sums: Iterable[Row] = (),
 ) -> Table:
     """A plain table, with the ``sums`` apart below its ``rows``; the columns whose indices are in
-    ``left`` are flush left, the others right.  Where the terminal is too narrow, its rows as
-    lists."""
+    ``left`` are flush left, the others right.  On too narrow a terminal, lists."""
     width, parts = None if title is None else len(title), ([*rows], [*sums])
     plain = Table(title=title, title_justify="left", box=box.SIMPLE, min_width=width)
     plain.pad_edge, plain.collapse_padding = False, True

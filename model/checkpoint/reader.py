@@ -175,7 +175,7 @@ def small_files(folder: Path) -> ReadFile:
         model = read_file(path, tiktoken.MAX_BYTES, CheckpointError)
         settings = read("tokenizer_config.json", MAX_SETTINGS_BYTES) or b"{}"
         parsed = parse_json(settings, folder / "tokenizer_config.json", Json)
-        return tiktoken.tokenizer_json(model, parsed, path)
+        return tiktoken.made_by_child(model, parsed, path)
 
     def read(name: str, limit: int) -> bytes | None:
         if (folder / name).is_file():

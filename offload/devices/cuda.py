@@ -71,8 +71,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._free: dict[int, list[Mapped]] = {}
-        # In the order of the stream: until the event kernels use the memory, and a download's
-        # reader as long as the download lives.
+        # In stream order: kernels use it until the event, a reader while its download lives.
         self._used: list[tuple[Event, Mapped, Callable[[], object]]] = []
 
     def write(self, device: "CudaDevice", source: Tensor, target: Tensor) -> None:

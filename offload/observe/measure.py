@@ -98,8 +98,7 @@ def copy_bandwidth(
 
 
 def expert_bandwidth(backend: TorchBackend, layout: RecordLayout, seconds: float = 0.3) -> float:
-    """Bytes of records a second at which ``backend`` computes experts, four of them for one token,
-    from memory that no cache holds."""
+    """Bytes of records a second at which ``backend`` computes a token's four uncached experts."""
     count = max(8, -(-(128 << 20) // layout.record_bytes)) // 4 * 4
     slab = page_aligned(count * layout.record_bytes).view(count, layout.record_bytes)
     slab.fill_(1)  # pages that nobody has written are all one, which a cache holds
@@ -146,8 +145,7 @@ def read_bandwidth(model: LoadedModel) -> float:
 
 
 def ram_bandwidth(cpu: TorchBackend, room: float = math.inf) -> float:
-    """Bytes a second at which all threads together read RAM, measured now in at most ``room`` bytes
-    of it."""
+    """Bytes a second at which all threads read RAM, measured now in at most ``room`` bytes."""
     size = max(1 << 20, min(_MEASURED_BYTES, room))
     return cpu.read_bandwidth(torch.ones(int(size), dtype=torch.uint8))
 
@@ -164,8 +162,7 @@ def bytes_per_token(model: LoadedModel, position: int) -> dict[str, int]:
 
 
 class Lasting:
-    """What of an open ``model`` has none of its memory: for measuring and predicting when it is
-    closed."""
+    """What has none of an open ``model``'s memory: to measure and predict when it is closed."""
 
     def __init__(self, model: LoadedModel):
         assert model.sizes is not None

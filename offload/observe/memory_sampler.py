@@ -13,8 +13,7 @@ LONGEST = 4000  # samples kept; beyond them every second one goes and the interv
 
 
 def memory_in_use(model: LoadedModel) -> dict[str, tuple[int, dict[str, int]]]:
-    """Tier -> (bytes in use now, bytes of those components of the plan that are there by now).
-    Another thread may ask."""
+    """Tier -> (bytes in use now, those of the plan's components there now).  Any thread may ask."""
     plan, used, memory = model.plan, process_bytes(), model.device.memory()
     resident = sum(model.sizes.resident.values()) if model.sizes is not None else 0
     if memory is not None:  # everything is allocated at open
@@ -39,8 +38,7 @@ class Sample:
 
 
 class MemorySampler:
-    """A thread that samples memory every ``interval`` seconds while it is open as a context
-    manager.
+    """A thread that samples memory every ``interval`` seconds, as a context manager.
 
     Until it watches a model it sees only how the process grows, by the resident weights.  What no
     component explains is ``scratch and rest``.

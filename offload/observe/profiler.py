@@ -49,8 +49,7 @@ class Profiler(Timer):
     ``moved`` counts each slower tier's bytes so far; ``synchronize`` waits for the device.
 
     ``uses[row][expert]`` counts tokens; ``hits``, ``misses`` and, of the misses, ``coming``, those
-    whose read had begun, are counted as the cache counts them: in prefill each expert that a pass
-    needs once.
+    whose read had begun, are the cache's counts: in prefill a pass's distinct experts.
     """
 
     def __init__(

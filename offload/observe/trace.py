@@ -72,8 +72,7 @@ class TraceWriter:
 def read_trace(path: Path) -> tuple[Json, list[Step]]:
     """Header and steps of a trace file.  Raises ``ConfigError``.
 
-    Everything is checked against the bytes that are there: counts, and that each gate chose K
-    different experts below E.
+    Everything is checked against the bytes: counts, and each gate's K different experts below E.
     """
     with reading(path, ConfigError), path.open("rb") as file:
         header = _parse_header(path, file.readline(_LONGEST_HEADER))

@@ -79,8 +79,7 @@ class Prefetcher:
         self._experts, self._record_bytes = experts, size
         self._target, self._bandwidth = target, bandwidth
         self._rows = [_Guesses() for _ in range(rows)]
-        # The share of right guesses; seconds that the disk idles a layer, and that guessing takes;
-        # experts that a layer misses.
+        # Share of right guesses; seconds a layer: idle disk, guessing; experts that a layer misses.
         self._right = {horizon: Average(0.02, 0.5) for horizon in HORIZONS}
         self._idle, self._cost = Average(0.05, 0.0), Average(0.05, 5e-5)
         self._missing = Average(0.01, float(experts))

@@ -319,7 +319,7 @@ def terabyte(repo):
 
 
 *_, LAST = THREE = [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
-PATHS = "../x.safetensors", "/etc/x.safetensors", "C:x.safetensors", "x.bin", 5
+PATHS = "../x.safetensors", "/etc/x.safetensors", "C:x.safetensors", "x.bin"
 REFUSED = {
     "missing tensor": (config(num_hidden_layers=4), r"model.layers.3.*is missing"),
     "unsupported": (config(scoring_func="sigmoid"), "scoring_func"),
@@ -329,7 +329,8 @@ REFUSED = {
     "size of text": (lambda repo: repo.sizes.update({LAST: "9"}), "1 of 3 weight files"),
     "odd checksum": (lambda repo: repo.checksums.update({LAST: "../x"}), "1 of 3 weight files"),
     "header of a terabyte": (terabyte, "header of 1099511627784 bytes"),
-    **{str(file): (index(file), "is not a plain .safetensors file name") for file in PATHS},
+    **{file: (index(file), "is not a plain .safetensors file name") for file in PATHS},
+    "no name": (index(5), "weight_map.x is 5"),
 }
 
 

@@ -179,3 +179,20 @@ def test_no_file_operation_that_fails_costs_more_than_its_block(
                 runtime.engine.empty()
                 assert [*runtime.generate(prompt, COUNT)] == tokens
     assert DONE - {*failed} == {"close"}
+
+
+def test_what_a_failed_engine_holds_is_not_kept(small_export, tmp_path, monkeypatch):
+    """A defect has ended it in the second pass, so nobody knows what the state is worth."""
+    with Runtime.open(small_export, context=256) as runtime:
+        runtime.keep_in(tmp_path)
+        passes, begun = runtime.engine.batch.passes, count(1)
+        run = passes.run
+
+        def fail(rows):
+            assert next(begun) < 2, "a defect"
+            run(rows)
+
+        monkeypatch.setattr(passes, "run", fail)
+        with pytest.raises(AssertionError, match="a defect"):
+            runtime.generate(FIRST[:50], COUNT).read()
+    assert not [path for path in tmp_path.rglob("*-*") if path.is_file()]

@@ -237,7 +237,7 @@ def test_exception_of_one_answer_ends_that_answer_alone(served, monkeypatch, cap
         real = getattr(Answer, name)
 
         def work(answer, *given, real=real):
-            if 300 in answer._prompt:
+            if 300 in answer._penalties._prompt:
                 raise IndexError("nobody foresaw this")
             return real(answer, *given)
 

@@ -61,6 +61,7 @@ REFUSED = {
     "seed = [1]": "seed for run: is [1], expected text or a number",
     "ram = 'lots'": "ram for run: 'lots' is not a size",
     "context =": "is no TOML",
+    "context = " + "[" * 50_000: "is no TOML",
 }
 
 

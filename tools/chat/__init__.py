@@ -130,8 +130,7 @@ def _terminal(model: str, conversation: "Conversation") -> "Terminal":
 
 
 def talk(conversation: "Conversation", frontend: Frontend, sessions: Path) -> None:
-    """Answer messages and do commands until there are no more, or one says to leave.  Sessions lie
-    in the folder ``sessions``."""
+    """Answer messages and do commands until there are no more, or one says to leave."""
     conversation.notify, conversation.think = frontend.say, frontend.think
     while (line := frontend.read()) is not None:
         try:

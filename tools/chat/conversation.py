@@ -1,5 +1,4 @@
-"""A conversation with a model: its messages, what of them fits into the context, and the file that
-keeps it.
+"""A conversation with a model: its messages, what of them fits the context, and its file.
 
 When the context is full, the oldest exchanges are no longer sent, until half of it is free again:
 whenever the beginning changes, all that follows has to be read anew, so this must be rare.  The
@@ -78,8 +77,7 @@ class Conversation:
         self._ids(self.system, [], "Hello")
 
     def answer(self, message: str, again: bool = False) -> Generator[str, None, None]:
-        """The answer to ``message`` piece by piece, without whitespace at its ends; ``again``
-        replaces the last exchange.
+        """The answer to ``message`` in pieces, stripped; ``again`` replaces the last exchange.
 
         An answer that is stopped, by closing this, a signal (which is raised from here) or an
         exception, is kept as far as it came; if that is nowhere, nothing has changed.  Raises

@@ -51,8 +51,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def talking(self) -> Iterator[None]:
-        """Ctrl-C between answers does nothing; what ends the process leaves the terminal as it was
-        before."""
+        """Ctrl-C between answers does nothing; what ends the process restores the terminal."""
         mode = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
 
         def end(number: int) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import socket
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _LIBRARIES = ("fastapi", "pydantic", "uvicorn", "prometheus_client", "llguidance")
 _GRACE_SECONDS = 3  # for answers to be delivered once the server has to end
 _FAILED_SECONDS = 1  # for errors to be delivered once the model has failed
+_MAX_DIGITS = 640  # of an integer; Python allows no lower bound
 _SPARE_CONNECTIONS = 256  # besides those of answers: idle ones, and requests without an answer
 
 _NAMES_HELP = (
@@ -160,7 +162,7 @@ def make_server(
             yield
 
         def run(self, sockets: list[socket.socket] | None = None) -> None:
-            with _often_collected():
+            with bounded():
                 super().run(sockets)
 
     def ended() -> None:
@@ -189,10 +191,12 @@ def make_server(
 
 
 @contextmanager
-def _often_collected() -> Iterator[None]:
+def bounded() -> Iterator[None]:
     """Objects of a large request would make Python look through all of torch's for garbage.
-    Without those it can look often; before, it waits for a quarter as many again."""
-    usual = gc.get_threshold()
+    Without those it can look often; before, it waits for a quarter as many again.  And to read a
+    number takes time that grows with the square of its digits."""
+    usual, digits = gc.get_threshold(), sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(_MAX_DIGITS)
     gc.freeze()
     gc.collect()
     gc.set_threshold(*usual[:2], 1)
@@ -201,6 +205,7 @@ def _often_collected() -> Iterator[None]:
     finally:
         gc.set_threshold(*usual)
         gc.unfreeze()
+        sys.set_int_max_str_digits(digits)
 
 
 def _keys(given: tuple[str, ...], file: str | None) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from slotmoe.tools.serve.service import Service
 
 MAX_SCORES = 100_000  # log-probabilities of prompts' tokens and their alternatives in one request
 compact = json.JSONEncoder(separators=(",", ":")).encode
+_TOGETHER = 64  # of a prompt's tokens in an update
 PING_SECONDS = 3.0  # after which a stream on which nothing moves says that it is alive
 # Finishes of a job that end the whole request.  Nobody reads a 499.
 _FAILURES = {"error": 500, "refused": 400, "cancelled": 499}
@@ -159,8 +160,11 @@ class Answers:
                 self.cancel()
                 raise RefusedError(delta.error, status=failure)
             if index in self._echoes:
-                echo = ContentDelta(self._echoes.pop(index))
-                yield Update(index, [echo], [*self._answers[index].read])
+                yield Update(index, [ContentDelta(self._echoes.pop(index))])
+                read = self._answers[index].read
+                for first in range(0, len(read), _TOGETHER):  # each has log-probabilities
+                    yield Update(index, [], read[first : first + _TOGETHER])
+                    await asyncio.sleep(0)
             content = reader.feed(delta.text)
             if reader.splitter.is_thinking and self._reasoning_tokens is not None:
                 self._reasoning_tokens += len(delta.tokens)

@@ -87,7 +87,7 @@ class Guard:
             if scope["method"] == "POST" and has_body:
                 body = await self._body(headers, receive)
                 receive, is_read = _replay(body, receive), True
-                check(body)
+                await asyncio.to_thread(check, body)  # not in the event loop
         except RefusedError as problem:
             if not is_read and problem.status not in (408, 413, 503):
                 with contextlib.suppress(asyncio.TimeoutError):

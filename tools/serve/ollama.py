@@ -1,6 +1,7 @@
 """Ollama's API: its requests as the conversations and texts of OpenAI's, its answers as JSON in
 lines."""
 
+import asyncio
 import json
 import time
 import uuid
@@ -208,7 +209,7 @@ async def _respond(body: OllamaRequest, answers: Answers) -> Response:
     if body.stream is not False:
         return Lines(events(), answers, Lines.spell(chunk(Update(0))))
     (update,) = await answers.whole()
-    return JSONResponse({**chunk(update), **_end(answers)})
+    return await asyncio.to_thread(lambda: JSONResponse({**chunk(update), **_end(answers)}))
 
 
 def _call(part: ContentDelta) -> Json | None:

@@ -1,5 +1,6 @@
 """OpenAI's chat and text completions."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -244,9 +245,13 @@ async def _respond(
 
     if body.stream:
         return EventStream(events(), answers)
-    wholes = [choices.whole(update) for update in await answers.whole()]
-    content = {**about, "object": choices.kind, "choices": wholes, **choices.about}
-    return JSONResponse({**content, "usage": _usage(answers)})
+    updates = await answers.whole()
+
+    def respond() -> Response:
+        content = {**about, "object": choices.kind, "choices": [*map(choices.whole, updates)]}
+        return JSONResponse({**content, **choices.about, "usage": _usage(answers)})
+
+    return await asyncio.to_thread(respond)  # there may be many log-probabilities
 
 
 class ChatChoices:

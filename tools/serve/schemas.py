@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
+from itertools import groupby
 from typing import Any
 
 from slotmoe.jsonfile import Json
@@ -100,9 +101,8 @@ def _held(schema: Json, place: str, dropped: list[str], closes: bool) -> Json:
             dropped += [] if says_nothing else [here]
         elif name in _OF_NAMES and isinstance(value, dict):
             kept[name] = {}
-            if name == "properties" and _run(value, schema) > _MOST_OPTIONAL:
-                problem = f"has more than {_MOST_OPTIONAL} optional properties one after the other"
-                raise ValueError(f"{problem} ({place or 'at its top'})")
+            if name == "properties" and _run(value, schema.get("required")) > _MOST_OPTIONAL:
+                raise ValueError(f"has more than {_MOST_OPTIONAL} optional properties in a row")
             for key, schema_of_key in value.items():
                 if name == "patternProperties" and _IRREGULAR.search(key):
                     dropped.append(f"{here}.{key}")
@@ -117,14 +117,11 @@ def _held(schema: Json, place: str, dropped: list[str], closes: bool) -> Json:
     return kept
 
 
-def _run(properties: Json, schema: Json) -> int:
+def _run(properties: Json, required: object) -> int:
     """The most optional ones between two that are required."""
-    required, run, longest = schema.get("required"), 0, 0
-    needed = {*filter(lambda key: isinstance(key, str), required)} if type(required) is list else ()
-    for key in properties:
-        run = 0 if key in needed else run + 1
-        longest = max(longest, run)
-    return longest
+    needed = {*map(str, required)} if isinstance(required, list) else ()
+    runs = groupby(properties, lambda key: key in needed)
+    return max((len([*keys]) for is_needed, keys in runs if not is_needed), default=0)
 
 
 def _fate(name: str, value: Any, schema: Json) -> bool | None:
