@@ -33,7 +33,7 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def files(source, tmp_path_factory):
+def files(source, tmp_path_factory, processes):
     """The checkpoint as GGUF files, by ggml's type."""
     folder = tmp_path_factory.mktemp("files")
     kinds = ("BF16", "F32", "Q8_0")
