@@ -108,6 +108,7 @@ def test_an_answer_ends_with_its_context_and_is_counted_once(small_export):
         assert deltas[-1].finish == "length"
         assert sum(len(delta.tokens) for delta in deltas) == 12 - 2 + 1
         assert engine.batch.totals.finished == {"length": 1}
+        assert engine.batch.totals.prompt_tokens == 2
 
 
 class Shards:
