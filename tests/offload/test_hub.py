@@ -329,7 +329,10 @@ REFUSED = {
     "size of text": (lambda repo: repo.sizes.update({LAST: "9"}), "1 of 3 weight files"),
     "odd checksum": (lambda repo: repo.checksums.update({LAST: "../x"}), "1 of 3 weight files"),
     "header of a terabyte": (terabyte, "header of 1099511627784 bytes"),
-    **{str(file): (index(file), "is not a plain .safetensors file name") for file in PATHS},
+    **{
+        str(file): (index(file), r"plain .safetensors file name|x is 5, which is not text")
+        for file in PATHS
+    },
 }
 
 
