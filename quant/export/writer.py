@@ -148,9 +148,8 @@ def replace_file(
         raise
 
 
-def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> Json:
-    """Give the export in ``folder`` a predictor with the ``tensors`` of ``predictor_parts`` and
-    return its new manifest.
+def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Give the export in ``folder`` a predictor with the ``tensors`` of ``predictor_parts``.
 
     The new file has a name of its own, so the rename of the manifest is the one moment in which it
     replaces the old one.
@@ -182,4 +181,3 @@ def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> Json:
                 old.unlink()
     finally:
         os.close(handle)
-    return manifest

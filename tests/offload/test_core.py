@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import stat
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from slotmoe.errors import ExportError
 from slotmoe.model.config import read_config
 from slotmoe.model.generate import Answer, Sampling
 from slotmoe.offload.devices.device import Device
@@ -106,6 +108,7 @@ def test_an_answer_ends_with_its_context_and_is_counted_once(small_export):
         assert deltas[-1].finish == "length"
         assert sum(len(delta.tokens) for delta in deltas) == 12 - 2 + 1
         assert engine.batch.totals.finished == {"length": 1}
+        assert engine.batch.totals.prompt_tokens == 2
 
 
 class Shards:
@@ -269,3 +272,22 @@ def test_latents_of_other_kernels_are_of_another_session(small_export, monkeypat
         monkeypatch.setattr("slotmoe.offload.sessions.store.load", lambda: Mock(digest="others"))
         native = runtime.model.backend.kind == "native"
         assert (_identity(runtime.model) != ours) == native
+
+
+def test_a_refused_export_holds_no_file(small_export, tmp_path):
+    shutil.copytree(small_export, tmp_path / "export")
+    os.truncate(tmp_path / "export" / "resident.safetensors", 4096)
+    before = os.dup(0)
+    os.close(before)
+    with pytest.raises(ExportError, match="resident") as caught:
+        Export.open(tmp_path / "export")
+    os.close(after := os.dup(0))
+    assert after == before and caught.tb  # whose frames keep the export
+
+
+def test_sequences_are_emptied_and_the_first_filled(small_export):
+    with Runtime.open(small_export, context=64, slots=4, sequences=2) as runtime:
+        engine = runtime.engine
+        engine.call(lambda: engine.batch.sequences[1].fill(5, runtime.model.backend))
+        assert engine.empty(3) == [-1] * 3
+        assert [sequence.length for sequence in engine.batch.sequences] == [3, 0]

@@ -106,7 +106,7 @@ def test_calls(server):
 
 
 class Counted:
-    """Calls in this thread and in new ones."""
+    """Calls of functions and methods, in this thread and in new ones."""
 
     def __init__(self):
         self.calls = 0
