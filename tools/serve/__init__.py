@@ -159,11 +159,8 @@ def make_server(
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
             """``command`` has taken them."""
-            yield
-
-        def run(self, sockets: list[socket.socket] | None = None) -> None:
             with bounded():
-                super().run(sockets)
+                yield
 
     def ended() -> None:
         settings.timeout_graceful_shutdown = _FAILED_SECONDS

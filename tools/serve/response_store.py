@@ -38,16 +38,12 @@ class ResponseStore:
         if size > self._size:
             return
         self._stored[owner, response["id"]] = Stored(response, items, packed, size)
-        while len(self._stored) > self._most or self._total() > self._size:
-            self._stored.popitem(last=False)
-
-    def _total(self) -> int:
-        return sum(stored.size for stored in self._stored.values())
+        total = sum(stored.size for stored in self._stored.values())
+        while len(self._stored) > self._most or total > self._size:
+            total -= self._stored.popitem(last=False)[1].size
 
     def get(self, owner: str, id_: str) -> Stored | None:
-        """Of this owner's only."""
-        stored = self._stored.get((owner, id_))
-        if stored is not None:
+        if (stored := self._stored.get((owner, id_))) is not None:
             self._stored.move_to_end((owner, id_))
         return stored
 
