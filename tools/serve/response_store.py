@@ -51,7 +51,6 @@ class ResponseStore:
         self._stored.pop((owner, id_), None)
 
     def item(self, owner: str, id_: str) -> Json | None:
-        """An item of one of the owner's conversations."""
         theirs = [stored.items for (of, _), stored in self._stored.items() if of == owner]
         items = (item for conversation in theirs for item in conversation)
         return next((item for item in items if item["id"] == id_), None)
