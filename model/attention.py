@@ -17,15 +17,9 @@ _Size = Annotated[int, Meta(ge=1, le=1 << 20)]
 _Width = Annotated[int, Meta(ge=1, le=1 << 16)]
 _Heads = Annotated[int, Meta(ge=1, le=4096)]
 
-_RATIOS = {
-    "sliding_attention": 0,
-    "compressed_sparse_attention": 4,
-    "heavily_compressed_attention": 128,
-}
+_SPARSE, _HEAVY = "compressed_sparse_attention", "heavily_compressed_attention"
+_RATIOS = {"sliding_attention": 0, _SPARSE: 4, _HEAVY: 128}
 """Positions that become one, by transformers' name of such a layer."""
-_LayerType = Literal[
-    "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
-]
 
 # Values of V4 that its config.json leaves out or repeats.
 OF_V4 = {"num_key_value_heads": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True}
@@ -124,7 +118,7 @@ class _KeysOfHub(Struct):
     num_hidden_layers: Annotated[int, Meta(ge=1, le=1000)]
     qk_rope_head_dim: _Width | None = None
     partial_rotary_factor: Annotated[float, Meta(ge=0, le=1)] | None = None
-    layer_types: list[_LayerType] | None = None
+    layer_types: list[Literal[tuple(_RATIOS)]] | None = None  # type: ignore[valid-type]
     compress_rates: dict[str, int] | None = None
     mlp_layer_types: list[Literal["hash_moe", "moe"]] | None = None
     rope_parameters: _Ropes | None = None
@@ -171,7 +165,7 @@ def parts_of_v4(values: Json, family: Family) -> Json:
     settings = {**(given.rope_scaling or {}), "rope_theta": given.compress_rope_theta}
     rope = replace(_rope(settings, values, family), mscale=0.0, mscale_all_dim=0.0)
     ratios = ratios[:layers]
-    full = tuple(ratio == _RATIOS["compressed_sparse_attention"] for ratio in ratios)
+    full = tuple(ratio == _RATIOS[_SPARSE] for ratio in ratios)
     compressed = typed({**values, "ratios": ratios, "rope": rope}, Compressed)
     if (heads := values["num_attention_heads"]) % (groups := compressed.o_groups):
         raise ValueError(f"num_attention_heads {heads} is not a multiple of o_groups {groups}")
@@ -195,8 +189,7 @@ def _rope(settings: Json, values: Json, family: Family) -> Rope:
     if "llama_4_scaling_beta" in settings and not (family.query_scaling and kind == "yarn"):
         raise ValueError("rope setting 'llama_4_scaling_beta' is not supported in this model")
     if kind not in ("default", "yarn", None):
-        supported = "only 'yarn' and 'default'"
-        raise ValueError(f"rope type {kind!r:.80} is not supported, {supported}")
+        raise ValueError(f"rope type {kind!r:.80} is not supported, only 'yarn' and 'default'")
     required = {"rope_theta", "factor", "original_max_position_embeddings"}
     if kind != "yarn":
         required = {"rope_theta"}
@@ -243,10 +236,7 @@ def in_hub_words(given: Json) -> Json:
             raise ValueError(f"mlp_layer_types {problem}, or a hash_moe layer behind a moe one")
         _set(values, "num_hash_layers", count)
     if (ropes := hub.rope_parameters) is not None:
-        values["rope_scaling"], values["rope_theta"] = (
-            ropes["compress"],
-            ropes["main"]["rope_theta"],
-        )
+        values |= {"rope_theta": ropes["main"]["rope_theta"], "rope_scaling": ropes["compress"]}
         values["compress_rope_theta"] = ropes["compress"].get("rope_theta")
     if rotated is None:
         if hub.partial_rotary_factor is None:

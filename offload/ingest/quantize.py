@@ -391,12 +391,9 @@ class _Job:
         with self._lock:
             self._fresh[file][name] = checksums, sums
             self._left[file].remove(name)
-            whole = not self._left[file]
-        if whole:
-            self._finish(file)
-
-    def _finish(self, file: str) -> None:
-        """Check a complete file and note what it holds."""
+            if self._left[file]:
+                return
+        # It is complete.
         entry = self._open_files.pop(file).finish(self._contents.record_bytes(file))
         with self._lock:
             self._entries[file] = entry
