@@ -185,7 +185,12 @@ def _rope(settings: Json, values: Json, family: Family) -> Rope:
     settings.pop("max_position_embeddings", None)
     if family.compressed and settings.pop("attention_factor", 1.0) != 1.0:
         raise ValueError("rope setting 'attention_factor' is not supported, only 1.0")
-    _check_rotated_part(values, settings.pop("partial_rotary_factor", None))
+    rotated = values["qk_rope_head_dim"]
+    part = rotated / (values["qk_nope_head_dim"] + rotated)  # of a head
+    for of in (settings.pop("partial_rotary_factor", None), values.get("partial_rotary_factor")):
+        if of not in (None, 1.0, part):
+            problem = f"is {of!r:.80}, expected 1 or {part:g}, which is qk_rope_head_dim"
+            raise ValueError(f"partial_rotary_factor {problem}")
     if "llama_4_scaling_beta" in settings and not (family.query_scaling and kind == "yarn"):
         raise ValueError("rope setting 'llama_4_scaling_beta' is not supported in this model")
     if kind not in ("default", "yarn", None):
@@ -203,16 +208,6 @@ def _rope(settings: Json, values: Json, family: Family) -> Rope:
         problem = "expected more than 1, whose logarithm YaRN divides by"
         raise ValueError(f"rope.rope_theta is {rope.rope_theta}, {problem}")
     return rope
-
-
-def _check_rotated_part(values: Json, factor: object) -> None:
-    """``qk_rope_head_dim`` values are rotated, of which ``factor`` says that they are all of a
-    head, or which part of one with what is not rotated."""
-    part = values["qk_rope_head_dim"] / (values["qk_nope_head_dim"] + values["qk_rope_head_dim"])
-    for found in (factor, values.get("partial_rotary_factor")):
-        if found not in (None, 1.0, part):
-            problem = f"is {found!r:.80}, expected 1 or {part:g}, which is qk_rope_head_dim"
-            raise ValueError(f"partial_rotary_factor {problem}")
 
 
 def in_hub_words(given: Json) -> Json:
@@ -262,12 +257,10 @@ def _full_indexers(values: Json) -> tuple[bool, ...]:
     given, layers = typed(values, _IndexerLayers), values["num_hidden_layers"]
     step, offset = given.index_topk_freq, given.index_skip_topk_offset
     full = tuple(max(layer - offset + 1, 0) % step == 0 for layer in range(layers))
-    key, words = "index_topk_freq", given.indexer_types
-    if words is not None:
-        key = "indexer_types"
-    elif given.index_topk_pattern is not None:
-        key, words = "index_topk_pattern", [*given.index_topk_pattern]
-    if words is not None:
+    lists = {"indexer_types": given.indexer_types, "index_topk_pattern": given.index_topk_pattern}
+    key = next((key for key, words in lists.items() if words is not None), "index_topk_freq")
+    if key in lists:
+        words = [*(lists[key] or ())]
         if len(words) != layers or ({*words} - {"F", "S"} and {*words} - {"full", "shared"}):
             expected = f"expected {layers} of F or S, or of full or shared"
             raise ValueError(f"{key} is {words!r:.80}, {expected}")

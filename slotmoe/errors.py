@@ -60,25 +60,20 @@ class DownloadError(SlotmoeError):
 
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 _WORDS |= {NoneType: "None", Path: "a path"}
+_WIDE: dict[type, type] = {int: Integral, float: Real, tuple: Sequence}
 
 
 def check_types(values: Mapping[str, object], types: Mapping[str, Any]) -> None:
     """Raise ``ConfigError`` for the first of ``values`` that is of none of its ``types``, which are
-    annotations.  Numbers may be numpy's; texts are no lists."""
+    annotations.  Numbers may be numpy's; texts are no lists, and truth values no numbers."""
     for name, value in values.items():
         of = types[name]
         kinds = [get_origin(t) or t for t in (get_args(of) if isinstance(of, UnionType) else [of])]
-        if not any(_is_of(value, kind) for kind in kinds):
+        wide = tuple(_WIDE.get(kind, kind) for kind in kinds)
+        own = next((kind for kind in (bool, str, bytes) if isinstance(value, kind)), None)
+        if not (isinstance(value, wide) if own is None else own in kinds):
             expected = " or ".join(_WORDS.get(kind, "a list") for kind in kinds)
             raise ConfigError(f"{name} is {value!r:.40}, expected {expected}")
-
-
-def _is_of(value: object, kind: type) -> bool:
-    if kind in (int, float):
-        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-    if kind in (tuple, Sequence):
-        return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-    return isinstance(value, kind)
 
 
 @contextmanager

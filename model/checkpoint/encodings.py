@@ -40,11 +40,7 @@ class Encoding:
     rows: int
     columns: int
     dtype: str = "bfloat16"
-    own_of_experts: "Encoding | None" = None
-
-    @property
-    def of_experts(self) -> "Encoding":
-        return self.own_of_experts or self
+    of_experts: "Encoding | None" = None
 
     @property
     def method(self) -> Method:
@@ -109,5 +105,5 @@ def parse_encoding(config: Json) -> Encoding | None:
         case _Fp8(expert_dtype=dtype, weight_block_size=block):
             experts = Encoding("mxfp4", 1, 32) if dtype == "fp4" else None
             size = 128 if block else 0
-            return Encoding("fp8", size, size, own_of_experts=experts)
+            return Encoding("fp8", size, size, of_experts=experts)
     return Encoding("int4", 1, 32)

@@ -64,8 +64,8 @@ class Contents:
     def nbytes(self, file: str) -> int:
         """Size of ``file``."""
         parts = self.parts(file)
-        end = max(part.offset + part.nbytes for part in parts.values())
-        return len(layout.safetensors_header(parts.items())) + end
+        start = len(layout.safetensors_header(parts.items()))
+        return max(part.span(start)[1] for part in parts.values())
 
     def record_bytes(self, file: str) -> int | None:
         """Size of a record, if ``file`` holds experts."""

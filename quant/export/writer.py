@@ -139,9 +139,8 @@ def replace_file(path: Path, data: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         publish_file(path)
-    except OSError:
+    finally:
         temporary_name(path).unlink(missing_ok=True)
-        raise
 
 
 def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> None:
