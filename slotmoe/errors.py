@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
@@ -86,12 +87,6 @@ def naming(path: object) -> Iterator[None]:
         raise
 
 
-def reading(path: Path, error: type[SlotmoeError]) -> AbstractContextManager[None]:
-    """While ``path`` is read: what the system refuses (rights, too many open files, a bad disk) is
-    an ``error`` that names the file and does not call it damaged."""
-    return refused(path, error, "can't be read")
-
-
 @contextmanager
 def refused(path: Path, error: type[SlotmoeError], what: str, advice: str = "") -> Iterator[None]:
     """The system's refusals meanwhile are an ``error`` that names ``path``."""
@@ -99,3 +94,7 @@ def refused(path: Path, error: type[SlotmoeError], what: str, advice: str = "") 
         yield
     except OSError as problem:
         raise error(f"{path}: {what} ({problem.strerror or problem}){advice}") from None
+
+
+reading = partial(refused, what="can't be read")
+"""While a path is read: rights, too many open files and a bad disk do not call it damaged."""
