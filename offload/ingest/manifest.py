@@ -62,7 +62,6 @@ class Contents:
         return layout.layer_parts(self._layers[file], self.config.n_routed_experts, self.layout)
 
     def nbytes(self, file: str) -> int:
-        """Size of ``file``."""
         parts = self.parts(file)
         start = len(layout.safetensors_header(parts.items()))
         return max(part.span(start)[1] for part in parts.values())

@@ -45,7 +45,6 @@ class ExportFile:
 
     @property
     def nbytes(self) -> int:
-        """Size of the finished file."""
         return max(part.span(len(self._header))[1] for part in self.parts.values())
 
     def write(self, name: str, piece: Tensor) -> None:
