@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Annotated, Literal, TypedDict, get_args
+from typing import Annotated, Literal, TypedDict
 
 from msgspec import Meta, Struct
 
@@ -17,10 +17,8 @@ _Size = Annotated[int, Meta(ge=1, le=1 << 20)]
 _Width = Annotated[int, Meta(ge=1, le=1 << 16)]
 _Heads = Annotated[int, Meta(ge=1, le=4096)]
 
-_LayerType = Literal[
-    "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
-]
-_RATIOS = dict(zip(get_args(_LayerType), (0, 4, 128), strict=True))
+_SPARSE, _HEAVY = "compressed_sparse_attention", "heavily_compressed_attention"
+_RATIOS = {"sliding_attention": 0, _SPARSE: 4, _HEAVY: 128}
 """Positions that become one, by transformers' name of such a layer."""
 
 # Values of V4 that its config.json leaves out or repeats.
@@ -120,7 +118,7 @@ class _KeysOfHub(Struct):
     num_hidden_layers: Annotated[int, Meta(ge=1, le=1000)]
     qk_rope_head_dim: _Width | None = None
     partial_rotary_factor: Annotated[float, Meta(ge=0, le=1)] | None = None
-    layer_types: list[_LayerType] | None = None
+    layer_types: list[Literal[tuple(_RATIOS)]] | None = None  # type: ignore[valid-type]
     compress_rates: dict[str, int] | None = None
     mlp_layer_types: list[Literal["hash_moe", "moe"]] | None = None
     rope_parameters: _Ropes | None = None
@@ -165,7 +163,7 @@ def parts_of_v4(values: Json, family: Family) -> Json:
     settings = {**(given.rope_scaling or {}), "rope_theta": given.compress_rope_theta}
     rope = replace(_rope(settings, values, family), mscale=0.0, mscale_all_dim=0.0)
     ratios = ratios[:layers]
-    full = tuple(ratio == _RATIOS["compressed_sparse_attention"] for ratio in ratios)
+    full = tuple(ratio == _RATIOS[_SPARSE] for ratio in ratios)
     compressed = typed({**values, "ratios": ratios, "rope": rope}, Compressed)
     if (heads := values["num_attention_heads"]) % (groups := compressed.o_groups):
         raise ValueError(f"num_attention_heads {heads} is not a multiple of o_groups {groups}")
@@ -185,7 +183,12 @@ def _rope(settings: Json, values: Json, family: Family) -> Rope:
     settings.pop("max_position_embeddings", None)
     if family.compressed and settings.pop("attention_factor", 1.0) != 1.0:
         raise ValueError("rope setting 'attention_factor' is not supported, only 1.0")
-    _check_rotated_part(values, settings.pop("partial_rotary_factor", None))
+    rotated = values["qk_rope_head_dim"]
+    part = rotated / (values["qk_nope_head_dim"] + rotated)  # of a head
+    for of in (settings.pop("partial_rotary_factor", None), values.get("partial_rotary_factor")):
+        if of not in (None, 1.0, part):
+            problem = f"is {of!r:.80}, expected 1 or {part:g}, which is qk_rope_head_dim"
+            raise ValueError(f"partial_rotary_factor {problem}")
     if "llama_4_scaling_beta" in settings and not (family.query_scaling and kind == "yarn"):
         raise ValueError("rope setting 'llama_4_scaling_beta' is not supported in this model")
     if kind not in ("default", "yarn", None):
@@ -203,16 +206,6 @@ def _rope(settings: Json, values: Json, family: Family) -> Rope:
         problem = "expected more than 1, whose logarithm YaRN divides by"
         raise ValueError(f"rope.rope_theta is {rope.rope_theta}, {problem}")
     return rope
-
-
-def _check_rotated_part(values: Json, factor: object) -> None:
-    """``qk_rope_head_dim`` values are rotated, of which ``factor`` says that they are all of a
-    head, or which part of one with what is not rotated."""
-    part = values["qk_rope_head_dim"] / (values["qk_nope_head_dim"] + values["qk_rope_head_dim"])
-    for found in (factor, values.get("partial_rotary_factor")):
-        if found not in (None, 1.0, part):
-            problem = f"is {found!r:.80}, expected 1 or {part:g}, which is qk_rope_head_dim"
-            raise ValueError(f"partial_rotary_factor {problem}")
 
 
 def in_hub_words(given: Json) -> Json:
@@ -262,12 +255,10 @@ def _full_indexers(values: Json) -> tuple[bool, ...]:
     given, layers = typed(values, _IndexerLayers), values["num_hidden_layers"]
     step, offset = given.index_topk_freq, given.index_skip_topk_offset
     full = tuple(max(layer - offset + 1, 0) % step == 0 for layer in range(layers))
-    key, words = "index_topk_freq", given.indexer_types
-    if words is not None:
-        key = "indexer_types"
-    elif given.index_topk_pattern is not None:
-        key, words = "index_topk_pattern", [*given.index_topk_pattern]
-    if words is not None:
+    lists = {"indexer_types": given.indexer_types, "index_topk_pattern": given.index_topk_pattern}
+    key = next((key for key, words in lists.items() if words is not None), "index_topk_freq")
+    if key in lists:
+        words = [*(lists[key] or ())]
         if len(words) != layers or ({*words} - {"F", "S"} and {*words} - {"full", "shared"}):
             expected = f"expected {layers} of F or S, or of full or shared"
             raise ValueError(f"{key} is {words!r:.80}, {expected}")

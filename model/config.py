@@ -122,7 +122,10 @@ class Config(Geometry):
             indexer = structs.replace(indexer, full=(self.has_indexer(layer),))
         if compressed is not None:
             compressed = structs.replace(compressed, ratios=(self.ratio(layer),))
-        counts = {"num_hidden_layers": 1, "first_k_dense_replace": int(not self.is_moe(layer))}
+        counts: Json = {
+            "num_hidden_layers": 1,
+            "first_k_dense_replace": int(not self.is_moe(layer)),
+        }
         counts["num_hash_layers"] = int(layer < self.num_hash_layers)
         return replace(self, **counts, mtp=False, indexer=indexer, compressed=compressed)
 

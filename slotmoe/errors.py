@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
@@ -60,25 +61,20 @@ class DownloadError(SlotmoeError):
 
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 _WORDS |= {NoneType: "None", Path: "a path"}
+_WIDE: dict[type, type] = {int: Integral, float: Real, tuple: Sequence}
 
 
 def check_types(values: Mapping[str, object], types: Mapping[str, Any]) -> None:
     """Raise ``ConfigError`` for the first of ``values`` that is of none of its ``types``, which are
-    annotations.  Numbers may be numpy's; texts are no lists."""
+    annotations.  Numbers may be numpy's; texts are no lists, and truth values no numbers."""
     for name, value in values.items():
         of = types[name]
         kinds = [get_origin(t) or t for t in (get_args(of) if isinstance(of, UnionType) else [of])]
-        if not any(_is_of(value, kind) for kind in kinds):
+        wide = tuple(_WIDE.get(kind, kind) for kind in kinds)
+        own = next((kind for kind in (bool, str, bytes) if isinstance(value, kind)), None)
+        if not (isinstance(value, wide) if own is None else own in kinds):
             expected = " or ".join(_WORDS.get(kind, "a list") for kind in kinds)
             raise ConfigError(f"{name} is {value!r:.40}, expected {expected}")
-
-
-def _is_of(value: object, kind: type) -> bool:
-    if kind in (int, float):
-        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-    if kind in (tuple, Sequence):
-        return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-    return isinstance(value, kind)
 
 
 @contextmanager
@@ -91,12 +87,6 @@ def naming(path: object) -> Iterator[None]:
         raise
 
 
-def reading(path: Path, error: type[SlotmoeError]) -> AbstractContextManager[None]:
-    """While ``path`` is read: what the system refuses (rights, too many open files, a bad disk) is
-    an ``error`` that names the file and does not call it damaged."""
-    return refused(path, error, "can't be read")
-
-
 @contextmanager
 def refused(path: Path, error: type[SlotmoeError], what: str, advice: str = "") -> Iterator[None]:
     """The system's refusals meanwhile are an ``error`` that names ``path``."""
@@ -104,3 +94,7 @@ def refused(path: Path, error: type[SlotmoeError], what: str, advice: str = "") 
         yield
     except OSError as problem:
         raise error(f"{path}: {what} ({problem.strerror or problem}){advice}") from None
+
+
+reading = partial(refused, what="can't be read")
+"""While a path is read: rights, too many open files and a bad disk do not call it damaged."""

@@ -92,9 +92,8 @@ def typed(value: object, of: type[T], place: str = "") -> T:
     except msgspec.ValidationError as problem:
         for inside, part, kind in _parts(value, of, place):
             typed(part, kind, inside)
-        if field := re.match(
-            "Object (missing|contains unknown).* field `(.+)`", str(problem), re.S
-        ):
+        field = re.match("Object (missing|contains unknown).* field `(.+)`", str(problem), re.S)
+        if field:
             what = "is missing" if field[1] == "missing" else "is unknown"
             raise ValueError(f"{_at(place, field[2])} {what}") from None
         raise ValueError(f"{place} is {value!r:.80}, which is not {_words(of)}") from None

@@ -40,11 +40,7 @@ class Encoding:
     rows: int
     columns: int
     dtype: str = "bfloat16"
-    own_of_experts: "Encoding | None" = None
-
-    @property
-    def of_experts(self) -> "Encoding":
-        return self.own_of_experts or self
+    of_experts: "Encoding | None" = None
 
     @property
     def method(self) -> Method:
@@ -102,13 +98,12 @@ def parse_encoding(config: Json) -> Encoding | None:
     if not isinstance(method, str) or method not in _KINDS:
         problem = f"{place}.quant_method {method!r:.40} is not supported, only {', '.join(_KINDS)}"
         raise ValueError(f"{problem}; give the original checkpoint")
-    given = typed(settings, _KINDS[method], place)
-    if isinstance(given, _Bitsandbytes):
-        plain = typed({"dtype": config.get("torch_dtype"), **config}, _Dtype)
-        return Encoding(given.bnb_4bit_quant_type, 1, 64, plain["dtype"])
-    if isinstance(given, _CompressedTensors):
-        return Encoding("int4", 1, 32)
-    assert isinstance(given, _Fp8)
-    experts = Encoding("mxfp4", 1, 32) if given.expert_dtype == "fp4" else None
-    size = 0 if given.weight_block_size is None else 128
-    return Encoding("fp8", size, size, own_of_experts=experts)
+    match typed(settings, _KINDS[method], place):
+        case _Bitsandbytes(bnb_4bit_quant_type=name):
+            plain = typed({"dtype": config.get("torch_dtype"), **config}, _Dtype)
+            return Encoding(name, 1, 64, plain["dtype"])
+        case _Fp8(expert_dtype=dtype, weight_block_size=block):
+            experts = Encoding("mxfp4", 1, 32) if dtype == "fp4" else None
+            size = 128 if block else 0
+            return Encoding("fp8", size, size, of_experts=experts)
+    return Encoding("int4", 1, 32)

@@ -57,7 +57,7 @@ class Places:
         tensor, whole, first, encoding = name, shape, 0, self.config.encoding
         expert = split_expert(name)
         if encoding is not None and expert is not None:
-            encoding = encoding.of_experts
+            encoding = encoding.of_experts or encoding
         if expert is not None and name not in self.stored:
             layer, number, projection = expert
             for fused, part, parts in (FUSED[projection], (projection, 0, 1)):

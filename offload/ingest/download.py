@@ -94,14 +94,9 @@ async def _request(client: Any, remote: Remote, part: Range, take: Callable[[byt
 async def checksum_of(handle: int, expected: Expected) -> str:
     """Checksum of an open file, of the kind of ``expected``.  It can be cancelled soon."""
     digest, start = expected.digest(), 0
-
-    def step() -> int:
-        data = os.pread(handle, _HASH_BYTES, start)
-        digest.update(data)
-        return len(data)
-
-    while count := await asyncio.to_thread(step):
-        start += count
+    while data := await asyncio.to_thread(os.pread, handle, _HASH_BYTES, start):
+        await asyncio.to_thread(digest.update, data)
+        start += len(data)
     return str(digest.hexdigest())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slotmoe.model.checkpoint.dequantize import Codes
 from slotmoe.model.checkpoint.reader import Checkpoint
-from slotmoe.model.names import expert_name, expert_shapes, split_name
+from slotmoe.model.names import split_expert, split_name
 from slotmoe.offload.plan.memory import default_codecs
 from slotmoe.quant.codecs import codec, encode
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, NF4, SCALES, Codec, ExpertCodecs
@@ -88,16 +88,8 @@ def _kept(codes: Codes, kind: Codec) -> Coded:
 
 def codecs_for(checkpoint: Checkpoint) -> ExpertCodecs:
     """How experts are coded unless said: as they are, if all are in 4 bits that a codec holds."""
-    config = checkpoint.config
-    names = (
-        expert_name(layer, expert, projection)
-        for layer in config.moe_layers
-        for expert in range(config.n_routed_experts)
-        for projection in expert_shapes(config)
-    )
-    wanted = default_codecs(config)
-    kept = wanted == DEFAULT_CODECS or all(map(checkpoint.in_4_bits, names))
-    return wanted if kept else DEFAULT_CODECS
+    wanted, experts = default_codecs(checkpoint.config), filter(split_expert, checkpoint.infos)
+    return wanted if all(map(checkpoint.in_4_bits, experts)) else DEFAULT_CODECS
 
 
 def learns(kind: str | Codec) -> bool:
@@ -114,8 +106,7 @@ def levels_file(checkpoint: Checkpoint, kinds: Mapping[str, str | Codec]) -> str
 def _learning(checkpoint: Checkpoint, kinds: Mapping[str, str | Codec]) -> dict[str, str | Codec]:
     """Without the head that predicts one token more, which changes no other byte."""
     last = checkpoint.config.num_hidden_layers
-    learning = {name: kind for name, kind in kinds.items() if learns(kind)}
-    return {name: kind for name, kind in learning.items() if split_name(name)[0] != last}
+    return {n: kind for n, kind in kinds.items() if learns(kind) and split_name(n)[0] != last}
 
 
 def learn_levels(
@@ -126,8 +117,7 @@ def learn_levels(
     infos, levels = checkpoint.infos, {}
     for kind in dict.fromkeys(learning.values()):
         assert isinstance(kind, Codec)
-        names = [name for name, stored in learning.items() if stored == kind]
-        names = [name for name in names if infos[name].file == file]
+        names = [n for n, stored in learning.items() if stored == kind and infos[n].file == file]
         samples = []
         for name in names[:: max(1, -(-len(names) // _MATRICES))]:
             N, K = infos[name].shape

@@ -34,7 +34,6 @@ class Shards(Protocol):
 
 
 def order(steps: Sequence[Step]) -> list[str]:
-    """The files as they come."""
     return list(dict.fromkeys(file for step in steps for file in sorted(step.files)))
 
 

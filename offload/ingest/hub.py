@@ -162,9 +162,7 @@ class HubShards:
     async def _checked(self, name: str, *places: Path | None) -> Path | None:
         """The first place that has a file with the checksum of the file ``name``."""
         expected = self.snapshot.files[name]
-        for path in filter(None, places):
-            if not path.is_file():
-                continue
+        for path in (place for place in places if place is not None and place.is_file()):
             with open(path, "rb") as file:
                 if await checksum_of(file.fileno(), expected) == expected.checksum:
                     return path

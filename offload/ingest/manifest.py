@@ -62,10 +62,9 @@ class Contents:
         return layout.layer_parts(self._layers[file], self.config.n_routed_experts, self.layout)
 
     def nbytes(self, file: str) -> int:
-        """Size of ``file``."""
         parts = self.parts(file)
-        end = max(part.offset + part.nbytes for part in parts.values())
-        return len(layout.safetensors_header(parts.items())) + end
+        start = len(layout.safetensors_header(parts.items()))
+        return max(part.span(start)[1] for part in parts.values())
 
     def record_bytes(self, file: str) -> int | None:
         """Size of a record, if ``file`` holds experts."""

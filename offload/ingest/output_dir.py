@@ -113,7 +113,6 @@ def refuse_foreign(folder: Path, ours: Collection[str], why: str) -> None:
 
 
 def empty(folder: Path) -> None:
-    """Remove everything in ``folder``."""
     for path in list(folder.iterdir()):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

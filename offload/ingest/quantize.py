@@ -241,10 +241,8 @@ class _Job:
     def write(self, names: list[str]) -> Json:
         """Write the files ``names`` unless they are finished; returns their manifest entries."""
         infos, tensors = self.checkpoint.infos, self._contents.tensors
-        made_of: dict[str, list[str]] = {name: [] for name in names if name not in COPIED}
-        for name, tensor in tensors.items():
-            if tensor.file in made_of:
-                made_of[tensor.file].append(name)
+        by_file = _grouped(tensors, lambda name: tensors[name].file)
+        made_of = {name: by_file[name] for name in names if name not in COPIED}
         self._fresh = {file: {} for file in made_of}
         self._done, self._total = 0, sum(infos[n].nbytes for file in made_of for n in made_of[file])
         self._left = {file: self._resume(file, made_of[file]) for file in made_of}
@@ -391,12 +389,9 @@ class _Job:
         with self._lock:
             self._fresh[file][name] = checksums, sums
             self._left[file].remove(name)
-            whole = not self._left[file]
-        if whole:
-            self._finish(file)
-
-    def _finish(self, file: str) -> None:
-        """Check a complete file and note what it holds."""
+            if self._left[file]:
+                return
+        # It is complete.
         entry = self._open_files.pop(file).finish(self._contents.record_bytes(file))
         with self._lock:
             self._entries[file] = entry

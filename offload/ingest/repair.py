@@ -23,12 +23,10 @@ def export_of(checkpoint: Checkpoint, mode: str, codecs: ExpertCodecs, folder: P
         manifest = read_manifest(folder)
     except ExportError:
         return None
-    source = manifest.get("source")
-    same = isinstance(source, dict) and source.get("files") == source_files(checkpoint)
-    quantization = manifest["quantization"]
-    same = same and quantization.get("resident") == mode
-    same = same and ("mtp_layer" in manifest["experts"]) == checkpoint.config.mtp
-    return manifest if same and quantization["experts"] == codecs.names() else None
+    how, has_head = manifest["quantization"], "mtp_layer" in manifest["experts"]
+    found = manifest["source"]["files"], how["resident"], how["experts"], has_head
+    wanted = source_files(checkpoint), mode, codecs.names(), checkpoint.config.mtp
+    return manifest if found == wanted else None
 
 
 def source_files(checkpoint: Checkpoint) -> dict[str, Json]:

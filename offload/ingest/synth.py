@@ -73,9 +73,8 @@ def synthesize(
         write_json(partial / MANIFEST, manifest)
         publish(partial, destination)
         return manifest
-    except BaseException:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _write_weights(contents: Contents, partial: Path, files: list[str], progress: Progress) -> Json:

@@ -60,7 +60,7 @@ class Sizes:
 def default_codecs(config: Config) -> ExpertCodecs:
     """How experts are coded unless said: as the checkpoint has them, if a codec holds that."""
     encoding = config.encoding
-    name = "" if encoding is None else encoding.of_experts.name
+    name = "" if encoding is None else (encoding.of_experts or encoding).name
     return KEPT_CODECS.get(name) or EXPERT_CODECS.get((name, "4"), DEFAULT_CODECS)
 
 

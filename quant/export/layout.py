@@ -193,7 +193,6 @@ def describe_tensors(parts: dict[str, Part], checksums: dict[str, str]) -> Json:
 
 
 def part_of(item: Json) -> Part:
-    """A tensor of ``describe_tensors``."""
     return Part(DTYPES[item["dtype"]], tuple(item["shape"]))
 
 

@@ -13,22 +13,9 @@ from slotmoe.errors import ExportError
 from slotmoe.jsonfile import Json
 from slotmoe.quant.codecs.codec import manifest_codecs
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of, possible_scales
-from slotmoe.quant.export import validate
+from slotmoe.quant.export import layout, validate
 from slotmoe.quant.export.folder import Folder
-from slotmoe.quant.export.layout import (
-    COPIED,
-    EXPERTS,
-    MAX_SWAP_PRICE,
-    PROJECTIONS,
-    RESIDENT,
-    SWAP_PRICES,
-    RecordLayout,
-    checksum,
-    is_predictor,
-    layer_file,
-    layer_parts,
-    tensor_parts,
-)
+from slotmoe.quant.export.layout import COPIED, RESIDENT, checksum, is_predictor, layer_file
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.shapes import ALIGNMENT
 
@@ -45,13 +32,12 @@ class Export(AbstractContextManager["Export"]):
     """An open export.  Reads are thread-safe; close it or use it as a context manager.  ``folders``
     hold the experts' files: the export's own first, then copies."""
 
-    def __init__(
-        self, folder: Path, manifest: Json, layout: RecordLayout, experts_dirs: Sequence[Path] = ()
-    ):
-        files = manifest["files"]
+    def __init__(self, folder: Path, manifest: Json, experts_dirs: Sequence[Path]):
+        files, inside = manifest["files"], f"{layout.EXPERTS}/"
         self._own = Folder(folder, files)
-        self.folders = [self._own, *(Folder(path, files, f"{EXPERTS}/") for path in experts_dirs)]
-        self.folder, self.manifest, self.layout = folder, manifest, layout
+        self.folders = [self._own, *(Folder(path, files, inside) for path in experts_dirs)]
+        self.folder, self.manifest = folder, manifest
+        self.layout = validate.manifest_layout(manifest)
         self.experts: int = manifest["experts"]["n_routed_experts"]
         self.layers: tuple[int, ...] = tuple(manifest["experts"]["layers"])
         self.mtp_layer: int | None = manifest["experts"].get("mtp_layer")  # the last, if kept
@@ -59,7 +45,7 @@ class Export(AbstractContextManager["Export"]):
         self._levels = {name: levels_of(codec) for name, codec in self._codecs.items()}
         self._predictor = next(filter(is_predictor, files), None)
         held = [name for name in files if name in (RESIDENT, self._predictor)]
-        self._parts = {name: tensor_parts(files[name]) for name in held}
+        self._parts = {name: layout.tensor_parts(files[name]) for name in held}
         # Of all resident tensors, and of all the predictor's.
         self.resident_bytes, self.predictor_bytes = (
             sum(part.nbytes for part in self._parts.get(name, {}).values())
@@ -75,7 +61,7 @@ class Export(AbstractContextManager["Export"]):
         folder = Path(path)
         manifest = validate.read_manifest(folder)
         validate.refuse_unlisted(folder, manifest)
-        export = cls(folder, manifest, validate.manifest_layout(manifest), experts_dirs)
+        export = cls(folder, manifest, experts_dirs)
         try:
             export._verify_files()
         except BaseException:
@@ -93,7 +79,7 @@ class Export(AbstractContextManager["Export"]):
             for folder in self.folders:
                 folder.open_file(name)  # its size bounds the work that the header takes
                 # A hard link keeps its origin's names.
-                folder.verify_header(name, layer_parts(origin, self.experts, self.layout))
+                folder.verify_header(name, layout.layer_parts(origin, self.experts, self.layout))
         for name, parts in self._parts.items():
             self._own.open_file(name)
             self._own.verify_header(name, parts)
@@ -148,10 +134,11 @@ class Export(AbstractContextManager["Export"]):
         record = _empty((self.layout.record_bytes,), torch.uint8)
         self.read_range(layer, expert, 0, record.numpy().data)
         self.verify_record(layer, expert, record.numpy().data)
-        levels = self.layout.levels()
-        weights = {name: self.layout.weight(record, name, levels) for name in PROJECTIONS}
+        levels, view = self.layout.levels(), self.layout.weight
+        weights = {name: view(record, name, levels) for name in layout.PROJECTIONS}
         for name, weight in weights.items():
-            self._check_scales(layer_file(layer), f"layer {layer} expert {expert} {name}", weight)
+            what = f"layer {layer} expert {expert} {name}"
+            self._check_scales(layer_file(layer), what, weight.scales)
         return {name: weight.dequantize() for name, weight in weights.items()}
 
     def resident(self, name: str, empty: Empty = _empty) -> Tensor | Int8Weight | CodedWeight:
@@ -161,20 +148,18 @@ class Export(AbstractContextManager["Export"]):
             what = f"has no tensor {name}; the export does not fit its config.json"
             raise self._own.error(RESIDENT, what)
         weight = self._tensor(RESIDENT, name, empty)
-        coded = self.manifest["quantization"]["resident_codecs"].get(name)
-        if coded is not None:
+        if coded := self.manifest["quantization"]["resident_codecs"].get(name):
             codec, (N, K) = self._codecs[coded["codec"]], coded["shape"]
             _, scales_name = codec.tensors(name, N, K)
             scales = self._tensor(RESIDENT, scales_name, empty)
-            coded_weight = CodedWeight(weight, scales, self._levels[codec.name], (N, K))
-            self._check_scales(RESIDENT, name, coded_weight)
-            return coded_weight
+            self._check_scales(RESIDENT, name, scales)
+            return CodedWeight(weight, scales, self._levels[codec.name], (N, K))
         if name + ".scale" in parts:
             return Int8Weight(weight, self._tensor(RESIDENT, name + ".scale", empty))
         return weight
 
-    def _check_scales(self, file: str, what: str, weight: CodedWeight) -> None:
-        if not possible_scales(weight.scales):
+    def _check_scales(self, file: str, what: str, scales: Tensor) -> None:
+        if not possible_scales(scales):
             problem = "has scales that are not finite, or zero where they can't be"
             raise self._own.error(file, f"{what} {problem}; quantize again")
 
@@ -197,9 +182,9 @@ class Export(AbstractContextManager["Export"]):
             tensors[name] = self._tensor(self._predictor, name, _empty)
             if not tensors[name].isfinite().all():
                 raise self._own.error(self._predictor, f"{name} is not finite; calibrate again")
-            limits = tensors[name].aminmax() if name == SWAP_PRICES else (0, 0)
-            if limits[0] < 0 or limits[1] > MAX_SWAP_PRICE:
-                what = f"{name} has a price outside 0 to {MAX_SWAP_PRICE:g}"
+            limits = tensors[name].aminmax() if name == layout.SWAP_PRICES else (0, 0)
+            if limits[0] < 0 or limits[1] > layout.MAX_SWAP_PRICE:
+                what = f"{name} has a price outside 0 to {layout.MAX_SWAP_PRICE:g}"
                 raise self._own.error(self._predictor, f"{what}; calibrate again")
         return tensors
 

@@ -48,15 +48,9 @@ def unlisted_files(folder: Path, manifest: Json) -> list[str]:
     """
     paths = [*folder.iterdir(), *(folder / "experts").glob("*")]
     names = (str(path.relative_to(folder)) for path in paths if path.name != "experts")
-    ours = {layout.MANIFEST, *manifest["files"]}
-    return sorted(
-        name
-        for name in names
-        if name not in ours
-        and not name.startswith(".")
-        and not name.endswith(".tmp")
-        and not is_predictor(name)
-    )
+    foreign = {*names} - {layout.MANIFEST, *manifest["files"]}
+    passing = {name for name in foreign if name.endswith(".tmp") or is_predictor(name)}
+    return sorted(name for name in foreign - passing if not name.startswith("."))
 
 
 def refuse_unlisted(folder: Path, manifest: Json) -> None:

@@ -45,7 +45,6 @@ class ExportFile:
 
     @property
     def nbytes(self) -> int:
-        """Size of the finished file."""
         return max(part.span(len(self._header))[1] for part in self.parts.values())
 
     def write(self, name: str, piece: Tensor) -> None:
@@ -110,10 +109,9 @@ def temporary_name(path: Path) -> Path:
 
 
 def publish_file(path: Path) -> None:
-    """Give a finished file its name, durably; nothing happens if it has it already."""
-    if temporary_name(path).exists():
-        os.rename(temporary_name(path), path)
-        sync_folder(path.parent)
+    """Give a finished file its name, durably."""
+    os.rename(temporary_name(path), path)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -168,10 +166,9 @@ def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> None:
                 for name in parts:
                     file.write(name, tensors[name])
                 entry = file.finish()
-        except BaseException:
+            publish_file(path)
+        finally:
             temporary_name(path).unlink(missing_ok=True)
-            raise
-        publish_file(path)
         files = {name: old for name, old in manifest["files"].items() if not is_predictor(name)}
         manifest["files"] = dict(sorted({**files, path.name: entry}.items()))
         manifest["checksum"] = manifest_checksum(manifest)
