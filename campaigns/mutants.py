@@ -11,18 +11,21 @@ survives: a programmer's slip of that kind would land.
 2. The seed orders the mutants of each part.  All are tried: a night.  --seconds 360 is an hour's
    sample, --count 30 one of thirty each.
 3. Each mutant runs in a copy of the tree against tests that reach its line, at most --limit of
-   them, which take different ways through the file.  A failure or a hang kills it.  A test that
-   fails without the mutant too does not count.
+   them, in as many seconds: those that name what it changes, and those that take different ways
+   through the file.  A failure or a hang kills it.  A test that fails without the mutant too does
+   not count.
 
 --limit makes the figure a lower bound: another test might have killed a survivor.  Mutants that
 change nothing that a test could see survive whatever the tests: equivalent.toml lists them, each
 with the reason, and they do not count.  The checkout is never changed.
 """
 
+import ast
 import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -153,22 +156,69 @@ def reaching(mutant, tests):
 
 
 def choose(mutant, tests, limit):
-    """At most ``limit`` tests, those of a file together: by turns one that reaches the fewest lines
-    and one that reaches most of the mutant's file, then the fastest.  Tests that share a fixture's
-    way through that file alone, or another, come one by one."""
-    number, seen, orders = FILES.index(mutant.file), Counter(), []
-    for worth in (lambda test: len(test["lines"]), lambda test: -test["ways"][number][0]):
-        seen.clear()
-        ranks = []
+    """At most ``limit`` tests, in as many seconds, those of a file together: by turns one that says
+    most of the mutant's words, rare ones first, one that reaches the fewest lines, and one that
+    reaches most of the mutant's file; then the fastest.  Tests of one function, or which share a
+    fixture's way through that file alone, come one by one."""
+    number, wanted, orders = FILES.index(mutant.file), words_of_mutant(mutant), []
+    said = Counter(word for test in tests for word in wanted & test["words"])
+
+    def way(test):
+        return test["ways"][number]
+
+    for group, worth in (
+        (function_of, lambda test: -sum(1 / said[word] for word in wanted & test["words"])),
+        (way, lambda test: len(test["lines"])),
+        (way, lambda test: -way(test)[0]),
+    ):
+        seen, ranks = Counter(), []
         for test in sorted(tests, key=lambda test: (worth(test), test["seconds"])):
-            ranks.append((seen[test["ways"][number]], len(ranks), test["test"]))
-            seen[test["ways"][number]] += 1
+            ranks.append((seen[group(test)], len(ranks), test["test"]))
+            seen[group(test)] += 1
         orders.append([name for *_, name in sorted(ranks)])
-    names = list(dict.fromkeys(chain.from_iterable(zip(*orders, strict=True))))[:limit]
-    files = list(dict.fromkeys(name.partition("::")[0] for name in names))
-    names.sort(key=lambda name: files.index(name.partition("::")[0]))
-    by_name = {test["test"]: test for test in tests}
-    return [by_name[name] for name in names]
+    by_name, chosen, left = {test["test"]: test for test in tests}, [], limit
+    for name in dict.fromkeys(chain.from_iterable(zip(*orders, strict=True))):
+        test = by_name[name]
+        if len(chosen) < limit and (not chosen or test["seconds"] <= left):
+            chosen.append(test)
+            left -= test["seconds"]
+    files = list(dict.fromkeys(file_of(test) for test in chosen))
+    return sorted(chosen, key=lambda test: files.index(file_of(test)))
+
+
+def words_of(text):
+    return frozenset(re.findall(r"[A-Za-z]\w{2,}", text))
+
+
+def words_of_mutant(mutant):
+    """Of the changed lines, the one above, and the names of what they are in."""
+    names = [
+        node.name
+        for node in ast.walk(ast.parse(mutant.source))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and node.lineno <= mutant.line <= node.end_lineno
+    ]
+    return words_of(" ".join([mutant.behind, mutant.before, *names]))
+
+
+def file_of(test):
+    return test["test"].partition("::")[0]
+
+
+def function_of(test):
+    return test["test"].partition("[")[0]
+
+
+def words_of_functions(tree, tests):
+    """What each test function says, as words."""
+    found = {}
+    for file in {file_of(test) for test in tests}:
+        source = (tree / file).read_text()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                said = ast.get_source_segment(source, node)
+                found[file, node.name] = words_of(said)
+    return found
 
 
 class Trial:
@@ -240,7 +290,10 @@ def explained(tree):
 def prepare(folder, given):
     given.tree = given.tree.resolve()
     given.equivalent, given.tests = explained(given.tree), make_map(given.tree, given.map)
+    words = words_of_functions(given.tree, given.tests)
     for test in given.tests:
+        function = function_of(test).rpartition("::")[2]
+        test["words"] = words.get((file_of(test), function), frozenset())
         of_files = groupby(test["lines"], lambda line: line // SPAN)
         ways = {number: tuple(lines) for number, lines in of_files}
         test["ways"] = {number: (len(lines), hash(lines)) for number, lines in ways.items()}
@@ -286,7 +339,7 @@ ATTACK = Attack(
     prepare=prepare,
     options={
         "tree": {"type": Path, "default": OWN, "help": "the checkout [its own]"},
-        "limit": {"type": int, "default": 40, "help": "tests for a mutant [40]"},
+        "limit": {"type": int, "default": 40, "help": "tests for a mutant, and seconds [40]"},
         "workers": {"type": int, "default": 2, "help": "mutants at once [2]"},
         "map": {"type": Path, "help": "a file for what tests reach"},
     },
