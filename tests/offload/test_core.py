@@ -17,7 +17,9 @@ from slotmoe.errors import ConfigError, ExportError
 from slotmoe.model.config import read_config
 from slotmoe.model.generate import Answer, Delta, Sampling
 from slotmoe.offload.devices.device import Device
-from slotmoe.offload.engine.requests import _WAIT_SECONDS, Stream, wait_for
+from slotmoe.offload.engine.batch import Batch
+from slotmoe.offload.engine.engine import _FORKED
+from slotmoe.offload.engine.requests import _WAIT_SECONDS, Request, Stream, wait_for
 from slotmoe.offload.experts.experts import Experts, _first
 from slotmoe.offload.experts.slots import Slots
 from slotmoe.offload.experts.source import DEMAND, Read
@@ -34,7 +36,7 @@ from slotmoe.quant.export.layout import Part, place
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import ExportFile, replace_file
 from tests.support.blocks import per_token
-from tests.support.engine import ask, sound, start
+from tests.support.engine import ask, decode, sound, start
 from tests.support.states import BYTES, CHOSEN, EXPERTS, ROWS, Disk
 from tests.support.tiny import SMALL, write_checkpoint
 
@@ -75,6 +77,36 @@ def test_a_wait_ends_with_an_item_its_time_or_the_engine():
     assert stream.wait(0.0) is False
     stream.request.emit(Delta("", (), "length"))
     assert stream.wait(0.0) is True and stream.wait(0.0) is True
+
+
+def test_a_prompt_begins_with_what_its_owner_has():
+    sequences = [Mock(owner=owner, tokens=[5, 6, 7], state=Mock(reach=int)) for owner in "ab"]
+    request = Request([5, 6, 8], None, owner="b")
+    assert Batch._shared(SimpleNamespace(sequences=sequences), request) == {sequences[1]: 2}
+
+
+def test_what_is_restored_goes_on_behind_what_is_held(small_export, tmp_path):
+    with Runtime.open(small_export, context=256, slots=4) as runtime:
+        runtime.keep_in(tmp_path)
+        wanted = decode(runtime, [*range(2, 152)], [])
+    with Runtime.open(small_export, context=256, slots=4) as runtime:
+        decode(runtime, [*range(2, 102)], [])
+        runtime.keep_in(tmp_path)
+        assert torch.equal(decode(runtime, [*range(2, 152)], []), wanted)
+        assert runtime.sessions.stats()["restored_tokens"] == 149 - 100
+
+
+def test_closing_in_a_forked_child_leaves_the_parents_threads_alone(small_export):
+    runtime = Runtime.open(small_export, context=64, slots=4)
+    engine = runtime.engine
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_refusal", _FORKED)
+        patch.setattr(Export, "close", close := Mock())
+        engine.close()
+        close.assert_called_once_with()
+        assert engine.alive and engine._thread.is_alive()
+    runtime.close()
+    assert not engine.alive and not engine._thread.is_alive()
 
 
 def test_a_slot_that_is_free_by_now_is_taken_before_a_record_is_lost():
