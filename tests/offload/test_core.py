@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 from dataclasses import replace
+from queue import Empty, SimpleQueue
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -12,14 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slotmoe.errors import ExportError
+from slotmoe.errors import ConfigError, ExportError
 from slotmoe.model.config import read_config
-from slotmoe.model.generate import Answer, Sampling
+from slotmoe.model.generate import Answer, Delta, Sampling
 from slotmoe.offload.devices.device import Device
+from slotmoe.offload.engine.batch import Batch
+from slotmoe.offload.engine.engine import _FORKED
+from slotmoe.offload.engine.requests import _WAIT_SECONDS, Request, Stream, wait_for
 from slotmoe.offload.experts.experts import Experts, _first
 from slotmoe.offload.experts.slots import Slots
 from slotmoe.offload.experts.source import DEMAND, Read
-from slotmoe.offload.experts.store import FREE, STALE
+from slotmoe.offload.experts.store import ARRIVED, FREE, STALE, ExpertStore
 from slotmoe.offload.ingest import output_dir, quantize
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import make_plan, predicted_components, scratch_bytes, sizes_of
@@ -32,7 +36,7 @@ from slotmoe.quant.export.layout import Part, place
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import ExportFile, replace_file
 from tests.support.blocks import per_token
-from tests.support.engine import ask, start
+from tests.support.engine import ask, decode, sound, start
 from tests.support.states import BYTES, CHOSEN, EXPERTS, ROWS, Disk
 from tests.support.tiny import SMALL, write_checkpoint
 
@@ -60,6 +64,51 @@ def test_what_was_guessed_and_is_demanded_is_read_once():
     assert reads[2] is not guessed[2] and disk.pending == [guessed[0], reads[2]]
 
 
+def test_a_wait_ends_with_an_item_its_time_or_the_engine():
+    asked, queue = [], SimpleQueue()
+    nothing = SimpleNamespace(get=lambda timeout: asked.append(timeout) or queue.get(False))
+    with pytest.raises(Empty):
+        wait_for(nothing, lambda: True, 2 * _WAIT_SECONDS)
+    assert asked == [_WAIT_SECONDS] * 2
+    with pytest.raises(ConfigError):
+        wait_for(nothing, lambda: len(asked) < 5)
+    assert asked[2:] == [_WAIT_SECONDS] * 3 + [0.0]
+    stream = Stream([5], None, "length")
+    assert stream.wait(0.0) is False
+    stream.request.emit(Delta("", (), "length"))
+    assert stream.wait(0.0) is True and stream.wait(0.0) is True
+
+
+def test_a_prompt_begins_with_what_its_owner_has():
+    sequences = [Mock(owner=owner, tokens=[5, 6, 7], state=Mock(reach=int)) for owner in "ab"]
+    request = Request([5, 6, 8], None, owner="b")
+    assert Batch._shared(SimpleNamespace(sequences=sequences), request) == {sequences[1]: 2}
+
+
+def test_what_is_restored_goes_on_behind_what_is_held(small_export, tmp_path):
+    with Runtime.open(small_export, context=256, slots=4) as runtime:
+        runtime.keep_in(tmp_path)
+        wanted = decode(runtime, [*range(2, 152)], [])
+    with Runtime.open(small_export, context=256, slots=4) as runtime:
+        decode(runtime, [*range(2, 102)], [])
+        runtime.keep_in(tmp_path)
+        assert torch.equal(decode(runtime, [*range(2, 152)], []), wanted)
+        assert runtime.sessions.stats()["restored_tokens"] == 149 - 100
+
+
+def test_closing_in_a_forked_child_leaves_the_parents_threads_alone(small_export):
+    runtime = Runtime.open(small_export, context=64, slots=4)
+    engine = runtime.engine
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_refusal", _FORKED)
+        patch.setattr(Export, "close", close := Mock())
+        engine.close()
+        close.assert_called_once_with()
+        assert engine.alive and engine._thread.is_alive()
+    runtime.close()
+    assert not engine.alive and not engine._thread.is_alive()
+
+
 def test_a_slot_that_is_free_by_now_is_taken_before_a_record_is_lost():
     disk, others = Disk(None), range(2, 10)
     slots = Slots(disk, make_cache("lru", 4, ROWS, EXPERTS), CHOSEN + 3, CHOSEN, BYTES, Device())
@@ -74,6 +123,35 @@ def test_a_slot_that_is_free_by_now_is_taken_before_a_record_is_lost():
     disk.end(disk.begun[0], True)
     slots.demand([10])
     assert {slots.store.state(expert_id) for expert_id in others} == {STALE}
+
+
+def test_what_is_stale_is_overwritten_by_its_latest_rank():
+    """What was taken back since, and given up again, after all that is ranked; then by worth."""
+    cache = make_cache("lru", 2, ROWS, EXPERTS)
+    store = ExpertStore(cache, torch.zeros(6, BYTES), 6)
+    for expert_id in range(6):
+        cache.use_chunk(expert_id // EXPERTS, [[expert_id % EXPERTS]])
+        store.move(store.take(expert_id), ARRIVED)
+        store.move(store.of[expert_id], STALE)
+
+    def left():
+        sound(store)
+        return {slot.expert for slot in store.slots if slot.state is STALE}
+
+    def replaces(expert_id):
+        before = left()
+        store.take(expert_id)
+        return before - left()
+
+    store.rank()
+    store.take(0)
+    assert replaces(6) == {1}
+    store.move(store.of[0], STALE)
+    assert replaces(7) == {2}
+    store.take(4)
+    store.rank()
+    store.move(store.of[4], STALE)
+    assert [replaces(expert_id) for expert_id in (8, 9, 10, 11)] == [{0}, {3}, {5}, {4}]
 
 
 def test_the_cpu_computes_what_few_tokens_use_once_slots_are_full():
