@@ -175,7 +175,7 @@ class CompressedGeometry(NamedTuple):
 
 
 class HyperGeometry(NamedTuple):
-    """Of hyper-connections: streams, iterations of Sinkhorn and Knopp, their epsilon, a norm's."""
+    """Of hyper-connections: streams, Sinkhorn and Knopp's iterations, their epsilon, the norm's."""
 
     Q: int
     iterations: int
