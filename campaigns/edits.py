@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from textwrap import indent
 
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
@@ -39,19 +40,22 @@ OTHER |= {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.BitOr:
 
 @dataclass(frozen=True)
 class Mutant:
-    """``file`` with the lines ``after`` for the lines ``before``, the first of which is ``line``.
-    ``start`` is the line whose look-up says that a test reaches the change; 0 where it runs when
-    the file is imported."""
+    """``file`` with the lines ``after`` for ``before``, the first of which is ``line`` and comes
+    behind ``behind``.  ``start`` is the line whose look-up says that a test reaches the change; 0
+    where it runs when the file is imported."""
 
     file: str
     line: int
     start: int
+    behind: str
     before: str
     after: str
     source: str
 
     def __str__(self):
-        return f"{self.file}:{self.line}\n  - {self.before}\n  + {self.after}"
+        marks = {"    ": self.behind, "  - ": self.before, "  + ": self.after}
+        lines = [indent(text, mark) for mark, text in marks.items()]
+        return "\n".join([f"{self.file}:{self.line}", *lines])
 
 
 class Edit:
@@ -75,8 +79,11 @@ class Edit:
         )
         while old[-1] == new[-1] and min(len(old), len(new)) > first + 1:
             del old[-1], new[-1]
-        before, after = ("\n    ".join(map(str.strip, lines[first:])) for lines in (old, new))
-        return Mutant(self.file, first + 1, self.start, before, after, source)
+        behind, before, after = (
+            "\n".join(map(str.strip, lines))
+            for lines in (old[max(first - 1, 0) : first], old[first:], new[first:])
+        )
+        return Mutant(self.file, first + 1, self.start, behind, before, after, source)
 
 
 def edits(file: str, source: str) -> list[Edit]:

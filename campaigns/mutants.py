@@ -66,6 +66,7 @@ FILES = [file for files in PARTS.values() for file in files]
 LEAST = 0.9  # of the mutants of a part are killed
 SPAN = 100_000  # numbers for the lines of a file
 PLUGIN = Path(__file__).with_name("reached.py")
+KEY = "file", "behind", "before", "after"  # of a mutant, whatever its line's number
 EQUIVALENT = Path(__file__).with_name("equivalent.toml")
 # Imported once for all mutants: of seven CPU seconds that it takes to start tests, one is left.
 FORKS = multiprocessing.get_context("forkserver")
@@ -226,12 +227,13 @@ class Trial:
 
 
 def explained(tree):
-    """The mutants that no test can kill, as ``file``, ``before`` and ``after``."""
+    """The mutants that no test can kill, as ``file``, ``behind``, ``before`` and ``after``."""
     entries = tomllib.loads(EQUIVALENT.read_text())["equivalent"]
     for entry in entries:
-        if entry["before"].split("\n")[0] not in (tree / entry["file"]).read_text():
-            raise ValueError(f"{EQUIVALENT.name}: {entry['file']} has no such line: {entry}")
-    return {(entry["file"], entry["before"], entry["after"]) for entry in entries}
+        lines = (tree / entry["file"]).read_text().split("\n")
+        if f"{entry['behind']}\n{entry['before']}" not in "\n".join(map(str.strip, lines)):
+            raise ValueError(f"{EQUIVALENT.name}: {entry['file']} has no such lines: {entry}")
+    return {tuple(entry[key] for key in KEY) for entry in entries}
 
 
 @contextmanager
@@ -254,7 +256,7 @@ def run(trial, part, aim):
     def work():
         while todo and aim.goes_on(killed.total() + len(survivors)):
             mutant = todo.pop().mutant()
-            if mutant is None or (mutant.file, mutant.before, mutant.after) in given.equivalent:
+            if mutant is None or tuple(getattr(mutant, key) for key in KEY) in given.equivalent:
                 continue
             reach = reaching(mutant, given.tests)
             chosen = choose(mutant, reach, given.limit)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Literal, TypedDict, get_args
 
 from msgspec import Meta, Struct
 
@@ -17,15 +17,11 @@ _Size = Annotated[int, Meta(ge=1, le=1 << 20)]
 _Width = Annotated[int, Meta(ge=1, le=1 << 16)]
 _Heads = Annotated[int, Meta(ge=1, le=4096)]
 
-_RATIOS = {
-    "sliding_attention": 0,
-    "compressed_sparse_attention": 4,
-    "heavily_compressed_attention": 128,
-}
-"""Positions that become one, by transformers' name of such a layer."""
 _LayerType = Literal[
     "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 ]
+_RATIOS = dict(zip(get_args(_LayerType), (0, 4, 128), strict=True))
+"""Positions that become one, by transformers' name of such a layer."""
 
 # Values of V4 that its config.json leaves out or repeats.
 OF_V4 = {"num_key_value_heads": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True}
@@ -144,8 +140,7 @@ def parts_of_mla(values: Json, family: Family) -> Json:
         return {"rope": rope}
     if values["q_lora_rank"] is None:
         raise ValueError("q_lora_rank is null, but the indexer's queries are made of its latent")
-    full = _full_indexers(values)
-    return {"rope": rope, "indexer": _indexer(values, full, family.index_halves)}
+    return {"rope": rope, "indexer": _indexer(values, _full_indexers(values), family.index_halves)}
 
 
 def _indexer(values: Json, full: tuple[bool, ...], halves: bool) -> Indexer:
@@ -163,9 +158,8 @@ def parts_of_v4(values: Json, family: Family) -> Json:
     if len(ratios) < layers or any(ratios[layers:]):
         problem = f"says {list(ratios)!r:.80}, expected {layers}, and 0 for what follows"
         raise ValueError(f"compress_ratios {problem}")
-    if given.num_hash_layers > layers:
-        problem = f"is {given.num_hash_layers}, but num_hidden_layers is {layers}"
-        raise ValueError(f"num_hash_layers {problem}")
+    if (hashed := given.num_hash_layers) > layers:
+        raise ValueError(f"num_hash_layers is {hashed}, but num_hidden_layers is {layers}")
     if values["q_lora_rank"] is None:
         raise ValueError("q_lora_rank is null, expected a number")
     settings = {**(given.rope_scaling or {}), "rope_theta": given.compress_rope_theta}
@@ -180,7 +174,7 @@ def parts_of_v4(values: Json, family: Family) -> Json:
         "indexer": _indexer(values, full, family.index_halves),
         "compressed": compressed,
         "hyper": typed(values, HyperConnections),
-        "num_hash_layers": given.num_hash_layers,
+        "num_hash_layers": hashed,
         "swiglu_limit": given.swiglu_limit,
     }
 
@@ -195,8 +189,7 @@ def _rope(settings: Json, values: Json, family: Family) -> Rope:
     if "llama_4_scaling_beta" in settings and not (family.query_scaling and kind == "yarn"):
         raise ValueError("rope setting 'llama_4_scaling_beta' is not supported in this model")
     if kind not in ("default", "yarn", None):
-        supported = "only 'yarn' and 'default'"
-        raise ValueError(f"rope type {kind!r:.80} is not supported, {supported}")
+        raise ValueError(f"rope type {kind!r:.80} is not supported, only 'yarn' and 'default'")
     required = {"rope_theta", "factor", "original_max_position_embeddings"}
     if kind != "yarn":
         required = {"rope_theta"}
@@ -243,10 +236,7 @@ def in_hub_words(given: Json) -> Json:
             raise ValueError(f"mlp_layer_types {problem}, or a hash_moe layer behind a moe one")
         _set(values, "num_hash_layers", count)
     if (ropes := hub.rope_parameters) is not None:
-        values["rope_scaling"], values["rope_theta"] = (
-            ropes["compress"],
-            ropes["main"]["rope_theta"],
-        )
+        values |= {"rope_scaling": ropes["compress"], "rope_theta": ropes["main"]["rope_theta"]}
         values["compress_rope_theta"] = ropes["compress"].get("rope_theta")
     if rotated is None:
         if hub.partial_rotary_factor is None:

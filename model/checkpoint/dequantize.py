@@ -116,10 +116,8 @@ class EncodedTensor(TensorInfo):
         try:
             of = _NestedState if scales_RB.dtype == NESTED else _State
             state = parse_json(beside["quant_state"].numpy().tobytes(), Path("quant_state"), of)
-            for key, wanted in (
-                ("blocksize", self.encoding.columns),
-                ("dtype", self.encoding.dtype),
-            ):
+            expected = {"blocksize": self.encoding.columns, "dtype": self.encoding.dtype}
+            for key, wanted in expected.items():
                 if (found := getattr(state, key)) != wanted:
                     raise ValueError(f"{key} is {found!r:.40}, expected {wanted}")
         except ValueError as problem:

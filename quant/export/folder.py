@@ -63,13 +63,11 @@ class Folder:
             try:
                 count = os.preadv(self._handles[name], [data[done:]], offset + done)
             except OSError as problem:
-                failed = f"reading {what} failed ({problem.strerror})"
-                raise self.error(name, failed) from None
+                raise self.error(name, f"reading {what} failed ({problem.strerror})") from None
             if self._direct and done + count < needed:
                 count -= count % ALIGNMENT  # the next direct read has to be aligned again
             if count == 0:
-                ends = f"ends inside {what}; the file was truncated while in use"
-                raise self.error(name, ends)
+                raise self.error(name, f"ends inside {what}; the file was truncated while in use")
             done += count
 
     def bypass_page_cache(self, names: Iterable[str]) -> bool:

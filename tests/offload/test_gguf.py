@@ -33,7 +33,7 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def files(source, tmp_path_factory):
+def files(source, tmp_path_factory, processes):
     """The checkpoint as GGUF files, by ggml's type."""
     folder = tmp_path_factory.mktemp("files")
     kinds = ("BF16", "F32", "Q8_0")
@@ -86,7 +86,7 @@ def test_parts_give_the_same_export(exports, source, tmp_path):
     assert len([n for n in manifests[0]["source"]["files"] if n.endswith(".gguf")]) == 3
 
 
-def test_repair_and_refusal_of_another_source(tmp_path, slotmoe):
+def test_repair_and_refusal_of_another_source(tmp_path, slotmoe, processes):
     write_checkpoint(tmp_path / "source")
     path = write_gguf(tmp_path / "source", tmp_path / "model.gguf")
     quantize(path, tmp_path / "export")

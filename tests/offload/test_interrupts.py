@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +19,10 @@ from slotmoe.offload.engine import engine as engines
 from slotmoe.offload.experts import disk
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.reader import Export
+from slotmoe.signals import Stopping
 from tests.support.disk import forked
 from tests.support.engine import IDS, PROMPT, until, whole
-from tests.support.forkserver import Forked
+from tests.support.forkserver import Forked, OnTerminal
 from tests.support.interrupts import KINDS, check, compute, on_threads, struck
 from tests.support.params import nth
 from tests.support.tiny import SAMPLE
@@ -147,6 +149,33 @@ def test_a_signal_in_any_function_ends_a_command(words, number, sample_export, t
         words = words.replace(name, str(place))
     count, wrong = struck(number, every, *words.split())
     assert count > 20 and wrong == []
+
+
+def test_the_first_signal_stops_and_the_next_acts_as_before():
+    numbers, before = [], signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Stopping(numbers.append) as stopping:
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup
+        stopping.check()
+        signal.raise_signal(signal.SIGTERM)
+        assert numbers == [signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(CTRL_C)
+    signal.signal(signal.SIGHUP, before)
+    with pytest.raises(SystemExit, match="143"):
+        stopping.check()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.usefixtures("processes")
+def test_what_ends_a_chat_leaves_the_terminal_as_it_was(sample_export):
+    with OnTerminal("chat", sample_export, "--context", 256) as terminal:
+        before = termios.tcgetattr(terminal.handle)
+        terminal.until("of 256")
+        assert termios.tcgetattr(terminal.handle) != before  # a prompt's
+        terminal.send_signal(signal.SIGTERM)
+        terminal.rest()
+        assert terminal.wait() == 143
+        assert termios.tcgetattr(terminal.handle) == before
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ class OnTerminal(Forked):
     """A child on a terminal of 30 lines of 100 characters."""
 
     def __init__(self, *arguments, **environment):
-        self._handle, theirs = pty.openpty()
+        self.handle, theirs = pty.openpty()
         self._unread = b""
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
         env = os.environ | {"TERM": "xterm", "COLUMNS": "100"} | environment
@@ -113,19 +113,19 @@ class OnTerminal(Forked):
 
     def __exit__(self, *_):
         super().__exit__()
-        os.close(self._handle)
+        os.close(self.handle)
 
     def send(self, text):
-        os.write(self._handle, text.encode())
+        os.write(self.handle, text.encode())
 
     def until(self, text, seconds=60):
         """Wait until ``text`` is shown and return what was shown before it; what is after it is
         left for the next time."""
         end = time.monotonic() + seconds
         while text.encode() not in self._unread:
-            ready, _, _ = select.select([self._handle], [], [], max(end - time.monotonic(), 0))
+            ready, _, _ = select.select([self.handle], [], [], max(end - time.monotonic(), 0))
             assert ready, (text, self._unread)
-            new = os.read(self._handle, 1 << 16)
+            new = os.read(self.handle, 1 << 16)
             if b"\x1b[6n" in new:  # where is the cursor?
                 self.send("\x1b[1;1R")
             self._unread += new
@@ -135,7 +135,7 @@ class OnTerminal(Forked):
     def rest(self):
         """All that is shown until the child ends."""
         with suppress(OSError):  # as Linux ends it
-            while block := os.read(self._handle, 1 << 16):
+            while block := os.read(self.handle, 1 << 16):
                 self._unread += block
         return self._unread.decode()
 

@@ -78,12 +78,14 @@ def strike(code):
     with open(read, "rb") as stream:
         said = stream.read()
     ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if b"before the process forked" in said:
+        return  # it had something to finish, and asked an engine that is the parent's
     struck += 1
     if ended != 128 + number or line not in said or b"Traceback" in said:
         wrong.append([code.co_filename, code.co_name, ended, said.decode()[-400:]])
 
 def trace(frame, event, argument):
-    if frame.f_code not in seen and signal.getsignal(signal.SIGHUP) != signal.SIG_DFL:
+    if frame.f_code not in seen and callable(signal.getsignal(signal.SIGHUP)):
         seen.add(frame.f_code)
         if len(seen) % every == 0 and can_fork():
             strike(frame.f_code)

@@ -19,7 +19,8 @@ from tests.support.served import GREEDY
 
 pytestmark = pytest.mark.usefixtures("heavy", "processes")
 
-SECONDS, BYTES, HOLD = 2.0, 128 << 20, 0.2  # of CPU; the last is 50 ms on a machine of its own
+SECONDS, BYTES = 2.0, 128 << 20
+TURN = 0.2  # seconds of the event loop: 50 ms, and room for a machine that is shared
 GO_ON = {"messages": [{"role": "user", "content": "Go on"}]}
 CHAT = {**GREEDY, **GO_ON, "max_tokens": 2}
 OLLAMA = {"model": "sample", "stream": False, "options": {"num_predict": 2}}
@@ -56,7 +57,7 @@ def server(runtime, monkeypatch):
 
 async def ask(server, path, body):
     """The status of the answer to ``body``."""
-    data, said = json.dumps(body).encode(), []
+    data, said = body if isinstance(body, bytes) else json.dumps(body).encode(), []
     messages = [{"type": "http.request", "body": data, "more_body": False}]
     fields = {"host": "localhost", "content-type": "application/json"}
     fields["content-length"] = str(len(data))
@@ -105,7 +106,7 @@ def test_calls(server):
 
 
 class Counted:
-    """Calls in this thread and in new ones."""
+    """Calls of functions and methods, in this thread and in new ones."""
 
     def __init__(self):
         self.calls = 0
@@ -156,14 +157,17 @@ async def beyond_the_budget(server, turns):
     for path, body in BASES.items():
         assert await ask(server, path, body) == 200
     for name, path, body in at_limits(most):
+        data = json.dumps(body).encode()
+        await asyncio.sleep(0)  # what made the body is no turn of the server's
         turns.clear()
-        before = time.process_time()
-        status = await ask(server, path, body)
-        seconds, longest = time.process_time() - before, max(turns)
-        tracemalloc.start()
-        await ask(server, path, body)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        if seconds > SECONDS or peak > BYTES or longest > HOLD or status >= 500:
+        before, peak = time.process_time(), 0
+        status = await ask(server, path, data)
+        seconds, longest = time.process_time() - before, max(turns, default=0)
+        if name.endswith((":most", ":widest", ":many")):
+            tracemalloc.start()
+            await ask(server, path, data)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        if seconds > SECONDS or peak > BYTES or longest > TURN or status >= 500:
             wrong.append((name, status, seconds, longest, peak))
     return wrong
