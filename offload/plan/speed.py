@@ -274,7 +274,7 @@ class Setting:
         return dict(spent)
 
     def _token_seconds(self, decoded: float) -> float:
-        """A core's seconds for a prompt's token, ``decoded`` experts each; no attention, no head."""
+        """A core's seconds for a prompt's token, ``decoded`` experts; no attention, no head."""
         c, rates = self.config, self.bandwidths
         D, inner = c.hidden_size, c.moe_intermediate_size
         uses = len(c.moe_layers) * c.num_experts_per_tok + DECODED_ROWS * decoded
