@@ -41,8 +41,7 @@ def process_bytes() -> int:
 def peak_rss() -> int:
     """Largest resident set of this process so far, in bytes."""
     try:  # ru_maxrss would count the parent's memory at the time of fork too
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # Apple counts bytes

@@ -175,8 +175,7 @@ class CompressedGeometry(NamedTuple):
 
 
 class HyperGeometry(NamedTuple):
-    """Of hyper-connections: residual streams, iterations of Sinkhorn and Knopp, what keeps them
-    from dividing by 0, and the epsilon of the streams' norm."""
+    """Of hyper-connections: streams, Sinkhorn and Knopp's iterations, their epsilon, the norm's."""
 
     Q: int
     iterations: int
@@ -339,8 +338,7 @@ class Runner(Protocol):
     def run_layers(self, step: Step, experts: Experts) -> Pending | None:
         """Go on with ``step`` until a layer lacks an expert, which is returned, or to the end.
 
-        A runner may compute experts itself where ``experts.slot_table()`` says that they all have
-        slots; it reports these layers to ``experts.passed``.
+        It may compute layers whose experts all have slots (``slot_table``), and tells ``passed``.
         """
 
 

@@ -70,8 +70,7 @@ def command(measure: bool, experts_dirs: tuple[Path, ...], as_json: bool) -> int
     checks += [_cache(), _disk(measure), *(_drive(folder, measure) for folder in experts_dirs)]
     is_well = all(check.state != "bad" for check in checks)
     if as_json:
-        report = {"version": __version__, "ok": is_well, "checks": list(map(asdict, checks))}
-        print(json_of(report))
+        print(json_of({"version": __version__, "ok": is_well, "checks": list(map(asdict, checks))}))
     else:
         width = max(len(check.name) for check in checks)
         for check in checks:

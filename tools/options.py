@@ -260,8 +260,7 @@ PROMPT = click.argument("prompt", metavar="PROMPT", required=False)
 
 def generation_arguments(given: Json) -> Json:
     """What ``Runtime.generate`` takes of ``generation_options``, removed from ``given``."""
-    names = ("max_new_tokens", *SAMPLING, "stop", "chat")
-    arguments = {name: given.pop(name) for name in names}
+    arguments = {name: given.pop(name) for name in ("max_new_tokens", *SAMPLING, "stop", "chat")}
     if arguments["max_new_tokens"] is None and not arguments["chat"]:
         arguments["max_new_tokens"] = _NEW_TOKENS
     return arguments

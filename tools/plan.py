@@ -154,8 +154,7 @@ def _machine(given: Json) -> Machine:
     if given["device"] == "cpu" and vram is not None:
         raise PlanError("--device cpu is given together with --gpu or --vram: drop one")
     if given["device"] != "cpu" and vram is None:
-        gpu = machine.find_gpu(machine.device_index(given["device"]))
-        if gpu is not None:
+        if gpu := machine.find_gpu(machine.device_index(given["device"])):
             vram, name = int(gpu.free * 0.9), gpu.name
         elif given["device"] != "auto":
             problem = f"--device {given['device']}: no such GPU is found on this machine"

@@ -27,8 +27,7 @@ class _Bars(progress.Progress):
         self.disable = quiet or not console.is_terminal
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        tasks = [task for task in self.tasks if task.visible and not task.finished]
-        if self.text and not tasks:
+        if self.text and not any(task.visible and not task.finished for task in self.tasks):
             yield Text(self.text, style="dim")
         yield from super().get_renderables()
 

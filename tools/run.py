@@ -183,8 +183,7 @@ class Continuation:
         }
 
     def line(self, report: Json) -> str:
-        """The report in one line: ``37 tokens · 12.4 tokens/s · first token 0.8 s · 4.1 of 5.0
-        GiB``, and which limit ended the text."""
+        """``37 tokens · 12.4 tokens/s · first token 0.8 s · 4.1 of 5.0 GiB``, and why it ended."""
         count = len(self.tokens)
         tokens = f"{count} token{'s' * (count != 1)}"
         ends = {
@@ -232,8 +231,7 @@ def by_drive(drives: list[Json]) -> str:
     for drive in drives:
         rate = drive["bytes"] / drive["seconds"] / 1e9 if drive["seconds"] else 0.0
         failed = ", then failed" * drive["failed"]
-        read = f"{format_size(drive['bytes'])} at {rate:.2f} GB/s"
-        texts.append(f"{drive['folder']} {read}{failed}")
+        texts.append(f"{drive['folder']} {format_size(drive['bytes'])} at {rate:.2f} GB/s{failed}")
     return "; ".join(texts)
 
 

@@ -35,8 +35,7 @@ def open_session(given: Json, kind: str) -> "Iterator[NamedSession | None]":
             raise ConfigError("--resume takes the latest session; leave it out to take --session")
         name = next((s.name for s in sessions_in(folder) if _kind(s) == "chat"), None)
         if name is None:
-            advice = "--session NAME begins one"
-            raise ConfigError(f"{folder}: holds no conversation to resume; {advice}")
+            raise ConfigError(f"{folder}: holds no conversation to resume; begin with --session")
     if name is None:
         yield None
         return

@@ -51,10 +51,8 @@ def command(geometry: str, destination: Path | None, as_json: bool, **given: Any
         shown = f"{Path(geometry.removesuffix('/config.json')).name}-random"
         make_cache(cache_folder())
         destination = cache_folder() / shown
-    with (
-        byte_bars(f"Writing {geometry}", quiet=as_json) as (progress,),
-        Stopping(lambda _: None) as stopping,
-    ):
+    bars, stopping = byte_bars(f"Writing {geometry}", quiet=as_json), Stopping(lambda _: None)
+    with bars as (progress,), stopping:
 
         def advance(done: int, total: int) -> None:
             stopping.check()  # what was written goes

@@ -61,8 +61,7 @@ def command(export: Path, as_json: bool) -> int:
             show(f"{export / entry['file']}: {entry['problem']}", f"  {entry['advice']}")
         say(f"{len(bad)} of {len(damaged.keys() | files.keys())} files are bad")
     else:
-        measured = f"{format_size(size)} in {seconds:.1f} s"
-        show(f"{export}: all {len(files)} files are right ({measured})")
+        show(f"{export}: all {len(files)} files are right ({format_size(size)} in {seconds:.1f} s)")
     return int(bool(bad))
 
 

@@ -13,6 +13,7 @@ from slotmoe.border import Timer
 from slotmoe.offload.experts.experts import Route
 from slotmoe.offload.runtime import Runtime
 
+Moved = Callable[[], dict[str, int]]
 STAGES = (
     "attention",
     "gate",
@@ -45,24 +46,19 @@ class StepRecord:
 
 class Profiler(Timer):
     """Time by stage, step by step, and the gates' choices by MoE layer index ("row").
-    ``moved`` counts each slower tier's bytes so far; ``synchronize`` waits for the device.
+    ``moved`` counts each slower tier's bytes so far; ``wait`` waits for the device.
 
     ``uses[row][expert]`` counts tokens; ``hits``, ``misses`` and, of the misses, ``coming``, those
     whose read had begun, are the cache's counts: in prefill a pass's distinct experts.
     """
 
     def __init__(
-        self,
-        layers: int,
-        experts: int,
-        origin: float,
-        moved: Callable[[], dict[str, int]],
-        synchronize: Callable[[], None] | None,
+        self, layers: int, experts: int, since: float, moved: Moved, wait: Callable[[], None] | None
     ):
         self.passes: list[StepRecord] = []
         self.uses = [[0] * experts for _ in range(layers)]
         self.hits, self.misses, self.coming = ([0] * layers for _ in range(3))
-        self._origin, self._count, self._synchronize = origin, moved, synchronize
+        self._origin, self._count, self._wait = since, moved, wait
         self._seconds: dict[str, float] = {}
         self._began = self._last = 0.0
         self._moved: dict[str, int] = {}
@@ -75,8 +71,8 @@ class Profiler(Timer):
 
     def mark(self, stage: str, now: float | None = None) -> None:
         """The time since the last mark, until ``now`` of ``perf_counter``, went into ``stage``."""
-        if self._synchronize is not None:
-            self._synchronize()
+        if self._wait is not None:
+            self._wait()
         now = perf_counter() if now is None else now
         self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._last
         self._last = now

@@ -31,12 +31,10 @@ class Step(NamedTuple):
 class TraceWriter:
     """Writes a trace step by step; a step that fails half-way leaves nothing in the file."""
 
-    def __init__(
-        self, path: Path, layers: tuple[int, ...], n_routed_experts: int, num_experts_per_tok: int
-    ):
+    def __init__(self, path: Path, layers: tuple[int, ...], n_routed_experts: int, top_k: int):
         with refused(path, ConfigError, "can't write the trace there"):
             self._path, self._file = path, path.open("wb")
-        facts = zip(_KEYS, (layers, n_routed_experts, num_experts_per_tok), strict=True)
+        facts = zip(_KEYS, (layers, n_routed_experts, top_k), strict=True)
         header = {"format": "slotmoe-trace", "version": 2, **dict(facts)}
         self._write(json.dumps(header).encode() + b"\n")
         self._layers = layers

@@ -325,10 +325,9 @@ class Scenario:
 
     def _setting(self) -> Setting:
         config, sizes, rates = self.model.config, self.sizes, self.machine.bandwidths
-        is_random = self.model.random_weights
         misses = choose_mode(self.misses, rates, config.num_experts_per_tok)
         on, threads = (config, sizes, self.plan, rates), self.machine.threads
-        return Setting(*on, threads, is_random, misses, self.prefetch)
+        return Setting(*on, threads, self.model.random_weights, misses, self.prefetch)
 
     def choices(self, prompt_tokens: int, new_tokens: int) -> list[Json]:
         """What each ``--codec``, ``--bits`` and ``--resident`` would give: bytes of the ``export``,
@@ -342,8 +341,7 @@ class Scenario:
         for ((codec, bits), codecs), mode in product(coded.items(), resident):
             other, speed = replace(self, codecs=codecs, resident=mode), None
             if other.fits:
-                predicted = other._setting().predict(prompt_tokens, new_tokens)
-                speed = predicted.decode_tokens_per_second
+                speed = other._setting().predict(prompt_tokens, new_tokens).decode_tokens_per_second
             row = {"codec": codec, "bits": bits, "resident": mode, "slots": other.plan.slots}
             row["export"] = memory.export_bytes(self.model.config, other.sizes)
             row["decode_tokens_per_second"] = speed

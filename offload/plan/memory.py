@@ -310,10 +310,9 @@ def predicted_components(
 ) -> dict[str, dict[str, int]]:
     """Name -> tier -> bytes at a run's peak: the plan, less what a short prompt or text spares."""
     components = by_name(plan)
-    reached = min(prompt_tokens + new_tokens, plan.context)
     step, chunk = min(prompt_tokens, PREFILL_CHUNK), min(prompt_tokens, plan.prefill_chunk)
     for name, part, whole in (
-        ("latent KV cache", reached, plan.context),
+        ("latent KV cache", min(prompt_tokens + new_tokens, plan.context), plan.context),
         ("prefill scratch", step, PREFILL_CHUNK),
         ("waiting tokens", chunk - step, max(1, plan.prefill_chunk - PREFILL_CHUNK)),
     ):

@@ -274,8 +274,7 @@ class Setting:
         return dict(spent)
 
     def _token_seconds(self, decoded: float) -> float:
-        """Seconds of a core for a token of a prompt, without attention and the head, where so many
-        experts a token have their codes decoded."""
+        """A core's seconds for a prompt's token, ``decoded`` experts; no attention, no head."""
         c, rates = self.config, self.bandwidths
         D, inner = c.hidden_size, c.moe_intermediate_size
         uses = len(c.moe_layers) * c.num_experts_per_tok + DECODED_ROWS * decoded

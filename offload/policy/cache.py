@@ -34,9 +34,8 @@ class Cache(ABC):
         self.cached: set[int] = set()
         self._absent_N = np.full(layers * experts, np.inf)  # 0 where it is cached
         self._now = 0  # tokens so far
-        self._popularity_N = np.zeros(layers * experts)
-        if popularity is not None:
-            self._popularity_N[:] = popularity
+        before = 0.0 if popularity is None else popularity
+        self._popularity_N = np.zeros(layers * experts) + before
         self._start()
 
     def advance(self, tokens: int = 1) -> None:

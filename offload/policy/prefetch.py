@@ -91,8 +91,7 @@ class Prefetcher:
         return [_total(both) for both in zip(*self.by_row.values(), strict=True)]
 
     def pays(self) -> bool:
-        """Whether, in the pass that begins, what guesses can hide, the time of the reads that a
-        layer needs, is well above the time to make them."""
+        """Whether a pass's guesses can hide much more, a layer's reads, than making them takes."""
         self._considered += 1
         hides = self._missing.value * self._record_bytes / self._bandwidth()
         # Times change: look again now and then.
@@ -115,20 +114,17 @@ class Prefetcher:
             self._idle.add(time.perf_counter() - self._free_since)
         self._free_since = None
         self._missing.add(missing)
-        guesses, self._rows[row] = self._rows[row], _Guesses()
-
-        def right(named: list[int]) -> int:
-            return sum(expert_id in expert_ids for expert_id in named)
-
+        guesses, self._rows[row], wanted = self._rows[row], _Guesses(), set(expert_ids)
         if guesses.named:
             accuracy = self.by_row[guesses.horizon][row]
             accuracy.guessed += len(guesses.named)
-            accuracy.right += right(guesses.named)
+            accuracy.right += len(wanted.intersection(guesses.named))
             accuracy.asked += len(expert_ids)
         if guesses.absent:
-            self._right[guesses.horizon].add(right(guesses.absent) / len(guesses.absent))
+            right = len(wanted.intersection(guesses.absent))
+            self._right[guesses.horizon].add(right / len(guesses.absent))
         for expert_id, horizon in guesses.reading.items():
-            if expert_id in expert_ids:
+            if expert_id in wanted:
                 self.by_row[horizon][row].used += 1
             else:
                 self.by_row[horizon][row].wasted += 1

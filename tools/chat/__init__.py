@@ -39,8 +39,7 @@ A message that starts with a slash is sent with two."""
 class Pipe:
     """A ``Terminal`` of lines: stdin to stdout, the rest to stderr; what fails ends the chat."""
 
-    def __init__(self) -> None:
-        self._lines = 0
+    _lines = 0
 
     def read(self) -> str | None:
         """The next message or command; None at the end."""
