@@ -136,7 +136,8 @@ def replace_file(
     fresh = temporary_name(path)
     try:
         with naming(path), open(fresh, "wb", opener=opener) as file:
-            file.writelines(parts)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         publish_file(path)
