@@ -30,14 +30,11 @@ _GEOMETRY |= {"first_k_dense_replace": "leading_dense_block_count"}
 _GEOMETRY |= {"kv_lora_rank": "attention.kv_lora_rank", "qk_rope_head_dim": "rope.dimension_count"}
 """``config.json``'s key -> that of the metadata, behind the architecture's name."""
 _GROUPS = ("n_group", "topk_group", "topk_method")
-_FIXED = {  # what may be written, but can have no other value
-    "attention.causal": Literal[True],
-    "expert_gating_func": Annotated[int, Meta(ge=0, le=1, description="1 (softmax)")],
-    "nextn_predict_layers": Literal[0],
-    "rope.scaling.attn_factor": _One,
-    "rope.scaling.yarn_attn_factor": _One,
-    "rope.scaling.yarn_ext_factor": _One,
-}
+# What may be written, but can have no other value.
+_FIXED: Json = {"attention.causal": Literal[True], "nextn_predict_layers": Literal[0]}
+_FIXED["expert_gating_func"] = Annotated[int, Meta(ge=0, le=1, description="1 (softmax)")]
+_FIXED |= {"rope.scaling.attn_factor": _One, "rope.scaling.yarn_attn_factor": _One}
+_FIXED["rope.scaling.yarn_ext_factor"] = _One
 _YARN: dict[str, tuple[Any, ...]] = {
     "factor": ("factor", _Real),
     "original_max_position_embeddings": ("original_context_length", _Count),
