@@ -27,14 +27,12 @@ _Ends = Annotated[list[_TokenId], Meta(min_length=0, max_length=64)] | _TokenId 
 _LayerTypes = Annotated[list[Literal["dense", "sparse"]], Meta(min_length=1, max_length=1000)]
 _SUPPORTED: dict[str, tuple[object, ...]] = {  # values that every family has; absent is fine too
     "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
     "ep_size": (1, None),
-    "linear_attn_config": (None,),
+    **dict.fromkeys(("attention_bias", "mlp_bias"), (False, None)),
+    **dict.fromkeys(("linear_attn_config", "candidate_source_layer_id"), (None,)),
     "engram_layer_ids": ([], None),
     "kv_source_layer_ids": ([], None),
     "index_source_layer_ids": ([], None),
-    "candidate_source_layer_id": (None,),
 }
 _FLAGS = {"norm_topk_prob": False, "tie_word_embeddings": False, "rope_interleave": True}
 _DEFAULTS = {"moe_layer_freq": 1, "num_nextn_predict_layers": 0, **_FLAGS}

@@ -82,8 +82,7 @@ class Tokenizer:
             found = b"{}"
         tokens, settings = parse_json(found, path, Json), parse_json(found, path, _Settings)
         path = folder / "chat_template.jinja"
-        found = read(path.name, MAX_TEMPLATE_BYTES)
-        template = _template_of(settings, found or b"", path)
+        template = _template_of(settings, read(path.name, MAX_TEMPLATE_BYTES) or b"", path)
         self.template = own_template if template is None else template
         adds_bos = settings.get("tokenizer_class") not in _WITHOUT_BOS
         wants_bos = settings.get("add_bos_token", adds_bos and bos_token_id is not None)

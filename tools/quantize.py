@@ -22,15 +22,13 @@ from slotmoe.tools.screen import json_of, show
 from slotmoe.tools.tables import Console, table
 
 Paths = tuple[Path, ...]
+_WORKERS = click.IntRange(1, 256)
 _CALIBRATE_HELP = (
     "Make codes that lose least on this UTF-8 text file, repeatable, and train the predictor of "
     "experts on it; with DST finished already, that alone."
 )
-_GUESSES = {
-    "token": "before a token starts",
-    "layer": "one MoE layer ahead",
-    "popular": "by popularity alone",
-}
+_GUESSES = {"token": "before a token starts", "layer": "one MoE layer ahead"}
+_GUESSES["popular"] = "by popularity alone"
 
 
 @click.command(name="quantize")
@@ -40,9 +38,7 @@ _GUESSES = {
 @options.codec_options
 @option("--calibrate texts", "TEXT", _CALIBRATE_HELP, type=Path, multiple=True)
 @options.KEEP_MTP
-@option(
-    "--workers", "N", "Threads that quantize. [default: all cores]", type=click.IntRange(1, 256)
-)
+@option("--workers", "N", "Threads that quantize. [default: all cores]", type=_WORKERS)
 @options.REVISION
 @flag("--keep-source", "Keep what is downloaded from the hub, as a checkpoint folder DST.source.")
 @flag("--overwrite", "Replace an export at DST, or start anew after a run with other options.")
@@ -98,8 +94,7 @@ def command(
         print(json_of(report))
     else:
         names = {folder: name for name, folder in library().items()}
-        name = names.get(destination, destination)
-        show(f'Run it: slotmoe run {name} "Your prompt"', err=True)
+        show(f'Run it: slotmoe run {names.get(destination, destination)} "Your prompt"', err=True)
 
 
 def _check_source(folder: Path, texts: Paths) -> list[list[int]] | None:
@@ -181,17 +176,12 @@ def _calibrate(destination: Path, texts: Paths, quiet: bool) -> Json:
 
 def _report(manifest: Json, destination: Path, seconds: float) -> Json:
     sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
-    quantization = manifest["quantization"]
-    return {
-        "export": str(destination),
-        "bytes": sum(sizes.values()),
-        "expert_bytes": sum(sizes[name] for name in sizes if name.startswith("experts/")),
-        "resident_bytes": sizes["resident.safetensors"],
-        "seconds": seconds,
-        "quantization": quantization["resident"],
-        "bits_per_weight": quantization["report"]["bits_per_weight"],
-        "families": quantization["report"]["families"],
-    }
+    experts = sum(sizes[name] for name in sizes if name.startswith("experts/"))
+    report: Json = {"export": str(destination), "bytes": sum(sizes.values())}
+    report |= {"expert_bytes": experts, "resident_bytes": sizes["resident.safetensors"]}
+    report |= {"seconds": seconds, "quantization": manifest["quantization"]["resident"]}
+    cost = manifest["quantization"]["report"]
+    return report | {name: cost[name] for name in ("bits_per_weight", "families")}
 
 
 def _print_cost(report: Json) -> None:

@@ -25,22 +25,10 @@ SINGLE_NAME = "model.safetensors"
 MAX_INDEX_BYTES = 32 << 20  # Kimi K2's, with scales, has 22 MB
 MAX_HEADER_BYTES = 48 << 20  # of all shards together; Kimi K2's are about 32 MB
 MAX_TENSORS = 250_000  # Kimi K2 has 210,000 with scales and shapes
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+DTYPES |= {"F8_E8M0": torch.float8_e8m0fnu, "U8": torch.uint8, "BOOL": torch.bool}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
 
 Read = Callable[["TensorInfo", int, int], torch.Tensor]
 """``read(info, start, stop)``: rows of a tensor as they are in its file, over all its matrices."""

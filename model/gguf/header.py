@@ -38,22 +38,15 @@ class Encoding(NamedTuple):
     bytes: int
 
 
+_PLAIN = {0: ("F32", 4), 1: ("F16", 2), 30: ("BF16", 2)}
+_OF_32 = {2: ("Q4_0", 18), 3: ("Q4_1", 20), 6: ("Q5_0", 22), 7: ("Q5_1", 24), 8: ("Q8_0", 34)}
+_OF_32[20] = ("IQ4_NL", 18)
+_OF_256 = {10: ("Q2_K", 84), 11: ("Q3_K", 110), 12: ("Q4_K", 144), 13: ("Q5_K", 176)}
+_OF_256 |= {14: ("Q6_K", 210), 23: ("IQ4_XS", 136)}
 ENCODINGS = {
-    0: Encoding("F32", 1, 4),
-    1: Encoding("F16", 1, 2),
-    2: Encoding("Q4_0", 32, 18),
-    3: Encoding("Q4_1", 32, 20),
-    6: Encoding("Q5_0", 32, 22),
-    7: Encoding("Q5_1", 32, 24),
-    8: Encoding("Q8_0", 32, 34),
-    10: Encoding("Q2_K", 256, 84),
-    11: Encoding("Q3_K", 256, 110),
-    12: Encoding("Q4_K", 256, 144),
-    13: Encoding("Q5_K", 256, 176),
-    14: Encoding("Q6_K", 256, 210),
-    20: Encoding("IQ4_NL", 32, 18),
-    23: Encoding("IQ4_XS", 256, 136),
-    30: Encoding("BF16", 1, 2),
+    number: Encoding(name, block, size)
+    for block, kinds in ((1, _PLAIN), (32, _OF_32), (256, _OF_256))
+    for number, (name, size) in kinds.items()
 }
 """By ggml's number of the type.  Where a row is no multiple of 256, llama.cpp takes a type of 32 in
 place of the one that was asked for, so a Q4_K file of V2-Lite holds Q5_0 and Q8_0 too."""

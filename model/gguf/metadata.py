@@ -22,28 +22,19 @@ ARCHITECTURE = "deepseek2"
 _Count = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 _Real = Annotated[float, Meta(ge=0, le=1e30)]
 _One = Annotated[float, Meta(ge=1, le=1, description="1")]
-_GEOMETRY = {
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "moe_intermediate_size": "expert_feed_forward_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "n_routed_experts": "expert_count",
-    "num_experts_per_tok": "expert_used_count",
-    "first_k_dense_replace": "leading_dense_block_count",
-    "kv_lora_rank": "attention.kv_lora_rank",
-    "qk_rope_head_dim": "rope.dimension_count",
-}
+_GEOMETRY = {"hidden_size": "embedding_length", "intermediate_size": "feed_forward_length"}
+_GEOMETRY |= {"moe_intermediate_size": "expert_feed_forward_length"}
+_GEOMETRY |= {"num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count"}
+_GEOMETRY |= {"n_routed_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+_GEOMETRY |= {"first_k_dense_replace": "leading_dense_block_count"}
+_GEOMETRY |= {"kv_lora_rank": "attention.kv_lora_rank", "qk_rope_head_dim": "rope.dimension_count"}
 """``config.json``'s key -> that of the metadata, behind the architecture's name."""
 _GROUPS = ("n_group", "topk_group", "topk_method")
-_FIXED = {  # what may be written, but can have no other value
-    "attention.causal": Literal[True],
-    "expert_gating_func": Annotated[int, Meta(ge=0, le=1, description="1 (softmax)")],
-    "nextn_predict_layers": Literal[0],
-    "rope.scaling.attn_factor": _One,
-    "rope.scaling.yarn_attn_factor": _One,
-    "rope.scaling.yarn_ext_factor": _One,
-}
+# What may be written, but can have no other value.
+_FIXED: Json = {"attention.causal": Literal[True], "nextn_predict_layers": Literal[0]}
+_FIXED["expert_gating_func"] = Annotated[int, Meta(ge=0, le=1, description="1 (softmax)")]
+_FIXED |= {"rope.scaling.attn_factor": _One, "rope.scaling.yarn_attn_factor": _One}
+_FIXED["rope.scaling.yarn_ext_factor"] = _One
 _YARN: dict[str, tuple[Any, ...]] = {
     "factor": ("factor", _Real),
     "original_max_position_embeddings": ("original_context_length", _Count),
@@ -137,8 +128,7 @@ def _gate(found: _Metadata, values: Json) -> Json:
     scale = found.get("expert_weights_scale", _Real)
     norm = found.get("expert_weights_norm", bool, False)
     if norm and scale != 1:
-        name = f"{ARCHITECTURE}.expert_weights_norm"
-        problem = f"{name} is true beside a scale of {scale}"
+        problem = f"{ARCHITECTURE}.expert_weights_norm is true beside a scale of {scale}"
         raise ValueError(f"{problem}, and DeepSeek-V2 has one of both")
     gate = {"routed_scaling_factor": scale, "norm_topk_prob": norm}
     known = found.get("expert_group_count", _Count, None)

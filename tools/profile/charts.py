@@ -15,27 +15,14 @@ from slotmoe.sizes import format_size
 BLUE, SKY, ORANGE, YELLOW, GREEN, RED, PURPLE, GREY = (
     "#0072B2 #56B4E9 #E69F00 #F0E442 #009E73 #D55E00 #CC79A7 #999999".split()
 )
-_COLOURS = {
-    "runtime": GREY,
-    "resident weights": BLUE,
-    "latent KV cache": PURPLE,
-    "expert slots": ORANGE,
-    "read buffers": YELLOW,
-    "scratch and rest": GREEN,
-    "attention": BLUE,
-    "gate": PURPLE,
-    "experts": ORANGE,
-    "shared experts and dense layers": GREEN,
-    "captured layers": "#004D40",
-    "head": SKY,
-    "cache and prefetch": YELLOW,
-    "waiting for disk": RED,
-    "waiting for RAM": "#8B3A00",
-    "sampling": GREY,
-    "rest": "#DDDDDD",
-    "disk": RED,
-    "RAM to the GPU": ORANGE,
-}
+# Of what is in memory, of what takes time, and of what bytes come from.
+_COLOURS = {"runtime": GREY, "resident weights": BLUE, "latent KV cache": PURPLE}
+_COLOURS |= {"expert slots": ORANGE, "read buffers": YELLOW, "scratch and rest": GREEN}
+_COLOURS |= {"attention": BLUE, "gate": PURPLE, "experts": ORANGE}
+_COLOURS |= {"shared experts and dense layers": GREEN, "captured layers": "#004D40", "head": SKY}
+_COLOURS |= {"cache and prefetch": YELLOW, "waiting for disk": RED, "waiting for RAM": "#8B3A00"}
+_COLOURS |= {"sampling": GREY, "rest": "#DDDDDD"}
+_COLOURS |= {"disk": RED, "RAM to the GPU": ORANGE}
 _RATES = (
     ("hits, of what was needed", BLUE, "o-", "hits", ("hits", "misses")),
     ("already coming, of the misses", GREEN, "^-", "already_coming", ("misses",)),

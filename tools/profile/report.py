@@ -57,8 +57,7 @@ def _html(report: Json, images: dict[str, tuple[str, bytes]], rows: list[Json]) 
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     environment.finalize = lambda value: visible(value) if type(value) is str else value
     environment.filters |= {"size": format_size, "base64": lambda d: base64.b64encode(d).decode()}
-    page = environment.get_template("report.html")
-    return page.render(**report, images=images, compared=rows)
+    return environment.get_template("report.html").render(**report, images=images, compared=rows)
 
 
 def compared(report: Json) -> list[Json]:

@@ -170,16 +170,13 @@ def make_server(
     service = Service(runtime, names, sequences, queue, own, ended)
     app = make_app(service, bool(keys))
     guarded = Guard(app, keys, hosts, max_body, origins)
-    off: Json = dict.fromkeys(("access_log", "use_colors", "server_header", "proxy_headers"), False)
+    how: Json = {"http": Connection, "ws": "none", "lifespan": "off", "log_level": "warning"}
+    how |= dict.fromkeys(("access_log", "use_colors", "server_header", "proxy_headers"), False)
     settings = uvicorn.Config(
         Log(guarded, is_logged, runtime.model.options.altered),
-        http=Connection,
-        ws="none",
-        lifespan="off",
-        log_level="warning",
         limit_concurrency=sequences + queue + _SPARE_CONNECTIONS,
         timeout_graceful_shutdown=_GRACE_SECONDS,
-        **off,
+        **how,
     )
     server = Server(settings)
     return server, service

@@ -182,11 +182,8 @@ def _block(kind: str, name: str | None, text: str = "", signature: str = "") -> 
 
 
 # The type of an event that adds to a block, and where its text is.
-_DELTAS = {
-    "text": ("text_delta", "text"),
-    "reasoning": ("thinking_delta", "thinking"),
-    "call": ("input_json_delta", "partial_json"),
-}
+_DELTAS = {"text": ("text_delta", "text"), "reasoning": ("thinking_delta", "thinking")}
+_DELTAS["call"] = ("input_json_delta", "partial_json")
 
 
 async def _events(about: Json, answers: Answers) -> AsyncIterator[str]:

@@ -23,10 +23,8 @@ _POLICY = (
 )
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 # Of all routes, in the description.
-_REFUSALS: dict[int | str, Json] = {
-    "4XX": {"description": "Refused, with the reason in the error envelope of the API"},
-    "5XX": {"description": "The model failed"},
-}
+_REFUSALS: dict[int | str, Json] = {"5XX": {"description": "The model failed"}}
+_REFUSALS["4XX"] = {"description": "Refused, with the reason in the error envelope of the API"}
 _KEYS = (HTTPBearer(auto_error=False), APIKeyHeader(name="x-api-key", auto_error=False))
 
 public, routes = APIRouter(), APIRouter()  # without a key, and with one

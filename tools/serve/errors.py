@@ -12,12 +12,8 @@ from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
 
 ANTHROPIC_PATH, OLLAMA_PATH = "/v1/messages", "/api"
-_ANTHROPIC_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-}
+_ANTHROPIC_TYPES = {401: "authentication_error", 403: "permission_error"}
+_ANTHROPIC_TYPES |= {404: "not_found_error", 413: "request_too_large"}
 
 
 @dataclass(eq=False)

@@ -126,13 +126,11 @@ class Grammars:
             content = "@wanted"
             rules.append({"name": "wanted", "lark_grammar": self._lark(wanted)})
         elif wanted is not None:
-            strict = bool(wanted.strict)
-            content = self._json(wanted.definition, strict, where, where, dropped)
+            content = self._json(wanted.definition, bool(wanted.strict), where, where, dropped)
         grammar = f"answer: {content}"
         if policy is not None:
             grammar = self._calls(policy, content, dropped)
-        grammar = f"start: {self._reasoning(is_thinking)}\n{grammar}"
-        rules.insert(0, {"lark_grammar": grammar})
+        rules.insert(0, {"lark_grammar": f"start: {self._reasoning(is_thinking)}\n{grammar}"})
         matcher = LLMatcher(self._tokenizer, json.dumps({"grammars": rules}), log_level=0)
         if matcher.is_error():
             reason = matcher.get_error()[:200]

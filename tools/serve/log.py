@@ -54,8 +54,7 @@ class Log:
             await send(message)
 
         # The server itself drops the body of an answer to HEAD.
-        is_head = scope["method"] == "HEAD"
-        inner = {**scope, "method": "GET"} if is_head else scope
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         try:
             await self._app(inner, receive, send_with_headers)
         finally:

@@ -223,8 +223,7 @@ def _end(answers: Answers) -> Json:
     """Why an answer ended, its counts, and durations in nanoseconds."""
     usage, (job,), end = answers.usage(), answers.jobs, time.monotonic()
     times = pairwise((job.submitted, job.started, job.first_token or end, end))
-    names = ("load_duration", "prompt_eval_duration", "eval_duration")
-    spans = zip(names, times, strict=True)
+    spans = zip(("load_duration", "prompt_eval_duration", "eval_duration"), times, strict=True)
     durations = {name: int(1e9 * (later - earlier)) for name, (earlier, later) in spans}
     durations["total_duration"] = sum(durations.values())
     counts = {"prompt_eval_count": usage.prompt, "eval_count": usage.answer}
@@ -243,12 +242,9 @@ async def show(body: ShowRequest, service: Serving) -> Response:
     service.check_model(body.model or body.name or "")
     about, tokenizer = _described(service, service.name), service.tokenizer
     family, own = about["details"]["family"], service.own_settings.items()
-    capabilities = {
-        "completion": True,
-        "insert": None not in map(tokenizer.token_id, FIM_TOKENS),
-        "tools": tokenizer.template is not None,
-        "thinking": tokenizer.reasoning is not None,
-    }
+    capabilities = {"completion": True, "insert": None not in map(tokenizer.token_id, FIM_TOKENS)}
+    capabilities |= {"tools": tokenizer.template is not None}
+    capabilities |= {"thinking": tokenizer.reasoning is not None}
     context = {f"{family}.context_length": service.runtime.context}
     about["model_info"] = {"general.architecture": family, **context}
     about["capabilities"] = [name for name, is_there in capabilities.items() if is_there]

@@ -322,8 +322,7 @@ class TextChoices:
             offsets.append(self._offsets[update.index])
             self._offsets[update.index] += len(token.text)
             # That of the token itself is always there.
-            likeliest_ids = token.likeliest[: self._answers.options.logprobs]
-            top = [*likeliest_ids, (token.id, token.logprob)]
+            top = [*token.likeliest[: self._answers.options.logprobs], (token.id, token.logprob)]
             scores = {self._name(id_): logprob for id_, logprob in top if logprob is not None}
             likeliest.append(None if token.logprob is None else scores)
         names = [self._name(token.id) for token in update.tokens]

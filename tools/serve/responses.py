@@ -26,17 +26,10 @@ _ITEM: TypeAdapter[Item] = TypeAdapter(Item)
 # What a response says of its request, and what it says where the request says nothing.
 _NOTHING = "instructions max_output_tokens max_tool_calls previous_response_id prompt_cache_key"
 _OWN = ("temperature", "top_p")  # the server's own, where the request says nothing
-_ECHOED: Json = {
-    **dict.fromkeys((*_NOTHING.split(), "safety_identifier", "user", *_OWN)),
-    "metadata": {},
-    "parallel_tool_calls": True,
-    "reasoning": {"effort": None, "summary": None},
-    "store": True,
-    "text": {"format": {"type": "text"}},
-    "tool_choice": "auto",
-    "top_logprobs": 0,
-    "truncation": "disabled",
-}
+_ECHOED: Json = dict.fromkeys((*_NOTHING.split(), "safety_identifier", "user", *_OWN))
+_ECHOED |= {"metadata": {}, "parallel_tool_calls": True, "store": True, "tool_choice": "auto"}
+_ECHOED |= {"reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}}}
+_ECHOED |= {"top_logprobs": 0, "truncation": "disabled"}
 
 
 @router.post(PATH, responses=EventStream.responses)

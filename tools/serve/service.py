@@ -24,11 +24,8 @@ from slotmoe.tools.serve.response_store import ResponseStore
 _SHORTEN = "Shorten it, or start the server with --context"
 T = TypeVar("T")
 _TOKENS = ("prompt_tokens", "reused_tokens", "answer_tokens")
-_HISTOGRAMS = {
-    "queue": "From request to its first step",
-    "first_token": "From request to first token",
-    "answer": "From request to the end of the answer",
-}
+_HISTOGRAMS = {"queue": "its first step", "first_token": "first token"}
+_HISTOGRAMS["answer"] = "the end of the answer"
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # of the histograms
 
 
@@ -59,8 +56,9 @@ class Service:
         self.responses = ResponseStore()
         self.refused = 0  # requests, because the queue was full
         self.registry = CollectorRegistry()
+        about: Json = {"buckets": _SECONDS, "registry": self.registry}
         self._queue, self._first, self._answer = (
-            Histogram(f"slotmoe_{name}_seconds", text, buckets=_SECONDS, registry=self.registry)
+            Histogram(f"slotmoe_{name}_seconds", f"From request to {text}", **about)
             for name, text in _HISTOGRAMS.items()
         )
         self.registry.register(self)
