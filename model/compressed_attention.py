@@ -161,8 +161,7 @@ def lists(
     lists_TL = places_L + (positions_T + 1 - seen_T - first)[:, None]
     behind_TL = places_L - seen_T[:, None]
     if entries_TL is not None:
-        most = entries_TL.shape[1] - 1
-        chosen_TL = entries_TL.gather(1, behind_TL.clamp(0, most).long())
+        chosen_TL = entries_TL.gather(1, behind_TL.clamp(0, entries_TL.shape[1] - 1).long())
         lists_TL = torch.where(behind_TL < 0, lists_TL, chosen_TL + held)
     elif counts_T is not None:
         lists_TL = torch.where(behind_TL < 0, lists_TL, behind_TL + held)

@@ -122,15 +122,9 @@ class Config(Geometry):
             indexer = structs.replace(indexer, full=(self.has_indexer(layer),))
         if compressed is not None:
             compressed = structs.replace(compressed, ratios=(self.ratio(layer),))
-        return replace(
-            self,
-            num_hidden_layers=1,
-            first_k_dense_replace=0 if self.is_moe(layer) else 1,
-            num_hash_layers=int(layer < self.num_hash_layers),
-            mtp=False,
-            indexer=indexer,
-            compressed=compressed,
-        )
+        counts = {"num_hidden_layers": 1, "first_k_dense_replace": int(not self.is_moe(layer))}
+        counts["num_hash_layers"] = int(layer < self.num_hash_layers)
+        return replace(self, **counts, mtp=False, indexer=indexer, compressed=compressed)
 
     def with_mtp(self, where: Path, wanted_by: str) -> "Config":
         """The same with the head that predicts one token more (``slotmoe.model.mtp``), which the
@@ -200,7 +194,6 @@ def parse_config(values: Json, where: str = "config.json") -> Config:
 
 
 def read_config(path: Path) -> Config:
-    """The ``Config`` in the file ``path``."""
     return parse_config(read_json(path, MAX_CONFIG_BYTES, Json), str(path))
 
 

@@ -1,8 +1,7 @@
 """The model families that this network computes, and in what they differ.
 
 All have DeepSeek-style experts, and all but V4 Multi-head Latent Attention.  What differs is data:
-a row of ``FAMILIES`` says how the gate scores and chooses, and which values of ``config.json`` fit
-it.
+a row of ``FAMILIES`` says how the gate scores and chooses, and what fits it in ``config.json``.
 """
 
 from pathlib import Path

@@ -67,20 +67,15 @@ def _filled(kind: type[T], parts: dict[str, object], prefix: str = "", **given: 
 def geometry_of(config: Config) -> Geometry:
     """What a backend has to know of ``config``."""
     c, indexer, compressed, hyper = config, None, None, None
-    if c.indexer is not None:
-        sizes = c.indexer.n_heads, c.indexer.head_dim, c.indexer.topk
-        indexer = border.IndexGeometry(*sizes, c.indexer.halves)
+    if (i := c.indexer) is not None:
+        indexer = border.IndexGeometry(i.n_heads, i.head_dim, i.topk, i.halves)
     if c.compressed is not None:
         compressed = border.CompressedGeometry(c.compressed.sliding_window, c.compressed.o_groups)
-    if c.hyper is not None:
-        h = c.hyper
+    if (h := c.hyper) is not None:
         hyper = border.HyperGeometry(h.mult, h.sinkhorn_iters, h.eps, c.rms_norm_eps)
     return Geometry(
-        c.num_attention_heads,
-        c.qk_nope_head_dim,
-        c.qk_rope_head_dim,
-        c.kv_lora_rank,
-        c.v_head_dim,
+        *(c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim),
+        *(c.kv_lora_rank, c.v_head_dim),
         *(c.rms_norm_eps, LATENT_EPS, c.softmax_scale),
         halves=not c.rope_interleave,
         router=router_of(c),

@@ -12,8 +12,7 @@ weights of its own:
     x_is = e_proj enorm(embedding of token i + 1) + h_proj hnorm(h_is)
 
 h_i of V3 is the residual stream after the last layer and the final norm, as other runtimes give it
-to the heads of published checkpoints; the paper does not say on which side of that norm it is
-taken.
+to the heads of published checkpoints; on which side of that norm, the paper does not say.
 
 Shapes: R rows, D hidden_size, E routed experts, K experts a token, M MoE layers.
 """

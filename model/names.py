@@ -117,9 +117,8 @@ MTP_PARTS = {
     "eh_proj": Part("eh_proj", "DX", "matrix", component="drafting head"),
     "norm": Part("shared_head.norm", "D", "norm", component="drafting head"),
 }
-"""What the layer that predicts one token more has beside a decoder layer.  Its embedding and its
-output head are the model's own; checkpoints hold them once more, as ``embed_tokens`` and
-``shared_head.head``."""
+"""What the layer that predicts one token more has beside a decoder layer.  Its embedding and
+output head are the model's own; checkpoints repeat them: ``embed_tokens``, ``shared_head.head``."""
 V4_MTP_PARTS = {
     "e_proj": Part("e_proj", "Dd", "matrix", component="drafting head"),
     "h_proj": Part("h_proj", "Dd", "matrix", component="drafting head"),
@@ -132,14 +131,10 @@ PARTS = {part.name: part for part in chain(_TOP_PARTS, *(table.values() for tabl
 """All of them by name."""
 _EXPERT = Part("", "", "matrix")
 
-FUSED = {
-    "gate_proj": ("gate_up_proj", 0, 2),
-    "up_proj": ("gate_up_proj", 1, 2),
-    "down_proj": ("down_proj", 0, 1),
-}
+FUSED = {"gate_proj": ("gate_up_proj", 0, 2), "up_proj": ("gate_up_proj", 1, 2)}
+FUSED |= {"down_proj": ("down_proj", 0, 1)}
 """All routed experts of a layer in one tensor, as transformers 5 saves them: its name, and which of
 how many equal parts of the rows of each expert's matrix a projection is."""
-
 
 _HUB_TOP = {"embed.weight": EMBEDDING, "head.weight": HEAD, "norm.weight": FINAL_NORM}
 _HUB_TOP |= {f"hc_head_{part}": f"model.hc_head.hc_{part}" for part in HEAD_MIX_PARTS}
@@ -233,10 +228,8 @@ def role_of(name: str) -> str:
 def _sizes(c: Config, layer: int) -> dict[str, int]:
     """Sizes of a layer's tensors by letter; one is 0 or missing of a tensor that it lacks."""
     D, H, L, moe = c.hidden_size, c.num_attention_heads, c.q_lora_rank or 0, c.is_moe(layer)
-    queries = H * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-    hashed = layer < c.num_hash_layers
-    sizes = {"T": c.vocab_size, "D": D, "L": L}
-    sizes["P" if L else "Q"] = queries
+    hashed, sizes = layer < c.num_hash_layers, {"T": c.vocab_size, "D": D, "L": L}
+    sizes["P" if L else "Q"] = H * (c.qk_nope_head_dim + c.qk_rope_head_dim)
     sizes["E"] = c.n_routed_experts if moe else 0
     sizes["B"] = sizes["E"] if c.family.correction_bias and not hashed else 0
     sizes["N"] = c.num_experts_per_tok if moe and hashed else 0
@@ -251,8 +244,8 @@ def _sizes(c: Config, layer: int) -> dict[str, int]:
 def _sizes_of_mla(c: Config, layer: int) -> dict[str, int]:
     H, indexer = c.num_attention_heads, c.indexer
     sizes = {"X": 2 * c.hidden_size, "A": c.q_lora_rank or 0, "V": H * c.v_head_dim}
-    sizes |= {"W": c.latent_width, "R": c.kv_lora_rank}
-    sizes["K"] = H * (c.qk_nope_head_dim + c.v_head_dim)
+    expanded = H * (c.qk_nope_head_dim + c.v_head_dim)
+    sizes |= {"W": c.latent_width, "R": c.kv_lora_rank, "K": expanded}
     if indexer is None or not c.has_indexer(layer):
         return sizes
     width, heads = indexer.head_dim, indexer.n_heads

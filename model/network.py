@@ -82,8 +82,7 @@ class Positions:
 class Network(Generic[W]):
     """The network over weights in memory.  ``weights`` maps checkpoint names to whatever
     ``backend`` understands; norms and gates are float tensors.  A long pass goes through each layer
-    in steps of ``step_tokens``: a layer's experts then serve all its tokens, while only one step
-    needs temporaries."""
+    in steps of ``step_tokens``: experts then serve all its tokens, temporaries are one step's."""
 
     def __init__(
         self,
@@ -96,11 +95,9 @@ class Network(Generic[W]):
         self._step_tokens = step_tokens
         self.config, self.backend, self.experts = config, backend, experts
         self.embed_tokens = weights[EMBEDDING]
-        count = config.num_hidden_layers
-        self.layers = [layer_of(weights, index) for index in range(count)]
+        self.layers = [layer_of(weights, index) for index in range(config.num_hidden_layers)]
         self.norm = as_tensor(weights[FINAL_NORM])
-        tied = config.tie_word_embeddings
-        self.lm_head = self.embed_tokens if tied else weights[HEAD]
+        self.lm_head = self.embed_tokens if config.tie_word_embeddings else weights[HEAD]
         self._mixing = None
         if config.hyper is not None:
             parts = (as_tensor(weights[part.name]).float() for part in HEAD_MIX_PARTS.values())
@@ -138,8 +135,7 @@ class Network(Generic[W]):
         """``forward`` from the residual stream before the first layer on."""
         pairs = [*zip(states, counts, strict=True)]
         spans = [(state.length, state.length + count) for state, count in pairs]
-        places = [torch.arange(*span, device=h_TD.device) for span in spans]
-        positions_T = torch.cat(places).float()
+        positions_T = torch.cat([torch.arange(*span, device=h_TD.device) for span in spans]).float()
         for state, count in pairs:
             state.begin(count)
         self.timer.mark("rest")

@@ -14,13 +14,11 @@ class Reasoning:
     end: str
     shown: Mapping[int, str]
 
-    def is_begun(self, prompt: str) -> bool:
-        """Whether a prompt has the first mark already, so that the answer begins behind it."""
-        return prompt.rstrip().endswith(self.begin)
-
-    def is_over(self, prompt: str) -> bool:
-        """Whether a prompt has the last mark already, so that the answer has no reasoning."""
-        return prompt.rstrip().endswith(self.end)
+    def is_begun(self, prompt: str) -> bool | None:
+        """Whether a prompt has the first mark already, so that the answer begins behind it; None
+        where it has the last one, so that the answer has no reasoning."""
+        end = prompt.rstrip()
+        return None if end.endswith(self.end) else end.endswith(self.begin)
 
 
 def reasoning_of(template: str | None, token_id: Callable[[str], int | None]) -> Reasoning | None:
@@ -34,12 +32,13 @@ def reasoning_of(template: str | None, token_id: Callable[[str], int | None]) ->
 
 class Splitter:
     """Takes an answer's text as it comes apart, without the whitespace around the marks.
-    ``is_begun`` where the prompt has the first mark."""
+    ``is_begun`` where the prompt has the first mark, None where all is text."""
 
-    def __init__(self, reasoning: Reasoning | None, is_begun: bool):
+    def __init__(self, reasoning: Reasoning | None, is_begun: bool | None):
         self._marks, self._held = reasoning, ""
-        self._place = "text" if reasoning is None else "thought" if is_begun else "start"
-        self._trims = is_begun  # until the next character that is no whitespace
+        has_none = reasoning is None or is_begun is None
+        self._place = "text" if has_none else "thought" if is_begun else "start"
+        self._trims = self.is_thinking  # until the next character that is no whitespace
 
     @property
     def is_thinking(self) -> bool:

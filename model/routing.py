@@ -18,15 +18,9 @@ def router_of(config: Config) -> Router:
     c, family = config, config.family
     normalized = c.norm_topk_prob and c.num_experts_per_tok > 1
     scaled = family.scales_normalized or not normalized
-    return Router(
-        c.n_group,
-        c.topk_group,
-        c.num_experts_per_tok,
-        c.routed_scaling_factor if scaled else 1.0,
-        normalized,
-        family.group_best,
-        family.scoring,
-    )
+    factor = c.routed_scaling_factor if scaled else 1.0
+    sizes = c.n_group, c.topk_group, c.num_experts_per_tok
+    return Router(*sizes, factor, normalized, family.group_best, family.scoring)
 
 
 def _scores(logits_TE: Tensor, scoring: str) -> Tensor:

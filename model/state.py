@@ -160,8 +160,7 @@ class SequenceState:
     marks: lengths to which the sequence can be cut.
 
     A pass says ``begin`` before its first layer and ``done`` behind its last one.  One that does
-    not get there leaves the state as it was.  The last 16 tokens can be cut off, and without tails
-    any.
+    not get there leaves the state as it was.  The last 16 tokens can be cut off, any without tails.
     """
 
     def __init__(self, context: int, kept: Sequence[Rows], tails: Sequence[Tail] = ()):
@@ -239,8 +238,7 @@ class SequenceState:
     def _keep_marks(self, lengths: Collection[int]) -> None:
         """Forget all marks but these, and those of tokens that are not there."""
         for tail in self._tails:
-            kept = (at for at in lengths if at <= self.length)
-            tail.marks = {at: tail.marks[at] for at in kept}
+            tail.marks = {at: tail.marks[at] for at in lengths if at <= self.length}
         self._ends = [at for at in self._ends if at <= self.length]
 
     def _best_marks(self) -> list[int]:

@@ -83,7 +83,7 @@ class Tokenizer:
         tokens, settings = parse_json(found, path, Json), parse_json(found, path, _Settings)
         path = folder / "chat_template.jinja"
         found = read(path.name, MAX_TEMPLATE_BYTES)
-        template = _decoded(found, path) if found else _template_of(settings)
+        template = _template_of(settings, found or b"", path)
         self.template = own_template if template is None else template
         adds_bos = settings.get("tokenizer_class") not in _WITHOUT_BOS
         wants_bos = settings.get("add_bos_token", adds_bos and bos_token_id is not None)
@@ -138,11 +138,9 @@ class Tokenizer:
     def splitter(self, prompt: Sequence[int]) -> Splitter:
         """What takes the reasoning off the text of an answer to ``prompt``."""
         if self.reasoning is None:
-            return Splitter(None, False)
+            return Splitter(None, None)
         stream = TextStream(self)
         end = "".join(stream.push(id_) for id_ in prompt[-16:])  # the mark may be several tokens
-        if self.reasoning.is_over(end):
-            return Splitter(None, False)
         return Splitter(self.reasoning, self.reasoning.is_begun(end))
 
     def token_id(self, token: str) -> int | None:
@@ -250,19 +248,16 @@ class TextStream:
         return not self._characters.getstate()[0]
 
 
-def _decoded(template: bytes, path: Path) -> str:
-    try:
-        return template.decode()
-    except UnicodeError:
-        raise ConfigError(f"{path}: is not UTF-8 text") from None
-
-
-def _template_of(settings: _Settings) -> str | None:
-    """The chat template of ``tokenizer_config.json``: one, or the default of several named ones."""
+def _template_of(settings: _Settings, own: bytes, path: Path) -> str | None:
+    """The chat template in its ``own`` file at ``path``, or else in ``tokenizer_config.json``: one,
+    or the default of several named ones."""
     template = settings.get("chat_template")
     if isinstance(template, list):
-        return {item["name"]: item["template"] for item in template}.get("default")
-    return template
+        template = {item["name"]: item["template"] for item in template}.get("default")
+    try:
+        return own.decode() or template
+    except UnicodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text") from None
 
 
 def _message(given: Mapping[str, object]) -> Json:
@@ -347,15 +342,14 @@ class Namespace(utils.Namespace):
         utils.Namespace.__setitem__(self, name, value)
 def raise_exception(message):
     raise ValueError(message)
-def strftime_now(form):
-    return datetime.datetime.now().strftime(form)
+now = lambda form: datetime.datetime.now().strftime(form)
 def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     how = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
     return json.dumps(value, ensure_ascii=ensure_ascii, **how)
 environment = sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
 )
-environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+environment.globals.update(raise_exception=raise_exception, strftime_now=now)
 environment.globals.update(dict=Dict(), namespace=Namespace)
 environment.filters["tojson"] = tojson
 compiled = functools.lru_cache(4)(environment.from_string)

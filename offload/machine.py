@@ -25,8 +25,7 @@ _CGROUP = (  # files with the limit and the use of the memory cgroup's second an
 
 
 def cache_folder() -> Path:
-    """Where ``sample`` and plain checkpoints are quantized to: ``SLOTMOE_CACHE`` or
-    ``~/.cache/slotmoe``.  Raises ``ConfigError``."""
+    """Where exports go: ``SLOTMOE_CACHE`` or ``~/.cache/slotmoe``.  Raises ``ConfigError``."""
     try:
         return Path(os.environ.get("SLOTMOE_CACHE") or Path.home() / ".cache" / "slotmoe")
     except RuntimeError:  # neither HOME nor an entry in the system's list of users
@@ -85,8 +84,7 @@ def instruction_set() -> str | None:
 
 
 def device_index(device: str) -> int:
-    """Which GPU ``--device`` names, in CUDA's order: ``cuda:1`` is 1; ``auto``, ``cpu`` and
-    ``cuda`` are 0.  Raises ``ConfigError`` for anything else."""
+    """Which GPU ``--device`` names, in CUDA's order, or 0.  Raises ``ConfigError``."""
     match = re.fullmatch(r"auto|cpu|cuda(?::(\d{1,3}))?", device)
     if match is None:
         raise ConfigError(f"device {device!r:.40} is unknown, expected auto, cpu, cuda or cuda:N")
@@ -102,8 +100,7 @@ class Gpu:
 
 
 def find_gpu(index: int) -> Gpu | None:
-    """GPU ``index`` as CUDA counts, which is neither nvidia-smi's order nor without
-    ``CUDA_VISIBLE_DEVICES``; None if there is none."""
+    """GPU ``index`` as CUDA, unlike nvidia-smi, counts, by ``CUDA_VISIBLE_DEVICES``; or None."""
     identity = _cuda_uuid(index)
     if identity is None:
         return None
@@ -122,11 +119,8 @@ def _cuda_uuid(index: int) -> str | None:
     device, raw = ctypes.c_int(), (ctypes.c_ubyte * 16)()
     try:
         driver = ctypes.CDLL("libcuda.so.1")
-        steps = (
-            lambda: driver.cuInit(0),
-            lambda: driver.cuDeviceGet(ctypes.byref(device), index),
-            lambda: driver.cuDeviceGetUuid(ctypes.byref(raw), device),
-        )
-        return None if any(step() for step in steps) else f"GPU-{UUID(bytes=bytes(raw))}"
+        failed = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), index)
+        failed = failed or driver.cuDeviceGetUuid(ctypes.byref(raw), device)
+        return None if failed else f"GPU-{UUID(bytes=bytes(raw))}"
     except (OSError, AttributeError):
         return None

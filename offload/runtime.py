@@ -7,7 +7,7 @@ with Runtime.open("sample") as runtime:
 
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _ROWS_OF_TEXT = 128  # rows of logits made at once; a prefill pass takes a multiple of it
 
 
-class Runtime:
+class Runtime(AbstractContextManager["Runtime"]):
     """An open model, for any number of threads: what they ask for goes to one engine, which answers
     as many texts at once as it was opened with ``sequences``.
 
@@ -122,8 +122,7 @@ class Runtime:
         """Teacher-forced logits from position 0 through the prefill path: float32 CPU [T,
         vocab_size].  This result is the caller's, beyond the budget, and as large as it says.
 
-        Raises ``PlanError`` if the tokens don't fit the context, ``ConfigError`` if one is outside
-        the vocabulary.
+        Raises ``PlanError`` if the context is too small, ``ConfigError`` for an unknown id.
         """
         ids, start = self.checked(token_ids), 0
         logits = torch.empty(len(ids), self.config.vocab_size)
@@ -422,9 +421,6 @@ class Runtime:
             self._engine = None
         if self._trace is not None:
             self._trace.close()
-
-    def __enter__(self) -> "Runtime":
-        return self
 
     def __exit__(self, *raised: object) -> None:
         self.close()

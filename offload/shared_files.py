@@ -67,8 +67,7 @@ def take_lock(path: Path, flags: int, seconds: float) -> int:
 
 
 def check_removed(left: Sequence[OSError], freed: int) -> None:
-    """Raise an ``OSError`` that names the first of the files that are ``left``, if there are any,
-    and says how many bytes are free again without them."""
+    """Raise an ``OSError`` that names the first file ``left``, if any, and the bytes ``freed``."""
     if left:
         more = f", nor {len(left) - 1} others" if len(left) > 1 else ""
         said = f"can't be removed ({left[0].strerror}){more}; {format_size(freed)} are free again"

@@ -20,8 +20,7 @@ def record_bytes(hidden_size: int, moe_intermediate_size: int, codecs: ExpertCod
 
 def padded_record_bytes(hidden_size: int, moe_intermediate_size: int, codecs: ExpertCodecs) -> int:
     """Bytes of one expert's record in the export."""
-    size = record_bytes(hidden_size, moe_intermediate_size, codecs)
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return -(-record_bytes(hidden_size, moe_intermediate_size, codecs) // ALIGNMENT) * ALIGNMENT
 
 
 def resident_quantization(role: str, mode: str) -> str | Codec:

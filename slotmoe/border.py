@@ -158,8 +158,7 @@ class Router(NamedTuple):
 
 
 class IndexGeometry(NamedTuple):
-    """Of an indexer: sizes, how many rows it chooses, whether its rotated pairs stand in two
-    ``halves`` (V3.2) instead of side by side."""
+    """Of an indexer: sizes, rows chosen, rotated pairs in ``halves`` (V3.2) or side by side."""
 
     J: int
     A: int
@@ -274,9 +273,8 @@ class Listed(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    """How what a block gives is added to Q residual streams (DeepSeek-V4, hyper-connections):
-    ``post``, float32 [T, Q], is each stream's share of it, and ``comb``, float32 [T, Q, Q], how
-    much of stream j goes on in stream k."""
+    """How a block's output is added to Q residual streams (DeepSeek-V4): ``post``, float32 [T, Q],
+    is each one's share, ``comb``, float32 [T, Q, Q], how much of stream j goes on in stream k."""
 
     post_TQ: Tensor
     comb_TQQ: Tensor

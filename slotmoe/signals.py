@@ -26,9 +26,8 @@ def leave(number: int, remark: str = "") -> None:
 
 
 class Stopping:
-    """As a context manager: a signal is noted as ``number``, and ``stop`` is called with it.  The
-    next one acts as before, if this is for ``once``.  What is ignored stays so (by nohup, or in a
-    shell's background)."""
+    """As a context manager: a signal is noted as ``number``, and ``stop`` called with it.  For
+    ``once``, the next acts as before.  What is ignored stays so (nohup, a shell's background)."""
 
     def __init__(self, stop: Callable[[int], object], once: bool = True):
         self._stop, self._once, self.number = stop, once, 0

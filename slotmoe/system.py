@@ -48,9 +48,8 @@ def cores() -> int:
 
 def choose_placement(size: int, threads: int | None = None) -> Placement:
     """Where threads run, and where ``size`` bytes lie that all of them read: on one processor if it
-    has room, else on all.  Threads are bound to all of its cores together, so that the system can
-    move one away from another program's.  Nothing is bound if ``threads`` are given, or the CPUs of
-    this process."""
+    has room, else on all.  Threads are bound to its cores together, so that the system can move
+    them.  Nothing is bound if ``threads`` or the process's CPUs are given."""
     there, allowed = processors(), _allowed()
     is_free = threads is None and allowed >= _numbers(_ROOT / "sys/devices/system/cpu/online")
     fitting = [it for it in there if is_free and it.nodes and it.free >= size]

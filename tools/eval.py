@@ -30,14 +30,9 @@ if TYPE_CHECKING:
 _LOGITS_ROWS = 384
 _TEXT_HELP = "UTF-8 text to score; repeatable."
 _REFERENCE = "Compare with this model: the unquantized checkpoint folder, 'sample', or an export."
-_METHOD_HELP = (
-    "strided scores every token once; llama.cpp the second half of each window, as its "
-    "perplexity tool does."
-)
+_METHOD_HELP = "strided scores each token once; llama.cpp, as its tool, each window's second half."
 _WORST = "With --reference: show the N worst tokens."
-_KERNELS_HELP = (
-    "torch rounds no activations, several times slower on a CPU: the cost of the weights alone."
-)
+_KERNELS_HELP = "torch, several times slower on CPUs, rounds no activations: the cost of weights."
 
 
 @click.command(name="eval", cls=options.Command)
@@ -55,8 +50,7 @@ def command(
     model: str, texts: tuple[Path, ...], reference: str | None, as_json: bool, **given: Any
 ) -> None:
     """Score text with MODEL: bits per byte and perplexity, and with --reference the mean KL
-    divergence in nats, how often both put the same token first, and the tokens whose predictions
-    differ most.
+    divergence in nats, how often both put the same token first, and where they differ most.
 
     A text is read in windows, each of them begun with the beginning-of-sentence token if the model
     has one.  By default they follow each other and every token is scored once.  A smaller --stride

@@ -56,9 +56,7 @@ def integer(names: str, help: str, default: int | None = None, **rest: Any) -> D
     return option(names, "N", help, type=int, default=default, **rest)
 
 
-def choice(
-    name: str, values: Sequence[str], default: str | None, help: str, **rest: Any
-) -> Decorator:
+def choice(name: str, values: Sequence[str], default: Any, help: str, **rest: Any) -> Decorator:
     return click.option(name, type=click.Choice(values), default=default, help=help, **rest)
 
 
@@ -143,10 +141,7 @@ codec_options = _adding(
     choice("--codec", ["lut", "nf4"], None, _CODEC),
     choice("--bits", ["4", "3.5", "3"], None, _BITS),
 )
-_KEEP_MTP = (
-    "Keep the head with which a model like DeepSeek-V3 predicts one token more, for --draft mtp: a "
-    "layer and its experts."
-)
+_KEEP_MTP = "Keep the head that predicts one token more (a layer and experts), for --draft mtp."
 KEEP_MTP = flag("--keep-mtp", _KEEP_MTP)
 
 
@@ -161,19 +156,14 @@ def expert_codecs(given: Json) -> ExpertCodecs | None:
     return codecs
 
 
-_REVISION = "Branch, tag or commit of a model on the hub. [default: main]"
-REVISION = option("--revision", "REV", _REVISION, cls=Rare)
+REVISION = option("--revision", "REV", "Branch, tag, commit on the hub. [default: main]", cls=Rare)
 _DEVICE = "auto takes the GPU when there is one; of several, cuda:N that number in CUDA's order."
 _MISSES = (
     "With a GPU, an expert that is in none of its slots is fetched, computed by the CPU, or either "
     "(hybrid). auto takes what slotmoe bench --calibrate has measured to be fastest, else fetch."
 )
-_EXPERTS_DIR = (
-    "A copy of the export's experts folder on another drive, from which reads come too; may be "
-    "repeated."
-)
+_EXPERTS_DIR = "Read from this copy of an export's experts, on another drive, too; repeatable."
 _SLOTS = "Keep at most N experts in memory. [default: all that fit the budget]"
-_NO_PREFETCH = "Read experts only when a gate has asked for them, never ahead."
 _DRAFT = (
     "Tokens that may come next are computed with those that do, as many as pay; the text is the "
     "same to the bit. ngram drafts what followed earlier in the text, mtp what the head expects "
@@ -197,7 +187,7 @@ _PLANNED = (
     integer("--slots", _SLOTS, cls=Rare),
     choice("--misses", MODES, "auto", _MISSES, cls=Rare),
     option("--experts-dir experts_dirs", "DIR", _EXPERTS_DIR, multiple=True, cls=Rare),
-    flag("--no-prefetch", _NO_PREFETCH, cls=Rare),
+    flag("--no-prefetch", "Read experts only when a gate has asked, never ahead.", cls=Rare),
 )
 # What ``slotmoe plan`` reckons with.
 plan_options = _adding(*_PLANNED, choice("--draft", ["off", "mtp"], "off", _MTP, cls=Rare))
@@ -224,21 +214,19 @@ _MIN_P = f"Drop tokens less likely than N times the likeliest. {_MODELS}"
 _REPETITION = f"Divide the logits of tokens that are there already; 1 is off. {_MODELS}"
 _POSITIVE = click.FloatRange(0)
 _PENALTY: Json = {"type": click.FloatRange(0, min_open=True), "cls": Rare}
-_SEEDS = click.IntRange(0, (1 << 63) - 1)
 _SAMPLING = {
     "temperature": option("--temperature", "N", f"{_GREEDY} {_MODELS}", type=_POSITIVE),
     "top_p": option("--top-p", "N", f"{_LIKELIEST} {_MODELS}", type=click.FloatRange(0, 1, True)),
     "top_k": count("--top-k", None, _TOP_K, least=0, cls=Rare),
     "min_p": option("--min-p", "N", _MIN_P, type=click.FloatRange(0, 1), cls=Rare),
     "repetition_penalty": option("--repetition-penalty", "N", _REPETITION, **_PENALTY),
-    "seed": option("--seed", "N", "Make sampling repeatable.", type=_SEEDS),
+    "seed": option("--seed", "N", "Make sampling repeatable.", type=click.IntRange(0, 2**63 - 1)),
 }
 SAMPLING = tuple(_SAMPLING)  # arguments of ``Runtime.generate``
 OWN = tuple(name for name in SAMPLING if name != "seed")  # settings that a model has its own of
 SYSTEM = option("--system", "TEXT", "How the model should behave; with slotmoe run it sets --chat.")
 _CHAT = flag("--chat", "Send PROMPT through the model's chat template, as a user's message.")
-_TRACE_HELP = "Record which experts were used, for later replay."
-_TRACE = option("--trace", "FILE", _TRACE_HELP, type=NEW_FILE, cls=Rare)
+_TRACE = option("--trace", "FILE", "Record the experts used, for replay.", type=NEW_FILE, cls=Rare)
 _NEW_TOKENS = 128  # of a continuation; a chat's answer ends by itself
 _STOP = "Stop after N tokens."
 _STOP_OR_END = f"{_STOP} [default: {_NEW_TOKENS}; with --chat the answer's end]"
@@ -280,8 +268,7 @@ def generation_arguments(given: Json) -> Json:
 
 
 def prompt_text(prompt: str | None, file: Path | None = None) -> str:
-    """The text of ``file``, or the prompt, or stdin where that is ``-``.  Raises ``UsageError`` or
-    ``ConfigError``."""
+    """The prompt, ``file``'s text, or stdin for ``-``.  Raises ``UsageError``, ``ConfigError``."""
     if (prompt is None) == (file is None):
         both = "PROMPT and --file are both given: choose one"
         problem = "Missing argument 'PROMPT'." if file is None else both
@@ -305,8 +292,7 @@ def decoded(data: bytes, what: str) -> str:
 
 
 def model_names(ctx: click.Context, parameter: click.Parameter, typed: str) -> list[CompletionItem]:
-    """For the shell's completion of MODEL: the sample, exports by name, exports and checkpoints by
-    path, and folders that may hold some."""
+    """Completes MODEL: sample, exports by name, models by path, and folders that may hold some."""
     from slotmoe.offload.plan.advice import GEOMETRIES
 
     names = dict.fromkeys(GEOMETRIES if ctx.info_name == "plan" else ["sample"]) | library()
@@ -361,8 +347,7 @@ def notifier(quiet: bool) -> Callable[[str], None]:
 
 
 def require_extra(extra: str, *modules: str) -> None:
-    """Raises ``ConfigError``, which says how to install the extra, unless all of its ``modules``
-    are installed."""
+    """Raises ``ConfigError``, with how to install the extra, if one of ``modules`` is missing."""
     missing = ", ".join(name for name in modules if find_spec(name) is None)
     if missing:
         problem = f"this command needs libraries that are not installed ({missing})"

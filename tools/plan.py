@@ -55,8 +55,7 @@ _PROMPT_HELP = "Tokens of the prompt. [default: 512, or what the context has roo
 def command(
     model: str, prompt_tokens: int | None, max_new_tokens: int, as_json: bool, **given: Any
 ) -> int:
-    """Say whether MODEL fits, what goes to which tier, and how fast it will be.  No weights are
-    needed.
+    """Say whether MODEL fits, what goes to which tier, and how fast it will be, without weights.
 
     MODEL is a geometry (v2-lite, coder-v2-lite, moonlight, glm-4.7-flash, mistral-small-4, v2,
     v2.5, coder-v2, v3, r1, v3.1, v3.2, v4-flash, v4-pro, glm-5, kimi-k2, sample), an export, a
@@ -221,11 +220,8 @@ def _verdict(report: Json) -> list[str]:
     name, disk = report["model"], report["disk"]
     export, download = (format_size(disk[name]) for name in ("export", "download"))
     free = "" if disk["free"] is None else f", {format_size(disk['free'])} are free in {Path.cwd()}"
-    if report["shortfall"]:
-        short = [
-            f"{format_size(size)} of {_NAMES[tier]}"
-            for tier, size in report["shortfall_by_tier"].items()
-        ]
+    if missing := report["shortfall_by_tier"].items():
+        short = [f"{format_size(size)} of {_NAMES[tier]}" for tier, size in missing]
         return [f"{name} does not fit: {' and '.join(short)} short."]
     if not disk["fits"]:
         return [f"{name} does not fit: its export takes {export}{free}."]

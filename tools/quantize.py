@@ -195,7 +195,6 @@ def _report(manifest: Json, destination: Path, seconds: float) -> Json:
 
 
 def _print_cost(report: Json) -> None:
-    """What quantization cost, by kind of tensor."""
     rows, total = [], sum(family["weights"] for family in report["families"])
     for family in report["families"]:
         layer, error = family["worst_layer"], family["relative_rms_error"]
@@ -211,7 +210,6 @@ def _print_cost(report: Json) -> None:
 
 
 def _print(report: Json) -> None:
-    """The size of the export."""
     sizes = (report[name] for name in ("bytes", "expert_bytes", "resident_bytes"))
     size, experts, resident = map(format_size, sizes)
     spent = f"{report['seconds']:.1f} s (experts {experts}, resident {resident})"

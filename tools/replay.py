@@ -36,8 +36,7 @@ def command(
     """Replay the routing recorded in TRACE files under cache policies and sizes, without the model.
 
     Each token counts as one decode step, and the cache starts empty.  The optimum knows the future:
-    no policy can do better without prefetching.  Of several traces (of one model) the mean is
-    shown.
+    no policy can do better without prefetching.  Several traces of one model show their mean.
 
     \b
     Examples:
@@ -58,8 +57,7 @@ def command(
 
 
 def measure(traces: Paths, slots: Sequence[int], policies: Sequence[str], quiet: bool) -> Json:
-    """One JSON-able object; ``results`` has hit rate and share of the optimum's by policy, size.
-    Raises ``ConfigError``."""
+    """JSON, ``results``: hits, share of the optimum's, by policy, size.  Raises ``ConfigError``."""
     opened = [read_trace(path) for path in traces]
     geometry = opened[0][0]
     for path, (header, steps) in zip(traces, opened, strict=True):

@@ -27,9 +27,8 @@ def command(names: tuple[str, ...], sessions: bool, as_json: bool, **given: Any)
     """Remove exports from the cache folder: NAME is one that slotmoe list shows, or what it is of:
     a folder, a hub id, sample. If one NAME is unknown or in use, none is removed.
 
-    On a terminal it asks first; a script is not asked. What slotmoe run made is made again when it
-    is needed: a folder is quantized anew, a model on the hub downloaded. A session's messages are
-    gone for good.
+    On a terminal it asks first, in a script not. What slotmoe run made is made again when needed: a
+    folder is quantized anew, a model on the hub downloaded. A session's messages are gone for good.
 
     \b
     Examples:

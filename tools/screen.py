@@ -72,8 +72,7 @@ def echo(prompt: str) -> None:
 
 
 def wait_reading(stream: "Stream", quiet: bool) -> None:
-    """Wait for the first token of ``stream``, with a line on stderr's terminal that says, from half
-    a second on, how much of the prompt is read."""
+    """Wait for ``stream``'s first token; on a terminal a line says how much is read."""
     if not quiet and is_terminal(sys.stderr):
         total, seconds = len(stream.request.prompt), _FIRST_SECONDS
         screen = commanded(sys.stderr)

@@ -21,9 +21,8 @@ def command(export: Path, as_json: bool) -> int:
     """Check every checksum of EXPORT, a path or a name that slotmoe list shows: of each file, its
     header, its tensors and its expert records.
 
-    Says what to do about each bad file, and exits with 1 if there is one.  A damaged export is
-    repaired by the command that made it: slotmoe quantize SRC EXPORT makes only the bad files
-    again, to the same bytes.
+    Says what to do about each bad file, and exits with 1 for any. The command that made an export
+    repairs it: slotmoe quantize SRC EXPORT makes only the bad files again, to the same bytes.
 
     \b
     Examples:

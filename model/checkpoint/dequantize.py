@@ -116,10 +116,10 @@ class EncodedTensor(TensorInfo):
         try:
             of = _NestedState if scales_RB.dtype == NESTED else _State
             state = parse_json(beside["quant_state"].numpy().tobytes(), Path("quant_state"), of)
-            wanted = {"blocksize": self.encoding.columns, "dtype": self.encoding.dtype}
-            for key in wanted:
-                if (found := getattr(state, key)) != wanted[key]:
-                    raise ValueError(f"{key} is {found!r:.40}, expected {wanted[key]}")
+            expected = {"blocksize": self.encoding.columns, "dtype": self.encoding.dtype}
+            for key, wanted in expected.items():
+                if (found := getattr(state, key)) != wanted:
+                    raise ValueError(f"{key} is {found!r:.40}, expected {wanted}")
         except ValueError as problem:
             path = self.beside["quant_state"].path
             raise CheckpointError(f"{path}: {self.name}: {problem}") from None

@@ -81,8 +81,8 @@ class _Bitsandbytes(Struct):
     bnb_4bit_quant_storage: Literal["uint8"] = "uint8"
 
 
-_KINDS: dict[str, type[Struct]] = {"fp8": _Fp8, "compressed-tensors": _CompressedTensors}
-_KINDS["bitsandbytes"] = _Bitsandbytes
+_KINDS: dict[str, type[Struct]] = {"fp8": _Fp8, "bitsandbytes": _Bitsandbytes}
+_KINDS["compressed-tensors"] = _CompressedTensors
 _Dtype = TypedDict("_Dtype", {"dtype": Literal["bfloat16", "float16", "float32"]})
 
 
@@ -92,8 +92,8 @@ def parse_encoding(config: Json) -> Encoding | None:
     place = "quantization_config"
     if not config.get(place):
         return None
-    given = typed(config[place], Json, place)
-    settings = {"expert_dtype": config.get("expert_dtype", "fp8"), **given}
+    settings: Json = {"expert_dtype": config.get("expert_dtype", "fp8")}
+    settings |= typed(config[place], Json, place)
     method = settings.get("quant_method")
     if not isinstance(method, str) or method not in _KINDS:
         problem = f"{place}.quant_method {method!r:.40} is not supported, only {', '.join(_KINDS)}"

@@ -114,8 +114,7 @@ def _config(header: GgufHeader, tokenizer: Tokenizer) -> Json:
     values |= {key: found.get(name, _Count) for key, name in _GEOMETRY.items()}
     values["q_lora_rank"] = found.get("attention.q_lora_rank", _Count, None) or None
     values["n_shared_experts"] = found.get("expert_shared_count", _Count)
-    values["bos_token_id"] = tokenizer.bos_token_id
-    values["eos_token_id"] = tokenizer.ends
+    values |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.ends}
     values["num_key_value_heads"] = values["num_attention_heads"]
     values["max_position_embeddings"] = found.get("context_length", _Count)
     values["rms_norm_eps"] = found.get("attention.layer_norm_rms_epsilon", _Real)

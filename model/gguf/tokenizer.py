@@ -39,8 +39,6 @@ _OfEach = Meta(min_length=1, max_length=400_000)
 
 
 class Tokenizer(Struct):
-    """The tokenizer as metadata has it."""
-
     model: Literal["gpt2"]  # byte-level BPE
     pre: Literal["deepseek-llm", "deepseek-coder", "gpt-2"]
     tokens: Annotated[list[str], _OfEach]
@@ -58,14 +56,6 @@ class Tokenizer(Struct):
         """The tokens at which a text ends, and a turn, if that differs."""
         turn = self.eos_token_id if self.eot_token_id is None else self.eot_token_id
         return list(dict.fromkeys((self.eos_token_id, turn)))
-
-    def settings(self) -> Json:
-        """What ``tokenizer_config.json`` says of it."""
-        names = {"bos_token": self.tokens[self.bos_token_id]}
-        names["eos_token"] = self.tokens[self.eos_token_id]
-        flags = {"add_bos_token": self.add_bos_token, "add_eos_token": self.add_eos_token}
-        others = {**flags, "chat_template": self.chat_template}
-        return names | {name: value for name, value in others.items() if value is not None}
 
 
 def read_tokenizer(metadata: Json) -> Tokenizer:
@@ -114,7 +104,12 @@ def tokenizer_files(found: Tokenizer) -> dict[str, Json]:
         "decoder": {**byte_level, "use_regex": True},
         "model": {"type": "BPE", "vocab": tokens, "merges": _merges(found.merges, tokens)},
     }
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **found.settings()}
+    settings: Json = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings |= {"bos_token": names[found.bos_token_id], "eos_token": names[found.eos_token_id]}
+    others = {
+        key: getattr(found, key) for key in ("add_bos_token", "add_eos_token", "chat_template")
+    }
+    settings |= {key: value for key, value in others.items() if value is not None}
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": settings}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -39,15 +40,6 @@ class Mapped(NamedTuple):
 
     host: Tensor
     kernels: Tensor
-
-
-class _Interface:
-    """RAM as a GPU's array, which torch takes as it is: nothing is copied."""
-
-    def __init__(self, host: Tensor):
-        self._host = host
-        kind = {"shape": tuple(host.shape), "typestr": "|u1", "version": 2}
-        self.__cuda_array_interface__ = {**kind, "data": (host.data_ptr(), False)}
 
 
 class MappedDownload(Download):
@@ -183,7 +175,10 @@ class CudaDevice(Device):
     def mapped(self, size: int) -> Mapped:
         """Page-locked RAM that kernels address."""
         host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        kernels = torch.as_tensor(_Interface(host), device=self.device)
+        # RAM as a GPU's array, which torch takes as it is: nothing is copied.
+        facts = {"shape": (size,), "typestr": "|u1", "version": 2, "data": (host.data_ptr(), False)}
+        array = SimpleNamespace(__cuda_array_interface__=facts, host=host)
+        kernels = torch.as_tensor(array, device=self.device)
         assert kernels.data_ptr() == host.data_ptr(), "page-locked RAM was copied, not mapped"
         return Mapped(host, kernels)
 
@@ -284,8 +279,7 @@ def _runs(architecture: str, capability: tuple[int, int]) -> bool:
 
 
 def choose_device(wanted: str, make: Callable[[int], Device] = CudaDevice) -> tuple[Device, str]:
-    """The device to compute on, and why, as one clause.  ``wanted`` as for ``device_index``.
-    Raises ``ConfigError`` if a GPU is asked for in vain."""
+    """The device that computes, and why.  Raises ``ConfigError`` if a GPU is ``wanted`` in vain."""
     index = device_index(wanted)
     if wanted == "cpu":
         return Device(), "as asked"

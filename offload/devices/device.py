@@ -5,8 +5,7 @@ The engine orders its work by two streams and never asks which library they come
     compute   kernels, in the order in which they are launched
     copies    records from RAM into slots, one after the other, and nothing else
 
-Small things never go through a copy engine, where they would wait for the records that are in
-flight: kernels read and write page-locked RAM.
+Small things never wait behind records in a copy engine: kernels read and write page-locked RAM.
 
 ``copy`` starts after an event of the compute stream (the slot's last reader has been launched
 before it) and returns an event that ``wait`` makes the compute stream wait for.  The host waits

@@ -8,7 +8,7 @@ there are sessions those on disk, are reused by later prompts of its owner that 
 
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -26,8 +26,6 @@ from slotmoe.offload.policy.sharing import PIECE, allowance, place, shares
 from slotmoe.offload.sessions.blocks import shared_prefix
 from slotmoe.offload.sessions.store import Sessions
 
-_DEFECT = "the answer failed; the server's log says how"
-
 
 class UnwantedError(Exception):
     """Nobody waits for the pass or the call under way."""
@@ -41,7 +39,7 @@ class Totals:
     reused_tokens: int = 0
     answer_tokens: int = 0
     steps: int = 0
-    finished: dict[str, int] = field(default_factory=dict)
+    finished: Counter[str] = field(default_factory=Counter)
 
 
 class Batch:
@@ -98,10 +96,7 @@ class Batch:
         rows |= map(self._piece, self._line, counts)
         if self._compute(rows):
             for request, row in rows.items():
-                if row.is_prompt:
-                    self._read(request, row)
-                else:
-                    self._accept(request, row)
+                (self._read if row.is_prompt else self._accept)(request, row)
         self.totals.steps += 1
 
     # Which prompts are read
@@ -148,10 +143,8 @@ class Batch:
         length = 0 if source is None else shared[source]
 
         def cost(sequence: Sequence) -> tuple[bool, bool]:
-            """The source itself if most of it is kept, else an empty one, else the one unused for
-            longest."""
-            held = sequence.length
-            return sequence is not source or 2 * length < held, held > 0
+            """The source if most of it is kept, an empty one, or the one unused for longest."""
+            return sequence is not source or 2 * length < sequence.length, sequence.length > 0
 
         taken = min(self._free, key=cost)
         taken.take(source or taken, length)
@@ -175,8 +168,7 @@ class Batch:
         """The next tokens of a prompt."""
         sequence = self.running[request]
         end = sequence.length + count
-        is_last = end == len(request.prompt)
-        wanted = is_last and request.answer is not None and not request.scored
+        wanted = end == len(request.prompt) and request.answer is not None and not request.scored
         return request, Row(sequence, request.prompt[sequence.length : end], True, wanted)
 
     def _read(self, request: Request, row: Row) -> None:
@@ -272,11 +264,10 @@ class Batch:
     def _fail(self, request: Request, problem: Exception) -> None:
         """End a request that could not be answered; the others go on."""
         request.problem = problem
-        finish = "refused" if isinstance(problem, ConfigError) else "error"
-        error = str(problem)
+        finish, error = "refused" if isinstance(problem, ConfigError) else "error", str(problem)
         if not _is_from_outside(problem):
             traceback.print_exception(problem)
-            error = _DEFECT
+            error = "the answer failed; the server's log says how"
         self._finish(request, request.end(finish, error))
 
     def _finish(self, request: Request, piece: Delta) -> None:
@@ -293,8 +284,7 @@ class Batch:
         self.end(request, piece)
 
     def end(self, request: Request, piece: Delta) -> None:
-        count = self.totals.finished.get(piece.finish or "", 0)
-        self.totals.finished[piece.finish or ""] = count + 1
+        self.totals.finished[piece.finish or ""] += 1
         request.emit(piece)
 
     def keep(self, request: Request, sequence: Sequence, added: int | None = None) -> None:
@@ -305,6 +295,5 @@ class Batch:
 
 def _is_from_outside(problem: Exception) -> bool:
     """Whether the world is to blame, and not this program: a disk, a file, memory, a device."""
-    if isinstance(problem, SlotmoeError | MemoryError | OSError):
-        return True
-    return isinstance(problem, RuntimeError) and "can't allocate memory" in str(problem)
+    is_memory = isinstance(problem, RuntimeError) and "can't allocate memory" in str(problem)
+    return is_memory or isinstance(problem, SlotmoeError | MemoryError | OSError)

@@ -95,7 +95,7 @@ class Engine:
                 request.alive = self._life.is_on
                 self._inbox.put(request)
             if not self._life.goes_on:  # it may have looked into the inbox before
-                self._refuse_all()
+                self._empty_inbox(self._refuse)
         except BaseException:  # Ctrl-C, at any line
             for request in requests:
                 request.cancel()
@@ -147,7 +147,7 @@ class Engine:
         try:
             self._inbox.put(call)
             if not self._life.goes_on:
-                self._refuse_all()
+                self._empty_inbox(self._refuse)
             result, problem = wait_for(call.reply, self._life.is_on)
         except BaseException:
             call.cancelled = True
@@ -222,9 +222,7 @@ class Engine:
     def _receive(self) -> list[Request]:
         """Take what has come in; the requests of it."""
         before = len(self.batch.waiting)
-        with suppress(Empty):
-            while True:
-                self._sort(self._inbox.get_nowait())
+        self._empty_inbox(self._sort)
         return list(self.batch.waiting)[before:]
 
     def _sort(self, item: "Request | _Call[Any] | None") -> None:
@@ -263,13 +261,12 @@ class Engine:
             while left:
                 self._refuse(left.popleft())
         self._life.goes_on = False  # who puts something in from now on looks at this
-        self._refuse_all()
+        self._empty_inbox(self._refuse)
 
-    def _refuse_all(self) -> None:
-        """End what has come in."""
+    def _empty_inbox(self, take: "Callable[[Request | _Call[Any] | None], None]") -> None:
         with suppress(Empty):
             while True:
-                self._refuse(self._inbox.get_nowait())
+                take(self._inbox.get_nowait())
 
     def _refuse(self, item: "Request | _Call[Any] | None") -> None:
         if isinstance(item, _Call):

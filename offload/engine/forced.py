@@ -1,7 +1,4 @@
-"""A text whose tokens are known, decoded as if a model had chosen them.
-
-Shapes: V vocab_size.
-"""
+"""A text whose tokens are known, decoded as if a model had chosen them.  Shape: V vocab_size."""
 
 import time
 from collections import deque

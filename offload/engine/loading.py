@@ -189,7 +189,15 @@ class _Loader:
             self._configure(checkpoint.small_file)
             tokenizer = open_tokenizer(self._config, checkpoint.small_file, self._folder)
             config, backend = self._config, self._backend
-            plan = self._reference_plan(checkpoint)
+            components = {  # the checkpoint's own precision; the cache in float32
+                "resident weights": checkpoint.nbytes,
+                "latent KV cache": kv_bytes(config, self._context, "torch", value_bytes=4),
+                "prefill scratch": memory.scratch_bytes(config, PREFILL_CHUNK, "torch"),
+            }
+            if self._device.tier == "ram":
+                growth = memory.runtime_growth(config, checkpoint.nbytes)
+                components["runtime"] = process_bytes() + growth
+            plan = Plan(components, 0, 0, 0, self.budget, self._device.tier, self._context)
             self._check(plan)
             place = self._placer()
             weights = {name: place(name, checkpoint.tensor(name)) for name in checkpoint.infos}
@@ -236,19 +244,6 @@ class _Loader:
             drafts=options.draft != "off",
         )
 
-    def _reference_plan(self, checkpoint: Checkpoint) -> Plan:
-        """Everything resident, in the checkpoint's own precision; the cache in float32."""
-        config, context, tier = self._config, self._context, self._device.tier
-        components = {
-            "resident weights": checkpoint.nbytes,
-            "latent KV cache": kv_bytes(config, context, "torch", value_bytes=4),
-            "prefill scratch": memory.scratch_bytes(config, PREFILL_CHUNK, "torch"),
-        }
-        if tier == "ram":
-            growth = memory.runtime_growth(config, checkpoint.nbytes)
-            components["runtime"] = process_bytes() + growth
-        return Plan(components, 0, 0, 0, self.budget, tier, context)
-
     def _check(self, plan: Plan) -> None:
         """Refuse a plan before anything is read, or say where threads run and memory lies."""
         self._device.placement = choose_placement(self._refuse(plan), self._options.threads)
@@ -264,9 +259,8 @@ class _Loader:
             raise PlanError(f"the plan takes {sizes}: {advice}")
         gpu, name = self._device.memory(), self._device.name
         if gpu is not None and plan.total > gpu.free:
-            sizes = (
-                f"{format_size(plan.total)} of {name}, of which {format_size(gpu.free)} are free"
-            )
+            free = format_size(gpu.free)
+            sizes = f"{format_size(plan.total)} of {name}, of which {free} are free"
             advice = f"give --vram {gpu.free >> 20}MiB or less, or end the programs that use it"
             raise PlanError(f"the plan takes {sizes}: {advice}")
         return ram
@@ -311,8 +305,7 @@ class _Loader:
             return LoadedModel(
                 config, tokenizer, network, states, plan, self._generation, export,
                 device, self._reason, backend, experts, opened.pop_all(), options,
-                self._draft(network.rows),
-                sizes, store, head,
+                self._draft(network.rows), sizes, store, head,
             )  # fmt: skip
 
     def _substitution(
@@ -372,15 +365,14 @@ class _Loader:
     def _cache(self, slots: int) -> Cache:
         """Where every expert has a slot nothing is evicted, and the cheapest policy will do."""
         layers, experts = len(self._config.moe_layers), self._config.n_routed_experts
-        policy = self._options.cache_policy or DEFAULT_POLICY
-        policy = policy if slots < layers * experts else "lru"
+        asked = self._options.cache_policy or DEFAULT_POLICY
+        policy = asked if slots < layers * experts else "lru"
         return make_cache(policy, slots, layers, experts, self._popularity)
 
     def _store(self, export: Export, plan: Plan) -> DiskReader | HostTier:
         """What slots get records from."""
         # Where everything fits each is read once: what is in the page cache is welcome.
-        everything = len(self._config.moe_layers) * export.experts
-        direct = max(plan.slots, plan.host_slots) < everything
+        direct = max(plan.slots, plan.host_slots) < len(self._config.moe_layers) * export.experts
         if self._device.tier == "ram":
             return DiskReader(export, direct)
         cache = self._cache(plan.host_slots)
@@ -398,8 +390,7 @@ class _Loader:
         options, device, config = self._options, self._device, self._config
         size, top_k = plan.record_bytes, config.num_experts_per_tok
         layers, experts = len(config.moe_layers), export.experts
-        cache = self._cache(plan.slots)
-        slots = Slots(store, cache, plan.staging, top_k, size, device)
+        slots = Slots(store, self._cache(plan.slots), plan.staging, top_k, size, device)
         # Records that are not worth waking a thread for are not worth reading ahead either.
         missing = plan.slots < layers * experts and plan.staging > top_k
         lookahead, warm = None, list[int]()

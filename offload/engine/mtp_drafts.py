@@ -1,7 +1,5 @@
-"""Drafts of one sequence by the head that predicts one token more (``slotmoe.model.mtp``).
-
-Shapes: R rows, D hidden_size.
-"""
+"""Drafts of one sequence by the head that predicts one token more (``slotmoe.model.mtp``).  Shapes:
+R rows, D hidden_size."""
 
 import time
 from collections.abc import Callable
@@ -13,6 +11,8 @@ from slotmoe.model.state import new_state
 from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.policy.drafts import Asking, Drafting
 
+Compute = Callable[[Callable[[], Tensor]], Tensor]
+
 
 class HeadDrafts:
     """The head's latents of a text, and what it expects next.
@@ -22,18 +22,12 @@ class HeadDrafts:
     then, and its drafts are worse, never the text.  ``compute`` runs a step on the device.
     """
 
-    def __init__(
-        self,
-        model: LoadedModel,
-        compute: Callable[[Callable[[], Tensor]], Tensor],
-        drafting: Drafting,
-        context: int,
-    ):
+    def __init__(self, model: LoadedModel, compute: Compute, drafting: Drafting):
         assert model.head is not None
         self._head, self._experts, self._device = model.head, model.experts, model.device
         self._compute, self._drafting = compute, drafting
-        config = self._head.config
-        self._state = new_state(config, context, model.backend.latent_row, model.device.empty)
+        rows, empty = model.backend.latent_row, model.device.empty
+        self._state = new_state(self._head.config, model.plan.context, rows, empty)
         self._first = 0  # the token that the state's first row is behind
         self._tokens: list[int] = []  # the text that its rows are of
         self._asking = Asking()
@@ -66,7 +60,6 @@ class HeadDrafts:
             return [], []
         started = time.perf_counter()
         stream_RD = self.read(tokens, hidden_RD)
-        logits_1V = self._compute(lambda: self._head.head(stream_RD[-1:]))
-        expected = int(logits_1V.argmax())
+        expected = int(self._compute(lambda: self._head.head(stream_RD[-1:])).argmax())
         asking.answered(len(tokens), expected, time.perf_counter() - started)
         return [expected], [asking.chance]

@@ -1,7 +1,5 @@
-"""The one way into a pass: sequences with their next tokens, whatever the pass is for.
-
-Shapes: T tokens, D hidden_size, R rows, V vocab_size.
-"""
+"""The one way into a pass: sequences with their next tokens, whatever the pass is for.  Shapes: T
+tokens, D hidden_size, R rows, V vocab_size."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -52,13 +50,12 @@ class Passes:
 
     def sequences(self) -> list[Sequence]:
         """One for each state."""
-        model, sequences = self._model, list[Sequence]()
-        for state in model.states:
-            head = None
-            if model.head is not None and self.drafting is not None:
-                head = HeadDrafts(model, self.compute, self.drafting, state.context)
-            sequences.append(Sequence(state, head))
-        return sequences
+        model, drafting = self._model, self.drafting
+        if model.head is None or drafting is None:
+            return [Sequence(state, None) for state in model.states]
+        return [
+            Sequence(state, HeadDrafts(model, self.compute, drafting)) for state in model.states
+        ]
 
     def run(self, rows: Sequenced[Row]) -> None:
         """A pass over ``rows`` and drafts; where it reads a prompt, its seconds are of prefill."""
@@ -137,10 +134,9 @@ class Passes:
             return
         wanted_RD = hidden_TD if len(wanted) == len(hidden_TD) else torch.cat(wanted)
         logits_RV = model.device.download(self.logits(wanted_RD, each=len(wanted_RD) > 1)).get()
-        parts = iter(logits_RV.split([*map(len, wanted)]))
-        for row in rows:
-            if row.wanted:
-                row.logits_RV = next(parts)
+        parts = logits_RV.split([*map(len, wanted)])
+        for row, part_RV in zip((row for row in rows if row.wanted), parts, strict=True):
+            row.logits_RV = part_RV
 
     def _guess_token(self, sequence: Sequence, ids_1: Tensor) -> None:
         """Let the lookahead guess a token's experts, from it and the hidden state before it."""

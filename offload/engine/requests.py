@@ -170,8 +170,7 @@ class Stream(Iterator[Token]):
             yield self._ready.popleft()
 
     def __next__(self) -> Token:
-        if not self._ready:
-            self.wait()
+        self.wait()
         if self._ready:
             return self._ready.popleft()
         raise StopIteration

@@ -1,7 +1,5 @@
-"""A text on its way: the tokens whose state it holds, and what is drafted behind them.
-
-Shapes: D hidden_size, R rows, T tokens.
-"""
+"""A text on its way: the tokens whose state it holds, and what is drafted behind them.  Shapes:
+D hidden_size, R rows, T tokens."""
 
 import torch
 from torch import Tensor

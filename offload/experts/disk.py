@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from itertools import count
 from queue import SimpleQueue
 
@@ -49,15 +50,11 @@ class DiskReader:
         self._piece = min(PIECE_BYTES, -(-self.record_bytes // 4096) * 4096)
         self._closing = False
         self._meter, self.retries = Meter(), 0
-        workers = [drive for drive in self.drives.all for _ in range(threads)]
-        self._threads = [
-            threading.Thread(
-                target=self._run, args=(drive,), name=f"slotmoe-read-{number}", daemon=True
-            )
-            for number, drive in enumerate(workers)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads = list[threading.Thread]()
+        for number in range(threads * len(self.drives.all)):
+            name, given = f"slotmoe-read-{number}", (self.drives.all[number // threads],)
+            self._threads.append(threading.Thread(None, self._run, name, given, daemon=True))
+            self._threads[-1].start()
 
     def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
         return Read(expert_id, urgency, target.numpy().data)
@@ -247,11 +244,8 @@ class DiskReader:
     def _verify(self, read: Read) -> None:
         where = self._place(read.expert_id)
         if read.error is None:
-            try:
-                self._export.verify_record(*where, read.buffer)
-                return
-            except ExportError:
-                pass
+            with suppress(ExportError):
+                return self._export.verify_record(*where, read.buffer)
         read.error = None
         self.retries += 1
         asked = list(self.drives.alive)  # which of them gave wrong bytes is not known

@@ -36,8 +36,7 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        running = time.perf_counter() - self._since if self._running else 0.0
-        return self._seconds + running
+        return self._seconds + (time.perf_counter() - self._since if self._running else 0.0)
 
 
 class Drive:

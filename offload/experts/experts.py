@@ -82,8 +82,7 @@ class Experts:
         self._rows = {layer: row for row, layer in enumerate(layers)}
         self.records, self._store = records, slots.store
         self._count = len(layers) - has_head  # of the network's
-        shape = self._count, slots.cache.experts
-        self._none_ME = torch.full(shape, -1, dtype=torch.int32)
+        self._none_ME = torch.full((self._count, slots.cache.experts), -1, dtype=torch.int32)
         self.lookahead, self._warm = lookahead, list(reversed(warm))
         self.hybrid, self.split = hybrid, split
         self.substitution: Substitution | None = None
@@ -146,8 +145,7 @@ class Experts:
             inputs = [] if x_MTD is None or not self._learns else [x_MTD[:, -FOLLOWED:]]
             chosen = self._device.download(indices_MTK, *inputs)
             for row, indices in enumerate(chosen.get().tolist(), first):
-                distinct = len(set(chain.from_iterable(indices)))
-                self._tell(Route(row, indices, distinct, 0, 0, None))
+                self._tell(Route(row, indices, len(set(chain.from_iterable(indices))), 0, 0, None))
                 seen_TD = chosen.others()[0][row - first].numpy() if inputs else None
                 self._cache.use_chunk(row, indices, x_TD=seen_TD)
                 if self.lookahead is not None:

@@ -256,8 +256,7 @@ class _Pinning:
         if self._unwritten.pop(piece, None) is None or self.refused:
             return
         if self._device.pin(self._pieces[piece]):
-            self._locked.append(self._pieces[piece])
-            return
+            return self._locked.append(self._pieces[piece])
         self.refused = True
         logging.getLogger("slotmoe").warning(
             "the system locks no more RAM for %s; copies from it are slower", self._device.name

@@ -1,7 +1,5 @@
-"""What the CPU computes beside a GPU.
-
-Shapes: T tokens, D hidden_size, E routed experts, K experts a token, N uses of experts.
-"""
+"""What the CPU computes beside a GPU.  Shapes: T tokens, D hidden_size, E routed experts, K experts
+a token, N uses of experts."""
 
 import time
 from collections.abc import Sequence

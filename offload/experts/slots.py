@@ -171,13 +171,10 @@ class Slots:
         self._finish_growing()
         for slot, _ in self.store.coming():
             self._give_up(slot)
-        absent = [expert_id for expert_id in expert_ids if expert_id not in self.cache]
-
-        def begin(expert_id: int) -> Read:
-            return self.demand([expert_id])[0]
-
+        absent = [id for id in expert_ids if id not in self.cache][: self.room()]
+        reads = read_each(self._source, absent, self.staging, lambda id: self.demand([id])[0])
         try:
-            for read in read_each(self._source, absent[: self.room()], self.staging, begin):
+            for read in reads:
                 self.take([read])
                 self.store.move(self.store.of[read.expert_id], CACHED)
                 done()

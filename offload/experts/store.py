@@ -128,8 +128,7 @@ class ExpertStore:
         which with ``must`` it may only where all that is cached is held."""
         evicted = self.cache.victim(slot.expert, self.held_N, must)
         if evicted == slot.expert:
-            self.move(slot, STALE)
-            return
+            return self.move(slot, STALE)
         if evicted is not None:
             self.move(self.of[evicted], STALE)
         self.move(slot, CACHED)
@@ -158,8 +157,7 @@ class ExpertStore:
 
     def leaving_reads(self) -> list[Read]:
         """What still arrives in slots that were given up."""
-        staged = self.staged.values()
-        return [slot.read for slot in staged if slot.state is LEAVING and slot.read is not None]
+        return [slot.read for slot in self.staged.values() if slot.state is LEAVING and slot.read]
 
     def rank(self) -> None:
         """Order what is STALE by its present worth, for those who take next."""

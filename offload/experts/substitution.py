@@ -21,8 +21,7 @@ class Substitution:
 
     def __init__(self, network: Network[Prepared], device: Device, chooser: Chooser):
         config, router = network.config, router_of(network.config)
-        eligible = config.n_routed_experts // router.n_group * router.topk_group
-        ranks = min(2 * router.top_k, eligible)
+        ranks = min(2 * router.top_k, config.n_routed_experts // router.n_group * router.topk_group)
         self._ranks = router._replace(top_k=ranks, factor=1.0, normalized=False)
         self._layers = [network.layers[layer] for layer in config.moe_layers]
         self._router, self._backend = router, network.backend

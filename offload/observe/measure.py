@@ -33,22 +33,18 @@ _MEASURED_BYTES = 256 << 20  # enough to leave every cache of the processor behi
 def _random_reads(path: Path, size: int, count: int, random: Random) -> list[float]:
     """Seconds of each of ``count`` direct reads of ``size`` bytes at random multiples of it."""
     memory, seconds = page_aligned(size).numpy().data, []  # in large pages, like the slots
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        bypass_page_cache(handle, ALIGNMENT)
-        blocks = max(1, os.fstat(handle).st_size // size)
+    with open(path, "rb", buffering=0) as file:
+        bypass_page_cache(file.fileno(), ALIGNMENT)
+        blocks = max(1, path.stat().st_size // size)
         for _ in range(count):
             started = time.perf_counter()
-            os.preadv(handle, [memory], random.randrange(blocks) * size)
+            os.preadv(file.fileno(), [memory], random.randrange(blocks) * size)
             seconds.append(time.perf_counter() - started)
-    finally:
-        os.close(handle)
     return seconds
 
 
 def drive_bandwidths(export: Export, total: int = 1 << 30) -> list[float]:
-    """Bytes a second of each of the export's folders, all at once: of 8 threads that read random
-    aligned 4 MiB of its experts, ``total`` bytes together."""
+    """Bytes a second of each export folder, all at once: ``total`` by 8 threads, random 4 MiB."""
 
     def measure(folder: Folder) -> float:
         paths, random = [folder.path_of(layer_file(layer)) for layer in export.layers], Random(0)
@@ -117,9 +113,8 @@ def expert_bandwidth(backend: TorchBackend, layout: RecordLayout, seconds: float
 
 
 def link_bandwidths(model: LoadedModel) -> dict[str, float]:
-    """Bytes a second, measured now: ``pcie``, copies from RAM to the GPU; ``pcie_busy``, the same
-    while the CPU computes experts, since both share the RAM; ``experts``, the records that it gets
-    through meanwhile.  Empty without a GPU."""
+    """Bytes a second, measured now: ``pcie``, copies from RAM to the GPU; ``pcie_busy``, that while
+    the CPU computes experts from the same RAM; ``experts``, its records.  Empty without a GPU."""
     if model.experts.hybrid is None:
         return {}
     device, rows = model.device, list(model.experts.slots.slab[:8])
@@ -132,8 +127,7 @@ def link_bandwidths(model: LoadedModel) -> dict[str, float]:
 
 def read_bandwidth(model: LoadedModel) -> float:
     """Bytes a second at which the device's memory is read, measured now: a GPU's over its slots;
-    RAM by all threads together, over the slots once their pages are there, or where they are few
-    over memory of its own, as far as the budget allows."""
+    RAM by all threads, over slots that have pages, or else over memory within the budget."""
     memory = model.experts.slots.memory() if model.store is not None else None
     if model.device.memory() is not None:
         assert memory is not None

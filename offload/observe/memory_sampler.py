@@ -1,8 +1,6 @@
 """How much memory a run uses: by tier and component, now and over time."""
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -63,12 +61,10 @@ class MemorySampler:
         self._stopping.set()
         self._thread.join()
 
-    @contextmanager
-    def watching(self, model: LoadedModel) -> Iterator[None]:
-        """Ask the open ``model`` what it holds; at the end take a last sample and stop."""
+    def watching(self, model: LoadedModel) -> "MemorySampler":
+        """Itself, which now asks the open ``model``; its end takes a last sample and stops."""
         self._model = model
-        with self:
-            yield
+        return self
 
     def _run(self) -> None:
         while not self._stopping.wait(self._interval):

@@ -1,8 +1,7 @@
 """Where the time of a run goes: what ``slotmoe profile`` watches.
 
-The network, the experts' step and the runtime say what they have just done: ``mark(stage)`` gives
-the time since the mark before to ``stage``.  A mark costs a fraction of a microsecond and a token
-has a few hundred at most.
+Network, experts and runtime say what they have just done: ``mark(stage)`` gives ``stage`` the time
+since the last mark.  It costs a fraction of a microsecond, a few hundred times a token.
 """
 
 from collections.abc import Callable
@@ -119,9 +118,8 @@ class Profiler(Timer):
 
 
 def attach(runtime: Runtime, origin: float) -> tuple[Profiler, Callable[[], None]]:
-    """A profiler that watches every step of ``runtime`` from now on, and a function that ends that.
-    Times are in seconds since ``origin``, of ``time.perf_counter()``.  Raises ``ConfigError`` on
-    the reference path."""
+    """A profiler that watches ``runtime`` from now on, and what ends that.  Seconds count from
+    ``origin``, of ``time.perf_counter()``.  Raises ``ConfigError`` on the reference path."""
     model, config = runtime.model, runtime.config
     experts = model.quantized("profile")
     # Where kernels are only queued, a mark waits for them.

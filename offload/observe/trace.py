@@ -1,10 +1,9 @@
 """Records which experts a run used, for replay under other cache sizes and policies.
 
 A trace file is one line of JSON, ``{"format": "slotmoe-trace", "version": 2, "layers": [...],
-"n_routed_experts": E, "num_experts_per_tok": K}``, then one block for each forward step,
-little-endian: a u32 token count T (more than 1 in prefill), u16 expert indices [T, number of
-layers, K] in gate order, and f16 [T, number of layers, 256], what the gates saw, folded
-(``slotmoe.offload.policy.forecast``).
+"n_routed_experts": E, "num_experts_per_tok": K}``, then little-endian blocks, one a forward step:
+u32 token count T (more than 1 in prefill), u16 expert indices [T, layers, K] in gate order, f16 [T,
+layers, 256], what gates saw, folded (``slotmoe.offload.policy.forecast``).
 """
 
 import json

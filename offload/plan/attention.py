@@ -1,6 +1,4 @@
-"""What attention keeps of a sequence (``slotmoe.model.state``) and reads of it, in bytes and
-operations: arithmetic over a config's geometry, without torch.
-"""
+"""What attention keeps and reads of a sequence (``slotmoe.model.state``): bytes, products."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -50,8 +50,7 @@ def or_more_context(advice: str, config: Config, context: int) -> str:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a model's parts: ``resident`` weights in memory by component, those of them that one
-    decoded token ``touched``, and one expert's record."""
+    """Bytes: ``resident`` weights by component, those one token ``touched``, an expert's record."""
 
     resident: dict[str, int]
     touched: int
@@ -94,8 +93,7 @@ def runtime_growth(config: Config, resident: int) -> int:
 
 
 def scratch_bytes(config: Config, tokens: int, kernels: str, value_bytes: int = 4) -> int:
-    """Peak in bytes of the temporaries of a prefill step over ``tokens`` tokens; an upper bound, at
-    most a quarter too large at real geometries.
+    """Bytes of a prefill step's temporaries at most; up to a quarter too many at real geometries.
 
     With ``native`` kernels: queries before and after absorption and the attention's output, then
     the outputs of every expert that a token uses; freed blocks of one kind rarely serve the other.
@@ -297,9 +295,8 @@ def make_plan(
 def _divide(room: int, slots: int | None, everything: int, top_k: int) -> tuple[int, int]:
     """How many of ``room`` records are slots, at most ``slots``, and how many are read buffers.
 
-    A layer's demand needs ``top_k`` buffers; up to three times as many more hold what is read
-    ahead, but never more than an eighth of the room.  If everything fits, each expert has its slot
-    and buffers take no memory of their own.
+    A layer's demand needs ``top_k`` buffers; up to three times as many more, within an eighth of
+    the room, hold what is read ahead.  If everything fits, buffers take no memory of their own.
     """
     wanted = everything if slots is None else min(slots, everything)
     if room >= everything and wanted == everything:
@@ -311,8 +308,7 @@ def _divide(room: int, slots: int | None, everything: int, top_k: int) -> tuple[
 def predicted_components(
     plan: Plan, prompt_tokens: int, new_tokens: int
 ) -> dict[str, dict[str, int]]:
-    """Name -> tier -> bytes at the peak of a run: the plan, less positions that it never reaches
-    and what shorter prefill passes need less."""
+    """Name -> tier -> bytes at a run's peak: the plan, less what a short prompt or text spares."""
     components = by_name(plan)
     reached = min(prompt_tokens + new_tokens, plan.context)
     step, chunk = min(prompt_tokens, PREFILL_CHUNK), min(prompt_tokens, plan.prefill_chunk)

@@ -49,8 +49,7 @@ SHAPES = {
 CORE = (*(f"{kind}_{size}" for kind in SHAPES for size in ("products", "small")), "core_bytes")
 _Rate = Annotated[float, Meta(ge=1e-12, le=10**15)]
 MEASURED = ("ram", "share", "disk", "latency", "gpu", "pcie", "pcie_busy", "experts", *CORE)
-# Products and bytes of a core beside those with AVX-512, by the first letters of the instruction
-# set: one Zen 5 core, by its caches.  NEON is a guess.
+# Products and bytes beside AVX-512's, by the set's first letters: a Zen 5 core; NEON is guessed.
 SETS = {"avx2": (0.25, 0.7), "avxvnni": (0.55, 1.0), "neon": (0.25, 0.7), "portable": (0.02, 0.03)}
 
 

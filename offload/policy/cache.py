@@ -5,8 +5,7 @@ each expert a worth.  The cached expert of least worth, and of equals the one of
 evicted for a new one.  With bypass the new one gets a slot only if it is worth more: layers are
 visited in a cycle, so a cache smaller than what one token uses never hits if it admits everything.
 
-A forward pass of T tokens is ``advance(T)``, then layer by layer ``use_chunk``, and ``offer`` for
-what was missing, once its bytes are in memory.
+A pass of T tokens: ``advance(T)``, then by layer ``use_chunk``, and ``offer`` for what was read.
 
 Shapes: T tokens, D hidden_size, K experts a token, M MoE layers, E experts, N expert ids.
 """

@@ -16,10 +16,9 @@ _PAIR = 2  # the least tokens that must be alike; also what the index is by
 _LONG = 32  # alike tokens beyond which no better place is looked for
 _TRIES = 32  # places that are compared
 _RECENT = 64  # of a text that is read at once, the tokens that count as predicted or not
-# Chance that the next token is the predicted one before any was, by the bits of the number of alike
-# tokens, and how many predictions count after many.
+# Chance of a prediction before any was made, by the bits of the number of alike tokens.
 _CHANCES = (0.0, 0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
-_MEMORY = 64
+_MEMORY = 64  # predictions that count at most
 _PRIOR = 0.35  # cost of a row more, as a share of a pass of one row, before any was measured
 _RATE = 0.3  # of an error that the estimate of a pass's time takes over
 _KNOWN = 0.1  # of an error by one row more, the part that is laid to the first row
@@ -32,8 +31,7 @@ _AGAIN = 32  # tokens after which a head that does not pay is asked again
 class NGrams:
     """A text's tokens, and what followed its last ones earlier.
 
-    ``chances`` are running averages over what came and what would have been drafted, whether or not
-    it was computed, so that they cost nothing to know.
+    ``chances`` are running averages over what came and would have been drafted, at no cost.
     """
 
     def __init__(self) -> None:
@@ -110,8 +108,7 @@ def _kind(alike: int) -> int:
 
 
 class Asking:
-    """How often a head's token came, what asking the head costs, and whether that pays: unlike
-    looking up it takes time before anything is known."""
+    """How often a head's token came, and whether asking for it, which takes time, pays."""
 
     def __init__(self) -> None:
         self.chance, self._count = _HEAD_CHANCE, 0
@@ -173,8 +170,7 @@ class Drafting:
         return not self._one or chance * self._one > self._more + cost
 
     def measured(self, rows: int, drafted: int, seconds: float | None) -> None:
-        """A pass of so many ``rows``, of which so many were ``drafted``, took ``seconds``; None
-        where it read prompts too, which says nothing of rows."""
+        """A pass of ``rows``, so many ``drafted``, took ``seconds``, None if it read prompts."""
         self.passes, self.rows = self.passes + 1, self.rows + rows
         self.drafted += drafted
         if seconds is None:

@@ -1,14 +1,12 @@
 """What to read before a gate asks for it: bookkeeping over integers, without torch.
 
-Two horizons make guesses (``slotmoe.offload.predictor`` has the arithmetic): ``token``, every
-layer's experts before the token starts, and ``layer``, the next MoE layer's experts from the
-present layer's input.  The later word replaces the earlier.  A third, ``table``, is certain: the
-gates of some models' first layers choose by the token alone.
+Two horizons make guesses (arithmetic: ``slotmoe.offload.predictor``): ``token``, all layers'
+experts before the token starts, and ``layer``, the next MoE layer's from the present one's input.
+The later replaces the earlier.  A third, ``table``, is certain: some first gates choose by token.
 
-A guess costs nothing while the disk would idle; a wrong one delays a demand when the disk would
-not.  So what is expected to be wasted has to fit into the time in which the step computes and
-demands nothing: with a share ``p`` of right guesses, ``idle seconds * bandwidth / (1 - p)`` bytes
-may be on their way ahead of the gates.
+A guess costs nothing while the disk would idle; else a wrong one delays a demand.  So what is
+expected to be wasted has to fit into the time in which the step demands nothing: with a share ``p``
+of right guesses, ``idle seconds * bandwidth / (1 - p)`` bytes may be on their way ahead.
 """
 
 import math
@@ -22,9 +20,8 @@ HORIZONS = ("token", "layer", "table")
 
 @dataclass
 class Accuracy:
-    """Counts of one horizon.  ``guessed`` and ``right``: guesses, and those that the gate
-    confirmed; ``asked``: what the gates chose where guesses had been made; ``used``, ``wasted``,
-    ``cancelled``: what became of guesses that were read."""
+    """Counts of one horizon: guesses, those ``right`` by the gate, what gates ``asked`` for where
+    there were guesses; of guesses that were read, those ``used``, ``wasted`` and ``cancelled``."""
 
     guessed: int = 0
     right: int = 0
@@ -64,9 +61,7 @@ class Target(Protocol):
     """Where guesses are read to: ``slotmoe.offload.experts.slots.Slots``."""
 
     def prefetch(self, expert_id: int, urgency: int) -> bool: ...
-
     def drop(self, expert_id: int) -> None: ...
-
     def __contains__(self, expert_id: int) -> bool: ...
 
 

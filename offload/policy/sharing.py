@@ -1,8 +1,7 @@
 """How prompts share the passes that read them: arithmetic without torch.
 
-Prompts stand in a line, and a pass reads the first ones of it.  A new prompt overtakes those that
-have more tokens left.  Each allows that for a share of its own tokens, so that a long one waits at
-most so much longer, however many short ones come.
+A pass reads the first prompts of a line.  A new one overtakes those with more tokens left, which
+allow that for a share of their own: so much longer they wait, however many short ones come.
 """
 
 from collections.abc import Sequence

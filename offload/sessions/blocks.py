@@ -27,9 +27,9 @@ from pathlib import Path
 
 import xxhash
 
-from slotmoe.errors import ConfigError, naming, refused
+from slotmoe.errors import ConfigError, refused
 from slotmoe.offload.shared_files import take_lock
-from slotmoe.quant.export.writer import publish_file, temporary_name
+from slotmoe.quant.export.writer import replace_file, temporary_name
 from slotmoe.sizes import format_size
 
 BLOCK_TOKENS = 64
@@ -272,8 +272,7 @@ class BlockFolder:
         """Remove all but the ``wanted`` blocks and their snapshots.  Returns the bytes freed, and
         what kept files from it."""
         with self._locked() as lock:
-            before = self._tidy((), self.limit)
-            total = self._tidy(wanted, 0)
+            before, total = self._tidy((), self.limit), self._tidy(wanted, 0)
             self._set_total(lock, total)
         return before - total, self._left
 
@@ -313,8 +312,7 @@ class BlockFolder:
         """Remove what killed writers left, then the blocks used longest ago but ``kept`` and their
         snapshots, down to ``limit`` bytes.  Returns the bytes that are left.
 
-        A block was used when its latest descendant was, and one whose parent is gone never: nothing
-        leads there.
+        A block was used when its latest descendant was, and one whose parent is gone never.
         """
         self._left.clear()
         entries = sorted(self._entries(), key=lambda entry: -entry.start)
@@ -362,10 +360,9 @@ class BlockFolder:
         try:
             path.unlink()
             return True
-        except FileNotFoundError:  # who reads a damaged one removes it without the lock
-            return False
         except OSError as problem:
-            self._left.append(problem)
+            if not isinstance(problem, FileNotFoundError):  # a reader drops a damaged one
+                self._left.append(problem)
             return False
 
     @property
@@ -392,20 +389,8 @@ def write_private(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Replace ``path`` by the ``parts`` after each other, durably and never half, for this user
     alone; only one process may write it at a time.  Raises ``OSError``."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    fresh = temporary_name(path)
-    fresh.unlink(missing_ok=True)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    try:
-        with naming(path), open(os.open(fresh, flags, 0o600), "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        publish_file(path)
-    except BaseException:
-        with suppress(OSError):
-            fresh.unlink(missing_ok=True)
-        raise
+    temporary_name(path).unlink(missing_ok=True)
+    replace_file(path, *parts, opener=_only_mine)
 
 
 def _entry(path: Path) -> Entry | None:
@@ -429,6 +414,10 @@ def _tokens(entry: Entry) -> list[int]:
 
 def _no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW)
+
+
+def _only_mine(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_EXCL | os.O_NOFOLLOW, 0o600)
 
 
 def shared_prefix(cached: list[int], prompt: list[int]) -> int:

@@ -113,8 +113,7 @@ class Sessions:
             if mark <= len(tokens):
                 block = there[(mark - 1) // BLOCK_TOKENS]
                 snapshots.append(block.begun(mark - block.start, is_snapshot=True))
-        written = self._blocks.add(there, self._size, content, snapshots)
-        self._counts["written_bytes"] += written
+        self._counts["written_bytes"] += self._blocks.add(there, self._size, content, snapshots)
 
     def stats(self) -> Json:
         """Tokens restored, bytes read and written, and files dropped so far; bytes on disk now, and

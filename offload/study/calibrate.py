@@ -95,8 +95,7 @@ class Samples:
 
     def __init__(self, config: Config, tokens: int):
         D, L = config.hidden_size, len(config.moe_layers)
-        # Its embedding and the last hidden state before it; the input of every MoE layer that has a
-        # next one; the experts.
+        # Embedding and last hidden state before it; input of each MoE layer with a next; experts.
         self.token = torch.empty(tokens, 2 * D, dtype=torch.float16)
         self.inputs = torch.empty(L - 1, tokens, D, dtype=torch.float16)
         self.used = torch.empty(tokens, L, config.num_experts_per_tok, dtype=torch.int16)
@@ -131,8 +130,7 @@ def record(
             hiddens = runtime.hidden(window, PREFILL_CHUNK)
             for ids_T, streams_TD in zip(pieces, hiddens, strict=True):
                 hidden_TD = call(partial(model.network.collapse, streams_TD))
-                embed = partial(model.backend.embed, ids_T, model.network.embed_tokens)
-                embedding_TD = call(embed)
+                embedding_TD = call(partial(model.backend.embed, ids_T, model.network.embed_tokens))
                 before_TD = torch.cat([last_1D, hidden_TD])[:-1]
                 token_TX = torch.cat([rms(embedding_TD[skip:]), rms(before_TD)], dim=-1)
                 samples.token[done : done + len(token_TX)] = token_TX.to(samples.token)
@@ -154,8 +152,7 @@ def measure(
     predictor: Predictor, samples: Samples, guesses: Sequence[int]
 ) -> dict[str, list[float]]:
     """Recall with each number of guesses of both horizons (``token``, ``layer``), of the next
-    layer's without the token's (``layer_alone``), and of guessing the ``popular`` experts
-    always."""
+    layer's without the token's (``layer_alone``), and of always guessing ``popular`` experts."""
     totals = defaultdict[str, Tensor](lambda: torch.zeros(len(guesses)))
     layer_scores = predictor.layer_scores
     for start in range(0, len(samples.token), 4096):
@@ -283,8 +280,7 @@ def calibrate(
     ``progress(done, total)`` is in bytes of text. The same text, seed and threads give the same
     bytes.  Killed, it leaves the export as it was.
 
-    Raises ``ConfigError`` for bad text, ``ExportError`` for a damaged export, ``PlanError`` if
-    memory is too small.
+    Raises ``ConfigError`` for bad text, ``ExportError``, and ``PlanError`` for too little memory.
     """
     config, tokenizer = read_model(folder)
     L, E, K = len(config.moe_layers), config.n_routed_experts, config.num_experts_per_tok

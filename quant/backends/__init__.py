@@ -30,8 +30,7 @@ def pick_backend(
         return _triton_ops(device, swiglu_limit, required=choice == "triton")
     native = bindings.load() if choice == "auto" and device.type == "cpu" else None
     if native is None:
-        compute = torch.float32 if device.type == "cpu" else torch.bfloat16
-        return TorchBackend(compute, swiglu_limit)
+        return TorchBackend(torch.float32 if device.type == "cpu" else torch.bfloat16, swiglu_limit)
     torch.set_num_threads(1)
     return NativeBackend(native, swiglu_limit)
 

@@ -40,8 +40,7 @@ class Records:
 
     def weights(self, slot: int) -> tuple[Prepared, ...]:
         """Gate, up and down projection of the expert in row ``slot``, as views."""
-        record = self.slab[slot]
-        return tuple(self.layout.weight(record, name, self.levels) for name in PROJECTIONS)
+        return tuple(self.layout.weight(self.slab[slot], name, self.levels) for name in PROJECTIONS)
 
 
 class SlotTable(NamedTuple):
@@ -121,7 +120,6 @@ class TorchBackend:
         """A copy of the weight in the form that these ops want to multiply with, in memory from
         ``empty(shape, dtype)``; ``role`` as in ``slotmoe.quant.shapes``.  N and V rows of an
         absorbed one are a ``head``'s."""
-
         return map_tensors(weight, lambda x: empty(tuple(x.shape), x.dtype).copy_(x))
 
     def read_bandwidth(self, memory: Tensor) -> float:
@@ -153,8 +151,7 @@ class TorchBackend:
         plain, groups = unbound(weight), x_TGK.shape[1]
         count = plain.shape[0] // groups
         parts = (rows(plain, g * count, (g + 1) * count) for g in range(groups))
-        outs = [self.linear(x_TGK[:, g], part) for g, part in enumerate(parts)]
-        return torch.stack(outs, dim=1)
+        return torch.stack([self.linear(x_TGK[:, g], part) for g, part in enumerate(parts)], dim=1)
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
         """RMS norm over the last dimension, float32 [T, D], times the weight if there is one."""
@@ -253,12 +250,8 @@ class TorchBackend:
         S = len(keys_SX)
         few = max(1, _GATHERED // (max(1, S) * q_TJA.shape[1]))
         places_S = torch.arange(S, device=q_TJA.device)
-        parts = [
-            (weights_B1J @ (q_BJA @ keys_SX.float().t()).relu())[:, 0]
-            for q_BJA, weights_B1J in zip(
-                q_TJA.split(few), weights_TJ[:, None].split(few), strict=True
-            )
-        ]
+        pairs = zip(q_TJA.split(few), weights_TJ[:, None].split(few), strict=True)
+        parts = [(w_B1J @ (q_BJA @ keys_SX.float().t()).relu())[:, 0] for q_BJA, w_B1J in pairs]
         scores_TS = torch.cat(parts).masked_fill(places_S >= counts_T[:, None], -torch.inf)
         return first_best(scores_TS, k)
 
@@ -291,8 +284,7 @@ class TorchBackend:
     def add_mixed(self, y_TD: Tensor, h_TD: Tensor, mixed: Mixed) -> Tensor:
         """The residual streams after a block that has given ``y``, float32 like ``h``."""
         post_TQ, comb_TQQ = mixed
-        streams_TQD = h_TD.unflatten(-1, (post_TQ.shape[-1], -1))
-        streams_TQD = comb_TQQ.transpose(1, 2) @ streams_TQD
+        streams_TQD = comb_TQQ.transpose(1, 2) @ h_TD.unflatten(-1, (post_TQ.shape[-1], -1))
         mixed_TQD: Tensor = streams_TQD + post_TQ[..., None] * y_TD[:, None]
         return mixed_TQD.flatten(1)
 
@@ -322,8 +314,7 @@ class TorchBackend:
         ``slots``, int32 [E], says which of ``records`` each expert of the layer is in.  Where it is
         -1 the outputs are left as they are, so experts may come in several calls; a call takes all
         uses of an expert.  On a GPU the host waits for nothing.  With kernels an output depends on
-        its token and record alone, bitwise; torch's products depend on the number of rows in their
-        last bits.
+        its token and record alone, bitwise; by torch its last bits depend on the number of rows.
         """
         slots_TK = slots_E[indices_TK]
         for slot in slots_TK[slots_TK >= 0].unique().tolist():

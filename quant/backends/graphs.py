@@ -43,8 +43,7 @@ class CudaGraphs:
     one, and a capture that fails is the last.
     """
 
-    # Graphs whose capture CUDA has spoiled: torch's allocator of page-locked RAM keeps their
-    # address.
+    # Graphs that CUDA has spoiled: torch's allocator of page-locked RAM keeps their address.
     _spoiled: ClassVar[list[torch.cuda.CUDAGraph]] = []
 
     def __init__(self) -> None:
@@ -57,8 +56,7 @@ class CudaGraphs:
         wait for the device.  None where a capture has failed, which is said once."""
         if self._failed:
             return None
-        if self._stream is None:
-            self._stream = torch.cuda.Stream()
+        self._stream = self._stream or torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             function()  # kernels compile and load, which a capture forbids

@@ -81,8 +81,7 @@ class NativeDecoder:
         if self.decoder.topk and step.lists_TL is None:
             step.lists_TL = torch.empty(len(caches), self.decoder.topk, dtype=torch.int32)
         keys, rows = [cache.index_keys for cache in caches], [cache.layers for cache in caches]
-        place = step.rope_TC, rows, positions, step.query_scale_T
-        return Tokens(*place, keys, step.lists_TL)
+        return Tokens(step.rope_TC, rows, positions, step.query_scale_T, keys, step.lists_TL)
 
     def _compressed(self, step: Step, states: Sequence[State], positions: Sequence[int]) -> Tokens:
         """With each token's rows of the window, and compressed ones."""
@@ -245,8 +244,7 @@ class NativeBackend(TorchBackend):
         """How the records are coded, bound for native calls."""
         if records not in self._bound:
             layout = records.layout
-            sizes = layout.hidden_size, layout.moe_intermediate_size
-            limit = self.swiglu_limit
+            sizes, limit = (layout.hidden_size, layout.moe_intermediate_size), self.swiglu_limit
             self._bound[records] = ExpertRecord(*sizes, layout.codecs, records.levels, limit)
         return self._bound[records]
 

@@ -240,8 +240,7 @@ class TritonBackend(TorchBackend):
         x_TD, indices_TK = x_TD.contiguous(), indices_TK.contiguous()
         if len(x_TD) == 1:  # each use reads its expert's record, in float32
             routed = triton_rows.Routed(x_TD, records, slots_E, indices_TK, y_TKD)
-            triton_rows.experts(routed, self._shared, None, self.swiglu_limit)
-            return
+            return triton_rows.experts(routed, self._shared, None, self.swiglu_limit)
         layout, uses, K = records.layout, indices_TK.numel(), indices_TK.shape[1]
         D, width = layout.hidden_size, layout.moe_intermediate_size
         E, (in_levels, out_levels) = len(slots_E), records.levels

@@ -89,8 +89,7 @@ Gone = tuple[Pending | None, Tensor, Tensor | None]
 
 
 class TritonDecoder:
-    """Runs layers for one token of one sequence; see
-    ``slotmoe.border.Decoder``.  Results last until the next call."""
+    """Runs layers for one token; see ``slotmoe.border.Decoder``.  Results last until another."""
 
     rows = 1  # buffers are one token's
 

@@ -205,5 +205,4 @@ def _options(kind: int, shared: int) -> dict[str, int]:
     """Of a kernel for routed experts of a kind and a shared one, with the same share of what is not
     coded for a thread as that would have alone."""
     columns = 512 * WARPS[kind] // WARPS.get(shared, 4)
-    kinds = {"KIND": kind, "SHARED": shared, "COLUMNS": columns}
-    return kinds | {"num_warps": WARPS[kind]}
+    return {"KIND": kind, "SHARED": shared, "COLUMNS": columns, "num_warps": WARPS[kind]}

@@ -57,8 +57,7 @@ KINDS = {(4, "f16"): 1, (4, "i8"): 2, (3, "i8"): 3, (4, "f16x2"): 4, (4, "e8m0")
 
 @dataclass(frozen=True)
 class Codec:
-    """``bits`` a code, 2^bits ``levels`` in ascending order, -0 before 0, and the coding of
-    ``scales``."""
+    """``bits`` a code, 2^bits ``levels`` ascending, -0 before 0, and the coding of ``scales``."""
 
     name: str
     bits: int
@@ -96,9 +95,8 @@ class Codec:
 
     def describe(self) -> Json:
         """The codec as the manifest holds it, under its name."""
-        block = SCALES[self.scales].block
-        item = {"bits": self.bits, "block": block, "scales": self.scales}
-        return item | {"levels": list(self.levels)}
+        coding = {"block": SCALES[self.scales].block, "scales": self.scales}
+        return {"bits": self.bits, **coding, "levels": list(self.levels)}
 
 
 # QLoRA's (arXiv 2305.14314), as bitsandbytes has it.

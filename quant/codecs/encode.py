@@ -30,8 +30,7 @@ from slotmoe.quant.kernels.cpu.weights import Matrix
 _FACTORS = torch.linspace(0.62, 1.15, 12, dtype=torch.float64)
 _REFITS = 4  # as in encode.h
 _ROUNDS, _LEAST_GAIN = 30, 2e-4  # of learning levels
-# Weights that torch encodes at once and whose errors it sums up, so that temporaries stay in the
-# processor's cache.
+# Weights that torch encodes, and sums up errors of, at once: temporaries stay in the cache.
 _CHUNK, _SUMMED = 1 << 17, 1 << 16
 
 
@@ -53,8 +52,7 @@ def quantize_nf4(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nf4_by_torch(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """``quantize_nf4`` without kernels.  A code is the number of levels' midpoints below ``w * (1 /
-    absmax)``, all in float32."""
+    """``quantize_nf4`` by torch, in float32: a code counts midpoints below ``w * (1 / absmax)``."""
     levels = np.array(NF4.levels, np.float32)
     codes, scales = [], []
     for rows_NK in weight_NK.split(_rows(weight_NK.shape[1])):
@@ -118,8 +116,7 @@ class ByteScales:
         return self._whole(scales) * factor
 
     def stored(self, scales_NX: Tensor) -> Tensor:
-        """The scale tensor, uint8, as ``slotmoe.quant.codecs.codec`` has it.  Raises
-        ``NotFiniteError``."""
+        """The scale tensor, uint8, as ``SCALES`` has it.  Raises ``NotFiniteError``."""
         if not bool(scales_NX.isfinite().all()):
             raise NotFiniteError
         whole = self._whole(scales_NX).to(torch.int8)
@@ -129,8 +126,7 @@ class ByteScales:
 
 
 def encode(weight_NK: Tensor, levels_L: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Codes, uint8 [N, K], both filled up to tiles, and stored scales.  Raises
-    ``NotFiniteError``."""
+    """Codes, uint8 [N, K], and stored scales, both filled up.  Raises ``NotFiniteError``."""
     N, K = weight_NK.shape
     scales_NX = fit_scales(weight_NK, torch.ones(K), levels_L, block)
     if not bool(scales_NX.isfinite().all()):

@@ -90,10 +90,8 @@ def _encode(
     for _ in range(ROUNDS):
         state.descend(gradient_KN)
     scales_XN = torch.stack(state.scales)
-    codes = nearest(
-        state.q_KN.unflatten(0, (-1, block)) * inverse_or_zero(scales_XN)[:, None], state.levels_L
-    )
-    codes_NK = codes.flatten(0, 1).t().to(torch.uint8).contiguous().cpu()
+    units = state.q_KN.unflatten(0, (-1, block)) * inverse_or_zero(scales_XN)[:, None]
+    codes_NK = nearest(units, state.levels_L).flatten(0, 1).t().to(torch.uint8).contiguous().cpu()
     error = ((w_KN - state.q_KN) * gradient_KN).sum(dtype=torch.float64).item()
     square = (w_KN * wanted_KN).sum(dtype=torch.float64).item()
     return codes_NK, state.coding.stored(scales_XN.t().contiguous()), (error, square)

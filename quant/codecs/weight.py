@@ -1,7 +1,5 @@
-"""``CodedWeight``: a matrix of codes and scales (``slotmoe.quant.codecs.codec``), in torch.
-
-Shape legend: N rows out, K columns in.
-"""
+"""``CodedWeight``: a matrix of codes and scales (``slotmoe.quant.codecs.codec``), in torch.  Shape
+legend: N rows out, K columns in."""
 
 from dataclasses import dataclass
 

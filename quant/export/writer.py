@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import xxhash
@@ -125,21 +125,25 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, values: Json, indent: int | None = 1) -> None:
-    """Replace ``path`` by the JSON of ``values``.  Python indents ten times slower than it writes
-    one line."""
+    """Replace ``path`` by the JSON of ``values``.  Indented, Python writes it ten times slower."""
     replace_file(path, json.dumps(values, indent=indent).encode())
 
 
-def replace_file(path: Path, data: bytes | memoryview) -> None:
-    """Replace ``path``, durably and never half."""
+def replace_file(
+    path: Path, *parts: bytes | memoryview, opener: Callable[[str, int], int] | None = None
+) -> None:
+    """Replace ``path`` by the ``parts`` after each other, durably and never half."""
+    fresh = temporary_name(path)
     try:
-        with naming(path), open(temporary_name(path), "wb") as file:
-            file.write(data)
+        with naming(path), open(fresh, "wb", opener=opener) as file:
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         publish_file(path)
-    finally:
-        temporary_name(path).unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        raise
 
 
 def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -39,6 +39,7 @@ def test_text_comes_at_once():
     assert [splitter.feed(piece) for piece in said] == [(text, "") for text in said.values()]
     assert [splitter.feed(piece) for piece in ("Yes", ".")] == [("", "Yes"), ("", ".")]
     assert Splitter(None, False).feed("<think>Hm") == ("", "<think>Hm")
+    assert Splitter(MARKS, None).feed("<think>Hm") == ("", "<think>Hm")
 
 
 def test_template_names_the_marks():
@@ -48,5 +49,5 @@ def test_template_names_the_marks():
     assert reasoning_of("<think> is never closed", ids.get) is None
     assert reasoning_of(None, ids.get) is None
     begun = reasoning_of("{{ '<think>' }}</think>", ids.get)
-    assert begun.is_begun("User: Hi <think>\n") and not begun.is_begun("<think></think>")
-    assert begun.is_over("<think></think>\n") and not begun.is_over("User: Hi <think>")
+    assert begun.is_begun("User: Hi <think>\n") and begun.is_begun("<think></think>\n") is None
+    assert begun.is_begun("User: Hi") is False

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from itertools import product
 
 import numpy as np
@@ -147,6 +148,31 @@ def test_impossible_scales_are_refused_by_name(value, exports, tmp_path, slotmoe
             export.expert(layer, 4)
     code, out, err = slotmoe("verify", tmp_path / "bad")
     assert (code, "up_proj of expert 4" in out + err) == (1, True)
+
+
+def test_impossible_scales_of_a_resident_weight_are_refused_by_name(exports, tmp_path):
+    """All ones are NaN in each format of scales."""
+    folder = shutil.copytree(exports(("lut", "4")), tmp_path / "bad")
+    with Export.open(folder) as export:
+        name, other = sorted(export.manifest["quantization"]["resident_codecs"])[:2]
+        entry = export.manifest["files"][RESIDENT]
+    path, key = folder / RESIDENT, next(key for key in entry["tensors"] if key == f"{name}.scales")
+    data = bytearray(path.read_bytes())
+    (length,) = struct.unpack_from("<Q", data)
+    start, end = (8 + length + at for at in json.loads(data[8 : 8 + length])[key]["data_offsets"])
+    data[start : start + 4] = b"\xff" * 4
+    path.write_bytes(data)
+
+    def bless(manifest):
+        entry = manifest["files"][RESIDENT]
+        entry["tensors"][key]["checksum"] = checksum(bytes(data[start:end]))
+        entry["checksum"] = checksum(bytes(data))
+
+    resign(folder, bless)
+    with Export.open(folder) as export:
+        export.resident(other)
+        with pytest.raises(ExportError, match=rf"{RESIDENT}.*{name} has scales"):
+            export.resident(name)
 
 
 def test_the_command_line_chooses_a_codec(slotmoe, exports, tmp_path, heavy, monkeypatch):

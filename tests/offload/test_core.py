@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import stat
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -18,7 +19,7 @@ from slotmoe.offload.devices.device import Device
 from slotmoe.offload.experts.experts import Experts, _first
 from slotmoe.offload.experts.slots import Slots
 from slotmoe.offload.experts.source import DEMAND, Read
-from slotmoe.offload.experts.store import FREE
+from slotmoe.offload.experts.store import FREE, STALE
 from slotmoe.offload.ingest import output_dir, quantize
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import make_plan, predicted_components, scratch_bytes, sizes_of
@@ -57,6 +58,22 @@ def test_what_was_guessed_and_is_demanded_is_read_once():
     reads = slots.demand([1, 2, 3])
     assert reads[:2] == guessed[:2] and [read.urgency for read in reads] == [DEMAND] * 3
     assert reads[2] is not guessed[2] and disk.pending == [guessed[0], reads[2]]
+
+
+def test_a_slot_that_is_free_by_now_is_taken_before_a_record_is_lost():
+    disk, others = Disk(None), range(2, 10)
+    slots = Slots(disk, make_cache("lru", 4, ROWS, EXPERTS), CHOSEN + 3, CHOSEN, BYTES, Device())
+    slots.prefetch(1, DEMAND + 1)
+    disk.begun.append(disk.pending.pop())
+    slots.drop(1)
+    for expert_id in others:
+        (read,) = slots.demand([expert_id])
+        disk.end(read, True)
+        slots.release()
+    assert slots.store.leaving == 1 and len(slots.store.available) == len(others)
+    disk.end(disk.begun[0], True)
+    slots.demand([10])
+    assert {slots.store.state(expert_id) for expert_id in others} == {STALE}
 
 
 def test_the_cpu_computes_what_few_tokens_use_once_slots_are_full():
@@ -154,23 +171,25 @@ def test_a_state_names_what_is_durable(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("geometry", "scratch", "plan", "reached"),
+    ("geometry", "scratch", "crowded", "plan", "reached"),
     [
         (
             "v2-lite",
             {"native": 113377280, "torch": 312606720, "triton": 147834880},
+            652222464,
             {"logits": 409600, "waiting tokens": 30277632, "expert slots": 4371533824},
             {"latent KV cache": 49550400, "waiting tokens": 21018624},
         ),
         (
             "v2",
             {"native": 614596608, "torch": 696254464, "triton": 411238400},
+            1499529216,
             {"logits": 409600, "waiting tokens": 74317824, "expert slots": 19264487424},
             {"latent KV cache": 110112000, "waiting tokens": 51591168},
         ),
     ],
 )
-def test_bytes_of_a_plan(geometry, scratch, plan, reached):
+def test_bytes_of_a_plan(geometry, scratch, crowded, plan, reached):
     """A change of the arithmetic is seen here, whether or not it is meant."""
     config = read_config(geometry_path(geometry))
     sizes = sizes_of(config, "int8", DEFAULT_CODECS)
@@ -181,6 +200,8 @@ def test_bytes_of_a_plan(geometry, scratch, plan, reached):
     assert {name: made.components[name] for name in plan} == plan
     components = predicted_components(made, 3000, 100)
     assert {name: components[name]["ram"] for name in reached} == reached
+    crowd = replace(config, num_experts_per_tok=64)  # whose outputs are most of it
+    assert scratch_bytes(crowd, 512, "triton") == crowded
     lone = make_plan(config, sizes, tier="ram", budget=room, context=64, runtime_bytes=0)
     assert lone.components["runtime"] == made.components["runtime"] - (300 << 20)
 

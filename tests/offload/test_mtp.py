@@ -147,7 +147,7 @@ def test_kernels_lose_of_the_head_what_they_lose_of_the_network(with_head, draft
 
 def drafts_of(runtime):
     """An empty cache of the head."""
-    return HeadDrafts(runtime.model, runtime.engine.batch.passes.compute, Drafting(), 96)
+    return HeadDrafts(runtime.model, runtime.engine.batch.passes.compute, Drafting())
 
 
 # Drafts

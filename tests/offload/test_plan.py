@@ -19,7 +19,7 @@ from slotmoe.offload import machine
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan import divergence
 from slotmoe.offload.plan.attention import kv_bytes
-from slotmoe.offload.plan.memory import _prefill_chunk, make_plan, sizes_of, waiting_bytes
+from slotmoe.offload.plan.memory import _divide, _prefill_chunk, make_plan, sizes_of, waiting_bytes
 from slotmoe.offload.plan.speed import Bandwidths, Setting, store_bandwidths, stored_bandwidths
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codecs.codec import EXPERT_CODECS
@@ -102,6 +102,23 @@ def test_slots_get_what_is_left():
     assert plan_of(config, 50 * GIB, slots=100).slots == 100
     with pytest.raises(PlanError, match="5 expert slots are too few"):
         plan_of(config, 50 * GIB, slots=5)
+
+
+@pytest.mark.parametrize(
+    ("room", "slots", "wanted"),
+    [
+        (1000, None, (1000, 24)),
+        (1000, 900, (900, 24)),
+        (400, None, (376, 24)),
+        (100, None, (88, 12)),
+        (30, None, (24, 6)),
+        (100, 80, (80, 20)),
+        (100, 98, (94, 6)),
+        (100, 2000, (88, 12)),
+    ],
+)
+def test_records_are_slots_or_read_buffers(room, slots, wanted):
+    assert _divide(room, slots, everything=1000, top_k=6) == wanted
 
 
 def test_a_budget_that_cannot_work_says_what_would():

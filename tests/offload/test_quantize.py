@@ -258,7 +258,11 @@ def test_existing_destination(source, wanted, tmp_path):
     stopped(source, tmp_path / "export", resident="bf16")
     with pytest.raises(ExportError, match="--overwrite"):  # of something else
         quantize(source, tmp_path / "export")
-    quantize(source, tmp_path / "export", resident="bf16")
+    stale = tmp_path / "export.partial" / layer_file(99)  # what is overwritten goes at once
+    stale.write_text("of another model")
+    stopped(source, tmp_path / "export", 0, overwrite=True)
+    assert not stale.exists()
+    quantize(source, tmp_path / "export", resident="bf16", overwrite=True)
     old = tree(tmp_path)
     with pytest.raises(ExportError, match="exists; pass --overwrite"):
         quantize(source, tmp_path / "export")
@@ -282,6 +286,17 @@ def test_foreign_folder_is_never_touched(place, overwrite, kind, source, tmp_pat
     before = tree(tmp_path)
     with pytest.raises(ExportError, match=place):
         quantize(source, tmp_path / "export", overwrite=overwrite)
+    assert tree(tmp_path) == before
+
+
+def test_a_foreign_folder_beside_an_export_is_never_touched(made, source, tmp_path):
+    """Also where the export is only checked."""
+    shutil.copytree(made, tmp_path / "export")
+    (tmp_path / "export.partial").mkdir()
+    (tmp_path / "export.partial" / "thesis.txt").write_text("ten years of work")
+    before = tree(tmp_path)
+    with pytest.raises(ExportError, match=r"export\.partial: holds thesis"):
+        quantize(source, tmp_path / "export")
     assert tree(tmp_path) == before
 
 
@@ -312,6 +327,17 @@ def test_too_little_disk_is_known_at_once(source, tmp_path, monkeypatch):
     with pytest.raises(ExportError, match=r"needs [\d.]+ MiB of free disk, has 1.0 MiB"):
         quantize(source, tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resume_needs_no_disk_for_what_it_has(left, source, wanted, tmp_path, monkeypatch):
+    size = sum(map(len, wanted.values()))
+    usage = namedtuple("usage", "total used free")(1 << 40, 1 << 40, (16 << 20) + size // 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ExportError, match="of free disk"):
+        quantize(source, tmp_path / "export")
+    shutil.copytree(left / "stopped.partial", tmp_path / "export.partial")
+    quantize(source, tmp_path / "export")
+    assert tree(tmp_path / "export") == wanted
 
 
 CALLS = [(call, errno.ENOSPC) for call in (1, 5, 14, 17)]
@@ -359,7 +385,19 @@ def test_two_at_once(source, wanted, tmp_path):
 
 
 def test_workers_and_shards_do_not_show(source, wanted, tmp_path):
-    quantize(source, tmp_path / "export", workers=4)
+    """Each worker computes with one thread, the caller as before."""
+    seen, before = set(), torch.get_num_threads()
+
+    def progress(done, total):
+        if threading.current_thread() is not threading.main_thread():
+            seen.add(torch.get_num_threads())
+
+    torch.set_num_threads(3)
+    try:
+        quantize(source, tmp_path / "export", workers=4, progress=progress)
+        assert (seen, torch.get_num_threads()) == ({1}, 3)
+    finally:
+        torch.set_num_threads(before)
     assert tree(tmp_path / "export") == wanted
     # Learned levels are those of one file; others do not depend on how weights are spread.
     write_checkpoint(tmp_path / "single", shards=1, num_hidden_layers=4)

@@ -37,8 +37,7 @@ A message that starts with a slash is sent with two."""
 
 
 class Pipe:
-    """Messages from the lines of stdin, answers to stdout, the rest to stderr; what fails ends the
-    chat.  ``Terminal`` has the same methods."""
+    """A ``Terminal`` of lines: stdin to stdout, the rest to stderr; what fails ends the chat."""
 
     def __init__(self) -> None:
         self._lines = 0

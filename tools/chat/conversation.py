@@ -132,15 +132,13 @@ class Conversation:
                 self._tokens.append(token.id)
                 self._reading_since = None
                 thought, said = splitter.feed(token.text)
-                if thought:
-                    thoughts += len(thought)
-                    self.think(thought)
+                thoughts += len(thought)
+                self.think(thought)
                 yield said
             self._stopping.check()
             thought, said = splitter.feed("", is_last=True)
-            if thought:
-                thoughts += len(thought)
-                self.think(thought)
+            thoughts += len(thought)
+            self.think(thought)
             yield said
 
         for piece in trimmed(texts()):

@@ -159,11 +159,8 @@ def make_server(
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
             """``command`` has taken them."""
-            yield
-
-        def run(self, sockets: list[socket.socket] | None = None) -> None:
             with bounded():
-                super().run(sockets)
+                yield
 
     def ended() -> None:
         settings.timeout_graceful_shutdown = _FAILED_SECONDS
@@ -173,18 +170,16 @@ def make_server(
     service = Service(runtime, names, sequences, queue, own, ended)
     app = make_app(service, bool(keys))
     guarded = Guard(app, keys, hosts, max_body, origins)
+    off: Json = dict.fromkeys(("access_log", "use_colors", "server_header", "proxy_headers"), False)
     settings = uvicorn.Config(
         Log(guarded, is_logged, runtime.model.options.altered),
         http=Connection,
         ws="none",
         lifespan="off",
         log_level="warning",
-        access_log=False,
-        use_colors=False,
-        server_header=False,
         limit_concurrency=sequences + queue + _SPARE_CONNECTIONS,
         timeout_graceful_shutdown=_GRACE_SECONDS,
-        proxy_headers=False,
+        **off,
     )
     server = Server(settings)
     return server, service

@@ -116,10 +116,8 @@ class Answers:
                 self._answers.append(answer)
                 self.jobs.append(Job(prompt, answer, emit, request.state.owner, scored))
         how_read = form, chat.wanted is not None, policy is not None and policy.required
-        reasoning = None if is_thinking is None else tokenizer.reasoning
-        self._readers = [
-            Reader(*how_read, Splitter(reasoning, bool(is_thinking)), texts) for _ in self.jobs
-        ]
+        thoughts = tokenizer.reasoning, is_thinking
+        self._readers = [Reader(*how_read, Splitter(*thoughts), texts) for _ in self.jobs]
         service.submit(self.jobs)
         request.state.answers = self  # for the log
 
@@ -135,7 +133,6 @@ class Answers:
                 self.cancel()
 
     async def _next(self) -> tuple[int, Delta]:
-        """An answer's index and its next delta."""
         if not self._deltas:
             await asyncio.sleep(self.jobs[0].together)
         while not self._deltas:
@@ -249,9 +246,7 @@ async def chat_answers(
 
     def prepare() -> tuple[Mask | None, list[int], bool | None]:
         text, reasoning = service.chat_text(chat), service.tokenizer.reasoning
-        is_thinking = None
-        if reasoning is not None and not reasoning.is_over(text):
-            is_thinking = reasoning.is_begun(text)
+        is_thinking = None if reasoning is None else reasoning.is_begun(text)
         grammar = service.grammars.compile(chat.wanted, chat.policy, is_thinking)
         return grammar, service.encode(text), is_thinking
 

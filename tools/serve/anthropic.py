@@ -150,12 +150,8 @@ async def messages(body: MessagesRequest, request: Request, service: Serving) ->
 
 def _usage(answers: Answers) -> dict[str, int]:
     usage = answers.usage()
-    return {
-        "input_tokens": usage.prompt - usage.cached,
-        "output_tokens": usage.answer,
-        "cache_read_input_tokens": usage.cached,
-        "cache_creation_input_tokens": 0,
-    }
+    counts = {"input_tokens": usage.prompt - usage.cached, "output_tokens": usage.answer}
+    return {**counts, "cache_read_input_tokens": usage.cached, "cache_creation_input_tokens": 0}
 
 
 def _stop(update: Update) -> Json:

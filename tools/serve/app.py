@@ -19,8 +19,7 @@ from slotmoe.tools.serve.service import Service, Serving
 
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; "
-    "frame-ancestors 'none'; base-uri 'none'"
+    "connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'"
 )
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 # Of all routes, in the description.

@@ -74,7 +74,6 @@ _MAX_PLACE = 300  # characters of a field's place that are repeated
 
 
 async def error_response(request: Request, problem: Exception) -> JSONResponse:
-    """The answer to a request that ended in ``problem``."""
     if isinstance(problem, RefusedError):
         refusal = problem
     elif isinstance(problem, RequestValidationError):

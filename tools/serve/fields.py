@@ -61,11 +61,9 @@ def _bound_lists(schema: object) -> None:
         if schema.get("type") == "list":
             schema["fail_fast"] = True
             schema.setdefault("max_length", MAX_ITEMS)
-        for value in schema.values():
-            _bound_lists(value)
-    elif isinstance(schema, list | tuple):
-        for value in schema:
-            _bound_lists(value)
+        schema = [*schema.values()]
+    for value in schema if isinstance(schema, list | tuple) else ():
+        _bound_lists(value)
 
 
 class Model(BaseModel):
@@ -89,7 +87,5 @@ class Model(BaseModel):
         if not isinstance(data, dict):
             return data
         known = {field.alias or name for name, field in cls.model_fields.items()}
-        unknown = next((name for name in data if name not in known), None)
-        if unknown is None:
-            return data
-        return {name: value for name, value in data.items() if name in known or name == unknown}
+        more = {*[name for name in data if name not in known][1:]}
+        return {name: value for name, value in data.items() if name not in more}

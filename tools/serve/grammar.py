@@ -84,8 +84,6 @@ class Mask:
 
 
 class Grammars:
-    """Makes grammars for one model."""
-
     def __init__(self, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...], dialect: Dialect):
         self._source, self._eos, self._dialect = tokenizer, list(eos_token_ids), dialect
         self._lock = Lock()

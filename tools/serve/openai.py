@@ -175,7 +175,6 @@ class CompletionRequest(OpenAIRequest):
         return self.options_with(vocabulary, limit, self.logprobs)
 
     def prompts(self) -> Sequence[str | list[int]]:
-        """Texts or lists of token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
@@ -301,8 +300,6 @@ class ChatChoices:
 
 
 class TextChoices:
-    """Texts."""
-
     prefix, kind, chunk_kind, first = "cmpl", "text_completion", "text_completion", list[Json]()
     about = Json()
 
@@ -329,12 +326,10 @@ class TextChoices:
             top = [*likeliest_ids, (token.id, token.logprob)]
             scores = {self._name(id_): logprob for id_, logprob in top if logprob is not None}
             likeliest.append(None if token.logprob is None else scores)
-        return {
-            "tokens": [self._name(token.id) for token in update.tokens],
-            "token_logprobs": [token.logprob for token in update.tokens],
-            "top_logprobs": likeliest,
-            "text_offset": offsets,
-        }
+        names = [self._name(token.id) for token in update.tokens]
+        logprobs = [token.logprob for token in update.tokens]
+        scores_of = {"tokens": names, "token_logprobs": logprobs}
+        return {**scores_of, "top_logprobs": likeliest, "text_offset": offsets}
 
     def _name(self, id_: int) -> str:
         """A token as this route writes it."""

@@ -42,7 +42,7 @@ class Reader:
         texts: Mapping[str, frozenset[str]] | None = None,
     ):
         self._format, self._either, self._texts = call_format, either, texts or {}
-        self.splitter = splitter or Splitter(None, False)
+        self.splitter = splitter or Splitter(None, None)
         self._unread, self._in_text = "", not required
         self._deltas = self._parse()
         self.calls = 0  # that are complete

@@ -38,16 +38,12 @@ class ResponseStore:
         if size > self._size:
             return
         self._stored[owner, response["id"]] = Stored(response, items, packed, size)
-        while len(self._stored) > self._most or self._total() > self._size:
-            self._stored.popitem(last=False)
-
-    def _total(self) -> int:
-        return sum(stored.size for stored in self._stored.values())
+        total = sum(stored.size for stored in self._stored.values())
+        while len(self._stored) > self._most or total > self._size:
+            total -= self._stored.popitem(last=False)[1].size
 
     def get(self, owner: str, id_: str) -> Stored | None:
-        """Of this owner's only."""
-        stored = self._stored.get((owner, id_))
-        if stored is not None:
+        if (stored := self._stored.get((owner, id_))) is not None:
             self._stored.move_to_end((owner, id_))
         return stored
 
@@ -55,7 +51,6 @@ class ResponseStore:
         self._stored.pop((owner, id_), None)
 
     def item(self, owner: str, id_: str) -> Json | None:
-        """An item of one of the owner's conversations."""
         theirs = [stored.items for (of, _), stored in self._stored.items() if of == owner]
         items = (item for conversation in theirs for item in conversation)
         return next((item for item in items if item["id"] == id_), None)

@@ -261,13 +261,10 @@ _ITEMS: dict[str, tuple[str, str, str, Json, Json]] = {
 
 def _usage(answers: Answers) -> Json:
     usage = answers.usage()
-    return {
-        "input_tokens": usage.prompt,
-        "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
-        "output_tokens": usage.answer,
-        "output_tokens_details": {"reasoning_tokens": usage.reasoning or 0},
-        "total_tokens": usage.prompt + usage.answer,
-    }
+    counts: Json = {"input_tokens": usage.prompt, "output_tokens": usage.answer}
+    counts["input_tokens_details"] = {"cached_tokens": usage.cached, "cache_write_tokens": 0}
+    counts["output_tokens_details"] = {"reasoning_tokens": usage.reasoning or 0}
+    return {**counts, "total_tokens": usage.prompt + usage.answer}
 
 
 def _listed(item: Item) -> Json:

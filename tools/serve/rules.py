@@ -1,7 +1,7 @@
 """What an answer has to follow, as requests of each API say it: a JSON schema or another rule."""
 
 import json
-from typing import Annotated, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Literal, NamedTuple, TypeAlias, get_args
 
 from pydantic import Field
 
@@ -11,7 +11,6 @@ from slotmoe.tools.serve.fields import Model
 
 Source = Annotated[str, Field(min_length=1, max_length=1 << 14)]  # of a grammar
 _Kind: TypeAlias = Literal["regex", "grammar", "choice"]
-_KINDS: tuple[_Kind, ...] = ("regex", "grammar", "choice")
 _Choice = Annotated[str, Field(max_length=1 << 16)]
 
 
@@ -56,7 +55,7 @@ class StructuredOutputs(Model):
         if len(given) != 1:
             names = "json, json_object, regex, grammar and choice"
             raise RefusedError(f"{name} has {len(given)} of {names}, expected one", name)
-        for kind in _KINDS:
+        for kind in get_args(_Kind):
             if kind in given:
                 return Rule(kind, given[kind], name)
         schema = {"type": "object"} if self.definition is None else self.definition

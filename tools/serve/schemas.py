@@ -36,8 +36,7 @@ _UNHELD: Mapping[str, Callable[[Any, Json], bool]] = {
     "unevaluatedProperties": lambda value, schema: (
         value is True or value == {} or "additionalProperties" in schema
     ),
-    "$dynamicRef": lambda *_: False,
-    "$recursiveRef": lambda *_: False,
+    **dict.fromkeys(("$dynamicRef", "$recursiveRef"), lambda *_: False),
 }
 _KNOWN_FORMATS = "date-time time date duration email hostname ipv4 ipv6 uuid uri".split()
 # Those of OpenAPI that tell how a program keeps a value.

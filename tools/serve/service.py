@@ -103,7 +103,6 @@ class Service:
         return self.dialect.prompt(chat)
 
     async def chat_ids(self, chat: Conversation) -> list[int]:
-        """Token ids of ``chat_text``."""
         return await self.prepare(lambda: self.encode(self.chat_text(chat)))
 
     async def prepare(self, work: Callable[..., T], *given: object) -> T:

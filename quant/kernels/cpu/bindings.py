@@ -100,8 +100,7 @@ class Kernels:
 
     def seconds(self) -> dict[str, float]:
         """Seconds spent inside each native function so far; `decode` counts as its parts."""
-        functions = self._functions.items()
-        return {name: function.seconds for name, function in functions if name != "decode"}
+        return {name: item.seconds for name, item in self._functions.items() if name != "decode"}
 
     @property
     def isa(self) -> str:
@@ -258,8 +257,7 @@ class Kernels:
     def quantize_nf4(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """[N, K] bfloat16, float16 or float32 -> codes uint8, absmax float16 as tiles16.
         ValueError for NaN, infinity, or a block's absmax beyond float16."""
-        levels = torch.tensor(NF4.levels)
-        codes, absmax = self._functions["quantize_nf4"].results(source, levels)
+        codes, absmax = self._functions["quantize_nf4"].results(source, torch.tensor(NF4.levels))
         return codes, absmax
 
 

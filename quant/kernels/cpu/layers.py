@@ -13,14 +13,7 @@ import torch
 
 from slotmoe.border import Compressed, Compressor, Geometry, Layer, Mixing, Mla
 from slotmoe.quant.kernels.cpu.signatures import Bound
-from slotmoe.quant.kernels.cpu.weights import (
-    ROUTER,
-    Absorbed,
-    Mlp,
-    Prepared,
-    Structure,
-    router_values,
-)
+from slotmoe.quant.kernels.cpu.weights import ROUTER, Absorbed, Mlp, Prepared, Structure, values_of
 from slotmoe.quant.shapes import latent_bytes
 
 _INDEXER = Structure(
@@ -108,8 +101,7 @@ def _indexer(geometry: Geometry, sizes: dict[str, int], *weights: object) -> Bou
     assert geometry.indexer is not None
     heads, width, topk, halves = geometry.indexer
     own = {"H": sizes["H"], "Q": sizes["Q"], "A": heads, "W": width, "X": heads * width}
-    scale = (heads * width) ** -0.5
-    return _INDEXER.bind(own, heads, width, topk, halves, scale, 0.0, *weights)
+    return _INDEXER.bind(own, heads, width, topk, halves, (heads * width) ** -0.5, 0.0, *weights)
 
 
 def compressed_layer(
@@ -196,7 +188,7 @@ class Decoder(Bound):
         natives = (_LAYER.type * len(layers))(*(part.native for part in bound))
         hidden, experts = sizes["H"], sizes.get("E", 0)
         counts = len(layers), hidden, experts, self.streams, sizes.get("V", 0)
-        model = _MODEL.bind({}, *counts, natives, *router_values(geometry.router))
+        model = _MODEL.bind({}, *counts, natives, *values_of(geometry.router))
         sizes = {letter: sizes[letter] for letter in ("H", "C", "E", "K")}
         sizes |= {"M": sum(self.routed), "Q": self.streams, "X": self.streams * hidden}
         super().__init__(model.native, sizes, model, bound)

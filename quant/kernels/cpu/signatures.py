@@ -110,8 +110,7 @@ class TensorSpec:
         dtype, _, sizes = self._text.removesuffix("]").partition("[")
         self.optional, self.name = name.endswith("?"), name.strip(">?")
         self.is_matrix, self._is_source = dtype == "matrix", dtype == "source"
-        kinds = SOURCE_TYPES if self._is_source or self.is_matrix else [DTYPES[dtype]]
-        self.dtypes = tuple(kinds)
+        self.dtypes = tuple(SOURCE_TYPES if self._is_source or self.is_matrix else [DTYPES[dtype]])
         # A letter, what divides it and what is added, or "" and a number; plain ones are quicker.
         self._sizes: list[tuple[str, int, int]] = []
         for size in sizes.split(","):

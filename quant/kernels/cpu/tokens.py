@@ -102,9 +102,8 @@ class Tokens(NamedTuple):
         groups = [value for group, shape in shapes for value in _group(*group, positions, shape)]
         t, pairs, complex64 = len(positions), decoder.sizes["C"], torch.complex64
         # Not by `Structure.bind`: its checks would cost a small model's token some percent.
-        places = int64s(positions)
         given = (
-            places,
+            int64s(positions),
             address(self.table, complex64, t, pairs),
             address(self.query_scale, torch.float32, t),
             *rows,

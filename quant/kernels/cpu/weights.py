@@ -89,10 +89,8 @@ class Matrix(Bound):
 
     def like(self, other: "Matrix") -> bool:
         """Whether both are of one kind, and of one table of levels."""
-        if self.kind != other.kind:
-            return False
-        levels = self.tensors[2:], other.tensors[2:]
-        return all(starmap(torch.equal, zip(*levels, strict=True)))
+        levels = zip(self.tensors[2:], other.tensors[2:], strict=True)
+        return self.kind == other.kind and all(starmap(torch.equal, levels))
 
 
 class Structure:
@@ -144,14 +142,14 @@ ROUTER = "groups kept top_k group_best scoring normalized factor:double"
 _ROUTER = Structure(ROUTER)
 
 
-def router_values(router: Router) -> tuple[float, ...]:
+def values_of(router: Router) -> tuple[float, ...]:
     """Those of `ROUTER`."""
     groups, kept, top_k, factor, normalized, group_best, scoring = router
     return groups, kept, top_k, group_best, _SCORINGS.index(scoring), normalized, factor
 
 
 def bind_router(router: Router) -> Bound:
-    return _ROUTER.bind({"K": router.top_k}, *router_values(router))
+    return _ROUTER.bind({"K": router.top_k}, *values_of(router))
 
 
 class Absorbed(Bound):
