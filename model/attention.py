@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Literal, TypedDict, get_args
 
 from msgspec import Meta, Struct
 
@@ -17,8 +17,10 @@ _Size = Annotated[int, Meta(ge=1, le=1 << 20)]
 _Width = Annotated[int, Meta(ge=1, le=1 << 16)]
 _Heads = Annotated[int, Meta(ge=1, le=4096)]
 
-_SPARSE, _HEAVY = "compressed_sparse_attention", "heavily_compressed_attention"
-_RATIOS = {"sliding_attention": 0, _SPARSE: 4, _HEAVY: 128}
+_LayerType = Literal[
+    "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
+]
+_RATIOS = dict(zip(get_args(_LayerType), (0, 4, 128), strict=True))
 """Positions that become one, by transformers' name of such a layer."""
 
 # Values of V4 that its config.json leaves out or repeats.
@@ -118,7 +120,7 @@ class _KeysOfHub(Struct):
     num_hidden_layers: Annotated[int, Meta(ge=1, le=1000)]
     qk_rope_head_dim: _Width | None = None
     partial_rotary_factor: Annotated[float, Meta(ge=0, le=1)] | None = None
-    layer_types: list[Literal[tuple(_RATIOS)]] | None = None  # type: ignore[valid-type]
+    layer_types: list[_LayerType] | None = None
     compress_rates: dict[str, int] | None = None
     mlp_layer_types: list[Literal["hash_moe", "moe"]] | None = None
     rope_parameters: _Ropes | None = None
@@ -163,7 +165,7 @@ def parts_of_v4(values: Json, family: Family) -> Json:
     settings = {**(given.rope_scaling or {}), "rope_theta": given.compress_rope_theta}
     rope = replace(_rope(settings, values, family), mscale=0.0, mscale_all_dim=0.0)
     ratios = ratios[:layers]
-    full = tuple(ratio == _RATIOS[_SPARSE] for ratio in ratios)
+    full = tuple(ratio == _RATIOS["compressed_sparse_attention"] for ratio in ratios)
     compressed = typed({**values, "ratios": ratios, "rope": rope}, Compressed)
     if (heads := values["num_attention_heads"]) % (groups := compressed.o_groups):
         raise ValueError(f"num_attention_heads {heads} is not a multiple of o_groups {groups}")
