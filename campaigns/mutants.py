@@ -35,6 +35,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from queue import Queue
 
@@ -156,17 +157,20 @@ def reaching(mutant, tests):
 
 
 def choose(mutant, tests, limit):
-    """At most ``limit`` tests, in as many seconds, those of a file together: by turns one that says
-    most of the mutant's words, rare ones first, one that reaches the fewest lines, and one that
-    reaches most of the mutant's file; then the fastest.  Tests of one function, or which share a
-    fixture's way through that file alone, come one by one."""
+    """At most ``limit`` tests, in as many seconds, those of a file together: by turns one of a
+    file that imports the mutant's, one that says most of the mutant's words, rare ones first, one
+    that reaches the fewest lines, and one that reaches most of the mutant's file; then the fastest.
+    Tests of one function, or which share a fixture's way through that file alone, come one by one.
+    """
     number, wanted, orders = FILES.index(mutant.file), words_of_mutant(mutant), []
+    module = f"slotmoe.{mutant.file[:-3].replace('/', '.')}"
     said = Counter(word for test in tests for word in wanted & test["words"])
 
     def way(test):
         return test["ways"][number]
 
     for group, worth in (
+        (itemgetter("test"), lambda test: module not in test["imports"]),
         (function_of, lambda test: -sum(1 / said[word] for word in wanted & test["words"])),
         (way, lambda test: len(test["lines"])),
         (way, lambda test: -way(test)[0]),
@@ -210,10 +214,11 @@ def function_of(test):
 
 
 def words_of_functions(tree, tests):
-    """What each test function says, as words."""
+    """What each test function says, as words; a file's imports are those of the function ""."""
     found = {}
     for file in {file_of(test) for test in tests}:
         source = (tree / file).read_text()
+        found[file, ""] = frozenset(re.findall(r"^from (\S+)", source, re.MULTILINE))
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef):
                 said = ast.get_source_segment(source, node)
@@ -294,6 +299,7 @@ def prepare(folder, given):
     for test in given.tests:
         function = function_of(test).rpartition("::")[2]
         test["words"] = words.get((file_of(test), function), frozenset())
+        test["imports"] = words[file_of(test), ""]
         of_files = groupby(test["lines"], lambda line: line // SPAN)
         ways = {number: tuple(lines) for number, lines in of_files}
         test["ways"] = {number: (len(lines), hash(lines)) for number, lines in ways.items()}
