@@ -91,9 +91,7 @@ def test_one_step_reaches_the_same_logits(runtime):
     prompts = [runtime.tokenizer.encode(text) for text in PROMPTS]
     alone = [runtime.engine.force(ids, [7, 8], keeps=True).logits for ids in prompts]
     with ThreadPoolExecutor(8) as pool:
-        found = pool.map(
-            lambda ids: runtime.engine.force(ids, [7, 8], keeps=True).logits, prompts
-        )
+        found = pool.map(lambda ids: runtime.engine.force(ids, [7, 8], keeps=True).logits, prompts)
         for one, other in zip(alone, found, strict=True):
             assert torch.equal(torch.stack(one), torch.stack(other))
 
