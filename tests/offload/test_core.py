@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import stat
+from random import Random
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -32,7 +33,7 @@ from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import ExportFile, replace_file
 from tests.support.blocks import per_token
 from tests.support.engine import ask, start
-from tests.support.states import BYTES, CHOSEN, EXPERTS, ROWS, Disk
+from tests.support.states import BYTES, CHOSEN, EXPERTS, ROWS, Broken, Disk
 from tests.support.tiny import SMALL, write_checkpoint
 
 ROOT = bytes(16)
@@ -57,6 +58,22 @@ def test_what_was_guessed_and_is_demanded_is_read_once():
     reads = slots.demand([1, 2, 3])
     assert reads[:2] == guessed[:2] and [read.urgency for read in reads] == [DEMAND] * 3
     assert reads[2] is not guessed[2] and disk.pending == [guessed[0], reads[2]]
+
+
+def test_a_fill_that_is_stopped_keeps_no_slot_staged():
+    disk = Disk(Random(0))
+    slots = Slots(disk, make_cache("lru", 4, ROWS, EXPERTS), 4 + CHOSEN, CHOSEN, BYTES, Device())
+    with pytest.raises(Broken):
+        slots.fill([1, 2, 3], Mock(side_effect=[None, Broken]))
+    assert len(slots.cache) == 2 and not slots.store.staged and not disk.pending
+
+
+def test_only_decoded_tokens_count_for_substitutes():
+    experts = Mock(lookahead=None)
+    for tokens, sequences, decoded in ((1, 1, 1), (3, 3, 3), (5, 1, 0)):
+        assert Experts.begin(experts, tokens, sequences) is False
+        experts.substitution.chooser.advance.assert_called_with(decoded)
+        assert experts._apart is (sequences > 1)
 
 
 def test_the_cpu_computes_what_few_tokens_use_once_slots_are_full():
