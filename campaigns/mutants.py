@@ -12,8 +12,8 @@ survives: a programmer's slip of that kind would land.
    sample, --count 30 one of thirty each.
 3. Each mutant runs in a copy of the tree against tests that reach its line, at most --limit of
    them, in as many seconds: those near its module, those that name what it changes, and those
-   that take different ways through the file.  A failure or a hang kills it.  A test that fails without the mutant too does
-   not count.
+   that take different ways through the file.  A failure or a hang kills it.  A test that fails
+   without the mutant too does not count.
 
 --limit makes the figure a lower bound: another test might have killed a survivor.  Mutants that
 change nothing that a test could see survive whatever the tests: equivalent.toml lists them, each
