@@ -11,9 +11,9 @@ survives: a programmer's slip of that kind would land.
 2. The seed orders the mutants of each part.  All are tried: a night.  --seconds 360 is an hour's
    sample, --count 30 one of thirty each.
 3. Each mutant runs in a copy of the tree against tests that reach its line, at most --limit of
-   them, in as many seconds: those that name what it changes, and those that take different ways
-   through the file.  A failure or a hang kills it.  A test that fails without the mutant too does
-   not count.
+   them, in as many seconds: those near its module, those that name what it changes, and those
+   that take different ways through the file.  A failure or a hang kills it.  A test that fails
+   without the mutant too does not count.
 
 --limit makes the figure a lower bound: another test might have killed a survivor.  Mutants that
 change nothing that a test could see survive whatever the tests: equivalent.toml lists them, each
@@ -35,7 +35,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import chain, groupby
-from operator import itemgetter
 from pathlib import Path
 from queue import Queue
 
@@ -157,11 +156,11 @@ def reaching(mutant, tests):
 
 
 def choose(mutant, tests, limit):
-    """At most ``limit`` tests, in as many seconds, those of a file together: by turns one of a
-    file that imports the mutant's, one that says most of the mutant's words, rare ones first, one
-    that reaches the fewest lines, and one that reaches most of the mutant's file; then the fastest.
-    Tests of one function, or which share a fixture's way through that file alone, come one by one.
-    """
+    """At most ``limit`` tests, in as many seconds, those of a file together.  Half are of files
+    that import the mutant's, and little else.  Then come by turns one that says most of the
+    mutant's words, rare ones first, one that reaches the fewest lines, and one that reaches most of
+    the mutant's file; the fastest first.  Tests of one function, or which share a fixture's way
+    through that file alone, come one by one."""
     number, wanted, orders = FILES.index(mutant.file), words_of_mutant(mutant), []
     module = f"slotmoe.{mutant.file[:-3].replace('/', '.')}"
     said = Counter(word for test in tests for word in wanted & test["words"])
@@ -170,7 +169,6 @@ def choose(mutant, tests, limit):
         return test["ways"][number]
 
     for group, worth in (
-        (itemgetter("test"), lambda test: module not in test["imports"]),
         (function_of, lambda test: -sum(1 / said[word] for word in wanted & test["words"])),
         (way, lambda test: len(test["lines"])),
         (way, lambda test: -way(test)[0]),
@@ -181,7 +179,10 @@ def choose(mutant, tests, limit):
             seen[group(test)] += 1
         orders.append([name for *_, name in sorted(ranks)])
     by_name, chosen, left = {test["test"]: test for test in tests}, [], limit
-    for name in dict.fromkeys(chain.from_iterable(zip(*orders, strict=True))):
+    near = [test for test in tests if module in test["imports"]]
+    near.sort(key=lambda test: (len(test["imports"]), test["seconds"]))
+    nearest = [test["test"] for test in near[: limit // 2]]
+    for name in dict.fromkeys(chain(nearest, *zip(*orders, strict=True))):
         test = by_name[name]
         if len(chosen) < limit and (not chosen or test["seconds"] <= left):
             chosen.append(test)
@@ -218,7 +219,9 @@ def words_of_functions(tree, tests):
     found = {}
     for file in {file_of(test) for test in tests}:
         source = (tree / file).read_text()
-        found[file, ""] = frozenset(re.findall(r"^from (\S+)", source, re.MULTILINE))
+        imports = re.findall(r"^from (\S+) import (.*)", source, re.MULTILINE)
+        names = {f"{of}.{name}" for of, all in imports for name in re.findall(r"\w+", all)}
+        found[file, ""] = frozenset(names.union(of for of, _ in imports))
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef):
                 said = ast.get_source_segment(source, node)

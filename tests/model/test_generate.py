@@ -15,7 +15,7 @@ from slotmoe.model.generate import Answer, Generation, Sampling, candidates, sam
 from slotmoe.model.gguf.tokenizer import read_tokenizer, tokenizer_files
 from slotmoe.model.tiktoken import tokenizer_json
 from slotmoe.model.tokenizer import BYTE_CHARACTERS, TextStream, Tokenizer
-from slotmoe.offload.engine.requests import Stream
+from slotmoe.offload.engine.requests import Stream, wait_for
 from tests.support.tiny import SAMPLE
 
 TOKENIZER = Tokenizer(SAMPLE, 0)
@@ -244,6 +244,14 @@ def generated(rows_RV, count=99, sampling=None):
 def run(wanted, count=99):
     """The same of a model that answers the ids ``wanted``, one after the other."""
     return generated(9.0 * torch.nn.functional.one_hot(torch.tensor(wanted), 4200), count)
+
+
+def test_who_waits_for_a_text_goes_on_when_it_is_closed():
+    """Whatever keeps the engine's thread."""
+    stream = Stream([0], Answer([0], TOKENIZER, (1,), Sampling(), 9), "length")
+    stream.close()
+    assert wait_for(stream._deltas, lambda: True, 0.0).finish == "cancelled"
+    assert stream.wait() and [*stream] == []
 
 
 def test_stops_at_end_of_sentence_and_after_max_new_tokens():

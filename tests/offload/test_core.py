@@ -6,6 +6,7 @@ import shutil
 import stat
 from dataclasses import replace
 from queue import Empty, SimpleQueue
+from random import Random
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -37,7 +38,7 @@ from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import ExportFile, replace_file
 from tests.support.blocks import per_token
 from tests.support.engine import ask, decode, sound, start
-from tests.support.states import BYTES, CHOSEN, EXPERTS, ROWS, Disk
+from tests.support.states import BYTES, CHOSEN, EXPERTS, ROWS, Broken, Disk
 from tests.support.tiny import SMALL, write_checkpoint
 
 ROOT = bytes(16)
@@ -152,6 +153,22 @@ def test_what_is_stale_is_overwritten_by_its_latest_rank():
     store.rank()
     store.move(store.of[4], STALE)
     assert [replaces(expert_id) for expert_id in (8, 9, 10, 11)] == [{0}, {3}, {5}, {4}]
+
+
+def test_a_fill_that_is_stopped_keeps_no_slot_staged():
+    disk = Disk(Random(0))
+    slots = Slots(disk, make_cache("lru", 4, ROWS, EXPERTS), 4 + CHOSEN, CHOSEN, BYTES, Device())
+    with pytest.raises(Broken):
+        slots.fill([1, 2, 3], Mock(side_effect=[None, Broken]))
+    assert len(slots.cache) == 2 and not slots.store.staged and not disk.pending
+
+
+def test_only_decoded_tokens_count_for_substitutes():
+    experts = Mock(lookahead=None)
+    for tokens, sequences, decoded in ((1, 1, 1), (3, 3, 3), (5, 1, 0)):
+        assert Experts.begin(experts, tokens, sequences) is False
+        experts.substitution.chooser.advance.assert_called_with(decoded)
+        assert experts._apart is (sequences > 1)
 
 
 def test_the_cpu_computes_what_few_tokens_use_once_slots_are_full():

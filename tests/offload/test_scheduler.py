@@ -15,7 +15,7 @@ from slotmoe.offload.engine import loading
 from slotmoe.offload.engine.requests import Request
 from slotmoe.offload.runtime import Runtime
 from tests.support.compressed import state_bytes
-from tests.support.engine import together, until
+from tests.support.engine import until
 
 PROMPTS = ["My fellow citizens,", "It is a truth universally acknowledged, that a", "def main("]
 PROMPTS += ["Call me", "To be or not to be", "Once upon a time", "import os", "The constitution of"]
@@ -75,8 +75,8 @@ def test_answers_together_are_token_for_token_those_alone(request, room, limit):
     before = totals.steps, totals.prompt_tokens + totals.reused_tokens, totals.answer_tokens
     long = runtime.tokenizer.encode("The people of the United States have a government. " * 16)
     prompts = [*(runtime.tokenizer.encode(text) for text in PROMPTS[:6]), long, [0]]
-    callers = [Caller(runtime, ids, limit) for ids in prompts]
-    found = [caller.wait().answer.ids for caller in callers]
+    together = [Caller(runtime, ids, limit) for ids in prompts]
+    found = [caller.wait().answer.ids for caller in together]
     after = totals.steps, totals.prompt_tokens + totals.reused_tokens, totals.answer_tokens
     steps, read, made = (new - old for new, old in zip(after, before, strict=True))
     assert limit - 1 <= steps < 8 * limit  # the last one may not be counted yet
@@ -166,10 +166,10 @@ def test_several_texts_by_one_call_and_in_an_event_loop(runtime, processes):
     async def collect(text):
         return [token async for token in runtime.stream(text, max_new_tokens=6)]
 
-    async def at_once():
+    async def together():
         return await asyncio.gather(*map(collect, PROMPTS[:3]))
 
-    assert asyncio.run(at_once()) == wanted
+    assert asyncio.run(together()) == wanted
     message = {"role": "user", "content": "Call me"}
     by_messages = [*runtime.generate(messages=[message], max_new_tokens=4)]
     assert by_messages == [*runtime.generate("Call me", 4, chat=True)]
@@ -205,13 +205,6 @@ def test_who_closes_forgets_or_leaves_a_text_cancels_it(runtime):
 
     asyncio.run(leave())
     assert idle() == 3
-
-
-def test_emptied_sequences_hold_no_text(runtime):
-    together(runtime, [[5, 6], [7, 8]])
-    assert runtime.engine.empty(3) == [-1] * 3
-    lengths = [sequence.length for sequence in runtime.engine.batch.sequences]
-    assert len(lengths) > 1 and lengths == [3] + [0] * (len(lengths) - 1)
 
 
 def test_prefix_is_reused_by_the_same_owner_only(runtime):
