@@ -111,7 +111,7 @@ CAMPAIGNS = (
         "mutants",
         "Files that hold invariants are changed in one place; the tests of CI's tier must notice.",
         "90% in each of ten parts, but for changes of which a list says why none can see them",
-        "",
+        "not reached: 41 of 53 of a sample killed, by 15 tests each (2026-11-28)",
     ),
 )
 # Reached by long tests, each night.

@@ -247,8 +247,10 @@ def run(wanted, count=99):
 
 
 def test_who_waits_for_a_text_goes_on_when_it_is_closed():
-    """Whatever keeps the engine's thread."""
+    """Whatever keeps the engine's thread; and who waits for a time only is told."""
     stream = Stream([0], Answer([0], TOKENIZER, (1,), Sampling(), 9), "length")
+    stream.request.alive = lambda: True
+    assert not stream.wait(0.0)
     stream.close()
     assert wait_for(stream._deltas, lambda: True, 0.0).finish == "cancelled"
     assert stream.wait() and [*stream] == []
