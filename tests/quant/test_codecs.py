@@ -50,6 +50,16 @@ def test_dequantized_is_what_the_documented_bytes_say(codec, n, k):
     assert weight.codes.nbytes + weight.scales.nbytes == codec.nbytes(n, k)
 
 
+@pytest.mark.parametrize("codec", [NF4, INT4, MXFP4], ids=lambda codec: codec.name)
+def test_what_fills_no_tile_and_no_block_is_stored(codec):
+    weight = torch.randn(50, 130, generator=torch.Generator().manual_seed(1))
+    made = quantize_coded(weight, codec)
+    assert [part.shape for part in made] == [
+        shape for _, shape in codec.tensors("", 50, 130).values()
+    ]
+    assert relative(CodedWeight(*made, levels_of(codec), (50, 130)).dequantize(), weight) < 0.12
+
+
 @pytest.mark.parametrize("codec", [NF4, LUT4, LUT3], ids=["nf4", "lut4", "lut3"])
 def test_an_encoder_finds_what_a_codec_holds_exactly(codec):
     weight, _ = random_codes(np.random.default_rng(3), codec, 50, 128)
