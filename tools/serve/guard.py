@@ -26,6 +26,7 @@ BODY_SECONDS = 30.0  # in which a request's body has to arrive
 IDLE_SECONDS = 10.0  # after twice this time a connection on which nothing moves is closed
 DISCARD_SECONDS = 2.0  # for the body of a request that is refused by its headers
 _UNREAD = 16  # times the largest body are read and dropped of a body that is larger
+_QUICK_BYTES = 1 << 16  # of a body that takes a millisecond to check
 SILENT_SECONDS = 1.0  # after which a connection that waits for its client is a silent one
 PEER_CONNECTIONS = 128  # of one address that may be silent
 _PREFLIGHT = {"access-control-allow-methods": "GET, POST, DELETE", "access-control-max-age": "600"}
@@ -87,7 +88,10 @@ class Guard:
             if scope["method"] == "POST" and has_body:
                 body = await self._body(headers, receive)
                 receive, is_read = _replay(body, receive), True
-                await asyncio.to_thread(check, body)  # not in the event loop
+                if len(body) > _QUICK_BYTES:  # not in the event loop
+                    await asyncio.to_thread(check, body)
+                else:
+                    check(body)
         except RefusedError as problem:
             if not is_read and problem.status not in (408, 413, 503):
                 with contextlib.suppress(asyncio.TimeoutError):

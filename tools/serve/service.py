@@ -106,16 +106,17 @@ class Service:
     async def prepare(self, work: Callable[..., T], *given: object) -> T:
         """What ``work`` makes of what is ``given``, in a thread.  Raises as it does, and
         ``RefusedError`` as soon as the server is to end."""
-        self._check_open()
         task = asyncio.ensure_future(asyncio.to_thread(work, *given))
         self._preparing.add(task)
         try:
+            self._check_open()  # a signal that comes later finds the task
             return await task
         except asyncio.CancelledError:
             self._check_open()
             raise
         finally:
             self._preparing.discard(task)
+            task.cancel()
 
     def limit(self, prompt: list[int], limit: int | None, scored: bool) -> int:
         """The most tokens of an answer to ``prompt``.  Raises ``RefusedError``."""
