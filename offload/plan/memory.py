@@ -265,9 +265,8 @@ def make_plan(
         **({"runtime": runtime} if on_cpu else {"slot table": 4 * everything + LEVELS_BYTES}),
     }
     scratch = scratch_bytes(config, PREFILL_CHUNK, kernels, 4 if on_cpu else 6)
-    lent = 4 * top_k + max(top_k, LENT)
-    locked = (min((host_budget or 0) - runtime, (everything + lent) * record), lent * record)
-    tables = 0 if host_budget is None else _page_tables(max(locked))  # at most
+    in_ram = min(max(0, (host_budget or 0) - runtime) // record, everything)
+    tables = 0 if host_budget is None else _page_tables((in_ram + 5 * max(top_k, LENT)) * record)
     room = budget - sum(components.values()) - scratch - tables
     is_scarce = min(room // record, slots or everything) < everything
     drafted = (FEW_DRAFTED if is_scarce else MOST_DRAFTED) if drafts and kernels == "native" else 0
@@ -287,14 +286,18 @@ def make_plan(
         "read buffers": min(staging, everything - count) * record,
     }
     plan = Plan(components, count, staging, record, budget, tier, context, chunk, drafted)
-    if host_budget is None:
-        return plan
-    lent = staging + max(top_k, LENT)
-    room = (host_budget - runtime) // record - lent if count < everything else 0
+    return plan if host_budget is None else _above(plan, runtime, host_budget, everything, top_k)
+
+
+def _above(plan: Plan, runtime: int, budget: int, everything: int, top_k: int) -> Plan:
+    """The plan of a GPU with what so much RAM below it holds."""
+    lent, record = plan.staging + max(top_k, LENT), plan.record_bytes
+    room = (budget - runtime) // record - lent if plan.slots < everything else 0
     kept = max(0, min(room, everything))
-    components["page tables"] = _page_tables((kept + lent) * record)
     host = {"runtime": runtime, "expert slots": kept * record, "read buffers": lent * record}
-    return replace(plan, host=host, host_slots=kept, host_staging=lent, host_budget=host_budget)
+    components = plan.components | {"page tables": _page_tables((kept + lent) * record)}
+    plan = replace(plan, components=components, host=host, host_budget=budget)
+    return replace(plan, host_slots=kept, host_staging=lent)
 
 
 def _page_tables(size: int) -> int:
