@@ -30,20 +30,20 @@ def test_what_is_allocated_is_what_was_planned(on_twin):
     with on_twin(twin, misses="fetch", slots=60) as runtime:
         unseen = ("logits", "prefill scratch")  # not asked of the device
         planned = sum(size for name, size in runtime.plan.components.items() if name not in unseen)
-        assert 0.97 * planned <= twin.peak <= planned
-        assert runtime.stats()["memory"]["peak_vram"] == twin.peak
+        assert 0.97 * planned <= twin.gpu.peak <= planned
+        assert runtime.stats()["memory"]["peak_vram"] == twin.gpu.peak
     del runtime
     gc.collect()
-    assert twin.allocated == 0
+    assert twin.gpu.allocated == 0
 
 
 def test_a_budget_that_is_not_free_is_refused_before_anything_is_read(on_twin):
     twin = Twin(capacity=400 << 20)
-    twin.taken = 380 << 20
+    twin.gpu.taken = 380 << 20
     told = r"takes .* of the twin, of which 20.0 MiB are free: give --vram 20MiB or less"
     with pytest.raises(PlanError, match=told):
         on_twin(twin, vram="300MiB")
-    assert twin.peak == 0
+    assert twin.gpu.peak == 0
 
 
 @pytest.mark.parametrize("after", [3, 120])
@@ -55,7 +55,7 @@ def test_another_program_takes_the_memory_while_the_model_is_opened(
     def taken(self, *wanted):
         calls.append(wanted)
         if len(calls) == after:
-            twin.taken = 399 << 20
+            twin.gpu.taken = 399 << 20
         return empty(self, *wanted)
 
     monkeypatch.setattr(Twin, "empty", taken)
@@ -63,9 +63,9 @@ def test_another_program_takes_the_memory_while_the_model_is_opened(
     with pytest.raises(PlanError, match=f"the twin {told}"):
         on_twin(twin, vram="300MiB", misses="fetch")
     gc.collect()
-    assert twin.allocated == 0
+    assert twin.gpu.allocated == 0
     assert twin.released == 1
-    twin.taken = 0
+    twin.gpu.taken = 0
     with on_twin(twin, vram="300MiB", misses="fetch") as runtime:
         assert torch.equal(runtime.logits(IDS), wanted[0])
 
