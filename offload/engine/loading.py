@@ -31,13 +31,15 @@ from slotmoe.offload.experts.lookahead import Lookahead
 from slotmoe.offload.experts.resident import resident_experts
 from slotmoe.offload.experts.slots import Slots
 from slotmoe.offload.experts.substitution import Substitution
+from slotmoe.offload.ingest.quantize import Notify, ignore
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
 from slotmoe.offload.model_source import generation_of, open_tokenizer
+from slotmoe.offload.observe.link import LINK_BYTES, keep_link
 from slotmoe.offload.options import Options
 from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.attention import kv_bytes
 from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes, make_plan, sizes_of
-from slotmoe.offload.plan.speed import stored_bandwidths
+from slotmoe.offload.plan.speed import Bandwidths, stored_bandwidths
 from slotmoe.offload.policy import DEFAULT_POLICY
 from slotmoe.offload.policy.cache import Cache, make_cache
 from slotmoe.offload.policy.hybrid import Split, choose_mode, cpu_cost
@@ -46,6 +48,7 @@ from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.resident_weights import Place, load_resident
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
+from slotmoe.quant.codecs.codec import ExpertCodecs
 from slotmoe.quant.export.layout import MANIFEST, RecordLayout
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.shapes import TABLE
@@ -100,12 +103,15 @@ class LoadedModel:
         return self.experts
 
 
-def open_model(folder: Path, options: Options, device: Device, reason: str) -> LoadedModel:
-    """Read the export or checkpoint in ``folder`` as ``options`` ask.  If that fails, nothing stays
-    allocated.  Raises ``ConfigError``, ``CheckpointError``, ``ExportError``, or ``PlanError``, also
-    where the device has less memory than it seemed to."""
+def open_model(
+    folder: Path, options: Options, device: Device, reason: str, notify: Notify
+) -> LoadedModel:
+    """Read the export or checkpoint in ``folder`` as ``options`` ask; ``notify`` gets a line where
+    the machine is measured first.  If it fails, nothing stays allocated.  Raises ``ConfigError``,
+    ``CheckpointError``, ``ExportError``, or ``PlanError``, also where the device has less memory
+    than it seemed to."""
     tune_heap()
-    loader = _Loader(folder, options, device, reason)
+    loader = _Loader(folder, options, device, reason, notify)
     try:
         return loader.export() if options.quantize else loader.reference()
     except torch.OutOfMemoryError:
@@ -122,17 +128,18 @@ def open_model(folder: Path, options: Options, device: Device, reason: str) -> L
 def check_options(options: Options, device: Device, checkpoint: Path) -> None:
     """Refuse options with which the export that ``cached_export`` would make of ``checkpoint``
     can't be opened.  Reads its config alone, and raises as ``open_model`` does."""
-    _Loader(checkpoint, options, device, "").check()
+    _Loader(checkpoint, options, device, "", ignore).check()
 
 
 class _Loader:
     """Makes the parts of one model."""
 
-    def __init__(self, folder: Path, options: Options, device: Device, reason: str):
+    def __init__(self, folder: Path, options: Options, device: Device, reason: str, notify: Notify):
         if device.tier == "ram" and options.misses != "auto":
             reason = "the device is the CPU, which computes every expert: leave it out"
             raise ConfigError(f"misses {options.misses} is given but {reason}")
         self._folder, self._options, self._device, self._reason = folder, options, device, reason
+        self._notify = notify
         self.budget, self._host_budget = self._budgets()
         self._popularity: list[float] | None = None
 
@@ -378,6 +385,20 @@ class _Loader:
         cache = self._cache(plan.host_slots)
         return HostTier(export, direct, cache, plan.host_staging, self._device)
 
+    def _bandwidths(
+        self, plan: Plan, slab: Tensor, cpu: TorchBackend, codecs: ExpertCodecs
+    ) -> Bandwidths:
+        """Those kept of this machine; what ``misses`` follows from is measured now, within the
+        budget, if nobody has."""
+        path, room = cache_folder() / "machine.json", plan.host_budget - plan.host["runtime"]
+        known = stored_bandwidths(path)
+        unknown = "assumed" in map(known.origin_of, ("pcie_busy", "experts"))
+        if self._options.misses != "auto" or not unknown or room < LINK_BYTES:
+            return known
+        name = self._device.name
+        self._notify(f"measuring once how fast {name} gets experts and the CPU computes them")
+        return known.updated("measured now", **keep_link(path, self._device, slab, cpu, codecs))
+
     def _experts(
         self,
         export: Export,
@@ -402,12 +423,13 @@ class _Loader:
             warm = sorted(ids, key=popularity.__getitem__, reverse=True)[: plan.slots]
         hybrid, split, levels = None, Split(), export.layout.levels()
         if isinstance(store, HostTier):
-            bandwidths = stored_bandwidths(cache_folder() / "machine.json")
-            split = Split(choose_mode(options.misses, bandwidths, top_k), cpu_cost(bandwidths))
             # Triton's kernels are the GPU's; beside it the CPU has its own.
             kernels = "torch" if options.kernels == "torch" else "auto"
             cpu = pick_backend(torch.device("cpu"), kernels, config.swiglu_limit)
             cpu.run_on(device.placement)
+            if plan.slots < layers * experts or options.misses != "auto":
+                bandwidths = self._bandwidths(plan, slots.slab, cpu, export.layout.codecs)
+                split = Split(choose_mode(options.misses, bandwidths, top_k), cpu_cost(bandwidths))
             in_ram = Records(store.slab, export.layout, levels)
             hybrid = HostCompute(cpu, in_ram, store, device, max(top_k, memory.LENT))
             levels = device.empty(tuple(levels.shape), levels.dtype).copy_(levels)

@@ -8,6 +8,7 @@ measurements of this project, named beside them and in the report.
 import math
 from bisect import bisect_left
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -129,21 +130,31 @@ def stored_bandwidths(path: Path) -> Bandwidths:
     """What ``store_bandwidths`` wrote to ``path``, or assumptions.  Raises ``ConfigError``."""
     if not path.is_file():
         return Bandwidths()
-    stored = read_json(path, 1 << 16, Json)
+    stored, rates = read_json(path, 1 << 16, Json), Bandwidths()
     try:
         measured = {name: stored[name] for name in MEASURED if stored.get(name) is not None}
         values = typed(measured, dict[str, _Rate])
+        days = typed(stored.get("days", {}), dict[str, str])
     except ValueError as problem:
         advice = "delete it or run slotmoe bench --calibrate again"
         raise ConfigError(f"{path}: {problem}; {advice}") from None
-    return Bandwidths().updated(f"measured on {str(stored.get('date'))[:10]}", **values)
+    for name, value in values.items():
+        day = str(days.get(name, stored.get("date")))[:10]
+        rates = rates.updated(f"measured on {day}", **{name: value})
+    return rates
 
 
 def store_bandwidths(path: Path, **values: float) -> None:
-    """Store measured figures, named as in ``MEASURED``; those not given are forgotten."""
+    """Store figures measured today, named as in ``MEASURED``, in place of those of that name.
+    Raises ``OSError``."""
     assert set(values) <= set(MEASURED)
+    known, today = Bandwidths(), date.today().isoformat()
+    with suppress(ConfigError):  # what is damaged is replaced
+        known = stored_bandwidths(path)
+    kept = {name: getattr(known, name) for name in known.origin} | values
+    days = {name: origin[-10:] for name, origin in known.origin.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_note(path, {**values, "date": date.today().isoformat()})
+    write_note(path, {**kept, "days": days | dict.fromkeys(values, today)})
 
 
 @dataclass(frozen=True)

@@ -94,10 +94,8 @@ def test_split_balances_both_sides():
 
 
 def test_the_mode_follows_what_was_measured():
-    given = Bandwidths().updated("given", pcie_busy=1e9, experts=1e9)
     for rates, mode in (
-        (Bandwidths(), "fetch"),
-        (given, "fetch"),
+        (Bandwidths(), "hybrid"),
         (measured(), "hybrid"),
         (measured(pcie_busy=50e9), "fetch"),
         (measured(experts=50e9), "cpu"),

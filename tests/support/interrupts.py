@@ -85,7 +85,7 @@ def strike(code):
         wrong.append([code.co_filename, code.co_name, ended, said.decode()[-400:]])
 
 def trace(frame, event, argument):
-    if frame.f_code not in seen and callable(signal.getsignal(signal.SIGHUP)):
+    if frame.f_code not in seen and callable(signal.getsignal(signal.SIGTERM)):
         seen.add(frame.f_code)
         if len(seen) % every == 0 and can_fork():
             strike(frame.f_code)
