@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from slotmoe.errors import DeviceError, PlanError
+from slotmoe.offload.engine import loading
 from tests.support.engine import IDS, PROMPT, start, whole
 from tests.support.twin import Twin
 
@@ -28,7 +29,7 @@ def right(runtime, wanted):
 def test_what_is_allocated_is_what_was_planned(on_twin):
     twin = Twin()
     with on_twin(twin, misses="fetch", slots=60) as runtime:
-        unseen = ("logits", "prefill scratch")  # not asked of the device
+        unseen = ("logits", "prefill scratch", "page tables")  # not asked of the device
         planned = sum(size for name, size in runtime.plan.components.items() if name not in unseen)
         assert 0.97 * planned <= twin.gpu.peak <= planned
         assert runtime.stats()["memory"]["peak_vram"] == twin.gpu.peak
@@ -37,13 +38,18 @@ def test_what_is_allocated_is_what_was_planned(on_twin):
     assert twin.gpu.allocated == 0
 
 
-def test_a_budget_that_is_not_free_is_refused_before_anything_is_read(on_twin):
+def test_a_budget_that_is_not_free_is_refused_before_anything_is_read(on_twin, monkeypatch):
+    """And the advice opens it: less than what is free, unless the least plan takes more."""
+    monkeypatch.setattr(loading, "FREE_SHARE", 0.99)  # the sample's slots take few bytes
     twin = Twin(capacity=400 << 20)
-    twin.gpu.taken = 380 << 20
-    told = r"takes .* of the twin, of which 20.0 MiB are free: give --vram 20MiB or less"
-    with pytest.raises(PlanError, match=told):
-        on_twin(twin, vram="300MiB")
-    assert twin.gpu.peak == 0
+    for free, advice in ((200, "give --vram 198MiB or less, or end the"), (20, "end the")):
+        twin.gpu.taken = (400 - free) << 20
+        told = f"takes .* of the twin, of which {free}.0 MiB are free: {advice} programs that use"
+        with pytest.raises(PlanError, match=told) as refused:
+            on_twin(twin, vram="300MiB")
+        assert twin.gpu.peak == 0 and ("--resident mixed" in str(refused.value)) == (free == 20)
+    twin.gpu.taken = 200 << 20
+    on_twin(twin, vram="198MiB", misses="fetch").close()
 
 
 @pytest.mark.parametrize("after", [3, 120])
@@ -59,7 +65,7 @@ def test_another_program_takes_the_memory_while_the_model_is_opened(
         return empty(self, *wanted)
 
     monkeypatch.setattr(Twin, "empty", taken)
-    told = "ran out of memory while the model was opened: the budget is 300.0 MiB.*lower --vram"
+    told = "ran out of memory while the model was opened: the budget is 300.0 MiB.*lower --context"
     with pytest.raises(PlanError, match=f"the twin {told}"):
         on_twin(twin, vram="300MiB", misses="fetch")
     gc.collect()
