@@ -10,8 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from slotmoe.model.config import parse_config
 from slotmoe.model.names import role_of
@@ -31,10 +29,11 @@ from slotmoe.quant.shapes import resident_quantization
 from slotmoe.quant.weights import map_tensors
 from tests.support.engine import start, whole
 from tests.support.families import LONG
+from tests.support.graphs import Recorded
 from tests.support.params import nth
 from tests.support.slab import LEVELS, SlabExperts
 from tests.support.tiny import CONFIG, SMALL, random_weights
-from tests.support.twin import Twin, freed, open_on, slow
+from tests.support.twin import Twin, freed, open_on
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -63,74 +62,6 @@ EACH = 1 if DEVICE.type == "cuda" else 5  # of what an interpreter takes long fo
 def error(actual, expected):
     """Relative RMS difference."""
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-aten = torch.ops.aten
-# What makes the host wait for a GPU, or a GPU for the host's memory: no graph can hold it.
-NEEDS_THE_HOST = (aten.item, aten._local_scalar_dense, aten.nonzero, aten.masked_select)
-NEEDS_THE_HOST += (aten._unique2, aten.lift_fresh)  # torch.tensor(...)
-
-
-class Recorded(TorchDispatchMode):
-    """What a ``Graph`` is on a GPU: the kernels and torch operations of a function with the
-    memory that they had.
-
-    ``replay`` repeats them there and calls nothing else.  A function that asks for a value on the
-    host, or uses one, fails as on a GPU.
-    """
-
-    made = kernels = 0  # how many of these, and those that a GPU would launch of the latest
-
-    def __init__(self, function):
-        super().__init__()
-        Recorded.made, Recorded.kernels = Recorded.made + 1, 0
-        self._work, self._inside = [], False
-        call, tolist = interpreter.GridExecutor.__call__, torch.Tensor.tolist
-        recorder = self
-
-        def launch(executor, *args, **kwargs):
-            recorder._work.append(lambda: call(executor, *args, **kwargs))
-            Recorded.kernels += 1
-            recorder._inside = True  # what the interpreter does with torch is not ours
-            call(executor, *args, **kwargs)
-            recorder._inside = False
-
-        def refuse(tensor):
-            raise AssertionError("a graph's work asked for values on the host")
-
-        interpreter.GridExecutor.__call__, torch.Tensor.tolist = launch, refuse
-        try:
-            with self:
-                self.outputs = function()
-        finally:
-            interpreter.GridExecutor.__call__, torch.Tensor.tolist = call, tolist
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        masks = operation is aten.index.Tensor and any(
-            mask is not None and mask.dtype == torch.bool for mask in args[1]
-        )
-        refused = operation.overloadpacket in NEEDS_THE_HOST or masks
-        assert self._inside or not refused, f"a graph's work needs the host: {operation}"
-        result = operation(*args, **(kwargs or {}))
-        if not self._inside:
-            self._work.append(partial(self._repeat, operation, args, kwargs or {}, result))
-            schema = operation._schema
-            views = any(returned.alias_info for returned in schema.returns)
-            changes = any(one.alias_info and one.alias_info.is_write for one in schema.arguments)
-            makes_memory = schema.name.startswith("aten::empty")
-            Recorded.kernels += not makes_memory and (changes or not views)
-        return result
-
-    @staticmethod
-    def _repeat(operation, args, kwargs, result):
-        again = operation(*args, **kwargs)
-        for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-            if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                old.copy_(new)
-
-    def replay(self):
-        for work in self._work:
-            work()
 
 
 def make_network(backend, resident="int8", complete=False, **overrides):
@@ -282,7 +213,7 @@ def test_the_engine_gives_the_same_bits_for_every_budget_by_graphs_and_without(
     monkeypatch.setattr(Network, "head", lambda self, h_TD: h_TD.clone())
     uses, outputs, routes = SMALL["num_experts_per_tok"], [], []
     for graph, slots in ((None, None), (Recorded, None), (Recorded, 2)):
-        twin, Recorded.made, heard = Twin(slow, triton=True, graph=graph), 0, []
+        twin, Recorded.made, heard = Twin(1, triton=True, graph=graph), 0, []
         with open_on(small_export, twin, misses="fetch", slots=slots) as runtime, freed(runtime):
             assert runtime.stats()["kernels"] == "triton, interpreted"
             runtime.warm()
