@@ -252,11 +252,11 @@ class Twin:
         self.write(tensor, result)
         return result
 
-    def write(self, source, target):
+    def write(self, source, target, at=None):
         self.seams += 1
-        self._given = {source.data_ptr()}
+        self._given = {given.data_ptr() for given in (source, at) if given is not None}
         with NoEngine(self):
-            self._mailbox.write(self, source, target)
+            self._mailbox.write(self, source, target, at)
         self._given = set()
 
     def _is_pinned(self, memory):
