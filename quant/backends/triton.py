@@ -25,15 +25,15 @@ from slotmoe.quant.backends.graphs import Capturing, CudaGraphs
 from slotmoe.quant.backends.triton_decoder import TritonDecoder
 from slotmoe.quant.backends.triton_experts import FewExperts
 from slotmoe.quant.backends.triton_rows import ROWS, operand, power
-from slotmoe.quant.kernels.triton import lists, mla, rows, streams, tiles
+from slotmoe.quant.kernels.triton import lists, mla, prefill, rows, streams, tiles
 
 # Triton 3.9 warns that its default will change; this is the present one.
 environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 # A tile of many tokens.  Experts always use it: its size changes a row's last bits.
 _BM, _BN = 64, 64
-# So many tokens attend one by one over the latent cache; more use blockwise attention.  Over lists
-# they share the work with more programs.
-_FEW = 16
+_FEW = 16  # so many tokens share the work over lists with more programs
+# Several tokens share a context among so many programs at most, of so many positions at least.
+_PROGRAMS, _SHARE = 256, 128
 _SCORES = 1 << 24  # of an indexer in memory at once
 _SCORED = 512  # keys that a program of many tokens scores
 
@@ -41,7 +41,7 @@ _SCORED = 512  # keys that a program of many tokens scores
 class TritonBackend(TorchBackend):
     """``graph`` captures the graphs of a decode step; with None its kernels are launched singly."""
 
-    kind = "triton"
+    kind, absorbs = "triton", True
 
     def __init__(self, device: torch.device, swiglu_limit: float = 0.0):
         super().__init__(torch.bfloat16, swiglu_limit)
@@ -88,46 +88,73 @@ class TritonBackend(TorchBackend):
         BM = 16 if T <= 16 else _BM
         return {"BM": BM, "BN": _BN, "WIDEN": self.interpreted, "num_warps": max(4, BM // 8)}
 
-    def expand(self, latent_BR: Tensor, kv_b: Prepared) -> Tensor:
-        return self.linear(latent_BR, kv_b)
-
     # Attention.
 
     def absorb_query(self, q_THN: Tensor, kv_b: Prepared) -> Tensor:
         T, H, N = q_THN.shape
         _, data, scale, _ = operand(kv_b)
-        R, BR = kv_b.shape[1], 64
+        X, R, BR = kv_b.shape[0] // H, kv_b.shape[1], 64
         y_THR = torch.empty(T, H, R, device=q_THN.device)
+        if T > 1:
+            assert q_THN.stride(0) == H * q_THN.stride(1)
+            tile, pitch = self._tile(T), q_THN.stride(1)
+            prefill.absorb_query[(triton.cdiv(R, _BN), H, triton.cdiv(T, tile["BM"]))](
+                q_THN, pitch, data, scale, y_THR, T, H, N, X, R, SCALED=scale is not None, **tile
+            )
+            return y_THR
         mla.absorb_query[(triton.cdiv(R, BR), H, T)](
-            q_THN.contiguous(), data, scale, y_THR, H, N, kv_b.shape[0] // H, R,
+            q_THN.contiguous(), data, scale, y_THR, H, N, X, R,
             SCALED=scale is not None, WIDTH=power(N), BR=BR,
         )  # fmt: skip
         return y_THR
 
     def absorb_value(self, o_THR: Tensor, kv_b: Prepared, N: int) -> Tensor:
         T, H, R = o_THR.shape
-        _, data, scale, _ = operand(kv_b)
-        V, BV = kv_b.shape[0] // H - N, 16
+        kind, data, scale, _ = operand(kv_b)
+        V, BV, o_THR = kv_b.shape[0] // H - N, 16, o_THR.contiguous()
         y_THV = torch.empty(T, H, V, device=o_THR.device)
-        mla.values[(T, triton.cdiv(V, BV), H)](
-            o_THR.contiguous(), None, None, None, data, scale, y_THV, H, N, V, R,
+        if T > 1:
+            tile = self._tile(T)
+            prefill.absorb_value[(triton.cdiv(V, _BN), H, triton.cdiv(T, tile["BM"]))](
+                o_THR, data, scale, y_THV, T, H, N, V, R, KIND=kind, **tile
+            )
+            return y_THV
+        mla.values[(1, triton.cdiv(V, BV), H)](
+            o_THR, None, None, None, data, scale, y_THV, H, N, V, R,
             PARTS=False, SCALED=scale is not None, LATENT=power(R), BV=BV,
         )  # fmt: skip
         return y_THV
 
-    def mla(self, q_THW: Tensor, rows_SW: Tensor, R: int, scale: float) -> Tensor | None:
-        T, H, W = q_THW.shape
-        if T > _FEW or rows_SW.dtype != torch.float16:
-            return None
-        splits, (S, P) = mla.SPLITS.value, (len(rows_SW), W - R)
-        part, best, total = (torch.empty(T, H, splits, n, device=q_THW.device) for n in (R, 1, 1))
-        y_THR = torch.empty(T, H, R, device=q_THW.device)
+    def mla(self, q_THW: Tensor, rows_SW: Tensor, R: int, scale: float) -> Tensor:
+        """Of one token float32, of several bfloat16, to which ``absorb_value`` rounds them."""
+        (T, H, W), S, device = q_THW.shape, len(rows_SW), q_THW.device
+        assert q_THW.is_contiguous() and rows_SW.dtype == torch.float16
+        widths = {"LATENT": power(R), "ROPE": power(W - R)}
+        splits, tiles = mla.SPLITS.value, triton.cdiv(T * H, prefill.ROWS.value)
+        if T > 1:
+            splits = max(1, min(splits, _PROGRAMS // tiles, S // _SHARE))
+        parts = splits if T == 1 or splits > 1 else 0
+        part, best, total = (torch.empty(T, H, parts, n, device=device) for n in (R, 1, 1))
+        if T > 1:
+            y_THR = torch.empty(T, H, R, dtype=torch.bfloat16, device=device)
+            prefill.attend[(splits, tiles)](
+                q_THW, rows_SW, S, scale, part, best, total, self._counts(tiles, device), y_THR,
+                T, H, R, W - R, WIDEN=self.interpreted, num_warps=8, **widths,
+            )  # fmt: skip
+            return y_THR
+        y_THR = torch.empty(T, H, R, device=device)
         mla.attend[(splits, triton.cdiv(H, 16), T)](
-            q_THW.contiguous(), rows_SW, None, 0, S, scale, part, best, total, T, H, R, P,
-            LOCATED=False, HEADS=16, LATENT=power(R), ROPE=power(P),
+            q_THW, rows_SW, None, 0, S, scale, part, best, total, T, H, R, W - R,
+            LOCATED=False, HEADS=16, **widths,
         )  # fmt: skip
         mla.combine[(H, T)](part, best, total, S, y_THR, T, H, R, LATENT=power(R))
         return y_THR
+
+    def _counts(self, tiles: int, device: torch.device) -> Tensor:
+        """Zeros, as kernels leave them that count what programs of a tile have finished."""
+        if len(self._finished) < tiles:
+            self._finished = torch.zeros(tiles, dtype=torch.int32, device=device)
+        return self._finished
 
     def attend(self, q_THW: Tensor, listed: Listed, R: int, scale: float) -> Tensor:
         rows_SX, more_SX, lists_TL, sinks_H = listed
@@ -192,11 +219,10 @@ class TritonBackend(TorchBackend):
         (T, K), (Q, iterations, small, eps) = h_TD.shape, hyper
         D, N, device = K // Q, len(mixing.base), h_TD.device
         slices, blocks = triton.cdiv(K, streams.SLICE.value), triton.cdiv(T, streams.TOKENS.value)
-        if len(self._finished) < blocks:
-            self._finished = torch.zeros(blocks, dtype=torch.int32, device=device)
         x_TD, part = torch.empty(T, D, device=device), torch.empty(T, slices, N + 1, device=device)
+        finished = self._counts(blocks, device)
         streams.mix[(slices, blocks)](
-            h_TD.contiguous(), mixing.fn, mixing.scale, mixing.base, part, self._finished, x_TD,
+            h_TD.contiguous(), mixing.fn, mixing.scale, mixing.base, part, finished, x_TD,
             *(mixed or (None, None)), T, D, Q, N, iterations, eps, small,
             STREAMS=triton.next_power_of_2(Q), OUTS=power(N),
         )  # fmt: skip

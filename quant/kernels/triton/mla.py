@@ -147,14 +147,15 @@ def scaled_queries(q_ptr, at, valid, R, P, LATENT: tl.constexpr, ROPE: tl.conste
 
 
 @triton.jit
-def added(latent, rope, factor, row_ptr, valid, R, P, best, total, sums):
-    """A softmax's best score, total weight and sums with the ``valid`` rows added; none may be."""
+def added(latent, rope, factor, row_ptr, valid, seen, R, P, best, total, sums):
+    """A softmax's best score, total weight and sums with the ``valid`` rows added that a query has
+    ``seen`` [., rows]; there may be none."""
     r, p = tl.arange(0, latent.shape[1]), tl.arange(0, rope.shape[1])
     row_ptr = row_ptr[:, None]
     c = tl.load(row_ptr + r[None, :], mask=valid[:, None] & (r < R)[None, :], other=0.0)
     k = tl.load(row_ptr + R + p[None, :], mask=valid[:, None] & (p < P)[None, :], other=0.0)
     scores = (tl.dot(latent, tl.trans(c)) + tl.dot(rope, tl.trans(k))) * factor[:, None]
-    scores = tl.where(valid[None, :], scores, float("-inf"))
+    scores = tl.where(valid[None, :] & seen, scores, float("-inf"))
     better = tl.maximum(best, tl.max(scores, 1))
     base = tl.where(better > float("-inf"), better, 0.0)
     decay, weights = tl.exp2(best - base), tl.exp2(scores - base[:, None])
@@ -191,7 +192,9 @@ def attend(
             s = first + tl.arange(0, ROWS)
             row_ptr = rows_ptr + s.to(tl.int64) * W
             valid = s < stop
-            best, total, sums = added(latent, rope, factor, row_ptr, valid, R, P, best, total, sums)
+            best, total, sums = added(
+                latent, rope, factor, row_ptr, valid, valid[None, :], R, P, best, total, sums
+            )
         at = (t * H + head) * SPLITS + split
         valid = (head < H)[:, None] & (r < R)[None, :]
         tl.store(part_ptr + at[:, None] * R + r[None, :], sums, mask=valid)

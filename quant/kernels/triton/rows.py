@@ -67,8 +67,8 @@ def _levels(bytes_ptr, words, j: tl.constexpr, KIND: tl.constexpr):
     MASK: tl.constexpr = 28 if KIND == LUT3 else 60
     shift: tl.constexpr = 8 * (j % 4) + (3 * (j // 4) if KIND == LUT3 else 4 - 4 * (j // 4))
     offsets = (words >> (shift - 2) if shift >= 2 else words << (2 - shift)) & MASK
-    # Not true, but a thread then keeps the rows of its words, which Triton before 3.7 deals out
-    # anew through shared memory.  Two levels in one load need offsets that are multiples of 8.
+    # Not true, but so a thread keeps the rows of its words: Triton before 3.7 else deals out levels
+    # through shared memory.  Two levels in one load would need offsets that are multiples of 8.
     offsets = tl.max_contiguous(offsets, [1, 2])
     return tl.load((bytes_ptr + offsets).to(tl.pointer_type(tl.float32)))
 
