@@ -147,9 +147,9 @@ class Twin(simulated.cuda.CudaDevice):
         self.seams += 1
         return super().upload(tensor)
 
-    def write(self, source, target):
+    def write(self, source, target, at=None):
         self.seams += 1
-        super().write(source, target)
+        super().write(source, target, at)
 
     def release(self):
         self.released += 1
