@@ -27,7 +27,7 @@ from slotmoe.model.layers import geometry_of
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.quant.backends.triton import TritonBackend
 from slotmoe.quant.codecs.codec import LUT3, LUT4, ExpertCodecs
-from tests.support.meta import empty, forward, network_of
+from tests.support.meta import META, empty, forward, network_of
 from tests.support.slab import NF4S
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -167,8 +167,7 @@ def launch_operations(backend, geometry):
 
 if __name__ == "__main__":
     JITFunction.run = compile_instead(int(sys.argv[1].removeprefix("sm_")))
-    given = TritonBackend(torch.device("cuda"))
-    given.graph = None
+    given = TritonBackend(META)
     geometry = geometry_path(sys.argv[2])
     described_by = read_config(geometry)
     if described_by.indexer is not None:
