@@ -60,7 +60,7 @@ def disturb(weight, generator, factors=(1.0, -1.0, 0.0, 1e-4, 8.0)):
         powers = numbers.view(torch.uint8).view(len(numbers), -1, TILE)
         if len(factors) > 2:
             chosen = torch.randint(-9, 4, powers.shape, generator=generator)
-            powers.copy_(torch.where(chosen < -7, 0, powers.int() + chosen))
+            powers.copy_(torch.where(chosen < -7, 0, (powers.int() + chosen).clamp(min=0)))
         powers[-1, :, rows:] = 160
         return
     else:
