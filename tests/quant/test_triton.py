@@ -9,7 +9,6 @@ import importlib.util
 import shutil
 import sysconfig
 from itertools import product
-from types import SimpleNamespace
 
 import pytest
 import torch
