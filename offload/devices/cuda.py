@@ -107,13 +107,15 @@ class Mailbox:
 
 
 class CudaDevice(Device):
-    """A CUDA device; compute is the stream that is current where kernels are launched."""
+    """A CUDA device; compute is the stream that is current where kernels are launched.
+
+    Each thread has a current GPU, which is the first until it says another, and page-locked RAM
+    belongs to that one: what any thread may call is under ``current`` here."""
 
     tier, queues = "vram", True
 
     def __init__(self, index: int):
         self.device, self.name = torch.device("cuda", index), torch.cuda.get_device_name(index)
-        torch.cuda.set_device(index)  # before anything is made: page-locked RAM belongs to one GPU
         self._copies = torch.cuda.Stream(self.device)
         self._mailbox = Mailbox()
         if torch.cuda.memory_allocated(self.device) == 0:
@@ -165,7 +167,7 @@ class CudaDevice(Device):
     def copy(self, source: Tensor, target: Tensor, after: Event) -> Event:
         assert isinstance(after, _CudaEvent)
         started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.stream(self._copies):
+        with self.current(), torch.cuda.stream(self._copies):
             self._copies.wait_event(after.event)
             started.record()
             target.copy_(source, non_blocking=True)
@@ -174,7 +176,8 @@ class CudaDevice(Device):
 
     def mapped(self, size: int) -> Mapped:
         """Page-locked RAM that kernels address."""
-        host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        with self.current():
+            host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
         # RAM as a GPU's array, which torch takes as it is: nothing is copied.
         facts = {"shape": (size,), "typestr": "|u1", "version": 2, "data": (host.data_ptr(), False)}
         array = SimpleNamespace(__cuda_array_interface__=facts, host=host)
@@ -195,15 +198,17 @@ class CudaDevice(Device):
 
     def pin(self, memory: Tensor) -> bool:
         # Registered in place: pinning memory that exists costs no second copy of it.
-        if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:
-            return True
+        with self.current():
+            if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:
+                return True
         # CUDA reports a refusal again at this thread's next launch: this one takes it.
         with suppress(RuntimeError):
             torch.zeros(1, device=self.device)
         return False
 
     def unpin(self, memory: Tensor) -> None:
-        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+        with self.current():
+            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
     def memory(self) -> DeviceMemory:
         cuda = torch.cuda

@@ -34,12 +34,12 @@ from slotmoe.offload.experts.substitution import Substitution
 from slotmoe.offload.ingest.quantize import Notify, ignore
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
 from slotmoe.offload.model_source import generation_of, open_tokenizer
-from slotmoe.offload.observe.link import LINK_BYTES, keep_link
+from slotmoe.offload.observe.link import LINK_BYTES, with_link
 from slotmoe.offload.options import Options
 from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.attention import kv_bytes
 from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes, make_plan, sizes_of
-from slotmoe.offload.plan.speed import Bandwidths, stored_bandwidths
+from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.offload.policy import DEFAULT_POLICY
 from slotmoe.offload.policy.cache import Cache, make_cache
 from slotmoe.offload.policy.hybrid import Split, choose_mode, cpu_cost
@@ -48,12 +48,11 @@ from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.resident_weights import Place, load_resident
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
-from slotmoe.quant.codecs.codec import ExpertCodecs
 from slotmoe.quant.export.layout import MANIFEST, RecordLayout
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.shapes import TABLE
 from slotmoe.quant.weights import Weight
-from slotmoe.sizes import format_size, parse_size
+from slotmoe.sizes import format_size, parse_size, rounded_down
 from slotmoe.system import choose_placement
 
 FREE_SHARE = 0.9  # of what is free, where no budget is given
@@ -122,7 +121,8 @@ def open_model(
     free = f"{format_size(gpu.free)} of {format_size(gpu.total)} are free now"
     known = f"the budget is {format_size(loader.budget)} and {free}"
     problem = f"{device.name} ran out of memory while the model was opened: {known}"
-    raise PlanError(f"{problem}, other programs may have taken some: lower --vram")
+    advice = loader.way_out(gpu.free)
+    raise PlanError(f"{problem}, other programs may have taken some: {advice}")
 
 
 def check_options(options: Options, device: Device, checkpoint: Path) -> None:
@@ -142,6 +142,7 @@ class _Loader:
         self._notify = notify
         self.budget, self._host_budget = self._budgets()
         self._popularity: list[float] | None = None
+        self._sizes: Sizes | None = None  # of an export
 
     def check(self) -> None:
         """Is ``check_options`` for this model."""
@@ -152,7 +153,7 @@ class _Loader:
             raise ConfigError(f"{self._folder}: {problem}; {advice}")
         self._draft(2 if self._backend.kind == "native" else 1)
         codecs = memory.default_codecs(self._config)
-        self._refuse(self._plan(sizes_of(self._config, "int8", codecs)))
+        self._refuse(self._plan(sizes_of(self._config, "int8", codecs), self.budget))
 
     def _configure(self, read: ReadFile) -> None:
         """Take the config from a model's files, which have been verified."""
@@ -233,14 +234,14 @@ class _Loader:
             raise ConfigError(f"draft {asked}: {problem}; leave it out")
         return "off", problem
 
-    def _plan(self, sizes: Sizes) -> Plan:
-        """The plan for an export of those sizes."""
-        options = self._options
+    def _plan(self, sizes: Sizes, budget: int) -> Plan:
+        """The plan for an export of those sizes; for a budget of 0 the least one."""
+        self._sizes, options = sizes, self._options
         return make_plan(
             self._config,
             sizes,
             tier=self._device.tier,
-            budget=self.budget,
+            budget=budget,
             context=self._context,
             runtime_bytes=process_bytes(),
             slots=options.slots,
@@ -268,9 +269,16 @@ class _Loader:
         if gpu is not None and plan.total > gpu.free:
             free = format_size(gpu.free)
             sizes = f"{format_size(plan.total)} of {name}, of which {free} are free"
-            advice = f"give --vram {gpu.free >> 20}MiB or less, or end the programs that use it"
-            raise PlanError(f"the plan takes {sizes}: {advice}")
+            raise PlanError(f"the plan takes {sizes}: {self.way_out(gpu.free)}")
         return ram
+
+    def way_out(self, free: int) -> str:
+        """What to do where ``free`` bytes of the GPU are too few for the budget.  Graphs, kernels
+        and gaps between tensors need some beside the plan."""
+        most, advice = int(min(free, self.budget) * FREE_SHARE), "end the programs that use it"
+        if self._sizes is None or self._plan(self._sizes, 0).total > most:
+            return f"{advice}, lower --context, or quantize with --resident mixed"
+        return f"give --vram {rounded_down(most)} or less, or {advice}"
 
     def export(self) -> LoadedModel:
         """An export, its experts behind slots."""
@@ -284,7 +292,7 @@ class _Loader:
             backend = self._backend
             resident = export.manifest["quantization"]["resident"]
             sizes = sizes_of(config, resident, export.layout.codecs, export.predictor_bytes)
-            plan = self._plan(sizes)
+            plan = self._plan(sizes, self.budget)
             self._check(plan)
             place = self._placer()
             predictor = None
@@ -385,20 +393,6 @@ class _Loader:
         cache = self._cache(plan.host_slots)
         return HostTier(export, direct, cache, plan.host_staging, self._device)
 
-    def _bandwidths(
-        self, plan: Plan, slab: Tensor, cpu: TorchBackend, codecs: ExpertCodecs
-    ) -> Bandwidths:
-        """Those kept of this machine; what ``misses`` follows from is measured now, within the
-        budget, if nobody has."""
-        path, room = cache_folder() / "machine.json", plan.host_budget - plan.host["runtime"]
-        known = stored_bandwidths(path)
-        unknown = "assumed" in map(known.origin_of, ("pcie_busy", "experts"))
-        if self._options.misses != "auto" or not unknown or room < LINK_BYTES:
-            return known
-        name = self._device.name
-        self._notify(f"measuring once how fast {name} gets experts and the CPU computes them")
-        return known.updated("measured now", **keep_link(path, self._device, slab, cpu, codecs))
-
     def _experts(
         self,
         export: Export,
@@ -428,8 +422,12 @@ class _Loader:
             cpu = pick_backend(torch.device("cpu"), kernels, config.swiglu_limit)
             cpu.run_on(device.placement)
             if plan.slots < layers * experts or options.misses != "auto":
-                bandwidths = self._bandwidths(plan, slots.slab, cpu, export.layout.codecs)
-                split = Split(choose_mode(options.misses, bandwidths, top_k), cpu_cost(bandwidths))
+                rates = stored_bandwidths(path := cache_folder() / "machine.json")
+                room = plan.host_budget - plan.host["runtime"]
+                if options.misses == "auto" and room >= LINK_BYTES:
+                    measured = device, slots.slab, cpu, export.layout.codecs
+                    rates = with_link(rates, path, self._notify, *measured)
+                split = Split(choose_mode(options.misses, rates, top_k), cpu_cost(rates))
             in_ram = Records(store.slab, export.layout, levels)
             hybrid = HostCompute(cpu, in_ram, store, device, max(top_k, memory.LENT))
             levels = device.empty(tuple(levels.shape), levels.dtype).copy_(levels)

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from slotmoe.offload.devices.device import Device, Event
 from slotmoe.offload.devices.pages import page_aligned
-from slotmoe.offload.plan.speed import store_bandwidths
+from slotmoe.offload.ingest.quantize import Notify
+from slotmoe.offload.plan.speed import Bandwidths, store_bandwidths
 from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.codecs.codec import ExpertCodecs
 from slotmoe.quant.export.layout import RecordLayout
@@ -28,37 +30,40 @@ def measure_link(
     the same RAM; ``experts``, its records.  Copies have 4 MiB and experts V2-Lite's shapes: it is
     the machine that is measured, whichever model is opened first."""
     rows = slab.view(-1)[: LINK_BYTES // 2].split(4 << 20)
-    alone, layout = copy_bandwidth(device, rows), RecordLayout(2048, 1408, codecs)
     with ThreadPoolExecutor(1) as pool:
-        rate = pool.submit(expert_bandwidth, cpu, layout, seconds=0.6)
+        alone = copy_bandwidth(device, rows, pool.submit(time.sleep, 0.3))
+        rate = pool.submit(expert_bandwidth, cpu, RecordLayout(2048, 1408, codecs), seconds=0.6)
         copied = copy_bandwidth(device, rows, rate)
     return {"pcie": alone, "pcie_busy": copied, "experts": rate.result()}
 
 
-def keep_link(
-    path: Path, device: Device, slab: Tensor, cpu: TorchBackend, codecs: ExpertCodecs
-) -> dict[str, float]:
-    """Is ``measure_link``, stored in ``path`` where that can be written."""
+def with_link(
+    known: Bandwidths, path: Path, notify: Notify,
+    device: Device, slab: Tensor, cpu: TorchBackend, codecs: ExpertCodecs,
+) -> Bandwidths:  # fmt: skip
+    """``known`` with what ``--misses auto`` follows from.  If nobody has measured it, ``notify``
+    gets a line, and what is measured now is kept in ``path`` where that can be written."""
+    if "assumed" not in map(known.origin_of, ("pcie_busy", "experts")):
+        return known
+    notify(f"measuring once how fast {device.name} gets experts and the CPU computes them")
     rates = measure_link(device, slab, cpu, codecs)
     with suppress(OSError):
         store_bandwidths(path, **rates)
-    return rates
+    return known.updated("measured now", **rates)
 
 
-def copy_bandwidth(
-    device: Device, rows: Sequence[Tensor], beside: Future[float] | None = None
-) -> float:
+def copy_bandwidth(device: Device, rows: Sequence[Tensor], beside: Future[Any]) -> float:
     """Bytes a second of copies from page-locked RAM into ``rows`` of the GPU, uint8 of one size,
-    or the last one of less: for 0.3 seconds, or as long as what is ``beside`` them takes.  What is
-    copied is what the rows hold, so nothing changes and no memory is needed there."""
+    or the last one of less, for as long as what is ``beside`` them takes.  What is copied is what
+    the rows hold, so nothing changes and no memory is needed there."""
     memory = page_aligned(sum(row.nbytes for row in rows), forks=False)
     sources = memory.split(rows[0].nbytes)
     for source, row in zip(sources, rows, strict=True):
         source.copy_(row)
     pinned, copies = device.pin(memory), list[Event]()
     try:
-        copied, spent, until = 0, 0.0, time.perf_counter() + 0.3
-        while copied == 0 or (time.perf_counter() < until if beside is None else not beside.done()):
+        copied, spent = 0, 0.0
+        while copied == 0 or not beside.done():
             copies, after = [], device.record()
             for source, row in zip(sources, rows, strict=True):
                 copies.append(device.copy(source, row, after))
@@ -82,12 +87,10 @@ def expert_bandwidth(backend: TorchBackend, layout: RecordLayout, seconds: float
     records = Records(slab, layout, layout.levels())
     x_1D = torch.randn(1, layout.hidden_size, generator=torch.Generator().manual_seed(0))
     slots_E, y_1KD = torch.arange(count, dtype=torch.int32), x_1D.new_empty(1, 4, x_1D.shape[1])
-    spent, rounds, started = 0.0, 0, 0.0
-    while spent < seconds or rounds < 2:
+    spent, rounds, started = 0.0, -1, 0.0  # the first round is for pages and threads
+    while rounds < 1 or spent < seconds:
+        started = started if rounds > 0 else time.perf_counter()
         for indices_1K in torch.arange(count).view(-1, 1, 4):
             backend.experts(x_1D, records, slots_E, indices_1K, y_1KD)
-        rounds += 1
-        if rounds == 1:  # the first round was for pages and threads
-            started = time.perf_counter()
-        spent = time.perf_counter() - started
-    return (rounds - 1) * slab.nbytes / spent
+        rounds, spent = rounds + 1, time.perf_counter() - started
+    return rounds * slab.nbytes / spent

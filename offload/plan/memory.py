@@ -24,6 +24,7 @@ SPLITS, PART_ROWS = 64, 8192
 _SPANS = 16  # native kernels: parts that a token's attention is summed in, each in memory
 CUBLAS_BYTES = 8 << 20  # its workspace, from torch's allocator; 32 MiB on compute capability 9.0
 LEVELS_BYTES = 128  # two tables of 16 levels, the experts'
+PAGE, PAGE_ENTRY = 4096, 8  # bytes of a page of locked RAM, and of its entry in the GPU's tables
 DEFAULT_CONTEXT = 4096  # or the model's limit
 HELP_BYTES = 128 << 10  # the waiting thread reads such a record: waking another costs more
 # What importing the libraries takes, with torch 2.13 for CPUs; a running process knows its figure.
@@ -258,7 +259,9 @@ def make_plan(
         **({"runtime": runtime} if on_cpu else {"slot table": 4 * everything + LEVELS_BYTES}),
     }
     scratch = scratch_bytes(config, PREFILL_CHUNK, kernels, 4 if on_cpu else 6)
-    room = budget - sum(components.values()) - scratch
+    in_ram = min(max(0, (host_budget or 0) - runtime) // record, everything)
+    tables = 0 if host_budget is None else _page_tables((in_ram + 5 * max(top_k, LENT)) * record)
+    room = budget - sum(components.values()) - scratch - tables
     is_scarce = min(room // record, slots or everything) < everything
     drafted = (FEW_DRAFTED if is_scarce else MOST_DRAFTED) if drafts and kernels == "native" else 0
     sums = drafted * 4 * _SPANS * config.num_attention_heads * config.kv_lora_rank
@@ -277,13 +280,23 @@ def make_plan(
         "read buffers": min(staging, everything - count) * record,
     }
     plan = Plan(components, count, staging, record, budget, tier, context, chunk, drafted)
-    if host_budget is None:
-        return plan
-    lent = staging + max(top_k, LENT)
-    room = (host_budget - runtime) // record - lent if count < everything else 0
+    return plan if host_budget is None else _above(plan, runtime, host_budget, everything, top_k)
+
+
+def _above(plan: Plan, runtime: int, budget: int, everything: int, top_k: int) -> Plan:
+    """The plan of a GPU with what so much RAM below it holds."""
+    lent, record = plan.staging + max(top_k, LENT), plan.record_bytes
+    room = (budget - runtime) // record - lent if plan.slots < everything else 0
     kept = max(0, min(room, everything))
     host = {"runtime": runtime, "expert slots": kept * record, "read buffers": lent * record}
-    return replace(plan, host=host, host_slots=kept, host_staging=lent, host_budget=host_budget)
+    components = plan.components | {"page tables": _page_tables((kept + lent) * record)}
+    plan = replace(plan, components=components, host=host, host_budget=budget)
+    return replace(plan, host_slots=kept, host_staging=lent)
+
+
+def _page_tables(size: int) -> int:
+    """Bytes that so many of locked RAM take of a GPU's memory, where no page is a large one."""
+    return size // PAGE * PAGE_ENTRY
 
 
 def _divide(room: int, slots: int | None, everything: int, top_k: int) -> tuple[int, int]:

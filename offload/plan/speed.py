@@ -8,7 +8,6 @@ measurements of this project, named beside them and in the report.
 import math
 from bisect import bisect_left
 from collections import defaultdict
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -22,7 +21,7 @@ from slotmoe.model.config import Config
 from slotmoe.model.names import resident_shapes
 from slotmoe.offload.plan.attention import attention_products, kv_read_bytes
 from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes
-from slotmoe.offload.shared_files import write_note
+from slotmoe.offload.shared_files import read_note, write_note
 
 # What prefill does beside products (norms, gates, sums), as int8 products for each value of a token
 # in a layer: the sample, V2-Lite and GLM-4.7-Flash on a Zen 5 core.
@@ -130,31 +129,22 @@ def stored_bandwidths(path: Path) -> Bandwidths:
     """What ``store_bandwidths`` wrote to ``path``, or assumptions.  Raises ``ConfigError``."""
     if not path.is_file():
         return Bandwidths()
-    stored, rates = read_json(path, 1 << 16, Json), Bandwidths()
+    stored = read_json(path, 1 << 16, Json)
     try:
         measured = {name: stored[name] for name in MEASURED if stored.get(name) is not None}
         values = typed(measured, dict[str, _Rate])
-        days = typed(stored.get("days", {}), dict[str, str])
     except ValueError as problem:
         advice = "delete it or run slotmoe bench --calibrate again"
         raise ConfigError(f"{path}: {problem}; {advice}") from None
-    for name, value in values.items():
-        day = str(days.get(name, stored.get("date")))[:10]
-        rates = rates.updated(f"measured on {day}", **{name: value})
-    return rates
+    return Bandwidths().updated(f"measured on {str(stored.get('date'))[:10]}", **values)
 
 
 def store_bandwidths(path: Path, **values: float) -> None:
-    """Store figures measured today, named as in ``MEASURED``, in place of those of that name.
-    Raises ``OSError``."""
+    """Store measured figures, named as in ``MEASURED``, beside those that are there, whose date
+    stays.  Raises ``OSError``."""
     assert set(values) <= set(MEASURED)
-    known, today = Bandwidths(), date.today().isoformat()
-    with suppress(ConfigError):  # what is damaged is replaced
-        known = stored_bandwidths(path)
-    kept = {name: getattr(known, name) for name in known.origin} | values
-    days = {name: origin[-10:] for name, origin in known.origin.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_note(path, {**kept, "days": days | dict.fromkeys(values, today)})
+    write_note(path, {"date": date.today().isoformat(), **read_note(path), **values})
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from slotmoe.offload.observe.measure import link_bandwidths
 from slotmoe.offload.policy.cache import Cache, Learned
 from tests.support.disk import forked
 from tests.support.engine import IDS, start, whole
-from tests.support.twin import Twin, TwinDownload
+from tests.support import simulated
+from tests.support.twin import Twin
 
 LAYERS, TOKENS = 7, IDS[1:5]
 
@@ -41,7 +42,7 @@ def test_a_layer_with_misses_has_few_calls_and_one_wait_and_its_copies_wait_for_
 
             monkeypatch.setattr(owner, name, call)
 
-    log(TwinDownload, "get")
+    log(simulated.cuda.MappedDownload, "get")
     log(Twin, "copy", "record", "write", "download", "wait")
     log(Cache, "use", "by_worth", "victim")
     log(Learned, "use_chunk", "_worth_now")
@@ -50,11 +51,11 @@ def test_a_layer_with_misses_has_few_calls_and_one_wait_and_its_copies_wait_for_
         step = start(runtime)
         step(IDS[:1])  # what was free when the pass began is in no order
         calls.clear()
-        before = twin.syncs, twin.seams, twin.launches
+        before = twin.gpu.waits, twin.seams, twin.launches
         for one in TOKENS:
             step([one])
     layers = len(TOKENS) * LAYERS
-    assert twin.syncs - before[0] == layers + len(TOKENS)
+    assert twin.gpu.waits - before[0] == layers + len(TOKENS)
     assert twin.seams - before[1] <= 3 * layers + len(TOKENS)
     assert twin.launches - before[2] <= 2 * layers
     after = " ".join(calls).split("get ")[1:]
@@ -69,10 +70,10 @@ def test_measuring_the_link_takes_no_memory_of_the_gpu_and_changes_no_record(on_
     twin = Twin()
     with on_twin(twin, misses="fetch", **options) as runtime:
         runtime.warm()
-        slab, before = runtime.model.experts.slots.slab, twin.peak
+        slab, before = runtime.model.experts.slots.slab, twin.gpu.peak
         held = slab.clone()
         assert link_bandwidths(runtime.model)["pcie"] > 0
-        assert twin.peak == before
+        assert twin.gpu.peak == before
         assert torch.equal(slab, held)
         whole(runtime)
 

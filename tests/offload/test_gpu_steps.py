@@ -33,7 +33,7 @@ from tests.support.graphs import Recorded
 from tests.support.params import nth
 from tests.support.slab import LEVELS, SlabExperts
 from tests.support.tiny import CONFIG, SMALL, random_weights
-from tests.support.twin import Twin, freed, open_on, slow
+from tests.support.twin import Twin, freed, open_on
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -213,7 +213,7 @@ def test_the_engine_gives_the_same_bits_for_every_budget_by_graphs_and_without(
     monkeypatch.setattr(Network, "head", lambda self, h_TD: h_TD.clone())
     uses, outputs, routes = SMALL["num_experts_per_tok"], [], []
     for graph, slots in ((None, None), (Recorded, None), (Recorded, 2)):
-        twin, Recorded.made, heard = Twin(slow, triton=True, graph=graph), 0, []
+        twin, Recorded.made, heard = Twin(1, triton=True, graph=graph), 0, []
         with open_on(small_export, twin, misses="fetch", slots=slots) as runtime, freed(runtime):
             assert runtime.stats()["kernels"] == "triton, interpreted"
             runtime.warm()

@@ -60,16 +60,15 @@ def test_the_machine_is_measured_once_and_chosen_by(opened, kept, changed, mode)
     assert known.origin_of("pcie_busy").startswith("measured on 20")
 
 
-def test_other_figures_stay_as_they_were_and_calibrate_replaces(opened, kept):
+def test_other_figures_stay_as_they_were_and_what_calibrate_stores_counts(opened, kept):
     store_bandwidths(kept, ram=31e9, pcie=9e9)
     kept.write_text(json.dumps({"ram": 31e9, "pcie": 9e9, "date": "2020-02-03"}))
     assert opened()[:2] == ("hybrid", 1)
     known = stored_bandwidths(kept)
     assert (known.ram, known.origin_of("ram")) == (31e9, "measured on 2020-02-03")
-    assert known.pcie == RATES["pcie"] and known.origin_of("pcie") > "measured on 2026"
+    assert known.pcie == RATES["pcie"]
     store_bandwidths(kept, pcie_busy=60e9)
     assert opened() == ("fetch", 0, [])
-    assert stored_bandwidths(kept).origin_of("ram") == "measured on 2020-02-03"
 
 
 def test_where_nothing_is_chosen_nothing_is_measured(opened, kept, sample_export, monkeypatch):
@@ -98,13 +97,13 @@ def test_the_measurement_goes_through_the_device_and_leaves_nothing(
 ):
     """By a clock that goes on by a tenth of a second when somebody looks at it."""
     clock, on = count(), Twin()
-    tenths = SimpleNamespace(perf_counter=lambda: next(clock) / 10)
+    tenths = SimpleNamespace(perf_counter=lambda: next(clock) / 10, sleep=lambda seconds: None)
     monkeypatch.setattr(link, "time", tenths)
     monkeypatch.setattr("slotmoe.offload.runtime.choose_device", lambda wanted: (on, "a test"))
     with Runtime.open(sample_export, context=64, threads=1, slots=40) as runtime:
         slab = runtime.model.experts.slots.slab
         pieces = -(-slab.nbytes // (4 << 20))
-        assert on.copies >= 4 * pieces and on.unpinned_copies == 0
+        assert on.copies >= 2 * pieces and on.unpinned_copies == 0
         assert not on.pinned
     rates = stored_bandwidths(kept)
     assert all(rates.origin_of(name) != "assumed" for name in RATES)

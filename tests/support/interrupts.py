@@ -11,7 +11,7 @@ import torch
 from slotmoe.offload.experts import disk
 from slotmoe.offload.runtime import Runtime
 from tests.support.engine import IDS, decode, whole
-from tests.support.twin import Twin, open_on, slow
+from tests.support.twin import Twin, open_on
 
 ROOT = Path(__file__).parents[2]
 PASSES = IDS[:12], [7, 8]
@@ -32,7 +32,7 @@ def on_threads(export, monkeypatch):
 
 
 def on_gpu(export, mode):
-    return open_on(export, Twin(slow), 40, misses=mode, slots=40, kernels="torch")
+    return open_on(export, Twin(1), 40, misses=mode, slots=40, kernels="torch")
 
 
 KINDS = {
