@@ -328,12 +328,9 @@ def attention(q_THW, rows_SW, R, scale):
     return torch.einsum("ths,sr->thr", shares, rows_SW[:, :R].double())
 
 
-SIZES = [(1, 1, 4), (1, 31, 17), (1, 33, 4), (2, 100, 4), (1, 2100, 2)]
-
-
-@pytest.mark.parametrize(("T", "S", "H"), nth_interpreted(2, SIZES))
-def test_latent_attention(triton_ops, T, S, H):
-    R, W = 40, 48
+@pytest.mark.parametrize(("S", "H"), nth_interpreted(2, [(1, 4), (31, 17), (33, 4), (2100, 2)]))
+def test_latent_attention_of_one_token(triton_ops, S, H):
+    T, R, W = 1, 40, 48
     cache_SW = torch.full((S + 40, W), torch.nan, dtype=torch.float16, device=DEVICE)
     cache_SW[:S] = randn(S, W)  # what comes later is poison
     q_THW = randn(T, H, W) * 3
@@ -342,18 +339,11 @@ def test_latent_attention(triton_ops, T, S, H):
     assert error(y_THR, attention(q_THW, cache_SW[:S], R, 0.2)) < 2e-3
 
 
-def test_latent_attention_bears_queries_of_any_size_and_depends_on_the_length_alone(triton_ops):
-    cache_SW, q_THW = randn(90, 48).half(), randn(2, 4, 48)
-    both = triton_ops.mla(q_THW, cache_SW, 40, 0.2)
-    assert torch.equal(both[1:], triton_ops.mla(q_THW[1:], cache_SW, 40, 0.2))
-    assert torch.equal(both[:1], triton_ops.mla(q_THW[:1], cache_SW[:89], 40, 0.2))
-    q_1HW, rows_SW = q_THW[:1], cache_SW[:50]
+def test_latent_attention_bears_queries_of_any_size(triton_ops):
+    cache_SW, q_1HW = randn(50, 48).half(), randn(1, 4, 48)
     q_1HW *= torch.tensor([1e6, 1e-6, 0.0, 1.0], device=DEVICE)[None, :, None]
-    found = triton_ops.mla(q_1HW, rows_SW, 40, 0.2)
-    assert error(found, attention(q_1HW, rows_SW, 40, 0.2)) < 2e-3
-    # Of many tokens, or a cache that is not in float16: left to the network.
-    assert triton_ops.mla(randn(17, 2, 48), cache_SW, 40, 0.2) is None
-    assert triton_ops.mla(q_1HW, cache_SW.float(), 40, 0.2) is None
+    found = triton_ops.mla(q_1HW, cache_SW, 40, 0.2)
+    assert error(found, attention(q_1HW, cache_SW, 40, 0.2)) < 2e-3
 
 
 ROUTERS = product([(1, 1), (5, 2)], [False, True], [1, 2], [False, True], [False, True])
