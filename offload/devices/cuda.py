@@ -66,11 +66,18 @@ class Mailbox:
         # In stream order: kernels use it until the event, a reader while its download lives.
         self._used: list[tuple[Event, Mapped, Callable[[], object]]] = []
 
-    def write(self, device: "CudaDevice", source: Tensor, target: Tensor) -> None:
+    def write(
+        self, device: "CudaDevice", source: Tensor, target: Tensor, at: Tensor | None = None
+    ) -> None:
         """A kernel that is launched now makes ``target`` what ``source`` in RAM is now."""
-        memory, ((host, kernels),) = self._take(device, [source])
-        host.copy_(source)
-        torch.mul(kernels, 1, out=target)  # an operation that torch makes no copy of
+        given = [source] if at is None else [source, at]
+        memory, views = self._take(device, given)
+        for tensor, (host, _) in zip(given, views, strict=True):
+            host.copy_(tensor)
+        if at is None:
+            torch.mul(views[0].kernels, 1, out=target)  # an operation that torch makes no copy of
+        else:
+            target.index_copy_(0, views[1].kernels, views[0].kernels)
         self._used.append((device.record(), memory, lambda: None))
 
     def read(self, device: "CudaDevice", *sources: Tensor) -> Download:
@@ -193,8 +200,8 @@ class CudaDevice(Device):
         self._mailbox.write(self, tensor, result)
         return result
 
-    def write(self, source: Tensor, target: Tensor) -> None:
-        self._mailbox.write(self, source, target)
+    def write(self, source: Tensor, target: Tensor, at: Tensor | None = None) -> None:
+        self._mailbox.write(self, source, target, at)
 
     def pin(self, memory: Tensor) -> bool:
         # Registered in place: pinning memory that exists costs no second copy of it.

@@ -258,11 +258,12 @@ def make_plan(
         reason = f"one token uses {top_k} experts of a layer at once, give at least {top_k}"
         raise PlanError(f"{slots} expert slots are too few: {reason}")
     runtime = runtime_bytes + runtime_growth(config, sum(sizes.resident.values()))
+    table = 4 * (everything + config.n_routed_experts) + LEVELS_BYTES
     components = {
         **sizes.resident,
         "latent KV cache": sequences * kv_bytes(config, context, kernels),
         "logits": 4 * logits_rows * config.vocab_size,
-        **({"runtime": runtime} if on_cpu else {"slot table": 4 * everything + LEVELS_BYTES}),
+        **({"runtime": runtime} if on_cpu else {"slot table": table}),
     }
     scratch = scratch_bytes(config, PREFILL_CHUNK, kernels, 4 if on_cpu else 6)
     in_ram = min(max(0, (host_budget or 0) - runtime) // record, everything)

@@ -321,6 +321,10 @@ class TorchBackend:
             uses = (slots_TK == slot).nonzero(as_tuple=True)
             y_TKD[uses] = self.mlp(x_TD[uses[0]], border.Mlp(*records.weights(slot)))
 
+    def outputs(self, x_TD: Tensor, indices_TK: Tensor) -> Tensor:
+        """Memory for what ``experts`` gives, float32 [T, K, D], until the next layer."""
+        return torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
+
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
         """Sum over K of weight times output, float32 [T, D].  The order of additions is the gate's,
         never that of arrival, so the result is bitwise the same for every cache."""

@@ -23,7 +23,8 @@ from slotmoe.quant.backends import triton_rows
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend, first_best
 from slotmoe.quant.backends.graphs import Capturing, CudaGraphs
 from slotmoe.quant.backends.triton_decoder import TritonDecoder
-from slotmoe.quant.backends.triton_rows import operand, power, row_gate_up
+from slotmoe.quant.backends.triton_experts import FewExperts
+from slotmoe.quant.backends.triton_rows import ROWS, operand, power
 from slotmoe.quant.kernels.triton import lists, mla, prefill, rows, streams, tiles
 
 # Triton 3.9 warns that its default will change; this is the present one.
@@ -46,19 +47,18 @@ class TritonBackend(TorchBackend):
         super().__init__(torch.bfloat16, swiglu_limit)
         self.interpreted = isinstance(rows.linear, InterpretedFunction)
         self.name = "triton, interpreted" if self.interpreted else "triton"
-        self._sums: dict[int, Tensor] = {}
-        self._shared: triton_rows.Shared | None = None
+        self._few = FewExperts(device)
         self._finished = torch.zeros(0, dtype=torch.int32)
         self.graph: Capturing | None = CudaGraphs() if device.type == "cuda" else None
 
     def linear(self, x_TK: Tensor, weight: Prepared) -> Tensor:
         kind, data, scale, levels = operand(weight)
         T, (N, K) = len(x_TK), weight.shape
-        if isinstance(weight, Tensor) and T != 1:
+        if isinstance(weight, Tensor) and T > ROWS:
             return F.linear(x_TK.to(weight.dtype), weight).float()
         x_TK, y_TN = x_TK.contiguous(), torch.empty(T, N, device=x_TK.device)
-        if T == 1:
-            return triton_rows.row(x_TK.float(), weight, y_TN)
+        if T <= ROWS:
+            return triton_rows.linear(x_TK.float(), weight, y_TN)
         tile = self._tile(T)
         tiles.linear[(triton.cdiv(N, _BN), triton.cdiv(T, tile["BM"]))](
             x_TK, data, scale, levels, y_TN, T, N, K, KIND=kind, **tile
@@ -68,13 +68,13 @@ class TritonBackend(TorchBackend):
     def mlp(self, x_TD: Tensor, weights: Mlp[Prepared]) -> Tensor:
         gate, up = operand(weights.gate_proj), operand(weights.up_proj)
         T, (N, K) = len(x_TD), weights.gate_proj.shape
-        if gate.kind != up.kind or (gate.kind == triton_rows.DENSE and T != 1):
+        if gate.kind != up.kind or (gate.kind == triton_rows.DENSE and T > ROWS):
             return super().mlp(x_TD, weights)
         x_TD = x_TD.contiguous()
-        if T == 1:
-            h_1N = torch.empty(1, N, device=x_TD.device)
-            row_gate_up(x_TD, gate, up, h_1N, self.swiglu_limit)
-            return self.linear(h_1N, weights.down_proj)
+        if T <= ROWS:
+            h_TN = torch.empty(T, N, device=x_TD.device)
+            triton_rows.gate_up(x_TD, gate, up, h_TN, self.swiglu_limit)
+            return self.linear(h_TN, weights.down_proj)
         h_TN = torch.empty(T, N, dtype=torch.bfloat16, device=x_TD.device)
         tile = self._tile(T)
         tiles.gate_up[(triton.cdiv(N, _BN), triton.cdiv(T, tile["BM"]))](
@@ -119,7 +119,7 @@ class TritonBackend(TorchBackend):
                 o_THR, data, scale, y_THV, T, H, N, V, R, KIND=kind, **tile
             )
             return y_THV
-        mla.values[(triton.cdiv(V, BV), H, T)](
+        mla.values[(1, triton.cdiv(V, BV), H)](
             o_THR, None, None, None, data, scale, y_THV, H, N, V, R,
             PARTS=False, SCALED=scale is not None, LATENT=power(R), BV=BV,
         )  # fmt: skip
@@ -240,16 +240,15 @@ class TritonBackend(TorchBackend):
     def decoder(
         self, geometry: Geometry, layers: Sequence[Layer[Prepared]]
     ) -> TritonDecoder | None:
-        """From now on ``experts`` launches for one token the kernels that the decoder launches for
-        these layers, whose shared experts are of one kind.  None but for MLA to all positions."""
+        """From now on ``experts`` launches for a few tokens the kernels that the decoder launches
+        for these layers, whose shared experts are of one kind.  None but for MLA to all positions.
+        """
         for layer in layers:
             if not isinstance(layer.attention, Mla) or layer.attention.indexer is not None:
                 return None
         mlps = [layer.mlp for layer in layers if layer.gate is not None and layer.mlp is not None]
-        self._shared = triton_rows.Shared.of(mlps[0]) if mlps else None
-        norm = layers[0].input_layernorm
-        sum_1D = self.sum_1D(len(norm), norm.device)
-        return TritonDecoder(geometry, layers, sum_1D, self.graph, self.swiglu_limit)
+        self._few.shared = triton_rows.Shared.of(mlps[0]) if mlps else None
+        return TritonDecoder(geometry, layers, self._few, self.graph, self.swiglu_limit)
 
     # Routed experts.
 
@@ -264,9 +263,9 @@ class TritonBackend(TorchBackend):
         """Of many tokens all uses of an expert together, on tensor cores in bfloat16.  Experts
         without a slot are sorted too, so an output doesn't depend on which a call computes."""
         x_TD, indices_TK = x_TD.contiguous(), indices_TK.contiguous()
-        if len(x_TD) == 1:  # each use reads its expert's record, in float32
+        if len(x_TD) <= ROWS:  # each use reads its expert's record, in float32
             routed = triton_rows.Routed(x_TD, records, slots_E, indices_TK, y_TKD)
-            return triton_rows.experts(routed, self._shared, None, self.swiglu_limit)
+            return self._few(routed, self.swiglu_limit, self.graph)
         layout, uses, K = records.layout, indices_TK.numel(), indices_TK.shape[1]
         D, width = layout.hidden_size, layout.moe_intermediate_size
         E, (in_levels, out_levels) = len(slots_E), records.levels
@@ -287,19 +286,14 @@ class TritonBackend(TorchBackend):
             layout.record_bytes, *layout.down_places, KIND=layout.codecs.down.kind, **sizes,
         )  # fmt: skip
 
-    def sum_1D(self, D: int, device: torch.device) -> Tensor:
-        """Where ``weighted_sum`` leaves one token's sum until the next, so that graphs find it."""
-        if D not in self._sums:
-            self._sums[D] = torch.empty(1, D, device=device)
-        return self._sums[D]
+    def outputs(self, x_TD: Tensor, indices_TK: Tensor) -> Tensor:
+        (T, D), K = x_TD.shape, indices_TK.shape[1]
+        if T <= ROWS:
+            return self._few.outputs(T, D, K)
+        return super().outputs(x_TD, indices_TK)
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-        T, K, D = y_TKD.shape
-        one, block = T == 1, 256
-        out_TD = self.sum_1D(D, y_TKD.device) if one else torch.empty(T, D, device=y_TKD.device)
-        # Multiplied and added apart, as torch does, so that both give the same bits.
-        rows.weighted_sum[(triton.cdiv(D, block), T)](
-            y_TKD.contiguous(), weights_TK.contiguous(), out_TD, K, D,
-            BLOCK=block, enable_fp_fusion=False,
-        )  # fmt: skip
-        return out_TD
+        T, _, D = y_TKD.shape
+        if T <= ROWS:
+            return self._few.weighted_sum(y_TKD, weights_TK, self.graph)
+        return triton_rows.weighted_sum(y_TKD, weights_TK, torch.empty(T, D, device=y_TKD.device))
