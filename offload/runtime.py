@@ -372,7 +372,7 @@ class Runtime(AbstractContextManager["Runtime"]):
 
         def on_layer(route: Route) -> None:
             assert route.x_TD is not None
-            x_TD = route.x_TD.cpu().numpy()
+            x_TD = self.model.device.download(route.x_TD).get().numpy()
             trace.add(c.moe_layers[route.row], route.indices, x_TD, route.behind)
 
         self.engine.call(lambda: experts.on_layer(on_layer, inputs=True))

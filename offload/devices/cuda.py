@@ -66,18 +66,29 @@ class Mailbox:
         # In stream order: kernels use it until the event, a reader while its download lives.
         self._used: list[tuple[Event, Mapped, Callable[[], object]]] = []
 
-    def write(self, device: "CudaDevice", source: Tensor, target: Tensor) -> None:
+    def write(
+        self, device: "CudaDevice", source: Tensor, target: Tensor, at: Tensor | None = None
+    ) -> None:
         """A kernel that is launched now makes ``target`` what ``source`` in RAM is now."""
-        memory, ((host, kernels),) = self._take(device, [source])
-        host.copy_(source)
-        torch.mul(kernels, 1, out=target)  # an operation that torch makes no copy of
+        given = [source] if at is None else [source, at]
+        memory, views = self._take(device, given)
+        for tensor, (host, _) in zip(given, views, strict=True):
+            host.copy_(tensor)
+        if at is None:
+            torch.mul(views[0].kernels, 1, out=target)  # an operation that torch makes no copy of
+        else:
+            target.index_copy_(0, views[1].kernels, views[0].kernels)
         self._used.append((device.record(), memory, lambda: None))
 
     def read(self, device: "CudaDevice", *sources: Tensor) -> Download:
         """Kernels that are launched now bring ``sources`` to RAM."""
         memory, views = self._take(device, sources)
-        for source, (_, kernels) in zip(sources, views, strict=True):
-            torch.mul(source, 1, out=kernels)
+        if len(sources) > 1 and not any(source.nbytes % 16 for source in sources[:-1]):
+            flat = [source.contiguous().view(-1).view(torch.uint8) for source in sources]
+            torch.cat(flat, out=memory.kernels[: sum(map(len, flat))])  # they lie side by side
+        else:
+            for source, (_, kernels) in zip(sources, views, strict=True):
+                torch.mul(source, 1, out=kernels)
         event = device.record()
         download = MappedDownload(event, *(host for host, _ in views))
         self._used.append((event, memory, weakref.ref(download)))
@@ -193,8 +204,8 @@ class CudaDevice(Device):
         self._mailbox.write(self, tensor, result)
         return result
 
-    def write(self, source: Tensor, target: Tensor) -> None:
-        self._mailbox.write(self, source, target)
+    def write(self, source: Tensor, target: Tensor, at: Tensor | None = None) -> None:
+        self._mailbox.write(self, source, target, at)
 
     def pin(self, memory: Tensor) -> bool:
         # Registered in place: pinning memory that exists costs no second copy of it.

@@ -20,6 +20,7 @@ from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.hybrid import MODES, choose_mode, for_cpu
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.kernels.cpu import bindings
+from slotmoe.sizes import format_size
 from slotmoe.tools.bench.speed import calibration, measure
 from tests.support.engine import IDS, PROMPT, decode, start, whole
 from tests.support.params import nth
@@ -53,14 +54,14 @@ def test_fetch_gives_the_same_bits_for_every_budget_and_policy(
 
 
 def test_the_host_waits_only_where_experts_are_missing(on_twin):
-    """And for each token's logits."""
+    """And for each pass's end, its head's, and its logits."""
     twin = Twin()
     with on_twin(twin, misses="fetch") as runtime:
         runtime.warm()
         decode(runtime, IDS[:20], [])
         before, hits = twin.gpu.waits, runtime.stats()["cache"]["hits"]
         decode(runtime, IDS[:20], IDS[20:25])
-        assert twin.gpu.waits == before + 6
+        assert twin.gpu.waits == before + 3 * 6
         assert runtime.stats()["cache"]["hits"] == hits + 6 * 7 * 6
 
 
@@ -156,15 +157,23 @@ def test_ram_is_locked_when_it_is_filled(on_twin, monkeypatch):
 
 
 def test_ram_that_can_not_be_locked_is_said_once(on_twin, wanted, monkeypatch, caplog):
-    monkeypatch.setattr(host, "PIN_BYTES", 4 * 28672)
+    """Smaller pieces are locked while larger ones are refused, and later ones as soon as they may
+    be; the copies from what is locked wait for no host."""
+    record = 28672
+    monkeypatch.setattr(host, "PIN_BYTES", 16 * record)
     twin = Twin()
-    twin.pins_allowed = 2
-    with on_twin(twin, misses="fetch", slots=22) as runtime:
+    twin.gpu.pins = 23 * record
+    with on_twin(twin, misses="fetch", slots=22, prefetch=False) as runtime:
+        start(runtime)(IDS[:1])  # 42 records
+        found, slab = runtime.stats()["io"]["host"], runtime.model.store.slab
+        assert not found["pinned"] and found["pinned_bytes"] == 22 * record
+        twin.gpu.pins = 128 * record
         assert torch.equal(runtime.logits(IDS), wanted[0])
-        assert not runtime.stats()["io"]["host"]["pinned"]
-    assert [record.message for record in caplog.records] == [
-        "the system locks no more RAM for the twin; copies from it are slower"
-    ]
+        runtime.warm()
+        locked = runtime.stats()["io"]["host"]["pinned_bytes"]
+        assert 100 * record < locked == sum(twin.gpu.pinned().values())
+    told = f"locks only {format_size(locked)} of {format_size(slab.nbytes)} of RAM for the twin"
+    assert [told in record.message for record in caplog.records] == [True]
 
 
 # Which device

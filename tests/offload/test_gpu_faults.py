@@ -98,24 +98,36 @@ def test_out_of_memory_in_the_middle_of_an_answer(on_twin, wanted, moment, times
 # Faults
 
 
-@pytest.mark.parametrize(("moment", "way"), [(1, "fail"), (60, "fail"), (60, "spoil")])
-def test_a_copy_that_fails_ends_the_step_and_nothing_else(on_twin, wanted, moment, way):
-    """When it is queued, or on its way."""
+@pytest.mark.parametrize("moment", [1, 60])
+def test_a_copy_that_can_not_be_queued_ends_the_step_and_nothing_else(on_twin, wanted, moment):
     twin, broken = Twin(), True
 
-    def act(number):
-        if broken and number >= moment and way == "fail":
+    def fail(number):
+        if broken and number >= moment:
             raise RuntimeError("an invalid argument")
-        return broken and number >= moment
 
-    setattr(twin, way, act)
-    told = r"copying an expert to the twin failed \(an (invalid argument|illegal memory access)\)"
+    twin.fail = fail
+    told = r"copying an expert to the twin failed \(an invalid argument\)"
     with on_twin(twin, misses="fetch", slots=22) as runtime:
         with pytest.raises(DeviceError, match=told):
             runtime.logits(IDS)
         broken = False
         right(runtime, wanted)
         assert [token.id for token in runtime.generate(PROMPT, 8)] == wanted[1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_copy_that_fails_on_its_way_is_the_end_of_the_gpu_for_this_process(on_twin, seed):
+    """CUDA tells the same of every call from then on.  The model can be closed and gives its RAM
+    back."""
+    twin = Twin(seed)
+    twin.spoil = lambda number: number == 60
+    told = r"the twin.* failed \(CUDA error: an illegal memory access\)"
+    with on_twin(twin, misses="fetch", slots=22) as runtime:
+        runtime.logits(IDS[:1])
+        with pytest.raises(DeviceError, match=told):
+            runtime.logits(IDS)
+    assert not twin.gpu.pinned()
 
 
 def test_a_kernel_that_fails_is_told_as_the_gpus(on_twin):

@@ -84,9 +84,9 @@ class TwinBackend(Told, AsKernels, Decoding):
 
 
 class Twin(simulated.cuda.CudaDevice):
-    """``seed`` is the adversary's.  ``fail(n)`` may raise when the n-th copy is queued, ``spoil(n)``
-    says that it fails on its way; ``on_launch(n)`` acts before the n-th launch.  ``graph`` is the
-    Triton backend's, where ``triton``.  ``capacity`` bytes, of which others may have taken some."""
+    """``seed`` is the adversary's.  ``fail(n)`` may raise when the n-th copy is queued,
+    ``spoil(n)`` says that the GPU fails before it; ``on_launch(n)`` acts before the n-th launch.
+    ``graph`` is the Triton backend's, where ``triton``."""
 
     def __init__(self, seed=0, capacity=1 << 30, triton=False, graph=None):
         sys.audit("tests.twin")
@@ -135,10 +135,9 @@ class Twin(simulated.cuda.CudaDevice):
     def copy(self, source, target, after):
         self.copies += 1
         self.fail(self.copies)
-        copy = super().copy(source, target, after)
         if self.spoil(self.copies):
-            self.gpu.failure = RuntimeError("an illegal memory access")
-        return copy
+            self.gpu.put(self._copies, simulated.fault)
+        return super().copy(source, target, after)
 
     def download(self, *tensors):
         self.seams += 1
@@ -148,9 +147,9 @@ class Twin(simulated.cuda.CudaDevice):
         self.seams += 1
         return super().upload(tensor)
 
-    def write(self, source, target):
+    def write(self, source, target, at=None):
         self.seams += 1
-        super().write(source, target)
+        super().write(source, target, at)
 
     def release(self):
         self.released += 1
