@@ -187,5 +187,6 @@ class Network(Generic[W]):
     def head_each(self, h_TD: Tensor) -> Tensor:
         """``head``, each row bitwise what it gives alone.  A tied head is row-major, and torch's
         product of several rows differs from that of one in the last bit."""
-        count = 1 if self.config.tie_word_embeddings else max(1, len(h_TD))
-        return torch.cat([self.head(rows_TD) for rows_TD in h_TD.split(count)])
+        most = 1 if self.config.tie_word_embeddings else self.rows or len(h_TD)
+        parts = h_TD.split(max(1, min(most, len(h_TD))))
+        return torch.cat([self.head(rows_TD) for rows_TD in parts])

@@ -116,7 +116,7 @@ class Runtime(AbstractContextManager["Runtime"]):
             raise ConfigError(f"{folder}: is an export, already quantized; {needs}")
         if quantize and not is_export:
             folder = cached_export(folder, cache_folder(), progress, reading, notify, check)
-        return cls(open_model(folder, options, chosen, reason))
+        return cls(open_model(folder, options, chosen, reason, notify))
 
     def logits(self, token_ids: list[int]) -> Tensor:
         """Teacher-forced logits from position 0 through the prefill path: float32 CPU [T,
@@ -372,7 +372,7 @@ class Runtime(AbstractContextManager["Runtime"]):
 
         def on_layer(route: Route) -> None:
             assert route.x_TD is not None
-            x_TD = route.x_TD.cpu().numpy()
+            x_TD = self.model.device.download(route.x_TD).get().numpy()
             trace.add(c.moe_layers[route.row], route.indices, x_TD, route.behind)
 
         self.engine.call(lambda: experts.on_layer(on_layer, inputs=True))

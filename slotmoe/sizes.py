@@ -30,3 +30,8 @@ def format_size(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def rounded_down(size: int) -> str:
+    """A size option of at most ``size`` bytes, to the tenth of a GiB or the MiB."""
+    return f"{(size * 10 >> 30) / 10:.1f}GiB" if size >= 1 << 30 else f"{size >> 20}MiB"

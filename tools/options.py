@@ -160,7 +160,7 @@ REVISION = option("--revision", "REV", "Branch, tag, commit on the hub. [default
 _DEVICE = "auto takes the GPU when there is one; of several, cuda:N that number in CUDA's order."
 _MISSES = (
     "With a GPU, an expert that is in none of its slots is fetched, computed by the CPU, or either "
-    "(hybrid). auto takes what slotmoe bench --calibrate has measured to be fastest, else fetch."
+    "(hybrid). auto takes what is fastest by bandwidths that the first opening measures."
 )
 _EXPERTS_DIR = "Read from this copy of an export's experts, on another drive, too; repeatable."
 _SLOTS = "Keep at most N experts in memory. [default: all that fit the budget]"

@@ -66,18 +66,29 @@ class Mailbox:
         # In stream order: kernels use it until the event, a reader while its download lives.
         self._used: list[tuple[Event, Mapped, Callable[[], object]]] = []
 
-    def write(self, device: "CudaDevice", source: Tensor, target: Tensor) -> None:
+    def write(
+        self, device: "CudaDevice", source: Tensor, target: Tensor, at: Tensor | None = None
+    ) -> None:
         """A kernel that is launched now makes ``target`` what ``source`` in RAM is now."""
-        memory, ((host, kernels),) = self._take(device, [source])
-        host.copy_(source)
-        torch.mul(kernels, 1, out=target)  # an operation that torch makes no copy of
+        given = [source] if at is None else [source, at]
+        memory, views = self._take(device, given)
+        for tensor, (host, _) in zip(given, views, strict=True):
+            host.copy_(tensor)
+        if at is None:
+            torch.mul(views[0].kernels, 1, out=target)  # an operation that torch makes no copy of
+        else:
+            target.index_copy_(0, views[1].kernels, views[0].kernels)
         self._used.append((device.record(), memory, lambda: None))
 
     def read(self, device: "CudaDevice", *sources: Tensor) -> Download:
         """Kernels that are launched now bring ``sources`` to RAM."""
         memory, views = self._take(device, sources)
-        for source, (_, kernels) in zip(sources, views, strict=True):
-            torch.mul(source, 1, out=kernels)
+        if len(sources) > 1 and not any(source.nbytes % 16 for source in sources[:-1]):
+            flat = [source.contiguous().view(-1).view(torch.uint8) for source in sources]
+            torch.cat(flat, out=memory.kernels[: sum(map(len, flat))])  # they lie side by side
+        else:
+            for source, (_, kernels) in zip(sources, views, strict=True):
+                torch.mul(source, 1, out=kernels)
         event = device.record()
         download = MappedDownload(event, *(host for host, _ in views))
         self._used.append((event, memory, weakref.ref(download)))
@@ -107,13 +118,15 @@ class Mailbox:
 
 
 class CudaDevice(Device):
-    """A CUDA device; compute is the stream that is current where kernels are launched."""
+    """A CUDA device; compute is the stream that is current where kernels are launched.
+
+    Each thread has a current GPU, which is the first until it says another, and page-locked RAM
+    belongs to that one: what any thread may call is under ``current`` here."""
 
     tier, queues = "vram", True
 
     def __init__(self, index: int):
         self.device, self.name = torch.device("cuda", index), torch.cuda.get_device_name(index)
-        torch.cuda.set_device(index)  # before anything is made: page-locked RAM belongs to one GPU
         self._copies = torch.cuda.Stream(self.device)
         self._mailbox = Mailbox()
         if torch.cuda.memory_allocated(self.device) == 0:
@@ -165,7 +178,7 @@ class CudaDevice(Device):
     def copy(self, source: Tensor, target: Tensor, after: Event) -> Event:
         assert isinstance(after, _CudaEvent)
         started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.stream(self._copies):
+        with self.current(), torch.cuda.stream(self._copies):
             self._copies.wait_event(after.event)
             started.record()
             target.copy_(source, non_blocking=True)
@@ -174,7 +187,8 @@ class CudaDevice(Device):
 
     def mapped(self, size: int) -> Mapped:
         """Page-locked RAM that kernels address."""
-        host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        with self.current():
+            host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
         # RAM as a GPU's array, which torch takes as it is: nothing is copied.
         facts = {"shape": (size,), "typestr": "|u1", "version": 2, "data": (host.data_ptr(), False)}
         array = SimpleNamespace(__cuda_array_interface__=facts, host=host)
@@ -190,20 +204,22 @@ class CudaDevice(Device):
         self._mailbox.write(self, tensor, result)
         return result
 
-    def write(self, source: Tensor, target: Tensor) -> None:
-        self._mailbox.write(self, source, target)
+    def write(self, source: Tensor, target: Tensor, at: Tensor | None = None) -> None:
+        self._mailbox.write(self, source, target, at)
 
     def pin(self, memory: Tensor) -> bool:
         # Registered in place: pinning memory that exists costs no second copy of it.
-        if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:
-            return True
+        with self.current():
+            if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:
+                return True
         # CUDA reports a refusal again at this thread's next launch: this one takes it.
         with suppress(RuntimeError):
             torch.zeros(1, device=self.device)
         return False
 
     def unpin(self, memory: Tensor) -> None:
-        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+        with self.current():
+            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
     def memory(self) -> DeviceMemory:
         cuda = torch.cuda

@@ -124,9 +124,12 @@ class Device:
         """A small tensor from the host, before the kernels launched from now on."""
         return tensor
 
-    def write(self, source: Tensor, target: Tensor) -> None:
-        """The same into ``target``, which is on the device already."""
-        target.copy_(source)
+    def write(self, source: Tensor, target: Tensor, at: Tensor | None = None) -> None:
+        """The same into ``target``, which is on the device already, or into its rows ``at``."""
+        if at is None:
+            target.copy_(source)
+        else:
+            target.index_copy_(0, at, source)
 
     def pin(self, memory: Tensor) -> bool:
         """Page-lock RAM so that copies from it need no host; False if the system refuses."""

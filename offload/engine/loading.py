@@ -31,8 +31,10 @@ from slotmoe.offload.experts.lookahead import Lookahead
 from slotmoe.offload.experts.resident import resident_experts
 from slotmoe.offload.experts.slots import Slots
 from slotmoe.offload.experts.substitution import Substitution
+from slotmoe.offload.ingest.quantize import Notify, ignore
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
 from slotmoe.offload.model_source import generation_of, open_tokenizer
+from slotmoe.offload.observe.link import LINK_BYTES, with_link
 from slotmoe.offload.options import Options
 from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.attention import kv_bytes
@@ -50,7 +52,7 @@ from slotmoe.quant.export.layout import MANIFEST, RecordLayout
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.shapes import TABLE
 from slotmoe.quant.weights import Weight
-from slotmoe.sizes import format_size, parse_size
+from slotmoe.sizes import format_size, parse_size, rounded_down
 from slotmoe.system import choose_placement
 
 FREE_SHARE = 0.9  # of what is free, where no budget is given
@@ -100,12 +102,15 @@ class LoadedModel:
         return self.experts
 
 
-def open_model(folder: Path, options: Options, device: Device, reason: str) -> LoadedModel:
-    """Read the export or checkpoint in ``folder`` as ``options`` ask.  If that fails, nothing stays
-    allocated.  Raises ``ConfigError``, ``CheckpointError``, ``ExportError``, or ``PlanError``, also
-    where the device has less memory than it seemed to."""
+def open_model(
+    folder: Path, options: Options, device: Device, reason: str, notify: Notify
+) -> LoadedModel:
+    """Read the export or checkpoint in ``folder`` as ``options`` ask; ``notify`` gets a line where
+    the machine is measured first.  If it fails, nothing stays allocated.  Raises ``ConfigError``,
+    ``CheckpointError``, ``ExportError``, or ``PlanError``, also where the device has less memory
+    than it seemed to."""
     tune_heap()
-    loader = _Loader(folder, options, device, reason)
+    loader = _Loader(folder, options, device, reason, notify)
     try:
         return loader.export() if options.quantize else loader.reference()
     except torch.OutOfMemoryError:
@@ -116,25 +121,28 @@ def open_model(folder: Path, options: Options, device: Device, reason: str) -> L
     free = f"{format_size(gpu.free)} of {format_size(gpu.total)} are free now"
     known = f"the budget is {format_size(loader.budget)} and {free}"
     problem = f"{device.name} ran out of memory while the model was opened: {known}"
-    raise PlanError(f"{problem}, other programs may have taken some: lower --vram")
+    advice = loader.way_out(gpu.free)
+    raise PlanError(f"{problem}, other programs may have taken some: {advice}")
 
 
 def check_options(options: Options, device: Device, checkpoint: Path) -> None:
     """Refuse options with which the export that ``cached_export`` would make of ``checkpoint``
     can't be opened.  Reads its config alone, and raises as ``open_model`` does."""
-    _Loader(checkpoint, options, device, "").check()
+    _Loader(checkpoint, options, device, "", ignore).check()
 
 
 class _Loader:
     """Makes the parts of one model."""
 
-    def __init__(self, folder: Path, options: Options, device: Device, reason: str):
+    def __init__(self, folder: Path, options: Options, device: Device, reason: str, notify: Notify):
         if device.tier == "ram" and options.misses != "auto":
             reason = "the device is the CPU, which computes every expert: leave it out"
             raise ConfigError(f"misses {options.misses} is given but {reason}")
         self._folder, self._options, self._device, self._reason = folder, options, device, reason
+        self._notify = notify
         self.budget, self._host_budget = self._budgets()
         self._popularity: list[float] | None = None
+        self._sizes: Sizes | None = None  # of an export
 
     def check(self) -> None:
         """Is ``check_options`` for this model."""
@@ -143,9 +151,10 @@ class _Loader:
             problem = "draft mtp and route_budget need an export made for them"
             advice = "slotmoe quantize with --keep-mtp or --calibrate TEXT makes one"
             raise ConfigError(f"{self._folder}: {problem}; {advice}")
-        self._draft(2 if self._backend.kind == "native" else 1)
         codecs = memory.default_codecs(self._config)
-        self._refuse(self._plan(sizes_of(self._config, "int8", codecs)))
+        plan = self._plan(sizes_of(self._config, "int8", codecs), self.budget)
+        self._draft(1 + plan.drafted)
+        self._refuse(plan)
 
     def _configure(self, read: ReadFile) -> None:
         """Take the config from a model's files, which have been verified."""
@@ -226,14 +235,14 @@ class _Loader:
             raise ConfigError(f"draft {asked}: {problem}; leave it out")
         return "off", problem
 
-    def _plan(self, sizes: Sizes) -> Plan:
-        """The plan for an export of those sizes."""
-        options = self._options
+    def _plan(self, sizes: Sizes, budget: int) -> Plan:
+        """The plan for an export of those sizes; for a budget of 0 the least one."""
+        self._sizes, options = sizes, self._options
         return make_plan(
             self._config,
             sizes,
             tier=self._device.tier,
-            budget=self.budget,
+            budget=budget,
             context=self._context,
             runtime_bytes=process_bytes(),
             slots=options.slots,
@@ -261,9 +270,16 @@ class _Loader:
         if gpu is not None and plan.total > gpu.free:
             free = format_size(gpu.free)
             sizes = f"{format_size(plan.total)} of {name}, of which {free} are free"
-            advice = f"give --vram {gpu.free >> 20}MiB or less, or end the programs that use it"
-            raise PlanError(f"the plan takes {sizes}: {advice}")
+            raise PlanError(f"the plan takes {sizes}: {self.way_out(gpu.free)}")
         return ram
+
+    def way_out(self, free: int) -> str:
+        """What to do where ``free`` bytes of the GPU are too few for the budget.  Graphs, kernels
+        and gaps between tensors need some beside the plan."""
+        most, advice = int(min(free, self.budget) * FREE_SHARE), "end the programs that use it"
+        if self._sizes is None or self._plan(self._sizes, 0).total > most:
+            return f"{advice}, lower --context, or quantize with --resident mixed"
+        return f"give --vram {rounded_down(most)} or less, or {advice}"
 
     def export(self) -> LoadedModel:
         """An export, its experts behind slots."""
@@ -277,7 +293,7 @@ class _Loader:
             backend = self._backend
             resident = export.manifest["quantization"]["resident"]
             sizes = sizes_of(config, resident, export.layout.codecs, export.predictor_bytes)
-            plan = self._plan(sizes)
+            plan = self._plan(sizes, self.budget)
             self._check(plan)
             place = self._placer()
             predictor = None
@@ -402,12 +418,17 @@ class _Loader:
             warm = sorted(ids, key=popularity.__getitem__, reverse=True)[: plan.slots]
         hybrid, split, levels = None, Split(), export.layout.levels()
         if isinstance(store, HostTier):
-            bandwidths = stored_bandwidths(cache_folder() / "machine.json")
-            split = Split(choose_mode(options.misses, bandwidths, top_k), cpu_cost(bandwidths))
             # Triton's kernels are the GPU's; beside it the CPU has its own.
             kernels = "torch" if options.kernels == "torch" else "auto"
             cpu = pick_backend(torch.device("cpu"), kernels, config.swiglu_limit)
             cpu.run_on(device.placement)
+            if plan.slots < layers * experts or options.misses != "auto":
+                rates = stored_bandwidths(path := cache_folder() / "machine.json")
+                room = plan.host_budget - plan.host["runtime"]
+                if options.misses == "auto" and room >= LINK_BYTES:
+                    measured = device, slots.slab, cpu, export.layout.codecs
+                    rates = with_link(rates, path, self._notify, *measured)
+                split = Split(choose_mode(options.misses, rates, top_k), cpu_cost(rates))
             in_ram = Records(store.slab, export.layout, levels)
             hybrid = HostCompute(cpu, in_ram, store, device, max(top_k, memory.LENT))
             levels = device.empty(tuple(levels.shape), levels.dtype).copy_(levels)

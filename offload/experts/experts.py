@@ -82,6 +82,8 @@ class Experts:
         self._rows = {layer: row for row, layer in enumerate(layers)}
         self.records, self._store = records, slots.store
         self._count = len(layers) - has_head  # of the network's
+        # Where graphs find the slots of experts that have arrived.
+        self._group_E = device.empty((slots.cache.experts,), torch.int32)
         self._none_ME = torch.full((self._count, slots.cache.experts), -1, dtype=torch.int32)
         self.lookahead, self._warm = lookahead, list(reversed(warm))
         self.hybrid, self.split = hybrid, split
@@ -160,7 +162,7 @@ class Experts:
                 row, x_TD, weights_TK, indices_TK, lambda expert: first + expert in at_hand
             )
         self._pass.reach(row, len(x_TD))
-        y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
+        y_TKD = self._backend.outputs(x_TD, indices_TK)
         try:
             for slots_E in self._bring(row, x_TD, indices_TK, y_TKD):
                 self._backend.experts(x_TD, self.records, slots_E, indices_TK, y_TKD)
@@ -246,6 +248,7 @@ class Experts:
                 return
             done = [read for read in work.reads if read.done][: max(1, slots.staging // 2)]
             if done or work.cached:
+                work.copies += [read.copy for read in done if read.copy is not None]
                 slots.take(done)
                 self.timer.mark("waiting for disk" if hybrid is None else "waiting for RAM")
                 work.reads = [read for read in work.reads if read not in done]
@@ -265,9 +268,9 @@ class Experts:
                 self.timer.mark("waiting for disk")
 
     def _note_idle(self, work: Work) -> None:
-        """From when all demands are met until the next gate, the disk has only guesses to read."""
+        """From when all demands are met until the next gate, only guesses are to be read."""
         if self.lookahead is not None and not (work.reads or work.later):
-            self.lookahead.idle()
+            self.lookahead.idle(work.copies)
 
     def _make_room(self, work: Work, used: list[int], ready: list[int]) -> None:
         """Experts have been used, in staging and ``ready`` ones that are cached.  The cache admits
@@ -307,7 +310,8 @@ class Experts:
         slots_E = np.full(experts, -1, np.int32)
         for expert_id in expert_ids:
             slots_E[expert_id - row * experts] = self._store.of[expert_id].index
-        return self._device.upload(torch.from_numpy(slots_E))
+        self._device.write(torch.from_numpy(slots_E), self._group_E)
+        return self._group_E
 
     def _uses(self, row: int, indices: list[list[int]]) -> dict[int, int]:
         """Distinct expert ids of a layer in gate order, and how many tokens use each."""

@@ -13,6 +13,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 
 from torch import Tensor
@@ -27,6 +28,7 @@ from slotmoe.offload.experts.store import ARRIVED, CACHED, FREE, LEAVING, READIN
 from slotmoe.offload.plan.memory import LENT
 from slotmoe.offload.policy.cache import Cache
 from slotmoe.quant.export.reader import Export
+from slotmoe.sizes import format_size
 
 PIN_BYTES = 64 << 20
 
@@ -138,20 +140,22 @@ class HostTier:
 
     def stats(self) -> Json:
         """Those of the disk, and ``host``: bytes copied to the GPU and seconds that copies took,
-        bytes of records that the CPU computed with, hits and misses in RAM, and whether it is
-        page-locked as far as it is filled."""
+        bytes of records that the CPU computed with, hits and misses in RAM, bytes of it that are
+        page-locked, and whether that is all that is filled."""
         with self._lock:
             self._collect()
         counts = {"bytes": self.bytes_copied, "seconds": self.copy_seconds}
         counts |= {"lent_bytes": self.bytes_acquired, "pinned": not self._pinned.refused}
         counts |= {"hits": self.cache.hits, "misses": self.cache.misses}
+        counts |= {"pinned_bytes": self._pinned.bytes}
         return {**self._disk.stats(), "host": counts}
 
     def close(self) -> None:
         """Stop reading, wait for what is being copied, give the RAM back."""
         self._disk.close()
-        for copy, _ in self._copying:
-            copy.synchronize()
+        with suppress(RuntimeError):  # a GPU that has failed copies no more
+            for copy, _ in self._copying:
+                copy.synchronize()
         self._pinned.close()
 
     def _claim(self, expert_id: int) -> Slot:
@@ -220,7 +224,9 @@ class HostTier:
 
 
 class _Pinning:
-    """Page-locks a slab by ``PIN_BYTES``, each piece when all its records were written once."""
+    """Page-locks a slab by ``PIN_BYTES``, each piece when all its records were written once.  Of a
+    piece that the system refuses its halves, quarters and eighths are tried, and so are the pieces
+    behind it."""
 
     def __init__(self, slab: Tensor, device: Device):
         self._device, self._lock = device, threading.Lock()
@@ -232,7 +238,7 @@ class _Pinning:
             for piece, records in enumerate(self._pieces)
         }
         self._locked: list[Tensor] = []
-        self.refused = False
+        self.refused, self.bytes, self._slab_bytes = False, 0, slab.nbytes
 
     def written(self, slot: int) -> None:
         """A record has arrived in ``slot``."""
@@ -253,15 +259,30 @@ class _Pinning:
                     self._pin(piece)
 
     def _pin(self, piece: int) -> None:
-        if self._unwritten.pop(piece, None) is None or self.refused:
+        if self._unwritten.pop(piece, None) is not None:
+            self._lock_pages(self._pieces[piece])
+            if self.refused and not self._unwritten:
+                self._warn()
+
+    def _lock_pages(self, records: Tensor) -> None:
+        if self._device.pin(records):
+            self._locked.append(records)
+            self.bytes += records.nbytes
             return
-        if self._device.pin(self._pieces[piece]):
-            return self._locked.append(self._pieces[piece])
         self.refused = True
+        if len(records) > max(1, self._count // 8):
+            for half in records.chunk(2):
+                self._lock_pages(half)
+
+    def _warn(self) -> None:
+        locked, total = format_size(self.bytes), format_size(self._slab_bytes)
         logging.getLogger("slotmoe").warning(
-            "the system locks no more RAM for %s; copies from it are slower", self._device.name
-        )
+            "the system locks only %s of %s of RAM for %s: copies from the rest are slower; "
+            "with less --ram all of it may be locked", locked, total, self._device.name
+        )  # fmt: skip
 
     def close(self) -> None:
+        if self.refused and self._unwritten:  # it was not said yet
+            self._warn()
         while self._locked:
             self._device.unpin(self._locked.pop())

@@ -54,8 +54,7 @@ class HostCompute:
         y_N1D = torch.empty(len(uses), 1, self._x_TD.shape[1])
         indices_N1 = self._indices_TK.flatten()[uses][:, None]
         self.backend.experts(self._x_TD[tokens], self.records, slots_E, indices_N1, y_N1D)
-        y_ND = self._device.upload(y_N1D[:, 0])
-        y_TKD.flatten(0, 1).index_copy_(0, self._device.upload(uses), y_ND)
+        self._device.write(y_N1D[:, 0], y_TKD.flatten(0, 1), uses)
         self.seconds += time.perf_counter() - started
         for read in ready:
             self.host.release(read)

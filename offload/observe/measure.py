@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from slotmoe.jsonfile import Json
-from slotmoe.offload.devices.device import Device, Event
+from slotmoe.offload.devices.device import Device
 from slotmoe.offload.devices.pages import page_aligned
 from slotmoe.offload.engine.loading import LoadedModel
+from slotmoe.offload.observe.link import measure_link
 from slotmoe.offload.plan.attention import kv_read_bytes
 from slotmoe.offload.plan.memory import HELP_BYTES, by_tier, predicted_components
 from slotmoe.offload.plan.speed import Bandwidths, Setting
-from slotmoe.quant.backends.base import Records, TorchBackend
+from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.folder import Folder
-from slotmoe.quant.export.layout import RecordLayout, layer_file
+from slotmoe.quant.export.layout import layer_file
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.shapes import ALIGNMENT
 from slotmoe.system import bypass_page_cache
@@ -66,63 +67,12 @@ def disk_latency(export: Export) -> float:
     return median_high(_random_reads(path, min(size, HELP_BYTES), 64, Random(0)))
 
 
-def copy_bandwidth(
-    device: Device, rows: list[Tensor], beside: Future[float] | None = None
-) -> float:
-    """Bytes a second of copies from page-locked RAM into ``rows`` of the GPU, uint8 [record_bytes]
-    each: for 0.3 seconds, or as long as what is ``beside`` them takes.  What is copied is what the
-    rows hold, so nothing changes and no memory is needed there."""
-    size = rows[0].nbytes
-    memory = page_aligned(len(rows) * size, forks=False)
-    for source, row in zip(memory.split(size), rows, strict=True):
-        source.copy_(row)
-    pinned = device.pin(memory)
-    try:
-        copied, spent, until = 0, 0.0, time.perf_counter() + 0.3
-        while copied == 0 or (time.perf_counter() < until if beside is None else not beside.done()):
-            after = device.record()
-            pairs = zip(memory.split(size), rows, strict=True)
-            copies: list[Event] = [device.copy(source, row, after) for source, row in pairs]
-            copies[-1].synchronize()
-            spent += sum(copy.seconds for copy in copies)
-            copied += memory.nbytes
-        device.wait(copies[-1])
-        return copied / spent
-    finally:
-        if pinned:
-            device.unpin(memory)
-
-
-def expert_bandwidth(backend: TorchBackend, layout: RecordLayout, seconds: float = 0.3) -> float:
-    """Bytes of records a second at which ``backend`` computes a token's four uncached experts."""
-    count = max(8, -(-(128 << 20) // layout.record_bytes)) // 4 * 4
-    slab = page_aligned(count * layout.record_bytes).view(count, layout.record_bytes)
-    slab.fill_(1)  # pages that nobody has written are all one, which a cache holds
-    records = Records(slab, layout, layout.levels())
-    x_1D = torch.randn(1, layout.hidden_size, generator=torch.Generator().manual_seed(0))
-    slots_E, y_1KD = torch.arange(count, dtype=torch.int32), x_1D.new_empty(1, 4, x_1D.shape[1])
-    spent, rounds, started = 0.0, 0, 0.0
-    while spent < seconds or rounds < 2:
-        for indices_1K in torch.arange(count).view(-1, 1, 4):
-            backend.experts(x_1D, records, slots_E, indices_1K, y_1KD)
-        rounds += 1
-        if rounds == 1:  # the first round was for pages and threads
-            started = time.perf_counter()
-        spent = time.perf_counter() - started
-    return (rounds - 1) * slab.nbytes / spent
-
-
 def link_bandwidths(model: LoadedModel) -> dict[str, float]:
-    """Bytes a second, measured now: ``pcie``, copies from RAM to the GPU; ``pcie_busy``, that while
-    the CPU computes experts from the same RAM; ``experts``, its records.  Empty without a GPU."""
+    """Is ``measure_link`` of an open model; empty without a GPU."""
     if model.experts.hybrid is None:
         return {}
-    device, rows = model.device, list(model.experts.slots.slab[:8])
-    alone, layout = copy_bandwidth(device, rows), model.experts.records.layout
-    with ThreadPoolExecutor(1) as pool:
-        rate = pool.submit(expert_bandwidth, model.cpu, layout, seconds=0.6)
-        copied = copy_bandwidth(device, rows, rate)
-    return {"pcie": alone, "pcie_busy": copied, "experts": rate.result()}
+    codecs = model.experts.records.layout.codecs
+    return measure_link(model.device, model.experts.slots.slab, model.cpu, codecs)
 
 
 def read_bandwidth(model: LoadedModel) -> float:

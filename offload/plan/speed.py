@@ -21,7 +21,7 @@ from slotmoe.model.config import Config
 from slotmoe.model.names import resident_shapes
 from slotmoe.offload.plan.attention import attention_products, kv_read_bytes
 from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes
-from slotmoe.offload.shared_files import write_note
+from slotmoe.offload.shared_files import read_note, write_note
 
 # What prefill does beside products (norms, gates, sums), as int8 products for each value of a token
 # in a layer: the sample, V2-Lite and GLM-4.7-Flash on a Zen 5 core.
@@ -140,10 +140,11 @@ def stored_bandwidths(path: Path) -> Bandwidths:
 
 
 def store_bandwidths(path: Path, **values: float) -> None:
-    """Store measured figures, named as in ``MEASURED``; those not given are forgotten."""
+    """Store measured figures, named as in ``MEASURED``, beside those that are there, whose date
+    stays.  Raises ``OSError``."""
     assert set(values) <= set(MEASURED)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_note(path, {**values, "date": date.today().isoformat()})
+    write_note(path, {"date": date.today().isoformat(), **read_note(path), **values})
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,11 @@ def cpu_cost(bandwidths: Bandwidths) -> float:
 
 def choose_mode(wanted: str, bandwidths: Bandwidths, top_k: int) -> str:
     """``fetch``, ``cpu`` or ``hybrid``: as asked, or for ``auto`` what is best where all of a
-    token's experts are missing, ``fetch`` where nothing was measured.  Raises ``ConfigError``."""
+    token's experts are missing.  Raises ``ConfigError``."""
     if wanted not in MODES:
         raise ConfigError(f"misses {wanted!r:.40} is unknown, expected one of: {', '.join(MODES)}")
     if wanted != "auto":
         return wanted
-    origins = map(bandwidths.origin_of, ("pcie_busy", "experts"))
-    if not all(origin.startswith("measured") for origin in origins):
-        return "fetch"
     computed = for_cpu([1] * top_k, cpu_cost(bandwidths))
     return "fetch" if computed == 0 else "cpu" if computed == top_k else "hybrid"
 

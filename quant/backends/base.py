@@ -166,7 +166,7 @@ class TorchBackend:
         gate_TI, up_TI = self.linear(x_TD, weights.gate_proj), self.linear(x_TD, weights.up_proj)
         if limit := self.swiglu_limit:
             gate_TI, up_TI = gate_TI.clamp(max=limit), up_TI.clamp(-limit, limit)
-        return self.linear(F.silu(gate_TI) * up_TI, weights.down_proj)
+        return self.linear(F.silu(gate_TI, inplace=True).mul_(up_TI), weights.down_proj)
 
     def embed(self, ids_T: Tensor, weight: Prepared) -> Tensor:
         """Rows ``ids`` of the table, float32 [T, D]."""
@@ -320,6 +320,10 @@ class TorchBackend:
         for slot in slots_TK[slots_TK >= 0].unique().tolist():
             uses = (slots_TK == slot).nonzero(as_tuple=True)
             y_TKD[uses] = self.mlp(x_TD[uses[0]], border.Mlp(*records.weights(slot)))
+
+    def outputs(self, x_TD: Tensor, indices_TK: Tensor) -> Tensor:
+        """Memory for what ``experts`` gives, float32 [T, K, D], until the next layer."""
+        return torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
         """Sum over K of weight times output, float32 [T, D].  The order of additions is the gate's,

@@ -23,16 +23,17 @@ from slotmoe.quant.backends import triton_rows
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend, first_best
 from slotmoe.quant.backends.graphs import Capturing, CudaGraphs
 from slotmoe.quant.backends.triton_decoder import TritonDecoder
-from slotmoe.quant.backends.triton_rows import operand, power, row_gate_up
-from slotmoe.quant.kernels.triton import lists, mla, rows, streams, tiles
+from slotmoe.quant.backends.triton_experts import FewExperts
+from slotmoe.quant.backends.triton_rows import ROWS, operand, power
+from slotmoe.quant.kernels.triton import lists, prefill, streams, tiles
 
 # Triton 3.9 warns that its default will change; this is the present one.
 environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 # A tile of many tokens.  Experts always use it: its size changes a row's last bits.
 _BM, _BN = 64, 64
-# So many tokens attend one by one over the latent cache; more use blockwise attention.  Over lists
-# they share the work with more programs.
-_FEW = 16
+_FEW = 16  # so many tokens share the work over lists with more programs
+# A context is split as long as there are so many programs at most, of so many positions at least.
+_PROGRAMS, _SPLITS, _SHARE = 256, 64, 128
 _SCORES = 1 << 24  # of an indexer in memory at once
 _SCORED = 512  # keys that a program of many tokens scores
 
@@ -40,25 +41,24 @@ _SCORED = 512  # keys that a program of many tokens scores
 class TritonBackend(TorchBackend):
     """``graph`` captures the graphs of a decode step; with None its kernels are launched singly."""
 
-    kind = "triton"
+    kind, absorbs = "triton", True
 
     def __init__(self, device: torch.device, swiglu_limit: float = 0.0):
         super().__init__(torch.bfloat16, swiglu_limit)
-        self.interpreted = isinstance(rows.linear, InterpretedFunction)
+        self.interpreted = isinstance(tiles.linear, InterpretedFunction)
         self.name = "triton, interpreted" if self.interpreted else "triton"
-        self._sums: dict[int, Tensor] = {}
-        self._shared: triton_rows.Shared | None = None
+        self._few = FewExperts(device)
         self._finished = torch.zeros(0, dtype=torch.int32)
         self.graph: Capturing | None = CudaGraphs() if device.type == "cuda" else None
 
     def linear(self, x_TK: Tensor, weight: Prepared) -> Tensor:
         kind, data, scale, levels = operand(weight)
         T, (N, K) = len(x_TK), weight.shape
-        if isinstance(weight, Tensor) and T != 1:
+        if isinstance(weight, Tensor) and T > ROWS:
             return F.linear(x_TK.to(weight.dtype), weight).float()
         x_TK, y_TN = x_TK.contiguous(), torch.empty(T, N, device=x_TK.device)
-        if T == 1:
-            return triton_rows.row(x_TK.float(), weight, y_TN)
+        if T <= ROWS:
+            return triton_rows.linear(x_TK.float(), weight, y_TN)
         tile = self._tile(T)
         tiles.linear[(triton.cdiv(N, _BN), triton.cdiv(T, tile["BM"]))](
             x_TK, data, scale, levels, y_TN, T, N, K, KIND=kind, **tile
@@ -68,13 +68,13 @@ class TritonBackend(TorchBackend):
     def mlp(self, x_TD: Tensor, weights: Mlp[Prepared]) -> Tensor:
         gate, up = operand(weights.gate_proj), operand(weights.up_proj)
         T, (N, K) = len(x_TD), weights.gate_proj.shape
-        if gate.kind != up.kind or (gate.kind == triton_rows.DENSE and T != 1):
+        if gate.kind != up.kind or (gate.kind == triton_rows.DENSE and T > ROWS):
             return super().mlp(x_TD, weights)
         x_TD = x_TD.contiguous()
-        if T == 1:
-            h_1N = torch.empty(1, N, device=x_TD.device)
-            row_gate_up(x_TD, gate, up, h_1N, self.swiglu_limit)
-            return self.linear(h_1N, weights.down_proj)
+        if T <= ROWS:
+            h_TN = torch.empty(T, N, device=x_TD.device)
+            triton_rows.gate_up(x_TD, gate, up, h_TN, self.swiglu_limit)
+            return self.linear(h_TN, weights.down_proj)
         h_TN = torch.empty(T, N, dtype=torch.bfloat16, device=x_TD.device)
         tile = self._tile(T)
         tiles.gate_up[(triton.cdiv(N, _BN), triton.cdiv(T, tile["BM"]))](
@@ -88,46 +88,51 @@ class TritonBackend(TorchBackend):
         BM = 16 if T <= 16 else _BM
         return {"BM": BM, "BN": _BN, "WIDEN": self.interpreted, "num_warps": max(4, BM // 8)}
 
-    def expand(self, latent_BR: Tensor, kv_b: Prepared) -> Tensor:
-        return self.linear(latent_BR, kv_b)
-
     # Attention.
 
     def absorb_query(self, q_THN: Tensor, kv_b: Prepared) -> Tensor:
-        T, H, N = q_THN.shape
+        (T, H, N), pitch = q_THN.shape, q_THN.stride(1)
+        assert q_THN.stride() == (H * pitch, pitch, 1)
         _, data, scale, _ = operand(kv_b)
-        R, BR = kv_b.shape[1], 64
+        (rows, R), tile = kv_b.shape, self._tile(T)
         y_THR = torch.empty(T, H, R, device=q_THN.device)
-        mla.absorb_query[(triton.cdiv(R, BR), H, T)](
-            q_THN.contiguous(), data, scale, y_THR, H, N, kv_b.shape[0] // H, R,
-            SCALED=scale is not None, WIDTH=power(N), BR=BR,
+        prefill.absorb_query[(triton.cdiv(R, _BN), H, triton.cdiv(T, tile["BM"]))](
+            q_THN, pitch, data, scale, y_THR, T, H, N, rows // H, R,
+            SCALED=scale is not None, **tile,
         )  # fmt: skip
         return y_THR
 
     def absorb_value(self, o_THR: Tensor, kv_b: Prepared, N: int) -> Tensor:
         T, H, R = o_THR.shape
-        _, data, scale, _ = operand(kv_b)
-        V, BV = kv_b.shape[0] // H - N, 16
+        kind, data, scale, _ = operand(kv_b)
+        V, tile = kv_b.shape[0] // H - N, self._tile(T)
         y_THV = torch.empty(T, H, V, device=o_THR.device)
-        mla.values[(triton.cdiv(V, BV), H, T)](
-            o_THR.contiguous(), None, None, None, data, scale, y_THV, H, N, V, R,
-            PARTS=False, SCALED=scale is not None, LATENT=power(R), BV=BV,
-        )  # fmt: skip
+        prefill.absorb_value[(triton.cdiv(V, _BN), H, triton.cdiv(T, tile["BM"]))](
+            o_THR.contiguous(), data, scale, y_THV, T, H, N, V, R, KIND=kind, **tile
+        )
         return y_THV
 
-    def mla(self, q_THW: Tensor, rows_SW: Tensor, R: int, scale: float) -> Tensor | None:
-        T, H, W = q_THW.shape
-        if T > _FEW or rows_SW.dtype != torch.float16:
-            return None
-        splits, (S, P) = mla.SPLITS.value, (len(rows_SW), W - R)
-        part, best, total = (torch.empty(T, H, splits, n, device=q_THW.device) for n in (R, 1, 1))
-        y_THR = torch.empty(T, H, R, device=q_THW.device)
-        mla.attend[(splits, triton.cdiv(H, 16), T)](
-            q_THW.contiguous(), rows_SW, None, 0, S, scale, part, best, total, T, H, R, P,
-            LOCATED=False, HEADS=16, LATENT=power(R), ROPE=power(P),
+    def mla(self, q_THW: Tensor, rows_SW: Tensor, R: int, scale: float) -> Tensor:
+        """In bfloat16, to which ``absorb_value`` rounds it."""
+        (T, H, W), S, device = q_THW.shape, len(rows_SW), q_THW.device
+        assert q_THW.is_contiguous() and rows_SW.dtype == torch.float16
+        tiles = triton.cdiv(T * H, prefill.ROWS.value)
+        splits = max(1, min(_SPLITS, _PROGRAMS // tiles, S // _SHARE))
+        parts = splits if splits > 1 else 0
+        part, best, total = (torch.empty(T, H, parts, n, device=device) for n in (R, 1, 1))
+        y_THR = torch.empty(T, H, R, dtype=torch.bfloat16, device=device)
+        prefill.attend[(splits, tiles)](
+            q_THW, rows_SW, S, scale, part, best, total, self._counts(tiles, device), y_THR,
+            T, H, R, W - R, LATENT=power(R), ROPE=power(W - R), WIDEN=self.interpreted,
+            num_warps=8,
         )  # fmt: skip
-        mla.combine[(H, T)](part, best, total, S, y_THR, T, H, R, LATENT=power(R))
         return y_THR
+
+    def _counts(self, tiles: int, device: torch.device) -> Tensor:
+        """Zeros, as kernels leave them that count what programs of a tile have finished."""
+        if len(self._finished) < tiles:
+            self._finished = torch.zeros(tiles, dtype=torch.int32, device=device)
+        return self._finished
 
     def attend(self, q_THW: Tensor, listed: Listed, R: int, scale: float) -> Tensor:
         rows_SX, more_SX, lists_TL, sinks_H = listed
@@ -192,11 +197,10 @@ class TritonBackend(TorchBackend):
         (T, K), (Q, iterations, small, eps) = h_TD.shape, hyper
         D, N, device = K // Q, len(mixing.base), h_TD.device
         slices, blocks = triton.cdiv(K, streams.SLICE.value), triton.cdiv(T, streams.TOKENS.value)
-        if len(self._finished) < blocks:
-            self._finished = torch.zeros(blocks, dtype=torch.int32, device=device)
         x_TD, part = torch.empty(T, D, device=device), torch.empty(T, slices, N + 1, device=device)
+        finished = self._counts(blocks, device)
         streams.mix[(slices, blocks)](
-            h_TD.contiguous(), mixing.fn, mixing.scale, mixing.base, part, self._finished, x_TD,
+            h_TD.contiguous(), mixing.fn, mixing.scale, mixing.base, part, finished, x_TD,
             *(mixed or (None, None)), T, D, Q, N, iterations, eps, small,
             STREAMS=triton.next_power_of_2(Q), OUTS=power(N),
         )  # fmt: skip
@@ -214,16 +218,15 @@ class TritonBackend(TorchBackend):
     def decoder(
         self, geometry: Geometry, layers: Sequence[Layer[Prepared]]
     ) -> TritonDecoder | None:
-        """From now on ``experts`` launches for one token the kernels that the decoder launches for
-        these layers, whose shared experts are of one kind.  None but for MLA to all positions."""
+        """From now on ``experts`` launches for a few tokens the kernels that the decoder launches
+        for these layers, whose shared experts are of one kind.  None but for MLA to all positions.
+        """
         for layer in layers:
             if not isinstance(layer.attention, Mla) or layer.attention.indexer is not None:
                 return None
         mlps = [layer.mlp for layer in layers if layer.gate is not None and layer.mlp is not None]
-        self._shared = triton_rows.Shared.of(mlps[0]) if mlps else None
-        norm = layers[0].input_layernorm
-        sum_1D = self.sum_1D(len(norm), norm.device)
-        return TritonDecoder(geometry, layers, sum_1D, self.graph, self.swiglu_limit)
+        self._few.shared = triton_rows.Shared.of(mlps[0]) if mlps else None
+        return TritonDecoder(geometry, layers, self._few, self.graph, self.swiglu_limit)
 
     # Routed experts.
 
@@ -238,9 +241,9 @@ class TritonBackend(TorchBackend):
         """Of many tokens all uses of an expert together, on tensor cores in bfloat16.  Experts
         without a slot are sorted too, so an output doesn't depend on which a call computes."""
         x_TD, indices_TK = x_TD.contiguous(), indices_TK.contiguous()
-        if len(x_TD) == 1:  # each use reads its expert's record, in float32
+        if len(x_TD) <= ROWS:  # each use reads its expert's record, in float32
             routed = triton_rows.Routed(x_TD, records, slots_E, indices_TK, y_TKD)
-            return triton_rows.experts(routed, self._shared, None, self.swiglu_limit)
+            return self._few(routed, self.swiglu_limit, self.graph)
         layout, uses, K = records.layout, indices_TK.numel(), indices_TK.shape[1]
         D, width = layout.hidden_size, layout.moe_intermediate_size
         E, (in_levels, out_levels) = len(slots_E), records.levels
@@ -261,19 +264,14 @@ class TritonBackend(TorchBackend):
             layout.record_bytes, *layout.down_places, KIND=layout.codecs.down.kind, **sizes,
         )  # fmt: skip
 
-    def sum_1D(self, D: int, device: torch.device) -> Tensor:
-        """Where ``weighted_sum`` leaves one token's sum until the next, so that graphs find it."""
-        if D not in self._sums:
-            self._sums[D] = torch.empty(1, D, device=device)
-        return self._sums[D]
+    def outputs(self, x_TD: Tensor, indices_TK: Tensor) -> Tensor:
+        (T, D), K = x_TD.shape, indices_TK.shape[1]
+        if T <= ROWS:
+            return self._few.outputs(T, D, K)
+        return super().outputs(x_TD, indices_TK)
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-        T, K, D = y_TKD.shape
-        one, block = T == 1, 256
-        out_TD = self.sum_1D(D, y_TKD.device) if one else torch.empty(T, D, device=y_TKD.device)
-        # Multiplied and added apart, as torch does, so that both give the same bits.
-        rows.weighted_sum[(triton.cdiv(D, block), T)](
-            y_TKD.contiguous(), weights_TK.contiguous(), out_TD, K, D,
-            BLOCK=block, enable_fp_fusion=False,
-        )  # fmt: skip
-        return out_TD
+        T, _, D = y_TKD.shape
+        if T <= ROWS:
+            return self._few.weighted_sum(y_TKD, weights_TK, self.graph)
+        return triton_rows.weighted_sum(y_TKD, weights_TK, torch.empty(T, D, device=y_TKD.device))

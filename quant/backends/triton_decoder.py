@@ -1,15 +1,16 @@
-"""One token through the layers in few launches, as CUDA graphs on a CUDA device.
+"""A few tokens through the layers in few launches, as CUDA graphs on a CUDA device.
 
-Where every expert has a slot, one graph holds all layers: nothing in it waits for the host.  The
-routed experts are then in the launches of ``end``.  Else a graph goes from one choice of experts to
-the next, so the host starts one for each layer that has experts:
+Where every expert has a slot, one graph holds all layers: nothing in it waits for the host.  Else a
+graph goes from one choice of experts to the next, so the host starts one for each layer that has
+experts, and ``FewExperts`` has the graphs between:
 
-    end     gate and up of the shared expert | down + routed experts' sum + residual
     begin   norm + query and latent projections | (query's second projection) | absorbed query,
             rotation, latent row into the cache | attention over splits of the context | their sum +
             value projection | output + residual | norm + router + choice
+    end     gate and up of all experts | down + their sum + residual
 
-Shapes as in ``slotmoe.model.network``.
+Where experts may be missing the last is one launch more, at the next graph's beginning.  A token's
+bits are those that it has alone.  Shapes as in ``slotmoe.model.network``.
 """
 
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from slotmoe.border import Cache, Experts, Geometry, Layer, Mla, Pending, Step
 from slotmoe.quant.backends import triton_rows as launch
 from slotmoe.quant.backends.base import Prepared, Records, SlotTable
 from slotmoe.quant.backends.graphs import Captured, Capturing
+from slotmoe.quant.backends.triton_experts import Awaited, Buffers, FewExperts
 from slotmoe.quant.backends.triton_rows import Ending, Routed, Shared, operand, power
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.kernels.triton import mla
@@ -33,216 +35,248 @@ from slotmoe.quant.kernels.triton import mla
 class Place(NamedTuple):
     """Between attention and feed-forward: ``h + attention(norm(h))``, and the norm of that."""
 
-    h_1D: Tensor
-    x_1D: Tensor
+    h_TD: Tensor
+    x_TD: Tensor
+
+    @classmethod
+    def of(cls, buffers: Buffers, number: int, T: int, D: int) -> "Place":
+        return cls(*(buffers(f"{name}{number}", T, D) for name in "hx"))
 
 
-class Workspace:
-    """The buffers of one token's step, which all layers share.
+class Gone(NamedTuple):
+    """What a graph leaves: the choice of experts that it stops at, None at the end; the residual
+    stream; and, where it went by a complete slot table, all choices."""
 
-    ``location`` is the position and the address of the sequence's latent cache.  The kernels read
-    it, so one graph serves every position and every sequence.  ``places`` are taken in turn: a
-    graph that begins behind one of them ends in the other.
-    """
-
-    def __init__(self, norm_D: Tensor, geometry: Geometry, swiglu_limit: float):
-        (H, _, P, R, V), router = geometry[:5], geometry.router
-        self.geometry, self.swiglu_limit = geometry, swiglu_limit
-        self._device = device = norm_D.device
-        hidden = len(norm_D)
-        self.embedded_1D, self.h_1D = self.empty(1, hidden), self.empty(1, hidden)
-        self.places = [Place(self.empty(1, hidden), self.empty(1, hidden)) for _ in range(2)]
-        self.rope_1C = torch.empty(1, P // 2, dtype=torch.complex64, device=device)
-        self.query_scale_1 = torch.ones(1, device=device)
-        self.q_HW = self.empty(H, R + P)
-        splits = mla.SPLITS.value
-        self.part, self.best, self.total = (self.empty(H, splits, width) for width in (R, 1, 1))
-        self.o_1X = self.empty(1, H * V)
-        self.location = torch.zeros(2, dtype=torch.int64, device=device)
-        self.finished = torch.zeros(triton.cdiv(hidden, TILE), dtype=torch.int32, device=device)
-        self.one_1 = torch.ones(1, device=device)
-        self.no_choice_1K = torch.empty(1, router.top_k, dtype=torch.int64, device=device)
-        self._scratch: dict[tuple[str, int], Tensor] = {}
-
-    def empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, device=self._device)
-
-    def scratch(self, name: str, width: int) -> Tensor:
-        """A row of ``width`` float32 values, the same for every layer that asks for it."""
-        if (name, width) not in self._scratch:
-            self._scratch[name, width] = self.empty(1, width)
-        return self._scratch[name, width]
-
-    def begin(self, rope_1C: Tensor, query_scale_1: Tensor | None, cache: Cache) -> None:
-        """A step at the end of ``cache``, float16, begins.  Values change by kernels alone."""
-        if query_scale_1 is not None:
-            self.query_scale_1.copy_(query_scale_1)
-        layers_LSW = cache.layers
-        assert layers_LSW.dtype == torch.float16 and layers_LSW.is_contiguous()
-        self.rope_1C.copy_(rope_1C)
-        self.location[0].fill_(cache.length)
-        self.location[1].fill_(layers_LSW.data_ptr())
+    choice: Pending | None
+    h_TD: Tensor
+    indices_MTK: Tensor | None
 
 
-Gone = tuple[Pending | None, Tensor, Tensor | None]
-"""What a graph leaves: see ``TritonDecoder._go``."""
+class Location:
+    """Where each token is: its position, the address of its sequence's latent cache and the bytes
+    of a layer in that.  Kernels read it, so one graph serves all of these."""
+
+    def __init__(self, device: torch.device):
+        self.told_3T = torch.zeros(3, launch.ROWS, dtype=torch.int64, device=device)
+        self._caches = [(0, 0)] * launch.ROWS
+
+    def tell(self, caches: Sequence[Cache], counts: Sequence[int]) -> None:
+        """So many tokens of each come at the end of ``caches``, float16."""
+        start = 0
+        for cache, count in zip(caches, counts, strict=True):
+            layers_LSW, span, length = cache.layers, slice(start, start + count), cache.length
+            assert layers_LSW.dtype == torch.float16 and layers_LSW.is_contiguous()
+            torch.arange(length, length + count, out=self.told_3T[0, span])
+            where = layers_LSW.data_ptr(), layers_LSW[0].nbytes
+            if self._caches[span] != [where] * count:
+                self._caches[span] = [where] * count
+                for told_T, value in zip(self.told_3T[1:], where, strict=True):
+                    told_T[span].fill_(value)
+            start += count
 
 
 class TritonDecoder:
-    """Runs layers for one token; see ``slotmoe.border.Decoder``.  Results last until another."""
+    """Runs layers for a few tokens; see ``slotmoe.border.Decoder``.  Results last until another."""
 
-    rows = 1  # buffers are one token's
+    rows = launch.ROWS
 
     def __init__(
         self,
         geometry: Geometry,
         layers: Sequence[Layer[Prepared]],
-        sum_1D: Tensor,
+        few: FewExperts,
         graph: Capturing | None,
         swiglu_limit: float,
     ):
-        """The sum of the routed experts comes in ``sum_1D``."""
-        self._workspace = Workspace(layers[0].input_layernorm, geometry, swiglu_limit)
-        self._layers = [_Layer(self._workspace, layer) for layer in layers]
-        self._sum_1D, self._capturing = sum_1D, graph
-        # By the first layer, whether all are in it, and the bytes of a layer in the latent cache:
-        # one serves all such caches.  It keeps the addresses of all that it has touched.
-        self._graphs: dict[tuple[int, bool, int], Captured[Gone]] = {}
+        """``few`` has the routed experts, and all buffers but those that outlive the next step of
+        another decoder."""
+        norm = layers[0].input_layernorm
+        self._few, self._capturing, self._geometry, self._D = few, graph, geometry, len(norm)
+        self._location, bound = Location(norm.device), (few.buffers, geometry, swiglu_limit)
+        self._layers = [_Layer(layer, self._location, *bound) for layer in layers]
+        moe_layers = sum(layer.is_moe for layer in self._layers)
+        self._h_TD = norm.new_empty(self.rows, self._D)
+        sizes = max(1, moe_layers), self.rows, geometry.router.top_k
+        self._indices_MTK = torch.zeros(sizes, dtype=torch.int64, device=norm.device)
+        few.buffers("query scale", self.rows).fill_(1)
+        # By the first layer, the tokens, and whether all layers are in it.  A graph keeps the
+        # addresses of all that it has touched.
+        self._graphs: dict[tuple[int, int, bool], Captured[Gone]] = {}
         self._records: Records | None = None
 
     def run_layers(self, step: Step, experts: Experts) -> Pending | None:
         """See ``slotmoe.border.Runner``."""
-        (cache,) = cast(Sequence[Cache], step.caches)
-        first, layer_bytes = step.layer + (step.x_TD is not None), cache.layers[0].nbytes
-        given_1D, table = step.routed_TD, None
+        first, T = step.layer + (step.x_TD is not None), len(step.h_TD)
+        given_TD, table = step.routed_TD, None
         if first == 0:
-            given_1D = step.h_TD
-            self._workspace.begin(step.rope_TC, step.query_scale_T, cache)
-            cache.extend(0, 1)
+            given_TD = step.h_TD
+            self._begin(step)
             shown = experts.slot_table()
             assert isinstance(shown, SlotTable)
-            self._records, table = shown.records, shown if shown.complete else None
-        assert given_1D is not None
-        where = first, table is not None, layer_bytes
+            table = shown if shown.complete else None
+        assert given_TD is not None
+        where = first, T, table is not None
         if where not in self._graphs:
             # What a graph begins with it must not write.
-            begins_1D = self._sum_1D if first else self._workspace.embedded_1D
-            self._graphs[where] = Captured(begins_1D, self._capturing)
-        function = partial(self._go, first, layer_bytes, table)
-        choice, h_1D, indices = self._graphs[where](function, given_1D)
+            begins = self._few.buffers("sum" if first else "embedded", T, self._D)
+            self._graphs[where] = Captured(begins, self._capturing)
+        gone = self._graphs[where](partial(self._go, first, table), given_TD)
         step.timer.mark("captured layers")
         step.routed_TD = None
-        if choice is not None:
+        if (choice := gone.choice) is not None:
+            self._few.awaited = self._layers[choice.layer].awaited(choice)
             step.layer, step.x_TD = choice.layer, choice.x_TD
             return choice
-        step.layer, step.x_TD, step.h_TD = len(self._layers), None, h_1D
-        if indices is not None:
-            experts.passed(0, indices, None)
+        step.layer, step.x_TD, step.h_TD = len(self._layers), None, gone.h_TD
+        if gone.indices_MTK is not None:
+            experts.passed(0, gone.indices_MTK, None)
         return None
 
-    def _go(self, first: int, layer_bytes: int, table: SlotTable | None, given_1D: Tensor) -> Gone:
+    def _begin(self, step: Step) -> None:
+        """A step begins.  Values change by kernels alone."""
+        buffers, T = self._few.buffers, len(step.h_TD)
+        self._location.tell(cast(Sequence[Cache], step.caches), step.counts)
+        _rope(buffers, T, step.rope_TC.shape[1]).copy_(step.rope_TC)
+        if step.query_scale_T is not None:
+            buffers("query scale", T).copy_(step.query_scale_T)
+
+    def _go(self, first: int, table: SlotTable | None, given_TD: Tensor) -> Gone:
         """From layer ``first`` on to the next choice of experts, or with a complete ``table`` to
-        the end: the choice if it stops there, the residual stream, and all choices [M, 1, K] if it
-        went by the table.  ``given`` is the residual stream before the first layer, else the sum of
-        the routed experts of the layer before it."""
-        row = sum(layer.is_moe for layer in self._layers[:first])
-        before, after = self._workspace.places[row % 2 - 1], self._workspace.places[row % 2]
-        workspace, h_1D, chosen = self._workspace, given_1D, list[Tensor]()
-        assert self._records is not None
+        the end.  ``given`` is the residual stream before the first layer, else the sum of the
+        routed experts of the layer before it."""
+        T, K, buffers = len(given_TD), self._geometry.router.top_k, self._few.buffers
+        row, chosen = sum(layer.is_moe for layer in self._layers[:first]), 0
+        # Places are taken in turn: a graph that begins behind one of them ends in the other.
+        before, after = (Place.of(buffers, number % 2, T, self._D) for number in (row - 1, row))
+        h_TD, out_TD, weights_TK = given_TD, self._h_TD[:T], buffers("weights", T, K)
         if first:
-            computed = None, workspace.no_choice_1K, given_1D[None]
-            routed = Routed(before.x_1D, self._records, *computed)
-            h_1D = self._layers[first - 1].end(before, routed, workspace.one_1)
+            h_TD = self._layers[first - 1].finish(before, given_TD, out_TD)
         for index, layer in enumerate(self._layers[first:], first):
-            choice = layer.begin(h_1D, after, index * layer_bytes)
-            if choice is None:
-                h_1D = layer.end(after, None, workspace.one_1)
+            choice = weights_TK, self._indices_MTK[chosen, :T]
+            layer.begin(h_TD, after, index, choice)
+            if not layer.is_moe:
+                h_TD = layer.dense(after, out_TD)
             elif table is None:
-                return Pending(index, after.x_1D, *choice), h_1D, None
+                return Gone(Pending(index, after.x_TD, *choice), h_TD, None)
             else:
-                (weights_1K, indices_1K), slots_E = choice, table.slots_ME[len(chosen)]
-                y_1KD = torch.empty(*indices_1K.shape, h_1D.shape[1], device=h_1D.device)
-                routed = Routed(after.x_1D, table.records, slots_E, indices_1K, y_1KD)
-                h_1D = layer.end(after, routed, weights_1K)
-                chosen.append(indices_1K)
-        return None, h_1D, torch.stack(chosen) if table is not None else None
+                y_TKD, slots_E = self._few.outputs(T, self._D, K), table.slots_ME[chosen]
+                routed = Routed(after.x_TD, table.records, slots_E, choice[1], y_TKD)
+                h_TD = layer.end(after, routed, weights_TK, out_TD)
+                chosen += 1
+        return Gone(None, h_TD, None if table is None else self._indices_MTK[:, :T])
 
 
 class _Layer:
-    """A layer's weights bound to the workspace."""
+    """A layer's weights bound to buffers."""
 
-    def __init__(self, workspace: Workspace, layer: Layer[Prepared]):
-        self._workspace, self._layer, self._geometry = workspace, layer, workspace.geometry
+    def __init__(
+        self,
+        layer: Layer[Prepared],
+        location: Location,
+        buffers: Buffers,
+        geometry: Geometry,
+        swiglu_limit: float,
+    ):
+        self._buffers, self._layer, self._geometry = buffers, layer, geometry
         assert isinstance(layer.attention, Mla)
-        self._attention = layer.attention
+        self._attention, self._limit, self._location = layer.attention, swiglu_limit, location
         self._shared = None if layer.mlp is None else Shared.of(layer.mlp)
         self.is_moe = layer.gate is not None
 
-    def begin(self, h_1D: Tensor, place: Place, layer_at: int) -> tuple[Tensor, Tensor] | None:
-        """Attention and norm into ``place``; weights and indices of the chosen experts, None in a
-        dense layer.  The layer's rows begin ``layer_at`` bytes into the latent cache."""
-        workspace, layer, attention = self._workspace, self._layer, self._attention
-        H, N, P, R, _ = self._geometry[:5]
+    def begin(self, h_TD: Tensor, place: Place, index: int, choice: tuple[Tensor, Tensor]) -> None:
+        """Attention and norm into ``place``; weights and indices of the chosen experts, none in a
+        dense layer, into ``choice``.  The layer is the ``index``-th in the latent cache."""
+        buffers, layer, attention = self._buffers, self._layer, self._attention
+        (H, N, P, R, V), T = self._geometry[:5], len(h_TD)
         width, latent_width = H * (N + P), R + P
         norm = layer.input_layernorm, self._geometry.eps
         if attention.q_a_proj is None:
             assert attention.q_proj is not None
-            both = workspace.scratch("both", width + latent_width)
-            q = launch.row(h_1D, attention.q_proj, both, attention.kv_a_proj, norm)
+            q = buffers("both", T, width + latent_width)
+            launch.linear(h_TD, attention.q_proj, q, attention.kv_a_proj, norm)
             latent = q[:, width:]
         else:
             assert attention.q_b_proj is not None and attention.q_a_layernorm is not None
             Q = attention.q_a_proj.shape[0]
-            low = workspace.scratch("low", Q + latent_width)
-            launch.row(h_1D, attention.q_a_proj, low, attention.kv_a_proj, norm)
-            q, latent = workspace.scratch("q", width), low[:, Q:]
+            low, q = buffers("low", T, Q + latent_width), buffers("q", T, width)
+            launch.linear(h_TD, attention.q_a_proj, low, attention.kv_a_proj, norm)
+            latent = low[:, Q:]
             low_norm = attention.q_a_layernorm, self._geometry.latent_eps
-            launch.row(low, attention.q_b_proj, q, norm=low_norm)
-        self._attend(q, latent, layer_at)
-        launch.row(workspace.o_1X, attention.o_proj, place.h_1D, add=h_1D)
+            launch.linear(low, attention.q_b_proj, q, norm=low_norm)
+        o_TX = buffers("attention", T, H * V)
+        self._attend(q, latent, index, o_TX)
+        launch.linear(o_TX, attention.o_proj, place.h_TD, add_TN=h_TD)
         norm = layer.post_attention_layernorm, self._geometry.eps
         if layer.gate is None:
-            place.x_1D.copy_(F.rms_norm(place.h_1D, norm[0].shape, *norm))
+            place.x_TD.copy_(F.rms_norm(place.h_TD, norm[0].shape, *norm))
+            return
+        logits_TE, finished = buffers("logits", T, len(layer.gate)), self._finished(T)
+        router = layer.gate, self._geometry.router, layer.gate_bias
+        launch.gate(place.h_TD, norm, place.x_TD, *router, logits_TE, finished, choice)
+
+    def dense(self, place: Place, out_TD: Tensor) -> Tensor:
+        """``h + mlp(x)`` of a layer without experts."""
+        mlp, shared = self._layer.mlp, self._shared
+        assert mlp is not None and shared is not None
+        act_TI = self._buffers("dense", len(out_TD), shared.width)
+        launch.gate_up(place.x_TD, shared.gate, shared.up, act_TI, self._limit)
+        return launch.linear(act_TI, mlp.down_proj, out_TD, add_TN=place.h_TD)
+
+    def end(self, place: Place, routed: Routed, weights_TK: Tensor, out_TD: Tensor) -> Tensor:
+        """``h + (experts + mlp(x))``, ``routed`` by their weights."""
+        ending = Ending(self._finished(len(out_TD)), weights_TK, place.h_TD, out_TD)
+        launch.experts(routed, self._shared, self._outputs(len(out_TD)), ending, self._limit)
+        return out_TD
+
+    def awaited(self, choice: Pending) -> Awaited:
+        """The layer where its experts are to be computed by ``FewExperts``."""
+        outputs = self._outputs(len(choice.x_TD))
+        return Awaited(choice.x_TD, choice.weights_TK, choice.indices_TK, self._shared, outputs)
+
+    def finish(self, place: Place, routed_TD: Tensor, out_TD: Tensor) -> Tensor:
+        """``end`` where the experts have been computed: ``routed`` is their sum."""
+        outputs = self._outputs(len(out_TD))
+        shared_TD = None if outputs is None else outputs[1]
+        return launch.finish(routed_TD, shared_TD, place.h_TD, out_TD)
+
+    def _outputs(self, T: int) -> tuple[Tensor, Tensor] | None:
+        """What the shared expert has between its products, and what it gives."""
+        if self._shared is None:
             return None
-        logits_1E = workspace.scratch("logits", len(layer.gate))
-        router, finished = self._geometry.router, workspace.finished
-        given = place.h_1D, norm, place.x_1D, layer.gate, router, layer.gate_bias
-        return launch.gate(*given, logits_1E, finished)
+        D = len(self._layer.input_layernorm)
+        return self._buffers("between", T, self._shared.width), self._buffers("shared", T, D)
 
-    def end(self, place: Place, routed: Routed | None, weights_1K: Tensor) -> Tensor:
-        """``h + (experts + mlp(x))``, ``routed`` by their weights; None in a dense layer."""
-        workspace, mlp, shared = self._workspace, self._layer.mlp, self._shared
-        if routed is None:
-            assert mlp is not None and shared is not None
-            act = workspace.scratch("act", shared.width)
-            launch.row_gate_up(place.x_1D, shared.gate, shared.up, act, workspace.swiglu_limit)
-            return launch.row(act, mlp.down_proj, workspace.h_1D, add=place.h_1D)
-        if shared is None and routed.slots_E is None:
-            return torch.add(place.h_1D, routed.y_1KD[0], out=workspace.h_1D)
-        ending = Ending(workspace.finished, weights_1K, place.h_1D, workspace.h_1D)
-        launch.experts(routed, shared, ending, workspace.swiglu_limit)
-        return workspace.h_1D
+    def _finished(self, T: int) -> Tensor:
+        """Counters that are 0 between two launches."""
+        tiles = triton.cdiv(len(self._layer.input_layernorm), TILE)
+        return self._buffers("finished", T, tiles, dtype=torch.int32)
 
-    def _attend(self, q: Tensor, latent: Tensor, layer_at: int) -> None:
+    def _attend(self, q: Tensor, latent: Tensor, index: int, o_TX: Tensor) -> None:
         """From the projections to each head's value, through the cache."""
-        workspace, (H, N, P, R, V) = self._workspace, self._geometry[:5]
-        attention = self._attention
-        location, sums = workspace.location, (workspace.part, workspace.best, workspace.total)
-        _, kv_b, scale, _ = operand(attention.kv_b_proj)
-        BR, BV, splits, scaled = 64, 16, mla.SPLITS.value, scale is not None
-        mla.queries[(triton.cdiv(R, BR), H + 1)](
-            q, latent, torch.view_as_real(workspace.rope_1C), workspace.query_scale_1,
-            attention.kv_a_layernorm, self._geometry.latent_eps, kv_b, scale, location, layer_at,
-            workspace.q_HW, H, N, P, R, N + V,
+        buffers, (H, N, P, R, V), T = self._buffers, self._geometry[:5], len(q)
+        located, splits = self._location.told_3T, mla.SPLITS.value
+        q_THW = buffers("queries", T, H, R + P)
+        sums = [buffers(f"splits {width}", T, H, splits, width) for width in (R, 1)]
+        sums.append(buffers("totals", T, H, splits))
+        _, kv_b, scale, _ = operand(self._attention.kv_b_proj)
+        BR, BV, scaled = 64, 16, scale is not None
+        mla.queries[(T, triton.cdiv(R, BR), H + 1)](
+            q, q.stride(0), latent, latent.stride(0), torch.view_as_real(_rope(buffers, T, P // 2)),
+            buffers("query scale", T), self._attention.kv_a_layernorm, self._geometry.latent_eps,
+            kv_b, scale, located, index, q_THW, H, N, P, R, N + V,
             SCALED=scaled, HALVES=self._geometry.halves, WIDTH=power(N), BR=BR, LATENT=power(R),
             PAIRS=power(P // 2),
         )  # fmt: skip
-        mla.attend[(splits, triton.cdiv(H, 16), 1)](
-            workspace.q_HW, None, location, layer_at, 0, self._geometry.softmax_scale, *sums,
-            1, H, R, P,
-            LOCATED=True, HEADS=16, LATENT=power(R), ROPE=power(P),
+        mla.attend[(splits, triton.cdiv(H, 16), T)](
+            q_THW, located, index, self._geometry.softmax_scale, *sums, H, R, P,
+            HEADS=16, LATENT=power(R), ROPE=power(P),
         )  # fmt: skip
-        mla.values[(triton.cdiv(V, BV), H, 1)](
-            *sums, location, kv_b, scale, workspace.o_1X, H, N, V, R,
-            PARTS=True, SCALED=scaled, LATENT=power(R), BV=BV,
+        mla.values[(T, triton.cdiv(V, BV), H)](
+            *sums, located, kv_b, scale, o_TX, H, N, V, R,
+            SCALED=scaled, LATENT=power(R), BV=BV,
         )  # fmt: skip
+
+
+def _rope(buffers: Buffers, T: int, C: int) -> Tensor:
+    """What rotates each token's pairs."""
+    return buffers("rope", T, C, dtype=torch.complex64)

@@ -1,7 +1,7 @@
-"""Launches of the kernels for one token, ``slotmoe.quant.kernels.triton.rows``.
+"""Launches of the kernels for a few tokens, ``slotmoe.quant.kernels.triton.rows``.
 
-Shapes: N rows out, K columns in or experts a token, D hidden_size, I the shared expert's width, E
-experts.
+Shapes: T tokens, N rows out, K columns in or experts a token, D hidden_size, I the shared expert's
+width, E experts.
 """
 
 from typing import NamedTuple
@@ -15,8 +15,9 @@ from slotmoe.quant.backends.base import Prepared, Records, unbound
 from slotmoe.quant.codecs.codec import KINDS, TILE
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.kernels.triton import rows
+from slotmoe.quant.kernels.triton import mla, rows
 
+ROWS = mla.TOKENS.value  # at most: with more, tensor cores are faster
 INT8, DENSE = rows.INT8.value, rows.DENSE.value
 # Warps of a program of one token's product.  With two for codes a thread has registers enough for
 # the codes and scales of the step after its own.
@@ -53,14 +54,13 @@ def power(n: int) -> int:
 
 
 class Routed(NamedTuple):
-    """One token's routed experts of a layer: their input, records, and choice, and where their
-    outputs go.  Without ``slots`` they were computed before: ``y`` is their sum, [1, 1, D]."""
+    """A layer's routed experts: their input, records, slots, choice, and where outputs go."""
 
-    x_1D: Tensor
+    x_TD: Tensor
     records: Records
-    slots_E: Tensor | None
-    indices_1K: Tensor
-    y_1KD: Tensor
+    slots_E: Tensor
+    indices_TK: Tensor
+    y_TKD: Tensor
 
 
 class Ending(NamedTuple):
@@ -68,9 +68,9 @@ class Ending(NamedTuple):
     ``weights``.  ``finished``, int32, counts for each tile of ``out`` and is 0 before and after."""
 
     finished: Tensor
-    weights_1K: Tensor
-    h_1D: Tensor
-    out_1D: Tensor
+    weights_TK: Tensor
+    h_TD: Tensor
+    out_TD: Tensor
 
 
 class Shared(NamedTuple):
@@ -90,115 +90,139 @@ class Shared(NamedTuple):
 _NO_SHARED = Shared(0, *[Operand(rows.NONE.value, None, None, None)] * 3)
 
 
-def row(
-    x_1K: Tensor,
+def linear(
+    x_TK: Tensor,
     weight: Prepared,
-    out: Tensor,
+    out_TN: Tensor,
     second: Prepared | None = None,
     norm: tuple[Tensor, float] | None = None,
-    add: Tensor | None = None,
+    add_TN: Tensor | None = None,
 ) -> Tensor:
-    """One row through one weight or two in one launch: ``out`` is float32 of N or N + N2 values.
-    ``norm`` is a weight and an epsilon: the row is normed first.  ``add`` is added."""
+    """Each token through one weight or two in one launch: ``out`` is float32 of N or N + N2
+    columns.  ``x`` may have more columns than the weights.  ``norm`` is a weight and an epsilon:
+    tokens are normed first.  ``add`` is added."""
     kind, data, scale, levels = operand(weight)
     kind2, data2, scale2, levels2 = operand(weight if second is None else second)
     N, K = weight.shape
     N2 = 0 if second is None else second.shape[0]
     gain, eps = (None, 0.0) if norm is None else norm
-    rows.linear[(triton.cdiv(N, TILE) + triton.cdiv(N2, TILE),)](
-        x_1K, gain, eps, data, scale, levels, N, data2, scale2, levels2, N2,
-        add, out, K,
-        KIND=kind, KIND2=kind2, NORM=norm is not None, RESIDUAL=add is not None,
+    rows.linear[(len(x_TK), triton.cdiv(N, TILE) + triton.cdiv(N2, TILE))](
+        x_TK, x_TK.stride(0), gain, eps, data, scale, levels, N, data2, scale2, levels2, N2,
+        add_TN, out_TN, K,
+        KIND=kind, KIND2=kind2, NORM=norm is not None, RESIDUAL=add_TN is not None,
         num_warps=WARPS[kind],
     )  # fmt: skip
-    return out
+    return out_TN
 
 
-def row_gate_up(x_1D: Tensor, gate: Operand, up: Operand, out_1I: Tensor, limit: float) -> Tensor:
-    """``silu(gate(x)) * up(x)`` of one row, within ``limit``; both weights of one kind."""
-    N, K = out_1I.shape[1], x_1D.shape[1]
-    rows.gate_up[(triton.cdiv(N, TILE),)](
-        x_1D, gate.data, gate.scale, up.data, up.scale, gate.levels, out_1I, None, N, K,
+def gate_up(x_TD: Tensor, gate: Operand, up: Operand, out_TI: Tensor, limit: float) -> Tensor:
+    """``silu(gate(x)) * up(x)`` of each token, within ``limit``; both weights of one kind."""
+    N, (T, K) = out_TI.shape[1], x_TD.shape
+    rows.gate_up[(T, triton.cdiv(N, TILE))](
+        x_TD, gate.data, gate.scale, up.data, up.scale, gate.levels, out_TI, None, N, K,
         KIND=gate.kind, LIMIT=limit, COLUMNS=512, num_warps=WARPS[gate.kind],
     )  # fmt: skip
-    return out_1I
+    return out_TI
 
 
 def route(
     logits_TE: Tensor, router: Router, bias_E: Tensor | None, chosen_TK: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Weights and indices of the chosen experts."""
-    T, E = logits_TE.shape
-    choice, sizes, constants = _chooser(T, E, router, bias_E, logits_TE.device)
-    rows.route[(1, T)](logits_TE.contiguous(), bias_E, chosen_TK, *choice, *sizes, **constants)
+    (T, E), device = logits_TE.shape, logits_TE.device
+    weights_TK = torch.empty(T, router.top_k, device=device)
+    choice = weights_TK, torch.empty_like(weights_TK, dtype=torch.int64)
+    sizes, constants = _chooser(E, router, bias_E)
+    rows.route[(T,)](logits_TE.contiguous(), bias_E, chosen_TK, *choice, *sizes, **constants)
     return choice
 
 
 def gate(
-    x_1D: Tensor,
+    x_TD: Tensor,
     norm: tuple[Tensor, float],
-    normed_1D: Tensor,
+    normed_TD: Tensor,
     weight_ED: Tensor,
     router: Router,
     bias_E: Tensor | None,
-    logits_1E: Tensor,
-    finished_1: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Norm, logits and ``route`` of a row in a launch; ``finished_1``, int32, is 0 around it."""
+    logits_TE: Tensor,
+    finished: Tensor,
+    choice: tuple[Tensor, Tensor],
+) -> None:
+    """Norm, logits and ``route`` into ``choice`` in a launch; ``finished``, int32 of T or more, is
+    0 around it."""
     E, D = weight_ED.shape
-    choice, sizes, constants = _chooser(1, E, router, bias_E, x_1D.device)
-    rows.gate[(triton.cdiv(E, _GATE_ROWS),)](
-        x_1D, *norm, normed_1D, weight_ED, D, finished_1, logits_1E, bias_E, *choice, *sizes,
+    sizes, constants = _chooser(E, router, bias_E)
+    rows.gate[(len(x_TD), triton.cdiv(E, _GATE_ROWS))](
+        x_TD, *norm, normed_TD, weight_ED, D, finished, logits_TE, bias_E, *choice, *sizes,
         ROWS=_GATE_ROWS, **constants,
     )  # fmt: skip
-    return choice
 
 
 def _chooser(
-    T: int, E: int, router: Router, bias_E: Tensor | None, device: torch.device
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int, int, float], dict[str, int | str]]:
-    """What the router's kernels take behind their tensors; first, where the choice will be."""
+    E: int, router: Router, bias_E: Tensor | None
+) -> tuple[tuple[int, int, int, int, float], dict[str, int | str]]:
+    """What the router's kernels take behind their tensors."""
     groups, kept, top_k, factor, normalized, group_best, scoring = router
-    weights_TK = torch.empty(T, top_k, device=device)
-    indices_TK = torch.empty(T, top_k, dtype=torch.int64, device=device)
     kind: dict[str, int | str] = {"SCORING": scoring, "BIASED": bias_E is not None}
     kind |= {"GROUP_BEST": group_best, "RENORM": normalized, "BLOCK": power(E)}
-    sizes = E, top_k, groups, kept, factor
     kind |= {"GROUP_BLOCK": power(groups), "K_BLOCK": power(top_k)}
-    return (weights_TK, indices_TK), sizes, kind
+    return (E, top_k, groups, kept, factor), kind
 
 
-def experts(routed: Routed, shared: Shared | None, ending: Ending | None, limit: float) -> None:
-    """One token's routed experts where there are ``slots``, and with ``ending`` the shared one and
-    what comes behind them.  The bits are the same whether the routed ones are computed here or were
-    before.  For what a launch does not use stands something of its type: all are of one kernel."""
-    x_1D, records, slots_E, indices_1K, y_1KD = routed
-    layout, K, (in_levels, out_levels) = records.layout, indices_1K.shape[1], records.levels
+def experts(
+    routed: Routed,
+    shared: Shared | None,
+    outputs: tuple[Tensor, Tensor] | None,
+    ending: Ending | None,
+    limit: float,
+) -> None:
+    """The routed experts that have slots; with ``outputs``, [T, I] and [T, D], the shared one too;
+    with ``ending`` what comes behind them.  The bits are the same in one call or several.  For what
+    a launch does not use stands something of its type: all are of one kernel."""
+    x_TD, records, slots_E, indices_TK, y_TKD = routed
+    layout, (T, K), (in_levels, out_levels) = records.layout, indices_TK.shape, records.levels
     D, width, codecs = layout.hidden_size, layout.moe_intermediate_size, layout.codecs
     J, gate, up, down = shared or _NO_SHARED
-    finished, *sums = ending or (slots_E, y_1KD, y_1KD, y_1KD)
-    table, given = (finished, 0) if slots_E is None else (slots_E, K)
-    with_shared = shared is not None and ending is not None
-    h_KI = h_J = y_D = torch.empty(K * width, device=x_1D.device)
-    if with_shared:
-        h_J, y_D = (torch.empty(size, device=x_1D.device) for size in (J, D))
+    with_shared = shared is not None and outputs is not None
+    h_TKI = torch.empty(T, K, width, device=x_TD.device)
+    h_TJ, shared_TD = outputs if with_shared and outputs else (h_TKI, y_TKD)
     tiles, shared_tiles = triton.cdiv(width, TILE), triton.cdiv(J, TILE)
-    first = 0 if ending is not None else shared_tiles
-    programs = given * tiles + with_shared * shared_tiles
-    rows.experts_gate_up[(programs,)](
-        x_1D, records.slab, table, indices_1K, in_levels, h_KI, D, width,
+    first, programs = (0, shared_tiles) if with_shared else (shared_tiles, 0)
+    rows.experts_gate_up[(T, programs + K * tiles)](
+        x_TD, records.slab, slots_E, indices_TK, in_levels, h_TKI, D, width,
         layout.record_bytes, *layout.gate_up_places, gate.data, gate.scale, up.data, up.scale,
-        gate.levels, h_J, J, first, LIMIT=limit, **_options(codecs.gate_up.kind, gate.kind),
+        gate.levels, h_TJ, J, first,
+        LIMIT=limit, TOP_K=K, **_options(codecs.gate_up.kind, gate.kind),
     )  # fmt: skip
-    tiles, parts = triton.cdiv(D, TILE), given + with_shared
-    first = tiles if shared is not None and ending is None else 0
+    tiles, parts = triton.cdiv(D, TILE), K + with_shared
+    first = tiles if shared is not None and not with_shared else 0
     # Multiplied and added apart, as in ``weighted_sum``.
-    rows.experts_down[(parts * tiles,)](
-        h_KI, records.slab, table, indices_1K, out_levels, y_1KD, D, width,
-        layout.record_bytes, *layout.down_places, h_J, down.data, down.scale, down.levels,
-        y_D, J, finished, *sums, first, parts if ending is not None else 0, y_1KD.shape[1],
+    rows.experts_down[(T, parts * tiles)](
+        h_TKI, records.slab, slots_E, indices_TK, out_levels, y_TKD, D, width,
+        layout.record_bytes, *layout.down_places, h_TJ, down.data, down.scale, down.levels,
+        shared_TD, J, *(ending or (slots_E, y_TKD, y_TKD, y_TKD)), first, parts if ending else 0,
         TOP_K=K, enable_fp_fusion=False, **_options(codecs.down.kind, down.kind),
     )  # fmt: skip
+
+
+def weighted_sum(y_TKD: Tensor, weights_TK: Tensor, out_TD: Tensor) -> Tensor:
+    """The sum of each token's outputs in the gate's order."""
+    (T, K, D), block = y_TKD.shape, 256
+    # Multiplied and added apart, as torch does, so that both give the same bits.
+    rows.weighted_sum[(triton.cdiv(D, block), T)](
+        y_TKD.contiguous(), weights_TK.contiguous(), out_TD, K, D,
+        BLOCK=block, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out_TD
+
+
+def finish(routed_TD: Tensor, shared_TD: Tensor | None, h_TD: Tensor, out_TD: Tensor) -> Tensor:
+    """``out = h + (routed + shared)``."""
+    count, block = out_TD.numel(), 512
+    rows.finish[(triton.cdiv(count, block),)](
+        routed_TD, shared_TD, h_TD, out_TD, count, BLOCK=block
+    )
+    return out_TD
 
 
 def _options(kind: int, shared: int) -> dict[str, int]:

@@ -7,8 +7,9 @@ import torch
 
 from slotmoe.offload.engine import loading
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.observe import measure
+from slotmoe.offload.observe import link, measure
 from slotmoe.offload.policy.prefetch import Prefetcher
+from slotmoe.tools.bench import speed
 from tests.support.engine import IDS, PROMPT
 from tests.support.families import CASES, write_family
 from tests.support.twin import Twin, open_on
@@ -20,9 +21,12 @@ def quick_measurements():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "_MEASURED_BYTES", 16 << 20)
         patch.setattr(measure.drive_bandwidths, "__defaults__", (64 << 20,))
-        rate = measure.expert_bandwidth
-        patch.setattr("slotmoe.tools.bench.speed._TURNS", 1)
-        patch.setattr(measure, "expert_bandwidth", lambda *given, seconds: rate(*given, seconds=0))
+        rate = link.expert_bandwidth
+        patch.setattr(speed, "_TURNS", 1)
+        for owner in (link, speed):
+            patch.setattr(
+                owner, "expert_bandwidth", lambda *given, seconds: rate(*given, seconds=0)
+            )
         yield
 
 

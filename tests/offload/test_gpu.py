@@ -20,10 +20,11 @@ from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.hybrid import MODES, choose_mode, for_cpu
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.kernels.cpu import bindings
+from slotmoe.sizes import format_size
 from slotmoe.tools.bench.speed import calibration, measure
 from tests.support.engine import IDS, PROMPT, decode, start, whole
 from tests.support.params import nth
-from tests.support.twin import EXPERTS, Twin, measured, slow
+from tests.support.twin import EXPERTS, Twin, measured
 
 pytestmark = pytest.mark.usefixtures("always_guessing")
 
@@ -37,7 +38,7 @@ SETTINGS += [({"slots": 30, "cache_policy": policy}, 60) for policy in POLICIES]
 def test_fetch_gives_the_same_bits_for_every_budget_and_policy(
     on_twin, wanted, options, host_slots
 ):
-    twin = Twin(slow if host_slots in (40, 60) else None)
+    twin = Twin(host_slots + len(str(options)))
     with on_twin(twin, host_slots, misses="fetch", **options) as runtime:
         assert torch.equal(runtime.logits(IDS), wanted[0])
         assert [token.id for token in runtime.generate(PROMPT, 8)] == wanted[1]
@@ -53,14 +54,14 @@ def test_fetch_gives_the_same_bits_for_every_budget_and_policy(
 
 
 def test_the_host_waits_only_where_experts_are_missing(on_twin):
-    """And for each token's logits."""
+    """And for each pass's end, its head's, and its logits."""
     twin = Twin()
     with on_twin(twin, misses="fetch") as runtime:
         runtime.warm()
         decode(runtime, IDS[:20], [])
-        before, hits = twin.syncs, runtime.stats()["cache"]["hits"]
+        before, hits = twin.gpu.waits, runtime.stats()["cache"]["hits"]
         decode(runtime, IDS[:20], IDS[20:25])
-        assert twin.syncs == before + 6
+        assert twin.gpu.waits == before + 3 * 6
         assert runtime.stats()["cache"]["hits"] == hits + 6 * 7 * 6
 
 
@@ -72,7 +73,7 @@ def test_the_host_waits_only_where_experts_are_missing(on_twin):
 )
 def test_what_the_cpu_computes_differs_by_rounding_alone(on_twin, wanted, mode, host_slots):
     """Plain torch on both sides: all that is left are float32 sums in another order."""
-    with on_twin(Twin(slow), host_slots, misses=mode, slots=40, kernels="torch") as runtime:
+    with on_twin(Twin(1), host_slots, misses=mode, slots=40, kernels="torch") as runtime:
         torch.testing.assert_close(runtime.logits(IDS), wanted[0], rtol=1e-3, atol=1e-3)
         assert [token.id for token in runtime.generate(PROMPT, 8)] == wanted[1]
         misses = runtime.stats()["misses"]
@@ -94,10 +95,8 @@ def test_split_balances_both_sides():
 
 
 def test_the_mode_follows_what_was_measured():
-    given = Bandwidths().updated("given", pcie_busy=1e9, experts=1e9)
     for rates, mode in (
-        (Bandwidths(), "fetch"),
-        (given, "fetch"),
+        (Bandwidths(), "hybrid"),
         (measured(), "hybrid"),
         (measured(pcie_busy=50e9), "fetch"),
         (measured(experts=50e9), "cpu"),
@@ -126,7 +125,7 @@ def test_several_sequences_and_traces(on_twin, tmp_path):
     found, traces = [], []
     fewer, split = {"slots": 22}, {"misses": "hybrid", "slots": 40, "kernels": "torch"}
     for options in ({}, fewer, split):
-        with on_twin(Twin(slow), sequences=2, **{"misses": "fetch", **options}) as runtime:
+        with on_twin(Twin(1), sequences=2, **{"misses": "fetch", **options}) as runtime:
             runtime.trace(tmp_path / "trace")
             found.append(runtime.engine.call(partial(decoded_together, runtime.engine)))
             whole(runtime)
@@ -143,30 +142,38 @@ def test_ram_is_locked_when_it_is_filled(on_twin, monkeypatch):
     monkeypatch.setattr(host, "PIN_BYTES", 16 * 28672)
     twin = Twin()
     with on_twin(twin, 64, misses="fetch", slots=22) as runtime:
-        assert not twin.pinned
+        assert not twin.gpu.pinned()
         slab, size = runtime.model.store.slab, runtime.plan.record_bytes
         start(runtime)(IDS[:1])
-        for first_byte, length in twin.pinned.items():  # no page that nothing was written to
+        for first_byte, length in twin.gpu.pinned().items():  # no page that nothing was written to
             first = (first_byte - slab.data_ptr()) // size
             assert slab[first : first + length // size].any(dim=1).all()
         runtime.warm()
-        assert sum(twin.pinned.values()) == slab.nbytes
-        before = twin.unpinned_copies
+        assert sum(twin.gpu.pinned().values()) == slab.nbytes
+        before = twin.gpu.unpinned
         runtime.logits(IDS[:5])
-        assert twin.unpinned_copies == before
-    assert not twin.pinned
+        assert twin.gpu.unpinned == before
+    assert not twin.gpu.pinned()
 
 
 def test_ram_that_can_not_be_locked_is_said_once(on_twin, wanted, monkeypatch, caplog):
-    monkeypatch.setattr(host, "PIN_BYTES", 4 * 28672)
+    """Smaller pieces are locked while larger ones are refused, and later ones as soon as they may
+    be; the copies from what is locked wait for no host."""
+    record = 28672
+    monkeypatch.setattr(host, "PIN_BYTES", 16 * record)
     twin = Twin()
-    twin.pins_allowed = 2
-    with on_twin(twin, misses="fetch", slots=22) as runtime:
+    twin.gpu.pins = 23 * record
+    with on_twin(twin, misses="fetch", slots=22, prefetch=False) as runtime:
+        start(runtime)(IDS[:1])  # 42 records
+        found, slab = runtime.stats()["io"]["host"], runtime.model.store.slab
+        assert not found["pinned"] and found["pinned_bytes"] == 22 * record
+        twin.gpu.pins = 128 * record
         assert torch.equal(runtime.logits(IDS), wanted[0])
-        assert not runtime.stats()["io"]["host"]["pinned"]
-    assert [record.message for record in caplog.records] == [
-        "the system locks no more RAM for the twin; copies from it are slower"
-    ]
+        runtime.warm()
+        locked = runtime.stats()["io"]["host"]["pinned_bytes"]
+        assert 100 * record < locked == sum(twin.gpu.pinned().values())
+    told = f"locks only {format_size(locked)} of {format_size(slab.nbytes)} of RAM for the twin"
+    assert [told in record.message for record in caplog.records] == [True]
 
 
 # Which device

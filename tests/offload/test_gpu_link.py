@@ -8,18 +8,22 @@ import os
 import signal
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from slotmoe.offload.devices.pages import page_aligned
 from slotmoe.offload.observe.measure import link_bandwidths
+from slotmoe.offload.policy import prefetch
 from slotmoe.offload.policy.cache import Cache, Learned
+from tests.support import simulated
 from tests.support.disk import forked
 from tests.support.engine import IDS, start, whole
-from tests.support.twin import Twin, TwinDownload
+from tests.support.twin import Twin
 
 LAYERS, TOKENS = 7, IDS[1:5]
+LATE = 2  # a seed of an adversary that runs nothing before the host waits for it
 
 
 def test_a_layer_with_misses_has_few_calls_and_one_wait_and_its_copies_wait_for_no_more(
@@ -41,7 +45,7 @@ def test_a_layer_with_misses_has_few_calls_and_one_wait_and_its_copies_wait_for_
 
             monkeypatch.setattr(owner, name, call)
 
-    log(TwinDownload, "get")
+    log(simulated.cuda.MappedDownload, "get")
     log(Twin, "copy", "record", "write", "download", "wait")
     log(Cache, "use", "by_worth", "victim")
     log(Learned, "use_chunk", "_worth_now")
@@ -50,13 +54,13 @@ def test_a_layer_with_misses_has_few_calls_and_one_wait_and_its_copies_wait_for_
         step = start(runtime)
         step(IDS[:1])  # what was free when the pass began is in no order
         calls.clear()
-        before = twin.syncs, twin.seams, twin.launches
+        before = twin.seams, twin.launches
         for one in TOKENS:
             step([one])
     layers = len(TOKENS) * LAYERS
-    assert twin.syncs - before[0] == layers + len(TOKENS)
-    assert twin.seams - before[1] <= 3 * layers + len(TOKENS)
-    assert twin.launches - before[2] <= 2 * layers
+    assert calls.count("get") == layers + len(TOKENS)
+    assert twin.seams - before[0] <= 3 * layers + len(TOKENS)
+    assert twin.launches - before[1] <= 2 * layers
     after = " ".join(calls).split("get ")[1:]
     copies = [layer.partition(" use")[0].split() for layer in after if "copy" in layer]
     assert len(copies) > 20
@@ -64,15 +68,46 @@ def test_a_layer_with_misses_has_few_calls_and_one_wait_and_its_copies_wait_for_
         assert {*layer} == {"record", "copy"} and layer[:2] == ["record", "copy"]
 
 
+@pytest.mark.usefixtures("always_guessing")
+@pytest.mark.parametrize(("computing", "guesses"), [(0.0, False), (20.0, True)])
+def test_guesses_are_read_in_time_in_which_the_link_idles(on_twin, monkeypatch, computing, guesses):
+    """By a clock of its own, on which a copy takes a second and a layer's experts ``computing``:
+    while demands are copied from gate to gate, no guess is to stand before the next ones."""
+    now, fill = [0.0], simulated.poison
+
+    def copying(memory):
+        fill(memory)
+        now[0] += 1
+
+    def on_launch(number):
+        twin.gpu.put(twin.gpu.default, computed)
+
+    def computed():
+        now[0] += computing
+
+    monkeypatch.setattr(simulated, "clock", lambda: now[0])
+    monkeypatch.setattr(simulated, "poison", copying)
+    monkeypatch.setattr(prefetch, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    twin = Twin(LATE)
+    twin.on_launch = on_launch
+    with on_twin(twin, misses="fetch", slots=22) as runtime:
+        step = start(runtime)
+        for id in IDS[:8]:
+            step([id])
+        read = runtime.stats()["prefetch"]
+    total = sum(read[horizon][how] for horizon in read for how in ("used", "wasted", "cancelled"))
+    assert (total > 0) == guesses
+
+
 @pytest.mark.parametrize("options", [{}, {"slots": 40}], ids=str)
 def test_measuring_the_link_takes_no_memory_of_the_gpu_and_changes_no_record(on_twin, options):
     twin = Twin()
     with on_twin(twin, misses="fetch", **options) as runtime:
         runtime.warm()
-        slab, before = runtime.model.experts.slots.slab, twin.peak
+        slab, before = runtime.model.experts.slots.slab, twin.gpu.peak
         held = slab.clone()
         assert link_bandwidths(runtime.model)["pcie"] > 0
-        assert twin.peak == before
+        assert twin.gpu.peak == before
         assert torch.equal(slab, held)
         whole(runtime)
 

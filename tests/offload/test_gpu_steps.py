@@ -6,12 +6,11 @@ memory.
 """
 
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from slotmoe.model.config import parse_config
 from slotmoe.model.names import role_of
@@ -31,10 +30,11 @@ from slotmoe.quant.shapes import resident_quantization
 from slotmoe.quant.weights import map_tensors
 from tests.support.engine import start, whole
 from tests.support.families import LONG
+from tests.support.graphs import Recorded
 from tests.support.params import nth
 from tests.support.slab import LEVELS, SlabExperts
 from tests.support.tiny import CONFIG, SMALL, random_weights
-from tests.support.twin import Twin, freed, open_on, slow
+from tests.support.twin import Twin, freed, open_on
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -63,74 +63,6 @@ EACH = 1 if DEVICE.type == "cuda" else 5  # of what an interpreter takes long fo
 def error(actual, expected):
     """Relative RMS difference."""
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-aten = torch.ops.aten
-# What makes the host wait for a GPU, or a GPU for the host's memory: no graph can hold it.
-NEEDS_THE_HOST = (aten.item, aten._local_scalar_dense, aten.nonzero, aten.masked_select)
-NEEDS_THE_HOST += (aten._unique2, aten.lift_fresh)  # torch.tensor(...)
-
-
-class Recorded(TorchDispatchMode):
-    """What a ``Graph`` is on a GPU: the kernels and torch operations of a function with the
-    memory that they had.
-
-    ``replay`` repeats them there and calls nothing else.  A function that asks for a value on the
-    host, or uses one, fails as on a GPU.
-    """
-
-    made = kernels = 0  # how many of these, and those that a GPU would launch of the latest
-
-    def __init__(self, function):
-        super().__init__()
-        Recorded.made, Recorded.kernels = Recorded.made + 1, 0
-        self._work, self._inside = [], False
-        call, tolist = interpreter.GridExecutor.__call__, torch.Tensor.tolist
-        recorder = self
-
-        def launch(executor, *args, **kwargs):
-            recorder._work.append(lambda: call(executor, *args, **kwargs))
-            Recorded.kernels += 1
-            recorder._inside = True  # what the interpreter does with torch is not ours
-            call(executor, *args, **kwargs)
-            recorder._inside = False
-
-        def refuse(tensor):
-            raise AssertionError("a graph's work asked for values on the host")
-
-        interpreter.GridExecutor.__call__, torch.Tensor.tolist = launch, refuse
-        try:
-            with self:
-                self.outputs = function()
-        finally:
-            interpreter.GridExecutor.__call__, torch.Tensor.tolist = call, tolist
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        masks = operation is aten.index.Tensor and any(
-            mask is not None and mask.dtype == torch.bool for mask in args[1]
-        )
-        refused = operation.overloadpacket in NEEDS_THE_HOST or masks
-        assert self._inside or not refused, f"a graph's work needs the host: {operation}"
-        result = operation(*args, **(kwargs or {}))
-        if not self._inside:
-            self._work.append(partial(self._repeat, operation, args, kwargs or {}, result))
-            schema = operation._schema
-            views = any(returned.alias_info for returned in schema.returns)
-            changes = any(one.alias_info and one.alias_info.is_write for one in schema.arguments)
-            makes_memory = schema.name.startswith("aten::empty")
-            Recorded.kernels += not makes_memory and (changes or not views)
-        return result
-
-    @staticmethod
-    def _repeat(operation, args, kwargs, result):
-        again = operation(*args, **kwargs)
-        for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-            if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                old.copy_(new)
-
-    def replay(self):
-        for work in self._work:
-            work()
 
 
 def make_network(backend, resident="int8", complete=False, **overrides):
@@ -198,10 +130,11 @@ def test_captured_steps_plain_calls_prefill_and_plain_torch_agree(case):
     assert not captured.experts.calls
 
 
-# Sequence, token ids, whether every expert has a slot, and the graphs that are made: one of whole
-# steps for each size of cache, or one to the choice of experts and one behind it.
-PASSES = [("a", [3], True, 1), ("b", [9], True, 0), ("c", [30], False, 2), ("a", [8], False, 2)]
-PASSES += [("c", [5, 9], False, 0), ("c", [8], True, 1), ("c", [3], False, 0)]
+# Sequence, token ids, whether every expert has a slot, and the graphs that are made for so many
+# tokens: one of whole steps; or one to the choice of experts, one of these, of their sum, and one
+# behind it.
+PASSES = [("a", [3], True, 1), ("b", [9], True, 0), ("c", [30], False, 4), ("a", [8], False, 0)]
+PASSES += [("c", [5, 9], False, 4), ("c", [8], True, 0), ("c", [3], False, 0)]
 
 
 def test_graphs_replay_what_plain_calls_do():
@@ -242,21 +175,63 @@ def test_graphs_replay_what_plain_calls_do():
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the graphs that are counted are recorded ones")
+@pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize(("q_lora_rank", "most"), [(None, GPU_LAUNCHES), (16, GPU_LAUNCHES + 1)])
-def test_a_layer_is_as_many_launches_as_the_plan_reckons_with(monkeypatch, q_lora_rank, most):
+def test_a_layer_is_as_many_launches_as_the_plan_reckons_with(monkeypatch, q_lora_rank, most, rows):
     """All of them with its experts, in the graph of a whole step; where experts may be missing, a
-    graph goes from one choice to the next.  What the kernels compute is nothing here."""
+    graph goes from one choice to the next, and two have the experts and their sum.  What the
+    kernels compute is nothing here."""
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *arguments, **options: None)
     kernels = {}
-    for layers, complete in ((2, True), (3, True), (2, False)):
+
+    def graph(function):
+        recorded = Recorded(function)
+        kernels[layers, complete].append(Recorded.kernels)
+        return recorded
+
+    for layers, complete in ((2, True), (3, True), (2, False), (3, False)):
         options = {"num_hidden_layers": layers, "q_lora_rank": q_lora_rank}
-        network = make_network(triton_ops(Recorded), complete=complete, **options)
-        Recorded.made = 0
-        decode(network, [3], cache_of(network, 2))
-        kernels[layers, complete] = Recorded.kernels
-        assert Recorded.made == (1 if complete else 2)
-    assert kernels[3, True] - kernels[2, True] == most
-    assert kernels[2, False] == 2  # behind the last choice: the shared experts' two products
+        network = make_network(triton_ops(graph), complete=complete, **options)
+        kernels[layers, complete] = []
+        caches = [cache_of(network, 2) for _ in range(rows)]
+        network.forward(torch.arange(rows, device=DEVICE), caches)
+    ((two,), (three,)) = kernels[2, True], kernels[3, True]
+    assert three - two == most
+    first, *others, last = kernels[3, False]
+    # Experts, the shared one among them; their sum; all added, and the next layer to its choice.
+    assert others == [2, 1, most - 1, 2] and last == 1
+    assert kernels[2, False] == [first, 2, 1, 1]
+
+
+# Passes over several sequences: how many tokens of each.  The second has the first one's graphs.
+SEVERAL = {"3": ([1, 2], [2, 1]), "8": ([4, 1, 1, 2], [1] * 8), "5": ([5], [1, 4])}
+
+
+@pytest.mark.parametrize(("rows", "complete"), nth(6, product(SEVERAL, (True, False))))
+def test_each_token_of_a_step_is_bitwise_as_alone(rows, complete):
+    """Of one sequence and of several, in caches of different sizes that hold more or less."""
+    alone, network = (
+        make_network(triton_ops(graph), complete=complete, q_lora_rank=16)
+        for graph in (None, Recorded)
+    )
+    for number, counts in enumerate(SEVERAL[rows]):
+        made, pairs, expected_TD = Recorded.made, [], []
+        for place, count in enumerate(counts):
+            pairs.append([cache_of(each, 20 + place) for each in (alone, network)])
+            length = 3 * place + number
+            before = torch.randn(pairs[-1][0].layers[:, :length].shape, device=DEVICE).half()
+            for cache in pairs[-1]:
+                cache.layers[:, :length], cache.length = before, length
+            expected_TD.append(decode(alone, range(place, place + count), pairs[-1][0]))
+        ids = [id for place, count in enumerate(counts) for id in range(place, place + count)]
+        caches = [cache for _, cache in pairs]
+        actual_TD = network.forward(torch.tensor(ids, device=DEVICE), caches, counts)
+        assert torch.equal(actual_TD, torch.cat(expected_TD))
+        assert DEVICE.type == "cuda" or (Recorded.made > made) == (number == 0)
+        for expected, actual in pairs:
+            end = expected.length
+            assert actual.length == end
+            assert torch.equal(actual.layers[:, :end], expected.layers[:, :end])
 
 
 def test_a_captured_function_is_plain_for_other_shapes_types_and_with_gradients():
@@ -282,7 +257,7 @@ def test_the_engine_gives_the_same_bits_for_every_budget_by_graphs_and_without(
     monkeypatch.setattr(Network, "head", lambda self, h_TD: h_TD.clone())
     uses, outputs, routes = SMALL["num_experts_per_tok"], [], []
     for graph, slots in ((None, None), (Recorded, None), (Recorded, 2)):
-        twin, Recorded.made, heard = Twin(slow, triton=True, graph=graph), 0, []
+        twin, Recorded.made, heard = Twin(1, triton=True, graph=graph), 0, []
         with open_on(small_export, twin, misses="fetch", slots=slots) as runtime, freed(runtime):
             assert runtime.stats()["kernels"] == "triton, interpreted"
             runtime.warm()
@@ -294,7 +269,8 @@ def test_the_engine_gives_the_same_bits_for_every_budget_by_graphs_and_without(
             if slots is None:
                 assert runtime.stats()["cache"]["hits"] == before + 3 * uses
                 assert all((route.row, route.hits, route.misses) == (0, uses, 0) for route in heard)
-            made = 0 if graph is None else 1 if slots is None else 2
+            # Before the experts of a layer, theirs, their sum, and behind it.
+            made = 0 if graph is None else 1 if slots is None else 4
             assert Recorded.made == made
             whole(runtime)
         outputs.append(torch.cat(steps))

@@ -31,7 +31,7 @@ from slotmoe.model.layers import geometry_of
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.quant.backends.triton import TritonBackend
 from slotmoe.quant.codecs.codec import INT4, LUT3, LUT4, MXFP4, ExpertCodecs
-from tests.support.meta import empty, forward, network_of
+from tests.support.meta import META, empty, forward, network_of
 from tests.support.slab import NF4S
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -186,8 +186,7 @@ def launch_operations(backend, geometry):
 if __name__ == "__main__":
     _, target, geometry, *codes = sys.argv
     JITFunction.run = compile_instead(int(target[3:]), ".rows.experts_" if codes else "")
-    given = TritonBackend(torch.device("cuda"))
-    given.graph = None
+    given = TritonBackend(META)
     geometry = geometry_path(geometry)
     described_by = read_config(geometry)
     for code in codes:

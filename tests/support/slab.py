@@ -47,7 +47,7 @@ class SlabExperts:
     def __call__(self, layer, x_TD, weights_TK, indices_TK):
         self.calls.append(layer)
         self.chosen.append((layer, indices_TK.tolist()))
-        y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
+        y_TKD = self._backend.outputs(x_TD, indices_TK)
         slots_E = self._slots_ME[self._layers.index(layer)]
         self._backend.experts(x_TD, self._records, slots_E, indices_TK, y_TKD)
         return self._backend.weighted_sum(y_TKD, weights_TK)

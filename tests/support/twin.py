@@ -1,97 +1,27 @@
-"""A GPU in RAM, really asynchronous: copies run in a thread and take as long as a test wants.
+"""A GPU in RAM, really asynchronous: the product's ``CudaDevice`` over a simulated ``torch.cuda``.
 
-Its compute stream is the thread that computes, so ``wait`` blocks.  What a missing wait or event
-would do on a real GPU is an assertion here: each launch says which slots it reads, and each copy
-into a slot has to come after the slot's last reader and before its next.  A slot holds NaNs from
-the moment its copy is queued until it has landed, and a copy reads its source late, so that what
-slips through is a wrong result.
+What a missing wait, an early write or a slot that is used again would do on a GPU shows as a wrong
+text: nothing here knows slots or events.  ``tests/support/simulated.py`` says what runs when.
 """
 
 import gc
-import os
 import sys
-import threading
-import time
 import weakref
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from mmap import mmap
-from queue import Queue
+from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from slotmoe.offload.devices.cuda import CudaDevice, Mailbox, Mapped
-from slotmoe.offload.devices.device import DeviceMemory
 from slotmoe.offload.engine import loading
 from slotmoe.offload.plan.memory import make_plan
 from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.backends.base import TorchBackend
+from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.export.layout import checksum
-
-
-class Block(bytearray):
-    """Memory of the GPU; can be watched until it is freed."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """An event of the compute stream, which has happened: behind kernel ``tick``."""
-
-    tick: int
-    error = None
-
-    def done(self):
-        return True
-
-    def synchronize(self):
-        pass
-
-
-class TwinCopy:
-    def __init__(self, twin, number):
-        self._twin, self.number = twin, number
-        self.landed, self.error, self.seconds = threading.Event(), None, 0.0
-
-    def done(self):
-        if self.landed.is_set():
-            self._twin.order(self.number)
-        return self.landed.is_set()
-
-    def synchronize(self):
-        assert self.landed.wait(30)
-        self._twin.order(self.number)
-
-
-class TwinDownload:
-    """Counts the host's waits."""
-
-    def __init__(self, twin, download):
-        self._twin, self._download, self.others = twin, download, download.others
-
-    def get(self):
-        self._twin.syncs += 1
-        return self._download.get()
-
-
-class NoEngine(TorchDispatchMode):
-    """The GPU's one copy engine has records before it: nothing small may be given to it, which is
-    what torch does when a tensor is copied as it is between the host and the GPU."""
-
-    COPIES = (torch.ops.aten.copy_, torch.ops.aten._to_copy, torch.ops.aten.clone)
-
-    def __init__(self, twin):
-        super().__init__()
-        self._twin = twin
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation.overloadpacket in self.COPIES:
-            sides = {self._twin.side(tensor) for tensor in args if isinstance(tensor, torch.Tensor)}
-            assert sides == {"host"}, f"{operation} of small memory by the copy engine"
-        return operation(*args, **(kwargs or {}))
+from slotmoe.quant.weights import map_tensors
+from tests.support import simulated
 
 
 class Told:
@@ -99,10 +29,34 @@ class Told:
 
     twin = None
 
+    def experts(self, *what):
+        self.twin.launch()
+        super().experts(*what)
+
+
+class AsKernels:
+    """What has most operations is one kernel each, as the Triton backend's are."""
+
     def experts(self, x_TD, records, slots_E, indices_TK, y_TKD):
-        used = set(slots_E[indices_TK].flatten().tolist()) - {-1}
-        self.twin.launch([records.slab[slot] for slot in used])
-        super().experts(x_TD, records, slots_E, indices_TK, y_TKD)
+        levels, layout, compute = records.levels.elem, records.layout, super().experts
+
+        def run(slab, *tensors):
+            compute(tensors[0], Records(slab, layout, levels), *tensors[1:])
+
+        simulated.launch(run, records.slab, x_TD, slots_E, indices_TK, y_TKD)
+
+    def linear(self, x_TK, weight):
+        if not isinstance(x_TK, simulated.Tensor):
+            return super().linear(x_TK, weight)
+        y_TN, linear = torch.empty(len(x_TK), weight.shape[0], device=x_TK.device), super().linear
+        weight = map_tensors(weight, lambda tensor: tensor.elem)
+        simulated.launch(lambda y_TN, x_TK: y_TN.copy_(linear(x_TK, weight)), y_TN, x_TK)
+        return y_TN
+
+    def weighted_sum(self, y_TKD, weights_TK):
+        y_TD, compute = torch.empty_like(y_TKD[:, 0]), super().weighted_sum
+        simulated.launch(lambda y_TD, *given: y_TD.copy_(compute(*given)), y_TD, y_TKD, weights_TK)
+        return y_TD
 
 
 class Decoding(TorchBackend):
@@ -125,54 +79,30 @@ class Decoding(TorchBackend):
         super().experts(x_TD, decoded, slots_E, indices_TK, y_TKD)
 
 
-class TwinBackend(Told, Decoding):
+class TwinBackend(Told, AsKernels, Decoding):
     pass
 
 
-class Twin:
-    """``delay(n)`` acts in the copies' thread before the n-th; ``fail(n)`` may raise when it is
-    queued, ``spoil(n)`` says that it fails on its way; ``on_launch(n)`` acts before the n-th
-    launch.  ``graph`` is the Triton backend's, where ``triton``.  ``capacity`` bytes, of which
-    others have ``taken`` some."""
+class Twin(simulated.cuda.CudaDevice):
+    """``seed`` is the adversary's.  ``fail(n)`` may raise when the n-th copy is queued,
+    ``spoil(n)`` says that the GPU fails before it; ``on_launch(n)`` acts before the n-th launch.
+    ``graph`` is the Triton backend's, where ``triton``."""
 
-    device, name, tier, queues = torch.device("cpu"), "the twin", "vram", True
-
-    def __init__(self, delay=None, capacity=1 << 30, triton=False, graph=None):
+    def __init__(self, seed=0, capacity=1 << 30, triton=False, graph=None):
         sys.audit("tests.twin")
+        self.gpu = simulated.new_gpu(seed, capacity)
+        weakref.finalize(self, self.gpu.close)
+        super().__init__(self.gpu.index)
+        simulated.set_device(0)  # a thread that nobody has told has the first one
         self._triton, self._graph = triton, graph
-        self.delay = delay or (lambda number: None)
         self.fail = self.spoil = self.on_launch = lambda number: None
-        self.capacity, self.taken, self.allocated, self.peak = capacity, 0, 0, 0
-        self.syncs = self.launches = self.copies = self.released = self.seams = 0
-        self._mailbox, self._host_side, self._given = Mailbox(), [], set()
-        self.pinned, self.pins_allowed, self.unpinned_copies = {}, 1 << 30, 0  # address -> bytes
-        self._ordered = -1
-        # By a slot's address: its last reader, and the number of its last copy.
-        self._read, self._written = {}, {}
-        self._lock, self._queue = threading.Lock(), Queue()
-        threading.Thread(target=self._run, args=(self._queue,), daemon=True).start()
-        weakref.finalize(self, self._queue.put, None)
-
-    @staticmethod
-    def _run(queue):
-        while (item := queue.get()) is not None:
-            copy, source, target, delay, spoiled = item
-            started = time.perf_counter()
-            delay(copy.number)
-            if spoiled:
-                copy.error = RuntimeError("an illegal memory access")
-            else:
-                target.copy_(source)
-            copy.seconds = time.perf_counter() - started
-            copy.landed.set()
-            del item, copy, source, target, delay
-
-    # What the engine asks for
+        self.launches = self.copies = self.released = self.seams = 0
 
     def backend(self, kernels, swiglu_limit=0.0):
         if self._triton:
             from slotmoe.quant.backends.triton import TritonBackend
 
+            simulated.queue_interpreted_kernels()
             ops = type("TwinTriton", (Told, TritonBackend), {})(self.device, swiglu_limit)
             ops.graph = self._graph
         else:
@@ -181,124 +111,52 @@ class Twin:
         return ops
 
     def empty(self, shape, dtype):
-        size = torch.Size(shape).numel() * dtype.itemsize
-        with self._lock:
-            if self.allocated + size > self.capacity - self.taken:
-                raise torch.OutOfMemoryError(f"out of memory: tried to allocate {size} bytes")
-            self.allocated += size
-            self.peak = max(self.peak, self.allocated)
-        block = Block(b"\xff" * max(size, 1))
-        weakref.finalize(block, self._freed, size)
-        return torch.frombuffer(block, dtype=torch.uint8)[:size].view(dtype).view(shape)
+        gpu, size = self.gpu, torch.Size(shape).numel() * dtype.itemsize
+        if gpu.allocated + size > gpu.capacity - gpu.taken:
+            raise torch.OutOfMemoryError(f"out of memory: tried to allocate {size} bytes")
+        gpu.allocated += size
+        gpu.peak = max(gpu.peak, gpu.allocated)
+        made = super().empty(shape, dtype)
+        weakref.finalize(made.memory, self._freed, gpu, size)
+        return made
 
-    weights = CudaDevice.weights
-    run = CudaDevice.run
+    @staticmethod
+    def _freed(gpu, size):
+        gpu.allocated -= size
 
-    def current(self):
-        return nullcontext()
-
-    def _freed(self, size):
-        self.allocated -= size
-
-    def record(self):
-        return Point(self.launches)
-
-    def wait(self, event):
-        event.synchronize()
-        if event.error is not None:
-            raise event.error
+    def run(self, step, ways_out):
+        """Its one copy engine has records before it: nothing small may be given to it, which is
+        what torch does when a tensor is copied as it is between the host and the GPU."""
+        before = self.gpu.engine
+        result = super().run(step, ways_out)
+        assert self.gpu.engine == before, "small memory went by the copy engine"
+        return result
 
     def copy(self, source, target, after):
-        with self._lock:
-            self.copies += 1
-            self.fail(self.copies)
-            last = self._read.get(target.data_ptr(), 0)
-            assert after.tick >= last, (
-                f"copy {self.copies} overwrites a slot that kernel {last} reads, "
-                f"and waits only for {after.tick}"
-            )
-            self.unpinned_copies += not self._is_pinned(source)
-            self._written[target.data_ptr()] = self.copies
-            target.fill_(255)
-            copy = TwinCopy(self, self.copies)
-            self._queue.put((copy, source, target, self.delay, self.spoil(self.copies)))
-            return copy
-
-    def mapped(self, size):
-        """Memory with two addresses, as page-locked RAM has one for the host and one for
-        kernels."""
-        handle = os.memfd_create("mapped")
-        os.ftruncate(handle, size)
-        memory = Mapped(*(torch.frombuffer(mmap(handle, size), dtype=torch.uint8) for _ in "12"))
-        os.close(handle)
-        self._host_side.append(memory.host)
-        return memory
-
-    def side(self, tensor):
-        """Whether memory is the host's or the GPU's: kernels' view of page-locked RAM is theirs."""
-        address = tensor.data_ptr()
-        if any(0 <= address - own.data_ptr() < len(own) for own in self._host_side):
-            return "host"
-        return "host" if address in self._given else "GPU"
+        self.copies += 1
+        self.fail(self.copies)
+        if self.spoil(self.copies):
+            self.gpu.put(self._copies, simulated.fault)
+        return super().copy(source, target, after)
 
     def download(self, *tensors):
         self.seams += 1
-        with NoEngine(self):
-            download = self._mailbox.read(self, *tensors)
-        return TwinDownload(self, download)
+        return super().download(*tensors)
 
     def upload(self, tensor):
-        result = torch.empty_like(tensor)
-        self.write(tensor, result)
-        return result
-
-    def write(self, source, target):
         self.seams += 1
-        self._given = {source.data_ptr()}
-        with NoEngine(self):
-            self._mailbox.write(self, source, target)
-        self._given = set()
+        return super().upload(tensor)
 
-    def _is_pinned(self, memory):
-        address = memory.data_ptr()
-        return any(start <= address < start + size for start, size in self.pinned.items())
-
-    def pin(self, memory):
-        first = memory.data_ptr()
-        assert first % 4096 == 0 and not self._is_pinned(memory)
-        assert not any(first <= start < first + memory.nbytes for start in self.pinned)
-        if len(self.pinned) >= self.pins_allowed:
-            return False
-        self.pinned[first] = memory.nbytes
-        return True
-
-    def unpin(self, memory):
-        del self.pinned[memory.data_ptr()]
-
-    def memory(self):
-        free = self.capacity - self.taken - self.allocated
-        return DeviceMemory(free, self.capacity, self.allocated, self.allocated, self.peak)
+    def write(self, source, target, at=None):
+        self.seams += 1
+        super().write(source, target, at)
 
     def release(self):
         self.released += 1
 
-    # What its copies and ops tell
-
-    def order(self, number):
-        """The compute stream is behind the copy ``number`` now, and so behind all before it."""
-        self._ordered = max(self._ordered, number)
-
-    def launch(self, rows):
-        """A kernel that reads ``rows``."""
+    def launch(self):
         self.on_launch(self.launches + 1)
         self.launches += 1
-        for row in rows:
-            number = self._written.get(row.data_ptr(), -1)
-            assert number <= self._ordered, (
-                f"kernel {self.launches} reads a slot and nobody has waited for copy {number} into "
-                "it"
-            )
-            self._read[row.data_ptr()] = self.launches
 
 
 # The engine on it
@@ -338,13 +196,9 @@ def freed(runtime):
         runtime.close()
         assert not [type(ref()) for ref in gone if ref() is not None]
         if getattr(twin, "_triton", True) is False:  # Triton's interpreter keeps tensors itself
-            assert twin.allocated == 0
+            assert twin.gpu.allocated == 0
     finally:
         gc.enable()
-
-
-def slow(number):
-    time.sleep(0.0005 * (number % 3))
 
 
 def measured(pcie_busy=1e9, experts=1e9):

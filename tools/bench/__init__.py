@@ -65,7 +65,9 @@ def command(model: str, calibrate: bool, as_json: bool, **options: Any) -> None:
         options["context"] = runtime.context
     compare_disk(closed, report["disk"])
     if calibrate:
-        store_bandwidths(cache_folder() / "machine.json", **calibration(closed, report))
+        figures = calibration(closed, report)
+        (path := cache_folder() / "machine.json").unlink(missing_ok=True)  # of another day
+        store_bandwidths(path, **figures)
     given = {key: value for key, value in options.items() if value is not None}
     report["settings"] = {"model": model, **given, **report["settings"]}
     print(json_of(report)) if as_json else _print(report)

@@ -13,6 +13,7 @@ import torch
 
 from slotmoe.offload.devices.pages import in_large_pages
 from slotmoe.offload.observe import measure as observed
+from slotmoe.offload.observe.link import expert_bandwidth
 from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends.base import Records, TorchBackend
@@ -54,9 +55,9 @@ def core_rates(closed: observed.Lasting) -> dict[str, float]:
     left_out = _TURNS // 12
     means = {name: fmean(sorted(times)[: _TURNS - left_out]) for name, times in spent.items()}
     rates = {name: count / means[name] / backend.threads for name, (_, count) in ways.items()}
-    rates["all_bytes"] = observed.expert_bandwidth(backend, layout, seconds=0.3)
+    rates["all_bytes"] = expert_bandwidth(backend, layout, seconds=0.3)
     backend.run_on(replace(closed.placement, threads=1))
-    rates["core_bytes"] = observed.expert_bandwidth(backend, layout, seconds=0.3)
+    rates["core_bytes"] = expert_bandwidth(backend, layout, seconds=0.3)
     backend.run_on(closed.placement)
     return rates
 

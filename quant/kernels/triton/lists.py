@@ -32,12 +32,14 @@ def _part(
             others_ptr = more_ptr - held.to(tl.int64) * (R + P)
             row_ptr = tl.where(row < held, rows_ptr, others_ptr) + row * (R + P)
             row_ptr = tl.multiple_of(row_ptr, ALIGNED)  # which Triton forgets where it chooses
-        best, total, sums = added(latent, rope, factor, row_ptr, row >= 0, R, P, best, total, sums)
+        best, total, sums = added(
+            latent, rope, factor, row_ptr, row >= 0, (row >= 0)[None, :], R, P, best, total, sums
+        )
     return best, total, sums
 
 
 @triton.jit
-def _joined(best, total, sums, next_best, next_total, next_sums):
+def joined(best, total, sums, next_best, next_total, next_sums):
     """A part with the next one; either may have had no row."""
     better = tl.maximum(best, next_best)
     base = tl.where(better > float("-inf"), better, 0.0)
@@ -51,7 +53,7 @@ def _finished(best, total, sums, sinks_ptr, head, H):
     """What all parts amount to, with the heads' sinks as rows of no value."""
     if sinks_ptr is not None:
         sinks = tl.load(sinks_ptr + head, mask=head < H, other=0.0) * LOG2E
-        best, total, sums = _joined(best, total, sums, sinks, 1.0, 0.0)
+        best, total, sums = joined(best, total, sums, sinks, 1.0, 0.0)
     return sums / total[:, None]
 
 
@@ -78,7 +80,7 @@ def attend(
         next_best, next_total, next_sums = _part(
             latent, rope, factor, rows_ptr, more_ptr, held, list_ptr, first, L, R, P, ALIGNED
         )
-        best, total, sums = _joined(best, total, sums, next_best, next_total, next_sums)
+        best, total, sums = joined(best, total, sums, next_best, next_total, next_sums)
     at, valid = t * H + head, (head < H)[:, None] & (r < R)[None, :]
     if WHOLE:
         sums = _finished(best, total, sums, sinks_ptr, head, H)
@@ -104,7 +106,7 @@ def combine(
     sums = tl.full([HEADS, COLUMNS], 0, tl.float32)
     for part in range(parts):
         row = at * parts + part
-        best, total, sums = _joined(
+        best, total, sums = joined(
             best, total, sums,
             tl.load(best_ptr + row, mask=is_head, other=0.0),
             tl.load(total_ptr + row, mask=is_head, other=1.0),

@@ -2,9 +2,9 @@
 
 The context is split over programs (flash decoding).  The split depends on the context's length
 alone, so a result does not change with anything else.  Keys and values are the fp16 latent rows
-themselves.  Where a kernel takes ``location`` (int64 [2] on the device: the token's position and
-the address of its latent cache), one captured graph serves every position and every sequence;
-``layer_at`` is how many bytes behind that address the layer's rows begin.  Shapes: T tokens, H
+themselves.  Where a kernel takes ``location`` (int64 [3, TOKENS] on the device: each token's
+position, the address of its sequence's latent cache, and the bytes of a ``layer`` in that), one
+captured graph serves every position, sequence and size of cache.  Shapes: T tokens, H
 heads, N and V width of a head's unrotated query and value, P of its rotated part, R latent,
 X = N + V.
 """
@@ -12,6 +12,7 @@ X = N + V.
 import triton
 import triton.language as tl
 
+TOKENS = tl.constexpr(8)  # a decoder's at most
 SPLITS = tl.constexpr(64)  # at most so many programs share a context
 ROWS = tl.constexpr(32)  # latent rows that a program takes at a time
 LOG2E = tl.constexpr(1.4426950408889634)  # weights are powers of two
@@ -22,6 +23,15 @@ def _split(length):
     """Rows that one program takes, a multiple of ROWS, and how many programs have any."""
     rows = (length + SPLITS * ROWS - 1) // (SPLITS * ROWS) * ROWS
     return rows, (length + rows - 1) // rows
+
+
+@triton.jit
+def _located(location_ptr, t, layer):
+    """A token's position, and the first row of a layer in its sequence's cache."""
+    location_ptr += t
+    address = tl.load(location_ptr + TOKENS) + layer * tl.load(location_ptr + 2 * TOKENS)
+    rows_ptr = tl.multiple_of(address.to(tl.pointer_type(tl.float16)), 16)
+    return tl.load(location_ptr), rows_ptr
 
 
 @triton.jit
@@ -66,35 +76,27 @@ def _absorbed(
     return tl.sum(w.to(tl.float32) * q[:, None], 0)
 
 
-@triton.jit
-def absorb_query(
-    q_ptr, w_ptr, scale_ptr, y_ptr, H, N, X, R,
-    SCALED: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    """y [T, H, R] = each head's q [T, H, N] times its first N rows of kv_b [H * X, R]."""
-    head, t = tl.program_id(1), tl.program_id(2)
-    r = tl.program_id(0) * BR + tl.arange(0, BR)
-    q_ptr += (t * H + head) * N
-    y = _absorbed(q_ptr, 1.0, w_ptr, scale_ptr, head * X, r, N, R, SCALED, WIDTH)
-    tl.store(y_ptr + (t * H + head) * R + r, y, mask=r < R)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def queries(
-    q_ptr, c_ptr, rope_ptr, factor_ptr, norm_ptr, eps, w_ptr, scale_ptr, location_ptr, layer_at,
+    q_ptr, Q, c_ptr, C, rope_ptr, factor_ptr, norm_ptr, eps, w_ptr, scale_ptr, location_ptr, layer,
     y_ptr, H, N, P, R, X,
     SCALED: tl.constexpr, HALVES: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr,
     LATENT: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """One token, from its projections q [H * (N + P)], times factor [1], and c [R + P]: each head's
-    absorbed query and rotated part into y [H, R + P]; the last head's program norms the latent,
-    rotates the key and writes both into the cache."""
-    block, head = tl.program_id(0), tl.program_id(1)
+    """From each token's projections q [H * (N + P)], times factor [T], and c [R + P], which stand Q
+    and C values behind those of the token before: each head's absorbed query and rotated part into
+    y [T, H, R + P]; the last head's program norms the latent, rotates the key and writes both into
+    the cache."""
+    t, block, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     W = R + P
+    q_ptr += t * Q
+    c_ptr += t * C
+    rope_ptr += t * P
+    y_ptr += t * H * W
     pair = tl.arange(0, PAIRS) < P // 2
     real, imaginary = _pairs(P, HALVES, PAIRS)
     if head < H:
-        factor = tl.load(factor_ptr)
+        factor = tl.load(factor_ptr + t)
         r = block * BR + tl.arange(0, BR)
         q_ptr += head * (N + P)
         y = _absorbed(q_ptr, factor, w_ptr, scale_ptr, head * X, r, N, R, SCALED, WIDTH)
@@ -105,8 +107,8 @@ def queries(
             tl.store(y_ptr + real, first, mask=pair)
             tl.store(y_ptr + imaginary, second, mask=pair)
     elif block == 0:
-        layer_ptr = (tl.load(location_ptr + 1) + layer_at).to(tl.pointer_type(tl.float16))
-        row_ptr = layer_ptr + tl.load(location_ptr) * W
+        position, rows_ptr = _located(location_ptr, t, layer)
+        row_ptr = rows_ptr + position * W
         r = tl.arange(0, LATENT)
         c = tl.load(c_ptr + r, mask=r < R, other=0.0)
         c = c / tl.sqrt(tl.sum(c * c, 0) / R + eps) * tl.load(norm_ptr + r, mask=r < R, other=0.0)
@@ -132,14 +134,15 @@ def scaled_queries(q_ptr, at, valid, R, P, LATENT: tl.constexpr, ROPE: tl.conste
 
 
 @triton.jit
-def added(latent, rope, factor, row_ptr, valid, R, P, best, total, sums):
-    """A softmax's best score, total weight and sums with the ``valid`` rows added; none may be."""
+def added(latent, rope, factor, row_ptr, valid, seen, R, P, best, total, sums):
+    """A softmax's best score, total weight and sums with the ``valid`` rows added that a query has
+    ``seen`` [., rows]; there may be none."""
     r, p = tl.arange(0, latent.shape[1]), tl.arange(0, rope.shape[1])
     row_ptr = row_ptr[:, None]
     c = tl.load(row_ptr + r[None, :], mask=valid[:, None] & (r < R)[None, :], other=0.0)
     k = tl.load(row_ptr + R + p[None, :], mask=valid[:, None] & (p < P)[None, :], other=0.0)
     scores = (tl.dot(latent, tl.trans(c)) + tl.dot(rope, tl.trans(k))) * factor[:, None]
-    scores = tl.where(valid[None, :], scores, float("-inf"))
+    scores = tl.where(valid[None, :] & seen, scores, float("-inf"))
     better = tl.maximum(best, tl.max(scores, 1))
     base = tl.where(better > float("-inf"), better, 0.0)
     decay, weights = tl.exp2(best - base), tl.exp2(scores - base[:, None])
@@ -148,21 +151,16 @@ def added(latent, rope, factor, row_ptr, valid, R, P, best, total, sums):
     return better, total, sums
 
 
-@triton.jit(do_not_specialize=["S", "T"])
+@triton.jit(do_not_specialize=["layer"])
 def attend(
-    q_ptr, rows_ptr, location_ptr, layer_at, S, scale, part_ptr, best_ptr, total_ptr, T, H, R, P,
-    LOCATED: tl.constexpr, HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
+    q_ptr, location_ptr, layer, scale, part_ptr, best_ptr, total_ptr, H, R, P,
+    HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
     """One split of the context for HEADS heads of one token: unnormalised sums [T, H, SPLITS, R],
     best score and total weight."""
     split, t = tl.program_id(0), tl.program_id(2)
-    W = R + P
-    if LOCATED:
-        length = (tl.load(location_ptr) + 1).to(tl.int32)
-        layer_ptr = (tl.load(location_ptr + 1) + layer_at).to(tl.pointer_type(tl.float16))
-        rows_ptr = tl.multiple_of(layer_ptr, 16)
-    else:
-        length = S - T + 1 + t
+    position, rows_ptr = _located(location_ptr, t, layer)
+    length = (position + 1).to(tl.int32)
     share, splits = _split(length)
     if split < splits:
         head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -175,9 +173,11 @@ def attend(
         stop = tl.minimum(length, (split + 1) * share)
         for first in range(split * share, stop, ROWS):
             s = first + tl.arange(0, ROWS)
-            row_ptr = rows_ptr + s.to(tl.int64) * W
+            row_ptr = rows_ptr + s.to(tl.int64) * (R + P)
             valid = s < stop
-            best, total, sums = added(latent, rope, factor, row_ptr, valid, R, P, best, total, sums)
+            best, total, sums = added(
+                latent, rope, factor, row_ptr, valid, valid[None, :], R, P, best, total, sums
+            )
         at = (t * H + head) * SPLITS + split
         valid = (head < H)[:, None] & (r < R)[None, :]
         tl.store(part_ptr + at[:, None] * R + r[None, :], sums, mask=valid)
@@ -203,32 +203,19 @@ def _combined(part_ptr, best_ptr, total_ptr, at, splits, r, R):
     return out / total
 
 
-@triton.jit(do_not_specialize=["S", "T"])
-def combine(part_ptr, best_ptr, total_ptr, S, y_ptr, T, H, R, LATENT: tl.constexpr):
-    """y [T, H, R] from the splits of each token's context."""
-    head, t = tl.program_id(0), tl.program_id(1)
-    r = tl.arange(0, LATENT)
-    _, splits = _split(S - T + 1 + t)
-    y = _combined(part_ptr, best_ptr, total_ptr, (t * H + head) * SPLITS, splits, r, R)
-    tl.store(y_ptr + (t * H + head) * R + r, y, mask=r < R)
-
-
 @triton.jit
 def values(
-    o_ptr, best_ptr, total_ptr, location_ptr, w_ptr, scale_ptr, y_ptr, H, N, V, R,
-    PARTS: tl.constexpr, SCALED: tl.constexpr, LATENT: tl.constexpr, BV: tl.constexpr,
+    part_ptr, best_ptr, total_ptr, location_ptr, w_ptr, scale_ptr, y_ptr, H, N, V, R,
+    SCALED: tl.constexpr, LATENT: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """y [T, H, V] = each head's latent output through its last V rows of kv_b; the output is o [T,
-    H, R], or made of one token's splits if PARTS."""
-    head, t = tl.program_id(1), tl.program_id(2)
+    """y [T, H, V] = each head's latent output, of the splits of a token's context, through its last
+    V rows of kv_b."""
+    t, head = tl.program_id(0), tl.program_id(2)
     r = tl.arange(0, LATENT)
-    if PARTS:
-        _, splits = _split((tl.load(location_ptr) + 1).to(tl.int32))
-        o = _combined(o_ptr, best_ptr, total_ptr, head * SPLITS, splits, r, R)
-        o = tl.where(r < R, o, 0.0)
-    else:
-        o = tl.load(o_ptr + (t * H + head) * R + r, mask=r < R, other=0.0)
-    v = tl.program_id(0) * BV + tl.arange(0, BV)
+    _, splits = _split((tl.load(location_ptr + t) + 1).to(tl.int32))
+    o = _combined(part_ptr, best_ptr, total_ptr, (t * H + head) * SPLITS, splits, r, R)
+    o = tl.where(r < R, o, 0.0)
+    v = tl.program_id(1) * BV + tl.arange(0, BV)
     n = head * (N + V) + N + v
     valid = (v < V)[:, None] & (r < R)[None, :]
     w = tl.load(w_ptr + n[:, None] * R + r[None, :], mask=valid, other=0).to(tl.float32)

@@ -1,10 +1,11 @@
-"""Triton kernels for one token: weights times one row of activations, bound by the weights' read.
+"""Triton kernels for a few tokens: weights times a row of activations, bound by the weights' read.
 
-A program makes 16 rows of a product, in float32 throughout.  Weights are read once, as they are
-stored; a code becomes a number in a register.  ``slotmoe.quant.backends.triton_rows`` launches
-these and knows what the arguments mean.  Codes are ``tiles16`` of ``quant/codecs/codec.py``, read
-as 32-bit words: of 4 bits, word 16 t + lane of a block holds columns 8 t to 8 t + 7 of row
-``lane``.
+A program makes 16 values of one token's product, in float32 throughout, so a token's bits are those
+that it has alone.  Tokens are the grid's fastest axis: what one has read of the weights, the next
+finds in the GPU's cache.  Weights are read as they are stored; a code becomes a number in a
+register.  ``slotmoe.quant.backends.triton_rows`` launches these and knows what the arguments mean.
+Codes are ``tiles16`` of ``quant/codecs/codec.py``, read as 32-bit words: of 4 bits, word 16 t +
+lane of a block holds columns 8 t to 8 t + 7 of row ``lane``.
 
 Shapes: K columns, N rows of a weight; T tokens, D hidden_size; E experts, of which a token uses
 TOP_K.
@@ -199,12 +200,14 @@ def _rows(
 
 @triton.jit
 def linear(
-    x_ptr, g_ptr, eps, w_ptr, scale_ptr, levels_ptr, N, w2_ptr, scale2_ptr, levels2_ptr, N2,
+    x_ptr, X, g_ptr, eps, w_ptr, scale_ptr, levels_ptr, N, w2_ptr, scale2_ptr, levels2_ptr, N2,
     r_ptr, y_ptr, K,
     KIND: tl.constexpr, KIND2: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """y [N + N2] = both weights times x [K], normed with g first if NORM, plus r if RESIDUAL."""
-    tile = tl.program_id(0)
+    """y [T, N + N2] = both weights times x, the first K of X values of a token, normed with g first
+    if NORM, plus r [T, N + N2] if RESIDUAL."""
+    t, tile = tl.program_id(0), tl.program_id(1)
+    x_ptr += t * X
     tiles = (N + 15) // 16
     if tile < tiles:
         y, squares = _rows(x_ptr, g_ptr, w_ptr, scale_ptr, levels_ptr, tile, N, K, KIND, NORM)
@@ -219,6 +222,7 @@ def linear(
     if NORM:
         factor = 1 / tl.sqrt(squares / K + eps)
         y *= factor
+    n += t * (N + N2)
     if RESIDUAL:
         y = tl.load(r_ptr + n, mask=valid) + y
     tl.store(y_ptr + n, y, mask=valid)
@@ -229,9 +233,12 @@ def gate_up(
     x_ptr, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, levels_ptr, y_ptr, tile, N, K,
     KIND: tl.constexpr, LIMIT: tl.constexpr, COLUMNS: tl.constexpr = 512,
 ):  # fmt: skip
-    """One tile of y [N] = silu(gate x) * (up x), that of the program where it is None."""
+    """One tile of y [N] = silu(gate x) * (up x); where it is None, that of the program, which is of
+    one token of y [T, N] and x [T, K]."""
     if tile is None:
-        tile = tl.program_id(0)
+        tile = tl.program_id(1)
+        x_ptr += tl.program_id(0) * K
+        y_ptr += tl.program_id(0) * N
     gate, _ = _rows(
         x_ptr, x_ptr, gate_ptr, gate_scale_ptr, levels_ptr, tile, N, K, KIND, False, COLUMNS
     )
@@ -240,7 +247,7 @@ def gate_up(
     tl.store(y_ptr + n, swiglu(gate, up, LIMIT), mask=n < N)
 
 
-# The experts of one token, in two launches: the shared expert's programs come first, then those of
+# The experts of each token, in two launches: the shared expert's programs come first, then those of
 # each routed one.  Where experts are missing, the same kernels are launched for some of their
 # programs, from ``first`` on.  What differs between such launches must not be specialized: kernels
 # that are compiled apart may round apart.
@@ -253,84 +260,88 @@ def experts_gate_up(
     gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, shared_levels_ptr, shared_y_ptr, SHARED_N,
     first,
     KIND: tl.constexpr, SHARED: tl.constexpr, LIMIT: tl.constexpr, COLUMNS: tl.constexpr,
+    TOP_K: tl.constexpr,
 ):  # fmt: skip
-    """shared_y [SHARED_N] and, of the experts that have a slot, y [TOP_K, N]: each silu(gate x) *
-    (up x).  ``indices`` [TOP_K] are the experts, ``slots`` [E] the rows of their records; SHARED is
-    the kind of the shared expert's weights, NONE without one."""
+    """shared_y [T, SHARED_N] and, of the experts that have a slot, y [T, TOP_K, N]: each silu(gate
+    x) * (up x) of x [T, D].  ``indices`` [T, TOP_K] are the experts, ``slots`` [E] the rows of
+    their records; SHARED is the kind of the shared expert's weights, NONE without one."""
     shared_tiles, tiles = (SHARED_N + 15) // 16, (N + 15) // 16
-    program = tl.program_id(0) + first
+    t, program = tl.program_id(0), tl.program_id(1) + first
+    x_ptr += t * D
     if program < shared_tiles:
         if SHARED != NONE:
             gate_up(
                 x_ptr, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, shared_levels_ptr,
-                shared_y_ptr, program, SHARED_N, D, SHARED, LIMIT, COLUMNS,
+                shared_y_ptr + t * SHARED_N, program, SHARED_N, D, SHARED, LIMIT, COLUMNS,
             )  # fmt: skip
     else:
-        rank, tile = (program - shared_tiles) // tiles, (program - shared_tiles) % tiles
-        slot = tl.load(slots_ptr + tl.load(indices_ptr + rank))
+        use = t * TOP_K + (program - shared_tiles) // tiles
+        tile = (program - shared_tiles) % tiles
+        slot = tl.load(slots_ptr + tl.load(indices_ptr + use))
         if slot >= 0:
             record_ptr = slab_ptr + slot.to(tl.int64) * record_bytes
             gate_up(
                 x_ptr, record_ptr, record_ptr + gate_scales_at, record_ptr + up_at,
-                record_ptr + up_scales_at, levels_ptr, y_ptr + rank * N, tile, N, D, KIND, LIMIT,
+                record_ptr + up_scales_at, levels_ptr, y_ptr + use * N, tile, N, D, KIND, LIMIT,
             )  # fmt: skip
 
 
 @triton.jit(
-    do_not_specialize=[
-        "slots_ptr", "indices_ptr", "weights_ptr", "finished_ptr", "first", "parts", "count",
-    ]
-)  # fmt: skip
+    do_not_specialize=["slots_ptr", "indices_ptr", "weights_ptr", "finished_ptr", "first", "parts"]
+)
 def experts_down(
     x_ptr, slab_ptr, slots_ptr, indices_ptr, levels_ptr, y_ptr, D, K,
     record_bytes, down_at, down_scales_at,
     shared_x_ptr, down_ptr, down_scale_ptr, shared_levels_ptr, shared_y_ptr, SHARED_K,
-    finished_ptr, weights_ptr, h_ptr, out_ptr, first, parts, count,
+    finished_ptr, weights_ptr, h_ptr, out_ptr, first, parts,
     KIND: tl.constexpr, SHARED: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr,
 ):  # fmt: skip
-    """The same experts: y [TOP_K, D] = down x, x being [TOP_K, K], and shared_y [D].
+    """The same experts: y [T, TOP_K, D] = down x, x being [T, TOP_K, K], and shared_y [T, D].
 
-    A tile of 16 rows has ``parts`` programs in a launch that ends the layer, else 0.  The one of
-    them that finishes last adds up: out = h + (the first ``count`` of y by their weights, in the
-    gate's order, + shared_y).  ``finished`` [tiles] is 0 before and after.  To be compiled without
-    contraction into multiply-adds, so that the sum is ``weighted_sum``'s."""
+    A token's tile of 16 rows has ``parts`` programs in a launch that ends the layer, else 0.  The
+    one of them that finishes last adds up: out = h + (y by their weights, in the gate's order, +
+    shared_y).  ``finished`` [T, tiles] is 0 before and after.  To be compiled without contraction
+    into multiply-adds, so that the sum is ``weighted_sum``'s."""
     tiles = (D + 15) // 16
     shared_tiles = tiles if SHARED != NONE else 0
-    program = tl.program_id(0) + first
+    t, program = tl.program_id(0), tl.program_id(1) + first
     tile = program % tiles
     n = tile * 16 + tl.arange(0, 16)
     valid = n < D
     if program < shared_tiles:
         if SHARED != NONE:
+            row_ptr = shared_x_ptr + t * SHARED_K
             y, _ = _rows(
-                shared_x_ptr, shared_x_ptr, down_ptr, down_scale_ptr, shared_levels_ptr, tile, D,
+                row_ptr, row_ptr, down_ptr, down_scale_ptr, shared_levels_ptr, tile, D,
                 SHARED_K, SHARED, False, COLUMNS,
             )  # fmt: skip
-            tl.store(shared_y_ptr + n, y, mask=valid)
+            tl.store(shared_y_ptr + t * D + n, y, mask=valid)
     else:
-        rank = (program - shared_tiles) // tiles
-        slot = tl.load(slots_ptr + tl.load(indices_ptr + rank))
+        use = t * TOP_K + (program - shared_tiles) // tiles
+        slot = tl.load(slots_ptr + tl.load(indices_ptr + use))
         if slot >= 0:
             record_ptr = slab_ptr + slot.to(tl.int64) * record_bytes
-            row_ptr = x_ptr + rank * K
+            row_ptr = x_ptr + use * K
             y, _ = _rows(
                 row_ptr, row_ptr, record_ptr + down_at, record_ptr + down_scales_at, levels_ptr,
                 tile, D, K, KIND, False,
             )  # fmt: skip
-            tl.store(y_ptr + rank * D + n, y, mask=valid)
+            tl.store(y_ptr + use * D + n, y, mask=valid)
     if parts > 0:
         tl.debug_barrier()  # all threads have stored before one of them says so
-        if tl.atomic_add(finished_ptr + tile, 1, sem="acq_rel") == parts - 1:
-            tl.store(finished_ptr + tile, 0)
+        finished_ptr += t * tiles + tile
+        if tl.atomic_add(finished_ptr, 1, sem="acq_rel") == parts - 1:
+            tl.store(finished_ptr, 0)
+            use, at = t * TOP_K, t * D + n
             # Past the first-level cache: other programs of the same launch may have written them.
-            total = tl.load(y_ptr + n, mask=valid, cache_modifier=".cg") * tl.load(weights_ptr)
+            y = tl.load(y_ptr + use * D + n, mask=valid, cache_modifier=".cg")
+            total = y * tl.load(weights_ptr + use)
             for k in tl.static_range(1, TOP_K):
-                rank = tl.minimum(k, count - 1)
-                y = tl.load(y_ptr + rank * D + n, mask=valid, cache_modifier=".cg")
-                total = tl.where(k < count, total + y * tl.load(weights_ptr + rank), total)
+                y = tl.load(y_ptr + (use + k) * D + n, mask=valid, cache_modifier=".cg")
+                total += y * tl.load(weights_ptr + use + k)
             if SHARED != NONE:
-                total += tl.load(shared_y_ptr + n, mask=valid, cache_modifier=".cg")
-            tl.store(out_ptr + n, tl.load(h_ptr + n, mask=valid) + total, mask=valid)
+                total += tl.load(shared_y_ptr + at, mask=valid, cache_modifier=".cg")
+            tl.store(out_ptr + at, tl.load(h_ptr + at, mask=valid) + total, mask=valid)
 
 
 @triton.jit
@@ -345,6 +356,17 @@ def weighted_sum(y_ptr, weights_ptr, out_ptr, TOP_K, D, BLOCK: tl.constexpr):
     for k in range(1, TOP_K):
         total += tl.load(y_ptr + k * D + d, mask=valid) * tl.load(weights_ptr + t * TOP_K + k)
     tl.store(out_ptr + t * D + d, total, mask=valid)
+
+
+@triton.jit
+def finish(routed_ptr, shared_ptr, h_ptr, out_ptr, count, BLOCK: tl.constexpr):
+    """out = h + (routed + shared), of ``count`` values each, without what is None."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = i < count
+    total = tl.load(routed_ptr + i, mask=valid)
+    if shared_ptr is not None:
+        total += tl.load(shared_ptr + i, mask=valid)
+    tl.store(out_ptr + i, tl.load(h_ptr + i, mask=valid) + total, mask=valid)
 
 
 @triton.jit
@@ -369,13 +391,13 @@ def route(
     SCORING: tl.constexpr, BIASED: tl.constexpr, GROUP_BEST: tl.constexpr, RENORM: tl.constexpr,
     BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row of logits [E], that of the grid's second axis, to weights and indices of the best TOP_K
+    """A row of logits [E], that of the grid's first axis, to weights and indices of the best TOP_K
     experts, the lowest index of equals first; or with ``chosen`` [T, TOP_K] to weights of those.
 
     ``bias`` [E] is added to what is compared alone.  GROUPS > 1 leaves out all but the KEPT groups
     with the best expert, or with the best sum of two (GROUP_BEST).
     """
-    t, e = tl.program_id(1), tl.arange(0, BLOCK)
+    t, e = tl.program_id(0), tl.arange(0, BLOCK)
     # Past the first-level cache: other programs of the same launch may have written them.
     logits = tl.load(logits_ptr + t * E + e, mask=e < E, other=float("-inf"), cache_modifier=".cg")
     scores = _scored(logits, SCORING)
@@ -426,21 +448,23 @@ def gate(
     BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One row x [K], normed with g into ``normed``, to logits [E] = w x; the program that finishes
-    last makes the choice of them.  ``finished`` is 0 before and after."""
-    tile = tl.program_id(0)
+    """x [T, K], normed with g into ``normed``, to logits [T, E] = w x; a token's program that
+    finishes last makes the choice of them.  ``finished`` [T] is 0 before and after."""
+    t, tile = tl.program_id(0), tl.program_id(1)
+    x_ptr += t * K
     y, squares = _plain_rows(x_ptr, g_ptr, w_ptr, w_ptr, tile, E, K, DENSE, True, 512, ROWS)
     factor_of_x = 1 / tl.sqrt(squares / K + eps)
     n = tile * ROWS + tl.arange(0, ROWS)
-    tl.store(logits_ptr + n, y * factor_of_x, mask=n < E)
+    tl.store(logits_ptr + t * E + n, y * factor_of_x, mask=n < E)
     if tile == 0:
+        normed_ptr += t * K
         for first in range(0, K, 512):
             k = first + tl.arange(0, 512)
             x = tl.load(x_ptr + k, mask=k < K) * factor_of_x * tl.load(g_ptr + k, mask=k < K)
             tl.store(normed_ptr + k, x, mask=k < K)
     tl.debug_barrier()  # all threads have stored before one of them says so
-    if tl.atomic_add(finished_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        tl.store(finished_ptr, 0)
+    if tl.atomic_add(finished_ptr + t, 1, sem="acq_rel") == tl.num_programs(1) - 1:
+        tl.store(finished_ptr + t, 0)
         route(
             logits_ptr, bias_ptr, None, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
             SCORING, BIASED, GROUP_BEST, RENORM, BLOCK, GROUP_BLOCK, K_BLOCK,

@@ -25,7 +25,7 @@ from slotmoe.quant.kernels.triton.rows import (
 
 
 @triton.jit
-def _rounded(x, WIDEN: tl.constexpr):
+def rounded(x, WIDEN: tl.constexpr):
     """To bfloat16, to the nearest, and of equals to the even one."""
     if WIDEN:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
@@ -58,7 +58,7 @@ def _weights(w_ptr, scale_ptr, levels_ptr, n, start, N, K, KIND: tl.constexpr, B
 
 
 @triton.jit
-def _product(
+def product(
     x_ptr, row, valid, w_ptr, scale_ptr, levels_ptr, n, N, K,
     KIND: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +77,7 @@ def _product(
         k = start + tl.arange(0, 64)
         x = tl.load(x_ptr + k[None, :], mask=valid[:, None] & (k < K)[None, :], other=0.0)
         w = _weights(w_ptr, scale_ptr, levels_ptr, n, start, N, K, KIND, BN)
-        total += tl.dot(_rounded(x, WIDEN), tl.trans(_rounded(w, WIDEN)))
+        total += tl.dot(rounded(x, WIDEN), tl.trans(rounded(w, WIDEN)))
     if KIND == INT8:
         total *= tl.load(scale_ptr + n, mask=n < N, other=0.0)[None, :]
     elif (KIND == LUT3) | (KIND == LUT4):
@@ -90,9 +90,9 @@ def _gate_up(
     x_ptr, row, valid, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, levels_ptr, n, N, K,
     KIND: tl.constexpr, LIMIT: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    gate = _product(x_ptr, row, valid, gate_ptr, gate_scale_ptr, levels_ptr, n, N, K, KIND, WIDEN)
-    up = _product(x_ptr, row, valid, up_ptr, up_scale_ptr, levels_ptr, n, N, K, KIND, WIDEN)
-    return _rounded(swiglu(gate, up, LIMIT), WIDEN).to(tl.bfloat16)
+    gate = product(x_ptr, row, valid, gate_ptr, gate_scale_ptr, levels_ptr, n, N, K, KIND, WIDEN)
+    up = product(x_ptr, row, valid, up_ptr, up_scale_ptr, levels_ptr, n, N, K, KIND, WIDEN)
+    return rounded(swiglu(gate, up, LIMIT), WIDEN).to(tl.bfloat16)
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def linear(
     """y [T, N] = x [T, K] times the weight."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     t = tl.program_id(1) * BM + tl.arange(0, BM)
-    y = _product(x_ptr, t, t < T, w_ptr, scale_ptr, levels_ptr, n, N, K, KIND, WIDEN)
+    y = product(x_ptr, t, t < T, w_ptr, scale_ptr, levels_ptr, n, N, K, KIND, WIDEN)
     _store(y_ptr, t, t < T, n, N, y)
 
 
@@ -185,5 +185,5 @@ def experts_down(
         n = tl.program_id(0) * BN + tl.arange(0, BN)
         row = first + tl.arange(0, BM)
         valid = row < stop
-        y = _product(x_ptr, row, valid, codes_ptr, scales_ptr, levels_ptr, n, N, K, KIND, WIDEN)
+        y = product(x_ptr, row, valid, codes_ptr, scales_ptr, levels_ptr, n, N, K, KIND, WIDEN)
         _store(y_ptr, tl.load(order_ptr + row, mask=valid, other=0), valid, n, N, y)

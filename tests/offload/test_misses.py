@@ -1,0 +1,109 @@
+"""``--misses auto`` where nobody has calibrated: the machine is measured once, when a model is
+opened on a GPU that will miss experts.  Rates and clock are given; no GPU is needed."""
+
+import json
+from itertools import count
+from types import SimpleNamespace
+
+import pytest
+
+from slotmoe.offload.devices.device import Device
+from slotmoe.offload.engine import loading
+from slotmoe.offload.machine import process_bytes
+from slotmoe.offload.observe import link
+from slotmoe.offload.plan.speed import store_bandwidths, stored_bandwidths
+from slotmoe.offload.runtime import Runtime
+from tests.support.twin import Twin
+
+RATES = {"pcie": 2e9, "pcie_busy": 1e9, "experts": 1e9}
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Where figures are kept."""
+    monkeypatch.setattr(loading, "cache_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache" / "machine.json"
+
+
+@pytest.fixture
+def opened(twin, kept, sample_export, monkeypatch):
+    """Opens the sample on a twin that is measured to have ``rates``: its mode, how often it was
+    measured since the last time, and what was said."""
+    measured, said = [], []
+
+    def open_sample(rates=RATES, device=None, **options):
+        monkeypatch.setattr(link, "measure_link", lambda *_: measured.append(1) or rates)
+        on = device or Twin()
+        monkeypatch.setattr("slotmoe.offload.runtime.choose_device", lambda wanted: (on, "a test"))
+        given = {"context": 64, "threads": 1, "notify": said.append, "slots": 40, **options}
+        with Runtime.open(sample_export, **given) as runtime:
+            mode = runtime.stats()["misses"]["mode"]
+        result = mode, len(measured), list(said)
+        measured.clear()
+        said.clear()
+        return result
+
+    return open_sample
+
+
+@pytest.mark.parametrize(
+    ("changed", "mode"),
+    [({}, "hybrid"), ({"pcie_busy": 50e9}, "fetch"), ({"experts": 50e9}, "cpu")],
+)
+def test_the_machine_is_measured_once_and_chosen_by(opened, kept, changed, mode):
+    rates = RATES | changed
+    line = "measuring once how fast the twin gets experts and the CPU computes them"
+    assert opened(rates) == (mode, 1, [line])
+    assert opened() == (mode, 0, [])
+    known = stored_bandwidths(kept)
+    assert {name: getattr(known, name) for name in rates} == rates
+    assert known.origin_of("pcie_busy").startswith("measured on 20")
+
+
+def test_other_figures_stay_as_they_were_and_what_calibrate_stores_counts(opened, kept):
+    store_bandwidths(kept, ram=31e9, pcie=9e9)
+    kept.write_text(json.dumps({"ram": 31e9, "pcie": 9e9, "date": "2020-02-03"}))
+    assert opened()[:2] == ("hybrid", 1)
+    known = stored_bandwidths(kept)
+    assert (known.ram, known.origin_of("ram")) == (31e9, "measured on 2020-02-03")
+    assert known.pcie == RATES["pcie"]
+    store_bandwidths(kept, pcie_busy=60e9)
+    assert opened() == ("fetch", 0, [])
+
+
+def test_where_nothing_is_chosen_nothing_is_measured(opened, kept, sample_export, monkeypatch):
+    for mode in ("fetch", "cpu", "hybrid"):
+        assert opened(misses=mode) == (mode, 0, [])
+    assert opened(slots=None) == ("fetch", 0, [])  # every expert has a slot
+    monkeypatch.setattr("slotmoe.offload.runtime.choose_device", lambda wanted: (Device(), "none"))
+    with Runtime.open(sample_export, context=64, threads=1, slots=40) as runtime:
+        assert "misses" not in runtime.stats()
+    assert not kept.exists()
+
+
+def test_what_can_not_be_kept_is_measured_again(opened, kept, tmp_path):
+    (tmp_path / "cache").write_text("a file, where a folder should be")
+    for _ in range(2):
+        assert opened()[:2] == ("hybrid", 1)
+
+
+def test_a_budget_without_room_for_the_measurement_is_kept(opened, kept):
+    little = process_bytes() + (100 << 20)
+    assert opened(ram=little)[1:] == (0, [])
+
+
+def test_the_measurement_goes_through_the_device_and_leaves_nothing(
+    twin, kept, sample_export, monkeypatch
+):
+    """By a clock that goes on by a tenth of a second when somebody looks at it."""
+    clock, on = count(), Twin()
+    tenths = SimpleNamespace(perf_counter=lambda: next(clock) / 10, sleep=lambda seconds: None)
+    monkeypatch.setattr(link, "time", tenths)
+    monkeypatch.setattr("slotmoe.offload.runtime.choose_device", lambda wanted: (on, "a test"))
+    with Runtime.open(sample_export, context=64, threads=1, slots=40) as runtime:
+        slab = runtime.model.experts.slots.slab
+        pieces = -(-slab.nbytes // (4 << 20))
+        assert on.copies >= 2 * pieces and on.unpinned_copies == 0
+        assert not on.pinned
+    rates = stored_bandwidths(kept)
+    assert all(rates.origin_of(name) != "assumed" for name in RATES)

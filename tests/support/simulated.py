@@ -1,0 +1,620 @@
+"""``torch.cuda`` without a GPU, for the product's own ``cuda.py`` and ``graphs.py``.
+
+A stream is a queue.  An operation on a GPU's tensor runs when its turn comes, and an adversary
+chooses that under a seed: as late as the host's next real wait, or at once, or between.  Memory is
+poisoned (0xff: NaN, -1) until what fills it has run, from the moment that a copy into it begins
+until that ends, and once it is free.  The host's writes to page-locked RAM happen at once.  The
+current device and stream are a thread's own.  A capture refuses what CUDA refuses.
+
+A GPU's tensor is one in RAM whose operations come here; its device is of a type that no build of
+torch has anything for.
+"""
+
+import importlib.util
+import threading
+import time
+from collections import defaultdict, deque
+from contextlib import contextmanager
+from functools import cache, partial
+from itertools import count
+from random import Random
+from types import SimpleNamespace
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+KIND = "maia"
+aten = torch.ops.aten
+# What makes the host wait for a GPU, or a GPU for the host's memory: no graph can hold it.
+NEEDS_THE_HOST = (aten.item, aten._local_scalar_dense, aten.nonzero, aten.masked_select)
+NEEDS_THE_HOST += (aten._unique2, aten.lift_fresh, aten.equal, aten.is_nonzero)
+GPUS, PINNED = {}, {}  # by index; page-locked RAM by address: bytes, and whose it is
+clock = time.perf_counter
+_numbers = count(1)  # 0 is the GPU that a thread has when nothing is said, and nobody's here
+
+
+class Here(threading.local):
+    """What CUDA keeps for each thread."""
+
+    def __init__(self):
+        self.device, self.streams, self.capture, self.refusal = 0, {}, None, None
+
+
+here = Here()
+
+
+def gpu_of(index):
+    return GPUS.get(index) or GPUS.setdefault(index, Gpu(index, 0, 1 << 30))
+
+
+class Mark:
+    """A point in a stream; in another stream's queue it is waited for."""
+
+    def __init__(self, stream):
+        self.stream, self.reached, self.when = stream, False, 0.0
+
+
+@contextmanager
+def running():
+    """What runs is none of the thread's that waits for it."""
+    with torch.inference_mode(), _disable_current_modes():
+        yield
+
+
+class Gpu:
+    """``eager``: how likely something runs when something is queued; ``wide``: how likely it is
+    of a stream that the host does not wait for."""
+
+    def __init__(self, index, seed, capacity):
+        self.index, self.device, self.random = index, torch.device(KIND, index), Random(seed)
+        self.eager, self.wide = self.random.choice((0, 0.1, 0.9)), self.random.choice((0, 0.3, 0.9))
+        self.lock, self.streams = threading.RLock(), []
+        self.free, self.failure = defaultdict(list), None  # by pool and bytes; what stays
+        self.capacity, self.taken, self.allocated, self.peak = capacity, 0, 0, 0
+        self.waits = self.engine = self.unpinned = 0
+        self.pins = 1 << 40  # bytes that may be page-locked
+        self.default = Stream(self.index, self)
+
+    def pinned(self):
+        return {first: size for first, (size, index) in PINNED.items() if index == self.index}
+
+    def check(self):
+        if self.failure is not None:
+            raise RuntimeError(f"CUDA error: {self.failure}") from self.failure
+
+    def put(self, stream, item):
+        refusal, here.refusal = here.refusal, None
+        if refusal is not None:
+            raise RuntimeError(f"CUDA error: {refusal}")
+        with self.lock:
+            self.check()
+            if here.capture is not None:
+                if stream is not here.capture.stream:
+                    refuse("a capture does not hold what is queued elsewhere")
+                if not isinstance(item, Mark):
+                    return here.capture.items.append(item)
+                if item.stream is not stream:
+                    refuse("a capture waits for what it does not hold")
+                return None
+            stream.items.append(item)
+            if self.random.random() < self.eager:
+                with running():
+                    self._step(self.random.choice(self.streams))
+
+    def until(self, mark):
+        refuse("the host waits")
+        with self.lock, running():
+            while not mark.reached:
+                wide = self.random.random() < self.wide
+                self._step(self.random.choice(self.streams) if wide else mark.stream)
+                self.check()
+            self.check()
+
+    def _step(self, stream):
+        """Run what is first in a stream, or first of what that waits for."""
+        while stream.items and isinstance(item := stream.items[0], Mark):
+            if item.stream is stream or item.reached:
+                item.reached, item.when = True, item.when or clock()
+                stream.items.popleft()
+                return
+            stream = item.stream
+        if stream.items and self.failure is None:
+            try:
+                stream.items.popleft()()
+            except (RuntimeError, IndexError) as problem:
+                self.failure = problem
+
+    def seen(self, stream):
+        """Everything in a stream has run."""
+        stream.record_event().synchronize()
+
+    def close(self):
+        for stream in self.streams:
+            stream.items.clear()
+        self.free.clear()
+        GPUS.pop(self.index, None)
+
+    def made(self, shape, stride, dtype, fresh=False):
+        """A tensor in memory that is free."""
+        extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+        size = -(-extent * dtype.itemsize // 16) * 16 if 0 not in shape else 0
+        memory = Memory(self, size, fresh)
+        return Tensor(memory.raw.view(dtype).as_strided(shape, stride), memory)
+
+
+class Memory:
+    """Some of a GPU's, which only the same stream gets again: by torch's rule it is free when the
+    last tensor is, though kernels that are queued go on with it."""
+
+    def __init__(self, gpu, size, fresh):
+        self.gpu, self.size = gpu, size
+        self.pool = here.capture.pool if here.capture else current_stream(gpu.device)
+        free = gpu.free[self.pool, size]
+        with torch.inference_mode(False):
+            reused = free and not fresh
+            self.raw = free.pop() if reused else torch.full((size,), 255, dtype=torch.uint8)
+
+    def __del__(self):
+        if isinstance(self.pool, Stream):
+            self.pool.items.append(partial(self.raw.fill_, 255))
+        elif here.capture is not None:
+            here.capture.items.append(partial(self.raw.fill_, 255))
+        if self.gpu.index in GPUS:
+            self.gpu.free[self.pool, self.size].append(self.raw)
+
+
+class Tensor(torch.Tensor):
+    """A GPU's; ``elem`` is the RAM that it lies in."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, elem, memory):
+        made = torch.Tensor._make_subclass(cls, elem)
+        made.elem, made.memory = elem, memory
+        return made
+
+    device = property(lambda self: self.memory.gpu.device)
+    is_cuda = property(lambda self: True)
+
+    def cpu(self):
+        return _to_host(self)
+
+    def tolist(self):
+        return _to_host(self).tolist()
+
+    def __repr__(self, **_):
+        return f"<{tuple(self.shape)} {self.dtype} on {self.device}>"
+
+    __format__ = lambda self, how: repr(self)  # noqa: E731
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        return _dispatched(operation, args, kwargs or {})
+
+
+def _tensors(value):
+    if isinstance(value, list | tuple):
+        return [tensor for entry in value for tensor in _tensors(entry)]
+    return [value] if isinstance(value, torch.Tensor) else []
+
+
+def _mapped(value, change):
+    """``value`` with its tensors changed."""
+    if isinstance(value, dict):
+        return {name: _mapped(entry, change) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([_mapped(entry, change) for entry in value])
+    return change(value) if isinstance(value, torch.Tensor) else value
+
+
+def _in_ram(tensor):
+    """What a kernel gets: a number in the host's memory goes along as it is now."""
+    if isinstance(tensor, Tensor):
+        return tensor.elem
+    assert tensor.dim() == 0, f"a kernel gets the host's {tuple(tensor.shape)}"
+    return tensor.clone()
+
+
+@cache
+def _kind(operation):
+    schema, packet = operation._schema, operation.overloadpacket
+    if packet in (aten.copy_, aten.to, aten._to_copy):
+        return "copy"
+    if packet in NEEDS_THE_HOST:
+        return "host"
+    if schema.name.startswith(("aten::empty", "aten::new_empty")):
+        return "empty"
+    if any(own.alias_info and own.alias_info.is_write for own in schema.arguments):
+        return "write"
+    if any(returned.alias_info for returned in schema.returns):
+        implicit = operation.has_kernel_for_dispatch_key(
+            torch._C.DispatchKey.CompositeImplicitAutograd
+        )
+        return "composite" if implicit else "view"
+    return "pure"
+
+
+def _dispatched(operation, args, kwargs):
+    kind, packet = _kind(operation), operation.overloadpacket
+    if kind == "copy" and (done := _copied(operation, args, kwargs)) is not None:
+        return done
+    if kind == "composite" or packet is aten.to:
+        return operation.decompose(*args, **kwargs)
+    tensors = _tensors([*args, *kwargs.values()])
+    memory = next(tensor.memory for tensor in tensors if isinstance(tensor, Tensor))
+    gpu = memory.gpu
+    others = {tensor.device for tensor in tensors if tensor.dim()} - {gpu.device}
+    assert not others, f"{operation} on {gpu.device} and {others}"
+    if kind == "view":
+        results = operation(*_mapped(args, _in_ram), **_mapped(kwargs, _in_ram))
+        return _mapped(results, lambda elem: Tensor(elem, memory))
+    kwargs.pop("device", None)
+    masks = packet in (aten.index, aten.index_put_) and any(
+        mask is not None and mask.dtype == torch.bool for mask in args[1]
+    )
+    if kind == "host" or (masks and (packet is aten.index or args[2].numel() > 1)):
+        gpu.seen(current_stream(gpu.device))
+        with _disable_current_modes():
+            results = operation(*_mapped(args, _in_ram), **_mapped(kwargs, _in_ram))
+        return _mapped(results, partial(_on_gpu, gpu))
+    work = partial(operation, *_mapped(args, _in_ram), **_mapped(kwargs, _in_ram))
+    stream = current_stream(gpu.device)
+    if kind in ("write", "copy") and packet is not aten._to_copy:
+        gpu.put(stream, work)
+        return _written(operation._schema, args, kwargs)
+    outputs = [gpu.made(*how) for how in _outputs(operation, _key(args), _key(kwargs))]
+    if kind != "empty":
+        gpu.put(stream, partial(_fill, work, [tensor.elem for tensor in outputs]))
+    return outputs[0] if len(operation._schema.returns) == 1 else tuple(outputs)
+
+
+def launch(kernel, *tensors):
+    """Queue a kernel of one GPU's tensors."""
+    device = tensors[0].device
+    assert {tensor.device for tensor in tensors} == {device}
+    gpu_of(device.index).put(
+        current_stream(device), partial(kernel, *(tensor.elem for tensor in tensors))
+    )
+
+
+def poison(elem):
+    """What a copy is about to fill."""
+    if elem.dim():
+        elem.view(torch.uint8).fill_(255)
+
+
+def fault():
+    raise RuntimeError("an illegal memory access")
+
+
+def _fill(work, outputs):
+    for old, new in zip(outputs, _tensors([work()]), strict=True):
+        old.copy_(new)
+
+
+def _written(schema, args, kwargs):
+    """What such an operation returns: what it has changed."""
+    values = [*args, *(kwargs.get(own.name) for own in schema.arguments[len(args) :])]
+    changed = [
+        value
+        for own, value in zip(schema.arguments, values, strict=True)
+        if own.alias_info and own.alias_info.is_write
+    ]
+    if not schema.returns:
+        return None
+    return changed[0] if len(schema.returns) == 1 else tuple(changed)
+
+
+def _key(value):
+    """All that the shapes of an operation's outputs depend on."""
+    if isinstance(value, torch.Tensor):
+        return "tensor", tuple(value.shape), value.stride(), value.dtype
+    if isinstance(value, dict):
+        return "options", *((name, _key(entry)) for name, entry in value.items())
+    if isinstance(value, list | tuple):
+        return "list", *map(_key, value)
+    return type(value), value
+
+
+def _of_key(key):
+    kind, *rest = key
+    if kind == "tensor":
+        return torch.empty_strided(rest[0], rest[1], dtype=rest[2], device="meta")
+    if kind == "options":
+        return {name: _of_key(entry) for name, entry in rest}
+    return [_of_key(entry) for entry in rest] if kind == "list" else rest[0]
+
+
+@cache
+def _outputs(operation, args, kwargs):
+    """Shape, stride and type of each output."""
+    with _disable_current_modes():
+        results = operation(*_of_key(args), **_of_key(kwargs))
+    return [(tuple(x.shape), x.stride(), x.dtype) for x in _tensors([results])]
+
+
+# Between host and GPU
+
+
+def _to_host(tensor, dtype=None):
+    gpu = tensor.memory.gpu
+    gpu.engine += 1
+    gpu.seen(current_stream(gpu.device))
+    return tensor.elem.to(dtype or tensor.dtype, copy=True)
+
+
+def _on_gpu(gpu, source):
+    """What the host knows."""
+    target = gpu.made(tuple(source.shape), source.stride(), source.dtype)
+    gpu.put(current_stream(gpu.device), partial(target.elem.copy_, source))
+    return target
+
+
+def _copied(operation, args, kwargs):
+    """Copies between host and GPU, by a copy engine; None of what is none."""
+    if operation.overloadpacket is not aten.copy_:
+        device = kwargs.pop("device", None)
+        if operation._overloadname == "device":
+            _, device, *rest = args
+            return _to_host(args[0], *rest[:1]) if device.type == "cpu" else args[0].to(*rest[:1])
+        if device is None or torch.device(device).type != "cpu":
+            return None
+        return _to_host(args[0], kwargs.get("dtype"))
+    target, source = args[:2]
+    if isinstance(target, Tensor) and isinstance(source, Tensor):
+        return None
+    if isinstance(source, Tensor):
+        return target.copy_(_to_host(source))
+    gpu, late = target.memory.gpu, kwargs.get("non_blocking") or args[2:] == (True,)
+    stream, pinned = current_stream(gpu.device), is_pinned(gpu, source)
+    gpu.unpinned += not pinned
+    gpu.engine += stream is gpu.default
+    if not (late and pinned):  # the driver has the bytes of pageable RAM when the call returns
+        source = source.clone()
+    gpu.put(stream, lambda: poison(target.elem))
+    gpu.put(stream, partial(target.elem.copy_, source))
+    if not late:
+        gpu.seen(stream)
+    return target
+
+
+def is_pinned(gpu, memory):
+    address = memory.data_ptr()
+    return any(first <= address < first + size for first, size in gpu.pinned().items())
+
+
+def _factory(size, stride, dtype, device, fresh=False):
+    dtype = dtype or torch.get_default_dtype()
+    return gpu_of(device.index).made(tuple(size), stride, dtype, fresh)
+
+
+def _empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
+    return _factory(size, torch.empty(size, device="meta").stride(), dtype, device)
+
+
+def _empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None):
+    return _factory(size, stride, dtype, device, True)  # torch itself may fill it at once
+
+
+def _arange(*bounds, dtype=None, layout=None, device=None, pin_memory=None):
+    return _on_gpu(gpu_of(device.index), torch.arange(*bounds, dtype=dtype))
+
+
+_library = torch.library.Library("aten", "IMPL")
+for _name in ("arange", "arange.start", "arange.start_step"):
+    _library.impl(_name, _arange, KIND.upper())
+_library.impl("empty.memory_format", _empty, KIND.upper())
+_library.impl("empty_strided", _empty_strided, KIND.upper())
+
+
+# torch.cuda
+
+
+def refuse(what):
+    """What CUDA does not permit while this thread captures; the capture is lost."""
+    if here.capture is not None:
+        here.capture.spoiled = what
+        raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {what}")
+
+
+class Stream:
+    def __init__(self, device=None, gpu=None):
+        index = here.device if device is None else getattr(device, "index", device)
+        self.gpu, self.items = gpu or gpu_of(index), deque()
+        self.device = self.gpu.device
+        self.gpu.streams.append(self)
+
+    def wait_event(self, event):
+        if event.mark is not None and event.mark.stream is not self:
+            self.gpu.put(self, event.mark)
+
+    def record_event(self):
+        event = Event()
+        event.record(self)
+        return event
+
+    def wait_stream(self, other):
+        self.wait_event(other.record_event())
+
+    def synchronize(self):
+        self.gpu.seen(self)
+
+
+class Event:
+    def __init__(self, enable_timing=False):
+        self.mark = None
+
+    def record(self, stream=None):
+        self.mark = Mark(stream or current_stream())
+        self.mark.stream.gpu.put(self.mark.stream, self.mark)
+
+    def query(self):
+        refuse("an event is asked for")
+        if self.mark is not None:
+            self.mark.stream.gpu.check()
+        return self.mark is None or self.mark.reached
+
+    def synchronize(self):
+        if self.mark is not None:
+            self.mark.stream.gpu.waits += 1
+            self.mark.stream.gpu.until(self.mark)
+
+    def elapsed_time(self, end):
+        return max(1e-6, 1e3 * (end.mark.when - self.mark.when))
+
+
+class CUDAGraph:
+    def capture_begin(self, pool, capture_error_mode):
+        stream = current_stream()
+        assert stream is not stream.gpu.default and capture_error_mode == "thread_local"
+        self.stream, self.pool, self.items, self.spoiled = stream, pool, [], None
+        here.capture = self
+
+    def capture_end(self):
+        here.capture = None
+        if self.spoiled:
+            raise RuntimeError(f"CUDA error: the capture has failed before: {self.spoiled}")
+
+    def replay(self):
+        stream = current_stream()
+        for item in self.items:
+            stream.gpu.put(stream, item)
+
+
+def current_stream(device=None):
+    index = here.device if device is None else device.index
+    return here.streams.get(index) or gpu_of(index).default
+
+
+def set_stream(stream):
+    here.device = stream.device.index
+    here.streams[here.device] = stream
+
+
+@contextmanager
+def on_stream(stream):
+    before, there = current_stream(), current_stream(stream.device)
+    set_stream(stream)
+    try:
+        yield
+    finally:  # as torch leaves it
+        set_stream(there)
+        set_stream(before)
+
+
+def set_device(index):
+    here.device = index
+
+
+@contextmanager
+def on_device(device):
+    before, here.device = here.device, device.index
+    try:
+        yield
+    finally:
+        here.device = before
+
+
+def _register(address, size, flags):
+    refuse("RAM is page-locked")
+    assert address % 4096 == 0
+    for first, (held, _) in PINNED.items():
+        assert address + size <= first or first + held <= address
+    gpu = gpu_of(here.device)
+    if sum(gpu.pinned().values()) + size > gpu.pins:
+        here.refusal = "out of memory"  # told again at this thread's next launch
+        return 2
+    PINNED[address] = size, gpu.index
+    return 0
+
+
+def _host_memory(*given, pin_memory=False, **options):
+    if not pin_memory:
+        return torch.empty(*given, **options)
+    refuse("page-locked RAM is allocated")
+    memory = torch.empty(*given, **options)
+    memory.pinned_for = here.device
+    return memory
+
+
+def _as_kernels_see(array, device):
+    """Page-locked RAM of one GPU is other memory to another, which torch copies."""
+    gpu = gpu_of(device.index)
+    if array.host.pinned_for != gpu.index:
+        return _on_gpu(gpu, array.host)
+    memory = SimpleNamespace(gpu=gpu, array=array)
+    return Tensor(array.host.view(array.host.shape), memory)
+
+
+class Torch:
+    """``torch``, with the CUDA that is here."""
+
+    device = staticmethod(lambda kind, index: torch.device(KIND, index))
+    empty, as_tensor = staticmethod(_host_memory), staticmethod(_as_kernels_see)
+    _C = SimpleNamespace(_cuda_endAllocateToPool=lambda device, pool: None)
+    cuda = SimpleNamespace(
+        Stream=Stream,
+        Event=Event,
+        CUDAGraph=CUDAGraph,
+        current_stream=current_stream,
+        stream=on_stream,
+        device=on_device,
+        set_device=set_device,
+        current_device=lambda: here.device,
+        get_device_name=lambda index: "the twin",
+        graph_pool_handle=object,
+        memory_allocated=lambda device: gpu_of(device.index).allocated,
+        memory_reserved=lambda device: gpu_of(device.index).allocated,
+        max_memory_allocated=lambda device: gpu_of(device.index).peak,
+        reset_peak_memory_stats=lambda device: None,
+        mem_get_info=lambda device: (
+            (gpu := gpu_of(device.index)).capacity - gpu.taken - gpu.allocated,
+            gpu.capacity,
+        ),
+        empty_cache=lambda: None,
+        cudart=lambda: SimpleNamespace(
+            cudaHostRegister=_register, cudaHostUnregister=lambda address: PINNED.pop(address)
+        ),
+    )
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+def _on_it(name):
+    """One more instance of a module of the product, which uses this CUDA."""
+    spec = importlib.util.find_spec(name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.torch = Torch()
+    return module
+
+
+cuda, graphs = map(_on_it, ("slotmoe.offload.devices.cuda", "slotmoe.quant.backends.graphs"))
+
+
+def new_gpu(seed, capacity):
+    """A GPU that is not the first one."""
+    index = 1 + next(_numbers) % 100
+    GPUS[index] = Gpu(index, seed, capacity)
+    return GPUS[index]
+
+
+@cache
+def queue_interpreted_kernels():
+    """Triton's kernels too, which run as its interpreter does."""
+    from triton.runtime import interpreter
+
+    call = interpreter.GridExecutor.__call__
+
+    def launch(executor, *args, **options):
+        there = [tensor for tensor in _tensors([*args, *options.values()]) if tensor.dim()]
+        if not any(isinstance(tensor, Tensor) for tensor in there):
+            return call(executor, *args, **options)
+        stream = current_stream()
+        assert {tensor.device for tensor in there} == {stream.device}, "a kernel of another GPU"
+        args, options = _mapped((args, options), _in_ram)
+        stream.gpu.put(stream, partial(call, executor, *args, **options))
+
+    interpreter.GridExecutor.__call__ = launch
