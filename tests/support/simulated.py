@@ -62,12 +62,13 @@ def running():
 
 
 class Gpu:
-    """``eager``: how likely something runs when something is queued; ``wide``: how likely it is
-    of a stream that the host does not wait for."""
+    """``eager``: how likely something runs when something is queued; ``wide``: how likely something
+    runs that the host does not wait for; whether it is a kernel or, as far as they may, a copy."""
 
     def __init__(self, index, seed, capacity):
         self.index, self.device, self.random = index, torch.device(KIND, index), Random(seed)
-        self.eager, self.wide = self.random.choice((0, 0.1, 0.9)), self.random.choice((0, 0.3, 0.9))
+        self.eager, self.wide = (self.random.choice((0, 0.2, 0.9)) for _ in "12")
+        self.copies_first = self.random.random() < 0.7
         self.lock, self.streams = threading.RLock(), []
         self.free, self.failure = defaultdict(list), None  # by pool and bytes; what stays
         self.capacity, self.taken, self.allocated, self.peak = capacity, 0, 0, 0
@@ -99,16 +100,19 @@ class Gpu:
             stream.items.append(item)
             if self.random.random() < self.eager:
                 with running():
-                    self._step(self.random.choice(self.streams))
+                    self._step(self._any())
 
     def until(self, mark):
         refuse("the host waits")
         with self.lock, running():
             while not mark.reached:
                 wide = self.random.random() < self.wide
-                self._step(self.random.choice(self.streams) if wide else mark.stream)
+                self._step(self._any() if wide else mark.stream)
                 self.check()
             self.check()
+
+    def _any(self):
+        return self.random.choice(self.streams[self.copies_first :])  # the first has kernels
 
     def _step(self, stream):
         """Run what is first in a stream, or first of what that waits for."""
