@@ -21,6 +21,7 @@ PREFILL_CHUNK = 512  # tokens of a prefill pass's step, for every budget: some l
 LENT = 4  # records at once that the CPU computes with in prefill, or waits for from the disk
 # Triton kernels: programs that share a token's context, and rows of partial sums of several tokens.
 SPLITS, PART_ROWS = 64, 8192
+ROWS = 8  # tokens of a pass that Triton's decoder takes at most
 _SPANS = 16  # native kernels: parts that a token's attention is summed in, each in memory
 CUBLAS_BYTES = 8 << 20  # its workspace, from torch's allocator; 32 MiB on compute capability 9.0
 LEVELS_BYTES = 128  # two tables of 16 levels, the experts'
@@ -154,7 +155,9 @@ def _gpu_scratch(c: Config, T: int) -> int:
         T * (13 * D + 10 * widest),
         T * (12 * D + K * (4 * D + 2 * c.moe_intermediate_size)),
     )
-    return max(parts) + lasting + splits + CUBLAS_BYTES
+    # What a decoder's rows have lasts: sums, queries, outputs of experts.
+    decoded = (ROWS if c.indexer is None else 1) * (splits + 4 * (2 * H * (R + head) + K * D))
+    return max(parts) + lasting + decoded + CUBLAS_BYTES
 
 
 def waiting_bytes(config: Config, tokens: int) -> int:
@@ -264,8 +267,11 @@ def make_plan(
     tables = 0 if host_budget is None else _page_tables((in_ram + 5 * max(top_k, LENT)) * record)
     room = budget - sum(components.values()) - scratch - tables
     is_scarce = min(room // record, slots or everything) < everything
-    drafted = (FEW_DRAFTED if is_scarce else MOST_DRAFTED) if drafts and kernels == "native" else 0
-    sums = drafted * 4 * _SPANS * config.num_attention_heads * config.kv_lora_rank
+    most = {"native": FEW_DRAFTED if is_scarce else MOST_DRAFTED}
+    most |= {"triton": ROWS - 1} if config.indexer is None else {}
+    drafted, sums = most.get(kernels, 0) if drafts else 0, 0
+    if kernels == "native":
+        sums = drafted * 4 * _SPANS * config.num_attention_heads * config.kv_lora_rank
     room, chunk = room - sums, PREFILL_CHUNK
     # A pass in steps keeps a layer's experts, and reads the next one's.
     if 2 * config.n_routed_experts <= min(room // record, slots or everything) < everything:

@@ -6,14 +6,9 @@ Where there is no CUDA device the Triton kernels run on the CPU under Triton's i
 
 import importlib
 import importlib.util
-import json
-import os
 import shutil
-import subprocess
-import sys
 import sysconfig
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -47,7 +42,6 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 launch = importlib.import_module("slotmoe.quant.backends.triton_rows")
 Awaited = importlib.import_module("slotmoe.quant.backends.triton_experts").Awaited
-ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -429,49 +423,3 @@ def test_a_gpu_without_what_triton_needs_computes_through_torch_and_says_why(mon
     assert pick_backend(device).name.startswith("torch, since Triton is not installed")
     with pytest.raises(ConfigError, match=r"Triton is not installed.* or use kernels torch"):
         pick_backend(device, "triton")
-
-
-# Weights of a turn of the loops of one token's experts, for each of 64 threads: 8 blocks of 64
-# columns of codes, or 256 columns of int8, by 16 rows.
-CODED, PLAIN = 8 * 64 * 16 // 64, 256 * 16 // 64
-
-
-def compiled(card, geometry):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.support.compile_gpu", f"sm_{card}", geometry]
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    for kernel in kernels:
-        assert kernel["shared"] <= 99 << 10 and kernel["spilled"] <= 16, kernel
-    return kernels
-
-
-@pytest.mark.usefixtures("processes", "nightly")
-@pytest.mark.parametrize(("geometry", "count"), [("v3.2", 6), ("v4-flash", 11), ("v4-pro", 11)])
-@pytest.mark.parametrize("card", [80, 86, 89, 90, 120])
-def test_kernels_of_lists_and_streams_compile_for_gpus_that_are_not_here(card, geometry, count):
-    kernels = compiled(card, f"model/geometries/{geometry}.json")
-    assert len(kernels) == count
-
-
-@pytest.mark.usefixtures("processes", "nightly")
-@pytest.mark.parametrize("geometry", ["v2-lite", "v2"])
-@pytest.mark.parametrize("card", [80, 86, 89, 90, 100, 120])
-def test_kernels_compile_for_gpus_that_are_not_here(card, geometry):
-    """In V2-Lite's and V2's shapes, they fit the least shared memory of these GPUs (99 KiB) and
-    spill nothing to speak of.  A token's experts are one kernel each for gate and up and for down,
-    however many are missing.  In their machine code the loads of the next codes and scales come
-    long before their use, and a weight costs few instructions."""
-    kernels = compiled(card, geometry)
-    one_token = [kernel for kernel in kernels if ".rows.experts_" in kernel["kernel"]]
-    assert len(kernels) == 42 and len(one_token) == 6
-    for kernel in one_token:
-        if kernel["kind"] != NF4.kind:
-            continue
-        assert len(kernel["loops"]) == (4 if kernel["kernel"].endswith("up") else 2)
-        for turn, ahead in kernel["loops"]:
-            if turn <= 4.6 * PLAIN:  # int8 of the shared expert; the fifth load is of x
-                assert sum(distance >= 20 for distance in ahead) >= 4, kernel
-            else:
-                assert turn <= 7.6 * CODED and min(ahead) >= 256, kernel
