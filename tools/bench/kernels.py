@@ -330,6 +330,6 @@ def gpu(
     if export is not None:
         for way in ("kernel by kernel", "two graphs a layer", "one graph"):
             rows.append(_step(export, way, ceiling, **given))
-    told = {"device": torch.cuda.get_device_name(), "ops": bench.ops.name, "variant": variant}
-    told["hint"] = hint
+    told = {"device": torch.cuda.get_device_name(), "ops": bench.ops.name}
+    told |= {"variant": variant, "hint": "on" if hint else "off"}
     turns.finish(rows, **told, bandwidth=ceiling)
