@@ -151,9 +151,10 @@ class _Loader:
             problem = "draft mtp and route_budget need an export made for them"
             advice = "slotmoe quantize with --keep-mtp or --calibrate TEXT makes one"
             raise ConfigError(f"{self._folder}: {problem}; {advice}")
-        self._draft(2 if self._backend.kind == "native" else 1)
         codecs = memory.default_codecs(self._config)
-        self._refuse(self._plan(sizes_of(self._config, "int8", codecs), self.budget))
+        plan = self._plan(sizes_of(self._config, "int8", codecs), self.budget)
+        self._draft(1 + plan.drafted)
+        self._refuse(plan)
 
     def _configure(self, read: ReadFile) -> None:
         """Take the config from a model's files, which have been verified."""

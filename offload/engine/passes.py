@@ -63,9 +63,11 @@ class Passes:
         started = time.perf_counter()
         decoding = [row for row in rows if not row.is_prompt]
         read = sum(len(row.ids) for row in rows if row.is_prompt)
-        if self.drafting is not None and decoding:
+        # With more rows the pass would go another way, and give other bits.
+        room = self._model.network.rows - read - len(decoding)
+        if self.drafting is not None and decoding and room > 0:
             drafts = [row.sequence.draft(row.ids[0]) for row in decoding]
-            lengths = self.drafting.lengths([chances for _, chances in drafts])
+            lengths = self.drafting.lengths([chances for _, chances in drafts], room)
             for row, (tokens, _), length in zip(decoding, drafts, lengths, strict=True):
                 row.draft = tokens[:length]
         drafted_at = time.perf_counter()

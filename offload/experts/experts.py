@@ -248,6 +248,7 @@ class Experts:
                 return
             done = [read for read in work.reads if read.done][: max(1, slots.staging // 2)]
             if done or work.cached:
+                work.copies += [read.copy for read in done if read.copy is not None]
                 slots.take(done)
                 self.timer.mark("waiting for disk" if hybrid is None else "waiting for RAM")
                 work.reads = [read for read in work.reads if read not in done]
@@ -267,9 +268,9 @@ class Experts:
                 self.timer.mark("waiting for disk")
 
     def _note_idle(self, work: Work) -> None:
-        """From when all demands are met until the next gate, the disk has only guesses to read."""
+        """From when all demands are met until the next gate, only guesses are to be read."""
         if self.lookahead is not None and not (work.reads or work.later):
-            self.lookahead.idle()
+            self.lookahead.idle(work.copies)
 
     def _make_room(self, work: Work, used: list[int], ready: list[int]) -> None:
         """Experts have been used, in staging and ``ready`` ones that are cached.  The cache admits

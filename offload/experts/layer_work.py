@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from slotmoe.offload.devices.device import Event
 from slotmoe.offload.experts.source import Read
 
 
@@ -29,7 +30,7 @@ class Pass:
 class Work:
     """What is left of a layer: ``uses`` counts each expert's tokens, ``newest`` are the newest
     token's experts, ``kept`` the ids that stay for the pass's next step or layer; ids ``cached``,
-    to be read ``later``, or ``used`` in staging; and reads on their way."""
+    to be read ``later``, or ``used`` in staging; reads on their way, and copies of those taken."""
 
     row: int
     uses: Mapping[int, int]
@@ -39,6 +40,7 @@ class Work:
     later: list[int] = field(default_factory=list)
     used: list[int] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
+    copies: list[Event] = field(default_factory=list)
 
     @property
     def many(self) -> bool:

@@ -19,7 +19,9 @@ from slotmoe.sizes import format_size
 
 PREFILL_CHUNK = 512  # tokens of a prefill pass's step, for every budget: some logits depend on it
 LENT = 4  # records at once that the CPU computes with in prefill, or waits for from the disk
-SPLITS, FEW = 64, 16  # Triton kernels: programs that share a context, tokens that attend singly
+# Triton kernels: programs that share a token's context, and rows of partial sums of several tokens.
+SPLITS, PART_ROWS = 64, 8192
+ROWS = 8  # tokens of a pass that Triton's decoder takes at most
 _SPANS = 16  # native kernels: parts that a token's attention is summed in, each in memory
 CUBLAS_BYTES = 8 << 20  # its workspace, from torch's allocator; 32 MiB on compute capability 9.0
 LEVELS_BYTES = 128  # two tables of 16 levels, the experts'
@@ -135,32 +137,27 @@ def _gpu_scratch(c: Config, T: int) -> int:
     """The same with Triton's kernels, where a pass has all its temporaries from one allocator,
     which gives what was freed to whoever asks next: the largest of its parts, and what lasts.
 
-    Attention: the residual stream and its norm, the queries and copies of them, the output and its
-    sums, two blocks of scores, and two blocks of expanded keys and values, which are the larger the
-    fewer tokens there are; up to ``few`` tokens deep in a context go through the absorbed form,
-    whose queries are wide.  Experts: outputs by use, twice, and what is between projections.
+    Attention: the residual stream, its norm and their kind, the queries, and in the latents' space
+    again, with and without the rotated parts that are put beside them; the fewer tokens there are,
+    the more parts of sums.  Experts: outputs by use, and what is between projections; a wide MLP in
+    bfloat16 has its gate and up, and one of them rounded.
     """
     D, H, K, R = c.hidden_size, c.num_attention_heads, c.num_experts_per_tok, c.kv_lora_rank
-    head, P, V = c.qk_nope_head_dim + c.qk_rope_head_dim, c.qk_rope_head_dim, c.v_head_dim
-    expanded_head = c.qk_nope_head_dim + V
-    few = min(T, R * expanded_head // max(1, 2 * R - expanded_head))
-
-    def attention(tokens: int, key: int, value: int, expanded: int) -> int:
-        block = min(4096, max(64, (1 << 22) // (tokens * H)))  # of cached rows
-        rows = 2 * D + H * (3 * key + 4 * value) + (H + 1) * P
-        return 4 * tokens * rows + 8 * tokens * H * block + 4 * block * H * expanded
-
-    expanded = 2 * (expanded_head + head)
+    head, P = c.qk_nope_head_dim + c.qk_rope_head_dim, c.qk_rope_head_dim
+    query = H * (head + 2 * R + P) + (H + 1) * P
+    attention = 4 * (3 * D + query + 2 * (R + P) + (c.q_lora_rank or 0))
+    widest = max(c.intermediate_size, c.n_shared_experts * c.moe_intermediate_size)
     lasting = 4 * T * _more_scratch(c)
     splits = 4 * H * SPLITS * (R + 2)  # partial sums of one token's attention
     parts = (
-        attention(T, head, V, expanded),
-        attention(few, head, V, expanded),
-        attention(few, R + P, R, 0),
-        T * (12 * D + K * (8 * D + 2 * c.moe_intermediate_size)),
-        FEW * splits,
+        T * attention,
+        min(T, PART_ROWS // (2 * H)) * attention + 4 * PART_ROWS * (R + 2),
+        T * (13 * D + 10 * widest),
+        T * (12 * D + K * (4 * D + 2 * c.moe_intermediate_size)),
     )
-    return max(parts) + lasting + splits + CUBLAS_BYTES
+    # What a decoder's rows have lasts: sums, queries, outputs of experts.
+    decoded = (ROWS if c.indexer is None else 1) * (splits + 4 * (2 * H * (R + head) + K * D))
+    return max(parts) + lasting + decoded + CUBLAS_BYTES
 
 
 def waiting_bytes(config: Config, tokens: int) -> int:
@@ -270,8 +267,11 @@ def make_plan(
     tables = 0 if host_budget is None else _page_tables((in_ram + 5 * max(top_k, LENT)) * record)
     room = budget - sum(components.values()) - scratch - tables
     is_scarce = min(room // record, slots or everything) < everything
-    drafted = (FEW_DRAFTED if is_scarce else MOST_DRAFTED) if drafts and kernels == "native" else 0
-    sums = drafted * 4 * _SPANS * config.num_attention_heads * config.kv_lora_rank
+    most = {"native": FEW_DRAFTED if is_scarce else MOST_DRAFTED}
+    most |= {"triton": ROWS - 1} if config.indexer is None else {}
+    drafted, sums = most.get(kernels, 0) if drafts else 0, 0
+    if kernels == "native":
+        sums = drafted * 4 * _SPANS * config.num_attention_heads * config.kv_lora_rank
     room, chunk = room - sums, PREFILL_CHUNK
     # A pass in steps keeps a layer's experts, and reads the next one's.
     if 2 * config.n_routed_experts <= min(room // record, slots or everything) < everything:

@@ -149,12 +149,13 @@ class Drafting:
         self._drafting = 0  # passes with drafts
         self._most = 1  # tokens to draft: what was never tried is approached by steps
 
-    def lengths(self, chances: Sequence[Sequence[float]]) -> list[int]:
-        """How many tokens of each sequence's draft to compute, given the ``chances`` of each: as
-        long as the tokens that a row more is expected to give come sooner with it than without."""
+    def lengths(self, chances: Sequence[Sequence[float]], room: int) -> list[int]:
+        """How many tokens of each sequence's draft to compute, ``room`` at most, given the
+        ``chances`` of each: as long as the tokens that a row more is expected to give come sooner
+        with it than without."""
         taken, rows = [0] * len(chances), len(chances)
         expected = float(rows)
-        while self._one and rows < len(chances) + self._most:
+        while self._one and rows < len(chances) + min(self._most, room):
             pairs = zip(taken, chances, strict=True)
             gains = [likely[n] if n < len(likely) else 0.0 for n, likely in pairs]
             best = max(range(len(gains)), key=gains.__getitem__)

@@ -4,14 +4,14 @@ Two horizons make guesses (arithmetic: ``slotmoe.offload.predictor``): ``token``
 experts before the token starts, and ``layer``, the next MoE layer's from the present one's input.
 The later replaces the earlier.  A third, ``table``, is certain: some first gates choose by token.
 
-A guess costs nothing while the disk would idle; else a wrong one delays a demand.  So what is
+A guess costs nothing while disk and link would idle; else a wrong one delays a demand.  So what is
 expected to be wasted has to fit into the time in which the step demands nothing: with a share ``p``
 of right guesses, ``idle seconds * bandwidth / (1 - p)`` bytes may be on their way ahead.
 """
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from typing import Protocol
 
@@ -65,6 +65,14 @@ class Target(Protocol):
     def __contains__(self, expert_id: int) -> bool: ...
 
 
+class Copy(Protocol):
+    """A demand's record on the link; ``seconds`` that it took, once it is done."""
+
+    @property
+    def seconds(self) -> float: ...
+    def done(self) -> bool: ...
+
+
 class Prefetcher:
     """Guesses by MoE layer ("row"), and which to read: ``size`` bytes, ``bandwidth()`` a second."""
 
@@ -78,7 +86,9 @@ class Prefetcher:
         self._right = {horizon: Average(0.02, 0.5) for horizon in HORIZONS}
         self._idle, self._cost = Average(0.05, 0.0), Average(0.05, 5e-5)
         self._missing = Average(0.01, float(experts))
+        # Since when all demands are met but for copies, and the last such time, until it is counted.
         self._free_since: float | None = None
+        self._copies, self._free_for = list[Copy](), 0.0
         self._considered = 0
         self.by_row = {horizon: [Accuracy() for _ in range(rows)] for horizon in HORIZONS}
 
@@ -111,7 +121,7 @@ class Prefetcher:
         """The gate of ``row`` has chosen ``expert_ids``, ``missing`` of them not cached: guesses
         for it were right or wrong, and wrong reads are given up."""
         if self._free_since is not None and row > 0:
-            self._idle.add(time.perf_counter() - self._free_since)
+            self._free_for = time.perf_counter() - self._free_since
         self._free_since = None
         self._missing.add(missing)
         guesses, self._rows[row], wanted = self._rows[row], _Guesses(), set(expert_ids)
@@ -132,6 +142,10 @@ class Prefetcher:
 
     def more(self, row: int) -> None:
         """Start reads for the layers after ``row`` (-1: all) as far as they are worth it."""
+        if self._free_for:  # counted here, since no demand waits for that
+            copying = sum(copy.seconds if copy.done() else math.inf for copy in self._copies)
+            self._idle.add(max(0.0, self._free_for - copying))
+            self._free_for = 0.0
         ahead = sum(len(guesses.reading) for guesses in self._rows) * self._record_bytes
         window = self._idle.value * self._bandwidth()
         for distance, guesses in enumerate(self._rows[row + 1 :], 1):
@@ -148,11 +162,13 @@ class Prefetcher:
                     guesses.reading[expert_id] = guesses.horizon
                     ahead += self._record_bytes
 
-    def idle(self) -> None:
-        """All demands are met: until the next gate the disk has nothing else to do."""
+    def idle(self, copies: Sequence[Copy] = ()) -> None:
+        """All demands are met, but for ``copies``: behind these disk and link have nothing else to
+        do until the next gate."""
+        self._copies = [copy for copy in copies if not copy.done()]
         self._free_since = time.perf_counter()
 
     def reset(self) -> None:
         """Forget all guesses before a step; what they read is the target's to drop."""
         self._rows = [_Guesses() for _ in self._rows]
-        self._free_since = None
+        self._free_since, self._free_for = None, 0.0

@@ -166,7 +166,7 @@ class TorchBackend:
         gate_TI, up_TI = self.linear(x_TD, weights.gate_proj), self.linear(x_TD, weights.up_proj)
         if limit := self.swiglu_limit:
             gate_TI, up_TI = gate_TI.clamp(max=limit), up_TI.clamp(-limit, limit)
-        return self.linear(F.silu(gate_TI) * up_TI, weights.down_proj)
+        return self.linear(F.silu(gate_TI, inplace=True).mul_(up_TI), weights.down_proj)
 
     def embed(self, ids_T: Tensor, weight: Prepared) -> Tensor:
         """Rows ``ids`` of the table, float32 [T, D]."""

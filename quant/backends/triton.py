@@ -25,15 +25,15 @@ from slotmoe.quant.backends.graphs import Capturing, CudaGraphs
 from slotmoe.quant.backends.triton_decoder import TritonDecoder
 from slotmoe.quant.backends.triton_experts import FewExperts
 from slotmoe.quant.backends.triton_rows import ROWS, operand, power
-from slotmoe.quant.kernels.triton import lists, mla, prefill, rows, streams, tiles
+from slotmoe.quant.kernels.triton import lists, prefill, streams, tiles
 
 # Triton 3.9 warns that its default will change; this is the present one.
 environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 # A tile of many tokens.  Experts always use it: its size changes a row's last bits.
 _BM, _BN = 64, 64
 _FEW = 16  # so many tokens share the work over lists with more programs
-# Several tokens share a context among so many programs at most, of so many positions at least.
-_PROGRAMS, _SHARE = 256, 128
+# A context is split as long as there are so many programs at most, of so many positions at least.
+_PROGRAMS, _SPLITS, _SHARE = 256, 64, 128
 _SCORES = 1 << 24  # of an indexer in memory at once
 _SCORED = 512  # keys that a program of many tokens scores
 
@@ -45,7 +45,7 @@ class TritonBackend(TorchBackend):
 
     def __init__(self, device: torch.device, swiglu_limit: float = 0.0):
         super().__init__(torch.bfloat16, swiglu_limit)
-        self.interpreted = isinstance(rows.linear, InterpretedFunction)
+        self.interpreted = isinstance(tiles.linear, InterpretedFunction)
         self.name = "triton, interpreted" if self.interpreted else "triton"
         self._few = FewExperts(device)
         self._finished = torch.zeros(0, dtype=torch.int32)
@@ -91,63 +91,41 @@ class TritonBackend(TorchBackend):
     # Attention.
 
     def absorb_query(self, q_THN: Tensor, kv_b: Prepared) -> Tensor:
-        T, H, N = q_THN.shape
+        (T, H, N), pitch = q_THN.shape, q_THN.stride(1)
+        assert q_THN.stride() == (H * pitch, pitch, 1)
         _, data, scale, _ = operand(kv_b)
-        X, R, BR = kv_b.shape[0] // H, kv_b.shape[1], 64
+        (rows, R), tile = kv_b.shape, self._tile(T)
         y_THR = torch.empty(T, H, R, device=q_THN.device)
-        if T > 1:
-            assert q_THN.stride(0) == H * q_THN.stride(1)
-            tile, pitch = self._tile(T), q_THN.stride(1)
-            prefill.absorb_query[(triton.cdiv(R, _BN), H, triton.cdiv(T, tile["BM"]))](
-                q_THN, pitch, data, scale, y_THR, T, H, N, X, R, SCALED=scale is not None, **tile
-            )
-            return y_THR
-        mla.absorb_query[(triton.cdiv(R, BR), H, T)](
-            q_THN.contiguous(), data, scale, y_THR, H, N, X, R,
-            SCALED=scale is not None, WIDTH=power(N), BR=BR,
+        prefill.absorb_query[(triton.cdiv(R, _BN), H, triton.cdiv(T, tile["BM"]))](
+            q_THN, pitch, data, scale, y_THR, T, H, N, rows // H, R,
+            SCALED=scale is not None, **tile,
         )  # fmt: skip
         return y_THR
 
     def absorb_value(self, o_THR: Tensor, kv_b: Prepared, N: int) -> Tensor:
         T, H, R = o_THR.shape
         kind, data, scale, _ = operand(kv_b)
-        V, BV, o_THR = kv_b.shape[0] // H - N, 16, o_THR.contiguous()
+        V, tile = kv_b.shape[0] // H - N, self._tile(T)
         y_THV = torch.empty(T, H, V, device=o_THR.device)
-        if T > 1:
-            tile = self._tile(T)
-            prefill.absorb_value[(triton.cdiv(V, _BN), H, triton.cdiv(T, tile["BM"]))](
-                o_THR, data, scale, y_THV, T, H, N, V, R, KIND=kind, **tile
-            )
-            return y_THV
-        mla.values[(1, triton.cdiv(V, BV), H)](
-            o_THR, None, None, None, data, scale, y_THV, H, N, V, R,
-            PARTS=False, SCALED=scale is not None, LATENT=power(R), BV=BV,
-        )  # fmt: skip
+        prefill.absorb_value[(triton.cdiv(V, _BN), H, triton.cdiv(T, tile["BM"]))](
+            o_THR.contiguous(), data, scale, y_THV, T, H, N, V, R, KIND=kind, **tile
+        )
         return y_THV
 
     def mla(self, q_THW: Tensor, rows_SW: Tensor, R: int, scale: float) -> Tensor:
-        """Of one token float32, of several bfloat16, to which ``absorb_value`` rounds them."""
+        """In bfloat16, to which ``absorb_value`` rounds it."""
         (T, H, W), S, device = q_THW.shape, len(rows_SW), q_THW.device
         assert q_THW.is_contiguous() and rows_SW.dtype == torch.float16
-        widths = {"LATENT": power(R), "ROPE": power(W - R)}
-        splits, tiles = mla.SPLITS.value, triton.cdiv(T * H, prefill.ROWS.value)
-        if T > 1:
-            splits = max(1, min(splits, _PROGRAMS // tiles, S // _SHARE))
-        parts = splits if T == 1 or splits > 1 else 0
+        tiles = triton.cdiv(T * H, prefill.ROWS.value)
+        splits = max(1, min(_SPLITS, _PROGRAMS // tiles, S // _SHARE))
+        parts = splits if splits > 1 else 0
         part, best, total = (torch.empty(T, H, parts, n, device=device) for n in (R, 1, 1))
-        if T > 1:
-            y_THR = torch.empty(T, H, R, dtype=torch.bfloat16, device=device)
-            prefill.attend[(splits, tiles)](
-                q_THW, rows_SW, S, scale, part, best, total, self._counts(tiles, device), y_THR,
-                T, H, R, W - R, WIDEN=self.interpreted, num_warps=8, **widths,
-            )  # fmt: skip
-            return y_THR
-        y_THR = torch.empty(T, H, R, device=device)
-        mla.attend[(splits, triton.cdiv(H, 16), T)](
-            q_THW, rows_SW, None, 0, S, scale, part, best, total, T, H, R, W - R,
-            LOCATED=False, HEADS=16, **widths,
+        y_THR = torch.empty(T, H, R, dtype=torch.bfloat16, device=device)
+        prefill.attend[(splits, tiles)](
+            q_THW, rows_SW, S, scale, part, best, total, self._counts(tiles, device), y_THR,
+            T, H, R, W - R, LATENT=power(R), ROPE=power(W - R), WIDEN=self.interpreted,
+            num_warps=8,
         )  # fmt: skip
-        mla.combine[(H, T)](part, best, total, S, y_THR, T, H, R, LATENT=power(R))
         return y_THR
 
     def _counts(self, tiles: int, device: torch.device) -> Tensor:

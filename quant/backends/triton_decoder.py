@@ -268,12 +268,12 @@ class _Layer:
             PAIRS=power(P // 2),
         )  # fmt: skip
         mla.attend[(splits, triton.cdiv(H, 16), T)](
-            q_THW, None, located, index, 0, self._geometry.softmax_scale, *sums, T, H, R, P,
-            LOCATED=True, HEADS=16, LATENT=power(R), ROPE=power(P),
+            q_THW, located, index, self._geometry.softmax_scale, *sums, H, R, P,
+            HEADS=16, LATENT=power(R), ROPE=power(P),
         )  # fmt: skip
         mla.values[(T, triton.cdiv(V, BV), H)](
             *sums, located, kv_b, scale, o_TX, H, N, V, R,
-            PARTS=True, SCALED=scaled, LATENT=power(R), BV=BV,
+            SCALED=scaled, LATENT=power(R), BV=BV,
         )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ both_kinds = pytest.mark.parametrize("pair", ["ngram", "mtp"], indirect=True)
 def eager(monkeypatch):
     """A row more is taken to cost nothing, so that wrong tokens are drafted too."""
 
-    def all_of(self, chances):
+    def all_of(self, chances, room):
         return [min(len(each), MOST_DRAFTED // len(chances)) for each in chances]
 
     monkeypatch.setattr(Drafting, "lengths", all_of)
@@ -165,16 +165,16 @@ def test_the_longest_match_counts_and_of_equals_the_latest():
 def test_rows_are_computed_as_long_as_they_pay(likely, cost):
     """Beside the best fixed length and beside none, by what is expected."""
     drafting, chances = Drafting(), [likely**n for n in range(1, 16)]
-    assert drafting.lengths([chances]) == [0]  # before anything was measured
+    assert drafting.lengths([chances], 15) == [0]  # before anything was measured
     speeds = []
     for _ in range(300):
-        (length,) = drafting.lengths([chances])
+        (length,) = drafting.lengths([chances], 15)
         drafting.measured(1 + length, length, seconds := 1 + cost * length)
         speeds.append((1 + sum(chances[:length])) / seconds)
     best = max((1 + sum(chances[:n])) / (1 + cost * n) for n in range(16))
     assert fmean(speeds) > 0.985 and fmean(speeds[30:]) > 0.95 * best
-    assert drafting.lengths([[0.02] * 15]) == [0]
-    assert drafting.lengths([[], [0.99] * 9, []])[::2] == [0, 0]
+    assert drafting.lengths([[0.02] * 15], 15) == [0]
+    assert drafting.lengths([[], [0.99] * 9, []], 15)[::2] == [0, 0]
 
 
 def test_drafts_are_off_where_rows_change_bits(sample_export):

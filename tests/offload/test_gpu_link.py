@@ -8,12 +8,14 @@ import os
 import signal
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from slotmoe.offload.devices.pages import page_aligned
 from slotmoe.offload.observe.measure import link_bandwidths
+from slotmoe.offload.policy import prefetch
 from slotmoe.offload.policy.cache import Cache, Learned
 from tests.support import simulated
 from tests.support.disk import forked
@@ -21,6 +23,7 @@ from tests.support.engine import IDS, start, whole
 from tests.support.twin import Twin
 
 LAYERS, TOKENS = 7, IDS[1:5]
+LATE = 2  # a seed of an adversary that runs nothing before the host waits for it
 
 
 def test_a_layer_with_misses_has_few_calls_and_one_wait_and_its_copies_wait_for_no_more(
@@ -63,6 +66,37 @@ def test_a_layer_with_misses_has_few_calls_and_one_wait_and_its_copies_wait_for_
     assert len(copies) > 20
     for layer in copies:
         assert {*layer} == {"record", "copy"} and layer[:2] == ["record", "copy"]
+
+
+@pytest.mark.usefixtures("always_guessing")
+@pytest.mark.parametrize(("computing", "guesses"), [(0.0, False), (20.0, True)])
+def test_guesses_are_read_in_time_in_which_the_link_idles(on_twin, monkeypatch, computing, guesses):
+    """By a clock of its own, on which a copy takes a second and a layer's experts ``computing``:
+    while demands are copied from gate to gate, no guess is to stand before the next ones."""
+    now, fill = [0.0], simulated.poison
+
+    def copying(memory):
+        fill(memory)
+        now[0] += 1
+
+    def on_launch(number):
+        twin.gpu.put(twin.gpu.default, computed)
+
+    def computed():
+        now[0] += computing
+
+    monkeypatch.setattr(simulated, "clock", lambda: now[0])
+    monkeypatch.setattr(simulated, "poison", copying)
+    monkeypatch.setattr(prefetch, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    twin = Twin(LATE)
+    twin.on_launch = on_launch
+    with on_twin(twin, misses="fetch", slots=22) as runtime:
+        step = start(runtime)
+        for id in IDS[:8]:
+            step([id])
+        read = runtime.stats()["prefetch"]
+    total = sum(read[horizon][how] for horizon in read for how in ("used", "wasted", "cancelled"))
+    assert (total > 0) == guesses
 
 
 @pytest.mark.parametrize("options", [{}, {"slots": 40}], ids=str)

@@ -12,7 +12,7 @@ from slotmoe.model.config import read_config
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import CUBLAS_BYTES, PREFILL_CHUNK, scratch_bytes
 from slotmoe.quant.backends import pick_backend
-from tests.support.meta import META, forward, network_of
+from tests.support.meta import META, caches_of, empty, network_of
 
 
 class Allocations(TorchDispatchMode):
@@ -24,10 +24,14 @@ class Allocations(TorchDispatchMode):
         self._alive, self.now, self.peak = {}, 0, 0
 
     def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        leaves = [x for x in tree_leaves(arguments) if isinstance(x, torch.Tensor)]
+        before = {x.untyped_storage()._cdata for x in leaves} - self._alive.keys()
         result = operation(*arguments, **(options or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.device == META:
                 storage = tensor.untyped_storage()
+                if storage._cdata in before:  # a view of what no operation here has made
+                    continue
                 size = -(-storage.nbytes() // 512) * 512
                 entry = self._alive.setdefault(storage._cdata, [0, size])
                 self.now += entry[1] if entry[0] == 0 else 0
@@ -47,17 +51,21 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="Triton launches its kernels where there is a GPU"
 )
-@pytest.mark.parametrize(("geometry", "mode"), [("v2-lite", "int8"), ("v2", "nf4")])
+@pytest.mark.parametrize(
+    ("geometry", "mode"), [("v2-lite", "int8"), ("v2-lite", "bf16"), ("v2", "nf4")]
+)
 def test_the_plans_scratch_holds_what_a_step_allocates(monkeypatch, geometry, mode):
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *arguments, **options: None)
     config = read_config(geometry_path(geometry))
     network, peaks = network_of(config, pick_backend(META, "triton"), mode), {}
-    for tokens in (1, 16, 128, 170, PREFILL_CHUNK):
+    for counts in ([1], [16], [128], [256], [PREFILL_CHUNK], [PREFILL_CHUNK - 2, 1, 1]):
         for context in (512, 4096):
+            ids_T = empty(sum(counts), dtype=torch.int64)
+            caches = [*caches_of(network, context, counts)]
             with Allocations() as allocations:
-                network.head(forward(network, tokens, context)[-1:])
-            peaks[tokens, context] = allocations.peak
+                network.head(network.forward(ids_T, caches, counts)[-1:])
+            peaks[(*counts, context)] = allocations.peak
     planned = scratch_bytes(config, PREFILL_CHUNK, "triton") - CUBLAS_BYTES
     worst = max(peaks, key=peaks.__getitem__)
-    assert peaks[worst] <= planned <= 1.2 * peaks[worst], (worst, peaks[worst], planned)
+    assert peaks[worst] <= planned <= 1.25 * peaks[worst], (worst, peaks[worst], planned)

@@ -3,26 +3,150 @@
 Without a CUDA device the kernels are interpreted.
 """
 
+from collections import Counter
+from itertools import product
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from slotmoe.model.config import read_config
+from slotmoe.offload.plan.advice import geometry_path
+from slotmoe.quant.backends import pick_backend
+from slotmoe.quant.weights import dequantize
+from tests.quant.test_triton import DEVICE, attention, error, make_weight, nth_interpreted, randn
+from tests.support.meta import META, caches_of, empty, network_of
 
 pytestmark = pytest.mark.usefixtures("interpreter")
-pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 
-from slotmoe.quant.backends import pick_backend
-from tests.quant.test_triton import DEVICE, attention, error, make_weight, randn
+interpreter = pytest.importorskip(
+    "triton.runtime.interpreter", reason="needs Triton, which is for Linux"
+)
+R, W, SCALE = 40, 48, 0.2  # neither a power of two
 
-def test_x():
-    ops = pick_backend(DEVICE, "triton")
-    for T,S,H in ((17,17,5),(64,300,2),(70,70,3),(2,1000,4)):
-        q = randn(T,H,48)*3; rows = torch.full((S+40,48), torch.nan, dtype=torch.float16); rows[:S]=randn(S,48)
-        y = ops.mla(q, rows[:S], 40, 0.2)
-        print(T,S,H,error(y, attention(q, rows[:S], 40, 0.2)))
-        for kind in ("int8", torch.bfloat16, torch.float32):
-            N,V = 24, 37
-            w = make_weight(kind, H*(N+V), 40)
-            from slotmoe.quant.weights import dequantize
-            d = dequantize(w).double().view(H,N+V,40)
-            q = randn(T,H,N+8)[...,:N]
-            a = ops.absorb_query(q, w); b = ops.absorb_value(y, w, N)
-            print(kind, error(a, torch.einsum('thn,hnr->thr', q.double(), d[:,:N])), error(b, torch.einsum('thr,hvr->thv', y.double(), d[:,N:])))
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def triton_ops():
+    return pick_backend(DEVICE, "triton")
+
+
+def cached(S, W=W):
+    """Rows of S positions, and behind them poison."""
+    rows_SW = torch.full((S + 40, W), torch.nan, dtype=torch.float16, device=DEVICE)
+    rows_SW[:S] = randn(S, W)
+    return rows_SW[:S]
+
+
+def rounding(exact):
+    """The error of what could not be better, as outputs are bfloat16."""
+    return error(exact.bfloat16(), exact)
+
+
+# Tiles have 32 rows of queries, of T * H, and 32 positions; programs share from 256 positions on.
+SIZES = [(2, 2, 1), (17, 17, 5), (2, 33, 4), (70, 200, 3), (17, 300, 2), (2, 1001, 4), (64, 65, 3)]
+SIZES += [(33, 520, 5), (300, 512, 1), (5, 5000, 16)]
+
+
+@pytest.mark.parametrize(("T", "S", "H"), nth_interpreted(2, SIZES))
+def test_several_tokens_attend_to_what_is_before_them(triton_ops, T, S, H):
+    q_THW, rows_SW = randn(T, H, W) * 3, cached(S)
+    found, exact = triton_ops.mla(q_THW, rows_SW, R, SCALE), attention(q_THW, rows_SW, R, SCALE)
+    assert found.shape == (T, H, R) and found.dtype == torch.bfloat16
+    # The weights' 11 bits are an eighth of what rounding adds.
+    assert error(found, exact) <= 1.1 * rounding(exact)
+    each = ((found.double() - exact).norm(dim=-1) / exact.norm(dim=-1)).max().item()
+    assert each <= 2 * 2**-9  # also of the first and last token and head
+
+
+def test_it_bears_queries_and_latents_of_any_size(triton_ops):
+    """What is 1e6 looks at one row alone, what is 0 at all alike; saturated latents don't add up to
+    more than fp16 holds."""
+    T, S, H = 9, 300, 4
+    q_THW, rows_SW = randn(T, H, W), cached(S)
+    q_THW *= torch.tensor([1e6, 1e-6, 0.0, 1.0], device=DEVICE)[None, :, None]
+    exact = attention(q_THW, rows_SW, R, SCALE)
+    assert error(triton_ops.mla(q_THW, rows_SW, R, SCALE), exact) <= 1.1 * rounding(exact)
+    rows_SW.clamp_(-1, 1).mul_(65504.0)
+    q_THW = randn(T, H, W) * 1e-5
+    exact = attention(q_THW, rows_SW, R, SCALE)
+    assert error(triton_ops.mla(q_THW, rows_SW, R, SCALE), exact) <= 2e-3
+
+
+def test_bits_depend_on_the_token_and_on_how_many_there_are(monkeypatch, triton_ops):
+    """Not on other tokens, later rows, other calls before, or which program finishes last."""
+    T, S, H = 6, 700, 5
+    q_THW, rows_SW = randn(T, H, W), cached(S)
+    found = triton_ops.mla(q_THW, rows_SW, R, SCALE)
+    others = randn(T, H, W)
+    others[3] = q_THW[3]
+    later_SW = rows_SW.clone()
+    later_SW[-2:] = randn(2, W)
+    assert torch.equal(triton_ops.mla(others, later_SW, R, SCALE)[3], found[3])
+    assert not triton_ops._finished.any()
+    if DEVICE.type == "cpu":
+        builder = interpreter.interpreter_builder
+        at = builder.set_grid_idx
+
+        def backwards(x, y, z):
+            dims = builder.grid_dim
+            at(*(dim - 1 - i for dim, i in zip(dims, (x, y, z), strict=True)))
+
+        monkeypatch.setattr(builder, "set_grid_idx", backwards)
+        assert torch.equal(triton_ops.mla(q_THW, rows_SW, R, SCALE), found)
+
+
+KINDS = ["int8", torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize(("T", "kind", "head"), nth_interpreted(5, product(
+    [2, 16, 70], KINDS, [(24, 37), (70, 64)]
+)))  # fmt: skip
+def test_products_with_kv_b_are_no_worse_than_bfloat16(triton_ops, T, kind, head):
+    """The queries are columns of a wider tensor."""
+    H, (N, V) = 3, head
+    weight = make_weight(kind, H * (N + V), R, wild=False)
+    exact_HXR = dequantize(weight).double().view(H, N + V, R)
+    q_THN, o_THR = randn(T, H, N + 8)[..., :N], randn(T, H, R)
+    plain_HXR = exact_HXR.to(torch.bfloat16)
+    values = o_THR, "thr,hvr->thv", slice(N, None)
+    for found, (x, equation, part) in (
+        (triton_ops.absorb_query(q_THN, weight), (q_THN, "thn,hnr->thr", slice(N))),
+        (triton_ops.absorb_value(o_THR, weight, N), values),
+        (triton_ops.absorb_value(o_THR.bfloat16(), weight, N), values),
+    ):
+        exact = torch.einsum(equation, x.double(), exact_HXR[:, part])
+        rounded = torch.einsum(equation, x.bfloat16().double(), plain_HXR[:, part].double())
+        assert found.dtype == torch.float32 and error(found, exact) <= 1.1 * error(rounded, exact)
+
+
+def test_a_layer_is_three_launches_however_deep(monkeypatch):
+    """And as few operations of torch behind 32,000 tokens as behind none."""
+    config = read_config(geometry_path("v2-lite"))
+    launched, counts = Counter(), []
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+            counts[-1] += 1
+            return operation(*arguments, **(options or {}))
+
+    def launch(executor, *arguments, **options):
+        launched[f"{executor.fn.__module__.split('.')[-1]}.{executor.fn.__name__}"] += 1
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+    network = network_of(config, pick_backend(META, "triton"), "int8")
+    layers, kernels = network.config.num_hidden_layers, ("absorb_query", "attend", "absorb_value")
+    network.forward(empty(512, dtype=torch.int64), [*caches_of(network, 512, [512])])  # counters
+    for T, context in ((512, 512), (17, 17), (512, 32768)):
+        caches, ids_T = [*caches_of(network, context, [T])], empty(T, dtype=torch.int64)
+        launched.clear()
+        counts.append(0)
+        with Operations():
+            network.forward(ids_T, caches)
+        of_attention = {name: n for name, n in launched.items() if name[:3] in ("mla", "pre")}
+        assert of_attention == {f"prefill.{name}": layers for name in kernels}
+    assert counts[0] == counts[1] == counts[2]

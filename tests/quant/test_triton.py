@@ -6,14 +6,9 @@ Where there is no CUDA device the Triton kernels run on the CPU under Triton's i
 
 import importlib
 import importlib.util
-import json
-import os
 import shutil
-import subprocess
-import sys
 import sysconfig
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -47,7 +42,6 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 launch = importlib.import_module("slotmoe.quant.backends.triton_rows")
 Awaited = importlib.import_module("slotmoe.quant.backends.triton_experts").Awaited
-ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -334,12 +328,9 @@ def attention(q_THW, rows_SW, R, scale):
     return torch.einsum("ths,sr->thr", shares, rows_SW[:, :R].double())
 
 
-SIZES = [(1, 1, 4), (1, 31, 17), (1, 33, 4), (2, 100, 4), (1, 2100, 2)]
-
-
-@pytest.mark.parametrize(("T", "S", "H"), nth_interpreted(2, SIZES))
-def test_latent_attention(triton_ops, T, S, H):
-    R, W = 40, 48
+@pytest.mark.parametrize(("S", "H"), nth_interpreted(2, [(1, 4), (31, 17), (33, 4), (2100, 2)]))
+def test_latent_attention_of_one_token(triton_ops, S, H):
+    T, R, W = 1, 40, 48
     cache_SW = torch.full((S + 40, W), torch.nan, dtype=torch.float16, device=DEVICE)
     cache_SW[:S] = randn(S, W)  # what comes later is poison
     q_THW = randn(T, H, W) * 3
@@ -348,18 +339,11 @@ def test_latent_attention(triton_ops, T, S, H):
     assert error(y_THR, attention(q_THW, cache_SW[:S], R, 0.2)) < 2e-3
 
 
-def test_latent_attention_bears_queries_of_any_size_and_depends_on_the_length_alone(triton_ops):
-    cache_SW, q_THW = randn(90, 48).half(), randn(2, 4, 48)
-    both = triton_ops.mla(q_THW, cache_SW, 40, 0.2)
-    assert torch.equal(both[1:], triton_ops.mla(q_THW[1:], cache_SW, 40, 0.2))
-    assert torch.equal(both[:1], triton_ops.mla(q_THW[:1], cache_SW[:89], 40, 0.2))
-    q_1HW, rows_SW = q_THW[:1], cache_SW[:50]
+def test_latent_attention_bears_queries_of_any_size(triton_ops):
+    cache_SW, q_1HW = randn(50, 48).half(), randn(1, 4, 48)
     q_1HW *= torch.tensor([1e6, 1e-6, 0.0, 1.0], device=DEVICE)[None, :, None]
-    found = triton_ops.mla(q_1HW, rows_SW, 40, 0.2)
-    assert error(found, attention(q_1HW, rows_SW, 40, 0.2)) < 2e-3
-    # Of many tokens, or a cache that is not in float16: left to the network.
-    assert triton_ops.mla(randn(17, 2, 48), cache_SW, 40, 0.2) is None
-    assert triton_ops.mla(q_1HW, cache_SW.float(), 40, 0.2) is None
+    found = triton_ops.mla(q_1HW, cache_SW, 40, 0.2)
+    assert error(found, attention(q_1HW, cache_SW, 40, 0.2)) < 2e-3
 
 
 ROUTERS = product([(1, 1), (5, 2)], [False, True], [1, 2], [False, True], [False, True])
@@ -439,49 +423,3 @@ def test_a_gpu_without_what_triton_needs_computes_through_torch_and_says_why(mon
     assert pick_backend(device).name.startswith("torch, since Triton is not installed")
     with pytest.raises(ConfigError, match=r"Triton is not installed.* or use kernels torch"):
         pick_backend(device, "triton")
-
-
-# Weights of a turn of the loops of one token's experts, for each of 64 threads: 8 blocks of 64
-# columns of codes, or 256 columns of int8, by 16 rows.
-CODED, PLAIN = 8 * 64 * 16 // 64, 256 * 16 // 64
-
-
-def compiled(card, geometry):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.support.compile_gpu", f"sm_{card}", geometry]
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    for kernel in kernels:
-        assert kernel["shared"] <= 99 << 10 and kernel["spilled"] <= 16, kernel
-    return kernels
-
-
-@pytest.mark.usefixtures("processes", "nightly")
-@pytest.mark.parametrize(("geometry", "count"), [("v3.2", 6), ("v4-flash", 11), ("v4-pro", 11)])
-@pytest.mark.parametrize("card", [80, 86, 89, 90, 120])
-def test_kernels_of_lists_and_streams_compile_for_gpus_that_are_not_here(card, geometry, count):
-    kernels = compiled(card, f"model/geometries/{geometry}.json")
-    assert len(kernels) == count
-
-
-@pytest.mark.usefixtures("processes", "nightly")
-@pytest.mark.parametrize("geometry", ["v2-lite", "v2"])
-@pytest.mark.parametrize("card", [80, 86, 89, 90, 100, 120])
-def test_kernels_compile_for_gpus_that_are_not_here(card, geometry):
-    """In V2-Lite's and V2's shapes, they fit the least shared memory of these GPUs (99 KiB) and
-    spill nothing to speak of.  A token's experts are one kernel each for gate and up and for down,
-    however many are missing.  In their machine code the loads of the next codes and scales come
-    long before their use, and a weight costs few instructions."""
-    kernels = compiled(card, geometry)
-    one_token = [kernel for kernel in kernels if ".rows.experts_" in kernel["kernel"]]
-    assert len(kernels) == 41 and len(one_token) == 6
-    for kernel in one_token:
-        if kernel["kind"] != NF4.kind:
-            continue
-        assert len(kernel["loops"]) == (4 if kernel["kernel"].endswith("up") else 2)
-        for turn, ahead in kernel["loops"]:
-            if turn <= 4.6 * PLAIN:  # int8 of the shared expert; the fifth load is of x
-                assert sum(distance >= 20 for distance in ahead) >= 4, kernel
-            else:
-                assert turn <= 7.6 * CODED and min(ahead) >= 256, kernel

@@ -1,11 +1,14 @@
 """Compiles what the Triton backend launches for V2-Lite or V2, or of the attention of V3.2 or V4,
-for a GPU that need not be here: ``python -m tests.support.compile_gpu sm_86 v2-lite``.
+for a GPU that need not be here: ``python -m tests.support.compile_gpu sm_86 v2-lite``.  With names
+of ``CODES`` behind these only the experts of one token, coded so.
 
-A process of its own, since Triton interprets in the tests' one.  Each line of the output is a JSON
-object: kernel, the ``kind`` of the weights that it reads, the bytes of shared memory that a program
-takes, its registers, the bytes that it spills into memory, and what the machine code tells of each
-of its ``loops``: the instructions of a turn, and for each of its 128-bit loads how many of these
-lie before the first use of what it loads.
+A process of its own, since Triton interprets in the tests' one; another Triton may stand before
+this one in PYTHONPATH.  Each line of the output is a JSON object: kernel, the ``kind`` of the
+weights that it reads, the bytes of shared memory that a program takes, its registers, the bytes
+that it spills into memory, and what the machine code tells of each of its ``loops``: the
+instructions of a turn, and for each of its 128-bit loads how many of these lie before the first use
+of what it loads.  ``barriers`` and ``loads`` are of the same loops: how often a turn waits for all
+threads of a program, and how many loads from memory it has of each width in bits.
 """
 
 import json
@@ -13,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -26,13 +30,15 @@ from slotmoe.model.config import parse_config, read_config
 from slotmoe.model.layers import geometry_of
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.quant.backends.triton import TritonBackend
-from slotmoe.quant.codecs.codec import LUT3, LUT4, ExpertCodecs
-from tests.support.meta import empty, forward, network_of
+from slotmoe.quant.codecs.codec import INT4, LUT3, LUT4, MXFP4, ExpertCodecs
+from tests.support.meta import META, empty, forward, network_of
 from tests.support.slab import NF4S
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 TYPES |= {torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
 LUTS = ExpertCodecs(LUT3, LUT4)
+CODES = {"nf4": NF4S, "lut": LUTS}
+CODES |= {"int4": ExpertCodecs(INT4, INT4), "mxfp4": ExpertCodecs(MXFP4, MXFP4)}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -57,7 +63,7 @@ def described(kernel, arguments):
 
 
 def resources(compiled):
-    """Registers and spilled bytes of a compiled kernel, and its loops."""
+    """Registers and spilled bytes of a compiled kernel, and what its loops do."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -66,8 +72,20 @@ def resources(compiled):
             for what in ("-res-usage", "-sass")
         )
     counts = {what: int(count) for what, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    found = [(len(body), list(ahead_of_use(body))) for body in loops(code)]
-    return {"registers": counts["REG"], "spilled": counts["STACK"], "loops": found}
+    bodies = list(loops(code))
+    return {
+        "registers": counts["REG"],
+        "spilled": counts["STACK"],
+        "loops": [(len(body), list(ahead_of_use(body))) for body in bodies],
+        "barriers": [sum("BAR." in text for text in body) for body in bodies],
+        "loads": [Counter(filter(None, map(width_of_load, body))) for body in bodies],
+    }
+
+
+def width_of_load(text):
+    """In bits, of a load from memory."""
+    load = re.search(r"\bLDG((?:\.\w+)*) ", text)
+    return load and int((re.findall(r"\.[US]?(8|16|64|128)\b", load[1]) or [32])[0])
 
 
 def loops(code):
@@ -106,9 +124,9 @@ def ahead_of_use(body):
                 break
 
 
-def compile_instead(capability):
+def compile_instead(capability, only=""):
     """A ``JITFunction.run`` that compiles as a launch with these arguments would, once for each
-    kind of arguments."""
+    kind of arguments, if the kernel's name holds ``only``."""
     seen = set()
 
     def run(kernel, *args, grid, warmup, **options):
@@ -116,7 +134,7 @@ def compile_instead(capability):
         arguments |= {name: options.pop(name) for name in kernel.arg_names if name in options}
         description = described(kernel, arguments)
         name = f"{kernel.fn.__module__}.{kernel.__name__}"
-        if (variant := f"{name} {description} {options}") in seen:
+        if (variant := f"{name} {description} {options}") in seen or only not in name:
             return
         seen.add(variant)
         source, target = ASTSource(kernel, *description), GPUTarget("cuda", capability, 32)
@@ -166,11 +184,15 @@ def launch_operations(backend, geometry):
 
 
 if __name__ == "__main__":
-    JITFunction.run = compile_instead(int(sys.argv[1].removeprefix("sm_")))
-    given = TritonBackend(torch.device("cuda"))
-    given.graph = None
-    geometry = geometry_path(sys.argv[2])
+    _, target, geometry, *codes = sys.argv
+    JITFunction.run = compile_instead(int(target[3:]), ".rows.experts_" if codes else "")
+    given = TritonBackend(META)
+    geometry = geometry_path(geometry)
     described_by = read_config(geometry)
+    for code in codes:
+        forward(network_of(described_by, given, "int8", CODES[code]), 1, 512)
+    if codes:
+        sys.exit()
     if described_by.indexer is not None:
         launch_operations(given, geometry_of(described_by))
         sys.exit()

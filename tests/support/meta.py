@@ -12,7 +12,7 @@ from slotmoe.quant.codecs.codec import Codec
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.shapes import resident_quantization
+from slotmoe.quant.shapes import WIDENED, resident_quantization
 from tests.support.slab import NF4S
 
 META = torch.device("meta")
@@ -55,7 +55,8 @@ def _resident(name, shape, mode):
         codes = empty(*kind.codes_shape(*shape), dtype=torch.uint8)
         scales = empty(*kind.scales_shape(*shape), dtype=torch.float16)
         return CodedWeight(codes, scales, empty(16), shape)
-    return empty(*shape)
+    widened = role_of(name) in WIDENED
+    return empty(*shape, dtype=torch.float32 if widened else torch.bfloat16)
 
 
 def network_of(config, backend, mode, codecs=NF4S, complete=False):
@@ -66,10 +67,16 @@ def network_of(config, backend, mode, codecs=NF4S, complete=False):
     return Network(three, weights, backend, Experts(three, backend, codecs, complete))
 
 
+def caches_of(network, context, counts):
+    """Caches of ``context`` positions, in which there is room for ``counts`` tokens more."""
+    config, row = network.config, network.backend.latent_row
+    for count in counts:
+        cache = LatentCache(config, context, row, lambda shape, dtype: empty(*shape, dtype=dtype))
+        cache.length = context - count
+        yield cache
+
+
 def forward(network, tokens, context):
     """The residual stream of a pass over the last ``tokens`` of so many."""
-    config = network.config
-    row = network.backend.latent_row
-    cache = LatentCache(config, context, row, lambda shape, dtype: empty(*shape, dtype=dtype))
-    cache.length = context - tokens
-    return network.forward(empty(tokens, dtype=torch.int64), [cache])
+    ids_T = empty(tokens, dtype=torch.int64)
+    return network.forward(ids_T, [*caches_of(network, context, [tokens])])

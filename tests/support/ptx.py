@@ -153,7 +153,10 @@ class Regions:
         self._starts, self._ends, self._names = [], [], []
         for start, end, name in sorted(held):
             if self._ends and start < self._ends[-1]:  # two views of one tensor
-                self._ends[-1], self._names[-1] = max(end, self._ends[-1]), f"{self._names[-1]}, {name}"
+                self._ends[-1], self._names[-1] = (
+                    max(end, self._ends[-1]),
+                    f"{self._names[-1]}, {name}",
+                )
             elif start < end:
                 for kept, value in ((self._starts, start), (self._ends, end), (self._names, name)):
                     kept.append(value)

@@ -89,5 +89,7 @@ def emulated(patch, folder, **options):
                     patch.setattr(module, attribute, _compilable(value))
     patch.setenv("TRITON_CACHE_DIR", str(folder))
     patch.setattr(CUDABackend, "make_cubin", lambda *given: b"")  # which nothing here would run
-    patch.setattr(JITFunction, "run", lambda kernel, *args, **options: launches.run(kernel, *args, **options))
+    patch.setattr(
+        JITFunction, "run", lambda kernel, *args, **options: launches.run(kernel, *args, **options)
+    )
     return launches

@@ -43,9 +43,7 @@ def bits_of(numbers, kind, width):
 
 def constant(text, kind):
     """A literal's bits, or None."""
-    if text[:2] in ("0f", "0F"):
-        bits = int(text[2:], 16)
-    elif text[:2] in ("0d", "0D"):
+    if text[:2] in ("0f", "0F") or text[:2] in ("0d", "0D"):
         bits = int(text[2:], 16)
     elif re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", text):
         bits = int(text.rstrip("U"), 0)
@@ -192,7 +190,9 @@ def multiply_add(statement):
         statement.refuse()
     if "wide" in modifiers:
         output = kind[0] + str(16 * SIZES[kind])
-        return computing(statement, lambda a, b, c: wide(a) * wide(b) + c, [kind, kind, output], output)
+        return computing(
+            statement, lambda a, b, c: wide(a) * wide(b) + c, [kind, kind, output], output
+        )
     function = fused if kind in FLOATS else lambda a, b, c: a * b + c
     if "hi" in modifiers:
         function = lambda a, b, c: high(a, b).astype(a.dtype) + c  # noqa: E731
@@ -230,9 +230,7 @@ def compare(statement):
 
 def select(statement):
     kind = statement.name.partition(".")[2]
-    return computing(
-        statement, lambda a, b, p: np.where(p, a, b), [kind, kind, "pred"], kind
-    )
+    return computing(statement, lambda a, b, p: np.where(p, a, b), [kind, kind, "pred"], kind)
 
 
 def extract(statement):
@@ -265,7 +263,9 @@ def permute(statement):
         for place in range(4):
             chosen = (choice >> 4 * place & 15).astype(np.uint64)
             byte = both >> (chosen & 7) * 8 & 255
-            byte = np.where(chosen & 8, byte >> 7 & 1, byte) * np.where(chosen & 8, 255, 1).astype(np.uint64)
+            byte = np.where(chosen & 8, byte >> 7 & 1, byte) * np.where(chosen & 8, 255, 1).astype(
+                np.uint64
+            )
             result = result | byte << 8 * place
         return result
 
@@ -403,7 +403,10 @@ def load(statement):
 def store(statement):
     modifiers, space = statement.name.split("."), space_of(statement)
     kind, address = modifiers[-1], address_of(statement.operands[0])
-    size, reads = SIZES[kind], [reader(x, f"b{8 * SIZES[kind]}") for x in listed(statement.operands[1])]
+    size, reads = (
+        SIZES[kind],
+        [reader(x, f"b{8 * SIZES[kind]}") for x in listed(statement.operands[1])],
+    )
 
     def step(gang):
         places = gang.places(space, address(gang), size * len(reads))
@@ -439,7 +442,10 @@ def update(statement):
     def step(gang):
         shape = gang.warps, LANES
         places = np.broadcast_to(gang.places(space, address(gang), size), shape)
-        given, old = [np.broadcast_to(read(gang), shape) for read in reads], np.zeros(shape, TYPES[kind])
+        given, old = (
+            [np.broadcast_to(read(gang), shape) for read in reads],
+            np.zeros(shape, TYPES[kind]),
+        )
         active = np.argwhere(np.ones(shape, bool) if gang.mask is None else gang.mask)
         for at in map(tuple, gang.chance.permutation(active)):
             old[at] = numbers_of(loaded(places[at][None], size), kind)[0]
@@ -514,7 +520,7 @@ def matrices(statement):
         shape, count = (gang.warps, LANES), 8 * len(names)
         mask = np.ones(shape, bool) if gang.mask is None else gang.mask
         begins = np.broadcast_to(address(gang), shape)
-        rows = gang.places("shared", begins, 16, mask & (LANE < count))
+        rows = gang.places("shared", begins, 16, mask & (count > LANE))
         for index in range(len(names)):
             pair, number = LANE % 4 * 2, LANE // 4
             halves = (pair, pair + 1) if across else (number, number)
@@ -592,7 +598,9 @@ def vote(statement):
 
 def product(statement):
     """``mma.sync``: how lanes hold the operands follows from the sizes of a tile."""
-    shape = re.match(r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col\.(\w+)\.(\w+)\.(\w+)\.(\w+)$", statement.name)
+    shape = re.match(
+        r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col\.(\w+)\.(\w+)\.(\w+)\.(\w+)$", statement.name
+    )
     if shape is None or shape[2] != shape[5] or shape[3] != shape[4]:
         statement.refuse()
     K, output, kind = int(shape[1]), shape[2], shape[3]

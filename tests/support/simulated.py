@@ -29,6 +29,7 @@ aten = torch.ops.aten
 NEEDS_THE_HOST = (aten.item, aten._local_scalar_dense, aten.nonzero, aten.masked_select)
 NEEDS_THE_HOST += (aten._unique2, aten.lift_fresh, aten.equal, aten.is_nonzero)
 GPUS, PINNED = {}, {}  # by index; page-locked RAM by address: bytes, and whose it is
+clock = time.perf_counter
 _numbers = count(1)  # 0 is the GPU that a thread has when nothing is said, and nobody's here
 
 
@@ -113,7 +114,7 @@ class Gpu:
         """Run what is first in a stream, or first of what that waits for."""
         while stream.items and isinstance(item := stream.items[0], Mark):
             if item.stream is stream or item.reached:
-                item.reached, item.when = True, item.when or time.perf_counter()
+                item.reached, item.when = True, item.when or clock()
                 stream.items.popleft()
                 return
             stream = item.stream
@@ -277,6 +278,12 @@ def launch(kernel, *tensors):
     )
 
 
+def poison(elem):
+    """What a copy is about to fill."""
+    if elem.dim():
+        elem.view(torch.uint8).fill_(255)
+
+
 def fault():
     raise RuntimeError("an illegal memory access")
 
@@ -365,7 +372,7 @@ def _copied(operation, args, kwargs):
     gpu.engine += stream is gpu.default
     if not (late and pinned):  # the driver has the bytes of pageable RAM when the call returns
         source = source.clone()
-    gpu.put(stream, partial(target.elem.view(torch.uint8).fill_, 255) if target.dim() else int)
+    gpu.put(stream, lambda: poison(target.elem))
     gpu.put(stream, partial(target.elem.copy_, source))
     if not late:
         gpu.seen(stream)

@@ -76,19 +76,6 @@ def _absorbed(
     return tl.sum(w.to(tl.float32) * q[:, None], 0)
 
 
-@triton.jit
-def absorb_query(
-    q_ptr, w_ptr, scale_ptr, y_ptr, H, N, X, R,
-    SCALED: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    """y [T, H, R] = each head's q [T, H, N] times its first N rows of kv_b [H * X, R]."""
-    head, t = tl.program_id(1), tl.program_id(2)
-    r = tl.program_id(0) * BR + tl.arange(0, BR)
-    q_ptr += (t * H + head) * N
-    y = _absorbed(q_ptr, 1.0, w_ptr, scale_ptr, head * X, r, N, R, SCALED, WIDTH)
-    tl.store(y_ptr + (t * H + head) * R + r, y, mask=r < R)
-
-
 @triton.jit(do_not_specialize=["layer"])
 def queries(
     q_ptr, Q, c_ptr, C, rope_ptr, factor_ptr, norm_ptr, eps, w_ptr, scale_ptr, location_ptr, layer,
@@ -164,20 +151,16 @@ def added(latent, rope, factor, row_ptr, valid, seen, R, P, best, total, sums):
     return better, total, sums
 
 
-@triton.jit(do_not_specialize=["S", "T", "layer"])
+@triton.jit(do_not_specialize=["layer"])
 def attend(
-    q_ptr, rows_ptr, location_ptr, layer, S, scale, part_ptr, best_ptr, total_ptr, T, H, R, P,
-    LOCATED: tl.constexpr, HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
+    q_ptr, location_ptr, layer, scale, part_ptr, best_ptr, total_ptr, H, R, P,
+    HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
     """One split of the context for HEADS heads of one token: unnormalised sums [T, H, SPLITS, R],
     best score and total weight."""
     split, t = tl.program_id(0), tl.program_id(2)
-    W = R + P
-    if LOCATED:
-        position, rows_ptr = _located(location_ptr, t, layer)
-        length = (position + 1).to(tl.int32)
-    else:
-        length = S - T + 1 + t
+    position, rows_ptr = _located(location_ptr, t, layer)
+    length = (position + 1).to(tl.int32)
     share, splits = _split(length)
     if split < splits:
         head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -190,7 +173,7 @@ def attend(
         stop = tl.minimum(length, (split + 1) * share)
         for first in range(split * share, stop, ROWS):
             s = first + tl.arange(0, ROWS)
-            row_ptr = rows_ptr + s.to(tl.int64) * W
+            row_ptr = rows_ptr + s.to(tl.int64) * (R + P)
             valid = s < stop
             best, total, sums = added(
                 latent, rope, factor, row_ptr, valid, valid[None, :], R, P, best, total, sums
@@ -220,31 +203,18 @@ def _combined(part_ptr, best_ptr, total_ptr, at, splits, r, R):
     return out / total
 
 
-@triton.jit(do_not_specialize=["S", "T"])
-def combine(part_ptr, best_ptr, total_ptr, S, y_ptr, T, H, R, LATENT: tl.constexpr):
-    """y [T, H, R] from the splits of each token's context."""
-    head, t = tl.program_id(0), tl.program_id(1)
-    r = tl.arange(0, LATENT)
-    _, splits = _split(S - T + 1 + t)
-    y = _combined(part_ptr, best_ptr, total_ptr, (t * H + head) * SPLITS, splits, r, R)
-    tl.store(y_ptr + (t * H + head) * R + r, y, mask=r < R)
-
-
 @triton.jit
 def values(
-    o_ptr, best_ptr, total_ptr, location_ptr, w_ptr, scale_ptr, y_ptr, H, N, V, R,
-    PARTS: tl.constexpr, SCALED: tl.constexpr, LATENT: tl.constexpr, BV: tl.constexpr,
+    part_ptr, best_ptr, total_ptr, location_ptr, w_ptr, scale_ptr, y_ptr, H, N, V, R,
+    SCALED: tl.constexpr, LATENT: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """y [T, H, V] = each head's latent output through its last V rows of kv_b; the output is o [T,
-    H, R], or made of each token's splits if PARTS."""
+    """y [T, H, V] = each head's latent output, of the splits of a token's context, through its last
+    V rows of kv_b."""
     t, head = tl.program_id(0), tl.program_id(2)
     r = tl.arange(0, LATENT)
-    if PARTS:
-        _, splits = _split((tl.load(location_ptr + t) + 1).to(tl.int32))
-        o = _combined(o_ptr, best_ptr, total_ptr, (t * H + head) * SPLITS, splits, r, R)
-        o = tl.where(r < R, o, 0.0)
-    else:
-        o = tl.load(o_ptr + (t * H + head) * R + r, mask=r < R, other=0.0)
+    _, splits = _split((tl.load(location_ptr + t) + 1).to(tl.int32))
+    o = _combined(part_ptr, best_ptr, total_ptr, (t * H + head) * SPLITS, splits, r, R)
+    o = tl.where(r < R, o, 0.0)
     v = tl.program_id(1) * BV + tl.arange(0, BV)
     n = head * (N + V) + N + v
     valid = (v < V)[:, None] & (r < R)[None, :]

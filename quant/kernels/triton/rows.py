@@ -332,17 +332,16 @@ def experts_down(
         finished_ptr += t * tiles + tile
         if tl.atomic_add(finished_ptr, 1, sem="acq_rel") == parts - 1:
             tl.store(finished_ptr, 0)
-            y_ptr += t * TOP_K * D + n
-            weights_ptr += t * TOP_K
+            use, at = t * TOP_K, t * D + n
             # Past the first-level cache: other programs of the same launch may have written them.
-            total = tl.load(y_ptr, mask=valid, cache_modifier=".cg") * tl.load(weights_ptr)
+            y = tl.load(y_ptr + use * D + n, mask=valid, cache_modifier=".cg")
+            total = y * tl.load(weights_ptr + use)
             for k in tl.static_range(1, TOP_K):
-                y = tl.load(y_ptr + k * D, mask=valid, cache_modifier=".cg")
-                total += y * tl.load(weights_ptr + k)
-            n += t * D
+                y = tl.load(y_ptr + (use + k) * D + n, mask=valid, cache_modifier=".cg")
+                total += y * tl.load(weights_ptr + use + k)
             if SHARED != NONE:
-                total += tl.load(shared_y_ptr + n, mask=valid, cache_modifier=".cg")
-            tl.store(out_ptr + n, tl.load(h_ptr + n, mask=valid) + total, mask=valid)
+                total += tl.load(shared_y_ptr + at, mask=valid, cache_modifier=".cg")
+            tl.store(out_ptr + at, tl.load(h_ptr + at, mask=valid) + total, mask=valid)
 
 
 @triton.jit

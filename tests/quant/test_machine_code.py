@@ -1,0 +1,117 @@
+"""What the Triton kernels become on GPUs that are not here, under the Triton that is installed and
+under each that a supported torch pins."""
+
+import json
+import os
+import subprocess
+import sys
+from fcntl import LOCK_EX, flock
+from pathlib import Path
+
+import pytest
+
+from slotmoe.quant.codecs.codec import INT4, LUT3, LUT4, MXFP4, NF4
+
+pytest.importorskip("triton", reason="needs Triton, which is for Linux")
+pytestmark = pytest.mark.usefixtures("processes")
+
+ROOT = Path(__file__).parents[2]
+FOLDER = Path(os.environ.get("SLOTMOE_TEST_TRITONS", "~/.cache/slotmoe-tests")).expanduser()
+# Weights of a turn of the loops of one token's experts, for each of 64 threads: 8 blocks of 64
+# columns of codes, or 256 columns of int8, by 16 rows.
+CODED, PLAIN = 8 * 64 * 16 // 64, 256 * 16 // 64
+# Of one token's experts in a code: instructions a weight, registers, and how many instructions the
+# loads of the next turn come ahead of their use.
+LIMITS = {NF4.kind: (7.6, 200, 256), INT4.kind: (7.6, 200, 256)}
+LIMITS |= {LUT3.kind: (8.6, 216, 40), LUT4.kind: (7.3, 200, 80), MXFP4.kind: (7.5, 216, 80)}
+
+
+def compiled(card, *arguments, triton=ROOT):
+    """What ``compile_gpu`` tells, with another ``triton`` if its folder is given."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (triton, ROOT)))
+    command = [sys.executable, "-m", "tests.support.compile_gpu", f"sm_{card}", *arguments]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+    for kernel in kernels:
+        assert kernel["shared"] <= 99 << 10 and kernel["spilled"] <= 16, kernel
+    return kernels
+
+
+def check_experts(kernel):
+    """Of one token: the loops of a shared expert in int8, then those of its routed ones.  Their
+    levels are loaded one by one, whatever the kernel promises of their addresses: a load of two
+    would take the level of the next code for that of the next row's."""
+    gates = 2 if kernel["kernel"].endswith("up") else 1
+    instructions, registers, before_use = LIMITS[kernel["kind"]]
+    assert kernel["registers"] <= registers and kernel["shared"] <= 1024, kernel
+    assert len(kernel["loops"]) == 2 * gates and max(kernel["barriers"]) <= 20, kernel
+    for turn, ahead in kernel["loops"][:gates]:  # the fifth load is of x
+        assert turn <= 4.6 * PLAIN and sum(distance >= 10 for distance in ahead) >= 4, kernel
+    for turn, ahead in kernel["loops"][gates:]:
+        assert turn <= instructions * CODED and min(ahead) >= before_use, kernel
+    for loads in kernel["loads"][gates:]:
+        assert set(loads) == {"32", "128"} and loads["32"] >= CODED, kernel
+
+
+def test_one_tokens_experts_are_few_instructions():
+    """A weight is a shift, a mask, an address, a load and a multiply-add, and little else; no level
+    or scale goes through shared memory.  Under the Triton that is installed."""
+    kernels = compiled(90, "v2-lite", "nf4")
+    assert len(kernels) == 2
+    for kernel in kernels:
+        check_experts(kernel)
+
+
+@pytest.fixture(scope="module", params=["3.3.0", "3.4.0", "3.5.1", "3.6.0", "3.7.1"])
+def pinned(request, nightly, processes):
+    """The folder of a Triton that a supported torch pins.  An install puts it there."""
+    folder = FOLDER / f"triton-{request.param}"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(FOLDER / "lock", "w") as lock:
+        flock(lock, LOCK_EX)
+        if not folder.is_dir():
+            partial = folder.with_suffix(".partial")
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
+            command += ["--target", partial, f"triton=={request.param}"]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode:
+                reason = result.stderr.strip().splitlines()[-1:]
+                pytest.skip(f"no Triton {request.param}: {reason}")
+            partial.rename(folder)
+    return folder
+
+
+@pytest.mark.parametrize("geometry", ["v2-lite", "v2"])
+@pytest.mark.parametrize("card", [86, 89, 90, 120])
+def test_one_tokens_experts_are_few_instructions_for_each_triton(pinned, card, geometry):
+    """In each code, beside a shared expert in int8."""
+    kernels = compiled(card, geometry, "nf4", "lut", "int4", "mxfp4", triton=pinned)
+    assert len(kernels) == 8
+    for kernel in kernels:
+        check_experts(kernel)
+
+
+@pytest.mark.usefixtures("nightly")
+@pytest.mark.parametrize(("geometry", "count"), [("v3.2", 6), ("v4-flash", 11), ("v4-pro", 11)])
+@pytest.mark.parametrize("card", [80, 86, 89, 90, 120])
+def test_kernels_of_lists_and_streams_compile_for_gpus_that_are_not_here(card, geometry, count):
+    kernels = compiled(card, f"model/geometries/{geometry}.json")
+    assert len(kernels) == count
+
+
+@pytest.mark.usefixtures("nightly")
+@pytest.mark.parametrize("geometry", ["v2-lite", "v2"])
+@pytest.mark.parametrize("card", [80, 86, 89, 90, 100, 120])
+def test_kernels_compile_for_gpus_that_are_not_here(card, geometry):
+    """In V2-Lite's and V2's shapes, they fit the least shared memory of these GPUs (99 KiB) and
+    spill nothing to speak of.  A token's experts are one kernel each for gate and up and for down,
+    however many are missing, whatever the shared expert's kind."""
+    kernels = compiled(card, geometry)
+    one_token = [kernel for kernel in kernels if ".rows.experts_" in kernel["kernel"]]
+    assert len(kernels) == 41 and len(one_token) == 6
+    for kernel in one_token[:4]:
+        check_experts(kernel)
+    for turn, ahead in one_token[4]["loops"] + one_token[5]["loops"]:  # the shared one in NF4 too
+        assert turn <= 7.6 * CODED and min(ahead) >= 256
