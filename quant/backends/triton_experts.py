@@ -23,16 +23,19 @@ class Buffers:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._kept: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._kept: dict[tuple[str, int, tuple[int, ...]], Tensor] = {}
 
     def __call__(
         self, name: str, T: int, *shape: int, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """[T, *shape], the same memory for each T."""
-        if (name, shape) not in self._kept:
-            whole = torch.zeros(launch.ROWS, *shape, dtype=dtype, device=self._device)
-            self._kept[name, shape] = whole
-        return self._kept[name, shape][:T]
+        if (name, T, shape) not in self._kept:
+            if T < launch.ROWS:
+                made = self(name, launch.ROWS, *shape, dtype=dtype)[:T]
+            else:
+                made = torch.zeros(T, *shape, dtype=dtype, device=self._device)
+            self._kept[name, T, shape] = made
+        return self._kept[name, T, shape]
 
 
 @dataclass
