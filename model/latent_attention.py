@@ -93,17 +93,11 @@ class LatentAttention(Generic[W]):
         lists_TL: Tensor | None = None,
     ) -> Tensor:
         """What the queries give, [T, H, V], ``counts`` of each sequence over its own rows."""
+        q_THW = torch.cat([self._backend.absorb_query(q_THN, kv_b), q_THP], dim=-1)
         lists = repeat(None) if lists_TL is None else lists_TL.split(counts)
-        # Nothing else holds these queries, which are wide: they go before the outputs are joined.
-        parts = [
-            self._over_latents(*part)
-            for part in zip(
-                torch.cat([self._backend.absorb_query(q_THN, kv_b), q_THP], dim=-1).split(counts),
-                rows,
-                lists,
-                strict=False,
-            )
-        ]
+        each = zip(q_THW.split(counts), rows, lists, strict=False)
+        parts = [self._over_latents(*part) for part in each]
+        del q_THW, each  # which are wide, before the outputs are joined
         o_THR = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self._backend.absorb_value(o_THR, kv_b, self._geometry.N)
 

@@ -145,14 +145,14 @@ def _gpu_scratch(c: Config, T: int) -> int:
     D, H, K, R = c.hidden_size, c.num_attention_heads, c.num_experts_per_tok, c.kv_lora_rank
     head, P = c.qk_nope_head_dim + c.qk_rope_head_dim, c.qk_rope_head_dim
     query = H * (head + 2 * R + P) + (H + 1) * P
-    attention = 4 * (3 * D + query + 2 * (R + P) + (c.q_lora_rank or 0))
+    attention = 4 * (4 * D + query + 2 * (R + P) + (c.q_lora_rank or 0))
     widest = max(c.intermediate_size, c.n_shared_experts * c.moe_intermediate_size)
     lasting = 4 * T * _more_scratch(c)
     splits = 4 * H * SPLITS * (R + 2)  # partial sums of one token's attention
     parts = (
         T * attention,
         min(T, PART_ROWS // (2 * H)) * attention + 4 * PART_ROWS * (R + 2),
-        T * (13 * D + 10 * widest),
+        T * (16 * D + 10 * widest),
         T * (12 * D + K * (4 * D + 2 * c.moe_intermediate_size)),
     )
     # What a decoder's rows have lasts: sums, queries, outputs of experts.
