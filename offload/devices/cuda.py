@@ -113,10 +113,11 @@ class Mailbox:
         if len(self._free) > _KINDS:
             self._free.clear()  # torch keeps the memory for others
         starts = [0, *accumulate(-(-tensor.nbytes // 16) * 16 for tensor in like)]
-        memory, views = device.mapped(max(4096, starts[-1])), list[Mapped]()
-        for tensor, start in zip(like, starts, strict=False):
-            parts = (view[start : start + tensor.nbytes].view(tensor.dtype) for view in memory)
-            views.append(Mapped(*(part.view(tensor.shape) for part in parts)))
+        with torch.inference_mode(False):  # what is made in that mode can't be written outside
+            memory, views = device.mapped(max(4096, starts[-1])), list[Mapped]()
+            for tensor, start in zip(like, starts, strict=False):
+                parts = (view[start : start + tensor.nbytes].view(tensor.dtype) for view in memory)
+                views.append(Mapped(*(part.view(tensor.shape) for part in parts)))
         return Parcel(memory, kinds, views)
 
     def _collect(self) -> None:
