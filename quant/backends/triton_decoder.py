@@ -24,7 +24,7 @@ from torch import Tensor
 
 from slotmoe.border import Cache, Experts, Geometry, Layer, Mla, Pending, Step
 from slotmoe.quant.backends import triton_rows as launch
-from slotmoe.quant.backends.base import Prepared, Records, SlotTable
+from slotmoe.quant.backends.base import Prepared, SlotTable
 from slotmoe.quant.backends.graphs import Captured, Capturing
 from slotmoe.quant.backends.triton_experts import Awaited, Buffers, FewExperts
 from slotmoe.quant.backends.triton_rows import Ending, Routed, Shared, operand, power
@@ -102,7 +102,6 @@ class TritonDecoder:
         # By the first layer, the tokens, and whether all layers are in it.  A graph keeps the
         # addresses of all that it has touched.
         self._graphs: dict[tuple[int, int, bool], Captured[Gone]] = {}
-        self._records: Records | None = None
 
     def run_layers(self, step: Step, experts: Experts) -> Pending | None:
         """See ``slotmoe.border.Runner``."""

@@ -76,7 +76,7 @@ class FewExperts:
         def function(x_TD: Tensor) -> None:
             launch.experts(routed, shared, outputs, None, limit)
 
-        key = slots_E.data_ptr(), x_TD.data_ptr(), y_TKD.data_ptr(), len(x_TD)
+        key = slots_E.data_ptr(), x_TD.data_ptr(), y_TKD.data_ptr(), len(x_TD), outputs is None
         self._run(key, function, x_TD, graph)
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor, graph: Capturing | None) -> Tensor:
