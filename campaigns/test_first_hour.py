@@ -1,5 +1,5 @@
-"""The list for a GPU's first hour: docs/gpu.md and the script have the same steps in the same
-order, and the script runs here in its dry mode."""
+"""The runs of a GPU's first hour: docs/gpu.md and the script have the same steps in the same order,
+within the ten minutes of a run, and what a CPU and the tests' twin can do of them runs here."""
 
 import json
 import re
@@ -9,18 +9,68 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+from scripts import gpu_first_hour as hour
+from scripts.gpu.steps import SANITIZED, STEPS, six_tests
+
 ROOT = Path(__file__).parents[1]
-SCRIPT, PAGE = ROOT / "scripts" / "gpu_first_hour.py", ROOT / "docs" / "gpu.md"
+PAGE = (ROOT / "docs" / "gpu.md").read_text()
+RUNS = hour.runs(Path("work"), Path("run.json"), hour.Scale(), False, None)
 
 
-def test_all_steps_run_without_a_gpu_and_the_page_has_them_in_this_order(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--dry", "--out", str(tmp_path / "hour.json")]
+def test_the_page_has_the_steps_in_their_order_and_a_run_ends_in_time():
+    rows = [line.split("|") for line in PAGE.splitlines() if re.match(r"\| [1-6] \|", line)]
+    assert {number: [step.name for step in steps] for number, steps in RUNS.items()} == {
+        int(row[1]): ["set-up", *re.findall(r"`([a-z0-9-]+)`", row[2])] for row in rows
+    }
+    for steps in RUNS.values():
+        assert sum(step.limit for step in steps) <= hour.RUN_SECONDS
+
+
+def test_a_limit_that_is_over_and_a_program_that_is_not_there_end_their_step_alone():
+    late = hour.Step("late", 1, [[sys.executable, "-c", "while True: pass"], ["not run"]])
+    report = hour.run_step(late, False, 100, {})
+    (run,) = report["runs"]
+    assert (report["state"], run["code"], run["error"]) == ("failed", 124, "ended after its 1 s")
+    gone = hour.Step("gone", 1, [["/nowhere/program"]])
+    assert hour.run_step(gone, False, 100, {})["runs"][0]["code"] == 127
+    for dry, left, why in ((True, 100, "needs a GPU"), (False, 4, "no time")):
+        assert hour.run_step(gone, dry, left, {})["why"] == why
+
+
+def test_what_a_step_finds_decides_its_state():
+    def state(found):
+        step = hour.Step("x", 60, [[sys.executable, "-c", f"print({json.dumps(found)!r})"]])
+        return hour.run_step(step, False, 100, {})["state"]
+
+    found = [{"ok": True}, {"results": []}, {"ok": False}, {"ok": True, "skipped": "not here"}]
+    assert [state(one) for one in found] == ["ok", "ok", "failed", "skipped"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", RUNS)
+def test_each_run_passes_on_the_twin(number, tmp_path):
+    out = tmp_path / "run.json"
+    command = [sys.executable, str(ROOT / "scripts" / "gpu_first_hour.py"), "--run", str(number)]
+    command += ["--dry", "--work", str(tmp_path / "work"), "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
-    steps = json.loads((tmp_path / "hour.json").read_text())["steps"]
+    steps = json.loads(out.read_text())["steps"]
     states = {step["step"]: step["state"] for step in steps}
-    assert done.returncode == 0 and {*states.values()} == {"ok", "skipped"}, (states, done.stderr)
-    found = {step["step"]: step["runs"][0].get("found") for step in steps if "runs" in step}
-    assert {"copy_engines", "python_headers", "gpu", "why_not"} <= {*found["facts"]}
-    assert found["one-text"]["bits"] == [True, True] and len(found["one-text"]["texts"]) == 1
-    assert re.findall(r"(?m)^\| \d+ \| `([a-z0-9-]+)` \|", PAGE.read_text()) == [*states]
+    assert done.returncode == 0 and {*states.values()} <= {"ok", "skipped"}, (states, steps)
+    assert [*states] == [step.name for step in RUNS[number]]
+    found = {step["step"]: [run.get("found") for run in step.get("runs", ())] for step in steps}
+    if number == 2:
+        assert found["one-text"][0]["bits"] == [True, True]
+        assert len(found["one-text"][0]["texts"]) == 1
+    if number == 5:
+        assert [one["settings"]["misses"] for one in found["v2"]] == ["fetch", "cpu", "hybrid"]
+        for case in found["v2"][0]["cases"]:
+            assert case["extrapolated"]["decode_tokens_per_second"] > 0
+    if number == 6:
+        assert [row.get("clients") for row in found["serve"][0]["results"]][:2] == [1, 2]
+
+
+@pytest.mark.slow
+def test_the_six_tests_of_the_sanitizer_are_there():
+    assert [name.split("::")[1].split("[")[0] for name in six_tests()] == [*SANITIZED]
+    assert {command[3] for steps in RUNS.values() for step in steps for command in step.commands
+            if command[1:3] == ["-m", "scripts.gpu.steps"]} == {*STEPS}  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor
 from slotmoe.errors import ConfigError, DeviceError
 from slotmoe.offload.devices.device import Device, DeviceMemory, Download, Event
 from slotmoe.offload.machine import device_index
+from slotmoe.quant.backends import better_on_cpu
 from slotmoe.quant.backends.base import Empty
 
 MIN_CAPABILITY = 7, 0
@@ -295,7 +296,8 @@ def _runs(architecture: str, capability: tuple[int, int]) -> bool:
 
 
 def choose_device(wanted: str, make: Callable[[int], Device] = CudaDevice) -> tuple[Device, str]:
-    """The device that computes, and why.  Raises ``ConfigError`` if a GPU is ``wanted`` in vain."""
+    """The device that computes, and why: ``auto`` takes no GPU that only plain torch would serve.
+    Raises ``ConfigError`` if a GPU is ``wanted`` in vain."""
     index = device_index(wanted)
     if wanted == "cpu":
         return Device(), "as asked"
@@ -303,6 +305,8 @@ def choose_device(wanted: str, make: Callable[[int], Device] = CudaDevice) -> tu
     reason = why_not(facts)
     if reason and wanted != "auto":
         raise ConfigError(f"device {wanted}: {reason}; or use --device cpu")
+    if not reason and wanted == "auto" and (slow := better_on_cpu(facts.capability)):
+        reason = f"{facts.name} would compute slower, through plain torch: {slow}"
     if reason:
         return Device(), reason
     return make(index), "as asked" if wanted != "auto" else f"{facts.name} is here"

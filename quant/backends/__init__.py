@@ -42,22 +42,35 @@ def _python_header() -> Path:
     return Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"
 
 
+def lacking(capability: tuple[int, int] | None) -> str:
+    """What Triton lacks for a GPU of ``capability``, or for its interpreter (None); else empty."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton, on Linux)"
+    if capability is None:
+        return ""
+    if capability < _TRITON_CAPABILITY:
+        return "the GPU's compute capability is below {}.{}".format(*_TRITON_CAPABILITY)
+    if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))):
+        return "Triton finds no C compiler (CC, gcc or clang), with which it starts kernels"
+    if not (header := _python_header()).is_file():
+        return f"Triton needs Python's headers to start kernels, and {header} is not there"
+    return ""
+
+
+def better_on_cpu(capability: tuple[int, int]) -> str:
+    """Why a GPU of ``capability`` would compute slower than this CPU; empty if it would not."""
+    reason = lacking(capability)
+    return reason if reason and bindings.load() is not None else ""
+
+
 def _triton_ops(device: torch.device, swiglu_limit: float, required: bool) -> TorchBackend:
     """Triton comes with torch's CUDA builds for Linux.  Only this imports it."""
-    reason, cuda = "", device.type == "cuda"
-    if importlib.util.find_spec("triton") is None:
-        reason = "Triton is not installed (pip install triton, on Linux)"
-    elif cuda and torch.cuda.get_device_capability(device) < _TRITON_CAPABILITY:
-        reason = "the GPU's compute capability is below {}.{}".format(*_TRITON_CAPABILITY)
-    elif cuda and not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))):
-        reason = "Triton finds no C compiler (CC, gcc or clang), with which it starts kernels"
-    elif cuda and not (header := _python_header()).is_file():
-        reason = f"Triton needs Python's headers to start kernels, and {header} is not there"
-    else:
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if not (reason := lacking(capability)):
         from slotmoe.quant.backends.triton import TritonBackend
 
         ops = TritonBackend(device, swiglu_limit)
-        if cuda or ops.interpreted:
+        if capability or ops.interpreted:
             return ops
         only = "on a CPU they run only under Triton's interpreter, for tests"
         reason = f"{only}: set TRITON_INTERPRET=1"

@@ -1,10 +1,12 @@
 """The engine on a GPU, through the twin: order of streams, budgets, split misses.  No GPU is
 needed."""
 
+import importlib.util
 import re
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from slotmoe.offload.plan.speed import MEASURED, Bandwidths
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.hybrid import MODES, choose_mode, for_cpu
 from slotmoe.offload.runtime import Runtime
+from slotmoe.quant import backends
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.sizes import format_size
 from slotmoe.tools.bench.speed import calibration, measure
@@ -203,6 +206,7 @@ def test_a_gpu_that_can_not_be_used_is_said(monkeypatch, reason):
 
 def test_a_gpu_that_can_be_used_is_taken(monkeypatch):
     monkeypatch.setattr(cuda, "cuda_facts", lambda index: replace(GOOD, name=f"NVIDIA L{index}"))
+    monkeypatch.setattr(cuda, "better_on_cpu", lambda capability: "")
     assert choose_device("auto", str) == ("0", "NVIDIA L0 is here")
     assert choose_device("cuda", str) == ("0", "as asked")
     assert choose_device("cuda:1", str) == ("1", "as asked")
@@ -214,6 +218,35 @@ def test_a_gpu_that_can_be_used_is_taken(monkeypatch):
     for name in ("gpu", "cuda:", "cuda:-1", "cuda:x"):
         with pytest.raises(ConfigError, match="is unknown, expected auto, cpu, cuda or cuda:N"):
             choose_device(name)
+
+
+@pytest.mark.parametrize(
+    ("capability", "present", "native", "slower"),
+    [
+        ((7, 5), {}, True, "the GPU's compute capability is below 8.0"),
+        ((8, 9), {"_python_header": lambda: Path("/x/Python.h")}, True, "/x/Python.h is not there"),
+        ((8, 9), {}, True, ""),
+        ((7, 5), {}, False, ""),
+    ],
+)
+def test_a_gpu_that_only_plain_torch_serves_is_taken_where_it_is_asked_for(
+    monkeypatch, capability, present, native, slower
+):
+    """Or where the CPU has no kernels of its own either."""
+    facts = replace(GOOD, capability=capability, architectures=("sm_75", "sm_89"))
+    monkeypatch.setattr(cuda, "cuda_facts", lambda index: facts)
+    monkeypatch.setenv("CC", "a compiler")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    for name, value in {"_python_header": lambda: Path(__file__), **present}.items():
+        monkeypatch.setattr(backends, name, value)
+    monkeypatch.setattr(bindings, "load", lambda: native or None)
+    device, why = choose_device("auto", str)
+    if slower:
+        told = f"NVIDIA L4 would compute slower, through plain torch: .*{slower}$"
+        assert device.tier == "ram" and re.match(told, why)
+    else:
+        assert (device, why) == ("0", "NVIDIA L4 is here")
+    assert choose_device("cuda", str) == ("0", "as asked")
 
 
 def test_what_torch_says_of_cuda(monkeypatch):

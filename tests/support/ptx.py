@@ -21,6 +21,7 @@ LANES = 32
 BASE = 1024  # where shared memory begins, as on Hopper
 END = np.iinfo(np.int32).max  # where a thread is that has returned
 GANG = 128  # warps at once
+ALL = np.array(-1, np.int32)  # lanes, as members of a collective
 WIDTHS = {"pred": 0} | {f"{kind}{8 * size}": size for kind in "busf" for size in (1, 2, 4, 8)}
 _OPERANDS = re.compile(r"\{[^}]*\}|\[[^]]*\]|[^,\s][^,]*")
 _STATEMENT = re.compile(r"(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
@@ -70,8 +71,7 @@ class Statement:
 
 
 class Program:
-    """A kernel: ``parameters`` in order, ``threads`` of a block, steps, and of those that jump or
-    wait the targets."""
+    """A kernel: ``parameters`` in order, ``threads`` of a block, steps and labels."""
 
     def __init__(self, text, build):
         """``build`` makes a function of a ``Gang`` of a statement."""
@@ -81,7 +81,11 @@ class Program:
         self.name, header, options, body = entry.groups()
         self.parameters = re.findall(r"\.param\s[^,]*?([\w$]+)\s*(?:,|$)", header)
         self.threads = int(re.findall(r"\.(?:req|max)ntid\s+(\d+)", options)[0])
-        self.steps, self.ends, self.labels = [], {}, {}  # ends: by index, (kind, guard, target)
+        self.steps, self.ends, self.labels = (
+            [],
+            {},
+            {},
+        )  # ends: by index, (kind, guard, negated, operands)
         self._build, self._widths = build, dict[str, int]()
         self._read(body, text[: entry.start(4)].count("\n") + 1)
         self._leaders = {*self.labels.values(), len(self.steps)}
@@ -109,17 +113,18 @@ class Program:
             kind, names = re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", text).groups()
             for name in names.split(","):
                 self._widths[name.strip().partition("<")[0].rstrip("0123456789")] = WIDTHS[kind]
-            return
+        if text.startswith("."):
+            return  # also .pragma
         negated, guard, name, rest = _STATEMENT.fullmatch(text).groups()
         operands = [token.strip() for token in _OPERANDS.findall(rest)]
         statement, kind = Statement(name, operands, where, self._widths), name.partition(".")[0]
-        if kind in ("bra", "ret", "exit") or (kind in ("bar", "barrier") and ".sync" in name):
-            if "warp" not in name:
-                target = operands[0] if kind == "bra" else None
-                self.ends[len(self.steps)] = kind, guard, bool(negated), target
-        step = None if len(self.steps) in self.ends else self._build(statement)
-        if guard and step:
-            step = _guarded(step, guard, bool(negated))
+        if kind in ("bra", "ret", "exit") or name.startswith(("bar.sync", "barrier.sync")):
+            self.ends[len(self.steps)] = kind, guard, bool(negated), operands
+            step = None
+        elif guard:
+            step = _guarded(self._build(statement), guard, bool(negated))
+        else:
+            step = self._build(statement)
         self.steps.append((step, where))
 
     def stretch(self, index):
@@ -211,9 +216,14 @@ class Gang:
             bits = np.where(self.mask, bits, before)
         self.regs[register] = bits
 
-    def whole_warps(self):
+    def lanes(self):
+        """Those that take part [warps, 32]."""
+        return np.ones((self.warps, LANES), bool) if self.mask is None else self.mask
+
+    def whole_warps(self, members=ALL):
         """A collective needs all lanes of a warp."""
-        if self.mask is not None and (self.mask != self.mask[:, :1]).any():
+        parted = self.mask is not None and (self.mask != self.mask[:, :1]).any()
+        if parted or (members != ALL).any():
             raise PtxError(f"{self.where}: part of a warp does not come here")
 
     def places(self, space, address, size, mask=None):
@@ -270,7 +280,8 @@ class Gang:
             mask = live & (self.pc == at)
             stop = self.program.stretch(at)
             self.mask = None if mask.all() else mask
-            for step, self.where in self.program.steps[at:stop]:
+            for step, where in self.program.steps[at:stop]:
+                self.where = where
                 step(self)
             self._end(stop, mask)
 
@@ -279,12 +290,12 @@ class Gang:
             self.pc[mask] = at if at < len(self.program.steps) else END
             return
         self.where = self.program.steps[at][1]
-        kind, guard, negated, target = self.program.ends[at]
+        kind, guard, negated, operands = self.program.ends[at]
         self.pc[mask] = at + 1
         if guard is not None:
             mask = mask & (self.regs[guard] ^ negated)
         if kind == "bra":
-            self.pc[mask] = self.program.labels[target]
+            self.pc[mask] = self.program.labels[operands[0]]
         elif kind in ("ret", "exit"):
             self.pc[mask] = END
         else:

@@ -1,8 +1,9 @@
-"""Triton's launches on the CPU, by ``tests.support.ptx``: what a GPU of ``arch`` would compile runs
-on the memory of CPU tensors.
+"""Triton's launches on the CPU: ``tests.support.ptx`` runs what a GPU would be given on the memory
+of CPU tensors.
 
-Triton decides when it is imported that it interprets.  Here its functions become the compiled kind
-for a while.
+Triton decides when it is imported that it interprets; here its functions become the compiled kind
+for a while.  A launch stands where that of the interpreter would, so ``tests.support.graphs``
+records it.
 """
 
 import sys
@@ -14,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.interpreter import GridExecutor, InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from tests.support.compile_gpu import described
@@ -26,36 +27,40 @@ parsed = cache(partial(Program, build=build))
 
 
 class Launches:
-    """``edit`` changes a kernel's PTX before it runs.  ``named`` are tensors that addresses in
-    memory may point into."""
+    """``edit`` changes the PTX of a kernel before it runs.  ``named`` are tensors that addresses in
+    memory may point into, ``kernels`` those that were launched."""
 
-    def __init__(self, arch, seed=0, edit=None):
-        self.target, self.seed, self.edit = GPUTarget("cuda", arch, 32), seed, edit
-        self.named, self.kernels = [], set()
-        self._compiled = {}
+    def __init__(self, arch, seed):
+        self.target, self.seed, self.edit = GPUTarget("cuda", arch, 32), seed, lambda text: text
+        self.named, self.kernels = list[torch.Tensor](), set[str]()
+        self._compiled = dict[str, triton.compiler.CompiledKernel]()
 
     def run(self, kernel, *args, grid, warmup, **options):
         """``JITFunction.run``."""
         arguments = dict(zip(kernel.arg_names, args, strict=False))
         arguments |= {name: options.pop(name) for name in kernel.arg_names if name in options}
-        signature, constants, attributes = described(kernel, arguments)
-        key = kernel, repr((signature, constants, attributes, options))
+        signature, *description = described(kernel, arguments)
+        name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+        key = f"{name} {signature} {description} {options}"
         if key not in self._compiled:
-            source = ASTSource(kernel, signature, constants, attributes)
-            compiled = triton.compile(source, target=self.target, options=options)
-            text = compiled.asm["ptx"] if self.edit is None else self.edit(compiled.asm["ptx"])
-            self._compiled[key] = parsed(text), compiled.metadata.shared
-        program, shared = self._compiled[key]
+            source = ASTSource(kernel, signature, *description)
+            self._compiled[key] = triton.compile(source, target=self.target, options=options)
         given = {name: arguments[name] for name in signature if signature[name] != "constexpr"}
         bits = [_bits(value, signature[name]) for name, value in given.items()]
-        bits += [_bits(0, "i64")] * (len(program.parameters) - len(bits))  # of Triton's own memory
-        held = [_extent(value, name) for name, value in given.items() if torch.is_tensor(value)]
-        held += [_extent(tensor, "a tensor that the test names") for tensor in self.named]
-        self.kernels.add(f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}")
-        self.seed += 1
-        parameters = dict(zip(program.parameters, bits, strict=True))
-        grid = (*grid, 1, 1)[:3]
-        launch(program, grid, shared, parameters, Regions(filter(None, held)), self.seed)
+        tensors = {name: value for name, value in given.items() if torch.is_tensor(value)}
+        self.kernels.add(name)
+
+        def go():
+            compiled, held = self._compiled[key], [_extent(*item) for item in tensors.items()]
+            held += [_extent("a tensor that the test names", tensor) for tensor in self.named]
+            program = parsed(self.edit(compiled.asm["ptx"]))
+            unused = [_bits(0, "i64")] * (len(program.parameters) - len(bits))  # Triton's own
+            parameters = dict(zip(program.parameters, bits + unused, strict=True))
+            shared, regions = compiled.metadata.shared, Regions(filter(None, held))
+            launch(program, (*grid, 1, 1)[:3], shared, parameters, regions, self.seed)
+            self.seed += 1
+
+        GridExecutor.__call__(go)
 
 
 def _bits(value, kind):
@@ -65,7 +70,7 @@ def _bits(value, kind):
     return array.view(UNSIGNED[array.itemsize])
 
 
-def _extent(tensor, name):
+def _extent(name, tensor):
     """The first address and the end of a tensor, which need not be contiguous."""
     if tensor.numel() == 0:
         return None
@@ -79,9 +84,9 @@ def _compilable(function):
     return JITFunction(function.fn, **function.kwargs)
 
 
-def emulated(patch, folder, **options):
-    """Until the end of ``patch``, launches go to what this returns; ``folder`` keeps their PTX."""
-    launches = Launches(**options)
+def emulate(patch, folder, arch=89, seed=0):
+    """Until ``patch`` ends, launches go to what this returns; ``folder`` keeps their PTX."""
+    launches = Launches(arch, seed)
     for name, module in list(sys.modules.items()):
         if name.startswith(("triton.", "slotmoe.quant.kernels.triton")):
             for attribute, value in list(vars(module).items()):
@@ -89,7 +94,6 @@ def emulated(patch, folder, **options):
                     patch.setattr(module, attribute, _compilable(value))
     patch.setenv("TRITON_CACHE_DIR", str(folder))
     patch.setattr(CUDABackend, "make_cubin", lambda *given: b"")  # which nothing here would run
-    patch.setattr(
-        JITFunction, "run", lambda kernel, *args, **options: launches.run(kernel, *args, **options)
-    )
+    patch.setattr(GridExecutor, "__call__", lambda go: go())
+    patch.setattr(JITFunction, "run", lambda *args, **options: launches.run(*args, **options))
     return launches

@@ -5,15 +5,16 @@ from functools import partial
 
 import numpy as np
 
-from tests.support.ptx import BASE, LANES, PtxError, Statement, loaded, stored
+from tests.support.ptx import BASE, LANES, PtxError, loaded, stored
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 TYPES = {f"{kind}{8 * size}": UNSIGNED[size] for kind in "bu" for size in UNSIGNED}
-TYPES |= {"s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64}
-TYPES |= {"f16": np.float16, "bf16": np.uint16, "f32": np.float32, "f64": np.float64, "pred": bool}
+TYPES |= {"s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64, "pred": bool}
+TYPES |= {"f16": np.float16, "bf16": np.uint16, "f32": np.float32, "f64": np.float64}
 SIZES = {kind: np.dtype(type_).itemsize for kind, type_ in TYPES.items()}
+SIZES |= {"f16x2": 4, "bf16x2": 4, "f32x2": 8}
 FLOATS, LANE = ("f16", "bf16", "f32", "f64"), np.arange(LANES)
-NOTHING = {"fence", "membar", "griddepcontrol", "prefetch", "discard", "createpolicy"}
+NOTHING = ("fence", "membar", "griddepcontrol", "prefetch", "createpolicy")
 
 
 def numbers_of(bits, kind):
@@ -22,6 +23,9 @@ def numbers_of(bits, kind):
         return bits
     if bits.dtype.itemsize != SIZES[kind]:
         bits = bits.astype(UNSIGNED[SIZES[kind]])
+    if kind.endswith("x2"):  # an axis more
+        parts = np.ascontiguousarray(bits)[..., None].view(UNSIGNED[SIZES[kind] // 2])
+        return numbers_of(parts, kind[:-2])
     if kind == "bf16":
         return (bits.astype(np.uint32) << 16).view(np.float32)
     return bits.view(TYPES[kind])
@@ -31,10 +35,13 @@ def bits_of(numbers, kind, width):
     """A register of ``width`` bytes with these numbers."""
     if width == 0:
         return numbers
+    if kind.endswith("x2"):
+        parts = bits_of(numbers, kind[:-2], width // 2)
+        return np.ascontiguousarray(parts).view(UNSIGNED[width])[..., 0]
     if kind == "bf16":
         bits = numbers.astype(np.float32).view(np.uint32)
-        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-        numbers = np.where(np.isnan(numbers), 0x7FFF, rounded).astype(np.uint16)
+        nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        numbers = np.where(np.isnan(numbers), 0x7FFF, nearest)
     numbers = numbers.astype(TYPES[kind], copy=False)
     if kind in FLOATS:
         numbers = numbers.view(UNSIGNED[SIZES[kind]])
@@ -43,7 +50,7 @@ def bits_of(numbers, kind, width):
 
 def constant(text, kind):
     """A literal's bits, or None."""
-    if text[:2] in ("0f", "0F") or text[:2] in ("0d", "0D"):
+    if re.match("0[fFdD]", text):
         bits = int(text[2:], 16)
     elif re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", text):
         bits = int(text.rstrip("U"), 0)
@@ -58,16 +65,19 @@ def constant(text, kind):
 
 def reader(text, kind):
     """A function of a gang: an operand's numbers."""
-    bits = constant(text, kind)
-    if bits is not None:
+    if (bits := constant(text, kind)) is not None:
         numbers = numbers_of(bits, kind)
         return lambda gang: numbers
     if re.match(r"%(tid|ntid|ctaid|nctaid|laneid|warpid)\b", text):
         return lambda gang: numbers_of(gang.special[text], kind)
-    if text.startswith("!"):
-        return lambda gang: ~gang.regs[text[1:]]
-    ones = constant("-1", kind)  # LLVM has no use for what it does not write; NaN as a float
+    ones = constant("-1", kind)  # what nothing has written, LLVM may read and not use: NaN
     return lambda gang: numbers_of(gang.regs.get(text, ones), kind)
+
+
+def writer(statement, text, kind):
+    """A function that puts numbers into a register."""
+    width = statement.width(text)
+    return lambda gang, numbers: gang.put(text, bits_of(numbers, kind, width))
 
 
 def listed(text):
@@ -75,35 +85,7 @@ def listed(text):
     return [name.strip() for name in text.strip("{}").split(",")]
 
 
-def writer(statement, text, kind):
-    """A function that puts numbers into a register."""
-    if text == "_":
-        return lambda gang, numbers: None
-    width = statement.width(text)
-    return lambda gang, numbers: gang.put(text, bits_of(numbers, kind, width))
-
-
-def flushed(function):
-    def flush(x):
-        return np.where(np.abs(x) < np.finfo(np.float32).tiny, x * np.float32(0), x)
-
-    return lambda *inputs: flush(function(*map(flush, inputs)))
-
-
-def computing(statement, function, kinds, output, skipped=0):
-    """A step that writes a function of all operands but the first."""
-    modifiers = statement.name.split(".")
-    if "ftz" in modifiers and "f32" in (output, *kinds):
-        function = flushed(function)
-    if "sat" in modifiers and output in FLOATS:
-        inner = function
-        function = lambda *inputs: np.fmin(np.fmax(inner(*inputs), 0), 1)  # noqa: E731
-    write = writer(statement, statement.operands[0], output)
-    reads = [reader(text, kind) for text, kind in zip(statement.operands[1:], kinds, strict=True)]
-    return lambda gang: write(gang, function(*[read(gang) for read in reads]))
-
-
-# Arithmetic.
+# Arithmetic: functions of numbers.
 
 
 def divided(a, b):
@@ -111,10 +93,6 @@ def divided(a, b):
         return a / b
     quotient = np.abs(a) // np.where(b == 0, 1, np.abs(b))
     return np.where((a < 0) == (b < 0), quotient, -quotient).astype(a.dtype)
-
-
-def remainder(a, b):
-    return a - divided(a, b) * b
 
 
 def least(a, b):
@@ -136,235 +114,154 @@ def right(a, count):
     return shifted if a.dtype.kind == "i" else np.where(count < bits, shifted, 0)
 
 
-def fused(a, b, c):
-    """In float64, which rounds a sum's last bit wrongly once in 2**29 times."""
-    return np.multiply(a, b, dtype=np.float64) + c
+def multiplied(a, b, c):
+    """A float's sum in float64, which rounds the last bit wrongly once in 2**29 times."""
+    return np.multiply(a, b, dtype=np.float64 if a.dtype.kind == "f" else None) + c
 
 
-def wide(a):
-    return a.astype(np.int64 if a.dtype.kind == "i" else np.uint64)
+def widened(a, b, *c):
+    type_ = np.int64 if a.dtype.kind == "i" else np.uint64
+    return sum(c, a.astype(type_) * b.astype(type_))
 
 
-def high(a, b):
-    return (wide(a) * wide(b)) >> (8 * a.itemsize)
+def extracted(a, first, count):
+    bits = 8 * a.itemsize
+    first = np.minimum(first & 255, bits)
+    size = np.minimum(count & 255, bits - first).astype(a.dtype)
+    above = bits - first.astype(a.dtype) - size
+    return np.where(size > 0, right(left(a, above), bits - size), 0)
 
 
-def in_double(function):
+def permuted(a, b, choice):
+    both, result = a.astype(np.uint64) | b.astype(np.uint64) << 32, np.uint64(0)
+    for place in range(4):
+        chosen = (choice >> 4 * place & 15).astype(np.uint64)
+        byte = both >> (chosen & 7) * 8 & 255
+        sign = (byte >> 7) * 255
+        result = result | np.where(chosen & 8, sign, byte) << 8 * place
+    return result
+
+
+def looked_up(a, b, c, table):
+    result = np.uint32(0)
+    for index in range(8):
+        if table[0, 0] >> index & 1:
+            x, y, z = (p if index & bit else ~p for p, bit in ((a, 4), (b, 2), (c, 1)))
+            result = result | x & y & z
+    return result
+
+
+def compared(relation, a, b):
+    """What is not a number makes true what ends in u, and nothing else but ``nan``."""
+    if a.dtype.kind != "f":
+        return COMPARISONS[relation](a, b)
+    unordered = np.isnan(a) | np.isnan(b)
+    if relation in ("nan", "num"):
+        return unordered ^ (relation == "num")
+    result = COMPARISONS[relation.removesuffix("u")](a, b)
+    return result | unordered if relation.endswith("u") else result & ~unordered
+
+
+def converted(way, output, x):
+    """An integer type takes the nearest number that it has, and 0 for NaN."""
+    if way is not None:
+        x = way(x.astype(np.float64))
+    if output in FLOATS or x.dtype.kind != "f":
+        return x
+    limits = np.iinfo(TYPES[output])
+    high = x >= float(limits.max)
+    x = np.clip(np.where(np.isnan(x) | high, 0, x), float(limits.min), None)
+    return np.where(high, limits.max, x.astype(TYPES[output]))
+
+
+def packed(upper, lower, half):
+    return bits_of(upper, half, 4) << 16 | bits_of(lower, half, 4)
+
+
+def signed_least(a, b):
+    return np.copysign(np.fmin(np.abs(a), np.abs(b)), a) * np.copysign(np.float32(1), b)
+
+
+def flushed(x):
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, x * np.float32(0), x)
+
+
+def exactly(function):
     return lambda x: function(x.astype(np.float64))
 
 
-BINARY = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": divided}
-BINARY |= {"rem": remainder, "min": least, "max": greatest, "and": np.bitwise_and}
-BINARY |= {"or": np.bitwise_or, "xor": np.bitwise_xor, "copysign": lambda a, b: np.copysign(b, a)}
-UNARY = {"neg": np.negative, "abs": np.abs, "not": np.invert, "popc": np.bitwise_count}
-UNARY |= {"sqrt": np.sqrt, "ex2": in_double(np.exp2), "lg2": in_double(np.log2)}
-UNARY |= {"rcp": in_double(lambda x: 1 / x), "rsqrt": in_double(lambda x: 1 / np.sqrt(x))}
-UNARY |= {"sin": in_double(np.sin), "cos": in_double(np.cos), "tanh": in_double(np.tanh)}
-PLAIN = {"rn", "ftz", "sat", "full", "approx", "lo", "NaN"}
 COMPARISONS = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal}
 COMPARISONS |= {"gt": np.greater, "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal}
 COMPARISONS |= {"hi": np.greater, "hs": np.greater_equal}
+WAYS = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+# A function, its operands' types and its result's: T is the instruction's, W one twice as wide.
+PURE = {name: (function, "T T T") for name, function in {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": divided, "min": least,
+    "max": greatest, "rem": lambda a, b: a - divided(a, b) * b, "and": np.bitwise_and,
+    "or": np.bitwise_or, "xor": np.bitwise_xor, "min.NaN": np.minimum, "max.NaN": np.maximum,
+    "min.xorsign": signed_least,
+}.items()}  # fmt: skip
+PURE |= {name: (function, "T T") for name, function in {
+    "neg": np.negative, "abs": np.abs, "not": np.invert, "sqrt": np.sqrt, "mov": lambda x: x,
+    "ex2": exactly(np.exp2), "lg2": exactly(np.log2), "rcp": exactly(lambda x: 1 / x),
+    "rsqrt": exactly(lambda x: 1 / np.sqrt(x)), "sin": exactly(np.sin), "cos": exactly(np.cos),
+}.items()}  # fmt: skip
+PURE |= {"fma": (multiplied, "T T T T"), "mad": (multiplied, "T T T T")}
+PURE |= {"mul.wide": (widened, "T T W"), "mad.wide": (widened, "T T W W")}
+PURE |= {"shl": (left, "T u32 T"), "shr": (right, "T u32 T"), "bfe": (extracted, "T u32 u32 T")}
+PURE |= {"selp": (lambda a, b, p: np.where(p, a, b), "T T pred T")}
+PURE |= {"prmt": (permuted, "b32 b32 b32 b32"), "lop3": (looked_up, "b32 b32 b32 b32 b32")}
+IGNORED = {"rn", "approx", "full", "lo", "ftz", "sat", "NaN", "wide", "xorsign", "abs", *WAYS}
 
 
-def arithmetic(statement):
-    base, *modifiers, kind = statement.name.split(".")
-    operation, count = (BINARY, 2) if base in BINARY else (UNARY, 1)
-    function, output = operation[base], kind
-    if "NaN" in modifiers:
-        function = {"min": np.minimum, "max": np.maximum}[base]
-    if "wide" in modifiers:
-        function = lambda a, b: wide(a) * wide(b)  # noqa: E731
-        output = kind[0] + str(16 * SIZES[kind])
-    elif "hi" in modifiers:
-        function = high
-    if base == "popc":
-        output = "u32"
-    if kind not in TYPES or not PLAIN.issuperset({*modifiers} - {"wide", "hi"}):
-        statement.refuse()
-    return computing(statement, function, [kind] * count, output)
-
-
-def multiply_add(statement):
-    base, *modifiers, kind = statement.name.split(".")
-    if kind not in TYPES or not PLAIN.issuperset({*modifiers} - {"wide", "hi"}):
-        statement.refuse()
-    if "wide" in modifiers:
-        output = kind[0] + str(16 * SIZES[kind])
-        return computing(
-            statement, lambda a, b, c: wide(a) * wide(b) + c, [kind, kind, output], output
-        )
-    function = fused if kind in FLOATS else lambda a, b, c: a * b + c
-    if "hi" in modifiers:
-        function = lambda a, b, c: high(a, b).astype(a.dtype) + c  # noqa: E731
-    return computing(statement, function, [kind] * 3, kind)
-
-
-def shift(statement):
-    base, kind = statement.name.split(".")
-    return computing(statement, left if base == "shl" else right, [kind, "u32"], kind)
-
-
-def compare(statement):
-    """Of numbers that are not ordered only ``ne`` with u, and what ends in u, is true."""
-    _, relation, *modifiers, kind = statement.name.split(".")
-    if {*modifiers} - {"ftz", "and", "or", "xor"}:
-        statement.refuse()
-    ordered = relation.removesuffix("u")
-    function = {"num": np.equal, "nan": np.equal}.get(relation) or COMPARISONS[ordered]
-
-    def compared(a, b, *more):
-        result = function(a, b)
-        if kind in FLOATS:
-            nan = np.isnan(a) | np.isnan(b)
-            result = nan if relation == "nan" else ~nan if relation == "num" else result
-            if relation not in ("nan", "num"):
-                result = result | nan if relation.endswith("u") else result & ~nan
-        for other in more:
-            joined = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
-            result = joined[modifiers[0]](result, other)
-        return result
-
-    kinds = [kind, kind] + ["pred"] * (len(statement.operands) - 3)
-    return computing(statement, compared, kinds, "pred")
-
-
-def select(statement):
-    kind = statement.name.partition(".")[2]
-    return computing(statement, lambda a, b, p: np.where(p, a, b), [kind, kind, "pred"], kind)
-
-
-def extract(statement):
-    kind = statement.name.partition(".")[2]
-    bits = 8 * SIZES[kind]
-
-    def extracted(a, first, count):
-        first, count = first & 255, count & 255
-        size = np.minimum(np.minimum(count, bits - np.minimum(first, bits)), bits).astype(a.dtype)
-        up = bits - np.minimum(first, bits).astype(a.dtype) - size
-        return np.where(count > 0, right(left(a, up), bits - size), 0)
-
-    return computing(statement, extracted, [kind, "u32", "u32"], kind)
-
-
-def insert(statement):
-    kind = statement.name.partition(".")[2]
-
-    def inserted(a, b, first, count):
-        one = b.dtype.type(1)
-        mask = left(left(one, count) - one, first)
-        return (b & ~mask) | (left(a, first) & mask)
-
-    return computing(statement, inserted, [kind, kind, "u32", "u32"], kind)
-
-
-def permute(statement):
-    def permuted(a, b, choice):
-        both, result = a.astype(np.uint64) | b.astype(np.uint64) << 32, np.uint64(0)
-        for place in range(4):
-            chosen = (choice >> 4 * place & 15).astype(np.uint64)
-            byte = both >> (chosen & 7) * 8 & 255
-            byte = np.where(chosen & 8, byte >> 7 & 1, byte) * np.where(chosen & 8, 255, 1).astype(
-                np.uint64
-            )
-            result = result | byte << 8 * place
-        return result
-
-    if statement.name != "prmt.b32":
-        statement.refuse()
-    return computing(statement, permuted, ["b32"] * 3, "b32")
-
-
-def logic(statement):
-    def looked_up(a, b, c, table):
-        result = np.uint32(0)
-        for index in range(8):
-            if table[0, 0] >> index & 1:
-                parts = (x if index & bit else ~x for x, bit in ((a, 4), (b, 2), (c, 1)))
-                result = result | np.bitwise_and.reduce(np.broadcast_arrays(*parts))
-        return result
-
-    return computing(statement, looked_up, ["b32"] * 4, "b32")
-
-
-def funnel(statement):
-    base, way, mode, kind = statement.name.split(".")
-
-    def shifted(a, b, count):
-        both = a.astype(np.uint64) | b.astype(np.uint64) << 32
-        count = (count & 31 if mode == "wrap" else np.minimum(count, 32)).astype(np.uint64)
-        return both >> count if way == "r" else both << count >> 32
-
-    return computing(statement, shifted, [kind, kind, "u32"], kind)
-
-
-# Conversions and moves.
-
-
-def rounded(numbers, modifiers, output):
-    """A float to an integer type: the nearest that it has, 0 of NaN."""
-    ways = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
-    (way,) = (ways[name] for name in modifiers if name in ways)
-    limits = np.iinfo(TYPES[output])
-    whole = np.nan_to_num(way(numbers.astype(np.float64)), nan=0.0)
-    inside = np.clip(whole, float(limits.min), float(limits.max))
-    return np.where(inside >= float(limits.max), limits.max, inside.astype(TYPES[output]))
-
-
-def convert(statement):
-    *modifiers, output, kind = statement.name.split(".")[1:]
-    if output in ("f16x2", "bf16x2"):
-        half = output.removesuffix("x2")
-
-        def packed(upper, lower):
-            up, low = (bits_of(x, half, 4) for x in (upper, lower))
-            return up << 16 | low
-
-        if modifiers != ["rn"]:
-            statement.refuse()
-        return computing(statement, packed, [kind, kind], "b32")
-    if output not in TYPES or kind not in TYPES:
-        statement.refuse()
-    if kind in FLOATS and output not in FLOATS:
-        function = partial(rounded, modifiers=modifiers, output=output)
-    elif {"rni", "rzi", "rmi", "rpi"} & {*modifiers}:
-        ways = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
-        function = ways[next(name for name in modifiers if name in ways)]
-    elif {*modifiers} - {"rn", "ftz", "sat"} or ("sat" in modifiers and output not in FLOATS):
-        statement.refuse()
+def pure(statement, base, modifiers, kind):
+    """A step that writes a function of all operands but the first."""
+    way = next((WAYS[name] for name in modifiers if name in WAYS), None)
+    if base == "setp":
+        function, kinds = partial(compared, modifiers.pop(0)), f"{kind} {kind} pred"
+    elif base == "cvt" and modifiers[-1] in ("f16x2", "bf16x2"):
+        half = modifiers.pop().removesuffix("x2")
+        function, kinds = partial(packed, half=half), f"{kind} {kind} b32"
+    elif base == "cvt":
+        output = modifiers.pop()
+        function, kinds = partial(converted, way, output), f"{kind} {output}"
     else:
-        function = lambda x: x  # noqa: E731
-    return computing(statement, function, [kind], output)
+        keys = [f"{base}.{name}" for name in modifiers if f"{base}.{name}" in PURE]
+        function, kinds = PURE[keys[0] if keys else base]
+        kinds = kinds.replace("T", kind).replace("W", kind[0] + str(16 * SIZES.get(kind, 0)))
+    *kinds, output = kinds.split()
+    if not IGNORED.issuperset(modifiers) or not {*kinds, output} <= {*SIZES}:
+        statement.refuse()
+    flushes = "ftz" in modifiers and "f32" in (*kinds, output)
+    saturates = "sat" in modifiers and (output in FLOATS or statement.refuse())
+    write = writer(statement, statement.operands[0], output)
+    reads = [reader(text, kind) for text, kind in zip(statement.operands[1:], kinds, strict=True)]
+
+    def step(gang):
+        numbers = [read(gang) for read in reads]
+        result = flushed(function(*map(flushed, numbers))) if flushes else function(*numbers)
+        write(gang, np.fmin(np.fmax(result, 0), 1) if saturates else result)
+
+    return step
 
 
-def move(statement):
-    kind = statement.name.split(".")[-1]
-    target, source = statement.operands
-    if target.startswith("{"):  # into parts, the lowest first
-        names = listed(target)
-        read, part = reader(source, kind), SIZES[kind] // len(names)
-        writes = [writer(statement, name, f"b{8 * part}") for name in names]
+def move(statement, base, modifiers, kind):
+    """Also of a register into parts, the lowest first, and of parts into one."""
+    names = [listed(text) for text in statement.operands]
+    if len(names[0]) == len(names[1]) == 1:
+        return pure(statement, base, modifiers, kind)
+    part = SIZES[kind] // max(map(len, names))
+    kinds = [kind if len(some) == 1 else f"b{8 * part}" for some in names]
+    writes = [writer(statement, name, kinds[0]) for name in names[0]]
+    reads = [reader(name, kinds[1]) for name in names[1]]
 
-        def unpack(gang):
-            bits = read(gang)
-            for index, write in enumerate(writes):
-                write(gang, bits >> 8 * part * index)
+    def step(gang):
+        parts = [read(gang).astype(UNSIGNED[SIZES[kind]]) for read in reads]
+        bits = sum(bits << 8 * part * index for index, bits in enumerate(parts))
+        for index, write in enumerate(writes):
+            write(gang, bits >> 8 * part * index)
 
-        return unpack
-    if source.startswith("{"):
-        names = listed(source)
-        part = SIZES[kind] // len(names)
-        reads = [reader(name, f"b{8 * part}") for name in names]
-        write = writer(statement, target, kind)
-
-        def pack(gang):
-            parts = [read(gang).astype(UNSIGNED[SIZES[kind]]) for read in reads]
-            bits = parts[0]
-            for index, more in enumerate(parts[1:], 1):
-                bits = bits | more << 8 * part * index
-            write(gang, bits)
-
-        return pack
-    return computing(statement, lambda x: x, [kind], kind)
+    return step
 
 
 # Memory.
@@ -378,15 +275,13 @@ def address_of(text):
 
 
 def space_of(statement):
-    modifiers = re.split(r"\.|::", statement.name)
-    spaces = [name for name in ("global", "shared", "param") if name in modifiers]
-    return spaces[0] if spaces else statement.refuse()
+    found = re.search(r"\.(global|shared|param)\b", statement.name)
+    return found[1] if found else statement.refuse()
 
 
-def load(statement):
-    modifiers, space = statement.name.split("."), space_of(statement)
-    kind, names = modifiers[-1], listed(statement.operands[0])
-    writes, size = [writer(statement, name, kind) for name in names], SIZES[kind]
+def load(statement, base, modifiers, kind):
+    space, size = space_of(statement), SIZES[kind]
+    writes = [writer(statement, name, kind) for name in listed(statement.operands[0])]
     if space == "param":
         parameter = statement.operands[1].strip("[]")
         return lambda gang: writes[0](gang, numbers_of(gang.arguments[parameter], kind))
@@ -400,139 +295,116 @@ def load(statement):
     return step
 
 
-def store(statement):
-    modifiers, space = statement.name.split("."), space_of(statement)
-    kind, address = modifiers[-1], address_of(statement.operands[0])
-    size, reads = (
-        SIZES[kind],
-        [reader(x, f"b{8 * SIZES[kind]}") for x in listed(statement.operands[1])],
-    )
+def store(statement, base, modifiers, kind):
+    """Of lanes that write to the same place any comes last."""
+    space, size, address = space_of(statement), SIZES[kind], address_of(statement.operands[0])
+    reads = [reader(name, f"b{8 * size}") for name in listed(statement.operands[1])]
 
     def step(gang):
-        places = gang.places(space, address(gang), size * len(reads))
+        places, lanes = gang.places(space, address(gang), size * len(reads)), gang.lanes()
         for index, read in enumerate(reads):
-            written(gang, places + index * size, size, read(gang))
+            numbers = np.broadcast_to(read(gang), lanes.shape)[lanes]
+            stored(np.broadcast_to(places, lanes.shape)[lanes] + index * size, size, numbers)
 
     return step
-
-
-def written(gang, places, size, numbers):
-    """Of lanes that write to the same place any comes last."""
-    if gang.mask is not None:
-        numbers = np.broadcast_to(numbers, gang.mask.shape)[gang.mask]
-        stored(places[gang.mask], size, numbers)
-    else:
-        places, numbers = np.broadcast_arrays(places, numbers)
-        stored(places, size, numbers)
 
 
 UPDATES = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and}
 UPDATES |= {"or": np.bitwise_or, "xor": np.bitwise_xor, "exch": lambda old, new: new}
 
 
-def update(statement):
+def update(statement, base, modifiers, kind):
     """An atomic, of all lanes in a random order."""
-    base, *modifiers, kind = statement.name.split(".")
-    space, targets = space_of(statement), statement.operands[base == "atom" :]
-    name = next((x for x in modifiers if x in UPDATES or x == "cas"), None) or statement.refuse()
-    address, size = address_of(targets[0]), SIZES[kind]
-    reads = [reader(text, kind) for text in targets[1:]]
-    write = writer(statement, statement.operands[0], kind) if base == "atom" else None
+    names = [name for name in modifiers if name in UPDATES]
+    operation = UPDATES[names[0]] if names else statement.refuse()
+    space, size, returns = space_of(statement), SIZES[kind], base == "atom"
+    target, number = statement.operands[returns:]
+    address, read = address_of(target), reader(number, kind)
+    write = writer(statement, statement.operands[0], kind) if returns else None
 
     def step(gang):
-        shape = gang.warps, LANES
-        places = np.broadcast_to(gang.places(space, address(gang), size), shape)
-        given, old = (
-            [np.broadcast_to(read(gang), shape) for read in reads],
-            np.zeros(shape, TYPES[kind]),
-        )
-        active = np.argwhere(np.ones(shape, bool) if gang.mask is None else gang.mask)
-        for at in map(tuple, gang.chance.permutation(active)):
+        lanes = gang.lanes()
+        places = np.broadcast_to(gang.places(space, address(gang), size), lanes.shape)
+        given, old = np.broadcast_to(read(gang), lanes.shape), np.zeros(lanes.shape, TYPES[kind])
+        for at in map(tuple, gang.chance.permutation(np.argwhere(lanes))):
             old[at] = numbers_of(loaded(places[at][None], size), kind)[0]
-            new = given[-1][at] if name == "cas" else UPDATES[name](old[at], given[0][at])
-            if name != "cas" or old[at] == given[0][at]:
-                stored(places[at], size, np.array(new, TYPES[kind]).view(UNSIGNED[size]))
+            new = np.array(operation(old[at], given[at]), TYPES[kind])
+            stored(places[at], size, new.view(UNSIGNED[size]))
         if write is not None:
             write(gang, old)
 
     return step
 
 
-def copy(statement):
+def copy(statement, base, modifiers, kind):
     """``cp.async``: bytes from global to shared memory, zeros behind those that the source has."""
-    if "commit_group" in statement.name:
+    if "commit_group" in modifiers:
         return committed
-    if "wait" in statement.name:
-        kept = int(statement.operands[0]) if "wait_group" in statement.name else -1
-        return partial(arrived, kept=kept)
+    if "wait_group" in modifiers or "wait_all" in modifiers:
+        operands = statement.operands
+        return partial(arrived, kept=int(operands[0]) if operands else -1)
     target, source, size, *used = statement.operands
     target, source, size = address_of(target), address_of(source), int(size, 0)
-    if not statement.name.startswith(("cp.async.ca.shared", "cp.async.cg.shared")) or size % 4:
+    if {*modifiers} - {"async", "ca", "cg", "shared", "shared::cta", "global"} or size % 4:
         statement.refuse()
     used = reader(used[0] if used else str(size), "u32")
 
     def step(gang):
-        shape = gang.warps, LANES
-        mask = np.ones(shape, bool) if gang.mask is None else gang.mask
-        targets = np.broadcast_to(gang.places("shared", target(gang), size), shape)
-        count = np.broadcast_to(used(gang), shape)
-        sources = gang.places("global", source(gang), size, mask & (count > 0))
-        warp = np.broadcast_to(np.arange(gang.warps)[:, None], shape)[mask]
-        gang.copies.append(
-            (warp, gang.groups[warp], targets[mask], sources[mask], count[mask], size)
-        )
+        lanes = gang.lanes()
+        targets = np.broadcast_to(gang.places("shared", target(gang), size), lanes.shape)[lanes]
+        count = np.broadcast_to(used(gang), lanes.shape)
+        sources = gang.places("global", source(gang), size, lanes & (count > 0))[lanes]
+        warp = np.nonzero(lanes)[0]
+        gang.copies.append((warp, gang.groups[warp], targets, sources, count[lanes], size))
         for place in range(0, size, 4):
-            stored(targets[mask] + place, 4, 0xFFFFFFFF)
+            stored(targets + place, 4, 0xFFFFFFFF)
 
     return step
 
 
 def committed(gang):
-    gang.groups[slice(None) if gang.mask is None else gang.mask.any(1)] += 1
+    gang.groups[gang.lanes().any(1)] += 1
 
 
 def arrived(gang, kept):
     """What all groups but the latest ``kept`` of these warps have copied is there."""
-    waits, still = np.ones(gang.warps, bool) if gang.mask is None else gang.mask.any(1), []
-    for warp, group, targets, sources, count, size in gang.copies:
+    waits, pending, gang.copies = gang.lanes().any(1), gang.copies, []
+    for *arrays, size in pending:
+        warp, group, *_ = arrays
         here = waits[warp] & (group < gang.groups[warp] - kept)
+        _, _, targets, sources, count = (array[here] for array in arrays)
         for place in range(0, size, 4):
-            there = loaded(sources[here] + place, 4)
-            stored(targets[here] + place, 4, np.where(count[here] > place, there, 0))
+            bits = np.where(count > place, loaded(sources + place, 4), 0)
+            stored(targets + place, 4, bits)
         if not here.all():
-            rest = (x[~here] for x in (warp, group, targets, sources, count))
-            still.append((*rest, size))
-    gang.copies = still
+            gang.copies.append((*(array[~here] for array in arrays), size))
 
 
-def matrices(statement):
+def matrices(statement, base, modifiers, kind):
     """``ldmatrix`` and ``stmatrix``: rows of 16 bytes, whose addresses neighbouring lanes give."""
-    stores, modifiers = statement.name.startswith("st"), statement.name.split(".")
-    texts = statement.operands[::-1] if stores else statement.operands
-    names, address, across = listed(texts[0]), address_of(texts[1]), "trans" in modifiers
-    if "m8n8" not in modifiers or modifiers[-1] != "b16":
+    stores, across = base == "stmatrix", "trans" in modifiers
+    address, names = address_of(statement.operands[not stores]), statement.operands[stores]
+    if "m8n8" not in modifiers or kind != "b16":
         statement.refuse()
-    reads = [reader(name, "b32") for name in names]
-    writes = [] if stores else [writer(statement, name, "b32") for name in names]
+    reads = [reader(name, "b32") for name in listed(names)]
+    writes = [] if stores else [writer(statement, name, "b32") for name in listed(names)]
+    pair, number = [LANE % 4 * 2, LANE % 4 * 2 + 1], [LANE // 4] * 2
+    halves = list(zip(*((pair, number) if across else (number, pair)), strict=True))
 
     def step(gang):
         gang.whole_warps()
-        shape, count = (gang.warps, LANES), 8 * len(names)
-        mask = np.ones(shape, bool) if gang.mask is None else gang.mask
-        begins = np.broadcast_to(address(gang), shape)
-        rows = gang.places("shared", begins, 16, mask & (count > LANE))
-        for index in range(len(names)):
-            pair, number = LANE % 4 * 2, LANE // 4
-            halves = (pair, pair + 1) if across else (number, number)
-            columns = (number, number) if across else (pair, pair + 1)
-            places = [rows[:, 8 * index + r] + 2 * c for r, c in zip(halves, columns, strict=True)]
+        lanes = gang.lanes()
+        given, begins = lanes & (8 * len(reads) > LANE), np.broadcast_to(address(gang), lanes.shape)
+        rows = gang.places("shared", begins, 16, given)
+        for index, read in enumerate(reads):
+            places = [rows[:, 8 * index + row] + 2 * column for row, column in halves]
             if stores:
-                bits = np.broadcast_to(reads[index](gang), shape)
+                bits = np.broadcast_to(read(gang), lanes.shape)[lanes]
                 for half, place in enumerate(places):
-                    stored(place[mask], 2, (bits >> 16 * half)[mask].astype(np.uint16))
+                    stored(place[lanes], 2, (bits >> 16 * half).astype(np.uint16))
             else:
-                low, up = (loaded(place, 2).astype(np.uint32) for place in places)
-                writes[index](gang, low | up << 16)
+                low, high = (loaded(place, 2).astype(np.uint32) for place in places)
+                writes[index](gang, low | high << 16)
 
     return step
 
@@ -540,95 +412,62 @@ def matrices(statement):
 # Collectives.
 
 
-def exchange(statement):
+def exchange(statement, base, modifiers, kind):
     """``shfl.sync``, without the predicate that says whether a lane was there."""
-    mode, source = statement.name.split(".")[2], reader(statement.operands[1], "b32")
+    mode, source = modifiers[1], reader(statement.operands[1], "b32")
     write = writer(statement, statement.operands[0], "b32")
     by, clamp, members = (reader(text, "s32") for text in statement.operands[2:])
 
     def step(gang):
-        gang.whole_warps()
-        assert (members(gang) == -1).all()
+        gang.whole_warps(members(gang))
         segment, last, b = clamp(gang) >> 8 & 31, clamp(gang) & 31, by(gang) & 31
-        least_, most = LANE & segment, LANE & segment | last & ~segment
-        if mode == "up":
-            lane = LANE - b
-            lane = np.where(lane >= most, lane, LANE)
-        else:
-            lane = {"down": LANE + b, "bfly": LANE ^ b, "idx": least_ | b & ~segment}[mode]
-            lane = np.where(lane <= most, lane, LANE)
+        least, most = LANE & segment, LANE & segment | last & ~segment
+        lane = {"up": LANE - b, "down": LANE + b, "bfly": LANE ^ b, "idx": least | b & ~segment}
+        there = lane["up"] >= most if mode == "up" else lane[mode] <= most
         bits = np.broadcast_to(source(gang), (gang.warps, LANES))
-        write(gang, np.take_along_axis(bits, np.broadcast_to(lane, bits.shape), 1))
+        chosen = np.broadcast_to(np.where(there, lane[mode], LANE), bits.shape)
+        write(gang, np.take_along_axis(bits, chosen, 1))
 
     return step
 
 
-def reduce(statement):
-    *_, name, kind = statement.name.split(".")
-    write, read = (
-        writer(statement, statement.operands[0], kind), reader(statement.operands[1], kind),
-    )  # fmt: skip
-    members = reader(statement.operands[2], "s32")
+def reduce(statement, base, modifiers, kind):
+    write = writer(statement, statement.operands[0], kind)
+    read, members = reader(statement.operands[1], kind), reader(statement.operands[2], "s32")
+    function = UPDATES[modifiers[1]]
 
     def step(gang):
-        gang.whole_warps()
-        assert (members(gang) == -1).all()
+        gang.whole_warps(members(gang))
         numbers = np.broadcast_to(read(gang), (gang.warps, LANES))
-        write(gang, UPDATES[name].reduce(numbers, axis=1, keepdims=True, dtype=numbers.dtype))
+        write(gang, function.reduce(numbers, axis=1, keepdims=True, dtype=numbers.dtype))
 
     return step
 
 
-def vote(statement):
-    mode = statement.name.split(".")[2]
-    write = writer(statement, statement.operands[0], "b32" if mode == "ballot" else "pred")
-    read, members = reader(statement.operands[1], "pred"), reader(statement.operands[2], "s32")
-
-    def step(gang):
-        gang.whole_warps()
-        assert (members(gang) == -1).all()
-        flags = np.broadcast_to(read(gang), (gang.warps, LANES))
-        if mode == "ballot":
-            write(gang, (flags.astype(np.uint32) << LANE.astype(np.uint32)).sum(1, keepdims=True))
-        else:
-            write(gang, {"any": flags.any, "all": flags.all}[mode](1, keepdims=True))
-
-    return step
-
-
-def product(statement):
+def product(statement, base, modifiers, kind):
     """``mma.sync``: how lanes hold the operands follows from the sizes of a tile."""
-    shape = re.match(
-        r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col\.(\w+)\.(\w+)\.(\w+)\.(\w+)$", statement.name
-    )
-    if shape is None or shape[2] != shape[5] or shape[3] != shape[4]:
-        statement.refuse()
-    K, output, kind = int(shape[1]), shape[2], shape[3]
-    kinds = {"f16": "f16", "bf16": "bf16", "tf32": "f32", "s8": "s8", "u8": "u8"}
-    if kind not in kinds or output not in ("f32", "s32"):
-        statement.refuse()
-    size = SIZES[kinds[kind]]
-    each = 4 // size  # numbers in a register
-    parts = K // (4 * each)
+    pattern = r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col\.([fs]32)\.(b?f16|tf32|s8)\.\3\.\2"
+    found = re.fullmatch(pattern, statement.name) or statement.refuse()
+    K, output, kind = int(found[1]), found[2], found[3].removeprefix("t")
+    each = 4 // SIZES[kind]  # numbers in a register
     targets, *sources = map(listed, statement.operands)
     writes = [writer(statement, name, output) for name in targets]
     reads = [[reader(name, "b32") for name in names] for names in sources]
 
     def operand(gang, which):
         """[warps, row of lanes, column of lanes, register, number in it]"""
-        whole = gang.warps, LANES
-        bits = np.stack([np.broadcast_to(read(gang), whole) for read in reads[which]], -1)
+        shape = gang.warps, LANES
+        bits = np.stack([np.broadcast_to(read(gang), shape) for read in reads[which]], -1)
         if which == 2:
             return bits.view(TYPES[output]).reshape(gang.warps, 8, 4, 2, 2)
-        if kind == "tf32":
-            bits &= np.uint32(0xFFFFE000)
-        numbers = numbers_of(bits.view(UNSIGNED[size]), kinds[kind]).astype(TYPES[output])
+        bits = bits & np.uint32(0xFFFFE000) if kind == "f32" else bits
+        numbers = numbers_of(bits.view(UNSIGNED[SIZES[kind]]), kind).astype(TYPES[output])
         return numbers.reshape(gang.warps, 8, 4, -1, each)
 
     def step(gang):
         gang.whole_warps()
         a, b, c = (operand(gang, which) for which in range(3))
-        a = a.reshape(gang.warps, 8, 4, parts, 2, each).transpose(0, 4, 1, 3, 2, 5)
+        a = a.reshape(gang.warps, 8, 4, -1, 2, each).transpose(0, 4, 1, 3, 2, 5)
         b = b.transpose(0, 3, 2, 4, 1).reshape(gang.warps, K, 8)
         sums = (a.reshape(gang.warps, 16, K) @ b).reshape(gang.warps, 2, 8, 4, 2)
         sums = (sums.transpose(0, 2, 3, 1, 4) + c).reshape(gang.warps, LANES, 4)
@@ -638,24 +477,24 @@ def product(statement):
     return step
 
 
-def trap(statement):
-    def step(gang):
-        raise PtxError(f"{gang.where}: the kernel stops itself")
-
-    return step
+def stop(gang):
+    raise PtxError(f"{gang.where}: the kernel stops itself")
 
 
-STEPS = {"fma": multiply_add, "mad": multiply_add, "shl": shift, "shr": shift, "setp": compare}
-STEPS |= {"selp": select, "bfe": extract, "bfi": insert, "prmt": permute, "lop3": logic}
-STEPS |= {"shf": funnel, "cvt": convert, "mov": move, "cvta": move, "ld": load, "st": store}
-STEPS |= {"atom": update, "red": update, "cp": copy, "ldmatrix": matrices, "stmatrix": matrices}
-STEPS |= {"shfl": exchange, "redux": reduce, "vote": vote, "mma": product, "trap": trap}
-STEPS |= dict.fromkeys([*BINARY, *UNARY], arithmetic)
+STEPS = {"mov": move, "ld": load, "st": store, "atom": update, "red": update, "cp": copy}
+STEPS |= {"ldmatrix": matrices, "stmatrix": matrices, "shfl": exchange, "redux": reduce}
+STEPS |= {"mma": product, "setp": pure, "cvt": pure}
 
 
 def build(statement):
-    """What ``Program`` makes of a statement."""
-    base = statement.name.partition(".")[0]
+    """What ``Program`` makes of a statement: a function of a gang."""
+    base, *modifiers = statement.name.split(".")
     if base in NOTHING or statement.name == "bar.warp.sync":
         return lambda gang: None
-    return STEPS.get(base, Statement.refuse)(statement)
+    if base == "trap":
+        return stop
+    if base not in STEPS and base not in {name.partition(".")[0] for name in PURE}:
+        statement.refuse()
+    *modifiers, kind = modifiers or ["none"]
+    given = [*modifiers, kind] if base == "cp" else modifiers
+    return STEPS.get(base, pure)(statement, base, given, kind)

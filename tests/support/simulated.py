@@ -62,12 +62,13 @@ def running():
 
 
 class Gpu:
-    """``eager``: how likely something runs when something is queued; ``wide``: how likely it is
-    of a stream that the host does not wait for."""
+    """``eager``: how likely something runs when something is queued; ``wide``: how likely something
+    runs that the host does not wait for; whether it is a kernel or, as far as they may, a copy."""
 
     def __init__(self, index, seed, capacity):
         self.index, self.device, self.random = index, torch.device(KIND, index), Random(seed)
-        self.eager, self.wide = self.random.choice((0, 0.1, 0.9)), self.random.choice((0, 0.3, 0.9))
+        self.eager, self.wide = (self.random.choice((0, 0.2, 0.9)) for _ in "12")
+        self.copies_first = self.random.random() < 0.7
         self.lock, self.streams = threading.RLock(), []
         self.free, self.failure = defaultdict(list), None  # by pool and bytes; what stays
         self.capacity, self.taken, self.allocated, self.peak = capacity, 0, 0, 0
@@ -77,6 +78,9 @@ class Gpu:
 
     def pinned(self):
         return {first: size for first, (size, index) in PINNED.items() if index == self.index}
+
+    def memory(self):
+        return self.capacity - self.taken - self.allocated, self.capacity
 
     def check(self):
         if self.failure is not None:
@@ -99,16 +103,19 @@ class Gpu:
             stream.items.append(item)
             if self.random.random() < self.eager:
                 with running():
-                    self._step(self.random.choice(self.streams))
+                    self._step(self._any())
 
     def until(self, mark):
         refuse("the host waits")
         with self.lock, running():
             while not mark.reached:
                 wide = self.random.random() < self.wide
-                self._step(self.random.choice(self.streams) if wide else mark.stream)
+                self._step(self._any() if wide else mark.stream)
                 self.check()
             self.check()
+
+    def _any(self):
+        return self.random.choice(self.streams[self.copies_first :])  # the first has kernels
 
     def _step(self, stream):
         """Run what is first in a stream, or first of what that waits for."""
@@ -193,12 +200,6 @@ class Tensor(torch.Tensor):
         return _dispatched(operation, args, kwargs or {})
 
 
-def _tensors(value):
-    if isinstance(value, list | tuple):
-        return [tensor for entry in value for tensor in _tensors(entry)]
-    return [value] if isinstance(value, torch.Tensor) else []
-
-
 def _mapped(value, change):
     """``value`` with its tensors changed."""
     if isinstance(value, dict):
@@ -208,74 +209,92 @@ def _mapped(value, change):
     return change(value) if isinstance(value, torch.Tensor) else value
 
 
+def _tensors(value):
+    found = []
+    _mapped(value, found.append)
+    return found
+
+
 def _in_ram(tensor):
     """What a kernel gets: a number in the host's memory goes along as it is now."""
-    if isinstance(tensor, Tensor):
-        return tensor.elem
-    assert tensor.dim() == 0, f"a kernel gets the host's {tuple(tensor.shape)}"
-    return tensor.clone()
+    return tensor.elem if isinstance(tensor, Tensor) else tensor.clone()
 
 
 @cache
 def _kind(operation):
-    schema, packet = operation._schema, operation.overloadpacket
-    if packet in (aten.copy_, aten.to, aten._to_copy):
-        return "copy"
-    if packet in NEEDS_THE_HOST:
+    schema = operation._schema
+    if operation.overloadpacket in NEEDS_THE_HOST:
         return "host"
-    if schema.name.startswith(("aten::empty", "aten::new_empty")):
-        return "empty"
     if any(own.alias_info and own.alias_info.is_write for own in schema.arguments):
         return "write"
     if any(returned.alias_info for returned in schema.returns):
-        implicit = operation.has_kernel_for_dispatch_key(
-            torch._C.DispatchKey.CompositeImplicitAutograd
-        )
-        return "composite" if implicit else "view"
-    return "pure"
+        implicit = torch._C.DispatchKey.CompositeImplicitAutograd
+        return "composite" if operation.has_kernel_for_dispatch_key(implicit) else "view"
+    return "empty" if schema.name.startswith(("aten::empty", "aten::new_empty")) else "pure"
 
 
 def _dispatched(operation, args, kwargs):
     kind, packet = _kind(operation), operation.overloadpacket
-    if kind == "copy" and (done := _copied(operation, args, kwargs)) is not None:
-        return done
-    if kind == "composite" or packet is aten.to:
+    if packet in (aten.copy_, aten.to, aten._to_copy):
+        done = _copied(operation, args, kwargs)
+        if done is not None:
+            return done
+    if kind == "composite":
         return operation.decompose(*args, **kwargs)
-    tensors = _tensors([*args, *kwargs.values()])
+    kwargs.pop("device", None)
+    tensors, (given, options) = _tensors([args, kwargs]), _mapped((args, kwargs), _in_ram)
     memory = next(tensor.memory for tensor in tensors if isinstance(tensor, Tensor))
-    gpu = memory.gpu
+    gpu, work = memory.gpu, partial(operation, *given, **options)
     others = {tensor.device for tensor in tensors if tensor.dim()} - {gpu.device}
     assert not others, f"{operation} on {gpu.device} and {others}"
     if kind == "view":
-        results = operation(*_mapped(args, _in_ram), **_mapped(kwargs, _in_ram))
-        return _mapped(results, lambda elem: Tensor(elem, memory))
-    kwargs.pop("device", None)
-    masks = packet in (aten.index, aten.index_put_) and any(
-        mask is not None and mask.dtype == torch.bool for mask in args[1]
-    )
-    if kind == "host" or (masks and (packet is aten.index or args[2].numel() > 1)):
-        gpu.seen(current_stream(gpu.device))
-        with _disable_current_modes():
-            results = operation(*_mapped(args, _in_ram), **_mapped(kwargs, _in_ram))
-        return _mapped(results, partial(_on_gpu, gpu))
-    work = partial(operation, *_mapped(args, _in_ram), **_mapped(kwargs, _in_ram))
+        return _mapped(work(), lambda elem: Tensor(elem, memory))
+    if packet in (aten.index, aten.index_put_) and (packet is aten.index or args[2].numel() > 1):
+        masks = [mask for mask in args[1] if mask is not None and mask.dtype == torch.bool]
+        kind = "host" if masks else kind
     stream = current_stream(gpu.device)
-    if kind in ("write", "copy") and packet is not aten._to_copy:
+    if kind == "host":
+        gpu.seen(stream)
+        with running():
+            return _mapped(work(), partial(_on_gpu, gpu))
+    if kind == "write":
         gpu.put(stream, work)
-        return _written(operation._schema, args, kwargs)
-    outputs = [gpu.made(*how) for how in _outputs(operation, _key(args), _key(kwargs))]
-    if kind != "empty":
+        return kwargs.get("out", args[0]) if operation._schema.returns else None
+    outputs = [gpu.made(*how) for how in _outputs(operation, (args, kwargs))]
+    if kind == "pure":
         gpu.put(stream, partial(_fill, work, [tensor.elem for tensor in outputs]))
     return outputs[0] if len(operation._schema.returns) == 1 else tuple(outputs)
 
 
+def _fill(work, outputs):
+    for old, new in zip(outputs, _tensors([work()]), strict=True):
+        old.copy_(new)
+
+
+def _how(tensor):
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+_known = {}
+
+
+def _outputs(operation, given):
+    """Shape, stride and type of each output."""
+    key = operation, repr(_mapped(given, _how))
+    if key not in _known:
+        with running():
+            args, options = _mapped(
+                given, lambda x: torch.empty_strided(*_how(x)[:2], dtype=x.dtype, device="meta")
+            )
+            _known[key] = [_how(x) for x in _tensors([operation(*args, **options)])]
+    return _known[key]
+
+
 def launch(kernel, *tensors):
     """Queue a kernel of one GPU's tensors."""
-    device = tensors[0].device
-    assert {tensor.device for tensor in tensors} == {device}
-    gpu_of(device.index).put(
-        current_stream(device), partial(kernel, *(tensor.elem for tensor in tensors))
-    )
+    gpu = tensors[0].memory.gpu
+    assert {tensor.device for tensor in tensors} == {gpu.device}
+    gpu.put(current_stream(gpu.device), partial(kernel, *(tensor.elem for tensor in tensors)))
 
 
 def poison(elem):
@@ -286,52 +305,6 @@ def poison(elem):
 
 def fault():
     raise RuntimeError("an illegal memory access")
-
-
-def _fill(work, outputs):
-    for old, new in zip(outputs, _tensors([work()]), strict=True):
-        old.copy_(new)
-
-
-def _written(schema, args, kwargs):
-    """What such an operation returns: what it has changed."""
-    values = [*args, *(kwargs.get(own.name) for own in schema.arguments[len(args) :])]
-    changed = [
-        value
-        for own, value in zip(schema.arguments, values, strict=True)
-        if own.alias_info and own.alias_info.is_write
-    ]
-    if not schema.returns:
-        return None
-    return changed[0] if len(schema.returns) == 1 else tuple(changed)
-
-
-def _key(value):
-    """All that the shapes of an operation's outputs depend on."""
-    if isinstance(value, torch.Tensor):
-        return "tensor", tuple(value.shape), value.stride(), value.dtype
-    if isinstance(value, dict):
-        return "options", *((name, _key(entry)) for name, entry in value.items())
-    if isinstance(value, list | tuple):
-        return "list", *map(_key, value)
-    return type(value), value
-
-
-def _of_key(key):
-    kind, *rest = key
-    if kind == "tensor":
-        return torch.empty_strided(rest[0], rest[1], dtype=rest[2], device="meta")
-    if kind == "options":
-        return {name: _of_key(entry) for name, entry in rest}
-    return [_of_key(entry) for entry in rest] if kind == "list" else rest[0]
-
-
-@cache
-def _outputs(operation, args, kwargs):
-    """Shape, stride and type of each output."""
-    with _disable_current_modes():
-        results = operation(*_of_key(args), **_of_key(kwargs))
-    return [(tuple(x.shape), x.stride(), x.dtype) for x in _tensors([results])]
 
 
 # Between host and GPU
@@ -384,28 +357,25 @@ def is_pinned(gpu, memory):
     return any(first <= address < first + size for first, size in gpu.pinned().items())
 
 
-def _factory(size, stride, dtype, device, fresh=False):
-    dtype = dtype or torch.get_default_dtype()
-    return gpu_of(device.index).made(tuple(size), stride, dtype, fresh)
+def _empty(size, dtype=None, device=None, **_):
+    how = tuple(size), torch.empty(size, device="meta").stride()
+    return gpu_of(device.index).made(*how, dtype or torch.get_default_dtype())
 
 
-def _empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
-    return _factory(size, torch.empty(size, device="meta").stride(), dtype, device)
+def _empty_strided(size, stride, dtype=None, device=None, **_):
+    how = tuple(size), stride, dtype or torch.get_default_dtype()
+    return gpu_of(device.index).made(*how, fresh=True)  # torch itself may fill it at once
 
 
-def _empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None):
-    return _factory(size, stride, dtype, device, True)  # torch itself may fill it at once
-
-
-def _arange(*bounds, dtype=None, layout=None, device=None, pin_memory=None):
+def _arange(*bounds, dtype=None, device=None, **_):
     return _on_gpu(gpu_of(device.index), torch.arange(*bounds, dtype=dtype))
 
 
 _library = torch.library.Library("aten", "IMPL")
-for _name in ("arange", "arange.start", "arange.start_step"):
-    _library.impl(_name, _arange, KIND.upper())
 _library.impl("empty.memory_format", _empty, KIND.upper())
 _library.impl("empty_strided", _empty_strided, KIND.upper())
+for _name in ("arange", "arange.start", "arange.start_step"):
+    _library.impl(_name, _arange, KIND.upper())
 
 
 # torch.cuda
@@ -503,10 +473,6 @@ def on_stream(stream):
         set_stream(before)
 
 
-def set_device(index):
-    here.device = index
-
-
 @contextmanager
 def on_device(device):
     before, here.device = here.device, device.index
@@ -560,7 +526,6 @@ class Torch:
         current_stream=current_stream,
         stream=on_stream,
         device=on_device,
-        set_device=set_device,
         current_device=lambda: here.device,
         get_device_name=lambda index: "the twin",
         graph_pool_handle=object,
@@ -568,10 +533,7 @@ class Torch:
         memory_reserved=lambda device: gpu_of(device.index).allocated,
         max_memory_allocated=lambda device: gpu_of(device.index).peak,
         reset_peak_memory_stats=lambda device: None,
-        mem_get_info=lambda device: (
-            (gpu := gpu_of(device.index)).capacity - gpu.taken - gpu.allocated,
-            gpu.capacity,
-        ),
+        mem_get_info=lambda device: gpu_of(device.index).memory(),
         empty_cache=lambda: None,
         cudart=lambda: SimpleNamespace(
             cudaHostRegister=_register, cudaHostUnregister=lambda address: PINNED.pop(address)

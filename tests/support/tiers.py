@@ -16,7 +16,7 @@ from random import Random
 
 import pytest
 
-from tests.support.interpreter import quicken
+from tests.support.interpreter import keep_inside, quicken, shuffle
 
 LEAVES = {"processes", "network", "interpreter", "oracle", "twin", "heavy"}
 _TESTS = Path(__file__).parents[1]
@@ -87,10 +87,13 @@ def network():
 
 
 @pytest.fixture(scope="session")
-def interpreter():
-    """Leave to run Triton's interpreter, which then does without what it does over and over."""
+def interpreter(pytestconfig):
+    """Leave to run Triton's interpreter, which then does without what it does over and over, runs
+    programs in a random order, and refuses addresses outside of a launch's memory."""
     if "TRITON_INTERPRET" in os.environ and find_spec("triton"):
         quicken()
+        shuffle(pytestconfig.getoption("--shuffle"))
+        keep_inside()
 
 
 @pytest.fixture(scope="session")

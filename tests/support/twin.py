@@ -93,7 +93,6 @@ class Twin(simulated.cuda.CudaDevice):
         self.gpu = simulated.new_gpu(seed, capacity)
         weakref.finalize(self, self.gpu.close)
         super().__init__(self.gpu.index)
-        simulated.set_device(0)  # a thread that nobody has told has the first one
         self._triton, self._graph = triton, graph
         self.fail = self.spoil = self.on_launch = lambda number: None
         self.launches = self.copies = self.released = self.seams = 0

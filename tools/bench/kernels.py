@@ -12,10 +12,12 @@ graph, so that no launch is measured.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
@@ -277,8 +279,10 @@ def _step(export: str, way: str, ceiling: float, steps: int, depth: int) -> turn
 
 
 @contextmanager
-def _compiled(variant: str) -> Iterator[None]:
-    """Kernels that are first used inside are compiled as this one of ``VARIANTS``."""
+def _compiled(variant: str, hint: bool) -> Iterator[None]:
+    """Kernels that are first used inside are compiled as this one of ``VARIANTS``, and with the
+    ``hint`` of which levels lie side by side, or without."""
+    import triton
     from triton import language
 
     from slotmoe.quant.backends import triton_rows
@@ -288,8 +292,18 @@ def _compiled(variant: str) -> Iterator[None]:
     with (
         patch.object(rows, "BLOCKS", language.constexpr(blocks)),
         patch.dict(triton_rows.WARPS, dict.fromkeys(KINDS.values(), warps)),
+        ExitStack() as stack,
     ):
+        if not hint:  # what lies in Triton's cache is known by its source alone
+            cache = stack.enter_context(TemporaryDirectory())
+            stack.enter_context(patch.dict(os.environ, TRITON_CACHE_DIR=cache))
+            unhinted = triton.jit(_unhinted)
+            stack.enter_context(patch.object(language, "max_contiguous", unhinted))
         yield
+
+
+def _unhinted(x, values):  # type: ignore[no-untyped-def]
+    return x
 
 
 @click.command()
@@ -300,20 +314,22 @@ def _compiled(variant: str) -> Iterator[None]:
 @count("--depth", 128, "Tokens cached before them.")
 @codec_options
 @choice("--variant", VARIANTS, VARIANTS[0], "Blocks x warps of one token's 4-bit products.")
+@click.option("--hint/--no-hint", default=True, help="Tell Triton that levels lie side by side.")
 def gpu(
-    export: str | None, working_set: float, repetitions: int, variant: str, **given: Any
+    export: str | None, working_set: float, repetitions: int, variant: str, hint: bool, **given: Any
 ) -> None:
     """Each Triton kernel beside the GPU's bandwidth, and with EXPORT (slotmoe synth v2-lite EXPORT
     --share-layers 2) a decode step: kernel by kernel, as two graphs a layer, and as one graph."""
     if not torch.cuda.is_available():
         advice = "python -m slotmoe.tools.bench kernels measures the CPU"
         raise ConfigError(f"gpu needs a CUDA device, and torch finds none here; {advice}")
-    with _compiled(variant), torch.inference_mode():
+    with _compiled(variant, hint), torch.inference_mode():
         bench = _Bench("cuda", repetitions, working_set)
         _layer(bench, expert_codecs(given))
     rows, ceiling = bench.rows, bench.rows[0]["plain_bytes_per_second"]
     if export is not None:
         for way in ("kernel by kernel", "two graphs a layer", "one graph"):
             rows.append(_step(export, way, ceiling, **given))
-    told = {"device": torch.cuda.get_device_name(), "ops": bench.ops.name, "variant": variant}
+    told = {"device": torch.cuda.get_device_name(), "ops": bench.ops.name}
+    told |= {"variant": variant, "hint": "on" if hint else "off"}
     turns.finish(rows, **told, bandwidth=ceiling)
