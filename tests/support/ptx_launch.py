@@ -75,7 +75,7 @@ def _compilable(function):
     return JITFunction(function.fn, **function.kwargs)
 
 
-def emulate(patch, folder, arch=89, seed=0):
+def emulated(patch, folder, arch=89, seed=0):
     """Until ``patch`` ends, launches go to what this returns; ``folder`` keeps their PTX."""
     launches = Launches(arch, seed)
     for name, module in list(sys.modules.items()):
