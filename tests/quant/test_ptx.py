@@ -54,7 +54,7 @@ def triton_ops(ops):
 
 
 def test_a_row(ops):
-    test_triton.test_linear_of_one_row_is_exact_and_of_many_no_worse_than_bfloat16(
+    test_triton.test_linear_of_few_rows_is_exact_and_of_many_no_worse_than_bfloat16(
         ops, 1, (37, 130), "nf4"
     )
 
