@@ -18,6 +18,7 @@ from slotmoe.offload.machine import device_index
 from slotmoe.quant.backends import better_on_cpu
 from slotmoe.quant.backends.base import Empty
 
+_KINDS = 16  # of small tensors whose page-locked RAM waits for the next ones
 MIN_CAPABILITY = 7, 0
 
 
@@ -43,6 +44,14 @@ class Mapped(NamedTuple):
     kernels: Tensor
 
 
+class Parcel(NamedTuple):
+    """Mapped memory for tensors of these shapes and types, and the views of each."""
+
+    memory: Mapped
+    kinds: tuple[tuple[torch.Size, torch.dtype], ...]
+    views: list[Mapped]
+
+
 class MappedDownload(Download):
     """Values that kernels write into page-locked RAM; it serves the next ones, so it is copied."""
 
@@ -63,27 +72,27 @@ class Mailbox:
     and write: no copy engine is asked, which may have records before them."""
 
     def __init__(self) -> None:
-        self._free: dict[int, list[Mapped]] = {}
+        self._free: dict[tuple[tuple[torch.Size, torch.dtype], ...], list[Parcel]] = {}
         # In stream order: kernels use it until the event, a reader while its download lives.
-        self._used: list[tuple[Event, Mapped, Callable[[], object]]] = []
+        self._used: list[tuple[Event, Parcel, Callable[[], object]]] = []
 
     def write(
         self, device: "CudaDevice", source: Tensor, target: Tensor, at: Tensor | None = None
     ) -> None:
         """A kernel that is launched now makes ``target`` what ``source`` in RAM is now."""
         given = [source] if at is None else [source, at]
-        memory, views = self._take(device, given)
+        views = (parcel := self._take(device, given)).views
         for tensor, (host, _) in zip(given, views, strict=True):
             host.copy_(tensor)
         if at is None:
             torch.mul(views[0].kernels, 1, out=target)  # an operation that torch makes no copy of
         else:
             target.index_copy_(0, views[1].kernels, views[0].kernels)
-        self._used.append((device.record(), memory, lambda: None))
+        self._used.append((device.record(), parcel, lambda: None))
 
     def read(self, device: "CudaDevice", *sources: Tensor) -> Download:
         """Kernels that are launched now bring ``sources`` to RAM."""
-        memory, views = self._take(device, sources)
+        memory, _, views = parcel = self._take(device, sources)
         if len(sources) > 1 and not any(source.nbytes % 16 for source in sources[:-1]):
             flat = [source.contiguous().view(-1).view(torch.uint8) for source in sources]
             torch.cat(flat, out=memory.kernels[: sum(map(len, flat))])  # they lie side by side
@@ -92,29 +101,33 @@ class Mailbox:
                 torch.mul(source, 1, out=kernels)
         event = device.record()
         download = MappedDownload(event, *(host for host, _ in views))
-        self._used.append((event, memory, weakref.ref(download)))
+        self._used.append((event, parcel, weakref.ref(download)))
         return download
 
-    def _take(self, device: "CudaDevice", like: Sequence[Tensor]) -> tuple[Mapped, list[Mapped]]:
-        """Memory for such tensors, and both views of each."""
+    def _take(self, device: "CudaDevice", like: Sequence[Tensor]) -> Parcel:
+        """Memory for such tensors."""
         self._collect()
+        kinds = tuple((tensor.shape, tensor.dtype) for tensor in like)
+        if free := self._free.get(kinds):
+            return free.pop()
+        if len(self._free) > _KINDS:
+            self._free.clear()  # torch keeps the memory for others
         starts = [0, *accumulate(-(-tensor.nbytes // 16) * 16 for tensor in like)]
-        size = max(4096, 1 << max(0, starts[-1] - 1).bit_length())
-        free = self._free.setdefault(size, [])
-        memory, views = free.pop() if free else device.mapped(size), list[Mapped]()
-        for tensor, start in zip(like, starts, strict=False):
-            parts = (view[start : start + tensor.nbytes].view(tensor.dtype) for view in memory)
-            views.append(Mapped(*(part.view(tensor.shape) for part in parts)))
-        return memory, views
+        with torch.inference_mode(False):  # what is made in that mode can't be written outside
+            memory, views = device.mapped(max(4096, starts[-1])), list[Mapped]()
+            for tensor, start in zip(like, starts, strict=False):
+                parts = (view[start : start + tensor.nbytes].view(tensor.dtype) for view in memory)
+                views.append(Mapped(*(part.view(tensor.shape) for part in parts)))
+        return Parcel(memory, kinds, views)
 
     def _collect(self) -> None:
         passed = 0
         while passed < len(self._used) and self._used[passed][0].done():
             passed += 1
         read = [entry for entry in self._used[:passed] if entry[2]() is not None]
-        for _, memory, reader in self._used[:passed]:
+        for _, parcel, reader in self._used[:passed]:
             if reader() is None:
-                self._free[len(memory.host)].append(memory)
+                self._free.setdefault(parcel.kinds, []).append(parcel)
         self._used[:passed] = read
 
 

@@ -31,9 +31,11 @@ GPU_SHARE = 0.6  # of a GPU's bandwidth that decode reaches: assumed, not measur
 HEAD_RIGHT = 0.85  # of what a model's own head drafts: DeepSeek-V3's report, not measured
 GPU_LAUNCHES = 8  # kernels of a layer in one graph, counted by a test; one more with q-LoRA
 GPU_LAUNCH_SECONDS = 1.5e-6  # between two kernels of a graph: assumed
-# From the end of a layer's last copy to the next layer's first: its experts and the next layer's
-# kernels, then the host, which wakes and queues.  By the clocks of the tests' twin.
-GPU_MISS_SECONDS = 1.2e-4
+# Of a layer that misses three of six experts, beside a driver that does nothing, on a loaded core
+# of an EPYC (``tests/support/gap.py``): from the choice to the first copy 0.03 ms, and 0.02 are
+# assumed for the driver; and all that the host does, most of it while records are copied.
+GPU_MISS_SECONDS = 5e-5
+GPU_HOST_SECONDS = 4e-4
 TOKEN_SECONDS = 5e-4  # Python and torch of a token: 0.4 ms with the sample, 1.2 with V2-Lite
 LAYER_SECONDS = 2e-4  # the same of a layer with a call of its own
 MISS_SECONDS = 1.7e-4  # Python, a colder read and a kernel call for an expert read by the decoder
@@ -120,6 +122,7 @@ def constants(rates: Bandwidths, gpu: bool, mtp: bool) -> dict[str, float]:
         "kernels a layer": GPU_LAUNCHES,
         "seconds between two": GPU_LAUNCH_SECONDS,
         "a layer that waits": GPU_MISS_SECONDS,
+        "the host's work for that": GPU_HOST_SECONDS,
     }
     of_head = {"the head's drafts that are right": HEAD_RIGHT} if mtp else {}
     return {"share of RAM's bandwidth": rates.share} | (of_gpu if gpu else of_cpu) | of_head
@@ -228,7 +231,6 @@ class Setting:
             # All resident layers are one graph; a layer with a miss waits for the host.
             launches = GPU_LAUNCHES + (c.q_lora_rank is not None)
             between = c.num_hidden_layers * launches * GPU_LAUNCH_SECONDS
-            between += len(c.moe_layers) * (1 - self.hits(self.plan.slots) ** K) * GPU_MISS_SECONDS
         elif missing == 0 or small:
             # Nothing is read ahead, so only a miss comes between two layers.
             alone = len(c.moe_layers) * (1 - (1 - missing / used) ** K)
@@ -241,13 +243,20 @@ class Setting:
                 "attention": rows * self._attention(depth) / self.threads,
             }
         experts = min(rates.beside_gpu(), self.threads * rates.core_bytes)
-        absent = used * (1 - self.hits(self.plan.slots)) * record
+        hits = self.hits(self.plan.slots)
+        absent = used * (1 - hits) * record
         computed = {
             "fetch": {"PCIe": absent / rates.pcie},
             "cpu": {"CPU experts": absent / experts},
             "hybrid": {"PCIe and CPU experts": absent / (rates.pcie_busy + experts)},
         }
-        return seconds | {"GPU memory": touched / rates.gpu / GPU_SHARE} | computed[self.misses]
+        (behind,), waiting = computed[self.misses].values(), len(c.moe_layers) * (1 - hits**K)
+        seconds["between kernels"] += waiting * GPU_MISS_SECONDS
+        seconds["between kernels"] += max(0.0, waiting * GPU_HOST_SECONDS - behind)
+        # Meanwhile the GPU computes experts in slots and shared ones.
+        beside = (used * hits + len(c.moe_layers) * c.n_shared_experts) * record
+        computing = touched - min(beside, behind * rates.gpu * GPU_SHARE)
+        return seconds | {"GPU memory": computing / rates.gpu / GPU_SHARE} | computed[self.misses]
 
     def _prefill_seconds(self, tokens: int) -> dict[str, float]:
         """What a prompt waits for: each pass loads its experts once, and reads all weights from RAM

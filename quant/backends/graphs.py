@@ -115,12 +115,15 @@ class Captured(Generic[R]):
         self._graph: Graph[R] | None = None
 
     def __call__(self, function: Callable[[Tensor], R], given: Tensor) -> R:
-        buffer, kind = self._buffer, (given.shape, given.dtype, given.device)
-        fits = given.is_contiguous() and kind == (buffer.shape, buffer.dtype, buffer.device)
-        if self._make is None or torch.is_grad_enabled() or not fits:
+        if self._make is None or torch.is_grad_enabled():
             return function(given)
-        if given.data_ptr() != buffer.data_ptr():
-            buffer.copy_(given)
+        buffer = self._buffer
+        if given is not buffer:
+            kind = given.shape, given.dtype, given.device
+            if not given.is_contiguous() or kind != (buffer.shape, buffer.dtype, buffer.device):
+                return function(given)
+            if given.data_ptr() != buffer.data_ptr():
+                buffer.copy_(given)
         self._graph = self._graph or self._make(lambda: function(buffer))
         if self._graph is None:
             return function(buffer)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from slotmoe.border import Cache, Experts, Geometry, Layer, Mla, Pending, Step
 from slotmoe.quant.backends import triton_rows as launch
-from slotmoe.quant.backends.base import Prepared, Records, SlotTable
+from slotmoe.quant.backends.base import Prepared, SlotTable
 from slotmoe.quant.backends.graphs import Captured, Capturing
 from slotmoe.quant.backends.triton_experts import Awaited, Buffers, FewExperts
 from slotmoe.quant.backends.triton_rows import Ending, Routed, Shared, operand, power
@@ -102,7 +102,6 @@ class TritonDecoder:
         # By the first layer, the tokens, and whether all layers are in it.  A graph keeps the
         # addresses of all that it has touched.
         self._graphs: dict[tuple[int, int, bool], Captured[Gone]] = {}
-        self._records: Records | None = None
 
     def run_layers(self, step: Step, experts: Experts) -> Pending | None:
         """See ``slotmoe.border.Runner``."""
@@ -181,6 +180,7 @@ class _Layer:
         assert isinstance(layer.attention, Mla)
         self._attention, self._limit, self._location = layer.attention, swiglu_limit, location
         self._shared = None if layer.mlp is None else Shared.of(layer.mlp)
+        self._D = len(layer.input_layernorm)
         self.is_moe = layer.gate is not None
 
     def begin(self, h_TD: Tensor, place: Place, index: int, choice: tuple[Tensor, Tensor]) -> None:
@@ -243,13 +243,11 @@ class _Layer:
         """What the shared expert has between its products, and what it gives."""
         if self._shared is None:
             return None
-        D = len(self._layer.input_layernorm)
-        return self._buffers("between", T, self._shared.width), self._buffers("shared", T, D)
+        return self._buffers("between", T, self._shared.width), self._buffers("shared", T, self._D)
 
     def _finished(self, T: int) -> Tensor:
         """Counters that are 0 between two launches."""
-        tiles = triton.cdiv(len(self._layer.input_layernorm), TILE)
-        return self._buffers("finished", T, tiles, dtype=torch.int32)
+        return self._buffers("finished", T, triton.cdiv(self._D, TILE), dtype=torch.int32)
 
     def _attend(self, q: Tensor, latent: Tensor, index: int, o_TX: Tensor) -> None:
         """From the projections to each head's value, through the cache."""

@@ -23,16 +23,19 @@ class Buffers:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._kept: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._kept: dict[tuple[str, int, tuple[int, ...]], Tensor] = {}
 
     def __call__(
         self, name: str, T: int, *shape: int, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """[T, *shape], the same memory for each T."""
-        if (name, shape) not in self._kept:
-            whole = torch.zeros(launch.ROWS, *shape, dtype=dtype, device=self._device)
-            self._kept[name, shape] = whole
-        return self._kept[name, shape][:T]
+        if (name, T, shape) not in self._kept:
+            if T < launch.ROWS:
+                made = self(name, launch.ROWS, *shape, dtype=dtype)[:T]
+            else:
+                made = torch.zeros(T, *shape, dtype=dtype, device=self._device)
+            self._kept[name, T, shape] = made
+        return self._kept[name, T, shape]
 
 
 @dataclass
@@ -73,7 +76,7 @@ class FewExperts:
         def function(x_TD: Tensor) -> None:
             launch.experts(routed, shared, outputs, None, limit)
 
-        key = slots_E.data_ptr(), x_TD.data_ptr(), y_TKD.data_ptr(), len(x_TD)
+        key = slots_E.data_ptr(), x_TD.data_ptr(), y_TKD.data_ptr(), len(x_TD), outputs is None
         self._run(key, function, x_TD, graph)
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor, graph: Capturing | None) -> Tensor:

@@ -15,7 +15,7 @@ from slotmoe.quant.backends.base import Prepared, Records, unbound
 from slotmoe.quant.codecs.codec import KINDS, TILE
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.kernels.triton import mla, rows
+from slotmoe.quant.kernels.triton import gates, mla, rows
 
 ROWS = mla.TOKENS.value  # at most: with more, tensor cores are faster
 INT8, DENSE = rows.INT8.value, rows.DENSE.value
@@ -133,7 +133,7 @@ def route(
     weights_TK = torch.empty(T, router.top_k, device=device)
     choice = weights_TK, torch.empty_like(weights_TK, dtype=torch.int64)
     sizes, constants = _chooser(E, router, bias_E)
-    rows.route[(T,)](logits_TE.contiguous(), bias_E, chosen_TK, *choice, *sizes, **constants)
+    gates.route[(T,)](logits_TE.contiguous(), bias_E, chosen_TK, *choice, *sizes, **constants)
     return choice
 
 
@@ -152,7 +152,7 @@ def gate(
     0 around it."""
     E, D = weight_ED.shape
     sizes, constants = _chooser(E, router, bias_E)
-    rows.gate[(len(x_TD), triton.cdiv(E, _GATE_ROWS))](
+    gates.gate[(len(x_TD), triton.cdiv(E, _GATE_ROWS))](
         x_TD, *norm, normed_TD, weight_ED, D, finished, logits_TE, bias_E, *choice, *sizes,
         ROWS=_GATE_ROWS, **constants,
     )  # fmt: skip

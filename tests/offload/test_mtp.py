@@ -36,7 +36,9 @@ def opened(folder, draft="mtp", **options):
 @pytest.fixture
 def eager(monkeypatch):
     """The head is always asked, and what it says is always computed."""
-    monkeypatch.setattr(Drafting, "lengths", lambda self, chances: [len(each) for each in chances])
+    monkeypatch.setattr(
+        Drafting, "lengths", lambda self, chances, room: [len(each) for each in chances]
+    )
     monkeypatch.setattr(Drafting, "pays", lambda self, chance, cost: True)
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from slotmoe.model.config import parse_config, read_config
@@ -86,7 +87,7 @@ def test_attention_grows_no_more_behind_what_an_indexer_chooses():
 def test_streams_and_lists_take_scratch_memory():
     v32, v4 = (read_config(geometry_path(name)) for name in ("v3.2", "v4-flash"))
     for kernels in ("native", "torch", "triton"):
-        plain = replace(v32, indexer=None)
+        plain = replace(v32, indexer=msgspec.structs.replace(v32.indexer, topk=1))
         assert scratch_bytes(v32, 512, kernels) > scratch_bytes(plain, 512, kernels)
         more = scratch_bytes(v4, 512, kernels) - scratch_bytes(
             replace(v4, hyper=None), 512, kernels

@@ -214,6 +214,7 @@ def test_every_constant_is_named(plan):
         assert "G int8 products" in out and "(assumed for " in out
     names = "STREAM_PRODUCTS DECODED_ROWS TOKEN_SECONDS LAYER_SECONDS MISS_SECONDS GPU_SHARE"
     names += " HEAD_RIGHT GPU_LAUNCHES GPU_LAUNCH_SECONDS GPU_MISS_SECONDS"
+    names += " GPU_HOST_SECONDS"
     found = [speed.constants(FAST, gpu, True) for gpu in (False, True)]
     values = {value for named in found for value in named.values()}
     assert values == {FAST.share, *(getattr(speed, name) for name in names.split())}

@@ -19,6 +19,7 @@ from triton.runtime.interpreter import GridExecutor, InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from tests.support.compile_gpu import described
+from tests.support.interpreter import span_of
 from tests.support.ptx import Program, Regions, launch
 from tests.support.ptx_ops import UNSIGNED, build
 
@@ -51,12 +52,13 @@ class Launches:
         self.kernels.add(name)
 
         def go():
-            compiled, held = self._compiled[key], [_extent(*item) for item in tensors.items()]
-            held += [_extent("a tensor that the test names", tensor) for tensor in self.named]
+            compiled = self._compiled[key]
+            held = [(*span_of(tensor), name) for name, tensor in tensors.items()]
+            held += [(*span_of(tensor), "a tensor that the test names") for tensor in self.named]
             program = parsed(self.edit(compiled.asm["ptx"]))
             unused = [_bits(0, "i64")] * (len(program.parameters) - len(bits))  # Triton's own
             parameters = dict(zip(program.parameters, bits + unused, strict=True))
-            shared, regions = compiled.metadata.shared, Regions(filter(None, held))
+            shared, regions = compiled.metadata.shared, Regions(held)
             launch(program, (*grid, 1, 1)[:3], shared, parameters, regions, self.seed)
             self.seed += 1
 
@@ -68,15 +70,6 @@ def _bits(value, kind):
     number = value.data_ptr() if torch.is_tensor(value) else value
     array = np.array([[number]], NUMBERS.get(kind, np.int64))
     return array.view(UNSIGNED[array.itemsize])
-
-
-def _extent(name, tensor):
-    """The first address and the end of a tensor, which need not be contiguous."""
-    if tensor.numel() == 0:
-        return None
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    size = (1 + sum((length - 1) * step for length, step in steps)) * tensor.element_size()
-    return tensor.data_ptr(), tensor.data_ptr() + size, f"{name} {list(tensor.shape)}"
 
 
 @cache

@@ -27,7 +27,7 @@ KIND = "maia"
 aten = torch.ops.aten
 # What makes the host wait for a GPU, or a GPU for the host's memory: no graph can hold it.
 NEEDS_THE_HOST = (aten.item, aten._local_scalar_dense, aten.nonzero, aten.masked_select)
-NEEDS_THE_HOST += (aten._unique2, aten.lift_fresh, aten.equal, aten.is_nonzero)
+NEEDS_THE_HOST += (aten._unique2, aten.lift_fresh, aten.equal, aten.is_nonzero, aten.nonzero_numpy)
 GPUS, PINNED = {}, {}  # by index; page-locked RAM by address: bytes, and whose it is
 clock = time.perf_counter
 _numbers = count(1)  # 0 is the GPU that a thread has when nothing is said, and nobody's here
@@ -149,6 +149,10 @@ class Gpu:
         return Tensor(memory.raw.view(dtype).as_strided(shape, stride), memory)
 
 
+class Poison(partial):
+    """What no GPU does."""
+
+
 class Memory:
     """Some of a GPU's, which only the same stream gets again: by torch's rule it is free when the
     last tensor is, though kernels that are queued go on with it."""
@@ -163,9 +167,9 @@ class Memory:
 
     def __del__(self):
         if isinstance(self.pool, Stream):
-            self.pool.items.append(partial(self.raw.fill_, 255))
+            self.pool.items.append(Poison(self.raw.fill_, 255))
         elif here.capture is not None:
-            here.capture.items.append(partial(self.raw.fill_, 255))
+            here.capture.items.append(Poison(self.raw.fill_, 255))
         if self.gpu.index in GPUS:
             self.gpu.free[self.pool, self.size].append(self.raw)
 
@@ -452,6 +456,22 @@ class CUDAGraph:
             stream.gpu.put(stream, item)
 
 
+class Recorded(CUDAGraph):
+    """A graph of one function.  ``made`` counts them, ``kernels`` those of the latest."""
+
+    made = kernels = 0
+
+    def __init__(self, function):
+        Recorded.made += 1
+        with on_stream(Stream()):
+            self.capture_begin(object(), "thread_local")
+            try:
+                self.outputs = function()
+            finally:
+                self.capture_end()
+        Recorded.kernels = sum(not isinstance(item, Poison) for item in self.items)
+
+
 def current_stream(device=None):
     index = here.device if device is None else device.index
     return here.streams.get(index) or gpu_of(index).default
@@ -558,25 +578,27 @@ cuda, graphs = map(_on_it, ("slotmoe.offload.devices.cuda", "slotmoe.quant.backe
 
 def new_gpu(seed, capacity):
     """A GPU that is not the first one."""
-    index = 1 + next(_numbers) % 100
+    index = next(index for index in (n % 100 for n in _numbers) if index not in GPUS)
     GPUS[index] = Gpu(index, seed, capacity)
     return GPUS[index]
+
+
+def interpreted(executor, *args, **options):
+    executor.plain(*args, **options)
 
 
 @cache
 def queue_interpreted_kernels():
     """Triton's kernels too, which run as its interpreter does."""
-    from triton.runtime import interpreter
-
-    call = interpreter.GridExecutor.__call__
+    from triton.runtime.interpreter import GridExecutor
 
     def launch(executor, *args, **options):
-        there = [tensor for tensor in _tensors([*args, *options.values()]) if tensor.dim()]
+        there = [tensor for tensor in _tensors([args, options]) if tensor.dim()]
         if not any(isinstance(tensor, Tensor) for tensor in there):
-            return call(executor, *args, **options)
+            return executor.plain(*args, **options)
         stream = current_stream()
         assert {tensor.device for tensor in there} == {stream.device}, "a kernel of another GPU"
         args, options = _mapped((args, options), _in_ram)
-        stream.gpu.put(stream, partial(call, executor, *args, **options))
+        stream.gpu.put(stream, partial(interpreted, executor, *args, **options))
 
-    interpreter.GridExecutor.__call__ = launch
+    GridExecutor.plain, GridExecutor.__call__ = GridExecutor.__call__, launch
