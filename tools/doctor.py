@@ -21,18 +21,24 @@ import psutil
 
 from slotmoe import __version__, system
 from slotmoe.errors import ConfigError
+from slotmoe.jsonfile import Json
 from slotmoe.offload import machine
 from slotmoe.offload.model_cache import listing
 from slotmoe.offload.plan.speed import stored_bandwidths
+from slotmoe.offload.policy import DEFAULT_POLICY
 from slotmoe.offload.shared_files import file_system
 from slotmoe.quant.shapes import ALIGNMENT
 from slotmoe.sizes import format_size
-from slotmoe.tools.options import JSON, flag, option
+from slotmoe.tools.options import JSON, flag, open_runtime, option
 from slotmoe.tools.screen import json_of, show
 
+_WARM_HELP = "Compile all kernels that a GPU needs for this model, ahead of its first use."
 _MEASURE_HELP = "Measure the disk's speed: write 256 MiB to the cache folder and read them back."
 _EXPERTS_HELP = "Look at the drive of this copy of an export's experts too; may be repeated."
 _MEASURED_BYTES, _READ_BYTES, _READERS = 256 << 20, 4 << 20, 4
+# Kernels are compiled apart for one token, for a few, for sixteen, for more, and for numbers that
+# sixteen divides.
+_WARM_TOKENS = 1, 2, 9, 16, 17, 32, 640
 _CPUINFO = Path("/proc/cpuinfo")
 # by their flags there
 _SETS = {"avx512_vnni": "AVX-512 VNNI", "avx_vnni": "AVX-VNNI", "avx2": "AVX2"}
@@ -55,8 +61,9 @@ class Check:
 @click.command(name="doctor")
 @flag("--measure", _MEASURE_HELP)
 @option("--experts-dir experts_dirs", "DIR", _EXPERTS_HELP, multiple=True, type=Path)
+@option("--warm-gpu model", "MODEL", _WARM_HELP)
 @JSON
-def command(measure: bool, experts_dirs: tuple[Path, ...], as_json: bool) -> int:
+def command(measure: bool, experts_dirs: tuple[Path, ...], model: str | None, as_json: bool) -> int:
     """Show what this machine has for slotmoe: processor, kernels, GPU, memory, disk and libraries;
     and for what is missing (!!) or could be added (--) how to get it.  The exit code is 1 if
     anything is missing.
@@ -65,9 +72,12 @@ def command(measure: bool, experts_dirs: tuple[Path, ...], as_json: bool) -> int
     Examples:
       slotmoe doctor
       slotmoe doctor --measure --json
+      slotmoe doctor --warm-gpu lite
     """
+    warmed = [] if model is None else [_warm(model, as_json)]
     checks = [_system(), _processor(), *_nodes(), *_kernels(), _gpu(), *_memory(), *_libraries()]
     checks += [_cache(), _disk(measure), *(_drive(folder, measure) for folder in experts_dirs)]
+    checks += warmed
     is_well = all(check.state != "bad" for check in checks)
     if as_json:
         print(json_of({"version": __version__, "ok": is_well, "checks": list(map(asdict, checks))}))
@@ -153,6 +163,28 @@ def _gpu() -> Check:
         advice = "install a CUDA build of torch: pip install --force-reinstall torch"
         return Check("GPU", "bad", f"{found}; but torch {torch} has no CUDA", advice)
     return Check("GPU", "ok", f"{found}; torch {torch}")
+
+
+def _warm(model: str, quiet: bool) -> Check:
+    """Passes of every kind, each over a text of its own.  Raises ``ConfigError`` where no GPU would
+    compute, and as ``Runtime.open``."""
+    from slotmoe.offload.devices.cuda import choose_device
+    from slotmoe.tools.progress import step_progress
+
+    device, why = choose_device("auto")
+    if device.tier == "ram":
+        raise ConfigError(f"--warm-gpu compiles for a GPU, and here the CPU computes: {why}")
+    given: Json = dict.fromkeys(("ram", "context", "threads"))
+    given |= {"device": "auto", "misses": "auto"}
+    given |= {"cache_policy": DEFAULT_POLICY, "no_prefetch": False}
+    with open_runtime(model, given, quiet) as runtime:
+        with step_progress("Compiling kernels", len(_WARM_TOKENS), quiet) as step:
+            for id, tokens in enumerate(_WARM_TOKENS):
+                runtime.next_logits([id] * min(tokens, runtime.plan.context))
+                step()
+        list(runtime.generate([0], 3))
+    found = f"compiled, all that {model} needs on {device.name}; Triton keeps them on the disk"
+    return Check("GPU kernels", "ok", found)
 
 
 def _memory() -> Iterator[Check]:

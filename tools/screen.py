@@ -72,14 +72,19 @@ def echo(prompt: str) -> None:
 
 
 def wait_reading(stream: "Stream", quiet: bool) -> None:
-    """Wait for ``stream``'s first token; on a terminal a line says how much is read."""
+    """Wait for ``stream``'s first token; on a terminal a line says how much is read, or which of a
+    GPU's kernels is being compiled."""
     if not quiet and is_terminal(sys.stderr):
+        from slotmoe.quant.backends.compiles import COMPILES
+
         total, seconds = len(stream.request.prompt), _FIRST_SECONDS
         screen = commanded(sys.stderr)
         try:
             while not stream.wait(seconds):
                 seconds = _NEXT_SECONDS
                 done = f"reading {stream.request.read:,} of {total:,} tokens"
+                if COMPILES.running:
+                    done = f"compiling the GPU's kernels, once: {COMPILES.count}"
                 print(f"\r\x1b[2K{done}", end="", file=screen, flush=True)
         finally:
             if seconds == _NEXT_SECONDS:

@@ -7,6 +7,7 @@ which is called at each layer's end, sees that nobody wants the pass any more.
 """
 
 import os
+import signal
 import threading
 import weakref
 from collections import deque
@@ -29,6 +30,7 @@ from slotmoe.offload.engine.forced import Forced
 from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.engine.requests import Request, wait_for
 from slotmoe.offload.experts.disk import STUCK_SECONDS
+from slotmoe.signals import ENDING
 from slotmoe.system import bind
 
 T = TypeVar("T")
@@ -189,6 +191,8 @@ class Engine:
 
     def _run(self) -> None:
         bind(self.model.device.placement.cpus)
+        # Ctrl-C is this process's, not that of a compiler of GPU kernels, which it would end too.
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         try:
             with self.model.device.current():
                 while self._has_work():

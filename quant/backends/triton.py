@@ -21,6 +21,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from slotmoe.border import Geometry, HyperGeometry, Layer, Listed, Mixed, Mixing, Mla, Mlp, Router
 from slotmoe.quant.backends import triton_rows
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend, first_best
+from slotmoe.quant.backends.compiles import COMPILES
 from slotmoe.quant.backends.graphs import Capturing, CudaGraphs
 from slotmoe.quant.backends.triton_decoder import TritonDecoder
 from slotmoe.quant.backends.triton_experts import FewExperts
@@ -29,6 +30,9 @@ from slotmoe.quant.kernels.triton import lists, prefill, streams, tiles
 
 # Triton 3.9 warns that its default will change; this is the present one.
 environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+if knobs := getattr(triton, "knobs", None):  # since Triton 3.4
+    knobs.runtime.jit_cache_hook = COMPILES.begin
+    knobs.runtime.jit_post_compile_hook = COMPILES.end
 # A tile of many tokens.  Experts always use it: its size changes a row's last bits.
 _BM, _BN = 64, 64
 _FEW = 16  # so many tokens share the work over lists with more programs

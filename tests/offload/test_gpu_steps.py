@@ -1,10 +1,10 @@
 """A decode step on a GPU: few launches, captured as graphs, and the whole runtime on Triton
 kernels.
 
-Without a CUDA device the kernels are interpreted, and a graph is a list of what was done to which
-memory.
+Without a CUDA device the kernels are interpreted on the GPU's twin.
 """
 
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
@@ -28,22 +28,22 @@ from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.shapes import resident_quantization
 from slotmoe.quant.weights import map_tensors
+from tests.support import simulated
 from tests.support.engine import start, whole
 from tests.support.families import LONG
-from tests.support.graphs import Recorded
 from tests.support.params import nth
 from tests.support.slab import LEVELS, SlabExperts
+from tests.support.streams import Recorded
 from tests.support.tiny import CONFIG, SMALL, random_weights
 from tests.support.twin import Twin, freed, open_on
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
-interpreter = pytest.importorskip(
-    "triton.runtime.interpreter", reason="needs Triton, which is for Linux"
-)
+pytest.importorskip("triton.runtime.interpreter", reason="needs Triton, which is for Linux")
 tl = pytest.importorskip("triton.language")
 mla = pytest.importorskip("slotmoe.quant.kernels.triton.mla")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TWIN = None if torch.cuda.is_available() else Twin(2)
+DEVICE = TWIN.device if TWIN else torch.device("cuda")
 V3 = {"model_type": "deepseek_v3", "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 V3 |= {"architectures": None, "norm_topk_prob": True, "rope_interleave": False}
 MISTRAL = {"model_type": "mistral4", "architectures": None, "topk_method": None}
@@ -62,7 +62,8 @@ EACH = 1 if DEVICE.type == "cuda" else 5  # of what an interpreter takes long fo
 
 def error(actual, expected):
     """Relative RMS difference."""
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+    actual, expected = actual.cpu().double(), expected.cpu().double()
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def make_network(backend, resident="int8", complete=False, **overrides):
@@ -106,9 +107,11 @@ def triton_ops(graph=None):
 def few_splits():
     """An interpreter's time goes with the number of programs, most of which have no rows here."""
     with pytest.MonkeyPatch.context() as patch:
-        if DEVICE.type == "cpu":
+        if TWIN:
             patch.setattr(mla, "SPLITS", tl.constexpr(4))
-        yield
+            simulated.queue_interpreted_kernels()
+        with TWIN.current() if TWIN else nullcontext():
+            yield
 
 
 @pytest.mark.parametrize("case", nth(EACH, CONFIGS))
@@ -151,7 +154,7 @@ def test_graphs_replay_what_plain_calls_do():
     plain, network = make_network(triton_ops()), make_network(triton_ops(graph), complete=True)
     sizes, both = {"a": 2, "b": 2, "c": 5}, (plain, network)
     caches = {name: [cache_of(each, size) for each in both] for name, size in sizes.items()}
-    if DEVICE.type == "cpu":
+    if TWIN:
         with pytest.raises(torch.OutOfMemoryError):
             decode(network, [3], caches["a"][1])
         assert caches["a"][1].length == 0
@@ -164,7 +167,7 @@ def test_graphs_replay_what_plain_calls_do():
             for each, cache in zip(both, caches[name], strict=True)
         )
         assert torch.equal(actual, expected), number
-        assert Recorded.made == (graphs if DEVICE.type == "cpu" else 0)
+        assert Recorded.made == (graphs if TWIN else 0)
     layers = "captured layers"
     assert stages == ["rest", layers, "rest", layers, layers]
     assert network.experts.chosen == plain.experts.chosen
@@ -181,7 +184,7 @@ def test_a_layer_is_as_many_launches_as_the_plan_reckons_with(monkeypatch, q_lor
     """All of them with its experts, in the graph of a whole step; where experts may be missing, a
     graph goes from one choice to the next, and two have the experts and their sum.  What the
     kernels compute is nothing here."""
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *arguments, **options: None)
+    monkeypatch.setattr(simulated, "interpreted", lambda *arguments, **options: None)
     kernels = {}
 
     def graph(function):

@@ -3,7 +3,8 @@ random order, and with a check of each address.
 
 It looks through all names of the language before each call of a function, and makes a table of
 types for each type it looks up.  It runs the programs of a launch in their order, and reads and
-writes whatever lies at an address; a GPU does neither.
+writes whatever lies at an address; a GPU does neither.  It leaves the language changed; here it is
+behind a launch as it was, so that kernels compile in this process too.
 """
 
 import gc
@@ -18,7 +19,8 @@ import torch
 
 
 def quicken() -> None:
-    """Let this process's interpreter remember both.  What it computes stays the same."""
+    """Let this process's interpreter remember both, and undo what it changes.  What it computes
+    stays the same."""
     from triton import language
     from triton.runtime import interpreter
 
@@ -33,10 +35,22 @@ def quicken() -> None:
         kind = kind.element_ty if isinstance(kind, language.block_type) else kind
         return pointer if isinstance(kind, language.pointer_type) else scalar(kind)
 
+    def patch(function):
+        """What is replaced for a function that a kernel calls ends with the launch."""
+        scope = patch_language(function)
+        if launches and launches[0]._changes:
+            launches[0]._changes += scope._changes
+        else:
+            launches[:] = [scope]
+        return scope
+
+    patch_language, launches = interpreter._patch_lang, []
     is_builtin, plain = language.core.is_builtin, interpreter._get_np_dtype
     scalar, pointer = cache(plain), plain(language.pointer_type(language.int8))
     interpreter.inspect = SimpleNamespace(**{**vars(inspect), "getmembers": members})
     interpreter._get_np_dtype = type_of
+    if hasattr(interpreter, "_LangPatchScope"):  # which older ones have not
+        interpreter._patch_lang = patch
 
 
 def shuffle(seed) -> None:

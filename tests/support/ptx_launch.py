@@ -19,6 +19,7 @@ from triton.runtime.interpreter import GridExecutor, InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from tests.support.compile_gpu import described
+from tests.support.interpreter import span_of
 from tests.support.ptx import Program, Regions, launch
 from tests.support.ptx_ops import UNSIGNED, build
 
@@ -28,11 +29,11 @@ parsed = cache(partial(Program, build=build))
 
 class Launches:
     """``edit`` changes the PTX of a kernel before it runs.  ``named`` are tensors that addresses in
-    memory may point into, ``kernels`` those that were launched."""
+    memory may point into."""
 
     def __init__(self, arch, seed):
         self.target, self.seed, self.edit = GPUTarget("cuda", arch, 32), seed, lambda text: text
-        self.named, self.kernels = list[torch.Tensor](), set[str]()
+        self.named = list[torch.Tensor]()
         self._compiled = dict[str, triton.compiler.CompiledKernel]()
 
     def run(self, kernel, *args, grid, warmup, **options):
@@ -40,23 +41,22 @@ class Launches:
         arguments = dict(zip(kernel.arg_names, args, strict=False))
         arguments |= {name: options.pop(name) for name in kernel.arg_names if name in options}
         signature, *description = described(kernel, arguments)
-        name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
-        key = f"{name} {signature} {description} {options}"
+        key = f"{kernel.fn.__module__}.{kernel.fn.__name__} {signature} {description} {options}"
         if key not in self._compiled:
             source = ASTSource(kernel, signature, *description)
             self._compiled[key] = triton.compile(source, target=self.target, options=options)
         given = {name: arguments[name] for name in signature if signature[name] != "constexpr"}
         bits = [_bits(value, signature[name]) for name, value in given.items()]
         tensors = {name: value for name, value in given.items() if torch.is_tensor(value)}
-        self.kernels.add(name)
 
         def go():
-            compiled, held = self._compiled[key], [_extent(*item) for item in tensors.items()]
-            held += [_extent("a tensor that the test names", tensor) for tensor in self.named]
+            compiled = self._compiled[key]
+            held = [(*span_of(tensor), name) for name, tensor in tensors.items()]
+            held += [(*span_of(tensor), "a tensor that the test names") for tensor in self.named]
             program = parsed(self.edit(compiled.asm["ptx"]))
             unused = [_bits(0, "i64")] * (len(program.parameters) - len(bits))  # Triton's own
             parameters = dict(zip(program.parameters, bits + unused, strict=True))
-            shared, regions = compiled.metadata.shared, Regions(filter(None, held))
+            shared, regions = compiled.metadata.shared, Regions(held)
             launch(program, (*grid, 1, 1)[:3], shared, parameters, regions, self.seed)
             self.seed += 1
 
@@ -70,21 +70,12 @@ def _bits(value, kind):
     return array.view(UNSIGNED[array.itemsize])
 
 
-def _extent(name, tensor):
-    """The first address and the end of a tensor, which need not be contiguous."""
-    if tensor.numel() == 0:
-        return None
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    size = (1 + sum((length - 1) * step for length, step in steps)) * tensor.element_size()
-    return tensor.data_ptr(), tensor.data_ptr() + size, f"{name} {list(tensor.shape)}"
-
-
 @cache
 def _compilable(function):
     return JITFunction(function.fn, **function.kwargs)
 
 
-def emulate(patch, folder, arch=89, seed=0):
+def emulated(patch, folder, arch=89, seed=0):
     """Until ``patch`` ends, launches go to what this returns; ``folder`` keeps their PTX."""
     launches = Launches(arch, seed)
     for name, module in list(sys.modules.items()):

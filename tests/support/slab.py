@@ -55,9 +55,9 @@ class SlabExperts:
     def slot_table(self):
         slots_ME = self._slots_ME
         if not self.complete:
-            shown = torch.zeros(self._experts, dtype=torch.bool, device=slots_ME.device)
-            shown[list(self.in_table)] = True
-            slots_ME = slots_ME.masked_fill(~shown, -1)
+            hidden = torch.ones(self._experts, dtype=torch.bool)
+            hidden[list(self.in_table)] = False
+            slots_ME = slots_ME.masked_fill(hidden.to(slots_ME.device), -1)
         return SlotTable(self._records, slots_ME, self.complete)
 
     def passed(self, layer, indices_MTK, x_MTD):

@@ -7,8 +7,12 @@ from importlib import metadata
 import pytest
 
 from slotmoe import system
+from slotmoe.model.network import Network
+from slotmoe.offload import runtime
+from slotmoe.offload.devices import cuda
 from slotmoe.tools import doctor
 from tests.support.kernels import native, needs_native
+from tests.support.twin import Twin
 
 pytestmark = pytest.mark.usefixtures("processes")
 
@@ -146,3 +150,27 @@ def test_the_disk(report, monkeypatch, tmp_path):
     checks = report()[1]
     assert "3.0 GB/s measured on 2026-11-26" in checks["disk"]["found"]
     assert "40.0 GB/s measured on 2026-11-26" in checks["RAM"]["found"]
+
+
+def test_kernels_are_compiled_for_a_gpu_alone(slotmoe, small_export, monkeypatch):
+    monkeypatch.setattr(cuda, "cuda_facts", lambda index: cuda.CudaFacts("2.13+cpu", built=False))
+    code, out, err = slotmoe("doctor", "--warm-gpu", small_export)
+    assert (code, out) == (2, "")
+    assert err.startswith("slotmoe: --warm-gpu compiles for a GPU, and here the CPU computes: ")
+
+
+@pytest.mark.usefixtures("twin")
+def test_all_kernels_of_a_model_are_compiled_ahead(report, small_export, monkeypatch):
+    passes, forward = [], Network.forward
+
+    def counting(network, ids_T, *rest):
+        passes.append(len(ids_T))
+        return forward(network, ids_T, *rest)
+
+    monkeypatch.setattr(Network, "forward", counting)
+    gpu = Twin()
+    for module in (cuda, runtime):
+        monkeypatch.setattr(module, "choose_device", lambda wanted: (gpu, "a test"))
+    checks = report("--warm-gpu", small_export)[1]
+    assert checks["GPU kernels"]["found"].startswith(f"compiled, all that {small_export} needs on ")
+    assert passes == [1, 2, 9, 16, 17, 32, 256, 1, 1, 1]  # 256 are its context

@@ -1,0 +1,16 @@
+"""How far Triton is with the kernels of this process; each is compiled once on a machine."""
+
+
+class Compiles:
+    """``count`` kernels were asked for; while ``running`` the last of them is not there yet."""
+
+    count, running = 0, False
+
+    def begin(self, **_: object) -> None:
+        self.count, self.running = self.count + 1, True
+
+    def end(self, **_: object) -> None:
+        self.running = False
+
+
+COMPILES = Compiles()
