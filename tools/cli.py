@@ -103,8 +103,7 @@ def cli(ctx: click.Context, traceback: bool) -> None:
 
 
 def main(arguments: list[str] | None = None, group: click.Group = cli) -> NoReturn:
-    """Run the command line; exit codes: 0 done, 1 the work failed, 2 bad usage or input, 130
-    interrupted."""
+    """Exit codes: 0 done, 1 the work failed, 2 bad usage or input, 130 interrupted."""
     _open_streams()
     state = dict[str, object]()
     try:

@@ -98,8 +98,7 @@ def command(
 
 
 def _check_source(folder: Path, texts: Paths) -> list[list[int]] | None:
-    """Refuse a source or calibration texts that can't work before hours of work, not after.
-    Returns the texts in windows of token ids."""
+    """The texts in windows of token ids.  Refuses what can't work before hours, not after."""
     if (folder / "slotmoe.json").is_file():
         raise ConfigError(f"{folder}: is an export already; SRC must be the original checkpoint")
     config = config_among(files_of(folder), folder)

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, reading
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import Config
 from slotmoe.model.tokenizer import Tokenizer
@@ -57,19 +57,17 @@ _BYTES_A_PARAMETER = 20  # float32 weight, gradient, two moments, and a copy whi
 def read_text(path: Path, limit: int = -1) -> str:
     """A text file whole, or the characters that end in its first ``limit`` bytes.  Raises
     ``ConfigError`` if it can't be read, is empty or no UTF-8."""
+    expected = "; a text file in UTF-8 is expected here"
+    with reading(path, ConfigError, advice=expected), path.open("rb") as file:
+        data = file.read(limit)
     try:
-        with path.open("rb") as file:
-            data = file.read(limit)
         text = codecs.getincrementaldecoder("utf-8")().decode(data, final=len(data) != limit)
-    except OSError as problem:
-        reason = f"can't be read ({problem.strerror})"
     except UnicodeDecodeError as problem:
         reason = f"byte {problem.start} is not UTF-8 (try iconv -f latin1 -t utf-8)"
-    else:
-        if text.strip():
-            return text
+        raise ConfigError(f"{path}: {reason}{expected}") from None
+    if not text.strip():
         raise ConfigError(f"{path}: is empty; give text like what the model will read and write")
-    raise ConfigError(f"{path}: {reason}; a text file in UTF-8 is expected here")
+    return text
 
 
 def read_tokens(texts: Sequence[Path], tokenizer: Tokenizer) -> list[list[int]]:
@@ -84,9 +82,8 @@ def read_tokens(texts: Sequence[Path], tokenizer: Tokenizer) -> list[list[int]]:
 
 def split(ids: list[int], tokenizer: Tokenizer, width: int) -> list[list[int]]:
     """Sequences of 2 to ``width`` tokens, each with the tokenizer's beginning."""
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    step = width - len(begin)
-    windows = [begin + ids[start : start + step] for start in range(0, len(ids), step)]
+    step = width - len(tokenizer.begin)
+    windows = [tokenizer.begin + ids[start : start + step] for start in range(0, len(ids), step)]
     return [window for window in windows if len(window) > 1]
 
 
@@ -268,7 +265,7 @@ def widths(config: Config) -> tuple[int, int]:
 def calibrate(
     folder: Path,
     texts: Sequence[Path],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
     *,
     threads: int | None = None,
     seed: int = 0,
@@ -294,10 +291,9 @@ def calibrate(
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        if progress is not None:
-            progress(text_bytes * done // total, text_bytes)
+        progress(text_bytes * done // total, text_bytes)
 
-    def reading(count: int) -> None:
+    def read(count: int) -> None:
         advance(epochs * count)  # reading takes about as long as training
 
     ram = _ram_left(config, [*groups, held_back])
@@ -307,13 +303,13 @@ def calibrate(
         net = _Net(config, steps, torch.Generator().manual_seed(seed), runtime.device)
         uses = torch.zeros(L * E)
         for group in groups:
-            samples = record(runtime, group, reading)
+            samples = record(runtime, group, read)
             ids = samples.used.long() + torch.arange(L)[:, None] * E
             uses += ids.flatten().bincount(minlength=L * E)
             with _torch_threads(threads):
                 net.train(samples, epochs, advance)
         tensors = net.quantized(uses / tokens, swap_prices(runtime, held_back, seed))
-        samples = record(runtime, held_back, reading)
+        samples = record(runtime, held_back, read)
     guesses = [min(E, math.ceil(K * share)) for share in (1, 1.5, 2)]
     with _torch_threads(threads):
         shares = measure(Predictor(tensors, K, TorchBackend()), samples, guesses)

@@ -32,8 +32,8 @@ from tests.support import simulated
 from tests.support.engine import start, whole
 from tests.support.families import LONG
 from tests.support.params import nth
-from tests.support.simulated import Recorded
 from tests.support.slab import LEVELS, SlabExperts
+from tests.support.streams import Recorded
 from tests.support.tiny import CONFIG, SMALL, random_weights
 from tests.support.twin import Twin, freed, open_on
 

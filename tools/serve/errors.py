@@ -18,8 +18,7 @@ _ANTHROPIC_TYPES |= {404: "not_found_error", 413: "request_too_large"}
 
 @dataclass(eq=False)
 class RefusedError(Exception):
-    """A request that is answered with an error of HTTP ``status``, and OpenAI's ``param`` and
-    ``code``."""
+    """A request whose answer is an error of HTTP ``status``, OpenAI's ``param`` and ``code``."""
 
     message: str
     param: str | None = None

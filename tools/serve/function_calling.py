@@ -135,8 +135,7 @@ class Dialect:
 
 
 def _told_by_user(messages: list[requests.ChatMessage]) -> list[requests.ChatMessage]:
-    """With what is inserted at the end of the user's message or the result before it, or as the
-    beginning of the user's."""
+    """With what is inserted at the end of the user's message or result before, or begins one."""
     told, after = list[requests.ChatMessage](), False
     for message in messages:
         inserted = isinstance(message, requests.InsertedMessage)
@@ -153,8 +152,7 @@ def _told_by_user(messages: list[requests.ChatMessage]) -> list[requests.ChatMes
 
 
 def with_results(messages: list[requests.ChatMessage]) -> list[Turn]:
-    """Each message with the results of its calls, in the order of the calls.  Raises
-    ``RefusedError`` where they don't match."""
+    """Each message with its calls' results in order.  Raises ``RefusedError`` for others."""
     turns: list[Turn] = []
     for message in messages:
         if not isinstance(message, requests.ToolMessage):

@@ -24,16 +24,14 @@ from slotmoe.tools.serve.schemas import relaxed
 MAX_CALLS = 32  # in one answer
 _MAX_SCHEMA = 1 << 16  # characters
 _MAX_SCHEMAS = 1 << 18  # characters of all of a request's functions together
-# Of all tokens, and of an id without one: llguidance's tables of so many take 3 s and 250 MB.  Kimi
-# K2's tokens have 1.2 million.
+# Of all tokens (3 s and 250 MB in llguidance's tables; Kimi K2 has 1.2 million), of an id without.
 _MAX_CHARACTERS, _UNUSED = 3 << 20, 6
-# Without free whitespace a model can't go on with blanks for ever; one after each sign is what most
-# models were taught.
 _NOTES = {"description", "title", "default", "examples", "$schema", "$comment"}
 _TEXT_KEYS = {"type", *_NOTES}
 _TAGGED_KEYS = {"properties", "required", "additionalProperties", "$defs", "definitions"}
 _TAGGED_KEYS |= _TEXT_KEYS
 _ANYTHING = "(?s:.*)"
+# Free whitespace lets a model go on with blanks for ever; most were taught one after each sign.
 _SPACING = {"whitespace_flexible": False, "key_separator": ": ?", "item_separator": ", ?"}
 
 
@@ -170,8 +168,7 @@ class Grammars:
         return "\n".join([f"{thought} answer", *rules])
 
     def _calls(self, policy: ToolPolicy, content: str | None, dropped: list[str]) -> str:
-        """The grammar of tool calls, or of text and perhaps calls where they aren't required; adds
-        to ``dropped``."""
+        """The grammar of tool calls, or text and calls if not required; adds to ``dropped``."""
         arguments = dict[str, str]()
         for function in policy.functions:
             about = bool(function.strict), f"tool {function.name!r}", "tools", dropped
@@ -268,8 +265,8 @@ class Grammars:
         return " ".join(f"<[{ids[t]}]>" if t in ids else json.dumps(t) for t in texts if t)
 
     def _json(self, schema: Json, strict: bool, where: str, param: str, dropped: list[str]) -> str:
-        """``schema`` in a grammar.  What can't be held is refused if ``strict``, else it is added
-        to ``dropped``.  Raises ``RefusedError``."""
+        """``schema`` in a grammar.  Raises ``RefusedError``, if ``strict`` for what can't be held;
+        else that is added to ``dropped``."""
         try:
             if len(json.dumps(schema)) > _MAX_SCHEMA:
                 problem = f"the schema has more than {_MAX_SCHEMA} characters"

@@ -61,8 +61,7 @@ class OpenAIRequest(requests.LabelledRequest):
     def options_with(
         self, vocabulary: int, limit: int | None, logprobs: int | None
     ) -> requests.AnswerOptions:
-        """For a model of ``vocabulary`` ids; a ``limit`` of -1 is None.  Raises
-        ``RefusedError``."""
+        """For ``vocabulary`` ids; a ``limit`` of -1 is None.  Raises ``RefusedError``."""
         limit, least = None if limit == -1 else limit, self.min_tokens or 0
         if limit is not None and limit < least:
             raise RefusedError("min_tokens is more than the limit of tokens", "min_tokens")

@@ -64,8 +64,7 @@ class Service:
         self.registry.register(self)
 
     def check_model(self, model: str | None) -> None:
-        """Raises ``RefusedError`` unless ``model`` is a name of what this server serves, or none is
-        given; Ollama's clients may add a tag."""
+        """Raises ``RefusedError`` unless ``model`` is None or a name here, but for a tag."""
         known = {model, model and model.removesuffix(":latest"), "*"}
         if model is not None and known.isdisjoint(self._names):
             problem = f"the model {model!r:.80} is not here; this server has {self.name!r}"
@@ -73,8 +72,7 @@ class Service:
 
     @property
     def vocabulary(self) -> int:
-        """How many ids are text as well as rows of the model: either may have more than the
-        other."""
+        """How many ids are text as well as rows of the model: either may have more."""
         return min(self.tokenizer.size, self.runtime.config.vocab_size)
 
     def check_length(self, characters: int) -> None:
