@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
-from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import timestamp
 from slotmoe.sizes import parse_size
 
@@ -19,16 +18,11 @@ if TYPE_CHECKING:
 _UNITS = ((86400, "day"), (3600, "hour"), (60, "minute"))
 
 
-def session_folder(given: Path | None) -> Path:
-    """Where sessions lie, by ``--session-dir``."""
-    return given or cache_folder() / "sessions"
-
-
 @contextmanager
 def open_session(given: Json, kind: str) -> "Iterator[NamedSession | None]":
     """The session that ``session_options`` name, new or of the ``kind``, this process's alone
     meanwhile; None where they name none.  Raises ``ConfigError`` or ``PlanError``."""
-    folder, name = session_folder(given["session_dir"]), given["session"]
+    folder, name = given["session_dir"], given["session"]
     parse_size(given["session_limit"])  # before a model is loaded
     if given.get("resume"):
         if name is not None:
