@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from slotmoe.offload.runtime import Runtime
     from slotmoe.offload.sessions.names import Listed, NamedSession
 
-_UNITS = ((86400, "day"), (3600, "hour"), (60, "minute"))
-
 
 @contextmanager
 def open_session(given: Json, kind: str) -> "Iterator[NamedSession | None]":
@@ -94,7 +92,7 @@ def _kind(session: "Listed") -> str:
 def ago(used: float) -> str:
     """How long ago, in the largest unit that fits."""
     seconds = max(0.0, time.time() - used)
-    for size, unit in _UNITS:
+    for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
         if seconds >= size:
             count = int(seconds // size)
             return f"{count} {unit}{'s' * (count != 1)} ago"

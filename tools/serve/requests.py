@@ -196,8 +196,7 @@ ChatMessage: TypeAlias = PlainMessage | AssistantMessage | ToolMessage
 def said(role: str, content: object, **about: Any) -> ChatMessage:
     """What a message of another API comes to, whose fields were checked there."""
     kinds: dict[str, type[ChatMessage]] = {"assistant": AssistantMessage, "tool": ToolMessage}
-    kind = kinds.get(role, PlainMessage)
-    return kind.model_construct(role=role, content=content, **about)
+    return kinds.get(role, PlainMessage).model_construct(role=role, content=content, **about)
 
 
 def with_system(texts: Iterable[str | None], messages: list[ChatMessage]) -> list[ChatMessage]:
@@ -285,9 +284,8 @@ class LabelledRequest(GenerationRequest):
     prompt_cache_retention: Annotated[Label | None, CACHED] = None
 
 
-_ByRole = Annotated[ChatMessage, Field(discriminator="role")]
 SOME = Field(min_length=1, max_length=MAX_MESSAGES)
-Messages = Annotated[list[_ByRole], SOME]
+Messages = Annotated[list[Annotated[ChatMessage, Field(discriminator="role")]], SOME]
 Tools = Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)]
 
 
