@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime, timezone
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
@@ -13,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import OWN_SETTINGS, Sampling
 from slotmoe.offload.engine.requests import Request as Job
+from slotmoe.offload.model_cache import timestamp
 from slotmoe.offload.observe.memory_sampler import memory_in_use
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.serve.errors import RefusedError, shutting_down
@@ -182,8 +182,7 @@ class Service:
         """The model in OpenAI's list of models, and in Anthropic's."""
         about = {"id": name, "object": "model", "created": self.created}
         about |= {"owned_by": "slotmoe", "max_model_len": self.runtime.context}
-        created = datetime.fromtimestamp(self.created, timezone.utc).isoformat()
-        about |= {"type": "model", "display_name": name, "created_at": created}
+        about |= {"type": "model", "display_name": name, "created_at": timestamp(self.created)}
         return {**about, "lifecycle": "active", "max_input_tokens": self.runtime.context}
 
     @property
