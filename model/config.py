@@ -204,7 +204,10 @@ def config_among(read: ReadFile, where: Path) -> Config:
 
 
 def _parse(outer: Json) -> Config:
-    given = _text_part(outer)
+    given = outer
+    if outer.get("model_type") in WRAPPERS:  # of a model with more than text, its text part
+        given = {key: outer[key] for key in _OUTER if key in outer}
+        given |= typed(outer, _Wrapper)["text_config"]
     family = _family(given)
     _refuse_unsupported(given, family)
     values = {**_DEFAULTS, **(attention.in_hub_words(given) if family.compressed else given)}
@@ -231,14 +234,6 @@ def _parse(outer: Json) -> Config:
     )
     _check_consistency(config)
     return config
-
-
-def _text_part(values: Json) -> Json:
-    """The config of a model's text part, which is the whole of most."""
-    if values.get("model_type") not in WRAPPERS:
-        return values
-    inner = typed(values, _Wrapper)["text_config"]
-    return {key: values[key] for key in _OUTER if key in values} | inner
 
 
 def _family(values: Json) -> Family:
