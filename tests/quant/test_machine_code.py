@@ -26,7 +26,7 @@ LIMITS = {NF4.kind: (7.6, 200, 256), INT4.kind: (7.6, 200, 256)}
 LIMITS |= {LUT3.kind: (8.6, 216, 40), LUT4.kind: (7.3, 200, 80), MXFP4.kind: (7.5, 216, 80)}
 
 
-def compiled(card, *arguments, triton=ROOT):
+def compiled(card, *arguments, triton=ROOT, spilled=16):
     """What ``compile_gpu`` tells, with another ``triton`` if its folder is given."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (triton, ROOT)))
@@ -35,11 +35,11 @@ def compiled(card, *arguments, triton=ROOT):
     assert result.returncode == 0, result.stderr[-2000:]
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
     for kernel in kernels:
-        assert kernel["shared"] <= 99 << 10 and kernel["spilled"] <= 16, kernel
+        assert kernel["shared"] <= 99 << 10 and kernel["spilled"] <= spilled, kernel
     return kernels
 
 
-def check_experts(kernel):
+def check_experts(kernel, plain=4.6):
     """Of one token: the loops of a shared expert in int8, then those of its routed ones.  Their
     levels are loaded one by one, whatever the kernel promises of their addresses: a load of two
     would take the level of the next code for that of the next row's."""
@@ -48,7 +48,7 @@ def check_experts(kernel):
     assert kernel["registers"] <= registers and kernel["shared"] <= 1024, kernel
     assert len(kernel["loops"]) == 2 * gates and max(kernel["barriers"]) <= 20, kernel
     for turn, ahead in kernel["loops"][:gates]:  # the fifth load is of x
-        assert turn <= 4.6 * PLAIN and sum(distance >= 10 for distance in ahead) >= 4, kernel
+        assert turn <= plain * PLAIN and sum(distance >= 10 for distance in ahead) >= 4, kernel
     for turn, ahead in kernel["loops"][gates:]:
         assert turn <= instructions * CODED and min(ahead) >= before_use, kernel
     for loads in kernel["loads"][gates:]:
@@ -85,11 +85,12 @@ def pinned(request, nightly, processes):
 
 @pytest.mark.parametrize("card", [86, 89, 90, 120])
 def test_one_tokens_experts_are_few_instructions_for_each_triton(pinned, card):
-    """In each code, beside a shared expert in int8."""
-    kernels = compiled(card, "v2-lite", "nf4", "lut", "int4", "mxfp4", triton=pinned)
+    """In each code, beside a shared expert in int8, for which Triton 3.5 takes a tenth more."""
+    codes = "nf4", "lut", "int4", "mxfp4"
+    kernels = compiled(card, "v2-lite", *codes, triton=pinned, spilled=32)
     assert len(kernels) == 8
     for kernel in kernels:
-        check_experts(kernel)
+        check_experts(kernel, plain=5.1)
 
 
 @pytest.mark.usefixtures("nightly")
@@ -109,7 +110,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(card, geometry):
     however many are missing, whatever the shared expert's kind."""
     kernels = compiled(card, geometry)
     one_token = [kernel for kernel in kernels if ".rows.experts_" in kernel["kernel"]]
-    assert len(kernels) == 42 and len(one_token) == 6
+    assert len(kernels) == 43 and len(one_token) == 6
     for kernel in one_token[:4]:
         check_experts(kernel)
     for turn, ahead in one_token[4]["loops"] + one_token[5]["loops"]:  # the shared one in NF4 too
