@@ -1,7 +1,7 @@
 """What a GPU would run: the PTX of the kernels, on the CPU, by ``tests.support.ptx``.
 
-Nightly every test of the Triton backend's operations, and of its decode step, runs so too, for
-GPUs of several generations.  Those of compute capability 9.0 multiply the large tiles of many
+Nightly every test of the Triton backend's operations runs so too, and a decode step, for GPUs
+of several generations.  Those of compute capability 9.0 multiply the large tiles of many
 tokens by instructions that the interpreter of PTX does not know.
 """
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from slotmoe.quant import backends
+from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.weights import dequantize
 
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
@@ -143,13 +144,13 @@ def test_nearly_each_barrier_is_missed(ops, emulator, kernel, share):
     assert missed >= share * count
 
 
-def again(module, *names):
-    """Copies of a module's tests: those named, or all that take the backend's operations."""
+def again(module):
+    """Copies of a module's tests that take the backend's operations."""
     for name, test in list(vars(module).items()):
         if name.startswith("test_") and getattr(test, "__module__", None) == module.__name__:
             code = test.__code__
             taken = {*code.co_varnames[: code.co_argcount]}
-            if name in names or ({"ops", "triton_ops"} & taken and "arch" not in taken):
+            if {"ops", "triton_ops"} & taken and "arch" not in taken:
                 copy = FunctionType(code, test.__globals__, name)
                 copy.pytestmark = list(getattr(test, "pytestmark", []))
                 yield name, staticmethod(copy)
@@ -170,24 +171,14 @@ class TestLists:
 
 @pytest.mark.usefixtures("nightly")
 @pytest.mark.parametrize("sm", [89, 90])
-class TestSteps:
-    locals().update(
-        again(
-            steps,
-            "test_captured_steps_plain_calls_prefill_and_plain_torch_agree",
-            "test_graphs_replay_what_plain_calls_do",
-            "test_each_token_of_a_step_is_bitwise_as_alone",
-        )
-    )
-
-    @pytest.fixture(autouse=True)
-    def caches(self, emulator, monkeypatch):
-        """Kernels read their addresses from memory."""
-        made = steps.cache_of
-
-        def cache_of(*arguments):
-            cache = made(*arguments)
-            emulator.named.append(cache.layers)
-            return cache
-
-        monkeypatch.setattr(steps, "cache_of", cache_of)
+@pytest.mark.parametrize("case", steps.CONFIGS)
+def test_a_decode_step(emulator, monkeypatch, case):
+    """Its kernels read the address of the cache from memory."""
+    monkeypatch.setattr(steps, "DEVICE", torch.device("cpu"))
+    resident, overrides = steps.CONFIGS[case]
+    reference = steps.make_network(TorchBackend(), resident, **overrides)
+    network = steps.make_network(steps.triton_ops(), resident, **overrides)
+    cache = steps.cache_of(network)
+    emulator.named.append(cache.layers)
+    expected_TD = reference.forward(torch.tensor([3, 30]), [steps.cache_of(reference)])
+    assert error(steps.decode(network, [3, 30], cache), expected_TD) < 3e-3
