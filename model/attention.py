@@ -195,14 +195,12 @@ def _rope(settings: Json, values: Json, family: Family) -> Rope:
         raise ValueError("rope setting 'llama_4_scaling_beta' is not supported in this model")
     if kind not in ("default", "yarn", None):
         raise ValueError(f"rope type {kind!r:.80} is not supported, only 'yarn' and 'default'")
-    required = {"rope_theta", "factor", "original_max_position_embeddings"}
     if kind != "yarn":
-        required = {"rope_theta"}
-        settings = {key: settings[key] for key in required}
+        settings = {"rope_theta": settings["rope_theta"]}
+    elif missing := sorted({"factor", "original_max_position_embeddings"} - settings.keys()):
+        raise ValueError(f"rope.{missing[0]} is missing")
     if unknown := sorted(settings.keys() - {field.name for field in fields(Rope)}):
         raise ValueError(f"rope setting {unknown[0]!r:.80} is not supported")
-    if missing := sorted(required - settings.keys()):
-        raise ValueError(f"rope.{missing[0]} is missing")
     rope = typed(settings, Rope, "rope")
     if kind == "yarn" and rope.rope_theta <= 1:
         problem = "expected more than 1, whose logarithm YaRN divides by"

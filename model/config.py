@@ -120,12 +120,9 @@ class Config(Geometry):
             indexer = structs.replace(indexer, full=(self.has_indexer(layer),))
         if compressed is not None:
             compressed = structs.replace(compressed, ratios=(self.ratio(layer),))
-        counts: Json = {
-            "num_hidden_layers": 1,
-            "first_k_dense_replace": int(not self.is_moe(layer)),
-        }
-        counts["num_hash_layers"] = int(layer < self.num_hash_layers)
-        return replace(self, **counts, mtp=False, indexer=indexer, compressed=compressed)
+        one = replace(self, num_hidden_layers=1, mtp=False, indexer=indexer, compressed=compressed)
+        dense, hashed = int(not self.is_moe(layer)), int(layer < self.num_hash_layers)
+        return replace(one, first_k_dense_replace=dense, num_hash_layers=hashed)
 
     def with_mtp(self, where: Path, wanted_by: str) -> "Config":
         """The same with the head that predicts one token more (``slotmoe.model.mtp``), which the
@@ -207,7 +204,10 @@ def config_among(read: ReadFile, where: Path) -> Config:
 
 
 def _parse(outer: Json) -> Config:
-    given = _text_part(outer)
+    given = outer
+    if outer.get("model_type") in WRAPPERS:  # of a model with more than text, its text part
+        given = {key: outer[key] for key in _OUTER if key in outer}
+        given |= typed(outer, _Wrapper)["text_config"]
     family = _family(given)
     _refuse_unsupported(given, family)
     values = {**_DEFAULTS, **(attention.in_hub_words(given) if family.compressed else given)}
@@ -234,14 +234,6 @@ def _parse(outer: Json) -> Config:
     )
     _check_consistency(config)
     return config
-
-
-def _text_part(values: Json) -> Json:
-    """The config of a model's text part, which is the whole of most."""
-    if values.get("model_type") not in WRAPPERS:
-        return values
-    inner = typed(values, _Wrapper)["text_config"]
-    return {key: values[key] for key in _OUTER if key in values} | inner
 
 
 def _family(values: Json) -> Family:
@@ -271,9 +263,8 @@ def _refuse_unsupported(values: Json, family: Family) -> None:
         supported |= {key: (value, None) for key, value in attention.OF_V4.items()}
     for key, allowed in supported.items():
         if key in values and values[key] not in allowed:
-            only = " or ".join(json.dumps(value) for value in allowed)
-            found = json.dumps(values.get(key))[:80]
-            raise ValueError(f"{key} {found} is not supported, only {only}")
+            only = " or ".join(map(json.dumps, allowed))
+            raise ValueError(f"{key} {json.dumps(values[key])[:80]} is not supported, only {only}")
 
 
 def _dense_layers(values: Json) -> int:

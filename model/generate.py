@@ -163,11 +163,9 @@ def candidates(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
 
 def _best(logits_V: Tensor, count: int) -> Tensor:
     """The ids of the ``count`` largest logits, the largest first, of equals the lower id."""
-    width = len(logits_V) // (8 * count)
+    width, runs = len(logits_V) // (8 * count), logits_V
     if width > 1:  # ``count`` runs of neighbours have a logit that is no less: torch's topk is slow
         runs = logits_V[: len(logits_V) // width * width].view(-1, width).amax(dim=1)
-    else:
-        runs = logits_V
     least = runs.topk(min(count, len(runs))).values[-1]
     ids = (logits_V >= least).nonzero()[:, 0]
     return ids[logits_V[ids].argsort(descending=True, stable=True)][:count]
@@ -207,12 +205,6 @@ class Penalties:
         if self._times_V is not None:
             self._times_V[chosen] += 1
             self._seen_V[chosen] = True
-
-
-def random_source(seed: int | None) -> torch.Generator:
-    """A source of random numbers; the same for the same ``seed``, a fresh one for None."""
-    generator = torch.Generator()
-    return generator.manual_seed(generator.seed() if seed is None else seed)
 
 
 @dataclass(frozen=True)
@@ -259,7 +251,8 @@ class Answer:
         shown: Mapping[int, str] | None = None,
     ):
         self._tokenizer, self._eos = tokenizer, eos_token_ids
-        self._sampling, self._random = sampling, random_source(sampling.seed)
+        self._sampling, self._random = sampling, torch.Generator()
+        self._random.manual_seed(self._random.seed() if sampling.seed is None else sampling.seed)
         self._left, self._stops, self._logprobs = max_new_tokens, stops or Stops(), logprobs
         self._grammar, self._penalties = grammar, Penalties(sampling, prompt)
         self.stream, self._prompt_stream = TextStream(tokenizer, shown), TextStream(tokenizer)

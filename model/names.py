@@ -18,7 +18,7 @@ EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", 
 GATE, POST_NORM = "mlp.gate", "post_attention_layernorm"
 _GATE_BIAS, EXPERTS_OF = "mlp.gate.e_score_correction_bias", "mlp.gate.tid2eid"
 # Names of parameters that are no module's weight.
-_BARE = re.compile(r".*(bias|sinks|tid2eid|_hc\.\w+|hc_head\.\w+)")
+_BARE = re.compile(r".*(bias|sinks|tid2eid|_hc\.\w+|hc_head\.\w+)|mlp\.experts\.\w+")
 
 
 class Part(NamedTuple):
@@ -131,10 +131,11 @@ PARTS = {part.name: part for part in chain(_TOP_PARTS, *(table.values() for tabl
 """All of them by name."""
 _EXPERT = Part("", "", "matrix")
 
-FUSED = {"gate_proj": ("gate_up_proj", 0, 2), "up_proj": ("gate_up_proj", 1, 2)}
-FUSED |= {"down_proj": ("down_proj", 0, 1)}
-"""All routed experts of a layer in one tensor, as transformers 5 saves them: its name, and which of
-how many equal parts of the rows of each expert's matrix a projection is."""
+_GATE_UP = "mlp.experts.gate_up_proj"
+FUSED = {"gate_proj": (_GATE_UP, 0, 2), "up_proj": (_GATE_UP, 1, 2)}
+FUSED |= {"down_proj": ("mlp.experts.down_proj", 0, 1)}
+"""All routed experts of a layer in one tensor, as transformers 5 saves them: its name there, and
+which of how many equal parts of the rows of each expert's matrix a projection is."""
 
 _HUB_TOP = {"embed.weight": EMBEDDING, "head.weight": HEAD, "norm.weight": FINAL_NORM}
 _HUB_TOP |= {f"hc_head_{part}": f"model.hc_head.hc_{part}" for part in HEAD_MIX_PARTS}
@@ -178,11 +179,6 @@ def in_layers(name: str, config: Config) -> str:
     if match is None:
         return name
     return f"model.layers.{config.num_hidden_layers + int(match[1])}.{name[match.end() :]}"
-
-
-def fused_experts(layer: int, tensor: str) -> str:
-    """Checkpoint name of a layer's fused experts, see ``FUSED``."""
-    return f"model.layers.{layer}.mlp.experts.{tensor}"
 
 
 def layer_tensor(layer: int, part: str) -> str:

@@ -45,7 +45,6 @@ class Tail:
 
     def __init__(self, rows: Tensor, needed: Callable[[int], int]):
         self.rows, self.needed, self._keep = rows, needed, rows.shape[1] // 2
-        self.row_bytes = rows[:, 0].nbytes  # of a token, in all layers
         self.first = 0  # the position of the first row
         self._valid = 0  # that of the first one that is right
         self.marks: dict[int, Tensor] = {}  # the rows that a sequence of that length needs
@@ -126,11 +125,6 @@ class Rows:
     rows: Tensor
     widths: tuple[int, int]
     ratio: int = 1
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row in all layers."""
-        return self.rows[:, 0].nbytes
 
     def count(self, start: int, end: int) -> int:
         """How many rows the tokens from ``start`` to ``end`` have completed."""
@@ -264,7 +258,7 @@ class SequenceState:
 
     def saved_bytes(self, start: int, end: int) -> int:
         """Bytes of ``saved``."""
-        return sum(kept.count(start, end) * kept.row_bytes for kept in self._kept)
+        return sum(kept.count(start, end) * kept.rows[:, 0].nbytes for kept in self._kept)
 
     def saved(self, start: int, end: int) -> Tensor:
         """What the tokens from ``start`` to ``end`` have added for good, uint8 in RAM."""
@@ -280,7 +274,7 @@ class SequenceState:
 
     def snapshot_bytes(self, length: int) -> int:
         """Bytes of ``snapshot``."""
-        return sum(tail.needed(length) * tail.row_bytes for tail in self._tails)
+        return sum(tail.needed(length) * tail.rows[:, 0].nbytes for tail in self._tails)
 
     def snapshot(self, length: int) -> Tensor | None:
         """What else the next token behind ``length`` needs, uint8 in RAM; None where it is gone."""

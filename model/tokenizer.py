@@ -86,7 +86,8 @@ class Tokenizer:
         self.template = own_template if template is None else template
         adds_bos = settings.get("tokenizer_class") not in _WITHOUT_BOS
         wants_bos = settings.get("add_bos_token", adds_bos and bos_token_id is not None)
-        self.bos_token_id = bos_token_id if wants_bos else None
+        # The token that a text begins with, if the model wants one.
+        self.begin = [bos_token_id] if wants_bos and bos_token_id is not None else []
         self.reasoning = reasoning_of(self.template, self.token_id)
         named = {name: _spelling(tokens[name]) for name in tokens if name.endswith("_token")}
         self._spellings = {"bos_token": "", "eos_token": ""}  # of special tokens, for the template
@@ -113,9 +114,7 @@ class Tokenizer:
             ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         except (UnicodeError, TypeError):  # lone surrogates, Python's way to pass on other bytes
             raise ConfigError("the prompt is not valid UTF-8 text") from None
-        if add_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
-            ids.insert(0, self.bos_token_id)
-        return ids
+        return self.begin + ids if add_bos and ids[:1] != self.begin else ids
 
     def encode_gap(self, before: str, after: str) -> list[int]:
         """Token ids that ask a Coder model for what belongs between two texts.  Raises
@@ -124,9 +123,8 @@ class Tokenizer:
         if begin is None or hole is None or end is None:
             problem = "this model can't fill in the middle: its tokenizer has no tokens for that"
             raise ConfigError(f"{problem}; leave suffix out")
-        start = [] if self.bos_token_id is None else [self.bos_token_id]
         prefix, suffix = (self.encode(text, add_bos=False) for text in (before, after))
-        return [*start, begin, *prefix, hole, *suffix, end]
+        return [*self.begin, begin, *prefix, hole, *suffix, end]
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids of ``text`` without a beginning, and how many characters of it end with each

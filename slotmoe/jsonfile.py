@@ -24,8 +24,7 @@ _BEYOND = "far beyond what this file holds in a real model"
 
 
 def read_file(path: Path, max_bytes: int, error: type[SlotmoeError] = ConfigError) -> bytes:
-    """All of the regular file ``path``; ``error`` is raised, naming the file, if it is none or
-    holds more than ``max_bytes``."""
+    """All of the file ``path``.  An ``error`` names what is none, or has over ``max_bytes``."""
     with reading(path, error):
         if path.exists() and not path.is_file():  # a pipe would block
             raise error(f"{path}: is not a regular file")
@@ -83,8 +82,7 @@ def parse_json(data: bytes, path: Path, of: type[T], error: type[SlotmoeError] =
 
 
 def typed(value: object, of: type[T], place: str = "") -> T:
-    """``value`` as the type ``of`` has it.  Raises ``ValueError``, which names the ``place`` in the
-    file, what is there and what was expected."""
+    """``value`` as the type ``of`` has it.  A ``ValueError`` names both, and the ``place``."""
     import msgspec
 
     try:

@@ -103,12 +103,14 @@ def cli(ctx: click.Context, traceback: bool) -> None:
 
 
 def main(arguments: list[str] | None = None, group: click.Group = cli) -> NoReturn:
-    """Run the command line; exit codes: 0 done, 1 the work failed, 2 bad usage or input, 130
-    interrupted."""
+    """Exit codes: 0 done, 1 the work failed, 2 bad usage or input, 130 interrupted."""
     _open_streams()
     state = dict[str, object]()
     try:
-        _check_folder()
+        try:
+            os.getcwd()
+        except FileNotFoundError:  # where MKL, for one, would end the process
+            raise ConfigError("the folder that this runs in was removed; cd to another") from None
         code = group.main(arguments, prog_name=group.name, standalone_mode=False, obj=state)
         sys.stdout.flush()  # or Python fails to, when no handler is left
         sys.exit(code if isinstance(code, int) else 0)
@@ -151,14 +153,6 @@ def _ending(problem: BaseException, is_traced: bool) -> tuple[str, int]:
     place = f"{Path(frame.filename).name}, line {frame.lineno}"
     advice = "slotmoe --traceback COMMAND shows where; please report it"
     return f"internal error ({text}; {place}); {advice}", 1
-
-
-def _check_folder() -> None:
-    """Raises ``ConfigError`` in a folder that was removed: MKL, for one, would end the process."""
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        raise ConfigError("the folder that this runs in was removed; cd to another") from None
 
 
 def _open_streams() -> None:

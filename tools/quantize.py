@@ -87,7 +87,11 @@ def command(
     if not as_json:
         if verbose:
             _print_cost(report)
-        _print(report)
+        sizes = (report[name] for name in ("bytes", "expert_bytes", "resident_bytes"))
+        size, experts, resident = map(format_size, sizes)
+        spent = f"{report['seconds']:.1f} s (experts {experts}, resident {resident})"
+        bits = f"{report['bits_per_weight']:.2f} bits a weight"
+        show(f"{destination}: {size} in {spent}, {bits}", err=True)
     if texts:
         report["calibration"] = _calibrate(destination, texts, as_json)
     if as_json:
@@ -98,8 +102,7 @@ def command(
 
 
 def _check_source(folder: Path, texts: Paths) -> list[list[int]] | None:
-    """Refuse a source or calibration texts that can't work before hours of work, not after.
-    Returns the texts in windows of token ids."""
+    """The texts in windows of token ids.  Refuses what can't work before hours, not after."""
     if (folder / "slotmoe.json").is_file():
         raise ConfigError(f"{folder}: is an export already; SRC must be the original checkpoint")
     config = config_among(files_of(folder), folder)
@@ -197,11 +200,3 @@ def _print_cost(report: Json) -> None:
     bits = f"{report['bits_per_weight']:.3f}"
     sums = [("all, with padding", "", f"{total / 1e6:.2f}", bits, "", "")]
     Console(stderr=True).print(table(columns, rows, title, (0, 1), sums))
-
-
-def _print(report: Json) -> None:
-    sizes = (report[name] for name in ("bytes", "expert_bytes", "resident_bytes"))
-    size, experts, resident = map(format_size, sizes)
-    spent = f"{report['seconds']:.1f} s (experts {experts}, resident {resident})"
-    bits = f"{report['bits_per_weight']:.2f} bits a weight"
-    show(f"{report['export']}: {size} in {spent}, {bits}", err=True)

@@ -13,7 +13,7 @@ from slotmoe.model.checkpoint.dequantize import NESTED, NESTED_BLOCK, SCALES, En
 from slotmoe.model.checkpoint.encodings import METHODS, Encoding
 from slotmoe.model.checkpoint.shards import DTYPES, Read, TensorInfo
 from slotmoe.model.config import Config
-from slotmoe.model.names import FUSED, fused_experts, role_of, split_expert
+from slotmoe.model.names import FUSED, layer_tensor, role_of, split_expert
 
 Shape = tuple[int, ...]
 _SPELLED = {dtype: name for name, dtype in DTYPES.items()}
@@ -60,9 +60,9 @@ class Places:
             encoding = encoding.of_experts or encoding
         if expert is not None and name not in self.stored:
             layer, number, projection = expert
-            for fused, part, parts in (FUSED[projection], (projection, 0, 1)):
-                if fused_experts(layer, fused) in self.stored:
-                    tensor = fused_experts(layer, fused)
+            for fused, part, parts in (FUSED[projection], (f"mlp.experts.{projection}", 0, 1)):
+                if layer_tensor(layer, fused) in self.stored:
+                    tensor = layer_tensor(layer, fused)
                     first = (number * parts + part) * shape[0]
                     whole = (self.config.n_routed_experts, parts * shape[0], shape[1])
         is_fused = tensor != name

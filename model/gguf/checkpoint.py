@@ -111,7 +111,7 @@ def _matrices(c: Config) -> dict[str, int]:
     for layer in range(c.num_hidden_layers):
         counts |= {names.layer_tensor(layer, half): c.num_attention_heads for half in _HALVES}
     for layer in c.moe_layers:
-        fused = (names.fused_experts(layer, name) for name in names.expert_shapes(c))
+        fused = (names.layer_tensor(layer, part) for part in _EXPERTS)
         counts |= dict.fromkeys(fused, c.n_routed_experts)
     return counts
 

@@ -106,10 +106,9 @@ def tokenizer_files(found: Tokenizer) -> dict[str, Json]:
     }
     settings: Json = {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings |= {"bos_token": names[found.bos_token_id], "eos_token": names[found.eos_token_id]}
-    others = {
-        key: getattr(found, key) for key in ("add_bos_token", "add_eos_token", "chat_template")
-    }
-    settings |= {key: value for key, value in others.items() if value is not None}
+    for key in ("add_bos_token", "add_eos_token", "chat_template"):
+        if (value := getattr(found, key)) is not None:
+            settings[key] = value
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": settings}
 
 

@@ -9,8 +9,8 @@ Small things never wait behind records in a copy engine: kernels read and write 
 
 ``copy`` starts after an event of the compute stream (the slot's last reader has been launched
 before it) and returns an event that ``wait`` makes the compute stream wait for.  The host waits
-only where it has to decide: ``Download.get``.  ``tests/support/twin.py`` is a device in RAM whose
-copies take as long, or fail as often, as a test wants.
+only where it has to decide: ``Download.get``.  ``tests/support/twin.py`` is a GPU in RAM whose
+streams are as late as CUDA allows.
 """
 
 from collections.abc import Callable

@@ -225,8 +225,8 @@ class HostTier:
 
 class _Pinning:
     """Page-locks a slab by ``PIN_BYTES``, each piece when all its records were written once.  Of a
-    piece that the system refuses its halves, quarters and eighths are tried, and so are the pieces
-    behind it."""
+    piece that the system refuses, halves, quarters and eighths are tried until none of these is
+    locked either; then each later piece is tried once, until one is locked again."""
 
     def __init__(self, slab: Tensor, device: Device):
         self._device, self._lock = device, threading.Lock()
@@ -238,7 +238,8 @@ class _Pinning:
             for piece, records in enumerate(self._pieces)
         }
         self._locked: list[Tensor] = []
-        self.refused, self.bytes, self._slab_bytes = False, 0, slab.nbytes
+        self.refused = self._full = False
+        self.bytes, self._total = 0, slab.nbytes
 
     def written(self, slot: int) -> None:
         """A record has arrived in ``slot``."""
@@ -259,30 +260,30 @@ class _Pinning:
                     self._pin(piece)
 
     def _pin(self, piece: int) -> None:
-        if self._unwritten.pop(piece, None) is not None:
-            self._lock_pages(self._pieces[piece])
-            if self.refused and not self._unwritten:
-                self._warn()
+        if self._unwritten.pop(piece, None) is None:
+            return
+        told = self.refused
+        self._lock_pages(self._pieces[piece])
+        if self.refused and not told:
+            locked, total, name = *map(format_size, (self.bytes, self._total)), self._device.name
+            logging.getLogger("slotmoe").warning(
+                "the system has locked only %s of %s of RAM for %s: copies from the rest are "
+                "slower; with less --ram all of it may be locked", locked, total, name
+            )  # fmt: skip
 
     def _lock_pages(self, records: Tensor) -> None:
         if self._device.pin(records):
             self._locked.append(records)
             self.bytes += records.nbytes
+            self._full = False
             return
         self.refused = True
-        if len(records) > max(1, self._count // 8):
-            for half in records.chunk(2):
-                self._lock_pages(half)
-
-    def _warn(self) -> None:
-        locked, total = format_size(self.bytes), format_size(self._slab_bytes)
-        logging.getLogger("slotmoe").warning(
-            "the system locks only %s of %s of RAM for %s: copies from the rest are slower; "
-            "with less --ram all of it may be locked", locked, total, self._device.name
-        )  # fmt: skip
+        if self._full or len(records) <= max(1, self._count // 8):
+            self._full = True
+            return
+        for half in records.chunk(2):
+            self._lock_pages(half)
 
     def close(self) -> None:
-        if self.refused and self._unwritten:  # it was not said yet
-            self._warn()
         while self._locked:
             self._device.unpin(self._locked.pop())

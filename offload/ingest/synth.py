@@ -144,8 +144,10 @@ class _Random:
         step = max(1, PIECE_BYTES // row_bytes)
         for start in range(0, part.shape[0], step):
             count = min(step, part.shape[0] - start)
-            if part.dtype == torch.int32:
-                yield self._experts_of(count, shape[1])
+            if part.dtype == torch.int32:  # different experts for each of so many tokens
+                experts, chosen = self._contents.config.n_routed_experts, torch.arange(shape[1])
+                first_T = self._bytes(4 * count).view(torch.int32) % experts
+                yield (first_T[:, None] + chosen * (experts // shape[1])).int() % experts
                 continue
             if kind == "none":
                 noise = self._bytes(count * shape[-1]).view(torch.int8).float()
@@ -154,12 +156,6 @@ class _Random:
             codes = self._bytes(count * row_bytes).view(part.dtype).view(count, *part.shape[1:])
             rows = min(count * TILE, shape[0] - start * TILE)
             yield _pad(kind, codes, rows, shape[1]) if isinstance(kind, Codec) else codes
-
-    def _experts_of(self, tokens: int, count: int) -> Tensor:
-        """``count`` different experts for each of so many tokens, int32."""
-        experts = self._contents.config.n_routed_experts
-        first_T = self._bytes(4 * tokens).view(torch.int32) % experts
-        return (first_T[:, None] + torch.arange(count) * (experts // count)).int() % experts
 
     @cached_property
     def _expert_scales(self) -> dict[str, Tensor]:

@@ -14,19 +14,9 @@ from slotmoe.offload.experts.experts import Route
 from slotmoe.offload.runtime import Runtime
 
 Moved = Callable[[], dict[str, int]]
-STAGES = (
-    "attention",
-    "gate",
-    "experts",
-    "shared experts and dense layers",
-    "captured layers",
-    "head",
-    "cache and prefetch",
-    "waiting for disk",
-    "waiting for RAM",
-    "sampling",
-    "rest",
-)
+STAGES: tuple[str, ...] = ("attention", "gate", "experts", "shared experts and dense layers")
+STAGES += ("captured layers", "head", "cache and prefetch", "waiting for disk", "waiting for RAM")
+STAGES += ("sampling", "rest")
 """All stages of a token's time.  ``attention`` has the router's matrix where one kernel computes
 both; ``captured layers`` are those of one CUDA graph; ``sampling`` is all that lies between two
 steps, ``rest`` the embedding and position tables."""

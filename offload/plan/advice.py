@@ -312,12 +312,8 @@ class Scenario:
             "largest_context": self.largest_context(),
             "predicted_peak": by_tier(memory.predicted_components(plan, prompt_tokens, new_tokens)),
             "ways_out": self.ways_out(),
-            "settings": {
-                "prompt_tokens": prompt_tokens,
-                "new_tokens": new_tokens,
-                "threads": machine.threads,
-                "context": self.context,
-            },
+            "settings": {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+            | {"threads": machine.threads, "context": self.context},
         }
         if not self.fits:
             return report

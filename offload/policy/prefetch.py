@@ -86,7 +86,7 @@ class Prefetcher:
         self._right = {horizon: Average(0.02, 0.5) for horizon in HORIZONS}
         self._idle, self._cost = Average(0.05, 0.0), Average(0.05, 5e-5)
         self._missing = Average(0.01, float(experts))
-        # Since when all demands are met but for copies, and the last such time, until it is counted.
+        # Since when all demands are met but for copies; how long it was, until that is counted.
         self._free_since: float | None = None
         self._copies, self._free_for = list[Copy](), 0.0
         self._considered = 0

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, reading
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import Config
 from slotmoe.model.tokenizer import Tokenizer
@@ -57,19 +57,17 @@ _BYTES_A_PARAMETER = 20  # float32 weight, gradient, two moments, and a copy whi
 def read_text(path: Path, limit: int = -1) -> str:
     """A text file whole, or the characters that end in its first ``limit`` bytes.  Raises
     ``ConfigError`` if it can't be read, is empty or no UTF-8."""
+    expected = "; a text file in UTF-8 is expected here"
+    with reading(path, ConfigError, advice=expected), path.open("rb") as file:
+        data = file.read(limit)
     try:
-        with path.open("rb") as file:
-            data = file.read(limit)
         text = codecs.getincrementaldecoder("utf-8")().decode(data, final=len(data) != limit)
-    except OSError as problem:
-        reason = f"can't be read ({problem.strerror})"
     except UnicodeDecodeError as problem:
         reason = f"byte {problem.start} is not UTF-8 (try iconv -f latin1 -t utf-8)"
-    else:
-        if text.strip():
-            return text
+        raise ConfigError(f"{path}: {reason}{expected}") from None
+    if not text.strip():
         raise ConfigError(f"{path}: is empty; give text like what the model will read and write")
-    raise ConfigError(f"{path}: {reason}; a text file in UTF-8 is expected here")
+    return text
 
 
 def read_tokens(texts: Sequence[Path], tokenizer: Tokenizer) -> list[list[int]]:
@@ -84,9 +82,8 @@ def read_tokens(texts: Sequence[Path], tokenizer: Tokenizer) -> list[list[int]]:
 
 def split(ids: list[int], tokenizer: Tokenizer, width: int) -> list[list[int]]:
     """Sequences of 2 to ``width`` tokens, each with the tokenizer's beginning."""
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    step = width - len(begin)
-    windows = [begin + ids[start : start + step] for start in range(0, len(ids), step)]
+    step = width - len(tokenizer.begin)
+    windows = [tokenizer.begin + ids[start : start + step] for start in range(0, len(ids), step)]
     return [window for window in windows if len(window) > 1]
 
 
@@ -178,10 +175,9 @@ class _Net:
     """The predictor in training, its ``tensors`` named as in the file.  Matrices begin uniform, the
     last biases where every expert is as likely as any other."""
 
-    def __init__(
-        self, config: Config, steps: int, generator: torch.Generator, device: torch.device
-    ):
-        self._step, self._steps, self._generator, self._device = 0, steps, generator, device
+    def __init__(self, config: Config, steps: int, seed: int, device: torch.device):
+        self._step, self._steps, self._device = 0, steps, device
+        self._generator = torch.Generator().manual_seed(seed)
         L, E, K = len(config.moe_layers), config.n_routed_experts, config.num_experts_per_tok
         self.rows, self.parts = L, predictor_parts(config.hidden_size, L, E, *widths(config))
         self.tensors: dict[str, Tensor] = {}
@@ -189,7 +185,7 @@ class _Net:
         for name, part in self.parts.items():
             rate, decay = 0.002, 0.0
             if name.endswith(".weight"):
-                uniform = torch.rand(part.shape, generator=generator) * 2 - 1
+                uniform = torch.rand(part.shape, generator=self._generator) * 2 - 1
                 value = uniform * part.shape[-1] ** -0.5
                 rate, decay = 1 / part.shape[-1], 0.1
             elif name.endswith(".bias"):
@@ -268,7 +264,7 @@ def widths(config: Config) -> tuple[int, int]:
 def calibrate(
     folder: Path,
     texts: Sequence[Path],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
     *,
     threads: int | None = None,
     seed: int = 0,
@@ -294,26 +290,25 @@ def calibrate(
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        if progress is not None:
-            progress(text_bytes * done // total, text_bytes)
+        progress(text_bytes * done // total, text_bytes)
 
-    def reading(count: int) -> None:
+    def read(count: int) -> None:
         advance(epochs * count)  # reading takes about as long as training
 
     ram = _ram_left(config, [*groups, held_back])
     context = max(len(window) for window in [*training, *held_back])
     with Runtime.open(folder, ram=ram, context=context, threads=threads) as runtime:
         steps = epochs * sum(math.ceil(_count(group) / _BATCH) for group in groups)
-        net = _Net(config, steps, torch.Generator().manual_seed(seed), runtime.device)
+        net = _Net(config, steps, seed, runtime.device)
         uses = torch.zeros(L * E)
         for group in groups:
-            samples = record(runtime, group, reading)
+            samples = record(runtime, group, read)
             ids = samples.used.long() + torch.arange(L)[:, None] * E
             uses += ids.flatten().bincount(minlength=L * E)
             with _torch_threads(threads):
                 net.train(samples, epochs, advance)
         tensors = net.quantized(uses / tokens, swap_prices(runtime, held_back, seed))
-        samples = record(runtime, held_back, reading)
+        samples = record(runtime, held_back, read)
     guesses = [min(E, math.ceil(K * share)) for share in (1, 1.5, 2)]
     with _torch_threads(threads):
         shares = measure(Predictor(tensors, K, TorchBackend()), samples, guesses)

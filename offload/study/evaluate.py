@@ -61,8 +61,7 @@ class Text:
             raise ConfigError(f"{path}: has {len(ids)} token, {needed}")
         ends[-1] = len(text)  # with whatever the tokenizer drops at the end
         sizes = (len(text[start:end].encode()) for start, end in pairwise([0, *ends]))
-        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        return cls(path, ids, begin, list(accumulate(sizes, initial=0)))
+        return cls(path, ids, tokenizer.begin, list(accumulate(sizes, initial=0)))
 
 
 def read_texts(paths: Sequence[Path], model: Path, reference: Path | None = None) -> list[Text]:

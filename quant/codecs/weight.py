@@ -53,7 +53,7 @@ class CodedWeight:
 
 def levels_of(codec: Codec) -> Tensor:
     """A codec's levels as a ``CodedWeight`` has them."""
-    return torch.tensor(codec.table(), dtype=torch.float32)
+    return torch.tensor(codec.levels * (16 >> codec.bits), dtype=torch.float32)
 
 
 def block_scales(scales: Tensor) -> Tensor:

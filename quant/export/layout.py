@@ -28,15 +28,9 @@ COPIED += ("generation_config.json", "chat_template.jinja")
 MAX_PREDICTOR_WIDTH = 1 << 14
 _PREDICTOR = re.compile(r"predictor-[0-9a-f]{16}\.safetensors")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-DTYPES = {
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E8M0": torch.float8_e8m0fnu,  # of scales alone
-    "I32": torch.int32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-}
+DTYPES = {"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32}
+DTYPES |= {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+DTYPES["F8_E8M0"] = torch.float8_e8m0fnu  # of scales alone
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

@@ -17,7 +17,7 @@ from slotmoe.offload.devices.pages import page_aligned
 from slotmoe.offload.observe.measure import link_bandwidths
 from slotmoe.offload.policy import prefetch
 from slotmoe.offload.policy.cache import Cache, Learned
-from tests.support import simulated
+from tests.support import simulated, streams
 from tests.support.disk import forked
 from tests.support.engine import IDS, start, whole
 from tests.support.twin import Twin
@@ -85,7 +85,7 @@ def test_guesses_are_read_in_time_in_which_the_link_idles(on_twin, monkeypatch, 
     def computed():
         now[0] += computing
 
-    monkeypatch.setattr(simulated, "clock", lambda: now[0])
+    monkeypatch.setattr(streams, "clock", lambda: now[0])
     monkeypatch.setattr(simulated, "poison", copying)
     monkeypatch.setattr(prefetch, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     twin = Twin(LATE)

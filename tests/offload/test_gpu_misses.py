@@ -8,7 +8,7 @@ from slotmoe.model.network import Network
 from slotmoe.offload.experts.experts import Experts
 from slotmoe.offload.experts.hybrid import HostCompute
 from slotmoe.offload.policy.drafts import Drafting
-from tests.support import simulated
+from tests.support import simulated, streams
 from tests.support.engine import start, whole
 from tests.support.twin import Twin, open_on
 
@@ -21,10 +21,10 @@ IDS = [46, 6, 46]  # of which the second uses experts 2 and 3, the others 0 and 
 def queued(monkeypatch):
     """What happens, in its order: a ``launch`` outside of graphs, a ``graph``, and when the experts
     of a layer and the CPU's part of them begin and end."""
-    events, put, replay = [], simulated.Gpu.put, simulated.CUDAGraph.replay
+    events, put, replay = [], streams.Gpu.put, streams.CUDAGraph.replay
 
     def counted(gpu, stream, item):
-        if stream is gpu.default and not isinstance(item, simulated.Mark):
+        if stream is gpu.default and not isinstance(item, streams.Mark):
             events.append("launch")
         put(gpu, stream, item)
 
@@ -44,8 +44,8 @@ def queued(monkeypatch):
 
         monkeypatch.setattr(owner, name, call)
 
-    monkeypatch.setattr(simulated.Gpu, "put", counted)
-    monkeypatch.setattr(simulated.CUDAGraph, "replay", replayed)
+    monkeypatch.setattr(streams.Gpu, "put", counted)
+    monkeypatch.setattr(streams.CUDAGraph, "replay", replayed)
     told(Experts, "__call__", "experts")
     told(HostCompute, "compute", "CPU")
     return events
@@ -63,9 +63,9 @@ def decoded(small_export, graph=True, **options):
     with open_on(small_export, twin, prefetch=False, **options) as runtime:
         runtime.warm()
         step = start(runtime)
-        streams = torch.cat([step([id]) for id in IDS])
+        found = torch.cat([step([id]) for id in IDS])
         whole(runtime)
-        return streams, runtime.stats()["misses"]
+        return found, runtime.stats()["misses"]
 
 
 def test_a_layer_with_misses_is_few_launches_outside_of_graphs(small_export, queued):

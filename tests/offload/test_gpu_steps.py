@@ -32,8 +32,8 @@ from tests.support import simulated
 from tests.support.engine import start, whole
 from tests.support.families import LONG
 from tests.support.params import nth
-from tests.support.simulated import Recorded
 from tests.support.slab import LEVELS, SlabExperts
+from tests.support.streams import Recorded
 from tests.support.tiny import CONFIG, SMALL, random_weights
 from tests.support.twin import Twin, freed, open_on
 
@@ -206,35 +206,35 @@ def test_a_layer_is_as_many_launches_as_the_plan_reckons_with(monkeypatch, q_lor
     assert kernels[2, False] == [first, 2, 1, 1]
 
 
-# Passes over several sequences: how many tokens of each.  The second has the first one's graphs.
-SEVERAL = {"3": ([1, 2], [2, 1]), "8": ([4, 1, 1, 2], [1] * 8), "5": ([5], [1, 4])}
-
-
-@pytest.mark.parametrize(("rows", "complete"), nth(6, product(SEVERAL, (True, False))))
-def test_each_token_of_a_step_is_bitwise_as_alone(rows, complete):
-    """Of one sequence and of several, in caches of different sizes that hold more or less."""
+@pytest.mark.parametrize(
+    ("counts", "complete"), nth(7, product(([1, 2], [4, 1, 1, 2], [4], [1] * 8), (True, False)))
+)
+def test_each_token_of_a_step_is_bitwise_as_alone(counts, complete):
+    """So many tokens of each sequence, in caches of different sizes that hold more or less; then,
+    by the same graphs, with the sequences in another order."""
     alone, network = (
         make_network(triton_ops(graph), complete=complete, q_lora_rank=16)
         for graph in (None, Recorded)
     )
-    for number, counts in enumerate(SEVERAL[rows]):
-        made, pairs, expected_TD = Recorded.made, [], []
-        for place, count in enumerate(counts):
-            pairs.append([cache_of(each, 20 + place) for each in (alone, network)])
-            length = 3 * place + number
-            before = torch.randn(pairs[-1][0].layers[:, :length].shape, device=DEVICE).half()
-            for cache in pairs[-1]:
-                cache.layers[:, :length], cache.length = before, length
-            expected_TD.append(decode(alone, range(place, place + count), pairs[-1][0]))
-        ids = [id for place, count in enumerate(counts) for id in range(place, place + count)]
-        caches = [cache for _, cache in pairs]
-        actual_TD = network.forward(torch.tensor(ids, device=DEVICE), caches, counts)
-        assert torch.equal(actual_TD, torch.cat(expected_TD))
-        assert DEVICE.type == "cuda" or (Recorded.made > made) == (number == 0)
-        for expected, actual in pairs:
-            end = expected.length
-            assert actual.length == end
-            assert torch.equal(actual.layers[:, :end], expected.layers[:, :end])
+    texts = []
+    for place, count in enumerate(counts):
+        expected, actual = (cache_of(each, 20 + place) for each in (alone, network))
+        before, ids = 3 * place, [*range(place, place + count)]
+        rows = torch.randn(expected.layers[:, :before].shape, device=DEVICE).half()
+        for cache in (expected, actual):
+            cache.layers[:, :before], cache.length = rows, before
+        texts.append((before, ids, decode(alone, ids, expected), expected.layers, actual))
+    for turn, some in enumerate((texts, texts[::-1])):
+        for before, *_, cache in some:
+            cache.layers[:, before:], cache.length = torch.nan, before
+        made, ids_T = Recorded.made, torch.tensor([id for _, ids, *_ in some for id in ids])
+        caches, counts = [cache for *_, cache in some], [len(ids) for _, ids, *_ in some]
+        actual_TD = network.forward(ids_T.to(DEVICE), caches, counts)
+        assert torch.equal(actual_TD, torch.cat([expected_TD for *_, expected_TD, _, _ in some]))
+        assert DEVICE.type == "cuda" or (Recorded.made > made) == (turn == 0)
+        for *_, expected, cache in some:
+            end = cache.length
+            assert torch.equal(cache.layers[:, :end], expected[:, :end])
 
 
 def test_a_captured_function_is_plain_for_other_shapes_types_and_with_gradients():

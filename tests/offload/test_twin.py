@@ -8,7 +8,7 @@ import torch
 
 from slotmoe.offload.devices.pages import page_aligned
 from slotmoe.offload.experts.host import HostTier
-from tests.support import simulated
+from tests.support import simulated, streams
 from tests.support.engine import IDS, decode
 from tests.support.params import nth
 from tests.support.twin import Twin, open_on
@@ -36,7 +36,7 @@ def reused(tier):
 
 def overtaking(device, source, target, after):
     """A copy does not wait for those who read what is in the slot."""
-    return copy(device, source, target, simulated.cuda._CudaEvent(simulated.Event()))
+    return copy(device, source, target, simulated.cuda._CudaEvent(streams.Event()))
 
 
 DEFECTS = {
@@ -71,7 +71,7 @@ def test_the_text_is_the_same_in_every_order_that_streams_allow(on_twin, right, 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_defect_shows(on_twin, right, monkeypatch, defect):
     monkeypatch.setattr(*DEFECTS[defect])
-    found = [passes(on_twin, seed) for seed in (LATE, COPIES_EARLY)]
+    found = (passes(on_twin, seed) for seed in (LATE, COPIES_EARLY))
     assert not all(isinstance(text, torch.Tensor) and text.equal(right) for text in found)
 
 

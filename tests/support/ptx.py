@@ -7,13 +7,14 @@ not written yet, or overwrites what another still has to read.  Shared memory be
 ``cp.async`` copies is NaN until its wait.  An address outside of a launch's tensors, or that is no
 multiple of what is read there, is an error, as is a collective that part of a warp does not reach.
 
-What this can not show: caches, an order of memory that is weaker than this one, and the roundings
-of approximate instructions, which are the nearest here.
+What this can not show: caches, an order of memory that is weaker than this one, and how a GPU
+rounds what it only approximates.
 """
 
 import re
 from bisect import bisect_right
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -31,27 +32,23 @@ class PtxError(AssertionError):
     """A kernel does what a GPU would punish, or what this interpreter does not know."""
 
 
-class _Everything:
-    """All memory of this process, as numbers of ``size`` bytes."""
-
-    FIRST = 4096
-
-    def __init__(self, size):
-        self.__array_interface__ = {
-            "version": 3, "data": (self.FIRST, False), "shape": ((1 << 47) // size,),
-            "typestr": f"<u{size}",
-        }  # fmt: skip
+def _memory(size):
+    """All memory of this process from ``_FIRST`` on, as numbers of ``size`` bytes."""
+    described = {"version": 3, "data": (_FIRST, False), "typestr": f"<u{size}"}
+    described["shape"] = ((1 << 47) // size,)
+    return np.asarray(SimpleNamespace(__array_interface__=described))
 
 
-_MEMORY = {size: np.asarray(_Everything(size)) for size in (1, 2, 4, 8)}
+_FIRST = 4096
+_MEMORY = {size: _memory(size) for size in (1, 2, 4, 8)}
 
 
 def loaded(places, size):
-    return _MEMORY[size][(places - _Everything.FIRST) // size]
+    return _MEMORY[size][(places - _FIRST) // size]
 
 
 def stored(places, size, numbers):
-    _MEMORY[size][(places - _Everything.FIRST) // size] = numbers
+    _MEMORY[size][(places - _FIRST) // size] = numbers
 
 
 @dataclass
@@ -81,11 +78,8 @@ class Program:
         self.name, header, options, body = entry.groups()
         self.parameters = re.findall(r"\.param\s[^,]*?([\w$]+)\s*(?:,|$)", header)
         self.threads = int(re.findall(r"\.(?:req|max)ntid\s+(\d+)", options)[0])
-        self.steps, self.ends, self.labels = (
-            [],
-            {},
-            {},
-        )  # ends: by index, (kind, guard, negated, operands)
+        self.steps, self.labels = [], {}
+        self.ends = {}  # steps that jump or wait, by index: (kind, guard, negated, operands)
         self._build, self._widths = build, dict[str, int]()
         self._read(body, text[: entry.start(4)].count("\n") + 1)
         self._leaders = {*self.labels.values(), len(self.steps)}
@@ -158,10 +152,8 @@ class Regions:
         self._starts, self._ends, self._names = [], [], []
         for start, end, name in sorted(held):
             if self._ends and start < self._ends[-1]:  # two views of one tensor
-                self._ends[-1], self._names[-1] = (
-                    max(end, self._ends[-1]),
-                    f"{self._names[-1]}, {name}",
-                )
+                self._ends[-1] = max(end, self._ends[-1])
+                self._names[-1] += f", {name}"
             elif start < end:
                 for kept, value in ((self._starts, start), (self._ends, end), (self._names, name)):
                     kept.append(value)
@@ -170,10 +162,9 @@ class Regions:
         """Which of these places do not begin ``size`` bytes of a region."""
         index = bisect_right(self._starts, int(places.min())) - 1
         if index >= 0 and int(places.max()) + size <= self._ends[index]:
-            return None
+            return np.False_
         index = np.searchsorted(np.array(self._starts), places, "right") - 1
-        bad = (index < 0) | (places + size > np.array(self._ends)[index])
-        return bad if bad.any() else None
+        return (index < 0) | (places + size > np.array(self._ends)[index])
 
     def nearest(self, place):
         index = max(0, bisect_right(self._starts, place) - 1)
@@ -200,12 +191,10 @@ class Gang:
         self._begins = begin + np.arange(len(ids)).repeat(self.per_block)[:, None] * self.pitch
         thread = np.arange(len(ids) * program.threads).reshape(self.warps, LANES) % program.threads
         self.special = {"%tid.x": thread, "%laneid": np.arange(LANES)[None]}
-        self.special |= {"%warpid": thread[:, :1] // LANES, "%ntid.x": [[program.threads]]}
+        self.special |= {"%warpid": thread[:, :1] // LANES, "%tid.y": [[0]], "%tid.z": [[0]]}
         for axis, name in enumerate("xyz"):
             self.special[f"%ctaid.{name}"] = ids[:, axis].repeat(self.per_block)[:, None]
             self.special[f"%nctaid.{name}"] = [[grid[axis]]]
-        for name in ("%tid.y", "%tid.z"):
-            self.special[name] = [[0]]
         self.special = {name: np.asarray(x, np.uint32) for name, x in self.special.items()}
 
     def put(self, register, bits):
@@ -236,28 +225,26 @@ class Gang:
         active = (address if mask is None else address[mask]).ravel()
         if not len(active):
             return np.full(address.shape, self._nowhere)
-        bad = active % size != 0
-        if bad.any():
-            self._refuse(f"is no multiple of {size}", bad, address, mask)
         if space == "shared":
             bad = (active < BASE) | (active + size > BASE + self.shared)
-            if bad.any():
-                self._refuse(f"is not in {self.shared} bytes of shared memory", bad, address, mask)
             places = address - BASE + self._begins
         else:
             bad, places = self.regions.outside(active, size), address
-            if bad is not None:
-                text = f"({size} bytes) is in no tensor: "
-                text += self.regions.nearest(int(active[bad][0]))
-                self._refuse(text, bad, address, mask)
+        bad = bad | (active % size != 0)
+        if bad.any():
+            taken = np.nonzero(np.ones(address.shape, bool) if mask is None else mask)
+            warp, lane = (int(axis[bad][0]) for axis in taken)
+            self._refuse(space, int(active[bad][0]), size, warp, lane)
         return places if mask is None else np.where(mask, places, self._nowhere)
 
-    def _refuse(self, text, bad, address, mask):
-        taken = np.nonzero(np.ones(address.shape, bool) if mask is None else mask)
-        warp, lane = (int(axis[bad][0]) for axis in taken)
+    def _refuse(self, space, address, size, warp, lane):
         block = [int(self.special[f"%ctaid.{axis}"][warp, 0]) for axis in "xyz"]
-        who = f"block {block}, warp {warp % self.per_block}, lane {lane}"
-        raise PtxError(f"{self.where}: address {int(address[warp, lane]):#x} of {who} {text}")
+        text = f"shared memory has {self.shared} bytes, from {BASE} on"
+        text = self.regions.nearest(address) if space == "global" else text
+        raise PtxError(
+            f"{self.where}: {size} bytes at {address:#x} for block {block}, warp "
+            f"{warp % self.per_block}, lane {lane} are not in {space} memory or not aligned: {text}"
+        )
 
     def run(self):
         while True:

@@ -29,11 +29,11 @@ parsed = cache(partial(Program, build=build))
 
 class Launches:
     """``edit`` changes the PTX of a kernel before it runs.  ``named`` are tensors that addresses in
-    memory may point into, ``kernels`` those that were launched."""
+    memory may point into."""
 
     def __init__(self, arch, seed):
         self.target, self.seed, self.edit = GPUTarget("cuda", arch, 32), seed, lambda text: text
-        self.named, self.kernels = list[torch.Tensor](), set[str]()
+        self.named = list[torch.Tensor]()
         self._compiled = dict[str, triton.compiler.CompiledKernel]()
 
     def run(self, kernel, *args, grid, warmup, **options):
@@ -41,15 +41,13 @@ class Launches:
         arguments = dict(zip(kernel.arg_names, args, strict=False))
         arguments |= {name: options.pop(name) for name in kernel.arg_names if name in options}
         signature, *description = described(kernel, arguments)
-        name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
-        key = f"{name} {signature} {description} {options}"
+        key = f"{kernel.fn.__module__}.{kernel.fn.__name__} {signature} {description} {options}"
         if key not in self._compiled:
             source = ASTSource(kernel, signature, *description)
             self._compiled[key] = triton.compile(source, target=self.target, options=options)
         given = {name: arguments[name] for name in signature if signature[name] != "constexpr"}
         bits = [_bits(value, signature[name]) for name, value in given.items()]
         tensors = {name: value for name, value in given.items() if torch.is_tensor(value)}
-        self.kernels.add(name)
 
         def go():
             compiled = self._compiled[key]
@@ -77,7 +75,7 @@ def _compilable(function):
     return JITFunction(function.fn, **function.kwargs)
 
 
-def emulate(patch, folder, arch=89, seed=0):
+def emulated(patch, folder, arch=89, seed=0):
     """Until ``patch`` ends, launches go to what this returns; ``folder`` keeps their PTX."""
     launches = Launches(arch, seed)
     for name, module in list(sys.modules.items()):

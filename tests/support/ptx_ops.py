@@ -1,5 +1,6 @@
 """The instructions of ``tests.support.ptx``, as the manual of PTX describes them."""
 
+import functools
 import re
 from functools import partial
 
@@ -68,7 +69,7 @@ def reader(text, kind):
     if (bits := constant(text, kind)) is not None:
         numbers = numbers_of(bits, kind)
         return lambda gang: numbers
-    if re.match(r"%(tid|ntid|ctaid|nctaid|laneid|warpid)\b", text):
+    if re.match(r"%(tid|ctaid|nctaid|laneid|warpid)\b", text):
         return lambda gang: numbers_of(gang.special[text], kind)
     ones = constant("-1", kind)  # what nothing has written, LLVM may read and not use: NaN
     return lambda gang: numbers_of(gang.regs.get(text, ones), kind)
@@ -76,6 +77,8 @@ def reader(text, kind):
 
 def writer(statement, text, kind):
     """A function that puts numbers into a register."""
+    if text == "_":
+        return lambda gang, numbers: None
     width = statement.width(text)
     return lambda gang, numbers: gang.put(text, bits_of(numbers, kind, width))
 
@@ -95,12 +98,9 @@ def divided(a, b):
     return np.where((a < 0) == (b < 0), quotient, -quotient).astype(a.dtype)
 
 
-def least(a, b):
-    return np.fmin(a, b) if a.dtype.kind == "f" else np.minimum(a, b)
-
-
-def greatest(a, b):
-    return np.fmax(a, b) if a.dtype.kind == "f" else np.maximum(a, b)
+def folded(floats, others):
+    """Of two numbers or three."""
+    return lambda *x: functools.reduce(floats if x[0].dtype.kind == "f" else others, x)
 
 
 def left(a, count):
@@ -142,15 +142,6 @@ def permuted(a, b, choice):
     return result
 
 
-def looked_up(a, b, c, table):
-    result = np.uint32(0)
-    for index in range(8):
-        if table[0, 0] >> index & 1:
-            x, y, z = (p if index & bit else ~p for p, bit in ((a, 4), (b, 2), (c, 1)))
-            result = result | x & y & z
-    return result
-
-
 def compared(relation, a, b):
     """What is not a number makes true what ends in u, and nothing else but ``nan``."""
     if a.dtype.kind != "f":
@@ -178,16 +169,8 @@ def packed(upper, lower, half):
     return bits_of(upper, half, 4) << 16 | bits_of(lower, half, 4)
 
 
-def signed_least(a, b):
-    return np.copysign(np.fmin(np.abs(a), np.abs(b)), a) * np.copysign(np.float32(1), b)
-
-
 def flushed(x):
     return np.where(np.abs(x) < np.finfo(np.float32).tiny, x * np.float32(0), x)
-
-
-def exactly(function):
-    return lambda x: function(x.astype(np.float64))
 
 
 COMPARISONS = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal}
@@ -196,22 +179,22 @@ COMPARISONS |= {"hi": np.greater, "hs": np.greater_equal}
 WAYS = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 # A function, its operands' types and its result's: T is the instruction's, W one twice as wide.
 PURE = {name: (function, "T T T") for name, function in {
-    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": divided, "min": least,
-    "max": greatest, "rem": lambda a, b: a - divided(a, b) * b, "and": np.bitwise_and,
-    "or": np.bitwise_or, "xor": np.bitwise_xor, "min.NaN": np.minimum, "max.NaN": np.maximum,
-    "min.xorsign": signed_least,
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": divided, "and": np.bitwise_and,
+    "or": np.bitwise_or, "xor": np.bitwise_xor, "rem": lambda a, b: a - divided(a, b) * b,
+    "min": folded(np.fmin, np.minimum), "min.NaN": folded(np.minimum, np.minimum),
+    "max": folded(np.fmax, np.maximum), "max.NaN": folded(np.maximum, np.maximum),
+    "min.xorsign": lambda a, b: np.copysign(np.fmin(abs(a), abs(b)), a) * np.copysign(1, b),
 }.items()}  # fmt: skip
 PURE |= {name: (function, "T T") for name, function in {
     "neg": np.negative, "abs": np.abs, "not": np.invert, "sqrt": np.sqrt, "mov": lambda x: x,
-    "ex2": exactly(np.exp2), "lg2": exactly(np.log2), "rcp": exactly(lambda x: 1 / x),
-    "rsqrt": exactly(lambda x: 1 / np.sqrt(x)), "sin": exactly(np.sin), "cos": exactly(np.cos),
+    "ex2": np.exp2, "lg2": np.log2, "rcp": lambda x: 1 / x, "rsqrt": lambda x: 1 / np.sqrt(x),
 }.items()}  # fmt: skip
 PURE |= {"fma": (multiplied, "T T T T"), "mad": (multiplied, "T T T T")}
 PURE |= {"mul.wide": (widened, "T T W"), "mad.wide": (widened, "T T W W")}
 PURE |= {"shl": (left, "T u32 T"), "shr": (right, "T u32 T"), "bfe": (extracted, "T u32 u32 T")}
 PURE |= {"selp": (lambda a, b, p: np.where(p, a, b), "T T pred T")}
-PURE |= {"prmt": (permuted, "b32 b32 b32 b32"), "lop3": (looked_up, "b32 b32 b32 b32 b32")}
-IGNORED = {"rn", "approx", "full", "lo", "ftz", "sat", "NaN", "wide", "xorsign", "abs", *WAYS}
+PURE |= {"prmt": (permuted, "b32 b32 b32 b32")}
+IGNORED = {"rn", "approx", "full", "lo", "ftz", "NaN", "wide", "xorsign", "abs", *WAYS}
 
 
 def pure(statement, base, modifiers, kind):
@@ -226,21 +209,21 @@ def pure(statement, base, modifiers, kind):
         output = modifiers.pop()
         function, kinds = partial(converted, way, output), f"{kind} {output}"
     else:
-        keys = [f"{base}.{name}" for name in modifiers if f"{base}.{name}" in PURE]
-        function, kinds = PURE[keys[0] if keys else base]
+        keys = [f"{base}.{name}" for name in modifiers] + [base]
+        function, kinds = next(PURE[key] for key in keys if key in PURE)
         kinds = kinds.replace("T", kind).replace("W", kind[0] + str(16 * SIZES.get(kind, 0)))
     *kinds, output = kinds.split()
+    if {*kinds} == {output}:
+        kinds = [kind] * (len(statement.operands) - 1)
     if not IGNORED.issuperset(modifiers) or not {*kinds, output} <= {*SIZES}:
         statement.refuse()
     flushes = "ftz" in modifiers and "f32" in (*kinds, output)
-    saturates = "sat" in modifiers and (output in FLOATS or statement.refuse())
     write = writer(statement, statement.operands[0], output)
     reads = [reader(text, kind) for text, kind in zip(statement.operands[1:], kinds, strict=True)]
 
     def step(gang):
         numbers = [read(gang) for read in reads]
-        result = flushed(function(*map(flushed, numbers))) if flushes else function(*numbers)
-        write(gang, np.fmin(np.fmax(result, 0), 1) if saturates else result)
+        write(gang, flushed(function(*map(flushed, numbers))) if flushes else function(*numbers))
 
     return step
 

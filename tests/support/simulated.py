@@ -1,156 +1,35 @@
 """``torch.cuda`` without a GPU, for the product's own ``cuda.py`` and ``graphs.py``.
 
-A stream is a queue.  An operation on a GPU's tensor runs when its turn comes, and an adversary
-chooses that under a seed: as late as the host's next real wait, or at once, or between.  Memory is
+An operation on a GPU's tensor is queued in a stream (``tests/support/streams.py``).  Memory is
 poisoned (0xff: NaN, -1) until what fills it has run, from the moment that a copy into it begins
-until that ends, and once it is free.  The host's writes to page-locked RAM happen at once.  The
-current device and stream are a thread's own.  A capture refuses what CUDA refuses.
-
-A GPU's tensor is one in RAM whose operations come here; its device is of a type that no build of
-torch has anything for.
+until that ends, and once it is free.  The host's writes to page-locked RAM happen at once.  A GPU's
+tensor is one in RAM whose operations come here.
 """
 
 import importlib.util
-import threading
-import time
-from collections import defaultdict, deque
-from contextlib import contextmanager
+import weakref
 from functools import cache, partial
-from itertools import count
-from random import Random
 from types import SimpleNamespace
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
-KIND = "maia"
+from tests.support import streams
+from tests.support.streams import (
+    KIND,
+    PINNED,
+    Poison,
+    Stream,
+    current_stream,
+    gpu_of,
+    here,
+    refuse,
+    running,
+)
+
 aten = torch.ops.aten
 # What makes the host wait for a GPU, or a GPU for the host's memory: no graph can hold it.
 NEEDS_THE_HOST = (aten.item, aten._local_scalar_dense, aten.nonzero, aten.masked_select)
 NEEDS_THE_HOST += (aten._unique2, aten.lift_fresh, aten.equal, aten.is_nonzero, aten.nonzero_numpy)
-GPUS, PINNED = {}, {}  # by index; page-locked RAM by address: bytes, and whose it is
-clock = time.perf_counter
-_numbers = count(1)  # 0 is the GPU that a thread has when nothing is said, and nobody's here
-
-
-class Here(threading.local):
-    """What CUDA keeps for each thread."""
-
-    def __init__(self):
-        self.device, self.streams, self.capture, self.refusal = 0, {}, None, None
-
-
-here = Here()
-
-
-def gpu_of(index):
-    return GPUS.get(index) or GPUS.setdefault(index, Gpu(index, 0, 1 << 30))
-
-
-class Mark:
-    """A point in a stream; in another stream's queue it is waited for."""
-
-    def __init__(self, stream):
-        self.stream, self.reached, self.when = stream, False, 0.0
-
-
-@contextmanager
-def running():
-    """What runs is none of the thread's that waits for it."""
-    with torch.inference_mode(), _disable_current_modes():
-        yield
-
-
-class Gpu:
-    """``eager``: how likely something runs when something is queued; ``wide``: how likely something
-    runs that the host does not wait for; whether it is a kernel or, as far as they may, a copy."""
-
-    def __init__(self, index, seed, capacity):
-        self.index, self.device, self.random = index, torch.device(KIND, index), Random(seed)
-        self.eager, self.wide = (self.random.choice((0, 0.2, 0.9)) for _ in "12")
-        self.copies_first = self.random.random() < 0.7
-        self.lock, self.streams = threading.RLock(), []
-        self.free, self.failure = defaultdict(list), None  # by pool and bytes; what stays
-        self.capacity, self.taken, self.allocated, self.peak = capacity, 0, 0, 0
-        self.waits = self.engine = self.unpinned = 0
-        self.pins = 1 << 40  # bytes that may be page-locked
-        self.default = Stream(self.index, self)
-
-    def pinned(self):
-        return {first: size for first, (size, index) in PINNED.items() if index == self.index}
-
-    def memory(self):
-        return self.capacity - self.taken - self.allocated, self.capacity
-
-    def check(self):
-        if self.failure is not None:
-            raise RuntimeError(f"CUDA error: {self.failure}") from self.failure
-
-    def put(self, stream, item):
-        refusal, here.refusal = here.refusal, None
-        if refusal is not None:
-            raise RuntimeError(f"CUDA error: {refusal}")
-        with self.lock:
-            self.check()
-            if here.capture is not None:
-                if stream is not here.capture.stream:
-                    refuse("a capture does not hold what is queued elsewhere")
-                if not isinstance(item, Mark):
-                    return here.capture.items.append(item)
-                if item.stream is not stream:
-                    refuse("a capture waits for what it does not hold")
-                return None
-            stream.items.append(item)
-            if self.random.random() < self.eager:
-                with running():
-                    self._step(self._any())
-
-    def until(self, mark):
-        refuse("the host waits")
-        with self.lock, running():
-            while not mark.reached:
-                wide = self.random.random() < self.wide
-                self._step(self._any() if wide else mark.stream)
-                self.check()
-            self.check()
-
-    def _any(self):
-        return self.random.choice(self.streams[self.copies_first :])  # the first has kernels
-
-    def _step(self, stream):
-        """Run what is first in a stream, or first of what that waits for."""
-        while stream.items and isinstance(item := stream.items[0], Mark):
-            if item.stream is stream or item.reached:
-                item.reached, item.when = True, item.when or clock()
-                stream.items.popleft()
-                return
-            stream = item.stream
-        if stream.items and self.failure is None:
-            try:
-                stream.items.popleft()()
-            except (RuntimeError, IndexError) as problem:
-                self.failure = problem
-
-    def seen(self, stream):
-        """Everything in a stream has run."""
-        stream.record_event().synchronize()
-
-    def close(self):
-        for stream in self.streams:
-            stream.items.clear()
-        self.free.clear()
-        GPUS.pop(self.index, None)
-
-    def made(self, shape, stride, dtype, fresh=False):
-        """A tensor in memory that is free."""
-        extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-        size = -(-extent * dtype.itemsize // 16) * 16 if 0 not in shape else 0
-        memory = Memory(self, size, fresh)
-        return Tensor(memory.raw.view(dtype).as_strided(shape, stride), memory)
-
-
-class Poison(partial):
-    """What no GPU does."""
 
 
 class Memory:
@@ -158,20 +37,21 @@ class Memory:
     last tensor is, though kernels that are queued go on with it."""
 
     def __init__(self, gpu, size, fresh):
-        self.gpu, self.size = gpu, size
-        self.pool = here.capture.pool if here.capture else current_stream(gpu.device)
-        free = gpu.free[self.pool, size]
+        self.gpu, pool = gpu, here.capture.pool if here.capture else current_stream(gpu.device)
+        free = gpu.free[pool, size]
         with torch.inference_mode(False):
             reused = free and not fresh
             self.raw = free.pop() if reused else torch.full((size,), 255, dtype=torch.uint8)
+        weakref.finalize(self, _freed, gpu, pool, self.raw).atexit = False
 
-    def __del__(self):
-        if isinstance(self.pool, Stream):
-            self.pool.items.append(Poison(self.raw.fill_, 255))
-        elif here.capture is not None:
-            here.capture.items.append(Poison(self.raw.fill_, 255))
-        if self.gpu.index in GPUS:
-            self.gpu.free[self.pool, self.size].append(self.raw)
+
+def _freed(gpu, pool, raw):
+    poison = Poison(raw.fill_, 255)
+    if isinstance(pool, Stream):
+        pool.items.append(poison)
+    elif here.capture is not None:
+        here.capture.items.append(poison)
+    gpu.free[pool, len(raw)].append(raw)
 
 
 class Tensor(torch.Tensor):
@@ -202,6 +82,13 @@ class Tensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         return _dispatched(operation, args, kwargs or {})
+
+
+def made(gpu, shape, stride, dtype, fresh=False):
+    """A tensor in memory that is free."""
+    extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+    memory = Memory(gpu, -(-extent * dtype.itemsize // 16) * 16 if 0 not in shape else 0, fresh)
+    return Tensor(memory.raw.view(dtype).as_strided(shape, stride), memory)
 
 
 def _mapped(value, change):
@@ -264,7 +151,7 @@ def _dispatched(operation, args, kwargs):
     if kind == "write":
         gpu.put(stream, work)
         return kwargs.get("out", args[0]) if operation._schema.returns else None
-    outputs = [gpu.made(*how) for how in _outputs(operation, (args, kwargs))]
+    outputs = [made(gpu, *how) for how in _outputs(operation, (args, kwargs))]
     if kind == "pure":
         gpu.put(stream, partial(_fill, work, [tensor.elem for tensor in outputs]))
     return outputs[0] if len(operation._schema.returns) == 1 else tuple(outputs)
@@ -323,7 +210,7 @@ def _to_host(tensor, dtype=None):
 
 def _on_gpu(gpu, source):
     """What the host knows."""
-    target = gpu.made(tuple(source.shape), source.stride(), source.dtype)
+    target = made(gpu, tuple(source.shape), source.stride(), source.dtype)
     gpu.put(current_stream(gpu.device), partial(target.elem.copy_, source))
     return target
 
@@ -344,31 +231,27 @@ def _copied(operation, args, kwargs):
     if isinstance(source, Tensor):
         return target.copy_(_to_host(source))
     gpu, late = target.memory.gpu, kwargs.get("non_blocking") or args[2:] == (True,)
-    stream, pinned = current_stream(gpu.device), is_pinned(gpu, source)
+    stream, elem, address = current_stream(gpu.device), target.elem, source.data_ptr()
+    pinned = any(first <= address < first + size for first, size in gpu.pinned().items())
     gpu.unpinned += not pinned
     gpu.engine += stream is gpu.default
     if not (late and pinned):  # the driver has the bytes of pageable RAM when the call returns
         source = source.clone()
-    gpu.put(stream, lambda: poison(target.elem))
-    gpu.put(stream, partial(target.elem.copy_, source))
+    gpu.put(stream, lambda: poison(elem))
+    gpu.put(stream, partial(elem.copy_, source))
     if not late:
         gpu.seen(stream)
     return target
 
 
-def is_pinned(gpu, memory):
-    address = memory.data_ptr()
-    return any(first <= address < first + size for first, size in gpu.pinned().items())
-
-
 def _empty(size, dtype=None, device=None, **_):
     how = tuple(size), torch.empty(size, device="meta").stride()
-    return gpu_of(device.index).made(*how, dtype or torch.get_default_dtype())
+    return made(gpu_of(device.index), *how, dtype or torch.get_default_dtype())
 
 
 def _empty_strided(size, stride, dtype=None, device=None, **_):
     how = tuple(size), stride, dtype or torch.get_default_dtype()
-    return gpu_of(device.index).made(*how, fresh=True)  # torch itself may fill it at once
+    return made(gpu_of(device.index), *how, fresh=True)  # torch itself may fill it at once
 
 
 def _arange(*bounds, dtype=None, device=None, **_):
@@ -383,123 +266,6 @@ for _name in ("arange", "arange.start", "arange.start_step"):
 
 
 # torch.cuda
-
-
-def refuse(what):
-    """What CUDA does not permit while this thread captures; the capture is lost."""
-    if here.capture is not None:
-        here.capture.spoiled = what
-        raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {what}")
-
-
-class Stream:
-    def __init__(self, device=None, gpu=None):
-        index = here.device if device is None else getattr(device, "index", device)
-        self.gpu, self.items = gpu or gpu_of(index), deque()
-        self.device = self.gpu.device
-        self.gpu.streams.append(self)
-
-    def wait_event(self, event):
-        if event.mark is not None and event.mark.stream is not self:
-            self.gpu.put(self, event.mark)
-
-    def record_event(self):
-        event = Event()
-        event.record(self)
-        return event
-
-    def wait_stream(self, other):
-        self.wait_event(other.record_event())
-
-    def synchronize(self):
-        self.gpu.seen(self)
-
-
-class Event:
-    def __init__(self, enable_timing=False):
-        self.mark = None
-
-    def record(self, stream=None):
-        self.mark = Mark(stream or current_stream())
-        self.mark.stream.gpu.put(self.mark.stream, self.mark)
-
-    def query(self):
-        refuse("an event is asked for")
-        if self.mark is not None:
-            self.mark.stream.gpu.check()
-        return self.mark is None or self.mark.reached
-
-    def synchronize(self):
-        if self.mark is not None:
-            self.mark.stream.gpu.waits += 1
-            self.mark.stream.gpu.until(self.mark)
-
-    def elapsed_time(self, end):
-        return max(1e-6, 1e3 * (end.mark.when - self.mark.when))
-
-
-class CUDAGraph:
-    def capture_begin(self, pool, capture_error_mode):
-        stream = current_stream()
-        assert stream is not stream.gpu.default and capture_error_mode == "thread_local"
-        self.stream, self.pool, self.items, self.spoiled = stream, pool, [], None
-        here.capture = self
-
-    def capture_end(self):
-        here.capture = None
-        if self.spoiled:
-            raise RuntimeError(f"CUDA error: the capture has failed before: {self.spoiled}")
-
-    def replay(self):
-        stream = current_stream()
-        for item in self.items:
-            stream.gpu.put(stream, item)
-
-
-class Recorded(CUDAGraph):
-    """A graph of one function.  ``made`` counts them, ``kernels`` those of the latest."""
-
-    made = kernels = 0
-
-    def __init__(self, function):
-        Recorded.made += 1
-        with on_stream(Stream()):
-            self.capture_begin(object(), "thread_local")
-            try:
-                self.outputs = function()
-            finally:
-                self.capture_end()
-        Recorded.kernels = sum(not isinstance(item, Poison) for item in self.items)
-
-
-def current_stream(device=None):
-    index = here.device if device is None else device.index
-    return here.streams.get(index) or gpu_of(index).default
-
-
-def set_stream(stream):
-    here.device = stream.device.index
-    here.streams[here.device] = stream
-
-
-@contextmanager
-def on_stream(stream):
-    before, there = current_stream(), current_stream(stream.device)
-    set_stream(stream)
-    try:
-        yield
-    finally:  # as torch leaves it
-        set_stream(there)
-        set_stream(before)
-
-
-@contextmanager
-def on_device(device):
-    before, here.device = here.device, device.index
-    try:
-        yield
-    finally:
-        here.device = before
 
 
 def _register(address, size, flags):
@@ -541,11 +307,11 @@ class Torch:
     _C = SimpleNamespace(_cuda_endAllocateToPool=lambda device, pool: None)
     cuda = SimpleNamespace(
         Stream=Stream,
-        Event=Event,
-        CUDAGraph=CUDAGraph,
+        Event=streams.Event,
+        CUDAGraph=streams.CUDAGraph,
         current_stream=current_stream,
-        stream=on_stream,
-        device=on_device,
+        stream=streams.on_stream,
+        device=streams.on_device,
         current_device=lambda: here.device,
         get_device_name=lambda index: "the twin",
         graph_pool_handle=object,
@@ -574,13 +340,6 @@ def _on_it(name):
 
 
 cuda, graphs = map(_on_it, ("slotmoe.offload.devices.cuda", "slotmoe.quant.backends.graphs"))
-
-
-def new_gpu(seed, capacity):
-    """A GPU that is not the first one."""
-    index = next(index for index in (n % 100 for n in _numbers) if index not in GPUS)
-    GPUS[index] = Gpu(index, seed, capacity)
-    return GPUS[index]
 
 
 def interpreted(executor, *args, **options):

@@ -21,7 +21,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.export.layout import checksum
 from slotmoe.quant.weights import map_tensors
-from tests.support import simulated
+from tests.support import simulated, streams
 
 
 class Told:
@@ -90,7 +90,7 @@ class Twin(simulated.cuda.CudaDevice):
 
     def __init__(self, seed=0, capacity=1 << 30, triton=False, graph=None):
         sys.audit("tests.twin")
-        self.gpu = simulated.new_gpu(seed, capacity)
+        self.gpu = streams.new_gpu(seed, capacity)
         weakref.finalize(self, self.gpu.close)
         super().__init__(self.gpu.index)
         self._triton, self._graph = triton, graph

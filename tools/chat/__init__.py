@@ -13,7 +13,7 @@ from slotmoe.offload.machine import cache_folder
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
 from slotmoe.tools.options import MAX_PROMPT_BYTES, open_runtime
-from slotmoe.tools.sessions import described, go_on, open_session, session_folder
+from slotmoe.tools.sessions import described, go_on, open_session
 
 if TYPE_CHECKING:
     from slotmoe.tools.chat.conversation import Conversation
@@ -114,7 +114,7 @@ def command(
         frontend = _terminal(model, conversation) if on_terminal else Pipe()
         go_on(session, runtime, given["session_limit"], frontend.say)
         with frontend.talking():
-            talk(conversation, frontend, session_folder(given["session_dir"]))
+            talk(conversation, frontend, given["session_dir"])
 
 
 def _terminal(model: str, conversation: "Conversation") -> "Terminal":

@@ -145,8 +145,7 @@ class Conversation:
             text += piece
             self.exchanges = [*earlier, Exchange(message, text)]
             yield piece
-        if not text:
-            self.exchanges = [*earlier, Exchange(message, text)]
+        self.exchanges = [*earlier, Exchange(message, text)]
         if not text and not thoughts:
             self.notify("the model gave an empty answer")
         elif count == self._max_new_tokens:

@@ -133,8 +133,7 @@ def _workload(
 def _shown(
     overview: Callable[[], RenderableType], total: int, live: bool, quiet: bool
 ) -> Iterator[Callable[[], None]]:
-    """What the terminal shows meanwhile, on stderr: the figures (``live``) or a progress bar.  Call
-    what this gives after each token."""
+    """Meanwhile stderr shows the figures (``live``) or a bar.  Call what it gives at each token."""
     console = Console(stderr=True)
     if live and console.is_terminal:  # drawing takes time from the model
         with Live(get_renderable=overview, console=console, refresh_per_second=2, transient=True):

@@ -82,8 +82,7 @@ class CountRequest(given.Cacheable):
     mcp_servers: Annotated[list[None] | None, Refused("the server calls no others")] = None
 
     def chat(self) -> requests.Conversation:
-        """A last message of the assistant's is the beginning of the answer.  Raises
-        ``RefusedError``."""
+        """A last message of the assistant's begins the answer.  Raises ``RefusedError``."""
         choice = self.tool_choice and _CHOICES.get(self.tool_choice.type, self.tool_choice)
         is_single = self.tools and self.tool_choice and self.tool_choice.disable_parallel_tool_use
         offer = given.Offer(self.tools or [])

@@ -18,8 +18,7 @@ _ANTHROPIC_TYPES |= {404: "not_found_error", 413: "request_too_large"}
 
 @dataclass(eq=False)
 class RefusedError(Exception):
-    """A request that is answered with an error of HTTP ``status``, and OpenAI's ``param`` and
-    ``code``."""
+    """A request whose answer is an error of HTTP ``status``, OpenAI's ``param`` and ``code``."""
 
     message: str
     param: str | None = None
@@ -34,8 +33,7 @@ class RefusedError(Exception):
 
 def shutting_down() -> RefusedError:
     """Of a request that can't be answered any more; soon there may be a server again."""
-    headers = {"retry-after": "5"}
-    return RefusedError("the server is shutting down", status=503, headers=headers)
+    return RefusedError("the server is shutting down", status=503, headers={"retry-after": "5"})
 
 
 def error_body(path: str, problem: RefusedError) -> Json:

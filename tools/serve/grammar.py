@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
 
@@ -24,40 +25,35 @@ from slotmoe.tools.serve.schemas import relaxed
 MAX_CALLS = 32  # in one answer
 _MAX_SCHEMA = 1 << 16  # characters
 _MAX_SCHEMAS = 1 << 18  # characters of all of a request's functions together
-# Of all tokens, and of an id without one: llguidance's tables of so many take 3 s and 250 MB.  Kimi
-# K2's tokens have 1.2 million.
+# Of all tokens (3 s and 250 MB in llguidance's tables; Kimi K2 has 1.2 million), of an id without.
 _MAX_CHARACTERS, _UNUSED = 3 << 20, 6
-# Without free whitespace a model can't go on with blanks for ever; one after each sign is what most
-# models were taught.
 _NOTES = {"description", "title", "default", "examples", "$schema", "$comment"}
 _TEXT_KEYS = {"type", *_NOTES}
 _TAGGED_KEYS = {"properties", "required", "additionalProperties", "$defs", "definitions"}
 _TAGGED_KEYS |= _TEXT_KEYS
 _ANYTHING = "(?s:.*)"
+# Free whitespace lets a model go on with blanks for ever; most were taught one after each sign.
 _SPACING = {"whitespace_flexible": False, "key_separator": ": ?", "item_separator": ", ?"}
 
 
+@dataclass(eq=False)
 class Mask:
-    """``slotmoe.model.generate.Grammar`` of one answer.  It follows ``matcher``, if there is one.
-    None of ``ends`` ends it before it has ``least`` tokens, if anything else may come.  V is
-    ``size``, that of the tokenizer.  ``relaxed`` names the keywords of schemas that the answer need
+    """``slotmoe.model.generate.Grammar`` of one answer.  It follows the matcher, if there is one.
+    None of the ends ends it while more tokens are left, if anything else may come.  V is the size
+    of the tokenizer.  ``relaxed`` names the keywords of schemas that the answer need
     not follow."""
 
-    def __init__(
-        self,
-        matcher: LLMatcher | None,
-        size: int,
-        relaxed: Sequence[str] = (),
-        least: int = 0,
-        ends: Iterable[int] = (),
-    ):
-        self._matcher, self._size, self.relaxed, self._left = matcher, size, relaxed, least
-        self._ends = [id_ for id_ in ends if id_ < size]
+    _matcher: LLMatcher | None
+    _size: int
+    relaxed: Sequence[str] = ()
+    _left: int = 0
+    _ends: Sequence[int] = ()
 
     def mask(self, least: int = 0, ends: Iterable[int] = ()) -> "Mask":
-        """The same for another answer, if this one has not begun."""
+        """The same for another answer, of at ``least`` so many tokens, if this has not begun."""
         matcher = self._matcher.deep_copy() if self._matcher is not None else None
-        return Mask(matcher, self._size, self.relaxed, least, ends)
+        known = [id_ for id_ in ends if id_ < self._size]
+        return Mask(matcher, self._size, self.relaxed, least, known)
 
     def allowed(self) -> Tensor:
         """bool [V].  Raises ``ConfigError``."""
@@ -170,8 +166,7 @@ class Grammars:
         return "\n".join([f"{thought} answer", *rules])
 
     def _calls(self, policy: ToolPolicy, content: str | None, dropped: list[str]) -> str:
-        """The grammar of tool calls, or of text and perhaps calls where they aren't required; adds
-        to ``dropped``."""
+        """The grammar of tool calls, or text and calls if not required; adds to ``dropped``."""
         arguments = dict[str, str]()
         for function in policy.functions:
             about = bool(function.strict), f"tool {function.name!r}", "tools", dropped
@@ -268,8 +263,8 @@ class Grammars:
         return " ".join(f"<[{ids[t]}]>" if t in ids else json.dumps(t) for t in texts if t)
 
     def _json(self, schema: Json, strict: bool, where: str, param: str, dropped: list[str]) -> str:
-        """``schema`` in a grammar.  What can't be held is refused if ``strict``, else it is added
-        to ``dropped``.  Raises ``RefusedError``."""
+        """``schema`` in a grammar.  Raises ``RefusedError``, if ``strict`` for what can't be held;
+        else that is added to ``dropped``."""
         try:
             if len(json.dumps(schema)) > _MAX_SCHEMA:
                 problem = f"the schema has more than {_MAX_SCHEMA} characters"
@@ -302,8 +297,7 @@ class Grammars:
         except ValueError as error:
             problem = str(error)
         # A warning counts too: it names something that would be ignored.
-        reason = problem.partition("JSON schema: ")[2] or problem
-        return reason.partition("\n   1 |")[0][:200]
+        return (problem.partition("JSON schema: ")[2] or problem).partition("\n   1 |")[0][:200]
 
 
 def _text(end: str, never: str) -> str:

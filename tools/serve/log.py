@@ -1,5 +1,4 @@
-"""What every response of the server has, whatever route it is of: an id, headers about the answer,
-a line in the log."""
+"""What every response of the server has: an id, headers about the answer, a line in the log."""
 
 import contextlib
 import re
@@ -65,8 +64,7 @@ class Log:
 
 
 def _line(scope: Scope, status: int, seconds: float, answers: "Answers | None") -> str:
-    """Like ``2026-01-31 12:00:00 POST /v1/completions 200 in 3.2 s, 12 + 37 tokens, first after 0.8
-    s, stop``."""
+    """``2026-01-31 12:00:00 POST /api/chat 200 in 3 s, 12 + 3 tokens, first after 0.8 s, stop``"""
     path = ascii(scope["path"][:100])[1:-1]
     line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {scope['method']} {path} {status or 'no answer'}"
     line += f" in {seconds:.1f} s"

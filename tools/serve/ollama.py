@@ -1,5 +1,4 @@
-"""Ollama's API: its requests as the conversations and texts of OpenAI's, its answers as JSON in
-lines."""
+"""Ollama's API: requests become OpenAI's conversations and texts, answers are lines of JSON."""
 
 import asyncio
 import json
@@ -30,8 +29,7 @@ _VERSION = "0.13.0"  # of Ollama, whose API this is: clients ask for a least one
 
 
 class Options(openai.OpenAIRequest):
-    """Most say how to load a model, and are not looked at; Ollama does the same with what it does
-    not know."""
+    """Most say how to load a model, and are not looked at: so does Ollama with unknown ones."""
 
     model_config = ConfigDict(extra="ignore")
     model: Label = ""
@@ -113,8 +111,7 @@ class GenerateRequest(OllamaRequest):
 
 
 def _messages(given: Sequence[Message]) -> list[requests.ChatMessage]:
-    """In OpenAI's words.  Calls and results need no ids: a result is of the first call that has
-    none, and has its name if it has one."""
+    """In OpenAI's words.  A result without an id is of the first call left, by name if given."""
     told, calls = list[requests.ChatMessage](), list[requests.ToolCall]()
     for message in given:
         about = Json()

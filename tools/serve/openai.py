@@ -61,8 +61,7 @@ class OpenAIRequest(requests.LabelledRequest):
     def options_with(
         self, vocabulary: int, limit: int | None, logprobs: int | None
     ) -> requests.AnswerOptions:
-        """For a model of ``vocabulary`` ids; a ``limit`` of -1 is None.  Raises
-        ``RefusedError``."""
+        """For ``vocabulary`` ids; a ``limit`` of -1 is None.  Raises ``RefusedError``."""
         limit, least = None if limit == -1 else limit, self.min_tokens or 0
         if limit is not None and limit < least:
             raise RefusedError("min_tokens is more than the limit of tokens", "min_tokens")
@@ -326,8 +325,7 @@ class TextChoices:
             scores = {self._name(id_): logprob for id_, logprob in top if logprob is not None}
             likeliest.append(None if token.logprob is None else scores)
         names = [self._name(token.id) for token in update.tokens]
-        logprobs = [token.logprob for token in update.tokens]
-        scores_of = {"tokens": names, "token_logprobs": logprobs}
+        scores_of = {"tokens": names, "token_logprobs": [t.logprob for t in update.tokens]}
         return {**scores_of, "top_logprobs": likeliest, "text_offset": offsets}
 
     def _name(self, id_: int) -> str:

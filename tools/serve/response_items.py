@@ -208,8 +208,7 @@ class ResponsesRequest(requests.LabelledRequest):
 
 
 def messages_of(items: Iterable[Item]) -> list[requests.ChatMessage]:
-    """A call belongs to the message of the assistant's before it.  Raises ``RefusedError`` where
-    there is none left to answer."""
+    """A call is of the assistant's message before it.  Raises ``RefusedError`` for no message."""
     messages, thoughts = list[requests.ChatMessage](), ""
     for item in items:
         if isinstance(item, Reasoning):

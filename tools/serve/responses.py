@@ -123,8 +123,7 @@ def _found(service: Service, owner: str, id_: str, before: bool = False) -> Stor
 
 
 def _conversation(service: Service, owner: str, body: ResponsesRequest) -> list[Item]:
-    """All items up to the answer, those of earlier responses included.  Raises ``RefusedError``,
-    also for another model than the server's."""
+    """All items up to the answer, with earlier responses'.  Refuses another model as well."""
     service.check_model(body.model)
     items = list[Item]()
     if body.previous_response_id is not None:

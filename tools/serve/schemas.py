@@ -84,8 +84,7 @@ def _lists_all(schema: Json) -> bool:
 
 
 def _held(schema: Json, place: str, dropped: list[str], closes: bool) -> Json:
-    """What ``relaxed`` keeps; adds to ``dropped``.  If it ``closes``, objects have the properties
-    that they list."""
+    """What ``relaxed`` keeps; adds to ``dropped``.  If it ``closes``, objects list all keys."""
     kept = Json()
     schema = _rewritten(schema)
     if closes and _lists_all(schema):
@@ -148,8 +147,7 @@ def _fate(name: str, value: Any, schema: Json) -> bool | None:
 
 
 def _rewritten(schema: Json) -> Json:
-    """The same in keywords that can be held, where nothing else in ``schema`` speaks of the
-    properties that these are about."""
+    """The same in keywords that can be held, where no other speaks of the same properties."""
     schema, rest = dict(schema), schema.get("additionalProperties", {})
     patterns, names = schema.get("patternProperties"), schema.get("propertyNames")
     if isinstance(patterns, dict) and any(map(_IRREGULAR.search, patterns)):

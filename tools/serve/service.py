@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime, timezone
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
@@ -13,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import OWN_SETTINGS, Sampling
 from slotmoe.offload.engine.requests import Request as Job
+from slotmoe.offload.model_cache import timestamp
 from slotmoe.offload.observe.memory_sampler import memory_in_use
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.serve.errors import RefusedError, shutting_down
@@ -64,8 +64,7 @@ class Service:
         self.registry.register(self)
 
     def check_model(self, model: str | None) -> None:
-        """Raises ``RefusedError`` unless ``model`` is a name of what this server serves, or none is
-        given; Ollama's clients may add a tag."""
+        """Raises ``RefusedError`` unless ``model`` is None or a name here, but for a tag."""
         known = {model, model and model.removesuffix(":latest"), "*"}
         if model is not None and known.isdisjoint(self._names):
             problem = f"the model {model!r:.80} is not here; this server has {self.name!r}"
@@ -73,8 +72,7 @@ class Service:
 
     @property
     def vocabulary(self) -> int:
-        """How many ids are text as well as rows of the model: either may have more than the
-        other."""
+        """How many ids are text as well as rows of the model: either may have more."""
         return min(self.tokenizer.size, self.runtime.config.vocab_size)
 
     def check_length(self, characters: int) -> None:
@@ -184,8 +182,7 @@ class Service:
         """The model in OpenAI's list of models, and in Anthropic's."""
         about = {"id": name, "object": "model", "created": self.created}
         about |= {"owned_by": "slotmoe", "max_model_len": self.runtime.context}
-        created = datetime.fromtimestamp(self.created, timezone.utc).isoformat()
-        about |= {"type": "model", "display_name": name, "created_at": created}
+        about |= {"type": "model", "display_name": name, "created_at": timestamp(self.created)}
         return {**about, "lifecycle": "active", "max_input_tokens": self.runtime.context}
 
     @property

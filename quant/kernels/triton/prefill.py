@@ -82,7 +82,7 @@ def attend(
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.full([ROWS], 0, tl.float32)
     sums = tl.full([ROWS, LATENT], 0, tl.float32)
-    share = tl.cdiv(tl.cdiv(S, splits), KEYS) * KEYS
+    share = (S + splits * KEYS - 1) // (splits * KEYS) * KEYS
     stop = tl.minimum(S, S - T + (tile * ROWS + ROWS - 1) // H + 1)  # of what the tile sees
     stop = tl.minimum(stop, (split + 1) * share)
     for first in tl.range(split * share, stop, KEYS, num_stages=2):
