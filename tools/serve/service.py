@@ -102,8 +102,7 @@ class Service:
         return await self.prepare(lambda: self.encode(self.chat_text(chat)))
 
     async def prepare(self, work: Callable[..., T], *given: object) -> T:
-        """What ``work`` makes of what is ``given``, in a thread.  Raises as it does, and
-        ``RefusedError`` as soon as the server is to end."""
+        """``work`` of what is ``given``, in a thread; ``RefusedError`` as the server is to end."""
         task = asyncio.ensure_future(asyncio.to_thread(work, *given))
         self._preparing.add(task)
         try:
