@@ -55,9 +55,6 @@ class _Metadata:
         self._values = header.metadata
         self._asked = {f"{ARCHITECTURE}.{key}" for key in _KNOWN}
 
-    def __contains__(self, key: str) -> bool:
-        return f"{ARCHITECTURE}.{key}" in self._values
-
     def get(self, key: str, of: Any, *default: object) -> Any:
         name = f"{ARCHITECTURE}.{key}"
         self._asked.add(name)
@@ -116,7 +113,7 @@ def _config(header: GgufHeader, tokenizer: Tokenizer) -> Json:
 
 def _heads(found: _Metadata, values: Json) -> Json:
     """Since 2025 a head's widths have keys of their own; the old ones are the latent cache's."""
-    mla = any(f"{name}_mla" in found for name in _HEADS)
+    mla = any(found.get(f"{name}_mla", _Count, None) is not None for name in _HEADS)
     names = [f"{name}_mla" if mla else name for name in _HEADS]
     keys, width = (found.get(name, _Count) for name in names)
     if (nope := keys - values["qk_rope_head_dim"]) < 1:
