@@ -33,8 +33,7 @@ _GROUPS = ("n_group", "topk_group", "topk_method")
 # What may be written, but can have no other value.
 _FIXED: Json = {"attention.causal": Literal[True], "nextn_predict_layers": Literal[0]}
 _FIXED["expert_gating_func"] = Annotated[int, Meta(ge=0, le=1, description="1 (softmax)")]
-_FIXED |= {"rope.scaling.attn_factor": _One, "rope.scaling.yarn_attn_factor": _One}
-_FIXED["rope.scaling.yarn_ext_factor"] = _One
+_FIXED |= {f"rope.scaling.{key}_factor": _One for key in ("attn", "yarn_attn", "yarn_ext")}
 _YARN: dict[str, tuple[Any, ...]] = {
     "factor": ("factor", _Real),
     "original_max_position_embeddings": ("original_context_length", _Count),
