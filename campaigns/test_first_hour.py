@@ -47,6 +47,11 @@ def test_what_a_step_finds_decides_its_state():
 
 
 @pytest.mark.slow
+def test_six_tests_are_collected():
+    assert len({*six_tests()}) == 6
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", RUNS)
 def test_each_run_passes_on_the_twin(number, tmp_path):
     out = tmp_path / "run.json"
@@ -69,8 +74,11 @@ def test_each_run_passes_on_the_twin(number, tmp_path):
         assert [row.get("clients") for row in found["serve"][0]["results"]][:2] == [1, 2]
 
 
-@pytest.mark.slow
-def test_the_six_tests_of_the_sanitizer_are_there():
-    assert [name.split("::")[1].split("[")[0] for name in six_tests()] == [*SANITIZED]
+def test_the_tests_and_steps_that_it_names_are_there():
+    for test in SANITIZED:
+        file, _, name = test.partition("::")
+        assert f"\ndef {name}" in (ROOT / file).read_text()
+    for path in (*hour.KERNELS, hour.STEPS_OF):
+        assert (ROOT / path).is_file()
     assert {command[3] for steps in RUNS.values() for step in steps for command in step.commands
             if command[1:3] == ["-m", "scripts.gpu.steps"]} == {*STEPS}  # fmt: skip

@@ -30,9 +30,7 @@ _SUPPORTED: dict[str, tuple[object, ...]] = {  # values that every family has; a
     "ep_size": (1, None),
     **dict.fromkeys(("attention_bias", "mlp_bias"), (False, None)),
     **dict.fromkeys(("linear_attn_config", "candidate_source_layer_id"), (None,)),
-    "engram_layer_ids": ([], None),
-    "kv_source_layer_ids": ([], None),
-    "index_source_layer_ids": ([], None),
+    **{f"{kind}_layer_ids": ([], None) for kind in ("engram", "kv_source", "index_source")},
 }
 _FLAGS = {"norm_topk_prob": False, "tie_word_embeddings": False, "rope_interleave": True}
 _DEFAULTS = {"moe_layer_freq": 1, "num_nextn_predict_layers": 0, **_FLAGS}
@@ -204,7 +202,10 @@ def config_among(read: ReadFile, where: Path) -> Config:
 
 
 def _parse(outer: Json) -> Config:
-    given = _text_part(outer)
+    given = outer
+    if outer.get("model_type") in WRAPPERS:  # of a model with more than text, its text part
+        given = {key: outer[key] for key in _OUTER if key in outer}
+        given |= typed(outer, _Wrapper)["text_config"]
     family = _family(given)
     _refuse_unsupported(given, family)
     values = {**_DEFAULTS, **(attention.in_hub_words(given) if family.compressed else given)}
@@ -231,14 +232,6 @@ def _parse(outer: Json) -> Config:
     )
     _check_consistency(config)
     return config
-
-
-def _text_part(values: Json) -> Json:
-    """The config of a model's text part, which is the whole of most."""
-    if values.get("model_type") not in WRAPPERS:
-        return values
-    inner = typed(values, _Wrapper)["text_config"]
-    return {key: values[key] for key in _OUTER if key in values} | inner
 
 
 def _family(values: Json) -> Family:

@@ -27,8 +27,8 @@ _INDEX_EPS = 1e-6  # of the indexer's norm, whatever rms_norm_eps says
 
 class LatentAttention(Generic[W]):
     """MLA, each sequence over its own cache.  Only the latent row is cached; keys and values are
-    absorbed into the query and output, or expanded block by block, whichever costs less (absorbed
-    for decode, expanded for long prefill chunks)."""
+    absorbed into the query and output, as kernels want it, or expanded block by block, whichever
+    costs less (absorbed for decode, expanded for long prefill chunks)."""
 
     def __init__(self, geometry: Geometry, backend: Backend[W]):
         self._geometry, self._backend = geometry, backend

@@ -107,7 +107,10 @@ def main(arguments: list[str] | None = None, group: click.Group = cli) -> NoRetu
     _open_streams()
     state = dict[str, object]()
     try:
-        _check_folder()
+        try:
+            os.getcwd()
+        except FileNotFoundError:  # where MKL, for one, would end the process
+            raise ConfigError("the folder that this runs in was removed; cd to another") from None
         code = group.main(arguments, prog_name=group.name, standalone_mode=False, obj=state)
         sys.stdout.flush()  # or Python fails to, when no handler is left
         sys.exit(code if isinstance(code, int) else 0)
@@ -150,14 +153,6 @@ def _ending(problem: BaseException, is_traced: bool) -> tuple[str, int]:
     place = f"{Path(frame.filename).name}, line {frame.lineno}"
     advice = "slotmoe --traceback COMMAND shows where; please report it"
     return f"internal error ({text}; {place}); {advice}", 1
-
-
-def _check_folder() -> None:
-    """Raises ``ConfigError`` in a folder that was removed: MKL, for one, would end the process."""
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        raise ConfigError("the folder that this runs in was removed; cd to another") from None
 
 
 def _open_streams() -> None:

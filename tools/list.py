@@ -10,14 +10,14 @@ from slotmoe.offload.model_cache import listing, timestamp
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
 from slotmoe.tools.screen import json_of, show
-from slotmoe.tools.sessions import ago, described, session_facts, session_folder
+from slotmoe.tools.sessions import ago, described, session_facts
 
 
 @click.command(name="list")
 @options.flag("--sessions", "Show the named sessions of slotmoe chat and run instead.")
 @options.SESSION_DIR
 @options.JSON
-def command(as_json: bool, sessions: bool, session_dir: Path | None) -> None:
+def command(as_json: bool, sessions: bool, session_dir: Path) -> None:
     """Show the exports in $SLOTMOE_CACHE (default ~/.cache/slotmoe), by the names that stand for
     them in every command: what slotmoe run made of checkpoint folders, hub ids and the sample, and
     what slotmoe quantize and synth wrote there. The one that was used last is first.
@@ -29,8 +29,7 @@ def command(as_json: bool, sessions: bool, session_dir: Path | None) -> None:
       slotmoe list --sessions
     """
     if sessions:
-        folder = session_folder(session_dir)
-        print(json_of(session_facts(folder))) if as_json else show(*described(folder))
+        print(json_of(session_facts(session_dir))) if as_json else show(*described(session_dir))
         return
     folder = cache_folder()
     found = listing(folder)

@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 
 from slotmoe.errors import ConfigError, naming
 from slotmoe.jsonfile import Json
-from slotmoe.offload.machine import device_index, total_memory
+from slotmoe.offload.machine import cache_folder, device_index, total_memory
 from slotmoe.offload.model_cache import is_model, library, locate
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.drafts import DRAFTS
@@ -174,8 +174,6 @@ _BUDGET = (
     "Let experts in memory stand in for missing ones where the gate nearly tied, at about N nats "
     "of KL divergence a token, like 0.01. The text then depends on the cache."
 )
-
-
 _NAMED = {"callback": _check_value, "shell_complete": completing(lambda: ("auto", "cpu", "cuda"))}
 _PLANNED = (
     REVISION,
@@ -250,7 +248,8 @@ _SESSION = (
 )
 _SESSION_DIR = "Folder of the sessions. [default: $SLOTMOE_CACHE/sessions]"
 _SESSION_LIMIT = "Most bytes of latents there; what was unused for longest goes first."
-SESSION_DIR = option("--session-dir", "DIR", _SESSION_DIR, type=Path, cls=Rare)
+_SESSIONS: Json = {"default": lambda: cache_folder() / "sessions", "show_default": False}
+SESSION_DIR = option("--session-dir", "DIR", _SESSION_DIR, type=Path, cls=Rare, **_SESSIONS)
 SESSION_LIMIT = option("--session-limit", "SIZE", _SESSION_LIMIT, default="8GiB", cls=Rare)
 # What ``slotmoe.tools.sessions`` reads.
 session_options = _adding(option("--session", "NAME", _SESSION), SESSION_DIR, SESSION_LIMIT)

@@ -87,7 +87,11 @@ def command(
     if not as_json:
         if verbose:
             _print_cost(report)
-        _print(report)
+        sizes = (report[name] for name in ("bytes", "expert_bytes", "resident_bytes"))
+        size, experts, resident = map(format_size, sizes)
+        spent = f"{report['seconds']:.1f} s (experts {experts}, resident {resident})"
+        bits = f"{report['bits_per_weight']:.2f} bits a weight"
+        show(f"{destination}: {size} in {spent}, {bits}", err=True)
     if texts:
         report["calibration"] = _calibrate(destination, texts, as_json)
     if as_json:
@@ -196,11 +200,3 @@ def _print_cost(report: Json) -> None:
     bits = f"{report['bits_per_weight']:.3f}"
     sums = [("all, with padding", "", f"{total / 1e6:.2f}", bits, "", "")]
     Console(stderr=True).print(table(columns, rows, title, (0, 1), sums))
-
-
-def _print(report: Json) -> None:
-    sizes = (report[name] for name in ("bytes", "expert_bytes", "resident_bytes"))
-    size, experts, resident = map(format_size, sizes)
-    spent = f"{report['seconds']:.1f} s (experts {experts}, resident {resident})"
-    bits = f"{report['bits_per_weight']:.2f} bits a weight"
-    show(f"{report['export']}: {size} in {spent}, {bits}", err=True)

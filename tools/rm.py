@@ -11,7 +11,7 @@ from slotmoe.offload.model_cache import find, library, remove
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
 from slotmoe.tools.screen import json_of, show
-from slotmoe.tools.sessions import session_folder, sessions_in
+from slotmoe.tools.sessions import sessions_in
 
 
 @click.command(name="rm")
@@ -40,7 +40,7 @@ def command(names: tuple[str, ...], sessions: bool, as_json: bool, **given: Any)
     is_all = given["all_sessions"]
     if bool(names) == is_all or (is_all and not sessions):
         raise click.UsageError("needs NAME, or --sessions --all")
-    folder = session_folder(given["session_dir"]) if sessions else cache_folder()
+    folder = given["session_dir"] if sessions else cache_folder()
     removed, size, chosen = [*dict.fromkeys(names)], "", []
     if not sessions:
         chosen = find(folder, removed)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
-from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import timestamp
 from slotmoe.sizes import parse_size
 
@@ -16,19 +15,12 @@ if TYPE_CHECKING:
     from slotmoe.offload.runtime import Runtime
     from slotmoe.offload.sessions.names import Listed, NamedSession
 
-_UNITS = ((86400, "day"), (3600, "hour"), (60, "minute"))
-
-
-def session_folder(given: Path | None) -> Path:
-    """Where sessions lie, by ``--session-dir``."""
-    return given or cache_folder() / "sessions"
-
 
 @contextmanager
 def open_session(given: Json, kind: str) -> "Iterator[NamedSession | None]":
     """The session that ``session_options`` name, new or of the ``kind``, this process's alone
     meanwhile; None where they name none.  Raises ``ConfigError`` or ``PlanError``."""
-    folder, name = session_folder(given["session_dir"]), given["session"]
+    folder, name = given["session_dir"], given["session"]
     parse_size(given["session_limit"])  # before a model is loaded
     if given.get("resume"):
         if name is not None:
@@ -100,7 +92,7 @@ def _kind(session: "Listed") -> str:
 def ago(used: float) -> str:
     """How long ago, in the largest unit that fits."""
     seconds = max(0.0, time.time() - used)
-    for size, unit in _UNITS:
+    for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
         if seconds >= size:
             count = int(seconds // size)
             return f"{count} {unit}{'s' * (count != 1)} ago"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from slotmoe.errors import CheckpointError, reading
 from slotmoe.jsonfile import Json
@@ -91,7 +91,7 @@ class _Reader:
         start, self.position = self.position, end
         return self._data[start:end]
 
-    def numbers(self, kinds: str, what: str) -> list[object]:
+    def numbers(self, kinds: str, what: str) -> list[Any]:
         """Numbers as ``struct`` names their ``kinds``."""
         form = f"<{kinds}"
         return list(struct.unpack(form, self.take(struct.calcsize(form), what)))
@@ -118,7 +118,11 @@ class _Reader:
         if kind not in _SCALARS:
             raise ValueError(f"{key} has type {kind}, which GGUF does not have")
         (value,) = self.numbers(_SCALARS[kind], key)
-        return _shortest(value) if kind == _FLOAT32 and isinstance(value, float) else value
+        if kind == _FLOAT32:  # with the fewest digits: 1e-06, not 9.999999974752427e-07
+            from numpy import float32
+
+            return float(str(float32(value)))
+        return value
 
     def _array(self, key: str) -> Sequence[object]:
         kind, count = self.count(4, key), self.count(8, key)
@@ -130,13 +134,6 @@ class _Reader:
         if kind not in _SCALARS:
             raise ValueError(f"{key} is an array of type {kind}, which is not supported")
         return self.numbers(f"{count}{_SCALARS[kind]}", key)
-
-
-def _shortest(value: float) -> float:
-    """The number with the fewest digits that is this float32: 1e-06, not 9.999999974752427e-07."""
-    texts = (f"{value:.{digits}g}" for digits in range(1, 10))
-    same = (float(text) for text in texts if abs(value) < 1e38)  # and is a number
-    return next((one for one in same if struct.pack("<f", one) == struct.pack("<f", value)), value)
 
 
 def is_gguf(path: Path) -> bool:

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slotmoe import model
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import read_config
 from slotmoe.model.names import EMBEDDING, resident_shapes, role_of
 from slotmoe.offload.ingest.manifest import Contents, write_files
 from slotmoe.offload.ingest.output_dir import beside, check_destination, check_space, publish
 from slotmoe.offload.ingest.quantize import Progress, resident_mode
+from slotmoe.offload.model_cache import SAMPLE
 from slotmoe.quant.codecs.codec import BLOCK, SCALES, TILE, Codec, ExpertCodecs
 from slotmoe.quant.codecs.weight import pack
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT, Part, layer_file
@@ -64,9 +64,8 @@ def synthesize(
             linked[str(layer)] = origin = distinct[index % len(distinct)]
             os.link(partial / layer_file(origin), partial / layer_file(layer))
             files[layer_file(layer)] = files[layer_file(origin)]
-        sample = Path(model.__file__).parent / "sample"  # any tokenizer will do for noise
-        copied = [sample / name for name in ("tokenizer.json", "tokenizer_config.json")]
-        small = {path.name: path.read_bytes() for path in copied}
+        copied = [SAMPLE / name for name in ("tokenizer.json", "tokenizer_config.json")]
+        small = {path.name: path.read_bytes() for path in copied}  # any tokenizer will do
         files |= write_files({**small, "config.json": config_path.read_bytes()}, partial)
         origin_of_weights = {"name": f"random weights of {config_path.name}", "files": {}}
         manifest = contents.manifest(origin_of_weights, files, {}, linked)
@@ -144,8 +143,10 @@ class _Random:
         step = max(1, PIECE_BYTES // row_bytes)
         for start in range(0, part.shape[0], step):
             count = min(step, part.shape[0] - start)
-            if part.dtype == torch.int32:
-                yield self._experts_of(count, shape[1])
+            if part.dtype == torch.int32:  # different experts for each of so many tokens
+                experts, chosen = self._contents.config.n_routed_experts, torch.arange(shape[1])
+                first_T = self._bytes(4 * count).view(torch.int32) % experts
+                yield (first_T[:, None] + chosen * (experts // shape[1])).int() % experts
                 continue
             if kind == "none":
                 noise = self._bytes(count * shape[-1]).view(torch.int8).float()
@@ -154,12 +155,6 @@ class _Random:
             codes = self._bytes(count * row_bytes).view(part.dtype).view(count, *part.shape[1:])
             rows = min(count * TILE, shape[0] - start * TILE)
             yield _pad(kind, codes, rows, shape[1]) if isinstance(kind, Codec) else codes
-
-    def _experts_of(self, tokens: int, count: int) -> Tensor:
-        """``count`` different experts for each of so many tokens, int32."""
-        experts = self._contents.config.n_routed_experts
-        first_T = self._bytes(4 * tokens).view(torch.int32) % experts
-        return (first_T[:, None] + torch.arange(count) * (experts // count)).int() % experts
 
     @cached_property
     def _expert_scales(self) -> dict[str, Tensor]:

@@ -14,19 +14,9 @@ from slotmoe.offload.experts.experts import Route
 from slotmoe.offload.runtime import Runtime
 
 Moved = Callable[[], dict[str, int]]
-STAGES = (
-    "attention",
-    "gate",
-    "experts",
-    "shared experts and dense layers",
-    "captured layers",
-    "head",
-    "cache and prefetch",
-    "waiting for disk",
-    "waiting for RAM",
-    "sampling",
-    "rest",
-)
+STAGES: tuple[str, ...] = ("attention", "gate", "experts", "shared experts and dense layers")
+STAGES += ("captured layers", "head", "cache and prefetch", "waiting for disk", "waiting for RAM")
+STAGES += ("sampling", "rest")
 """All stages of a token's time.  ``attention`` has the router's matrix where one kernel computes
 both; ``captured layers`` are those of one CUDA graph; ``sampling`` is all that lies between two
 steps, ``rest`` the embedding and position tables."""
@@ -127,11 +117,8 @@ def attach(runtime: Runtime, origin: float) -> tuple[Profiler, Callable[[], None
 
     profiler = Profiler(len(config.moe_layers), config.n_routed_experts, origin, moved, wait)
 
-    def watch(timer: Timer) -> None:
-        model.network.timer = experts.timer = timer
-
     def begin() -> Callable[[], None]:
-        watch(profiler)
+        model.network.timer = experts.timer = profiler
         return experts.on_layer(profiler.on_layer)
 
     stop_listening = runtime.engine.call(begin)
@@ -139,6 +126,6 @@ def attach(runtime: Runtime, origin: float) -> tuple[Profiler, Callable[[], None
     def end() -> None:
         stop_listening()
         profiler.between_steps()
-        watch(Timer())
+        model.network.timer = experts.timer = Timer()
 
     return profiler, lambda: runtime.engine.call(end)

@@ -198,5 +198,4 @@ class Drafting:
 
     def stats(self) -> dict[str, int]:
         """Passes of decode and their rows; of these, tokens that were drafted, and that came."""
-        counts = {"passes": self.passes, "rows": self.rows}
-        return {**counts, "drafted": self.drafted, "accepted": self.accepted}
+        return {name: getattr(self, name) for name in ("passes", "rows", "drafted", "accepted")}

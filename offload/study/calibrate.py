@@ -175,10 +175,9 @@ class _Net:
     """The predictor in training, its ``tensors`` named as in the file.  Matrices begin uniform, the
     last biases where every expert is as likely as any other."""
 
-    def __init__(
-        self, config: Config, steps: int, generator: torch.Generator, device: torch.device
-    ):
-        self._step, self._steps, self._generator, self._device = 0, steps, generator, device
+    def __init__(self, config: Config, steps: int, seed: int, device: torch.device):
+        self._step, self._steps, self._device = 0, steps, device
+        self._generator = torch.Generator().manual_seed(seed)
         L, E, K = len(config.moe_layers), config.n_routed_experts, config.num_experts_per_tok
         self.rows, self.parts = L, predictor_parts(config.hidden_size, L, E, *widths(config))
         self.tensors: dict[str, Tensor] = {}
@@ -186,7 +185,7 @@ class _Net:
         for name, part in self.parts.items():
             rate, decay = 0.002, 0.0
             if name.endswith(".weight"):
-                uniform = torch.rand(part.shape, generator=generator) * 2 - 1
+                uniform = torch.rand(part.shape, generator=self._generator) * 2 - 1
                 value = uniform * part.shape[-1] ** -0.5
                 rate, decay = 1 / part.shape[-1], 0.1
             elif name.endswith(".bias"):
@@ -300,7 +299,7 @@ def calibrate(
     context = max(len(window) for window in [*training, *held_back])
     with Runtime.open(folder, ram=ram, context=context, threads=threads) as runtime:
         steps = epochs * sum(math.ceil(_count(group) / _BATCH) for group in groups)
-        net = _Net(config, steps, torch.Generator().manual_seed(seed), runtime.device)
+        net = _Net(config, steps, seed, runtime.device)
         uses = torch.zeros(L * E)
         for group in groups:
             samples = record(runtime, group, read)

@@ -212,8 +212,9 @@ class TorchBackend:
         rows_TX.copy_(latent_TW)
 
     def mla(self, q_THW: Tensor, rows_SX: Tensor, R: int, scale: float) -> Tensor | None:
-        """Causal attention of the last T of S positions over the cached rows, float32 [T, H, R];
-        None without a kernel: rows are then plain [S, W], and the network attends by blocks."""
+        """Causal attention of the last T of S positions over the cached rows, [T, H, R] for
+        ``absorb_value``; None without a kernel: rows are then plain [S, W], and the network attends
+        by blocks."""
         return None
 
     def attend(self, q_THW: Tensor, listed: Listed, R: int, scale: float) -> Tensor:

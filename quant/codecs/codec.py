@@ -89,10 +89,6 @@ class Codec:
         size = 2 if SCALES[self.scales].dtype == "F16" else 1
         return math.prod(self.codes_shape(N, K)) + size * math.prod(self.scales_shape(N, K))
 
-    def table(self) -> list[float]:
-        """The levels as kernels take them, 16 floats: fewer stand several times."""
-        return [*self.levels] * (16 >> self.bits)
-
     def describe(self) -> Json:
         """The codec as the manifest holds it, under its name."""
         coding = {"block": SCALES[self.scales].block, "scales": self.scales}

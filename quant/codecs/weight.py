@@ -21,15 +21,12 @@ class CodedWeight:
     shape: tuple[int, int]
 
     @property
-    def bits(self) -> int:
-        return self.codes.shape[2] // (2 * BLOCK)
-
-    @property
     def kind(self) -> int:
         """What the kernels call its codec."""
+        bits = self.codes.shape[2] // (2 * BLOCK)
         if self.scales.dtype != torch.float16:
-            return KINDS[self.bits, "i8" if self.scales.dtype == torch.uint8 else "e8m0"]
-        return KINDS[self.bits, "f16" if self.scales.shape[2] == TILE else "f16x2"]
+            return KINDS[bits, "i8" if self.scales.dtype == torch.uint8 else "e8m0"]
+        return KINDS[bits, "f16" if self.scales.shape[2] == TILE else "f16x2"]
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +50,7 @@ class CodedWeight:
 
 def levels_of(codec: Codec) -> Tensor:
     """A codec's levels as a ``CodedWeight`` has them."""
-    return torch.tensor(codec.table(), dtype=torch.float32)
+    return torch.tensor(codec.levels * (16 >> codec.bits), dtype=torch.float32)
 
 
 def block_scales(scales: Tensor) -> Tensor:

@@ -20,8 +20,6 @@ _Shape = Annotated[list[_Size], Meta(min_length=1, max_length=3)]
 _Dtype = Literal["U8", "I8", "F8_E8M0", "I32", "F16", "BF16", "F32"]
 _Level = Annotated[float, Meta(ge=-1e30, le=1e30)]
 _Levels = Annotated[list[_Level], Meta(min_length=8, max_length=16)]
-
-
 _Codec = TypedDict("_Codec", {"bits": int, "block": int, "scales": str, "levels": _Levels})
 _Coded = TypedDict("_Coded", {"codec": str, "shape": _Matrix})
 _Projections = TypedDict("_Projections", {"gate_up": str, "down": str})

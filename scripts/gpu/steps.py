@@ -25,13 +25,13 @@ STEPS: dict[str, Callable[..., Found]] = {}
 PROMPT = "It is a truth universally acknowledged"
 SLOTMOE = [sys.executable, "-m", "slotmoe"]
 SANITIZER = "compute-sanitizer"
-SANITIZED = (  # one test of each is run under the sanitizer's tools, on one kernel or two each
-    "test_experts_are_those_experts_and_leave_the_others",
-    "test_weighted_sum_goes_in_the_gates_order_and_no_token_has_no_experts",
-    "test_linear_of_one_row_is_exact_and_of_many_no_worse_than_bfloat16",
-    "test_latent_attention",
-    "test_gate",
-    "test_norm_logits_and_choice_in_one_launch",
+SANITIZED = (  # how tests begin; the first one of each is run under the sanitizer's tools
+    "tests/quant/test_triton.py::test_experts_are",
+    "tests/quant/test_triton.py::test_a_layer_in_two_launches",
+    "tests/quant/test_triton.py::test_linear_of",
+    "tests/quant/test_triton.py::test_latent_attention",
+    "tests/quant/test_triton.py::test_norm_logits",
+    "tests/quant/test_prefill.py::test_",
 )
 # What a model may leave when it is closed the second time and had not when it was the first: less
 # than the least block of torch's allocator that a weight or a graph's pool would keep.
@@ -209,14 +209,10 @@ def sanitizer(dry: bool, probe: float, tests: float) -> Found:
 
 def six_tests() -> list[str]:
     """The first test of each of ``SANITIZED``, as pytest names it."""
-    source = "tests/quant/test_triton.py"
-    collect = [sys.executable, "-m", "pytest", "-n", "0", "--collect-only", "-q", source]
-    lines = subprocess.run(collect, capture_output=True, text=True).stdout.splitlines()
-    ids = [line for line in lines if line.startswith(source)]
-    return [
-        next(name for name in ids if name.split("::")[1].split("[")[0] == wanted)
-        for wanted in SANITIZED
-    ]
+    files = dict.fromkeys(name.partition("::")[0] for name in SANITIZED)
+    collect = [sys.executable, "-m", "pytest", "-n", "0", "--collect-only", *files]
+    ids = subprocess.run(collect, capture_output=True, text=True).stdout.splitlines()
+    return [next(line for line in ids if line.startswith(name)) for name in SANITIZED]
 
 
 @step

@@ -63,9 +63,9 @@ def decoded(small_export, graph=True, **options):
     with open_on(small_export, twin, prefetch=False, **options) as runtime:
         runtime.warm()
         step = start(runtime)
-        streams = torch.cat([step([id]) for id in IDS])
+        found = torch.cat([step([id]) for id in IDS])
         whole(runtime)
-        return streams, runtime.stats()["misses"]
+        return found, runtime.stats()["misses"]
 
 
 def test_a_layer_with_misses_is_few_launches_outside_of_graphs(small_export, queued):

@@ -209,7 +209,8 @@ def test_an_experts_output_depends_on_its_token_alone(ops, T):
         table = slots_of(*(some.get(expert, -1) for expert in range(6)))
         ops.experts(x_TD, moved, table, indices_TK, parts)
     assert torch.equal(whole, parts)
-    order = torch.randperm(T, device=DEVICE)[: T // 2 + 1]
+    some = T if T // 2 < launch.ROWS < T else T // 2 + 1  # of the kernels that all go through
+    order = torch.randperm(T, device=DEVICE)[:some]
     some = outputs(ops, x_TD[order], records, slots_of(*SLOTS), indices_TK[order])
     # numpy's product, which the interpreter uses, and torch's sum a row differently by where it
     # stands.

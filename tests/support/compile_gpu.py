@@ -149,7 +149,7 @@ def launch(backend, config, mode, codecs=NF4S):
     """What decode launches, where experts may be missing and where they can not, and what a short
     and a long prefill do."""
     network = network_of(config, backend, mode, codecs)
-    for tokens in (1, 4, 512):
+    for tokens in (1, 4, 16, 512):
         forward(network, tokens, 512)
     forward(network_of(config, backend, mode, codecs, complete=True), 1, 512)
 

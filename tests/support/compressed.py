@@ -33,7 +33,7 @@ def state_bytes(state):
     """Bytes of a state's memory, with the marks that there may be but for those of the pass under
     way."""
     most = (tail.rows.shape[1] // 2 - 1 - SPARE for tail in state._tails)
-    end = sum(n * tail.row_bytes for n, tail in zip(most, state._tails, strict=True))
+    end = sum(n * tail.rows[:, 0].nbytes for n, tail in zip(most, state._tails, strict=True))
     far = MARK_TOKENS * 4096  # a multiple, behind a full window
     marks = MOST_ENDS * end + MOST_MARKS * state.snapshot_bytes(far)
     return sum(part.rows.nbytes for part in (*state._kept, *state._tails)) + marks

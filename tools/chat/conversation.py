@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from slotmoe.offload.runtime import Runtime
     from slotmoe.offload.sessions.names import NamedSession
 
-_MAX_FILE_BYTES = 64 << 20
 # Of the statistics, those that an answer's status counts: (group, name).
 _DECODED = (("tokens", "decode_tokens"), ("tokens", "decode_seconds"))
 _COUNTS = (*_DECODED, ("cache", "hits"), ("cache", "misses"))
@@ -145,8 +144,7 @@ class Conversation:
             text += piece
             self.exchanges = [*earlier, Exchange(message, text)]
             yield piece
-        if not text:
-            self.exchanges = [*earlier, Exchange(message, text)]
+        self.exchanges = [*earlier, Exchange(message, text)]
         if not text and not thoughts:
             self.notify("the model gave an empty answer")
         elif count == self._max_new_tokens:
@@ -185,7 +183,7 @@ class Conversation:
     def load(self, path: Path) -> None:
         """Go on from what ``save`` wrote.  Raises ``ConfigError`` and changes nothing then."""
         path = path.expanduser().resolve()
-        system, exchanges = _parse(path, read_json(path, _MAX_FILE_BYTES, Json))
+        system, exchanges = _parse(path, read_json(path, 64 << 20, Json))
         self._ids(system, exchanges, "Hello")
         self.reset()
         self.system, self.exchanges, self.file = system, exchanges, path

@@ -48,7 +48,10 @@ def command(
 
     if prompt is not None and text is not None:
         raise click.UsageError("PROMPT and --text are both given: choose one")
-    _check_folder(output)
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    advice = "; choose another folder with -o"
+    with refused(output, ConfigError, "can't write a report there", advice):
+        tempfile.TemporaryFile(dir=there).close()
     report, stopping = run(model, prompt, text, as_json, given)
     write_report(report, output)
     page = output / "report.html"
@@ -60,11 +63,3 @@ def command(
     else:
         Console().print(overview(report))
         show(f"Report: {page}")
-
-
-def _check_folder(folder: Path) -> None:
-    """Make sure that ``folder`` can be written, or be made."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    advice = "; choose another folder with -o"
-    with refused(folder, ConfigError, "can't write a report there", advice):
-        tempfile.TemporaryFile(dir=there).close()

@@ -1,6 +1,7 @@
 """What a profile advises: what decode waits for, and what more memory would give."""
 
 from dataclasses import replace
+from functools import partial
 
 from slotmoe.jsonfile import Json
 from slotmoe.offload.plan.memory import make_plan, runtime_growth
@@ -43,15 +44,8 @@ def _decode_speed(setting: Setting, budget: int, kernels: str, prompt: int, new:
     plan, config, sizes = setting.plan, setting.config, setting.sizes
     growth = runtime_growth(config, sum(sizes.resident.values()))
     runtime = plan.components.get("runtime", plan.host.get("runtime", growth)) - growth
-    wider = make_plan(
-        config,
-        sizes,
-        tier=plan.tier,
-        budget=budget,
-        context=plan.context,
-        runtime_bytes=runtime,
-        slots=plan.slots if budget == plan.budget else None,
-        host_budget=plan.host_budget if plan.host else None,
-        kernels=kernels,
-    )
+    slots = plan.slots if budget == plan.budget else None
+    host = plan.host_budget if plan.host else None
+    like = partial(make_plan, tier=plan.tier, context=plan.context, kernels=kernels)
+    wider = like(config, sizes, budget=budget, runtime_bytes=runtime, slots=slots, host_budget=host)
     return replace(setting, plan=wider).predict(prompt, new).decode_tokens_per_second

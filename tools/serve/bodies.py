@@ -10,8 +10,14 @@ _NOT_JSON = "the body is not JSON"
 
 
 def check(body: bytes) -> None:
-    """Raises ``RefusedError`` unless ``body`` is a JSON object, or empty."""
-    check_counts(body)
+    """Raises ``RefusedError`` unless ``body`` is a JSON object, or empty; also where it holds too
+    many values or keys, in time and memory of a few copies of it."""
+    if _excess(body):  # perhaps in its strings, which do not count
+        outside = body.replace(rb"\\", b"").replace(rb"\"", b"")
+        if outside.count(b'"') <= 4 * MAX_VALUES:  # as many as all keys and values may have
+            outside = b"".join(outside.split(b'"')[::2])
+        if excess := _excess(outside):
+            raise RefusedError(f"the body holds more than {excess}", status=413)
     try:
         value = json.loads(body.decode("utf-8-sig")) if body else {}
     except json.JSONDecodeError as problem:
@@ -25,18 +31,6 @@ def check(body: bytes) -> None:
         raise RefusedError(f"{_NOT_JSON} that this server reads: a number is too long") from None
     if not isinstance(value, dict):
         raise RefusedError("the body is not a JSON object")
-
-
-def check_counts(body: bytes) -> None:
-    """Raises ``RefusedError`` if a JSON text holds too many values or keys, in time and memory of a
-    few copies of it.  What stands in its strings doesn't count."""
-    if not _excess(body):  # in its strings neither
-        return
-    outside = body.replace(rb"\\", b"").replace(rb"\"", b"")
-    if outside.count(b'"') <= 4 * MAX_VALUES:  # as many as all keys and values may have
-        outside = b"".join(outside.split(b'"')[::2])
-    if problem := _excess(outside):
-        raise RefusedError(f"the body holds more than {problem}", status=413)
 
 
 def _excess(text: bytes) -> str:

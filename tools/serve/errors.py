@@ -33,8 +33,7 @@ class RefusedError(Exception):
 
 def shutting_down() -> RefusedError:
     """Of a request that can't be answered any more; soon there may be a server again."""
-    headers = {"retry-after": "5"}
-    return RefusedError("the server is shutting down", status=503, headers=headers)
+    return RefusedError("the server is shutting down", status=503, headers={"retry-after": "5"})
 
 
 def error_body(path: str, problem: RefusedError) -> Json:

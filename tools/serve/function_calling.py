@@ -88,7 +88,10 @@ class Dialect:
             for call in message.calls:
                 name, arguments = call.function.name, call.function.arguments or "{}"
                 ids.append(f"functions.{name}:{count}" if self.format.numbered_ids else call.id)
-                given = _parsed(arguments) if self.format.object_arguments else arguments
+                given = parse_arguments(arguments) if self.format.object_arguments else arguments
+                if not isinstance(given, dict) and self.format.object_arguments:
+                    problem = f"arguments {arguments!r:.80} are no JSON object"
+                    raise RefusedError(f"messages: {problem}", "messages")
                 function = {"name": name, "arguments": given}
                 calls.append({"id": ids[-1], "type": "function", "function": function})
                 count += 1
@@ -100,7 +103,7 @@ class Dialect:
 
     def _plain(self, turns: list[Turn]) -> list[Json]:
         """For a template that knows no functions: results are in a message of the user."""
-        written = list[Json]()
+        written, failed = list[Json](), requests.FailedToolMessage
         for message, results in turns:
             text = message.text + ("\n" if message.text and message.calls else "")
             text += self.format.write(message.calls)
@@ -109,7 +112,7 @@ class Dialect:
                 written[-1]["reasoning_content"] = message.thoughts
             responses = []
             for call, result in zip(message.calls, results, strict=True):
-                error = ' error="true"' if result.failed else ""
+                error = ' error="true"' if isinstance(result, failed) else ""
                 tag = f'tool_response name="{call.function.name}"{error}'
                 responses.append(f"<{tag}>\n{result.text}\n</tool_response>")
             if responses:
@@ -178,11 +181,3 @@ def _in_order(
             problem = f"the result for {result.tool_call_id!r:.80} has the name of another function"
             raise RefusedError(f"messages: {problem}", "messages")
     return sorted(results, key=lambda result: ids.index(result.tool_call_id))
-
-
-def _parsed(arguments: str) -> Json:
-    """Of a call in a history, for a template that goes through them."""
-    parsed = parse_arguments(arguments)
-    if not isinstance(parsed, dict):
-        raise RefusedError(f"messages: arguments {arguments!r:.80} are no JSON object", "messages")
-    return parsed

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
 
@@ -35,27 +36,23 @@ _ANYTHING = "(?s:.*)"
 _SPACING = {"whitespace_flexible": False, "key_separator": ": ?", "item_separator": ", ?"}
 
 
+@dataclass(eq=False)
 class Mask:
-    """``slotmoe.model.generate.Grammar`` of one answer.  It follows ``matcher``, if there is one.
-    None of ``ends`` ends it before it has ``least`` tokens, if anything else may come.  V is
-    ``size``, that of the tokenizer.  ``relaxed`` names the keywords of schemas that the answer need
-    not follow."""
+    """``slotmoe.model.generate.Grammar`` of one answer.  It follows the matcher, if there is one.
+    None of the ends ends it while more tokens are left, if anything else may come.  V is the
+    tokenizer's size.  ``relaxed`` names the keywords of schemas that the answer need not follow."""
 
-    def __init__(
-        self,
-        matcher: LLMatcher | None,
-        size: int,
-        relaxed: Sequence[str] = (),
-        least: int = 0,
-        ends: Iterable[int] = (),
-    ):
-        self._matcher, self._size, self.relaxed, self._left = matcher, size, relaxed, least
-        self._ends = [id_ for id_ in ends if id_ < size]
+    _matcher: LLMatcher | None
+    _size: int
+    relaxed: Sequence[str] = ()
+    _left: int = 0
+    _ends: Sequence[int] = ()
 
     def mask(self, least: int = 0, ends: Iterable[int] = ()) -> "Mask":
-        """The same for another answer, if this one has not begun."""
+        """The same for another answer, of at ``least`` so many tokens, if this has not begun."""
         matcher = self._matcher.deep_copy() if self._matcher is not None else None
-        return Mask(matcher, self._size, self.relaxed, least, ends)
+        known = [id_ for id_ in ends if id_ < self._size]
+        return Mask(matcher, self._size, self.relaxed, least, known)
 
     def allowed(self) -> Tensor:
         """bool [V].  Raises ``ConfigError``."""
@@ -265,8 +262,7 @@ class Grammars:
         return " ".join(f"<[{ids[t]}]>" if t in ids else json.dumps(t) for t in texts if t)
 
     def _json(self, schema: Json, strict: bool, where: str, param: str, dropped: list[str]) -> str:
-        """``schema`` in a grammar.  Raises ``RefusedError``, if ``strict`` for what can't be held;
-        else that is added to ``dropped``."""
+        """``schema`` in a grammar.  What can't be held is ``dropped``, refused if ``strict``."""
         try:
             if len(json.dumps(schema)) > _MAX_SCHEMA:
                 problem = f"the schema has more than {_MAX_SCHEMA} characters"
@@ -299,8 +295,7 @@ class Grammars:
         except ValueError as error:
             problem = str(error)
         # A warning counts too: it names something that would be ignored.
-        reason = problem.partition("JSON schema: ")[2] or problem
-        return reason.partition("\n   1 |")[0][:200]
+        return (problem.partition("JSON schema: ")[2] or problem).partition("\n   1 |")[0][:200]
 
 
 def _text(end: str, never: str) -> str:

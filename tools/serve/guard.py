@@ -143,8 +143,7 @@ class Guard:
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         """The whole body.  Raises ``RefusedError`` if it is not JSON, too large or too slow."""
-        kind = headers.get("content-type", "").split(";")[0].strip().lower()
-        if kind != "application/json":
+        if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             problem = "the body must be JSON, with Content-Type: application/json"
             raise RefusedError(problem, status=415)
         try:

@@ -325,8 +325,7 @@ class TextChoices:
             scores = {self._name(id_): logprob for id_, logprob in top if logprob is not None}
             likeliest.append(None if token.logprob is None else scores)
         names = [self._name(token.id) for token in update.tokens]
-        logprobs = [token.logprob for token in update.tokens]
-        scores_of = {"tokens": names, "token_logprobs": logprobs}
+        scores_of = {"tokens": names, "token_logprobs": [t.logprob for t in update.tokens]}
         return {**scores_of, "top_logprobs": likeliest, "text_offset": offsets}
 
     def _name(self, id_: int) -> str:

@@ -8,14 +8,14 @@ table of all of them is docs/api-fields.md.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import dropwhile
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, Tag, model_validator
 
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Sampling
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.fields import BY_TYPE, Refused, accepted, at_most, by_kind, text_or_list
+from slotmoe.tools.serve.fields import BY_TYPE, Refused, accepted, at_most, by_kind
 from slotmoe.tools.serve.fields import Model as Model  # for the requests of other modules too
 from slotmoe.tools.serve.rules import Rule, Schema
 
@@ -23,14 +23,8 @@ MAX_ANSWERS = 16  # in one request
 MAX_TOOLS = 128
 MAX_MESSAGES = 4096
 _SAMPLING_FIELDS = {field.name for field in fields(Sampling)} - {"logit_bias"}
-
-
-def _integer(value: object) -> object:
-    """JSON has one kind of number: 2.0 is the integer 2."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Whole = BeforeValidator(_integer)
+# JSON has one kind of number: 2.0 is the integer 2.
+Whole = BeforeValidator(lambda n: int(n) if isinstance(n, float) and n.is_integer() else n)
 Count = Annotated[int, Field(ge=1), Whole]
 TopLogprobs = Annotated[int, Field(ge=0, le=20), Whole]
 Id = Annotated[int, Field(ge=0, lt=1 << 31), Whole]
@@ -45,7 +39,8 @@ Stops = Annotated[list[Stop], Field(max_length=16)]
 T = TypeVar("T")
 L = TypeVar("L")
 TextOr = Annotated[
-    Annotated[T, Tag("text")] | Annotated[L, Tag("list")], by_kind(text_or_list, "text nor a list")
+    Annotated[T, Tag("text")] | Annotated[L, Tag("list")],
+    by_kind(lambda value: {str: "text", list: "list"}.get(type(value)), "text nor a list"),
 ]
 Labels = Annotated[dict[str, Label], Field(max_length=16), at_most(16, "labels")]
 
@@ -186,7 +181,6 @@ class AssistantMessage(Message):
 class ToolMessage(Message):
     """The result of a tool call."""
 
-    failed: ClassVar[bool] = False
     role: Literal["tool"]
     content: Content
     tool_call_id: CallId
@@ -196,18 +190,14 @@ class ToolMessage(Message):
 class FailedToolMessage(ToolMessage):
     """A result that only Anthropic's API can mark as an error."""
 
-    failed: ClassVar[bool] = True
-
 
 ChatMessage: TypeAlias = PlainMessage | AssistantMessage | ToolMessage
 
 
 def said(role: str, content: object, **about: Any) -> ChatMessage:
     """What a message of another API comes to, whose fields were checked there."""
-    kind: type[ChatMessage] = PlainMessage
-    if role in ("assistant", "tool"):
-        kind = AssistantMessage if role == "assistant" else ToolMessage
-    return kind.model_construct(role=role, content=content, **about)
+    kinds: dict[str, type[ChatMessage]] = {"assistant": AssistantMessage, "tool": ToolMessage}
+    return kinds.get(role, PlainMessage).model_construct(role=role, content=content, **about)
 
 
 def with_system(texts: Iterable[str | None], messages: list[ChatMessage]) -> list[ChatMessage]:
@@ -295,9 +285,8 @@ class LabelledRequest(GenerationRequest):
     prompt_cache_retention: Annotated[Label | None, CACHED] = None
 
 
-_ByRole = Annotated[ChatMessage, Field(discriminator="role")]
 SOME = Field(min_length=1, max_length=MAX_MESSAGES)
-Messages = Annotated[list[_ByRole], SOME]
+Messages = Annotated[list[Annotated[ChatMessage, Field(discriminator="role")]], SOME]
 Tools = Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)]
 
 

@@ -3,16 +3,17 @@
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime, timezone
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from slotmoe.errors import PlanError
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import OWN_SETTINGS, Sampling
 from slotmoe.offload.engine.requests import Request as Job
+from slotmoe.offload.model_cache import timestamp
 from slotmoe.offload.observe.memory_sampler import memory_in_use
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.serve.errors import RefusedError, shutting_down
@@ -21,7 +22,6 @@ from slotmoe.tools.serve.grammar import Grammars
 from slotmoe.tools.serve.requests import Conversation
 from slotmoe.tools.serve.response_store import ResponseStore
 
-_SHORTEN = "Shorten it, or start the server with --context"
 T = TypeVar("T")
 _TOKENS = ("prompt_tokens", "reused_tokens", "answer_tokens")
 _HISTOGRAMS = {"queue": "its first step", "first_token": "first token"}
@@ -76,13 +76,11 @@ class Service:
         return min(self.tokenizer.size, self.runtime.config.vocab_size)
 
     def check_length(self, characters: int) -> None:
-        """Raises ``RefusedError`` where no context can hold a text of so many ``characters``; to
-        find out how many tokens a long text has takes seconds and memory."""
-        context, longest = self.runtime.context, self.tokenizer.longest
-        if characters > context * longest:
-            held = f"the context holds {context} tokens of at most {longest} characters"
-            problem = f"{held}, the prompt has {characters} characters"
-            raise RefusedError(f"{problem}. {_SHORTEN}", code="context_length_exceeded")
+        """Raises ``RefusedError`` where no context can hold a text of so many ``characters``."""
+        try:
+            self.runtime.check_length(characters)
+        except PlanError as problem:
+            raise RefusedError(str(problem), code="context_length_exceeded") from None
 
     def encode(self, text: str, add_bos: bool = True, suffix: str | None = None) -> list[int]:
         """Token ids of a prompt, the answer to which goes before a ``suffix`` if there is one.
@@ -102,8 +100,7 @@ class Service:
         return await self.prepare(lambda: self.encode(self.chat_text(chat)))
 
     async def prepare(self, work: Callable[..., T], *given: object) -> T:
-        """What ``work`` makes of what is ``given``, in a thread.  Raises as it does, and
-        ``RefusedError`` as soon as the server is to end."""
+        """``work`` of what is ``given``, in a thread; ``RefusedError`` as the server is to end."""
         task = asyncio.ensure_future(asyncio.to_thread(work, *given))
         self._preparing.add(task)
         try:
@@ -130,7 +127,8 @@ class Service:
         room = context - len(prompt)
         if room < (0 if limit == 0 else 1):
             problem = f"the context holds {context} tokens, the prompt has {len(prompt)}"
-            raise RefusedError(f"{problem}. {_SHORTEN}", code="context_length_exceeded")
+            problem += "; shorten it, or start the server with --context"
+            raise RefusedError(problem, code="context_length_exceeded")
         return room if limit is None else min(limit, room)
 
     def submit(self, requests: Sequence[Job]) -> None:
@@ -182,8 +180,7 @@ class Service:
         """The model in OpenAI's list of models, and in Anthropic's."""
         about = {"id": name, "object": "model", "created": self.created}
         about |= {"owned_by": "slotmoe", "max_model_len": self.runtime.context}
-        created = datetime.fromtimestamp(self.created, timezone.utc).isoformat()
-        about |= {"type": "model", "display_name": name, "created_at": created}
+        about |= {"type": "model", "display_name": name, "created_at": timestamp(self.created)}
         return {**about, "lifecycle": "active", "max_input_tokens": self.runtime.context}
 
     @property
