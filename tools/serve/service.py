@@ -64,8 +64,8 @@ class Service:
         self.registry.register(self)
 
     def check_model(self, model: str | None) -> None:
-        """Raises ``RefusedError`` unless ``model`` is None or a name here, but for a tag."""
-        known = {model, model and model.removesuffix(":latest"), "*"}
+        """Raises ``RefusedError`` unless ``model`` is None or a name of this server."""
+        known = {model, model and model.removesuffix(":latest"), "*"}  # Ollama's tag
         if model is not None and known.isdisjoint(self._names):
             problem = f"the model {model!r:.80} is not here; this server has {self.name!r}"
             raise RefusedError(problem, "model", 404, "model_not_found")
