@@ -30,9 +30,7 @@ _SUPPORTED: dict[str, tuple[object, ...]] = {  # values that every family has; a
     "ep_size": (1, None),
     **dict.fromkeys(("attention_bias", "mlp_bias"), (False, None)),
     **dict.fromkeys(("linear_attn_config", "candidate_source_layer_id"), (None,)),
-    "engram_layer_ids": ([], None),
-    "kv_source_layer_ids": ([], None),
-    "index_source_layer_ids": ([], None),
+    **{f"{kind}_layer_ids": ([], None) for kind in ("engram", "kv_source", "index_source")},
 }
 _FLAGS = {"norm_topk_prob": False, "tie_word_embeddings": False, "rope_interleave": True}
 _DEFAULTS = {"moe_layer_freq": 1, "num_nextn_predict_layers": 0, **_FLAGS}

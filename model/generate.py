@@ -76,7 +76,6 @@ class Sampling:
     def __post_init__(self) -> None:
         check_types(vars(self), type(self).__annotations__)
         seed_fits = self.seed is None or 0 <= self.seed < 1 << 63
-        biases = [value for _, value in self.logit_bias]
         for name, valid, expected in (
             ("temperature", 0 <= self.temperature < 1e6, "a number of at least 0"),
             ("top_p", 0 < self.top_p <= 1, "a number above 0 and at most 1"),
@@ -86,7 +85,7 @@ class Sampling:
             ("repetition_penalty", 0 < self.repetition_penalty < 1e3, "above 0 (1 is off)"),
             ("presence_penalty", math.isfinite(self.presence_penalty), "a finite number"),
             ("frequency_penalty", math.isfinite(self.frequency_penalty), "a finite number"),
-            ("logit_bias", all(map(math.isfinite, biases)), "finite numbers"),
+            ("logit_bias", all(math.isfinite(by) for _, by in self.logit_bias), "finite numbers"),
         ):
             if not valid:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected {expected}")
@@ -319,9 +318,6 @@ class Answer:
     def _release(self) -> Delta:
         """Tokens that no stop string can reach any more, or all before a complete one."""
         text = _text(self._held)
-        if not (self._stops.strings or self._stops.calls):
-            released, self._held = tuple(self._held), []
-            return Delta(text, released, complete=self.stream.complete)
         if stopped := self._stopped(text, False):
             return stopped
         before = len(self._stops.text_before_calls(text, False))

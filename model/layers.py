@@ -73,17 +73,11 @@ def geometry_of(config: Config) -> Geometry:
         compressed = border.CompressedGeometry(c.compressed.sliding_window, c.compressed.o_groups)
     if (h := c.hyper) is not None:
         hyper = border.HyperGeometry(h.mult, h.sinkhorn_iters, h.eps, c.rms_norm_eps)
-    return Geometry(
-        *(c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim),
-        *(c.kv_lora_rank, c.v_head_dim),
-        *(c.rms_norm_eps, LATENT_EPS, c.softmax_scale),
-        halves=not c.rope_interleave,
-        router=router_of(c),
-        moe_intermediate_size=c.moe_intermediate_size,
-        indexer=indexer,
-        compressed=compressed,
-        hyper=hyper,
-    )
+    heads = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim
+    factors = c.rms_norm_eps, LATENT_EPS, c.softmax_scale
+    rest = not c.rope_interleave, router_of(c), c.moe_intermediate_size
+    special = indexer, compressed, hyper
+    return Geometry(*heads, c.kv_lora_rank, c.v_head_dim, *factors, *rest, *special)
 
 
 class LayerByLayer(Generic[W]):

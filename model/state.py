@@ -172,8 +172,7 @@ class SequenceState:
 
     def begin(self, count: int) -> None:
         """A pass will append ``count`` tokens."""
-        if self._tails:
-            self._keep_marks(self._best_marks())
+        self._keep_marks(self._best_marks())
         self._written = max(self._written, self.length + count)
         for tail in self._tails:
             tail.begin(self.length, count)
@@ -181,10 +180,10 @@ class SequenceState:
     def done(self, count: int) -> None:
         """A pass has appended ``count`` tokens."""
         start, self.length = self.length, self.length + count
-        for at in range((start // MARK_TOKENS + 1) * MARK_TOKENS, self.length + 1, MARK_TOKENS):
-            for tail in self._tails:  # a decoder has appended the rows by itself
-                tail.mark(at)
+        passed = range((start // MARK_TOKENS + 1) * MARK_TOKENS, self.length + 1, MARK_TOKENS)
         for tail in self._tails:
+            for at in passed:  # a decoder has appended the rows by itself
+                tail.mark(at)
             tail.done()
 
     @property
@@ -204,8 +203,7 @@ class SequenceState:
             if not tail.has(length):
                 tail.load(length, tail.last(length))
         self.length = length
-        if self._tails:
-            self._keep_marks(self.marks)
+        self._keep_marks(self.marks)
 
     def copy(self, source: "SequenceState", length: int) -> None:
         """Become the first ``length`` tokens of ``source``, which it can be cut to."""

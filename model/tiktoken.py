@@ -128,16 +128,14 @@ def _added_tokens(settings: Json, first: int) -> list[Json]:
     given = settings.get("added_tokens_decoder", {})
     if not isinstance(given, dict):
         raise ValueError(f"added_tokens_decoder is {given!r:.60}, expected an object")
-    named: dict[int, Json] = {}
+    named, ids = dict[int, Json](), range(first, first + _RESERVED)
     for key, about in given.items():
         content = about.get("content") if isinstance(about, dict) else None
-        last = first + _RESERVED - 1
-        fits = key.isascii() and key.isdigit() and len(key) < 10 and first <= int(key) <= last
+        fits = key.isascii() and key.isdigit() and len(key) < 10 and int(key) in ids
         if not fits or not isinstance(content, str) or not content:
-            expected = f"expected a text under an id from {first} to {last}"
+            expected = f"expected a text under an id from {first} to {ids[-1]}"
             raise ValueError(f"added_tokens_decoder has {key!r:.40}: {about!r:.60}, {expected}")
         named[int(key)] = {"content": content, "special": about.get("special", True) is True}
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    ids = range(first, first + _RESERVED)
     reserved = {id_: {"content": f"<|reserved_token_{id_}|>", "special": True} for id_ in ids}
     return [{"id": id_, **plain, **about} for id_, about in (reserved | named).items()]

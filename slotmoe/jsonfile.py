@@ -24,7 +24,7 @@ _BEYOND = "far beyond what this file holds in a real model"
 
 
 def read_file(path: Path, max_bytes: int, error: type[SlotmoeError] = ConfigError) -> bytes:
-    """All of the file ``path``.  An ``error`` names what is none, or has over ``max_bytes``."""
+    """All of the regular file ``path``.  An ``error`` names another, or one over ``max_bytes``."""
     with reading(path, error):
         if path.exists() and not path.is_file():  # a pipe would block
             raise error(f"{path}: is not a regular file")

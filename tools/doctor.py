@@ -29,15 +29,14 @@ from slotmoe.offload.policy import DEFAULT_POLICY
 from slotmoe.offload.shared_files import file_system
 from slotmoe.quant.shapes import ALIGNMENT
 from slotmoe.sizes import format_size
-from slotmoe.tools.options import JSON, flag, open_runtime, option
+from slotmoe.tools.options import JSON, flag, model_names, open_runtime, option
 from slotmoe.tools.screen import json_of, show
 
 _WARM_HELP = "Compile all kernels that a GPU needs for this model, ahead of its first use."
 _MEASURE_HELP = "Measure the disk's speed: write 256 MiB to the cache folder and read them back."
 _EXPERTS_HELP = "Look at the drive of this copy of an export's experts too; may be repeated."
 _MEASURED_BYTES, _READ_BYTES, _READERS = 256 << 20, 4 << 20, 4
-# Kernels are compiled apart for one token, for a few, for sixteen, for more, and for numbers that
-# sixteen divides.
+# Kernels are compiled apart for one token, a few, 16 and more, and for multiples of 16.
 _WARM_TOKENS = 1, 2, 9, 16, 17, 32, 640
 _CPUINFO = Path("/proc/cpuinfo")
 # by their flags there
@@ -61,9 +60,9 @@ class Check:
 @click.command(name="doctor")
 @flag("--measure", _MEASURE_HELP)
 @option("--experts-dir experts_dirs", "DIR", _EXPERTS_HELP, multiple=True, type=Path)
-@option("--warm-gpu model", "MODEL", _WARM_HELP)
+@option("--warm-gpu model", "MODEL", _WARM_HELP, default="", shell_complete=model_names)
 @JSON
-def command(measure: bool, experts_dirs: tuple[Path, ...], model: str | None, as_json: bool) -> int:
+def command(measure: bool, experts_dirs: tuple[Path, ...], model: str, as_json: bool) -> int:
     """Show what this machine has for slotmoe: processor, kernels, GPU, memory, disk and libraries;
     and for what is missing (!!) or could be added (--) how to get it.  The exit code is 1 if
     anything is missing.
@@ -74,10 +73,9 @@ def command(measure: bool, experts_dirs: tuple[Path, ...], model: str | None, as
       slotmoe doctor --measure --json
       slotmoe doctor --warm-gpu lite
     """
-    warmed = [] if model is None else [_warm(model, as_json)]
-    checks = [_system(), _processor(), *_nodes(), *_kernels(), _gpu(), *_memory(), *_libraries()]
+    checks = [_warm(model, as_json)] if model else []
+    checks += [_system(), _processor(), *_nodes(), *_kernels(), _gpu(), *_memory(), *_libraries()]
     checks += [_cache(), _disk(measure), *(_drive(folder, measure) for folder in experts_dirs)]
-    checks += warmed
     is_well = all(check.state != "bad" for check in checks)
     if as_json:
         print(json_of({"version": __version__, "ok": is_well, "checks": list(map(asdict, checks))}))
@@ -166,8 +164,7 @@ def _gpu() -> Check:
 
 
 def _warm(model: str, quiet: bool) -> Check:
-    """Passes of every kind, each over a text of its own.  Raises ``ConfigError`` where no GPU would
-    compute, and as ``Runtime.open``."""
+    """Run a pass of every kind.  Raises ``ConfigError`` where no GPU would compute."""
     from slotmoe.offload.devices.cuda import choose_device
     from slotmoe.tools.progress import step_progress
 
@@ -175,16 +172,14 @@ def _warm(model: str, quiet: bool) -> Check:
     if device.tier == "ram":
         raise ConfigError(f"--warm-gpu compiles for a GPU, and here the CPU computes: {why}")
     given: Json = dict.fromkeys(("ram", "context", "threads"))
-    given |= {"device": "auto", "misses": "auto"}
-    given |= {"cache_policy": DEFAULT_POLICY, "no_prefetch": False}
-    with open_runtime(model, given, quiet) as runtime:
-        with step_progress("Compiling kernels", len(_WARM_TOKENS), quiet) as step:
-            for id, tokens in enumerate(_WARM_TOKENS):
-                runtime.next_logits([id] * min(tokens, runtime.plan.context))
-                step()
-        list(runtime.generate([0], 3))
-    found = f"compiled, all that {model} needs on {device.name}; Triton keeps them on the disk"
-    return Check("GPU kernels", "ok", found)
+    given |= {"device": "auto", "misses": "auto", "no_prefetch": False}
+    given["cache_policy"] = DEFAULT_POLICY
+    bar = step_progress("Compiling kernels", len(_WARM_TOKENS), quiet)
+    with open_runtime(model, given, quiet) as runtime, bar as step:
+        for id, tokens in enumerate(_WARM_TOKENS):  # no text begins as another does
+            runtime.next_logits([id] * min(tokens, runtime.plan.context))
+            step()
+    return Check("GPU kernels", "ok", f"compiled, all that {model} needs on {device.name}")
 
 
 def _memory() -> Iterator[Check]:

@@ -73,9 +73,8 @@ def command(
 
 
 class Continuation:
-    """What ``slotmoe run`` does with an open model: its ``tokens`` so far are printed as they
-    come, unless ``quiet``.  ``arguments`` are those of ``Runtime.generate``.  What is generated
-    goes on with ``session``, and is kept in it."""
+    """The ``tokens`` so far, printed as they come, unless ``quiet``.  ``arguments`` are those of
+    ``Runtime.generate``.  What is generated goes on with ``session``, and is kept in it."""
 
     def __init__(
         self,

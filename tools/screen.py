@@ -72,8 +72,7 @@ def echo(prompt: str) -> None:
 
 
 def wait_reading(stream: "Stream", quiet: bool) -> None:
-    """Wait for ``stream``'s first token; on a terminal a line says how much is read, or which of a
-    GPU's kernels is being compiled."""
+    """Wait for ``stream``'s first token; on a terminal a line says what is read or compiled."""
     if not quiet and is_terminal(sys.stderr):
         from slotmoe.quant.backends.compiles import COMPILES
 

@@ -60,8 +60,7 @@ class Codes:
 
     def values(self) -> Tensor:
         """Float32 [R, C], not rounded to what the checkpoint's reference gives."""
-        scales_RC = self.scales.repeat_interleave(self.block, 1)
-        return self.levels[self.codes.int()] * scales_RC
+        return self.levels[self.codes.int()] * self.scales.repeat_interleave(self.block, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

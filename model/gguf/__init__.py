@@ -1,7 +1,5 @@
-"""GGUF files of DeepSeek-V2 models, as llama.cpp's converter writes them.
-
-``slotmoe.model.gguf.checkpoint`` alone needs torch.
-"""
+"""GGUF files of DeepSeek-V2 models, as llama.cpp's converter writes them.  ``checkpoint`` alone
+needs torch."""
 
 from pathlib import Path
 

@@ -33,8 +33,7 @@ _GROUPS = ("n_group", "topk_group", "topk_method")
 # What may be written, but can have no other value.
 _FIXED: Json = {"attention.causal": Literal[True], "nextn_predict_layers": Literal[0]}
 _FIXED["expert_gating_func"] = Annotated[int, Meta(ge=0, le=1, description="1 (softmax)")]
-_FIXED |= {"rope.scaling.attn_factor": _One, "rope.scaling.yarn_attn_factor": _One}
-_FIXED["rope.scaling.yarn_ext_factor"] = _One
+_FIXED |= {f"rope.scaling.{key}_factor": _One for key in ("attn", "yarn_attn", "yarn_ext")}
 _YARN: dict[str, tuple[Any, ...]] = {
     "factor": ("factor", _Real),
     "original_max_position_embeddings": ("original_context_length", _Count),
@@ -54,9 +53,6 @@ class _Metadata:
     def __init__(self, header: GgufHeader):
         self._values = header.metadata
         self._asked = {f"{ARCHITECTURE}.{key}" for key in _KNOWN}
-
-    def __contains__(self, key: str) -> bool:
-        return f"{ARCHITECTURE}.{key}" in self._values
 
     def get(self, key: str, of: Any, *default: object) -> Any:
         name = f"{ARCHITECTURE}.{key}"
@@ -116,7 +112,7 @@ def _config(header: GgufHeader, tokenizer: Tokenizer) -> Json:
 
 def _heads(found: _Metadata, values: Json) -> Json:
     """Since 2025 a head's widths have keys of their own; the old ones are the latent cache's."""
-    mla = any(f"{name}_mla" in found for name in _HEADS)
+    mla = any(found.get(f"{name}_mla", _Count, None) is not None for name in _HEADS)
     names = [f"{name}_mla" if mla else name for name in _HEADS]
     keys, width = (found.get(name, _Count) for name in names)
     if (nope := keys - values["qk_rope_head_dim"]) < 1:

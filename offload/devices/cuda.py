@@ -15,8 +15,9 @@ from torch import Tensor
 from slotmoe.errors import ConfigError, DeviceError
 from slotmoe.offload.devices.device import Device, DeviceMemory, Download, Event
 from slotmoe.offload.machine import device_index
-from slotmoe.quant.backends import better_on_cpu
+from slotmoe.quant.backends import lacking
 from slotmoe.quant.backends.base import Empty
+from slotmoe.quant.kernels.cpu import bindings
 
 _KINDS = 16  # of small tensors whose page-locked RAM waits for the next ones
 MIN_CAPABILITY = 7, 0
@@ -318,8 +319,9 @@ def choose_device(wanted: str, make: Callable[[int], Device] = CudaDevice) -> tu
     reason = why_not(facts)
     if reason and wanted != "auto":
         raise ConfigError(f"device {wanted}: {reason}; or use --device cpu")
-    if not reason and wanted == "auto" and (slow := better_on_cpu(facts.capability)):
-        reason = f"{facts.name} would compute slower, through plain torch: {slow}"
+    lack = "" if reason or wanted != "auto" else lacking(facts.capability)
+    if lack and bindings.load() is not None:
+        reason = f"{facts.name} would compute slower, through plain torch: {lack}"
     if reason:
         return Device(), reason
     return make(index), "as asked" if wanted != "auto" else f"{facts.name} is here"

@@ -76,8 +76,7 @@ def cached_place(
     facts = [f"{name} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for name, s in states]
     digest = _digest([os.fspath(source.resolve()), *facts])
     note = cache / f"{source.resolve().name}-{digest}.source.json"
-    known = noted_export(note)
-    if known is not None and is_export(cache / known):
+    if (known := noted_export(note)) is not None and is_export(cache / known):
         return cache / known
     ready(source)
     key = content_key(files, reading)

@@ -215,9 +215,8 @@ class Calibration:
 
     def _experts(self, layer: int, pendings: list[Pending]) -> tuple[Tensor, dict[str, Hessian]]:
         """What the routed experts add to the stream, and their Hessians."""
-        x_TD = torch.cat([pending.x_TD for pending in pendings])
-        weights_TK = torch.cat([pending.weights_TK for pending in pendings])
-        indices_TK = torch.cat([pending.indices_TK for pending in pendings])
+        _, *parts = zip(*pendings, strict=True)
+        x_TD, weights_TK, indices_TK = map(torch.cat, parts)
         weighted_TD = x_TD * weights_TK.square().sum(-1, keepdim=True).sqrt()
         into = Hessian(weighted_TD.t() @ weighted_TD / indices_TK.numel())
         del weighted_TD

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slotmoe import model
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import read_config
 from slotmoe.model.names import EMBEDDING, resident_shapes, role_of
 from slotmoe.offload.ingest.manifest import Contents, write_files
 from slotmoe.offload.ingest.output_dir import beside, check_destination, check_space, publish
 from slotmoe.offload.ingest.quantize import Progress, resident_mode
+from slotmoe.offload.model_cache import SAMPLE
 from slotmoe.quant.codecs.codec import BLOCK, SCALES, TILE, Codec, ExpertCodecs
 from slotmoe.quant.codecs.weight import pack
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT, Part, layer_file
@@ -64,9 +64,8 @@ def synthesize(
             linked[str(layer)] = origin = distinct[index % len(distinct)]
             os.link(partial / layer_file(origin), partial / layer_file(layer))
             files[layer_file(layer)] = files[layer_file(origin)]
-        sample = Path(model.__file__).parent / "sample"  # any tokenizer will do for noise
-        copied = [sample / name for name in ("tokenizer.json", "tokenizer_config.json")]
-        small = {path.name: path.read_bytes() for path in copied}
+        copied = [SAMPLE / name for name in ("tokenizer.json", "tokenizer_config.json")]
+        small = {path.name: path.read_bytes() for path in copied}  # any tokenizer will do
         files |= write_files({**small, "config.json": config_path.read_bytes()}, partial)
         origin_of_weights = {"name": f"random weights of {config_path.name}", "files": {}}
         manifest = contents.manifest(origin_of_weights, files, {}, linked)

@@ -117,11 +117,8 @@ def attach(runtime: Runtime, origin: float) -> tuple[Profiler, Callable[[], None
 
     profiler = Profiler(len(config.moe_layers), config.n_routed_experts, origin, moved, wait)
 
-    def watch(timer: Timer) -> None:
-        model.network.timer = experts.timer = timer
-
     def begin() -> Callable[[], None]:
-        watch(profiler)
+        model.network.timer = experts.timer = profiler
         return experts.on_layer(profiler.on_layer)
 
     stop_listening = runtime.engine.call(begin)
@@ -129,6 +126,6 @@ def attach(runtime: Runtime, origin: float) -> tuple[Profiler, Callable[[], None
     def end() -> None:
         stop_listening()
         profiler.between_steps()
-        watch(Timer())
+        model.network.timer = experts.timer = Timer()
 
     return profiler, lambda: runtime.engine.call(end)

@@ -1,6 +1,5 @@
 """What a user can do with a model on a machine, before a byte is downloaded: precision, context,
-speed, and the ways out if the model does not fit.  Without torch.
-"""
+speed, and the ways out if the model does not fit.  Without torch."""
 
 import math
 import re
@@ -120,8 +119,7 @@ class Model:
         if not self.kept:
             problem = "the export does not hold the head that --draft mtp needs"
             raise ConfigError(f"{self.name}: {problem}; make it anew with quantize --keep-mtp")
-        config = self.config.with_mtp(Path(self.name), "--draft mtp")
-        return replace(self, config=config)
+        return replace(self, config=self.config.with_mtp(Path(self.name), "--draft mtp"))
 
     @classmethod
     def read(cls, name: str) -> "Model":

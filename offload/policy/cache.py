@@ -69,9 +69,9 @@ class Cache(ABC):
         held_N = np.zeros(self.layers * self.experts, np.bool_)
         held_N[[*pinned]] = True
         evicted = self.victim(expert_id, held_N, must)
-        if evicted is not None and evicted != expert_id:
-            self.remove(evicted)
         if evicted != expert_id:
+            if evicted is not None:
+                self.remove(evicted)
             self.add(expert_id)
         return evicted
 

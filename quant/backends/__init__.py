@@ -57,12 +57,6 @@ def lacking(capability: tuple[int, int] | None) -> str:
     return ""
 
 
-def better_on_cpu(capability: tuple[int, int]) -> str:
-    """Why a GPU of ``capability`` would compute slower than this CPU; empty if it would not."""
-    reason = lacking(capability)
-    return reason if reason and bindings.load() is not None else ""
-
-
 def _triton_ops(device: torch.device, swiglu_limit: float, required: bool) -> TorchBackend:
     """Triton comes with torch's CUDA builds for Linux.  Only this imports it."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None

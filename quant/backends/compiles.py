@@ -2,9 +2,7 @@
 
 
 class Compiles:
-    """``count`` kernels were asked for; while ``running`` the last of them is not there yet."""
-
-    count, running = 0, False
+    count, running = 0, False  # kernels asked for; whether the last of them is not there yet
 
     def begin(self, **_: object) -> None:
         self.count, self.running = self.count + 1, True

@@ -103,17 +103,15 @@ class ByteScales:
     of ``scales`` [N, X] gets the largest byte."""
 
     def __init__(self, scales_NX: Tensor):
-        self._factor_N = scales_NX.abs().amax(-1) / 127
-        self._divisor_N = torch.where(self._factor_N > 0, self._factor_N, 1.0)
+        self._factor_N1 = scales_NX.abs().amax(-1, keepdim=True) / 127
+        self._divisor_N1 = torch.where(self._factor_N1 > 0, self._factor_N1, 1.0)
 
     def _whole(self, scales: Tensor) -> Tensor:
-        divisor = self._divisor_N if scales.dim() == 1 else self._divisor_N[:, None]
-        return (scales / divisor).round().clamp(-127, 127)
+        return (scales.reshape(len(scales), -1) / self._divisor_N1).round().clamp(-127, 127)
 
     def round(self, scales: Tensor) -> Tensor:
         """The nearest that can be stored: of one block [N], or of all, [N, X]."""
-        factor = self._factor_N if scales.dim() == 1 else self._factor_N[:, None]
-        return self._whole(scales) * factor
+        return (self._whole(scales) * self._factor_N1).view(scales.shape)
 
     def stored(self, scales_NX: Tensor) -> Tensor:
         """The scale tensor, uint8, as ``SCALES`` has it.  Raises ``NotFiniteError``."""
@@ -121,7 +119,7 @@ class ByteScales:
             raise NotFiniteError
         whole = self._whole(scales_NX).to(torch.int8)
         blocks = whole.view(-1, TILE, whole.shape[1]).transpose(1, 2).contiguous()
-        parts = self._factor_N.view(-1, TILE).view(torch.uint8), blocks.view(torch.uint8)
+        parts = self._factor_N1.view(-1, TILE).view(torch.uint8), blocks.view(torch.uint8)
         return torch.cat([part.view(len(blocks), -1, 2 * TILE) for part in parts], dim=1)
 
 

@@ -21,15 +21,12 @@ class CodedWeight:
     shape: tuple[int, int]
 
     @property
-    def bits(self) -> int:
-        return self.codes.shape[2] // (2 * BLOCK)
-
-    @property
     def kind(self) -> int:
         """What the kernels call its codec."""
+        bits = self.codes.shape[2] // (2 * BLOCK)
         if self.scales.dtype != torch.float16:
-            return KINDS[self.bits, "i8" if self.scales.dtype == torch.uint8 else "e8m0"]
-        return KINDS[self.bits, "f16" if self.scales.shape[2] == TILE else "f16x2"]
+            return KINDS[bits, "i8" if self.scales.dtype == torch.uint8 else "e8m0"]
+        return KINDS[bits, "f16" if self.scales.shape[2] == TILE else "f16x2"]
 
     @property
     def nbytes(self) -> int:

@@ -46,11 +46,8 @@ class Export(AbstractContextManager["Export"]):
         self._predictor = next(filter(is_predictor, files), None)
         held = [name for name in files if name in (RESIDENT, self._predictor)]
         self._parts = {name: layout.tensor_parts(files[name]) for name in held}
-        # Of all resident tensors, and of all the predictor's.
-        self.resident_bytes, self.predictor_bytes = (
-            sum(part.nbytes for part in self._parts.get(name, {}).values())
-            for name in (RESIDENT, self._predictor)
-        )
+        predictor = self._parts.get(self._predictor or "", {})
+        self.predictor_bytes = sum(part.nbytes for part in predictor.values())
         # ``slotmoe synth`` made it: such an export has no source files.
         self.random_weights = not manifest["source"]["files"]
 

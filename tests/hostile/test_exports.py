@@ -255,7 +255,8 @@ def interesting_places(name, size, export):
                 offset = start + expert * export.layout.record_bytes + part.offset
                 places |= {offset, offset + part.nbytes // 2, offset + part.nbytes - 1}
     if name == RESIDENT:
-        resident, start = tensor_parts(export.manifest["files"][name]), size - export.resident_bytes
+        resident = tensor_parts(export.manifest["files"][name])
+        start = size - sum(part.nbytes for part in resident.values())
         places |= {start - 1} | {start + part.offset for part in resident.values()}
     generator = random.Random(name)
     return sorted(places | {generator.randrange(size) for _ in range(15)})

@@ -206,7 +206,7 @@ def test_a_gpu_that_can_not_be_used_is_said(monkeypatch, reason):
 
 def test_a_gpu_that_can_be_used_is_taken(monkeypatch):
     monkeypatch.setattr(cuda, "cuda_facts", lambda index: replace(GOOD, name=f"NVIDIA L{index}"))
-    monkeypatch.setattr(cuda, "better_on_cpu", lambda capability: "")
+    monkeypatch.setattr(cuda, "lacking", lambda capability: "")
     assert choose_device("auto", str) == ("0", "NVIDIA L0 is here")
     assert choose_device("cuda", str) == ("0", "as asked")
     assert choose_device("cuda:1", str) == ("1", "as asked")

@@ -92,22 +92,6 @@ def test_bits_depend_on_the_token_and_on_how_many_there_are(triton_ops):
         assert torch.equal(triton_ops.mla(q_THW, rows_SW, R, SCALE), found)
 
 
-@pytest.mark.usefixtures("processes")
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU runs what is compiled for it")
-@pytest.mark.parametrize("arch", [89, pytest.param(90, marks=pytest.mark.slow)])
-def test_what_is_compiled_attends_too(monkeypatch, tmp_path, triton_ops, arch):
-    """Its copies into shared memory, tensor core products and barriers, with programs and warps in
-    any order: two tiles of two programs each."""
-    from tests.support.ptx_launch import emulate
-
-    monkeypatch.setattr(triton_ops, "interpreted", False)
-    q_THW, rows_SW = randn(5, 8, 80) * 3, cached(300, 80)
-    exact = attention(q_THW, rows_SW, 64, SCALE)
-    emulate(monkeypatch, tmp_path, arch)
-    assert error(triton_ops.mla(q_THW, rows_SW, 64, SCALE), exact) <= 1.1 * rounding(exact)
-    assert not triton_ops._finished.any()
-
-
 KINDS = ["int8", torch.bfloat16, torch.float32]
 
 

@@ -173,4 +173,4 @@ def test_all_kernels_of_a_model_are_compiled_ahead(report, small_export, monkeyp
         monkeypatch.setattr(module, "choose_device", lambda wanted: (gpu, "a test"))
     checks = report("--warm-gpu", small_export)[1]
     assert checks["GPU kernels"]["found"].startswith(f"compiled, all that {small_export} needs on ")
-    assert passes == [1, 2, 9, 16, 17, 32, 256, 1, 1, 1]  # 256 are its context
+    assert passes == [1, 2, 9, 16, 17, 32, 256]  # as many as its context has

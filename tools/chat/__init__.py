@@ -111,20 +111,17 @@ def command(
         conversation = Conversation(runtime, *settings)
         if trace is not None:
             runtime.trace(trace)
-        frontend = _terminal(model, conversation) if on_terminal else Pipe()
+        frontend: Frontend = Pipe()
+        if on_terminal:
+            from slotmoe.tools.chat.terminal import Terminal
+
+            names = [usage.split()[0] for usage in COMMANDS]
+            frontend = Terminal(cache_folder() / "chat_history", names, conversation.status)
+            context = f"{runtime.context:,} tokens of context"
+            frontend.say(f"{model}, {context}. /help lists the commands, Ctrl-D leaves.")
         go_on(session, runtime, given["session_limit"], frontend.say)
         with frontend.talking():
             talk(conversation, frontend, given["session_dir"])
-
-
-def _terminal(model: str, conversation: "Conversation") -> "Terminal":
-    from slotmoe.tools.chat.terminal import Terminal
-
-    names = [usage.split()[0] for usage in COMMANDS]
-    terminal = Terminal(cache_folder() / "chat_history", names, conversation.status)
-    context = f"{conversation.runtime.context:,} tokens of context"
-    terminal.say(f"{model}, {context}. /help lists the commands, Ctrl-D leaves.")
-    return terminal
 
 
 def talk(conversation: "Conversation", frontend: Frontend, sessions: Path) -> None:
@@ -169,8 +166,16 @@ def _perform(
         frontend.say(f"{len(conversation.exchanges)} exchanges from {conversation.file}")
     elif command == "/regenerate":
         frontend.show(conversation.regenerate())
+    elif command == "/sessions" and not argument:
+        frontend.say(*described(sessions))
     elif command == "/sessions":
-        frontend.say(*_sessions(sessions, *argument.split()))
+        action, *names = argument.split()
+        if action != "delete" or len(names) != 1:
+            raise ConfigError("/sessions: takes nothing, or delete NAME")
+        from slotmoe.offload.sessions.names import remove
+
+        freed = format_size(remove(sessions, names))
+        frontend.say(f"{names[0]}: deleted, {freed} are free again")
     elif command == "/stats":
         from slotmoe.tools.run import summary
 
@@ -184,14 +189,3 @@ def _perform(
     else:
         advice = "/help lists them, and a message that starts with a slash is sent with //"
         raise ConfigError(f"{command}: no such command; {advice}")
-
-
-def _sessions(folder: Path, action: str = "", name: str = "", *rest: str) -> list[str]:
-    """The lines that ``/sessions`` says, and does.  Raises ``ConfigError``."""
-    if not action:
-        return described(folder)
-    if action != "delete" or not name or rest:
-        raise ConfigError("/sessions: takes nothing, or delete NAME")
-    from slotmoe.offload.sessions.names import remove
-
-    return [f"{name}: deleted, {format_size(remove(folder, [name]))} are free again"]

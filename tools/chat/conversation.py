@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from slotmoe.offload.runtime import Runtime
     from slotmoe.offload.sessions.names import NamedSession
 
-_MAX_FILE_BYTES = 64 << 20
 # Of the statistics, those that an answer's status counts: (group, name).
 _DECODED = (("tokens", "decode_tokens"), ("tokens", "decode_seconds"))
 _COUNTS = (*_DECODED, ("cache", "hits"), ("cache", "misses"))
@@ -184,7 +183,7 @@ class Conversation:
     def load(self, path: Path) -> None:
         """Go on from what ``save`` wrote.  Raises ``ConfigError`` and changes nothing then."""
         path = path.expanduser().resolve()
-        system, exchanges = _parse(path, read_json(path, _MAX_FILE_BYTES, Json))
+        system, exchanges = _parse(path, read_json(path, 64 << 20, Json))
         self._ids(system, exchanges, "Hello")
         self.reset()
         self.system, self.exchanges, self.file = system, exchanges, path

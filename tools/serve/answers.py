@@ -262,9 +262,8 @@ def event(data: Json) -> str:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events, and ``ping`` where nothing else moves; if they fail, the error is the
-    last.  However the response ends, its answers are cancelled.  ``responses`` describes a route
-    that may answer so."""
+    """Server-sent events, and ``ping`` where nothing else moves; an error is the last.  However it
+    ends, its answers are cancelled.  ``responses`` describes a route that may answer so."""
 
     media_type = "text/event-stream"
     responses: ClassVar[dict[int | str, Json]] = {200: {"content": {media_type: {}}}}

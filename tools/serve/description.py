@@ -20,7 +20,7 @@ class Application(FastAPI):
         if self.openapi_schema is not None:
             return self.openapi_schema
         known = json.loads((Path(__file__).parent / "answers.json").read_text(encoding="utf-8"))
-        described: Json = super().openapi()
+        described: Json = super().openapi()  # which keeps it
         shapes = {name: _schema(shape) for name, shape in known["shapes"].items()}
         described["components"]["schemas"] |= shapes
         for path, methods in described["paths"].items():
@@ -31,7 +31,6 @@ class Application(FastAPI):
                     if name is not None:
                         content = route["responses"][status].setdefault("content", {})
                         content["application/json"] = {"schema": _schema(name)}
-        self.openapi_schema = described
         return described
 
 

@@ -51,10 +51,6 @@ def by_kind(kind: Callable[[object], str | None], expected: str) -> Discriminato
     return Discriminator(kind, custom_error_type="kind", custom_error_message=message)
 
 
-def text_or_list(value: object) -> str | None:
-    return "text" if isinstance(value, str) else "list" if isinstance(value, list) else None
-
-
 def _bound_lists(schema: object) -> None:
     """Have every list in pydantic's ``schema`` end at its first error and at a bound."""
     if isinstance(schema, dict):

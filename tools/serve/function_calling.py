@@ -138,7 +138,7 @@ class Dialect:
 
 
 def _told_by_user(messages: list[requests.ChatMessage]) -> list[requests.ChatMessage]:
-    """With what is inserted at the end of the user's message or result before, or begins one."""
+    """What is inserted ends the user's message or the result before it, or begins the user's."""
     told, after = list[requests.ChatMessage](), False
     for message in messages:
         inserted = isinstance(message, requests.InsertedMessage)

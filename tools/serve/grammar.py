@@ -39,9 +39,8 @@ _SPACING = {"whitespace_flexible": False, "key_separator": ": ?", "item_separato
 @dataclass(eq=False)
 class Mask:
     """``slotmoe.model.generate.Grammar`` of one answer.  It follows the matcher, if there is one.
-    None of the ends ends it while more tokens are left, if anything else may come.  V is the size
-    of the tokenizer.  ``relaxed`` names the keywords of schemas that the answer need
-    not follow."""
+    None of the ends ends it while more tokens are left, if anything else may come.  V is the
+    tokenizer's size.  ``relaxed`` names the keywords of schemas that the answer need not follow."""
 
     _matcher: LLMatcher | None
     _size: int
@@ -263,8 +262,7 @@ class Grammars:
         return " ".join(f"<[{ids[t]}]>" if t in ids else json.dumps(t) for t in texts if t)
 
     def _json(self, schema: Json, strict: bool, where: str, param: str, dropped: list[str]) -> str:
-        """``schema`` in a grammar.  Raises ``RefusedError``, if ``strict`` for what can't be held;
-        else that is added to ``dropped``."""
+        """``schema`` in a grammar.  What can't be held is ``dropped``, refused if ``strict``."""
         try:
             if len(json.dumps(schema)) > _MAX_SCHEMA:
                 problem = f"the schema has more than {_MAX_SCHEMA} characters"

@@ -29,7 +29,7 @@ _VERSION = "0.13.0"  # of Ollama, whose API this is: clients ask for a least one
 
 
 class Options(openai.OpenAIRequest):
-    """Most say how to load a model, and are not looked at: so does Ollama with unknown ones."""
+    """Most say how to load a model, and are not looked at, as Ollama does with unknown ones."""
 
     model_config = ConfigDict(extra="ignore")
     model: Label = ""

@@ -12,9 +12,8 @@ from slotmoe.tools.serve.formats import INDEX, CallFormat
 
 @dataclass(frozen=True)
 class ContentDelta:
-    """What is added to an answer: text or, where it is ``reasoning``, to what comes before it; or
-    to the tool call of index ``call`` its ``name`` as it begins, text of its arguments, or that it
-    is ``complete``."""
+    """What is added to an answer: text, perhaps of its ``reasoning``; or to the tool call of index
+    ``call`` its ``name`` as it begins, text of its arguments, or that it is ``complete``."""
 
     text: str = ""
     call: int | None = None

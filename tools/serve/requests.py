@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, Tag, model_validato
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Sampling
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.fields import BY_TYPE, Refused, accepted, at_most, by_kind, text_or_list
+from slotmoe.tools.serve.fields import BY_TYPE, Refused, accepted, at_most, by_kind
 from slotmoe.tools.serve.fields import Model as Model  # for the requests of other modules too
 from slotmoe.tools.serve.rules import Rule, Schema
 
@@ -39,7 +39,8 @@ Stops = Annotated[list[Stop], Field(max_length=16)]
 T = TypeVar("T")
 L = TypeVar("L")
 TextOr = Annotated[
-    Annotated[T, Tag("text")] | Annotated[L, Tag("list")], by_kind(text_or_list, "text nor a list")
+    Annotated[T, Tag("text")] | Annotated[L, Tag("list")],
+    by_kind(lambda value: {str: "text", list: "list"}.get(type(value)), "text nor a list"),
 ]
 Labels = Annotated[dict[str, Label], Field(max_length=16), at_most(16, "labels")]
 

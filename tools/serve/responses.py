@@ -123,7 +123,7 @@ def _found(service: Service, owner: str, id_: str, before: bool = False) -> Stor
 
 
 def _conversation(service: Service, owner: str, body: ResponsesRequest) -> list[Item]:
-    """All items up to the answer, with earlier responses'.  Refuses another model as well."""
+    """All items up to the answer, with earlier responses'.  Raises ``RefusedError``."""
     service.check_model(body.model)
     items = list[Item]()
     if body.previous_response_id is not None:

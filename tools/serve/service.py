@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from slotmoe.errors import PlanError
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import OWN_SETTINGS, Sampling
 from slotmoe.offload.engine.requests import Request as Job
@@ -21,7 +22,6 @@ from slotmoe.tools.serve.grammar import Grammars
 from slotmoe.tools.serve.requests import Conversation
 from slotmoe.tools.serve.response_store import ResponseStore
 
-_SHORTEN = "Shorten it, or start the server with --context"
 T = TypeVar("T")
 _TOKENS = ("prompt_tokens", "reused_tokens", "answer_tokens")
 _HISTOGRAMS = {"queue": "its first step", "first_token": "first token"}
@@ -64,8 +64,8 @@ class Service:
         self.registry.register(self)
 
     def check_model(self, model: str | None) -> None:
-        """Raises ``RefusedError`` unless ``model`` is None or a name here, but for a tag."""
-        known = {model, model and model.removesuffix(":latest"), "*"}
+        """Raises ``RefusedError`` unless ``model`` is None or a name of this server."""
+        known = {model, model and model.removesuffix(":latest"), "*"}  # Ollama's tag
         if model is not None and known.isdisjoint(self._names):
             problem = f"the model {model!r:.80} is not here; this server has {self.name!r}"
             raise RefusedError(problem, "model", 404, "model_not_found")
@@ -76,13 +76,11 @@ class Service:
         return min(self.tokenizer.size, self.runtime.config.vocab_size)
 
     def check_length(self, characters: int) -> None:
-        """Raises ``RefusedError`` where no context can hold a text of so many ``characters``; to
-        find out how many tokens a long text has takes seconds and memory."""
-        context, longest = self.runtime.context, self.tokenizer.longest
-        if characters > context * longest:
-            held = f"the context holds {context} tokens of at most {longest} characters"
-            problem = f"{held}, the prompt has {characters} characters"
-            raise RefusedError(f"{problem}. {_SHORTEN}", code="context_length_exceeded")
+        """Raises ``RefusedError`` where no context can hold a text of so many ``characters``."""
+        try:
+            self.runtime.check_length(characters)
+        except PlanError as problem:
+            raise RefusedError(str(problem), code="context_length_exceeded") from None
 
     def encode(self, text: str, add_bos: bool = True, suffix: str | None = None) -> list[int]:
         """Token ids of a prompt, the answer to which goes before a ``suffix`` if there is one.
@@ -102,8 +100,7 @@ class Service:
         return await self.prepare(lambda: self.encode(self.chat_text(chat)))
 
     async def prepare(self, work: Callable[..., T], *given: object) -> T:
-        """What ``work`` makes of what is ``given``, in a thread.  Raises as it does, and
-        ``RefusedError`` as soon as the server is to end."""
+        """``work`` of what is ``given``, in a thread; ``RefusedError`` as the server is to end."""
         task = asyncio.ensure_future(asyncio.to_thread(work, *given))
         self._preparing.add(task)
         try:
@@ -130,7 +127,8 @@ class Service:
         room = context - len(prompt)
         if room < (0 if limit == 0 else 1):
             problem = f"the context holds {context} tokens, the prompt has {len(prompt)}"
-            raise RefusedError(f"{problem}. {_SHORTEN}", code="context_length_exceeded")
+            problem += "; shorten it, or start the server with --context"
+            raise RefusedError(problem, code="context_length_exceeded")
         return room if limit is None else min(limit, room)
 
     def submit(self, requests: Sequence[Job]) -> None:
