@@ -1,5 +1,4 @@
-"""A text on its way: the tokens whose state it holds, and what is drafted behind them.  Shapes:
-D hidden_size, R rows, T tokens."""
+"""A text on its way: tokens and their state, and a draft.  D hidden_size, R rows, T tokens."""
 
 import torch
 from torch import Tensor
@@ -12,9 +11,9 @@ from slotmoe.quant.backends.base import Prepared
 
 
 class Sequence:
-    """One state and the tokens that have made it, a new list after each change.  A
-    token id of -1 is unknown.  What a pass that did not end has written behind them means nothing.
-    ``head`` drafts, or, where it is None, what the text has repeated before."""
+    """One state and the tokens that have made it, a new list after each change; an id of -1 is
+    unknown.  What a pass that did not end has written behind them means nothing.  ``head`` drafts,
+    or, where it is None, what the text has repeated before."""
 
     def __init__(self, state: SequenceState, head: HeadDrafts | None):
         self.state, self._head = state, head

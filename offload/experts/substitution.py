@@ -13,13 +13,13 @@ from slotmoe.offload.devices.device import Device
 from slotmoe.offload.policy.substitutes import RandomSwaps, RouteBudget
 from slotmoe.quant.backends.base import Prepared
 
-Chooser = RouteBudget | RandomSwaps
-
 
 class Substitution:
     """Stand-ins come from the gate's next K experts, of the groups that it has chosen."""
 
-    def __init__(self, network: Network[Prepared], device: Device, chooser: Chooser):
+    def __init__(
+        self, network: Network[Prepared], device: Device, chooser: RouteBudget | RandomSwaps
+    ):
         config, router = network.config, router_of(network.config)
         ranks = min(2 * router.top_k, config.n_routed_experts // router.n_group * router.topk_group)
         self._ranks = router._replace(top_k=ranks, factor=1.0, normalized=False)

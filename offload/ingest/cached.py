@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +101,14 @@ def content_key(files: Sequence[Path], progress: Progress) -> str:
     """Digest of the names and all bytes of ``files`` and of the export's format."""
     done, total = dict.fromkeys(files, 0), sum(path.stat().st_size for path in files)
 
-    def checksum(path: Path) -> str:
-        def advance(position: int) -> None:
-            done[path] = position
-            progress(sum(done.values()), total)
-
-        return span_checksums(path, (), advance)[0]
+    def advance(path: Path, position: int) -> None:
+        done[path] = position
+        progress(sum(done.values()), total)
 
     with ThreadPoolExecutor(_READERS) as pool:
-        checksums = pool.map(checksum, files)
+        checksums = pool.map(
+            lambda path: span_checksums(path, (), partial(advance, path))[0], files
+        )
     return _digest(f"{path.name} {whole}" for path, whole in zip(files, checksums, strict=True))
 
 

@@ -2,8 +2,7 @@
 Hessians of ``slotmoe.quant.codecs.feedback``.
 
 One layer is in memory at a time, its experts one by one, beside the residual stream of all tokens.
-After each layer the stream is put into a file, from which a killed run goes on if the state of the
-resume has its checksum.
+After each layer the stream goes into a file, from which a killed run that knows its sum goes on.
 
 The routed experts' inputs count by the square of their gate weight, as their errors do.  Gate and
 up projections of a layer share one Hessian.  A down projection has its own, pulled towards the

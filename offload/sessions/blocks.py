@@ -115,12 +115,9 @@ class Entry:
 
 
 class BlockFolder:
-    """The blocks in ``folder``, of all models and owners, of at most ``limit`` bytes together; what
-    was unused for longest goes first.
-
-    ``notify`` gets a line where a file is damaged or something can't be kept.  Raises
-    ``ConfigError`` if there is no such folder and none can be made.
-    """
+    """The blocks in ``folder``, of all models and owners, of at most ``limit`` bytes; what was
+    unused for longest goes first.  ``notify`` gets a line where a file is damaged or something
+    can't be kept.  Raises ``ConfigError`` if there is no such folder and none can be made."""
 
     def __init__(self, folder: Path, limit: int, notify: Notify):
         self.folder, self.limit, self._notify = folder, limit, notify
@@ -168,8 +165,7 @@ class BlockFolder:
         return None
 
     def _closest(self, block: Block) -> tuple[Block, Path]:
-        """The one in the place of ``block`` that begins with most of its tokens; an empty one if
-        none begins with the first of them."""
+        """The one in the place of ``block`` that begins with most of its tokens, empty for none."""
         best, most = (block.begun(0), self.folder), 0
         for entry in islice(self._children(block.parent), _MOST_SIBLINGS):
             held = _tokens(entry)
@@ -219,10 +215,8 @@ class BlockFolder:
         snapshots: Iterable[Block] = (),
     ) -> int:
         """Keep the ``blocks`` of one chain, from its root on, and ``snapshots`` in them;
-        ``content`` is asked of those that are not there.  Returns the bytes written.
-
-        What can't be written, or has no room, is not kept, nor is what comes behind it.
-        """
+        ``content`` is asked of those that are not there.  What can't be written, or has no room, is
+        not kept, nor is what comes behind it.  Returns the bytes written."""
         missing = [block for block in blocks if not os.path.exists(self._path(block))]
         if missing and len(missing[-1].tokens) < BLOCK_TOKENS and self._is_covered(missing[-1]):
             missing.pop()
@@ -269,8 +263,7 @@ class BlockFolder:
         return freed
 
     def sweep(self, wanted: Iterable[Block]) -> tuple[int, list[OSError]]:
-        """Remove all but the ``wanted`` blocks and their snapshots.  Returns the bytes freed, and
-        what kept files from it."""
+        """Remove all but ``wanted`` blocks and their snapshots; bytes freed, and what failed."""
         with self._locked() as lock:
             before, total = self._tidy((), self.limit), self._tidy(wanted, 0)
             self._set_total(lock, total)
@@ -310,10 +303,8 @@ class BlockFolder:
 
     def _tidy(self, kept: Iterable[Block], limit: int) -> int:
         """Remove what killed writers left, then the blocks used longest ago but ``kept`` and their
-        snapshots, down to ``limit`` bytes.  Returns the bytes that are left.
-
-        A block was used when its latest descendant was, and one whose parent is gone never.
-        """
+        snapshots, down to ``limit`` bytes.  Returns the bytes that are left.  A block was used when
+        its latest descendant was, and one whose parent is gone never."""
         self._left.clear()
         entries = sorted(self._entries(), key=lambda entry: -entry.start)
         used = defaultdict[bytes, float](float)
@@ -390,7 +381,8 @@ def write_private(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     alone; only one process may write it at a time.  Raises ``OSError``."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     temporary_name(path).unlink(missing_ok=True)
-    replace_file(path, *parts, opener=_only_mine)
+    alone = os.O_EXCL | os.O_NOFOLLOW
+    replace_file(path, *parts, opener=lambda name, flags: os.open(name, flags | alone, 0o600))
 
 
 def _entry(path: Path) -> Entry | None:
@@ -414,10 +406,6 @@ def _tokens(entry: Entry) -> list[int]:
 
 def _no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW)
-
-
-def _only_mine(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_EXCL | os.O_NOFOLLOW, 0o600)
 
 
 def shared_prefix(cached: list[int], prompt: list[int]) -> int:

@@ -90,8 +90,7 @@ class TorchBackend:
     """Plain torch on any device; products in ``compute``: float32 on a CPU, bfloat16 on CUDA.
 
     ``absorbs``: whether attention takes the absorbed form always, so that decode and prefill agree.
-    ``swiglu_limit``: an MLP's and an expert's gate is at most this and its up between this and its
-    negative; 0: no limit.
+    ``swiglu_limit``: an MLP's gate is at most this and its up between it and its negative; 0: none.
     """
 
     kind = name = "torch"
@@ -106,8 +105,7 @@ class TorchBackend:
         return torch.get_num_threads()
 
     def run_on(self, placement: Placement) -> None:
-        """Use these threads of the CPU.  torch makes its own from the thread that computes, and
-        they run where that one may."""
+        """Use these CPU threads.  torch's own run where the thread may that makes them."""
         torch.set_num_threads(placement.threads)
 
     def seconds(self) -> dict[str, float]:
@@ -117,9 +115,8 @@ class TorchBackend:
     def prepare(
         self, role: str, weight: Weight, empty: Empty = new, head: tuple[int, int] = (0, 0)
     ) -> Prepared:
-        """A copy of the weight in the form that these ops want to multiply with, in memory from
-        ``empty(shape, dtype)``; ``role`` as in ``slotmoe.quant.shapes``.  N and V rows of an
-        absorbed one are a ``head``'s."""
+        """A copy of the weight as these ops want it, in memory from ``empty(shape, dtype)``;
+        ``role`` as in ``slotmoe.quant.shapes``; N and V rows of an absorbed one are a head's."""
         return map_tensors(weight, lambda x: empty(tuple(x.shape), x.dtype).copy_(x))
 
     def read_bandwidth(self, memory: Tensor) -> float:
@@ -212,9 +209,8 @@ class TorchBackend:
         rows_TX.copy_(latent_TW)
 
     def mla(self, q_THW: Tensor, rows_SX: Tensor, R: int, scale: float) -> Tensor | None:
-        """Causal attention of the last T of S positions over the cached rows, [T, H, R] for
-        ``absorb_value``; None without a kernel: rows are then plain [S, W], and the network attends
-        by blocks."""
+        """Causal attention of the last T of S positions over the cached rows, [T, H, R]; None
+        without a kernel: rows are then plain [S, W], and the network attends by blocks."""
         return None
 
     def attend(self, q_THW: Tensor, listed: Listed, R: int, scale: float) -> Tensor:
@@ -242,12 +238,9 @@ class TorchBackend:
     def index(
         self, q_TJA: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int
     ) -> Tensor:
-        """Which of the first ``counts``, int32 [T], of S keys score best for each token, the first
-        of equals: int32 [T, k] in ascending order, -1 behind the last.
-
-        A key's score is the sum over the J heads of a weight times the product with its query where
-        that is positive (DeepSeek-V3.2, arXiv 2512.02556).
-        """
+        """Which of the first ``counts``, int32 [T], of S keys score best for each token, as
+        ``first_best`` has them.  A score is the sum over the J heads of a weight times the product
+        with its query where that is positive (DeepSeek-V3.2, arXiv 2512.02556)."""
         S = len(keys_SX)
         few = max(1, _GATHERED // (max(1, S) * q_TJA.shape[1]))
         places_S = torch.arange(S, device=q_TJA.device)
@@ -265,8 +258,7 @@ class TorchBackend:
 
     def mix(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry) -> tuple[Tensor, Mixed]:
         """What a block reads of Q residual streams side by side, float32 [T, D], and how they take
-        in what it gives (hyper-connections, arXiv 2512.24880): a matrix that Sinkhorn and Knopp's
-        iterations make doubly stochastic."""
+        in what it gives (arXiv 2512.24880): Sinkhorn and Knopp make a matrix doubly stochastic."""
         Q, iterations, small, eps = hyper
         streams_TQD = h_TD.unflatten(-1, (Q, -1))
         logits_TX = TorchBackend.rms_norm(self, h_TD, None, eps) @ mixing.fn.t()

@@ -2,9 +2,8 @@
 
 `load()` gives the kernels, or None where the binary is missing (no compiler at install) or foreign
 to this machine; the caller then falls back to torch. Tensors are contiguous CPU tensors unless said
-otherwise, and all about them is checked before the native side sees a pointer: a wrong dtype,
-shape, size or alignment is a `ValueError`, and of caches and `decode`'s tensors, which backends
-alone make, an `AssertionError`.
+otherwise, and checked before the native side sees a pointer: a wrong dtype, shape, size or
+alignment is a `ValueError`, of caches and `decode`'s tensors, from backends, an `AssertionError`.
 
 Shapes: T tokens; W [N, K]; H hidden size; I expert's intermediate size; k experts of a token; E
 experts of a layer; A heads; R and P columns of a latent, without and with rotation.  Results do not
@@ -139,8 +138,7 @@ class Kernels:
         self._lib.slotmoe_read(tensor_spec("memory:u8[N]").check(memory, {}), len(memory))
 
     def tile_int8(self, weight: Int8Weight, empty: Empty, fine: bool = False) -> Matrix:
-        """A copy, in memory from `empty(shape, dtype)`, in the order that `linear` reads; for
-        `fine` activations see `Matrix`."""
+        """A copy in the order of `linear`, in memory from `empty`; `fine` as in `Matrix`."""
         tiles = self._tiles(weight.q, empty)
         scale = empty(tuple(weight.scale.shape), torch.float32).copy_(weight.scale)
         return Matrix.int8(tiles, scale, weight.shape, fine)
@@ -266,17 +264,15 @@ def load() -> Kernels | None:
     """The kernels, or None where their binary is missing or does not load.  They use the best
     instruction set, or that of ``SLOTMOE_INSTRUCTIONS``.  Raises `ConfigError`."""
     # What serves every version of Python comes before what an older build has left.
-    for suffix in reversed(importlib.machinery.EXTENSION_SUFFIXES):
-        path = Path(__file__).with_name(f"_native{suffix}")
-        if path.exists():
-            try:
-                kernels = Kernels(path)
-            except (OSError, AttributeError):
-                return None
-            if wanted := os.environ.get(INSTRUCTIONS):
-                kernels.set_isa(wanted)
-            return kernels
-    return None
+    suffixes = reversed(importlib.machinery.EXTENSION_SUFFIXES)
+    paths = (Path(__file__).with_name(f"_native{suffix}") for suffix in suffixes)
+    try:
+        kernels = Kernels(next(filter(Path.exists, paths)))
+    except (StopIteration, OSError, AttributeError):
+        return None
+    if wanted := os.environ.get(INSTRUCTIONS):
+        kernels.set_isa(wanted)
+    return kernels
 
 
 def latent_rows(cache: Tensor, r: int, p: int) -> tuple[int, int]:

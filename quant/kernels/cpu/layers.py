@@ -1,9 +1,8 @@
 """Layers bound for the native decode call: each is checked once, when it is made, and holds the
 memory that the native side then reads.
 
-The structures are those of quant/kernels/cpu/api.h.  Shapes: see `slotmoe.quant.kernels.cpu.
-bindings`; of attention: A heads, R the latent's columns or a head's, Q the query's latent, X all
-queries, Y all values.
+The structures are those of quant/kernels/cpu/api.h.  Shapes: see bindings.py; of attention:
+A heads, R the latent's columns or a head's, Q the query's latent, X all queries, Y all values.
 """
 
 from collections.abc import Sequence
@@ -194,7 +193,6 @@ class Decoder(Bound):
         super().__init__(model.native, sizes, model, bound)
 
     def routers_from(self, first: int, resumed: bool) -> int:
-        """How many routers are left from layer `first` on, without its own if the call is
-        `resumed` from its experts."""
+        """Routers from layer `first` on, without its own if the call is `resumed` from experts."""
         assert 0 <= first < len(self.routed) and (self.routed[first] or not resumed)
         return sum(self.routed[first:]) - resumed

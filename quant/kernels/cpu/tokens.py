@@ -40,9 +40,8 @@ def _store(
 def _group(
     groups: Sequence[CompressedGroup], table: Tensor, positions: Sequence[int], shape: GroupShape
 ) -> tuple[object, ...]:
-    """Compressed rows of each token's sequence and its open tokens', float32 [layers, tokens, 2,
-    columns], as native calls find them; `table`, complex64 [T, C], rotates the row that a token
-    completes.  Raises `ValueError`."""
+    """Compressed rows of tokens' sequences and their open tokens', float32 [layers, tokens, 2,
+    columns]; `table`, complex64 [T, C], rotates the row that a token completes.  `ValueError`."""
     tails, ratio, windows = [group.open for group in groups], shape.ratio, 1 + shape.overlaps
     begins = [tail.first for tail in tails]
     needed = [ratio * windows if (at + 1) % ratio == 0 else 1 for at in positions]
@@ -118,8 +117,7 @@ class Tokens(NamedTuple):
 
 
 def address(tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:
-    """The tensor's address, asserted to be what native calls take, which is quicker than the
-    table's checks; None of None."""
+    """The tensor's address, None of None; asserting is quicker than the table's checks."""
     if tensor is None:
         return None
     assert (tensor.shape, tensor.dtype) == (shape, dtype)

@@ -1,8 +1,7 @@
 """Weights bound for native calls that do several things: each is checked once, when it is made, and
 holds the memory that the native side then reads.
 
-The structures are those of quant/kernels/cpu/api.h.  Shapes: see `slotmoe.quant.kernels.cpu.
-bindings`.
+The structures are those of quant/kernels/cpu/api.h.  Shapes: see bindings.py.
 """
 
 import ctypes
@@ -111,8 +110,7 @@ class Structure:
         self.type: type[ctypes.Structure] = type("Native", bases, {"_fields_": fields})
 
     def bind(self, sizes: dict[str, int], *values: object) -> Bound:
-        """The structure with these values, its own in order; `sizes` gets the letters that it
-        lacks.  Raises `ValueError`."""
+        """The structure with its values in order; `sizes` gets what it lacks.  `ValueError`."""
         parts, matrices = list[object](), list[Matrix]()
         for spec, value in zip(self._specs, values, strict=True):
             if isinstance(value, ctypes.Array):
@@ -154,10 +152,8 @@ def bind_router(router: Router) -> Bound:
 
 class Absorbed(Bound):
     """`kv_b_proj` [A (N + V), R] as attention multiplies it: of each head its query's rows, turned,
-    and its values', int8 in tiles as in `Matrix`, with activations that are `fine`.
-
-    query int8 [A, R/16, N/64, 1024], value int8 [A, V/16, R/64, 1024], scales float32 [A, N] and
-    [A, V], ones [R]."""
+    and its values', int8 in tiles as in `Matrix`, with activations that are `fine`.  `memory` and
+    its shapes are those of `_ABSORBED`."""
 
     def __init__(self, *memory: Tensor) -> None:
         query_scale, value_scale, ones = memory[2:]
