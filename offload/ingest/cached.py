@@ -72,7 +72,10 @@ def cached_place(
 ) -> Path:
     """Where in the folder ``cache`` the export of the checkpoint ``source`` is, or belongs.  New or
     changed content is read, ``reading(done, total)`` in bytes, unless ``ready`` refuses it."""
-    files = contents(source)
+    if source.is_dir():  # what the export depends on
+        files = sorted(path for path in source.iterdir() if path.suffix in _READ and path.is_file())
+    else:
+        files = shard_paths(source)
     states = [(path.name, path.stat()) for path in files]
     facts = [f"{name} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for name, s in states]
     digest = _digest([os.fspath(source.resolve()), *facts])
@@ -88,13 +91,6 @@ def cached_place(
     with suppress(OSError):  # a cache that can't be written goes without
         write_note(note, {"export": place.name, "source": os.fspath(source.resolve())})
     return place
-
-
-def contents(source: Path) -> list[Path]:
-    """The files of a checkpoint, a folder or GGUF files, that its export depends on."""
-    if not source.is_dir():
-        return shard_paths(source)
-    return sorted(path for path in source.iterdir() if path.suffix in _READ and path.is_file())
 
 
 def content_key(files: Sequence[Path], progress: Progress) -> str:

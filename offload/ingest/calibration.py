@@ -15,7 +15,7 @@ token, W a latent row, C pairs of a head's rope part.
 import hashlib
 import json
 import math
-import time
+import timeit
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
@@ -121,12 +121,10 @@ class Calibration:
 
     def announcement(self) -> str:
         """What will be done and how long it takes, by a measurement of a product."""
-        c, tokens, size, rate = self._config, len(self._ids), 1024, 0.0
+        c, tokens, size = self._config, len(self._ids), 1024
         a, b = torch.ones(2, size, size, device=self._device)
-        for _ in range(3):
-            started = time.perf_counter()
-            (a @ b)[0, 0].item()
-            rate = max(rate, 2 * size**3 / (time.perf_counter() - started))
+        seconds = timeit.repeat(lambda: (a @ b)[0, 0].item(), number=1, repeat=3)
+        rate = 2 * size**3 / min(seconds)
         expert = 3 * c.hidden_size * c.moe_intermediate_size
         moe = sum(map(c.is_moe, self.remaining))
         # With attention and the Hessians.

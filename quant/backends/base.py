@@ -7,7 +7,7 @@ Shapes: T tokens, N rows out, K columns in or experts a token, D hidden_size, H 
 kv_lora_rank, E routed experts.
 """
 
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import NamedTuple
@@ -121,11 +121,7 @@ class TorchBackend:
 
     def read_bandwidth(self, memory: Tensor) -> float:
         """Bytes a second, median of 5, at which all threads read present ``memory``, uint8."""
-        seconds = []
-        for _ in range(6):
-            started = time.perf_counter()
-            self._read(memory)
-            seconds.append(time.perf_counter() - started)
+        seconds = timeit.repeat(lambda: self._read(memory), number=1, repeat=6)
         return memory.nbytes / median(seconds[1:])
 
     def _read(self, memory: Tensor) -> None:

@@ -176,22 +176,15 @@ class Function:
 
     def __init__(self, library: ctypes.CDLL, name: str) -> None:
         self.seconds = 0.0
-        self._inputs: list[TensorSpec | None] = []  # None: a value, or bound
-        self._results: list[TensorSpec] = []
-        self._letters: list[str] = []
-        words, kinds = SIGNATURES[name].split(), []
-        for word in words:
-            _, _, kind = word.partition(":")
-            kinds.append("pointer" if "[" in word else kind or word)
-            if word.startswith(">"):
-                self._results.append(TensorSpec(word))
-            elif not kind:
-                self._letters.append(word)
-            else:
-                self._inputs.append(TensorSpec(word) if "[" in word else None)
-        groups = [word for word in words if ":" in word and ">" not in word]
-        groups += [word for word in words if ">" in word] + self._letters
-        self._in_order = itemgetter(*[groups.index(word) for word in words])
+        words = SIGNATURES[name].split()
+        inputs = [word for word in words if ":" in word and ">" not in word]
+        results = [word for word in words if ">" in word]
+        self._letters = [word for word in words if ":" not in word]
+        # None: a value, or bound
+        self._inputs = [TensorSpec(word) if "[" in word else None for word in inputs]
+        self._results = list(map(TensorSpec, results))
+        self._in_order = itemgetter(*map([*inputs, *results, *self._letters].index, words))
+        kinds = ["pointer" if "[" in word else word.rpartition(":")[2] for word in words]
         self._native = getattr(library, f"slotmoe_{name}")
         self._native.argtypes = [C_TYPES.get(kind, ctypes.c_int64) for kind in kinds]
 

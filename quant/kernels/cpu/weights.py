@@ -97,15 +97,13 @@ class Structure:
     name is an integer, and `w:matrix[N,K]` a matrix inside, an empty one for None."""
 
     def __init__(self, text: str) -> None:
-        self._specs = list[TensorSpec | None]()  # None: a value, or bound
-        fields = list[tuple[str, type]]()
-        for index, word in enumerate(text.split()):
-            kind = word.partition(":")[2]
-            spec = TensorSpec(word) if "[" in word else None
-            pointed = NativeMatrix if spec and spec.is_matrix else ctypes.c_void_p
-            # Names of several fields may be the same.
-            fields.append((str(index), pointed if spec else C_TYPES.get(kind, ctypes.c_int64)))
-            self._specs.append(spec)
+        words, fields = text.split(), list[tuple[str, type]]()
+        # None: a value, or bound
+        self._specs = [TensorSpec(word) if "[" in word else None for word in words]
+        for word, spec in zip(words, self._specs, strict=True):
+            kind = "pointer" if spec else word.partition(":")[2]
+            field = NativeMatrix if spec and spec.is_matrix else C_TYPES.get(kind, ctypes.c_int64)
+            fields.append((str(len(fields)), field))  # names of several may be the same
         bases: tuple[type, ...] = (ctypes.Structure,)
         self.type: type[ctypes.Structure] = type("Native", bases, {"_fields_": fields})
 
