@@ -66,9 +66,8 @@ def available_memory() -> int:
 
 
 def instruction_set() -> str | None:
-    """The one that the native kernels use; None where they were not built.  Raises ``OSError`` or
-    ``AttributeError`` where they do not load, and ``ConfigError`` where this machine has not the
-    one that ``SLOTMOE_INSTRUCTIONS`` names."""
+    """The native kernels' one; None where they were not built.  ``OSError`` or ``AttributeError``:
+    they do not load; ``ConfigError``: this machine has not what ``SLOTMOE_INSTRUCTIONS`` names."""
     folder = Path(str(quant.__file__)).parent / "kernels" / "cpu"
     suffixes = reversed(importlib.machinery.EXTENSION_SUFFIXES)  # as the kernels are loaded
     paths = [path for suffix in suffixes if (path := folder / f"_native{suffix}").exists()]

@@ -191,8 +191,7 @@ class Batch:
         self._accept(request, row)
 
     def _score(self, request: Request, row: Row, before: int) -> bool:
-        """Let each row of logits of a piece score the prompt's next token; the last one chooses.
-        Returns whether the answer goes on."""
+        """Let each row of logits score the next token, the last one choose; whether it goes on."""
         assert request.answer is not None
         scores: list[Tensor | None] = [] if before else [None]
         following = request.prompt[before + 1 - len(scores) :]

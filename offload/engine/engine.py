@@ -275,13 +275,12 @@ class Engine:
     def _refuse(self, item: "Request | _Call[Any] | None") -> None:
         if isinstance(item, _Call):
             item.reply.put(([], ConfigError(self._refusal)))
-        if not isinstance(item, Request):
-            return
-        finish, error = "shutdown", ""
-        if self.problem is not None:
-            finish, error = "error", "the model failed; see the server's log"
-            item.problem = self.problem
-        self.batch.end(item, item.end(finish, error))
+        elif isinstance(item, Request):
+            finish, error = "shutdown", ""
+            if self.problem is not None:
+                finish, error = "error", "the model failed; see the server's log"
+                item.problem = self.problem
+            self.batch.end(item, item.end(finish, error))
 
 
 _ALL: "weakref.WeakSet[Engine]" = weakref.WeakSet()

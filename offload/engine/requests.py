@@ -176,8 +176,7 @@ class Stream(Iterator[Token]):
         raise StopIteration
 
     def wait(self, seconds: float = math.inf) -> bool:
-        """Wait so long at most until the next token or the end is there, and say whether it is.
-        Raises what the engine could not do."""
+        """Whether the next token or the end comes in that time.  Raises as ``ready``."""
         try:
             while not (self._ready or self.ended):
                 if self._deltas.empty():

@@ -57,9 +57,8 @@ def cached_export(
 
 
 def resolve_model(path: str | Path, revision: str | None = None, **reporting: Any) -> Path:
-    """Path of a ``MODEL``, as ``locate`` finds it.  A hub id becomes an export in the cache folder
-    first; ``slotmoe.offload.ingest.hub.hub_export`` gets ``revision`` and ``reporting``.  Raises
-    ``ConfigError``, and what that raises."""
+    """Path of a ``MODEL``, as ``locate`` finds it.  A hub id becomes an export in the cache first,
+    by ``hub_export`` with ``revision`` and ``reporting``.  Raises ``ConfigError`` and as that."""
     if (folder := locate(path, revision)) is not None:
         return folder
     from slotmoe.offload.ingest.hub import hub_export

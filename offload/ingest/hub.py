@@ -139,8 +139,7 @@ class HubShards:
     async def _fetch_header(
         self, span: Callable[[str, int, int], Awaitable[bytes]], name: str
     ) -> None:
-        """Make the sparse file that has a weight file's size and header, also where there is one:
-        nothing says what its checksum should be."""
+        """Make a sparse file with a weight file's size and header, anew: no checksum is known."""
         path, size = self.folder / name, self.snapshot.files[name].size
         data = await span(name, 0, min(_HEAD_BYTES, size))
         length = 8 + int.from_bytes(data[:8], "little")

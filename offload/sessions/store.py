@@ -44,8 +44,7 @@ class Sessions:
         return hashlib.sha256(self._identity + owner.encode()).digest()[: blocks.ADDRESS_BYTES]
 
     def restore(self, sequence: Sequence, prompt: list[int], owner: str = "") -> int:
-        """Append to ``sequence``, which holds a beginning of ``prompt``, what is on disk of the
-        rest.  Returns how many tokens that are."""
+        """Append to ``sequence``, a beginning of ``prompt``, what is on disk; how many tokens."""
         held, latest = sequence.length, None
         there = list[Block]()  # what is in the state now behind the tokens that it held
         for block in chain(self.root(owner), prompt):

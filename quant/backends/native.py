@@ -217,8 +217,7 @@ class NativeBackend(TorchBackend):
     def index(
         self, q_TJA: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int
     ) -> Tensor:
-        values = q_TJA.contiguous(), weights_TJ.contiguous(), keys_SX, counts_T
-        return self._native.index(*values, k)
+        return self._native.index(q_TJA.contiguous(), weights_TJ.contiguous(), keys_SX, counts_T, k)
 
     def route(
         self, logits_TE: Tensor, router: Router, bias_E: Tensor | None, chosen_TK: Tensor | None

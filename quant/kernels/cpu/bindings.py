@@ -162,8 +162,7 @@ class Kernels:
         return tiles
 
     def linear(self, weight: Matrix, x: Tensor) -> Tensor:
-        """x float32 [T, K] -> x W^T, [T, N]; or [T, G, K] -> [T, G, N / G], where each G-th of the
-        weight's rows multiplies its own row of a token."""
+        """x float32 [T, K] -> x W^T, [T, N]; or [T, G, K] -> [T, G, N / G], each G by its rows."""
         y: Tensor = self._functions["linear"](weight, x if x.dim() == 3 else x[:, None])
         return y.unflatten(1, (x.shape[1], -1)) if x.dim() == 3 else y
 

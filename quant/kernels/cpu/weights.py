@@ -165,8 +165,7 @@ Prepared = Weight | Matrix | Absorbed  # the last two are bound for native calls
 
 
 class Mlp(Bound):
-    """The matrices of down(silu(gate x) * up x), gate and up [I, H], down [H, I]: all int8, or all
-    of one codec.  `limit` as for backends."""
+    """Matrices gate and up [I, H], down [H, I], all int8, or one codec; `limit` as for backends."""
 
     def __init__(self, gate: Matrix, up: Matrix, down: Matrix, limit: float = 0.0) -> None:
         if not gate.coded or not gate.like(up) or not gate.like(down):
