@@ -176,7 +176,7 @@ class Stream(Iterator[Token]):
         raise StopIteration
 
     def wait(self, seconds: float = math.inf) -> bool:
-        """Whether the next token or the end comes in that time.  Raises as ``ready``."""
+        """Whether the next token or the end comes in so many ``seconds``.  Raises as ``ready``."""
         try:
             while not (self._ready or self.ended):
                 if self._deltas.empty():

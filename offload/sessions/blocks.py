@@ -263,7 +263,7 @@ class BlockFolder:
         return freed
 
     def sweep(self, wanted: Iterable[Block]) -> tuple[int, list[OSError]]:
-        """Remove all but ``wanted`` blocks and their snapshots; bytes freed, and what failed."""
+        """Remove all but ``wanted`` blocks and their snapshots; bytes freed, and errors."""
         with self._locked() as lock:
             before, total = self._tidy((), self.limit), self._tidy(wanted, 0)
             self._set_total(lock, total)

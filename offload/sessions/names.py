@@ -112,8 +112,8 @@ def listing(folder: Path) -> list[Listed]:
 
 def remove(folder: Path, names: Sequence[str]) -> int:
     """Remove those sessions, and every block that no other named session lists: those of unnamed
-    texts, which are computed again where needed, too.  Returns the bytes freed.  ``ConfigError``:
-    one is not there or in use, and nothing was removed; ``OSError``, last: a file can't be."""
+    texts, computed again where needed, too.  Returns the bytes freed.  Raises ``ConfigError`` first
+    where one is not there or in use, and ``OSError`` behind all if a file can't be removed."""
     freed, stuck = 0, list[OSError]()
     there = {session.name for session in listing(folder)}
     with refused(folder, ConfigError, "can't be written"), ExitStack() as opened:

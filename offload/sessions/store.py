@@ -44,7 +44,7 @@ class Sessions:
         return hashlib.sha256(self._identity + owner.encode()).digest()[: blocks.ADDRESS_BYTES]
 
     def restore(self, sequence: Sequence, prompt: list[int], owner: str = "") -> int:
-        """Append to ``sequence``, a beginning of ``prompt``, what is on disk; how many tokens."""
+        """Append what the disk has of ``prompt`` to ``sequence``, its beginning; tokens added."""
         held, latest = sequence.length, None
         there = list[Block]()  # what is in the state now behind the tokens that it held
         for block in chain(self.root(owner), prompt):

@@ -162,7 +162,7 @@ class Kernels:
         return tiles
 
     def linear(self, weight: Matrix, x: Tensor) -> Tensor:
-        """x float32 [T, K] -> x W^T, [T, N]; or [T, G, K] -> [T, G, N / G], each G by its rows."""
+        """x float32 [T, K] -> x W^T, [T, N]; or [T, G, K] -> [T, G, N / G], by G groups of rows."""
         y: Tensor = self._functions["linear"](weight, x if x.dim() == 3 else x[:, None])
         return y.unflatten(1, (x.shape[1], -1)) if x.dim() == 3 else y
 

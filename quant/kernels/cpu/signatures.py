@@ -193,8 +193,8 @@ class Function:
         return self.results(*values, **sizes)[0]
 
     def results(self, *values: object, **sizes: int) -> list[Tensor]:
-        """The function's results of tensors and values, checked, the table's in order; the last may
-        be left out where they may be None.  Raises `ValueError` and `MemoryError`."""
+        """The function's results of values, checked, the table's in order; the last may be left out
+        where they may be None.  Raises `ValueError` for a bad argument and `MemoryError`."""
         missing = (None,) * (len(self._inputs) - len(values))
         arguments: list[object] = []
         for spec, value in zip(self._inputs, values + missing, strict=True):
