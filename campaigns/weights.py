@@ -39,7 +39,7 @@ class Opened:
     """The model of ``export``, and ``manifest``, by which ``file`` is checked when it is read."""
 
     def __init__(self, export, file):
-        self._loader = _Loader(export, Options(**SIZES), Device(), "")
+        self._loader = _Loader(export, Options(**SIZES), Device(), "", print)
         self._model = self._loader.export()
         self._place, self._file = self._loader._placer(), file
         self.layout, self.manifest = self._model.export.layout, self._model.export.manifest

@@ -272,15 +272,15 @@ def test_a_state_names_what_is_durable(tmp_path, monkeypatch):
     [
         (
             "v2-lite",
-            {"native": 113377280, "torch": 312606720, "triton": 147834880},
-            652222464,
+            {"native": 113377280, "torch": 312606720, "triton": 99155968},
+            403439616,
             {"logits": 409600, "waiting tokens": 30277632, "expert slots": 4371533824},
             {"latent KV cache": 49550400, "waiting tokens": 21018624},
         ),
         (
             "v2",
-            {"native": 614596608, "torch": 696254464, "triton": 411238400},
-            1499529216,
+            {"native": 614596608, "torch": 696254464, "triton": 549781504},
+            962592768,
             {"logits": 409600, "waiting tokens": 74317824, "expert slots": 19264487424},
             {"latent KV cache": 110112000, "waiting tokens": 51591168},
         ),

@@ -76,7 +76,7 @@ def test_texts_alone_and_at_once(export, wanted):
 @pytest.fixture
 def eager(monkeypatch):
     """What is drafted is always computed, however unlikely."""
-    monkeypatch.setattr(Drafting, "lengths", lambda self, chances: [len(each) for each in chances])
+    monkeypatch.setattr(Drafting, "lengths", lambda self, chances, room: [*map(len, chances)])
     monkeypatch.setattr(Drafting, "pays", lambda self, chance, cost: True)
 
 
