@@ -13,7 +13,8 @@ from tests.support.engine import start, whole
 from tests.support.twin import Twin, open_on
 
 pytestmark = pytest.mark.usefixtures("interpreter", "twin")
-pytest.importorskip("triton", reason="needs Triton, which is for Linux")
+tl = pytest.importorskip("triton.language", reason="needs Triton, which is for Linux")
+mla = pytest.importorskip("slotmoe.quant.kernels.triton.mla")
 IDS = [46, 6, 46]  # of which the second uses experts 2 and 3, the others 0 and 1
 
 
@@ -52,9 +53,10 @@ def queued(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def without_head(monkeypatch):
-    """Most of an interpreter's time."""
+def quick(monkeypatch):
+    """Without most of an interpreter's time: the head, and programs that have no rows."""
     monkeypatch.setattr(Network, "head", lambda self, h_TD: h_TD.clone())
+    monkeypatch.setattr(mla, "SPLITS", tl.constexpr(4))
 
 
 def decoded(small_export, graph=True, **options):

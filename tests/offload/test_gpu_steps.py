@@ -207,7 +207,7 @@ def test_a_layer_is_as_many_launches_as_the_plan_reckons_with(monkeypatch, q_lor
 
 
 @pytest.mark.parametrize(
-    ("counts", "complete"), nth(7, product(([1, 2], [4, 1, 1, 2], [4], [1] * 8), (True, False)))
+    ("counts", "complete"), nth(8, product(([1, 2], [4, 1, 1, 2], [4], [1] * 8), (True, False)))
 )
 def test_each_token_of_a_step_is_bitwise_as_alone(counts, complete):
     """So many tokens of each sequence, in caches of different sizes that hold more or less; then,
