@@ -133,6 +133,7 @@ def gaps(runtime: Runtime, ids: list[int]) -> list[float]:
 
         def watched() -> Tensor:
             nonlocal chosen
+            vars(result).pop("get")  # else the two would keep each other, and page-locked RAM
             tensor = get()
             chosen = time.thread_time()
             return tensor
