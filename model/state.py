@@ -172,7 +172,8 @@ class SequenceState:
 
     def begin(self, count: int) -> None:
         """A pass will append ``count`` tokens."""
-        self._keep_marks(self._best_marks())
+        if self._tails:
+            self._keep_marks(self._best_marks())
         self._written = max(self._written, self.length + count)
         for tail in self._tails:
             tail.begin(self.length, count)
@@ -203,7 +204,8 @@ class SequenceState:
             if not tail.has(length):
                 tail.load(length, tail.last(length))
         self.length = length
-        self._keep_marks(self.marks)
+        if self._tails:
+            self._keep_marks(self.marks)
 
     def copy(self, source: "SequenceState", length: int) -> None:
         """Become the first ``length`` tokens of ``source``, which it can be cut to."""
