@@ -214,8 +214,8 @@ class CudaDevice(Device):
     def download(self, tensor: Tensor, *others: Tensor) -> Download:
         return self._mailbox.read(self, tensor, *others)
 
-    def upload(self, tensor: Tensor) -> Tensor:
-        result = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+    def upload(self, tensor: Tensor, into: Tensor | None = None) -> Tensor:
+        result = torch.empty_like(tensor, device=self.device) if into is None else into
         self._mailbox.write(self, tensor, result)
         return result
 

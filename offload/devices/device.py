@@ -120,8 +120,9 @@ class Device:
         """Bring small tensors to the host together, behind the kernels launched so far."""
         return Download(tensor, *others)
 
-    def upload(self, tensor: Tensor) -> Tensor:
-        """A small tensor from the host, before the kernels launched from now on."""
+    def upload(self, tensor: Tensor, into: Tensor | None = None) -> Tensor:
+        """A small tensor from the host, before the kernels launched from now on; on a GPU ``into``
+        what is there already, if that is given."""
         return tensor
 
     def write(self, source: Tensor, target: Tensor, at: Tensor | None = None) -> None:

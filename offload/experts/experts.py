@@ -310,8 +310,7 @@ class Experts:
         slots_E = np.full(experts, -1, np.int32)
         for expert_id in expert_ids:
             slots_E[expert_id - row * experts] = self._store.of[expert_id].index
-        self._device.write(torch.from_numpy(slots_E), self._group_E)
-        return self._group_E
+        return self._device.upload(torch.from_numpy(slots_E), self._group_E)
 
     def _uses(self, row: int, indices: list[list[int]]) -> dict[int, int]:
         """Distinct expert ids of a layer in gate order, and how many tokens use each."""

@@ -142,9 +142,9 @@ class Twin(simulated.cuda.CudaDevice):
         self.seams += 1
         return super().download(*tensors)
 
-    def upload(self, tensor):
+    def upload(self, tensor, into=None):
         self.seams += 1
-        return super().upload(tensor)
+        return super().upload(tensor, into)
 
     def write(self, source, target, at=None):
         self.seams += 1
