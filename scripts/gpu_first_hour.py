@@ -93,6 +93,29 @@ def set_up(limit: float, site: Path, wheels: Path | None) -> Step:
     return Step("set-up", limit, [*commands, check], [*commands, check])
 
 
+def of_kernels(site: Path, wheels: Path | None) -> dict[int, list[Step]]:
+    """Those that need no model: tests of kernels and devices, and the kernels' speed."""
+    gpu = [PYTHON, "-m", "slotmoe.tools.bench", "gpu", "--repetitions", "3"]
+    return {
+        1: [
+            set_up(120, site, wheels),
+            both("facts", 30),
+            Step("kernel-tests", 180, [[*PYTEST, "-n", "12", *KERNELS, "-k", "not compile"]],
+                 [[*PYTEST, "-n", "0", KERNELS[0], "-k", "weighted_sum"]]),
+            Step("step-tests", 150, [[*PYTEST, "-n", "6", STEPS_OF]] * 3,
+                 [[*PYTEST, "-n", "0", STEPS_OF, "-k", "captured_function"]]),
+            Step("gpu-tests", 80, [[*PYTEST, "-n", "0", "-m", "gpu",
+                                    "tests/offload/test_on_gpu.py"]]),
+        ],
+        3: [
+            set_up(100, site, wheels),
+            Step("kernels", 150, [gpu]),
+            Step("without-hint", 150, [[*gpu, "--no-hint"]]),
+            Step("variants", 160, [[*gpu, "--variant", name] for name in ("8x4", "16x4")]),
+        ],
+    }  # fmt: skip
+
+
 def runs(work: Path, out: Path, s: Scale, dry: bool, wheels: Path | None) -> dict[int, list[Step]]:
     """The six of them, with exports in ``work`` and traces beside ``out``."""
     lite, wide = str(work / f"{s.lite}-all"), str(work / f"{s.wide}-{s.wide_layers}")
@@ -118,20 +141,9 @@ def runs(work: Path, out: Path, s: Scale, dry: bool, wheels: Path | None) -> dic
         long = ["--long", "16"] if dry else []
         return Step(name, limit, [bench(False, *given)], [bench(True, *given, *long)])
 
-    gpu = [PYTHON, "-m", "slotmoe.tools.bench", "gpu", "--repetitions", "3"]
     gap = ["gap", lite, "--slots", str(s.half), "--decode-tokens", str(s.decode)]
     traces = str(out.resolve().parent)
-    return {
-        1: [
-            set_up(120, site, wheels),
-            both("facts", 30),
-            Step("kernel-tests", 180, [[*PYTEST, "-n", "12", *KERNELS, "-k", "not compile"]],
-                 [[*PYTEST, "-n", "0", KERNELS[0], "-k", "weighted_sum"]]),
-            Step("step-tests", 150, [[*PYTEST, "-n", "6", STEPS_OF]] * 3,
-                 [[*PYTEST, "-n", "0", STEPS_OF, "-k", "captured_function"]]),
-            Step("gpu-tests", 80, [[*PYTEST, "-n", "0", "-m", "gpu",
-                                    "tests/offload/test_on_gpu.py"]]),
-        ],
+    others = {
         2: [
             set_up(90, site, wheels),
             both("sanitizer", 280, probe=40, tests=110),
@@ -139,12 +151,6 @@ def runs(work: Path, out: Path, s: Scale, dry: bool, wheels: Path | None) -> dic
             both("one-text", 50),
             both("export", 40, geometry=s.lite, path=part, layers=s.part, resident="int8"),
             both("taken", 70, path=part),
-        ],
-        3: [
-            set_up(100, site, wheels),
-            Step("kernels", 150, [gpu]),
-            Step("without-hint", 150, [[*gpu, "--no-hint"]]),
-            Step("variants", 160, [[*gpu, "--variant", name] for name in ("8x4", "16x4")]),
         ],
         4: [
             set_up(100, site, wheels), make_lite,
@@ -164,6 +170,7 @@ def runs(work: Path, out: Path, s: Scale, dry: bool, wheels: Path | None) -> dic
             both("beside", 50),
         ],
     }  # fmt: skip
+    return dict(sorted({**of_kernels(site, wheels), **others}.items()))
 
 
 def run(command: list[str], limit: float, environment: dict[str, str]) -> dict[str, Any]:

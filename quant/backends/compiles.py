@@ -2,6 +2,8 @@
 
 
 class Compiles:
+    """Hears of each kernel that Triton compiles; another thread may ask."""
+
     count, running = 0, False  # kernels asked for; whether the last of them is not there yet
 
     def begin(self, **_: object) -> None:
