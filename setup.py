@@ -45,7 +45,7 @@ class OnAllCores(build_ext):
 
 setup(
     cmdclass={"build_ext": OnAllCores},
-    packages=["slotmoe", *(f"slotmoe.{package}" for package in PACKAGES)],
+    packages=["slotmoe", "slotmoe.system", *(f"slotmoe.{package}" for package in PACKAGES)],
     package_dir={f"slotmoe.{folder}": folder for folder in FOLDERS},
     ext_modules=[
         Extension(

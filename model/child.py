@@ -4,13 +4,12 @@ a sandbox bounds neither, and a native library may abort the process that it is 
 import atexit
 import json
 import os
-import socket
 import sys
-from contextlib import ExitStack
-from subprocess import DEVNULL, Popen
+from contextlib import suppress
+from subprocess import DEVNULL, PIPE, Popen
 from threading import Lock
-from typing import Any
 
+from slotmoe import system
 from slotmoe.errors import ConfigError
 
 
@@ -27,7 +26,8 @@ class Child:
     def __init__(self, program: str, seconds: float, memory: int):
         self._program, self._seconds, self._memory = program, seconds, memory
         self._forget()
-        os.register_at_fork(after_in_child=self._forget)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forget)
         atexit.register(self._end)
 
     def run(self, data: bytes, what: str) -> bytes:
@@ -70,14 +70,27 @@ class Child:
         if self._process is None or self._process.poll() is not None:
             self._end()
             self._start()
-        self._socket.sendall(len(data).to_bytes(_SIZE, "little") + data)
-        state, size = self._read(1)[0], int.from_bytes(self._read(_SIZE), "little")
-        if state > _FAILED | _ENDS or size > _MAX_ANSWER:
-            raise EOFError  # it is out of its mind
-        return state, self._read(size)
+        process = self._process
+        assert process is not None and process.stdin is not None
+        # For a machine that stands still, or a stopped child.
+        limit = system.deadline(process, self._seconds, 60 * self._seconds)
+        try:
+            process.stdin.write(len(data).to_bytes(_SIZE, "little") + data)
+            process.stdin.flush()
+            state, size = self._read(1)[0], int.from_bytes(self._read(_SIZE), "little")
+            if state > _FAILED | _ENDS or size > _MAX_ANSWER:
+                raise EOFError  # it is out of its mind
+            return state, self._read(size)
+        except (EOFError, OSError):
+            if limit.is_alive():
+                raise EOFError from None
+            raise TimeoutError from None
+        finally:
+            limit.cancel()
 
     def _read(self, size: int) -> bytes:
-        data: bytes = self._answers.read(size)
+        assert self._process is not None and self._process.stdout is not None
+        data = self._process.stdout.read(size)
         if len(data) < size:
             raise EOFError
         return data
@@ -87,25 +100,19 @@ class Child:
         paths = json.dumps([path for path in sys.path if path])
         limits = map(str, (self._seconds, self._memory))
         command = [sys.executable, "-I", "-S", "-c", _FIRST + self._program + _THEN, paths, *limits]
-        ours, theirs = socket.socketpair()
-        with ExitStack() as failed, theirs:
-            failed.callback(ours.close)
-            streams = theirs.fileno(), theirs.fileno(), DEVNULL
-            # The environment may hold keys.  Ctrl-C on the terminal reaches only its own session.
-            own: Any = {"env": {}, "cwd": "/", "start_new_session": True}
-            self._process = Popen(command, -1, None, *streams, **own)
-            failed.pop_all()
-        ours.settimeout(60 * self._seconds)  # for a machine that stands still, or a stopped child
-        self._socket, self._answers = ours, ours.makefile("rb")
+        # The environment may hold keys.  Ctrl-C on the terminal reaches only its own session.
+        self._process = Popen(command, -1, None, PIPE, PIPE, DEVNULL, **system.apart())
 
     def _end(self) -> int:
         """The exit code of the process; 0 if there is none."""
         process, self._process = self._process, None
         if process is None:
             return 0
-        self._socket.close()
-        self._answers.close()
         process.kill()  # which changes nothing of one that has ended
+        for pipe in (process.stdin, process.stdout):
+            with suppress(OSError):  # what could not be written any more
+                if pipe is not None:
+                    pipe.close()
         return process.wait()
 
 
@@ -113,15 +120,12 @@ _TOO_LONG = 27  # SIGPROF, which kills
 _FAILED, _ENDS = 1, 2  # bits of an answer's state
 _SIZE, _MAX_ANSWER = 8, 32 << 20  # bytes of a length, and of an answer
 _FIRST = """
-import json, os, resource, signal, sys
+import json, os, sys
 sys.path[:], seconds, memory = json.loads(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-statm = os.open("/proc/self/statm", os.O_RDONLY)
+from psutil import Process
+from slotmoe.system import bound
 def used():
-    return int(os.pread(statm, 64, 0).split()[0]) * resource.getpagesize()
-def bound(seconds, memory):
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    resource.setrlimit(resource.RLIMIT_AS, (memory, resource.RLIM_INFINITY))
+    return Process().memory_info().vms
 def limit():
     bound(seconds, used() + memory)
 """
@@ -134,7 +138,7 @@ while head := source.read(8):
     except BaseException as caught:
         problem = caught
         state = 1 if isinstance(problem, Exception) and not isinstance(problem, MemoryError) else 3
-    bound(0, resource.RLIM_INFINITY)
+    bound(0, None)
     if state:
         said = " ".join(f"{type(problem).__name__}: {problem}".split()).encode(errors="replace")
     if used() > start + memory:

@@ -4,9 +4,7 @@ import ctypes
 import importlib.machinery
 import os
 import re
-import resource
 import subprocess
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,15 +34,6 @@ def cache_folder() -> Path:
 def process_bytes() -> int:
     """Resident set of this process now, in bytes."""
     return int(psutil.Process().memory_info().rss)
-
-
-def peak_rss() -> int:
-    """Largest resident set of this process so far, in bytes."""
-    try:  # ru_maxrss would count the parent's memory at the time of fork too
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024  # Apple counts bytes
 
 
 def total_memory() -> int:

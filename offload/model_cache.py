@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from slotmoe import model
+from slotmoe import model, system
 from slotmoe.errors import ConfigError, ExportError
 from slotmoe.offload.machine import cache_folder
-from slotmoe.offload.shared_files import check_removed, read_note, take_lock
+from slotmoe.offload.shared_files import check_removed, read_note
 
 SAMPLE = Path(model.__file__).parent / "sample"
 _MANIFEST = "slotmoe.json"  # as slotmoe.quant.export.layout has it, which imports torch
@@ -175,7 +175,7 @@ def remove(cache: Path, chosen: Sequence[Cached]) -> int:
         for cached in chosen:
             path = cache / cached.name
             try:
-                lock = take_lock(path, os.O_RDONLY | os.O_DIRECTORY, 0)
+                lock = system.take_lock(path, 0, folder=True)
             except BlockingIOError:
                 problem = "another process is writing it; wait for it to finish, or stop it"
                 raise ExportError(f"{path}: {problem}") from None
@@ -186,7 +186,7 @@ def remove(cache: Path, chosen: Sequence[Cached]) -> int:
                 if cached.finished:  # so that a kill leaves no half of an export under its name
                     gone = path.with_name(f"{path.name}.replaced")
                     shutil.rmtree(gone, ignore_errors=True)
-                    path.rename(gone)
+                    system.move(path, gone)
                 shutil.rmtree(gone)
                 for note in _notes(cache, cached.name):
                     note.unlink(missing_ok=True)
@@ -232,5 +232,5 @@ def _bytes(folder: Path) -> int:
     for path in folder.rglob("*"):
         with suppress(OSError):  # it may go while this looks
             status = path.lstat()
-            seen[status.st_dev, status.st_ino] = 512 * status.st_blocks
+            seen[status.st_dev, status.st_ino] = system.bytes_on_disk(path)
     return sum(seen.values())

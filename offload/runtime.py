@@ -25,7 +25,7 @@ from slotmoe.offload.engine.requests import Stream
 from slotmoe.offload.experts.experts import Route
 from slotmoe.offload.ingest.cached import cached_export, resolve_model
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore
-from slotmoe.offload.machine import cache_folder, peak_rss
+from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import is_hub_id
 from slotmoe.offload.observe.trace import TraceWriter
 from slotmoe.offload.options import Options
@@ -33,6 +33,7 @@ from slotmoe.offload.plan.memory import or_more_context
 from slotmoe.offload.prompts import Messages, TextOptions, check_messages, ids_of, is_conversation
 from slotmoe.offload.sessions.store import DEFAULT_LIMIT, Sessions
 from slotmoe.quant.export.layout import MANIFEST
+from slotmoe.system import peak_rss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -1,12 +1,10 @@
 """Files and folders that several processes may write at once, without torch."""
 
 import errno
-import fcntl
 import json
 import os
 import re
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import psutil
 from slotmoe.errors import ConfigError, naming
 from slotmoe.jsonfile import Json
 from slotmoe.sizes import format_size
+from slotmoe.system import move, take_lock
 
 # Network folders whose locks reach a single machine, by type and options of the mount.
 _UNSHARED = re.compile(
@@ -30,7 +29,7 @@ def check_locks(folder: Path) -> None:
         problem = f"{folder}: other machines do not see the locks of its file system ({kind:.200})"
         raise ConfigError(f"{problem}; take a local folder, or NFS with its locks")
     try:
-        os.close(take_lock(folder / "lock", os.O_RDWR | os.O_CREAT, 1.0))
+        os.close(take_lock(folder / "lock", 1.0))
     except OSError as problem:
         if problem.errno in _NO_LOCKS:
             reason = f"{folder}: its file system has no locks ({problem.strerror})"
@@ -43,27 +42,6 @@ def file_system(folder: Path) -> tuple[str, str]:
     mounts = [part for part in parts if there.is_relative_to(part.mountpoint)]
     mounts.sort(key=lambda part: len(part.mountpoint))  # of two at one place the later is on top
     return (mounts[-1].fstype, mounts[-1].opts) if mounts else ("unknown file system", "")
-
-
-def take_lock(path: Path, flags: int, seconds: float) -> int:
-    """A handle of ``path``, opened with ``flags``, that alone holds its lock until it is closed.
-    Raises ``BlockingIOError`` if another has the lock for so many seconds, and ``OSError``."""
-    until = time.monotonic() + seconds
-    while True:
-        handle = os.open(path, flags | os.O_NOFOLLOW, 0o600)
-        try:
-            with naming(path):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(handle), os.stat(path)):
-                return handle
-        except BaseException as problem:
-            os.close(handle)
-            is_held = isinstance(problem, BlockingIOError) and time.monotonic() <= until
-            if not is_held and not isinstance(problem, FileNotFoundError):
-                raise
-        else:
-            os.close(handle)  # it was removed or renamed in between, as where it is not found
-        time.sleep(0.01)
 
 
 def check_removed(left: Sequence[OSError], freed: int) -> None:
@@ -79,7 +57,7 @@ def write_note(path: Path, values: Json) -> None:
     fresh = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
     with naming(path):
         fresh.write_text(json.dumps(values))
-    fresh.replace(path)
+    move(fresh, path)
 
 
 def read_note(path: Path) -> Json:

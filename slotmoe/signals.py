@@ -1,4 +1,4 @@
-"""What SIGINT (Ctrl-C), SIGTERM and SIGHUP do to a command.
+"""What SIGINT (Ctrl-C), SIGTERM and SIGHUP (Ctrl-Break, a closed window) do to a command.
 
 Python raises ``KeyboardInterrupt`` between any two lines, where destructors lose it and imports
 break.  So a signal ends the process itself, unless a command has something to finish: what a file's
@@ -7,10 +7,14 @@ final name holds is whole at any moment.  This is imported before all else, and 
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from types import FrameType
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+if sys.platform == "win32":  # Ctrl-Break, and a closed window
+    ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK)
+else:
+    ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def leave(number: int, remark: str = "") -> None:

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from slotmoe import system
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.devices.pages import Arena, page_aligned
 from slotmoe.offload.runtime import Runtime
-from slotmoe.system import Placement, Processor, choose_placement, cores, processors
+from slotmoe.system import Placement, Processor, choose_placement, cores, placement, processors
 from tests.support.kernels import needs_native
 
 GIB = 1 << 30
@@ -38,7 +37,7 @@ class Machine:
             self.write(f"sys/devices/system/node/node{node}/cpulist", ",".join(cpus))
             self.memory(node, free)
         self.write("sys/devices/system/node/online", f"0-{nodes - 1}")
-        monkeypatch.setattr(system, "_ROOT", root)
+        monkeypatch.setattr(placement, "_ROOT", root)
         self.allow(range(count * smt))
 
     def write(self, path, text):
@@ -133,13 +132,13 @@ def test_slow_cores_beside_fast_ones(machine):
 
 
 def test_no_topology_at_all(machine, monkeypatch, tmp_path):
-    monkeypatch.setattr(system, "_ROOT", tmp_path / "nothing")
+    monkeypatch.setattr(placement, "_ROOT", tmp_path / "nothing")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
     assert choose_placement(GIB) == Placement(3)
     monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(system.psutil, "cpu_count", lambda logical: 10)
+    monkeypatch.setattr(placement.psutil, "cpu_count", lambda logical: 10)
     assert (cores(), choose_placement(GIB)) == (10, Placement(10))
-    monkeypatch.setattr(system.psutil, "cpu_count", lambda logical: None)
+    monkeypatch.setattr(placement.psutil, "cpu_count", lambda logical: None)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     assert cores() == 6
 
@@ -172,7 +171,7 @@ def test_memory_lies_on_the_nodes():
         return max(begin for begin in begins if begin[0] <= tensor.data_ptr())[1]
 
     memory = page_aligned(1 << 20, nodes=(0,))
-    if not system.lie_on((0,), memory.data_ptr(), 4096):
+    if not placement.lie_on((0,), memory.data_ptr(), 4096):
         pytest.skip("this system does not let memory be placed")
     assert policy(memory) == "prefer:0"
     assert policy(page_aligned(1 << 20)) == "default"
@@ -182,7 +181,7 @@ def test_memory_lies_on_the_nodes():
     device.placement = Placement(1, (), (0,))
     for empty in (device.empty, device.weights()):
         assert policy(empty((1 << 20,), memory.dtype)) == "prefer:0"
-    assert not system.lie_on((900,), memory.data_ptr(), 4096)
+    assert not placement.lie_on((900,), memory.data_ptr(), 4096)
     assert page_aligned(1 << 20, nodes=(900,))[0] == 0  # it goes on
 
 

@@ -51,7 +51,7 @@ def module_name(path):
 
 
 # The links in slotmoe/ lead to the same files.
-FILES = [*(ROOT / "slotmoe").glob("*.py")]
+FILES = [*(ROOT / "slotmoe").glob("*.py"), *(ROOT / "slotmoe" / "system").glob("*.py")]
 FILES += [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 MODULES = {module_name(path): path for path in FILES}
 TESTS = [path for folder in ("tests", "campaigns") for path in (ROOT / folder).rglob("*.py")]
@@ -86,6 +86,15 @@ def test_packages_import_only_what_they_may():
             forbidden = ()
         wrong += [f"{path}: {name}" for name in imported(path) if within(name, forbidden)]
     assert not wrong, "\n".join(wrong)
+
+
+def test_one_package_knows_what_systems_do():
+    """No other module imports what only some have, or reads Linux's own folder."""
+    names = {"fcntl", "resource", "pwd", "grp", "termios", "pty", "msvcrt", "winreg"}
+    for path in PRODUCT:
+        if path.parent.name != "system":
+            assert not imported(path) & names, path
+            assert "/proc" not in path.read_text(), path
 
 
 def test_no_import_circles():
@@ -137,7 +146,7 @@ def test_light_modules_import_nothing_heavy_and_the_core_needs_no_extra():
         if {name.split(".")[0] for name in imported(path)} & {*extras} and "tools" in path.parts
     }
     kept = [name for name, path in MODULES.items() if path in PRODUCT and "triton" not in name]
-    others = ("slotmoe.tools.serve", "slotmoe.__main__", *optional)
+    others = ("slotmoe.tools.serve", "slotmoe.__main__", "slotmoe.system.windows", *optional)
     core = [name for name in kept if not within(name, others)]
     code = f"""
 import importlib, sys

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from mmap import mmap
+from mmap import PAGESIZE, mmap
 from pathlib import Path
 
 import click
@@ -38,8 +38,7 @@ _EXPERTS_HELP = "Look at the drive of this copy of an export's experts too; may 
 _MEASURED_BYTES, _READ_BYTES, _READERS = 256 << 20, 4 << 20, 4
 # Kernels are compiled apart for one token, a few, 16 and more, and for multiples of 16.
 _WARM_TOKENS = 1, 2, 9, 16, 17, 32, 640
-_CPUINFO = Path("/proc/cpuinfo")
-# by their flags there
+# By the flags that Linux shows.
 _SETS = {"avx512_vnni": "AVX-512 VNNI", "avx_vnni": "AVX-VNNI", "avx2": "AVX2"}
 _SETS |= {"asimd": "NEON", "asimddp": "sdot", "i8mm": "i8mm"}
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -98,17 +97,9 @@ def _system() -> Check:
 
 
 def _processor() -> Check:
-    facts = {"model name": platform.machine()}
-    with suppress(OSError):
-        lines = _CPUINFO.read_text(errors="replace").splitlines()
-        pairs = (line.partition(":") for line in reversed(lines))
-        facts |= {key.strip(): value.strip() for key, _, value in pairs}
-    if platform.system() == "Darwin":
-        with suppress(OSError, subprocess.SubprocessError):
-            facts["model name"] = _output("sysctl", "-n", "machdep.cpu.brand_string").strip()
-    flags = f"{facts.get('flags', '')} {facts.get('Features', '')}".split()
+    name, flags = system.processor_name()
     best = "".join(f", {text}" for flag, text in _SETS.items() if flag in flags)
-    return Check("processor", "ok", f"{facts['model name']}, {system.cores()} cores{best}")
+    return Check("processor", "ok", f"{name or platform.machine()}, {system.cores()} cores{best}")
 
 
 def _nodes() -> Iterator[Check]:
@@ -189,7 +180,7 @@ def _memory() -> Iterator[Check]:
     huge, advice = "unknown", f"echo madvise > {_HUGE_PAGES}, as root"
     with suppress(OSError):
         huge = re.findall(r"\[(\w+)\]", _HUGE_PAGES.read_text())[0]
-    found = f"{os.sysconf('SC_PAGE_SIZE')} bytes; transparent huge pages: {huge}"
+    found = f"{PAGESIZE} bytes; transparent huge pages: {huge}"
     yield Check("pages", *(("note", found, advice) if huge == "never" else ("ok", found)))
 
 
@@ -250,7 +241,7 @@ def _disk(measure: bool) -> Check:
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
-            state, reads = _reads(Path(f"/dev/fd/{file.fileno()}"), measure)
+            state, reads = _reads(file.fileno(), measure)
     except OSError as problem:
         advice = "set SLOTMOE_CACHE to a folder that can be written"
         return Check("disk", "bad", f"{found}; can't be written ({problem.strerror})", advice)
@@ -266,27 +257,25 @@ def _drive(folder: Path, measure: bool) -> Check:
     if not files:
         advice = "copy the files of an export's experts folder there"
         return Check("drive", "bad", f"{folder} has no layer-*.safetensors", advice)
-    state, reads = _reads(files[0], measure)
+    with open(files[0], "rb", buffering=0) as file:
+        state, reads = _reads(file.fileno(), measure)
     found = f"{len(files)} layers in {folder} on {file_system(folder)[0]}{reads}"
     return Check("drive", state, found)
 
 
-def _reads(path: Path, measure: bool) -> tuple[str, str]:
-    """The state of a drive, by whether aligned bytes of the file can be read past the page cache,
-    and that in words; with ``measure`` also the bytes a second of a few threads that do so."""
-    size = min(_MEASURED_BYTES, path.stat().st_size) if measure else 0
+def _reads(handle: int, measure: bool) -> tuple[str, str]:
+    """The state of a drive, by whether aligned bytes of an open file can be read past the page
+    cache, and that in words; with ``measure`` also the bytes a second of a few threads that do."""
+    size = min(_MEASURED_BYTES, os.fstat(handle).st_size) if measure else 0
+    is_direct, started = system.bypass_page_cache(handle, ALIGNMENT), time.perf_counter()
 
-    def read(start: int) -> bool:
-        memory = mmap(-1, _READ_BYTES)
-        with open(path, "rb", buffering=0) as file:
-            is_direct = system.bypass_page_cache(file.fileno(), ALIGNMENT)
-            for position in range(start, size, _READERS * _READ_BYTES):
-                os.preadv(file.fileno(), [memory], position)
-        return is_direct
+    def read(start: int) -> None:
+        memory = memoryview(mmap(-1, _READ_BYTES))
+        for position in range(start, size, _READERS * _READ_BYTES):
+            system.read_at(handle, memory, position)
 
-    started = time.perf_counter()
     with ThreadPoolExecutor(_READERS) as pool:
-        is_direct = all(pool.map(read, range(0, _READERS * _READ_BYTES, _READ_BYTES)))
+        list(pool.map(read, range(0, _READERS * _READ_BYTES, _READ_BYTES)))
     rate = size / (time.perf_counter() - started) / 1e9
     speed = f", {rate:.1f} GB/s measured now" if measure else ""
     return ("ok", f"; direct reads{speed}") if is_direct else ("note", f"; no direct reads{speed}")

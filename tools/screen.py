@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TextIO
 
 from slotmoe.errors import one_line, visible
+from slotmoe.system import ready_streams
 
 if TYPE_CHECKING:
     from slotmoe.offload.engine.requests import Stream
@@ -34,6 +35,7 @@ class Screen:
 def guard_streams() -> None:
     """Let terminals, and stderr as it is often a log, show what is printed, by whomever, and obey
     none of it.  A pipe gets every character of a model's text."""
+    ready_streams()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, Screen) and (name == "stderr" or stream.isatty()):

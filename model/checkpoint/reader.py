@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from slotmoe import system
 from slotmoe.errors import CheckpointError, reading
 from slotmoe.jsonfile import Json, parse_json, read_file
 from slotmoe.model import names, tiktoken
@@ -50,7 +51,7 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
         try:
             for file in headers:
                 with reading(self.folder / file, CheckpointError):
-                    self._files[file] = os.open(self.folder / file, os.O_RDONLY)
+                    self._files[file] = os.open(self.folder / file, os.O_RDONLY | system.FILE)
         except CheckpointError:
             self.close()
             raise
@@ -85,7 +86,7 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
         if any(info not in header for info in self._stored if info.file == file):
             problem = f"its header is not the one that {file} had before"
             raise CheckpointError(f"{path}: {problem}; download this file again")
-        usual, self._files[file] = self._files[file], os.open(path, os.O_RDONLY)
+        usual, self._files[file] = self._files[file], os.open(path, os.O_RDONLY | system.FILE)
         try:
             yield
         finally:
@@ -139,7 +140,7 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
         """Fill ``view`` from ``offset`` of ``file`` on, where tensor ``name`` lies."""
         while view:
             with reading(self.folder / file, CheckpointError):
-                count = os.preadv(self._files[file], [view], offset)
+                count = system.read_at(self._files[file], view, offset)
             if count == 0:
                 problem = f"ends inside {name}; it was truncated while being read"
                 raise CheckpointError(f"{self.folder / file}: {problem}")

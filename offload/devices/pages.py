@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import math
-import mmap
 import os
 import sys
 import threading
@@ -13,7 +12,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from slotmoe.system import lie_on
+from slotmoe.system import lie_on, private_pages
 
 TOUCHED_AT_ONCE = 16 << 20  # bytes between two looks at whether to stop
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
@@ -23,13 +22,7 @@ def page_aligned(count: int, forks: bool = True, nodes: Sequence[int] = ()) -> T
     """``count`` bytes of page-aligned zeros, uint8; pages cost nothing until written, and lie on
     ``nodes``, if given and allowed.  Without ``forks`` a child process has no such memory: a write
     after a fork would move a page away from under the device that copies from it."""
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory would get small pages
-    region = mmap.mmap(-1, count, flags=private)
-    if hasattr(mmap, "MADV_HUGEPAGE") and count >= 4 << 20:
-        region.madvise(mmap.MADV_HUGEPAGE)
-    if not forks and hasattr(mmap, "MADV_DONTFORK"):
-        region.madvise(mmap.MADV_DONTFORK)
-    memory = torch.frombuffer(region, dtype=torch.uint8)
+    memory = torch.frombuffer(private_pages(count, forks), dtype=torch.uint8)
     if nodes:
         lie_on(nodes, memory.data_ptr(), count)
     return memory
@@ -44,7 +37,7 @@ def give_back_memory() -> None:
     """Give the system what is free, or held only by objects that refer to each other: Python looks
     for those rarely, and the C library keeps what they had."""
     gc.collect()
-    with suppress(AttributeError):  # another C library than GNU's
+    with suppress(AttributeError, TypeError):  # another C library than GNU's
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -53,7 +46,7 @@ def tune_heap() -> None:
     library gives each thread a heap of its own, and what is free in one is nothing to the others.
     It gives a pass's memory back to the system each time, and the first writes to new pages take
     up to a third of a prefill's time in a virtual machine."""
-    with suppress(AttributeError):  # another C library than GNU's
+    with suppress(AttributeError, TypeError):  # another C library than GNU's
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_ARENA_MAX, 1)
         mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most that it takes

@@ -7,7 +7,6 @@ which is called at each layer's end, sees that nobody wants the pass any more.
 """
 
 import os
-import signal
 import threading
 import weakref
 from collections import deque
@@ -31,7 +30,7 @@ from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.engine.requests import Request, wait_for
 from slotmoe.offload.experts.disk import STUCK_SECONDS
 from slotmoe.signals import ENDING
-from slotmoe.system import bind
+from slotmoe.system import bind, block_signals
 
 T = TypeVar("T")
 IDLE_SECONDS = 1.0  # without a request, after which free memory goes back to the system
@@ -192,7 +191,7 @@ class Engine:
     def _run(self) -> None:
         bind(self.model.device.placement.cpus)
         # Ctrl-C is this process's, not that of a compiler of GPU kernels, which it would end too.
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        block_signals(ENDING)
         try:
             with self.model.device.current():
                 while self._has_work():
@@ -291,4 +290,5 @@ def _after_fork() -> None:
         engine.refuse(_FORKED)
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

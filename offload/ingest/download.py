@@ -19,6 +19,7 @@ from typing import Any
 
 from anyio import current_time, fail_after
 
+from slotmoe import system
 from slotmoe.errors import DownloadError, naming
 from slotmoe.jsonfile import typed
 from slotmoe.offload.ingest.repository import Expected, PassingError, Remote, explained
@@ -93,10 +94,10 @@ async def _request(client: Any, remote: Remote, part: Range, take: Callable[[byt
 
 async def checksum_of(handle: int, expected: Expected) -> str:
     """Checksum of an open file, of the kind of ``expected``.  It can be cancelled soon."""
-    digest, start = expected.digest(), 0
-    while data := await asyncio.to_thread(os.pread, handle, _HASH_BYTES, start):
-        await asyncio.to_thread(digest.update, data)
-        start += len(data)
+    digest, start, data = expected.digest(), 0, memoryview(bytearray(_HASH_BYTES))
+    while count := await asyncio.to_thread(system.read_at, handle, data, start):
+        await asyncio.to_thread(digest.update, data[:count])
+        start += count
     return str(digest.hexdigest())
 
 
@@ -142,7 +143,7 @@ class _Transfer:
     async def run(self) -> str:
         """Returns the checksum, and names the file if that is right."""
         expected = self._remote.expected
-        handle = os.open(self._incomplete, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        handle = os.open(self._incomplete, os.O_RDWR | os.O_CREAT | system.NO_LINK, 0o666)
         try:
             with naming(self._path):
                 os.ftruncate(handle, expected.size)
@@ -156,14 +157,15 @@ class _Transfer:
             if checksum == expected.checksum:
                 with naming(self._path):
                     os.fsync(handle)
-                os.rename(self._incomplete, self._path)
-                sync_folder(self._path.parent)
-            else:
-                self._incomplete.unlink()
-            self._note.unlink(missing_ok=True)
-            return checksum
         finally:
             os.close(handle)
+        if checksum == expected.checksum:
+            system.move(self._incomplete, self._path)
+            sync_folder(self._path.parent)
+        else:
+            self._incomplete.unlink()
+        self._note.unlink(missing_ok=True)
+        return checksum
 
     async def _receive(self, handle: int) -> None:
         from huggingface_hub import get_async_session
@@ -184,12 +186,9 @@ class _Transfer:
                     task.cancel()
 
     def _take(self, handle: int, part: Range, data: bytes) -> None:
-        view, at = memoryview(data), part.at
         with naming(self._path):
-            while view:
-                count = os.pwrite(handle, view, at)
-                view, at = view[count:], at + count
-        part.at = at
+            system.write_at(handle, memoryview(data), part.at)
+        part.at += len(data)
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self._save()
             self._saved = time.monotonic()

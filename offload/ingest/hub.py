@@ -21,6 +21,7 @@ from urllib.parse import quote
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
+from slotmoe import system
 from slotmoe.errors import CheckpointError, ExportError
 from slotmoe.jsonfile import Json, typed
 from slotmoe.model import tiktoken
@@ -152,11 +153,11 @@ class HubShards:
         with open(temporary, "wb") as file:
             file.write(data[:length])
             file.truncate(size)
-        if temporary.stat().st_blocks * 512 > max(size // 2, length + (1 << 20)):
+        if system.bytes_on_disk(temporary) > max(size // 2, length + (1 << 20)):
             temporary.unlink()
             problem = "the file system keeps no sparse files; choose a destination on another"
             raise ExportError(f"{path.parent}: {problem}")
-        os.rename(temporary, path)
+        system.move(temporary, path)
 
     async def _checked(self, name: str, *places: Path | None) -> Path | None:
         """The first place that has a file with the checksum of the file ``name``."""
@@ -186,7 +187,7 @@ class HubShards:
         coming = [name for name in files if not (self._arrived(name) or snapshot.cached(name))]
         sizes = {name: snapshot.files[name].size for name in coming}
         self._total = sum(sizes.values())
-        have = sum(path.stat().st_blocks * 512 for path in self._weights.glob("*.incomplete"))
+        have = sum(map(system.bytes_on_disk, self._weights.glob("*.incomplete")))
         at_once = [sum(sizes.get(name, 0) for name in group) for group in together]
         most = max(at_once, default=0) if self.kept is None else self._total
         peak = max(most - have, 0)
@@ -229,7 +230,7 @@ class HubShards:
     def _retire(self, path: Path) -> None:
         """A weight file is done: remove it, or keep it under its name."""
         if self.kept is not None and path.suffix == ".safetensors":
-            os.rename(path, self.kept / path.name)
+            system.move(path, self.kept / path.name)
         else:
             path.unlink()
 
@@ -242,7 +243,7 @@ def _copy(source: Path, destination: Path) -> None:
         os.link(os.path.realpath(source), temporary)
     except OSError:
         shutil.copyfile(source, temporary)
-    os.rename(temporary, destination)
+    system.move(temporary, destination)
 
 
 def quantize_from_hub(

@@ -15,9 +15,10 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from slotmoe import system
 from slotmoe.errors import ExportError, naming, refused
 from slotmoe.jsonfile import Json, typed
-from slotmoe.offload.shared_files import read_note, take_lock
+from slotmoe.offload.shared_files import read_note
 from slotmoe.quant.export.layout import COPIED, MANIFEST, RESIDENT, is_predictor
 from slotmoe.quant.export.validate import manifest_checksum, read_manifest
 from slotmoe.quant.export.writer import sync_folder, write_json
@@ -147,7 +148,7 @@ def _lock(partial: Path, seconds: float) -> int:
     try:
         partial.mkdir(exist_ok=True)
         reason = "is no folder of ours"
-        return take_lock(partial, os.O_RDONLY | os.O_DIRECTORY, seconds)
+        return system.take_lock(partial, seconds, folder=True)
     except BlockingIOError:
         refusal = "another process is writing it; wait for it to finish"
         raise ExportError(f"{partial}: {refusal}") from None
@@ -185,7 +186,7 @@ def publish(partial: Path, destination: Path) -> None:
     replaced = beside(destination, "replaced")
     shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed here
     if destination.is_dir() and any(destination.iterdir()):
-        os.rename(destination, replaced)
-    os.rename(partial, destination)
+        system.move(destination, replaced)
+    system.move(partial, destination)
     sync_folder(destination.parent)
     shutil.rmtree(replaced, ignore_errors=True)

@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import torch
 
+from slotmoe import system
 from slotmoe.errors import CheckpointError, ConfigError, ExportError
 from slotmoe.jsonfile import Json
 from slotmoe.model.checkpoint.reader import Checkpoint
@@ -251,7 +252,7 @@ class _Job:
         calibration = self._calibration(todo)
         steps = self._steps(todo, calibration)
         paths = filter(Path.is_file, map(self.partial.joinpath, missing))
-        taken = sum(path.stat().st_blocks * 512 for path in paths)
+        taken = sum(map(system.bytes_on_disk, paths))
         needed = max(sum(map(self._contents.nbytes, missing)) - taken, 0) + (16 << 20)
         if self.shards is not None:
             free = shutil.disk_usage(self.partial).free

@@ -1,10 +1,10 @@
 """An export that is there already: whether it is one of this source, and how it is repaired."""
 
 import hashlib
-import os
 from collections.abc import Collection
 from pathlib import Path
 
+from slotmoe import system
 from slotmoe.errors import ExportError
 from slotmoe.jsonfile import Json
 from slotmoe.model.checkpoint.reader import Checkpoint
@@ -50,7 +50,7 @@ def replace_files(destination: Path, manifest: Json, partial: Path, entries: Jso
             raise ExportError(f"{destination / name}: {problem}; {advice}")
     for name in entries:
         (destination / name).parent.mkdir(exist_ok=True)
-        os.rename(partial / name, destination / name)
+        system.move(partial / name, destination / name)
         sync_folder((destination / name).parent)
 
 

@@ -1,7 +1,6 @@
 """Measured bandwidths of disk, link and memory, for reports and ``slotmoe bench --calibrate``."""
 
 import math
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -26,7 +25,7 @@ from slotmoe.quant.export.folder import Folder
 from slotmoe.quant.export.layout import layer_file
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.shapes import ALIGNMENT
-from slotmoe.system import bypass_page_cache
+from slotmoe.system import bypass_page_cache, read_at
 
 _MEASURED_BYTES = 256 << 20  # enough to leave every cache of the processor behind
 
@@ -39,7 +38,7 @@ def _random_reads(path: Path, size: int, count: int, random: Random) -> list[flo
         blocks = max(1, path.stat().st_size // size)
         for _ in range(count):
             started = time.perf_counter()
-            os.preadv(file.fileno(), [memory], random.randrange(blocks) * size)
+            read_at(file.fileno(), memory, random.randrange(blocks) * size)
             seconds.append(time.perf_counter() - started)
     return seconds
 

@@ -27,10 +27,11 @@ from pathlib import Path
 
 import xxhash
 
+from slotmoe import system
 from slotmoe.errors import ConfigError, refused
-from slotmoe.offload.shared_files import take_lock
 from slotmoe.quant.export.writer import replace_file, temporary_name
 from slotmoe.sizes import format_size
+from slotmoe.system import take_lock
 
 BLOCK_TOKENS = 64
 ADDRESS_BYTES, _CHECKSUM_BYTES = 16, 16
@@ -273,7 +274,7 @@ class BlockFolder:
     def _locked(self) -> Iterator[int]:
         """No other process changes the folder meanwhile.  Raises ``OSError``."""
         try:
-            handle = take_lock(self.folder / "lock", os.O_RDWR | os.O_CREAT, _LOCK_SECONDS)
+            handle = take_lock(self.folder / "lock", _LOCK_SECONDS)
         except BlockingIOError:
             raise OSError("another process has been saving for long") from None
         try:
@@ -295,11 +296,12 @@ class BlockFolder:
 
     def _total(self, lock: int) -> int:
         """As noted; as much as there may be, so that it is counted, where nothing is."""
-        noted = os.pread(lock, 20, 0)
+        noted = bytearray(20)
+        system.read_at(lock, memoryview(noted), 0)
         return int(noted) if noted.isdigit() else self.limit
 
     def _set_total(self, lock: int, total: int) -> None:
-        os.pwrite(lock, b"%020d" % total, 0)
+        system.write_at(lock, memoryview(b"%020d" % total), 0)
 
     def _tidy(self, kept: Iterable[Block], limit: int) -> int:
         """Remove what killed writers left, then the blocks used longest ago but ``kept`` and their
@@ -381,7 +383,7 @@ def write_private(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     alone; only one process may write it at a time.  Raises ``OSError``."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     temporary_name(path).unlink(missing_ok=True)
-    alone = os.O_EXCL | os.O_NOFOLLOW
+    alone = os.O_EXCL | system.NO_LINK
     replace_file(path, *parts, opener=lambda name, flags: os.open(name, flags | alone, 0o600))
 
 
@@ -400,12 +402,13 @@ def _entry(path: Path) -> Entry | None:
 def _tokens(entry: Entry) -> list[int]:
     """The block's tokens, unchecked; none if the file can't be read."""
     with suppress(OSError), open(entry.path, "rb", buffering=0, opener=_no_link) as file:
-        return unpacked(os.pread(file.fileno(), 4 * entry.count, _HEAD.size))
+        file.seek(_HEAD.size)
+        return unpacked(file.read(4 * entry.count))
     return []
 
 
 def _no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW)
+    return os.open(path, flags | system.NO_LINK)
 
 
 def shared_prefix(cached: list[int], prompt: list[int]) -> int:

@@ -20,8 +20,9 @@ from slotmoe.errors import ConfigError, refused
 from slotmoe.jsonfile import Json, read_json, typed
 from slotmoe.offload.sessions import blocks
 from slotmoe.offload.sessions.blocks import BlockFolder, make_private
-from slotmoe.offload.shared_files import check_removed, take_lock
+from slotmoe.offload.shared_files import check_removed
 from slotmoe.quant.export.layout import checksum
+from slotmoe.system import take_lock
 
 _VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -167,7 +168,7 @@ def _checksum(values: Json) -> str:
 def _lock(path: Path) -> int:
     """A handle that holds the lock.  Raises ``ConfigError``."""
     try:
-        return take_lock(path, os.O_RDWR | os.O_CREAT, 0)
+        return take_lock(path, 0)
     except BlockingIOError:
         reason = "is in use by another process; wait for that, or take another name"
         raise ConfigError(f"session {path.stem}: {reason}") from None

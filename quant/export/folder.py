@@ -31,7 +31,7 @@ class Folder:
         """Open a file inside the folder and check its size."""
         try:
             path = regular_file(self.path, name.removeprefix(self._inside))
-            handle = os.open(path, os.O_RDONLY)
+            handle = os.open(path, os.O_RDONLY | system.FILE)
         except OSError as problem:
             what = f"can't be opened ({problem.strerror})"
             if isinstance(problem, FileNotFoundError):
@@ -61,7 +61,7 @@ class Folder:
         done, needed = 0, len(data) if needed is None else needed
         while done < needed:
             try:
-                count = os.preadv(self._handles[name], [data[done:]], offset + done)
+                count = system.read_at(self._handles[name], data[done:], offset + done)
             except OSError as problem:
                 raise self.error(name, f"reading {what} failed ({problem.strerror})") from None
             if self._direct and done + count < needed:

@@ -27,7 +27,7 @@ def manifest_checksum(manifest: Json) -> str:
 def regular_file(folder: Path, name: str) -> Path:
     """Path of ``name`` in ``folder``.  Raises ``ExportError`` for a link out of it or no file."""
     path = folder / name
-    if os.path.realpath(path) != os.path.join(os.path.realpath(folder), name):
+    if Path(os.path.realpath(path)) != Path(os.path.realpath(folder), name):
         raise ExportError(f"{path}: is a link that leads elsewhere; copy the file itself here")
     if path.exists() and not path.is_file():
         raise ExportError(f"{path}: is not a regular file; the export is damaged")
@@ -47,7 +47,7 @@ def unlisted_files(folder: Path, manifest: Json) -> list[str]:
     predictor that the manifest does not list (yet, or any more), which nobody reads.
     """
     paths = [*folder.iterdir(), *(folder / "experts").glob("*")]
-    names = (str(path.relative_to(folder)) for path in paths if path.name != "experts")
+    names = (path.relative_to(folder).as_posix() for path in paths if path.name != "experts")
     foreign = {*names} - {layout.MANIFEST, *manifest["files"]}
     passing = {name for name in foreign if name.endswith(".tmp") or is_predictor(name)}
     return sorted(name for name in foreign - passing if not name.startswith("."))

@@ -1,7 +1,7 @@
 """Files of an export, written under a temporary name and renamed when whole and durable."""
 
-import fcntl
 import json
+import math
 import os
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -10,6 +10,7 @@ from pathlib import Path
 import xxhash
 from torch import Tensor, uint8, zeros
 
+from slotmoe import system
 from slotmoe.errors import ExportError, naming
 from slotmoe.jsonfile import Json
 from slotmoe.quant.export import layout
@@ -31,7 +32,7 @@ class ExportFile:
         self._header = layout.safetensors_header(parts.items())
         self._unfinished: dict[str, tuple[xxhash.xxh3_128, int]] = {}
         path.parent.mkdir(exist_ok=True)
-        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | system.NO_LINK, 0o666)
         try:
             with naming(path):
                 os.ftruncate(self._handle, self.nbytes)
@@ -62,9 +63,7 @@ class ExportFile:
 
     def _pwrite(self, data: memoryview, offset: int) -> None:
         with naming(self.path):
-            while data:
-                count = os.pwrite(self._handle, data, offset)
-                data, offset = data[count:], offset + count
+            system.write_at(self._handle, data, offset)
 
     def sync(self) -> None:
         """Make what was written durable."""
@@ -110,18 +109,14 @@ def temporary_name(path: Path) -> Path:
 
 def publish_file(path: Path) -> None:
     """Give a finished file its name, durably."""
-    os.rename(temporary_name(path), path)
+    system.move(temporary_name(path), path)
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` durable."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with naming(folder):
-            os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Make moves inside ``folder`` durable."""
+    with naming(folder):
+        system.sync_folder(folder)
 
 
 def write_json(path: Path, values: Json, indent: int | None = 1) -> None:
@@ -154,10 +149,8 @@ def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> None:
     replaces the old one.
     """
     parts = place({name: Part(item.dtype, tuple(item.shape)) for name, item in tensors.items()})
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    lock = system.take_lock(folder, math.inf, folder=True)  # two would remove each other's file
     try:
-        with naming(folder):
-            fcntl.flock(handle, fcntl.LOCK_EX)  # two at once must not remove each other's file
         manifest = read_manifest(folder)
         check_predictor(describe_tensors(parts, dict.fromkeys(parts, "")), manifest["experts"])
         digest = checksum(b"".join(tensors[name].numpy().tobytes() for name in parts))
@@ -178,4 +171,4 @@ def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> None:
             if is_predictor(old.name.removesuffix(".tmp")) and old.name != path.name:
                 old.unlink()
     finally:
-        os.close(handle)
+        os.close(lock)

@@ -13,7 +13,6 @@ import pytest
 from slotmoe.errors import ConfigError, ExportError, SlotmoeError
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.tokenizer import Tokenizer
-from slotmoe.offload.machine import peak_rss
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import (
     COPIED,
@@ -24,6 +23,7 @@ from slotmoe.quant.export.layout import (
     tensor_parts,
 )
 from slotmoe.quant.export.reader import Export
+from slotmoe.system import peak_rss
 from tests.support.disk import forked
 from tests.support.exported import read_everything, resign, signed
 from tests.support.hostile import (

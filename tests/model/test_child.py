@@ -6,7 +6,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -123,10 +122,11 @@ def test_an_interrupted_question_has_no_late_answer(child, monkeypatch):
     def interrupted(size):
         raise KeyboardInterrupt
 
-    answers = SimpleNamespace(read=interrupted, close=child._answers.close)
-    monkeypatch.setattr(child, "_answers", answers)
+    read = child._read
+    monkeypatch.setattr(child, "_read", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ask(child, "said = 'late'")
+    monkeypatch.setattr(child, "_read", read)
     assert ask(child, PID) != pid
 
 

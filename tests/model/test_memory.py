@@ -12,7 +12,7 @@ from tests.support.tiny import SAMPLE, write_checkpoint
 _PEAK = """
 import pathlib, sys
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.machine import peak_rss
+from slotmoe.system import peak_rss
 quantize(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), workers=2)
 print(peak_rss() / 2**20)
 """

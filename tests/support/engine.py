@@ -15,7 +15,7 @@ IDS = torch.randint(2, 4000, (60,), generator=torch.Generator().manual_seed(3)).
 
 RUN = """
 import json, sys
-from slotmoe.offload.machine import peak_rss
+from slotmoe.system import peak_rss
 from slotmoe.offload.plan.memory import by_tier, predicted_components
 from slotmoe.offload.runtime import Runtime
 slots, prompt = int(sys.argv[1]), int(sys.argv[2])

@@ -41,7 +41,7 @@ def test_this_machine(report, slotmoe):
 
 
 def test_other_processors(report, monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("slotmoe.system.posix.CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(doctor.platform, "machine", lambda: "aarch64")
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\n")
     assert report()[1]["processor"]["found"].endswith(" cores, NEON, sdot, i8mm")

@@ -54,7 +54,7 @@ def _serve(file: Path, listener: socket) -> None:
 
 
 def _curl(url: str, path: Path, checked: bool) -> float:
-    os.sync()
+    subprocess.run(["sync"], check=True)
     copy = str(path)
     commands = [["curl", "-s", "-o", copy, url], ["sha256sum", copy], ["sync", copy]]
     started = time.perf_counter()
@@ -65,7 +65,7 @@ def _curl(url: str, path: Path, checked: bool) -> float:
 
 def _slotmoe(remote: Remote, path: Path, checked: bool) -> float:
     path.unlink(missing_ok=True)
-    os.sync()
+    subprocess.run(["sync"], check=True)
     arrived, started = [0.0], time.perf_counter()
 
     def advance(_count: int) -> None:

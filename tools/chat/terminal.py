@@ -2,8 +2,6 @@
 
 import contextlib
 import signal
-import sys
-import termios
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ from rich.text import Text
 
 from slotmoe.errors import visible
 from slotmoe.signals import Stopping, leave
+from slotmoe.system import terminal_mode
 from slotmoe.tools.tables import Console
 
 Status = Callable[[], str]
@@ -52,12 +51,11 @@ class Terminal:
     @contextlib.contextmanager
     def talking(self) -> Iterator[None]:
         """Ctrl-C between answers does nothing; what ends the process restores the terminal."""
-        mode = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
+        restore = terminal_mode()
 
         def end(number: int) -> None:
             if number != signal.SIGINT:
-                if mode is not None:
-                    termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
+                restore()
                 leave(number)
 
         with Stopping(end, once=False):
@@ -224,13 +222,8 @@ def _keys() -> KeyBindings:
 @contextlib.contextmanager
 def _no_echo() -> Iterator[None]:
     """What is typed meanwhile does not show in the middle of an answer; the next prompt has it."""
-    if not sys.stdin.isatty():
-        yield
-        return
-    before = termios.tcgetattr(sys.stdin)
-    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
-    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    restore = terminal_mode(echo=False)
     try:
         yield
     finally:
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+        restore()

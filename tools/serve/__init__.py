@@ -4,7 +4,6 @@ import gc
 import ipaddress
 import os
 import re
-import resource
 import socket
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
 from slotmoe.signals import Stopping
 from slotmoe.sizes import parse_size
+from slotmoe.system import allow_open_files
 from slotmoe.tools import options
 from slotmoe.tools.options import flag, open_runtime, option
 
@@ -101,7 +101,7 @@ def command(model: str, host: str, port: int, names: tuple[str, ...], **given: A
     if "*" in origins and not keys:
         advice = f"{_GIVE_KEY}, or name the origin"
         raise ConfigError(f"--cors-origin '*': any page could use this server; {advice}")
-    allow_descriptors(sequences + queue + 2 * _SPARE_CONNECTIONS)
+    allow_open_files(sequences + queue + 2 * _SPARE_CONNECTIONS)
     folder, limit = given["session_dir"], parse_size(given["session_limit"])
     rows = max(sequences, 16)  # of logits: one of each answer, or of a prompt's scored tokens
     with (
@@ -224,14 +224,6 @@ def _checked(option: str, given: tuple[str, ...], form: str, what: str) -> tuple
         if not re.fullmatch(form, text):
             raise ConfigError(f"{option} {text!r:.80}: is no {what}")
     return given
-
-
-def allow_descriptors(count: int) -> None:
-    """Let the process open ``count`` files and connections, as far as the system lets it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _listen(host: str, port: int, has_keys: bool) -> socket.socket:

@@ -1,8 +1,6 @@
-"""What Linux and macOS do each in its own way: cores, NUMA nodes, reads past the page cache."""
+"""Cores, and NUMA nodes, where threads run and memory lies."""
 
 import ctypes
-import fcntl
-import mmap
 import os
 import platform
 import re
@@ -81,7 +79,9 @@ def processors() -> list[Processor]:
 
 def _allowed() -> set[int]:
     """Logical CPUs that this process may run on; none where the system does not say."""
-    return os.sched_getaffinity(0) if sys.platform == "linux" else set()
+    if sys.platform == "linux":
+        return os.sched_getaffinity(0)
+    return set()
 
 
 def _fast() -> set[int]:
@@ -121,7 +121,7 @@ def _within_quota(count: int) -> int:
 def bind(cpus: Sequence[int]) -> None:
     """Let this thread run on ``cpus`` alone; for none, and where the system refuses, anywhere."""
     with suppress(OSError):
-        if cpus:
+        if sys.platform == "linux" and cpus:
             os.sched_setaffinity(0, cpus)
 
 
@@ -136,31 +136,3 @@ def lie_on(nodes: Sequence[int], address: int, size: int) -> bool:
     mode = _PREFERRED if len(nodes) == 1 else _INTERLEAVE
     where = ctypes.c_void_p(address), ctypes.c_size_t(size), mode, mask, 64 * len(mask), 0
     return not ctypes.CDLL(None).syscall(number, *where)
-
-
-def bypass_page_cache(handle: int, alignment: int) -> bool:
-    """Whether reads of the open file go past the page cache from now on, which begin and end at
-    multiples of ``alignment`` in the file and in memory.  False leaves the file as it was."""
-    try:
-        _set_direct(handle, True)
-        # Both at an odd multiple: file systems may want whole pages, of 16 or 64 KiB on some ARM.
-        memory = memoryview(mmap.mmap(-1, 2 * alignment))[alignment:]
-        os.preadv(handle, [memory], alignment)
-        return True
-    except OSError:
-        use_page_cache(handle)
-        return False
-
-
-def use_page_cache(handle: int) -> None:
-    """Undo ``bypass_page_cache``."""
-    with suppress(OSError):
-        _set_direct(handle, False)
-
-
-def _set_direct(handle: int, on: bool) -> None:
-    if sys.platform == "darwin":
-        fcntl.fcntl(handle, fcntl.F_NOCACHE, int(on))
-        return
-    flags = fcntl.fcntl(handle, fcntl.F_GETFL)
-    fcntl.fcntl(handle, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)

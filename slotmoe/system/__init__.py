@@ -1,0 +1,48 @@
+"""What systems do each in its own way: cores, files and their locks, memory, a child's limits.
+
+``posix`` is Linux and macOS, ``windows`` is Windows; nothing else asks which of them it runs on.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from slotmoe.errors import naming
+from slotmoe.system.placement import MAX_THREADS as MAX_THREADS
+from slotmoe.system.placement import Placement as Placement
+from slotmoe.system.placement import Processor as Processor
+from slotmoe.system.placement import bind as bind
+from slotmoe.system.placement import choose_placement as choose_placement
+from slotmoe.system.placement import cores as cores
+from slotmoe.system.placement import lie_on as lie_on
+from slotmoe.system.placement import processors as processors
+
+if sys.platform == "win32":
+    from slotmoe.system import windows as own
+else:
+    from slotmoe.system import posix as own
+
+FILE, NO_LINK = own.FILE, own.NO_LINK
+bytes_on_disk = own.bytes_on_disk
+bypass_page_cache, use_page_cache = own.bypass_page_cache, own.use_page_cache
+read_at, write_at, move, sync_folder = own.read_at, own.write_at, own.move, own.sync_folder
+processor_name = own.processor_name
+private_pages, peak_rss, allow_open_files = own.private_pages, own.peak_rss, own.allow_open_files
+ready_streams, terminal_mode = own.ready_streams, own.terminal_mode
+bound, deadline, apart = own.bound, own.deadline, own.apart
+block_signals = own.block_signals
+
+
+def take_lock(path: Path, seconds: float, folder: bool = False) -> int:
+    """A handle that alone has the lock of ``path``, a file, made if absent, or a ``folder``, until
+    it is closed; a folder may be moved meanwhile.  Raises ``BlockingIOError`` if another has the
+    lock for so many seconds, and ``OSError``."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            with naming(path):
+                return own.lock_folder(path) if folder else own.lock_file(path)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.01)

@@ -1,0 +1,268 @@
+"""Windows, from version 10 on."""
+
+import ctypes
+import errno
+import io
+import mmap
+import msvcrt
+import os
+import signal
+import sys
+import time
+import winreg
+from collections.abc import Callable
+from contextlib import suppress
+from ctypes import byref, c_longlong, c_uint32, c_void_p
+from pathlib import Path
+from subprocess import Popen
+from threading import Timer
+from typing import Any
+
+import psutil
+
+assert sys.platform == "win32"
+
+FILE = NO_LINK = os.O_BINARY | os.O_NOINHERIT  # links need rights that few have
+_KERNEL = ctypes.WinDLL("kernel32", use_last_error=True)
+_KERNEL.ReOpenFile.restype = _KERNEL.GetStdHandle.restype = c_void_p
+_KERNEL.CreateJobObjectW.restype = _KERNEL.GetCurrentProcess.restype = c_void_p
+_READ, _SHARED, _NO_BUFFERING = 0x80000000, 7, 0x20000000
+_REPLACE_EXISTING, _WRITE_THROUGH = 1, 8
+_LOCK_EXCLUSIVELY_NOW = 3
+_SHARING_VIOLATION, _ACCESS_DENIED, _LOCK_VIOLATION, _END_OF_FILE = 32, 5, 33, 38
+_HELD_SECONDS = 2.0  # for which a virus scanner may hold a new file
+
+# Files
+
+
+class _Overlapped(ctypes.Structure):
+    """Where a read or write begins, whatever the position of the file is."""
+
+    _fields_ = (
+        *(("internal", c_void_p), ("internal_high", c_void_p)),
+        *(("offset", c_uint32), ("offset_high", c_uint32), ("event", c_void_p)),
+    )
+
+    def __init__(self, offset: int):
+        super().__init__(offset=offset & 0xFFFFFFFF, offset_high=offset >> 32)
+
+
+def _transfer(call: Any, handle: int, memory: memoryview, offset: int) -> int:
+    """Bytes that ``ReadFile`` or ``WriteFile`` have moved."""
+    address = ctypes.addressof((ctypes.c_char * len(memory)).from_buffer(memory))
+    size, done = min(len(memory), 1 << 30), c_uint32()
+    file, at = c_void_p(msvcrt.get_osfhandle(handle)), _Overlapped(offset)
+    good = call(file, c_void_p(address), c_uint32(size), byref(done), byref(at))
+    if not good and (code := ctypes.get_last_error()) != _END_OF_FILE:
+        raise ctypes.WinError(code)
+    return done.value
+
+
+def read_at(handle: int, memory: memoryview, offset: int) -> int:
+    """See ``posix``."""
+    return _transfer(_KERNEL.ReadFile, handle, memory, offset)
+
+
+def write_at(handle: int, data: memoryview, offset: int) -> None:
+    """See ``posix``."""
+    if data.readonly:
+        data = memoryview(bytearray(data))
+    while data:
+        count = _transfer(_KERNEL.WriteFile, handle, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def move(source: Path, target: Path) -> None:
+    """See ``posix``; durable when it returns."""
+    until = time.monotonic() + _HELD_SECONDS
+    flags = _WRITE_THROUGH if source.is_dir() else _WRITE_THROUGH | _REPLACE_EXISTING
+    while not _KERNEL.MoveFileExW(_long(source), _long(target), flags):
+        code = ctypes.get_last_error()
+        is_held = code in (_SHARING_VIOLATION, _ACCESS_DENIED) and time.monotonic() < until
+        if not is_held:
+            raise OSError(None, ctypes.FormatError(code), str(target), code)
+        time.sleep(0.02)
+
+
+def _long(path: Path) -> str:
+    """A path that may be longer than 260 characters."""
+    text = os.path.abspath(path)
+    if text.startswith("\\\\"):
+        return text if text.startswith("\\\\?\\") else "\\\\?\\UNC\\" + text[2:]
+    return "\\\\?\\" + text
+
+
+def sync_folder(folder: Path) -> None:
+    """``move`` has done so."""
+
+
+def lock_file(path: Path) -> int:
+    """See ``posix``."""
+    return _lock(path, os.O_RDWR | os.O_CREAT | FILE)
+
+
+def lock_folder(path: Path) -> int:
+    """See ``posix``.  A folder has no lock here: one beside it that goes when it is closed."""
+    if not path.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    beside, flags = path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_TEMPORARY
+    return _lock(beside, flags | FILE)
+
+
+def _lock(path: Path, flags: int) -> int:
+    try:
+        handle = os.open(path, flags, 0o600)
+    except PermissionError:  # it goes in this moment
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path)) from None
+    file, at, one = c_void_p(msvcrt.get_osfhandle(handle)), _Overlapped(1 << 62), c_uint32(1)
+    if _KERNEL.LockFileEx(file, _LOCK_EXCLUSIVELY_NOW, 0, one, 0, byref(at)):
+        return handle
+    code = ctypes.get_last_error()
+    os.close(handle)
+    if code == _LOCK_VIOLATION:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path))
+    raise ctypes.WinError(code)
+
+
+def bypass_page_cache(handle: int, alignment: int) -> bool:
+    """See ``posix``."""
+    if not _reopen(handle, _NO_BUFFERING):
+        return False
+    try:
+        read_at(handle, memoryview(mmap.mmap(-1, alignment)), alignment)
+        return True
+    except OSError:
+        use_page_cache(handle)
+        return False
+
+
+def use_page_cache(handle: int) -> None:
+    """See ``posix``."""
+    _reopen(handle, 0)
+
+
+def _reopen(handle: int, flags: int) -> bool:
+    """Let the descriptor ``handle`` be the same file, opened with other flags."""
+    file = c_void_p(msvcrt.get_osfhandle(handle))
+    again = _KERNEL.ReOpenFile(file, c_uint32(_READ), _SHARED, c_uint32(flags))
+    if again in (None, c_void_p(-1).value):
+        return False
+    other = msvcrt.open_osfhandle(again, os.O_RDONLY | os.O_BINARY)
+    os.dup2(other, handle, inheritable=False)
+    os.close(other)
+    return True
+
+
+def bytes_on_disk(path: Path) -> int:
+    """See ``posix``."""
+    high = c_uint32()
+    low = _KERNEL.GetCompressedFileSizeW(_long(path), byref(high))
+    return int(high.value << 32 | low & 0xFFFFFFFF)
+
+
+# Memory and processes
+
+
+def private_pages(count: int, forks: bool) -> mmap.mmap:
+    """See ``posix``."""
+    return mmap.mmap(-1, count)
+
+
+def peak_rss() -> int:
+    """See ``posix``."""
+    return int(psutil.Process().memory_info().peak_wset)
+
+
+def processor_name() -> tuple[str, list[str]]:
+    """See ``posix``."""
+    place = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
+    with suppress(OSError), winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, place) as key:
+        return str(winreg.QueryValueEx(key, "ProcessorNameString")[0]).strip(), []
+    return "", []
+
+
+def allow_open_files(count: int) -> None:
+    """Windows has no limit."""
+
+
+def ready_streams() -> None:
+    """See ``posix``; a program behind a pipe gets the same bytes as elsewhere."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", newline=None if stream is sys.stdin else "\n")
+    takes_codes = 4
+    for number in (-11, -12):  # stdout's and stderr's
+        handle, mode = c_void_p(_KERNEL.GetStdHandle(c_uint32(number & 0xFFFFFFFF))), c_uint32()
+        if _KERNEL.GetConsoleMode(handle, byref(mode)):
+            _KERNEL.SetConsoleMode(handle, c_uint32(mode.value | takes_codes))
+
+
+def terminal_mode(echo: bool = True) -> Callable[[], object]:
+    """See ``posix``."""
+    handle, mode, shown = c_void_p(_KERNEL.GetStdHandle(c_uint32(-10 & 0xFFFFFFFF))), c_uint32(), 4
+    if not sys.stdin.isatty() or not _KERNEL.GetConsoleMode(handle, byref(mode)):
+        return lambda: None
+    if not echo:
+        _KERNEL.SetConsoleMode(handle, c_uint32(mode.value & ~shown))
+    return lambda: _KERNEL.SetConsoleMode(handle, mode)
+
+
+class _JobLimits(ctypes.Structure):
+    """``JOBOBJECT_EXTENDED_LIMIT_INFORMATION``."""
+
+    _fields_ = (
+        *(("process_time", c_longlong), ("job_time", c_longlong), ("flags", c_uint32)),
+        *(("least_set", ctypes.c_size_t), ("most_set", ctypes.c_size_t), ("count", c_uint32)),
+        *(("affinity", ctypes.c_size_t), ("priority", c_uint32), ("scheduling", c_uint32)),
+        ("transferred", ctypes.c_ulonglong * 6),
+        *(("process_memory", ctypes.c_size_t), ("job_memory", ctypes.c_size_t)),
+        *(("peak_process", ctypes.c_size_t), ("peak_job", ctypes.c_size_t)),
+    )
+
+
+_job: list[Any] = []  # of this process, once it is bound
+
+
+def bound(seconds: float, memory: int | None) -> None:
+    """See ``posix``; ``deadline`` limits the time."""
+    if not _job:
+        _job.append(c_void_p(_KERNEL.CreateJobObjectW(None, None)))
+        _KERNEL.AssignProcessToJobObject(_job[0], c_void_p(_KERNEL.GetCurrentProcess()))
+    limits = _JobLimits(flags=0 if memory is None else 0x100, process_memory=memory or 0)
+    _KERNEL.SetInformationJobObject(_job[0], 9, byref(limits), ctypes.sizeof(limits))
+
+
+def block_signals(numbers: tuple[signal.Signals, ...]) -> None:
+    """The main thread gets all signals."""
+
+
+class _Deadline(Timer):
+    def __init__(self, process: "Popen[bytes]", cpu_seconds: float, seconds: float):
+        super().__init__(seconds, process.kill)
+        self._cpu, self._process = cpu_seconds, psutil.Process(process.pid)
+        self._before, self._until = self._used(), time.monotonic() + seconds
+        self.daemon = True
+
+    def _used(self) -> float:
+        return float(sum(self._process.cpu_times()[:2]))
+
+    def run(self) -> None:
+        with suppress(psutil.Error):
+            while not self.finished.wait(0.05):
+                if self._used() - self._before > self._cpu or time.monotonic() > self._until:
+                    self.function()
+                    self.finished.set()
+
+
+def deadline(process: "Popen[bytes]", cpu_seconds: float, seconds: float) -> Timer:
+    """A timer, started, that kills the process after so many seconds or so much CPU time."""
+    timer = _Deadline(process, cpu_seconds, seconds)
+    timer.start()
+    return timer
+
+
+def apart() -> dict[str, Any]:
+    """See ``posix``."""
+    root = os.environ.get("SYSTEMROOT", "C:\\Windows")
+    new_group, no_window = 0x200, 0x8000000
+    return {"env": {"SYSTEMROOT": root}, "cwd": root, "creationflags": new_group | no_window}
