@@ -18,6 +18,7 @@ from typing import Any
 assert sys.platform != "win32"
 
 CPUINFO = Path("/proc/cpuinfo")
+TOO_LONG = -signal.SIGPROF  # the exit code of a process that has had its CPU time
 FILE, NO_LINK = 0, os.O_NOFOLLOW  # flags that open a file as it is, through a link and not
 
 # Files

@@ -30,6 +30,7 @@ _READ, _SHARED, _NO_BUFFERING = 0x80000000, 7, 0x20000000
 _REPLACE_EXISTING, _WRITE_THROUGH = 1, 8
 _LOCK_EXCLUSIVELY_NOW = 3
 _SHARING_VIOLATION, _ACCESS_DENIED, _LOCK_VIOLATION, _END_OF_FILE = 32, 5, 33, 38
+TOO_LONG = 1816  # the exit code of a process that has had its CPU time, Windows' for a quota
 _HELD_SECONDS = 2.0  # for which a virus scanner may hold a new file
 
 # Files
@@ -225,6 +226,7 @@ _job: list[Any] = []  # of this process, once it is bound
 
 def bound(seconds: float, memory: int | None) -> None:
     """See ``posix``; ``deadline`` limits the time."""
+    _KERNEL.SetErrorMode(3)  # no report of a crash
     if not _job:
         _job.append(c_void_p(_KERNEL.CreateJobObjectW(None, None)))
         _KERNEL.AssignProcessToJobObject(_job[0], c_void_p(_KERNEL.GetCurrentProcess()))
@@ -239,19 +241,23 @@ def block_signals(numbers: tuple[signal.Signals, ...]) -> None:
 class _Deadline(Timer):
     def __init__(self, process: "Popen[bytes]", cpu_seconds: float, seconds: float):
         super().__init__(seconds, process.kill)
-        self._cpu, self._process = cpu_seconds, psutil.Process(process.pid)
-        self._before, self._until = self._used(), time.monotonic() + seconds
-        self.daemon = True
-
-    def _used(self) -> float:
-        return float(sum(self._process.cpu_times()[:2]))
+        self._pid, self.daemon = process.pid, True
+        self._most, self._until = _used(self._pid) + cpu_seconds, time.monotonic() + seconds
 
     def run(self) -> None:
-        with suppress(psutil.Error):
-            while not self.finished.wait(0.05):
-                if self._used() - self._before > self._cpu or time.monotonic() > self._until:
-                    self.function()
-                    self.finished.set()
+        while not self.finished.wait(0.05) and time.monotonic() < self._until:
+            with suppress(OSError):  # it has ended
+                if _used(self._pid) > self._most:
+                    os.kill(self._pid, TOO_LONG)
+        if not self.finished.is_set():
+            self.function()
+
+
+def _used(pid: int) -> float:
+    """Seconds of CPU time that a process has had; 0 if it has ended."""
+    with suppress(psutil.Error):
+        return float(sum(psutil.Process(pid).cpu_times()[:2]))
+    return 0.0
 
 
 def deadline(process: "Popen[bytes]", cpu_seconds: float, seconds: float) -> Timer:
