@@ -16,7 +16,7 @@ from typing import Any
 
 if sys.platform == "win32":
     import ctypes
-    from time import sleep
+    from ctypes import c_int, c_uint32
 
     ENDING = (signal.SIGINT, signal.SIGBREAK)
     _handlers: dict[int, Any] = dict.fromkeys(ENDING, signal.SIG_DFL)
@@ -24,18 +24,18 @@ if sys.platform == "win32":
     _end = partial(os.kill, os.getpid())  # libraries may wait at an exit, for threads that are gone
 
     def _strike(event: int) -> bool:
-        """Windows calls this in a thread of its own; Python's handlers come in the main thread,
-        after whatever lock or file it waits for."""
+        """Windows calls this in a thread of its own; a handler of Python's would wait for what the
+        main thread waits for."""
         number = signal.SIGBREAK if event else signal.SIGINT
         if _handlers[number] == signal.SIG_DFL:
             _end(128 + number)
         _handlers[number](number, None)
-        while event > 1:  # a window closes, and ends the process when this returns
-            sleep(1)
+        if event > 1:  # a window closes, and ends the process when this returns
+            _KERNEL.Sleep(-1)
         return True
 
-    _KERNEL = ctypes.WinDLL("kernel32")
-    _STRIKE = ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_uint32)(_strike)
+    _KERNEL, _STRIKE = ctypes.WinDLL("kernel32"), ctypes.WINFUNCTYPE(c_int, c_uint32)(_strike)
+    _listen = partial(_KERNEL.SetConsoleCtrlHandler, _STRIKE)
 else:
     ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     _handler, _handle, _end = signal.getsignal, signal.signal, os._exit
@@ -46,9 +46,15 @@ def take() -> None:
     handler on, soon after which Python forgets its own."""
     Stopping(leave, once=False).__enter__()
     if sys.platform == "win32":
-        _KERNEL.SetConsoleCtrlHandler(_STRIKE, True)
-        atexit.register(_KERNEL.SetConsoleCtrlHandler, _STRIKE, False)
+        _listen(True)
+        atexit.register(_listen, False)
     atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in ENDING])
+
+
+def block() -> None:
+    """Let others than this thread, and not its children, get these signals."""
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
 
 
 def leave(number: int, remark: str = "") -> None:
