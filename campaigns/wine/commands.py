@@ -11,7 +11,7 @@ SETS = ("portable", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "amx")
 COMPUTED = ("text", "ids", "logprobs", "finish_reason", "kernels")
 README = (ROOT / "README.md").read_text()
 PROMPT = re.findall(r'slotmoe run sample "(.*)" --temperature 0.7', README)[0]
-STRANGE = "Bücher von früher, – 本 $(x) %PATH%"
+STRANGE = "Bücher von früher, 本 $(x) %PATH%"
 
 
 def run(pair, aim):

@@ -83,8 +83,9 @@ def made(folder, wheel=None):
         wheel = wheel or built_wheel(Path(work))
         digest, noted = hashlib.sha256(wheel.read_bytes()).hexdigest(), folder / "wheel"
         if not noted.exists() or noted.read_text() != digest:
-            words = "-m pip -q install --no-index --no-deps --force-reinstall --no-warn-script-location".split()
-            call(*windows.python, *words, windows.path(wheel.resolve()), env=windows.variables)
+            options = "--quiet --no-index --no-deps --force-reinstall --no-warn-script-location"
+            words = "-m", "pip", "install", *options.split(), windows.path(wheel.resolve())
+            call(*windows.python, *words, env=windows.variables)
             noted.write_text(digest)
     try:
         yield python

@@ -8,9 +8,13 @@ import json
 import os
 import sys
 import traceback
+from pathlib import Path
 
+from slotmoe import system
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.cli import main
+
+_held = []
 
 
 def command(words, text=""):
@@ -26,6 +30,41 @@ def command(words, text=""):
     for stream in streams:
         stream.flush()
     return code, *(stream.buffer.getvalue().decode() for stream in streams)
+
+
+def dying(words, at=0):
+    """``command``, which ends this process at its ``at``-th change of the disk; how many there
+    are."""
+    changes = 0
+
+    def counted(function):
+        def call(*given, **options):
+            nonlocal changes
+            changes += 1
+            if changes == at:
+                os.kill(os.getpid(), 9)
+            return function(*given, **options)
+
+        return call
+
+    for module, name in ((system, "move"), *((os, name) for name in ("fsync", "unlink", "mkdir"))):
+        setattr(module, name, counted(getattr(module, name)))
+    return command(words), changes
+
+
+def hold(path, folder=False):
+    """Take the lock of ``path`` until this process ends."""
+    _held.append(system.take_lock(Path(path), 0, folder=folder))
+
+
+def number():
+    """This process, as its system counts."""
+    return os.getpid()
+
+
+def end(process):
+    """End another process; on Windows by TerminateProcess."""
+    os.kill(process, 9)
 
 
 def logits(model, count, **options):
