@@ -188,7 +188,12 @@ class Worker:
 
     def command(self, *words, text=""):
         """Exit code, stdout and stderr of a command in that process."""
-        code, *said = self.ask("command", words=self._system.words(words), text=text)
+        self.begin("command", words=self._system.words(words), text=text)
+        return self.said()
+
+    def said(self):
+        """The same of one that was begun."""
+        code, *said = self.answer()
         return code, *map(self._system.plain, said)
 
     def close(self):
@@ -224,8 +229,8 @@ class Pair:
         return known
 
     def commands(self, *words, text=""):
-        """What the command comes to in each system's worker: exit code, stdout and stderr."""
-        return [self.worker(system).command(*words, text=text) for system in self.systems]
-
-    def ask(self, function, **given):
-        return [self.worker(system).ask(function, **given) for system in self.systems]
+        """What the command comes to in both workers, at once: exit code, stdout and stderr."""
+        workers = [self.worker(system) for system in self.systems]
+        for worker, system in zip(workers, self.systems, strict=True):
+            worker.begin("command", words=system.words(words), text=text)
+        return [worker.said() for worker in workers]
