@@ -3,8 +3,6 @@
 import ctypes
 import gc
 import math
-import os
-import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,17 +10,20 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from slotmoe.system import lie_on, private_pages
+from slotmoe.system import commit, hold, lie_on, private_pages, step_back
 
 TOUCHED_AT_ONCE = 16 << 20  # bytes between two looks at whether to stop
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
 
-def page_aligned(count: int, forks: bool = True, nodes: Sequence[int] = ()) -> Tensor:
+def page_aligned(
+    count: int, forks: bool = True, nodes: Sequence[int] = (), is_whole: bool = True
+) -> Tensor:
     """``count`` bytes of page-aligned zeros, uint8; pages cost nothing until written, and lie on
     ``nodes``, if given and allowed.  Without ``forks`` a child process has no such memory: a write
-    after a fork would move a page away from under the device that copies from it."""
-    memory = torch.frombuffer(private_pages(count, forks), dtype=torch.uint8)
+    after a fork would move a page away from under the device that copies from it.  Parts of what
+    is not whole have to be asked for by ``commit``."""
+    memory = torch.frombuffer(private_pages(count, forks, is_whole), dtype=torch.uint8)
     if nodes:
         lie_on(nodes, memory.data_ptr(), count)
     return memory
@@ -56,7 +57,8 @@ def tune_heap() -> None:
 class Touching:
     """A thread that makes the pages of ``memory`` (uint8, zero, on the CPU) present, from byte
     ``start`` on, so that neither the disk nor the first tokens wait for it.  The first write to a
-    page costs as much as reading it from a disk, or several times that in a virtual machine."""
+    page costs as much as reading it from a disk, or several times that in a virtual machine.
+    Where systems take memory back from whoever rests, it is held."""
 
     def __init__(self, memory: Tensor, start: int):
         self._memory, self._stop, self.start = memory, False, start
@@ -65,14 +67,13 @@ class Touching:
         self._thread.start()
 
     def _run(self) -> None:
-        # Elsewhere than on Linux priorities are of processes, one of which may have this id.
-        with suppress(OSError):
-            if sys.platform == "linux":
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        step_back()
+        hold(self._memory.data_ptr(), self.start)
         while self.ready < len(self._memory) and not self._stop:
             piece = self._memory[self.ready : self.ready + TOUCHED_AT_ONCE]
             # Unlike a torch operation, never on several threads.
             ctypes.memset(piece.data_ptr(), 0, len(piece))
+            hold(piece.data_ptr(), len(piece))
             self.ready += len(piece)
 
     def finish(self) -> None:
@@ -89,12 +90,19 @@ class Arena:
     """Tensors side by side in large pages: where an address costs two walks through page tables, as
     in a virtual machine, reading them this way is 10 to 15% faster.
 
-    ``reuse`` takes the last chunk again from its beginning: fresh pages cost more than a copy.
+    What ``stays`` is held.  ``reuse`` takes the last chunk again from its beginning: fresh pages
+    cost more than a copy.
     """
 
-    def __init__(self, chunk_bytes: int = 64 << 20, alignment: int = 64, nodes: Sequence[int] = ()):
+    def __init__(
+        self,
+        chunk_bytes: int = 64 << 20,
+        alignment: int = 64,
+        nodes: Sequence[int] = (),
+        stays: bool = False,
+    ):
         self._chunk_bytes, self._alignment, self._lock = chunk_bytes, alignment, threading.Lock()
-        self._nodes = nodes
+        self._nodes, self._stays = nodes, stays
         self._chunk, self._used = torch.empty(0, dtype=torch.uint8), 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -103,10 +111,14 @@ class Arena:
         with self._lock:
             if self._used + size > len(self._chunk):
                 # There is room for what follows; tensors keep the old chunk alive.
-                self._chunk = page_aligned(size + self._chunk_bytes, nodes=self._nodes)
-                self._used = 0
+                room = size + self._chunk_bytes
+                self._chunk, self._used = page_aligned(room, True, self._nodes, False), 0
             memory = self._chunk[self._used : self._used + size]
             self._used += -(-size // self._alignment) * self._alignment
+        if size:
+            commit(memory.data_ptr(), size)
+        if self._stays:
+            hold(memory.data_ptr(), size)
         return memory.view(dtype).view(shape)
 
     def reuse(self) -> None:

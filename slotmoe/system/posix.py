@@ -3,11 +3,13 @@
 import fcntl
 import mmap
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import termios
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,12 +17,20 @@ from subprocess import Popen
 from threading import Timer
 from typing import Any
 
+import psutil
+
 assert sys.platform != "win32"
 
 CPUINFO = Path("/proc/cpuinfo")
-FILE, NO_LINK = 0, os.O_NOFOLLOW  # flags that open a file as it is, through a link and not
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+NO_LINK = os.O_NOFOLLOW  # a flag that opens a file as it is, and through no link
 
 # Files
+
+
+def open_to_read(path: Path) -> int:
+    """A handle from which several threads may read at once.  Raises ``OSError``."""
+    return os.open(path, os.O_RDONLY)
 
 
 def read_at(handle: int, memory: memoryview, offset: int) -> int:
@@ -111,9 +121,10 @@ def bytes_on_disk(path: Path) -> int:
 # Memory and processes
 
 
-def private_pages(count: int, forks: bool) -> mmap.mmap:
+def private_pages(count: int, forks: bool, is_whole: bool) -> mmap.mmap:
     """``count`` bytes of zeros, whose pages cost nothing until written, in large pages where the
-    system has them.  Without ``forks`` a child process has no such memory."""
+    system has them.  Without ``forks`` a child process has no such memory; unless it ``is_whole``,
+    parts must be asked for by ``commit`` before they are used."""
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory would get small pages
     region = mmap.mmap(-1, count, flags=private)
     if hasattr(mmap, "MADV_HUGEPAGE") and count >= 4 << 20:
@@ -121,6 +132,41 @@ def private_pages(count: int, forks: bool) -> mmap.mmap:
     if not forks and hasattr(mmap, "MADV_DONTFORK"):
         region.madvise(mmap.MADV_DONTFORK)
     return region
+
+
+def commit(address: int, size: int) -> None:
+    """Let memory be written, on systems that promise it first.  Raises ``OSError``."""
+
+
+def hold(address: int, size: int) -> None:
+    """Keep memory in RAM on systems that take it from whoever rests, as far as they let us."""
+
+
+def large_pages() -> tuple[str, str]:
+    """What ``private_pages`` gets, in words, and how to get large ones where it does not."""
+    found = "unknown"
+    with suppress(OSError):
+        found = re.findall(r"\[(\w+)\]", HUGE_PAGES.read_text())[0]
+    advice = f"echo madvise > {HUGE_PAGES}, as root" if found == "never" else ""
+    return f"transparent huge pages: {found}", advice
+
+
+def process_bytes() -> int:
+    """Resident set of this process now, in bytes."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def available_memory() -> int:
+    """Bytes of RAM that are free, or can be at once."""
+    return int(psutil.virtual_memory().available)
+
+
+def step_back() -> None:
+    """Let this thread wait for others."""
+    # Elsewhere than on Linux priorities are of processes, one of which may have this id.
+    with suppress(OSError):
+        if sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def peak_rss() -> int:
