@@ -31,6 +31,11 @@ def cache_folder() -> Path:
         raise ConfigError(f"{problem}: set SLOTMOE_CACHE to a folder, or HOME") from None
 
 
+def process_bytes() -> int:
+    """Resident set of this process now, on Windows what it was promised, in bytes."""
+    return int(getattr(psutil.Process().memory_info(), system.MEMORY))
+
+
 def total_memory() -> int:
     """Bytes of RAM that this process can ever have: the machine's, or a memory cgroup's limit."""
     total: int = psutil.virtual_memory().total

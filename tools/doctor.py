@@ -41,6 +41,7 @@ _WARM_TOKENS = 1, 2, 9, 16, 17, 32, 640
 # By the flags that Linux shows.
 _SETS = {"avx512_vnni": "AVX-512 VNNI", "avx_vnni": "AVX-VNNI", "avx2": "AVX2"}
 _SETS |= {"asimd": "NEON", "asimddp": "sdot", "i8mm": "i8mm"}
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _MARKS = {"ok": "ok", "note": "--", "bad": "!!"}
 
 
@@ -176,8 +177,11 @@ def _memory() -> Iterator[Check]:
     total, free = machine.total_memory(), format_size(machine.available_memory())
     limit = ", the limit of a memory cgroup" if total < psutil.virtual_memory().total else ""
     yield Check("RAM", "ok", f"{free} free of {format_size(total)}{limit}{_stored('ram')}")
-    large, advice = system.large_pages()
-    yield Check("pages", "note" if advice else "ok", f"{PAGESIZE} bytes; {large}", advice)
+    huge, advice = "unknown", f"echo madvise > {_HUGE_PAGES}, as root"
+    with suppress(OSError):
+        huge = re.findall(r"\[(\w+)\]", _HUGE_PAGES.read_text())[0]
+    found = f"{PAGESIZE} bytes; transparent huge pages: {huge}"
+    yield Check("pages", *(("note", found, advice) if huge == "never" else ("ok", found)))
 
 
 def _libraries() -> Iterator[Check]:

@@ -12,11 +12,10 @@ import click
 
 from slotmoe.errors import ConfigError, PlanError, one_line
 from slotmoe.jsonfile import Json
-from slotmoe.offload.machine import available_memory
+from slotmoe.offload.machine import available_memory, process_bytes
 from slotmoe.offload.model_cache import is_export
 from slotmoe.signals import Stopping
 from slotmoe.sizes import format_size, parse_size
-from slotmoe.system import process_bytes
 from slotmoe.tools import options
 from slotmoe.tools.options import choice, integer, option
 from slotmoe.tools.progress import byte_bars

@@ -21,7 +21,7 @@ from slotmoe.offload.plan.memory import IMPORT_BYTES, choose_context, or_more_co
 from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.quant.codecs.codec import KEPT_CODECS
 from slotmoe.sizes import format_size, parse_size
-from slotmoe.system import MAX_THREADS, choose_placement, cores, process_bytes
+from slotmoe.system import MAX_THREADS, choose_placement, cores
 from slotmoe.tools import options
 from slotmoe.tools.screen import json_of
 from slotmoe.tools.tables import Console, table
@@ -168,7 +168,7 @@ def _machine(given: Json) -> Machine:
     if _is_here(given):
         threads = min(threads, cores())
     # What run would find free, once it has imported its libraries.
-    free_ram = int(machine.available_memory() * 0.9) - process_bytes() + IMPORT_BYTES
+    free_ram = int(machine.available_memory() * 0.9) - machine.process_bytes() + IMPORT_BYTES
     is_this = all(given[name] is None for name in _MACHINE)
     free_disk = shutil.disk_usage(Path.cwd()).free if is_this else None
     return Machine(parse_size(given["ram"] or free_ram), vram, threads, bandwidths, free_disk, name)

@@ -93,7 +93,7 @@ class Device:
 
     def weights(self) -> Empty:
         """An allocator for many weights that stay."""
-        return Arena(nodes=self.placement.nodes, stays=True).empty
+        return Arena(nodes=self.placement.nodes).empty
 
     def current(self) -> AbstractContextManager[object]:
         """Kernels are launched on this device inside, whichever thread launches them."""

@@ -10,20 +10,17 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from slotmoe.system import commit, hold, lie_on, private_pages, step_back
+from slotmoe.system import ROOM, hold, lie_on, private_pages, step_back
 
 TOUCHED_AT_ONCE = 16 << 20  # bytes between two looks at whether to stop
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
 
-def page_aligned(
-    count: int, forks: bool = True, nodes: Sequence[int] = (), is_whole: bool = True
-) -> Tensor:
+def page_aligned(count: int, forks: bool = True, nodes: Sequence[int] = ()) -> Tensor:
     """``count`` bytes of page-aligned zeros, uint8; pages cost nothing until written, and lie on
     ``nodes``, if given and allowed.  Without ``forks`` a child process has no such memory: a write
-    after a fork would move a page away from under the device that copies from it.  Parts of what
-    is not whole have to be asked for by ``commit``."""
-    memory = torch.frombuffer(private_pages(count, forks, is_whole), dtype=torch.uint8)
+    after a fork would move a page away from under the device that copies from it."""
+    memory = torch.frombuffer(private_pages(count, forks), dtype=torch.uint8)
     if nodes:
         lie_on(nodes, memory.data_ptr(), count)
     return memory
@@ -57,8 +54,7 @@ def tune_heap() -> None:
 class Touching:
     """A thread that makes the pages of ``memory`` (uint8, zero, on the CPU) present, from byte
     ``start`` on, so that neither the disk nor the first tokens wait for it.  The first write to a
-    page costs as much as reading it from a disk, or several times that in a virtual machine.
-    Where systems take memory back from whoever rests, it is held."""
+    page costs as much as reading it from a disk, or several times that in a virtual machine."""
 
     def __init__(self, memory: Tensor, start: int):
         self._memory, self._stop, self.start = memory, False, start
@@ -90,19 +86,12 @@ class Arena:
     """Tensors side by side in large pages: where an address costs two walks through page tables, as
     in a virtual machine, reading them this way is 10 to 15% faster.
 
-    What ``stays`` is held.  ``reuse`` takes the last chunk again from its beginning: fresh pages
-    cost more than a copy.
+    ``reuse`` takes the last chunk again from its beginning: fresh pages cost more than a copy.
     """
 
-    def __init__(
-        self,
-        chunk_bytes: int = 64 << 20,
-        alignment: int = 64,
-        nodes: Sequence[int] = (),
-        stays: bool = False,
-    ):
+    def __init__(self, chunk_bytes: int = ROOM, alignment: int = 64, nodes: Sequence[int] = ()):
         self._chunk_bytes, self._alignment, self._lock = chunk_bytes, alignment, threading.Lock()
-        self._nodes, self._stays = nodes, stays
+        self._nodes = nodes
         self._chunk, self._used = torch.empty(0, dtype=torch.uint8), 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -111,14 +100,11 @@ class Arena:
         with self._lock:
             if self._used + size > len(self._chunk):
                 # There is room for what follows; tensors keep the old chunk alive.
-                room = size + self._chunk_bytes
-                self._chunk, self._used = page_aligned(room, True, self._nodes, False), 0
+                self._chunk = page_aligned(size + self._chunk_bytes, nodes=self._nodes)
+                self._used = 0
+                hold(self._chunk.data_ptr(), len(self._chunk))
             memory = self._chunk[self._used : self._used + size]
             self._used += -(-size // self._alignment) * self._alignment
-        if size:
-            commit(memory.data_ptr(), size)
-        if self._stays:
-            hold(memory.data_ptr(), size)
         return memory.view(dtype).view(shape)
 
     def reuse(self) -> None:

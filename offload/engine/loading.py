@@ -32,7 +32,7 @@ from slotmoe.offload.experts.resident import resident_experts
 from slotmoe.offload.experts.slots import Slots
 from slotmoe.offload.experts.substitution import Substitution
 from slotmoe.offload.ingest.quantize import Notify, ignore
-from slotmoe.offload.machine import available_memory, cache_folder, total_memory
+from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
 from slotmoe.offload.model_source import generation_of, open_tokenizer
 from slotmoe.offload.observe.link import LINK_BYTES, with_link
 from slotmoe.offload.options import Options
@@ -53,7 +53,7 @@ from slotmoe.quant.export.reader import Export
 from slotmoe.quant.shapes import TABLE
 from slotmoe.quant.weights import Weight
 from slotmoe.sizes import format_size, parse_size, rounded_down
-from slotmoe.system import choose_placement, process_bytes
+from slotmoe.system import choose_placement
 
 FREE_SHARE = 0.9  # of what is free, where no budget is given
 

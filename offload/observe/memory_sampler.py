@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from slotmoe.offload.engine.loading import LoadedModel
-from slotmoe.system import peak_rss, process_bytes
+from slotmoe.offload.machine import process_bytes
+from slotmoe.system import peak_rss
 
 LONGEST = 4000  # samples kept; beyond them every second one goes and the interval doubles
 

@@ -34,7 +34,7 @@ from slotmoe.model.config import Config
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.experts.experts import Route
 from slotmoe.offload.experts.substitution import Substitution
-from slotmoe.offload.machine import available_memory
+from slotmoe.offload.machine import available_memory, process_bytes
 from slotmoe.offload.model_source import read_model
 from slotmoe.offload.plan.memory import PREFILL_CHUNK
 from slotmoe.offload.policy.substitutes import RandomSwaps
@@ -44,7 +44,7 @@ from slotmoe.quant import int8
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.layout import MAX_SWAP_PRICE, SWAP_PRICES, predictor_parts
 from slotmoe.quant.export.writer import write_predictor
-from slotmoe.system import cores, process_bytes
+from slotmoe.system import cores
 
 MIN_TOKENS = 5000
 _PRICED, _PRICED_WINDOW = 1024, 256  # tokens that swaps of experts are priced with

@@ -22,15 +22,13 @@ if sys.platform == "win32":
 else:
     from slotmoe.system import posix as own
 
-NO_LINK, open_to_read = own.NO_LINK, own.open_to_read
+FILE, NO_LINK, MEMORY, ROOM = own.FILE, own.NO_LINK, own.MEMORY, own.ROOM
 bytes_on_disk = own.bytes_on_disk
 bypass_page_cache, use_page_cache = own.bypass_page_cache, own.use_page_cache
 read_at, write_at, move, sync_folder = own.read_at, own.write_at, own.move, own.sync_folder
 processor_name = own.processor_name
-private_pages, large_pages = own.private_pages, own.large_pages
-commit, hold = own.commit, own.hold
-process_bytes, peak_rss, available_memory = own.process_bytes, own.peak_rss, own.available_memory
-step_back, allow_open_files = own.step_back, own.allow_open_files
+private_pages, peak_rss, allow_open_files = own.private_pages, own.peak_rss, own.allow_open_files
+hold, step_back, available_memory = own.hold, own.step_back, own.available_memory
 ready_streams, terminal_mode = own.ready_streams, own.terminal_mode
 bound, deadline, apart = own.bound, own.deadline, own.apart
 block_signals = own.block_signals

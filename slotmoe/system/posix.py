@@ -3,7 +3,6 @@
 import fcntl
 import mmap
 import os
-import re
 import resource
 import signal
 import subprocess
@@ -22,15 +21,11 @@ import psutil
 assert sys.platform != "win32"
 
 CPUINFO = Path("/proc/cpuinfo")
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-NO_LINK = os.O_NOFOLLOW  # a flag that opens a file as it is, and through no link
+FILE, NO_LINK = 0, os.O_NOFOLLOW  # flags that open a file as it is, through a link and not
+# Which of psutil's figures a budget is for, and bytes of ``private_pages`` that may be left over.
+MEMORY, ROOM = "rss", 64 << 20
 
 # Files
-
-
-def open_to_read(path: Path) -> int:
-    """A handle from which several threads may read at once.  Raises ``OSError``."""
-    return os.open(path, os.O_RDONLY)
 
 
 def read_at(handle: int, memory: memoryview, offset: int) -> int:
@@ -100,7 +95,7 @@ def bypass_page_cache(handle: int, alignment: int) -> bool:
 
 
 def use_page_cache(handle: int) -> None:
-    """Undo ``bypass_page_cache``."""
+    """Undo ``bypass_page_cache``; reads of several threads do not wait for each other."""
     with suppress(OSError):
         _set_direct(handle, False)
 
@@ -121,10 +116,9 @@ def bytes_on_disk(path: Path) -> int:
 # Memory and processes
 
 
-def private_pages(count: int, forks: bool, is_whole: bool) -> mmap.mmap:
+def private_pages(count: int, forks: bool) -> mmap.mmap:
     """``count`` bytes of zeros, whose pages cost nothing until written, in large pages where the
-    system has them.  Without ``forks`` a child process has no such memory; unless it ``is_whole``,
-    parts must be asked for by ``commit`` before they are used."""
+    system has them.  Without ``forks`` a child process has no such memory."""
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory would get small pages
     region = mmap.mmap(-1, count, flags=private)
     if hasattr(mmap, "MADV_HUGEPAGE") and count >= 4 << 20:
@@ -134,31 +128,8 @@ def private_pages(count: int, forks: bool, is_whole: bool) -> mmap.mmap:
     return region
 
 
-def commit(address: int, size: int) -> None:
-    """Let memory be written, on systems that promise it first.  Raises ``OSError``."""
-
-
 def hold(address: int, size: int) -> None:
-    """Keep memory in RAM on systems that take it from whoever rests, as far as they let us."""
-
-
-def large_pages() -> tuple[str, str]:
-    """What ``private_pages`` gets, in words, and how to get large ones where it does not."""
-    found = "unknown"
-    with suppress(OSError):
-        found = re.findall(r"\[(\w+)\]", HUGE_PAGES.read_text())[0]
-    advice = f"echo madvise > {HUGE_PAGES}, as root" if found == "never" else ""
-    return f"transparent huge pages: {found}", advice
-
-
-def process_bytes() -> int:
-    """Resident set of this process now, in bytes."""
-    return int(psutil.Process().memory_info().rss)
-
-
-def available_memory() -> int:
-    """Bytes of RAM that are free, or can be at once."""
-    return int(psutil.virtual_memory().available)
+    """Keep memory in RAM, where systems take it from whoever rests and can be asked not to."""
 
 
 def step_back() -> None:
@@ -169,8 +140,13 @@ def step_back() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
+def available_memory() -> int:
+    """Bytes that the system can give."""
+    return int(psutil.virtual_memory().available)
+
+
 def peak_rss() -> int:
-    """Largest resident set of this process so far, in bytes."""
+    """The most that ``MEMORY`` of this process was so far, in bytes."""
     try:  # ru_maxrss would count the parent's memory at the time of fork too
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):

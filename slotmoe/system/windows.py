@@ -8,7 +8,6 @@ import msvcrt
 import os
 import signal
 import sys
-import threading
 import time
 import weakref
 import winreg
@@ -26,24 +25,14 @@ import psutil
 assert sys.platform == "win32"
 
 FILE = NO_LINK = os.O_BINARY | os.O_NOINHERIT  # links need rights that few have
+MEMORY, ROOM = "pagefile", 64 << 10  # memory counts when it is promised, not when written
 _KERNEL = ctypes.WinDLL("kernel32", use_last_error=True)
 _KERNEL.ReOpenFile.restype = _KERNEL.GetStdHandle.restype = c_void_p
 _KERNEL.CreateJobObjectW.restype = _KERNEL.GetCurrentProcess.restype = c_void_p
-_KERNEL.CreateEventW.restype, _KERNEL.CloseHandle.argtypes = c_void_p, (c_void_p,)
-for _name in ("ReadFile", "WriteFile"):
-    getattr(_KERNEL, _name).argtypes = c_void_p, c_void_p, c_uint32, c_void_p, c_void_p
-_KERNEL.GetOverlappedResult.argtypes = c_void_p, c_void_p, c_void_p, ctypes.c_int
-_KERNEL.VirtualAlloc.restype, _KERNEL.GetLargePageMinimum.restype = c_void_p, c_size_t
-_KERNEL.VirtualAlloc.argtypes = c_void_p, c_size_t, c_uint32, c_uint32
-_KERNEL.VirtualFree.argtypes = c_void_p, c_size_t, c_uint32
-_KERNEL.VirtualLock.argtypes = c_void_p, c_size_t
-_KERNEL.SetProcessWorkingSetSizeEx.argtypes = c_void_p, c_size_t, c_size_t, c_uint32
-_PROCESS = c_void_p(-1)  # this one
+_KERNEL.CreateEventW.restype = _KERNEL.VirtualAlloc.restype = c_void_p
 _READ, _SHARED, _NO_BUFFERING, _OVERLAPPED = 0x80000000, 7, 0x20000000, 0x40000000
-_STORAGE_INFO, _PENDING, _MOST_AT_ONCE = 16, 997, 1 << 30
-_COMMIT, _RESERVE, _RELEASE, _LARGE_PAGES, _READ_WRITE = 0x1000, 0x2000, 0x8000, 0x20000000, 4
-_SOFT_LIMITS = 2 | 8  # which the system may exceed both ways
-_BESIDE = 64 << 20  # bytes that stay in RAM beside those that ``hold`` locks
+_STORAGE_INFO, _PENDING = 16, 997
+_COMMIT, _LARGE_PAGES, _READ_WRITE, _RELEASE = 0x3000, 0x20000000, 4, 0x8000
 _REPLACE_EXISTING, _WRITE_THROUGH = 1, 8
 _LOCK_EXCLUSIVELY_NOW = 3
 _SHARING_VIOLATION, _ACCESS_DENIED, _LOCK_VIOLATION, _END_OF_FILE = 32, 5, 33, 38
@@ -52,53 +41,33 @@ _HELD_SECONDS = 2.0  # for which a virus scanner may hold a new file
 # Files
 
 
-class _Overlapped(ctypes.Structure):
-    """Where a read or write begins, whatever the position of the file is."""
-
-    _fields_ = (
-        *(("status", c_size_t), ("count", c_size_t)),
-        *(("offset", c_uint64), ("event", c_void_p)),
-    )
+_Overlapped = c_uint64 * 4  # two words of the system's, where it begins, and an event
+_idle = list[Any]()
+_in_flight = dict[int, Any]()  # with its memory: an exception may strike the thread that waits
 
 
-class _Transfers(threading.local):
-    """A thread's reads and writes, one at a time; those of others may be in flight beside it."""
-
-    def __init__(self) -> None:
-        event = c_void_p(_KERNEL.CreateEventW(None, True, False, None))
-        self._at = _Overlapped(0, 0, 0, event)
-        weakref.finalize(self._at, _KERNEL.CloseHandle, event).atexit = False
-        # What is in flight must not lose its memory, even if an exception strikes meanwhile.
-        self._memory: c_char | None = None
-
-    def run(self, call: Any, handle: int, memory: memoryview, offset: int) -> int:
-        """Bytes that ``ReadFile`` or ``WriteFile`` have moved."""
-        file, at, done = msvcrt.get_osfhandle(handle), byref(self._at), c_uint32()
-        if self._memory is not None:
-            _KERNEL.GetOverlappedResult(file, at, byref(done), True)
-        self._memory, self._at.offset = c_char.from_buffer(memory), offset
-        good = call(file, byref(self._memory), min(len(memory), _MOST_AT_ONCE), None, at)
-        if good or ctypes.get_last_error() == _PENDING:
-            good = _KERNEL.GetOverlappedResult(file, at, byref(done), True)
-        self._memory = None
-        if not good and (code := ctypes.get_last_error()) != _END_OF_FILE:
-            raise ctypes.WinError(code)
-        return done.value
-
-
-_transfers = _Transfers()
-
-
-def open_to_read(path: Path) -> int:
-    """See ``posix``."""
-    handle = os.open(path, os.O_RDONLY | FILE)
-    _reopen(handle, _OVERLAPPED)  # else a second read waits for the first
-    return handle
+def _transfer(call: Any, handle: int, memory: memoryview, offset: int) -> int:
+    """Bytes that ``ReadFile`` or ``WriteFile`` have moved."""
+    try:
+        it = _idle.pop()
+    except IndexError:
+        it = _Overlapped(0, 0, 0, _KERNEL.CreateEventW(None, True, False, None))
+    it[2], start, done = offset, c_char.from_buffer(memory), c_uint32()
+    _in_flight[id(it)] = it, start
+    file, size = c_void_p(msvcrt.get_osfhandle(handle)), min(len(memory), 1 << 30)
+    good = call(file, byref(start), size, None, byref(it))
+    if good or ctypes.get_last_error() == _PENDING:
+        good = _KERNEL.GetOverlappedResult(file, byref(it), byref(done), True)
+    code = ctypes.get_last_error()
+    _idle.append(_in_flight.pop(id(it))[0])
+    if not good and code != _END_OF_FILE:
+        raise ctypes.WinError(code)
+    return done.value
 
 
 def read_at(handle: int, memory: memoryview, offset: int) -> int:
     """See ``posix``."""
-    return _transfers.run(_KERNEL.ReadFile, handle, memory, offset)
+    return _transfer(_KERNEL.ReadFile, handle, memory, offset)
 
 
 def write_at(handle: int, data: memoryview, offset: int) -> None:
@@ -106,7 +75,7 @@ def write_at(handle: int, data: memoryview, offset: int) -> None:
     if data.readonly:
         data = memoryview(bytearray(data))
     while data:
-        count = _transfers.run(_KERNEL.WriteFile, handle, data, offset)
+        count = _transfer(_KERNEL.WriteFile, handle, data, offset)
         data, offset = data[count:], offset + count
 
 
@@ -166,7 +135,7 @@ def bypass_page_cache(handle: int, alignment: int) -> bool:
     """See ``posix``."""
     facts, file = (c_uint32 * 7)(), c_void_p(msvcrt.get_osfhandle(handle))
     known = _KERNEL.GetFileInformationByHandleEx(file, _STORAGE_INFO, facts, ctypes.sizeof(facts))
-    is_fine = not known or facts[0] <= alignment  # the first is a sector's bytes
+    is_fine = not known or facts[0] <= alignment  # bytes of a sector
     return is_fine and _reopen(handle, _OVERLAPPED | _NO_BUFFERING, alignment)
 
 
@@ -176,8 +145,8 @@ def use_page_cache(handle: int) -> None:
 
 
 def _reopen(handle: int, flags: int, alignment: int = 0) -> bool:
-    """Let the descriptor ``handle`` be the same file, opened with other flags, if that is allowed
-    and bytes can be read at an odd multiple of ``alignment``."""
+    """Let the descriptor ``handle`` be the same file, opened with other flags, if it can be read
+    then at an odd multiple of ``alignment``."""
     file = c_void_p(msvcrt.get_osfhandle(handle))
     again = _KERNEL.ReOpenFile(file, c_uint32(_READ), _SHARED, c_uint32(flags))
     if again in (None, c_void_p(-1).value):
@@ -204,86 +173,51 @@ def bytes_on_disk(path: Path) -> int:
 # Memory and processes
 
 
-def private_pages(count: int, forks: bool, is_whole: bool) -> Any:
+def private_pages(count: int, forks: bool) -> Any:
     """See ``posix``."""
-    address, large, kind = None, _large_page(), _RESERVE | _COMMIT if is_whole else _RESERVE
-    if is_whole and 0 < large <= count:
-        size = -(-count // large) * large
-        address = _KERNEL.VirtualAlloc(None, size, kind | _LARGE_PAGES, _READ_WRITE)
-    address = address or _allocate(None, count, kind)
-    region = (c_char * count).from_address(address)
-    weakref.finalize(region, _free, address, count).atexit = False
+    address, size, large = None, c_size_t(count), _large_page()
+    if 0 < large <= count:
+        whole, kind = c_size_t(-(-count // large) * large), _COMMIT | _LARGE_PAGES
+        address = _KERNEL.VirtualAlloc(None, whole, kind, _READ_WRITE)
+    if not (address := address or _KERNEL.VirtualAlloc(None, size, _COMMIT, _READ_WRITE)):
+        raise ctypes.WinError(ctypes.get_last_error())
+    region, start = (c_char * count).from_address(address), c_void_p(address)
+    free = weakref.finalize(region, _KERNEL.VirtualFree, start, c_size_t(0), _RELEASE)
+    free.atexit = False  # threads may still use it then
     return region
-
-
-def _allocate(address: int | None, size: int, kind: int) -> int:
-    if start := _KERNEL.VirtualAlloc(address, size, kind, _READ_WRITE):
-        return int(start)
-    raise ctypes.WinError(ctypes.get_last_error())
-
-
-def commit(address: int, size: int) -> None:
-    """See ``posix``."""
-    _allocate(address, size, _COMMIT)
-
-
-def _free(address: int, count: int) -> None:
-    _KERNEL.VirtualFree(address, 0, _RELEASE)
-    with _holding:
-        for start in [start for start in _held if address <= start < address + count]:
-            del _held[start]
 
 
 @cache
 def _large_page() -> int:
     """Bytes of a large page; 0 where this user has not the right to lock pages in memory."""
     rights, token = ctypes.WinDLL("advapi32", use_last_error=True), c_void_p()
-    if not rights.OpenProcessToken(_PROCESS, 0x28, byref(token)):  # to ask and to change
-        return 0
     asked = (c_uint32 * 4)(1, 0, 0, 2)  # a count, the right's number, and: use it
+    rights.OpenProcessToken(c_void_p(-1), 0x28, byref(token))  # to ask and to change
     rights.LookupPrivilegeValueW(None, "SeLockMemoryPrivilege", byref(asked, 4))
     rights.AdjustTokenPrivileges(token, False, asked, 0, None, None)
-    code = ctypes.get_last_error()
+    code = ctypes.get_last_error()  # also where it says that all is well
     _KERNEL.CloseHandle(token)
-    return 0 if code else int(_KERNEL.GetLargePageMinimum())
-
-
-_held: dict[int, int] = {}  # bytes that are locked, by their address
-_holding = threading.RLock()  # what frees memory may come at any time
+    return 0 if code else _KERNEL.GetLargePageMinimum()
 
 
 def hold(address: int, size: int) -> None:
-    """See ``posix``.  As much can be locked as the working set has at least."""
-    with _holding:
-        least = sum(_held.values()) + size + _BESIDE
-        _KERNEL.SetProcessWorkingSetSizeEx(_PROCESS, least, least + _BESIDE, _SOFT_LIMITS)
-        if size and _KERNEL.VirtualLock(address, size):
-            _held[address] = size
-
-
-def large_pages() -> tuple[str, str]:
-    """See ``posix``."""
-    if _large_page():
-        return f"large pages of {_large_page() >> 20} MiB", ""
-    advice = "give this user the right to lock pages in memory (secpol.msc, Local Policies)"
-    return "no large pages", advice
-
-
-def process_bytes() -> int:
-    """What this process has of the memory that the system can give, used by now or not."""
-    return int(psutil.Process().memory_info().pagefile)
+    """See ``posix``.  No more can be locked than the working set has at least."""
+    least = psutil.Process().memory_info().pagefile + (64 << 20)  # files' pages beside its own
+    limits, soft = (c_size_t(least), c_size_t(2 * least)), 2 | 8
+    _KERNEL.SetProcessWorkingSetSizeEx(c_void_p(-1), *limits, soft)
+    _KERNEL.VirtualLock(c_void_p(address), c_size_t(size))
 
 
 def peak_rss() -> int:
-    """The most that ``process_bytes`` was."""
+    """See ``posix``."""
     return int(psutil.Process().memory_info().peak_pagefile)
 
 
 def available_memory() -> int:
-    """See ``posix``; no more than the system can still give."""
-    status = (c_uint64 * 8)(64)  # its own bytes; then totals, each before what is free of it
+    """See ``posix``."""
+    status = (c_uint64 * 8)(64)  # its own bytes; then totals, each before what is left of it
     _KERNEL.GlobalMemoryStatusEx(status)
-    return int(min(status[2], status[4]))  # of RAM; of RAM and page files
+    return min(status[2], status[4])  # of RAM; of RAM and page files
 
 
 def step_back() -> None:

@@ -9,10 +9,10 @@ import pytest
 
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.engine import loading
+from slotmoe.offload.machine import process_bytes
 from slotmoe.offload.observe import link
 from slotmoe.offload.plan.speed import store_bandwidths, stored_bandwidths
 from slotmoe.offload.runtime import Runtime
-from slotmoe.system import process_bytes
 from tests.support import simulated
 from tests.support.twin import Twin
 

@@ -13,7 +13,7 @@ from rich.live import Live
 from slotmoe import __version__
 from slotmoe.errors import PlanError
 from slotmoe.jsonfile import Json
-from slotmoe.offload.machine import cache_folder
+from slotmoe.offload.machine import cache_folder, process_bytes
 from slotmoe.offload.observe import measure
 from slotmoe.offload.observe.memory_sampler import MemorySampler
 from slotmoe.offload.observe.profiler import Profiler, attach
@@ -22,7 +22,7 @@ from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.calibrate import read_text
 from slotmoe.signals import Stopping
-from slotmoe.system import peak_rss, process_bytes
+from slotmoe.system import peak_rss
 from slotmoe.tools.options import generation_arguments, open_runtime, prompt_text, say
 from slotmoe.tools.profile.report import overview
 from slotmoe.tools.profile.verdict import verdict
