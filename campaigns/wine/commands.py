@@ -3,10 +3,13 @@
 import json
 import re
 import shutil
+import subprocess
+from pathlib import Path
 
 from campaigns.models import sample_export
-from campaigns.wine.environment import ROOT
+from campaigns.wine.environment import ROOT, call
 
+HERE = Path(__file__).parent
 SETS = ("portable", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "amx")
 COMPUTED = ("text", "ids", "logprobs", "finish_reason", "kernels")
 README = (ROOT / "README.md").read_text()
@@ -53,4 +56,110 @@ def _computed(system, instructions, export):
         worker.close()
 
 
-PARTS = {"run": run}
+# Of reports: what hangs on the machine's speed or on the process, by a word of its path.
+VARYING = (
+    *("second", "runtime", "peak", "budget", "total", "bandwidth", "free", "fraction", "cache/"),
+    *("runs", "scratch and rest", "ceiling/decode", "waiting", "stalls", "took", "samples"),
+    *("timeline", "time", "report", "predict", "memory/latest", "latest", "used", "version"),
+)
+
+
+def reports(pair, aim):
+    """``plan``, ``profile``, ``bench``, ``list``, ``verify``, ``eval``, ``doctor`` and ``rm``: all
+    go well, and their numbers are Linux's but for the speed and for what the system takes."""
+    export, wrong = sample_export(pair.folder), []
+    text, words = pair.folder / "text.txt", ("--threads", 2, "--context", 512, "--json")
+    text.write_text(PROMPT * 20, encoding="utf-8")
+    bench = "--prompt-tokens", 8, "--decode-tokens", 4, "--repetitions", 1
+    for command in (
+        ("quantize", "sample", "--json"),
+        ("plan", "v2-lite", "--ram", "6GiB", "--threads", 2, "--json"),
+        ("plan", "v2", *"--gpu rtx-4090 --ram 64GiB --disk-bandwidth 5GB --json".split()),
+        ("plan", export, "--ram", "2GiB", *words),
+        ("bench", export, *bench, "--ram", "2GiB", *words),
+        ("profile", export, "-n", 4, "--ram", "2GiB", *words, "-o", "FOLDER"),
+        ("eval", export, "--text", text, "--ram", "2GiB", *words),
+        ("eval", export, "--text", text, "--reference", "sample", "--ram", "2GiB", *words),
+        ("list", "--json"),
+        ("doctor", "--json"),
+        ("rm", "sample", "--yes", "--json"),
+        ("list", "--json"),
+    ):
+        found = []
+        for system in pair.systems:
+            place = {"FOLDER": pair.folder / system.name}
+            given = [place.get(word, word) for word in command]
+            code, out, error = pair.worker(system).command(*given)
+            if code:
+                wrong.append(f"{command[0]} on {system.name}: {code}, {out}{error}")
+            elif command[0] != "doctor":
+                found.append(dict(facts(json.loads(out.replace(f"of {system.name}", "of")))))
+        wrong += [
+            f"{command[:2]}: {key} is {found[1].get(key)}, on Linux {value}"
+            for key, value in (found[0].items() if len(found) == 2 else ())
+            if found[1].get(key) != value
+        ]
+        (pair.folder / "facts.json").write_text(json.dumps(found))
+    return {"wrong": wrong}
+
+
+def facts(values, path=""):
+    """Every number and string of a report, by its path, without what varies."""
+    if any(word in path for word in VARYING):
+        return
+    if isinstance(values, dict | list):
+        items = values.items() if isinstance(values, dict) else enumerate(values)
+        for key, value in items:
+            yield from facts(value, f"{path}/{key}")
+    else:
+        yield path, values
+
+
+def budgets(pair, aim):
+    """With the least --ram that is let, the text is that of a machine with much, within the budget;
+    below it the sentence is Linux's."""
+    export, wrong, said, peaks = sample_export(pair.folder), [], [], {}
+    words = "run", export, PROMPT, "-n", 40, "--threads", 2, "--json", "--ram"
+    texts = [json.loads(pair.worker(pair.linux).command(*words, "2GiB")[1])]
+    for system in pair.systems:
+        code, _, refusal = system.run(*words, "64MiB")
+        said.append((code, re.sub(r"[\d.]+ [KMG]iB", "N", refusal)))
+        least = float(re.search(r"needs at least ([\d.]+) MiB", refusal)[1])
+        if system.run(*words, f"{least - 8}MiB")[0] != 2:
+            wrong.append(f"{system.name}: {least - 8} MiB are not refused")
+        budget = f"{least + 2}MiB"  # a process takes somewhat more or less than the one before
+        code, out, error = system.run(*words, budget)
+        if code:
+            wrong.append(f"{system.name}: {budget}: {error}")
+            continue
+        texts.append(json.loads(out))
+        memory, slots = texts[-1]["memory"], texts[-1]["cache"]["slots"]
+        peaks[system.name] = memory["peak_rss"] / memory["budget"], slots
+        if memory["peak_rss"] > memory["budget"]:
+            wrong.append(f"{system.name}: {memory}")
+    if said[0] != said[1] or said[0][0] != 2:
+        wrong.append(f"too little: {said}")
+    if len({json.dumps([text[name] for name in COMPUTED]) for text in texts}) > 1:
+        wrong.append(f"texts {[text['text'] for text in texts]}")
+    return {"peaks": peaks, "wrong": wrong}
+
+
+def kernels(pair, aim):
+    """tests/quant/kernels_driver.cpp, which scripts/wheels has run on Windows, gives Linux's bits
+    with each instruction set that this machine has."""
+    driver = pair.folder / "driver"
+    library = next((ROOT / "quant" / "kernels" / "cpu").glob("_native*.so"))
+    options = "-std=c++17", "-O2", "-pthread", f"-I{library.parent}", "-o", driver
+    call("c++", *options, ROOT / "tests" / "quant" / "kernels_driver.cpp", library)
+    said = [pair.kernels, subprocess.run([driver, "own"], stdout=subprocess.PIPE, text=True).stdout]
+    found = [dict(re.findall(r"(\w+) ok (\w+)$", text, re.MULTILINE)) for text in said]
+    return {"sets": [*found[1]], "wrong": [f"{found}"] * (found[0] != found[1] or not found[0])}
+
+
+def own(pair, aim):
+    """What ``slotmoe.system`` promises on Windows alone."""
+    code, out, error = pair.windows.run(HERE / "own.py", program=pair.windows.python)
+    return json.loads(out) if out else {"wrong": [f"exit code {code}: {error}"]}
+
+
+PARTS = {"kernels": kernels, "own": own, "run": run, "reports": reports, "budgets": budgets}
