@@ -206,7 +206,7 @@ def ctrl_c(pair, aim):
         return out.decode(), time.monotonic() - began
 
     wanted = {name: on_time(pair.linux, *commands[name])[0] for name in ("chat", "quantize")}
-    wanted["run"] = on_time(pair.linux, *commands["run"], "on Linux")[0]
+    wanted["run"] = on_time(pair.linux, *commands["run"], "linux")[0]
     bytes_made = digests(made)
     shutil.rmtree(made)
     # Before the first moment Python itself has not begun.
