@@ -14,6 +14,7 @@ import psutil
 
 from slotmoe import quant
 from slotmoe.errors import ConfigError
+from slotmoe.system import CACHES
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _CGROUP = (  # files with the limit and the use of the memory cgroup's second and first version
@@ -23,9 +24,9 @@ _CGROUP = (  # files with the limit and the use of the memory cgroup's second an
 
 
 def cache_folder() -> Path:
-    """Where exports go: ``SLOTMOE_CACHE`` or ``~/.cache/slotmoe``.  Raises ``ConfigError``."""
+    """Where exports go: ``SLOTMOE_CACHE``, or a folder ``slotmoe`` of the user's caches.  Raises ``ConfigError``."""
     try:
-        return Path(os.environ.get("SLOTMOE_CACHE") or Path.home() / ".cache" / "slotmoe")
+        return Path(os.environ.get("SLOTMOE_CACHE") or Path(CACHES, "slotmoe").expanduser())
     except RuntimeError:  # neither HOME nor an entry in the system's list of users
         problem = "this user has no home folder, where exports are kept"
         raise ConfigError(f"{problem}: set SLOTMOE_CACHE to a folder, or HOME") from None

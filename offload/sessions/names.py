@@ -22,7 +22,7 @@ from slotmoe.offload.sessions import blocks
 from slotmoe.offload.sessions.blocks import BlockFolder, make_private
 from slotmoe.offload.shared_files import check_removed
 from slotmoe.quant.export.layout import checksum
-from slotmoe.system import take_lock
+from slotmoe.system import patiently, take_lock
 
 _VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -127,8 +127,8 @@ def remove(folder: Path, names: Sequence[str]) -> int:
         for name in names:
             path = folder / "names" / f"{name}.json"
             try:
-                path.unlink()
-                path.with_suffix(".lock").unlink(missing_ok=True)
+                patiently(path.unlink)
+                patiently(path.with_suffix(".lock").unlink, True)
             except OSError as problem:
                 stuck.append(problem)
         left = [session.saved for session in listing(folder) if session.saved is not None]

@@ -22,7 +22,8 @@ if sys.platform == "win32":
 else:
     from slotmoe.system import posix as own
 
-FILE, NO_LINK = own.FILE, own.NO_LINK
+CACHES, NO_LINK = own.CACHES, own.NO_LINK
+open_file, patiently = own.open_file, own.patiently
 bytes_on_disk = own.bytes_on_disk
 bypass_page_cache, use_page_cache = own.bypass_page_cache, own.use_page_cache
 read_at, write_at, move, sync_folder = own.read_at, own.write_at, own.move, own.sync_folder

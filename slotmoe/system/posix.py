@@ -13,14 +13,27 @@ from contextlib import suppress
 from pathlib import Path
 from subprocess import Popen
 from threading import Timer
-from typing import Any
+from typing import Any, TypeVar
 
 assert sys.platform != "win32"
 
 CPUINFO = Path("/proc/cpuinfo")
-FILE, NO_LINK = 0, os.O_NOFOLLOW  # flags that open a file as it is, through a link and not
+NO_LINK = os.O_NOFOLLOW  # opens a file as it is, but no link
+CACHES = "~/.cache"
+
+T = TypeVar("T")
 
 # Files
+
+
+def open_file(path: Path | str, flags: int = os.O_RDONLY) -> int:
+    """A handle of a file that others may replace or remove meanwhile."""
+    return os.open(path, flags)
+
+
+def patiently(act: Callable[..., T], *arguments: Any) -> T:
+    """What ``act`` returns, which removes or moves a file that others may have open."""
+    return act(*arguments)
 
 
 def read_at(handle: int, memory: memoryview, offset: int) -> int:
