@@ -249,7 +249,7 @@ def test_a_captured_function_is_plain_for_other_shapes_types_and_with_gradients(
     assert x.grad.tolist() == [2, 2] and Recorded.made == 0
 
 
-@pytest.mark.usefixtures("twin")
+@pytest.mark.usefixtures("twin", "nightly")
 @pytest.mark.skipif(
     DEVICE.type == "cuda", reason="the GPU's twin is in RAM, where kernels have to be interpreted"
 )
