@@ -78,8 +78,11 @@ def beside(code, *words):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as process:
         assert process.stdout.readline().strip() == "ready"
-        yield said
-        said.append(process.communicate(timeout=60)[0].strip())
+        try:
+            yield said
+            said.append(process.communicate(timeout=60)[0].strip())
+        finally:
+            process.kill()
 
 
 def slotmoe(*words):

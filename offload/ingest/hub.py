@@ -151,6 +151,7 @@ class HubShards:
             data += await span(name, len(data), min(length, size))
         temporary = path.with_name(name + ".tmp")
         with open(temporary, "wb") as file:
+            system.keep_sparse(file.fileno())
             file.write(data[:length])
             file.truncate(size)
         if system.bytes_on_disk(temporary) > max(size // 2, length + (1 << 20)):

@@ -116,6 +116,10 @@ def _set_direct(handle: int, on: bool) -> None:
     fcntl.fcntl(handle, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
 
 
+def keep_sparse(handle: int) -> None:
+    """Let parts of a file that are never written need no room, if the file system has that."""
+
+
 def bytes_on_disk(path: Path) -> int:
     """Bytes of a file that have room on the disk by now.  Raises ``OSError``."""
     return 512 * path.lstat().st_blocks

@@ -32,7 +32,7 @@ _ALL, _OPEN_EXISTING, _OPEN_ALWAYS = 0xC0010000, 3, 4  # reading, writing and re
 _REPLACE_EXISTING, _WRITE_THROUGH = 1, 8
 _LOCK_EXCLUSIVELY_NOW = 3
 _SHARING_VIOLATION, _ACCESS_DENIED, _LOCK_VIOLATION, _END_OF_FILE = 32, 5, 33, 38
-_NOT_EMPTY, _DISPOSITION = 145, 4
+_NOT_EMPTY, _DISPOSITION, _SET_SPARSE = 145, 4, 0x900C4
 _HELD_SECONDS = 2.0  # for which a virus scanner may hold a new file
 _HOLDER = "another program may have it open: end that, and run the same command again"
 T = TypeVar("T")
@@ -197,6 +197,12 @@ def _reopen(handle: int, flags: int) -> bool:
     return True
 
 
+def keep_sparse(handle: int) -> None:
+    """See ``posix``."""
+    file = c_void_p(msvcrt.get_osfhandle(handle))
+    _KERNEL.DeviceIoControl(file, _SET_SPARSE, None, 0, None, 0, byref(c_uint32()), None)
+
+
 def bytes_on_disk(path: Path) -> int:
     """See ``posix``."""
     high = c_uint32()
@@ -237,8 +243,9 @@ def ready_streams() -> None:
     takes_codes = 4
     for number in (-11, -12):  # stdout's and stderr's
         handle, mode = c_void_p(_KERNEL.GetStdHandle(c_uint32(number & 0xFFFFFFFF))), c_uint32()
-        if _KERNEL.GetConsoleMode(handle, byref(mode)):
-            _KERNEL.SetConsoleMode(handle, c_uint32(mode.value | takes_codes))
+        is_console = _KERNEL.GetConsoleMode(handle, byref(mode))
+        if is_console and not _KERNEL.SetConsoleMode(handle, c_uint32(mode.value | takes_codes)):
+            os.environ |= {"TERM": "dumb", "NO_COLOR": "1"}  # an old one
 
 
 def terminal_mode(echo: bool = True) -> Callable[[], object]:
