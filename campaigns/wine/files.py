@@ -1,295 +1,317 @@
-"""Run by a Windows Python, with this clone's folder and a folder to work in: files that another
-program has open, and paths that Windows has and Linux has not.  Prints a line of JSON."""
+"""Files on both systems: exports and sessions have the same bytes, whatever ends a process that
+writes them, and what is wrong with a stranger's is said in the same words."""
 
-# ruff: noqa: E402
-
-import io
 import json
-import os
 import shutil
-import subprocess
-import sys
-import threading
 import time
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from pathlib import Path
+from collections import Counter
+from functools import partial
 
-ROOT, PLACE = sys.argv[1], Path(sys.argv[2])
-sys.path.append(ROOT)  # behind slotmoe, which is installed
+from campaigns.models import sample_export
+from campaigns.wine.commands import COMPUTED, PROMPT
+from slotmoe.offload.sessions.names import NamedSession
+from slotmoe.quant.export.layout import layer_file
+from tests.hostile.test_checkpoints import BAD_CHECKPOINTS, BAD_VALUES
+from tests.hostile.test_exports import BAD_EXPORTS
+from tests.hostile.test_tokenizers import TEMPLATES, TOKENIZERS
+from tests.support.disk import digests
+from tests.support.hostile import edit_json, flip
+from tests.support.tiny import CONFIG, REMOVE, SAMPLE, write_checkpoint
 
-from slotmoe.offload import shared_files
-from slotmoe.offload.machine import cache_folder
-from slotmoe.quant.export.reader import Export
-from slotmoe.tools.cli import main
-from tests.support.hub import HUB, NAME, Repo
-from tests.support.tiny import SAMPLE, write_checkpoint
-
-SOURCE, PLAIN = PLACE / "source", PLACE / "plain"
-HELD = "another program may have it open: end that, and run the same command again"
-# Virus scanners look at each new file; this one lets nobody remove or rename it meanwhile.
-SCANNER = """
-import os, random, sys, threading, time
-def hold(path):
-    try:
-        with open(path, "rb"):
-            held.append(path)
-            time.sleep(random.uniform(0.05, 0.5))
-    except OSError:
-        pass
-def end():
-    sys.stdin.read()
-    print(len(held), flush=True)
-    os._exit(0)
-held, seen = [], set()
-threading.Thread(target=end).start()
-print("ready", flush=True)
-while True:
-    for folder, _, files in os.walk(sys.argv[1]):
-        for path in (os.path.join(folder, file) for file in files):
-            try:
-                state = path, os.stat(path).st_mtime_ns
-            except OSError:
-                continue
-            if state not in seen:
-                seen.add(state)
-                threading.Thread(target=hold, args=(path,), daemon=True).start()
-    time.sleep(0.002)
-"""
-HOLDER = """
-import sys
-held = [open(path, "rb") for path in sys.argv[1:]]
-print("ready", flush=True)
-sys.stdin.read()
-"""
-ENGINE = """
-import sys
-from slotmoe.offload.runtime import Runtime
-with Runtime.open(sys.argv[1], ram="1GiB", threads=1) as runtime:
-    print("ready", flush=True)
-    sys.stdin.read()
-    print(runtime.next_logits([1, 2, 3]).argmax().item(), flush=True)
-"""
+HANGS = 60  # seconds
+WAYS = {
+    "usual": (),
+    "nf4": ("--codec", "nf4", "--resident", "nf4"),
+    "three bits": ("--bits", 3, "--resident", "mixed"),
+}
 
 
-@contextmanager
-def beside(code, *words):
-    """Another process that runs ``code`` meanwhile; what it says at its end is put into a list."""
-    command, said = [sys.executable, "-c", code, *map(str, words)], []
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as process:
-        assert process.stdout.readline().strip() == "ready"
+class Making:
+    """An export.  ``wanted`` are the bytes that Linux makes."""
+
+    def __init__(self, pair):
+        self.pair, self.source, self.made = pair, pair.folder / "source", pair.folder / "made"
+        write_checkpoint(self.source, shards=2)
+        self.words = "quantize", self.source, self.made
+        assert pair.worker(pair.linux).command(*self.words)[0] == 0
+        self.wanted = digests(self.made)
+        shutil.rmtree(self.made)
+
+    def begin(self):
+        """What is there before."""
+
+    def check(self):
+        assert not self.made.exists() or digests(self.made) == self.wanted, "wrong bytes in place"
+
+    def finish(self):
+        """The same command in another process, and all that is wrong then."""
+        code, _, error = self.pair.worker(self.pair.windows).command(*self.words)
+        assert code == 0, f"does not resume: {error}"
+        left = [path.name for path in self.pair.folder.glob("made*")]
+        assert left == ["made"], f"leaves {left}"
+        self.check()
+        shutil.rmtree(self.made)
+
+
+class Saving:
+    """A text that goes on in a session.  ``said`` is what each run adds, and ``contents`` what the
+    session has then."""
+
+    def __init__(self, pair, model):
+        self.pair, self.folder, self.before = pair, pair.folder / "kept", pair.folder / "before"
+        self.words = text_in(self.folder, model)
+        self._said, self._contents = [], []
+        for _ in range(3):
+            self._said.append(self._text())
+            self._contents.append(self._content())
+            if not self.before.exists():
+                shutil.copytree(self.folder, self.before)
+
+    def _text(self):
+        code, out, error = self.pair.worker(self.pair.windows).command(*self.words)
+        assert code == 0 and "damaged" not in error, error
+        return json.loads(out)["text"]
+
+    def _content(self):
+        with NamedSession(self.folder, "plans") as session:
+            return session.saved.messages
+
+    def begin(self):
+        """What is there before."""
+        shutil.rmtree(self.folder)
+        shutil.copytree(self.before, self.folder)
+
+    def check(self):
+        assert self._content() in self._contents[:2], "another text in the session"
+
+    def finish(self):
+        """The same command in another process, and all that is wrong then."""
+        runs = self._contents.index(self._content()) + 1
+        assert self._text() == self._said[runs], "another text"
+
+
+def killed(pair, aim, work):
+    """What is wrong after Windows processes have died at a change of the disk or at a random
+    moment, killed by Windows or without its knowledge."""
+    wrong, count, chance, windows = [], 0, aim.chance, pair.windows
+    words, started = windows.words(work.words), time.perf_counter()
+    work.begin()
+    _, changes = pair.worker(windows).ask("dying", words=words)
+    duration = time.perf_counter() - started
+    pair.worker(windows).close()
+    work.finish()
+    while aim.goes_on(count):
+        work.begin()
+        worker, at = pair.worker(windows), chance.choice((0, chance.randint(1, changes)))
+        if at:
+            what = f"at change {at} of {changes}"
+            worker.begin("dying", words=words, at=at)
+            worker.process.wait(HANGS)
+        else:
+            what = at_a_moment(windows, worker, words, duration, chance)
+        count += 1
         try:
-            yield said
-            said.append(process.communicate(timeout=60)[0].strip())
+            work.check()
+            work.finish()
+        except Exception as problem:
+            wrong.append(f"killed {what}: {problem!r}")
+    return {"killed": count, "changes": changes, "wrong": wrong}
+
+
+def at_a_moment(windows, worker, words, duration, chance):
+    """Kill a worker in the middle of a command; how that was done."""
+    moment, is_windows = chance.random() * duration, chance.random() < 0.5
+    program = f"import os; input(); os.kill({worker.ask('number')}, 9)"  # TerminateProcess
+    with windows.start("-c", program, program=windows.python, stderr=None) as killer:
+        worker.begin("command", words=words)
+        time.sleep(moment)
+        if is_windows:
+            killer.communicate(b"\n", timeout=HANGS)
+            worker.process.wait(HANGS)
+        else:
+            worker.close()
+            killer.kill()
+    return f"after {moment:.2f} s by {'Windows' if is_windows else 'Linux'}"
+
+
+def text_in(folder, export):
+    words = "run", export, PROMPT, "-n", 40, "--threads", 2, "--json"
+    return *words, "--session", "plans", "--session-dir", folder
+
+
+def export(pair, aim):
+    """Equal bytes in each way of quantizing; kills; one process at a destination; damage is found
+    and mended alike."""
+    work, wrong = Making(pair), []
+    for source, name in ((work.source, "tiny"), (SAMPLE, "sample")):
+        for way, options in WAYS.items():
+            made = [pair.folder / f"{name} {way} {system.name}" for system in pair.systems]
+            for system, folder in zip(pair.systems, made, strict=True):
+                code, _, error = pair.worker(system).command("quantize", source, folder, *options)
+                if code:
+                    wrong.append(f"{name} {way} on {system.name}: {error}")
+            if not wrong and digests(made[0]) != digests(made[1]):
+                names = [path.name for path in made[0].rglob("*") if path.is_file()]
+                wrong.append(f"{name} {way}: other bytes {names}")
+    wrong += one_at_a_destination(pair, work) + mended(pair, work)
+    report = killed(pair, aim, work)
+    return {**report, "wrong": wrong + report["wrong"]}
+
+
+def one_at_a_destination(pair, work):
+    """What is wrong where another process writes the same export."""
+    said = []
+    for system in pair.systems:
+        partial = work.made.with_name("made.partial")
+        partial.mkdir()
+        holder = system.worker()
+        try:
+            holder.ask("hold", path=partial, folder=True)
+            said.append(pair.worker(system).command(*work.words))
         finally:
-            process.kill()
+            holder.close()
+        partial.rmdir()
+    others = [system.worker() for system in (pair.windows, pair.windows)]
+    try:
+        for other in others:  # and for real
+            other.begin("command", words=pair.windows.words(work.words))
+        codes = [other.answer()[0] for other in others]
+    finally:
+        for other in others:
+            other.close()
+    work.finish()
+    wrong = [f"a second process: {said}"] * (said[0] != said[1] or said[0][0] != 2)
+    return wrong + [f"two at once: {codes}"] * (sorted(codes) not in ([0, 0], [0, 2]))
 
 
-def slotmoe(*words):
-    """Exit code, stdout and stderr of a command in this process."""
-    out, err, number = io.StringIO(), io.StringIO(), os.dup(1)
-    with redirect_stdout(out), redirect_stderr(err):
+def mended(pair, work):
+    """What is wrong where an export is damaged."""
+    wrong = []
+    for name in (layer_file(1), "tokenizer.json", "resident.safetensors"):
+        pair.worker(pair.windows).command(*work.words)
+        flip(work.made / name, (work.made / name).stat().st_size // 2)
+        said = pair.commands("verify", work.made)  # each says what is wrong
+        if said[0] != said[1] or said[0][0] == 0:
+            wrong.append(f"{name} is damaged: {said}")
         try:
-            main([*map(str, words)])
-        except SystemExit as ending:
-            code = ending.code
-    os.dup2(number, 1)  # a command that fails sends it nowhere
-    os.close(number)
-    return code, out.getvalue(), err.getvalue()
+            work.finish()
+        except AssertionError as problem:
+            wrong.append(f"{name} is damaged: {problem}")
+    return wrong
 
 
-def quantize(place, *words):
-    return slotmoe("quantize", SOURCE, place, *words)
-
-
-def talk(folder, model=SAMPLE):
-    """A text that is kept in a session."""
-    words = ("--session", "talk", "--session-dir", folder, "--threads", 1, "--ram", "1GiB")
-    return slotmoe("run", model, "It was a cold night", "-n", 80, "--temperature", 0, *words)
-
-
-def forget(folder):
-    return slotmoe("rm", "--sessions", "talk", "--session-dir", folder)
-
-
-def tree(folder):
-    """Each file and its bytes."""
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-
-
-def fresh(name):
-    shutil.rmtree(PLACE / name, ignore_errors=True)
-    (PLACE / name).mkdir(parents=True)
-    return PLACE / name
-
-
-def damage(export):
-    """Returns the damaged file."""
-    path = export / "resident.safetensors"
-    with open(path, "r+b") as file:
-        file.seek(-100, os.SEEK_END)
-        file.write(bytes(range(100)))
-    return path
-
-
-class Cache:
-    """A cache folder with one export."""
-
-    def __init__(self, folder):
-        self.folder, name = folder, f"plain-{'a' * 12}"
-        shutil.copytree(PLAIN, folder / name)
-        self.export = folder / name
-        os.environ["SLOTMOE_CACHE"] = str(folder)
-
-    def remove(self):
-        return slotmoe("rm", self.export.name)
-
-
-def scanned(wrong):
-    """A scanner looks at each new file while all is done that writes any."""
-    folder = fresh("scanned")
-    wanted, text = tree(PLAIN), talk(fresh("unseen"))[1]
-    HUB.add(NAME, Repo(SOURCE))
-    with beside(SCANNER, folder) as looked:
-        cache = Cache(folder / "cache")
-        steps = {
-            "quantize": lambda: quantize(folder / "made"),
-            "repair": lambda: (damage(folder / "made"), quantize(folder / "made"))[1],
-            "overwrite": lambda: quantize(folder / "made", "--overwrite"),
-            "hub": lambda: slotmoe("quantize", NAME, folder / "fetched"),
-            "kept": lambda: slotmoe("quantize", NAME, folder / "kept", "--keep-source"),
-            "session": lambda: talk(folder / "sessions"),
-            "session again": lambda: talk(folder / "sessions"),
-            "session's end": lambda: forget(folder / "sessions"),
-            "session anew": lambda: talk(folder / "sessions"),
-            "removal": cache.remove,
-            "notes": lambda: notes(folder / "note.json"),
-        }
-        for step, action in steps.items():
-            started = time.monotonic()
-            code, out, err = action()
-            if code:
-                wrong.append(f"{step}, scanned: {err[-300:]}")
-            print(step, round(time.monotonic() - started, 1), file=sys.stderr)
-            if step in ("quantize", "repair", "overwrite") and tree(folder / "made") != wanted:
-                wrong.append(f"{step}, scanned: other bytes")
-            if step in ("session", "session anew") and out != text:
-                wrong.append(f"{step}, scanned: {out!r} instead of {text!r}")
-    left = (path.name for path in folder.rglob("*"))
-    wrong += [f"left: {name}" for name in left if name.endswith((".tmp", ".partial", ".replaced"))]
-    return {"files": int(looked[0])}
-
-
-def notes(path, seconds=3):
-    """Two threads write a note, two read it."""
-    ends, problems = time.monotonic() + seconds, []
-    shared_files.write_note(path, {"number": 0})
-
-    def write():
-        shared_files.write_note(path, {"number": time.monotonic()})
-
-    def read():
-        if "number" not in shared_files.read_note(path):
-            problems.append("it could not be read")
-
-    def repeat(act):
+def sessions(pair, aim):
+    """Texts that go on in a session: the same on both, with the same latents, of which nothing is
+    computed again, or begun on the other system; one process at a time; kills."""
+    model, wrong, folders = sample_export(pair.folder), [], {}
+    for system in pair.systems:
+        folders[system.name] = folder = pair.folder / f"of {system.name}"
+        pair.worker(system).command(*text_in(folder, model))
+        shutil.copytree(folder, pair.folder / f"begun on {system.name}")
+    texts = [texts_of(pair, system, folders[system.name], model) for system in pair.systems]
+    if texts[0] != texts[1] or not texts[0]["restored_tokens"]:
+        wrong.append(f"continued: {texts}")
+    latents = [
+        sorted(path.read_bytes()[-4096:] for path in folder.rglob("blocks/??/*"))
+        for folder in folders.values()
+    ]
+    if latents[0] != latents[1]:
+        wrong.append("other latents")
+    for system, other in (pair.systems, pair.systems[::-1]):
+        # The kernels' binary is another: the text is read again, and is the same.
+        found = texts_of(pair, system, pair.folder / f"begun on {other.name}", model)
+        if found["text"] != texts[0]["text"] or found["restored_tokens"]:
+            wrong.append(f"begun on {other.name}, continued on {system.name}: {found}")
+    said = []
+    for system in pair.systems:
+        holder = system.worker()
         try:
-            while time.monotonic() < ends:
-                act()
-                time.sleep(0.001)
-        except OSError as problem:
-            problems.append(repr(problem))
-
-    threads = [threading.Thread(target=repeat, args=(act,)) for act in (write, write, read, read)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return len(problems), "", f"{len(problems)} times: {problems[:1]}"
+            holder.ask("hold", path=pair.folder / "of Linux" / "names" / "plans.lock")
+            said.append(pair.worker(system).command(*text_in(pair.folder / "of Linux", model)))
+        finally:
+            holder.close()
+    if said[0] != said[1] or said[0][0] != 2:
+        wrong.append(f"a second process: {said}")
+    report = killed(pair, aim, Saving(pair, model))
+    return {**report, "wrong": wrong + report["wrong"]}
 
 
-def held(wrong):
-    """Another process has files open: an engine its export, any program anything."""
-
-    def refused(what, result, path):
-        code, _, err = result
-        line = err.strip().splitlines()[-1:]
-        if code != 1 or not line or HELD not in line[0] or str(path) not in line[0]:
-            wrong.append(f"{what}: {result}")
-
-    folder = fresh("held")
-    export, wanted = folder / "made", tree(PLAIN)
-    quantize(export)
-    with beside(ENGINE, export) as said:
-        refused("a repair of what runs", (damage(export), quantize(export))[1], export)
-    if not said[0]:
-        wrong.append("an engine computes nothing after a repair was tried")
-    if quantize(export)[0] or tree(export) != wanted:
-        wrong.append("a repair behind an engine's end")
-    if (found := talk(folder / "sessions"))[0]:
-        wrong.append(f"a session: {found}")
-    blocks = [path for path in (folder / "sessions" / "blocks").rglob("*-*-*") if path.is_file()]
-    with beside(HOLDER, *blocks):
-        refused("a session whose blocks are open", forget(folder / "sessions"), folder)
-    cache = Cache(folder / "cache")
-    with beside(HOLDER, cache.export / "slotmoe.json"):
-        refused("an export that is open", cache.remove(), folder)
-    slotmoe("rm", *(path.name for path in cache.folder.iterdir()))
-    if any(cache.folder.iterdir()):
-        wrong.append(f"left in the cache: {[*cache.folder.iterdir()]}")
-    cache = Cache(folder / "cache")
-    with Export.open(cache.export):  # a reader of ours keeps nobody from removing its files
-        if found := [path for path in cache.export.glob("e*/*") if path.unlink()]:
-            wrong.append(f"read and not removed: {found}")
-    (folder / "empty").mkdir()
-    if (found := quantize(folder / "empty"))[0]:
-        wrong.append(f"into an empty folder: {found}")
-    return {"blocks": len(blocks)}
-
-
-def paths(wrong):
-    """Paths that Linux has not, and names that Windows has not."""
-    folder = fresh("paths").absolute()
-    wanted, text = tree(PLAIN), talk(fresh("unseen"))[1]
-    os.chdir(folder)
-    given = {
-        "signs": folder / "Bücher, 本 & (x) %PATH% 'q'",
-        "deep": folder.joinpath(*["n" * 40] * 3),  # Wine resolves none over 260 characters
-        "a prefix": Path(f"\\\\?\\{folder}") / "prefixed",
-        "a drive's folder": Path(f"{folder.drive}relative"),
-        "slashes": Path(f"{folder.as_posix()}/slashes"),
-        "another case": Path(str(folder).upper()) / "CASE",
+def texts_of(pair, system, folder, model):
+    """What a session's next text is, and what of it the disk had."""
+    code, out, error = pair.worker(system).command(*text_in(folder, model))
+    assert code == 0, error
+    text = json.loads(out)
+    return {name: text[name] for name in COMPUTED} | {
+        "restored_tokens": text["sessions"]["restored_tokens"]
     }
-    for what, place in given.items():
-        place.mkdir(parents=True)
-        done = [quantize(place / "made"), talk(place / "sessions"), forget(place / "sessions")]
-        cache = Cache(place / "cache")
-        done += [slotmoe("verify", cache.export.name), slotmoe("list"), cache.remove()]
-        wrong += [f"{what}: {each}" for each in done if each[0]]
-        if tree(place / "made") != wanted or done[1][1] != text:
-            wrong.append(f"{what}: {done[1][1]!r} or other bytes")
-        if any((place / "cache").iterdir()) or "plain" not in done[4][1]:
-            wrong.append(f"{what}: the cache, {done[4:]}")
-    for name in ("con", "NUL", "aux.json", "com1.x", "lpt9"):
-        words = "--session", name, "--session-dir", folder / "sessions", "-n", 1
-        if (found := slotmoe("run", SAMPLE, "x", *words))[0] != 2:
-            wrong.append(f"session {name}: {found}")
-    del os.environ["SLOTMOE_CACHE"]
-    if cache_folder() != Path(os.environ["LOCALAPPDATA"], "slotmoe"):
-        wrong.append(f"the cache is in {cache_folder()}")
-    os.chdir(PLACE)
-    return {"kinds": len(given)}
 
 
-PARTS = {"scanned": scanned, "held": held, "paths": paths}
+# What Wine does not do as Windows does, or what is another thing there, by a name's words.
+NOT_COMPARED = {
+    "pipe": "file systems of Windows have none",
+    "link": "Wine shows the file that a Unix link leads to in its place",
+    "memory": "Wine counts no memory of a job",
+    "library": "the tokenizers library aborts on Linux, and ends with a code or raises on Windows",
+}
 
-if __name__ == "__main__":
-    PLACE.mkdir(parents=True, exist_ok=True)
-    if not PLAIN.exists():
-        write_checkpoint(SOURCE, 3)
-        print(quantize(PLAIN), file=sys.stderr)
-    found, problems = {}, []
-    for part in sys.argv[3:] or PARTS:
-        found[part] = PARTS[part](problems)
-    print(json.dumps({**found, "wrong": problems}))
+
+def hostile(pair, aim):
+    """Broken checkpoints, exports, tokenizers, templates and values of config.json: refused in one
+    line, the same on both, and nothing is left."""
+    good, wrong, count = pair.folder / "good", [], Counter()
+    write_checkpoint(good / "checkpoint", shards=2)
+    options = "--codec", "nf4", "--resident", "nf4"
+    pair.worker(pair.linux).command("quantize", good / "checkpoint", good / "export", *options)
+    for name, kind, breaking, words in cases():
+        places = {"IT": pair.folder / kind, "MADE": pair.folder / "made"}
+        shutil.copytree(good / kind, pair.folder / kind)
+        breaking(pair.folder / kind)
+        said = pair.commands(*(places.get(word, word) for word in words))
+        # what is said beforehand counts free bytes
+        lines = [error.rpartition("that are free\n")[2] for _, _, error in said]
+        if [code for code, *_ in said] != [2, 2] or lines[0].count("\n") != 1:
+            wrong.append(f"{kind}, {name}: {said}")
+        elif lines[0] != lines[1]:
+            wrong.append(f"{kind}, {name}: {lines}")
+        if (pair.folder / "made").exists():
+            wrong.append(f"{kind}, {name}: makes an export")
+        shutil.rmtree(pair.folder / kind)
+        count[words[0]] += 1
+    return {**count, "wrong": wrong}
+
+
+def cases():
+    """Names, what is broken and how, and the words of a command for IT."""
+    for case in every_case():
+        if not any(word in case[0] for word in NOT_COMPARED):
+            yield case
+
+
+def every_case():
+    for name, (breaking, _) in BAD_CHECKPOINTS.items():
+        yield name, "checkpoint", breaking, ("quantize", "IT", "MADE")
+    for name, (breaking, _) in BAD_EXPORTS.items():
+        yield name, "export", breaking, ("run", "IT", PROMPT * 4, "-n", 1, "--context", 64)
+    talking = "run", "IT", "Hi", "--chat", "-n", 1, "--context", 64
+    for name, breaking in TOKENIZERS.items():
+        yield name, "checkpoint", breaking, talking
+    for name, template in TEMPLATES.items():
+        settings = {"chat_template": template}
+        yield name, "checkpoint", partial(edited, "tokenizer_config.json", settings), talking
+    for key, values in BAD_VALUES.items():
+        for value in values:
+            yield f"{key} {value!r:.30}", "checkpoint", partial(other, key, value), ("plan", "IT")
+
+
+def edited(file, values, folder):
+    edit_json(folder / file, lambda config: config.update(values))
+
+
+def other(key, value, folder):
+    left_out = ["num_key_value_heads"] if key == "num_attention_heads" else []
+    config = {**CONFIG, key: value}
+    kept = {k: v for k, v in config.items() if v is not REMOVE and k not in left_out}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+
+PARTS = {"export": export, "sessions": sessions, "hostile": hostile}

@@ -100,7 +100,7 @@ def decode(network, ids, cache):
 
 def triton_ops(graph=None):
     backend = pick_backend(DEVICE, "triton")
-    backend.graph = CudaGraphs() if graph is not None and DEVICE.type == "cuda" else graph
+    backend.few.graph = CudaGraphs() if graph is not None and DEVICE.type == "cuda" else graph
     return backend
 
 
