@@ -92,8 +92,9 @@ def _system() -> Check:
     found = f"{name} {platform.release()}, {platform.machine()}; Python {python}"
     if name == "Linux":
         return Check("system", "ok", f"slotmoe {__version__}; {found}")
-    state = "note" if name == "Darwin" else "bad"
-    return Check("system", state, found, "slotmoe is tested on Linux alone; see docs/install.md")
+    tested = "Windows under Wine alone" if name == "Windows" else "Linux alone"
+    state = "note" if name in ("Darwin", "Windows") else "bad"
+    return Check("system", state, found, f"slotmoe is tested on {tested}; see docs/install.md")
 
 
 def _processor() -> Check:
