@@ -31,7 +31,7 @@ private_pages, peak_rss, allow_open_files = own.private_pages, own.peak_rss, own
 hold, step_back, available_memory = own.hold, own.step_back, own.available_memory
 ready_streams, terminal_mode = own.ready_streams, own.terminal_mode
 bound, deadline, apart = own.bound, own.deadline, own.apart
-block_signals = own.block_signals
+TOO_LONG, NO_READER = own.TOO_LONG, own.NO_READER
 
 
 def take_lock(path: Path, seconds: float, folder: bool = False) -> int:

@@ -21,6 +21,7 @@ import psutil
 assert sys.platform != "win32"
 
 CPUINFO = Path("/proc/cpuinfo")
+TOO_LONG, NO_READER = -signal.SIGPROF, None  # see ``windows``
 FILE, NO_LINK = 0, os.O_NOFOLLOW  # flags that open a file as it is, through a link and not
 # Which of psutil's figures a budget is for, and bytes of ``private_pages`` that may be left over.
 MEMORY, ROOM = "rss", 64 << 20
@@ -200,11 +201,6 @@ def bound(seconds: float, memory: int | None) -> None:
     signal.setitimer(signal.ITIMER_PROF, seconds)
     limit = resource.RLIM_INFINITY if memory is None else memory
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
-
-
-def block_signals(numbers: tuple[signal.Signals, ...]) -> None:
-    """Let others than this thread, and not its children, get these signals."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
 
 
 def deadline(process: "Popen[bytes]", cpu_seconds: float, seconds: float) -> Timer:

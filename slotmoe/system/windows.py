@@ -6,14 +6,14 @@ import io
 import mmap
 import msvcrt
 import os
-import signal
+import struct
 import sys
 import time
 import weakref
 import winreg
 from collections.abc import Callable
 from contextlib import suppress
-from ctypes import byref, c_char, c_longlong, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import byref, c_char, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 from subprocess import Popen
@@ -36,6 +36,9 @@ _COMMIT, _LARGE_PAGES, _READ_WRITE, _RELEASE = 0x3000, 0x20000000, 4, 0x8000
 _REPLACE_EXISTING, _WRITE_THROUGH = 1, 8
 _LOCK_EXCLUSIVELY_NOW = 3
 _SHARING_VIOLATION, _ACCESS_DENIED, _LOCK_VIOLATION, _END_OF_FILE = 32, 5, 33, 38
+# The exit code of a process that has had its CPU time, and what a write to a pipe says that nobody
+# reads, in other words than EPIPE.
+TOO_LONG, NO_READER = 1816, (errno.EINVAL, os.strerror(errno.EINVAL))
 _HELD_SECONDS = 2.0  # for which a virus scanner may hold a new file
 
 # Files
@@ -259,56 +262,44 @@ def terminal_mode(echo: bool = True) -> Callable[[], object]:
     return lambda: _KERNEL.SetConsoleMode(handle, mode)
 
 
-class _JobLimits(ctypes.Structure):
-    """``JOBOBJECT_EXTENDED_LIMIT_INFORMATION``."""
-
-    _fields_ = (
-        *(("process_time", c_longlong), ("job_time", c_longlong), ("flags", c_uint32)),
-        *(("least_set", ctypes.c_size_t), ("most_set", ctypes.c_size_t), ("count", c_uint32)),
-        *(("affinity", ctypes.c_size_t), ("priority", c_uint32), ("scheduling", c_uint32)),
-        ("transferred", ctypes.c_ulonglong * 6),
-        *(("process_memory", ctypes.c_size_t), ("job_memory", ctypes.c_size_t)),
-        *(("peak_process", ctypes.c_size_t), ("peak_job", ctypes.c_size_t)),
-    )
-
-
 _job: list[Any] = []  # of this process, once it is bound
 
 
 def bound(seconds: float, memory: int | None) -> None:
     """See ``posix``; ``deadline`` limits the time."""
+    _KERNEL.SetErrorMode(3)  # no report of a crash
     if not _job:
         _job.append(c_void_p(_KERNEL.CreateJobObjectW(None, None)))
         _KERNEL.AssignProcessToJobObject(_job[0], c_void_p(_KERNEL.GetCurrentProcess()))
-    limits = _JobLimits(flags=0 if memory is None else 0x100, process_memory=memory or 0)
-    _KERNEL.SetInformationJobObject(_job[0], 9, byref(limits), ctypes.sizeof(limits))
-
-
-def block_signals(numbers: tuple[signal.Signals, ...]) -> None:
-    """The main thread gets all signals."""
+    # JOBOBJECT_EXTENDED_LIMIT_INFORMATION: its LimitFlags and ProcessMemoryLimit.
+    limits = struct.pack("=16x I 92x Q 24x", 0 if memory is None else 0x100, memory or 0)
+    _KERNEL.SetInformationJobObject(_job[0], 9, limits, len(limits))
 
 
 class _Deadline(Timer):
-    def __init__(self, process: "Popen[bytes]", cpu_seconds: float, seconds: float):
-        super().__init__(seconds, process.kill)
-        self._cpu, self._process = cpu_seconds, psutil.Process(process.pid)
-        self._before, self._until = self._used(), time.monotonic() + seconds
-        self.daemon = True
-
-    def _used(self) -> float:
-        return float(sum(self._process.cpu_times()[:2]))
+    """``args`` are the process, and seconds of CPU time that end it too."""
 
     def run(self) -> None:
-        with suppress(psutil.Error):
-            while not self.finished.wait(0.05):
-                if self._used() - self._before > self._cpu or time.monotonic() > self._until:
-                    self.function()
-                    self.finished.set()
+        until, (pid, most) = time.monotonic() + self.interval, self.args
+        while not self.finished.wait(0.05) and time.monotonic() < until:
+            with suppress(OSError):  # it has ended
+                if _used(pid) > most:
+                    os.kill(pid, TOO_LONG)
+        if not self.finished.is_set():
+            self.function()
+
+
+def _used(pid: int) -> float:
+    """Seconds of CPU time that a process has had; 0 if it has ended."""
+    with suppress(psutil.Error):
+        return float(sum(psutil.Process(pid).cpu_times()[:2]))
+    return 0.0
 
 
 def deadline(process: "Popen[bytes]", cpu_seconds: float, seconds: float) -> Timer:
     """A timer, started, that kills the process after so many seconds or so much CPU time."""
-    timer = _Deadline(process, cpu_seconds, seconds)
+    timer = _Deadline(seconds, process.kill, (process.pid, _used(process.pid) + cpu_seconds))
+    timer.daemon = True
     timer.start()
     return timer
 
