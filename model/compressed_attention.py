@@ -73,7 +73,8 @@ class CompressedAttention(Generic[W]):
             counts_T = (positions_T + 1) // group.ratio
             if weights.indexer is not None:
                 entries = self._choose(own, weights.indexer, counts_T)
-        lists_TL = lists(positions_T, first, len(rows_SX), window, counts_T, entries)
+        held = range(first, first + len(rows_SX))
+        lists_TL = lists(positions_T, held, window, counts_T, entries)
         listed = Listed(rows_SX, more_SX, lists_TL, weights.sinks)
         return backend.attend(own.q_THZ, listed, g.V, g.softmax_scale)
 
@@ -136,27 +137,22 @@ class _Tokens(NamedTuple):
 
 
 def lists(
-    positions_T: Tensor,
-    first: int,
-    held: int,
-    window: int,
-    counts_T: Tensor | None,
-    entries_TL: Tensor | None,
+    positions_T: Tensor, held: range, window: int, counts_T: Tensor | None, picked_TL: Tensor | None
 ) -> Tensor:
     """The rows that each token sees, in order, int32 [T, L], -1 behind the last: those of the
-    window, of ``held`` rows from position ``first`` on, then compressed rows, which stand behind
-    them: the first ``counts``, or those among ``entries``, int32 [T, topk], that are not -1."""
+    window, of the positions ``held``, then compressed rows, which stand behind them: the first
+    ``counts``, or those among ``picked``, int32 [T, topk], that are not -1."""
     device = positions_T.device
     seen_T = (positions_T + 1).clamp(max=window)
-    if entries_TL is not None:
-        counts_T = (entries_TL >= 0).sum(dim=1, dtype=torch.int32)
+    if picked_TL is not None:
+        counts_T = (picked_TL >= 0).sum(dim=1, dtype=torch.int32)
     total_T = seen_T if counts_T is None else seen_T + counts_T
     places_L = torch.arange(int(total_T.max()), dtype=torch.int32, device=device)
-    lists_TL = places_L + (positions_T + 1 - seen_T - first)[:, None]
+    lists_TL = places_L + (positions_T + 1 - seen_T - held.start)[:, None]
     behind_TL = places_L - seen_T[:, None]
-    if entries_TL is not None:
-        chosen_TL = entries_TL.gather(1, behind_TL.clamp(0, entries_TL.shape[1] - 1).long())
-        lists_TL = torch.where(behind_TL < 0, lists_TL, chosen_TL + held)
+    if picked_TL is not None:
+        chosen_TL = picked_TL.gather(1, behind_TL.clamp(0, picked_TL.shape[1] - 1).long())
+        lists_TL = torch.where(behind_TL < 0, lists_TL, chosen_TL + len(held))
     elif counts_T is not None:
-        lists_TL = torch.where(behind_TL < 0, lists_TL, behind_TL + held)
+        lists_TL = torch.where(behind_TL < 0, lists_TL, behind_TL + len(held))
     return lists_TL.masked_fill(places_L >= total_T[:, None], -1)

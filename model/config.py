@@ -206,7 +206,12 @@ def _parse(outer: Json) -> Config:
     if outer.get("model_type") in WRAPPERS:  # of a model with more than text, its text part
         given = {key: outer[key] for key in _OUTER if key in outer}
         given |= typed(outer, _Wrapper)["text_config"]
-    family = _family(given)
+    if (name := given.get("model_type")) not in [*FAMILIES]:
+        why = f" ({OTHERS[name]})" if isinstance(name, str) and name in OTHERS else ""
+        only = ", ".join(json.dumps(known) for known in FAMILIES)
+        problem = f"model_type {json.dumps(name)[:80]} is not supported{why}"
+        raise ValueError(f"{problem}, only {only}; use a model of these families")
+    family = FAMILIES[name]
     _refuse_unsupported(given, family)
     values = {**_DEFAULTS, **(attention.in_hub_words(given) if family.compressed else given)}
     values |= {key: value for key, value in _NULLS.items() if values.get(key, value) is None}
@@ -232,16 +237,6 @@ def _parse(outer: Json) -> Config:
     )
     _check_consistency(config)
     return config
-
-
-def _family(values: Json) -> Family:
-    name = values.get("model_type")
-    if isinstance(name, str) and name in FAMILIES:
-        return FAMILIES[name]
-    why = f" ({OTHERS[name]})" if isinstance(name, str) and name in OTHERS else ""
-    only = ", ".join(json.dumps(known) for known in FAMILIES)
-    problem = f"model_type {json.dumps(name)[:80]} is not supported{why}"
-    raise ValueError(f"{problem}, only {only}; use a model of these families")
 
 
 def _refuse_unsupported(values: Json, family: Family) -> None:

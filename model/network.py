@@ -11,12 +11,12 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from slotmoe.border import Backend, Experts, Mixing, Runner, State, Step, Timer
+from slotmoe.border import Backend, Experts, Mixing, Runner, Step, Timer
 from slotmoe.model.attention import Rope
 from slotmoe.model.config import Config
 from slotmoe.model.layers import LayerByLayer, as_tensor, geometry_of, layer_of
@@ -24,6 +24,7 @@ from slotmoe.model.names import EMBEDDING, FINAL_NORM, HEAD, HEAD_MIX_PARTS
 from slotmoe.model.state import SequenceState
 
 W = TypeVar("W")
+States: TypeAlias = Sequence[SequenceState]
 _FEW = 15  # tokens that a decoder takes beside one of each sequence; more are a prompt's
 
 
@@ -55,23 +56,15 @@ class Positions:
         self._frequencies_C = frequencies(config.rope)
         self._compressed_C = None if compressed is None else frequencies(compressed.rope)
 
-    def step(
-        self,
-        h_TD: Tensor,
-        positions_T: Tensor,
-        states: Sequence[State],
-        before: Sequence[int],
-        counts: Sequence[int],
-        timer: Timer,
-        ids_T: Tensor | None,
-    ) -> Step:
-        """A step over tokens at ``positions``, float32 [T]."""
+    def step(self, h_TD: Tensor, positions_T: Tensor, *given: Any) -> Step:
+        """A step over tokens at ``positions``, float32 [T]; ``given`` are its ``caches`` and the
+        fields after them, up to ``ids_T``."""
         rope, scale_T = self._rope, None
         if rope.llama_4_scaling_beta:
             lengths_T = torch.floor(positions_T / rope.original_max_position_embeddings)
             scale_T = 1 + rope.llama_4_scaling_beta * torch.log(1 + lengths_T)
         rope_TC = self._backend.rotations(positions_T, self._frequencies_C, rope.table_scale)
-        step = Step(h_TD, rope_TC, scale_T, states, before, counts, timer, ids_T=ids_T)
+        step = Step(h_TD, rope_TC, scale_T, *given)
         if self._compressed_C is not None:
             step.compressed_C = self._compressed_C
             step.compressed_rope_TC = self._backend.rotations(positions_T, self._compressed_C)
@@ -110,9 +103,7 @@ class Network(Generic[W]):
         self.timer = Timer()
 
     @torch.inference_mode()
-    def forward(
-        self, ids_T: Tensor, states: Sequence[SequenceState], counts: Sequence[int] = ()
-    ) -> Tensor:
+    def forward(self, ids_T: Tensor, states: States, counts: Sequence[int] = ()) -> Tensor:
         """Append ``ids``, int64 [T], to the sequences of ``states``: ``counts`` of them to each, in
         order, or equally many.  Returns the residual stream after the last layer, float32 [T, D],
         or several side by side, which lasts until the next call.
@@ -126,11 +117,7 @@ class Network(Generic[W]):
         return self.run(h_TD, states, counts, ids_T)
 
     def run(
-        self,
-        h_TD: Tensor,
-        states: Sequence[SequenceState],
-        counts: Sequence[int],
-        ids_T: Tensor | None = None,
+        self, h_TD: Tensor, states: States, counts: Sequence[int], ids_T: Tensor | None = None
     ) -> Tensor:
         """``forward`` from the residual stream before the first layer on."""
         pairs = [*zip(states, counts, strict=True)]

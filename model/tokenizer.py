@@ -89,9 +89,11 @@ class Tokenizer:
         # The token that a text begins with, if the model wants one.
         self.begin = [bos_token_id] if wants_bos and bos_token_id is not None else []
         self.reasoning = reasoning_of(self.template, self.token_id)
-        named = {name: _spelling(tokens[name]) for name in tokens if name.endswith("_token")}
         self._spellings = {"bos_token": "", "eos_token": ""}  # of special tokens, for the template
-        self._spellings |= {name: token for name, token in named.items() if token}
+        for name, token in tokens.items():
+            content = token.get("content") if isinstance(token, dict) else token
+            if name.endswith("_token") and isinstance(content, str) and content:
+                self._spellings[name] = content
         self.eos_token = self._spellings["eos_token"]
         added, vocabulary = self._backend.get_added_tokens_decoder(), self._backend.get_vocab()
         self.special = {id_ for id_, token in added.items() if token.special}
@@ -211,7 +213,13 @@ class Tokenizer:
         except RecursionError:
             raise ConfigError("a schema is nested too deeply for the chat template") from None
         text = _TEMPLATE.run(data, "chat_template").decode()
-        return _until_here(text) if begun else text
+        if not begun:
+            return text
+        before, mark, rest = text.rpartition(_HERE[0])
+        if not mark:
+            problem = "chat_template: leaves the last message out, so no answer can go on with it"
+            raise ConfigError(f"{problem}; end with a message of the user")
+        return before if rest.startswith(_HERE[1]) else before.rstrip()
 
 
 class TextStream:
@@ -264,21 +272,6 @@ def _message(given: Mapping[str, object]) -> Json:
     if thoughts:
         message = {"thinking": thoughts[0], **message, "reasoning_content": thoughts[0]}
     return message
-
-
-def _until_here(text: str) -> str:
-    """A conversation up to where its last message ends.  Raises ``ConfigError``."""
-    begun, mark, rest = text.rpartition(_HERE[0])
-    if not mark:
-        problem = "chat_template: leaves the last message out, so no answer can go on with it"
-        raise ConfigError(f"{problem}; end with a message of the user")
-    return begun if rest.startswith(_HERE[1]) else begun.rstrip()
-
-
-def _spelling(token: object) -> str:
-    """How a special token is spelled; empty if the settings don't say."""
-    content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else ""
 
 
 def _check_parses(data: bytes, path: Path, verdicts: Path | None) -> None:

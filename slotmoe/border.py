@@ -301,10 +301,10 @@ class Step:
     before: Sequence[int]
     counts: Sequence[int]
     timer: Timer
+    ids_T: Tensor | None
     layer: int = 0
     x_TD: Tensor | None = None
     routed_TD: Tensor | None = None
-    ids_T: Tensor | None = None
     compressed_rope_TC: Tensor | None = None
     compressed_C: Tensor | None = None
     mixed: Mixed | None = None

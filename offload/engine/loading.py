@@ -362,21 +362,17 @@ class _Loader:
 
         def place(name: str, weight: Weight) -> Prepared:
             role = role_of(name)
-            if role == TABLE:
-                self._check_table(name, weight)
+            if role == TABLE:  # kernels trust the ids of experts
+                last = self._config.n_routed_experts - 1
+                if not isinstance(weight, Tensor) or weight.min() < 0 or weight.max() > last:
+                    problem = f"{name} names an expert outside 0 to {last}"
+                    raise ConfigError(f"{self._folder}: {problem}; quantize again")
             elif isinstance(weight, Tensor) and (weight.dim() == 1 or role == "gate"):
                 weight = weight.float()
             head = self._config.qk_nope_head_dim, self._config.v_head_dim
             return self._backend.prepare(role, weight, empty, head)
 
         return place
-
-    def _check_table(self, name: str, ids: Weight) -> None:
-        """Kernels trust the ids of experts.  Raises ``ConfigError``."""
-        last = self._config.n_routed_experts - 1
-        if not (isinstance(ids, Tensor) and 0 <= int(ids.min()) <= int(ids.max()) <= last):
-            problem = f"{name} names an expert outside 0 to {last}"
-            raise ConfigError(f"{self._folder}: {problem}; quantize again")
 
     def _cache(self, slots: int) -> Cache:
         """Where every expert has a slot nothing is evicted, and the cheapest policy will do."""

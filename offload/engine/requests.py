@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
-from typing import Protocol, TypeVar
+from typing import TypeAlias, TypeVar
 
 from torch import Tensor
 
 from slotmoe.errors import CLOSED, ConfigError
-from slotmoe.model.generate import Delta, Token
+from slotmoe.model.generate import Answer, Delta, Token
+from slotmoe.offload.engine.forced import Forced
 
 # A wait is a loop of waits of so many seconds: some systems let no signal end a wait for a lock,
 # and none lets one that came just before it began.
@@ -28,20 +29,8 @@ _TOGETHER_SECONDS, _TOGETHER_SHARE = 0.005, 0.05
 T = TypeVar("T")
 
 
-class Sampler(Protocol):
-    """Chooses an answer's tokens: ``slotmoe.model.generate.Answer``."""
-
-    ids: list[int]
-    """What was chosen so far."""
-
-    def score(self, token_id: int, logits_V: Tensor | None) -> None:
-        """The prompt's next token, and the logits that score it; the first one has none."""
-
-    def take(self, logits_V: Tensor) -> Delta:
-        """Choose a token from float32 CPU logits; a delta with a finish ends the answer."""
-
-    def end(self, finish: str, error: str = "") -> Delta:
-        """What was held back, and why the answer ends here."""
+Sampler: TypeAlias = Answer | Forced
+"""Chooses an answer's tokens."""
 
 
 @dataclass(eq=False)

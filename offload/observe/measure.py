@@ -4,16 +4,13 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
 from random import Random
-from statistics import median, median_high
+from statistics import median_high
 
 import torch
-from torch import Tensor
 
 from slotmoe.jsonfile import Json
-from slotmoe.offload.devices.device import Device
 from slotmoe.offload.devices.pages import page_aligned
 from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.observe.link import measure_link
@@ -80,7 +77,7 @@ def read_bandwidth(model: LoadedModel) -> float:
     memory = model.experts.slots.memory() if model.store is not None else None
     if model.device.memory() is not None:
         assert memory is not None
-        return device_bandwidth(model.device, memory[: 16 * _MEASURED_BYTES])
+        return model.backend.read_bandwidth(memory[: 16 * _MEASURED_BYTES])
     room = model.plan.budget - model.plan.total
     if memory is None or memory.nbytes < _MEASURED_BYTES <= room:
         return ram_bandwidth(model.cpu)
@@ -125,13 +122,3 @@ def predict(setting: Setting, prompt_tokens: int, new_tokens: int) -> Json:
     components = predicted_components(setting.plan, prompt_tokens, new_tokens)
     speed = asdict(setting.predict(prompt_tokens, new_tokens))
     return {"peak": by_tier(components), "components": components, **speed}
-
-
-def device_bandwidth(device: Device, memory: Tensor) -> float:
-    """Bytes a second at which the GPU reads its ``memory``, uint8: median of 5 sums over it."""
-    words, moments = memory[: memory.nbytes // 8 * 8].view(torch.int64), []
-    for _ in range(7):
-        words.sum()
-        device.record().synchronize()
-        moments.append(time.perf_counter())
-    return words.nbytes / median(after - before for before, after in pairwise(moments[1:]))

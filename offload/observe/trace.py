@@ -88,8 +88,19 @@ def read_trace(path: Path) -> tuple[Json, list[Step]]:
         offset += 4 + size
         features = np.frombuffer(body, "<f2", count * FEATURES, offset - 2 * count * FEATURES)
         steps.append(Step(indices.reshape(tokens, *shape), features.reshape(tokens, shape[0], -1)))
-    if steps:  # all at once: steps of decode have one token each, and there may be many
-        _check_indices(path, np.concatenate([step.indices for step in steps]), header)
+    if not steps:
+        return header, steps
+    # All at once: steps of decode have one token each, and there may be many.
+    chosen, experts = np.concatenate([step.indices for step in steps]), header["n_routed_experts"]
+    ranked = np.sort(chosen, axis=2)
+    repeated = (ranked[:, :, 1:] == ranked[:, :, :-1]).any(axis=2)
+    wrong = (ranked[:, :, -1] >= experts) | repeated
+    if wrong.any():
+        token, row = np.argwhere(wrong)[0]
+        what = f"{chosen[token, row].tolist()} in layer {header['layers'][row]}"
+        expected = f"expected {chosen.shape[2]} different ones below {experts}"
+        problem = f"token {token} chose experts {what}, {expected}"
+        raise ConfigError(f"{path}: {problem}; the file is damaged, record it again")
     return header, steps
 
 
@@ -107,15 +118,3 @@ def _parse_header(path: Path, line: bytes) -> Json:
     line_1 = f"JSON with format, version, {', '.join(_KEYS)}"
     problem = f"not a slotmoe trace of version 2, whose first line is {line_1}"
     raise ConfigError(f"{path}: {problem}; record one with {_RECORD}")
-
-
-def _check_indices(path: Path, tokens: np.ndarray, header: Json) -> None:
-    ranked, experts = np.sort(tokens, axis=2), header["n_routed_experts"]
-    repeated = (ranked[:, :, 1:] == ranked[:, :, :-1]).any(axis=2)
-    wrong = (ranked[:, :, -1] >= experts) | repeated
-    if wrong.any():
-        token, row = np.argwhere(wrong)[0]
-        chosen = f"{tokens[token, row].tolist()} in layer {header['layers'][row]}"
-        expected = f"expected {tokens.shape[2]} different ones below {experts}"
-        problem = f"token {token} chose experts {chosen}, {expected}"
-        raise ConfigError(f"{path}: {problem}; the file is damaged, record it again")

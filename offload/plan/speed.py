@@ -163,13 +163,6 @@ class Speed:
     bottleneck: str
 
 
-def text_hits(share: float) -> float:
-    """Hit rate on text with ``share`` of the experts in slots: ``TEXT_HITS``, interpolated."""
-    after = min(max(1, bisect_left(TEXT_HITS, (share, 0.0))), len(TEXT_HITS) - 1)
-    (x0, y0), (x1, y1) = TEXT_HITS[after - 1], TEXT_HITS[after]
-    return y0 + (y1 - y0) * (min(share, 1.0) - x0) / (x1 - x0)
-
-
 @dataclass(frozen=True)
 class Setting:
     """A plan, the machine it runs on, and the routing to expect.  ``random_routing``: a token may
@@ -186,9 +179,13 @@ class Setting:
     prefetch: bool = True
 
     def hits(self, slots: int) -> float:
-        """Hit rate to expect of so many slots."""
+        """Hit rate to expect of so many slots: on text ``TEXT_HITS``, interpolated."""
         share = slots / (len(self.config.moe_layers) * self.config.n_routed_experts)
-        return share if self.random_routing else text_hits(share)
+        if self.random_routing:
+            return share
+        after = min(max(1, bisect_left(TEXT_HITS, (share, 0.0))), len(TEXT_HITS) - 1)
+        (x0, y0), (x1, y1) = TEXT_HITS[after - 1], TEXT_HITS[after]
+        return y0 + (y1 - y0) * (min(share, 1.0) - x0) / (x1 - x0)
 
     def predict(self, prompt_tokens: int, new_tokens: int) -> Speed:
         """Speed for a prompt and its continuation, with the slots full: a cold start is slower."""

@@ -121,12 +121,12 @@ class TorchBackend:
         return map_tensors(weight, lambda x: empty(tuple(x.shape), x.dtype).copy_(x))
 
     def read_bandwidth(self, memory: Tensor) -> float:
-        """Bytes a second, median of 5, at which all threads read present ``memory``, uint8."""
+        """Bytes a second, median of 5, at which the device reads present ``memory``, uint8."""
         seconds = timeit.repeat(lambda: self._read(memory), number=1, repeat=6)
         return memory.nbytes / median(seconds[1:])
 
     def _read(self, memory: Tensor) -> None:
-        memory[: memory.nbytes // 8 * 8].view(torch.int64).sum()
+        memory[: memory.nbytes // 8 * 8].view(torch.int64).sum().item()  # which waits for a GPU
 
     def linear(self, x_TK: Tensor, weight: Prepared) -> Tensor:
         """``x @ weight.T``, float32 [T, N]."""

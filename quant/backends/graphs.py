@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,10 +30,8 @@ class Graph(Generic[R]):
     outputs: R
 
 
-class Capturing(Protocol):
-    """Makes graphs, as ``CudaGraphs`` does."""
-
-    def __call__(self, function: Callable[[], R]) -> Graph[R] | None: ...
+Capturing = Callable[[Callable[[], Any]], Graph[Any] | None]
+"""Makes graphs, as ``CudaGraphs`` does."""
 
 
 class CudaGraphs:
@@ -83,18 +81,14 @@ class CudaGraphs:
             finally:
                 graph.capture_end()
         except BaseException:
-            self._stop_recording(graph, pool)
+            # A capture that CUDA has spoiled ends before torch's allocator has stopped recording
+            # for it, and while it records nothing can be given back.  torch has no public way.
+            with suppress(RuntimeError):  # it had stopped
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+                CudaGraphs._spoiled.append(graph)
             raise
         self._pool = pool
         return Graph(graph.replay, outputs)
-
-    @staticmethod
-    def _stop_recording(graph: torch.cuda.CUDAGraph, pool: "_POOL_HANDLE") -> None:
-        """A capture that CUDA has spoiled ends before torch's allocator has stopped recording for
-        it, and while it records nothing can be given back.  torch has no public way to stop it."""
-        with suppress(RuntimeError):  # it had stopped
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-            CudaGraphs._spoiled.append(graph)
 
 
 class Captured(Generic[R]):

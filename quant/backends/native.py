@@ -234,7 +234,13 @@ class NativeBackend(TorchBackend):
         mlps = list[Mlp | None]()
         for layer in layers:
             mlp = None if layer.mlp is None else self._mlp(layer.mlp)
-            if (mlp is None) != (layer.mlp is None) or not _is_native(geometry, layer.attention):
+            if isinstance(attention := layer.attention, Mla):
+                is_native = isinstance(attention.kv_b_proj, Absorbed)
+            else:
+                assert geometry.compressed is not None
+                rest = Matrix.of(attention.o_a_proj).shape[0] % (geometry.compressed.groups * TILE)
+                is_native = rest == 0 and geometry.hyper is not None
+            if (mlp is None) != (layer.mlp is None) or not is_native:
                 return None
             mlps.append(mlp)
         return NativeDecoder(self._native, Decoder(geometry, layers, mlps), self._record)
@@ -264,12 +270,3 @@ class NativeBackend(TorchBackend):
             return None
         gate, up, down = matrices
         return Mlp(gate, up, down, self.swiglu_limit)
-
-
-def _is_native(geometry: Geometry, attention: Mla[Prepared] | border.Compressed[Prepared]) -> bool:
-    """Whether `NativeBackend.decoder` can serve it."""
-    if isinstance(attention, Mla):
-        return isinstance(attention.kv_b_proj, Absorbed)
-    assert geometry.compressed is not None
-    whole = Matrix.of(attention.o_a_proj).shape[0] % (geometry.compressed.groups * TILE) == 0
-    return whole and geometry.hyper is not None

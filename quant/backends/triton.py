@@ -22,7 +22,6 @@ from slotmoe.border import Geometry, HyperGeometry, Layer, Listed, Mixed, Mixing
 from slotmoe.quant.backends import triton_rows
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend, first_best
 from slotmoe.quant.backends.compiles import COMPILES
-from slotmoe.quant.backends.graphs import Capturing, CudaGraphs
 from slotmoe.quant.backends.triton_decoder import TritonDecoder
 from slotmoe.quant.backends.triton_experts import FewExperts
 from slotmoe.quant.backends.triton_rows import ROWS, operand, power
@@ -43,17 +42,14 @@ _SCORED = 512  # keys that a program of many tokens scores
 
 
 class TritonBackend(TorchBackend):
-    """``graph`` captures the graphs of a decode step; with None its kernels are launched singly."""
-
     kind, absorbs = "triton", True
 
     def __init__(self, device: torch.device, swiglu_limit: float = 0.0):
         super().__init__(torch.bfloat16, swiglu_limit)
         self.interpreted = isinstance(tiles.linear, InterpretedFunction)
         self.name = "triton, interpreted" if self.interpreted else "triton"
-        self._few = FewExperts(device)
+        self.few = FewExperts(device)
         self._finished = torch.zeros(0, dtype=torch.int32)
-        self.graph: Capturing | None = CudaGraphs() if device.type == "cuda" else None
 
     def linear(self, x_TK: Tensor, weight: Prepared) -> Tensor:
         kind, data, scale, levels = operand(weight)
@@ -229,8 +225,8 @@ class TritonBackend(TorchBackend):
             if not isinstance(layer.attention, Mla) or layer.attention.indexer is not None:
                 return None
         mlps = [layer.mlp for layer in layers if layer.gate is not None and layer.mlp is not None]
-        self._few.shared = triton_rows.Shared.of(mlps[0]) if mlps else None
-        return TritonDecoder(geometry, layers, self._few, self.graph, self.swiglu_limit)
+        self.few.shared = triton_rows.Shared.of(mlps[0]) if mlps else None
+        return TritonDecoder(geometry, layers, self.few, self.swiglu_limit)
 
     # Routed experts.
 
@@ -247,7 +243,7 @@ class TritonBackend(TorchBackend):
         x_TD, indices_TK = x_TD.contiguous(), indices_TK.contiguous()
         if len(x_TD) <= ROWS:  # each use reads its expert's record, in float32
             routed = triton_rows.Routed(x_TD, records, slots_E, indices_TK, y_TKD)
-            return self._few(routed, self.swiglu_limit, self.graph)
+            return self.few(routed, self.swiglu_limit)
         layout, uses, K = records.layout, indices_TK.numel(), indices_TK.shape[1]
         D, width = layout.hidden_size, layout.moe_intermediate_size
         E, (in_levels, out_levels) = len(slots_E), records.levels
@@ -271,11 +267,11 @@ class TritonBackend(TorchBackend):
     def outputs(self, x_TD: Tensor, indices_TK: Tensor) -> Tensor:
         (T, D), K = x_TD.shape, indices_TK.shape[1]
         if T <= ROWS:
-            return self._few.outputs(T, D, K)
+            return self.few.outputs(T, D, K)
         return super().outputs(x_TD, indices_TK)
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
         T, _, D = y_TKD.shape
         if T <= ROWS:
-            return self._few.weighted_sum(y_TKD, weights_TK, self.graph)
+            return self.few.weighted_sum(y_TKD, weights_TK)
         return triton_rows.weighted_sum(y_TKD, weights_TK, torch.empty(T, D, device=y_TKD.device))

@@ -25,8 +25,8 @@ from torch import Tensor
 from slotmoe.border import Cache, Experts, Geometry, Layer, Mla, Pending, Step
 from slotmoe.quant.backends import triton_rows as launch
 from slotmoe.quant.backends.base import Prepared, SlotTable
-from slotmoe.quant.backends.graphs import Captured, Capturing
-from slotmoe.quant.backends.triton_experts import Awaited, Buffers, FewExperts
+from slotmoe.quant.backends.graphs import Captured
+from slotmoe.quant.backends.triton_experts import Buffers, FewExperts
 from slotmoe.quant.backends.triton_rows import Ending, Routed, Shared, operand, power
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.kernels.triton import mla
@@ -81,19 +81,14 @@ class TritonDecoder:
     rows = launch.ROWS
 
     def __init__(
-        self,
-        geometry: Geometry,
-        layers: Sequence[Layer[Prepared]],
-        few: FewExperts,
-        graph: Capturing | None,
-        swiglu_limit: float,
+        self, geometry: Geometry, layers: Sequence[Layer[Prepared]], few: FewExperts, limit: float
     ):
         """``few`` has the routed experts, and all buffers but those that outlive the next step of
         another decoder."""
         norm = layers[0].input_layernorm
-        self._few, self._capturing, self._geometry, self._D = few, graph, geometry, len(norm)
-        self._location, bound = Location(norm.device), (few.buffers, geometry, swiglu_limit)
-        self._layers = [_Layer(layer, self._location, *bound) for layer in layers]
+        self._few, self._geometry, self._D = few, geometry, len(norm)
+        self._location, bound = Location(norm.device), (few.buffers, geometry, limit)
+        self._layers = [_Layer(layer, self._location.told_3T, *bound) for layer in layers]
         moe_layers = sum(layer.is_moe for layer in self._layers)
         self._h_TD = norm.new_empty(self.rows, self._D)
         sizes = max(1, moe_layers), self.rows, geometry.router.top_k
@@ -118,12 +113,12 @@ class TritonDecoder:
         if where not in self._graphs:
             # What a graph begins with it must not write.
             begins = self._few.buffers("sum" if first else "embedded", T, self._D)
-            self._graphs[where] = Captured(begins, self._capturing)
+            self._graphs[where] = Captured(begins, self._few.graph)
         gone = self._graphs[where](partial(self._go, first, table), given_TD)
         step.timer.mark("captured layers")
         step.routed_TD = None
         if (choice := gone.choice) is not None:
-            self._few.awaited = self._layers[choice.layer].awaited(choice)
+            self._few.awaited = choice, self._layers[choice.layer].shared(T)
             step.layer, step.x_TD = choice.layer, choice.x_TD
             return choice
         step.layer, step.x_TD, step.h_TD = len(self._layers), None, gone.h_TD
@@ -169,16 +164,11 @@ class _Layer:
     """A layer's weights bound to buffers."""
 
     def __init__(
-        self,
-        layer: Layer[Prepared],
-        location: Location,
-        buffers: Buffers,
-        geometry: Geometry,
-        swiglu_limit: float,
+        self, layer: Layer[Prepared], at: Tensor, buffers: Buffers, geometry: Geometry, limit: float
     ):
         self._buffers, self._layer, self._geometry = buffers, layer, geometry
         assert isinstance(layer.attention, Mla)
-        self._attention, self._limit, self._location = layer.attention, swiglu_limit, location
+        self._attention, self._limit, self._located = layer.attention, limit, at
         self._shared = None if layer.mlp is None else Shared.of(layer.mlp)
         self._D = len(layer.input_layernorm)
         self.is_moe = layer.gate is not None
@@ -225,25 +215,21 @@ class _Layer:
     def end(self, place: Place, routed: Routed, weights_TK: Tensor, out_TD: Tensor) -> Tensor:
         """``h + (experts + mlp(x))``, ``routed`` by their weights."""
         ending = Ending(self._finished(len(out_TD)), weights_TK, place.h_TD, out_TD)
-        launch.experts(routed, self._shared, self._outputs(len(out_TD)), ending, self._limit)
+        launch.experts(routed, self.shared(len(out_TD)), ending, self._limit)
         return out_TD
-
-    def awaited(self, choice: Pending) -> Awaited:
-        """The layer where its experts are to be computed by ``FewExperts``."""
-        outputs = self._outputs(len(choice.x_TD))
-        return Awaited(choice.x_TD, choice.weights_TK, choice.indices_TK, self._shared, outputs)
 
     def finish(self, place: Place, routed_TD: Tensor, out_TD: Tensor) -> Tensor:
         """``end`` where the experts have been computed: ``routed`` is their sum."""
-        outputs = self._outputs(len(out_TD))
-        shared_TD = None if outputs is None else outputs[1]
+        shared = self.shared(len(out_TD))
+        shared_TD = shared.outputs[1] if shared and shared.outputs else None
         return launch.finish(routed_TD, shared_TD, place.h_TD, out_TD)
 
-    def _outputs(self, T: int) -> tuple[Tensor, Tensor] | None:
-        """What the shared expert has between its products, and what it gives."""
-        if self._shared is None:
+    def shared(self, T: int) -> Shared | None:
+        """The shared expert, with outputs in buffers."""
+        if (shared := self._shared) is None:
             return None
-        return self._buffers("between", T, self._shared.width), self._buffers("shared", T, self._D)
+        between = self._buffers("between", T, shared.width)
+        return shared._replace(outputs=(between, self._buffers("shared", T, self._D)))
 
     def _finished(self, T: int) -> Tensor:
         """Counters that are 0 between two launches."""
@@ -252,7 +238,7 @@ class _Layer:
     def _attend(self, q: Tensor, latent: Tensor, index: int, o_TX: Tensor) -> None:
         """From the projections to each head's value, through the cache."""
         buffers, (H, N, P, R, V), T = self._buffers, self._geometry[:5], len(q)
-        located, splits = self._location.told_3T, mla.SPLITS.value
+        located, splits = self._located, mla.SPLITS.value
         q_THW = buffers("queries", T, H, R + P)
         sums = [buffers(f"splits {width}", T, H, splits, width) for width in (R, 1)]
         sums.append(buffers("totals", T, H, splits))

@@ -8,13 +8,13 @@ Shapes: T tokens, D hidden_size, I the shared expert's width, E experts, K exper
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from slotmoe.border import Pending
 from slotmoe.quant.backends import triton_rows as launch
-from slotmoe.quant.backends.graphs import Captured, Capturing
+from slotmoe.quant.backends.graphs import Captured, Capturing, CudaGraphs
 from slotmoe.quant.backends.triton_rows import Routed, Shared
 
 
@@ -38,71 +38,58 @@ class Buffers:
         return self._kept[name, T, shape]
 
 
-@dataclass
-class Awaited:
-    """A layer that waits for its routed experts: their input, its choice, its shared expert, and
-    where, [T, I] and [T, D], that one's outputs go; None when it has been launched."""
-
-    x_TD: Tensor
-    weights_TK: Tensor
-    indices_TK: Tensor
-    shared: Shared | None
-    outputs: tuple[Tensor, Tensor] | None
-
-
 class FewExperts:
-    """``shared`` is one of the decoder's layers', whose kinds of weights are alike."""
+    """``graph`` captures the graphs of a decode step; with None its kernels are launched singly.
+    ``awaited`` is a layer that waits for its routed experts, and its shared one, without outputs
+    when it has been launched; ``shared`` that of any layer, whose kinds of weights are alike."""
 
     def __init__(self, device: torch.device):
         self.buffers = Buffers(device)
+        self.graph: Capturing | None = CudaGraphs() if device.type == "cuda" else None
         self.shared: Shared | None = None
-        self.awaited: Awaited | None = None
+        self.awaited: tuple[Pending, Shared | None] | None = None
         self._graphs: dict[tuple[int, ...], Captured[None]] = {}
 
     def outputs(self, T: int, D: int, K: int) -> Tensor:
         """See ``TorchBackend.outputs``."""
         return self.buffers("outputs", T, K, D)
 
-    def __call__(self, routed: Routed, limit: float, graph: Capturing | None) -> None:
+    def __call__(self, routed: Routed, limit: float) -> None:
         """See ``TorchBackend.experts``."""
         x_TD, _, slots_E, indices_TK, y_TKD = routed
-        shared, outputs, waits = self.shared, None, self.awaited
-        if waits is not None and _same(waits.x_TD, x_TD):
-            shared, outputs, waits.outputs = waits.shared, waits.outputs, None
-            graph = graph if _same(waits.indices_TK, indices_TK) else None
-        else:
-            graph = None
+        shared, lasting = self.shared, False
+        if self.awaited is not None and _same(self.awaited[0].x_TD, x_TD):
+            choice, shared = self.awaited
+            self.awaited = choice, shared and shared._replace(outputs=None)
+            lasting = _same(choice.indices_TK, indices_TK)
+        first = shared is not None and shared.outputs is not None
 
         def function(x_TD: Tensor) -> None:
-            launch.experts(routed, shared, outputs, None, limit)
+            launch.experts(routed, shared, None, limit)
 
-        key = slots_E.data_ptr(), x_TD.data_ptr(), y_TKD.data_ptr(), len(x_TD), outputs is None
-        self._run(key, function, x_TD, graph)
+        key = slots_E.data_ptr(), x_TD.data_ptr(), y_TKD.data_ptr(), len(x_TD), first
+        self._run(key, function, x_TD, lasting)
 
-    def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor, graph: Capturing | None) -> Tensor:
+    def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
         """See ``TorchBackend.weighted_sum``; it lasts until the next."""
         T, _, D = y_TKD.shape
         out_TD, waits = self.buffers("sum", T, D), self.awaited
-        lasting = waits is not None and _same(waits.weights_TK, weights_TK)
+        lasting = waits is not None and _same(waits[0].weights_TK, weights_TK)
 
         def function(y_TKD: Tensor) -> None:
             launch.weighted_sum(y_TKD, weights_TK, out_TD)
 
-        self._run((y_TKD.data_ptr(), T), function, y_TKD, graph if lasting else None)
+        self._run((y_TKD.data_ptr(), T), function, y_TKD, lasting)
         return out_TD
 
     def _run(
-        self,
-        key: tuple[int, ...],
-        function: Callable[[Tensor], None],
-        given: Tensor,
-        graph: Capturing | None,
+        self, key: tuple[int, ...], function: Callable[[Tensor], None], given: Tensor, lasting: bool
     ) -> None:
-        """Call ``function``, as a captured graph where ``graph`` makes one."""
-        if graph is None:
+        """Call ``function``, of ``lasting`` tensors as a captured graph if ``graph`` makes one."""
+        if self.graph is None or not lasting:
             return function(given)
         if key not in self._graphs:
-            self._graphs[key] = Captured(given, graph)
+            self._graphs[key] = Captured(given, self.graph)
         self._graphs[key](function, given)
 
 

@@ -74,20 +74,23 @@ class Ending(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """A layer's shared expert and its width; the first two weights are of one kind."""
+    """A layer's shared expert and its width; the first two weights are of one kind.  ``outputs``,
+    [T, I] and [T, D], are for what it has between its products and what it gives."""
 
     width: int
     gate: Operand
     up: Operand
     down: Operand
+    outputs: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, mlp: Mlp[Prepared]) -> "Shared":
-        weights = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        return cls(mlp.gate_proj.shape[0], *map(operand, weights))
+        gate, up, down = map(operand, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        return cls(mlp.gate_proj.shape[0], gate, up, down)
 
 
-_NO_SHARED = Shared(0, *[Operand(rows.NONE.value, None, None, None)] * 3)
+_NONE = Operand(rows.NONE.value, None, None, None)
+_NO_SHARED = Shared(0, _NONE, _NONE, _NONE)
 
 
 def linear(
@@ -169,23 +172,17 @@ def _chooser(
     return (E, top_k, groups, kept, factor), kind
 
 
-def experts(
-    routed: Routed,
-    shared: Shared | None,
-    outputs: tuple[Tensor, Tensor] | None,
-    ending: Ending | None,
-    limit: float,
-) -> None:
-    """The routed experts that have slots; with ``outputs``, [T, I] and [T, D], the shared one too;
-    with ``ending`` what comes behind them.  The bits are the same in one call or several.  For what
-    a launch does not use stands something of its type: all are of one kernel."""
+def experts(routed: Routed, shared: Shared | None, ending: Ending | None, limit: float) -> None:
+    """The routed experts that have slots; the shared one too where its outputs have a place; with
+    ``ending`` what comes behind them.  The bits are the same in one call or several.  For what a
+    launch does not use stands something of its type: all are of one kernel."""
     x_TD, records, slots_E, indices_TK, y_TKD = routed
     layout, (T, K), (in_levels, out_levels) = records.layout, indices_TK.shape, records.levels
     D, width, codecs = layout.hidden_size, layout.moe_intermediate_size, layout.codecs
-    J, gate, up, down = shared or _NO_SHARED
-    with_shared = shared is not None and outputs is not None
+    J, gate, up, down, outputs = shared or _NO_SHARED
+    with_shared = outputs is not None
     h_TKI = torch.empty(T, K, width, device=x_TD.device)
-    h_TJ, shared_TD = outputs if with_shared and outputs else (h_TKI, y_TKD)
+    h_TJ, shared_TD = outputs or (h_TKI, y_TKD)
     tiles, shared_tiles = triton.cdiv(width, TILE), triton.cdiv(J, TILE)
     first, programs = (0, shared_tiles) if with_shared else (shared_tiles, 0)
     rows.experts_gate_up[(T, programs + K * tiles)](

@@ -43,7 +43,11 @@ class CodedWeight:
         N, K = self.shape
         codes = unpack(self.codes)
         tiles, _, columns = codes.shape
-        scales = block_scales(self.scales)
+        if self.scales.dtype == torch.uint8:
+            rows, blocks = _factors(self.scales)
+            scales = blocks.float().transpose(1, 2) * rows[..., None]
+        else:
+            scales = self.scales.float().reshape(tiles, -1, TILE).transpose(1, 2)
         values = self.levels[codes.int()].view(tiles, TILE, scales.shape[2], -1) * scales[..., None]
         return values.view(tiles * TILE, columns)[:N, :K]
 
@@ -51,14 +55,6 @@ class CodedWeight:
 def levels_of(codec: Codec) -> Tensor:
     """A codec's levels as a ``CodedWeight`` has them."""
     return torch.tensor(codec.levels * (16 >> codec.bits), dtype=torch.float32)
-
-
-def block_scales(scales: Tensor) -> Tensor:
-    """A weight's scales as numbers, float32 [tiles, 16, blocks]."""
-    if scales.dtype != torch.uint8:
-        return scales.float().reshape(len(scales), -1, TILE).transpose(1, 2)
-    rows, blocks = _factors(scales)
-    return blocks.float().transpose(1, 2) * rows[..., None]
 
 
 def possible_scales(scales: Tensor) -> bool:

@@ -100,7 +100,7 @@ def decode(network, ids, cache):
 
 def triton_ops(graph=None):
     backend = pick_backend(DEVICE, "triton")
-    backend.graph = CudaGraphs() if graph is not None and DEVICE.type == "cuda" else graph
+    backend.few.graph = CudaGraphs() if graph is not None and DEVICE.type == "cuda" else graph
     return backend
 
 
@@ -249,7 +249,7 @@ def test_a_captured_function_is_plain_for_other_shapes_types_and_with_gradients(
     assert x.grad.tolist() == [2, 2] and Recorded.made == 0
 
 
-@pytest.mark.usefixtures("twin")
+@pytest.mark.usefixtures("twin", "nightly")
 @pytest.mark.skipif(
     DEVICE.type == "cuda", reason="the GPU's twin is in RAM, where kernels have to be interpreted"
 )

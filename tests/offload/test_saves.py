@@ -20,7 +20,7 @@ FIRST = [id % 4000 for id in range(7, 7 + 13 * 150, 13)]
 COUNT = 4  # tokens of each answer
 MOST = 70  # file operations in which another text starts: more than a save has
 # What a save and a restore do with files; "fstat" stands in for "fsync", which costs time.
-DONE = {"stat", "scandir", "mkdir", "open", "flock", "fstat", "pread", "pwrite", "write", "rename"}
+DONE = {"stat", "scandir", "mkdir", "open", "flock", "fstat", "preadv", "pwrite", "write", "rename"}
 DONE |= {"unlink", "close", "utime", "readinto"}
 
 

@@ -14,6 +14,7 @@ from slotmoe.offload.engine.requests import Request
 from slotmoe.offload.policy.sharing import PIECE, allowance, place, shares
 from slotmoe.offload.runtime import Runtime
 from tests.support.engine import at_once, decode, passes_of, together, until, whole
+from tests.support.params import nth
 
 MORE = [7, 8, 300]  # what is decoded behind each prompt
 
@@ -167,15 +168,14 @@ def test_prompts_together_are_each_as_alone(request, room, prompts, monkeypatch)
 
 
 @pytest.mark.full
-def test_torchs_kernels_are_near(sample_export):
+@pytest.mark.parametrize("prompts", nth(len(LOADS), LOADS), ids=len)
+def test_torchs_kernels_are_near(sample_export, prompts):
     """Its products depend on the number of rows."""
     with Runtime.open(sample_export, context=1024, sequences=6, kernels="torch") as runtime:
-        for prompts in LOADS:
-            runtime.engine.empty()
-            alone = [decode(runtime, prompt, []) for prompt in prompts]
-            runtime.engine.empty()
-            for one, other in zip(together(runtime, prompts), alone, strict=True):
-                assert (one - other).norm() < 0.02 * other.norm()
+        alone = [decode(runtime, prompt, []) for prompt in prompts]
+        runtime.engine.empty()
+        for one, other in zip(together(runtime, prompts), alone, strict=True):
+            assert (one - other).norm() < 0.02 * other.norm()
 
 
 @pytest.mark.parametrize("room", ["runtime", "narrow"])

@@ -13,7 +13,7 @@ from itertools import product
 import pytest
 import torch
 
-from slotmoe.border import Mlp
+from slotmoe.border import Mlp, Pending
 from slotmoe.errors import ConfigError
 from slotmoe.model.routing import Router, route
 from slotmoe.quant import int8
@@ -41,7 +41,6 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 launch = importlib.import_module("slotmoe.quant.backends.triton_rows")
-Awaited = importlib.import_module("slotmoe.quant.backends.triton_experts").Awaited
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -230,7 +229,7 @@ def test_a_layer_in_two_launches_is_bitwise_the_layer_in_several(T, shared):
         torch.empty(T, *shape, device=DEVICE) for shape in ((3, D), (24,), (D,))
     )
     triton_ops = pick_backend(DEVICE, "triton", swiglu_limit=0.5)
-    few, of_shared = triton_ops._few, launch.Shared.of(Mlp(*matrices))
+    few, of_shared = triton_ops.few, launch.Shared.of(Mlp(*matrices))
     few.shared = of_shared
     finished = torch.zeros(T, D // TILE, dtype=torch.int32, device=DEVICE)
     whole, parts, slots_E = torch.empty_like(h), torch.empty_like(h), slots_of(2, 1, 0, 3, 0, 1)
@@ -238,7 +237,8 @@ def test_a_layer_in_two_launches_is_bitwise_the_layer_in_several(T, shared):
     def at_once(*rows, out):
         x, h, weights, indices, y, *outputs = rows
         routed = launch.Routed(x, records, slots_E, indices, y)
-        launch.experts(routed, of_shared, outputs, launch.Ending(finished, weights, h, out), 0.5)
+        with_shared = of_shared._replace(outputs=outputs)
+        launch.experts(routed, with_shared, launch.Ending(finished, weights, h, out), 0.5)
         return out
 
     given = x, h, weights, indices_TK, y_TKD, between, shared_y
@@ -249,10 +249,11 @@ def test_a_layer_in_two_launches_is_bitwise_the_layer_in_several(T, shared):
         assert torch.equal(at_once(*rows, out=torch.empty_like(rows[1]))[0], whole[token])
     for stale in (y_TKD, between, shared_y):
         stale.fill_(torch.nan)
-    few.awaited = Awaited(x, weights, indices_TK, of_shared, (between, shared_y))
+    with_shared = of_shared._replace(outputs=(between, shared_y))
+    few.awaited = Pending(0, x, weights, indices_TK), with_shared
     for table in ([-1, -1, 0, -1, -1, -1], [2, 1, -1, 3, 0, 1]):
         triton_ops.experts(x, records, slots_of(*table), indices_TK, y_TKD)
-        assert few.awaited.outputs is None and not shared_y.isnan().any()
+        assert few.awaited[1].outputs is None and not shared_y.isnan().any()
     launch.finish(triton_ops.weighted_sum(y_TKD, weights), shared_y, h, parts)
     assert torch.equal(whole, parts)
     exact = h + mlp_in_float64(x, *matrices, limit=0.5)

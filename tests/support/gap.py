@@ -65,7 +65,7 @@ class Idle(cuda.CudaDevice):
 
     def backend(self, kernels, swiglu_limit=0.0):
         backend = TritonBackend(self.device, swiglu_limit)
-        backend.graph = captured
+        backend.few.graph = captured
         return backend
 
     def mapped(self, size):

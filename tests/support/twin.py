@@ -103,7 +103,7 @@ class Twin(simulated.cuda.CudaDevice):
 
             simulated.queue_interpreted_kernels()
             ops = type("TwinTriton", (Told, TritonBackend), {})(self.device, swiglu_limit)
-            ops.graph = self._graph
+            ops.few.graph = self._graph
         else:
             ops = TwinBackend(torch.float32, swiglu_limit)
         ops.twin = self

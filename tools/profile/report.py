@@ -30,6 +30,8 @@ def write_report(report: Json, folder: Path) -> None:
     """Write charts, ``profile.json`` and ``report.html`` into ``folder``, each replaced whole or
     not at all.  Charts of an earlier report that this one does not have are removed.  Without
     matplotlib there are no charts, and a line on stderr names the extra."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     images: dict[str, tuple[str, bytes]] = {}
     rows = compared(report)
     try:
@@ -42,22 +44,17 @@ def write_report(report: Json, folder: Path) -> None:
         images = draw(report, rows)
     files = {f"{name}.png": png for name, (_, png) in images.items()}
     files["profile.json"] = json_of(report).encode()
-    files["report.html"] = _html(report, images, rows).encode()
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment.finalize = lambda value: visible(value) if type(value) is str else value
+    environment.filters |= {"size": format_size, "base64": lambda d: base64.b64encode(d).decode()}
+    page = environment.get_template("report.html").render(**report, images=images, compared=rows)
+    files["report.html"] = page.encode()
     folder.mkdir(parents=True, exist_ok=True)
     for name in {f"{chart}.png" for chart in CHARTS} - set(files):
         (folder / name).unlink(missing_ok=True)
     for name, data in files.items():
         replace_file(folder / name, data)
-
-
-def _html(report: Json, images: dict[str, tuple[str, bytes]], rows: list[Json]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    environment.finalize = lambda value: visible(value) if type(value) is str else value
-    environment.filters |= {"size": format_size, "base64": lambda d: base64.b64encode(d).decode()}
-    return environment.get_template("report.html").render(**report, images=images, compared=rows)
 
 
 def compared(report: Json) -> list[Json]:
