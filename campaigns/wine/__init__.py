@@ -19,13 +19,13 @@ PARTS = {**commands.PARTS, **files.PARTS}
 
 @contextmanager
 def prepare(folder, given):
-    with made(given.wine.resolve(), given.wheel) as python:
-        yield folder, python
+    with made(given.wine.resolve(), given.wheel) as (python, kernels):
+        yield folder, python, kernels
 
 
 def run(place, part, aim):
-    folder, python = place
-    with Pair(folder / part, python) as pair:
+    folder, *windows = place
+    with Pair(folder / part, *windows) as pair:
         return PARTS[part](pair, aim)
 
 

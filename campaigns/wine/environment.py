@@ -65,22 +65,24 @@ def install(folder):
 
 
 def built_wheel(folder):
-    """The wheel that ``scripts/wheels`` makes of this tree."""
+    """The wheel that ``scripts/wheels`` makes of this tree, and what it says of its kernels."""
+    command = [ROOT / "scripts" / "wheels", folder, "win_amd64"]
     environment = {**os.environ, "PYTHON": sys.executable}
-    call(ROOT / "scripts" / "wheels", folder, "win_amd64", env=environment)
-    return next(folder.glob("*win_amd64.whl"))
+    said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return next(folder.glob("*win_amd64.whl")), said.stdout
 
 
 @contextmanager
 def made(folder, wheel=None):
-    """The Windows Python's program, with ``wheel`` or this tree's installed as a user would."""
+    """The Windows Python's program, with ``wheel`` or this tree's installed as a user would, and
+    what scripts/wheels has said of this tree's kernels."""
     if shutil.which("wine") is None:
         raise SystemExit(NO_WINE)
     install(folder)
     python = folder / "python" / "python.exe"
     windows = Windows(python, folder)
     with tempfile.TemporaryDirectory() as work:
-        wheel = wheel or built_wheel(Path(work))
+        wheel, said = (wheel, "") if wheel else built_wheel(Path(work))
         digest, noted = hashlib.sha256(wheel.read_bytes()).hexdigest(), folder / "wheel"
         if not noted.exists() or noted.read_text() != digest:
             options = "--quiet --no-index --no-deps --force-reinstall --no-warn-script-location"
@@ -88,7 +90,7 @@ def made(folder, wheel=None):
             call(*windows.python, *words, env=windows.variables)
             noted.write_text(digest)
     try:
-        yield python
+        yield python, said
     finally:
         subprocess.run(["wineserver", "--kill"], env=windows.variables)
 
@@ -206,11 +208,11 @@ class Worker:
 
 class Pair:
     """Both systems.  What they do goes into ``folder``; workers are made when they are asked for
-    and end with it."""
+    and end with it.  ``kernels`` is what scripts/wheels has said of them."""
 
-    def __init__(self, folder, python):
+    def __init__(self, folder, python, kernels):
         folder.mkdir(parents=True)
-        self.folder, self._workers = folder, {}
+        self.folder, self.kernels, self._workers = folder, kernels, {}
         self.linux, self.windows = Linux(folder), Windows(python, folder)
         self.systems = self.linux, self.windows
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,11 +16,15 @@ from subprocess import Popen
 from threading import Timer
 from typing import Any, TypeVar
 
+import psutil
+
 assert sys.platform != "win32"
 
 CPUINFO = Path("/proc/cpuinfo")
 TOO_LONG, NO_READER = -signal.SIGPROF, None  # see ``windows``
 FILE, NO_LINK = 0, os.O_NOFOLLOW  # flags that open a file as it is, through a link and not
+# Which of psutil's figures a budget is for, and bytes of ``private_pages`` that may be left over.
+MEMORY, ROOM = "rss", 64 << 20
 CACHES, CUDA = "~/.cache", "libcuda.so.1"  # where programs keep things; the GPU's driver
 
 T = TypeVar("T")
@@ -104,7 +109,7 @@ def bypass_page_cache(handle: int, alignment: int) -> bool:
 
 
 def use_page_cache(handle: int) -> None:
-    """Undo ``bypass_page_cache``."""
+    """Undo ``bypass_page_cache``; reads of several threads do not wait for each other."""
     with suppress(OSError):
         _set_direct(handle, False)
 
@@ -141,8 +146,25 @@ def private_pages(count: int, forks: bool) -> mmap.mmap:
     return region
 
 
+def hold(address: int, size: int) -> None:
+    """Keep memory in RAM, where systems take it from whoever rests and can be asked not to."""
+
+
+def step_back() -> None:
+    """Let this thread wait for others."""
+    # Elsewhere than on Linux priorities are of processes, one of which may have this id.
+    with suppress(OSError):
+        if sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+def available_memory() -> int:
+    """Bytes that the system can give."""
+    return int(psutil.virtual_memory().available)
+
+
 def peak_rss() -> int:
-    """Largest resident set of this process so far, in bytes."""
+    """The most that ``MEMORY`` of this process was so far, in bytes."""
     try:  # ru_maxrss would count the parent's memory at the time of fork too
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
