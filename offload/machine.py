@@ -42,7 +42,7 @@ def total_memory() -> int:
     total: int = psutil.virtual_memory().total
     for limit, _ in _CGROUP:
         with suppress(OSError, ValueError):
-            total = min(total, int(limit.read_text()))
+            total = min(total, int(limit.read_bytes()))
     return total
 
 
@@ -51,7 +51,7 @@ def available_memory() -> int:
     available = system.available_memory()
     for limit, usage in _CGROUP:
         with suppress(OSError, ValueError):
-            available = min(available, int(limit.read_text()) - int(usage.read_text()))
+            available = min(available, int(limit.read_bytes()) - int(usage.read_bytes()))
     return max(available, 0)
 
 
