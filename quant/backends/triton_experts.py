@@ -50,10 +50,6 @@ class FewExperts:
         self.awaited: tuple[Pending, Shared | None] | None = None
         self._graphs: dict[tuple[int, ...], Captured[None]] = {}
 
-    def outputs(self, T: int, D: int, K: int) -> Tensor:
-        """See ``TorchBackend.outputs``."""
-        return self.buffers("outputs", T, K, D)
-
     def __call__(self, routed: Routed, limit: float) -> None:
         """See ``TorchBackend.experts``."""
         x_TD, _, slots_E, indices_TK, y_TKD = routed
