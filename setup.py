@@ -31,6 +31,10 @@ PACKAGES = find_packages(include=[name for folder in FOLDERS for name in (folder
 class OnAllCores(build_ext):
     """Compiles the files of an extension at once; setuptools does so with extensions alone."""
 
+    def get_ext_filename(self, fullname):
+        name = super().get_ext_filename(fullname)  # which ends as this system's do
+        return name.replace(".abi3.so", os.getenv("SETUPTOOLS_EXT_SUFFIX", ".abi3.so"))
+
     def build_extension(self, extension):
         compile_in_turn = self.compiler.compile
 

@@ -108,6 +108,13 @@ CAMPAIGNS = (
         "both parts, nothing wrong (2026-11-28)",
     ),
     Gate(
+        "wine",
+        "A Windows Python under Wine runs this tree's wheel beside this Python: texts, exports with"
+        " kills, sessions, hostile files, the server.",
+        "the same bits, bytes and messages as Linux; at most 15 minutes",
+        "",
+    ),
+    Gate(
         "mutants",
         "Files that hold invariants are changed in one place; the tests of CI's tier must notice.",
         "90% in each of ten parts, but for changes of which a list says why none can see them",

@@ -27,7 +27,7 @@ USUAL = [
     "environments 'no home' --count 2",
 ]
 # These have no such part: they take long, or what tests/ has is one.
-OTHERS = {"escapes", "soak", "server", "clients", "templates", "many-machines", "mutants"}
+OTHERS = {"wine", "escapes", "soak", "server", "clients", "templates", "many-machines", "mutants"}
 # The others, and more of these, in processes of their own.
 SHORT = [
     "system-calls quantize chat --count 1",

@@ -43,7 +43,7 @@ class Child:
                 code = self._end()
                 cause = f"signal {-code}" if code < 0 else f"exit code {code}"
                 problem = f"crashed the library that reads it ({cause})"
-                if code == -_TOO_LONG:
+                if code == system.TOO_LONG:
                     problem = f"did not finish in {self._seconds} seconds"
                 raise ConfigError(f"{what}: {problem}; it is broken or hostile") from None
             except OSError as problem:
@@ -116,7 +116,6 @@ class Child:
         return process.wait()
 
 
-_TOO_LONG = 27  # SIGPROF, which kills
 _FAILED, _ENDS = 1, 2  # bits of an answer's state
 _SIZE, _MAX_ANSWER = 8, 32 << 20  # bytes of a length, and of an answer
 _FIRST = """

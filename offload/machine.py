@@ -12,7 +12,7 @@ from uuid import UUID
 
 import psutil
 
-from slotmoe import quant
+from slotmoe import quant, system
 from slotmoe.errors import ConfigError
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -32,8 +32,8 @@ def cache_folder() -> Path:
 
 
 def process_bytes() -> int:
-    """Resident set of this process now, in bytes."""
-    return int(psutil.Process().memory_info().rss)
+    """Resident set of this process now, on Windows what it was promised, in bytes."""
+    return int(getattr(psutil.Process().memory_info(), system.MEMORY))
 
 
 def total_memory() -> int:
@@ -47,7 +47,7 @@ def total_memory() -> int:
 
 def available_memory() -> int:
     """Bytes of RAM that this process can still take: what is free, here or in its cgroup."""
-    available: int = psutil.virtual_memory().available
+    available = system.available_memory()
     for limit, usage in _CGROUP:
         with suppress(OSError, ValueError):
             available = min(available, int(limit.read_text()) - int(usage.read_text()))

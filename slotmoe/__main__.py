@@ -1,15 +1,10 @@
 """The command line: ``slotmoe``, or ``python -m slotmoe``."""
 
-import atexit
-import signal
-
-from slotmoe.signals import ENDING, Stopping, leave
+from slotmoe.signals import take
 
 
 def main() -> None:
-    Stopping(leave, once=False).__enter__()
-    # Python forgets its handlers soon after this, which is the last exit handler to be called.
-    atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in ENDING])
+    take()
     from slotmoe.tools.cli import main
 
     main()

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import click
 
-from slotmoe import __version__
+from slotmoe import __version__, system
 from slotmoe.errors import ConfigError, DeviceError, DownloadError, SlotmoeError
 from slotmoe.tools.screen import guard_streams
 from slotmoe.tools.settings import HELP_ALL, defaults
@@ -138,6 +138,8 @@ def _ending(problem: BaseException, is_traced: bool) -> tuple[str, int]:
             # Python would fail once more to write what stdout still holds.
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if problem.args == system.NO_READER and problem.filename is None:
+                sys.exit(1)  # as click does elsewhere
             return f"{problem.filename or 'stdin or stdout'}: {problem.strerror or problem}", 1
         case ImportError():  # of a library that the system can't map, say
             advice = "memory is short, or the installation incomplete"

@@ -18,6 +18,7 @@ from slotmoe.offload.machine import device_index
 from slotmoe.quant.backends import lacking
 from slotmoe.quant.backends.base import Empty
 from slotmoe.quant.kernels.cpu import bindings
+from slotmoe.system import hold
 
 _KINDS = 16  # of small tensors whose page-locked RAM waits for the next ones
 MIN_CAPABILITY = 7, 0
@@ -223,6 +224,7 @@ class CudaDevice(Device):
         self._mailbox.write(self, source, target, at)
 
     def pin(self, memory: Tensor) -> bool:
+        hold(memory.data_ptr(), memory.nbytes)
         # Registered in place: pinning memory that exists costs no second copy of it.
         with self.current():
             if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:

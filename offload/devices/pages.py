@@ -3,8 +3,6 @@
 import ctypes
 import gc
 import math
-import os
-import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,7 +10,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from slotmoe.system import lie_on, private_pages
+from slotmoe.system import ROOM, hold, lie_on, private_pages, step_back
 
 TOUCHED_AT_ONCE = 16 << 20  # bytes between two looks at whether to stop
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
@@ -65,14 +63,13 @@ class Touching:
         self._thread.start()
 
     def _run(self) -> None:
-        # Elsewhere than on Linux priorities are of processes, one of which may have this id.
-        with suppress(OSError):
-            if sys.platform == "linux":
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        step_back()
+        hold(self._memory.data_ptr(), self.start)
         while self.ready < len(self._memory) and not self._stop:
             piece = self._memory[self.ready : self.ready + TOUCHED_AT_ONCE]
             # Unlike a torch operation, never on several threads.
             ctypes.memset(piece.data_ptr(), 0, len(piece))
+            hold(piece.data_ptr(), len(piece))
             self.ready += len(piece)
 
     def finish(self) -> None:
@@ -92,7 +89,7 @@ class Arena:
     ``reuse`` takes the last chunk again from its beginning: fresh pages cost more than a copy.
     """
 
-    def __init__(self, chunk_bytes: int = 64 << 20, alignment: int = 64, nodes: Sequence[int] = ()):
+    def __init__(self, chunk_bytes: int = ROOM, alignment: int = 64, nodes: Sequence[int] = ()):
         self._chunk_bytes, self._alignment, self._lock = chunk_bytes, alignment, threading.Lock()
         self._nodes = nodes
         self._chunk, self._used = torch.empty(0, dtype=torch.uint8), 0
@@ -105,6 +102,7 @@ class Arena:
                 # There is room for what follows; tensors keep the old chunk alive.
                 self._chunk = page_aligned(size + self._chunk_bytes, nodes=self._nodes)
                 self._used = 0
+                hold(self._chunk.data_ptr(), len(self._chunk))
             memory = self._chunk[self._used : self._used + size]
             self._used += -(-size // self._alignment) * self._alignment
         return memory.view(dtype).view(shape)

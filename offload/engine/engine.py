@@ -28,8 +28,8 @@ from slotmoe.offload.engine.batch import Batch, UnwantedError
 from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.engine.requests import Forced, Request, wait_for
 from slotmoe.offload.experts.disk import STUCK_SECONDS
-from slotmoe.signals import ENDING
-from slotmoe.system import bind, block_signals
+from slotmoe.signals import block
+from slotmoe.system import bind
 
 T = TypeVar("T")
 IDLE_SECONDS = 1.0  # without a request, after which free memory goes back to the system
@@ -190,7 +190,7 @@ class Engine:
     def _run(self) -> None:
         bind(self.model.device.placement.cpus)
         # Ctrl-C is this process's, not that of a compiler of GPU kernels, which it would end too.
-        block_signals(ENDING)
+        block()
         try:
             with self.model.device.current():
                 while self._has_work():

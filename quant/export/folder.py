@@ -32,6 +32,7 @@ class Folder:
         try:
             path = regular_file(self.path, name.removeprefix(self._inside))
             handle = os.open(path, os.O_RDONLY | system.FILE)
+            system.use_page_cache(handle)
         except OSError as problem:
             what = f"can't be opened ({problem.strerror})"
             if isinstance(problem, FileNotFoundError):

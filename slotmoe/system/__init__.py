@@ -22,15 +22,16 @@ if sys.platform == "win32":
 else:
     from slotmoe.system import posix as own
 
-FILE, NO_LINK = own.FILE, own.NO_LINK
+FILE, NO_LINK, MEMORY, ROOM = own.FILE, own.NO_LINK, own.MEMORY, own.ROOM
 bytes_on_disk = own.bytes_on_disk
 bypass_page_cache, use_page_cache = own.bypass_page_cache, own.use_page_cache
 read_at, write_at, move, sync_folder = own.read_at, own.write_at, own.move, own.sync_folder
 processor_name = own.processor_name
 private_pages, peak_rss, allow_open_files = own.private_pages, own.peak_rss, own.allow_open_files
+hold, step_back, available_memory = own.hold, own.step_back, own.available_memory
 ready_streams, terminal_mode = own.ready_streams, own.terminal_mode
 bound, deadline, apart = own.bound, own.deadline, own.apart
-block_signals = own.block_signals
+TOO_LONG, NO_READER = own.TOO_LONG, own.NO_READER
 
 
 def take_lock(path: Path, seconds: float, folder: bool = False) -> int:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,10 +16,15 @@ from subprocess import Popen
 from threading import Timer
 from typing import Any
 
+import psutil
+
 assert sys.platform != "win32"
 
 CPUINFO = Path("/proc/cpuinfo")
+TOO_LONG, NO_READER = -signal.SIGPROF, None  # see ``windows``
 FILE, NO_LINK = 0, os.O_NOFOLLOW  # flags that open a file as it is, through a link and not
+# Which of psutil's figures a budget is for, and bytes of ``private_pages`` that may be left over.
+MEMORY, ROOM = "rss", 64 << 20
 
 # Files
 
@@ -90,7 +96,7 @@ def bypass_page_cache(handle: int, alignment: int) -> bool:
 
 
 def use_page_cache(handle: int) -> None:
-    """Undo ``bypass_page_cache``."""
+    """Undo ``bypass_page_cache``; reads of several threads do not wait for each other."""
     with suppress(OSError):
         _set_direct(handle, False)
 
@@ -123,8 +129,25 @@ def private_pages(count: int, forks: bool) -> mmap.mmap:
     return region
 
 
+def hold(address: int, size: int) -> None:
+    """Keep memory in RAM, where systems take it from whoever rests and can be asked not to."""
+
+
+def step_back() -> None:
+    """Let this thread wait for others."""
+    # Elsewhere than on Linux priorities are of processes, one of which may have this id.
+    with suppress(OSError):
+        if sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+def available_memory() -> int:
+    """Bytes that the system can give."""
+    return int(psutil.virtual_memory().available)
+
+
 def peak_rss() -> int:
-    """Largest resident set of this process so far, in bytes."""
+    """The most that ``MEMORY`` of this process was so far, in bytes."""
     try:  # ru_maxrss would count the parent's memory at the time of fork too
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
@@ -178,11 +201,6 @@ def bound(seconds: float, memory: int | None) -> None:
     signal.setitimer(signal.ITIMER_PROF, seconds)
     limit = resource.RLIM_INFINITY if memory is None else memory
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
-
-
-def block_signals(numbers: tuple[signal.Signals, ...]) -> None:
-    """Let others than this thread, and not its children, get these signals."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
 
 
 def deadline(process: "Popen[bytes]", cpu_seconds: float, seconds: float) -> Timer:

@@ -6,13 +6,15 @@ import io
 import mmap
 import msvcrt
 import os
-import signal
+import struct
 import sys
 import time
+import weakref
 import winreg
 from collections.abc import Callable
 from contextlib import suppress
-from ctypes import byref, c_longlong, c_uint32, c_void_p
+from ctypes import byref, c_char, c_size_t, c_uint32, c_uint64, c_void_p
+from functools import cache
 from pathlib import Path
 from subprocess import Popen
 from threading import Timer
@@ -23,37 +25,45 @@ import psutil
 assert sys.platform == "win32"
 
 FILE = NO_LINK = os.O_BINARY | os.O_NOINHERIT  # links need rights that few have
+MEMORY, ROOM = "pagefile", 64 << 10  # memory counts when it is promised, not when written
 _KERNEL = ctypes.WinDLL("kernel32", use_last_error=True)
 _KERNEL.ReOpenFile.restype = _KERNEL.GetStdHandle.restype = c_void_p
 _KERNEL.CreateJobObjectW.restype = _KERNEL.GetCurrentProcess.restype = c_void_p
-_READ, _SHARED, _NO_BUFFERING = 0x80000000, 7, 0x20000000
+_KERNEL.CreateEventW.restype = _KERNEL.VirtualAlloc.restype = c_void_p
+_READ, _SHARED, _NO_BUFFERING, _OVERLAPPED = 0x80000000, 7, 0x20000000, 0x40000000
+_STORAGE_INFO, _PENDING = 16, 997
+_COMMIT, _LARGE_PAGES, _READ_WRITE, _RELEASE = 0x3000, 0x20000000, 4, 0x8000
 _REPLACE_EXISTING, _WRITE_THROUGH = 1, 8
 _LOCK_EXCLUSIVELY_NOW = 3
 _SHARING_VIOLATION, _ACCESS_DENIED, _LOCK_VIOLATION, _END_OF_FILE = 32, 5, 33, 38
+# The exit code of a process that has had its CPU time, and what a write to a pipe says that nobody
+# reads, in other words than EPIPE.
+TOO_LONG, NO_READER = 1816, (errno.EINVAL, os.strerror(errno.EINVAL))
 _HELD_SECONDS = 2.0  # for which a virus scanner may hold a new file
 
 # Files
 
 
-class _Overlapped(ctypes.Structure):
-    """Where a read or write begins, whatever the position of the file is."""
-
-    _fields_ = (
-        *(("internal", c_void_p), ("internal_high", c_void_p)),
-        *(("offset", c_uint32), ("offset_high", c_uint32), ("event", c_void_p)),
-    )
-
-    def __init__(self, offset: int):
-        super().__init__(offset=offset & 0xFFFFFFFF, offset_high=offset >> 32)
+_Overlapped = c_uint64 * 4  # two words of the system's, where it begins, and an event
+_idle = list[Any]()
+_in_flight = dict[int, Any]()  # with its memory: an exception may strike the thread that waits
 
 
 def _transfer(call: Any, handle: int, memory: memoryview, offset: int) -> int:
     """Bytes that ``ReadFile`` or ``WriteFile`` have moved."""
-    address = ctypes.addressof((ctypes.c_char * len(memory)).from_buffer(memory))
-    size, done = min(len(memory), 1 << 30), c_uint32()
-    file, at = c_void_p(msvcrt.get_osfhandle(handle)), _Overlapped(offset)
-    good = call(file, c_void_p(address), c_uint32(size), byref(done), byref(at))
-    if not good and (code := ctypes.get_last_error()) != _END_OF_FILE:
+    try:
+        it = _idle.pop()
+    except IndexError:
+        it = _Overlapped(0, 0, 0, _KERNEL.CreateEventW(None, True, False, None))
+    it[2], start, done = offset, c_char.from_buffer(memory), c_uint32()
+    _in_flight[id(it)] = it, start
+    file, size = c_void_p(msvcrt.get_osfhandle(handle)), min(len(memory), 1 << 30)
+    good = call(file, byref(start), size, None, byref(it))
+    if good or ctypes.get_last_error() == _PENDING:
+        good = _KERNEL.GetOverlappedResult(file, byref(it), byref(done), True)
+    code = ctypes.get_last_error()
+    _idle.append(_in_flight.pop(id(it))[0])
+    if not good and code != _END_OF_FILE:
         raise ctypes.WinError(code)
     return done.value
 
@@ -114,7 +124,7 @@ def _lock(path: Path, flags: int) -> int:
         handle = os.open(path, flags, 0o600)
     except PermissionError:  # it goes in this moment
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path)) from None
-    file, at, one = c_void_p(msvcrt.get_osfhandle(handle)), _Overlapped(1 << 62), c_uint32(1)
+    file, at, one = c_void_p(msvcrt.get_osfhandle(handle)), _Overlapped(0, 0, 1 << 62), c_uint32(1)
     if _KERNEL.LockFileEx(file, _LOCK_EXCLUSIVELY_NOW, 0, one, 0, byref(at)):
         return handle
     code = ctypes.get_last_error()
@@ -126,31 +136,34 @@ def _lock(path: Path, flags: int) -> int:
 
 def bypass_page_cache(handle: int, alignment: int) -> bool:
     """See ``posix``."""
-    if not _reopen(handle, _NO_BUFFERING):
-        return False
-    try:
-        read_at(handle, memoryview(mmap.mmap(-1, alignment)), alignment)
-        return True
-    except OSError:
-        use_page_cache(handle)
-        return False
+    facts, file = (c_uint32 * 7)(), c_void_p(msvcrt.get_osfhandle(handle))
+    known = _KERNEL.GetFileInformationByHandleEx(file, _STORAGE_INFO, facts, ctypes.sizeof(facts))
+    is_fine = not known or facts[0] <= alignment  # bytes of a sector
+    return is_fine and _reopen(handle, _OVERLAPPED | _NO_BUFFERING, alignment)
 
 
 def use_page_cache(handle: int) -> None:
     """See ``posix``."""
-    _reopen(handle, 0)
+    _reopen(handle, _OVERLAPPED)
 
 
-def _reopen(handle: int, flags: int) -> bool:
-    """Let the descriptor ``handle`` be the same file, opened with other flags."""
+def _reopen(handle: int, flags: int, alignment: int = 0) -> bool:
+    """Let the descriptor ``handle`` be the same file, opened with other flags, if it can be read
+    then at an odd multiple of ``alignment``."""
     file = c_void_p(msvcrt.get_osfhandle(handle))
     again = _KERNEL.ReOpenFile(file, c_uint32(_READ), _SHARED, c_uint32(flags))
     if again in (None, c_void_p(-1).value):
         return False
     other = msvcrt.open_osfhandle(again, os.O_RDONLY | os.O_BINARY)
-    os.dup2(other, handle, inheritable=False)
-    os.close(other)
-    return True
+    try:
+        if alignment:
+            read_at(other, memoryview(mmap.mmap(-1, 2 * alignment))[alignment:], alignment)
+        os.dup2(other, handle, inheritable=False)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(other)
 
 
 def bytes_on_disk(path: Path) -> int:
@@ -163,14 +176,56 @@ def bytes_on_disk(path: Path) -> int:
 # Memory and processes
 
 
-def private_pages(count: int, forks: bool) -> mmap.mmap:
+def private_pages(count: int, forks: bool) -> Any:
     """See ``posix``."""
-    return mmap.mmap(-1, count)
+    address, size, large = None, c_size_t(count), _large_page()
+    if 0 < large <= count:
+        whole, kind = c_size_t(-(-count // large) * large), _COMMIT | _LARGE_PAGES
+        address = _KERNEL.VirtualAlloc(None, whole, kind, _READ_WRITE)
+    if not (address := address or _KERNEL.VirtualAlloc(None, size, _COMMIT, _READ_WRITE)):
+        raise ctypes.WinError(ctypes.get_last_error())
+    region, start = (c_char * count).from_address(address), c_void_p(address)
+    free = weakref.finalize(region, _KERNEL.VirtualFree, start, c_size_t(0), _RELEASE)
+    free.atexit = False  # threads may still use it then
+    return region
+
+
+@cache
+def _large_page() -> int:
+    """Bytes of a large page; 0 where this user has not the right to lock pages in memory."""
+    rights, token = ctypes.WinDLL("advapi32", use_last_error=True), c_void_p()
+    asked = (c_uint32 * 4)(1, 0, 0, 2)  # a count, the right's number, and: use it
+    rights.OpenProcessToken(c_void_p(-1), 0x28, byref(token))  # to ask and to change
+    rights.LookupPrivilegeValueW(None, "SeLockMemoryPrivilege", byref(asked, 4))
+    rights.AdjustTokenPrivileges(token, False, asked, 0, None, None)
+    code = ctypes.get_last_error()  # also where it says that all is well
+    _KERNEL.CloseHandle(token)
+    return 0 if code else _KERNEL.GetLargePageMinimum()
+
+
+def hold(address: int, size: int) -> None:
+    """See ``posix``.  No more can be locked than the working set has at least."""
+    least = psutil.Process().memory_info().pagefile + (64 << 20)  # files' pages beside its own
+    limits, soft = (c_size_t(least), c_size_t(2 * least)), 2 | 8
+    _KERNEL.SetProcessWorkingSetSizeEx(c_void_p(-1), *limits, soft)
+    _KERNEL.VirtualLock(c_void_p(address), c_size_t(size))
 
 
 def peak_rss() -> int:
     """See ``posix``."""
-    return int(psutil.Process().memory_info().peak_wset)
+    return int(psutil.Process().memory_info().peak_pagefile)
+
+
+def available_memory() -> int:
+    """See ``posix``."""
+    status = (c_uint64 * 8)(64)  # its own bytes; then totals, each before what is left of it
+    _KERNEL.GlobalMemoryStatusEx(status)
+    return min(status[2], status[4])  # of RAM; of RAM and page files
+
+
+def step_back() -> None:
+    """See ``posix``."""
+    _KERNEL.SetThreadPriority(c_void_p(-2), -2)  # this thread; the lowest but idle
 
 
 def processor_name() -> tuple[str, list[str]]:
@@ -207,56 +262,44 @@ def terminal_mode(echo: bool = True) -> Callable[[], object]:
     return lambda: _KERNEL.SetConsoleMode(handle, mode)
 
 
-class _JobLimits(ctypes.Structure):
-    """``JOBOBJECT_EXTENDED_LIMIT_INFORMATION``."""
-
-    _fields_ = (
-        *(("process_time", c_longlong), ("job_time", c_longlong), ("flags", c_uint32)),
-        *(("least_set", ctypes.c_size_t), ("most_set", ctypes.c_size_t), ("count", c_uint32)),
-        *(("affinity", ctypes.c_size_t), ("priority", c_uint32), ("scheduling", c_uint32)),
-        ("transferred", ctypes.c_ulonglong * 6),
-        *(("process_memory", ctypes.c_size_t), ("job_memory", ctypes.c_size_t)),
-        *(("peak_process", ctypes.c_size_t), ("peak_job", ctypes.c_size_t)),
-    )
-
-
 _job: list[Any] = []  # of this process, once it is bound
 
 
 def bound(seconds: float, memory: int | None) -> None:
     """See ``posix``; ``deadline`` limits the time."""
+    _KERNEL.SetErrorMode(3)  # no report of a crash
     if not _job:
         _job.append(c_void_p(_KERNEL.CreateJobObjectW(None, None)))
         _KERNEL.AssignProcessToJobObject(_job[0], c_void_p(_KERNEL.GetCurrentProcess()))
-    limits = _JobLimits(flags=0 if memory is None else 0x100, process_memory=memory or 0)
-    _KERNEL.SetInformationJobObject(_job[0], 9, byref(limits), ctypes.sizeof(limits))
-
-
-def block_signals(numbers: tuple[signal.Signals, ...]) -> None:
-    """The main thread gets all signals."""
+    # JOBOBJECT_EXTENDED_LIMIT_INFORMATION: its LimitFlags and ProcessMemoryLimit.
+    limits = struct.pack("=16x I 92x Q 24x", 0 if memory is None else 0x100, memory or 0)
+    _KERNEL.SetInformationJobObject(_job[0], 9, limits, len(limits))
 
 
 class _Deadline(Timer):
-    def __init__(self, process: "Popen[bytes]", cpu_seconds: float, seconds: float):
-        super().__init__(seconds, process.kill)
-        self._cpu, self._process = cpu_seconds, psutil.Process(process.pid)
-        self._before, self._until = self._used(), time.monotonic() + seconds
-        self.daemon = True
-
-    def _used(self) -> float:
-        return float(sum(self._process.cpu_times()[:2]))
+    """``args`` are the process, and seconds of CPU time that end it too."""
 
     def run(self) -> None:
-        with suppress(psutil.Error):
-            while not self.finished.wait(0.05):
-                if self._used() - self._before > self._cpu or time.monotonic() > self._until:
-                    self.function()
-                    self.finished.set()
+        until, (pid, most) = time.monotonic() + self.interval, self.args
+        while not self.finished.wait(0.05) and time.monotonic() < until:
+            with suppress(OSError):  # it has ended
+                if _used(pid) > most:
+                    os.kill(pid, TOO_LONG)
+        if not self.finished.is_set():
+            self.function()
+
+
+def _used(pid: int) -> float:
+    """Seconds of CPU time that a process has had; 0 if it has ended."""
+    with suppress(psutil.Error):
+        return float(sum(psutil.Process(pid).cpu_times()[:2]))
+    return 0.0
 
 
 def deadline(process: "Popen[bytes]", cpu_seconds: float, seconds: float) -> Timer:
     """A timer, started, that kills the process after so many seconds or so much CPU time."""
-    timer = _Deadline(process, cpu_seconds, seconds)
+    timer = _Deadline(seconds, process.kill, (process.pid, _used(process.pid) + cpu_seconds))
+    timer.daemon = True
     timer.start()
     return timer
 

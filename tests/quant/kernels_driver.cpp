@@ -2,6 +2,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -91,8 +92,7 @@ struct Array {
     T* p;
     int64_t count;
     explicit Array(int64_t count) : count(count) {
-        void* memory = nullptr;
-        if (posix_memalign(&memory, 64, size_t(count) * sizeof(T) + (count == 0))) abort();
+        void* memory = operator new(size_t(count) * sizeof(T) + (count == 0), std::align_val_t(64));
         p = static_cast<T*>(memory);
         uint8_t* bytes = static_cast<uint8_t*>(memory);
         for (size_t i = 0; i < size_t(count) * sizeof(T); i++) bytes[i] = uint8_t(next() >> 24);
@@ -101,7 +101,7 @@ struct Array {
         const uint8_t* bytes = reinterpret_cast<const uint8_t*>(p);
         for (size_t i = 0; i < size_t(count) * sizeof(T); i++)
             digest = (digest ^ bytes[i]) * 1099511628211u;
-        free(p);
+        operator delete(p, std::align_val_t(64));
     }
     operator T*() const { return p; }
 };
@@ -624,6 +624,6 @@ int main(int argc, char** argv) {
                 all();
             }
         }
-        printf("%s ok\n", name);
+        printf("%s ok %016llx\n", name, static_cast<unsigned long long>(digest));
     }
 }

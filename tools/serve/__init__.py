@@ -234,7 +234,14 @@ def _listen(host: str, port: int, has_keys: bool) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, *kind)[0]
         if not has_keys and not ipaddress.ip_address(address[0]).is_loopback:
             raise ConfigError(f"--host {host}: others could use this server; {_GIVE_KEY}")
-        return socket.create_server(address[:2], family=family)
+        exclusive = getattr(socket, "SO_EXCLUSIVEADDRUSE", 0)
+        if not exclusive:
+            return socket.create_server(address[:2], family=family)
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, exclusive, 1)  # Windows lets others share it
+        listener.bind(address[:2])
+        listener.listen()
+        return listener
     except OSError as problem:
         reason = f"can't listen there ({problem.strerror}); give another --host or --port"
         raise ConfigError(f"{host}:{port}: {reason}") from None

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kTileRows = 16, kTileBytes = 64;  // of a tile, and of a row of it
 
-struct alignas(64) TileShapes {
+struct TileShapes {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t bytes[16] = {};  // of a row
     uint8_t rows[16] = {};
@@ -22,9 +22,9 @@ struct alignas(64) TileShapes {
 
 #ifdef SLOTMOE_PLAIN_TILES
 
-struct Tiles {
+struct Tiles {  // not aligned: Windows aligns no thread's own memory to more than 16 bytes
     TileShapes shapes;
-    alignas(64) uint8_t tile[8][kTileRows][kTileBytes];
+    uint8_t tile[8][kTileRows][kTileBytes];
 };
 inline thread_local Tiles tiles;
 

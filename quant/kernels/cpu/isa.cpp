@@ -29,15 +29,22 @@ struct Choice {
 };
 
 #if defined(__x86_64__)
-bool has_avx2() {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+// Which of the sets `is_avx512` and `is_vbmi` this CPU has beside AVX2 with FMA and F16C, and the system saves their
+// registers. (Some compilers' __builtin_cpu_supports finds nothing on Windows.)
+bool has(bool is_avx512, bool is_vbmi) {
+    constexpr unsigned kFirst = 1u << 12 | 1u << 27 | 1u << 29;                       // FMA, OSXSAVE, F16C
+    constexpr unsigned kWide = 1u << 8 | 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // BMI2; AVX-512 F, DQ, BW, VL
+    const unsigned state = is_avx512 ? 0xe6 : 6, in_b = 1u << 5 | (is_avx512 ? kWide : 0);  // AVX2
+    const unsigned in_c = (is_avx512 ? 1u << 11 : 0) | (is_vbmi ? 1u << 1 : 0);             // VNNI, VBMI
+    unsigned a, b, c, d, saved, unused;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & kFirst) != kFirst) return false;
+    asm("xgetbv" : "=a"(saved), "=d"(unused) : "c"(0));
+    return (saved & state) == state && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & in_b) == in_b &&
+           (c & in_c) == in_c;
 }
-bool has_avx512vnni() {
-    return has_avx2() && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
-}
+bool has_avx2() { return has(false, false); }
+bool has_avx512vnni() { return has(true, false); }
+bool has_avx512vbmi() { return has(true, true); }
 bool has_avxvnni() {
 #ifdef SLOTMOE_EVEX
     return has_avx512vnni();
@@ -46,7 +53,6 @@ bool has_avxvnni() {
     return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
 #endif
 }
-bool has_avx512vbmi() { return has_avx512vnni() && __builtin_cpu_supports("avx512vbmi"); }
 
 // The processor has tiles and their products of bytes, and the system saves tiles and lets this process, which has to
 // ask, use them.

@@ -1,0 +1,275 @@
+"""Runs inside Wine: what ``slotmoe.system`` promises of files and memory on Windows.
+
+Prints ``{"wrong": [...]}``, a line for each check that failed.
+"""
+
+import ctypes
+import gc
+import json
+import msvcrt
+import os
+import random
+import sys
+import tempfile
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import torch
+
+from slotmoe import system
+from slotmoe.offload.devices.pages import Arena, Touching, page_aligned
+from slotmoe.offload.machine import process_bytes
+from slotmoe.system import windows
+
+BLOCK, KERNEL = 4096, windows._KERNEL
+CHECKS = []
+
+
+def check(function):
+    CHECKS.append(function)
+    return function
+
+
+def read(handle, size, offset):
+    data = memoryview(bytearray(size))
+    return bytes(data[: system.read_at(handle, data, offset)])
+
+
+def mode(handle):
+    """How a file was opened: whether its reads wait for each other, and go past the cache."""
+    status, found = (ctypes.c_uint64 * 2)(), ctypes.c_uint32()
+    file, kind = ctypes.c_void_p(msvcrt.get_osfhandle(handle)), 16
+    query = ctypes.WinDLL("ntdll").NtQueryInformationFile
+    assert query(file, status, ctypes.byref(found), 4, kind) == 0
+    return bool(found.value & 0x30), bool(found.value & 0x8)
+
+
+def opened(path):
+    handle = os.open(path, os.O_RDONLY | system.FILE)
+    system.use_page_cache(handle)
+    return handle
+
+
+def new_file(folder, name, data):
+    path = folder / name
+    path.write_bytes(data)
+    return path
+
+
+@check
+def reads_of_many_threads(folder):
+    data = random.Random(0).randbytes(1 << 22)
+    path = new_file(folder, "many", data)
+    plain, overlapped = os.open(path, os.O_RDONLY | os.O_BINARY), opened(path)
+    direct = opened(path)
+    assert system.bypass_page_cache(direct, BLOCK)
+    modes = (True, False), (False, False), (False, True)
+    assert tuple(map(mode, (plain, overlapped, direct))) == modes
+    back = os.dup(direct)
+    system.use_page_cache(back)
+    assert mode(back) == (False, False)
+    os.close(back)
+
+    def reads(seed):
+        order = random.Random(seed)
+        for _ in range(50):
+            handle = order.choice((plain, overlapped, direct))
+            offset, size = order.randrange(1000) * BLOCK, order.randrange(1, 24) * BLOCK
+            assert read(handle, size, offset) == data[offset : offset + size], (offset, size)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(reads, range(8)))
+    for handle in (plain, overlapped, direct):
+        assert read(handle, BLOCK, len(data) - 1000) == data[-1000:]
+        assert read(handle, BLOCK, len(data)) == read(handle, BLOCK, 1 << 40) == b""
+        assert os.fstat(handle).st_size == len(data)
+        os.close(handle)
+
+
+@check
+def several_in_flight(folder):
+    """Where reads wait for each other, so would the write that ends these."""
+    name, duplex, overlapped = r"\\.\pipe\slotmoe-own", 3, 0x40000000
+    KERNEL.CreateNamedPipeW.restype = KERNEL.CreateFileW.restype = ctypes.c_void_p
+    server = KERNEL.CreateNamedPipeW(name, duplex | overlapped, 0, 1, 4096, 4096, 0, None)
+    client = KERNEL.CreateFileW(name, 0xC0000000, 0, None, 3, overlapped, None)
+    ends = [msvcrt.open_osfhandle(handle, os.O_BINARY) for handle in (server, client)]
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(read, end, 1, 0) for end in (*ends, *ends)]
+        for end in (*ends, *ends):
+            system.write_at(end, memoryview(b"x"), 0)
+        assert [future.result(30) for future in waiting] == [b"x"] * 4
+
+
+@check
+def an_exception_strikes_a_read(folder):
+    """Windows may still write: the memory is kept, and the event serves no other read."""
+    handle = opened(new_file(folder, "struck", bytes(range(256))))
+    before = len(windows._in_flight)
+
+    def strike(*arguments):
+        KERNEL.ReadFile(*arguments)
+        raise KeyboardInterrupt
+
+    with suppress(KeyboardInterrupt):
+        windows._transfer(strike, handle, memoryview(bytearray(16)), 0)
+    assert len(windows._in_flight) == before + 1
+    assert read(handle, 4, 7) == bytes(range(7, 11))
+    struck = [id(it) for it, _ in windows._in_flight.values()]
+    assert len(struck) == before + 1 and not {id(it) for it in windows._idle} & set(struck)
+
+
+@check
+def few_events_are_made(folder):
+    """As many as reads were ever in flight."""
+    handle, made = opened(new_file(folder, "events", b"abc")), len(windows._idle)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: read(handle, 3, 0), range(2000)))
+    assert len(windows._idle) <= max(8, made), (made, len(windows._idle))
+
+
+@check
+def large_sectors_and_refusals(folder):
+    """The file stays as it was, and is read through the cache."""
+    handle = opened(new_file(folder, "sectors", bytes(range(256)) * 64))
+
+    def answer(file, kind, facts, size):
+        facts[0] = 2 * BLOCK
+        return True
+
+    def refuse(*arguments):
+        raise ctypes.WinError(87)
+
+    for owner, name, fake in (
+        (KERNEL, "GetFileInformationByHandleEx", answer),
+        (windows, "_transfer", refuse),
+        (KERNEL, "ReOpenFile", lambda *arguments: ctypes.c_void_p(-1).value),
+    ):
+        usual = getattr(owner, name)
+        setattr(owner, name, fake)
+        try:
+            assert not system.bypass_page_cache(handle, BLOCK), name
+        finally:
+            setattr(owner, name, usual)
+        assert read(handle, 3, 5) == bytes((5, 6, 7)) and mode(handle) == (False, False), name
+
+
+@check
+def a_file_over_4_gib(folder):
+    path, there = folder / "long", (5 << 30) + 12345
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | system.NO_LINK)
+    system.write_at(handle, memoryview(b"far away"), there)
+    assert read(handle, 100, there) == b"far away"
+    assert not any(read(handle, 8, there - (4 << 30)))
+    os.close(handle)
+
+
+class Region(ctypes.Structure):
+    """``MEMORY_BASIC_INFORMATION``."""
+
+    _fields_ = (
+        *(("start", ctypes.c_uint64), ("first", ctypes.c_uint64), ("asked", ctypes.c_uint64)),
+        *(("size", ctypes.c_uint64), ("state", ctypes.c_uint32), ("protect", ctypes.c_uint32)),
+        *(("type", ctypes.c_uint32), ("_", ctypes.c_uint32)),
+    )
+
+
+def region_at(address):
+    region = Region()
+    sizes = ctypes.byref(region), ctypes.c_size_t(ctypes.sizeof(region))
+    return region if KERNEL.VirtualQuery(ctypes.c_void_p(address), *sizes) else None
+
+
+def is_promised(region):
+    """It is committed, private, and may be written."""
+    return (region.state, region.type, region.protect) == (0x1000, 0x20000, 4)
+
+
+def promised():
+    """Bytes of this process that Windows would count."""
+    total, address = 0, 0
+    while (region := region_at(address)) is not None:
+        total += region.size if is_promised(region) else 0
+        address = region.start + region.size
+    return total
+
+
+@check
+def memory_is_private_and_freed(folder):
+    memory, locked, usual = page_aligned((5 << 20) + 1), [], KERNEL.VirtualLock
+    view, address = memory[100:].numpy().data, memory.data_ptr()
+    assert is_promised(region_at(address)) and not any(view)
+
+    def lock(address, size):
+        locked.append((address.value, size.value))
+        return usual(address, size)
+
+    KERNEL.VirtualLock = lock
+    try:
+        touching = Touching(memory, 4096)
+        touching.finish()
+    finally:
+        KERNEL.VirtualLock = usual
+    assert locked == [(address, 4096), (address + 4096, len(memory) - 4096)], locked
+    del memory, touching
+    assert is_promised(region_at(address))
+    del view
+    assert region_at(address).state == 0x10000  # free
+    with suppress(OSError):
+        raise AssertionError(system.private_pages(0, True))
+
+
+@check
+def little_is_promised_beside_weights(folder):
+    for largest in (200 << 20, 4 << 20):
+        before, arena = promised(), Arena()
+        sizes = [largest, *(largest // 8 * n // 64 for n in range(64, 0, -1))]
+        weights = [arena.empty((size,), torch.uint8) for size in sizes]
+        more, whole = promised() - before, sum(sizes)
+        most = whole + len(sizes) * (68 << 10) + (1 << 20)
+        assert whole <= more < most, (more, whole)
+        del arena, weights
+        gc.collect()
+        assert promised() - before < 1 << 20
+
+
+@check
+def large_pages_that_fail_are_small_ones(folder):
+    right, windows._large_page = windows._large_page, lambda: 2 << 20
+    try:
+        memory = page_aligned(3 << 20)
+        assert is_promised(region_at(memory.data_ptr())) and int(memory.sum()) == 0
+    finally:
+        windows._large_page = right
+    assert windows._large_page() in (0, 2 << 20)
+
+
+@check
+def memory_counts_what_is_promised(folder):
+    before = process_bytes()
+    memory = page_aligned(64 << 20)
+    memory.fill_(1)  # Wine counts pages that were written
+    assert (64 << 20) <= process_bytes() - before < 80 << 20
+    assert system.peak_rss() >= before + len(memory)
+    assert 0 < system.available_memory() <= psutil.virtual_memory().total
+
+
+def main():
+    wrong = []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        for function in CHECKS:
+            try:
+                function(Path(name))
+            except Exception:
+                last = traceback.format_exc(limit=-1).strip().splitlines()
+                wrong.append(f"{function.__name__}: {' '.join(last[1:])}")
+            gc.collect()
+    print(json.dumps({"wrong": wrong}))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
