@@ -169,10 +169,14 @@ def parts_of_v4(values: Json, family: Family) -> Json:
     compressed = typed({**values, "ratios": ratios, "rope": rope}, Compressed)
     if (heads := values["num_attention_heads"]) % (groups := compressed.o_groups):
         raise ValueError(f"num_attention_heads {heads} is not a multiple of o_groups {groups}")
-    parts: Json = {"rope": Rope(given.rope_theta), "compressed": compressed}
-    parts |= {"num_hash_layers": hashed, "swiglu_limit": given.swiglu_limit}
-    parts["indexer"] = _indexer(values, full, family.index_halves)
-    return parts | {"hyper": typed(values, HyperConnections)}
+    return {
+        "rope": Rope(given.rope_theta),
+        "indexer": _indexer(values, full, family.index_halves),
+        "compressed": compressed,
+        "hyper": typed(values, HyperConnections),
+        "num_hash_layers": hashed,
+        "swiglu_limit": given.swiglu_limit,
+    }
 
 
 def _rope(settings: Json, values: Json, family: Family) -> Rope:
