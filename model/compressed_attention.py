@@ -117,7 +117,7 @@ class CompressedAttention(Generic[W]):
         y_EY = backend.compress(blocks_EM2Y, bias_MY, weights.kv_norm, self._geometry.eps)
         positions_E = torch.arange(begin, stop, device=y_EY.device) * ratio
         assert own.step.compressed_C is not None
-        rope_EC = rotations(positions_E.float(), own.step.compressed_C)
+        rope_EC = backend.rotations(positions_E.float(), own.step.compressed_C)
         y_EY = self._rotated(y_EY[:, None], rope_EC)[:, 0]
         backend.store_latents(y_EY, width, rows_SX[begin:])
         return rows_SX
@@ -134,12 +134,6 @@ class _Tokens(NamedTuple):
     rope_TC: Tensor
     q_THZ: Tensor
     key_TZ: Tensor
-
-
-def rotations(positions_T: Tensor, frequencies_C: Tensor, scale: float = 1.0) -> Tensor:
-    """What rotates the pairs at each position, complex [T, C], times ``scale``."""
-    angles_TC = positions_T[:, None] * frequencies_C
-    return torch.polar(torch.full_like(angles_TC, scale), angles_TC)
 
 
 def lists(

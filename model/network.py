@@ -16,9 +16,8 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from slotmoe.border import Backend, Experts, Mixing, Runner, Step, Timer
+from slotmoe.border import Backend, Experts, Mixing, Runner, State, Step, Timer
 from slotmoe.model.attention import Rope
-from slotmoe.model.compressed_attention import rotations
 from slotmoe.model.config import Config
 from slotmoe.model.layers import LayerByLayer, as_tensor, geometry_of, layer_of
 from slotmoe.model.names import EMBEDDING, FINAL_NORM, HEAD, HEAD_MIX_PARTS
@@ -49,26 +48,34 @@ def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
 class Positions:
     """Makes steps: what positions make of tokens in each kind of layer, on ``where``'s device."""
 
-    def __init__(self, config: Config, where: Tensor):
+    def __init__(self, config: Config, where: Tensor, backend: Backend[Any]):
         def frequencies(rope: Rope) -> Tensor:
             return inverse_frequencies(rope, config.qk_rope_head_dim).to(where.device)
 
-        self._rope, compressed = config.rope, config.compressed
+        self._rope, compressed, self._backend = config.rope, config.compressed, backend
         self._frequencies_C = frequencies(config.rope)
         self._compressed_C = None if compressed is None else frequencies(compressed.rope)
 
-    def step(self, h_TD: Tensor, positions_T: Tensor, *given: Any) -> Step:
-        """A step over tokens at ``positions``, float32 [T]; ``given`` are its ``caches`` and the
-        fields after them, up to ``ids_T``."""
+    def step(
+        self,
+        h_TD: Tensor,
+        positions_T: Tensor,
+        states: Sequence[State],
+        before: Sequence[int],
+        counts: Sequence[int],
+        timer: Timer,
+        ids_T: Tensor | None,
+    ) -> Step:
+        """A step over tokens at ``positions``, float32 [T]."""
         rope, scale_T = self._rope, None
         if rope.llama_4_scaling_beta:
             lengths_T = torch.floor(positions_T / rope.original_max_position_embeddings)
             scale_T = 1 + rope.llama_4_scaling_beta * torch.log(1 + lengths_T)
-        rope_TC = rotations(positions_T, self._frequencies_C, rope.table_scale)
-        step = Step(h_TD, rope_TC, scale_T, *given)
+        rope_TC = self._backend.rotations(positions_T, self._frequencies_C, rope.table_scale)
+        step = Step(h_TD, rope_TC, scale_T, states, before, counts, timer, ids_T)
         if self._compressed_C is not None:
             step.compressed_C = self._compressed_C
-            step.compressed_rope_TC = rotations(positions_T, self._compressed_C)
+            step.compressed_rope_TC = self._backend.rotations(positions_T, self._compressed_C)
         return step
 
 
@@ -95,7 +102,8 @@ class Network(Generic[W]):
         if config.hyper is not None:
             parts = (as_tensor(weights[part.name]).float() for part in HEAD_MIX_PARTS.values())
             self._mixing = Mixing(*parts)
-        self._geometry, self._positions = geometry_of(config), Positions(config, self.norm)
+        self._geometry = geometry_of(config)
+        self._positions = Positions(config, self.norm, backend)
         self._layer_by_layer = LayerByLayer(self._geometry, self.layers, backend)
         self._decoder = backend.decoder(self._geometry, self.layers)
         # Tokens that a pass computes at most in calls that give each bitwise what it gives alone.

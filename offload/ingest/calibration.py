@@ -97,7 +97,8 @@ class Calibration:
         self._ids = [token for window in windows for token in window]
         self._lengths = list(map(len, windows))
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._positions = Positions(self._config, torch.empty(0, device=self._device))
+        where, backend = torch.empty(0, device=self._device), TorchBackend()
+        self._positions = Positions(self._config, where, backend)
         self._first = self._resumed(min(needed, default=0))
         self.remaining = range(self._first, max(needed, default=-1) + 1)
         self._counts: list[int] = []  # tokens of each expert

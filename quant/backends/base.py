@@ -21,6 +21,7 @@ from slotmoe.border import Decoder, Geometry, HyperGeometry, Layer, Listed, Mixe
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.weights import Absorbed, Matrix
 from slotmoe.quant.kernels.cpu.weights import Prepared as Prepared
 from slotmoe.quant.weights import Weight, dequantize, map_tensors, rows
@@ -168,6 +169,14 @@ class TorchBackend:
         if isinstance(weight, Tensor):
             return weight[ids_T].float()
         raise TypeError("an embedding table is gathered row by row, so it is never coded or tiled")
+
+    def rotations(self, positions_T: Tensor, frequencies_C: Tensor, scale: float = 1.0) -> Tensor:
+        """What rotates the pairs at each position, complex [T, C], times ``scale``; on a CPU with
+        the kernels the same bits on every system."""
+        if positions_T.is_cpu and (native := bindings.load()) is not None:
+            return native.rotations(positions_T, frequencies_C, scale)
+        angles_TC = positions_T[:, None] * frequencies_C
+        return torch.polar(torch.full_like(angles_TC, scale), angles_TC)
 
     def rotate(self, x_THP: Tensor, table_TC: Tensor, halves: bool) -> Tensor:
         """Pairs (x0, x1), (x2, x3), ..., or of the two ``halves``, times the complex table

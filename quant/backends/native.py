@@ -93,10 +93,10 @@ class NativeDecoder:
         groups = list[tuple[list[border.CompressedGroup], Tensor]]()
         positions_T = torch.tensor(positions)
         for ratio, index in ((shape.ratio, shape.index) for shape in self.decoder.groups):
-            angles_TC = (positions_T // ratio * ratio)[:, None].float() * step.compressed_C
+            starts_T = (positions_T // ratio * ratio).float()
             parts = [cache.index if index else cache.groups[ratio] for cache in caches]
             held = [part for part in parts if part is not None]
-            groups.append((held, torch.polar(torch.ones_like(angles_TC), angles_TC)))
+            groups.append((held, self.native.rotations(starts_T, step.compressed_C, 1.0)))
         windows, kept = [cache.window for cache in caches], (step.compressed_rope_TC, groups)
         rows, first = [window.rows for window in windows], [window.first for window in windows]
         place = step.rope_TC, rows, positions, step.query_scale_T

@@ -77,6 +77,7 @@ int slotmoe_fit_columns(const float*, int64_t, int64_t, const float*, const floa
                         const float*, int64_t, float*);
 int slotmoe_feed_back(const float*, int64_t, int64_t, const float*, const float*, const float*,
                       int64_t, float*, float*);
+int slotmoe_rotations(const float*, const float*, int64_t, int64_t, float, float*);
 int slotmoe_descend(const float*, int64_t, int64_t, const float*, const float*, const float*,
                     int64_t, float*);
 int slotmoe_int8_error(const void*, int, int64_t, int64_t, const int8_t*, const float*, double*);
@@ -504,6 +505,14 @@ static void encode(int64_t n, int64_t k, int64_t l, int64_t block) {
     check(slotmoe_descend(panel, block, columns, matrix, of_columns, levels, l, q));
 }
 
+static void rotations(int64_t t, int64_t c) {
+    Floats positions(t), frequencies(c);
+    Array<float> y(2 * t * c);
+    for (int64_t i = 0; i < t; i++) positions[i] = float(next() >> 14);
+    for (int64_t i = 0; i < c; i++) frequencies[i] = float(next() >> 8) / 16777216.0f;
+    check(slotmoe_rotations(positions, frequencies, t, c, 1.5f, y));
+}
+
 // Every entry in few shapes.
 static void few() {
     for (int64_t t : {1, 3, 40}) {
@@ -522,6 +531,7 @@ static void few() {
     attention(20, 130, 70, 10, 0, 1e38f);
     lists(17, 200, 150, 70, 10);
     streams(2, 4, 70, 8);
+    rotations(40, 33);
     for (int64_t position : {0, 3, 31, 42}) {
         compressed(kInt8, 4, true, position);
         compressed(kNf4, 8, false, position);
@@ -578,6 +588,7 @@ static void all() {
             compressed(kind, 4, true, position);
             compressed(kind, position % 2 ? 8 : 0, false, position);
         }
+    for (int64_t t : {0, 1, 3}) rotations(t, 65);
     attention(2, 2500, 70, 10, 5);
     attention(17, 20, 2000, 100, 0);  // longer than 32-bit sums of the largest integers take
     for (float size : {0.0f, 1e-40f, 1e38f, 1.0f / 0.0f}) attention(20, 130, 70, 10, 0, size);

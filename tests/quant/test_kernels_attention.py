@@ -1,6 +1,7 @@
 """Latent attention of the native kernels against plain numpy in float64, and a whole layer of
 attention against its parts."""
 
+import hashlib
 import math
 
 import numpy as np
@@ -177,6 +178,16 @@ def test_rotate(kernels, t, heads, pairs, halves, seed):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
     if t:
         assert torch.equal(kernels.rotate(x[-1:], table[-1:], halves), got[-1:])
+
+
+def test_rotations_are_these_bits_on_every_system(kernels):
+    """By the C library they would be each system's own; these are also glibc's, up to 2.41."""
+    positions, by = torch.arange(0, 1 << 20, 257).float(), 1.0 / torch.arange(1, 65).float()
+    got = kernels.rotations(positions, by, 1.25)
+    angles = (positions[:, None] * by).double()
+    assert (got - torch.polar(torch.full_like(angles, 1.25), angles)).abs().max() < 2**-23
+    digest = hashlib.sha256(got.numpy().tobytes()).hexdigest()
+    assert digest.startswith("5e3b0b5729ca78e2")
 
 
 MIXED = ["int8", "nf4", "float16", "float32"]

@@ -105,7 +105,7 @@ Expert expert_at(const uint8_t* data, const Record& r) {
 
 // --- settings
 
-EXPORT int slotmoe_abi() { return 15; }
+EXPORT int slotmoe_abi() { return 16; }
 EXPORT void slotmoe_set_threads(int n) { set_threads(n); }
 EXPORT int slotmoe_threads() { return get_threads(); }
 EXPORT void slotmoe_set_cpus(const int32_t* cpus, int count) { set_cpus(cpus, count); }

@@ -37,7 +37,7 @@ from slotmoe.quant.kernels.cpu.weights import Absorbed, ExpertRecord, Matrix
 from slotmoe.quant.shapes import latent_bytes
 from slotmoe.system import cores
 
-ABI = 15
+ABI = 16
 INSTRUCTIONS = "SLOTMOE_INSTRUCTIONS"  # names an instruction set
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _PARTS = ("attention", "route", "experts_by_slot", "mlp")  # whose seconds `decode` measures
@@ -75,6 +75,7 @@ class Kernels:
         functions = self._functions
         self.mlp, self.layer_norm = functions["mlp"], functions["layer_norm"]
         self.rms_norm, self.rotate = functions["rms_norm"], functions["rotate"]
+        self.rotations = functions["rotations"]
         self.weighted_sum, self.compress = functions["weighted_sum"], functions["compress"]
         self.absorb_query, self.absorb_value = functions["absorb_query"], functions["absorb_value"]
         self.route = functions["route"].results

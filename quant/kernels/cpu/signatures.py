@@ -73,6 +73,8 @@ SIGNATURES = {
     "absorb_value": "kv_b:bound latent:f32[T,A,R] T >y:f32[T,A,V]",
     # the pairs (x0, x1), (x2, x3), ..., or of two halves, times the table
     "rotate": "x:f32[T,A,P] table:c64[T,P/2] halves:size T A P >y:f32[T,A,P]",
+    # (cos, sin) of positions times frequencies, the same bits on every system
+    "rotations": "positions:f32[T] frequencies:f32[C] T C scale:float >y:c64[T,C]",
     "attention": "layer:bound T h:f32[T,H] table:c64[T,C] query_scale?:f32[T] caches:pointer"
     " stride:size positions:pointer >y:f32[T,H] >x:f32[T,H] >logits:f32[T,E]",
     # best first, of equals the lower index; the bias takes part in the choice alone
