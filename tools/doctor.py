@@ -180,7 +180,7 @@ def _memory() -> Iterator[Check]:
     yield Check("RAM", "ok", f"{free} free of {format_size(total)}{limit}{_stored('ram')}")
     huge, advice = "unknown", f"echo madvise > {_HUGE_PAGES}, as root"
     with suppress(OSError):
-        huge = re.findall(r"\[(\w+)\]", _HUGE_PAGES.read_text())[0]
+        huge = re.findall(r"\[(\w+)\]", _HUGE_PAGES.read_text(encoding="utf-8"))[0]
     found = f"{PAGESIZE} bytes; transparent huge pages: {huge}"
     yield Check("pages", *(("note", found, advice) if huge == "never" else ("ok", found)))
 

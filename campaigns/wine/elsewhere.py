@@ -164,7 +164,8 @@ def scanned(wrong):
             "session's end": lambda: forget(folder / "sessions"),
             "session anew": lambda: talk(folder / "sessions"),
             "removal": cache.remove,
-            "notes": lambda: notes(folder / "note.json"),
+            "notes": lambda: notes(folder / "note.json", 0.8),
+            "notes in haste": lambda: notes(PLACE / "note.json", 0.001),
         }
         for step, action in steps.items():
             started = time.monotonic()
@@ -181,7 +182,7 @@ def scanned(wrong):
     return {"files": int(looked[0])}
 
 
-def notes(path, seconds=3):
+def notes(path, pause, seconds=3):
     """Two threads write a note, two read it."""
     ends, problems = time.monotonic() + seconds, []
     shared_files.write_note(path, {"number": 0})
@@ -197,7 +198,7 @@ def notes(path, seconds=3):
         try:
             while time.monotonic() < ends:
                 act()
-                time.sleep(0.001)
+                time.sleep(pause)
         except OSError as problem:
             problems.append(repr(problem))
 

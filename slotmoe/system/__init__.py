@@ -22,7 +22,7 @@ if sys.platform == "win32":
 else:
     from slotmoe.system import posix as own
 
-FILE, NO_LINK, CACHES, CUDA = own.FILE, own.NO_LINK, own.CACHES, own.CUDA
+NO_LINK, CACHES, CUDA = own.NO_LINK, own.CACHES, own.CUDA
 MEMORY, ROOM = own.MEMORY, own.ROOM
 open_file, patiently = own.open_file, own.patiently
 bytes_on_disk, keep_sparse = own.bytes_on_disk, own.keep_sparse

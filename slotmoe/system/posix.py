@@ -22,7 +22,7 @@ assert sys.platform != "win32"
 
 CPUINFO = Path("/proc/cpuinfo")
 TOO_LONG, NO_READER = -signal.SIGPROF, None  # see ``windows``
-FILE, NO_LINK = 0, os.O_NOFOLLOW  # flags that open a file as it is, through a link and not
+NO_LINK = os.O_NOFOLLOW  # a flag that opens a file as it is, and through no link
 # Which of psutil's figures a budget is for, and bytes of ``private_pages`` that may be left over.
 MEMORY, ROOM = "rss", 64 << 20
 CACHES, CUDA = "~/.cache", "libcuda.so.1"  # where programs keep things; the GPU's driver

@@ -24,7 +24,7 @@ import psutil
 
 assert sys.platform == "win32"
 
-FILE = NO_LINK = os.O_BINARY | os.O_NOINHERIT  # links need rights that few have
+NO_LINK = os.O_BINARY | os.O_NOINHERIT  # links need rights that few have
 MEMORY, ROOM = "pagefile", 64 << 10  # memory counts when it is promised, not when written
 CACHES, CUDA = os.environ.get("LOCALAPPDATA") or "~/AppData/Local", "nvcuda.dll"
 _KERNEL = ctypes.WinDLL("kernel32", use_last_error=True)
