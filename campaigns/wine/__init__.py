@@ -34,4 +34,4 @@ WINE = {"type": Path, "metavar": "FOLDER", "default": Path(HOME)}
 WINE["help"] = f"of the Windows Python [$SLOTMOE_WINE, or {HOME}]"
 WHEEL = {"type": Path, "metavar": "FILE", "help": "to install [what scripts/wheels makes]"}
 OPTIONS = {"wine": WINE, "wheel": WHEEL}
-ATTACK = Attack(run, PARTS, "kills", 12, prepare=prepare, options=OPTIONS)
+ATTACK = Attack(run, PARTS, "kills", 8, prepare=prepare, options=OPTIONS)
