@@ -8,6 +8,9 @@ The top-level folders install inside one package, `slotmoe`: `model/` as `slotmo
 torch. One binary serves every CPU of its architecture: each isa_*.cpp asks for its own instruction
 set, chosen at run time. It is loaded through ctypes and knows nothing of Python, so one wheel
 serves every version from 3.10 on (`py_limited_api`).
+
+On Windows clang-cl compiles, of Visual Studio or LLVM, since cl knows no vectors of GCC's kind; or
+MinGW-w64's GCC. scripts/wheels compiles for Windows elsewhere.
 """
 
 import os
@@ -21,7 +24,9 @@ from setuptools.command.build_ext import build_ext
 FOLDERS = ("model", "quant", "offload", "tools")
 KERNELS = Path("quant/kernels/cpu")
 FLAGS = "-O3 -std=c++17 -fvisibility=hidden -pthread -g0".split()
-FLAGS += "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
+ARITHMETIC = "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
+CLANG_CL = ["/O2", "/std:c++17", "/EHsc", *(f"/clang:{flag}" for flag in ARITHMETIC)]
+FLAGS += ARITHMETIC
 FLAGS += [f"-ffile-prefix-map={Path.cwd()}=."]  # the same bytes wherever it is built
 if sys.platform == "darwin":  # its headers refuse aligned memory where they aim at old systems
     FLAGS += ["-faligned-allocation"]
@@ -32,10 +37,20 @@ class OnAllCores(build_ext):
     """Compiles the files of an extension at once; setuptools does so with extensions alone."""
 
     def get_ext_filename(self, fullname):
-        name = super().get_ext_filename(fullname)  # which ends as this system's do
+        name = super().get_ext_filename(fullname)  # it ends as this system's do
         return name.replace(".abi3.so", os.getenv("SETUPTOOLS_EXT_SUFFIX", ".abi3.so"))
 
+    def get_export_symbols(self, extension):
+        return []  # the sources say what they export; there is no PyInit__native
+
     def build_extension(self, extension):
+        if self.compiler.compiler_type == "msvc":
+            self.compiler.initialize()
+            self.compiler.cc = "clang-cl"
+            extension.extra_compile_args, extension.extra_link_args = CLANG_CL, []
+        elif self.compiler.compiler_type == "mingw32":  # GCC there does not align stacks for AVX
+            extension.extra_compile_args += ["-Wa,-muse-unaligned-vector-move"]
+            extension.extra_link_args += ["-static"]
         compile_in_turn = self.compiler.compile
 
         def compile_at_once(sources, **options):
@@ -57,8 +72,8 @@ setup(
             sources=[str(path) for path in sorted(KERNELS.glob("*.cpp"))],
             depends=[str(path) for path in sorted(KERNELS.glob("*.h"))],
             language="c++",
-            extra_compile_args=[] if os.name == "nt" else FLAGS,
-            extra_link_args=[] if os.name == "nt" else ["-pthread"],
+            extra_compile_args=FLAGS,
+            extra_link_args=["-pthread"],
             optional=True,
             py_limited_api=True,
         )
