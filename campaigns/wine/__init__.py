@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from campaigns.runner import Attack
-from campaigns.wine import commands, files, live
+from campaigns.wine import commands, console, files, live
 from campaigns.wine.environment import Pair, made
 
 # By part: ``part(pair, aim)`` gives its report.
-PARTS = {**commands.PARTS, **files.PARTS, **live.PARTS}
+PARTS = {**commands.PARTS, **console.PARTS, **files.PARTS, **live.PARTS}
 
 
 @contextmanager

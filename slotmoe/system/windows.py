@@ -255,8 +255,9 @@ def _large_page() -> int:
 
 def hold(address: int, size: int) -> None:
     """See ``posix``.  No more can be locked than the working set has at least."""
-    least = psutil.Process().memory_info().pagefile + (64 << 20)  # files' pages beside its own
-    limits, soft = (c_size_t(least), c_size_t(2 * least)), 2 | 8
+    beside, soft = 64 << 20, 2 | 8  # bytes of files; limits that the system may exceed
+    least = psutil.Process().memory_info().pagefile + beside
+    limits = c_size_t(least), c_size_t(least + beside)
     _KERNEL.SetProcessWorkingSetSizeEx(c_void_p(-1), *limits, soft)
     _KERNEL.VirtualLock(c_void_p(address), c_size_t(size))
 
