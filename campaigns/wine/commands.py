@@ -59,7 +59,7 @@ def _computed(worker, instructions, export):
 VARYING = re.compile(
     r"second|peak|budget|total|bandwidth|free|runtime|version|/cache$|/began$|/(used|latest)\b|runs|"
     r"(decode|prefill)_fraction|decode_milliseconds|scratch and rest|/exports/0/bytes|^/bytes$|"
-    r"/memory/ram/|/verdict|/time/|/components/"
+    r"/memory/ram/|/verdict|/predicted/|/time/|/components/"
 )
 
 
