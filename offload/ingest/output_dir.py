@@ -118,7 +118,7 @@ def empty(folder: Path) -> None:
         if path.is_dir() and not path.is_symlink():
             system.patiently(shutil.rmtree, path)
         else:
-            system.patiently(path.unlink)
+            system.patiently(path.unlink, True)  # or it has just gone
 
 
 def make_cache(cache: Path) -> None:

@@ -124,7 +124,7 @@ def quantize(
             wanted = {folder / name for name in (MANIFEST, *manifest["files"])}
             for path in list(folder.rglob("*")):  # the state, and what kills left half-written
                 if path.is_file() and path not in wanted:
-                    system.patiently(path.unlink)
+                    system.patiently(path.unlink, True)
             for changed in (folder / EXPERTS, folder):
                 writer.sync_folder(changed)
             with Export.open(folder) as export:  # before it replaces anything
