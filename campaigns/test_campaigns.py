@@ -13,6 +13,7 @@ import pytest
 
 from campaigns import CAMPAIGNS
 from campaigns.runner import parse, play
+from campaigns.wine import environment
 
 ROOT = Path(__file__).parents[1]
 # Of each campaign what takes a second or two in CI: in the process of the tests, where that can be.
@@ -77,9 +78,26 @@ def test_campaigns_have_a_usual_part():
 def test_no_campaign_shrinks():
     """What was attacked once is attacked for good."""
     least = {"system-calls": 7, "fuzz": 22, "interrupts": 5, "kills": 4, "races": 6, "resume": 5}
-    for name, parts in {**least, "environments": 26, "clients": 15, "escapes": 10}.items():
+    for name, parts in {
+        **least,
+        "environments": 26,
+        "clients": 15,
+        "escapes": 10,
+        "wine": 12,
+    }.items():
         attack = import_module(f"campaigns.{name.replace('-', '_')}").ATTACK
         assert len(attack.parts) >= parts, name
+
+
+def test_what_windows_says_reads_as_linux_does(tmp_path):
+    """Paths in the campaign's comparisons; and each of its packages has a version."""
+    windows = environment.Windows(tmp_path / "python" / "python.exe", tmp_path)
+    named = windows.path(tmp_path / "Bücher 本" / "x.json")
+    assert named.startswith("Z:\\") and "/" not in named
+    for said in (f"slotmoe: {named}: is bad\r\n", f'{{"a": {json.dumps(named)}}}'):
+        assert str(tmp_path) in windows.plain(said) and "Z:" not in windows.plain(said)
+    assert windows.plain("a\\b: 'c'") == "a\\b: 'c'"
+    assert environment.pins()["numpy"] == "2.1.3" and len(environment.pins()) > 40
 
 
 @pytest.mark.slow

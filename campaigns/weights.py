@@ -75,7 +75,7 @@ class Opened:
             predictor = self._guesses()
             self._guess(predictor)
             loader._popularity = predictor.popularity
-        experts = loader._experts(model.export, model.plan, model.store, predictor, [])
+        experts = loader._experts(model.export, model.store, predictor, [])
         network.experts = experts
         batch = Batch(replace(model, network=network, experts=experts))
         ends = model.generation.eos_token_ids

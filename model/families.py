@@ -47,43 +47,26 @@ class Family(NamedTuple):
 _V3 = Family("DeepseekV3ForCausalLM")
 FAMILIES = {
     "deepseek_v2": Family(
-        "DeepseekV2ForCausalLM",
-        topk_methods=("greedy", "group_limited_greedy"),
-        scoring="softmax",
-        group_best=1,
-        correction_bias=False,
-        scales_normalized=False,
-        rope_interleave=(True,),
+        "DeepseekV2ForCausalLM", topk_methods=("greedy", "group_limited_greedy"), scoring="softmax",
+        group_best=1, correction_bias=False, scales_normalized=False, rope_interleave=(True,),
     ),
     "deepseek_v3": _V3,
     "kimi_k2": _V3,
     "glm4_moe_lite": Family("Glm4MoeLiteForCausalLM"),
     "mistral4": Family(
-        "Mistral4ForCausalLM",
-        topk_methods=(None,),
-        scoring="softmax",
-        correction_bias=False,
-        softmax_factor=False,
-        query_scaling=True,
+        "Mistral4ForCausalLM", topk_methods=(None,), scoring="softmax",
+        correction_bias=False, softmax_factor=False, query_scaling=True,
     ),
     "deepseek_v32": Family(
-        "DeepseekV32ForCausalLM",
-        indexed=True,
-        index_halves=True,
-        rope_interleave=(True,),
+        "DeepseekV32ForCausalLM", indexed=True, index_halves=True, rope_interleave=(True,),
         template="deepseek-v3.2.jinja",
     ),
     "glm_moe_dsa": Family("GlmMoeDsaForCausalLM", indexed=True, rope_interleave=(True,)),
     "deepseek_v4": Family(
-        "DeepseekV4ForCausalLM",
-        scoring="sqrtsoftplus",
-        softmax_factor=False,
-        indexed=True,
-        compressed=True,
-        rope_interleave=(True,),
-        template="deepseek-v4.jinja",
+        "DeepseekV4ForCausalLM", scoring="sqrtsoftplus", softmax_factor=False, indexed=True,
+        compressed=True, rope_interleave=(True,), template="deepseek-v4.jinja",
     ),
-}
+}  # fmt: skip
 """By ``model_type``."""
 
 WRAPPERS = ("kimi_k25", "mistral3")

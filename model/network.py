@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from slotmoe.border import Backend, Experts, Mixing, Runner, Step, Timer
+from slotmoe.border import Backend, Experts, Mixing, Runner, State, Step, Timer
 from slotmoe.model.attention import Rope
 from slotmoe.model.config import Config
 from slotmoe.model.layers import LayerByLayer, as_tensor, geometry_of, layer_of
@@ -56,15 +56,23 @@ class Positions:
         self._frequencies_C = frequencies(config.rope)
         self._compressed_C = None if compressed is None else frequencies(compressed.rope)
 
-    def step(self, h_TD: Tensor, positions_T: Tensor, *given: Any) -> Step:
-        """A step over tokens at ``positions``, float32 [T]; ``given`` are its ``caches`` and the
-        fields after them, up to ``ids_T``."""
+    def step(
+        self,
+        h_TD: Tensor,
+        positions_T: Tensor,
+        states: Sequence[State],
+        before: Sequence[int],
+        counts: Sequence[int],
+        timer: Timer,
+        ids_T: Tensor | None,
+    ) -> Step:
+        """A step over tokens at ``positions``, float32 [T]."""
         rope, scale_T = self._rope, None
         if rope.llama_4_scaling_beta:
             lengths_T = torch.floor(positions_T / rope.original_max_position_embeddings)
             scale_T = 1 + rope.llama_4_scaling_beta * torch.log(1 + lengths_T)
         rope_TC = self._backend.rotations(positions_T, self._frequencies_C, rope.table_scale)
-        step = Step(h_TD, rope_TC, scale_T, *given)
+        step = Step(h_TD, rope_TC, scale_T, states, before, counts, timer, ids_T)
         if self._compressed_C is not None:
             step.compressed_C = self._compressed_C
             step.compressed_rope_TC = self._backend.rotations(positions_T, self._compressed_C)

@@ -14,6 +14,7 @@ import psutil
 
 from slotmoe import quant, system
 from slotmoe.errors import ConfigError
+from slotmoe.system import CACHES, CUDA
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _CGROUP = (  # files with the limit and the use of the memory cgroup's second and first version
@@ -23,9 +24,9 @@ _CGROUP = (  # files with the limit and the use of the memory cgroup's second an
 
 
 def cache_folder() -> Path:
-    """Where exports go: ``SLOTMOE_CACHE`` or ``~/.cache/slotmoe``.  Raises ``ConfigError``."""
+    """Where exports go: ``SLOTMOE_CACHE`` or ``slotmoe`` among the user's.  ``ConfigError``."""
     try:
-        return Path(os.environ.get("SLOTMOE_CACHE") or Path.home() / ".cache" / "slotmoe")
+        return Path(os.environ.get("SLOTMOE_CACHE") or Path(CACHES, "slotmoe").expanduser())
     except RuntimeError:  # neither HOME nor an entry in the system's list of users
         problem = "this user has no home folder, where exports are kept"
         raise ConfigError(f"{problem}: set SLOTMOE_CACHE to a folder, or HOME") from None
@@ -41,7 +42,7 @@ def total_memory() -> int:
     total: int = psutil.virtual_memory().total
     for limit, _ in _CGROUP:
         with suppress(OSError, ValueError):
-            total = min(total, int(limit.read_text()))
+            total = min(total, int(limit.read_bytes()))
     return total
 
 
@@ -50,7 +51,7 @@ def available_memory() -> int:
     available = system.available_memory()
     for limit, usage in _CGROUP:
         with suppress(OSError, ValueError):
-            available = min(available, int(limit.read_text()) - int(usage.read_text()))
+            available = min(available, int(limit.read_bytes()) - int(usage.read_bytes()))
     return max(available, 0)
 
 
@@ -105,7 +106,7 @@ def _cuda_uuid(index: int) -> str | None:
     """What CUDA's driver calls its GPU ``index`` (``GPU-...``), None without such a GPU."""
     device, raw = ctypes.c_int(), (ctypes.c_ubyte * 16)()
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
+        driver = ctypes.CDLL(CUDA)
         failed = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), index)
         failed = failed or driver.cuDeviceGetUuid(ctypes.byref(raw), device)
         return None if failed else f"GPU-{UUID(bytes=bytes(raw))}"

@@ -187,9 +187,9 @@ def remove(cache: Path, chosen: Sequence[Cached]) -> int:
                     gone = path.with_name(f"{path.name}.replaced")
                     shutil.rmtree(gone, ignore_errors=True)
                     system.move(path, gone)
-                shutil.rmtree(gone)
+                system.patiently(shutil.rmtree, gone)
                 for note in _notes(cache, cached.name):
-                    note.unlink(missing_ok=True)
+                    system.patiently(note.unlink, True)
             except OSError as problem:
                 problem.filename = gone / problem.filename
                 left.append(problem)

@@ -13,7 +13,7 @@ import psutil
 from slotmoe.errors import ConfigError, naming
 from slotmoe.jsonfile import Json
 from slotmoe.sizes import format_size
-from slotmoe.system import move, take_lock
+from slotmoe.system import move, open_file, take_lock
 
 # Network folders whose locks reach a single machine, by type and options of the mount.
 _UNSHARED = re.compile(
@@ -56,14 +56,15 @@ def write_note(path: Path, values: Json) -> None:
     """Replace ``path`` by the JSON of ``values``, whole but not durably.  Raises ``OSError``."""
     fresh = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
     with naming(path):
-        fresh.write_text(json.dumps(values))
+        fresh.write_bytes(json.dumps(values).encode())
     move(fresh, path)
 
 
 def read_note(path: Path) -> Json:
     """What ``write_note`` wrote; nothing if it is not there or damaged."""
     try:
-        values = json.loads(path.read_text())
+        with open(path, "rb", opener=open_file) as file:
+            values = json.loads(file.read())
     except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -226,8 +226,7 @@ class Cache(State, Protocol):
     layers: Tensor
     index_keys: Tensor
 
-    def extend(self, layer: int, count: int) -> Tensor:
-        """The layer's rows with ``count`` more, which the caller writes."""
+    def extend(self, layer: int, count: int) -> Tensor: ...
 
 
 class Tail(Protocol):
@@ -314,8 +313,7 @@ class Step:
 class SlotTable(Protocol):
     """Where experts are: ``slotmoe.quant.backends.base.SlotTable``."""
 
-    def having(self, slots_ME: Tensor) -> "SlotTable":
-        """The table of other layers, int32 [M, E], in the same records."""
+    def having(self, slots_ME: Tensor) -> "SlotTable": ...
 
 
 class Experts(Protocol):
@@ -354,9 +352,7 @@ class Backend(Protocol[W_in]):
     """Multiplies.  ``slotmoe.quant.backends.base.TorchBackend`` says what each operation gives."""
 
     @property
-    def absorbs(self) -> bool:
-        """Whether attention takes the absorbed form always, so that decode and prefill agree."""
-
+    def absorbs(self) -> bool: ...
     def linear(self, x_TK: Tensor, weight: W_in | Tensor) -> Tensor: ...
     def grouped_linear(self, x_TGK: Tensor, weight: W_in) -> Tensor: ...
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor: ...

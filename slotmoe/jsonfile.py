@@ -13,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from slotmoe.errors import ConfigError, SlotmoeError, reading
+from slotmoe.system import open_file
 
 T = TypeVar("T")
 Json = dict[str, Any]  # an object as it comes in or goes out
@@ -28,7 +29,7 @@ def read_file(path: Path, max_bytes: int, error: type[SlotmoeError] = ConfigErro
     with reading(path, error):
         if path.exists() and not path.is_file():  # a pipe would block
             raise error(f"{path}: is not a regular file")
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_file) as file:
             size = os.fstat(file.fileno()).st_size
             data = file.read(min(size, max_bytes) + 1)  # so much memory is taken first
     if len(data) > max_bytes:

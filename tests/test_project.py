@@ -95,6 +95,9 @@ def test_one_package_knows_what_systems_do():
         if path.parent.name != "system":
             assert not imported(path) & names, path
             assert "/proc" not in path.read_text(), path
+            # Text is UTF-8 whatever the system's encoding is.
+            unsaid = r"(\.(read|write)_text\(|\bopen\(.*\"[rwax]\+?\")(?!.*(encoding=|\"utf-8\"))"
+            assert not re.search(unsaid, path.read_text()), path
 
 
 def test_no_import_circles():

@@ -1,12 +1,19 @@
 """What differs between systems: reads past the page cache.  What the system refuses names the file,
 and is not called damage: a bad disk, rights, too many open files."""
 
+import atexit
+import ctypes
 import errno
 import fcntl
 import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import module_from_spec, spec_from_file_location
 from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -151,3 +158,29 @@ def test_stdout_on_a_full_disk():
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert done.stderr == "slotmoe: stdin or stdout: No space left on device\n"
+
+
+def test_windows_tells_of_ctrl_c_in_a_thread_of_its_own(monkeypatch, capfd):
+    """Which does all that there is to do: the main thread waits for a lock meanwhile."""
+    calls, taken = [], []
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(signal, "SIGBREAK", 21, raising=False)
+    monkeypatch.setattr(atexit, "register", lambda *call: None)
+    kernel = SimpleNamespace(SetConsoleCtrlHandler=lambda *given: calls.append(given))
+    kernel.Sleep = calls.append
+    monkeypatch.setattr(ctypes, "WinDLL", lambda name: kernel, raising=False)
+    monkeypatch.setattr(ctypes, "WINFUNCTYPE", lambda *_: lambda function: function, raising=False)
+    monkeypatch.setattr(os, "kill", lambda process, code: sys.exit(code))
+    found = spec_from_file_location("on_windows", Path(system.__path__[0]).parent / "signals.py")
+    signals = module_from_spec(found)
+    found.loader.exec_module(signals)
+    signals.take()
+    ((strike, _),) = calls
+    with ThreadPoolExecutor(1) as pool:
+        with signals.Stopping(taken.append):
+            assert pool.submit(strike, 2).result(60) and taken == [signal.SIGBREAK]
+            assert calls[1:] == [-1]  # a closed window waits until the process has ended
+        for event, code in ((0, 130), (0, 130), (5, 149)):  # the second while the first writes
+            with pytest.raises(SystemExit, match=str(code)):
+                pool.submit(strike, event).result(60)
+    assert capfd.readouterr().err.count("interrupted") == 1

@@ -92,8 +92,9 @@ def _system() -> Check:
     found = f"{name} {platform.release()}, {platform.machine()}; Python {python}"
     if name == "Linux":
         return Check("system", "ok", f"slotmoe {__version__}; {found}")
-    state = "note" if name == "Darwin" else "bad"
-    return Check("system", state, found, "slotmoe is tested on Linux alone; see docs/install.md")
+    tested = "Windows under Wine alone" if name == "Windows" else "Linux alone"
+    state = "note" if name in ("Darwin", "Windows") else "bad"
+    return Check("system", state, found, f"slotmoe is tested on {tested}; see docs/install.md")
 
 
 def _processor() -> Check:
@@ -179,7 +180,7 @@ def _memory() -> Iterator[Check]:
     yield Check("RAM", "ok", f"{free} free of {format_size(total)}{limit}{_stored('ram')}")
     huge, advice = "unknown", f"echo madvise > {_HUGE_PAGES}, as root"
     with suppress(OSError):
-        huge = re.findall(r"\[(\w+)\]", _HUGE_PAGES.read_text())[0]
+        huge = re.findall(r"\[(\w+)\]", _HUGE_PAGES.read_text(encoding="utf-8"))[0]
     found = f"{PAGESIZE} bytes; transparent huge pages: {huge}"
     yield Check("pages", *(("note", found, advice) if huge == "never" else ("ok", found)))
 

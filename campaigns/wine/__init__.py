@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from campaigns.runner import Attack
-from campaigns.wine import commands, files
+from campaigns.wine import commands, console, files, live
 from campaigns.wine.environment import Pair, made
 
 # By part: ``part(pair, aim)`` gives its report.
-PARTS = {**commands.PARTS, **files.PARTS}
+PARTS = {**commands.PARTS, **console.PARTS, **files.PARTS, **live.PARTS}
 
 
 @contextmanager
@@ -34,4 +34,4 @@ WINE = {"type": Path, "metavar": "FOLDER", "default": Path(HOME)}
 WINE["help"] = f"of the Windows Python [$SLOTMOE_WINE, or {HOME}]"
 WHEEL = {"type": Path, "metavar": "FILE", "help": "to install [what scripts/wheels makes]"}
 OPTIONS = {"wine": WINE, "wheel": WHEEL}
-ATTACK = Attack(run, PARTS, "kills", 12, prepare=prepare, options=OPTIONS)
+ATTACK = Attack(run, PARTS, "kills", 8, prepare=prepare, options=OPTIONS)

@@ -27,36 +27,32 @@ def run(pair, aim):
         wanted, found = (system.run(*words) for system in pair.systems)
         if found[:2] != wanted[:2] or found[0]:
             wrong.append(f"{' '.join(map(str, how))}: {found}, and on Linux {wanted}")
+    shutil.copytree(export, pair.folder / STRANGE / export.name)
+    words = "run", pair.folder / STRANGE / export.name, STRANGE, "-n", 9, "--json"
+    texts = [json.loads(out) for _, out, _ in pair.commands(*words)]
+    if len({json.dumps([text[name] for name in COMPUTED]) for text in texts}) > 1:
+        wrong.append(f"in a strange folder: {texts}")
     sets = []
     for name in SETS:
-        found = [_computed(system, name, export) for system in pair.systems]
+        found = [_computed(pair.worker(system), name, export) for system in pair.systems]
         if found[0] != found[1]:
             wrong.append(f"{name}: {found}")
         elif found[0] is not None:
             sets.append(name)
     if not sets:
         wrong.append("no instruction set")
-    shutil.copytree(export, pair.folder / STRANGE / export.name)
-    words = "run", pair.folder / STRANGE / export.name, STRANGE, "-n", 9, "--json"
-    texts = [json.loads(out) for _, out, _ in pair.commands(*words)]
-    if len({json.dumps([text[name] for name in COMPUTED]) for text in texts}) > 1:
-        wrong.append(f"in a strange folder: {texts}")
     return {"sets": sets, "wrong": wrong}
 
 
-def _computed(system, instructions, export):
+def _computed(worker, instructions, export):
     """What the kernels of an instruction set compute, or None where this machine has them not."""
-    worker = system.worker(SLOTMOE_INSTRUCTIONS=instructions)
-    try:
-        words = "run", export, PROMPT, "-n", 40, "--json", "--threads", 2, "--temperature", 0.7
-        code, out, _ = worker.command(*words, "--seed", 3)
-        if code:
-            return None
-        text = json.loads(out)
-        digest = worker.ask("logits", model=export, count=100, context=256)
-        return [digest, *(text[name] for name in COMPUTED)]
-    finally:
-        worker.close()
+    if not worker.ask("choose", instructions=instructions):
+        return None
+    words = "run", export, PROMPT, "-n", 40, "--json", "--threads", 2, "--temperature", 0.7
+    code, out, error = worker.command(*words, "--seed", 3)
+    assert code == 0, error
+    digest = worker.ask("logits", model=export, count=100, context=256)
+    return [digest, *(json.loads(out)[name] for name in COMPUTED)]
 
 
 # Paths of numbers in reports that hang on speed, on chance, or on what a process takes.

@@ -22,9 +22,9 @@ PINS = {"torch": "2.13.0", "numpy": "2.1.3", "colorama": "0.4.6"}  # colorama: o
 # The others, as requirements.lock has them: what slotmoe, its server and its chat need.
 LOCKED = """annotated-doc annotated-types anyio certifi click fastapi filelock fsspec h11 hf-xet
 httpcore2 httpx2 huggingface_hub idna Jinja2 llguidance markdown-it-py MarkupSafe mdurl mpmath
-msgspec networkx packaging pip prometheus_client prompt_toolkit psutil pydantic pydantic_core
-Pygments PyYAML rich safetensors setuptools sniffio starlette sympy tokenizers tqdm truststore
-typing-inspection typing_extensions uvicorn wcwidth xxhash""".split()
+msgspec networkx opentelemetry-api packaging pip prometheus_client prompt_toolkit psutil pydantic
+pydantic_core Pygments PyYAML rich safetensors setuptools sniffio starlette sympy tokenizers tqdm
+truststore typing-inspection typing_extensions uvicorn wcwidth xxhash""".split()
 # torch's OpenMP asks for NUMA masks that Wine lacks.
 VARIABLES = {"WINEDEBUG": "-all", "KMP_AFFINITY": "disabled", "OMP_NUM_THREADS": "2"}
 NO_WINE = "this campaign needs Wine 10, as program wine (Debian: apt-get install wine wine64)"

@@ -11,7 +11,9 @@ import traceback
 from pathlib import Path
 
 from slotmoe import system
+from slotmoe.errors import ConfigError
 from slotmoe.offload.runtime import Runtime
+from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.tools.cli import main
 
 _held = []
@@ -65,6 +67,17 @@ def number():
 def end(process):
     """End another process; on Windows by TerminateProcess."""
     os.kill(process, 9)
+
+
+def choose(instructions):
+    """Let models that are opened from now on compute with these; whether the machine has them."""
+    os.environ[bindings.INSTRUCTIONS] = instructions
+    bindings.load.cache_clear()
+    try:
+        bindings.load()
+    except ConfigError:
+        return False
+    return True
 
 
 def logits(model, count, **options):

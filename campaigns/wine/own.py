@@ -48,7 +48,7 @@ def mode(handle):
 
 
 def opened(path):
-    handle = os.open(path, os.O_RDONLY | system.FILE)
+    handle = system.open_file(path, os.O_RDONLY)
     system.use_page_cache(handle)
     return handle
 

@@ -51,7 +51,7 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
         try:
             for file in headers:
                 with reading(self.folder / file, CheckpointError):
-                    self._files[file] = os.open(self.folder / file, os.O_RDONLY | system.FILE)
+                    self._files[file] = system.open_file(self.folder / file, os.O_RDONLY)
         except CheckpointError:
             self.close()
             raise
@@ -86,7 +86,7 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
         if any(info not in header for info in self._stored if info.file == file):
             problem = f"its header is not the one that {file} had before"
             raise CheckpointError(f"{path}: {problem}; download this file again")
-        usual, self._files[file] = self._files[file], os.open(path, os.O_RDONLY | system.FILE)
+        usual, self._files[file] = self._files[file], system.open_file(path, os.O_RDONLY)
         try:
             yield
         finally:

@@ -25,9 +25,8 @@ from slotmoe.errors import CLOSED, ConfigError
 from slotmoe.model.generate import Delta
 from slotmoe.offload.devices.pages import give_back_memory
 from slotmoe.offload.engine.batch import Batch, UnwantedError
-from slotmoe.offload.engine.forced import Forced
 from slotmoe.offload.engine.loading import LoadedModel
-from slotmoe.offload.engine.requests import Request, wait_for
+from slotmoe.offload.engine.requests import Forced, Request, wait_for
 from slotmoe.offload.experts.disk import STUCK_SECONDS
 from slotmoe.signals import block
 from slotmoe.system import bind

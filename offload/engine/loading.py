@@ -1,9 +1,9 @@
 """Opening a model: what is asked for becomes a plan, and the plan's parts are made and filled."""
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ from slotmoe.sizes import format_size, parse_size, rounded_down
 from slotmoe.system import choose_placement
 
 FREE_SHARE = 0.9  # of what is free, where no budget is given
+Store: TypeAlias = DiskReader | HostTier
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class LoadedModel:
     options: Options
     draft: tuple[str, str]
     sizes: Sizes | None = None
-    store: DiskReader | HostTier | None = None
+    store: Store | None = None
     head: MtpHead[Prepared] | None = None
 
     @property
@@ -152,7 +153,7 @@ class _Loader:
             advice = "slotmoe quantize with --keep-mtp or --calibrate TEXT makes one"
             raise ConfigError(f"{self._folder}: {problem}; {advice}")
         codecs = memory.default_codecs(self._config)
-        plan = self._plan(sizes_of(self._config, "int8", codecs), self.budget)
+        plan = self._make_plan(sizes_of(self._config, "int8", codecs), self.budget)
         self._draft(1 + plan.drafted)
         self._refuse(plan)
 
@@ -235,7 +236,7 @@ class _Loader:
             raise ConfigError(f"draft {asked}: {problem}; leave it out")
         return "off", problem
 
-    def _plan(self, sizes: Sizes, budget: int) -> Plan:
+    def _make_plan(self, sizes: Sizes, budget: int) -> Plan:
         """The plan for an export of those sizes; for a budget of 0 the least one."""
         self._sizes, options = sizes, self._options
         return make_plan(
@@ -255,6 +256,7 @@ class _Loader:
 
     def _check(self, plan: Plan) -> None:
         """Refuse a plan before anything is read, or say where threads run and memory lies."""
+        self._plan = plan
         self._device.placement = choose_placement(self._refuse(plan), self._options.threads)
         self._backend.run_on(self._device.placement)
 
@@ -277,7 +279,7 @@ class _Loader:
         """What to do where ``free`` bytes of the GPU are too few for the budget.  Graphs, kernels
         and gaps between tensors need some beside the plan."""
         most, advice = int(min(free, self.budget) * FREE_SHARE), "end the programs that use it"
-        if self._sizes is None or self._plan(self._sizes, 0).total > most:
+        if self._sizes is None or self._make_plan(self._sizes, 0).total > most:
             return f"{advice}, lower --context, or quantize with --resident mixed"
         return f"give --vram {rounded_down(most)} or less, or {advice}"
 
@@ -293,7 +295,7 @@ class _Loader:
             backend = self._backend
             resident = export.manifest["quantization"]["resident"]
             sizes = sizes_of(config, resident, export.layout.codecs, export.predictor_bytes)
-            plan = self._plan(sizes, self.budget)
+            plan = self._make_plan(sizes, self.budget)
             self._check(plan)
             place = self._placer()
             predictor = None
@@ -303,16 +305,23 @@ class _Loader:
                 if config.mtp:  # the predictor does not know the head's experts
                     E = config.n_routed_experts
                     self._popularity = self._popularity + [config.num_experts_per_tok / E] * E
-            store = self._store(export, plan)
+            # Where everything fits each is read once: what is in the page cache is welcome.
+            direct = max(plan.slots, plan.host_slots) < len(config.moe_layers) * export.experts
+            store: Store
+            if device.tier == "ram":
+                store = DiskReader(export, direct)
+            else:
+                cache = self._cache(plan.host_slots)
+                store = HostTier(export, direct, cache, plan.host_staging, device)
             opened.callback(store.close)
             weights = load_resident(export, resident_shapes(config), place)
             guesses = predictor or NextGate(replace(config, mtp=False), weights, backend)
             names = (layer_tensor(layer, EXPERTS_OF) for layer in range(config.num_hash_layers))
             tables = [as_tensor(weights[name]).cpu() for name in names]
-            experts = self._experts(export, plan, store, guesses, tables)
+            experts = self._experts(export, store, guesses, tables)
             opened.callback(experts.slots.close)
             network = Network(config, weights, backend, experts, PREFILL_CHUNK)
-            experts.substitution = self._substitution(network, predictor, plan)
+            experts.substitution = self._substitution(network, predictor)
             head = MtpHead(network, weights, experts, PREFILL_CHUNK) if config.mtp else None
             states = [
                 new_state(config, self._context, backend.latent_row, device.empty)
@@ -325,7 +334,7 @@ class _Loader:
             )  # fmt: skip
 
     def _substitution(
-        self, network: Network[Prepared], predictor: Predictor | None, plan: Plan
+        self, network: Network[Prepared], predictor: Predictor | None
     ) -> Substitution | None:
         """What spends the route budget, if one is given and not all experts get slots."""
         config, budget = self._config, self._options.route_budget
@@ -335,7 +344,7 @@ class _Loader:
             needs = "route_budget needs what a swap of experts costs, which was not measured"
             advice = "slotmoe quantize MODEL EXPORT --calibrate TEXT does that"
             raise ConfigError(f"{self._folder}: {needs}: {advice}")
-        if plan.slots == len(config.moe_layers) * config.n_routed_experts:
+        if self._plan.slots == len(config.moe_layers) * config.n_routed_experts:
             return None
         chooser = RouteBudget(predictor.swap_prices, budget, config.num_experts_per_tok)
         return Substitution(network, self._device, chooser)
@@ -381,25 +390,11 @@ class _Loader:
         policy = asked if slots < layers * experts else "lru"
         return make_cache(policy, slots, layers, experts, self._popularity)
 
-    def _store(self, export: Export, plan: Plan) -> DiskReader | HostTier:
-        """What slots get records from."""
-        # Where everything fits each is read once: what is in the page cache is welcome.
-        direct = max(plan.slots, plan.host_slots) < len(self._config.moe_layers) * export.experts
-        if self._device.tier == "ram":
-            return DiskReader(export, direct)
-        cache = self._cache(plan.host_slots)
-        return HostTier(export, direct, cache, plan.host_staging, self._device)
-
     def _experts(
-        self,
-        export: Export,
-        plan: Plan,
-        store: DiskReader | HostTier,
-        predictor: NextGate | Predictor,
-        tables: Sequence[Tensor],
+        self, export: Export, store: Store, predictor: NextGate | Predictor, tables: list[Tensor]
     ) -> Experts:
         """The slots over ``store``, what reads ahead if that can pay, and the CPU's part."""
-        options, device, config = self._options, self._device, self._config
+        options, device, config, plan = self._options, self._device, self._config, self._plan
         size, top_k = plan.record_bytes, config.num_experts_per_tok
         layers, experts = len(config.moe_layers), export.experts
         slots = Slots(store, self._cache(plan.slots), plan.staging, top_k, size, device)

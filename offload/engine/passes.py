@@ -53,9 +53,8 @@ class Passes:
         model, drafting = self._model, self.drafting
         if model.head is None or drafting is None:
             return [Sequence(state, None) for state in model.states]
-        return [
-            Sequence(state, HeadDrafts(model, self.compute, drafting)) for state in model.states
-        ]
+        heads = (HeadDrafts(model, self.compute, drafting) for _ in model.states)
+        return [*map(Sequence, model.states, heads)]
 
     def run(self, rows: Sequenced[Row]) -> None:
         """A pass over ``rows`` and drafts; where it reads a prompt, its seconds are of prefill."""
@@ -116,11 +115,14 @@ class Passes:
         def step() -> Tensor:
             for row in rows:
                 row.sequence.state.cut(row.sequence.length)
-            guesses = model.experts.begin(len(ids_T), len(rows))
-            if model.experts.lookahead is not None:
-                model.experts.lookahead.read_tables([*chain.from_iterable(ids)])
-            if guesses:
-                self._guess_token(rows[0].sequence, ids_T)
+            guesses, ahead = model.experts.begin(len(ids_T), len(rows)), model.experts.lookahead
+            if ahead is not None:
+                ahead.read_tables([*chain.from_iterable(ids)])
+                hidden_RD = rows[0].sequence.hidden_RD
+                if guesses and hidden_RD is not None:  # the token, and the hidden state before it
+                    embedding_1D = model.backend.embed(ids_T, model.network.embed_tokens)
+                    last_1D = model.network.collapse(hidden_RD[-1:])
+                    ahead.guess_token(embedding_1D[0], last_1D[0])
             return model.network.forward(ids_T, states, counts)
 
         hidden_TD = self.compute(step)
@@ -139,13 +141,3 @@ class Passes:
         parts = logits_RV.split([*map(len, wanted)])
         for row, part_RV in zip((row for row in rows if row.wanted), parts, strict=True):
             row.logits_RV = part_RV
-
-    def _guess_token(self, sequence: Sequence, ids_1: Tensor) -> None:
-        """Let the lookahead guess a token's experts, from it and the hidden state before it."""
-        model, hidden_RD = self._model, sequence.hidden_RD
-        if hidden_RD is None:
-            return
-        assert model.experts.lookahead is not None
-        embedding_1D = model.backend.embed(ids_1, model.network.embed_tokens)
-        last_1D = model.network.collapse(hidden_RD[-1:])
-        model.experts.lookahead.guess_token(embedding_1D[0], last_1D[0])

@@ -8,7 +8,7 @@ import math
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from slotmoe.errors import CLOSED, ConfigError
 from slotmoe.model.generate import Answer, Delta, Token
-from slotmoe.offload.engine.forced import Forced
 
 # A wait is a loop of waits of so many seconds: some systems let no signal end a wait for a lock,
 # and none lets one that came just before it began.
@@ -27,6 +26,33 @@ _WAIT_SECONDS = 0.1
 # for each costs the engine's thread, which shares Python's lock with it, 40 us.
 _TOGETHER_SECONDS, _TOGETHER_SHARE = 0.005, 0.05
 T = TypeVar("T")
+
+
+class Forced:
+    """A ``Sampler`` of known ``ids``, decoded as if a model had chosen them.  It notes one more
+    than these: the ``moments`` (of ``time.perf_counter()``) at which it could choose, and if it
+    ``keeps`` them logits, float32 [vocab_size]."""
+
+    def __init__(self, ids: Sequence[int], keeps: bool = False):
+        self.ids: list[int] = []
+        self._left, self._keeps = deque(ids), keeps
+        self.moments: list[float] = []
+        self.logits: list[Tensor] = []
+
+    def score(self, token_id: int, logits_V: Tensor | None) -> None:
+        """Its prompt is never scored."""
+
+    def take(self, logits_V: Tensor) -> Delta:
+        self.moments.append(time.perf_counter())
+        if self._keeps:
+            self.logits.append(logits_V.clone())
+        if not self._left:
+            return self.end("length")
+        self.ids.append(self._left.popleft())
+        return Delta("", ())
+
+    def end(self, finish: str, error: str = "") -> Delta:
+        return Delta("", (), finish, error=error)
 
 
 Sampler: TypeAlias = Answer | Forced

@@ -138,7 +138,7 @@ class _Transfer:
                 for part, count in pairs:
                     part.at += count
                 return
-        self._incomplete.unlink(missing_ok=True)
+        system.patiently(self._incomplete.unlink, True)
 
     async def run(self) -> str:
         """Returns the checksum, and names the file if that is right."""
@@ -163,8 +163,8 @@ class _Transfer:
             system.move(self._incomplete, self._path)
             sync_folder(self._path.parent)
         else:
-            self._incomplete.unlink()
-        self._note.unlink(missing_ok=True)
+            system.patiently(self._incomplete.unlink)
+        system.patiently(self._note.unlink, True)
         return checksum
 
     async def _receive(self, handle: int) -> None:

@@ -151,10 +151,11 @@ class HubShards:
             data += await span(name, len(data), min(length, size))
         temporary = path.with_name(name + ".tmp")
         with open(temporary, "wb") as file:
+            system.keep_sparse(file.fileno())
             file.write(data[:length])
             file.truncate(size)
         if system.bytes_on_disk(temporary) > max(size // 2, length + (1 << 20)):
-            temporary.unlink()
+            system.patiently(temporary.unlink)
             problem = "the file system keeps no sparse files; choose a destination on another"
             raise ExportError(f"{path.parent}: {problem}")
         system.move(temporary, path)
@@ -232,13 +233,13 @@ class HubShards:
         if self.kept is not None and path.suffix == ".safetensors":
             system.move(path, self.kept / path.name)
         else:
-            path.unlink()
+            system.patiently(path.unlink)
 
 
 def _copy(source: Path, destination: Path) -> None:
     """``destination`` appears when it is whole; big files are linked if they can be."""
     temporary = destination.with_name(destination.name + ".tmp")
-    temporary.unlink(missing_ok=True)
+    system.patiently(temporary.unlink, True)
     try:
         os.link(os.path.realpath(source), temporary)
     except OSError:
@@ -328,7 +329,8 @@ def _clear(download: Path) -> None:
     """Remove what a run made, and refuse to touch anything else."""
     why = "which no download makes, so it is never emptied"
     output_dir.refuse_foreign(download, ("plan.json", "headers", "weights"), why)
-    (download / "plan.json").unlink(missing_ok=True)  # first: it vouches for the others
+    # First what vouches for the others.
+    system.patiently((download / "plan.json").unlink, True)
     output_dir.empty(download)
 
 

@@ -116,9 +116,9 @@ def refuse_foreign(folder: Path, ours: Collection[str], why: str) -> None:
 def empty(folder: Path) -> None:
     for path in list(folder.iterdir()):
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            system.patiently(shutil.rmtree, path)
         else:
-            path.unlink()
+            system.patiently(path.unlink)
 
 
 def make_cache(cache: Path) -> None:

@@ -124,7 +124,7 @@ def quantize(
             wanted = {folder / name for name in (MANIFEST, *manifest["files"])}
             for path in list(folder.rglob("*")):  # the state, and what kills left half-written
                 if path.is_file() and path not in wanted:
-                    path.unlink()
+                    system.patiently(path.unlink)
             for changed in (folder / EXPERTS, folder):
                 writer.sync_folder(changed)
             with Export.open(folder) as export:  # before it replaces anything
@@ -209,7 +209,7 @@ class _Job:
             replace_files(destination, manifest, self.partial, self.write(names))
         if predictors:
             remove_predictors(destination, manifest, predictors)
-        shutil.rmtree(self.partial)
+        system.patiently(shutil.rmtree, self.partial)
         return manifest
 
     def load_state(self, overwrite: bool) -> None:

@@ -61,4 +61,4 @@ def remove_predictors(destination: Path, manifest: Json, names: Collection[str])
     manifest["checksum"] = manifest_checksum(manifest)
     write_json(destination / MANIFEST, manifest)
     for name in names:
-        (destination / name).unlink(missing_ok=True)
+        system.patiently((destination / name).unlink, True)

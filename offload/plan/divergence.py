@@ -12,7 +12,7 @@ from slotmoe.quant.codecs.codec import KEPT_CODECS
 @cache
 def measured() -> Json:
     """All of it: ``rows``, and points of ``llama.cpp``, whose ``origin`` is what measured them."""
-    found: Json = json.loads(Path(__file__).with_name("divergence.json").read_text())
+    found: Json = json.loads(Path(__file__).with_name("divergence.json").read_bytes())
     return found
 
 

@@ -351,7 +351,7 @@ class BlockFolder:
 
     def _unlink(self, path: Path) -> bool:
         try:
-            path.unlink()
+            system.patiently(path.unlink)
             return True
         except OSError as problem:
             if not isinstance(problem, FileNotFoundError):  # a reader drops a damaged one
@@ -382,7 +382,7 @@ def write_private(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Replace ``path`` by the ``parts`` after each other, durably and never half, for this user
     alone; only one process may write it at a time.  Raises ``OSError``."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    temporary_name(path).unlink(missing_ok=True)
+    system.patiently(temporary_name(path).unlink, True)
     alone = os.O_EXCL | system.NO_LINK
     replace_file(path, *parts, opener=lambda name, flags: os.open(name, flags | alone, 0o600))
 
@@ -408,7 +408,7 @@ def _tokens(entry: Entry) -> list[int]:
 
 
 def _no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | system.NO_LINK)
+    return system.open_file(path, flags | system.NO_LINK)
 
 
 def shared_prefix(cached: list[int], prompt: list[int]) -> int:

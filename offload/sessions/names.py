@@ -22,10 +22,11 @@ from slotmoe.offload.sessions import blocks
 from slotmoe.offload.sessions.blocks import BlockFolder, make_private
 from slotmoe.offload.shared_files import check_removed
 from slotmoe.quant.export.layout import checksum
-from slotmoe.system import take_lock
+from slotmoe.system import patiently, take_lock
 
 _VERSION = 1
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_DEVICES = r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)(\.|$))"  # that Windows opens in place of a file
+_NAME = re.compile(_DEVICES + r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_BYTES = 64 << 20
 
 _Message = TypedDict("_Message", {"role": str, "content": str})
@@ -127,8 +128,8 @@ def remove(folder: Path, names: Sequence[str]) -> int:
         for name in names:
             path = folder / "names" / f"{name}.json"
             try:
-                path.unlink()
-                path.with_suffix(".lock").unlink(missing_ok=True)
+                patiently(path.unlink)
+                patiently(path.with_suffix(".lock").unlink, True)
             except OSError as problem:
                 stuck.append(problem)
         left = [session.saved for session in listing(folder) if session.saved is not None]

@@ -173,7 +173,7 @@ class TorchBackend:
     def rotations(self, positions_T: Tensor, frequencies_C: Tensor, scale: float = 1.0) -> Tensor:
         """What rotates the pairs at each position, complex [T, C], times ``scale``; on a CPU with
         the kernels the same bits on every system."""
-        if positions_T.is_cpu and (native := bindings.load()) is not None:
+        if positions_T.device.type == "cpu" and (native := bindings.load()) is not None:
             return native.rotations(positions_T, frequencies_C, scale)
         angles_TC = positions_T[:, None] * frequencies_C
         return torch.polar(torch.full_like(angles_TC, scale), angles_TC)

@@ -267,7 +267,7 @@ class TritonBackend(TorchBackend):
     def outputs(self, x_TD: Tensor, indices_TK: Tensor) -> Tensor:
         (T, D), K = x_TD.shape, indices_TK.shape[1]
         if T <= ROWS:
-            return self.few.outputs(T, D, K)
+            return self.few.buffers("outputs", T, K, D)
         return super().outputs(x_TD, indices_TK)
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:

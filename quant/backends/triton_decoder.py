@@ -130,7 +130,7 @@ class TritonDecoder:
         """A step begins.  Values change by kernels alone."""
         buffers, T = self._few.buffers, len(step.h_TD)
         self._location.tell(cast(Sequence[Cache], step.caches), step.counts)
-        _rope(buffers, T, step.rope_TC.shape[1]).copy_(step.rope_TC)
+        buffers("rope", T, step.rope_TC.shape[1], dtype=torch.complex64).copy_(step.rope_TC)
         if step.query_scale_T is not None:
             buffers("query scale", T).copy_(step.query_scale_T)
 
@@ -153,7 +153,7 @@ class TritonDecoder:
             elif table is None:
                 return Gone(Pending(index, after.x_TD, *choice), h_TD, None)
             else:
-                y_TKD, slots_E = self._few.outputs(T, self._D, K), table.slots_ME[chosen]
+                y_TKD, slots_E = buffers("outputs", T, K, self._D), table.slots_ME[chosen]
                 routed = Routed(after.x_TD, table.records, slots_E, choice[1], y_TKD)
                 h_TD = layer.end(after, routed, weights_TK, out_TD)
                 chosen += 1
@@ -238,6 +238,7 @@ class _Layer:
     def _attend(self, q: Tensor, latent: Tensor, index: int, o_TX: Tensor) -> None:
         """From the projections to each head's value, through the cache."""
         buffers, (H, N, P, R, V), T = self._buffers, self._geometry[:5], len(q)
+        rope_TC = buffers("rope", T, P // 2, dtype=torch.complex64)
         located, splits = self._located, mla.SPLITS.value
         q_THW = buffers("queries", T, H, R + P)
         sums = [buffers(f"splits {width}", T, H, splits, width) for width in (R, 1)]
@@ -245,7 +246,7 @@ class _Layer:
         _, kv_b, scale, _ = operand(self._attention.kv_b_proj)
         BR, BV, scaled = 64, 16, scale is not None
         mla.queries[(T, triton.cdiv(R, BR), H + 1)](
-            q, q.stride(0), latent, latent.stride(0), torch.view_as_real(_rope(buffers, T, P // 2)),
+            q, q.stride(0), latent, latent.stride(0), torch.view_as_real(rope_TC),
             buffers("query scale", T), self._attention.kv_a_layernorm, self._geometry.latent_eps,
             kv_b, scale, located, index, q_THW, H, N, P, R, N + V,
             SCALED=scaled, HALVES=self._geometry.halves, WIDTH=power(N), BR=BR, LATENT=power(R),
@@ -259,8 +260,3 @@ class _Layer:
             *sums, located, kv_b, scale, o_TX, H, N, V, R,
             SCALED=scaled, LATENT=power(R), BV=BV,
         )  # fmt: skip
-
-
-def _rope(buffers: Buffers, T: int, C: int) -> Tensor:
-    """What rotates each token's pairs."""
-    return buffers("rope", T, C, dtype=torch.complex64)

@@ -25,17 +25,15 @@ class Buffers:
         self._device = device
         self._kept: dict[tuple[str, int, tuple[int, ...]], Tensor] = {}
 
-    def __call__(
-        self, name: str, T: int, *shape: int, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def __call__(self, key: str, T: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """[T, *shape], the same memory for each T."""
-        if (name, T, shape) not in self._kept:
+        if (key, T, shape) not in self._kept:
             if T < launch.ROWS:
-                made = self(name, launch.ROWS, *shape, dtype=dtype)[:T]
+                made = self(key, launch.ROWS, *shape, dtype=dtype)[:T]
             else:
                 made = torch.zeros(T, *shape, dtype=dtype, device=self._device)
-            self._kept[name, T, shape] = made
-        return self._kept[name, T, shape]
+            self._kept[key, T, shape] = made
+        return self._kept[key, T, shape]
 
 
 class FewExperts:
@@ -49,10 +47,6 @@ class FewExperts:
         self.shared: Shared | None = None
         self.awaited: tuple[Pending, Shared | None] | None = None
         self._graphs: dict[tuple[int, ...], Captured[None]] = {}
-
-    def outputs(self, T: int, D: int, K: int) -> Tensor:
-        """See ``TorchBackend.outputs``."""
-        return self.buffers("outputs", T, K, D)
 
     def __call__(self, routed: Routed, limit: float) -> None:
         """See ``TorchBackend.experts``."""

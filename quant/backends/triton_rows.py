@@ -215,10 +215,8 @@ def weighted_sum(y_TKD: Tensor, weights_TK: Tensor, out_TD: Tensor) -> Tensor:
 
 def finish(routed_TD: Tensor, shared_TD: Tensor | None, h_TD: Tensor, out_TD: Tensor) -> Tensor:
     """``out = h + (routed + shared)``."""
-    count, block = out_TD.numel(), 512
-    rows.finish[(triton.cdiv(count, block),)](
-        routed_TD, shared_TD, h_TD, out_TD, count, BLOCK=block
-    )
+    size, block = out_TD.numel(), 512
+    rows.finish[(triton.cdiv(size, block),)](routed_TD, shared_TD, h_TD, out_TD, size, BLOCK=block)
     return out_TD
 
 

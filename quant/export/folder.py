@@ -31,7 +31,7 @@ class Folder:
         """Open a file inside the folder and check its size."""
         try:
             path = regular_file(self.path, name.removeprefix(self._inside))
-            handle = os.open(path, os.O_RDONLY | system.FILE)
+            handle = system.open_file(path, os.O_RDONLY)
             system.use_page_cache(handle)
         except OSError as problem:
             what = f"can't be opened ({problem.strerror})"

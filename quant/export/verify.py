@@ -13,6 +13,7 @@ from slotmoe.jsonfile import Json
 from slotmoe.quant.codecs.weight import possible_scales
 from slotmoe.quant.export.layout import COPIED, EXPERTS, PROJECTIONS, tensor_parts
 from slotmoe.quant.export.validate import manifest_layout, regular_file
+from slotmoe.system import open_file
 
 Span = tuple[int, int]
 _PIECE = 4 << 20
@@ -25,7 +26,7 @@ def span_checksums(
     may nest or overlap.  ``advance`` is called with the position after each read."""
     whole, digests, position = xxhash.xxh3_128(), [xxhash.xxh3_128() for _ in spans], 0
     starts, stops = np.array(spans, np.int64).reshape(-1, 2).T
-    with naming(path), open(path, "rb", buffering=0) as file:
+    with naming(path), open(path, "rb", buffering=0, opener=open_file) as file:
         while piece := file.read(_PIECE):
             data, end = memoryview(piece), position + len(piece)
             whole.update(data)
@@ -87,7 +88,7 @@ def _impossible_scales(path: Path, name: str, manifest: Json) -> str | None:
         return None
     layout, entry = manifest_layout(manifest), manifest["files"][name]
     levels = layout.levels()
-    with naming(path), open(path, "rb") as file:
+    with naming(path), open(path, "rb", opener=open_file) as file:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     records = torch.frombuffer(memory, dtype=torch.uint8, offset=entry["header_bytes"])
     for expert, record in enumerate(records.view(-1, layout.record_bytes)):

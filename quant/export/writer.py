@@ -138,7 +138,7 @@ def replace_file(
         publish_file(path)
     except BaseException:
         with suppress(OSError):
-            fresh.unlink(missing_ok=True)
+            system.patiently(fresh.unlink, True)
         raise
 
 
@@ -162,13 +162,13 @@ def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> None:
                 entry = file.finish()
             publish_file(path)
         finally:
-            temporary_name(path).unlink(missing_ok=True)
+            system.patiently(temporary_name(path).unlink, True)
         files = {name: old for name, old in manifest["files"].items() if not is_predictor(name)}
         manifest["files"] = dict(sorted({**files, path.name: entry}.items()))
         manifest["checksum"] = manifest_checksum(manifest)
         write_json(folder / layout.MANIFEST, manifest)
         for old in folder.iterdir():
             if is_predictor(old.name.removesuffix(".tmp")) and old.name != path.name:
-                old.unlink()
+                system.patiently(old.unlink)
     finally:
         os.close(lock)

@@ -22,8 +22,10 @@ if sys.platform == "win32":
 else:
     from slotmoe.system import posix as own
 
-FILE, NO_LINK, MEMORY, ROOM = own.FILE, own.NO_LINK, own.MEMORY, own.ROOM
-bytes_on_disk = own.bytes_on_disk
+NO_LINK, CACHES, CUDA = own.NO_LINK, own.CACHES, own.CUDA
+MEMORY, ROOM = own.MEMORY, own.ROOM
+open_file, patiently = own.open_file, own.patiently
+bytes_on_disk, keep_sparse = own.bytes_on_disk, own.keep_sparse
 bypass_page_cache, use_page_cache = own.bypass_page_cache, own.use_page_cache
 read_at, write_at, move, sync_folder = own.read_at, own.write_at, own.move, own.sync_folder
 processor_name = own.processor_name

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from subprocess import Popen
 from threading import Timer
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
@@ -22,11 +22,24 @@ assert sys.platform != "win32"
 
 CPUINFO = Path("/proc/cpuinfo")
 TOO_LONG, NO_READER = -signal.SIGPROF, None  # see ``windows``
-FILE, NO_LINK = 0, os.O_NOFOLLOW  # flags that open a file as it is, through a link and not
+NO_LINK = os.O_NOFOLLOW  # a flag that opens a file as it is, and through no link
 # Which of psutil's figures a budget is for, and bytes of ``private_pages`` that may be left over.
 MEMORY, ROOM = "rss", 64 << 20
+CACHES, CUDA = "~/.cache", "libcuda.so.1"  # where programs keep things; the GPU's driver
+
+T = TypeVar("T")
 
 # Files
+
+
+def open_file(path: Path | str, flags: int) -> int:
+    """A handle of a file that others may replace or remove meanwhile."""
+    return os.open(path, flags)
+
+
+def patiently(act: Callable[..., T], *arguments: Any) -> T:
+    """What ``act`` returns, which removes or moves a file that others may have open."""
+    return act(*arguments)
 
 
 def read_at(handle: int, memory: memoryview, offset: int) -> int:
@@ -107,6 +120,10 @@ def _set_direct(handle: int, on: bool) -> None:
         return
     flags = fcntl.fcntl(handle, fcntl.F_GETFL)
     fcntl.fcntl(handle, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
+
+
+def keep_sparse(handle: int) -> None:
+    """Let parts of a file that are never written need no room, if the file system has that."""
 
 
 def bytes_on_disk(path: Path) -> int:

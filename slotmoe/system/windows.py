@@ -18,28 +18,33 @@ from functools import cache
 from pathlib import Path
 from subprocess import Popen
 from threading import Timer
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
 assert sys.platform == "win32"
 
-FILE = NO_LINK = os.O_BINARY | os.O_NOINHERIT  # links need rights that few have
+NO_LINK = os.O_BINARY | os.O_NOINHERIT  # links need rights that few have
 MEMORY, ROOM = "pagefile", 64 << 10  # memory counts when it is promised, not when written
+CACHES, CUDA = os.environ.get("LOCALAPPDATA") or "~/AppData/Local", "nvcuda.dll"
 _KERNEL = ctypes.WinDLL("kernel32", use_last_error=True)
-_KERNEL.ReOpenFile.restype = _KERNEL.GetStdHandle.restype = c_void_p
+_KERNEL.CreateFileW.restype = _KERNEL.ReOpenFile.restype = _KERNEL.GetStdHandle.restype = c_void_p
 _KERNEL.CreateJobObjectW.restype = _KERNEL.GetCurrentProcess.restype = c_void_p
 _KERNEL.CreateEventW.restype = _KERNEL.VirtualAlloc.restype = c_void_p
 _READ, _SHARED, _NO_BUFFERING, _OVERLAPPED = 0x80000000, 7, 0x20000000, 0x40000000
 _STORAGE_INFO, _PENDING = 16, 997
 _COMMIT, _LARGE_PAGES, _READ_WRITE, _RELEASE = 0x3000, 0x20000000, 4, 0x8000
+_ALL, _OPEN_EXISTING, _OPEN_ALWAYS = 0xC0010000, 3, 4  # reading, writing and removal
 _REPLACE_EXISTING, _WRITE_THROUGH = 1, 8
 _LOCK_EXCLUSIVELY_NOW = 3
 _SHARING_VIOLATION, _ACCESS_DENIED, _LOCK_VIOLATION, _END_OF_FILE = 32, 5, 33, 38
+_NOT_EMPTY, _DISPOSITION, _SET_SPARSE = 145, 4, 0x900C4
 # The exit code of a process that has had its CPU time, and what a write to a pipe says that nobody
 # reads, in other words than EPIPE.
 TOO_LONG, NO_READER = 1816, (errno.EINVAL, os.strerror(errno.EINVAL))
 _HELD_SECONDS = 2.0  # for which a virus scanner may hold a new file
+_HOLDER = "another program may have it open: end that, and run the same command again"
+T = TypeVar("T")
 
 # Files
 
@@ -68,6 +73,15 @@ def _transfer(call: Any, handle: int, memory: memoryview, offset: int) -> int:
     return done.value
 
 
+def open_file(path: Path | str, flags: int) -> int:
+    """See ``posix``; Python's ``os.open`` lets others do neither."""
+    access, how = (_ALL, _OPEN_ALWAYS) if flags & os.O_RDWR else (_READ, _OPEN_EXISTING)
+    handle = _KERNEL.CreateFileW(_long(path), c_uint32(access), _SHARED, None, how, 0, None)
+    if handle == c_void_p(-1).value:
+        raise _problem(path)
+    return msvcrt.open_osfhandle(handle, os.O_BINARY | os.O_NOINHERIT)
+
+
 def read_at(handle: int, memory: memoryview, offset: int) -> int:
     """See ``posix``."""
     return _transfer(_KERNEL.ReadFile, handle, memory, offset)
@@ -84,17 +98,41 @@ def write_at(handle: int, data: memoryview, offset: int) -> None:
 
 def move(source: Path, target: Path) -> None:
     """See ``posix``; durable when it returns."""
-    until = time.monotonic() + _HELD_SECONDS
     flags = _WRITE_THROUGH if source.is_dir() else _WRITE_THROUGH | _REPLACE_EXISTING
-    while not _KERNEL.MoveFileExW(_long(source), _long(target), flags):
-        code = ctypes.get_last_error()
-        is_held = code in (_SHARING_VIOLATION, _ACCESS_DENIED) and time.monotonic() < until
-        if not is_held:
-            raise OSError(None, ctypes.FormatError(code), str(target), code)
-        time.sleep(0.02)
+    if flags == _WRITE_THROUGH:
+        with suppress(OSError):  # unless it is empty
+            os.rmdir(target)
+
+    def now() -> None:
+        if not _KERNEL.MoveFileExW(_long(source), _long(target), flags):
+            is_free = ctypes.get_last_error() == _ACCESS_DENIED and target.is_file()
+            raise _problem(target if is_free else source)
+
+    patiently(now)
 
 
-def _long(path: Path) -> str:
+def patiently(act: Callable[..., T], *arguments: Any) -> T:
+    """See ``posix``; again and again while another program has the file."""
+    until = time.monotonic() + _HELD_SECONDS
+    while True:
+        try:
+            return act(*arguments)
+        except OSError as problem:
+            if problem.winerror not in (_SHARING_VIOLATION, _ACCESS_DENIED, _NOT_EMPTY):
+                raise
+            if time.monotonic() > until:
+                problem.strerror = f"{problem.strerror}; {_HOLDER}"
+                raise
+        time.sleep(0.005)
+
+
+def _problem(path: Path | str) -> OSError:
+    """Why the last call has failed."""
+    code = ctypes.get_last_error()
+    return OSError(None, ctypes.FormatError(code), str(path), code)
+
+
+def _long(path: Path | str) -> str:
     """A path that may be longer than 260 characters."""
     text = os.path.abspath(path)
     if text.startswith("\\\\"):
@@ -108,30 +146,36 @@ def sync_folder(folder: Path) -> None:
 
 def lock_file(path: Path) -> int:
     """See ``posix``."""
-    return _lock(path, os.O_RDWR | os.O_CREAT | FILE)
+    return _lock(path)
 
 
 def lock_folder(path: Path) -> int:
     """See ``posix``.  A folder has no lock here: one beside it that goes when it is closed."""
     if not path.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    beside, flags = path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_TEMPORARY
-    return _lock(beside, flags | FILE)
+    handle, goes = _lock(path.with_name(path.name + ".lock")), ctypes.c_bool(True)
+    file = c_void_p(msvcrt.get_osfhandle(handle))
+    _KERNEL.SetFileInformationByHandle(file, _DISPOSITION, byref(goes), 1)
+    return handle
 
 
-def _lock(path: Path, flags: int) -> int:
+def _lock(path: Path) -> int:
     try:
-        handle = os.open(path, flags, 0o600)
-    except PermissionError:  # it goes in this moment
+        handle = patiently(open_file, path, os.O_RDWR)
+    except PermissionError:  # it goes when another process closes it
+        if not path.exists():
+            raise
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path)) from None
     file, at, one = c_void_p(msvcrt.get_osfhandle(handle)), _Overlapped(0, 0, 1 << 62), c_uint32(1)
     if _KERNEL.LockFileEx(file, _LOCK_EXCLUSIVELY_NOW, 0, one, 0, byref(at)):
-        return handle
-    code = ctypes.get_last_error()
-    os.close(handle)
-    if code == _LOCK_VIOLATION:
-        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path))
-    raise ctypes.WinError(code)
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+    elif ctypes.get_last_error() != _LOCK_VIOLATION:
+        os.close(handle)
+        raise _problem(path)
+    os.close(handle)  # another has it, or removed it in between
+    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path))
 
 
 def bypass_page_cache(handle: int, alignment: int) -> bool:
@@ -164,6 +208,12 @@ def _reopen(handle: int, flags: int, alignment: int = 0) -> bool:
         return False
     finally:
         os.close(other)
+
+
+def keep_sparse(handle: int) -> None:
+    """See ``posix``."""
+    file = c_void_p(msvcrt.get_osfhandle(handle))
+    _KERNEL.DeviceIoControl(file, _SET_SPARSE, None, 0, None, 0, byref(c_uint32()), None)
 
 
 def bytes_on_disk(path: Path) -> int:
@@ -205,8 +255,9 @@ def _large_page() -> int:
 
 def hold(address: int, size: int) -> None:
     """See ``posix``.  No more can be locked than the working set has at least."""
-    least = psutil.Process().memory_info().pagefile + (64 << 20)  # files' pages beside its own
-    limits, soft = (c_size_t(least), c_size_t(2 * least)), 2 | 8
+    beside, soft = 64 << 20, 2 | 8  # bytes of files; limits that the system may exceed
+    least = psutil.Process().memory_info().pagefile + beside
+    limits = c_size_t(least), c_size_t(least + beside)
     _KERNEL.SetProcessWorkingSetSizeEx(c_void_p(-1), *limits, soft)
     _KERNEL.VirtualLock(c_void_p(address), c_size_t(size))
 
@@ -248,8 +299,9 @@ def ready_streams() -> None:
     takes_codes = 4
     for number in (-11, -12):  # stdout's and stderr's
         handle, mode = c_void_p(_KERNEL.GetStdHandle(c_uint32(number & 0xFFFFFFFF))), c_uint32()
-        if _KERNEL.GetConsoleMode(handle, byref(mode)):
-            _KERNEL.SetConsoleMode(handle, c_uint32(mode.value | takes_codes))
+        is_console = _KERNEL.GetConsoleMode(handle, byref(mode))
+        if is_console and not _KERNEL.SetConsoleMode(handle, c_uint32(mode.value | takes_codes)):
+            os.environ |= {"TERM": "dumb", "NO_COLOR": "1"}  # an old one
 
 
 def terminal_mode(echo: bool = True) -> Callable[[], object]:

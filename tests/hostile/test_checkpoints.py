@@ -94,6 +94,8 @@ BAD_CHECKPOINTS = {
     "index-map-is-list": (write(INDEX, b'{"weight_map": ["a"]}'), "weight_map"),
     "index-file-is-number": (remap(EXPERT, 5), INDEX),
     "path-parent": (remap(EXPERT, "../outside.safetensors"), "../outside"),
+    "path-windows-parent": (remap(EXPERT, "..\\outside.safetensors"), "outside"),
+    "path-windows-drive": (remap(EXPERT, "C:outside.safetensors"), "C:outside"),
     "path-absolute": (remap(EXPERT, "/etc/passwd"), "/etc/passwd"),
     "path-drive": (remap(EXPERT, "C:\\models\\a.safetensors"), "C:"),
     "path-null-byte": (remap(EXPERT, "a\0.safetensors"), INDEX),

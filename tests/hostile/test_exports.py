@@ -133,6 +133,8 @@ BAD_EXPORTS = {
     "linked-layers-unknown": (experts("linked_layers", {"1": 9}), "linked_layers"),
     "linked-layers-swapped": (experts("linked_layers", {"1": 2}), "header"),
     "file-parent": (file("../x"), "files"),
+    "file-windows-parent": (file("..\\x"), "files"),
+    "file-windows-drive": (file("C:x"), "files"),
     "file-of-unknown-layer": (file(layer_file(7)), "files"),
     "file-without-config": (file("config.json", REMOVE), "files"),
     "file-without-resident": (file(RESIDENT, REMOVE), RESIDENT),

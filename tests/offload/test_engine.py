@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from slotmoe.errors import ExportError
+from slotmoe.offload.devices import pages
 from slotmoe.offload.devices.device import Device
-from slotmoe.offload.devices.pages import TOUCHED_AT_ONCE, Touching, page_aligned
+from slotmoe.offload.devices.pages import TOUCHED_AT_ONCE, Arena, Touching, page_aligned
 from slotmoe.offload.experts import slots as store
-from slotmoe.offload.experts.disk import DiskReader
+from slotmoe.offload.experts.disk import PIECE_BYTES, DiskReader
 from slotmoe.offload.experts.slots import Slots
 from slotmoe.offload.experts.source import DEMAND
 from slotmoe.offload.experts.store import LEAVING
@@ -235,6 +236,7 @@ def test_closing_gives_up_what_is_queued(gated, caplog):
 
 def test_large_records_are_read_in_pieces(reader, monkeypatch):
     calls, (out, plain) = reads(monkeypatch), (empty_record(reader) for _ in range(2))
+    assert PIECE_BYTES % (64 << 10) == 0  # less is slow past Windows' page cache
     reader._piece = 8192
     read = reader.read(37, out, DEMAND)
     reader.submit([read])
@@ -337,3 +339,17 @@ def test_closing_stops_the_thread_that_gets_pages(monkeypatch):
     closing[0].close()
     assert closing[0].ready == 4096 + TOUCHED_AT_ONCE
     assert "slotmoe-touch" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_pages_that_are_present_are_held(monkeypatch):
+    memory, held = page_aligned(TOUCHED_AT_ONCE + 9000), []
+
+    def hold(start, size):
+        held.append((start - memory.data_ptr(), size))
+
+    monkeypatch.setattr(pages, "hold", hold)
+    Touching(memory, 4096).finish()
+    assert held == [(0, 4096), (4096, TOUCHED_AT_ONCE), (4096 + TOUCHED_AT_ONCE, 4904)]
+    held.clear()
+    Arena(100).empty((7,), torch.uint8)
+    assert [size for _, size in held] == [107]

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from slotmoe.offload.engine.forced import Forced
 from slotmoe.offload.engine.mtp_drafts import HeadDrafts
-from slotmoe.offload.engine.requests import Request
+from slotmoe.offload.engine.requests import Forced, Request
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.policy.drafts import Drafting
 from slotmoe.offload.runtime import Runtime

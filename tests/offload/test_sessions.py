@@ -449,7 +449,7 @@ def test_a_named_session_comes_back(tmp_path):
 
 
 def test_names_are_no_paths(tmp_path):
-    for name in ("", "..", "a/b", ".x", "x" * 65, "ä", "a\n", "-x"):
+    for name in ("", "..", "a/b", ".x", "x" * 65, "ä", "a\n", "-x", "con", "NUL.x", "Com1"):
         with pytest.raises(ConfigError, match="is no name of a session"):
             NamedSession(tmp_path, name)
 

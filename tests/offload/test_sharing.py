@@ -9,8 +9,7 @@ import torch
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload.engine import loading
-from slotmoe.offload.engine.forced import Forced
-from slotmoe.offload.engine.requests import Request
+from slotmoe.offload.engine.requests import Forced, Request
 from slotmoe.offload.policy.sharing import PIECE, allowance, place, shares
 from slotmoe.offload.runtime import Runtime
 from tests.support.engine import at_once, decode, passes_of, together, until, whole

@@ -5,8 +5,7 @@ from queue import SimpleQueue
 
 import torch
 
-from slotmoe.offload.engine.forced import Forced
-from slotmoe.offload.engine.requests import Request, wait_for
+from slotmoe.offload.engine.requests import Forced, Request, wait_for
 from slotmoe.offload.experts.host import HostTier
 from slotmoe.offload.experts.store import CACHED, FREE, LEAVING, READING, STALE
 

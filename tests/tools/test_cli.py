@@ -1,6 +1,7 @@
 """The command line: exit codes, one clear line of complaint, and what goes to stdout and what to
 stderr."""
 
+import errno
 import io
 import json
 import os
@@ -16,11 +17,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from slotmoe import system
 from slotmoe.model.network import Network
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.export.layout import PROJECTIONS
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.weights import dequantize
+from slotmoe.tools import cli
 from slotmoe.tools.tables import table
 from tests.support.forkserver import PIPE, ROOT, Forked, OnTerminal
 from tests.support.tiny import SMALL, write_checkpoint
@@ -278,6 +281,16 @@ def test_reader_that_leaves(sample_export):
         assert child.stdout.read(1)
         child.stdout.close()
         assert (child.stderr.read(), child.wait()) == (b"", 1)
+
+
+def test_reader_that_leaves_where_a_pipe_says_so_in_other_words(monkeypatch):
+    """On Windows, which click does not know."""
+    monkeypatch.setattr(system, "NO_READER", (errno.EINVAL, "Invalid argument"))
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(SystemExit, match="1"):
+        cli._ending(OSError(errno.EINVAL, "Invalid argument"), False)
+    for problem in (OSError(errno.EINVAL, "Else"), OSError(errno.EINVAL, "Invalid argument", "a")):
+        assert cli._ending(problem, False)[1] == 1
 
 
 @pytest.mark.usefixtures("processes")

@@ -45,8 +45,10 @@ def test_other_processors(report, monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.platform, "machine", lambda: "aarch64")
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\n")
     assert report()[1]["processor"]["found"].endswith(" cores, NEON, sdot, i8mm")
-    monkeypatch.setattr(doctor.platform, "system", lambda: "Darwin")
-    assert report()[1]["system"]["state"] == "note"
+    for name, tested in (("Darwin", "on Linux alone"), ("Windows", "under Wine alone")):
+        monkeypatch.setattr(doctor.platform, "system", lambda name=name: name)
+        check = report()[1]["system"]
+        assert check["state"] == "note" and tested in check["advice"]
 
 
 def test_several_nodes(report, monkeypatch):

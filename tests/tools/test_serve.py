@@ -17,6 +17,7 @@ from llguidance import LLTokenizer
 from slotmoe import __version__
 from slotmoe.model.tokenizer import FIM_TOKENS, Tokenizer
 from slotmoe.tools.cli import cli
+from slotmoe.tools.serve import _listen
 from slotmoe.tools.serve import answers as serve_answers
 from slotmoe.tools.serve.answers import EventStream
 from slotmoe.tools.serve.errors import RefusedError
@@ -402,3 +403,12 @@ def test_wrong_use_is_told_before_anything_is_loaded(tmp_path):
         assert "is no name of a host" in run("--allow-host", host), host
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "can't listen" in run("--port", taken.getsockname()[1])
+
+
+@pytest.mark.usefixtures("network")
+def test_a_port_is_not_shared_where_the_system_would(monkeypatch):
+    """On Windows; any other option stands for its own."""
+    monkeypatch.setattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_KEEPALIVE, raising=False)
+    with _listen("127.0.0.1", 0, False) as listener:
+        assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        socket.create_connection(listener.getsockname()).close()

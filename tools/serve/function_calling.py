@@ -1,7 +1,6 @@
 """A conversation with tool calls and reasoning as the text that a model was trained on."""
 
 import re
-from collections.abc import Sequence
 from functools import cached_property
 from typing import TypeAlias
 
@@ -50,12 +49,16 @@ class Dialect:
             written = self._native(turns) if self.is_native else self._plain(turns)
         if self._template_has_tools:
             tools = [{"type": "function", "function": formats.described(f)} for f in functions]
-        elif functions:
-            self._describe(functions, written)
+        elif functions:  # at the end of the system message
+            system = "You are a helpful Assistant." if self.is_native else ""
+            if written[0]["role"] == "system":
+                system = written.pop(0)["content"]
+            about = [system, formats.describe(self.format, functions)]
+            written.insert(0, {"role": "system", "content": "\n\n".join(filter(None, about))})
         goes_on = self.is_native and not self.format.structured and bool(turns[-1][1])
         schema = chat.wanted.definition if isinstance(chat.wanted, Schema) else None
-        about = chat.continues or goes_on, chat.effort, schema, chat.extra
-        return self._tokenizer.chat(written, tools, *about)
+        how = chat.continues or goes_on, chat.effort, schema, chat.extra
+        return self._tokenizer.chat(written, tools, *how)
 
     @cached_property
     def _inserts(self) -> bool:
@@ -67,15 +70,6 @@ class Dialect:
         except ConfigError:
             return False
         return re.findall(r"<\d>", text) == [message["content"] for message in said]
-
-    def _describe(self, functions: Sequence[requests.Function], written: list[Json]) -> None:
-        """Describe the functions at the end of the system message of ``written``."""
-        system = "You are a helpful Assistant." if self.is_native else ""
-        if written[0]["role"] == "system":
-            system = written.pop(0)["content"]
-        text = formats.describe(self.format, functions)
-        content = f"{system}\n\n{text}" if system else text
-        written.insert(0, {"role": "system", "content": content})
 
     def _structured(self, turns: list[Turn]) -> list[Json]:
         """For a template that writes calls, results and reasoning itself."""
