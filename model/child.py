@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 from threading import Lock
 
@@ -96,8 +97,10 @@ class Child:
         return data
 
     def _start(self) -> None:
-        # What Python would search, without the working directory; so it need not look for it (-S).
-        paths = json.dumps([path for path in sys.path if path])
+        # What Python would search, without the working directory, so it need not look for it (-S);
+        # and where this package is: an editable install has it on no path.
+        package = Path(system.__file__).parents[2]
+        paths = json.dumps([*filter(None, sys.path), str(package)])
         limits = map(str, (self._seconds, self._memory))
         command = [sys.executable, "-I", "-S", "-c", _FIRST + self._program + _THEN, paths, *limits]
         # The environment may hold keys.  Ctrl-C on the terminal reaches only its own session.
