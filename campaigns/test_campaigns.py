@@ -60,8 +60,8 @@ def played(line, before=""):
 def test_usual_part(line, capsys):
     name, *words = shlex.split(line)
     # One preloads a library, one waits for every child there is, one opens models in 1 GiB with all
-    # that the process has taken.
-    if name in ("system-calls", "races", "fuzz"):
+    # that the process has taken, one forks, where torch's threads may be by then.
+    if name in ("system-calls", "races", "fuzz", "kills"):
         code, reports = played(line)
         assert code == 0, reports
         return
