@@ -44,13 +44,14 @@ def _python_header() -> Path:
 
 def lacking(capability: tuple[int, int] | None) -> str:
     """What Triton lacks for a GPU of ``capability``, or for its interpreter (None); else empty."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton, on Linux)"
+    if (found := importlib.util.find_spec("triton")) is None:
+        return "Triton is not installed (pip install triton, on Windows triton-windows)"
     if capability is None:
         return ""
     if capability < _TRITON_CAPABILITY:
         return "the GPU's compute capability is below {}.{}".format(*_TRITON_CAPABILITY)
-    if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))):
+    own = Path(str(found.origin)).with_name("runtime") / "tcc"  # a compiler, in triton-windows
+    if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc"))) or own.is_dir()):
         return "Triton finds no C compiler (CC, gcc or clang), with which it starts kernels"
     if not (header := _python_header()).is_file():
         return f"Triton needs Python's headers to start kernels, and {header} is not there"
@@ -58,7 +59,8 @@ def lacking(capability: tuple[int, int] | None) -> str:
 
 
 def _triton_ops(device: torch.device, swiglu_limit: float, required: bool) -> TorchBackend:
-    """Triton comes with torch's CUDA builds for Linux.  Only this imports it."""
+    """Triton comes with torch's CUDA builds for Linux, and for Windows apart.  Only this imports
+    it."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if not (reason := lacking(capability)):
         from slotmoe.quant.backends.triton import TritonBackend

@@ -9,6 +9,7 @@ import importlib.util
 import shutil
 import sysconfig
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -406,7 +407,7 @@ def test_experts_far_into_a_slab_larger_than_2_gib_are_addressed(triton_ops, T):
     assert error(y_TKD[:, 0], expert_of(small, 0, x_TD)) < (1e-5 if T == 1 else 1e-2)
 
 
-def test_a_gpu_without_what_triton_needs_computes_through_torch_and_says_why(monkeypatch):
+def test_a_gpu_without_what_triton_needs_computes_through_torch_and_says_why(monkeypatch, tmp_path):
     device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(shutil, "which", lambda name: None)
@@ -416,6 +417,11 @@ def test_a_gpu_without_what_triton_needs_computes_through_torch_and_says_why(mon
     monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": f"/nowhere/{scheme}"})
     monkeypatch.setattr(sysconfig, "get_default_scheme", lambda: "posix_local")  # Debian's
     assert pick_backend(device).name.endswith("/nowhere/posix_prefix/Python.h is not there")
+    monkeypatch.delenv("CC")
+    (tmp_path / "runtime" / "tcc").mkdir(parents=True)  # as in the wheel for Windows
+    spec = SimpleNamespace(origin=tmp_path / "__init__.py")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    assert "Python.h" in pick_backend(device).name
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "below 8.0" in pick_backend(device).name
     monkeypatch.setattr("slotmoe.quant.backends.triton.InterpretedFunction", int)
