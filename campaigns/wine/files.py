@@ -251,6 +251,8 @@ NOT_COMPARED = {
     "pipe": "file systems of Windows have none",
     "link": "Wine shows the file that a Unix link leads to in its place",
     "memory": "Wine counts no memory of a job",
+    "endless-loop": "Wine gives the asking process's CPU time for a child's; see limits",
+    "time-by": "the same",
     "library": "the tokenizers library aborts on Linux, and ends with a code or raises on Windows",
 }
 

@@ -129,7 +129,10 @@ def patiently(act: Callable[..., T], *arguments: Any) -> T:
 def _problem(path: Path | str) -> OSError:
     """Why the last call has failed."""
     code = ctypes.get_last_error()
-    return OSError(None, ctypes.FormatError(code), str(path), code)
+    problem = OSError(None, ctypes.FormatError(code), str(path), code)
+    if isinstance(problem, FileNotFoundError):  # in the words of other systems
+        problem.strerror = os.strerror(errno.ENOENT)
+    return problem
 
 
 def _long(path: Path | str) -> str:
