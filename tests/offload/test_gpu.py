@@ -5,6 +5,7 @@ import importlib.util
 import re
 from dataclasses import replace
 from functools import partial
+from importlib.machinery import ModuleSpec
 from itertools import product
 from pathlib import Path
 
@@ -236,7 +237,7 @@ def test_a_gpu_that_only_plain_torch_serves_is_taken_where_it_is_asked_for(
     facts = replace(GOOD, capability=capability, architectures=("sm_75", "sm_89"))
     monkeypatch.setattr(cuda, "cuda_facts", lambda index: facts)
     monkeypatch.setenv("CC", "a compiler")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
     for name, value in {"_python_header": lambda: Path(__file__), **present}.items():
         monkeypatch.setattr(backends, name, value)
     monkeypatch.setattr(bindings, "load", lambda: native or None)
