@@ -3,6 +3,7 @@ moments by chance, and a child that breaks its limits."""
 
 import http.client
 import json
+import os
 import re
 import shutil
 import time
@@ -61,7 +62,9 @@ class Server:
 
     def __exit__(self, *_):
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            stream.close()
 
     def open(self, path, **body):
         client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
@@ -104,9 +107,13 @@ class Server:
         return [*found, said, spoken]
 
     def ended(self):
-        """Exit code, and the rest of what it says."""
-        out, error = self.process.communicate(timeout=SECONDS)
-        return self.process.returncode, out, error.decode().replace("\r", "")
+        """Exit code, and the rest of what it says.  The pipes have no end where Wine has started
+        its desktop from that process."""
+        code, said = self.process.wait(SECONDS), []
+        for stream in (self.process.stdout, self.process.stderr):
+            os.set_blocking(stream.fileno(), False)
+            said.append(stream.read() or b"")
+        return code, said[0], said[1].decode().replace("\r", "")
 
 
 def serve(pair, aim):
