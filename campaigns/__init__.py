@@ -112,8 +112,8 @@ CAMPAIGNS = (
         "A Windows Python under Wine runs this tree's wheel beside this Python: texts, exports with"
         " kills, sessions, hostile files, the server.",
         "the same bits, bytes and messages as Linux; at most 15 minutes",
-        "each part passes, some after a repair; the gate's time is not reached: about 20 minutes with"
-        " the wheel's build and CI beside it (2026-11-29)",
+        "each part passes, some after a repair; the gate's time is not reached: about 20 minutes"
+        " with the wheel's build and CI beside it (2026-11-29)",
     ),
     Gate(
         "mutants",
