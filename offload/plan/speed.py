@@ -32,7 +32,7 @@ HEAD_RIGHT = 0.85  # of what a model's own head drafts: DeepSeek-V3's report, no
 GPU_LAUNCHES = 8  # kernels of a layer in one graph, counted by a test; one more with q-LoRA
 GPU_LAUNCH_SECONDS = 1.5e-6  # between two kernels of a graph: assumed
 # Of a layer that misses three of six experts, beside a driver that does nothing, on a loaded core
-# of an EPYC (``tests/support/gap.py``): from the choice to the first copy 0.03 ms, and 0.02 are
+# of an EPYC: from the choice to the first copy 0.03 ms, and 0.02 are
 # assumed for the driver; and all that the host does, most of it while records are copied.
 GPU_MISS_SECONDS = 5e-5
 GPU_HOST_SECONDS = 4e-4
