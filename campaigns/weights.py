@@ -23,7 +23,6 @@ from slotmoe.offload.engine.loading import _Loader
 from slotmoe.offload.engine.requests import Request
 from slotmoe.offload.options import Options
 from slotmoe.offload.plan.memory import PREFILL_CHUNK
-from slotmoe.offload.policy.substitutes import RouteBudget
 from slotmoe.offload.predictor import Predictor
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import RESIDENT, is_predictor, tensor_parts
@@ -88,20 +87,16 @@ class Opened:
             raise request.problem
 
     def _guess(self, predictor):
-        """What a model with few slots and a route budget asks of its predictor."""
+        """What a model with few slots asks of its predictor."""
         config = self._model.config
         x_TD = torch.ones(2, config.hidden_size)
-        assert all(map(math.isfinite, predictor.popularity + predictor.swap_prices))
+        assert all(map(math.isfinite, predictor.popularity))
         scores_TLE = predictor.token_scores(x_TD, x_TD)
-        E, K = config.n_routed_experts, config.num_experts_per_tok
+        E = config.n_routed_experts
         for row, scores_E in enumerate(scores_TLE[0]):
             if row:
                 scores_E = predictor.layer_scores(row - 1, x_TD[0], scores_E)
             assert {*predictor.likely(scores_E[None])[0]} <= {*range(E)}
-            if predictor.swap_prices:
-                budget = RouteBudget(predictor.swap_prices, 0.5, K)
-                budget.advance(1)
-                assert len({*budget.choose(row, [1 / E] * E, [False] * K + [True] * E)}) == K
 
 
 def body(folder, pattern):

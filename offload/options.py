@@ -29,13 +29,9 @@ class Options:
     misses: str = "auto"
     experts_dirs: Sequence[str | Path] = ()
     draft: str = "off"
-    route_budget: float = 0.0
 
     def __post_init__(self) -> None:
         check_types(vars(self), type(self).__annotations__)
-        if not 0 <= self.route_budget <= 1:
-            given = f"route_budget is {self.route_budget}"
-            raise ConfigError(f"{given}, expected 0 to 1: nats of KL divergence a token")
         if not 1 <= self.sequences <= 256:
             raise ConfigError(f"sequences is {self.sequences}, expected 1 to 256")
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
@@ -44,11 +40,3 @@ class Options:
             if (given := getattr(self, name)) is not None and given not in values:
                 expected = f"expected one of: {', '.join(values)}"
                 raise ConfigError(f"{name} {given!r:.40} is unknown, {expected}")
-
-    @property
-    def altered(self) -> str | None:
-        """How these options change the text, in a line; None where they do not."""
-        if not self.route_budget:
-            return None
-        budget = f"{self.route_budget} nats a token"
-        return f"with a route budget of {budget} the text depends on the cache"

@@ -23,7 +23,6 @@ from slotmoe.model.layers import as_tensor
 from slotmoe.model.names import GATE, POST_NORM, layer_tensor
 from slotmoe.offload.resident_weights import Place
 from slotmoe.quant.backends.base import Prepared, TorchBackend
-from slotmoe.quant.export.layout import SWAP_PRICES
 from slotmoe.quant.int8 import Int8Weight
 
 WORTH = 0.3  # probability from which on an expert is worth reading ahead
@@ -85,8 +84,6 @@ class Predictor:
         self._layers = [[matrix("layer.in", row), matrix("layer.out", row)] for row in range(rows)]
         self._mix: list[list[float]] = tensors["layer.mix"].tolist() if rows else []
         self.popularity: list[float] = tensors["popularity"].tolist()
-        # A row's KL divergence, in nats, over the squares of the weights of two swapped experts.
-        self.swap_prices: list[float] = tensors.get(SWAP_PRICES, torch.empty(0)).tolist()
         self._rows = rows + 1
 
     def token_scores(self, embedding_D: Tensor, hidden_D: Tensor) -> Tensor:

@@ -78,7 +78,6 @@ class Runtime(AbstractContextManager["Runtime"]):
         misses: str = "auto",
         experts_dirs: Sequence[str | Path] = (),
         draft: str = "off",
-        route_budget: float = 0.0,
         revision: str | None = None,
         progress: Progress | None = None,
         reading: Progress = ignore,
@@ -96,14 +95,14 @@ class Runtime(AbstractContextManager["Runtime"]):
         latent caches, and ``logits_rows`` rows of logits alive at once.  ``misses`` says what
         computes an expert without a slot on a GPU: ``fetch``, the GPU; ``cpu``; ``hybrid``, both;
         ``auto``, what bandwidths advise.  ``experts_dirs`` are copies of ``experts`` elsewhere.
-        ``draft`` and ``route_budget``: docs/drafts.md, docs/routing.md.  ``revision`` is of a hub
-        id, ``arriving`` of a download.  The others are as in ``cached_export``.
+        ``draft``: docs/drafts.md.  ``revision`` is of a hub id, ``arriving`` of a download.  The
+        others are as in ``cached_export``.
 
         Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
         """
         options = Options(
             vram, ram, context, threads, cache_policy, prefetch, quantize, slots, kernels,
-            logits_rows, sequences, misses, experts_dirs, draft, route_budget,
+            logits_rows, sequences, misses, experts_dirs, draft,
         )  # fmt: skip
         check_types({"path": path}, {"path": str | Path})
         needs = "quantize=False needs the original checkpoint"
@@ -381,7 +380,7 @@ class Runtime(AbstractContextManager["Runtime"]):
     def stats(self) -> Json:
         """Counters so far: ``tokens`` (counts and seconds), ``cache``, ``io`` (bytes and seconds by
         tier), ``memory``, ``misses`` with a GPU, ``sessions`` where they are kept, ``drafts``,
-        ``routing`` where options change the text, and ``device``: which, and why it was taken."""
+        and ``device``: which, and why it was taken."""
         model, plan, on_device = self.model, self.plan, self.model.device.memory()
         memory: Json = {"plan": dict(plan.components), "budget": plan.budget, "tier": plan.tier}
         memory |= {"host_plan": dict(plan.host)} if plan.host else {}
@@ -403,10 +402,6 @@ class Runtime(AbstractContextManager["Runtime"]):
             stats["io"] = model.store.stats()
         if self.sessions is not None:
             stats["sessions"] = self.sessions.stats()
-        if model.options.altered is not None:
-            substitution = model.experts.substitution
-            counts = {} if substitution is None else substitution.chooser.stats()
-            stats["routing"] = {"altered": model.options.altered, **counts}
         return stats
 
     def close(self) -> None:

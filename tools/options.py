@@ -112,7 +112,6 @@ _GROUPS = {  # title -> the parameters' names
         "device ram vram context threads slots cache_policy misses no_prefetch draft kernels "
         "experts_dirs"
     ),
-    "Fewer bytes for other text": "route_budget",
 }
 JSON = flag("--json as_json", "Print one JSON object.")
 VERBOSE = flag("--verbose", "Say more on stderr: device, prefill, expert cache, disk.")
@@ -170,10 +169,6 @@ _DRAFT = (
     "that quantize --keep-mtp has kept; auto is ngram, off on a GPU."
 )
 _MTP = "mtp counts the head that predicts one token more, as quantize --keep-mtp keeps it."
-_BUDGET = (
-    "Let experts in memory stand in for missing ones where the gate nearly tied, at about N nats "
-    "of KL divergence a token, like 0.01. The text then depends on the cache."
-)
 _NAMED = {"callback": _check_value, "shell_complete": completing(lambda: ("auto", "cpu", "cuda"))}
 _PLANNED = (
     REVISION,
@@ -192,15 +187,13 @@ plan_options = _adding(*_PLANNED, choice("--draft", ["off", "mtp"], "off", _MTP,
 # What ``open_runtime`` reads of any command; then what acts where tokens are decoded, and chosen.
 _POLICY = choice("--cache-policy", [*POLICIES], DEFAULT_POLICY, "Which experts stay.", cls=Rare)
 open_options = _adding(*_PLANNED, _POLICY)
-bench_options = _adding(open_options, option("--route-budget", "N", _BUDGET, type=float, cls=Rare))
-runtime_options = _adding(bench_options, choice("--draft", DRAFTS, "off", _DRAFT, cls=Rare))
+runtime_options = _adding(open_options, choice("--draft", DRAFTS, "off", _DRAFT, cls=Rare))
 
 
 def runtime_arguments(given: Json) -> Json:
     """What ``Runtime.open`` takes of ``runtime_options`` for any model, without budgets."""
     names = ("device", "context", "threads", "cache_policy", "misses")
     arguments = {"prefetch": not given["no_prefetch"], "kernels": given.get("kernels", "auto")}
-    arguments["route_budget"] = given.get("route_budget") or 0.0
     return arguments | {name: given[name] for name in names}
 
 
@@ -325,8 +318,6 @@ def open_runtime(model: str, given: Json, quiet: bool = False, **settings: int) 
         arguments = {name: given[name] for name in names if name in given}
         arguments |= runtime_arguments(given) | settings
         runtime = Runtime.open(model, notify=notify, **told, **arguments)
-    if (altered := runtime.model.options.altered) is not None:
-        notify(altered)
     slow = runtime.plan.tier == "ram" and runtime.stats()["kernels"] == "torch"
     if slow and given.get("kernels") != "torch":
         problem = "the native kernels were not built at install (is there a C++ compiler?)"

@@ -30,7 +30,6 @@ from slotmoe.offload.experts.hybrid import HostCompute
 from slotmoe.offload.experts.lookahead import Lookahead
 from slotmoe.offload.experts.resident import resident_experts
 from slotmoe.offload.experts.slots import Slots
-from slotmoe.offload.experts.substitution import Substitution
 from slotmoe.offload.ingest.quantize import Notify, ignore
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
 from slotmoe.offload.model_source import generation_of, open_tokenizer
@@ -43,7 +42,6 @@ from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.offload.policy import DEFAULT_POLICY
 from slotmoe.offload.policy.cache import Cache, make_cache
 from slotmoe.offload.policy.hybrid import Split, choose_mode, cpu_cost
-from slotmoe.offload.policy.substitutes import RouteBudget
 from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.resident_weights import Place, load_resident
 from slotmoe.quant.backends import pick_backend
@@ -148,9 +146,9 @@ class _Loader:
     def check(self) -> None:
         """Is ``check_options`` for this model."""
         self._configure(files_of(self._folder))
-        if self._options.draft == "mtp" or self._options.route_budget:
-            problem = "draft mtp and route_budget need an export made for them"
-            advice = "slotmoe quantize with --keep-mtp or --calibrate TEXT makes one"
+        if self._options.draft == "mtp":
+            problem = "draft mtp needs an export made for it"
+            advice = "slotmoe quantize with --keep-mtp makes one"
             raise ConfigError(f"{self._folder}: {problem}; {advice}")
         codecs = memory.default_codecs(self._config)
         plan = self._make_plan(sizes_of(self._config, "int8", codecs), self.budget)
@@ -189,7 +187,6 @@ class _Loader:
         for given, problem in (
             (options.slots is not None, f"{resident}; slots can't be given"),
             (options.experts_dirs, "reads no export; experts_dirs can't be given"),
-            (options.route_budget, f"{resident}, so none is missing; route_budget can't be given"),
             (options.sequences > 1, "holds one sequence; sequences can't be given"),
         ):
             if given:
@@ -226,12 +223,9 @@ class _Loader:
         asked, backend = self._options.draft, self._backend
         if asked == "off":
             return "off", "not asked for"
-        if self._options.route_budget:
-            problem = "with a route budget the text depends on the cache, token by token"
-        elif rows > 1:
+        if rows > 1:
             return "mtp" if asked == "mtp" else "ngram", "rows of a pass are bitwise as alone"
-        else:
-            problem = f"{backend.name} computes several tokens of a text not bitwise as one by one"
+        problem = f"{backend.name} computes several tokens of a text not bitwise as one by one"
         if asked != "auto":
             raise ConfigError(f"draft {asked}: {problem}; leave it out")
         return "off", problem
@@ -321,7 +315,6 @@ class _Loader:
             experts = self._experts(export, store, guesses, tables)
             opened.callback(experts.slots.close)
             network = Network(config, weights, backend, experts, PREFILL_CHUNK)
-            experts.substitution = self._substitution(network, predictor)
             head = MtpHead(network, weights, experts, PREFILL_CHUNK) if config.mtp else None
             states = [
                 new_state(config, self._context, backend.latent_row, device.empty)
@@ -332,22 +325,6 @@ class _Loader:
                 device, self._reason, backend, experts, opened.pop_all(), options,
                 self._draft(network.rows), sizes, store, head,
             )  # fmt: skip
-
-    def _substitution(
-        self, network: Network[Prepared], predictor: Predictor | None
-    ) -> Substitution | None:
-        """What spends the route budget, if one is given and not all experts get slots."""
-        config, budget = self._config, self._options.route_budget
-        if not budget:
-            return None
-        if predictor is None or not predictor.swap_prices:
-            needs = "route_budget needs what a swap of experts costs, which was not measured"
-            advice = "slotmoe quantize MODEL EXPORT --calibrate TEXT does that"
-            raise ConfigError(f"{self._folder}: {needs}: {advice}")
-        if self._plan.slots == len(config.moe_layers) * config.n_routed_experts:
-            return None
-        chooser = RouteBudget(predictor.swap_prices, budget, config.num_experts_per_tok)
-        return Substitution(network, self._device, chooser)
 
     def _with_layers(self, export: Export) -> Config:
         """The config with the layers that are used of ``export``.  Raises ``ConfigError``."""

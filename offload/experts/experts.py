@@ -21,7 +21,6 @@ from slotmoe.offload.experts.lookahead import Lookahead
 from slotmoe.offload.experts.slots import Slots
 from slotmoe.offload.experts.source import WARM
 from slotmoe.offload.experts.store import STALE
-from slotmoe.offload.experts.substitution import Substitution
 from slotmoe.offload.policy.forecast import FOLLOWED
 from slotmoe.offload.policy.hybrid import Split
 from slotmoe.quant.backends.base import Records, SlotTable, TorchBackend
@@ -87,7 +86,6 @@ class Experts:
         self._none_ME = torch.full((self._count, slots.cache.experts), -1, dtype=torch.int32)
         self.lookahead, self._warm = lookahead, list(reversed(warm))
         self.hybrid, self.split = hybrid, split
-        self.substitution: Substitution | None = None
         self.look: Callable[[], None] = lambda: None
         self._apart = False  # whether the pass's tokens are of several sequences
         self._pass = Pass()
@@ -125,8 +123,6 @@ class Experts:
         """A pass begins, without what the last one left in staging; is ``guess_token`` worth it?"""
         self.slots.advance(tokens)
         self._apart = sequences > 1
-        if self.substitution is not None:
-            self.substitution.chooser.advance(tokens if tokens == sequences else 0)
         self.go_on(tokens)
         if self.lookahead is None:
             return False
@@ -156,11 +152,6 @@ class Experts:
 
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         row = self._rows[layer]
-        if self.substitution is not None and self.substitution.chooser.active:
-            first, at_hand = row * self._cache.experts, self._store.of
-            weights_TK, indices_TK = self.substitution(
-                row, x_TD, weights_TK, indices_TK, lambda expert: first + expert in at_hand
-            )
         self._pass.reach(row, len(x_TD))
         y_TKD = self._backend.outputs(x_TD, indices_TK)
         try:

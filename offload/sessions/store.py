@@ -127,9 +127,6 @@ def _identity(model: LoadedModel) -> bytes:
     if not isinstance(model.source, Export):
         problem = "the reference path (quantize=False) keeps no sessions"
         raise ConfigError(f"{problem}; open the model quantized")
-    if model.options.route_budget:
-        problem = "with a route budget a latent depends on what was cached when it was computed"
-        raise ConfigError(f"{problem}: leave out the session or the budget")
     state, native = model.states[0], load() if model.backend.kind == "native" else None
     parts = {
         "export": model.source.manifest["checksum"],

@@ -33,21 +33,18 @@ from slotmoe.jsonfile import Json
 from slotmoe.model.config import Config
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.experts.experts import Route
-from slotmoe.offload.experts.substitution import Substitution
 from slotmoe.offload.machine import available_memory, process_bytes
 from slotmoe.offload.model_source import read_model
 from slotmoe.offload.plan.memory import PREFILL_CHUNK
-from slotmoe.offload.policy.substitutes import RandomSwaps
 from slotmoe.offload.predictor import Predictor, rms
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import int8
 from slotmoe.quant.backends.base import TorchBackend
-from slotmoe.quant.export.layout import MAX_SWAP_PRICE, SWAP_PRICES, predictor_parts
+from slotmoe.quant.export.layout import predictor_parts
 from slotmoe.quant.export.writer import write_predictor
 from slotmoe.system import cores
 
 MIN_TOKENS = 5000
-_PRICED, _PRICED_WINDOW = 1024, 256  # tokens that swaps of experts are priced with
 _WINDOW = 1024  # tokens read as one sequence
 TOKEN_WIDTH, _LAYER_WIDTHS, _LAYER_BYTES = 1024, (256, 128, 64), 4 << 20
 _BATCH, EPOCHS, MIN_STEPS = 512, 6, 300
@@ -194,7 +191,7 @@ class _Net:
             elif name == "layer.mix":
                 value = torch.tensor([0.5, 0.5, 0.0]).repeat(L - 1, 1)
             else:
-                continue  # what is counted and measured, and scales
+                continue  # what is counted, and scales
             self.tensors[name] = tensor = value.to(device).requires_grad_()
             groups.append({"params": [tensor], "lr": rate, "rate": rate, "weight_decay": decay})
         self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
@@ -238,9 +235,9 @@ class _Net:
                 self._optimizer.step()
                 advance(len(batch))
 
-    def quantized(self, popularity: Tensor, prices: Tensor) -> dict[str, Tensor]:
+    def quantized(self, popularity: Tensor) -> dict[str, Tensor]:
         """As the file holds them."""
-        tensors = {"popularity": popularity, SWAP_PRICES: prices}
+        tensors = {"popularity": popularity}
         for name, value in self.tensors.items():
             tensors[name] = value = value.detach().cpu()
             if name.endswith(".weight"):
@@ -307,7 +304,7 @@ def calibrate(
             uses += ids.flatten().bincount(minlength=L * E)
             with _torch_threads(threads):
                 net.train(samples, epochs, advance)
-        tensors = net.quantized(uses / tokens, swap_prices(runtime, held_back, seed))
+        tensors = net.quantized(uses / tokens)
         samples = record(runtime, held_back, read)
     guesses = [min(E, math.ceil(K * share)) for share in (1, 1.5, 2)]
     with _torch_threads(threads):
@@ -316,31 +313,6 @@ def calibrate(
     size = sum(tensor.nbytes for tensor in tensors.values())
     counts = {"tokens": tokens, "held_back": kept_back}
     return {**counts, "guesses": guesses, "recall": shares, "bytes": size}
-
-
-def swap_prices(runtime: Runtime, windows: Sequence[list[int]], seed: int) -> Tensor:
-    """For each MoE layer, KL divergence in nats, summed over all tokens, over the sum of squares
-    that ``slotmoe.offload.policy.substitutes`` names, of swaps at random; float32 [L].
-
-    At most ``_PRICED`` tokens are read, once as they are and once for each layer.
-    """
-    model, config, chance = runtime.model, runtime.config, random.Random(seed)
-    experts, rows = model.quantized("calibrate"), len(config.moe_layers)
-    divergences, squares = torch.zeros(rows), torch.zeros(rows)
-    step = _PRICED_WINDOW
-    pieces = [ids[start : start + step] for ids in windows for start in range(0, len(ids), step)]
-    for window in pieces[: _PRICED // step]:
-        wanted_TV = runtime.logits(window).log_softmax(dim=-1)
-        for row in range(rows):
-            swaps = RandomSwaps(row, config.num_experts_per_tok, chance.random)
-            experts.substitution = Substitution(model.network, model.device, swaps)
-            try:
-                got_TV = runtime.logits(window).log_softmax(dim=-1)
-            finally:
-                experts.substitution = None
-            divergences[row] += (wanted_TV.exp() * (wanted_TV - got_TV)).sum().item()
-            squares[row] += swaps.squares
-    return (divergences / squares.clamp(min=1e-12)).clamp(0, MAX_SWAP_PRICE)
 
 
 def _ram_left(config: Config, groups: Sequence[Sequence[list[int]]]) -> int:

@@ -126,10 +126,6 @@ def resident_parts(
     return {name: Part(dtype, shape)}
 
 
-SWAP_PRICES = "swap.prices"  # of a predictor; those of earlier versions have none
-MAX_SWAP_PRICE = 1e6  # nats
-
-
 def predictor_parts(D: int, L: int, E: int, R: int, Q: int) -> dict[str, Part]:
     """Tensors of a predictor: hidden size D, L MoE layers of E experts, widths R and Q."""
     parts: dict[str, Part] = {}
@@ -140,7 +136,6 @@ def predictor_parts(D: int, L: int, E: int, R: int, Q: int) -> dict[str, Part]:
         parts[name + ".weight.scale"] = parts[name + ".bias"] = Part(torch.float32, shape[:-1])
     parts["layer.mix"] = Part(torch.float32, (L - 1, 3))
     parts["popularity"] = Part(torch.float32, (L * E,))
-    parts[SWAP_PRICES] = Part(torch.float32, (L,))
     return {name: part for name, part in parts.items() if part.nbytes}
 
 

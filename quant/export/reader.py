@@ -179,10 +179,6 @@ class Export(AbstractContextManager["Export"]):
             tensors[name] = self._tensor(self._predictor, name, _empty)
             if not tensors[name].isfinite().all():
                 raise self._own.error(self._predictor, f"{name} is not finite; calibrate again")
-            limits = tensors[name].aminmax() if name == layout.SWAP_PRICES else (0, 0)
-            if limits[0] < 0 or limits[1] > layout.MAX_SWAP_PRICE:
-                what = f"{name} has a price outside 0 to {layout.MAX_SWAP_PRICE:g}"
-                raise self._own.error(self._predictor, f"{what}; calibrate again")
         return tensors
 
     def close(self) -> None:

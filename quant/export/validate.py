@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+import torch
+
 from slotmoe.errors import ExportError
 from slotmoe.jsonfile import Json, read_json
 from slotmoe.quant.codecs.codec import ExpertCodecs, manifest_codecs
@@ -137,8 +139,8 @@ def check_predictor(tensors: Json, experts: Json) -> int:
     most = layout.MAX_PREDICTOR_WIDTH
     require(max(R, Q) <= most, f"the predictor is wider than {most}")
     expected = layout.predictor_parts(experts["hidden_size"], L, experts["n_routed_experts"], R, Q)
-    if layout.SWAP_PRICES not in tensors:
-        del expected[layout.SWAP_PRICES]
+    if "swap.prices" in tensors:  # which earlier versions wrote
+        expected["swap.prices"] = Part(torch.float32, (L,))
     require(set(tensors) == set(expected), "the predictor has other tensors than its format")
     return _check_tensors("the predictor", tensors, expected)
 

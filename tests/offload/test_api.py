@@ -30,7 +30,6 @@ OPTIONS = [
     ({"sequences": "2"}, "sequences is '2', expected a whole number"),
     ({"quantize": "nf4"}, "quantize is 'nf4', expected True or False"),
     ({"experts_dirs": "/mnt/b"}, "experts_dirs is '/mnt/b', expected a list"),
-    ({"route_budget": "0.1"}, "route_budget is '0.1', expected a number"),
     ({"ram": []}, r"ram is \[\], expected a number or text or None"),
     ({"device": 0}, "device '0' is unknown, expected auto, cpu, cuda or cuda:N"),
     ({"path": None}, "path is None, expected text or a path"),

@@ -165,14 +165,6 @@ def test_a_fill_that_is_stopped_keeps_no_slot_staged():
     assert len(slots.cache) == 2 and not slots.store.staged and not disk.pending
 
 
-def test_only_decoded_tokens_count_for_substitutes():
-    experts = Mock(lookahead=None)
-    for tokens, sequences, decoded in ((1, 1, 1), (3, 3, 3), (5, 1, 0)):
-        assert Experts.begin(experts, tokens, sequences) is False
-        experts.substitution.chooser.advance.assert_called_with(decoded)
-        assert experts._apart is (sequences > 1)
-
-
 def test_the_cpu_computes_what_few_tokens_use_once_slots_are_full():
     host = SimpleNamespace(cache=SimpleNamespace(cached={2}))
     split = SimpleNamespace(for_cpu=lambda tokens, uses, fetched: 2)

@@ -338,7 +338,7 @@ def test_options_that_cannot_work_are_refused_before_any_weight(hub, tmp_path, m
     monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / "cache"))
     write_checkpoint(tmp_path / "tiny")
     hub.add(NAME, Repo(tmp_path / "tiny"))
-    for options in ({"ram": "10MiB"}, {"context": 999}, {"draft": "mtp"}, {"route_budget": 0.1}):
+    for options in ({"ram": "10MiB"}, {"context": 999}, {"draft": "mtp"}):
         with pytest.raises((ConfigError, PlanError)):
             Runtime.open(NAME, **options)
     assert weight_requests(hub) == []

@@ -152,7 +152,7 @@ def test_each_option_changes_the_prediction_or_is_not_offered(plan):
         some = [word for word in SOME if "gpu" not in options or word not in ("--device", "cpu")]
         found = planned(plan, *some, *words)
         assert any(found[key(kind)] != base[key(kind)] for kind in ("prefill", "decode")), options
-    for options in ("--cache-policy lru", "--route-budget 0.1", "--experts-per-token 4"):
+    for options in ("--cache-policy lru", "--experts-per-token 4"):
         code, _, err = plan(*SOME, *options.split())
         assert code == 2 and "No such option" in err
     code, _, err = plan(*SOME, "--draft", "ngram")

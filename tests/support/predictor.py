@@ -2,7 +2,7 @@
 
 import torch
 
-from slotmoe.quant.export.layout import SWAP_PRICES, is_predictor, predictor_parts
+from slotmoe.quant.export.layout import is_predictor, predictor_parts
 
 D, L, E, K = 64, 2, 8, 3
 
@@ -11,12 +11,10 @@ def random_tensors(seed, experts=E, hidden=D):
     """A predictor of random numbers, as its file holds it."""
     generator = torch.Generator().manual_seed(seed)
     parts = predictor_parts(hidden, L, experts, 16, 16)
-    tensors = {
+    return {
         name: (torch.randn(part.shape, generator=generator) * 9).to(part.dtype)
         for name, part in parts.items()
     }
-    tensors[SWAP_PRICES].abs_()
-    return tensors
 
 
 def predictor_file(folder):

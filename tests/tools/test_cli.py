@@ -111,8 +111,7 @@ BEFORE = [
     *("bench CHECKPOINT --prompt-tokens 5000", "bench CHECKPOINT --depth 60 --context 64"),
     *("eval CHECKPOINT --text nowhere", "run CHECKPOINT x --trace nowhere/trace"),
     *("run CHECKPOINT x --session-limit lots", "run CHECKPOINT x --misses cpu --device cpu"),
-    *("run CHECKPOINT x --draft mtp", "serve CHECKPOINT --route-budget 2 --port 0"),
-    *("run CHECKPOINT x --route-budget 0.1", "profile CHECKPOINT --ram 10MiB"),
+    *("run CHECKPOINT x --draft mtp", "profile CHECKPOINT --ram 10MiB"),
     "serve CHECKPOINT --ram 1MiB --max-sequences 256 --port 0",
 ]
 

@@ -32,7 +32,7 @@ def test_help_shows_what_is_used_often_and_help_all_the_rest(slotmoe):
 
 
 def test_no_command_offers_what_does_not_act_there(small_export, slotmoe):
-    for line in (["bench", "--draft"], ["eval", "--draft"], ["eval", "--route-budget"]):
+    for line in (["bench", "--draft"], ["eval", "--draft"], ["run", "--route-budget"]):
         code, _, err = slotmoe(line[0], small_export, *line[1:])
         assert code == 2 and f"No such option '{line[1]}'" in err
 

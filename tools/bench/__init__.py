@@ -11,7 +11,7 @@ from slotmoe.errors import one_line
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.plan.memory import DEFAULT_CONTEXT, or_more_context
 from slotmoe.offload.plan.speed import store_bandwidths
-from slotmoe.tools.options import JSON, MODEL, Command, bench_options, count, flag, open_runtime
+from slotmoe.tools.options import JSON, MODEL, Command, count, flag, open_options, open_runtime
 from slotmoe.tools.progress import byte_bars
 from slotmoe.tools.run import by_drive
 from slotmoe.tools.screen import json_of
@@ -27,7 +27,7 @@ _COUNTS = ("prompt_tokens", "decode_tokens", "depth", "repetitions")
 @count("--depth", 0, "Tokens taken as cached already.", least=0)
 @count("--repetitions", 5, "Runs; medians are reported.")
 @flag("--calibrate", "Keep bandwidths and a core's speed, measured here, for slotmoe plan.")
-@bench_options
+@open_options
 @JSON
 def command(model: str, calibrate: bool, as_json: bool, **options: Any) -> None:
     """Measure MODEL with random token ids: prefill from an empty cache, then decode after --depth

@@ -6,7 +6,7 @@ import click
 
 from slotmoe.tools.cli import main
 
-_MODULES = "decode kernels codes quantize download drafts serve recall routing".split()
+_MODULES = "decode kernels codes quantize download drafts serve recall".split()
 
 
 @click.group("python -m slotmoe.tools.bench", context_settings={"show_default": True})

@@ -173,7 +173,7 @@ def make_server(
     how: Json = {"http": Connection, "ws": "none", "lifespan": "off", "log_level": "warning"}
     how |= dict.fromkeys(("access_log", "use_colors", "server_header", "proxy_headers"), False)
     settings = uvicorn.Config(
-        Log(guarded, is_logged, runtime.model.options.altered),
+        Log(guarded, is_logged),
         limit_concurrency=sequences + queue + _SPARE_CONNECTIONS,
         timeout_graceful_shutdown=_GRACE_SECONDS,
         **how,

@@ -21,14 +21,14 @@ _MAX_HEADER = 1000  # characters
 class Log:
     """ASGI middleware around all others.
 
-    Each response has ``x-request-id`` (the request's own, if that has a usable one), where keywords
-    of schemas were left out ``x-slotmoe-relaxed``, and where options change the text
-    ``x-slotmoe-routing``: ``altered``.  HEAD is answered wherever GET is.  If ``is_written``, each
-    request is a line on stderr; nothing of its content or its key is in it.
+    Each response has ``x-request-id`` (the request's own, if that has a usable one), and where
+    keywords of schemas were left out ``x-slotmoe-relaxed``.  HEAD is answered wherever
+    GET is.  If ``is_written``, each request is a line on stderr; nothing of its content or its key
+    is in it.
     """
 
-    def __init__(self, app: ASGIApp, is_written: bool, altered: str | None):
-        self._app, self._is_written, self._altered = app, is_written, altered
+    def __init__(self, app: ASGIApp, is_written: bool):
+        self._app, self._is_written = app, is_written
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -44,8 +44,6 @@ class Log:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = headers["request-id"] = id_
-                if self._altered is not None:
-                    headers["x-slotmoe-routing"] = self._altered
                 if state.get("relaxed"):
                     text = ascii("; ".join(state["relaxed"]))[1:-1]  # fields have any names
                     short = f"{text[: _MAX_HEADER - 3]}..."

@@ -199,7 +199,7 @@ class Service:
             **{"running": self.running, "queued": self.queued},
             **{name: getattr(totals, name) for name in _TOKENS},
             **{name: stats[name] for name in ("cache", "io", "kernels", "drafts")},
-            **{name: stats[name] for name in ("sessions", "routing") if name in stats},
+            **{name: stats[name] for name in ("sessions",) if name in stats},
         }
 
     def collect(self) -> Iterable[Metric]:
