@@ -102,7 +102,8 @@ class LayerByLayer(Generic[W]):
             else:
                 y_TD = self._compressed(step, weights, x_TD)
             self._add(step, y_TD, mixed)
-            step.timer.mark("attention")
+            if step.timer is not None:
+                step.timer.mark("attention")
             x_TD, step.mixed = self._input(step, layer.mlp_mixing)
             step.x_TD = x_TD = backend.rms_norm(x_TD, layer.post_attention_layernorm, eps)
             if layer.gate is not None:
@@ -112,7 +113,8 @@ class LayerByLayer(Generic[W]):
                     chosen_TK = layer.experts_of[step.ids_T].long()
                 inputs = logits_TE, router, layer.gate_bias, chosen_TK
                 choice = backend.route(*inputs) or route(*inputs)
-                step.timer.mark("gate")
+                if step.timer is not None:
+                    step.timer.mark("gate")
                 return Pending(step.layer, x_TD, *choice)
             self.feed_forward(step)
         return None
@@ -127,7 +129,8 @@ class LayerByLayer(Generic[W]):
         assert y_TD is not None
         self._add(step, y_TD, step.mixed)
         step.layer, step.x_TD, step.routed_TD, step.mixed = step.layer + 1, None, None, None
-        step.timer.mark("shared experts and dense layers")
+        if step.timer is not None:
+            step.timer.mark("shared experts and dense layers")
 
     def _input(self, step: Step, mixing: Mixing | None) -> tuple[Tensor, Mixed | None]:
         """What a block reads of the residual streams, and how they take in what it gives."""

@@ -63,7 +63,7 @@ class Positions:
         states: Sequence[State],
         before: Sequence[int],
         counts: Sequence[int],
-        timer: Timer,
+        timer: Timer | None,
         ids_T: Tensor | None,
     ) -> Step:
         """A step over tokens at ``positions``, float32 [T]."""
@@ -108,7 +108,7 @@ class Network(Generic[W]):
         self._decoder = backend.decoder(self._geometry, self.layers)
         # Tokens that a pass computes at most in calls that give each bitwise what it gives alone.
         self.rows: int = 0 if self._decoder is None else self._decoder.rows
-        self.timer = Timer()
+        self.timer: Timer | None = None
 
     @torch.inference_mode()
     def forward(self, ids_T: Tensor, states: States, counts: Sequence[int] = ()) -> Tensor:
@@ -133,7 +133,8 @@ class Network(Generic[W]):
         positions_T = torch.cat([torch.arange(*span, device=h_TD.device) for span in spans]).float()
         for state, count in pairs:
             state.begin(count)
-        self.timer.mark("rest")
+        if self.timer is not None:
+            self.timer.mark("rest")
         runner: Runner = self._layer_by_layer
         T, size = len(h_TD), self._step_tokens
         if self._decoder and min(self.rows, size) >= T and T - len(states) <= _FEW:
@@ -169,7 +170,8 @@ class Network(Generic[W]):
         """Logits, float32 [T, vocab], from rows of the residual stream after the last layer."""
         x_TD = self.backend.rms_norm(self.collapse(h_TD), self.norm, self.config.rms_norm_eps)
         logits_TV: Tensor = self.backend.linear(x_TD, self.lm_head)
-        self.timer.mark("head")
+        if self.timer is not None:
+            self.timer.mark("head")
         return logits_TV
 
     @torch.inference_mode()

@@ -299,7 +299,7 @@ class Step:
     caches: Sequence[State]
     before: Sequence[int]
     counts: Sequence[int]
-    timer: Timer
+    timer: Timer | None
     ids_T: Tensor | None
     layer: int = 0
     x_TD: Tensor | None = None

@@ -3,6 +3,7 @@
 Shapes: T tokens, D hidden_size, M MoE layers, E routed experts, K experts a token.
 """
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ class Experts:
         has_head: bool = False,
     ):
         self._backend, self._device, self.slots, self._cache = backend, device, slots, slots.cache
-        self._rows = {layer: row for row, layer in enumerate(layers)}
+        self._layers, self._rows = [*layers], {layer: row for row, layer in enumerate(layers)}
         self.records, self._store = records, slots.store
         self._count = len(layers) - has_head  # of the network's
         # Where graphs find the slots of experts that have arrived.
@@ -92,7 +93,7 @@ class Experts:
         self._met = 0  # missing experts whose read had begun when the gate chose them
         self._listeners: list[tuple[OnLayer, bool]] = []
         self._fetched = self._computed = 0
-        self.timer = Timer()
+        self.timer: Timer | None = None
 
     def on_layer(self, listener: OnLayer, inputs: bool = False) -> Callable[[], None]:
         """Call ``listener`` with each gate's choice from now on, until the returned function is
@@ -121,7 +122,8 @@ class Experts:
 
     def begin(self, tokens: int, sequences: int = 1) -> bool:
         """A pass begins, without what the last one left in staging; is ``guess_token`` worth it?"""
-        self.slots.advance(tokens)
+        if not self.slots.complete:
+            self.slots.advance(tokens)
         self._apart = sequences > 1
         self.go_on(tokens)
         if self.lookahead is None:
@@ -135,7 +137,7 @@ class Experts:
 
     def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
         """See ``slotmoe.model.network.Experts``."""
-        first = sum(moe_layer < layer for moe_layer in self._rows)
+        first = bisect_left(self._layers, layer)
         self._pass.reach(first + len(indices_MTK) - 1, indices_MTK.shape[1])
         if self.slots.complete and not self._listeners:  # nothing is ever evicted: only count
             self._cache.hits += indices_MTK.numel()
@@ -157,7 +159,8 @@ class Experts:
         try:
             for slots_E in self._bring(row, x_TD, indices_TK, y_TKD):
                 self._backend.experts(x_TD, self.records, slots_E, indices_TK, y_TKD)
-                self.timer.mark("experts")
+                if self.timer is not None:
+                    self.timer.mark("experts")
         finally:
             self.slots.release()
             if self.hybrid is not None:
@@ -220,7 +223,8 @@ class Experts:
             self.lookahead.guess_layer(row, self._count, x_TD)
         seen_TD = download.others()[0][-FOLLOWED:].numpy() if learns else None
         self._cache.use_chunk(row, indices, self._pass.later, seen_TD)  # the disk is at work by now
-        self.timer.mark("cache and prefetch")
+        if self.timer is not None:
+            self.timer.mark("cache and prefetch")
         yield from self._arrivals(work, y_TKD)
         for expert_id in missing:  # in gate order, so that timing changes nothing
             if expert_id in work.used:
@@ -241,7 +245,8 @@ class Experts:
             if done or work.cached:
                 work.copies += [read.copy for read in done if read.copy is not None]
                 slots.take(done)
-                self.timer.mark("waiting for disk" if hybrid is None else "waiting for RAM")
+                if self.timer is not None:
+                    self.timer.mark("waiting for disk" if hybrid is None else "waiting for RAM")
                 work.reads = [read for read in work.reads if read not in done]
                 self._note_idle(work)
                 used = [read.expert_id for read in done]
@@ -252,11 +257,13 @@ class Experts:
                 assert hybrid is not None
                 ready, _ = _first([read.expert_id for read in arrived], work.uses)
                 hybrid.compute(arrived[: len(ready)], work.row, y_TKD)
-                self.timer.mark("experts")
+                if self.timer is not None:
+                    self.timer.mark("experts")
             else:
                 self.look()  # a layer may have many experts to wait for
                 slots.wait([*work.reads, *acquired])
-                self.timer.mark("waiting for disk")
+                if self.timer is not None:
+                    self.timer.mark("waiting for disk")
 
     def _note_idle(self, work: Work) -> None:
         """From when all demands are met until the next gate, only guesses are to be read."""
@@ -350,7 +357,8 @@ class Experts:
         if row >= self._count - 1 and self._pass.later == 0:
             self._pass = Pass()
         self.look()
-        self.timer.mark("cache and prefetch")
+        if self.timer is not None:
+            self.timer.mark("cache and prefetch")
 
     def _read_warm(self) -> None:
         """Keep a read of a popular expert going, behind demands, until the cache is full."""

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slotmoe.border import Pending, Step, Timer
+from slotmoe.border import Pending, Step
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.layers import LayerByLayer, geometry_of, layer_of
 from slotmoe.model.names import EMBEDDING, expert_name, expert_shapes, resident_shapes, split_name
@@ -193,7 +193,7 @@ class Calibration:
         windows = self.hidden_TD.split(self._lengths), ids_T.split(self._lengths)
         for h_WD, ids_W in zip(*windows, strict=True):
             positions_W = torch.arange(len(h_WD), device=self._device).float()
-            given = h_WD, positions_W, [state], [0], [len(h_WD)], Timer(), ids_W
+            given = h_WD, positions_W, [state], [0], [len(h_WD)], None, ids_W
             step = self._positions.step(*given)
             state.begin(len(h_WD))
             if (pending := runner.run_layers(step, None)) is not None:

@@ -126,6 +126,6 @@ def attach(runtime: Runtime, origin: float) -> tuple[Profiler, Callable[[], None
     def end() -> None:
         stop_listening()
         profiler.between_steps()
-        model.network.timer = experts.timer = Timer()
+        model.network.timer = experts.timer = None
 
     return profiler, lambda: runtime.engine.call(end)

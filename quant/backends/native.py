@@ -7,6 +7,7 @@ kv_lora_rank, P qk_rope_head_dim.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar, cast
 from weakref import WeakKeyDictionary
 
@@ -52,17 +53,17 @@ class NativeDecoder:
         owners = [*zip(step.caches, step.counts, strict=True)]
         states = [state for state, count in owners for _ in range(count)]
         first = step.layer + (step.x_TD is not None)
-        now = time.perf_counter()
-        step.timer.mark("cache and prefetch", now)
+        began = time.perf_counter()
         # A call stores all latents of a layer before any token attends to them.
         positions = [state.length + index for state, count in owners for index in range(count)]
         records = table.records.slab, table.slots_ME, self.record(table.records)
         kind = self._compressed if self.decoder.window else self._latent
         stream = step.layer, step.h_TD, kind(step, states, positions)
         done = self.native.decode(self.decoder, *stream, *records, step.x_TD, step.routed_TD)
-        for stage, seconds in zip(_STAGES, done.seconds, strict=True):
-            now += seconds
-            step.timer.mark(stage, now)
+        if step.timer is not None:
+            ends = accumulate(done.seconds, initial=began)
+            for stage, now in zip(("cache and prefetch", *_STAGES), ends, strict=True):
+                step.timer.mark(stage, now)
         step.layer, step.h_TD = done.layer, done.h
         if done.layer == len(self.decoder.routed):
             if len(done.indices):
