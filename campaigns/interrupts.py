@@ -43,7 +43,6 @@ COMMANDS = {
     "bench": f"bench EXPORT --prompt-tokens 64 --decode-tokens 16 --repetitions 1 {OPTIONS}",
     "eval": "eval EXPORT --text TEXT --reference EXPORT --window 128",
     "profile": f"profile EXPORT hello -n 40 {OPTIONS} -o WORK/report",
-    "replay": "replay TRACE",
     "list": "list",
     "rm": "rm --sessions --all --session-dir WORK",
     "doctor": "doctor",
@@ -65,11 +64,9 @@ def prepare(folder, given):
 def places_of(export):
     """What commands read, made once."""
     folder = export.parent
-    places = {name.upper(): folder / name for name in ("checkpoint", "trace", "text", "work")}
+    places = {name.upper(): folder / name for name in ("checkpoint", "text", "work")}
     if not places["TEXT"].exists():
         write_checkpoint(places["CHECKPOINT"], **SMALL)
-        recorded = Forked("run", export, "Hello", "-n", 40, "--trace", places["TRACE"])
-        assert recorded.wait() == 0
         places["TEXT"].write_text((SAMPLE / "config.json").read_text() * 3)
     return {"EXPORT": export, **places}
 

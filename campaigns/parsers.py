@@ -22,7 +22,6 @@ from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.gguf.header import read_header
 from slotmoe.model.tiktoken import tokenizer_json
 from slotmoe.model.tokenizer import Tokenizer
-from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.plan.advice import GEOMETRIES, geometry_path
 from slotmoe.offload.sessions.blocks import Block, BlockFolder, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved, listing
@@ -170,21 +169,12 @@ def gguf(folder):
     return in_file(path, data[:size], read, end=data[size:])
 
 
-def trace(folder):
-    keys = {"layers": [1, 2], "n_routed_experts": 8, "num_experts_per_tok": 2}
-    header = {"format": "slotmoe-trace", "version": 2, **keys}
-    step = (3).to_bytes(4, "little") + bytes([0, 0, 5, 0] * 6) + bytes(2 * 256) * 6
-    path = folder / "trace"
-    return in_file(path, json.dumps(header).encode() + b"\n" + step * 4, lambda: read_trace(path))
-
-
 PARSERS = {
     "config": config,
     "index": lambda at: in_checkpoint(at, "model.safetensors.index.json", opened),
     "header": lambda at: in_checkpoint(at, "model.safetensors", opened),
     "manifest": manifest,
     "gguf": gguf,
-    "trace": trace,
     "resident": lambda at: body(at, "resident.safetensors"),
     "experts": lambda at: body(at, "experts/layer-00001.safetensors"),
     "predictor": lambda at: body(at, "predictor-*"),

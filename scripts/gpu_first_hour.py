@@ -76,7 +76,7 @@ def both(name: str, limit: float, **arguments: Any) -> Step:
 
 
 def bench(dry: bool, *arguments: str) -> list[str]:
-    module = ["scripts.gpu.on_twin", "bench"] if dry else ["slotmoe.tools.bench"]
+    module = ["scripts.gpu.on_twin", "bench"] if dry else ["bench"]
     return [PYTHON, "-m", *module, *arguments]
 
 
@@ -95,7 +95,7 @@ def set_up(limit: float, site: Path, wheels: Path | None) -> Step:
 
 def of_kernels(site: Path, wheels: Path | None) -> dict[int, list[Step]]:
     """Those that need no model: tests of kernels and devices, and the kernels' speed."""
-    gpu = [PYTHON, "-m", "slotmoe.tools.bench", "gpu", "--repetitions", "3"]
+    gpu = [PYTHON, "-m", "bench", "gpu", "--repetitions", "3"]
     return {
         1: [
             set_up(120, site, wheels),

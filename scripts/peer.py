@@ -10,9 +10,10 @@ from typing import Any
 
 import click
 
+from bench import turns
 from slotmoe.errors import ConfigError
 from slotmoe.offload.runtime import Runtime
-from slotmoe.tools.bench import turns
+from slotmoe.tools.bench import speed
 from slotmoe.tools.options import count, flag, option
 
 
@@ -74,8 +75,8 @@ def peer(
         def ours() -> float:
             ids = turns.random_ids(tokens)
             if prompt:
-                return tokens / turns.prefill_seconds(runtime, ids)
-            return tokens / sum(turns.token_seconds(runtime, ids, depth))
+                return tokens / speed.prefill_seconds(runtime, ids)
+            return tokens / sum(speed.token_seconds(runtime, ids, depth))
 
         try:
             if depth:

@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from slotmoe.tools.bench.__main__ import bench
+from bench.__main__ import bench
 from slotmoe.tools.cli import cli
 from tests.support.pages import CALLS, PAGES, PYTHON, ROOT, UNKNOWN, name_of
 
@@ -106,14 +106,14 @@ def test_links_resolve():
 
 
 def test_named_files_exist():
-    folder = "(?:model|quant|offload|tools|tests|campaigns|slotmoe|docs)"
+    folder = "(?:model|quant|offload|tools|bench|tests|campaigns|slotmoe|docs)"
     for page in PAGES:
         if page.parent.name == "decisions":  # these may name what is gone
             continue
         for name in set(re.findall(rf"(?<![\w./<([-]){folder}/[\w./*-]*", page.read_text())):
             there = next(ROOT.glob(name.rstrip("/.")), None)
             assert there, f"{page}: names {name}, which is not there"
-        named = set(re.findall(r"slotmoe\.tools\.bench ([a-z]+)", page.read_text()))
+        named = set(re.findall(r"python -m bench ([a-z]+)", page.read_text()))
         assert named <= set(bench.commands)
 
 

@@ -40,7 +40,7 @@ EXTRAS = {
 LIGHT = ["slotmoe", "slotmoe.model.config", "slotmoe.model.names", "slotmoe.quant.shapes"]
 LIGHT += ["slotmoe.offload.machine"]
 LIGHT_TOOLS = ("chat", "chat.conversation", "profile", "serve")
-LIGHT += ["slotmoe.offload.study.replay", "slotmoe.offload.model_cache"]
+LIGHT += ["slotmoe.offload.model_cache"]
 
 
 def module_name(path):
@@ -55,7 +55,6 @@ FILES = [*(ROOT / "slotmoe").glob("*.py"), *(ROOT / "slotmoe" / "system").glob("
 FILES += [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 MODULES = {module_name(path): path for path in FILES}
 TESTS = [path for folder in ("tests", "campaigns") for path in (ROOT / folder).rglob("*.py")]
-PRODUCT = [path for path in FILES if ROOT / "tools" / "bench" not in path.parents]
 
 
 @functools.cache
@@ -91,7 +90,7 @@ def test_packages_import_only_what_they_may():
 def test_one_package_knows_what_systems_do():
     """No other module imports what only some have, or reads Linux's own folder."""
     names = {"fcntl", "resource", "pwd", "grp", "termios", "pty", "msvcrt", "winreg"}
-    for path in PRODUCT:
+    for path in FILES:
         if path.parent.name != "system":
             assert not imported(path) & names, path
             assert "/proc" not in path.read_text(), path
@@ -117,7 +116,7 @@ def test_modules_are_not_imported_by_their_folders_names():
 
 def test_files_and_functions_are_short():
     long = []
-    for path in PRODUCT:
+    for path in FILES:
         text = path.read_text()
         if (lines := text.count("\n")) > MAX_FILE_LINES:
             long.append(f"{path.relative_to(ROOT)}: {lines} lines")
@@ -148,7 +147,7 @@ def test_light_modules_import_nothing_heavy_and_the_core_needs_no_extra():
         for path in FILES
         if {name.split(".")[0] for name in imported(path)} & {*extras} and "tools" in path.parts
     }
-    kept = [name for name, path in MODULES.items() if path in PRODUCT and "triton" not in name]
+    kept = [name for name, path in MODULES.items() if "triton" not in name]
     others = ("slotmoe.tools.serve", "slotmoe.__main__", "slotmoe.system.windows", *optional)
     core = [name for name in kept if not within(name, others)]
     code = f"""
@@ -184,7 +183,7 @@ def test_dependencies_are_declared():
         assert declared(project["optional-dependencies"][name]) == set(modules)
     known = declared(project["dependencies"]).union(*EXTRAS.values(), {"slotmoe", "triton"})
     known.add("typing_extensions")  # for type checkers alone, which bring it
-    third_party = {name.partition(".")[0] for path in PRODUCT for name in imported(path)}
+    third_party = {name.partition(".")[0] for path in FILES for name in imported(path)}
     assert third_party - set(sys.stdlib_module_names) <= known
     assert known - {"slotmoe", "triton"} <= third_party
 

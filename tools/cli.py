@@ -29,7 +29,6 @@ _COMMANDS = {
     "bench": "Measure prefill and decode speed beside the machine's ceiling.",
     "eval": "Score text: bits per byte, perplexity, and divergence from a reference.",
     "profile": "Report where a run's memory and time go: charts, HTML, JSON.",
-    "replay": "Compare expert cache policies and sizes on recorded routing.",
     "list": "Show the exports in the cache folder: their sizes, and when they were used.",
     "rm": "Remove exports from the cache folder.",
     "doctor": "Say what this machine has, what is missing, and how to get it.",

@@ -217,7 +217,9 @@ SAMPLING = tuple(_SAMPLING)  # arguments of ``Runtime.generate``
 OWN = tuple(name for name in SAMPLING if name != "seed")  # settings that a model has its own of
 SYSTEM = option("--system", "TEXT", "How the model should behave; with slotmoe run it sets --chat.")
 _CHAT = flag("--chat", "Send PROMPT through the model's chat template, as a user's message.")
-_TRACE = option("--trace", "FILE", "Record the experts used, for replay.", type=NEW_FILE, cls=Rare)
+_TRACE = option(
+    "--trace", "FILE", "Record the experts used (docs/benchmarks.md).", type=NEW_FILE, cls=Rare
+)
 _NEW_TOKENS = 128  # of a continuation; a chat's answer ends by itself
 _STOP = "Stop after N tokens."
 _STOP_OR_END = f"{_STOP} [default: {_NEW_TOKENS}; with --chat the answer's end]"

@@ -1,4 +1,4 @@
-"""Records which experts a run used, for replay under other cache sizes and policies.
+"""Records which experts a run used, for ``python -m bench replay``.
 
 A trace file is one line of JSON, ``{"format": "slotmoe-trace", "version": 2, "layers": [...],
 "n_routed_experts": E, "num_experts_per_tok": K}``, then little-endian blocks, one a forward step:
@@ -12,13 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from slotmoe.errors import ConfigError, naming, reading, refused
-from slotmoe.jsonfile import Json
-from slotmoe.offload.policy.forecast import FEATURES, Array, fold
+from slotmoe.errors import ConfigError, naming, refused
+from slotmoe.offload.policy.forecast import Array, fold
 
-_LONGEST_HEADER = 1 << 16
 _KEYS = ("layers", "n_routed_experts", "num_experts_per_tok")
-_RECORD = "slotmoe run MODEL PROMPT --trace FILE"
 
 
 class Step(NamedTuple):
@@ -64,57 +61,3 @@ class TraceWriter:
 
     def close(self) -> None:
         self._file.close()
-
-
-def read_trace(path: Path) -> tuple[Json, list[Step]]:
-    """Header and steps of a trace file.  Raises ``ConfigError``.
-
-    Everything is checked against the bytes: counts, and each gate's K different experts below E.
-    """
-    with reading(path, ConfigError), path.open("rb") as file:
-        header = _parse_header(path, file.readline(_LONGEST_HEADER))
-        body = file.read()
-    shape = len(header["layers"]), header["num_experts_per_tok"]
-    steps, offset = list[Step](), 0
-    while offset < len(body):
-        tokens = int.from_bytes(body[offset : offset + 4], "little")
-        count = tokens * shape[0]  # of gates' choices
-        size, left = 2 * count * (shape[1] + FEATURES), max(len(body) - offset - 4, 0)
-        if tokens == 0 or size > left:
-            sizes = f"{tokens} tokens, {size} bytes, and {left} bytes are left"
-            advice = f"the recording was cut off or damaged; record it again with {_RECORD}"
-            raise ConfigError(f"{path}: step {len(steps)} counts {sizes}: {advice}")
-        indices = np.frombuffer(body, "<u2", count * shape[1], offset + 4)
-        offset += 4 + size
-        features = np.frombuffer(body, "<f2", count * FEATURES, offset - 2 * count * FEATURES)
-        steps.append(Step(indices.reshape(tokens, *shape), features.reshape(tokens, shape[0], -1)))
-    if not steps:
-        return header, steps
-    # All at once: steps of decode have one token each, and there may be many.
-    chosen, experts = np.concatenate([step.indices for step in steps]), header["n_routed_experts"]
-    ranked = np.sort(chosen, axis=2)
-    repeated = (ranked[:, :, 1:] == ranked[:, :, :-1]).any(axis=2)
-    wrong = (ranked[:, :, -1] >= experts) | repeated
-    if wrong.any():
-        token, row = np.argwhere(wrong)[0]
-        what = f"{chosen[token, row].tolist()} in layer {header['layers'][row]}"
-        expected = f"expected {chosen.shape[2]} different ones below {experts}"
-        problem = f"token {token} chose experts {what}, {expected}"
-        raise ConfigError(f"{path}: {problem}; the file is damaged, record it again")
-    return header, steps
-
-
-def _parse_header(path: Path, line: bytes) -> Json:
-    try:
-        header = json.loads(line)
-        layers, experts, top_k = (header[key] for key in _KEYS)
-        known = header["format"] == "slotmoe-trace" and header["version"] == 2
-        known &= all(type(number) is int for number in (*layers, experts, top_k))
-        known &= len(layers) > 0 and layers == sorted(set(layers)) and layers[0] >= 0
-        if known and 1 <= top_k <= experts <= 1 << 16:
-            return dict(header)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    line_1 = f"JSON with format, version, {', '.join(_KEYS)}"
-    problem = f"not a slotmoe trace of version 2, whose first line is {line_1}"
-    raise ConfigError(f"{path}: {problem}; record one with {_RECORD}")

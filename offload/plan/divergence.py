@@ -1,5 +1,5 @@
 """What codes cost on the bundled sample: KL divergence in nats a token, from ``divergence.json``,
-where ``python -m slotmoe.tools.bench codes`` writes it.  Without torch."""
+where ``python -m bench codes`` writes it.  Without torch."""
 
 import json
 from functools import cache

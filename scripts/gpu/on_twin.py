@@ -1,5 +1,5 @@
 """A dry run's GPU, the tests' twin: ``python -m scripts.gpu.on_twin slotmoe|bench ARGUMENTS`` runs
-``python -m slotmoe ARGUMENTS`` or ``python -m slotmoe.tools.bench ARGUMENTS`` on it."""
+``python -m slotmoe ARGUMENTS`` or ``python -m bench ARGUMENTS`` on it."""
 
 import sys
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def on_twin() -> Iterator[None]:
 
 def main() -> None:
     program, *arguments = sys.argv[1:]
-    from slotmoe.tools.bench.__main__ import bench
+    from bench.__main__ import bench
     from slotmoe.tools.cli import cli, main
 
     with on_twin():

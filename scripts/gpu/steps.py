@@ -260,7 +260,8 @@ def timeline(dry: bool, path: str, slots: int, traces: str, **options: Any) -> F
     ``slots``; the traces are for chrome://tracing."""
     import torch
 
-    from slotmoe.tools.bench import turns
+    from bench.turns import random_ids
+    from slotmoe.tools.bench.speed import token_seconds
 
     activity, tokens = torch.profiler.ProfilerActivity, 8
     kinds = [activity.CPU] if dry else [activity.CPU, activity.CUDA]
@@ -268,11 +269,11 @@ def timeline(dry: bool, path: str, slots: int, traces: str, **options: Any) -> F
     for name, given in (("all", {}), ("some", {"slots": slots, "misses": "fetch"})):
         with opened(dry, path, **options, **given) as runtime:
             runtime.warm()
-            ids = turns.random_ids(tokens)
-            turns.token_seconds(runtime, ids)  # what is captured is captured by now
-            seconds = median(turns.token_seconds(runtime, ids))
+            ids = random_ids(tokens)
+            token_seconds(runtime, ids)  # what is captured is captured by now
+            seconds = median(token_seconds(runtime, ids))
             with torch.profiler.profile(activities=kinds) as profiler:
-                turns.token_seconds(runtime, ids)
+                token_seconds(runtime, ids)
         trace = Path(traces) / f"timeline-{name}.json.gz"
         profiler.export_chrome_trace(str(trace))
         events = [event for event in profiler.events() if "cuda" in str(event.device_type).lower()]

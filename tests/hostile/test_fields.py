@@ -30,7 +30,6 @@ from slotmoe.offload.ingest.hub import hub_place
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.ingest.repository import Patience, resolve
 from slotmoe.offload.model_source import generation_of
-from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.plan.advice import GEOMETRIES, Model, geometry_path
 from slotmoe.offload.plan.speed import MEASURED, stored_bandwidths
 from slotmoe.offload.sessions.names import NamedSession, Saved, listing
@@ -238,17 +237,6 @@ def saved_chat(folder, good):
     return {"messages": [{"role": "system", "content": "Be brief."}, *words]}, read
 
 
-def trace(folder, good):
-    values = {"format": "slotmoe-trace", "version": 2, "layers": [1, 2]}
-    values |= {"n_routed_experts": 8, "num_experts_per_tok": 2}
-
-    def read(values):
-        (folder / "x.trace").write_bytes(text(values) + b"\n")
-        read_trace(folder / "x.trace")
-
-    return values, read
-
-
 def bandwidths(folder, good):
     def read(values):
         (folder / "machine.json").write_bytes(text(values))
@@ -324,7 +312,6 @@ SHORT = {
     "tensors": tensors,
     "session": session,
     "saved-chat": saved_chat,
-    "trace": trace,
     "bandwidths": bandwidths,
     "resume": resume,
     "notes": notes,

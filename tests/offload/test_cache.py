@@ -1,10 +1,6 @@
-"""Cache policies against a slow reference, the optimum against brute force, and ``slotmoe replay``
-from traces to charts."""
+"""Cache policies against a slow reference, and the optimum against brute force."""
 
-import json
 import random
-import re
-import tracemalloc
 from functools import cache as memoize
 from functools import partial
 from itertools import chain, combinations, product
@@ -14,12 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slotmoe.errors import ConfigError
-from slotmoe.offload.observe.trace import TraceWriter, read_trace
+from bench.replay import optimum, replay
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.cache import Learned, make_cache
 from slotmoe.offload.policy.forecast import FEATURES
-from slotmoe.offload.study.replay import gate_choices, optimum, replay
 
 ROWS, EXPERTS, TOP = 3, 4, 2
 IDS = range(ROWS * EXPERTS)
@@ -173,114 +167,6 @@ def test_forecast_learns_what_inputs_say():
     # Half of all hits are the most that one slot a layer allows where what is used next is known
     # but was not used last; guessing gives a quarter.
     assert hits[True] > hits[False] + 0.1, hits
-
-
-def write_trace(path, tokens=60, seed=0, experts=8):
-    """Half of it prefill and half decode."""
-    chance = np.random.default_rng(seed)
-    writer = TraceWriter(path, (1, 2, 5), experts, 3)
-    for count in (tokens - tokens // 2, *[1] * (tokens // 2)):
-        for layer in (1, 2, 5):
-            chosen = [chance.choice(experts, 3, replace=False).tolist() for _ in range(count)]
-            writer.add(layer, chosen, chance.normal(size=(count, 40)))
-    writer.close()
-    return path
-
-
-def test_replay_command(slotmoe, tmp_path, heavy):
-    traces = [write_trace(tmp_path / f"{seed}.trace", seed=seed) for seed in (0, 1)]
-    chart = tmp_path / "chart.png"
-    code, out, err = slotmoe("replay", *traces, "--json", "-o", chart)
-    assert (code, err) == (0, "")
-    report = json.loads(out)
-    found = {(result["policy"], result["slots"]): result for result in report["results"]}
-    # 5, 10, ... % of 24, but at least one layer's K
-    assert set(found) == {*product((*POLICIES, "optimum"), (3, 4, 6, 8, 12, 18, 24))}
-    per_trace = [gate_choices(read_trace(path)[1], 8) for path in traces]
-    hits = [replay(*trace, "lru", 6, 8) for trace in per_trace]
-    best = [optimum(trace[0], 6) for trace in per_trace]
-    assert found["optimum", 6]["by_trace"]["hit_rate"] == [count / 540 for count in best]
-    assert found["lru", 6]["hit_rate"] == pytest.approx(sum(hits) / 2 / 540)
-    assert found["lru", 6]["of_optimum"] == pytest.approx(np.mean(np.divide(hits, best)))
-    assert chart.read_bytes().startswith(b"\x89PNG")
-    trace = write_trace(tmp_path / "short.trace", tokens=1)
-    code, out, _ = slotmoe("replay", trace, "--slots", 3, "--json")
-    results = json.loads(out)["results"]  # an optimum without hits counts as whole
-    assert {(result["hit_rate"], result["of_optimum"]) for result in results} == {(0.0, 1.0)}
-
-
-def _header(**changes):
-    header = {"format": "slotmoe-trace", "version": 2, "layers": [1, 2]}
-    header |= {"n_routed_experts": 4, "num_experts_per_tok": 2}
-    return json.dumps(header | changes).encode() + b"\n"
-
-
-def _step(count, *indices):
-    features = bytes(2 * FEATURES * (len(indices) // 2))
-    return np.uint32(count).tobytes() + np.array(indices, "<u2").tobytes() + features
-
-
-GOOD, NONE = _step(1, 0, 1, 2, 3), "not a slotmoe trace"
-WRONG = [
-    {"version": 1},
-    {"format": "x"},
-    *({"layers": layers} for layers in ([], [2, 2], "12")),
-    {"n_routed_experts": 1 << 40},
-    {"num_experts_per_tok": 5},
-]
-BAD_TRACES = [
-    *((NONE, data) for data in (b"", bytes(range(256)) * 9, b"[" * 3_000_000)),
-    *((NONE, _header(**changes)) for changes in WRONG),
-    ("holds no tokens", _header()),
-    ("step 1 counts 1 tokens, 1032 bytes, and 1031 bytes are left", _header() + GOOD + GOOD[:-1]),
-    ("step 1 counts 4294967295 tokens", _header() + GOOD + _step(0xFFFFFFFF, 1, 2)),
-    ("step 1 counts 0 tokens", _header() + GOOD + _step(0)),
-    (r"chose experts \[2, 4\] in layer 2", _header() + GOOD + _step(1, 0, 1, 2, 4)),
-    (r"token 1 chose experts \[3, 3\] in layer 1", _header() + GOOD + _step(1, 3, 3, 1, 2)),
-]
-
-
-@pytest.mark.parametrize(("message", "data"), BAD_TRACES)
-def test_bad_trace_is_refused(slotmoe, tmp_path, message, data):
-    """In one line that says which file and what is wrong, without allocating what the file only
-    claims to hold."""
-    path = tmp_path / "bad.trace"
-    path.write_bytes(data)
-    tracemalloc.start()
-    if data != _header():
-        with pytest.raises(ConfigError, match=message):
-            read_trace(path)
-    assert tracemalloc.get_traced_memory()[1] < 2 << 20
-    tracemalloc.stop()
-    code, out, err = slotmoe("replay", path)
-    assert (code, out, len(err.splitlines())) == (2, "", 1)
-    assert re.match(f"slotmoe: {path}: .*{message}", err)
-
-
-IMPOSSIBLE = {
-    "nowhere.trace": "nowhere.trace",
-    "": "TRACE",
-    "GOOD --slots 0": "--slots",
-    "GOOD --slots 25": "24 experts",
-    "GOOD --policy magic": "learned",
-    "GOOD -o chart.pdf": ".png",
-    "GOOD -o nowhere/chart.png": "folder",
-    "GOOD -o chart.png": "pip install 'slotmoe[plots]'",
-    "GOOD OTHER": "another model",
-}
-
-
-@pytest.mark.parametrize("line", IMPOSSIBLE)
-def test_impossible_replays_are_refused(slotmoe, tmp_path, monkeypatch, line):
-    """Also a chart without matplotlib, before the work."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("slotmoe.tools.options.find_spec", lambda name: None)
-    write_trace(tmp_path / "GOOD")
-    write_trace(tmp_path / "OTHER", experts=9)
-    code, out, err = slotmoe("replay", *line.split())
-    assert (code, out) == (2, "")
-    assert IMPOSSIBLE[line] in err
-    assert not list(tmp_path.glob("chart*"))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

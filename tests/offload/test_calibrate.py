@@ -22,7 +22,6 @@ from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.layout import MANIFEST, checksum, predictor_parts
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import write_predictor
-from tests.support.bench import benchmark
 from tests.support.disk import die_at_change, forked, tree
 from tests.support.exported import resign
 from tests.support.predictor import D, E, K, L, predictor_file, random_tensors, state_of
@@ -377,11 +376,3 @@ def test_quantize_calibrates_and_a_finished_export_is_only_calibrated(plain, com
     assert (code, "exists" in err) == (2, True)
     # A predictor is part of an export, so it may be replaced with it.
     assert command(*arguments, "--overwrite")[0] == 0
-
-
-def test_recall_benchmark_reads_calibrated_and_plain_exports(made):
-    everything = ["token", "popular", "layer", "layer_alone", "untrained"]
-    for name, predictors in (("plain", ["untrained"]), ("calibrated", everything)):
-        rows = benchmark("recall", made / name, made / "other", "--threads", 1)["results"]
-        assert [row["predictor"] for row in rows if row["text"] == "mean"] == predictors
-    assert rows[0]["wasted"][0] == pytest.approx(1 - rows[0]["named"][0])

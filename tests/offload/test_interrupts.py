@@ -22,7 +22,7 @@ from slotmoe.quant.export.reader import Export
 from slotmoe.signals import Stopping
 from tests.support.disk import forked
 from tests.support.engine import IDS, PROMPT, until, whole
-from tests.support.forkserver import Forked, OnTerminal
+from tests.support.forkserver import OnTerminal
 from tests.support.interrupts import KINDS, check, compute, on_threads, struck
 from tests.support.params import nth
 from tests.support.tiny import SAMPLE
@@ -129,7 +129,6 @@ EVERY = {  # of the functions that a command calls, one in so many gets a signal
     "bench EXPORT --prompt-tokens 8 --decode-tokens 4 --repetitions 1 --context 64": 60,
     "eval EXPORT --text CHECKPOINT/config.json --window 64": 60,
     "profile EXPORT hello -n 3 --context 64 -o FOLDER": 60,
-    "replay FOLDER/trace": 60,
     "rm --sessions --all --session-dir FOLDER": 60,
     "doctor": 60,
 }
@@ -141,9 +140,6 @@ EVERY = {  # of the functions that a command calls, one in so many gets a signal
 def test_a_signal_in_any_function_ends_a_command(words, number, sample_export, tmp_path):
     """Also while libraries are imported, where they lose exceptions."""
     places = {"EXPORT": sample_export, "CHECKPOINT": SAMPLE, "FOLDER": tmp_path}
-    if "FOLDER/trace" in words:
-        trace = tmp_path / "trace"
-        assert Forked("run", sample_export, "hello", "-n", 3, "--trace", trace).wait() == 0
     every = EVERY[words]
     for name, place in places.items():
         words = words.replace(name, str(place))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from bench.replay import read_trace
 from slotmoe.errors import ConfigError, PlanError
-from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.runtime import Runtime
 from slotmoe.sizes import parse_size
 from tests.support.engine import IDS, decode, start, until, whole

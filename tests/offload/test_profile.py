@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench.replay import read_trace
 from slotmoe.errors import visible
 from slotmoe.offload import runtime as runtimes
 from slotmoe.offload.engine.requests import Stream
@@ -26,7 +27,6 @@ from slotmoe.offload.observe import measure, profiler
 from slotmoe.offload.observe import memory_sampler as memory
 from slotmoe.offload.observe.memory_sampler import MemorySampler
 from slotmoe.offload.observe.profiler import Profiler, attach
-from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.bench import speed

@@ -15,10 +15,7 @@ import shutil
 import sys
 from urllib.parse import quote
 
-import numpy as np
-
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.observe.trace import TraceWriter
 from slotmoe.offload.sessions import names as sessions
 from slotmoe.tools.cli import main
 from tests.support.exported import resign
@@ -269,23 +266,8 @@ def hub(place, most, chance):
     HUB.reset()
 
 
-def trace(place, most, chance):
-    path = place / "x.trace"
-    writer = TraceWriter(path, (1, 2), 8, 2)
-    for layer in (1, 2):
-        writer.add(layer, [[0, 1]], np.zeros((1, 256), np.float32))
-    writer.close()
-    header, _, body = path.read_bytes().partition(b"\n")
-    for variant in [{}, *_some(chance, planted(json.loads(header)), most)]:
-        data = json.dumps({**json.loads(header), **variant}).encode() + b"\n" + body
-        path.write_bytes(data)
-        yield "replay", path
-        (place / FILE).with_suffix(".trace").write_bytes(data)
-        yield "replay", (place / FILE).with_suffix(".trace"), "--json"
-
-
 PARTS = {one.__name__: one for one in (config, tokenizer, gguf, manifest, names, kept)}
-PARTS |= {one.__name__: one for one in (settings, hub, trace)}
+PARTS |= {one.__name__: one for one in (settings, hub)}
 
 _CHAT = {"model": "sample", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 _TOOL = {"name": "f", "description": "d", "parameters": {"type": "object"}}

@@ -11,11 +11,9 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.observe.trace import TraceWriter
 from tests.support.hub import NAME, Repo
 from tests.support.tiny import SMALL, write_checkpoint
 
@@ -35,7 +33,6 @@ COMMANDS = {
         "run {export} Hello -n 20 --context 64 --session x --session-dir {work}/kept",
         "rm --sessions x --session-dir {work}/kept",
     ),
-    "replay": ("replay {trace} -o {work}/chart.png",),
     "chat": ("chat {export} -n 2 --context 256",),
     "cache": ("quantize {source} --json", "list", "verify source", "rm source"),
 }
@@ -107,9 +104,6 @@ def place(heavy, processes, network, tmp_path_factory):
     path = place / "source" / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": TEMPLATE}))
     quantize(place / "source", place / "export")
-    writer = TraceWriter(place / "trace", (1,), 8, 2)
-    writer.add(1, [[0, 1]], np.zeros((1, 256), np.float32))
-    writer.close()
     return place
 
 
@@ -133,7 +127,7 @@ def test_the_line_names_the_file(name, place, slotmoe, monkeypatch, hub):
             sys, "stdin", io.TextIOWrapper(io.BytesIO(f"Hi\n/save {work}/x".encode()))
         )
         for line in COMMANDS[name]:
-            names = {one: place / one for one in ("source", "export", "trace")}
+            names = {one: place / one for one in ("source", "export")}
             code, out, err = slotmoe(*line.format(work=work, **names).split())
             if code:
                 break

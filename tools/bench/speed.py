@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from statistics import fmean, median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,10 +21,45 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.tools.bench.turns import prefill_seconds, seconds, take_turns, token_seconds
 
 _TURNS = 25  # of each of a core's kernels: a second in all on two fast cores
+T = TypeVar("T")
+Ways = Mapping[str, Callable[[], T]]
 _COUNTERS = ("cache", "prefetch", "drafts", "misses", "memory")
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def take_turns(ways: Ways[T], rounds: int, warm_up: bool = True) -> dict[str, list[T]]:
+    """What each way returned in each round; with ``warm_up``, after a round that isn't counted."""
+    names, results = list(ways), {name: list[T]() for name in ways}
+    if warm_up:
+        for way in ways.values():
+            way()
+    for number in range(rounds):
+        for name in names[::-1] if number % 2 else names:
+            results[name].append(ways[name]())
+    return results
+
+
+def prefill_seconds(runtime: Runtime, prompt: list[int]) -> float:
+    """Seconds of a prompt, from an empty cache."""
+    runtime.engine.empty()
+    return seconds(lambda: runtime.engine.force(prompt))
+
+
+def token_seconds(runtime: Runtime, ids: list[int], depth: int = 1) -> list[float]:
+    """Seconds of each token, decoding ``ids`` after ``depth`` cached tokens.  Benchmarks call what
+    a runtime decodes with here alone."""
+    unknown = runtime.engine.empty(depth)
+    started = time.perf_counter()
+    forced = runtime.engine.force([*unknown, *ids[:1]], ids[1:])
+    return [after - before for before, after in pairwise([started, *forced.moments])]
 
 
 def calibration(closed: observed.Lasting, report: dict[str, Any]) -> dict[str, float]:

@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,8 +27,9 @@ from typing import Any
 
 import click
 
+from bench import turns
 from slotmoe.offload.runtime import Runtime
-from slotmoe.tools.bench import turns
+from slotmoe.tools.bench import speed
 from slotmoe.tools.options import count, integer, open_runtime, option, runtime_options
 from slotmoe.tools.serve import make_server
 
@@ -116,16 +117,6 @@ class _Clients:
         answers = self.moments([self.prompt(16, seed) for seed in range(clients)], tokens)
         return {"clients": clients, **_rate([moments[1:] for moments in answers])}
 
-    def threads(self, threads: int, tokens: int) -> turns.Row:
-        """The same by threads of this process, without the server."""
-
-        def moments(seed: int) -> list[float]:
-            text = self.runtime.generate(self.prompt(16, seed), tokens)
-            return [time.perf_counter() for _ in text]
-
-        with ThreadPoolExecutor(threads) as pool:
-            return {"threads": threads, **_rate([*pool.map(moments, range(threads))])}
-
     def first_token(self, length: int, rounds: int) -> turns.Row:
         """Seconds to the first token of ``length`` tokens that are new, and of the same again."""
         seconds: dict[str, list[float]] = {"cold": [], "cached": []}
@@ -169,8 +160,7 @@ def serve(
         if cost:
             rows += measuring.cost(tokens, repetitions)
         ways = {f"{n} clients": partial(measuring.together, n, tokens) for n in counts}
-        ways |= {f"{n} threads": partial(measuring.threads, n, tokens) for n in counts}
-        for runs in turns.take_turns(ways, repetitions, warm_up=False).values():
+        for runs in speed.take_turns(ways, repetitions, warm_up=False).values():
             runs.sort(key=lambda run: float(run["tokens_per_second"]))
             rows.append(runs[repetitions // 2])
         if long:

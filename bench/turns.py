@@ -1,5 +1,5 @@
-"""What all benchmarks share: the loop that runs several ways in turn, the decode loop, and the
-report, whose last line is one JSON object.
+"""What all benchmarks share: the comparison of several ways in turn, and the report, whose last
+line is one JSON object.
 
 The speed of a shared machine changes within seconds.  So what is compared runs in turn in one
 process, the order changes from round to round, and ratios are taken within a round.
@@ -8,20 +8,16 @@ process, the order changes from round to round, and ratios are taken within a ro
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import torch
 
-from slotmoe.offload.runtime import Runtime
+from slotmoe.tools.bench.speed import Ways, take_turns
 from slotmoe.tools.options import Decorator, count, option
 
-T = TypeVar("T")
-Ways = Mapping[str, Callable[[], T]]
 Row = dict[str, Any]
 EXPORT = click.argument("export", metavar="EXPORT")
 THREADS = count("--threads", None, "CPU threads. [default: cores]")
@@ -30,25 +26,6 @@ WORKING_SET = option("--working-set", "GIB", "What streaming kernels run through
 
 def repetitions(default: int) -> Decorator:
     return count("--repetitions", default, "Rounds, in each of which every way has its turn.")
-
-
-def seconds(action: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
-
-
-def take_turns(ways: Ways[T], rounds: int, warm_up: bool = True) -> dict[str, list[T]]:
-    """What each way returned in each round; with ``warm_up``, after a round that isn't counted."""
-    names, results = list(ways), {name: list[T]() for name in ways}
-    if warm_up:
-        for way in ways.values():
-            way()
-    for number in range(rounds):
-        for name in names[::-1] if number % 2 else names:
-            results[name].append(ways[name]())
-    return results
 
 
 def compare(
@@ -82,18 +59,3 @@ def random_ids(tokens: int) -> list[int]:
     generator = torch.Generator().manual_seed(0)
     ids: list[int] = torch.randint(2, 1000, (tokens,), generator=generator).tolist()
     return ids
-
-
-def prefill_seconds(runtime: Runtime, prompt: list[int]) -> float:
-    """Seconds of a prompt, from an empty cache."""
-    runtime.engine.empty()
-    return seconds(lambda: runtime.engine.force(prompt))
-
-
-def token_seconds(runtime: Runtime, ids: list[int], depth: int = 1) -> list[float]:
-    """Seconds of each token, decoding ``ids`` after ``depth`` cached tokens.  Benchmarks call what
-    a runtime decodes with here alone."""
-    unknown = runtime.engine.empty(depth)
-    started = time.perf_counter()
-    forced = runtime.engine.force([*unknown, *ids[:1]], ids[1:])
-    return [after - before for before, after in pairwise([started, *forced.moments])]

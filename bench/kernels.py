@@ -25,6 +25,7 @@ import click
 import torch
 from torch import Tensor
 
+from bench import turns
 from slotmoe.errors import ConfigError
 from slotmoe.model.config import read_config
 from slotmoe.offload.devices.pages import in_large_pages
@@ -43,7 +44,7 @@ from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.weights import Matrix
 from slotmoe.quant.shapes import record_bytes
 from slotmoe.system import Placement, cores
-from slotmoe.tools.bench import turns
+from slotmoe.tools.bench import speed
 from slotmoe.tools.options import choice, codec_options, count, expert_codecs
 
 Actions = Sequence[Callable[[], Any]]
@@ -84,7 +85,7 @@ class _Bench:
 
         def on_cpu() -> float:
             run()
-            return turns.seconds(run)
+            return speed.seconds(run)
 
         def on_gpu() -> float:
             started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -114,7 +115,7 @@ class _Bench:
             read: Callable[[], Any] = partial(self.ops._read, memory.flatten().view(torch.uint8))
             ways["plain"] = self._timed([read if self.on_cpu else self._copy])
             plain = memory.nbytes if self.on_cpu else plain
-        spent = turns.take_turns(ways, self._rounds, warm_up=False)
+        spent = speed.take_turns(ways, self._rounds, warm_up=False)
         seconds = median(spent["kernel"]) / len(actions)
         row = {"kernel": name, "seconds": seconds, "macs_per_second": macs / seconds}
         row["bytes_per_second"] = size / seconds
@@ -268,10 +269,10 @@ def _step(export: str, way: str, ceiling: float, steps: int, depth: int) -> turn
     context = depth + len(ids)
     with _launching(way), Runtime.open(export, device="cuda", context=context) as runtime:
         runtime.warm()
-        turns.token_seconds(runtime, ids, depth)
-        spent = median(turns.token_seconds(runtime, ids, depth)[3:])
+        speed.token_seconds(runtime, ids, depth)
+        spent = median(speed.token_seconds(runtime, ids, depth)[3:])
         with torch.profiler.profile(activities=activities) as profiler:
-            turns.token_seconds(runtime, ids, depth)
+            speed.token_seconds(runtime, ids, depth)
         busy = sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6
         bound = sum(bytes_per_token(runtime.model, depth).values()) / ceiling
     row = {"step": way, "seconds": spent, "tokens_per_second": 1 / spent}
@@ -321,7 +322,7 @@ def gpu(
     """Each Triton kernel beside the GPU's bandwidth, and with EXPORT (slotmoe synth v2-lite EXPORT
     --share-layers 2) a decode step: kernel by kernel, as two graphs a layer, and as one graph."""
     if not torch.cuda.is_available():
-        advice = "python -m slotmoe.tools.bench kernels measures the CPU"
+        advice = "python -m bench kernels measures the CPU"
         raise ConfigError(f"gpu needs a CUDA device, and torch finds none here; {advice}")
     with _compiled(variant, hint), torch.inference_mode():
         bench = _Bench("cuda", repetitions, working_set)
