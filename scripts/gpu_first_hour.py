@@ -141,7 +141,6 @@ def runs(work: Path, out: Path, s: Scale, dry: bool, wheels: Path | None) -> dic
         long = ["--long", "16"] if dry else []
         return Step(name, limit, [bench(False, *given)], [bench(True, *given, *long)])
 
-    gap = ["gap", lite, "--slots", str(s.half), "--decode-tokens", str(s.decode)]
     traces = str(out.resolve().parent)
     others = {
         2: [
@@ -156,7 +155,6 @@ def runs(work: Path, out: Path, s: Scale, dry: bool, wheels: Path | None) -> dic
             set_up(100, site, wheels), make_lite,
             speeds("lite", 130, on_lite | {"cases": [*plain, *deep]}),
             speeds("half", 130, on_half, on_half | {"prefetch": False}),
-            Step("gap", 50, [bench(False, *gap)], [bench(True, *gap)]),
             both("timeline", 90, path=lite, slots=s.half, traces=traces, vram=s.vram),
         ],
         5: [
