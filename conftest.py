@@ -1,8 +1,13 @@
 """What tests and campaigns share: their tiers, exports of the sample and of the least model, the
-command line in this process, and a hub on loopback."""
+command line in this process, and a hub on loopback.
+
+A test's tier follows from the fixtures that it requests, also through others.  Those of ``KINDS``
+say what it does beside computing for a moment in this process, and leave it out of
+``./check --fast``; ``nightly`` leaves it out of ``./check`` too."""
 
 import os
 import signal
+from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 
 # OpenMP reads it when torch is imported.  Threads of torch that spin while they wait take the cores
@@ -16,10 +21,18 @@ from slotmoe.offload.model_source import read_model
 from tests.support.browser import BROWSER, Browser
 from tests.support.exports import made_once
 from tests.support.hub import HUB
+from tests.support.interpreter import keep_inside, quicken, shuffle
 from tests.support.tiny import SAMPLE, SMALL
 
-pytest_plugins = ["tests.support.tiers"]
-
+KINDS = {
+    "processes": "It starts processes.",
+    "network": "It listens on loopback.",
+    "interpreter": "It runs Triton's interpreter.",
+    "oracle": "It runs transformers.",
+    "twin": "It simulates a GPU.",
+    "heavy": "It computes for half a second or more.",
+    "nightly": "It takes too long for each change.",
+}
 # A shell starts what runs in the background with Ctrl-C ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Nothing that a test does may depend on the user's own folders, or leave anything there.
@@ -30,6 +43,30 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
     os.environ.pop(name, None)
+
+
+def kind(name):
+    @pytest.fixture(scope="session", name=name)
+    def fixture():
+        if name == "interpreter" and find_spec("triton") and "TRITON_INTERPRET" in os.environ:
+            quicken()
+            shuffle(0)
+            keep_inside()
+
+    fixture.__doc__ = KINDS[name]
+    return fixture
+
+
+globals().update({name: kind(name) for name in KINDS})
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if not KINDS.keys().isdisjoint(item.fixturenames):
+            item.add_marker("full")
+        if "nightly" in item.fixturenames:
+            item.add_marker("slow")
 
 
 def pytest_collection_finish():

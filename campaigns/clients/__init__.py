@@ -3,7 +3,7 @@
 Environments come from the package indices and stay in the folder of --environments, where one is
 given.  The model is the bundled sample with a longer context, whose answers end at a line's end as
 if it had learnt to stop.  A report's "row" is a line of the table in docs/clients.md.  OpenAI's and
-Anthropic's clients for Python and ``llm`` are not here: the usual tests of the server use them.
+Anthropic's clients for Python are not here: the usual tests of the server use them.
 """
 
 import json
@@ -28,33 +28,8 @@ UV = "uv==0.13.9"
 # By part: the script, and its packages.  The first is the program that is tried.
 PROGRAMS = {
     "litellm": ("use_litellm.py", ["litellm==1.110.2"]),
-    "langchain-openai": ("use_langchain_openai.py", ["langchain-openai==1.7.4"]),
-    # Later clients of Anthropic's have no class that it makes.
-    "langchain-ollama": ("use_langchain_ollama.py", ["langchain-ollama==1.1.0"]),
-    "ollama": ("use_ollama.py", ["ollama==0.6.3"]),
-    "ollama-node": ("use_ollama.mjs", ["ollama@0.6.4"]),
-    "pydantic-ai": (
-        "use_pydantic_ai.py",
-        ["pydantic-ai-slim[openai,anthropic]==2.38.0", "anthropic==1.17.0"],
-    ),
-    "instructor": ("use_instructor.py", ["instructor==1.17.0"]),
-    "smolagents": ("use_smolagents.py", ["smolagents[openai]==1.26.0"]),
-    "openai-agents": ("use_openai_agents.py", ["openai-agents==0.24.0"]),
-    "autogen": ("use_autogen.py", ["autogen-agentchat==0.7.5", "autogen-ext[openai]==0.7.5"]),
     "lm-eval": ("use_lm_eval.py", ["lm-eval[api]==0.4.13", "transformers==5.24.0"]),
-    "aiperf": ("use_aiperf.py", ["aiperf==0.13.0"]),
     "openai-node": ("use_openai.mjs", ["openai@6.49.0", "zod@4.6.7"]),
-    "anthropic-node": ("use_anthropic.mjs", ["@anthropic-ai/sdk@1.14.0"]),
-    "ai-sdk": (
-        "use_ai_sdk.mjs",
-        [
-            "ai@6.0.326",
-            "@ai-sdk/openai@3.0.141",
-            "@ai-sdk/openai-compatible@2.0.92",
-            "@ai-sdk/anthropic@3.0.140",
-            "zod@4.6.7",
-        ],
-    ),
     "claude-code": ("use_claude.mjs", ["@anthropic-ai/claude-code@2.1.332"]),
     "codex": ("use_agents.mjs", ["@openai/codex@0.169.0"]),
     "opencode": ("use_agents.mjs", ["opencode-ai@1.18.33"]),
@@ -84,8 +59,7 @@ def install_python(folder, packages):
             call(uv.parent / "python", "-m", "pip", "install", "-q", UV)
         call(uv, "venv", "-q", "--python", sys.executable, folder)
         options = ["-q", "--python", folder / "bin/python", "--exclude-newer", f"{DATE}T23:59:59Z"]
-        if packages:
-            call(uv, "pip", "install", *options, *packages)
+        call(uv, "pip", "install", *options, *packages)
     return folder / "bin"
 
 

@@ -1,22 +1,17 @@
 """What the programs' scripts share: where the server is, the questions, and a line for each case.
 
-The scripts run in environments of their own, so only the standard library is imported here, and
-pydantic where it is.  They are called with the server's URL, the model's name and folder, and a
-Python that has slotmoe.
+The scripts run in environments of their own, so only the standard library is imported here.  They
+are called with the server's URL, the model's name and folder, and a Python that has slotmoe.
 """
 
-import asyncio
-import inspect
 import os
 import sys
 import traceback
-from contextlib import suppress
-from typing import Literal
+from functools import partial
 
 for _name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):  # clients want one; the server asks for none
     os.environ[_name] = "unused"
-for _name in ("DO_NOT_TRACK", "OPENAI_AGENTS_DISABLE_TRACING"):
-    os.environ[_name] = "1"
+os.environ["DO_NOT_TRACK"] = "1"
 
 URL, MODEL, FOLDER, PYTHON = sys.argv[1:5]
 SYSTEM, QUESTION = "Be brief.", "Tell me of the king."
@@ -30,31 +25,18 @@ PARAMETERS = {
     "additionalProperties": False,
 }
 WEATHER = {"name": "weather", "description": "The weather of a city.", "parameters": PARAMETERS}
-LOOP = asyncio.new_event_loop()  # one: some clients keep connections in it
 CASES = {}
 
-with suppress(ImportError):
-    from pydantic import BaseModel
 
-    class City(BaseModel, extra="forbid"):
-        """A city."""
-
-        city: Literal["Paris", "Rome"]
-
-
-def weather(city: Literal["Paris", "Rome"]) -> str:
+def weather(city: str) -> str:
     """The weather of a city."""
     assert city in CITIES, city
     return f"It rains in {city}."
 
 
-def result(value):
-    return LOOP.run_until_complete(value) if inspect.iscoroutine(value) else value
-
-
 def case(function):
     """Marks a case; its name is the table's."""
-    CASES[function.__name__.replace("_", " ")] = lambda: result(function())
+    CASES[function.__name__.replace("_", " ")] = function
 
 
 def both(**ways):
@@ -63,12 +45,12 @@ def both(**ways):
 
     def mark(function):
         def check(*way):
-            whole, streamed = (result(function(*way, stream)) for stream in (False, True))
+            whole, streamed = (function(*way, stream) for stream in (False, True))
             assert whole == streamed and whole, (whole, streamed)
 
         name = function.__name__.replace("_", " ")
         for way, value in ways.items():
-            CASES[f"{way}: {name} whole and streamed"] = lambda value=value: check(value)
+            CASES[f"{way}: {name} whole and streamed"] = partial(check, value)
         if not ways:
             CASES[f"{name} whole and streamed"] = check
 

@@ -1,8 +1,9 @@
 """Programs and command lines in processes of their own, without an import of torch for each.
 
-``Forked`` is made like ``subprocess.Popen``.  A server, one for each test process, has imported
-what commands import.  It forks: the child gets its own arguments, environment, folder, streams and
-session, runs the program and ends as an interpreter ends.  What fork changes:
+``Forked`` is made like ``subprocess.Popen``.  multiprocessing's fork server, one for each test
+process, has imported what commands import.  It forks: the child gets its own arguments,
+environment, folder, streams and session, runs the program and ends as an interpreter ends.  What
+fork changes:
 
 - The server has one thread.  Pools of torch and of OpenBLAS start in the child.
 - Libraries have read their environment variables (``OMP_*``, ``HF_*``, ``TRITON_*``) in the server.
@@ -12,53 +13,56 @@ session, runs the program and ends as an interpreter ends.  What fork changes:
 
 import atexit
 import fcntl
-import functools
-import gc
-import importlib
-import json
+import multiprocessing
 import os
 import pty
 import select
 import signal
-import socket
 import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from multiprocessing.reduction import DupFd
 from pathlib import Path
+from unittest.mock import patch
+
+from slotmoe.tools.cli import _COMMANDS
 
 ROOT = Path(__file__).parents[2]
 COMMAND_LINE = "from slotmoe.__main__ import main; main()"
 PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
-_IMPORTED = """torch numpy uvicorn slotmoe.offload.runtime slotmoe.offload.engine.loading
-    slotmoe.tools.serve.app slotmoe.tools.chat.terminal slotmoe.tools.profile.report""".split()
-_code = [0]  # of this process, if it is a child
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(
+    [
+        *("torch", "numpy", "uvicorn", "tests.support.forkserver"),
+        *("slotmoe.offload.runtime", "slotmoe.offload.engine.loading", "slotmoe.tools.serve.app"),
+        *("slotmoe.tools.chat.terminal", "slotmoe.tools.profile.report"),
+        *(f"slotmoe.tools.{command}" for command in _COMMANDS),
+    ]
+)
 
 
 class Forked:
     """A child that runs ``program``: the command line, or other Python code.  Streams are pipes,
     ``DEVNULL`` or a file descriptor; a terminal as stdin is the one that controls the child."""
 
-    cpu_seconds = 0.0  # of all that have ended; the system counts them for the server
-
     def __init__(self, *arguments, program=COMMAND_LINE, stdin=DEVNULL, out=PIPE, env=None):
-        self.args, self.returncode = [sys.executable, *map(str, arguments)], None
-        environment = dict(os.environ if env is None else env)
-        sys.audit("subprocess.Popen", sys.executable, self.args, ROOT, environment)
+        words, environment = [*map(str, arguments)], dict(os.environ if env is None else env)
         ours, theirs = zip(*map(_stream, (stdin, out, out), ("w", "r", "r")), strict=True)
         self.stdin, self.stdout, self.stderr = ours
-        self._told, telling = socket.socketpair()
-        request = json.dumps([program, self.args[1:], environment])
-        self._told.sendall(f"{request}\n".encode())
-        socket.send_fds(_server(), [b"\0"], [telling.fileno(), *theirs])
+        # Else numpy starts threads in the server.
+        with patch.dict(os.environ, OPENBLAS_NUM_THREADS="1"):
+            given = _Given(program, words, environment, theirs)
+            self._process = _SERVER.Process(target=_run, args=(given,))
+            self._process.start()
         for handle in theirs:
             os.close(handle)
-        telling.close()
-        self._lines = self._told.makefile()
-        self.pid = int(self._lines.readline())
+        self.pid = self._process.pid
 
     def __enter__(self):
         return self
@@ -69,21 +73,18 @@ class Forked:
             stream.close()
         self.wait()
 
+    @property
+    def returncode(self):
+        return self._process.exitcode
+
     def wait(self, timeout=60):
         """The exit code, or minus the signal that ended the child."""
-        if self.returncode is None:
-            self._told.settimeout(timeout)
-            assert self._lines.readline() == "ended\n"
-            self._told.shutdown(socket.SHUT_WR)
-            code, seconds = self._lines.readline().split()
-            self._lines.close()
-            self._told.close()
-            self.returncode = int(code)
-            Forked.cpu_seconds += float(seconds)
+        self._process.join(timeout)
+        assert self.returncode is not None
         return self.returncode
 
     def send_signal(self, number):
-        if self.returncode is None:
+        with suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
     def terminate(self):
@@ -150,103 +151,48 @@ def _stream(wanted, mode):
     return (open(read, "rb"), write) if mode == "r" else (open(write, "wb", 0), read)
 
 
-@functools.cache
-def _server():
-    """The socket of this test process's server."""
-    ours, theirs = socket.socketpair()
-    options = {"pass_fds": [theirs.fileno()], "stdin": DEVNULL, "cwd": ROOT}
-    command = [sys.executable, "-m", "tests.support.forkserver", str(theirs.fileno())]
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # else numpy starts threads
-    server = subprocess.Popen(command, start_new_session=True, env=environment, **options)
-    theirs.close()
+class _Given:
+    """What a child gets."""
 
-    @atexit.register
-    def end():
-        ours.close()
-        server.wait()
+    def __init__(self, program, arguments, environment, streams):
+        self.program, self.arguments, self.environment = program, arguments, environment
+        self.streams = streams
 
-    return ours
+    def __getstate__(self):
+        return {**vars(self), "streams": [DupFd(handle) for handle in self.streams]}
 
 
-def _serve(control):
-    """Fork for each request.  Returns in children only: the program and its arguments."""
-    while True:
-        _, handles, _, _ = socket.recv_fds(control, 1, 4)
-        if not handles:
-            os._exit(0)
-        if not os.fork():
-            control.close()
-            return _child(*handles)
-        for handle in handles:
-            os.close(handle)
-
-
-def _child(telling, *streams):
-    """Make this process look new; another one, between it and the server, tells how it ends."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    with socket.socket(fileno=telling) as told:
-        child = os.fork()
-        if child:
-            for handle in streams:
-                os.close(handle)
-            told.sendall(f"{child}\n".encode())
-            os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-            told.sendall(b"ended\n")
-            told.recv(1)  # it keeps its number until somebody has waited for it
-            _, status, usage = os.wait4(child, 0)
-            code, seconds = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
-            told.sendall(f"{code} {seconds}\n".encode())
-            os._exit(0)
-        program, arguments, environment = json.loads(told.makefile().readline())
+def _run(given):
+    """Make this process look new, run the program, and end as an interpreter ends, but for taking
+    apart all that the server has imported."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     os.setsid()
-    for number, handle in enumerate(streams):
-        os.dup2(handle, number)
+    for number, stream in enumerate(given.streams):
+        os.dup2(handle := stream.detach(), number)
         os.close(handle)
     if os.isatty(0):
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    os.chdir(ROOT)
     sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", closefd=False)
     sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)
     errors = {"errors": "backslashreplace", "buffering": 1}
     sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", closefd=False, **errors)
     os.environ.clear()
-    os.environ.update(environment)
-    sys.argv[1:] = arguments
-    return program
-
-
-def _run(program):
-    """Run it, and leave at the end of all that exit handlers do: to take apart what the server has
-    imported costs a quarter of a second."""
+    os.environ.update(given.environment)
+    sys.argv[1:] = given.arguments
     code = 1
     try:
-        exec(program, {"__name__": "__main__"})
+        exec(given.program, {"__name__": "__main__"})
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        raise
-    except KeyboardInterrupt:
-        atexit.unregister(_leave)  # the interpreter ends itself by the signal
-        raise
-    finally:
-        _code[0] = code
-
-
-def _leave():
-    with suppress(OSError, ValueError):  # which the interpreter meets again, and tells
+    except BaseException:
+        traceback.print_exc()
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    try:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(_code[0])
-
-
-if __name__ == "__main__":
-    atexit.register(_leave)  # the first to come is the last to run
-    from slotmoe.tools.cli import _COMMANDS
-
-    for name in [*_IMPORTED, *(f"slotmoe.tools.{command}" for command in _COMMANDS)]:
-        importlib.import_module(name)
-    assert len(os.listdir("/proc/self/task")) == 1, "a library has started threads"
-    gc.collect()
-    gc.freeze()  # else a child's collector would copy the pages of all that the server holds
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the server's own children
-    _run(_serve(socket.socket(fileno=int(sys.argv[1]))))
+    except (OSError, ValueError):
+        code = 120
+    os._exit(code)

@@ -1,36 +1,24 @@
-"""Runs inside Wine: what ``slotmoe.system`` promises of files and memory on Windows.
+"""What ``slotmoe.system`` promises of files and memory on Windows."""
 
-Prints ``{"wrong": [...]}``, a line for each check that failed.
-"""
+# ruff: noqa: E402
 
 import ctypes
-import gc
-import json
-import msvcrt
 import os
 import random
-import sys
-import tempfile
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 
 import psutil
-import torch
+import pytest
+
+msvcrt = pytest.importorskip("msvcrt", reason="on Windows alone")
 
 from slotmoe import system
-from slotmoe.offload.devices.pages import Arena, Touching, page_aligned
+from slotmoe.offload.devices.pages import Touching, page_aligned
 from slotmoe.offload.machine import process_bytes
 from slotmoe.system import windows
 
 BLOCK, KERNEL = 4096, windows._KERNEL
-CHECKS = []
-
-
-def check(function):
-    CHECKS.append(function)
-    return function
 
 
 def read(handle, size, offset):
@@ -59,10 +47,9 @@ def new_file(folder, name, data):
     return path
 
 
-@check
-def reads_of_many_threads(folder):
+def test_reads_of_many_threads(tmp_path):
     data = random.Random(0).randbytes(1 << 22)
-    path = new_file(folder, "many", data)
+    path = new_file(tmp_path, "many", data)
     plain, overlapped = os.open(path, os.O_RDONLY | os.O_BINARY), opened(path)
     direct = opened(path)
     assert system.bypass_page_cache(direct, BLOCK)
@@ -89,8 +76,7 @@ def reads_of_many_threads(folder):
         os.close(handle)
 
 
-@check
-def several_in_flight(folder):
+def test_several_in_flight(tmp_path):
     """Where reads wait for each other, so would the write that ends these."""
     name, duplex, overlapped = r"\\.\pipe\slotmoe-own", 3, 0x40000000
     KERNEL.CreateNamedPipeW.restype = KERNEL.CreateFileW.restype = ctypes.c_void_p
@@ -104,10 +90,9 @@ def several_in_flight(folder):
         assert [future.result(30) for future in waiting] == [b"x"] * 4
 
 
-@check
-def an_exception_strikes_a_read(folder):
+def test_an_exception_strikes_a_read(tmp_path):
     """Windows may still write: the memory is kept, and the event serves no other read."""
-    handle = opened(new_file(folder, "struck", bytes(range(256))))
+    handle = opened(new_file(tmp_path, "struck", bytes(range(256))))
     before = len(windows._in_flight)
 
     def strike(*arguments):
@@ -122,19 +107,9 @@ def an_exception_strikes_a_read(folder):
     assert len(struck) == before + 1 and not {id(it) for it in windows._idle} & set(struck)
 
 
-@check
-def few_events_are_made(folder):
-    """As many as reads were ever in flight."""
-    handle, made = opened(new_file(folder, "events", b"abc")), len(windows._idle)
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: read(handle, 3, 0), range(2000)))
-    assert len(windows._idle) <= max(8, made), (made, len(windows._idle))
-
-
-@check
-def large_sectors_and_refusals(folder):
+def test_large_sectors_and_refusals(tmp_path):
     """The file stays as it was, and is read through the cache."""
-    handle = opened(new_file(folder, "sectors", bytes(range(256)) * 64))
+    handle = opened(new_file(tmp_path, "sectors", bytes(range(256)) * 64))
 
     def answer(file, kind, facts, size):
         facts[0] = 2 * BLOCK
@@ -157,9 +132,8 @@ def large_sectors_and_refusals(folder):
         assert read(handle, 3, 5) == bytes((5, 6, 7)) and mode(handle) == (False, False), name
 
 
-@check
-def a_file_over_4_gib(folder):
-    path, there = folder / "long", (5 << 30) + 12345
+def test_a_file_over_4_gib(tmp_path):
+    path, there = tmp_path / "long", (5 << 30) + 12345
     handle = os.open(path, os.O_RDWR | os.O_CREAT | system.NO_LINK)
     system.write_at(handle, memoryview(b"far away"), there)
     assert read(handle, 100, there) == b"far away"
@@ -188,17 +162,7 @@ def is_promised(region):
     return (region.state, region.type, region.protect) == (0x1000, 0x20000, 4)
 
 
-def promised():
-    """Bytes of this process that Windows would count."""
-    total, address = 0, 0
-    while (region := region_at(address)) is not None:
-        total += region.size if is_promised(region) else 0
-        address = region.start + region.size
-    return total
-
-
-@check
-def memory_is_private_and_freed(folder):
+def test_memory_is_private_and_freed(tmp_path):
     memory, locked, usual = page_aligned((5 << 20) + 1), [], KERNEL.VirtualLock
     view, address = memory[100:].numpy().data, memory.data_ptr()
     assert is_promised(region_at(address)) and not any(view)
@@ -222,54 +186,10 @@ def memory_is_private_and_freed(folder):
         raise AssertionError(system.private_pages(0, True))
 
 
-@check
-def little_is_promised_beside_weights(folder):
-    for largest in (200 << 20, 4 << 20):
-        before, arena = promised(), Arena()
-        sizes = [largest, *(largest // 8 * n // 64 for n in range(64, 0, -1))]
-        weights = [arena.empty((size,), torch.uint8) for size in sizes]
-        more, whole = promised() - before, sum(sizes)
-        most = whole + len(sizes) * (68 << 10) + (1 << 20)
-        assert whole <= more < most, (more, whole)
-        del arena, weights
-        gc.collect()
-        assert promised() - before < 1 << 20
-
-
-@check
-def large_pages_that_fail_are_small_ones(folder):
-    right, windows._large_page = windows._large_page, lambda: 2 << 20
-    try:
-        memory = page_aligned(3 << 20)
-        assert is_promised(region_at(memory.data_ptr())) and int(memory.sum()) == 0
-    finally:
-        windows._large_page = right
-    assert windows._large_page() in (0, 2 << 20)
-
-
-@check
-def memory_counts_what_is_promised(folder):
+def test_memory_counts_what_is_promised(tmp_path):
     before = process_bytes()
     memory = page_aligned(64 << 20)
     memory.fill_(1)  # Wine counts pages that were written
     assert (64 << 20) <= process_bytes() - before < 80 << 20
     assert system.peak_rss() >= before + len(memory)
     assert 0 < system.available_memory() <= psutil.virtual_memory().total
-
-
-def main():
-    wrong = []
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
-        for function in CHECKS:
-            try:
-                function(Path(name))
-            except Exception:
-                last = traceback.format_exc(limit=-1).strip().splitlines()
-                wrong.append(f"{function.__name__}: {' '.join(last[1:])}")
-            gc.collect()
-    print(json.dumps({"wrong": wrong}))
-    sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()
