@@ -158,7 +158,7 @@ def _gpu() -> Check:
 def _warm(model: str, quiet: bool) -> Check:
     """Run a pass of every kind.  Raises ``ConfigError`` where no GPU would compute."""
     from slotmoe.offload.devices.cuda import choose_device
-    from slotmoe.tools.progress import step_progress
+    from slotmoe.tools.tables import step_progress
 
     device, why = choose_device("auto")
     if device.tier == "ram":

@@ -18,9 +18,8 @@ from slotmoe.signals import Stopping
 from slotmoe.sizes import format_size, parse_size
 from slotmoe.tools import options
 from slotmoe.tools.options import choice, integer, option
-from slotmoe.tools.progress import byte_bars
 from slotmoe.tools.screen import json_of
-from slotmoe.tools.tables import Console, table
+from slotmoe.tools.tables import Console, byte_bars, table
 
 if TYPE_CHECKING:
     from slotmoe.offload.runtime import Runtime

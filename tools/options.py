@@ -22,8 +22,7 @@ from slotmoe.offload.policy.hybrid import MODES
 from slotmoe.quant.codecs.codec import DEFAULT_CODEC, EXPERT_CODECS, ExpertCodecs
 from slotmoe.quant.shapes import RESIDENT_MODES
 from slotmoe.sizes import format_size, parse_size
-from slotmoe.tools.screen import show
-from slotmoe.tools.settings import HELP_ALL
+from slotmoe.tools.screen import HELP_ALL, show
 
 if TYPE_CHECKING:
     from slotmoe.offload.runtime import Runtime
@@ -309,7 +308,7 @@ def open_runtime(model: str, given: Json, quiet: bool = False, **settings: int) 
     if given["ram"] is not None and parse_size(given["ram"]) > (total := total_memory()):
         # The rest of the plan may still fit.
         notify(f"--ram {given['ram']} is more than this machine has ({format_size(total)})")
-    from slotmoe.tools.progress import byte_bars  # rich: commands without a bar start without it
+    from slotmoe.tools.tables import byte_bars  # rich: commands without a bar start without it
 
     texts = "Downloading", f"Reading {model}, once", f"Quantizing {model}, once"
     with byte_bars(*texts, quiet=quiet, waiting=f"loading {model}…") as (arriving, reading, making):

@@ -17,9 +17,8 @@ from slotmoe.signals import Stopping, leave
 from slotmoe.sizes import format_size
 from slotmoe.tools import options
 from slotmoe.tools.options import flag, option, say
-from slotmoe.tools.progress import byte_bars
 from slotmoe.tools.screen import json_of, show
-from slotmoe.tools.tables import Console, table
+from slotmoe.tools.tables import Console, byte_bars, table
 
 Paths = tuple[Path, ...]
 _WORKERS = click.IntRange(1, 256)

@@ -12,6 +12,7 @@ from slotmoe.system import ready_streams
 if TYPE_CHECKING:
     from slotmoe.offload.engine.requests import Stream
 
+HELP_ALL = "--help-all"  # a command's help looks for it in what the group has noted
 _FIRST_SECONDS, _NEXT_SECONDS = 0.5, 0.2  # until the line of ``wait_reading`` appears, and changes
 _MOST_ECHOED = 1000  # characters of a prompt
 

@@ -9,8 +9,7 @@ import sys
 
 import pytest
 
-from slotmoe.tools import list as listing
-from slotmoe.tools import options
+from slotmoe.tools import exports, options
 from tests.support.forkserver import COMMAND_LINE, ROOT, Forked
 from tests.support.tiny import SMALL, write_checkpoint
 
@@ -101,7 +100,7 @@ def test_a_fault_of_ours_is_one_line(problem, shown, slotmoe, monkeypatch):
     def fail():
         raise problem
 
-    monkeypatch.setattr(listing, "cache_folder", fail)
+    monkeypatch.setattr(exports, "cache_folder", fail)
     code, _, err = slotmoe("list")
     assert (code, err.count("\n")) == (1, 1)
     assert shown in err

@@ -12,9 +12,8 @@ from rich.text import Text
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.chat import Pipe
 from slotmoe.tools.options import say
-from slotmoe.tools.progress import byte_bars
 from slotmoe.tools.screen import commanded, guard_streams, json_of
-from slotmoe.tools.tables import Console, table
+from slotmoe.tools.tables import Console, byte_bars, table
 from tests.support import escapes
 from tests.support.escapes import CODES, PLANT, obeyed
 from tests.support.forkserver import OnTerminal

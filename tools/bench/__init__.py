@@ -12,10 +12,9 @@ from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.plan.memory import DEFAULT_CONTEXT, or_more_context
 from slotmoe.offload.plan.speed import store_bandwidths
 from slotmoe.tools.options import JSON, MODEL, Command, count, flag, open_options, open_runtime
-from slotmoe.tools.progress import byte_bars
 from slotmoe.tools.run import by_drive
 from slotmoe.tools.screen import json_of
-from slotmoe.tools.tables import Console, table
+from slotmoe.tools.tables import Console, byte_bars, table
 
 _COUNTS = ("prompt_tokens", "decode_tokens", "depth", "repetitions")
 

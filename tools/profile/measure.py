@@ -26,10 +26,9 @@ from slotmoe.system import peak_rss
 from slotmoe.tools.options import generation_arguments, open_runtime, prompt_text, say
 from slotmoe.tools.profile.report import overview
 from slotmoe.tools.profile.verdict import verdict
-from slotmoe.tools.progress import byte_bars, step_progress
 from slotmoe.tools.run import speeds
 from slotmoe.tools.screen import show
-from slotmoe.tools.tables import Console
+from slotmoe.tools.tables import Console, byte_bars, step_progress
 
 _CACHE = "hits misses hit_rate already_coming evictions bypassed slots".split()
 DEFAULT_PROMPT = (
