@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench import turns
 from slotmoe.offload.experts.experts import Experts
-from slotmoe.offload.policy.drafts import Drafting
+from slotmoe.offload.policy.passes import Drafting
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.bench import speed
 from slotmoe.tools.options import count, option

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from slotmoe.errors import ConfigError, check_types
 from slotmoe.offload.policy import POLICIES
-from slotmoe.offload.policy.drafts import DRAFTS
 from slotmoe.offload.policy.hybrid import MODES
+from slotmoe.offload.policy.passes import DRAFTS
 from slotmoe.system import MAX_THREADS
 
 

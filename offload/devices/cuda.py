@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from slotmoe.errors import ConfigError, DeviceError
-from slotmoe.offload.devices.device import Device, DeviceMemory, Download, Event
+from slotmoe.offload.devices.device import Device, DeviceMemory, Download, Event, T
 from slotmoe.offload.machine import device_index
 from slotmoe.quant.backends import lacking
 from slotmoe.quant.backends.base import Empty
@@ -154,10 +154,10 @@ class CudaDevice(Device):
     def weights(self) -> Empty:
         return self.empty
 
-    def run(self, step: Callable[[], Tensor], ways_out: str) -> Tensor:
+    def run(self, step: Callable[[], T], ways_out: str) -> T:
         """Without memory, ``step`` runs once more, when the allocator gave back what it kept."""
 
-        def once() -> Tensor:
+        def once() -> T:
             with self.current():
                 result = step()
             self.record().synchronize()  # what fails in a kernel fails here

@@ -16,6 +16,7 @@ streams are as late as CUDA allows.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from slotmoe.offload.devices.pages import Arena, in_large_pages
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Empty, TorchBackend
 from slotmoe.system import Placement
+
+T = TypeVar("T")
 
 
 class Event:
@@ -99,7 +102,7 @@ class Device:
         """Kernels are launched on this device inside, whichever thread launches them."""
         return nullcontext()
 
-    def run(self, step: Callable[[], Tensor], ways_out: str) -> Tensor:
+    def run(self, step: Callable[[], T], ways_out: str) -> T:
         """What ``step`` gives, computed.  Raises ``DeviceError`` if the device fails; ``ways_out``
         is what could be asked for instead."""
         return step()

@@ -2,7 +2,7 @@
 
 A step is one pass, so an expert that is brought for one request serves all: over a token of every
 request whose prompt is read, and over pieces of other prompts, which stand in a line
-(``slotmoe.offload.policy.sharing``).  The latents that a finished request leaves behind, and where
+(``slotmoe.offload.policy.passes``).  The latents that a finished request leaves behind, and where
 there are sessions those on disk, are reused by later prompts of its owner that begin alike.
 """
 
@@ -18,11 +18,10 @@ from torch import Tensor
 from slotmoe.errors import ConfigError, SlotmoeError
 from slotmoe.model.generate import Delta
 from slotmoe.offload.engine.loading import LoadedModel
-from slotmoe.offload.engine.passes import Passes, Row
-from slotmoe.offload.engine.requests import Request, Sampler
-from slotmoe.offload.engine.sequence import Sequence
+from slotmoe.offload.engine.passes import Passes, Row, Sequence
+from slotmoe.offload.engine.requests import Request
 from slotmoe.offload.plan.memory import PREFILL_CHUNK
-from slotmoe.offload.policy.sharing import PIECE, allowance, place, shares
+from slotmoe.offload.policy.passes import PIECE, allowance, place, shares
 from slotmoe.offload.sessions.blocks import shared_prefix
 from slotmoe.offload.sessions.store import Sessions
 
@@ -88,12 +87,8 @@ class Batch:
             if request not in self._line:
                 assert request.answer is not None
                 rows[request] = Row(sequence, request.answer.ids[-1:])
-        budget = PIECE if rows else self._model.plan.prefill_chunk
-        # From a disk, a pass over a few tokens takes as long as one over many.
-        free = PIECE if self._model.experts.slots.complete else PREFILL_CHUNK
-        counts = shares([self._left(request) for request in self._line], budget, free)
-        self.is_long = sum(counts) > PIECE
-        rows |= map(self._piece, self._line, counts)
+        if self._line:
+            self._add_pieces(rows)
         if self._compute(rows):
             for request, row in rows.items():
                 (self._read if row.is_prompt else self._accept)(request, row)
@@ -164,12 +159,19 @@ class Batch:
 
     # Passes
 
-    def _piece(self, request: Request, count: int) -> tuple[Request, Row]:
-        """The next tokens of a prompt."""
-        sequence = self.running[request]
-        end = sequence.length + count
-        wanted = end == len(request.prompt) and request.answer is not None and not request.scored
-        return request, Row(sequence, request.prompt[sequence.length : end], True, wanted)
+    def _add_pieces(self, rows: dict[Request, Row]) -> None:
+        """Propose the next tokens of prompts beside ``rows`` that decode."""
+        budget = PIECE if rows else self._model.plan.prefill_chunk
+        # From a disk, a pass over a few tokens takes as long as one over many.
+        free = PIECE if self._model.experts.slots.complete else PREFILL_CHUNK
+        counts = shares([self._left(request) for request in self._line], budget, free)
+        self.is_long = sum(counts) > PIECE
+        for request, count in zip(self._line, counts, strict=False):
+            sequence, prompt = self.running[request], request.prompt
+            end = sequence.length + count
+            chooses = end == len(prompt) and request.answer is not None and not request.scored
+            ids = prompt[sequence.length : end]
+            rows[request] = Row(sequence, ids, is_prompt=True, wanted=chooses)
 
     def _read(self, request: Request, row: Row) -> None:
         """A piece of the prompt is appended; after the last one comes the first token."""
@@ -228,35 +230,28 @@ class Batch:
 
     def _accept(self, request: Request, row: Row) -> None:
         """Let the sampler choose a token, and one more as long as it chooses what was drafted."""
-        if request.answer is None:
+        if (answer := request.answer) is None:
             return self._finish(request, request.end("stop"))
         added = len(row.ids)
-        for logits_V, drafted in zip_longest(row.logits_RV, row.draft):
-            if not self._take(request, request.answer, logits_V):
-                return
-            if request.answer.ids[-1] != drafted or request.unwanted:
+        for logits_V, drafted in zip_longest(row.logits_RV.unbind(), row.draft):
+            before = len(answer.ids)
+            try:
+                piece = answer.take(logits_V)
+            except Exception as problem:
+                return self._fail(request, problem)
+            self.totals.answer_tokens += len(answer.ids) - before
+            if piece.finish is None and row.sequence.length == self._model.plan.context:
+                rest = answer.end("length")
+                text, tokens = piece.text + rest.text, piece.tokens + rest.tokens
+                piece = replace(rest, text=text, tokens=tokens)
+            if piece.finish is not None:
+                return self._finish(request, piece)
+            request.emit(piece)
+            if answer.ids[-1] != drafted or request.unwanted:
                 break
             self.passes.accept(row, drafted)
             added += 1
         self.keep(request, row.sequence, added)
-
-    def _take(self, request: Request, answer: Sampler, logits_V: Tensor) -> bool:
-        """Choose the request's next token; whether the answer goes on."""
-        before = len(answer.ids)
-        try:
-            piece = answer.take(logits_V)
-        except Exception as problem:
-            self._fail(request, problem)
-            return False
-        self.totals.answer_tokens += len(answer.ids) - before
-        if piece.finish is None and self.running[request].length == self._model.plan.context:
-            rest = answer.end("length")
-            piece = replace(rest, text=piece.text + rest.text, tokens=piece.tokens + rest.tokens)
-        if piece.finish is None:
-            request.emit(piece)
-        else:
-            self._finish(request, piece)
-        return piece.finish is None
 
     # Ends
 

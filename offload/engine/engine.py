@@ -121,7 +121,7 @@ class Engine:
 
         def empty() -> None:
             for sequence in self.batch.sequences:
-                sequence.cut(0)
+                sequence.take(sequence, 0)
             self.batch.sequences[0].fill(depth, self.model.backend)
 
         self.call(empty)
@@ -210,7 +210,8 @@ class Engine:
         """Wait for some; False if none will come.  Soon after the last, memory is given back."""
         patience: float | None = IDLE_SECONDS
         while True:
-            self._receive()
+            if not self._inbox.empty():
+                self._receive()
             if self._refusal:
                 return False
             if self._calls or self.batch.running or self.batch.waiting:

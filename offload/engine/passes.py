@@ -1,23 +1,153 @@
-"""The one way into a pass: sequences with their next tokens, whatever the pass is for.  Shapes: T
-tokens, D hidden_size, R rows, V vocab_size."""
+"""The one way into a pass: sequences with their next tokens and drafts, whatever the pass is for.
+
+Shapes: T tokens, D hidden_size, R rows, V vocab_size.
+"""
 
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor
 
+from slotmoe.border import Backend
+from slotmoe.model.state import SequenceState, new_state
 from slotmoe.offload.engine.loading import LoadedModel
-from slotmoe.offload.engine.mtp_drafts import HeadDrafts
-from slotmoe.offload.engine.sequence import Sequence
-from slotmoe.offload.policy.drafts import Drafting
+from slotmoe.offload.policy.passes import MOST_DRAFTED, Asking, Drafting, NGrams
+from slotmoe.quant.backends.base import Prepared
 from slotmoe.sizes import format_size
 
 EACH_AT_ONCE = 16  # rows of logits made at once, each as it is alone
 _NONE = torch.empty(0, 0)
+Compute = Callable[[Callable[[], Tensor]], Tensor]
+
+
+class HeadDrafts:
+    """What the head that predicts one token more (``slotmoe.model.mtp``) expects of one sequence.
+
+    A row needs the residual stream behind a token, which is only there when a pass has just
+    computed it.  Where one is missing the head begins anew behind it: it sees less of the text
+    then, and its drafts are worse, never the text.  ``compute`` runs a step on the device.
+    """
+
+    def __init__(self, model: LoadedModel, compute: Compute, drafting: Drafting):
+        assert model.head is not None
+        self._model, self._head, self._drafting = model, model.head, drafting
+        self._compute = compute
+        rows, empty = model.backend.latent_row, model.device.empty
+        self._state = new_state(self._head.config, model.plan.context, rows, empty)
+        self._first = 0  # the token that the state's first row is behind
+        self._tokens: list[int] = []  # the text that its rows are of
+        self._asking = Asking()
+
+    def read(self, tokens: list[int], hidden_RD: Tensor) -> Tensor:
+        """Append rows for the R tokens before the last one of ``tokens``; ``hidden_RD`` is the
+        residual stream behind them, which is overwritten.  Returns the stream behind the head."""
+        first = len(tokens) - 1 - len(hidden_RD)
+        row = first - self._first
+        goes_on = self._tokens[: first + 1] == tokens[: first + 1]
+        if not (goes_on and 0 <= row <= self._state.length and self._state.reach(row) == row):
+            self._first, row = first, 0
+        self._state.cut(row)
+        ids_R = self._model.device.upload(torch.tensor(tokens[first + 1 :]))
+
+        def step() -> Tensor:
+            self._model.experts.go_on(len(ids_R))
+            return self._head.forward(hidden_RD, ids_R, self._state)
+
+        stream_RD = self._compute(step)
+        self._tokens = tokens
+        return stream_RD
+
+    def draft(self, tokens: list[int], hidden_RD: Tensor) -> tuple[list[int], list[float]]:
+        """The token that is expected behind ``tokens``, and how likely it is; none where asking
+        does not pay.  ``hidden_RD`` as in ``read``."""
+        asking = self._asking
+        asking.came(tokens)
+        if not asking.pays(self._drafting):
+            return [], []
+        started = time.perf_counter()
+        stream_RD = self.read(tokens, hidden_RD)
+        expected = int(self._compute(lambda: self._head.head(stream_RD[-1:])).argmax())
+        asking.answered(len(tokens), expected, time.perf_counter() - started)
+        return [expected], [asking.chance]
+
+
+class Sequence:
+    """A text on its way: a state, and the ``tokens`` that have made it, a new list after each
+    change; an id of -1 is unknown.  Rows of the state behind them are garbage: a pass that failed
+    may have written them.  ``head`` drafts or, where it is None, what the text has repeated."""
+
+    def __init__(self, state: SequenceState, head: HeadDrafts | None):
+        self.state, self._head = state, head
+        self.tokens: list[int] = []
+        self.owner = ""  # whose latents they are
+        # The residual stream after the last layer behind the last token of a pass, and behind those
+        # that were drafted after it and accepted since, float32 [R, D]; None where it is not known.
+        self.hidden_RD: Tensor | None = None
+        self._drafted_RD = _NONE
+        self._ngrams = NGrams()
+
+    @property
+    def length(self) -> int:
+        """Tokens that it holds.  Another thread may ask."""
+        return len(self.tokens)
+
+    def append(self, ids: list[int], hidden_TD: Tensor) -> None:
+        """A pass has computed ``ids`` and a draft, with the residual stream ``hidden_TD``."""
+        self.tokens, self._drafted_RD = self.tokens + ids, hidden_TD[len(ids) - 1 :].clone()
+        self.hidden_RD = self._drafted_RD[:1]
+
+    def read(self, before_RD: Tensor | None, hidden_TD: Tensor) -> None:
+        """The head reads a prompt's appended tokens; else it reads where it drafts.  ``hidden_TD``
+        is the residual stream behind them, ``before_RD`` what was known before them."""
+        parts = [part for part in (before_RD, hidden_TD[:-1]) if part is not None and len(part)]
+        if self._head is not None and parts:
+            self._head.read(self.tokens, torch.cat(parts))
+
+    def accept(self, id: int) -> None:
+        """The next token of the draft has come."""
+        assert self.hidden_RD is not None
+        self.tokens = [*self.tokens, id]
+        self.hidden_RD = self._drafted_RD[: len(self.hidden_RD) + 1]
+
+    def draft(self, id: int) -> tuple[list[int], list[float]]:
+        """What may come behind ``id``, as far as there is room, and how likely each token is."""
+        tokens, room = [*self.tokens, id], self.state.context - self.length - 1
+        if self._head is None:
+            self._ngrams.read(tokens)
+            return self._ngrams.draft(min(MOST_DRAFTED, room))
+        if room < 1 or self.hidden_RD is None:
+            return [], []
+        return self._head.draft(tokens, self.hidden_RD.clone())
+
+    def mark(self, length: int) -> None:
+        """A text ends at ``length``, at most 16 tokens ago, and may be gone on with later."""
+        self.state.cut(self.length)
+        self.state.mark(self.state.reach(length))
+
+    def take(self, source: "Sequence", length: int) -> None:
+        """Become the first ``length`` tokens of ``source``, which may be this sequence and whose
+        state can be cut to them."""
+        if source is not self:
+            self.state.copy(source.state, length)
+        elif length == self.length:
+            return
+        self.tokens, self.hidden_RD = source.tokens[:length], None
+
+    def resume(self, ids: list[int], snapshot: Tensor) -> None:
+        """Append ``ids``, whose rows were ``put`` into the state, and the ``snapshot`` behind."""
+        self.state.cut(self.length)
+        self.state.resume(self.length + len(ids), snapshot)
+        self.tokens, self.hidden_RD = self.tokens + ids, None
+
+    def fill(self, depth: int, backend: Backend[Prepared]) -> None:
+        """Become ``depth`` unknown tokens with random rows: for measurements."""
+        self.state.fill(depth, backend.store_latents)
+        self.tokens, self.hidden_RD = [-1] * depth, None
 
 
 @dataclass(slots=True)
@@ -43,7 +173,9 @@ class Passes:
 
     def __init__(self, model: LoadedModel):
         self._model = model
-        self._ways_out = f"a lower --vram (now {format_size(model.plan.budget)}) or --context"
+        ways_out = f"a lower --vram (now {format_size(model.plan.budget)}) or --context"
+        # What a step gives, computed; raises ``DeviceError``.
+        self.compute = partial(model.device.run, ways_out=ways_out)
         self.drafting = Drafting(model.plan.drafted) if model.draft[0] != "off" else None
         self.tokens = dict.fromkeys(("prefill_tokens", "decode_tokens"), 0)
         self.seconds = dict.fromkeys(("prefill_seconds", "decode_seconds"), 0.0)
@@ -53,17 +185,17 @@ class Passes:
         model, drafting = self._model, self.drafting
         if model.head is None or drafting is None:
             return [Sequence(state, None) for state in model.states]
-        heads = (HeadDrafts(model, self.compute, drafting) for _ in model.states)
-        return [*map(Sequence, model.states, heads)]
+        return [
+            Sequence(state, HeadDrafts(model, self.compute, drafting)) for state in model.states
+        ]
 
     def run(self, rows: Sequenced[Row]) -> None:
         """A pass over ``rows`` and drafts; where it reads a prompt, its seconds are of prefill."""
-        timer = self._model.network.timer
-        if timer is not None:
+        if (timer := self._model.network.timer) is not None:
             timer.begin()
         started = time.perf_counter()
         decoding = [row for row in rows if not row.is_prompt]
-        read = sum(len(row.ids) for row in rows if row.is_prompt)
+        read = 0 if len(decoding) == len(rows) else sum(len(r.ids) for r in rows if r.is_prompt)
         # With more rows the pass would go another way, and give other bits.
         room = self._model.network.rows - read - len(decoding)
         if self.drafting is not None and decoding and room > 0:
@@ -94,54 +226,58 @@ class Passes:
         self.drafting.accepted += 1
 
     def each(self, hidden_RD: Tensor) -> Iterable[Tensor]:
-        """``logits`` of rows, a few at a time, in RAM, each bitwise as it is alone."""
+        """Logits of rows, a few at a time, float32 in RAM, each bitwise as it is alone."""
+        model = self._model
         for rows_RD in hidden_RD.split(EACH_AT_ONCE):
-            yield self._model.device.download(self.logits(rows_RD, each=True)).get()
+            logits_RV = self.compute(partial(model.network.head_each, rows_RD))
+            yield model.device.download(logits_RV).get()
 
-    def logits(self, hidden_RD: Tensor, each: bool = False) -> Tensor:
-        """Logits, float32 [R, V] on the device; with ``each`` a row is bitwise as it is alone."""
-        network = self._model.network
-        head = network.head_each if each else network.head
-        return self.compute(lambda: head(hidden_RD))
-
-    def compute(self, step: Callable[[], Tensor]) -> Tensor:
-        """What ``step`` gives, computed.  Raises ``DeviceError``."""
-        return self._model.device.run(step, self._ways_out)
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """Logits of the residual stream after the last layer, float32 [R, V] on the device."""
+        return self.compute(partial(self._model.network.head, hidden_RD))
 
     def _run(self, rows: Sequenced[Row]) -> None:
         """One pass.  One that raises leaves all sequences as they were."""
         model = self._model
-        ids = [[*row.ids, *row.draft] for row in rows]
-        counts = [*map(len, ids)]
-        ids_T = model.device.upload(torch.tensor([id for row in ids for id in row]))
-        states = [row.sequence.state for row in rows]
+        ids = [row.ids + row.draft for row in rows]
+        counts, tokens = [*map(len, ids)], [*chain.from_iterable(ids)]
+        ids_T = model.device.upload(torch.tensor(tokens))
 
-        def step() -> Tensor:
+        def step() -> tuple[Tensor, Tensor]:
             for row in rows:
-                row.sequence.state.cut(row.sequence.length)
-            guesses, ahead = model.experts.begin(len(ids_T), len(rows)), model.experts.lookahead
+                row.sequence.state.cut(len(row.sequence.tokens))
+            guesses, ahead = model.experts.begin(len(tokens), len(rows)), model.experts.lookahead
             if ahead is not None:
-                ahead.read_tables([*chain.from_iterable(ids)])
+                ahead.read_tables(tokens)
                 hidden_RD = rows[0].sequence.hidden_RD
                 if guesses and hidden_RD is not None:  # the token, and the hidden state before it
                     embedding_1D = model.backend.embed(ids_T, model.network.embed_tokens)
                     last_1D = model.network.collapse(hidden_RD[-1:])
                     ahead.guess_token(embedding_1D[0], last_1D[0])
-            return model.network.forward(ids_T, states, counts)
+            hidden_TD = model.network.forward(ids_T, [row.sequence.state for row in rows], counts)
+            return hidden_TD, self._wanted_logits(rows, hidden_TD.split(counts))
 
-        hidden_TD = self.compute(step)
-        wanted, read = list[Tensor](), list[tuple[Row, Tensor | None]]()
+        hidden_TD, logits_RV = self.compute(step)
+        logits_RV, at = model.device.download(logits_RV).get(), 0
+        read = [(row, row.sequence.hidden_RD) for row in rows if row.is_prompt]
         for row, hidden_RD in zip(rows, hidden_TD.split(counts), strict=True):
-            read += [(row, row.sequence.hidden_RD)] if row.is_prompt else []
             row.sequence.append(row.ids, hidden_RD)
             row.hidden_TD = hidden_RD[: len(row.ids)]
-            wanted += [hidden_RD[len(row.ids) - 1 :]] if row.wanted else []
+            if row.wanted:
+                row.logits_RV = logits_RV[at : at + 1 + len(row.draft)]
+                at += 1 + len(row.draft)
         for row, before_RD in read:  # with all sequences as long as their states
             row.sequence.read(before_RD, row.hidden_TD)
+
+    def _wanted_logits(self, rows: Sequenced[Row], hidden: Sequenced[Tensor]) -> Tensor:
+        """Logits of the last id and the draft of each row that wants them, on the device."""
+        wanted = [
+            hidden_RD[len(row.ids) - 1 :]
+            for row, hidden_RD in zip(rows, hidden, strict=True)
+            if row.wanted
+        ]
         if not wanted:
-            return
-        wanted_RD = hidden_TD if len(wanted) == len(hidden_TD) else torch.cat(wanted)
-        logits_RV = model.device.download(self.logits(wanted_RD, each=len(wanted_RD) > 1)).get()
-        parts = logits_RV.split([*map(len, wanted)])
-        for row, part_RV in zip((row for row in rows if row.wanted), parts, strict=True):
-            row.logits_RV = part_RV
+            return _NONE
+        wanted_RD = wanted[0] if len(wanted) == 1 else torch.cat(wanted)
+        network = self._model.network
+        return network.head(wanted_RD) if len(wanted_RD) == 1 else network.head_each(wanted_RD)

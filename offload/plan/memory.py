@@ -12,7 +12,7 @@ from slotmoe.errors import PlanError
 from slotmoe.model.config import Config
 from slotmoe.model.names import EMBEDDING, part_of, resident_shapes, role_of
 from slotmoe.offload.plan.attention import kv_bytes, mark_bytes
-from slotmoe.offload.policy.drafts import FEW_DRAFTED, MOST_DRAFTED
+from slotmoe.offload.policy.passes import FEW_DRAFTED, MOST_DRAFTED
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, KEPT_CODECS, ExpertCodecs
 from slotmoe.quant.shapes import padded_record_bytes, resident_bytes
 from slotmoe.sizes import format_size

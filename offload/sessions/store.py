@@ -11,7 +11,7 @@ from torch import Tensor
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
 from slotmoe.offload.engine.loading import LoadedModel
-from slotmoe.offload.engine.sequence import Sequence
+from slotmoe.offload.engine.passes import Sequence
 from slotmoe.offload.sessions import blocks
 from slotmoe.offload.sessions.blocks import BLOCK_TOKENS, FORMAT, Block, chain, shared_prefix
 from slotmoe.offload.shared_files import check_locks

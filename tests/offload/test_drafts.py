@@ -9,7 +9,7 @@ import torch
 from slotmoe.errors import ConfigError
 from slotmoe.model.generate import Answer, Sampling
 from slotmoe.model.network import Network
-from slotmoe.offload.policy.drafts import MOST_DRAFTED, Drafting, NGrams
+from slotmoe.offload.policy.passes import MOST_DRAFTED, Drafting, NGrams
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.kernels.cpu.bindings import load
 from tests.support.engine import ask, decode

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from slotmoe.offload.engine.mtp_drafts import HeadDrafts
+from slotmoe.offload.engine.passes import HeadDrafts
 from slotmoe.offload.engine.requests import Forced, Request
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.policy.drafts import Drafting
+from slotmoe.offload.policy.passes import Drafting
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.kernels.cpu.bindings import load
 from tests.support import v4

@@ -12,9 +12,9 @@ from torch import Tensor
 from slotmoe.errors import ConfigError, ExportError
 from slotmoe.model.mtp import MtpHead
 from slotmoe.model.names import expert_name
-from slotmoe.offload.engine.mtp_drafts import HeadDrafts
+from slotmoe.offload.engine.passes import HeadDrafts
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.policy.drafts import Asking, Drafting
+from slotmoe.offload.policy.passes import Asking, Drafting
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import RESIDENT, layer_file
 from slotmoe.quant.export.reader import Export

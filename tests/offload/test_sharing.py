@@ -10,7 +10,7 @@ import torch
 from slotmoe.errors import ConfigError
 from slotmoe.offload.engine import loading
 from slotmoe.offload.engine.requests import Forced, Request
-from slotmoe.offload.policy.sharing import PIECE, allowance, place, shares
+from slotmoe.offload.policy.passes import PIECE, allowance, place, shares
 from slotmoe.offload.runtime import Runtime
 from tests.support.engine import at_once, decode, passes_of, together, until, whole
 from tests.support.params import nth
@@ -198,7 +198,8 @@ def test_scores_and_hidden_states_of_a_shared_pass_are_each_prompts_own(request,
         Request(prompts[1], scored, scored=True),
     )
     at_once(runtime, *requests, Request(prompts[2], text))
-    rows = runtime.engine.call(lambda: runtime.engine.batch.passes.logits(torch.cat(hidden), True))
+    each = runtime.engine.batch.passes.each
+    rows = torch.cat(runtime.engine.call(lambda: [*each(torch.cat(hidden))]))
     ids, logits = zip(*scored.scores, strict=True)
     assert (ids, logits[0]) == (tuple(prompts[1]), None)
     if runtime.stats()["kernels"] != "torch":
