@@ -1,0 +1,74 @@
+"""How large the project is, against one table.  A change that makes a number smaller lowers it in the
+table; raising one needs an issue that grants it by number."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.way import way_of_a_token
+
+ROOT = Path(__file__).resolve().parents[1]
+PRODUCT = ("model", "quant", "offload", "tools", "slotmoe")
+SAMPLE_SLOTS = 56  # a quarter of the sample's
+BOUNDS = {
+    # lines of Python
+    "model": 4_740,
+    "quant": 5_884,
+    "offload": 11_420,
+    "tools": 8_830,
+    "slotmoe": 1_602,
+    "product": 32_470,
+    "bench": 1_100,
+    "tests": 31_980,
+    "campaigns": 4_380,
+    # its files
+    "product files": 207,
+    # lines of C++ and headers
+    "C++": 5_918,
+    # words of README.md and docs/
+    "words": 31_400,
+}
+WAY = {
+    # the project's Python files that run for a decoded token of the sample
+    "files, warm": 25,
+    "files, a quarter of the slots": 32,
+    # and calls of their functions
+    "calls, warm": 202,
+}
+WRONG = "{} is {:,}, and its bound {:,}: raising one needs an issue that grants it by number"
+
+
+def files(folder, *endings):
+    """Those of a folder, without what its links lead to."""
+    paths = [path for ending in endings for path in (ROOT / folder).rglob(f"*{ending}")]
+    return [path for path in paths if path.resolve() == path]
+
+
+def lines(paths):
+    return sum(path.read_bytes().count(b"\n") for path in paths)
+
+
+def check(found, bounds):
+    assert found.keys() == bounds.keys()
+    over = [WRONG.format(name, found[name], most) for name, most in bounds.items()
+            if found[name] > most]  # fmt: skip
+    assert not over, "\n".join(over)
+
+
+def test_size():
+    python = {folder: files(folder, ".py") for folder in (*PRODUCT, "bench", "tests", "campaigns")}
+    pages = [ROOT / "README.md", *files("docs", ".md")]
+    found = {folder: lines(paths) for folder, paths in python.items()}
+    found["product"] = sum(found[folder] for folder in PRODUCT)
+    found["product files"] = sum(len(python[folder]) for folder in PRODUCT)
+    found["C++"] = lines(files("quant", ".cpp", ".h"))
+    found["words"] = sum(len(page.read_text(encoding="utf-8").split()) for page in pages)
+    check(found, BOUNDS)
+
+
+@pytest.mark.usefixtures("heavy")
+def test_the_way_of_a_token(sample_export):
+    warm, calls = way_of_a_token(sample_export)
+    quarter, _ = way_of_a_token(sample_export, slots=SAMPLE_SLOTS)
+    numbers = len(warm), len(quarter), round(calls)
+    check(dict(zip(WAY, numbers, strict=True)), WAY)
