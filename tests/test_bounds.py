@@ -1,5 +1,5 @@
-"""How large the project is, against one table.  A change that makes a number smaller lowers it in the
-table; raising one needs an issue that grants it by number."""
+"""How large the project is, against one table.  A change that makes a number smaller lowers it
+there; raising one needs an issue that grants it by number."""
 
 from pathlib import Path
 
