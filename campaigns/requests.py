@@ -1,19 +1,16 @@
 """Good requests to the server, and how it parses them, for the fuzzer."""
 
 import json
-from types import SimpleNamespace
 
 from pydantic import ValidationError
 
 from slotmoe.errors import ConfigError
 from slotmoe.model.tokenizer import Tokenizer
-from slotmoe.tools.serve import anthropic, app, openai, response_items
+from slotmoe.tools.serve import anthropic, app, openai, responses
 from slotmoe.tools.serve.bodies import check
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.grammar import Grammars
-from slotmoe.tools.serve.response_store import ResponseStore
-from slotmoe.tools.serve.responses import _conversation
-from slotmoe.tools.serve.rules import Schema
+from slotmoe.tools.serve.requests import Rule
 from tests.support.tiny import SAMPLE
 
 FUNCTION = {"name": "f", "parameters": {"type": "object"}}
@@ -87,14 +84,13 @@ SCHEMA = {
 }
 
 
-SERVICE = SimpleNamespace(check_model=lambda name: None, responses=ResponseStore())
 # A good body, its class, and what is done with it: it becomes options and a conversation.
 REQUESTS = {
     "chat": (CHAT, openai.ChatRequest, lambda body: (body.options(4096), body.chat())),
     "responses": (
         RESPONSES,
-        response_items.ResponsesRequest,
-        lambda body: (body.options(), body.chat(_conversation(SERVICE, "", body))),
+        responses.ResponsesRequest,
+        lambda body: (body.options(), body.chat()),
     ),
     "messages": (MESSAGES, anthropic.MessagesRequest, lambda body: (body.options(), body.chat())),
     "completions": (
@@ -126,8 +122,7 @@ def schemas(folder):
     def parse(data):
         try:
             check(data)
-            schema = Schema.model_validate({"name": "x", "schema": json.loads(data)})
-            grammars.compile(schema, None)
+            grammars.compile(Rule("json", json.loads(data)), None)
         except (RefusedError, ValidationError, ValueError):
             return False
         return True

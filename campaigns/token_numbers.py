@@ -24,14 +24,14 @@ from slotmoe.offload.model_source import generation_of, open_tokenizer
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import Grammars
-from slotmoe.tools.serve.rules import Schema
+from slotmoe.tools.serve.requests import Rule
 from tests.support.gguf import write_gguf
 
 LIMITS = [0, 1, 255, 256, 300, 301, 20_000_000, -(1 << 31), -(1 << 63), 10**40]
 LIMITS += [power + off for power in (1 << 31, 1 << 32, 1 << 63, 1 << 64) for off in (-1, 0, 1)]
 LIMITS += [-1, 0.5, -0.0, 5e-324, 1e38, 1e308, -1e308, math.inf, -math.inf, math.nan]
 TEXT = "Hello, w\u00f6rld \u4f60\u597d 12"
-SCHEMA = Schema.model_validate({"name": "x", "schema": {"type": "object"}})
+SCHEMA = Rule("json", {"type": "object"})
 SIZED = {  # what has numbers of its own, and few tokenizers have
     "truncation": {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0},
     "padding": {

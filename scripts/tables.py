@@ -5,13 +5,12 @@ A table stands between ``<!-- table: NAME -->`` and ``<!-- /table -->``.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from click.testing import CliRunner
-from pydantic import BaseModel
 
 import campaigns
 from slotmoe.jsonfile import Json
@@ -23,10 +22,11 @@ from slotmoe.tools.cli import cli
 from slotmoe.tools.plan import figure
 from slotmoe.tools.serve.anthropic import MessagesRequest
 from slotmoe.tools.serve.openai import ChatRequest, CompletionRequest
-from slotmoe.tools.serve.response_items import ResponsesRequest
+from slotmoe.tools.serve.requests import Model
+from slotmoe.tools.serve.responses import ResponsesRequest
 
 PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
-REQUESTS: dict[str, type[BaseModel]] = {
+REQUESTS: dict[str, type[Model]] = {
     "chat": ChatRequest,
     "text": CompletionRequest,
     "responses": ResponsesRequest,
@@ -68,29 +68,16 @@ BOUNDS = {
 }
 
 
-class Field(NamedTuple):
-    """Of a request: its name, "honoured", "accepted" or "refused", what it takes, and a note."""
-
-    name: str
-    kind: str
-    values: str
-    note: str
-
-
-def fields(route: str) -> dict[str, Field]:
-    """By name: those at the top, and those inside of them that have a description."""
-    schema = REQUESTS[route].model_json_schema()
-    return {field.name: field for field in _fields(schema, schema["$defs"], "")}
-
-
-def _fields(schema: Any, models: Any, place: str) -> Iterator[Field]:
+def _fields(schema: Any, models: Any, place: str = "") -> Iterator[tuple[str, str, str]]:
+    """Name, values and note of each field at the top, and of those inside that have a note."""
     for name, value in schema.get("properties", {}).items():
-        kind, _, note = value.get("description", "").rpartition(": ")
-        if note or not place:
-            yield Field(place + name, kind or "honoured", _values(value), note)
-        if not kind:
-            for model in _models(value):
-                yield from _fields(models[model], models, f"{place}{name}.")
+        note = value.get("description", "")
+        if (note or not place) and not note.startswith("refused"):
+            yield f"`{place}{name}`", _values(value), note
+        for model in _models(value):
+            inner = {known: models[known] for known in models if known != model}
+            if model in models:  # not inside of itself
+                yield from _fields(models[model], inner, f"{place}{name}.")
 
 
 def _models(schema: Any) -> Iterator[str]:
@@ -111,7 +98,7 @@ def _values(schema: Any) -> str:
         return " or ".join(dict.fromkeys(found))
     words = [schema["const"]] if "const" in schema else schema.get("enum")
     if words:
-        return ", ".join(f"`{word}`" for word in words)
+        return ", ".join(json.dumps(word) for word in words)
     kind = schema.get("type", "object")
     bounds = [
         f"{word} {schema[key]:g}"
@@ -122,40 +109,33 @@ def _values(schema: Any) -> str:
 
 
 def honoured() -> Iterator[str]:
-    rows = _with_routes("honoured", lambda field: (f"`{field.name}`", field.values, field.note))
-    yield from _table(
-        "field | routes | values | note",
-        ((name, routes, values, note) for (name, values, note), routes in rows),
-    )
-
-
-def accepted() -> Iterator[str]:
-    return _by_reason("accepted")
+    fields = dict[tuple[str, str, str], list[str]]()
+    for route, request in REQUESTS.items():
+        schema = request.model_json_schema()
+        for field in dict.fromkeys(_fields(schema, schema["$defs"])):
+            fields.setdefault(field, []).append(route)
+    rows = ((f"{name} ({values})", note, routes) for (name, values, note), routes in fields.items())
+    return _by_routes("note", rows)
 
 
 def refused() -> Iterator[str]:
-    return _by_reason("refused")
+    fields = dict[tuple[str, str], list[str]]()
+    for route, request in REQUESTS.items():
+        for field in request.refused.items():
+            fields.setdefault(field, []).append(route)
+    return _by_routes("why", ((f"`{name}`", why, routes) for (name, why), routes in fields.items()))
 
 
-def _by_reason(kind: str) -> Iterator[str]:
+def _by_routes(head: str, fields: Iterable[tuple[str, str, list[str]]]) -> Iterator[str]:
+    """A row for the fields that have the same routes and the same note."""
     rows = dict[tuple[str, str], list[str]]()
-    for (name, note), routes in _with_routes(kind, lambda field: (field.name, field.note)):
-        rows.setdefault((routes, note), []).append(f"`{name}`")
+    for name, note, routes in fields:
+        which = "all" if len(routes) == len(REQUESTS) else ", ".join(routes)
+        rows.setdefault((which, note), []).append(name)
     yield from _table(
-        "fields | routes | why",
-        ((", ".join(names), routes, note) for (routes, note), names in rows.items()),
+        f"routes | fields | {head}",
+        ((routes, ", ".join(names), note) for (routes, note), names in rows.items()),
     )
-
-
-def _with_routes(kind: str, row: Callable[[Field], tuple[str, ...]]) -> Iterator[Any]:
-    """The ``row`` of each field of a ``kind``, and the routes that share it."""
-    rows = dict[tuple[str, ...], list[str]]()
-    for route in REQUESTS:
-        for field in fields(route).values():
-            if field.kind == kind:
-                rows.setdefault(row(field), []).append(route)
-    for cells, routes in rows.items():
-        yield cells, "all" if len(routes) == len(REQUESTS) else ", ".join(routes)
 
 
 def families() -> Iterator[str]:
@@ -293,7 +273,6 @@ def _table(head: str, rows: Iterable[Iterable[str]]) -> Iterator[str]:
 
 TABLES = {
     "honoured": honoured,
-    "accepted": accepted,
     "refused": refused,
     "families": families,
     "campaigns": campaigns.table,

@@ -52,10 +52,11 @@ await run({
     async (streams) => (await respond(streams, response)).output_text,
   ),
   "responses tools whole and streamed": both(async (streams) => {
-    const { id, output } = await respond(streams, { ...response, ...calling, tools: functions });
+    const { output } = await respond(streams, { ...response, ...calling, tools: functions });
     const told = weather(JSON.parse(output[0].arguments));
-    const input = [{ type: "function_call_output", call_id: output[0].call_id, output: told }];
-    const more = { ...response, tools: functions, input, previous_response_id: id };
+    const result = { type: "function_call_output", call_id: output[0].call_id, output: told };
+    const input = [{ role: "user", content: response.input }, ...output, result];
+    const more = { ...response, tools: functions, input };
     assert(await respond(streams, more));
     return told;
   }),

@@ -12,7 +12,7 @@ from slotmoe.model.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer
 from slotmoe.offload.model_source import read_model
 from slotmoe.tools.serve import grammar
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.rules import Schema
+from slotmoe.tools.serve.requests import Rule
 from tests.support.hostile import edit_json, edited, fifo, refused, truncate, without, write
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -197,7 +197,7 @@ def test_tables_of_grammars_are_made_once_within_a_budget(checkpoint, monkeypatc
 
     def refusal(_):
         with pytest.raises(RefusedError, match=f"this model can't hold .*{reason}") as caught:
-            grammars.compile(Schema.model_construct(definition={"type": "object"}, strict=None))
+            grammars.compile(Rule("json", {"type": "object"}))
         return caught.value.status
 
     with ThreadPoolExecutor(4) as pool:

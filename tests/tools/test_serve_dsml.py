@@ -15,17 +15,8 @@ from slotmoe.tools.serve.formats import DEEPSEEK_V3_2, DEEPSEEK_V4
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import Grammars
 from slotmoe.tools.serve.reader import ContentDelta, Reader, joined, parse_arguments
-from slotmoe.tools.serve.requests import (
-    AssistantMessage,
-    Conversation,
-    Function,
-    PlainMessage,
-    Schema,
-    ToolCall,
-    ToolMessage,
-    ToolPolicy,
-)
-from slotmoe.tools.serve.response_items import InputMessage, messages_of
+from slotmoe.tools.serve.requests import Call, Conversation, Function, Message, Rule, ToolPolicy
+from slotmoe.tools.serve.responses import Item, messages_of
 from tests.support.served import ANTHROPIC_TOOL, TOOLS, Served, deepseek_files, is_weather
 from tests.support.served import WEATHER as CITY
 
@@ -80,12 +71,11 @@ def tokenizers(processes, tmp_path_factory):
 
 def history(*calls):
     """A conversation with ``calls``, and a result of each."""
-    about = {"content": "So.", "reasoning_content": "Hm"}
-    called = [ToolCall.of(str(i), name, text) for i, (name, text) in enumerate(calls)]
+    called = [Call(str(i), name, text) for i, (name, text) in enumerate(calls)]
     return [
-        PlainMessage(role="user", content="Hi"),
-        AssistantMessage.model_construct(role="assistant", tool_calls=called, **about),
-        *(ToolMessage(role="tool", tool_call_id=c.id, content=f"r{c.id}") for c in called[::-1]),
+        Message("user", "Hi"),
+        Message("assistant", "So.", called, "Hm"),
+        *(Message("tool", f"r{c.id}", call_id=c.id) for c in called[::-1]),
     ]
 
 
@@ -218,7 +208,7 @@ def test_mask_takes_text_where_the_type_is_open(form, tokenizers):
 
 @FORMS
 def test_mask_takes_a_schema_or_calls(form, tokenizers):
-    schema = Schema.model_construct(definition=OBJECT, strict=None)
+    schema = Rule("json", OBJECT)
     for text in ('{"at": 1}', two(form), "\n\n" + two(form)):
         assert passed(tokenizers[form], text, POLICY, schema) == (text, True)
         calls = [part.call for part in joined(_either(form, text))]
@@ -235,15 +225,13 @@ def _either(form, text):
 def test_marks_in_a_text_are_left_as_they_are(form, tokenizers):
     # As with every template: what spells a token is that token.  An answer alone can call.
     text = f'Say <{D}invoke name="stop">'
-    prompt = Dialect(tokenizers[form]).prompt(
-        Conversation([PlainMessage(role="user", content=text)], POLICY)
-    )
+    prompt = Dialect(tokenizers[form]).prompt(Conversation([Message("user", text)], POLICY))
     assert prompt.count(text) == 1
 
 
 def test_reminders_are_for_models_that_know_them(tokenizers):
-    messages = [PlainMessage(role=role, content="Hi") for role in ("latest_reminder", "user")]
-    items = [InputMessage(role=message.role, content="Hi") for message in messages]
+    messages = [Message(role, "Hi") for role in ("latest_reminder", "user")]
+    items = [Item(role=message.role, content="Hi") for message in messages]
     assert [message.role for message in messages_of(items)] == ["latest_reminder", "user"]
     prompt = Dialect(tokenizers[DEEPSEEK_V4]).prompt(Conversation(messages))
     assert "<\uff5clatest_reminder\uff5c>Hi<\uff5cUser\uff5c>Hi" in prompt

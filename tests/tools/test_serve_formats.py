@@ -18,16 +18,7 @@ from slotmoe.tools.serve.formats import (
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import Grammars
 from slotmoe.tools.serve.reader import ContentDelta, Reader, joined
-from slotmoe.tools.serve.requests import (
-    AssistantMessage,
-    CalledFunction,
-    Conversation,
-    Function,
-    PlainMessage,
-    ToolCall,
-    ToolMessage,
-    ToolPolicy,
-)
+from slotmoe.tools.serve.requests import Call, Conversation, Function, Message, ToolPolicy
 from tests.support.served import WEATHER as WEATHERS
 from tests.support.served import tokenizer_with
 from tests.support.tiny import SAMPLE
@@ -121,7 +112,7 @@ def tokenizers(processes, tmp_path_factory):
 
 
 def call(id_, name, arguments):
-    return ToolCall(id=id_, function=CalledFunction(name=name, arguments=arguments))
+    return Call(id_, name, arguments)
 
 
 @FORMATS
@@ -143,10 +134,10 @@ def test_older_deepseek_format_goes_on(tokenizers):
 def test_history_is_what_the_model_would_have_written(form, tokenizers):
     calls = [call("a", "weather", ROME), call("b", "stop", "")]
     history = [
-        PlainMessage(role="user", content="Hi"),
-        AssistantMessage(role="assistant", content="So.", tool_calls=calls),
-        ToolMessage(role="tool", tool_call_id="b", content="stopped"),
-        ToolMessage(role="tool", tool_call_id="a", content="wet"),
+        Message("user", "Hi"),
+        Message("assistant", "So.", calls),
+        Message("tool", "stopped", call_id="b"),
+        Message("tool", "wet", call_id="a"),
     ]
     text = Dialect(tokenizers[form]).prompt(Conversation(history))
     assert f"[user]Hi[A]So.{TWO[form]}" in text
@@ -222,9 +213,9 @@ def test_what_tags_cannot_hold_is_relaxed_or_refused(tokenizers):
 
 def test_history_with_arguments_that_are_no_object_is_refused(tokenizers):
     history = [
-        PlainMessage(role="user", content="Hi"),
-        AssistantMessage(role="assistant", tool_calls=[call("a", "stop", "[1]")]),
-        ToolMessage(role="tool", tool_call_id="a", content="ok"),
+        Message("user", "Hi"),
+        Message("assistant", calls=[call("a", "stop", "[1]")]),
+        Message("tool", "ok", call_id="a"),
     ]
     with pytest.raises(RefusedError, match="no JSON object"):
         Dialect(tokenizers[GLM]).prompt(Conversation(history))

@@ -9,7 +9,7 @@ import pytest
 
 from slotmoe.model.reasoning import Reasoning
 from slotmoe.tools.serve.function_calling import Dialect
-from slotmoe.tools.serve.requests import AssistantMessage, Conversation, PlainMessage
+from slotmoe.tools.serve.requests import Conversation, Message
 from tests.support.served import Served
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -32,7 +32,7 @@ def served(network, processes, runtime):
 @pytest.fixture(scope="module")
 def answer(served, runtime):
     """Reasoning and text of a greedy answer, by the model itself."""
-    message = PlainMessage(role="user", content="It is a truth")
+    message = Message("user", "It is a truth")
     prompt = Dialect(runtime.tokenizer).prompt(Conversation([message]))
     text = "".join(token.text for token in runtime.generate(prompt, 60))
     before, comma, after = text.partition(",")
@@ -110,13 +110,8 @@ def test_template_sees_reasoning_and_its_switch(runtime):
         "{% endif %}"
     )
     try:
-        history = [
-            PlainMessage(role="user", content="Hi"),
-            AssistantMessage(role="assistant", content="Yes", reasoning_content="Hm"),
-        ]
+        history = [Message("user", "Hi"), Message("assistant", "Yes", thoughts="Hm")]
         dialect = Dialect(tokenizer)
-        assert dialect.prompt(Conversation(history)) == "[user]|Hi[assistant]Hm|Yes"
-        history[1] = AssistantMessage(role="assistant", content="Yes", reasoning="Hm")
         assert dialect.prompt(Conversation(history)) == "[user]|Hi[assistant]Hm|Yes"
         assert dialect.prompt(Conversation(history, effort="none")).endswith("YesFalseFalsenone")
         assert dialect.prompt(Conversation(history, effort="low")).endswith("YesTrueTruehigh")

@@ -16,18 +16,7 @@ from slotmoe.tools.serve.formats import NATIVE, PLAIN
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import MAX_CALLS, Grammars
 from slotmoe.tools.serve.reader import ContentDelta, Reader, joined, parse_arguments
-from slotmoe.tools.serve.requests import (
-    AssistantMessage,
-    CalledFunction,
-    Conversation,
-    FailedToolMessage,
-    Function,
-    PlainMessage,
-    Schema,
-    ToolCall,
-    ToolMessage,
-    ToolPolicy,
-)
+from slotmoe.tools.serve.requests import Call, Conversation, Function, Message, Rule, ToolPolicy
 from tests.support.served import (
     ANTHROPIC_TOOL,
     GREEDY,
@@ -76,15 +65,15 @@ def policy(*names, required=False, single=False):
 
 
 def user(text):
-    return PlainMessage(role="user", content=text)
+    return Message("user", text)
 
 
 def tool_call(id_, name, arguments):
-    return ToolCall(id=id_, function=CalledFunction(name=name, arguments=arguments))
+    return Call(id_, name, arguments)
 
 
-def result(id_, text, kind=ToolMessage, name=None):
-    return kind(role="tool", tool_call_id=id_, content=text, name=name)
+def result(id_, text, **about):
+    return Message("tool", text, call_id=id_, **about)
 
 
 def function(name, schema, **more):
@@ -95,10 +84,10 @@ def calls_in_two_rounds():
     both = [tool_call("a", "weather", '{"city": "Rome", "days": 1}'), tool_call("b", "stop", "")]
     return [
         user("Weather?"),
-        AssistantMessage(role="assistant", content="Let me see.", tool_calls=both),
-        result("b", "stopped", FailedToolMessage),
+        Message("assistant", "Let me see.", both),
+        result("b", "stopped", failed=True),
         result("a", "wet"),
-        AssistantMessage(role="assistant", tool_calls=[tool_call("c", "stop", "{}")]),
+        Message("assistant", calls=[tool_call("c", "stop", "{}")]),
         result("c", "ok"),
     ]
 
@@ -106,7 +95,7 @@ def calls_in_two_rounds():
 @pytest.mark.usefixtures("processes")
 def test_model_without_tool_tokens_is_told_in_plain_words(runtime):
     dialect = Dialect(runtime.tokenizer)
-    system = PlainMessage(role="system", content="Be brief.")
+    system = Message("system", "Be brief.")
     text = dialect.prompt(Conversation([system, *calls_in_two_rounds()], policy("weather")))
     begin, end = runtime.tokenizer.spelling(0), runtime.tokenizer.eos_token
     told = json.dumps({"name": "weather", "description": "", "parameters": WEATHER})
@@ -200,7 +189,7 @@ def follows(runtime, text, wish, schema=None, tokenizer=None):
     """What of ``text`` a mask lets not pass, and whether the answer may, or must, end there."""
     tokenizer = tokenizer or runtime.tokenizer
     if schema is not None:
-        schema = Schema(name="x", schema=schema)
+        schema = Rule("json", schema)
     grammars = Grammars(tokenizer, runtime.eos_token_ids, Dialect(tokenizer))
     mask = grammars.compile(schema, wish).mask()
     ids = tokenizer.encode(text, add_bos=False)

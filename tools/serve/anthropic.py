@@ -1,55 +1,181 @@
-"""Anthropic's messages.  A request becomes one of OpenAI's chat, which decides the rest.
+"""Anthropic's messages.  A request becomes a conversation in OpenAI's roles.
 
-Some fields mean nothing to this server and are accepted: a prompt is cached whether or not
-``cache_control`` asks for it, and a budget of thinking bounds nothing.
+What a request adds to the one before it comes last in the text that the model reads, so that all
+before it stays cached: the system's messages stay where they are, and tools may be offered late.
 """
 
+import json
 import uuid
-from collections.abc import AsyncIterator
-from typing import Annotated, Literal
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
+from xml.sax.saxutils import quoteattr
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 from starlette.responses import JSONResponse
 
 from slotmoe.jsonfile import Json
-from slotmoe.tools.serve import anthropic_messages as given
 from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event
 from slotmoe.tools.serve.errors import ANTHROPIC_PATH, RefusedError
-from slotmoe.tools.serve.fields import BY_TYPE, Refused, accepted
+from slotmoe.tools.serve.formats import described
 from slotmoe.tools.serve.reader import ContentDelta, joined, parse_arguments
-from slotmoe.tools.serve.rules import Schema
+from slotmoe.tools.serve.requests import Call, Message, Text, TextOr
 from slotmoe.tools.serve.service import Serving
 
 router = APIRouter()
 _STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}  # in OpenAI's words
-_THINKING = accepted("nothing bounds reasoning")
 _SIGNATURE = "slotmoe"  # of thinking: clients send it back, nothing here verifies it
 _BILLING = "x-anthropic-billing-header:"  # Claude Code's, another one in each conversation
-_MAX_TOOLS = 1024
 _NO_THREADS = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+_QUOTES = ("text", "document", "search_result")
+# The types of blocks that a message of each role, and a result, may hold.
+_BLOCKS = {
+    "user": (*_QUOTES, "tool_result"),
+    "assistant": (*_QUOTES, "tool_use", "thinking", "redacted_thinking"),
+    "system": ("text", "tool_addition", "tool_removal"),
+    "result": (*_QUOTES, "tool_reference"),
+}
 
 
-class ToolChoice(requests.Model):
-    type: Literal["auto", "any", "none"]
-    disable_parallel_tool_use: bool | None = None
+class AnthropicTool(requests.Function):
+    type: Literal["custom"] | None = None
+    parameters: Annotated[Json, Field(alias="input_schema")]
+    defer_loading: bool | None = Field(None, description="offered where a message names it")
 
 
-class NamedChoice(requests.FunctionName):
-    type: Literal["tool"]
-    disable_parallel_tool_use: bool | None = None
+class Offer:
+    """The tools of a request.  The model reads of a deferred one where it is first offered."""
+
+    def __init__(self, tools: list[AnthropicTool]):
+        self._tools = tools
+        self._unread = {tool.name: tool for tool in tools if tool.defer_loading}
+        self._deferred = frozenset(self._unread)
+        self._known = {tool.name for tool in tools}
+        self._names = self._known - self._deferred
+
+    def change(self, name: str, added: bool) -> str:
+        """What the model reads.  Raises ``RefusedError``."""
+        if name not in self._known:
+            raise RefusedError(f"messages: {name!r:.80} is none of the tools", "messages")
+        (self._names.add if added else self._names.discard)(name)
+        tool = self._unread.pop(name, None) if added else None
+        text = name if tool is None else json.dumps(described(tool), ensure_ascii=False)
+        return f"This function {'can' if added else 'cannot'} be called now: {text}\n"
+
+    def policy(self, choice: object, parallel: bool | None) -> requests.ToolPolicy | None:
+        """After all messages.  Raises ``RefusedError``."""
+        offered = [tool for tool in self._tools if tool.name in self._names]
+        policy = requests.tool_policy(offered, choice, parallel)
+        return policy and replace(policy, functions=self._tools, deferred=self._deferred)
 
 
-class Metadata(requests.Model):
-    user_id: requests.Label | None = None
+class DocumentSource(requests.Model):
+    """Of a document: ``data`` is plain text, ``content`` has blocks."""
+
+    type: Literal["text", "content"]
+    data: Text | None = None
+    content: "Content | None" = None
 
 
-class ThinkingConfig(requests.Model):
+class Block(requests.Model):
+    """A part of a message or of a tool's result.  Which fields it needs depends on its type."""
+
+    type: requests.Label
+    text: Text | None = None
+    source: Text | DocumentSource | None = None
+    title: Text | None = None
+    context: Text | None = None
+    content: "Content | None" = None
+    tool_name: requests.Name | None = None
+    tool: requests.FunctionName | None = None
+    id: requests.CallId | None = None
+    name: requests.Name | None = None
+    input: Json | None = None
+    tool_use_id: requests.CallId | None = None
+    is_error: bool | None = None
+    thinking: Text | None = None
+
+    def read(self, offer: Offer) -> str:
+        """What the model reads; nothing of a call, of its result, and of thoughts.  Raises
+        ``RefusedError``."""
+        match self:
+            case Block(type="text", text=str(text)):
+                return text
+            case Block(type="document", source=DocumentSource() as source):
+                text = read(source.data if source.type == "text" else source.content, offer)
+                about = f"title={quoteattr(self.title or '')}"
+                about += f" context={quoteattr(self.context or '')}"
+                return f"\n<document {about}>\n{text}\n</document>\n"
+            case Block(type="search_result", source=str(source), title=str(title)):
+                about = f"source={quoteattr(source)} title={quoteattr(title)}"
+                text = read(self.content, offer)
+                return f"\n<search_result {about}>\n{text}\n</search_result>\n"
+            case Block(type="tool_reference", tool_name=str(name)):
+                return offer.change(name, True)
+            case Block(
+                type="tool_addition" | "tool_removal", tool=requests.FunctionName(name=name)
+            ):
+                return offer.change(name, self.type == "tool_addition")
+            case Block(type="tool_use", id=str(), name=str(), input=dict()):
+                return ""
+            case Block(type="tool_result", tool_use_id=str()):
+                return ""
+            case Block(type="thinking", thinking=str()) | Block(type="redacted_thinking"):
+                return ""
+        problem = f"a block of type {self.type!r:.40} lacks a field that it needs"
+        raise RefusedError(f"messages: {problem}", "messages")
+
+
+Content = TextOr[Text, list[Block]]
+
+
+def read(content: str | Iterable[Block] | None, offer: Offer, kinds: str = "") -> str:
+    """What the model reads of blocks, whose types are to be those of ``kinds``, of plain text if
+    there are none.  Raises ``RefusedError``."""
+    if isinstance(content, str):
+        return content
+    texts = list[str]()
+    for block in content or ():
+        if block.type not in _BLOCKS.get(kinds, ("text",)):
+            problem = f"messages: a block of type {block.type!r:.40} can't be read there"
+            is_known = any(block.type in types for types in _BLOCKS.values())
+            why = "" if is_known else ": the model reads text"
+            raise RefusedError(f"{problem}{why}", "messages")
+        texts.append(block.read(offer))
+    return "".join(texts)
+
+
+class Turn(requests.Model):
+    role: Literal["user", "assistant", "system"]
+    content: Content
+
+    def messages(self, offer: Offer) -> list[Message]:
+        """Each result of a call, then the text and the calls.  Raises ``RefusedError``."""
+        blocks, messages = self.content if isinstance(self.content, list) else [], list[Message]()
+        for block in blocks:
+            if block.type == "tool_result":
+                result = Message("tool", read(block.content, offer, "result"))
+                result.call_id, result.failed = block.tool_use_id or "", bool(block.is_error)
+                messages.append(result)
+        said = Message(self.role, read(self.content, offer, self.role))
+        said.inserted = self.role == "system"
+        said.thoughts = "".join(b.thinking or "" for b in blocks if b.type == "thinking")
+        try:
+            for block in blocks:
+                if block.type == "tool_use":
+                    arguments = json.dumps(block.input, ensure_ascii=False)
+                    said.calls.append(Call(block.id or "", block.name or "", arguments))
+        except RecursionError:
+            raise RefusedError("messages: an input is nested too deeply", "messages") from None
+        is_needed = said.text or said.calls or not (messages or said.inserted)
+        return [*messages, said] if is_needed else messages
+
+
+class Thinking(requests.Model):
     type: Literal["disabled", "enabled", "adaptive", "between_tools"]
-    budget_tokens: Annotated[requests.Count | None, _THINKING] = None
-    display: Annotated[Literal["summarized", "omitted"] | None, _THINKING] = None
 
 
 class OutputFormat(requests.Model):
@@ -60,36 +186,36 @@ class OutputFormat(requests.Model):
 class OutputConfig(requests.Model):
     effort: requests.Label | None = Field(None, description="with `thinking.type` `enabled`")
     format: OutputFormat | None = None
-    task_budget: Annotated[Json | None, _THINKING] = None
 
 
-class CountRequest(given.Cacheable):
+class CountRequest(requests.Model):
     """``/v1/messages/count_tokens``, and what it shares with ``/v1/messages``."""
 
+    refused: ClassVar = {
+        "billing_policy": "nothing is billed",
+        "compaction": "a conversation is read whole",
+        "mcp_servers": "the server calls no others",
+    }
     model: requests.Label
-    messages: Annotated[list[given.AnthropicMessage], requests.SOME]
-    system: given.Text | None = None
-    tools: Annotated[list[given.Tool], Field(max_length=_MAX_TOOLS)] | None = None
-    tool_choice: Annotated[ToolChoice | NamedChoice, BY_TYPE] | None = None
-    thinking: ThinkingConfig | None = Field(None, description="its `type` switches reasoning")
+    messages: Annotated[list[Turn], requests.SOME]
+    system: Content | None = None
+    tools: Annotated[list[AnthropicTool], Field(max_length=requests.MAX_TOOLS)] | None = None
+    tool_choice: Json | None = None
+    thinking: Thinking | None = Field(None, description="its `type` switches reasoning")
     output_config: OutputConfig | None = Field(None, description="its `format` is a JSON schema")
-    context_management: Annotated[Json | None, accepted("nothing is edited")] = None
-    speed: Annotated[Literal["standard", "fast"] | None, accepted("there is one speed")] = None
-    user_profile_id: Annotated[requests.Label | None, requests.LABEL] = None
-    workspace_id: Annotated[requests.Label | None, requests.LABEL] = None
-    billing_policy: Annotated[None, Refused("nothing is billed")] = None
-    compaction: Annotated[None, Refused("a conversation is read whole")] = None
-    mcp_servers: Annotated[list[None] | None, Refused("the server calls no others")] = None
 
     def chat(self) -> requests.Conversation:
         """A last message of the assistant's begins the answer.  Raises ``RefusedError``."""
-        choice = self.tool_choice and _CHOICES.get(self.tool_choice.type, self.tool_choice)
-        is_single = self.tools and self.tool_choice and self.tool_choice.disable_parallel_tool_use
-        offer = given.Offer(self.tools or [])
+        choice: object = self.tool_choice
+        is_single = False
+        if self.tool_choice is not None:
+            choice = _CHOICES.get(str(self.tool_choice.get("type")), self.tool_choice)
+            is_single = self.tool_choice.get("disable_parallel_tool_use") is True
+        offer = Offer(self.tools or [])
         messages = [message for turn in self.messages for message in turn.messages(offer)]
-        system = self.system or ()
-        texts = [system] if isinstance(system, str) else [block.text for block in system]
-        system = "".join(text for text in texts if not text.startswith(_BILLING))
+        blocks = self.system if isinstance(self.system, list) else []
+        system = [read([block], offer) for block in blocks] or [read(self.system, offer)]
+        told = "".join(text for text in system if not text.startswith(_BILLING))
         continues = self.messages[-1].role == "assistant"
         output = self.output_config or OutputConfig.model_construct()
         efforts, form = {"disabled": "none", "enabled": output.effort or "high"}, output.format
@@ -97,25 +223,24 @@ class CountRequest(given.Cacheable):
         if continues and form is not None:
             problem = "the answer can't follow a schema where a last message of the assistant's"
             raise RefusedError(f"messages: {problem} has begun it", "messages")
-        policy = offer.policy(choice, False if is_single else None)
-        wanted = None if form is None else Schema.model_construct(definition=form.definition)
-        messages = requests.with_system([system], messages)
+        policy = offer.policy(choice, False if self.tools and is_single else None)
+        wanted = None if form is None else requests.Rule("json", form.definition)
+        messages = requests.with_system([told], messages)
         return requests.Conversation(messages, policy, wanted, effort, continues)
 
 
 class MessagesRequest(CountRequest, requests.GenerationRequest):
     """``/v1/messages``."""
 
+    refused: ClassVar = {
+        **CountRequest.refused,
+        "container": "the server runs no code",
+        "fallback_credit_token": "nothing is billed",
+        "fallbacks": "the server has one model",
+    }
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=0), requests.Whole]
     stop_sequences: requests.Stops | None = None
-    metadata: Annotated[Metadata | None, requests.LABEL] = None
-    service_tier: Annotated[Literal["auto", "standard_only"] | None, requests.TIER] = None
-    container: Annotated[None, Refused("the server runs no code")] = None
-    diagnostics: Annotated[Json | None, accepted("nothing is diagnosed")] = None
-    fallback_credit_token: Annotated[None, Refused("nothing is billed")] = None
-    fallbacks: Annotated[None, Refused("the server has one model")] = None
-    inference_geo: Annotated[requests.Label | None, accepted("the server is one machine")] = None
     thread: object = Field(None, description="refused: `thread_unsupported_request`")
 
     def options(self) -> requests.AnswerOptions:

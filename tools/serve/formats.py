@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from slotmoe.jsonfile import Json
 from slotmoe.model.tokenizer import Tokenizer
-from slotmoe.tools.serve.requests import Function, ToolCall
+from slotmoe.tools.serve.requests import Call, Function
 
 INDEX = "{index}"
 
@@ -44,11 +44,11 @@ class CallFormat:
     object_arguments: bool = False
     numbered_ids: bool = False  # a call's id is spelled for the model
 
-    def write(self, calls: list[ToolCall]) -> str:
+    def write(self, calls: list[Call]) -> str:
         """``calls`` as the model writes them, of a format with JSON and without an index."""
         texts = [
-            self.head + f.name + self.middle + (f.arguments or "{}") + self.tail
-            for f in (call.function for call in calls)
+            self.head + call.name + self.middle + (call.arguments or "{}") + self.tail
+            for call in calls
         ]
         return self.opening + self.joint.join(texts) + self.closing if texts else ""
 

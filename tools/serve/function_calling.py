@@ -1,6 +1,7 @@
 """A conversation with tool calls and reasoning as the text that a model was trained on."""
 
 import re
+from dataclasses import replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -10,12 +11,10 @@ from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve import formats, requests
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.reader import parse_arguments
-from slotmoe.tools.serve.rules import Schema
+from slotmoe.tools.serve.requests import Call, Message
 
 _UNCALLED = "a result answers no call of the message before it"
-Turn: TypeAlias = tuple[
-    requests.PlainMessage | requests.AssistantMessage, list[requests.ToolMessage]
-]
+Turn: TypeAlias = tuple[Message, list[Message]]  # a message, and results of its calls
 
 
 class Dialect:
@@ -37,7 +36,7 @@ class Dialect:
         if any(m.role == requests.REMINDER for m in messages) and not self._reminds:
             problem = f"this model has no role {requests.REMINDER!r}"
             raise RefusedError(f"messages: {problem}", "messages")
-        if any(isinstance(m, requests.InsertedMessage) for m in messages) and not self._inserts:
+        if any(m.inserted for m in messages) and not self._inserts:
             messages = _told_by_user(messages)
         turns, tools = with_results(messages), None
         functions = list[requests.Function]()
@@ -56,7 +55,7 @@ class Dialect:
             about = [system, formats.describe(self.format, functions)]
             written.insert(0, {"role": "system", "content": "\n\n".join(filter(None, about))})
         goes_on = self.is_native and not self.format.structured and bool(turns[-1][1])
-        schema = chat.wanted.definition if isinstance(chat.wanted, Schema) else None
+        schema = chat.wanted.rule if chat.wanted and chat.wanted.kind == "json" else None
         how = chat.continues or goes_on, chat.effort, schema, chat.extra
         return self._tokenizer.chat(written, tools, *how)
 
@@ -80,7 +79,7 @@ class Dialect:
                 about["reasoning_content"] = message.thoughts
             ids, calls = list[str](), list[Json]()
             for call in message.calls:
-                name, arguments = call.function.name, call.function.arguments or "{}"
+                name, arguments = call.name, call.arguments or "{}"
                 ids.append(f"functions.{name}:{count}" if self.format.numbered_ids else call.id)
                 given = parse_arguments(arguments) if self.format.object_arguments else arguments
                 if not isinstance(given, dict) and self.format.object_arguments:
@@ -91,13 +90,13 @@ class Dialect:
                 count += 1
             written.append(about | ({"tool_calls": calls} if calls else {}))
             for id_, call, result in zip(ids, message.calls, results, strict=True):
-                about = {"role": "tool", "tool_call_id": id_, "name": call.function.name}
+                about = {"role": "tool", "tool_call_id": id_, "name": call.name}
                 written.append({**about, "content": result.text})
         return written
 
     def _plain(self, turns: list[Turn]) -> list[Json]:
         """For a template that knows no functions: results are in a message of the user."""
-        written, failed = list[Json](), requests.FailedToolMessage
+        written = list[Json]()
         for message, results in turns:
             text = message.text + ("\n" if message.text and message.calls else "")
             text += self.format.write(message.calls)
@@ -106,8 +105,8 @@ class Dialect:
                 written[-1]["reasoning_content"] = message.thoughts
             responses = []
             for call, result in zip(message.calls, results, strict=True):
-                error = ' error="true"' if isinstance(result, failed) else ""
-                tag = f'tool_response name="{call.function.name}"{error}'
+                error = ' error="true"' if result.failed else ""
+                tag = f'tool_response name="{call.name}"{error}'
                 responses.append(f"<{tag}>\n{result.text}\n</tool_response>")
             if responses:
                 written.append({"role": "user", "content": "\n".join(responses)})
@@ -131,28 +130,27 @@ class Dialect:
         return written
 
 
-def _told_by_user(messages: list[requests.ChatMessage]) -> list[requests.ChatMessage]:
+def _told_by_user(messages: list[Message]) -> list[Message]:
     """What is inserted ends the user's message or the result before it, or begins the user's."""
-    told, after = list[requests.ChatMessage](), False
+    told, after = list[Message](), False
     for message in messages:
-        inserted = isinstance(message, requests.InsertedMessage)
+        inserted = message.inserted
         if inserted:
-            text = f"<system>\n{message.text}\n</system>"
-            message = requests.PlainMessage.model_construct(role="user", content=text)
+            message = Message("user", f"<system>\n{message.text}\n</system>")
         joins = ("user", "tool") if inserted else ("user",) if after else ()
         if message.role == "user" and told and told[-1].role in joins:
-            last, text = told.pop(), message.text
-            message = last.model_copy(update={"content": f"{last.text}\n\n{text}"})
+            last = told.pop()
+            message = replace(last, text=f"{last.text}\n\n{message.text}")
         told.append(message)
         after = inserted
     return told
 
 
-def with_results(messages: list[requests.ChatMessage]) -> list[Turn]:
+def with_results(messages: list[Message]) -> list[Turn]:
     """Each message with its calls' results in order.  Raises ``RefusedError`` for others."""
     turns: list[Turn] = []
     for message in messages:
-        if not isinstance(message, requests.ToolMessage):
+        if message.role != "tool":
             turns.append((message, []))
         elif turns:
             turns[-1][1].append(message)
@@ -161,17 +159,15 @@ def with_results(messages: list[requests.ChatMessage]) -> list[Turn]:
     return [(message, _in_order(message.calls, results)) for message, results in turns]
 
 
-def _in_order(
-    calls: list[requests.ToolCall], results: list[requests.ToolMessage]
-) -> list[requests.ToolMessage]:
-    ids, answered = [call.id for call in calls], [result.tool_call_id for result in results]
+def _in_order(calls: list[Call], results: list[Message]) -> list[Message]:
+    ids, answered = [call.id for call in calls], [result.call_id for result in results]
     if sorted(ids) != sorted(answered):
         missing = next((id_ for id_ in ids if id_ not in answered), None)
         problem = _UNCALLED if missing is None else f"call {missing!r:.80} has no result"
         raise RefusedError(f"messages: {problem}", "messages")
-    names = {call.id: call.function.name for call in calls}
+    names = {call.id: call.name for call in calls}
     for result in results:
-        if result.name not in (None, names[result.tool_call_id]):
-            problem = f"the result for {result.tool_call_id!r:.80} has the name of another function"
+        if result.name not in (None, names[result.call_id]):
+            problem = f"the result for {result.call_id!r:.80} has the name of another function"
             raise RefusedError(f"messages: {problem}", "messages")
-    return sorted(results, key=lambda result: ids.index(result.tool_call_id))
+    return sorted(results, key=lambda result: ids.index(result.call_id))

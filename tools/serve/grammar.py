@@ -18,8 +18,7 @@ from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.formats import INDEX, is_text
 from slotmoe.tools.serve.function_calling import Dialect
-from slotmoe.tools.serve.requests import ToolPolicy
-from slotmoe.tools.serve.rules import Rule, Schema
+from slotmoe.tools.serve.requests import Rule, ToolPolicy
 from slotmoe.tools.serve.schemas import relaxed
 
 MAX_CALLS = 32  # in one answer
@@ -106,10 +105,7 @@ class Grammars:
             return f"{problem!r:.200}"
 
     def compile(
-        self,
-        wanted: Schema | Rule | None,
-        policy: ToolPolicy | None = None,
-        is_thinking: bool | None = None,
+        self, wanted: Rule | None, policy: ToolPolicy | None = None, is_thinking: bool | None = None
     ) -> Mask | None:
         """What an answer has to follow that is as ``wanted``, or calls functions, after its
         reasoning; None where the answer is free.  ``is_thinking`` where the prompt has begun the
@@ -117,11 +113,11 @@ class Grammars:
         if wanted is None and policy is None:
             return None
         content, dropped, where, rules = None, list[str](), "response_format", list[Json]()
-        if isinstance(wanted, Rule):
+        if wanted is not None and wanted.kind == "json":
+            content = self._json(wanted.rule, wanted.strict, where, where, dropped)
+        elif wanted is not None:
             content = "@wanted"
             rules.append({"name": "wanted", "lark_grammar": self._lark(wanted)})
-        elif wanted is not None:
-            content = self._json(wanted.definition, bool(wanted.strict), where, where, dropped)
         grammar = f"answer: {content}"
         if policy is not None:
             grammar = self._calls(policy, content, dropped)
@@ -134,7 +130,7 @@ class Grammars:
 
     def _lark(self, rule: Rule) -> str:
         """``rule`` in Lark's words.  Raises ``RefusedError``."""
-        kind, text, param = rule
+        kind, text, param, _ = rule
         try:
             lark = grammar_from(kind, text if isinstance(text, str) else json.dumps(text))
             if kind == "regex":

@@ -5,10 +5,13 @@ import re
 import sys
 import time
 import uuid
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from slotmoe.tools.serve.requests import ignored
 
 if TYPE_CHECKING:
     from slotmoe.tools.serve.answers import Answers
@@ -16,25 +19,43 @@ if TYPE_CHECKING:
 _CLIENTS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _POLLED = ("/health", "/metrics", "/stats")  # asked for every few seconds, mostly by programs
 _MAX_HEADER = 1000  # characters
+_MAX_NAMES = 100  # of ignored fields that are told, so that strangers don't fill the log
 
 
 class Log:
     """ASGI middleware around all others.
 
     Each response has ``x-request-id`` (the request's own, if that has a usable one), and where
-    keywords of schemas were left out ``x-slotmoe-relaxed``.  HEAD is answered wherever
-    GET is.  If ``is_written``, each request is a line on stderr; nothing of its content or its key
-    is in it.
+    keywords of schemas were left out ``x-slotmoe-relaxed``.  HEAD is answered wherever GET is.  If
+    ``is_written``, each request is a line on stderr; nothing of its content or its key is in it.
+    So is each name of a field that no request has, the first time that it is ignored.
     """
 
     def __init__(self, app: ASGIApp, is_written: bool):
         self._app, self._is_written = app, is_written
+        self._ignored = set[str]()
+
+    def ignore(self, names: Iterable[str]) -> None:
+        """Fields of these names are unknown."""
+        for name in names:
+            short = ascii(name[:64])
+            if short not in self._ignored and len(self._ignored) < _MAX_NAMES:
+                self._ignored.add(short)
+                is_last = len(self._ignored) == _MAX_NAMES
+                more = "; further ones are not named" if is_last else ""
+                self._write(f"the field {short} is unknown here and ignored{more}")
+
+    def _write(self, line: str) -> None:
+        if self._is_written:
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+                print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         began, status = time.monotonic(), 0
         state = scope.setdefault("state", {})
+        ignored.set(self.ignore)
         given = Headers(scope=scope).get("x-request-id", "")
         id_ = given if _CLIENTS_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
 
@@ -55,16 +76,15 @@ class Log:
         try:
             await self._app(inner, receive, send_with_headers)
         finally:
-            if self._is_written and not (scope["path"] in _POLLED and status == 200):
+            if not (scope["path"] in _POLLED and status == 200):
                 line = _line(scope, status, time.monotonic() - began, state.get("answers"))
-                with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
-                    print(f"{line}, {id_}", file=sys.stderr, flush=True)
+                self._write(f"{line}, {id_}")
 
 
 def _line(scope: Scope, status: int, seconds: float, answers: "Answers | None") -> str:
-    """``2026-01-31 12:00:00 POST /api/chat 200 in 3 s, 12 + 3 tokens, first after 0.8 s, stop``"""
+    """``POST /api/chat 200 in 3 s, 12 + 3 tokens, first after 0.8 s, stop``"""
     path = ascii(scope["path"][:100])[1:-1]
-    line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {scope['method']} {path} {status or 'no answer'}"
+    line = f"{scope['method']} {path} {status or 'no answer'}"
     line += f" in {seconds:.1f} s"
     if answers is None:
         return line

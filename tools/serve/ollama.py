@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from starlette.responses import JSONResponse
 
 from slotmoe.jsonfile import Json
@@ -18,10 +18,8 @@ from slotmoe.model.tokenizer import FIM_TOKENS
 from slotmoe.tools.serve import openai, requests
 from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, compact
 from slotmoe.tools.serve.errors import OLLAMA_PATH
-from slotmoe.tools.serve.fields import Refused, accepted
 from slotmoe.tools.serve.reader import ContentDelta, joined, parse_arguments
-from slotmoe.tools.serve.requests import CallId, Label, Name, Text, Whole
-from slotmoe.tools.serve.rules import Schema
+from slotmoe.tools.serve.requests import Call, CallId, Label, Message, Name, Text, Whole
 from slotmoe.tools.serve.service import Service, Serving
 
 router = APIRouter(prefix=OLLAMA_PATH)
@@ -29,9 +27,8 @@ _VERSION = "0.13.0"  # of Ollama, whose API this is: clients ask for a least one
 
 
 class Options(openai.OpenAIRequest):
-    """Most say how to load a model, and are not looked at, as Ollama does with unknown ones."""
+    """Most say how to load a model, and are ignored."""
 
-    model_config = ConfigDict(extra="ignore")
     model: Label = ""
     n: Annotated[Literal[1] | None, Whole] = None
     repetition_penalty: openai.Repetition | None = Field(None, alias="repeat_penalty")
@@ -40,21 +37,20 @@ class Options(openai.OpenAIRequest):
 
 class OllamaFunction(requests.FunctionName):
     arguments: Json
-    index: Annotated[int | None, accepted("the order is known")] = None
 
 
-class Call(requests.Model):
+class OllamaCall(requests.Model):
     id: CallId | None = None
-    type: Literal["function"] | None = None
     function: OllamaFunction
 
 
-class Message(requests.Model):
+class OllamaMessage(requests.Model):
+    inside = "messages"
+    refused: ClassVar = {"images": "the model reads text"}
     role: Literal["system", "user", "assistant", "tool"]
     content: Text | None = None
     thinking: Text | None = None
-    images: Annotated[None, Refused("the model reads text")] = None
-    tool_calls: Annotated[list[Call], Field(max_length=requests.MAX_TOOLS)] | None = None
+    tool_calls: Annotated[list[OllamaCall], Field(max_length=requests.MAX_TOOLS)] | None = None
     tool_name: Name | None = None
     tool_call_id: CallId | None = None
 
@@ -67,9 +63,7 @@ class OllamaRequest(requests.Model):
     think: bool | Label | None = None
     logprobs: bool | None = None
     top_logprobs: requests.TopLogprobs | None = None
-    keep_alive: Annotated[float | Label | None, accepted("the model stays open")] = None
-    truncate: Annotated[bool | None, accepted("a prompt that does not fit is refused")] = None
-    shift: Annotated[bool | None, accepted("an answer ends where the context is full")] = None
+    keep_alive: float | Label | None = None
 
     def answer_options(self, service: Service) -> requests.AnswerOptions:
         """Raises ``RefusedError``, also for another model than the server's."""
@@ -80,54 +74,52 @@ class OllamaRequest(requests.Model):
         return options.options_with(service.vocabulary, limit, logprobs)
 
     def conversation(
-        self, given: Sequence[Message], policy: requests.ToolPolicy | None = None
+        self, messages: list[Message], policy: requests.ToolPolicy | None = None
     ) -> requests.Conversation:
         """A last message of the assistant's is the beginning of the answer."""
-        messages, effort = _messages(given), self.think
+        effort = self.think
         if isinstance(effort, bool):
             effort = "high" if effort else "none"
         continues = messages[-1].role == "assistant" and not messages[-1].calls
         return requests.Conversation(messages, policy, self.wanted, effort, continues)
 
     @property
-    def wanted(self) -> Schema | None:
+    def wanted(self) -> requests.Rule | None:
         schema = {"type": "object"} if self.format == "json" else self.format
-        return Schema.model_construct(definition=schema) if schema else None
+        return requests.Rule("json", schema) if schema else None
 
 
 class OllamaChatRequest(OllamaRequest):
-    messages: Annotated[list[Message], Field(max_length=requests.MAX_MESSAGES)] | None = None
+    messages: Annotated[list[OllamaMessage], Field(max_length=requests.MAX_ITEMS)] | None = None
     tools: requests.Tools | None = None
 
 
 class GenerateRequest(OllamaRequest):
+    refused: ClassVar = {"context": "send messages to /api/chat", "images": "the model reads text"}
     prompt: Text | None = None
     suffix: Text | None = None
     system: Text | None = None
     raw: bool | None = None
-    template: Annotated[Literal[""] | None, Field(description="refused: the model has one")] = None
-    context: Annotated[None, Refused("send messages to /api/chat")] = None
-    images: Annotated[None, Refused("the model reads text")] = None
+    template: Literal[""] | None = None
 
 
-def _messages(given: Sequence[Message]) -> list[requests.ChatMessage]:
-    """In OpenAI's words.  A result without an id is of the first call left, by name if given."""
-    told, calls = list[requests.ChatMessage](), list[requests.ToolCall]()
+def _messages(given: Sequence[OllamaMessage]) -> list[Message]:
+    """A result without an id is of the first call left, by name if given."""
+    told, calls = list[Message](), list[Call]()
     for message in given:
-        about = Json()
+        said = Message(message.role, message.content or "", thoughts=message.thinking or "")
         if message.role == "tool":
             same = [call for call in calls if call.id == message.tool_call_id]
-            same += [c for c in calls if message.tool_name in (None, c.function.name)]
+            same += [call for call in calls if message.tool_name in (None, call.name)]
             calls = [call for call in calls if call not in same[:1]]
-            about["tool_call_id"] = same[0].id if same else "none"
+            said.call_id = same[0].id if same else "none"
         elif message.role == "assistant":
-            made = [(call.id, call.function) for call in message.tool_calls or ()]
-            calls = [
-                requests.ToolCall.of(id_ or f"{len(told)}-{n}", f.name, json.dumps(f.arguments))
-                for n, (id_, f) in enumerate(made)
+            calls = said.calls = [
+                Call(made.id or f"{len(told)}-{n}", f.name, json.dumps(f.arguments))
+                for n, made in enumerate(message.tool_calls or ())
+                for f in [made.function]
             ]
-            about |= {"tool_calls": calls, "reasoning_content": message.thinking}
-        told.append(requests.said(message.role, message.content or "", **about))
+        told.append(said)
     return told
 
 
@@ -148,7 +140,7 @@ async def chat(body: OllamaChatRequest, request: Request, service: Serving) -> R
     if not body.messages:
         return _loaded(body, {"message": {"role": "assistant", "content": ""}})
     policy = requests.tool_policy([tool.function for tool in body.tools or ()], None)
-    told = body.conversation(body.messages, policy)
+    told = body.conversation(_messages(body.messages), policy)
     return await _respond(body, await chat_answers(service, request, told, options))
 
 
@@ -159,7 +151,7 @@ async def generate(body: GenerateRequest, request: Request, service: Serving) ->
         return _loaded(body, {"response": ""})
     if not (body.raw or suffix) and service.tokenizer.template is not None:
         said = (("system", body.system), ("user", prompt))
-        told = [Message.model_construct(role=role, content=text) for role, text in said if text]
+        told = [Message(role, text) for role, text in said if text]
         answers = await chat_answers(service, request, body.conversation(told), options)
         return await _respond(body, answers)
     ids = await service.prepare(service.encode, prompt, True, suffix or None)
@@ -231,7 +223,6 @@ def _end(answers: Answers) -> Json:
 class ShowRequest(requests.Model):
     model: Label | None = None
     name: Label | None = Field(None, description="`model` by its older name")
-    verbose: Annotated[bool | None, accepted("tokens are not listed")] = None
 
 
 @router.post("/show")

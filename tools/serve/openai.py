@@ -1,10 +1,11 @@
 """OpenAI's chat and text completions."""
 
 import asyncio
+import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import AfterValidator, Field, Tag
@@ -13,10 +14,9 @@ from starlette.responses import JSONResponse
 from slotmoe import __version__
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Token
-from slotmoe.tools.serve import requests, rules
+from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event, spelled
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.fields import BY_TYPE, Refused, accepted, at_most, by_kind
 from slotmoe.tools.serve.reader import ContentDelta, joined
 from slotmoe.tools.serve.requests import Id, Label, Stop, Stops, Text, TextOr, TopLogprobs, Whole
 from slotmoe.tools.serve.service import Serving
@@ -27,7 +27,8 @@ Limit = Annotated[int, Field(ge=-1), Whole]  # of tokens; -1 is as many as the c
 Ids = Annotated[list[Id], Field(min_length=1, max_length=MAX_IDS)]
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), Whole, AfterValidator(lambda s: s % 2**63)]
 _Bias = dict[str, Annotated[float, Field(ge=-100, le=100)]]
-Bias = Annotated[_Bias, Field(max_length=1024), at_most(1024, "token ids")]
+Option = Annotated[str, Field(max_length=1 << 16)]
+Bias = Annotated[_Bias, Field(max_length=1024), requests.at_most(1024, "token ids")]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Repetition = Annotated[float, Field(ge=0.01, le=10)]  # less would overflow logits
 
@@ -35,10 +36,38 @@ Repetition = Annotated[float, Field(ge=0.01, le=10)]  # less would overflow logi
 class StreamOptions(requests.Model):
     include_usage: bool = Field(default=False, description="in each chunk, null until the last")
     continuous_usage_stats: bool = Field(default=False, description="`usage` of the tokens so far")
-    include_obfuscation: Annotated[bool | None, accepted("nothing is padded")] = None
 
 
-class OpenAIRequest(requests.LabelledRequest):
+class StructuredOutputs(requests.Model):
+    """vLLM's form of what an answer follows."""
+
+    definition: Json | requests.Source | None = Field(None, alias="json")
+    json_object: Literal[True] | None = None
+    regex: requests.Source | None = None
+    grammar: requests.Source | None = None
+    choice: Annotated[list[Option], Field(min_length=1)] | None = None
+
+    def wanted(self, name: str) -> requests.Rule:
+        """By the field of this ``name``.  Raises ``RefusedError``."""
+        given = {key: value for key, value in self if value is not None}
+        if len(given) != 1:
+            names = "json, json_object, regex, grammar and choice"
+            raise RefusedError(f"{name} has {len(given)} of {names}, expected one", name)
+        ((kind, rule),) = given.items()
+        match kind:
+            case "regex" | "grammar" | "choice":
+                return requests.Rule(kind, rule, name)
+        schema = {"type": "object"} if kind == "json_object" else rule
+        try:
+            schema = json.loads(schema) if isinstance(schema, str) else schema
+        except (ValueError, RecursionError):
+            schema = None
+        if not isinstance(schema, dict):
+            raise RefusedError(f"{name}.json is no JSON object", name)
+        return requests.Rule("json", schema)
+
+
+class OpenAIRequest(requests.GenerationRequest):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Seed | None = Field(None, description="with `n`, answer i has seed + i")
     stop: TextOr[Stop, Stops] | None = None
@@ -50,13 +79,12 @@ class OpenAIRequest(requests.LabelledRequest):
     stream_options: StreamOptions | None = Field(None, description="needs `stream`")
     stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None
     prompt_logprobs: TopLogprobs | None = Field(None, description="not with `stream`")
-    response_format: Annotated[rules.TextFormat | rules.SchemaFormat, BY_TYPE] | None = None
-    structured_outputs: rules.StructuredOutputs | None = None
-    grammar: rules.Source | None = Field(None, description="as in `structured_outputs`")
+    response_format: requests.ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    grammar: requests.Source | None = Field(None, description="as in `structured_outputs`")
     json_schema: Json | None = Field(None, description="`json` of `structured_outputs`")
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0), Whole] | None = None
-    store: Annotated[bool | None, accepted("nothing is stored")] = None
 
     def options_with(
         self, vocabulary: int, limit: int | None, logprobs: int | None
@@ -81,17 +109,18 @@ class OpenAIRequest(requests.LabelledRequest):
         return requests.AnswerOptions(*about, *ends, self.prompt_logprobs)
 
     @property
-    def wanted(self) -> rules.Schema | rules.Rule | None:
+    def wanted(self) -> requests.Rule | None:
         """What answers follow.  Raises ``RefusedError``."""
-        schema = rules.schema_of(self.response_format)
-        given = ["response_format"] if schema is not None else []
+        form = self.response_format
+        rule = form.wanted if form is not None else None
+        given = [] if rule is None else ["response_format"]
         names = ("structured_outputs", "json_schema", "grammar")
         given += [name for name in names if getattr(self, name) is not None]
         if len(given) > 1:
             raise RefusedError(f"give {given[0]} or {given[1]}, not both", given[1])
-        if schema is not None or not given:
-            return schema
-        make = rules.StructuredOutputs.model_construct
+        if rule is not None or not given:
+            return rule
+        make = StructuredOutputs.model_construct
         outputs = self.structured_outputs or make(definition=self.json_schema, grammar=self.grammar)
         return outputs.wanted(given[0])
 
@@ -99,22 +128,22 @@ class OpenAIRequest(requests.LabelledRequest):
 class ChatRequest(OpenAIRequest, requests.Templated):
     """``/v1/chat/completions``."""
 
+    refused: ClassVar = {
+        "audio": "answers are text",
+        "functions": "use tools",
+        "function_call": "use tool_choice",
+        "moderation": "the server does not moderate",
+        "web_search_options": "the server does not search",
+    }
     messages: requests.Messages
     max_tokens: Limit | None = Field(None, description="-1 is as many as the context holds")
     max_completion_tokens: Limit | None = Field(None, description="`max_tokens` by another name")
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = Field(None, description="needs `logprobs`")
-    tool_choice: requests.Choice | None = None
+    tool_choice: object = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Label | None = Field(None, description=requests.EFFORT)
-    verbosity: Annotated[Label | None, requests.NO_SETTING] = None
-    modalities: Annotated[list[Literal["text"]] | None, accepted("answers are text")] = None
-    prediction: Annotated[Json | None, accepted("it changes only the speed")] = None
-    audio: Annotated[None, Refused("answers are text")] = None
-    functions: Annotated[None, Refused("use tools")] = None
-    function_call: Annotated[None, Refused("use tool_choice")] = None
-    moderation: Annotated[None, Refused("the server does not moderate")] = None
-    web_search_options: Annotated[None, Refused("the server does not search")] = None
+    modalities: list[Literal["text"]] | None = None
 
     def options(self, vocabulary: int) -> requests.AnswerOptions:
         """For a tokenizer of ``vocabulary`` ids.  Raises ``RefusedError``."""
@@ -152,7 +181,7 @@ class CompletionRequest(OpenAIRequest):
         | Annotated[Ids, Tag("ids")]
         | Annotated[list[Text], _SOME_PROMPTS, Tag("texts")]
         | Annotated[list[Ids], _SOME_PROMPTS, Tag("lists")],
-        by_kind(_prompt_kind, "text, token ids nor a list of either"),
+        requests.by_kind(_prompt_kind, "text, token ids nor a list of either"),
     ] = Field(description="text, token ids, or up to 16 of either")
     max_tokens: Limit | None = Field(
         None, description="16 if not given; 0 needs `echo` or `prompt_logprobs`"

@@ -1,28 +1,55 @@
-"""Requests of OpenAI's API, checked field by field; and what a request of any API comes to: a
-``Conversation`` in the words of OpenAI's chat.
+"""Requests of all APIs, checked field by field, and what each comes to: a ``Conversation``.
 
-A field is honoured, or it is harmless and marked ``accepted``, or the request is refused.  The
-table of all of them is docs/api-fields.md.
+A field that the server honours is checked.  One that it knows, and that would change the answer if
+it were ignored, is refused.  Every other is ignored; docs/api-fields.md has the table.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields
 from itertools import dropwhile
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Sampling
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.fields import BY_TYPE, Refused, accepted, at_most, by_kind
-from slotmoe.tools.serve.fields import Model as Model  # for the requests of other modules too
-from slotmoe.tools.serve.rules import Rule, Schema
 
 MAX_ANSWERS = 16  # in one request
-MAX_TOOLS = 128
-MAX_MESSAGES = 4096
+MAX_TOOLS = 1024
+MAX_ITEMS = 4096  # of a list that has no other bound
 _SAMPLING_FIELDS = {field.name for field in fields(Sampling)} - {"logit_bias"}
+# Told of the names in a request that no field has.
+ignored: ContextVar[Callable[[Iterable[str]], None]] = ContextVar("ignored")
+
+
+def at_most(count: int, what: str) -> BeforeValidator:
+    """Of an object with any keys: pydantic counts them only when it has checked all."""
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > count:
+            raise ValueError(f"has {len(value)} {what}, more than {count}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def by_kind(kind: Callable[[object], str | None], expected: str) -> Discriminator:
+    """Tells the members of a union apart, so that an error names what is wrong in the one that was
+    meant; without a member, it says what was ``expected``."""
+    message = f"is neither {expected}"
+    return Discriminator(kind, custom_error_type="kind", custom_error_message=message)
+
+
 # JSON has one kind of number: 2.0 is the integer 2.
 Whole = BeforeValidator(lambda n: int(n) if isinstance(n, float) and n.is_integer() else n)
 Count = Annotated[int, Field(ge=1), Whole]
@@ -31,18 +58,61 @@ Id = Annotated[int, Field(ge=0, lt=1 << 31), Whole]
 TopK = Annotated[Id | None, BeforeValidator(lambda k: None if k == -1 else k)]  # -1 is off
 Text = Annotated[str, Field(max_length=1 << 22)]
 Label = Annotated[str, Field(max_length=512)]
-Description = Annotated[str, Field(max_length=1 << 16)]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]  # of a function
 CallId = Annotated[str, Field(min_length=1, max_length=256)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Stops = Annotated[list[Stop], Field(max_length=16)]
+Source = Annotated[str, Field(min_length=1, max_length=1 << 14)]  # of a grammar
 T = TypeVar("T")
 L = TypeVar("L")
 TextOr = Annotated[
     Annotated[T, Tag("text")] | Annotated[L, Tag("list")],
     by_kind(lambda value: {str: "text", list: "list"}.get(type(value)), "text nor a list"),
 ]
+
 Labels = Annotated[dict[str, Label], Field(max_length=16), at_most(16, "labels")]
+
+
+def _bound_lists(schema: object) -> None:
+    """Have every list in pydantic's ``schema`` end at its first error and at a bound."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "list":
+            schema["fail_fast"] = True
+            schema.setdefault("max_length", MAX_ITEMS)
+        schema = [*schema.values()]
+    for value in schema if isinstance(schema, list | tuple) else ():
+        _bound_lists(value)
+
+
+class Model(BaseModel):
+    """Base of all requests and their parts: no silent conversion, no NaN, and a bound on what an
+    error costs: each list is checked to its first.  A field of ``refused`` may only be null, or an
+    empty list, for the reason that is there; ``inside`` is the request's field that has it."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+    refused: ClassVar[Mapping[str, str]] = {}
+    inside: ClassVar[str] = ""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        schema = handler(source)
+        _bound_lists(schema)
+        return schema
+
+    @model_validator(mode="before")
+    @classmethod
+    def _look(cls, data: object) -> object:
+        if not isinstance(data, dict):
+            return data
+        for name, reason in cls.refused.items():
+            if data.get(name) not in (None, []):
+                place = f"{cls.inside}: " if cls.inside else ""
+                problem = f"{place}{name} is not supported by this server: {reason}"
+                raise RefusedError(problem, cls.inside or name)
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        if more := data.keys() - known - cls.refused.keys():
+            ignored.get(lambda _: None)(more)
+        return data
 
 
 @dataclass(frozen=True)
@@ -65,197 +135,6 @@ class AnswerOptions:
     prompt_logprobs: int | None = None
 
 
-LABEL = accepted("a label")
-CACHED = accepted("every prefix is cached")
-TIER = accepted("there is one tier")
-REPLAYED = accepted("the model does not see it")
-EFFORT = "`none` switches reasoning off; DeepSeek-V4 also has `max`"
-NO_SETTING = accepted("the model has no such setting")
-DESCRIBED = accepted("a tool is described at once, by its schema")
-_REPLAYED = accepted("clients send back what others added")
-
-
-class TextPart(Model):
-    type: Literal["text"]
-    text: Text
-    cache_control: Annotated[Json | None, CACHED] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_text(cls, part: object) -> object:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(kind, str) and kind != "text":
-            raise ValueError(f"a part of type {kind[:40]!r} can't be read: the model reads text")
-        return part
-
-
-Content: TypeAlias = TextOr[Text, list[TextPart]]
-
-
-class CalledFunction(Model):
-    name: Name
-    arguments: Text  # JSON
-    parsed_arguments: Annotated[object, _REPLAYED] = None
-    provider_specific_fields: Annotated[Json | None, _REPLAYED] = None
-
-
-class ToolCall(Model):
-    id: CallId
-    type: Literal["function"] = "function"
-    function: CalledFunction
-    index: Annotated[int | None, accepted("the order is known")] = None
-    provider_specific_fields: Annotated[Json | None, _REPLAYED] = None
-
-    @classmethod
-    def of(cls, id_: str, name: str, arguments: str) -> "ToolCall":
-        function = CalledFunction.model_construct(name=name, arguments=arguments)
-        return ToolCall.model_construct(id=id_, function=function)
-
-
-_NAMED = accepted("no template uses it")
-REMINDER = "latest_reminder"  # the role of messages that DeepSeek-V4 alone knows
-
-
-class Message(Model):
-    content: Content | None = None
-    id: Annotated[Label | None, _REPLAYED] = None
-
-    @property
-    def text(self) -> str:
-        content = self.content or ""
-        return content if isinstance(content, str) else "".join(part.text for part in content)
-
-    @property
-    def calls(self) -> list[ToolCall]:
-        return []
-
-    @property
-    def thoughts(self) -> str:
-        return ""
-
-
-class PlainMessage(Message):
-    content: Content
-    role: Annotated[
-        Literal["system", "developer", "user", "latest_reminder"],
-        AfterValidator(lambda role: "system" if role == "developer" else role),
-    ]
-    name: Annotated[Label | None, _NAMED] = None
-
-
-class InsertedMessage(PlainMessage):
-    """The system's in the midst of a conversation: it stays where it is, whatever the template."""
-
-
-class AssistantMessage(Message):
-    """Clients send back what they got, and what they added to it."""
-
-    role: Literal["assistant"]
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
-    name: Annotated[Label | None, _NAMED] = None
-    refusal: Annotated[None, Refused("the server makes none")] = None
-    annotations: Annotated[list[Json] | None, _REPLAYED] = None
-    audio: Annotated[None, Refused("the model reads text")] = None
-    function_call: Annotated[None, Refused("use tool_calls")] = None
-    parsed: Annotated[object, _REPLAYED] = None
-    reasoning_content: Text | None = Field(None, description="where the template uses it")
-    reasoning: Text | None = Field(None, description="`reasoning_content` by another name")
-    reasoning_details: Annotated[list[Json] | None, accepted("`reasoning` has the text")] = None
-    provider_specific_fields: Annotated[Json | None, _REPLAYED] = None
-
-    @property
-    def calls(self) -> list[ToolCall]:
-        return self.tool_calls or []
-
-    @property
-    def thoughts(self) -> str:
-        return self.reasoning_content or self.reasoning or ""
-
-    @model_validator(mode="after")
-    def _is_not_empty(self) -> "AssistantMessage":
-        if self.content is None and not self.tool_calls:
-            raise ValueError("an assistant message has neither content nor tool_calls")
-        return self
-
-
-class ToolMessage(Message):
-    """The result of a tool call."""
-
-    role: Literal["tool"]
-    content: Content
-    tool_call_id: CallId
-    name: Name | None = None  # of its function
-
-
-class FailedToolMessage(ToolMessage):
-    """A result that only Anthropic's API can mark as an error."""
-
-
-ChatMessage: TypeAlias = PlainMessage | AssistantMessage | ToolMessage
-
-
-def said(role: str, content: object, **about: Any) -> ChatMessage:
-    """What a message of another API comes to, whose fields were checked there."""
-    kinds: dict[str, type[ChatMessage]] = {"assistant": AssistantMessage, "tool": ToolMessage}
-    return kinds.get(role, PlainMessage).model_construct(role=role, content=content, **about)
-
-
-def with_system(texts: Iterable[str | None], messages: list[ChatMessage]) -> list[ChatMessage]:
-    """``messages`` with those of the system's that are first as one, which begins with ``texts``:
-    some templates use only one, before all others."""
-    rest = list(dropwhile(lambda message: message.role == "system", messages))
-    first = [message.text for message in messages[: len(messages) - len(rest)]]
-    text = "\n\n".join(text for text in (*texts, *first) if text)
-    return [said("system", text), *rest] if text else rest
-
-
-class Function(Model):
-    """A function that the model may call; ``parameters`` is the JSON schema of its arguments."""
-
-    name: Name
-    description: Description | None = None
-    parameters: Json | None = None
-    strict: bool | None = None  # no keyword of the schema may be relaxed
-
-    @property
-    def schema_of_arguments(self) -> Json:
-        """An object's; without ``parameters`` it is empty.  Raises ``RefusedError``."""
-        if self.parameters is None:
-            return {"type": "object", "properties": {}, "additionalProperties": False}
-        if self.parameters.get("type", "object") != "object":
-            problem = "the schema of the arguments has to be of type 'object'"
-            raise RefusedError(f"tool {self.name!r}: {problem}", "tools")
-        return {**self.parameters, "type": "object"}
-
-
-class FunctionTool(Model):
-    type: Literal["function"]
-    function: Function
-
-
-class FunctionName(Model):
-    name: Name
-
-
-class FunctionChoice(Model):
-    type: Literal["function"]
-    function: FunctionName
-
-
-class AllowedTools(Model):
-    mode: Literal["auto", "required"]
-    tools: Annotated[list[FunctionChoice], Field(min_length=1, max_length=MAX_TOOLS)]
-
-
-class AllowedChoice(Model):
-    type: Literal["allowed_tools"]
-    allowed_tools: AllowedTools
-
-
-Word: TypeAlias = Literal["none", "auto", "required"]
-Choice: TypeAlias = Word | Annotated[FunctionChoice | AllowedChoice, BY_TYPE]
-
-
 class GenerationRequest(Model):
     """Fields of the requests of all APIs.  null is the same as leaving a field out."""
 
@@ -273,21 +152,182 @@ class GenerationRequest(Model):
         return {**given, "logit_bias": bias}
 
 
-class LabelledRequest(GenerationRequest):
-    """With OpenAI's fields that say nothing about an answer."""
+class Rule(NamedTuple):
+    """What an answer follows: a JSON schema (``json``), a ``regex``, a ``grammar`` as Lark or
+    llama.cpp write it, or a ``choice`` of texts.  No keyword of a ``strict`` schema is left out."""
 
-    user: Annotated[Label | None, LABEL] = None
-    metadata: Annotated[Labels | None, LABEL] = None
-    safety_identifier: Annotated[Label | None, LABEL] = None
-    service_tier: Annotated[Label | None, TIER] = None
-    prompt_cache_key: Annotated[Label | None, CACHED] = None
-    prompt_cache_options: Annotated[Json | None, CACHED] = None
-    prompt_cache_retention: Annotated[Label | None, CACHED] = None
+    kind: Literal["json", "regex", "grammar", "choice"]
+    rule: Any
+    param: str = "response_format"
+    strict: bool = False
 
 
-SOME = Field(min_length=1, max_length=MAX_MESSAGES)
-Messages = Annotated[list[Annotated[ChatMessage, Field(discriminator="role")]], SOME]
-Tools = Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)]
+class JsonSchema(Model):
+    definition: Annotated[Json, Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(Model):
+    """The schema of a ``json_schema`` is an object by itself in the chat, and in line in responses;
+    llama.cpp's ``json_object`` may have one too."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+    name: Label | None = None
+    definition: Annotated[Json | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+    @property
+    def wanted(self) -> Rule | None:
+        """Raises ``RefusedError``."""
+        given = self.json_schema or self
+        definition = given.definition
+        if definition is None and self.type == "json_schema":
+            raise RefusedError("response_format: the schema is missing", "response_format")
+        if definition is None and self.type == "json_object":
+            definition = {"type": "object"}
+        if definition is None:
+            return None
+        return Rule("json", definition, strict=bool(given.strict))
+
+
+class TextPart(Model):
+    """Of a message; the name of its type depends on the API."""
+
+    type: Literal["text", "input_text", "output_text", "reasoning_text"]
+    text: Text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, part: object) -> object:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and not kind.endswith("text"):
+            raise ValueError(f"a part of type {kind[:40]!r} can't be read: the model reads text")
+        return part
+
+
+Content: TypeAlias = TextOr[Text, list[TextPart]]
+
+
+def text_of(content: str | Iterable[TextPart] | None) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content or ())
+
+
+@dataclass
+class Call:
+    """A call of a function; the arguments are JSON."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass
+class Message:
+    """Of a conversation, in OpenAI's roles.  The assistant's may have ``calls`` and ``thoughts``; a
+    tool's is the result of the call ``call_id``, which may have ``failed``.  One of the system's
+    that is ``inserted`` stays where it is, whatever the template."""
+
+    role: str
+    text: str = ""
+    calls: list[Call] = field(default_factory=list)
+    thoughts: str = ""
+    call_id: str = ""
+    name: str | None = None  # of the function that has this result
+    failed: bool = False
+    inserted: bool = False
+
+
+EFFORT = "`none` switches reasoning off; DeepSeek-V4 also has `max`"
+REMINDER = "latest_reminder"  # the role of messages that DeepSeek-V4 alone knows
+
+
+class CalledFunction(Model):
+    name: Name
+    arguments: Text  # JSON
+
+
+class ToolCall(Model):
+    id: CallId
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(Model):
+    """Clients send back what they got, and what they added to it."""
+
+    inside = "messages"
+    refused: ClassVar = {
+        "refusal": "the server makes none",
+        "audio": "the model reads text",
+        "function_call": "use tool_calls",
+    }
+    role: Literal["system", "developer", "user", "assistant", "tool", "latest_reminder"]
+    content: Content | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: CallId | None = None
+    name: Label | None = None
+    reasoning_content: Text | None = Field(None, description="where the template uses it")
+    reasoning: Text | None = Field(None, description="`reasoning_content` by another name")
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "ChatMessage":
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            of_calls = " nor tool_calls" if self.role == "assistant" else ""
+            word = "neither" if of_calls else "no"
+            raise ValueError(f"a message of the {self.role} has {word} content{of_calls}")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise ValueError("a message of the tool has no tool_call_id")
+        return self
+
+    @property
+    def message(self) -> Message:
+        message = Message("system" if self.role == "developer" else self.role)
+        message.text = text_of(self.content)
+        if self.role == "assistant":
+            given = self.tool_calls or ()
+            message.calls = [Call(c.id, c.function.name, c.function.arguments) for c in given]
+            message.thoughts = self.reasoning_content or self.reasoning or ""
+        elif self.role == "tool":
+            message.call_id, message.name = self.tool_call_id or "", self.name
+        return message
+
+
+def with_system(texts: Iterable[str | None], messages: list[Message]) -> list[Message]:
+    """``messages`` with those of the system's that are first as one, which begins with ``texts``:
+    some templates use only one, before all others."""
+    rest = list(dropwhile(lambda message: message.role == "system", messages))
+    first = [message.text for message in messages[: len(messages) - len(rest)]]
+    text = "\n\n".join(text for text in (*texts, *first) if text)
+    return [Message("system", text), *rest] if text else rest
+
+
+class Function(Model):
+    """A function that the model may call; ``parameters`` is the JSON schema of its arguments."""
+
+    name: Name
+    description: Annotated[str, Field(max_length=1 << 16)] | None = None
+    parameters: Json | None = None
+    strict: bool | None = None  # no keyword of the schema may be relaxed
+
+    @property
+    def schema_of_arguments(self) -> Json:
+        """An object's; without ``parameters`` it is empty.  Raises ``RefusedError``."""
+        if self.parameters is None:
+            return {"type": "object", "properties": {}, "additionalProperties": False}
+        if self.parameters.get("type", "object") != "object":
+            problem = "the schema of the arguments has to be of type 'object'"
+            raise RefusedError(f"tool {self.name!r}: {problem}", "tools")
+        return {**self.parameters, "type": "object"}
+
+
+class FunctionName(Model):
+    name: Name
+
+
+class FunctionTool(Model):
+    type: Literal["function"]
+    function: Function
 
 
 @dataclass(frozen=True)
@@ -303,17 +343,32 @@ class ToolPolicy:
 
 
 def tool_policy(
-    functions: Sequence[Function], choice: Model | str | None, parallel: bool | None = None
+    functions: Sequence[Function], choice: object, parallel: bool | None = None
 ) -> ToolPolicy | None:
     """Which of ``functions`` the model may call; None for none.  The ``choice`` of any API is a
     word, a function's name, or some names and a word.  Raises ``RefusedError``."""
-    given: Json = {"mode": choice or "auto", "tools": []}
-    chosen, single = list[str](), parallel is False
-    match choice.model_dump() if isinstance(choice, Model) else given:
+    chosen, single = list[object](), parallel is False
+    match choice:
+        case None | "none" | "auto" | "required":
+            mode = str(choice or "auto")
         case {"function": {"name": name}} | {"type": "function" | "tool", "name": name}:
             chosen, mode, single = [name], "required", True
-        case {"allowed_tools": {"mode": mode, "tools": tools}} | {"mode": mode, "tools": tools}:
-            chosen = [tool.get("function", tool)["name"] for tool in tools]
+        case {
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": "auto" | "required" as mode, "tools": [_, *_] as tools},
+        } | {
+            "type": "allowed_tools",
+            "mode": "auto" | "required" as mode,
+            "tools": [_, *_] as tools,
+        }:
+            for tool in tools:
+                match tool:
+                    case {"function": {"name": name}} | {"name": name}:
+                        chosen.append(name)
+                    case _:
+                        chosen.append(None)
+        case _:
+            raise RefusedError("tool_choice is none that this server knows", "tool_choice")
     if not functions and choice is not None and mode != "none":
         raise RefusedError("tool_choice can only be given with tools", "tool_choice")
     if not functions and parallel is not None:
@@ -321,15 +376,37 @@ def tool_policy(
         raise RefusedError(f"{name} can only be given with tools", name)
     if not functions or mode == "none":
         return None
-    names = [function.name for function in functions]
-    for name in names:
-        if names.count(name) > 1:
-            raise RefusedError(f"tool {name!r} is there twice", "tools")
+    names = set[str]()
+    for function in functions:
+        if function.name in names:
+            raise RefusedError(f"tool {function.name!r} is there twice", "tools")
+        names.add(function.name)
     for name in chosen:
-        if name not in names:
-            raise RefusedError(f"tool_choice: {name!r} is none of the tools", "tool_choice")
+        if not isinstance(name, str) or name not in names:
+            raise RefusedError(f"tool_choice: {name!r:.80} is none of the tools", "tool_choice")
     allowed = [f for f in functions if not chosen or f.name in chosen]
     return ToolPolicy(functions, allowed, mode == "required", single)
+
+
+SOME = Field(min_length=1, max_length=MAX_ITEMS)
+Messages = Annotated[list[ChatMessage], SOME]
+Tools = Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a request comes to: the answer to ``messages`` may call functions as ``policy`` says
+    (None for no calls) and follows ``wanted`` (None for plain text).  Where the template can switch
+    reasoning, an ``effort`` of "none" switches it off and every other on (None for the model's own
+    way); DeepSeek-V4 reasons most at "max".  The answer is a new message, or it ``continues`` the
+    text of the last one.  The template gets ``extra`` variables."""
+
+    messages: list[Message]
+    policy: ToolPolicy | None = None
+    wanted: Rule | None = None
+    effort: str | None = None
+    continues: bool = False
+    extra: Json | None = None
 
 
 class Templated(Model):
@@ -343,35 +420,20 @@ class Templated(Model):
 
     def conversation(
         self,
-        choice: Model | str | None = None,
+        choice: object = None,
         parallel: bool | None = None,
-        wanted: Schema | Rule | None = None,
+        wanted: Rule | None = None,
         effort: str | None = None,
-    ) -> "Conversation":
+    ) -> Conversation:
         """Raises ``RefusedError``."""
         policy = tool_policy([tool.function for tool in self.tools or ()], choice, parallel)
         messages, extra = self.messages or [], dict(self.chat_template_kwargs or {})
         continues, name = bool(self.continue_final_message), "continue_final_message"
         if continues and self.add_generation_prompt:
             raise RefusedError(f"give add_generation_prompt or {name}, not both", name)
-        if continues and (messages[-1].role != "assistant" or messages[-1].calls):
+        told = [message.message for message in messages]
+        if continues and (told[-1].role != "assistant" or told[-1].calls):
             raise RefusedError(f"{name}: the last message is no text of the assistant", name)
         if self.add_generation_prompt is False and not continues:
             extra["add_generation_prompt"] = False
-        return Conversation(messages, policy, wanted, effort, continues, extra)
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """What a request comes to: the answer to ``messages`` may call functions as ``policy`` says
-    (None for no calls) and follows ``wanted`` (None for plain text).  Where the template can switch
-    reasoning, an ``effort`` of "none" switches it off and every other on (None for the model's own
-    way); DeepSeek-V4 reasons most at "max".  The answer is a new message, or it ``continues`` the
-    text of the last one.  The template gets ``extra`` variables."""
-
-    messages: list[ChatMessage]
-    policy: ToolPolicy | None = None
-    wanted: Schema | Rule | None = None
-    effort: str | None = None
-    continues: bool = False
-    extra: Json | None = None
+        return Conversation(told, policy, wanted, effort, continues, extra)

@@ -1,54 +1,189 @@
-"""OpenAI's responses: ``/v1/responses``.  Its events tell what an answer's updates add to items."""
+"""OpenAI's responses: ``/v1/responses``.  Its items become messages of a conversation; its events
+tell what an answer's updates add to items.  Nothing is stored.
+
+Tools that only OpenAI runs are not offered to the model.
+"""
 
 import time
 import uuid
-import zlib
 from collections.abc import AsyncIterator, Iterator
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal
 
-from fastapi import APIRouter, Query, Request, Response
-from pydantic import TypeAdapter
+from fastapi import APIRouter, Request, Response
+from pydantic import BeforeValidator, Field
 from starlette.responses import JSONResponse
 
 from slotmoe.jsonfile import Json
+from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.reader import ContentDelta
-from slotmoe.tools.serve.requests import Label
-from slotmoe.tools.serve.response_items import InputMessage, Item, ItemReference, ResponsesRequest
-from slotmoe.tools.serve.response_store import Stored
-from slotmoe.tools.serve.service import Service, Serving
+from slotmoe.tools.serve.requests import Call, Count, Label, Message, TextOr, text_of
+from slotmoe.tools.serve.service import Serving
 
 PATH = "/v1/responses"
 router = APIRouter()
-Event: TypeAlias = Annotated[int, Query(ge=-1)]
-_ITEM: TypeAdapter[Item] = TypeAdapter(Item)
+_STATELESS = "nothing is stored here; send the whole conversation as input"
+_REPEATED = "the response repeats it"
+_SCORES = "message.output_text.logprobs"
 # What a response says of its request, and what it says where the request says nothing.
 _NOTHING = "instructions max_output_tokens max_tool_calls previous_response_id prompt_cache_key"
 _OWN = ("temperature", "top_p")  # the server's own, where the request says nothing
 _ECHOED: Json = dict.fromkeys((*_NOTHING.split(), "safety_identifier", "user", *_OWN))
-_ECHOED |= {"metadata": {}, "parallel_tool_calls": True, "store": True, "tool_choice": "auto"}
+_ECHOED |= {"metadata": {}, "parallel_tool_calls": True, "store": False, "tool_choice": "auto"}
 _ECHOED |= {"reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}}}
 _ECHOED |= {"top_logprobs": 0, "truncation": "disabled"}
 
 
+class Item(requests.Model):
+    """Which fields it needs depends on its type."""
+
+    inside = "input"
+    refused: ClassVar = {"namespace": "functions have no namespaces here"}
+    type: Label = "message"
+    role: Literal["user", "assistant", "system", "developer", "latest_reminder"] | None = None
+    content: requests.Content | None = None
+    call_id: requests.CallId | None = None
+    name: requests.Name | None = None
+    arguments: requests.Text | None = None
+    output: requests.Content | None = None
+
+
+def _typed(item: object) -> object:
+    """An item without a type is a message."""
+    return {**item, "type": item.get("type") or "message"} if isinstance(item, dict) else item
+
+
+class FunctionItem(requests.Function):
+    type: Literal["function"]
+
+
+class OtherTool(requests.Model):
+    """A tool that OpenAI runs, or that its models alone were taught to use."""
+
+    type: Literal[
+        "apply_patch", "code_interpreter", "computer", "computer_use_preview", "custom",
+        "file_search", "image_generation", "local_shell", "mcp", "namespace",
+        "programmatic_tool_calling", "shell", "tool_search", "web_search", "web_search_2025_08_26",
+        "web_search_preview", "web_search_preview_2025_03_11",
+    ]  # fmt: skip
+
+
+class TextConfig(requests.Model):
+    format: requests.ResponseFormat | None = None
+
+
+class ReasoningConfig(requests.Model):
+    effort: Label | None = Field(None, description=requests.EFFORT)
+
+
+class ResponsesRequest(requests.GenerationRequest):
+    """``/v1/responses``."""
+
+    refused: ClassVar = {
+        "background_options": "answers come at once",
+        "access_programs": "the server has no programs",
+        "context_management": "a conversation is read whole",
+        "conversation": _STATELESS,
+        "image": "answers are text",
+        "moderation": "the server does not moderate",
+        "personality": "the model has no such setting",
+        "previous_response_id": _STATELESS,
+        "prompt": "no prompts are stored here; send its text",
+    }
+    model: Label | None = Field(None, description="the open one if null")  # type: ignore[assignment]
+    input: TextOr[
+        requests.Text, Annotated[list[Annotated[Item, BeforeValidator(_typed)]], requests.SOME]
+    ]
+    instructions: requests.Text | None = None
+    max_output_tokens: Count | None = None
+    tools: (
+        Annotated[
+            list[Annotated[FunctionItem | OtherTool, Field(discriminator="type")]],
+            Field(max_length=requests.MAX_TOOLS),
+        ]
+        | None
+    ) = Field(None, description="the model is offered functions only")
+    tool_choice: object = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = Field(None, description="its `format` is that of `response_format`")
+    background: Literal[False] | None = None
+    include: list[Label] | None = Field(None, description=f"only `{_SCORES}` works")
+    reasoning: ReasoningConfig | None = None
+    top_logprobs: requests.TopLogprobs | None = None
+    truncation: Literal["disabled"] | None = Field(None, description="nothing is dropped silently")
+    metadata: requests.Labels | None = Field(None, description=_REPEATED)
+    prompt_cache_key: Label | None = Field(None, description=_REPEATED)
+    safety_identifier: Label | None = Field(None, description=_REPEATED)
+    user: Label | None = Field(None, description=_REPEATED)
+    max_tool_calls: Count | None = Field(None, description=_REPEATED)
+
+    def functions(self) -> list[FunctionItem]:
+        """The tools that the model may use."""
+        return [tool for tool in self.tools or () if isinstance(tool, FunctionItem)]
+
+    def chat(self) -> requests.Conversation:
+        """Raises ``RefusedError``."""
+        given = self.input
+        said = [Message("user", given)] if isinstance(given, str) else messages_of(given)
+        tools, choice = self.functions(), self.tool_choice
+        if not tools and choice in ("none", "auto"):
+            choice = None  # clients give it in any case
+        policy = requests.tool_policy(tools, choice, self.parallel_tool_calls if tools else None)
+        form = self.text.format if self.text is not None else None
+        effort = self.reasoning.effort if self.reasoning is not None else None
+        messages = requests.with_system([self.instructions], said)
+        wanted = form.wanted if form is not None else None
+        return requests.Conversation(messages, policy, wanted, effort)
+
+    def options(self) -> requests.AnswerOptions:
+        is_scored = self.top_logprobs is not None or _SCORES in (self.include or ())
+        logprobs = (self.top_logprobs or 0) if is_scored else None
+        return requests.AnswerOptions(self.sampling(), self.max_output_tokens, logprobs=logprobs)
+
+
+def messages_of(items: list[Item]) -> list[Message]:
+    """A call is of the assistant's message before it, reasoning of the one behind it.  Raises
+    ``RefusedError`` for no message."""
+    messages, thoughts = list[Message](), ""
+    for item in items:
+        match item:
+            case Item(type="reasoning"):
+                thoughts = text_of(item.content)
+                continue
+            case Item(type="function_call_output", call_id=str(id_), output=str() | list()):
+                messages.append(Message("tool", text_of(item.output), call_id=id_, name=item.name))
+            case Item(type="message", role=str(role), content=str() | list()):
+                role = "system" if role == "developer" else role
+                messages.append(Message(role, text_of(item.content)))
+            case Item(type="function_call", call_id=str(id_), name=str(), arguments=str()):
+                if not messages or messages[-1].role != "assistant":
+                    messages.append(Message("assistant"))
+                messages[-1].calls.append(Call(id_, item.name or "", item.arguments or ""))
+            case Item(type="item_reference"):
+                raise RefusedError(f"input: item_reference: {_STATELESS}", "input")
+            case Item(type="message" | "function_call" | "function_call_output"):
+                problem = f"an item of type {item.type!r} lacks a field that it needs"
+                raise RefusedError(f"input: {problem}", "input")
+            case _:
+                problem = f"an item of the unknown type {item.type!r:.40}"
+                raise RefusedError(f"input: {problem} can't be read", "input")
+        if messages[-1].role == "assistant" and thoughts:
+            messages[-1].thoughts, thoughts = thoughts, ""
+    if not messages:
+        raise RefusedError("input: holds no message", "input")
+    return messages
+
+
 @router.post(PATH, responses=EventStream.responses)
 async def create(body: ResponsesRequest, request: Request, service: Serving) -> Response:
-    items = _conversation(service, request.state.owner, body)
-    answers = await chat_answers(service, request, body.chat(items), body.options())
+    service.check_model(body.model)
+    answers = await chat_answers(service, request, body.chat(), body.options())
     draft = Draft(body, answers)
-    begin = [draft.event(kind, response=draft.response) for kind in ("created", "in_progress")]
-
-    def end() -> str:
-        last = draft.event(draft.response["status"], response=draft.response)
-        if body.store is not False and draft.response["status"] != "failed":
-            conversation = [*map(_listed, items), *draft.response["output"]]
-            given = request.state.owner, draft.response, conversation, "".join(draft.events)
-            service.responses.put(*given)
-        return last
 
     async def events() -> AsyncIterator[str]:
-        yield "".join(begin)
+        for kind in ("created", "in_progress"):
+            yield draft.event(kind, response=draft.response)
         try:
             async for update in answers.updates():
                 for text in draft.add(update):
@@ -57,90 +192,27 @@ async def create(body: ResponsesRequest, request: Request, service: Serving) -> 
             code = "server_error" if problem.status >= 500 else "invalid_prompt"
             error = {"code": code, "message": problem.message}
             draft.response |= {"status": "failed", "error": error}
-        yield end()
+        yield draft.event(draft.response["status"], response=draft.response)
 
     if body.stream:
         return EventStream(events(), answers)
     for update in await answers.whole():
         list(draft.add(update))
-    end()
     return JSONResponse(draft.response)
 
 
 @router.post(f"{PATH}/input_tokens")
-async def count_tokens(body: ResponsesRequest, request: Request, service: Serving) -> Response:
-    items = _conversation(service, request.state.owner, body)
-    count = len(await service.chat_ids(body.chat(items)))
+async def count_tokens(body: ResponsesRequest, service: Serving) -> Response:
+    service.check_model(body.model)
+    count = len(await service.chat_ids(body.chat()))
     return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
 
 
-@router.get(PATH + "/{id}", responses=EventStream.responses)
-async def retrieve(
-    id: str, request: Request, service: Serving, stream: bool = False, starting_after: Event = -1
-) -> Response:
-    stored = _found(service, request.state.owner, id)
-    if not stream:
-        return JSONResponse(stored.response)
-    events = zlib.decompress(stored.events).split(b"\n\n")[starting_after + 1 :]
-    return Response(b"\n\n".join(events), media_type=EventStream.media_type)
-
-
-@router.get(PATH + "/{id}/input_items")
-async def input_items(
-    id: str,
-    request: Request,
-    service: Serving,
-    after: Label | None = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    order: Literal["asc", "desc"] = "desc",
-) -> Response:
-    stored = _found(service, request.state.owner, id)
-    items = stored.items[: len(stored.items) - len(stored.response["output"])]
-    items = items[:: 1 if order == "asc" else -1]
-    ids = [item["id"] for item in items]
-    if after is not None and after not in ids:
-        raise RefusedError(f"after: {after!r:.80} is none of the items", "after")
-    items = items[0 if after is None else ids.index(after) + 1 :]
-    page = {"object": "list", "data": items[:limit], "has_more": len(items) > limit}
-    ends = [item["id"] for item in items[:limit]] or [None]
-    return JSONResponse({**page, "first_id": ends[0], "last_id": ends[-1]})
-
-
-@router.delete(PATH + "/{id}")
-async def delete(id: str, request: Request, service: Serving) -> Response:
-    _found(service, request.state.owner, id)
-    service.responses.delete(request.state.owner, id)
-    return JSONResponse({"id": id, "object": "response", "deleted": True})
-
-
-def _found(service: Service, owner: str, id_: str, before: bool = False) -> Stored:
-    """The one of a path, or the one ``before`` a request.  Raises ``RefusedError``."""
-    if (stored := service.responses.get(owner, id_)) is None:
-        kind, status = ("previous_response", 400) if before else ("response", 404)
-        problem = f"{id_!r:.80} is not stored here, or no longer; send the whole conversation"
-        raise RefusedError(f"{kind}_id: {problem}", f"{kind}_id", status, f"{kind}_not_found")
-    return stored
-
-
-def _conversation(service: Service, owner: str, body: ResponsesRequest) -> list[Item]:
-    """All items up to the answer, with earlier responses'.  Raises ``RefusedError``."""
-    service.check_model(body.model)
-    items = list[Item]()
-    if body.previous_response_id is not None:
-        stored = _found(service, owner, body.previous_response_id, before=True)
-        items += map(_ITEM.validate_python, stored.items)
-    given = body.input
-    if isinstance(given, str):
-        given = [InputMessage.model_construct(role="user", content=given)]
-    for item in given:
-        if isinstance(item, ItemReference):
-            known = service.responses.item(owner, item.id)
-            if known is None:
-                problem = f"the item {item.id!r:.80} is not stored here, or no longer"
-                raise RefusedError(f"input: {problem}; send it whole", "input")
-            item = _ITEM.validate_python(known)
-        items.append(item)
-    return items
+@router.get(PATH + "/{id:path}", include_in_schema=False)
+@router.delete(PATH + "/{id:path}", include_in_schema=False)
+async def stored(id: str) -> Response:
+    """Raises ``RefusedError``: for clients that ask for what OpenAI would have stored."""
+    raise RefusedError(f"no response {id!r:.80}: {_STATELESS}", "response_id", 404)
 
 
 class Draft:
@@ -148,12 +220,12 @@ class Draft:
 
     def __init__(self, body: ResponsesRequest, answers: Answers):
         # What changes nothing is not echoed: it may be no value that clients know.
-        rest: Json = {"reasoning": True, "text": {"verbosity"}}
-        given = body.model_dump(by_alias=True, exclude_none=True, include={*_ECHOED}, exclude=rest)
+        repeated = {*_ECHOED} - {"reasoning"}
+        given = body.model_dump(by_alias=True, exclude_none=True, include=repeated)
         given = {name: value for name, value in given.items() if value or name != "text"}
         names = {"type", "name", "description", "parameters", "strict"}
         tools = [tool.model_dump(include=names) for tool in body.functions()]
-        self.events: list[str] = []
+        self._events = 0
         self._answers, self._kind = answers, ""  # of the item that is open
         self._texts: list[str] = []  # of the item that is open
         self._scores: list[Json] = []  # of its tokens
@@ -171,8 +243,8 @@ class Draft:
         }
 
     def event(self, kind: str, **content: object) -> str:
-        text = event({"type": f"response.{kind}", "sequence_number": len(self.events), **content})
-        self.events.append(text)
+        text = event({"type": f"response.{kind}", "sequence_number": self._events, **content})
+        self._events += 1
         return text
 
     def add(self, update: Update) -> Iterator[str]:
@@ -257,12 +329,3 @@ def _usage(answers: Answers) -> Json:
     counts["input_tokens_details"] = {"cached_tokens": usage.cached, "cache_write_tokens": 0}
     counts["output_tokens_details"] = {"reasoning_tokens": usage.reasoning or 0}
     return {**counts, "total_tokens": usage.prompt + usage.answer}
-
-
-def _listed(item: Item) -> Json:
-    """An item of a request, with what clients expect of one that a server lists."""
-    listed = {"status": "completed", **item.model_dump(exclude_none=True)}
-    if isinstance(listed.get("content"), str):
-        kind = "output_text" if listed["role"] == "assistant" else "input_text"
-        listed["content"] = [{"type": kind, "text": listed["content"], "annotations": []}]
-    return {"id": f"{listed['type']}_{uuid.uuid4().hex}", **listed}

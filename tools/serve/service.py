@@ -20,7 +20,6 @@ from slotmoe.tools.serve.errors import RefusedError, shutting_down
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import Grammars
 from slotmoe.tools.serve.requests import Conversation
-from slotmoe.tools.serve.response_store import ResponseStore
 
 T = TypeVar("T")
 _TOKENS = ("prompt_tokens", "reused_tokens", "answer_tokens")
@@ -53,7 +52,6 @@ class Service:
         self.tokenizer, self.created = runtime.tokenizer, int(time.time())
         self.dialect = Dialect(runtime.tokenizer)
         self.grammars = Grammars(runtime.tokenizer, runtime.eos_token_ids, self.dialect)
-        self.responses = ResponseStore()
         self.refused = 0  # requests, because the queue was full
         self.registry = CollectorRegistry()
         about: Json = {"buckets": _SECONDS, "registry": self.registry}
