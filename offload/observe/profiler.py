@@ -1,18 +1,24 @@
-"""Where the time of a run goes: what ``slotmoe profile`` watches.
+"""What ``slotmoe profile`` watches: where the time of a run goes, and how much memory it uses.
 
 Network, experts and runtime say what they have just done: ``mark(stage)`` gives ``stage`` the time
 since the last mark.  It costs a fraction of a microsecond, a few hundred times a token.
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from time import perf_counter
 
 from slotmoe.border import Timer
+from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.experts.experts import Route
+from slotmoe.offload.machine import process_bytes
 from slotmoe.offload.runtime import Runtime
+from slotmoe.system import peak_rss
 
+LONGEST = 4000  # samples kept; beyond them every second one goes and the interval doubles
 Moved = Callable[[], dict[str, int]]
 STAGES: tuple[str, ...] = ("attention", "gate", "experts", "shared experts and dense layers")
 STAGES += ("captured layers", "head", "cache and prefetch", "waiting for disk", "waiting for RAM")
@@ -103,9 +109,10 @@ class Profiler(Timer):
         return sum(step.tokens for step in list(self.passes) if step.kind == kind)
 
 
-def attach(runtime: Runtime, origin: float) -> tuple[Profiler, Callable[[], None]]:
-    """A profiler that watches ``runtime`` from now on, and what ends that.  Seconds count from
-    ``origin``, of ``time.perf_counter()``.  Raises ``ConfigError`` on the reference path."""
+@contextmanager
+def profiled(runtime: Runtime, origin: float) -> Iterator[Profiler]:
+    """A profiler of ``runtime``, which watches it meanwhile.  Seconds count from ``origin``, of
+    ``time.perf_counter()``.  Raises ``ConfigError`` on the reference path."""
     model, config = runtime.model, runtime.config
     experts = model.quantized("profile")
     # Where kernels are only queued, a mark waits for them.
@@ -128,4 +135,87 @@ def attach(runtime: Runtime, origin: float) -> tuple[Profiler, Callable[[], None
         profiler.between_steps()
         model.network.timer = experts.timer = None
 
-    return profiler, lambda: runtime.engine.call(end)
+    yield profiler
+    runtime.engine.call(end)
+
+
+def memory_in_use(model: LoadedModel) -> dict[str, tuple[int, dict[str, int]]]:
+    """Tier -> (bytes in use now, those of the plan's components there now).  Any thread may ask."""
+    plan, used, memory = model.plan, process_bytes(), model.device.memory()
+    resident = sum(model.sizes.resident.values()) if model.sizes is not None else 0
+    if memory is not None:  # everything is allocated at open
+        names = ("latent KV cache", "expert slots", "read buffers")
+        known = {name: plan.components[name] for name in names} | {"resident weights": resident}
+        host = {name: size for name, size in plan.host.items() if name != "runtime"}
+        return {"vram": (memory.allocated, known), "ram": (used, host)}
+    cached, slab = model.quantized("profile").slots.present()
+    buffers = min(plan.components["read buffers"], slab - cached)
+    latent = sum(state.used_bytes for state in model.states)
+    known = {"resident weights": resident, "latent KV cache": latent}
+    return {"ram": (used, known | {"expert slots": slab - buffers, "read buffers": buffers})}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Memory at one moment: seconds since the start, bytes in use by tier, and by component too."""
+
+    seconds: float
+    total: dict[str, int]
+    components: dict[str, dict[str, int]]
+
+
+class MemorySampler:
+    """A thread that samples memory every ``interval`` seconds, as a context manager.
+
+    Until it watches a model it sees only how the process grows, by the resident weights.  What no
+    component explains is ``scratch and rest``.
+    """
+
+    def __init__(self, interval: float = 0.05):
+        self.samples: list[Sample] = []
+        self.origin, self._interval = perf_counter(), interval
+        self.baseline, self.earlier_peak = process_bytes(), peak_rss()
+        self._model: LoadedModel | None = None
+        # Of each tier the sample with the most bytes there, even where ``samples`` is thinned out.
+        self.highest: dict[str, Sample] = {}
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="slotmoe-memory", daemon=True)
+        self._take()
+        self._thread.start()
+
+    def __enter__(self) -> "MemorySampler":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def watching(self, model: LoadedModel) -> "MemorySampler":
+        """Itself, which now asks the open ``model``; its end takes a last sample and stops."""
+        self._model = model
+        return self
+
+    def _run(self) -> None:
+        while not self._stopping.wait(self._interval):
+            self._take()
+        self._take()
+
+    def _take(self) -> None:
+        if self._model is None:
+            used = process_bytes()
+            now = {"ram": (used, {"resident weights": max(0, used - self.baseline)})}
+        else:
+            now = memory_in_use(self._model)
+        components = {}
+        for tier, (used, known) in now.items():
+            parts = ({"runtime": min(used, self.baseline)} if tier == "ram" else {}) | known
+            components[tier] = {**parts, "scratch and rest": max(0, used - sum(parts.values()))}
+        total = {tier: used for tier, (used, _) in now.items()}
+        sample = Sample(perf_counter() - self.origin, total, components)
+        self.samples.append(sample)
+        for tier, used in total.items():
+            if tier not in self.highest or used > self.highest[tier].total[tier]:
+                self.highest[tier] = sample
+        if len(self.samples) > LONGEST:
+            del self.samples[::2]
+            self._interval *= 2

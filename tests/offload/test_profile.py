@@ -24,14 +24,11 @@ from slotmoe.errors import visible
 from slotmoe.offload import runtime as runtimes
 from slotmoe.offload.engine.requests import Stream
 from slotmoe.offload.observe import measure, profiler
-from slotmoe.offload.observe import memory_sampler as memory
-from slotmoe.offload.observe.memory_sampler import MemorySampler
-from slotmoe.offload.observe.profiler import Profiler, attach
+from slotmoe.offload.observe.profiler import MemorySampler, Profiler, profiled
 from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.bench import speed
-from slotmoe.tools.profile.report import CHARTS, compared, write_report
-from slotmoe.tools.profile.verdict import verdict
+from slotmoe.tools.profile.report import CHARTS, compared, verdict, write_report
 from tests.support.browser import Tab
 from tests.support.engine import decode
 
@@ -45,7 +42,7 @@ TEXT = (
 @pytest.fixture
 def no_charts(monkeypatch):
     """They take a second."""
-    drawn = SimpleNamespace(draw=lambda report, rows: {})
+    drawn = SimpleNamespace(draw=lambda report: {})
     monkeypatch.setitem(sys.modules, "slotmoe.tools.profile.charts", drawn)
 
 
@@ -155,8 +152,8 @@ def test_memory_is_split_into_what_is_there(reported):
 
 def test_sampler_sees_memory_come_and_thins_out_but_keeps_the_peak(monkeypatch):
     used, thinned = iter([10, 10, 10, 75, *[20] * 10**6]), threading.Event()
-    monkeypatch.setattr(memory, "process_bytes", lambda: next(used))
-    monkeypatch.setattr(memory, "LONGEST", 8)
+    monkeypatch.setattr(profiler, "process_bytes", lambda: next(used))
+    monkeypatch.setattr(profiler, "LONGEST", 8)
 
     class Sampler(MemorySampler):
         def _take(self):
@@ -176,14 +173,12 @@ def test_watching_changes_no_logits_and_ends(sample_export):
     with Runtime.open(sample_export, slots=60, context=64) as runtime:
         ids = list(range(100, 140))
         plain = runtime.logits(ids)
-        profiler, detach = attach(runtime, 0.0)
-        assert isinstance(profiler, Profiler)
-        runtime.engine.empty()
-        assert torch.equal(decode(runtime, ids[:20], ids[20:]), plain[19:])
-        assert len(profiler.passes) == 21
-        detach()
+        with profiled(runtime, 0.0) as watched:
+            runtime.engine.empty()
+            assert torch.equal(decode(runtime, ids[:20], ids[20:]), plain[19:])
+            assert len(watched.passes) == 21
         decode(runtime, ids, [5])
-        assert len(profiler.passes) == 21
+        assert len(watched.passes) == 21
 
 
 class Addresses(HTMLParser):

@@ -43,8 +43,7 @@ def command(
       slotmoe profile lite --ram 5GiB --warm --json > steady.json
       slotmoe profile lite --text notes.txt --context 8192 --json > profile.json
     """
-    from slotmoe.tools.profile.measure import run  # imports torch
-    from slotmoe.tools.profile.report import overview, write_report
+    from slotmoe.tools.profile.report import overview, run, write_report  # imports torch
 
     if prompt is not None and text is not None:
         raise click.UsageError("PROMPT and --text are both given: choose one")

@@ -44,7 +44,7 @@ def picture(fill: Fill) -> tuple[str, bytes]:
     return title, buffer.getvalue()
 
 
-def draw(report: Json, compared: list[Json]) -> dict[str, tuple[str, bytes]]:
+def draw(report: Json) -> dict[str, tuple[str, bytes]]:
     """File name -> (title, PNG).  What has nothing to show is left out."""
     fills: dict[str, Fill] = {}
     for tier in report["memory"]:
@@ -59,13 +59,7 @@ def draw(report: Json, compared: list[Json]) -> dict[str, tuple[str, bytes]]:
     if any(any(layer["uses"]) for layer in report["layers"]):
         fills["expert-use"] = partial(_uses, layers=report["layers"])
         fills["layers"] = partial(_rates, layers=report["layers"], cache=report["cache"])
-    fills["predicted"] = partial(_predicted, rows=compared)
     return {name: picture(fill) for name, fill in fills.items()}
-
-
-def _unit(most: float) -> tuple[str, int]:
-    """A unit for an axis that reaches ``most`` bytes, and its bytes."""
-    return ("GiB", 1 << 30) if most >= 1 << 30 else ("MiB", 1 << 20)
 
 
 def _legend(axes: Axes) -> None:
@@ -88,7 +82,8 @@ def _bars(axes: Axes, values: dict[str, float], labels: list[str], what: str) ->
 
 
 def _memory(axes: Axes, report: Json, tier: str) -> str:
-    series, (unit, scale) = report["memory"][tier], _unit(report["peak"][tier])
+    series, most = report["memory"][tier], report["peak"][tier]
+    unit, scale = ("GiB", 1 << 30) if most >= 1 << 30 else ("MiB", 1 << 20)
     budget, peak = report["budget"][tier] / scale, report["peak"][tier] / scale
     seconds, total = series["seconds"], [size / scale for size in series["bytes"]]
     parts = series["components"].items()
@@ -165,18 +160,3 @@ def _bytes(axes: Axes, report: Json, steps: list[Json]) -> str:
     moved = dict(reversed(moved.items()))
     _bars(axes, moved, [f"{size:,.1f} MB" for size in moved.values()], "bytes per token (MB)")
     return "Bytes by tier: what a decoded token took, mean"
-
-
-def _predicted(axes: Axes, rows: list[Json]) -> str:
-    shown = [row for row in rows if row["unit"] in ("ram", "vram")][::-1]
-    most = max(row[key] for row in shown for key in ("predicted", "measured"))
-    unit, scale = _unit(most)
-    for key, offset, colour in (("predicted", 0.2, SKY), ("measured", -0.2, BLUE)):
-        heights = [number + offset for number in range(len(shown))]
-        sizes = [row[key] / scale for row in shown]
-        bars = axes.barh(heights, sizes, 0.38, color=colour, label=key)
-        axes.bar_label(bars, [format_size(row[key]) for row in shown], padding=4, fontsize=8)
-    axes.set_yticks(range(len(shown)), [row["name"] for row in shown])
-    axes.set(xlabel=f"memory ({unit})", xlim=(0, 1.2 * most / scale))
-    _legend(axes)
-    return "Memory: the plan beside what was measured at the peak"

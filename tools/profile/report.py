@@ -1,29 +1,279 @@
-"""The report of ``slotmoe profile``: tables for a terminal, and a folder of files."""
+"""The measured run of ``slotmoe profile``; its figures as one JSON-able object, which
+``profile.json`` holds; and their report: tables for a terminal, and a folder of files."""
 
 import base64
+import contextlib
+import math
 from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from rich.columns import Columns
 from rich.console import Group, RenderableType
+from rich.live import Live
 from rich.text import Text
 
-from slotmoe.errors import ConfigError, visible
+from slotmoe import __version__
+from slotmoe.errors import ConfigError, PlanError, visible
 from slotmoe.jsonfile import Json
+from slotmoe.offload.machine import cache_folder, process_bytes
+from slotmoe.offload.observe import measure
+from slotmoe.offload.observe.profiler import MemorySampler, Profiler, profiled
+from slotmoe.offload.plan.memory import make_plan, or_more_context, runtime_growth
+from slotmoe.offload.plan.speed import Setting, stored_bandwidths
+from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.study.calibrate import read_text
 from slotmoe.quant.export.writer import replace_file
+from slotmoe.signals import Stopping
 from slotmoe.sizes import format_size
-from slotmoe.tools.options import require_extra, say
-from slotmoe.tools.run import drafted
-from slotmoe.tools.screen import json_of
-from slotmoe.tools.tables import table
+from slotmoe.system import peak_rss
+from slotmoe.tools.options import (
+    generation_arguments,
+    open_runtime,
+    prompt_text,
+    require_extra,
+    say,
+)
+from slotmoe.tools.run import drafted, speeds
+from slotmoe.tools.screen import json_of, show
+from slotmoe.tools.tables import Console, byte_bars, step_progress, table
 
-CHARTS = (
-    "memory-ram memory-vram time-decode time-prefill tokens expert-use layers bytes predicted"
-).split()
+CHARTS = ("memory-ram memory-vram time-decode time-prefill tokens expert-use layers bytes").split()
 _SCRATCH = ("runtime", "prefill scratch", "logits", "scratch and rest")
 _WEIGHTS = "attention,dense layers,embeddings,predictor,residual streams,router,shared experts"
 _TOGETHER = dict.fromkeys(_SCRATCH, "runtime and scratch")
 _TOGETHER |= dict.fromkeys(_WEIGHTS.split(","), "resident weights")
+_CACHE = "hits misses hit_rate already_coming evictions bypassed slots".split()
+DEFAULT_PROMPT = (
+    "The harbour master kept three ledgers. In the first he wrote the ships that lay at the quay, "
+    "in the second those that were expected before the tide turned, and in the third all the "
+    "others, which were somewhere at sea. There was never room for every ship at once, so each "
+    "morning he asked himself the same question: which of them would be wanted next? If he guessed "
+    "well, the cranes stood ready when the bell rang. If he guessed badly, forty men sat on their "
+    "crates and waited, and he wrote down for how long, because what is not written down is argued "
+    "about afterwards."
+)
+_TEXT_BYTES_PER_TOKEN = 64  # of a text file no more than this times the context is read
+
+
+def run(
+    model: str, prompt: str | None, text: Path | None, quiet: bool, options: Json
+) -> tuple[Json, Stopping]:
+    """The report, and what may have stopped the run."""
+    report, stopping, lasting = _observed(model, prompt, text, quiet, options)
+    # The model is closed by now, because measuring takes memory of its own.
+    room = lasting.plan.budget - process_bytes() if lasting.plan.tier == "ram" else math.inf
+    ram, disk = measure.ram_bandwidth(lasting.cpu, room), measure.drive_bandwidths(lasting.export)
+    latency = measure.disk_latency(lasting.export)
+    rates = {"ram": ram, "disk": sum(disk), **report["bandwidths"]}
+    report["bandwidths"] = {**rates, "disk_latency": latency}
+    known = stored_bandwidths(cache_folder() / "machine.json")
+    setting = lasting.setting(known.updated("measured", latency=latency, **rates))
+    tokens = [max(1, report["time"][kind]["tokens"]) for kind in ("prefill", "decode")]
+    report["verdict"] = verdict(report, setting, lasting.kernels, *tokens)
+    report["predicted"] = measure.predict(setting, *tokens)
+    return report, stopping
+
+
+def _observed(
+    model: str, prompt: str | None, text: Path | None, quiet: bool, options: Json
+) -> tuple[Json, Stopping, measure.Lasting]:
+    """What was seen of the run, what may have stopped it, and what lasts of the closed model."""
+    live, warm, trace = (options.pop(name) for name in ("live", "warm", "trace"))
+    arguments, words = generation_arguments(options), list[str]()
+    most = arguments["max_new_tokens"]
+    with (
+        MemorySampler() as sampler,
+        open_runtime(model, options, quiet=quiet) as runtime,
+        sampler.watching(runtime.model),
+    ):
+        if warm:
+            with byte_bars("Filling expert slots", quiet=quiet) as (progress,):
+                runtime.warm(progress)
+        given = _workload(runtime, prompt, text, most, arguments["chat"])
+        if trace is not None:
+            runtime.trace(trace)
+
+        def now() -> RenderableType:
+            return overview(figures(runtime, profiler, sampler))
+
+        stream = runtime.generate(given, **arguments)
+        with (
+            profiled(runtime, sampler.origin) as profiler,
+            Stopping(lambda _: stream.close()) as stopping,
+            _shown(now, most, live, quiet) as advance,
+        ):
+            for token in stream:
+                words.append(token.text)
+                advance()
+        if stopping.number:
+            so_far = f"stopped after {len(words)} of {most} tokens; writing the report so far"
+            show("", f"slotmoe: {so_far}", err=True)
+        report: Json = {"model": model, "complete": not stopping.number}
+        report |= measured(runtime, profiler, sampler)
+        read = given if isinstance(given, str) else runtime.tokenizer.decode(given)
+        lasting = measure.Lasting(runtime.model)
+    workload = {"prompt": read, "text": "".join(words)}
+    report["workload"] = {**workload, "new_tokens": len(words), "asked_tokens": most}
+    asked = {key: value for key, value in options.items() if value is not None}
+    report["settings"] = asked | report["settings"]
+    return report, stopping, lasting
+
+
+def _workload(
+    runtime: Runtime, prompt: str | None, text: Path | None, max_new_tokens: int, chat: bool
+) -> str | list[int]:
+    """A text, or the ids of a text file's beginning where the whole would not fit."""
+    if text is None:
+        return DEFAULT_PROMPT if prompt is None else prompt_text(prompt)
+    words = read_text(text, _TEXT_BYTES_PER_TOKEN * runtime.context)
+    if chat:
+        return words
+    room = runtime.context - max_new_tokens
+    if room < 1:
+        problem = f"leaves no room for {text} in a context of {runtime.context} positions"
+        advice = or_more_context("lower -n", runtime.config, runtime.context)
+        raise PlanError(f"-n {max_new_tokens} {problem}: {advice}")
+    ids = runtime.tokenizer.encode(words)
+    if len(ids) > room:
+        why = f"for --context {runtime.context} and -n {max_new_tokens}"
+        say(f"{text}: the first {room} tokens are used, {why}")
+    return ids[:room]
+
+
+@contextlib.contextmanager
+def _shown(
+    overview: Callable[[], RenderableType], total: int, live: bool, quiet: bool
+) -> Iterator[Callable[[], None]]:
+    """Meanwhile stderr shows the figures (``live``) or a bar.  Call what it gives at each token."""
+    console = Console(stderr=True)
+    if live and console.is_terminal:  # drawing takes time from the model
+        with Live(get_renderable=overview, console=console, refresh_per_second=2, transient=True):
+            yield lambda: None
+        return
+    if live:
+        say("--live needs a terminal on stderr; running without")
+    with step_progress("Profiling, tokens", total, quiet) as advance:
+        yield advance
+
+
+def figures(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> Json:
+    """All figures so far that fit a terminal."""
+    stats, plan, latest = runtime.stats(), runtime.plan, sampler.samples[-1].total
+    peak = {tier: sampler.highest[tier].total[tier] for tier in latest}
+    if peak_rss() > sampler.earlier_peak:  # else this process held more before the profile
+        peak["ram"] = max(peak["ram"], peak_rss())
+    if "vram" in peak:
+        peak["vram"] = max(peak["vram"], stats["memory"]["peak_vram"])
+    components: dict[str, dict[str, int]] = {}
+    for tier, most in peak.items():
+        sample = sampler.highest[tier]
+        sizes = Counter(sample.components[tier])
+        # What came and went between two samples was no weight, slot or buffer.
+        sizes["scratch and rest"] += most - sample.total[tier]
+        for name, size in sizes.items():
+            components.setdefault(name, {})[tier] = size
+    host = {"ram": sum(plan.host.values())} if plan.host else {}
+    report: Json = {"peak": peak, "latest": latest, "budget": {plan.tier: plan.budget} | host}
+    report |= {"components": components, "time": {}, **speeds(stats)}
+    for kind in ("prefill", "decode"):
+        tokens, spent = profiler.tokens(kind), profiler.seconds(kind)
+        each_token = {part: 1000 * seconds / tokens for part, seconds in spent.items() if tokens}
+        times = {"tokens": tokens, "seconds": sum(spent.values())}
+        report["time"][kind] = {**times, "milliseconds_per_token": each_token}
+    report["cache"] = {name: stats["cache"][name] for name in _CACHE}
+    for fate in ("used", "wasted", "cancelled"):
+        counts = [guesses[fate] for guesses in stats.get("prefetch", {}).values()]
+        report["cache"][f"prefetch_{fate}"] = sum(counts)
+    return report | {"io": stats["io"], "drafts": stats["drafts"]}
+
+
+def measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> Json:
+    """``figures``, all series and settings, and what the link to a GPU gives."""
+    model, tiers = runtime.model, sampler.samples[-1].total
+    prompt, new = profiler.tokens("prefill"), profiler.tokens("decode")
+    settings = {"slotmoe": __version__, "device": str(runtime.device), "threads": runtime.threads}
+    settings |= {"kernels": runtime.stats()["kernels"], "context": runtime.context}
+    report = figures(runtime, profiler, sampler) | {
+        "memory": {tier: _series(sampler, tier) for tier in tiers},
+        "peak_seconds": {tier: sampler.highest[tier].seconds for tier in tiers},
+        "steps": [asdict(step) for step in profiler.passes],
+        "layers": _layers(runtime, profiler),
+        "touched_per_token": measure.bytes_per_token(model, prompt + new // 2),
+        "settings": settings,
+    }
+    link = measure.link_bandwidths(model)
+    report["bandwidths"] = {**link, "gpu": measure.read_bandwidth(model)} if link else {}
+    return report
+
+
+def _layers(runtime: Runtime, profiler: Profiler) -> list[Json]:
+    lookahead = runtime.model.quantized("profile").lookahead
+    guesses = lookahead.by_layer() if lookahead is not None else []
+    layers = []
+    for index, layer in enumerate(runtime.config.moe_layers):
+        hits, misses = profiler.hits[index], profiler.misses[index]
+        counts = {"hits": hits, "misses": misses, "already_coming": profiler.coming[index]}
+        rate = hits / (hits + misses) if hits + misses else None
+        prefetch = guesses[index] if guesses else None
+        shares = {"hit_rate": rate, "uses": profiler.uses[index], "prefetch": prefetch}
+        layers.append({"layer": layer, **counts, **shares})
+    return layers
+
+
+def _series(sampler: MemorySampler, tier: str) -> Json:
+    """Memory of one tier as columns: ``seconds``, ``bytes``, and bytes by component."""
+    samples = [sample for sample in sampler.samples if tier in sample.total]
+    names = dict.fromkeys(name for sample in samples for name in sample.components[tier])
+    sizes = {name: [s.components[tier].get(name, 0) for s in samples] for name in names}
+    seconds = [round(sample.seconds, 3) for sample in samples]
+    total = [sample.total[tier] for sample in samples]
+    return {"seconds": seconds, "bytes": total, "components": sizes}
+
+
+def verdict(report: Json, setting: Setting, kernels: str, prompt: int, new: int) -> Json:
+    """``text``, a sentence or two, and ``budgets``: sizes of the device tier's budget beyond this
+    run's, each with the decode speed to expect of it, scaled by what this run measured."""
+    spent = report["time"]["decode"]["milliseconds_per_token"]
+    speed = report["decode_tokens_per_second"]
+    if not spent or not speed:
+        return {"text": "Too few tokens were decoded to say what bounds the speed.", "budgets": []}
+    slowest = max(spent, key=spent.__getitem__)
+    share = spent[slowest] / sum(spent.values())
+    text = f"Decode makes {speed:.1f} tokens/s; {share:.0%} of a token's time is {slowest}."
+    plan, config = setting.plan, setting.config
+    missing = len(config.moe_layers) * config.n_routed_experts - plan.slots
+    if missing <= 0:
+        more = f"Every expert has a slot, so more --{plan.tier} makes it no faster."
+        return {"text": f"{text} {more}", "budgets": []}
+    whole = plan.total + missing * plan.record_bytes - plan.components["read buffers"]
+    sizes = [whole] if whole <= plan.budget else [(plan.budget + whole) / 2, whole]
+    # In steps of half a GiB, or below one of 10 MiB.
+    units = [1 << 29 if size >= 1 << 30 else 10 << 20 for size in sizes]
+    rounded = [-int(-size // unit) * unit for size, unit in zip(sizes, units, strict=True)]
+    now, budgets, ways = _decode_speed(setting, plan.budget, kernels, prompt, new), [], []
+    for size in dict.fromkeys(rounded):
+        faster = speed * _decode_speed(setting, size, kernels, prompt, new) / now
+        budgets.append({plan.tier: size, "decode_tokens_per_second": faster})
+        asked = f"{size / (1 << 30):g}GiB" if size >= 1 << 30 else f"{size >> 20}MiB"
+        is_capped = whole <= plan.budget  # only --slots keeps experts out
+        way = "without --slots" if is_capped else f"with --{plan.tier} {asked}"
+        ways.append(f"{way} about {faster:.1f}")
+    return {"text": f"{text} It would make {', '.join(ways)} tokens/s.", "budgets": budgets}
+
+
+def _decode_speed(setting: Setting, budget: int, kernels: str, prompt: int, new: int) -> float:
+    """Predicted tokens a second within ``budget`` bytes of the device tier."""
+    plan, config, sizes = setting.plan, setting.config, setting.sizes
+    growth = runtime_growth(config, sum(sizes.resident.values()))
+    runtime = plan.components.get("runtime", plan.host.get("runtime", growth)) - growth
+    slots = plan.slots if budget == plan.budget else None
+    host = plan.host_budget if plan.host else None
+    like = partial(make_plan, tier=plan.tier, context=plan.context, kernels=kernels)
+    wider = like(config, sizes, budget=budget, runtime_bytes=runtime, slots=slots, host_budget=host)
+    return replace(setting, plan=wider).predict(prompt, new).decode_tokens_per_second
 
 
 def write_report(report: Json, folder: Path) -> None:
@@ -41,7 +291,7 @@ def write_report(report: Json, folder: Path) -> None:
     else:
         from slotmoe.tools.profile.charts import draw
 
-        images = draw(report, rows)
+        images = draw(report)
     files = {f"{name}.png": png for name, (_, png) in images.items()}
     files["profile.json"] = json_of(report).encode()
     loader = FileSystemLoader(Path(__file__).parent)

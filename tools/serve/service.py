@@ -14,7 +14,7 @@ from slotmoe.jsonfile import Json
 from slotmoe.model.generate import OWN_SETTINGS, Sampling
 from slotmoe.offload.engine.requests import Request as Job
 from slotmoe.offload.model_cache import timestamp
-from slotmoe.offload.observe.memory_sampler import memory_in_use
+from slotmoe.offload.observe.profiler import memory_in_use
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.serve.errors import RefusedError, shutting_down
 from slotmoe.tools.serve.function_calling import Dialect
