@@ -17,8 +17,7 @@ from pathlib import Path
 
 from slotmoe import model, system
 from slotmoe.errors import ConfigError, ExportError
-from slotmoe.offload.machine import cache_folder
-from slotmoe.offload.shared_files import check_removed, read_note
+from slotmoe.offload.machine import cache_folder, check_removed, read_note
 
 SAMPLE = Path(model.__file__).parent / "sample"
 _MANIFEST = "slotmoe.json"  # as slotmoe.quant.export.layout has it, which imports torch

@@ -21,7 +21,14 @@ from slotmoe.model.generate import Answer, Sampling, Stops, Token
 from slotmoe.offload.devices.cuda import choose_device
 from slotmoe.offload.engine.engine import Engine
 from slotmoe.offload.engine.loading import LoadedModel, check_options, open_model
-from slotmoe.offload.engine.requests import Stream
+from slotmoe.offload.engine.requests import (
+    Messages,
+    Stream,
+    TextOptions,
+    check_messages,
+    ids_of,
+    is_conversation,
+)
 from slotmoe.offload.experts.experts import Route
 from slotmoe.offload.ingest.cached import cached_export, resolve_model
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore
@@ -30,7 +37,6 @@ from slotmoe.offload.model_cache import is_hub_id
 from slotmoe.offload.observe.trace import TraceWriter
 from slotmoe.offload.options import Options
 from slotmoe.offload.plan.memory import or_more_context
-from slotmoe.offload.prompts import Messages, TextOptions, check_messages, ids_of, is_conversation
 from slotmoe.offload.sessions.store import DEFAULT_LIMIT, Sessions
 from slotmoe.quant.export.layout import MANIFEST
 from slotmoe.system import peak_rss

@@ -23,10 +23,10 @@ from slotmoe import __version__, system
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
 from slotmoe.offload import machine
+from slotmoe.offload.machine import file_system
 from slotmoe.offload.model_cache import listing
 from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.offload.policy import DEFAULT_POLICY
-from slotmoe.offload.shared_files import file_system
 from slotmoe.quant.shapes import ALIGNMENT
 from slotmoe.sizes import format_size
 from slotmoe.tools.options import JSON, flag, model_names, open_runtime, option

@@ -4,19 +4,21 @@ An exception may strike between any two lines of a thread that waits for deltas.
 engine lies here: a client puts requests into a queue, takes deltas out of another, and sets a flag.
 """
 
+import json
 import math
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypedDict, TypeVar, cast
 
 from torch import Tensor
 
 from slotmoe.errors import CLOSED, ConfigError
+from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Answer, Delta, Token
 
 # A wait is a loop of waits of so many seconds: some systems let no signal end a wait for a lock,
@@ -26,6 +28,7 @@ _WAIT_SECONDS = 0.1
 # for each costs the engine's thread, which shares Python's lock with it, 40 us.
 _TOGETHER_SECONDS, _TOGETHER_SHARE = 0.005, 0.05
 T = TypeVar("T")
+Messages = Sequence[Mapping[str, Any]]
 
 
 class Forced:
@@ -209,3 +212,56 @@ class Stream(Iterator[Token]):
         self.ended = True
         self.request.cancel()
         self._deltas.put(Delta("", (), "cancelled"))
+
+
+class TextOptions(TypedDict, total=False):
+    """The keywords of ``Runtime.generate`` that several texts share."""
+
+    max_new_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    chat: bool
+    tools: Sequence[Json] | None
+    stop: str | Sequence[str]
+    top_logprobs: int
+    min_p: float | None
+    repetition_penalty: float | None
+
+
+def is_conversation(prompt: object) -> bool:
+    """Whether these are messages, and no text or token ids."""
+    return isinstance(prompt, Sequence) and isinstance(next(iter(prompt), None), Mapping)
+
+
+def check_messages(messages: object, tools: object) -> None:
+    """Raise ``ConfigError`` unless these are messages that a template can get, each with a ``role``
+    and a ``content``, or with ``tool_calls``."""
+    expected = "expected a list of messages, each with role and content, which are text"
+    if not is_conversation(messages):
+        raise ConfigError(f"messages is {messages!r:.60}, {expected}")
+    for message in cast(Messages, messages):
+        is_one = isinstance(message, Mapping) and isinstance(message.get("role"), str)
+        if not is_one or not (isinstance(message.get("content"), str) or message.get("tool_calls")):
+            raise ConfigError(f"a message is {message!r:.60}, {expected}")
+    try:
+        json.dumps([messages, tools])
+    except (TypeError, ValueError, RecursionError) as problem:
+        reason = "hold what JSON can't, which is how a template gets them"
+        raise ConfigError(f"messages or tools {reason} ({str(problem)[:80]})") from None
+
+
+def ids_of(prompt: object) -> list[int]:
+    """A prompt's token ids.  Raises ``ConfigError`` unless it is a sequence of integers."""
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes | bytearray):
+        expected = "expected a list of token ids, as encode(text) gives"
+        raise ConfigError(f"the prompt is of the type {type(prompt).__name__}, {expected}")
+    strange = [item for item in prompt if type(item) is not int]
+    if strange:
+        problem = f"the prompt holds a {type(strange[0]).__name__}"
+        problem += ", expected text or token ids, which are integers"
+        if isinstance(strange[0], Mapping):
+            problem += "; give a conversation as messages="
+        raise ConfigError(problem)
+    return [*prompt]

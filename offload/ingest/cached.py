@@ -20,10 +20,9 @@ from slotmoe.model.gguf.header import shard_paths
 from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.encoder import codecs_for
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize, resident_mode
-from slotmoe.offload.machine import cache_folder
+from slotmoe.offload.machine import cache_folder, read_note, write_note
 from slotmoe.offload.model_cache import is_export, locate, mark_used
 from slotmoe.offload.plan.memory import export_bytes, sizes_of
-from slotmoe.offload.shared_files import read_note, write_note
 from slotmoe.quant.codecs.codec import DEFAULT_CODEC
 from slotmoe.quant.export.layout import FORMAT_VERSION
 from slotmoe.quant.export.verify import span_checksums

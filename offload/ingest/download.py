@@ -23,7 +23,7 @@ from slotmoe import system
 from slotmoe.errors import DownloadError, naming
 from slotmoe.jsonfile import typed
 from slotmoe.offload.ingest.repository import Expected, PassingError, Remote, explained
-from slotmoe.offload.shared_files import read_note, write_note
+from slotmoe.offload.machine import read_note, write_note
 from slotmoe.quant.export.writer import sync_folder
 
 CONNECTIONS = 8

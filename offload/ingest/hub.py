@@ -34,8 +34,8 @@ from slotmoe.offload.ingest.calibration import Windows
 from slotmoe.offload.ingest.download import CONNECTIONS, Range, checksum_of, fetch, receive
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize
 from slotmoe.offload.ingest.repository import Patience, Snapshot, is_commit, needed, resolve
+from slotmoe.offload.machine import read_note, write_note
 from slotmoe.offload.model_cache import mark_used
-from slotmoe.offload.shared_files import read_note, write_note
 from slotmoe.quant.codecs.codec import DEFAULT_CODEC
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES

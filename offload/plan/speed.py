@@ -19,9 +19,9 @@ from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json, read_json, typed
 from slotmoe.model.config import Config
 from slotmoe.model.names import resident_shapes
+from slotmoe.offload.machine import read_note, write_note
 from slotmoe.offload.plan.attention import attention_products, kv_read_bytes
 from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes
-from slotmoe.offload.shared_files import read_note, write_note
 
 # What prefill does beside products (norms, gates, sums), as int8 products for each value of a token
 # in a layer: the sample, V2-Lite and GLM-4.7-Flash on a Zen 5 core.

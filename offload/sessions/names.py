@@ -18,9 +18,9 @@ from msgspec import Meta, Struct
 
 from slotmoe.errors import ConfigError, refused
 from slotmoe.jsonfile import Json, read_json, typed
+from slotmoe.offload.machine import check_removed
 from slotmoe.offload.sessions import blocks
 from slotmoe.offload.sessions.blocks import BlockFolder, make_private
-from slotmoe.offload.shared_files import check_removed
 from slotmoe.quant.export.layout import checksum
 from slotmoe.system import patiently, take_lock
 

@@ -12,9 +12,9 @@ from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
 from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.engine.passes import Sequence
+from slotmoe.offload.machine import check_locks
 from slotmoe.offload.sessions import blocks
 from slotmoe.offload.sessions.blocks import BLOCK_TOKENS, FORMAT, Block, chain, shared_prefix
-from slotmoe.offload.shared_files import check_locks
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.kernels.cpu.bindings import load
 from slotmoe.sizes import parse_size

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from slotmoe.errors import ConfigError
-from slotmoe.offload.prompts import TextOptions
+from slotmoe.offload.engine.requests import TextOptions
 from slotmoe.offload.runtime import Runtime
 
 USER = {"role": "user", "content": "Call me"}
