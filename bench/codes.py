@@ -19,7 +19,7 @@ from typing import Any
 import click
 from safetensors.torch import save_file
 
-from slotmoe.model.checkpoint.reader import Checkpoint
+from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.config import read_config
 from slotmoe.model.names import EMBEDDING, expert_name, resident_shapes, role_of
 from slotmoe.offload.ingest.quantize import quantize
@@ -122,7 +122,7 @@ def _replace(folder: Path, experts: bool) -> float:
     """Write the sample with the export's experts, or its resident weights, into ``weights``;
     returns the relative RMS error of those that differ."""
     error = square = 0.0
-    with Checkpoint.open(SAMPLE) as checkpoint, Export.open(folder / "export") as export:
+    with open_checkpoint(SAMPLE) as checkpoint, Export.open(folder / "export") as export:
         tensors = {name: checkpoint.tensor(name) for name in checkpoint.infos}
         names = resident_shapes(checkpoint.config)
         made = {name: dequantize(export.resident(name)) for name in names}

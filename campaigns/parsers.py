@@ -15,11 +15,10 @@ from campaigns.token_numbers import token_numbers
 from campaigns.weights import body
 from slotmoe.jsonfile import Json, parse_json
 from slotmoe.model import tokenizer
-from slotmoe.model.checkpoint.reader import Checkpoint
+from slotmoe.model.checkpoint.gguf_header import read_header
+from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.config import parse_config
 from slotmoe.model.generate import Sampling
-from slotmoe.model.gguf.checkpoint import open_checkpoint
-from slotmoe.model.gguf.header import read_header
 from slotmoe.model.tiktoken import tokenizer_json
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.plan.advice import GEOMETRIES, geometry_path
@@ -48,7 +47,7 @@ def in_checkpoint(folder, name, read):
 
 
 def opened(place):
-    with Checkpoint.open(place) as checkpoint:
+    with open_checkpoint(place) as checkpoint:
         list(checkpoint.headers())
 
 

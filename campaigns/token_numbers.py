@@ -14,10 +14,10 @@ from campaigns.cases import lawful
 from campaigns.fuzz import MEMORY, SECONDS
 from campaigns.models import few_words
 from slotmoe.model import tokenizer
+from slotmoe.model.checkpoint.gguf_header import read_header
+from slotmoe.model.checkpoint.gguf_metadata import metadata_files
 from slotmoe.model.config import config_among
 from slotmoe.model.generate import TextStream
-from slotmoe.model.gguf.header import read_header
-from slotmoe.model.gguf.metadata import small_files
 from slotmoe.model.tiktoken import tokenizer_json
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_source import generation_of, open_tokenizer
@@ -129,9 +129,9 @@ def corpus(checkpoint, header):
 
 
 def read_of(files, header):
-    """The model's small files, see ``slotmoe.model.files``."""
+    """The model's small files, see ``slotmoe.jsonfile``."""
     if "metadata" in files:
-        return small_files(replace(header, metadata=files["metadata"]))
+        return metadata_files(replace(header, metadata=files["metadata"]))
     contents = {name: json.dumps(values).encode() for name, values in files.items()}
     if "tiktoken.model" in files:
         lines = "\n".join(f"{word} {rank}" for word, rank in files["tiktoken.model"]).encode()

@@ -13,12 +13,11 @@ from typing import Annotated, Literal, TypedDict
 from msgspec import Meta, structs
 
 from slotmoe.errors import ConfigError
-from slotmoe.jsonfile import Json, parse_json, read_json, typed
-from slotmoe.model import attention
-from slotmoe.model.attention import MAX_INT, Positive
+from slotmoe.jsonfile import Json, ReadFile, parse_json, read_json, typed
+from slotmoe.model import attention_config as attention
+from slotmoe.model.attention_config import MAX_INT, Positive
 from slotmoe.model.checkpoint.encodings import Encoding, parse_encoding
 from slotmoe.model.families import FAMILIES, OTHERS, WRAPPERS, Family
-from slotmoe.model.files import ReadFile
 
 MAX_CONFIG_BYTES = 1 << 20
 

@@ -1,25 +1,26 @@
 """One decoder layer, operation by operation: attention, then the feed-forward, each added to the
 residual stream, or mixed into several (hyper-connections, DeepSeek-V4).
 
-Shapes: T tokens of this pass, D hidden_size, E routed experts, K experts a token.
+Shapes: T tokens of this pass, D hidden_size, G groups, E routed experts, K experts a token.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Generic, TypeVar
+from typing import TypeVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from slotmoe import border
-from slotmoe.border import Backend, Geometry, Layer, Mixed, Mixing, Mla, Pending, Step
-from slotmoe.model.compressed_attention import CompressedAttention
+from slotmoe.border import Chunk, Geometry, Layer, Mixed, Mixing, Mla, Pending, Router
+from slotmoe.model.attention import attentions
 from slotmoe.model.config import Config
-from slotmoe.model.latent_attention import LatentAttention
 from slotmoe.model.names import LAYER_PARTS, SHARED_PARTS, layer_tensor
-from slotmoe.model.routing import route, router_of
+from slotmoe.quant.backends.base import Prepared, RoutedExperts, TorchBackend
 
 T = TypeVar("T")
-W = TypeVar("W")
 # DeepSeek's code builds both latent norms with the default epsilon, whatever rms_norm_eps says.
 LATENT_EPS = 1e-6
 
@@ -30,14 +31,14 @@ def as_tensor(weight: object) -> Tensor:
     return weight
 
 
-def layer_of(weights: Mapping[str, W], layer: int) -> Layer[W]:
+def layer_of(weights: Mapping[str, Prepared], layer: int) -> Layer[Prepared]:
     """The weights of ``layer`` out of all ``weights`` by checkpoint name."""
     parts = dict[str, object]()
     for field, part in chain(LAYER_PARTS.items(), SHARED_PARTS.items()):
         weight = weights.get(layer_tensor(layer, part.name))
         if weight is not None:
             parts[field] = as_tensor(weight).float() if part.role == "gate" else weight
-    attention: Mla[W] | border.Compressed[W] | None
+    attention: Mla[Prepared] | border.Compressed[Prepared] | None
     if "kv_proj" in parts:
         keys = _filled(border.Compressor, parts, "compressed_indexer_")
         indexer = _filled(border.CompressedIndexer, parts, "compressed_indexer_", compressor=keys)
@@ -45,7 +46,7 @@ def layer_of(weights: Mapping[str, W], layer: int) -> Layer[W]:
         attention = _filled(border.Compressed, parts, compressor=compressor, indexer=indexer)
     else:
         attention = _filled(Mla, parts, indexer=_filled(border.Indexer, parts, "indexer_"))
-    whole: Layer[W] | None = _filled(
+    whole: Layer[Prepared] | None = _filled(
         Layer,
         parts,
         attention=attention,
@@ -80,68 +81,110 @@ def geometry_of(config: Config) -> Geometry:
     return Geometry(*heads, c.kv_lora_rank, c.v_head_dim, *factors, *rest, *special)
 
 
-class LayerByLayer(Generic[W]):
+def router_of(config: Config) -> Router:
+    """The router that ``config`` describes."""
+    c, family = config, config.family
+    normalized = c.norm_topk_prob and c.num_experts_per_tok > 1
+    scaled = family.scales_normalized or not normalized
+    factor = c.routed_scaling_factor if scaled else 1.0
+    sizes = c.n_group, c.topk_group, c.num_experts_per_tok
+    return Router(*sizes, factor, normalized, family.group_best, family.scoring)
+
+
+def _scores(logits_TE: Tensor, scoring: str) -> Tensor:
+    if scoring == "sqrtsoftplus":
+        return F.softplus(logits_TE).sqrt()
+    return logits_TE.sigmoid() if scoring == "sigmoid" else logits_TE.softmax(dim=-1)
+
+
+def route(
+    logits_TE: Tensor, router: Router, bias_E: Tensor | None = None, chosen_TK: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weights float32 [T, K] and expert indices int64 [T, K], best first, from the gate's logits,
+    float32 [T, E].  ``bias``, float32 [E], is added to what is compared, never to a weight.
+    ``chosen``, int64 [T, K], are the indices where the token's id says them."""
+    scores_TE = _scores(logits_TE, router.scoring)
+    indices_TK = _best(scores_TE, router, bias_E) if chosen_TK is None else chosen_TK
+    weights_TK = scores_TE.gather(1, indices_TK)
+    if router.normalized:
+        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+    if router.factor != 1.0:
+        weights_TK = weights_TK * router.factor
+    return weights_TK, indices_TK
+
+
+def _best(scores_TE: Tensor, router: Router, bias_E: Tensor | None) -> Tensor:
+    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    if router.topk_group < router.n_group:
+        choice_TGE = choice_TE.unflatten(-1, (router.n_group, -1))
+        best_TG = choice_TGE.topk(router.group_best, dim=-1).values.sum(dim=-1)
+        kept = best_TG.topk(router.topk_group, dim=-1).indices
+        mask_TG = torch.zeros(best_TG.shape, dtype=torch.bool, device=scores_TE.device)
+        mask_TG.scatter_(1, kept, True)
+        choice_TE = choice_TGE.masked_fill(~mask_TG[..., None], -math.inf).flatten(-2)
+    return choice_TE.topk(router.top_k, dim=-1).indices
+
+
+class LayerByLayer:
     """Runs layers operation by operation, for any number of tokens and every backend."""
 
-    def __init__(self, geometry: Geometry, layers: Sequence[Layer[W]], backend: Backend[W]):
+    def __init__(
+        self, geometry: Geometry, layers: Sequence[Layer[Prepared]], backend: TorchBackend
+    ):
         self._geometry, self._layers, self._backend = geometry, layers, backend
-        self._latent = LatentAttention(geometry, backend)
-        self._compressed = CompressedAttention(geometry, backend)
+        self._attentions = attentions(geometry, backend)
 
-    def run_layers(self, step: Step, experts: border.Experts | None) -> Pending | None:
-        """See ``slotmoe.border.Runner``; ``experts`` are never asked."""
+    def run_layers(self, chunk: Chunk, experts: RoutedExperts | None = None) -> Pending | None:
+        """See ``slotmoe.quant.backends.base.Runner``; ``experts`` are never asked."""
         backend, eps, router = self._backend, self._geometry.eps, self._geometry.router
-        if step.x_TD is not None:
-            self.feed_forward(step)
-        while step.layer < len(self._layers):
-            layer = self._layers[step.layer]
-            x_TD, mixed = self._input(step, layer.attention_mixing)
+        if chunk.x_TD is not None:
+            self.feed_forward(chunk)
+        while chunk.layer < len(self._layers):
+            layer = self._layers[chunk.layer]
+            x_TD, mixed = self._input(chunk, layer.attention_mixing)
             x_TD = backend.rms_norm(x_TD, layer.input_layernorm, eps)
-            if isinstance(weights := layer.attention, Mla):
-                y_TD = self._latent(step, weights, x_TD)
-            else:
-                y_TD = self._compressed(step, weights, x_TD)
-            self._add(step, y_TD, mixed)
-            if step.timer is not None:
-                step.timer.mark("attention")
-            x_TD, step.mixed = self._input(step, layer.mlp_mixing)
-            step.x_TD = x_TD = backend.rms_norm(x_TD, layer.post_attention_layernorm, eps)
+            y_TD = self._attentions[type(layer.attention)](chunk, layer.attention, x_TD)
+            self._add(chunk, y_TD, mixed)
+            if chunk.timer is not None:
+                chunk.timer.mark("attention")
+            x_TD, chunk.mixed = self._input(chunk, layer.mlp_mixing)
+            chunk.x_TD = x_TD = backend.rms_norm(x_TD, layer.post_attention_layernorm, eps)
             if layer.gate is not None:
                 logits_TE, chosen_TK = backend.linear(x_TD, layer.gate), None
                 if layer.experts_of is not None:
-                    assert step.ids_T is not None
-                    chosen_TK = layer.experts_of[step.ids_T].long()
+                    assert chunk.ids_T is not None
+                    chosen_TK = layer.experts_of[chunk.ids_T].long()
                 inputs = logits_TE, router, layer.gate_bias, chosen_TK
                 choice = backend.route(*inputs) or route(*inputs)
-                if step.timer is not None:
-                    step.timer.mark("gate")
-                return Pending(step.layer, x_TD, *choice)
-            self.feed_forward(step)
+                if chunk.timer is not None:
+                    chunk.timer.mark("gate")
+                return Pending(chunk.layer, x_TD, *choice)
+            self.feed_forward(chunk)
         return None
 
-    def feed_forward(self, step: Step) -> None:
+    def feed_forward(self, chunk: Chunk) -> None:
         """Add what the layer's routed experts gave and what its own MLP gives, and go on."""
-        mlp, y_TD = self._layers[step.layer].mlp, step.routed_TD
+        mlp, y_TD = self._layers[chunk.layer].mlp, chunk.routed_TD
         if mlp is not None:
-            assert step.x_TD is not None
-            shared_TD = self._backend.mlp(step.x_TD, mlp)
+            assert chunk.x_TD is not None
+            shared_TD = self._backend.mlp(chunk.x_TD, mlp)
             y_TD = shared_TD if y_TD is None else y_TD + shared_TD
         assert y_TD is not None
-        self._add(step, y_TD, step.mixed)
-        step.layer, step.x_TD, step.routed_TD, step.mixed = step.layer + 1, None, None, None
-        if step.timer is not None:
-            step.timer.mark("shared experts and dense layers")
+        self._add(chunk, y_TD, chunk.mixed)
+        chunk.layer, chunk.x_TD, chunk.routed_TD, chunk.mixed = chunk.layer + 1, None, None, None
+        if chunk.timer is not None:
+            chunk.timer.mark("shared experts and dense layers")
 
-    def _input(self, step: Step, mixing: Mixing | None) -> tuple[Tensor, Mixed | None]:
+    def _input(self, chunk: Chunk, mixing: Mixing | None) -> tuple[Tensor, Mixed | None]:
         """What a block reads of the residual streams, and how they take in what it gives."""
         if mixing is None:
-            return step.h_TD, None
+            return chunk.h_TD, None
         assert self._geometry.hyper is not None
-        return self._backend.mix(step.h_TD, mixing, self._geometry.hyper)
+        return self._backend.mix(chunk.h_TD, mixing, self._geometry.hyper)
 
-    def _add(self, step: Step, y_TD: Tensor, mixed: Mixed | None) -> None:
+    def _add(self, chunk: Chunk, y_TD: Tensor, mixed: Mixed | None) -> None:
         """Add what a block gives to the residual stream, in its place."""
         if mixed is None:
-            step.h_TD += y_TD
+            chunk.h_TD += y_TD
         else:
-            step.h_TD.copy_(self._backend.add_mixed(y_TD, step.h_TD, mixed))
+            chunk.h_TD.copy_(self._backend.add_mixed(y_TD, chunk.h_TD, mixed))

@@ -18,27 +18,29 @@ Shapes: R rows, D hidden_size, E routed experts, K experts a token, M MoE layers
 """
 
 from collections.abc import Mapping
-from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from slotmoe.border import Experts, SlotTable
 from slotmoe.model import names
 from slotmoe.model.layers import as_tensor
 from slotmoe.model.names import EMBEDDING, FINAL_NORM, HEAD, HEAD_MIX_PARTS, layer_tensor
 from slotmoe.model.network import Network
-from slotmoe.model.state import SequenceState
+from slotmoe.quant.backends.base import Prepared, RoutedExperts, SlotTable
+from slotmoe.state import SequenceState
 
-W = TypeVar("W")
 _PIECE = 512  # rows whose doubly wide input is in memory at once
 
 
-class MtpHead(Generic[W]):
+class MtpHead:
     """The head of ``main`` over ``weights`` by checkpoint name: a network of one layer."""
 
     def __init__(
-        self, main: Network[W], weights: Mapping[str, W], experts: Experts, step_tokens: int
+        self,
+        main: Network,
+        weights: Mapping[str, Prepared],
+        experts: RoutedExperts,
+        chunk_tokens: int,
     ):
         self._main, layer = main, main.config.num_hidden_layers
         both = names.MTP_PARTS | names.V4_MTP_PARTS
@@ -53,7 +55,7 @@ class MtpHead(Generic[W]):
         mixing = {part.name: parts.get(f"hc_{field}") for field, part in HEAD_MIX_PARTS.items()}
         shared |= {name: weight for name, weight in mixing.items() if weight is not None}
         behind = _LastLayer(experts, layer, main.config.n_routed_experts)
-        self._network = Network(self.config, own | shared, main.backend, behind, step_tokens)
+        self._network = Network(self.config, own | shared, main.backend, behind, chunk_tokens)
         self.head = self._network.head
 
     @torch.inference_mode()
@@ -84,16 +86,15 @@ class _LastLayer:
     """The experts of the head's ``layer`` as those of a network's only layer.  None are computed by
     a slot table: one layer's call saves nothing."""
 
-    def __init__(self, experts: Experts, layer: int, count: int):
+    def __init__(self, experts: RoutedExperts, layer: int, count: int):
         self._experts, self._layer = experts, layer
         self._none_1E = torch.full((1, count), -1, dtype=torch.int32)
 
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         return self._experts(self._layer + layer, x_TD, weights_TK, indices_TK)
 
-    def slot_table(self) -> SlotTable | None:
-        table = self._experts.slot_table()
-        return None if table is None else table.having(self._none_1E)
+    def slot_table(self) -> SlotTable:
+        return self._experts.slot_table()._replace(slots_ME=self._none_1E, complete=False)
 
     def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
         self._experts.passed(self._layer + layer, indices_MTK, x_MTD)

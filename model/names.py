@@ -8,7 +8,7 @@ network uses it, which limits how it can be stored (``slotmoe.quant.shapes``): `
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import NamedTuple
 
@@ -288,3 +288,12 @@ def expert_shapes(config: Config) -> dict[str, tuple[int, int]]:
     """Shape of each projection of a routed expert, ``[out, in]``."""
     width, hidden = config.moe_intermediate_size, config.hidden_size
     return {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
+
+
+def tensor_shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor of ``config``, one by one: a hostile one has far too many."""
+    yield from resident_shapes(config).items()
+    for layer in config.moe_layers:
+        for projection, shape in expert_shapes(config).items():
+            for expert in range(config.n_routed_experts):
+                yield expert_name(layer, expert, projection), shape

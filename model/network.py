@@ -2,7 +2,7 @@
 their attention, and DeepSeekMoE.
 
 A pass is over one or several sequences, with some tokens of each.  Activations are float32.  What
-it asks of a backend and of the routed experts is in ``slotmoe.border``.
+it asks of the routed experts is in ``slotmoe.quant.backends.base``.
 
 Shapes: T tokens of this pass, D hidden_size, C half of qk_rope_head_dim, V vocabulary rows.
 """
@@ -11,19 +11,19 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from slotmoe.border import Backend, Experts, Mixing, Runner, State, Step, Timer
-from slotmoe.model.attention import Rope
+from slotmoe.border import Chunk, Mixing, Timer
+from slotmoe.model.attention_config import Rope
 from slotmoe.model.config import Config
 from slotmoe.model.layers import LayerByLayer, as_tensor, geometry_of, layer_of
 from slotmoe.model.names import EMBEDDING, FINAL_NORM, HEAD, HEAD_MIX_PARTS
-from slotmoe.model.state import SequenceState
+from slotmoe.quant.backends.base import Prepared, RoutedExperts, Runner, TorchBackend
+from slotmoe.state import SequenceState
 
-W = TypeVar("W")
 States: TypeAlias = Sequence[SequenceState]
 _FEW = 15  # tokens that a decoder takes beside one of each sequence; more are a prompt's
 
@@ -46,9 +46,9 @@ def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
 
 
 class Positions:
-    """Makes steps: what positions make of tokens in each kind of layer, on ``where``'s device."""
+    """Makes chunks: what positions make of tokens in each kind of layer, on ``where``'s device."""
 
-    def __init__(self, config: Config, where: Tensor, backend: Backend[Any]):
+    def __init__(self, config: Config, where: Tensor, backend: TorchBackend):
         def frequencies(rope: Rope) -> Tensor:
             return inverse_frequencies(rope, config.qk_rope_head_dim).to(where.device)
 
@@ -56,43 +56,43 @@ class Positions:
         self._frequencies_C = frequencies(config.rope)
         self._compressed_C = None if compressed is None else frequencies(compressed.rope)
 
-    def step(
+    def chunk(
         self,
         h_TD: Tensor,
         positions_T: Tensor,
-        states: Sequence[State],
+        states: States,
         before: Sequence[int],
         counts: Sequence[int],
         timer: Timer | None,
         ids_T: Tensor | None,
-    ) -> Step:
-        """A step over tokens at ``positions``, float32 [T]."""
+    ) -> Chunk:
+        """A chunk over tokens at ``positions``, float32 [T]."""
         rope, scale_T = self._rope, None
         if rope.llama_4_scaling_beta:
             lengths_T = torch.floor(positions_T / rope.original_max_position_embeddings)
             scale_T = 1 + rope.llama_4_scaling_beta * torch.log(1 + lengths_T)
         rope_TC = self._backend.rotations(positions_T, self._frequencies_C, rope.table_scale)
-        step = Step(h_TD, rope_TC, scale_T, states, before, counts, timer, ids_T)
+        chunk = Chunk(h_TD, rope_TC, scale_T, states, before, counts, timer, ids_T)
         if self._compressed_C is not None:
-            step.compressed_C = self._compressed_C
-            step.compressed_rope_TC = self._backend.rotations(positions_T, self._compressed_C)
-        return step
+            chunk.compressed_C = self._compressed_C
+            chunk.compressed_rope_TC = self._backend.rotations(positions_T, self._compressed_C)
+        return chunk
 
 
-class Network(Generic[W]):
+class Network:
     """The network over weights in memory.  ``weights`` maps checkpoint names to whatever
-    ``backend`` understands; norms and gates are float tensors.  A long pass goes through each layer
-    in steps of ``step_tokens``: experts then serve all its tokens, temporaries are one step's."""
+    ``backend`` understands; norms and gates are float tensors.  A long pass goes through each
+    layer in chunks of ``chunk_tokens``: experts serve all its tokens, temporaries are a chunk's."""
 
     def __init__(
         self,
         config: Config,
-        weights: Mapping[str, W],
-        backend: Backend[W],
-        experts: Experts,
-        step_tokens: int = 1 << 30,
+        weights: Mapping[str, Prepared],
+        backend: TorchBackend,
+        experts: RoutedExperts,
+        chunk_tokens: int = 1 << 30,
     ):
-        self._step_tokens = step_tokens
+        self._chunk_tokens = chunk_tokens
         self.config, self.backend, self.experts = config, backend, experts
         self.embed_tokens = weights[EMBEDDING]
         self.layers = [layer_of(weights, index) for index in range(config.num_hidden_layers)]
@@ -135,12 +135,12 @@ class Network(Generic[W]):
             state.begin(count)
         if self.timer is not None:
             self.timer.mark("rest")
-        runner: Runner = self._layer_by_layer
-        T, size = len(h_TD), self._step_tokens
+        runner: Runner | LayerByLayer = self._layer_by_layer
+        T, size = len(h_TD), self._chunk_tokens
         if self._decoder and min(self.rows, size) >= T and T - len(states) <= _FEW:
             runner = self._decoder
         of_T = [state for state, count in pairs for _ in range(count)]
-        before_T, steps = [*chain.from_iterable(map(range, counts))], []
+        before_T, chunks = [*chain.from_iterable(map(range, counts))], []
         for start in range(0, T, size):
             span = slice(start, start + size)
             ids = None if ids_T is None else ids_T[span]
@@ -148,28 +148,28 @@ class Network(Generic[W]):
             before = [before_T[of_T.index(state, start)] for state in parts]
             of_each = [*parts], before, [*parts.values()]
             given = h_TD[span], positions_T[span], *of_each, self.timer, ids
-            steps.append(self._positions.step(*given))
-        waiting = steps
-        while waiting:  # all steps take a layer's experts before the next layer's
-            waiting = [step for step in waiting if self._advance(step, runner)]
+            chunks.append(self._positions.chunk(*given))
+        waiting = chunks
+        while waiting:  # all chunks take a layer's experts before the next layer's
+            waiting = [chunk for chunk in waiting if self._advance(chunk, runner)]
         for state, count in pairs:
             state.done(count)
-        return h_TD if len(steps) > 1 else steps[0].h_TD
+        return h_TD if len(chunks) > 1 else chunks[0].h_TD
 
-    def _advance(self, step: Step, runner: Runner) -> bool:
-        """Take a step to and through the next layer with experts; False if there is none."""
-        if (pending := runner.run_layers(step, self.experts)) is None:
+    def _advance(self, chunk: Chunk, runner: Runner | LayerByLayer) -> bool:
+        """Take a chunk to and through the next layer with experts; False if there is none."""
+        if (pending := runner.run_layers(chunk, self.experts)) is None:
             return False
-        step.routed_TD = self.experts(*pending)
+        chunk.routed_TD = self.experts(*pending)
         if runner is self._layer_by_layer:  # so that only the residual stream waits
-            self._layer_by_layer.feed_forward(step)
+            self._layer_by_layer.feed_forward(chunk)
         return True
 
     @torch.inference_mode()
     def head(self, h_TD: Tensor) -> Tensor:
         """Logits, float32 [T, vocab], from rows of the residual stream after the last layer."""
         x_TD = self.backend.rms_norm(self.collapse(h_TD), self.norm, self.config.rms_norm_eps)
-        logits_TV: Tensor = self.backend.linear(x_TD, self.lm_head)
+        logits_TV = self.backend.linear(x_TD, self.lm_head)
         if self.timer is not None:
             self.timer.mark("head")
         return logits_TV

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TypedDict
 
 from slotmoe.errors import ConfigError
-from slotmoe.jsonfile import Json, parse_json
+from slotmoe.jsonfile import Json, ReadFile, files_in, parse_json
 from slotmoe.model.child import Child
-from slotmoe.model.files import ReadFile, files_in
 from slotmoe.model.reasoning import Splitter, reasoning_of
 
 MAX_TOKENIZER_BYTES = 32 << 20  # that of GLM-4.7 has 20 MB

@@ -4,12 +4,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from slotmoe.errors import ConfigError
-from slotmoe.jsonfile import Json, parse_json
-from slotmoe.model.checkpoint.reader import Checkpoint
+from slotmoe.jsonfile import Json, ReadFile, parse_json
+from slotmoe.model.checkpoint.reader import Checkpoint, open_checkpoint
 from slotmoe.model.config import Config, config_among
-from slotmoe.model.files import ReadFile
 from slotmoe.model.generate import Generation
-from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.machine import cache_folder
 from slotmoe.quant.export.layout import MANIFEST

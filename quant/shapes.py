@@ -8,6 +8,12 @@ ALIGNMENT = 4096
 WIDENED = ("norm", "gate")  # roles of weights that are small and used in float32
 TABLE = "table"  # the role of integers, which are kept as they are, in 32 bits
 TABLE_NAME = ".tid2eid"  # how the names of such weights end
+# What is remembered of a sequence where tokens are compressed.  A mark is a length that it can be
+# cut to, and what the next token behind that needs of the tokens before, beside what stays.
+SPARE = 16  # tokens that can be cut off without a mark
+MARK_TOKENS = 256  # a mark stands at each multiple, whatever the passes are
+MOST_MARKS = 8  # that a sequence remembers when a pass begins
+MOST_ENDS = 4  # of them, those where texts have ended last; the others stand at multiples
 RESIDENT_MODES = ("bf16", "int8", "mixed", "nf4")
 _CODED = {"mixed": {"matrix": LUT4}, "nf4": {"matrix": NF4, "sensitive": NF4}}  # by mode and role
 

@@ -1,7 +1,6 @@
-"""What crosses between the network, its backend and the routed experts.
+"""What crosses between the network and its backend: a layer's weights, sizes, a pass on its way.
 
-Only the backend knows what a weight ``W`` is made of (fp32, int8, codes) and where it lies.  Only
-``Experts`` knows where the routed experts are.
+Only the backend knows what a weight ``W`` is made of (fp32, int8, codes) and where it lies.
 
 Shapes: T tokens, D hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, R kv_lora_rank, V
 v_head_dim, W = R + P latent row, X elements of a cached row, C = P / 2, S cached positions, B a
@@ -9,14 +8,15 @@ block of them, E routed experts, K experts a token, M MoE layers, J heads of an 
 index_head_dim, Z head_dim, Y columns of a compressor, L rows of a list, Q residual streams.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from slotmoe.state import SequenceState
+
 W = TypeVar("W", covariant=True)
-W_in = TypeVar("W_in", contravariant=True)
 
 
 class Timer:
@@ -214,48 +214,6 @@ class Pending(NamedTuple):
     indices_TK: Tensor
 
 
-class State(Protocol):
-    """What a sequence has left behind in attention: one of ``slotmoe.model.state``."""
-
-    length: int
-
-
-class Cache(State, Protocol):
-    """Latents, [layers, positions, X], and indexers' keys: ``slotmoe.model.state.LatentCache``."""
-
-    layers: Tensor
-    index_keys: Tensor
-
-    def extend(self, layer: int, count: int) -> Tensor: ...
-
-
-class Tail(Protocol):
-    """The last rows of a sequence in some layers, [layers, ...], from position ``first`` on."""
-
-    first: int
-    rows: Tensor
-
-
-class CompressedGroup(Protocol):
-    """Compressed ``rows`` [layers, S, X] of the layers with one ratio, and the ``open`` tokens'."""
-
-    rows: Tensor
-
-    @property
-    def open(self) -> Tail: ...
-
-
-class CompressedState(State, Protocol):
-    """A sequence's window and compressed rows: ``slotmoe.model.state``."""
-
-    @property
-    def window(self) -> Tail: ...
-    @property
-    def groups(self) -> Mapping[int, CompressedGroup]: ...
-    @property
-    def index(self) -> CompressedGroup | None: ...
-
-
 class Listed(NamedTuple):
     """Cached rows that attention is to, for each token those that its list names, in that order.
 
@@ -279,9 +237,9 @@ class Mixed(NamedTuple):
 
 
 @dataclass
-class Step:
-    """A pass, or some of its tokens, on their way through the layers, over T tokens: ``counts`` of
-    each sequence, which has a state of its own, behind the pass's ``before`` of each.
+class Chunk:
+    """T tokens of a pass, or all of them, on their way through the layers: ``counts`` of each
+    sequence, which has a state of its own, behind the pass's ``before`` of each.
 
     ``rope_TC`` rotates a token's pairs, ``compressed_rope_TC`` does in layers with compressed rows,
     where a position is an angle of so many ``compressed_C``, and ``query_scale_T``, None for 1,
@@ -296,7 +254,7 @@ class Step:
     h_TD: Tensor
     rope_TC: Tensor
     query_scale_T: Tensor | None
-    caches: Sequence[State]
+    caches: Sequence[SequenceState]
     before: Sequence[int]
     counts: Sequence[int]
     timer: Timer | None
@@ -308,77 +266,3 @@ class Step:
     compressed_C: Tensor | None = None
     mixed: Mixed | None = None
     lists_TL: Tensor | None = None
-
-
-class SlotTable(Protocol):
-    """Where experts are: ``slotmoe.quant.backends.base.SlotTable``."""
-
-    def having(self, slots_ME: Tensor) -> "SlotTable": ...
-
-
-class Experts(Protocol):
-    """The routed experts, wherever they are."""
-
-    def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
-        """The weighted sum of each token's experts, in gate order, float32 [T, D]."""
-
-    def slot_table(self) -> SlotTable | None:
-        """Where experts are now; None where no backend computes them by itself."""
-
-    def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
-        """The backend has computed M MoE layers from ``layer`` on by the slot table; the gates
-        chose ``indices_MTK`` for ``x_MTD``, which it need not keep where all experts have slots."""
-
-
-class Runner(Protocol):
-    """Runs layers for a pass."""
-
-    def run_layers(self, step: Step, experts: Experts) -> Pending | None:
-        """Go on with ``step`` until a layer lacks an expert, which is returned, or to the end.
-
-        It may compute layers whose experts all have slots (``slot_table``), and tells ``passed``.
-        """
-
-
-class Decoder(Runner, Protocol):
-    """Runs layers for a few tokens of each sequence, each bitwise what it gives alone."""
-
-    @property
-    def rows(self) -> int:
-        """Tokens that a pass may have."""
-
-
-class Backend(Protocol[W_in]):
-    """Multiplies.  ``slotmoe.quant.backends.base.TorchBackend`` says what each operation gives."""
-
-    @property
-    def absorbs(self) -> bool: ...
-    def linear(self, x_TK: Tensor, weight: W_in | Tensor) -> Tensor: ...
-    def grouped_linear(self, x_TGK: Tensor, weight: W_in) -> Tensor: ...
-    def rms_norm(self, x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor: ...
-    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor: ...
-    def mlp(self, x_TD: Tensor, weights: Mlp[W_in]) -> Tensor: ...
-    def embed(self, ids_T: Tensor, weight: W_in) -> Tensor: ...
-    def rotations(
-        self, positions_T: Tensor, frequencies_C: Tensor, scale: float = 1.0
-    ) -> Tensor: ...
-    def rotate(self, x_THP: Tensor, table_TC: Tensor, halves: bool) -> Tensor: ...
-    def absorb_query(self, q_THN: Tensor, kv_b: W_in) -> Tensor: ...
-    def absorb_value(self, o_THR: Tensor, kv_b: W_in, N: int) -> Tensor: ...
-    def expand(self, latent_BR: Tensor, kv_b: W_in) -> Tensor: ...
-    def store_latents(self, latent_TW: Tensor, R: int, rows_TX: Tensor) -> None: ...
-    def mla(self, q_THW: Tensor, rows_SX: Tensor, R: int, scale: float) -> Tensor | None: ...
-    def attend(self, q_THW: Tensor, listed: Listed, R: int, scale: float) -> Tensor: ...
-    def index(
-        self, q_TJA: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int
-    ) -> Tensor: ...
-    def compress(
-        self, both_BS2Y: Tensor, bias_SY: Tensor, norm_Y: Tensor, eps: float
-    ) -> Tensor: ...
-    def mix(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry) -> tuple[Tensor, Mixed]: ...
-    def add_mixed(self, y_TD: Tensor, h_TD: Tensor, mixed: Mixed) -> Tensor: ...
-    def collapse(self, h_TD: Tensor, mixing: Mixing, hyper: HyperGeometry) -> Tensor: ...
-    def route(
-        self, logits_TE: Tensor, router: Router, bias_E: Tensor | None, chosen_TK: Tensor | None
-    ) -> tuple[Tensor, Tensor] | None: ...
-    def decoder(self, geometry: Geometry, layers: Sequence[Layer[W_in]]) -> Decoder | None: ...

@@ -1,4 +1,8 @@
-"""JSON files that come from strangers: read within bounds, and typed.
+"""A model's small files, which come from strangers: read within bounds, and JSON typed.
+
+A checkpoint has its config, tokenizer and chat template in its folder, an export has their
+checksums too, and those of a GGUF file are made of its metadata.  Whoever uses them gets a
+``ReadFile`` and never a path, so that what a stranger puts beside an export is not read.
 
 A type is whatever ``msgspec`` converts to: a ``Struct``, a dataclass, or an annotation.  An object
 may have more keys than its type.
@@ -7,16 +11,19 @@ may have more keys than its type.
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from slotmoe.errors import ConfigError, SlotmoeError, reading
+from slotmoe.errors import CheckpointError, ConfigError, SlotmoeError, reading
 from slotmoe.system import open_file
 
 T = TypeVar("T")
 Json = dict[str, Any]  # an object as it comes in or goes out
+ReadFile = Callable[[str, int], bytes | None]
+"""``read(name, limit)``: the content of the file ``name``, None if the model has none.  Raises what
+its source raises for a bad file, also for more than ``limit`` bytes."""
 MAX_JSON_VALUES = 300_000  # V3 in nested NF4 has 270,000 tensors, Kimi K2 with scales 210,000
 MAX_JSON_DEPTH = 32
 _WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
@@ -35,6 +42,30 @@ def read_file(path: Path, max_bytes: int, error: type[SlotmoeError] = ConfigErro
     if len(data) > max_bytes:
         raise error(f"{path}: more than {max_bytes} bytes, {_BEYOND}")
     return data
+
+
+def files_in(folder: Path) -> ReadFile:
+    """The files of a plain folder, as they are.  Raises ``ConfigError``."""
+
+    def read(name: str, limit: int) -> bytes | None:
+        path = folder / name
+        return read_file(path, limit) if path.exists() else None
+
+    return read
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Path of a regular file in ``folder``; links may lead only to the hub cache's own blobs."""
+    path = folder / name
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    if real.parent not in (home, blobs):
+        problem = "is a link that leads out of the folder; copy the file itself here"
+    elif not path.is_file():
+        problem = "is missing or not a regular file; download the checkpoint again"
+    else:
+        return path
+    raise CheckpointError(f"{path}: {problem}")
 
 
 def read_json(

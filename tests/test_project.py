@@ -23,7 +23,7 @@ from slotmoe.offload.runtime import Runtime
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("model", "quant", "offload", "tools")
 FORBIDDEN = {
-    "model": ("slotmoe.quant", "slotmoe.offload", "slotmoe.tools"),
+    "model": ("slotmoe.offload", "slotmoe.tools"),
     "quant": ("slotmoe.model", "slotmoe.offload", "slotmoe.tools"),
     "offload": ("slotmoe.tools",),
     "slotmoe": ("slotmoe.tools",),

@@ -19,7 +19,7 @@ import pytest
 
 from slotmoe import system
 from slotmoe.errors import CheckpointError, SlotmoeError
-from slotmoe.model.checkpoint.reader import Checkpoint
+from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import RESIDENT, layer_file
 from slotmoe.quant.export.reader import Export
@@ -113,7 +113,7 @@ def test_opening_a_checkpoint(monkeypatch, call, number):
     fail(monkeypatch, call, number, WEIGHTS, SAMPLE)
 
     def read_all():
-        with Checkpoint.open(SAMPLE) as checkpoint:
+        with open_checkpoint(SAMPLE) as checkpoint:
             for name in checkpoint.infos:
                 checkpoint.rows(name, 0, 1)
 
@@ -132,12 +132,12 @@ def test_the_library_of_safetensors_is_understood(monkeypatch):
 
     monkeypatch.setattr("slotmoe.model.checkpoint.shards.safe_open", refuse)
     with pytest.raises(CheckpointError, match=r"can't be read .*Too many open files"):
-        Checkpoint.open(SAMPLE)
+        open_checkpoint(SAMPLE)
 
 
 def test_short_reads_are_no_damage(sample_export, monkeypatch):
     """A header in two parts was called damage, and that of a checkpoint got another hash."""
-    with Checkpoint.open(SAMPLE) as checkpoint:
+    with open_checkpoint(SAMPLE) as checkpoint:
         wanted = list(checkpoint.headers())
     preadv = os.preadv
 
@@ -146,7 +146,7 @@ def test_short_reads_are_no_damage(sample_export, monkeypatch):
 
     monkeypatch.setattr(os, "preadv", short)
     Export.open(sample_export).close()
-    with Checkpoint.open(SAMPLE) as checkpoint:
+    with open_checkpoint(SAMPLE) as checkpoint:
         assert list(checkpoint.headers()) == wanted
 
 

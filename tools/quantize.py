@@ -9,8 +9,8 @@ import click
 
 from slotmoe.errors import ConfigError, one_line
 from slotmoe.jsonfile import Json
+from slotmoe.model.checkpoint.gguf_metadata import files_of
 from slotmoe.model.config import config_among
-from slotmoe.model.gguf import files_of
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import library, locate
 from slotmoe.signals import Stopping, leave

@@ -1,5 +1,5 @@
 """How the quantized weights of a checkpoint are encoded, as its ``quantization_config`` says.
-Without torch: ``slotmoe.model.checkpoint.dequantize`` decodes them."""
+Without torch: ``slotmoe.model.checkpoint.places`` decodes them."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypedDict

@@ -1,7 +1,8 @@
-"""Reads a Hugging Face checkpoint, one tensor (or a range of its rows) at a time.
+"""Opens a checkpoint, a folder of Hugging Face's or a GGUF file, and reads one tensor, or a range
+of its rows, at a time.
 
 What its files hold is checked against what the config promises before any data is read
-(``shards`` and ``places`` beside this).  Data is read with ``pread`` into fresh buffers; a memory
+(the other modules of this folder).  Data is read with ``pread`` into fresh buffers; a memory
 map would count the whole shard as resident.
 """
 
@@ -15,14 +16,15 @@ from pathlib import Path
 import torch
 
 from slotmoe import system
-from slotmoe.errors import CheckpointError, reading
-from slotmoe.jsonfile import Json, parse_json, read_file
+from slotmoe.errors import CheckpointError, ConfigError, reading
+from slotmoe.jsonfile import Json, ReadFile, files_in, inside, parse_json, read_file
 from slotmoe.model import names, tiktoken
-from slotmoe.model.checkpoint.dequantize import Codes, EncodedTensor
-from slotmoe.model.checkpoint.places import Places
+from slotmoe.model.checkpoint.gguf import gguf_tensors
+from slotmoe.model.checkpoint.gguf_header import is_gguf, read_headers
+from slotmoe.model.checkpoint.gguf_metadata import metadata_files
+from slotmoe.model.checkpoint.places import Codes, EncodedTensor, Places
 from slotmoe.model.checkpoint.shards import TensorInfo, read_header, tensors_in
 from slotmoe.model.config import Config, config_among
-from slotmoe.model.files import ReadFile, files_in, inside
 from slotmoe.model.tokenizer import MAX_SETTINGS_BYTES
 
 
@@ -31,7 +33,7 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
 
     ``infos`` are the tensors that the network uses, and ``stored`` those of the files that they are
     in.  ``headers`` are the files that it has, each with how many bytes it has before its data.
-    ``small_file`` reads ``config.json`` or another small one, see ``slotmoe.model.files``.
+    ``small_file`` reads ``config.json`` or another small one, see ``slotmoe.jsonfile``.
     """
 
     def __init__(
@@ -55,29 +57,6 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
         except CheckpointError:
             self.close()
             raise
-
-    @classmethod
-    def open(cls, folder: Path, keep_mtp: bool = False) -> "Checkpoint":
-        """Open ``folder`` and check that every tensor of its config is there with the right shape,
-        with ``keep_mtp`` also those of the head that predicts one token more.
-
-        Raises ``ConfigError`` or ``CheckpointError``; no tensor data has been read by then.
-        """
-        config = config_among(files_in(folder), folder)
-        found, headers = tensors_in(folder)
-        stored = {names.in_layers(name, config): info for name, info in found.items()}
-        if keep_mtp:
-            config = config.with_mtp(folder / "config.json", "--keep-mtp")
-            first = names.layer_tensor(config.num_hidden_layers, names.MTP_PARTS["enorm"].name)
-            if first not in stored:
-                problem = f"{first} is missing, though num_nextn_predict_layers names its layer"
-                advice = "leave --keep-mtp out, or get all weights"
-                raise CheckpointError(f"{folder}: {problem}; {advice}")
-        places = Places(folder, stored, config)
-        infos = {name: places.find(name, shape) for name, shape in tensor_shapes(config)}
-        used = {info.file for info in places.used}
-        headers = {file: headers[file] for file in headers.keys() & used}
-        return cls(folder, config, infos, places.used, headers, small_files(folder))
 
     @contextmanager
     def read_from(self, file: str, path: Path) -> Iterator[None]:
@@ -166,6 +145,40 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
         self.close()
 
 
+def open_checkpoint(path: Path, keep_mtp: bool = False) -> Checkpoint:
+    """The checkpoint folder ``path``, with ``keep_mtp`` also the head that predicts one token more,
+    or the GGUF file, the first where there are several.  Every tensor that its config asks for is
+    there with the right shape; no tensor data has been read.
+
+    Raises ``ConfigError`` or ``CheckpointError``, also where the ``gguf`` package is missing.
+    """
+    if is_gguf(path):
+        if keep_mtp:
+            problem = "the head that predicts one token more is not read from GGUF files"
+            advice = "leave --keep-mtp out, or give the original checkpoint"
+            raise ConfigError(f"{path}: {problem}; {advice}")
+        headers = read_headers(path)
+        read = metadata_files(headers[0])
+        config = config_among(read, path)
+        infos, used = gguf_tensors(path, config, headers)
+        starts = {header.path.name: header.length for header in headers}
+        return Checkpoint(path, config, infos, used, starts, read)
+    config = config_among(files_in(path), path)
+    found, starts = tensors_in(path)
+    stored = {names.in_layers(name, config): info for name, info in found.items()}
+    if keep_mtp:
+        config = config.with_mtp(path / "config.json", "--keep-mtp")
+        first = names.layer_tensor(config.num_hidden_layers, names.MTP_PARTS["enorm"].name)
+        if first not in stored:
+            problem = f"{first} is missing, though num_nextn_predict_layers names its layer"
+            advice = "leave --keep-mtp out, or get all weights"
+            raise CheckpointError(f"{path}: {problem}; {advice}")
+    places = Places(path, stored, config)
+    infos = {name: places.find(name, shape) for name, shape in names.tensor_shapes(config)}
+    starts = {file: starts[file] for file in starts.keys() & {info.file for info in places.used}}
+    return Checkpoint(path, config, infos, places.used, starts, small_files(path))
+
+
 def small_files(folder: Path) -> ReadFile:
     """The small files of a checkpoint folder.  ``tokenizer.json`` may be made of a
     ``tiktoken.model``.  Raises ``CheckpointError`` or ``ConfigError``."""
@@ -185,12 +198,3 @@ def small_files(folder: Path) -> ReadFile:
         return converted() if is_made else None
 
     return read
-
-
-def tensor_shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor of ``config``, one by one: a hostile one has far too many."""
-    yield from names.resident_shapes(config).items()
-    for layer in config.moe_layers:
-        for projection, shape in names.expert_shapes(config).items():
-            for expert in range(config.n_routed_experts):
-                yield names.expert_name(layer, expert, projection), shape

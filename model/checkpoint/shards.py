@@ -16,8 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from slotmoe.errors import CheckpointError, reading
-from slotmoe.jsonfile import read_json
-from slotmoe.model.files import inside
+from slotmoe.jsonfile import inside, read_json
 from slotmoe.model.names import text_name
 
 INDEX_NAME = "model.safetensors.index.json"

@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from slotmoe.errors import ConfigError, PlanError
-from slotmoe.model.checkpoint.reader import Checkpoint
+from slotmoe.jsonfile import ReadFile
+from slotmoe.model.attention import new_state
+from slotmoe.model.checkpoint.gguf_metadata import files_of
+from slotmoe.model.checkpoint.reader import Checkpoint, open_checkpoint
 from slotmoe.model.config import Config, config_among
-from slotmoe.model.files import ReadFile
 from slotmoe.model.generate import Generation
-from slotmoe.model.gguf import files_of
-from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.layers import as_tensor
 from slotmoe.model.mtp import MtpHead
 from slotmoe.model.names import EXPERTS_OF, layer_tensor, resident_shapes, role_of
 from slotmoe.model.network import Network
-from slotmoe.model.state import SequenceState, new_state, plain_row
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.devices.pages import tune_heap
@@ -51,6 +50,7 @@ from slotmoe.quant.export.reader import Export
 from slotmoe.quant.shapes import TABLE
 from slotmoe.quant.weights import Weight
 from slotmoe.sizes import format_size, parse_size, rounded_down
+from slotmoe.state import SequenceState, plain_row
 from slotmoe.system import choose_placement
 
 FREE_SHARE = 0.9  # of what is free, where no budget is given
@@ -65,7 +65,7 @@ class LoadedModel:
 
     config: Config
     tokenizer: Tokenizer
-    network: Network[Prepared]
+    network: Network
     states: list[SequenceState]
     plan: Plan
     generation: Generation
@@ -79,7 +79,7 @@ class LoadedModel:
     draft: tuple[str, str]
     sizes: Sizes | None = None
     store: Store | None = None
-    head: MtpHead[Prepared] | None = None
+    head: MtpHead | None = None
 
     @property
     def cpu(self) -> TorchBackend:

@@ -13,12 +13,12 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from slotmoe.border import Backend
-from slotmoe.model.state import SequenceState, new_state
+from slotmoe.model.attention import new_state
 from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.policy.passes import MOST_DRAFTED, Asking, Drafting, NGrams
-from slotmoe.quant.backends.base import Prepared
+from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.sizes import format_size
+from slotmoe.state import SequenceState
 
 EACH_AT_ONCE = 16  # rows of logits made at once, each as it is alone
 _NONE = torch.empty(0, 0)
@@ -144,7 +144,7 @@ class Sequence:
         self.state.resume(self.length + len(ids), snapshot)
         self.tokens, self.hidden_RD = self.tokens + ids, None
 
-    def fill(self, depth: int, backend: Backend[Prepared]) -> None:
+    def fill(self, depth: int, backend: TorchBackend) -> None:
         """Become ``depth`` unknown tokens with random rows: for measurements."""
         self.state.fill(depth, backend.store_latents)
         self.tokens, self.hidden_RD = [-1] * depth, None

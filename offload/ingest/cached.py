@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from slotmoe.model.gguf.checkpoint import open_checkpoint
-from slotmoe.model.gguf.header import shard_paths
+from slotmoe.model.checkpoint.gguf_header import shard_paths
+from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.encoder import codecs_for
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize, resident_mode

@@ -25,17 +25,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slotmoe.border import Pending, Step
+from slotmoe.border import Chunk, Pending
+from slotmoe.model.attention import new_state
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.layers import LayerByLayer, geometry_of, layer_of
 from slotmoe.model.names import EMBEDDING, expert_name, expert_shapes, resident_shapes, split_name
 from slotmoe.model.network import Positions
-from slotmoe.model.state import new_state, plain_row
 from slotmoe.offload.ingest.output_dir import STREAM, State
 from slotmoe.quant.backends.base import Prepared, TorchBackend
 from slotmoe.quant.codecs.feedback import Hessian
 from slotmoe.quant.export.layout import checksum
 from slotmoe.quant.export.writer import replace_file
+from slotmoe.state import plain_row
 
 MAX_TOKENS = 1 << 16  # more move the Hessians little
 WINDOW = 512  # tokens that are read as one sequence; attention to more costs more than it says
@@ -188,27 +189,27 @@ class Calibration:
         config = self._config.alone(layer)
         runner = LayerByLayer(geometry_of(config), [layer_of(weights, layer)], tap)
         state = new_state(config, max(self._lengths), plain_row, self._empty)
-        steps, pendings = list[Step](), list[Pending]()
+        chunks, pendings = list[Chunk](), list[Pending]()
         ids_T = torch.tensor(self._ids, device=self._device)
         windows = self.hidden_TD.split(self._lengths), ids_T.split(self._lengths)
         for h_WD, ids_W in zip(*windows, strict=True):
             positions_W = torch.arange(len(h_WD), device=self._device).float()
             given = h_WD, positions_W, [state], [0], [len(h_WD)], None, ids_W
-            step = self._positions.step(*given)
+            chunk = self._positions.chunk(*given)
             state.begin(len(h_WD))
-            if (pending := runner.run_layers(step, None)) is not None:
+            if (pending := runner.run_layers(chunk)) is not None:
                 pendings.append(pending)
-            steps.append(step)
+            chunks.append(chunk)
         hessians = dict[str, Hessian]()
         if pendings:
             routed_TD, hessians = self._experts(layer, pendings)
-            for step, routed_WD in zip(steps, routed_TD.split(self._lengths), strict=True):
-                step.routed_TD = routed_WD
-                runner.run_layers(step, None)
+            for chunk, routed_WD in zip(chunks, routed_TD.split(self._lengths), strict=True):
+                chunk.routed_TD = routed_WD
+                runner.run_layers(chunk)
         for name, total in tap.sums.items():
             hessian = Hessian(total / tap.counts[name])
             hessians |= {name: hessian, name.replace("gate_proj", "up_proj"): hessian}
-        self.hidden_TD = torch.cat([step.h_TD for step in steps])
+        self.hidden_TD = torch.cat([chunk.h_TD for chunk in chunks])
         return hessians
 
     def _experts(self, layer: int, pendings: list[Pending]) -> tuple[Tensor, dict[str, Hessian]]:

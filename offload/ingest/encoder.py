@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from slotmoe.model.checkpoint.dequantize import Codes
+from slotmoe.model.checkpoint.places import Codes
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.names import split_expert, split_name
 from slotmoe.offload.plan.memory import default_codecs

@@ -26,7 +26,7 @@ from slotmoe.errors import CheckpointError, ExportError
 from slotmoe.jsonfile import Json, typed
 from slotmoe.model import tiktoken
 from slotmoe.model.checkpoint import shards
-from slotmoe.model.checkpoint.reader import Checkpoint
+from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.checkpoint.shards import INDEX_NAME, MAX_HEADER_BYTES, TensorInfo
 from slotmoe.model.config import read_config
 from slotmoe.offload.ingest import output_dir
@@ -120,7 +120,7 @@ class HubShards:
 
         async with get_async_session() as client:
             await asyncio.gather(*(self._fetch_header(span, name) for name in names))
-            with Checkpoint.open(self.folder, self.keep_mtp) as opened:
+            with open_checkpoint(self.folder, self.keep_mtp) as opened:
                 apart = opened.apart
             await asyncio.gather(*map(put_apart, apart))
 

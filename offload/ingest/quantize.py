@@ -24,8 +24,7 @@ import torch
 from slotmoe import system
 from slotmoe.errors import CheckpointError, ConfigError, ExportError
 from slotmoe.jsonfile import Json
-from slotmoe.model.checkpoint.reader import Checkpoint
-from slotmoe.model.gguf.checkpoint import open_checkpoint
+from slotmoe.model.checkpoint.reader import Checkpoint, open_checkpoint
 from slotmoe.model.names import text_layer
 from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.calibration import Calibration, Windows, chosen, fingerprint

@@ -13,8 +13,8 @@ from pathlib import Path
 from slotmoe import model as model_package
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.jsonfile import Json, read_json
+from slotmoe.model.checkpoint.gguf_metadata import files_of
 from slotmoe.model.config import Config, config_among, read_config
-from slotmoe.model.gguf import files_of
 from slotmoe.model.names import resident_shapes
 from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.divergence import expected

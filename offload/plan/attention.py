@@ -1,11 +1,10 @@
-"""What attention keeps and reads of a sequence (``slotmoe.model.state``): bytes, products."""
+"""What attention keeps and reads of a sequence (``slotmoe.state``): bytes, products."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from slotmoe.model.config import Config
-from slotmoe.model.marks import MARK_TOKENS, MOST_ENDS, MOST_MARKS, SPARE
-from slotmoe.quant.shapes import latent_bytes
+from slotmoe.quant.shapes import MARK_TOKENS, MOST_ENDS, MOST_MARKS, SPARE, latent_bytes
 
 
 @dataclass(frozen=True)

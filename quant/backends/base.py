@@ -10,14 +10,24 @@ kv_lora_rank, E routed experts.
 import timeit
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from slotmoe import border
-from slotmoe.border import Decoder, Geometry, HyperGeometry, Layer, Listed, Mixed, Mixing, Router
+from slotmoe.border import (
+    Chunk,
+    Geometry,
+    HyperGeometry,
+    Layer,
+    Listed,
+    Mixed,
+    Mixing,
+    Pending,
+    Router,
+)
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
@@ -52,9 +62,33 @@ class SlotTable(NamedTuple):
     slots_ME: Tensor
     complete: bool
 
-    def having(self, slots_ME: Tensor) -> "SlotTable":
-        """The table of other layers in the same records."""
-        return self._replace(slots_ME=slots_ME, complete=False)
+
+class RoutedExperts(Protocol):
+    """The routed experts, wherever they are; what network and backend ask of them."""
+
+    def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
+        """The weighted sum of each token's experts, in gate order, float32 [T, D]."""
+
+    def slot_table(self) -> SlotTable:
+        """Where experts are now."""
+
+    def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
+        """The backend has computed M MoE layers from ``layer`` on by the slot table; the gates
+        chose ``indices_MTK`` for ``x_MTD``, which it need not keep where all experts have slots."""
+
+
+class Runner(Protocol):
+    """Runs layers for a few tokens of each sequence, each bitwise what it gives alone."""
+
+    @property
+    def rows(self) -> int:
+        """Tokens that a pass may have."""
+
+    def run_layers(self, chunk: Chunk, experts: RoutedExperts) -> Pending | None:
+        """Go on with ``chunk`` until a layer lacks an expert, which is returned, or to the end.
+
+        It may compute layers whose experts all have slots (``slot_table``), and tells ``passed``.
+        """
 
 
 def unbound(weight: Prepared) -> Weight:
@@ -296,10 +330,10 @@ class TorchBackend:
     def route(
         self, logits_TE: Tensor, router: Router, bias_E: Tensor | None, chosen_TK: Tensor | None
     ) -> tuple[Tensor, Tensor] | None:
-        """What ``slotmoe.model.routing.route`` gives, or None without a kernel."""
+        """What ``slotmoe.model.layers.route`` gives, or None without a kernel."""
         return None
 
-    def decoder(self, geometry: Geometry, layers: Sequence[Layer[Prepared]]) -> Decoder | None:
+    def decoder(self, geometry: Geometry, layers: Sequence[Layer[Prepared]]) -> Runner | None:
         """What runs passes over a few tokens of each sequence, each bitwise what the operations
         give for it alone; None where the network shall run them so."""
         return None

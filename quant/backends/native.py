@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from slotmoe import border
-from slotmoe.border import Geometry, HyperGeometry, Listed, Mixed, Mixing, Mla, Router, State, Step
-from slotmoe.quant.backends.base import Empty, Prepared, Records, SlotTable, TorchBackend, new
+from slotmoe.border import Chunk, Geometry, HyperGeometry, Listed, Mixed, Mixing, Mla, Router
+from slotmoe.quant.backends.base import Empty, Prepared, Records, RoutedExperts, TorchBackend, new
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
@@ -26,6 +26,7 @@ from slotmoe.quant.kernels.cpu.tokens import Tokens
 from slotmoe.quant.kernels.cpu.weights import Absorbed, ExpertRecord, Matrix, Mlp, bind_router
 from slotmoe.quant.shapes import latent_bytes
 from slotmoe.quant.weights import Weight
+from slotmoe.state import CompressedCache, Group, LatentCache, SequenceState
 from slotmoe.system import Placement
 
 # Whose seconds a native decode call reports.
@@ -35,7 +36,7 @@ _STAGES = ("attention", "gate", "experts", "shared experts and dense layers")
 @dataclass(frozen=True)
 class NativeDecoder:
     """Runs layers for a few tokens of each sequence, in one native call up to the first layer that
-    lacks an expert.  See ``slotmoe.border.Decoder``.
+    lacks an expert.  See ``slotmoe.quant.backends.base.Runner``.
 
     Between two calls lie Python, cold caches and a wake-up of the threads, so fewer and larger
     calls are faster.  Each gives bitwise what the single operations give.
@@ -46,62 +47,65 @@ class NativeDecoder:
     record: Callable[[Records], ExpertRecord]
     rows: ClassVar[int] = 1 << 30
 
-    def run_layers(self, step: Step, experts: border.Experts) -> border.Pending | None:
-        """See ``slotmoe.border.Runner``."""
+    def run_layers(self, chunk: Chunk, experts: RoutedExperts) -> border.Pending | None:
+        """See ``slotmoe.quant.backends.base.Runner``."""
         table = experts.slot_table()
-        assert isinstance(table, SlotTable)
-        owners = [*zip(step.caches, step.counts, strict=True)]
+        owners = [*zip(chunk.caches, chunk.counts, strict=True)]
         states = [state for state, count in owners for _ in range(count)]
-        first = step.layer + (step.x_TD is not None)
+        first = chunk.layer + (chunk.x_TD is not None)
         began = time.perf_counter()
         # A call stores all latents of a layer before any token attends to them.
         positions = [state.length + index for state, count in owners for index in range(count)]
         records = table.records.slab, table.slots_ME, self.record(table.records)
         kind = self._compressed if self.decoder.window else self._latent
-        stream = step.layer, step.h_TD, kind(step, states, positions)
-        done = self.native.decode(self.decoder, *stream, *records, step.x_TD, step.routed_TD)
-        if step.timer is not None:
+        stream = chunk.layer, chunk.h_TD, kind(chunk, states, positions)
+        done = self.native.decode(self.decoder, *stream, *records, chunk.x_TD, chunk.routed_TD)
+        if chunk.timer is not None:
             ends = accumulate(done.seconds, initial=began)
             for stage, now in zip(("cache and prefetch", *_STAGES), ends, strict=True):
-                step.timer.mark(stage, now)
-        step.layer, step.h_TD = done.layer, done.h
+                chunk.timer.mark(stage, now)
+        chunk.layer, chunk.h_TD = done.layer, done.h
         if done.layer == len(self.decoder.routed):
             if len(done.indices):
                 experts.passed(first, done.indices, done.x)
             return None
         if len(done.indices) > 1:
             experts.passed(first, done.indices[:-1], done.x[:-1])
-        step.x_TD = done.x[-1]
+        chunk.x_TD = done.x[-1]
         return border.Pending(done.layer, done.x[-1], done.weights, done.indices[-1])
 
-    def _latent(self, step: Step, states: Sequence[State], positions: Sequence[int]) -> Tokens:
+    def _latent(
+        self, chunk: Chunk, states: Sequence[SequenceState], positions: Sequence[int]
+    ) -> Tokens:
         """With each token's latent cache, and what indexers keep and have chosen."""
-        caches = cast(Sequence[border.Cache], states)
+        caches = cast(Sequence[LatentCache], states)
         for cache, position in zip(caches, positions, strict=True):
-            cache.extend(step.layer, position + 1 - cache.length)
-        if self.decoder.topk and step.lists_TL is None:
-            step.lists_TL = torch.empty(len(caches), self.decoder.topk, dtype=torch.int32)
+            cache.extend(chunk.layer, position + 1 - cache.length)
+        if self.decoder.topk and chunk.lists_TL is None:
+            chunk.lists_TL = torch.empty(len(caches), self.decoder.topk, dtype=torch.int32)
         keys, rows = [cache.index_keys for cache in caches], [cache.layers for cache in caches]
-        return Tokens(step.rope_TC, rows, positions, step.query_scale_T, keys, step.lists_TL)
+        return Tokens(chunk.rope_TC, rows, positions, chunk.query_scale_T, keys, chunk.lists_TL)
 
-    def _compressed(self, step: Step, states: Sequence[State], positions: Sequence[int]) -> Tokens:
+    def _compressed(
+        self, chunk: Chunk, states: Sequence[SequenceState], positions: Sequence[int]
+    ) -> Tokens:
         """With each token's rows of the window, and compressed ones."""
-        caches = cast(Sequence[border.CompressedState], states)
+        caches = cast(Sequence[CompressedCache], states)
         Q, T = self.decoder.streams, len(states)
-        if step.mixed is None:
-            step.mixed = Mixed(torch.empty(T, Q), torch.empty(T, Q, Q))
-        assert step.compressed_C is not None and step.compressed_rope_TC is not None
-        groups = list[tuple[list[border.CompressedGroup], Tensor]]()
+        if chunk.mixed is None:
+            chunk.mixed = Mixed(torch.empty(T, Q), torch.empty(T, Q, Q))
+        assert chunk.compressed_C is not None and chunk.compressed_rope_TC is not None
+        groups = list[tuple[list[Group], Tensor]]()
         positions_T = torch.tensor(positions)
         for ratio, index in ((shape.ratio, shape.index) for shape in self.decoder.groups):
             starts_T = (positions_T // ratio * ratio).float()
             parts = [cache.index if index else cache.groups[ratio] for cache in caches]
             held = [part for part in parts if part is not None]
-            groups.append((held, self.native.rotations(starts_T, step.compressed_C, 1.0)))
-        windows, kept = [cache.window for cache in caches], (step.compressed_rope_TC, groups)
+            groups.append((held, self.native.rotations(starts_T, chunk.compressed_C, 1.0)))
+        windows, kept = [cache.window for cache in caches], (chunk.compressed_rope_TC, groups)
         rows, first = [window.rows for window in windows], [window.first for window in windows]
-        place = step.rope_TC, rows, positions, step.query_scale_T
-        return Tokens(*place, (), None, first, step.ids_T, *kept, *step.mixed)
+        place = chunk.rope_TC, rows, positions, chunk.query_scale_T
+        return Tokens(*place, (), None, first, chunk.ids_T, *kept, *chunk.mixed)
 
 
 class NativeBackend(TorchBackend):

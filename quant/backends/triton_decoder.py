@@ -22,14 +22,15 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from slotmoe.border import Cache, Experts, Geometry, Layer, Mla, Pending, Step
+from slotmoe.border import Chunk, Geometry, Layer, Mla, Pending
 from slotmoe.quant.backends import triton_rows as launch
-from slotmoe.quant.backends.base import Prepared, SlotTable
+from slotmoe.quant.backends.base import Prepared, RoutedExperts, SlotTable
 from slotmoe.quant.backends.graphs import Captured
 from slotmoe.quant.backends.triton_experts import Buffers, FewExperts
 from slotmoe.quant.backends.triton_rows import Ending, Routed, Shared, operand, power
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.kernels.triton import mla
+from slotmoe.state import LatentCache
 
 
 class Place(NamedTuple):
@@ -60,7 +61,7 @@ class Location:
         self.told_3T = torch.zeros(3, launch.ROWS, dtype=torch.int64, device=device)
         self._caches = [(0, 0)] * launch.ROWS
 
-    def tell(self, caches: Sequence[Cache], counts: Sequence[int]) -> None:
+    def tell(self, caches: Sequence[LatentCache], counts: Sequence[int]) -> None:
         """So many tokens of each come at the end of ``caches``, float16."""
         start = 0
         for cache, count in zip(caches, counts, strict=True):
@@ -76,7 +77,7 @@ class Location:
 
 
 class TritonDecoder:
-    """Runs layers for a few tokens; see ``slotmoe.border.Decoder``.  Results last until another."""
+    """A ``Runner`` (``slotmoe.quant.backends.base``) whose results last until the next pass."""
 
     rows = launch.ROWS
 
@@ -98,15 +99,14 @@ class TritonDecoder:
         # addresses of all that it has touched.
         self._graphs: dict[tuple[int, int, bool], Captured[Gone]] = {}
 
-    def run_layers(self, step: Step, experts: Experts) -> Pending | None:
-        """See ``slotmoe.border.Runner``."""
-        first, T = step.layer + (step.x_TD is not None), len(step.h_TD)
-        given_TD, table = step.routed_TD, None
+    def run_layers(self, chunk: Chunk, experts: RoutedExperts) -> Pending | None:
+        """See ``slotmoe.quant.backends.base.Runner``."""
+        first, T = chunk.layer + (chunk.x_TD is not None), len(chunk.h_TD)
+        given_TD, table = chunk.routed_TD, None
         if first == 0:
-            given_TD = step.h_TD
-            self._begin(step)
+            given_TD = chunk.h_TD
+            self._begin(chunk)
             shown = experts.slot_table()
-            assert isinstance(shown, SlotTable)
             table = shown if shown.complete else None
         assert given_TD is not None
         where = first, T, table is not None
@@ -115,25 +115,25 @@ class TritonDecoder:
             begins = self._few.buffers("sum" if first else "embedded", T, self._D)
             self._graphs[where] = Captured(begins, self._few.graph)
         gone = self._graphs[where](partial(self._go, first, table), given_TD)
-        if step.timer is not None:
-            step.timer.mark("captured layers")
-        step.routed_TD = None
+        if chunk.timer is not None:
+            chunk.timer.mark("captured layers")
+        chunk.routed_TD = None
         if (choice := gone.choice) is not None:
             self._few.awaited = choice, self._layers[choice.layer].shared(T)
-            step.layer, step.x_TD = choice.layer, choice.x_TD
+            chunk.layer, chunk.x_TD = choice.layer, choice.x_TD
             return choice
-        step.layer, step.x_TD, step.h_TD = len(self._layers), None, gone.h_TD
+        chunk.layer, chunk.x_TD, chunk.h_TD = len(self._layers), None, gone.h_TD
         if gone.indices_MTK is not None:
             experts.passed(0, gone.indices_MTK, None)
         return None
 
-    def _begin(self, step: Step) -> None:
-        """A step begins.  Values change by kernels alone."""
-        buffers, T = self._few.buffers, len(step.h_TD)
-        self._location.tell(cast(Sequence[Cache], step.caches), step.counts)
-        buffers("rope", T, step.rope_TC.shape[1], dtype=torch.complex64).copy_(step.rope_TC)
-        if step.query_scale_T is not None:
-            buffers("query scale", T).copy_(step.query_scale_T)
+    def _begin(self, chunk: Chunk) -> None:
+        """A chunk begins.  Values change by kernels alone."""
+        buffers, T = self._few.buffers, len(chunk.h_TD)
+        self._location.tell(cast(Sequence[LatentCache], chunk.caches), chunk.counts)
+        buffers("rope", T, chunk.rope_TC.shape[1], dtype=torch.complex64).copy_(chunk.rope_TC)
+        if chunk.query_scale_T is not None:
+            buffers("query scale", T).copy_(chunk.query_scale_T)
 
     def _go(self, first: int, table: SlotTable | None, given_TD: Tensor) -> Gone:
         """From layer ``first`` on to the next choice of experts, or with a complete ``table`` to

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slotmoe.errors import CheckpointError, ConfigError
-from slotmoe.model.checkpoint.reader import Checkpoint
+from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.checkpoint.shards import read_header
 from slotmoe.model.config import parse_config, read_config
 from slotmoe.offload.ingest import synth
@@ -194,7 +194,7 @@ def test_hub_cache_links_are_accepted(checkpoint, tmp_path):
     (snapshot / FIRST).unlink()
     (snapshot / FIRST).symlink_to("../../../elsewhere.safetensors")
     shutil.copyfile(blobs / "hash2", tmp_path / "elsewhere.safetensors")
-    refused(lambda: Checkpoint.open(snapshot), FIRST, "link", kind=CheckpointError)
+    refused(lambda: open_checkpoint(snapshot), FIRST, "link", kind=CheckpointError)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
@@ -337,7 +337,7 @@ OF_V4 = [
 def test_a_v4_that_lacks_a_tensor_names_it(name, hub, tmp_path):
     v4.write_v4(tmp_path, "v4", hub=hub)
     edit_weights(tmp_path, lambda weights: weights.pop(v4.hub_name(name) if hub else name))
-    refused(lambda: Checkpoint.open(tmp_path), f"tensor {name} is missing", kind=CheckpointError)
+    refused(lambda: open_checkpoint(tmp_path), f"tensor {name} is missing", kind=CheckpointError)
 
 
 def edit_weights(folder, change):
@@ -363,7 +363,7 @@ def test_expert_ids_of_no_expert_are_refused_by_name(expert, tmp_path):
 def test_expert_ids_that_are_no_integers_are_refused_by_name(dtype, tmp_path):
     v4.write_v4(tmp_path, "v4")
     edit_weights(tmp_path, lambda weights: weights.update({OF_V4[0]: weights[OF_V4[0]].to(dtype)}))
-    refused(lambda: Checkpoint.open(tmp_path), OF_V4[0], "expected I64 or I32")
+    refused(lambda: open_checkpoint(tmp_path), OF_V4[0], "expected I64 or I32")
 
 
 @pytest.mark.parametrize(("name", "dtype"), [(OF_V4[0], "F32"), ("model.norm.weight", "I32")])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from slotmoe.errors import ConfigError, ExportError, SlotmoeError
-from slotmoe.model.checkpoint.reader import Checkpoint
+from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import (
@@ -343,7 +343,7 @@ def test_config_is_not_read_by_path(export, monkeypatch):
 
 
 OPENS = {
-    "checkpoint": Checkpoint.open,
+    "checkpoint": open_checkpoint,
     "export": Export.open,
     "tokenizer": lambda path: Tokenizer(path, 0),
 }

@@ -16,12 +16,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.hf_api import ModelInfo
 
 from slotmoe.errors import SlotmoeError
+from slotmoe.jsonfile import files_in
+from slotmoe.model.checkpoint import gguf_header as header
+from slotmoe.model.checkpoint.gguf_metadata import metadata_files
 from slotmoe.model.checkpoint.shards import read_header, tensors_in
 from slotmoe.model.config import config_among, read_config
-from slotmoe.model.files import files_in
 from slotmoe.model.generate import Sampling
-from slotmoe.model.gguf import header
-from slotmoe.model.gguf.metadata import small_files
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload import model_cache
 from slotmoe.offload.ingest import output_dir
@@ -192,7 +192,7 @@ def gguf(folder, good):
     whole = header.read_header(write_gguf(folder / "source", folder / "model.gguf"))
 
     def read(values):
-        config_among(small_files(replace(whole, metadata=values)), whole.path)
+        config_among(metadata_files(replace(whole, metadata=values)), whole.path)
 
     values = dict(whole.metadata)
     tokens = values["tokenizer.ggml.tokens"][:300]  # for speed

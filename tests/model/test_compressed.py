@@ -6,9 +6,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from slotmoe.model.checkpoint.reader import Checkpoint
-from slotmoe.model.state import new_state, plain_row
+from slotmoe.model.attention import new_state
+from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.quant.backends.base import new
+from slotmoe.state import plain_row
 from tests.support import v4
 from tests.support.native import reference_network
 from tests.support.oracle import relative_error
@@ -77,7 +78,7 @@ def made(tmp_path_factory):
 
 
 def opened(folder):
-    with Checkpoint.open(folder) as checkpoint:
+    with open_checkpoint(folder) as checkpoint:
         weights = {name: checkpoint.tensor(name) for name in checkpoint.infos}
         return reference_network(checkpoint.config, weights)
 

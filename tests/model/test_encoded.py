@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slotmoe.errors import CheckpointError
-from slotmoe.model.checkpoint.reader import Checkpoint
+from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.names import expert_name
 from tests.support.encoded import (
     FP4,
@@ -40,7 +40,7 @@ def written(folder, **changes):
 @pytest.mark.parametrize(("settings", "block"), [(FP8, 128), (FP8_WHOLE, 1 << 20)])
 def test_fp8_weights_are_code_times_scale(tmp_path, settings, block):
     stored = encode(written(tmp_path), settings)
-    with Checkpoint.open(tmp_path) as checkpoint:
+    with open_checkpoint(tmp_path) as checkpoint:
         encoded = [name for name in checkpoint.infos if name + "_scale_inv" in stored]
         assert len(encoded) == 2 * 5 + 3 + 3 + 4 * 3  # attention, dense, shared, routed
         for name in encoded:
@@ -53,7 +53,7 @@ def test_fp8_weights_are_code_times_scale(tmp_path, settings, block):
 
 def test_int4_weights_are_code_times_scale(tmp_path):
     stored = encode(written(tmp_path), packed())
-    with Checkpoint.open(tmp_path) as checkpoint:
+    with open_checkpoint(tmp_path) as checkpoint:
         for expert in range(4):
             for projection in ("gate_proj", "up_proj", "down_proj"):
                 name = expert_name(1, expert, projection)
@@ -69,7 +69,7 @@ def test_fp4_experts_are_code_times_power_of_two(tmp_path, spelled, inside):
     settings, files = dict(FP4), {"model-1.safetensors": spelled(stored)}
     outside = {} if inside else {"expert_dtype": settings.pop("expert_dtype")}
     write_files(tmp_path, files, quantization_config=settings, **outside)
-    with Checkpoint.open(tmp_path) as checkpoint:
+    with open_checkpoint(tmp_path) as checkpoint:
         for projection in ("gate_proj", "up_proj", "down_proj"):
             name = expert_name(1, 3, projection)
             wanted = decoded_mxfp4(stored[name], stored[name + "_scale_inv"])
@@ -100,7 +100,7 @@ def test_fused_experts_in_fp4(tmp_path):
     write_files(tmp_path, {"model-1.safetensors": {**stored, **fused}})
     rows = {"gate_up_proj": {"gate_proj": slice(64), "up_proj": slice(64, None)}}
     rows["down_proj"] = {"down_proj": slice(None)}
-    with Checkpoint.open(tmp_path) as checkpoint:
+    with open_checkpoint(tmp_path) as checkpoint:
         for whole, parts in rows.items():
             codes, scales = fused[base + whole], fused[base + whole + "_scale_inv"]
             wanted = decoded_mxfp4(codes[2], scales.view(torch.uint8)[2])
@@ -115,7 +115,7 @@ def test_fused_experts_in_fp4(tmp_path):
 )
 def test_bitsandbytes_weights_are_what_it_makes_of_them(heavy, tmp_path, quant_type, nested, dtype):
     _, wanted = bitsandbytes(written(tmp_path, **WHOLE_BLOCKS), quant_type, nested, dtype)
-    with Checkpoint.open(tmp_path) as checkpoint:
+    with open_checkpoint(tmp_path) as checkpoint:
         assert len(wanted) == 2 * 5 + 3 + 3 + 4 * 3
         for name, weight in wanted.items():
             assert torch.equal(checkpoint.tensor(name), weight), name
@@ -124,10 +124,10 @@ def test_bitsandbytes_weights_are_what_it_makes_of_them(heavy, tmp_path, quant_t
 
 @pytest.mark.parametrize("prefix", ["model.", "language_model.model.", "model.language_model."])
 def test_fused_experts_are_those_of_one_tensor_each(tmp_path, prefix):
-    with Checkpoint.open(written(tmp_path / "single")) as single:
+    with open_checkpoint(written(tmp_path / "single")) as single:
         wanted = {name: single.tensor(name) for name in single.infos}
     fuse(written(tmp_path / "fused"), prefix)
-    with Checkpoint.open(tmp_path / "fused") as fused:
+    with open_checkpoint(tmp_path / "fused") as fused:
         assert fused.infos.keys() == wanted.keys()
         for name, tensor in wanted.items():
             assert torch.equal(fused.tensor(name), tensor), name
@@ -143,7 +143,7 @@ def test_fused_experts_in_fp8(tmp_path):
     scales = torch.rand(4, 2, 2, generator=torch.Generator().manual_seed(1))
     tensors |= {name: codes, name + "_scale_inv": scales}
     write_files(tmp_path, {"model-1.safetensors": tensors}, quantization_config=FP8)
-    with Checkpoint.open(tmp_path) as checkpoint:
+    with open_checkpoint(tmp_path) as checkpoint:
         for expert in range(4):
             both = decoded_fp8(codes[expert], scales[expert]).to(torch.bfloat16)
             for projection, rows in (("gate_proj", slice(72)), ("up_proj", slice(72, None))):
@@ -185,7 +185,7 @@ def test_bad_encodings_are_refused_by_name(tmp_path, settings, name, change, wor
     changed(tensors, name, change)
     write_files(tmp_path, {"model-1.safetensors": tensors}, quantization_config=settings)
     with pytest.raises(CheckpointError) as caught:
-        Checkpoint.open(tmp_path)
+        open_checkpoint(tmp_path)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
@@ -216,7 +216,7 @@ def test_bad_bitsandbytes_weights_are_refused_by_name(heavy, tmp_path, name, cha
     tensors, _ = bitsandbytes(written(tmp_path, **WHOLE_BLOCKS))
     changed(tensors, name, change)
     write_files(tmp_path, {"model-1.safetensors": tensors})
-    with pytest.raises(CheckpointError) as caught, Checkpoint.open(tmp_path) as checkpoint:
+    with pytest.raises(CheckpointError) as caught, open_checkpoint(tmp_path) as checkpoint:
         checkpoint.tensor(GATE)
     assert all(word in str(caught.value) for word in words), caught.value
 
@@ -227,7 +227,7 @@ def test_scales_that_are_not_finite_are_refused_by_name(tmp_path):
         tensors[SCALE][0, 1] = bad
         write_files(tmp_path, {"model-1.safetensors": tensors}, quantization_config=FP8)
         expected = pytest.raises(CheckpointError, match=r"the scales of .*gate_proj.* are NaN")
-        with Checkpoint.open(tmp_path) as checkpoint, expected:
+        with open_checkpoint(tmp_path) as checkpoint, expected:
             checkpoint.tensor(GATE)
 
 
@@ -237,7 +237,7 @@ def test_codes_need_a_quantization_config(tmp_path):
     del config["quantization_config"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"F8_E4M3.* quantization_config"):
-        Checkpoint.open(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 def test_scalar_tensors_are_passed_over(tmp_path):
@@ -246,5 +246,5 @@ def test_scalar_tensors_are_passed_over(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.activation_scale"] = torch.tensor(0.5)
     save_file(tensors, tmp_path / "model.safetensors")
-    with Checkpoint.open(tmp_path) as checkpoint:
+    with open_checkpoint(tmp_path) as checkpoint:
         assert not any(name.endswith("activation_scale") for name in checkpoint.infos)

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.jsonfile import Json, read_json
-from slotmoe.model.checkpoint.reader import Checkpoint, tensor_shapes
+from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.config import parse_config
 from slotmoe.model.families import FAMILIES, OTHERS
-from slotmoe.model.names import resident_shapes, role_of
+from slotmoe.model.names import resident_shapes, role_of, tensor_shapes
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.runtime import Runtime
@@ -151,8 +151,8 @@ def test_a_v4_is_the_same_in_both_spellings(case, tmp_path):
     for folder in ("transformers", "hub"):
         v4.write_v4(tmp_path / folder, case, hub=folder == "hub")
     with (
-        Checkpoint.open(tmp_path / "transformers") as ours,
-        Checkpoint.open(tmp_path / "hub") as theirs,
+        open_checkpoint(tmp_path / "transformers") as ours,
+        open_checkpoint(tmp_path / "hub") as theirs,
     ):
         assert ours.config == theirs.config and not ours.config.unknown_keys
         assert ours.infos.keys() == theirs.infos.keys() == dict(tensor_shapes(ours.config)).keys()
@@ -203,9 +203,9 @@ def test_the_head_of_a_v4_is_layer_num_hidden_layers(tmp_path):
     names = {"h_proj.weight": "h_proj.weight", "hc_head.hc_fn": "hc_head_fn"}
     names |= {"self_attn.sinks": "attn.attn_sink", "shared_head.norm.weight": "norm.weight"}
     names |= {"mlp.experts.7.down_proj.weight": "ffn.experts.7.w2.weight"}
-    with Checkpoint.open(tmp_path) as checkpoint:
+    with open_checkpoint(tmp_path) as checkpoint:
         assert not any(name.startswith("model.layers.4.") for name in checkpoint.infos)
-    with Checkpoint.open(tmp_path, keep_mtp=True) as checkpoint:
+    with open_checkpoint(tmp_path, keep_mtp=True) as checkpoint:
         for name, theirs in names.items():
             found = checkpoint.tensor(f"model.layers.4.{name}")
             assert torch.equal(found, given[f"mtp.0.{theirs}"])

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slotmoe.errors import CheckpointError, ConfigError
+from slotmoe.model.checkpoint.gguf_metadata import read_tokenizer, tokenizer_files
 from slotmoe.model.generate import Answer, Generation, Sampling, candidates, sample
-from slotmoe.model.gguf.tokenizer import read_tokenizer, tokenizer_files
 from slotmoe.model.tiktoken import tokenizer_json
 from slotmoe.model.tokenizer import BYTE_CHARACTERS, TextStream, Tokenizer
 from slotmoe.offload.engine.requests import Stream, wait_for

@@ -17,10 +17,11 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType as Kind
 
 from slotmoe.errors import CheckpointError, ConfigError, SlotmoeError
-from slotmoe.model.checkpoint.reader import Checkpoint
-from slotmoe.model.gguf import checkpoint as gguf_checkpoint
-from slotmoe.model.gguf import files_of, header, metadata
-from slotmoe.model.gguf.checkpoint import open_checkpoint
+from slotmoe.model.checkpoint import gguf as gguf_checkpoint
+from slotmoe.model.checkpoint import gguf_header as header
+from slotmoe.model.checkpoint import gguf_metadata as metadata
+from slotmoe.model.checkpoint.gguf_metadata import files_of
+from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.plan.advice import geometry_path
 from tests.support import hostile
@@ -83,7 +84,7 @@ def test_config_is_that_of_the_checkpoint(name, tmp_path):
     write_checkpoint(tmp_path / "source", **GEOMETRIES[name])
     norm = put("deepseek2.expert_weights_norm", True, Kind.BOOL) if "renorm" in name else None
     path = write_gguf(tmp_path / "source", tmp_path / "model.gguf", edit=norm)
-    with Checkpoint.open(tmp_path / "source") as ours, open_checkpoint(path) as made:
+    with open_checkpoint(tmp_path / "source") as ours, open_checkpoint(path) as made:
         assert made.config == ours.config
         assert made.infos.keys() == ours.infos.keys()
         for tensor in ours.infos:
@@ -97,7 +98,7 @@ def test_config_is_that_of_the_checkpoint(name, tmp_path):
 def test_keys_and_values_of_every_converter(kv_b, kind, source, tmp_path):
     path = write_gguf(source, tmp_path / "model.gguf", kind, kv_b=kv_b)
     name = "model.layers.1.self_attn.kv_b_proj.weight"
-    with Checkpoint.open(source) as ours, open_checkpoint(path) as made:
+    with open_checkpoint(source) as ours, open_checkpoint(path) as made:
         whole = made.tensor(name)
         assert torch.equal(whole, ours.tensor(name).to(whole.dtype))
         for start, stop in ((0, 1), (15, 33), (31, 32), (40, 128)):  # heads have 32 rows
@@ -114,7 +115,7 @@ def test_files_before_2025(source, tmp_path):
     path = write_gguf(source, tmp_path / "model.gguf", kv_b="whole", old=True)
     refused(path, "deepseek2.expert_group_count is missing", "convert it again")
     path = write_gguf(source, tmp_path / "model.gguf", kv_b="whole", old=True, edit=groups)
-    with Checkpoint.open(source) as ours, open_checkpoint(path) as made:
+    with open_checkpoint(source) as ours, open_checkpoint(path) as made:
         assert made.config == ours.config
 
 
@@ -130,11 +131,11 @@ def test_groups_of_deepseeks_own_models_are_known(name, good):
 
 def test_every_encoding_is_decoded_by_rows(tmp_path):
     """Random blocks of each type, in the matrices of the sample that have 256 columns."""
-    for number, encoding in header.ENCODINGS.items():
+    for number, encoding in header.GGML_TYPES.items():
         assert encoding.name == Type(number).name
         assert (encoding.block, encoding.bytes) == gguf.GGML_QUANT_SIZES[Type(number)]
     generator, raw = np.random.default_rng(0), {}
-    kinds = [Type[encoding.name] for encoding in header.ENCODINGS.values()]
+    kinds = [Type[encoding.name] for encoding in header.GGML_TYPES.values()]
 
     def replace_tensors(name, tensor):
         if tensor.shape[-1] != 256 or tensor.dim() != 2:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from slotmoe.errors import CheckpointError, ConfigError
-from slotmoe.model.checkpoint.reader import Checkpoint
+from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.config import parse_config
 from slotmoe.model.mtp import MtpHead
 from tests.support import plain, v4
@@ -25,7 +25,7 @@ SOME = ("v3-groups-yarn", "v3-no-groups-no-qlora", "v3-two-dense-not-normalized"
 
 def reference(folder, step_tokens=1 << 30):
     """The network and its head in float32, and an empty cache of each."""
-    with Checkpoint.open(folder, keep_mtp=True) as checkpoint:
+    with open_checkpoint(folder, keep_mtp=True) as checkpoint:
         config = checkpoint.config
         weights = {name: checkpoint.tensor(name).float() for name in checkpoint.infos}
     network = reference_network(config, weights)
@@ -63,7 +63,7 @@ def test_rows_one_by_one_in_pieces_and_in_steps(tmp_path, monkeypatch):
 def test_config_and_names_are_as_before_unless_the_head_is_asked_for(tmp_path):
     config = parse_config(write_family(tmp_path, V3, **MTP))
     assert config.moe_layers == (1, 2) and not config.mtp
-    with Checkpoint.open(tmp_path) as plainly, Checkpoint.open(tmp_path, True) as kept:
+    with open_checkpoint(tmp_path) as plainly, open_checkpoint(tmp_path, True) as kept:
         assert kept.config.moe_layers == (1, 2, 3)
         more = kept.infos.keys() - plainly.infos.keys()
         assert plainly.infos.keys() < kept.infos.keys()
@@ -85,10 +85,10 @@ def test_a_checkpoint_without_a_head_is_refused_by_name(
     if speaks:
         (tmp_path / "config.json").write_text(json.dumps(config | MTP))
     with pytest.raises(problem) as caught:
-        Checkpoint.open(tmp_path, keep_mtp=True)
+        open_checkpoint(tmp_path, keep_mtp=True)
     message = str(caught.value)
     assert found in message and "leave --keep-mtp out" in message and "\n" not in message
-    Checkpoint.open(tmp_path).close()
+    open_checkpoint(tmp_path).close()
 
 
 def v4_head_logits(folder, ids):

@@ -7,9 +7,9 @@ from itertools import product
 import pytest
 import torch
 
-from slotmoe.model.checkpoint.reader import Checkpoint
+from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.config import parse_config
-from slotmoe.model.routing import route, router_of
+from slotmoe.model.layers import route, router_of
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.native import NativeBackend
@@ -176,7 +176,7 @@ def reference(tmp_path_factory):
     cache for it."""
     folder = tmp_path_factory.mktemp("reference")
     write_checkpoint(folder, max_position_embeddings=8192, **GEOMETRIES["groups-qlora-yarn"])
-    with Checkpoint.open(folder) as checkpoint:
+    with open_checkpoint(folder) as checkpoint:
         weights = {name: checkpoint.tensor(name).float() for name in checkpoint.infos}
         config = checkpoint.config
     return reference_network(config, weights), partial(reference_cache, config)
@@ -195,7 +195,7 @@ def test_absorbed_equals_expanded_attention_over_several_blocks(heavy, reference
     network, cache = reference
     ids = (IDS * 6)[:200]
     wanted = feed(network, cache(256), ids, [200])  # in one block
-    monkeypatch.setattr("slotmoe.model.latent_attention._MAX_SCORES", 1)  # blocks of 64 positions
+    monkeypatch.setattr("slotmoe.model.attention.latent._MAX_SCORES", 1)  # blocks of 64 positions
     expanded_calls = []
 
     def expand(*arguments):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from slotmoe.errors import ConfigError
+from slotmoe.jsonfile import files_in
 from slotmoe.model.config import read_config
 from slotmoe.model.families import FAMILIES
-from slotmoe.model.files import files_in
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.model_source import open_tokenizer
 from tests.support.served import deepseek_files

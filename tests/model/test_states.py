@@ -8,9 +8,10 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from slotmoe.model.attention import new_state
 from slotmoe.model.config import parse_config
-from slotmoe.model.marks import MARK_TOKENS, MOST_ENDS, MOST_MARKS, SPARE
-from slotmoe.model.state import CompressedCache, new_state, plain_row
+from slotmoe.quant.shapes import MARK_TOKENS, MOST_ENDS, MOST_MARKS, SPARE
+from slotmoe.state import CompressedCache, plain_row
 from tests.support import states
 from tests.support.compressed import CONFIGS, state_bytes
 

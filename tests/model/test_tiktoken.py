@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 
 from slotmoe.errors import ConfigError
 from slotmoe.model import tiktoken
-from slotmoe.model.checkpoint.reader import Checkpoint, small_files
+from slotmoe.model.checkpoint.reader import open_checkpoint, small_files
 from slotmoe.model.child import Child
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.ingest.quantize import quantize
@@ -101,7 +101,7 @@ def source(tokens, tmp_path_factory):
 
 @pytest.mark.usefixtures("processes")
 def test_ids_are_those_of_a_plain_reference(source, tokens):
-    with Checkpoint.open(source) as checkpoint:
+    with open_checkpoint(source) as checkpoint:
         tokenizer = Tokenizer(source, 0, checkpoint.small_file)
     assert tokenizer.size == len(tokens) + 256
     heldout = SAMPLE.parents[1] / "tests" / "data" / "heldout"

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from slotmoe.errors import ExportError
-from slotmoe.model.checkpoint.reader import Checkpoint
+from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.names import expert_name, split_name
 from slotmoe.offload.ingest import calibration as ingest
 from slotmoe.offload.ingest.calibration import Calibration
@@ -175,7 +175,7 @@ def test_hessians_that_are_not_finite_are_named(source, tmp_path, monkeypatch):
 def test_the_stream_is_the_networks(source, tmp_path):
     """After all layers it is what the reference path has."""
     text = windows(2, 40)
-    with Checkpoint.open(source) as checkpoint:
+    with open_checkpoint(source) as checkpoint:
         layers = range(checkpoint.config.num_hidden_layers)
         given = text, set(), layers, tmp_path, State({}), lambda count: None
         calibration = Calibration(checkpoint, *given)

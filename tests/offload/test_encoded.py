@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from slotmoe.errors import CheckpointError
-from slotmoe.model.checkpoint.reader import Checkpoint
+from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.names import expert_name
 from slotmoe.offload.ingest import synth
 from slotmoe.offload.ingest.quantize import quantize
@@ -65,7 +65,7 @@ def weights_of(export):
 def test_export_is_that_of_the_decoded_weights(source, resident, tmp_path):
     plain = tmp_path / "plain"
     shutil.copytree(source, plain)
-    with Checkpoint.open(source) as checkpoint:
+    with open_checkpoint(source) as checkpoint:
         tensors = {name: checkpoint.tensor(name) for name in checkpoint.infos}
     for path in [*plain.glob("*.safetensors"), plain / "model.safetensors.index.json"]:
         path.unlink()
@@ -106,7 +106,7 @@ def test_weights_that_were_trained_in_4_bits_are_kept(tmp_path):
     write_checkpoint(folder, **V3)
     stored = encode(folder, packed())
     quantize(folder, tmp_path / "export")
-    with Export.open(tmp_path / "export") as export, Checkpoint.open(folder) as checkpoint:
+    with Export.open(tmp_path / "export") as export, open_checkpoint(folder) as checkpoint:
         for layer in export.layers:
             for projection, found in export.expert(layer, 5).items():
                 name = expert_name(layer, 5, projection)
@@ -186,7 +186,7 @@ def test_codes_of_bitsandbytes_are_kept_by_nf4(tmp_path, nested, heavy):
     _, wanted = bitsandbytes(folder, nested=nested)
     manifest = quantize(folder, tmp_path / "export", resident="nf4")
     assert manifest["quantization"]["experts"]["down"] == "nf4"
-    with Export.open(tmp_path / "export") as export, Checkpoint.open(folder) as checkpoint:
+    with Export.open(tmp_path / "export") as export, open_checkpoint(folder) as checkpoint:
         for projection in PROJECTIONS:
             name = expert_name(1, 2, projection)
             found, rows = export.expert(1, 2)[projection], len(wanted[name])

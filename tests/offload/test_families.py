@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from slotmoe.model.checkpoint.reader import tensor_shapes
 from slotmoe.model.config import read_config
+from slotmoe.model.names import tensor_shapes
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.ingest.synth import synthesize
 from slotmoe.offload.plan.advice import geometry_path

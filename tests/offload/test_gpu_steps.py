@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from slotmoe.model.attention import new_state
 from slotmoe.model.config import parse_config
 from slotmoe.model.names import role_of
 from slotmoe.model.network import Network
-from slotmoe.model.state import LatentCache
 from slotmoe.offload.plan.speed import GPU_LAUNCHES
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import int8
@@ -89,7 +89,7 @@ def cache_of(network, context=40):
     def poisoned(shape, dtype):
         return torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
 
-    return LatentCache(network.config, context, network.backend.latent_row, poisoned)
+    return new_state(network.config, context, network.backend.latent_row, poisoned)
 
 
 def decode(network, ids, cache):

@@ -19,7 +19,7 @@ import pytest
 
 import slotmoe.offload.ingest.download as download
 from slotmoe.errors import CheckpointError, ConfigError, DownloadError, ExportError, PlanError
-from slotmoe.model.checkpoint.reader import Checkpoint
+from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.offload.ingest.download import Range, receive
 from slotmoe.offload.ingest.hub import hub_export, quantize_from_hub
 from slotmoe.offload.ingest.quantize import quantize
@@ -104,7 +104,7 @@ def test_keep_source(served, source, wanted, tmp_path):
     stopped(tmp_path / "export", 0.6, keep_source=True)
     assert list((tmp_path / "export.source").iterdir()) != []
     with pytest.raises(ConfigError, match=r"config.json: is missing"):
-        Checkpoint.open(tmp_path / "export.source")  # half of it is no checkpoint
+        open_checkpoint(tmp_path / "export.source")  # half of it is no checkpoint
     os.truncate(next((tmp_path / "export.partial").rglob("layer*")), 100)
     make(tmp_path / "export", keep_source=True)
     assert tree(tmp_path / "export") == wanted

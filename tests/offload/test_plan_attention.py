@@ -5,14 +5,15 @@ from dataclasses import replace
 import msgspec
 import pytest
 
+from slotmoe.model.attention import new_state
 from slotmoe.model.config import parse_config, read_config
-from slotmoe.model.marks import MARK_TOKENS, MOST_MARKS
-from slotmoe.model.state import new_state, plain_row
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.attention import attention_products, kv_bytes, kv_read_bytes, mark_bytes
 from slotmoe.offload.plan.memory import scratch_bytes, waiting_bytes
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.native import NativeBackend
+from slotmoe.quant.shapes import MARK_TOKENS, MOST_MARKS
+from slotmoe.state import plain_row
 from tests.support.compressed import CONFIGS, state_bytes
 from tests.support.meta import empty
 

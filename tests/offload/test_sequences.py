@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from slotmoe.model.generate import Answer, Sampling
-from slotmoe.model.marks import MARK_TOKENS, MOST_MARKS
 from slotmoe.offload.engine.batch import UnwantedError
 from slotmoe.offload.engine.passes import Row
 from slotmoe.offload.engine.requests import Request, wait_for
 from slotmoe.offload.runtime import Runtime
+from slotmoe.quant.shapes import MARK_TOKENS, MOST_MARKS
 from tests.support.compressed import export_of, state_bytes
 from tests.support.engine import ask, decode
 

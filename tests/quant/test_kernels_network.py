@@ -4,7 +4,7 @@ single operations."""
 import pytest
 import torch
 
-from slotmoe.model.state import new_state
+from slotmoe.model.attention import new_state
 from slotmoe.quant.backends.base import new
 from slotmoe.quant.backends.native import NativeBackend
 from tests.support import v4

@@ -16,7 +16,7 @@ import torch
 
 from slotmoe.border import Mlp, Pending
 from slotmoe.errors import ConfigError
-from slotmoe.model.routing import Router, route
+from slotmoe.model.layers import Router, route
 from slotmoe.quant import int8
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records, TorchBackend

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from slotmoe.border import HyperGeometry, Listed, Mixed, Mixing, Router
-from slotmoe.model.routing import route
+from slotmoe.model.layers import route
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.int8 import Int8Weight, quantize

@@ -3,8 +3,8 @@
 import torch
 from safetensors.torch import load_file, save_file
 
-from slotmoe.model.marks import MARK_TOKENS, MOST_ENDS, MOST_MARKS, SPARE
 from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.quant.shapes import MARK_TOKENS, MOST_ENDS, MOST_MARKS, SPARE
 from tests.support.families import INDEXED, V32, config_of
 from tests.support.tiny import write_files
 

@@ -6,7 +6,7 @@ import gguf
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from slotmoe.model.checkpoint.reader import Checkpoint
+from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.names import expert_name
 
 LAYER = {
@@ -46,7 +46,7 @@ def write_gguf(
     groups of experts and the widths of a head.  ``edit(writer)`` may add or change metadata, and
     ``substitute(name, tensor)`` give raw bytes and their type for a tensor.
     """
-    with Checkpoint.open(source) as checkpoint:
+    with open_checkpoint(source) as checkpoint:
         tensors = dict(_tensors(checkpoint, kv_b))
         biggest = -(-len(tensors) // shards) if shards > 1 else 0
         writer = gguf.GGUFWriter(path, "deepseek2", split_max_tensors=biggest)

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import torch
 
+from slotmoe.model.attention import new_state
 from slotmoe.model.names import resident_shapes, role_of
 from slotmoe.model.network import Network
-from slotmoe.model.state import LatentCache
 from slotmoe.quant.backends.base import Records, SlotTable
 from slotmoe.quant.codecs.codec import Codec
 from slotmoe.quant.codecs.weight import CodedWeight
@@ -71,7 +71,7 @@ def caches_of(network, context, counts):
     """Caches of ``context`` positions, in which there is room for ``counts`` tokens more."""
     config, row = network.config, network.backend.latent_row
     for count in counts:
-        cache = LatentCache(config, context, row, lambda shape, dtype: empty(*shape, dtype=dtype))
+        cache = new_state(config, context, row, lambda shape, dtype: empty(*shape, dtype=dtype))
         cache.length = context - count
         yield cache
 

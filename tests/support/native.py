@@ -2,10 +2,10 @@
 
 import torch
 
+from slotmoe.model.attention import new_state
 from slotmoe.model.config import parse_config
 from slotmoe.model.names import role_of
 from slotmoe.model.network import Network
-from slotmoe.model.state import new_state
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.experts.resident import resident_experts
 from slotmoe.quant import int8

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slotmoe.border import CompressedGroup
 from slotmoe.quant.kernels.cpu.layers import Decoder, GroupShape
 from slotmoe.quant.kernels.cpu.signatures import Bound
 from slotmoe.quant.kernels.cpu.weights import Structure
 from slotmoe.quant.shapes import latent_bytes
+from slotmoe.state import Group
 
 _STORE = " start:pointer first:pointer layer_bytes row_bytes"
 _GROUP = _STORE + _STORE + " table:c64[T,C]"
@@ -38,7 +38,7 @@ def _store(
 
 
 def _group(
-    groups: Sequence[CompressedGroup], table: Tensor, positions: Sequence[int], shape: GroupShape
+    groups: Sequence[Group], table: Tensor, positions: Sequence[int], shape: GroupShape
 ) -> tuple[object, ...]:
     """Compressed rows of tokens' sequences and their open tokens', float32 [layers, tokens, 2,
     columns]; `table`, complex64 [T, C], rotates the row that a token completes.  `ValueError`."""
@@ -82,7 +82,7 @@ class Tokens(NamedTuple):
     first: Sequence[int] = ()
     ids: Tensor | None = None
     compressed_table: Tensor | None = None
-    groups: Sequence[tuple[Sequence[CompressedGroup], Tensor]] = ()
+    groups: Sequence[tuple[Sequence[Group], Tensor]] = ()
     post: Tensor | None = None
     comb: Tensor | None = None
 

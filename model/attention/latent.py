@@ -9,15 +9,14 @@ of the indexer, A index_head_dim, L chosen positions, Z and Y widths of a key an
 import math
 from collections.abc import Iterator
 from itertools import repeat
-from typing import Generic, TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from slotmoe.border import Backend, Geometry, Indexer, Listed, Mla, Step
-from slotmoe.model.state import LatentCache
-
-W = TypeVar("W")
+from slotmoe.border import Chunk, Geometry, Indexer, Listed, Mla
+from slotmoe.quant.backends.base import Prepared, TorchBackend
+from slotmoe.state import LatentCache
 
 # Cached rows are widened to float32 in blocks, so that no temporary grows with the context.
 _MAX_BLOCK = 4096
@@ -25,16 +24,16 @@ _MAX_SCORES = 1 << 22
 _INDEX_EPS = 1e-6  # of the indexer's norm, whatever rms_norm_eps says
 
 
-class LatentAttention(Generic[W]):
+class LatentAttention:
     """MLA, each sequence over its own cache.  Only the latent row is cached; keys and values are
     absorbed into the query and output, as kernels want it, or expanded block by block, whichever
     costs less (absorbed for decode, expanded for long prefill chunks)."""
 
-    def __init__(self, geometry: Geometry, backend: Backend[W]):
+    def __init__(self, geometry: Geometry, backend: TorchBackend):
         self._geometry, self._backend = geometry, backend
 
-    def __call__(self, step: Step, weights: Mla[W], x_TD: Tensor) -> Tensor:
-        """What attention gives for the tokens of ``step`` in its layer, float32 [T, D]."""
+    def __call__(self, chunk: Chunk, weights: Mla[Prepared], x_TD: Tensor) -> Tensor:
+        """What attention gives for the tokens of ``chunk`` in its layer, float32 [T, D]."""
         H, N, P, R, V, _, latent_eps, _, halves, *_ = self._geometry
         backend, T, low = self._backend, len(x_TD), x_TD
         rms_norm = backend.rms_norm
@@ -46,25 +45,25 @@ class LatentAttention(Generic[W]):
             low = backend.linear(x_TD, weights.q_a_proj)
             low = rms_norm(low, weights.q_a_layernorm, latent_eps)
             q = backend.linear(low, weights.q_b_proj)
-        if step.query_scale_T is not None:
-            q = q * step.query_scale_T[:, None]
+        if chunk.query_scale_T is not None:
+            q = q * chunk.query_scale_T[:, None]
         q_THN, q_THP = q.view(T, H, N + P).split([N, P], dim=-1)
         c_TR, k_TP = backend.linear(x_TD, weights.kv_a_proj).split([R, P], dim=-1)
         # The key's rope part is rotated as one more head.
-        rotated = backend.rotate(torch.cat([q_THP, k_TP[:, None]], dim=1), step.rope_TC, halves)
+        rotated = backend.rotate(torch.cat([q_THP, k_TP[:, None]], dim=1), chunk.rope_TC, halves)
         q_THP, k_TP = rotated[:, :H], rotated[:, H]
         latent_TW = torch.cat([rms_norm(c_TR, weights.kv_a_layernorm, latent_eps), k_TP], dim=-1)
-        caches, counts = [cast(LatentCache, state) for state in step.caches], [*step.counts]
-        ends = [before + count for before, count in zip(step.before, counts, strict=True)]
-        rows = [cache.extend(step.layer, end) for cache, end in zip(caches, ends, strict=True)]
+        caches, counts = [cast(LatentCache, state) for state in chunk.caches], [*chunk.counts]
+        ends = [before + count for before, count in zip(chunk.before, counts, strict=True)]
+        rows = [cache.extend(chunk.layer, end) for cache, end in zip(caches, ends, strict=True)]
         for rows_SX, new_TW in zip(rows, latent_TW.split(counts), strict=True):
             backend.store_latents(new_TW, R, rows_SX[-len(new_TW) :])
         if weights.indexer is not None:
             grown = zip(caches, ends, strict=True)
-            keys = [cache.extend_index(step.layer, end) for cache, end in grown]
-            step.lists_TL = self._choose(step, weights.indexer, x_TD, low, keys)
+            keys = [cache.extend_index(chunk.layer, end) for cache, end in grown]
+            chunk.lists_TL = self._choose(chunk, weights.indexer, x_TD, low, keys)
 
-        kv_b, lists_TL = weights.kv_b_proj, step.lists_TL
+        kv_b, lists_TL = weights.kv_b_proj, chunk.lists_TL
         if backend.absorbs or lists_TL is not None or len(rows) == T:
             o_THV = self._absorbed(q_THN, q_THP, kv_b, rows, counts, lists_TL)
         else:
@@ -72,7 +71,7 @@ class LatentAttention(Generic[W]):
             o_THV = torch.cat([self._cheapest(*part, kv_b) for part in each])
         return backend.linear(o_THV.reshape(T, H * V), weights.o_proj)
 
-    def _cheapest(self, q_THN: Tensor, q_THP: Tensor, rows_SX: Tensor, kv_b: W) -> Tensor:
+    def _cheapest(self, q_THN: Tensor, q_THP: Tensor, rows_SX: Tensor, kv_b: Prepared) -> Tensor:
         """What one sequence's queries give, [T, H, V], in the form that costs less."""
         H, N, P, R, V, *_ = self._geometry
         T, S = len(q_THN), len(rows_SX)
@@ -87,7 +86,7 @@ class LatentAttention(Generic[W]):
         self,
         q_THN: Tensor,
         q_THP: Tensor,
-        kv_b: W,
+        kv_b: Prepared,
         rows: list[Tensor],
         counts: list[int],
         lists_TL: Tensor | None = None,
@@ -102,7 +101,12 @@ class LatentAttention(Generic[W]):
         return self._backend.absorb_value(o_THR, kv_b, self._geometry.N)
 
     def _choose(
-        self, step: Step, weights: Indexer[W], x_TD: Tensor, low_TQ: Tensor, keys: list[Tensor]
+        self,
+        chunk: Chunk,
+        weights: Indexer[Prepared],
+        x_TD: Tensor,
+        low_TQ: Tensor,
+        keys: list[Tensor],
     ) -> Tensor | None:
         """Store the tokens' index keys at the end of each sequence's ``keys``, and choose the
         positions that each token attends to, [T, L]; None where each attends to all."""
@@ -113,14 +117,14 @@ class LatentAttention(Generic[W]):
         key_TA = backend.linear(x_TD, weights.wk)
         key_TA = backend.layer_norm(key_TA, weights.k_norm, weights.k_norm_bias, _INDEX_EPS)
         both = torch.cat([q_TJA, key_TA[:, None]], dim=1)
-        rotated = backend.rotate(both[..., :P], step.rope_TC, halves)
+        rotated = backend.rotate(both[..., :P], chunk.rope_TC, halves)
         both = torch.cat([rotated, both[..., P:]], dim=-1)
-        for rows_SX, new_TA in zip(keys, both[:, J].split([*step.counts]), strict=True):
+        for rows_SX, new_TA in zip(keys, both[:, J].split([*chunk.counts]), strict=True):
             backend.store_latents(new_TA, A, rows_SX[-len(new_TA) :])
         if max(map(len, keys)) <= topk:
             return None
         weights_TJ = backend.linear(x_TD, weights.weights_proj) * (J * A) ** -0.5
-        lists, counts = list[Tensor](), [*step.counts]
+        lists, counts = list[Tensor](), [*chunk.counts]
         each = zip(both[:, :J].split(counts), weights_TJ.split(counts), keys, strict=True)
         for q_TJA, weights_TJ, rows_SX in each:
             S, T = len(rows_SX), len(q_TJA)
@@ -144,7 +148,7 @@ class LatentAttention(Generic[W]):
     def _block_size(self, T: int) -> int:
         return min(_MAX_BLOCK, max(64, _MAX_SCORES // (T * self._geometry.H)))
 
-    def _expanded(self, rows_SW: Tensor, T: int, kv_b: W) -> Iterator[tuple[Tensor, Tensor]]:
+    def _expanded(self, rows_SW: Tensor, T: int, kv_b: Prepared) -> Iterator[tuple[Tensor, Tensor]]:
         """Blocks of expanded keys [H, B, N + P] and values [H, B, V]."""
         H, N, P, R, V, *_ = self._geometry
         for rows_BW in rows_SW.split(self._block_size(T)):

@@ -24,8 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slotmoe.model.config import Config
-from slotmoe.model.marks import MARK_TOKENS, MOST_ENDS, MOST_MARKS, SPARE
+from slotmoe.quant.shapes import MARK_TOKENS, MOST_ENDS, MOST_MARKS, SPARE
 
 Row = Callable[[int, int], tuple[int, torch.dtype]]
 """Elements and dtype of a row of so many latent and rope values."""
@@ -295,22 +294,28 @@ class LatentCache(SequenceState):
     """Latents of one sequence: ``layers`` is [L, S, X] and ``index_keys`` those of the layers with
     an indexer, of which the first ``length`` rows of each layer are valid.
 
-    A row of X elements is the normed latent and the rotated key part that all heads share.
+    A row of X elements is the normed latent and the rotated key part that all heads share, of these
+    ``widths``.  ``indexed`` says of each layer whether it has keys of ``key_width``.
     """
 
-    def __init__(self, config: Config, context: int, row: Row, empty: Empty):
-        layers, indexer = config.num_hidden_layers, config.indexer
-        widths = config.kv_lora_rank, config.qk_rope_head_dim
+    def __init__(
+        self,
+        context: int,
+        widths: tuple[int, int],
+        indexed: Sequence[bool],
+        key_width: int,
+        row: Row,
+        empty: Empty,
+    ):
         columns, dtype = row(*widths)
-        self.layers = empty((layers, context, columns), dtype)
+        self.layers = empty((len(indexed), context, columns), dtype)
         self.index_keys = torch.empty((0, context, 0), dtype=dtype)
         kept = [Rows(self.layers, widths)]
-        if indexer is not None:
-            full, keys = indexer.full[:layers], (indexer.head_dim, 0)
-            self._index_rows = [sum(full[:layer]) for layer in range(layers)]
-            columns, dtype = row(*keys)
-            self.index_keys = empty((sum(full), context, columns), dtype)
-            kept.append(Rows(self.index_keys, keys))
+        if any(indexed):
+            self._index_rows = [sum(indexed[:layer]) for layer in range(len(indexed))]
+            columns, dtype = row(key_width, 0)
+            self.index_keys = empty((sum(indexed), context, columns), dtype)
+            kept.append(Rows(self.index_keys, (key_width, 0)))
         super().__init__(context, kept)
 
     def extend(self, layer: int, count: int) -> Tensor:
@@ -324,12 +329,22 @@ class LatentCache(SequenceState):
 
 class CompressedCache(SequenceState):
     """``window``, and a ``Group`` for each kind of compressed rows: ``groups`` by ratio, and
-    ``index``, the keys of the layers with an indexer.  ``row_of`` is a layer's row in its group."""
+    ``index``, the keys of the layers with an indexer.  ``row_of`` is a layer's row in its group.
 
-    def __init__(self, config: Config, context: int, row: Row, empty: Empty):
-        assert config.compressed is not None and config.indexer is not None
-        c, indexer, ratios = config.compressed, config.indexer, config.compressed.ratios
-        most, self._width = c.sliding_window - 1, c.head_dim
+    ``ratios`` and ``indexed`` are of each layer, ``width`` of a row, ``key_width`` of a key."""
+
+    def __init__(
+        self,
+        context: int,
+        window: int,
+        width: int,
+        ratios: Sequence[int],
+        indexed: Sequence[bool],
+        key_width: int,
+        row: Row,
+        empty: Empty,
+    ):
+        most, self._width = window - 1, width
 
         def group(ratio: int, width: int, overlaps: bool) -> Group:
             layers, spans = ratios.count(ratio), 1 + overlaps
@@ -338,16 +353,16 @@ class CompressedCache(SequenceState):
             shape = layers, Tail.room(spans * ratio - 1), 2, spans * width
             return Group(rows, empty(shape, torch.float32), width, ratio, overlaps)
 
-        columns, dtype = row(c.head_dim, 0)
+        columns, dtype = row(width, 0)
         rows = empty((len(ratios), Tail.room(most), columns), dtype)
         self.window = Tail(rows, lambda length: min(length, most))
         self.row_of = [ratios[:layer].count(ratio) for layer, ratio in enumerate(ratios)]
         self.groups, self.index = dict[int, Group](), None
         for ratio in sorted({*ratios} - {0}):
-            overlaps = indexer.full[ratios.index(ratio)]
-            self.groups[ratio] = group(ratio, c.head_dim, overlaps)
+            overlaps = indexed[ratios.index(ratio)]
+            self.groups[ratio] = group(ratio, width, overlaps)
             if overlaps:
-                self.index = group(ratio, indexer.head_dim, True)
+                self.index = group(ratio, key_width, True)
         groups = [*self.groups.values(), *([self.index] if self.index else [])]
         super().__init__(context, groups, [self.window, *(group.open for group in groups)])
 
@@ -361,13 +376,6 @@ class CompressedCache(SequenceState):
 def plain_row(latent: int, rope: int) -> tuple[int, torch.dtype]:
     """Rows of the reference path: every value in float32."""
     return latent + rope, torch.float32
-
-
-def new_state(config: Config, context: int, row: Row, empty: Empty) -> SequenceState:
-    """The state of an empty sequence with room for ``context`` tokens, in memory of ``empty(shape,
-    dtype)`` and with rows as ``row`` of the backend says."""
-    kind = LatentCache if config.compressed is None else CompressedCache
-    return kind(config, context, row, empty)
 
 
 def _fill(rows_LSX: Tensor, widths: tuple[int, int], store: Store, source: torch.Generator) -> None:

@@ -1,6 +1,6 @@
-"""A GGUF file, or the parts of a split one, as a ``Checkpoint``.
+"""The tensors of a GGUF file, or of the parts of a split one, as those of a checkpoint.
 
-Its tensors have the names, shapes and order of rows that DeepSeek's own checkpoints have;
+They have the names, shapes and order of rows that DeepSeek's own checkpoints have;
 llama.cpp's converter leaves the pairs of rotary columns as they are.  What is quantized is decoded
 into float16 by the ``gguf`` package, a few rows at a time.
 
@@ -19,12 +19,10 @@ from torch import Tensor
 
 from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.model import names
+from slotmoe.model.checkpoint.gguf_header import MAX_TENSORS, GgufHeader, GgufTensor
 from slotmoe.model.checkpoint.places import Places
-from slotmoe.model.checkpoint.reader import Checkpoint, tensor_shapes
 from slotmoe.model.checkpoint.shards import Read, TensorInfo
-from slotmoe.model.config import Config, config_among
-from slotmoe.model.gguf.header import MAX_TENSORS, GgufTensor, is_gguf, read_headers
-from slotmoe.model.gguf.metadata import small_files
+from slotmoe.model.config import Config
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _KV_B = names.LAYER_PARTS["kv_b_proj"].name
@@ -67,19 +65,11 @@ class HeadsTensor(TensorInfo):
         return both[start - first * (N + V) :][: stop - start]
 
 
-def open_checkpoint(path: Path, keep_mtp: bool = False) -> Checkpoint:
-    """The checkpoint folder ``path``, see ``Checkpoint.open``, or the GGUF file, the first where
-    there are several: every tensor of its metadata is there with the right shape.  Raises
+def gguf_tensors(
+    path: Path, config: Config, headers: list[GgufHeader]
+) -> tuple[dict[str, TensorInfo], set[TensorInfo]]:
+    """Where the files have the network's tensors, and the stored ones that these are in.  Raises
     ``CheckpointError`` or ``ConfigError``, also where the ``gguf`` package is missing."""
-    if not is_gguf(path):
-        return Checkpoint.open(path, keep_mtp)
-    if keep_mtp:
-        problem = "the head that predicts one token more is not read from GGUF files"
-        advice = "leave --keep-mtp out, or give the original checkpoint"
-        raise ConfigError(f"{path}: {problem}; {advice}")
-    headers = read_headers(path)
-    read = small_files(headers[0])
-    config = config_among(read, path)
     if 3 * len(config.moe_layers) * config.n_routed_experts > MAX_TENSORS:
         raise CheckpointError(f"{path}: asks for more than {MAX_TENSORS} tensors; not real")
     files = {name: tensor for header in headers for name, tensor in header.tensors.items()}
@@ -88,8 +78,9 @@ def open_checkpoint(path: Path, keep_mtp: bool = False) -> Checkpoint:
         for name, count in _matrices(config).items()
         if _spelled(name) in files
     }
-    places, infos = Places(path, stored, config, "its metadata", _spelled, "tensor "), {}
-    for name, shape in tensor_shapes(config):
+    places = Places(path, stored, config, "its metadata", _spelled, "tensor ")
+    infos = dict[str, TensorInfo]()
+    for name, shape in names.tensor_shapes(config):
         layer, inner = names.split_name(name)
         if layer is not None and inner == _KV_B and name not in stored:
             stored[name] = _of_heads(places, layer, config)
@@ -101,8 +92,7 @@ def open_checkpoint(path: Path, keep_mtp: bool = False) -> Checkpoint:
     if kinds and find_spec("gguf") is None:
         needed = f"{', '.join(kinds)} tensors are decoded by the gguf package"
         raise ConfigError(f"{path}: {needed}: pip install 'slotmoe[gguf]'")
-    starts = {header.path.name: header.length for header in headers}
-    return Checkpoint(path, config, infos, places.used, starts, read)
+    return infos, places.used
 
 
 def _matrices(c: Config) -> dict[str, int]:

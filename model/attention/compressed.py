@@ -10,28 +10,26 @@ groups of heads, J heads of the indexer, A index_head_dim, X elements of a cache
 rows that a token sees, E compressed rows, Y columns of a compressor, M tokens of a compressed row.
 """
 
-from typing import Generic, NamedTuple, TypeVar, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from slotmoe import border
-from slotmoe.border import Compressed, CompressedIndexer, Compressor, Listed, Step
-from slotmoe.model.state import CompressedCache, Group
-
-W = TypeVar("W")
+from slotmoe.border import Chunk, Compressed, CompressedIndexer, Compressor, Geometry, Listed
+from slotmoe.quant.backends.base import Prepared, TorchBackend
+from slotmoe.state import CompressedCache, Group
 
 
-class CompressedAttention(Generic[W]):
+class CompressedAttention:
     """That attention, each sequence over its own state."""
 
-    def __init__(self, geometry: border.Geometry, backend: border.Backend[W]):
+    def __init__(self, geometry: Geometry, backend: TorchBackend):
         self._geometry, self._backend = geometry, backend
 
-    def __call__(self, step: Step, weights: Compressed[W], x_TD: Tensor) -> Tensor:
-        """What attention gives for the tokens of ``step`` in its layer, float32 [T, D]."""
+    def __call__(self, chunk: Chunk, weights: Compressed[Prepared], x_TD: Tensor) -> Tensor:
+        """What attention gives for the tokens of ``chunk`` in its layer, float32 [T, D]."""
         g, backend, T = self._geometry, self._backend, len(x_TD)
-        rope_TC = step.rope_TC if weights.compressor is None else step.compressed_rope_TC
+        rope_TC = chunk.rope_TC if weights.compressor is None else chunk.compressed_rope_TC
         assert rope_TC is not None
         low_TQ = backend.linear(x_TD, weights.q_a_proj)
         low_TQ = backend.rms_norm(low_TQ, weights.q_a_norm, g.eps)
@@ -41,10 +39,10 @@ class CompressedAttention(Generic[W]):
         key_TZ = self._rotated(key_TZ[:, None], rope_TC)[:, 0]
         assert g.compressed is not None
         outputs, start = list[Tensor](), 0
-        for state, before, count in zip(step.caches, step.before, step.counts, strict=True):
+        for state, before, count in zip(chunk.caches, chunk.before, chunk.counts, strict=True):
             cache, span = cast(CompressedCache, state), slice(start, start + count)
             parts = (part[span] for part in (x_TD, low_TQ, rope_TC, q_THZ, key_TZ))
-            own = _Tokens(step, cache, cache.length + before, *parts)
+            own = _Tokens(chunk, cache, cache.length + before, *parts)
             outputs.append(self._over_rows(own, weights, g.compressed.window))
             start += count
         o_THZ = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -59,12 +57,12 @@ class CompressedAttention(Generic[W]):
         rotated = self._backend.rotate(x_THZ[..., -P:], rope_TC, halves=False)
         return torch.cat([x_THZ[..., :-P], rotated], dim=-1)
 
-    def _over_rows(self, own: "_Tokens", weights: Compressed[W], window: int) -> Tensor:
+    def _over_rows(self, own: "_Tokens", weights: Compressed[Prepared], window: int) -> Tensor:
         """Attention of one sequence's tokens over its rows, [T, H, Z]."""
         g, backend, cache, T = self._geometry, self._backend, own.cache, len(own.x_TD)
         new_TX = cache.window.rows.new_empty(T, cache.window.rows.shape[-1])
         backend.store_latents(own.key_TZ, g.V, new_TX)
-        rows_SX, first = cache.window.extend(own.step.layer, own.position, new_TX)
+        rows_SX, first = cache.window.extend(own.chunk.layer, own.position, new_TX)
         positions_T = torch.arange(T, dtype=torch.int32, device=new_TX.device) + own.position
         entries, counts_T, more_SX = None, None, None
         if weights.compressor is not None:
@@ -78,7 +76,9 @@ class CompressedAttention(Generic[W]):
         listed = Listed(rows_SX, more_SX, lists_TL, weights.sinks)
         return backend.attend(own.q_THZ, listed, g.V, g.softmax_scale)
 
-    def _choose(self, own: "_Tokens", weights: CompressedIndexer[W], counts_T: Tensor) -> Tensor:
+    def _choose(
+        self, own: "_Tokens", weights: CompressedIndexer[Prepared], counts_T: Tensor
+    ) -> Tensor:
         """Which of the first ``counts`` compressed rows each token sees, int32 [T, topk]."""
         geometry, backend, group = self._geometry.indexer, self._backend, own.cache.index
         assert geometry is not None and group is not None
@@ -89,10 +89,12 @@ class CompressedAttention(Generic[W]):
         weights_TJ = backend.linear(own.x_TD, weights.weights_proj) * (J * A) ** -0.5
         return backend.index(q_TJA, weights_TJ, keys_SX, counts_T, topk)
 
-    def _extend(self, own: "_Tokens", group: Group, weights: Compressor[W], width: int) -> Tensor:
+    def _extend(
+        self, own: "_Tokens", group: Group, weights: Compressor[Prepared], width: int
+    ) -> Tensor:
         """Append the rows that the tokens complete to the layer's; returns all, [S, X]."""
         backend, ratio, start = self._backend, group.ratio, own.position
-        row, end = own.cache.row_of[own.step.layer], start + len(own.x_TD)
+        row, end = own.cache.row_of[own.chunk.layer], start + len(own.x_TD)
         rows_SX = group.rows[row, : end // ratio]
         both = weights.kv_proj, weights.gate_proj
         new_T2Y = torch.stack([backend.linear(own.x_TD, weight) for weight in both], dim=1)
@@ -116,17 +118,17 @@ class CompressedAttention(Generic[W]):
             bias_MY = torch.cat([bias_MY[:, :width], bias_MY[:, width:]])
         y_EY = backend.compress(blocks_EM2Y, bias_MY, weights.kv_norm, self._geometry.eps)
         positions_E = torch.arange(begin, stop, device=y_EY.device) * ratio
-        assert own.step.compressed_C is not None
-        rope_EC = backend.rotations(positions_E.float(), own.step.compressed_C)
+        assert own.chunk.compressed_C is not None
+        rope_EC = backend.rotations(positions_E.float(), own.chunk.compressed_C)
         y_EY = self._rotated(y_EY[:, None], rope_EC)[:, 0]
         backend.store_latents(y_EY, width, rows_SX[begin:])
         return rows_SX
 
 
 class _Tokens(NamedTuple):
-    """Those of one sequence in a step's layer, from ``position`` on."""
+    """Those of one sequence in a chunk's layer, from ``position`` on."""
 
-    step: Step
+    chunk: Chunk
     cache: CompressedCache
     position: int
     x_TD: Tensor

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from slotmoe.errors import CheckpointError, reading
-from slotmoe.jsonfile import Json
-from slotmoe.model.files import inside
+from slotmoe.jsonfile import Json, inside
 
 T = TypeVar("T")
 
@@ -30,7 +29,7 @@ _FLOAT32, _TEXT, _ARRAY = 6, 8, 9
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
-class Encoding(NamedTuple):
+class GgmlType(NamedTuple):
     """How ggml stores numbers: ``block`` of a row in so many ``bytes``."""
 
     name: str
@@ -43,8 +42,8 @@ _OF_32 = {2: ("Q4_0", 18), 3: ("Q4_1", 20), 6: ("Q5_0", 22), 7: ("Q5_1", 24), 8:
 _OF_32[20] = ("IQ4_NL", 18)
 _OF_256 = {10: ("Q2_K", 84), 11: ("Q3_K", 110), 12: ("Q4_K", 144), 13: ("Q5_K", 176)}
 _OF_256 |= {14: ("Q6_K", 210), 23: ("IQ4_XS", 136)}
-ENCODINGS = {
-    number: Encoding(name, block, size)
+GGML_TYPES = {
+    number: GgmlType(name, block, size)
     for block, kinds in ((1, _PLAIN), (32, _OF_32), (256, _OF_256))
     for number, (name, size) in kinds.items()
 }
@@ -58,7 +57,7 @@ class GgufTensor:
 
     name: str
     path: Path
-    encoding: Encoding
+    encoding: GgmlType
     shape: tuple[int, ...]
     offset: int
 
@@ -240,10 +239,10 @@ def _tensor(reader: _Reader, path: Path, name: str) -> GgufTensor:
     kind, offset = reader.count(4, what), reader.count(8, what)
     if min(shape) < 1 or math.prod(shape) > 1 << 48:
         raise ValueError(f"{what} has shape {list(shape)}, which no real tensor has")
-    if kind not in ENCODINGS:
-        known = ", ".join(encoding.name for encoding in ENCODINGS.values())
+    if kind not in GGML_TYPES:
+        known = ", ".join(encoding.name for encoding in GGML_TYPES.values())
         raise ValueError(f"{what} is stored as ggml's type {kind}; only these are read: {known}")
-    encoding = ENCODINGS[kind]
+    encoding = GGML_TYPES[kind]
     if shape[-1] % encoding.block or (len(shape) == 1 and encoding.block > 1):
         raise ValueError(f"{what} has rows of {shape[-1]}, which {encoding.name} can't hold")
     return GgufTensor(name, path, encoding, shape, offset)
