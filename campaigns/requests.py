@@ -7,9 +7,9 @@ from pydantic import ValidationError
 from slotmoe.errors import ConfigError
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve import anthropic, app, openai, responses
-from slotmoe.tools.serve.bodies import check
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.grammar import Grammars
+from slotmoe.tools.serve.guard import check
 from slotmoe.tools.serve.requests import Rule
 from tests.support.tiny import SAMPLE
 

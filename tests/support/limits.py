@@ -3,7 +3,7 @@ new field is among them."""
 
 import json
 
-from slotmoe.tools.serve.bodies import MAX_KEYS, MAX_VALUES
+from slotmoe.tools.serve.guard import MAX_KEYS, MAX_VALUES
 
 
 def routes(*routers):

@@ -5,11 +5,10 @@ import http.client
 import io
 import json
 import re
-import socket
 import threading
 import time
 
-from slotmoe.tools.serve import make_server
+from slotmoe.tools.serve import _listen, make_server
 from tests.support.forkserver import COMMAND_LINE, Forked
 from tests.support.tiny import SAMPLE
 
@@ -123,7 +122,7 @@ class Served:
 
     def __init__(self, runtime, keys=(), *, waiting=16, max_body=1 << 20, sequences=8, **edge):
         names, hosts = edge.pop("names", ("sample",)), ("box.local", "Other.local:18094")
-        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener = _listen("127.0.0.1", 0, bool(keys))
         self.port = self.listener.getsockname()[1]
         self.address, self.key = f"http://127.0.0.1:{self.port}", (*keys, "none")[0]
         given = names, sequences, waiting, keys, hosts, max_body

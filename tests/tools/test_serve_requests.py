@@ -14,8 +14,8 @@ from slotmoe.model.generate import Answer
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.serve import errors as serve_errors
-from slotmoe.tools.serve.bodies import MAX_KEYS, MAX_VALUES, check
 from slotmoe.tools.serve.errors import RefusedError
+from slotmoe.tools.serve.guard import MAX_KEYS, MAX_VALUES, check
 from tests.support.served import GREEDY, USER, Served, tokenizer_with
 
 CHAT, TEXT, ANTHROPIC = "/v1/chat/completions", "/v1/completions", "/v1/messages"

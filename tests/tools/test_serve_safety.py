@@ -49,14 +49,6 @@ def ended(connection):
     return True
 
 
-def is_open(connection):
-    connection.setblocking(False)
-    try:
-        return connection.recv(1) != b""
-    except BlockingIOError:
-        return True
-
-
 def dripped(connection, drop):
     """What the server says to a client that sends ``drop`` now and then."""
     connection.settimeout(0.02)
@@ -67,13 +59,6 @@ def dripped(connection, drop):
     raise AssertionError("drops gain time")
 
 
-def look(served, times=2):
-    """What the server does each ``IDLE_SECONDS``."""
-    for _ in range(times):
-        for connection in [*served.server.server_state.connections]:
-            connection.loop.call_soon_threadsafe(connection._look)
-
-
 @pytest.mark.usefixtures("processes")
 def test_only_this_machine_can_connect_unless_asked(sample_export):
     child, port = start(sample_export)
@@ -81,20 +66,6 @@ def test_only_this_machine_can_connect_unless_asked(sample_export):
         connections = psutil.Process(child.pid).net_connections()
     listening = [one for one in connections if one.status == psutil.CONN_LISTEN]
     assert [tuple(one.laddr) for one in listening] == [("127.0.0.1", port)]
-
-
-@pytest.mark.parametrize("half", HALVES)
-def test_half_a_request_does_not_hold_a_connection(served, monkeypatch, half):
-    monkeypatch.setattr(serve_guard, "IDLE_SECONDS", 0.1)
-    with connect(served.port, half) as connection, suppress(ConnectionError):
-        drop = b"" if half in (b"", HALVES[3]) else b"x"  # is no progress
-        said = dripped(connection, drop)
-        assert b"400" in said if half == HALVES[3] else said == b""
-        assert ended(connection)
-    with connect(served.port, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") as connection:
-        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
-        connection.sendall(b"GET /hea")  # which ends uvicorn's own wait for the next request
-        assert ended(connection)
 
 
 def test_a_body_does_not_wait_until_its_headers_are_acknowledged(served):
@@ -110,55 +81,20 @@ def test_a_body_does_not_wait_until_its_headers_are_acknowledged(served):
 LIMIT = 8 + 16 + 256  # connections
 
 
-def test_flood_of_silent_connections_locks_nobody_out_and_passes(served, gate, monkeypatch):
-    monkeypatch.setattr(serve_guard, "PEER_CONNECTIONS", LIMIT)
+def test_beyond_the_bound_of_connections_clients_are_told_and_later_served(served):
+    asked = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
     connections = served.server.server_state.connections
     with ExitStack() as stack:
-        asked = request(completion(max_tokens=4), Connection="close")
-        kept = stack.enter_context(connect(served.port, asked))
-        until(lambda: served.service.running)
-        silent = [stack.enter_context(connect(served.port)) for _ in range(LIMIT + 20)]
-        until(lambda: len(connections) == LIMIT - 1)
-        gate.set()
-        assert served.complete("Call me", max_tokens=1)
-        assert ended(silent[0]) and ended(silent[10])  # those that are silent for longest
-        assert b'"completion_tokens":4' in kept.makefile("rb").read()  # but none that asked
-        look(served)
-        until(lambda: not connections)
-
-
-def test_silent_connections_of_one_address_are_bounded(served, monkeypatch):
-    monkeypatch.setattr(serve_guard, "SILENT_SECONDS", 50)
-    monkeypatch.setattr(serve_guard, "PEER_CONNECTIONS", 5)
-    connections = served.server.server_state.connections
+        halves = (HALVES * (LIMIT // len(HALVES) + 1))[:LIMIT]
+        halves = [b"GE" if half == HALVES[3] else half for half in halves]  # 3 is no HTTP
+        for half in halves:
+            stack.enter_context(connect(served.port, half))
+        until(lambda: len(connections) >= LIMIT)
+        with connect(served.port, asked) as beyond:
+            assert beyond.recv(4096).startswith(b"HTTP/1.1 503")
+            assert ended(beyond)
     until(lambda: not connections)
-    with ExitStack() as stack:
-        halves = [*HALVES[:3], *HALVES[:3], HALF_A_BODY]
-        silent = [stack.enter_context(connect(served.port, half)) for half in halves]
-        until(lambda: len(connections) == 7)
-        for connection in connections:
-            connection.turn -= 60
-        for expected in (silent[0], silent[1]):
-            stack.enter_context(connect(served.port))
-            assert ended(expected)
-        stack.enter_context(connect(served.port))
-        assert served.ask("GET", "/health")[0] == 200
-        # Those that just came are not among them.
-        assert all(map(is_open, silent[2:]))
-
-
-def test_who_asks_slowly_enough_and_waits_for_a_long_answer_is_served(served, gate):
-    connections = served.server.server_state.connections
-    until(lambda: not connections)
-    data = request(completion(max_tokens=4), Connection="close")
-    with connect(served.port, data[:-5]) as connection:  # all but the end of the body
-        until(lambda: any(one.cycle for one in connections))
-        look(served, 4)
-        connection.sendall(data[-5:])
-        until(lambda: served.service.running)
-        look(served, 4)
-        gate.set()
-        assert b'"completion_tokens":4' in connection.makefile("rb").read()
+    assert served.complete("Call me", max_tokens=1)
 
 
 def test_body_that_does_not_arrive_is_given_up(served, monkeypatch):
@@ -170,22 +106,6 @@ def test_body_that_does_not_arrive_is_given_up(served, monkeypatch):
     head = "\r\n".join([*fields, "Transfer-Encoding: chunked", "", ""]).encode()
     with connect(served.port, head) as connection:
         assert dripped(connection, b"1\r\n \r\n").startswith(b"HTTP/1.1 408")
-
-
-@pytest.mark.usefixtures("network")
-def test_who_does_not_read_the_answer_loses_the_connection(runtime):
-    body = completion(max_tokens=200, logprobs=20, n=2, stream=True)
-    with Served(runtime) as served, socket.socket() as deaf:
-        served.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        deaf.connect(("127.0.0.1", served.port))
-        deaf.sendall(request(body))
-        until(lambda: served.service.running)
-        served.idle(30)
-        connections = served.server.server_state.connections
-        assert len(connections) == 1
-        look(served, 3)
-        until(lambda: not connections)
 
 
 def test_headers_are_bounded(served):
@@ -255,13 +175,15 @@ def test_pages_of_allowed_origins_can_read_answers(runtime, origins):
         for origin in ORIGINS:
             wanted = {"Access_Control_Request_Method": "POST"}
             status, _, found = served.ask("OPTIONS", "/v1/responses", Origin=origin, **wanted)
-            assert (status, found[allowed], found["vary"]) == (204, origin, "origin")
+            shown = origin if origins == ORIGINS else "*"
+            assert (status, found[allowed]) == (200, shown)
+            assert ("Origin" in found["vary"]) or origins == ("*",)
             assert "POST" in found["access-control-allow-methods"]
             assert "access-control-allow-credentials" not in found
             body = {**GREEDY, "prompt": "Call me", "max_tokens": 1}
             for headers, expected in (({"x_api_key": "first"}, 200), ({}, 401)):
                 answer = served.ask("POST", TEXT, body, Origin=origin, **headers)
-                assert (answer[0], answer[2][allowed]) == (expected, origin)
+                assert (answer[0], answer[2][allowed]) == (expected, shown)
         other = served.ask("GET", "/health", Origin="http://evil.example")
         assert other[0] == (200 if origins == ("*",) else 403)
         assert (allowed in other[2]) == (origins == ("*",))

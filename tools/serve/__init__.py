@@ -151,8 +151,7 @@ def make_server(
     import uvicorn
 
     from slotmoe.tools.serve.app import make_app
-    from slotmoe.tools.serve.guard import Connection, Guard
-    from slotmoe.tools.serve.log import Log
+    from slotmoe.tools.serve.guard import Guard, Log
     from slotmoe.tools.serve.service import Service
 
     class Server(uvicorn.Server):
@@ -170,7 +169,7 @@ def make_server(
     service = Service(runtime, names, sequences, queue, own, ended)
     app = make_app(service, bool(keys))
     guarded = Guard(app, keys, hosts, max_body, origins)
-    how: Json = {"http": Connection, "ws": "none", "lifespan": "off", "log_level": "warning"}
+    how: Json = {"http": "h11", "ws": "none", "lifespan": "off", "log_level": "warning"}
     how |= dict.fromkeys(("access_log", "use_colors", "server_header", "proxy_headers"), False)
     settings = uvicorn.Config(
         Log(guarded, is_logged),
@@ -235,12 +234,15 @@ def _listen(host: str, port: int, has_keys: bool) -> socket.socket:
         if not has_keys and not ipaddress.ip_address(address[0]).is_loopback:
             raise ConfigError(f"--host {host}: others could use this server; {_GIVE_KEY}")
         exclusive = getattr(socket, "SO_EXCLUSIVEADDRUSE", 0)
-        if not exclusive:
-            return socket.create_server(address[:2], family=family)
-        listener = socket.socket(family)
-        listener.setsockopt(socket.SOL_SOCKET, exclusive, 1)  # Windows lets others share it
-        listener.bind(address[:2])
-        listener.listen()
+        if exclusive:
+            listener = socket.socket(family)
+            listener.setsockopt(socket.SOL_SOCKET, exclusive, 1)  # Windows lets others share it
+            listener.bind(address[:2])
+            listener.listen()
+        else:
+            listener = socket.create_server(address[:2], family=family)
+        # Its connections have it too.  Else a body waits until its headers are acknowledged.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
     except OSError as problem:
         reason = f"can't listen there ({problem.strerror}); give another --host or --port"

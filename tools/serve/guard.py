@@ -1,4 +1,5 @@
-"""Checks of a raw request before any route sees it, and the end of silent connections.
+"""What a request passes before any route sees it: the log, then checks of its host, origin, key and
+body.
 
 What pages of other origins may do is asked and told as the Fetch standard has it:
 https://fetch.spec.whatwg.org/#http-cors-protocol.
@@ -10,31 +11,114 @@ import contextlib
 import hashlib
 import hmac
 import ipaddress
+import json
 import re
-import socket
+import sys
+import time
+import uuid
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse, Response
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from slotmoe.tools.serve.bodies import check
 from slotmoe.tools.serve.errors import OLLAMA_PATH, RefusedError, error_body, shutting_down
+from slotmoe.tools.serve.requests import ignored
 
+if TYPE_CHECKING:
+    from slotmoe.tools.serve.answers import Answers
+
+MAX_VALUES = 1 << 18  # in one body; the longest prompt of DeepSeek-V2 has 163,840 token ids
+MAX_KEYS = 1 << 16  # of all objects in one body
 BODY_SECONDS = 30.0  # in which a request's body has to arrive
-IDLE_SECONDS = 10.0  # after twice this time a connection on which nothing moves is closed
 DISCARD_SECONDS = 2.0  # for the body of a request that is refused by its headers
 _UNREAD = 16  # times the largest body are read and dropped of a body that is larger
 _QUICK_BYTES = 1 << 16  # of a body that takes a millisecond to check
-SILENT_SECONDS = 1.0  # after which a connection that waits for its client is a silent one
-PEER_CONNECTIONS = 128  # of one address that may be silent
-_PREFLIGHT = {"access-control-allow-methods": "GET, POST, DELETE", "access-control-max-age": "600"}
 _ONCE = ("host", "origin", "authorization", "x-api-key", "content-type")
 _LENGTHS = ("content-length", "transfer-encoding")  # a proxy may believe the other one
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)]|([^\[\]:@/\s]+))(?::[0-9]*)?")
 # A browser then asks its user.
 _ASK = {"www-authenticate": 'Basic realm="slotmoe: any name, the API key as password"'}
+_NOT_JSON = "the body is not JSON"
+_CLIENTS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_POLLED = ("/health", "/metrics", "/stats")  # asked for every few seconds, mostly by programs
+_MAX_HEADER = 1000  # characters
+_MAX_NAMES = 100  # of ignored fields that are told, so that strangers don't fill the log
+
+
+class Log:
+    """ASGI middleware around all others.
+
+    Each response has ``x-request-id`` (the request's own, if that has a usable one), and where
+    keywords of schemas were left out ``x-slotmoe-relaxed``.  HEAD is answered wherever GET is.  If
+    ``is_written``, each request is a line on stderr; nothing of its content or its key is in it.
+    So is each name of a field that no request has, the first time that it is ignored.
+    """
+
+    def __init__(self, app: ASGIApp, is_written: bool):
+        self._app, self._is_written = app, is_written
+        self._ignored = set[str]()
+
+    def ignore(self, names: Iterable[str]) -> None:
+        """Fields of these names are unknown."""
+        for name in names:
+            short = ascii(name[:64])
+            if short not in self._ignored and len(self._ignored) < _MAX_NAMES:
+                self._ignored.add(short)
+                is_last = len(self._ignored) == _MAX_NAMES
+                more = "; further ones are not named" if is_last else ""
+                self._write(f"the field {short} is unknown here and ignored{more}")
+
+    def _write(self, line: str) -> None:
+        if self._is_written:
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+                print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        began, status = time.monotonic(), 0
+        state = scope.setdefault("state", {})
+        ignored.set(self.ignore)
+        given = Headers(scope=scope).get("x-request-id", "")
+        id_ = given if _CLIENTS_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = headers["request-id"] = id_
+                if state.get("relaxed"):
+                    text = ascii("; ".join(state["relaxed"]))[1:-1]  # fields have any names
+                    short = f"{text[: _MAX_HEADER - 3]}..."
+                    headers["x-slotmoe-relaxed"] = text if len(text) <= _MAX_HEADER else short
+            await send(message)
+
+        # The server itself drops the body of an answer to HEAD.
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+        try:
+            await self._app(inner, receive, send_with_headers)
+        finally:
+            if not (scope["path"] in _POLLED and status == 200):
+                line = _line(scope, status, time.monotonic() - began, state.get("answers"))
+                self._write(f"{line}, {id_}")
+
+
+def _line(scope: Scope, status: int, seconds: float, answers: "Answers | None") -> str:
+    """``POST /api/chat 200 in 3 s, 12 + 3 tokens, first after 0.8 s, stop``"""
+    path = ascii(scope["path"][:100])[1:-1]
+    line = f"{scope['method']} {path} {status or 'no answer'}"
+    line += f" in {seconds:.1f} s"
+    if answers is None:
+        return line
+    usage = answers.usage()
+    line += f", {usage.prompt} + {usage.answer} tokens"
+    first = [job.first_token - job.submitted for job in answers.jobs if job.first_token]
+    line += f", first after {min(first):.2f} s" if first else ", none before it ended"
+    return f"{line}, {' '.join(answers.finishes) or 'client left'}"
 
 
 class Guard:
@@ -59,52 +143,56 @@ class Guard:
         self._keys = [key.encode() for key in keys]
         self._owners = [hashlib.sha256(key).hexdigest() for key in self._keys]
         self._hosts = {"localhost", *map(_name, hosts)} - {""}
+        # Keys are in headers that a page has to set: nothing is allowed to a browser's credentials.
+        self._named = CORSMiddleware(
+            self._with_key,
+            allow_origins=[*self._origins],
+            allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=("*",),
+            expose_headers=("*",),
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        headers, is_read = MutableHeaders(scope=scope), False
-        is_health = scope.get("raw_path", b"") == b"/health"
-        origin = headers.get("origin", "")
-        shares = bool(origin) and not self._origins.isdisjoint((origin.lower(), "*"))
-        if shares:
-            send = _shared(send, origin)
+        headers = Headers(scope=scope)
+        is_named = "host" in headers or scope["http_version"] != "1.0"
         try:
-            if not (is_health and scope["http_version"] == "1.0" and "host" not in headers):
-                self._check_names(headers, shares)
-            if shares and scope["method"] == "OPTIONS":  # a browser asks, without the key
-                allowed = headers.get("access-control-request-headers", "")
-                fields = {**_PREFLIGHT, "access-control-allow-headers": allowed}
-                return await Response(None, 204, fields)(scope, receive, send)
+            if is_named or not _is_health(scope):  # as load balancers ask
+                self._check_names(headers)
+        except RefusedError as problem:
+            await self._refuse(problem, scope, receive, send)
+        else:
+            await self._named(scope, receive, send)
+
+    async def _with_key(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Of a known host and origin."""
+        headers, body = MutableHeaders(scope=scope), None
+        try:
             owner = self._owner(headers)
-            if owner is None and not is_health:
+            if owner is None and not _is_health(scope):
                 problem = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
                 ask = _ASK if scope["path"] == "/" else None
                 raise RefusedError(problem, None, 401, "invalid_api_key", ask)
             scope.setdefault("state", {})["owner"] = owner or ""
             has_body = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-            if not origin and scope["path"].startswith(f"{OLLAMA_PATH}/"):  # so no page's
-                headers["content-type"] = "application/json"  # as Ollama
+            if "origin" not in headers and scope["path"].startswith(f"{OLLAMA_PATH}/"):
+                headers["content-type"] = "application/json"  # as Ollama, of no page
             if scope["method"] == "POST" and has_body:
                 body = await self._body(headers, receive)
-                receive, is_read = _replay(body, receive), True
                 if len(body) > _QUICK_BYTES:  # not in the event loop
                     await asyncio.to_thread(check, body)
                 else:
                     check(body)
         except RefusedError as problem:
-            if not is_read and problem.status not in (408, 413, 503):
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._read(receive), DISCARD_SECONDS)
-            fields = {} if is_read else {"connection": "close", **(problem.headers or {})}
-            response = JSONResponse(error_body(scope["path"], problem), problem.status, fields)
-            await response(scope, receive, send)
+            await self._refuse(problem, scope, receive, send, is_read=body is not None)
         else:
+            receive = receive if body is None else _replay(body, receive)
             await self._app(scope, receive, send)
 
-    def _check_names(self, headers: Headers, shares: bool) -> None:
-        """Raises ``RefusedError`` for a host that isn't known, for an origin that is another unless
-        the server ``shares`` with it, and for names that are given twice."""
+    def _check_names(self, headers: Headers) -> None:
+        """Raises ``RefusedError`` for a host or an origin that isn't known, and for names that are
+        given twice."""
         for name in _ONCE:
             if len(headers.getlist(name)) > 1:  # a proxy may have looked at the other one
                 raise RefusedError(f"the header {name} is given more than once")
@@ -120,7 +208,7 @@ class Guard:
                 advice = "start with --allow-host to allow it"
                 raise RefusedError(f"{problem}; {advice}", status=403) from None
         ours = (f"http://{host.lower()}", f"https://{host.lower()}")  # the latter by a proxy
-        if origin and not shares and origin.lower() not in ours:
+        if origin and self._origins.isdisjoint((origin, "*")) and origin.lower() not in ours:
             problem = f"requests from pages of the origin {origin[:80]!r} are refused"
             raise RefusedError(f"{problem}; start with --cors-origin to allow it", status=403)
 
@@ -170,86 +258,30 @@ class Guard:
             more = message["type"] == "http.request" and message.get("more_body", False)
         return bytes(body)
 
+    async def _refuse(
+        self,
+        problem: RefusedError,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        is_read: bool = False,
+    ) -> None:
+        if not is_read and problem.status not in (408, 413, 503):
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._read(receive), DISCARD_SECONDS)
+        fields = {} if is_read else {"connection": "close", **(problem.headers or {})}
+        response = JSONResponse(error_body(scope["path"], problem), problem.status, fields)
+        await response(scope, receive, send)
+
+
+def _is_health(scope: Scope) -> bool:
+    return bool(scope.get("raw_path", b"") == b"/health")
+
 
 def _name(host: str) -> str:
     """Of ``host``, without its port; empty where it is not a host and a port."""
     found = _HOST.fullmatch(host.lower())
     return (found[1] or found[2]) if found else ""
-
-
-class Connection(H11Protocol):
-    """HTTP/1.1 that ends a connection on which the client had to act, by sending or by reading, and
-    nothing moved between two looks, ``IDLE_SECONDS`` apart; uvicorn itself would wait forever.
-
-    A new connection always finds room: what waits longest for its client gives way, of the same
-    address where too many of that are silent, of all where the server is full.
-    """
-
-    _seen: tuple[object, int] | None = None
-    turn = 0.0  # when it began to wait for the client, in the loop's time
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        # asyncio does so only for sockets that name their protocol.  Else a body waits until the
-        # client acknowledges its headers, 40 ms as a rule.
-        of_client: socket.socket = transport.get_extra_info("socket")
-        of_client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.turn = self.loop.time()
-        self._make_room()
-        self._look()
-
-    def on_response_complete(self) -> None:
-        self.turn = self.loop.time()
-        super().on_response_complete()
-
-    @property
-    def address(self) -> str:
-        return self.client[0] if self.client is not None else ""
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether the server waits for the client's request, or for its reading of the answer."""
-        cycle = self.cycle
-        is_asked = cycle is not None and not (cycle.response_complete or cycle.more_body)
-        return not is_asked or self.flow.write_paused
-
-    def _make_room(self) -> None:
-        opened = [c for c in self.connections if not c.transport.is_closing()]
-        waiting = [c for c in opened if isinstance(c, Connection) and c.is_waiting]
-        silent = self.loop.time() - SILENT_SECONDS
-        ours = [c for c in waiting if c.turn <= silent and c.address == self.address]
-        is_full = self.limit_concurrency is not None and len(opened) >= self.limit_concurrency
-        if len(ours) > PEER_CONNECTIONS:
-            waiting = ours
-        elif not is_full:
-            return
-        # Who has sent a whole request, and only doesn't read, comes last.
-        min(waiting, key=lambda c: (c.flow.write_paused, c.turn)).transport.abort()
-
-    def _look(self) -> None:
-        if self.transport.is_closing():
-            return
-        clients_turn = self.cycle is None or self.cycle.response_complete or self.flow.write_paused
-        now = (self.cycle, self.transport.get_write_buffer_size()) if clients_turn else None
-        if now is not None and now == self._seen:
-            return self.transport.abort()
-        self._seen = now
-        self.loop.call_later(IDLE_SECONDS, self._look)
-
-
-def _shared(send: Send, origin: str) -> Send:
-    """Lets pages of ``origin`` read the response.  Keys are in headers that a page has to set, so
-    nothing is allowed to a browser's own credentials."""
-
-    async def shared(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            headers = MutableHeaders(scope=message)
-            headers["access-control-allow-origin"] = origin
-            headers["access-control-expose-headers"] = "*"
-            headers.add_vary_header("origin")
-        await send(message)
-
-    return shared
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -260,3 +292,33 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return messages.pop() if messages else await receive()
 
     return replay
+
+
+def check(body: bytes) -> None:
+    """Raises ``RefusedError`` unless ``body`` is a JSON object, or empty; also where it holds too
+    many values or keys, in time and memory of a few copies of it."""
+    if _excess(body):  # perhaps in its strings, which do not count
+        outside = body.replace(rb"\\", b"").replace(rb"\"", b"")
+        if outside.count(b'"') <= 4 * MAX_VALUES:  # as many as all keys and values may have
+            outside = b"".join(outside.split(b'"')[::2])
+        if excess := _excess(outside):
+            raise RefusedError(f"the body holds more than {excess}", status=413)
+    try:
+        value = json.loads(body.decode("utf-8-sig")) if body else {}
+    except json.JSONDecodeError as problem:
+        where = f"line {problem.lineno}, column {problem.colno}"
+        raise RefusedError(f"{_NOT_JSON}: {problem.msg} at {where}") from None
+    except UnicodeDecodeError as problem:
+        raise RefusedError(f"{_NOT_JSON}: byte {problem.start} is not UTF-8") from None
+    except RecursionError:
+        raise RefusedError(f"{_NOT_JSON} that this server reads: it is nested too deeply") from None
+    except ValueError:  # Python's bound on digits
+        raise RefusedError(f"{_NOT_JSON} that this server reads: a number is too long") from None
+    if not isinstance(value, dict):
+        raise RefusedError("the body is not a JSON object")
+
+
+def _excess(text: bytes) -> str:
+    if sum(text.count(mark) for mark in b"[{,") > MAX_VALUES:
+        return f"{MAX_VALUES} values"
+    return f"{MAX_KEYS} keys" if text.count(b":") > MAX_KEYS else ""
