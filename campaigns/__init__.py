@@ -59,8 +59,8 @@ CAMPAIGNS = (
     ),
     Gate(
         "races",
-        "Two or three processes, or eight threads in each, at one destination, cache, session or"
-        " predictor; some get signals.",
+        "Two or three processes, or eight threads in each, at one destination, cache or"
+        " session; some get signals.",
         "1,000 rounds each: success or a refusal, nothing wrong on the disk",
         "2,500 rounds in all (d443fb2), and 40 of threads (0e14cc1), nothing wrong",
     ),

@@ -19,7 +19,7 @@ from slotmoe.model.config import read_config
 from slotmoe.model.names import resident_shapes
 from slotmoe.offload.sessions.blocks import BlockFolder, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved
-from slotmoe.quant.export.layout import RESIDENT, is_predictor, layer_file, tensor_parts
+from slotmoe.quant.export.layout import RESIDENT, layer_file, tensor_parts
 from slotmoe.quant.export.reader import Export
 from tests.support.blocks import per_token
 from tests.support.disk import memory
@@ -107,22 +107,13 @@ def records_of(export):
 
 
 def tensors_of(export):
-    """The resident weights and the predictor."""
-
-    def predictor():
-        tensors = export.predictor() or {}
-        return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
-
+    """The resident weights."""
     weights = resident_shapes(read_config(export.folder / "config.json"))
-    for name, entry in export.manifest["files"].items():
-        if name != RESIDENT and not is_predictor(name):
-            continue
-        for tensor, part in tensor_parts(entry).items():
-            read = predictor
-            if name == RESIDENT:
-                of = next(of for of in weights if f"{tensor}.".startswith(f"{of}."))
-                read = partial(weight_bytes, export, of)
-            yield Target(export.folder / name, read, 5, part.span(entry["header_bytes"]))
+    entry = export.manifest["files"][RESIDENT]
+    for tensor, part in tensor_parts(entry).items():
+        of = next(of for of in weights if f"{tensor}.".startswith(f"{of}."))
+        read = partial(weight_bytes, export, of)
+        yield Target(export.folder / RESIDENT, read, 5, part.span(entry["header_bytes"]))
 
 
 def sessions(folder):

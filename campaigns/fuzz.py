@@ -30,7 +30,7 @@ LARGEST = 16 << 20  # bytes of a case
 HANGS = 30  # seconds of wall time after which a case is given up
 PARTS = (
     *("config", "index", "header", "manifest", "gguf", "resident", "experts"),
-    *("predictor", "session", "block", "saved-chat", "tiktoken", "body-chat", "body-responses"),
+    *("session", "block", "saved-chat", "tiktoken", "body-chat", "body-responses"),
     *("body-messages", "body-completions", "body-tokenize", "schemas", "tokenizer", "template"),
     "token-numbers",
 )

@@ -3,8 +3,6 @@
 import json
 
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.quant.export.writer import write_predictor
-from tests.support.predictor import random_tensors
 from tests.support.tiny import SAMPLE, SMALL, write_checkpoint
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
@@ -36,13 +34,7 @@ def few_words(folder, shards=1, layers=2, words=300):
     path.write_text(json.dumps(tokenizer))
 
 
-def tiny_predictor(seed):
-    return random_tensors(seed, SMALL["n_routed_experts"], SMALL["hidden_size"])
-
-
 def tiny_export(folder):
-    """With a predictor."""
     few_words(folder / "checkpoint", layers=3)
     quantize(folder / "checkpoint", folder / "export", workers=1)
-    write_predictor(folder / "export", tiny_predictor(0))
     return folder / "export"

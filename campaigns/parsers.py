@@ -72,7 +72,6 @@ def manifest(folder):
     def read():
         with Export.open(export) as opened:
             opened.resident("model.norm.weight")
-            opened.predictor()
 
     good, parse = in_file(path, json.loads(path.read_bytes()), read)
     return good, lambda data: parse(signed(sign_manifest, data))
@@ -176,7 +175,6 @@ PARSERS = {
     "gguf": gguf,
     "resident": lambda at: body(at, "resident.safetensors"),
     "experts": lambda at: body(at, "experts/layer-00001.safetensors"),
-    "predictor": lambda at: body(at, "predictor-*"),
     "session": session,
     "block": block,
     "saved-chat": saved_chat,

@@ -1,5 +1,5 @@
 """Two or three processes at one thing: a destination, a cache, a session, a folder of sessions,
-with one thread each or with eight, an export's predictor.
+with one thread each or with eight.
 
 Each begins at a moment by chance; some are stopped for a while, or ended by SIGTERM, SIGHUP or
 SIGKILL at another.  A process may be refused with an error of ours and by nothing else, whatever is
@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 
 from campaigns.beside import THREADS, one_text, read_texts, texts_alone, write_texts
-from campaigns.models import tiny_export, tiny_predictor
+from campaigns.models import tiny_export
 from campaigns.runner import Attack
 from slotmoe.errors import CLOSED, ConfigError, SlotmoeError
 from slotmoe.offload.ingest.cached import cached_export
@@ -28,8 +28,6 @@ from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sessions.blocks import BlockFolder, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved, listing
-from slotmoe.quant.export.reader import Export
-from slotmoe.quant.export.writer import write_predictor
 from tests.support.blocks import per_token
 from tests.support.disk import digests, forked, memory
 from tests.support.tiny import SMALL, write_checkpoint
@@ -227,23 +225,6 @@ class Threads(Sessions):
                 assert path.read_bytes()[-16 - len(wanted) : -16] == wanted, "other latents"
 
 
-class Predictor(Session):
-    """An export whose predictor each replaces by another; readers get one of them whole."""
-
-    def prepare(self):
-        tiny_export(self.folder)
-
-    def do(self, number, tick):
-        for _ in range(4):
-            write_predictor(self.folder / "export", tiny_predictor(number))
-            self.check(1, 0)
-            tick()
-
-    def check(self, done, died):
-        with Export.open(self.folder / "export") as export:
-            assert export.predictor() is not None
-
-
 class Runner:
     """A process that begins after some seconds, and gets a ``signal`` at a ``moment``."""
 
@@ -346,6 +327,5 @@ RACES = {
     "session": Session,
     "sessions": Sessions,
     "threads": Threads,
-    "predictor": Predictor,
 }
 ATTACK = Attack(run, RACES, "rounds of each race", 1000, prepare=prepare, disk=memory())

@@ -180,7 +180,7 @@ PLANTED = {
     "a stream that is believed": ("resume calibrated --count 300", BELIEVED, "other bytes"),
     "no checksums": ("flips --count 3000", UNCHECKED, "missed"),
     "a sequence that is lost": ("interrupts python --count 60", LOST, "empty"),
-    "no locks": ("races destination cache session sessions predictor --count 60", NO_LOCKS, ""),
+    "no locks": ("races destination cache session sessions --count 60", NO_LOCKS, ""),
     "a save beside other texts": ("races threads --count 20", SAVED_LATER, ""),
     "a wrong answer": ("server --clients 5 --seconds 5", OTHER_TEXT, "and alone"),
 }

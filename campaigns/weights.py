@@ -5,12 +5,9 @@ answer a prompt, in one thread.  Each case of ``WHOLE`` opens the model itself i
 """
 
 import ctypes
-import math
 import threading
 from dataclasses import replace
 from itertools import count
-
-import torch
 
 from campaigns.cases import lawful, sign_manifest
 from campaigns.models import tiny_export
@@ -21,11 +18,11 @@ from slotmoe.offload.devices.device import Device
 from slotmoe.offload.engine.batch import Batch
 from slotmoe.offload.engine.loading import _Loader
 from slotmoe.offload.engine.requests import Request
+from slotmoe.offload.experts.ahead import NextGate
 from slotmoe.offload.options import Options
 from slotmoe.offload.plan.memory import PREFILL_CHUNK
-from slotmoe.offload.predictor import Predictor
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.export.layout import RESIDENT, is_predictor, tensor_parts
+from slotmoe.quant.export.layout import RESIDENT, tensor_parts
 from slotmoe.quant.export.verify import span_checksums
 
 WHOLE = 256
@@ -44,7 +41,7 @@ class Opened:
         self.layout, self.manifest = self._model.export.layout, self._model.export.manifest
         self._weights, self._names = {}, resident_shapes(self._model.config)
         self._weights = self._resident({*self._names})
-        self._network, self._predictor = self._network_of(self._weights), self._guesses()
+        self._network = self._network_of(self._weights)
 
     def _resident(self, changed):
         """The weights, of which those are read again that the ``changed`` tensors are of."""
@@ -58,23 +55,15 @@ class Opened:
         model = self._model
         return Network(model.config, weights, model.backend, model.experts, PREFILL_CHUNK)
 
-    def _guesses(self):
-        model = self._model
-        top_k, tensors = model.config.num_experts_per_tok, model.export.predictor()
-        return Predictor(tensors, top_k, model.backend, self._place)
-
     def answer(self, changed):
         """What the loader makes of the file, of which those tensors or records are ``changed``,
         then what the engine does."""
         model, loader = self._model, self._loader
-        network, predictor = self._network, self._predictor
+        network, weights = self._network, self._weights
         if self._file == RESIDENT:
-            network = self._network_of(self._resident(changed))
-        elif is_predictor(self._file):
-            predictor = self._guesses()
-            self._guess(predictor)
-            loader._popularity = predictor.popularity
-        experts = loader._experts(model.export, model.store, predictor, [])
+            network = self._network_of(weights := self._resident(changed))
+        gates = NextGate(model.config, weights, model.backend)
+        experts = loader._experts(model.export, model.store, gates, [])
         network.experts = experts
         batch = Batch(replace(model, network=network, experts=experts))
         ends = model.generation.eos_token_ids
@@ -85,18 +74,6 @@ class Opened:
         experts.slots.close()
         if request.problem is not None:
             raise request.problem
-
-    def _guess(self, predictor):
-        """What a model with few slots asks of its predictor."""
-        config = self._model.config
-        x_TD = torch.ones(2, config.hidden_size)
-        assert all(map(math.isfinite, predictor.popularity))
-        scores_TLE = predictor.token_scores(x_TD, x_TD)
-        E = config.n_routed_experts
-        for row, scores_E in enumerate(scores_TLE[0]):
-            if row:
-                scores_E = predictor.layer_scores(row - 1, x_TD[0], scores_E)
-            assert {*predictor.likely(scores_E[None])[0]} <= {*range(E)}
 
 
 def body(folder, pattern):

@@ -168,7 +168,7 @@ def verify_command(export: Path, as_json: bool) -> int:
 
 
 def _advice(name: str, export: Path, manifest: Json) -> str:
-    from slotmoe.quant.export.layout import MANIFEST, is_predictor
+    from slotmoe.quant.export.layout import MANIFEST
 
     source = manifest.get("source")
     if name == MANIFEST:
@@ -176,8 +176,6 @@ def _advice(name: str, export: Path, manifest: Json) -> str:
         return f"without it nothing can be checked: {advice}"
     if name not in manifest["files"]:
         return "move it away; nothing reads it"
-    if is_predictor(name):
-        return f"train it again: slotmoe quantize SRC {export} --calibrate TEXT"
     if not isinstance(source, dict) or not source.get("files"):
         advice = f"make them again with slotmoe synth GEOMETRY {export} --overwrite"
         return f"these are random weights: {advice}"

@@ -22,12 +22,7 @@ from slotmoe.tools.tables import Console, byte_bars, table
 
 Paths = tuple[Path, ...]
 _WORKERS = click.IntRange(1, 256)
-_CALIBRATE_HELP = (
-    "Make codes that lose least on this UTF-8 text file, repeatable, and train the predictor of "
-    "experts on it; with DST finished already, that alone."
-)
-_GUESSES = {"token": "before a token starts", "layer": "one MoE layer ahead"}
-_GUESSES["popular"] = "by popularity alone"
+_CALIBRATE_HELP = "Make codes of --codec lut that lose least on this UTF-8 text; repeatable."
 
 
 @click.command(name="quantize")
@@ -61,14 +56,12 @@ def command(
 
     Codes of --codec lut have levels that are learned from the model's own weights.
 
-    --calibrate reads text like what the model will read and write, for two things.  Codes of
-    --codec lut are made so that outputs on that text lose least: the text goes through the
-    checkpoint layer by layer, which takes minutes to hours, said beforehand, and a killed run
-    resumes at its layer.
-    Then the predictor learns which experts a token will use before it starts: where experts don't
-    fit in memory, they are read earlier.  100,000 tokens (half a megabyte) do well, of every
-    kind of text that the model will meet: other kinds lose more.  From the hub weight files then
-    come layer by layer, and stay until no layer needs them.
+    --calibrate reads text like what the model will read and write.  Codes of --codec lut are made
+    so that outputs on that text lose least: the text goes through the checkpoint layer by layer,
+    which takes minutes to hours, said beforehand, and a killed run resumes at its layer.  100,000
+    tokens (half a megabyte) do well, of every kind of text that the model will meet: other kinds
+    lose more.  From the hub weight files then come layer by layer, and stay until no layer needs
+    them.
 
     \b
     Examples:
@@ -91,8 +84,6 @@ def command(
         spent = f"{report['seconds']:.1f} s (experts {experts}, resident {resident})"
         bits = f"{report['bits_per_weight']:.2f} bits a weight"
         show(f"{destination}: {size} in {spent}, {bits}", err=True)
-    if texts:
-        report["calibration"] = _calibrate(destination, texts, as_json)
     if as_json:
         print(json_of(report))
     else:
@@ -115,19 +106,11 @@ def _check_source(folder: Path, texts: Paths) -> list[list[int]] | None:
 
 def calibration_windows(folder: Path, texts: Paths) -> list[list[int]]:
     """The texts in windows of token ids of the checkpoint ``folder``."""
-    from slotmoe.offload.ingest.calibration import WINDOW
+    from slotmoe.offload.ingest.calibration import read_windows
     from slotmoe.offload.model_source import read_model
-    from slotmoe.offload.study.calibrate import read_tokens, split
 
     config, tokenizer = read_model(folder)
-    width = min(WINDOW, config.max_position_embeddings)
-    tokens = read_tokens(texts, tokenizer)
-    return [window for ids in tokens for window in split(ids, tokenizer, width)]
-
-
-def _ending(advice: str) -> Stopping:
-    """Meanwhile the line after Ctrl-C says what there is now."""
-    return Stopping(partial(leave, remark=f"; {one_line(advice)}"))
+    return read_windows(texts, tokenizer, config.max_position_embeddings)
 
 
 def _quantize(
@@ -144,7 +127,8 @@ def _quantize(
         given["calibration"] = _check_source(folder, texts)
     bars = ("Reading", "Downloading", "Quantizing", "Checking")
     again = f"run the same command again to resume in {destination or cache_folder()}"
-    with _ending(again), byte_bars(*bars, quiet=quiet) as (reading, arriving, making, checking):
+    said = partial(leave, remark=f"; {one_line(again)}")  # after Ctrl-C
+    with Stopping(said), byte_bars(*bars, quiet=quiet) as (reading, arriving, making, checking):
         given |= {"progress": making, "checking": checking, "notify": options.notifier(quiet)}
         if folder is not None:
             destination = destination or cached_place(folder, cache_folder(), reading)
@@ -154,26 +138,6 @@ def _quantize(
         given |= {"keep_source": keep_source, "arriving": arriving}
         given["ready"] = lambda folder: _check_source(folder, texts)
         return quantize_from_hub(source, revision or "main", destination, **given), destination
-
-
-def _calibrate(destination: Path, texts: Paths, quiet: bool) -> Json:
-    from slotmoe.offload.study.calibrate import calibrate
-
-    started = time.perf_counter()
-    kept = f"{destination} is a whole export, calibrated as before"
-    with _ending(kept), byte_bars("Calibrating", quiet=quiet) as (progress,):
-        report = calibrate(destination, texts, progress)
-    report["seconds"] = time.perf_counter() - started
-    if quiet:
-        return report
-    spent = f"{report['seconds']:.1f} s ({format_size(report['bytes'])})"
-    show(f"Calibrated on {report['tokens']} tokens in {spent}", err=True)
-    for name, text in _GUESSES.items():
-        if name in report["recall"]:
-            pairs = zip(report["recall"][name], report["guesses"], strict=True)
-            shares = ", ".join(f"{share:.1%} by {n}" for share, n in pairs)
-            show(f"  experts named {text}: {shares} guesses a layer", err=True)
-    return report
 
 
 def _report(manifest: Json, destination: Path, seconds: float) -> Json:

@@ -22,11 +22,11 @@ from slotmoe.model.network import Network
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.devices.pages import tune_heap
+from slotmoe.offload.experts.ahead import Lookahead, NextGate
 from slotmoe.offload.experts.disk import DiskReader
 from slotmoe.offload.experts.experts import Experts
 from slotmoe.offload.experts.host import HostTier
 from slotmoe.offload.experts.hybrid import HostCompute
-from slotmoe.offload.experts.lookahead import Lookahead
 from slotmoe.offload.experts.resident import resident_experts
 from slotmoe.offload.experts.slots import Slots
 from slotmoe.offload.ingest.quantize import Notify, ignore
@@ -41,7 +41,6 @@ from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.offload.policy import DEFAULT_POLICY
 from slotmoe.offload.policy.cache import Cache, make_cache
 from slotmoe.offload.policy.hybrid import Split, choose_mode, cpu_cost
-from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.resident_weights import Place, load_resident
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
@@ -140,7 +139,6 @@ class _Loader:
         self._folder, self._options, self._device, self._reason = folder, options, device, reason
         self._notify = notify
         self.budget, self._host_budget = self._budgets()
-        self._popularity: list[float] | None = None
         self._sizes: Sizes | None = None  # of an export
 
     def check(self) -> None:
@@ -288,17 +286,10 @@ class _Loader:
             config = self._config = self._with_layers(export)
             backend = self._backend
             resident = export.manifest["quantization"]["resident"]
-            sizes = sizes_of(config, resident, export.layout.codecs, export.predictor_bytes)
+            sizes = sizes_of(config, resident, export.layout.codecs)
             plan = self._make_plan(sizes, self.budget)
             self._check(plan)
             place = self._placer()
-            predictor = None
-            if (trained := export.predictor()) is not None:
-                predictor = Predictor(trained, config.num_experts_per_tok, backend, place)
-                self._popularity = predictor.popularity
-                if config.mtp:  # the predictor does not know the head's experts
-                    E = config.n_routed_experts
-                    self._popularity = self._popularity + [config.num_experts_per_tok / E] * E
             # Where everything fits each is read once: what is in the page cache is welcome.
             direct = max(plan.slots, plan.host_slots) < len(config.moe_layers) * export.experts
             store: Store
@@ -309,10 +300,10 @@ class _Loader:
                 store = HostTier(export, direct, cache, plan.host_staging, device)
             opened.callback(store.close)
             weights = load_resident(export, resident_shapes(config), place)
-            guesses = predictor or NextGate(replace(config, mtp=False), weights, backend)
+            gates = NextGate(replace(config, mtp=False), weights, backend)
             names = (layer_tensor(layer, EXPERTS_OF) for layer in range(config.num_hash_layers))
             tables = [as_tensor(weights[name]).cpu() for name in names]
-            experts = self._experts(export, store, guesses, tables)
+            experts = self._experts(export, store, gates, tables)
             opened.callback(experts.slots.close)
             network = Network(config, weights, backend, experts, PREFILL_CHUNK)
             head = MtpHead(network, weights, experts, PREFILL_CHUNK) if config.mtp else None
@@ -365,10 +356,10 @@ class _Loader:
         layers, experts = len(self._config.moe_layers), self._config.n_routed_experts
         asked = self._options.cache_policy or DEFAULT_POLICY
         policy = asked if slots < layers * experts else "lru"
-        return make_cache(policy, slots, layers, experts, self._popularity)
+        return make_cache(policy, slots, layers, experts)
 
     def _experts(
-        self, export: Export, store: Store, predictor: NextGate | Predictor, tables: list[Tensor]
+        self, export: Export, store: Store, gates: NextGate, tables: list[Tensor]
     ) -> Experts:
         """The slots over ``store``, what reads ahead if that can pay, and the CPU's part."""
         options, device, config, plan = self._options, self._device, self._config, self._plan
@@ -377,13 +368,10 @@ class _Loader:
         slots = Slots(store, self._cache(plan.slots), plan.staging, top_k, size, device)
         # Records that are not worth waking a thread for are not worth reading ahead either.
         missing = plan.slots < layers * experts and plan.staging > top_k
-        lookahead, warm = None, list[int]()
+        lookahead = None
         if options.prefetch and missing and size > HELP_BYTES:
             source = slots, store.bandwidth, device.download, tables
-            lookahead = Lookahead(predictor, layers, experts, size, *source)
-        if options.prefetch and (popularity := self._popularity):
-            ids = range(layers * experts)
-            warm = sorted(ids, key=popularity.__getitem__, reverse=True)[: plan.slots]
+            lookahead = Lookahead(gates, layers, experts, size, *source)
         hybrid, split, levels = None, Split(), export.layout.levels()
         if isinstance(store, HostTier):
             # Triton's kernels are the GPU's; beside it the CPU has its own.
@@ -403,5 +391,5 @@ class _Loader:
         records = Records(slots.slab, export.layout, levels)
         return Experts(
             config.moe_layers, records, slots, self._backend, device,
-            lookahead, warm, hybrid, split, config.mtp,
+            lookahead, hybrid, split, config.mtp,
         )  # fmt: skip

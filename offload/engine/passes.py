@@ -249,11 +249,8 @@ class Passes:
             guesses, ahead = model.experts.begin(len(tokens), len(rows)), model.experts.lookahead
             if ahead is not None:
                 ahead.read_tables(tokens)
-                hidden_RD = rows[0].sequence.hidden_RD
-                if guesses and hidden_RD is not None:  # the token, and the hidden state before it
-                    embedding_1D = model.backend.embed(ids_T, model.network.embed_tokens)
-                    last_1D = model.network.collapse(hidden_RD[-1:])
-                    ahead.guess_token(embedding_1D[0], last_1D[0])
+                if guesses:
+                    ahead.guess_token(model.backend.embed(ids_T, model.network.embed_tokens))
             hidden_TD = model.network.forward(ids_T, [row.sequence.state for row in rows], counts)
             return hidden_TD, self._wanted_logits(rows, hidden_TD.split(counts))
 

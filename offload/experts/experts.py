@@ -16,11 +16,10 @@ from torch import Tensor
 from slotmoe.border import Timer
 from slotmoe.jsonfile import Json
 from slotmoe.offload.devices.device import Device
+from slotmoe.offload.experts.ahead import Lookahead
 from slotmoe.offload.experts.hybrid import HostCompute
 from slotmoe.offload.experts.layer_work import Pass, Work
-from slotmoe.offload.experts.lookahead import Lookahead
 from slotmoe.offload.experts.slots import Slots
-from slotmoe.offload.experts.source import WARM
 from slotmoe.offload.experts.store import STALE
 from slotmoe.offload.policy.forecast import FOLLOWED
 from slotmoe.offload.policy.hybrid import Split
@@ -54,9 +53,8 @@ class Experts:
 
     What is cached is computed first, then what arrives, in groups; the sum is in gate order, so the
     result is bitwise the same for every budget, policy and timing.  (What the CPU computes beside a
-    GPU is within its kernels' rounding.)  ``lookahead`` reads ahead; ``warm`` are expert ids worth
-    having, the best first: they fill free slots while the first tokens are made.  ``hybrid`` and
-    ``split`` are the CPU's part beside a GPU.
+    GPU is within its kernels' rounding.)  ``lookahead`` reads ahead.
+    ``hybrid`` and ``split`` are the CPU's part beside a GPU.
 
     A layer refers to what it uses, and gives that back at its end, whatever that is.  ``look`` is
     called there and while reads are waited for: it may raise what ends the pass.
@@ -73,7 +71,6 @@ class Experts:
         backend: TorchBackend,
         device: Device,
         lookahead: Lookahead | None = None,
-        warm: Sequence[int] = (),
         hybrid: HostCompute | None = None,
         split: Split = _FETCH,
         has_head: bool = False,
@@ -85,7 +82,7 @@ class Experts:
         # Where graphs find the slots of experts that have arrived.
         self._group_E = device.empty((slots.cache.experts,), torch.int32)
         self._none_ME = torch.full((self._count, slots.cache.experts), -1, dtype=torch.int32)
-        self.lookahead, self._warm = lookahead, list(reversed(warm))
+        self.lookahead = lookahead
         self.hybrid, self.split = hybrid, split
         self.look: Callable[[], None] = lambda: None
         self._apart = False  # whether the pass's tokens are of several sequences
@@ -114,7 +111,7 @@ class Experts:
 
     def slot_table(self) -> SlotTable:
         """Where experts are; empty while the backend is to stop after each gate."""
-        stops = bool(self._warm) or (self.lookahead is not None and self.lookahead.active)
+        stops = self.lookahead is not None and self.lookahead.active
         stops = stops or any(inputs for _, inputs in self._listeners)
         complete = self.slots.complete and not stops
         slots_ME = self._none_ME if stops else self.slots.slots_ME[: self._count]
@@ -166,8 +163,6 @@ class Experts:
             if self.hybrid is not None:
                 self.hybrid.end()
         y_TD = self._backend.weighted_sum(y_TKD, weights_TK)
-        if self._warm:
-            self._read_warm()
         self._end_of_layer(row)
         return y_TD
 
@@ -359,17 +354,6 @@ class Experts:
         self.look()
         if self.timer is not None:
             self.timer.mark("cache and prefetch")
-
-    def _read_warm(self) -> None:
-        """Keep a read of a popular expert going, behind demands, until the cache is full."""
-        slots = self.slots
-        slots.admit_warm()
-        while self._warm and self._warm[-1] in slots:
-            self._warm.pop()
-        if len(self._cache) == slots.planned:  # nothing is free, and nothing will grow
-            self._warm.clear()
-        elif self._warm and slots.room() and slots.prefetch(self._warm[-1], WARM):
-            self._warm.pop()
 
     # The runtime's side
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from slotmoe.errors import DeviceError
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.devices.pages import Touching
-from slotmoe.offload.experts.source import DEMAND, WARM, Read, Source, read_each
+from slotmoe.offload.experts.source import DEMAND, Read, Source, read_each
 from slotmoe.offload.experts.store import ARRIVED, CACHED, FREE, READING, STALE, ExpertStore, Slot
 from slotmoe.offload.policy.cache import Cache
 
@@ -72,13 +72,11 @@ class Slots:
     # A pass
 
     def advance(self, tokens: int) -> None:
-        """A pass over more tokens begins.  What the last one has left in staging is given up; the
-        cache admits what has arrived to warm it."""
+        """A pass over more tokens begins.  What the last one has left in staging is given up."""
         self.store.held_N.fill(False)
-        for slot, read in self.store.coming():
-            if read.urgency != WARM:
+        if self.store.staged:
+            for slot, _ in self.store.coming():
                 self._give_up(slot)
-        self.admit_warm()
         self.cache.advance(tokens)
         self._source.advance(tokens)
 
@@ -149,20 +147,9 @@ class Slots:
     def admit_guesses(self) -> None:
         """Let the cache admit what was read ahead and has arrived."""
         for slot, read in self.store.coming():
-            if DEMAND < read.urgency < WARM and read.arrived and read.error is None:
+            if read.urgency > DEMAND and read.arrived and read.error is None:
                 self.take([read])
                 self.admit(slot.expert, must=True)
-
-    def admit_warm(self) -> None:
-        """Let the cache admit what was read to warm it and has arrived, as long as it has room."""
-        self._grow()
-        for slot, read in self.store.coming():
-            if read.urgency != WARM or not read.arrived:
-                continue
-            if len(self.cache) < self.cache.slots and read.error is None:
-                self.store.move(slot, CACHED)
-            else:
-                self._give_up(slot)
 
     # Between passes
 

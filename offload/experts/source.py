@@ -17,8 +17,7 @@ from torch import Tensor
 
 from slotmoe.offload.devices.device import Event
 
-# Urgencies; prefetches lie between them, the number of layers until their use.
-DEMAND, WARM = 0, 1 << 30
+DEMAND = 0  # the highest urgency; a prefetch has the number of layers until its use
 _NOTHING = memoryview(b"")
 
 

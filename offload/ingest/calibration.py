@@ -12,6 +12,7 @@ Shapes: T tokens of all windows, D hidden_size, I moe_intermediate_size, E exper
 token, W a latent row, C pairs of a head's rope part.
 """
 
+import codecs
 import hashlib
 import json
 import math
@@ -26,11 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slotmoe.border import Chunk, Pending
+from slotmoe.errors import ConfigError, reading
 from slotmoe.model.attention import new_state
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.layers import LayerByLayer, geometry_of, layer_of
 from slotmoe.model.names import EMBEDDING, expert_name, expert_shapes, resident_shapes, split_name
 from slotmoe.model.network import Positions
+from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.ingest.output_dir import STREAM, State
 from slotmoe.quant.backends.base import Prepared, TorchBackend
 from slotmoe.quant.codecs.feedback import Hessian
@@ -38,10 +41,40 @@ from slotmoe.quant.export.layout import checksum
 from slotmoe.quant.export.writer import replace_file
 from slotmoe.state import plain_row
 
-MAX_TOKENS = 1 << 16  # more move the Hessians little
+MIN_TOKENS, MAX_TOKENS = 5000, 1 << 16  # more move the Hessians little
 WINDOW = 512  # tokens that are read as one sequence; attention to more costs more than it says
 _PRIOR_TOKENS = 256  # what the layer's Hessian counts beside an expert's own
 Windows = Sequence[Sequence[int]]
+
+
+def read_text(path: Path, limit: int = -1) -> str:
+    """A text file whole, or the characters that end in its first ``limit`` bytes.  Raises
+    ``ConfigError`` if it can't be read, is empty or no UTF-8."""
+    expected = "; a text file in UTF-8 is expected here"
+    with reading(path, ConfigError, advice=expected), path.open("rb") as file:
+        data = file.read(limit)
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(data, final=len(data) != limit)
+    except UnicodeDecodeError as problem:
+        reason = f"byte {problem.start} is not UTF-8 (try iconv -f latin1 -t utf-8)"
+        raise ConfigError(f"{path}: {reason}{expected}") from None
+    if not text.strip():
+        raise ConfigError(f"{path}: is empty; give text like what the model will read and write")
+    return text
+
+
+def read_windows(texts: Sequence[Path], tokenizer: Tokenizer, positions: int) -> list[list[int]]:
+    """The files as sequences of 2 to ``WINDOW`` tokens, at most ``positions``, each with the
+    tokenizer's beginning.  Raises ``ConfigError`` like ``read_text``, or for too few tokens."""
+    files = [tokenizer.encode(read_text(path), add_bos=False) for path in texts]
+    if (count := sum(map(len, files))) < MIN_TOKENS:
+        needed = f"calibration needs {MIN_TOKENS} or more (100,000 do well)"
+        raise ConfigError(f"{', '.join(map(str, texts))}: {count} tokens of text, {needed}")
+    begin = tokenizer.begin
+    step = min(WINDOW, positions) - len(begin)
+    starts = ((ids, start) for ids in files for start in range(0, len(ids), step))
+    windows = (begin + ids[start : start + step] for ids, start in starts)
+    return [window for window in windows if len(window) > 1]
 
 
 def chosen(windows: Windows, vocab_size: int) -> list[list[int]]:

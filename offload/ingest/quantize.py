@@ -32,13 +32,13 @@ from slotmoe.offload.ingest.encoder import Coder, codecs_for, learn_levels, lear
 from slotmoe.offload.ingest.held_files import Shards, Step, held, together
 from slotmoe.offload.ingest.manifest import Contents, write_files
 from slotmoe.offload.ingest.output_dir import State, Written, check_space
-from slotmoe.offload.ingest.repair import export_of, remove_predictors, replace_files, source_files
+from slotmoe.offload.ingest.repair import export_of, replace_files, source_files
 from slotmoe.offload.ingest.report import quantization_report
 from slotmoe.offload.model_source import small_parts
 from slotmoe.quant.codecs.codec import TILE, Codec, ExpertCodecs
 from slotmoe.quant.codecs.encode import NotFiniteError
 from slotmoe.quant.export import writer
-from slotmoe.quant.export.layout import COPIED, EXPERTS, FORMAT_VERSION, MANIFEST, is_predictor
+from slotmoe.quant.export.layout import COPIED, EXPERTS, FORMAT_VERSION, MANIFEST
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES, refuse_unlisted
 from slotmoe.quant.export.verify import damaged_files
@@ -156,6 +156,10 @@ class _Job:
         self._text: Windows | None = None
         if calibration is not None and coded:
             self._text = chosen(calibration, self.checkpoint.config.vocab_size)
+        elif calibration is not None:
+            self.notify(
+                "no codes here have learned levels, so the calibration text changes nothing"
+            )
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._done, self._total = 0, 0
         self._state = State({})
@@ -188,6 +192,7 @@ class _Job:
             if name in self._learned:
                 self._state.levels[name] = item["levels"]
         wanted = quantization.get("calibration")
+        is_other_text = self._text is not None and wanted != fingerprint(self._text)
         if wanted is None:
             self._text = None
         elif any(name not in COPIED for name in damaged) and wanted != fingerprint(self._text):
@@ -198,16 +203,15 @@ class _Job:
             if (destination / name).is_dir():
                 advice = "move it away, so that the file can be made"
                 raise ExportError(f"{destination / name}: is a folder; {advice}")
-            remedy = "removed, calibrate again" if is_predictor(name) else "it is made again"
-            self.notify(f"{destination / name} {problem}; {remedy}")
-        if not damaged:
-            self.notify(f"{destination}: is this export already, and every checksum is right")
-        predictors = set(filter(is_predictor, damaged))
-        if names := [name for name in damaged if name not in predictors]:
+            self.notify(f"{destination / name} {problem}; it is made again")
+        if damaged:
             self.load_state(overwrite=False)
-            replace_files(destination, manifest, self.partial, self.write(names))
-        if predictors:
-            remove_predictors(destination, manifest, predictors)
+            replace_files(destination, manifest, self.partial, self.write([*damaged]))
+        else:
+            self.notify(f"{destination}: is this export already, and every checksum is right")
+            if is_other_text:
+                advice = "pass --overwrite to make it with this one"
+                self.notify(f"{destination}: was not coded with this calibration text; {advice}")
         system.patiently(shutil.rmtree, self.partial)
         return manifest
 

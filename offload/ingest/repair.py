@@ -1,7 +1,6 @@
 """An export that is there already: whether it is one of this source, and how it is repaired."""
 
 import hashlib
-from collections.abc import Collection
 from pathlib import Path
 
 from slotmoe import system
@@ -10,9 +9,9 @@ from slotmoe.jsonfile import Json
 from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.checkpoint.shards import INDEX_NAME, MAX_INDEX_BYTES
 from slotmoe.quant.codecs.codec import ExpertCodecs
-from slotmoe.quant.export.layout import COPIED, MANIFEST
-from slotmoe.quant.export.validate import manifest_checksum, read_manifest
-from slotmoe.quant.export.writer import sync_folder, write_json
+from slotmoe.quant.export.layout import COPIED
+from slotmoe.quant.export.validate import read_manifest
+from slotmoe.quant.export.writer import sync_folder
 
 
 def export_of(checkpoint: Checkpoint, mode: str, codecs: ExpertCodecs, folder: Path) -> Json | None:
@@ -52,13 +51,3 @@ def replace_files(destination: Path, manifest: Json, partial: Path, entries: Jso
         (destination / name).parent.mkdir(exist_ok=True)
         system.move(partial / name, destination / name)
         sync_folder((destination / name).parent)
-
-
-def remove_predictors(destination: Path, manifest: Json, names: Collection[str]) -> None:
-    """Remove damaged predictors from the export and its ``manifest``."""
-    files = manifest["files"]
-    manifest["files"] = {name: files[name] for name in files if name not in names}
-    manifest["checksum"] = manifest_checksum(manifest)
-    write_json(destination / MANIFEST, manifest)
-    for name in names:
-        system.patiently((destination / name).unlink, True)

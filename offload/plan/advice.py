@@ -102,15 +102,14 @@ def geometry_path(geometry: str) -> Path:
 @dataclass(frozen=True)
 class Model:
     """A geometry, and whether its weights are on this machine; of an export also the precision of
-    its resident weights, the bytes of its predictor, whether ``slotmoe synth`` made it, and whether
-    it has ``kept`` the head that predicts one token more."""
+    its resident weights, whether ``slotmoe synth`` made it, and whether it has ``kept`` the head
+    that predicts one token more."""
 
     name: str
     config: Config
     is_here: bool = False
     resident: str | None = None
     codecs: ExpertCodecs | None = None
-    predictor_bytes: int = 0
     random_weights: bool = False
     kept: bool = True
 
@@ -136,12 +135,11 @@ class Model:
         manifest = read_json(path, 8 << 20, Json)
         try:
             given = typed_manifest(manifest)
-            resident, files = given.quantization.resident, given.files
-            sizes = [entry.bytes for file, entry in files.items() if file.startswith("predictor-")]
+            resident = given.quantization.resident
             random_weights = not given.source["files"]  # as Export.random_weights
             codecs = ExpertCodecs.of_manifest(manifest)
             kept = given.experts.mtp_layer >= 0
-            return cls(name, config, True, resident, codecs, sum(sizes), random_weights, kept)
+            return cls(name, config, True, resident, codecs, random_weights, kept)
         except ValueError as problem:
             what = f"{problem}; not a complete export's manifest, quantize again"
             raise ConfigError(f"{path}: {what}") from None
@@ -206,7 +204,7 @@ class Scenario:
 
     @cached_property
     def sizes(self) -> Sizes:
-        return sizes_of(self.model.config, self.resident, self.codecs, self.model.predictor_bytes)
+        return sizes_of(self.model.config, self.resident, self.codecs)
 
     @cached_property
     def plan(self) -> Plan:

@@ -68,16 +68,14 @@ def default_codecs(config: Config) -> ExpertCodecs:
 
 
 @lru_cache(maxsize=64)  # a report asks for the same ones dozens of times
-def sizes_of(config: Config, resident: str, codecs: ExpertCodecs, predictor: int = 0) -> Sizes:
-    """Sizes of an export with ``resident`` of ``RESIDENT_MODES``, and bytes of a ``predictor``."""
+def sizes_of(config: Config, resident: str, codecs: ExpertCodecs) -> Sizes:
+    """Sizes of an export with ``resident`` of ``RESIDENT_MODES``."""
     components, touched = Counter[str](), 0
     for name, shape in resident_shapes(config).items():
         size = resident_bytes(role_of(name), shape, resident)
         components[part_of(name).component] += size
         if config.tie_word_embeddings or name != EMBEDDING:
             touched += size
-    if predictor:
-        components["predictor"] = predictor
     record = padded_record_bytes(config.hidden_size, config.moe_intermediate_size, codecs)
     return Sizes(dict(components), touched, record)
 

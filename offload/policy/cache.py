@@ -24,18 +24,12 @@ class Cache(ABC):
     learns = False  # whether ``use_chunk`` wants the layer's inputs
     bypass = False  # whether a new expert of no more worth than those cached gets no slot
 
-    def __init__(
-        self, slots: int, layers: int, experts: int, popularity: Sequence[float] | None = None
-    ):
-        """``popularity`` is each expert's uses a token that a policy expects before it saw any."""
-        assert popularity is None or len(popularity) == layers * experts
+    def __init__(self, slots: int, layers: int, experts: int):
         self.slots, self.layers, self.experts = slots, layers, experts
         self.hits = self.misses = self.evictions = self.bypassed = 0
         self.cached: set[int] = set()
         self._absent_N = np.full(layers * experts, np.inf)  # 0 where it is cached
         self._now = 0  # tokens so far
-        before = 0.0 if popularity is None else popularity
-        self._popularity_N = np.zeros(layers * experts) + before
         self._start()
 
     def advance(self, tokens: int = 1) -> None:
@@ -148,8 +142,8 @@ class Learned(Cache):
 
     A slot's return is the more of two rates: the next chance of use over the time until it, and
     one hit over the time until the next use.  The next chance is the ``Forecast``'s; without one
-    it is estimated from three memories: the newest token, about 10 tokens, and about 100, which
-    begins with ``popularity``.  Later uses come as often as about 100 tokens had them.  Time is
+    it is estimated from three memories: the newest token, about 10 tokens, and about 100.
+    Later uses come as often as about 100 tokens had them.  Time is
     counted in layers: a layer's turn comes once a token, so an expert whose layer is next gets its
     chance a whole token sooner than a newcomer, whose layer was just visited.
 
@@ -166,16 +160,16 @@ class Learned(Cache):
 
     def _start(self) -> None:
         # Averages times decay**-(now - epoch): time changes one factor instead of every average.
-        self._short_N, self._long_N = np.zeros_like(self._popularity_N), self._popularity_N.copy()
+        self._short_N, self._long_N, self._chance_N = np.zeros((3, self.layers * self.experts))
         self._epoch, self._row = 0, 0  # the latest rescaling; the layer visited last
         self._visited_M = [-1] * self.layers  # the pass that visited a layer last
         self._last_N = np.full(len(self._short_N), -1)  # the pass whose newest token used it
         rows_M = np.arange(self.layers)
         far_MM = (rows_M - rows_M[:, None] - 1) % self.layers + 1.0
         self._far_MN = np.repeat(far_MM, self.experts, axis=1)  # layers until a layer's turn
-        self._forecast = Forecast(self.layers, self.experts, self._popularity_N)
-        self._chance_N = np.zeros_like(self._popularity_N)  # of use at the layer's next turn
-        self._wait_N = np.full_like(self._popularity_N, np.inf)  # layers, beyond the next turn
+        self._forecast = Forecast(self.layers, self.experts)
+        # ``_chance_N`` is of use at the layer's next turn; else it waits so many layers more.
+        self._wait_N = np.full(self.layers * self.experts, np.inf)
 
     def advance(self, tokens: int = 1) -> None:
         super().advance(tokens)
@@ -234,8 +228,6 @@ class Learned(Cache):
         return self._now_N
 
 
-def make_cache(
-    policy: str, slots: int, layers: int, experts: int, popularity: Sequence[float] | None = None
-) -> Cache:
+def make_cache(policy: str, slots: int, layers: int, experts: int) -> Cache:
     """An empty cache under one of ``slotmoe.offload.policy.POLICIES``."""
-    return {"lru": Lru, "learned": Learned}[policy](slots, layers, experts, popularity)
+    return {"lru": Lru, "learned": Learned}[policy](slots, layers, experts)

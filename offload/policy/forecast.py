@@ -42,11 +42,10 @@ def _signs(pieces: int) -> Array:
 
 
 class Forecast:
-    """``chance`` is each expert's chance before anything is learned, [M * E]."""
+    """Each expert's chance begins at 0."""
 
-    def __init__(self, layers: int, experts: int, chance_N: Array):
+    def __init__(self, layers: int, experts: int):
         self._weights_MFE = np.zeros((layers, FEATURES + 1, experts), np.float32)
-        self._weights_MFE[:, -1] = chance_N.reshape(layers, experts) / _CONSTANT
         self._last_MF = np.zeros((layers, FEATURES + 1), np.float32)  # of the token before
 
     def learn(self, row: int, indices: Sequence[Sequence[int]], x_TD: Array) -> Array | None:

@@ -33,9 +33,9 @@ from torch import Tensor
 from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.jsonfile import Json
 from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.offload.ingest.calibration import read_text
 from slotmoe.offload.model_source import read_model
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.study.calibrate import read_text
 
 _ROWS = 32  # at a time in float64
 _CONTEXT = 16  # tokens shown before a bad one

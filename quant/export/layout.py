@@ -25,7 +25,6 @@ EXPERTS = "experts"  # the folder of the experts' files
 MANIFEST, RESIDENT = "slotmoe.json", "resident.safetensors"
 COPIED: tuple[str, ...] = ("config.json", "tokenizer.json", "tokenizer_config.json")
 COPIED += ("generation_config.json", "chat_template.jinja")
-MAX_PREDICTOR_WIDTH = 1 << 14
 _PREDICTOR = re.compile(r"predictor-[0-9a-f]{16}\.safetensors")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 DTYPES = {"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32}
@@ -126,21 +125,8 @@ def resident_parts(
     return {name: Part(dtype, shape)}
 
 
-def predictor_parts(D: int, L: int, E: int, R: int, Q: int) -> dict[str, Part]:
-    """Tensors of a predictor: hidden size D, L MoE layers of E experts, widths R and Q."""
-    parts: dict[str, Part] = {}
-    shapes: dict[str, tuple[int, ...]] = {"token.in": (R, 2 * D), "token.out": (L * E, R)}
-    shapes |= {"layer.in": (L - 1, Q, D), "layer.out": (L - 1, E, Q)}
-    for name, shape in shapes.items():
-        parts[name + ".weight"] = Part(torch.int8, shape)
-        parts[name + ".weight.scale"] = parts[name + ".bias"] = Part(torch.float32, shape[:-1])
-    parts["layer.mix"] = Part(torch.float32, (L - 1, 3))
-    parts["popularity"] = Part(torch.float32, (L * E,))
-    return {name: part for name, part in parts.items() if part.nbytes}
-
-
 def is_predictor(name: str) -> bool:
-    """Whether a file of the export's folder is a predictor, in use or left over."""
+    """Whether a file is a predictor of experts, which exports once had.  Nothing reads it."""
     return _PREDICTOR.fullmatch(name) is not None
 
 

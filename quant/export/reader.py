@@ -15,7 +15,7 @@ from slotmoe.quant.codecs.codec import manifest_codecs
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of, possible_scales
 from slotmoe.quant.export import layout, validate
 from slotmoe.quant.export.folder import Folder
-from slotmoe.quant.export.layout import COPIED, RESIDENT, checksum, is_predictor, layer_file
+from slotmoe.quant.export.layout import COPIED, RESIDENT, checksum, layer_file
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.shapes import ALIGNMENT
 
@@ -43,11 +43,7 @@ class Export(AbstractContextManager["Export"]):
         self.mtp_layer: int | None = manifest["experts"].get("mtp_layer")  # the last, if kept
         self._codecs = manifest_codecs(manifest)
         self._levels = {name: levels_of(codec) for name, codec in self._codecs.items()}
-        self._predictor = next(filter(is_predictor, files), None)
-        held = [name for name in files if name in (RESIDENT, self._predictor)]
-        self._parts = {name: layout.tensor_parts(files[name]) for name in held}
-        predictor = self._parts.get(self._predictor or "", {})
-        self.predictor_bytes = sum(part.nbytes for part in predictor.values())
+        self._parts = layout.tensor_parts(files[RESIDENT])
         # ``slotmoe synth`` made it: such an export has no source files.
         self.random_weights = not manifest["source"]["files"]
 
@@ -77,9 +73,8 @@ class Export(AbstractContextManager["Export"]):
                 folder.open_file(name)  # its size bounds the work that the header takes
                 # A hard link keeps its origin's names.
                 folder.verify_header(name, layout.layer_parts(origin, self.experts, self.layout))
-        for name, parts in self._parts.items():
-            self._own.open_file(name)
-            self._own.verify_header(name, parts)
+        self._own.open_file(RESIDENT)
+        self._own.verify_header(RESIDENT, self._parts)
 
     def _verify(self, name: str, data: memoryview, expected: str, what: str) -> None:
         if checksum(data) != expected:
@@ -140,19 +135,18 @@ class Export(AbstractContextManager["Export"]):
 
     def resident(self, name: str, empty: Empty = _empty) -> Tensor | Int8Weight | CodedWeight:
         """The verified weight ``name``, in memory from ``empty``.  Raises ``ExportError``."""
-        parts = self._parts[RESIDENT]
-        if name not in parts:
+        if name not in self._parts:
             what = f"has no tensor {name}; the export does not fit its config.json"
             raise self._own.error(RESIDENT, what)
-        weight = self._tensor(RESIDENT, name, empty)
+        weight = self._tensor(name, empty)
         if coded := self.manifest["quantization"]["resident_codecs"].get(name):
             codec, (N, K) = self._codecs[coded["codec"]], coded["shape"]
             _, scales_name = codec.tensors(name, N, K)
-            scales = self._tensor(RESIDENT, scales_name, empty)
+            scales = self._tensor(scales_name, empty)
             self._check_scales(RESIDENT, name, scales)
             return CodedWeight(weight, scales, self._levels[codec.name], (N, K))
-        if name + ".scale" in parts:
-            return Int8Weight(weight, self._tensor(RESIDENT, name + ".scale", empty))
+        if name + ".scale" in self._parts:
+            return Int8Weight(weight, self._tensor(name + ".scale", empty))
         return weight
 
     def _check_scales(self, file: str, what: str, scales: Tensor) -> None:
@@ -160,26 +154,15 @@ class Export(AbstractContextManager["Export"]):
             problem = "has scales that are not finite, or zero where they can't be"
             raise self._own.error(file, f"{what} {problem}; quantize again")
 
-    def _tensor(self, file: str, name: str, empty: Empty) -> Tensor:
-        part, entry = self._parts[file][name], self.manifest["files"][file]
+    def _tensor(self, name: str, empty: Empty) -> Tensor:
+        part, entry = self._parts[name], self.manifest["files"][RESIDENT]
         start = entry["header_bytes"] + part.offset
         before = start % ALIGNMENT  # direct reads begin and end at multiples of 4096, tensors don't
         raw = empty((-(-(before + part.nbytes) // ALIGNMENT) * ALIGNMENT,), torch.uint8)
-        self._own.read(file, start - before, raw.numpy().data, name, before + part.nbytes)
+        self._own.read(RESIDENT, start - before, raw.numpy().data, name, before + part.nbytes)
         out = raw[before : before + part.nbytes]
-        self._verify(file, out.numpy().data, entry["tensors"][name]["checksum"], name)
+        self._verify(RESIDENT, out.numpy().data, entry["tensors"][name]["checksum"], name)
         return out.view(part.dtype).view(part.shape)
-
-    def predictor(self) -> dict[str, Tensor] | None:
-        """The verified tensors of ``predictor_parts``, or None.  Raises ``ExportError``."""
-        if self._predictor is None:
-            return None
-        tensors = {}
-        for name in self._parts[self._predictor]:
-            tensors[name] = self._tensor(self._predictor, name, _empty)
-            if not tensors[name].isfinite().all():
-                raise self._own.error(self._predictor, f"{name} is not finite; calibrate again")
-        return tensors
 
     def close(self) -> None:
         for folder in self.folders:

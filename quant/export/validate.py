@@ -4,8 +4,6 @@ import json
 import os
 from pathlib import Path
 
-import torch
-
 from slotmoe.errors import ExportError
 from slotmoe.jsonfile import Json, read_json
 from slotmoe.quant.codecs.codec import ExpertCodecs, manifest_codecs
@@ -45,8 +43,7 @@ def manifest_layout(manifest: Json) -> layout.RecordLayout:
 def unlisted_files(folder: Path, manifest: Json) -> list[str]:
     """Names in the export that its manifest does not list, so that nothing vouches for them.
 
-    Hidden files are none of ours.  A killed ``quantize --calibrate`` leaves temporary names and a
-    predictor that the manifest does not list (yet, or any more), which nobody reads.
+    Hidden files are none of ours.  Kills leave temporary names, and earlier versions predictors.
     """
     paths = [*folder.iterdir(), *(folder / "experts").glob("*")]
     names = (path.relative_to(folder).as_posix() for path in paths if path.name != "experts")
@@ -76,7 +73,9 @@ def read_manifest(folder: Path) -> Json:
         what = "its checksum is wrong; the manifest was changed or damaged, quantize again"
         raise ExportError(f"{path}: {what}")
     try:
-        _check_manifest(manifest, typed_manifest(manifest))
+        given, files = typed_manifest(manifest), manifest["files"]
+        manifest["files"] = {name: files[name] for name in files if not is_predictor(name)}
+        _check_manifest(manifest, given)
     except ValueError as problem:
         raise ExportError(f"{path}: {problem!s:.200}; not a manifest that slotmoe wrote") from None
     return manifest
@@ -88,9 +87,7 @@ def _check_manifest(manifest: Json, given: schema.Manifest) -> None:
     _check_experts(given.experts, record := manifest_layout(manifest))
     E, files = given.experts.n_routed_experts, manifest["files"]
     layer_files = list(map(layer_file, given.experts.layers))
-    predictors = list(filter(is_predictor, files))
-    require(len(predictors) <= 1, "more than one predictor")
-    known = {*COPIED, RESIDENT, *predictors, *layer_files}
+    known = {*COPIED, RESIDENT, *layer_files}
     require(files.keys() <= known, "files names something that is not part of the format")
     for name in ("config.json", RESIDENT, *layer_files):
         require(name in files, f"files.{name} is missing")
@@ -103,8 +100,6 @@ def _check_manifest(manifest: Json, given: schema.Manifest) -> None:
         require(count == E, f"files.{name} has {count} records for {E} experts")
     sizes = dict.fromkeys(layer_files, E * record.record_bytes)
     sizes[RESIDENT] = _check_resident(files[RESIDENT]["tensors"], manifest)
-    for name in predictors:
-        sizes[name] = check_predictor(files[name]["tensors"], manifest["experts"])
     for name, size in sizes.items():
         stated, whole = files[name]["bytes"], files[name]["header_bytes"] + size
         require(stated == whole, f"the {stated} bytes of {name} do not hold what it should")
@@ -128,21 +123,6 @@ def _check_report(quantization: schema.Quantization) -> None:
         worst = row.worst_layer
         is_worst = not row.by_layer if worst is None else str(worst) in row.by_layer
         require(is_worst, "worst_layer is no layer")
-
-
-def check_predictor(tensors: Json, experts: Json) -> int:
-    """Its tensors must have the dtypes and shapes that the model's geometry and two widths
-    prescribe; returns their bytes."""
-    L = len(experts["layers"]) - ("mtp_layer" in experts)
-    shapes = {name: item["shape"] for name, item in tensors.items()}
-    R, Q = shapes.get("token.in.weight", [1])[0], [*shapes.get("layer.in.weight", []), 1, 1][1]
-    most = layout.MAX_PREDICTOR_WIDTH
-    require(max(R, Q) <= most, f"the predictor is wider than {most}")
-    expected = layout.predictor_parts(experts["hidden_size"], L, experts["n_routed_experts"], R, Q)
-    if "swap.prices" in tensors:  # which earlier versions wrote
-        expected["swap.prices"] = Part(torch.float32, (L,))
-    require(set(tensors) == set(expected), "the predictor has other tensors than its format")
-    return _check_tensors("the predictor", tensors, expected)
 
 
 def _check_tensors(of: str, tensors: Json, expected: dict[str, Part]) -> int:

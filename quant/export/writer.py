@@ -1,10 +1,9 @@
 """Files of an export, written under a temporary name and renamed when whole and durable."""
 
 import json
-import math
 import os
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import xxhash
@@ -14,8 +13,7 @@ from slotmoe import system
 from slotmoe.errors import ExportError, naming
 from slotmoe.jsonfile import Json
 from slotmoe.quant.export import layout
-from slotmoe.quant.export.layout import Part, checksum, describe_tensors, is_predictor, place
-from slotmoe.quant.export.validate import check_predictor, manifest_checksum, read_manifest
+from slotmoe.quant.export.layout import Part, checksum, describe_tensors
 from slotmoe.quant.export.verify import span_checksums
 
 
@@ -140,35 +138,3 @@ def replace_file(
         with suppress(OSError):
             system.patiently(fresh.unlink, True)
         raise
-
-
-def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Give the export in ``folder`` a predictor with the ``tensors`` of ``predictor_parts``.
-
-    The new file has a name of its own, so the rename of the manifest is the one moment in which it
-    replaces the old one.
-    """
-    parts = place({name: Part(item.dtype, tuple(item.shape)) for name, item in tensors.items()})
-    lock = system.take_lock(folder, math.inf, folder=True)  # two would remove each other's file
-    try:
-        manifest = read_manifest(folder)
-        check_predictor(describe_tensors(parts, dict.fromkeys(parts, "")), manifest["experts"])
-        digest = checksum(b"".join(tensors[name].numpy().tobytes() for name in parts))
-        path = folder / f"predictor-{digest[:16]}.safetensors"
-        try:
-            with closing(ExportFile(temporary_name(path), parts)) as file:
-                for name in parts:
-                    file.write(name, tensors[name])
-                entry = file.finish()
-            publish_file(path)
-        finally:
-            system.patiently(temporary_name(path).unlink, True)
-        files = {name: old for name, old in manifest["files"].items() if not is_predictor(name)}
-        manifest["files"] = dict(sorted({**files, path.name: entry}.items()))
-        manifest["checksum"] = manifest_checksum(manifest)
-        write_json(folder / layout.MANIFEST, manifest)
-        for old in folder.iterdir():
-            if is_predictor(old.name.removesuffix(".tmp")) and old.name != path.name:
-                system.patiently(old.unlink)
-    finally:
-        os.close(lock)

@@ -37,14 +37,12 @@ from slotmoe.quant.export.layout import MANIFEST, checksum
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.validate import manifest_checksum
 from slotmoe.quant.export.verify import damaged_files
-from slotmoe.quant.export.writer import write_predictor
 from slotmoe.tools.chat.conversation import Conversation
 from tests.support import v4
 from tests.support.encoded import packed
 from tests.support.gguf import write_gguf
 from tests.support.hostile import INDEX, f32
 from tests.support.params import nth
-from tests.support.predictor import random_tensors
 from tests.support.tiny import REMOVE, SAMPLE, SMALL, write_checkpoint
 
 
@@ -171,7 +169,6 @@ def manifest(folder, good):
     write_checkpoint(folder / "source", **{**SMALL, "num_hidden_layers": 3})
     export = folder / "export"
     quantize(folder / "source", export, resident="nf4")
-    write_predictor(export, random_tensors(1, experts=4, hidden=16))
     values = json.loads((export / MANIFEST).read_text())
     del values["checksum"]
 

@@ -17,7 +17,6 @@ from slotmoe.offload.policy.forecast import FEATURES
 
 ROWS, EXPERTS, TOP = 3, 4, 2
 IDS = range(ROWS * EXPERTS)
-POPULARITY = [0.1, 0.9, 0.3, 0.7] * ROWS
 GATES = st.sampled_from(list(combinations(range(EXPERTS), TOP)))
 quickly = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -28,7 +27,6 @@ def returns(uses, id, row, judged):
     tokens = [token for token, used in uses if used == id]
     short = sum((1 - Learned.SHORT) * Learned.SHORT ** (judged - token) for token in tokens)
     long = sum((1 - Learned.LONG) * Learned.LONG ** (judged - token) for token in tokens)
-    long += POPULARITY[id] * Learned.LONG**judged
     newest, a, b = Learned.WEIGHTS
     chance = newest * (judged in tokens) + a * short + b * long  # without a forecast
     layers_until = (id // EXPERTS - row - 1) % ROWS + 1
@@ -38,7 +36,7 @@ def returns(uses, id, row, judged):
 
 def test_the_lowest_return_leaves():
     chance, uses = random.Random(2), []
-    cache = make_cache("learned", 5, ROWS, EXPERTS, POPULARITY)
+    cache = make_cache("learned", 5, ROWS, EXPERTS)
     for token, row in product(range(1, 60), range(ROWS)):
         if row == 0:
             cache.advance()
@@ -80,7 +78,7 @@ def test_chunk_equals_token_by_token(policy, tokens, inside):
     rows = 1 if policy == "lru" else ROWS
     tokens = [token[:rows] for token in tokens]
     inside = {0, *(id for id in inside if id < rows * EXPERTS)}
-    made = partial(make_cache, policy, len(inside), rows, EXPERTS, POPULARITY[: rows * EXPERTS])
+    made = partial(make_cache, policy, len(inside), rows, EXPERTS)
     whole, single = made(), made()
     for cache, key in product((whole, single), inside):
         cache.add(key)

@@ -16,6 +16,7 @@ from slotmoe.offload.ingest import calibration as ingest
 from slotmoe.offload.ingest.calibration import Calibration
 from slotmoe.offload.ingest.output_dir import State
 from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.model_source import read_model
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codecs.codec import EXPERT_CODECS
 from slotmoe.quant.export.layout import MANIFEST, layer_file
@@ -140,13 +141,22 @@ def test_repairing_takes_the_same_text(source, exports, tmp_path):
             with pytest.raises(ExportError, match=r"layer-00002.*pass the same --calibrate"):
                 quantize(source, export, codecs=LUT, resident="mixed", **options)
         repaired = made(source, export, resident="mixed")
+        for seed in range(2):  # nothing is damaged any more
+            said, text = [], windows(seed=seed)
+            options = {"resident": "mixed", "calibration": text, "notify": said.append}
+            quantize(source, export, codecs=LUT, **options)
+            assert contents(export) == repaired
+            assert "every checksum is right" in said[0]
+            is_other = ["not coded with this calibration text" in line for line in said[1:]]
+            assert is_other == [True] * (kind == "plain" or seed == 1)
         assert repaired[Path(layer_file(2)).name] == (exports / kind / layer_file(2)).read_bytes()
 
 
 def test_nf4_codes_are_what_they_are(source, tmp_path):
-    codecs = EXPERT_CODECS["nf4", "4"]
-    quantize(source, tmp_path / "plain", codecs=codecs)
-    quantize(source, tmp_path / "export", codecs=codecs, calibration=windows())
+    given, said = {"codecs": EXPERT_CODECS["nf4", "4"]}, []
+    quantize(source, tmp_path / "plain", **given)
+    quantize(source, tmp_path / "export", **given, calibration=windows(), notify=said.append)
+    assert "no codes here have learned levels" in said[0]
     name = layer_file(1)
     assert (tmp_path / "export" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
     assert "calibration" not in json.loads((tmp_path / "export" / MANIFEST).read_text())
@@ -187,3 +197,28 @@ def test_the_stream_is_the_networks(source, tmp_path):
     assert torch.allclose(calibration.hidden_TD[:40], wanted, rtol=1e-3, atol=1e-4)
     H = found[1][expert_name(1, 2, "down_proj")].mean_KK
     assert torch.allclose(H, H.t(), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"caf\xe9 " * 9000, "byte 3 is not"), (b"It is", "needs 5000")]
+)
+def test_bad_text_is_refused_before_any_work(content, message, source, slotmoe, tmp_path):
+    (tmp_path / "text").write_bytes(content)
+    arguments = source, tmp_path / "export", "--calibrate", tmp_path / "text"
+    code, out, err = slotmoe("quantize", *arguments)
+    assert (code, out, err.count("\n"), message in err) == (2, "", 1, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_the_command_reads_text_in_windows(source, slotmoe, tmp_path):
+    """Of at most the model's positions, each with the tokenizer's beginning."""
+    (tmp_path / "text").write_text("It is a truth. " * 1500)
+    arguments = "quantize", source, tmp_path / "export", "--calibrate", tmp_path / "text"
+    assert slotmoe(*arguments)[0] == 0
+    before = contents(tmp_path / "export")
+    assert json.loads(before[MANIFEST])["quantization"]["calibration"]
+    assert slotmoe(*arguments)[0] == 0 and contents(tmp_path / "export") == before
+    _, tokenizer = read_model(source)
+    read = ingest.read_windows([tmp_path / "text"] * 2, tokenizer, 64)
+    assert {len(window) for window in read[:-1]} <= {64, len(read[-1])}
+    assert {tuple(window[: len(tokenizer.begin)]) for window in read} == {tuple(tokenizer.begin)}

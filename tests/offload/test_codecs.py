@@ -105,7 +105,7 @@ def to_version_1(manifest):
 
 
 def test_version_1_still_opens(exports, tmp_path):
-    """With the same weights; a predictor that it gets makes it version 2."""
+    """With the same weights."""
     path = exports(("nf4", "4"))
     old = tmp_path / "old"
     shutil.copytree(path, old)

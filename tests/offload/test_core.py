@@ -282,7 +282,6 @@ def test_bytes_of_a_plan(geometry, scratch, crowded, plan, reached):
     """A change of the arithmetic is seen here, whether or not it is meant."""
     config = read_config(geometry_path(geometry))
     sizes = sizes_of(config, "int8", DEFAULT_CODECS)
-    assert "predictor" not in sizes.resident
     assert {kernels: scratch_bytes(config, 512, kernels) for kernels in scratch} == scratch
     room = (6 if geometry == "v2-lite" else 32) << 30
     made = make_plan(config, sizes, tier="ram", budget=room, context=8192, runtime_bytes=300 << 20)

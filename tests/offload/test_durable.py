@@ -7,9 +7,7 @@ import pytest
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.sessions.blocks import BlockFolder, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved
-from slotmoe.quant.export.writer import write_predictor
 from tests.support.blocks import per_token
-from tests.support.predictor import random_tensors
 from tests.support.tiny import write_checkpoint
 
 
@@ -29,12 +27,7 @@ def write_name(folder):
         session.save(Saved(bytes(16), [1, 2], "text", [{"role": "text", "content": "Hello"}]))
 
 
-def replace_predictor(folder):
-    write_export(folder)
-    write_predictor(folder / "export", random_tensors(0))
-
-
-@pytest.mark.parametrize("write", [write_export, write_blocks, write_name, replace_predictor])
+@pytest.mark.parametrize("write", [write_export, write_blocks, write_name])
 def test_a_file_is_durable_before_it_gets_its_name(write, tmp_path, monkeypatch):
     synced, named, rename = set(), [], os.rename
 

@@ -18,12 +18,10 @@ from slotmoe.offload.policy.passes import Asking, Drafting
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import RESIDENT, layer_file
 from slotmoe.quant.export.reader import Export
-from slotmoe.quant.export.writer import write_predictor
 from slotmoe.quant.kernels.cpu.bindings import load
 from tests.support import plain
 from tests.support.engine import IDS, decode, whole
 from tests.support.exported import resign
-from tests.support.predictor import random_tensors
 
 pytestmark = pytest.mark.skipif(load() is None, reason="the native kernels are not built")
 HEAD = layer_file(3)
@@ -176,21 +174,12 @@ class Prompter:
         return logits_1V
 
 
-@pytest.fixture
-def predicting(with_head, tmp_path):
-    """The same with a predictor, which knows the other layers alone."""
-    shutil.copytree(with_head / "export", tmp_path / "export")
-    tensors = random_tensors(1)
-    write_predictor(tmp_path / "export", tensors | {"popularity": tensors["popularity"].abs()})
-    return tmp_path
-
-
 @pytest.mark.parametrize(("slots", "options"), [(None, {}), (9, {"temperature": 0.8, "seed": 3})])
 def test_text_is_bitwise_that_without_drafts(
-    predicting, plainly, eager, monkeypatch, always_guessing, slots, options
+    with_head, plainly, eager, monkeypatch, always_guessing, slots, options
 ):
     want = text_of(plainly, **options)
-    with opened(predicting, slots=slots) as runtime:
+    with opened(with_head, slots=slots) as runtime:
         assert text_of(runtime, **options) == want  # as random weights draft
         before = runtime.stats()["drafts"]
         assert before["kind"] == "mtp" and before["drafted"] == before["passes"] > 20

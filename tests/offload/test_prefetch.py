@@ -1,6 +1,13 @@
-"""How much is read ahead: policy alone, with a shelf and idle times of its own."""
+"""What is read ahead, and how much: policy alone, with a shelf and idle times of its own."""
 
+import torch
+
+from slotmoe.model.config import parse_config
+from slotmoe.model.names import GATE, POST_NORM, layer_tensor
+from slotmoe.offload.experts.ahead import NextGate
 from slotmoe.offload.policy.prefetch import Prefetcher
+from slotmoe.quant.backends.base import TorchBackend
+from tests.support.tiny import CONFIG, random_weights
 
 
 class Shelf:
@@ -83,3 +90,23 @@ def test_guesses_are_read_nearest_layer_first_and_judged_by_the_gate():
     ahead.reset()
     ahead.chosen(2, [22], 1)
     assert shelf.dropped == [11, 13]  # 21 is forgotten
+
+
+def test_guesses_are_by_the_next_layers_gate():
+    """From what the network gives a layer's gate of the residual stream."""
+    config, weights = parse_config(CONFIG), random_weights(CONFIG, torch.float32)
+    gates, seeded = NextGate(config, weights, TorchBackend()), torch.Generator().manual_seed(0)
+    h_TD = torch.randn(4, config.hidden_size, generator=seeded, dtype=torch.double)
+
+    def gate_input(layer):
+        scaled = h_TD / (h_TD.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
+        return scaled * weights[layer_tensor(layer, POST_NORM)].double()
+
+    def scores(layer):
+        return gate_input(layer) @ weights[layer_tensor(layer, GATE)].double().T
+
+    for found, wanted in (
+        (gates.after(0, gate_input(1).float()), scores(2)),
+        (gates.first(h_TD.float()), scores(1)),
+    ):
+        assert torch.allclose(found.double(), wanted, atol=1e-4)

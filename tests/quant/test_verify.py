@@ -10,19 +10,13 @@ import torch
 
 from slotmoe.errors import ExportError
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.quant.export.layout import (
-    MANIFEST,
-    RESIDENT,
-    Part,
-    checksum,
-    layer_file,
-    place,
-    predictor_parts,
-)
+from slotmoe.offload.runtime import Runtime
+from slotmoe.quant.export.layout import MANIFEST, RESIDENT, Part, checksum, layer_file, place
 from slotmoe.quant.export.validate import read_manifest
 from slotmoe.quant.export.verify import damaged_files, span_checksums
-from slotmoe.quant.export.writer import ExportFile, write_predictor
+from slotmoe.quant.export.writer import ExportFile
 from tests.support.disk import tree
+from tests.support.exported import resign
 from tests.support.hostile import flip, truncate, without
 from tests.support.tiny import write_checkpoint
 
@@ -169,19 +163,25 @@ def test_damaged_manifest(good, export, slotmoe):
     assert tree(export) == tree(good / "export")
 
 
-def test_damaged_predictor_is_removed(good, export, slotmoe):
-    experts = read_manifest(export)["experts"]
-    sizes = experts["hidden_size"], len(experts["layers"]), experts["n_routed_experts"]
-    parts = predictor_parts(*sizes, 8, 4).items()
-    write_predictor(export, {key: torch.zeros(part.shape, dtype=part.dtype) for key, part in parts})
-    name = next(path.name for path in export.glob("predictor-*"))
-    assert slotmoe("verify", export)[0] == 0
-    flip(export / name, 5000)
-    code, out, _ = slotmoe("verify", export)
-    assert (code, "--calibrate TEXT" in out) == (1, True)
-    code, _, err = slotmoe("quantize", good / "checkpoint", export)
-    assert (code, "removed, calibrate again" in err) == (0, True)
-    assert tree(export) == tree(good / "export")
+def test_trained_guesses_of_earlier_versions_are_ignored(good, export, slotmoe):
+    """One that the manifest lists, here with prices of swaps, and one that a killed run left."""
+    name, data = "predictor-0123456789abcdef.safetensors", bytes(4096 + 8)
+    (export / name).write_bytes(data)
+    (export / f"predictor-{'1' * 16}.safetensors").write_bytes(b"left")
+    tensor = {"dtype": "F32", "shape": [2], "offset": 0, "checksum": checksum(data[4096:])}
+    entry = {"bytes": len(data), "checksum": checksum(data), "header_bytes": 4096}
+    entry |= {"header_checksum": checksum(data[:4096]), "tensors": {"swap.prices": tensor}}
+    resign(export, lambda manifest: manifest["files"].update({name: entry}))
+    with Runtime.open(good / "export", context=32) as runtime:
+        wanted = runtime.logits([0, 7, 300])
+    for change in (lambda: None, lambda: flip(export / name, 4100), (export / name).unlink):
+        change()
+        with Runtime.open(export, context=32) as runtime:
+            assert torch.equal(runtime.logits([0, 7, 300]), wanted)
+        assert slotmoe("verify", export)[0] == 0
+        assert "predictor" not in slotmoe("plan", export, "--json")[1]
+        code, _, err = slotmoe("quantize", good / "checkpoint", export)
+        assert (code, "every checksum is right" in err) == (0, True)
 
 
 def test_no_export(slotmoe, tmp_path):

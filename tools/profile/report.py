@@ -18,13 +18,13 @@ from rich.text import Text
 from slotmoe import __version__
 from slotmoe.errors import ConfigError, PlanError, visible
 from slotmoe.jsonfile import Json
+from slotmoe.offload.ingest.calibration import read_text
 from slotmoe.offload.machine import cache_folder, process_bytes
 from slotmoe.offload.observe import measure
 from slotmoe.offload.observe.profiler import MemorySampler, Profiler, profiled
 from slotmoe.offload.plan.memory import make_plan, or_more_context, runtime_growth
 from slotmoe.offload.plan.speed import Setting, stored_bandwidths
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.study.calibrate import read_text
 from slotmoe.quant.export.writer import replace_file
 from slotmoe.signals import Stopping
 from slotmoe.sizes import format_size
@@ -42,7 +42,7 @@ from slotmoe.tools.tables import Console, byte_bars, step_progress, table
 
 CHARTS = ("memory-ram memory-vram time-decode time-prefill tokens expert-use layers bytes").split()
 _SCRATCH = ("runtime", "prefill scratch", "logits", "scratch and rest")
-_WEIGHTS = "attention,dense layers,embeddings,predictor,residual streams,router,shared experts"
+_WEIGHTS = "attention,dense layers,embeddings,residual streams,router,shared experts"
 _TOGETHER = dict.fromkeys(_SCRATCH, "runtime and scratch")
 _TOGETHER |= dict.fromkeys(_WEIGHTS.split(","), "resident weights")
 _CACHE = "hits misses hit_rate already_coming evictions bypassed slots".split()

@@ -1,0 +1,111 @@
+"""Reading ahead: the next layers' gates name experts, the prefetcher decides which to read.
+
+Shapes: T tokens, D hidden_size, R rows of scores, E routed experts, K experts a token.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+
+from torch import Tensor
+from torch.nn.functional import rms_norm
+
+from slotmoe.model.config import Config
+from slotmoe.model.layers import as_tensor
+from slotmoe.model.names import GATE, POST_NORM, layer_tensor
+from slotmoe.offload.devices.device import Download
+from slotmoe.offload.policy.prefetch import Prefetcher, Target
+from slotmoe.quant.backends.base import Prepared, TorchBackend
+
+
+class NextGate:
+    """Scores of experts before their gate has chosen: the next MoE layer's norm and gate on the
+    present residual stream.
+
+    RMSNorm is scale-free, so the residual itself is not needed: dividing the present norm's weight
+    out of its output and multiplying the next one's in gives what the next norm would give.
+    """
+
+    def __init__(self, config: Config, weights: Mapping[str, Prepared], ops: TorchBackend):
+        layers = config.moe_layers
+        norms = [as_tensor(weights[layer_tensor(layer, POST_NORM)]) for layer in layers]
+        self._first_norm = norms[0]
+        self._gates = [weights[layer_tensor(layer, GATE)] for layer in layers]
+        self._ratios = [after / before.where(before != 0, 1.0) for before, after in pairwise(norms)]
+        self._ops, self.top_k = ops, config.num_experts_per_tok
+
+    def first(self, embedding_TD: Tensor) -> Tensor:
+        """Gate logits of the first MoE layer, float32 [T, E], as if the embedding were still all of
+        the residual stream."""
+        x_TD = rms_norm(embedding_TD.float(), embedding_TD.shape[-1:], eps=1e-12)
+        return self._ops.linear(x_TD * self._first_norm, self._gates[0])
+
+    def after(self, moe_layer: int, x_TD: Tensor) -> Tensor:
+        """Gate logits of the MoE layer behind ``moe_layer`` for the latter's input: float32
+        [T, E]."""
+        return self._ops.linear(x_TD * self._ratios[moe_layer], self._gates[moe_layer + 1])
+
+
+class Lookahead(Prefetcher):
+    """A prefetcher that guesses each MoE layer's experts before its gate has chosen.
+
+    ``active`` says, for the present pass, whether guesses pay.  While they do, the engine stops
+    after every gate, so that a layer's input tells the guesses for the next one.
+    """
+
+    def __init__(
+        self,
+        gates: NextGate,
+        layers: int,
+        experts: int,
+        record_bytes: int,
+        target: Target,
+        bandwidth: Callable[[], float],
+        download: Callable[[Tensor], Download],
+        tables: Sequence[Tensor] = (),
+    ):
+        """``download`` is the device's; ``tables``, int32 [vocab, K] in RAM, have the experts of
+        each token in the first MoE layers; the rest is as in ``Prefetcher``."""
+        super().__init__(layers, experts, record_bytes, target, bandwidth)
+        self._gates, self._download, self._tables = gates, download, tables
+        self.active = False
+
+    def begin(self) -> None:
+        """A pass begins: forget all guesses."""
+        self.reset()
+        self.active = self.pays()
+
+    def read_tables(self, ids: list[int]) -> None:
+        """Read first what gates that go by the token choose for ``ids``; no guess replaces that."""
+        for moe_layer, table in enumerate(self._tables):
+            uses = Counter(table[ids].flatten().tolist())
+            self._guess(moe_layer, [expert for expert, _ in uses.most_common()], "table")
+        self.more(-1)
+
+    def guess_token(self, embedding_1D: Tensor) -> None:
+        """Guess the first MoE layer's experts for one token by its embedding; start to read."""
+        if not self._tables:
+            started = time.perf_counter()
+            self._guess(0, self._likely(self._gates.first(embedding_1D)), "token")
+            self._cost.add(time.perf_counter() - started)
+        self.more(-1)
+
+    def guess_layer(self, moe_layer: int, layers: int, x_TD: Tensor) -> None:
+        """Guess the experts of the layer behind ``moe_layer`` by the latter's input, and start to
+        read."""
+        if len(self._tables) <= moe_layer + 1 < layers and self.active:
+            started = time.perf_counter()
+            experts = self._likely(self._gates.after(moe_layer, x_TD))
+            if len(x_TD) == 1:
+                self._cost.add(time.perf_counter() - started)
+            self._guess(moe_layer + 1, experts, "layer")
+        self.more(moe_layer)
+
+    def _likely(self, scores_TE: Tensor) -> list[int]:
+        """The experts that any token is likely to use, those of most tokens first."""
+        best_TK = self._download(scores_TE).get().topk(self._gates.top_k, dim=-1).indices
+        return [expert for expert, _ in Counter(best_TK.flatten().tolist()).most_common()]
+
+    def _guess(self, moe_layer: int, experts: list[int], horizon: str) -> None:
+        self.guess(moe_layer, [moe_layer * self._experts + expert for expert in experts], horizon)
