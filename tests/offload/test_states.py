@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.experts.slots import Slots
-from slotmoe.offload.experts.source import DEMAND, WARM
+from slotmoe.offload.experts.source import DEMAND
 from slotmoe.offload.experts.store import ARRIVED, CACHED, LEAVING, READING, STALE
 from slotmoe.offload.policy.cache import make_cache
 from slotmoe.offload.policy.prefetch import HORIZONS, Prefetcher
@@ -18,7 +18,6 @@ from tests.support.states import (
     CHOSEN,
     EXPERT,
     EXPERTS,
-    IDS,
     ROW,
     ROWS,
     WHICH,
@@ -91,15 +90,8 @@ class Engine(RuleBasedStateMachine):
     @rule()
     def begin(self):
         """A pass."""
-        model, reads = self.model, self.reads()
-        for expert_id in [id for id, read in reads.items() if read.urgency != WARM]:
+        for expert_id in self.reads():
             self.forget(expert_id)
-        for expert_id in [id for id in reads if id in model.coming and reads[id].done]:
-            if not reads[expert_id].error and len(model.cached) < model.slots:
-                del model.coming[expert_id]
-                model.cached.add(expert_id)
-            else:
-                self.forget(expert_id)
         self.slots.advance(1)
         self.prefetcher.reset()
 
@@ -113,18 +105,6 @@ class Engine(RuleBasedStateMachine):
     def guess(self, row, experts, name):
         self.prefetcher.guess(row, [row * EXPERTS + expert for expert in experts], name)
         self.prefetcher.more(-1)
-
-    @rule(expert_id=IDS)
-    def warm(self, expert_id):
-        if expert_id not in self.slots:
-            self.prefetch(expert_id, WARM)
-
-    @precondition(lambda self: WARM in self.model.coming.values())
-    @rule(which=WHICH)
-    def cool(self, which):
-        """What was to warm the cache is given up."""
-        warm = [id for id, urgency in self.model.coming.items() if urgency == WARM]
-        self.drop(warm[which % len(warm)])
 
     @precondition(lambda self: self.disk.pending)
     @rule(which=WHICH)
