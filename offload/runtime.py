@@ -130,9 +130,9 @@ class Runtime(AbstractContextManager["Runtime"]):
 
         Raises ``PlanError`` if the context is too small, ``ConfigError`` for an unknown id.
         """
-        ids, start = self.checked(token_ids), 0
+        (ids, _), start = self.fit(token_ids), 0
         logits = torch.empty(len(ids), self.config.vocab_size)
-        for rows_RV in self._logits_from(ids, 0):
+        for rows_RV in self.logits_from(ids):
             logits[start : start + len(rows_RV)] = rows_RV
             start += len(rows_RV)
         return logits
@@ -140,7 +140,8 @@ class Runtime(AbstractContextManager["Runtime"]):
     def next_logits(self, token_ids: list[int]) -> Tensor:
         """Logits of the token behind ``token_ids``: float32 CPU [vocab_size].  What a latent cache
         holds of them is not computed again.  Raises as ``logits`` does."""
-        return self.engine.force(self.checked(token_ids), keeps=True).logits[0]
+        ids, _ = self.fit(token_ids)
+        return self.engine.force(ids, keeps=True).logits[0]
 
     def logits_from(self, token_ids: list[int], first: int = 0) -> Iterator[Tensor]:
         """The rows of ``logits`` from ``first`` on, float32 [at most 128, V] a time, on the device.
@@ -148,11 +149,8 @@ class Runtime(AbstractContextManager["Runtime"]):
         Memory grows with neither the tokens nor the vocabulary.  Pieces end at multiples of 128
         positions, so that those of two runtimes match.  Raises as ``logits`` does.
         """
-        return self._logits_from(self.checked(token_ids), first)
-
-    def _logits_from(self, token_ids: list[int], first: int) -> Iterator[Tensor]:
-        position = 0
-        for hidden_TD in self.hidden(token_ids):
+        (ids, _), position = self.fit(token_ids), 0
+        for hidden_TD in self.hidden(ids):
             for start in range(0, len(hidden_TD), _ROWS_OF_TEXT):
                 if position + start + _ROWS_OF_TEXT > first:
                     rows_RD = hidden_TD[max(start, first - position) : start + _ROWS_OF_TEXT]
@@ -230,32 +228,30 @@ class Runtime(AbstractContextManager["Runtime"]):
         if tools and messages is None:
             raise ConfigError("tools go with messages; give the prompt as one of those")
         if messages is not None:
-            prompt = self._encode_chat(messages, tools)
+            check_messages(messages, tools)
+            self.check_length(sum(len(str(message.get("content") or "")) for message in messages))
+            text = self.tokenizer.chat([*messages], None if tools is None else [*tools])
+            prompt = self.tokenizer.encode(text)
         elif isinstance(prompt, str):
             prompt = self.encode(prompt, chat)
-        ids = self.checked(prompt, more=1)
-        room = self.context - len(ids)
-        count = room if max_new_tokens is None else min(max_new_tokens, room)
-        limit, wanted = "length" if count == max_new_tokens else "context", self._top(top_logprobs)
-        model = self.tokenizer, self.eos_token_ids
-        stream = Stream(ids, Answer(ids, *model, sampling, count, Stops(stops), wanted), limit)
+        ids, count = self.fit(prompt, max_new_tokens)
+        stream = Stream(
+            ids,
+            self._answer(ids, sampling, count, top_logprobs, Stops(stops)),
+            limit="length" if count == max_new_tokens else "context",
+        )
         self.engine.submit(stream.request)
         return stream
 
-    def _encode_chat(self, messages: Messages, tools: Sequence[Json] | None) -> list[int]:
-        """Token ids of a conversation.  Raises ``ConfigError`` and ``PlanError``."""
-        check_messages(messages, tools)
-        self.check_length(sum(len(str(message.get("content") or "")) for message in messages))
-        text = self.tokenizer.chat([*messages], None if tools is None else [*tools])
-        return self.tokenizer.encode(text)
-
-    def _top(self, count: int) -> int:
-        """How many likeliest ids are reported with a token.  Raises ``ConfigError``."""
-        check_types({"top_logprobs": count}, TextOptions.__annotations__)
+    def _answer(
+        self, ids: list[int], sampling: Sampling, count: int, top: int, stops: Stops | None = None
+    ) -> Answer:
+        """``count`` tokens behind ``ids``, each with its ``top`` likeliest.  ``ConfigError``."""
+        check_types({"top_logprobs": top}, TextOptions.__annotations__)
         most = min(self.tokenizer.size, self.config.vocab_size)
-        if not 0 <= count <= most:
-            raise ConfigError(f"top_logprobs is {count}, expected 0 to {most}, the vocabulary")
-        return count
+        if not 0 <= top <= most:
+            raise ConfigError(f"top_logprobs is {top}, expected 0 to {most}, the vocabulary")
+        return Answer(ids, self.tokenizer, self.eos_token_ids, sampling, count, stops, top)
 
     def generate_all(
         self, prompts: Iterable[str | Sequence[int] | Messages], **options: "Unpack[TextOptions]"
@@ -303,30 +299,33 @@ class Runtime(AbstractContextManager["Runtime"]):
     def score(self, prompt: str | Sequence[int], top_logprobs: int = 0) -> list[Token]:
         """The tokens of ``prompt``, each with its log-probability behind those before it (None for
         the first) and ``top_logprobs`` likeliest ids.  Raises as ``generate`` does."""
-        ids = self.checked(self.encode(prompt) if isinstance(prompt, str) else prompt)
-        if max(ids) >= self.tokenizer.size:
-            raise ConfigError(f"the token {max(ids)} has no text, so it can't be scored")
-        model, wanted = (self.tokenizer, self.eos_token_ids), self._top(top_logprobs)
-        answer = Answer(ids, *model, Sampling(), 0, logprobs=wanted)
+        ids, _ = self.fit(self.encode(prompt) if isinstance(prompt, str) else prompt, scored=True)
+        answer = self._answer(ids, Sampling(), 0, top_logprobs)
         stream = Stream(ids, answer, "length", scored=True)
         self.engine.submit(stream.request)
         stream.read()
         return answer.read
 
-    def checked(self, prompt: object, more: int = 0) -> list[int]:
-        """Token ids that the model can read and that the context has room for, and for so many
-        ``more``.  Raises ``ConfigError`` or ``PlanError``."""
-        ids, context, vocabulary = ids_of(prompt), self.context, self.config.vocab_size
+    def fit(
+        self, prompt: object, count: int | None = 0, scored: bool = False
+    ) -> tuple[list[int], int]:
+        """Token ids of ``prompt`` that the model can read, of one that is ``scored`` such as are
+        text, and how many of ``count`` tokens behind them, at least one unless that is 0, have
+        room; None is as many as have.  Raises ``ConfigError`` or ``PlanError``."""
+        ids, context, size = ids_of(prompt), self.context, self.config.vocab_size
+        known = "the model's vocabulary"
+        if scored and self.tokenizer.size < size:
+            size, known = self.tokenizer.size, "those that are text"
         if not ids:
             raise ConfigError("the prompt is empty; give at least one token")
-        if len(ids) + more > context:
+        if not 0 <= min(ids) <= max(ids) < size:
+            raise ConfigError(f"a token id of the prompt is outside 0 to {size - 1}, {known}")
+        room = context - len(ids)
+        if room < (0 if count == 0 else 1):
             advice = or_more_context("shorten the prompt", self.config, context)
             held = f"the context holds {context}: {advice}"
             raise PlanError(f"the prompt has {len(ids)} tokens and {held}")
-        if not all(0 <= id < vocabulary for id in ids):
-            allowed = f"0 to {vocabulary - 1}, the model's vocabulary"
-            raise ConfigError(f"a token id is outside {allowed}")
-        return ids
+        return ids, room if count is None else min(count, room)
 
     def keep_in(
         self, folder: str | Path, limit: int | str = DEFAULT_LIMIT, notify: Notify = ignore

@@ -83,9 +83,9 @@ REASONS = [
 ODD = [
     (CHAT, {"max_completion_tokens": 2}, "max_tokens", "give max_tokens or max_completion_tokens"),
     (CHAT, {"tools": [FUNCTION] * 2}, "tools", "tool 'f' is there twice"),
-    (CHAT, user("word " * 600), None, "the context holds 512 tokens, the prompt has 612"),
+    (CHAT, user("word " * 600), None, "the prompt has 612 tokens and the context holds 512"),
     (TEXT, {"prompt": ["x"] * 9, "n": 2}, "n", "prompts times n is more than 16 answers"),
-    (TEXT, {"prompt": [5] * 512}, None, "the context holds 512 tokens, the prompt has 512"),
+    (TEXT, {"prompt": [5] * 512}, None, "the prompt has 512 tokens and the context holds 512"),
     (TEXT, {"prompt": [4096]}, "prompt", ""),
     (TEXT, {"suffix": "y"}, None, "this model can't fill in the middle"),
     (TEXT, {"prompt": "word " * 800_000}, None, ""),

@@ -9,7 +9,7 @@ from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from slotmoe.errors import PlanError
+from slotmoe.errors import ConfigError, PlanError
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import OWN_SETTINGS, Sampling
 from slotmoe.offload.engine.requests import Request as Job
@@ -113,21 +113,12 @@ class Service:
 
     def limit(self, prompt: list[int], limit: int | None, scored: bool) -> int:
         """The most tokens of an answer to ``prompt``.  Raises ``RefusedError``."""
-        context, size = self.runtime.context, self.runtime.config.vocab_size
-        known = "the model's vocabulary"
-        if scored:
-            size, known = self.vocabulary, "those that are text"
-        if not prompt:
-            raise RefusedError("the prompt is empty", "prompt")
-        if max(prompt) >= size:
-            problem = f"outside 0 to {size - 1}, {known}"
-            raise RefusedError(f"a token id of the prompt is {problem}", "prompt")
-        room = context - len(prompt)
-        if room < (0 if limit == 0 else 1):
-            problem = f"the context holds {context} tokens, the prompt has {len(prompt)}"
-            problem += "; shorten it, or start the server with --context"
-            raise RefusedError(problem, code="context_length_exceeded")
-        return room if limit is None else min(limit, room)
+        try:
+            return self.runtime.fit(prompt, limit, scored)[1]
+        except PlanError as problem:
+            raise RefusedError(str(problem), code="context_length_exceeded") from None
+        except ConfigError as problem:
+            raise RefusedError(str(problem), "prompt") from None
 
     def submit(self, requests: Sequence[Job]) -> None:
         """Queue all of ``requests`` or none.  Raises ``RefusedError``."""
