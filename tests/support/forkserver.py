@@ -31,7 +31,7 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 from unittest.mock import patch
 
-from slotmoe.tools.cli import _COMMANDS
+from slotmoe.tools.cli import _COMMANDS, _MODULES
 
 ROOT = Path(__file__).parents[2]
 COMMAND_LINE = "from slotmoe.__main__ import main; main()"
@@ -42,7 +42,7 @@ _SERVER.set_forkserver_preload(
         *("torch", "numpy", "uvicorn", "tests.support.forkserver"),
         *("slotmoe.offload.runtime", "slotmoe.offload.engine.loading", "slotmoe.tools.serve.app"),
         *("slotmoe.tools.chat.terminal", "slotmoe.tools.profile.report"),
-        *(f"slotmoe.tools.{command}" for command in _COMMANDS),
+        *(f"slotmoe.tools.{_MODULES.get(command, command)}" for command in _COMMANDS),
     ]
 )
 

@@ -1,0 +1,310 @@
+"""The command line: exit codes, one clear line of complaint before any work, what goes to stdout
+and what to stderr, a user's own defaults, and what help shows."""
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from slotmoe.quant.codecs.weight import CodedWeight
+from slotmoe.quant.export.layout import PROJECTIONS
+from slotmoe.quant.export.reader import Export
+from slotmoe.quant.weights import dequantize
+from slotmoe.tools.tables import byte_bars, table
+from tests.support.forkserver import ROOT
+from tests.support.tiny import SMALL, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder, **SMALL)
+    return folder
+
+
+@pytest.fixture
+def run(slotmoe, small_export, checkpoint):
+    """Run a line of words, of which EXPORT and CHECKPOINT stand for the least model."""
+
+    def run(line, *arguments):
+        places = {"EXPORT": small_export, "CHECKPOINT": checkpoint}
+        return slotmoe(*(places.get(word, word) for word in shlex.split(line)), *arguments)
+
+    return run
+
+
+# A line that is refused, with exit code 2 and nothing on stdout -> what stderr says.
+REFUSED = {
+    "run nowhere x": "nowhere: no such folder",
+    "run tests x": "config.json",
+    "run EXPORT": "PROMPT",
+    "run EXPORT x --fast": "--fast",
+    "run EXPORT x --device tpu": "tpu",
+    "run EXPORT x --ram lots": "'lots' is not a size",
+    "run EXPORT x --ram -1GiB": "'-1GiB' is not a size",
+    "run EXPORT x --ram 0": "'0' is not a possible size",
+    f"run EXPORT x --ram {'9' * 400}GiB": "is not a size",
+    "run EXPORT x --ram 3": "'3' is 3 bytes; write the unit",
+    "run EXPORT x --ram 1KiB": "needs at least",
+    "run EXPORT x --device cpu --misses fetch": "misses fetch",
+    "run EXPORT x --device cpu --vram 1GiB": "--vram",
+    "run EXPORT x --temperature nan": "temperature is nan",
+    "run EXPORT x --top-p 1.5": "1.5 is not in the range 0<x<=1",
+    "run EXPORT x --top-k -3": "-3 is not in the range x>=0",
+    f"run EXPORT x --seed {1 << 80}": "is not in the range",
+    "run EXPORT x -n 0": "0 is not in the range x>=1",
+    "run EXPORT x --threads 300": "expected 1 to 256",
+    "run EXPORT x --file setup.py": "both given",
+    "run EXPORT --file nowhere": "nowhere",
+    "run EXPORT x --route-budget 1": "No such option '--route-budget'",
+    "rnu EXPORT x": "did you mean run?",
+    "replay x": "no command 'replay'",
+    "run EXPORT x --temprature 1": "'--temperature'",
+    "run samplee x": "did you mean sample?",
+    "run v2-lite x": "is a geometry, without weights",
+    "run EXPORT x --context 0": "context",
+    "run EXPORT x --context 257": "max_position_embeddings",
+    "run EXPORT 'one two three four five' --context 3": "the context holds 3",
+    "run EXPORT caf\udce9": "UTF-8",
+    "run EXPORT x --slots 1": "at least 2",
+    "run EXPORT x --trace nowhere/trace": "nowhere/trace",
+    "run EXPORT x --session a/b": "is no name of a session",
+    "chat EXPORT --resume": "holds no conversation to resume",
+    "chat EXPORT --resume --session x": "--resume takes the latest session",
+    "chat EXPORT --session x --session-dir /dev/null/x": "can't keep sessions there",
+    "rm x --all": "needs NAME, or --sessions --all",
+    "verify nowhere": "nowhere: holds no slotmoe.json",
+    "quantize EXPORT dst": "is an export already",
+    "quantize CHECKPOINT CHECKPOINT --overwrite": "not an export",
+    "quantize CHECKPOINT EXPORT --resident nf4": "--overwrite",
+    "quantize CHECKPOINT dst --workers 0": "workers",
+    "quantize CHECKPOINT dst --codec nf4 --bits 3": "--codec nf4 has no 3 bits",
+    "quantize CHECKPOINT nowhere/dst": "nowhere/dst",
+    "bench EXPORT --depth 60 --decode-tokens 9 --context 64": "context",
+    "bench EXPORT --draft mtp": "No such option '--draft'",
+    "eval EXPORT --text setup.py --draft mtp": "No such option '--draft'",
+    "synth v3 dst --share-layers 0": "--share-layers",
+    "plan nowhere": "nowhere",
+    # Of a checkpoint, before anything is quantized:
+    "run CHECKPOINT x --top-p 5": "not in the range",
+    "run CHECKPOINT x -n -3": "not in the range",
+    "run CHECKPOINT x --ram 10MiB": "needs at least",
+    "run CHECKPOINT x --slots 1": "at least 2",
+    "run CHECKPOINT x --trace nowhere/trace": "its folder is not there",
+    "run CHECKPOINT x --session-limit lots": "'lots' is not a size",
+    "run CHECKPOINT x --misses cpu --device cpu": "misses cpu",
+    "run CHECKPOINT x --draft mtp": "mtp",
+    "chat CHECKPOINT --context 257": "max_position_embeddings",
+    "chat CHECKPOINT --threads 300": "expected 1 to 256",
+    "serve CHECKPOINT --vram 1": "write the unit",
+    "serve CHECKPOINT --ram 1MiB --max-sequences 256 --port 0": "needs at least",
+    "bench CHECKPOINT --prompt-tokens 5000": "context",
+    "eval CHECKPOINT --text nowhere": "nowhere",
+    "profile CHECKPOINT --ram 10MiB": "needs at least",
+}
+
+
+def test_what_is_refused_is_one_line_and_exit_code_2(run, monkeypatch, tmp_path, network):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / "cache"))
+    for line, wanted in REFUSED.items():
+        before = {*tmp_path.rglob("*")}
+        code, out, err = run(line)
+        assert (code, out) == (2, ""), line
+        assert wanted in err and "Traceback" not in err, (line, err)
+        # Else click's own: usage, a hint, the error.
+        assert err.startswith("Usage: ") or (err.startswith("slotmoe: ") and err.count("\n") == 1)
+        assert "EXPORT" in line or {*tmp_path.rglob("*")} == before, line
+    assert not Path("dst").exists()
+
+
+def test_more_memory_than_there_is(run, monkeypatch):
+    code, _, err = run("run EXPORT x -n 1 --ram 800TiB")
+    assert (code, err.count("\n")) == (0, 2)
+    assert "--ram 800TiB is more than this machine has" in err
+    assert "more than" not in run("run EXPORT x -n 1 --ram 4GiB")[2]
+    monkeypatch.setattr("slotmoe.offload.engine.loading.total_memory", lambda: 1 << 10)
+    code, _, err = run("run EXPORT x -n 1")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "of RAM and this machine has 1.0 KiB: give a smaller --ram" in err
+
+
+STATISTICS = (
+    r"stopped at 5 tokens \(-n\) · [\d.]+ tokens/s · first token \d+\.\d s"
+    r" · \d+\.\d( MiB)? of \d+\.\d GiB\n"
+)
+
+
+def test_text_goes_to_stdout_and_statistics_to_stderr(run, monkeypatch):
+    line = "run EXPORT Hello -n 5"
+    code, out, err = run(line)
+    assert code == 0 and out.endswith("\n") and re.fullmatch(STATISTICS, err)
+    assert run(f"{line} --verbose")[1] == out
+    first, again, other = (run(f"{line} --temperature 2 --seed {seed}")[1] for seed in (1, 1, 2))
+    assert first == again != other
+    code, json_out, err = run(f"{line} --json")
+    report = json.loads(json_out)
+    assert (code, err, json_out.count("\n")) == (0, "", 1)
+    assert report["text"] + "\n" == out
+    assert len(report["ids"]) == len(report["logprobs"]) <= 5
+    monkeypatch.setattr("slotmoe.quant.kernels.cpu.bindings.load", lambda: None)
+    code, out, err = run("run EXPORT x -n 3 --context 64")
+    assert code == 0 and out and err.count("native kernels were not built") == 1
+
+
+def test_quantize_reports(run, tmp_path):
+    source, first, second = (tmp_path / name for name in ("source", "1", "2"))
+    write_checkpoint(source, surprising_key=1, **SMALL)
+    code, out, err = run("quantize", source, first)
+    assert (code, out) == (0, "")
+    *told, outcome, advice = err.splitlines()
+    assert "surprising_key" in "".join(told)
+    assert re.fullmatch(rf"{first}: .* in .* s \(.*\), \d+\.\d\d bits a weight", outcome)
+    assert advice == f'Run it: slotmoe run {first} "Your prompt"'
+    code, out, err = run("quantize CHECKPOINT", second, "--json", "--resident", "nf4")
+    report = json.loads(out)
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    files = [path for path in second.rglob("*") if path.is_file() and path.name != "slotmoe.json"]
+    assert report["bytes"] == sum(path.stat().st_size for path in files)
+
+
+BENCH = "--prompt-tokens 20 --decode-tokens 4 --repetitions 2 --context 64 --json".split()
+MEASURED = {"prefill_tokens_per_second", "decode_tokens_per_second", "ceiling", "settings"}
+
+
+@pytest.mark.usefixtures("heavy")
+def test_synth_and_bench(slotmoe, tmp_path):
+    """A geometry whose sizes fill no tile, layers shared by hard links, and the keys that others
+    read."""
+    sizes = {"hidden_size": 72, "moe_intermediate_size": 40, "num_hidden_layers": 5}
+    write_checkpoint(tmp_path / "source", **sizes)
+    made = tmp_path / "random"
+    synth = ["synth", tmp_path / "source" / "config.json", made, "--share-layers", 2, "--json"]
+    code, out, _ = slotmoe(*synth, "--codec", "nf4", "--resident", "nf4")
+    assert code == 0 and json.loads(out)["bytes"] > 0
+    files = sorted((made / "experts").iterdir())
+    assert len(files) == 4 and len({file.stat().st_ino for file in files}) == 2
+    with Export.open(made) as export:
+        assert all(weight.isfinite().all() for weight in export.expert(4, 7).values())
+        record = torch.empty(export.layout.record_bytes, dtype=torch.uint8)
+        export.read_range(4, 7, 0, record.numpy().data)
+        for name in PROJECTIONS:  # padding is zero weights, as the format says
+            weight = export.layout.weight(record, name, export.layout.levels())
+            tiles, blocks, _ = weight.codes.shape
+            shape = 16 * tiles, 64 * blocks
+            padded = dequantize(CodedWeight(weight.codes, weight.scales, weight.levels, shape))
+            rows, columns = weight.shape
+            assert padded[rows:].abs().sum() == padded[:, columns:].abs().sum() == 0
+    code, out, _ = slotmoe("bench", made, *BENCH)
+    report = json.loads(out)
+    assert code == 0 and set(report) >= MEASURED
+    assert report["cache"]["misses"] == 0  # slots are filled before the clock starts
+
+
+HELP = """
+import sys
+from slotmoe.tools.cli import cli
+heavy = set("torch transformers bitsandbytes numpy tokenizers safetensors matplotlib".split())
+for line in ("--help", "run --help", "--version", "doctor", "plan v2-lite"):
+    cli.main(line.split(), prog_name="slotmoe", standalone_mode=False)
+    assert not heavy & set(sys.modules), line
+    assert line.startswith("plan") or "rich" not in sys.modules, line
+for line in ("run nowhere x", "chat nowhere", "serve nowhere", "bench nowhere", "profile nowhere",
+             "eval nowhere --text setup.py", "verify nowhere", "quantize nowhere dst", "list"):
+    try:
+        cli.main(line.split(), prog_name="slotmoe", standalone_mode=False)
+    except ValueError as problem:
+        assert str(problem).startswith("nowhere: "), problem
+    else:
+        assert line == "list"
+    assert not heavy & set(sys.modules), line
+"""
+
+
+@pytest.mark.usefixtures("processes")
+def test_help_and_refusals_need_no_torch():
+    command = [sys.executable, "-c", HELP]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert "slotmoe run sample" in child.stdout and "--max-new-tokens" in child.stdout
+
+
+def test_help_shows_what_is_used_often_and_help_all_the_rest(slotmoe):
+    texts = (slotmoe("run", name)[1].partition("Examples:")[2] for name in ("--help", "--help-all"))
+    some, rest = (re.findall(r"(?m)^  .*?(--[a-z-]+)", it.partition("\n\n")[2]) for it in texts)
+    assert {"--ram", "--max-new-tokens"} <= set(some) < set(rest)
+    assert {"--slots", "--misses", "--session-limit"} <= set(rest) - set(some)
+    assert len(some) < 20
+
+
+def test_a_narrow_terminal(monkeypatch):
+    """A table that does not fit is a list, and bars are shares."""
+    columns, row = ["codec", "bits\na weight", "tokens/s"], ["lut, of three kinds", "4.25", "11.5"]
+    for width, expected in ((80, 1), (34, 3)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        console = Console(file=io.StringIO())
+        console.print(table(columns, [row], "What codes cost in this case"))
+        out = console.file.getvalue()
+        assert all(cell in out for cell in row) and "…" not in out
+        assert sum(any(cell in line for cell in row) for line in out.splitlines()) == expected
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    with contextlib.redirect_stderr(terminal), byte_bars("Reading") as (update,):
+        update(1, 2)
+    assert "50% Reading" in terminal.getvalue() and "━" not in terminal.getvalue()
+
+
+# A user's own defaults.
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    """Where ``slotmoe.toml`` is."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "slotmoe").mkdir()
+    return tmp_path / "slotmoe" / "slotmoe.toml"
+
+
+def test_defaults_of_a_user(run, settings, slotmoe):
+    """Those of all commands, those of one, and what is typed, each before the one before."""
+    text = 'context = 64\nseed = 5\nram = "3GiB"\n[run]\nseed = 6\nmax-new-tokens = 2\n'
+    settings.write_text(text)
+    line = "run EXPORT x --json --temperature 2"
+    report = json.loads(run(line)[1])
+    assert (report["context"], len(report["ids"])) == (64, 2)
+    assert report["memory"]["budget"] == 3 << 30
+    assert report["ids"] == json.loads(run(f"{line} --seed 6")[1])["ids"]
+    assert json.loads(run(f"{line} --context 32")[1])["context"] == 32
+    for command, seed in (("run", 6), ("chat", 5)):
+        text = " ".join(slotmoe(command, "--help")[1].split())
+        assert f"[default: {seed}, by slotmoe.toml]" in text
+    assert slotmoe("list")[0] == 0  # which has none of these options
+
+
+WRONG_SETTINGS = {
+    "contxt = 3": "contxt is unknown; did you mean context?",
+    "[chta]\nseed = 1": "[chta] is unknown; did you mean chat?",
+    "[run]\nmax_new_tokens = 1": "[run] max_new_tokens is unknown; did you mean max-new-tokens?",
+    "context = 'x'": "context for run: 'x' is not a valid integer",
+    "no-prefetch = 1": "no-prefetch for run: is 1, expected true or false",
+    "seed = [1]": "seed for run: is [1], expected text or a number",
+    "ram = 'lots'": "ram for run: 'lots' is not a size",
+    "context =": "is no TOML",
+    "context = " + "[" * 50_000: "is no TOML",
+}
+
+
+def test_what_is_wrong_in_the_file_is_one_line(settings, slotmoe):
+    for text, problem in WRONG_SETTINGS.items():
+        settings.write_text(text)
+        code, out, err = slotmoe("run", "sample", "x")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(f"slotmoe: {settings}: ") and problem in err
