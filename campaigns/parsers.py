@@ -52,7 +52,7 @@ def opened(place):
 
 
 def tokenizer_file(folder):
-    tokenizer._PARSER.close = lambda: None  # a process for each case takes a thousand times as long
+    tokenizer.PARSER.close = lambda: None  # a process for each case takes a thousand times as long
     return in_checkpoint(folder, "tokenizer.json", tokenized)
 
 

@@ -88,7 +88,7 @@ def kinds_of(text):
 
 
 def token_numbers(folder):
-    child = tokenizer._PARSER  # answers many cases, within the limits of a case
+    child = tokenizer.PARSER  # answers many cases, within the limits of a case
     child.close, child._seconds, child._memory = lambda: None, SECONDS, MEMORY
     header = header_of(folder)
 

@@ -55,7 +55,7 @@ class Rope:
         return self._mscale(self.mscale_all_dim) ** 2
 
 
-class Indexer(Struct, frozen=True, rename=lambda name: f"index_{name}"):
+class IndexerConfig(Struct, frozen=True, rename=lambda name: f"index_{name}"):
     """What picks the best ``topk`` positions (of the compressed ones where attention compresses):
     ``full`` says of each layer whether it has its own, else it takes the choice of the layer
     before.  ``halves``: what is rotated are two halves, not pairs side by side."""
@@ -67,7 +67,7 @@ class Indexer(Struct, frozen=True, rename=lambda name: f"index_{name}"):
     halves: bool
 
 
-class Compressed(Struct, frozen=True):
+class CompressedConfig(Struct, frozen=True):
     """DeepSeek-V4's attention.  ``ratios`` says of each layer how many positions become one: 4, by
     overlapping windows and of which an indexer picks, 128, or 0 for none.  Each layer also attends
     to the last ``sliding_window`` positions.  ``rope`` is that of layers with a ratio."""
@@ -126,7 +126,7 @@ class _KeysOfHub(Struct):
     rope_parameters: _Ropes | None = None
 
 
-_READ = (Indexer, HyperConnections, Compressed, _KeysOfV4)
+_READ = (IndexerConfig, HyperConnections, CompressedConfig, _KeysOfV4)
 KNOWN_KEYS = {key for of in _READ for key in of.__struct_encode_fields__}
 
 
@@ -143,8 +143,8 @@ def parts_of_mla(values: Json, family: Family) -> Json:
     return {"rope": rope, "indexer": _indexer(values, _full_indexers(values), family.index_halves)}
 
 
-def _indexer(values: Json, full: tuple[bool, ...], halves: bool) -> Indexer:
-    indexer = typed({**values, "index_full": full, "index_halves": halves}, Indexer)
+def _indexer(values: Json, full: tuple[bool, ...], halves: bool) -> IndexerConfig:
+    indexer = typed({**values, "index_full": full, "index_halves": halves}, IndexerConfig)
     if (width := indexer.head_dim) < (rotated := values["qk_rope_head_dim"]):
         raise ValueError(f"index_head_dim is {width}, expected at least qk_rope_head_dim {rotated}")
     return indexer
@@ -166,7 +166,7 @@ def parts_of_v4(values: Json, family: Family) -> Json:
     rope = replace(_rope(settings, values, family), mscale=0.0, mscale_all_dim=0.0)
     ratios = ratios[:layers]
     full = tuple(ratio == _RATIOS["compressed_sparse_attention"] for ratio in ratios)
-    compressed = typed({**values, "ratios": ratios, "rope": rope}, Compressed)
+    compressed = typed({**values, "ratios": ratios, "rope": rope}, CompressedConfig)
     if (heads := values["num_attention_heads"]) % (groups := compressed.o_groups):
         raise ValueError(f"num_attention_heads {heads} is not a multiple of o_groups {groups}")
     return {

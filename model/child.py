@@ -149,3 +149,72 @@ while head := source.read(8):
     sink.flush()
     said = problem = None
 """
+
+
+PARSER = Child(
+    """
+from tokenizers import Tokenizer
+def answer(data):
+    limit()
+    tokenizer = Tokenizer.from_buffer(data)
+    text = "Hello, w\\u00f6rld 12 \\u4f60\\u597d\\n"
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    tokenizer.decode(ids), tokenizer.get_vocab(), tokenizer.to_str()
+    return b""
+""",
+    seconds=20,
+    memory=2 << 30,
+)
+# The environment of transformers' ``apply_chat_template``.  Nothing in it changes, so that one
+# conversation leaves nothing to the next.
+TEMPLATE = Child(
+    """
+import datetime, functools
+from jinja2 import ext, nodes, sandbox, utils
+class Generation(ext.Extension):
+    tags = {"generation"}
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+class Dict:  # the class itself has methods that change others
+    def __call__(self, *given, **named):
+        return dict(*given, **named)
+    def fromkeys(self, *given):
+        return dict.fromkeys(*given)
+class Namespace(utils.Namespace):
+    def __init__(*given, **named):
+        utils.Namespace.__init__(given[0])
+        for name, value in dict(*given[1:], **named).items():
+            given[0][name] = value
+    def __setitem__(self, name, value):
+        if str(name).startswith("_"):
+            raise sandbox.SecurityError(f"a namespace can't have {name!r}")
+        utils.Namespace.__setitem__(self, name, value)
+def raise_exception(message):
+    raise ValueError(message)
+now = lambda form: datetime.datetime.now().strftime(form)
+def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    how = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return json.dumps(value, ensure_ascii=ensure_ascii, **how)
+environment = sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+)
+environment.globals.update(raise_exception=raise_exception, strftime_now=now)
+environment.globals.update(dict=Dict(), namespace=Namespace)
+environment.filters["tojson"] = tojson
+compiled = functools.lru_cache(4)(environment.from_string)
+def answer(data):
+    request, most = json.loads(data), 4 << 20
+    limit()
+    parts, size = [], 0
+    for part in compiled(request["template"]).generate(request["variables"]):
+        size += len(part)
+        if size > most:
+            raise ValueError(f"more than {most} characters of output")
+        parts.append(part)
+    return "".join(parts).encode()
+""",
+    seconds=0.5,
+    memory=64 << 20,
+)

@@ -40,7 +40,7 @@ _OUTER = ("bos_token_id", "eos_token_id", "tie_word_embeddings", "quantization_c
 
 
 @dataclass(frozen=True)
-class Geometry:
+class ConfigKeys:
     """What a ``Config`` reads from ``config.json`` as it is.  Names are DeepSeek's."""
 
     vocab_size: Annotated[int, Meta(ge=1, le=1 << 24)]
@@ -71,7 +71,7 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Config(Geometry):
+class Config(ConfigKeys):
     """Geometry of one model.
 
     ``text_only``: the checkpoint also has parts that are not text, which are left out.  ``mtp``:
@@ -82,8 +82,8 @@ class Config(Geometry):
     rope: attention.Rope
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    indexer: attention.Indexer | None = None
-    compressed: attention.Compressed | None = None
+    indexer: attention.IndexerConfig | None = None
+    compressed: attention.CompressedConfig | None = None
     hyper: attention.HyperConnections | None = None
     num_hash_layers: int = 0  # the first ones choose experts by token id
     swiglu_limit: float = 0.0  # 0: none
@@ -122,8 +122,8 @@ class Config(Geometry):
         return replace(one, first_k_dense_replace=dense, num_hash_layers=hashed)
 
     def with_mtp(self, where: Path, wanted_by: str) -> "Config":
-        """The same with the head that predicts one token more (``slotmoe.model.mtp``), which the
-        option ``wanted_by`` asks for.  Raises ``ConfigError`` where the model has none."""
+        """The same with the head that predicts one token more, which the option ``wanted_by`` asks
+        for.  Raises ``ConfigError`` where the model has none."""
         count, layer = self.num_nextn_predict_layers, self.num_hidden_layers
         if count and self.is_moe(layer):
             return replace(self, mtp=True)
@@ -168,7 +168,7 @@ class Config(Geometry):
 _Wrapper = TypedDict("_Wrapper", {"text_config": Json})
 _TokenIds = TypedDict("_TokenIds", {"bos_token_id": _Ends, "eos_token_id": _Ends}, total=False)
 # With these, the keys that don't change what the network computes or are read below.
-_KNOWN_KEYS = {*Geometry.__dataclass_fields__, *_SUPPORTED, *attention.KNOWN_KEYS} | set(
+_KNOWN_KEYS = {*ConfigKeys.__dataclass_fields__, *_SUPPORTED, *attention.KNOWN_KEYS} | set(
     """attention_dropout auto_map aux_loss_alpha bos_token_id dtype eos_token_id
     initializer_range model_type num_key_value_heads output_router_logits pad_token_id
     pretraining_tp qk_head_dim quantization_config rope_parameters rope_scaling seq_aux
@@ -220,7 +220,7 @@ def _parse(outer: Json) -> Config:
         values |= {"n_group": 1, "topk_group": 1}
     if values.get("mlp_layer_types") is not None and not family.compressed:
         values["first_k_dense_replace"] = _dense_layers(values)
-    geometry = typed(values, Geometry)
+    geometry = typed(values, ConfigKeys)
     ids = typed(values, _TokenIds)
     bos, eos = _as_tuple(ids.get("bos_token_id")), _as_tuple(ids.get("eos_token_id"))
     parts_of = attention.parts_of_v4 if family.compressed else attention.parts_of_mla

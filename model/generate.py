@@ -13,8 +13,7 @@ from torch import Tensor
 
 from slotmoe.errors import CheckpointError, ConfigError, check_types
 from slotmoe.jsonfile import Json
-from slotmoe.model.reasoning import overlap
-from slotmoe.model.tokenizer import TextStream, Tokenizer
+from slotmoe.model.tokenizer import TextStream, Tokenizer, overlap
 
 _FIRST = 64  # likeliest ids looked at first: to sort 100,000 takes longer than some models' step
 OWN_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of a model

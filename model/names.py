@@ -21,7 +21,7 @@ _GATE_BIAS, EXPERTS_OF = "mlp.gate.e_score_correction_bias", "mlp.gate.tid2eid"
 _BARE = re.compile(r".*(bias|sinks|tid2eid|_hc\.\w+|hc_head\.\w+)|mlp\.experts\.\w+")
 
 
-class Part(NamedTuple):
+class Spec(NamedTuple):
     """A resident tensor: its ``name``, inside the layer if it is in one; its ``sizes``, a letter of
     ``_sizes`` for each dimension; its role; ``gguf``, llama.cpp's name; and the ``component`` that
     plans and profiles count it to."""
@@ -35,10 +35,10 @@ class Part(NamedTuple):
 
 def _mix(
     name: str, sizes: tuple[str, str, str], field: str = "", component: str = "residual streams"
-) -> dict[str, Part]:
+) -> dict[str, Spec]:
     """What mixes the residual streams."""
     return {
-        f"{field}{part}": Part(f"{name}{part}", letters, "gate", component=component)
+        f"{field}{part}": Spec(f"{name}{part}", letters, "gate", component=component)
         for part, letters in zip(("fn", "base", "scale"), sizes, strict=True)
     }
 
@@ -47,20 +47,20 @@ _LAYER_MIX, _HEAD_MIX = ("CY", "C", "G"), ("MY", "M", "U")
 HEAD_MIX_PARTS = _mix("model.hc_head.hc_", _HEAD_MIX)
 """What makes one of the residual streams before the output head."""
 _TOP_PARTS = (
-    Part(EMBEDDING, "TD", "embedding", "token_embd", "embeddings"),
+    Spec(EMBEDDING, "TD", "embedding", "token_embd", "embeddings"),
     *HEAD_MIX_PARTS.values(),
-    Part(FINAL_NORM, "D", "norm", "output_norm"),
-    Part(HEAD, "TD", "sensitive", "output", "embeddings"),
+    Spec(FINAL_NORM, "D", "norm", "output_norm"),
+    Spec(HEAD, "TD", "sensitive", "output", "embeddings"),
 )
 
 
-def _compressor(field: str, name: str, width: str, norm: str) -> dict[str, Part]:
+def _compressor(field: str, name: str, width: str, norm: str) -> dict[str, Spec]:
     """What makes one position of several: rows of ``width`` values, ``norm`` of them a position."""
     return {
-        f"{field}_kv_proj": Part(f"{name}.kv_proj", f"{width}D", "sensitive"),
-        f"{field}_gate_proj": Part(f"{name}.gate_proj", f"{width}D", "sensitive"),
-        f"{field}_position_bias": Part(f"{name}.position_bias", f"m{width}", "gate"),
-        f"{field}_kv_norm": Part(f"{name}.kv_norm", norm, "norm"),
+        f"{field}_kv_proj": Spec(f"{name}.kv_proj", f"{width}D", "sensitive"),
+        f"{field}_gate_proj": Spec(f"{name}.gate_proj", f"{width}D", "sensitive"),
+        f"{field}_position_bias": Spec(f"{name}.position_bias", f"m{width}", "gate"),
+        f"{field}_kv_norm": Spec(f"{name}.kv_norm", norm, "norm"),
     }
 
 
@@ -68,60 +68,60 @@ _INDEXER, _COMPRESSOR = "self_attn.indexer", "self_attn.compressor"
 _SCORER = f"{_COMPRESSOR}.indexer.scorer.weights_proj"
 LAYER_PARTS = {
     **_mix("attn_hc.", _LAYER_MIX, "attn_hc_"),
-    "input_layernorm": Part("input_layernorm", "D", "norm", "attn_norm"),
-    "q_proj": Part("self_attn.q_proj", "QD", "matrix", "attn_q"),
-    "q_a_proj": Part("self_attn.q_a_proj", "LD", "matrix", "attn_q_a"),
-    "q_a_layernorm": Part("self_attn.q_a_layernorm", "A", "norm", "attn_q_a_norm"),
-    "q_a_norm": Part("self_attn.q_a_norm", "l", "norm"),
-    "q_b_proj": Part("self_attn.q_b_proj", "PL", "matrix", "attn_q_b"),
-    "kv_a_proj": Part("self_attn.kv_a_proj_with_mqa", "WD", "sensitive", "attn_kv_a_mqa"),
-    "kv_a_layernorm": Part("self_attn.kv_a_layernorm", "R", "norm", "attn_kv_a_norm"),
-    "kv_b_proj": Part("self_attn.kv_b_proj", "KR", "absorbed", "attn_kv_b"),
-    "o_proj": Part("self_attn.o_proj", "DV", "matrix", "attn_output"),
+    "input_layernorm": Spec("input_layernorm", "D", "norm", "attn_norm"),
+    "q_proj": Spec("self_attn.q_proj", "QD", "matrix", "attn_q"),
+    "q_a_proj": Spec("self_attn.q_a_proj", "LD", "matrix", "attn_q_a"),
+    "q_a_layernorm": Spec("self_attn.q_a_layernorm", "A", "norm", "attn_q_a_norm"),
+    "q_a_norm": Spec("self_attn.q_a_norm", "l", "norm"),
+    "q_b_proj": Spec("self_attn.q_b_proj", "PL", "matrix", "attn_q_b"),
+    "kv_a_proj": Spec("self_attn.kv_a_proj_with_mqa", "WD", "sensitive", "attn_kv_a_mqa"),
+    "kv_a_layernorm": Spec("self_attn.kv_a_layernorm", "R", "norm", "attn_kv_a_norm"),
+    "kv_b_proj": Spec("self_attn.kv_b_proj", "KR", "absorbed", "attn_kv_b"),
+    "o_proj": Spec("self_attn.o_proj", "DV", "matrix", "attn_output"),
     # The indexer of V3.2.
-    "indexer_wq_b": Part(f"{_INDEXER}.wq_b", "jL", "matrix"),
-    "indexer_wk": Part(f"{_INDEXER}.wk", "iD", "sensitive"),
-    "indexer_k_norm": Part(f"{_INDEXER}.k_norm", "i", "norm"),
-    "indexer_k_norm_bias": Part(f"{_INDEXER}.k_norm.bias", "i", "norm"),
-    "indexer_weights_proj": Part(f"{_INDEXER}.weights_proj", "nD", "sensitive"),
+    "indexer_wq_b": Spec(f"{_INDEXER}.wq_b", "jL", "matrix"),
+    "indexer_wk": Spec(f"{_INDEXER}.wk", "iD", "sensitive"),
+    "indexer_k_norm": Spec(f"{_INDEXER}.k_norm", "i", "norm"),
+    "indexer_k_norm_bias": Spec(f"{_INDEXER}.k_norm.bias", "i", "norm"),
+    "indexer_weights_proj": Spec(f"{_INDEXER}.weights_proj", "nD", "sensitive"),
     # The attention of V4.
-    "kv_proj": Part("self_attn.kv_proj", "zD", "sensitive"),
-    "kv_norm": Part("self_attn.kv_norm", "z", "norm"),
-    "sinks": Part("self_attn.sinks", "h", "gate"),
+    "kv_proj": Spec("self_attn.kv_proj", "zD", "sensitive"),
+    "kv_norm": Spec("self_attn.kv_norm", "z", "norm"),
+    "sinks": Spec("self_attn.sinks", "h", "gate"),
     **_compressor("compressor", _COMPRESSOR, "c", "a"),
     **_compressor("compressed_indexer", f"{_COMPRESSOR}.indexer", "k", "I"),
-    "compressed_indexer_q_b_proj": Part(f"{_COMPRESSOR}.indexer.q_b_proj", "JL", "matrix"),
-    "compressed_indexer_weights_proj": Part(_SCORER, "HD", "sensitive"),
-    "o_a_proj": Part("self_attn.o_a_proj", "go", "matrix"),
-    "o_b_proj": Part("self_attn.o_b_proj", "Dg", "matrix"),
-    "post_attention_layernorm": Part(POST_NORM, "D", "norm", "ffn_norm"),
+    "compressed_indexer_q_b_proj": Spec(f"{_COMPRESSOR}.indexer.q_b_proj", "JL", "matrix"),
+    "compressed_indexer_weights_proj": Spec(_SCORER, "HD", "sensitive"),
+    "o_a_proj": Spec("self_attn.o_a_proj", "go", "matrix"),
+    "o_b_proj": Spec("self_attn.o_b_proj", "Dg", "matrix"),
+    "post_attention_layernorm": Spec(POST_NORM, "D", "norm", "ffn_norm"),
     **_mix("ffn_hc.", _LAYER_MIX, "ffn_hc_"),
-    "gate": Part(GATE, "ED", "gate", "ffn_gate_inp", "router"),
-    "gate_bias": Part(_GATE_BIAS, "B", "gate", component="router"),
-    "experts_of": Part(EXPERTS_OF, "TN", "table", component="router"),
-    "gate_proj": Part("mlp.gate_proj", "FD", "sensitive", "ffn_gate", "dense layers"),
-    "up_proj": Part("mlp.up_proj", "FD", "sensitive", "ffn_up", "dense layers"),
-    "down_proj": Part("mlp.down_proj", "DF", "sensitive", "ffn_down", "dense layers"),
+    "gate": Spec(GATE, "ED", "gate", "ffn_gate_inp", "router"),
+    "gate_bias": Spec(_GATE_BIAS, "B", "gate", component="router"),
+    "experts_of": Spec(EXPERTS_OF, "TN", "table", component="router"),
+    "gate_proj": Spec("mlp.gate_proj", "FD", "sensitive", "ffn_gate", "dense layers"),
+    "up_proj": Spec("mlp.up_proj", "FD", "sensitive", "ffn_up", "dense layers"),
+    "down_proj": Spec("mlp.down_proj", "DF", "sensitive", "ffn_down", "dense layers"),
 }
 """Tensors that a layer may have, by the network's name, in the order of the forward pass."""
 _SHARED = "mlp.shared_experts."
 SHARED_PARTS = {
-    "gate_proj": Part(f"{_SHARED}gate_proj", "SD", "matrix", "ffn_gate_shexp", "shared experts"),
-    "up_proj": Part(f"{_SHARED}up_proj", "SD", "matrix", "ffn_up_shexp", "shared experts"),
-    "down_proj": Part(f"{_SHARED}down_proj", "DS", "matrix", "ffn_down_shexp", "shared experts"),
+    "gate_proj": Spec(f"{_SHARED}gate_proj", "SD", "matrix", "ffn_gate_shexp", "shared experts"),
+    "up_proj": Spec(f"{_SHARED}up_proj", "SD", "matrix", "ffn_up_shexp", "shared experts"),
+    "down_proj": Spec(f"{_SHARED}down_proj", "DS", "matrix", "ffn_down_shexp", "shared experts"),
 }
 """Those of its shared experts."""
 MTP_PARTS = {
-    "enorm": Part("enorm", "D", "norm", component="drafting head"),
-    "hnorm": Part("hnorm", "D", "norm", component="drafting head"),
-    "eh_proj": Part("eh_proj", "DX", "matrix", component="drafting head"),
-    "norm": Part("shared_head.norm", "D", "norm", component="drafting head"),
+    "enorm": Spec("enorm", "D", "norm", component="drafting head"),
+    "hnorm": Spec("hnorm", "D", "norm", component="drafting head"),
+    "eh_proj": Spec("eh_proj", "DX", "matrix", component="drafting head"),
+    "norm": Spec("shared_head.norm", "D", "norm", component="drafting head"),
 }
 """What the layer that predicts one token more has beside a decoder layer.  Its embedding and
 output head are the model's own; checkpoints repeat them: ``embed_tokens``, ``shared_head.head``."""
 V4_MTP_PARTS = {
-    "e_proj": Part("e_proj", "Dd", "matrix", component="drafting head"),
-    "h_proj": Part("h_proj", "Dd", "matrix", component="drafting head"),
+    "e_proj": Spec("e_proj", "Dd", "matrix", component="drafting head"),
+    "h_proj": Spec("h_proj", "Dd", "matrix", component="drafting head"),
     **_mix("hc_head.hc_", _HEAD_MIX, "hc_", "drafting head"),
 }
 """What V4's has in place of ``eh_proj``: two projections, of which the second is of each residual
@@ -129,7 +129,7 @@ stream, and what makes one stream of them."""
 _TABLES = LAYER_PARTS, SHARED_PARTS, MTP_PARTS, V4_MTP_PARTS
 PARTS = {part.name: part for part in chain(_TOP_PARTS, *(table.values() for table in _TABLES))}
 """All of them by name."""
-_EXPERT = Part("", "", "matrix")
+_EXPERT = Spec("", "", "matrix")
 
 _GATE_UP = "mlp.experts.gate_up_proj"
 FUSED = {"gate_proj": (_GATE_UP, 0, 2), "up_proj": (_GATE_UP, 1, 2)}
@@ -204,7 +204,7 @@ def split_name(name: str) -> tuple[int | None, str]:
     return int(match[1]) if match else None, inner
 
 
-def part_of(name: str) -> Part:
+def part_of(name: str) -> Spec:
     """The row of the tables for a tensor; a routed expert's has none of its own."""
     layer, inner = split_name(name)
     return PARTS.get(name if layer is None else inner, _EXPERT)
@@ -267,7 +267,7 @@ def resident_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all but the routed experts, in the order of the forward pass."""
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def add(parts: Iterable[Part], layer: int | None = None) -> None:
+    def add(parts: Iterable[Spec], layer: int | None = None) -> None:
         sizes = _sizes(config, layer or 0)
         for part in parts:
             shape = tuple(sizes.get(letter, 0) for letter in part.sizes)

@@ -1,4 +1,5 @@
-"""Text to token ids and back, and the chat template.  Tokenizer and template come from strangers.
+"""Text to token ids and back, the chat template, and the marks of reasoning before an answer.
+Tokenizer and template come from strangers.
 
 The template runs in jinja2's immutable sandbox inside a child process.  A tokenizer that is new
 here is parsed by a child first, because the library aborts the process on some.
@@ -7,16 +8,16 @@ here is parsed by a child first, because the library aborts the process on some.
 import hashlib
 import json
 from codecs import getincrementaldecoder
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import TypedDict
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json, ReadFile, files_in, parse_json
-from slotmoe.model.child import Child
-from slotmoe.model.reasoning import Splitter, reasoning_of
+from slotmoe.model.child import PARSER, TEMPLATE
 
 MAX_TOKENIZER_BYTES = 32 << 20  # that of GLM-4.7 has 20 MB
 # Mistral Small 4 has 131,000 tokens and 270,000 merges, which may be written as pairs.
@@ -37,6 +38,7 @@ _BYTE_LEVEL |= {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)}
 BYTE_CHARACTERS = {byte: character for character, byte in _BYTE_LEVEL.items()}
 # As the Coder models spell them.
 FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")  # noqa: RUF001
+_MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"))
 _Named = TypedDict("_Named", {"name": str, "template": str})
 
 
@@ -46,6 +48,86 @@ class _Settings(TypedDict, total=False):
     chat_template: str | list[_Named] | None
     tokenizer_class: str | None
     add_bos_token: bool | None
+
+
+@dataclass(frozen=True)
+class ReasoningMarks:
+    """The marks of one model's reasoning; ``shown`` are those that are tokens, by id."""
+
+    begin: str
+    end: str
+    shown: Mapping[int, str]
+
+    def is_begun(self, prompt: str) -> bool | None:
+        """Whether a prompt has the first mark already, so that the answer begins behind it; None
+        where it has the last one, so that the answer has no reasoning."""
+        end = prompt.rstrip()
+        return None if end.endswith(self.end) else end.endswith(self.begin)
+
+
+def reasoning_of(
+    template: str | None, token_id: Callable[[str], int | None]
+) -> ReasoningMarks | None:
+    """The marks that ``template`` has; None for a model that answers at once."""
+    for begin, end in _MARKS:
+        if template is not None and end in template:
+            ids = {token_id(mark): mark for mark in (begin, end)}
+            return ReasoningMarks(begin, end, {id_: m for id_, m in ids.items() if id_ is not None})
+    return None
+
+
+class Splitter:
+    """Takes an answer's text as it comes apart, without the whitespace around the marks.
+    ``is_begun`` where the prompt has the first mark, None where all is text."""
+
+    def __init__(self, reasoning: ReasoningMarks | None, is_begun: bool | None):
+        self._marks, self._held = reasoning, ""
+        has_none = reasoning is None or is_begun is None
+        self._place = "text" if has_none else "thought" if is_begun else "start"
+        self._trims = self.is_thinking  # until the next character that is no whitespace
+
+    @property
+    def is_thinking(self) -> bool:
+        return self._place == "thought"
+
+    def feed(self, text: str, is_last: bool = False) -> tuple[str, str]:
+        """What of the reasoning and what of the answer itself ``text`` makes certain."""
+        self._held += text
+        thought, marks = "", self._marks
+        if self._place == "start" and marks is not None:
+            bare = self._held.lstrip()
+            if not is_last and marks.begin.startswith(bare):
+                return "", ""
+            self._place = "text"
+            if bare.startswith(marks.begin):
+                self._place, self._trims = "thought", True
+                self._held = bare[len(marks.begin) :]
+        if self._place == "thought" and marks is not None:
+            thought, mark, rest = self._held.partition(marks.end)
+            if not mark:
+                reached = 0 if is_last else overlap(thought, marks.end)
+                thought = thought[: len(thought) - reached]
+            thought = thought.rstrip()
+            self._held = rest if mark else self._held[len(thought) :]
+            thought = self._trimmed(thought)
+            if mark:
+                self._place, self._trims = "text", True
+        if self._place != "text":
+            return thought, ""
+        text, self._held = self._held, ""
+        return thought, self._trimmed(text)
+
+    def _trimmed(self, text: str) -> str:
+        if self._trims:
+            text = text.lstrip()
+            self._trims = not text
+        return text
+
+
+def overlap(text: str, mark: str) -> int:
+    """Characters at the end of ``text`` that are the beginning of ``mark``."""
+    lengths = range(min(len(text), len(mark) - 1), 0, -1)
+    return next((length for length in lengths if text.endswith(mark[:length])), 0)
 
 
 class Tokenizer:
@@ -211,7 +293,7 @@ class Tokenizer:
             data = json.dumps(request).encode()
         except RecursionError:
             raise ConfigError("a schema is nested too deeply for the chat template") from None
-        text = _TEMPLATE.run(data, "chat_template").decode()
+        text = TEMPLATE.run(data, "chat_template").decode()
         if not begun:
             return text
         before, mark, rest = text.rpartition(_HERE[0])
@@ -281,78 +363,9 @@ def _check_parses(data: bytes, path: Path, verdicts: Path | None) -> None:
     key = hashlib.sha256(__version__.encode() + b" " + data).hexdigest()
     if verdicts is not None and (verdicts / key).is_file():
         return
-    with closing(_PARSER):  # few have a second one
-        _PARSER.run(data, f"{path}: the tokenizers library")
+    with closing(PARSER):  # few have a second one
+        PARSER.run(data, f"{path}: the tokenizers library")
     if verdicts is not None:
         with suppress(OSError):  # only a child's time is lost
             verdicts.mkdir(parents=True, exist_ok=True)
             (verdicts / key).touch()
-
-
-_PARSER = Child(
-    """
-from tokenizers import Tokenizer
-def answer(data):
-    limit()
-    tokenizer = Tokenizer.from_buffer(data)
-    text = "Hello, w\\u00f6rld 12 \\u4f60\\u597d\\n"
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    tokenizer.decode(ids), tokenizer.get_vocab(), tokenizer.to_str()
-    return b""
-""",
-    seconds=20,
-    memory=2 << 30,
-)
-# The environment of transformers' ``apply_chat_template``.  Nothing in it changes, so that one
-# conversation leaves nothing to the next.
-_TEMPLATE = Child(
-    """
-import datetime, functools
-from jinja2 import ext, nodes, sandbox, utils
-class Generation(ext.Extension):
-    tags = {"generation"}
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-class Dict:  # the class itself has methods that change others
-    def __call__(self, *given, **named):
-        return dict(*given, **named)
-    def fromkeys(self, *given):
-        return dict.fromkeys(*given)
-class Namespace(utils.Namespace):
-    def __init__(*given, **named):
-        utils.Namespace.__init__(given[0])
-        for name, value in dict(*given[1:], **named).items():
-            given[0][name] = value
-    def __setitem__(self, name, value):
-        if str(name).startswith("_"):
-            raise sandbox.SecurityError(f"a namespace can't have {name!r}")
-        utils.Namespace.__setitem__(self, name, value)
-def raise_exception(message):
-    raise ValueError(message)
-now = lambda form: datetime.datetime.now().strftime(form)
-def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    how = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
-    return json.dumps(value, ensure_ascii=ensure_ascii, **how)
-environment = sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
-)
-environment.globals.update(raise_exception=raise_exception, strftime_now=now)
-environment.globals.update(dict=Dict(), namespace=Namespace)
-environment.filters["tojson"] = tojson
-compiled = functools.lru_cache(4)(environment.from_string)
-def answer(data):
-    request, most = json.loads(data), 4 << 20
-    limit()
-    parts, size = [], 0
-    for part in compiled(request["template"]).generate(request["variables"]):
-        size += len(part)
-        if size > most:
-            raise ValueError(f"more than {most} characters of output")
-        parts.append(part)
-    return "".join(parts).encode()
-""",
-    seconds=0.5,
-    memory=64 << 20,
-)

@@ -214,7 +214,7 @@ class Pending(NamedTuple):
     indices_TK: Tensor
 
 
-class Listed(NamedTuple):
+class ListedRows(NamedTuple):
     """Cached rows that attention is to, for each token those that its list names, in that order.
 
     ``lists``, int32 [T, L], are indices of ``rows``, and from ``len(rows)`` on of ``more``; -1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from slotmoe.jsonfile import Json
-from slotmoe.model.reasoning import Splitter
+from slotmoe.model.tokenizer import Splitter
 from slotmoe.signals import Stopping
 from slotmoe.sizes import format_size
 from slotmoe.tools import options

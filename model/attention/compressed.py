@@ -15,7 +15,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from slotmoe.border import Chunk, Compressed, CompressedIndexer, Compressor, Geometry, Listed
+from slotmoe.border import Chunk, Compressed, CompressedIndexer, Compressor, Geometry, ListedRows
 from slotmoe.quant.backends.base import Prepared, TorchBackend
 from slotmoe.state import CompressedCache, Group
 
@@ -73,7 +73,7 @@ class CompressedAttention:
                 entries = self._choose(own, weights.indexer, counts_T)
         held = range(first, first + len(rows_SX))
         lists_TL = lists(positions_T, held, window, counts_T, entries)
-        listed = Listed(rows_SX, more_SX, lists_TL, weights.sinks)
+        listed = ListedRows(rows_SX, more_SX, lists_TL, weights.sinks)
         return backend.attend(own.q_THZ, listed, g.V, g.softmax_scale)
 
     def _choose(

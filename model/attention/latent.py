@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from slotmoe.border import Chunk, Geometry, Indexer, Listed, Mla
+from slotmoe.border import Chunk, Geometry, Indexer, ListedRows, Mla
 from slotmoe.quant.backends.base import Prepared, TorchBackend
 from slotmoe.state import LatentCache
 
@@ -136,7 +136,7 @@ class LatentAttention:
         """A sequence's absorbed queries over its cached rows, or those of lists: [T, H, R]."""
         R, scale = self._geometry.R, self._geometry.softmax_scale
         if lists_TL is not None:
-            return self._backend.attend(q_THW, Listed(rows_SX, None, lists_TL), R, scale)
+            return self._backend.attend(q_THW, ListedRows(rows_SX, None, lists_TL), R, scale)
         o_THR = self._backend.mla(q_THW, rows_SX, R, scale)
         if o_THR is not None:
             return o_THR

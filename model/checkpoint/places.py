@@ -45,14 +45,14 @@ _IDS = (torch.int64, torch.int32)
 _MAX_STATE_BYTES = 4096  # bitsandbytes writes 200
 
 
-class _State(Struct):
+class _Notes(Struct):
     """What bitsandbytes notes of a weight."""
 
     blocksize: int
     dtype: str
 
 
-class _NestedState(_State):
+class _NestedNotes(_Notes):
     nested_blocksize: Literal[256]  # NESTED_BLOCK
     nested_dtype: Literal["float32"]
     nested_offset: Annotated[float, Meta(ge=-1e30, le=1e30)]
@@ -123,7 +123,7 @@ class EncodedTensor(TensorInfo):
         """The scales of bitsandbytes from number ``first`` on, of which those that are codes have
         scales too.  Raises ``CheckpointError`` where its notes say what is not decoded here."""
         try:
-            of = _NestedState if scales_RB.dtype == NESTED else _State
+            of = _NestedNotes if scales_RB.dtype == NESTED else _Notes
             state = parse_json(beside["quant_state"].numpy().tobytes(), Path("quant_state"), of)
             expected = {"blocksize": self.encoding.columns, "dtype": self.encoding.dtype}
             for key, wanted in expected.items():
@@ -132,7 +132,7 @@ class EncodedTensor(TensorInfo):
         except ValueError as problem:
             path = self.beside["quant_state"].path
             raise CheckpointError(f"{path}: {self.name}: {problem}") from None
-        if not isinstance(state, _NestedState):
+        if not isinstance(state, _NestedNotes):
             return scales_RB
         block_RB = (first + torch.arange(scales_RB.numel())) // NESTED_BLOCK
         levels, absmax = beside["nested_quant_map"], beside["nested_absmax"]

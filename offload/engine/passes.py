@@ -26,7 +26,7 @@ Compute = Callable[[Callable[[], Tensor]], Tensor]
 
 
 class HeadDrafts:
-    """What the head that predicts one token more (``slotmoe.model.mtp``) expects of one sequence.
+    """What the head that predicts one token more (``MtpHead``) expects of one sequence.
 
     A row needs the residual stream behind a token, which is only there when a pass has just
     computed it.  Where one is missing the head begins anew behind it: it sees less of the text

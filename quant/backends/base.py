@@ -22,7 +22,7 @@ from slotmoe.border import (
     Geometry,
     HyperGeometry,
     Layer,
-    Listed,
+    ListedRows,
     Mixed,
     Mixing,
     Pending,
@@ -252,7 +252,7 @@ class TorchBackend:
         without a kernel: rows are then plain [S, W], and the network attends by blocks."""
         return None
 
-    def attend(self, q_THW: Tensor, listed: Listed, R: int, scale: float) -> Tensor:
+    def attend(self, q_THW: Tensor, listed: ListedRows, R: int, scale: float) -> Tensor:
         """Attention of each token over the rows that its list names, float32 [T, H, R]."""
         rows_SX, more_SX, lists_TL, sinks_H = listed
         few = max(1, _GATHERED // (lists_TL.shape[1] * q_THW.shape[2]))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from slotmoe import border
-from slotmoe.border import Chunk, Geometry, HyperGeometry, Listed, Mixed, Mixing, Mla, Router
+from slotmoe.border import Chunk, Geometry, HyperGeometry, ListedRows, Mixed, Mixing, Mla, Router
 from slotmoe.quant.backends.base import Empty, Prepared, Records, RoutedExperts, TorchBackend, new
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.codecs.weight import CodedWeight
@@ -215,7 +215,7 @@ class NativeBackend(TorchBackend):
     def mla(self, q_THW: Tensor, rows_SX: Tensor, R: int, scale: float) -> Tensor | None:
         return self._native.mla(q_THW.contiguous(), rows_SX, len(rows_SX), R, scale)
 
-    def attend(self, q_THW: Tensor, listed: Listed, R: int, scale: float) -> Tensor:
+    def attend(self, q_THW: Tensor, listed: ListedRows, R: int, scale: float) -> Tensor:
         listed = listed._replace(lists_TL=listed.lists_TL.contiguous())
         return self._native.attend(q_THW.contiguous(), listed, R, scale)
 

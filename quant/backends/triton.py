@@ -18,7 +18,17 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from slotmoe.border import Geometry, HyperGeometry, Layer, Listed, Mixed, Mixing, Mla, Mlp, Router
+from slotmoe.border import (
+    Geometry,
+    HyperGeometry,
+    Layer,
+    ListedRows,
+    Mixed,
+    Mixing,
+    Mla,
+    Mlp,
+    Router,
+)
 from slotmoe.quant.backends import triton_rows
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend, first_best
 from slotmoe.quant.backends.compiles import COMPILES
@@ -134,7 +144,7 @@ class TritonBackend(TorchBackend):
             self._finished = torch.zeros(tiles, dtype=torch.int32, device=device)
         return self._finished
 
-    def attend(self, q_THW: Tensor, listed: Listed, R: int, scale: float) -> Tensor:
+    def attend(self, q_THW: Tensor, listed: ListedRows, R: int, scale: float) -> Tensor:
         rows_SX, more_SX, lists_TL, sinks_H = listed
         (T, H, W), L, device = q_THW.shape, lists_TL.shape[1], q_THW.device
         parts = 1 if T > _FEW else triton.cdiv(L, lists.SHARE.value)

@@ -70,7 +70,7 @@ def test_a_template_that_breaks_out_finds_no_keys(checkpoint, monkeypatch, tmp_p
     assert tokenizer.chat(HI).endswith("User: hi\n\nAssistant:")
     program = "def answer(data): return repr((os.environ, os.getcwd(), sys.path)).encode()"
     printing = Child(program, 1, 1 << 30)
-    monkeypatch.setattr(tokenizer_module, "_TEMPLATE", printing)
+    monkeypatch.setattr(tokenizer_module, "TEMPLATE", printing)
     printed = tokenizer.chat(HI)
     printing.close()
     assert "environ" in printed and "hf_secret" not in printed and str(tmp_path) not in printed
@@ -101,7 +101,7 @@ def test_a_conversation_leaves_nothing_to_the_next(keeping, checkpoint, verdicts
     template = "{% if SECRET %}KEEPING{% else %}KEPT{% endif %}"
     template = template.replace("KEEPING", keeping).replace("KEPT", KEPT)
     (checkpoint / "chat_template.jinja").write_text(template)
-    tokenizer, child = Tokenizer(checkpoint, 0, verdicts=verdicts), tokenizer_module._TEMPLATE
+    tokenizer, child = Tokenizer(checkpoint, 0, verdicts=verdicts), tokenizer_module.TEMPLATE
     before = tokenizer.chat(HI)
     process = child._process
     with suppress(ConfigError):

@@ -175,4 +175,4 @@ def test_a_tokenizer_that_is_refused_leaves_no_process(processes, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match="tokenizers library: failed"):
         Tokenizer(tmp_path, 0)
-    assert tokenizer._PARSER._process is None
+    assert tokenizer.PARSER._process is None

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.config import parse_config
-from slotmoe.model.mtp import MtpHead
+from slotmoe.model.network import MtpHead
 from tests.support import plain, v4
 from tests.support.engine import IDS
 from tests.support.families import CASES, V3, oracle_network, quietly, write_family

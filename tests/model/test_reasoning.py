@@ -2,9 +2,9 @@
 
 import pytest
 
-from slotmoe.model.reasoning import Reasoning, Splitter, reasoning_of
+from slotmoe.model.tokenizer import ReasoningMarks, Splitter, reasoning_of
 
-MARKS = Reasoning("<think>", "</think>", {})
+MARKS = ReasoningMarks("<think>", "</think>", {})
 
 
 def split(text, is_begun, width):
@@ -44,7 +44,7 @@ def test_text_comes_at_once():
 
 def test_template_names_the_marks():
     ids = {"[THINK]": 7, "[/THINK]": 8}
-    wanted = Reasoning("[THINK]", "[/THINK]", {7: "[THINK]", 8: "[/THINK]"})
+    wanted = ReasoningMarks("[THINK]", "[/THINK]", {7: "[THINK]", 8: "[/THINK]"})
     assert reasoning_of("a [/THINK] b", ids.get) == wanted
     assert reasoning_of("<think> is never closed", ids.get) is None
     assert reasoning_of(None, ids.get) is None

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slotmoe.errors import ConfigError, ExportError
-from slotmoe.model.mtp import MtpHead
 from slotmoe.model.names import expert_name
+from slotmoe.model.network import MtpHead
 from slotmoe.offload.engine.passes import HeadDrafts
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.policy.passes import Asking, Drafting

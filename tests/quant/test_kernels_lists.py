@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slotmoe.border import Listed
+from slotmoe.border import ListedRows
 from tests.support.kernels import (
     ISAS,
     by_each_set,
@@ -47,7 +47,7 @@ class Lists:
 
     def attend(self, chosen=slice(None), lists=None):
         lists = self.lists if lists is None else lists
-        listed = Listed(*self.places, lists[chosen].contiguous(), self.sinks)
+        listed = ListedRows(*self.places, lists[chosen].contiguous(), self.sinks)
         return self.kernels.attend(self.q[chosen], listed, self.r, self.scale)
 
 
@@ -91,7 +91,7 @@ def test_attend_to_all_rows_is_mla(kernels, r, p):
     lists[0, 1098:], lists[1, 1099:] = -1, -1
     want = kernels.mla(q, cache, 1100, r, 0.1)
     for places in ((cache, None), (cache[:70], cache[70:])):
-        assert torch.equal(kernels.attend(q, Listed(*places, lists), r, 0.1), want)
+        assert torch.equal(kernels.attend(q, ListedRows(*places, lists), r, 0.1), want)
 
 
 def test_attend_reads_what_lists_name_alone(kernels):
@@ -102,7 +102,7 @@ def test_attend_reads_what_lists_name_alone(kernels):
     lists = torch.arange(1, 200, 2, dtype=torch.int32).repeat(2, 1)
 
     def attend(rows, sinks=None):
-        listed = Listed(latent_cache(kernels, rows, 64), None, lists, sinks)
+        listed = ListedRows(latent_cache(kernels, rows, 64), None, lists, sinks)
         return kernels.attend(q, listed, 64, 0.1)
 
     want = attend(rows, torch.zeros(5))
@@ -113,7 +113,7 @@ def test_attend_reads_what_lists_name_alone(kernels):
 
 def test_attend_refuses(kernels):
     cache, q = latent_cache(kernels, np.ones((4, 8)), 8), torch.ones(1, 2, 8)
-    good = Listed(cache, cache[:2], torch.tensor([[0, 5, -1]], dtype=torch.int32))
+    good = ListedRows(cache, cache[:2], torch.tensor([[0, 5, -1]], dtype=torch.int32))
     kernels.attend(q, good, 8, 1.0)
     bad = {
         "lists_TL": [good.lists_TL + 1, good.lists_TL.long(), good.lists_TL[0]],
@@ -238,7 +238,7 @@ def test_tiles_give_the_bits_of_other_instructions(heads, width, context, extra,
     def run():
         cache = latent_cache(native, rows, r, extra)
         split, parts = context // 2, [native.mla(q, cache, context, r, 0.1)]
-        listed = Listed(cache[:split], cache[split:], lists)
+        listed = ListedRows(cache[:split], cache[split:], lists)
         parts.append(native.attend(q, listed, r, 0.1))
         if not p:
             counts = torch.full((tokens,), context, dtype=torch.int32)

@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 
-from slotmoe.border import HyperGeometry, Listed, Mixed, Mixing, Router
+from slotmoe.border import HyperGeometry, ListedRows, Mixed, Mixing, Router
 from slotmoe.model.layers import route
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import TorchBackend
@@ -69,7 +69,7 @@ def test_attention_over_lists(ops, counts, H, R, P, beyond, sunk):
     q_THW = randn(len(counts), H, R + P) * 3
     q_THW *= torch.logspace(-3, 3, len(counts), device=DEVICE)[:, None, None]
     sinks_H = randn(H) * 2 if sunk else None
-    listed = Listed(rows_SW, more_SW if beyond else None, lists_TL, sinks_H)
+    listed = ListedRows(rows_SW, more_SW if beyond else None, lists_TL, sinks_H)
     y_THR = ops.attend(q_THW, listed, R, 0.2)
     assert y_THR.shape == (len(counts), H, R) and y_THR.dtype == torch.float32
     both_SW = torch.cat([rows_SW, more_SW]).double()
@@ -88,7 +88,7 @@ def test_a_tokens_attention_is_the_same_alone_and_among_others(ops):
     lists_TL, sinks_H = lists_of(counts, 310, 100, 250), randn(20)
     rows_SW, more_SW = stores(100, 250, 48, lists_TL)
     q_THW = randn(17, 20, 48)
-    listed = Listed(rows_SW, more_SW, lists_TL, sinks_H)
+    listed = ListedRows(rows_SW, more_SW, lists_TL, sinks_H)
     whole_THR = ops.attend(q_THW, listed, 40, 0.2)
     for t in range(4):
         alone = listed._replace(lists_TL=lists_TL[t : t + 1, : counts[t]])

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from slotmoe.border import Listed, Mixing
+from slotmoe.border import ListedRows, Mixing
 from slotmoe.model.config import parse_config, read_config
 from slotmoe.model.layers import geometry_of
 from slotmoe.offload.plan.advice import geometry_path
@@ -165,7 +165,7 @@ def launch_operations(backend, geometry):
     more_SX, sinks_H = (rows_SX, empty(H)) if compressed else (None, None)
     for T in (1, 4, 512):
         lists_TL = empty(T, window + topk, dtype=torch.int32)
-        listed = Listed(rows_SX, more_SX, lists_TL, sinks_H)
+        listed = ListedRows(rows_SX, more_SX, lists_TL, sinks_H)
         backend.attend(empty(T, H, width), listed, R, 0.1)
         counts_T = empty(T, dtype=torch.int32)
         backend.index(empty(T, J, A), empty(T, J), keys_SA, counts_T, topk)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.generate import Sampling
-from slotmoe.model.reasoning import Reasoning
+from slotmoe.model.tokenizer import ReasoningMarks
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.chat.conversation import Conversation, Exchange, trimmed
 from tests.support.tiny import write_checkpoint
@@ -358,7 +358,7 @@ def test_model_without_a_usable_template_is_refused(chat, tmp_path):
 
 def test_reasoning_is_apart_from_the_answer_and_not_kept(talking, runtime, monkeypatch):
     """The sample's answers are taken for reasoning up to the first comma."""
-    monkeypatch.setattr(runtime.tokenizer, "reasoning", Reasoning("Assistant:", ",", {}))
+    monkeypatch.setattr(runtime.tokenizer, "reasoning", ReasoningMarks("Assistant:", ",", {}))
     conversation, thoughts = talking(60), []
     conversation.think = thoughts.append
     answer = said(conversation.answer("It is a truth"))

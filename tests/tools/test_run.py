@@ -11,8 +11,7 @@ import pytest
 
 from slotmoe.errors import ConfigError, PlanError, visible
 from slotmoe.model.generate import Answer
-from slotmoe.model.reasoning import Reasoning, Splitter
-from slotmoe.model.tokenizer import TextStream, Tokenizer
+from slotmoe.model.tokenizer import ReasoningMarks, Splitter, TextStream, Tokenizer
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools import run as command
@@ -21,7 +20,7 @@ from slotmoe.tools.screen import guard_streams
 from tests.support.forkserver import ROOT, OnTerminal
 from tests.support.tiny import SMALL, write_checkpoint
 
-THINKS = Reasoning("<think>", "</think>", {})
+THINKS = ReasoningMarks("<think>", "</think>", {})
 CHAT = "{% for m in messages %}User: {{ m['content'] }}\n{% endfor %}Assistant:"
 
 

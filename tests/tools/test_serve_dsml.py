@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slotmoe.model.families import FAMILIES
-from slotmoe.model.reasoning import Reasoning, Splitter
-from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.model.tokenizer import ReasoningMarks, Splitter, Tokenizer
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.formats import DEEPSEEK_V3_2, DEEPSEEK_V4
 from slotmoe.tools.serve.function_calling import Dialect
@@ -110,7 +109,7 @@ def test_answers_are_taken_apart_however_they_arrive(form, width):
     assert read(form, two(form), width) == wanted
     thought = [ContentDelta("Hm 1 < 2", reasoning=True)]
     for said, text in {"": [], "So.": [ContentDelta("So.")]}.items():
-        splitter = Splitter(Reasoning("<think>", "</think>", {}), True)
+        splitter = Splitter(ReasoningMarks("<think>", "</think>", {}), True)
         answer = f"Hm 1 < 2</think>{said}\n\n{two(form)}"
         assert read(form, answer, width, splitter) == thought + text + wanted
     # Text that only begins like a call; the blank lines before it are its own.

@@ -222,9 +222,9 @@ def test_the_model_is_listed_and_shown(served, runtime):
 
 
 def test_thinking(served, runtime, monkeypatch):
-    from slotmoe.model.reasoning import Reasoning
+    from slotmoe.model.tokenizer import ReasoningMarks
 
-    monkeypatch.setattr(runtime.tokenizer, "reasoning", Reasoning("Assistant:", ",", {}))
+    monkeypatch.setattr(runtime.tokenizer, "reasoning", ReasoningMarks("Assistant:", ",", {}))
     asked = {**ASK, "messages": [{"role": "user", "content": "It is a truth"}]}
     options = {"temperature": 0, "num_predict": 60}
     want = served.choice(messages=asked["messages"], max_tokens=60)["message"]

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from slotmoe.model.reasoning import Reasoning
+from slotmoe.model.tokenizer import ReasoningMarks
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.requests import Conversation, Message
 from tests.support.served import Served
@@ -23,7 +23,7 @@ SCHEMA["additionalProperties"] = False
 @pytest.fixture(scope="module")
 def served(network, processes, runtime):
     plain = runtime.tokenizer.reasoning
-    runtime.tokenizer.reasoning = Reasoning("Assistant:", ",", {})
+    runtime.tokenizer.reasoning = ReasoningMarks("Assistant:", ",", {})
     with Served(runtime) as served:
         yield served
     runtime.tokenizer.reasoning = plain

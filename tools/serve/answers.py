@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Answer, Delta, Stops, Token
-from slotmoe.model.reasoning import Splitter
+from slotmoe.model.tokenizer import Splitter
 from slotmoe.offload.engine.requests import Request as Job
 from slotmoe.tools.serve.errors import RefusedError, error_body
 from slotmoe.tools.serve.formats import text_arguments

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from slotmoe.jsonfile import Json
-from slotmoe.model.reasoning import Splitter, overlap
+from slotmoe.model.tokenizer import Splitter, overlap
 from slotmoe.tools.serve.formats import INDEX, CallFormat
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from slotmoe.border import Listed
+from slotmoe.border import ListedRows
 from slotmoe.errors import ConfigError
 from slotmoe.quant.codecs.codec import NF4, TILE
 from slotmoe.quant.int8 import Int8Weight
@@ -184,7 +184,7 @@ class Kernels:
         values = q, *latent_rows(cache, latent, p), scale
         return self._functions["mla"](*values, C=context, R=latent, P=p)
 
-    def attend(self, q: Tensor, listed: Listed, latent: int, scale: float) -> Tensor:
+    def attend(self, q: Tensor, listed: ListedRows, latent: int, scale: float) -> Tensor:
         """As `mla`, but each token attends to the rows that its list names."""
         rows, others, lists, sinks = listed
         p, others = q.shape[-1] - latent, rows[:0] if others is None else others
