@@ -32,7 +32,7 @@ from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings
-from slotmoe.quant.kernels.cpu.weights import Absorbed, Matrix
+from slotmoe.quant.kernels.cpu.weights import Absorbed, ExpertSlab, Matrix
 from slotmoe.quant.kernels.cpu.weights import Prepared as Prepared
 from slotmoe.quant.weights import Weight, dequantize, map_tensors, rows
 from slotmoe.system import Placement
@@ -44,10 +44,12 @@ _SLICE = 1 << 22  # weights dequantized at once, so that no temporary grows with
 
 class Records:
     """Expert records side by side: ``slab`` uint8 [S, record_bytes], laid out by ``layout`` and
-    coded by its ``levels`` (float32 [2, 16]), all on one device."""
+    coded by its ``levels`` (float32 [2, 16]), all on one device.  ``bound``: for native calls, once
+    they have been there."""
 
     def __init__(self, slab: Tensor, layout: RecordLayout, levels: Tensor):
         self.slab, self.layout, self.levels = slab, layout, levels
+        self.bound: ExpertSlab | None = None
 
     def weights(self, slot: int) -> tuple[Prepared, ...]:
         """Gate, up and down projection of the expert in row ``slot``, as views."""

@@ -4,12 +4,12 @@ Shapes: T tokens, N rows out, K columns in or experts a token, D hidden_size, H 
 kv_lora_rank, P qk_rope_head_dim.
 """
 
+import ctypes
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain, repeat
+from operator import add, attrgetter
 from typing import ClassVar, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,10 +20,16 @@ from slotmoe.quant.backends.base import Empty, Prepared, Records, RoutedExperts,
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.kernels.cpu.bindings import Kernels
-from slotmoe.quant.kernels.cpu.layers import Decoder
-from slotmoe.quant.kernels.cpu.tokens import Tokens
-from slotmoe.quant.kernels.cpu.weights import Absorbed, ExpertRecord, Matrix, Mlp, bind_router
+from slotmoe.quant.kernels.cpu.bindings import NO_STORE, TOKENS, Kernels, Store, address, int64s
+from slotmoe.quant.kernels.cpu.weights import (
+    Absorbed,
+    BoundLayers,
+    BoundMlp,
+    ExpertSlab,
+    GroupShape,
+    Matrix,
+    bind_router,
+)
 from slotmoe.quant.shapes import latent_bytes
 from slotmoe.quant.weights import Weight
 from slotmoe.state import CompressedCache, Group, LatentCache, SequenceState
@@ -33,79 +39,143 @@ from slotmoe.system import Placement
 _STAGES = ("attention", "gate", "experts", "shared experts and dense layers")
 
 
-@dataclass(frozen=True)
 class NativeDecoder:
     """Runs layers for a few tokens of each sequence, in one native call up to the first layer that
     lacks an expert.  See ``slotmoe.quant.backends.base.Runner``.
 
     Between two calls lie Python, cold caches and a wake-up of the threads, so fewer and larger
-    calls are faster.  Each gives bitwise what the single operations give.
+    calls are faster.  Each gives bitwise what the single operations give.  Weights, records and
+    sequences' rows are checked when they are bound, and here what changes from call to call.
     """
 
-    native: Kernels
-    decoder: Decoder
-    record: Callable[[Records], ExpertRecord]
     rows: ClassVar[int] = 1 << 30
 
+    def __init__(
+        self, native: Kernels, layers: BoundLayers, bind: Callable[[Records], ExpertSlab]
+    ) -> None:
+        self._native, self._layers, self._bind = native, layers, bind
+        self._count = len(layers.routers_from) - 1
+        self._rows = Store(self._count, layers.row_bytes)
+        self._keys = Store(layers.indexers, layers.key_bytes)
+
     def run_layers(self, chunk: Chunk, experts: RoutedExperts) -> border.Pending | None:
-        """See ``slotmoe.quant.backends.base.Runner``."""
+        """See ``slotmoe.quant.backends.base.Runner``.  An ``AssertionError`` for a tensor of another shape, kind
+        or place than the layers have, a ``ValueError`` for a slab or a window that is too small."""
         table = experts.slot_table()
-        owners = [*zip(chunk.caches, chunk.counts, strict=True)]
-        states = [state for state, count in owners for _ in range(count)]
-        first = chunk.layer + (chunk.x_TD is not None)
+        layers, first, x_TD = self._layers, chunk.layer, chunk.x_TD
+        resumed = x_TD is not None
+        assert 0 <= first < self._count
+        asked = layers.routers_from[first] - resumed
+        assert asked >= layers.routers_from[first + 1]
+        assert resumed == (chunk.routed_TD is not None)
         began = time.perf_counter()
         # A call stores all latents of a layer before any token attends to them.
-        positions = [state.length + index for state, count in owners for index in range(count)]
-        records = table.records.slab, table.slots_ME, self.record(table.records)
-        kind = self._compressed if self.decoder.window else self._latent
-        stream = chunk.layer, chunk.h_TD, kind(chunk, states, positions)
-        done = self.native.decode(self.decoder, *stream, *records, chunk.x_TD, chunk.routed_TD)
+        caches = [*chain.from_iterable(map(repeat, chunk.caches, chunk.counts))]
+        lengths = [*map(attrgetter("length"), chunk.caches)]
+        positions = [*chain.from_iterable(map(range, lengths, map(add, lengths, chunk.counts)))]
+        tokens = (self._compressed if layers.window else self._latent)(chunk, caches, positions)
+        slab, f32, sizes = self._bind(table.records), torch.float32, layers.sizes
+        T, wide, hidden, streams = len(positions), sizes["X"], sizes["H"], sizes["Q"]
+        post, comb = chunk.mixed or (None, None)
+        y_TX, norms = torch.empty(T, wide), torch.empty(asked + 1, T, hidden)
+        weights_TK = torch.empty(T, sizes["K"])
+        indices = torch.empty(asked, T, sizes["K"], dtype=torch.int64)
+        reached = ctypes.c_int64()
+        spent = self._native.decode(
+            *(layers.address, first, T, address(chunk.h_TD, f32, T, wide), ctypes.byref(tokens)),
+            address(table.slots_ME, torch.int32, sizes["M"], sizes["E"]),
+            *(slab.slab, slab.sizes["S"], slab.sizes["B"], slab.address),
+            address(x_TD, f32, T, hidden) if resumed else None,
+            address(chunk.routed_TD, f32, T, hidden) if resumed else None,
+            address(post, f32, T, streams) if layers.window else None,
+            address(comb, f32, T, streams, streams) if layers.window else None,
+            *(y_TX.data_ptr(), norms.data_ptr(), weights_TK.data_ptr(), indices.data_ptr()),
+            ctypes.byref(reached),
+        )
         if chunk.timer is not None:
-            ends = accumulate(done.seconds, initial=began)
+            ends = accumulate(spent, initial=began)
             for stage, now in zip(("cache and prefetch", *_STAGES), ends, strict=True):
                 chunk.timer.mark(stage, now)
-        chunk.layer, chunk.h_TD = done.layer, done.h
-        if done.layer == len(self.decoder.routed):
-            if len(done.indices):
-                experts.passed(first, done.indices, done.x)
+        at, first = reached.value, first + resumed
+        chunk.layer, chunk.h_TD = at, y_TX
+        if at == self._count:
+            if asked:
+                experts.passed(first, indices, norms[:asked])
             return None
-        if len(done.indices) > 1:
-            experts.passed(first, done.indices[:-1], done.x[:-1])
-        chunk.x_TD = done.x[-1]
-        return border.Pending(done.layer, done.x[-1], done.weights, done.indices[-1])
+        asked -= layers.routers_from[at + 1]
+        if asked > 1:
+            experts.passed(first, indices[: asked - 1], norms[: asked - 1])
+        chunk.x_TD = norms[asked - 1]
+        return border.Pending(at, norms[asked - 1], weights_TK, indices[asked - 1])
 
     def _latent(
         self, chunk: Chunk, states: Sequence[SequenceState], positions: Sequence[int]
-    ) -> Tokens:
+    ) -> ctypes.Structure:
         """With each token's latent cache, and what indexers keep and have chosen."""
-        caches = cast(Sequence[LatentCache], states)
-        for cache, position in zip(caches, positions, strict=True):
-            cache.extend(chunk.layer, position + 1 - cache.length)
-        if self.decoder.topk and chunk.lists_TL is None:
-            chunk.lists_TL = torch.empty(len(caches), self.decoder.topk, dtype=torch.int32)
-        keys, rows = [cache.index_keys for cache in caches], [cache.layers for cache in caches]
-        return Tokens(chunk.rope_TC, rows, positions, chunk.query_scale_T, keys, chunk.lists_TL)
+        caches, T, C = cast(Sequence[LatentCache], states), len(positions), self._layers.sizes["C"]
+        rows = self._rows.bound([*map(attrgetter("layers"), caches)], positions)
+        keys, lists = NO_STORE, None
+        if topk := self._layers.topk:
+            if chunk.lists_TL is None:
+                chunk.lists_TL = torch.empty(T, topk, dtype=torch.int32)
+            keys = self._keys.bound([cache.index_keys for cache in caches], positions)
+            lists = address(chunk.lists_TL, torch.int32, T, topk)
+        rope = address(chunk.rope_TC, torch.complex64, T, C)
+        scale = chunk.query_scale_T
+        scaled = None if scale is None else address(scale, torch.float32, T)
+        return TOKENS[0](int64s(positions), rope, scaled, *rows, *keys, lists)
 
     def _compressed(
         self, chunk: Chunk, states: Sequence[SequenceState], positions: Sequence[int]
-    ) -> Tokens:
+    ) -> ctypes.Structure:
         """With each token's rows of the window, and compressed ones."""
-        caches = cast(Sequence[CompressedCache], states)
-        Q, T = self.decoder.streams, len(states)
+        caches, layers = cast(Sequence[CompressedCache], states), self._layers
+        T, C, Q, c64 = len(positions), layers.sizes["C"], layers.streams, torch.complex64
         if chunk.mixed is None:
             chunk.mixed = Mixed(torch.empty(T, Q), torch.empty(T, Q, Q))
-        assert chunk.compressed_C is not None and chunk.compressed_rope_TC is not None
-        groups = list[tuple[list[Group], Tensor]]()
-        positions_T = torch.tensor(positions)
-        for ratio, index in ((shape.ratio, shape.index) for shape in self.decoder.groups):
-            starts_T = (positions_T // ratio * ratio).float()
-            parts = [cache.index if index else cache.groups[ratio] for cache in caches]
-            held = [part for part in parts if part is not None]
-            groups.append((held, self.native.rotations(starts_T, chunk.compressed_C, 1.0)))
-        windows, kept = [cache.window for cache in caches], (chunk.compressed_rope_TC, groups)
-        rows, first = [window.rows for window in windows], [window.first for window in windows]
-        place = chunk.rope_TC, rows, positions, chunk.query_scale_T
-        return Tokens(*place, (), None, first, chunk.ids_T, *kept, *chunk.mixed)
+        assert chunk.compressed_C is not None
+        groups, kept = list[object](), list[Tensor]()
+        for shape in layers.groups:
+            starts_T = (torch.tensor(positions) // shape.ratio * shape.ratio).float()
+            table_TC = self._native.rotations(starts_T, chunk.compressed_C, 1.0)
+            parts = [c.index if shape.index else c.groups[shape.ratio] for c in caches]
+            groups += _group([part for part in parts if part is not None], positions, shape)
+            groups.append(address(table_TC, c64, T, C))
+            kept.append(table_TC)
+        windows = [cache.window for cache in caches]
+        for at, window in zip(positions, windows, strict=True):
+            if max(0, at + 1 - layers.window) < window.first:
+                what = f"the window begins at {window.first}, expected {layers.window} rows"
+                raise ValueError(what)
+        firsts = [window.first for window in windows]
+        rows = self._rows.bound([window.rows for window in windows], positions, firsts)
+        self._tables = kept  # which the call reads
+        return TOKENS[len(layers.groups)](
+            *(int64s(positions), address(chunk.rope_TC, c64, T, C)),
+            *(address(chunk.query_scale_T, torch.float32, T), *rows, *NO_STORE, None),
+            address(chunk.ids_T, torch.int64, T),
+            address(chunk.compressed_rope_TC, c64, T, C),
+            *groups,
+        )
+
+
+def _group(
+    groups: Sequence[Group], positions: Sequence[int], shape: GroupShape
+) -> tuple[object, ...]:
+    """Compressed rows of tokens' sequences and their open tokens', float32 [layers, tokens, 2,
+    columns].  Raises `ValueError`."""
+    tails, ratio, windows = [group.open for group in groups], shape.ratio, 1 + shape.overlaps
+    begins = [tail.first for tail in tails]
+    for at, first in zip(positions, begins, strict=True):
+        count = ratio * windows if (at + 1) % ratio == 0 else 1
+        if max(0, at + 1 - count) < first:
+            raise ValueError(f"open rows begin at {first}, but position {at} needs {count}")
+    last = [max(0, (at + 1) // ratio - 1) for at in positions]
+    rows = Store(shape.layers, latent_bytes(shape.width, 0))
+    opened = Store(shape.layers, 8 * shape.width * windows)
+    flat = [tail.rows.flatten(2).view(torch.uint8) for tail in tails]
+    held = rows.bound([group.rows for group in groups], last)
+    return *held, *opened.bound(flat, positions, begins)
 
 
 class NativeBackend(TorchBackend):
@@ -121,7 +191,6 @@ class NativeBackend(TorchBackend):
     def __init__(self, native: Kernels, swiglu_limit: float = 0.0):
         super().__init__(torch.float32, swiglu_limit)
         self._native = native
-        self._bound = WeakKeyDictionary[Records, ExpertRecord]()
         self.name = f"native {native.isa}"
 
     @property
@@ -152,7 +221,8 @@ class NativeBackend(TorchBackend):
     def linear(self, x_TK: Tensor, weight: Prepared) -> Tensor:
         if isinstance(weight, Int8Weight):  # row-major: an embedding table that is the head too
             return super().linear(x_TK, weight)
-        return self._native.linear(Matrix.of(weight), x_TK.contiguous())
+        matrix = weight if isinstance(weight, Matrix) else Matrix.of(weight)
+        return self._native.linear(matrix, x_TK.contiguous())
 
     def grouped_linear(self, x_TGK: Tensor, weight: Prepared) -> Tensor:
         matrix, G = Matrix.of(weight), x_TGK.shape[1]
@@ -172,7 +242,7 @@ class NativeBackend(TorchBackend):
         Q, iterations, small, eps = hyper
         h_TQD, fn = h_TD.unflatten(-1, (Q, -1)), mixing.fn.unflatten(-1, (Q, -1))
         weights = fn, mixing.base, mixing.scale
-        x_TD, *mixed = self._native.hyper_in(h_TQD, *weights, eps, iterations, small)
+        x_TD, *mixed = self._native.hyper_in.results(h_TQD, *weights, eps, iterations, small)
         return x_TD, Mixed(*mixed)
 
     def add_mixed(self, y_TD: Tensor, h_TD: Tensor, mixed: Mixed) -> Tensor:
@@ -228,7 +298,7 @@ class NativeBackend(TorchBackend):
         self, logits_TE: Tensor, router: Router, bias_E: Tensor | None, chosen_TK: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         values = bind_router(router), logits_TE.contiguous(), bias_E, chosen_TK
-        weights_TK, indices_TK = self._native.route(*values)
+        weights_TK, indices_TK = self._native.route.results(*values)
         return weights_TK, indices_TK
 
     def decoder(
@@ -236,7 +306,7 @@ class NativeBackend(TorchBackend):
     ) -> NativeDecoder | None:
         """None where the native call does not compute as the single operations do: ``kv_b_proj`` or
         an MLP in bf16, groups of an output projection that share tiles, or V4 with one stream."""
-        mlps = list[Mlp | None]()
+        mlps = list[BoundMlp | None]()
         for layer in layers:
             mlp = None if layer.mlp is None else self._mlp(layer.mlp)
             if isinstance(attention := layer.attention, Mla):
@@ -248,30 +318,31 @@ class NativeBackend(TorchBackend):
             if (mlp is None) != (layer.mlp is None) or not is_native:
                 return None
             mlps.append(mlp)
-        return NativeDecoder(self._native, Decoder(geometry, layers, mlps), self._record)
+        return NativeDecoder(self._native, BoundLayers(geometry, layers, mlps), self._bind)
 
-    def _record(self, records: Records) -> ExpertRecord:
-        """How the records are coded, bound for native calls."""
-        if records not in self._bound:
+    def _bind(self, records: Records) -> ExpertSlab:
+        """The records bound for native calls."""
+        if records.bound is None:
             layout = records.layout
             sizes, limit = (layout.hidden_size, layout.moe_intermediate_size), self.swiglu_limit
-            self._bound[records] = ExpertRecord(*sizes, layout.codecs, records.levels, limit)
-        return self._bound[records]
+            how = *sizes, layout.codecs, records.levels, limit
+            records.bound = ExpertSlab(records.slab, *how)
+        return records.bound
 
     def experts(
         self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
     ) -> None:
-        inputs, record = (x_TD.contiguous(), indices_TK.contiguous()), self._record(records)
-        self._native.experts_by_slot(record, *inputs, slots_E, record.slab(records.slab), y_TKD)
+        slab, inputs = self._bind(records), (x_TD.contiguous(), indices_TK.contiguous())
+        self._native.experts_by_slot.results(slab, *inputs, slots_E, slab.slab, y_TKD)
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
         return self._native.weighted_sum(y_TKD, weights_TK.contiguous())
 
-    def _mlp(self, weights: border.Mlp[Prepared]) -> Mlp | None:
+    def _mlp(self, weights: border.Mlp[Prepared]) -> BoundMlp | None:
         """The weights bound for native calls; None unless all are tiled int8, or of one codec."""
         parts = weights.gate_proj, weights.up_proj, weights.down_proj
         matrices = [Matrix.of(weight) for weight in parts if not isinstance(weight, Int8Weight)]
         if len(matrices) < 3 or not matrices[0].coded or not all(map(matrices[0].like, matrices)):
             return None
         gate, up, down = matrices
-        return Mlp(gate, up, down, self.swiglu_limit)
+        return BoundMlp(gate, up, down, self.swiglu_limit)

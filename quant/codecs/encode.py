@@ -73,7 +73,7 @@ def nf4_by_torch(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     """``int8.quantize``, by the native kernel where there is one; the same bytes."""
     native = bindings.load()
-    q, scale = (int8.quantize if native is None else native.quantize_int8)(weight_NK)
+    q, scale = (int8.quantize if native is None else native.quantize_int8.results)(weight_NK)
     return q, scale
 
 

@@ -154,7 +154,7 @@ class _State:
         """What a block's codes stand for, and its errors in units of u's diagonal."""
         levels_L = self.levels_L
         if self._native is not None:
-            q, errors = self._native.feed_back(x_BN, u_BB, scale_N, levels_L)
+            q, errors = self._native.feed_back.results(x_BN, u_BB, scale_N, levels_L)
             return q, errors
         x_BN, inverse_N = x_BN.clone(), inverse_or_zero(scale_N)
         q_BN, error_BN = torch.empty_like(x_BN), torch.empty_like(x_BN)
@@ -168,7 +168,7 @@ class _State:
         """One pass over the columns of ``q``, which changes; ``gradient`` is used up."""
         levels_L, inverse_N = self.levels_L, inverse_or_zero(scale_N)
         if self._native is not None:
-            self._native.descend(gradient_BN, h_BB, scale_N, levels_L, q_BN)
+            self._native.descend.results(gradient_BN, h_BB, scale_N, levels_L, q_BN)
             return
         for j in range(len(q_BN)):
             wanted_N = q_BN[j] + gradient_BN[j] / h_BB[j, j]

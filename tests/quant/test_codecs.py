@@ -20,7 +20,7 @@ from tests.support.kernels import (
     TWO_DIGITS,
     alone,
     by_each_set,
-    expert_record,
+    expert_slab,
     int8_matrix,
     native,
     needs_native,
@@ -31,6 +31,7 @@ from tests.support.kernels import (
     silu,
     sizes,
     slab_of,
+    through_experts,
     torch_of,
 )
 from tests.support.params import nth
@@ -155,7 +156,7 @@ def test_instruction_sets_agree(codec):
     assert all(torch.equal(got, results[0]) for got in results[:-1])
     assert relative(results[-1], results[0]) < 1e-6
     assert all(torch.equal(got, fine[0]) and relative(got, results[0]) < 0.02 for got in fine)
-    for made in (weight, Int8Weight(*native.quantize_int8(source))):
+    for made in (weight, Int8Weight(*native.quantize_int8.results(source))):
         assert len({*by_each_set(lambda made=made: squared_error(source, made))}) == 1
 
 
@@ -172,10 +173,9 @@ def test_experts(kernels, choice, sizes):
     (h, i), codecs, rng = sizes, CHOICES[choice], np.random.default_rng(2)
     made = [random_expert(rng, h, i, codecs) for _ in range(3)]
     slab, slots = slab_of([record for _, record in made]), torch.tensor([2, 0, -1, 1]).int()
-    x, record = torch_of(rng.standard_normal((40, h))), expert_record(h, i, codecs)
+    x, coded = torch_of(rng.standard_normal((40, h))), expert_slab(slab, h, i, codecs)
     indices = torch.from_numpy(rng.integers(0, 4, (40, 2)))
-    y = torch.full((40, 2, h), 7.0)
-    kernels.experts_by_slot(record, x, indices, slots, record.slab(slab), y)
+    y = through_experts(kernels, x, indices, slots, coded, torch.full((40, 2, h), 7.0))
     for slot, (weights, _) in enumerate(made):
         uses = (slots[indices] == slot).nonzero(as_tuple=True)
         want = expert(x[uses[0]].double().numpy(), *weights)
@@ -183,7 +183,7 @@ def test_experts(kernels, choice, sizes):
     assert (y[slots[indices] < 0] == 7).all()
     for row in range(0, 40, 7):
         again, part = torch.full((1, 2, h), 7.0), slice(row, row + 1)
-        kernels.experts_by_slot(record, x[part], indices[part], slots, record.slab(slab), again)
+        through_experts(kernels, x[part], indices[part], slots, coded, again)
         assert torch.equal(again[0], y[row])
 
 
@@ -204,10 +204,8 @@ def test_more_uses_than_one_pass_takes(kernels):
     rng = np.random.default_rng(12)
     slab = slab_of([random_expert(rng, 64, 32)[1] for _ in range(3)])
     x, indices = torch_of(rng.standard_normal((400, 64))), rng.integers(0, 3, (400, 3))
-    y = torch.full((400, 3, 64), torch.nan)
-    slots = torch.tensor([2, 0, 1], dtype=torch.int32)
-    record = expert_record(64, 32)
-    kernels.experts_by_slot(record, x, torch.from_numpy(indices), slots, record.slab(slab), y)
+    y, slots = torch.full((400, 3, 64), torch.nan), torch.tensor([2, 0, 1], dtype=torch.int32)
+    through_experts(kernels, x, torch.from_numpy(indices), slots, expert_slab(slab, 64, 32), y)
     for row, uses in enumerate(slots.numpy()[indices].tolist()):
         assert torch.equal(y[row], alone(kernels, x[row], [slab[slot] for slot in uses], 32))
 
@@ -222,16 +220,13 @@ def test_experts_with_extreme_activations(kernels):
 
 
 def test_bad_records_are_refused(kernels):
-    codecs = EXPERT_CODECS["lut", "3.5"]
+    codecs, wider = EXPERT_CODECS["lut", "3.5"], EXPERT_CODECS["lut", "4"]
+    slab = slab_of([random_expert(np.random.default_rng(6), 64, 32, codecs)[1]])
     for levels in (torch.zeros(16), torch.zeros(2, 8), torch.zeros(2, 16).double()):
         with pytest.raises(ValueError, match="levels"):
-            expert_record(64, 32, codecs, levels)
-    _, record = random_expert(np.random.default_rng(6), 64, 32, codecs)
-    one, x, y = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 64), torch.empty(1, 1, 64)
-    wider = expert_record(64, 32, EXPERT_CODECS["lut", "4"])  # its record is longer
+            expert_slab(slab, 64, 32, codecs, levels)
     with pytest.raises(ValueError, match="record of"):
-        wider.slab(record[None, :-100])
-    empty = expert_record(64, 0, codecs)
-    whole = empty.slab(slab_of([record]))
+        expert_slab(slab[:, :-192].contiguous(), 64, 32, wider)
+    one, x, y = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 64), torch.empty(1, 1, 64)
     with pytest.raises(ValueError, match="refused"):
-        kernels.experts_by_slot(empty, x, one, one[0].int(), whole, y)
+        through_experts(kernels, x, one, one[0].int(), expert_slab(slab, 64, 0, codecs), y)

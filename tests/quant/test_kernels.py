@@ -17,11 +17,13 @@ from slotmoe.quant.codecs.weight import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as qk
 from slotmoe.quant.kernels.cpu.weights import Matrix
+from slotmoe.quant.shapes import record_bytes
 from tests.support.codes import random_codes
 from tests.support.kernels import (
+    NF4S,
     alone,
     coded_matrix,
-    expert_record,
+    expert_slab,
     int8_matrix,
     latent_cache,
     levels_tensor,
@@ -29,7 +31,9 @@ from tests.support.kernels import (
     needs_native,
     random_expert,
     same,
+    slab_of,
     through_expert,
+    through_experts,
     torch_of,
 )
 
@@ -46,7 +50,7 @@ def test_threads_change_nothing(kernels):
     q = torch_of(rng.standard_normal((16, 72)))
     cache = latent_cache(kernels, rng.standard_normal((500, 72)), 64)
     coded = [CodedWeight(*kernels.quantize_nf4(x), levels_tensor, (70, 320))]
-    coded.append(Int8Weight(*kernels.quantize_int8(x)))
+    coded.append(Int8Weight(*kernels.quantize_int8.results(x)))
 
     def results(threads):
         kernels.set_threads(threads)
@@ -58,7 +62,7 @@ def test_threads_change_nothing(kernels):
             through_expert(kernels, x, experts[0], 176),
             kernels.mla(q[None], cache, 500, 64, 0.2),
             *kernels.quantize_nf4(x),
-            *kernels.quantize_int8(x),
+            *kernels.quantize_int8.results(x),
             *(torch.tensor(squared_error(x, made)) for made in coded),
         ]
 
@@ -97,8 +101,9 @@ def test_bad_arguments_are_refused():
     rng = np.random.default_rng(12)
     good = random_codes(rng, NF4, 32, 128)[0]
     _, record = random_expert(rng, 64, 32)
-    coded, ones = expert_record(64, 32), torch.ones(32, 128, dtype=torch.int8)
-    cuts = record[: coded.record_bytes - 1], record[1:], record[:-64]
+    ones = torch.ones(32, 128, dtype=torch.int8)
+    slab = slab_of([record])
+    cuts = record[: record_bytes(64, 32, NF4S) - 1], record[1:], record[:-64]
     int8 = int8_matrix(native, ones, torch.ones(32))
     x, x64, y = torch.randn(2, 128), torch.randn(2, 64), torch.empty(2, 1, 64)
     slots, chosen = torch.zeros(1, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int64)
@@ -109,8 +114,8 @@ def test_bad_arguments_are_refused():
         weight = CodedWeight(codes, good.scales, good.levels, (n, x.shape[1]))
         return lambda: native.linear(Matrix.of(weight), x)
 
-    def experts(x=x64, chosen=chosen, slab=record[None], slots=slots, coded=coded, y=y):
-        return lambda: native.experts_by_slot(coded, x, chosen, slots, coded.slab(slab), y)
+    def experts(x=x64, chosen=chosen, records=slab, slots=slots, i=32, y=y):
+        return lambda: through_experts(native, x, chosen, slots, expert_slab(records, 64, i), y)
 
     def mla(width=72, cache=cache, context=5, r=64):
         return lambda: native.mla(torch.ones(1, 2, width), cache, context, r, 1.0)
@@ -121,9 +126,9 @@ def test_bad_arguments_are_refused():
         *(linear(n=33), linear(codes=good.codes[:1])),
         lambda: native.linear(int8, x[:, :100].contiguous()),
         *(experts(chosen=bad) for bad in (chosen + 1, chosen - 1, chosen.int())),
-        *(experts(slab=cut[None]) for cut in cuts),
+        *(experts(records=cut[None]) for cut in cuts),
         *(experts(x=torch.ones(2, 0)), experts(slots=slots + 1), experts(slots=slots.long())),
-        *(experts(coded=expert_record(64, 33)), experts(y=torch.empty(2, 2, 64))),
+        *(experts(i=40), experts(y=torch.empty(2, 2, 64))),
         lambda: native.weighted_sum(torch.ones(1, 1, 64), torch.ones(1, 2)),
         lambda: native.rotate(scalar, turns),
         lambda: native.absorb_query(kv_b, torch.ones(1, 2, 7)),

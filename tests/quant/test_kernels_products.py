@@ -14,14 +14,14 @@ from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.codecs.codec import MXFP4, NF4, ExpertCodecs
 from slotmoe.quant.codecs.encode import squared_error
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.kernels.cpu.weights import Matrix, Mlp
+from slotmoe.quant.kernels.cpu.weights import BoundMlp, Matrix
 from tests.support.codes import random_codes
 from tests.support.kernels import (
     CODECS,
     LEVELS,
     any_matrix,
     coded_matrix,
-    expert_record,
+    expert_slab,
     int8_matrix,
     one_of,
     quick,
@@ -30,6 +30,7 @@ from tests.support.kernels import (
     seeds,
     sizes,
     slab_of,
+    through_experts,
     torch_of,
 )
 from tests.support.oracle import untile
@@ -214,7 +215,7 @@ def test_mlp_is_its_three_products(kernels, size, seed, codec):
             parts.append(int8_matrix(kernels, q, torch.full((shape[0],), 0.01)))
         else:
             parts.append(coded_matrix(rng, *shape, codec))
-    mlp, (gate, up, down) = Mlp(*parts), parts
+    mlp, (gate, up, down) = BoundMlp(*parts), parts
     got = kernels.mlp(mlp, x)
     acted = torch.nn.functional.silu(kernels.linear(gate, x)) * kernels.linear(up, x)
     want = kernels.linear(down, acted)
@@ -240,11 +241,10 @@ def test_gates_and_ups_have_a_limit(kernels, codec, t):
 
     def run(limit, x=x):
         if codec is None:
-            return kernels.mlp(Mlp(*parts, limit), x)
+            return kernels.mlp(BoundMlp(*parts, limit), x)
         y, chosen = torch.empty(len(x), 1, h), torch.zeros(len(x), 1, dtype=torch.int64)
-        how = expert_record(h, i, choice, limit=limit)
-        kernels.experts_by_slot(how, x, chosen, chosen[0].int(), how.slab(slab), y)
-        return y[:, 0]
+        coded = expert_slab(slab, h, i, choice, limit=limit)
+        return through_experts(kernels, x, chosen, chosen[0].int(), coded, y)[:, 0]
 
     gate, up, down = (torch.from_numpy(weight) for weight in exact)
     g, u = x.double() @ gate.T, x.double() @ up.T
@@ -311,7 +311,7 @@ def test_codes_of_nf4_are_those_of_bitsandbytes(heavy, kernels, dtype):
 @given(sizes(20, 200), seeds, one_of(*DTYPES), one_of(1e-44, 1e-30, 1.0, 1e4))
 def test_quantize_int8(kernels, shape, seed, dtype, scale):
     source = random_source(seed, shape, dtype, scale)
-    q, got = kernels.quantize_int8(source)
+    q, got = kernels.quantize_int8.results(source)
     x = source.float()
     want = x.abs().amax(1) / 127
     assert torch.equal(got, want)
@@ -325,7 +325,7 @@ def test_quantizers_refuse_what_is_not_finite(kernels, dtype):
     w = torch.ones(33, 70, dtype=dtype)
     for bad in (math.nan, math.inf, -math.inf):
         w[32, 69] = bad
-        for quantized in (kernels.quantize_nf4, kernels.quantize_int8):
+        for quantized in (kernels.quantize_nf4, kernels.quantize_int8.results):
             with pytest.raises(ValueError, match="NaN or infinity"):
                 quantized(w)
 

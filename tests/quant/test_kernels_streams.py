@@ -48,7 +48,7 @@ class Streams:
     def through(self, kernels, chosen=slice(None)):
         """All that a connection gives, and the head's."""
         h, m = self.h[chosen].contiguous(), self.h.shape[1]
-        parts = kernels.hyper_in(h, self.fn, self.base, self.scale, 1e-6, 20, 1e-6)
+        parts = kernels.hyper_in.results(h, self.fn, self.base, self.scale, 1e-6, 20, 1e-6)
         head = self.fn[:m].contiguous(), self.base[:m].contiguous(), self.scale[:1].contiguous()
         out = kernels.hyper_out(self.y[chosen].contiguous(), h, *parts[1:])
         return *parts, out, kernels.hyper_head(h, *head, 1e-6, 1e-6)
@@ -62,7 +62,7 @@ class Streams:
 def test_hyper_connection(kernels, tokens, m, d, size, iterations, eps, seed):
     case = Streams(np.random.default_rng(seed), tokens, m, d, size)
     weights = case.fn, case.base, case.scale
-    got = kernels.hyper_in(case.h, *weights, eps, iterations, eps)
+    got = kernels.hyper_in.results(case.h, *weights, eps, iterations, eps)
     want = hyper_in(case.h, *weights, eps, iterations, eps)
     near = {"rtol": 2e-5, "atol": 2e-5 * size}
     for part, exact in zip(got, want, strict=True):
@@ -127,12 +127,12 @@ def test_streams_show_nan(kernels):
 def test_streams_refuse(kernels):
     case = Streams(np.random.default_rng(4), 2, 4, 40, 1.0)
     good = [case.h, case.fn, case.base, case.scale, 1e-6, 20, 1e-6]
-    kernels.hyper_in(*good)
+    kernels.hyper_in.results(*good)
     bad = [(1, case.fn[:23].contiguous()), (1, case.fn.flatten(1)), (2, case.base[:23])]
     bad += [(3, case.scale[:1]), (0, case.h[:, :3].contiguous()), (0, case.h.double()), (5, 0)]
     for place, value in bad:
         with pytest.raises(ValueError, match=r"expected|refused"):
-            kernels.hyper_in(*good[:place], value, *good[place + 1 :])
+            kernels.hyper_in.results(*good[:place], value, *good[place + 1 :])
     short = case.fn[:23].contiguous(), case.base[:23]
     with pytest.raises(ValueError, match="refused"):
-        kernels.hyper_in(case.h, *short, *good[3:])
+        kernels.hyper_in.results(case.h, *short, *good[3:])

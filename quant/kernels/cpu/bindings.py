@@ -19,8 +19,9 @@ import importlib.machinery
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
+from operator import add, sub
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,34 +31,15 @@ from slotmoe.border import ListedRows
 from slotmoe.errors import ConfigError
 from slotmoe.quant.codecs.codec import NF4, TILE
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.kernels.cpu.layers import Decoder
 from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, Function, tensor_spec
-from slotmoe.quant.kernels.cpu.tokens import Tokens, address, layer_rows
-from slotmoe.quant.kernels.cpu.weights import Absorbed, ExpertRecord, Matrix
+from slotmoe.quant.kernels.cpu.weights import Absorbed, Matrix, Structure
 from slotmoe.quant.shapes import latent_bytes
 from slotmoe.system import cores
 
 ABI = 16
 INSTRUCTIONS = "SLOTMOE_INSTRUCTIONS"  # names an instruction set
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
-_PARTS = ("attention", "route", "experts_by_slot", "mlp")  # whose seconds `decode` measures
-
-
-class Decoded(NamedTuple):
-    """What `Kernels.decode` has done: every layer before `layer`, and of that one, unless it is the
-    number of layers, all up to its experts, of which some have no slot.
-
-    `h` float32 [T, H], or [T, streams H], is the residual stream there.  `indices` int64 [n, T, k]
-    are the choices of the routers that were asked, this layer's the last, and `x` float32 [n, T, H]
-    their inputs; `weights` float32 [T, k] are this layer's, and mean nothing where all are done.
-    `seconds` are what attention, routers, experts and MLPs took."""
-
-    layer: int
-    h: Tensor
-    x: Tensor
-    weights: Tensor
-    indices: Tensor
-    seconds: list[float]
+PARTS = ("attention", "route", "experts_by_slot", "mlp")  # whose seconds `decode` measures
 
 
 class Kernels:
@@ -71,24 +53,9 @@ class Kernels:
         if self._lib.slotmoe_abi() != ABI:
             raise OSError(f"{path} has ABI {self._lib.slotmoe_abi()}, expected {ABI}")
         self.set_threads(cores())
+        self._decoded = [0.0] * len(PARTS)
         self._functions = {name: Function(self._lib, name) for name in SIGNATURES}
-        functions = self._functions
-        self.mlp, self.layer_norm = functions["mlp"], functions["layer_norm"]
-        self.rms_norm, self.rotate = functions["rms_norm"], functions["rotate"]
-        self.rotations = functions["rotations"]
-        self.weighted_sum, self.compress = functions["weighted_sum"], functions["compress"]
-        self.absorb_query, self.absorb_value = functions["absorb_query"], functions["absorb_value"]
-        self.route = functions["route"].results
-        self.experts_by_slot = functions["experts_by_slot"].results
-        self.hyper_in = functions["hyper_in"].results
-        self.hyper_out, self.hyper_head = functions["hyper_out"], functions["hyper_head"]
-        # of slotmoe.quant.codecs.encode and slotmoe.quant.codecs.feedback
-        self.quantize_int8 = functions["quantize_int8"].results
-        self.int8_error, self.coded_error = functions["int8_error"], functions["coded_error"]
-        self.fit_rows, self.code_rows = functions["fit_rows"], functions["code_rows"]
-        self.fit_columns, self.feed_back = functions["fit_columns"], functions["feed_back"].results
-        self.descend = functions["descend"].results
-        self.attention = functions["attention"]  # tests hold `decode` against it
+        vars(self).update((name, self._functions[name]) for name in {*SIGNATURES} - {*dir(Kernels)})
         self.isas = tuple(
             self._lib.slotmoe_isa_name(i).decode()
             for i in range(self._lib.slotmoe_isa_count())
@@ -98,9 +65,15 @@ class Kernels:
         without AMX, for tests), avx512vbmi, avx512vnni, avxvnni, avx2, neon_i8mm, neon_dot, neon,
         portable.  The first two are used only where they are asked for."""
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Function: ...
+
     def seconds(self) -> dict[str, float]:
         """Seconds spent inside each native function so far; `decode` counts as its parts."""
-        return {name: item.seconds for name, item in self._functions.items() if name != "decode"}
+        spent = {name: item.seconds for name, item in self._functions.items() if name != "decode"}
+        parts = zip(PARTS, self._decoded, strict=True)
+        return spent | {part: spent.get(part, 0.0) + seconds for part, seconds in parts}
 
     @property
     def isa(self) -> str:
@@ -159,7 +132,7 @@ class Kernels:
         sizes: dict[str, int] = {}
         tensor_spec("w:i8[N,K]").check(q, sizes)
         tiles = empty(tuple(tensor_spec(f"packed:{INT8}").shape(sizes)), torch.int8)
-        self._functions["pack_int8"].results(q, tiles)
+        self.pack_int8.results(q, tiles)
         return tiles
 
     def linear(self, weight: Matrix, x: Tensor) -> Tensor:
@@ -200,57 +173,14 @@ class Kernels:
         values = q, weights, *latent_rows(keys, q.shape[-1], 0), counts
         return self._functions["index"](*values, S=len(keys), K=k)
 
-    def decode(
-        self,
-        decoder: Decoder,
-        first: int,
-        h: Tensor,
-        tokens: Tokens,
-        slab: Tensor,
-        slots: Tensor,
-        record: ExpertRecord,
-        x: Tensor | None = None,
-        experts: Tensor | None = None,
-    ) -> Decoded:
-        """T tokens of one or several sequences through the layers from `first` on, up to one whose
-        experts are not all in the slab: h float32 [T, H].  `slots` int32 [MoE layers, E] says which
-        row of `slab` an expert's `record` is in, negative if none.
-
-        With `x` and `experts`, layer `first` only lacks its feed-forward: h is the residual stream
-        behind its attention, x the norm of that, `experts` the weighted sum of its routed experts.
-        Bitwise what `attention`, `route`, `experts_by_slot`, `weighted_sum` and `mlp` give layer by
-        layer, and what each token gives alone.
-        """
-        assert (x is None) == (experts is None)
-        asked = decoder.routers_from(first, x is not None)
-        t, sizes, f32 = len(tokens.positions), decoder.sizes, torch.float32
-        hidden, top_k, streams, wide = (sizes[letter] for letter in "HKQX")
-        bound = tokens.bound(decoder)
-        inputs = (
-            address(h, f32, t, wide),
-            bound.address,
-            address(slots, torch.int32, sizes["M"], sizes["E"]),
-            record.slab(slab).address,
-            *slab.shape,
-            record.address,
-            address(x, f32, t, hidden),
-            address(experts, f32, t, hidden),
-            address(tokens.post, f32, t, streams),
-            address(tokens.comb, f32, t, streams, streams),
-        )
-        y, norms = torch.empty(t, wide), torch.empty(asked + 1, t, hidden)
-        weights, indices = torch.empty(t, top_k), torch.empty(asked, t, top_k, dtype=torch.int64)
-        results = [tensor.data_ptr() for tensor in (y, norms, weights, indices)]
-        reached, seconds = ctypes.c_int64(), (ctypes.c_double * len(_PARTS))()
-        outputs = *results, ctypes.byref(reached), seconds
-        self._functions["decode"].run(decoder.address, first, t, *inputs, *outputs)
-        layer = reached.value
-        if layer < len(decoder.routed):
-            indices = indices[: asked - sum(decoder.routed[layer + 1 :])]
+    def decode(self, *arguments: object) -> list[float]:
+        """Call the function with its C arguments but the last, unchecked: `NativeDecoder` has
+        checked them.  Gives the seconds that `PARTS` took."""
+        seconds = (ctypes.c_double * len(PARTS))()
+        self._functions["decode"].run(*arguments, seconds)
         spent = seconds[:]
-        for part, duration in zip(_PARTS, spent, strict=True):
-            self._functions[part].seconds += duration
-        return Decoded(layer, y, norms[: len(indices)], weights, indices, spent)
+        self._decoded = [*map(add, self._decoded, spent)]
+        return spent
 
     def quantize_nf4(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """[N, K] bfloat16, float16 or float32 -> codes uint8, absmax float16 as tiles16.
@@ -275,6 +205,65 @@ def load() -> Kernels | None:
     return kernels
 
 
+class Store:
+    """Rows of tokens' sequences, as native calls find them: uint8 [layers, capacity, width], alike
+    in all.  They are checked when other tensors come than the last time."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        self._layers, self._width = layers, width
+        self._ids: tuple[int, ...] = ()
+
+    def bound(
+        self, tensors: Sequence[Tensor], positions: Sequence[int], first: Sequence[int] = ()
+    ) -> tuple[object, ...]:
+        """Of each token its sequence's rows, which begin at position `first`, or at 0, and have
+        room for its own position."""
+        ids = (*map(id, tensors),)
+        if ids != self._ids:
+            self._layer_bytes, self._row_bytes, self._capacity = layer_rows(
+                tensors, self._layers, self._width
+            )
+            self._starts = (ctypes.c_void_p * len(ids))(*map(Tensor.data_ptr, tensors))
+            self._ids, self._tensors = ids, [*tensors]  # held: no other gets the id of one of these
+        assert len(tensors) == len(positions)
+        inside = [*map(sub, positions, first)] if first else positions
+        assert min(inside) >= 0 and max(inside) < self._capacity
+        return self._starts, int64s(first) if first else None, self._layer_bytes, self._row_bytes
+
+
+_STORE = " start:pointers first:int64s layer_bytes row_bytes"
+_GROUP = _STORE + _STORE + " table:pointer"
+_TOKENS = "positions:int64s table:pointer query_scale:pointer" + _STORE + _STORE
+_TOKENS += " lists:pointer ids:pointer compressed_table:pointer"
+TOKENS = [Structure(_TOKENS + count * _GROUP).type for count in range(4)]  # by groups
+NO_STORE: tuple[object, ...] = (None, None, 0, 0)
+
+
 def latent_rows(cache: Tensor, r: int, p: int) -> tuple[int, int]:
     """Address of a cache, uint8 [capacity, latent_bytes(R, P)], and bytes from row to row."""
     return cache.data_ptr(), layer_rows([cache[None]], 1, latent_bytes(r, p))[1]
+
+
+def layer_rows(caches: Sequence[Tensor], layers: int, width: int) -> tuple[int, int, int]:
+    """Of caches that are alike, uint8 [layers, capacity, width]: the bytes from one layer to the
+    next and from one row to the next, and the capacity."""
+    shape, strides = caches[0].shape, caches[0].stride()
+    for rows in caches:
+        assert rows.dtype == torch.uint8 and rows.is_cpu
+        assert (rows.shape, rows.stride()) == (shape, strides)
+    apart = strides[1] if shape[1] > 1 else width
+    assert (shape[0], shape[2], strides[2]) == (layers, width, 1) and apart >= width
+    return strides[0], apart, shape[1]
+
+
+def address(tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:
+    """The tensor's address, None of None; asserting is quicker than the table's checks."""
+    if tensor is None:
+        return None
+    assert (tensor.shape, tensor.dtype) == (shape, dtype)
+    assert tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj()
+    return tensor.data_ptr()
+
+
+def int64s(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)

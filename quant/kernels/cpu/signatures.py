@@ -18,6 +18,7 @@ import ctypes
 import time
 from collections.abc import Sequence
 from functools import cache
+from itertools import zip_longest
 from operator import itemgetter
 
 import torch
@@ -30,8 +31,9 @@ DTYPES = {
 }
 SOURCE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # `Source` of isa.h
 INT8 = "i8[N/16,K/64,1024]"  # tiled
-C_TYPES = {  # all others are sizes
+C_TYPES: dict[str, type] = {  # all others are sizes
     **dict.fromkeys(("pointer", "bound"), ctypes.c_void_p),
+    **{"pointers": ctypes.POINTER(ctypes.c_void_p), "int64s": ctypes.POINTER(ctypes.c_int64)},
     **{"type": ctypes.c_int, "float": ctypes.c_float, "double": ctypes.c_double},
 }
 _SOURCE = "source:source[N,K] type N K"
@@ -49,7 +51,7 @@ SIGNATURES = {
     # x through those of each token's experts whose slot is a row of the slab, into y, unweighted;
     # where it is negative, y is left as it is
     "experts_by_slot": "record:bound x:f32[T,H] T K indices:i64[T,K] slots:i32[E] E"
-    " slab:bound S B y:f32[T,K,H]",
+    " slab:pointer S B y:f32[T,K,H]",
     # the products are added one by one in order, from zero
     "weighted_sum": "outputs:f32[T,K,H] weights:f32[T,K] T K H >y:f32[T,H]",
     "store_latents": "latent:f32[T,W] T R P cache:pointer stride:size",
@@ -75,8 +77,6 @@ SIGNATURES = {
     "rotate": "x:f32[T,A,P] table:c64[T,P/2] halves:size T A P >y:f32[T,A,P]",
     # (cos, sin) of positions times frequencies, the same bits on every system
     "rotations": "positions:f32[T] frequencies:f32[C] T C scale:float >y:c64[T,C]",
-    "attention": "layer:bound T h:f32[T,H] table:c64[T,C] query_scale?:f32[T] caches:pointer"
-    " stride:size positions:pointer >y:f32[T,H] >x:f32[T,H] >logits:f32[T,E]",
     # best first, of equals the lower index; the bias takes part in the choice alone
     "route": "router:bound logits:f32[T,E] bias?:f32[E] chosen?:i64[T,K] T E >weights:f32[T,K]"
     " >indices:i64[T,K]",
@@ -113,21 +113,20 @@ class TensorSpec:
         self.optional, self.name = name.endswith("?"), name.strip(">?")
         self.is_matrix, self._is_source = dtype == "matrix", dtype == "source"
         self.dtypes = tuple(SOURCE_TYPES if self._is_source or self.is_matrix else [DTYPES[dtype]])
-        # A letter, what divides it and what is added, or "" and a number; plain ones are quicker.
+        # A letter, what divides it and what is added; a number has no letter.
         self._sizes: list[tuple[str, int, int]] = []
         for size in sizes.split(","):
             letter, _, rest = size.partition("/")
             divisor, _, more = rest.partition("+")
             of_letter = letter, int(divisor or 1), int(more or 0)
             self._sizes.append(("", 1, int(size)) if size.isdigit() else of_letter)
-        self._plain = sizes.split(",") if sizes.replace(",", "").isalpha() else None
 
     def shape(self, sizes: dict[str, int]) -> list[int]:
         """The shape with these sizes."""
-        if self._plain is not None:
-            return [sizes[letter] for letter in self._plain]
-        divided = ((sizes[letter] if letter else 0, by, more) for letter, by, more in self._sizes)
-        return [-(-size // by) + more for size, by, more in divided]
+        shape = []
+        for letter, by, more in self._sizes:
+            shape.append(-(-sizes[letter] // by) + more if letter else more)
+        return shape
 
     def check(self, tensor: object, sizes: dict[str, int]) -> int | None:
         """The tensor's address; `sizes` gets the letters that it lacks. Raises `ValueError`."""
@@ -196,19 +195,23 @@ class Function:
 
     def results(self, *values: object, **sizes: int) -> list[Tensor]:
         """The function's results of values, checked, the table's in order; the last may be left out
-        where they may be None.  Raises `ValueError` for a bad argument and `MemoryError`."""
-        missing = (None,) * (len(self._inputs) - len(values))
+        where they may be None.  Raises `ValueError` for a bad argument and `MemoryError`.  It runs
+        for each token, so it makes few calls of Python."""
+        assert len(values) <= len(self._inputs)
         arguments: list[object] = []
-        for spec, value in zip(self._inputs, values + missing, strict=True):
+        for spec, value in zip_longest(self._inputs, values):
             if spec is not None:
                 value = spec.check(value, sizes)
             elif isinstance(value, Bound):
                 value.agree(sizes)
                 value = value.address
             arguments.append(value)
-        results = [torch.empty(*spec.shape(sizes), dtype=spec.dtypes[0]) for spec in self._results]
-        arguments += [result.data_ptr() for result in results]
-        arguments += [sizes[letter] for letter in self._letters]
+        results = list[Tensor]()
+        for result in self._results:
+            results.append(torch.empty(result.shape(sizes), dtype=result.dtypes[0]))
+            arguments.append(results[-1].data_ptr())
+        for letter in self._letters:
+            arguments.append(sizes[letter])
         self.run(*self._in_order(arguments))
         return results
 
