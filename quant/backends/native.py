@@ -59,8 +59,8 @@ class NativeDecoder:
         self._keys = Store(layers.indexers, layers.key_bytes)
 
     def run_layers(self, chunk: Chunk, experts: RoutedExperts) -> border.Pending | None:
-        """See ``slotmoe.quant.backends.base.Runner``.  An ``AssertionError`` for a tensor of another shape, kind
-        or place than the layers have, a ``ValueError`` for a slab or a window that is too small."""
+        """See ``slotmoe.quant.backends.base.Runner``.  ``AssertionError`` for a tensor of another
+        shape, kind or place than the layers', ``ValueError`` for a slab or window too small."""
         table = experts.slot_table()
         layers, first, x_TD = self._layers, chunk.layer, chunk.x_TD
         resumed = x_TD is not None

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slotmoe.border import Mlp, Router, Step
+from slotmoe.border import Chunk, Mlp, Router
 from slotmoe.quant.backends.base import Records, new
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.codecs.codec import LUT4
@@ -134,10 +134,10 @@ def test_a_decoder_refuses():
         slots=table.slots_ME,
         records=table.records,
     ):
-        step = Step(h_TD, rope_TC, scale, caches, (0, 0), counts, None, None, layer, x, routed)
+        chunk = Chunk(h_TD, rope_TC, scale, caches, (0, 0), counts, None, None, layer, x, routed)
         shown = Shown(table._replace(slots_ME=slots, records=records))
         shown.passed = lambda *given: None
-        return decoder.run_layers(step, shown)
+        return decoder.run_layers(chunk, shown)
 
     def other(change):
         cache = native_cache(network, 40)
