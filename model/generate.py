@@ -351,4 +351,4 @@ def _ends(tokens: Sequence[Token]) -> list[int]:
 
 
 def _text(tokens: Sequence[Token]) -> str:
-    return "".join(token.text for token in tokens)
+    return "".join([token.text for token in tokens])

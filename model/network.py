@@ -10,9 +10,9 @@ layers.
 """
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from functools import partial
+from itertools import accumulate
 from typing import TypeAlias
 
 import torch
@@ -133,8 +133,9 @@ class Network:
     ) -> Tensor:
         """``forward`` from the residual stream before the first layer on."""
         pairs = [*zip(states, counts, strict=True)]
-        spans = [(state.length, state.length + count) for state, count in pairs]
-        positions_T = torch.cat([torch.arange(*span, device=h_TD.device) for span in spans]).float()
+        arange = partial(torch.arange, device=h_TD.device)
+        positions = [arange(state.length, state.length + count) for state, count in pairs]
+        positions_T = torch.cat(positions).float()
         for state, count in pairs:
             state.begin(count)
         if self.timer is not None:
@@ -143,16 +144,18 @@ class Network:
         T, size = len(h_TD), self._chunk_tokens
         if self._decoder and min(self.rows, size) >= T and T - len(states) <= _FEW:
             runner = self._decoder
-        of_T = [state for state, count in pairs for _ in range(count)]
-        before_T, chunks = [*chain.from_iterable(map(range, counts))], []
+        chunks, ends = [], [*accumulate(counts, initial=0)]
         for start in range(0, T, size):
-            span = slice(start, start + size)
-            ids = None if ids_T is None else ids_T[span]
-            parts = Counter(of_T[span])
-            before = [before_T[of_T.index(state, start)] for state in parts]
-            of_each = [*parts], before, [*parts.values()]
-            given = h_TD[span], positions_T[span], *of_each, self.timer, ids
-            chunks.append(self._positions.chunk(*given))
+            stop = min(start + size, T)
+            parts = [  # a sequence, its tokens before this chunk, and those in it
+                (state, max(start, first) - first, min(end, stop) - max(start, first))
+                for state, first, end in zip(states, ends, ends[1:], strict=False)
+                if first < stop and start < end
+            ]
+            of_chunk, before, lengths = zip(*parts, strict=True)
+            ids = None if ids_T is None else ids_T[start:stop]
+            given = h_TD[start:stop], positions_T[start:stop], of_chunk, before, lengths
+            chunks.append(self._positions.chunk(*given, self.timer, ids))
         waiting = chunks
         while waiting:  # all chunks take a layer's experts before the next layer's
             waiting = [chunk for chunk in waiting if self._advance(chunk, runner)]
