@@ -110,27 +110,20 @@ def test_a_conversation_leaves_nothing_to_the_next(keeping, checkpoint, verdicts
     assert child._process is process
 
 
-def test_a_template_finds_no_globals_by_format(checkpoint):
-    """jinja2 3.1.5 gave it those of the functions that it is given."""
-    template = "<{{ ('{0.__globals__}' | attr('format'))(raise_exception) }}>"
-    (checkpoint / "chat_template.jinja").write_text(template)
-    assert Tokenizer(checkpoint, 0).chat(HI) == "<>"
-
-
-@pytest.mark.parametrize("template", [[{"name": []}], [{"name": "a", "template": []}], {}, 5])
-def test_a_template_of_another_kind_is_refused_by_its_key(template, checkpoint, verdicts):
-    path = checkpoint / "tokenizer_config.json"
-    edit_json(path, lambda settings: settings.update(chat_template=template))
-    wanted = "tokenizer_config.json: chat_template"
-    refused(lambda: Tokenizer(checkpoint, 0, verdicts=verdicts), wanted, kind=ConfigError)
-
-
-def test_template_file_goes_before_the_setting(checkpoint):
+def test_where_the_template_is_and_what_it_may_be(checkpoint, verdicts):
+    """Its file goes before the setting."""
     assert Tokenizer(checkpoint, 0).chat(HI).endswith("User: hi\n\nAssistant:")
-    (checkpoint / "chat_template.jinja").write_text("<{{ messages[0].content }}>")
+    # jinja2 3.1.5 gave a template the globals of the functions that it is given.
+    by_format = "{{ ('{0.__globals__}' | attr('format'))(raise_exception) }}"
+    (checkpoint / "chat_template.jinja").write_text(f"<{{{{ messages[0].content }}}}{by_format}>")
     assert Tokenizer(checkpoint, 0).chat(HI) == "<hi>"
     (checkpoint / "chat_template.jinja").write_bytes(b"\xff")
     refused(lambda: Tokenizer(checkpoint, 0), "chat_template.jinja", kind=ConfigError)
+    for template in ([{"name": []}], [{"name": "a", "template": []}], {}, 5):
+        path, values = checkpoint / "tokenizer_config.json", {"chat_template": template}
+        edit_json(path, lambda settings, values=values: settings.update(values))
+        wanted = "tokenizer_config.json: chat_template"
+        refused(lambda: Tokenizer(checkpoint, 0, verdicts=verdicts), wanted, kind=ConfigError)
 
 
 def parts(**values):
@@ -225,12 +218,7 @@ def test_a_tokenizer_neither_cuts_nor_pads(checkpoint):
     cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     pad = {"strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None}
     pad |= {"pad_id": 1, "pad_type_id": 0, "pad_token": "a"}
-    for values in ({"truncation": cut}, {"padding": pad}):
-        parts(**values)(checkpoint)
-        tokenizer = Tokenizer(checkpoint, 0)
-        assert tokenizer.encode(text) == whole
-        assert tokenizer.encode_with_ends(text)[0] == whole[1:]
-
-
-def test_prompt_that_is_no_text(checkpoint):
-    refused(lambda: Tokenizer(checkpoint, 0).encode("a\udcff"), "UTF-8", kind=ConfigError)
+    parts(truncation=cut, padding=pad)(checkpoint)
+    tokenizer = Tokenizer(checkpoint, 0)
+    assert tokenizer.encode(text) == whole == [0, *tokenizer.encode_with_ends(text)[0]]
+    refused(lambda: tokenizer.encode("a\udcff"), "UTF-8", kind=ConfigError)

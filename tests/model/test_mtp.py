@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.model.checkpoint.reader import open_checkpoint
-from slotmoe.model.config import parse_config
 from slotmoe.model.network import MtpHead
 from tests.support import plain, v4
 from tests.support.engine import IDS
@@ -48,7 +47,7 @@ def test_head_beside_its_formula(tmp_path, case):
 
 
 def test_rows_one_by_one_in_pieces_and_in_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr("slotmoe.model.mtp._PIECE", 4)
+    monkeypatch.setattr("slotmoe.model.network._PIECE", 4)
     write_family(tmp_path, V3, **MTP)
     network, head, cache, own = reference(tmp_path, step_tokens=5)
     ids_T = torch.tensor(IDS[:10])
@@ -58,16 +57,6 @@ def test_rows_one_by_one_in_pieces_and_in_steps(tmp_path, monkeypatch):
     rows = zip(hidden_TD[:-1].clone().split(1), ids_T[1:].split(1), strict=True)
     each = [head.forward(row_1D, id_1, own).clone() for row_1D, id_1 in rows]
     assert relative_error(torch.cat(each), once_RD) <= 1e-5
-
-
-def test_config_and_names_are_as_before_unless_the_head_is_asked_for(tmp_path):
-    config = parse_config(write_family(tmp_path, V3, **MTP))
-    assert config.moe_layers == (1, 2) and not config.mtp
-    with open_checkpoint(tmp_path) as plainly, open_checkpoint(tmp_path, True) as kept:
-        assert kept.config.moe_layers == (1, 2, 3)
-        more = kept.infos.keys() - plainly.infos.keys()
-        assert plainly.infos.keys() < kept.infos.keys()
-        assert {name.split(".")[2] for name in more} == {"3"}
 
 
 WITHOUT_HEAD = [  # what the checkpoint is, whether its config speaks of a head, and the answer

@@ -3,6 +3,7 @@ own invariants."""
 
 from functools import partial
 from itertools import product
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,12 +12,11 @@ from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.config import parse_config
 from slotmoe.model.layers import route, router_of
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.kernels.cpu import bindings as kernels
 from tests.support import plain
 from tests.support.compressed import state_bytes
-from tests.support.families import CASES, config_of
+from tests.support.families import CASES, GREEDY, OF_YARN, V2_CASES, config_of
 from tests.support.native import (
     LayerByLayerOps,
     feed,
@@ -25,32 +25,12 @@ from tests.support.native import (
     reference_cache,
     reference_network,
 )
-from tests.support.oracle import relative_error, transformers_logits
+from tests.support.oracle import relative_error
 from tests.support.params import nth
-from tests.support.tiny import CONFIG, ODD_SIZES, write_checkpoint
+from tests.support.tiny import CONFIG, write_checkpoint
 
-OF_YARN = {"factor": 8.0, "original_max_position_embeddings": 16, "mscale": 1.0}
-OF_YARN |= {"mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1}
-YARN = {"type": "yarn", **OF_YARN}
-GREEDY = {"topk_method": "greedy", "n_group": 1, "topk_group": 1}
-
-# Between them: groups on and off, q-LoRA on and off, YaRN and plain RoPE in both spellings, odd
-# sizes, v_head_dim unlike qk_nope_head_dim, two dense layers, one shared expert, tied embeddings,
-# mscale unlike mscale_all_dim.
-GEOMETRIES = {
-    "groups-qlora-yarn": {"rope_scaling": YARN, "routed_scaling_factor": 16.0},
-    "greedy-no-qlora": {**GREEDY, "q_lora_rank": None, "rope_scaling": None},
-    "odd-sizes": {**ODD_SIZES, "rope_scaling": {**YARN, "mscale": 0.707}},
-    "v-unlike-nope": {"v_head_dim": 20, "qk_nope_head_dim": 12, "n_routed_experts": 12},
-    "two-dense-layers": {"first_k_dense_replace": 2, "num_hidden_layers": 4, "n_shared_experts": 1},
-    "tied": {"tie_word_embeddings": True, "num_experts_per_tok": 4, "rms_norm_eps": 1e-3},
-    "transformers-spelling": {
-        "rope_scaling": None,
-        "rope_parameters": {**OF_YARN, "rope_type": "yarn", "rope_theta": 5000.0},
-    },
-}
 ONE_TOKEN = {
-    **GEOMETRIES,
+    **V2_CASES,
     "no-shared-expert": {"n_shared_experts": None},
     "norm-topk-prob": {"norm_topk_prob": True},
 }
@@ -59,20 +39,12 @@ FP32 = 3.5e-6  # twice the distance of this path, and of transformers, from floa
 IDS = torch.randint(2, 4000, (40,), generator=torch.Generator().manual_seed(7)).tolist()
 
 
-@pytest.mark.usefixtures("oracle")
-@pytest.mark.parametrize("name", GEOMETRIES)
-def test_reference_path_equals_transformers(name, tmp_path):
-    write_checkpoint(tmp_path, **GEOMETRIES[name])
-    with Runtime.open(tmp_path, quantize=False, context=64) as runtime:
-        assert relative_error(runtime.logits(IDS), transformers_logits(tmp_path, IDS)) <= 1e-4
-
-
 NOT_OF_TRANSFORMERS = {  # it ignores the first two, needs a shared expert, and even strides
     "norm-topk-prob": {"norm_topk_prob": True, "routed_scaling_factor": 3.0},
     "moe-layer-freq": {"moe_layer_freq": 2, "num_hidden_layers": 5},
     "no-shared-expert": {"n_shared_experts": None},
-    "no-mscale-all-dim": {"rope_scaling": {**YARN, "mscale_all_dim": 0.0}},
-    "odd-sizes": {**GEOMETRIES["odd-sizes"], "kv_lora_rank": 19, "qk_nope_head_dim": 13},
+    "no-mscale-all-dim": {"rope_scaling": {**OF_YARN, "type": "yarn", "mscale_all_dim": 0.0}},
+    "odd-sizes": {**V2_CASES["odd-sizes"], "kv_lora_rank": 19, "qk_nope_head_dim": 13},
 }
 
 
@@ -145,7 +117,7 @@ def test_one_token_in_few_calls_is_bitwise_op_by_op(geometry, resident):
 
 @native
 @pytest.mark.parametrize(
-    ("kind", "geometry"), nth(2, product([NativeBackend, LayerByLayerOps], GEOMETRIES))
+    ("kind", "geometry"), nth(2, product([NativeBackend, LayerByLayerOps], V2_CASES))
 )
 def test_several_tokens_of_several_sequences_are_bitwise_as_one_by_one(kind, geometry):
     """Sequences of different lengths, some experts in the slot table, in one pass.  A pass that
@@ -175,7 +147,7 @@ def reference(tmp_path_factory):
     """A network of the reference path with every feature on, and a function that makes an empty
     cache for it."""
     folder = tmp_path_factory.mktemp("reference")
-    write_checkpoint(folder, max_position_embeddings=8192, **GEOMETRIES["groups-qlora-yarn"])
+    write_checkpoint(folder, max_position_embeddings=8192, **V2_CASES["groups-qlora-yarn"])
     with open_checkpoint(folder) as checkpoint:
         weights = {name: checkpoint.tensor(name).float() for name in checkpoint.infos}
         config = checkpoint.config
@@ -196,31 +168,13 @@ def test_absorbed_equals_expanded_attention_over_several_blocks(heavy, reference
     ids = (IDS * 6)[:200]
     wanted = feed(network, cache(256), ids, [200])  # in one block
     monkeypatch.setattr("slotmoe.model.attention.latent._MAX_SCORES", 1)  # blocks of 64 positions
-    expanded_calls = []
-
-    def expand(*arguments):
-        expanded_calls.append(1)
-        return TorchBackend.expand(network.backend, *arguments)
-
-    monkeypatch.setattr(network.backend, "expand", expand)
-    expanded = feed(network, cache(256), ids, [200])
-    assert len(expanded_calls) > 4
-    expanded_calls.clear()
-    absorbed = feed(network, cache(256), ids, [1] * 200)
-    assert not expanded_calls
+    with patch.object(network.backend, "expand", wraps=network.backend.expand) as expand:
+        expanded = feed(network, cache(256), ids, [200])
+        called = expand.call_count
+        absorbed = feed(network, cache(256), ids, [1] * 200)
+    assert called == expand.call_count > 4
     assert relative_error(absorbed, wanted) <= FP32
     assert relative_error(expanded, wanted) <= FP32
-
-
-def test_cache_holds_one_latent_row_a_token_a_layer(reference):
-    network, cache = reference
-    c = network.config
-    made = cache(100, torch.float16)
-    width = c.kv_lora_rank + c.qk_rope_head_dim
-    assert state_bytes(made) == 2 * 100 * c.num_hidden_layers * width
-    feed(network, made, IDS, [40])
-    assert torch.isfinite(made.layers[:, :40].float()).all()
-    assert torch.isnan(made.layers[:, 40:].float()).all()
 
 
 class _Largest(torch.overrides.TorchFunctionMode):

@@ -20,7 +20,9 @@ CHATS = Path(__file__).with_name("chats")
 V32, V4 = "deepseek_v32", "deepseek_v4"
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # noqa: RUF001
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"  # noqa: RUF001
-HELLO = {"role": "user", "content": "Hello"}
+ASKED = f"{USER}Hello{ASSISTANT}"
+HELLO, YES = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes, "}
+BRIEF, DEVELOPER = ({"role": role, "content": "Be brief."} for role in ("system", "developer"))
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
 FORMAT = "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
 FORMAT += json.dumps(SCHEMA)
@@ -34,6 +36,47 @@ ABSOLUTE = (
     "considered alternative, and rejected hypothesis to ensure absolutely no assumption is left "
     "unchecked.\n\n"
 )
+# A call without arguments, two results, and what the user says behind them in two messages.
+CALLED = {"role": "assistant", "content": "So.", "reasoning_content": "Hm"}
+CALLED |= {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+TURNS = [HELLO, CALLED, *({"role": "tool", "content": number} for number in "12")]
+TURNS += [{"role": "user", "content": said} for said in ("Go on", "now")]
+SAID = '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n\n</｜DSML｜invoke>\n'  # noqa: RUF001
+SAID = f"So.{SAID}</｜DSML｜tool_calls>{EOS}{USER}<tool_result>1</tool_result>\n\n"  # noqa: RUF001
+SAID += f"<tool_result>2</tool_result>\n\nGo on\n\nnow{ASSISTANT}"
+REMINDED = "<｜latest_reminder｜>"  # noqa: RUF001
+OPEN, SHUT = "<think>", "</think>"
+
+CASES = [  # the template, what is asked, and the text, of which tools are told before
+    *((V4, {"effort": effort}, ASKED + OPEN) for effort in (None, "low", "high")),
+    *((V4, {"effort": effort}, f"{ABSOLUTE}{ASKED}{OPEN}") for effort in ("xhigh", "max")),
+    (V4, {"effort": "none"}, ASKED + SHUT),
+    *((V32, {"effort": effort}, ASKED + SHUT) for effort in (None, "none")),
+    (V32, {"effort": "max"}, ASKED + OPEN),
+    # A schema stands in the first system message, or in one of its own.
+    *((kind, {"schema": SCHEMA}, FORMAT + ASKED + end) for kind, end in ((V4, OPEN), (V32, SHUT))),
+    (V4, {"schema": SCHEMA, "messages": [BRIEF, HELLO]}, f"Be brief.{FORMAT}{ASKED}{OPEN}"),
+    (V32, {"schema": SCHEMA, "messages": [BRIEF, HELLO]}, f"Be brief.{FORMAT}{ASKED}{SHUT}"),
+    # Without tools the reasoning of earlier turns is dropped, with tools it is kept.
+    (V4, {"messages": TURNS}, f"{ASKED}{SHUT}{SAID}{OPEN}"),
+    (V4, {"messages": TURNS, "effort": "none"}, f"{ASKED}{SHUT}{SAID}{SHUT}"),
+    (V4, {"messages": TURNS, "tools": [{"function": {"name": "f"}}]}, f"Hm{SHUT}{SAID}{OPEN}"),
+    # The encoder has no beginning of an answer here, or one before the reminder.
+    *(
+        (V4, {"messages": [HELLO, {**BRIEF, "role": role}]}, f"{mark}Be brief.{ASSISTANT}{OPEN}")
+        for role, mark in {
+            "system": f"{USER}Hello",
+            "latest_reminder": f"{USER}Hello{REMINDED}",
+        }.items()
+    ),
+    (V4, {"messages": [HELLO, YES], "begun": True}, f"{ASKED}{OPEN}{SHUT}Yes, "),
+    (V4, {"messages": [HELLO, YES], "begun": True, "effort": "none"}, f"{ASKED}{SHUT}Yes, "),
+    (V32, {"messages": [HELLO, YES], "begun": True}, f"{ASKED}{SHUT}Yes, "),
+    # Developers of earlier turns are dropped with the reasoning.
+    (V4, {"messages": [DEVELOPER, HELLO]}, ASKED + OPEN),
+    (V4, {"messages": [DEVELOPER, HELLO], "effort": "none"}, f"{USER}Be brief.{ASKED}{SHUT}"),
+    (V32, {"messages": [DEVELOPER, HELLO], "effort": "high"}, ASKED + OPEN),
+]
 
 pytestmark = pytest.mark.usefixtures("processes")
 
@@ -45,16 +88,6 @@ def tokenizers(processes, tmp_path_factory):
     return {kind: Tokenizer(folder, 0, own_template=template) for kind, template in own.items()}
 
 
-@pytest.fixture
-def v4(tokenizers):
-    return tokenizers[V4]
-
-
-@pytest.fixture
-def v32(tokenizers):
-    return tokenizers[V32]
-
-
 @pytest.mark.parametrize("name", sorted(path.stem for path in CHATS.glob("*.json")))
 def test_public_chats(name, tokenizers):
     given = json.loads((CHATS / f"{name}.json").read_text(encoding="utf-8"))
@@ -64,135 +97,65 @@ def test_public_chats(name, tokenizers):
     assert written == expected
 
 
-def test_efforts(v4, v32):
-    asked = f"{USER}Hello{ASSISTANT}"
-    prefixes = {None: "", "none": "", "low": "", "high": "", "xhigh": ABSOLUTE, "max": ABSOLUTE}
-    for effort, prefix in prefixes.items():
-        mark = "</think>" if effort == "none" else "<think>"
-        assert v4.chat([HELLO], effort=effort) == f"{BOS}{prefix}{asked}{mark}"
-    for effort, mark in {None: "</think>", "none": "</think>", "max": "<think>"}.items():
-        assert v32.chat([HELLO], effort=effort) == f"{BOS}{asked}{mark}"
+def test_what_they_write(tokenizers):
+    for kind, given, expected in CASES:
+        written = tokenizers[kind].chat(**{"messages": [HELLO], **given})
+        assert written.endswith(expected), given
+        assert "tools" in given or written == BOS + expected, given
+        assert written.count(FORMAT) == ("schema" in given)
 
 
-def test_an_answer_has_reasoning_where_the_prompt_has_begun_it(v4, v32):
-    begun, over = (one.splitter(one.encode(one.chat([HELLO]))) for one in (v4, v32))
-    assert begun.feed("Hm</think>Yes") == ("Hm", "Yes")
-    assert over.feed("<think>Yes") == ("", "<think>Yes")
+def test_an_answer_has_reasoning_where_the_prompt_has_begun_it(tokenizers):
+    for kind, said, parts in ((V4, "Hm</think>Yes", ("Hm", "Yes")), (V32, "<think>Y", None)):
+        tokenizer = tokenizers[kind]
+        splitter = tokenizer.splitter(tokenizer.encode(tokenizer.chat([HELLO])))
+        assert splitter.feed(said) == (parts or ("", said))
 
 
-def test_a_schema_is_told_in_the_first_system_message(v4, v32):
-    system = {"role": "system", "content": "Be brief."}
-    for tokenizer, mark in ((v4, "<think>"), (v32, "</think>")):
-        end = f"{USER}Hello{ASSISTANT}{mark}"
-        assert tokenizer.chat([HELLO], schema=SCHEMA) == f"{BOS}{FORMAT}{end}"
-        asked = tokenizer.chat([system, HELLO, system], schema=SCHEMA)
-        assert asked.startswith(f"{BOS}Be brief.{FORMAT}{USER}Hello")
-        assert asked.count(FORMAT) == 1
-
-
-def test_a_schema_nested_too_deeply_is_refused(v4):
+def test_a_schema_nested_too_deeply_is_refused(tokenizers):
     deep = dict(SCHEMA)
     for _ in range(200_000):  # more than json holds in any version of Python
         deep = {"items": deep}
     for given in ({"schema": deep}, {"tools": [{"function": deep}]}):
         with pytest.raises(ConfigError, match="nested too deeply"):
-            v4.chat([HELLO], **given)
+            tokenizers[V4].chat([HELLO], **given)
 
 
-def test_v4_writes_results_and_what_the_user_says_then_as_one_message(v4):
-    call = {"function": {"name": "f", "arguments": {}}}
-    messages = [
-        HELLO,
-        {"role": "assistant", "content": "So.", "reasoning_content": "Hm", "tool_calls": [call]},
-        {"role": "tool", "content": "1"},
-        {"role": "tool", "content": "2"},
-        {"role": "user", "content": "Go on"},
-        {"role": "user", "content": "now"},
-    ]
-    said = (
-        'So.\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n\n</｜DSML｜invoke>\n'  # noqa: RUF001
-        f"</｜DSML｜tool_calls>{EOS}"  # noqa: RUF001
-    )
-    results = "<tool_result>1</tool_result>\n\n<tool_result>2</tool_result>\n\nGo on\n\nnow"
-    end = f"{USER}{results}{ASSISTANT}<think>"
-    # Without tools the reasoning of earlier turns is dropped, with tools it is kept.
-    dropped = f"{BOS}{USER}Hello{ASSISTANT}</think>{said}{end}"
-    assert v4.chat(messages) == dropped
-    tools = [{"function": {"name": "f"}}]
-    assert v4.chat(messages, tools).endswith(f"{USER}Hello{ASSISTANT}<think>Hm</think>{said}{end}")
-    assert v4.chat(messages, effort="none") == dropped.replace("<think>", "</think>")
-
-
-def test_v4_answers_also_after_system_messages_and_reminders(v4):
-    # The encoder has no beginning of an answer here, or one before the reminder.
-    for role, mark in {"system": "", "latest_reminder": "<｜latest_reminder｜>"}.items():  # noqa: RUF001
-        written = v4.chat([HELLO, {"role": role, "content": "Now."}])
-        assert written == f"{BOS}{USER}Hello{mark}Now.{ASSISTANT}<think>"
-
-
-def test_an_answer_that_has_begun_goes_on(v4, v32):
-    begun = [HELLO, {"role": "assistant", "content": "Yes, "}]
-    for tokenizer, effort, mark in (
-        (v4, None, "<think></think>"), (v4, "none", "</think>"), (v32, None, "</think>"),
-    ):  # fmt: skip
-        written = tokenizer.chat(begun, begun=True, effort=effort)
-        assert written == f"{BOS}{USER}Hello{ASSISTANT}{mark}Yes, "
-
-
-def test_an_answer_goes_on_where_the_template_ends_the_last_message(tmp_path):
-    """As transformers' continue_final_message: whatever the template writes behind it."""
-    messages = [HELLO, {"role": "assistant", "content": "Yes, "}]
+def test_templates_of_the_model_itself(tmp_path):
+    """They go before ours; a text goes on where they end the last message, as with transformers'
+    continue_final_message; and they get the variables of a request."""
     folder = deepseek_files(tmp_path)
 
-    def begun(template: str) -> str:
+    def written(template, *given, **named):
         (folder / "chat_template.jinja").write_text(template)
-        return Tokenizer(folder, 0).chat(messages, begun=True)
+        own = FAMILIES[V4].own_template
+        return Tokenizer(folder, 0, own_template=own).chat(*given, **named)
 
+    assert written("its own", [HELLO]) == "its own"
     each = "{% for m in messages %}<|im_start|>{{ CONTENT }}<|im_end|>\n{% endfor %}END"
-    start = "<|im_start|>Hello<|im_end|>\n<|im_start|>Yes,"
-    assert begun(each.replace("CONTENT", "m.content")) == f"{start} "
-    assert begun(each.replace("CONTENT", "m.content.strip()")) == start
+    start, begun = "<|im_start|>Hello<|im_end|>\n<|im_start|>Yes,", {"begun": True}
+    assert written(each.replace("CONTENT", "m.content"), [HELLO, YES], **begun) == f"{start} "
+    assert written(each.replace("CONTENT", "m.content.strip()"), [HELLO, YES], **begun) == start
     with pytest.raises(ConfigError, match="leaves the last message out"):
-        begun("{{ messages[0].content }}")
-
-
-def test_variables_of_a_request(tmp_path):
-    folder = deepseek_files(tmp_path)
-    (folder / "chat_template.jinja").write_text("{{ enable_thinking }}{{ lang }}{{ eos_token }}")
-    tokenizer = Tokenizer(folder, 0)
-    assert tokenizer.chat([HELLO], effort="high") == f"True{EOS}"
+        written("{{ messages[0].content }}", [HELLO, YES], **begun)
+    named = "{{ enable_thinking }}{{ lang }}{{ eos_token }}"
+    assert written(named, [HELLO], effort="high") == f"True{EOS}"
     extra = {"enable_thinking": False, "lang": "de", "eos_token": "."}
-    assert tokenizer.chat([HELLO], effort="high", extra=extra) == "Falsede."
+    assert written(named, [HELLO], effort="high", extra=extra) == "Falsede."
     with pytest.raises(ConfigError, match="messages is not the template's to choose"):
-        tokenizer.chat([HELLO], extra={"messages": []})
+        written(named, [HELLO], extra={"messages": []})
 
 
-def test_developers_of_earlier_turns_are_dropped_with_the_reasoning(v4, v32):
-    developer = {"role": "developer", "content": "Be brief."}
-    assert v4.chat([developer, HELLO]) == f"{BOS}{USER}Hello{ASSISTANT}<think>"
-    kept = v4.chat([developer, HELLO], effort="none")
-    assert kept == f"{BOS}{USER}Be brief.{USER}Hello{ASSISTANT}</think>"
-    assert v32.chat([developer, HELLO], effort="high") == f"{BOS}{USER}Hello{ASSISTANT}<think>"
-
-
-def test_a_model_without_a_template_gets_ours(v4, v32, tmp_path):
+def test_a_model_without_a_template_gets_ours(tokenizers, tmp_path):
     folder, config = deepseek_files(tmp_path), read_config(SAMPLE / "config.json")
-    for kind, tokenizer in ((V4, v4), (V32, v32), ("deepseek_v3", None)):
-        named = replace(config, family=FAMILIES[kind], bos_token_id=v4.token_id(BOS))
+    assert FAMILIES["deepseek_v3"].own_template is None
+    for kind in (V4, V32, "deepseek_v3"):
+        named = replace(config, family=FAMILIES[kind], bos_token_id=tokenizers[V4].token_id(BOS))
         opened = open_tokenizer(named, files_in(folder), folder)
-        if tokenizer is None:
+        if kind not in tokenizers:
             with pytest.raises(ConfigError, match="no chat_template"):
                 opened.chat([HELLO])
         else:
-            assert opened.chat([HELLO]) == tokenizer.chat([HELLO])
+            assert opened.chat([HELLO]) == tokenizers[kind].chat([HELLO])
             ids = opened.encode(opened.chat([HELLO]))
-            assert ids[:2] == [opened.token_id(mark) for mark in (BOS, USER)]
-            assert ids[-2] == opened.token_id(ASSISTANT)
-
-
-def test_a_template_of_the_model_wins(v4, tmp_path):
-    folder = deepseek_files(tmp_path)
-    (folder / "chat_template.jinja").write_text("its own")
-    own = FAMILIES[V4].own_template
-    assert Tokenizer(folder, 0, own_template=own).chat([HELLO]) == "its own"
-    assert FAMILIES["deepseek_v3"].own_template is None
+            assert [ids[at] for at in (1, -2)] == [opened.token_id(m) for m in (USER, ASSISTANT)]

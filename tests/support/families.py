@@ -29,7 +29,7 @@ INDEXED = {"index_topk": 64, "index_head_dim": 16, "index_n_heads": 2}
 TWO_DENSE = {"first_k_dense_replace": 2, "num_hidden_layers": 4}
 TYPES = {"num_hidden_layers": 4, "mlp_layer_types": ["dense", "dense", "sparse", "sparse"]}
 TYPES |= {"first_k_dense_replace": REMOVE}
-V3, GLM, MISTRAL = "deepseek_v3", "glm4_moe_lite", "mistral4"
+V2, V3, GLM, MISTRAL = "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "mistral4"
 V32, DSA = "deepseek_v32", "glm_moe_dsa"
 CLASSES = {V3: "DeepseekV3", GLM: "Glm4MoeLite", MISTRAL: "Mistral4"}
 CLASSES |= {V32: "DeepseekV32", DSA: "GlmMoeDsa"}
@@ -56,9 +56,36 @@ CASES = {
 }
 
 
+OF_YARN = {"factor": 8.0, "original_max_position_embeddings": 16, "mscale": 1.0}
+OF_YARN |= {"mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1}
+_YARN = {"type": "yarn", **OF_YARN}
+GREEDY = {"topk_method": "greedy", "n_group": 1, "topk_group": 1}
+
+# Between them: groups on and off, q-LoRA on and off, YaRN and plain RoPE in both spellings, odd
+# sizes, v_head_dim unlike qk_nope_head_dim, two dense layers, one shared expert, tied embeddings,
+# mscale unlike mscale_all_dim.
+V2_CASES = {
+    "groups-qlora-yarn": {"rope_scaling": _YARN, "routed_scaling_factor": 16.0},
+    "greedy-no-qlora": {**GREEDY, "q_lora_rank": None, "rope_scaling": None},
+    "odd-sizes": {**ODD_SIZES, "rope_scaling": {**_YARN, "mscale": 0.707}},
+    "v-unlike-nope": {"v_head_dim": 20, "qk_nope_head_dim": 12, "n_routed_experts": 12},
+    "two-dense-layers": {"first_k_dense_replace": 2, "num_hidden_layers": 4, "n_shared_experts": 1},
+    "tied": {"tie_word_embeddings": True, "num_experts_per_tok": 4, "rms_norm_eps": 1e-3},
+    "transformers-spelling": {
+        "rope_scaling": None,
+        "rope_parameters": {**OF_YARN, "rope_type": "yarn", "rope_theta": 5000.0},
+    },
+}
+"""Of DeepSeek-V2."""
+
+
 def config_of(family: str, **overrides):
     """``config.json`` of a tiny model."""
-    config = {**SHARED, "model_type": family, "architectures": [f"{CLASSES[family]}ForCausalLM"]}
+    if family == V2:
+        config = dict(CONFIG)
+    else:
+        architectures = [f"{CLASSES[family]}ForCausalLM"]
+        config = {**SHARED, "model_type": family, "architectures": architectures}
     config["num_key_value_heads"] = overrides.get("num_attention_heads", 4)
     config |= overrides
     return {key: value for key, value in config.items() if value is not REMOVE}
