@@ -29,9 +29,9 @@ from slotmoe.offload.plan.divergence import measured, takes_text
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.evaluate import Evaluation, read_texts, windows_of
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, ExpertCodecs
+from slotmoe.quant.codecs.weight import dequantize
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.shapes import RESIDENT_MODES, record_bytes, resident_bytes
-from slotmoe.quant.weights import dequantize
 from slotmoe.tools.options import require_extra
 from slotmoe.tools.quantize import Paths, calibration_windows
 from slotmoe.tools.tables import Console, table

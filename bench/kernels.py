@@ -37,9 +37,8 @@ from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, KINDS, LUT3, LUT4, NF4, Codec, ExpertCodecs
 from slotmoe.quant.codecs.encode import quantize_int8, quantize_nf4
-from slotmoe.quant.codecs.weight import CodedWeight, levels_of
+from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, levels_of
 from slotmoe.quant.export.layout import RecordLayout
-from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.weights import Matrix
 from slotmoe.quant.shapes import record_bytes
@@ -286,13 +285,13 @@ def _compiled(variant: str, hint: bool) -> Iterator[None]:
     import triton
     from triton import language
 
-    from slotmoe.quant.backends import triton_rows
+    from slotmoe.quant.backends import triton_few
     from slotmoe.quant.kernels.triton import rows
 
     blocks, warps = map(int, variant.split("x"))
     with (
         patch.object(rows, "BLOCKS", language.constexpr(blocks)),
-        patch.dict(triton_rows.WARPS, dict.fromkeys(KINDS.values(), warps)),
+        patch.dict(triton_few.WARPS, dict.fromkeys(KINDS.values(), warps)),
         ExitStack() as stack,
     ):
         if not hint:  # what lies in Triton's cache is known by its source alone

@@ -4,7 +4,7 @@ import json
 from contextlib import suppress
 
 from slotmoe.errors import SlotmoeError
-from slotmoe.quant.export.validate import manifest_checksum
+from slotmoe.quant.export.manifest import manifest_checksum
 
 
 def lawful(action):

@@ -23,7 +23,7 @@ from slotmoe.offload.options import Options
 from slotmoe.offload.plan.memory import PREFILL_CHUNK
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import RESIDENT, tensor_parts
-from slotmoe.quant.export.verify import span_checksums
+from slotmoe.quant.export.writer import span_checksums
 
 WHOLE = 256
 M_ARENA_MAX = -8  # of mallopt

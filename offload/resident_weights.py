@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from slotmoe.errors import ConfigError
 from slotmoe.offload.devices.pages import Arena
 from slotmoe.quant.backends.base import Prepared
+from slotmoe.quant.codecs.weight import Weight
 from slotmoe.quant.export.reader import Export
-from slotmoe.quant.weights import Weight
 
 Place = Callable[[str, Weight], Prepared]
 """Copies a weight, by its checkpoint name, to where it is multiplied."""

@@ -138,8 +138,8 @@ def verify_command(export: Path, as_json: bool) -> int:
         problem = "holds no slotmoe.json, so it is no finished export"
         raise ExportError(f"{export}: {problem} (slotmoe quantize SRC DST makes one)")
     from slotmoe.quant.export.layout import MANIFEST
-    from slotmoe.quant.export.validate import UNLISTED, read_manifest, unlisted_files
-    from slotmoe.quant.export.verify import damaged_files
+    from slotmoe.quant.export.manifest import UNLISTED, read_manifest, unlisted_files
+    from slotmoe.quant.export.writer import damaged_files
 
     manifest: Json = {"files": {}}
     try:

@@ -77,7 +77,7 @@ def echo(prompt: str) -> None:
 def wait_reading(stream: "Stream", quiet: bool) -> None:
     """Wait for ``stream``'s first token; on a terminal a line says what is read or compiled."""
     if not quiet and is_terminal(sys.stderr):
-        from slotmoe.quant.backends.compiles import COMPILES
+        from slotmoe.quant.backends.base import COMPILES
 
         total, seconds = len(stream.request.prompt), _FIRST_SECONDS
         screen = commanded(sys.stderr)

@@ -43,10 +43,10 @@ from slotmoe.offload.policy.hybrid import Split, choose_mode, cpu_cost
 from slotmoe.offload.resident_weights import Place, load_resident
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
+from slotmoe.quant.codecs.weight import Weight
 from slotmoe.quant.export.layout import MANIFEST, RecordLayout
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.shapes import TABLE
-from slotmoe.quant.weights import Weight
 from slotmoe.sizes import format_size, parse_size, rounded_down
 from slotmoe.state import SequenceState, plain_row
 from slotmoe.system import choose_placement

@@ -25,7 +25,7 @@ from slotmoe.offload.model_cache import is_export, locate, mark_used
 from slotmoe.offload.plan.memory import export_bytes, sizes_of
 from slotmoe.quant.codecs.codec import DEFAULT_CODEC
 from slotmoe.quant.export.layout import FORMAT_VERSION
-from slotmoe.quant.export.verify import span_checksums
+from slotmoe.quant.export.writer import span_checksums
 from slotmoe.sizes import format_size
 
 _READ = {".json", ".jinja", ".model", ".safetensors"}  # what an export is made of

@@ -1,5 +1,5 @@
 """Runs text through a checkpoint, layer by layer, and keeps what each matrix multiplies with: the
-Hessians of ``slotmoe.quant.codecs.feedback``.
+Hessians of ``slotmoe.quant.codecs.encode``.
 
 One layer is in memory at a time, its experts one by one, beside the residual stream of all tokens.
 After each layer the stream goes into a file, from which a killed run that knows its sum goes on.
@@ -36,7 +36,7 @@ from slotmoe.model.network import Positions
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.ingest.output_dir import STREAM, State
 from slotmoe.quant.backends.base import Prepared, TorchBackend
-from slotmoe.quant.codecs.feedback import Hessian
+from slotmoe.quant.codecs.encode import Hessian
 from slotmoe.quant.export.layout import checksum
 from slotmoe.quant.export.writer import replace_file
 from slotmoe.state import plain_row

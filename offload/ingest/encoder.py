@@ -15,10 +15,16 @@ from slotmoe.model.names import split_expert, split_name
 from slotmoe.offload.plan.memory import default_codecs
 from slotmoe.quant.codecs import codec, encode
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, NF4, SCALES, Codec, ExpertCodecs
-from slotmoe.quant.codecs.encode import NotFiniteError, quantize_int8, quantize_nf4, squared_error
-from slotmoe.quant.codecs.feedback import Hessian, NotPositiveError, quantize
-from slotmoe.quant.codecs.weight import CodedWeight, levels_of, possible_scales, store
-from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.codecs.encode import (
+    Hessian,
+    NotFiniteError,
+    NotPositiveError,
+    quantize_int8,
+    quantize_lut,
+    quantize_nf4,
+    squared_error,
+)
+from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, levels_of, possible_scales, store
 
 _SAMPLED = 1 << 19  # weights that levels are learned from
 _MATRICES = 48  # from which these are taken
@@ -68,10 +74,10 @@ class Coder:
             measured = name in self.hessians and bool(piece.isfinite().all())
             hessian = self.hessians[name] if measured else None
             try:
-                codes, scales, weighted = quantize(piece, kind, hessian)
+                codes, scales, weighted = quantize_lut(piece, kind, hessian)
             except NotPositiveError:
                 self.uncalibrated.append(name)
-                codes, scales, weighted = quantize(piece, kind)
+                codes, scales, weighted = quantize_lut(piece, kind)
         weight = CodedWeight(codes, scales, levels_of(kind), (len(piece), piece.shape[1]))
         return Coded((codes, scales), squared_error(piece, weight), weighted or (0.0, 0.0))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from slotmoe.model.checkpoint.reader import Checkpoint
-from slotmoe.quant.codecs.feedback import Hessian
+from slotmoe.quant.codecs.encode import Hessian
 
 
 class Step(NamedTuple):

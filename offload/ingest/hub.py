@@ -38,7 +38,7 @@ from slotmoe.offload.machine import read_note, write_note
 from slotmoe.offload.model_cache import mark_used
 from slotmoe.quant.codecs.codec import DEFAULT_CODEC
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST
-from slotmoe.quant.export.validate import MAX_COPIED_BYTES
+from slotmoe.quant.export.manifest import MAX_COPIED_BYTES
 from slotmoe.sizes import format_size
 
 _HEAD_BYTES = 64 << 10  # holds most headers; the rest of a longer one takes a second request

@@ -12,7 +12,7 @@ from slotmoe.model.names import expert_name, resident_shapes, role_of
 from slotmoe.quant.codecs.codec import LAYOUT, Codec, ExpertCodecs
 from slotmoe.quant.export import layout
 from slotmoe.quant.export.layout import RESIDENT, Part, RecordLayout, checksum, layer_file
-from slotmoe.quant.export.validate import manifest_checksum
+from slotmoe.quant.export.manifest import manifest_checksum
 from slotmoe.quant.export.writer import replace_file
 from slotmoe.quant.shapes import resident_quantization
 

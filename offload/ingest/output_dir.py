@@ -20,7 +20,7 @@ from slotmoe.errors import ExportError, naming, refused
 from slotmoe.jsonfile import Json, typed
 from slotmoe.offload.machine import read_note
 from slotmoe.quant.export.layout import COPIED, MANIFEST, RESIDENT, is_predictor
-from slotmoe.quant.export.validate import manifest_checksum, read_manifest
+from slotmoe.quant.export.manifest import manifest_checksum, read_manifest
 from slotmoe.quant.export.writer import sync_folder, write_json
 from slotmoe.sizes import format_size
 

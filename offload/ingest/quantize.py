@@ -39,10 +39,9 @@ from slotmoe.quant.codecs.codec import TILE, Codec, ExpertCodecs
 from slotmoe.quant.codecs.encode import NotFiniteError
 from slotmoe.quant.export import writer
 from slotmoe.quant.export.layout import COPIED, EXPERTS, FORMAT_VERSION, MANIFEST
+from slotmoe.quant.export.manifest import MAX_COPIED_BYTES, refuse_unlisted
 from slotmoe.quant.export.reader import Export
-from slotmoe.quant.export.validate import MAX_COPIED_BYTES, refuse_unlisted
-from slotmoe.quant.export.verify import damaged_files
-from slotmoe.quant.export.writer import ExportFile, write_json
+from slotmoe.quant.export.writer import ExportFile, damaged_files, write_json
 from slotmoe.quant.shapes import RESIDENT_MODES
 
 Progress = Callable[[int, int], None]

@@ -10,7 +10,7 @@ from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.checkpoint.shards import INDEX_NAME, MAX_INDEX_BYTES
 from slotmoe.quant.codecs.codec import ExpertCodecs
 from slotmoe.quant.export.layout import COPIED
-from slotmoe.quant.export.validate import read_manifest
+from slotmoe.quant.export.manifest import read_manifest
 from slotmoe.quant.export.writer import sync_folder
 
 

@@ -18,9 +18,8 @@ from slotmoe.offload.plan.attention import kv_read_bytes
 from slotmoe.offload.plan.memory import HELP_BYTES, by_tier, predicted_components
 from slotmoe.offload.plan.speed import Bandwidths, Setting
 from slotmoe.quant.backends.base import TorchBackend
-from slotmoe.quant.export.folder import Folder
 from slotmoe.quant.export.layout import layer_file
-from slotmoe.quant.export.reader import Export
+from slotmoe.quant.export.reader import Export, Folder
 from slotmoe.quant.shapes import ALIGNMENT
 from slotmoe.system import bypass_page_cache, read_at
 

@@ -29,17 +29,31 @@ from slotmoe.border import (
     Router,
 )
 from slotmoe.quant.codecs.codec import TILE
+from slotmoe.quant.codecs.weight import Int8Weight, Weight, dequantize, map_tensors, rows
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
-from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.weights import Absorbed, ExpertSlab, Matrix
 from slotmoe.quant.kernels.cpu.weights import Prepared as Prepared
-from slotmoe.quant.weights import Weight, dequantize, map_tensors, rows
 from slotmoe.system import Placement
 
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _GATHERED = 1 << 22  # values of cached rows, or scores, in memory at once
 _SLICE = 1 << 22  # weights dequantized at once, so that no temporary grows with a matrix
+
+
+class Compiles:
+    """Hears of each kernel that Triton compiles, once on a machine; another thread may ask."""
+
+    count, running = 0, False  # kernels asked for; whether the last of them is not there yet
+
+    def begin(self, **_: object) -> None:
+        self.count, self.running = self.count + 1, True
+
+    def end(self, **_: object) -> None:
+        self.running = False
+
+
+COMPILES = Compiles()
 
 
 class Records:

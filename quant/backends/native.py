@@ -18,8 +18,7 @@ from slotmoe import border
 from slotmoe.border import Chunk, Geometry, HyperGeometry, ListedRows, Mixed, Mixing, Mla, Router
 from slotmoe.quant.backends.base import Empty, Prepared, Records, RoutedExperts, TorchBackend, new
 from slotmoe.quant.codecs.codec import TILE
-from slotmoe.quant.codecs.weight import CodedWeight
-from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, Weight
 from slotmoe.quant.kernels.cpu.bindings import NO_STORE, TOKENS, Kernels, Store, address, int64s
 from slotmoe.quant.kernels.cpu.weights import (
     Absorbed,
@@ -31,7 +30,6 @@ from slotmoe.quant.kernels.cpu.weights import (
     bind_router,
 )
 from slotmoe.quant.shapes import latent_bytes
-from slotmoe.quant.weights import Weight
 from slotmoe.state import CompressedCache, Group, LatentCache, SequenceState
 from slotmoe.system import Placement
 

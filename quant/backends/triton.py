@@ -29,12 +29,10 @@ from slotmoe.border import (
     Mlp,
     Router,
 )
-from slotmoe.quant.backends import triton_rows
-from slotmoe.quant.backends.base import Prepared, Records, TorchBackend, first_best
-from slotmoe.quant.backends.compiles import COMPILES
+from slotmoe.quant.backends import triton_few
+from slotmoe.quant.backends.base import COMPILES, Prepared, Records, TorchBackend, first_best
 from slotmoe.quant.backends.triton_decoder import TritonDecoder
-from slotmoe.quant.backends.triton_experts import FewExperts
-from slotmoe.quant.backends.triton_rows import ROWS, operand, power
+from slotmoe.quant.backends.triton_few import ROWS, FewExperts, operand, power
 from slotmoe.quant.kernels.triton import lists, prefill, streams, tiles
 
 # Triton 3.9 warns that its default will change; this is the present one.
@@ -68,7 +66,7 @@ class TritonBackend(TorchBackend):
             return F.linear(x_TK.to(weight.dtype), weight).float()
         x_TK, y_TN = x_TK.contiguous(), torch.empty(T, N, device=x_TK.device)
         if T <= ROWS:
-            return triton_rows.linear(x_TK.float(), weight, y_TN)
+            return triton_few.linear(x_TK.float(), weight, y_TN)
         tile = self._tile(T)
         tiles.linear[(triton.cdiv(N, _BN), triton.cdiv(T, tile["BM"]))](
             x_TK, data, scale, levels, y_TN, T, N, K, KIND=kind, **tile
@@ -78,12 +76,12 @@ class TritonBackend(TorchBackend):
     def mlp(self, x_TD: Tensor, weights: Mlp[Prepared]) -> Tensor:
         gate, up = operand(weights.gate_proj), operand(weights.up_proj)
         T, (N, K) = len(x_TD), weights.gate_proj.shape
-        if gate.kind != up.kind or (gate.kind == triton_rows.DENSE and T > ROWS):
+        if gate.kind != up.kind or (gate.kind == triton_few.DENSE and T > ROWS):
             return super().mlp(x_TD, weights)
         x_TD = x_TD.contiguous()
         if T <= ROWS:
             h_TN = torch.empty(T, N, device=x_TD.device)
-            triton_rows.gate_up(x_TD, gate, up, h_TN, self.swiglu_limit)
+            triton_few.gate_up(x_TD, gate, up, h_TN, self.swiglu_limit)
             return self.linear(h_TN, weights.down_proj)
         h_TN = torch.empty(T, N, dtype=torch.bfloat16, device=x_TD.device)
         tile = self._tile(T)
@@ -235,7 +233,7 @@ class TritonBackend(TorchBackend):
             if not isinstance(layer.attention, Mla) or layer.attention.indexer is not None:
                 return None
         mlps = [layer.mlp for layer in layers if layer.gate is not None and layer.mlp is not None]
-        self.few.shared = triton_rows.Shared.of(mlps[0]) if mlps else None
+        self.few.shared = triton_few.Shared.of(mlps[0]) if mlps else None
         return TritonDecoder(geometry, layers, self.few, self.swiglu_limit)
 
     # Routed experts.
@@ -243,7 +241,7 @@ class TritonBackend(TorchBackend):
     def route(
         self, logits_TE: Tensor, router: Router, bias_E: Tensor | None, chosen_TK: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return triton_rows.route(logits_TE, router, bias_E, chosen_TK)
+        return triton_few.route(logits_TE, router, bias_E, chosen_TK)
 
     def experts(
         self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
@@ -252,7 +250,7 @@ class TritonBackend(TorchBackend):
         without a slot are sorted too, so an output doesn't depend on which a call computes."""
         x_TD, indices_TK = x_TD.contiguous(), indices_TK.contiguous()
         if len(x_TD) <= ROWS:  # each use reads its expert's record, in float32
-            routed = triton_rows.Routed(x_TD, records, slots_E, indices_TK, y_TKD)
+            routed = triton_few.Routed(x_TD, records, slots_E, indices_TK, y_TKD)
             return self.few(routed, self.swiglu_limit)
         layout, uses, K = records.layout, indices_TK.numel(), indices_TK.shape[1]
         D, width = layout.hidden_size, layout.moe_intermediate_size
@@ -284,4 +282,4 @@ class TritonBackend(TorchBackend):
         T, _, D = y_TKD.shape
         if T <= ROWS:
             return self.few.weighted_sum(y_TKD, weights_TK)
-        return triton_rows.weighted_sum(y_TKD, weights_TK, torch.empty(T, D, device=y_TKD.device))
+        return triton_few.weighted_sum(y_TKD, weights_TK, torch.empty(T, D, device=y_TKD.device))

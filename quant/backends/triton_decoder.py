@@ -23,11 +23,18 @@ import triton
 from torch import Tensor
 
 from slotmoe.border import Chunk, Geometry, Layer, Mla, Pending
-from slotmoe.quant.backends import triton_rows as launch
+from slotmoe.quant.backends import triton_few as launch
 from slotmoe.quant.backends.base import Prepared, RoutedExperts, SlotTable
 from slotmoe.quant.backends.graphs import Captured
-from slotmoe.quant.backends.triton_experts import Buffers, FewExperts
-from slotmoe.quant.backends.triton_rows import Ending, Routed, Shared, operand, power
+from slotmoe.quant.backends.triton_few import (
+    Buffers,
+    Ending,
+    FewExperts,
+    Routed,
+    Shared,
+    operand,
+    power,
+)
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.kernels.triton import mla
 from slotmoe.state import LatentCache

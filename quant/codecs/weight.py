@@ -1,6 +1,11 @@
-"""``CodedWeight``: a matrix of codes and scales (``slotmoe.quant.codecs.codec``), in torch.  Shape
-legend: N rows out, K columns in."""
+"""A weight [N, K] of any kind, in torch: a float tensor, an ``Int8Weight``, or a ``CodedWeight`` of
+codes and scales (``slotmoe.quant.codecs.codec``).  A backend may prepare one of its own kind.
 
+int8 is row-wise and symmetric: ``w[n, k] = q[n, k] * scale[n]``, |q| at most 127, scale float32.
+Shape legend: N rows out, K columns in.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -117,3 +122,58 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         packed = pairs[:, :, :3] | top << 6
     bytes_: Tensor = packed.contiguous().view(torch.uint8)
     return bytes_.view(tiles, columns // BLOCK, 2 * BLOCK * bits)
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """A [N, K] matrix: ``q`` int8 [N, K] row-major, ``scale`` float32 [N]."""
+
+    q: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.q.shape[0], self.q.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.q.nbytes + self.scale.nbytes
+
+    def rows(self, start: int, stop: int) -> "Int8Weight":
+        """Rows ``start`` to ``stop``, as a view."""
+        return Int8Weight(self.q[start:stop], self.scale[start:stop])
+
+    def dequantize(self) -> Tensor:
+        """The exact matrix, float32 [N, K]."""
+        return self.q.float() * self.scale[:, None]
+
+
+def int8_by_torch(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """``q`` and ``scale`` of a finite bf16, fp16 or fp32 matrix; a row of zeros gets scale 0."""
+    weight_NK = weight_NK.float()
+    scale = weight_NK.abs().amax(dim=-1) / 127
+    divisor = torch.where(scale > 0, scale, 1.0)
+    return torch.round(weight_NK / divisor[:, None]).clamp_(-127, 127).to(torch.int8), scale
+
+
+Weight = Tensor | Int8Weight | CodedWeight
+
+
+def map_tensors(weight: Weight, change: Callable[[Tensor], Tensor]) -> Weight:
+    """The same weight with ``change`` applied to each of its tensors."""
+    if isinstance(weight, Tensor):
+        return change(weight)
+    if isinstance(weight, Int8Weight):
+        return Int8Weight(change(weight.q), change(weight.scale))
+    codes, scales, levels = map(change, (weight.codes, weight.scales, weight.levels))
+    return CodedWeight(codes, scales, levels, weight.shape)
+
+
+def rows(weight: Weight, start: int, stop: int) -> Weight:
+    """Rows ``start`` (a multiple of 16) to ``stop`` of a weight, as a view."""
+    return weight[start:stop] if isinstance(weight, Tensor) else weight.rows(start, stop)
+
+
+def dequantize(weight: Weight) -> Tensor:
+    """The exact matrix, float32 [N, K], on the weight's device."""
+    return weight.float() if isinstance(weight, Tensor) else weight.dequantize()

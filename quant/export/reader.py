@@ -2,22 +2,105 @@
 
 import math
 import mmap
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from slotmoe import system
 from slotmoe.errors import ExportError
 from slotmoe.jsonfile import Json
 from slotmoe.quant.codecs.codec import manifest_codecs
-from slotmoe.quant.codecs.weight import CodedWeight, levels_of, possible_scales
-from slotmoe.quant.export import layout, validate
-from slotmoe.quant.export.folder import Folder
-from slotmoe.quant.export.layout import COPIED, RESIDENT, checksum, layer_file
-from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, levels_of, possible_scales
+from slotmoe.quant.export import layout
+from slotmoe.quant.export import manifest as manifests
+from slotmoe.quant.export.layout import (
+    COPIED,
+    RESIDENT,
+    Part,
+    checksum,
+    layer_file,
+    safetensors_header,
+)
+from slotmoe.quant.export.manifest import regular_file
 from slotmoe.quant.shapes import ALIGNMENT
+
+
+class Folder:
+    """Files of an export in folder ``path``: the export's own, or a copy of its folder ``inside``.
+    ``entries`` are the manifest's, by name.  Raises ``ExportError`` naming the file."""
+
+    def __init__(self, path: Path, entries: Mapping[str, Json], inside: str = ""):
+        self.path, self._entries, self._inside = path, entries, inside
+        self._handles: dict[str, int] = {}
+        self._direct = False
+
+    def path_of(self, name: str) -> Path:
+        return self.path / name.removeprefix(self._inside)
+
+    def error(self, name: str, what: str) -> ExportError:
+        return ExportError(f"{self.path_of(name)}: {what}")
+
+    def open_file(self, name: str) -> None:
+        """Open a file inside the folder and check its size."""
+        try:
+            path = regular_file(self.path, name.removeprefix(self._inside))
+            handle = system.open_file(path, os.O_RDONLY)
+            system.use_page_cache(handle)
+        except OSError as problem:
+            what = f"can't be opened ({problem.strerror})"
+            if isinstance(problem, FileNotFoundError):
+                copied = f"--experts-dir takes a copy of the export's {self._inside}"
+                what += f"; {copied if self._inside else 'the export is incomplete'}"
+            raise self.error(name, what) from None
+        self._handles[name] = handle
+        size, expected = os.fstat(handle).st_size, self._entries[name]["bytes"]
+        if size != expected:
+            what = f"has {size} bytes, the manifest says {expected}"
+            raise self.error(name, f"{what}; the file is truncated or not this export's")
+
+    def verify_header(self, name: str, parts: dict[str, Part]) -> None:
+        """The header must be, byte for byte, what the format prescribes for this geometry."""
+        header = safetensors_header(parts.items())
+        entry = self._entries[name]
+        start = bytearray(min(len(header), entry["bytes"]))
+        self.read(name, 0, memoryview(start), "its header")
+        if entry["header_bytes"] != len(header) or start != header:
+            what = "its header is not the one that the manifest describes; quantize again"
+            raise self.error(name, what)
+
+    def read(
+        self, name: str, offset: int, data: memoryview, what: str, needed: int | None = None
+    ) -> None:
+        """Fill ``data``, or at least its first ``needed`` bytes, from one range of a file."""
+        done, needed = 0, len(data) if needed is None else needed
+        while done < needed:
+            try:
+                count = system.read_at(self._handles[name], data[done:], offset + done)
+            except OSError as problem:
+                raise self.error(name, f"reading {what} failed ({problem.strerror})") from None
+            if self._direct and done + count < needed:
+                count -= count % ALIGNMENT  # the next direct read has to be aligned again
+            if count == 0:
+                raise self.error(name, f"ends inside {what}; the file was truncated while in use")
+            done += count
+
+    def bypass_page_cache(self, names: Iterable[str]) -> bool:
+        """Read these files past the page cache from now on; False if that is refused."""
+        handles = [self._handles[name] for name in names if name in self._handles]
+        self._direct = all(system.bypass_page_cache(handle, ALIGNMENT) for handle in handles)
+        if not self._direct:
+            for handle in handles:
+                system.use_page_cache(handle)
+        return self._direct
+
+    def close(self) -> None:
+        while self._handles:
+            os.close(self._handles.popitem()[1])
+
 
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
@@ -37,7 +120,7 @@ class Export(AbstractContextManager["Export"]):
         self._own = Folder(folder, files)
         self.folders = [self._own, *(Folder(path, files, inside) for path in experts_dirs)]
         self.folder, self.manifest = folder, manifest
-        self.layout = validate.manifest_layout(manifest)
+        self.layout = manifests.manifest_layout(manifest)
         self.experts: int = manifest["experts"]["n_routed_experts"]
         self.layers: tuple[int, ...] = tuple(manifest["experts"]["layers"])
         self.mtp_layer: int | None = manifest["experts"].get("mtp_layer")  # the last, if kept
@@ -52,8 +135,8 @@ class Export(AbstractContextManager["Export"]):
         """Open the export in folder ``path``, and ``experts_dirs``, copies of its ``experts`` on
         other drives.  ``ExportError`` names a file that is damaged or foreign."""
         folder = Path(path)
-        manifest = validate.read_manifest(folder)
-        validate.refuse_unlisted(folder, manifest)
+        manifest = manifests.read_manifest(folder)
+        manifests.refuse_unlisted(folder, manifest)
         export = cls(folder, manifest, experts_dirs)
         try:
             export._verify_files()
@@ -66,7 +149,7 @@ class Export(AbstractContextManager["Export"]):
         files, linked = self.manifest["files"], self.manifest["experts"]["linked_layers"]
         for name in filter(files.__contains__, COPIED):
             self._own.open_file(name)
-            self.small_file(name, validate.MAX_COPIED_BYTES)
+            self.small_file(name, manifests.MAX_COPIED_BYTES)
         for layer in self.layers:
             name, origin = layer_file(layer), linked.get(str(layer), layer)
             for folder in self.folders:

@@ -19,8 +19,8 @@ from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS
 from slotmoe.quant.export.layout import MANIFEST
+from slotmoe.quant.export.manifest import manifest_checksum
 from slotmoe.quant.export.reader import Export
-from slotmoe.quant.export.validate import manifest_checksum
 from tests.support import v4
 from tests.support.encoded import packed
 from tests.support.hostile import (

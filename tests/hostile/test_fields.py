@@ -34,9 +34,9 @@ from slotmoe.offload.plan.advice import GEOMETRIES, Model, geometry_path
 from slotmoe.offload.plan.speed import MEASURED, stored_bandwidths
 from slotmoe.offload.sessions.names import NamedSession, Saved, listing
 from slotmoe.quant.export.layout import MANIFEST, checksum
+from slotmoe.quant.export.manifest import manifest_checksum
 from slotmoe.quant.export.reader import Export
-from slotmoe.quant.export.validate import manifest_checksum
-from slotmoe.quant.export.verify import damaged_files
+from slotmoe.quant.export.writer import damaged_files
 from slotmoe.tools.chat.conversation import Conversation
 from tests.support import v4
 from tests.support.encoded import packed

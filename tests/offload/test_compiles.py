@@ -10,7 +10,7 @@ import pytest
 
 from slotmoe.offload.engine.requests import Request
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.backends.compiles import COMPILES, Compiles
+from slotmoe.quant.backends.base import COMPILES, Compiles
 from slotmoe.signals import ENDING
 from slotmoe.tools import screen
 
@@ -35,7 +35,7 @@ def test_a_terminal_says_which_kernel_is_compiled(monkeypatch):
     stderr.write = lambda text: setattr(stderr, "text", stderr.text + text)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stderr", stderr)
-    monkeypatch.setattr("slotmoe.quant.backends.compiles.COMPILES", compiles := Compiles())
+    monkeypatch.setattr("slotmoe.quant.backends.base.COMPILES", compiles := Compiles())
     steps = iter([compiles.begin, compiles.end, compiles.begin, None])
 
     def wait(seconds):

@@ -17,7 +17,7 @@ import torch
 from slotmoe.errors import ConfigError, ExportError
 from slotmoe.offload.experts.drives import THREADS, Drive, Drives
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.export.folder import Folder
+from slotmoe.quant.export.reader import Folder
 from tests.support.engine import IDS, whole
 from tests.support.tiny import SAMPLE
 

@@ -19,16 +19,13 @@ from slotmoe.model.names import role_of
 from slotmoe.model.network import Network
 from slotmoe.offload.plan.speed import GPU_LAUNCHES
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant import int8
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.graphs import Captured, CudaGraphs
 from slotmoe.quant.codecs.codec import NF4
 from slotmoe.quant.codecs.encode import nf4_by_torch
-from slotmoe.quant.codecs.weight import CodedWeight
-from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, int8_by_torch, map_tensors
 from slotmoe.quant.shapes import resident_quantization
-from slotmoe.quant.weights import map_tensors
 from tests.support import simulated
 from tests.support.engine import start, whole
 from tests.support.families import LONG
@@ -77,7 +74,7 @@ def make_network(backend, resident="int8", complete=False, **overrides):
         if role_of(name) in ("norm", "gate"):
             weight = weight.float()
         elif kind == "int8":
-            weight = Int8Weight(*int8.quantize(weight))
+            weight = Int8Weight(*int8_by_torch(weight))
         elif kind is NF4:
             weight = CodedWeight(*nf4_by_torch(weight), LEVELS, tuple(weight.shape))
         placed[name] = map_tensors(weight, lambda tensor: tensor.to(DEVICE))

@@ -26,7 +26,7 @@ from slotmoe.model.config import read_config
 from slotmoe.model.names import expert_name, resident_shapes, role_of
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, NF4
-from slotmoe.quant.export import verify
+from slotmoe.quant.export import writer
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT, layer_file
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.shapes import ALIGNMENT, resident_quantization
@@ -124,7 +124,7 @@ def test_resuming_keeps_finished_files(source, wanted, tmp_path, monkeypatch):
     stopped(source, tmp_path / "export")
     before, seen = inodes(tmp_path / "export.partial"), []
     assert set(before) >= {RESIDENT, "layer-00001.safetensors"}
-    monkeypatch.setattr(verify, "_PIECE", 4096)
+    monkeypatch.setattr(writer, "_PIECE", 4096)
     quantize(source, tmp_path / "export", workers=1, progress=lambda *now: seen.append(now))
     assert before.items() <= inodes(tmp_path / "export").items()
     assert tree(tmp_path / "export") == wanted

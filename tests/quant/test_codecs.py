@@ -10,8 +10,14 @@ from hypothesis import given
 
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, KEPT_CODECS, LUT3, LUT4, MXFP4, NF4
 from slotmoe.quant.codecs.encode import NotFiniteError, squared_error
-from slotmoe.quant.codecs.weight import CodedWeight, levels_of, pack, possible_scales, unpack
-from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.codecs.weight import (
+    CodedWeight,
+    Int8Weight,
+    levels_of,
+    pack,
+    possible_scales,
+    unpack,
+)
 from slotmoe.quant.kernels.cpu.weights import Matrix
 from tests.support.codes import quantize_coded, random_codes, values
 from tests.support.kernels import (

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 
-from slotmoe.quant.codecs import encode, feedback
+from slotmoe.quant.codecs import encode
 from slotmoe.quant.codecs.codec import LUT3, LUT4, SCALES
-from slotmoe.quant.codecs.feedback import Hessian, NotPositiveError
+from slotmoe.quant.codecs.encode import Hessian, NotPositiveError
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of
 from slotmoe.quant.kernels.cpu import bindings
 from tests.support.kernels import by_each_set, needs_native, one_of, quick, seeds, sizes
@@ -21,7 +21,7 @@ def levels_tensor(codec):
 
 
 def values(weight, codec, hessian=None):
-    codes, scales, _ = feedback.quantize(weight, codec, hessian)
+    codes, scales, _ = encode.quantize_lut(weight, codec, hessian)
     return CodedWeight(codes, scales, levels_of(codec), tuple(weight.shape)).dequantize()
 
 
@@ -108,8 +108,8 @@ def test_feedback_and_descent_lower_the_error_of_outputs(codec, monkeypatch):
     plain = output_error(weight, values(weight, codec), hessian)[0]
     found = []
     for rounds in (0, 1, 3):
-        monkeypatch.setattr(feedback, "ROUNDS", rounds)
-        codes, scales, squares = feedback.quantize(weight, codec, hessian)
+        monkeypatch.setattr(encode, "ROUNDS", rounds)
+        codes, scales, squares = encode.quantize_lut(weight, codec, hessian)
         made = CodedWeight(codes, scales, levels_of(codec), (40, 200)).dequantize()
         assert squares == pytest.approx(output_error(weight, made, hessian), rel=1e-3)
         found.append(squares[0])
@@ -121,14 +121,14 @@ def test_feedback_and_descent_lower_the_error_of_outputs(codec, monkeypatch):
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
 def test_torch_feeds_back_as_the_kernels_do(codec):
     weight, hessian = correlated(33, 130)
-    with_kernels = feedback.quantize(weight, codec, hessian)[2]
+    with_kernels = encode.quantize_lut(weight, codec, hessian)[2]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bindings, "load", lambda: None)
-        by_torch = feedback.quantize(weight, codec, hessian)[2]
+        by_torch = encode.quantize_lut(weight, codec, hessian)[2]
     assert with_kernels[0] == pytest.approx(by_torch[0], rel=0.01)
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_a_hessian_that_is_none_is_refused(value):
     with pytest.raises(NotPositiveError):
-        feedback.quantize(torch.ones(16, 64), LUT4, Hessian(torch.full((64, 64), value)))
+        encode.quantize_lut(torch.ones(16, 64), LUT4, Hessian(torch.full((64, 64), value)))

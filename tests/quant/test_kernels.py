@@ -13,8 +13,7 @@ from slotmoe.errors import ConfigError
 from slotmoe.quant.backends.base import new
 from slotmoe.quant.codecs.codec import NF4
 from slotmoe.quant.codecs.encode import squared_error
-from slotmoe.quant.codecs.weight import CodedWeight
-from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as qk
 from slotmoe.quant.kernels.cpu.weights import Matrix
 from slotmoe.quant.shapes import record_bytes

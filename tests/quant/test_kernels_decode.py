@@ -14,7 +14,7 @@ from slotmoe.border import Chunk, Mlp, Router
 from slotmoe.quant.backends.base import Records, new
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.codecs.codec import LUT4
-from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.codecs.weight import Int8Weight
 from slotmoe.quant.kernels.cpu.weights import BoundMlp, Matrix, bind_router
 from tests.support.kernels import (
     coded_matrix,

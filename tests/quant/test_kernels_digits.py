@@ -9,8 +9,7 @@ import torch
 from hypothesis import given
 
 from slotmoe.quant.backends.base import new
-from slotmoe.quant.codecs.weight import levels_of
-from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.codecs.weight import Int8Weight, levels_of
 from slotmoe.quant.kernels.cpu.weights import Matrix
 from tests.support.codes import parts_of, random_codes
 from tests.support.kernels import (

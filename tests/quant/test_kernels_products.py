@@ -13,7 +13,7 @@ from slotmoe.quant.backends.base import new
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.codecs.codec import MXFP4, NF4, ExpertCodecs
 from slotmoe.quant.codecs.encode import squared_error
-from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.codecs.weight import Int8Weight
 from slotmoe.quant.kernels.cpu.weights import BoundMlp, Matrix
 from tests.support.codes import random_codes
 from tests.support.kernels import (

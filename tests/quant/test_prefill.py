@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slotmoe.model.config import read_config
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.quant.backends import pick_backend
-from slotmoe.quant.weights import dequantize
+from slotmoe.quant.codecs.weight import dequantize
 from tests.quant.test_triton import DEVICE, attention, error, make_weight, nth_interpreted, randn
 from tests.support.meta import META, caches_of, empty, network_of
 

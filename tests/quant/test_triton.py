@@ -17,7 +17,6 @@ import torch
 from slotmoe.border import Mlp, Pending
 from slotmoe.errors import ConfigError
 from slotmoe.model.layers import Router, route
-from slotmoe.quant import int8
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.codecs.codec import (
@@ -30,10 +29,15 @@ from slotmoe.quant.codecs.codec import (
     TILE,
     ExpertCodecs,
 )
-from slotmoe.quant.codecs.weight import CodedWeight, levels_of
+from slotmoe.quant.codecs.weight import (
+    CodedWeight,
+    Int8Weight,
+    dequantize,
+    int8_by_torch,
+    levels_of,
+    map_tensors,
+)
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
-from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.weights import dequantize, map_tensors
 from tests.support.codes import quantize_coded
 from tests.support.params import nth
 from tests.support.slab import NF4S, write_record
@@ -41,7 +45,7 @@ from tests.support.slab import NF4S, write_record
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
-launch = importlib.import_module("slotmoe.quant.backends.triton_rows")
+launch = importlib.import_module("slotmoe.quant.backends.triton_few")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -284,7 +288,7 @@ def make_weight(kind, N, K, seed=0, wild=True):
     generator = torch.Generator().manual_seed(seed)
     w_NK = torch.randn(N, K, generator=generator) * K**-0.5
     if kind == "int8":
-        q, scale = int8.quantize(w_NK)
+        q, scale = int8_by_torch(w_NK)
         scale *= torch.tensor([1.0, 0.0, 1e-6, 100.0] if wild else [1.0] * 4)[
             torch.randint(4, (N,), generator=generator)
         ]

@@ -13,7 +13,7 @@ from slotmoe.border import HyperGeometry, ListedRows, Mixed, Mixing, Router
 from slotmoe.model.layers import route
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import TorchBackend
-from slotmoe.quant.int8 import Int8Weight, quantize
+from slotmoe.quant.codecs.weight import Int8Weight, quantize
 from tests.quant.test_triton import DEVICE, error, nth_interpreted, randn
 
 pytestmark = pytest.mark.usefixtures("interpreter")

@@ -12,9 +12,8 @@ from slotmoe.errors import ExportError
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT, Part, checksum, layer_file, place
-from slotmoe.quant.export.validate import read_manifest
-from slotmoe.quant.export.verify import damaged_files, span_checksums
-from slotmoe.quant.export.writer import ExportFile
+from slotmoe.quant.export.manifest import read_manifest
+from slotmoe.quant.export.writer import ExportFile, damaged_files, span_checksums
 from tests.support.disk import tree
 from tests.support.exported import resign
 from tests.support.hostile import flip, truncate, without
@@ -36,7 +35,7 @@ def export(good, tmp_path):
 
 
 def test_spans_are_read_in_one_pass(tmp_path, monkeypatch):
-    monkeypatch.setattr("slotmoe.quant.export.verify._PIECE", 1000)
+    monkeypatch.setattr("slotmoe.quant.export.writer._PIECE", 1000)
     data = random.Random(0).randbytes(5500)
     (tmp_path / "file").write_bytes(data)
     spans = [(0, 5500), (10, 20), (999, 1001), (10, 5000), (3000, 3000), (2000, 3000), (5499, 5500)]

@@ -4,9 +4,8 @@ random ones."""
 import numpy as np
 import torch
 
-from slotmoe.quant.codecs import feedback
 from slotmoe.quant.codecs.codec import INT4, MXFP4, NF4
-from slotmoe.quant.codecs.encode import nearest, quantize_nf4
+from slotmoe.quant.codecs.encode import nearest, quantize_lut, quantize_nf4
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of, store
 
 # Of the tensor beside the codes.
@@ -86,4 +85,4 @@ def quantize_coded(weight_NK, codec):
         scales_NX = (groups_NXB.abs().amax(2) / 6).clamp(min=2.0**-126).log2().ceil().exp2()
         codes_NXB = nearest(groups_NXB / scales_NX[..., None], torch.tensor(codec.levels))
         return store(codes_NXB.flatten(1).to(torch.uint8), scales_NX, codec)
-    return quantize_nf4(weight_NK) if codec == NF4 else feedback.quantize(weight_NK, codec)[:2]
+    return quantize_nf4(weight_NK) if codec == NF4 else quantize_lut(weight_NK, codec)[:2]

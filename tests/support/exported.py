@@ -6,11 +6,10 @@ import torch
 
 from slotmoe.model.config import read_config
 from slotmoe.model.names import resident_shapes
-from slotmoe.quant.codecs.weight import CodedWeight
+from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight
 from slotmoe.quant.export.layout import MANIFEST
+from slotmoe.quant.export.manifest import manifest_checksum
 from slotmoe.quant.export.reader import Export
-from slotmoe.quant.export.validate import manifest_checksum
-from slotmoe.quant.int8 import Int8Weight
 from tests.support.tiny import REMOVE
 
 

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from slotmoe.quant.backends.base import new
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, LUT3, LUT4, MXFP4, NF4
-from slotmoe.quant.codecs.weight import levels_of
-from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.codecs.weight import Int8Weight, levels_of
 from slotmoe.quant.kernels.cpu import bindings as qk
 from slotmoe.quant.kernels.cpu.weights import ExpertSlab, Matrix
 from slotmoe.quant.shapes import latent_bytes

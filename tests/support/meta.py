@@ -9,9 +9,8 @@ from slotmoe.model.names import resident_shapes, role_of
 from slotmoe.model.network import Network
 from slotmoe.quant.backends.base import Records, SlotTable
 from slotmoe.quant.codecs.codec import Codec
-from slotmoe.quant.codecs.weight import CodedWeight
+from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight
 from slotmoe.quant.export.layout import RecordLayout
-from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.shapes import WIDENED, resident_quantization
 from tests.support.slab import NF4S
 

@@ -8,12 +8,10 @@ from slotmoe.model.names import role_of
 from slotmoe.model.network import Network
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.experts.resident import resident_experts
-from slotmoe.quant import int8
 from slotmoe.quant.backends.base import TorchBackend, new
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.codecs.codec import Codec
-from slotmoe.quant.codecs.weight import CodedWeight, levels_of
-from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, int8_by_torch, levels_of
 from slotmoe.quant.shapes import resident_quantization
 from tests.support.codes import quantize_coded
 from tests.support.slab import SlabExperts
@@ -34,7 +32,7 @@ def network_of(raw, resident, ops):
     def stored(name, weight):
         quantization = resident_quantization(role_of(name), resident)
         if quantization == "int8":
-            weight = Int8Weight(*int8.quantize(weight))
+            weight = Int8Weight(*int8_by_torch(weight))
         elif isinstance(quantization, Codec):
             coded = quantize_coded(weight, quantization)
             weight = CodedWeight(*coded, levels_of(quantization), tuple(weight.shape))

@@ -14,7 +14,7 @@ from slotmoe.errors import SlotmoeError
 from slotmoe.offload.ingest.calibration import Calibration
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.quant.codecs.codec import EXPERT_CODECS
-from slotmoe.quant.export.validate import manifest_checksum
+from slotmoe.quant.export.manifest import manifest_checksum
 from tests.support.disk import Stop, tree
 from tests.support.gguf import write_gguf
 from tests.support.hub import HUB, NAME, Repo, make

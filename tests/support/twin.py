@@ -19,8 +19,8 @@ from slotmoe.offload.plan.memory import make_plan
 from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends.base import Records, TorchBackend
+from slotmoe.quant.codecs.weight import map_tensors
 from slotmoe.quant.export.layout import checksum
-from slotmoe.quant.weights import map_tensors
 from tests.support import simulated, streams
 
 

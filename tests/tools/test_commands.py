@@ -14,10 +14,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from slotmoe.quant.codecs.weight import CodedWeight
+from slotmoe.quant.codecs.weight import CodedWeight, dequantize
 from slotmoe.quant.export.layout import PROJECTIONS
 from slotmoe.quant.export.reader import Export
-from slotmoe.quant.weights import dequantize
 from slotmoe.tools.tables import byte_bars, table
 from tests.support.forkserver import ROOT
 from tests.support.tiny import SMALL, write_checkpoint

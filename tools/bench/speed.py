@@ -19,8 +19,8 @@ from slotmoe.offload.observe.link import expert_bandwidth
 from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends.base import Records, TorchBackend
+from slotmoe.quant.codecs.weight import Int8Weight
 from slotmoe.quant.export.layout import RecordLayout
-from slotmoe.quant.int8 import Int8Weight
 
 _TURNS = 25  # of each of a core's kernels: a second in all on two fast cores
 T = TypeVar("T")

@@ -30,7 +30,7 @@ from torch.nn.functional import pad
 from slotmoe.border import ListedRows
 from slotmoe.errors import ConfigError
 from slotmoe.quant.codecs.codec import NF4, TILE
-from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.codecs.weight import Int8Weight
 from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, Function, tensor_spec
 from slotmoe.quant.kernels.cpu.weights import Absorbed, Matrix, Structure
 from slotmoe.quant.shapes import latent_bytes

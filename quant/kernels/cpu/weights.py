@@ -15,11 +15,10 @@ from torch import Tensor
 
 from slotmoe.border import Compressed, Compressor, Geometry, Layer, Mixing, Mla, Router
 from slotmoe.quant.codecs.codec import BLOCK, KINDS, SCALES, ExpertCodecs
-from slotmoe.quant.codecs.weight import CodedWeight
+from slotmoe.quant.codecs.weight import CodedWeight, Weight
 from slotmoe.quant.kernels.cpu import signatures
 from slotmoe.quant.kernels.cpu.signatures import C_TYPES, Bound, TensorSpec, tensor_spec
 from slotmoe.quant.shapes import latent_bytes, record_bytes
-from slotmoe.quant.weights import Weight
 
 # Kinds of a native matrix beside `KINDS`, which are coded; a dense one is 6 + its source type.
 _INT8, _DENSE, _FINE = 0, 6, 9

@@ -3,7 +3,7 @@
 A program makes 16 values of one token's product, in float32 throughout, so a token's bits are those
 that it has alone.  Tokens are the grid's fastest axis: what one has read of the weights, the next
 finds in the GPU's cache.  Weights are read as they are stored; a code becomes a number in a
-register.  ``slotmoe.quant.backends.triton_rows`` launches these and knows what the arguments mean.
+register.  ``slotmoe.quant.backends.triton_few`` launches these and knows what the arguments mean.
 Codes are ``tiles16`` of ``quant/codecs/codec.py``, read as 32-bit words: of 4 bits, word 16 t +
 lane of a block holds columns 8 t to 8 t + 7 of row ``lane``.
 
