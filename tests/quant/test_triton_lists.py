@@ -13,7 +13,7 @@ from slotmoe.border import HyperGeometry, ListedRows, Mixed, Mixing, Router
 from slotmoe.model.layers import route
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import TorchBackend
-from slotmoe.quant.codecs.weight import Int8Weight, quantize
+from slotmoe.quant.codecs.weight import Int8Weight, int8_by_torch
 from tests.quant.test_triton import DEVICE, error, nth_interpreted, randn
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -223,7 +223,7 @@ def test_gates_that_score_each_expert_or_are_given_theirs(ops, scoring, biased, 
 
 @pytest.mark.parametrize("T", [1, 3])
 def test_groups_are_multiplied_by_their_own_rows(ops, T):
-    q_NK, scale_N = quantize(torch.randn(3 * 20, 70))
+    q_NK, scale_N = int8_by_torch(torch.randn(3 * 20, 70))
     x_TGK = randn(T, 3, 70)
     weight = Int8Weight(q_NK.to(DEVICE), scale_N.to(DEVICE))
     y_TGO = ops.grouped_linear(x_TGK, weight)
