@@ -15,25 +15,20 @@ from rich.console import Console
 from slotmoe.model.generate import Sampling
 from slotmoe.tools.chat import COMMANDS, talk
 from slotmoe.tools.chat.conversation import Conversation
-from slotmoe.tools.chat.terminal import Terminal, View, finished, markdown, visible
+from slotmoe.tools.chat.terminal import Terminal, View, finished, markdown
 from tests.support.forkserver import OnTerminal
 
 
 @pytest.fixture
-def keys():
-    """What is typed is given to its ``send_text``."""
+def terminal(tmp_path):
+    """A ``Terminal`` that keeps its history in a file, what is typed there by its
+    ``keys.send_text``, and what it printed."""
     with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
-        yield keys
-
-
-@pytest.fixture
-def terminal(keys, tmp_path):
-    """A ``Terminal`` that keeps its history in a file, and what it printed."""
-    printed = io.StringIO()
-    console = Console(file=printed, width=60, height=20)
-    made = Terminal(tmp_path / "cache" / "history", list(COMMANDS), lambda: "status", console)
-    made.keys, made.printed = keys, printed
-    return made
+        printed = io.StringIO()
+        console = Console(file=printed, width=60, height=20)
+        made = Terminal(tmp_path / "cache" / "history", list(COMMANDS), lambda: "status", console)
+        made.keys, made.printed = keys, printed
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -57,26 +52,18 @@ KEYS = {
 }
 
 
-def test_keys(terminal):
+def test_keys_and_history(terminal, tmp_path):
     for typed, wanted in KEYS.items():
         terminal.keys.send_text(typed)
         assert terminal.read() == wanted
     assert terminal.printed.getvalue() == ""
-
-
-def test_interrupt_at_an_empty_prompt_says_how_to_leave(terminal):
-    terminal.keys.send_text("\x03\x04")
-    assert terminal.read() is None
-    assert "Ctrl-D" in terminal.printed.getvalue()
-
-
-def test_history_is_kept_in_the_cache_folder(terminal, tmp_path):
-    terminal.keys.send_text("first\x1b\rline\r")
-    terminal.read()
     path = tmp_path / "cache" / "history"
     assert path.stat().st_mode & 0o777 == 0o600
-    terminal.keys.send_text("\x1b[A\r")
-    assert Terminal(path, [], str, Console(file=io.StringIO())).read() == "first\nline"
+    terminal.keys.send_text("\x1b[A\x1b[A\r")
+    assert Terminal(path, [], str, Console(file=io.StringIO())).read() == "two\nlines"
+    terminal.keys.send_text("\x03\x04")
+    assert terminal.read() is None
+    assert "Ctrl-D" in terminal.printed.getvalue()  # how to leave
 
 
 def test_refused_message_can_be_edited(terminal, chat):
@@ -119,30 +106,23 @@ def test_interrupt_stops_the_answer_and_keeps_the_session(terminal, chat, monkey
     assert signal.getsignal(signal.SIGINT) is before
 
 
-DOCUMENT = """# Title
+LINES = """# Title
 
 Some *words*
-on two lines:
-
 1. one
-
-2. two
    - inner
-
 | a | b |
 |---|---|
 | 1 | 2 |
-
 ```python
-def f():
 
-    return 1
 ```
-Last, [an address](https://example.org/a) of 5 * 3
-"""
-
-
-LINES = [*DOCUMENT.splitlines(keepends=True), "\n", "    code\n", "> quote\n", "---\n", "- a\n"]
+[an address](https://example.org/a) of 5 * 3
+    code
+> quote
+---
+- a
+""".splitlines(keepends=True)
 
 
 @settings(max_examples=100, deadline=None)
@@ -158,11 +138,6 @@ def test_finished_blocks_never_change(lines):
         assert parsed(text[:done], text[done:]) == parsed(text)
 
 
-def test_answers_cannot_command_the_terminal():
-    shown = "a\\x1b]52;c;x\\x07\\x9b2J\\r\\u202e\tb\nü\u3000"
-    assert visible("a\x1b]52;c;x\x07\x9b2J\r\u202e\tb\nü\u3000") == shown
-
-
 @pytest.mark.usefixtures("processes")
 def test_interrupt_on_a_real_terminal(sample_export):
     options = "--temperature 0 -n 1000 --context 1024".split()
@@ -176,7 +151,7 @@ def test_interrupt_on_a_real_terminal(sample_export):
         terminal.send("\x03")
         assert b"typed" not in shown + terminal.until("stopped")
         terminal.until("of 1,024")  # the prompt is back, with its status line
-        terminal.send("/stats\r")
+        terminal.send("\x15/stats\r")
         terminal.until("1 of 1 exchanges")
         terminal.until("of 1,024")
         terminal.send("\x04")
