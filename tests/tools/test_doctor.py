@@ -30,7 +30,7 @@ def report(slotmoe):
     return run
 
 
-def test_this_machine(report, slotmoe):
+def test_this_machine(report, slotmoe, monkeypatch):
     code, checks = report()
     assert list(checks) == (
         "system processor kernels compiler GPU RAM pages serve chat plots gguf cache disk".split()
@@ -38,6 +38,11 @@ def test_this_machine(report, slotmoe):
     assert (code == 0) == all(check["state"] != "bad" for check in checks.values())
     assert metadata.version("torch") in checks["GPU"]["found"]
     assert len(slotmoe("doctor")[1].splitlines()) < 24  # a screen
+    original = doctor._is_installed
+    monkeypatch.setattr(doctor, "_is_installed", lambda n: n != "uvicorn" and original(n))
+    code, checks = report()
+    assert code == 0 and checks["serve"]["found"] == "not installed: uvicorn"
+    assert checks["serve"]["advice"] == "pip install 'slotmoe[serve]'"
 
 
 def test_other_processors(report, monkeypatch, tmp_path):
@@ -121,25 +126,12 @@ def test_a_gpu_needs_a_cuda_build_of_torch(report, monkeypatch, tmp_path):
     assert report()[1]["GPU"]["state"] == "note"
 
 
-def test_an_extra_that_is_not_installed(report, monkeypatch):
-    original = doctor._is_installed
-    monkeypatch.setattr(doctor, "_is_installed", lambda n: n != "uvicorn" and original(n))
-    code, checks = report()
-    assert code == 0
-    assert checks["serve"]["found"] == "not installed: uvicorn"
-    assert checks["serve"]["advice"] == "pip install 'slotmoe[serve]'"
-
-
-@pytest.mark.parametrize("place", ["file", "file/folder"])
-def test_a_cache_that_is_a_file(report, place, monkeypatch, tmp_path):
+def test_cache_and_disk(report, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
-    monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / place))
+    monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / "file" / "folder"))
     code, checks = report()
     assert (code, checks["cache"]["state"]) == (1, "bad")
     assert checks["cache"]["found"].endswith(f"{tmp_path / 'file'} is no folder")
-
-
-def test_the_disk(report, monkeypatch, tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()
     monkeypatch.setenv("SLOTMOE_CACHE", str(cache / "not" / "yet"))
@@ -154,15 +146,14 @@ def test_the_disk(report, monkeypatch, tmp_path):
     assert "40.0 GB/s measured on 2026-11-26" in checks["RAM"]["found"]
 
 
-def test_kernels_are_compiled_for_a_gpu_alone(slotmoe, small_export, monkeypatch):
-    monkeypatch.setattr(cuda, "cuda_facts", lambda index: cuda.CudaFacts("2.13+cpu", built=False))
-    code, out, err = slotmoe("doctor", "--warm-gpu", small_export)
+@pytest.mark.usefixtures("twin")
+def test_all_kernels_of_a_model_are_compiled_ahead(report, slotmoe, small_export, monkeypatch):
+    with monkeypatch.context() as patch:
+        facts = cuda.CudaFacts("2.13+cpu", built=False)
+        patch.setattr(cuda, "cuda_facts", lambda index: facts)
+        code, out, err = slotmoe("doctor", "--warm-gpu", small_export)
     assert (code, out) == (2, "")
     assert err.startswith("slotmoe: --warm-gpu compiles for a GPU, and here the CPU computes: ")
-
-
-@pytest.mark.usefixtures("twin")
-def test_all_kernels_of_a_model_are_compiled_ahead(report, small_export, monkeypatch):
     passes, forward = [], Network.forward
 
     def counting(network, ids_T, *rest):

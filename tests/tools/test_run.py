@@ -9,14 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from slotmoe.errors import ConfigError, PlanError, visible
+from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.generate import Answer
 from slotmoe.model.tokenizer import ReasoningMarks, Splitter, TextStream, Tokenizer
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
-from slotmoe.tools import run as command
 from slotmoe.tools.options import MAX_PROMPT_BYTES
-from slotmoe.tools.screen import guard_streams
 from tests.support.forkserver import ROOT, OnTerminal
 from tests.support.tiny import SMALL, write_checkpoint
 
@@ -83,11 +81,16 @@ def test_the_last_token_says_which_limit_ended_the_text(runtime, monkeypatch):
     assert finishes(runtime, [5, 6], 2) == [None, "length"]
 
 
-def test_why_a_run_ends(export, run, reported, monkeypatch):
+@pytest.mark.usefixtures("processes")
+def test_why_a_run_ends(export, sample_export, run, reported, monkeypatch):
+    """A continuation has 128 tokens, a chat no limit."""
+
     def why(*options):
         report = reported(export, "Hello", *options)
         return report["finish_reason"], len(report["ids"])
 
+    assert len(reported(sample_export, "The sea")["ids"]) == 128
+    assert [why("--chat")[0], why("--chat", "-n", 7)] == ["context", ("length", 7)]
     assert why("-n", 5) == ("length", 5)
     reason, count = why()
     assert reason == "context" and count < 64
@@ -96,14 +99,6 @@ def test_why_a_run_ends(export, run, reported, monkeypatch):
     ending_after(monkeypatch, 3)
     assert why() == ("stop", 3)
     assert run(export, "Hello")[1].startswith("3 tokens · ")
-
-
-@pytest.mark.usefixtures("processes")
-def test_a_continuation_has_128_tokens_and_a_chat_no_limit(sample_export, export, reported):
-    report = reported(sample_export, "The sea")
-    assert (report["finish_reason"], len(report["ids"])) == ("length", 128)
-    for options, reason in (([], "context"), (["-n", 7], "length")):
-        assert reported(export, "Hi", "--chat", *options)["finish_reason"] == reason
 
 
 @pytest.mark.usefixtures("processes")
@@ -119,28 +114,6 @@ def test_a_system_message_and_stop_strings(export, run, reported):
     messages = json.loads(saved.read_text())["messages"]
     assert [message["role"] for message in messages] == ["system", *["user", "assistant"] * 2]
     assert messages[0]["content"] == "Be kind."
-
-
-def test_the_first_token_counts_from_the_request(monkeypatch, capsys):
-    """With the template's time, and the tokenizer's."""
-    clock = iter(range(100))
-    monkeypatch.setattr(command.time, "perf_counter", lambda: next(clock))
-    tokens = [SimpleNamespace(text="a", id=1, logprob=0.0, finish=None)]
-    made = SimpleNamespace(generate=lambda ids, **_: (token for token in tokens))
-    made.tokenizer = SimpleNamespace(encode=lambda text: [next(clock)])
-    made.check_length = lambda count: next(clock)
-    stats = {"tokens": {f"{kind}_{of}": 0 for kind in ("prefill", "decode") for of in ("tokens",)}}
-    made.stats, made.context = lambda: stats, 9
-    monkeypatch.setattr(command, "wait_reading", lambda *_: None)
-    continuation = command.Continuation(made, "x", {"chat": False}, quiet=True)
-    continuation.run()
-    assert continuation.report()["first_token_seconds"] == 3
-
-
-def test_the_prompt_of_a_file(export, run, tmp_path):
-    (tmp_path / "prompt").write_text("Hello")
-    given = run(export, "Hello", "-n", 5)[0]
-    assert run(export, "--file", tmp_path / "prompt", "-n", 5)[0] == given
 
 
 NO_PROMPTS = [
@@ -170,24 +143,6 @@ def test_a_terminal_shows_waiting_and_the_prompt_and_a_pipe_does_not(sample_expo
     with OnTerminal("run", *arguments, NO_COLOR="1", TERM="dumb") as terminal:
         assert "\x1b" not in terminal.rest()
         assert terminal.wait() == 0
-
-
-def test_control_codes_of_the_model_reach_no_terminal(monkeypatch, capsys):
-    tokens = [SimpleNamespace(text=text, id=1, logprob=0.0, finish=None) for text in "a\x1b[2J\n"]
-
-    def printed(on_terminal):
-        made = SimpleNamespace(generate=lambda ids, **_: (token for token in tokens))
-        made.tokenizer = SimpleNamespace(encode=lambda text: [1])
-        made.check_length = lambda count: None
-        monkeypatch.setattr(sys.stdout, "isatty", lambda: on_terminal, raising=False)
-        guard_streams()
-        monkeypatch.setattr(command, "wait_reading", lambda *_: None)
-        command.Continuation(made, "x\x07", {"chat": False}, quiet=False).run()
-        return capsys.readouterr().out
-
-    assert printed(on_terminal=False) == "a\x1b[2J\n"
-    assert printed(on_terminal=True) == "\x1b[2mx\\x07\x1b[22ma\\x1b[2J\n"
-    assert visible("\x9b31m\u202e\t") == "\\x9b31m\\u202e\t"
 
 
 @pytest.mark.usefixtures("processes")
@@ -231,7 +186,9 @@ def test_a_long_prompt_is_refused_by_its_length(runtime, encoded, chat):
 
 
 @pytest.mark.parametrize("command", ["run", "chat"])
-def test_a_long_prompt_from_stdin(export, command, encoded, monkeypatch, slotmoe):
+def test_a_long_prompt_from_stdin_or_a_file(
+    export, command, encoded, monkeypatch, slotmoe, tmp_path
+):
     for size, told in ((20_000, "20000 characters"), (MAX_PROMPT_BYTES + 9, "more than 32 MiB")):
         stdin = SimpleNamespace(buffer=io.BytesIO(b"a" * size), isatty=lambda: False)
         monkeypatch.setattr(sys, "stdin", stdin)
@@ -239,10 +196,14 @@ def test_a_long_prompt_from_stdin(export, command, encoded, monkeypatch, slotmoe
         assert code == 2 and told in err
         assert max(map(len, encoded), default=0) < 100  # chat tries the template
         assert stdin.buffer.tell() <= MAX_PROMPT_BYTES + 1
-
-
-def test_a_long_prompt_from_a_file(export, tmp_path, slotmoe):
     (tmp_path / "long").touch()
     os.truncate(tmp_path / "long", 1 << 40)
-    code, _, err = slotmoe("run", export, "--file", tmp_path / "long")
-    assert code == 2 and "long: the prompt has more than 32 MiB" in err
+    if command == "run":
+        code, _, err = slotmoe("run", export, "--file", tmp_path / "long")
+        assert code == 2 and "long: the prompt has more than 32 MiB" in err
+        (tmp_path / "short").write_text("Hello")
+        texts = [
+            slotmoe("run", export, *prompt, "-n", 5)[1]
+            for prompt in (["Hello"], ["--file", tmp_path / "short"])
+        ]
+        assert texts[0] == texts[1]
