@@ -1,19 +1,99 @@
-"""README, docs/ and the other pages say what is true: their Python runs, and their commands, links
-and named files exist."""
+"""README, docs/ and the other pages say what is true: their Python runs, their commands, links and
+named files exist, and the tables that code makes are what it makes."""
 
 import os
 import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
 
 import click
 import pytest
 from click.testing import CliRunner
 
 from bench.__main__ import bench
+from scripts import tables
 from slotmoe.tools.cli import cli
-from tests.support.pages import CALLS, PAGES, PYTHON, ROOT, UNKNOWN, name_of
+from tests.support.forkserver import ROOT
 
+PAGES = [ROOT / f"{name}.md" for name in ("README", "ARCHITECTURE", "CONTRIBUTING", "CHANGELOG")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+UNKNOWN = "$UNKNOWN"
 QUICK = {"run": ["-n", "4"], "profile": ["-n", "4", "-o", "report"], "plan": []}
 GEOMETRIES = ("sample", "v2", "v2-lite")
+
+
+class Block(NamedTuple):
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    @property
+    def name(self):
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(page):
+    """The fenced blocks of a page; a fence that is not closed is an error."""
+    opened, lines = None, []
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        if not line.startswith("```"):
+            lines.append(line)
+        elif opened is None:
+            opened, lines = (number, line[3:].strip()), []
+        else:
+            yield Block(page, *opened, "\n".join(lines))
+            opened = None
+    assert opened is None, f"{page}:{opened}: this fence is never closed"
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+PYTHON = [block for block in BLOCKS if block.language == "python"]
+
+
+def commands(text):
+    """The simple commands of a shell text, as lists of words.
+
+    What only a shell knows, a variable or a substitution, stays as a word with a ``$``.
+    """
+    text = re.sub(r"(?m)(^|\s)#.*$", "", text.replace("\\\n", " "))
+    text = re.sub(r"\$\([^)]*\)", UNKNOWN, text)
+    text = re.sub(r"[<>]+ *[^\s;]+", "", text)  # redirections
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=";&|()\n")
+    lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t", True, ""
+    words = []
+    for word in lexer:
+        if set(word) <= set(";&|()\n"):
+            yield words
+            words = []
+        elif words or (word not in ("$", "do", "then") and not re.match(r"\w+=", word)):
+            words.append(word)
+    yield words
+
+
+def calls(text):
+    """The arguments of every call of ``slotmoe`` in a shell text."""
+    for words in commands(text):
+        if words and Path(words[0]).name == "slotmoe":
+            yield words[1:]
+        elif words[1:3] == ["-m", "slotmoe"]:
+            yield words[3:]
+
+
+CALLS = [
+    (f"{block.name} {' '.join(arguments)}", arguments)
+    for block in BLOCKS
+    if block.language in {"sh", "bash", "console", "shell"}
+    for arguments in calls(block.text)
+]
+QUICK_CALLS = [
+    pytest.param(arguments, id=name)
+    for name, arguments in CALLS
+    if len(arguments) > 1
+    and arguments[0] in QUICK
+    and arguments[1] in (GEOMETRIES if arguments[0] == "plan" else ("sample",))
+]
 
 
 def check_usage(arguments):
@@ -37,15 +117,6 @@ def check_usage(arguments):
             raise click.MissingParameter(ctx=inner, param=parameter)
 
 
-QUICK_CALLS = [
-    call
-    for call in CALLS
-    if len(call.values[0]) > 1
-    and call.values[0][0] in QUICK
-    and call.values[0][1] in (GEOMETRIES if call.values[0][0] == "plan" else ("sample",))
-]
-
-
 @pytest.fixture
 def in_a_folder(heavy, processes, sample_export, tmp_path, monkeypatch):
     """As in a user's, where no test has imported anything."""
@@ -54,9 +125,9 @@ def in_a_folder(heavy, processes, sample_export, tmp_path, monkeypatch):
     os.symlink(sample_export, "sample-export")
 
 
-@pytest.mark.parametrize("block", PYTHON, ids=name_of)
+@pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.name)
 def test_python_blocks_run(block, in_a_folder):
-    exec(compile(block.text, name_of(block), "exec"), {"__name__": "__main__"})
+    exec(compile(block.text, block.name, "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("arguments", QUICK_CALLS)
@@ -66,19 +137,20 @@ def test_quick_commands_run(arguments, in_a_folder):
     assert result.output
 
 
-def test_commands_exist():
-    for call in CALLS:
+def test_commands_exist_and_each_has_an_example():
+    for name, arguments in CALLS:
         try:
-            check_usage(*call.values)
+            check_usage(arguments)
         except click.UsageError as problem:
-            pytest.fail(f"{call.id}: {problem.message}")
-
-
-def test_pages_have_what_is_tested():
+            pytest.fail(f"{name}: {problem.message}")
     assert len(PYTHON) >= 5 and len(CALLS) >= 30 and len(QUICK_CALLS) >= 3
-    calls = [" ".join(call.values[0]) for call in CALLS]
-    for command in cli.list_commands(click.Context(cli)):
-        assert any(call.startswith(command) for call in calls), f"no example of {command}"
+    shown = {arguments[0] for _, arguments in CALLS}
+    assert not {*cli.list_commands(click.Context(cli))} - shown
+
+
+def test_tables_are_what_the_code_says():
+    for page in tables.PAGES:
+        assert page.read_text() == tables.written(page.read_text()), "python -m scripts.tables"
 
 
 def prose(page):
@@ -123,5 +195,7 @@ def test_every_option_has_its_place():
     named = set(re.findall(r"(?<![\w-])--[a-z-]+", "\n".join(texts)))
     context = click.Context(cli)
     commands = [cli, *(cli.get_command(context, name) for name in cli.list_commands(context))]
-    options = {word for command in commands for one in command.params for word in one.opts}
+    options = {
+        word for command in commands for parameter in command.params for word in parameter.opts
+    }
     assert not {word for word in options if word.startswith("--")} - named

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from tests.support.pages import ROOT
+from tests.support.forkserver import ROOT
 
 
 def decorator(*given, **options):
