@@ -9,6 +9,8 @@ import threading
 import time
 
 from slotmoe.tools.serve import _listen, make_server
+from slotmoe.tools.serve.function_calling import Dialect
+from slotmoe.tools.serve.grammar import Grammars
 from tests.support.forkserver import COMMAND_LINE, Forked
 from tests.support.tiny import SAMPLE
 
@@ -107,6 +109,21 @@ def deepseek_files(folder):
     found |= {"bos_token": DEEPSEEK_TOKENS[1], "eos_token": {"content": DEEPSEEK_TOKENS[3]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(found))
     return folder
+
+
+def passed(tokenizer, text, policy=None, wanted=None, is_thinking=None):
+    """The beginning of ``text`` that a mask lets pass, and whether the answer may end there."""
+    eos, dialect = tokenizer.token_id(tokenizer.eos_token), Dialect(tokenizer)
+    mask = Grammars(tokenizer, (eos,), dialect).compile(wanted, policy, is_thinking).mask()
+    reasoning, through = tokenizer.reasoning, ""
+    shown = {**dialect.shown, **(reasoning.shown if reasoning is not None else {})}
+    for id_ in tokenizer.encode(text, add_bos=False):
+        if not mask.allowed()[id_]:
+            return through, False
+        through += shown.get(id_) or tokenizer.decode([id_])
+        if mask.consume(id_):
+            return through, True
+    return through, bool(mask.allowed()[eos])
 
 
 def until(condition, seconds=30.0):

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cached_property
 from threading import Lock
 
@@ -19,7 +20,6 @@ from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.formats import INDEX, is_text
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.requests import Rule, ToolPolicy
-from slotmoe.tools.serve.schemas import relaxed
 
 MAX_CALLS = 32  # in one answer
 _MAX_SCHEMA = 1 << 16  # characters
@@ -31,6 +31,19 @@ _TEXT_KEYS = {"type", *_NOTES}
 _TAGGED_KEYS = {"properties", "required", "additionalProperties", "$defs", "definitions"}
 _TAGGED_KEYS |= _TEXT_KEYS
 _ANYTHING = "(?s:.*)"
+_OF_NAMES = ("properties", "patternProperties", "$defs", "definitions")  # schemas by any names
+_OF_VALUES = ("const", "enum", "default", "examples")  # which are no schemas
+# Keywords that several schemas of one object, or schemas of other names than the listed, have.
+_SHARED = {"allOf", "if", "dependentSchemas", "dependencies"}
+_OF_OTHERS = {"additionalProperties", "patternProperties", "propertyNames"}
+# What regular languages don't have: look-around, word boundaries, references to groups.
+_IRREGULAR = re.compile(r"\(\?<?[=!]|(?<!\\)(?:\\\\)*\\[bB1-9]")
+# llguidance counts remainders, of multiples that are combined those of their least common multiple:
+# 1,048,578 take 15 seconds and 630 MB.  Of divisors of this that is never more than this.
+_MULTIPLES = 9000
+_MULTIPLE = re.compile(r'multipleOf"\s*:\s*([^\s,}]*)')
+# Beyond so many llguidance follows no answer, which it finds out in time that grows by the square.
+_MOST_OPTIONAL = 500
 # Free whitespace lets a model go on with blanks for ever; most were taught one after each sign.
 _SPACING = {"whitespace_flexible": False, "key_separator": ": ?", "item_separator": ", ?"}
 
@@ -131,6 +144,11 @@ class Grammars:
     def _lark(self, rule: Rule) -> str:
         """``rule`` in Lark's words.  Raises ``RefusedError``."""
         kind, text, param, _ = rule
+        if isinstance(text, str) and kind == "grammar":  # it may hold schemas
+            spelled = re.sub(r"\\u([0-9a-fA-F]{4})", lambda code: chr(int(code[1], 16)), text)
+            if not all(map(_is_cheap, _MULTIPLE.findall(spelled))):
+                problem = f"a multipleOf that does not divide {_MULTIPLES} takes too much work"
+                raise RefusedError(f"{param}: {problem}", param)
         try:
             lark = grammar_from(kind, text if isinstance(text, str) else json.dumps(text))
             if kind == "regex":
@@ -259,39 +277,100 @@ class Grammars:
 
     def _json(self, schema: Json, strict: bool, where: str, param: str, dropped: list[str]) -> str:
         """``schema`` in a grammar.  What can't be held is ``dropped``, refused if ``strict``."""
+        unheld, told, is_wrong = list[str](), list[str](), False
         try:
             if len(json.dumps(schema)) > _MAX_SCHEMA:
                 problem = f"the schema has more than {_MAX_SCHEMA} characters"
                 raise RefusedError(f"{where}: {problem}", param, 413)
-            kept, unheld = relaxed(schema)
+            kept = _bounded(schema, unheld, closes=not _shares(schema))
         except RecursionError:
             raise RefusedError(f"{where}: the schema is nested too deeply", param) from None
         except ValueError as error:
             raise RefusedError(f"{where}: the schema {error}", param) from None
         if "x-guidance" in schema:
             raise RefusedError(f"{where}: the schema has the unknown keyword 'x-guidance'", param)
-        text = json.dumps({**kept, "x-guidance": _SPACING})
-        problem = self._problem(text)
-        if problem and "oneOf" in problem:  # it can't tell that the schemas exclude each other
-            unheld.append("oneOf")
-            text = json.dumps({**kept, "x-guidance": {**_SPACING, "coerce_one_of": True}})
-            problem = self._problem(text)
-        if problem:
-            raise RefusedError(f"{where}: the schema can't be followed ({problem})", param)
-        if unheld and strict:
-            problem = f"no answer can be held to {unheld[0][:200]!r}, and the schema is strict"
-            raise RefusedError(f"{where}: {problem}; leave out one or the other", param)
-        dropped += [f"{where}: {keyword}" for keyword in unheld]
+        text = json.dumps({**kept, "x-guidance": {**_SPACING, "lenient": not strict}})
+        grammar = f"start: %json {text}"
+        is_wrong, told = LLMatcher.validate_grammar_with_warnings(grammar, self._tokenizer)
+        if is_wrong:
+            problem = (told[0].partition("JSON schema: ")[2] or told[0]).partition("\n   1 |")[0]
+            raise RefusedError(f"{where}: the schema can't be followed ({problem[:200]})", param)
+        if strict and (unheld or told):
+            problem = f"no answer can be held to {(*unheld, *told)[0][:200]!r}"
+            advice = "and the schema is strict; leave out one or the other"
+            raise RefusedError(f"{where}: {problem}, {advice}", param)
+        dropped += [f"{where}: {keyword}".replace('"', "") for keyword in (*unheld, *told)]
         return f"%json {text}"
 
-    def _problem(self, text: str) -> str:
-        """Why llguidance can't follow a schema; empty if it can."""
-        try:
-            problem = LLMatcher.validate_grammar(f"start: %json {text}", self._tokenizer)
-        except ValueError as error:
-            problem = str(error)
-        # A warning counts too: it names something that would be ignored.
-        return (problem.partition("JSON schema: ")[2] or problem).partition("\n   1 |")[0][:200]
+
+def _is_cheap(multiple: object) -> bool:
+    """Whether ``multipleOf`` may be this number."""
+    try:
+        number = Decimal(str(multiple)).normalize()
+        digits = int("".join(map(str, number.as_tuple().digits)))
+        is_small = number != number.to_integral_value() or number <= _MULTIPLES
+        return is_small and _MULTIPLES % digits == 0
+    except (ArithmeticError, ValueError):
+        return False
+
+
+def _bounded(schema: Json, dropped: list[str], closes: bool) -> Json:
+    """``schema`` without what no mask can hold at a bounded cost; names it in ``dropped``.  If it
+    ``closes``, an object that lists its properties gets no others, unless it speaks of them: a
+    model that may invent names goes on inventing, and programs rarely take them.  Raises
+    ``RecursionError``, ``ValueError``."""
+
+    def child(value: object) -> object:
+        return _bounded(value, dropped, closes) if isinstance(value, dict) else value
+
+    kept, is_open = Json(), False
+    for name, value in schema.items():
+        if name in _OF_NAMES and isinstance(value, dict):
+            kept[name] = {}
+            for key, inner in value.items():
+                if name == "patternProperties" and not _is_regular(key):
+                    dropped.append(f"{name}.{key}")
+                    is_open = True
+                else:
+                    kept[name][key] = child(inner)
+        elif not _can_be_held(name, value):
+            dropped.append(name)
+        elif name in _OF_VALUES:
+            kept[name] = value
+        else:
+            kept[name] = [*map(child, value)] if isinstance(value, list) else child(value)
+    if is_open:  # names of a pattern that is dropped stay possible
+        kept.pop("additionalProperties", None)
+    listed, required = kept.get("properties"), kept.get("required", [])
+    if isinstance(listed, dict) and isinstance(required, list):
+        needed = {*map(str, required)}
+        if len(listed.keys() - needed) > _MOST_OPTIONAL:
+            raise ValueError(f"has more than {_MOST_OPTIONAL} optional properties")
+        speaks = bool(_OF_OTHERS & schema.keys()) or schema.get("unevaluatedProperties", False)
+        if closes and needed <= listed.keys() and speaks is False:
+            kept["additionalProperties"] = False
+    return kept
+
+
+def _can_be_held(name: str, value: object) -> bool:
+    if name == "pattern" and isinstance(value, str):
+        return _is_regular(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return name != "multipleOf" or not is_number or _is_cheap(value)
+
+
+def _is_regular(pattern: str) -> bool:
+    return _IRREGULAR.search(pattern) is None
+
+
+def _shares(value: object) -> bool:
+    """Whether several schemas may list an object's properties."""
+    if isinstance(value, list):
+        return any(map(_shares, value))
+    if not isinstance(value, dict):
+        return False
+    others = _SHARED | ({"$ref", "anyOf", "oneOf"} if "properties" in value else set())
+    return bool(others & value.keys()) or any(map(_shares, value.values()))
 
 
 def _text(end: str, never: str) -> str:

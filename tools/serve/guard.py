@@ -24,6 +24,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from slotmoe.jsonfile import Json
 from slotmoe.tools.serve.errors import OLLAMA_PATH, RefusedError, error_body, shutting_down
 from slotmoe.tools.serve.requests import ignored
 
@@ -91,10 +92,8 @@ class Log:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = headers["request-id"] = id_
-                if state.get("relaxed"):
-                    text = ascii("; ".join(state["relaxed"]))[1:-1]  # fields have any names
-                    short = f"{text[: _MAX_HEADER - 3]}..."
-                    headers["x-slotmoe-relaxed"] = text if len(text) <= _MAX_HEADER else short
+                if relaxed := _relaxed(state):
+                    headers["x-slotmoe-relaxed"] = relaxed
             await send(message)
 
         # The server itself drops the body of an answer to HEAD.
@@ -104,7 +103,14 @@ class Log:
         finally:
             if not (scope["path"] in _POLLED and status == 200):
                 line = _line(scope, status, time.monotonic() - began, state.get("answers"))
-                self._write(f"{line}, {id_}")
+                relaxed = f", relaxed: {_relaxed(state)}" if state.get("relaxed") else ""
+                self._write(f"{line}{relaxed}, {id_}")
+
+
+def _relaxed(state: Json) -> str:
+    """What schemas ask for that the answer does not follow; they have any names."""
+    text = ascii("; ".join(state.get("relaxed", ())))[1:-1]
+    return text if len(text) <= _MAX_HEADER else f"{text[: _MAX_HEADER - 3]}..."
 
 
 def _line(scope: Scope, status: int, seconds: float, answers: "Answers | None") -> str:
