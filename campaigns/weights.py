@@ -16,10 +16,9 @@ from slotmoe.model.names import resident_shapes
 from slotmoe.model.network import Network
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.engine.batch import Batch
-from slotmoe.offload.engine.loading import _Loader
+from slotmoe.offload.engine.loading import Options, _Loader
 from slotmoe.offload.engine.requests import Request
 from slotmoe.offload.experts.ahead import NextGate
-from slotmoe.offload.options import Options
 from slotmoe.offload.plan.memory import PREFILL_CHUNK
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import RESIDENT, tensor_parts
@@ -36,7 +35,7 @@ class Opened:
 
     def __init__(self, export, file):
         self._loader = _Loader(export, Options(**SIZES), Device(), "", print)
-        self._model = self._loader.export()
+        self._model = self._loader.open()
         self._place, self._file = self._loader._placer(), file
         self.layout, self.manifest = self._model.export.layout, self._model.export.manifest
         self._weights, self._names = {}, resident_shapes(self._model.config)

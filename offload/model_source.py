@@ -1,5 +1,9 @@
 """A model as it lies on disk: an export, a checkpoint folder, or a GGUF file."""
 
+import math
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,9 +13,17 @@ from slotmoe.model.checkpoint.reader import Checkpoint, open_checkpoint
 from slotmoe.model.config import Config, config_among
 from slotmoe.model.generate import Generation
 from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.offload.devices.pages import Arena
 from slotmoe.offload.machine import cache_folder
+from slotmoe.quant.backends.base import Prepared
+from slotmoe.quant.codecs.weight import Weight
 from slotmoe.quant.export.layout import MANIFEST
 from slotmoe.quant.export.reader import Export
+
+Place = Callable[[str, Weight], Prepared]
+"""Copies a weight, by its checkpoint name, to where it is multiplied."""
+
+_LOADERS = 6  # threads: more than cores, since reading waits for the disk; 4 were no faster
 
 
 def open_source(path: Path) -> Export | Checkpoint:
@@ -48,3 +60,28 @@ def generation_of(config: Config, read: ReadFile, path: Path) -> Generation:
     path = path / "generation_config.json"
     data = read(path.name, 1 << 20)
     return Generation.of(config.eos_token_ids, {} if data is None else parse_json(data, path, Json))
+
+
+def load_resident(
+    export: Export, shapes: dict[str, tuple[int, ...]], place: Place
+) -> dict[str, Prepared]:
+    """The weights of ``shapes``, verified and placed; reading and copying overlap."""
+    thread = threading.local()  # each thread's staging memory
+
+    def load(name: str) -> Prepared:
+        if not hasattr(thread, "staging"):
+            thread.staging = Arena(4 << 20, alignment=4096)
+        thread.staging.reuse()
+        weight = export.resident(name, thread.staging.empty)
+        if tuple(weight.shape) != shapes[name]:
+            asked = f"config.json asks for {list(shapes[name])}"
+            raise ConfigError(f"{export.folder}: {name} has shape {list(weight.shape)}, {asked}")
+        return place(name, weight)
+
+    pool = ThreadPoolExecutor(_LOADERS)
+    try:
+        # The largest first, so that no thread ends alone.
+        names = sorted(shapes, key=lambda name: -math.prod(shapes[name]))
+        return dict(zip(names, pool.map(load, names), strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -20,7 +20,7 @@ from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Answer, Sampling, Stops, Token
 from slotmoe.offload.devices.cuda import choose_device
 from slotmoe.offload.engine.engine import Engine
-from slotmoe.offload.engine.loading import LoadedModel, check_options, open_model
+from slotmoe.offload.engine.loading import LoadedModel, Options, check_options, open_model
 from slotmoe.offload.engine.requests import (
     Messages,
     Stream,
@@ -35,7 +35,6 @@ from slotmoe.offload.ingest.quantize import Notify, Progress, ignore
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import is_hub_id
 from slotmoe.offload.observe.trace import TraceWriter
-from slotmoe.offload.options import Options
 from slotmoe.offload.plan.memory import or_more_context
 from slotmoe.offload.sessions.store import DEFAULT_LIMIT, Sessions
 from slotmoe.quant.export.layout import MANIFEST

@@ -73,9 +73,8 @@ def command(
       slotmoe eval lite --text wiki.test.raw --method llama.cpp --window 512
     """
     from slotmoe.offload.devices.cuda import choose_device
-    from slotmoe.offload.engine.loading import check_options
+    from slotmoe.offload.engine.loading import Options, check_options
     from slotmoe.offload.ingest.cached import resolve_model
-    from slotmoe.offload.options import Options
     from slotmoe.offload.study.evaluate import Evaluation, read_texts, windows_of
 
     method, stride = given["method"], given["stride"]

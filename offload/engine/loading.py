@@ -1,14 +1,15 @@
 """Opening a model: what is asked for becomes a plan, and the plan's parts are made and filled."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from slotmoe.errors import ConfigError, PlanError
+from slotmoe.errors import ConfigError, PlanError, check_types
 from slotmoe.jsonfile import ReadFile
 from slotmoe.model.attention import new_state
 from slotmoe.model.checkpoint.gguf_metadata import files_of
@@ -30,17 +31,16 @@ from slotmoe.offload.experts.resident import resident_experts
 from slotmoe.offload.experts.slots import Slots
 from slotmoe.offload.ingest.quantize import Notify, ignore
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
-from slotmoe.offload.model_source import generation_of, open_tokenizer
+from slotmoe.offload.model_source import Place, generation_of, load_resident, open_tokenizer
 from slotmoe.offload.observe.link import LINK_BYTES, with_link
-from slotmoe.offload.options import Options
 from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.attention import kv_bytes
 from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes, make_plan, sizes_of
 from slotmoe.offload.plan.speed import stored_bandwidths
-from slotmoe.offload.policy import DEFAULT_POLICY
+from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.cache import Cache, make_cache
-from slotmoe.offload.policy.hybrid import Split, choose_mode, cpu_cost
-from slotmoe.offload.resident_weights import Place, load_resident
+from slotmoe.offload.policy.hybrid import MODES, Split, choose_mode, cpu_cost
+from slotmoe.offload.policy.passes import DRAFTS
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
 from slotmoe.quant.codecs.weight import Weight
@@ -49,10 +49,48 @@ from slotmoe.quant.export.reader import Export
 from slotmoe.quant.shapes import TABLE
 from slotmoe.sizes import format_size, parse_size, rounded_down
 from slotmoe.state import SequenceState, plain_row
-from slotmoe.system import choose_placement
+from slotmoe.system import MAX_THREADS, choose_placement
 
 FREE_SHARE = 0.9  # of what is free, where no budget is given
 Store: TypeAlias = DiskReader | HostTier
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``Runtime.open`` is asked for; it documents them."""
+
+    vram: float | str | None = None
+    ram: float | str | None = None
+    context: int | None = None
+    threads: int | None = None
+    cache_policy: str | None = None
+    prefetch: bool = True
+    quantize: bool = True
+    slots: int | None = None
+    kernels: str = "auto"
+    logits_rows: int = 1
+    sequences: int = 1
+    misses: str = "auto"
+    experts_dirs: Sequence[str | Path] = ()
+    draft: str = "off"
+
+    def __post_init__(self) -> None:
+        check_types(vars(self), type(self).__annotations__)
+        for name, most in (("sequences", 256), ("threads", MAX_THREADS)):
+            if (given := getattr(self, name)) is not None and not 1 <= given <= most:
+                raise ConfigError(f"{name} is {given}, expected 1 to {most}")
+        for name, values in (("cache_policy", POLICIES), ("misses", MODES), ("draft", DRAFTS)):
+            if (given := getattr(self, name)) is not None and given not in values:
+                expected = f"expected one of: {', '.join(values)}"
+                raise ConfigError(f"{name} {given!r:.40} is unknown, {expected}")
+        for name, is_given, why in (
+            ("slots", self.slots is not None, "keeps every expert resident"),
+            ("experts_dirs", self.experts_dirs, "reads no export"),
+            ("sequences", self.sequences > 1, "holds one sequence"),
+        ):
+            if is_given and not self.quantize:
+                problem = f"the reference path (quantize=False) {why}"
+                raise ConfigError(f"{problem}; {name} can't be given")
 
 
 @dataclass(frozen=True)
@@ -109,7 +147,7 @@ def open_model(
     tune_heap()
     loader = _Loader(folder, options, device, reason, notify)
     try:
-        return loader.export() if options.quantize else loader.reference()
+        return loader.open()
     except torch.OutOfMemoryError:
         pass  # what the traceback's frames hold of the device is free only after this block
     device.release()
@@ -152,8 +190,8 @@ class _Loader:
         self._draft(1 + plan.drafted)
         self._refuse(plan)
 
-    def _configure(self, read: ReadFile) -> None:
-        """Take the config from a model's files, which have been verified."""
+    def _configure(self, read: ReadFile) -> Tokenizer:
+        """Take the config and the tokenizer from a model's files, which have been verified."""
         self._config, options = config_among(read, self._folder), self._options
         limit = self._config.swiglu_limit
         if options.quantize:
@@ -162,6 +200,7 @@ class _Loader:
             self._backend = TorchBackend(swiglu_limit=limit)
         self._context = memory.choose_context(self._config, self._options.context)
         self._generation = generation_of(self._config, read, self._folder)
+        return open_tokenizer(self._config, read, self._folder)
 
     def _budgets(self) -> tuple[int, int | None]:
         """Bytes of the device tier, and of RAM below a GPU: as asked, or ``FREE_SHARE``."""
@@ -177,42 +216,47 @@ class _Loader:
             raise PlanError(f"{problem}: give --ram, or --device cuda")
         return free_ram, None
 
-    def reference(self) -> LoadedModel:
-        """A checkpoint as it is, everything resident, computed in float32."""
-        options = self._options
-        resident = "keeps every expert resident"
-        for given, problem in (
-            (options.slots is not None, f"{resident}; slots can't be given"),
-            (options.experts_dirs, "reads no export; experts_dirs can't be given"),
-            (options.sequences > 1, "holds one sequence; sequences can't be given"),
-        ):
-            if given:
-                raise ConfigError(f"the reference path (quantize=False) {problem}")
+    def open(self) -> LoadedModel:
+        """Everything allocated, read and started."""
         with ExitStack() as opened:
-            checkpoint = opened.enter_context(open_checkpoint(self._folder))
-            self._configure(checkpoint.small_file)
-            tokenizer = open_tokenizer(self._config, checkpoint.small_file, self._folder)
-            config, backend = self._config, self._backend
-            components = {  # the checkpoint's own precision; the cache in float32
-                "resident weights": checkpoint.nbytes,
-                "latent KV cache": kv_bytes(config, self._context, "torch", value_bytes=4),
-                "prefill scratch": memory.scratch_bytes(config, PREFILL_CHUNK, "torch"),
-            }
-            if self._device.tier == "ram":
-                growth = memory.runtime_growth(config, checkpoint.nbytes)
-                components["runtime"] = process_bytes() + growth
-            plan = Plan(components, 0, 0, 0, self.budget, self._device.tier, self._context)
-            self._check(plan)
-            place = self._placer()
-            weights = {name: place(name, checkpoint.tensor(name)) for name in checkpoint.infos}
-            experts = resident_experts(config, weights, backend, self._device)
-            network = Network(config, weights, backend, experts)
-            state = new_state(config, self._context, plain_row, self._device.empty)
+            make = self._export if self._options.quantize else self._reference
+            network, parts = make(opened)
             return LoadedModel(
-                config, tokenizer, network, [state], plan, self._generation, checkpoint,
-                self._device, self._reason, backend, experts, opened.pop_all(), options,
-                self._draft(network.rows),
-            )  # fmt: skip
+                config=self._config,
+                network=network,
+                plan=self._plan,
+                generation=self._generation,
+                device=self._device,
+                device_reason=self._reason,
+                backend=self._backend,
+                options=self._options,
+                draft=self._draft(network.rows),
+                sizes=self._sizes,
+                opened=opened.pop_all(),
+                **parts,
+            )
+
+    def _reference(self, opened: ExitStack) -> tuple[Network, dict[str, Any]]:
+        """A checkpoint as it is, everything resident, computed in float32."""
+        checkpoint = opened.enter_context(open_checkpoint(self._folder))
+        tokenizer = self._configure(checkpoint.small_file)
+        config, backend, device = self._config, self._backend, self._device
+        components = {  # the checkpoint's own precision; the cache in float32
+            "resident weights": checkpoint.nbytes,
+            "latent KV cache": kv_bytes(config, self._context, "torch", value_bytes=4),
+            "prefill scratch": memory.scratch_bytes(config, PREFILL_CHUNK, "torch"),
+        }
+        if device.tier == "ram":
+            growth = memory.runtime_growth(config, checkpoint.nbytes)
+            components["runtime"] = process_bytes() + growth
+        self._settle(Plan(components, 0, 0, 0, self.budget, device.tier, self._context))
+        place = self._placer()
+        weights = {name: place(name, checkpoint.tensor(name)) for name in checkpoint.infos}
+        experts = resident_experts(config, weights, backend, device)
+        network = Network(config, weights, backend, experts)
+        states = [new_state(config, self._context, plain_row, device.empty)]
+        parts = {"tokenizer": tokenizer, "source": checkpoint, "experts": experts, "states": states}
+        return network, parts
 
     def _draft(self, rows: int) -> tuple[str, str]:
         """What drafts come from, and why, where ``rows`` of a pass may be of one text.  Raises
@@ -245,8 +289,8 @@ class _Loader:
             drafts=options.draft != "off",
         )
 
-    def _check(self, plan: Plan) -> None:
-        """Refuse a plan before anything is read, or say where threads run and memory lies."""
+    def _settle(self, plan: Plan) -> None:
+        """Take a plan: refuse it before anything is read, or say where threads and memory are."""
         self._plan = plan
         self._device.placement = choose_placement(self._refuse(plan), self._options.threads)
         self._backend.run_on(self._device.placement)
@@ -274,47 +318,36 @@ class _Loader:
             return f"{advice}, lower --context, or quantize with --resident mixed"
         return f"give --vram {rounded_down(most)} or less, or {advice}"
 
-    def export(self) -> LoadedModel:
+    def _export(self, opened: ExitStack) -> tuple[Network, dict[str, Any]]:
         """An export, its experts behind slots."""
         options, device = self._options, self._device
-        with ExitStack() as opened:
-            copies = [Path(folder) for folder in options.experts_dirs]
-            export = opened.enter_context(Export.open(self._folder, copies))
-            self._configure(export.small_file)
-            tokenizer = open_tokenizer(self._config, export.small_file, self._folder)
-            config = self._config = self._with_layers(export)
-            backend = self._backend
-            resident = export.manifest["quantization"]["resident"]
-            sizes = sizes_of(config, resident, export.layout.codecs)
-            plan = self._make_plan(sizes, self.budget)
-            self._check(plan)
-            place = self._placer()
-            # Where everything fits each is read once: what is in the page cache is welcome.
-            direct = max(plan.slots, plan.host_slots) < len(config.moe_layers) * export.experts
-            store: Store
-            if device.tier == "ram":
-                store = DiskReader(export, direct)
-            else:
-                cache = self._cache(plan.host_slots)
-                store = HostTier(export, direct, cache, plan.host_staging, device)
-            opened.callback(store.close)
-            weights = load_resident(export, resident_shapes(config), place)
-            gates = NextGate(replace(config, mtp=False), weights, backend)
-            names = (layer_tensor(layer, EXPERTS_OF) for layer in range(config.num_hash_layers))
-            tables = [as_tensor(weights[name]).cpu() for name in names]
-            experts = self._experts(export, store, gates, tables)
-            opened.callback(experts.slots.close)
-            network = Network(config, weights, backend, experts, PREFILL_CHUNK)
-            head = MtpHead(network, weights, experts, PREFILL_CHUNK) if config.mtp else None
-            states = [
-                new_state(config, self._context, backend.latent_row, device.empty)
-                for _ in range(options.sequences)
-            ]
-            return LoadedModel(
-                config, tokenizer, network, states, plan, self._generation, export,
-                device, self._reason, backend, experts, opened.pop_all(), options,
-                self._draft(network.rows), sizes, store, head,
-            )  # fmt: skip
+        copies = [Path(folder) for folder in options.experts_dirs]
+        export = opened.enter_context(Export.open(self._folder, copies))
+        tokenizer = self._configure(export.small_file)
+        config, backend = self._with_layers(export), self._backend
+        self._config, resident = config, export.manifest["quantization"]["resident"]
+        plan = self._make_plan(sizes_of(config, resident, export.layout.codecs), self.budget)
+        self._settle(plan)
+        # Where everything fits each is read once: what is in the page cache is welcome.
+        direct = max(plan.slots, plan.host_slots) < len(config.moe_layers) * export.experts
+        store: Store
+        if device.tier == "ram":
+            store = DiskReader(export, direct)
+        else:
+            cache = self._cache(plan.host_slots)
+            store = HostTier(export, direct, cache, plan.host_staging, device)
+        opened.callback(store.close)
+        weights = load_resident(export, resident_shapes(config), self._placer())
+        experts = self._experts(export, store, weights)
+        opened.callback(experts.slots.close)
+        network = Network(config, weights, backend, experts, PREFILL_CHUNK)
+        head = MtpHead(network, weights, experts, PREFILL_CHUNK) if config.mtp else None
+        states = [
+            new_state(config, self._context, backend.latent_row, device.empty)
+            for _ in range(options.sequences)
+        ]
+        parts = {"tokenizer": tokenizer, "source": export, "experts": experts, "states": states}
+        return network, {**parts, "store": store, "head": head}
 
     def _with_layers(self, export: Export) -> Config:
         """The config with the layers that are used of ``export``.  Raises ``ConfigError``."""
@@ -357,9 +390,7 @@ class _Loader:
         policy = asked if slots < layers * experts else "lru"
         return make_cache(policy, slots, layers, experts)
 
-    def _experts(
-        self, export: Export, store: Store, gates: NextGate, tables: list[Tensor]
-    ) -> Experts:
+    def _experts(self, export: Export, store: Store, weights: dict[str, Prepared]) -> Experts:
         """The slots over ``store``, what reads ahead if that can pay, and the CPU's part."""
         options, device, config, plan = self._options, self._device, self._config, self._plan
         size, top_k = plan.record_bytes, config.num_experts_per_tok
@@ -369,6 +400,9 @@ class _Loader:
         missing = plan.slots < layers * experts and plan.staging > top_k
         lookahead = None
         if options.prefetch and missing and size > HELP_BYTES:
+            gates = NextGate(replace(config, mtp=False), weights, self._backend)
+            names = (layer_tensor(layer, EXPERTS_OF) for layer in range(config.num_hash_layers))
+            tables = [as_tensor(weights[name]).cpu() for name in names]
             source = slots, store.bandwidth, device.download, tables
             lookahead = Lookahead(gates, layers, experts, size, *source)
         hybrid, split, levels = None, Split(), export.layout.levels()

@@ -243,7 +243,7 @@ class Passes:
         counts, tokens = [*map(len, ids)], [*chain.from_iterable(ids)]
         ids_T = model.device.upload(torch.tensor(tokens))
 
-        def step() -> tuple[Tensor, Tensor]:
+        def step() -> tuple[Tensor, Tensor | None]:
             for row in rows:
                 row.sequence.state.cut(len(row.sequence.tokens))
             guesses, ahead = model.experts.begin(len(tokens), len(rows)), model.experts.lookahead
@@ -255,18 +255,18 @@ class Passes:
             return hidden_TD, self._wanted_logits(rows, hidden_TD.split(counts))
 
         hidden_TD, logits_RV = self.compute(step)
-        logits_RV, at = model.device.download(logits_RV).get(), 0
+        wanted_RV, at = _NONE if logits_RV is None else model.device.download(logits_RV).get(), 0
         read = [(row, row.sequence.hidden_RD) for row in rows if row.is_prompt]
         for row, hidden_RD in zip(rows, hidden_TD.split(counts), strict=True):
             row.sequence.append(row.ids, hidden_RD)
             row.hidden_TD = hidden_RD[: len(row.ids)]
             if row.wanted:
-                row.logits_RV = logits_RV[at : at + 1 + len(row.draft)]
+                row.logits_RV = wanted_RV[at : at + 1 + len(row.draft)]
                 at += 1 + len(row.draft)
         for row, before_RD in read:  # with all sequences as long as their states
             row.sequence.read(before_RD, row.hidden_TD)
 
-    def _wanted_logits(self, rows: Sequenced[Row], hidden: Sequenced[Tensor]) -> Tensor:
+    def _wanted_logits(self, rows: Sequenced[Row], hidden: Sequenced[Tensor]) -> Tensor | None:
         """Logits of the last id and the draft of each row that wants them, on the device."""
         wanted = [
             hidden_RD[len(row.ids) - 1 :]
@@ -274,7 +274,7 @@ class Passes:
             if row.wanted
         ]
         if not wanted:
-            return _NONE
+            return None
         wanted_RD = wanted[0] if len(wanted) == 1 else torch.cat(wanted)
         network = self._model.network
         return network.head(wanted_RD) if len(wanted_RD) == 1 else network.head_each(wanted_RD)
