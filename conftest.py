@@ -20,7 +20,7 @@ import torch
 from slotmoe.offload.model_source import read_model
 from tests.support.browser import BROWSER, Browser
 from tests.support.exports import made_once
-from tests.support.hub import HUB
+from tests.support.hub import HUB, hurried
 from tests.support.interpreter import keep_inside, quicken, shuffle
 from tests.support.tiny import SAMPLE, SMALL
 
@@ -125,6 +125,7 @@ def hub(network, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    hurried(monkeypatch)
     HUB.reset()
     yield HUB
     HUB.reset()

@@ -31,7 +31,7 @@ from slotmoe.offload.engine.requests import (
 )
 from slotmoe.offload.experts.experts import Route
 from slotmoe.offload.ingest.cached import cached_export, resolve_model
-from slotmoe.offload.ingest.quantize import Notify, Progress, ignore
+from slotmoe.offload.ingest.output_dir import Notify, Progress, ignore
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import is_hub_id
 from slotmoe.offload.observe.trace import TraceWriter

@@ -119,8 +119,7 @@ def _quantize(
     """The manifest of the export, and where it is."""
     revision, keep_source = given.pop("revision"), given.pop("keep_source")
     folder = locate(source, revision, options.say)
-    from slotmoe.offload.ingest.cached import cached_place
-    from slotmoe.offload.ingest.hub import hub_place, quantize_from_hub
+    from slotmoe.offload.ingest.cached import cached_place, hub_place, quantize_from_hub
     from slotmoe.offload.ingest.quantize import quantize
 
     if folder is not None:

@@ -77,12 +77,6 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
         """Bytes of all tensors that the network uses."""
         return sum(info.nbytes for info in self.infos.values())
 
-    @property
-    def apart(self) -> set[TensorInfo]:
-        """Tensors that are in another file than the weights that they belong to."""
-        infos = self.infos.values()
-        return {part for info in infos for part in info.parts if part.file != info.file}
-
     def headers(self) -> Iterator[tuple[str, int, bytes]]:
         """Each file, its size, and what it holds before the data."""
         for file, count in sorted(self._headers.items()):

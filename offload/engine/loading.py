@@ -29,7 +29,7 @@ from slotmoe.offload.experts.host import HostTier
 from slotmoe.offload.experts.hybrid import HostCompute
 from slotmoe.offload.experts.resident import resident_experts
 from slotmoe.offload.experts.slots import Slots
-from slotmoe.offload.ingest.quantize import Notify, ignore
+from slotmoe.offload.ingest.output_dir import Notify, ignore
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
 from slotmoe.offload.model_source import Place, generation_of, load_resident, open_tokenizer
 from slotmoe.offload.observe.link import LINK_BYTES, with_link

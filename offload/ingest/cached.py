@@ -1,4 +1,5 @@
-"""Exports that are made when a checkpoint is run: one in the cache for each source's content.
+"""From a source to its export: of a checkpoint at hand or a model on the hub, at a destination or
+in the cache folder.
 
 An export is named after the content of its source, so a folder that was moved, copied or touched
 finds its own.  Reading a source takes as long as its disk needs, so a note keeps what was found:
@@ -10,21 +11,31 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+from slotmoe import system
+from slotmoe.errors import ExportError
+from slotmoe.jsonfile import Json, typed
+from slotmoe.model import tiktoken
 from slotmoe.model.checkpoint.gguf_header import shard_paths
 from slotmoe.model.checkpoint.reader import open_checkpoint
+from slotmoe.model.checkpoint.shards import INDEX_NAME
 from slotmoe.offload.ingest import output_dir
+from slotmoe.offload.ingest.calibration import Windows
 from slotmoe.offload.ingest.encoder import codecs_for
-from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize, resident_mode
+from slotmoe.offload.ingest.hub import Shards, copy
+from slotmoe.offload.ingest.output_dir import Notify, Progress, ignore
+from slotmoe.offload.ingest.quantize import quantize, resident_mode
+from slotmoe.offload.ingest.repository import Snapshot, is_commit, needed, resolve
 from slotmoe.offload.machine import cache_folder, read_note, write_note
 from slotmoe.offload.model_cache import is_export, locate, mark_used
 from slotmoe.offload.plan.memory import export_bytes, sizes_of
 from slotmoe.quant.codecs.codec import DEFAULT_CODEC
-from slotmoe.quant.export.layout import FORMAT_VERSION
+from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST
 from slotmoe.quant.export.writer import span_checksums
 from slotmoe.sizes import format_size
 
@@ -60,8 +71,6 @@ def resolve_model(path: str | Path, revision: str | None = None, **reporting: An
     by ``hub_export`` with ``revision`` and ``reporting``.  Raises ``ConfigError`` and as that."""
     if (folder := locate(path, revision)) is not None:
         return folder
-    from slotmoe.offload.ingest.hub import hub_export
-
     return hub_export(str(path), revision, cache_folder(), **reporting)
 
 
@@ -115,3 +124,113 @@ def noted_export(note: Path) -> str | None:
 def _digest(parts: Iterable[str]) -> str:
     text = "\n".join([f"{FORMAT_VERSION}{DEFAULT_CODEC}", *parts])
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:12]
+
+
+def quantize_from_hub(
+    repo: str,
+    revision: str,
+    destination: Path,
+    *,
+    overwrite: bool = False,
+    keep_source: bool = False,
+    keep_mtp: bool = False,
+    wait_for_lock: bool = False,
+    arriving: Progress = ignore,
+    notify: Notify = ignore,
+    ready: Callable[[Path], Windows | None] = lambda folder: None,
+    **options: Any,
+) -> Json:
+    """``quantize`` (which gets ``options``) of a model on the hub; returns the manifest.
+
+    Killed at any moment, the same call resumes with the weight file that was arriving, from the
+    commit that the first call found.  ``keep_source`` leaves the checkpoint in ``DST.source``.
+    ``arriving(done, total)`` gets bytes of the download; ``ready`` the folder of config, tokenizer
+    and headers before any weight is fetched, to return ``calibration``.  Raises as ``quantize`` and
+    ``resolve`` do, and ``DownloadError`` where network or server fail.
+    """
+    download = output_dir.beside(destination, "download")
+    kept = output_dir.beside(destination, "source") if keep_source else None
+    with output_dir.locked(download, wait_for_lock):
+        if wait_for_lock and (manifest := output_dir.finished_manifest(destination)) is not None:
+            _clear(download)
+            return manifest
+        snapshot = _begin(download, repo, revision, overwrite)
+        if kept is not None:
+            why = f"which {repo} has not, so nothing is put there"
+            output_dir.refuse_foreign(kept, snapshot.files, why)
+        try:
+            with closing(Shards(snapshot, download, kept, arriving, notify)) as shards:
+                with output_dir.full_disk_explained(download):
+                    shards.prepare()
+                    calibration = ready(shards.folder)
+                    output_dir.write_signed(download / "plan.json", vars(snapshot))
+                    if kept is not None:
+                        kept.mkdir(exist_ok=True)
+                options |= {"overwrite": overwrite, "wait_for_lock": wait_for_lock}
+                options |= {"notify": notify, "shards": shards, "keep_mtp": keep_mtp}
+                manifest = quantize(shards.folder, destination, calibration=calibration, **options)
+        except BaseException:
+            begun = output_dir.beside(destination, "partial").exists()
+            if not begun and not any((download / "weights").glob("*")):
+                _clear(download)
+            raise
+        if kept is not None:  # with the small files it is a checkpoint
+            for name in (*COPIED, INDEX_NAME, tiktoken.FILE_NAME):
+                if (shards.folder / name).is_file():
+                    copy(shards.folder / name, kept / name)
+        _clear(download)
+        return manifest
+
+
+def _begin(folder: Path, repo: str, revision: str, overwrite: bool) -> Snapshot:
+    """The commit that a killed run began with, so that all files are of one commit even if the
+    revision moved on; without one, what the revision is now, and an empty folder."""
+    begun = None
+    with suppress(ValueError):
+        begun = typed(output_dir.read_signed(folder / "plan.json"), Snapshot)
+        begun = begun if is_commit(begun.commit) and needed(begun.files) == begun.files else None
+    if begun is not None and not overwrite:
+        if (begun.repo, begun.revision) != (repo, revision):
+            problem = f"was begun with {begun.repo} at {begun.revision}"
+            advice = f"pass --overwrite to start anew with {repo} at {revision}"
+            raise ExportError(f"{folder}: {problem}; {advice}")
+        return begun
+    snapshot = resolve(repo, revision)
+    if snapshot != begun:
+        _clear(folder)
+    return snapshot
+
+
+def _clear(download: Path) -> None:
+    """Remove what a run made, and refuse to touch anything else."""
+    why = "which no download makes, so it is never emptied"
+    output_dir.refuse_foreign(download, ("plan.json", "headers", "weights"), why)
+    # First what vouches for the others.
+    system.patiently((download / "plan.json").unlink, True)
+    output_dir.empty(download)
+
+
+def hub_export(repo: str, revision: str | None, cache: Path, **reporting: Any) -> Path:
+    """Export of a hub's model in ``cache``, made if absent; raises as ``quantize_from_hub``."""
+    destination, commit = hub_place(repo, revision, cache)
+    if not (destination / MANIFEST).is_file():
+        quantize_from_hub(repo, commit, destination, wait_for_lock=True, **reporting)
+    mark_used(destination)
+    return destination
+
+
+def hub_place(repo: str, revision: str | None, cache: Path) -> tuple[Path, str]:
+    """Where in the folder ``cache`` the export of a model on the hub belongs, and its commit.
+
+    The commit that a revision was at first is noted there: later runs need no network, and a new
+    README does not start a download of hundreds of gigabytes.  Raises as ``resolve`` does.
+    """
+    revision = revision or "main"
+    name = repo.replace("/", "--")
+    note = cache / f"{name}@{quote(revision, safe='')}.json"
+    commit = str(read_note(note).get("commit"))
+    if not is_commit(commit):
+        commit = resolve(repo, revision).commit
+        output_dir.make_cache(cache)
+        write_note(note, {"commit": commit})
+    return cache / f"{name}-{commit[:12]}-{FORMAT_VERSION}{DEFAULT_CODEC}", commit

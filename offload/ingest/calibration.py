@@ -141,10 +141,9 @@ class Calibration:
         return torch.empty(shape, dtype=dtype, device=self._device)
 
     @property
-    def embedding_files(self) -> list[str]:
-        """The weight file that the text begins with, unless an earlier run has begun."""
-        begins = self.remaining and not self._first
-        return [self._checkpoint.infos[EMBEDDING].file] if begins else []
+    def begins_with(self) -> list[str]:
+        """The tensor that ``begin`` reads, unless an earlier run has begun."""
+        return [EMBEDDING] if self.remaining and not self._first else []
 
     @property
     def nbytes(self) -> int:

@@ -103,35 +103,37 @@ def learns(kind: str | Codec) -> bool:
     return isinstance(kind, Codec) and kind.name in (codec.LUT4.name, codec.LUT3.name)
 
 
-def levels_file(checkpoint: Checkpoint, kinds: Mapping[str, str | Codec]) -> str:
-    """The weight file that levels are learned from, the first in order of name that holds any
-    tensor for them: while a model is downloaded no other may be there.  Empty if none does."""
-    return min((checkpoint.infos[name].file for name in _learning(checkpoint, kinds)), default="")
-
-
-def _learning(checkpoint: Checkpoint, kinds: Mapping[str, str | Codec]) -> dict[str, str | Codec]:
-    """Without the head that predicts one token more, which changes no other byte."""
-    last = checkpoint.config.num_hidden_layers
-    return {n: kind for n, kind in kinds.items() if learns(kind) and split_name(n)[0] != last}
+def level_samples(
+    checkpoint: Checkpoint, kinds: Mapping[str, str | Codec]
+) -> dict[Codec, list[str]]:
+    """The tensors that levels are learned from, by codec; ``kinds`` says how each is stored.  They
+    are in the first weight file in order of name that holds any: while a model is downloaded no
+    other may be there.  The head that predicts one token more is not among them: it changes no
+    other byte."""
+    infos, last = checkpoint.infos, checkpoint.config.num_hidden_layers
+    named: dict[Codec, list[str]] = {}
+    for name, kind in kinds.items():
+        if isinstance(kind, Codec) and learns(kind) and split_name(name)[0] != last:
+            named.setdefault(kind, []).append(name)
+    file = min((infos[name].file for names in named.values() for name in names), default="")
+    found = {kind: [n for n in names if infos[n].file == file] for kind, names in named.items()}
+    return {kind: names[:: max(1, -(-len(names) // _MATRICES))] for kind, names in found.items()}
 
 
 def learn_levels(
-    checkpoint: Checkpoint, kinds: Mapping[str, str | Codec], file: str
+    checkpoint: Checkpoint, samples: Mapping[Codec, Sequence[str]]
 ) -> dict[str, list[int]]:
-    """Levels by codec, learned from tensors of a weight file, which are stored as ``kinds``."""
-    learning = _learning(checkpoint, kinds)
-    infos, levels = checkpoint.infos, {}
-    for kind in dict.fromkeys(learning.values()):
-        assert isinstance(kind, Codec)
-        names = [n for n, stored in learning.items() if stored == kind and infos[n].file == file]
-        samples = []
-        for name in names[:: max(1, -(-len(names) // _MATRICES))]:
-            N, K = infos[name].shape
+    """Levels by codec, learned from rows of these tensors."""
+    levels = {}
+    for kind, names in samples.items():
+        pieces = []
+        for name in names:
+            N, K = checkpoint.infos[name].shape
             count = max(1, min(N, _SAMPLED // _MATRICES // K))
             piece = checkpoint.rows(name, (N - count) // 2, (N + count) // 2).float()
             if bool(piece.isfinite().all()):  # else its own quantization says what is wrong
-                samples.append(piece)
+                pieces.append(piece)
         start = torch.tensor(kind.levels, dtype=torch.float32)
-        learned = encode.learn_levels(samples, start, SCALES[kind.scales].block)
+        learned = encode.learn_levels(pieces, start, SCALES[kind.scales].block)
         levels[kind.name] = [int(level) for level in learned.tolist()]
     return levels

@@ -7,7 +7,7 @@ import errno
 import math
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,18 @@ _STATE = "state.json"
 STREAM = "stream.bin"  # where ``slotmoe.offload.ingest.calibration`` goes on
 _Sum = Annotated[float, Meta(ge=0, le=1e100)]
 Written = tuple[list[str], Annotated[list[_Sum], Meta(min_length=4, max_length=4)]]
+Progress = Callable[[int, int], None]
+"""``progress(done, total)`` in bytes, called from worker threads."""
+Notify = Callable[[str], None]
 _Level = Annotated[int, Meta(ge=-127, le=127)]
+
+
+class Stopped(Exception):
+    """The work was given up because another thread failed."""
+
+
+def ignore(*_arguments: object) -> None:
+    """For callers that want no progress and no sentences."""
 
 
 def beside(destination: Path, suffix: str) -> Path:

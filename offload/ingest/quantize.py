@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import InitVar, dataclass
@@ -28,35 +28,33 @@ from slotmoe.model.checkpoint.reader import Checkpoint, open_checkpoint
 from slotmoe.model.names import text_layer
 from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.calibration import Calibration, Windows, chosen, fingerprint
-from slotmoe.offload.ingest.encoder import Coder, codecs_for, learn_levels, learns, levels_file
-from slotmoe.offload.ingest.held_files import Shards, Step, held, together
+from slotmoe.offload.ingest.encoder import Coder, codecs_for, learn_levels, learns, level_samples
+from slotmoe.offload.ingest.hub import Portion, Shards
 from slotmoe.offload.ingest.manifest import Contents, write_files
-from slotmoe.offload.ingest.output_dir import State, Written, check_space
+from slotmoe.offload.ingest.output_dir import (
+    Notify,
+    Progress,
+    State,
+    Stopped,
+    Written,
+    check_space,
+    ignore,
+)
 from slotmoe.offload.ingest.repair import export_of, replace_files, source_files
 from slotmoe.offload.ingest.report import quantization_report
 from slotmoe.offload.model_source import small_parts
 from slotmoe.quant.codecs.codec import TILE, Codec, ExpertCodecs
-from slotmoe.quant.codecs.encode import NotFiniteError
+from slotmoe.quant.codecs.encode import Hessian, NotFiniteError
 from slotmoe.quant.export import writer
 from slotmoe.quant.export.layout import COPIED, EXPERTS, FORMAT_VERSION, MANIFEST
 from slotmoe.quant.export.manifest import MAX_COPIED_BYTES, refuse_unlisted
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import ExportFile, damaged_files, write_json
 from slotmoe.quant.shapes import RESIDENT_MODES
+from slotmoe.system import cores
 
-Progress = Callable[[int, int], None]
-"""``progress(done, total)`` in bytes of the source, called from worker threads."""
-Notify = Callable[[str], None]
 Key = TypeVar("Key")
 _CHUNK = 8 << 20  # weights quantized at once
-
-
-class Stopped(Exception):
-    """The work was given up because another thread failed."""
-
-
-def ignore(*_arguments: object) -> None:
-    """For callers that want no progress and no sentences."""
 
 
 def resident_mode(resident: str) -> str:
@@ -149,7 +147,6 @@ class _Job:
         dtypes = {name: info.dtype for name, info in self.checkpoint.infos.items()}
         self._contents = Contents(self.checkpoint.config, self.mode, self.codecs, dtypes)
         self._kinds = {name: tensor.kind for name, tensor in self._contents.tensors.items()}
-        self._levels_file = levels_file(self.checkpoint, self._kinds)
         coded = [kind for kind in self._kinds.values() if isinstance(kind, Codec) and learns(kind)]
         self._learned = {kind.name: 1 << kind.bits for kind in coded}  # numbers of levels
         self._text: Windows | None = None
@@ -252,32 +249,34 @@ class _Job:
         missing = [file for file in made_of if file not in self._entries]
         todo = [name for file in missing for name in made_of[file] if name in self._left[file]]
         calibration = self._calibration(todo)
-        steps = self._steps(todo, calibration)
+        portions = self._portions(todo, calibration)
         paths = filter(Path.is_file, map(self.partial.joinpath, missing))
         taken = sum(map(system.bytes_on_disk, paths))
         needed = max(sum(map(self._contents.nbytes, missing)) - taken, 0) + (16 << 20)
         if self.shards is not None:
             free = shutil.disk_usage(self.partial).free
-            needed += self.shards.announce(together(steps), needed, free)
+            needed += self.shards.announce(portions, needed, free)
         check_space(self.partial, needed)
         self._advance(self._total - sum(infos[name].nbytes for name in todo) - self._done)
         with ExitStack() as closing_files:
             for file in missing:
                 opened = closing(self._opened(file, made_of[file]))
                 self._open_files[file] = closing_files.enter_context(opened)
-            ready: Iterable[Step] = steps
-            if self.shards is None:
-                self._learn_levels(self._levels_file)
-            else:
-                arriving = held(self.checkpoint, self.shards, steps, self._learn_levels)
+            ready: Iterable[Portion] = portions
+            if self.shards is not None:
+                arriving = self.shards.held(self.checkpoint, portions)
                 ready = closing_files.enter_context(closing(arriving))
             if calibration is not None:
                 self._total += calibration.nbytes
                 self.notify(calibration.announcement())
-            for step in ready:
-                self._coder.hessians = step.prepare()
-                self._write_tensors(step.names)
-                self._save_written()
+            # A text's products have other bits by another number of threads.
+            closing_files.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(cores())
+            for portion in ready:
+                self._coder.hessians = portion.prepare()
+                if portion.names:
+                    self._write_tensors(portion.names)
+                    self._save_written()
             if calibration is not None:
                 for sentence in calibration.remarks(self._coder.uncalibrated):
                     self.notify(sentence)
@@ -324,30 +323,42 @@ class _Job:
         noting = self.partial, self._state, self._advance
         return Calibration(self.checkpoint, self._text, coded, wanted, *noting)
 
-    def _steps(self, names: list[str], calibration: Calibration | None) -> list[Step]:
-        """The work on the tensors ``names``: at once, or weight file by weight file where these
-        come one after the other, or layer by layer with a text."""
-        infos, config = self.checkpoint.infos, self.checkpoint.config
-        if calibration is None and self.shards is None:
-            return [Step(set(), names)]
-        if calibration is None:
-            by_file = _grouped(names, lambda name: infos[name].file)
-            return [Step({file}, by_file[file]) for file in sorted(by_file)]
-        by_layer = _grouped(names, lambda name: text_layer(name, config))
-        read = _grouped(infos, lambda name: text_layer(name, config))
-        first = [*calibration.embedding_files, *[self._levels_file] * (not self._state.levels)]
-        steps = [Step(set(filter(None, first)), [], calibration.begin)]
-        for layer in calibration.remaining:
-            files = {infos[name].file for name in read.get(layer, ())}
-            steps.append(Step(files, by_layer.get(layer, []), partial(calibration.layer, layer)))
-        rest = by_layer.get(None, [])
-        return [*steps, Step({infos[name].file for name in rest}, rest)]
+    def _portions(self, names: list[str], calibration: Calibration | None) -> list[Portion]:
+        """The work on the tensors ``names``: at once, or by weight files where these come one after
+        the other, or layer by layer with a text; before it levels, unless they are known."""
+        config = self.checkpoint.config
+        if calibration is not None:
+            by_layer = _grouped(names, lambda name: text_layer(name, config))
+            read = _grouped(self.checkpoint.infos, lambda name: text_layer(name, config))
+            portions = [Portion(self._files(calibration.begins_with), [], calibration.begin)]
+            for layer in calibration.remaining:
+                prepare = partial(calibration.layer, layer)
+                files = self._files(read.get(layer, ()))
+                portions.append(Portion(files, by_layer.get(layer, []), prepare))
+            rest = by_layer.get(None, [])
+            portions.append(Portion(self._files(rest), rest))
+        elif self.shards is not None:
+            by_files = _grouped(names, lambda name: tuple(sorted(self._files([name]))))
+            portions = [Portion({*files}, by_files[files]) for files in sorted(by_files)]
+        else:
+            portions = [Portion(set(), names)]
+        learned = {name for name in names if learns(self._kinds[name])}
+        if learned and not self._state.levels:
+            samples = level_samples(self.checkpoint, self._kinds)
+            first = next(at for at, it in enumerate(portions) if not learned.isdisjoint(it.names))
+            files = self._files(name for names in samples.values() for name in names)
+            portions.insert(first, Portion(files, [], partial(self._learn_levels, samples)))
+        return portions
 
-    def _learn_levels(self, file: str) -> None:
-        """Learn levels, unless they are known, if ``file`` is the one they are learned from."""
-        if not self._state.levels and file == self._levels_file:
-            self._state.levels |= learn_levels(self.checkpoint, self._kinds, file)
-            self._state.save(self.partial)
+    def _files(self, names: Iterable[str]) -> set[str]:
+        """The weight files that have parts of these tensors."""
+        infos = [self.checkpoint.infos[name] for name in names]
+        return {part.file for info in infos for part in (info, *info.parts)}
+
+    def _learn_levels(self, samples: Mapping[Codec, Sequence[str]]) -> Mapping[str, Hessian]:
+        self._state.levels |= learn_levels(self.checkpoint, samples)
+        self._state.save(self.partial)
+        return {}
 
     def _save_written(self) -> None:
         """Make what unfinished files hold durable, and say so in the state."""

@@ -1,20 +1,25 @@
-"""One commit of a repository on the hub: what is in it, where its bytes are, and the hub's errors
-in our words.  Metadata, tokens, endpoint, cache and HTTP are huggingface_hub's."""
+"""One commit of a repository on the hub: what is in it, and the hub's errors in our words.
+Metadata, tokens, endpoint, cache, HTTP and Xet are huggingface_hub's."""
 
 import hashlib
 import os
 import random
 import re
-import time
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from slotmoe.errors import CheckpointError, ConfigError, DownloadError
+from slotmoe.errors import CheckpointError, ConfigError, DownloadError, SlotmoeError
 from slotmoe.model import tiktoken
 from slotmoe.model.checkpoint.shards import INDEX_NAME
+from slotmoe.offload.ingest.output_dir import Stopped
 from slotmoe.quant.export.layout import COPIED
+
+T = TypeVar("T")
+ATTEMPTS, PAUSE = 8, 1.0  # failures in a row; seconds after the first, doubled each time
 
 
 class PassingError(Exception):
@@ -25,76 +30,20 @@ class PassingError(Exception):
         self.after = after
 
 
-@dataclass(frozen=True)
-class Patience:
-    """How long to bear with a bad connection: ``stall`` seconds for each buffer, ``attempts``
-    failures in a row, between them ``pause`` seconds, doubled each time up to a minute."""
-
-    stall: float = 30.0
-    attempts: int = 8
-    pause: float = 1.0
-
-    def pause_after(self, failures: int, what: str, problem: PassingError) -> float:
-        """Seconds to wait after so many failures in a row.  Raises ``DownloadError``."""
-        if failures >= self.attempts:
-            advice = f"gave up after {failures} attempts, run the same command again to resume"
-            raise DownloadError(f"{what}: {problem}; {advice}") from None
-        pause = min(self.pause * 2.0 ** (failures - 1), 60.0) * random.uniform(0.75, 1.25)
-        return max(pause, min(problem.after, 300.0))
-
-
 class Expected(NamedTuple):
     """The hub's facts of a file: bytes, and its SHA-256 or, if it is small, its git blob id."""
 
     size: int
     checksum: str
 
-    def digest(self) -> "hashlib._Hash":
-        """An empty hash of the right kind."""
-        if len(self.checksum) == 64:
-            return hashlib.sha256()
-        return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
-
-
-@dataclass(frozen=True)
-class Remote:
-    """One file of a commit, and its address at the hub, which may redirect to another host."""
-
-    repo: str
-    commit: str
-    file: str
-    expected: Expected
-    url: str
-    patience: Patience
-
-    @property
-    def name(self) -> str:
-        return f"{self.repo}/{self.file}"
-
-    def check(self, response: Any, start: int) -> None:
-        """Refuse the answer to a request for byte ``start`` and later ones if it has not these of
-        the file that the hub described: ``PassingError``, or for good a ``SlotmoeError``."""
-        from huggingface_hub import constants
-        from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
-
-        status, size = response.status_code, self.expected.size
-        if str(response.url).startswith(constants.ENDPOINT):
-            hf_raise_for_status(response)
-        elif status not in (200, 206):  # a signed address that has expired, too
-            raise _status_error(response)
-        for answer in (*response.history, response):
-            if (commit := answer.headers.get("X-Repo-Commit", self.commit)) != self.commit:
-                commits = f"commit {commit:.40} instead of {self.commit}"
-                raise DownloadError(f"{self.name}: the hub answers for {commits}; try again later")
-        span = response.headers.get("Content-Range", "")
-        first, total = span.removeprefix("bytes ").split("-")[0], span.rpartition("/")[2]
-        if status == 200:
-            first, total = str(start), response.headers.get("Content-Length", "*")
-        if total not in (str(size), "*"):
-            sizes = f"the server's file has {total[:40]!r} bytes, the hub promises {size}"
-            raise DownloadError(f"{self.name}: {sizes}; try again later")
-        if first != str(start):
-            raise PassingError(f"the server sends bytes from {first[:40]!r} on instead of {start}")
+    def checksum_of(self, file: BinaryIO) -> str:
+        """Checksum of what the open file holds, of the same kind."""
+        digest = hashlib.sha256()
+        if len(self.checksum) != 64:
+            digest = hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
+        while data := file.read(1 << 20):
+            digest.update(data)
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -115,30 +64,16 @@ class Snapshot:
             return None
         return Path(path)
 
-    def remote(self, name: str, patience: Patience) -> Remote:
-        from huggingface_hub import hf_hub_url
 
-        url = hf_hub_url(self.repo, name, revision=self.commit)
-        return Remote(self.repo, self.commit, name, self.files[name], url, patience)
-
-
-def resolve(repo: str, revision: str, patience: Patience) -> Snapshot:
+def resolve(repo: str, revision: str) -> Snapshot:
     """The commit that ``revision`` is now, or without a network in huggingface_hub's cache.  Raises
     ``ConfigError`` without such a model or access, ``DownloadError`` if the hub can't be asked."""
     from huggingface_hub import HfApi
 
-    api = HfApi(library_name="slotmoe")
-    few = Patience(patience.stall, min(patience.attempts, 3), patience.pause)
+    ask = HfApi(library_name="slotmoe").model_info
+    given: Any = {"revision": revision, "files_metadata": True, "timeout": 30}
     try:
-        for failures in count(1):
-            try:
-                info = api.model_info(repo, revision=revision, files_metadata=True, timeout=30)
-                break
-            except Exception as problem:
-                cause = explained(repo, revision, problem)
-                if not isinstance(cause, PassingError):
-                    raise cause from None
-                time.sleep(few.pause_after(failures, repo, cause))
+        info = asked(lambda: ask(repo, **given), repo, revision)
     except DownloadError as problem:
         if (cached := _cached_snapshot(repo, revision)) is not None:
             return cached
@@ -190,6 +125,8 @@ def explained(repo: str, revision: str, problem: Exception) -> Exception:
     """What to raise for huggingface_hub's and HTTP's errors: a way out, or ``PassingError``."""
     from huggingface_hub import constants, errors
 
+    if type(problem) is ValueError and isinstance(problem.__cause__, Exception):
+        problem = problem.__cause__  # that a forced download asked for metadata in vain
     hub, login = constants.ENDPOINT, "log in with 'hf auth login' or set HF_TOKEN"
     causes: dict[type[Exception], str] = {
         errors.GatedRepoError: f"is gated; ask for access at {hub}/{repo}, then {login}",
@@ -210,24 +147,50 @@ def explained(repo: str, revision: str, problem: Exception) -> Exception:
         return DownloadError(f"{repo}: HF_HUB_OFFLINE forbids to ask the hub")
     reason = str(problem)[:120] or type(problem).__name__
     if isinstance(problem, errors.HfHubHTTPError):
-        status = problem.response.status_code
+        status, host = problem.response.status_code, str(problem.response.url)
+        after = problem.response.headers.get("Retry-After", "")
+        # A signed address elsewhere that has expired is asked for again.
+        if status in (408, 429) or status >= 500 or not host.startswith(hub):
+            seconds = float(after) if after.isdecimal() else 0.0
+            return PassingError(f"the server answers {status}", seconds)
         if status in (401, 403):
             text = f"{hub} refuses access ({status}); the token may be wrong or lack the permission"
             return ConfigError(f"{repo}: {text}: {login}")
-        if status in (408, 429) or status >= 500:
-            return _status_error(problem.response)
         text = f"{hub} answers {status}, which no hub should; is HF_ENDPOINT right?"
         return DownloadError(f"{repo}: {text}")
     if "CERTIFICATE_VERIFY_FAILED" in str(problem):
         text = f"the server's certificate is refused ({reason})"
         return DownloadError(f"{repo}: {text}; SSL_CERT_FILE names others to trust")
+    if isinstance(problem, OSError) and problem.errno is not None:
+        return problem  # the disk's
     if isinstance(problem, (errors.HTTPError, OSError)):  # type: ignore[attr-defined]
         return PassingError(f"the connection to {hub} or where it redirects failed ({reason})")
     return PassingError(f"{hub} does not answer like a hub ({type(problem).__name__})")
 
 
-def _status_error(response: Any) -> PassingError:
-    """The failure that a status is, with the whole seconds to wait, if the server asks."""
-    after = response.headers.get("Retry-After", "")
-    seconds = float(after) if after.isdecimal() else 0.0
-    return PassingError(f"the server answers {response.status_code}", seconds)
+def asked(
+    ask: Callable[[], T],
+    repo: str,
+    revision: str,
+    file: str = "",
+    stop: threading.Event | None = None,
+) -> T:
+    """What ``ask`` returns, for a ``file`` after at most ``ATTEMPTS`` failures in a row.  Raises
+    what ``explained`` gives, and ``Stopped`` once ``stop`` is set."""
+    stop, attempts = stop or threading.Event(), ATTEMPTS if file else min(ATTEMPTS, 3)
+    for failures in count(1):
+        try:
+            return ask()
+        except (SlotmoeError, Stopped):
+            raise
+        except Exception as problem:
+            cause = explained(repo, revision, problem)
+        if not isinstance(cause, PassingError):
+            raise cause
+        if failures >= attempts:
+            advice = f"gave up after {failures} attempts, run the same command again to resume"
+            raise DownloadError(f"{repo}{file and '/'}{file}: {cause}; {advice}")
+        pause = min(PAUSE * 2.0 ** (failures - 1), 60.0) * random.uniform(0.75, 1.25)
+        if stop.wait(max(pause, min(cause.after, 300.0))):
+            raise Stopped
+    raise AssertionError

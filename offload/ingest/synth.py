@@ -17,8 +17,14 @@ from slotmoe.jsonfile import Json
 from slotmoe.model.config import read_config
 from slotmoe.model.names import EMBEDDING, resident_shapes, role_of
 from slotmoe.offload.ingest.manifest import Contents, write_files
-from slotmoe.offload.ingest.output_dir import beside, check_destination, check_space, publish
-from slotmoe.offload.ingest.quantize import Progress, resident_mode
+from slotmoe.offload.ingest.output_dir import (
+    Progress,
+    beside,
+    check_destination,
+    check_space,
+    publish,
+)
+from slotmoe.offload.ingest.quantize import resident_mode
 from slotmoe.offload.model_cache import SAMPLE
 from slotmoe.quant.codecs.codec import BLOCK, SCALES, TILE, Codec, ExpertCodecs
 from slotmoe.quant.codecs.weight import pack

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slotmoe.offload.devices.device import Device, Event
 from slotmoe.offload.devices.pages import page_aligned
-from slotmoe.offload.ingest.quantize import Notify
+from slotmoe.offload.ingest.output_dir import Notify
 from slotmoe.offload.plan.speed import Bandwidths, store_bandwidths
 from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.codecs.codec import ExpertCodecs

@@ -24,11 +24,9 @@ from slotmoe.model.config import config_among, read_config
 from slotmoe.model.generate import Sampling
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload import model_cache
-from slotmoe.offload.ingest import output_dir
-from slotmoe.offload.ingest.cached import noted_export
-from slotmoe.offload.ingest.hub import hub_place
+from slotmoe.offload.ingest import output_dir, repository
+from slotmoe.offload.ingest.cached import hub_place, noted_export
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.ingest.repository import Patience, resolve
 from slotmoe.offload.model_source import generation_of
 from slotmoe.offload.plan.advice import GEOMETRIES, Model, geometry_path
 from slotmoe.offload.plan.speed import MEASURED, stored_bandwidths
@@ -278,8 +276,9 @@ def hub_answer(folder, good):
 
     def read(values):
         answer = json.loads(text(values))
-        with patch.object(HfApi, "model_info", lambda *_, **__: ModelInfo(**answer)):
-            resolve("owner/model", "main", Patience(attempts=1, pause=0))
+        given = patch.object(HfApi, "model_info", lambda *_, **__: ModelInfo(**answer))
+        with given, patch.object(repository, "ATTEMPTS", 1):
+            repository.resolve("owner/model", "main")
 
     return {"id": "owner/model", "sha": "0" * 40, "siblings": [sibling, large]}, read
 

@@ -1,13 +1,10 @@
 """From the hub to an export: whatever the network, the server or the disk does, the same bytes or a
 clear refusal."""
 
-import asyncio
 import json
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,32 +14,27 @@ from pathlib import Path
 
 import pytest
 
-import slotmoe.offload.ingest.download as download
 from slotmoe.errors import CheckpointError, ConfigError, DownloadError, ExportError, PlanError
 from slotmoe.model.checkpoint.reader import open_checkpoint
-from slotmoe.offload.ingest.download import Range, receive
-from slotmoe.offload.ingest.hub import hub_export, quantize_from_hub
+from slotmoe.offload.ingest.cached import hub_export, quantize_from_hub
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.ingest.repository import Expected, Patience, Remote
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import FORMAT_VERSION, MANIFEST, RESIDENT
 from tests.support.disk import Stop, digests, small_disk, stop_at, tree
-from tests.support.hub import HEADER_RANGE, NAME, QUICK, TOKEN, Repo, make, weight_requests
+from tests.support.hub import HUB, NAME, TOKEN, Repo, is_header, make
 from tests.support.tiny import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
-SHARDS = 6
-FIRST, SECOND, *_ = FILES = [f"model-{n:05d}-of-00006.safetensors" for n in range(1, SHARDS + 1)]
+FIRST, SECOND, *_, LAST = FILES = [f"model-{n:05d}-of-00004.safetensors" for n in range(1, 5)]
 INDEX = "model.safetensors.index.json"
 SMALL = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", INDEX]
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A checkpoint in six files that split every expert, named like its repository."""
+    """A checkpoint in files that split every expert, named like its repository."""
     folder = tmp_path_factory.mktemp("repo") / "tiny"
-    sizes = {"num_hidden_layers": 4, "n_routed_experts": 16, "moe_intermediate_size": 256}
-    write_checkpoint(folder, SHARDS, **sizes)
+    write_checkpoint(folder, len(FILES), n_routed_experts=16, moe_intermediate_size=256)
     return folder
 
 
@@ -55,28 +47,18 @@ def wanted(source, tmp_path_factory):
 
 
 @pytest.fixture
-def served(hub, source, monkeypatch):
-    """The hub with that repository; files arrive in several pieces."""
-    monkeypatch.setattr(download, "RANGE_BYTES", 192 << 10)
+def served(hub, source):
     hub.add(NAME, Repo(source))
     return hub
 
 
-def stopped(destination, share, **options):
-    with pytest.raises(Stop):
-        make(destination, progress=stop_at(share), **options)
-
-
-def names_of(requests):
-    return {one["name"] for one in requests}
-
-
-def test_same_bytes_as_from_a_folder(served, wanted, tmp_path):
+def test_one_file_arrives_while_one_is_quantized(served, wanted, tmp_path):
+    """Each once, at most two on the disk, and the token goes to the hub alone."""
     said, seen, counts, two = [], [], set(), threading.Event()
 
     def arriving(*now):
-        files = (tmp_path / "export.download/weights").iterdir()
-        counts.add(len({path.name.partition(".safetensors")[0] for path in files}))
+        weights = tmp_path / "export.download/weights"
+        counts.add(len([*weights.glob("*.safetensors"), *weights.rglob("*.incomplete")]))
         seen.append(now)
         if 2 in counts:
             two.set()
@@ -90,18 +72,18 @@ def test_same_bytes_as_from_a_folder(served, wanted, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     assert max(counts) == 2
     assert all(done <= total for done, total in seen)
-    assert "6 of 6 weight files to download, 6.2 MiB" in said[0]
-    assert "at most 2.4 MiB for weight files" in said[1]
+    assert "4 of 4 weight files to download, 4.5 MiB" in said[0]
+    assert "at most 2.8 MiB for weight files" in said[1]
     tokens = {(one["kind"] == "cdn", one["token"]) for one in served.requests}
-    assert tokens == {(False, f"Bearer {TOKEN}"), (True, None)}, "it does not follow elsewhere"
+    assert tokens == {(False, f"Bearer {TOKEN}"), (True, None)}
     assert [one["revision"] for one in served.asked("api")] == ["main"], "resolved once"
     assert {one["revision"] for one in served.requests if one["kind"] != "api"} == {"a" * 40}
-    assert names_of(weight_requests(served)) == {*FILES}
-    assert len(weight_requests(served)) > 5 * SHARDS, "in several ranges"
+    assert served.whole() == FILES
 
 
 def test_keep_source(served, source, wanted, tmp_path):
-    stopped(tmp_path / "export", 0.6, keep_source=True)
+    with pytest.raises(Stop):
+        make(tmp_path / "export", progress=stop_at(0.6), keep_source=True)
     assert list((tmp_path / "export.source").iterdir()) != []
     with pytest.raises(ConfigError, match=r"config.json: is missing"):
         open_checkpoint(tmp_path / "export.source")  # half of it is no checkpoint
@@ -113,7 +95,7 @@ def test_keep_source(served, source, wanted, tmp_path):
     served.requests.clear()
     make(tmp_path / "export", keep_source=True)
     assert tree(tmp_path / "export") == wanted
-    assert weight_requests(served) == [], "what was kept is used"
+    assert served.whole() == [], "what was kept is used"
     assert tree(tmp_path / "export.source") == tree(source)
 
 
@@ -123,47 +105,32 @@ def test_too_little_disk_is_known_before_any_weight(served, wanted, tmp_path, mo
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(1 << 40, 1 << 40, free))
     with pytest.raises(ExportError, match=r"needs [\d.]+ MiB of free disk"):
         make(tmp_path / "export")
-    assert weight_requests(served) == []
+    assert served.whole() == []
 
 
 def test_stopped_it_goes_on_with_its_revision_and_its_files(served, wanted, tmp_path):
     write_checkpoint(tmp_path / "other", shards=3)
-    stopped(tmp_path / "export", 0.5, workers=1)
+    with pytest.raises(Stop):
+        make(tmp_path / "export", progress=stop_at(0.6), workers=1)
     state = json.loads((tmp_path / "export.partial/state.json").read_text())
     assert len(state["written"]) > 25
     served.add(NAME, Repo(tmp_path / "other", "b" * 40))  # main is another commit from here on
     served.add(NAME, Repo(tmp_path / "other", "b" * 40), "v2")
     with pytest.raises(ExportError, match="--overwrite"):
-        make(tmp_path / "export", revision="v2")
+        make(tmp_path / "export", "v2")
+    made = served.whole()
     served.requests.clear()
     make(tmp_path / "export")
     assert tree(tmp_path / "export") == wanted
-    assert names_of(weight_requests(served)) <= {*FILES[2:]}
+    assert sorted({*made, *served.whole()}) == FILES
+    assert len(made) + len(served.whole()) <= len(FILES) + 1, "at most one file again"
     assert served.asked("small") == served.asked("api") == [], "the plan and the headers are there"
     make(tmp_path / "export", overwrite=True)
     assert tree(tmp_path / "export") != wanted
 
 
-def test_resumes_inside_a_file(served, wanted, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "RANGE_BYTES", 64 << 20)  # one range a file
-    with pytest.raises(Stop):
-        make(tmp_path / "export", arriving=stop_at(0.12))
-    served.requests.clear()
-    seen = []
-    make(tmp_path / "export", arriving=lambda *now: seen.append(now))
-    first = next(one for one in weight_requests(served) if one["name"] == FIRST)
-    least = 0.12 * seen[0][1]
-    assert int(first["range"].removeprefix("bytes=").split("-")[0]) >= least - (256 << 10)
-    assert seen[0][0] >= least, "what is there counts from the start"
-    assert tree(tmp_path / "export") == wanted
-
-
-def test_single_file_and_existing_destination(hub, tmp_path):
-    write_checkpoint(tmp_path / "tiny", hidden_size=72, moe_intermediate_size=37)
-    hub.add(NAME, Repo(tmp_path / "tiny"))
+def test_existing_destination(served, tmp_path):
     make(tmp_path / "export", resident="nf4")
-    quantize(tmp_path / "tiny", tmp_path / "local", resident="nf4")
-    assert tree(tmp_path / "export") == tree(tmp_path / "local")
     before = tree(tmp_path)
     with pytest.raises(ExportError, match="exists; pass --overwrite"):
         make(tmp_path / "export")
@@ -179,6 +146,7 @@ def test_foreign_folder_is_never_emptied(place, served, tmp_path):
     assert (tmp_path / place / "thesis.txt").read_text() == "ten years of work"
 
 
+@pytest.mark.filterwarnings("ignore")  # huggingface_hub's own of the disk
 def test_disk_really_fills_up(served, wanted, tmp_path, monkeypatch, processes):
     message = "the disk is full; make room and run the same command to resume"
     monkeypatch.setattr("slotmoe.offload.ingest.quantize.check_space", lambda partial, needed: None)
@@ -193,56 +161,36 @@ def test_disk_really_fills_up(served, wanted, tmp_path, monkeypatch, processes):
 
 
 # Runs in a process of its own: imports once, then forks a child for every attempt, which kills
-# itself at some of its reports of progress.
+# itself at the first report of progress that finds such a file.
 KILLER = """
-import json, os, shutil, signal, sys
+import json, os, signal, sys
 from pathlib import Path
 import huggingface_hub, torch
-from slotmoe.offload.ingest import download
-from slotmoe.offload.ingest.hub import quantize_from_hub
+from slotmoe.offload.ingest.cached import quantize_from_hub
 from tests.support.disk import digests, forked
-work, events = Path(sys.argv[1]), 0
-download.RANGE_BYTES, download.SAVE_SECONDS = 192 << 10, 0
-def attempt(share="nothing"):
+work = Path(sys.argv[1])
+def attempt(file):
     def run():
-        seen = 0
-        def count(_done, _total):
-            nonlocal seen
-            seen += 1
-            due = any(work.glob(share)) if isinstance(share, str) else seen >= share * events
-            if due:
+        def look(_done, _total):
+            if any(work.parent.rglob(file)):
                 os.kill(os.getpid(), signal.SIGKILL)
-        reports = {"progress": count, "arriving": count}
-        quantize_from_hub("org/tiny", "main", work / "export", workers=2, **reports)
-        work.with_name("events").write_text(str(seen))
+        quantize_from_hub("org/tiny", "main", work, workers=2, progress=look, arriving=look)
     return forked(run)
-def whole(status):
-    return [status, {name.removeprefix("export/"): sum for name, sum in digests(work).items()}]
-work.mkdir()
-report = {"found": [whole(attempt())], "killed": 0}
-events = int(work.with_name("events").read_text())
-for shares in json.loads(sys.argv[2]):
-    shutil.rmtree(work)
-    work.mkdir()
-    for share in shares:
-        report["killed"] += os.WIFSIGNALED(attempt(share))
-    report["found"].append(whole(attempt()))
-print(json.dumps(report))
+killed = [os.WIFSIGNALED(attempt(file)) for file in sys.argv[2:]]
+print(json.dumps([killed, attempt("nothing"), digests(work)]))
 """
-_random = random.Random(7)
-# At the first report that finds such a file, or after a share of the reports, one after the other.
-KILLS = [["*.partial/state.json", 0.05], ["*.download/weights/*.ranges"]]
-MORE_KILLS = [[_random.random() for _ in range(_random.choice((1, 2, 4)))] for _ in range(90)]
+KILLS = ("*.incomplete", "model-00002*", "state.json", "layer-*", "slotmoe.json.tmp")
 
 
-@pytest.mark.parametrize("kills", [KILLS, pytest.param(MORE_KILLS, marks=pytest.mark.slow)])
-def test_killed_at_some_moment_it_resumes(kills, served, source, tmp_path, processes):
-    command = [sys.executable, "-c", KILLER, tmp_path / "work", json.dumps(kills)]
-    report = json.loads(subprocess.check_output(command, cwd=ROOT))
-    quantize(source, tmp_path / "export")
-    sums = digests(tmp_path / "export")
-    assert report["found"] == [[0, sums]] * (len(kills) + 1)
-    assert report["killed"] >= len(kills)
+def test_killed_it_resumes(served, source, tmp_path, processes):
+    """At most one file comes again for each kill."""
+    command = [sys.executable, "-c", KILLER, tmp_path / "work" / "export", *KILLS[:4]]
+    (tmp_path / "work").mkdir()
+    killed, status, found = json.loads(subprocess.check_output(command, cwd=ROOT))
+    quantize(source, tmp_path / "wanted")
+    assert (status, found) == (0, digests(tmp_path / "wanted"))
+    assert all(killed)
+    assert len(served.whole()) <= len(FILES) + len(killed)
 
 
 def fill_cache(names):
@@ -266,7 +214,7 @@ def test_cached_files_are_used_and_stay(served, wanted, tmp_path):
     assert tree(tmp_path / "export") == wanted
     assert tree(cache) == before
     assert served.asked("small") == []
-    assert names_of(weight_requests(served)) == {*FILES[1:]}
+    assert served.whole() == FILES[1:]
     assert any("is damaged, so it is not used" in text for text in said)
 
 
@@ -277,7 +225,7 @@ def test_without_a_network_the_cache_is_enough_or_what_is_missing_is_named(
     from huggingface_hub import constants
 
     fill_cache([*SMALL, *FILES[:-2]])
-    missing = "2 of 6 weight files can't be had .* model-0000[56]-.*, model-0000[56]-.*;"
+    missing = "2 of 4 weight files can't be had .* model-0000[34]-.*, model-0000[34]-.*;"
     with monkeypatch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
         with pytest.raises(CheckpointError, match=missing):
@@ -318,36 +266,24 @@ def terabyte(repo):
         file.write((1 << 40).to_bytes(8, "little"))
 
 
-*_, LAST = THREE = [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
 PATHS = "../x.safetensors", "/etc/x.safetensors", "C:x.safetensors", "x.bin"
 REFUSED = {
     "missing tensor": (config(num_hidden_layers=4), r"model.layers.3.*is missing"),
     "unsupported": (config(scoring_func="sigmoid"), "scoring_func"),
     "huge config": (lambda repo: repo.sizes.update({"config.json": 1 << 40}), "a real model's"),
     "no config": (without("config.json"), "has no config.json"),
-    "no weights": (without(*THREE), "3 of 3 weight files can't be had"),
-    "size of text": (lambda repo: repo.sizes.update({LAST: "9"}), "1 of 3 weight files"),
-    "odd checksum": (lambda repo: repo.checksums.update({LAST: "../x"}), "1 of 3 weight files"),
+    "no weights": (without(*FILES), "4 of 4 weight files can't be had"),
+    "size of text": (lambda repo: repo.sizes.update({LAST: "9"}), "1 of 4 weight files"),
+    "odd checksum": (lambda repo: repo.checksums.update({LAST: "../x"}), "1 of 4 weight files"),
     "header of a terabyte": (terabyte, "header of 1099511627784 bytes"),
     **{file: (index(file), "is not a plain .safetensors file name") for file in PATHS},
     "no name": (index(5), "weight_map.x is 5"),
 }
 
 
-def test_options_that_cannot_work_are_refused_before_any_weight(hub, tmp_path, monkeypatch):
-    monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / "cache"))
-    write_checkpoint(tmp_path / "tiny")
-    hub.add(NAME, Repo(tmp_path / "tiny"))
-    for options in ({"ram": "10MiB"}, {"context": 999}, {"draft": "mtp"}):
-        with pytest.raises((ConfigError, PlanError)):
-            Runtime.open(NAME, **options)
-    assert weight_requests(hub) == []
-    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
-
-
 @pytest.mark.parametrize("name", REFUSED)
-def test_bad_repository_is_refused_before_any_weight(name, hub, tmp_path):
-    write_checkpoint(tmp_path / "tiny", shards=3)
+def test_bad_repository_is_refused_before_any_weight(name, hub, source, tmp_path):
+    shutil.copytree(source, tmp_path / "tiny")
     repo = Repo(tmp_path / "tiny")
     change, message = REFUSED[name]
     change(repo)
@@ -355,10 +291,208 @@ def test_bad_repository_is_refused_before_any_weight(name, hub, tmp_path):
     before = tree(tmp_path)
     with pytest.raises((ConfigError, CheckpointError), match=message):
         make(tmp_path / "export")
-    assert weight_requests(hub) == []
-    assert name != "unsupported" or names_of(hub.requests) == {None, "config.json"}
-    if name not in ("missing tensor", "header of a terabyte"):  # it has read headers
-        assert tree(tmp_path) == before
+    assert hub.whole() == []
+    assert name != "unsupported" or {it["name"] for it in hub.requests} == {None, "config.json"}
+    assert tree(tmp_path) == before
+
+
+def drop(handler):
+    return handler.drop()
+
+
+def answer(*arguments, **headers):
+    return lambda handler: handler.answer(*arguments, **headers)
+
+
+def data_of(handler):
+    name = handler.path.split("?")[0].rpartition("/")[2]
+    return HUB.repos[NAME, "main"].files[name].read_bytes()
+
+
+def begin(handler, size=1 << 40):
+    """Announce all that is asked for, and send so much of it."""
+    data, span = data_of(handler), handler.headers.get("Range", "bytes=0-")
+    first = int(span.removeprefix("bytes=").split("-")[0])
+    handler.send_response(206 if first else 200)
+    handler.send_header("Content-Length", str(len(data) - first))
+    if first:
+        handler.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+    handler.end_headers()
+    handler.wfile.write(data[first:][:size])
+    handler.wfile.flush()
+
+
+def cut(handler):
+    begin(handler, 100_000)
+    return handler.drop()
+
+
+def stall(handler):
+    begin(handler, 100)
+    return HUB.hold(handler)
+
+
+def wrong_bytes(handler):
+    return handler.answer(200, bytes(len(data_of(handler))))
+
+
+def too_many(handler):
+    return handler.answer(200, data_of(handler) + bytes(1 << 20))
+
+
+def whole_file(handler):
+    """The answer of a server that knows no ranges."""
+    return handler.answer(200, data_of(handler))
+
+
+def elsewhere(handler):
+    return handler.answer(302, Location=handler.path.replace("?", "?again&"))
+
+
+# What goes wrong with which requests, so many times: it is borne.
+BEARABLE = {
+    "no ranges": ("header", whole_file, 9),
+    "header drops": ("header", drop, 2),
+    "header 500": ("header", answer(500), 2),
+    "drops": ("cdn", drop, 5),
+    "ends early": ("cdn", cut, 3),
+    "stalls before": ("cdn", HUB.hold, 2),
+    "stalls inside": ("cdn", stall, 2),
+    "500": ("cdn", answer(500), 2),
+    "429": ("cdn", answer(429, Retry_After="0"), 6),
+    "expired address": ("cdn", answer(403), 2),
+    "wrong bytes once": ("cdn", wrong_bytes, 1),
+    "another host": ("cdn", elsewhere, 9),
+    "api 500": ("api", answer(500), 2),
+    "resolve 503": ("resolve", answer(503), 2),
+    "small drops": ("small", drop, 2),
+}
+
+
+def faulty(served, kind, act, times=1 << 30):
+    """What such requests get; returns how often they still may."""
+    left, lock = [times], threading.Lock()
+
+    def fault(asked, name, handler):
+        asked = "header" if asked == "cdn" and is_header(handler) else asked
+        with lock:
+            if asked != kind or not left[0]:
+                return False
+            left[0] -= 1
+        return act(handler)
+
+    served.faults.append(fault)
+    return left
+
+
+@pytest.mark.parametrize("name", BEARABLE)
+def test_bearable_faults(name, served, wanted, tmp_path, monkeypatch):
+    if "stalls" in name:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    left, seen = faulty(served, *BEARABLE[name]), []
+    make(tmp_path / "export", arriving=lambda *now: seen.append(now))
+    assert tree(tmp_path / "export") == wanted
+    assert left[0] == 0 or name in ("no ranges", "another host"), "the fault happened"
+    assert seen[-1][0] == seen[-1][1], "what was thrown away is not counted twice"
+
+
+NO_REPO = {"X_Error_Code": "RepoNotFound"}
+GATED = answer(403, X_Error_Code="GatedRepo")
+NO_FILE = answer(404, X_Error_Code="EntryNotFound")
+BAD_TOKEN = answer(401, X_Error_Message="Invalid credentials in Authorization header")
+OTHER_COMMIT = answer(200, b"", X_Repo_Commit="b" * 40, ETag='"x"')
+NO_COMMIT = answer(200, b'{"id": "x", "sha": "../..", "siblings": []}')
+HOTEL = answer(200, b"<html>Please log in to the hotel")
+UNBEARABLE = [
+    ("cdn", wrong_bytes, DownloadError, "have the checksum"),
+    ("cdn", too_many, DownloadError, "more bytes than the .* that the hub promises"),
+    ("cdn", answer(500), DownloadError, "the server answers 500; gave up after 3 attempts"),
+    ("cdn", drop, DownloadError, "the connection"),
+    ("cdn", HUB.hold, DownloadError, r"the connection .*\(.*timed out\)"),
+    ("cdn", elsewhere, DownloadError, "redirects"),
+    ("header", wrong_bytes, CheckpointError, "damaged or truncated"),
+    ("small", OTHER_COMMIT, DownloadError, "have the checksum"),
+    ("small", answer(401, **NO_REPO), ConfigError, "no model on .* that you may see; check the"),
+    ("small", answer(403), ConfigError, "refuses access .403.*hf auth login"),
+    ("small", GATED, ConfigError, "is gated; ask for access at http.*/org/tiny"),
+    ("small", NO_FILE, CheckpointError, "not there"),
+    ("resolve", answer(403), ConfigError, "refuses access .403.*hf auth login"),
+    ("resolve", NO_FILE, CheckpointError, "not there"),
+    ("api", BAD_TOKEN, ConfigError, "refuses access .401.; the token may be wrong"),
+    ("api", answer(401, **NO_REPO), ConfigError, "no folder here and no model"),
+    ("api", answer(500), DownloadError, "connect to the network"),
+    ("api", answer(404, X_Error_Code="RevisionNotFound"), ConfigError, "no revision 'main'"),
+    ("api", HOTEL, DownloadError, "does not answer like a hub"),
+    ("api", NO_COMMIT, DownloadError, "is none"),
+]
+
+
+@pytest.mark.parametrize(("kind", "act", "error", "message"), UNBEARABLE)
+def test_unbearable_faults(kind, act, error, message, served, wanted, tmp_path, monkeypatch):
+    if act == HUB.hold:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    faulty(served, kind, act)
+    with pytest.raises(error, match=message):
+        make(tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+    assert not [*tmp_path.rglob("*.incomplete")], "no half file is left"
+    assert (tmp_path / "export.download").exists() == (kind == "cdn"), "what came can be used"
+    served.faults.clear()
+    make(tmp_path / "export")
+    assert tree(tmp_path / "export") == wanted
+
+
+def test_a_header_that_is_not_the_files_is_found(served, tmp_path):
+    """One bit of it, which would be in the manifest."""
+
+    def other_header(handler):
+        data = bytearray(data_of(handler))
+        data[data.index(b'"pt"') + 1] ^= 1
+        return handler.answer(206, bytes(data))
+
+    faulty(served, "header", other_header)
+    with pytest.raises(DownloadError, match="the header that came before is not the one"):
+        make(tmp_path / "export")
+
+
+def test_renamed_repository(served, wanted, tmp_path):
+    """The hub redirects the old name to the new one on its own host, and the token may follow."""
+    main = served.repos[NAME, "main"]
+    served.repos |= {("old/tiny", "main"): main, ("old/tiny", "a" * 40): main}
+
+    def renamed(kind, name, handler):
+        if kind == "cdn" or not handler.path.startswith("/old/"):
+            return False
+        return handler.answer(307, Location=handler.path.replace("old", "org"))
+
+    served.faults.append(renamed)
+    quantize_from_hub("old/tiny", "main", tmp_path / "export")
+    assert tree(tmp_path / "export") == wanted
+    assert {one["token"] for one in served.asked("resolve")} == {f"Bearer {TOKEN}"}
+
+
+def test_small_files_elsewhere_come_without_the_token(served, wanted, tmp_path):
+    def moved(handler):
+        name = handler.path.rpartition("/")[2]
+        repo = served.repos[NAME, "main"]
+        linked = {"X_Linked_Etag": f'"{repo.checksum(name)}"', "X_Linked_Size": repo.size(name)}
+        place = f"{served.cdn}/{NAME}/{repo.commit}/{name}"
+        return handler.answer(302, Location=place, X_Repo_Commit=repo.commit, **linked)
+
+    faulty(served, "small", moved)
+    make(tmp_path / "export")
+    assert tree(tmp_path / "export") == wanted
+    assert {one["name"] for one in served.asked("cdn")} >= {*SMALL, *FILES}
+    assert {one["token"] for one in served.asked("cdn")} == {None}
+
+
+def test_options_that_cannot_work_are_refused_before_any_weight(served, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / "cache"))
+    for options in ({"ram": "10MiB"}, {"context": 999}, {"draft": "mtp"}):
+        with pytest.raises((ConfigError, PlanError)):
+            Runtime.open(NAME, **options)
+    assert served.whole() == []
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
 
 def test_run_from_the_hub_is_made_once_and_then_needs_no_network(
@@ -368,22 +502,21 @@ def test_run_from_the_hub_is_made_once_and_then_needs_no_network(
     monkeypatch.chdir(tmp_path)
     code, _, err = slotmoe("quantize", NAME)  # without DST where ``run`` looks for it
     assert code == 0 and err.endswith('Run it: slotmoe run tiny "Your prompt"\n')
-    assert "6 of 6 weight files to download" in err
+    assert "4 of 4 weight files to download" in err
     out = slotmoe("run", "tiny", "It is", "-n", 3)[1]
     served.repos.clear()
     served.requests.clear()
     assert slotmoe("run", NAME, "It is", "-n", 3)[:2] == (0, out)
-    with Runtime.open(NAME, context=64) as runtime:
-        assert runtime.config.num_hidden_layers == 4
     assert served.requests == []
     assert (tmp_path / "cache" / f"org--tiny-{'a' * 12}-{FORMAT_VERSION}lut" / MANIFEST).is_file()
 
 
 def test_cached_export_is_made_by_one_of_two(served, wanted, tmp_path):
     with ThreadPoolExecutor() as pool:
-        made = pool.map(lambda _: hub_export(NAME, None, tmp_path, patience=QUICK), range(2))
+        made = pool.map(lambda _: hub_export(NAME, None, tmp_path), range(2))
     (export,) = set(made)
     assert tree(export) == wanted
+    assert served.whole() == FILES
 
 
 def test_folder_goes_before_the_hub(served, source, slotmoe, tmp_path, monkeypatch):
@@ -399,15 +532,14 @@ def test_folder_goes_before_the_hub(served, source, slotmoe, tmp_path, monkeypat
 
 def test_command_line_codes(served, slotmoe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("slotmoe.offload.ingest.hub.Patience", lambda: QUICK)
-    served.faults.append(lambda kind, name, handler: kind == "cdn" and handler.drop())
+    faulty(served, "cdn", drop)
     code, out, err = slotmoe("quantize", NAME, "export")
     assert (code, out) == (1, "")
     assert "run the same command again to resume" in err
     assert TOKEN not in err
     served.faults.clear()
     code, out, err = slotmoe("quantize", NAME, "export", "--json")
-    assert (code, err, json.loads(out)["bytes"] > 2e6) == (0, "", True)
+    assert (code, err, json.loads(out)["bytes"] > 1e6) == (0, "", True)
 
 
 @pytest.fixture
@@ -418,57 +550,20 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("headers", [True, False])
-def test_ctrl_c_does_not_wait_for_a_silent_server(headers, served, wanted, tmp_path, ctrl_c):
+@pytest.mark.parametrize("kind", ["header", "cdn", "small", "resolve"])
+def test_ctrl_c_does_not_wait_for_a_silent_server(kind, served, wanted, tmp_path, ctrl_c):
     interrupted = threading.Event()
 
-    def silent(kind, name, handler):
-        if kind == "cdn" and headers == (handler.headers["Range"] == HEADER_RANGE):
-            if not interrupted.is_set():
-                interrupted.set()
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            return served.hold(handler)
-        return False
+    def silent(handler):
+        if not interrupted.is_set():
+            interrupted.set()
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        return served.hold(handler)
 
-    served.faults.append(silent)
+    faulty(served, kind, silent)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "export")
     assert served.outlasted == 0
     served.faults.clear()
     make(tmp_path / "export")
     assert tree(tmp_path / "export") == wanted
-
-
-def test_proxy_of_the_environment(monkeypatch, network):
-    """A full address for http, a tunnel for https, and no proxy for what NO_PROXY names."""
-    from huggingface_hub import get_async_session
-
-    heads, listener = [], socket.create_server(("127.0.0.1", 0))
-
-    def answer():
-        while True:
-            connection, _ = listener.accept()
-            with connection:
-                heads.append(connection.recv(1 << 16).decode().lower())
-
-    async def download(url):
-        remote = Remote("org/tiny", "a" * 40, "x", Expected(9, ""), url, Patience(30, 1))
-        async with get_async_session() as client:
-            await receive(client, remote, Range(0, 9, 0), lambda data: None)
-
-    threading.Thread(target=answer, daemon=True).start()
-    place = f"127.0.0.1:{listener.getsockname()[1]}"
-    for name in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, f"http://user:p%40ss@{place}")
-    for url, not_by, first in (
-        ("http://hub.test/a?b", "", "get http://hub.test/a?b http/1.1\r\n"),
-        ("https://hub.test:8443/a", "", "connect hub.test:8443 http/1.1\r\n"),
-        (f"http://{place}/a?b", "127.0.0.1", "get /a?b http/1.1\r\n"),
-    ):
-        for name in ("NO_PROXY", "no_proxy"):
-            monkeypatch.setenv(name, not_by)
-        with pytest.raises(DownloadError, match=r"the connection to .* failed"):
-            asyncio.run(download(url))
-        head = heads.pop()
-        assert head.startswith(first)
-        assert ("proxy-authorization: basic dxnlcjpwqhnz\r\n" in head) == (not not_by)

@@ -1,9 +1,9 @@
 """A server on loopback that speaks the hub's protocol, and a second one that stands for its CDN, on
 another port.
 
-``faults`` decide what goes wrong: each is called with the request's kind (``api``, ``head``,
-``small``, ``resolve`` for the redirect of a weight file, or ``cdn``), the file's name and the
-handler, and returns True if it has answered.
+``faults`` decide what goes wrong: each is called with the request's kind (``api``, ``small``,
+``resolve`` for the redirect of a weight file, or ``cdn``), the file's name and the handler, and
+returns True if it has answered.
 """
 
 import hashlib
@@ -14,15 +14,14 @@ import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote
 
-from slotmoe.offload.ingest.hub import quantize_from_hub
-from slotmoe.offload.ingest.repository import Patience
+from slotmoe.offload.ingest import repository
+from slotmoe.offload.ingest.cached import quantize_from_hub
 
 TOKEN = "hf_secretsecretsecret"
 NAME = "org/tiny"
-QUICK = Patience(stall=30, attempts=4, pause=0.01)
-HEADER_RANGE = "bytes=0-65535"
 
 
 class Repo:
@@ -93,6 +92,10 @@ class Hub:
     def asked(self, kind):
         return [one for one in self.requests if one["kind"] == kind]
 
+    def whole(self):
+        """The weight files whose data was asked for, in order."""
+        return [one["name"] for one in self.asked("cdn") if not one["header"]]
+
     def _handler(hub, server_kind):
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -136,8 +139,7 @@ class Hub:
         else:
             repo_name, revision, name = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
             kind = "resolve" if name.endswith(".safetensors") else "small"
-            kind = "head" if handler.command == "HEAD" else kind
-        asked = {"range": handler.headers["Range"], "token": handler.headers["Authorization"]}
+        asked = {"header": is_header(handler), "token": handler.headers["Authorization"]}
         self.requests.append({"kind": kind, "name": name, "revision": revision, **asked})
         if any(fault(kind, name, handler) for fault in list(self.faults)):
             return
@@ -182,10 +184,21 @@ os.environ |= {
 }
 
 
-def make(destination, **options):
-    options = {"patience": QUICK, **options}
-    return quantize_from_hub(NAME, options.pop("revision", "main"), destination, **options)
+def hurried(monkeypatch):
+    """Nobody waits long for what goes wrong on purpose."""
+    from huggingface_hub import file_download
+    from huggingface_hub.utils import _http
+
+    for module in (file_download, _http):
+        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(repository, "ATTEMPTS", 3)
+    monkeypatch.setattr(repository, "PAUSE", 0.01)
 
 
-def weight_requests(hub):
-    return [one for one in hub.asked("cdn") if one["range"] != HEADER_RANGE]
+def make(destination, revision="main", **options):
+    return quantize_from_hub(NAME, revision, destination, **options)
+
+
+def is_header(handler):
+    """Whether a request is for the beginning of a weight file."""
+    return handler.headers.get("Range", "").startswith("bytes=0-")
