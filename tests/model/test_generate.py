@@ -1,6 +1,5 @@
 """Sampling, streaming of text, and when generation stops."""
 
-import base64
 import json
 import tracemalloc
 from itertools import accumulate, chain, product
@@ -11,9 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slotmoe.errors import CheckpointError, ConfigError
-from slotmoe.model.checkpoint.gguf_metadata import read_tokenizer, tokenizer_files
 from slotmoe.model.generate import Answer, Generation, Sampling, candidates, sample
-from slotmoe.model.tiktoken import tokenizer_json
 from slotmoe.model.tokenizer import BYTE_CHARACTERS, TextStream, Tokenizer
 from slotmoe.offload.engine.requests import Stream, wait_for
 from tests.support.tiny import SAMPLE
@@ -126,16 +123,6 @@ def of_a_sentencepiece():
     }
 
 
-def of_a_gguf():
-    model = json.loads((SAMPLE / "tokenizer.json").read_text())["model"]
-    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
-    about = {"model": "gpt2", "pre": "deepseek-llm", "tokens": tokens}
-    about |= {"token_type": [3, 3, *[1] * (len(tokens) - 2)], "eos_token_id": 1}
-    about |= {"merges": [" ".join(pair) for pair in model["merges"]], "bos_token_id": 0}
-    metadata = {f"tokenizer.ggml.{key}": value for key, value in about.items()}
-    return tokenizer_files(read_tokenizer(metadata))["tokenizer.json"]
-
-
 def of_words():
     """As BERT's: a space goes before what is no end of a word."""
     names = ["[UNK]", "[SEP]", "the", "##n", "##'t", ".", "é", "##日"]
@@ -144,15 +131,8 @@ def of_words():
     return {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}, "model": model}
 
 
-def of_a_tiktoken():
-    tokens = [*(bytes([byte]) for byte in range(256)), b"\xe6\x97", b"\x97\xa5", b" \xf0", b"\xa5a"]
-    lines = (base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(tokens))
-    return json.loads(tokenizer_json(b"\n".join(lines), {"tokenizer_class": "TikTokenTokenizer"}))
-
-
 KINDS = {
     "byte-level": lambda: json.loads((SAMPLE / "tokenizer.json").read_text()),
-    **{"tiktoken": of_a_tiktoken, "gguf": of_a_gguf},
     **{"sentencepiece": of_a_sentencepiece, "words": of_words},
 }
 
@@ -256,38 +236,23 @@ def test_who_waits_for_a_text_goes_on_when_it_is_closed():
     assert stream.wait() and [*stream] == []
 
 
-def test_stops_at_end_of_sentence_and_after_max_new_tokens():
+def test_where_a_text_ends():
     assert [token.id for token in run([50, 60, 1, 70])] == [50, 60]
     assert [token.id for token in run([50, 60, 70], count=2)] == [50, 60]
-
-
-def test_incomplete_character_at_the_end_is_flushed():
     ids = TOKENIZER.encode("日", add_bos=False)
-    assert len(ids) > 1
-    assert "".join(token.text for token in run([*ids, 1])) == "日"
-    cut = run([*ids[:-1], 1])
-    assert [token.id for token in cut] == ids[:-1]
-    assert "".join(token.text for token in cut) == TOKENIZER.decode(ids[:-1])
+    for cut in (ids, ids[:-1]):  # an incomplete character is flushed
+        tokens = run([*cut, 1])
+        assert [token.id for token in tokens] == cut
+        assert "".join(token.text for token in tokens) == TOKENIZER.decode(cut)
 
 
-def test_rows_past_the_tokenizer_are_never_chosen():
+def test_which_rows_are_chosen_and_how_likely_they_were():
+    """None past the tokenizer; by the model's own distribution, before temperature."""
     logits = torch.zeros(3, TOKENIZER.size + 100)
     logits[:, TOKENIZER.size :] = 50.0
-    logits[:, 77] = 1.0
-    tokens = generated(logits, 3)
-    assert [token.id for token in tokens] == [77] * 3
-    assert all(token.logprob <= 0 for token in tokens)
-
-
-def test_logprob_is_that_of_the_untempered_model():
-    logits = torch.zeros(1, TOKENIZER.size)
-    logits[0, 77] = 5.0
-    sampling = Sampling(temperature=0.01, seed=1)
-    (token,) = generated(logits, 1, sampling)
-    assert token.logprob == pytest.approx(logits[0].log_softmax(-1)[77].item())
-
-
-def test_broken_logits_are_an_error_not_a_text():
-    logits = torch.full((1, 4096), float("nan"))
+    logits[:, 77] = 5.0
+    wanted = logits[0, : TOKENIZER.size].log_softmax(-1)[77].item()
+    for token in generated(logits, 3, Sampling(temperature=0.01, seed=1)):
+        assert (token.id, token.logprob) == (77, pytest.approx(wanted))
     with pytest.raises(CheckpointError, match="NaN"):
-        generated(logits)
+        generated(torch.full((1, 4096), float("nan")))

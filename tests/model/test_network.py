@@ -15,7 +15,6 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.kernels.cpu import bindings as kernels
 from tests.support import plain
-from tests.support.compressed import state_bytes
 from tests.support.families import CASES, GREEDY, OF_YARN, V2_CASES, config_of
 from tests.support.native import (
     LayerByLayerOps,
@@ -28,6 +27,7 @@ from tests.support.native import (
 from tests.support.oracle import relative_error
 from tests.support.params import nth
 from tests.support.tiny import CONFIG, write_checkpoint
+from tests.support.v4 import state_bytes
 
 ONE_TOKEN = {
     **V2_CASES,

@@ -13,7 +13,7 @@ from slotmoe.model.config import parse_config
 from slotmoe.quant.shapes import MARK_TOKENS, MOST_ENDS, MOST_MARKS, SPARE
 from slotmoe.state import CompressedCache, plain_row
 from tests.support import states
-from tests.support.compressed import CONFIGS, state_bytes
+from tests.support.v4 import CONFIGS, state_bytes
 
 CONTEXTS = 1600, 1000
 LEAST = {
@@ -267,10 +267,10 @@ class Contract(RuleBasedStateMachine):
             assert len(state.marks) <= MOST_MARKS + MOST_ENDS + 600 // MARK_TOKENS + 1
 
 
-def of_kind(name, context=CONTEXTS[0]):
-    config = parse_config({**CONFIGS[name], **LEAST[name]})
-    state = new_state(config, context, plain_row, unwritten)
-    return state, (Compressed if name == "v4" else Latents)(state, config)
+def of_v4():
+    config = parse_config({**CONFIGS["v4"], **LEAST["v4"]})
+    state = new_state(config, CONTEXTS[0], plain_row, unwritten)
+    return state, Compressed(state, config)
 
 
 def extend(state, view, tokens):
@@ -282,22 +282,8 @@ def extend(state, view, tokens):
     state.done(len(tokens) - start)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_part_of_a_block_is_put_where_its_first_tokens_are(name):
-    """Also where the context has no room for all of it."""
-    (state, view), tokens = of_kind(name), [*range(300)]
-    other, others_view = of_kind(name, 151)
-    for end in (150, 300):
-        extend(state, view, tokens[:end])
-        state.mark(end)
-    for start, end in ((0, 64), (64, 128), (128, 192)):
-        other.put(start, end, state.saved(start, end), min(end, 150))
-    other.resume(150, state.snapshot(150))
-    others_view.right(tokens[:150])
-
-
 def test_of_many_marks_those_at_ends_stay():
-    (state, view), tokens = of_kind("v4"), [*range(CONTEXTS[0])]
+    (state, view), tokens = of_v4(), [*range(CONTEXTS[0])]
     ends = [1490, 1500, 1515, 1540, 1560, 1570, 1590]
     for index, end in enumerate(ends):
         extend(state, view, tokens[:end])
@@ -309,7 +295,7 @@ def test_of_many_marks_those_at_ends_stay():
 
 def test_rows_that_a_long_pass_left_out_do_not_come_back():
     """A short pass behind it moves the rows; what it moves is not all right."""
-    state, view, tokens, length = *of_kind("v4"), [*range(700)], 0
+    state, view, tokens, length = *of_v4(), [*range(700)], 0
     for count, back in ((40, 0), (600, 10), (12, 0)):
         extend(state, view, tokens[: length + count])
         length += count - back
@@ -322,19 +308,8 @@ def test_rows_that_a_long_pass_left_out_do_not_come_back():
             assert reached in state.marks and asked < length - SPARE
 
 
-class Indexed(Contract):
-    name = "v3.2"
-
-
-class OfV4(Contract):
-    name = "v4"
-
-
 @states.SIZES
-def test_latents_and_index_keys(examples, steps, part):
-    states.run(Indexed, examples, min(steps, 40))
-
-
-@states.SIZES
-def test_window_and_compressed_rows(examples, steps, part):
-    states.run(OfV4, examples, min(steps, 60))
+@pytest.mark.parametrize("of", CONFIGS)
+def test_states_beside_lists_of_tokens(of, examples, steps, part):
+    machine = type(of, (Contract,), {"name": of})
+    states.run(machine, examples, min(steps, 60 if of == "v4" else 40))

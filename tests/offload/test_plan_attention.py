@@ -14,8 +14,8 @@ from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.shapes import MARK_TOKENS, MOST_MARKS
 from slotmoe.state import plain_row
-from tests.support.compressed import CONFIGS, state_bytes
 from tests.support.meta import empty
+from tests.support.v4 import CONFIGS, state_bytes
 
 ROWS = {
     "native": lambda R, P: NativeBackend.latent_row(None, R, P),

@@ -13,8 +13,8 @@ import pytest
 
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sessions.blocks import chain
-from tests.support.compressed import export_of
 from tests.support.engine import until
+from tests.support.v4 import export_of
 
 FIRST = [id % 4000 for id in range(7, 7 + 13 * 150, 13)]
 COUNT = 4  # tokens of each answer

@@ -14,8 +14,8 @@ from slotmoe.offload.engine import engine as engines
 from slotmoe.offload.engine import loading
 from slotmoe.offload.engine.requests import Request
 from slotmoe.offload.runtime import Runtime
-from tests.support.compressed import state_bytes
 from tests.support.engine import until
+from tests.support.v4 import state_bytes
 
 PROMPTS = ["My fellow citizens,", "It is a truth universally acknowledged, that a", "def main("]
 PROMPTS += ["Call me", "To be or not to be", "Once upon a time", "import os", "The constitution of"]

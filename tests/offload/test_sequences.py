@@ -16,8 +16,8 @@ from slotmoe.offload.engine.passes import Row
 from slotmoe.offload.engine.requests import Request, wait_for
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.shapes import MARK_TOKENS, MOST_MARKS
-from tests.support.compressed import export_of, state_bytes
 from tests.support.engine import ask, decode
+from tests.support.v4 import export_of, state_bytes
 
 NAMES = ("v4", "v3.2")
 pytestmark = pytest.mark.usefixtures("heavy")

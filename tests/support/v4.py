@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.quant.shapes import MARK_TOKENS, MOST_ENDS, MOST_MARKS, SPARE
 from tests.support.families import DSA, INDEXED, ODD, TYPES, V32, YARN, oracle_network, quietly
 from tests.support.families import config_of as family_config
 from tests.support.oracle import transformers_logits
@@ -211,3 +213,41 @@ def v4_logits(folder: Path, ids):
 def v4_network(folder: Path):
     """transformers' network of a folder in its own names."""
     return oracle_network(folder, load_file(folder / "model.safetensors"))
+
+
+# The least models of V4 and V3.2 for sequences: a longer context, a wider window.
+CONFIGS = {
+    "v4": CONFIG
+    | {"max_position_embeddings": 8192, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+    | {"q_lora_rank": 32, "qk_rope_head_dim": 8, "o_lora_rank": 16, "sliding_window": 24}
+    | {"index_head_dim": 16, "index_n_heads": 4, "index_topk": 16, "swiglu_limit": 2.0}
+    | {"hc_mult": 2, "hc_sinkhorn_iters": 6}
+    | {"rope_scaling": CONFIG["rope_scaling"] | {"factor": 4.0}},
+    "v3.2": {**family_config(V32, **INDEXED), "max_position_embeddings": 8192},
+}
+CONFIGS["v4"]["rope_scaling"]["original_max_position_embeddings"] = 256
+
+
+def state_bytes(state):
+    """Bytes of a state's memory, with the marks that there may be but for those of the pass under
+    way."""
+    most = (tail.rows.shape[1] // 2 - 1 - SPARE for tail in state._tails)
+    end = sum(n * tail.rows[:, 0].nbytes for n, tail in zip(most, state._tails, strict=True))
+    far = MARK_TOKENS * 4096  # a multiple, behind a full window
+    marks = MOST_ENDS * end + MOST_MARKS * state.snapshot_bytes(far)
+    return sum(part.rows.nbytes for part in (*state._kept, *state._tails)) + marks
+
+
+def export_of(folder, name):
+    """An export of the model, which routes by token id to two different experts."""
+    raw, source = CONFIGS[name], folder / "source"
+    write_files(source, raw, torch.bfloat16)
+    weights = load_file(source / "model.safetensors")
+    for key, tensor in weights.items():
+        if "tid2eid" in key:
+            ids_T = torch.arange(len(tensor))[:, None]
+            chosen_TK = (ids_T * 3 + torch.arange(tensor.shape[1])) % raw["n_routed_experts"]
+            weights[key] = chosen_TK.to(torch.int64)
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    quantize(source, folder / "export", workers=1)
+    return folder / "export"
