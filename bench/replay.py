@@ -20,10 +20,9 @@ import numpy as np
 from bench import turns
 from slotmoe.errors import ConfigError, reading
 from slotmoe.jsonfile import Json
-from slotmoe.offload.observe.trace import Step
+from slotmoe.offload.observe.trace import TraceStep
 from slotmoe.offload.policy import POLICIES
-from slotmoe.offload.policy.cache import make_cache
-from slotmoe.offload.policy.forecast import FEATURES, Array
+from slotmoe.offload.policy.cache import FEATURES, Array, make_cache
 from slotmoe.tools.options import EXISTING, option
 
 OPTIMUM = "optimum"
@@ -32,7 +31,7 @@ Choices = list[list[list[int]]]
 """The expert ids that each token's gates chose: [tokens][MoE layers][K]."""
 
 
-def gate_choices(steps: Sequence[Step], experts: int) -> tuple[Choices, Array]:
+def gate_choices(steps: Sequence[TraceStep], experts: int) -> tuple[Choices, Array]:
     """Expert ids of a trace's steps, and what the gates saw, [tokens, MoE layers, F]."""
     choices: Choices = []
     for indices, _ in steps:
@@ -79,7 +78,7 @@ def optimum(choices: Choices, slots: int) -> int:
     return hits
 
 
-def read_trace(path: Path) -> tuple[Json, list[Step]]:
+def read_trace(path: Path) -> tuple[Json, list[TraceStep]]:
     """Header and steps of a trace file of ``slotmoe run --trace``.  Raises ``ConfigError``."""
     with reading(path, ConfigError), path.open("rb") as file:
         try:
@@ -91,7 +90,7 @@ def read_trace(path: Path) -> tuple[Json, list[Step]]:
         except (ValueError, KeyError, TypeError) as problem:
             raise ConfigError(f"{path}: not a trace of slotmoe run --trace") from problem
         body = file.read()
-    steps, offset = list[Step](), 0
+    steps, offset = list[TraceStep](), 0
     while offset < len(body):
         tokens = int.from_bytes(body[offset : offset + 4], "little")
         count = tokens * shape[0]  # of gates' choices
@@ -101,7 +100,8 @@ def read_trace(path: Path) -> tuple[Json, list[Step]]:
         indices = np.frombuffer(body, "<u2", count * shape[1], offset)
         offset += size
         features = np.frombuffer(body, "<f2", count * FEATURES, offset - 2 * count * FEATURES)
-        steps.append(Step(indices.reshape(tokens, *shape), features.reshape(tokens, shape[0], -1)))
+        features = features.reshape(tokens, shape[0], -1)
+        steps.append(TraceStep(indices.reshape(tokens, *shape), features))
         if indices.max() >= experts:
             raise ConfigError(f"{path}: step {len(steps) - 1} chose an expert beyond {experts}")
     if not steps:

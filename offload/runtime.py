@@ -377,7 +377,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         def on_layer(route: Route) -> None:
             assert route.x_TD is not None
             x_TD = self.model.device.download(route.x_TD).get().numpy()
-            trace.add(c.moe_layers[route.row], route.indices, x_TD, route.behind)
+            trace.add(c.moe_layers[route.moe_layer], route.indices, x_TD, route.behind)
 
         self.engine.call(lambda: experts.on_layer(on_layer, inputs=True))
 

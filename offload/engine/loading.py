@@ -26,20 +26,18 @@ from slotmoe.offload.experts.ahead import Lookahead, NextGate
 from slotmoe.offload.experts.disk import DiskReader
 from slotmoe.offload.experts.experts import Experts
 from slotmoe.offload.experts.host import HostTier
-from slotmoe.offload.experts.hybrid import HostCompute
-from slotmoe.offload.experts.resident import resident_experts
-from slotmoe.offload.experts.slots import Slots
+from slotmoe.offload.experts.misses import LINK_BYTES, HostCompute, with_link
+from slotmoe.offload.experts.slots import CheckpointRecords, Slots, resident_slots
 from slotmoe.offload.ingest.output_dir import Notify, ignore
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
 from slotmoe.offload.model_source import Place, generation_of, load_resident, open_tokenizer
-from slotmoe.offload.observe.link import LINK_BYTES, with_link
 from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.attention import kv_bytes
 from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes, make_plan, sizes_of
 from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.cache import Cache, make_cache
-from slotmoe.offload.policy.hybrid import MODES, Split, choose_mode, cpu_cost
+from slotmoe.offload.policy.misses import MODES, Split, choose_mode, cpu_cost
 from slotmoe.offload.policy.passes import DRAFTS
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
@@ -252,7 +250,8 @@ class _Loader:
         self._settle(Plan(components, 0, 0, 0, self.budget, device.tier, self._context))
         place = self._placer()
         weights = {name: place(name, checkpoint.tensor(name)) for name in checkpoint.infos}
-        experts = resident_experts(config, weights, backend, device)
+        records, slots = CheckpointRecords(config, weights), resident_slots(config, device)
+        experts = Experts(config.moe_layers, records, slots, backend, device)
         network = Network(config, weights, backend, experts)
         states = [new_state(config, self._context, plain_row, device.empty)]
         parts = {"tokenizer": tokenizer, "source": checkpoint, "experts": experts, "states": states}
@@ -405,12 +404,13 @@ class _Loader:
             tables = [as_tensor(weights[name]).cpu() for name in names]
             source = slots, store.bandwidth, device.download, tables
             lookahead = Lookahead(gates, layers, experts, size, *source)
-        hybrid, split, levels = None, Split(), export.layout.levels()
+        hybrid, levels = None, export.layout.levels()
         if isinstance(store, HostTier):
             # Triton's kernels are the GPU's; beside it the CPU has its own.
             kernels = "torch" if options.kernels == "torch" else "auto"
             cpu = pick_backend(torch.device("cpu"), kernels, config.swiglu_limit)
             cpu.run_on(device.placement)
+            split = Split()
             if plan.slots < layers * experts or options.misses != "auto":
                 rates = stored_bandwidths(path := cache_folder() / "machine.json")
                 room = plan.host_budget - plan.host["runtime"]
@@ -419,10 +419,10 @@ class _Loader:
                     rates = with_link(rates, path, self._notify, *measured)
                 split = Split(choose_mode(options.misses, rates, top_k), cpu_cost(rates))
             in_ram = Records(store.slab, export.layout, levels)
-            hybrid = HostCompute(cpu, in_ram, store, device, max(top_k, memory.LENT))
+            hybrid = HostCompute(cpu, in_ram, store, device, max(top_k, memory.LENT), split)
             levels = device.empty(tuple(levels.shape), levels.dtype).copy_(levels)
         records = Records(slots.slab, export.layout, levels)
         return Experts(
             config.moe_layers, records, slots, self._backend, device,
-            lookahead, hybrid, split, config.mtp,
+            lookahead, hybrid, config.mtp,
         )  # fmt: skip

@@ -23,8 +23,18 @@ from slotmoe.jsonfile import Json
 from slotmoe.offload.devices.device import Device, Event
 from slotmoe.offload.devices.pages import page_aligned
 from slotmoe.offload.experts.disk import DiskReader
-from slotmoe.offload.experts.source import DEMAND, Read, read_each
-from slotmoe.offload.experts.store import ARRIVED, CACHED, FREE, LEAVING, READING, ExpertStore, Slot
+from slotmoe.offload.experts.store import (
+    ARRIVED,
+    CACHED,
+    DEMAND,
+    FREE,
+    LEAVING,
+    READING,
+    ExpertStore,
+    Read,
+    Slot,
+    read_each,
+)
 from slotmoe.offload.plan.memory import LENT
 from slotmoe.offload.policy.cache import Cache
 from slotmoe.quant.export.reader import Export

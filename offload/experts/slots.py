@@ -5,17 +5,32 @@ record counts as present only when its last byte has arrived and its checksum is
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from slotmoe.errors import DeviceError
+from slotmoe.model.config import Config
+from slotmoe.model.names import expert_name
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.devices.pages import Touching
-from slotmoe.offload.experts.source import DEMAND, Read, Source, read_each
-from slotmoe.offload.experts.store import ARRIVED, CACHED, FREE, READING, STALE, ExpertStore, Slot
-from slotmoe.offload.policy.cache import Cache
+from slotmoe.offload.experts.store import (
+    ARRIVED,
+    CACHED,
+    DEMAND,
+    FREE,
+    READING,
+    STALE,
+    ExpertStore,
+    Read,
+    Slot,
+    Source,
+    read_each,
+)
+from slotmoe.offload.policy.cache import Cache, make_cache
+from slotmoe.quant.backends.base import Prepared, Records
+from slotmoe.quant.export.layout import PROJECTIONS
 
 LAZY_BYTES = 256 << 20  # a slab beyond this gets its pages while the first tokens are made
 
@@ -263,3 +278,41 @@ class Slots:
             else:
                 self._source.wait(store.leaving_reads())
             store.collect()
+
+
+class CheckpointRecords(Records):
+    """Experts of a checkpoint by the number of their slot, which is the expert id."""
+
+    def __init__(self, config: Config, weights: Mapping[str, Prepared]):
+        self._config, self._weights = config, weights
+
+    def weights(self, slot: int) -> tuple[Prepared, ...]:
+        moe_layer, expert = divmod(slot, self._config.n_routed_experts)
+        layer = self._config.moe_layers[moe_layer]
+        return tuple(self._weights[expert_name(layer, expert, name)] for name in PROJECTIONS)
+
+
+class _InMemory:
+    """A ``Source`` of what is in memory: every read is done at once."""
+
+    def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
+        return Read(expert_id, urgency, done=True)
+
+    def wait(self, reads: Collection[Read]) -> list[Read]:
+        return list(reads)
+
+    def submit(self, reads: Iterable[Read]) -> None: ...
+    def promote(self, read: Read) -> None: ...
+    def cancel(self, read: Read) -> bool:
+        return True
+
+    def advance(self, tokens: int) -> None: ...
+
+
+def resident_slots(config: Config, device: Device) -> Slots:
+    """The reference path's: a slot for each expert, which is in it for good."""
+    layers, experts = len(config.moe_layers), config.n_routed_experts
+    cache = make_cache("lru", layers * experts, layers, experts)
+    slots = Slots(_InMemory(), cache, 1, 0, 1, device)  # a byte stands for an expert
+    slots.fill(range(layers * experts), lambda: None)
+    return slots

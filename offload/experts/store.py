@@ -1,4 +1,11 @@
-"""What becomes of an expert slot, from one read to the next.
+"""What becomes of an expert slot, from one read to the next, and where its records come from.
+
+    ExpertStore   expert slots, on the device or in RAM below it
+      | read(expert_id, slot, urgency) -> Read
+    DiskReader    threads with several aligned direct reads in flight
+    HostTier      below a GPU: the same, through slots in page-locked RAM
+
+An expert id is (MoE layer index) * n_routed_experts + expert.  A slot is
 
     FREE      holds nothing that counts
     STALE     holds a record that was evicted, not admitted or given up: it may be taken back until
@@ -23,26 +30,54 @@ What always holds, since ``move`` changes all that follows from a state:
 """
 
 from bisect import insort_left
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import islice
 from operator import attrgetter
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from slotmoe.offload.experts.source import Read
+from slotmoe.offload.devices.device import Event
 from slotmoe.offload.policy.cache import Cache
 
+DEMAND = 0  # the highest urgency; a prefetch has the number of layers until its use
+_NOTHING = memoryview(b"")
 
-class State(IntEnum):
+
+@dataclass(eq=False, slots=True)
+class Read:
+    """One record on its way into memory.  ``done`` is True when it can be used or when ``error``
+    says why not; on a GPU kernels can use it that wait for ``copy`` first, None once they do."""
+
+    expert_id: int
+    urgency: int
+    buffer: memoryview = _NOTHING
+    # Called once in the reading thread, before ``done``; False: the read failed or was given up.
+    after: Callable[[bool], None] | None = None
+    taken: int = 0  # bytes given to readers
+    outstanding: int = 0  # pieces being read
+    done: bool = False
+    cancelled: bool = False
+    error: Exception | None = None
+    copy: Event | None = None
+
+    @property
+    def arrived(self) -> bool:
+        """Whether it is done, and so is its copy."""
+        return self.done and (self.copy is None or self.copy.done())
+
+
+class SlotState(IntEnum):
     """Of a slot; in an order in which what is available, and what is staged, stand together."""
 
     FREE, STALE, READING, ARRIVED, LEAVING, CACHED = range(6)
 
 
-FREE, STALE, READING, ARRIVED, LEAVING, CACHED = State
+FREE, STALE, READING, ARRIVED, LEAVING, CACHED = SlotState
 _FIRST = 1 << 60  # the rank of what is FREE
 _rank = attrgetter("rank")
 
@@ -55,7 +90,7 @@ class Slot:
 
     index: int
     record: Tensor
-    state: State = FREE
+    state: SlotState = FREE
     expert: int = -1
     read: Read | None = None
     references: int = 0
@@ -96,7 +131,7 @@ class ExpertStore:
             self.available[stale:stale] = reversed(new)
             self.slots += new
 
-    def state(self, expert_id: int) -> State:
+    def state(self, expert_id: int) -> SlotState:
         """Of an expert's slot; FREE where it has none."""
         slot = self.of.get(expert_id)
         return FREE if slot is None else slot.state
@@ -178,7 +213,7 @@ class ExpertStore:
             stale.append(slot.expert)
         return [self.of[expert_id] for expert_id in self.cache.by_worth(stale)]
 
-    def move(self, slot: Slot, state: State) -> None:
+    def move(self, slot: Slot, state: SlotState) -> None:
         """The one place where a state changes, and with it all that follows from it."""
         before, expert_id, slot.state = slot.state, slot.expert, state
         if before is CACHED:
@@ -215,3 +250,38 @@ class ExpertStore:
                 return
             self.leaving += 1
         self.staged[slot.index] = slot
+
+
+class Source(Protocol):
+    """What gives records to the tier above."""
+
+    def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
+        """A read of a record into ``target``, uint8; ``submit`` starts it, if it is not done."""
+
+    def submit(self, reads: Iterable[Read]) -> None:
+        """Queue what ``read`` gave, as far as it is not done; reads of urgency ``DEMAND`` overtake
+        all others.  Raises ``ConfigError`` after ``stop``."""
+
+    def promote(self, read: Read) -> None:
+        """A prefetch has become a demand."""
+
+    def cancel(self, read: Read) -> bool:
+        """Give a read up; True if its target is free now, else when the read is ``done``."""
+
+    def wait(self, reads: Collection[Read]) -> list[Read]:
+        """Block until at least one of ``reads`` is done, and return those that are.  Raises
+        ``ConfigError`` after ``stop``, which another thread may call meanwhile."""
+
+    def advance(self, tokens: int) -> None:
+        """A forward pass over more tokens begins."""
+
+
+def read_each(
+    source: Source, expert_ids: Iterable[int], at_once: int, begin: Callable[[int], Read]
+) -> Iterator[Read]:
+    """What ``begin`` has started for each expert, as it is done, so many at a time."""
+    ids, pending = iter(expert_ids), list[Read]()
+    while pending := pending + [begin(id) for id in islice(ids, at_once - len(pending))]:
+        for read in source.wait(pending):
+            pending.remove(read)
+            yield read

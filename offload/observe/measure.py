@@ -13,7 +13,7 @@ import torch
 from slotmoe.jsonfile import Json
 from slotmoe.offload.devices.pages import page_aligned
 from slotmoe.offload.engine.loading import LoadedModel
-from slotmoe.offload.observe.link import measure_link
+from slotmoe.offload.experts.misses import measure_link
 from slotmoe.offload.plan.attention import kv_read_bytes
 from slotmoe.offload.plan.memory import HELP_BYTES, by_tier, predicted_components
 from slotmoe.offload.plan.speed import Bandwidths, Setting
@@ -107,7 +107,7 @@ class Lasting:
         assert model.sizes is not None
         self.export, self.cpu, self.placement = model.export, model.cpu, model.device.placement
         self.config, self.sizes, self.plan = model.config, model.sizes, model.plan
-        self.kernels, self.misses = model.backend.kind, model.quantized("predict").split.mode
+        self.kernels, self.misses = model.backend.kind, model.quantized("predict").misses
 
     def setting(self, bandwidths: Bandwidths) -> Setting:
         run = bandwidths, self.cpu.threads, self.export.random_weights, self.misses

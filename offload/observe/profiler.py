@@ -93,10 +93,10 @@ class Profiler(Timer):
     def on_layer(self, route: Route) -> None:
         """Count a gate's choice."""
         for expert in chain.from_iterable(route.indices):
-            self.uses[route.row][expert] += 1
-        self.hits[route.row] += route.hits
-        self.misses[route.row] += route.misses
-        self.coming[route.row] += route.coming
+            self.uses[route.moe_layer][expert] += 1
+        self.hits[route.moe_layer] += route.hits
+        self.misses[route.moe_layer] += route.misses
+        self.coming[route.moe_layer] += route.coming
 
     def seconds(self, kind: str) -> dict[str, float]:
         """Seconds by stage over all steps of ``kind``, of the stages that took any, in order."""

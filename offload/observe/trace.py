@@ -3,7 +3,7 @@
 A trace file is one line of JSON, ``{"format": "slotmoe-trace", "version": 2, "layers": [...],
 "n_routed_experts": E, "num_experts_per_tok": K}``, then little-endian blocks, one a forward step:
 u32 token count T (more than 1 in prefill), u16 expert indices [T, layers, K] in gate order, f16 [T,
-layers, 256], what gates saw, folded (``slotmoe.offload.policy.forecast``).
+layers, 256], what gates saw, folded (``slotmoe.offload.policy.cache``).
 """
 
 import json
@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from slotmoe.errors import ConfigError, naming, refused
-from slotmoe.offload.policy.forecast import Array, fold
+from slotmoe.offload.policy.cache import Array, fold
 
 _KEYS = ("layers", "n_routed_experts", "num_experts_per_tok")
 
 
-class Step(NamedTuple):
+class TraceStep(NamedTuple):
     """A forward step: ``indices`` uint16 [T, layers, K], ``features`` float16 [T, layers, F]."""
 
     indices: Array
@@ -35,14 +35,14 @@ class TraceWriter:
         header = {"format": "slotmoe-trace", "version": 2, **dict(facts)}
         self._write(json.dumps(header).encode() + b"\n")
         self._layers = layers
-        self._step: dict[int, Step] = {}  # [T, K] and [T, F] of each layer so far
+        self._step: dict[int, TraceStep] = {}  # [T, K] and [T, F] of each layer so far
 
     def add(self, layer: int, indices: list[list[int]], x_TD: Array, behind: int = 0) -> None:
         """Indices [T, K] and inputs of one layer of the present step, of which ``behind`` tokens of
         that layer came before; a layer met again starts a new step."""
-        new = Step(np.array(indices, "<u2"), fold(x_TD).astype("<f2"))
+        new = TraceStep(np.array(indices, "<u2"), fold(x_TD).astype("<f2"))
         if behind and layer in self._step:
-            new = Step(*map(np.concatenate, zip(self._step[layer], new, strict=True)))
+            new = TraceStep(*map(np.concatenate, zip(self._step[layer], new, strict=True)))
         elif layer in self._step:
             self._step.clear()
         self._step[layer] = new

@@ -20,7 +20,7 @@ from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.divergence import expected
 from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, sizes_of
 from slotmoe.offload.plan.speed import CORE, Bandwidths, Setting, constants
-from slotmoe.offload.policy.hybrid import choose_mode
+from slotmoe.offload.policy.misses import choose_mode
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, ExpertCodecs
 from slotmoe.quant.export.manifest import typed_manifest
 from slotmoe.sizes import format_size

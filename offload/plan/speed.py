@@ -167,7 +167,7 @@ class Speed:
 class Setting:
     """A plan, the machine it runs on, and the routing to expect.  ``random_routing``: a token may
     use any expert, as with the weights of ``slotmoe synth``; else it uses experts as text does.
-    ``misses`` says how a GPU's missing experts are computed (``slotmoe.offload.policy.hybrid``)."""
+    ``misses`` says how a GPU's missing experts are computed (``slotmoe.offload.policy.misses``)."""
 
     config: Config
     sizes: Sizes

@@ -1,6 +1,6 @@
 """What to read before a gate asks for it: bookkeeping over integers, without torch.
 
-Two horizons make guesses (arithmetic: ``slotmoe.offload.predictor``): ``token``, all layers'
+Two horizons make guesses (``slotmoe.offload.experts.ahead``): ``token``, the first MoE layer's
 experts before the token starts, and ``layer``, the next MoE layer's from the present one's input.
 The later replaces the earlier.  A third, ``table``, is certain: some first gates choose by token.
 
@@ -48,8 +48,8 @@ class Average:
 
 @dataclass
 class _Guesses:
-    """What a row is expected to use: expert ids that ``horizon`` named, the best first; which were
-    ``absent`` from memory then; and what is ``reading``, by the horizon that named it."""
+    """What a MoE layer is expected to use: expert ids that ``horizon`` named, the best first; which
+    were ``absent`` from memory then; and what is ``reading``, by the horizon that named it."""
 
     named: list[int] = field(default_factory=list)
     horizon: str = "layer"
@@ -74,14 +74,14 @@ class Copy(Protocol):
 
 
 class Prefetcher:
-    """Guesses by MoE layer ("row"), and which to read: ``size`` bytes, ``bandwidth()`` a second."""
+    """Guesses by MoE layer, and which to read: ``size`` bytes, ``bandwidth()`` a second."""
 
     def __init__(
-        self, rows: int, experts: int, size: int, target: Target, bandwidth: Callable[[], float]
+        self, layers: int, experts: int, size: int, target: Target, bandwidth: Callable[[], float]
     ):
         self._experts, self._record_bytes = experts, size
         self._target, self._bandwidth = target, bandwidth
-        self._rows = [_Guesses() for _ in range(rows)]
+        self._layers = [_Guesses() for _ in range(layers)]
         # Share of right guesses; seconds a layer: idle disk, guessing; experts that a layer misses.
         self._right = {horizon: Average(0.02, 0.5) for horizon in HORIZONS}
         self._idle, self._cost = Average(0.05, 0.0), Average(0.05, 5e-5)
@@ -90,15 +90,15 @@ class Prefetcher:
         self._free_since: float | None = None
         self._copies, self._free_for = list[Copy](), 0.0
         self._considered = 0
-        self.by_row = {horizon: [Accuracy() for _ in range(rows)] for horizon in HORIZONS}
+        self.by_moe_layer = {horizon: [Accuracy() for _ in range(layers)] for horizon in HORIZONS}
 
     def stats(self) -> dict[str, dict[str, int]]:
-        """The counts of each horizon, over all rows."""
-        return {horizon: _total(rows) for horizon, rows in self.by_row.items()}
+        """The counts of each horizon, over all MoE layers."""
+        return {horizon: _total(layers) for horizon, layers in self.by_moe_layer.items()}
 
     def by_layer(self) -> list[dict[str, int]]:
-        """The counts of each row, of both horizons together."""
-        return [_total(both) for both in zip(*self.by_row.values(), strict=True)]
+        """The counts of each MoE layer, of both horizons together."""
+        return [_total(both) for both in zip(*self.by_moe_layer.values(), strict=True)]
 
     def pays(self) -> bool:
         """Whether a pass's guesses can hide much more, a layer's reads, than making them takes."""
@@ -107,26 +107,30 @@ class Prefetcher:
         # Times change: look again now and then.
         return hides > 4 * self._cost.value or self._considered % 16 == 0
 
-    def guess(self, row: int, expert_ids: Iterable[int], horizon: str) -> None:
-        """What ``row`` is expected to use when it comes, the most likely first."""
-        named, reading = list(expert_ids), self._rows[row].reading
+    def guess(self, moe_layer: int, expert_ids: Iterable[int], horizon: str) -> None:
+        """What ``moe_layer`` is expected to use when it comes, the most likely first."""
+        named, reading = list(expert_ids), self._layers[moe_layer].reading
         absent = [expert_id for expert_id in named if expert_id not in self._target]
-        self._rows[row] = _Guesses(named, horizon, absent, reading)
+        self._layers[moe_layer] = _Guesses(named, horizon, absent, reading)
         for expert_id in [expert_id for expert_id in reading if expert_id not in named]:
             # The later word refutes the earlier.
-            self.by_row[reading.pop(expert_id)][row].cancelled += 1
+            self.by_moe_layer[reading.pop(expert_id)][moe_layer].cancelled += 1
             self._target.drop(expert_id)
 
-    def chosen(self, row: int, expert_ids: Collection[int], missing: int) -> None:
-        """The gate of ``row`` has chosen ``expert_ids``, ``missing`` of them not cached: guesses
-        for it were right or wrong, and wrong reads are given up."""
-        if self._free_since is not None and row > 0:
+    def chosen(self, moe_layer: int, expert_ids: Collection[int], missing: int) -> None:
+        """The gate of ``moe_layer`` has chosen ``expert_ids``, ``missing`` of them not cached:
+        guesses for it were right or wrong, and wrong reads are given up."""
+        if self._free_since is not None and moe_layer > 0:
             self._free_for = time.perf_counter() - self._free_since
         self._free_since = None
         self._missing.add(missing)
-        guesses, self._rows[row], wanted = self._rows[row], _Guesses(), set(expert_ids)
+        guesses, self._layers[moe_layer], wanted = (
+            self._layers[moe_layer],
+            _Guesses(),
+            set(expert_ids),
+        )
         if guesses.named:
-            accuracy = self.by_row[guesses.horizon][row]
+            accuracy = self.by_moe_layer[guesses.horizon][moe_layer]
             accuracy.guessed += len(guesses.named)
             accuracy.right += len(wanted.intersection(guesses.named))
             accuracy.asked += len(expert_ids)
@@ -135,20 +139,20 @@ class Prefetcher:
             self._right[guesses.horizon].add(right / len(guesses.absent))
         for expert_id, horizon in guesses.reading.items():
             if expert_id in wanted:
-                self.by_row[horizon][row].used += 1
+                self.by_moe_layer[horizon][moe_layer].used += 1
             else:
-                self.by_row[horizon][row].wasted += 1
+                self.by_moe_layer[horizon][moe_layer].wasted += 1
                 self._target.drop(expert_id)
 
-    def more(self, row: int) -> None:
-        """Start reads for the layers after ``row`` (-1: all) as far as they are worth it."""
+    def more(self, moe_layer: int) -> None:
+        """Start reads for the layers after ``moe_layer`` (-1: all) as far as they are worth it."""
         if self._free_for:  # counted here, since no demand waits for that
             copying = sum(copy.seconds if copy.done() else math.inf for copy in self._copies)
             self._idle.add(max(0.0, self._free_for - copying))
             self._free_for = 0.0
-        ahead = sum(len(guesses.reading) for guesses in self._rows) * self._record_bytes
+        ahead = sum(len(guesses.reading) for guesses in self._layers) * self._record_bytes
         window = self._idle.value * self._bandwidth()
-        for distance, guesses in enumerate(self._rows[row + 1 :], 1):
+        for distance, guesses in enumerate(self._layers[moe_layer + 1 :], 1):
             if not guesses.absent:
                 continue
             wrong = max(1 - self._right[guesses.horizon].value, 0.02)
@@ -170,5 +174,5 @@ class Prefetcher:
 
     def reset(self) -> None:
         """Forget all guesses before a step; what they read is the target's to drop."""
-        self._rows = [_Guesses() for _ in self._rows]
+        self._layers = [_Guesses() for _ in self._layers]
         self._free_since, self._free_for = None, 0.0

@@ -134,7 +134,7 @@ def _identity(model: LoadedModel) -> bytes:
         "kernels": native and native.digest,
         "torch": torch.backends.cpu.get_cpu_capability(),
         "device": [model.device.tier, model.device.name, model.backend.name],
-        "misses": model.experts.split.mode,
+        "misses": model.experts.misses,
         "experts": model.config.num_experts_per_tok,
         "state": [FORMAT.decode(), state.saved_bytes(0, 1024), state.snapshot_bytes(1023)],
     }

@@ -66,7 +66,7 @@ class Quantization(Struct):
     calibration: str = ""
 
 
-class Experts(Struct):
+class ExpertsEntry(Struct):
     hidden_size: _Width
     moe_intermediate_size: _Width
     n_routed_experts: Annotated[int, Meta(ge=1, le=4096)]
@@ -90,7 +90,7 @@ class Manifest(Struct):
     format_version: Literal[2]
     source: _Source
     quantization: Quantization
-    experts: Experts
+    experts: ExpertsEntry
     files: dict[str, File]
 
 
@@ -224,7 +224,7 @@ def _check_manifest(manifest: Json, given: Manifest) -> None:
         require(stated == whole, f"the {stated} bytes of {name} do not hold what it should")
 
 
-def _check_experts(experts: Experts, record: layout.RecordLayout) -> None:
+def _check_experts(experts: ExpertsEntry, record: layout.RecordLayout) -> None:
     layers, described = experts.layers, (experts.record_bytes, experts.record)
     require(described == (record.record_bytes, record.describe()), "the record layout is unknown")
     require(layers == sorted(set(layers)), "layers are not in order")

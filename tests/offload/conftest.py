@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from slotmoe.offload.engine import loading
+from slotmoe.offload.experts import misses
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.observe import link, measure
+from slotmoe.offload.observe import measure
 from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.tools.bench import speed
 from tests.support.engine import IDS, PROMPT
@@ -21,9 +22,9 @@ def quick_measurements():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "_MEASURED_BYTES", 16 << 20)
         patch.setattr(measure.drive_bandwidths, "__defaults__", (64 << 20,))
-        rate = link.expert_bandwidth
+        rate = misses.expert_bandwidth
         patch.setattr(speed, "_TURNS", 1)
-        for owner in (link, speed):
+        for owner in (misses, speed):
             patch.setattr(
                 owner, "expert_bandwidth", lambda *given, seconds: rate(*given, seconds=0)
             )

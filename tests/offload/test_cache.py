@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from bench.replay import optimum, replay
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
-from slotmoe.offload.policy.cache import Learned, make_cache
-from slotmoe.offload.policy.forecast import FEATURES
+from slotmoe.offload.policy.cache import FEATURES, Learned, make_cache
 
 ROWS, EXPERTS, TOP = 3, 4, 2
 IDS = range(ROWS * EXPERTS)

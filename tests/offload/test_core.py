@@ -23,8 +23,7 @@ from slotmoe.offload.engine.engine import _FORKED
 from slotmoe.offload.engine.requests import _WAIT_SECONDS, Request, Stream, wait_for
 from slotmoe.offload.experts.experts import Experts, _first
 from slotmoe.offload.experts.slots import Slots
-from slotmoe.offload.experts.source import DEMAND, Read
-from slotmoe.offload.experts.store import ARRIVED, FREE, STALE, ExpertStore
+from slotmoe.offload.experts.store import ARRIVED, DEMAND, FREE, STALE, ExpertStore, Read
 from slotmoe.offload.ingest import output_dir, quantize
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import make_plan, predicted_components, scratch_bytes, sizes_of

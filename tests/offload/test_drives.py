@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from slotmoe.errors import ConfigError, ExportError
-from slotmoe.offload.experts.drives import THREADS, Drive, Drives
+from slotmoe.offload.experts.disk import THREADS, Drive, Drives
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.reader import Folder
 from tests.support.engine import IDS, whole
@@ -156,7 +156,7 @@ def test_each_drive_gets_what_its_speed_allows(monkeypatch, times, least, most):
     """Of 1,000 pieces, where another drive takes a millisecond for one.  A drive that is far too
     slow is left alone once that is known."""
     clock = [100.0]
-    monkeypatch.setattr("slotmoe.offload.experts.drives.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("slotmoe.offload.experts.disk.time.perf_counter", lambda: clock[0])
     drives, took, left = Drives([Path("a"), Path("b")]), [0.001, times / 1000], 1000
     readers = [(clock[0], reader % 2, 0.0) for reader in range(2 * THREADS)]
     while readers:

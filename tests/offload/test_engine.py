@@ -18,8 +18,7 @@ from slotmoe.offload.devices.pages import TOUCHED_AT_ONCE, Arena, Touching, page
 from slotmoe.offload.experts import slots as store
 from slotmoe.offload.experts.disk import PIECE_BYTES, DiskReader
 from slotmoe.offload.experts.slots import Slots
-from slotmoe.offload.experts.source import DEMAND
-from slotmoe.offload.experts.store import LEAVING
+from slotmoe.offload.experts.store import DEMAND, LEAVING
 from slotmoe.offload.policy.cache import make_cache
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import layer_file

@@ -20,7 +20,7 @@ from slotmoe.offload.experts import host
 from slotmoe.offload.observe.measure import Lasting
 from slotmoe.offload.plan.speed import MEASURED, Bandwidths
 from slotmoe.offload.policy import POLICIES
-from slotmoe.offload.policy.hybrid import MODES, choose_mode, for_cpu
+from slotmoe.offload.policy.misses import MODES, choose_mode, for_cpu
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import backends
 from slotmoe.quant.kernels.cpu import bindings

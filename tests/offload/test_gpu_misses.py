@@ -8,7 +8,7 @@ import torch
 
 from slotmoe.model.network import Network
 from slotmoe.offload.experts.experts import Experts
-from slotmoe.offload.experts.hybrid import HostCompute
+from slotmoe.offload.experts.misses import HostCompute
 from slotmoe.offload.policy.passes import Drafting
 from tests.support import simulated, streams
 from tests.support.engine import start, whole

@@ -269,7 +269,9 @@ def test_the_engine_gives_the_same_bits_for_every_budget_by_graphs_and_without(
                     runtime.model.experts.on_layer(heard.append)
             if slots is None:
                 assert runtime.stats()["cache"]["hits"] == before + 3 * uses
-                assert all((route.row, route.hits, route.misses) == (0, uses, 0) for route in heard)
+                assert all(
+                    (route.moe_layer, route.hits, route.misses) == (0, uses, 0) for route in heard
+                )
             # Before the experts of a layer, theirs, their sum, and behind it.
             made = 0 if graph is None else 1 if slots is None else 4
             assert Recorded.made == made

@@ -7,8 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from slotmoe.offload.devices.device import Device, Event
 from slotmoe.offload.experts import host
-from slotmoe.offload.experts.source import DEMAND
-from slotmoe.offload.experts.store import ARRIVED, CACHED, STALE
+from slotmoe.offload.experts.store import ARRIVED, CACHED, DEMAND, STALE
 from slotmoe.offload.policy.cache import make_cache
 from tests.support import states
 from tests.support.engine import sound

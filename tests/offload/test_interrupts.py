@@ -82,7 +82,7 @@ def test_ctrl_c_ends_a_text_within_one_layer(sample_export):
     layers, inside, over = [], threading.Event(), threading.Event()
 
     def at_a_layer(route):
-        layers.append(route.row)
+        layers.append(route.moe_layer)
         inside.set()
         assert over.wait(30)
 
@@ -229,7 +229,7 @@ def test_close_from_another_thread_ends_a_computation(sample_export, thread):
     engine, layers, inside, closing = runtime.engine, [], threading.Event(), threading.Event()
 
     def at_a_layer(route):
-        layers.append(route.row)
+        layers.append(route.moe_layer)
         inside.set()
         assert closing.wait(30)
 

@@ -9,8 +9,8 @@ import pytest
 
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.engine import loading
+from slotmoe.offload.experts import misses as link
 from slotmoe.offload.machine import process_bytes
-from slotmoe.offload.observe import link
 from slotmoe.offload.plan.speed import store_bandwidths, stored_bandwidths
 from slotmoe.offload.runtime import Runtime
 from tests.support import simulated

@@ -7,8 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.experts.slots import Slots
-from slotmoe.offload.experts.source import DEMAND
-from slotmoe.offload.experts.store import ARRIVED, CACHED, LEAVING, READING, STALE
+from slotmoe.offload.experts.store import ARRIVED, CACHED, DEMAND, LEAVING, READING, STALE
 from slotmoe.offload.policy.cache import make_cache
 from slotmoe.offload.policy.prefetch import HORIZONS, Prefetcher
 from tests.support import states

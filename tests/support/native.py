@@ -7,7 +7,8 @@ from slotmoe.model.config import parse_config
 from slotmoe.model.names import role_of
 from slotmoe.model.network import Network
 from slotmoe.offload.devices.device import Device
-from slotmoe.offload.experts.resident import resident_experts
+from slotmoe.offload.experts.experts import Experts
+from slotmoe.offload.experts.slots import CheckpointRecords, resident_slots
 from slotmoe.quant.backends.base import TorchBackend, new
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.codecs.codec import Codec
@@ -53,7 +54,9 @@ def network_of(raw, resident, ops):
 def reference_network(config, weights):
     """The network of the reference path on float32 ``weights``."""
     ops = TorchBackend(swiglu_limit=config.swiglu_limit)
-    return Network(config, weights, ops, resident_experts(config, weights, ops, Device()))
+    records, slots = CheckpointRecords(config, weights), resident_slots(config, Device())
+    experts = Experts(config.moe_layers, records, slots, ops, Device())
+    return Network(config, weights, ops, experts)
 
 
 def reference_cache(config, context, dtype=torch.float32):

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 
-from slotmoe.offload.experts.source import DEMAND, Read
+from slotmoe.offload.experts.store import DEMAND, Read
 
 ROWS, EXPERTS, CHOSEN, BYTES = 3, 4, 2, 64
 IDS = st.integers(0, ROWS * EXPERTS - 1)

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 
 from slotmoe.offload.devices.pages import in_large_pages
+from slotmoe.offload.experts.misses import expert_bandwidth
 from slotmoe.offload.observe import measure as observed
-from slotmoe.offload.observe.link import expert_bandwidth
 from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends.base import Records, TorchBackend

@@ -50,11 +50,6 @@ class Split:
     mode: str = "fetch"
     cost: float = 1.0
 
-    @property
-    def computes(self) -> bool:
-        """Whether the CPU computes any."""
-        return self.mode != "fetch"
-
     def for_cpu(self, tokens: int, uses: Sequence[int], missing: int) -> int:
         """How many of a layer's absent experts the CPU computes, the first of ``uses``: how many of
         the pass's ``tokens`` use each, the fewest first.  ``missing`` counts what is coming too."""

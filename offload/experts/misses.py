@@ -1,8 +1,11 @@
-"""Measured bandwidths of the link to a GPU and of the CPU beside it: what ``--misses auto`` chooses
-by.  A model that is opened without them measures them once; ``slotmoe bench`` does so each time."""
+"""The CPU computes missing experts beside a GPU, and what decides which: bandwidths of the link and
+of the CPU, which a model that is opened without them measures once.
+
+Shapes: T tokens, D hidden_size, E routed experts, K experts a token, N uses of experts.
+"""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -13,13 +16,83 @@ from torch import Tensor
 
 from slotmoe.offload.devices.device import Device, Event
 from slotmoe.offload.devices.pages import page_aligned
-from slotmoe.offload.ingest.output_dir import Notify
+from slotmoe.offload.experts.host import HostTier
+from slotmoe.offload.experts.store import Read
 from slotmoe.offload.plan.speed import Bandwidths, store_bandwidths
+from slotmoe.offload.policy.misses import Split
 from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.codecs.codec import ExpertCodecs
 from slotmoe.quant.export.layout import RecordLayout
 
 LINK_BYTES = 256 << 20  # of RAM that ``measure_link`` takes
+
+
+class HostCompute:
+    """The CPU's part beside a GPU, by the ``split``: it computes the host's records in place, so
+    many ``at_once``."""
+
+    def __init__(
+        self,
+        backend: TorchBackend,
+        records: Records,
+        host: HostTier,
+        device: Device,
+        at_once: int,
+        split: Split,
+    ):
+        self.backend, self.records, self.host, self._device = backend, records, host, device
+        self.seconds, self._x_TD, self._at_once = 0.0, torch.empty(0), at_once
+        self._indices_TK = torch.empty(0, dtype=torch.int64)
+        self._waiting: list[int] = []
+        self.split, self.computed = split, 0  # experts so far
+
+    def choose(
+        self, tokens: int, uses: Mapping[int, int], absent: Sequence[int], missing: int
+    ) -> list[int]:
+        """Which of a layer's ``absent`` experts, in gate order, the CPU computes: those that the
+        fewest of its ``tokens`` use, and of one token's those that the gate weighs least; of these
+        first what is in RAM.  ``missing`` counts what is on its way, too."""
+        fewest = list(reversed(absent))
+        fewest.sort(key=uses.__getitem__)
+        count = self.split.for_cpu(tokens, [uses[id] for id in fewest], missing)
+        return sorted(fewest[:count], key=lambda id: id not in self.host.cache.cached)
+
+    def begin(self, x_TD: Tensor, indices_TK: Tensor, expert_ids: list[int]) -> None:
+        """A layer's input and choices, both in RAM, and which of the experts to compute."""
+        self._x_TD, self._indices_TK, self._waiting = x_TD, indices_TK, expert_ids
+        self.computed += len(expert_ids)
+        self._acquire()
+
+    def end(self) -> None:
+        """The layer is over, or was broken off."""
+        self._waiting = []
+        self.host.release_all()
+
+    def _acquire(self) -> None:
+        """Ask the host tier for the next records."""
+        while self._waiting and len(self.host.acquired) < self._at_once:
+            self.host.submit([self.host.acquire(self._waiting.pop(0))])
+
+    def compute(self, ready: Sequence[Read], moe_layer: int, y_TKD: Tensor) -> None:
+        """The outputs of acquired records that have arrived, into ``y_TKD`` on the GPU."""
+        for read in ready:
+            if read.error is not None:
+                raise read.error
+        started, experts = time.perf_counter(), self.host.cache.experts
+        slots_E = torch.full((experts,), -1, dtype=torch.int32)
+        for read in ready:
+            slots_E[read.expert_id - moe_layer * experts] = self.host.acquired[read].index
+        uses = (slots_E[self._indices_TK] >= 0).flatten().nonzero()[:, 0]
+        tokens = uses // self._indices_TK.shape[1]
+        # Each use is a token of its own with one expert, so only what is computed has memory.
+        y_N1D = torch.empty(len(uses), 1, self._x_TD.shape[1])
+        indices_N1 = self._indices_TK.flatten()[uses][:, None]
+        self.backend.experts(self._x_TD[tokens], self.records, slots_E, indices_N1, y_N1D)
+        self._device.write(y_N1D[:, 0], y_TKD.flatten(0, 1), uses)
+        self.seconds += time.perf_counter() - started
+        for read in ready:
+            self.host.release(read)
+        self._acquire()
 
 
 def measure_link(
@@ -38,7 +111,7 @@ def measure_link(
 
 
 def with_link(
-    known: Bandwidths, path: Path, notify: Notify,
+    known: Bandwidths, path: Path, notify: Callable[[str], None],
     device: Device, slab: Tensor, cpu: TorchBackend, codecs: ExpertCodecs,
 ) -> Bandwidths:  # fmt: skip
     """``known`` with what ``--misses auto`` follows from.  If nobody has measured it, ``notify``
