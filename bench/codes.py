@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.config import read_config
 from slotmoe.model.names import EMBEDDING, expert_name, resident_shapes, role_of
+from slotmoe.offload.evaluate import Evaluation, read_texts, windows_of
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.model_cache import SAMPLE
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.divergence import measured, takes_text
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.study.evaluate import Evaluation, read_texts, windows_of
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, ExpertCodecs
 from slotmoe.quant.codecs.weight import dequantize
 from slotmoe.quant.export.reader import Export

@@ -22,8 +22,8 @@ from slotmoe.tools.screen import json_of
 from slotmoe.tools.tables import Console, byte_bars, table
 
 if TYPE_CHECKING:
+    from slotmoe.offload.evaluate import Evaluation, Text, Window
     from slotmoe.offload.runtime import Runtime
-    from slotmoe.offload.study.evaluate import Evaluation, Text, Window
 
 # Rows of float32 in memory at once: two pieces of 128, and the float64 ones of a step, twice.
 _LOGITS_ROWS = 384
@@ -74,8 +74,8 @@ def command(
     """
     from slotmoe.offload.devices.cuda import choose_device
     from slotmoe.offload.engine.loading import Options, check_options
+    from slotmoe.offload.evaluate import Evaluation, read_texts, windows_of
     from slotmoe.offload.ingest.cached import resolve_model
-    from slotmoe.offload.study.evaluate import Evaluation, read_texts, windows_of
 
     method, stride = given["method"], given["stride"]
     asked = {name: given[name] for name in ("ram", "vram", "slots", "experts_dirs")}
@@ -180,7 +180,7 @@ def _run(
         except ConfigError:
             if not stopping.number:
                 raise
-    if stopping.number and not quiet and any(it.tokens for it in evaluation.files.values()):
+    if stopping.number and not quiet and any(it["tokens"] for it in evaluation.files.values()):
         options.say("stopped; so far:")
         _print(evaluation.report(), stderr=True)
     stopping.check()

@@ -21,11 +21,12 @@ Shape legend: R rows of logits, V vocabulary.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise, repeat
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,27 +68,20 @@ class Text:
 def read_texts(paths: Sequence[Path], model: Path, reference: Path | None = None) -> list[Text]:
     """The texts as the tokens of ``model``.  Raises ``ConfigError`` as ``Text.read`` does, and
     unless the ``reference`` has as many vocabulary rows and reads the texts alike."""
-    rows, texts = _read_as(model, paths)
-    if reference is None:
-        return texts
-    other_rows, others = _read_as(reference, paths)
-    problem = ""
-    if rows != other_rows:
+    (rows, texts), *compared = [
+        (config.vocab_size, [Text.read(path, tokenizer) for path in paths])
+        for config, tokenizer in map(read_model, [model, *([reference] if reference else [])])
+    ]
+    for other_rows, others in compared:
+        different = [t.path for t, o in zip(texts, others, strict=True) if t != o]
+        if rows == other_rows and not different:
+            continue
         problem = f"has {other_rows} vocabulary rows and {model} has {rows}"
-    for text, other in zip(texts, others, strict=True):
-        if not problem and (text.ids, text.begin) != (other.ids, other.begin):
-            problem = f"has a tokenizer that reads {text.path} as other tokens than that of {model}"
-    if problem:
-        why = "divergence compares probabilities of the same tokens"
-        advice = f"{why}: give the checkpoint that the model was made of"
-        raise ConfigError(f"{reference}: the reference {problem}; {advice}")
+        if rows == other_rows:
+            problem = f"has a tokenizer that reads {different[0]} as other tokens than {model}'s"
+        advice = "divergence compares probabilities of the same tokens: give the checkpoint that"
+        raise ConfigError(f"{reference}: the reference {problem}; {advice} the model was made of")
     return texts
-
-
-def _read_as(folder: Path, paths: Sequence[Path]) -> tuple[int, list[Text]]:
-    """The vocabulary rows of a model, and texts as its tokens."""
-    config, tokenizer = read_model(folder)
-    return config.vocab_size, [Text.read(path, tokenizer) for path in paths]
 
 
 class Window(NamedTuple):
@@ -128,36 +122,21 @@ def windows_of(text: Text, method: str, window: int, stride: int | None) -> list
     return windows
 
 
-@dataclass
-class Totals:
-    """Sums over scored tokens: negative log-likelihood in nats, and with a reference its own, KL
-    divergence in nats and how often both put the same token first."""
-
-    tokens: int = 0
-    bytes: int = 0
-    nll: float = 0.0
-    reference_nll: float = 0.0
-    divergence: float = 0.0
-    agreed: int = 0
-
-    def add(self, other: "Totals") -> None:
-        for name in vars(self):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    def report(self, compared: bool) -> Json:
-        """The figures, under the names that ``slotmoe eval --json`` gives them."""
-        report = {"tokens": self.tokens, "bytes": self.bytes, **_likelihood("", self.nll, self)}
-        if compared:
-            report["kl_divergence"] = self.divergence / self.tokens
-            report["top1_agreement"] = self.agreed / self.tokens
-            report |= _likelihood("reference_", self.reference_nll, self)
-        return report
-
-
-def _likelihood(prefix: str, nll: float, totals: Totals) -> dict[str, float]:
-    mean = min(nll / totals.tokens, 700.0)  # e^700 is the last power that a float holds
-    bits = nll / math.log(2) / totals.bytes if totals.bytes else 0.0
-    return {f"{prefix}bits_per_byte": bits, f"{prefix}perplexity": math.exp(mean)}
+def _figures(sums: Counter[str], compared: bool) -> Json:
+    """What ``slotmoe eval --json`` says of sums over scored tokens: their ``bytes``, ``nll`` in
+    nats and, if ``compared``, the reference's, ``divergence`` in nats, and how many ``agreed``."""
+    tokens = sums["tokens"]
+    report: Json = {"tokens": tokens, "bytes": sums["bytes"]}
+    for prefix in ("", "reference_") if compared else ("",):
+        nll = sums[f"{prefix}nll"]
+        bits = nll / math.log(2) / sums["bytes"] if sums["bytes"] else 0.0
+        # e^700 is the last power that a float holds
+        perplexity = math.exp(min(nll / tokens, 700.0))
+        report |= {f"{prefix}bits_per_byte": bits, f"{prefix}perplexity": perplexity}
+    if compared:
+        report["kl_divergence"] = sums["divergence"] / tokens
+        report["top1_agreement"] = sums["agreed"] / tokens
+    return report
 
 
 @dataclass
@@ -167,44 +146,42 @@ class Evaluation:
     runtime: Runtime
     reference: Runtime | None = None
     keep: int = 10
-    files: dict[Path, Totals] = field(default_factory=dict)
+    files: dict[Path, Counter[str]] = field(default_factory=dict)  # sums, as ``_figures`` has them
     _worst: list[Json] = field(default_factory=list)
 
     def run(self, text: Text, windows: Iterable[Window]) -> Iterator[int]:
         """Score one text; yields how many bytes of it are done, again and again."""
-        totals = self.files.setdefault(text.path, Totals())
+        sums = self.files.setdefault(text.path, Counter())
         for window in windows:
             fed = text.begin + text.ids[window.start : window.stop - 1]  # the last has no successor
             row, at = window.first - window.start + len(text.begin) - 1, window.first
             rows, other = _rows(self.runtime, fed, row), self.reference
             others = repeat(None) if other is None else _rows(other, fed, row)
             for logits_RV, wanted_RV in zip(rows, others, strict=other is not None):
-                at = self._score(text, at, totals, logits_RV, wanted_RV)
+                at = self._score(text, at, sums, logits_RV, wanted_RV)
                 yield text.ends[at]
         yield text.ends[-1]
 
     def _score(
-        self, text: Text, at: int, totals: Totals, logits_RV: Tensor, wanted_RV: Tensor | None
+        self, text: Text, at: int, sums: Counter[str], logits_RV: Tensor, wanted_RV: Tensor | None
     ) -> int:
         """Count the tokens from ``at`` on, one a row; returns the first that is not."""
         stop = at + len(logits_RV)
         target_R1 = torch.tensor(text.ids[at:stop], device=logits_RV.device)[:, None]
         log_q_RV = logits_RV.double().log_softmax(dim=-1)
-        log_q_R = log_q_RV.gather(1, target_R1)[:, 0]
-        size = text.ends[stop] - text.ends[at]
-        part = Totals(tokens=stop - at, bytes=size, nll=-log_q_R.sum().item())
+        part: dict[str, Any] = {"tokens": stop - at, "bytes": text.ends[stop] - text.ends[at]}
+        part["nll"] = -log_q_RV.gather(1, target_R1).sum().item()
         if wanted_RV is not None:
             log_p_RV = wanted_RV.double().log_softmax(dim=-1)
-            log_p_R = log_p_RV.gather(1, target_R1)[:, 0]
             kl_R = (log_p_RV.exp() * (log_p_RV - log_q_RV)).sum(dim=-1)
-            agreed_R = log_q_RV.argmax(dim=-1) == log_p_RV.argmax(dim=-1)
-            part.reference_nll, part.divergence = -log_p_R.sum().item(), kl_R.sum().item()
-            part.agreed = int(agreed_R.sum())
+            part["reference_nll"] = -log_p_RV.gather(1, target_R1).sum().item()
+            part["divergence"] = kl_R.sum().item()
+            part["agreed"] = int((log_q_RV.argmax(dim=-1) == log_p_RV.argmax(dim=-1)).sum())
             self._remember(text, at, kl_R, log_q_RV, log_p_RV)
-        if not math.isfinite(part.nll + part.reference_nll + part.divergence):
+        if not math.isfinite(sum(part.values())):
             problem = "the model or its reference computed NaN or infinite logits"
             raise CheckpointError(f"{problem}; its weights are broken")
-        totals.add(part)
+        sums.update(part)
         return stop
 
     def _remember(
@@ -234,14 +211,16 @@ class Evaluation:
 
     def report(self) -> Json:
         """All texts together, ``files`` one by one and, with a reference, ``worst_tokens``."""
-        total, compared = Totals(), self.reference is not None
-        files = []
-        for path, totals in self.files.items():
-            total.add(totals)
-            if totals.tokens:
-                files.append({"file": str(path), **totals.report(compared)})
+        compared, total = self.reference is not None, Counter[str]()
+        for sums in self.files.values():
+            total.update(sums)
+        files = [
+            {"file": str(path), **_figures(sums, compared)}
+            for path, sums in self.files.items()
+            if sums["tokens"]
+        ]
         worst = {"worst_tokens": self._worst} if compared else {}
-        return {**total.report(compared), "files": files, **worst}
+        return {**_figures(total, compared), "files": files, **worst}
 
 
 def _rows(runtime: Runtime, ids: list[int], first: int) -> Iterator[Tensor]:
