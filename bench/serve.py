@@ -30,7 +30,7 @@ import click
 from bench import turns
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.bench import speed
-from slotmoe.tools.options import count, integer, open_runtime, option, runtime_options
+from slotmoe.tools.options import count, open_runtime, option, runtime_options
 from slotmoe.tools.serve import make_server
 
 
@@ -141,7 +141,7 @@ def _rate(answers: list[list[float]]) -> turns.Row:
 @count("--tokens", 64, "Tokens of each answer.", least=2)
 @turns.repetitions(5)
 @option("--clients", "N,N", "How many stream at once; empty leaves it out.", default="1,4,8")
-@integer("--long", "Tokens of a long prompt; 0 leaves it out.", 2000)
+@count("--long", 2000, "Tokens of a long prompt; 0 leaves it out.", least=0)
 @click.option("--cost/--no-cost", default=True, help="Compare with generate and slotmoe bench.")
 def serve(
     export: str, tokens: int, repetitions: int, clients: str, long: int, cost: bool, **options: Any

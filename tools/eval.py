@@ -17,7 +17,7 @@ from slotmoe.offload.model_cache import is_export
 from slotmoe.signals import Stopping
 from slotmoe.sizes import format_size, parse_size
 from slotmoe.tools import options
-from slotmoe.tools.options import choice, integer, option
+from slotmoe.tools.options import choice, count, option
 from slotmoe.tools.screen import json_of
 from slotmoe.tools.tables import Console, byte_bars, table
 
@@ -39,8 +39,8 @@ _KERNELS_HELP = "torch, several times slower on CPUs, rounds no activations: the
 @option("--text texts", "FILE", _TEXT_HELP, type=options.EXISTING, multiple=True, required=True)
 @option("--reference", "SRC", _REFERENCE)
 @choice("--method", ["strided", "llama.cpp"], "strided", _METHOD_HELP)
-@integer("--window", "Positions that one pass reads. [default: --context]")
-@integer("--stride", "Tokens from one window's begin to the next one's. [default: --window - 1]")
+@count("--window", None, "Positions that one pass reads. [default: --context]")
+@count("--stride", None, "Tokens from a window's begin to the next. [default: --window - 1]")
 @option("--worst", "N", _WORST, type=click.IntRange(0, 1000), default=10)
 @choice("--kernels", ["auto", "torch"], "auto", _KERNELS_HELP)
 @options.open_options

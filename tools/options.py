@@ -51,10 +51,6 @@ def flag(names: str, help: str, **rest: Any) -> Decorator:
     return click.option(*names.split(), is_flag=True, help=help, **rest)
 
 
-def integer(names: str, help: str, default: int | None = None, **rest: Any) -> Decorator:
-    return option(names, "N", help, type=int, default=default, **rest)
-
-
 def choice(name: str, values: Sequence[str], default: Any, help: str, **rest: Any) -> Decorator:
     return click.option(name, type=click.Choice(values), default=default, help=help, **rest)
 
@@ -84,15 +80,17 @@ class Command(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {title: [] for title in (*_GROUPS, "Options")}
-        of = {name: title for title, names in _GROUPS.items() for name in names.split()}
         for parameter in self.get_params(ctx):
             is_shown = HELP_ALL in ctx.meta or not isinstance(parameter, Rare)
             record = parameter.get_help_record(ctx) if is_shown else None
-            if record is not None and parameter.name in (mine := ctx.default_map or {}):
-                plain = re.sub(r" *\[default: [^]]*\]", "", record[1])
-                record = record[0], f"{plain} [default: {mine[parameter.name]}, by slotmoe.toml]"
-            if record is not None and isinstance(parameter, click.Option):
-                groups[of.get(parameter.name or "", "Options")].append(record)
+            if record is None or not isinstance(parameter, click.Option):
+                continue
+            name, (shown, help) = str(parameter.name), record
+            if name in (mine := ctx.default_map or {}):
+                plain = re.sub(r" *\[default: [^]]*\]", "", help)
+                help = f"{plain} [default: {mine[name]}, by slotmoe.toml]"
+            title = next((it for it, names in _GROUPS.items() if name in names.split()), "Options")
+            groups[title].append((shown, help))
         for title, records in groups.items():
             if records:
                 with formatter.section(title):
@@ -174,9 +172,9 @@ _PLANNED = (
     option("--device", "auto|cpu|cuda|cuda:N", _DEVICE, default="auto", **_NAMED),
     option("--ram", "SIZE", "RAM for the whole process, like 8GiB. [default: 90% of what is free]"),
     option("--vram", "SIZE", "GPU memory budget, like 20GiB. [default: 90% of what is free]"),
-    integer("--context", "Positions of the KV cache. [default: 4096, or the model's limit]"),
-    integer("--threads", "CPU threads. [default: the physical cores that it may use]", cls=Rare),
-    integer("--slots", _SLOTS, cls=Rare),
+    count("--context", None, "Positions of the KV cache. [default: 4096, or the model's limit]"),
+    count("--threads", None, "CPU threads. [default: the physical cores it may use]", cls=Rare),
+    count("--slots", None, _SLOTS, cls=Rare),
     choice("--misses", MODES, "auto", _MISSES, cls=Rare),
     option("--experts-dir experts_dirs", "DIR", _EXPERTS_DIR, multiple=True, cls=Rare),
     flag("--no-prefetch", "Read experts only when a gate has asked, never ahead.", cls=Rare),
@@ -202,15 +200,15 @@ _LIKELIEST = "Sample from the likeliest tokens that reach this probability."
 _TOP_K = f"Sample from the N likeliest tokens; 0 is all. {_MODELS}"
 _MIN_P = f"Drop tokens less likely than N times the likeliest. {_MODELS}"
 _REPETITION = f"Divide the logits of tokens that are there already; 1 is off. {_MODELS}"
-_POSITIVE = click.FloatRange(0)
-_PENALTY: Json = {"type": click.FloatRange(0, min_open=True), "cls": Rare}
+_FROM_0, _SHARE = click.FloatRange(0), click.FloatRange(0, 1)
+_ABOVE_0, _SEEDS = click.FloatRange(0, min_open=True), click.IntRange(0, 2**63 - 1)
 _SAMPLING = {
-    "temperature": option("--temperature", "N", f"{_GREEDY} {_MODELS}", type=_POSITIVE),
+    "temperature": option("--temperature", "N", f"{_GREEDY} {_MODELS}", type=_FROM_0),
     "top_p": option("--top-p", "N", f"{_LIKELIEST} {_MODELS}", type=click.FloatRange(0, 1, True)),
     "top_k": count("--top-k", None, _TOP_K, least=0, cls=Rare),
-    "min_p": option("--min-p", "N", _MIN_P, type=click.FloatRange(0, 1), cls=Rare),
-    "repetition_penalty": option("--repetition-penalty", "N", _REPETITION, **_PENALTY),
-    "seed": option("--seed", "N", "Make sampling repeatable.", type=click.IntRange(0, 2**63 - 1)),
+    "min_p": option("--min-p", "N", _MIN_P, type=_SHARE, cls=Rare),
+    "repetition_penalty": option("--repetition-penalty", "N", _REPETITION, type=_ABOVE_0, cls=Rare),
+    "seed": option("--seed", "N", "Make sampling repeatable.", type=_SEEDS),
 }
 SAMPLING = tuple(_SAMPLING)  # arguments of ``Runtime.generate``
 OWN = tuple(name for name in SAMPLING if name != "seed")  # settings that a model has its own of
@@ -230,7 +228,7 @@ def _text_options(length: int | None, help: str, *others: Decorator, **own: Deco
     return _adding(count("-n --max-new-tokens", length, help), *sampling, stop, *others)
 
 
-_GREEDILY = {"temperature": option("--temperature", "N", _GREEDY, default=0.0, type=_POSITIVE)}
+_GREEDILY = {"temperature": option("--temperature", "N", _GREEDY, default=0.0, type=_FROM_0)}
 # Of continuations, measurements (whose length no model decides), chats, and a server's defaults.
 generation_options = _text_options(None, _STOP_OR_END, _CHAT, _TRACE, **_GREEDILY)
 workload_options = _text_options(_NEW_TOKENS, _STOP, _CHAT, _TRACE, **_GREEDILY)
