@@ -26,7 +26,7 @@ from slotmoe.offload.sessions.blocks import Block, BlockFolder, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved, listing
 from slotmoe.quant.export.layout import checksum
 from slotmoe.quant.export.reader import Export
-from slotmoe.tools.chat.conversation import Conversation
+from slotmoe.tools.chat.conversation import Dialogue
 from tests.support.blocks import per_token
 from tests.support.gguf import write_gguf
 
@@ -104,7 +104,7 @@ def conversation(session=None):
     """With a model whose template and tokenizer do nothing."""
     tokenizer = SimpleNamespace(chat=json.dumps, encode=list)
     runtime = SimpleNamespace(tokenizer=tokenizer, check_length=lambda length: None)
-    return Conversation(runtime, 5, Sampling(), session=session)
+    return Dialogue(runtime, 5, Sampling(), session=session)
 
 
 def saved_chat(folder):

@@ -85,9 +85,17 @@ def command(
         less = or_more_context("lower --prompt-tokens", planned.config, context)
         raise PlanError(f"{problem}: {less}")
     resident, why = advice.choose_precision(planned, target, given["resident"])
-    codecs, ahead = advice.choose_codecs(planned, wanted), not given["no_prefetch"]
-    rest = given["slots"], given["misses"], given["draft"] == "mtp", ahead
-    scenario = advice.Scenario(planned, target, resident, codecs, context, *rest)
+    scenario = advice.Scenario(
+        planned,
+        target,
+        resident,
+        codecs=advice.choose_codecs(planned, wanted),
+        context=context,
+        slots=given["slots"],
+        misses=given["misses"],
+        drafts=given["draft"] == "mtp",
+        prefetch=not given["no_prefetch"],
+    )
     if given["threads"] is None and _is_here(given):  # fewer where the plan fits one processor
         plan = scenario.plan
         size = plan.total if target.vram is None else sum(plan.host.values())

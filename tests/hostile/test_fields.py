@@ -35,7 +35,7 @@ from slotmoe.quant.export.layout import MANIFEST, checksum
 from slotmoe.quant.export.manifest import manifest_checksum
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import damaged_files
-from slotmoe.tools.chat.conversation import Conversation
+from slotmoe.tools.chat.conversation import Dialogue
 from tests.support import v4
 from tests.support.encoded import packed
 from tests.support.gguf import write_gguf
@@ -219,7 +219,7 @@ def conversation(session=None):
     """With a model whose template and tokenizer do nothing."""
     tokenizer = SimpleNamespace(chat=json.dumps, encode=list)
     runtime = SimpleNamespace(tokenizer=tokenizer, check_length=lambda length: None)
-    return Conversation(runtime, 5, Sampling(), session=session)
+    return Dialogue(runtime, 5, Sampling(), session=session)
 
 
 def saved_chat(folder, good):

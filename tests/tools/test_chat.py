@@ -18,7 +18,7 @@ from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.generate import Sampling
 from slotmoe.model.tokenizer import ReasoningMarks
 from slotmoe.offload.runtime import Runtime
-from slotmoe.tools.chat.conversation import Conversation, Exchange, trimmed
+from slotmoe.tools.chat.conversation import Dialogue, Exchange, trimmed
 from tests.support.tiny import write_checkpoint
 
 SYSTEM = "You are a clerk in a play by Shakespeare."
@@ -49,9 +49,7 @@ def talking(runtime, monkeypatch):
         return stream
 
     def make(max_new_tokens=24, system=None, stop=(), **sampling):
-        conversation = Conversation(
-            runtime, max_new_tokens, Sampling(**sampling), system, stop=stop
-        )
+        conversation = Dialogue(runtime, max_new_tokens, Sampling(**sampling), system, stop=stop)
         conversation.notify = told.append
         conversation.sent, conversation.generated, conversation.told = sent, generated, told
         return conversation

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from slotmoe.model.generate import Sampling
 from slotmoe.tools.chat import COMMANDS, talk
-from slotmoe.tools.chat.conversation import Conversation
+from slotmoe.tools.chat.conversation import Dialogue
 from slotmoe.tools.chat.terminal import Terminal, View, finished, markdown
 from tests.support.forkserver import OnTerminal
 
@@ -38,7 +38,7 @@ def context():
 
 @pytest.fixture
 def chat(processes, runtime):
-    return Conversation(runtime, 24, Sampling())
+    return Dialogue(runtime, 24, Sampling())
 
 
 KEYS = {

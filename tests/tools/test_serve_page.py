@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from slotmoe.model.generate import Sampling
-from slotmoe.tools.chat.conversation import Conversation
+from slotmoe.tools.chat.conversation import Dialogue
 from tests.support.browser import Tab
 from tests.support.served import Served
 
@@ -313,7 +313,7 @@ def test_history_is_kept_and_exported(page, runtime, tmp_path):
     assert page.evaluate("at('system').value") == "Be brief"
 
     page.download("#export", tmp_path)
-    talk = Conversation(runtime, 8, Sampling())
+    talk = Dialogue(runtime, 8, Sampling())
     talk.load(tmp_path / "slotmoe-First-question.json")  # as in slotmoe chat
     assert (talk.system, talk.exchanges) == ("Be brief", [("First question", "First *answer*")])
 

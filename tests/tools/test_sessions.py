@@ -15,7 +15,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sessions.blocks import BLOCK_TOKENS
 from slotmoe.offload.sessions.names import NamedSession
 from slotmoe.sizes import format_size
-from slotmoe.tools.chat.conversation import Conversation
+from slotmoe.tools.chat.conversation import Dialogue
 from tests.support.forkserver import COMMAND_LINE
 from tests.support.served import SLOW, Served, start
 
@@ -108,7 +108,7 @@ def test_the_answer_is_what_one_process_gives(chat):
 def test_an_interrupted_answer_is_kept(sample_export, folder):
     with NamedSession(folder, "x") as session, Runtime.open(sample_export) as runtime:
         runtime.keep_in(folder)
-        conversation = Conversation(runtime, 40, Sampling(), None, session)
+        conversation = Dialogue(runtime, 40, Sampling(), None, session)
         answer = conversation.answer(TEXT)
         text = next(answer) + next(answer)
         answer.close()

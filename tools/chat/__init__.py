@@ -16,7 +16,7 @@ from slotmoe.tools.options import MAX_PROMPT_BYTES, open_runtime
 from slotmoe.tools.sessions import described, go_on, open_session
 
 if TYPE_CHECKING:
-    from slotmoe.tools.chat.conversation import Conversation
+    from slotmoe.tools.chat.conversation import Dialogue
     from slotmoe.tools.chat.terminal import Terminal
 
 COMMANDS = {
@@ -103,12 +103,13 @@ def command(
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
         options.require_extra("chat", "prompt_toolkit")
-    from slotmoe.tools.chat.conversation import Conversation
+    from slotmoe.tools.chat.conversation import Dialogue
 
     with open_session(given, "chat") as session, open_runtime(model, given) as runtime:
         sampling = runtime.sampling.with_given(**{name: given[name] for name in options.SAMPLING})
-        settings = max_new_tokens, sampling, system, session, given["stop"]
-        conversation = Conversation(runtime, *settings)
+        conversation = Dialogue(
+            runtime, max_new_tokens, sampling, system=system, session=session, stop=given["stop"]
+        )
         if trace is not None:
             runtime.trace(trace)
         frontend: Frontend = Pipe()
@@ -124,7 +125,7 @@ def command(
             talk(conversation, frontend, given["session_dir"])
 
 
-def talk(conversation: "Conversation", frontend: Frontend, sessions: Path) -> None:
+def talk(conversation: "Dialogue", frontend: Frontend, sessions: Path) -> None:
     """Answer messages and do commands until there are no more, or one says to leave."""
     conversation.notify, conversation.think = frontend.say, frontend.think
     while (line := frontend.read()) is not None:
@@ -140,7 +141,7 @@ def talk(conversation: "Conversation", frontend: Frontend, sessions: Path) -> No
 
 
 def _perform(
-    conversation: "Conversation", frontend: Frontend, sessions: Path, command: str, rest: str = ""
+    conversation: "Dialogue", frontend: Frontend, sessions: Path, command: str, rest: str = ""
 ) -> None:
     """Do a command.  Raises ``ConfigError``."""
     argument = rest.strip()

@@ -38,7 +38,7 @@ class Exchange(NamedTuple):
     assistant: str
 
 
-class Conversation:
+class Dialogue:
     """Messages so far, and how to answer the next one.
 
     The first answer is sampled with the seed of ``sampling``, the next one with the seed after it,
