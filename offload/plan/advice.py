@@ -22,7 +22,6 @@ from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, sizes_of
 from slotmoe.offload.plan.speed import CORE, Bandwidths, Setting, constants
 from slotmoe.offload.policy.misses import choose_mode
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, ExpertCodecs
-from slotmoe.quant.export.manifest import typed_manifest
 from slotmoe.sizes import format_size
 
 
@@ -132,6 +131,8 @@ class Model:
         config, path = read_config(folder / "config.json"), folder / "slotmoe.json"
         if not path.is_file():
             return cls(name, config, True)
+        from slotmoe.quant.export.manifest import typed_manifest  # torch
+
         manifest = read_json(path, 8 << 20, Json)
         try:
             given = typed_manifest(manifest)
