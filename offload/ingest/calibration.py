@@ -34,7 +34,7 @@ from slotmoe.model.layers import LayerByLayer, geometry_of, layer_of
 from slotmoe.model.names import EMBEDDING, expert_name, expert_shapes, resident_shapes, split_name
 from slotmoe.model.network import Positions
 from slotmoe.model.tokenizer import Tokenizer
-from slotmoe.offload.ingest.output_dir import STREAM, State
+from slotmoe.offload.ingest.output_dir import STREAM, Resumption
 from slotmoe.quant.backends.base import Prepared, TorchBackend
 from slotmoe.quant.codecs.encode import Hessian
 from slotmoe.quant.export.layout import checksum
@@ -123,7 +123,7 @@ class Calibration:
         wanted: set[str],
         needed: Sequence[int],
         folder: Path,
-        state: State,
+        state: Resumption,
         advance: Callable[[int], None],
     ):
         self._checkpoint, self._config, self._wanted = checkpoint, checkpoint.config, wanted

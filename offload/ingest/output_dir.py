@@ -1,9 +1,11 @@
-"""The folder that an export is made in, and the moment when it gets its name.
+"""The folder that an export is made in, the moment when it gets its name, and an export that is
+there already.
 
 Work happens in ``DST.partial``, which one process owns at a time and at last renames to ``DST``.
 """
 
 import errno
+import hashlib
 import math
 import os
 import shutil
@@ -18,7 +20,10 @@ from msgspec import Meta
 from slotmoe import system
 from slotmoe.errors import ExportError, naming, refused
 from slotmoe.jsonfile import Json, typed
+from slotmoe.model.checkpoint.reader import Checkpoint
+from slotmoe.model.checkpoint.shards import INDEX_NAME, MAX_INDEX_BYTES
 from slotmoe.offload.machine import read_note
+from slotmoe.quant.codecs.codec import ExpertCodecs
 from slotmoe.quant.export.layout import COPIED, MANIFEST, RESIDENT, is_predictor
 from slotmoe.quant.export.manifest import manifest_checksum, read_manifest
 from slotmoe.quant.export.writer import sync_folder, write_json
@@ -56,7 +61,7 @@ def finished_manifest(destination: Path) -> Json | None:
 
 
 @dataclass
-class State:
+class Resumption:
     """What a killed run goes on from, all of it durable before it is noted here: the ``identity``,
     what is made of what; by tensor that is ``written`` the checksums of its parts, and sums of
     squares of its error and of its weights, plainly and by a Hessian; learned ``levels`` by codec;
@@ -70,7 +75,7 @@ class State:
     stream: str = ""
 
     @classmethod
-    def read(cls, folder: Path) -> "State | None":
+    def read(cls, folder: Path) -> "Resumption | None":
         """What ``save`` wrote; None if nothing is there, or if it is not as it was written."""
         try:
             return typed(read_signed(folder / _STATE), cls)
@@ -201,3 +206,42 @@ def publish(partial: Path, destination: Path) -> None:
     system.move(partial, destination)
     sync_folder(destination.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def export_of(checkpoint: Checkpoint, mode: str, codecs: ExpertCodecs, folder: Path) -> Json | None:
+    """The manifest of ``folder`` if it is an export of ``checkpoint`` in this precision."""
+    if folder.is_symlink():
+        return None
+    try:
+        manifest = read_manifest(folder)
+    except ExportError:
+        return None
+    how, has_head = manifest["quantization"], "mtp_layer" in manifest["experts"]
+    found = manifest["source"]["files"], how["resident"], how["experts"], has_head
+    wanted = source_files(checkpoint), mode, codecs.names(), checkpoint.config.mtp
+    return manifest if found == wanted else None
+
+
+def source_files(checkpoint: Checkpoint) -> dict[str, Json]:
+    """Size and SHA-256 of the checkpoint's files: of a weight file's header alone, since hashing 31
+    GB would double the time.  Raises ``CheckpointError``."""
+    files = {}
+    for name, size, header in checkpoint.headers():
+        files[name] = {"bytes": size, "header_sha256": hashlib.sha256(header).hexdigest()}
+    for name in (INDEX_NAME, *COPIED):
+        if (data := checkpoint.small_file(name, MAX_INDEX_BYTES)) is not None:
+            files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return dict(sorted(files.items()))
+
+
+def replace_files(destination: Path, manifest: Json, partial: Path, entries: Json) -> None:
+    """Replace files of the export by those in ``partial``, if their ``entries`` are the same."""
+    for name, entry in entries.items():
+        if entry != manifest["files"][name]:
+            problem = "this slotmoe makes other bytes of the source"
+            advice = "pass --overwrite to replace the export"
+            raise ExportError(f"{destination / name}: {problem}; {advice}")
+    for name in entries:
+        (destination / name).parent.mkdir(exist_ok=True)
+        system.move(partial / name, destination / name)
+        sync_folder((destination / name).parent)

@@ -30,18 +30,19 @@ from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.calibration import Calibration, Windows, chosen, fingerprint
 from slotmoe.offload.ingest.encoder import Coder, codecs_for, learn_levels, learns, level_samples
 from slotmoe.offload.ingest.hub import Portion, Shards
-from slotmoe.offload.ingest.manifest import Contents, write_files
+from slotmoe.offload.ingest.manifest import Contents, quantization_report, write_files
 from slotmoe.offload.ingest.output_dir import (
     Notify,
     Progress,
-    State,
+    Resumption,
     Stopped,
     Written,
     check_space,
+    export_of,
     ignore,
+    replace_files,
+    source_files,
 )
-from slotmoe.offload.ingest.repair import export_of, replace_files, source_files
-from slotmoe.offload.ingest.report import quantization_report
 from slotmoe.offload.model_source import small_parts
 from slotmoe.quant.codecs.codec import TILE, Codec, ExpertCodecs
 from slotmoe.quant.codecs.encode import Hessian, NotFiniteError
@@ -158,7 +159,7 @@ class _Job:
             )
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._done, self._total = 0, 0
-        self._state = State({})
+        self._state = Resumption({})
         self._coder = Coder(self.checkpoint, self._state.levels)
         # By file of the export, also source tensors that are still to be written, those that are
         # though not yet durable, and the manifest's entry in the end.
@@ -222,7 +223,7 @@ class _Job:
             "text": fingerprint(self._text),
             "source": {"name": name, "files": files},
         }
-        state, ours = State.read(self.partial), self._state
+        state, ours = Resumption.read(self.partial), self._state
         if state is not None and state.identity != ours.identity and not overwrite:
             problem = "was begun from another source or with other options"
             advice = "pass --overwrite to start anew, or remove it"

@@ -1,12 +1,13 @@
 """What a user can do with a model on a machine, before a byte is downloaded: precision, context,
 speed, and the ways out if the model does not fit.  Without torch."""
 
+import json
 import math
 import re
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 
@@ -17,16 +18,15 @@ from slotmoe.model.checkpoint.gguf_metadata import files_of
 from slotmoe.model.config import Config, config_among, read_config
 from slotmoe.model.names import resident_shapes
 from slotmoe.offload.plan import memory
-from slotmoe.offload.plan.divergence import expected
 from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, sizes_of
 from slotmoe.offload.plan.speed import CORE, Bandwidths, Setting, constants
 from slotmoe.offload.policy.misses import choose_mode
-from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, ExpertCodecs
+from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, KEPT_CODECS, ExpertCodecs
 from slotmoe.sizes import format_size
 
 
 @dataclass(frozen=True)
-class Gpu:
+class KnownGpu:
     """A GPU: its memory in GiB, and bandwidths of memory and PCIe link in bytes a second."""
 
     gibibytes: int
@@ -40,28 +40,28 @@ class Gpu:
 
 
 GPUS = {
-    "rtx-5090": Gpu(32, 1792e9, 50e9),
-    "rtx-5080": Gpu(16, 960e9, 50e9),
-    "rtx-5070-ti": Gpu(16, 896e9, 50e9),
-    "rtx-4090": Gpu(24, 1008e9, 25e9),
-    "rtx-4080": Gpu(16, 717e9, 25e9),
-    "rtx-4070": Gpu(12, 504e9, 25e9),
-    "rtx-4060-ti": Gpu(16, 288e9, 12e9),
-    "rtx-4060": Gpu(8, 272e9, 12e9),
-    "rtx-3090": Gpu(24, 936e9, 25e9),
-    "rtx-3080": Gpu(10, 760e9, 25e9),
-    "rtx-3070": Gpu(8, 448e9, 25e9),
-    "rtx-3060": Gpu(12, 360e9, 25e9),
-    "rtx-2080-ti": Gpu(11, 616e9, 12e9),
-    "rtx-a6000": Gpu(48, 768e9, 25e9),
-    "l4": Gpu(24, 300e9, 25e9),
-    "t4": Gpu(16, 320e9, 12e9),
-    "a100": Gpu(80, 2039e9, 25e9),
-    "h100": Gpu(80, 3350e9, 50e9),
+    "rtx-5090": KnownGpu(32, 1792e9, 50e9),
+    "rtx-5080": KnownGpu(16, 960e9, 50e9),
+    "rtx-5070-ti": KnownGpu(16, 896e9, 50e9),
+    "rtx-4090": KnownGpu(24, 1008e9, 25e9),
+    "rtx-4080": KnownGpu(16, 717e9, 25e9),
+    "rtx-4070": KnownGpu(12, 504e9, 25e9),
+    "rtx-4060-ti": KnownGpu(16, 288e9, 12e9),
+    "rtx-4060": KnownGpu(8, 272e9, 12e9),
+    "rtx-3090": KnownGpu(24, 936e9, 25e9),
+    "rtx-3080": KnownGpu(10, 760e9, 25e9),
+    "rtx-3070": KnownGpu(8, 448e9, 25e9),
+    "rtx-3060": KnownGpu(12, 360e9, 25e9),
+    "rtx-2080-ti": KnownGpu(11, 616e9, 12e9),
+    "rtx-a6000": KnownGpu(48, 768e9, 25e9),
+    "l4": KnownGpu(24, 300e9, 25e9),
+    "t4": KnownGpu(16, 320e9, 12e9),
+    "a100": KnownGpu(80, 2039e9, 25e9),
+    "h100": KnownGpu(80, 3350e9, 50e9),
 }
 
 
-def gpu_named(name: str) -> Gpu:
+def gpu_named(name: str) -> KnownGpu:
     """The GPU of ``GPUS`` with that name, however it is spelled.  Raises ``ConfigError``."""
     key, plain = re.sub("[ _-]", "", name.lower()), {each.replace("-", ""): each for each in GPUS}
     if key in plain:
@@ -347,3 +347,31 @@ class Scenario:
 def _rounded_up(size: int) -> str:
     """A size option of at least ``size`` bytes, to the tenth of a GiB or the MiB."""
     return f"{-(-size * 10 >> 30) / 10:.1f}GiB" if size >= 1 << 30 else f"{-(-size >> 20)}MiB"
+
+
+@cache
+def measured() -> Json:
+    """What codes cost on the bundled sample: KL divergence in nats a token, as ``python -m bench
+    codes`` writes it to ``divergence.json``: ``rows``, and points of ``llama.cpp``, whose
+    ``origin`` is what measured them."""
+    found: Json = json.loads(Path(__file__).with_name("divergence.json").read_bytes())
+    return found
+
+
+def takes_text(choice: Json) -> bool:
+    """Whether ``--calibrate`` makes other codes of a ``codec`` or for ``resident`` weights."""
+    return choice.get("codec") == "lut" or choice.get("resident") == "mixed"
+
+
+def expected(codec: str, bits: str, resident: str, calibrated: bool) -> float | None:
+    """Of experts and resident weights together: the sum of what each does alone.  None where a
+    part of it was not measured; codes that are kept, and bf16, cost nothing."""
+    experts = 0.0 if codec in KEPT_CODECS else _alone({"codec": codec, "bits": bits}, calibrated)
+    others = 0.0 if resident == "bf16" else _alone({"resident": resident}, calibrated)
+    return None if experts is None or others is None else experts + others
+
+
+def _alone(choice: Json, calibrated: bool) -> float | None:
+    wanted = choice | {"calibrated": calibrated and takes_text(choice)}
+    found = (row for row in measured()["rows"] if wanted.items() <= row.items())
+    return next((row["kl_divergence"] for row in found), None)

@@ -247,7 +247,7 @@ def resume(folder, good):
 
     def read(values):
         output_dir.write_signed(folder / "state.json", values)
-        output_dir.State.read(folder)
+        output_dir.Resumption.read(folder)
 
     return values, read
 

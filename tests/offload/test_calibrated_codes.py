@@ -14,7 +14,7 @@ from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.names import expert_name, split_name
 from slotmoe.offload.ingest import calibration as ingest
 from slotmoe.offload.ingest.calibration import Calibration
-from slotmoe.offload.ingest.output_dir import State
+from slotmoe.offload.ingest.output_dir import Resumption
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.model_source import read_model
 from slotmoe.offload.runtime import Runtime
@@ -187,7 +187,7 @@ def test_the_stream_is_the_networks(source, tmp_path):
     text = windows(2, 40)
     with open_checkpoint(source) as checkpoint:
         layers = range(checkpoint.config.num_hidden_layers)
-        given = text, set(), layers, tmp_path, State({}), lambda count: None
+        given = text, set(), layers, tmp_path, Resumption({}), lambda count: None
         calibration = Calibration(checkpoint, *given)
         calibration.begin()
         found = [calibration.layer(layer) for layer in calibration.remaining]

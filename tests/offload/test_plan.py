@@ -17,9 +17,15 @@ from slotmoe.model.config import parse_config, read_config
 from slotmoe.model.names import expert_shapes, resident_shapes
 from slotmoe.offload import machine
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.plan import divergence
-from slotmoe.offload.plan.attention import kv_bytes
-from slotmoe.offload.plan.memory import _divide, _prefill_chunk, make_plan, sizes_of, waiting_bytes
+from slotmoe.offload.plan import advice
+from slotmoe.offload.plan.memory import (
+    _divide,
+    _prefill_chunk,
+    kv_bytes,
+    make_plan,
+    sizes_of,
+    waiting_bytes,
+)
 from slotmoe.offload.plan.speed import Bandwidths, Setting, store_bandwidths, stored_bandwidths
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codecs.codec import EXPERT_CODECS
@@ -311,10 +317,10 @@ def test_an_export_is_planned_as_run_plans_it(planned, sample_export, processes)
 
 def test_divergences_are_measured_here():
     """By the command that ``plan``'s table names, of every choice."""
-    found = divergence.measured()["rows"]
+    found = advice.measured()["rows"]
     assert not any("origin" in row for row in found)
     of = [(codec, bits, again) for codec, bits in EXPERT_CODECS for again in (False, True)]
-    assert all(divergence.expected(*row[:2], "mixed", row[2]) is not None for row in of)
+    assert all(advice.expected(*row[:2], "mixed", row[2]) is not None for row in of)
 
 
 def test_what_is_shown(plan):

@@ -8,8 +8,14 @@ import pytest
 from slotmoe.model.attention import new_state
 from slotmoe.model.config import parse_config, read_config
 from slotmoe.offload.plan.advice import geometry_path
-from slotmoe.offload.plan.attention import attention_products, kv_bytes, kv_read_bytes, mark_bytes
-from slotmoe.offload.plan.memory import scratch_bytes, waiting_bytes
+from slotmoe.offload.plan.memory import (
+    attention_products,
+    kv_bytes,
+    kv_read_bytes,
+    mark_bytes,
+    scratch_bytes,
+    waiting_bytes,
+)
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.shapes import MARK_TOKENS, MOST_MARKS

@@ -8,8 +8,7 @@ import pytest
 
 from slotmoe.offload.observe.measure import Lasting
 from slotmoe.offload.plan import speed
-from slotmoe.offload.plan.attention import attention_products
-from slotmoe.offload.plan.memory import make_plan, sizes_of
+from slotmoe.offload.plan.memory import attention_products, make_plan, sizes_of
 from slotmoe.offload.plan.speed import (
     CORE,
     Bandwidths,

@@ -12,7 +12,7 @@ from bench import codes
 from bench.__main__ import bench
 from bench.replay import read_trace
 from slotmoe.errors import ConfigError
-from slotmoe.offload.plan import divergence
+from slotmoe.offload.plan import advice
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.tools.cli import main
 
@@ -120,13 +120,13 @@ def test_codes_go_on_with_the_rows_that_are_missing(tmp_path, monkeypatch):
         rows = benchmark(*options, *more)["rows"]
     assert len({json.dumps(row) for row in measured}) == len(measured) == 4 + 3 + 3 + 1
     assert len(rows) == len(measured) and "IQ4_XS" in chart.read_text()
-    monkeypatch.setattr(divergence, "measured", lambda: {"rows": rows})
+    monkeypatch.setattr(advice, "measured", lambda: {"rows": rows})
     wanted = {"codec": "lut", "bits": "3", "calibrated": True}, {"resident": "int8"}
     total = sum(
         row["kl_divergence"] for row in rows if any(w.items() <= row.items() for w in wanted)
     )
-    assert divergence.expected("lut", "3", "int8", calibrated=True) == pytest.approx(total)
-    assert divergence.expected("lut", "7", "int8", calibrated=False) is None
+    assert advice.expected("lut", "3", "int8", calibrated=True) == pytest.approx(total)
+    assert advice.expected("lut", "7", "int8", calibrated=False) is None
 
 
 @pytest.mark.usefixtures("nightly")
