@@ -4,7 +4,6 @@ and log-probabilities are what they are one by one."""
 import asyncio
 import inspect
 
-import numpy
 import pytest
 import torch
 
@@ -73,6 +72,11 @@ def test_other_mistakes_are_sentences_too(runtime):
         (lambda: runtime.logits("Call me"), "of the type str, expected a list of token ids"),
         (lambda: runtime.generate_all("Call me"), "prompts is 'Call me', expected a list"),
         (lambda: runtime.encode(5), "text is 5, expected text"),
+        (lambda: runtime.generate(None), "one of the two"),
+        (lambda: runtime.generate("Call me", messages=[USER]), "one of the two"),
+        (lambda: runtime.generate(messages=[]), "expected a list of messages"),
+        (lambda: runtime.generate(messages=["Call me"]), "expected a list of messages"),
+        (lambda: runtime.generate(messages=[{"role": "user"}]), "expected a list of messages"),
         (lambda: runtime.score([5, 4096]), "0 to 4095"),
     ):
         with pytest.raises(ConfigError, match=problem):
@@ -85,26 +89,15 @@ def test_other_mistakes_are_sentences_too(runtime):
 
 def test_a_type_checker_sees_every_keyword():
     names = inspect.signature(Runtime.generate).parameters
-    shared = {name: one.annotation for name, one in names.items()}
-    for own in ("self", "prompt", "messages"):
-        del shared[own]
+    own = ("self", "prompt", "messages")
+    shared = {name: one.annotation for name, one in names.items() if name not in own}
     assert shared == TextOptions.__annotations__
-    kinds = {one.kind for one in inspect.signature(Runtime.open).parameters.values()}
-    assert inspect.Parameter.VAR_KEYWORD not in kinds
 
 
-def test_a_batch_is_computed_together_and_as_one_by_one(runtime, processes):
-    """Texts and conversations, of which one calls a function."""
-    prompts = ["It is a truth", [USER, CALLED, {**USER, "role": "tool"}], [5, 6, 7]]
-    alone = [
-        [*runtime.generate(prompts[0], 6, top_logprobs=2)],
-        [*runtime.generate(None, 6, messages=prompts[1], top_logprobs=2)],
-        [*runtime.generate(prompts[2], numpy.int64(6), top_logprobs=2)],
-    ]
-    before = runtime.engine.batch.totals.steps
-    texts = runtime.generate_all(prompts, max_new_tokens=6, top_logprobs=2)
-    assert [[*text] for text in texts] == alone
-    assert runtime.engine.batch.totals.steps - before < 15  # 3 prompts, and 5 passes for all
+def test_a_conversation_is_the_chat_of_its_messages(runtime, processes):
+    asked = [*runtime.generate("Call me", 4, chat=True)]
+    texts = runtime.generate_all([[USER], [USER, CALLED, USER]], max_new_tokens=4)
+    assert [*texts[0]] == asked and len([*texts[1]]) == 4
 
 
 def test_log_probabilities_are_those_of_the_logits(runtime):

@@ -16,52 +16,26 @@ from safetensors.torch import load_file
 
 from slotmoe.errors import ConfigError, ExportError
 from slotmoe.model.config import read_config
-from slotmoe.model.generate import Answer, Delta, Sampling
+from slotmoe.model.generate import Delta
 from slotmoe.offload.devices.device import Device
-from slotmoe.offload.engine.batch import Batch
-from slotmoe.offload.engine.engine import _FORKED
-from slotmoe.offload.engine.requests import _WAIT_SECONDS, Request, Stream, wait_for
-from slotmoe.offload.experts.experts import Experts, _first
+from slotmoe.offload.engine.requests import _WAIT_SECONDS, Stream, wait_for
 from slotmoe.offload.experts.slots import Slots
-from slotmoe.offload.experts.store import ARRIVED, DEMAND, FREE, STALE, ExpertStore, Read
+from slotmoe.offload.experts.store import FREE
 from slotmoe.offload.ingest import output_dir, quantize
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import make_plan, predicted_components, scratch_bytes, sizes_of
 from slotmoe.offload.policy.cache import make_cache
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sessions.blocks import BlockFolder, chain
-from slotmoe.offload.sessions.store import _identity
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS
 from slotmoe.quant.export.layout import Part, place
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import ExportFile, replace_file
 from tests.support.blocks import per_token
-from tests.support.engine import ask, decode, sound, start
 from tests.support.states import BYTES, CHOSEN, EXPERTS, ROWS, Broken, Disk
 from tests.support.tiny import SMALL, write_checkpoint
 
 ROOT = bytes(16)
-
-
-def test_a_call_takes_few_uses_and_at_least_one_expert():
-    uses = {0: 100, 1: 28, 2: 1, 3: 200}
-    assert _first([0, 1, 2], uses) == ([0, 1], [2])
-    assert _first([3, 0], uses) == ([3], [0])
-    assert _first([2], uses) == ([2], [])
-
-
-def test_what_was_guessed_and_is_demanded_is_read_once():
-    """On its way, or arrived; where the read has failed, again."""
-    disk = Disk(None)
-    cache = make_cache("lru", 4, ROWS, EXPERTS)
-    slots = Slots(disk, cache, CHOSEN + 3, CHOSEN, BYTES, Device())
-    assert all(slots.prefetch(expert_id, DEMAND + 1) for expert_id in (1, 2, 3))
-    guessed = list(disk.pending)
-    disk.end(guessed[1], True)
-    disk.end(guessed[2], False)
-    reads = slots.demand([1, 2, 3])
-    assert reads[:2] == guessed[:2] and [read.urgency for read in reads] == [DEMAND] * 3
-    assert reads[2] is not guessed[2] and disk.pending == [guessed[0], reads[2]]
 
 
 def test_a_wait_ends_with_an_item_its_time_or_the_engine():
@@ -79,99 +53,12 @@ def test_a_wait_ends_with_an_item_its_time_or_the_engine():
     assert stream.wait(0.0) is True and stream.wait(0.0) is True
 
 
-def test_a_prompt_begins_with_what_its_owner_has():
-    sequences = [Mock(owner=owner, tokens=[5, 6, 7], state=Mock(reach=int)) for owner in "ab"]
-    request = Request([5, 6, 8], None, owner="b")
-    assert Batch._shared(SimpleNamespace(sequences=sequences), request) == {sequences[1]: 2}
-
-
-def test_what_is_restored_goes_on_behind_what_is_held(small_export, tmp_path):
-    with Runtime.open(small_export, context=256, slots=4) as runtime:
-        runtime.keep_in(tmp_path)
-        wanted = decode(runtime, [*range(2, 152)], [])
-    with Runtime.open(small_export, context=256, slots=4) as runtime:
-        decode(runtime, [*range(2, 102)], [])
-        runtime.keep_in(tmp_path)
-        assert torch.equal(decode(runtime, [*range(2, 152)], []), wanted)
-        assert runtime.sessions.stats()["restored_tokens"] == 149 - 100
-
-
-def test_closing_in_a_forked_child_leaves_the_parents_threads_alone(small_export):
-    runtime = Runtime.open(small_export, context=64, slots=4)
-    engine = runtime.engine
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "_refusal", _FORKED)
-        patch.setattr(Export, "close", close := Mock())
-        engine.close()
-        close.assert_called_once_with()
-        assert engine.alive and engine._thread.is_alive()
-    runtime.close()
-    assert not engine.alive and not engine._thread.is_alive()
-
-
-def test_a_slot_that_is_free_by_now_is_taken_before_a_record_is_lost():
-    disk, others = Disk(None), range(2, 10)
-    slots = Slots(disk, make_cache("lru", 4, ROWS, EXPERTS), CHOSEN + 3, CHOSEN, BYTES, Device())
-    slots.prefetch(1, DEMAND + 1)
-    disk.begun.append(disk.pending.pop())
-    slots.drop(1)
-    for expert_id in others:
-        (read,) = slots.demand([expert_id])
-        disk.end(read, True)
-        slots.release()
-    assert slots.store.leaving == 1 and len(slots.store.available) == len(others)
-    disk.end(disk.begun[0], True)
-    slots.demand([10])
-    assert {slots.store.state(expert_id) for expert_id in others} == {STALE}
-
-
-def test_what_is_stale_is_overwritten_by_its_latest_rank():
-    """What was taken back since, and given up again, after all that is ranked; else by worth."""
-    cache = make_cache("lru", 2, ROWS, EXPERTS)
-    store = ExpertStore(cache, torch.zeros(6, BYTES), 6)
-    for expert_id in (1, 0, 2, 3, 4, 5):
-        cache.use_chunk(expert_id // EXPERTS, [[expert_id % EXPERTS]])
-    for expert_id in range(6):
-        store.move(store.take(expert_id), ARRIVED)
-        store.move(store.of[expert_id], STALE)
-
-    def left():
-        sound(store)
-        return {slot.expert for slot in store.slots if slot.state is STALE}
-
-    def replaces(expert_id):
-        before = left()
-        store.take(expert_id)
-        return before - left()
-
-    assert replaces(11) == {1}
-    store.rank()
-    store.take(0)
-    assert replaces(6) == {2}
-    store.move(store.of[0], STALE)
-    assert replaces(7) == {3}
-    store.take(4)
-    store.rank()
-    store.move(store.of[4], STALE)
-    assert [replaces(expert_id) for expert_id in (8, 9, 10)] == [{0}, {5}, {4}]
-
-
 def test_a_fill_that_is_stopped_keeps_no_slot_staged():
     disk = Disk(Random(0))
     slots = Slots(disk, make_cache("lru", 4, ROWS, EXPERTS), 4 + CHOSEN, CHOSEN, BYTES, Device())
     with pytest.raises(Broken):
         slots.fill([1, 2, 3], Mock(side_effect=[None, Broken]))
     assert len(slots.cache) == 2 and not slots.store.staged and not disk.pending
-
-
-def test_the_cpu_computes_what_few_tokens_use_once_slots_are_full():
-    host = SimpleNamespace(cache=SimpleNamespace(cached={2}))
-    split = SimpleNamespace(for_cpu=lambda tokens, uses, fetched: 2)
-    experts = SimpleNamespace(hybrid=SimpleNamespace(host=host), split=split)
-    for room, tokens, chosen in ((1, 1, []), (1, 2, [2, 3]), (0, 1, [2, 3])):
-        experts.slots = SimpleNamespace(room=lambda room=room: room)
-        args = tokens, {1: 9, 2: 1, 3: 1, 4: 1}, [1, 2, 3, 4], {4}, ()
-        assert Experts._choose_for_cpu(experts, *args) == chosen
 
 
 def test_memory_in_use_never_shrinks(small_export):
@@ -204,16 +91,6 @@ def test_a_block_that_another_process_kept_meanwhile_is_not_written_again(tmp_pa
     before = BlockFolder(tmp_path / "blocks", 1 << 20, print)
     assert ours.add(blocks, per_token(8), lambda block: pytest.fail("asked for latents")) == 0
     assert before.nbytes == ours.nbytes
-
-
-def test_an_answer_ends_with_its_context_and_is_counted_once(small_export):
-    with Runtime.open(small_export, context=12, slots=4) as runtime:
-        answer = Answer([5, 6], runtime.tokenizer, (), Sampling(logit_bias=((300, 100.0),)), 99)
-        deltas, engine = ask(runtime, [5, 6], answer), runtime.engine
-        assert deltas[-1].finish == "length"
-        assert sum(len(delta.tokens) for delta in deltas) == 12 - 2 + 1
-        assert engine.batch.totals.finished == {"length": 1}
-        assert engine.batch.totals.prompt_tokens == 2
 
 
 class Shards:
@@ -301,35 +178,6 @@ def test_small_files_are_those_of_the_manifest(small_export):
         assert export.small_file("nothing.json", 1 << 20) is None
 
 
-def test_a_drive_that_declines_gets_no_piece(small_export, monkeypatch):
-    with Runtime.open(small_export, context=64, slots=4) as runtime:
-        store = runtime.model.store
-        monkeypatch.setattr(store.drives, "takes", lambda drive, waiting: False)
-        read = Read(0, DEMAND, memoryview(bytearray(store.record_bytes)))
-        with store._lock:  # no thread looks meanwhile
-            store._queue.append((DEMAND, 0, read))
-            assert store._take(store.drives.fastest()) is None
-            store._queue.clear()
-        assert read.taken == 0
-
-
-def test_where_a_pass_is_and_what_its_layers_used(small_export):
-    """Also where the backend goes through several layers by itself."""
-    with Runtime.open(small_export, context=64) as runtime:
-        experts, seen, config = runtime.model.experts, [], runtime.config
-        runtime.warm()
-        step = start(runtime)
-        stop = experts.on_layer(lambda route: seen.append(experts.reached))
-        before = experts.slots.cache.hits
-        step([5])
-        used = len(config.moe_layers) * config.num_experts_per_tok
-        assert experts.slots.cache.hits - before == used
-        assert len(seen) == len(config.moe_layers) and all(type(count) is int for count in seen)
-        stop()
-        step([6])
-        assert experts.slots.cache.hits - before == 2 * used
-
-
 def test_a_file_without_room_is_closed(tmp_path, monkeypatch):
     """And says so."""
 
@@ -372,14 +220,6 @@ def test_a_file_is_replaced_durably_or_not_at_all(tmp_path, monkeypatch):
         replace_file(tmp_path / "file", b"other")
     fails.assert_called_once()
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"12345"]
-
-
-def test_latents_of_other_kernels_are_of_another_session(small_export, monkeypatch):
-    with Runtime.open(small_export, context=64, slots=4) as runtime:
-        ours = _identity(runtime.model)
-        monkeypatch.setattr("slotmoe.offload.sessions.store.load", lambda: Mock(digest="others"))
-        native = runtime.model.backend.kind == "native"
-        assert (_identity(runtime.model) != ours) == native
 
 
 def test_a_refused_export_holds_no_file(small_export, tmp_path):

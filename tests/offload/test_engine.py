@@ -12,26 +12,14 @@ import pytest
 import torch
 
 from slotmoe.errors import ExportError
-from slotmoe.offload.devices import pages
-from slotmoe.offload.devices.device import Device
-from slotmoe.offload.devices.pages import TOUCHED_AT_ONCE, Arena, Touching, page_aligned
+from slotmoe.offload.devices.pages import TOUCHED_AT_ONCE, Touching, page_aligned
 from slotmoe.offload.experts import slots as store
-from slotmoe.offload.experts.disk import PIECE_BYTES, DiskReader
-from slotmoe.offload.experts.slots import Slots
-from slotmoe.offload.experts.store import DEMAND, LEAVING
-from slotmoe.offload.policy.cache import make_cache
+from slotmoe.offload.experts.disk import DiskReader
+from slotmoe.offload.experts.store import DEMAND
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import layer_file
 from slotmoe.quant.export.reader import Export
 from tests.support.engine import IDS, PROMPT, start, until, whole
-
-MANY = [
-    {"slots": 6},
-    {"slots": 22},
-    {"slots": 56, "prefetch": False},
-    {"slots": 112},
-    {"slots": 30, "cache_policy": "lru"},
-]
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +32,6 @@ def wanted(sample_export):
 @pytest.fixture
 def opened(sample_export, always_guessing):
     return partial(Runtime.open, sample_export, context=256)
-
-
-@pytest.mark.parametrize("options", MANY, ids=str)
-def test_logits_and_text_are_bitwise_the_same_for_every_setting(opened, wanted, options):
-    with opened(**options) as runtime:
-        assert runtime.plan.slots == options["slots"]
-        assert torch.equal(runtime.logits(IDS), wanted[0])
-        assert [token.id for token in runtime.generate(PROMPT, 20)] == wanted[1]
-        stats = runtime.stats()
-        assert stats["cache"]["misses"] > 0
-        assert ("prefetch" in stats) == options.get("prefetch", True)
-        whole(runtime)
 
 
 # Faults
@@ -233,61 +209,7 @@ def test_closing_gives_up_what_is_queued(gated, caplog):
     assert (calls, reader.retries) == ([(1, 0)], 0)
 
 
-def test_large_records_are_read_in_pieces(reader, monkeypatch):
-    calls, (out, plain) = reads(monkeypatch), (empty_record(reader) for _ in range(2))
-    assert PIECE_BYTES % (64 << 10) == 0  # less is slow past Windows' page cache
-    reader._piece = 8192
-    read = reader.read(37, out, DEMAND)
-    reader.submit([read])
-    reader.wait([read])
-    assert calls == [(2, 5)] * 4
-    reader._export.read_range(2, 5, 0, plain.numpy().data)
-    assert torch.equal(out, plain)
-
-
 # Slots
-
-
-class DoneBetweenTwoLooks:
-    """A read that its thread ends right after it was first asked for."""
-
-    looks = 0
-
-    @property
-    def done(self):
-        self.looks += 1
-        return self.looks > 1
-
-
-def test_a_read_that_ends_while_slots_are_counted_loses_none():
-    slots = Slots(None, make_cache("lru", 2, 7, 32), 3, 3, 8, Device())
-    store = slots.store
-    slot = store.take(3)
-    slot.read = DoneBetweenTwoLooks()
-    store.move(slot, LEAVING)
-    for _ in range(2):
-        assert not slots.prefetch(5, 1)  # all staging slots are reserved
-        assert len(store.available) + len(store.staged) == 5
-    assert len(store.available) == 5
-
-
-def test_popular_experts_fill_free_slots(opened, wanted):
-    with opened(slots=100) as runtime:
-        experts = runtime.model.experts
-        experts._warm = [200, 201, 202]
-        assert torch.equal(runtime.logits(IDS), wanted[0])
-        step = start(runtime)
-        for id in [*IDS, 5]:
-            step([id])
-        whole(runtime)
-        assert not experts._warm
-
-        def nothing_is_staged():
-            """A read that was given up holds its slot until a later one takes it."""
-            step([5])
-            return not experts.slots.store.staged
-
-        until(nothing_is_staged)  # what warms the cache holds no slot for ever
 
 
 class Pages:
@@ -338,17 +260,3 @@ def test_closing_stops_the_thread_that_gets_pages(monkeypatch):
     closing[0].close()
     assert closing[0].ready == 4096 + TOUCHED_AT_ONCE
     assert "slotmoe-touch" not in [thread.name for thread in threading.enumerate()]
-
-
-def test_pages_that_are_present_are_held(monkeypatch):
-    memory, held = page_aligned(TOUCHED_AT_ONCE + 9000), []
-
-    def hold(start, size):
-        held.append((start - memory.data_ptr(), size))
-
-    monkeypatch.setattr(pages, "hold", hold)
-    Touching(memory, 4096).finish()
-    assert held == [(0, 4096), (4096, TOUCHED_AT_ONCE), (4096 + TOUCHED_AT_ONCE, 4904)]
-    held.clear()
-    Arena(100).empty((7,), torch.uint8)
-    assert [size for _, size in held] == [107]

@@ -90,16 +90,6 @@ def test_another_export_is_kept_and_a_layer_that_is_no_head_refused(with_head, t
 # Opened
 
 
-def test_what_is_not_asked_for_takes_nothing(with_head):
-    plans = []
-    for name in ("without", "export"):
-        with Runtime.open(with_head / name, context=96, draft="off") as runtime:
-            assert runtime.model.head is None and not runtime.config.mtp
-            components = runtime.plan.components | {"runtime": 0}  # what the process has
-            plans.append((components, runtime.plan.slots, text_of(runtime)))
-    assert plans[0] == plans[1]
-
-
 def test_refusals(with_head, slotmoe):
     for name, options, message in (
         ("without", {}, "quantize --keep-mtp"),

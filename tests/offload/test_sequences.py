@@ -93,14 +93,6 @@ def test_ten_turns_read_nothing_twice(runtime, fresh, keeps_answers):
     assert len(state.marks) <= MOST_MARKS + 2 and state.used_bytes <= state_bytes(state)
 
 
-def test_the_same_prompt_again_is_not_read_again(runtime):
-    runtime.engine.empty()
-    prompt = words(1, 333)
-    first, none = answer_to(runtime, prompt, 40)
-    again, count = answer_to(runtime, prompt, 40)
-    assert (none, count) == (0, 332) and first == again
-
-
 def test_a_prompt_that_differs_reuses_the_last_mark_before(runtime, fresh):
     runtime.engine.empty()
     prompt = words(2, 700)
@@ -256,15 +248,6 @@ def test_snapshots_of_a_long_pass_are_kept(reopened, fresh):
     assert not reopened.said
 
 
-def test_the_snapshot_that_serves_was_used_now(reopened):
-    for path in files(reopened.folder, snapshots=True):
-        os.utime(path, (1, 1))
-    assert reopened.restored(580)[1] in (512, 579)
-    used = [path for path in files(reopened.folder, snapshots=True) if path.stat().st_mtime > 1]
-    compresses = reopened.runtime.engine.batch.sequences[0].state.snapshot_bytes(512)
-    assert any("-00000448-64-" in path.name for path in used) == bool(compresses)
-
-
 def test_marks_of_another_text_do_not_come_back(reopened, fresh):
     """Its sequence takes what is on disk of a text that begins alike."""
     runtime, ids = reopened.runtime, words(8, 600)
@@ -273,30 +256,6 @@ def test_marks_of_another_text_do_not_come_back(reopened, fresh):
     decode(runtime, ids, [])
     ids = [*ids[:300], *words(12, 30)]
     assert torch.equal(decode(runtime, ids, []), fresh(ids))
-
-
-def test_a_snapshot_before_what_is_in_memory_does_not_count(export, fresh, tmp_path):
-    """Nor is a block read whose tokens are there; the one that serves was used now."""
-    ids = words(13, 300)
-    with Runtime.open(export, context=1024) as runtime:
-        runtime.keep_in(tmp_path)
-        for length in (88, 300):
-            runtime.engine.empty()
-            decode(runtime, ids[:length], [])
-        read_bytes = runtime.engine.batch.sequences[0].state.saved_bytes(64, 128)
-    for path in files(tmp_path):
-        os.utime(path, (1, 1))
-    with Runtime.open(export, context=1024) as runtime:
-        decode(runtime, ids[:100], [])
-        runtime.keep_in(tmp_path)
-        other = [*ids[:110], 3, *words(14, 9)]
-        logits, count = counted(runtime, lambda: decode(runtime, other, []))
-        compresses = bool(runtime.engine.batch.sequences[0].state.snapshot_bytes(110))
-        assert count == (100 if compresses else 110)
-        assert runtime.sessions.stats()["read_bytes"] == read_bytes
-    assert torch.equal(logits, fresh(other))
-    used = [path for path in files(tmp_path) if path.stat().st_mtime > 1]
-    assert {path.name.split("-")[1] for path in used} == {"00000064"} and len(used) == 2
 
 
 def test_a_damaged_snapshot_is_dropped_and_one_before_it_serves(reopened, fresh):

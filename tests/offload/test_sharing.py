@@ -13,7 +13,6 @@ from slotmoe.offload.engine.requests import Forced, Request
 from slotmoe.offload.policy.passes import PIECE, allowance, place, shares
 from slotmoe.offload.runtime import Runtime
 from tests.support.engine import at_once, decode, passes_of, together, until, whole
-from tests.support.params import nth
 
 MORE = [7, 8, 300]  # what is decoded behind each prompt
 
@@ -166,17 +165,6 @@ def test_prompts_together_are_each_as_alone(request, room, prompts, monkeypatch)
     whole(runtime)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("prompts", nth(len(LOADS), LOADS), ids=len)
-def test_torchs_kernels_are_near(sample_export, prompts):
-    """Its products depend on the number of rows."""
-    with Runtime.open(sample_export, context=1024, sequences=6, kernels="torch") as runtime:
-        alone = [decode(runtime, prompt, []) for prompt in prompts]
-        runtime.engine.empty()
-        for one, other in zip(together(runtime, prompts), alone, strict=True):
-            assert (one - other).norm() < 0.02 * other.norm()
-
-
 @pytest.mark.parametrize("room", ["runtime", "narrow"])
 def test_scores_and_hidden_states_of_a_shared_pass_are_each_prompts_own(request, room):
     runtime = request.getfixturevalue(room)
@@ -206,26 +194,6 @@ def test_scores_and_hidden_states_of_a_shared_pass_are_each_prompts_own(request,
         assert torch.equal(rows, wanted[0][100:])
         assert torch.equal(torch.stack([*logits[1:], scored.logits[0]]), wanted[1])
         assert torch.equal(torch.stack(text.logits), last)
-
-
-def test_a_token_whose_logits_nobody_wants_beside_one(runtime):
-    runtime.engine.empty()
-    hidden, text, wanted = [], Forced((), keeps=True), decode(runtime, [6], [])
-    at_once(runtime, Request([5], None, hidden=hidden.append, first=0), Request([6], text))
-    assert len(hidden[0]) == 1 and torch.equal(torch.stack(text.logits), wanted)
-
-
-def test_sessions_keep_what_a_shared_pass_has_read(sample_export, tmp_path):
-    prompts = lengths(300, 170, 200)
-    with Runtime.open(sample_export, context=1024, sequences=3) as runtime:
-        runtime.keep_in(tmp_path)
-        found = together(runtime, prompts, MORE)
-    with Runtime.open(sample_export, context=1024, sequences=3) as runtime:
-        runtime.keep_in(tmp_path)
-        again = together(runtime, prompts, MORE)
-        assert runtime.stats()["sessions"]["restored_tokens"] == sum(map(len, prompts)) - 3
-        if runtime.stats()["kernels"] != "torch":
-            assert all(map(torch.equal, found, again))
 
 
 def test_a_prompt_waits_for_what_another_is_going_to_hold(runtime):

@@ -1,0 +1,89 @@
+"""One text has the same bits, whatever the engine is given and whatever else it computes: budgets,
+policies, reading ahead, runners, several texts at once, drafts and sessions."""
+
+import pytest
+import torch
+
+from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.runtime import Runtime
+from tests.support.engine import IDS, PROMPT, decode, whole
+from tests.support.families import CASES, write_family
+from tests.support.params import nth
+
+PROMPTS = [PROMPT, IDS, "The people of the United States have a government. " * 4]
+FAMILIES = ("v3-groups-yarn", "glm-two-dense", "mistral-groups", "v3.2", "glm-5")
+NO_PREFETCH = {"prefetch": False}
+FEW = {"sequences": 3}
+WAYS = [
+    {"slots": 6},
+    {"slots": 22, "cache_policy": "learned", "draft": "ngram", **FEW},
+    {"slots": 56, **NO_PREFETCH, "session": True},
+    {"slots": 112, "threads": 1, **FEW},
+    {"slots": 30, "cache_policy": "lru", "session": True},
+    {"slots": 100, "cache_policy": "learned", **NO_PREFETCH, "draft": "ngram", **FEW},
+    {"slots": 40, "kernels": "torch", "cache_policy": "lru"},
+    {"draft": "ngram", "session": True, **FEW},
+]
+
+
+def texts(runtime, together):
+    """Ids and log-probabilities behind each prompt, all at once or one after the other."""
+    options = {"max_new_tokens": 12, "temperature": 0.7, "seed": 5, "top_logprobs": 2}
+    if together:
+        streams = runtime.generate_all(PROMPTS, **options)
+    else:
+        streams = (runtime.generate(prompt, **options) for prompt in PROMPTS)
+    return [[(token.id, token.logprob, token.likeliest) for token in text] for text in streams]
+
+
+@pytest.fixture(scope="module")
+def wanted(sample_export):
+    """By kernels: logits, and texts alone, with every expert in memory."""
+    found = {}
+    for kernels in ("auto", "torch"):
+        with Runtime.open(sample_export, context=256, kernels=kernels) as runtime:
+            found[kernels] = runtime.logits(IDS), texts(runtime, together=False)
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_sample(sample_export, wanted, always_guessing, tmp_path, way):
+    options = {name: value for name, value in way.items() if name != "session"}
+    logits, alone = wanted[options.get("kernels", "auto")]
+    with Runtime.open(sample_export, context=256, **options) as runtime:
+        if "session" in way:
+            runtime.keep_in(tmp_path)
+        assert torch.equal(runtime.logits(IDS), logits)
+        assert texts(runtime, "sequences" in way) == alone
+        if runtime.stats()["kernels"] != "torch":  # a row has the same bits alone or among others
+            runtime.engine.empty()
+            assert torch.equal(decode(runtime, IDS[:20], IDS[20:]), logits[19:])
+        stats = runtime.stats()
+        assert "slots" not in way or stats["cache"]["misses"] > 0
+        assert ("prefetch" in stats) == ("slots" in way and "prefetch" not in way)
+        assert ("draft" not in way) or stats["drafts"]["drafted"] > 0
+        whole(runtime)
+    if "session" in way:
+        with Runtime.open(sample_export, context=256, **options) as runtime:
+            runtime.keep_in(tmp_path)
+            again = texts(runtime, "sequences" in way)
+            assert runtime.stats()["sessions"]["restored_tokens"] > 100
+            assert again == alone
+
+
+@pytest.mark.parametrize("family", nth(2, FAMILIES))
+def test_families(family, always_guessing, tmp_path):
+    kind, overrides = CASES[family]
+    write_family(tmp_path / "source", kind, torch.bfloat16, **overrides)
+    quantize(tmp_path / "source", tmp_path / "export")
+    found = []
+    for options in ({}, {"slots": 6}, {"slots": 9, "prefetch": False}):
+        with Runtime.open(tmp_path / "export", context=64, **options) as runtime:
+            ids = [token.id for token in runtime.generate(IDS[:8], 8)]
+            found.append((runtime.logits(IDS), ids))
+            guesses = runtime.stats().get("prefetch")
+            assert (guesses is not None) == (options == {"slots": 6})
+            assert guesses is None or guesses["layer"]["used"] > 0, guesses
+            whole(runtime)
+    for logits, ids in found[1:]:
+        assert torch.equal(logits, found[0][0]) and ids == found[0][1]
