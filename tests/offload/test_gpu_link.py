@@ -16,7 +16,6 @@ import torch
 from slotmoe.offload.devices.pages import page_aligned
 from slotmoe.offload.observe.measure import link_bandwidths
 from slotmoe.offload.policy import prefetch
-from slotmoe.offload.policy.cache import Cache, Learned
 from tests.support import simulated, streams
 from tests.support.disk import forked
 from tests.support.engine import IDS, start, whole
@@ -24,48 +23,6 @@ from tests.support.twin import Twin
 
 LAYERS, TOKENS = 7, IDS[1:5]
 LATE = 2  # a seed of an adversary that runs nothing before the host waits for it
-
-
-def test_a_layer_with_misses_has_few_calls_and_one_wait_and_its_copies_wait_for_no_more(
-    on_twin, monkeypatch
-):
-    """The choice comes to the host, the changed slot table and the table of what is late go to the
-    GPU; hits and what is late are a launch each.  A token's id too goes there, and its logits come.
-    Between the choice and the copies behind it no policy learns or ranks, and of the device only
-    points of the stream are asked for."""
-    twin, calls = Twin(), []
-
-    def log(owner, *names):
-        for name in names:
-            original = getattr(owner, name)
-
-            def call(*arguments, name=name, original=original, **options):
-                calls.append(name)
-                return original(*arguments, **options)
-
-            monkeypatch.setattr(owner, name, call)
-
-    log(simulated.cuda.MappedDownload, "get")
-    log(Twin, "copy", "record", "write", "download", "wait")
-    log(Cache, "use", "by_worth", "victim")
-    log(Learned, "use_chunk", "_worth_now")
-    with on_twin(twin, misses="fetch", slots=60, prefetch=False, kernels="torch") as runtime:
-        runtime.warm()
-        step = start(runtime)
-        step(IDS[:1])  # what was free when the pass began is in no order
-        calls.clear()
-        before = twin.seams, twin.launches
-        for one in TOKENS:
-            step([one])
-    layers = len(TOKENS) * LAYERS
-    assert calls.count("get") == layers + len(TOKENS)
-    assert twin.seams - before[0] <= 3 * layers + len(TOKENS)
-    assert twin.launches - before[1] <= 2 * layers
-    after = " ".join(calls).split("get ")[1:]
-    copies = [layer.partition(" use")[0].split() for layer in after if "copy" in layer]
-    assert len(copies) > 20
-    for layer in copies:
-        assert {*layer} == {"record", "copy"} and layer[:2] == ["record", "copy"]
 
 
 @pytest.mark.usefixtures("always_guessing")

@@ -21,52 +21,17 @@ from tests.support.codes import random_codes
 from tests.support.kernels import (
     NF4S,
     alone,
-    coded_matrix,
     expert_slab,
     int8_matrix,
-    latent_cache,
-    levels_tensor,
     native,
     needs_native,
     random_expert,
-    same,
     slab_of,
-    through_expert,
     through_experts,
     torch_of,
 )
 
 pytestmark = needs_native
-
-
-def test_threads_change_nothing(kernels):
-    rng = np.random.default_rng(9)
-    experts = [random_expert(rng, 320, 176)[1] for _ in range(3)]
-    x, rows = torch_of(rng.standard_normal((70, 320))), rng.standard_normal((10, 7))
-    nf4 = coded_matrix(rng, 333, 320)
-    w = torch.from_numpy(rng.integers(-127, 128, (333, 320), dtype=np.int8))
-    int8 = int8_matrix(kernels, w, torch.ones(333))
-    q = torch_of(rng.standard_normal((16, 72)))
-    cache = latent_cache(kernels, rng.standard_normal((500, 72)), 64)
-    coded = [CodedWeight(*kernels.quantize_nf4(x), levels_tensor, (70, 320))]
-    coded.append(Int8Weight(*kernels.quantize_int8.results(x)))
-
-    def results(threads):
-        kernels.set_threads(threads)
-        return [
-            kernels.linear(nf4, x),
-            kernels.linear(int8, x),
-            alone(kernels, x[0], experts, 176),
-            kernels.weighted_sum(x.view(10, 7, 320), torch_of(rows)),
-            through_expert(kernels, x, experts[0], 176),
-            kernels.mla(q[None], cache, 500, 64, 0.2),
-            *kernels.quantize_nf4(x),
-            *kernels.quantize_int8.results(x),
-            *(torch.tensor(squared_error(x, made)) for made in coded),
-        ]
-
-    wanted = results(1)
-    assert all(same(results(threads), wanted) for threads in (2, 3, 4, 16))
 
 
 def test_calls_from_several_threads(kernels):

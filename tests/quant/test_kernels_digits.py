@@ -15,7 +15,6 @@ from tests.support.codes import parts_of, random_codes
 from tests.support.kernels import (
     CODECS,
     TWO_DIGITS,
-    any_matrix,
     needs_native,
     one_of,
     quick,
@@ -120,19 +119,3 @@ def test_codes_with_two_digits_are_exact_but_for_one_order_of_floats(
         total = (product + total).astype(np.float32)
     rows = of_row[:, 0].astype(np.float64) if np.ndim(of_row) else 1.0
     assert (got == (total * (rows * (one * step))).astype(np.float32)).all()
-
-
-@pytest.mark.parametrize("kind", ["int8", *CODECS], ids=str)
-def test_rows_among_others_have_the_bits_of_rows_alone(heavy, kernels, kind):
-    """On both sides of where tiles begin, of a tile's rows and of those that pass at once."""
-    rng = np.random.default_rng(3)
-    for n, k in ((1, 1), (16, 64), (33, 130), (50, 700), (130, 65)):
-        if kind == "int8":
-            matrix = any_matrix(kernels, rng, kind, n, k)
-        else:
-            matrix = Matrix.of(random_codes(rng, kind, n, k)[0])
-        x = torch_of(rng.standard_normal((150, k)))
-        alone = torch.cat([kernels.linear(matrix, row[None]) for row in x])
-        for t in (*range(2, 20), 31, 33, 48, 127, 128, 129, 131, 150):
-            kernels.set_threads(1 + t % 3)
-            assert torch.equal(kernels.linear(matrix, x[:t]), alone[:t]), (n, k, t)

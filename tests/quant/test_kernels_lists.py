@@ -69,19 +69,6 @@ def test_attend(kernels, tokens, heads, longest, r, p, seed):
     assert not got[torch.from_numpy(case.lengths == 0)].any()
 
 
-@quick
-@given(st.integers(2, 5), one_of(1, 17, 64), one_of(60, 700, 1500), st.integers(2, 5), seeds)
-def test_attend_gives_a_token_the_same_bits(kernels, tokens, heads, longest, threads, seed):
-    """Alone or among others, with every number of threads, and whatever stands behind its list."""
-    case = Lists(kernels, np.random.default_rng(seed), tokens, heads, longest, 64, 8)
-    want = case.attend()
-    kernels.set_threads(threads)
-    assert torch.equal(case.attend(), want)
-    longer = torch.cat([case.lists, torch.full((tokens, 3), -1, dtype=torch.int32)], 1)
-    for token in range(tokens):
-        assert torch.equal(case.attend([token], longer)[0], want[token])
-
-
 @pytest.mark.parametrize(("r", "p"), [(64, 8), (512, 0), (30, 6)])
 def test_attend_to_all_rows_is_mla(kernels, r, p):
     rng = np.random.default_rng(5)
@@ -177,22 +164,6 @@ def test_index_chooses_exactly(kernels, k, nans, falling, seed):
     got = index(kernels, q, weights, latent_cache(kernels, keys, 32), [3000, 1234], k)
     assert (got[0] == chosen(scores, k)).all()
     assert (got[1] == chosen(scores[:1234], k)).all()
-
-
-@quick
-@given(st.integers(2, 70), one_of(1, 17, 64), st.integers(2, 5), seeds)
-def test_index_gives_a_token_the_same(kernels, tokens, heads, threads, seed):
-    """Alone or among others, and with every number of threads."""
-    rng = np.random.default_rng(seed)
-    cache = latent_cache(kernels, rng.standard_normal((800, 64)), 64)
-    q = torch_of(rng.standard_normal((tokens, heads, 64)))
-    weights, counts = torch_of(rng.standard_normal((tokens, heads))), rng.integers(0, 801, tokens)
-    want = index(kernels, q, weights, cache, counts, 100)
-    kernels.set_threads(threads)
-    assert (index(kernels, q, weights, cache, counts, 100) == want).all()
-    for t in (0, tokens - 1):
-        alone = q[t : t + 1], weights[t : t + 1], cache, counts[t : t + 1]
-        assert (index(kernels, *alone, 100)[0] == want[t]).all()
 
 
 def test_index_refuses(kernels):

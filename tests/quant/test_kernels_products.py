@@ -6,12 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+import torch.nn.functional as F
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slotmoe.quant.backends.base import new
 from slotmoe.quant.backends.native import NativeBackend
-from slotmoe.quant.codecs.codec import MXFP4, NF4, ExpertCodecs
+from slotmoe.quant.codecs.codec import MXFP4, ExpertCodecs
 from slotmoe.quant.codecs.encode import squared_error
 from slotmoe.quant.codecs.weight import Int8Weight
 from slotmoe.quant.kernels.cpu.weights import BoundMlp, Matrix
@@ -35,8 +36,6 @@ from tests.support.kernels import (
 )
 from tests.support.oracle import untile
 
-dims = sizes(9, 70, 300)  # T, N, K
-
 
 def half_steps(x):
     """The most that 8 bits a block of 16 columns can be off. x [T, K] -> [T, K]."""
@@ -45,32 +44,8 @@ def half_steps(x):
     return np.repeat(steps, 16, axis=1)[:, : x.shape[1]] * 0.5001
 
 
-def scales_of(weight):
-    n, k = weight.shape
-    rows = weight.scales.numpy().astype(np.float64).transpose(0, 2, 1)
-    return np.repeat(rows.reshape(-1, rows.shape[-1]), 64, axis=1)[:n, :k]
-
-
 @quick
-@given(dims, seeds, one_of(6e-8, 1e-4, 1.0, 30000.0), one_of(1e-42, 1e-20, 1.0, 1e30))
-def test_linear_nf4(kernels, shape, seed, w_scale, x_scale):
-    t, n, k = shape
-    rng = np.random.default_rng(seed)
-    weight, w = random_codes(rng, NF4, n, k, w_scale)
-    x = torch_of(rng.standard_normal((t, k)) * x_scale)
-    x64 = x.numpy().astype(np.float64)
-    want = x64 @ w.T
-    assume(np.abs(want).max() < 1e38)
-    got = kernels.linear(Matrix.of(weight), x).double().numpy()
-    # Off by half an activation step on each weight, and half a level step (at most 1 / 95) on each
-    # activation.
-    steps, scales = half_steps(x64), np.abs(scales_of(weight))
-    bound = steps @ np.abs(w).T + (np.abs(x64) + steps) @ scales.T * 0.5 / 95
-    assert (np.abs(got - want) <= bound + 1e-6 * np.abs(x64) @ np.abs(w).T + 2e-45).all()
-
-
-@quick
-@given(dims, seeds, one_of(1e-30, 1.0, 1e30))
+@given(one_of((5, 20, 9000), (2, 70, 300), (9, 33, 65), (1, 1, 1)), seeds, one_of(1e-30, 1.0, 1e30))
 def test_linear_int8(kernels, shape, seed, scale):
     t, n, k = shape
     rng = np.random.default_rng(seed)
@@ -82,37 +57,6 @@ def test_linear_int8(kernels, shape, seed, scale):
     got = kernels.linear(int8_matrix(kernels, torch.from_numpy(q), torch.from_numpy(s)), x)
     bound = half_steps(x64) @ np.abs(w).T + 1e-6 * np.abs(x64) @ np.abs(w).T
     assert (np.abs(got.double().numpy() - x64 @ w.T) <= bound).all()
-
-
-def test_many_rows_equal_one_row(kernels):
-    rng = np.random.default_rng(4)
-    matrices = [coded_matrix(rng, 90, 200, codec) for codec in CODECS]
-    q = torch.from_numpy(rng.integers(-127, 128, (90, 200), dtype=np.int8))
-    weight = Int8Weight(q, torch.rand(90) + 0.1)
-    matrices += kernels.tile_int8(weight, new), kernels.tile_int8(weight, new, fine=True)
-    x = torch_of(rng.standard_normal((607, 200)))  # over the token chunk (128) and the pass (512)
-    for matrix in matrices:
-        many = kernels.linear(matrix, x)
-        for row in (0, 1, 127, 128, 511, 512, 599, 604, 606):
-            assert torch.equal(kernels.linear(matrix, x[row : row + 1])[0], many[row])
-
-
-def test_a_row_may_be_long(kernels):
-    rng = np.random.default_rng(6)
-    q = rng.integers(-127, 128, (20, 9000), dtype=np.int8)
-    x = torch_of(rng.standard_normal((5, 9000)) * np.exp(rng.normal(0, 3, 9000)))
-    matrix = int8_matrix(kernels, torch.from_numpy(q), torch.ones(20))
-    got, exact = kernels.linear(matrix, x), x.double().numpy()
-    limit = (half_steps(exact) + 1e-6 * np.abs(exact)) @ np.abs(q.astype(np.float64)).T
-    assert (np.abs(got.double().numpy() - exact @ q.T.astype(np.float64)) <= limit).all()
-
-
-def test_largest_products(kernels):
-    """Each byte at its largest, of either sign."""
-    signs = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]).repeat(1, 64)
-    matrix = int8_matrix(kernels, (signs * 127).char(), torch.ones(4))
-    for t in (1, 4):
-        assert torch.equal(kernels.linear(matrix, signs[:t]), signs[:t] @ signs.T * 127)
 
 
 def test_zeros_and_not_finite(kernels):
@@ -163,7 +107,6 @@ def test_absorbed_products_are_exact_but_for_the_rounding_of_rows(
         half = np.abs(rows).max(-1, keepdims=True) / 16256 * 0.5001
         limit = half * np.abs(part.astype(np.float64)).sum(-1) + 1e-6 * np.abs(want)
         assert np.all(np.abs(got.numpy() - want) <= limit)
-        assert torch.equal(times(kv_b, x[-1:]), got[-1:])
 
 
 @quick
@@ -175,38 +118,29 @@ def test_dense_products_are_exact_to_float32(kernels, shape, dtype, seed):
     got = kernels.linear(matrix, x)
     limit = x.abs().double() @ w.abs().double().T
     assert bool(((got.double() - x.double() @ w.double().T).abs() <= 1e-6 * limit).all())
-    assert torch.equal(kernels.linear(matrix, x[-1:]), got[-1:])
 
 
 @quick
 @given(st.integers(1, 4), st.integers(1, 300), seeds)
-def test_rms_norm(kernels, t, n, seed):
-    rng = np.random.default_rng(seed)
-    x, weight = torch_of(rng.standard_normal((t, n))), torch_of(rng.standard_normal(n))
-    want = torch.nn.functional.rms_norm(x.double(), (n,), weight.double(), 1e-6)
-    plain = kernels.rms_norm(x, None, 1e-6)
-    assert torch.equal(plain, kernels.rms_norm(x, torch.ones(n), 1e-6))
-    got = kernels.rms_norm(x, weight, 1e-6).double()
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-
-
-@quick
-@given(st.integers(0, 4), st.integers(1, 300), seeds)
-def test_layer_norm(kernels, t, n, seed):
+def test_norms(kernels, t, n, seed):
     rng = np.random.default_rng(seed)
     x, weight, bias = (torch_of(rng.standard_normal(shape) + 3) for shape in ((t, n), n, n))
-    got = kernels.layer_norm(x, weight, bias, 1e-3)
-    wide = [part.double() for part in (x, weight, bias)]
-    want = torch.nn.functional.layer_norm(wide[0], (n,), *wide[1:], 1e-3)
-    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
-    assert torch.equal(kernels.layer_norm(x[-1:], weight, bias, 1e-3), got[-1:])
+    wide = x.double(), (n,), weight.double()
+    got, want = kernels.rms_norm(x, weight, 1e-3), F.rms_norm(*wide, 1e-3)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    plain = kernels.rms_norm(x, None, 1e-3)
+    assert torch.equal(plain, kernels.rms_norm(x, torch.ones(n), 1e-3))
+    centred, want = (
+        kernels.layer_norm(x, weight, bias, 1e-3),
+        F.layer_norm(*wide, bias.double(), 1e-3),
+    )
+    torch.testing.assert_close(centred.double(), want, rtol=1e-5, atol=1e-4)
 
 
 @quick
 @given(sizes(6, 100, 100), seeds, one_of(None, *CODECS))
 def test_mlp_is_its_three_products(kernels, size, seed, codec):
-    """Within the rounding of SiLU and of the requantized activations, and bitwise the same for a
-    row alone.  Without a codec of int8."""
+    """Within the rounding of SiLU and of the requantized activations.  Without a codec of int8."""
     (t, h, i), rng = size, np.random.default_rng(seed)
     x, parts = torch_of(rng.standard_normal((t, h))), []
     for shape in ((i, h), (i, h), (h, i)):
@@ -217,10 +151,9 @@ def test_mlp_is_its_three_products(kernels, size, seed, codec):
             parts.append(coded_matrix(rng, *shape, codec))
     mlp, (gate, up, down) = BoundMlp(*parts), parts
     got = kernels.mlp(mlp, x)
-    acted = torch.nn.functional.silu(kernels.linear(gate, x)) * kernels.linear(up, x)
+    acted = F.silu(kernels.linear(gate, x)) * kernels.linear(up, x)
     want = kernels.linear(down, acted)
     assert (got - want).norm() <= 0.02 * want.norm() + 1e-6
-    assert torch.equal(kernels.mlp(mlp, x[-1:]), got[-1:])
     residual, others = (torch_of(rng.standard_normal((t, h)) * by) for by in (1, 1e-3))
     assert torch.equal(kernels.mlp(mlp, x, residual), residual + got)
     assert torch.equal(kernels.mlp(mlp, x, residual, others), residual + (others + got))
@@ -250,7 +183,7 @@ def test_gates_and_ups_have_a_limit(kernels, codec, t):
     g, u = x.double() @ gate.T, x.double() @ up.T
     limit = float(u.abs().median())
     assert (g > limit).any() and (u < -limit).any()
-    acted = torch.nn.functional.silu(g.clamp(max=limit)) * u.clamp(-limit, limit)
+    acted = F.silu(g.clamp(max=limit)) * u.clamp(-limit, limit)
     assert relative(run(limit), acted @ down.T) < 0.02 < relative(run(0.0), acted @ down.T)
     assert torch.equal(run(0.0), run(1e30))
     x[-1, 3] = torch.nan
@@ -322,15 +255,13 @@ def test_quantize_int8(kernels, shape, seed, dtype, scale):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantizers_refuse_what_is_not_finite(kernels, dtype):
+    """And NF4's a scale beyond float16."""
     w = torch.ones(33, 70, dtype=dtype)
     for bad in (math.nan, math.inf, -math.inf):
         w[32, 69] = bad
         for quantized in (kernels.quantize_nf4, kernels.quantize_int8.results):
             with pytest.raises(ValueError, match="NaN or infinity"):
                 quantized(w)
-
-
-def test_quantize_nf4_refuses_a_scale_beyond_fp16(kernels):
     kernels.quantize_nf4(torch.full((1, 64), 65519.0))
     with pytest.raises(ValueError, match="float16"):
         kernels.quantize_nf4(torch.full((1, 64), 65520.0))

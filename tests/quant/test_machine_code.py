@@ -17,13 +17,8 @@ pytestmark = pytest.mark.usefixtures("processes")
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(os.environ.get("SLOTMOE_TEST_TRITONS", "~/.cache/slotmoe-tests")).expanduser()
-# Weights of a turn of the loops of one token's experts, for each of 64 threads: 8 blocks of 64
-# columns of codes, or 256 columns of int8, by 16 rows.
-CODED, PLAIN = 8 * 64 * 16 // 64, 256 * 16 // 64
-# Of one token's experts in a code: instructions a weight, registers, and how many instructions the
-# loads of the next turn come ahead of their use.
-LIMITS = {NF4.kind: (7.6, 200, 256), INT4.kind: (7.6, 200, 256)}
-LIMITS |= {LUT3.kind: (8.6, 216, 40), LUT4.kind: (7.3, 200, 80), MXFP4.kind: (7.5, 216, 80)}
+CODED = 8 * 64 * 16 // 64  # weights of a turn of a loop over codes, for each of 64 threads
+REGISTERS = {NF4.kind: 200, INT4.kind: 200, LUT3.kind: 216, LUT4.kind: 200, MXFP4.kind: 216}
 
 
 def compiled(card, *arguments, triton=ROOT, spilled=16):
@@ -39,25 +34,19 @@ def compiled(card, *arguments, triton=ROOT, spilled=16):
     return kernels
 
 
-def check_experts(kernel, plain=4.6):
+def check_experts(kernel):
     """Of one token: the loops of a shared expert in int8, then those of its routed ones.  Their
     levels are loaded one by one, whatever the kernel promises of their addresses: a load of two
     would take the level of the next code for that of the next row's."""
     gates = 2 if kernel["kernel"].endswith("up") else 1
-    instructions, registers, before_use = LIMITS[kernel["kind"]]
-    assert kernel["registers"] <= registers and kernel["shared"] <= 1024, kernel
-    assert len(kernel["loops"]) == 2 * gates and max(kernel["barriers"]) <= 20, kernel
-    for turn, ahead in kernel["loops"][:gates]:  # the fifth load is of x
-        assert turn <= plain * PLAIN and sum(distance >= 10 for distance in ahead) >= 4, kernel
-    for turn, ahead in kernel["loops"][gates:]:
-        assert turn <= instructions * CODED and min(ahead) >= before_use, kernel
+    assert kernel["registers"] <= REGISTERS[kernel["kind"]] and kernel["shared"] <= 1024, kernel
+    assert len(kernel["loads"]) == 2 * gates
     for loads in kernel["loads"][gates:]:
         assert set(loads) == {"32", "128"} and loads["32"] >= CODED, kernel
 
 
-def test_one_tokens_experts_are_few_instructions():
-    """A weight is a shift, a mask, an address, a load and a multiply-add, and little else; no level
-    or scale goes through shared memory.  Under the Triton that is installed."""
+def test_one_tokens_experts_load_level_by_level():
+    """No level or scale goes through shared memory.  Under the Triton that is installed."""
     kernels = compiled(90, "v2-lite", "nf4")
     assert len(kernels) == 2
     for kernel in kernels:
@@ -84,34 +73,28 @@ def pinned(request, nightly, processes):
 
 
 @pytest.mark.parametrize("card", [86, 89, 90, 120])
-def test_one_tokens_experts_are_few_instructions_for_each_triton(pinned, card):
-    """In each code, beside a shared expert in int8, for which Triton 3.5 takes a tenth more."""
-    codes = "nf4", "lut", "int4", "mxfp4"
-    kernels = compiled(card, "v2-lite", *codes, triton=pinned, spilled=32)
+def test_one_tokens_experts_load_level_by_level_by_each_triton(pinned, card):
+    kernels = compiled(card, "v2-lite", "nf4", "lut", "int4", "mxfp4", triton=pinned, spilled=32)
     assert len(kernels) == 8
     for kernel in kernels:
-        check_experts(kernel, plain=5.1)
+        check_experts(kernel)
+
+
+SHAPES = {"v2-lite": 43, "v2": 43}  # with the kernels that they take
+SHAPES |= {f"model/geometries/{name}.json": n for name, n in (("v3.2", 6), ("v4-flash", 11))}
+SHAPES["model/geometries/v4-pro.json"] = 11
 
 
 @pytest.mark.usefixtures("nightly")
-@pytest.mark.parametrize(("geometry", "count"), [("v3.2", 6), ("v4-flash", 11), ("v4-pro", 11)])
-@pytest.mark.parametrize("card", [80, 86, 89, 90, 120])
-def test_kernels_of_lists_and_streams_compile_for_gpus_that_are_not_here(card, geometry, count):
-    kernels = compiled(card, f"model/geometries/{geometry}.json")
-    assert len(kernels) == count
-
-
-@pytest.mark.usefixtures("nightly")
-@pytest.mark.parametrize("geometry", ["v2-lite", "v2"])
+@pytest.mark.parametrize("geometry", SHAPES)
 @pytest.mark.parametrize("card", [80, 86, 89, 90, 100, 120])
-def test_kernels_compile_for_gpus_that_are_not_here(card, geometry):
-    """In V2-Lite's and V2's shapes, they fit the least shared memory of these GPUs (99 KiB) and
-    spill nothing to speak of.  A token's experts are one kernel each for gate and up and for down,
-    however many are missing, whatever the shared expert's kind."""
+def test_every_kernel_compiles_for_gpus_that_are_not_here(card, geometry):
+    """In real shapes, into the least shared memory of these GPUs (99 KiB), spilling nothing to
+    speak of.  A token's experts are one kernel each for gate and up and for down, however many are
+    missing, whatever the shared expert's kind."""
     kernels = compiled(card, geometry)
+    assert len(kernels) == SHAPES[geometry]
     one_token = [kernel for kernel in kernels if ".rows.experts_" in kernel["kernel"]]
-    assert len(kernels) == 43 and len(one_token) == 6
+    assert len(one_token) == (6 if SHAPES[geometry] == 43 else 0)
     for kernel in one_token[:4]:
         check_experts(kernel)
-    for turn, ahead in one_token[4]["loops"] + one_token[5]["loops"]:  # the shared one in NF4 too
-        assert turn <= 7.6 * CODED and min(ahead) >= 256

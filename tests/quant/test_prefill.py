@@ -3,19 +3,14 @@
 Without a CUDA device the kernels are interpreted.
 """
 
-from collections import Counter
 from itertools import product
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from slotmoe.model.config import read_config
-from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.codecs.weight import dequantize
 from tests.quant.test_triton import DEVICE, attention, error, make_weight, nth_interpreted, randn
-from tests.support.meta import META, caches_of, empty, network_of
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -63,20 +58,6 @@ def test_several_tokens_attend_to_what_is_before_them(triton_ops, T, S, H):
     assert each <= 2 * 2**-9  # also of the first and last token and head
 
 
-def test_it_bears_queries_and_latents_of_any_size(triton_ops):
-    """What is 1e6 looks at one row alone, what is 0 at all alike; saturated latents don't add up to
-    more than fp16 holds."""
-    T, S, H = 9, 300, 4
-    q_THW, rows_SW = randn(T, H, W), cached(S)
-    q_THW *= torch.tensor([1e6, 1e-6, 0.0, 1.0], device=DEVICE)[None, :, None]
-    exact = attention(q_THW, rows_SW, R, SCALE)
-    assert error(triton_ops.mla(q_THW, rows_SW, R, SCALE), exact) <= 1.1 * rounding(exact)
-    rows_SW.clamp_(-1, 1).mul_(65504.0)
-    q_THW = randn(T, H, W) * 1e-5
-    exact = attention(q_THW, rows_SW, R, SCALE)
-    assert error(triton_ops.mla(q_THW, rows_SW, R, SCALE), exact) <= 2e-3
-
-
 def test_bits_depend_on_the_token_and_on_how_many_there_are(triton_ops):
     """Not on other tokens, later rows, other calls before, or which program finishes last."""
     T, S, H = 6, 700, 5
@@ -114,31 +95,3 @@ def test_products_with_kv_b_are_no_worse_than_bfloat16(triton_ops, T, kind, head
         exact = torch.einsum(equation, x.double(), exact_HXR[:, part])
         rounded = torch.einsum(equation, x.bfloat16().double(), plain_HXR[:, part].double())
         assert found.dtype == torch.float32 and error(found, exact) <= 1.1 * error(rounded, exact)
-
-
-def test_a_layer_is_three_launches_however_deep(monkeypatch):
-    """And as few operations of torch behind 32,000 tokens as behind none."""
-    config = read_config(geometry_path("v2-lite"))
-    launched, counts = Counter(), []
-
-    class Operations(TorchDispatchMode):
-        def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-            counts[-1] += 1
-            return operation(*arguments, **(options or {}))
-
-    def launch(executor, *arguments, **options):
-        launched[f"{executor.fn.__module__.split('.')[-1]}.{executor.fn.__name__}"] += 1
-
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
-    network = network_of(config, pick_backend(META, "triton"), "int8")
-    layers, kernels = network.config.num_hidden_layers, ("absorb_query", "attend", "absorb_value")
-    network.forward(empty(512, dtype=torch.int64), [*caches_of(network, 512, [512])])  # counters
-    for T, context in ((512, 512), (17, 17), (512, 32768)):
-        caches, ids_T = [*caches_of(network, context, [T])], empty(T, dtype=torch.int64)
-        launched.clear()
-        counts.append(0)
-        with Operations():
-            network.forward(ids_T, caches)
-        of_attention = {name: n for name, n in launched.items() if name[:3] in ("mla", "pre")}
-        assert of_attention == {f"prefill.{name}": layers for name in kernels}
-    assert counts[0] == counts[1] == counts[2]

@@ -16,7 +16,7 @@ import torch
 
 from slotmoe.border import Mlp, Pending
 from slotmoe.errors import ConfigError
-from slotmoe.model.layers import Router, route
+from slotmoe.model.layers import Router
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.codecs.codec import (
@@ -319,13 +319,6 @@ def test_linear_of_few_rows_is_exact_and_of_many_no_worse_than_bfloat16(triton_o
     assert error(y_TN, exact) <= (1e-6 if T <= launch.ROWS else 1.1 * reference)
 
 
-def test_the_least_power_of_two_is_denormal(triton_ops):
-    weight, x_1K = make_weight("mxfp4", 16, 64), randn(1, 64) * 1e30
-    weight.scales.view(torch.uint8).zero_()
-    exact = x_1K.double() @ dequantize(weight).double().T
-    assert error(triton_ops.linear(x_1K, weight), exact) <= 1e-6
-
-
 def attention(q_THW, rows_SW, R, scale):
     """In float64: token t sees all rows but the last T - 1 - t."""
     T, S = len(q_THW), len(rows_SW)
@@ -351,23 +344,6 @@ def test_latent_attention_bears_queries_of_any_size(triton_ops):
     q_1HW *= torch.tensor([1e6, 1e-6, 0.0, 1.0], device=DEVICE)[None, :, None]
     found = triton_ops.mla(q_1HW, cache_SW, 40, 0.2)
     assert error(found, attention(q_1HW, cache_SW, 40, 0.2)) < 2e-3
-
-
-ROUTERS = product([(1, 1), (5, 2)], [False, True], [1, 2], [False, True], [False, True])
-
-
-@pytest.mark.parametrize(
-    ("groups", "normalized", "group_best", "sigmoid", "biased"), nth_interpreted(5, ROUTERS)
-)
-def test_gate(triton_ops, groups, normalized, group_best, sigmoid, biased):
-    scoring = "sigmoid" if sigmoid else "softmax"
-    router = Router(*groups, 3, 2.5, normalized, group_best, scoring)
-    logits_TE = randn(7, 20) * 4
-    bias_E = randn(20) if biased else None
-    weights_TK, indices_TK = route(logits_TE, router, bias_E)
-    chosen = triton_ops.route(logits_TE, router, bias_E, None)
-    assert chosen[1].dtype == torch.int64 and torch.equal(chosen[1], indices_TK)
-    assert error(chosen[0], weights_TK) < 1e-6
 
 
 @pytest.mark.parametrize("E", nth_interpreted(2, [20, 64]))

@@ -201,18 +201,22 @@ def test_the_head_reads_all_residual_streams(ops, T, Q, D):
 
 
 ROUTERS = product(
-    ["softmax", "sigmoid", "sqrtsoftplus"], [False, True], [False, True], [False, True]
+    ["softmax", "sigmoid", "sqrtsoftplus"], [(1, 1), (5, 2)], [1, 2], *[[False, True]] * 3
 )
 
 
-@pytest.mark.parametrize(("scoring", "biased", "normalized", "given"), [*ROUTERS], ids=str)
-def test_gates_that_score_each_expert_or_are_given_theirs(ops, scoring, biased, normalized, given):
-    router = Router(1, 1, 3, 1.5, normalized, scoring=scoring)
-    logits_TE, bias_E = randn(7, 21) * 4, randn(21) if biased else None
+@pytest.mark.parametrize(
+    ("scoring", "groups", "group_best", "biased", "normalized", "given"),
+    nth_interpreted(5, ROUTERS),
+    ids=str,
+)
+def test_gates(ops, scoring, groups, group_best, biased, normalized, given):
+    router = Router(*groups, 3, 1.5, normalized, group_best, scoring)
+    logits_TE, bias_E = randn(7, 20) * 4, randn(20) if biased else None
     logits_TE[0] -= 30  # small scores are as exact as large ones
     if scoring == "sqrtsoftplus":  # others have a largest score
         logits_TE[1] += 30
-    chosen_TK = torch.stack([torch.randperm(21)[:3] for _ in range(7)]) if given else None
+    chosen_TK = torch.stack([torch.randperm(20)[:3] for _ in range(7)]) if given else None
     chosen_TK = None if chosen_TK is None else chosen_TK.to(DEVICE)
     weights_TK, indices_TK = ops.route(logits_TE, router, bias_E, chosen_TK)
     expected_TK, expected = route(logits_TE.double(), router, bias_E, chosen_TK)

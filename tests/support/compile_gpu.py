@@ -5,10 +5,7 @@ of ``CODES`` behind these only the experts of one token, coded so.
 A process of its own, since Triton interprets in the tests' one; another Triton may stand before
 this one in PYTHONPATH.  Each line of the output is a JSON object: kernel, the ``kind`` of the
 weights that it reads, the bytes of shared memory that a program takes, its registers, the bytes
-that it spills into memory, and what the machine code tells of each of its ``loops``: the
-instructions of a turn, and for each of its 128-bit loads how many of these lie before the first use
-of what it loads.  ``barriers`` and ``loads`` are of the same loops: how often a turn waits for all
-threads of a program, and how many loads from memory it has of each width in bits.
+that it spills into memory, and how many ``loads`` of each width in bits each of its loops has.
 """
 
 import json
@@ -63,7 +60,7 @@ def described(kernel, arguments):
 
 
 def resources(compiled):
-    """Registers and spilled bytes of a compiled kernel, and what its loops do."""
+    """Registers, spilled bytes and loops' loads of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -72,14 +69,8 @@ def resources(compiled):
             for what in ("-res-usage", "-sass")
         )
     counts = {what: int(count) for what, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    bodies = list(loops(code))
-    return {
-        "registers": counts["REG"],
-        "spilled": counts["STACK"],
-        "loops": [(len(body), list(ahead_of_use(body))) for body in bodies],
-        "barriers": [sum("BAR." in text for text in body) for body in bodies],
-        "loads": [Counter(filter(None, map(width_of_load, body))) for body in bodies],
-    }
+    loads = [Counter(filter(None, map(width_of_load, body))) for body in loops(code)]
+    return {"registers": counts["REG"], "spilled": counts["STACK"], "loads": loads}
 
 
 def width_of_load(text):
@@ -99,29 +90,6 @@ def loops(code):
             body = [held for at, held in instructions if begin <= at <= address]
             if len(body) > 1:
                 yield body
-
-
-def registers(text):
-    """Numbers of the registers that an operand list names; an address takes two."""
-    for number, wide in re.findall(r"\bR(\d+)(\.64)?", text):
-        yield int(number)
-        if wide:
-            yield int(number) + 1
-
-
-def ahead_of_use(body):
-    """Of each 128-bit load of a loop, the instructions until one reads what it loads, the next turn
-    included."""
-    for index, text in enumerate(body):
-        load = re.search(r"LDG\.E\.128(?:\.\w+)* R(\d+), ", text)
-        if load is None:
-            continue
-        loaded = set(range(int(load[1]), int(load[1]) + 4))
-        for distance in range(1, len(body) + 1):
-            operands = body[(index + distance) % len(body)].partition(",")[2]
-            if loaded.intersection(registers(operands)):
-                yield distance
-                break
 
 
 def compile_instead(capability, only=""):
