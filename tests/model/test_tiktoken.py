@@ -16,7 +16,6 @@ from slotmoe.model.checkpoint.reader import open_checkpoint, small_files
 from slotmoe.model.child import Child
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.runtime import Runtime
 from tests.support.tiny import SAMPLE, write_checkpoint
 
 TEXT = (
@@ -100,7 +99,7 @@ def source(tokens, tmp_path_factory):
 
 
 @pytest.mark.usefixtures("processes")
-def test_ids_are_those_of_a_plain_reference(source, tokens):
+def test_ids_are_those_of_a_plain_reference(source, tokens, tmp_path):
     with open_checkpoint(source) as checkpoint:
         tokenizer = Tokenizer(source, 0, checkpoint.small_file)
     assert tokenizer.size == len(tokens) + 256
@@ -114,14 +113,10 @@ def test_ids_are_those_of_a_plain_reference(source, tokens):
     assert tokenizer.decode([len(tokens) + 2, len(tokens) + 40]) == "<think>"
     reserved = len(tokens) + 3
     assert tokenizer.token_id(f"<|reserved_token_{reserved}|>") == reserved
-
-
-@pytest.mark.usefixtures("processes")
-def test_export_has_a_tokenizer_json(source, tokens, tmp_path):
     quantize(source, tmp_path / "export")
     assert not (tmp_path / "export" / "tiktoken.model").exists()
-    with Runtime.open(tmp_path / "export", context=64) as runtime:
-        assert runtime.tokenizer.encode("bananas") == reference("bananas", tokens)
+    exported = Tokenizer(tmp_path / "export", 0)
+    assert exported.encode("bananas") == reference("bananas", tokens)
     quantize(source, tmp_path / "export")  # is this export already
 
 
@@ -134,25 +129,22 @@ BAD = {
     "long token": (lambda lines: [*lines[:300], LONG], "600 bytes"),
     "long rank": (lambda lines: [b"QQ== " + b"9" * 5000], "line 1"),
 }
+SETTINGS = {
+    "'3'": {"added_tokens_decoder": {"3": {"content": "x"}}},
+    "added_tokens_decoder": {"added_tokens_decoder": []},
+    "'QwenTokenizer'.*put it beside": {"tokenizer_class": "QwenTokenizer"},
+}
 
 
 @pytest.mark.usefixtures("processes")
-def test_bad_files_are_refused_by_name(tokens, tmp_path):
+def test_bad_files_and_settings_are_refused_by_name(tokens, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings(len(tokens))))
     for change, words in BAD.values():
         lines = change(model_file(tokens).splitlines())
         (tmp_path / "tiktoken.model").write_bytes(b"\n".join(lines))
         with pytest.raises(ConfigError, match=rf"tiktoken\.model.*{words}"):
             small_files(tmp_path)("tokenizer.json", 1 << 20)
-
-
-def test_other_settings_are_refused_by_name(tokens):
-    cases = {
-        "'3'": {"added_tokens_decoder": {"3": {"content": "x"}}},
-        "added_tokens_decoder": {"added_tokens_decoder": []},
-        "'QwenTokenizer'.*put it beside": {"tokenizer_class": "QwenTokenizer"},
-    }
-    for words, changes in cases.items():
+    for words, changes in SETTINGS.items():
         with pytest.raises(ValueError, match=words):
             tiktoken.tokenizer_json(model_file(tokens), {**settings(len(tokens)), **changes})
 
