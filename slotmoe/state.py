@@ -26,10 +26,10 @@ from torch import Tensor
 
 from slotmoe.quant.shapes import MARK_TOKENS, MOST_ENDS, MOST_MARKS, SPARE
 
-Row = Callable[[int, int], tuple[int, torch.dtype]]
-"""Elements and dtype of a row of so many latent and rope values."""
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """Memory of a shape and dtype."""
+NewRows = Callable[[int, int, int, int], Tensor]
+"""Memory [L, S, X] of so many layers and rows, of a backend's rows of latent and rope values."""
 Store = Callable[[Tensor, int, Tensor], None]
 """``store_latents`` of the backend."""
 
@@ -295,7 +295,7 @@ class LatentCache(SequenceState):
     an indexer, of which the first ``length`` rows of each layer are valid.
 
     A row of X elements is the normed latent and the rotated key part that all heads share, of these
-    ``widths``.  ``indexed`` says of each layer whether it has keys of ``key_width``.
+    ``widths``.  ``indexed`` says of each layer whether it has ``keys`` of so many values.
     """
 
     def __init__(
@@ -303,19 +303,13 @@ class LatentCache(SequenceState):
         context: int,
         widths: tuple[int, int],
         indexed: Sequence[bool],
-        key_width: int,
-        row: Row,
-        empty: Empty,
+        keys: int,
+        new: NewRows,
     ):
-        columns, dtype = row(*widths)
-        self.layers = empty((len(indexed), context, columns), dtype)
-        self.index_keys = torch.empty((0, context, 0), dtype=dtype)
-        kept = [Rows(self.layers, widths)]
-        if any(indexed):
-            self._index_rows = [sum(indexed[:layer]) for layer in range(len(indexed))]
-            columns, dtype = row(key_width, 0)
-            self.index_keys = empty((sum(indexed), context, columns), dtype)
-            kept.append(Rows(self.index_keys, (key_width, 0)))
+        self.layers = new(len(indexed), context, *widths)
+        self.index_keys = new(sum(indexed), context, keys, 0)
+        self._index_rows = [sum(indexed[:layer]) for layer in range(len(indexed))]
+        kept = [Rows(self.layers, widths), Rows(self.index_keys, (keys, 0))][: 1 + any(indexed)]
         super().__init__(context, kept)
 
     def extend(self, layer: int, count: int) -> Tensor:
@@ -331,7 +325,7 @@ class CompressedCache(SequenceState):
     """``window``, and a ``Group`` for each kind of compressed rows: ``groups`` by ratio, and
     ``index``, the keys of the layers with an indexer.  ``row_of`` is a layer's row in its group.
 
-    ``ratios`` and ``indexed`` are of each layer, ``width`` of a row, ``key_width`` of a key."""
+    ``ratios`` and ``indexed`` are of each layer; a row has ``width`` values, a key ``keys``."""
 
     def __init__(
         self,
@@ -340,21 +334,19 @@ class CompressedCache(SequenceState):
         width: int,
         ratios: Sequence[int],
         indexed: Sequence[bool],
-        key_width: int,
-        row: Row,
+        keys: int,
+        new: NewRows,
         empty: Empty,
     ):
         most, self._width = window - 1, width
 
         def group(ratio: int, width: int, overlaps: bool) -> Group:
             layers, spans = ratios.count(ratio), 1 + overlaps
-            columns, dtype = row(width, 0)
-            rows = empty((layers, max(1, context // ratio), columns), dtype)
+            rows = new(layers, max(1, context // ratio), width, 0)
             shape = layers, Tail.room(spans * ratio - 1), 2, spans * width
             return Group(rows, empty(shape, torch.float32), width, ratio, overlaps)
 
-        columns, dtype = row(width, 0)
-        rows = empty((len(ratios), Tail.room(most), columns), dtype)
+        rows = new(len(ratios), Tail.room(most), width, 0)
         self.window = Tail(rows, lambda length: min(length, most))
         self.row_of = [ratios[:layer].count(ratio) for layer, ratio in enumerate(ratios)]
         self.groups, self.index = dict[int, Group](), None
@@ -362,7 +354,7 @@ class CompressedCache(SequenceState):
             overlaps = indexed[ratios.index(ratio)]
             self.groups[ratio] = group(ratio, width, overlaps)
             if overlaps:
-                self.index = group(ratio, key_width, True)
+                self.index = group(ratio, keys, True)
         groups = [*self.groups.values(), *([self.index] if self.index else [])]
         super().__init__(context, groups, [self.window, *(group.open for group in groups)])
 

@@ -4,14 +4,14 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, dtype
 
 from slotmoe.border import Chunk, Compressed, Geometry, Mla
 from slotmoe.model.attention.compressed import CompressedAttention
 from slotmoe.model.attention.latent import LatentAttention
 from slotmoe.model.config import Config
 from slotmoe.quant.backends.base import TorchBackend
-from slotmoe.state import CompressedCache, Empty, LatentCache, Row, SequenceState
+from slotmoe.state import CompressedCache, Empty, LatentCache, SequenceState
 
 Attention = Callable[[Chunk, Any, Tensor], Tensor]
 """``attention(chunk, weights, x_TD)``: what attention gives for the chunk's tokens in its layer,
@@ -26,14 +26,21 @@ def attentions(geometry: Geometry, backend: TorchBackend) -> Mapping[type, Atten
     }
 
 
-def new_state(config: Config, context: int, row: Row, empty: Empty) -> SequenceState:
+def new_state(
+    config: Config, context: int, row: Callable[[int, int], tuple[int, dtype]], empty: Empty
+) -> SequenceState:
     """The state of an empty sequence with room for ``context`` tokens, in memory of ``empty(shape,
-    dtype)`` and with rows as ``row`` of the backend says."""
+    dtype)``; ``row`` of the backend gives the elements of a row of latent and rope values."""
     c = config
+
+    def rows(layers: int, count: int, latent: int, rope: int) -> Tensor:
+        columns, kind = row(latent, rope)
+        return empty((layers, count, columns), kind)
+
     indexed = [c.has_indexer(layer) for layer in range(c.num_hidden_layers)]
-    key_width = 0 if c.indexer is None else c.indexer.head_dim
+    keys = 0 if c.indexer is None else c.indexer.head_dim
     if c.compressed is None:
-        widths = c.kv_lora_rank, c.qk_rope_head_dim
-        return LatentCache(context, widths, indexed, key_width, row, empty)
-    window, width, ratios = c.compressed.sliding_window, c.compressed.head_dim, c.compressed.ratios
-    return CompressedCache(context, window, width, ratios, indexed, key_width, row, empty)
+        return LatentCache(context, (c.kv_lora_rank, c.qk_rope_head_dim), indexed, keys, rows)
+    v4 = c.compressed
+    sizes = v4.sliding_window, v4.head_dim, v4.ratios
+    return CompressedCache(context, *sizes, indexed, keys, rows, empty)
