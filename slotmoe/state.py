@@ -307,9 +307,11 @@ class LatentCache(SequenceState):
         new: NewRows,
     ):
         self.layers = new(len(indexed), context, *widths)
-        self.index_keys = new(sum(indexed), context, keys, 0)
-        self._index_rows = [sum(indexed[:layer]) for layer in range(len(indexed))]
-        kept = [Rows(self.layers, widths), Rows(self.index_keys, (keys, 0))][: 1 + any(indexed)]
+        self.index_keys, kept = self.layers[:0], [Rows(self.layers, widths)]
+        if any(indexed):
+            self._index_rows = [sum(indexed[:layer]) for layer in range(len(indexed))]
+            self.index_keys = new(sum(indexed), context, keys, 0)
+            kept.append(Rows(self.index_keys, (keys, 0)))
         super().__init__(context, kept)
 
     def extend(self, layer: int, count: int) -> Tensor:
