@@ -114,7 +114,7 @@ def test_a_state_names_what_is_durable(tmp_path, monkeypatch):
     source = tmp_path / "source"
     write_checkpoint(source, shards=3, **SMALL)
     synced, counts = set(), []
-    sync, write = ExportFile.sync, output_dir.State.save
+    sync, write = ExportFile.sync, output_dir.Resumption.save
 
     def save(state, partial):
         noted = {sum for item in state.written.values() for sum in item[0]}
@@ -128,7 +128,7 @@ def test_a_state_names_what_is_durable(tmp_path, monkeypatch):
         synced.update(whole)
 
     monkeypatch.setattr(ExportFile, "sync", synced_too)
-    monkeypatch.setattr(output_dir.State, "save", save)
+    monkeypatch.setattr(output_dir.Resumption, "save", save)
     shards = Shards(source)
     quantize.quantize(source, tmp_path / "export", workers=1, shards=shards)
     assert shards.released == sorted(path.name for path in source.glob("*.safetensors"))
