@@ -12,7 +12,7 @@ ABOUT = """\
 Attacks that take minutes to hours, one after the other; or one of them:
 
   python -m campaigns                          all of them: some hours
-  python -m campaigns races                    one, until its gate is reached
+  python -m campaigns races                    one, until its count is reached
   python -m campaigns races session --count 9  one part of it, nine rounds
   python -m campaigns races --help             its parts and options
 
@@ -25,7 +25,7 @@ Each part prints a report, one line of JSON: what was done, and what was "wrong"
 
 def main() -> None:
     words = sys.argv[1:]
-    names = [gate.name for gate in CAMPAIGNS]
+    names = [campaign.name for campaign in CAMPAIGNS]
     if words and words[0] in names:
         module = import_module(f"campaigns.{words[0].replace('-', '_')}")
         if not hasattr(module, "ATTACK"):  # it has a command line of its own
@@ -33,7 +33,7 @@ def main() -> None:
             raise SystemExit(module.main())
         given = parse(words[0], module.__doc__, module.ATTACK, words[1:])
         raise SystemExit(not play(words[0], module.ATTACK, given))
-    lines = [f"  {gate.name:13} {gate.about}\n{'':16}gate: {gate.must}" for gate in CAMPAIGNS]
+    lines = [f"  {campaign.name:13} {campaign.about}" for campaign in CAMPAIGNS]
     parser = argparse.ArgumentParser(
         prog="python -m campaigns",
         usage="%(prog)s [NAME [PART...] [OPTION...]]",

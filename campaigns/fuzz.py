@@ -11,6 +11,7 @@ Where atheris is installed, inputs that reach code for the first time are change
 import importlib.util
 import io
 import json
+import math
 import mmap
 import os
 import random
@@ -29,14 +30,14 @@ SECONDS, MEMORY = 2, 200 << 20
 LARGEST = 16 << 20  # bytes of a case
 HANGS = 30  # seconds of wall time after which a case is given up
 PARTS = (
-    *("config", "index", "header", "manifest", "gguf", "resident", "experts"),
-    *("session", "block", "saved-chat", "tiktoken", "body-chat", "body-responses"),
-    *("body-messages", "body-completions", "body-tokenize", "schemas", "tokenizer", "template"),
-    "token-numbers",
+    *("config", "index", "header", "manifest", "gguf", "resident", "experts", "session", "block"),
+    *("saved-chat", "tiktoken", "schemas", "tokenizer", "template"),
 )
 _ODD = [
-    *(None, True, False, 0, -1, 1, 2, 255, 1 << 31, 1 << 63, 1 << 64, 10**40, -(10**40)),
-    *(0.0, -0.5, 1e-320, 1e308, "", "a", "\0", "é", "\ud800", "../x", "/etc/passwd", "9" * 5000),
+    *(None, True, False, 0, -1, 1, 2, 255, 256, 300, 301, 20_000_000, 10**40, -(10**40)),
+    *(power + off for power in (1 << 31, 1 << 32, 1 << 63, 1 << 64) for off in (-1, 0, 1)),
+    *(-(1 << 31), -(1 << 63), 0.0, -0.5, 5e-324, 1e38, 1e308, -1e308, math.inf, math.nan),
+    *("", "a", "\0", "é", "\ud800", "../x", "/etc/passwd", "9" * 5000),
     *([], {}, [[]], [{}], {"": {}}, [0] * 3000, [[[[[[[[]]]]]]]]),
 ]
 ODD = [json.dumps(value) for value in _ODD]
@@ -170,17 +171,15 @@ class Child:
         self.lowest, self.found = 0, {"cases": 0, "refused": 0, "problem": ""}
 
     def attack(self, folder, guided):
-        values, self.parse, *own = self.parser(folder)
-        self.change = own[0] if own else mutated
+        values, self.parse = self.parser(folder)
         corpus = [good if isinstance(good, bytes) else json.dumps(good) for good in values]
         for good in corpus:  # which also imports what is imported late
             assert self.parse(self.keep(good)) is not False, "the good input is refused"
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        guided = self.found["guided"] = guided and not own
         if guided:
             self.guided(corpus, folder / "corpus")
         while True:
-            self.one(self.change(self.aim.chance.choice(corpus), self.aim.chance))
+            self.one(mutated(self.aim.chance.choice(corpus), self.aim.chance))
 
     def guided(self, corpus, folder):
         """By libFuzzer, which keeps what reaches code for the first time and chooses among it."""

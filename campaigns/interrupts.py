@@ -1,5 +1,5 @@
-"""Ctrl-C and SIGTERM at moments by chance: over the whole life of each command, in a server that
-answers, and in Python, there also while other threads use the runtime.
+"""Ctrl-C and SIGTERM at moments by chance: over the whole life of each command, and in a server
+that answers.
 
 Nothing may hang, show a traceback or print anything but the beginning of the right text; what is
 ended says so and leaves no process behind; afterwards the same text comes again.  Every second
@@ -9,12 +9,10 @@ With ``--busy`` so many loops take the processor meanwhile.
 
 import http.client
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -24,8 +22,6 @@ import psutil
 
 from campaigns.models import sample_export
 from campaigns.runner import Attack
-from slotmoe.offload.runtime import Runtime
-from tests.support.engine import whole
 from tests.support.forkserver import PIPE, Forked
 from tests.support.served import GREEDY, start
 from tests.support.tiny import SAMPLE, SMALL, write_checkpoint
@@ -197,54 +193,7 @@ def serve(export, part, aim):
     return {"signals": done, "wrong": wrong + ["several texts"] * (len(texts) != 1)}
 
 
-def python(export, part, aim):
-    """Signals to this process, whose main thread generates, alone or beside four threads."""
-    stop, done, struck, wrong = threading.Event(), 0, 0, []
-    options = {"context": 256, "slots": 60, "sequences": 8}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    with Runtime.open(export, **options) as runtime, ThreadPoolExecutor(4) as pool:
-
-        def texts():
-            return [[token.id for token in text] for text in runtime.generate_all(PROMPTS)]
-
-        def beside():
-            while not stop.is_set():
-                if texts() != want:
-                    return ["another text in another thread"]
-            return []
-
-        want, logits = texts(), runtime.logits([5, 6, 7, 8])
-        others = [pool.submit(beside) for _ in range(4 if part == "threads" else 0)]
-        try:
-            while not wrong and aim.goes_on(done):
-                delay = aim.chance.uniform(0, 0.2)
-                timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
-                try:
-                    timer.start()
-                    while True:
-                        if texts() != want or not runtime.logits([5, 6, 7, 8]).equal(logits):
-                            wrong = ["another text"]
-                except KeyboardInterrupt:
-                    struck += 1
-                finally:
-                    timer.cancel()  # another error has come before it
-                    timer.join()
-                done += 1
-        finally:
-            stop.set()
-        wrong += [line for other in others for line in other.result(SECONDS)]
-        runtime.engine.call(lambda: whole(runtime))
-        if texts() != want:
-            wrong.append("another text afterwards")
-    return {"signals": done, "struck": struck, "wrong": wrong}
-
-
-PROMPTS = [PROMPT, "Call me", "def main("]
-ATTACKS = {
-    **dict.fromkeys(COMMANDS, command),
-    "serve": serve,
-    **dict.fromkeys(("python", "threads"), python),
-}
+ATTACKS = {**dict.fromkeys(COMMANDS, command), "serve": serve}
 
 
 def run(export, part, aim):

@@ -2,33 +2,117 @@
 parses one and returns whether it was accepted.  Each runs in a process that is given up after."""
 
 import base64
+import ctypes
 import json
-from contextlib import closing
+import shutil
+import threading
+from contextlib import closing, suppress
 from types import SimpleNamespace
 
 import xxhash
 
-from campaigns.cases import in_file, lawful, sign_manifest, signed
+from campaigns.fuzz import MEMORY, SECONDS
 from campaigns.models import few_words, tiny_export
-from campaigns.requests import REQUESTS, request, schemas
-from campaigns.token_numbers import token_numbers
-from campaigns.weights import body
+from slotmoe.errors import SlotmoeError
 from slotmoe.jsonfile import Json, parse_json
 from slotmoe.model import tokenizer
 from slotmoe.model.checkpoint.gguf_header import read_header
 from slotmoe.model.checkpoint.reader import open_checkpoint
-from slotmoe.model.config import parse_config
-from slotmoe.model.generate import Sampling
+from slotmoe.model.config import config_among, parse_config
+from slotmoe.model.generate import Sampling, TextStream
 from slotmoe.model.tiktoken import tokenizer_json
 from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.offload.machine import cache_folder
+from slotmoe.offload.model_source import generation_of, open_tokenizer
 from slotmoe.offload.plan.advice import GEOMETRIES, geometry_path
+from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sessions.blocks import Block, BlockFolder, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved, listing
-from slotmoe.quant.export.layout import checksum
+from slotmoe.quant.export.layout import checksum, tensor_parts
+from slotmoe.quant.export.manifest import manifest_checksum
 from slotmoe.quant.export.reader import Export
+from slotmoe.quant.export.writer import span_checksums
 from slotmoe.tools.chat.conversation import Dialogue
+from slotmoe.tools.serve.errors import RefusedError
+from slotmoe.tools.serve.function_calling import Dialect
+from slotmoe.tools.serve.grammar import Grammars
+from slotmoe.tools.serve.guard import check
+from slotmoe.tools.serve.requests import Rule
 from tests.support.blocks import per_token
 from tests.support.gguf import write_gguf
+from tests.support.tiny import SAMPLE
+
+M_ARENA_MAX = -8  # of mallopt
+PROMPT = [1, 2, 3, 2, 1]
+TEXT = "Hello, w\u00f6rld \u4f60\u597d 12"
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "pattern": "^[a-z]{1,9}$", "maxLength": 9},
+        "kind": {"enum": ["a", 1, None]},
+        "list": {"type": "array", "items": {"$ref": "#/$defs/n"}, "minItems": 1, "maxItems": 3},
+        "either": {"anyOf": [{"type": "number", "minimum": 0}, {"const": True}]},
+    },
+    "required": ["name"],
+    "additionalProperties": False,
+    "$defs": {"n": {"type": "integer", "multipleOf": 2}},
+}
+# What few tokenizers have, with numbers of its own.
+SIZED = {
+    "truncation": {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0},
+    "padding": {
+        **{"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": 8, "pad_id": 0},
+        **{"pad_type_id": 0, "pad_token": "a"},
+    },
+}
+PIECES = {word: id_ for id_, word in enumerate(["[UNK]", "a", "b", "##b", "Hello", ",", "ab"])}
+KINDS = {
+    "Unigram": {"unk_id": 0, "vocab": [[word, -float(id_)] for word, id_ in PIECES.items()]},
+    "WordPiece": {
+        **{"unk_token": "[UNK]", "continuing_subword_prefix": "##", "vocab": PIECES},
+        "max_input_chars_per_word": 100,
+    },
+    "WordLevel": {"unk_token": "[UNK]", "vocab": PIECES},
+}
+OTHERS = {
+    "added_tokens": [],
+    "normalizer": None,
+    "decoder": {"type": "Strip", "content": "_", "start": 1, "stop": 1},
+    "pre_tokenizer": {"type": "WhitespaceSplit"},
+}
+
+
+def lawful(action):
+    """Whether ``action`` went well; errors of ours are lawful, if they are one line."""
+    try:
+        action()
+    except SlotmoeError as problem:
+        if not str(problem).isprintable() or len(str(problem)) > 1000:
+            raise ValueError("not one line for people") from problem
+        return False
+    return True
+
+
+def in_file(path, good, read, end=b""):
+    """A parser whose input is a file's bytes, before ``end``."""
+
+    def parse(data):
+        path.write_bytes(data + end)
+        return lawful(read)
+
+    return [good], parse
+
+
+def signed(sign, values):
+    """JSON with the right checksum, as someone with bad intentions would write it, or the bytes as
+    they are where that can't be."""
+    with suppress(ValueError, AttributeError, TypeError, RecursionError):
+        return sign(json.loads(values))
+    return values
+
+
+def sign_manifest(values):
+    return json.dumps({**values, "checksum": manifest_checksum(values)}).encode()
 
 
 def config(folder):
@@ -51,14 +135,66 @@ def opened(place):
         list(checkpoint.headers())
 
 
-def tokenizer_file(folder):
-    tokenizer.PARSER.close = lambda: None  # a process for each case takes a thousand times as long
-    return in_checkpoint(folder, "tokenizer.json", tokenized)
+def tokenizers(folder):
+    """The files of a model's tokenizer by name: what opens a model and begins to answer reads,
+    encodes, writes, and holds to a schema."""
+    child = tokenizer.PARSER  # answers many cases, within the limits of a case
+    child.close, child._seconds, child._memory = lambda: None, SECONDS, MEMORY
+    few_words(folder / "checkpoint")
+    schema = Rule("json", {"type": "object"})
+
+    def use(files):
+        contents = {name: json.dumps(values).encode() for name, values in files.items()}
+
+        def read(name, limit):
+            return contents.get(name)
+
+        config = config_among(read, folder)
+        ends = generation_of(config, read, folder).eos_token_ids
+        opened = open_tokenizer(config, read, folder)
+        ids = opened.encode(TEXT)
+        opened.decode(ids)
+        stream = TextStream(opened)
+        for id_ in (*ids, 0, opened.size - 1):
+            stream.push(id_)
+            opened.token_bytes(id_)
+        stream.flush()
+        with suppress(RefusedError):
+            grammar = Grammars(opened, ends, Dialect(opened)).compile(schema)
+            grammar.allowed()
+
+    def parse(data):
+        shutil.rmtree(cache_folder() / "tokenizers", ignore_errors=True)
+        try:
+            files = json.loads(data)
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(files, dict) and lawful(lambda: use(files))
+
+    return [*tokenizer_files(folder / "checkpoint")], parse
 
 
-def tokenized(place):
-    made = Tokenizer(place, 0)
-    made.decode(made.encode("Hello, w\u00f6rld \u4f60\u597d"))
+def tokenizer_files(checkpoint):
+    names = ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json")
+    files = {name: json.loads((checkpoint / name).read_text()) for name in names}
+    own = files["tokenizer.json"] | SIZED
+    yield from (files, files | {"tokenizer.json": own})
+    for kind, model in KINDS.items():
+        yield files | {"tokenizer.json": own | OTHERS | {"model": {"type": kind, **model}}}
+
+
+def schemas(folder):
+    grammars = Grammars(Tokenizer(SAMPLE, 0), (0,), None)
+
+    def parse(data):
+        try:
+            check(data)
+            grammars.compile(Rule("json", json.loads(data)), None)
+        except (RefusedError, ValueError, RecursionError):
+            return False
+        return True
+
+    return [SCHEMA], parse
 
 
 def templated(place):
@@ -167,21 +303,51 @@ def gguf(folder):
     return in_file(path, data[:size], read, end=data[size:])
 
 
+def weights(folder, pattern):
+    """The bytes behind the header of the file that ``pattern`` finds: weights that say anything,
+    under right checksums, of a model that answers."""
+    threading.stack_size(1 << 20)  # the limit is of addresses, and a thread takes many: for its
+    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)  # stack, and for a heap of its own
+    export = tiny_export(folder)
+    (path,) = export.glob(pattern)
+    manifest = json.loads((export / "slotmoe.json").read_bytes())
+    entry = manifest["files"][str(path.relative_to(export))]
+    good, start = path.read_bytes(), entry["header_bytes"]
+    records = entry.get("records", [])
+    size = (len(good) - start) // max(len(records), 1)
+    spans = [(start + at * size, start + (at + 1) * size) for at in range(len(records))]
+    parts = tensor_parts(entry) if "tensors" in entry else {}
+    spans += [part.span(start) for part in parts.values()]
+
+    def answer():
+        with Runtime.open(export, context=32, ram="1GiB", threads=1) as runtime:
+            list(runtime.generate(PROMPT, 2))
+
+    def parse(data):
+        path.write_bytes(good[:start] + (data + good[start + len(data) :])[: len(good) - start])
+        entry["checksum"], sums = span_checksums(path, spans)
+        records[:] = sums[: len(records)]
+        for name, digest in zip(parts, sums[len(records) :], strict=True):
+            entry["tensors"][name]["checksum"] = digest
+        (export / "slotmoe.json").write_bytes(sign_manifest(manifest))
+        return lawful(answer)
+
+    return [good[start:]], parse
+
+
 PARSERS = {
     "config": config,
     "index": lambda at: in_checkpoint(at, "model.safetensors.index.json", opened),
     "header": lambda at: in_checkpoint(at, "model.safetensors", opened),
     "manifest": manifest,
     "gguf": gguf,
-    "resident": lambda at: body(at, "resident.safetensors"),
-    "experts": lambda at: body(at, "experts/layer-00001.safetensors"),
+    "resident": lambda at: weights(at, "resident.safetensors"),
+    "experts": lambda at: weights(at, "experts/layer-00001.safetensors"),
     "session": session,
     "block": block,
     "saved-chat": saved_chat,
     "tiktoken": tiktoken,
-    **{f"body-{name}": lambda at, name=name: request(name) for name in REQUESTS},
     "schemas": schemas,
-    "tokenizer": tokenizer_file,
-    "token-numbers": token_numbers,
+    "tokenizer": tokenizers,
     "template": lambda at: in_checkpoint(at, "tokenizer_config.json", templated),
 }

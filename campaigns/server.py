@@ -1,5 +1,4 @@
-"""A hundred clients of a server that keeps sessions, for half an hour, and eight threads beside
-them that generate in the server's process.
+"""A hundred clients of a server that keeps sessions, for half an hour.
 
 Clients ask, go on with a text, leave in the middle, send half requests and nonsense, as each one's
 seed says.  What anybody gets must be what a model says that computes alone, and so must be what
@@ -20,12 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 
-from campaigns.beside import texts_alone, write_texts
 from campaigns.models import sample_export
 from campaigns.runner import Attack
 from slotmoe.model.tokenizer import REPLACEMENT
 from slotmoe.offload.runtime import Runtime
-from tests.support.forkserver import COMMAND_LINE
 from tests.support.served import GREEDY, HALVES, PROMPTS, USER, start
 
 LENGTH = 60  # tokens of the longest answer
@@ -34,28 +31,30 @@ SETTLING = 25  # seconds after which a connection that says nothing is gone
 GROWTH = 0.02
 LIMIT = 2 << 20  # bytes of sessions, a third of what the texts would take
 OPEN = {"context": 512, "ram": "2GiB"}
-PROGRAM = f"""
-from pathlib import Path
-from campaigns.beside import serve_beside
-serve_beside(Path({{!r}}))
-{COMMAND_LINE}
-"""
 IN_POOL = (os.cpu_count() or 1) + 4  # threads that asyncio starts on demand
 LAWFUL = {"200", "400", "404", "429", "None"}
 # What the server may write: asyncio, of clients that have left.
 SAID = {"WARNING:  Invalid HTTP request received.", "socket.send() raised exception."}
 
 
-def wanted_of(prompts, texts):
+def texts_alone(export):
+    """The ids of each prompt, and what a model says that computes one at a time: the id, the
+    log-probability and the text of each greedy token."""
+    with Runtime.open(export, **OPEN) as runtime:
+        for prompt in (prompt * times for prompt in PROMPTS for times in TIMES):
+            runtime.engine.empty()
+            said = [(it.id, it.logprob, it.text) for it in runtime.generate(prompt, LENGTH)]
+            yield prompt, runtime.encode(prompt), said
+
+
+def wanted_of(texts):
     """The texts of the tokens that a greedy answer has, of prompts and of ids that go on with the
     answer to one; a list of ids can't begin within a character."""
     wanted = {}
-    for prompt, text in zip(prompts, texts, strict=True):
-        said = [part[2] for part in text.greedy]
-        wanted[prompt] = said
+    for prompt, ids, tokens in texts:
+        wanted[prompt] = said = [text for *_, text in tokens]
         for begun in (1, 20, 40) if "".join(said).isascii() else ():
-            ids = (*text.prompt, *(id_ for id_, *_ in text.greedy[:begun]))
-            wanted[ids] = said[begun:]
+            wanted[(*ids, *(id_ for id_, *_ in tokens[:begun]))] = said[begun:]
     return wanted
 
 
@@ -193,10 +192,10 @@ def restored(export, folder, texts):
     wrong = []
     with Runtime.open(export, **OPEN) as runtime:
         runtime.keep_in(folder, LIMIT, wrong.append)
-        for text in texts:
-            ids = [*text.prompt, *(id_ for id_, *_ in text.greedy[:40])]
+        for _, prompt, tokens in texts:
+            ids = [*prompt, *(id_ for id_, *_ in tokens[:40])]
             found = [(token.id, token.logprob) for token in runtime.generate(ids, LENGTH - 40)]
-            if found != [part[:2] for part in text.greedy[40:]]:
+            if found != [token[:2] for token in tokens[40:]]:
                 wrong.append(f"restored {ids}: {found}")
             runtime.engine.empty()
         return wrong, runtime.stats()["sessions"]["restored_tokens"]
@@ -218,14 +217,12 @@ def changed(before, after):
 
 def run(folder, part, aim):
     export, count = sample_export(folder), aim.given.clients
-    prompts = [prompt * times for prompt in PROMPTS for times in TIMES]
-    texts = texts_alone(export, prompts, LENGTH, **OPEN)
-    write_texts(folder, texts)
+    texts = [*texts_alone(export)]
     options = ("--max-sequences", "8", "--max-queue", str(count // 2), "--no-log")
     options += ("--session-dir", folder / "kept", "--session-limit", LIMIT)
-    child, port = start(export, *options, program=PROGRAM.format(str(folder)))
+    child, port = start(export, *options)
     process, log = psutil.Process(child.pid), set()
-    clients, go, done = Clients(port, wanted_of(prompts, texts)), folder / "go", folder / "done"
+    clients = Clients(port, wanted_of(texts))
     reader = threading.Thread(target=lambda: log.update(line.strip() for line in child.stderr))
     reader.start()
     warm = time.monotonic() + max(20, aim.given.seconds / 10)
@@ -234,12 +231,10 @@ def run(folder, part, aim):
 
             def play(goes_on):
                 chances = [random.Random(aim.chance.random()) for _ in range(count)]
-                go.touch()
                 list(pool.map(lambda chance: clients.play(chance, goes_on), chances))
-                go.unlink()
 
             play(lambda: time.monotonic() < warm)
-            before, beside = clients.settled(process), done.stat().st_size
+            before = clients.settled(process)
             clients.begin()
             aim.begin()
             play(lambda: aim.goes_on(clients.requests))
@@ -252,7 +247,6 @@ def run(folder, part, aim):
         child.stderr.close()
     kinds = dict(sorted(clients.kinds.items()))
     figures = {"requests": clients.requests, "compared": clients.compared}
-    figures["beside"] = done.stat().st_size - beside
     wrong, figures["restored tokens"] = restored(export, folder / "kept", texts)
     wrong += [f"no {name}" for name, figure in figures.items() if not figure]
     more, growth = changed(before, after)

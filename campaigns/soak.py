@@ -1,5 +1,5 @@
-"""Tokens under random budgets, policies, sessions, Ctrl-C, errors and bad reads: the same ids and
-the same bits each time.
+"""Tokens under random budgets, policies, sessions, Ctrl-C, errors and bad reads, alone or beside
+four threads that use the same model: the same ids and the same bits each time.
 
 At its end the process has the descriptors and threads of its beginning, and 5% more memory at most.
 """
@@ -11,7 +11,8 @@ import random
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from signal import SIGINT
 
 import psutil
@@ -19,7 +20,7 @@ import pytest
 
 from campaigns.models import sample_export
 from campaigns.runner import Attack
-from slotmoe.errors import ExportError
+from slotmoe.errors import CLOSED, ConfigError, ExportError
 from slotmoe.offload.experts import disk
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.runtime import Runtime
@@ -30,6 +31,7 @@ LENGTH, TEXTS, CONTEXT = 60, 12, 256
 BAD_READS = 0.01  # of all; one after another is an error
 WARMING = 10  # models that are opened before memory is measured
 HANGS = 120  # seconds for a model
+THREADS = 4
 
 
 class InjectedError(MemoryError):
@@ -45,20 +47,35 @@ class Soak:
         self.prompts = [[chance.randrange(2, 4000) for _ in range(length)] for length in lengths]
         self.counts, self.process = Counter(), psutil.Process()
         with Runtime.open(self.export, context=CONTEXT) as runtime:
+            self.wanted = [[]] * TEXTS
             self.wanted = [list(self._tokens(runtime, number)) for number in range(TEXTS)]
 
-    def _tokens(self, runtime, number):
-        """Every third text is sampled."""
+    def _tokens(self, runtime, number, begun=0, length=LENGTH):
+        """Of a text behind so many of its tokens.  Every third text is sampled."""
         how = {"temperature": 0.8, "seed": number} if number % 3 == 2 else {"temperature": 0.0}
-        for token in runtime.generate(self.prompts[number], LENGTH, **how):
-            yield token.id, token.logprob
+        ids = [*self.prompts[number], *(id_ for id_, _ in self.wanted[number][:begun])]
+        with closing(runtime.generate(ids, length, **how)) as stream:
+            for token in stream:
+                yield token.id, token.logprob
 
-    def text(self, runtime, number):
-        place = -1
-        for place, token in enumerate(self._tokens(runtime, number)):
+    def text(self, runtime, number, chance):
+        """A text, or the rest of a greedy one behind its beginning, or its scores; now and then it
+        is left in the middle."""
+        wanted = self.wanted[number]
+        kind = chance.choice(("whole", "whole", "rest", "left", "score"))
+        begun = chance.randrange(LENGTH) if kind in ("rest", "score") and number % 3 != 2 else 0
+        if kind == "score":
+            ids = [*self.prompts[number], *(id_ for id_, _ in wanted[:begun])]
+            found = [token.logprob for token in runtime.score(ids)][len(self.prompts[number]) :]
+            assert found == [logprob for _, logprob in wanted[:begun]], f"scores of text {number}"
+            return
+        wanted, place = wanted[begun:], -1
+        for place, token in enumerate(self._tokens(runtime, number, begun, LENGTH - begun)):
             self.counts["tokens"] += 1
-            assert token == self.wanted[number][place], f"token {place} of text {number} differs"
-        assert place == len(self.wanted[number]) - 1
+            assert token == wanted[place], f"token {place} of text {number} differs"
+            if kind == "left" and place >= 20:
+                return
+        assert place == len(wanted) - 1
 
     def one_model(self):
         """A few texts of a model that is opened with settings by chance."""
@@ -70,20 +87,46 @@ class Soak:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(disk, "HELP_BYTES", chance.choice((0, disk.HELP_BYTES)))
             patch.setattr(Export, "read_range", self._reading(Export.read_range))
-            with Runtime.open(self.export, context=CONTEXT, **settings) as runtime:
-                if chance.random() < 0.5:
-                    runtime.keep_in(self.sessions, 2 << 20)
-                    self.counts["with sessions"] += 1
-                for _ in range(chance.randint(1, 8)):
-                    self.disturbed(runtime, chance.randrange(TEXTS))
-                    runtime.engine.call(lambda: whole(runtime))
+            threads, ended = chance.choice((0, 0, THREADS)), threading.Event()
+            settings["sequences"] = chance.randint(1, 4)
+            with ThreadPoolExecutor(THREADS) as pool:
+                with Runtime.open(self.export, context=CONTEXT, **settings) as runtime:
+                    if chance.random() < 0.5:
+                        runtime.keep_in(self.sessions, 2 << 20)
+                        self.counts["with sessions"] += 1
+                    others = [
+                        pool.submit(self.beside, runtime, random.Random(chance.random()), ended)
+                        for _ in range(threads)
+                    ]
+                    for _ in range(chance.randint(1, 8)):
+                        self.disturbed(runtime, chance.randrange(TEXTS))
+                    if chance.random() < 0.5:  # else it is closed in the middle of others' texts
+                        ended.set()
+                        for other in others:
+                            other.result()
+                        runtime.engine.call(lambda: whole(runtime))
+                for other in others:
+                    other.result()
         faulthandler.cancel_dump_traceback_later()
+
+    def beside(self, runtime, chance, ended):
+        """Texts in another thread, until enough or the model is closed."""
+        while not ended.is_set():
+            try:
+                self.text(runtime, chance.randrange(TEXTS), chance)
+                self.counts["texts in threads"] += 1
+            except (InjectedError, ExportError):
+                pass
+            except ConfigError as problem:
+                if str(problem) != CLOSED:
+                    raise
+                return
 
     def disturbed(self, runtime, number):
         kind = self.chance.choice(("nothing", "nothing", "ctrl-c", "error"))
         try:
             with self._event(runtime, kind):
-                self.text(runtime, number)
+                self.text(runtime, number, self.chance)
                 self.counts["whole texts"] += 1
         except (KeyboardInterrupt, InjectedError, ExportError) as problem:
             self.counts[type(problem).__name__] += 1

@@ -20,7 +20,7 @@ BOUNDS = {
     "product": 32_470,
     "bench": 1_100,
     "tests": 31_980,
-    "campaigns": 4_380,
+    "campaigns": 3_500,
     # its files
     "product files": 207,
     # lines of C++ and headers
