@@ -1,12 +1,11 @@
-"""``slotmoe serve`` under strangers: clients that stop half-way, keys that must not see each other,
-a model that dies."""
+"""``slotmoe serve`` under strangers: keys, hosts, origins and bodies, clients that stop half-way,
+keys that must not see each other, a model that dies."""
 
 import json
 import socket
 import threading
 from contextlib import ExitStack, suppress
 
-import psutil
 import pytest
 
 from slotmoe.tools.serve import guard as serve_guard
@@ -59,80 +58,9 @@ def dripped(connection, drop):
     raise AssertionError("drops gain time")
 
 
-@pytest.mark.usefixtures("processes")
-def test_only_this_machine_can_connect_unless_asked(sample_export):
-    child, port = start(sample_export)
-    with child:
-        connections = psutil.Process(child.pid).net_connections()
-    listening = [one for one in connections if one.status == psutil.CONN_LISTEN]
-    assert [tuple(one.laddr) for one in listening] == [("127.0.0.1", port)]
-
-
-def test_a_body_does_not_wait_until_its_headers_are_acknowledged(served):
-    connections = served.server.server_state.connections
-    until(lambda: not connections)
-    with connect(served.port):
-        until(lambda: connections)
-        (there,) = connections
-        of_client = there.transport.get_extra_info("socket")
-        assert of_client.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-
-
-LIMIT = 8 + 16 + 256  # connections
-
-
-def test_beyond_the_bound_of_connections_clients_are_told_and_later_served(served):
-    asked = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    connections = served.server.server_state.connections
-    with ExitStack() as stack:
-        halves = (HALVES * (LIMIT // len(HALVES) + 1))[:LIMIT]
-        halves = [b"GE" if half == HALVES[3] else half for half in halves]  # 3 is no HTTP
-        for half in halves:
-            stack.enter_context(connect(served.port, half))
-        until(lambda: len(connections) >= LIMIT)
-        with connect(served.port, asked) as beyond:
-            assert beyond.recv(4096).startswith(b"HTTP/1.1 503")
-            assert ended(beyond)
-    until(lambda: not connections)
-    assert served.complete("Call me", max_tokens=1)
-
-
-def test_body_that_does_not_arrive_is_given_up(served, monkeypatch):
-    monkeypatch.setattr(serve_guard, "BODY_SECONDS", 0.2)
-    with connect(served.port, HALF_A_BODY) as connection:
-        assert connection.recv(4096).startswith(b"HTTP/1.1 408")
-        assert ended(connection)
-    fields = f"POST {TEXT} HTTP/1.1", "Host: localhost", "Content-Type: application/json"
-    head = "\r\n".join([*fields, "Transfer-Encoding: chunked", "", ""]).encode()
-    with connect(served.port, head) as connection:
-        assert dripped(connection, b"1\r\n \r\n").startswith(b"HTTP/1.1 408")
-
-
-def test_headers_are_bounded(served):
-    for headers in ({"X-Long": "x" * 200_000}, {f"X-{i}": "y" * 100 for i in range(2000)}):
-        answer = b""
-        with (
-            suppress(ConnectionError),  # it did not even read them all
-            connect(served.port, request(b"", **headers)) as connection,
-        ):
-            answer = connection.recv(4096)
-        assert answer[:12] in (b"HTTP/1.1 400", b"")
-    assert served.complete("Call me", max_tokens=1)
-
-
-@pytest.mark.usefixtures("network")
-def test_refused_bodies_are_read_so_that_the_refusal_arrives(runtime):
-    """More than the sockets' buffers hold, to a server that would otherwise close while the client
-    still writes."""
-    body = b" " * (12 << 20)
-    with Served(runtime, keys=("first",)) as served:
-        assert served.ask("POST", TEXT, body)[0] == 401
-        status, answer, _ = served.ask("POST", "/v1/messages", body, x_api_key="first")
-        assert (status, answer["type"]) == (413, "error")
-
-
 ODD_PATHS = ["/health/../v1/models", "/health/..%2fv1/models", "//v1/models"]
-ODD_PATHS += ["/v1/models?/health", "http://localhost/health"]
+ODD_PATHS += ["/v1/models?/health", "http://localhost/health", "/stats", "/health/", "//health"]
+ODD_PATHS += ["/%68ealth", "/nowhere"]
 
 
 def test_every_operation_asks_for_a_key_however_its_path_is_written(keyed):
@@ -149,6 +77,12 @@ def test_every_operation_asks_for_a_key_however_its_path_is_written(keyed):
         connection, response = keyed.open(method, "/v1/models")
         connection.close()
         assert response.status == 401, method
+    assert keyed.ask("GET", "/health?x")[0] == 200
+    assert "Basic" in keyed.ask("GET", "/")[2]["www-authenticate"]  # a browser asks its user
+    for given in ("Bearer second", "Basic eDpmaXJzdA=="):
+        assert keyed.ask("GET", "/v1/models", Authorization=given)[0] == 200
+    for given in ("Bearer firs", "Basic ?", "Bearer "):
+        assert keyed.ask("GET", "/v1/models", Authorization=given)[0] == 401
 
 
 def test_keys_are_compared_in_constant_time(keyed, monkeypatch):
@@ -162,6 +96,29 @@ def test_keys_are_compared_in_constant_time(keyed, monkeypatch):
     statuses = [keyed.ask("GET", "/stats", x_api_key=key)[0] for key in given]
     assert statuses == [200, 200, 401]
     assert compared == [(key, right) for key in given for right in ("first", "second")]
+
+
+HOSTILE = ["", ":80", "[::1]evil.com", "[::1", "::1", "[::1].evil.com:80", "[::1%evil.com]", "[]"]
+HOSTILE += ["localhost:80.evil.com", "localhost:80:80", "evil.com@localhost", "localhost@evil.com"]
+HOSTILE += ["localhost/evil.com", "localhost evil.com", "127.0.0.1:x", "[localhost]", "localhost,a"]
+HOSTILE += ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example:80"]
+
+
+def test_rebound_names_and_pages_of_other_origins_are_refused(served):
+    hosts = "localhost:80", "127.0.0.1", "[::1]:9", "box.local:1", "10.0.0.9", "other.local"
+    for host in hosts:
+        assert served.ask("GET", "/stats", Host=host)[0] == 200, host
+    for host in HOSTILE:
+        assert served.ask("GET", "/health", Host=host)[0] == 403, host
+    for origin in ("http://evil.example", "null"):
+        assert served.ask("GET", "/stats", Origin=origin)[0] == 403
+    for origin, status in (("ftp://localhost:1", 403), ("http://localhost:1", 200)):
+        assert served.ask("GET", "/stats", Host="localhost:1", Origin=origin)[0] == status
+    for path, status in (("/health", b"200"), ("/stats", b"403")):  # as load balancers ask
+        with connect(served.port, f"GET {path} HTTP/1.0\r\n\r\n".encode()) as link:
+            assert link.makefile("rb").readline().split()[1] == status
+    policy = served.ask("GET", "/")[2]["content-security-policy"]
+    assert "frame-ancestors 'none'" in policy and "default-src 'none'" in policy
 
 
 ORIGINS = ("http://localhost:3000", "app://obsidian.md", "tauri://localhost")
@@ -237,14 +194,73 @@ def test_an_absolute_target_names_nothing(served):
             assert connection.makefile("rb").read().startswith(b"HTTP/1.1 404")
 
 
+def test_body_that_does_not_arrive_is_given_up(served, monkeypatch):
+    monkeypatch.setattr(serve_guard, "BODY_SECONDS", 0.2)
+    with connect(served.port, HALF_A_BODY) as connection:
+        assert connection.recv(4096).startswith(b"HTTP/1.1 408")
+        assert ended(connection)
+    fields = f"POST {TEXT} HTTP/1.1", "Host: localhost", "Content-Type: application/json"
+    head = "\r\n".join([*fields, "Transfer-Encoding: chunked", "", ""]).encode()
+    with connect(served.port, head) as connection:
+        assert dripped(connection, b"1\r\n \r\n").startswith(b"HTTP/1.1 408")
+
+
+def test_headers_are_bounded(served):
+    for headers in ({"X-Long": "x" * 200_000}, {f"X-{i}": "y" * 100 for i in range(2000)}):
+        answer = b""
+        with (
+            suppress(ConnectionError),  # it did not even read them all
+            connect(served.port, request(b"", **headers)) as connection,
+        ):
+            answer = connection.recv(4096)
+        assert answer[:12] in (b"HTTP/1.1 400", b"")
+    assert served.complete("Call me", max_tokens=1)
+
+
+@pytest.mark.usefixtures("network")
+def test_refused_bodies_are_read_so_that_the_refusal_arrives(runtime):
+    """More than the sockets' buffers hold, to a server that would otherwise close while the client
+    still writes."""
+    body = b" " * (12 << 20)
+    with Served(runtime, keys=("first",)) as served:
+        assert served.ask("POST", TEXT, body)[0] == 401
+        status, answer, _ = served.ask("POST", "/v1/messages", body, x_api_key="first")
+        assert (status, answer["type"]) == (413, "error")
+
+
+LIMIT = 8 + 16 + 256  # connections
+
+
+def test_beyond_the_bound_of_connections_clients_are_told_and_later_served(served):
+    asked = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    connections = served.server.server_state.connections
+    with ExitStack() as stack:
+        halves = (HALVES * (LIMIT // len(HALVES) + 1))[:LIMIT]
+        halves = [b"GE" if half == HALVES[3] else half for half in halves]  # 3 is no HTTP
+        for half in halves:
+            stack.enter_context(connect(served.port, half))
+        until(lambda: len(connections) >= LIMIT)
+        with connect(served.port, asked) as beyond:
+            assert beyond.recv(4096).startswith(b"HTTP/1.1 503")
+            assert ended(beyond)
+    until(lambda: not connections)
+    assert served.complete("Call me", max_tokens=1)
+
+
+def test_a_body_does_not_wait_until_its_headers_are_acknowledged(served):
+    connections = served.server.server_state.connections
+    until(lambda: not connections)
+    with connect(served.port):
+        until(lambda: connections)
+        (there,) = connections
+        of_client = there.transport.get_extra_info("socket")
+        assert of_client.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 CANARY = (
     "The canary's word is plum. "
     "The people of the United States have a government of laws and not of men. "
 ) * 8
-
-
-def text_alone(runtime, prompt):
-    return "".join(token.text for token in runtime.generate(prompt, 8))
 
 
 def test_abort_in_the_middle_of_a_prompt_leaves_nothing_for_another_key(
@@ -253,7 +269,7 @@ def test_abort_in_the_middle_of_a_prompt_leaves_nothing_for_another_key(
     """One answer runs, so prompts come in pieces; after the first one the client is gone, and its
     latents stay in their place."""
     keyed.idle()
-    alone = text_alone(runtime, CANARY)
+    alone = "".join(token.text for token in runtime.generate(CANARY, 8))
     passes, totals = runtime.engine.batch.passes, runtime.engine.batch.totals
     run, reached, left = passes.run, threading.Event(), threading.Event()
 

@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal
 from xml.sax.saxutils import quoteattr
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field
+from pydantic import Field, model_validator
 from starlette.responses import JSONResponse
 
 from slotmoe.jsonfile import Json
@@ -98,6 +98,14 @@ class Block(requests.Model):
     is_error: bool | None = None
     thinking: Text | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, block: object) -> object:
+        kind = block.get("type") if isinstance(block, dict) else None
+        if isinstance(kind, str) and not any(kind in kinds for kinds in _BLOCKS.values()):
+            raise ValueError(f"a block of type {kind[:40]!r} can't be read: the model reads text")
+        return block
+
     def read(self, offer: Offer) -> str:
         """What the model reads; nothing of a call, of its result, and of thoughts.  Raises
         ``RefusedError``."""
@@ -140,10 +148,8 @@ def read(content: str | Iterable[Block] | None, offer: Offer, kinds: str = "") -
     texts = list[str]()
     for block in content or ():
         if block.type not in _BLOCKS.get(kinds, ("text",)):
-            problem = f"messages: a block of type {block.type!r:.40} can't be read there"
-            is_known = any(block.type in types for types in _BLOCKS.values())
-            why = "" if is_known else ": the model reads text"
-            raise RefusedError(f"{problem}{why}", "messages")
+            problem = f"messages: a block of type {block.type!r} can't be read there"
+            raise RefusedError(problem, "messages")
         texts.append(block.read(offer))
     return "".join(texts)
 

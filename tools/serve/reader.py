@@ -64,10 +64,13 @@ class Reader:
         """The deltas, and None where more text has to arrive."""
         marks = self._format
         openings = () if marks is None else (marks.lead + marks.opening, marks.opening)
-        while marks is None or (
-            self._either
-            and not any(self._unread.startswith(mark[: len(self._unread)]) for mark in openings)
-        ):
+        if self._either:
+            while not self._unread.startswith(openings) and any(
+                mark.startswith(self._unread) for mark in openings
+            ):
+                yield None
+            marks = marks if self._unread.startswith(openings) else None
+        while marks is None:
             yield from self._text(len(self._unread))
             yield None
         while (position := self._unread.find(marks.opening)) < 0:
