@@ -153,8 +153,20 @@ class BlockFolder:
 
     def _load(self, path: Path, block: Block, nbytes: int) -> memoryview | None:
         """What is in the file of ``block``; None where that is nothing to use."""
+        head = block.head(nbytes)
+        size = len(head) + nbytes + _CHECKSUM_BYTES
         try:
-            return self._content(path, block, nbytes)
+            with open(path, "rb", opener=_no_link) as file:
+                if (there := os.fstat(file.fileno()).st_size) != size:
+                    raise ValueError(f"has {there} bytes, expected {size}")
+                data = memoryview(bytearray(size))
+                file.readinto(data)
+            content = data[:-_CHECKSUM_BYTES]
+            if xxhash.xxh3_128_digest(content) != data[-_CHECKSUM_BYTES:]:
+                raise ValueError("its checksum is wrong")
+            if content[: len(head)] != head:
+                raise ValueError("is another block than its name says")
+            return content[len(head) :]
         except FileNotFoundError:  # another process has just evicted it
             return None
         except OSError as problem:
@@ -179,26 +191,10 @@ class BlockFolder:
         with suppress(OSError):  # evicted meanwhile, or a folder that can only be read
             os.utime(self._path(block))
 
-    def _content(self, path: Path, block: Block, nbytes: int) -> memoryview:
-        """Raises ``ValueError`` unless the file is that block, and undamaged."""
-        head = block.head(nbytes)
-        size = len(head) + nbytes + _CHECKSUM_BYTES
-        with open(path, "rb", opener=_no_link) as file:
-            if (there := os.fstat(file.fileno()).st_size) != size:
-                raise ValueError(f"has {there} bytes, expected {size}")
-            data = memoryview(bytearray(size))
-            file.readinto(data)
-        content = data[:-_CHECKSUM_BYTES]
-        if xxhash.xxh3_128_digest(content) != data[-_CHECKSUM_BYTES:]:
-            raise ValueError("its checksum is wrong")
-        if content[: len(head)] != head:
-            raise ValueError("is another block than its name says")
-        return content[len(head) :]
-
     def _path(self, block: Block) -> Path:
-        parts = block.parent.hex(), f"{block.start:08}", f"{len(block.tokens):02}"
-        name = "-".join((*parts, block.address.hex(), *["state"] * block.is_snapshot))
-        return self.folder / parts[0][:2] / name
+        parent, state = block.parent.hex(), "-state" * block.is_snapshot
+        name = f"{parent}-{block.start:08}-{len(block.tokens):02}-{block.address.hex()}{state}"
+        return self.folder / parent[:2] / name
 
     def _children(self, parent: bytes, snapshots: bool = False) -> Iterator[Entry]:
         folder = self.folder / parent.hex()[:2]
@@ -218,18 +214,17 @@ class BlockFolder:
         """Keep the ``blocks`` of one chain, from its root on, and ``snapshots`` in them;
         ``content`` is asked of those that are not there.  What can't be written, or has no room, is
         not kept, nor is what comes behind it.  Returns the bytes written."""
-        missing = [block for block in blocks if not os.path.exists(self._path(block))]
-        if missing and len(missing[-1].tokens) < BLOCK_TOKENS and self._is_covered(missing[-1]):
-            missing.pop()
-        snapshots = [block for block in snapshots if not os.path.exists(self._path(block))]
-        if not (missing or snapshots) or blocks[-1].end < _LEAST_TOKENS:
+        kept = [*blocks, *snapshots]
+        missing = [block for block in kept if not os.path.exists(self._path(block))]
+        if missing and (last := blocks[-1]) in missing and self._is_covered(last):
+            missing.remove(last)
+        if not missing or blocks[-1].end < _LEAST_TOKENS:
             self.touch(blocks[-1])
             return 0
-        written, kept = 0, [*blocks, *snapshots]
-        missing = sorted([*missing, *snapshots], key=lambda block: block.start)
+        written = 0
         try:
             with self._locked() as lock:
-                for block in missing:
+                for block in sorted(missing, key=lambda block: block.start):
                     if os.path.exists(self._path(block)):  # another process has just kept it
                         continue
                     head, nbytes = block.head(size(block)), size(block)
@@ -248,8 +243,9 @@ class BlockFolder:
 
     def _is_covered(self, block: Block) -> bool:
         """Whether a longer block begins with its tokens."""
-        longer = (one for one in self._children(block.parent) if one.count > len(block.tokens))
-        return any(_tokens(one)[: len(block.tokens)] == block.tokens for one in longer)
+        count = len(block.tokens)
+        longer = (one for one in self._children(block.parent) if one.count > count)
+        return any(_tokens(one)[:count] == block.tokens for one in longer)
 
     def _write(self, block: Block, head: bytes, content: memoryview) -> int:
         """Write a block, and remove what it has grown out of.  Returns the bytes that frees."""
@@ -323,16 +319,14 @@ class BlockFolder:
             last = used[entry.address] if entry.address in reached else 0.0
             return last, -entry.start, not entry.is_snapshot
 
+        # A block is kept, and each snapshot behind a beginning of its tokens.
         texts = defaultdict[bytes, list[list[int]]](list)  # behind each parent
         for block in kept:
             texts[block.parent].append(block.tokens)
 
         def is_kept(entry: Entry) -> bool:
-            return any(
-                entry.address == address(entry.parent, tokens[: entry.count])
-                for tokens in texts[entry.parent]
-                if entry.is_snapshot or entry.count == len(tokens)
-            )
+            there = (t for t in texts[entry.parent] if entry.is_snapshot or entry.count == len(t))
+            return any(entry.address == address(entry.parent, t[: entry.count]) for t in there)
 
         for entry in sorted(entries, key=order):
             if total <= limit:
@@ -389,13 +383,12 @@ def write_private(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 
 def _entry(path: Path) -> Entry | None:
     """What the file's name says; None if it is no block's, or has just gone."""
-    if not (match := _NAME.fullmatch(path.name)):
-        return None
-    parent, start, count, own, state = match.groups()
-    place = bytes.fromhex(parent), int(start), int(count), bytes.fromhex(own)
-    with suppress(OSError):
-        status = path.lstat()
-        return Entry(path, *place, state is not None, status.st_size, status.st_mtime)
+    if (match := _NAME.fullmatch(path.name)) is not None:
+        parent, start, count, own, state = match.groups()
+        with suppress(OSError):
+            size, used = (file := path.lstat()).st_size, file.st_mtime
+            place = bytes.fromhex(parent), int(start), int(count)
+            return Entry(path, *place, bytes.fromhex(own), state is not None, size, used)
     return None
 
 
