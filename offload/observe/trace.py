@@ -7,6 +7,7 @@ layers, 256], what gates saw, folded (``slotmoe.offload.policy.cache``).
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,9 +56,14 @@ class TraceWriter:
             self._step.clear()
 
     def _write(self, data: bytes) -> None:
-        with naming(self._path):
-            self._file.write(data)
-            self._file.flush()  # a child that is forked would write what is kept once more
+        try:
+            with naming(self._path):
+                self._file.write(data)
+                self._file.flush()  # a child that is forked would write what is kept once more
+        except OSError:
+            with suppress(OSError):
+                self._file.close()
+            raise
 
     def close(self) -> None:
         self._file.close()

@@ -110,7 +110,6 @@ def place(heavy, processes, network, tmp_path_factory):
 SEEN = set()  # what several commands do fails once
 
 
-@pytest.mark.filterwarnings("ignore:.*/trace:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_line_names_the_file(name, place, slotmoe, monkeypatch, hub):
     hub.add(NAME, Repo(place / "source"))
