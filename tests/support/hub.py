@@ -202,3 +202,75 @@ def make(destination, revision="main", **options):
 def is_header(handler):
     """Whether a request is for the beginning of a weight file."""
     return handler.headers.get("Range", "").startswith("bytes=0-")
+
+
+# Faults
+
+
+def drop(handler):
+    return handler.drop()
+
+
+def answer(*arguments, **headers):
+    return lambda handler: handler.answer(*arguments, **headers)
+
+
+def data_of(handler):
+    name = handler.path.split("?")[0].rpartition("/")[2]
+    return HUB.repos[NAME, "main"].files[name].read_bytes()
+
+
+def begin(handler, size=1 << 40):
+    """Announce all that is asked for, and send so much of it."""
+    data, span = data_of(handler), handler.headers.get("Range", "bytes=0-")
+    first = int(span.removeprefix("bytes=").split("-")[0])
+    handler.send_response(206 if first else 200)
+    handler.send_header("Content-Length", str(len(data) - first))
+    if first:
+        handler.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+    handler.end_headers()
+    handler.wfile.write(data[first:][:size])
+    handler.wfile.flush()
+
+
+def cut(handler):
+    begin(handler, 100_000)
+    return handler.drop()
+
+
+def stall(handler):
+    begin(handler, 100)
+    return HUB.hold(handler)
+
+
+def wrong_bytes(handler):
+    return handler.answer(200, bytes(len(data_of(handler))))
+
+
+def too_many(handler):
+    return handler.answer(200, data_of(handler) + bytes(1 << 20))
+
+
+def whole_file(handler):
+    """The answer of a server that knows no ranges."""
+    return handler.answer(200, data_of(handler))
+
+
+def elsewhere(handler):
+    return handler.answer(302, Location=handler.path.replace("?", "?again&"))
+
+
+def faulty(served, kind, act, times=1 << 30):
+    """What such requests get; returns how often they still may."""
+    left, lock = [times], threading.Lock()
+
+    def fault(asked, name, handler):
+        asked = "header" if asked == "cdn" and is_header(handler) else asked
+        with lock:
+            if asked != kind or not left[0]:
+                return False
+            left[0] -= 1
+        return act(handler)
+
+    served.faults.append(fault)
+    return left
