@@ -186,17 +186,6 @@ def test_demands_overtake_prefetches_and_cancelled_reads_never_start(gated):
     assert [read.error for read in [demand, *queued]] == [None] * 5
 
 
-def test_bandwidth_is_known_at_every_moment(gated):
-    reader, let, _, ahead = gated
-    assert reader.bandwidth() == 1e9
-    first, second = ahead(2)
-    assert reader.bandwidth() == 1e9  # busy, but nothing has arrived
-    for read in (first, second):  # in the middle of its first busy time, and behind it
-        let()
-        reader.wait([read])
-        assert 0 < reader.bandwidth() < 1e9
-
-
 def test_closing_gives_up_what_is_queued(gated, caplog):
     reader, let, calls, ahead = gated
     queued = ahead(4)

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import termios
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,6 @@ from slotmoe.quant.export.reader import Export
 from slotmoe.signals import Stopping
 from tests.support.disk import forked
 from tests.support.engine import IDS, PROMPT, until, whole
-from tests.support.forkserver import OnTerminal
 from tests.support.interrupts import KINDS, check, compute, on_threads, struck
 from tests.support.params import nth
 from tests.support.tiny import SAMPLE
@@ -162,18 +160,6 @@ def test_the_first_signal_stops_and_the_next_acts_as_before():
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-@pytest.mark.usefixtures("processes")
-def test_what_ends_a_chat_leaves_the_terminal_as_it_was(sample_export):
-    with OnTerminal("chat", sample_export, "--context", 256) as terminal:
-        before = termios.tcgetattr(terminal.handle)
-        terminal.until("of 256")
-        assert termios.tcgetattr(terminal.handle) != before  # a prompt's
-        terminal.send_signal(signal.SIGTERM)
-        terminal.rest()
-        assert terminal.wait() == 143
-        assert termios.tcgetattr(terminal.handle) == before
-
-
 @pytest.fixture
 def stuck(sample_export, monkeypatch):
     """A runtime whose disk does not answer any more, until the test's end, and an event: a read
@@ -209,16 +195,6 @@ def test_ctrl_c_ends_the_wait_for_a_stuck_disk(caplog, stuck):
     timer.join()
     runtime.close()
     assert "the disk does not answer" in caplog.text
-
-
-def test_close_from_another_thread_ends_a_wait(stuck, thread):
-    runtime, waiting = stuck
-    other = thread.submit(runtime.logits, IDS)
-    assert waiting.wait(30)
-    runtime.close()
-    problem = other.exception(60)
-    assert isinstance(problem, ConfigError) and "this Runtime is closed" in str(problem)
-    runtime.close()  # a second time: nothing
 
 
 def test_close_from_another_thread_ends_a_computation(sample_export, thread):

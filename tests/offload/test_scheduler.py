@@ -64,26 +64,6 @@ def in_steps(narrow):
     return narrow
 
 
-@pytest.mark.parametrize(("room", "limit"), [("runtime", 16), ("narrow", 6)])
-def test_answers_together_are_token_for_token_those_alone(request, room, limit):
-    """Prompts of one token and of more than a shared piece, so that decoding and filling
-    interleave."""
-    runtime = request.getfixturevalue(room)
-    runtime.engine.empty()
-    totals = runtime.engine.batch.totals
-    before = totals.steps, totals.prompt_tokens + totals.reused_tokens, totals.answer_tokens
-    long = runtime.tokenizer.encode("The people of the United States have a government. " * 16)
-    prompts = [*(runtime.tokenizer.encode(text) for text in PROMPTS[:6]), long, [0]]
-    together = [Caller(runtime, ids, limit) for ids in prompts]
-    found = [caller.wait().answer.ids for caller in together]
-    after = totals.steps, totals.prompt_tokens + totals.reused_tokens, totals.answer_tokens
-    steps, read, made = (new - old for new, old in zip(after, before, strict=True))
-    assert limit - 1 <= steps < 8 * limit  # the last one may not be counted yet
-    assert (read, made) == (sum(map(len, prompts)), sum(map(len, found)))
-    if runtime.stats()["kernels"] != "torch":
-        assert found == [[token.id for token in runtime.generate(ids, limit)] for ids in prompts]
-
-
 # Threads
 
 
@@ -121,28 +101,6 @@ def test_a_text_goes_on_where_another_took_its_sequence(sample_export):
         assert torch.equal(last_V, whole[-1]) or runtime.stats()["kernels"] == "torch"
         for ids, text in zip(([7, 8, 9], [9, 8, 7]), texts, strict=True):
             assert [token.id for token in runtime.generate(ids, 30)] == text
-
-
-def test_sessions_of_threads_are_each_the_right_one(runtime, sample_export, tmp_path):
-    """Two sequences for six texts, saved while others are computed, and restored by a fresh
-    runtime."""
-    prompts = [[*range(5 + 9 * n, 75 + 9 * n)] for n in range(6)]
-    alone = [[token.id for token in runtime.generate(ids, 80)] for ids in prompts]
-
-    def texts(upto):
-        with Runtime.open(sample_export, context=256, sequences=2, slots=112) as opened:
-            opened.keep_in(tmp_path)
-            asked = [ids + text[:upto] for ids, text in zip(prompts, alone, strict=True)]
-            with ThreadPoolExecutor(6) as pool:
-                made = pool.map(lambda ids: [t.id for t in opened.generate(ids, 80 - upto)], asked)
-                return [*made], opened.stats()["sessions"]["restored_tokens"]
-
-    if runtime.stats()["kernels"] == "torch":
-        pytest.skip("torch's products depend on the number of rows")
-    assert texts(0) == (alone, 0)
-    made, restored = texts(60)
-    assert made == [text[60:] for text in alone]
-    assert restored >= 6 * 128
 
 
 def test_several_texts_by_one_call_and_in_an_event_loop(runtime, processes):

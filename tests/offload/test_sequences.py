@@ -4,19 +4,16 @@ memory, among several sequences, and on disk."""
 import errno
 import os
 import shutil
-from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from slotmoe.model.generate import Answer, Sampling
 from slotmoe.offload.engine.batch import UnwantedError
 from slotmoe.offload.engine.passes import Row
-from slotmoe.offload.engine.requests import Request, wait_for
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.shapes import MARK_TOKENS, MOST_MARKS
-from tests.support.engine import ask, decode
+from tests.support.engine import decode
 from tests.support.v4 import export_of, state_bytes
 
 NAMES = ("v4", "v3.2")
@@ -63,11 +60,6 @@ def answer_to(runtime, prompt, count=12):
     return counted(runtime, lambda: [token.id for token in runtime.generate(prompt, count)])
 
 
-def text_of(runtime):
-    """A function that gives an ``Answer`` to a prompt."""
-    return lambda ids, count=12: Answer(ids, runtime.tokenizer, (), Sampling(temperature=0), count)
-
-
 # Turns
 
 
@@ -106,30 +98,6 @@ def test_a_prompt_that_differs_reuses_the_last_mark_before(runtime, fresh):
 
 
 # Several sequences
-
-
-def test_a_text_begins_with_what_a_running_one_holds(export, fresh):
-    """The source goes on unchanged: its answer is what it is alone."""
-    with Runtime.open(export, context=2048, sequences=2) as runtime:
-        first, answer = words(3, 300), text_of(runtime)
-        alone = [token.id for token in runtime.generate(first, 40)]
-        runtime.engine.empty()
-        second, queue, requests = [*first[:-1], 8, *words(4, 50)], SimpleQueue(), []
-        text = answer(first, 40)
-
-        def at(request):
-            if len(text.ids) > 9 and not requests:
-                requests.append(Request(second, answer(second), queue.put))
-                runtime.engine.submit(requests[0])
-
-        ask(runtime, first, text, at)
-        while wait_for(queue, requests[0].alive).finish is None:
-            pass
-        assert text.ids == alone
-        assert requests[0].reused == 299
-        ids = requests[0].answer.ids
-        assert ids[0] == int(fresh(second).argmax())
-        assert torch.equal(decode(runtime, [*second, *ids], []), fresh([*second, *ids]))
 
 
 # Passes that are given up

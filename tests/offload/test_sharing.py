@@ -113,37 +113,6 @@ def test_a_long_prompt_waits_at_most_for_a_share_of_itself(seed):
     assert not long.left and long.waited <= 0.3 * long.size
 
 
-def test_a_short_prompt_waits_little_for_a_long_one():
-    """It waits for what it brings along; alone they would take 600 and 9000."""
-    for budget, wanted in ((512, 688), (4096, 1200), (64, 640)):
-        line = Line(budget)
-        long = line.start(9000)
-        line.step()
-        short, began = line.start(600), line.now
-        while short.left:
-            line.step()
-        assert line.now - began <= wanted
-        while long.left:
-            line.step()
-        assert long.waited == 600
-
-
-def test_none_starves_and_the_shortest_are_first():
-    """Short prompts come on and on; a long one ends when it has allowed its share, and of two that
-    come at once the shorter one is first."""
-    line, waits = Line(512), []
-    long = line.start(5000)
-    while long.left and len(waits) < 100:
-        short = line.start(100)
-        line.step()
-        waits.append(short.left)
-    assert waits[:3] == [0] * 3 and waits[-1] == 100
-    assert 0 < long.waited <= 0.3 * 5000
-    line = Line(512)
-    prompts = [line.start(size) for size in (4000, 900, 100, 9000)]
-    assert line.line == [prompts[2], prompts[1], prompts[0], prompts[3]]
-
-
 # The same bits
 
 
