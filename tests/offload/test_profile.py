@@ -8,7 +8,6 @@ import pty
 import signal
 import subprocess
 import sys
-import threading
 import weakref
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -22,8 +21,8 @@ from bench.replay import read_trace
 from slotmoe.errors import visible
 from slotmoe.offload import runtime as runtimes
 from slotmoe.offload.engine.requests import Stream
-from slotmoe.offload.observe import measure, profiler
-from slotmoe.offload.observe.profiler import MemorySampler, profiled
+from slotmoe.offload.observe import measure
+from slotmoe.offload.observe.profiler import profiled
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.bench import speed
 from slotmoe.tools.profile.report import CHARTS, compared, write_report
@@ -118,25 +117,6 @@ def test_the_report_adds_up(reported):
     assert max(slots) == report["components"]["expert slots"]["ram"] == 60 * 28672
     rows = {row["name"]: row for row in compared(report)}
     assert rows["resident weights"]["measured"] == rows["resident weights"]["predicted"] > 0
-
-
-def test_sampler_sees_memory_come_and_thins_out_but_keeps_the_peak(monkeypatch):
-    used, thinned = iter([10, 10, 10, 75, *[20] * 10**6]), threading.Event()
-    monkeypatch.setattr(profiler, "process_bytes", lambda: next(used))
-    monkeypatch.setattr(profiler, "LONGEST", 8)
-
-    class Sampler(MemorySampler):
-        def _take(self):
-            super()._take()
-            if self._interval == 2e-4:
-                thinned.set()
-
-    with Sampler(interval=1e-4) as sampler:
-        assert thinned.wait(30)
-    assert len(sampler.samples) <= 8
-    highest = sampler.highest["ram"]
-    assert (sampler.baseline, highest.total["ram"]) == (10, 75)
-    assert [*highest.components["ram"].values()] == [10, 65, 0]  # runtime, weights, and the rest
 
 
 def test_watching_changes_no_logits_and_ends(sample_export):

@@ -67,18 +67,16 @@ def ending_after(monkeypatch, count):
     monkeypatch.setattr(Answer, "take", take)
 
 
-def finishes(runtime, *arguments, **options):
-    return [token.finish for token in runtime.generate(*arguments, **options)]
-
-
 def test_the_last_token_says_which_limit_ended_the_text(runtime, monkeypatch):
-    assert finishes(runtime, (5, 6), 4) == [None] * 3 + ["length"]
-    assert finishes(runtime, [5] * 60, 9) == [None] * 3 + ["context"]
-    assert finishes(runtime, [5] * 60, 4) == [None] * 3 + ["length"]
-    assert finishes(runtime, [5] * 60, None) == [None] * 3 + ["context"]
+    for prompt, most, reason in (
+        ([5, 6], 4, "length"),
+        ([5] * 60, 9, "context"),
+        ([5] * 60, 4, "length"),
+        ([5] * 60, None, "context"),
+    ):
+        assert [it.finish for it in runtime.generate(prompt, most)] == [None] * 3 + [reason]
     ending_after(monkeypatch, 2)
-    assert finishes(runtime, [5, 6], 4) == [None, None]
-    assert finishes(runtime, [5, 6], 2) == [None, "length"]
+    assert [it.finish for it in runtime.generate([5, 6], 4)] == [None, None]
 
 
 @pytest.mark.usefixtures("processes")

@@ -14,7 +14,6 @@ from slotmoe.model.generate import Sampling
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sessions.blocks import BLOCK_TOKENS
 from slotmoe.offload.sessions.names import NamedSession
-from slotmoe.sizes import format_size
 from slotmoe.tools.chat.conversation import Dialogue
 from tests.support.forkserver import COMMAND_LINE
 from tests.support.served import SLOW, Served, start
@@ -139,7 +138,6 @@ def test_sessions_are_listed_and_deleted(chat, run, slotmoe, folder):
 def test_what_can_t_be_removed_is_said(stuck, run, slotmoe, folder, monkeypatch):
     """A session whose file stays keeps its blocks, too."""
     run(TEXT, session="plans")
-    run(f"{TEXT} And", session="older")
     place, unlink = ("--sessions", "--session-dir", folder), os.unlink
 
     def refuse(path, **options):
@@ -147,21 +145,14 @@ def test_what_can_t_be_removed_is_said(stuck, run, slotmoe, folder, monkeypatch)
             raise PermissionError(1, "Operation not permitted", str(path))
         unlink(path, **options)
 
-    def size():
-        return sum(path.stat().st_size for path in folder.glob("blocks/*/*"))
-
-    before = size()
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", refuse)
-        code, out, err = slotmoe("rm", *place, "plans", "older")
-        freed = format_size(before - size())
-        again = slotmoe("rm", *place, *(["plans"] if stuck == "plans.json" else ["--all"]))
-    pattern = rf"slotmoe: {folder}/\S*{stuck}\S*: can't be removed \(Operation not permitted\)"
-    for said, bytes_ in (((code, out, err), freed), (again, "0 B")):
-        assert said[:2] == (1, "")
-        assert re.fullmatch(rf"{pattern}(, nor \d+ others)?; {bytes_} are free again\n", said[2])
-    assert (freed == "0 B") == (stuck == "blocks")
-    assert slotmoe("rm", *place, "--all")[0] == size() == 0
+        code, out, err = slotmoe("rm", *place, "plans")
+    assert (code, out) == (1, "") and err.count("\n") == 1
+    assert re.match(rf"slotmoe: {folder}/\S*{stuck}\S*: can't be removed \(Operation not", err)
+    assert re.search(r"; \d.* are free again\n$", err) and [*folder.glob("blocks/*/*")]
+    assert slotmoe("rm", *place, "--all")[0] == 0
+    assert not [*folder.glob("blocks/*/*")]
 
 
 def test_a_full_disk_does_not_end_the_chat(chat, monkeypatch):
