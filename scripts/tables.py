@@ -57,7 +57,6 @@ GEOMETRIES = {  # their parameters, as the publisher rounds them
 }
 _RESIDENT = "embeddings", "attention", "dense layers", "router", "shared experts"
 _RESIDENT += ("residual streams",)
-_SCRATCH = "prefill scratch", "waiting tokens", "read buffers", "runtime", "logits", "slot table"
 TYPES = {"string": "text", "array": "list"}
 BOUNDS = {
     "minimum": "from",
@@ -197,20 +196,6 @@ def _token_bytes(model: str) -> int:
     return len(config.moe_layers) * config.num_experts_per_tok * _needs(model)["record_bytes"]
 
 
-def sizes() -> Iterator[str]:
-    models = "v2-lite", "v2"
-    disk = [_needs(model)["disk"] for model in models]
-    experts = [_needs(model)["components"]["all experts"]["disk"] for model in models]
-    rows = {
-        "original checkpoint, bf16": [f"{size['download'] / 1e9:.0f} GB" for size in disk],
-        "export": [f"{figure(size['export'] / 1e9, 2)} GB" for size in disk],
-        "resident weights, int8 / mixed": [_resident(model) for model in models],
-        "all routed experts": [f"{figure(size / 1e9, 2)} GB" for size in experts],
-        "experts that one token uses": [f"{_token_bytes(m) / 1e9:.2f} GB" for m in models],
-    }
-    return _table(" | V2-Lite (16B) | V2 (236B)", ([name, *row] for name, row in rows.items()))
-
-
 def machines() -> Iterator[str]:
     columns = [dict(_machine(report)) for report in _on_machines("v2")]
     rows = ([name, *(column[name] for column in columns)] for name in columns[0])
@@ -222,15 +207,12 @@ def _machine(report: Json) -> Iterator[tuple[str, str]]:
         return f"{size / (1 << 30):.{digits}f} GiB"
 
     fast = "vram" if "vram" in report["budget"] else "ram"
-    below = f", and {gib(_parts(report, 'ram', _SCRATCH))} of RAM" if fast == "vram" else ""
     parts, bound = report["components"], report["bottleneck"]
     count = "all" if report["slots"] == report["experts"] else f"{report['slots']:,}"
     hosted = report["host_slots"]
     resident = gib(_parts(report, fast, _RESIDENT))
     yield "resident weights", f"{report['resident']['precision']}, {resident}"
     yield "latent KV cache, 4,096 tokens", gib(parts["latent KV cache"][fast], 2)
-    rest = gib(_parts(report, fast, _SCRATCH))
-    yield "prefill scratch, read buffers, runtime", rest + below
     slots = parts["expert slots"]
     experts = f"experts on the fast tier, of {report['experts']:,}"
     yield experts, f"{count}, {gib(slots[fast])}"
@@ -276,7 +258,6 @@ TABLES = {
     "refused": refused,
     "families": families,
     "campaigns": campaigns.table,
-    "sizes": sizes,
     "machines": machines,
     "models": models,
 }
