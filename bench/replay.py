@@ -22,7 +22,7 @@ from slotmoe.errors import ConfigError, reading
 from slotmoe.jsonfile import Json
 from slotmoe.offload.observe.trace import TraceStep
 from slotmoe.offload.policy import POLICIES
-from slotmoe.offload.policy.cache import FEATURES, Array, make_cache
+from slotmoe.offload.policy.cache import FEATURES, Array, Cache, make_cache
 from slotmoe.tools.options import EXISTING, option
 
 OPTIMUM = "optimum"
@@ -46,13 +46,26 @@ def replay(choices: Choices, features: Array, policy: str, slots: int, experts: 
     cache = make_cache(policy, slots, len(choices[0]), experts)
     for token, seen in zip(choices, features, strict=True):
         cache.advance()
-        for row, chosen in enumerate(token):
+        for moe_layer, chosen in enumerate(token):
             missing = [expert_id for expert_id in chosen if expert_id not in cache]
-            indices = [expert_id - row * experts for expert_id in chosen]
-            cache.use_chunk(row, [indices], x_TD=seen[row, None])
+            indices = [expert_id - moe_layer * experts for expert_id in chosen]
+            cache.use_chunk(moe_layer, [indices], x_TD=seen[moe_layer, None])
             for expert_id in missing:
-                cache.offer(expert_id, chosen)
+                offer(cache, expert_id, chosen)
     return cache.hits
+
+
+def offer(cache: Cache, expert_id: int, pinned: Sequence[int], must: bool = False) -> int | None:
+    """The absent ``expert_id`` was used: what is evicted for it, which is not ``pinned``, if
+    anything; itself if it gets no slot, which with ``must`` only is where all are pinned."""
+    held_N = np.zeros(cache.layers * cache.experts, np.bool_)
+    held_N[[*pinned]] = True
+    evicted = cache.victim(expert_id, held_N, must)
+    if evicted != expert_id:
+        if evicted is not None:
+            cache.remove(evicted)
+        cache.add(expert_id)
+    return evicted
 
 
 def optimum(choices: Choices, slots: int) -> int:

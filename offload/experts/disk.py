@@ -111,7 +111,7 @@ class Drives:
 
 
 class DiskReader:
-    """A ``Source``: ``threads`` for each drive read records by pieces, the most urgent one first.
+    """``threads`` for each drive read records by pieces, the most urgent one first.
 
     Reads bypass the page cache where the file system allows (``direct``).  A record that fails to
     arrive or has a wrong checksum is read once more, from each drive, of which those that fail are
@@ -143,9 +143,12 @@ class DiskReader:
             self._threads[-1].start()
 
     def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
+        """A read of a record into ``target``, uint8, which ``submit`` starts."""
         return Read(expert_id, urgency, target.numpy().data)
 
     def submit(self, reads: Iterable[Read]) -> None:
+        """Queue what ``read`` gave, as far as it is not done; reads of urgency ``DEMAND`` overtake
+        all others.  Raises ``ConfigError`` after ``stop``."""
         with self._lock:
             self._check_open()
             for read in reads:
@@ -157,11 +160,13 @@ class DiskReader:
                         work.notify(max(1, self.record_bytes // self._piece))
 
     def promote(self, read: Read) -> None:
+        """A prefetch has become a demand."""
         if read.urgency != DEMAND:
             read.urgency = DEMAND
             self.submit([read])  # the old entry is skipped when it comes up
 
     def cancel(self, read: Read) -> bool:
+        """Give a read up; True if its target is free now, else when the read is ``done``."""
         with self._lock:
             read.cancelled = True
             if not read.done and read.outstanding == 0 and read.taken < len(read.buffer):
@@ -172,6 +177,8 @@ class DiskReader:
             return read.done
 
     def wait(self, reads: Collection[Read]) -> list[Read]:
+        """Block until at least one of ``reads`` is done, and return those that are.  Raises
+        ``ConfigError`` after ``stop``, which another thread may call meanwhile."""
         assert reads  # nothing would ever be done
         while True:
             with self._lock:
@@ -192,9 +199,6 @@ class DiskReader:
         """Let the waiting thread look again; it needs no more than one word."""
         if self._arrived.empty():
             self._arrived.put(None)
-
-    def advance(self, tokens: int) -> None:
-        """A disk remembers nothing."""
 
     def bandwidth(self) -> float:
         """Bytes a second while reads were in flight, so far; 1 GB/s until something was read."""

@@ -162,6 +162,8 @@ class Experts:
         """A pass begins, without what the last one left in staging; is ``guess_token`` worth it?"""
         if not self.slots.complete:
             self.slots.advance(tokens)
+            if self.hybrid is not None:
+                self.hybrid.host.advance(tokens)
         self._apart = sequences > 1
         self.go_on(tokens)
         if self.lookahead is None:

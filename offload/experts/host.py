@@ -44,9 +44,10 @@ PIN_BYTES = 64 << 20
 
 
 class HostTier:
-    """A ``Source`` that has experts in RAM, under a cache of their own: an ``ExpertStore`` whose
-    records come from a ``DiskReader``.  ``staging`` slots hold what is on its way; at most so many
-    reads may be under way or acquired at once.  A ``Read`` is done when its copy has been queued.
+    """In place of a ``DiskReader``, with experts in RAM under a cache of their own: an
+    ``ExpertStore`` whose records come from one.  ``staging`` slots hold what is on its way; at most
+    so many reads may be under way or acquired at once.  A ``Read`` is done when its copy has been
+    queued.
 
     A record that is in use is staged, or has a reference where it is cached.  The disk's threads
     say what has arrived, so all changes are under a lock; the disk's own is never asked for inside.
@@ -132,7 +133,7 @@ class HostTier:
             return read
 
         try:
-            for read in read_each(self, absent[:room], LENT, begin):
+            for read in read_each(self.wait, absent[:room], LENT, begin):
                 self.release(read)
                 if read.error is not None:
                     raise read.error

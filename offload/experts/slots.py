@@ -15,6 +15,8 @@ from slotmoe.model.config import Config
 from slotmoe.model.names import expert_name
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.devices.pages import Touching
+from slotmoe.offload.experts.disk import DiskReader
+from slotmoe.offload.experts.host import HostTier
 from slotmoe.offload.experts.store import (
     ARRIVED,
     CACHED,
@@ -25,7 +27,6 @@ from slotmoe.offload.experts.store import (
     ExpertStore,
     Read,
     Slot,
-    Source,
     read_each,
 )
 from slotmoe.offload.policy.cache import Cache, make_cache
@@ -33,6 +34,24 @@ from slotmoe.quant.backends.base import Prepared, Records
 from slotmoe.quant.export.layout import PROJECTIONS
 
 LAZY_BYTES = 256 << 20  # a slab beyond this gets its pages while the first tokens are made
+
+
+class _InMemory:
+    """In place of a disk: every read is done at once."""
+
+    def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
+        return Read(expert_id, urgency, done=True)
+
+    def wait(self, reads: Collection[Read]) -> list[Read]:
+        return list(reads)
+
+    def submit(self, reads: Iterable[Read]) -> None: ...
+    def promote(self, read: Read) -> None: ...
+    def cancel(self, read: Read) -> bool:
+        return True
+
+
+Source = DiskReader | HostTier | _InMemory
 
 
 class Slots:
@@ -93,7 +112,6 @@ class Slots:
             for slot, _ in self.store.coming():
                 self._give_up(slot)
         self.cache.advance(tokens)
-        self._source.advance(tokens)
 
     def release(self) -> None:
         """A layer's work has ended: nothing is held any more, and unused demands are given up."""
@@ -174,7 +192,7 @@ class Slots:
         for slot, _ in self.store.coming():
             self._give_up(slot)
         absent = [id for id in expert_ids if id not in self.cache][: self.room()]
-        reads = read_each(self._source, absent, self.staging, lambda id: self.demand([id])[0])
+        reads = read_each(self._source.wait, absent, self.staging, lambda id: self.demand([id])[0])
         try:
             for read in reads:
                 self.take([read])
@@ -290,23 +308,6 @@ class CheckpointRecords(Records):
         moe_layer, expert = divmod(slot, self._config.n_routed_experts)
         layer = self._config.moe_layers[moe_layer]
         return tuple(self._weights[expert_name(layer, expert, name)] for name in PROJECTIONS)
-
-
-class _InMemory:
-    """A ``Source`` of what is in memory: every read is done at once."""
-
-    def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
-        return Read(expert_id, urgency, done=True)
-
-    def wait(self, reads: Collection[Read]) -> list[Read]:
-        return list(reads)
-
-    def submit(self, reads: Iterable[Read]) -> None: ...
-    def promote(self, read: Read) -> None: ...
-    def cancel(self, read: Read) -> bool:
-        return True
-
-    def advance(self, tokens: int) -> None: ...
 
 
 def resident_slots(config: Config, device: Device) -> Slots:

@@ -35,7 +35,6 @@ from dataclasses import dataclass
 from enum import IntEnum
 from itertools import islice
 from operator import attrgetter
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -252,36 +251,15 @@ class ExpertStore:
         self.staged[slot.index] = slot
 
 
-class Source(Protocol):
-    """What gives records to the tier above."""
-
-    def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
-        """A read of a record into ``target``, uint8; ``submit`` starts it, if it is not done."""
-
-    def submit(self, reads: Iterable[Read]) -> None:
-        """Queue what ``read`` gave, as far as it is not done; reads of urgency ``DEMAND`` overtake
-        all others.  Raises ``ConfigError`` after ``stop``."""
-
-    def promote(self, read: Read) -> None:
-        """A prefetch has become a demand."""
-
-    def cancel(self, read: Read) -> bool:
-        """Give a read up; True if its target is free now, else when the read is ``done``."""
-
-    def wait(self, reads: Collection[Read]) -> list[Read]:
-        """Block until at least one of ``reads`` is done, and return those that are.  Raises
-        ``ConfigError`` after ``stop``, which another thread may call meanwhile."""
-
-    def advance(self, tokens: int) -> None:
-        """A forward pass over more tokens begins."""
-
-
 def read_each(
-    source: Source, expert_ids: Iterable[int], at_once: int, begin: Callable[[int], Read]
+    wait: Callable[[Collection[Read]], list[Read]],
+    expert_ids: Iterable[int],
+    at_once: int,
+    begin: Callable[[int], Read],
 ) -> Iterator[Read]:
     """What ``begin`` has started for each expert, as it is done, so many at a time."""
     ids, pending = iter(expert_ids), list[Read]()
     while pending := pending + [begin(id) for id in islice(ids, at_once - len(pending))]:
-        for read in source.wait(pending):
+        for read in wait(pending):
             pending.remove(read)
             yield read

@@ -6,7 +6,7 @@ lowest id, is evicted for a new one.  With bypass the new one gets a slot only i
 layers are visited in a cycle, so a cache smaller than what one token uses never hits if it admits
 everything.
 
-A pass of T tokens: ``advance(T)``, then by layer ``use_chunk``, and ``offer`` for what was read.
+A pass of T tokens: ``advance(T)``, then by layer ``use_chunk``, and ``victim`` for what was read.
 
 Shapes: T tokens, D hidden_size, K experts a token, M MoE layers, E experts, N expert ids, F
 features.
@@ -71,17 +71,6 @@ class Cache(ABC):
         hits = len(distinct & self.cached)
         self.hits += hits
         self.misses += len(distinct) - hits
-
-    def offer(self, expert_id: int, pinned: Collection[int] = (), must: bool = False) -> int | None:
-        """The absent ``expert_id`` was used and is in memory: evict ``victim``, not ``pinned``."""
-        held_N = np.zeros(self.layers * self.experts, np.bool_)
-        held_N[[*pinned]] = True
-        evicted = self.victim(expert_id, held_N, must)
-        if evicted != expert_id:
-            if evicted is not None:
-                self.remove(evicted)
-            self.add(expert_id)
-        return evicted
 
     def victim(self, expert_id: int, held_N: Array, must: bool = False) -> int | None:
         """What is to be evicted for ``expert_id``, which was used: None if there is room, a cached
@@ -214,7 +203,7 @@ class Learned(Cache):
     counted in layers: a layer's turn comes once a token, so an expert whose layer is next gets its
     chance a whole token sooner than a newcomer, whose layer was just visited.
 
-    A layer's chances are estimated when a pass visits it, and a newcomer's when it is offered.
+    A layer's chances are estimated when a pass visits it, and a newcomer's when it comes.
     """
 
     learns = bypass = True
@@ -293,7 +282,7 @@ class Learned(Cache):
         self._now_N = None
 
     def _worth_now(self) -> Array:
-        if self._now_N is None:  # else nothing was estimated since, as between a layer's offers
+        if self._now_N is None:  # else nothing was estimated since, as between a layer's newcomers
             far_N = self._far_MN[self._moe_layer]
             self._now_N = np.maximum(self._chance_N / far_N, 1 / (far_N + self._wait_N))
         return self._now_N

@@ -79,9 +79,6 @@ class Disk:
             self.end(self.chance.choice(list(reads)), True)
         return [read for read in reads if read.done]
 
-    def advance(self, tokens):
-        """A disk remembers nothing."""
-
     def stop(self):
         """Nothing stops it."""
 
