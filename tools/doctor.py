@@ -73,7 +73,7 @@ def command(measure: bool, experts_dirs: tuple[Path, ...], model: str, as_json: 
       slotmoe doctor --warm-gpu lite
     """
     checks = [_warm(model, as_json)] if model else []
-    checks += [_system(), _processor(), *_nodes(), *_kernels(), _gpu(), *_memory(), *_libraries()]
+    checks += [_system(), *_processor(), *_kernels(), _gpu(), *_memory(), *_libraries()]
     checks += [_cache(), _disk(measure), *(_drive(folder, measure) for folder in experts_dirs)]
     is_well = all(check.state != "bad" for check in checks)
     if as_json:
@@ -97,14 +97,11 @@ def _system() -> Check:
     return Check("system", state, found, f"slotmoe is tested on {tested}; see docs/install.md")
 
 
-def _processor() -> Check:
+def _processor() -> Iterator[Check]:
+    """And where threads run and memory lies, if that is a question here."""
     name, flags = system.processor_name()
     best = "".join(f", {text}" for flag, text in _SETS.items() if flag in flags)
-    return Check("processor", "ok", f"{name or platform.machine()}, {system.cores()} cores{best}")
-
-
-def _nodes() -> Iterator[Check]:
-    """Where threads run and memory lies, if that is a question here."""
+    yield Check("processor", "ok", f"{name or platform.machine()}, {system.cores()} cores{best}")
     nodes = [node for processor in system.processors() for node in processor.nodes]
     if len(nodes) > 1:
         page = mmap(-1, ALIGNMENT)
@@ -114,11 +111,6 @@ def _nodes() -> Iterator[Check]:
         else:
             advice = "allow the system call mbind (as in: docker run --cap-add SYS_NICE)"
             yield Check("NUMA", "note", f"{len(nodes)} nodes; memory can't be placed", advice)
-
-
-def _output(*command: str) -> str:
-    """What a program prints.  Raises ``OSError`` or ``SubprocessError``."""
-    return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout
 
 
 def _kernels() -> Iterator[Check]:
@@ -143,9 +135,10 @@ def _gpu() -> Check:
     if not _is_installed("torch"):
         return Check("GPU", "bad", "torch is not installed, so nothing runs", "pip install torch")
     torch, query = metadata.version("torch"), "--query-gpu=name,memory.total,driver_version"
+    program = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
-        printed = _output("nvidia-smi", query, "--format=csv,noheader,nounits")
-        name, total, driver = printed.splitlines()[0].split(", ")
+        done = subprocess.run(program, capture_output=True, text=True, timeout=5, check=True)
+        name, total, driver = done.stdout.splitlines()[0].split(", ")
         found = f"{name}, {format_size(int(total) << 20)}, driver {driver}"
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return Check("GPU", "note", f"none found; the CPU computes (torch {torch})")
@@ -163,9 +156,8 @@ def _warm(model: str, quiet: bool) -> Check:
     device, why = choose_device("auto")
     if device.tier == "ram":
         raise ConfigError(f"--warm-gpu compiles for a GPU, and here the CPU computes: {why}")
-    given: Json = dict.fromkeys(("ram", "context", "threads"))
-    given |= {"device": "auto", "misses": "auto", "no_prefetch": False}
-    given["cache_policy"] = DEFAULT_POLICY
+    given: Json = {"ram": None, "context": None, "threads": None, "no_prefetch": False}
+    given |= {"device": "auto", "misses": "auto", "cache_policy": DEFAULT_POLICY}
     bar = step_progress("Compiling kernels", len(_WARM_TOKENS), quiet)
     with open_runtime(model, given, quiet) as runtime, bar as step:
         for id, tokens in enumerate(_WARM_TOKENS):  # no text begins as another does

@@ -74,8 +74,11 @@ class Terminal:
                 return None
 
     def show(self, answer: Generator[str, None, None]) -> None:
-        """The answer as it comes."""
-        with _no_echo(), contextlib.closing(answer):
+        """The answer as it comes.  What is typed meanwhile does not show in the middle of it; the
+        next prompt has it."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(terminal_mode(echo=False))
+            stack.enter_context(contextlib.closing(answer))
             self._view = View(self._console, self._status)
             with self._view.live, contextlib.closing(self._view):
                 for piece in answer:
@@ -217,13 +220,3 @@ def _keys() -> KeyBindings:
         event.current_buffer.newline(copy_margin=False)
 
     return keys
-
-
-@contextlib.contextmanager
-def _no_echo() -> Iterator[None]:
-    """What is typed meanwhile does not show in the middle of an answer; the next prompt has it."""
-    restore = terminal_mode(echo=False)
-    try:
-        yield
-    finally:
-        restore()
