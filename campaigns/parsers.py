@@ -19,7 +19,8 @@ from slotmoe.model import tokenizer
 from slotmoe.model.checkpoint.gguf_header import read_header
 from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.config import config_among, parse_config
-from slotmoe.model.generate import Sampling, TextStream
+from slotmoe.model.generate import TextStream
+from slotmoe.model.sampling import Sampling
 from slotmoe.model.tiktoken import tokenizer_json
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.machine import cache_folder

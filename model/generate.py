@@ -2,21 +2,19 @@
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from slotmoe.errors import CheckpointError, ConfigError, check_types
-from slotmoe.jsonfile import Json
+from slotmoe.errors import CheckpointError
+from slotmoe.model.sampling import Sampling
 from slotmoe.model.tokenizer import TextStream, Tokenizer, overlap
 
 _FIRST = 64  # likeliest ids looked at first: to sort 100,000 takes longer than some models' step
-OWN_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of a model
 _BROKEN = "the model computed NaN or infinite logits; its weights are broken"
 
 
@@ -50,69 +48,6 @@ class Delta:
     stopped_by: str | None = None
     error: str = ""
     complete: bool = True
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 keep every token.
-
-    ``repetition_penalty`` divides or multiplies the logits of what prompt and answer hold (arXiv
-    1909.05858), 1 is off; ``presence_penalty`` and ``frequency_penalty`` are taken from those of
-    what the answer holds, once or once per time, as OpenAI's API defines them; ``logit_bias`` (id,
-    value) is added.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-
-    def __post_init__(self) -> None:
-        check_types(vars(self), type(self).__annotations__)
-        seed_fits = self.seed is None or 0 <= self.seed < 1 << 63
-        for name, valid, expected in (
-            ("temperature", 0 <= self.temperature < 1e6, "a number of at least 0"),
-            ("top_p", 0 < self.top_p <= 1, "a number above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 (off) or a positive count"),
-            ("seed", seed_fits, "an integer from 0 to 2^63 - 1"),
-            ("min_p", 0 <= self.min_p <= 1, "a number from 0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < 1e3, "above 0 (1 is off)"),
-            ("presence_penalty", math.isfinite(self.presence_penalty), "a finite number"),
-            ("frequency_penalty", math.isfinite(self.frequency_penalty), "a finite number"),
-            ("logit_bias", all(math.isfinite(by) for _, by in self.logit_bias), "finite numbers"),
-        ):
-            if not valid:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected {expected}")
-
-    def with_given(self, **given: Any) -> "Sampling":
-        """The same with those of ``given`` that are not None.  Raises ``ConfigError``."""
-        return replace(self, **{name: value for name, value in given.items() if value is not None})
-
-
-class Generation(NamedTuple):
-    """What a model says of its texts: the tokens at which they end, and how to choose tokens."""
-
-    eos_token_ids: tuple[int, ...]
-    sampling: Sampling
-
-    @classmethod
-    def of(cls, eos_token_ids: Collection[int], about: Json) -> "Generation":
-        """By ``generation_config.json``, and by the config's ``eos_token_ids``.  A setting that is
-        not given, or that no ``Sampling`` can have, is off, the temperature 1."""
-        ends, sampling = about.get("eos_token_id"), Sampling(temperature=1.0)
-        ends = ends if isinstance(ends, list) else [ends]
-        for name in OWN_SETTINGS:
-            with suppress(KeyError, TypeError, ValueError, OverflowError, ConfigError):
-                value = (int if name == "top_k" else float)(about[name])
-                sampling = sampling.with_given(**{name: value})
-        if about.get("do_sample") is False:
-            sampling = sampling.with_given(temperature=0.0)
-        return cls(tuple({*eos_token_ids, *(i for i in ends if isinstance(i, int))}), sampling)
 
 
 def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -11,7 +11,7 @@ from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json, ReadFile, parse_json
 from slotmoe.model.checkpoint.reader import Checkpoint, open_checkpoint
 from slotmoe.model.config import Config, config_among
-from slotmoe.model.generate import Generation
+from slotmoe.model.sampling import Generation
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.devices.pages import Arena
 from slotmoe.offload.machine import cache_folder

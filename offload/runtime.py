@@ -17,7 +17,8 @@ from torch import Tensor
 
 from slotmoe.errors import CLOSED, ConfigError, PlanError, check_types
 from slotmoe.jsonfile import Json
-from slotmoe.model.generate import Answer, Sampling, Stops, Token
+from slotmoe.model.generate import Answer, Stops, Token
+from slotmoe.model.sampling import Sampling
 from slotmoe.offload.devices.cuda import choose_device
 from slotmoe.offload.engine.engine import Engine
 from slotmoe.offload.engine.loading import LoadedModel, Options, check_options, open_model

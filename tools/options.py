@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from functools import reduce
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from click.shell_completion import CompletionItem
 
 from slotmoe.errors import ConfigError, naming
 from slotmoe.jsonfile import Json
+from slotmoe.model.sampling import RANGES
 from slotmoe.offload.machine import cache_folder, device_index, total_memory
 from slotmoe.offload.model_cache import is_model, library, locate
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
@@ -200,15 +202,25 @@ _LIKELIEST = "Sample from the likeliest tokens that reach this probability."
 _TOP_K = f"Sample from the N likeliest tokens; 0 is all. {_MODELS}"
 _MIN_P = f"Drop tokens less likely than N times the likeliest. {_MODELS}"
 _REPETITION = f"Divide the logits of tokens that are there already; 1 is off. {_MODELS}"
-_FROM_0, _SHARE = click.FloatRange(0), click.FloatRange(0, 1)
-_ABOVE_0, _SEEDS = click.FloatRange(0, min_open=True), click.IntRange(0, 2**63 - 1)
+
+
+def setting(name: str, help: str, **rest: Any) -> Decorator:
+    """An option of sampling, in the range that ``Sampling`` has."""
+    least, most, is_open = RANGES[name]
+    if name in ("top_k", "seed"):
+        kind: Any = click.IntRange(int(least), None if most == inf else int(most))
+    else:
+        kind = click.FloatRange(least, most, min_open=is_open)
+    return option(f"--{name.replace('_', '-')}", "N", help, type=kind, **rest)
+
+
 _SAMPLING = {
-    "temperature": option("--temperature", "N", f"{_GREEDY} {_MODELS}", type=_FROM_0),
-    "top_p": option("--top-p", "N", f"{_LIKELIEST} {_MODELS}", type=click.FloatRange(0, 1, True)),
-    "top_k": count("--top-k", None, _TOP_K, least=0, cls=Rare),
-    "min_p": option("--min-p", "N", _MIN_P, type=_SHARE, cls=Rare),
-    "repetition_penalty": option("--repetition-penalty", "N", _REPETITION, type=_ABOVE_0, cls=Rare),
-    "seed": option("--seed", "N", "Make sampling repeatable.", type=_SEEDS),
+    "temperature": setting("temperature", f"{_GREEDY} {_MODELS}"),
+    "top_p": setting("top_p", f"{_LIKELIEST} {_MODELS}"),
+    "top_k": setting("top_k", _TOP_K, cls=Rare),
+    "min_p": setting("min_p", _MIN_P, cls=Rare),
+    "repetition_penalty": setting("repetition_penalty", _REPETITION, cls=Rare),
+    "seed": setting("seed", "Make sampling repeatable."),
 }
 SAMPLING = tuple(_SAMPLING)  # arguments of ``Runtime.generate``
 OWN = tuple(name for name in SAMPLING if name != "seed")  # settings that a model has its own of
@@ -228,7 +240,7 @@ def _text_options(length: int | None, help: str, *others: Decorator, **own: Deco
     return _adding(count("-n --max-new-tokens", length, help), *sampling, stop, *others)
 
 
-_GREEDILY = {"temperature": option("--temperature", "N", _GREEDY, default=0.0, type=_FROM_0)}
+_GREEDILY = {"temperature": setting("temperature", _GREEDY, default=0.0)}
 # Of continuations, measurements (whose length no model decides), chats, and a server's defaults.
 generation_options = _text_options(None, _STOP_OR_END, _CHAT, _TRACE, **_GREEDILY)
 workload_options = _text_options(_NEW_TOKENS, _STOP, _CHAT, _TRACE, **_GREEDILY)

@@ -15,10 +15,10 @@ from slotmoe.model.attention import new_state
 from slotmoe.model.checkpoint.gguf_metadata import files_of
 from slotmoe.model.checkpoint.reader import Checkpoint, open_checkpoint
 from slotmoe.model.config import Config, config_among
-from slotmoe.model.generate import Generation
 from slotmoe.model.layers import as_tensor
 from slotmoe.model.names import EXPERTS_OF, layer_tensor, resident_shapes, role_of
 from slotmoe.model.network import MtpHead, Network
+from slotmoe.model.sampling import Generation
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.devices.pages import tune_heap

@@ -21,7 +21,7 @@ from slotmoe.model.checkpoint import gguf_header as header
 from slotmoe.model.checkpoint.gguf_metadata import metadata_files
 from slotmoe.model.checkpoint.shards import read_header, tensors_in
 from slotmoe.model.config import config_among, read_config
-from slotmoe.model.generate import Sampling
+from slotmoe.model.sampling import Sampling
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload import model_cache
 from slotmoe.offload.ingest import output_dir, repository

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slotmoe.errors import CheckpointError, ConfigError
-from slotmoe.model.generate import Answer, Generation, Sampling, candidates, sample
+from slotmoe.model.generate import Answer, candidates, sample
+from slotmoe.model.sampling import Generation, Sampling
 from slotmoe.model.tokenizer import BYTE_CHARACTERS, TextStream, Tokenizer
 from slotmoe.offload.engine.requests import Stream, wait_for
 from tests.support.tiny import SAMPLE

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from slotmoe.errors import ConfigError
-from slotmoe.model.generate import Answer, Sampling
+from slotmoe.model.generate import Answer
 from slotmoe.model.network import Network
+from slotmoe.model.sampling import Sampling
 from slotmoe.offload.policy.passes import MOST_DRAFTED, Drafting, NGrams
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.kernels.cpu.bindings import load

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from slotmoe.errors import CLOSED, ConfigError, ExportError
-from slotmoe.model.generate import Answer, Penalties, Sampling, Stops
+from slotmoe.model.generate import Answer, Penalties, Stops
+from slotmoe.model.sampling import Sampling
 from slotmoe.offload.engine import engine as engines
 from slotmoe.offload.engine import loading
 from slotmoe.offload.engine.requests import Request

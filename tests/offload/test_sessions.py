@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from slotmoe.errors import ConfigError, PlanError
-from slotmoe.model.generate import Answer, Sampling
+from slotmoe.model.generate import Answer
+from slotmoe.model.sampling import Sampling
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sessions import blocks as blocks_module
 from slotmoe.offload.sessions.blocks import BLOCK_TOKENS, BlockFolder, chain, shared_prefix

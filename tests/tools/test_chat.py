@@ -13,7 +13,7 @@ from itertools import pairwise
 import pytest
 
 from slotmoe.errors import ConfigError, PlanError
-from slotmoe.model.generate import Sampling
+from slotmoe.model.sampling import Sampling
 from slotmoe.model.tokenizer import ReasoningMarks
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.chat.conversation import Dialogue, Exchange

@@ -12,7 +12,7 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
-from slotmoe.model.generate import Sampling
+from slotmoe.model.sampling import Sampling
 from slotmoe.tools.chat import COMMANDS, talk
 from slotmoe.tools.chat.conversation import Dialogue
 from slotmoe.tools.chat.terminal import Terminal, View, finished, markdown

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from slotmoe.model.generate import Sampling
+from slotmoe.model.sampling import Sampling
 from slotmoe.tools.chat.conversation import Dialogue
 from tests.support.browser import Tab
 from tests.support.served import Served

@@ -10,7 +10,7 @@ import urllib.request
 
 import pytest
 
-from slotmoe.model.generate import Sampling
+from slotmoe.model.sampling import Sampling
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sessions.blocks import BLOCK_TOKENS
 from slotmoe.offload.sessions.names import NamedSession

@@ -21,7 +21,7 @@ from slotmoe.tools.options import SAMPLING
 from slotmoe.tools.run import of_budget
 
 if TYPE_CHECKING:
-    from slotmoe.model.generate import Sampling
+    from slotmoe.model.sampling import Sampling
     from slotmoe.offload.engine.requests import Stream
     from slotmoe.offload.runtime import Runtime
     from slotmoe.offload.sessions.names import NamedSession

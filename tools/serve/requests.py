@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from slotmoe.jsonfile import Json
-from slotmoe.model.generate import Sampling
+from slotmoe.model.sampling import Sampling
 from slotmoe.tools.serve.errors import RefusedError
 
 MAX_ANSWERS = 16  # in one request

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.jsonfile import Json
-from slotmoe.model.generate import OWN_SETTINGS, Sampling
+from slotmoe.model.sampling import OWN_SETTINGS, Sampling
 from slotmoe.offload.engine.requests import Request as Job
 from slotmoe.offload.model_cache import timestamp
 from slotmoe.offload.observe.profiler import memory_in_use
