@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import time
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -52,62 +53,59 @@ def reads(monkeypatch, before=lambda *where: None, after=lambda out: None):
     return calls
 
 
-def test_reads_that_come_late_in_parts_or_fail_once_change_nothing(opened, wanted, monkeypatch):
-    failed, preadv = set(), os.preadv
-
-    def flaky(*where):
-        time.sleep(0.001 * (where[1] % 4))
-        if where[1] % 10 == 1 and where not in failed:
-            failed.add(where)
-            raise ExportError("flaky")
-
-    reads(monkeypatch, flaky)
-    with opened(slots=22) as runtime:
-        monkeypatch.setattr(os, "preadv", lambda *arguments: min(preadv(*arguments), 5000))
-        assert torch.equal(runtime.logits(IDS), wanted[0])
-        assert runtime.stats()["io"]["disk"]["retries"] == len(failed) > 0
-        whole(runtime)
+def late(where, count):
+    time.sleep(0.001 * (where[1] % 4))
 
 
-def test_a_disk_that_fails_stops_the_run_and_works_again_later(opened, wanted, monkeypatch):
-    original, left = os.preadv, 20
+def flaky(where, count):
+    if where[1] % 10 == 1 and count == 1:
+        raise ExportError("flaky")
 
-    def preadv(handle, buffers, offset):
-        nonlocal left
-        left -= len(buffers[0]) == 28672  # a record, not a header or a tensor
-        if left < 0:
+
+def flipped(where, count):
+    return count == 1 and where[1] % 9 == 0
+
+
+FAULTS = {  # what reads of (layer, expert) do, the count-th time; whether any is repeated
+    "late": (late, False, None),
+    "fail once": (flaky, True, None),
+    "wrong once": (flipped, True, None),
+    "fail": (None, True, r"layer-\d+.*reading layer \d expert \d+ failed \(Input/output error\)"),
+    "wrong": (lambda *_: True, True, "checksum of layer"),
+}
+
+
+@pytest.mark.parametrize(("fault", "repeats", "refused"), FAULTS.values(), ids=FAULTS)
+def test_faulty_reads_change_nothing_or_stop_the_run(
+    opened, wanted, monkeypatch, fault, repeats, refused
+):
+    """Reads come in parts.  What could not be read works later, and no slot is half-filled."""
+    counts, begun, original, works = Counter(), [], os.preadv, Export.read_range
+
+    def preadv(*given):
+        if fault is None and begun:
             raise OSError(5, "Input/output error")
-        return original(handle, buffers, offset)
+        return min(original(*given), 5000)
+
+    def read_range(self, layer, expert, start, out, folder=0):
+        counts[layer, expert] += 1
+        is_wrong = fault is not None and fault((layer, expert), counts[layer, expert])
+        works(self, layer, expert, start, out)
+        out[100] ^= bool(is_wrong)
 
     monkeypatch.setattr(os, "preadv", preadv)
-    message = r"layer-\d+.*reading layer \d expert \d+ failed \(Input/output error\)"
+    monkeypatch.setattr(Export, "read_range", read_range)
     with opened(slots=22) as runtime:
-        with pytest.raises(ExportError, match=message):
-            runtime.logits(IDS)
-        whole(runtime)
-        left = 10**9
+        begun.append(runtime)
+        if refused:
+            with pytest.raises(ExportError, match=refused):
+                runtime.logits(IDS)
+            whole(runtime)
+            begun.clear()
+            monkeypatch.setattr(Export, "read_range", works)
         assert torch.equal(runtime.logits(IDS), wanted[0])
+        assert (runtime.stats()["io"]["disk"]["retries"] > 0) == repeats
         whole(runtime)
-
-
-def test_wrong_bytes_are_read_again_and_then_refused(opened, wanted, monkeypatch):
-    wrong = 1
-
-    def flip(out):
-        nonlocal wrong
-        if wrong > 0:
-            wrong -= 1
-            out[100] ^= 1
-
-    reads(monkeypatch, after=flip)
-    with opened(slots=22) as runtime:
-        assert torch.equal(runtime.logits(IDS), wanted[0])
-        assert wrong == 0
-        wrong = 10**9
-        with pytest.raises(ExportError, match="checksum of layer"):
-            runtime.logits(IDS)
-        wrong = 0
-        assert torch.equal(runtime.logits(IDS), wanted[0])  # no slot is half-filled
 
 
 def test_files_that_change_while_they_are_read(sample_export, wanted, tmp_path):

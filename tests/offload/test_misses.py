@@ -10,6 +10,7 @@ import pytest
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.engine import loading
 from slotmoe.offload.experts import misses as link
+from slotmoe.offload.experts.experts import Experts
 from slotmoe.offload.machine import process_bytes
 from slotmoe.offload.plan.speed import store_bandwidths, stored_bandwidths
 from slotmoe.offload.runtime import Runtime
@@ -72,25 +73,34 @@ def test_other_figures_stay_as_they_were_and_what_calibrate_stores_counts(opened
     assert opened() == ("fetch", 0, [])
 
 
-def test_where_nothing_is_chosen_nothing_is_measured(opened, kept, sample_export, monkeypatch):
+def test_where_nothing_is_chosen_or_there_is_no_room_nothing_is_measured(
+    opened, kept, sample_export, monkeypatch, tmp_path
+):
     for mode in ("fetch", "cpu", "hybrid"):
         assert opened(misses=mode) == (mode, 0, [])
     assert opened(slots=None) == ("fetch", 0, [])  # every expert has a slot
+    assert opened(ram=process_bytes() + (100 << 20))[1:] == (0, [])
     monkeypatch.setattr("slotmoe.offload.runtime.choose_device", lambda wanted: (Device(), "none"))
     with Runtime.open(sample_export, context=64, threads=1, slots=40) as runtime:
         assert "misses" not in runtime.stats()
     assert not kept.exists()
-
-
-def test_what_can_not_be_kept_is_measured_again(opened, kept, tmp_path):
-    (tmp_path / "cache").write_text("a file, where a folder should be")
-    for _ in range(2):
+    kept.parent.write_text("a file, where a folder should be")
+    for _ in range(2):  # what can't be kept is measured again
         assert opened()[:2] == ("hybrid", 1)
 
 
-def test_a_budget_without_room_for_the_measurement_is_kept(opened, kept):
-    little = process_bytes() + (100 << 20)
-    assert opened(ram=little)[1:] == (0, [])
+@pytest.mark.parametrize(
+    ("room", "tokens", "fetched", "computed"),
+    [(1, 1, [4, 2, 5, 1, 3], []), (1, 2, [4, 5, 1], [2, 3]), (0, 1, [4, 5, 1], [2, 3])],
+)
+def test_the_cpu_computes_what_few_tokens_use_once_slots_are_full(room, tokens, fetched, computed):
+    """First comes what is on its way, then what is in RAM."""
+    host = SimpleNamespace(cache=SimpleNamespace(cached={2, 5}))
+    split = SimpleNamespace(for_cpu=lambda tokens, uses, absent: 2)
+    experts = SimpleNamespace(misses="cpu", slots=SimpleNamespace(room=lambda: room))
+    experts.hybrid = link.HostCompute(None, None, host, None, 1, split)
+    experts._store, uses = SimpleNamespace(of={4: None}), {1: 9, 2: 1, 3: 1, 4: 1, 5: 2}
+    assert Experts._divided(experts, tokens, uses, [*uses], 4) == (fetched, computed)
 
 
 def test_the_measurement_goes_through_the_device_and_leaves_nothing(

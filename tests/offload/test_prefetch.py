@@ -38,20 +38,17 @@ def prefetcher(shelf, idle=1.0):
     return made
 
 
-def test_reads_ahead_are_limited_by_idle_time_and_accuracy():
-    def begun(idle, right):
-        shelf = Shelf()
+def test_reads_ahead_are_limited_by_idle_time_accuracy_and_room():
+    def begun(idle, right, room=100):
+        shelf = Shelf(room)
         ahead = prefetcher(shelf, idle)
         ahead._right["layer"].value = right
         ahead.guess(1, range(10, 20), "layer")
         ahead.more(0)
         return len(shelf.keys)
 
-    assert begun(0.0, 0.5) == 0
-    assert begun(0.02, 0.0) == 2
-    assert begun(0.02, 0.5) == 4
-    assert begun(0.02, 0.75) == 8
-    assert begun(1.0, 0.5) == 10
+    shares = [(0.0, 0.5), (0.02, 0.0), (0.02, 0.5), (0.02, 0.75), (1.0, 0.5), (1.0, 0.5, 2)]
+    assert [begun(*share) for share in shares] == [0, 2, 4, 8, 10, 2]
 
 
 def test_guessing_stops_where_it_costs_more_than_it_hides():
@@ -62,14 +59,6 @@ def test_guessing_stops_where_it_costs_more_than_it_hides():
     ahead._cost.value = 0.01
     asked = [ahead.pays() for _ in range(32)]
     assert sum(asked) == 2  # but looks again now and then
-
-
-def test_a_full_shelf_refuses_prefetches():
-    shelf = Shelf(room=2)
-    ahead = prefetcher(shelf)
-    ahead.guess(1, range(10, 20), "layer")
-    ahead.more(0)
-    assert len(shelf.keys) == 2
 
 
 def test_guesses_are_read_nearest_layer_first_and_judged_by_the_gate():
