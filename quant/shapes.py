@@ -16,6 +16,11 @@ MOST_MARKS = 8  # that a sequence remembers when a pass begins
 MOST_ENDS = 4  # of them, those where texts have ended last; the others stand at multiples
 RESIDENT_MODES = ("bf16", "int8", "mixed", "nf4")
 _CODED = {"mixed": {"matrix": LUT4}, "nf4": {"matrix": NF4, "sensitive": NF4}}  # by mode and role
+LEVELS_BYTES = 128  # two tables of 16 levels, the experts'
+# Triton kernels: tokens of a pass that the decoder takes at most, programs that share a token's
+# context, and rows of partial sums of several tokens' attention.
+FEW_ROWS, SPLITS, PART_ROWS = 8, 64, 8192
+SPANS = 16  # native kernels: parts that a token's attention is summed in, each in memory
 
 
 def record_bytes(hidden_size: int, moe_intermediate_size: int, codecs: ExpertCodecs) -> int:

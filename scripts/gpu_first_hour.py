@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
 PYTEST = [PYTHON, "-m", "pytest", "-q", "-W", "ignore"]
-KERNELS = [f"tests/quant/test_{name}.py" for name in ("triton", "triton_lists", "prefill")]
+KERNELS = [f"tests/quant/test_{name}.py" for name in ("triton", "triton_rows")]
 STEPS_OF = "tests/offload/test_gpu_steps.py"
 RUN_SECONDS = 570  # of the ten minutes; the rest is for what ends it
 TAIL = 1500

@@ -15,10 +15,15 @@ from slotmoe.model.names import EMBEDDING, part_of, resident_shapes, role_of
 from slotmoe.offload.policy.passes import FEW_DRAFTED, MOST_DRAFTED
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, KEPT_CODECS, ExpertCodecs
 from slotmoe.quant.shapes import (
+    FEW_ROWS,
+    LEVELS_BYTES,
     MARK_TOKENS,
     MOST_ENDS,
     MOST_MARKS,
+    PART_ROWS,
+    SPANS,
     SPARE,
+    SPLITS,
     latent_bytes,
     padded_record_bytes,
     resident_bytes,
@@ -27,12 +32,7 @@ from slotmoe.sizes import format_size
 
 PREFILL_CHUNK = 512  # tokens of a prefill pass's step, for every budget: some logits depend on it
 LENT = 4  # records at once that the CPU computes with in prefill, or waits for from the disk
-# Triton kernels: programs that share a token's context, and rows of partial sums of several tokens.
-SPLITS, PART_ROWS = 64, 8192
-ROWS = 8  # tokens of a pass that Triton's decoder takes at most
-_SPANS = 16  # native kernels: parts that a token's attention is summed in, each in memory
 CUBLAS_BYTES = 8 << 20  # its workspace, from torch's allocator; 32 MiB on compute capability 9.0
-LEVELS_BYTES = 128  # two tables of 16 levels, the experts'
 PAGE, PAGE_ENTRY = 4096, 8  # bytes of a page of locked RAM, and of its entry in the GPU's tables
 DEFAULT_CONTEXT = 4096  # or the model's limit
 HELP_BYTES = 128 << 10  # the waiting thread reads such a record: waking another costs more
@@ -162,7 +162,7 @@ def _gpu_scratch(c: Config, T: int) -> int:
         T * (12 * D + K * (4 * D + 2 * c.moe_intermediate_size)),
     )
     # What a decoder's rows have lasts: sums, queries, outputs of experts.
-    decoded = (ROWS if c.indexer is None else 1) * (splits + 4 * (2 * H * (R + head) + K * D))
+    decoded = (FEW_ROWS if c.indexer is None else 1) * (splits + 4 * (2 * H * (R + head) + K * D))
     return max(parts) + lasting + decoded + CUBLAS_BYTES
 
 
@@ -362,10 +362,10 @@ def make_plan(
     room = budget - sum(components.values()) - scratch - tables
     is_scarce = min(room // record, slots or everything) < everything
     most = {"native": FEW_DRAFTED if is_scarce else MOST_DRAFTED}
-    most |= {"triton": ROWS - 1} if config.indexer is None else {}
+    most |= {"triton": FEW_ROWS - 1} if config.indexer is None else {}
     drafted, sums = most.get(kernels, 0) if drafts else 0, 0
     if kernels == "native":
-        sums = drafted * 4 * _SPANS * config.num_attention_heads * config.kv_lora_rank
+        sums = drafted * 4 * SPANS * config.num_attention_heads * config.kv_lora_rank
     room, chunk = room - sums, PREFILL_CHUNK
     # A pass in steps keeps a layer's experts, and reads the next one's.
     if 2 * config.n_routed_experts <= min(room // record, slots or everything) < everything:

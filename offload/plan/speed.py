@@ -35,7 +35,7 @@ STREAM_PRODUCTS = 8000
 DECODED_ROWS = 1  # in prefill decoding an expert's codes costs as much as so many tokens by it
 GPU_SHARE = 0.6  # of a GPU's bandwidth that decode reaches: assumed, not measured
 HEAD_RIGHT = 0.85  # of what a model's own head drafts: DeepSeek-V3's report, not measured
-GPU_LAUNCHES = 8  # kernels of a layer in one graph, counted by a test; one more with q-LoRA
+GPU_LAUNCHES = 8  # kernels of a layer in one graph; one more with q-LoRA
 GPU_LAUNCH_SECONDS = 1.5e-6  # between two kernels of a graph: assumed
 # Of a layer that misses three of six experts, beside a driver that does nothing, on a loaded core
 # of an EPYC: from the choice to the first copy 0.03 ms, and 0.02 are

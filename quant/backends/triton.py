@@ -33,7 +33,8 @@ from slotmoe.quant.backends import triton_few
 from slotmoe.quant.backends.base import COMPILES, Prepared, Records, TorchBackend, first_best
 from slotmoe.quant.backends.triton_decoder import TritonDecoder
 from slotmoe.quant.backends.triton_few import ROWS, FewExperts, operand, power
-from slotmoe.quant.kernels.triton import lists, prefill, streams, tiles
+from slotmoe.quant.kernels.triton import lists, streams, tiles
+from slotmoe.quant.shapes import PART_ROWS, SPLITS
 
 # Triton 3.9 warns that its default will change; this is the present one.
 environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -43,8 +44,7 @@ if knobs := getattr(triton, "knobs", None):  # since Triton 3.4
 # A tile of many tokens.  Experts always use it: its size changes a row's last bits.
 _BM, _BN = 64, 64
 _FEW = 16  # so many tokens share the work over lists with more programs
-# A context is split as long as there are so many programs at most, of so many positions at least.
-_PROGRAMS, _SPLITS, _SHARE = 256, 64, 128
+_SHARE = 128  # positions at least of a program's part of a context
 _SCORES = 1 << 24  # of an indexer in memory at once
 _SCORED = 512  # keys that a program of many tokens scores
 
@@ -104,7 +104,7 @@ class TritonBackend(TorchBackend):
         _, data, scale, _ = operand(kv_b)
         (rows, R), tile = kv_b.shape, self._tile(T)
         y_THR = torch.empty(T, H, R, device=q_THN.device)
-        prefill.absorb_query[(triton.cdiv(R, _BN), H, triton.cdiv(T, tile["BM"]))](
+        tiles.absorb_query[(triton.cdiv(R, _BN), H, triton.cdiv(T, tile["BM"]))](
             q_THN, pitch, data, scale, y_THR, T, H, N, rows // H, R,
             SCALED=scale is not None, **tile,
         )  # fmt: skip
@@ -115,7 +115,7 @@ class TritonBackend(TorchBackend):
         kind, data, scale, _ = operand(kv_b)
         V, tile = kv_b.shape[0] // H - N, self._tile(T)
         y_THV = torch.empty(T, H, V, device=o_THR.device)
-        prefill.absorb_value[(triton.cdiv(V, _BN), H, triton.cdiv(T, tile["BM"]))](
+        tiles.absorb_value[(triton.cdiv(V, _BN), H, triton.cdiv(T, tile["BM"]))](
             o_THR.contiguous(), data, scale, y_THV, T, H, N, V, R, KIND=kind, **tile
         )
         return y_THV
@@ -124,13 +124,13 @@ class TritonBackend(TorchBackend):
         """In bfloat16, to which ``absorb_value`` rounds it."""
         (T, H, W), S, device = q_THW.shape, len(rows_SW), q_THW.device
         assert q_THW.is_contiguous() and rows_SW.dtype == torch.float16
-        tiles = triton.cdiv(T * H, prefill.ROWS.value)
-        splits = max(1, min(_SPLITS, _PROGRAMS // tiles, S // _SHARE))
+        blocks = triton.cdiv(T * H, tiles.ROWS.value)
+        splits = max(1, min(SPLITS, PART_ROWS // tiles.ROWS.value // blocks, S // _SHARE))
         parts = splits if splits > 1 else 0
         part, best, total = (torch.empty(T, H, parts, n, device=device) for n in (R, 1, 1))
         y_THR = torch.empty(T, H, R, dtype=torch.bfloat16, device=device)
-        prefill.attend[(splits, tiles)](
-            q_THW, rows_SW, S, scale, part, best, total, self._counts(tiles, device), y_THR,
+        tiles.attend[(splits, blocks)](
+            q_THW, rows_SW, S, scale, part, best, total, self._counts(blocks, device), y_THR,
             T, H, R, W - R, LATENT=power(R), ROPE=power(W - R), WIDEN=self.interpreted,
             num_warps=8,
         )  # fmt: skip

@@ -17,7 +17,6 @@ from slotmoe.model.attention import new_state
 from slotmoe.model.config import parse_config
 from slotmoe.model.names import role_of
 from slotmoe.model.network import Network
-from slotmoe.offload.plan.speed import GPU_LAUNCHES
 from slotmoe.offload.policy.passes import Drafting
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends import pick_backend
@@ -174,35 +173,6 @@ def test_graphs_replay_what_plain_calls_do():
     for (expected, actual), length in zip(caches.values(), (2, 1, 5), strict=True):
         assert expected.length == actual.length == length
         assert torch.equal(actual.layers[:, :length], expected.layers[:, :length])
-
-
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="the graphs that are counted are recorded ones")
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize(("q_lora_rank", "most"), [(None, GPU_LAUNCHES), (16, GPU_LAUNCHES + 1)])
-def test_a_layer_is_as_many_launches_as_the_plan_reckons_with(monkeypatch, q_lora_rank, most, rows):
-    """All of them with its experts, in the graph of a whole step; where experts may be missing, a
-    graph goes from one choice to the next, and two have the experts and their sum.  What the
-    kernels compute is nothing here."""
-    monkeypatch.setattr(simulated, "interpreted", lambda *arguments, **options: None)
-    kernels = {}
-
-    def graph(function):
-        recorded = Recorded(function)
-        kernels[layers, complete].append(Recorded.kernels)
-        return recorded
-
-    for layers, complete in ((2, True), (3, True), (2, False), (3, False)):
-        options = {"num_hidden_layers": layers, "q_lora_rank": q_lora_rank}
-        network = make_network(triton_ops(graph), complete=complete, **options)
-        kernels[layers, complete] = []
-        caches = [cache_of(network, 2) for _ in range(rows)]
-        network.forward(torch.arange(rows, device=DEVICE), caches)
-    ((two,), (three,)) = kernels[2, True], kernels[3, True]
-    assert three - two == most
-    first, *others, last = kernels[3, False]
-    # Experts, the shared one among them; their sum; all added, and the next layer to its choice.
-    assert others == [2, 1, most - 1, 2] and last == 1
-    assert kernels[2, False] == [first, 2, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -301,49 +301,9 @@ def make_weight(kind, N, K, seed=0, wild=True):
     return w_NK.to(kind).to(DEVICE)
 
 
-KINDS = ["int8", *CODECS, torch.bfloat16, torch.float32]
-ROWS, SHAPES = (1, 2, 16, 67), [(16, 64), (37, 130), (70, 576)]
-
-
 @pytest.fixture(scope="module")
 def triton_ops():
     return pick_backend(DEVICE, "triton")
-
-
-@pytest.mark.parametrize(("T", "shape", "kind"), nth_interpreted(7, product(ROWS, SHAPES, KINDS)))
-def test_linear_of_few_rows_is_exact_and_of_many_no_worse_than_bfloat16(triton_ops, T, shape, kind):
-    weight, x_TK = make_weight(kind, *shape), randn(T, shape[1])
-    y_TN, exact = triton_ops.linear(x_TK, weight), x_TK.double() @ dequantize(weight).double().T
-    assert y_TN.shape == exact.shape and y_TN.dtype == torch.float32
-    reference = error(TorchBackend(torch.bfloat16).linear(x_TK, weight), exact)
-    assert error(y_TN, exact) <= (1e-6 if T <= launch.ROWS else 1.1 * reference)
-
-
-def attention(q_THW, rows_SW, R, scale):
-    """In float64: token t sees all rows but the last T - 1 - t."""
-    T, S = len(q_THW), len(rows_SW)
-    scores = torch.einsum("thw,sw->ths", q_THW.double(), rows_SW.double()) * scale
-    future = torch.arange(S, device=DEVICE) > torch.arange(S - T, S, device=DEVICE)[:, None]
-    shares = scores.masked_fill(future[:, None], -torch.inf).softmax(-1)
-    return torch.einsum("ths,sr->thr", shares, rows_SW[:, :R].double())
-
-
-@pytest.mark.parametrize(("S", "H"), nth_interpreted(2, [(1, 4), (31, 17), (33, 4), (2100, 2)]))
-def test_latent_attention_of_one_token(triton_ops, S, H):
-    T, R, W = 1, 40, 48
-    cache_SW = torch.full((S + 40, W), torch.nan, dtype=torch.float16, device=DEVICE)
-    cache_SW[:S] = randn(S, W)  # what comes later is poison
-    q_THW = randn(T, H, W) * 3
-    y_THR = triton_ops.mla(q_THW, cache_SW[:S], R, 0.2)
-    assert y_THR.shape == (T, H, R)
-    assert error(y_THR, attention(q_THW, cache_SW[:S], R, 0.2)) < 2e-3
-
-
-def test_latent_attention_bears_queries_of_any_size(triton_ops):
-    cache_SW, q_1HW = randn(50, 48).half(), randn(1, 4, 48)
-    q_1HW *= torch.tensor([1e6, 1e-6, 0.0, 1.0], device=DEVICE)[None, :, None]
-    found = triton_ops.mla(q_1HW, cache_SW, 40, 0.2)
-    assert error(found, attention(q_1HW, cache_SW, 40, 0.2)) < 2e-3
 
 
 @pytest.mark.parametrize("E", nth_interpreted(2, [20, 64]))
@@ -362,16 +322,6 @@ def test_norm_logits_and_choice_in_one_launch(triton_ops, E):
         assert all(map(torch.equal, choice, triton_ops.route(logits, router, bias, None)))
         assert not finished.any()
         x *= -1
-
-
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_gate_takes_the_first_of_equals_and_of_no_numbers_still_names_experts(triton_ops):
-    logits_TE = torch.zeros(1, 20, device=DEVICE)
-    weights_TK, indices_TK = triton_ops.route(logits_TE, Router(5, 2, 3), None, None)
-    assert indices_TK.tolist() == [[0, 1, 2]] and error(weights_TK, torch.full((1, 3), 0.05)) < 1e-6
-    logits_TE.fill_(torch.nan)
-    _, indices_TK = triton_ops.route(logits_TE, Router(1, 1, 3), logits_TE[0], None)
-    assert int(indices_TK.min()) >= 0 and int(indices_TK.max()) < 20
 
 
 @pytest.mark.parametrize("T", [1, 9])

@@ -17,7 +17,6 @@ from tests.support import streams
 from tests.support.streams import (
     KIND,
     PINNED,
-    Poison,
     Stream,
     current_stream,
     gpu_of,
@@ -46,7 +45,7 @@ class Memory:
 
 
 def _freed(gpu, pool, raw):
-    poison = Poison(raw.fill_, 255)
+    poison = partial(raw.fill_, 255)
     if isinstance(pool, Stream):
         pool.items.append(poison)
     elif here.capture is not None:

@@ -6,7 +6,6 @@ import threading
 import time
 from collections import defaultdict, deque
 from contextlib import contextmanager
-from functools import partial
 from itertools import count
 from random import Random
 
@@ -58,7 +57,7 @@ class Gpu:
         self.lock, self.streams = threading.RLock(), []
         self.free, self.failure = defaultdict(list), None  # by pool and bytes; what stays
         self.capacity, self.taken, self.allocated, self.peak = capacity, 0, 0, 0
-        self.waits = self.engine = self.unpinned = 0
+        self.engine = self.unpinned = 0
         self.pins = 1 << 40  # bytes that may be page-locked
         self.default = Stream(self.index, self)
 
@@ -128,10 +127,6 @@ class Gpu:
         GPUS.pop(self.index, None)
 
 
-class Poison(partial):
-    """What no GPU does."""
-
-
 def refuse(what):
     """What CUDA does not permit while this thread captures; the capture is lost."""
     if here.capture is not None:
@@ -178,7 +173,6 @@ class Event:
 
     def synchronize(self):
         if self.mark is not None:
-            self.mark.stream.gpu.waits += 1
             self.mark.stream.gpu.until(self.mark)
 
     def elapsed_time(self, end):
@@ -204,9 +198,9 @@ class CUDAGraph:
 
 
 class Recorded(CUDAGraph):
-    """A graph of one function.  ``made`` counts them, ``kernels`` those of the latest."""
+    """A graph of one function.  ``made`` counts them."""
 
-    made = kernels = 0
+    made = 0
 
     def __init__(self, function):
         Recorded.made += 1
@@ -216,7 +210,6 @@ class Recorded(CUDAGraph):
                 self.outputs = function()
             finally:
                 self.capture_end()
-        Recorded.kernels = sum(not isinstance(item, Poison) for item in self.items)
 
 
 def current_stream(device=None):

@@ -95,7 +95,7 @@ class Twin(simulated.cuda.CudaDevice):
         super().__init__(self.gpu.index)
         self._triton, self._graph = triton, graph
         self.fail = self.spoil = self.on_launch = lambda number: None
-        self.launches = self.copies = self.released = self.seams = 0
+        self.launches = self.copies = self.released = 0
 
     def backend(self, kernels, swiglu_limit=0.0):
         if self._triton:
@@ -137,18 +137,6 @@ class Twin(simulated.cuda.CudaDevice):
         if self.spoil(self.copies):
             self.gpu.put(self._copies, simulated.fault)
         return super().copy(source, target, after)
-
-    def download(self, *tensors):
-        self.seams += 1
-        return super().download(*tensors)
-
-    def upload(self, tensor, into=None):
-        self.seams += 1
-        return super().upload(tensor, into)
-
-    def write(self, source, target, at=None):
-        self.seams += 1
-        super().write(source, target, at)
 
     def release(self):
         self.released += 1

@@ -31,7 +31,7 @@ from slotmoe.border import ListedRows
 from slotmoe.errors import ConfigError
 from slotmoe.quant.codecs.codec import NF4, TILE
 from slotmoe.quant.codecs.weight import Int8Weight
-from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, Function, tensor_spec
+from slotmoe.quant.kernels.cpu.signatures import INT8, SIGNATURES, NativeFunction, tensor_spec
 from slotmoe.quant.kernels.cpu.weights import Absorbed, Matrix, Structure
 from slotmoe.quant.shapes import latent_bytes
 from slotmoe.system import cores
@@ -54,7 +54,7 @@ class Kernels:
             raise OSError(f"{path} has ABI {self._lib.slotmoe_abi()}, expected {ABI}")
         self.set_threads(cores())
         self._decoded = [0.0] * len(PARTS)
-        self._functions = {name: Function(self._lib, name) for name in SIGNATURES}
+        self._functions = {name: NativeFunction(self._lib, name) for name in SIGNATURES}
         vars(self).update((name, self._functions[name]) for name in {*SIGNATURES} - {*dir(Kernels)})
         self.isas = tuple(
             self._lib.slotmoe_isa_name(i).decode()
@@ -67,7 +67,7 @@ class Kernels:
 
     if TYPE_CHECKING:
 
-        def __getattr__(self, name: str) -> Function: ...
+        def __getattr__(self, name: str) -> NativeFunction: ...
 
     def seconds(self) -> dict[str, float]:
         """Seconds spent inside each native function so far; `decode` counts as its parts."""

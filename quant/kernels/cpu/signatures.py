@@ -172,7 +172,7 @@ class Bound:
                 raise ValueError(f"{letter} is {sizes[letter]} and {size}, expected one")
 
 
-class Function:
+class NativeFunction:
     """A native function with its row of the table; `seconds` have been spent inside it."""
 
     def __init__(self, library: ctypes.CDLL, name: str) -> None:

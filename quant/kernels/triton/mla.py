@@ -12,8 +12,11 @@ X = N + V.
 import triton
 import triton.language as tl
 
-TOKENS = tl.constexpr(8)  # a decoder's at most
-SPLITS = tl.constexpr(64)  # at most so many programs share a context
+from slotmoe.quant import shapes
+from slotmoe.quant.shapes import FEW_ROWS
+
+TOKENS = tl.constexpr(FEW_ROWS)  # a decoder's at most
+SPLITS = tl.constexpr(shapes.SPLITS)  # at most so many programs share a context
 ROWS = tl.constexpr(32)  # latent rows that a program takes at a time
 LOG2E = tl.constexpr(1.4426950408889634)  # weights are powers of two
 
