@@ -54,6 +54,7 @@ REFUSED = [
     ({"grammar": "root ::= " + "(" * 5000}, "grammar: the grammar can't be followed"),
     ({"grammar": COSTLY}, "grammar: a multipleOf that does not divide 9000"),
     ({"grammar": COSTLY.replace("multipleOf", r"multiple\u004ff")}, "a multipleOf that does not"),
+    ({"grammar": 'start: %json {"const":-9223372036854775808}'}, "the grammar has an integer so"),
     ({"structured_outputs": {"choice": []}}, "has fewer than 1 items"),
     ({"structured_outputs": {"choice": ["x" * 70_000]}}, "more than 65536 characters"),
     ({"structured_outputs": {"json": "[" * 9000}}, "structured_outputs.json is no JSON"),
@@ -107,7 +108,13 @@ UNHELD = [  # a schema, and what of it no mask can hold
     ({**OBJECT, "properties": {"a": {**ARRAY, "uniqueItems": True}}}, "uniqueItems"),
     ({**OBJECT, "properties": {"a": {**SMALL, "multipleOf": 1048578}}}, "multipleOf"),
     ({"allOf": [SMALL, {"multipleOf": 18000}]}, "multipleOf"),
+    ({"allOf": [SMALL, {"multipleOf": -(1 << 31)}]}, "multipleOf"),
 ]
+
+
+def test_an_integer_that_ends_the_library_is_refused(ask):
+    status, answer, _ = ask({"enum": [-9223372036854775300]}, False)
+    assert status == 400 and "has an integer so near" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize(("schema", "keyword"), UNHELD, ids=lambda value: str(value)[:60])

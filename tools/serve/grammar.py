@@ -41,6 +41,9 @@ _IRREGULAR = re.compile(r"\(\?<?[=!]|(?<!\\)(?:\\\\)*\\[bB1-9]")
 # llguidance counts remainders, of multiples that are combined those of their least common multiple:
 # 1,048,578 take 15 seconds and 630 MB.  Of divisors of this that is never more than this.
 _MULTIPLES = 9000
+# Integers near -2**63, on which llguidance 1.9 recurses until the process ends.
+_LEAST = re.compile(r"-9223372036854775\d{3}(?!\d)")
+_TOO_SMALL = "has an integer so near -2**63 that no mask can be made of it"
 _MULTIPLE = re.compile(r'multipleOf"\s*:\s*([^\s,}]*)')
 # Beyond so many llguidance follows no answer, which it finds out in time that grows by the square.
 _MOST_OPTIONAL = 500
@@ -149,6 +152,8 @@ class Grammars:
             if not all(map(_is_cheap, _MULTIPLE.findall(spelled))):
                 problem = f"a multipleOf that does not divide {_MULTIPLES} takes too much work"
                 raise RefusedError(f"{param}: {problem}", param)
+            if _LEAST.search(spelled):
+                raise RefusedError(f"{param}: the grammar {_TOO_SMALL}", param)
         try:
             lark = grammar_from(kind, text if isinstance(text, str) else json.dumps(text))
             if kind == "regex":
@@ -290,6 +295,8 @@ class Grammars:
         if "x-guidance" in schema:
             raise RefusedError(f"{where}: the schema has the unknown keyword 'x-guidance'", param)
         text = json.dumps({**kept, "x-guidance": {**_SPACING, "lenient": not strict}})
+        if _LEAST.search(text):
+            raise RefusedError(f"{where}: the schema {_TOO_SMALL}", param)
         grammar = f"start: %json {text}"
         is_wrong, told = LLMatcher.validate_grammar_with_warnings(grammar, self._tokenizer)
         if is_wrong:
@@ -355,7 +362,7 @@ def _bounded(schema: Json, dropped: list[str], closes: bool) -> Json:
 def _can_be_held(name: str, value: object) -> bool:
     if name == "pattern" and isinstance(value, str):
         return _is_regular(value)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and value != 0
     return name != "multipleOf" or not is_number or _is_cheap(value)
 
 
