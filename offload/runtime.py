@@ -204,19 +204,19 @@ class Runtime(AbstractContextManager["Runtime"]):
         Stops at an end-of-sentence token, before one of the texts ``stop``, after
         ``max_new_tokens`` (None is no limit), or when the context is full; the last token's
         ``finish`` names the limit that ended the text.  ``top_logprobs`` likeliest ids are reported
-        with each token.  ``chat`` sends the text through the model's chat template as a user's
-        message; ``messages``, in place of a prompt, are a whole conversation, and they and
-        ``tools`` are as the template expects them.  What the prompt shares with the beginning of an
-        earlier text is not computed again, if it is still in a latent cache.  The engine goes on
-        while nobody takes the tokens, until the text ends or the iterator is closed or forgotten.
-        At a temperature above 0, or None, each setting of sampling that is None is the model's own.
-        Raises ``ConfigError``, and ``PlanError`` if the prompt does not fit.
+        with each token.  ``chat`` sends the text through the chat template as a user's message;
+        ``messages`` are a conversation in place of a prompt, and ``tools`` go with them, as the
+        template expects both.  The engine goes on while nobody takes the tokens, until the text
+        ends or the iterator is closed or forgotten.  At a temperature above 0, or None, each
+        setting of sampling that is None is the model's own.  Raises ``ConfigError``, and
+        ``PlanError`` if the prompt does not fit.
         """
         given = {"max_new_tokens": max_new_tokens, "chat": chat, "stop": stop, "tools": tools}
         check_types(given, TextOptions.__annotations__)
         if max_new_tokens is not None and max_new_tokens < 1:
-            expected = "expected at least 1 (option -n)"
-            raise ConfigError(f"max_new_tokens is {max_new_tokens}, {expected}")
+            raise ConfigError(
+                f"max_new_tokens is {max_new_tokens}, expected at least 1 (option -n)"
+            )
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(text, str) and text for text in stops):
             raise ConfigError(f"stop is {stop!r:.60}, expected texts that are not empty")
@@ -235,11 +235,8 @@ class Runtime(AbstractContextManager["Runtime"]):
         elif isinstance(prompt, str):
             prompt = self.encode(prompt, chat)
         ids, count = self.fit(prompt, max_new_tokens)
-        stream = Stream(
-            ids,
-            self._answer(ids, sampling, count, top_logprobs, Stops(stops)),
-            limit="length" if count == max_new_tokens else "context",
-        )
+        answer = self._answer(ids, sampling, count, top_logprobs, Stops(stops))
+        stream = Stream(ids, answer, "length" if count == max_new_tokens else "context")
         self.engine.submit(stream.request)
         return stream
 
