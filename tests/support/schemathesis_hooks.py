@@ -66,4 +66,5 @@ def clients_understand_it(ctx, response, case):
     elif response.status_code not in (200, 405):
         is_anthropic = path.startswith("/v1/messages")
         refusal = anthropic.types.shared.ErrorResponse if is_anthropic else Refusal
+        refusal = dict[str, str] if path.startswith("/api/") else refusal
         pydantic.TypeAdapter(refusal).validate_json(response.content, strict=True)

@@ -103,7 +103,7 @@ REFUSED = [
     (TEXT, {"prompt": [[1], []]}, "prompt.1 has fewer than 1 items"),
     (TEXT, {"prompt": ["x"] * 9, "n": 2}, "prompts times n is more than 16 answers", "n"),
     (TEXT, {"prompt": [5] * 512}, "the prompt has 512 tokens and the context holds 512", None),
-    (TEXT, {"prompt": [4096]}, "a token id of the prompt is outside 0 to 4095", "prompt"),
+    (TEXT, {"prompt": [4096]}, "a token id of the prompt is outside 0 to 4095", None),
     (TEXT, {"prompt": "word " * 150_000}, "", None),
     (TEXT, {"suffix": "y"}, "this model can't fill in the middle", None),
     (TEXT, {"logprobs": 21}, "logprobs: Input should be less than or equal to 20"),

@@ -22,11 +22,14 @@ from slotmoe.tools.serve.formats import (
     MISTRAL,
     NATIVE,
     PLAIN,
+    ContentDelta,
+    Reader,
+    joined,
+    parse_arguments,
     text_arguments,
 )
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import MAX_CALLS, Grammars
-from slotmoe.tools.serve.reader import ContentDelta, Reader, joined, parse_arguments
 from slotmoe.tools.serve.requests import Call, Conversation, Function, Message, Rule, ToolPolicy
 from tests.support.served import (
     TOOLS,

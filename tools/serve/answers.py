@@ -17,9 +17,8 @@ from slotmoe.model.generate import Answer, Delta, Stops, Token
 from slotmoe.model.tokenizer import Splitter
 from slotmoe.offload.engine.requests import Request as Job
 from slotmoe.tools.serve.errors import RefusedError, error_body
-from slotmoe.tools.serve.formats import text_arguments
+from slotmoe.tools.serve.formats import ContentDelta, Reader, text_arguments
 from slotmoe.tools.serve.grammar import Mask
-from slotmoe.tools.serve.reader import ContentDelta, Reader
 from slotmoe.tools.serve.requests import AnswerOptions, Conversation
 from slotmoe.tools.serve.service import Service
 
@@ -62,8 +61,8 @@ class Answers:
     Those to a ``chat`` follow its ``grammar``, and begin with reasoning where the prompt has begun
     it (``is_thinking``; None where they have none).  ``echoes`` are texts that go before the
     answers, with the log-probabilities of the prompts' own tokens where log-probabilities are
-    wanted.  Made inside the event loop.  Raises ``RefusedError``: 400 where a prompt does not fit,
-    429 where the queue is full.
+    wanted.  Made inside the event loop.  Raises as ``Runtime.fit`` does, and ``RefusedError``, also
+    where the queue is full.
     """
 
     def __init__(
@@ -103,7 +102,7 @@ class Answers:
             form, shown, calls = dialect.format, dialect.shown, dialect.format.opening
             texts = {function.name: text_arguments(function) for function in policy.functions}
         for prompt in prompts:
-            limit = service.limit(prompt, options.limit, scored)
+            limit = service.runtime.fit(prompt, options.limit, scored)[1]
             for choice in range(options.choices):
                 seed = None if sampling.seed is None else (sampling.seed + choice) % (1 << 63)
                 mask = None

@@ -19,8 +19,7 @@ from slotmoe.jsonfile import Json
 from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event
 from slotmoe.tools.serve.errors import ANTHROPIC_PATH, RefusedError
-from slotmoe.tools.serve.formats import described
-from slotmoe.tools.serve.reader import ContentDelta, joined, parse_arguments
+from slotmoe.tools.serve.formats import ContentDelta, described, joined, parse_arguments
 from slotmoe.tools.serve.requests import Call, Message, Text, TextOr
 from slotmoe.tools.serve.service import Serving
 

@@ -8,7 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, PlanError
 from slotmoe.jsonfile import Json
 
 ANTHROPIC_PATH, OLLAMA_PATH = "/v1/messages", "/api"
@@ -74,6 +74,8 @@ async def error_response(request: Request, problem: Exception) -> JSONResponse:
         refusal = _invalid(problem)
     elif isinstance(problem, ConfigError):
         refusal = RefusedError(str(problem))
+    elif isinstance(problem, PlanError):
+        refusal = RefusedError(str(problem), code="context_length_exceeded")
     elif isinstance(problem, HTTPException):  # its headers say which methods are allowed
         status, headers = problem.status_code, problem.headers
         refusal = RefusedError(str(problem.detail), status=status, headers=headers)
@@ -82,7 +84,7 @@ async def error_response(request: Request, problem: Exception) -> JSONResponse:
     return JSONResponse(error_body(request.url.path, refusal), refusal.status, refusal.headers)
 
 
-HANDLED = (Exception, RefusedError, RequestValidationError, ConfigError, HTTPException)
+HANDLED = (Exception, RefusedError, RequestValidationError, ConfigError, PlanError, HTTPException)
 
 
 def _invalid(problem: RequestValidationError) -> RefusedError:
@@ -97,8 +99,6 @@ def _invalid(problem: RequestValidationError) -> RefusedError:
 def _place(error: Json, value: Json) -> list[str | int]:
     """The way through a body to what is wrong.  pydantic's way also names members of unions."""
     place, (*steps, last) = list[str | int](), error["loc"]
-    if steps == ["query"]:
-        return [last]
     for step in steps[1:]:
         if _holds(value, step):
             place.append(step)

@@ -10,7 +10,7 @@ from slotmoe.jsonfile import Json
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve import formats, requests
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.reader import parse_arguments
+from slotmoe.tools.serve.formats import parse_arguments
 from slotmoe.tools.serve.requests import Call, Message
 
 _UNCALLED = "a result answers no call of the message before it"

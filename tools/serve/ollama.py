@@ -18,7 +18,7 @@ from slotmoe.model.tokenizer import FIM_TOKENS
 from slotmoe.tools.serve import openai, requests
 from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, compact
 from slotmoe.tools.serve.errors import OLLAMA_PATH
-from slotmoe.tools.serve.reader import ContentDelta, joined, parse_arguments
+from slotmoe.tools.serve.formats import ContentDelta, joined, parse_arguments
 from slotmoe.tools.serve.requests import Call, CallId, Label, Message, Name, Text, Whole
 from slotmoe.tools.serve.service import Service, Serving
 

@@ -17,7 +17,7 @@ from slotmoe.model.generate import Token
 from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event, spelled
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.reader import ContentDelta, joined
+from slotmoe.tools.serve.formats import ContentDelta, joined
 from slotmoe.tools.serve.requests import Id, Label, Stop, Stops, Text, TextOr, TopLogprobs, Whole
 from slotmoe.tools.serve.service import Serving
 

@@ -17,7 +17,7 @@ from slotmoe.jsonfile import Json
 from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.reader import ContentDelta
+from slotmoe.tools.serve.formats import ContentDelta
 from slotmoe.tools.serve.requests import Call, Count, Label, Message, TextOr, text_of
 from slotmoe.tools.serve.service import Serving
 

@@ -9,7 +9,6 @@ from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from slotmoe.errors import ConfigError, PlanError
 from slotmoe.jsonfile import Json
 from slotmoe.model.sampling import OWN_SETTINGS, Sampling
 from slotmoe.offload.engine.requests import Request as Job
@@ -73,25 +72,19 @@ class Service:
         """How many ids are text as well as rows of the model: either may have more."""
         return min(self.tokenizer.size, self.runtime.config.vocab_size)
 
-    def check_length(self, characters: int) -> None:
-        """Raises ``RefusedError`` where no context can hold a text of so many ``characters``."""
-        try:
-            self.runtime.check_length(characters)
-        except PlanError as problem:
-            raise RefusedError(str(problem), code="context_length_exceeded") from None
-
     def encode(self, text: str, add_bos: bool = True, suffix: str | None = None) -> list[int]:
         """Token ids of a prompt, the answer to which goes before a ``suffix`` if there is one.
-        Raises ``RefusedError`` before it reads one that can't fit."""
-        self.check_length(len(text) + len(suffix or ""))
+        Raises ``PlanError`` before it reads one that can't fit."""
+        self.runtime.check_length(len(text) + len(suffix or ""))
         if suffix is not None:
             return self.tokenizer.encode_gap(text, suffix)
         return self.tokenizer.encode(text, add_bos)
 
     def chat_text(self, chat: Conversation) -> str:
         """The conversation as the model reads it.  Runs the template in a child process, so the
-        event loop leaves it to a thread.  Raises ``RefusedError`` and ``ConfigError``."""
-        self.check_length(sum(len(message.text) for message in chat.messages))
+        event loop leaves it to a thread.  Raises a
+        ``RefusedError``, ``ConfigError`` or ``PlanError``."""
+        self.runtime.check_length(sum(len(message.text) for message in chat.messages))
         return self.dialect.prompt(chat)
 
     async def chat_ids(self, chat: Conversation) -> list[int]:
@@ -110,15 +103,6 @@ class Service:
         finally:
             self._preparing.discard(task)
             task.cancel()
-
-    def limit(self, prompt: list[int], limit: int | None, scored: bool) -> int:
-        """The most tokens of an answer to ``prompt``.  Raises ``RefusedError``."""
-        try:
-            return self.runtime.fit(prompt, limit, scored)[1]
-        except PlanError as problem:
-            raise RefusedError(str(problem), code="context_length_exceeded") from None
-        except ConfigError as problem:
-            raise RefusedError(str(problem), "prompt") from None
 
     def submit(self, requests: Sequence[Job]) -> None:
         """Queue all of ``requests`` or none.  Raises ``RefusedError``."""
