@@ -273,7 +273,8 @@ def test_answers_are_as_described(served):
 
 # The time-outs: the model's speed is not the interface's.
 FUZZ = """--no-color --checks all --continue-on-failure --exclude-checks positive_data_acceptance
-    --output-sanitize false --phases fuzzing --max-examples 100 --request-timeout 90 --max-response-time 90"""
+    --output-sanitize false --phases fuzzing --max-examples 100
+    --request-timeout 90 --max-response-time 90"""
 
 
 @pytest.mark.usefixtures("nightly")
