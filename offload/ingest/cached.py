@@ -157,15 +157,13 @@ def quantize_from_hub(
         snapshot = _begin(download, repo, revision, overwrite)
         if kept is not None:
             why = f"which {repo} has not, so nothing is put there"
-            output_dir.refuse_foreign(kept, snapshot.files, why)
+            output_dir.refuse_foreign(kept, (*snapshot.files, ".cache"), why)
         try:
             with closing(Shards(snapshot, download, kept, arriving, notify)) as shards:
                 with output_dir.full_disk_explained(download):
                     shards.prepare()
                     calibration = ready(shards.folder)
                     output_dir.write_signed(download / "plan.json", vars(snapshot))
-                    if kept is not None:
-                        kept.mkdir(exist_ok=True)
                 options |= {"overwrite": overwrite, "wait_for_lock": wait_for_lock}
                 options |= {"notify": notify, "shards": shards, "keep_mtp": keep_mtp}
                 manifest = quantize(shards.folder, destination, calibration=calibration, **options)
@@ -175,6 +173,7 @@ def quantize_from_hub(
                 _clear(download)
             raise
         if kept is not None:  # with the small files it is a checkpoint
+            shards.tidy()
             for name in (*COPIED, INDEX_NAME, tiktoken.FILE_NAME):
                 if (shards.folder / name).is_file():
                     copy(shards.folder / name, kept / name)

@@ -87,8 +87,9 @@ def _uses(portions: Sequence[Portion]) -> dict[str, tuple[int, int]]:
 
 
 class Shards:
-    """The weight files of one commit, in the folder ``download``, or at last in ``kept``.
-    ``arriving`` gets bytes of weight files, ``notify`` sentences.  ``close`` stops what arrives."""
+    """The weight files of one commit, in the folder ``download`` while they are needed, or for good
+    in ``kept``.  ``arriving`` gets bytes of weight files, ``notify`` sentences.  ``close`` stops
+    what arrives."""
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class Shards:
     ):
         self._snapshot, self._kept = snapshot, kept
         self._arriving, self._notify = arriving, notify
-        self._weights = download / "weights"
+        self._weights = kept or download / "weights"
         self.folder = download / "headers" / snapshot.repo.rpartition("/")[2]
         self._done, self._total = 0, 0
         self._stop = threading.Event()
@@ -116,15 +117,19 @@ class Shards:
                 abort_xet_session()
             wait(self._coming.values(), 1)
 
+    def tidy(self) -> None:
+        """Remove what is huggingface_hub's: of a run that was killed, half files too."""
+        for folder in (self.folder, self._weights):
+            with suppress(FileNotFoundError):
+                shutil.rmtree(folder / ".cache")
+
     def prepare(self) -> None:
         """Fetch everything but weights, so that ``folder`` can be opened as a checkpoint.
 
         Raises ``ConfigError`` or ``CheckpointError`` for what is unsupported or incomplete.
         """
-        for folder in (self.folder, self._weights):
-            folder.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):  # huggingface_hub's, of a run that was killed
-                shutil.rmtree(folder / ".cache")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.tidy()
         files, at = self._snapshot.files, f"{self._snapshot.repo}: "
         commit = self._snapshot.commit[:12]
         if "config.json" not in files:
@@ -257,19 +262,17 @@ class Shards:
 
     def _arrived(self, name: str) -> Path | None:
         """A weight file that came in an earlier run."""
-        for folder in (self._weights, self._kept):
-            path = None if folder is None else folder / name
-            if path and path.is_file() and path.stat().st_size == self._snapshot.files[name].size:
-                return path
-        return None
+        path, size = self._weights / name, self._snapshot.files[name].size
+        return path if path.is_file() and path.stat().st_size == size else None
 
     def announce(self, portions: Sequence[Portion], export_bytes: int, free_bytes: int) -> int:
         """Say what will come; returns the bytes that weight files take on the disk at their peak
         beyond what is taken already."""
         files = {file for portion in portions for file in portion.files}
-        for path in self._weights.iterdir():
+        self._weights.mkdir(exist_ok=True)
+        for path in [] if self._kept else list(self._weights.iterdir()):
             if path.name not in files:
-                self._retire(path)  # it was done when the last run was killed
+                system.patiently(path.unlink)  # it was done when the last run was killed
         snapshot, size = self._snapshot, format_size
         coming = [name for name in files if not (self._arrived(name) or snapshot.cached(name))]
         sizes = {name: snapshot.files[name].size for name in coming}
@@ -297,7 +300,10 @@ class Shards:
                 for file in [file for file in there if uses[file][1] < at]:
                     path, reading = there.pop(file)
                     reading.close()
-                    self._release(file, path)
+                    if self._kept is not None and path.parent != self._kept:
+                        copy(path, self._kept / file)
+                    elif path.parent == self._weights and self._kept is None:
+                        system.patiently(path.unlink)
                 if at == 0:
                     self._begin(portion.files)
                 for file in sorted(portion.files - there.keys()):
@@ -311,12 +317,6 @@ class Shards:
 
     def _begin(self, files: set[str]) -> None:
         self._coming = _begun(self._arrive, sorted(files), 1)
-
-    def _release(self, file: str, path: Path) -> None:
-        if path.parent == self._weights:
-            self._retire(path)
-        elif self._kept is not None and path.parent != self._kept:
-            copy(path, self._kept / file)
 
     def _arrive(self, name: str) -> Path:
         places = self._arrived(name), self._snapshot.cached(name)
@@ -334,13 +334,6 @@ class Shards:
     def _advance(self, count: int) -> None:
         self._done += count
         self._arriving(self._done, max(self._total, self._done))
-
-    def _retire(self, path: Path) -> None:
-        """A weight file is done: remove it, or keep it under its name."""
-        if self._kept is not None and path.suffix == ".safetensors":
-            system.move(path, self._kept / path.name)
-        else:
-            system.patiently(path.unlink)
 
 
 def _bar(arrived: Callable[[int], None]) -> type:

@@ -20,7 +20,7 @@ COVERED = (
     r"download/headers/tiny/[\w.-]+\.(json|safetensors)",
     r"(download/weights|source)/model-\d+-of-\d+\.safetensors",
 )
-MADE_AGAIN = (r".+\.tmp", r"download/.+/\.cache/.+", r"(partial|source)/\w+\.json")
+MADE_AGAIN = (r".+\.tmp", r"(download|source)/(.+/)?\.cache/.+", r"(partial|source)/\w+\.json")
 
 
 @pytest.fixture(scope="module")
