@@ -15,14 +15,13 @@ from slotmoe.model.attention import new_state
 from slotmoe.model.checkpoint.gguf_metadata import files_of
 from slotmoe.model.checkpoint.reader import Checkpoint, open_checkpoint
 from slotmoe.model.config import Config, config_among
-from slotmoe.model.layers import as_tensor
-from slotmoe.model.names import EXPERTS_OF, layer_tensor, resident_shapes, role_of
+from slotmoe.model.names import resident_shapes, role_of
 from slotmoe.model.network import MtpHead, Network
 from slotmoe.model.sampling import Generation
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.devices.pages import tune_heap
-from slotmoe.offload.experts.ahead import Lookahead, NextGate
+from slotmoe.offload.experts.ahead import Lookahead
 from slotmoe.offload.experts.disk import DiskReader
 from slotmoe.offload.experts.experts import Experts
 from slotmoe.offload.experts.host import HostTier
@@ -406,11 +405,15 @@ class _Loader:
         missing = plan.slots < layers * experts and plan.staging > top_k
         lookahead = None
         if options.prefetch and missing and size > HELP_BYTES:
-            gates = NextGate(replace(config, mtp=False), weights, self._backend)
-            names = (layer_tensor(layer, EXPERTS_OF) for layer in range(config.num_hash_layers))
-            tables = [as_tensor(weights[name]).cpu() for name in names]
-            source = slots, store.bandwidth, device.download, tables
-            lookahead = Lookahead(gates, layers, experts, size, *source)
+            lookahead = Lookahead(
+                config,
+                weights,
+                self._backend,
+                record_bytes=size,
+                target=slots,
+                bandwidth=store.bandwidth,
+                download=device.download,
+            )
         hybrid, levels = None, export.layout.levels()
         if isinstance(store, HostTier):
             # Triton's kernels are the GPU's; beside it the CPU has its own.
@@ -422,8 +425,10 @@ class _Loader:
                 rates = stored_bandwidths(path := cache_folder() / "machine.json")
                 room = plan.host_budget - plan.host["runtime"]
                 if options.misses == "auto" and room >= LINK_BYTES:
-                    measured = device, slots.slab, cpu, export.layout.codecs
-                    rates = with_link(rates, path, self._notify, *measured)
+                    codecs = export.layout.codecs
+                    rates = with_link(
+                        rates, path, self._notify, device, slots.slab, cpu, codecs=codecs
+                    )
                 split = Split(choose_mode(options.misses, rates, top_k), cpu_cost(rates))
             in_ram = Records(store.slab, export.layout, levels)
             hybrid = HostCompute(cpu, in_ram, store, device, max(top_k, memory.LENT), split)

@@ -5,7 +5,7 @@ Shapes: T tokens, D hidden_size, R rows of scores, E routed experts, K experts a
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 from torch import Tensor
@@ -13,42 +13,18 @@ from torch.nn.functional import rms_norm
 
 from slotmoe.model.config import Config
 from slotmoe.model.layers import as_tensor
-from slotmoe.model.names import GATE, POST_NORM, layer_tensor
+from slotmoe.model.names import EXPERTS_OF, GATE, POST_NORM, layer_tensor
 from slotmoe.offload.devices.device import Download
 from slotmoe.offload.policy.prefetch import Prefetcher, Target
 from slotmoe.quant.backends.base import Prepared, TorchBackend
 
 
-class NextGate:
-    """Scores of experts before their gate has chosen: the next MoE layer's norm and gate on the
-    present residual stream.
+class Lookahead(Prefetcher):
+    """A prefetcher that guesses each MoE layer's experts before its gate has chosen: by its norm
+    and gate on the residual stream of the layer before.
 
     RMSNorm is scale-free, so the residual itself is not needed: dividing the present norm's weight
     out of its output and multiplying the next one's in gives what the next norm would give.
-    """
-
-    def __init__(self, config: Config, weights: Mapping[str, Prepared], ops: TorchBackend):
-        layers = config.moe_layers
-        norms = [as_tensor(weights[layer_tensor(layer, POST_NORM)]) for layer in layers]
-        self._first_norm = norms[0]
-        self._gates = [weights[layer_tensor(layer, GATE)] for layer in layers]
-        self._ratios = [after / before.where(before != 0, 1.0) for before, after in pairwise(norms)]
-        self._ops, self.top_k = ops, config.num_experts_per_tok
-
-    def first(self, embedding_TD: Tensor) -> Tensor:
-        """Gate logits of the first MoE layer, float32 [T, E], as if the embedding were still all of
-        the residual stream."""
-        x_TD = rms_norm(embedding_TD.float(), embedding_TD.shape[-1:], eps=1e-12)
-        return self._ops.linear(x_TD * self._first_norm, self._gates[0])
-
-    def after(self, moe_layer: int, x_TD: Tensor) -> Tensor:
-        """Gate logits of the MoE layer behind ``moe_layer`` for the latter's input: float32
-        [T, E]."""
-        return self._ops.linear(x_TD * self._ratios[moe_layer], self._gates[moe_layer + 1])
-
-
-class Lookahead(Prefetcher):
-    """A prefetcher that guesses each MoE layer's experts before its gate has chosen.
 
     ``active`` says, for the present pass, whether guesses pay.  While they do, the engine stops
     after every gate, so that a layer's input tells the guesses for the next one.
@@ -56,20 +32,39 @@ class Lookahead(Prefetcher):
 
     def __init__(
         self,
-        gates: NextGate,
-        layers: int,
-        experts: int,
+        config: Config,
+        weights: Mapping[str, Prepared],
+        backend: TorchBackend,
         record_bytes: int,
         target: Target,
         bandwidth: Callable[[], float],
         download: Callable[[Tensor], Download],
-        tables: Sequence[Tensor] = (),
     ):
-        """``download`` is the device's; ``tables``, int32 [vocab, K] in RAM, have the experts of
-        each token in the first MoE layers; the rest is as in ``Prefetcher``."""
-        super().__init__(layers, experts, record_bytes, target, bandwidth)
-        self._gates, self._download, self._tables = gates, download, tables
-        self.active = False
+        """``download`` is the device's; the rest is as in ``Prefetcher``."""
+        layers, experts = config.moe_layers, config.n_routed_experts
+        super().__init__(len(layers), experts, record_bytes, target, bandwidth)
+        layers = layers[: len(layers) - config.mtp]  # nothing is guessed of that head
+        norms = [as_tensor(weights[layer_tensor(layer, POST_NORM)]) for layer in layers]
+        self._first_norm = norms[0]
+        self._ratios = [after / before.where(before != 0, 1.0) for before, after in pairwise(norms)]
+        self._gates = [weights[layer_tensor(layer, GATE)] for layer in layers]
+        # Int32 [vocab, K] in RAM: the experts of each token in the first MoE layers, where gates go
+        # by the token.
+        names = (layer_tensor(layer, EXPERTS_OF) for layer in range(config.num_hash_layers))
+        self._tables = [as_tensor(weights[name]).cpu() for name in names]
+        self._backend, self._download = backend, download
+        self._top_k, self.active = config.num_experts_per_tok, False
+
+    def first_scores(self, embedding_TD: Tensor) -> Tensor:
+        """Gate logits of the first MoE layer, float32 [T, E], as if the embedding were still all of
+        the residual stream."""
+        x_TD = rms_norm(embedding_TD.float(), embedding_TD.shape[-1:], eps=1e-12)
+        return self._backend.linear(x_TD * self._first_norm, self._gates[0])
+
+    def next_scores(self, moe_layer: int, x_TD: Tensor) -> Tensor:
+        """Gate logits of the MoE layer behind ``moe_layer`` for the latter's input: float32
+        [T, E]."""
+        return self._backend.linear(x_TD * self._ratios[moe_layer], self._gates[moe_layer + 1])
 
     def begin(self) -> None:
         """A pass begins: forget all guesses."""
@@ -87,16 +82,16 @@ class Lookahead(Prefetcher):
         """Guess the first MoE layer's experts for one token by its embedding; start to read."""
         if not self._tables:
             started = time.perf_counter()
-            self._guess(0, self._likely(self._gates.first(embedding_1D)), "token")
+            self._guess(0, self._likely(self.first_scores(embedding_1D)), "token")
             self._cost.add(time.perf_counter() - started)
         self.more(-1)
 
-    def guess_layer(self, moe_layer: int, layers: int, x_TD: Tensor) -> None:
+    def guess_layer(self, moe_layer: int, x_TD: Tensor) -> None:
         """Guess the experts of the layer behind ``moe_layer`` by the latter's input, and start to
         read."""
-        if len(self._tables) <= moe_layer + 1 < layers and self.active:
+        if len(self._tables) <= moe_layer + 1 < len(self._gates) and self.active:
             started = time.perf_counter()
-            experts = self._likely(self._gates.after(moe_layer, x_TD))
+            experts = self._likely(self.next_scores(moe_layer, x_TD))
             if len(x_TD) == 1:
                 self._cost.add(time.perf_counter() - started)
             self._guess(moe_layer + 1, experts, "layer")
@@ -104,7 +99,7 @@ class Lookahead(Prefetcher):
 
     def _likely(self, scores_TE: Tensor) -> list[int]:
         """The experts that any token is likely to use, those of most tokens first."""
-        best_TK = self._download(scores_TE).get().topk(self._gates.top_k, dim=-1).indices
+        best_TK = self._download(scores_TE).get().topk(self._top_k, dim=-1).indices
         return [expert for expert, _ in Counter(best_TK.flatten().tolist()).most_common()]
 
     def _guess(self, moe_layer: int, experts: list[int], horizon: str) -> None:

@@ -257,7 +257,7 @@ class Experts:
             hits, behind = len(uses) - len(missing), self._pass.seen - len(indices)
             self._tell(Route(moe_layer, indices, hits, len(missing), coming, x_TD, behind))
         if self.lookahead is not None:
-            self.lookahead.guess_layer(moe_layer, self._count, x_TD)
+            self.lookahead.guess_layer(moe_layer, x_TD)
         seen_TD = download.others()[0][-FOLLOWED:].numpy() if learns else None
         self._cache.use_chunk(
             moe_layer, indices, self._pass.later, seen_TD

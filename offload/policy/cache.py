@@ -12,7 +12,6 @@ Shapes: T tokens, D hidden_size, K experts a token, M MoE layers, E experts, N e
 features.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from functools import cache
 from typing import Any
@@ -28,8 +27,8 @@ _RATE = 0.05 / FEATURES  # 0.03 and 0.05 hit the same within 0.3 points, 0.15 a 
 _BLOCK = 16  # tokens learned from at once
 
 
-class Cache(ABC):
-    """What is cached, and the counters; a policy knows each expert's worth."""
+class Cache:
+    """What is cached, and the counters.  The least recently used expert is worth least."""
 
     learns = False  # whether ``use_chunk`` wants the layer's inputs
     bypass = False  # whether a new expert of no more worth than those cached gets no slot
@@ -40,24 +39,19 @@ class Cache(ABC):
         self.cached: set[int] = set()
         self._absent_N = np.full(layers * experts, np.inf)  # 0 where it is cached
         self._now = 0  # tokens so far
-        self._start()
+        self._worth_N, self._uses = np.full(layers * experts, -1.0), 0
 
     def advance(self, tokens: int = 1) -> None:
         """A forward pass over ``tokens`` more tokens of the sequence begins."""
         self._now += tokens
 
-    def use(self, expert_id: int) -> bool:
-        """The newest token's gate chose ``expert_id``, cached or not; True if it is cached."""
+    def use(self, expert_id: int) -> None:
+        """The newest token's gate chose ``expert_id``, cached or not."""
         moe_layer, expert = divmod(expert_id, self.experts)
         self.use_chunk(moe_layer, [[expert]])
-        return expert_id in self.cached
 
     def use_chunk(
-        self,
-        moe_layer: int,
-        indices: Sequence[Sequence[int]],
-        later: int = 0,
-        x_TD: Array | None = None,
+        self, moe_layer: int, indices: Choices, later: int = 0, x_TD: Array | None = None
     ) -> None:
         """The gate of layer ``moe_layer`` chose ``indices`` [T, K] for T of the pass's tokens, with
         ``later`` more behind them: as many uses, but each distinct expert is one hit or one miss,
@@ -111,32 +105,13 @@ class Cache(ABC):
     def __len__(self) -> int:
         return len(self.cached)
 
-    @abstractmethod
-    def _start(self) -> None:
-        """Make what the policy remembers."""
-
-    @abstractmethod
     def _touch(self, moe_layer: int, ids_TK: Array) -> None:
         """The pass's T tokens, the newest of them ``_now``, used ``ids_TK`` of ``moe_layer``."""
-
-    @abstractmethod
-    def _worth_now(self) -> Array:
-        """Each expert's worth as it counts for an eviction now, float64 [N]."""
-
-
-class Lru(Cache):
-    """The least recently used expert is evicted."""
-
-    _uses = 0
-
-    def _start(self) -> None:
-        self._worth_N = np.full(self.layers * self.experts, -1.0)
-
-    def _touch(self, moe_layer: int, ids_TK: Array) -> None:
         self._worth_N[ids_TK.flat] = np.arange(self._uses, self._uses + ids_TK.size)
         self._uses += ids_TK.size
 
     def _worth_now(self) -> Array:
+        """Each expert's worth as it counts for an eviction now, float64 [N]."""
         return self._worth_N
 
 
@@ -214,7 +189,8 @@ class Learned(Cache):
     _next_E: Array | None = None  # the forecast of the layer that is visited
     _now_N: Array | None = None
 
-    def _start(self) -> None:
+    def __init__(self, slots: int, layers: int, experts: int):
+        super().__init__(slots, layers, experts)
         # Averages times decay**-(now - epoch): time changes one factor instead of every average.
         self._short_N, self._long_N, self._chance_N = np.zeros((3, self.layers * self.experts))
         self._epoch, self._moe_layer = 0, 0  # the latest rescaling; the layer visited last
@@ -236,11 +212,7 @@ class Learned(Cache):
             self._epoch = self._now
 
     def use_chunk(
-        self,
-        moe_layer: int,
-        indices: Sequence[Sequence[int]],
-        later: int = 0,
-        x_TD: Array | None = None,
+        self, moe_layer: int, indices: Choices, later: int = 0, x_TD: Array | None = None
     ) -> None:
         self._next_E = None if x_TD is None else self._forecast.learn(moe_layer, indices, x_TD)
         super().use_chunk(moe_layer, indices, later)
@@ -290,4 +262,4 @@ class Learned(Cache):
 
 def make_cache(policy: str, slots: int, layers: int, experts: int) -> Cache:
     """An empty cache under one of ``slotmoe.offload.policy.POLICIES``."""
-    return {"lru": Lru, "learned": Learned}[policy](slots, layers, experts)
+    return {"lru": Cache, "learned": Learned}[policy](slots, layers, experts)

@@ -38,21 +38,6 @@ def opened(sample_export, always_guessing):
 # Faults
 
 
-def reads(monkeypatch, before=lambda *where: None, after=lambda out: None):
-    """The ranges that are read from now on; ``before(layer, expert)`` may fail a read,
-    ``after(out)`` change what it gives."""
-    original, calls = Export.read_range, []
-
-    def read_range(self, layer, expert, start, out, folder=0):
-        calls.append((layer, expert))
-        before(layer, expert)
-        original(self, layer, expert, start, out)
-        after(out)
-
-    monkeypatch.setattr(Export, "read_range", read_range)
-    return calls
-
-
 def late(where, count):
     time.sleep(0.001 * (where[1] % 4))
 
@@ -148,8 +133,14 @@ def reader(sample_export):
 def gated(sample_export, monkeypatch):
     """A reader with one thread; ``let(n)`` lets n reads pass a gate, where ``calls`` wait; and
     prefetches of the first experts, so many as asked for, of which the first is at the gate."""
-    gate = threading.Semaphore(0)
-    calls = reads(monkeypatch, before=lambda *where: gate.acquire())
+    gate, calls, original = threading.Semaphore(0), [], Export.read_range
+
+    def read_range(self, layer, expert, *given):
+        calls.append((layer, expert))
+        gate.acquire()
+        original(self, layer, expert, *given)
+
+    monkeypatch.setattr(Export, "read_range", read_range)
     with Export.open(sample_export) as export:
         reader = DiskReader(export, direct=False, threads=1)
         reader._helps = False  # as for large records: the caller waits

@@ -4,7 +4,7 @@ import torch
 
 from slotmoe.model.config import parse_config
 from slotmoe.model.names import GATE, POST_NORM, layer_tensor
-from slotmoe.offload.experts.ahead import NextGate
+from slotmoe.offload.experts.ahead import Lookahead
 from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.quant.backends.base import TorchBackend
 from tests.support.tiny import CONFIG, random_weights
@@ -84,7 +84,8 @@ def test_guesses_are_read_nearest_layer_first_and_judged_by_the_gate():
 def test_guesses_are_by_the_next_layers_gate():
     """From what the network gives a layer's gate of the residual stream."""
     config, weights = parse_config(CONFIG), random_weights(CONFIG, torch.float32)
-    gates, seeded = NextGate(config, weights, TorchBackend()), torch.Generator().manual_seed(0)
+    ahead = Lookahead(config, weights, TorchBackend(), 1, Shelf(), lambda: 100.0, None)
+    seeded = torch.Generator().manual_seed(0)
     h_TD = torch.randn(4, config.hidden_size, generator=seeded, dtype=torch.double)
 
     def gate_input(layer):
@@ -95,7 +96,7 @@ def test_guesses_are_by_the_next_layers_gate():
         return gate_input(layer) @ weights[layer_tensor(layer, GATE)].double().T
 
     for found, wanted in (
-        (gates.after(0, gate_input(1).float()), scores(2)),
-        (gates.first(h_TD.float()), scores(1)),
+        (ahead.next_scores(0, gate_input(1).float()), scores(2)),
+        (ahead.first_scores(h_TD.float()), scores(1)),
     ):
         assert torch.allclose(found.double(), wanted, atol=1e-4)
