@@ -8,7 +8,6 @@ import importlib
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,50 +128,6 @@ def test_captured_steps_plain_calls_prefill_and_plain_torch_agree(case):
     assert error(plain.head(prefilled_TD), expected_TV) < 2e-2
     assert torch.equal(decode(captured, ids.tolist(), cache_of(captured)), decoded_TD)
     assert not captured.experts.calls
-
-
-# Sequence, token ids, whether every expert has a slot, and the graphs that are made for so many
-# tokens: one of whole steps; or one to the choice of experts, one of these, of their sum, and one
-# behind it.
-PASSES = [("a", [3], True, 1), ("b", [9], True, 0), ("c", [30], False, 4), ("a", [8], False, 0)]
-PASSES += [("c", [5, 9], False, 4), ("c", [8], True, 0), ("c", [3], False, 0)]
-
-
-def test_graphs_replay_what_plain_calls_do():
-    """At each position, for sequences and in caches of which they knew nothing when they were made;
-    where experts lose their slots between two steps; behind a prefill pass; timed or not.  A step
-    that fails while it is captured can be repeated."""
-    failures, stages = [torch.OutOfMemoryError("no memory")], []
-
-    def graph(function):
-        if failures:
-            raise failures.pop()
-        return Recorded(function)
-
-    plain, network = make_network(triton_ops()), make_network(triton_ops(graph), complete=True)
-    sizes, both = {"a": 2, "b": 2, "c": 5}, (plain, network)
-    caches = {name: [cache_of(each, size) for each in both] for name, size in sizes.items()}
-    if TWIN:
-        with pytest.raises(torch.OutOfMemoryError):
-            decode(network, [3], caches["a"][1])
-        assert caches["a"][1].length == 0
-    for number, (name, ids, complete, graphs) in enumerate(PASSES):
-        network.experts.complete, Recorded.made = complete, 0
-        if number == 5:
-            network.timer = SimpleNamespace(mark=lambda stage, now=None: stages.append(stage))
-        expected, actual = (
-            each.forward(torch.tensor(ids, device=DEVICE), [cache])
-            for each, cache in zip(both, caches[name], strict=True)
-        )
-        assert torch.equal(actual, expected), number
-        assert Recorded.made == (graphs if TWIN else 0)
-    layers = "captured layers"
-    assert stages == ["rest", layers, "rest", layers, layers]
-    assert network.experts.chosen == plain.experts.chosen
-    assert network.experts.calls == [1] * 4
-    for (expected, actual), length in zip(caches.values(), (2, 1, 5), strict=True):
-        assert expected.length == actual.length == length
-        assert torch.equal(actual.layers[:, :length], expected.layers[:, :length])
 
 
 @pytest.mark.parametrize(
