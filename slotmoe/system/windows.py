@@ -1,4 +1,4 @@
-"""Windows, from version 10 on."""
+"""Windows, from version 10 on.  What a function does without a word here, ``posix`` says."""
 
 import ctypes
 import errno
@@ -83,12 +83,10 @@ def open_file(path: Path | str, flags: int) -> int:
 
 
 def read_at(handle: int, memory: memoryview, offset: int) -> int:
-    """See ``posix``."""
     return _transfer(_KERNEL.ReadFile, handle, memory, offset)
 
 
 def write_at(handle: int, data: memoryview, offset: int) -> None:
-    """See ``posix``."""
     if data.readonly:
         data = memoryview(bytearray(data))
     while data:
@@ -148,7 +146,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def lock_file(path: Path) -> int:
-    """See ``posix``."""
     return _lock(path)
 
 
@@ -182,7 +179,6 @@ def _lock(path: Path) -> int:
 
 
 def bypass_page_cache(handle: int, alignment: int) -> bool:
-    """See ``posix``."""
     facts, file = (c_uint32 * 7)(), c_void_p(msvcrt.get_osfhandle(handle))
     known = _KERNEL.GetFileInformationByHandleEx(file, _STORAGE_INFO, facts, ctypes.sizeof(facts))
     is_fine = not known or facts[0] <= alignment  # bytes of a sector
@@ -190,7 +186,6 @@ def bypass_page_cache(handle: int, alignment: int) -> bool:
 
 
 def use_page_cache(handle: int) -> None:
-    """See ``posix``."""
     _reopen(handle, _OVERLAPPED)
 
 
@@ -214,13 +209,11 @@ def _reopen(handle: int, flags: int, alignment: int = 0) -> bool:
 
 
 def keep_sparse(handle: int) -> None:
-    """See ``posix``."""
     file = c_void_p(msvcrt.get_osfhandle(handle))
     _KERNEL.DeviceIoControl(file, _SET_SPARSE, None, 0, None, 0, byref(c_uint32()), None)
 
 
 def bytes_on_disk(path: Path) -> int:
-    """See ``posix``."""
     high = c_uint32()
     low = _KERNEL.GetCompressedFileSizeW(_long(path), byref(high))
     return int(high.value << 32 | low & 0xFFFFFFFF)
@@ -230,7 +223,6 @@ def bytes_on_disk(path: Path) -> int:
 
 
 def private_pages(count: int, forks: bool) -> Any:
-    """See ``posix``."""
     address, size, large = None, c_size_t(count), _large_page()
     if 0 < large <= count:
         whole, kind = c_size_t(-(-count // large) * large), _COMMIT | _LARGE_PAGES
@@ -266,24 +258,20 @@ def hold(address: int, size: int) -> None:
 
 
 def peak_rss() -> int:
-    """See ``posix``."""
     return int(psutil.Process().memory_info().peak_pagefile)
 
 
 def available_memory() -> int:
-    """See ``posix``."""
     status = (c_uint64 * 8)(64)  # its own bytes; then totals, each before what is left of it
     _KERNEL.GlobalMemoryStatusEx(status)
     return min(status[2], status[4])  # of RAM; of RAM and page files
 
 
 def step_back() -> None:
-    """See ``posix``."""
     _KERNEL.SetThreadPriority(c_void_p(-2), -2)  # this thread; the lowest but idle
 
 
 def processor_name() -> tuple[str, list[str]]:
-    """See ``posix``."""
     place = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
     with suppress(OSError), winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, place) as key:
         return str(winreg.QueryValueEx(key, "ProcessorNameString")[0]).strip(), []
@@ -308,7 +296,6 @@ def ready_streams() -> None:
 
 
 def terminal_mode(echo: bool = True) -> Callable[[], object]:
-    """See ``posix``."""
     handle, mode, shown = c_void_p(_KERNEL.GetStdHandle(c_uint32(-10 & 0xFFFFFFFF))), c_uint32(), 4
     if not sys.stdin.isatty() or not _KERNEL.GetConsoleMode(handle, byref(mode)):
         return lambda: None
@@ -360,7 +347,6 @@ def deadline(process: "Popen[bytes]", cpu_seconds: float, seconds: float) -> Tim
 
 
 def apart() -> dict[str, Any]:
-    """See ``posix``."""
     root = os.environ.get("SYSTEMROOT", "C:\\Windows")
     new_group, no_window = 0x200, 0x8000000
     return {"env": {"SYSTEMROOT": root}, "cwd": root, "creationflags": new_group | no_window}
