@@ -41,10 +41,10 @@ class StepRecord:
 
 
 class Profiler(Timer):
-    """Time by stage, step by step, and the gates' choices by MoE layer index ("row").
+    """Time by stage, step by step, and the gates' choices by MoE layer index.
     ``moved`` counts each slower tier's bytes so far; ``wait`` waits for the device.
 
-    ``uses[row][expert]`` counts tokens; ``hits``, ``misses`` and, of the misses, ``coming``, those
+    ``uses[moe_layer][expert]`` counts tokens; ``hits``, ``misses`` and, of the misses, ``coming``, those
     whose read had begun, are the cache's counts: in prefill a pass's distinct experts.
     """
 
