@@ -44,8 +44,8 @@ class Profiler(Timer):
     """Time by stage, step by step, and the gates' choices by MoE layer index.
     ``moved`` counts each slower tier's bytes so far; ``wait`` waits for the device.
 
-    ``uses[moe_layer][expert]`` counts tokens; ``hits``, ``misses`` and, of the misses, ``coming``, those
-    whose read had begun, are the cache's counts: in prefill a pass's distinct experts.
+    ``uses[moe_layer][expert]`` counts tokens; ``hits``, ``misses`` and, of the misses, ``coming``,
+    those whose read had begun, are the cache's counts: in prefill a pass's distinct experts.
     """
 
     def __init__(
