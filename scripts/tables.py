@@ -57,22 +57,14 @@ GEOMETRIES = {  # their parameters, as the publisher rounds them
 }
 _RESIDENT = "embeddings", "attention", "dense layers", "router", "shared experts"
 _RESIDENT += ("residual streams",)
-TYPES = {"string": "text", "array": "list"}
-BOUNDS = {
-    "minimum": "from",
-    "exclusiveMinimum": "above",
-    "maximum": "to",
-    "maxItems": "≤",
-    "maxProperties": "≤",
-}
 
 
-def _fields(schema: Any, models: Any, place: str = "") -> Iterator[tuple[str, str, str]]:
-    """Name, values and note of each field at the top, and of those inside that have a note."""
+def _fields(schema: Any, models: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Name and note of each field at the top, and of those inside that have a note."""
     for name, value in schema.get("properties", {}).items():
         note = value.get("description", "")
         if (note or not place) and not note.startswith("refused"):
-            yield f"`{place}{name}`", _values(value), note
+            yield f"`{place}{name}`", note
         for model in _models(value):
             inner = {known: models[known] for known in models if known != model}
             if model in models:  # not inside of itself
@@ -90,51 +82,30 @@ def _models(schema: Any) -> Iterator[str]:
             yield from _models(value)
 
 
-def _values(schema: Any) -> str:
-    options = schema.get("anyOf", schema.get("oneOf"))
-    if options:
-        found = [_values(option) for option in options if option.get("type") != "null"]
-        return " or ".join(dict.fromkeys(found))
-    words = [schema["const"]] if "const" in schema else schema.get("enum")
-    if words:
-        return ", ".join(json.dumps(word) for word in words)
-    kind = schema.get("type", "object")
-    bounds = [
-        f"{word} {schema[key]:g}"
-        for key, word in BOUNDS.items()
-        if key in schema and abs(schema[key]) < 1 << 31
-    ]
-    return " ".join([TYPES.get(kind, kind), *bounds])
-
-
 def honoured() -> Iterator[str]:
-    fields = dict[tuple[str, str, str], list[str]]()
+    fields = dict[str, list[str]]()
     for route, request in REQUESTS.items():
         schema = request.model_json_schema()
-        for field in dict.fromkeys(_fields(schema, schema["$defs"])):
-            fields.setdefault(field, []).append(route)
-    rows = ((f"{name} ({values})", note, routes) for (name, values, note), routes in fields.items())
-    return _by_routes("note", rows)
+        for name, note in dict.fromkeys(_fields(schema, schema["$defs"])):
+            fields.setdefault(f"{name} ({note})" if note else name, []).append(route)
+    return _by_routes(fields)
 
 
 def refused() -> Iterator[str]:
-    fields = dict[tuple[str, str], list[str]]()
+    fields = dict[str, list[str]]()
     for route, request in REQUESTS.items():
-        for field in request.refused.items():
-            fields.setdefault(field, []).append(route)
-    return _by_routes("why", ((f"`{name}`", why, routes) for (name, why), routes in fields.items()))
+        for name, reason in request.refused.items():
+            fields.setdefault(f"`{name}` ({reason})", []).append(route)
+    return _by_routes(fields)
 
 
-def _by_routes(head: str, fields: Iterable[tuple[str, str, list[str]]]) -> Iterator[str]:
-    """A row for the fields that have the same routes and the same note."""
-    rows = dict[tuple[str, str], list[str]]()
-    for name, note, routes in fields:
+def _by_routes(fields: Json) -> Iterator[str]:
+    """A row for the fields that have the same routes."""
+    rows = dict[str, list[str]]()
+    for field, routes in fields.items():
         which = "all" if len(routes) == len(REQUESTS) else ", ".join(routes)
-        rows.setdefault((which, note), []).append(name)
-    yield from _table(
-        f"routes | fields | {head}",
-        ((routes, ", ".join(names), note) for (routes, note), names in rows.items()),
-    )
+        rows.setdefault(which, []).append(field)
+    yield from _table("routes | fields", ((which, ", ".join(of)) for which, of in rows.items()))
 
 
 def families() -> Iterator[str]:

@@ -288,31 +288,18 @@ def spelled(content: bytes) -> str:
 async def _with_pings(
     events: AsyncIterator[str], answers: Answers, ping: str, spell: Callable[[Json], str]
 ) -> AsyncIterator[str]:
-    """``events``, those that are there together, with ``ping`` wherever ``PING_SECONDS`` have
-    passed without one, and the error that ends them."""
-    texts, moved, loop = list[str](), asyncio.Event(), asyncio.get_running_loop()
-
-    async def read() -> None:
-        try:
-            async for text in events:
-                texts.append(text)
-                moved.set()
-        except RefusedError as problem:
-            texts.append(spell(error_body(answers.request.url.path, problem)))
-        finally:
-            moved.set()
-
-    reading = asyncio.create_task(read())
+    """``events``, with ``ping`` wherever ``PING_SECONDS`` have passed without one, and the error
+    that ends them."""
+    coming = asyncio.ensure_future(anext(events))
     try:
-        while texts or not reading.done():
-            timer = loop.call_later(PING_SECONDS, moved.set)
-            await moved.wait()
-            timer.cancel()
-            moved.clear()
-            if texts or not reading.done():
-                together = "".join(texts) or ping
-                texts.clear()
-                yield together
-        await reading
+        while True:
+            done, _ = await asyncio.wait((coming,), timeout=PING_SECONDS)
+            yield coming.result() if done else ping
+            if done:
+                coming = asyncio.ensure_future(anext(events))
+    except StopAsyncIteration:
+        pass
+    except RefusedError as problem:
+        yield spell(error_body(answers.request.url.path, problem))
     finally:
-        reading.cancel()
+        coming.cancel()
