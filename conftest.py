@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from slotmoe.offload.model_source import read_model
-from tests.support.browser import BROWSER, Browser
 from tests.support.exports import made_once
 from tests.support.hub import HUB, hurried
 from tests.support.interpreter import keep_inside, quicken, shuffle
@@ -108,15 +107,6 @@ def slotmoe(capsys):
         return caught.value.code, *capsys.readouterr()
 
     return run
-
-
-@pytest.fixture(scope="session")
-def browser(processes, network):
-    """A headless Chromium."""
-    if BROWSER is None:
-        pytest.skip("no Chromium on this machine: scripts/ci-system installs one")
-    with Browser() as browser:
-        yield browser
 
 
 @pytest.fixture

@@ -3,14 +3,16 @@ errors, small screens, and that nothing of the model's is run or loaded."""
 
 import json
 import re
+import shutil
 from itertools import pairwise
 
 import pytest
 
 from slotmoe.model.sampling import Sampling
 from slotmoe.tools.chat.conversation import Dialogue
-from tests.support.browser import Tab
 from tests.support.served import Served
+
+PROGRAMS = "chromium-headless-shell chromium chromium-browser google-chrome chrome".split()
 
 # Answers with the given deltas, piece by piece, in place of the server.  What follows null never
 # comes, and false breaks the connection off.
@@ -37,38 +39,45 @@ window.fetch = async (address, options) => {
 """
 
 
-class Page(Tab):
-    """The page, with the server's first figures on it."""
+class Page:
+    """The page, with the server's first figures on it.  What it asked for, and what its scripts
+    complain of, is kept."""
 
     def __init__(self, browser, port):
-        super().__init__(browser)
-        self.origin = f"http://127.0.0.1:{port}"
-
-    def __enter__(self):
-        super().__enter__().emulate(1280, 800)
+        self.origin, self.requests, self.complaints = f"http://127.0.0.1:{port}", [], []
+        self.context = browser.new_context(viewport={"width": 1280, "height": 800})
+        self.tab = tab = self.context.new_page()
+        tab.on("request", lambda request: self.requests.append(request.url))
+        tab.on("console", lambda it: it.type == "error" and self.complaints.append(it.text))
+        tab.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.evaluate, self.press, self.click = tab.evaluate, tab.keyboard.press, tab.click
+        self.type = tab.keyboard.insert_text
         self.load()
-        return self
 
     def load(self):
-        self.open(self.origin)
+        self.tab.goto(self.origin)
         self.wait("now !== null")
+
+    def wait(self, expression):
+        """Until it is true."""
+        self.tab.wait_for_function(f"() => {expression}", polling=10)
 
     def run(self, code):
         """What ``code`` returns."""
-        return self.evaluate(f"(() => {{ {code} }})()")
+        return self.evaluate(f"() => {{ {code} }}")
 
     def answer_with(self, *deltas):
         deltas = [{"content": delta} if isinstance(delta, str) else delta for delta in deltas]
-        self.evaluate(SCRIPT.replace("DELTAS", json.dumps(deltas)))
+        self.run(SCRIPT.replace("DELTAS", json.dumps(deltas)))
 
     def settings(self, **values):
-        self.evaluate(f"for (const [name, it] of Object.entries({values})) at(name).value = it")
+        self.run(f"for (const [name, it] of Object.entries({values})) at(name).value = it")
 
     def send(self, text):
         """Send a message with the keyboard."""
-        self.evaluate("at('prompt').focus()")
+        self.run("at('prompt').focus()")
         self.type(text)
-        self.press("Enter", "\r")
+        self.press("Enter")
 
     def say(self, text, messages):
         self.send(text)
@@ -82,16 +91,7 @@ class Page(Tab):
         return self.evaluate("chat.messages.map(message => message.content)")
 
     def texts(self, selector):
-        return self.evaluate(
-            f"[...document.querySelectorAll('{selector}')].map(node => node.textContent)"
-        )
-
-    def download(self, selector, folder):
-        """Click on what makes a file, and wait until it is in ``folder``."""
-        options = {"behavior": "allow", "downloadPath": str(folder), "eventsEnabled": True}
-        self.call("Browser.setDownloadBehavior", **options, **self.context)
-        self.click(selector)
-        self.wait_for_file()
+        return self.tab.locator(selector).all_text_contents()
 
     def is_seen(self, selector):
         """Whether the element is inside the window and nothing lies over its middle."""
@@ -102,14 +102,23 @@ class Page(Tab):
         )
 
 
+@pytest.fixture(scope="module")
+def browser(processes, network):
+    sync = pytest.importorskip("playwright.sync_api")
+    if (program := next(filter(None, map(shutil.which, PROGRAMS)), None)) is None:
+        pytest.skip("no Chromium on this machine: scripts/ci-system installs one")
+    with sync.sync_playwright() as driver:
+        yield driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+
+
 @pytest.fixture
 def page(served, browser):
-    with Page(browser, served.port) as page:
-        yield page
-        # Nothing else was loaded, and no script complained, also of the page's content policy.
-        addresses = page.requests
-        assert all(address.startswith((page.origin, "data:", "blob:")) for address in addresses)
-        assert [text for text in page.complaints if "status of 4" not in text] == []
+    page = Page(browser, served.port)
+    yield page
+    # Nothing else was loaded, and no script complained, also of the page's content policy.
+    assert all(it.startswith((page.origin, "data:", "blob:")) for it in page.requests)
+    assert [text for text in page.complaints if "status of 4" not in text] == []
+    page.context.close()
 
 
 def test_talk_by_keys(page, served):
@@ -125,7 +134,7 @@ def test_talk_by_keys(page, served):
     note = page.texts(".assistant .note")[0]
     assert note.startswith("12 tokens · ") and "stopped by Most tokens" in note
     page.settings(temperature=2, seed=1)
-    page.press("r", modifiers=1)
+    page.press("Alt+r")
     page.wait(f"!stopper && chat.messages[1].content !== {json.dumps(expected)}")
     page.answer_with("Half", None)
     page.send("x")
@@ -134,7 +143,7 @@ def test_talk_by_keys(page, served):
     page.press("Escape")
     page.end(4)
     assert "· stopped" in page.texts(".assistant .note")[1]
-    page.press("n", modifiers=1)
+    page.press("Alt+n")
     page.wait("!document.querySelector('.said') && chat.messages.length === 0")
 
 
@@ -202,7 +211,7 @@ HOSTILE = """<img src=x onerror="hit()"><script>hit()</script> ![a](http://evil.
 
 
 def test_nothing_of_the_model_is_run_or_loaded(page):
-    page.evaluate("window.hits = 0; window.hit = () => { hits += 1; }")
+    page.run("window.hits = 0; window.hit = () => { hits += 1; }")
     page.answer_with(*re.findall(r"(?s).{1,7}", HOSTILE))
     page.say(HOSTILE.replace("\n", " "), 2)
     tags = page.evaluate(
@@ -222,14 +231,15 @@ def test_no_answer_hangs_the_page(page):
     bombs = ["*a ", "**a", "_a_b", "_a* ", "[", "[a](", "![", "`a``b```c", "> ", "- ", "# ", "1. ",
              "<http://", "http://a.,;", "| a ", "~~a", "\\", "(", "***", "[a](b(c", " " * 9 + "x",
              "-  -", "``` ", "</think>", "\n\na", "\n- a", "\n> - 1. ", "\na|b\n-|-"]  # fmt: skip
-    page.call("Profiler.enable")
-    page.call("Profiler.startPreciseCoverage", callCount=True, detailed=True)
+    profiler = page.context.new_cdp_session(page.tab)
+    profiler.send("Profiler.enable")
+    profiler.send("Profiler.startPreciseCoverage", {"callCount": True, "detailed": True})
     page.load()
 
     def steps(bomb, count):
         text = f"{json.dumps(bomb)}.repeat({count})"
         page.evaluate(f"renderMarkdown(make('div'), splitReasoning({text}).text)")
-        scripts = page.call("Profiler.takePreciseCoverage")["result"]
+        scripts = profiler.send("Profiler.takePreciseCoverage")["result"]
         ranges = [part for script in scripts for it in script["functions"] for part in it["ranges"]]
         return sum(part["count"] for part in ranges)
 
@@ -239,8 +249,7 @@ def test_no_answer_hangs_the_page(page):
 
 
 def test_code_is_copied_by_a_click(page):
-    permissions = ["clipboardReadWrite", "clipboardSanitizedWrite"]
-    page.call("Browser.grantPermissions", permissions=permissions, **page.context)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.answer_with("Here:\n\n```py\ndef f():\n\treturn 1\n```\n")
     page.say("Code", 2)
     copied = "navigator.clipboard.readText().then(text => text === 'def f():\\n\\treturn 1')"
@@ -248,7 +257,7 @@ def test_code_is_copied_by_a_click(page):
     page.wait(copied)
     page.evaluate("navigator.clipboard.writeText('')")
     # Without TLS there is no clipboard interface.
-    page.evaluate("navigator.clipboard.writeText = () => Promise.reject(new Error('no'))")
+    page.run("navigator.clipboard.writeText = () => Promise.reject(new Error('no'))")
     page.click(".code button")
     page.wait(copied)
 
@@ -267,7 +276,7 @@ ANSWERS = [  # deltas, reasoning, text
 def test_reasoning_is_folded_and_not_sent_again(page):
     question = "What does <think> mean, and </think>?"
     for deltas, reasoning, text in ANSWERS:
-        page.press("n", modifiers=1)
+        page.press("Alt+n")
         page.answer_with(*deltas)
         page.send(question)
         if deltas[-1] is None:
@@ -292,7 +301,7 @@ def test_history_is_kept_and_exported(page, runtime, tmp_path):
     page.evaluate("at('system').focus()")
     page.type("Be brief")
     page.say("First question", 2)
-    page.press("n", modifiers=1)
+    page.press("Alt+n")
     page.answer_with("Second answer")
     page.say("Second question", 2)
     assert page.texts("#list button:first-child") == ["Second question", "First question"]
@@ -306,9 +315,12 @@ def test_history_is_kept_and_exported(page, runtime, tmp_path):
     assert page.texts("em") == ["answer"]
     assert page.evaluate("at('system').value") == "Be brief"
 
-    page.download("#export", tmp_path)
+    with page.tab.expect_download() as download:
+        page.click("#export")
+    assert download.value.suggested_filename == "slotmoe-First-question.json"
+    download.value.save_as(tmp_path / "talk.json")
     talk = Dialogue(runtime, 8, Sampling())
-    talk.load(tmp_path / "slotmoe-First-question.json")  # as in slotmoe chat
+    talk.load(tmp_path / "talk.json")  # as in slotmoe chat
     assert (talk.system, talk.exchanges) == ("Be brief", [("First question", "First *answer*")])
 
     page.click("#list li[aria-current], #list li:nth-child(2) button:last-child")
@@ -327,7 +339,7 @@ def test_damaged_and_full_storage(page):
         page.evaluate(f"localStorage.setItem('slotmoe {name}', {json.dumps(text)})")
     page.load()
     assert page.texts("#list button") == []
-    page.evaluate("Storage.prototype.setItem = () => { throw new Error('full'); }")
+    page.run("Storage.prototype.setItem = () => { throw new Error('full'); }")
     page.answer_with("An answer")
     page.say("A question", 2)
     assert "storage is full" in page.texts("#notice")[0]
@@ -342,7 +354,7 @@ def test_a_page_that_is_left_keeps_what_there_was(page):
     assert kept[0] == "A question" and page.texts("details .text") == ["Let me see."]
     assert page.texts("summary") == ["Reasoning"]  # it no longer goes on
     page.answer_with(None)
-    page.press("r", modifiers=1)
+    page.press("Alt+r")
     page.wait("!!stopper")
     page.load()  # the answer that was to be replaced is still there
     assert page.contents() == kept
@@ -372,7 +384,7 @@ def test_failed_messages_leave_the_history_and_are_offered_again(page):
     page.say("Hello", 2)
     long = "word " * 600
     page.say(long, 2)
-    assert "the context holds 512 tokens" in page.texts("#notice")[0]
+    assert "the context holds 512" in page.texts("#notice")[0]
     assert page.is_seen("#notice")
     assert page.evaluate("at('prompt').value") == long
     assert len(page.texts(".said")) == 2
@@ -381,18 +393,19 @@ def test_failed_messages_leave_the_history_and_are_offered_again(page):
     assert page.evaluate("at('notice').hidden")
     before = page.contents()
     page.answer_with("Half an ans", "wer", False)
-    page.press("r", modifiers=1)
+    page.press("Alt+r")
     page.wait("!at('notice').hidden && !stopper")
     assert "connection ended" in page.texts("#notice")[0]
     assert page.contents() == [*before[:3], "Half an answer"]
     page.evaluate("window.fetch = serverFetch; now.model = 'gone'")
-    page.press("r", modifiers=1)
+    page.press("Alt+r")
     page.wait("at('notice').textContent.includes(\"'gone' is not here\") && !stopper")
     assert page.contents() == [*before[:3], "Half an answer"]  # the answer before it stays
 
 
 def test_server_that_has_ended(runtime, browser):
-    with Served(runtime) as served, Page(browser, served.port) as page:
+    with Served(runtime) as served:
+        page = Page(browser, served.port)
         served.server.should_exit = True
         page.wait("at('state').textContent.startsWith('The server can')")
         page.say("x", 0)
@@ -401,7 +414,7 @@ def test_server_that_has_ended(runtime, browser):
 
 
 def test_small_screen(page):
-    page.emulate(320, 568)
+    page.tab.set_viewport_size({"width": 320, "height": 568})
     page.answer_with("A `long` answer " * 60 + "\n\n```\n" + "x" * 400 + "\n```\n\n" + "y" * 400)
     page.say("A question", 2)
     root, talk = "document.documentElement", "at('talk')"
@@ -412,7 +425,7 @@ def test_small_screen(page):
         assert page.is_seen(selector), selector
     for name in ("chats", "side"):
         page.evaluate(f"at('{name}-opens').focus()")
-        page.press("Enter", "\r")
+        page.press("Enter")
         page.wait(f"at('{name}').classList.contains('open')")
         assert page.evaluate(f"{talk}.inert && document.activeElement.id") == name
         assert page.is_seen(f"#{name} h2") and not page.is_seen("#send")
