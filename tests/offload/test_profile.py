@@ -256,8 +256,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(slotmoe, sample_export, tmp_pa
 
 
 COMMANDS = {
-    "profile": "hello -n 5 --slots 60".split(),
-    "bench": "--prompt-tokens 20 --decode-tokens 5 --repetitions 1 --slots 60 --calibrate".split(),
+    "profile": "hello -n 5 --slots 60",
+    "bench": "--prompt-tokens 20 --decode-tokens 5 --repetitions 1 --slots 60 --calibrate",
 }
 
 
@@ -267,38 +267,37 @@ def test_what_takes_memory_of_its_own_begins_when_the_model_is_gone(
 ):
     """Measuring disk and RAM, and drawing: the budget is for the model and them in turn."""
     monkeypatch.chdir(tmp_path)
-    opened, done = [], []
+    opened, done, open_model = [], set(), runtimes.open_model
 
-    def open_model(*arguments):
-        model = original(*arguments)
+    def watched(*arguments):
+        model = open_model(*arguments)
         opened.extend(map(weakref.ref, (model.network, model.experts.slots.slab, *model.states)))
         return model
 
     def alone(name, result):
-        def do(*_):
+        def do(*_, **__):
             assert opened and not [type(part()) for part in opened if part() is not None]
-            done.append(name)
+            done.add(name)
             return result
 
         return do
 
-    original = runtimes.open_model
-    monkeypatch.setattr(runtimes, "open_model", open_model)
+    monkeypatch.setattr(runtimes, "open_model", watched)
     for name, result in {
         "drive_bandwidths": [1e9],
         "ram_bandwidth": 1e9,
         "disk_latency": 1e-4,
     }.items():
         monkeypatch.setattr(measure, name, alone(name, result))
+    monkeypatch.setattr(measure, "read_bandwidth", lambda model: 1e9)
     monkeypatch.setattr(speed, "core_rates", alone("core_rates", {"all_bytes": 1e9}))
     drawn = SimpleNamespace(draw=alone("draw", {}))
     monkeypatch.setitem(sys.modules, "slotmoe.tools.profile.charts", drawn)
-    monkeypatch.setattr(measure, "read_bandwidth", lambda model: 1e9)
-    monkeypatch.setattr("slotmoe.tools.bench.store_bandwidths", lambda *_, **values: None)
-    code, _, err = slotmoe(command, sample_export, *COMMANDS[command])
+    monkeypatch.setattr("slotmoe.tools.bench.store_bandwidths", alone("store", None))
+    code, _, err = slotmoe(command, sample_export, *COMMANDS[command].split())
     assert (code, "Traceback" in err) == (0, False), err
-    wanted = {"profile": {"ram_bandwidth", "draw"}, "bench": {"core_rates"}}[command]
-    assert {*done} == wanted | {"drive_bandwidths", "disk_latency"}
+    wanted = {"profile": {"ram_bandwidth", "draw"}, "bench": {"core_rates", "store"}}[command]
+    assert done == wanted | {"drive_bandwidths", "disk_latency"}
 
 
 def test_warm_slots_are_full_before_the_first_token(profile, no_charts):
