@@ -59,20 +59,6 @@ def contents(export):
     return {path.name: path.read_bytes() for path in export.rglob("*") if path.is_file()}
 
 
-def test_half_of_what_is_read_is_random():
-    """Behind the same first tokens, and the same each time."""
-    text = windows(400, 256)
-    read = ingest.chosen(text, 4096)
-    kept, noise = read[: len(read) // 2], read[len(read) // 2 :]
-    assert kept == text[:: 400 // len(kept)] and sum(map(len, read)) <= ingest.MAX_TOKENS
-    assert [ids[0] for ids in noise] == [ids[0] for ids in kept]
-    assert (
-        list(map(len, noise)) == list(map(len, kept))
-        and len({id for ids in noise for id in ids}) > 4000
-    )
-    assert ingest.chosen(text, 4096) == read and ingest.chosen([[5]], 9) == [[5], [5]]
-
-
 def families(destination):
     report = json.loads((destination / MANIFEST).read_text())["quantization"]["report"]
     return {row["family"]: row for row in report["families"]}

@@ -7,9 +7,7 @@ import os
 import re
 import shutil
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -65,23 +63,6 @@ def test_a_folder_that_moved_or_was_touched_is_not_quantized_again(
     assert len(made) == 2
 
 
-def test_two_at_once_make_one_export(source, tmp_path):
-    """The second one is not refused: it waits for the first."""
-    writing, second_came = threading.Event(), threading.Event()
-
-    def slow(done, total):
-        writing.set()
-        assert second_came.wait(30)
-
-    with ThreadPoolExecutor() as pool:
-        first = pool.submit(cached_export, source, tmp_path / "cache", slow)
-        assert writing.wait(30)
-        second = cached_export(source, tmp_path / "cache", notify=lambda _: second_came.set())
-        assert first.result() == second
-    made = [path for path in (tmp_path / "cache").iterdir() if (path / "slotmoe.json").exists()]
-    assert made == [second]
-
-
 def test_one_other_byte_makes_another_export(source, made, tmp_path):
     """Even where sizes and times are the same."""
     export = cached_export(source, tmp_path / "cache")
@@ -116,12 +97,6 @@ def test_bad_options_are_refused_before_anything_is_quantized(source, made, slot
     assert not (source.parent / "cache").exists()
 
 
-def test_a_damaged_note_is_no_note(tmp_path):
-    for text in ("", "[]", '{"export": 3}', '{"export": "../../etc"}'):
-        (tmp_path / "note").write_text(text)
-        assert cached.noted_export(tmp_path / "note") is None
-
-
 @pytest.fixture
 def cache(source, tmp_path, monkeypatch, processes):
     """A cache with an export of a folder, one of the hub's, and work that was not finished."""
@@ -136,6 +111,7 @@ def cache(source, tmp_path, monkeypatch, processes):
     (cache / "machine.json").write_text("{}")
     (cache / "chat_history").write_text("")
     (cache / "notes").mkdir()
+    (cache / "link").symlink_to(source.parent)
     for age, path in enumerate([hub, export, cache / "model-000000000000.partial"]):
         os.utime(path, (time.time() - 90000 * age - 5,) * 2)
     return cache
@@ -164,7 +140,7 @@ def test_removing(cache, source, slotmoe, made):
     code, out, _ = slotmoe("rm", source, "model-000000000000.partial", "--json")
     assert (code, json.loads(out)["removed"]) == (0, [export, "model-000000000000.partial"])
     assert slotmoe("rm", "org/tiny")[1].startswith(f"org--tiny-{'a' * 12}-1: removed, ")
-    left = ["chat_history", "machine.json", "notes", "org--tiny@old.json", "tokenizers"]
+    left = ["chat_history", "link", "machine.json", "notes", "org--tiny@old.json", "tokenizers"]
     assert sorted(path.name for path in cache.iterdir()) == left
     cached_export(source, cache)
     assert made == [source]
@@ -227,11 +203,6 @@ def test_a_person_is_asked_before_something_is_removed(cache, slotmoe, monkeypat
     monkeypatch.setattr("click.termui.visible_prompt_func", lambda prompt: "y")
     assert slotmoe("rm", "model")[0] == 0
     assert not [*filter(model_cache.is_export, cache.iterdir())]
-
-
-def test_a_link_in_the_cache_is_left_alone(cache, source):
-    (cache / "link").symlink_to(source.parent)
-    assert "link" not in [cached.name for cached in model_cache.listing(cache)]
 
 
 # Names
