@@ -236,7 +236,7 @@ class Shards:
             advance(-got)
             got = 0
             options: Any = {"revision": commit, "local_dir": path.parent, "force_download": True}
-            options |= {"library_name": "slotmoe", "tqdm_class": _bar(arrived)}
+            options |= {"library_name": "slotmoe", "tqdm_class": bar(arrived)}
             hf_hub_download(repo, name, **options)
 
         for _ in range(2):  # a wrong checksum may be one bad transfer, twice is a bad file
@@ -336,7 +336,7 @@ class Shards:
         self._arriving(self._done, max(self._total, self._done))
 
 
-def _bar(arrived: Callable[[int], None]) -> type:
+def bar(arrived: Callable[[int], None]) -> type:
     """What huggingface_hub takes for a class of tqdm's; both HTTP and Xet tell it of bytes."""
 
     class Bar:
@@ -352,7 +352,10 @@ def _bar(arrived: Callable[[int], None]) -> type:
         def update(self, count: int = 1) -> None:
             arrived(count)
 
-        update_transfer = set_postfix_str = set_transfer_postfix_str = close = ignore
+        def close(self, *_shown: object, **_how: object) -> None:
+            pass
+
+        update_transfer = set_postfix_str = set_transfer_postfix_str = close
 
     return Bar
 

@@ -165,7 +165,7 @@ def explained(repo: str, revision: str, problem: Exception) -> Exception:
         return problem  # the disk's
     if isinstance(problem, (errors.HTTPError, OSError)):  # type: ignore[attr-defined]
         return PassingError(f"the connection to {hub} or where it redirects failed ({reason})")
-    return PassingError(f"{hub} does not answer like a hub ({type(problem).__name__})")
+    return PassingError(f"{hub} does not answer like a hub ({type(problem).__name__}: {reason})")
 
 
 def asked(

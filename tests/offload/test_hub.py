@@ -11,12 +11,14 @@ import threading
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from slotmoe.errors import CheckpointError, ConfigError, DownloadError, ExportError, PlanError
 from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.offload.ingest.cached import hub_export, quantize_from_hub
+from slotmoe.offload.ingest.hub import bar
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import FORMAT_VERSION, MANIFEST, RESIDENT
@@ -173,6 +175,7 @@ def test_disk_really_fills_up(served, wanted, tmp_path, monkeypatch, processes):
 KILLER = """
 import json, os, signal, sys
 from pathlib import Path
+from types import SimpleNamespace
 import huggingface_hub, torch
 from slotmoe.offload.ingest.cached import quantize_from_hub
 from tests.support.disk import digests, forked
@@ -394,6 +397,20 @@ def test_a_header_that_is_not_the_files_is_found(served, tmp_path):
         make(tmp_path / "export")
 
 
+def test_xet_tells_of_its_bytes():
+    """No server of the tests speaks it, but this is what huggingface_hub does with our bar."""
+    module = "huggingface_hub.utils._xet_progress_reporting"
+    names = "total_bytes_completed total_transfer_bytes_completed total_bytes".split()
+    rates = "total_bytes_completion_rate", "total_transfer_bytes_completion_rate"
+    given, counts = {"total": 100, "log_level": 30, "reconstruction_desc": "x"}, []
+    reporter = pytest.importorskip(module).XetDownloadProgressReporter
+    with reporter(tqdm_class=bar(counts.append), **given) as progress:
+        for numbers in ((40, 30, 100), (100, 70, 100)):
+            values = dict(zip(names, numbers, strict=True)) | dict.fromkeys(rates, 5.0)
+            progress.update_progress(SimpleNamespace(**values))
+    assert counts == [40, 60]
+
+
 def test_small_files_elsewhere_come_without_the_token(served, wanted, tmp_path):
     def moved(handler):
         name = handler.path.rpartition("/")[2]
@@ -465,16 +482,8 @@ def test_command_line_codes(served, slotmoe, tmp_path, monkeypatch):
     assert (code, err, json.loads(out)["bytes"] > 1e6) == (0, "", True)
 
 
-@pytest.fixture
-def ctrl_c():
-    """Raises ``KeyboardInterrupt``, even where the tests run in a shell's background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize("kind", ["header", "cdn", "small", "resolve"])
-def test_ctrl_c_does_not_wait_for_a_silent_server(kind, served, wanted, tmp_path, ctrl_c):
+def test_ctrl_c_does_not_wait_for_a_silent_server(kind, served, wanted, tmp_path):
     interrupted = threading.Event()
 
     def silent(handler):
