@@ -164,7 +164,7 @@ def tensors(folder, good):
 
 def manifest(folder, good):
     """Signed nonsense at any place is refused, or changes nothing that a reader gets."""
-    write_checkpoint(folder / "source", **{**SMALL, "num_hidden_layers": 3})
+    write_checkpoint(folder / "source", **SMALL)
     export = folder / "export"
     quantize(folder / "source", export, resident="nf4")
     values, wanted = json.loads((export / MANIFEST).read_text()), read_everything(export)

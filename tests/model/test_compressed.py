@@ -15,8 +15,7 @@ from tests.support.native import reference_network
 from tests.support.oracle import relative_error
 
 TOKENS = 3 * 128 + 5
-BORDERS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 31, 32, 33, 127, 128, 129, 135, 136, 137)
-BORDERS += (255, 256, 257, 260, 261, 383, 384, 385, TOKENS)
+BORDERS = (1, 3, 4, 5, 7, 8, 9, 13, 17, 32, 33, 127, 128, 129, 136, 137, 256, 257, TOKENS)
 MASKED = -1e30  # what is below is no score
 # So that no token has all of its heads' products negative, and a tie for it.
 HEADS = {"index_n_heads": 16}
