@@ -209,7 +209,7 @@ def _sources(cache: Path) -> list[tuple[str, str]]:
 
 
 def _hub_id(name: str) -> str | None:
-    """``owner/model`` of what ``hub_export`` calls ``owner--model-COMMIT-VERSION``."""
+    """``owner/model`` of what ``hub_place`` calls ``owner--model-COMMIT-VERSION``."""
     owner, separator, rest = name.partition("--")
     model = rest.rsplit("-", 2)[0]
     return f"{owner}/{model}" if separator and model else None

@@ -68,10 +68,14 @@ def cached_export(
 
 def resolve_model(path: str | Path, revision: str | None = None, **reporting: Any) -> Path:
     """Path of a ``MODEL``, as ``locate`` finds it.  A hub id becomes an export in the cache first,
-    by ``hub_export`` with ``revision`` and ``reporting``.  Raises ``ConfigError`` and as that."""
+    ``reporting`` as to ``quantize_from_hub``.  Raises ``ConfigError`` and as that."""
     if (folder := locate(path, revision)) is not None:
         return folder
-    return hub_export(str(path), revision, cache_folder(), **reporting)
+    destination, commit = hub_place(str(path), revision, cache_folder())
+    if not (destination / MANIFEST).is_file():
+        quantize_from_hub(str(path), commit, destination, wait_for_lock=True, **reporting)
+    mark_used(destination)
+    return destination
 
 
 def cached_place(
@@ -207,15 +211,6 @@ def _clear(download: Path) -> None:
     # First what vouches for the others.
     system.patiently((download / "plan.json").unlink, True)
     output_dir.empty(download)
-
-
-def hub_export(repo: str, revision: str | None, cache: Path, **reporting: Any) -> Path:
-    """Export of a hub's model in ``cache``, made if absent; raises as ``quantize_from_hub``."""
-    destination, commit = hub_place(repo, revision, cache)
-    if not (destination / MANIFEST).is_file():
-        quantize_from_hub(repo, commit, destination, wait_for_lock=True, **reporting)
-    mark_used(destination)
-    return destination
 
 
 def hub_place(repo: str, revision: str | None, cache: Path) -> tuple[Path, str]:

@@ -17,7 +17,7 @@ import pytest
 
 from slotmoe.errors import CheckpointError, ConfigError, DownloadError, ExportError, PlanError
 from slotmoe.model.checkpoint.reader import open_checkpoint
-from slotmoe.offload.ingest.cached import hub_export, quantize_from_hub
+from slotmoe.offload.ingest.cached import quantize_from_hub, resolve_model
 from slotmoe.offload.ingest.hub import bar
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
@@ -190,12 +190,18 @@ def attempt(file):
 killed = [os.WIFSIGNALED(attempt(file)) for file in sys.argv[2:]]
 print(json.dumps([killed, attempt("nothing"), digests(work)]))
 """
-KILLS = "*.incomplete", "layer-*"
 
 
 def test_killed_it_resumes(served, source, tmp_path, processes):
     """At most one file comes again for each kill."""
-    command = [sys.executable, "-c", KILLER, tmp_path / "work" / "export", *KILLS]
+    command = [
+        sys.executable,
+        "-c",
+        KILLER,
+        tmp_path / "work" / "export",
+        "*.incomplete",
+        "layer-*",
+    ]
     (tmp_path / "work").mkdir()
     killed, status, found = json.loads(subprocess.check_output(command, cwd=ROOT))
     quantize(source, tmp_path / "wanted")
@@ -398,7 +404,6 @@ def test_a_header_that_is_not_the_files_is_found(served, tmp_path):
 
 
 def test_xet_tells_of_its_bytes():
-    """No server of the tests speaks it, but this is what huggingface_hub does with our bar."""
     module = "huggingface_hub.utils._xet_progress_reporting"
     names = "total_bytes_completed total_transfer_bytes_completed total_bytes".split()
     rates = "total_bytes_completion_rate", "total_transfer_bytes_completion_rate"
@@ -451,9 +456,10 @@ def test_run_from_the_hub_is_made_once_and_then_needs_no_network(
     assert (tmp_path / "cache" / f"org--tiny-{'a' * 12}-{FORMAT_VERSION}lut" / MANIFEST).is_file()
 
 
-def test_cached_export_is_made_by_one_of_two(served, wanted, tmp_path):
+def test_cached_export_is_made_by_one_of_two(served, wanted, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path))
     with ThreadPoolExecutor() as pool:
-        made = pool.map(lambda _: hub_export(NAME, None, tmp_path), range(2))
+        made = pool.map(resolve_model, [NAME, NAME])
     (export,) = set(made)
     assert tree(export) == wanted
     assert served.whole() == FILES
