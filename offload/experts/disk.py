@@ -150,7 +150,8 @@ class DiskReader:
         """Queue what ``read`` gave, as far as it is not done; reads of urgency ``DEMAND`` overtake
         all others.  Raises ``ConfigError`` after ``stop``."""
         with self._lock:
-            self._check_open()
+            if self._closing:
+                raise ConfigError(CLOSED)
             for read in reads:
                 if read.done:
                     continue
@@ -182,7 +183,8 @@ class DiskReader:
         assert reads  # nothing would ever be done
         while True:
             with self._lock:
-                self._check_open()
+                if self._closing:
+                    raise ConfigError(CLOSED)
                 if finished := [read for read in reads if read.done]:
                     return finished
                 piece = self._take(drive := self.drives.fastest()) if self._helps else None
@@ -190,10 +192,6 @@ class DiskReader:
                 self._arrived.get()
             else:
                 self._read(drive, *piece)
-
-    def _check_open(self) -> None:
-        if self._closing:
-            raise ConfigError(CLOSED)
 
     def _tell(self) -> None:
         """Let the waiting thread look again; it needs no more than one word."""
@@ -281,7 +279,14 @@ class DiskReader:
             self._read_piece(drive, read, start, stop)
         except Exception as raised:
             problem = _without_frames(raised)
-        if last := self._count(read, stop - start, problem):
+        with self._lock:
+            self._meter.bytes += stop - start
+            read.outstanding -= 1
+            read.error = read.error or problem
+            if read.error is not None:
+                read.taken = len(read.buffer)  # no use in reading the rest
+            last = read.outstanding == 0 and (read.taken >= len(read.buffer) or read.cancelled)
+        if last:
             try:
                 self._finish(read)
             except Exception as raised:
@@ -304,16 +309,6 @@ class DiskReader:
             else:
                 with self._lock:
                     return drive.note(began, stop - start)
-
-    def _count(self, read: Read, size: int, problem: Exception | None) -> bool:
-        """Note that a piece has been read; whether it was the last one."""
-        with self._lock:
-            self._meter.bytes += size
-            read.outstanding -= 1
-            read.error = read.error or problem
-            if read.error is not None:
-                read.taken = len(read.buffer)  # no use in reading the rest
-            return read.outstanding == 0 and (read.taken >= len(read.buffer) or read.cancelled)
 
     def _place(self, expert_id: int) -> tuple[int, int]:
         moe_layer, expert = divmod(expert_id, self._export.experts)
