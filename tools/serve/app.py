@@ -110,15 +110,14 @@ async def detokenize(body: DetokenizeRequest, service: Serving) -> Response:
 class TemplateRequest(requests.Templated):
     model: requests.Label | None = None
     messages: requests.Messages
-    reasoning_effort: requests.Label | None = None
 
 
 @routes.post("/apply-template")
 async def apply_template(body: TemplateRequest, service: Serving) -> Response:
     """The text that the model would read, in llama.cpp's form."""
     service.check_model(body.model)
-    chat = body.conversation(effort=body.reasoning_effort)
-    return JSONResponse({"prompt": await service.prepare(service.chat_text, chat)})
+    text = await service.prepare(service.chat_text, body.conversation())
+    return JSONResponse({"prompt": text})
 
 
 class Application(FastAPI):

@@ -65,8 +65,10 @@ class Log:
     def ignore(self, names: Iterable[str]) -> None:
         """Fields of these names are unknown."""
         for name in names:
+            if len(self._ignored) == _MAX_NAMES:
+                return
             short = ascii(name[:64])
-            if short not in self._ignored and len(self._ignored) < _MAX_NAMES:
+            if short not in self._ignored:
                 self._ignored.add(short)
                 is_last = len(self._ignored) == _MAX_NAMES
                 more = "; further ones are not named" if is_last else ""

@@ -18,7 +18,7 @@ from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event, spelled
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.formats import ContentDelta, joined
-from slotmoe.tools.serve.requests import Id, Label, Stop, Stops, Text, TextOr, TopLogprobs, Whole
+from slotmoe.tools.serve.requests import Id, Stop, Stops, Text, TextOr, TopLogprobs, Whole
 from slotmoe.tools.serve.service import Serving
 
 router = APIRouter()
@@ -140,9 +140,6 @@ class ChatRequest(OpenAIRequest, requests.Templated):
     max_completion_tokens: Limit | None = Field(None, description="`max_tokens` by another name")
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = Field(None, description="needs `logprobs`")
-    tool_choice: object = None
-    parallel_tool_calls: bool | None = None
-    reasoning_effort: Label | None = Field(None, description=requests.EFFORT)
     modalities: list[Literal["text"]] | None = None
 
     def options(self, vocabulary: int) -> requests.AnswerOptions:
@@ -156,11 +153,6 @@ class ChatRequest(OpenAIRequest, requests.Templated):
             raise RefusedError("top_logprobs needs logprobs: true", "top_logprobs")
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return self.options_with(vocabulary, limit, logprobs)
-
-    def chat(self) -> requests.Conversation:
-        """Raises ``RefusedError``."""
-        about = self.tool_choice, self.parallel_tool_calls, self.wanted, self.reasoning_effort
-        return self.conversation(*about)
 
 
 def _prompt_kind(value: object) -> str | None:
@@ -223,7 +215,7 @@ async def model(name: str, service: Serving) -> Response:
 async def chat_completions(body: ChatRequest, request: Request, service: Serving) -> Response:
     service.check_model(body.model)
     options = body.options(service.vocabulary)
-    answers = await chat_answers(service, request, body.chat(), options)
+    answers = await chat_answers(service, request, body.conversation(body.wanted), options)
     return await _respond(body, answers, ChatChoices(answers))
 
 

@@ -417,16 +417,14 @@ class Templated(Model):
     add_generation_prompt: bool | None = Field(None, description="if false, no answer is begun")
     continue_final_message: bool | None = Field(None, description="the answer goes on with it")
     chat_template_kwargs: Json | None = Field(None, description="variables of the template")
+    tool_choice: object = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Label | None = Field(None, description=EFFORT)
 
-    def conversation(
-        self,
-        choice: object = None,
-        parallel: bool | None = None,
-        wanted: Rule | None = None,
-        effort: str | None = None,
-    ) -> Conversation:
+    def conversation(self, wanted: Rule | None = None) -> Conversation:
         """Raises ``RefusedError``."""
-        policy = tool_policy([tool.function for tool in self.tools or ()], choice, parallel)
+        functions = [tool.function for tool in self.tools or ()]
+        policy = tool_policy(functions, self.tool_choice, self.parallel_tool_calls)
         messages, extra = self.messages or [], dict(self.chat_template_kwargs or {})
         continues, name = bool(self.continue_final_message), "continue_final_message"
         if continues and self.add_generation_prompt:
@@ -436,4 +434,4 @@ class Templated(Model):
             raise RefusedError(f"{name}: the last message is no text of the assistant", name)
         if self.add_generation_prompt is False and not continues:
             extra["add_generation_prompt"] = False
-        return Conversation(told, policy, wanted, effort, continues, extra)
+        return Conversation(told, policy, wanted, self.reasoning_effort, continues, extra)
