@@ -30,10 +30,10 @@ BOUNDS = {
 }
 WAY = {
     # the project's Python files that run for a decoded token of the sample
-    "files, warm": 25,
-    "files, a quarter of the slots": 32,
+    "files, warm": 15,
+    "files, a quarter of the slots": 21,
     # and calls of their functions
-    "calls, warm": 202,
+    "calls, warm": 99,
 }
 WRONG = "{} is {:,}, and its bound {:,}: raising one needs an issue that grants it by number"
 

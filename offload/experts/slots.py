@@ -65,6 +65,7 @@ class Slots:
         self, source: Source, cache: Cache, staging: int, reserve: int, size: int, device: Device
     ):
         self._all = cache.layers * cache.experts
+        self._complete = False
         total = min(cache.slots + staging, self._all)
         self.slab = device.empty((total, size), torch.uint8)
         self._source, self._device, self.cache = source, device, cache
@@ -92,7 +93,9 @@ class Slots:
     @property
     def complete(self) -> bool:
         """Whether every expert is cached; then none is ever evicted."""
-        return len(self.cache) == self._all
+        if not self._complete:
+            self._complete = len(self.cache) == self._all
+        return self._complete
 
     def room(self) -> int:
         """Slots of the cache that are free now."""

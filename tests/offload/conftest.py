@@ -9,6 +9,7 @@ from slotmoe.offload.engine import loading
 from slotmoe.offload.experts import misses
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.observe import measure
+from slotmoe.offload.policy.passes import MOST_DRAFTED, Drafting
 from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.tools.bench import speed
 from tests.support.engine import IDS, PROMPT
@@ -36,6 +37,17 @@ def always_guessing(monkeypatch):
     """The sample's records are too small to be read ahead; here they are nevertheless."""
     monkeypatch.setattr(Prefetcher, "pays", lambda self: True)
     monkeypatch.setattr(loading, "HELP_BYTES", 0)
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """A row more is taken to cost nothing, so that wrong tokens are drafted too."""
+
+    def all_of(self, chances, room):
+        return [min(len(each), MOST_DRAFTED // len(chances)) for each in chances]
+
+    monkeypatch.setattr(Drafting, "lengths", all_of)
+    monkeypatch.setattr(Drafting, "pays", lambda self, chance, cost: True)
 
 
 @pytest.fixture

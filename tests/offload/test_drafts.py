@@ -10,7 +10,7 @@ from slotmoe.errors import ConfigError
 from slotmoe.model.generate import Answer
 from slotmoe.model.network import Network
 from slotmoe.model.sampling import Sampling
-from slotmoe.offload.policy.passes import MOST_DRAFTED, Drafting, NGrams
+from slotmoe.offload.policy.passes import Drafting, NGrams
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.kernels.cpu.bindings import load
 from tests.support.engine import ask, decode
@@ -34,17 +34,6 @@ def pair(request, sample_export):
 
 
 both_kinds = pytest.mark.parametrize("pair", ["ngram", "mtp"], indirect=True)
-
-
-@pytest.fixture
-def eager(monkeypatch):
-    """A row more is taken to cost nothing, so that wrong tokens are drafted too."""
-
-    def all_of(self, chances, room):
-        return [min(len(each), MOST_DRAFTED // len(chances)) for each in chances]
-
-    monkeypatch.setattr(Drafting, "lengths", all_of)
-    monkeypatch.setattr(Drafting, "pays", lambda self, chance, cost: True)
 
 
 class Noting(Answer):

@@ -6,7 +6,6 @@ import torch
 from slotmoe.offload.engine.passes import HeadDrafts
 from slotmoe.offload.engine.requests import Forced, Request
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.policy.passes import Drafting
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.kernels.cpu.bindings import load
 from tests.support import v4
@@ -53,13 +52,6 @@ def test_decode_equals_prefill(export, wanted):
         for start in (1, 126, 250):
             got = decode(runtime, IDS[:start], IDS[start : start + 12])
             assert torch.equal(got, wanted[0][start - 1 : start + 12])
-
-
-@pytest.fixture
-def eager(monkeypatch):
-    """What is drafted is always computed, however unlikely."""
-    monkeypatch.setattr(Drafting, "lengths", lambda self, chances, room: [*map(len, chances)])
-    monkeypatch.setattr(Drafting, "pays", lambda self, chance, cost: True)
 
 
 def check(export, draft):

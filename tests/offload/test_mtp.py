@@ -31,15 +31,6 @@ def opened(folder, draft="mtp", **options):
     return Runtime.open(folder / "export", context=96, draft=draft, **options)
 
 
-@pytest.fixture
-def eager(monkeypatch):
-    """The head is always asked, and what it says is always computed."""
-    monkeypatch.setattr(
-        Drafting, "lengths", lambda self, chances, room: [len(each) for each in chances]
-    )
-    monkeypatch.setattr(Drafting, "pays", lambda self, chance, cost: True)
-
-
 @pytest.fixture(scope="module")
 def plainly(with_head):
     """Without drafts."""

@@ -47,7 +47,7 @@ def wanted(sample_export):
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_sample(sample_export, wanted, always_guessing, tmp_path, way):
+def test_sample(sample_export, wanted, always_guessing, eager, tmp_path, way):
     options = {name: value for name, value in way.items() if name != "session"}
     logits, alone = wanted[options.get("kernels", "auto")]
     with Runtime.open(sample_export, context=256, **options) as runtime:
