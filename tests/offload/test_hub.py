@@ -34,6 +34,7 @@ from tests.support.hub import (
     drop,
     elsewhere,
     faulty,
+    fill_cache,
     make,
     stall,
     too_many,
@@ -208,14 +209,6 @@ def test_killed_it_resumes(served, source, tmp_path, processes):
     assert (status, found) == (0, digests(tmp_path / "wanted"))
     assert all(killed)
     assert len(served.whole()) <= len(FILES) + len(killed)
-
-
-def fill_cache(names):
-    from huggingface_hub import constants, hf_hub_download
-
-    for name in names:
-        hf_hub_download(NAME, name, cache_dir=constants.HF_HUB_CACHE)
-    return Path(constants.HF_HUB_CACHE)
 
 
 @pytest.mark.filterwarnings("ignore")

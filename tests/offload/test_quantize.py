@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 
 from slotmoe.errors import ConfigError, ExportError
 from slotmoe.model.config import read_config
@@ -28,7 +27,7 @@ from slotmoe.quant.codecs.codec import EXPERT_CODECS, NF4
 from slotmoe.quant.export import writer
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT, layer_file
 from slotmoe.quant.export.reader import Export
-from slotmoe.quant.shapes import ALIGNMENT, resident_quantization
+from slotmoe.quant.shapes import resident_quantization
 from tests.support.disk import Stop, killed, stop_at, tree
 from tests.support.oracle import rebuild
 from tests.support.params import nth
@@ -418,21 +417,3 @@ def test_torch_and_native_kernels_write_the_same_export(tmp_path, monkeypatch):
     monkeypatch.setattr("slotmoe.quant.kernels.cpu.bindings.load", lambda: None)
     quantize(tmp_path / "source", tmp_path / "torch")
     assert tree(tmp_path / "torch") == tree(tmp_path / "native")
-
-
-def test_files_are_standard_and_records_aligned(made):
-    manifest = json.loads((made / MANIFEST).read_text())
-    size, layers = manifest["experts"]["record_bytes"], manifest["experts"]["layers"]
-    assert size % ALIGNMENT == 0
-    for name in [RESIDENT, *map(layer_file, layers)]:
-        with safe_open(made / name, "pt") as file:
-            assert all(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
-        raw = (made / name).read_bytes()
-        length = int.from_bytes(raw[:8], "little")
-        assert (8 + length) % ALIGNMENT == 0
-        header = json.loads(raw[8 : 8 + length])
-        if name != RESIDENT:
-            for number, pad in enumerate(key for key in header if key.endswith(".pad")):
-                start, stop = header[pad]["data_offsets"]
-                assert stop == (number + 1) * size
-                assert not any(raw[8 + length + start : 8 + length + stop]), "zeros"

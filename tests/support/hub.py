@@ -199,6 +199,15 @@ def make(destination, revision="main", **options):
     return quantize_from_hub(NAME, revision, destination, **options)
 
 
+def fill_cache(names):
+    """What huggingface_hub keeps of earlier downloads; returns the folder."""
+    from huggingface_hub import constants, hf_hub_download
+
+    for name in names:
+        hf_hub_download(NAME, name, cache_dir=constants.HF_HUB_CACHE)
+    return Path(constants.HF_HUB_CACHE)
+
+
 def is_header(handler):
     """Whether a request is for the beginning of a weight file."""
     return handler.headers.get("Range", "").startswith("bytes=0-")
