@@ -1,32 +1,19 @@
 """Each campaign finds nothing wrong in a few seconds, and finds a defect that is planted."""
 
 import json
-import os
 import shlex
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
-from campaigns import CAMPAIGNS, wine
-from campaigns.runner import parse, play
+from campaigns import fuzz, parsers, wine
 
 ROOT = Path(__file__).parents[1]
-# Of each campaign what takes a second or two in CI: in the process of the tests, where that can be.
-USUAL = [
-    "system-calls verify --count 1",
-    "fuzz --blind --count 20",
-    "interrupts plan --count 1",
-    "kills --count 1",
-    "races --count 1",
-    "environments 'no home' --count 2",
-]
-# These have no such part: they take long, or what tests/ has is one.
-OTHERS = {"wine", "escapes", "soak", "server", "clients", "templates", "many-machines"}
-# The others, and more of these, in processes of their own.
+# What takes a second or two of CI, and more of these and others at night.
+USUAL = ["system-calls verify --count 1", "kills --count 1", "races --count 1"]
 SHORT = [
     "system-calls quantize chat --count 1",
     "fuzz --blind --seconds 2",
@@ -51,23 +38,12 @@ def played(line, before=""):
 
 
 @pytest.mark.usefixtures("processes")
-@pytest.mark.parametrize("line", USUAL)
-def test_usual_part(line, capsys):
-    name, *words = shlex.split(line)
-    # One preloads a library, one waits for every child there is, one opens models in 1 GiB with all
-    # that the process has taken, one forks, where torch's threads may be by then.
-    if name in ("system-calls", "races", "fuzz", "kills"):
-        code, reports = played(line)
-        assert code == 0, reports
-        return
-    attack = import_module(f"campaigns.{name.replace('-', '_')}").ATTACK
-    with mock.patch.dict(os.environ):  # a campaign sets variables
-        good = play(name, attack, parse(name, "", attack, [*words, "--seed", "1"]))
-    assert good, capsys.readouterr().out
-
-
-def test_campaigns_have_a_usual_part():
-    assert {line.split()[0] for line in USUAL} == {campaign.name for campaign in CAMPAIGNS} - OTHERS
+@pytest.mark.parametrize(
+    "line", [*USUAL, *(pytest.param(it, marks=pytest.mark.slow) for it in SHORT)]
+)
+def test_nothing_is_wrong(line):
+    code, reports = played(line)
+    assert code == 0, reports
 
 
 def test_no_campaign_shrinks():
@@ -77,17 +53,11 @@ def test_no_campaign_shrinks():
     for name, parts in least.items():
         attack = import_module(f"campaigns.{name.replace('-', '_')}").ATTACK
         assert len(attack.parts) >= parts, name
+    assert {*parsers.PARSERS} == {*fuzz.PARTS}
 
 
 def test_wine_has_a_version_of_each_package():
     assert wine.pins()["numpy"] == "2.1.3" and len(wine.pins()) > 40
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("line", SHORT)
-def test_nothing_is_wrong(line):
-    code, reports = played(line)
-    assert code == 0, reports
 
 
 FUZZ = """
@@ -110,7 +80,6 @@ def deep(data):
 campaigns.parsers.PARSERS["config"] = lambda folder: ([b"........"], deep)
 """
 QUIET_SYNC = """
-import os
 from contextlib import suppress
 from slotmoe.quant.export import writer
 def quiet(file):
