@@ -62,6 +62,7 @@ globals().update({name: kind(name) for name in KINDS})
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(items):
     for item in items:
+        assert " at 0x" not in item.name, f"{item.nodeid}: other workers give it another name"
         if not KINDS.keys().isdisjoint(item.fixturenames):
             item.add_marker("full")
         if "nightly" in item.fixturenames:

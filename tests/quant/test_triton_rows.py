@@ -185,7 +185,9 @@ def ops():
 
 
 @pytest.mark.parametrize(
-    ("make", "how"), [*nth_interpreted(7, CASES), *nth_interpreted(2, OTHERS)], ids=str
+    ("make", "how"),
+    [*nth_interpreted(7, CASES), *nth_interpreted(2, OTHERS)],
+    ids=lambda it: getattr(it, "__name__", str(it)),
 )
 def test_an_operation_beside_float64(ops, make, how):
     torch.manual_seed(0)
