@@ -27,7 +27,7 @@ from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_source import generation_of, open_tokenizer
 from slotmoe.offload.plan.advice import GEOMETRIES, geometry_path
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.sessions.blocks import Block, BlockFolder, chain
+from slotmoe.offload.sessions.blocks import BlockFolder, TokenBlock, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved, listing
 from slotmoe.quant.export.layout import checksum, tensor_parts
 from slotmoe.quant.export.manifest import manifest_checksum
@@ -257,15 +257,15 @@ def block(folder):
     remarks, tokens = [], list(range(20))
     store = BlockFolder(folder / "blocks", 1 << 20, remarks.append)
     store.add(
-        [Block(bytes(16), 0, tokens)], per_token(24), lambda block: memoryview(bytes(24 * 20))
+        [TokenBlock(bytes(16), 0, tokens)], per_token(24), lambda block: memoryview(bytes(24 * 20))
     )
     (path,) = (folder / "blocks" / "00").iterdir()
 
     def parse(data):
         path.write_bytes(data[:-16] + xxhash.xxh3_128_digest(data[:-16]))
         found = (
-            store.read(Block(bytes(16), 0, tokens[:9]), per_token(24)),
-            store.read(Block(bytes(16), 0, tokens), per_token(24)),
+            store.read(TokenBlock(bytes(16), 0, tokens[:9]), per_token(24)),
+            store.read(TokenBlock(bytes(16), 0, tokens), per_token(24)),
         )
         for read in filter(None, found):
             assert read[0].tokens == tokens and len(read[1]) == 24 * len(tokens)

@@ -171,7 +171,7 @@ TEMPLATE = Child(
     """
 import datetime, functools
 from jinja2 import ext, nodes, sandbox, utils
-class Generation(ext.Extension):
+class GenerationTag(ext.Extension):
     tags = {"generation"}
     def parse(self, parser):
         line = next(parser.stream).lineno
@@ -198,7 +198,7 @@ def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=Fa
     how = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
     return json.dumps(value, ensure_ascii=ensure_ascii, **how)
 environment = sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+    trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, ext.loopcontrols]
 )
 environment.globals.update(raise_exception=raise_exception, strftime_now=now)
 environment.globals.update(dict=Dict(), namespace=Namespace)

@@ -61,7 +61,7 @@ def unpacked(data: bytes) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Block:
+class TokenBlock:
     """``tokens`` from position ``start`` on, or the snapshot behind them."""
 
     parent: bytes
@@ -77,9 +77,9 @@ class Block:
     def end(self) -> int:
         return self.start + len(self.tokens)
 
-    def begun(self, count: int, is_snapshot: bool = False) -> "Block":
+    def begun(self, count: int, is_snapshot: bool = False) -> "TokenBlock":
         """The block of its first ``count`` tokens, or the snapshot behind them."""
-        return Block(self.parent, self.start, self.tokens[:count], is_snapshot)
+        return TokenBlock(self.parent, self.start, self.tokens[:count], is_snapshot)
 
     def head(self, nbytes: int) -> bytes:
         """How its file begins, where ``nbytes`` follow before the checksum."""
@@ -88,16 +88,16 @@ class Block:
         return head + packed(self.tokens)
 
 
-def chain(root: bytes, tokens: list[int]) -> Iterator[Block]:
+def chain(root: bytes, tokens: list[int]) -> Iterator[TokenBlock]:
     """The blocks of ``tokens``; the last one may be short."""
     parent = root
     for start in range(0, len(tokens), BLOCK_TOKENS):
-        block = Block(parent, start, tokens[start : start + BLOCK_TOKENS])
+        block = TokenBlock(parent, start, tokens[start : start + BLOCK_TOKENS])
         yield block
         parent = block.address
 
 
-Size = Callable[[Block], int]
+Size = Callable[[TokenBlock], int]
 """Bytes of what a block holds."""
 
 
@@ -131,7 +131,7 @@ class BlockFolder:
 
     # Reading
 
-    def read(self, block: Block, size: Size) -> tuple[Block, memoryview] | None:
+    def read(self, block: TokenBlock, size: Size) -> tuple[TokenBlock, memoryview] | None:
         """The block in the place of ``block`` that has most of its tokens at its beginning, whole,
         and its latents; None where no block has the first of them, or what has is damaged."""
         path = self._path(block)
@@ -140,7 +140,7 @@ class BlockFolder:
         data = self._load(path, block, size(block)) if block.tokens else None
         return None if data is None else (block, data)
 
-    def snapshot(self, block: Block, size: Size) -> tuple[Block, memoryview] | None:
+    def snapshot(self, block: TokenBlock, size: Size) -> tuple[TokenBlock, memoryview] | None:
         """The undamaged snapshot behind most of the tokens of ``block``, if there is one."""
         there = {one.address for one in self._children(block.parent, snapshots=True)}
         for count in range(len(block.tokens) if there else 0, 0, -1):
@@ -151,7 +151,7 @@ class BlockFolder:
                     return begun, data
         return None
 
-    def _load(self, path: Path, block: Block, nbytes: int) -> memoryview | None:
+    def _load(self, path: Path, block: TokenBlock, nbytes: int) -> memoryview | None:
         """What is in the file of ``block``; None where that is nothing to use."""
         head = block.head(nbytes)
         size = len(head) + nbytes + _CHECKSUM_BYTES
@@ -177,21 +177,21 @@ class BlockFolder:
             self._unlink(path)
         return None
 
-    def _closest(self, block: Block) -> tuple[Block, Path]:
+    def _closest(self, block: TokenBlock) -> tuple[TokenBlock, Path]:
         """The one in the place of ``block`` that begins with most of its tokens, empty for none."""
         best, most = (block.begun(0), self.folder), 0
         for entry in islice(self._children(block.parent), _MOST_SIBLINGS):
             held = _tokens(entry)
             if (common := shared_prefix(held, block.tokens)) > most:
-                best, most = (Block(block.parent, block.start, held), entry.path), common
+                best, most = (TokenBlock(block.parent, block.start, held), entry.path), common
         return best
 
-    def touch(self, block: Block) -> None:
+    def touch(self, block: TokenBlock) -> None:
         """The chain up to ``block`` was used now."""
         with suppress(OSError):  # evicted meanwhile, or a folder that can only be read
             os.utime(self._path(block))
 
-    def _path(self, block: Block) -> Path:
+    def _path(self, block: TokenBlock) -> Path:
         parent, state = block.parent.hex(), "-state" * block.is_snapshot
         name = f"{parent}-{block.start:08}-{len(block.tokens):02}-{block.address.hex()}{state}"
         return self.folder / parent[:2] / name
@@ -206,10 +206,10 @@ class BlockFolder:
 
     def add(
         self,
-        blocks: list[Block],
+        blocks: list[TokenBlock],
         size: Size,
-        content: Callable[[Block], memoryview],
-        snapshots: Iterable[Block] = (),
+        content: Callable[[TokenBlock], memoryview],
+        snapshots: Iterable[TokenBlock] = (),
     ) -> int:
         """Keep the ``blocks`` of one chain, from its root on, and ``snapshots`` in them;
         ``content`` is asked of those that are not there.  What can't be written, or has no room, is
@@ -241,13 +241,13 @@ class BlockFolder:
             self._say(f"{self.folder}: can't be written ({reason}), so it is kept in part only")
         return written
 
-    def _is_covered(self, block: Block) -> bool:
+    def _is_covered(self, block: TokenBlock) -> bool:
         """Whether a longer block begins with its tokens."""
         count = len(block.tokens)
         longer = (one for one in self._children(block.parent) if one.count > count)
         return any(_tokens(one)[:count] == block.tokens for one in longer)
 
-    def _write(self, block: Block, head: bytes, content: memoryview) -> int:
+    def _write(self, block: TokenBlock, head: bytes, content: memoryview) -> int:
         """Write a block, and remove what it has grown out of.  Returns the bytes that frees."""
         digest = xxhash.xxh3_128(head)
         digest.update(content)
@@ -259,7 +259,7 @@ class BlockFolder:
                 freed += entry.nbytes * self._unlink(entry.path)
         return freed
 
-    def sweep(self, wanted: Iterable[Block]) -> tuple[int, list[OSError]]:
+    def sweep(self, wanted: Iterable[TokenBlock]) -> tuple[int, list[OSError]]:
         """Remove all but ``wanted`` blocks and their snapshots; bytes freed, and errors."""
         with self._locked() as lock:
             before, total = self._tidy((), self.limit), self._tidy(wanted, 0)
@@ -281,7 +281,7 @@ class BlockFolder:
     # The limit.  The lock's file holds the bytes of all blocks, so that not every save counts them.
     # Bytes are added before a file is written: after a kill they are too many, until counted again.
 
-    def _reserve(self, lock: int, size: int, kept: Iterable[Block]) -> bool:
+    def _reserve(self, lock: int, size: int, kept: Iterable[TokenBlock]) -> bool:
         """Count ``size`` more bytes, evicting others than ``kept`` where they have no room."""
         total = self._total(lock)
         if total + size > self.limit:
@@ -299,7 +299,7 @@ class BlockFolder:
     def _set_total(self, lock: int, total: int) -> None:
         system.write_at(lock, memoryview(b"%020d" % total), 0)
 
-    def _tidy(self, kept: Iterable[Block], limit: int) -> int:
+    def _tidy(self, kept: Iterable[TokenBlock], limit: int) -> int:
         """Remove what killed writers left, then the blocks used longest ago but ``kept`` and their
         snapshots, down to ``limit`` bytes.  Returns the bytes that are left.  A block was used when
         its latest descendant was, and one whose parent is gone never."""

@@ -14,7 +14,7 @@ from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.engine.passes import Sequence
 from slotmoe.offload.machine import check_locks
 from slotmoe.offload.sessions import blocks
-from slotmoe.offload.sessions.blocks import BLOCK_TOKENS, FORMAT, Block, chain, shared_prefix
+from slotmoe.offload.sessions.blocks import BLOCK_TOKENS, FORMAT, TokenBlock, chain, shared_prefix
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.kernels.cpu.bindings import load
 from slotmoe.sizes import parse_size
@@ -46,7 +46,7 @@ class Sessions:
     def restore(self, sequence: Sequence, prompt: list[int], owner: str = "") -> int:
         """Append what the disk has of ``prompt`` to ``sequence``, its beginning; tokens added."""
         held, latest = sequence.length, None
-        there = list[Block]()  # what is in the state now behind the tokens that it held
+        there = list[TokenBlock]()  # what is in the state now behind the tokens that it held
         for block in chain(self.root(owner), prompt):
             if block.end <= held:
                 continue
@@ -65,7 +65,7 @@ class Sessions:
         self._counts["restored_tokens"] += sequence.length - held
         return sequence.length - held
 
-    def _resume(self, sequence: Sequence, prompt: list[int], block: Block) -> bool:
+    def _resume(self, sequence: Sequence, prompt: list[int], block: TokenBlock) -> bool:
         """Let ``sequence`` go on as far as a snapshot in ``block`` allows; whether one does."""
         end, snapshot = block.end, _NONE
         if self._state.snapshot_bytes(end):
@@ -82,7 +82,7 @@ class Sessions:
         self._counts["read_bytes"] += len(data)
         return torch.frombuffer(data, dtype=torch.uint8) if len(data) else _NONE
 
-    def _size(self, block: Block) -> int:
+    def _size(self, block: TokenBlock) -> int:
         if block.is_snapshot:
             return self._state.snapshot_bytes(block.end)
         return self._state.saved_bytes(block.start, block.end)
@@ -99,7 +99,7 @@ class Sessions:
         if not tokens:
             return
 
-        def content(block: Block) -> memoryview:
+        def content(block: TokenBlock) -> memoryview:
             if not block.is_snapshot:
                 return state.saved(block.start, block.end).numpy().data
             snapshot = state.snapshot(block.end)
@@ -107,7 +107,7 @@ class Sessions:
             return snapshot.numpy().data
 
         there = list(chain(self.root(owner), tokens))
-        snapshots = list[Block]()
+        snapshots = list[TokenBlock]()
         for mark in state.marks:
             if mark <= len(tokens):
                 block = there[(mark - 1) // BLOCK_TOKENS]

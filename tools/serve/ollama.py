@@ -26,7 +26,7 @@ router = APIRouter(prefix=OLLAMA_PATH)
 _VERSION = "0.13.0"  # of Ollama, whose API this is: clients ask for a least one
 
 
-class Options(openai.OpenAIRequest):
+class OllamaOptions(openai.OpenAIRequest):
     """Most say how to load a model, and are ignored."""
 
     model: Label = ""
@@ -58,7 +58,7 @@ class OllamaMessage(requests.Model):
 class OllamaRequest(requests.Model):
     model: Label
     stream: bool | None = Field(None, description="true if not given")
-    options: Options | None = None
+    options: OllamaOptions | None = None
     format: Literal["", "json"] | Json | None = None
     think: bool | Label | None = None
     logprobs: bool | None = None
@@ -68,7 +68,7 @@ class OllamaRequest(requests.Model):
     def answer_options(self, service: Service) -> requests.AnswerOptions:
         """Raises ``RefusedError``, also for another model than the server's."""
         service.check_model(self.model)
-        options, logprobs = self.options or Options.model_construct(), self.top_logprobs
+        options, logprobs = self.options or OllamaOptions.model_construct(), self.top_logprobs
         limit = max(options.num_predict or -1, -1)
         logprobs = (logprobs or 0) if self.logprobs else None
         return options.options_with(service.vocabulary, limit, logprobs)
