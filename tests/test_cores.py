@@ -10,17 +10,21 @@ import torch
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.devices.pages import Arena, page_aligned
 from slotmoe.offload.runtime import Runtime
-from slotmoe.system import Placement, Processor, choose_placement, cores, placement, processors
+from slotmoe.system import Placement, choose_placement, cores, placement
 from tests.support.kernels import needs_native
 
 GIB = 1 << 30
+
+
+def spans(*ranges):
+    return tuple(number for span in ranges for number in range(*span))
 
 
 class Machine:
     """A tree like Linux's, of ``nodes`` with ``each`` cores and ``smt`` logical CPUs a core, the
     second ones of all cores behind the first; ``packages`` share the nodes out."""
 
-    def __init__(self, root, monkeypatch, each, nodes=1, smt=1, packages=1, free=64):
+    def __init__(self, root, monkeypatch, each, nodes=1, smt=1, packages=1):
         self.root, self.monkeypatch = root, monkeypatch
         count = each * nodes
         for cpu in range(count * smt):
@@ -30,12 +34,10 @@ class Machine:
             self.write(f"{topology}/physical_package_id", core // each * packages // nodes)
         self.write("sys/devices/system/cpu/online", f"0-{count * smt - 1}")
         for node in range(nodes):
-            cpus = [
-                f"{t * count + node * each}-{t * count + node * each + each - 1}"
-                for t in range(smt)
-            ]
-            self.write(f"sys/devices/system/node/node{node}/cpulist", ",".join(cpus))
-            self.memory(node, free)
+            first = [thread * count + node * each for thread in range(smt)]
+            cpus = ",".join(f"{cpu}-{cpu + each - 1}" for cpu in first)
+            self.write(f"sys/devices/system/node/node{node}/cpulist", cpus)
+            self.memory(node, 64)
         self.write("sys/devices/system/node/online", f"0-{nodes - 1}")
         monkeypatch.setattr(placement, "_ROOT", root)
         self.allow(range(count * smt))
@@ -45,7 +47,7 @@ class Machine:
         (self.root / path).write_text(f"{text}\n")
 
     def memory(self, node, free):
-        """Half of what is free holds files."""
+        """Half of what is free (GiB) holds files."""
         half, path = free * GIB // 2048, f"sys/devices/system/node/node{node}/meminfo"
         sizes = {"MemTotal": free << 20, "MemFree": half, "FilePages": half + 5, "Shmem": 5}
         lines = [f"Node {node} {name}:  {size} kB" for name, size in sizes.items()]
@@ -59,104 +61,52 @@ class Machine:
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
-    return lambda *sizes, **named: Machine(tmp_path, monkeypatch, *sizes, **named)
+    return lambda **sizes: Machine(tmp_path, monkeypatch, **sizes)
 
 
-def spans(*ranges):
-    return tuple(number for span in ranges for number in range(*span))
+TWO = {"each": 32, "nodes": 2, "smt": 2, "packages": 2}
+FOUR = {"each": 32, "nodes": 4, "smt": 2, "packages": 2}
+# A machine and GiB to place -> threads, their CPUs and the memory's nodes.
+PLACED = [
+    ({"each": 8}, 1, Placement(8)),
+    ({"each": 16, "smt": 2}, 1, Placement(16, spans((16,)))),
+    (TWO, 64, Placement(32, spans((32,)), (0,))),
+    (TWO, 65, Placement(64, spans((64,)), (0, 1))),
+    ({"each": 16, "nodes": 4}, 200, Placement(64, (), (0, 1, 2, 3))),
+    (FOUR, 100, Placement(64, spans((64,)), (0, 1))),
+    (FOUR, 200, Placement(128, spans((128,)), (0, 1, 2, 3))),
+    ({"each": 192, "nodes": 2, "packages": 2}, 1, Placement(192, spans((192,)), (0,))),
+]
 
 
-def test_one_node(machine):
-    machine(8)
-    assert processors() == [Processor(spans((8,)), (0,), 64 * GIB)]
-    assert choose_placement(GIB) == choose_placement(200 * GIB) == Placement(8)
+@pytest.mark.parametrize(("sizes", "wanted_gib", "chosen"), PLACED)
+def test_threads_and_memory_of_a_machine(machine, sizes, wanted_gib, chosen):
+    """One thread a core, and a model on one processor if that has room."""
+    machine(**sizes)
+    assert choose_placement(wanted_gib * GIB) == chosen
+    given = choose_placement(wanted_gib * GIB, threads=5)
+    assert (given.threads, given.cpus) == (5, ())
 
 
-def test_one_thread_a_core(machine):
-    machine(16, smt=2)
-    assert choose_placement(GIB) == Placement(16, spans((16,)))
-    assert choose_placement(GIB, threads=32) == Placement(32)
-
-
-def test_a_model_that_fits_a_node_stays_there(machine):
-    two = machine(32, nodes=2, smt=2, packages=2)
-    two.memory(0, 60)
-    assert choose_placement(GIB).nodes == (1,)
-    assert choose_placement(64 * GIB) == Placement(32, spans((32, 64)), (1,))
-    assert choose_placement(65 * GIB) == Placement(64, spans((64,)), (0, 1))
-    assert choose_placement(GIB, threads=8) == Placement(8, (), (0, 1))
-    two.memory(1, 60)
-    assert choose_placement(GIB) == Placement(32, spans((32,)), (0,))
-
-
-def test_nodes_of_one_processor_belong_together(machine):
-    machine(16, nodes=4, packages=1)
-    assert choose_placement(200 * GIB) == Placement(64, (), (0, 1, 2, 3))
-    machine(32, nodes=4, packages=2, smt=2)
-    assert choose_placement(100 * GIB) == Placement(64, spans((64,)), (0, 1))
-    assert choose_placement(200 * GIB) == Placement(128, spans((128,)), (0, 1, 2, 3))
-
-
-def test_nodes_without_memory_or_without_cores(machine):
-    odd = machine(8, nodes=4, packages=4)
+def test_odd_machines(machine):
+    """Nodes without memory, without cores; slow cores beside fast ones; fewer CPUs, less time."""
+    odd = machine(each=8, nodes=4, packages=4)
+    odd.memory(0, 60)
     odd.memory(1, 0)
     odd.write("sys/devices/system/node/node3/cpulist", "")
-    assert processors()[1] == Processor(spans((8, 16)))
+    assert choose_placement(GIB) == Placement(8, spans((16, 24)), (2,))
     assert choose_placement(150 * GIB) == Placement(24, spans((24,)), (0, 2))
-    odd.allow(range(24))  # CPUs that no node has are not there
-    odd.write("sys/devices/system/cpu/online", "0-23")
-    assert choose_placement(GIB) == Placement(8, spans((8,)), (0,))
-
-
-def test_whoever_chose_the_cpus_has_chosen(machine):
-    two = machine(8, nodes=2, smt=2, packages=2)
-    two.allow({2, 3, 18, 19, 4})  # of cores 2, 3 and 4
+    odd.allow({7, 8, 9})  # whoever chose them has chosen
     assert choose_placement(GIB) == Placement(3)
-    two.allow({7, 8, 9})
-    assert choose_placement(GIB) == Placement(3, (), (0, 1))
-    two.allow(range(32))
-    two.write("sys/devices/system/cpu/online", "0-7,16-23")  # the others are switched off
-    two.allow({*range(8), *range(16, 24)})
-    assert choose_placement(GIB) == Placement(8, spans((8,)))
-
-
-def test_slow_cores_beside_fast_ones(machine):
-    hybrid = machine(12, smt=1)
+    for quota, count in ("350000 100000", 4), ("20000 100000", 1), ("not a number", 12):
+        hybrid = machine(each=12)
+        hybrid.write("sys/fs/cgroup/cpu.max", quota)
+        assert (cores(), choose_placement(GIB).threads) == (count, count)
     for cpu in range(12):
         hybrid.write(f"sys/devices/system/cpu/cpu{cpu}/cpu_capacity", 1024 if cpu < 4 else 400)
     assert choose_placement(GIB) == Placement(4, spans((4,)))
-    hybrid.write("sys/devices/cpu_core/cpus", "0-7")
-    assert choose_placement(GIB) == Placement(8, spans((8,)))
     hybrid.allow({8, 9})
     assert choose_placement(GIB) == Placement(2)
-
-
-def test_no_topology_at_all(machine, monkeypatch, tmp_path):
-    monkeypatch.setattr(placement, "_ROOT", tmp_path / "nothing")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
-    assert choose_placement(GIB) == Placement(3)
-    monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(placement.psutil, "cpu_count", lambda logical: 10)
-    assert (cores(), choose_placement(GIB)) == (10, Placement(10))
-    monkeypatch.setattr(placement.psutil, "cpu_count", lambda logical: None)
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert cores() == 6
-
-
-@pytest.mark.parametrize(
-    ("quota", "count"),
-    [("max 100000", 64), ("350000 100000", 4), ("20000 100000", 1), ("not a number", 64)],
-)
-def test_a_cgroup_gives_less_time(machine, quota, count):
-    machine(64, smt=2).write("sys/fs/cgroup/cpu.max", quota)
-    assert cores() == count
-    assert choose_placement(GIB) == Placement(count, spans((64,)))
-
-
-def test_no_more_threads_than_the_kernels_start(machine):
-    machine(192, nodes=2, packages=2)
-    assert cores() == 256
-    assert choose_placement(GIB).threads == 192
 
 
 def test_memory_lies_on_the_nodes():

@@ -14,7 +14,7 @@ import pytest
 msvcrt = pytest.importorskip("msvcrt", reason="on Windows alone")
 
 from slotmoe import system
-from slotmoe.offload.devices.pages import Touching, page_aligned
+from slotmoe.offload.devices.pages import page_aligned
 from slotmoe.offload.machine import process_bytes
 from slotmoe.system import windows
 
@@ -76,20 +76,6 @@ def test_reads_of_many_threads(tmp_path):
         os.close(handle)
 
 
-def test_several_in_flight(tmp_path):
-    """Where reads wait for each other, so would the write that ends these."""
-    name, duplex, overlapped = r"\\.\pipe\slotmoe-own", 3, 0x40000000
-    KERNEL.CreateNamedPipeW.restype = KERNEL.CreateFileW.restype = ctypes.c_void_p
-    server = KERNEL.CreateNamedPipeW(name, duplex | overlapped, 0, 1, 4096, 4096, 0, None)
-    client = KERNEL.CreateFileW(name, 0xC0000000, 0, None, 3, overlapped, None)
-    ends = [msvcrt.open_osfhandle(handle, os.O_BINARY) for handle in (server, client)]
-    with ThreadPoolExecutor(4) as pool:
-        waiting = [pool.submit(read, end, 1, 0) for end in (*ends, *ends)]
-        for end in (*ends, *ends):
-            system.write_at(end, memoryview(b"x"), 0)
-        assert [future.result(30) for future in waiting] == [b"x"] * 4
-
-
 def test_an_exception_strikes_a_read(tmp_path):
     """Windows may still write: the memory is kept, and the event serves no other read."""
     handle = opened(new_file(tmp_path, "struck", bytes(range(256))))
@@ -139,51 +125,6 @@ def test_a_file_over_4_gib(tmp_path):
     assert read(handle, 100, there) == b"far away"
     assert not any(read(handle, 8, there - (4 << 30)))
     os.close(handle)
-
-
-class Region(ctypes.Structure):
-    """``MEMORY_BASIC_INFORMATION``."""
-
-    _fields_ = (
-        *(("start", ctypes.c_uint64), ("first", ctypes.c_uint64), ("asked", ctypes.c_uint64)),
-        *(("size", ctypes.c_uint64), ("state", ctypes.c_uint32), ("protect", ctypes.c_uint32)),
-        *(("type", ctypes.c_uint32), ("_", ctypes.c_uint32)),
-    )
-
-
-def region_at(address):
-    region = Region()
-    sizes = ctypes.byref(region), ctypes.c_size_t(ctypes.sizeof(region))
-    return region if KERNEL.VirtualQuery(ctypes.c_void_p(address), *sizes) else None
-
-
-def is_promised(region):
-    """It is committed, private, and may be written."""
-    return (region.state, region.type, region.protect) == (0x1000, 0x20000, 4)
-
-
-def test_memory_is_private_and_freed(tmp_path):
-    memory, locked, usual = page_aligned((5 << 20) + 1), [], KERNEL.VirtualLock
-    view, address = memory[100:].numpy().data, memory.data_ptr()
-    assert is_promised(region_at(address)) and not any(view)
-
-    def lock(address, size):
-        locked.append((address.value, size.value))
-        return usual(address, size)
-
-    KERNEL.VirtualLock = lock
-    try:
-        touching = Touching(memory, 4096)
-        touching.finish()
-    finally:
-        KERNEL.VirtualLock = usual
-    assert locked == [(address, 4096), (address + 4096, len(memory) - 4096)], locked
-    del memory, touching
-    assert is_promised(region_at(address))
-    del view
-    assert region_at(address).state == 0x10000  # free
-    with suppress(OSError):
-        raise AssertionError(system.private_pages(0, True))
 
 
 def test_memory_counts_what_is_promised(tmp_path):

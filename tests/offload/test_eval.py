@@ -96,16 +96,6 @@ def test_method_of_llama_cpp(name, window, evaluate):
     assert report["perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-6)
 
 
-@pytest.mark.parametrize("first", nth(3, [0, 1, 127, 512, 128, 511, 699]))
-def test_logits_from_are_the_rows_of_logits(first, sample_export):
-    ids = [(7 * i) % 4096 for i in range(700)]
-    with Runtime.open(sample_export, context=700) as runtime:
-        wanted = runtime.logits(ids)[first:]
-        pieces = list(runtime.logits_from(ids, first))
-        assert max(map(len, pieces)) <= 128
-        assert torch.equal(torch.cat(pieces), wanted)
-
-
 def test_several_texts_and_an_export_as_reference(evaluate):
     report = evaluate("export", "--text", "two", "--reference", "export")
     assert [Path(file["file"]).name for file in report["files"]] == ["text", "two"]

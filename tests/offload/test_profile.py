@@ -223,15 +223,6 @@ def test_without_matplotlib_and_a_terminal_it_says_so(profile, monkeypatch, tmp_
     assert "img" not in Page(tmp_path / "out").tags
 
 
-def test_long_text_is_cut_and_said(profile, tmp_path, no_charts):
-    (tmp_path / "long.txt").write_text(TEXT * 500)
-    code, _, err = profile("--text", tmp_path / "long.txt", "--context", "64", "-n", "4")
-    assert (code, "the first 60 tokens are used" in err) == (0, True)
-    text = "x" + "é" * 5000  # every even byte from the start is inside a character
-    (tmp_path / "long.txt").write_text(text)
-    assert profile("--text", tmp_path / "long.txt", "--context", "32", "-n", "4")[0] == 0
-
-
 REFUSED = {
     "--text latin.txt": "latin.txt: byte 3 is not UTF-8 (try iconv",
     "x --text empty.txt": "PROMPT and --text are both given",
@@ -298,9 +289,3 @@ def test_what_takes_memory_of_its_own_begins_when_the_model_is_gone(
     assert (code, "Traceback" in err) == (0, False), err
     wanted = {"profile": {"ram_bandwidth", "draw"}, "bench": {"core_rates", "store"}}[command]
     assert done == wanted | {"drive_bandwidths", "disk_latency"}
-
-
-def test_warm_slots_are_full_before_the_first_token(profile, no_charts):
-    options = TEXT, "-n", "5", "--slots", "224", "--json"
-    runs = [json.loads(profile(*options, *warm)[1]) for warm in ([], ["--warm"])]
-    assert runs[0]["cache"]["hit_rate"] < runs[1]["cache"]["hit_rate"] == 1.0

@@ -91,17 +91,6 @@ def test_messages_go_through_the_chat_template_and_what_is_new_is_read(talking):
     assert decode(chat.sent[2]) == "User: Again\n\nAssistant:"
 
 
-def test_answers_are_as_the_options_say(talking):
-    """The likeliest alone is as likely as itself, and a penalty changes the answer."""
-    first, again, other = (
-        said(talking(**options).answer("Who goes there?"))
-        for options in ({}, {"temperature": 1.0, "min_p": 1.0}, {"repetition_penalty": 2.0})
-    )
-    assert first == again != other
-    stopped = said(talking(stop=[first[5:8]]).answer("Who goes there?"))
-    assert stopped == first[: first.index(first[5:8])].rstrip()
-
-
 def test_regenerate_reads_nothing_and_gives_another_answer(talking):
     with pytest.raises(ConfigError, match="no answer yet"):
         talking().regenerate()

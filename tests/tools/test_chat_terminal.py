@@ -1,7 +1,6 @@
 """``slotmoe chat`` on a terminal: keys, history, answers as Markdown, and Ctrl-C at any time."""
 
 import io
-import signal
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from rich.console import Console
 from slotmoe.model.sampling import Sampling
 from slotmoe.tools.chat import COMMANDS, talk
 from slotmoe.tools.chat.conversation import Dialogue
-from slotmoe.tools.chat.terminal import Terminal, View, finished, markdown
+from slotmoe.tools.chat.terminal import Terminal, finished, markdown
 from tests.support.forkserver import OnTerminal
 
 
@@ -73,37 +72,6 @@ def test_refused_message_can_be_edited(terminal, chat):
     assert [exchange.user for exchange in chat.exchanges] == ["short"]
     printed = terminal.printed.getvalue()
     assert "--context" in printed and "/nonsense: no such command" in printed
-
-
-@pytest.mark.parametrize("again", [False, True])
-def test_interrupt_stops_the_answer_and_keeps_the_session(terminal, chat, monkeypatch, again):
-    def add(self, piece):
-        shown.append(piece)
-        if len(shown) == 3:  # of the first answer
-            pressed.append(True)
-            signal.raise_signal(signal.SIGINT)
-        added(self, piece)
-
-    def close(self):
-        views.append(self)
-        if again and pressed and pressed.pop():  # pressed again while the first is dealt with
-            signal.raise_signal(signal.SIGINT)
-        closed(self)
-
-    pressed, views, shown, closed, added = [], [], [], View.close, View.add
-    monkeypatch.setattr(View, "close", close)
-    monkeypatch.setattr(View, "add", add)
-    before = signal.getsignal(signal.SIGINT)
-    terminal.keys.send_text("Hello\rGo on\r\x04")
-    with terminal.talking():
-        talk(chat, terminal, Path())
-    first, second = chat.exchanges
-    assert (first.user, second.user) == ("Hello", "Go on")
-    assert 0 < len(first.assistant) < len(second.assistant)
-    above, *below = terminal.printed.getvalue().split("stopped\n")
-    assert len(below) == 1 and first.assistant.splitlines()[0] in above
-    assert not any(view.live.is_started for view in views)
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 LINES = """# Title

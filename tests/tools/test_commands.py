@@ -1,8 +1,6 @@
 """The command line: exit codes, one clear line of complaint before any work, what goes to stdout
 and what to stderr, a user's own defaults, and what help shows."""
 
-import contextlib
-import io
 import json
 import re
 import shlex
@@ -12,12 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from slotmoe.quant.codecs.weight import CodedWeight, dequantize
 from slotmoe.quant.export.layout import PROJECTIONS
 from slotmoe.quant.export.reader import Export
-from slotmoe.tools.tables import byte_bars, table
 from tests.support.forkserver import ROOT
 from tests.support.tiny import SMALL, write_checkpoint
 
@@ -234,31 +230,6 @@ def test_help_and_refusals_need_no_torch():
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     assert "slotmoe run sample" in child.stdout and "--max-new-tokens" in child.stdout
-
-
-def test_help_shows_what_is_used_often_and_help_all_the_rest(slotmoe):
-    texts = (slotmoe("run", name)[1].partition("Examples:")[2] for name in ("--help", "--help-all"))
-    some, rest = (re.findall(r"(?m)^  .*?(--[a-z-]+)", it.partition("\n\n")[2]) for it in texts)
-    assert {"--ram", "--max-new-tokens"} <= set(some) < set(rest)
-    assert {"--slots", "--misses", "--session-limit"} <= set(rest) - set(some)
-    assert len(some) < 20
-
-
-def test_a_narrow_terminal(monkeypatch):
-    """A table that does not fit is a list, and bars are shares."""
-    columns, row = ["codec", "bits\na weight", "tokens/s"], ["lut, of three kinds", "4.25", "11.5"]
-    for width, expected in ((80, 1), (34, 3)):
-        monkeypatch.setenv("COLUMNS", str(width))
-        console = Console(file=io.StringIO())
-        console.print(table(columns, [row], "What codes cost in this case"))
-        out = console.file.getvalue()
-        assert all(cell in out for cell in row) and "…" not in out
-        assert sum(any(cell in line for cell in row) for line in out.splitlines()) == expected
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    with contextlib.redirect_stderr(terminal), byte_bars("Reading") as (update,):
-        update(1, 2)
-    assert "50% Reading" in terminal.getvalue() and "━" not in terminal.getvalue()
 
 
 # A user's own defaults.

@@ -6,12 +6,10 @@ from importlib import metadata
 
 import pytest
 
-from slotmoe import system
 from slotmoe.model.network import Network
 from slotmoe.offload import runtime
 from slotmoe.offload.devices import cuda
 from slotmoe.tools import doctor
-from tests.support.kernels import native, needs_native
 from tests.support.twin import Twin
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -45,27 +43,6 @@ def test_this_machine(report, slotmoe, monkeypatch):
     assert checks["serve"]["advice"] == "pip install 'slotmoe[serve]'"
 
 
-def test_other_processors(report, monkeypatch, tmp_path):
-    monkeypatch.setattr("slotmoe.system.posix.CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(doctor.platform, "machine", lambda: "aarch64")
-    (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\n")
-    assert report()[1]["processor"]["found"].endswith(" cores, NEON, sdot, i8mm")
-    for name, tested in (("Darwin", "on Linux alone"), ("Windows", "under Wine alone")):
-        monkeypatch.setattr(doctor.platform, "system", lambda name=name: name)
-        check = report()[1]["system"]
-        assert check["state"] == "note" and tested in check["advice"]
-
-
-def test_several_nodes(report, monkeypatch):
-    two = [system.Processor((0,), (0,), 1), system.Processor((1,), (1,), 1)]
-    monkeypatch.setattr(system, "processors", lambda: two)
-    for allowed, state in ((True, "ok"), (False, "note")):
-        monkeypatch.setattr(system, "lie_on", lambda *_, allowed=allowed: allowed)
-        check = report()[1]["NUMA"]
-        assert check["state"] == state and check["found"].startswith("2 nodes; memory ")
-        assert ("mbind" in check["advice"]) != allowed
-
-
 def test_missing_kernels(report, monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.machine.quant, "__file__", str(tmp_path / "__init__.py"))
     code, checks = report()
@@ -76,20 +53,6 @@ def test_missing_kernels(report, monkeypatch, tmp_path):
     checks = report()[1]
     assert checks["kernels"]["advice"].startswith("install a C++ compiler")
     assert checks["compiler"]["state"] == "note"
-
-
-@needs_native
-def test_a_wanted_instruction_set(report, monkeypatch):
-    before = native.isa
-    try:
-        monkeypatch.setenv("SLOTMOE_INSTRUCTIONS", "portable")
-        assert report()[1]["kernels"]["found"] == "native, portable"
-        monkeypatch.setenv("SLOTMOE_INSTRUCTIONS", "quantum")
-        code, checks = report()
-        assert (code, checks["kernels"]["advice"]) == (1, "unset SLOTMOE_INSTRUCTIONS")
-        assert "no instruction set 'quantum'" in checks["kernels"]["found"]
-    finally:
-        native.set_isa(before)
 
 
 def test_a_gpu_needs_a_cuda_build_of_torch(report, monkeypatch, tmp_path):

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import sys
 from random import Random
 
@@ -12,7 +11,7 @@ from rich.text import Text
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.chat import Pipe
 from slotmoe.tools.options import say
-from slotmoe.tools.screen import commanded, guard_streams, json_of
+from slotmoe.tools.screen import commanded, guard_streams
 from slotmoe.tools.tables import Console, byte_bars, table
 from tests.support import escapes
 from tests.support.escapes import CODES, PLANT, obeyed
@@ -116,8 +115,3 @@ def test_nothing_that_rich_draws_commands(monkeypatch):
     assert not obeyed(shown, on_terminal=True)
     for text in ("[bold]y[/]", ":smile:", "[b]", "\\x1b]8;;http", "slotmoe: \\x1b]0;title"):
         assert text in shown, text
-
-
-def test_json_has_no_control_character():
-    text = json_of({PLANT: PLANT})
-    assert json.loads(text) == {PLANT: PLANT} and text.isprintable()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from slotmoe.errors import ConfigError, PlanError
+from slotmoe.errors import PlanError
 from slotmoe.model.generate import Answer
 from slotmoe.model.tokenizer import ReasoningMarks, Splitter, TextStream, Tokenizer
 from slotmoe.offload.ingest.quantize import quantize
@@ -112,20 +112,6 @@ def test_a_system_message_and_stop_strings(export, run, reported):
     messages = json.loads(saved.read_text())["messages"]
     assert [message["role"] for message in messages] == ["system", *["user", "assistant"] * 2]
     assert messages[0]["content"] == "Be kind."
-
-
-NO_PROMPTS = [
-    ([{"role": "user", "content": "Hi"}], r"holds a dict.*a conversation as messages="),
-    (["Hi"], "holds a str, expected text or token ids"),
-    (None, "give a prompt or messages"),
-    ([], "the prompt is empty"),
-]
-
-
-def test_what_is_no_prompt(runtime):
-    for prompt, problem in NO_PROMPTS:
-        with pytest.raises(ConfigError, match=problem):
-            runtime.generate(prompt)
 
 
 @pytest.mark.usefixtures("processes")
