@@ -61,13 +61,13 @@ CAMPAIGNS = (
     Campaign(
         "soak",
         "Tokens under random budgets, policies, sessions, Ctrl-C, errors and bad reads, also beside"
-        " threads: the same bits, no descriptor or thread more, memory +5% at most.",
+        " threads: the same bits, nothing left open, memory +5% at most.",
         "24,026 tokens; memory +0.3%",
     ),
     Campaign(
         "server",
         "A hundred clients ask, leave, send half requests and nonsense for half an hour: answers as"
-        " of a model alone, no descriptor more, memory +2% at most.",
+        " of a model alone, nothing left open, memory +2% at most.",
         "250,093 requests; memory +1.0%",
     ),
     Campaign(

@@ -12,21 +12,21 @@ PRODUCT = ("model", "quant", "offload", "tools", "slotmoe")
 SAMPLE_SLOTS = 56  # a quarter of the sample's
 BOUNDS = {
     # lines of Python
-    "model": 4_740,
+    "model": 4_299,
     "quant": 5_706,
-    "offload": 11_420,
-    "tools": 8_830,
-    "slotmoe": 1_602,
-    "product": 32_470,
-    "bench": 1_100,
-    "tests": 31_980,
-    "campaigns": 3_500,
+    "offload": 10_585,
+    "tools": 8_094,
+    "slotmoe": 1_898,
+    "product": 30_582,
+    "bench": 1_099,
+    "tests": 27_033,
+    "campaigns": 3_438,
     # its files
-    "product files": 207,
+    "product files": 150,
     # lines of C++ and headers
     "C++": 5_918,
     # words of README.md and docs/
-    "words": 31_400,
+    "words": 19_952,
 }
 WAY = {
     # the project's Python files that run for a decoded token of the sample
@@ -35,7 +35,9 @@ WAY = {
     # and calls of their functions
     "calls, warm": 99,
 }
-WRONG = "{} is {:,}, and its bound {:,}: raising one needs an issue that grants it by number"
+SLACK = 0.01  # a number may be so much below its bound
+OVER = "{} is {:,}, above its bound {:,}: raising one needs an issue that grants it by number"
+UNDER = "{} is {:,}, well below its bound {:,}: lower that"
 
 
 def files(folder, *endings):
@@ -50,9 +52,12 @@ def lines(paths):
 
 def check(found, bounds):
     assert found.keys() == bounds.keys()
-    over = [WRONG.format(name, found[name], most) for name, most in bounds.items()
-            if found[name] > most]  # fmt: skip
-    assert not over, "\n".join(over)
+    wrong = []
+    for name, most in bounds.items():
+        if not most - max(1, SLACK * most) <= found[name] <= most:
+            told = OVER if found[name] > most else UNDER
+            wrong.append(told.format(name, found[name], most))
+    assert not wrong, "\n".join(wrong)
 
 
 def test_size():
