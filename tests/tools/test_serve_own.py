@@ -189,7 +189,7 @@ def test_ollamas_calls_have_objects(served, monkeypatch, limit):
         assert call["function"]["index"] == index
 
 
-def test_ollamas_results_need_no_ids(served):
+def test_ollamas_results_need_no_ids(served, monkeypatch):
     """What the model reads is what it reads of the same conversation with ids."""
     made = [("weather", {"city": "Rome"}), ("stop", {}), ("weather", {"city": "Paris"})]
     calls = [{"function": {"name": name, "arguments": given}} for name, given in made]
@@ -202,8 +202,11 @@ def test_ollamas_results_need_no_ids(served):
     ]
     answered = [{"role": "tool", "tool_call_id": n, "content": text} for _, text, n in results]
     theirs = [*USER, {"role": "assistant", "content": "", "tool_calls": numbered}, *answered]
+    texts, encode = [], served.service.encode
+    monkeypatch.setattr(served.service, "encode", lambda text: texts.append(text) or encode(text))
     want = ask(served, CHAT, messages=theirs, tools=TOOLS)
     got = ask(served, OLLAMA, messages=ours, tools=TOOLS)
+    assert texts[0] == texts[1]
     assert parts_of(CHAT, want) == parts_of(OLLAMA, got) and counts_of(want) == counts_of(got)
     status, answer = served.post(OLLAMA, **{**ASKED[OLLAMA], "messages": [*USER, named[0]]})
     assert status == 400 and "answers no call" in answer["error"]
