@@ -78,6 +78,14 @@ def test_an_export_is_rebuilt_from_the_documented_bytes(exports, choice):
     assert order == sorted(order)  # all codes, then all scales, then the padding
     ends = [part["offset"] + part["bytes"] for part in record.values()]
     assert [0, *ends] == [*[part["offset"] for part in record.values()], experts["record_bytes"]]
+    assert experts["record_bytes"] % 4096 == 0
+    for name in (RESIDENT, *map(layer_file, experts["layers"])):
+        raw = (path / name).read_bytes()
+        (length,) = struct.unpack_from("<Q", raw)
+        assert (8 + length) % 4096 == 0, "the first record is aligned too"
+        pads = [part for key, part in json.loads(raw[8 : 8 + length]).items() if "pad" in key]
+        for start, end in (part["data_offsets"] for part in pads):
+            assert not any(raw[8 + length + start : 8 + length + end])
 
 
 @by_choice
