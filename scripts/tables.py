@@ -22,11 +22,11 @@ from slotmoe.tools.cli import cli
 from slotmoe.tools.plan import figure
 from slotmoe.tools.serve.anthropic import MessagesRequest
 from slotmoe.tools.serve.openai import ChatRequest, CompletionRequest
-from slotmoe.tools.serve.requests import Model
+from slotmoe.tools.serve.requests import Fields
 from slotmoe.tools.serve.responses import ResponsesRequest
 
 PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
-REQUESTS: dict[str, type[Model]] = {
+REQUESTS: dict[str, type[Fields]] = {
     "chat": ChatRequest,
     "text": CompletionRequest,
     "responses": ResponsesRequest,

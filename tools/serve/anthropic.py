@@ -71,7 +71,7 @@ class Offer:
         return policy and replace(policy, functions=self._tools, deferred=self._deferred)
 
 
-class DocumentSource(requests.Model):
+class DocumentSource(requests.Fields):
     """Of a document: ``data`` is plain text, ``content`` has blocks."""
 
     type: Literal["text", "content"]
@@ -79,7 +79,7 @@ class DocumentSource(requests.Model):
     content: "Content | None" = None
 
 
-class Block(requests.Model):
+class Block(requests.Fields):
     """A part of a message or of a tool's result.  Which fields it needs depends on its type."""
 
     type: requests.Label
@@ -153,7 +153,7 @@ def read(content: str | Iterable[Block] | None, offer: Offer, kinds: str = "") -
     return "".join(texts)
 
 
-class Turn(requests.Model):
+class Turn(requests.Fields):
     role: Literal["user", "assistant", "system"]
     content: Content
 
@@ -179,21 +179,21 @@ class Turn(requests.Model):
         return [*messages, said] if is_needed else messages
 
 
-class Thinking(requests.Model):
+class Thinking(requests.Fields):
     type: Literal["disabled", "enabled", "adaptive", "between_tools"]
 
 
-class OutputFormat(requests.Model):
+class OutputFormat(requests.Fields):
     type: Literal["json_schema"]
     definition: Annotated[Json, Field(alias="schema")]
 
 
-class OutputConfig(requests.Model):
+class OutputConfig(requests.Fields):
     effort: requests.Label | None = Field(None, description="with `thinking.type` `enabled`")
     format: OutputFormat | None = None
 
 
-class CountRequest(requests.Model):
+class CountRequest(requests.Fields):
     """``/v1/messages/count_tokens``, and what it shares with ``/v1/messages``."""
 
     refused: ClassVar = {

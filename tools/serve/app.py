@@ -91,7 +91,7 @@ async def tokenize(body: TokenizeRequest, service: Serving) -> Response:
     return JSONResponse({**about, "tokens": ids, "token_strs": spellings})
 
 
-class DetokenizeRequest(requests.Model):
+class DetokenizeRequest(requests.Fields):
     model: requests.Label | None = None
     tokens: Annotated[list[requests.Id], Field(max_length=MAX_IDS)]
 

@@ -39,12 +39,12 @@ class OllamaFunction(requests.FunctionName):
     arguments: Json
 
 
-class OllamaCall(requests.Model):
+class OllamaCall(requests.Fields):
     id: CallId | None = None
     function: OllamaFunction
 
 
-class OllamaMessage(requests.Model):
+class OllamaMessage(requests.Fields):
     inside = "messages"
     refused: ClassVar = {"images": "the model reads text"}
     role: Literal["system", "user", "assistant", "tool"]
@@ -55,7 +55,7 @@ class OllamaMessage(requests.Model):
     tool_call_id: CallId | None = None
 
 
-class OllamaRequest(requests.Model):
+class OllamaRequest(requests.Fields):
     model: Label
     stream: bool | None = Field(None, description="true if not given")
     options: OllamaOptions | None = None
@@ -220,7 +220,7 @@ def _end(answers: Answers) -> Json:
     return {"done": True, "done_reason": reason, **durations, **counts}
 
 
-class ShowRequest(requests.Model):
+class ShowRequest(requests.Fields):
     model: Label | None = None
     name: Label | None = Field(None, description="`model` by its older name")
 

@@ -33,12 +33,12 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Repetition = Annotated[float, Field(ge=0.01, le=10)]  # less would overflow logits
 
 
-class StreamOptions(requests.Model):
+class StreamOptions(requests.Fields):
     include_usage: bool = Field(default=False, description="in each chunk, null until the last")
     continuous_usage_stats: bool = Field(default=False, description="`usage` of the tokens so far")
 
 
-class StructuredOutputs(requests.Model):
+class StructuredOutputs(requests.Fields):
     """vLLM's form of what an answer follows."""
 
     definition: Json | requests.Source | None = Field(None, alias="json")

@@ -84,7 +84,7 @@ def _bound_lists(schema: object) -> None:
         _bound_lists(value)
 
 
-class Model(BaseModel):
+class Fields(BaseModel):
     """Base of all requests and their parts: no silent conversion, no NaN, and a bound on what an
     error costs: each list is checked to its first.  A field of ``refused`` may only be null, or an
     empty list, for the reason that is there; ``inside`` is the request's field that has it."""
@@ -135,7 +135,7 @@ class AnswerOptions:
     prompt_logprobs: int | None = None
 
 
-class GenerationRequest(Model):
+class GenerationRequest(Fields):
     """Fields of the requests of all APIs.  null is the same as leaving a field out."""
 
     model: Label
@@ -162,12 +162,12 @@ class Rule(NamedTuple):
     strict: bool = False
 
 
-class JsonSchema(Model):
+class JsonSchema(Fields):
     definition: Annotated[Json, Field(alias="schema")]
     strict: bool | None = None
 
 
-class ResponseFormat(Model):
+class ResponseFormat(Fields):
     """The schema of a ``json_schema`` is an object by itself in the chat, and in line in responses;
     llama.cpp's ``json_object`` may have one too."""
 
@@ -191,7 +191,7 @@ class ResponseFormat(Model):
         return Rule("json", definition, strict=bool(given.strict))
 
 
-class TextPart(Model):
+class TextPart(Fields):
     """Of a message; the name of its type depends on the API."""
 
     type: Literal["text", "input_text", "output_text", "reasoning_text"]
@@ -242,18 +242,18 @@ EFFORT = "`none` switches reasoning off; DeepSeek-V4 also has `max`"
 REMINDER = "latest_reminder"  # the role of messages that DeepSeek-V4 alone knows
 
 
-class CalledFunction(Model):
+class CalledFunction(Fields):
     name: Name
     arguments: Text  # JSON
 
 
-class ToolCall(Model):
+class ToolCall(Fields):
     id: CallId
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class ChatMessage(Model):
+class ChatMessage(Fields):
     """Clients send back what they got, and what they added to it."""
 
     inside = "messages"
@@ -302,7 +302,7 @@ def with_system(texts: Iterable[str | None], messages: list[Message]) -> list[Me
     return [Message("system", text), *rest] if text else rest
 
 
-class Function(Model):
+class Function(Fields):
     """A function that the model may call; ``parameters`` is the JSON schema of its arguments."""
 
     name: Name
@@ -321,11 +321,11 @@ class Function(Model):
         return {**self.parameters, "type": "object"}
 
 
-class FunctionName(Model):
+class FunctionName(Fields):
     name: Name
 
 
-class FunctionTool(Model):
+class FunctionTool(Fields):
     type: Literal["function"]
     function: Function
 
@@ -409,7 +409,7 @@ class Conversation:
     extra: Json | None = None
 
 
-class Templated(Model):
+class Templated(Fields):
     """A conversation, and how the chat template writes it."""
 
     messages: Messages | None = None

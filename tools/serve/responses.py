@@ -35,7 +35,7 @@ _ECHOED |= {"reasoning": {"effort": None, "summary": None}, "text": {"format": {
 _ECHOED |= {"top_logprobs": 0, "truncation": "disabled"}
 
 
-class Item(requests.Model):
+class Item(requests.Fields):
     """Which fields it needs depends on its type."""
 
     inside = "input"
@@ -58,7 +58,7 @@ class FunctionItem(requests.Function):
     type: Literal["function"]
 
 
-class OtherTool(requests.Model):
+class OtherTool(requests.Fields):
     """A tool that OpenAI runs, or that its models alone were taught to use."""
 
     type: Literal[
@@ -69,11 +69,11 @@ class OtherTool(requests.Model):
     ]  # fmt: skip
 
 
-class TextConfig(requests.Model):
+class TextConfig(requests.Fields):
     format: requests.ResponseFormat | None = None
 
 
-class ReasoningConfig(requests.Model):
+class ReasoningConfig(requests.Fields):
     effort: Label | None = Field(None, description=requests.EFFORT)
 
 
