@@ -197,12 +197,12 @@ def ran(small_export):
             steps = [step(IDS[:1])]
             runtime.model.experts.on_layer(heard.append)
             steps += [step([id]) for id in IDS[1:]]
-            made = Recorded.made
+            choices, made = [route.indices for route in heard], Recorded.made
             whole(runtime)
             text = [token.id for token in runtime.generate(TEXT, max_new_tokens=7)]
             rows = runtime.model.states[0].layers[:, : len(TEXT)].cpu()
             counts = runtime.stats()
-        return torch.cat(steps), [route.indices for route in heard], text, rows, made, counts
+        return torch.cat(steps), choices, text, rows, made, counts
 
     def lengths(drafting, chances, room):  # as many as a pass takes, however few are right
         return [min(len(each), room) for each in chances]
