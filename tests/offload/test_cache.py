@@ -1,22 +1,21 @@
-"""Cache policies in any order of events beside plain Python, and the optimum beside brute force."""
+"""Cache policies in any order of events beside plain Python; what inputs tell of the next experts,
+and how much is read ahead."""
 
-from functools import cache as memoize
 from itertools import chain, combinations
 
 import numpy as np
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from bench.replay import offer, optimum
+from bench.replay import offer
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.cache import Learned, make_cache
+from slotmoe.offload.policy.prefetch import Prefetcher
 from tests.support import states
 
 LAYERS, EXPERTS, TOP = 3, 4, 2
 IDS = st.integers(0, LAYERS * EXPERTS - 1)
 GATES = st.sampled_from(list(combinations(range(EXPERTS), TOP)))
-
 PASS = st.lists(st.tuples(*[GATES] * LAYERS), min_size=1, max_size=4)
 
 
@@ -49,10 +48,7 @@ class Policy(RuleBasedStateMachine):
         until = (id // EXPERTS - self.layer - 1) % LAYERS + 1
         return max(chance / until, 1 / (until + (1 - chance) * LAYERS / max(long, 1e-9)))
 
-    @rule(
-        tokens=st.lists(st.tuples(*[GATES] * LAYERS), min_size=1, max_size=4),
-        first=st.integers(1, 4),
-    )
+    @rule(tokens=PASS, first=st.integers(1, 4))
     def read(self, tokens, first):
         """A pass, each layer in one or two pieces; what was missing may then get a slot."""
         self.cache.advance(len(tokens))
@@ -110,32 +106,6 @@ def test_orders_of_events(examples, steps, part):
     states.run(Policy, examples, steps)
 
 
-def best_by_trying_all(uses, slots):
-    @memoize
-    def best(time, inside):
-        if time == len(uses):
-            return 0
-        key = uses[time]
-        if key in inside:
-            return 1 + best(time + 1, inside)
-        leaving = inside if len(inside) == slots else [None]
-        admitted = [best(time + 1, inside - {other} | {key}) for other in leaving]
-        return max(best(time + 1, inside), *admitted)
-
-    return best(0, frozenset())
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(GATES, GATES), min_size=1, max_size=6), st.integers(1, 4))
-def test_optimum_equals_brute_force(tokens, slots):
-    choices = [
-        [[n * EXPERTS + expert for expert in chosen] for n, chosen in enumerate(token)]
-        for token in tokens
-    ]
-    uses = [key for token in choices for key in chain(*token)]
-    assert optimum(choices, slots) == best_by_trying_all(uses, slots)
-
-
 def test_forecast_learns_what_inputs_say():
     """The next token's experts follow from a token's input alone, and history says nothing: a cache
     with room for a third of the experts then holds what comes.  Inputs that are no numbers teach
@@ -160,3 +130,31 @@ def test_forecast_learns_what_inputs_say():
     # Half of all hits are the most that one slot a layer allows where what is used next is known
     # but was not used last; guessing gives a quarter.
     assert hits[1.0] > hits[None] + 0.1 and hits[None] == hits[np.nan] == hits[np.inf], hits
+
+
+class Shelf(set):
+    """A target of prefetches with room for so many."""
+
+    def __init__(self, room):
+        self.room = room
+
+    def prefetch(self, key, urgency):
+        if has_room := len(self) < self.room:
+            self.add(key)
+        return has_room
+
+
+def test_reads_ahead_are_limited_by_idle_time_accuracy_and_room():
+    """Of ten experts, with a disk of 100 records a second."""
+    found = []
+    for idle, right, room in (
+        *((0.0, 0.5, 99), (0.02, 0.0, 99), (0.02, 0.5, 99)),
+        *((0.02, 0.75, 99), (1.0, 0.5, 99), (1.0, 0.5, 2)),
+    ):
+        shelf = Shelf(room)
+        ahead = Prefetcher(3, 10, 1, shelf, lambda: 100.0)
+        ahead._idle.value, ahead._right["layer"].value = idle, right
+        ahead.guess(1, range(10, 20), "layer")
+        ahead.more(0)
+        found.append(len(shelf))
+    assert found == [0, 2, 4, 8, 10, 2]

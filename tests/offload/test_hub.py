@@ -2,43 +2,32 @@
 clear refusal."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from slotmoe.errors import CheckpointError, ConfigError, DownloadError, ExportError, PlanError
-from slotmoe.model.checkpoint.reader import open_checkpoint
-from slotmoe.offload.ingest.cached import quantize_from_hub, resolve_model
-from slotmoe.offload.ingest.hub import bar
+from slotmoe.errors import CheckpointError, ConfigError, DownloadError, ExportError
+from slotmoe.offload.ingest.cached import quantize_from_hub
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import FORMAT_VERSION, MANIFEST, RESIDENT
-from tests.support.disk import Stop, digests, small_disk, stop_at, tree
+from tests.support.disk import Stop, digests, stop_at, tree
 from tests.support.hub import (
     HUB,
     NAME,
     TOKEN,
     Repo,
     answer,
-    cut,
     data_of,
-    drop,
-    elsewhere,
     faulty,
     fill_cache,
     make,
-    stall,
     too_many,
-    whole_file,
     wrong_bytes,
 )
 from tests.support.tiny import write_checkpoint
@@ -101,21 +90,25 @@ def test_one_file_arrives_while_one_is_quantized(served, wanted, tmp_path):
 
 
 def test_keep_source(served, source, wanted, tmp_path):
+    """What was kept is used."""
     with pytest.raises(Stop):
         make(tmp_path / "export", progress=stop_at(0.6), keep_source=True)
-    assert list((tmp_path / "export.source").iterdir()) != []
-    with pytest.raises(ConfigError, match=r"config.json: is missing"):
-        open_checkpoint(tmp_path / "export.source")  # half of it is no checkpoint
-    os.truncate(next((tmp_path / "export.partial").rglob("layer*")), 100)
     make(tmp_path / "export", keep_source=True)
-    assert tree(tmp_path / "export") == wanted
     assert tree(tmp_path / "export.source") == tree(source)
     (tmp_path / "export" / RESIDENT).unlink()
     served.requests.clear()
     make(tmp_path / "export", keep_source=True)
     assert tree(tmp_path / "export") == wanted
-    assert served.whole() == [], "what was kept is used"
-    assert tree(tmp_path / "export.source") == tree(source)
+    assert served.whole() == []
+
+
+@pytest.mark.parametrize("place", ["export.download", "export.source"])
+def test_foreign_folder_is_never_emptied(place, served, tmp_path):
+    (tmp_path / place).mkdir()
+    (tmp_path / place / "thesis.txt").write_text("ten years of work")
+    with pytest.raises(ExportError, match=place):
+        make(tmp_path / "export", keep_source=True)
+    assert (tmp_path / place / "thesis.txt").read_text() == "ten years of work"
 
 
 def test_too_little_disk_is_known_before_any_weight(served, wanted, tmp_path, monkeypatch):
@@ -148,29 +141,6 @@ def test_stopped_it_goes_on_with_its_revision_and_its_files(served, wanted, tmp_
     assert tree(tmp_path / "export") != wanted
 
 
-@pytest.mark.parametrize("place", ["export.download", "export.source"])
-def test_foreign_folder_is_never_emptied(place, served, tmp_path):
-    (tmp_path / place).mkdir()
-    (tmp_path / place / "thesis.txt").write_text("ten years of work")
-    with pytest.raises(ExportError, match=place):
-        make(tmp_path / "export", keep_source=True)
-    assert (tmp_path / place / "thesis.txt").read_text() == "ten years of work"
-
-
-@pytest.mark.filterwarnings("ignore")  # huggingface_hub's own of the disk
-def test_disk_really_fills_up(served, wanted, tmp_path, monkeypatch, processes):
-    message = "the disk is full; make room and run the same command to resume"
-    monkeypatch.setattr("slotmoe.offload.ingest.quantize.check_space", lambda partial, needed: None)
-    with small_disk(tmp_path, "1m") as (disk, resize):
-        for size in ("2m", "4m", "64m"):
-            with pytest.raises(ExportError, match=message):
-                make(disk / "export")
-            assert not (disk / "export").exists()
-            resize(size)
-        make(disk / "export")
-        assert tree(disk) == {f"export/{name}": data for name, data in wanted.items()}
-
-
 # Runs in a process of its own: imports once, then forks a child for every attempt, which kills
 # itself at the first report of progress that finds such a file.
 KILLER = """
@@ -195,14 +165,8 @@ print(json.dumps([killed, attempt("nothing"), digests(work)]))
 
 def test_killed_it_resumes(served, source, tmp_path, processes):
     """At most one file comes again for each kill."""
-    command = [
-        sys.executable,
-        "-c",
-        KILLER,
-        tmp_path / "work" / "export",
-        "*.incomplete",
-        "layer-*",
-    ]
+    destination = tmp_path / "work" / "export"
+    command = [sys.executable, "-c", KILLER, destination, "*.incomplete", "layer-*"]
     (tmp_path / "work").mkdir()
     killed, status, found = json.loads(subprocess.check_output(command, cwd=ROOT))
     quantize(source, tmp_path / "wanted")
@@ -212,63 +176,46 @@ def test_killed_it_resumes(served, source, tmp_path, processes):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_cached_files_are_used_and_stay(served, wanted, tmp_path):
-    cache = fill_cache([*SMALL, FIRST, SECOND])
-    with open(cache / "models--org--tiny" / "snapshots" / ("a" * 40) / SECOND, "r+b") as file:
-        file.seek(70_000)
-        file.write(b"damage")
-    before = tree(cache)
-    served.requests.clear()
-    said = []
-    make(tmp_path / "export", notify=said.append)
-    assert tree(tmp_path / "export") == wanted
-    assert tree(cache) == before
-    assert served.asked("small") == []
-    assert served.whole() == FILES[1:]
-    assert any("is damaged, so it is not used" in text for text in said)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_without_a_network_the_cache_is_enough_or_what_is_missing_is_named(
+def test_what_is_cached_is_used_and_without_a_network_enough_or_what_is_missing_is_named(
     served, wanted, tmp_path, monkeypatch
 ):
     from huggingface_hub import constants
 
-    fill_cache([*SMALL, *FILES[:-2]])
-    missing = "2 of 4 weight files can't be had .* model-0000[34]-.*, model-0000[34]-.*;"
-    with monkeypatch.context() as patch:
-        patch.setattr(constants, "HF_HUB_OFFLINE", True)
-        with pytest.raises(CheckpointError, match=missing):
-            make(tmp_path / "export")
-        with pytest.raises(DownloadError, match=r"HF_HUB_OFFLINE.*cache holds nothing of it"):
-            quantize_from_hub("org/other", "main", tmp_path / "other")
+    cache = fill_cache([*SMALL, FIRST, SECOND])
+    with open(cache / "models--org--tiny" / "snapshots" / ("a" * 40) / SECOND, "r+b") as file:
+        file.seek(70_000)
+        file.write(b"damage")
+    before, said = tree(cache), []
+    served.requests.clear()
+    make(tmp_path / "export", notify=said.append)
+    assert tree(tmp_path / "export") == wanted
+    assert tree(cache) == before
+    assert (served.asked("small"), served.whole()) == ([], FILES[1:])
+    assert any("is damaged, so it is not used" in text for text in said)
+    shutil.rmtree(cache)
+    fill_cache([*SMALL, *FILES[:-1]])
+    served.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=r"1 of 4 weight files can't be had .* model-00004-"):
+        make(tmp_path / "other")
+    with pytest.raises(DownloadError, match=r"HF_HUB_OFFLINE.*cache holds nothing of it"):
+        quantize_from_hub("org/other", "main", tmp_path / "other")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     fill_cache(FILES)
     served.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    make(tmp_path / "export")
-    assert tree(tmp_path / "export") == wanted
+    make(tmp_path / "other")
+    assert tree(tmp_path / "other") == wanted
     assert served.requests == []
 
 
-def config(**changes):
-    def change(repo):
-        path = repo.files["config.json"]
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def edited(name, change):
+    def edit(repo):
+        values = json.loads(repo.files[name].read_text())
+        change(values)
+        repo.files[name].write_text(json.dumps(values))
 
-    return change
-
-
-def index(file):
-    def change(repo):
-        found = json.loads(repo.files[INDEX].read_text())
-        found["weight_map"]["x"] = file
-        repo.files[INDEX].write_text(json.dumps(found))
-
-    return change
-
-
-def without(*names):
-    return lambda repo: [repo.files.pop(name) for name in names]
+    return edit
 
 
 def terabyte(repo):
@@ -276,18 +223,16 @@ def terabyte(repo):
         file.write((1 << 40).to_bytes(8, "little"))
 
 
-PATHS = "../x.safetensors", "/etc/x.safetensors", "C:x.safetensors", "x.bin"
+NO_SIGMOID = edited("config.json", lambda values: values.update(scoring_func="sigmoid"))
+MORE = edited("config.json", lambda values: values.update(num_hidden_layers=4))
+PATH = edited(INDEX, lambda values: values["weight_map"].update(x="../x.safetensors"))
 REFUSED = {
-    "missing tensor": (config(num_hidden_layers=4), r"model.layers.3.*is missing"),
-    "unsupported": (config(scoring_func="sigmoid"), "scoring_func"),
+    "missing tensor": (MORE, r"model.layers.3.*is missing"),
+    "unsupported": (NO_SIGMOID, "scoring_func"),
     "huge config": (lambda repo: repo.sizes.update({"config.json": 1 << 40}), "a real model's"),
-    "no config": (without("config.json"), "has no config.json"),
-    "no weights": (without(*FILES), "4 of 4 weight files can't be had"),
-    "size of text": (lambda repo: repo.sizes.update({LAST: "9"}), "1 of 4 weight files"),
-    "odd checksum": (lambda repo: repo.checksums.update({LAST: "../x"}), "1 of 4 weight files"),
+    "no weights": (lambda repo: [repo.files.pop(name) for name in FILES], "4 of 4 weight files"),
     "header of a terabyte": (terabyte, "header of 1099511627784 bytes"),
-    **{file: (index(file), "is not a plain .safetensors file name") for file in PATHS},
-    "no name": (index(5), "weight_map.x is 5"),
+    "a path": (PATH, "is not a plain .safetensors file name"),
 }
 
 
@@ -308,63 +253,38 @@ def test_bad_repository_is_refused_before_any_weight(name, hub, source, tmp_path
 
 # What goes wrong with which requests, so many times: it is borne.
 BEARABLE = {
-    "no ranges": ("header", whole_file, 9),
-    "header drops": ("header", drop, 2),
-    "header 500": ("header", answer(500), 2),
-    "drops": ("cdn", drop, 5),
-    "ends early": ("cdn", cut, 3),
-    "stalls before": ("cdn", HUB.hold, 2),
-    "stalls inside": ("cdn", stall, 2),
-    "500": ("cdn", answer(500), 2),
+    "no ranges": ("header", lambda handler: handler.answer(200, data_of(handler)), 9),
+    "drops": ("cdn", lambda handler: handler.drop(), 5),
     "429": ("cdn", answer(429, Retry_After="0"), 6),
     "expired address": ("cdn", answer(403), 2),
     "wrong bytes once": ("cdn", wrong_bytes, 1),
-    "another host": ("cdn", elsewhere, 9),
-    "api 500": ("api", answer(500), 2),
-    "resolve 503": ("resolve", answer(503), 2),
-    "small drops": ("small", drop, 2),
 }
 
 
 @pytest.mark.parametrize("name", BEARABLE)
-def test_bearable_faults(name, served, wanted, tmp_path, monkeypatch):
-    if "stalls" in name:
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+def test_bearable_faults(name, served, wanted, tmp_path):
     left, seen = faulty(served, *BEARABLE[name]), []
     make(tmp_path / "export", arriving=lambda *now: seen.append(now))
     assert tree(tmp_path / "export") == wanted
-    assert left[0] == 0 or name in ("no ranges", "another host"), "the fault happened"
+    assert left[0] == 0 or name == "no ranges", "the fault happened"
     assert seen[-1][0] == seen[-1][1], "what was thrown away is not counted twice"
 
 
-NO_REPO = {"X_Error_Code": "RepoNotFound"}
 GATED = answer(403, X_Error_Code="GatedRepo")
-NO_FILE = answer(404, X_Error_Code="EntryNotFound")
 BAD_TOKEN = answer(401, X_Error_Message="Invalid credentials in Authorization header")
 OTHER_COMMIT = answer(200, b"", X_Repo_Commit="b" * 40, ETag='"x"')
-NO_COMMIT = answer(200, b'{"id": "x", "sha": "../..", "siblings": []}')
 HOTEL = answer(200, b"<html>Please log in to the hotel")
 UNBEARABLE = [
     ("cdn", wrong_bytes, DownloadError, "have the checksum"),
     ("cdn", too_many, DownloadError, "more bytes than the .* that the hub promises"),
     ("cdn", answer(500), DownloadError, "the server answers 500; gave up after 3 attempts"),
-    ("cdn", drop, DownloadError, "the connection"),
     ("cdn", HUB.hold, DownloadError, r"the connection .*\(.*timed out\)"),
-    ("cdn", elsewhere, DownloadError, "redirects"),
     ("header", wrong_bytes, CheckpointError, "damaged or truncated"),
     ("small", OTHER_COMMIT, DownloadError, "have the checksum"),
-    ("small", answer(401, **NO_REPO), ConfigError, "no model on .* that you may see; check the"),
-    ("small", answer(403), ConfigError, "refuses access .403.*hf auth login"),
     ("small", GATED, ConfigError, "is gated; ask for access at http.*/org/tiny"),
-    ("small", NO_FILE, CheckpointError, "not there"),
-    ("resolve", answer(403), ConfigError, "refuses access .403.*hf auth login"),
-    ("resolve", NO_FILE, CheckpointError, "not there"),
     ("api", BAD_TOKEN, ConfigError, "refuses access .401.; the token may be wrong"),
-    ("api", answer(401, **NO_REPO), ConfigError, "no folder here and no model"),
-    ("api", answer(500), DownloadError, "connect to the network"),
     ("api", answer(404, X_Error_Code="RevisionNotFound"), ConfigError, "no revision 'main'"),
     ("api", HOTEL, DownloadError, "does not answer like a hub"),
-    ("api", NO_COMMIT, DownloadError, "is none"),
 ]
 
 
@@ -378,9 +298,10 @@ def test_unbearable_faults(kind, act, error, message, served, wanted, tmp_path, 
     assert not (tmp_path / "export").exists()
     assert not [*tmp_path.rglob("*.incomplete")], "no half file is left"
     assert (tmp_path / "export.download").exists() == (kind == "cdn"), "what came can be used"
-    served.faults.clear()
-    make(tmp_path / "export")
-    assert tree(tmp_path / "export") == wanted
+    if kind == "cdn":
+        served.faults.clear()
+        make(tmp_path / "export")
+        assert tree(tmp_path / "export") == wanted
 
 
 def test_a_header_that_is_not_the_files_is_found(served, tmp_path):
@@ -396,43 +317,6 @@ def test_a_header_that_is_not_the_files_is_found(served, tmp_path):
         make(tmp_path / "export")
 
 
-def test_xet_tells_of_its_bytes():
-    module = "huggingface_hub.utils._xet_progress_reporting"
-    names = "total_bytes_completed total_transfer_bytes_completed total_bytes".split()
-    rates = "total_bytes_completion_rate", "total_transfer_bytes_completion_rate"
-    given, counts = {"total": 100, "log_level": 30, "reconstruction_desc": "x"}, []
-    reporter = pytest.importorskip(module).XetDownloadProgressReporter
-    with reporter(tqdm_class=bar(counts.append), **given) as progress:
-        for numbers in ((40, 30, 100), (100, 70, 100)):
-            values = dict(zip(names, numbers, strict=True)) | dict.fromkeys(rates, 5.0)
-            progress.update_progress(SimpleNamespace(**values))
-    assert counts == [40, 60]
-
-
-def test_small_files_elsewhere_come_without_the_token(served, wanted, tmp_path):
-    def moved(handler):
-        name = handler.path.rpartition("/")[2]
-        repo = served.repos[NAME, "main"]
-        linked = {"X_Linked_Etag": f'"{repo.checksum(name)}"', "X_Linked_Size": repo.size(name)}
-        place = f"{served.cdn}/{NAME}/{repo.commit}/{name}"
-        return handler.answer(302, Location=place, X_Repo_Commit=repo.commit, **linked)
-
-    faulty(served, "small", moved)
-    make(tmp_path / "export")
-    assert tree(tmp_path / "export") == wanted
-    assert {one["name"] for one in served.asked("cdn")} >= {*SMALL, *FILES}
-    assert {one["token"] for one in served.asked("cdn")} == {None}
-
-
-def test_options_that_cannot_work_are_refused_before_any_weight(served, tmp_path, monkeypatch):
-    monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / "cache"))
-    for options in ({"ram": "10MiB"}, {"context": 999}, {"draft": "mtp"}):
-        with pytest.raises((ConfigError, PlanError)):
-            Runtime.open(NAME, **options)
-    assert served.whole() == []
-    assert not [*(tmp_path / "cache").glob("org--tiny-*")]
-
-
 def test_run_from_the_hub_is_made_once_and_then_needs_no_network(
     served, slotmoe, tmp_path, monkeypatch, processes
 ):
@@ -440,7 +324,6 @@ def test_run_from_the_hub_is_made_once_and_then_needs_no_network(
     monkeypatch.chdir(tmp_path)
     code, _, err = slotmoe("quantize", NAME)  # without DST where ``run`` looks for it
     assert code == 0 and err.endswith('Run it: slotmoe run tiny "Your prompt"\n')
-    assert "4 of 4 weight files to download" in err
     out = slotmoe("run", "tiny", "It is", "-n", 3)[1]
     served.repos.clear()
     served.requests.clear()
@@ -449,39 +332,7 @@ def test_run_from_the_hub_is_made_once_and_then_needs_no_network(
     assert (tmp_path / "cache" / f"org--tiny-{'a' * 12}-{FORMAT_VERSION}lut" / MANIFEST).is_file()
 
 
-def test_cached_export_is_made_by_one_of_two(served, wanted, tmp_path, monkeypatch):
-    monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path))
-    with ThreadPoolExecutor() as pool:
-        made = pool.map(resolve_model, [NAME, NAME])
-    (export,) = set(made)
-    assert tree(export) == wanted
-    assert served.whole() == FILES
-
-
-def test_folder_goes_before_the_hub(served, source, slotmoe, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(source, tmp_path / NAME)
-    code, _, err = slotmoe("quantize", NAME, "export")
-    assert code == 0
-    assert "org/tiny is a folder here, so it is not looked up on the hub" in err
-    assert served.requests == []
-    code, _, err = slotmoe("quantize", NAME, "export2", "--revision", "main")
-    assert (code, "leave out --revision" in err) == (2, True)
-
-
-def test_command_line_codes(served, slotmoe, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    faulty(served, "cdn", drop)
-    code, out, err = slotmoe("quantize", NAME, "export")
-    assert (code, out) == (1, "")
-    assert "run the same command again to resume" in err
-    assert TOKEN not in err
-    served.faults.clear()
-    code, out, err = slotmoe("quantize", NAME, "export", "--json")
-    assert (code, err, json.loads(out)["bytes"] > 1e6) == (0, "", True)
-
-
-@pytest.mark.parametrize("kind", ["header", "cdn", "small", "resolve"])
+@pytest.mark.parametrize("kind", ["header", "cdn", "small"])
 def test_ctrl_c_does_not_wait_for_a_silent_server(kind, served, wanted, tmp_path):
     interrupted = threading.Event()
 

@@ -9,34 +9,22 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import product
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from slotmoe.errors import ConfigError, ExportError
-from slotmoe.model.config import read_config
-from slotmoe.model.names import expert_name, resident_shapes, role_of
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.quant.codecs.codec import EXPERT_CODECS, NF4
-from slotmoe.quant.export import writer
-from slotmoe.quant.export.layout import MANIFEST, RESIDENT, layer_file
-from slotmoe.quant.export.reader import Export
-from slotmoe.quant.shapes import resident_quantization
-from tests.support.disk import Stop, killed, stop_at, tree
-from tests.support.oracle import rebuild
+from slotmoe.quant.codecs.codec import EXPERT_CODECS
+from slotmoe.quant.export.layout import MANIFEST, RESIDENT
+from tests.support.disk import Stop, stop_at, tree
 from tests.support.params import nth
-from tests.support.tiny import SMALL, random_weights, write_checkpoint
+from tests.support.tiny import write_checkpoint
 
 NF4_CODECS = EXPERT_CODECS["nf4", "4"]
 ROOT = Path(__file__).parents[2]
-ODD = {"hidden_size": 72, "moe_intermediate_size": 37, "intermediate_size": 50}
-FULL = "the disk is full; make room and run the same command to resume"
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +51,6 @@ def stopped(source, destination, share=0.9, **options):
     """At 0.9 a file is finished."""
     with pytest.raises(Stop):
         quantize(source, destination, workers=1, progress=stop_at(share), **options)
-
-
-@pytest.fixture(scope="module")
-def left(source, tmp_path_factory):
-    """What runs leave that are killed: shortly before their end, and before the last rename."""
-    folder = tmp_path_factory.mktemp("left")
-    stopped(source, folder / "stopped")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("slotmoe.offload.ingest.output_dir.publish", killed)
-        with pytest.raises(Stop):
-            quantize(source, folder / "whole")
-    return folder
 
 
 HELD = """
@@ -113,79 +89,25 @@ def test_interrupted_command_resumes(number, source, wanted, tmp_path, processes
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
-def test_resuming_keeps_finished_files(source, wanted, tmp_path, monkeypatch):
-    """And progress moves while they are read again."""
-
+def test_resuming_keeps_finished_files(source, wanted, tmp_path):
     def inodes(folder):
         return {path.name: path.stat().st_ino for path in folder.rglob("*.safetensors")}
 
     stopped(source, tmp_path / "export")
-    before, seen = inodes(tmp_path / "export.partial"), []
+    before = inodes(tmp_path / "export.partial")
     assert set(before) >= {RESIDENT, "layer-00001.safetensors"}
-    monkeypatch.setattr(writer, "_PIECE", 4096)
-    quantize(source, tmp_path / "export", workers=1, progress=lambda *now: seen.append(now))
+    quantize(source, tmp_path / "export", workers=1)
     assert before.items() <= inodes(tmp_path / "export").items()
     assert tree(tmp_path / "export") == wanted
-    done, (total,) = [now for now, _ in seen], {total for _, total in seen}
-    assert done == sorted(done) and done[-1] == total
-    assert 0 < done[0] < total / 20, "what is finished counts from the start"
 
 
-def test_killed_before_the_last_rename_has_nothing_to_do_again(left, source, wanted, tmp_path):
-    """Unless something is missing, or was left half-written."""
-    shutil.copytree(left / "whole.partial", tmp_path / "export.partial")
-    quantize(source, tmp_path / "export", progress=lambda done, total: pytest.fail("it works"))
-    assert tree(tmp_path / "export") == wanted
-    for name in (RESIDENT, layer_file(2), "config.json"):
-        partial = shutil.copytree(left / "whole.partial", tmp_path / "again.partial")
-        (partial / name).unlink()
-        for half in ("state.json.tmp", "experts/layer-00001.safetensors.tmp"):
-            (partial / half).write_text("half")
-        quantize(source, tmp_path / "again")
-        assert tree(tmp_path / "again") == wanted
-        shutil.rmtree(tmp_path / "again")
+BAD = [("tokenizer.json", "{}", False), ("tokenizer.json", "{}", True)]
+BAD += [("tokenizer_config.json", "[]", False), ("generation_config.json", "{", True)]
 
 
-def test_file_that_lost_bytes_is_not_taken_for_whole_after_a_kill(left, source, wanted, tmp_path):
-    """Its successor has the right size from its first byte on."""
-    file = shutil.copytree(left / "stopped.partial", tmp_path / "export.partial") / RESIDENT
-    size = file.stat().st_size
-
-    def killed(_done, _total):
-        if file.exists() and file.stat().st_size == size:
-            raise Stop
-
-    for lose in (lambda: os.truncate(file, 5000), file.unlink):
-        lose()
-        with pytest.raises(Stop):
-            quantize(source, tmp_path / "export", workers=1, progress=killed)
-    quantize(source, tmp_path / "export")
-    assert tree(tmp_path / "export") == wanted
-
-
-def test_an_export_that_does_not_open_replaces_none(made, source, wanted, tmp_path, monkeypatch):
-    shutil.copytree(made, tmp_path / "export")
-    with monkeypatch.context() as patch:
-        garbage = "slotmoe.offload.ingest.quantize.write_json"
-        patch.setattr(garbage, lambda path, values: path.write_text("{}"))
-        with pytest.raises(ExportError, match=MANIFEST):
-            quantize(source, tmp_path / "export", overwrite=True)
-    assert tree(tmp_path / "export") == wanted
-    quantize(source, tmp_path / "export", overwrite=True)
-    assert tree(tmp_path / "export") == wanted
-
-
-BAD = {
-    "tokenizer.json": ["{}", '{"model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}}'],
-    "tokenizer_config.json": ["[]"],
-    "generation_config.json": ["{"],
-}
-
-
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize(("name", "text"), [(name, text) for name in BAD for text in BAD[name]])
+@pytest.mark.parametrize(("name", "text", "late"), BAD)
 def test_an_export_that_cannot_encode_replaces_none(
-    late, name, text, made, source, wanted, tmp_path, processes
+    name, text, late, made, source, wanted, tmp_path, processes
 ):
     """A bad file of the source is known before the work, and one that turned bad meanwhile before
     the new export gets its name."""
@@ -210,10 +132,6 @@ def test_existing_destination(source, wanted, tmp_path):
     stopped(source, tmp_path / "export", resident="bf16")
     with pytest.raises(ExportError, match="--overwrite"):  # of something else
         quantize(source, tmp_path / "export")
-    stale = tmp_path / "export.partial" / layer_file(99)  # what is overwritten goes at once
-    stale.write_text("of another model")
-    stopped(source, tmp_path / "export", 0, overwrite=True)
-    assert not stale.exists()
     quantize(source, tmp_path / "export", resident="bf16", overwrite=True)
     old = tree(tmp_path)
     with pytest.raises(ExportError, match="exists; pass --overwrite"):
@@ -225,12 +143,8 @@ def test_existing_destination(source, wanted, tmp_path):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("place", ["export", "export.partial", "export.replaced"])
-@pytest.mark.parametrize("kind", ["folder", "lookalike", "link", "beside an export"])
-def test_foreign_folder_is_never_touched(place, overwrite, kind, made, source, tmp_path):
-    if kind == "beside an export" and place != "export":
-        shutil.copytree(made, tmp_path / "export")
-        if place == "export.replaced" and not overwrite:
-            return  # what is only checked replaces nothing
+@pytest.mark.parametrize("kind", ["folder", "lookalike", "link"])
+def test_foreign_folder_is_never_touched(place, overwrite, kind, source, tmp_path):
     folder = tmp_path / ("elsewhere" if kind == "link" else place)
     folder.mkdir()
     (folder / "thesis.txt").write_text("ten years of work")
@@ -261,29 +175,7 @@ def test_impossible_destination(name, source, tmp_path, monkeypatch):
     assert tree(tmp_path) == before
 
 
-def test_too_little_disk_is_known_at_once(source, tmp_path, monkeypatch):
-    usage = namedtuple("usage", "total used free")(1 << 40, 1 << 40, 1 << 20)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ExportError, match=r"needs [\d.]+ MiB of free disk, has 1.0 MiB"):
-        quantize(source, tmp_path / "export")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_resume_needs_no_disk_for_what_it_has(left, source, wanted, tmp_path, monkeypatch):
-    size = sum(map(len, wanted.values()))
-    usage = namedtuple("usage", "total used free")(1 << 40, 1 << 40, (16 << 20) + size // 2)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ExportError, match="of free disk"):
-        quantize(source, tmp_path / "export")
-    shutil.copytree(left / "stopped.partial", tmp_path / "export.partial")
-    quantize(source, tmp_path / "export")
-    assert tree(tmp_path / "export") == wanted
-
-
-CALLS = [(call, errno.ENOSPC) for call in (1, 5, 14, 17)]
-
-
-@pytest.mark.parametrize(("call", "code"), [*CALLS, (9, errno.EDQUOT)])
+@pytest.mark.parametrize(("call", "code"), [(5, errno.ENOSPC), (17, errno.EDQUOT)])
 def test_disk_fills_up(call, code, source, wanted, tmp_path, monkeypatch):
     calls = []
 
@@ -294,7 +186,7 @@ def test_disk_fills_up(call, code, source, wanted, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(ExportError, match=FULL):
+        with pytest.raises(ExportError, match="the disk is full; make room and run"):
             quantize(source, tmp_path / "export", workers=1)
     assert not (tmp_path / "export").exists()
     quantize(source, tmp_path / "export")
@@ -325,21 +217,9 @@ def test_two_at_once(source, wanted, tmp_path):
 
 
 def test_workers_and_shards_do_not_show(source, wanted, tmp_path):
-    """Each worker computes with one thread, the caller as before."""
-    seen, before = set(), torch.get_num_threads()
-
-    def progress(done, total):
-        if threading.current_thread() is not threading.main_thread():
-            seen.add(torch.get_num_threads())
-
-    torch.set_num_threads(3)
-    try:
-        quantize(source, tmp_path / "export", workers=4, progress=progress)
-        assert (seen, torch.get_num_threads()) == ({1}, 3)
-    finally:
-        torch.set_num_threads(before)
+    """Learned levels are those of one file; others do not depend on how weights are spread."""
+    quantize(source, tmp_path / "export", workers=4)
     assert tree(tmp_path / "export") == wanted
-    # Learned levels are those of one file; others do not depend on how weights are spread.
     write_checkpoint(tmp_path / "single", shards=1, num_hidden_layers=4)
     exports = []
     for folder in (tmp_path / "single", source):
@@ -347,73 +227,3 @@ def test_workers_and_shards_do_not_show(source, wanted, tmp_path):
         exports.append(tree(tmp_path / "nf4"))
         del exports[-1][MANIFEST]  # which names the source
     assert exports[0] == exports[1]
-
-
-def dense(weight):
-    return weight.float() if isinstance(weight, torch.Tensor) else weight.dequantize()
-
-
-KINDS = [
-    ("bf16", torch.float32, {"none"}),
-    ("int8", torch.float16, {"none", "int8"}),
-    ("nf4", torch.bfloat16, {"none", "int8", NF4}),
-]
-
-
-@pytest.mark.parametrize(("resident", "dtype", "kinds"), KINDS)
-def test_export_is_rebuilt_from_the_documented_bytes(resident, dtype, kinds, tmp_path, heavy):
-    """With safetensors, numpy and bitsandbytes alone, sizes that fill neither tiles nor blocks; and
-    the report says what quantization cost, layer by layer."""
-    weights = random_weights(write_checkpoint(tmp_path / "source", dtype=dtype, **ODD), dtype)
-    options = {"resident": resident, "codecs": NF4_CODECS}
-    manifest = quantize(tmp_path / "source", tmp_path / "export", **options)
-    assert manifest["quantization"]["layout"] == "tiles16"
-    assert manifest["quantization"]["codecs"]["nf4"]["levels"] == list(NF4.levels)
-    report = manifest["quantization"]["report"]
-    rebuilt = rebuild(tmp_path / "export")
-    for name, weight in weights.items():
-        rebuilt[name] = rebuilt[name][tuple(map(slice, weight.shape))]
-    with Export.open(tmp_path / "export") as export:
-        for layer, expert in product(export.layers, (0, 3, 7)):
-            for projection, values in export.expert(layer, expert).items():
-                assert torch.equal(values, rebuilt[expert_name(layer, expert, projection)])
-        found = {}  # tensors by how they are stored
-        for name in resident_shapes(read_config(tmp_path / "source" / "config.json")):
-            tensor = export.resident(name)
-            assert torch.equal(dense(tensor), rebuilt[name])
-            found.setdefault(resident_quantization(role_of(name), resident), []).append(tensor)
-    assert found.keys() == kinds
-    assert {tensor.dtype for tensor in found["none"]} == {dtype}
-    found = {row["family"]: row for row in report["families"]}
-    layers = {}  # by family and layer: squares of the error, of the weights, and their number
-    for name, weight in weights.items():
-        parts = name.removeprefix("model.").removesuffix(".weight").split(".")
-        layer = int(parts[1]) if parts[0] == "layers" else -1
-        key = ".".join(part for part in parts if part != "layers" and not part.isdigit())
-        exact = weight.double()
-        wrong = exact - rebuilt[name]
-        sums = wrong.square().sum().item(), exact.square().sum().item(), weight.numel()
-        family = layers.setdefault("norms" if key.endswith("norm") else key, {})
-        family[layer] = np.add(family.get(layer, 0), sums)
-    assert set(found) == set(layers)
-    assert report["weights"] == sum(weight.numel() for weight in weights.values())
-    for key, family in layers.items():
-        row, (wrong, whole, count) = found[key], sum(family.values())
-        assert row["weights"] == count
-        error = (wrong / whole) ** 0.5
-        assert row["relative_rms_error"] == pytest.approx(error, rel=1e-5, abs=1e-12)
-        errors = {}
-        if wrong and -1 not in family:
-            errors = {str(layer): (one[0] / one[1]) ** 0.5 for layer, one in family.items()}
-        assert row["by_layer"] == pytest.approx(errors, rel=1e-5)
-        assert (row["stored"] in ("bf16", "fp16", "fp32")) == (wrong == 0)
-    size = sum(path.stat().st_size for path in (tmp_path / "export").rglob("*.safetensors"))
-    assert report["bits_per_weight"] == pytest.approx(8 * size / report["weights"], rel=0.1)
-
-
-def test_torch_and_native_kernels_write_the_same_export(tmp_path, monkeypatch):
-    write_checkpoint(tmp_path / "source", **SMALL)
-    quantize(tmp_path / "source", tmp_path / "native")
-    monkeypatch.setattr("slotmoe.quant.kernels.cpu.bindings.load", lambda: None)
-    quantize(tmp_path / "source", tmp_path / "torch")
-    assert tree(tmp_path / "torch") == tree(tmp_path / "native")

@@ -6,14 +6,11 @@ import os
 import shutil
 import signal
 import stat
-import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-
-import pytest
 
 
 def tree(folder):
@@ -44,33 +41,10 @@ def stop_at(share):
     return progress
 
 
-def killed(*_arguments):
-    """In place of a function that a run was killed before."""
-    raise Stop
-
-
 def memory():
     """A folder of a file system in RAM, where there is one: processes that die need no real disk,
     and on one each file that is opened anew costs milliseconds."""
     return "/dev/shm" if os.path.isdir("/dev/shm") else None
-
-
-@contextmanager
-def small_disk(folder, size):
-    """A file system of ``size`` (as tmpfs takes it) in a new folder, and a function that resizes
-    it; skips the test if it can't be mounted."""
-    disk = folder / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        yield (
-            disk,
-            lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True),
-        )
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 def die_at_change(number, cut=None):

@@ -1,7 +1,6 @@
 """Exports that many tests read, made once for all processes of a run and kept for later ones."""
 
 import shutil
-import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp
@@ -34,8 +33,11 @@ def made_once(name, **config):
     key = _content(*(_ROOT / folder for folder in _MAKERS))
     export = _KEPT / key / name
     if not export.exists():
-        _forget_old()
-        folder = Path(mkdtemp(prefix=".", dir=_made(_KEPT / key)))
+        export.parent.mkdir(parents=True, exist_ok=True)
+        for old in _KEPT.iterdir():
+            if old.name != key:
+                shutil.rmtree(old, ignore_errors=True)
+        folder = Path(mkdtemp(prefix=".", dir=export.parent))
         source = folder / "source" if config else SAMPLE
         if config:
             write_checkpoint(source, **config)
@@ -46,15 +48,3 @@ def made_once(name, **config):
     before = _content(export)
     yield export
     assert _content(export) == before, f"a test has changed {export}: remove it, and find the test"
-
-
-def _made(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _forget_old():
-    for folder in _made(_KEPT).iterdir():
-        with suppress(OSError):  # another process forgets it
-            if time.time() - folder.stat().st_mtime > 24 * 3600:
-                shutil.rmtree(folder)

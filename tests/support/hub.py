@@ -78,7 +78,7 @@ class Hub:
         self.over.set()
         self.over = threading.Event()
         self.repos, self.faults, self.requests = {}, [], []
-        self.outlasted = self.signature = 0
+        self.outlasted = 0
 
     def hold(self, handler):
         """A fault: silence until the test is over, or for the 20 seconds that ``outlasted``
@@ -156,18 +156,16 @@ class Hub:
 
     def _send(self, handler, kind, repo_name, repo, name):
         if kind != "cdn" and name in repo.lfs:
-            place = f"{self.cdn}/{repo_name}/{repo.commit}/{name}?signature={self.signature}"
+            place = f"{self.cdn}/{repo_name}/{repo.commit}/{name}?signature=0"
             linked = {"X_Linked_Etag": f'"{repo.checksum(name)}"', "X_Linked_Size": repo.size(name)}
             handler.answer(302, Location=place, X_Repo_Commit=repo.commit, **linked)
             return
         data = repo.files[name].read_bytes()
         headers = {"ETag": f'"{repo.checksum(name)}"', "X_Repo_Commit": repo.commit}
         if span := handler.headers.get("Range"):
-            size = len(data)
             first, last = span.removeprefix("bytes=").split("-")
-            data = data[int(first) : int(last) + 1 if last else size]
-            stop = int(first) + len(data)
-            headers["Content_Range"] = f"bytes {first}-{stop - 1}/{size}"
+            size, data = len(data), data[int(first) : int(last) + 1 if last else None]
+            headers["Content_Range"] = f"bytes {first}-{int(first) + len(data) - 1}/{size}"
         handler.answer(206 if span else 200, data, **headers)
 
 
@@ -216,10 +214,6 @@ def is_header(handler):
 # Faults
 
 
-def drop(handler):
-    return handler.drop()
-
-
 def answer(*arguments, **headers):
     return lambda handler: handler.answer(*arguments, **headers)
 
@@ -229,44 +223,12 @@ def data_of(handler):
     return HUB.repos[NAME, "main"].files[name].read_bytes()
 
 
-def begin(handler, size=1 << 40):
-    """Announce all that is asked for, and send so much of it."""
-    data, span = data_of(handler), handler.headers.get("Range", "bytes=0-")
-    first = int(span.removeprefix("bytes=").split("-")[0])
-    handler.send_response(206 if first else 200)
-    handler.send_header("Content-Length", str(len(data) - first))
-    if first:
-        handler.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
-    handler.end_headers()
-    handler.wfile.write(data[first:][:size])
-    handler.wfile.flush()
-
-
-def cut(handler):
-    begin(handler, 100_000)
-    return handler.drop()
-
-
-def stall(handler):
-    begin(handler, 100)
-    return HUB.hold(handler)
-
-
 def wrong_bytes(handler):
     return handler.answer(200, bytes(len(data_of(handler))))
 
 
 def too_many(handler):
     return handler.answer(200, data_of(handler) + bytes(1 << 20))
-
-
-def whole_file(handler):
-    """The answer of a server that knows no ranges."""
-    return handler.answer(200, data_of(handler))
-
-
-def elsewhere(handler):
-    return handler.answer(302, Location=handler.path.replace("?", "?again&"))
 
 
 def faulty(served, kind, act, times=1 << 30):
