@@ -4,14 +4,13 @@ named files exist, and the tables that code makes are what it makes."""
 import os
 import re
 import shlex
-from pathlib import Path
+from itertools import takewhile
 from typing import NamedTuple
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from bench.__main__ import bench
 from scripts import tables
 from slotmoe.tools.cli import cli
 from tests.support.forkserver import ROOT
@@ -19,19 +18,14 @@ from tests.support.forkserver import ROOT
 PAGES = [ROOT / f"{name}.md" for name in ("README", "ARCHITECTURE", "CONTRIBUTING", "CHANGELOG")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 UNKNOWN = "$UNKNOWN"
-QUICK = {"run": ["-n", "4"], "profile": ["-n", "4", "-o", "report"], "plan": []}
+QUICK = {"run": ["-n", "4"], "plan": []}
 GEOMETRIES = ("sample", "v2", "v2-lite")
 
 
 class Block(NamedTuple):
-    page: Path
-    line: int
+    name: str
     language: str
     text: str
-
-    @property
-    def name(self):
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 
 def blocks(page):
@@ -41,9 +35,9 @@ def blocks(page):
         if not line.startswith("```"):
             lines.append(line)
         elif opened is None:
-            opened, lines = (number, line[3:].strip()), []
+            opened, lines = (f"{page.relative_to(ROOT)}:{number}", line[3:].strip()), []
         else:
-            yield Block(page, *opened, "\n".join(lines))
+            yield Block(*opened, "\n".join(lines))
             opened = None
     assert opened is None, f"{page}:{opened}: this fence is never closed"
 
@@ -52,47 +46,28 @@ BLOCKS = [block for page in PAGES for block in blocks(page)]
 PYTHON = [block for block in BLOCKS if block.language == "python"]
 
 
-def commands(text):
-    """The simple commands of a shell text, as lists of words.
-
-    What only a shell knows, a variable or a substitution, stays as a word with a ``$``.
-    """
-    text = re.sub(r"(?m)(^|\s)#.*$", "", text.replace("\\\n", " "))
-    text = re.sub(r"\$\([^)]*\)", UNKNOWN, text)
-    text = re.sub(r"[<>]+ *[^\s;]+", "", text)  # redirections
-    lexer = shlex.shlex(text, posix=True, punctuation_chars=";&|()\n")
-    lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t", True, ""
-    words = []
-    for word in lexer:
-        if set(word) <= set(";&|()\n"):
-            yield words
-            words = []
-        elif words or (word not in ("$", "do", "then") and not re.match(r"\w+=", word)):
-            words.append(word)
-    yield words
-
-
 def calls(text):
-    """The arguments of every call of ``slotmoe`` in a shell text."""
-    for words in commands(text):
-        if words and Path(words[0]).name == "slotmoe":
-            yield words[1:]
-        elif words[1:3] == ["-m", "slotmoe"]:
-            yield words[3:]
+    """The arguments of every call of ``slotmoe`` in a shell text; what only a shell knows stays as
+    a word with a ``$``."""
+    text = re.sub(r"\$\([^)]*\)", UNKNOWN, text.replace("\\\n", " "))
+    for line in re.findall(r"(?m)^(?:.*[ ;&|(/])?slotmoe +(.*)$", text):
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        yield [*takewhile(lambda word: not set(word) <= set("();<>|&"), lexer)]
 
 
+SHELL = {"sh", "bash", "console", "shell"}
 CALLS = [
-    (f"{block.name} {' '.join(arguments)}", arguments)
+    pytest.param(arguments, id=f"{block.name} {' '.join(arguments)}")
     for block in BLOCKS
-    if block.language in {"sh", "bash", "console", "shell"}
+    if block.language in SHELL
     for arguments in calls(block.text)
 ]
 QUICK_CALLS = [
-    pytest.param(arguments, id=name)
-    for name, arguments in CALLS
-    if len(arguments) > 1
-    and arguments[0] in QUICK
-    and arguments[1] in (GEOMETRIES if arguments[0] == "plan" else ("sample",))
+    call
+    for call in CALLS
+    for name, *words in call.values
+    if name in QUICK and words and words[0] in (GEOMETRIES if name == "plan" else ("sample",))
 ]
 
 
@@ -138,13 +113,12 @@ def test_quick_commands_run(arguments, in_a_folder):
 
 
 def test_commands_exist_and_each_has_an_example():
-    for name, arguments in CALLS:
+    for call in CALLS:
         try:
-            check_usage(arguments)
+            check_usage(*call.values)
         except click.UsageError as problem:
-            pytest.fail(f"{name}: {problem.message}")
-    assert len(PYTHON) >= 4 and len(CALLS) >= 30 and len(QUICK_CALLS) >= 3
-    shown = {arguments[0] for _, arguments in CALLS}
+            pytest.fail(f"{call.id}: {problem.message}")
+    shown = {arguments[0] for call in CALLS for arguments in call.values}
     assert not {*cli.list_commands(click.Context(cli))} - shown
 
 
@@ -165,16 +139,14 @@ def anchors(page):
 
 
 def test_links_resolve():
-    links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)\s]+)\)", prose(page))]
-    for page, link in links:
-        if "://" in link:
-            continue
-        name, _, anchor = link.partition("#")
-        target = (page.parent / name).resolve() if name else page
-        assert target.is_relative_to(ROOT)
-        assert target.exists(), f"{page}: links to {link}, which is not there"
-        if anchor:
-            assert anchor in set(anchors(target)), f"{page}: {name} has no heading #{anchor}"
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+            name, _, anchor = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            if "://" in link:
+                continue
+            assert target.is_relative_to(ROOT) and target.exists(), f"{page}: links to {link}"
+            assert not anchor or anchor in set(anchors(target)), f"{page}: no heading {link}"
 
 
 def test_named_files_exist():
@@ -185,8 +157,6 @@ def test_named_files_exist():
         for name in set(re.findall(rf"(?<![\w./<([-]){folder}/[\w./*-]*", page.read_text())):
             there = next(ROOT.glob(name.rstrip("/.")), None)
             assert there, f"{page}: names {name}, which is not there"
-        named = set(re.findall(r"python -m bench ([a-z]+)", page.read_text()))
-        assert named <= set(bench.commands)
 
 
 def test_every_option_has_its_place():

@@ -1,19 +1,24 @@
-"""What differs between systems: reads past the page cache, short reads, a full disk."""
+"""What differs between systems: reads past the page cache, short reads, refusals; and on which
+cores of made-up machines threads run, and on which nodes memory lies."""
 
 import errno
 import fcntl
 import os
-import subprocess
 import sys
 
 import pytest
+import torch
 
 from slotmoe import system
 from slotmoe.model.checkpoint.reader import open_checkpoint
+from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.reader import Export
-from tests.support.tiny import SAMPLE
+from slotmoe.system import Placement, choose_placement, cores, placement
+from tests.support.kernels import needs_native
+from tests.support.tiny import SAMPLE, SMALL, write_checkpoint
 
-BLOCK, WEIGHTS = 4096, "model-00001-of-00003.safetensors"
+BLOCK = 4096
 
 
 @pytest.fixture
@@ -61,11 +66,153 @@ def test_short_reads_are_no_damage(sample_export, monkeypatch):
         assert list(checkpoint.headers()) == wanted
 
 
-@pytest.mark.usefixtures("processes")
-def test_stdout_on_a_full_disk():
-    """It ended with code 120, and with Python's own remarks."""
-    command = [sys.executable, "-m", "slotmoe", "verify", str(SAMPLE), "--help"]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 1
-    assert done.stderr == "slotmoe: stdin or stdout: No space left on device\n"
+REFUSED = {
+    "quantize SOURCE MADE": ("os.pwrite", "os.fsync", "os.preadv"),
+    "run EXPORT Hello -n 2": ("os.preadv", "os.open"),
+    "run EXPORT Hello -n 20 --session x --session-dir MADE": ("os.fsync", "fcntl.flock"),
+}
+
+
+@pytest.mark.usefixtures("heavy", "processes")
+@pytest.mark.parametrize(("line", "call"), [(line, it) for line in REFUSED for it in REFUSED[line]])
+def test_what_the_system_refuses_names_the_file(line, call, slotmoe, tmp_path, monkeypatch):
+    """The system does not: a call has only a number.  The campaign ``system-calls`` refuses all."""
+    write_checkpoint(tmp_path / "source", **SMALL)
+    if "EXPORT" in line:
+        quantize(tmp_path / "source", tmp_path / "export")
+    module, _, name = call.partition(".")
+    original = getattr(sys.modules[module], name)
+
+    def refuse(file, *given, **options):
+        path = file if name == "open" else os.readlink(f"/proc/self/fd/{file}")
+        if str(path).startswith(str(tmp_path)) and "tokenizer" not in str(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(file, *given, **options)
+
+    words = [tmp_path / word.lower() if word.isupper() else word for word in line.split()]
+    monkeypatch.setattr(call, refuse)
+    code, _, err = slotmoe(*words)
+    *_, told = err.splitlines()
+    assert code in (0, 1, 2) and "Traceback" not in err and "damaged" not in err
+    assert str(tmp_path) in told and os.strerror(errno.EIO) in err and told.startswith("slotmoe: ")
+
+
+GIB = 1 << 30
+
+
+def spans(*ranges):
+    return tuple(number for span in ranges for number in range(*span))
+
+
+class Machine:
+    """A tree like Linux's, of ``nodes`` with ``each`` cores and ``smt`` logical CPUs a core, the
+    second ones of all cores behind the first; ``packages`` share the nodes out."""
+
+    def __init__(self, root, monkeypatch, each, nodes=1, smt=1, packages=1):
+        self.root, self.monkeypatch = root, monkeypatch
+        count = each * nodes
+        for cpu in range(count * smt):
+            core, topology = cpu % count, f"sys/devices/system/cpu/cpu{cpu}/topology"
+            siblings = ",".join(str(core + thread * count) for thread in range(smt))
+            self.write(f"{topology}/thread_siblings_list", siblings)
+            self.write(f"{topology}/physical_package_id", core // each * packages // nodes)
+        self.write("sys/devices/system/cpu/online", f"0-{count * smt - 1}")
+        for node in range(nodes):
+            first = [thread * count + node * each for thread in range(smt)]
+            cpus = ",".join(f"{cpu}-{cpu + each - 1}" for cpu in first)
+            self.write(f"sys/devices/system/node/node{node}/cpulist", cpus)
+            self.memory(node, 64)
+        self.write("sys/devices/system/node/online", f"0-{nodes - 1}")
+        monkeypatch.setattr(placement, "_ROOT", root)
+        self.allow(range(count * smt))
+
+    def write(self, path, text):
+        (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+        (self.root / path).write_text(f"{text}\n")
+
+    def memory(self, node, free):
+        """Half of what is free (GiB) holds files."""
+        half, path = free * GIB // 2048, f"sys/devices/system/node/node{node}/meminfo"
+        sizes = {"MemTotal": free << 20, "MemFree": half, "FilePages": half + 5, "Shmem": 5}
+        lines = [f"Node {node} {name}:  {size} kB" for name, size in sizes.items()]
+        self.write(path, "\n".join(lines))
+
+    def allow(self, cpus):
+        allowed = set(cpus)
+        self.monkeypatch.setattr(os, "sched_getaffinity", lambda process: allowed)
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    return lambda **sizes: Machine(tmp_path, monkeypatch, **sizes)
+
+
+TWO = {"each": 32, "nodes": 2, "smt": 2, "packages": 2}
+FOUR = {"each": 32, "nodes": 4, "smt": 2, "packages": 2}
+# A machine and GiB to place -> threads, their CPUs and the memory's nodes.
+PLACED = [
+    ({"each": 8}, 1, Placement(8)),
+    ({"each": 16, "smt": 2}, 1, Placement(16, spans((16,)))),
+    (TWO, 64, Placement(32, spans((32,)), (0,))),
+    (TWO, 65, Placement(64, spans((64,)), (0, 1))),
+    ({"each": 16, "nodes": 4}, 200, Placement(64, (), (0, 1, 2, 3))),
+    (FOUR, 100, Placement(64, spans((64,)), (0, 1))),
+    (FOUR, 200, Placement(128, spans((128,)), (0, 1, 2, 3))),
+    ({"each": 192, "nodes": 2, "packages": 2}, 1, Placement(192, spans((192,)), (0,))),
+]
+
+
+@pytest.mark.parametrize(("sizes", "wanted_gib", "chosen"), PLACED)
+def test_threads_and_memory_of_a_machine(machine, sizes, wanted_gib, chosen):
+    """One thread a core, and a model on one processor if that has room."""
+    machine(**sizes)
+    assert choose_placement(wanted_gib * GIB) == chosen
+    given = choose_placement(wanted_gib * GIB, threads=5)
+    assert (given.threads, given.cpus) == (5, ())
+
+
+def test_odd_machines(machine):
+    """Nodes without memory, without cores; slow cores beside fast ones; fewer CPUs, less time."""
+    odd = machine(each=8, nodes=4, packages=4)
+    odd.memory(0, 60)
+    odd.memory(1, 0)
+    odd.write("sys/devices/system/node/node3/cpulist", "")
+    assert choose_placement(GIB) == Placement(8, spans((16, 24)), (2,))
+    assert choose_placement(150 * GIB) == Placement(24, spans((24,)), (0, 2))
+    odd.allow({7, 8, 9})  # whoever chose them has chosen
+    assert choose_placement(GIB) == Placement(3)
+    for quota, count in ("350000 100000", 4), ("20000 100000", 1), ("not a number", 12):
+        hybrid = machine(each=12)
+        hybrid.write("sys/fs/cgroup/cpu.max", quota)
+        assert (cores(), choose_placement(GIB).threads) == (count, count)
+    for cpu in range(12):
+        hybrid.write(f"sys/devices/system/cpu/cpu{cpu}/cpu_capacity", 1024 if cpu < 4 else 400)
+    assert choose_placement(GIB) == Placement(4, spans((4,)))
+    hybrid.allow({8, 9})
+    assert choose_placement(GIB) == Placement(2)
+
+
+@needs_native
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are bound on Linux alone")
+def test_threads_that_compute_are_bound(sample_export, monkeypatch):
+    """The engine's and the kernels', and no other."""
+    allowed, cpu = os.sched_getaffinity(0), min(os.sched_getaffinity(0))
+    if len(allowed) == 1:
+        pytest.skip("there is but one CPU")
+
+    def bound():
+        threads = map(int, os.listdir("/proc/self/task"))
+        return sum(os.sched_getaffinity(thread) == {cpu} for thread in threads)
+
+    def open_on(cpus):
+        place = "slotmoe.offload.engine.loading.choose_placement"
+        monkeypatch.setattr(place, lambda size, threads: Placement(3, cpus))
+        return Runtime.open(sample_export, context=64)
+
+    with open_on((cpu,)) as runtime:
+        wanted = runtime.next_logits([1, 2, 3])
+        assert (runtime.threads, bound(), os.sched_getaffinity(0)) == (3, 3, allowed)
+    with open_on(()) as runtime:
+        assert torch.equal(runtime.next_logits([1, 2, 3]), wanted)
+        assert bound() == 0

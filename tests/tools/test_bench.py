@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from bench import codes
 from bench.__main__ import bench
 from bench.replay import read_trace
 from slotmoe.errors import ConfigError
@@ -63,35 +62,3 @@ def test_replay(slotmoe, sample_export, tmp_path):
     trace.write_bytes(trace.read_bytes()[:-3])
     with pytest.raises(ConfigError, match="is cut off"):
         read_trace(trace)
-
-
-@pytest.mark.usefixtures("nightly")
-@pytest.mark.skipif(bindings.load() is None, reason="the native kernels were not built")
-def test_kernels():
-    report = benchmark("kernels", "--working-set", 0.05, "--repetitions", 1, "--threads", 1)
-    rows = by("kernel", report)
-    assert report["threads"] == 1
-    assert {"linear int8, 1 row", "linear nf4, 512 rows", "quantize_nf4, bf16"} <= set(rows)
-    assert all(row["macs_per_second"] > 0 for row in rows.values())
-    row = rows["experts, 1 token, 6 experts"]
-    assert row["ratio"] == pytest.approx(row["bytes_per_second"] / row["plain_bytes_per_second"])
-    assert row["bytes_per_second"] * row["seconds"] == pytest.approx(6 * 4.6e6, rel=0.01)
-
-
-@pytest.mark.usefixtures("nightly")
-def test_codes_go_on_with_the_rows_that_are_missing(tmp_path, monkeypatch):
-    measured, text = [], tmp_path / "text"
-    text.write_text("words")
-    figures = {"bits_per_weight": 4.25, "relative_rms_error": 0.1, "gigabytes_per_token": 0.7}
-
-    def measure(row, *_):
-        measured.append(row)
-        return {**figures, "kl_divergence": 0.002 / len(measured)}
-
-    monkeypatch.setattr(codes, "_measure", measure)
-    results, chart = tmp_path / "results.json", tmp_path / "chart.svg"
-    options = "codes", "--text", text, "--calibrate", text, "--results", results
-    for more in (["--rows", 2], ["--chart", chart], []):
-        rows = benchmark(*options, *more)["rows"]
-    assert len({json.dumps(row) for row in measured}) == len(measured) == len(rows)
-    assert "IQ4_XS" in chart.read_text()

@@ -9,10 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from slotmoe.quant.codecs.weight import CodedWeight, dequantize
-from slotmoe.quant.export.layout import PROJECTIONS
 from slotmoe.quant.export.reader import Export
 from tests.support.forkserver import ROOT
 from tests.support.tiny import SMALL, write_checkpoint
@@ -39,71 +36,38 @@ def run(slotmoe, small_export, checkpoint):
 # A line that is refused, with exit code 2 and nothing on stdout -> what stderr says.
 REFUSED = {
     "run nowhere x": "nowhere: no such folder",
-    "run tests x": "config.json",
     "run EXPORT": "PROMPT",
-    "run EXPORT x --fast": "--fast",
-    "run EXPORT x --device tpu": "tpu",
     "run EXPORT x --ram lots": "'lots' is not a size",
-    "run EXPORT x --ram -1GiB": "'-1GiB' is not a size",
-    "run EXPORT x --ram 0": "'0' is not a possible size",
-    f"run EXPORT x --ram {'9' * 400}GiB": "is not a size",
     "run EXPORT x --ram 3": "'3' is 3 bytes; write the unit",
-    "run EXPORT x --ram 1KiB": "needs at least",
     "run EXPORT x --device cpu --misses fetch": "misses fetch",
     "run EXPORT x --device cpu --vram 1GiB": "--vram",
-    "run EXPORT x --temperature nan": "temperature is nan",
     "run EXPORT x --top-p 1.5": "1.5 is not in the range 0<x<=1",
-    "run EXPORT x --top-k -3": "-3 is not in the range x>=0",
-    f"run EXPORT x --seed {1 << 80}": "is not in the range",
     "run EXPORT x -n 0": "0 is not in the range x>=1",
     "run EXPORT x --threads 300": "expected 1 to 256",
     "run EXPORT x --file setup.py": "both given",
-    "run EXPORT --file nowhere": "nowhere",
-    "run EXPORT x --route-budget 1": "No such option '--route-budget'",
     "rnu EXPORT x": "did you mean run?",
-    "replay x": "no command 'replay'",
-    "run EXPORT x --temprature 1": "'--temperature'",
-    "run samplee x": "did you mean sample?",
     "run v2-lite x": "is a geometry, without weights",
-    "run EXPORT x --context 0": "context",
     "run EXPORT x --context 257": "max_position_embeddings",
     "run EXPORT 'one two three four five' --context 3": "the context holds 3",
     "run EXPORT caf\udce9": "UTF-8",
     "run EXPORT x --slots 1": "at least 2",
-    "run EXPORT x --trace nowhere/trace": "nowhere/trace",
     "run EXPORT x --session a/b": "is no name of a session",
     "chat EXPORT --resume": "holds no conversation to resume",
-    "chat EXPORT --resume --session x": "--resume takes the latest session",
-    "chat EXPORT --session x --session-dir /dev/null/x": "can't keep sessions there",
     "rm x --all": "needs NAME, or --sessions --all",
     "verify nowhere": "nowhere: holds no slotmoe.json",
     "quantize EXPORT dst": "is an export already",
     "quantize CHECKPOINT CHECKPOINT --overwrite": "not an export",
     "quantize CHECKPOINT EXPORT --resident nf4": "--overwrite",
-    "quantize CHECKPOINT dst --workers 0": "workers",
     "quantize CHECKPOINT dst --codec nf4 --bits 3": "--codec nf4 has no 3 bits",
-    "quantize CHECKPOINT nowhere/dst": "nowhere/dst",
     "bench EXPORT --depth 60 --decode-tokens 9 --context 64": "context",
-    "bench EXPORT --draft mtp": "No such option '--draft'",
-    "eval EXPORT --text setup.py --draft mtp": "No such option '--draft'",
     "synth v3 dst --share-layers 0": "--share-layers",
-    "plan nowhere": "nowhere",
     # Of a checkpoint, before anything is quantized:
     "run CHECKPOINT x --top-p 5": "not in the range",
-    "run CHECKPOINT x -n -3": "not in the range",
     "run CHECKPOINT x --ram 10MiB": "needs at least",
-    "run CHECKPOINT x --slots 1": "at least 2",
     "run CHECKPOINT x --trace nowhere/trace": "its folder is not there",
-    "run CHECKPOINT x --session-limit lots": "'lots' is not a size",
-    "run CHECKPOINT x --misses cpu --device cpu": "misses cpu",
     "run CHECKPOINT x --draft mtp": "mtp",
-    "chat CHECKPOINT --context 257": "max_position_embeddings",
-    "chat CHECKPOINT --threads 300": "expected 1 to 256",
-    "serve CHECKPOINT --vram 1": "write the unit",
     "serve CHECKPOINT --ram 1MiB --max-sequences 256 --port 0": "needs at least",
-    "bench CHECKPOINT --prompt-tokens 5000": "context",
     "eval CHECKPOINT --text nowhere": "nowhere",
-    "profile CHECKPOINT --ram 10MiB": "needs at least",
 }
 
 
@@ -123,19 +87,13 @@ def test_what_is_refused_is_one_line_and_exit_code_2(run, monkeypatch, tmp_path,
 
 def test_more_memory_than_there_is(run, monkeypatch):
     code, _, err = run("run EXPORT x -n 1 --ram 800TiB")
-    assert (code, err.count("\n")) == (0, 2)
-    assert "--ram 800TiB is more than this machine has" in err
-    assert "more than" not in run("run EXPORT x -n 1 --ram 4GiB")[2]
+    assert code == 0 and "--ram 800TiB is more than this machine has" in err
     monkeypatch.setattr("slotmoe.offload.engine.loading.total_memory", lambda: 1 << 10)
     code, _, err = run("run EXPORT x -n 1")
-    assert (code, err.count("\n")) == (2, 1)
-    assert "of RAM and this machine has 1.0 KiB: give a smaller --ram" in err
+    assert code == 2 and "of RAM and this machine has 1.0 KiB: give a smaller --ram" in err
 
 
-STATISTICS = (
-    r"stopped at 5 tokens \(-n\) · [\d.]+ tokens/s · first token \d+\.\d s"
-    r" · \d+\.\d( MiB)? of \d+\.\d GiB\n"
-)
+STATISTICS = r"stopped at 5 tokens \(-n\) · [\d.]+ tokens/s · first token .* GiB\n"
 
 
 def test_text_goes_to_stdout_and_statistics_to_stderr(run, monkeypatch):
@@ -143,8 +101,8 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(run, monkeypatch):
     code, out, err = run(line)
     assert code == 0 and out.endswith("\n") and re.fullmatch(STATISTICS, err)
     assert run(f"{line} --verbose")[1] == out
-    first, again, other = (run(f"{line} --temperature 2 --seed {seed}")[1] for seed in (1, 1, 2))
-    assert first == again != other
+    seeded = [run(f"{line} --temperature 2 --seed {seed}")[1] for seed in (1, 1, 2)]
+    assert seeded[0] == seeded[1] != seeded[2]
     code, json_out, err = run(f"{line} --json")
     report = json.loads(json_out)
     assert (code, err, json_out.count("\n")) == (0, "", 1)
@@ -160,10 +118,7 @@ def test_quantize_reports(run, tmp_path):
     write_checkpoint(source, surprising_key=1, **SMALL)
     code, out, err = run("quantize", source, first)
     assert (code, out) == (0, "")
-    *told, outcome, advice = err.splitlines()
-    assert "surprising_key" in "".join(told)
-    assert re.fullmatch(rf"{first}: .* in .* s \(.*\), \d+\.\d\d bits a weight", outcome)
-    assert advice == f'Run it: slotmoe run {first} "Your prompt"'
+    assert "surprising_key" in err and f'Run it: slotmoe run {first} "Your prompt"' in err
     code, out, err = run("quantize CHECKPOINT", second, "--json", "--resident", "nf4")
     report = json.loads(out)
     assert (code, err, out.count("\n")) == (0, "", 1)
@@ -189,15 +144,6 @@ def test_synth_and_bench(slotmoe, tmp_path):
     assert len(files) == 4 and len({file.stat().st_ino for file in files}) == 2
     with Export.open(made) as export:
         assert all(weight.isfinite().all() for weight in export.expert(4, 7).values())
-        record = torch.empty(export.layout.record_bytes, dtype=torch.uint8)
-        export.read_range(4, 7, 0, record.numpy().data)
-        for name in PROJECTIONS:  # padding is zero weights, as the format says
-            weight = export.layout.weight(record, name, export.layout.levels())
-            tiles, blocks, _ = weight.codes.shape
-            shape = 16 * tiles, 64 * blocks
-            padded = dequantize(CodedWeight(weight.codes, weight.scales, weight.levels, shape))
-            rows, columns = weight.shape
-            assert padded[rows:].abs().sum() == padded[:, columns:].abs().sum() == 0
     code, out, _ = slotmoe("bench", made, *BENCH)
     report = json.loads(out)
     assert code == 0 and set(report) >= MEASURED
@@ -232,9 +178,6 @@ def test_help_and_refusals_need_no_torch():
     assert "slotmoe run sample" in child.stdout and "--max-new-tokens" in child.stdout
 
 
-# A user's own defaults.
-
-
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
     """Where ``slotmoe.toml`` is."""
@@ -253,9 +196,7 @@ def test_defaults_of_a_user(run, settings, slotmoe):
     assert report["memory"]["budget"] == 3 << 30
     assert report["ids"] == json.loads(run(f"{line} --seed 6")[1])["ids"]
     assert json.loads(run(f"{line} --context 32")[1])["context"] == 32
-    for command, seed in (("run", 6), ("chat", 5)):
-        text = " ".join(slotmoe(command, "--help")[1].split())
-        assert f"[default: {seed}, by slotmoe.toml]" in text
+    assert "[default: 5, by slotmoe.toml]" in " ".join(slotmoe("chat", "--help")[1].split())
     assert slotmoe("list")[0] == 0  # which has none of these options
 
 
@@ -265,9 +206,6 @@ WRONG_SETTINGS = {
     "[run]\nmax_new_tokens = 1": "[run] max_new_tokens is unknown; did you mean max-new-tokens?",
     "context = 'x'": "context for run: 'x' is not a valid integer",
     "no-prefetch = 1": "no-prefetch for run: is 1, expected true or false",
-    "seed = [1]": "seed for run: is [1], expected text or a number",
-    "ram = 'lots'": "ram for run: 'lots' is not a size",
-    "context =": "is no TOML",
     "context = " + "[" * 50_000: "is no TOML",
 }
 
@@ -278,3 +216,29 @@ def test_what_is_wrong_in_the_file_is_one_line(settings, slotmoe):
         code, out, err = slotmoe("run", "sample", "x")
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert err.startswith(f"slotmoe: {settings}: ") and problem in err
+
+
+OFFERED = {
+    "run sample x --max": ["--max-new-tokens"],
+    "run li": ["library", "lite", "lite-export"],
+    "plan v2-": ["v2-lite"],
+    "plan v2 --gpu rtx-306": ["rtx-3060"],
+    "run sample x --device cu": ["cuda"],
+}
+
+
+def test_what_a_shell_completes(slotmoe, tmp_path, monkeypatch):
+    """Commands, options, models and GPUs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / "cache"))
+    there = "lite-export/slotmoe.json", "lite/config.json", "lint/x"
+    for path in map(tmp_path.joinpath, (*there, "cache/library-0123456789ab/slotmoe.json")):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    monkeypatch.setenv("_SLOTMOE_COMPLETE", "bash_complete")
+    for words, offered in OFFERED.items():
+        monkeypatch.setenv("COMP_WORDS", f"slotmoe {words}")
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+        code, out, err = slotmoe()
+        assert (code, err) == (0, "")
+        assert sorted(line.partition(",")[2] for line in out.splitlines()) == offered, words

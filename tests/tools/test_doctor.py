@@ -1,5 +1,4 @@
-"""``slotmoe doctor``: what it finds on this machine and on others, within one screen and half a
-second."""
+"""``slotmoe doctor``: what it finds on this machine and on others, within one screen."""
 
 import json
 from importlib import metadata
@@ -36,11 +35,6 @@ def test_this_machine(report, slotmoe, monkeypatch):
     assert (code == 0) == all(check["state"] != "bad" for check in checks.values())
     assert metadata.version("torch") in checks["GPU"]["found"]
     assert len(slotmoe("doctor")[1].splitlines()) < 24  # a screen
-    original = doctor._is_installed
-    monkeypatch.setattr(doctor, "_is_installed", lambda n: n != "uvicorn" and original(n))
-    code, checks = report()
-    assert code == 0 and checks["serve"]["found"] == "not installed: uvicorn"
-    assert checks["serve"]["advice"] == "pip install 'slotmoe[serve]'"
 
 
 def test_missing_kernels(report, monkeypatch, tmp_path):
@@ -49,10 +43,6 @@ def test_missing_kernels(report, monkeypatch, tmp_path):
     assert (code, checks["kernels"]["state"]) == (1, "bad")
     assert "up to 200 times slower" in checks["kernels"]["found"]
     assert checks["kernels"]["advice"].startswith("install slotmoe again")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    checks = report()[1]
-    assert checks["kernels"]["advice"].startswith("install a C++ compiler")
-    assert checks["compiler"]["state"] == "note"
 
 
 def test_a_gpu_needs_a_cuda_build_of_torch(report, monkeypatch, tmp_path):
@@ -61,21 +51,16 @@ def test_a_gpu_needs_a_cuda_build_of_torch(report, monkeypatch, tmp_path):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     original = metadata.version
-    for torch, state in ((None, "bad"), ("2.13.0+cpu", "bad"), ("2.13.0+cu130", "ok")):
-
-        def version(name, torch=torch):
-            if (name, torch) == ("torch", None):
-                raise metadata.PackageNotFoundError(name)
-            return torch if name == "torch" else original(name)
-
-        monkeypatch.setattr(metadata, "version", version)
+    for torch, state in (("2.13.0+cpu", "bad"), ("2.13.0+cu130", "ok")):
+        monkeypatch.setattr(
+            metadata,
+            "version",
+            lambda name, torch=torch: torch if name == "torch" else original(name),
+        )
         code, checks = report()
-        check = checks["GPU"]
-        assert (code == 1, check["state"]) == (state == "bad", state)
-        assert torch or check["advice"] == "pip install torch"
-    assert check["found"].startswith("NVIDIA GeForce RTX 4090, 24.0 GiB, driver 570.86; ")
-    program.write_text("#!/bin/sh\necho 'No devices were found'\n")
-    assert report()[1]["GPU"]["state"] == "note"
+        assert (code == 1, checks["GPU"]["state"]) == (state == "bad", state)
+    found = checks["GPU"]["found"]
+    assert found.startswith("NVIDIA GeForce RTX 4090, 24.0 GiB, driver 570.86; ")
 
 
 def test_cache_and_disk(report, monkeypatch, tmp_path):
@@ -87,15 +72,9 @@ def test_cache_and_disk(report, monkeypatch, tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()
     monkeypatch.setenv("SLOTMOE_CACHE", str(cache / "not" / "yet"))
-    assert "--measure measures its speed" in report()[1]["disk"]["found"]
     monkeypatch.setattr(doctor, "_MEASURED_BYTES", 32 << 20)
     assert "GB/s measured now" in report("--measure")[1]["disk"]["found"]
     assert list(cache.iterdir()) == []
-    monkeypatch.setenv("SLOTMOE_CACHE", str(cache))
-    (cache / "machine.json").write_text('{"disk": 3e9, "ram": 4e10, "date": "2026-11-26"}')
-    checks = report()[1]
-    assert "3.0 GB/s measured on 2026-11-26" in checks["disk"]["found"]
-    assert "40.0 GB/s measured on 2026-11-26" in checks["RAM"]["found"]
 
 
 @pytest.mark.usefixtures("twin")
