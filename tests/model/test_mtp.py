@@ -46,19 +46,6 @@ def test_head_beside_its_formula(tmp_path, case):
     assert relative_error(logits_RV, network.head(hidden_TD)[1:]) > 0.1
 
 
-def test_rows_one_by_one_in_pieces_and_in_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr("slotmoe.model.network._PIECE", 4)
-    write_family(tmp_path, V3, **MTP)
-    network, head, cache, own = reference(tmp_path, step_tokens=5)
-    ids_T = torch.tensor(IDS[:10])
-    hidden_TD = network.forward(ids_T, [cache])
-    once_RD = head.forward(hidden_TD[:-1].clone(), ids_T[1:], own).clone()
-    own.length = 0
-    rows = zip(hidden_TD[:-1].clone().split(1), ids_T[1:].split(1), strict=True)
-    each = [head.forward(row_1D, id_1, own).clone() for row_1D, id_1 in rows]
-    assert relative_error(torch.cat(each), once_RD) <= 1e-5
-
-
 WITHOUT_HEAD = [  # what the checkpoint is, whether its config speaks of a head, and the answer
     ({}, False, ConfigError, "num_nextn_predict_layers is 0, expected 1 or more"),
     ({"moe_layer_freq": 2}, True, ConfigError, "moe_layer_freq 2 gives layer 3"),

@@ -1,90 +1,103 @@
-"""Drafts: the text, its logits and its log-probabilities are bitwise those without, wherever a
-draft is cut off."""
-
-from statistics import fmean
+"""Drafts, by what repeats and by a head that predicts one token more: the text is bitwise that
+without, whatever they say.  (How an export keeps the head, and who refuses to draft.)"""
 
 import pytest
 import torch
 
 from slotmoe.errors import ConfigError
-from slotmoe.model.generate import Answer
 from slotmoe.model.network import Network
-from slotmoe.model.sampling import Sampling
-from slotmoe.offload.policy.passes import Drafting, NGrams
+from slotmoe.offload.engine.passes import HeadDrafts
 from slotmoe.offload.runtime import Runtime
+from slotmoe.quant.export.layout import RESIDENT, layer_file
+from slotmoe.quant.export.reader import Export
 from slotmoe.quant.kernels.cpu.bindings import load
-from tests.support.engine import ask, decode
+from tests.support.engine import IDS, decode, whole
 
 pytestmark = pytest.mark.skipif(load() is None, reason="the native kernels are not built")
-TEXT = "The people of the United States have a government. " * 6
-SAMPLINGS = [{}, {"temperature": 0.8, "top_p": 0.7, "seed": 9}]
 
 
-@pytest.fixture(scope="module", params=["ngram"])
-def pair(request, sample_export):
-    """Two runtimes of four sequences, without drafts and with."""
-    draft, options = request.param, {"ram": "2GiB", "context": 200, "sequences": 4}
-    if draft == "mtp":
-        sample_export = request.getfixturevalue("with_head") / "export"
-    with (
-        Runtime.open(sample_export, draft="off", **options) as plain,
-        Runtime.open(sample_export, draft=draft, **options) as drafting,
-    ):
-        yield plain, drafting
+def opened(folder, draft="mtp", **options):
+    return Runtime.open(folder / "export", context=96, draft=draft, **options)
 
 
-both_kinds = pytest.mark.parametrize("pair", ["ngram", "mtp"], indirect=True)
-
-
-class Noting(Answer):
-    """Keeps all that it chooses from."""
-
-    def __init__(self, *given, **options):
-        super().__init__(*given, **options)
-        self.rows = []
-
-    def take(self, logits_V):
-        self.rows.append(logits_V.clone())
-        return super().take(logits_V)
-
-
-def answer_of(runtime, sampling):
-    """The answer, every row of logits, what is shown, and what the sequence holds at the end."""
+def text_of(runtime, **options):
+    """Ids and log-probabilities."""
     runtime.engine.empty()
-    ids = runtime.tokenizer.encode(TEXT)
-    answer = Noting(ids, runtime.tokenizer, (), Sampling(**sampling), 40, logprobs=3)
-    deltas = ask(runtime, ids, answer)
-    return answer.ids, torch.stack(answer.rows), deltas, runtime.engine.batch.sequences[0].tokens
+    tokens = list(runtime.generate(IDS[:12], 40, **options))
+    return [(token.id, token.logprob) for token in tokens]
 
 
-def lengths_of(runtime):
-    return [sequence.length for sequence in runtime.engine.batch.sequences]
+def test_the_head_is_one_more_layer_and_changes_no_other_byte(with_head):
+    with Export.open(with_head / "without") as without, Export.open(with_head / "export") as kept:
+        assert (without.layers, without.mtp_layer) == ((1, 2), None)
+        assert (kept.layers, kept.mtp_layer) == ((1, 2, 3), 3)
+        files = [export.manifest["files"] for export in (without, kept)]
+    tensors = [each[RESIDENT]["tensors"] for each in files]
+    assert files[1].keys() - files[0].keys() == {layer_file(3)}
+    assert all(files[0][layer_file(layer)] == files[1][layer_file(layer)] for layer in (1, 2))
+    assert tensors[0].items() < tensors[1].items()
+    more = {name.split("layers.3.")[1] for name in tensors[1].keys() - tensors[0].keys()}
+    assert {"enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight"} < more
+    assert not any("embed_tokens" in name or "shared_head.head" in name for name in more)
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_text_and_logits_are_bitwise_those_without_drafts(pair, eager, sampling):
-    before = pair[1].stats()["drafts"]
-    want, got = (answer_of(runtime, sampling) for runtime in pair)
-    assert torch.equal(want[1], got[1])
-    assert (want[0], *want[2:]) == (got[0], *got[2:])
-    now = pair[1].stats()["drafts"]
-    kinds = "drafted", "accepted", "rows", "passes"
-    drafted, accepted, rows, passes = (now[kind] - before[kind] for kind in kinds)
-    assert drafted > accepted > 2 and rows == passes + drafted
-    assert passes + accepted == 39  # the first token comes of the prompt's last row
+def test_refusals(with_head):
+    for name, draft, options, message in (
+        ("without", "mtp", {}, "quantize --keep-mtp"),
+        ("export", "mtp", {"kernels": "torch"}, r"draft mtp: .* leave it out"),
+        ("source", "mtp", {"quantize": False}, r"draft mtp: .* leave it out"),
+        ("export", "ngram", {"kernels": "torch"}, r"draft ngram: torch .* leave it out"),
+        ("export", "tree", {}, r"draft 'tree' .* auto, off, ngram, mtp"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Runtime.open(with_head / name, draft=draft, **options)
+    with Runtime.open(with_head / "export", kernels="torch", context=64, draft="auto") as runtime:
+        assert "not bitwise" in runtime.stats()["drafts"]["why"]
 
 
-def test_a_text_that_fills_the_context(pair, eager):
-    tokens = [list(runtime.generate(TEXT + TEXT, None, seed=2)) for runtime in pair]
-    assert tokens[0] == tokens[1] and tokens[1][-1].finish == "context"
-    assert [max(lengths_of(runtime)) for runtime in pair] == [199, 199]
+class Prompter:
+    """In the head's place: what it says is right but for every third token."""
+
+    def __init__(self, monkeypatch, answer):
+        self.texts, self._answer = [], answer
+        read = HeadDrafts.read
+
+        def noted(drafts, tokens, hidden_RD):
+            self.texts.append(tokens)
+            return read(drafts, tokens, hidden_RD)
+
+        monkeypatch.setattr(HeadDrafts, "read", noted)
+
+    def __call__(self, stream_RD):
+        place = len(self.texts[-1]) - 12
+        wrong = place % 3 == 0 or place >= len(self._answer)
+        logits_1V = torch.zeros(1, 4096)
+        logits_1V[0, 7 if wrong else self._answer[place]] = 1.0
+        return logits_1V
 
 
-@both_kinds
-def test_what_is_drafted_does_not_outlast_a_change(pair, eager, monkeypatch):
+@pytest.mark.parametrize(("slots", "options"), [(None, {}), (9, {"temperature": 0.8, "seed": 3})])
+def test_text_is_bitwise_that_without_drafts(
+    with_head, eager, monkeypatch, always_guessing, slots, options
+):
+    with opened(with_head, "off") as runtime:
+        want = text_of(runtime, **options)
+    with opened(with_head, slots=slots) as runtime:
+        assert text_of(runtime, **options) == want  # as random weights draft
+        before = runtime.stats()["drafts"]
+        assert before["kind"] == "mtp" and before["drafted"] == before["passes"] > 20
+        runtime.model.head.head = Prompter(monkeypatch, [id for id, _ in want])
+        assert text_of(runtime, **options) == want
+        now = runtime.stats()["drafts"]
+        passes, accepted = (now[key] - before[key] for key in ("passes", "accepted"))
+        assert passes + accepted == 39 and accepted >= 13
+        assert slots is None or runtime.stats()["prefetch"]["layer"]["guessed"] > 0
+        whole(runtime)
+
+
+def test_what_is_drafted_does_not_outlast_a_change(sample_export, eager, monkeypatch):
     """A text that goes on elsewhere, another token, or a pass that fails when it is computed."""
-    ids, both, drafts = pair[0].tokenizer.encode(TEXT), [], []
-    forward, left = Network.forward, []
+    both, drafts, left, forward = [], [], [], Network.forward
 
     def failing(*arguments):
         hidden_TD = forward(*arguments)
@@ -93,79 +106,18 @@ def test_what_is_drafted_does_not_outlast_a_change(pair, eager, monkeypatch):
         return hidden_TD
 
     monkeypatch.setattr(Network, "forward", failing)
-    for runtime in pair:
-        runtime.engine.empty()
-        rows, before = [decode(runtime, ids[:40], ids[40:42])], runtime.stats()["drafts"]
-        for new in ids[12], 7:
-            rows.append(decode(runtime, ids[:30], [ids[30], new, ids[41]]))
-            rows.append(decode(runtime, [*ids[:5], *ids[20:30]], ids[30:36]))
-        left += ["last", "decoded", "prompt"]
-        with pytest.raises(MemoryError):
-            decode(runtime, ids[:40], [ids[40], 7])
-        assert max(lengths_of(runtime)) == 41
-        rows.append(decode(runtime, ids[:41], ids[41:60]))
-        both.append(torch.cat(rows))
-        drafts.append(runtime.stats()["drafts"].get("drafted", 0) - before.get("drafted", 0))
+    for draft in "off", "ngram":
+        with Runtime.open(sample_export, context=200, sequences=4, draft=draft) as runtime:
+            ids = runtime.encode("The people of the United States have a government. " * 6)
+            rows = [decode(runtime, ids[:40], ids[40:42])]
+            for new in ids[12], 7:
+                rows.append(decode(runtime, ids[:30], [ids[30], new, ids[41]]))
+                rows.append(decode(runtime, [*ids[:5], *ids[20:30]], ids[30:36]))
+            left += ["last", "decoded", "prompt"]
+            with pytest.raises(MemoryError):
+                decode(runtime, ids[:40], [ids[40], 7])
+            assert max(sequence.length for sequence in runtime.engine.batch.sequences) == 41
+            rows.append(decode(runtime, ids[:41], ids[41:60]))
+            both.append(torch.cat(rows))
+            drafts.append(runtime.stats()["drafts"].get("drafted", 0))
     assert torch.equal(*both) and drafts[1] > drafts[0] == 0
-
-
-@both_kinds
-def test_several_answers_in_one_pass(pair, eager):
-    """Each with its own number of rows; the text is each one's alone."""
-    plain, drafting = pair
-    prompts = [TEXT, "Call me", TEXT[30:], "import os\nimport os\nimport os\n"]
-    ids = [plain.tokenizer.encode(prompt) for prompt in prompts]
-    before = drafting.stats()["drafts"]["drafted"]
-    found = [[token.id for token in text] for text in drafting.generate_all(ids, max_new_tokens=24)]
-    assert found == [[token.id for token in plain.generate(i, 24)] for i in ids]
-
-    def always(prompt, limit, at):
-        """The same token, so that a draft goes on where the answer ends."""
-        sampling = Sampling(logit_bias=((5, 1e4),))
-        answer = Answer(prompt, drafting.tokenizer, (), sampling, limit)
-        last = ask(drafting, prompt, answer, lambda r: r.cancel() if len(answer.ids) == at else 0)
-        return last[-1].finish, answer.ids
-
-    assert always(ids[1], 30, 0) == ("length", [5] * 30)
-    assert always(ids[3], 150, 5) == ("cancelled", [5] * 5)
-    assert drafting.stats()["drafts"]["drafted"] > before + 60
-
-
-def test_the_longest_match_counts_and_of_equals_the_latest():
-    grams = NGrams()
-    grams.read([1, 2, 3, 4, 9, 2, 3, 5, 8, 2, 3, 6, 1, 2, 3])
-    assert grams.draft(3)[0] == [4, 9, 2]
-    grams.read([7, 2, 3, 4, 9, 2, 3, 5, 8, 2, 3, 6, 1, 2, 3])
-    assert grams.draft(2)[0] == [6, 1]
-    grams.read([5, 6, 5, 6, 5])  # a text that repeats itself
-    assert grams.draft(5)[0] == [6, 5, 6, 5, 6]
-    grams.read([5, 6, 5, 6, 5, 1])
-    assert grams.draft(5) == ([], [])
-    assert grams.draft(5) == ([], []) and NGrams().draft(3) == ([], [])
-
-
-@pytest.mark.parametrize("likely", [0.99, 0.9, 0.5, 0.1])
-@pytest.mark.parametrize("cost", [0.1, 0.3, 0.8, 1.5])
-def test_rows_are_computed_as_long_as_they_pay(likely, cost):
-    """Beside the best fixed length and beside none, by what is expected."""
-    drafting, chances = Drafting(), [likely**n for n in range(1, 16)]
-    assert drafting.lengths([chances], 15) == [0]  # before anything was measured
-    speeds = []
-    for _ in range(300):
-        (length,) = drafting.lengths([chances], 15)
-        drafting.measured(1 + length, length, seconds := 1 + cost * length)
-        speeds.append((1 + sum(chances[:length])) / seconds)
-    best = max((1 + sum(chances[:n])) / (1 + cost * n) for n in range(16))
-    assert fmean(speeds) > 0.985 and fmean(speeds[30:]) > 0.95 * best
-    assert drafting.lengths([[0.02] * 15], 15) == [0]
-    assert drafting.lengths([[], [0.99] * 9, []], 15)[::2] == [0, 0]
-
-
-def test_drafts_are_off_where_rows_change_bits(sample_export):
-    with Runtime.open(sample_export, kernels="torch", context=64, draft="auto") as runtime:
-        assert runtime.stats()["drafts"]["kind"] == "off"
-        assert "not bitwise" in runtime.stats()["drafts"]["why"]
-    with pytest.raises(ConfigError, match=r"draft ngram: torch .* leave it out"):
-        Runtime.open(sample_export, kernels="torch", context=64, draft="ngram")
-    with pytest.raises(ConfigError, match=r"draft 'tree' .* auto, off, ngram, mtp"):
-        Runtime.open(sample_export, draft="tree")

@@ -4,11 +4,13 @@ import os
 
 import pytest
 
+from slotmoe.offload.ingest.output_dir import Resumption
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.sessions.blocks import BlockFolder, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved
+from slotmoe.quant.export.writer import ExportFile
 from tests.support.blocks import per_token
-from tests.support.tiny import write_checkpoint
+from tests.support.tiny import SMALL, write_checkpoint
 
 
 def write_export(folder):
@@ -41,3 +43,23 @@ def test_a_file_is_durable_before_it_gets_its_name(write, tmp_path, monkeypatch)
     monkeypatch.setattr(os, "rename", checked_rename)
     write(tmp_path)
     assert named
+
+
+def test_a_resumed_export_counts_only_on_what_is_durable(tmp_path, monkeypatch):
+    synced, counts, sync, save = set(), [], ExportFile.sync, Resumption.save
+
+    def noted_save(state, partial):
+        assert {sum for item in state.written.values() for sum in item[0]} <= synced
+        counts.append(len(state.written))
+        save(state, partial)
+
+    def noted_sync(file):
+        whole = set(file.checksums.values())
+        sync(file)
+        synced.update(whole)
+
+    monkeypatch.setattr(ExportFile, "sync", noted_sync)
+    monkeypatch.setattr(Resumption, "save", noted_save)
+    write_checkpoint(tmp_path / "source", shards=3, **SMALL)
+    quantize(tmp_path / "source", tmp_path / "export", workers=1)
+    assert len({*counts}) > 2

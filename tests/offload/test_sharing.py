@@ -1,16 +1,16 @@
-"""Several prompts in one pass: each is read as it would be alone, experts are read once for all,
-and none waits for long."""
+"""Several texts at once: each is as it would be alone, whatever becomes of the others; experts are
+read once for all, and no short prompt waits for a long one."""
 
+import asyncio
 import random
-from types import SimpleNamespace
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, ExportError
 from slotmoe.offload.engine import loading
 from slotmoe.offload.engine.requests import Forced, Request
-from slotmoe.offload.policy.passes import PIECE, allowance, place, shares
 from slotmoe.offload.runtime import Runtime
 from tests.support.engine import at_once, decode, passes_of, together, until, whole
 
@@ -27,17 +27,11 @@ def lengths(*counts):
     return [words(seed, count) for seed, count in enumerate(counts, 1)]
 
 
-LOADS = [lengths(300, 45), lengths(200, 9, 41), lengths(130, 64, 17, 1, 520)]
+LOADS = [lengths(300, 45), lengths(130, 64, 17, 1, 520)]
 
 
 @pytest.fixture(scope="module")
-def runtime(sample_export):
-    with Runtime.open(sample_export, ram="2GiB", context=1024, sequences=6) as runtime:
-        yield runtime
-
-
-@pytest.fixture(scope="module")
-def narrow(sample_export, heavy):
+def runtime(sample_export, heavy):
     """Half of the experts fit, and a pass goes through each layer in steps of 16 tokens."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "PREFILL_CHUNK", 16)
@@ -46,80 +40,8 @@ def narrow(sample_export, heavy):
             yield runtime
 
 
-# How they share, in tokens
-
-
-def test_shares_are_the_first_prompts_of_the_line():
-    for line, budget, free, wanted in (
-        ([600], 512, 64, [512]),
-        ([600, 9000], 512, 64, [512]),
-        ([88, 8000], 512, 64, [88, 88]),
-        ([20, 8000], 512, 64, [20, 64]),
-        ([20, 8000], 64, 512, [20, 44]),
-        ([64, 8000], 64, 64, [64]),
-        ([128] * 5, 512, 64, [128, 128]),
-        ([128] * 5, 4096, 512, [128] * 5),
-        ([500, 300, 2400, 9], 4096, 64, [500, 300, 200]),
-        ([20, 300, 2400, 9], 4096, 512, [20, 300, 212]),
-        ([], 512, 64, []),
-    ):
-        assert shares(line, budget, free) == wanted
-
-
-class Line:
-    """Prompts that arrive while others are read.  One has ``waited`` for tokens that were lost, or
-    read before its own last ones."""
-
-    def __init__(self, budget):
-        self.budget, self.line, self.now, self.ended = budget, [], 0, []
-
-    def start(self, left, lost=0):
-        prompt = SimpleNamespace(size=left, left=left, allows=allowance(left), began=self.now)
-        at = place(left, left + PIECE + lost, [(each.left, each.allows) for each in self.line])
-        if lost and at:  # then the pass goes on
-            lost = 0
-            at = place(left, left + PIECE, [(each.left, each.allows) for each in self.line])
-        for each in self.line:
-            each.allows -= lost
-        for each in self.line[at:]:
-            each.allows -= left + PIECE
-        self.now += lost
-        self.line.insert(at, prompt)
-        return prompt
-
-    def step(self):
-        counts = shares([each.left for each in self.line], self.budget, PIECE)
-        assert sum(counts) <= self.budget and all(counts)
-        for each, count in zip([*self.line], counts, strict=False):
-            self.now, each.left = self.now + count, each.left - count
-            if not each.left:
-                each.waited = self.now - each.began - each.size
-                self.line.remove(each)
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_a_long_prompt_waits_at_most_for_a_share_of_itself(seed):
-    """Whatever comes while it is read, and however often a pass is given up."""
-    source = random.Random(seed)
-    line = Line(source.choice([64, 512, 4096]))
-    long = line.start(source.choice([700, 3000, 9000, 30000]))
-    for _ in range(1000):
-        for _ in range(source.choice([0, 0, 1, 3, 20])):
-            size = int(2 ** source.uniform(0, 15))
-            line.start(size, lost=source.randrange(200))
-        line.step()
-        if not long.left:
-            break
-    assert not long.left and long.waited <= 0.3 * long.size
-
-
-# The same bits
-
-
-@pytest.mark.parametrize("prompts", LOADS, ids=["two", "three", "five"])
-@pytest.mark.parametrize("room", ["runtime", "narrow"])
-def test_prompts_together_are_each_as_alone(request, room, prompts, monkeypatch):
-    runtime = request.getfixturevalue(room)
+@pytest.mark.parametrize("prompts", LOADS, ids=["two", "five"])
+def test_prompts_together_are_each_as_alone(runtime, prompts, monkeypatch):
     alone = []
     for prompt in prompts:
         runtime.engine.empty()
@@ -134,40 +56,10 @@ def test_prompts_together_are_each_as_alone(request, room, prompts, monkeypatch)
     whole(runtime)
 
 
-@pytest.mark.parametrize("room", ["runtime", "narrow"])
-def test_scores_and_hidden_states_of_a_shared_pass_are_each_prompts_own(request, room):
-    runtime = request.getfixturevalue(room)
-
-    class Scored(Forced):
-        def __init__(self):
-            super().__init__((), keeps=True)
-            self.scores = []
-
-        def score(self, token_id, logits_V):
-            self.scores.append((token_id, None if logits_V is None else logits_V.clone()))
-
-    prompts, hidden, scored, text = lengths(150, 90, 40), [], Scored(), Forced(MORE, keeps=True)
-    wanted = [runtime.logits(prompts[0]), runtime.logits(prompts[1])]
-    last = decode(runtime, prompts[2], MORE)
-    runtime.engine.empty()
-    requests = (
-        Request(prompts[0], None, hidden=hidden.append, first=100),
-        Request(prompts[1], scored, scored=True),
-    )
-    at_once(runtime, *requests, Request(prompts[2], text))
-    each = runtime.engine.batch.passes.each
-    rows = torch.cat(runtime.engine.call(lambda: [*each(torch.cat(hidden))]))
-    ids, logits = zip(*scored.scores, strict=True)
-    assert (ids, logits[0]) == (tuple(prompts[1]), None)
-    if runtime.stats()["kernels"] != "torch":
-        assert torch.equal(rows, wanted[0][100:])
-        assert torch.equal(torch.stack([*logits[1:], scored.logits[0]]), wanted[1])
-        assert torch.equal(torch.stack(text.logits), last)
-
-
-def test_a_prompt_waits_for_what_another_is_going_to_hold(runtime):
-    """Four answers to one prompt, and one that goes on from its first tokens: nothing is read
+def test_a_prompt_waits_for_what_another_is_going_to_hold(runtime, monkeypatch):
+    """Three answers to one prompt, and one that goes on from its first tokens: nothing is read
     twice."""
+    monkeypatch.setitem(runtime.plan.__dict__, "prefill_chunk", 512)
     (prompt,), totals = lengths(400), runtime.engine.batch.totals
     other = [*prompt[:300], *words(9, 30)]
     runtime.engine.empty()
@@ -177,68 +69,38 @@ def test_a_prompt_waits_for_what_another_is_going_to_hold(runtime):
     assert torch.equal(logits[0], logits[1])
 
 
-# What goes wrong in a shared pass
+def fail(requests):
+    raise OSError(5, "Input/output error")
 
 
-@pytest.fixture
-def three(narrow):
-    """Three prompts that are read at once, and what each gives alone."""
-    prompts, engine = lengths(60, 40, 30), narrow.engine
+DISTURBED = [  # what happens at the third gate, and what becomes of three requests
+    (fail, ["error"] * 3),
+    (lambda requests: requests[1].cancel(), ["length", "cancelled", "length"]),
+]
+
+
+@pytest.mark.parametrize(("event", "finishes"), DISTURBED, ids=["fail", "cancel"])
+def test_who_is_concerned_ends_and_the_others_go_on(runtime, event, finishes):
+    prompts, engine, gates = lengths(60, 40, 30), runtime.engine, []
     engine.empty()
-    wanted = [decode(narrow, prompt, MORE) for prompt in prompts]
+    wanted = [decode(runtime, prompt, MORE) for prompt in prompts]
     engine.empty()
     texts = [Forced(MORE, keeps=True) for _ in prompts]
     requests = [*map(Request, prompts, texts)]
 
-    def ask(at):
-        """Their finishes; ``at(requests)`` is called at the third gate."""
-        gates = []
+    def third(route):
+        gates.append(route)
+        if len(gates) == 3:
+            event(requests)
 
-        def third(route):
-            gates.append(route)
-            if len(gates) == 3:
-                at(requests)
-
-        stop = engine.call(lambda: narrow.model.experts.on_layer(third))
-        ends = at_once(narrow, *requests)
-        engine.call(stop)
-        return [end.finish for end in ends]
-
-    def right(*numbers):
-        whole(narrow)
-        if narrow.stats()["kernels"] == "torch":
-            return True
-        again = together(narrow, prompts, MORE)
-        found = [torch.equal(torch.stack(texts[n].logits), wanted[n]) for n in numbers]
-        return all(found) and all(map(torch.equal, again, wanted))
-
-    return SimpleNamespace(requests=requests, texts=texts, ask=ask, right=right)
-
-
-def test_a_failure_ends_the_requests_of_its_pass(three):
-    def fail(requests):
-        raise OSError(5, "Input/output error")
-
-    assert three.ask(fail) == ["error"] * 3
-    assert three.right()
-
-
-def test_cancelling_one_ends_only_that(three):
-    ends = three.ask(lambda requests: requests[1].cancel())
-    assert ends == ["length", "cancelled", "length"]
-    assert three.right(0, 2)
-
-
-def test_a_refused_answer_ends_only_that(three, monkeypatch):
-    def refuse(logits_V):
-        raise ConfigError("the grammar can't be followed")
-
-    monkeypatch.setattr(three.texts[2], "take", refuse)
-    assert three.ask(lambda requests: None) == ["length", "length", "refused"]
-    assert three.right(0, 1)
-
-
-# What is read, and when
+    stop = engine.call(lambda: runtime.model.experts.on_layer(third))
+    assert [end.finish for end in at_once(runtime, *requests)] == finishes
+    engine.call(stop)
+    whole(runtime)
+    if runtime.stats()["kernels"] != "torch":
+        for finish, text, logits in zip(finishes, texts, wanted, strict=True):
+            assert finish != "length" or torch.equal(torch.stack(text.logits), logits)
+        assert all(map(torch.equal, together(runtime, prompts, MORE), wanted))
 
 
 def test_experts_are_read_once_for_all_prompts(sample_export, heavy, monkeypatch):
@@ -258,14 +120,14 @@ def test_experts_are_read_once_for_all_prompts(sample_export, heavy, monkeypatch
 
 
 @pytest.fixture
-def arriving(narrow, monkeypatch):
+def arriving(runtime, monkeypatch):
     """Reads a long prompt of 1000 tokens while shorter ones come at the given gates: the passes,
     and the prompts' lengths in the order of their first tokens."""
 
     def read(arrivals):
-        engine, gates, order, callers = narrow.engine, [], [], []
+        engine, gates, order, callers = runtime.engine, [], [], []
         engine.empty()
-        passes = passes_of(narrow, monkeypatch)
+        passes = passes_of(runtime, monkeypatch)
 
         def ask(ids):
             request = Request(ids, Forced(()), owner=str(len(callers)))
@@ -278,7 +140,7 @@ def arriving(narrow, monkeypatch):
             for length in arrivals.get(len(gates), ()):
                 ask(words(length, length))
 
-        stop = engine.call(lambda: narrow.model.experts.on_layer(arrive))
+        stop = engine.call(lambda: runtime.model.experts.on_layer(arrive))
         ask(words(1000, 1000))
         until(lambda: len(order) == 1 + sum(map(len, arrivals.values())))
         engine.call(stop)
@@ -295,14 +157,70 @@ def test_a_short_prompt_overtakes_a_long_one(arriving):
     assert passes[:4] == [[-128], [-40, -88], [-128], [-128]]
     assert sum(-sum(rows) for rows in passes) == 1000 + 40 + 128
     passes, order = arriving({6 * steps: [40]})
-    assert order == [40, 1000]
-    assert passes[:4] == [[-128], [-40, -88], [-128], [-128]]
-    assert sum(-sum(rows) for rows in passes) == 1000 + 40
+    assert order == [40, 1000] and sum(-sum(rows) for rows in passes) == 1000 + 40
 
 
-def test_a_long_prompt_allows_a_share_of_itself(arriving):
-    """Two of 50 tokens cost it 228 of the 300 that it allows; a third one waits."""
-    passes, order = arriving({60: [50, 50, 50]})
-    assert order == [50, 50, 1000, 50]
-    assert [-50, -50, -28] in passes
-    assert passes[-1][-1] == -50 and len(passes[-1]) == 2
+def test_threads_get_each_the_text_alone(runtime):
+    """Texts and logits mix; each is what it is alone."""
+    prompts = [[*range(5 + n, 40 + 3 * n)] for n in range(8)]
+    logits = runtime.logits(prompts[0])
+    alone = [[token.id for token in runtime.generate(ids, 10)] for ids in prompts]
+
+    def ask(number):
+        if number % 4 == 3:
+            return torch.equal(runtime.logits(prompts[0]), logits)
+        made = [token.id for token in runtime.generate(prompts[number % 8], 10)]
+        return runtime.stats()["kernels"] == "torch" or made == alone[number % 8]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(24)))
+
+
+def test_who_closes_forgets_or_leaves_a_text_cancels_it(runtime):
+    before = runtime.engine.batch.totals.finished.get("cancelled", 0)
+
+    def idle():
+        until(lambda: runtime.engine.batch.running == {})
+        return runtime.engine.batch.totals.finished.get("cancelled", 0) - before
+
+    stream = runtime.generate([5, 6], None)
+    next(stream)
+    stream.close()
+    assert [*stream] == [] and idle() == 1
+    stream = runtime.generate([5, 6], None)
+    next(stream)
+    del stream
+    assert idle() == 2
+
+    async def leave():
+        tokens = runtime.stream([5, 6], max_new_tokens=None)
+        await anext(tokens)
+        await tokens.aclose()
+
+    asyncio.run(leave())
+    assert idle() == 3
+
+
+PROBLEMS = [
+    (ExportError("experts/layer-00001: is damaged"), True),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+    (ZeroDivisionError("a defect"), False),
+]
+
+
+@pytest.mark.parametrize(("raised", "goes_on"), PROBLEMS, ids=str)
+def test_what_fails_in_a_pass_ends_its_requests_and_a_defect_all(small_export, raised, goes_on):
+    def fail(route):
+        stop()
+        raise raised
+
+    with Runtime.open(small_export, context=256, sequences=2) as runtime:
+        want = [token.id for token in runtime.generate([5, 6, 7], 8)]
+        stop = runtime.engine.call(lambda: runtime.model.experts.on_layer(fail))
+        with pytest.raises(type(raised)):
+            runtime.generate([5, 9, 7], 8).read()
+        if goes_on:
+            assert [token.id for token in runtime.generate([5, 6, 7], 8)] == want
+        else:
+            with pytest.raises(ConfigError, match=r"failed \(ZeroDivisionError\('a defect'\)\)"):
+                runtime.generate([5])

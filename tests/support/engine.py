@@ -123,12 +123,6 @@ def sound(store):
     assert torch.equal(store.table_ME, wanted)
 
 
-def busy(tier):
-    """Whether a record of the host tier is on its way, being copied or acquired."""
-    tier.stats()  # takes back what has been copied
-    return bool(tier.store.staged or tier.acquired or tier.store.held_N.any())
-
-
 def whole(runtime):
     """No slot is lost or used twice, and nothing is held; the device's slot table says what is
     true.  The same below a GPU."""
@@ -138,6 +132,11 @@ def whole(runtime):
     assert not slots.store.held_N.any()
     assert torch.equal(slots.slots_ME.cpu(), slots.store.table_ME)
     if isinstance(source, HostTier):
-        until(lambda: not busy(source))  # a prefetch is still on its way, from the disk or from RAM
+
+        def idle():
+            source.stats()  # takes back what has been copied
+            return not (source.store.staged or source.acquired or source.store.held_N.any())
+
+        until(idle)  # a prefetch is still on its way, from the disk or from RAM
         sound(source.store)
         assert len(source.store.slots) == len(source.slab)
