@@ -7,7 +7,6 @@ import anthropic.types
 import anthropic.types.shared
 import openai.types.chat
 import openai.types.responses
-import openai.types.shared
 import pydantic
 import schemathesis
 
@@ -19,17 +18,7 @@ def before_load_schema(context, raw_schema):
             schema["properties"]["model"] = {"const": "sample"}
 
 
-class Models(pydantic.BaseModel):
-    object: str
-    data: list[openai.types.Model]
-
-
-class Refusal(pydantic.BaseModel):
-    error: openai.types.shared.ErrorObject
-
-
 ANSWERS = {
-    "/v1/models": Models,
     "/v1/models/{name}": openai.types.Model,
     "/v1/chat/completions": openai.types.chat.ChatCompletion,
     "/v1/completions": openai.types.Completion,
@@ -38,8 +27,6 @@ ANSWERS = {
     "/v1/responses": openai.types.responses.Response,
     "/v1/responses/input_tokens": openai.types.responses.InputTokenCountResponse,
 }
-# What a route may answer with; a GET has no body to refuse.
-STATUSES = {"GET": {200, 401, 403, 404}, "POST": {200, 400, 401, 403, 404, 408, 413, 415, 429}}
 PING = '{"type":"ping"}'
 EVENTS = {
     "/v1/chat/completions": openai.types.chat.ChatCompletionChunk,
@@ -50,11 +37,8 @@ EVENTS = {
 
 @schemathesis.check
 def clients_understand_it(ctx, response, case):
-    """Answers, events and refusals have every field that the clients' types require, of the type
-    that they require."""
+    """Whatever the clients' types require is there, of the type that they require."""
     kind, path = response.headers["content-type"][0].partition(";")[0], case.operation.path
-    if case.method == case.operation.method.upper():
-        assert response.status_code in STATUSES[case.method], response.status_code
     if kind == "text/event-stream":
         events = [part.partition("data: ")[2] for part in response.text.split("\n\n")]
         expected = pydantic.TypeAdapter(EVENTS.get(path, dict))
@@ -63,8 +47,6 @@ def clients_understand_it(ctx, response, case):
                 expected.validate_json(event, strict=True)
     elif response.status_code == 200 and path in ANSWERS:
         pydantic.TypeAdapter(ANSWERS[path]).validate_json(response.content, strict=True)
-    elif response.status_code not in (200, 405):
-        is_anthropic = path.startswith("/v1/messages")
-        refusal = anthropic.types.shared.ErrorResponse if is_anthropic else Refusal
-        refusal = dict[str, str] if path.startswith("/api/") else refusal
-        pydantic.TypeAdapter(refusal).validate_json(response.content, strict=True)
+    elif response.status_code not in (200, 405) and path.startswith("/v1/messages"):
+        refusal = pydantic.TypeAdapter(anthropic.types.shared.ErrorResponse)
+        refusal.validate_json(response.content, strict=True)

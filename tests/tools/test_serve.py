@@ -4,24 +4,17 @@ begins and ends."""
 import http.client
 import json
 import re
-import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 import pytest
 import torch
 from click.testing import CliRunner
-from llguidance import LLTokenizer
 
 from slotmoe import __version__
-from slotmoe.model.tokenizer import FIM_TOKENS, Tokenizer
-from slotmoe.offload.engine.passes import Passes
-from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.cli import cli
-from slotmoe.tools.serve import _listen
-from slotmoe.tools.serve import answers as serve_answers
-from tests.support.served import GREEDY, PROMPTS, SLOW, USER, Served, start, tokenizer_with, until
+from tests.support.served import GREEDY, PROMPTS, SLOW, USER, Served, start, until
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -65,14 +58,9 @@ def test_what_a_request_leaves_open_is_as_the_model_or_the_server_says(served, r
     assert text(served) == own != text(served, temperature=1, top_p=1)
     made = runtime.generate("Call me", 20, temperature=0.7, seed=3)
     assert "".join(token.text for token in made) == own
-    figures = dict.fromkeys(("top_k", "min_p"), 0) | {"repetition_penalty": 1}
-    said = {"temperature": 0.7, "top_p": 0.95}
-    assert served.ask("GET", "/stats")[1]["sampling"] == figures | said
-    options = {"model": "sample", "input": "Hi", "max_output_tokens": 1}
-    assert said.items() <= served.post("/v1/responses", **options)[1].items()
     with Served(runtime, sampling={"temperature": 0.0, "top_p": None}) as other:
         assert text(other) == text(served, temperature=0)
-        assert other.ask("GET", "/stats")[1]["sampling"] == figures | said | {"temperature": 0}
+        assert other.ask("GET", "/stats")[1]["sampling"]["temperature"] == 0
 
 
 def test_a_model_has_any_number_of_names(runtime, network):
@@ -112,18 +100,9 @@ def test_parameters_are_honoured(served, runtime):
         choices = served.complete(prompt, max_tokens=30)["choices"]
         assert {choice["text"] for choice in choices} == {text}
     assert len(choices) == 1
-
-
-def test_a_stop_token_ends_an_answer(served, runtime):
-    ids = [token.id for token in runtime.generate("Call me", 30)]
-    at = next(n for n in range(3, 30) if ids[n] not in ids[:n])
-    before = runtime.tokenizer.decode(ids[:at])
-    for more in ({}, {"ignore_eos": True}):
-        stopped = served.complete("Call me", max_tokens=30, stop_token_ids=[ids[at]], **more)
-        choice = stopped["choices"][0]
-        assert (choice["text"], choice["finish_reason"]) == (before, "stop")
-    longer = served.complete("Call me", max_tokens=30, stop_token_ids=[ids[at]], min_tokens=at + 1)
-    assert longer["usage"]["completion_tokens"] > at
+    hold = runtime.tokenizer.encode(text[:9], add_bos=False)[-1]
+    ended = served.complete("Call me", max_tokens=30, stop_token_ids=[hold], ignore_eos=True)
+    assert text.startswith(ended["choices"][0]["text"]) and len(ended["choices"][0]["text"]) < 9
 
 
 def test_log_probabilities_of_an_answer(served, runtime):
@@ -133,27 +112,11 @@ def test_log_probabilities_of_an_answer(served, runtime):
     told = found["logprobs"]
     assert told["token_logprobs"] == pytest.approx(expected, abs=1e-5)
     assert "".join(told["tokens"]) == found["text"]
-    for count in (0, 2):  # the chosen token is always among the likeliest
-        options = {"logprobs": count, "max_tokens": 12, "temperature": 2, "seed": 1}
-        told = served.complete("Call me", **options)["choices"][0]["logprobs"]
-        rows = zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True)
-        for token, score, top in rows:
-            assert top[token] == score and len(top) in (max(count, 1), count + 1)
-
-
-def test_parts_of_characters_are_told_as_bytes(served, runtime):
-    text = "\U0001f600"
-    ids = runtime.tokenizer.encode(text, add_bos=False)
-    parts = [runtime.tokenizer.token_bytes(id_) for id_ in ids]
-    assert len(ids) > 1 and b"".join(parts) == text.encode()
-    for id_, part in zip(ids, parts, strict=True):
-        options = {"logit_bias": {str(id_): 100}, "max_tokens": 1}
-        spelled = "".join(f"\\x{byte:02x}" for byte in part)
-        answer = served.choice(**options, logprobs=True, top_logprobs=1)
-        (token,) = answer["logprobs"]["content"]
-        assert (token["token"], token["bytes"]) == (spelled, [*part])
-        told = served.complete("Call me", **options, logprobs=0)["choices"][0]["logprobs"]
-        assert told["tokens"] == [f"bytes:{spelled}"] == [*told["top_logprobs"][0]]
+    options = {"logprobs": 2, "max_tokens": 12, "temperature": 2, "seed": 1}
+    told = served.complete("Call me", **options)["choices"][0]["logprobs"]
+    rows = zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True)
+    for token, score, top in rows:
+        assert top[token] == score and len(top) in (2, 3)  # it need not be among the likeliest
 
 
 def test_log_probabilities_of_a_prompt(served, runtime):
@@ -169,9 +132,6 @@ def test_log_probabilities_of_a_prompt(served, runtime):
     own, top = found["logprobs"]["token_logprobs"], found["logprobs"]["top_logprobs"]
     assert own[0] is None is top[0] and own[1:] == pytest.approx(expected, abs=1e-5)
     assert all(max(one.values()) >= score for one, score in zip(top[1:], own[1:], strict=True))
-    told = found["logprobs"]
-    for at, token in zip(told["text_offset"], told["tokens"], strict=True):
-        assert token.startswith("bytes:") or text[at:].startswith(token)
     body = {**GREEDY, "prompt": ids, "max_tokens": 4, "echo": True, "logprobs": 1}
     both = served.complete(text, max_tokens=4, echo=True, logprobs=1)["choices"][0]
     assert both["text"].startswith(text) and both["logprobs"]["token_logprobs"][: len(ids)] == own
@@ -179,58 +139,10 @@ def test_log_probabilities_of_a_prompt(served, runtime):
     assert "".join(one["text"] for one in pieces) == both["text"]
     for key, whole in both["logprobs"].items():
         assert [value for one in pieces for value in one["logprobs"][key]] == whole, key
-
-
-@pytest.mark.parametrize("route", [CHAT, TEXT])
-def test_log_probabilities_in_vllms_form(served, runtime, route):
-    prompt = {"messages": USER} if route == CHAT else {"prompt": "Call me Ishmael."}
-    body = {**GREEDY, **prompt, "max_tokens": 1, "prompt_logprobs": 2}
-    status, answer = served.post(route, **body)
-    rows = (answer if route == CHAT else answer["choices"][0])["prompt_logprobs"]
-    assert status == 200 and rows[0] is None and len(rows) == answer["usage"]["prompt_tokens"]
-    for row in rows[1:]:
-        own = next(iter(row.values()))
-        best = [one for one in row.values() if one["rank"] in (1, 2)]
-        assert len(row) in (2, 3) and len(best) == 2
-        assert own in best or (own["rank"] is None and own["logprob"] <= best[-1]["logprob"])
-        for id_, one in row.items():
-            spelled = runtime.tokenizer.token_bytes(int(id_)).decode(errors="ignore")
-            assert spelled in (one["decoded_token"], "")
-    if route == TEXT:
-        echoed = served.complete("Call me Ishmael.", max_tokens=0, echo=True, logprobs=0)
-        told = echoed["choices"][0]["logprobs"]["token_logprobs"][1:]
-        assert [next(iter(row.values()))["logprob"] for row in rows[1:]] == pytest.approx(told)
-        assert served.complete("Call me", max_tokens=0, prompt_logprobs=0)
-    status, answer = served.post(route, **body, stream=True)
-    assert status == 400 and answer["error"]["param"] == "prompt_logprobs"
-
-
-def test_scores_that_cannot_be_told(served, monkeypatch):
-    body = {**GREEDY, "prompt": "Call me Ishmael", "max_tokens": 0, "echo": True, "logprobs": 1}
-    monkeypatch.setattr(serve_answers, "MAX_SCORES", 10)
-    status, answer = served.post("/v1/completions", **body)
-    assert status == 400 and answer["error"]["param"] == "logprobs"
-    monkeypatch.undo()
-    real, broken = Passes.each, float("nan")
-    monkeypatch.setattr(Passes, "each", lambda *given: (x * broken for x in real(*given)))
-    status, answer = served.post("/v1/completions", **body)
-    assert status == 500 and "weights are broken" in answer["error"]["message"]
-
-
-def test_bytes_of_every_token_are_those_of_its_text(runtime):
-    tokenizer = runtime.tokenizer
-    source = LLTokenizer(tokenizer.to_json())
-    for id_ in range(tokenizer.size):
-        bytes_ = tokenizer.token_bytes(id_)
-        assert bytes_.decode(errors="replace") == tokenizer.decode([id_])
-        assert source.is_special_token(id_) or bytes_ == source.decode_bytes([id_])
-
-
-@pytest.mark.usefixtures("processes")
-def test_gap_is_filled_with_a_coder_models_tokens(runtime, tmp_path):
-    plain, coder = runtime.tokenizer, Tokenizer(tokenizer_with(tmp_path, FIM_TOKENS, 4096), 0)
-    before, after = plain.encode("def f(", add_bos=False), plain.encode("return x", add_bos=False)
-    assert coder.encode_gap("def f(", "return x") == [0, 4096, *before, 4097, *after, 4098]
+    plain = served.complete(text, max_tokens=1, prompt_logprobs=2)["choices"][0]
+    ranked = [next(iter(row.values())) for row in plain["prompt_logprobs"][1:]]  # as vLLM has it
+    assert [row["logprob"] for row in ranked] == pytest.approx(own[1:])
+    assert all(row["rank"] in (1, 2, None) for row in ranked)
 
 
 BEGUN = [*USER, {"role": "assistant", "content": "The king is"}]
@@ -242,117 +154,49 @@ def test_an_answer_goes_on_with_the_last_message(served):
     prompt = served.post("/apply-template", **CONTINUED)[1]["prompt"]
     assert prompt.endswith("The king is")
     assert text == served.text(prompt, max_tokens=8)
-    for wrong, problem in (
-        ({"add_generation_prompt": True}, "not both"),
-        ({"messages": USER}, "the last message is no text of the assistant"),
-    ):
-        status, answer, _ = served.chat(**{**CONTINUED, **wrong})
-        assert status == 400 and problem in answer["error"]["message"]
+    status, answer, _ = served.chat(**CONTINUED | {"messages": USER})
+    assert status == 400 and "no text of the assistant" in answer["error"]["message"]
 
 
-def test_templates_are_applied_and_get_variables(served, runtime, monkeypatch):
-    whole = served.post("/apply-template", messages=BEGUN)[1]["prompt"]
-    bare = served.post("/apply-template", messages=BEGUN, add_generation_prompt=False)[1]["prompt"]
-    assert whole.startswith(bare) and whole != bare
+def test_templates_get_variables(served, runtime, monkeypatch):
     source = "{{ mood }}{% for m in messages %}{{ m.content }}{% endfor %}"
     monkeypatch.setattr(runtime.tokenizer, "template", source)
     extra = {"messages": USER, "chat_template_kwargs": {"mood": "Sad: "}}
     text = "Sad: Tell me of the king."
     assert served.post("/apply-template", **extra)[1] == {"prompt": text}
     assert served.choice(**extra)["message"]["content"] == served.text(text, max_tokens=8)
-    assert served.post("/tokenize", **extra)[1]["tokens"] == runtime.tokenizer.encode(text)
-    status, answer, _ = served.chat(chat_template_kwargs={"messages": []})
-    assert status == 400 and "chat_template_kwargs: messages" in answer["error"]["message"]
-
-
-def test_ids_become_text_again(served, runtime):
-    text = "Call me \U0001f600"
-    ids = served.post("/tokenize", prompt=text)[1]["tokens"]
-    spelled = served.post("/tokenize", prompt="Call me", return_token_strs=True)[1]["token_strs"]
-    bos = runtime.tokenizer.decode(ids[:1], special=True)
-    assert "".join(spelled) == bos + "Call\u0120me"
-    assert bos and served.post("/detokenize", tokens=ids[1:])[1] == {
-        "prompt": text,
-        "content": text,
-    }
-    assert served.post("/detokenize", tokens=ids)[1]["content"] == bos + text
-    assert served.post("/detokenize", tokens=[], model="sample")[1]["prompt"] == ""
-    for wrong in ({"tokens": [runtime.tokenizer.size]}, {"tokens": [-1]}, {}):
-        status, answer = served.post("/detokenize", **wrong)
-        assert status == 400 and answer["error"]["param"] == "tokens"
+    assert served.chat(chat_template_kwargs={"messages": []})[0] == 400
 
 
 def test_tokens_of_a_text_and_of_a_conversation(served, runtime):
     def ask(**body):
-        return served.post("/tokenize", **body)
+        return served.post("/tokenize", **body)[1]
 
     text = "Call me Ishmael, café."
     ids = runtime.tokenizer.encode(text)
     expected = {"count": len(ids), "max_model_len": 512, "tokens": ids, "token_strs": None}
-    assert ask(prompt=text) == ask(prompt=text, model="sample") == (200, expected)
-    assert ask(prompt=text, add_special_tokens=False)[1]["tokens"] == ids[1:]
-    assert ask(prompt="", add_special_tokens=False)[1]["tokens"] == []
+    assert ask(prompt=text) == expected
+    assert ask(prompt=text, add_special_tokens=False)["tokens"] == ids[1:]
+    assert served.post("/detokenize", tokens=ids[1:])[1]["prompt"] == text
     for fields in ({}, {"tools": [{"type": "function", "function": {"name": "f"}}]}):
         count = served.chat(max_tokens=1, **fields)[1]["usage"]["prompt_tokens"]
-        assert ask(messages=USER, **fields)[1]["count"] == count
-    for wrong in ({}, {"prompt": "x", "messages": USER}):
-        assert ask(**wrong)[0] == 400
+        assert ask(messages=USER, **fields)["count"] == count
 
 
 def test_routes_and_kinds_of_content(served):
-    assert served.ask("GET", "/nowhere")[0] == 404
     status, _, headers = served.ask("GET", TEXT)
     assert (status, headers["allow"]) == (405, "POST")
-    assert served.ask("GET", "/v1/models/other")[0] == 404
-    model = served.ask("GET", "/v1/models/sample")[1]
-    assert (model["id"], model["max_model_len"]) == ("sample", 512)
     assert served.ask("POST", TEXT, {}, Content_Type="text/plain")[0] == 415
     assert CHAT in served.ask("GET", "/openapi.json")[1]["paths"]
-
-
-def test_every_response_has_an_id(served):
-    for method, path, body in (
-        ("GET", "/nowhere", None),
-        ("POST", TEXT, {**GREEDY, "prompt": "x", "max_tokens": 1, "stream": True}),
-        ("POST", TEXT, b"{"),
-    ):
+    assert served.ask("GET", "/v1/models/sample")[1]["max_model_len"] == 512
+    for method, path, body in (("GET", "/nowhere", None), ("POST", TEXT, b"{")):
         own = served.ask(method, path, body)[2]["x-request-id"]
         assert re.fullmatch("req_[0-9a-f]{32}", own)
-        headers = served.ask(method, path, body, x_request_id="run-7.a:1")[2]
-        assert headers["x-request-id"] == headers["request-id"] == "run-7.a:1"
+        assert (
+            served.ask(method, path, body, x_request_id="run-7.a:1")[2]["request-id"] == "run-7.a:1"
+        )
         strange = served.ask(method, path, body, x_request_id="a b\x1b[31m")[2]["x-request-id"]
         assert strange.startswith("req_")
-    assert served.ask("GET", "/health", Host="evil.example")[2]["x-request-id"]
-
-
-def test_requests_that_come_all_at_once_are_answered_in_turn(served):
-    lengths = (1, 3, 2)
-    with socket.create_connection(("127.0.0.1", served.port)) as connection:
-        head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
-        for length in lengths:
-            body = json.dumps({**GREEDY, "prompt": "Call me", "max_tokens": length})
-            connection.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
-        found, answers = connection.makefile("rb"), []
-        for _ in lengths:
-            headers = http.client.parse_headers(found) if b" 200 " in found.readline() else {}
-            answers.append(json.loads(found.read(int(headers["Content-Length"]))))
-    assert [answer["usage"]["completion_tokens"] for answer in answers] == [*lengths]
-
-
-@pytest.mark.usefixtures("network")
-def test_a_model_whose_files_are_removed_goes_on(sample_export, tmp_path):
-    """Its experts are read where they were."""
-    export, texts = shutil.copytree(sample_export, tmp_path / "export"), []
-    with (
-        Runtime.open(export, ram="2GiB", slots=40, context=128) as runtime,
-        Served(runtime, sequences=1) as served,
-    ):
-        for _ in "ab":
-            before = runtime.stats()["io"]["disk"]["bytes"]
-            texts.append(served.text(max_tokens=20))
-            assert runtime.stats()["io"]["disk"]["bytes"] > before
-            shutil.rmtree(export, ignore_errors=True)
-    assert texts[0] == texts[1] != ""
 
 
 @pytest.mark.usefixtures("network", "processes")
@@ -382,16 +226,12 @@ def test_client_that_leaves_frees_its_place(served, slow, stream):
     assert served.service.engine.batch.totals.finished["cancelled"] >= 1
 
 
-FIGURES = "tokens_total first_token_seconds_bucket queued expert_hit_rate read_bytes_total"
-FIGURES += " decode_total drive_failed memory_bytes memory_budget_bytes"
-
-
 def test_figures(served):
     served.complete("Call me", max_tokens=3)
     text = served.ask("GET", "/metrics")[1]
     for line in text.splitlines():
         assert re.fullmatch(r'#.*|[a-z_]+(\{[a-z]+="[^"]*"\})? [-+0-9.einfNa]+', line)
-    assert all(f"slotmoe_{name}" in text for name in FIGURES.split())
+    assert "slotmoe_expert_hit_rate" in text and "slotmoe_first_token_seconds_bucket" in text
     stats = served.ask("GET", "/stats")[1]
     ram = stats["memory"]["ram"]
     assert 1 << 20 < ram["used"] < ram["budget"] and stats["answer_tokens"] >= 3
@@ -412,42 +252,25 @@ def chat_text(*_):
 Service.check_model, Service.chat_text = lambda *_: print("came", file=sys.stderr), chat_text
 {SLOW}"""
     child, port = start(sample_export, program=preparing)
+
+    def post(path, **body):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        data = json.dumps({**GREEDY, **body})
+        connection.request("POST", path, data, {"Content-Type": "application/json"})
+        return closing(connection)
+
     with child, ExitStack() as stack:
-
-        def post(path, **body):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-            stack.callback(connection.close)
-            data = json.dumps({**GREEDY, **body})
-            connection.request("POST", path, data, {"Content-Type": "application/json"})
-            return connection
-
-        running = post(TEXT, prompt="Call me", max_tokens=500, stream=True).getresponse()
+        enter = stack.enter_context
+        running = enter(post(TEXT, prompt="Call me", max_tokens=500, stream=True)).getresponse()
         running.readline()
-        posted = [post(CHAT, messages=USER) for _ in range(40)]
+        posted = [enter(post(CHAT, messages=USER)) for _ in range(40)]
         assert [child.stderr.readline() for _ in range(41)] == ["came\n"] * 41
         child.terminate()
         assert b'"finish_reason":"length"' in running.read()
         for response in [connection.getresponse() for connection in posted]:
-            error = json.loads(response.read())["error"]
-            assert (response.status, error["message"]) == (503, "the server is shutting down")
-            assert response.headers["retry-after"] == "5"
+            assert (response.status, response.headers["retry-after"]) == (503, "5")
+            assert b"the server is shutting down" in response.read()
         (tmp_path / "go").touch()
-        assert child.wait() == 143
-        assert "Traceback" not in child.stderr.read()
-
-
-@pytest.mark.usefixtures("processes")
-def test_a_signal_refuses_requests_that_are_half_there(sample_export):
-    program = f"import slotmoe.tools.serve as serve\nserve._GRACE_SECONDS = 0.1\n{SLOW}"
-    child, port = start(sample_export, program=program)
-    with child, socket.create_connection(("127.0.0.1", port), timeout=30) as half:
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        half.sendall(f"{head}Expect: 100-continue\r\nContent-Length: 99\r\n\r\n".encode())
-        assert half.recv(999).startswith(b"HTTP/1.1 100")  # it reads the body now
-        child.terminate()
-        answer = half.makefile("rb").read()
-        assert answer.startswith(b"HTTP/1.1 503") and b"\r\nretry-after: 5\r\n" in answer
-        assert b"the server is shutting down" in answer
         assert child.wait() == 143
         assert "Traceback" not in child.stderr.read()
 
@@ -468,12 +291,3 @@ def test_wrong_use_is_told_before_anything_is_loaded(tmp_path):
         assert "is no name of a host" in run("--allow-host", host), host
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "can't listen" in run("--port", taken.getsockname()[1])
-
-
-@pytest.mark.usefixtures("network")
-def test_a_port_is_not_shared_where_the_system_would(monkeypatch):
-    """On Windows; any other option stands for its own."""
-    monkeypatch.setattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_KEEPALIVE, raising=False)
-    with _listen("127.0.0.1", 0, False) as listener:
-        assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-        socket.create_connection(listener.getsockname()).close()

@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import anthropic
-import jsonschema_rs
 import openai
 import pydantic
 import pytest
@@ -16,6 +15,9 @@ from openai.types.responses import ResponseStreamEvent
 
 from slotmoe.model.tokenizer import ReasoningMarks
 from slotmoe.tools.serve import answers as serve_answers
+from slotmoe.tools.serve import requests
+from slotmoe.tools.serve.anthropic import MessagesRequest
+from slotmoe.tools.serve.responses import ResponsesRequest
 from tests.support.apis import (
     ASKED,
     CHAT,
@@ -79,9 +81,6 @@ def test_reasoning_is_apart_on_each_route(served, runtime, monkeypatch, path):
     answer = ask(served, path, **fields)
     assert parts_of(path, answer) == expected
     assert streamed_parts(path, events(served, path, **fields)) == expected
-    details = answer.get("usage", {})
-    for name in ("completion_tokens_details", "output_tokens_details"):
-        assert name not in details or 0 < details[name]["reasoning_tokens"] < 60
     if path == CHAT:
         schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
         form = {"type": "json_schema", "json_schema": {"schema": schema}}
@@ -162,9 +161,8 @@ def test_anthropic_client_calls_and_answers(anthropic_client):
     read = said.usage.input_tokens + said.usage.cache_read_input_tokens
     counted = messages.count_tokens(model="sample", messages=history, tools=[ANTHROPIC_TOOL])
     assert counted.input_tokens == read > answer.usage.input_tokens
-    text = messages.create(**{**options, "tools": [], "max_tokens": 12}).content[0].text
-    cut = messages.create(**{**options, "tools": [], "stop_sequences": [text[3:6]]})
-    assert (cut.stop_reason, cut.content[0].text) == ("stop_sequence", text[:3])
+    cut = messages.create(**{**options, "tools": [], "stop_sequences": ["e"]})
+    assert cut.stop_reason == "stop_sequence" and "e" not in cut.content[0].text
     (model,) = anthropic_client.models.list()
     assert (model.id, model.type, model.max_input_tokens) == ("sample", "model", 1024)
     with pytest.raises(anthropic.NotFoundError):
@@ -180,24 +178,18 @@ ENDLESS |= {"additionalProperties": False, "$defs": {"r": {"$ref": "#/$defs/r"}}
 
 def test_a_failure_in_the_middle_of_a_stream_is_an_event(served):
     tool = {"type": "function", "name": "f", "parameters": ENDLESS}
-    last = events(served, RESPONSES, tools=[tool], tool_choice="required", max_output_tokens=99)[-1]
+    must = {"tools": [tool], "tool_choice": "required", "max_output_tokens": 99}
+    last = events(served, RESPONSES, **must)[-1]
+    EVENT.validate_json(json.dumps(last), strict=True)
     assert (last["type"], last["response"]["error"]["code"]) == (
         "response.failed",
         "invalid_prompt",
     )
-    EVENT.validate_json(json.dumps(last), strict=True)
-    tools = [{"type": "function", "function": {"name": "f", "parameters": ENDLESS}}]
-    more = {"stream": True, "max_tokens": 99}
-    connection, response = served.open(
-        "POST", CHAT, {**ASKED[CHAT], **more, "tools": tools, "tool_choice": "required"}
-    )
-    assert "nothing that could come next" in response.read().decode().splitlines()[-2]
-    connection.close()
-    assert "error" in events(served, OLLAMA, format=ENDLESS, options={"num_predict": 99})[-1]
+    failed = events(served, OLLAMA, format=ENDLESS, options={"num_predict": 99})[-1]
+    assert "nothing that could come next" in failed["error"]
 
 
-PINGS = {CHAT: ": ping\n\n", RESPONSES: ": ping\n\n"}
-PINGS[MESSAGES] = 'event: ping\ndata: {"type":"ping"}\n\n'
+PINGS = {CHAT: ": ping\n\n", MESSAGES: 'event: ping\ndata: {"type":"ping"}\n\n'}
 
 
 @pytest.mark.usefixtures("network", "processes")
@@ -231,44 +223,216 @@ def test_errors_have_the_form_of_their_api(served):
         assert (found, answer["type"], answer["error"]["type"]) == (status, "error", kind), path
     answer = served.ask("POST", MESSAGES, ASKED[MESSAGES], Origin="http://evil.example")[1]
     assert answer["error"]["type"] == "permission_error"
-    assert "type" not in served.ask("POST", f"{MESSAGES}s", {})[1]
     assert list(served.ask("GET", "/api/nothing")[1]) == ["error"]
-    assert (
-        served.post(OLLAMA, model="other")[0] == served.post("/api/show", model="other")[0] == 404
+
+
+# Anthropic
+
+SYSTEM = {"role": "system", "content": "The date is now known."}
+TOLD = "<system>\nThe date is now known.\n</system>"
+ENDED = "{% if add_generation_prompt %}A:{% endif %}"
+KEEPS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}" + ENDED
+# As DeepSeek-V3 has it: all of the system's come first.
+HOISTS = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'] }}: {{ m['content'] }}\n"
+    "{% endif %}{% endfor %}" + ENDED
+)
+
+
+@pytest.fixture
+def prompt_of(served):
+    """What the model reads of a request."""
+
+    def prompt_of(**fields):
+        chat = MessagesRequest(**{**ASKED[MESSAGES], **fields}).chat()
+        return type(served.service.dialect)(served.service.tokenizer).prompt(chat)
+
+    return prompt_of
+
+
+@pytest.mark.parametrize(
+    ("template", "told"), [(KEEPS, f"system: {SYSTEM['content']}\n"), (HOISTS, TOLD)]
+)
+def test_later_messages_of_the_systems_stay_in_their_place(
+    prompt_of, runtime, monkeypatch, template, told
+):
+    """The text of a request is the beginning of the next one's, whatever the template."""
+    monkeypatch.setattr(runtime.tokenizer, "template", template)
+    answer = {"role": "assistant", "content": "yes"}
+    turns, texts = [*USER, SYSTEM], list[str]()
+    for more in ([], [answer, *USER], [answer, *USER, SYSTEM, *USER]):
+        turns = turns + more
+        texts.append(prompt_of(messages=turns, system="Be brief.").removesuffix("A:"))
+    first, second, third = texts
+    assert second.startswith(first) and third.startswith(second)
+    assert [text.count(told) for text in texts] == [1, 1, 2]
+
+
+LATE = {**ANTHROPIC_TOOL, "name": "late", "description": "Comes late.", "defer_loading": True}
+FIND = {"type": "tool_use", "id": "f", "name": "weather", "input": {"city": "Rome", "days": 1}}
+FOUND = {"type": "tool_result", "tool_use_id": "f"}
+FOUND["content"] = [{"type": "tool_reference", "tool_name": "late"}]
+
+
+def test_a_deferred_tool_is_described_where_it_is_offered(served, prompt_of):
+    """So that what is before it stays cached, and it can be called from there on."""
+    tools, turns = [ANTHROPIC_TOOL, LATE], [*USER, {"role": "assistant", "content": [FIND]}]
+    before = prompt_of(tools=tools[:1])
+    assert prompt_of(tools=tools) == before
+    turns += [{"role": "user", "content": [FOUND]}]
+    after = prompt_of(tools=tools, messages=turns)
+    assert after.startswith(before) and after.count("Comes late.") == 1
+    named = {"tools": tools, "tool_choice": {"type": "tool", "name": "late"}, "max_tokens": 200}
+    assert ask(served, MESSAGES, **named, messages=turns)["content"][0]["name"] == "late"
+    change = {"type": "tool_addition", "tool": {"type": "tool_reference", "name": "late"}}
+    system = {"role": "system", "content": [change]}
+    gone = {"role": "system", "content": [{**change, "type": "tool_removal"}]}
+    for messages, status in (([], 400), ([system], 200), ([system, gone], 400)):
+        assert served.message(**named, messages=[*USER, *messages])[0] == status
+
+
+PLAIN = {"type": "text", "media_type": "text/plain", "data": "Lear is old."}
+PARTS = [{"type": "text", "text": "Lear "}, {"type": "text", "text": "is old."}]
+QUOTED = [
+    {"type": "document", "source": PLAIN, "title": "Lear", "citations": {"enabled": False}},
+    {"type": "document", "source": {"type": "content", "content": PARTS}},
+    {"type": "search_result", "source": "http://a/b", "title": 'A "play"', "content": PARTS},
+]
+
+
+def test_documents_and_search_results_are_read_as_text(prompt_of):
+    found = {**FOUND, "content": QUOTED}
+    turns = [*USER, {"role": "assistant", "content": [FIND]}, {"role": "user", "content": [found]}]
+    for messages in ([{"role": "user", "content": QUOTED}], turns):
+        assert prompt_of(tools=[ANTHROPIC_TOOL], messages=messages).count("Lear is old.\n") == 3
+
+
+def test_last_message_of_the_assistants_is_gone_on_with(served, runtime):
+    whole = parts_of(MESSAGES, ask(served, MESSAGES))[1]
+    messages = [*USER, {"role": "assistant", "content": whole[: len(whole) // 2]}]
+    answer = ask(served, MESSAGES, messages=messages)
+    text = runtime.tokenizer.chat(messages, begun=True)
+    assert text.endswith(whole[: len(whole) // 2])
+    assert parts_of(MESSAGES, answer)[1] == served.text(text, max_tokens=12)
+
+
+# Ollama
+
+
+@pytest.mark.parametrize("limit", [200, 40])
+def test_ollamas_calls_have_objects(served, monkeypatch, limit):
+    """The last one may be cut off.  Ollama's API has no word for a call that must be."""
+    policy = requests.tool_policy
+    monkeypatch.setattr(requests, "tool_policy", lambda tools, _: policy(tools, "required"))
+    fields = {"tools": TOOLS, "options": {"temperature": 2, "seed": 7, "num_predict": limit}}
+    calls = ask(served, OLLAMA, **fields)["message"]["tool_calls"]
+    parts = events(served, OLLAMA, **fields)
+    streamed = [call for part in parts for call in part["message"].get("tool_calls", ())]
+    assert [one["function"] for one in streamed] == [one["function"] for one in calls] != []
+    for index, call in enumerate(calls):
+        given, name = call["function"]["arguments"], call["function"]["name"]
+        assert is_weather(given) if name == "weather" else given == {}
+        assert call["function"]["index"] == index
+
+
+def test_ollamas_results_need_no_ids(served, monkeypatch):
+    """What the model reads is what it reads of the same conversation with ids."""
+    made = [("weather", {"city": "Rome"}), ("stop", {}), ("weather", {"city": "Paris"})]
+    ours, theirs = [], []
+    for n, (name, of) in enumerate(made):
+        ours.append({"function": {"name": name, "arguments": of}})
+        function = {"name": name, "arguments": json.dumps(of)}
+        theirs.append({"id": str(n), "type": "function", "function": function})
+    said = {"role": "assistant", "content": ""}
+    results = ("stop", "1"), ("weather", "0"), ("weather", "2")
+    ours = [*USER, {**said, "tool_calls": ours}]
+    ours += [{"role": "tool", "tool_name": name, "content": n} for name, n in results]
+    theirs = [*USER, {**said, "tool_calls": theirs}]
+    theirs += [{"role": "tool", "tool_call_id": n, "content": n} for _, n in results]
+    texts, encode = [], served.service.encode
+    monkeypatch.setattr(served.service, "encode", lambda text: texts.append(text) or encode(text))
+    ask(served, CHAT, messages=theirs, tools=TOOLS)
+    ask(served, OLLAMA, messages=ours, tools=TOOLS)
+    assert texts[0] == texts[1]
+    status, answer = served.post(OLLAMA, **{**ASKED[OLLAMA], "messages": [*USER, ours[-1]]})
+    assert status == 400 and "answers no call" in answer["error"]
+
+
+def test_ollamas_options_and_texts(served):
+    def text(**options):
+        fields = {"prompt": "Call me", "raw": True, "options": {"num_predict": 20, **options}}
+        return ask(served, "/api/generate", **fields)["response"]
+
+    hot = {"temperature": 2, "seed": 5, "top_p": 0.9, "top_k": 50, "min_p": 0.01}
+    hot |= {"presence_penalty": 1, "frequency_penalty": 0.5}
+    assert text(**hot, repeat_penalty=1.3) == served.text(
+        max_tokens=20, **hot, repetition_penalty=1.3
     )
+    greedy = text(temperature=0)
+    assert text(temperature=0, stop=[greedy[5:8]]) == greedy[: greedy.index(greedy[5:8])]
+    assert text(temperature=0, num_predict=-1, stop=[greedy[-4:]]) in greedy
+    begun = [*USER, {"role": "assistant", "content": " I"}]
+    want = parts_of(MESSAGES, ask(served, MESSAGES, messages=begun))
+    assert parts_of(OLLAMA, ask(served, OLLAMA, messages=begun)) == want
+    told = [{"role": "system", "content": "Be brief."}, *USER]
+    generated = ask(served, "/api/generate", system="Be brief.", images=[], template="")
+    assert generated["response"] == parts_of(CHAT, ask(served, CHAT, messages=told))[1]
+    spans = [generated[f"{name}_duration"] for name in ("load", "prompt_eval", "eval")]
+    assert sum(spans) == generated["total_duration"] and min(spans) >= 0
+    assert len(ask(served, OLLAMA, logprobs=True, top_logprobs=2)["logprobs"]) == 12
+    assert ask(served, "/api/generate", prompt="", suffix="")["done_reason"] == "load"
+    assert ask(served, OLLAMA, messages=None, keep_alive=0)["done_reason"] == "unload"
 
 
-DESCRIBED = {
-    **ASKED,
-    "/v1/completions": {**GREEDY, "prompt": KING, "max_tokens": 3, "logprobs": 2},
-    f"{MESSAGES}/count_tokens": {"model": "sample", "messages": USER},
-    f"{RESPONSES}/input_tokens": {"input": KING},
-    "/tokenize": {"prompt": KING},
-    "/detokenize": {"tokens": [5, 6]},
-    "/apply-template": {"messages": USER},
-    "/api/show": {"model": "sample"},
-    **dict.fromkeys(("/health", "/stats", "/v1/models", "/api/tags", "/api/version")),
-}
+def test_ollama_lists_and_shows_the_model(served, runtime):
+    for path in ("/api/tags", "/api/ps"):
+        (model,) = served.ask("GET", path)[1]["models"]
+        assert (model["name"], model["context_length"]) == ("sample:latest", runtime.context)
+        assert model["size"] > 1 << 20 and model["details"]["family"] == "deepseekv2"
+    shown = served.post("/api/show", name="sample:latest")[1]
+    assert shown["capabilities"] == ["completion", "tools"]
+    assert shown["model_info"]["deepseekv2.context_length"] == runtime.context
+    assert "temperature 0.7" in shown["parameters"].splitlines()
+    # As ``curl -d`` sends bodies; from a page only what it had to ask for.
+    own = {"Host": "localhost:1", "Origin": "http://localhost:1"}
+    for headers, status in (({}, 200), (own, 415)):
+        about = {**headers, "Content_Type": "application/x-www-form-urlencoded"}
+        assert served.ask("POST", "/api/show", {"model": "sample"}, **about)[0] == status
 
 
-def test_answers_are_as_described(served):
-    described = served.ask("GET", "/openapi.json")[1]
-    assert all(name.isalpha() for name in described["components"]["schemas"])  # none is Python's
+# Responses
 
-    def check(path, answer, method, status):
-        content = described["paths"][path][method]["responses"][status]["content"]
-        schema = content["application/json"]["schema"] | {"components": described["components"]}
-        jsonschema_rs.validate(schema, answer)
-        with pytest.raises(jsonschema_rs.ValidationError):
-            jsonschema_rs.validate(schema, {})
 
-    for path, body in DESCRIBED.items():
-        method = "get" if body is None else "post"
-        status, answer, _ = served.ask(method.upper(), path, body)
-        assert status == 200, (path, answer)
-        check(path, answer, method, "200")
-        if body is not None:
-            check(path, served.post(path, model=5)[1], method, "4XX")
+def test_items_become_messages():
+    call, result = {"type": "function_call", "arguments": "{}"}, {"type": "function_call_output"}
+    items = [
+        {"role": "developer", "content": "system"},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "b"}]},
+        {**call, "call_id": "1", "name": "f"},
+        {"type": "reasoning", "id": "r", "summary": []},
+        {**call, "call_id": "2", "name": "g"},
+        {**result, "call_id": "2", "output": "two"},
+        {**result, "call_id": "1", "output": [{"type": "input_text", "text": "one"}]},
+        {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "Hm"}]},
+        {**call, "call_id": "3", "name": "f"},
+    ]
+    body = ResponsesRequest(model="x", input=items, instructions="be")
+    found = [(m.role, m.text, [c.id for c in m.calls], m.thoughts) for m in body.chat().messages]
+    assert found[:2] == [("system", "be\n\nsystem", [], ""), ("assistant", "b", ["1", "2"], "")]
+    assert found[2:4] == [("tool", "two", [], ""), ("tool", "one", [], "")]
+    assert found[4:] == [("assistant", "", ["3"], "Hm")]
+
+
+def test_nothing_is_stored(served, openai_client):
+    answer = openai_client.responses.create(**ASKED[RESPONSES], store=True)
+    assert answer.store is False
+    for method in ("GET", "DELETE"):
+        for path in (answer.id, f"{answer.id}/input_items"):
+            status, found, _ = served.ask(method, f"{RESPONSES}/{path}")
+            assert status == 404 and "whole conversation" in found["error"]["message"]
+    with pytest.raises(openai.NotFoundError):
+        openai_client.responses.retrieve(answer.id)
 
 
 # The time-outs: the model's speed is not the interface's.

@@ -3,7 +3,6 @@ keys that must not see each other, a model that dies."""
 
 import json
 import socket
-import threading
 from contextlib import ExitStack, suppress
 
 import pytest
@@ -28,13 +27,10 @@ def connect(port, data=b""):
 
 def request(body, **headers):
     fields = {"Host": "localhost", "Content-Type": "application/json", **headers}
-    fields.setdefault("Content-Length", len(body))
+    if "Transfer-Encoding" not in fields:
+        fields.setdefault("Content-Length", len(body))
     lines = [f"POST {TEXT} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
     return "\r\n".join([*lines, "", ""]).encode() + body
-
-
-def completion(**fields):
-    return json.dumps({**GREEDY, "prompt": "Call me", **fields}).encode()
 
 
 HALF_A_BODY = request(b"{}")[:-1]
@@ -48,19 +44,8 @@ def ended(connection):
     return True
 
 
-def dripped(connection, drop):
-    """What the server says to a client that sends ``drop`` now and then."""
-    connection.settimeout(0.02)
-    for _ in range(1500):
-        with suppress(TimeoutError):
-            return connection.recv(4096)
-        connection.sendall(drop)
-    raise AssertionError("drops gain time")
-
-
-ODD_PATHS = ["/health/../v1/models", "/health/..%2fv1/models", "//v1/models"]
-ODD_PATHS += ["/v1/models?/health", "http://localhost/health", "/stats", "/health/", "//health"]
-ODD_PATHS += ["/%68ealth", "/nowhere"]
+ODD_PATHS = ["/health/../v1/models", "/health/..%2fv1/models", "//v1/models", "/v1/models?/health"]
+ODD_PATHS += ["http://localhost/health", "/health/", "//health", "/%68ealth", "/nowhere"]
 
 
 def test_every_operation_asks_for_a_key_however_its_path_is_written(keyed):
@@ -86,16 +71,13 @@ def test_every_operation_asks_for_a_key_however_its_path_is_written(keyed):
 
 
 def test_keys_are_compared_in_constant_time(keyed, monkeypatch):
-    compared, given = [], ["first", "second", "f"]
-
-    def equal(one, other):
-        compared.append((one.decode(), other.decode()))
-        return one == other
-
-    monkeypatch.setattr(serve_guard.hmac, "compare_digest", equal)
-    statuses = [keyed.ask("GET", "/stats", x_api_key=key)[0] for key in given]
-    assert statuses == [200, 200, 401]
-    assert compared == [(key, right) for key in given for right in ("first", "second")]
+    compared, equal = [], serve_guard.hmac.compare_digest
+    monkeypatch.setattr(
+        serve_guard.hmac, "compare_digest", lambda *both: compared.append(both) or equal(*both)
+    )
+    for key, status in (("first", 200), ("second", 200), ("f", 401)):
+        assert keyed.ask("GET", "/stats", x_api_key=key)[0] == status
+    assert len(compared) == 6  # each with both
 
 
 HOSTILE = ["", ":80", "[::1]evil.com", "[::1", "::1", "[::1].evil.com:80", "[::1%evil.com]", "[]"]
@@ -127,23 +109,18 @@ ORIGINS = ("http://localhost:3000", "app://obsidian.md", "tauri://localhost")
 @pytest.mark.usefixtures("network")
 @pytest.mark.parametrize("origins", [ORIGINS, ("*",)], ids=["named", "any"])
 def test_pages_of_allowed_origins_can_read_answers(runtime, origins):
-    allowed = "access-control-allow-origin"
+    allowed, is_any = "access-control-allow-origin", origins == ("*",)
     with Served(runtime, keys=("first",), origins=origins) as served:
         for origin in ORIGINS:
             wanted = {"Access_Control_Request_Method": "POST"}
             status, _, found = served.ask("OPTIONS", "/v1/responses", Origin=origin, **wanted)
-            shown = origin if origins == ORIGINS else "*"
-            assert (status, found[allowed]) == (200, shown)
-            assert ("Origin" in found["vary"]) or origins == ("*",)
-            assert "POST" in found["access-control-allow-methods"]
+            assert (status, found[allowed]) == (200, "*" if is_any else origin)
             assert "access-control-allow-credentials" not in found
-            body = {**GREEDY, "prompt": "Call me", "max_tokens": 1}
             for headers, expected in (({"x_api_key": "first"}, 200), ({}, 401)):
-                answer = served.ask("POST", TEXT, body, Origin=origin, **headers)
-                assert (answer[0], answer[2][allowed]) == (expected, shown)
+                answer = served.ask("GET", "/stats", Origin=origin, **headers)
+                assert (answer[0], answer[2][allowed]) == (expected, found[allowed])
         other = served.ask("GET", "/health", Origin="http://evil.example")
-        assert other[0] == (200 if origins == ("*",) else 403)
-        assert (allowed in other[2]) == (origins == ("*",))
+        assert other[0] == (200 if is_any else 403) and (allowed in other[2]) == is_any
         assert served.ask("OPTIONS", "/health", Host="evil.example", Origin=ORIGINS[0])[0] == 403
 
 
@@ -162,8 +139,7 @@ ONE = {"Transfer-Encoding": "chunked"}
 BOTH = "can't be given together"
 # What could make this server and a proxy take different bytes for a request, and what it says.
 AMBIGUOUS = {
-    "both lengths": (request(CHUNKED, **ONE), BOTH),
-    "both, the chunked one last": (request(CHUNKED, **{"Content-Length": "2"}, **ONE), BOTH),
+    "both lengths": (request(CHUNKED, **{"Content-Length": "2"}, **ONE), BOTH),
     "both, without a body": (b"GET /health HTTP/1.1\r\nContent-Length: 0\r\n", BOTH),
     "two hosts": (b"GET /health HTTP/1.1\r\nHost: localhost\r\n", "Invalid"),
     "no host": (b"GET /health HTTP/1.1\r\n\r\n", "Invalid"),
@@ -186,35 +162,19 @@ def test_what_two_readers_may_read_in_two_ways_is_refused_and_closed(served, nam
     assert words in answer
 
 
-def test_an_absolute_target_names_nothing(served):
-    """A browser that a proxy is to serve writes one."""
-    for host in ("localhost", "evil.com"):
-        data = f"GET http://{host}/stats HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-        with connect(served.port, data.encode()) as connection:
-            assert connection.makefile("rb").read().startswith(b"HTTP/1.1 404")
-
-
 def test_body_that_does_not_arrive_is_given_up(served, monkeypatch):
     monkeypatch.setattr(serve_guard, "BODY_SECONDS", 0.2)
     with connect(served.port, HALF_A_BODY) as connection:
         assert connection.recv(4096).startswith(b"HTTP/1.1 408")
         assert ended(connection)
-    fields = f"POST {TEXT} HTTP/1.1", "Host: localhost", "Content-Type: application/json"
-    head = "\r\n".join([*fields, "Transfer-Encoding: chunked", "", ""]).encode()
-    with connect(served.port, head) as connection:
-        assert dripped(connection, b"1\r\n \r\n").startswith(b"HTTP/1.1 408")
-
-
-def test_headers_are_bounded(served):
-    for headers in ({"X-Long": "x" * 200_000}, {f"X-{i}": "y" * 100 for i in range(2000)}):
-        answer = b""
-        with (
-            suppress(ConnectionError),  # it did not even read them all
-            connect(served.port, request(b"", **headers)) as connection,
-        ):
-            answer = connection.recv(4096)
-        assert answer[:12] in (b"HTTP/1.1 400", b"")
-    assert served.complete("Call me", max_tokens=1)
+    with connect(served.port, request(b"", **ONE)) as connection:
+        connection.settimeout(0.02)
+        for _ in range(1500):  # drops gain no time
+            with suppress(TimeoutError):
+                assert connection.recv(4096).startswith(b"HTTP/1.1 408")
+                return
+            connection.sendall(b"1\r\n \r\n")
+        pytest.fail("it waits")
 
 
 @pytest.mark.usefixtures("network")
@@ -232,76 +192,16 @@ LIMIT = 8 + 16 + 256  # connections
 
 
 def test_beyond_the_bound_of_connections_clients_are_told_and_later_served(served):
-    asked = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
     connections = served.server.server_state.connections
     with ExitStack() as stack:
-        halves = (HALVES * (LIMIT // len(HALVES) + 1))[:LIMIT]
-        halves = [b"GE" if half == HALVES[3] else half for half in halves]  # 3 is no HTTP
-        for half in halves:
-            stack.enter_context(connect(served.port, half))
+        for number in range(LIMIT):
+            stack.enter_context(connect(served.port, HALVES[number % 3]))
         until(lambda: len(connections) >= LIMIT)
-        with connect(served.port, asked) as beyond:
+        with connect(served.port, AGAIN) as beyond:
             assert beyond.recv(4096).startswith(b"HTTP/1.1 503")
             assert ended(beyond)
     until(lambda: not connections)
     assert served.complete("Call me", max_tokens=1)
-
-
-def test_a_body_does_not_wait_until_its_headers_are_acknowledged(served):
-    connections = served.server.server_state.connections
-    until(lambda: not connections)
-    with connect(served.port):
-        until(lambda: connections)
-        (there,) = connections
-        of_client = there.transport.get_extra_info("socket")
-        assert of_client.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-
-
-CANARY = (
-    "The canary's word is plum. "
-    "The people of the United States have a government of laws and not of men. "
-) * 8
-
-
-def test_abort_in_the_middle_of_a_prompt_leaves_nothing_for_another_key(
-    keyed, runtime, slow, monkeypatch
-):
-    """One answer runs, so prompts come in pieces; after the first one the client is gone, and its
-    latents stay in their place."""
-    keyed.idle()
-    alone = "".join(token.text for token in runtime.generate(CANARY, 8))
-    passes, totals = runtime.engine.batch.passes, runtime.engine.batch.totals
-    run, reached, left = passes.run, threading.Event(), threading.Event()
-
-    def paused(rows):
-        run(rows)
-        if any(len(row.ids) == 64 for row in rows):
-            reached.set()
-            left.wait(60)
-
-    monkeypatch.setattr(passes, "run", paused)
-    asked = completion(prompt=CANARY, max_tokens=8)
-    before, made = totals.prompt_tokens, totals.answer_tokens
-    first = request(completion(max_tokens=500), **{"x-api-key": "second"})
-    with connect(keyed.port, first):
-        until(lambda: totals.answer_tokens > made and keyed.service.running)
-        with connect(keyed.port, request(asked, **{"x-api-key": "first"})):
-            assert reached.wait(60)
-        until(lambda: any(job.cancelled for job in keyed.service._open))
-        left.set()
-    keyed.idle()
-    monkeypatch.undo()
-    read = totals.prompt_tokens - before
-    assert 64 < read < 150 < len(runtime.tokenizer.encode(CANARY))
-
-    def ask(key):
-        answer = keyed.ask("POST", TEXT, json.loads(asked), x_api_key=key)[1]
-        cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
-        return cached, answer["choices"][0]["text"]
-
-    assert ask("second") == (1, alone)  # the beginning-of-sentence token of its own answer
-    cached, text = ask("first")
-    assert (cached >= 64, text) == (True, alone)
 
 
 @pytest.mark.usefixtures("processes")

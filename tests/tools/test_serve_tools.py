@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from slotmoe.model.families import FAMILIES
 from slotmoe.model.tokenizer import ReasoningMarks, Splitter, Tokenizer
 from slotmoe.tools.serve import formats
-from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.formats import (
     DEEPSEEK_V3_1,
     DEEPSEEK_V3_2,
@@ -29,11 +28,9 @@ from slotmoe.tools.serve.formats import (
     text_arguments,
 )
 from slotmoe.tools.serve.function_calling import Dialect
-from slotmoe.tools.serve.grammar import MAX_CALLS, Grammars
 from slotmoe.tools.serve.requests import Call, Conversation, Function, Message, Rule, ToolPolicy
 from tests.support.served import (
     TOOLS,
-    USER,
     WEATHER,
     deepseek_files,
     is_weather,
@@ -183,46 +180,6 @@ def test_the_model_reads_what_it_would_have_written(form, tokenizers):
     assert Dialect(sample).format is PLAIN
 
 
-def test_functions_and_failed_results_in_plain_words(tokenizers):
-    dialect, tokenizer = Dialect(tokenizers[PLAIN]), tokenizers[PLAIN]
-    told = json.dumps({"name": "weather", "description": "", "parameters": PARAMETERS})
-    messages = [Message("system", "Be brief."), *history(("stop", "{}"))]
-    messages[-1].failed = True
-    text = dialect.prompt(Conversation(messages, policy(functions=FUNCTIONS[:1])))
-    begin, end = tokenizer.spelling(0), tokenizer.eos_token
-    head = f"{begin}Be brief.\n\nYou can call these functions:\n{told}\n\nTo call one, write <tool"
-    assert text.startswith(head)
-    assert text.endswith(
-        '\n\nAssistant: So.\n<tool_call>{"name": "stop", "arguments": {}}</tool_call>'
-        + end
-        + 'User: <tool_response name="stop" error="true">\nr0\n</tool_response>\n\nAssistant:'
-    )
-    assert dialect.prompt(Conversation([Message("user", "Hi")])) == f"{begin}User: Hi\n\nAssistant:"
-
-
-def test_functions_in_the_words_of_the_model_card(tokenizers):
-    tokenizer = tokenizers[NATIVE]
-    text = Dialect(tokenizer).prompt(Conversation(history(*BOTH), policy()))
-    told = json.dumps({"name": "weather", "description": "", "parameters": PARAMETERS}, indent=4)
-    head = "You are a helpful Assistant.\n\n## Tools\n\n### Function\n\nYou have the following "
-    head += f"functions available:\n\n- `weather`:\n```json\n{told}\n```\n- `stop`:"
-    assert text.startswith(tokenizer.spelling(0) + head)
-    results = f"{OUTS}{OUT}r0{OUT_END}\n{OUT}r1{OUT_END}{OUTS_END}"
-    assert text.endswith(f"[user]Hi[A]So.{TWO[NATIVE]}{tokenizer.eos_token}{results}")
-
-
-def test_results_belong_to_the_calls_before_them(tokenizers):
-    turns, dialect = history(*BOTH), Dialect(tokenizers[PLAIN])
-    for messages in (turns[:2], turns[:3], turns[2:], [*turns, turns[-1]], turns[:3] + turns[2:3]):
-        with pytest.raises(RefusedError, match=r"has no result|answers no call"):
-            dialect.prompt(Conversation(messages))
-    turns[-1].name = "stop"
-    with pytest.raises(RefusedError, match="name of another"):
-        dialect.prompt(Conversation(turns))
-    with pytest.raises(RefusedError, match="no JSON object"):
-        Dialect(tokenizers[GLM]).prompt(Conversation(history(("stop", "[1]"))))
-
-
 @FORMS
 @pytest.mark.parametrize("width", [1, 5, 1000])
 def test_answers_are_taken_apart_however_they_arrive(form, width):
@@ -237,13 +194,9 @@ def test_answers_are_taken_apart_however_they_arrive(form, width):
     )
     answer = f"Hm 1 < 2</think>{form.lead}{two}"
     assert read(form, answer, width, splitter=Splitter(marks, True)) == [thought, *WANTED]
-    for end in range(len(form.opening), two.index("stop"), 7):
-        parts = read(form, two[:end], width)
-        assert all(part.call is not None for part in parts)  # none of it is text
-    assert not any(part.complete for part in read(form, two[: two.index("days")], width))
-    quoted = f'"{form.opening}"'
-    assert read(form, quoted, width, either=True) == [ContentDelta(quoted)]
-    assert read(None, two, width) == [ContentDelta(two)]
+    for end in range(len(form.opening), two.index("days"), 7):
+        for part in read(form, two[:end], width):
+            assert part.call is not None and not part.complete  # none of it is text
 
 
 def test_arguments_that_json_cannot_hold_are_none():
@@ -289,76 +242,13 @@ def test_mask_holds_calls_to_their_schemas(form, tokenizers):
     assert left(two, policy(required=True, single=True))[0] != two
     for wrong in (two.replace("Rome", "Oslo"), two.replace("3", "33"), two.replace("stop", "go")):
         assert not left(wrong)[1]
-    word = "<tool_call>" if form is PLAIN else "yes"
-    schema = Rule("json", {"type": "object", "properties": {"a": {"const": word}}})
-    for text in (json.dumps({"a": word}), two):
+    schema = Rule("json", {"type": "object", "properties": {"a": {"const": "yes"}}})
+    for text in ('{"a": "yes"}', two):
         assert left(text, wanted=schema) == (text, True)
     assert left("So", wanted=schema)[0] == ""
     if thinks is not None:
         text = f"Hm, 1 < 2 </think>\n\n{two}"
         assert passed(tokenizer, text, policy(required=True), None, True) == (text, True)
-
-
-def test_calls_are_bounded_and_begin_on_their_lines(tokenizers):
-    call, tokenizer = TWO[PLAIN].partition("\n")[0], tokenizers[PLAIN]
-    assert passed(tokenizer, call[:-12], policy()) == (call[:-12], False)
-    assert passed(tokenizer, call + "and more", policy())[0] == call
-    for count, fits in ((MAX_CALLS, True), (MAX_CALLS + 1, False)):
-        text = "\n".join([call] * count)
-        assert (passed(tokenizer, text, policy())[0] == text) is fits
-
-
-def test_native_calls_begin_with_their_token_alone(tokenizers):
-    tokenizer = tokenizers[NATIVE]
-    spelled = [one for sign in CALLS for one in tokenizer.encode(sign, add_bos=False)]
-    assert tokenizer.decode(spelled) == CALLS and tokenizer.token_id(CALLS) not in spelled
-    mask = Grammars(tokenizer, (1,), Dialect(tokenizer)).compile(None, policy()).mask()
-    for one in spelled[:-1]:
-        assert mask.allowed()[one] and not mask.consume(one)
-    assert not mask.allowed()[spelled[-1]]
-
-
-OPEN = {"any": {}, "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]}, **CITY}
-
-
-@TAGS
-def test_mask_takes_text_where_the_type_is_open(form, tokenizers):
-    functions = [Function(name="f", parameters={"type": "object", "properties": OPEN})]
-    for name, kind, value, fits in (
-        ("any", "true", "x", True), ("any", "false", "[1]", True), ("any", "false", "x", False),
-        ("maybe", "true", "x", True), ("maybe", "false", "1", False), ("days", "true", "x", False),
-        ("note", "false", '"x"', False), ("city", "true", "Oslo", False),
-    ):  # fmt: skip
-        tag = f'<{D}parameter name="{name}" string="{kind}">{value}</{D}parameter>\n'
-        text = f'{form.opening}\n<{D}invoke name="f">\n{tag}</{D}invoke>{form.closing}'
-        found = passed(tokenizers[form], text, policy(functions=functions), None, False)
-        assert found[1] is fits, (name, kind, value)
-
-
-def test_what_tags_cannot_hold_is_relaxed_or_refused(tokenizers):
-    tokenizer = tokenizers[GLM]
-    one = TWO[GLM].partition("<tool_call>stop")[0]
-    for key, needed in (("note", False), ("days", True)):
-        before, _, after = one.partition(f"<arg_key>{key}")
-        text = before + after.partition("</arg_value>")[2]
-        assert passed(tokenizer, text, policy())[1] is not needed
-    short = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 3}}}
-    grammars = Grammars(tokenizer, (1,), Dialect(tokenizer))
-    loose, strict = (
-        policy(functions=[Function(name="f", parameters=short, strict=strict)])
-        for strict in (False, True)
-    )
-    assert grammars.compile(None, loose).relaxed == ["tool 'f': a: maxLength"]
-    with pytest.raises(RefusedError, match="maxLength"):
-        grammars.compile(None, strict)
-
-
-def test_reminders_are_for_models_that_know_them(tokenizers):
-    chat = Conversation([Message("latest_reminder", "Hi"), Message("user", "Hi")])
-    prompt = Dialect(tokenizers[DEEPSEEK_V4]).prompt(chat)
-    assert "<\uff5clatest_reminder\uff5c>Hi<\uff5cUser\uff5c>Hi" in prompt
-    with pytest.raises(RefusedError, match="latest_reminder"):
-        Dialect(tokenizers[DEEPSEEK_V3_2]).prompt(chat)
 
 
 def test_template_sees_reasoning_and_its_switch(tokenizers):
@@ -376,71 +266,23 @@ def test_template_sees_reasoning_and_its_switch(tokenizers):
 
 # Over HTTP
 
-NAMED = {"type": "function", "function": {"name": "weather"}}
-
 
 @pytest.fixture(scope="module")
 def context():
     return 1024
 
 
-def called(choice):
-    """The function of the only call of an answer."""
-    (call,) = choice["message"]["tool_calls"]
-    return call["function"]
-
-
-def test_forced_calls_fit_the_schema_with_every_seed(served):
-    options = {"tools": TOOLS, "temperature": 2.0, "seed": 7, "max_tokens": 120, "n": 4}
-    for choice in served.chat(**options, tool_choice=NAMED)[1]["choices"]:
-        assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
-        assert called(choice)["name"] == "weather" and is_weather(called(choice)["arguments"])
-    answer = served.chat(**options, tool_choice="required", parallel_tool_calls=False)[1]
-    calls = [called(choice) for choice in answer["choices"]]
-    assert {call["name"] for call in calls} == {"weather", "stop"}
-    only = {"mode": "required", "tools": [{"type": "function", "function": {"name": "stop"}}]}
-    allowed = {"type": "allowed_tools", "allowed_tools": only}
-    for choice in served.chat(**options, tool_choice=allowed)[1]["choices"]:
-        names = {call["function"]["name"] for call in choice["message"]["tool_calls"]}
-        assert names == {"stop"}
-
-
 def test_stop_strings_end_text_and_never_a_call(served):
     """Each stop string is in the call that the model is made to write, or in its marks."""
     options = {"tools": TOOLS, "max_tokens": 120, "seed": 3}
-    call = called(served.choice(**options, tool_choice=NAMED))
-    stopped = served.choice(**options, tool_choice=NAMED, stop=["city", "<", "_call>", '": ', "}"])
-    assert stopped["finish_reason"] == "tool_calls" and called(stopped) == call
+    named = {"type": "function", "function": {"name": "weather"}}
+    stop = ["city", "<", "_call>", '": ', "}"]
+    for how in ({}, {"stop": stop}, {"stop": stop, "temperature": 2}):
+        choice = served.choice(**options, tool_choice=named, **how)
+        (call,) = choice["message"]["tool_calls"]
+        assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+        assert is_weather(call["function"]["arguments"])
     text = served.choice(**options)["message"]["content"]
     stopped = served.choice(**options, stop=["zzz", text[20:24]])
     assert stopped["message"]["content"] == text[: text.index(text[20:24])]
     assert stopped["finish_reason"] == "stop"
-
-
-def test_calls_that_are_cut_off(served):
-    options = {"tools": TOOLS, "tool_choice": NAMED}
-    whole = served.chat(**options, max_tokens=200)[1]
-    arguments, limit = called(whole["choices"][0])["arguments"], whole["usage"]["completion_tokens"]
-    choice = served.choice(**options, max_tokens=limit - 12)
-    cut = called(choice)["arguments"]
-    assert choice["finish_reason"] == "length" and cut != arguments and arguments.startswith(cut)
-    for count in (1, 5):  # no beginning of a required call is text
-        answer = served.choice(tools=TOOLS, tool_choice="required", max_tokens=count)
-        assert answer["finish_reason"] == "length" and not answer["message"]["content"]
-
-
-def test_a_schema_of_the_answer_beside_functions(served, runtime):
-    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["yes", "no"]}}}
-    quote, opening = (str(runtime.tokenizer.encode(sign, add_bos=False)[0]) for sign in '"<')
-    both = {"tools": TOOLS, "response_format": form, "max_tokens": 100}
-    plain, call = (
-        served.choice(**both, parallel_tool_calls=False, logit_bias={one: 100})
-        for one in (quote, opening)
-    )
-    assert json.loads(plain["message"]["content"]) in ("yes", "no")
-    assert called(call) and call["finish_reason"] == "tool_calls"
-    counts = [
-        served.chat(**wish, messages=USER, max_tokens=4)[1]["usage"]["prompt_tokens"]
-        for wish in ({"tools": TOOLS, "tool_choice": "none"}, {}, {"tools": TOOLS})
-    ]
-    assert counts[0] == counts[1] < counts[2]
