@@ -176,11 +176,6 @@ class Served:
     def post(self, path, **body):
         return self.ask("POST", path, body, x_api_key=self.key)[:2]
 
-    def message(self, **fields):
-        """Status and answer of Anthropic's API."""
-        body = {**GREEDY, "messages": USER, "max_tokens": 6, **fields}
-        return self.post("/v1/messages", **body)
-
     def complete(self, prompt, **options):
         body = {**GREEDY, "prompt": prompt, **options}
         status, answer, _ = self.ask("POST", "/v1/completions", body)
@@ -199,13 +194,6 @@ class Served:
 
     def text(self, prompt="Call me", **options):
         return self.complete(prompt, **options)["choices"][0]["text"]
-
-    def events(self, path, body):
-        connection, response = self.open("POST", path, {**body, "stream": True})
-        lines = response.read().decode().split("\n\n")
-        connection.close()
-        assert response.status == 200 and lines.pop() == "" and lines.pop() == "data: [DONE]"
-        return [json.loads(line.removeprefix("data: ")) for line in lines]
 
     def idle(self, seconds=30.0):
         """Wait until no answer runs or waits."""

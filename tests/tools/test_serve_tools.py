@@ -2,12 +2,9 @@
 and what clients get of it.  The templates of DeepSeek-V3.1, Kimi K2, GLM and Mistral are small ones
 with the features of the real ones; those of V3.2 and V4 are ours."""
 
-import json
 import shutil
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from slotmoe.model.families import FAMILIES
 from slotmoe.model.tokenizer import ReasoningMarks, Splitter, Tokenizer
@@ -30,10 +27,8 @@ from slotmoe.tools.serve.formats import (
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.requests import Call, Conversation, Function, Message, Rule, ToolPolicy
 from tests.support.served import (
-    TOOLS,
     WEATHER,
     deepseek_files,
-    is_weather,
     passed,
     sample_without_last,
     tokenizer_with,
@@ -206,28 +201,6 @@ def test_arguments_that_json_cannot_hold_are_none():
         assert parse_arguments(text) is None
 
 
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(st.characters(codec="utf-8")),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab<"), inner, max_size=3),
-    max_leaves=5,
-)  # fmt: skip
-ARGUMENTS = st.dictionaries(st.text("key_ .1", min_size=1), VALUES)
-CALLED = st.lists(st.tuples(st.text("abc_-1", min_size=1), ARGUMENTS), min_size=1, max_size=3)
-
-
-@TAGS
-@settings(max_examples=25, deadline=None)
-@given(calls=CALLED, width=st.integers(1, 40))
-def test_what_is_written_of_a_call_is_read_as_the_same_call(form, tokenizers, calls, width):
-    said = history(*((name, json.dumps(made)) for name, made in calls), thoughts="Hm")
-    text = Dialect(tokenizers[form]).prompt(Conversation(said, policy(), effort="high"))
-    answer = text.partition("<think>Hm</think>")[2].partition(tokenizers[form].eos_token)[0]
-    first, *parts = read(form, answer, width)
-    assert first == ContentDelta("So.") and all(part.complete for part in parts)
-    assert [(part.name, parse_arguments(part.text)) for part in parts] == calls
-
-
 @FORMS
 def test_mask_holds_calls_to_their_schemas(form, tokenizers):
     tokenizer, two, thinks = tokenizers[form], TWO[form], False if form in OURS else None
@@ -249,40 +222,3 @@ def test_mask_holds_calls_to_their_schemas(form, tokenizers):
     if thinks is not None:
         text = f"Hm, 1 < 2 </think>\n\n{two}"
         assert passed(tokenizer, text, policy(required=True), None, True) == (text, True)
-
-
-def test_template_sees_reasoning_and_its_switch(tokenizers):
-    tokenizer = Tokenizer(SAMPLE, 0)
-    tokenizer.template = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.reasoning_content }}|{{ m.content }}{% endfor %}"
-        "{% if thinking is defined %}{{ thinking }}{{ enable_thinking }}{{ reasoning_effort }}"
-        "{% endif %}"
-    )
-    said = [Message("user", "Hi"), Message("assistant", "Yes", thoughts="Hm")]
-    for effort, end in ((None, ""), ("none", "FalseFalsenone"), ("low", "TrueTruehigh")):
-        text = Dialect(tokenizer).prompt(Conversation(said, effort=effort))
-        assert text == f"[user]|Hi[assistant]Hm|Yes{end}"
-
-
-# Over HTTP
-
-
-@pytest.fixture(scope="module")
-def context():
-    return 1024
-
-
-def test_stop_strings_end_text_and_never_a_call(served):
-    """Each stop string is in the call that the model is made to write, or in its marks."""
-    options = {"tools": TOOLS, "max_tokens": 120, "seed": 3}
-    named = {"type": "function", "function": {"name": "weather"}}
-    stop = ["city", "<", "_call>", '": ', "}"]
-    for how in ({}, {"stop": stop}, {"stop": stop, "temperature": 2}):
-        choice = served.choice(**options, tool_choice=named, **how)
-        (call,) = choice["message"]["tool_calls"]
-        assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
-        assert is_weather(call["function"]["arguments"])
-    text = served.choice(**options)["message"]["content"]
-    stopped = served.choice(**options, stop=["zzz", text[20:24]])
-    assert stopped["message"]["content"] == text[: text.index(text[20:24])]
-    assert stopped["finish_reason"] == "stop"
