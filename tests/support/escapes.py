@@ -112,7 +112,7 @@ def _variants(path, most, chance):
     path.write_text(json.dumps(good))
 
 
-def config(place, most, chance):
+def checkpoint(place, most, chance):
     source, made = place / "source", place / "made"
     for name in ("config.json", "model.safetensors.index.json"):
         for _ in _variants(source / name, most, chance):
@@ -122,6 +122,12 @@ def config(place, most, chance):
     yield "quantize", source, made, "--overwrite", "--verbose"
     yield "quantize", source, made, "--overwrite", "--json"
     yield "plan", source, "--json"
+
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        for _ in _variants(source / name, most, chance):
+            yield "run", source, "Hi", "-n", "2", "--context", "64", "--chat", "--json"
+    for path in (place / "cache").iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def edit(writer):
         writer.kv_data[0].pop("tokenizer.chat_template", None)
@@ -133,15 +139,6 @@ def config(place, most, chance):
         path = write_gguf(source, place / "x.gguf", **changes)
         yield "plan", path
         yield "quantize", path, made, "--overwrite"
-
-
-def tokenizer(place, most, chance):
-    source = place / "source"
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        for _ in _variants(source / name, most, chance):
-            yield "run", source, "Hi", "-n", "2", "--context", "64", "--chat", "--json"
-    for path in (place / "cache").iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def manifest(place, most, chance):
@@ -239,7 +236,7 @@ def hub(place, most, chance):
     HUB.reset()
 
 
-PARTS = {one.__name__: one for one in (config, tokenizer, manifest, names, kept, hub)}
+PARTS = {one.__name__: one for one in (checkpoint, manifest, names, kept, hub)}
 _CHAT = {"model": "sample", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 _ASKED = {"input": "Hi", "instructions": "x", "metadata": {"a": "b"}, "max_output_tokens": 2}
 _TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]

@@ -1,10 +1,8 @@
 """``slotmoe chat``: what the model is sent, what is kept and saved, what a full context drops, and
 its use through pipes and on a terminal."""
 
-import errno
 import io
 import json
-import os
 import sys
 
 import pytest
@@ -57,24 +55,18 @@ def said(answer):
     return "".join(answer)
 
 
-def fed(runtime):
-    """Tokens read and made so far."""
-    tokens = runtime.stats()["tokens"]
-    return tokens["prefill_tokens"], tokens["decode_tokens"]
-
-
 def test_messages_go_through_the_chat_template_and_what_is_new_is_read(talking):
     chat = talking(max_new_tokens=30, system=SYSTEM)
     first = said(chat.answer("Who goes there?"))
-    before = fed(chat.runtime)
+    tokens = chat.runtime.stats()["tokens"]
     said(chat.answer("Speak!"))
     decode = chat.runtime.tokenizer.decode
     begun = f"{SYSTEM}\n\nUser: Who goes there?\n\nAssistant:"
     assert decode(chat.sent[0]) == begun
     assert decode(chat.sent[1]) == f"{begun} {first}User: Speak!\n\nAssistant:"
-    read, made = fed(chat.runtime)
+    read = chat.runtime.stats()["tokens"]["prefill_tokens"] - tokens["prefill_tokens"]
     # All but the first message and its answer, of which the last token was not read.
-    assert (read, made) == (before[0] + len(chat.sent[1]) - len(chat.sent[0]) - 29, before[1] + 29)
+    assert read == len(chat.sent[1]) - len(chat.sent[0]) - 29
     chat.set_system(None)
     chat.reset()
     said(chat.answer("Again"))
@@ -131,8 +123,8 @@ def test_reasoning_is_apart_from_the_answer_and_not_kept(talking, runtime, monke
     assert conversation.exchanges == [Exchange("It is a truth", answer)]
 
 
-def test_saved_conversation_goes_on_where_it_was(talking, tmp_path, monkeypatch):
-    """No other file is overwritten, and a save that fails leaves the file before it."""
+def test_saved_conversation_goes_on_where_it_was(talking, tmp_path):
+    """And no other file is overwritten."""
     chat, path = talking(system="Grüße"), tmp_path / "talk.json"
     said(chat.answer("Hello\nthere"))
     chat.save(path)
@@ -145,18 +137,9 @@ def test_saved_conversation_goes_on_where_it_was(talking, tmp_path, monkeypatch)
     assert (other.system, other.exchanges) == (chat.system, chat.exchanges)
     assert said(other.answer("More")) == said(chat.answer("More"))
     other.save(other.file)
-    before = path.read_bytes()
-    assert len(json.loads(before)["messages"]) == 5
+    assert len(json.loads(path.read_text())["messages"]) == 5
     with pytest.raises(ConfigError, match="exists already"):
         talking().save(path)
-
-    def full(handle):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ConfigError, match=r"talk.json: can't be written .No space"):
-        other.save(path)
-    assert path.read_bytes() == before
 
 
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -255,9 +238,7 @@ def test_keys_and_history(tmp_path):
         assert "Ctrl-D" in printed.getvalue()  # how to leave
 
 
-BLOCKS = (
-    "# Title;;Some *words*;1. one;   - inner;| a | b |;|---|---|;```python;```;    code;> quote"
-)
+BLOCKS = "# Title;;Some *words*;1. one;   - inner;| a | b |;|---|---|;```python;```;    code;> q"
 MARKDOWN = [f"{line}\n" for line in BLOCKS.split(";")]
 
 

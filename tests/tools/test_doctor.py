@@ -50,13 +50,9 @@ def test_a_gpu_needs_a_cuda_build_of_torch(report, monkeypatch, tmp_path):
     program.write_text("#!/bin/sh\necho 'NVIDIA GeForce RTX 4090, 24564, 570.86'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    original = metadata.version
     for torch, state in (("2.13.0+cpu", "bad"), ("2.13.0+cu130", "ok")):
-        monkeypatch.setattr(
-            metadata,
-            "version",
-            lambda name, torch=torch: torch if name == "torch" else original(name),
-        )
+        there = {"torch": torch}
+        monkeypatch.setattr(metadata, "version", lambda name, there=there: there.get(name, "1"))
         code, checks = report()
         assert (code == 1, checks["GPU"]["state"]) == (state == "bad", state)
     found = checks["GPU"]["found"]

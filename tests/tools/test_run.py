@@ -12,11 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from slotmoe.errors import PlanError
 from slotmoe.model.generate import Answer
 from slotmoe.model.tokenizer import ReasoningMarks, Splitter, TextStream, Tokenizer
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.runtime import Runtime
 from slotmoe.tools import exports, options
 from slotmoe.tools.options import MAX_PROMPT_BYTES
 from tests.support.forkserver import PIPE, ROOT, Forked, OnTerminal
@@ -35,12 +33,6 @@ def export(tmp_path_factory):
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": CHAT}))
     quantize(folder / "checkpoint", folder / "export")
     return folder / "export"
-
-
-@pytest.fixture(scope="module")
-def runtime(export):
-    with Runtime.open(export) as runtime:
-        yield runtime
 
 
 @pytest.fixture
@@ -107,9 +99,6 @@ def test_a_terminal_shows_waiting_and_the_prompt_and_a_pipe_does_not(sample_expo
     out, err = run(sample_export, *arguments[1:])
     assert text.replace("\r\n", "\n").startswith(f"\x1b[2mIt is a truth\x1b[22m{out}")
     assert "\x1b" not in out + err and "loading" not in err and "truth" not in out
-    with OnTerminal("run", *arguments, NO_COLOR="1", TERM="dumb") as terminal:
-        assert "\x1b" not in terminal.rest()
-        assert terminal.wait() == 0
 
 
 @pytest.mark.usefixtures("processes")
@@ -138,15 +127,6 @@ def encoded(processes, monkeypatch):
     return texts
 
 
-def test_a_long_prompt_is_refused_by_its_length(runtime, encoded):
-    """Before it is tokenized."""
-    most = runtime.context * runtime.tokenizer.longest
-    for chat in (False, True):
-        with pytest.raises(PlanError, match=f"{most + 1} characters, and the context holds 64"):
-            next(runtime.generate("a" * (most + 1), chat=chat))
-    assert not encoded
-
-
 def test_a_long_prompt_from_stdin_or_a_file(export, encoded, monkeypatch, slotmoe, tmp_path):
     for command, size, told in (
         ("run", 20_000, "20000 characters"),
@@ -163,9 +143,8 @@ def test_a_long_prompt_from_stdin_or_a_file(export, encoded, monkeypatch, slotmo
     code, _, err = slotmoe("run", export, "--file", tmp_path / "long")
     assert code == 2 and "long: the prompt has more than 32 MiB" in err
     (tmp_path / "short").write_text("Hello")
-    ways = (["Hello"], ["--file", tmp_path / "short"])
-    texts = {slotmoe("run", export, *prompt, "-n", 5)[1] for prompt in ways}
-    assert len(texts) == 1
+    given = slotmoe("run", export, "--file", tmp_path / "short", "-n", 5)
+    assert given[1] == slotmoe("run", export, "Hello", "-n", 5)[1]
 
 
 PROMPT = "It is a truth universally acknowledged, that"
