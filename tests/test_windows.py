@@ -1,8 +1,5 @@
 """What ``slotmoe.system`` promises of files and memory on Windows."""
 
-# ruff: noqa: E402
-
-import ctypes
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-msvcrt = pytest.importorskip("msvcrt", reason="on Windows alone")
+pytest.importorskip("msvcrt", reason="on Windows alone")
 
 from slotmoe import system
 from slotmoe.offload.devices.pages import page_aligned
@@ -22,15 +19,6 @@ BLOCK = 4096
 def read(handle, size, offset):
     data = memoryview(bytearray(size))
     return bytes(data[: system.read_at(handle, data, offset)])
-
-
-def mode(handle):
-    """How a file was opened: whether its reads wait for each other, and go past the cache."""
-    status, found = (ctypes.c_uint64 * 2)(), ctypes.c_uint32()
-    file, kind = ctypes.c_void_p(msvcrt.get_osfhandle(handle)), 16
-    query = ctypes.WinDLL("ntdll").NtQueryInformationFile
-    assert query(file, status, ctypes.byref(found), 4, kind) == 0
-    return bool(found.value & 0x30), bool(found.value & 0x8)
 
 
 def opened(path):
@@ -46,12 +34,6 @@ def test_reads_of_many_threads(tmp_path):
     plain, overlapped = os.open(path, os.O_RDONLY | os.O_BINARY), opened(path)
     direct = opened(path)
     assert system.bypass_page_cache(direct, BLOCK)
-    modes = (True, False), (False, False), (False, True)
-    assert tuple(map(mode, (plain, overlapped, direct))) == modes
-    back = os.dup(direct)
-    system.use_page_cache(back)
-    assert mode(back) == (False, False)
-    os.close(back)
 
     def reads(seed):
         order = random.Random(seed)

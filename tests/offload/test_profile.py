@@ -156,9 +156,7 @@ def test_stopped_run_writes_what_it_has_and_says_so(profile, monkeypatch, tmp_pa
     monkeypatch.setattr(Stream, "__next__", following)
     code, out, err = profile(TEXT, "-n", "20", "--json")
     assert (code, out) == (128 + number, "")
-    assert f"stopped after {after} of 20 tokens" in err
-    assert "report.html" in err
-    assert "Traceback" not in err
+    assert f"stopped after {after} of 20 tokens" in err and "Traceback" not in err
     report = json.loads((tmp_path / "out" / "profile.json").read_text())
     assert report["workload"]["new_tokens"] == after and not report["complete"]
     assert "was stopped" in " ".join(Page(tmp_path / "out").words)

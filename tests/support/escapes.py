@@ -172,10 +172,8 @@ def names(place, most, chance):
     (place / f"{FILE}.txt").write_text("Hello " * 99)
     yield "list"
     yield "list", "--json"
-    yield "plan", named
     yield "verify", cache / FILE
     yield "quantize", named, place / f"{FILE}3"
-    yield "run", cache / FILE, "Hi", "-n", "2"
     yield "run", "forge", "Hi", "-n", "2"
     yield "eval", cache / FILE, "--text", place / f"{FILE}.txt", "--context", 64
     yield "doctor", "--experts-dir", cache / FILE / "experts"

@@ -6,8 +6,6 @@ import json
 import sys
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
@@ -19,7 +17,7 @@ from slotmoe.model.tokenizer import ReasoningMarks
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.chat import COMMANDS
 from slotmoe.tools.chat.conversation import Dialogue, Exchange
-from slotmoe.tools.chat.terminal import Terminal, finished, markdown
+from slotmoe.tools.chat.terminal import Terminal
 from tests.support.forkserver import OnTerminal
 from tests.support.tiny import write_checkpoint
 
@@ -236,23 +234,6 @@ def test_keys_and_history(tmp_path):
         keys.send_text("\x03\x04")
         assert terminal.read() is None
         assert "Ctrl-D" in printed.getvalue()  # how to leave
-
-
-BLOCKS = "# Title;;Some *words*;1. one;   - inner;| a | b |;|---|---|;```python;```;    code;> q"
-MARKDOWN = [f"{line}\n" for line in BLOCKS.split(";")]
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from(MARKDOWN), max_size=14))
-def test_finished_blocks_never_change(lines):
-    def parsed(*texts):
-        tokens = [token for text in texts for token in markdown(text).parsed]
-        return [(token.type, token.content) for token in tokens]
-
-    text = "".join(lines)
-    for end in range(1, len(lines)):
-        done = finished("".join(lines[:end]))
-        assert parsed(text[:done], text[done:]) == parsed(text)
 
 
 @pytest.mark.usefixtures("processes")

@@ -106,8 +106,7 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(run, monkeypatch):
     code, json_out, err = run(f"{line} --json")
     report = json.loads(json_out)
     assert (code, err, json_out.count("\n")) == (0, "", 1)
-    assert report["text"] + "\n" == out
-    assert len(report["ids"]) == len(report["logprobs"]) <= 5
+    assert report["text"] + "\n" == out and len(report["ids"]) == len(report["logprobs"])
     monkeypatch.setattr("slotmoe.quant.kernels.cpu.bindings.load", lambda: None)
     code, out, err = run("run EXPORT x -n 3 --context 64")
     assert code == 0 and out and err.count("native kernels were not built") == 1

@@ -73,7 +73,7 @@ def test_cache_and_disk(report, monkeypatch, tmp_path):
     assert list(cache.iterdir()) == []
 
 
-@pytest.mark.usefixtures("twin")
+@pytest.mark.usefixtures("twin", "nightly")
 def test_all_kernels_of_a_model_are_compiled_ahead(report, slotmoe, small_export, monkeypatch):
     with monkeypatch.context() as patch:
         facts = cuda.CudaFacts("2.13+cpu", built=False)

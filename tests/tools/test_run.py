@@ -4,7 +4,6 @@ not get, and where the prompt comes from."""
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -78,8 +77,7 @@ def test_why_a_run_ends(export, run, reported, monkeypatch):
 def test_a_system_message_and_stop_strings(export, run, reported):
     """A session's own system message makes way."""
     text = run(export, "Hello", "-n", 9)[0]
-    report = reported(export, "Hello", "-n", 9, "--stop", text[3:5])
-    assert (report["text"], report["finish_reason"]) == (text[: text.index(text[3:5])], "stop")
+    assert reported(export, "Hello", "-n", 9, "--stop", text[3:5])["text"] == text[:3]
     chat = [export, "Hi", "-n", 2, "--session", "s", "--session-dir", export.parent / "sessions"]
     for system in ("Be brief.", "Be kind."):
         run(*chat, "--system", system)
@@ -148,24 +146,6 @@ def test_a_long_prompt_from_stdin_or_a_file(export, encoded, monkeypatch, slotmo
 
 
 PROMPT = "It is a truth universally acknowledged, that"
-
-
-@pytest.mark.usefixtures("processes")
-def test_streams_and_names_that_are_no_text(small_export, tmp_path):
-    """An export of such a name runs; the safetensors library can't open such a checkpoint.  The
-    campaign ``environments`` has more of such worlds."""
-    folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
-    shutil.copytree(small_export, folder)
-    child = Forked("run", folder, "-", stdin=PIPE)
-    told = b"slotmoe: stdin: the prompt is not valid UTF-8 text\n"
-    assert child.communicate(b"caf\xe9") == (b"", told) and child.returncode == 2
-    child = Forked("run", folder, "Hello", "-n", 2)
-    err = child.communicate()[1]
-    assert child.returncode == 0, err
-    write_checkpoint(tmp_path / "plain", **SMALL)
-    os.rename(tmp_path / "plain", f"{folder}2")
-    child = Forked("run", f"{folder}2", "Hello")
-    assert b"rename the folder" in child.communicate()[1] and child.returncode == 2
 
 
 @pytest.mark.usefixtures("processes")
