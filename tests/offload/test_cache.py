@@ -1,5 +1,5 @@
-"""Cache policies in any order of events beside plain Python; what inputs tell of the next experts,
-and how much is read ahead."""
+"""Cache policies in any order of events beside plain Python, and what inputs tell of the next
+experts."""
 
 from itertools import chain, combinations
 
@@ -10,7 +10,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from bench.replay import offer
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.cache import Learned, make_cache
-from slotmoe.offload.policy.prefetch import Prefetcher
 from tests.support import states
 
 LAYERS, EXPERTS, TOP = 3, 4, 2
@@ -130,31 +129,3 @@ def test_forecast_learns_what_inputs_say():
     # Half of all hits are the most that one slot a layer allows where what is used next is known
     # but was not used last; guessing gives a quarter.
     assert hits[1.0] > hits[None] + 0.1 and hits[None] == hits[np.nan] == hits[np.inf], hits
-
-
-class Shelf(set):
-    """A target of prefetches with room for so many."""
-
-    def __init__(self, room):
-        self.room = room
-
-    def prefetch(self, key, urgency):
-        if has_room := len(self) < self.room:
-            self.add(key)
-        return has_room
-
-
-def test_reads_ahead_are_limited_by_idle_time_accuracy_and_room():
-    """Of ten experts, with a disk of 100 records a second."""
-    found = []
-    for idle, right, room in (
-        *((0.0, 0.5, 99), (0.02, 0.0, 99), (0.02, 0.5, 99)),
-        *((0.02, 0.75, 99), (1.0, 0.5, 99), (1.0, 0.5, 2)),
-    ):
-        shelf = Shelf(room)
-        ahead = Prefetcher(3, 10, 1, shelf, lambda: 100.0)
-        ahead._idle.value, ahead._right["layer"].value = idle, right
-        ahead.guess(1, range(10, 20), "layer")
-        ahead.more(0)
-        found.append(len(shelf))
-    assert found == [0, 2, 4, 8, 10, 2]

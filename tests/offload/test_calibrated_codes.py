@@ -95,13 +95,9 @@ def test_repairing_takes_the_same_text(source, exports, tmp_path):
         quantize(source, export, **TEXT)
         repaired = tree(export)
         assert repaired[layer] == (exports / kind / layer).read_bytes()
-        for seed in range(2):  # nothing is damaged any more
-            said, text = [], windows(seed=seed)
-            quantize(source, export, **MIXED, calibration=text, notify=said.append)
-            assert tree(export) == repaired
-            assert "every checksum is right" in said[0]
-            is_other = ["not coded with this calibration text" in line for line in said[1:]]
-            assert is_other == [True] * (kind == "plain" or seed == 1)
+        said = []
+        quantize(source, export, **MIXED, calibration=windows(seed=1), notify=said.append)
+        assert tree(export) == repaired and "not coded with this calibration text" in said[1]
 
 
 @pytest.mark.parametrize(

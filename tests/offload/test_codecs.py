@@ -121,8 +121,6 @@ def test_version_1_still_opens(exports, tmp_path):
         assert export.manifest["quantization"] == new.manifest["quantization"]
         for name, weight in new.expert(2, 3).items():
             assert torch.equal(export.expert(2, 3)[name], weight)
-    with Runtime.open(path, context=64) as new, Runtime.open(old, context=64) as runtime:
-        assert torch.equal(runtime.logits(IDS), new.logits(IDS))
     quantize(exports.source, old, resident="nf4", codecs=EXPERT_CODECS["nf4", "4"])
     resign(old, lambda manifest: manifest["quantization"].pop("levels"))
     with pytest.raises(ExportError, match=r"levels is missing"):

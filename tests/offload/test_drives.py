@@ -1,7 +1,5 @@
-"""Copies of the experts on other drives: the same logits whatever becomes of one, and a share for
-each that its speed allows."""
+"""Copies of the experts on other drives: the same logits whatever becomes of one."""
 
-import heapq
 import logging
 import os
 import shutil
@@ -13,7 +11,7 @@ import pytest
 import torch
 
 from slotmoe.errors import ConfigError, ExportError
-from slotmoe.offload.experts.disk import THREADS, Drive, Drives
+from slotmoe.offload.experts.disk import Drive
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.reader import Folder
 from tests.support.engine import IDS, whole
@@ -115,25 +113,3 @@ def test_what_is_no_copy_is_refused(copies, message):
         opened(copies)
     with pytest.raises(ConfigError, match="experts_dirs"):  # the reference path takes none
         Runtime.open(SAMPLE, quantize=False, experts_dirs=copies[1])
-
-
-@pytest.mark.parametrize(("times", "least", "most"), [(1, 490, 510), (4, 190, 210), (400, 1, 16)])
-def test_each_drive_gets_what_its_speed_allows(monkeypatch, times, least, most):
-    """Of 1,000 pieces, where another drive takes a millisecond for one.  A drive that is far too
-    slow is left alone once that is known."""
-    clock = [100.0]
-    monkeypatch.setattr("slotmoe.offload.experts.disk.time.perf_counter", lambda: clock[0])
-    drives, took, left = Drives([Path("a"), Path("b")]), [0.001, times / 1000], 1000
-    readers = [(clock[0], reader % 2, 0.0) for reader in range(2 * THREADS)]
-    while readers:
-        clock[0], number, started = heapq.heappop(readers)
-        drive = drives.all[number]
-        if started:
-            drive.note(started, 1)
-        if left and drives.takes(drive, lambda left=left: left):
-            left -= 1
-            heapq.heappush(readers, (clock[0] + took[number], number, clock[0]))
-        elif left:
-            heapq.heappush(readers, (clock[0] + 0.0005, number, 0.0))
-    shares = [drive.meter.bytes for drive in drives.all]
-    assert sum(shares) == 1000 and least <= shares[1] <= most

@@ -146,7 +146,6 @@ def test_stopped_it_goes_on_with_its_revision_and_its_files(served, wanted, tmp_
 KILLER = """
 import json, os, signal, sys
 from pathlib import Path
-from types import SimpleNamespace
 import huggingface_hub, torch
 from slotmoe.offload.ingest.cached import quantize_from_hub
 from tests.support.disk import digests, forked

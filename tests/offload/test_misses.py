@@ -69,6 +69,3 @@ def test_where_nothing_is_chosen_or_there_is_no_room_nothing_is_measured(opened,
     assert opened(slots=None) == ("fetch", 0, [])  # every expert has a slot
     assert opened(ram=process_bytes() + (100 << 20))[1:] == (0, [])
     assert not kept.exists()
-    kept.parent.write_text("a file, where a folder should be")
-    for _ in range(2):  # what can't be kept is measured again
-        assert opened()[:2] == ("hybrid", 1)

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,14 +24,12 @@ from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.shapes import MARK_TOKENS
 from slotmoe.state import plain_row
-from slotmoe.system import Placement
 from tests.support.hub import NAME, Repo
 from tests.support.meta import empty
 from tests.support.slab import NF4S
 from tests.support.tiny import SAMPLE
 from tests.support.v4 import CONFIGS, state_bytes
 
-ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
 
 
@@ -175,8 +172,6 @@ def test_what_a_model_takes_of_the_disk(plan, planned, sample_export, monkeypatc
     code, out, _ = plan("v2")
     assert code == 1
     assert re.match(r"v2 does not fit: its export takes 1.*GiB, 38.0 GiB are free in /", out)
-    free.free = 200 * GIB
-    assert plan("v2")[0] == 0
     found = planned(sample_export)["disk"]
     assert (found["download"], found["export"], found["fits"]) == (0, 0, True)
 
@@ -203,13 +198,11 @@ def test_bad_use_is_one_clear_line(plan, arguments, message):
     assert len(err.strip().splitlines()) == 1
 
 
-def test_a_hub_id_fetches_the_config_alone(plan, planned, hub):
+def test_a_hub_id_fetches_the_config_alone(planned, hub):
     hub.add(NAME, Repo(SAMPLE))
     report = planned(NAME, "--ram", "2GiB")
     assert report["components"]["all experts"] == {"disk": 7 * 32 * 28672}
     assert {request["name"] for request in hub.requests} == {"config.json"}
-    code, _, err = plan(NAME, "--revision", "nowhere")
-    assert (code, "has no revision 'nowhere'" in err) == (2, True)
 
 
 # Speed
@@ -249,27 +242,14 @@ def test_bandwidths_are_kept_for_later_plans(tmp_path):
         stored_bandwidths(path)
 
 
-def test_each_measured_rate_changes_the_prediction(planned, tmp_path, monkeypatch):
-    """Of four cores.  Files from before they were measured are read as they are."""
-    monkeypatch.setattr("slotmoe.tools.plan.cores", lambda: 4)
-    monkeypatch.setattr("slotmoe.tools.plan.choose_placement", lambda size: Placement(4))
-    path, lite = tmp_path / "cache" / "machine.json", ("mistral-small-4", "--ram", "99GiB")
-    rates = {"ram": 30e9, "share": 0.9, "disk": 3e9, "latency": 1e-4}
-    store_bandwidths(path, **rates)
-    before = planned(*lite)
-    assert all(rate["origin"].startswith("assumed for") for rate in before["core"].values())
-    cores = dict.fromkeys(CORE, 7e9)
-    store_bandwidths(path, **rates, **cores)
+def test_measured_rates_change_the_prediction(planned, tmp_path):
+    path, lite = tmp_path / "cache" / "machine.json", ("v2-lite", "--ram", "12GiB")
+    store_bandwidths(path, **dict.fromkeys((*CORE, "ram"), 7e9), share=0.9)
     base = planned(*lite)
     assert all(rate["origin"].startswith("measured on 20") for rate in base["core"].values())
-    for name in ("ram", "share", *CORE):
-        changed = rates | cores
-        store_bandwidths(path, **changed | {name: 0.9 * changed[name]})
-        found = planned(*lite)
-        kinds = {kind for kind in ("prefill", "decode") if found[key(kind)] != base[key(kind)]}
-        wanted = {"ram": "decode", "share": "decode", "core_bytes": "decode"}
-        wanted |= {"attention_products": "prefill decode", "attention_small": "prefill decode"}
-        assert kinds == {*wanted.get(name, "prefill").split()}, name
+    store_bandwidths(path, **dict.fromkeys((*CORE, "ram"), 6e9))
+    found = planned(*lite)
+    assert all(found[key(kind)] < base[key(kind)] for kind in ("prefill", "decode"))
 
 
 SOME = "v3 --ram 96GiB --device cpu --ram-bandwidth 90GB --threads 32".split()

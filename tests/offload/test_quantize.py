@@ -20,7 +20,6 @@ from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.quant.codecs.codec import EXPERT_CODECS
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT
 from tests.support.disk import Stop, stop_at, tree
-from tests.support.params import nth
 from tests.support.tiny import write_checkpoint
 
 NF4_CODECS = EXPERT_CODECS["nf4", "4"]
@@ -67,22 +66,17 @@ main()
 """
 
 
-@pytest.mark.parametrize(
-    "number", nth(4, [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGKILL])
-)
-def test_interrupted_command_resumes(number, source, wanted, tmp_path, processes):
-    """By a signal before it writes the manifest."""
-    command, pipes = [sys.executable, "-c", HELD, source, tmp_path / "export"], {}
-    pipes["stdout"] = pipes["stderr"] = subprocess.PIPE
+def test_interrupted_command_resumes(source, wanted, tmp_path, processes):
+    """By Ctrl-C before it writes the manifest."""
+    command = [sys.executable, "-c", HELD, source, tmp_path / "export"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as child:
         assert child.stdout.readline() == "held\n"
-        child.send_signal(number)
+        child.send_signal(signal.SIGINT)
         message = child.communicate()[1]
-    assert child.returncode == {1: 129, 2: 130, 15: 143, 9: -9}[number]
-    assert "Traceback" not in message
-    if number == signal.SIGINT:
-        assert "run the same command again to resume" in message
-        assert str(tmp_path / "export") in message
+    assert child.returncode == 130 and "Traceback" not in message
+    assert "run the same command again to resume" in message
+    assert str(tmp_path / "export") in message
     assert [path.name for path in tmp_path.iterdir()] == ["export.partial"]
     quantize(source, tmp_path / "export")
     assert tree(tmp_path / "export") == wanted

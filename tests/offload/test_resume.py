@@ -17,7 +17,6 @@ from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.quant.codecs.codec import EXPERT_CODECS
 from slotmoe.quant.export.manifest import manifest_checksum
 from tests.support.disk import Stop, tree
-from tests.support.gguf import write_gguf
 from tests.support.hub import HUB, NAME, Repo, make
 from tests.support.params import nth
 from tests.support.tiny import SMALL, write_checkpoint
@@ -30,7 +29,6 @@ LUT = EXPERT_CODECS["lut", "4"]
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source") / "tiny"
     write_checkpoint(folder, shards=2, **{**SMALL, "num_hidden_layers": 3})
-    write_gguf(folder, folder.parent / "model.gguf")
     return folder
 
 
@@ -45,7 +43,6 @@ WAYS = {
     "hub": from_hub,
     "calibrated": partial(quantize, codecs=LUT, calibration=TEXT, resident="mixed"),
     "plain": quantize,
-    "gguf": lambda folder, *given, **options: quantize(folder / "../model.gguf", *given, **options),
 }
 
 
