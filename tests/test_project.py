@@ -4,20 +4,14 @@ import ast
 import functools
 import graphlib
 import inspect
-import os
 import re
-import shutil
 import subprocess
 import sys
-from importlib.metadata import distributions
 from pathlib import Path
-from zipfile import ZipFile
 
 import pytest
 
 import slotmoe
-from scripts.audit import judged, releases
-from scripts.notices import needed
 from slotmoe.offload.runtime import Runtime
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +24,6 @@ FORBIDDEN = {
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_TEST_FILE_LINES = 450, 60, 500
 MAX_RUNTIME_METHODS = 20
-SETUPTOOLS = next((int(it.version.partition(".")[0]) for it in distributions(name="setuptools")), 0)
 EXTRAS = {
     "serve": ("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client", "llguidance"),
     "chat": ("prompt_toolkit",),
@@ -213,121 +206,3 @@ def test_contract_of_the_runtime():
 
 def test_version_is_one():
     assert f'version = "{slotmoe.__version__}"' in (ROOT / "pyproject.toml").read_text()
-
-
-def python(code, **options):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def copied(source, target):
-    """Without the weights, which would be compressed."""
-    Path(target).touch() if source.endswith(".safetensors") else shutil.copy(source, target)
-
-
-@pytest.mark.skipif(SETUPTOOLS < 77, reason="a build must not download setuptools >= 77")
-def test_a_wheel_has_one_name_and_works_beside_a_users_modules(processes, tmp_path):
-    """Built from a copy of the project, without a C++ compiler: kernels are optional.  Its links
-    are files that name their aims, as git makes them where a system has no links."""
-    names = "project", "wheels", "site", "user"
-    project, wheels, site, user = (tmp_path / name for name in names)
-    for folder in (*FOLDERS, "slotmoe"):
-        ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
-        options = {"symlinks": True, "ignore": ignored, "copy_function": copied}
-        shutil.copytree(ROOT / folder, project / folder, **options)
-    for link in filter(Path.is_symlink, [*project.glob("slotmoe/*")]):
-        aim = os.readlink(link)
-        link.unlink()
-        link.write_text(aim)
-    for path in ROOT.iterdir():
-        if path.is_file() and not path.name.startswith("."):
-            shutil.copy(path, project)
-    environment = os.environ | {"CC": "no-compiler", "CXX": "no-compiler"}
-    build = f"import setuptools.build_meta as b; b.build_wheel({str(wheels)!r})"
-    python(build, cwd=project, env=environment | {"PYTHONWARNINGS": "ignore"})
-    (wheel,) = wheels.iterdir()
-    assert "-cp310-abi3-" in wheel.name  # one for every Python
-    names = ZipFile(wheel).namelist()
-    about = f"slotmoe-{slotmoe.__version__}.dist-info"
-    assert {name.partition("/")[0] for name in names} == {"slotmoe", about}
-    assert not [name for name in names if name.endswith((".cpp", ".h"))]
-    assert len({name for name in names if name.endswith(".py")}) == len(FILES)
-    wanted = ["py.typed", "tools/profile/report.html", "tools/serve/page.html"]
-    wanted += ["offload/plan/divergence.json"]
-    for folder in ("sample", "geometries"):
-        wanted += [f"model/{folder}/{path.name}" for path in (ROOT / "model" / folder).iterdir()]
-    assert {f"slotmoe/{name}" for name in wanted} <= set(names)
-    ZipFile(wheel).extractall(site)  # a wheel of Python alone: installing it does no more
-    stranger = "raise ImportError('the user\\'s own')"
-    for folder in FOLDERS:
-        (user / folder).mkdir(parents=True)
-        (user / folder / "__init__.py").write_text(stranger)
-    code = """
-import runpy, sys
-for command in (["--version"], ["--help"], ["plan", "v2-lite", "--json"]):
-    sys.argv[1:] = command
-    try:
-        runpy.run_module("slotmoe", run_name="__main__")
-    except SystemExit as ended:
-        assert not ended.code
-import slotmoe
-slotmoe.Runtime
-print(slotmoe.__file__)
-"""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (user, site)))}
-    printed = python(code, cwd=user, env=environment).splitlines()
-    assert printed[0] == f"slotmoe, version {slotmoe.__version__}"
-    assert printed[-1] == str(site / "slotmoe" / "__init__.py")
-
-
-@pytest.mark.usefixtures("nightly", "processes")
-@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-def test_kernels_are_the_same_bytes_wherever_they_are_built(tmp_path):
-    built = []
-    for place in (tmp_path / "a", tmp_path / "another place" / "deeper"):
-        shutil.copytree(ROOT / "quant", place / "quant", ignore=shutil.ignore_patterns("*.so"))
-        for folder in ("model", "offload", "tools"):
-            (place / folder).mkdir()
-        shutil.copy(ROOT / "setup.py", place)
-        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        subprocess.run(command, cwd=place, check=True, capture_output=True)
-        (library,) = place.glob("quant/kernels/cpu/_native*.so")
-        built.append(library.read_bytes())
-    assert built[0] == built[1]
-
-
-def names(pattern, text):
-    return {name.replace("_", "-").lower() for name in re.findall(pattern, text, re.MULTILINE)}
-
-
-@pytest.mark.usefixtures("nightly")  # a dependency's new release may need something new
-def test_what_is_installed_is_locked_and_listed():
-    """The bill of materials is made of the lock, and ``scripts/audit.py`` asks for its releases."""
-    lock, notices = ((ROOT / name).read_text() for name in ("requirements.lock", "THIRD_PARTY.md"))
-    if f"Python {sys.version_info[0]}.{sys.version_info[1]}," not in lock:
-        pytest.skip("the lock is for another Python")
-    assert {*needed()} - names(r"^([\w.-]+)==", "\n".join(releases())) == set()
-    assert {*needed()} == names(r"^\| ([\w.-]+) \| .+ \|$", notices) - {"package"}
-
-
-def test_an_audit_that_looked_nothing_up_is_no_success():
-    """As pip-audit reports what a mirror of pypi.org does not know."""
-    good = {"name": "a", "version": "1", "vulns": []}
-    bad = {"name": "b", "version": "2", "vulns": [{"id": "PYSEC-1", "fix_versions": ["3", "2.1"]}]}
-    skipped = {"name": "c", "skip_reason": "not found on PyPI"}
-    assert judged({"dependencies": [good]}) == (["1 releases looked up, 0 advisories"], 0)
-    lines, code = judged({"dependencies": [good, skipped]})
-    assert (lines[-1], code) == ("1 releases were not looked up: not found on PyPI", 3)
-    lines, code = judged({"dependencies": [good, bad, skipped]})
-    assert (lines[0], code) == ("b 2: PYSEC-1, fixed in 3, 2.1", 1)
-
-
-def test_dependencies_are_locked_and_listed_with_their_licences():
-    """``scripts/lock.py`` and ``scripts/notices.py`` make the lists."""
-
-    project = (ROOT / "pyproject.toml").read_text()
-    locked = names(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text())
-    assert names(r'^  "([\w.-]+)>=[^;"]*"', project) - locked == {"torch"}
-    listed = names(r"^\| ([\w.-]+) \| .+ \|$", (ROOT / "THIRD_PARTY.md").read_text())
-    assert names(r'^  "([\w.-]+)>=[^;"]*"', project.partition("dev = [")[0]) <= listed

@@ -3,7 +3,6 @@ exchanged and foreign files of an export; the memory that refusals take."""
 
 import ctypes
 import json
-import os
 import random
 import shutil
 from pathlib import Path
@@ -14,14 +13,7 @@ from slotmoe.errors import ConfigError, ExportError, SlotmoeError
 from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.export.layout import (
-    COPIED,
-    MANIFEST,
-    RESIDENT,
-    checksum,
-    layer_file,
-    tensor_parts,
-)
+from slotmoe.quant.export.layout import MANIFEST, RESIDENT, checksum, layer_file, tensor_parts
 from slotmoe.quant.export.reader import Export
 from slotmoe.system import peak_rss
 from tests.support.disk import forked
@@ -30,7 +22,6 @@ from tests.support.hostile import (
     FIRST,
     INDEX,
     NORM,
-    append,
     edit_json,
     edited,
     fifo,
@@ -106,37 +97,25 @@ def family(key, value):
 # How an export is broken, and what the message must hold.
 BAD_EXPORTS = {
     "newer-version": (signed("format_version", value=3), "newer"),
-    "newer-version-unsigned": (unsigned(lambda it: it.update(format_version=7)), "newer"),
-    "version-true": (signed("format_version", value=True), "format_version"),
     "unsigned-level": (unsigned(lambda it: codec_of(it)["levels"].reverse()), "checksum"),
     "no-checksum": (unsigned(lambda it: it.pop("checksum")), "checksum"),
     "sixteen-levels-are-eight": (codec(levels=[*range(8)]), "8 levels for 4 bits"),
     "levels-of-text": (codec(levels=["0"] * 16), "levels"),
     "levels-unordered": (codec(levels=[1, 0, *range(2, 16)]), "ascending"),
-    "levels-zeros-unordered": (codec(levels=[*range(-7, 1), -0.0, *range(1, 8)]), "ascending"),
     # what JSON tells apart and float32 does not
     "levels-equal-as-floats": (codec(levels=[*range(15), 14 + 1e-9]), "ascending"),
-    "codec-bits-with-other-scales": (codec(bits=3, levels=[*range(8)]), "are unknown"),
     "codec-scales": (codec(scales="f8"), "scales"),
-    "codec-block": (codec(block=32), "are unknown"),
     "codec-missing": (signed("quantization", "codecs", value={}), "'nf4' is not in codecs"),
-    "codec-of-experts": (signed("quantization", "experts", "down", value="lut9"), "'lut9'"),
     "codec-of-resident": (signed("quantization", "resident_codecs", Q, "codec", value="x"), "'x'"),
     "levels-infinite": (infinite_level, "levels"),
-    "resident-is-object": (signed("quantization", "resident", value={}), "quantization.resident"),
     "layout-unknown": (signed("quantization", "layout", value="tiles32"), "layout"),
     "record-of-other-size": (experts("record_bytes", 4096), "record"),
-    "record-with-other-offsets": (experts("record", 0, "up_proj.weight", "offset"), "record"),
     "hidden-size-huge": (experts("hidden_size", 1 << 20), "record"),
     "layers-twice": (experts("layers", [1, 1, 2]), "layers"),
     "linked-layers-unknown": (experts("linked_layers", {"1": 9}), "linked_layers"),
     "linked-layers-swapped": (experts("linked_layers", {"1": 2}), "header"),
     "file-parent": (file("../x"), "files"),
-    "file-windows-parent": (file("..\\x"), "files"),
     "file-windows-drive": (file("C:x"), "files"),
-    "file-of-unknown-layer": (file(layer_file(7)), "files"),
-    "file-without-config": (file("config.json", REMOVE), "files"),
-    "file-without-resident": (file(RESIDENT, REMOVE), RESIDENT),
     "file-without-layer": (file(LAYER, REMOVE), "layer-00001"),
     "header-size-wrong": (layer("header_bytes", 4096), "hold"),
     "records-too-few": (layer("records", ["0" * 32] * 7), "records"),
@@ -144,8 +123,6 @@ BAD_EXPORTS = {
     "tensor-missing": (tensor(NORM, REMOVE), MANIFEST),
     "tensor-added": (tensor("x", {"dtype": "U8", "shape": [1], "checksum": ""}), "x has dtype"),
     "tensor-dtype-of-same-size": (norm("dtype", "F16"), "header"),
-    "tensor-shape-empty": (norm("shape", []), NORM),
-    "coded-shape-missing": (signed("quantization", "resident_codecs", value={}), Q),
     "coded-shape-of-other-tiles": (
         signed("quantization", "resident_codecs", Q, "shape", value=[4096, 4096]),
         Q,
@@ -157,21 +134,13 @@ BAD_EXPORTS = {
     "manifest-deep": (write(MANIFEST, LISTS % (b"[" * 900 + b"]" * 900)), MANIFEST),
     "manifest-link-out": (linked(MANIFEST), "link"),
     "layer-a-byte-short": (truncate(layer_file(2), -1), "layer-00002"),
-    "layer-a-byte-long": (append(layer_file(2)), "layer-00002"),
     "layers-swapped": (swapped_layers, "layer-00001"),
-    "layer-link-out": (linked(LAYER), "link"),
-    "layers-link-out": (linked("experts"), "link"),
     "layer-is-pipe": (fifo(LAYER), "layer-00001"),
-    "resident-missing": (without(RESIDENT), RESIDENT),
-    "report-storage": (family("stored", "int2"), "unknown storage 'int2'"),
     "report-error": (family("relative_rms_error", 1e9), "is not a number from 0 to 1000"),
-    "report-layer": (family("worst_layer", 77), "worst_layer"),
-    "config-missing": (without("config.json"), "config.json"),
     "config-changed": (
         edited("config.json", lambda it: it.update(routed_scaling_factor=1.0)),
         "config.json",
     ),
-    "tokenizer-link-out": (linked("tokenizer.json"), "link"),
     "half-written": (half_written, MANIFEST),
 }
 
@@ -264,12 +233,6 @@ def test_what_the_manifest_does_not_list_is_refused(name, export, slotmoe):
     assert code == 1 and name in out
 
 
-def test_what_a_kill_leaves_and_hidden_files_are_not_refused(export):
-    for name in (".DS_Store", "slotmoe.json.tmp", "predictor-0123456789abcdef.safetensors"):
-        (export / name).write_bytes(b"left")
-    read_everything(export)
-
-
 def test_small_files_are_read_once_they_are_verified(export):
     """Exchanged after the export was opened, or before the check: the bytes that are used are
     those of which the checksum was computed."""
@@ -283,38 +246,12 @@ def test_small_files_are_read_once_they_are_verified(export):
         assert opened.small_file("chat_template.jinja", 10) is None
 
 
-def test_config_is_not_read_by_path(export, monkeypatch):
-    """A file that is exchanged between two openings of it can't give an old config new weights."""
-    seen = []
-
-    def watched(real, refuses=()):
-        def call(path, *arguments, **options):
-            assert Path(str(path)).name not in refuses
-            seen.append(str(path))
-            return real(path, *arguments, **options)
-
-        return call
-
-    monkeypatch.setattr(os, "open", watched(os.open))
-    monkeypatch.setattr("builtins.open", watched(open, COPIED))
-    # As if no test had imported anything.
-    monkeypatch.setattr("slotmoe.offload.engine.loading.process_bytes", lambda: 400 << 20)
-    with Runtime.open(export, ram="1GiB") as runtime:
-        runtime.logits([0, 1, 2])
-    for name in ("config.json", "tokenizer.json", "generation_config.json"):
-        assert [path for path in seen if path.endswith(f"export/{name}")] == [str(export / name)]
-
-
 OPENS = {
     "checkpoint": open_checkpoint,
     "export": Export.open,
     "tokenizer": lambda path: Tokenizer(path, 0),
 }
 TERABYTE = 1 << 40
-
-
-def text(name, around, size):
-    return write(name, b"{" + around % (b"x" * size) + b"}")
 
 
 def lists(name, before, count):
@@ -324,10 +261,8 @@ def lists(name, before, count):
 # The largest files that pass the caps, and those just beyond.
 LARGE = {
     "checkpoint-header": many(90_000),
-    "checkpoint-index": text(INDEX, b'"weight_map": {"a": "%s\xf0\x9f\x90\x8d"}', (8 << 20) - 40),
     "checkpoint-index-too-many": lists(INDEX, b'"weight_map":', 2_500_000),
     "checkpoint-terabyte": truncate(FIRST, TERABYTE),
-    "export-manifest-lists": lists(MANIFEST, b'"format_version": 1, "a":', 199_000),
     "export-terabyte": truncate(RESIDENT, TERABYTE),
     "export-huge-matrices": signed("experts", "hidden_size", value=1 << 20),
     "tokenizer-too-many-lists": lists("tokenizer.json", b'"model":', 5_000_000),

@@ -24,12 +24,11 @@ from slotmoe.model.config import config_among, read_config
 from slotmoe.model.sampling import Sampling
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload import model_cache
-from slotmoe.offload.ingest import output_dir, repository
+from slotmoe.offload.ingest import repository
 from slotmoe.offload.ingest.cached import hub_place, noted_export
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.model_source import generation_of
 from slotmoe.offload.plan.advice import GEOMETRIES, Model, geometry_path
-from slotmoe.offload.plan.speed import MEASURED, stored_bandwidths
 from slotmoe.offload.sessions.names import NamedSession, Saved, listing
 from slotmoe.quant.export.layout import MANIFEST, checksum
 from slotmoe.quant.export.manifest import manifest_checksum
@@ -224,36 +223,6 @@ def conversation(session=None):
     return Dialogue(runtime, 5, Sampling(), session=session)
 
 
-def saved_chat(folder, good):
-    words = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
-
-    def read(values):
-        (folder / "chat.json").write_bytes(text(values))
-        conversation().load(folder / "chat.json")
-
-    return {"messages": [{"role": "system", "content": "Be brief."}, *words]}, read
-
-
-def bandwidths(folder, good):
-    def read(values):
-        (folder / "machine.json").write_bytes(text(values))
-        stored_bandwidths(folder / "machine.json")
-
-    return {**dict.fromkeys(MEASURED, 1e9), "date": "2026-11-28"}, read
-
-
-def resume(folder, good):
-    written = {"a": {"checksums": ["00", "11"], "sums": [0.0, 1.0, 0.0, 1.0]}}
-    values = {"identity": {"source": {"files": {}}}, "written": written}
-    values |= {"levels": {"lut4": [*range(16)]}, "layer": 1, "stream": "00"}
-
-    def read(values):
-        output_dir.write_signed(folder / "state.json", values)
-        output_dir.Resumption.read(folder)
-
-    return values, read
-
-
 def notes(folder, good):
     """What the cache folder notes of sources and of the hub."""
 
@@ -309,9 +278,6 @@ SHORT = {
     "index": index,
     "tensors": tensors,
     "session": session,
-    "saved-chat": saved_chat,
-    "bandwidths": bandwidths,
-    "resume": resume,
     "notes": notes,
     "hub-answer": hub_answer,
 }

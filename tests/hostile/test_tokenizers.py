@@ -1,6 +1,5 @@
 """Chat templates and tokenizers made to break things."""
 
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -10,9 +9,6 @@ from slotmoe.errors import ConfigError
 from slotmoe.model.child import Child
 from slotmoe.model.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer
 from slotmoe.offload.model_source import read_model
-from slotmoe.tools.serve import grammar
-from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.requests import Rule
 from tests.support.hostile import edit_json, edited, fifo, refused, truncate, without, write
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -21,18 +17,13 @@ TEMPLATES = {
     "endless-loop": "{% for i in range(99999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
     "endless-output": "{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",
     "memory-by-repetition": "{{ 'a' * 10 ** 9 }}",
-    "memory-by-format": "{{ '%099999999999d' % 1 }}",
-    "time-by-power": "{{ 9 ** (9 ** 9) }}",
     "class-of-a-string": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "class-by-format": "{{ '{0.__class__.__init__.__globals__}'.format(raise_exception) }}",
     "globals-of-a-function": "{{ raise_exception.__globals__['sys'].modules }}",
-    "globals-by-self": "{{ self._TemplateReference__context.environment.globals.clear() }}",
     "change-of-arguments": "{{ messages.append(messages) }}",
     "file": "{% include '/etc/passwd' %}",
     "raises": "{{ raise_exception('first\nsecond \x1b[2J') }}",
     "deep": "{{" + "(" * 3000 + "1" + ")" * 3000 + "}}",
     "surrogate": "\ud800",
-    "undefined": "{{ nothing.at.all }}",
     "absent": None,
 }
 
@@ -59,33 +50,11 @@ def test_hostile_template(name, checkpoint, verdicts):
     refused(lambda: tokenizer.chat(HI), "chat_template", *limits, kind=ConfigError)
 
 
-def test_a_template_that_breaks_out_finds_no_keys(checkpoint, monkeypatch, tmp_path):
-    """Its process has neither the environment nor modules of the working directory."""
-    (tmp_path / "jinja2").mkdir()
-    (tmp_path / "jinja2" / "__init__.py").write_text("raise SystemExit('not this one')")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    tokenizer = Tokenizer(checkpoint, 0)
-    assert tokenizer.chat(HI).endswith("User: hi\n\nAssistant:")
-    program = "def answer(data): return repr((os.environ, os.getcwd(), sys.path)).encode()"
-    printing = Child(program, 1, 1 << 30)
-    monkeypatch.setattr(tokenizer_module, "TEMPLATE", printing)
-    printed = tokenizer.chat(HI)
-    printing.close()
-    assert "environ" in printed and "hf_secret" not in printed and str(tmp_path) not in printed
-
-
 KEEPING = (
     "{% set ns = namespace(kept=SECRET) %}{% macro m(x=[]) %}{{ x }}{% endmacro %}",
-    "{{ dict.update(messages[0], kept=SECRET) }}",
     "{% set namespace.kept = SECRET %}",
-    "{% set ns = namespace(__class__=SECRET) %}",
-    "{% set raise_exception.kept = SECRET %}",
     "{% set dict.fromkeys = SECRET %}",
     "{{ [].append(SECRET) }}",
-    "{{ cycler.__init__(lipsum, SECRET) }}",
-    "{{ self.__dict__.update(kept=SECRET) }}",
     "{{ messages[0].update(kept=SECRET) }}",
     "{% set loop = SECRET %}{% set kept = SECRET %}{% set range = SECRET %}",
 )
@@ -142,15 +111,12 @@ TOKENIZERS = {
     # A merged token is cut inside a character: the library panics, and once more on its way out.
     "library-aborts": parts(model=CUT),
     "missing": without("tokenizer.json"),
-    "not-json": write("tokenizer.json", b"{"),
     "id-too-large": model(lambda it: it["vocab"].update(a=1 << 40)),
-    "merge-of-nothing": model(lambda it: it["merges"].insert(0, "zzq qqz")),
     "deep": write("tokenizer.json", b'{"model":' + b"[" * 100_000),
     # The normalizer's table is garbage.
     "library-panics": parts(normalizer={"type": "Precompiled", "precompiled_charsmap": "////////"}),
     "too-large": truncate("tokenizer.json", MAX_TOKENIZER_BYTES + 1),
     "is-pipe": fifo("tokenizer.json"),
-    "settings-not-json": write("tokenizer_config.json", b"{"),
     "settings-many-values": write("tokenizer_config.json", b'{"a": [' + b"1," * 300_000 + b"1]}"),
 }
 
@@ -170,32 +136,6 @@ def test_an_id_far_beyond_the_models_rows(checkpoint):
         words = "tokenizer.json", f"the token id {id_}", "4096 rows"
         refused(lambda: read_model(checkpoint), *words, kind=ConfigError)
     refused(lambda: Tokenizer(checkpoint, 0, rows=1 << 25), "id 20000000", kind=ConfigError)
-
-
-class PanicError(BaseException):
-    """As pyo3's, which is no Exception."""
-
-
-def panic(*_, **__):
-    raise PanicError("assertion failed")
-
-
-@pytest.mark.parametrize("about", [{"characters": 4 << 20}, {"unused": 1 << 20}, {}])
-def test_tables_of_grammars_are_made_once_within_a_budget(checkpoint, monkeypatch, about):
-    tokenizer, made = Tokenizer(checkpoint, 0), []
-    vars(tokenizer).update(about)
-    monkeypatch.setattr(grammar, "LLTokenizer", lambda *_, **__: made.append(1) or panic())
-    grammars = grammar.Grammars(tokenizer, (1,), None)
-    reason = "more than 3145728" if about else "assertion failed"
-
-    def refusal(_):
-        with pytest.raises(RefusedError, match=f"this model can't hold .*{reason}") as caught:
-            grammars.compile(Rule("json", {"type": "object"}))
-        return caught.value.status
-
-    with ThreadPoolExecutor(4) as pool:
-        assert {*pool.map(refusal, range(8))} == {400}
-    assert len(made) == (not about)
 
 
 def test_a_tokenizer_is_parsed_by_a_child_once(checkpoint, tmp_path, monkeypatch):

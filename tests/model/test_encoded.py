@@ -61,8 +61,7 @@ def test_int4_weights_are_code_times_scale(tmp_path):
                 assert torch.equal(checkpoint.tensor(name), wanted.to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("spelled", [dict, as_v4_spells])
-@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize(("spelled", "inside"), [(dict, False), (as_v4_spells, True)])
 def test_fp4_experts_are_code_times_power_of_two(tmp_path, spelled, inside):
     """Exactly in bfloat16; all else is in fp8.  The config says it in either place."""
     stored = encode(written(tmp_path), FP4)
@@ -81,37 +80,9 @@ def test_fp4_experts_are_code_times_power_of_two(tmp_path, spelled, inside):
         assert torch.equal(checkpoint.tensor(name), decoded_fp8(stored[name], scales).bfloat16())
 
 
-def test_fused_experts_in_fp4(tmp_path):
-    stored = encode(written(tmp_path), FP4)
-    base, fused = "model.layers.1.mlp.experts.", {}
-    for part, names in {"gate_up": ("gate", "up"), "down": ("down",)}.items():
-        for suffix in ("", "_scale_inv"):
-            whole = [
-                torch.cat(
-                    [
-                        stored.pop(f"{base}{e}.{n}_proj.weight{suffix}").view(torch.uint8)
-                        for n in names
-                    ]
-                )
-                for e in range(4)
-            ]
-            dtype = torch.float8_e8m0fnu if suffix else torch.int8
-            fused[f"{base}{part}_proj{suffix}"] = torch.stack(whole).view(dtype)
-    write_files(tmp_path, {"model-1.safetensors": {**stored, **fused}})
-    rows = {"gate_up_proj": {"gate_proj": slice(64), "up_proj": slice(64, None)}}
-    rows["down_proj"] = {"down_proj": slice(None)}
-    with open_checkpoint(tmp_path) as checkpoint:
-        for whole, parts in rows.items():
-            codes, scales = fused[base + whole], fused[base + whole + "_scale_inv"]
-            wanted = decoded_mxfp4(codes[2], scales.view(torch.uint8)[2])
-            for projection, part in parts.items():
-                found = checkpoint.tensor(expert_name(1, 2, projection)).float()
-                assert same_bits(found, wanted[part])
-
-
 @pytest.mark.parametrize(
     ("quant_type", "nested", "dtype"),
-    [("nf4", False, torch.bfloat16), ("fp4", True, torch.bfloat16), ("nf4", True, torch.float16)],
+    [("nf4", False, torch.bfloat16), ("fp4", True, torch.float16)],
 )
 def test_bitsandbytes_weights_are_what_it_makes_of_them(heavy, tmp_path, quant_type, nested, dtype):
     _, wanted = bitsandbytes(written(tmp_path, **WHOLE_BLOCKS), quant_type, nested, dtype)
@@ -122,7 +93,7 @@ def test_bitsandbytes_weights_are_what_it_makes_of_them(heavy, tmp_path, quant_t
             assert torch.equal(checkpoint.rows(name, 17, 40), weight[17:40]), name
 
 
-@pytest.mark.parametrize("prefix", ["model.", "language_model.model.", "model.language_model."])
+@pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
 def test_fused_experts_are_those_of_one_tensor_each(tmp_path, prefix):
     with open_checkpoint(written(tmp_path / "single")) as single:
         wanted = {name: single.tensor(name) for name in single.infos}
@@ -169,15 +140,11 @@ SCALE, PACKED, ZERO = (GATE + s for s in ("_scale_inv", "_packed", "_zero_point"
 ONE = torch.tensor(1)
 BAD = [
     (FP8, SCALE, cut(1), [SCALE, "[1, 1]", "[1, 2]", "128 x 128"]),
-    (FP8, SCALE, lambda scale: scale.to(torch.int32), [SCALE, "I32", "F32"]),
     (FP8, SCALE, None, [GATE, "F8_E4M3", "BF16", "scales"]),
-    (FP4, SCALE, cut(1), [SCALE, "[64, 1]", "[64, 5]", "1 x 32"]),
     (FP4, SCALE, lambda scale: scale.float(), [SCALE, "F32", "F8_E8M0"]),
     (FP4, GATE, lambda codes: codes.view(torch.uint8), [GATE, "U8", "I8"]),
     (packed(), ZERO, lambda _: torch.zeros(64, 1), [ZERO, "symmetric"]),
     (packed(), PACKED, cut(3), [PACKED, "[64, 3]", "[64, 20]"]),
-    (packed(), PACKED, None, [PACKED, "missing"]),
-    (FP8, SCALE, lambda s: s.index_fill(1, ONE, torch.nan), ["the scales of", "gate_proj", "NaN"]),
     (FP8, SCALE, lambda s: s.index_fill(1, ONE, torch.inf), ["the scales of", "gate_proj", "NaN"]),
     ({}, GATE, lambda codes: codes, ["F8_E4M3", "quantization_config"]),
 ]
@@ -212,7 +179,6 @@ def noted(**change):
         (STATE, None, [STATE, "missing"]),
         (GATE + ".absmax", lambda x: x[:100].clone(), ["100 scales for [64, 128]"]),
         (GATE, lambda codes: codes[1:].clone(), [GATE, "[4095, 1]"]),
-        (STATE, noted(dtype="float16"), [GATE, "dtype", "bfloat16"]),
         (STATE, noted(blocksize=128), [GATE, "blocksize", "64"]),
     ],
 )

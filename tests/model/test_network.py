@@ -9,13 +9,11 @@ import pytest
 import torch
 
 from slotmoe.model.checkpoint.reader import open_checkpoint
-from slotmoe.model.config import parse_config
-from slotmoe.model.layers import route, router_of
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.kernels.cpu import bindings as kernels
 from tests.support import plain
-from tests.support.families import CASES, GREEDY, OF_YARN, V2_CASES, config_of
+from tests.support.families import CASES, OF_YARN, V2_CASES, config_of
 from tests.support.native import (
     LayerByLayerOps,
     feed,
@@ -53,18 +51,6 @@ def test_reference_path_equals_plain_network(name, tmp_path):
     write_checkpoint(tmp_path, **NOT_OF_TRANSFORMERS[name])
     with Runtime.open(tmp_path, quantize=False, context=64) as runtime:
         assert relative_error(runtime.logits(IDS[:12]), plain.logits(tmp_path, IDS[:12])) <= 1e-4
-
-
-def test_gate_is_limited_to_groups():
-    """The two best experts stand in different groups of which only one may be used."""
-    groups = {"n_group": 2, "topk_group": 1, "n_routed_experts": 4, "num_experts_per_tok": 2}
-    config = parse_config({**CONFIG, **groups, "routed_scaling_factor": 4.0})
-    wanted = torch.tensor([[4.0, 0.0, 3.0, 2.9]])  # experts 0, 1 | 2, 3
-    weights, indices = route(wanted, router_of(config))
-    assert indices.tolist() == [[0, 1]]
-    torch.testing.assert_close(weights, 4.0 * wanted.softmax(-1)[:, :2])
-    greedy = parse_config({**CONFIG, **groups, **GREEDY})
-    assert route(wanted, router_of(greedy))[1].tolist() == [[0, 2]]
 
 
 def network_on(geometry, resident, kind=NativeBackend):

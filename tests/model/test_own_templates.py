@@ -26,16 +26,6 @@ BRIEF, DEVELOPER = ({"role": role, "content": "Be brief."} for role in ("system"
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
 FORMAT = "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
 FORMAT += json.dumps(SCHEMA)
-# As DeepSeek's encoders of V4-Flash and V4-Pro of April 2026 have it for "max".
-ABSOLUTE = (
-    "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
-    "You MUST be very thorough in your thinking and comprehensively decompose the problem to "
-    "resolve the root cause, rigorously stress-testing your logic against all potential paths, "
-    "edge cases, and adversarial scenarios.\n"
-    "Explicitly write out your entire deliberation process, documenting every intermediate step, "
-    "considered alternative, and rejected hypothesis to ensure absolutely no assumption is left "
-    "unchecked.\n\n"
-)
 # A call without arguments, two results, and what the user says behind them in two messages.
 CALLED = {"role": "assistant", "content": "So.", "reasoning_content": "Hm"}
 CALLED |= {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
@@ -44,38 +34,23 @@ TURNS += [{"role": "user", "content": said} for said in ("Go on", "now")]
 SAID = '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n\n</｜DSML｜invoke>\n'  # noqa: RUF001
 SAID = f"So.{SAID}</｜DSML｜tool_calls>{EOS}{USER}<tool_result>1</tool_result>\n\n"  # noqa: RUF001
 SAID += f"<tool_result>2</tool_result>\n\nGo on\n\nnow{ASSISTANT}"
-REMINDED = "<｜latest_reminder｜>"  # noqa: RUF001
 OPEN, SHUT = "<think>", "</think>"
 
 CASES = [  # the template, what is asked, and the text, of which tools are told before
-    *((V4, {"effort": effort}, ASKED + OPEN) for effort in (None, "low", "high")),
-    *((V4, {"effort": effort}, f"{ABSOLUTE}{ASKED}{OPEN}") for effort in ("xhigh", "max")),
+    *((V4, {"effort": effort}, ASKED + OPEN) for effort in (None, "high")),
     (V4, {"effort": "none"}, ASKED + SHUT),
-    *((V32, {"effort": effort}, ASKED + SHUT) for effort in (None, "none")),
+    (V32, {}, ASKED + SHUT),
     (V32, {"effort": "max"}, ASKED + OPEN),
     # A schema stands in the first system message, or in one of its own.
     *((kind, {"schema": SCHEMA}, FORMAT + ASKED + end) for kind, end in ((V4, OPEN), (V32, SHUT))),
     (V4, {"schema": SCHEMA, "messages": [BRIEF, HELLO]}, f"Be brief.{FORMAT}{ASKED}{OPEN}"),
-    (V32, {"schema": SCHEMA, "messages": [BRIEF, HELLO]}, f"Be brief.{FORMAT}{ASKED}{SHUT}"),
     # Without tools the reasoning of earlier turns is dropped, with tools it is kept.
     (V4, {"messages": TURNS}, f"{ASKED}{SHUT}{SAID}{OPEN}"),
-    (V4, {"messages": TURNS, "effort": "none"}, f"{ASKED}{SHUT}{SAID}{SHUT}"),
     (V4, {"messages": TURNS, "tools": [{"function": {"name": "f"}}]}, f"Hm{SHUT}{SAID}{OPEN}"),
-    # The encoder has no beginning of an answer here, or one before the reminder.
-    *(
-        (V4, {"messages": [HELLO, {**BRIEF, "role": role}]}, f"{mark}Be brief.{ASSISTANT}{OPEN}")
-        for role, mark in {
-            "system": f"{USER}Hello",
-            "latest_reminder": f"{USER}Hello{REMINDED}",
-        }.items()
-    ),
     (V4, {"messages": [HELLO, YES], "begun": True}, f"{ASKED}{OPEN}{SHUT}Yes, "),
-    (V4, {"messages": [HELLO, YES], "begun": True, "effort": "none"}, f"{ASKED}{SHUT}Yes, "),
     (V32, {"messages": [HELLO, YES], "begun": True}, f"{ASKED}{SHUT}Yes, "),
     # Developers of earlier turns are dropped with the reasoning.
     (V4, {"messages": [DEVELOPER, HELLO]}, ASKED + OPEN),
-    (V4, {"messages": [DEVELOPER, HELLO], "effort": "none"}, f"{USER}Be brief.{ASKED}{SHUT}"),
-    (V32, {"messages": [DEVELOPER, HELLO], "effort": "high"}, ASKED + OPEN),
 ]
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -103,13 +78,6 @@ def test_what_they_write(tokenizers):
         assert written.endswith(expected), given
         assert "tools" in given or written == BOS + expected, given
         assert written.count(FORMAT) == ("schema" in given)
-
-
-def test_an_answer_has_reasoning_where_the_prompt_has_begun_it(tokenizers):
-    for kind, said, parts in ((V4, "Hm</think>Yes", ("Hm", "Yes")), (V32, "<think>Y", None)):
-        tokenizer = tokenizers[kind]
-        splitter = tokenizer.splitter(tokenizer.encode(tokenizer.chat([HELLO])))
-        assert splitter.feed(said) == (parts or ("", said))
 
 
 def test_a_schema_nested_too_deeply_is_refused(tokenizers):

@@ -11,7 +11,6 @@ TEMPLATES = {
     "parts": EACH.replace(
         "BODY", "m.content if m.content is string else (m.content or [m])[0].text"
     ),
-    "trimmed": EACH.replace("BODY", "m.content | trim if m.content is string"),
     "tools": "{% if tools is not none %}{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
     "{% endif %}{{ tools is defined }}{{ documents is none }}{{ documents is defined }}",
     "tojson": "{% for t in tools or [messages[0].content] %}{{ t | tojson(ensure_ascii=False) }}"
@@ -25,21 +24,10 @@ TEMPLATES = {
     "{%- endif %}{{ n }}\n{% generation -%}  {{ m.role }}  {%- endgeneration %}{% endfor %}",
     "loops": "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}"
     "{{ m.role }}{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}",
-    "tokens": "{{ bos_token }}{{ pad_token }}{{ unk_token }}{{ image_token }}{{ sep_token }}"
-    "{{ cls_token is defined }}",
-    "reasoning": "{% for m in messages %}{{ m.reasoning_content }}|{{ m.thinking }}|"
-    "{{ m.content is defined }}{% endfor %}",
     "namespace": "{% set ns = namespace(last=0, all=[]) %}{% for m in messages %}"
     "{% set ns.last = loop.index %}{% set ns.all = ns.all + [m.role] %}{% endfor %}"
     "{{ ns.last }}{{ ns.all | join(',') }}{{ dict(a=1).a }}{{ dict.fromkeys('ab', 1) }}",
     "hidden": "{% set ns = namespace(_kept=1) %}{{ ns._kept }}",
-    "raises": "{{ raise_exception('roles must alternate') if messages | length > 1 }}ok",
-    "time": "{{ strftime_now('%Y') | length }}",
-    "prompt": "{{ messages[0].content }}{% if add_generation_prompt %}<|assistant|>"
-    "{{ '<think></think>' if enable_thinking is false else '' }}{% endif %}"
-    "{{ documents | tojson if documents else '' }}",
-    "macro": "{% macro say(role, end=eos_token) %}<{{ role }}>{{ caller() }}{{ end }}{% endmacro %}"
-    "{% for m in messages %}{% call say(m.role) %}{{ m.content or '' }}{% endcall %}{% endfor %}",
     "absent": "{{ messages[0].nothing.at.all }}",
 }
 
