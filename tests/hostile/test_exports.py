@@ -158,13 +158,6 @@ def test_bad_export(name, export):
     refused(run, *(["layer 1 expert"] if name == "records-wrong" else []))
 
 
-def test_export_without_a_report_opens(export):
-    """As those of ``slotmoe synth`` and of older versions are."""
-    wanted = read_everything(export)
-    signed("quantization", "report", value=REMOVE)(export)
-    assert read_everything(export) == wanted
-
-
 OTHERS = {"n_shared_experts": 1, "num_hidden_layers": 2, "n_routed_experts": 4, "vocab_size": 4095}
 
 
@@ -178,20 +171,17 @@ def test_export_of_another_geometry(key, export):
 
 
 def interesting_places(name, size, export):
-    """First and last bytes, the header's bounds and both ends of every part of every record or
-    tensor; random ones too."""
+    """First and last bytes, the header's end, both ends of every tensor and of a record's parts;
+    random ones too."""
     places = {0, 1, 7, 8, 9, size // 2, size - 2, size - 1}
-    if name.startswith("experts/"):
+    if name == LAYER:
         start = export.manifest["files"][name]["header_bytes"]
-        places |= {start - 1, start}
-        for expert in range(export.experts):
-            for part in export.layout.parts.values():
-                offset = start + expert * export.layout.record_bytes + part.offset
-                places |= {offset, offset + part.nbytes // 2, offset + part.nbytes - 1}
+        for part in export.layout.parts.values():
+            places |= {start - 1, start + part.offset, start + part.offset + part.nbytes - 1}
     if name == RESIDENT:
-        resident = tensor_parts(export.manifest["files"][name])
-        start = size - sum(part.nbytes for part in resident.values())
-        places |= {start - 1} | {start + part.offset for part in resident.values()}
+        parts = tensor_parts(export.manifest["files"][name]).values()
+        start = size - sum(part.nbytes for part in parts)
+        places |= {start - 1, *(start + part.offset for part in parts)}
     generator = random.Random(name)
     return sorted(places | {generator.randrange(size) for _ in range(9)})
 
@@ -221,11 +211,11 @@ def test_a_flipped_byte_anywhere_is_refused(name, heavy, export):
     assert read_everything(export) == wanted
 
 
-@pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json", "notes.txt"])
-def test_what_the_manifest_does_not_list_is_refused(name, export, slotmoe):
+def test_what_the_manifest_does_not_list_is_refused(export, slotmoe):
     """A template put beside the weights would otherwise speak for the model."""
-    edit_json(export / MANIFEST, lambda manifest: manifest["files"].pop(name, None))
-    resign(export, lambda manifest: None)
+    (export / "slotmoe.json.tmp").write_bytes(b"what a kill leaves is no such file")
+    read_everything(export)
+    name = "chat_template.jinja"
     (export / name).write_bytes(b"{}")
     refused(lambda: Export.open(export), name, "not in the manifest", kind=ExportError)
     refused(lambda: Runtime.open(export, ram="1GiB"), name, "move it away", kind=ExportError)

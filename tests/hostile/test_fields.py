@@ -8,7 +8,6 @@ import tracemalloc
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -21,18 +20,14 @@ from slotmoe.model.checkpoint import gguf_header as header
 from slotmoe.model.checkpoint.gguf_metadata import metadata_files
 from slotmoe.model.checkpoint.shards import read_header, tensors_in
 from slotmoe.model.config import config_among, read_config
-from slotmoe.model.sampling import Sampling
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload import model_cache
 from slotmoe.offload.ingest import repository
-from slotmoe.offload.ingest.cached import hub_place, noted_export
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.model_source import generation_of
 from slotmoe.offload.plan.advice import GEOMETRIES, Model, geometry_path
-from slotmoe.offload.sessions.names import NamedSession, Saved, listing
-from slotmoe.quant.export.layout import MANIFEST, checksum
+from slotmoe.quant.export.layout import MANIFEST
 from slotmoe.quant.export.manifest import manifest_checksum
-from slotmoe.tools.chat.conversation import Dialogue
 from tests.support import v4
 from tests.support.encoded import packed
 from tests.support.exported import read_everything
@@ -198,48 +193,6 @@ def gguf(folder, good):
     return values, read
 
 
-def session(folder, good):
-    words = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
-    with NamedSession(folder, "plans") as made:
-        made.save(Saved(bytes(16), [1, 2], "chat", words))
-    path = folder / "names" / "plans.json"
-    values = json.loads(path.read_text())
-    del values["checksum"]
-
-    def read(values):
-        signature = checksum(json.dumps(values, sort_keys=True).encode())
-        path.write_bytes(text({**values, "checksum": signature}))
-        listing(folder)
-        with NamedSession(folder, "plans") as opened:
-            conversation(opened)
-
-    return values, read
-
-
-def conversation(session=None):
-    """With a model whose template and tokenizer do nothing."""
-    tokenizer = SimpleNamespace(chat=json.dumps, encode=list)
-    runtime = SimpleNamespace(tokenizer=tokenizer, check_length=lambda length: None)
-    return Dialogue(runtime, 5, Sampling(), session=session)
-
-
-def notes(folder, good):
-    """What the cache folder notes of sources and of the hub."""
-
-    def read(values):
-        for name in ("a-0.source.json", "owner--model@main.json"):
-            (folder / name).write_bytes(text(values))
-        noted_export(folder / "a-0.source.json")
-        model_cache.listing(folder)
-        (folder / "x").mkdir(exist_ok=True)
-        (folder / "x" / MANIFEST).write_text("{}")
-        model_cache.remove(folder, model_cache.find(folder, ["x"]))
-        if values.get("commit") == "a" * 40:
-            hub_place("owner/model", None, folder)
-
-    return {"export": "a-0", "source": "/a", "commit": "a" * 40}, read
-
-
 def hub_answer(folder, good):
     sibling = {"rfilename": "config.json", "size": 9, "blobId": "0" * 40}
     large = {"rfilename": "model.safetensors", "size": 9, "blobId": "0" * 40}
@@ -273,14 +226,7 @@ LONG = {
     "manifest": manifest,
     "gguf": gguf,
 }
-SHORT = {
-    "generation": generation,
-    "index": index,
-    "tensors": tensors,
-    "session": session,
-    "notes": notes,
-    "hub-answer": hub_answer,
-}
+SHORT = {"generation": generation, "index": index, "tensors": tensors, "hub-answer": hub_answer}
 SHARES = 7  # of a long one's fields and values; the usual tests take the first
 CASES = [*product(SHORT, [None]), *nth(SHARES, product(LONG, range(SHARES)))]
 

@@ -11,7 +11,7 @@ from slotmoe.quant.backends.base import new
 from slotmoe.state import plain_row
 from tests.support import v4
 from tests.support.native import reference_network
-from tests.support.oracle import relative_error
+from tests.support.oracle import relative_error, transformers_logits
 
 TOKENS = 3 * 128 + 5
 MASKED = -1e30  # what is below is no score
@@ -51,7 +51,7 @@ def made(tmp_path_factory):
                 generator = torch.Generator().manual_seed(seed)
                 ids = torch.randint(2, 4000, (TOKENS,), generator=generator)
                 with Margins() as margins:
-                    logits = v4.v4_logits(folder, ids.tolist())
+                    logits = transformers_logits(folder, ids.tolist())
                 if min(margins.gaps, default=1) > 3e-6:
                     break
             else:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from slotmoe.errors import CheckpointError
 from slotmoe.model.checkpoint.reader import open_checkpoint
@@ -14,15 +14,11 @@ from tests.support.encoded import (
     FP8,
     FP8_WHOLE,
     WHOLE_BLOCKS,
-    as_v4_spells,
     bitsandbytes,
     decoded_fp8,
-    decoded_int4,
-    decoded_mxfp4,
     encode,
     fuse,
     packed,
-    same_bits,
     write_files,
 )
 from tests.support.tiny import write_checkpoint
@@ -49,35 +45,6 @@ def test_fp8_weights_are_code_times_scale(tmp_path, settings, block):
             start, stop = len(wanted) // 2, len(wanted) - 1
             part = wanted[start:stop].to(torch.bfloat16)
             assert torch.equal(checkpoint.rows(name, start, stop), part)
-
-
-def test_int4_weights_are_code_times_scale(tmp_path):
-    stored = encode(written(tmp_path), packed())
-    with open_checkpoint(tmp_path) as checkpoint:
-        for expert in range(4):
-            for projection in ("gate_proj", "up_proj", "down_proj"):
-                name = expert_name(1, expert, projection)
-                wanted = decoded_int4(stored[name + "_packed"], stored[name + "_scale"])
-                assert torch.equal(checkpoint.tensor(name), wanted.to(torch.bfloat16))
-
-
-@pytest.mark.parametrize(("spelled", "inside"), [(dict, False), (as_v4_spells, True)])
-def test_fp4_experts_are_code_times_power_of_two(tmp_path, spelled, inside):
-    """Exactly in bfloat16; all else is in fp8.  The config says it in either place."""
-    stored = encode(written(tmp_path), FP4)
-    settings, files = dict(FP4), {"model-1.safetensors": spelled(stored)}
-    outside = {} if inside else {"expert_dtype": settings.pop("expert_dtype")}
-    write_files(tmp_path, files, quantization_config=settings, **outside)
-    with open_checkpoint(tmp_path) as checkpoint:
-        for projection in ("gate_proj", "up_proj", "down_proj"):
-            name = expert_name(1, 3, projection)
-            wanted = decoded_mxfp4(stored[name], stored[name + "_scale_inv"])
-            found = checkpoint.tensor(name)
-            assert found.dtype == torch.bfloat16 and same_bits(found.float(), wanted)
-            assert same_bits(checkpoint.codes(name, 17, 40).values(), wanted[17:40])
-        name = "model.layers.1.mlp.shared_experts.up_proj.weight"
-        scales = 2.0 ** (stored[name + "_scale_inv"].view(torch.uint8).double() - 127)
-        assert torch.equal(checkpoint.tensor(name), decoded_fp8(stored[name], scales).bfloat16())
 
 
 @pytest.mark.parametrize(
@@ -189,13 +156,3 @@ def test_bad_bitsandbytes_weights_are_refused_by_name(heavy, tmp_path, name, cha
     with pytest.raises(CheckpointError) as caught, open_checkpoint(tmp_path) as checkpoint:
         checkpoint.tensor(GATE)
     assert all(word in str(caught.value) for word in words), caught.value
-
-
-def test_scalar_tensors_are_passed_over(tmp_path):
-    """Static fp8 has scales of activations, which nothing here uses."""
-    written(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.activation_scale"] = torch.tensor(0.5)
-    save_file(tensors, tmp_path / "model.safetensors")
-    with open_checkpoint(tmp_path) as checkpoint:
-        assert not any(name.endswith("activation_scale") for name in checkpoint.infos)

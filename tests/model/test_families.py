@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from slotmoe.errors import ConfigError
 from slotmoe.model.checkpoint.reader import open_checkpoint
@@ -161,35 +160,6 @@ def test_a_v4_is_the_same_in_both_spellings(case, tmp_path):
         stored = export.resident(name)
         assert stored.dtype == (torch.int32 if name.endswith("tid2eid") else torch.float32)
         assert torch.equal(stored, wanted[name])
-
-
-@pytest.mark.parametrize("family", [V3, V4])
-def test_the_head_is_layer_num_hidden_layers_and_is_left_out_unless_it_is_asked_for(
-    family, tmp_path
-):
-    source, one = tmp_path / "source", {"num_nextn_predict_layers": 1}
-    names = {"enorm.weight": "enorm.weight"}
-    if family == V4:
-        v4.write_v4(source, "v4", hub=True, compress_ratios=[0, 4, 128, 4, 0], **one)
-        names |= {"h_proj.weight": "h_proj.weight", "hc_head.hc_fn": "hc_head_fn"}
-        names |= {"self_attn.sinks": "attn.attn_sink", "shared_head.norm.weight": "norm.weight"}
-        names |= {"mlp.experts.7.down_proj.weight": "ffn.experts.7.w2.weight"}
-    else:
-        write_family(source, V3, torch.bfloat16, **one)
-    given = load_file(source / "model.safetensors")
-    with open_checkpoint(source) as plainly, open_checkpoint(source, True) as kept:
-        head = f"model.layers.{plainly.config.num_hidden_layers}."
-        theirs = "mtp.0." if family == V4 else head
-        more = kept.infos.keys() - plainly.infos.keys()
-        assert plainly.infos.keys() < kept.infos.keys()
-        assert {name.startswith(head) for name in more} == {True} and len(more) > 40
-        for ours, spelled in names.items():
-            assert torch.equal(kept.tensor(head + ours), given[theirs + spelled])
-    for keep, layer in ((False, None), (True, plainly.config.num_hidden_layers)):
-        quantize(source, tmp_path / str(keep), keep_mtp=keep)
-        assert Export.open(tmp_path / str(keep)).mtp_layer == layer
-        stored = load_file(tmp_path / str(keep) / "resident.safetensors")
-        assert any(name.startswith(head) for name in stored) == keep
 
 
 @pytest.mark.usefixtures("oracle")

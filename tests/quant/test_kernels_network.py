@@ -8,7 +8,7 @@ from slotmoe.model.attention import new_state
 from slotmoe.quant.backends.base import new
 from slotmoe.quant.backends.native import NativeBackend
 from tests.support import v4
-from tests.support.families import DSA, V32, config_of
+from tests.support.families import DSA, V2, V2_CASES, V32, config_of
 from tests.support.kernels import native, needs_native
 from tests.support.native import LayerByLayerOps, feed, network_of
 
@@ -20,6 +20,7 @@ SHARED = {**INDEXED, "indexer_types": ["full", "shared", "full", "shared"]}
 WHOLE = {"o_lora_rank": 16}  # whole tiles for each group
 SOME = {"compress_ratios": [128, 4, 0, 4], "num_hash_layers": 2, "index_topk": 9}
 CASES = {  # with the tokens that are fed
+    **{f"v2, {name}": (config_of(V2, **V2_CASES[name]), 40) for name in V2_CASES if name != "tied"},
     "v3.2": (config_of(V32, **INDEXED), 60),
     "glm-5, indexers of some layers": (config_of(DSA, **SHARED), 60),
     "v4": (v4.config_of("v4", **WHOLE), 300),

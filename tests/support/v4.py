@@ -10,9 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.quant.shapes import MARK_TOKENS, MOST_ENDS, MOST_MARKS, SPARE
-from tests.support.families import DSA, INDEXED, ODD, TYPES, V32, YARN, oracle_network, quietly
+from tests.support.families import DSA, INDEXED, ODD, TYPES, V32, YARN
 from tests.support.families import config_of as family_config
-from tests.support.oracle import transformers_logits
 from tests.support.tiny import REMOVE, write_files
 
 V4 = "deepseek_v4"
@@ -81,20 +80,15 @@ _SIZES |= {"index_n_heads": 1, "index_head_dim": 10, "n_routed_experts": 12, "hc
 V4_CASES = {
     "v4": {},
     "v4-window": {"compress_ratios": [0, 0], "num_hidden_layers": 2, "rope_scaling": REMOVE},
-    "v4-csa": {"compress_ratios": [4, 4], "num_hidden_layers": 2, "num_hash_layers": 0},
-    "v4-hca": {"compress_ratios": [128, 128], "num_hidden_layers": 2, "num_hash_layers": 2},
     "v4-pro": {"compress_ratios": [128, 128, 4, 128], "num_hash_layers": 3, "index_topk": 9},
     "v4-odd": {**_SIZES, "compress_ratios": [4, 0, 128, 4], "sliding_window": 5},
-    "v4-plain-rope": {"rope_scaling": REMOVE, "swiglu_limit": 10.0, "index_topk": 1},
     "v4-two-streams": {"hc_mult": 2, "hc_sinkhorn_iters": 3, "hc_eps": 1e-3, "rms_norm_eps": 1e-3},
-    "v4-many-groups": {"o_groups": 4, "sliding_window": 128, "index_topk": 32},
 }
 _SPARSE = {**INDEXED, "index_topk": 5, "index_n_heads": 3, "index_head_dim": 12}
 _SHARED = {"num_hidden_layers": 5, "indexer_types": ["full", "full", "shared", "shared", "full"]}
 SPARSE_CASES = {
     "v3.2-sparse": (V32, {**_SPARSE, **TYPES}),
     "v3.2-sparse-yarn": (V32, {**_SPARSE, **ODD, "index_n_heads": 1, "rope_parameters": YARN}),
-    "glm-5-sparse": (DSA, {**_SPARSE, "rms_norm_eps": 1e-5}),
     "glm-5-shared": (DSA, {**_SPARSE, **_SHARED}),
 }
 """V3.2 and GLM-5 where attention is to fewer positions than there are: family and overrides."""
@@ -192,27 +186,6 @@ def hub_name(name: str) -> str:
     for pattern, words in _HUB:
         name = re.sub(pattern, words, name)
     return name
-
-
-def v4_logits(folder: Path, ids):
-    """Logits of transformers' network, float32 [T, vocab_size], for a folder in either spelling;
-    DeepSeek's names are translated by transformers itself."""
-    weights = load_file(folder / "model.safetensors")
-    if "embed.weight" not in weights:
-        return transformers_logits(folder, ids)
-    import transformers
-
-    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    with quietly():
-        load = transformers.AutoModelForCausalLM.from_pretrained
-        network, about = load(folder, dtype=torch.float32, output_loading_info=True, **eager)
-        assert not any(about.values()), about
-        return network(torch.tensor([ids])).logits[0]
-
-
-def v4_network(folder: Path):
-    """transformers' network of a folder in its own names."""
-    return oracle_network(folder, load_file(folder / "model.safetensors"))
 
 
 # The least models of V4 and V3.2 for sequences: a longer context, a wider window.
