@@ -4,6 +4,7 @@ import math
 import os
 import pickle
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -56,7 +57,6 @@ def swapped(index):
 
 
 ONE, SHARD = "model.safetensors", SECOND[:6]
-ABSENT = "model.layers.9.mlp.gate.weight"
 LONG = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,99999999999999999999999]}}'
 TWICE = b'{"model_type": "deepseek_v2", "model_type": "deepseek_v2"}'
 ESCAPES = {"\x1b[2J\n\u202eevil": {**f32(0, 2), "dtype": "U16"}}
@@ -69,15 +69,11 @@ def config(text):
 # How a checkpoint is broken, and what the message must hold.
 BAD_CHECKPOINTS = {
     "missing-shard": (without(SECOND), SECOND),
-    "shard-a-byte-short": (truncate(FIRST, -1), FIRST),
     "shard-cut-in-header": (truncate(FIRST, 100), FIRST),
     "shard-is-pipe": (fifo(FIRST), FIRST),
-    "index-names-absent-tensor": (remap(ABSENT, FIRST), ABSENT),
     "index-names-wrong-shard": (edited(INDEX, swapped), "is in"),
     "index-misses-tensor": (edited(INDEX, lambda it: it["weight_map"].pop(EXPERT)), EXPERT),
-    "index-map-is-list": (write(INDEX, b'{"weight_map": ["a"]}'), "weight_map"),
     "path-parent": (remap(EXPERT, "../outside.safetensors"), "../outside"),
-    "path-windows-parent": (remap(EXPERT, "..\\outside.safetensors"), "outside"),
     "path-absolute": (remap(EXPERT, "/etc/passwd"), "/etc/passwd"),
     "path-null-byte": (remap(EXPERT, "a\0.safetensors"), INDEX),
     "path-pickle": (remap(EXPERT, "pytorch_model.bin"), "pytorch_model.bin"),
@@ -86,14 +82,12 @@ BAD_CHECKPOINTS = {
     "expert-is-float64": (changed(EXPERT, lambda w: w.double()), "F64"),
     "shape-negative": (entry(EXPERT, shape=[-48, -64]), SHARD),
     "shape-wraps-to-right-size": (entry(EXPERT, shape=[(1 << 63) + 48 * 64, 2]), SHARD),
-    "dtype-unknown": (entry(EXPERT, dtype="X99"), SHARD),
     "offsets-overlap": (single({"a": f32(0, 4), "b": f32(2, 6)}, b"123456"), ONE),
     "offsets-with-hole": (single({"a": f32(0, 4), "b": f32(8, 12)}, b"1" * 12), ONE),
     "offsets-beyond-64-bits": (single(LONG), ONE),
     "header-length-huge": (write(FIRST, b"\xff" * 8 + b"{}"), FIRST),
     "header-over-cap": (single(b'{"a":' + b" " * (49 << 20) + b"1}"), "header of"),
     "header-too-many-tensors": (many(260_000), "more than 250000 tensors"),
-    "header-not-utf8": (single(b'{"\xff\xfe": 1}'), ONE),
     "header-deep": (single(b'{"a":' + b"[" * 50_000 + b"]" * 50_000 + b"}"), ONE),
     "names-with-escapes": (single(ESCAPES, b"12"), "\\x1b[2J\\n\\u202eevil"),
     "pickle-only": (pickled, "pickled"),
@@ -133,20 +127,14 @@ def test_weights_that_are_no_numbers(good, tmp_path):
     cases = [(EXPERT, value) for value in (math.nan, -math.inf, 1e6)]
     cases += [("lm_head.weight", math.nan), (gate, math.inf), (attention, math.nan)]
     for number, (name, value) in enumerate(cases):
-        checkpoint = shutil.copytree(good / "checkpoint", tmp_path / str(number))
-        export = tmp_path / f"export-{number}"
-        edit_tensor(checkpoint, name, poke(value))
-
-        def made(checkpoint=checkpoint, export=export):
-            quantize(checkpoint, export, resident="nf4", codecs=EXPERT_CODECS["nf4", "4"])
-
-        def opened(checkpoint=checkpoint):
-            Runtime.open(checkpoint, quantize=False, context=16)
-
-        refused(made, name, "model-0000", kind=CheckpointError)
-        assert not export.exists()
+        folder = shutil.copytree(good / "checkpoint", tmp_path / str(number))
+        edit_tensor(folder, name, poke(value))
+        how = {"resident": "nf4", "codecs": EXPERT_CODECS["nf4", "4"]}
+        make = partial(quantize, folder, folder / "export", **how)
+        refused(make, name, "model-0000", kind=CheckpointError)
+        assert not (folder / "export").exists()
         if value != 1e6:  # beyond fp16's range, which only NF4's scales mind
-            refused(opened, name, kind=CheckpointError)
+            refused(partial(Runtime.open, folder, quantize=False, context=16), name)
 
 
 def test_hub_cache_links_are_accepted(checkpoint, tmp_path):

@@ -83,25 +83,14 @@ def text(values):
 # Each gives a file's values, and what writes others there and reads them.
 
 
-def config(geometry, folder, good):
-    values = json.loads(geometry_path(geometry).read_text())
+def config(geometry, folder, good, **others):
+    values = json.loads(geometry_path(geometry).read_text()) | others
 
     def read(values):
         (folder / "config.json").write_bytes(text(values))
         read_config(folder / "config.json")
 
     return values, read
-
-
-def config_with(geometry, others, folder, good):
-    values, read = config(geometry, folder, good)
-    return values | others, read
-
-
-def encoded(encoding, folder, good):
-    """With weights of that encoding."""
-    others = {"torch_dtype": "bfloat16", "quantization_config": encoding}
-    return config_with("v3", others, folder, good)
 
 
 def generation(folder, good):
@@ -212,16 +201,14 @@ PATTERNS = {"num_hidden_layers": 3, "index_topk_pattern": "FSS", "index_topk_fre
 PATTERNS |= {"index_skip_topk_offset": 2, "mlp_layer_types": ["dense", "sparse", "sparse"]}
 PATTERNS |= {"indexer_types": None, "first_k_dense_replace": 1, "eos_token_id": [1, 2]}
 WRAPPED = {"model_type": "kimi_k25", "text_config": json.loads(geometry_path("v3").read_text())}
-BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 _GEOMETRIES = {path: name for name, path in GEOMETRIES.items()}.values()
 LONG = {
     **{f"config-{name}": partial(config, name) for name in _GEOMETRIES},
-    "config-fp8": partial(encoded, FP8),
-    "config-int4": partial(encoded, packed()),
-    "config-nf4": partial(encoded, BITS),
-    "config-patterns": partial(config_with, "glm-5", PATTERNS),
-    "config-in-words-of-transformers": partial(config_with, "v4-flash", v4.config_of("v4")),
-    "config-wrapped": partial(config_with, "kimi-k2", WRAPPED),
+    "config-fp8": partial(config, "v3", quantization_config=FP8),
+    "config-int4": partial(config, "v3", quantization_config=packed()),
+    "config-patterns": partial(config, "glm-5", **PATTERNS),
+    "config-in-words-of-transformers": partial(config, "v4-flash", **v4.config_of("v4")),
+    "config-wrapped": partial(config, "kimi-k2", **WRAPPED),
     "tokenizer": tokenizer,
     "manifest": manifest,
     "gguf": gguf,

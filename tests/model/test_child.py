@@ -1,6 +1,5 @@
 """A child that answers for strangers' input: its limits, its replacement, its end."""
 
-import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -59,7 +58,7 @@ BREAKS = {
 }
 
 
-@pytest.mark.parametrize("name", [*BREAKS, "killed", "interrupted", "no-process"])
+@pytest.mark.parametrize("name", [*BREAKS, "killed", "interrupted"])
 def test_it_is_replaced_when_it_breaks(name, child, monkeypatch):
     pid, files = ask(child, PID), len(os.listdir("/proc/self/fd"))
     with monkeypatch.context() as patched:
@@ -70,14 +69,6 @@ def test_it_is_replaced_when_it_breaks(name, child, monkeypatch):
             patched.setattr(child, "_read", lambda size: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 ask(child, "said = 'late'")
-        elif name == "no-process":
-            refusal = OSError(errno.EAGAIN, "Resource temporarily unavailable")
-            child.close()
-            patched.setattr(
-                "slotmoe.model.child.Popen", lambda *_, **__: (_ for _ in ()).throw(refusal)
-            )
-            with pytest.raises(ConfigError, match=r"^this: can't be read; .* \(Resource tempor"):
-                ask(child, PID)
         else:
             code, problem = BREAKS[name]
             with pytest.raises(ConfigError, match=problem):

@@ -30,6 +30,7 @@ from tests.support.families import (
     config_of,
     write_family,
 )
+from tests.support.native import feed, reference_cache, reference_network
 from tests.support.oracle import relative_error, transformers_logits
 from tests.support.params import nth
 from tests.support.v4 import V4
@@ -45,6 +46,26 @@ def test_reference_path_equals_transformers(name, tmp_path):
     write_family(tmp_path, family, torch.bfloat16 if family == V2 else torch.float32, **overrides)
     with Runtime.open(tmp_path, quantize=False, context=64) as runtime:
         assert relative_error(runtime.logits(IDS), transformers_logits(tmp_path, IDS)) <= 1e-5
+
+
+# Cases of V4, V3.2 and GLM-5, and seeds of texts in which rounding decides no choice of a top-k.
+# More heads, so that no token has all of their products negative, and a tie for it.
+SEEDS = {"v4": 0, "v4-odd": 0, "v3.2-sparse-yarn": 3, "glm-5-shared": 3}
+
+
+@pytest.mark.usefixtures("oracle")
+@pytest.mark.parametrize(("case", "seed"), SEEDS.items())
+def test_passes_of_any_size_equal_transformers(case, seed, tmp_path):
+    """Over more tokens than a window, a compressed row of each kind and ``index_topk``."""
+    v4.write_v4(tmp_path, case, max_position_embeddings=1024, index_n_heads=16)
+    ids_T = torch.randint(2, 4000, (389,), generator=torch.Generator().manual_seed(seed))
+    wanted = transformers_logits(tmp_path, ids_T.tolist())
+    with open_checkpoint(tmp_path) as checkpoint:
+        weights = {name: checkpoint.tensor(name) for name in checkpoint.infos}
+        network = reference_network(checkpoint.config, weights)
+    for sizes in ([389], [1] * 20 + [220, 3, *[1] * 146], [127, 1, 16, 17, 100, 128]):
+        state = reference_cache(network.config, 512)
+        assert relative_error(feed(network, state, ids_T.tolist(), sizes), wanted) <= 1e-5
 
 
 def types(letters, **others):

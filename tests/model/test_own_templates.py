@@ -26,17 +26,9 @@ BRIEF, DEVELOPER = ({"role": role, "content": "Be brief."} for role in ("system"
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
 FORMAT = "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
 FORMAT += json.dumps(SCHEMA)
-# A call without arguments, two results, and what the user says behind them in two messages.
-CALLED = {"role": "assistant", "content": "So.", "reasoning_content": "Hm"}
-CALLED |= {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
-TURNS = [HELLO, CALLED, *({"role": "tool", "content": number} for number in "12")]
-TURNS += [{"role": "user", "content": said} for said in ("Go on", "now")]
-SAID = '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n\n</｜DSML｜invoke>\n'  # noqa: RUF001
-SAID = f"So.{SAID}</｜DSML｜tool_calls>{EOS}{USER}<tool_result>1</tool_result>\n\n"  # noqa: RUF001
-SAID += f"<tool_result>2</tool_result>\n\nGo on\n\nnow{ASSISTANT}"
 OPEN, SHUT = "<think>", "</think>"
 
-CASES = [  # the template, what is asked, and the text, of which tools are told before
+CASES = [  # the template, what is asked, and the text
     *((V4, {"effort": effort}, ASKED + OPEN) for effort in (None, "high")),
     (V4, {"effort": "none"}, ASKED + SHUT),
     (V32, {}, ASKED + SHUT),
@@ -44,9 +36,6 @@ CASES = [  # the template, what is asked, and the text, of which tools are told 
     # A schema stands in the first system message, or in one of its own.
     *((kind, {"schema": SCHEMA}, FORMAT + ASKED + end) for kind, end in ((V4, OPEN), (V32, SHUT))),
     (V4, {"schema": SCHEMA, "messages": [BRIEF, HELLO]}, f"Be brief.{FORMAT}{ASKED}{OPEN}"),
-    # Without tools the reasoning of earlier turns is dropped, with tools it is kept.
-    (V4, {"messages": TURNS}, f"{ASKED}{SHUT}{SAID}{OPEN}"),
-    (V4, {"messages": TURNS, "tools": [{"function": {"name": "f"}}]}, f"Hm{SHUT}{SAID}{OPEN}"),
     (V4, {"messages": [HELLO, YES], "begun": True}, f"{ASKED}{OPEN}{SHUT}Yes, "),
     (V32, {"messages": [HELLO, YES], "begun": True}, f"{ASKED}{SHUT}Yes, "),
     # Developers of earlier turns are dropped with the reasoning.
@@ -75,8 +64,7 @@ def test_public_chats(name, tokenizers):
 def test_what_they_write(tokenizers):
     for kind, given, expected in CASES:
         written = tokenizers[kind].chat(**{"messages": [HELLO], **given})
-        assert written.endswith(expected), given
-        assert "tools" in given or written == BOS + expected, given
+        assert written == BOS + expected, given
         assert written.count(FORMAT) == ("schema" in given)
 
 

@@ -4,13 +4,9 @@ import pytest
 
 from tests.support.templates import CHATS, both, tokenizer_in
 
-EACH = "{% for m in messages %}<|{{ m.role }}|>\n{{ BODY }}{{ eos_token }}\n{% endfor %}"
 TEMPLATES = {
     "whitespace": "  {% if true %}\n a\n  {% endif %}\n\n{% for m in messages %}\n  {{ m.role }}\n"
     "    {#- gone -#}\n{% endfor %}\n",
-    "parts": EACH.replace(
-        "BODY", "m.content if m.content is string else (m.content or [m])[0].text"
-    ),
     "tools": "{% if tools is not none %}{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
     "{% endif %}{{ tools is defined }}{{ documents is none }}{{ documents is defined }}",
     "tojson": "{% for t in tools or [messages[0].content] %}{{ t | tojson(ensure_ascii=False) }}"
@@ -24,9 +20,6 @@ TEMPLATES = {
     "{%- endif %}{{ n }}\n{% generation -%}  {{ m.role }}  {%- endgeneration %}{% endfor %}",
     "loops": "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}"
     "{{ m.role }}{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}",
-    "namespace": "{% set ns = namespace(last=0, all=[]) %}{% for m in messages %}"
-    "{% set ns.last = loop.index %}{% set ns.all = ns.all + [m.role] %}{% endfor %}"
-    "{{ ns.last }}{{ ns.all | join(',') }}{{ dict(a=1).a }}{{ dict.fromkeys('ab', 1) }}",
     "hidden": "{% set ns = namespace(_kept=1) %}{{ ns._kept }}",
     "absent": "{{ messages[0].nothing.at.all }}",
 }

@@ -42,7 +42,7 @@ def write_gguf(
     """Write the checkpoint folder ``source`` as ``path`` and return the first file's path.
 
     ``kind`` is ggml's type of all matrices but the gate.  ``kv_b`` is ``split`` by head as since
-    2025, ``whole`` as before, ``flat`` as ik_llama.cpp's, or ``both``.  ``old`` leaves out the
+    2025, ``whole`` as before, or ``flat`` as ik_llama.cpp's.  ``old`` leaves out the
     groups of experts and the widths of a head.  ``edit(writer)`` may add or change metadata, and
     ``substitute(name, tensor)`` give raw bytes and their type for a tensor.
     """
@@ -80,9 +80,9 @@ def _tensors(checkpoint, kv_b):
         both = checkpoint.tensor(f"{inside}self_attn.kv_b_proj.weight")
         heads = both.view(c.num_attention_heads, -1, c.kv_lora_rank)
         k, v = heads.split([c.qk_nope_head_dim, c.v_head_dim], 1)
-        if kv_b in ("whole", "both"):
+        if kv_b == "whole":
             yield f"{prefix}attn_kv_b.weight", both
-        if kv_b != "whole":
+        else:
             for part, tensor in (("k", k.mT), ("v", v)):
                 tensor = tensor.flatten(0, 1) if kv_b == "flat" else tensor
                 yield f"{prefix}attn_{part}_b.weight", tensor

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.quant.shapes import MARK_TOKENS, MOST_ENDS, MOST_MARKS, SPARE
 from tests.support.families import DSA, INDEXED, ODD, TYPES, V32, YARN
 from tests.support.families import config_of as family_config
@@ -21,57 +22,19 @@ WINDOW, CSA, HCA = (
     "heavily_compressed_attention",
 )
 _TYPES = {0: WINDOW, 4: CSA, 128: HCA}
-# In the words of DeepSeek's own config.json.  Values are clamped, top-k is less than what there is
-# to choose from, and the window is passed at once.
-CONFIG = {
-    "model_type": V4,
-    "architectures": ["DeepseekV4ForCausalLM"],
-    "vocab_size": 4096,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "torch_dtype": "bfloat16",
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "max_position_embeddings": 1024,
-    "rms_norm_eps": 1e-6,
-    "hidden_size": 64,
-    "moe_intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_hash_layers": 1,
-    "n_shared_experts": 1,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "q_lora_rank": 24,
-    "o_groups": 2,
-    "o_lora_rank": 20,
-    "sliding_window": 8,
-    "compress_ratios": [0, 4, 128, 4],
-    "index_n_heads": 3,
-    "index_head_dim": 24,
-    "index_topk": 4,
-    "hc_mult": 4,
-    "hc_sinkhorn_iters": 20,
-    "hc_eps": 1e-6,
-    "swiglu_limit": 0.7,
-    "rope_theta": 10000.0,
-    "compress_rope_theta": 40000.0,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 16,
-        "original_max_position_embeddings": 64,
-        "beta_fast": 32,
-        "beta_slow": 1,
-    },
-    "scoring_func": "sqrtsoftplus",
-    "topk_method": "noaux_tc",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 1.5,
-}
+_LEFT_OUT = ("expert_dtype", "num_nextn_predict_layers", "quantization_config")
+CONFIG = json.loads(geometry_path("v4-flash").read_text())
+CONFIG = {key: value for key, value in CONFIG.items() if key not in _LEFT_OUT}
+"""In the words of DeepSeek's own config.json.  Values are clamped, top-k is less than what there is
+to choose from, and the window is passed at once."""
+CONFIG |= {"vocab_size": 4096, "max_position_embeddings": 1024, "hidden_size": 64}
+CONFIG |= {"moe_intermediate_size": 48, "num_hidden_layers": 4, "num_hash_layers": 1}
+CONFIG |= {"n_routed_experts": 8, "num_experts_per_tok": 3, "num_attention_heads": 4}
+CONFIG |= {"head_dim": 32, "qk_rope_head_dim": 16, "q_lora_rank": 24, "o_groups": 2}
+CONFIG |= {"o_lora_rank": 20, "sliding_window": 8, "compress_ratios": [0, 4, 128, 4]}
+CONFIG |= {"index_n_heads": 3, "index_head_dim": 24, "index_topk": 4, "swiglu_limit": 0.7}
+CONFIG |= {"compress_rope_theta": 40000.0}
+CONFIG["rope_scaling"] |= {"factor": 16, "original_max_position_embeddings": 64}
 _SIZES = {"hidden_size": 72, "moe_intermediate_size": 37, "num_attention_heads": 6, "head_dim": 22}
 _SIZES |= {"qk_rope_head_dim": 6, "q_lora_rank": 23, "o_groups": 3, "o_lora_rank": 7}
 _SIZES |= {"index_n_heads": 1, "index_head_dim": 10, "n_routed_experts": 12, "hc_mult": 3}
@@ -79,7 +42,6 @@ _SIZES |= {"index_n_heads": 1, "index_head_dim": 10, "n_routed_experts": 12, "hc
 # YaRN and plain RoPE, streams of several numbers, odd sizes, a limit and none that is reached.
 V4_CASES = {
     "v4": {},
-    "v4-window": {"compress_ratios": [0, 0], "num_hidden_layers": 2, "rope_scaling": REMOVE},
     "v4-pro": {"compress_ratios": [128, 128, 4, 128], "num_hash_layers": 3, "index_topk": 9},
     "v4-odd": {**_SIZES, "compress_ratios": [4, 0, 128, 4], "sliding_window": 5},
     "v4-two-streams": {"hc_mult": 2, "hc_sinkhorn_iters": 3, "hc_eps": 1e-3, "rms_norm_eps": 1e-3},
