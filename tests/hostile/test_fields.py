@@ -80,17 +80,23 @@ def text(values):
     return json.dumps(values).replace("Infinity", "1e400").encode()
 
 
+def file(path, values, use):
+    """What writes others to the file and calls ``use``."""
+
+    def read(values):
+        path.write_bytes(text(values))
+        use()
+
+    return values, read
+
+
 # Each gives a file's values, and what writes others there and reads them.
 
 
 def config(geometry, folder, good, **others):
     values = json.loads(geometry_path(geometry).read_text()) | others
-
-    def read(values):
-        (folder / "config.json").write_bytes(text(values))
-        read_config(folder / "config.json")
-
-    return values, read
+    path = folder / "config.json"
+    return file(path, values, lambda: read_config(path))
 
 
 def generation(folder, good):
@@ -98,12 +104,8 @@ def generation(folder, good):
     known = read_config(folder / "config.json")
     values = json.loads((folder / "generation_config.json").read_text())
     values |= {"eos_token_id": [1, 2], "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1}
-
-    def read(values):
-        (folder / "generation_config.json").write_bytes(text(values))
-        generation_of(known, files_in(folder), folder)
-
-    return values, read
+    use = partial(generation_of, known, files_in(folder), folder)
+    return file(folder / "generation_config.json", values, use)
 
 
 def tokenizer(folder, good):
@@ -112,25 +114,19 @@ def tokenizer(folder, good):
     named = [{"name": "default", "template": values["chat_template"]}]
     values |= {"chat_template": named, "eos_token": {"content": "<|end_of_sentence|>"}}
 
-    def read(values):
-        (folder / "tokenizer_config.json").write_bytes(text(values))
+    def use():
         found = Tokenizer(folder, 0, verdicts=model_cache.cache_folder() / "tokenizers")
         assert found.template is None or isinstance(found.template, str)
         assert all(isinstance(spelled, str) for spelled in found._spellings.values())
 
-    return values, read
+    return file(folder / "tokenizer_config.json", values, use)
 
 
 def index(folder, good):
     shutil.copytree(good / "checkpoint", folder, dirs_exist_ok=True)
     values = json.loads((folder / INDEX).read_text())
     values["weight_map"] = dict([*values["weight_map"].items()][:5])
-
-    def read(values):
-        (folder / INDEX).write_bytes(text(values))
-        tensors_in(folder)
-
-    return values, read
+    return file(folder / INDEX, values, partial(tensors_in, folder))
 
 
 def tensors(folder, good):

@@ -28,8 +28,8 @@ TEMPLATES = {
 }
 
 
-WHICH_LIMIT = {"endless-output": "characters", "memory": "MemoryError"}
-WHICH_LIMIT |= dict.fromkeys(("endless-loop", "time"), "did not finish")
+WHICH_LIMIT = {"endless-output": "characters", "memory-by-repetition": "MemoryError"}
+WHICH_LIMIT |= {"endless-loop": "did not finish"}
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,8 @@ def test_hostile_template(name, checkpoint, verdicts):
     template = {"chat_template": TEMPLATES[name]}
     edit_json(checkpoint / "tokenizer_config.json", lambda config: config.update(template))
     tokenizer = Tokenizer(checkpoint, 0, verdicts=verdicts)
-    limits = [limit for prefix, limit in WHICH_LIMIT.items() if name.startswith(prefix)]
-    refused(lambda: tokenizer.chat(HI), "chat_template", *limits, kind=ConfigError)
+    limit = WHICH_LIMIT.get(name, "")
+    refused(lambda: tokenizer.chat(HI), "chat_template", limit, kind=ConfigError)
 
 
 KEEPING = (
@@ -79,7 +79,7 @@ def test_a_conversation_leaves_nothing_to_the_next(keeping, checkpoint, verdicts
     assert child._process is process
 
 
-def test_where_the_template_is_and_what_it_may_be(checkpoint, verdicts):
+def test_where_the_template_is_and_what_it_may_be(checkpoint):
     """Its file goes before the setting."""
     assert Tokenizer(checkpoint, 0).chat(HI).endswith("User: hi\n\nAssistant:")
     # jinja2 3.1.5 gave a template the globals of the functions that it is given.
@@ -88,11 +88,6 @@ def test_where_the_template_is_and_what_it_may_be(checkpoint, verdicts):
     assert Tokenizer(checkpoint, 0).chat(HI) == "<hi>"
     (checkpoint / "chat_template.jinja").write_bytes(b"\xff")
     refused(lambda: Tokenizer(checkpoint, 0), "chat_template.jinja", kind=ConfigError)
-    for template in ([{"name": []}], [{"name": "a", "template": []}], {}, 5):
-        path, values = checkpoint / "tokenizer_config.json", {"chat_template": template}
-        edit_json(path, lambda settings, values=values: settings.update(values))
-        wanted = "tokenizer_config.json: chat_template"
-        refused(lambda: Tokenizer(checkpoint, 0, verdicts=verdicts), wanted, kind=ConfigError)
 
 
 def parts(**values):

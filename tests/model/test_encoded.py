@@ -117,16 +117,6 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "name", "change", "words"), BAD)
-def test_bad_encodings_are_refused_by_name(tmp_path, settings, name, change, words):
-    tensors = encode(written(tmp_path), settings or FP8)
-    changed(tensors, name, change)
-    write_files(tmp_path, {"model-1.safetensors": tensors}, quantization_config=settings)
-    with pytest.raises(CheckpointError) as caught, open_checkpoint(tmp_path) as checkpoint:
-        checkpoint.tensor(GATE)
-    assert all(word in str(caught.value) for word in words), caught.value
-
-
 STATE = GATE + ".quant_state.bitsandbytes__nf4"
 
 
@@ -140,19 +130,24 @@ def noted(**change):
     return apply
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "words"),
-    [
-        (STATE, None, [STATE, "missing"]),
-        (GATE + ".absmax", lambda x: x[:100].clone(), ["100 scales for [64, 128]"]),
-        (GATE, lambda codes: codes[1:].clone(), [GATE, "[4095, 1]"]),
-        (STATE, noted(blocksize=128), [GATE, "blocksize", "64"]),
-    ],
-)
-def test_bad_bitsandbytes_weights_are_refused_by_name(heavy, tmp_path, name, change, words):
-    tensors, _ = bitsandbytes(written(tmp_path, **WHOLE_BLOCKS))
+BITS = {"quant_method": "bitsandbytes"}
+BAD += [
+    (BITS, STATE, None, [STATE, "missing"]),
+    (BITS, GATE + ".absmax", lambda x: x[:100].clone(), ["100 scales for [64, 128]"]),
+    (BITS, GATE, lambda codes: codes[1:].clone(), [GATE, "[4095, 1]"]),
+    (BITS, STATE, noted(blocksize=128), [GATE, "blocksize", "64"]),
+]
+
+
+@pytest.mark.parametrize(("settings", "name", "change", "words"), BAD)
+def test_bad_encodings_are_refused_by_name(heavy, tmp_path, settings, name, change, words):
+    if settings == BITS:
+        tensors, _ = bitsandbytes(written(tmp_path, **WHOLE_BLOCKS))
+    else:
+        tensors = encode(written(tmp_path), settings or FP8)
     changed(tensors, name, change)
-    write_files(tmp_path, {"model-1.safetensors": tensors})
+    config = {} if settings == BITS else {"quantization_config": settings}
+    write_files(tmp_path, {"model-1.safetensors": tensors}, **config)
     with pytest.raises(CheckpointError) as caught, open_checkpoint(tmp_path) as checkpoint:
         checkpoint.tensor(GATE)
     assert all(word in str(caught.value) for word in words), caught.value

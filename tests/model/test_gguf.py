@@ -87,20 +87,6 @@ def test_it_is_the_checkpoint(name, kind, kv_b, tmp_path):
             assert torch.equal(made.rows(keys, start, stop), made.tensor(keys)[start:stop])
 
 
-def test_files_before_2025(source, tmp_path):
-    """They have other widths of a head, one matrix of keys and values, and no groups of experts."""
-
-    def groups(writer):
-        writer.add_expert_group_count(4)
-        writer.add_expert_group_used_count(2)
-
-    path = write_gguf(source, tmp_path / "model.gguf", kv_b="whole", old=True)
-    refused(path, "deepseek2.expert_group_count is missing", "convert it again")
-    path = write_gguf(source, tmp_path / "model.gguf", kv_b="whole", old=True, edit=groups)
-    with open_checkpoint(source) as ours, open_checkpoint(path) as made:
-        assert made.config == ours.config
-
-
 def test_every_encoding_is_decoded_by_rows(tmp_path):
     """Random blocks of each type, in the matrices of the sample that have 256 columns."""
     for number, encoding in header.GGML_TYPES.items():

@@ -12,7 +12,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.kernels.cpu import bindings as kernels
 from tests.support import plain
-from tests.support.families import OF_YARN, V2, V2_CASES, config_of
+from tests.support.families import V2, V2_CASES, config_of
 from tests.support.native import feed, native_cache, network_of, reference_cache, reference_network
 from tests.support.oracle import relative_error
 from tests.support.tiny import write_checkpoint
@@ -26,7 +26,6 @@ NOT_OF_TRANSFORMERS = {  # it ignores the first two, needs a shared expert, and 
     "norm-topk-prob": {"norm_topk_prob": True, "routed_scaling_factor": 3.0},
     "moe-layer-freq": {"moe_layer_freq": 2, "num_hidden_layers": 5},
     "no-shared-expert": {"n_shared_experts": None},
-    "no-mscale-all-dim": {"rope_scaling": {**OF_YARN, "type": "yarn", "mscale_all_dim": 0.0}},
     "odd-sizes": {**V2_CASES["odd-sizes"], "kv_lora_rank": 19, "qk_nope_head_dim": 13},
 }
 

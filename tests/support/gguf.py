@@ -28,29 +28,19 @@ TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head
 
 
 def write_gguf(
-    source,
-    path,
-    kind="BF16",
-    *,
-    kv_b="split",
-    shards=1,
-    old=False,
-    pre="gpt-2",
-    edit=None,
-    substitute=None,
+    source, path, kind="BF16", *, kv_b="split", shards=1, pre="gpt-2", edit=None, substitute=None
 ):
     """Write the checkpoint folder ``source`` as ``path`` and return the first file's path.
 
     ``kind`` is ggml's type of all matrices but the gate.  ``kv_b`` is ``split`` by head as since
-    2025, ``whole`` as before, or ``flat`` as ik_llama.cpp's.  ``old`` leaves out the
-    groups of experts and the widths of a head.  ``edit(writer)`` may add or change metadata, and
-    ``substitute(name, tensor)`` give raw bytes and their type for a tensor.
+    2025, ``whole`` as before, or ``flat`` as ik_llama.cpp's.  ``edit(writer)`` may add
+    or change metadata, and ``substitute(name, tensor)`` give raw bytes and their type for a tensor.
     """
     with open_checkpoint(source) as checkpoint:
         tensors = dict(_tensors(checkpoint, kv_b))
         biggest = -(-len(tensors) // shards) if shards > 1 else 0
         writer = gguf.GGUFWriter(path, "deepseek2", split_max_tensors=biggest)
-        add_config(writer, checkpoint.config, old)
+        add_config(writer, checkpoint.config)
         add_tokenizer(writer, source, checkpoint.config, pre)
         if edit is not None:
             edit(writer)
@@ -93,7 +83,7 @@ def _tensors(checkpoint, kv_b):
                 yield f"{prefix}ffn_{part}_exps.weight", torch.stack(experts)
 
 
-def add_config(writer, c, old):
+def add_config(writer, c):
     values = {"block_count": c.num_hidden_layers, "embedding_length": c.hidden_size}
     values |= {"context_length": c.max_position_embeddings, "vocab_size": c.vocab_size}
     values |= {"feed_forward_length": c.intermediate_size, "head_count": c.num_attention_heads}
@@ -107,14 +97,10 @@ def add_config(writer, c, old):
     if c.q_lora_rank is not None:
         values["q_lora_rank"] = c.q_lora_rank
     width = c.qk_nope_head_dim + c.qk_rope_head_dim
-    if old:
-        values |= {"head_count_kv": c.num_attention_heads, "key_length": width}
-        values |= {"value_length": c.v_head_dim}
-    else:
-        values |= {"head_count_kv": 1, "key_length": c.latent_width, "key_length_mla": width}
-        values |= {"value_length": c.kv_lora_rank, "value_length_mla": c.v_head_dim}
-        values |= {"expert_group_count": c.n_group, "expert_group_used_count": c.topk_group}
-        values |= {"expert_gating_func": gguf.ExpertGatingFuncType.SOFTMAX}
+    values |= {"head_count_kv": 1, "key_length": c.latent_width, "key_length_mla": width}
+    values |= {"value_length": c.kv_lora_rank, "value_length_mla": c.v_head_dim}
+    values |= {"expert_group_count": c.n_group, "expert_group_used_count": c.topk_group}
+    values |= {"expert_gating_func": gguf.ExpertGatingFuncType.SOFTMAX}
     if c.rope.factor != 1:
         values |= {"rope_scaling_type": gguf.RopeScalingType.YARN}
         values |= {"rope_scaling_factor": c.rope.factor}
