@@ -137,18 +137,13 @@ def test_bad_files_and_settings_are_refused_by_name(tokens, tmp_path):
             tiktoken.tokenizer_json(model_file(tokens), {**settings(len(tokens)), **changes})
 
 
-def hostile(count=100, size=200):
-    """Tokens of equal bytes, which can be cut anywhere."""
-    tokens = [bytes([byte]) for byte in range(256)]
-    tokens += [b"x" * length for length in range(2, size)]
-    return [*tokens, *(b"x" * size + bytes([0, number]) for number in range(count))]
-
-
 @pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("limit", [{"seconds": 0.01}, {"memory": 1 << 20}])
 def test_a_child_makes_it_within_limits(tmp_path, monkeypatch, limit):
-    (tmp_path / "tiktoken.model").write_bytes(model_file(hostile(size=500)))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings(256 + 498 + 100)))
+    """Of tokens of equal bytes, which can be cut anywhere."""
+    tokens = [bytes([byte]) for byte in range(256)] + [b"x" * size for size in range(2, 500)]
+    (tmp_path / "tiktoken.model").write_bytes(model_file(tokens))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings(len(tokens))))
     limits = {"seconds": 20, "memory": 512 << 20, **limit}
     monkeypatch.setattr(tiktoken, "_MAKER", Child(tiktoken._MAKER._program, **limits))
     with pytest.raises(ConfigError, match=r"tiktoken\.model: (did not finish|failed \(Memory)"):
