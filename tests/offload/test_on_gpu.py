@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from slotmoe.offload.devices.cuda import CudaDevice
-from slotmoe.offload.devices.pages import page_aligned
 from slotmoe.offload.runtime import Runtime
 from tests.support.engine import IDS, PROMPT, start, whole
 
@@ -19,26 +18,6 @@ pytestmark = [
 
 def opened(export, **options):
     return Runtime.open(export, device="cuda", vram="1GiB", context=256, threads=1, **options)
-
-
-def test_small_tensors_go_both_ways_while_records_are_copied():
-    """4 GiB take 75 ms and more over PCIe, a round trip a fifth of one."""
-    device = CudaDevice(0)
-    memory = page_aligned(64 << 20, forks=False)
-    assert device.pin(memory)
-    target = device.empty((64 << 20,), torch.uint8)
-    last = device.record()
-    for _ in range(64):
-        last = device.copy(memory, target, last)
-    for number in range(4):
-        for dtype in (torch.int32, torch.int64, torch.float32):
-            values = torch.arange(number, 3 * number + 1).to(dtype)
-            there = device.upload(values)
-            assert torch.equal(device.download(there * 2).get(), values * 2)
-    assert not last.done(), "they waited for the records"
-    last.synchronize()
-    device.unpin(memory)
-    assert last.seconds > 0
 
 
 def test_uploads_in_a_row_are_each_their_own():

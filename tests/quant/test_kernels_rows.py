@@ -17,7 +17,6 @@ from tests.support.kernels import (
     CODECS,
     any_matrix,
     expert_slab,
-    int8_matrix,
     latent_cache,
     levels_tensor,
     needs_native,
@@ -183,10 +182,3 @@ def test_threads_change_no_code(kernels):
 
     wanted = results(1)
     assert all(same(results(threads), wanted) for threads in (2, 3, 4, 16))
-
-
-def test_largest_products(kernels):
-    """Each byte at its largest, of either sign."""
-    signs = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]).repeat(1, 64)
-    w = int8_matrix(kernels, (signs * 127).char(), torch.ones(4))
-    assert torch.equal(kernels.linear(w, signs), signs @ signs.T * 127)

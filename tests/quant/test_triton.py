@@ -6,81 +6,37 @@ Where there is no CUDA device the Triton kernels run on the CPU under Triton's i
 
 import importlib
 import importlib.util
-import shutil
-import sysconfig
 from itertools import product
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from slotmoe.border import Mlp, Pending
-from slotmoe.errors import ConfigError
 from slotmoe.model.layers import Router
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records, TorchBackend
-from slotmoe.quant.codecs.codec import (
-    EXPERT_CODECS,
-    INT4,
-    LUT3,
-    LUT4,
-    MXFP4,
-    NF4,
-    TILE,
-    ExpertCodecs,
-)
-from slotmoe.quant.codecs.weight import (
-    CodedWeight,
-    Int8Weight,
-    dequantize,
-    int8_by_torch,
-    levels_of,
-    map_tensors,
-)
+from slotmoe.quant.codecs.codec import EXPERT_CODECS, MXFP4, TILE, ExpertCodecs
+from slotmoe.quant.codecs.weight import dequantize
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
-from tests.support.codes import quantize_coded
-from tests.support.params import nth
+from tests.quant.test_ops import DEVICE, error, make_weight, nth_interpreted, randn
+from tests.support.codes import random_codes
 from tests.support.slab import NF4S, write_record
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 launch = importlib.import_module("slotmoe.quant.backends.triton_few")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def disturb(weight, generator, factors=(1.0, -1.0, 0.0, 1e-4, 8.0)):
-    """Multiply scales by random ``factors``; those of rows that are not there become poison."""
-    rows, numbers = weight.shape[0] % TILE or TILE, weight.scales  # of the last tile
-    if numbers.dtype == torch.float16:
-        numbers = numbers.view(len(numbers), -1, TILE)
-    elif numbers.dtype == torch.float8_e8m0fnu:
-        powers = numbers.view(torch.uint8).view(len(numbers), -1, TILE)
-        if len(factors) > 2:
-            chosen = torch.randint(-9, 4, powers.shape, generator=generator)
-            powers.copy_(torch.where(chosen < -7, 0, (powers.int() + chosen).clamp(min=0)))
-        powers[-1, :, rows:] = 160
-        return
-    else:
-        blocks = numbers[:, 2:].view(torch.int8)
-        blocks[torch.rand(blocks.shape, generator=generator) < 0.2] *= -1
-        numbers = numbers[:, :2].view(torch.float32).view(-1, 1, TILE)
-    chosen = torch.randint(len(factors), numbers.shape, generator=generator)
-    numbers *= torch.tensor(factors, dtype=numbers.dtype)[chosen]
-    numbers[-1, :, rows:] = torch.nan
-
-
-def make_records(S, D, width, codecs=NF4S, seed=0):
-    """Random records with scales of both signs, zeros, tiny and large ones; padding bytes are
-    poison."""
-    layout, generator = RecordLayout(D, width, codecs), torch.Generator().manual_seed(seed)
-    slab = torch.full((S, layout.record_bytes), 0xFF, dtype=torch.uint8)  # NaN, read as scales
+def make_records(S, D, width, codecs=NF4S):
+    """Random records, of NaN where there are no bytes."""
+    layout, rng = RecordLayout(D, width, codecs), np.random.default_rng(0)
+    slab = torch.full((S, layout.record_bytes), 0xFF, dtype=torch.uint8)
     for record in slab:
         for name in PROJECTIONS:
-            N, K = layout.shapes[name]
-            w_NK = torch.randn(N, K, generator=generator) * K**-0.5
-            write_record(record, layout, name, *quantize_coded(w_NK, codecs.of(name)))
-            disturb(layout.weight(record, name, layout.levels()), generator)
+            weight, _ = random_codes(rng, codecs.of(name), *layout.shapes[name], 4 * D**-0.5)
+            write_record(record, layout, name, weight.codes, weight.scales)
     return Records(slab.to(DEVICE), layout, layout.levels().to(DEVICE))
 
 
@@ -96,23 +52,9 @@ def expert_of(records, slot, x_TD, limit=torch.inf):
     return mlp_in_float64(x_TD, *records.weights(slot), limit=limit)
 
 
-def error(actual, expected):
-    """Relative RMS difference."""
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
 def error_of_rows(actual, expected):
     """The mean of the rows' relative differences."""
     return ((actual.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).mean().item()
-
-
-def nth_interpreted(step, parameters):
-    """As ``nth`` where kernels are interpreted, which takes long; on a GPU all."""
-    return nth(step if DEVICE.type == "cpu" else 1, parameters)
-
-
-def randn(*shape):
-    return torch.randn(shape, device=DEVICE)
 
 
 @pytest.fixture(autouse=True)
@@ -174,33 +116,6 @@ def test_experts_are_those_experts_and_leave_the_others(ops, T, coding):
         assert error_of_rows(y_TKD, exact_TKD) <= 1.1 * error_of_rows(plain_TKD, exact_TKD)
 
 
-@pytest.mark.parametrize("T", [1, 9])
-def test_gates_and_ups_have_a_limit(ops, T):
-    """In experts and in an MLP; NaN stays NaN, and a limit that nothing reaches changes no bit."""
-    limit, x_TD, indices_TK = 0.5, randn(T, 64), choice(T)
-    records, slots_E = make_records(4, 64, 32), slots_of(2, 1, 0, 3, 0, 1)
-    weights = [make_weight(kind, *shape, wild=False) for kind, shape in (
-        ("mxfp4", (24, 64)), ("mxfp4", (24, 64)), ("int8", (64, 24)),
-    )]  # fmt: skip
-    results = {}
-    for ops.swiglu_limit in (0.0, 1e30, limit):
-        y_TKD = outputs(ops, x_TD, records, slots_E, indices_TK)
-        results[ops.swiglu_limit] = y_TKD, ops.mlp(x_TD, Mlp(*weights))
-    y_TKD, y_TD = results[limit]
-    exact_TKD = torch.stack([
-        torch.cat([expert_of(records, slots_E[e], x[None], limit) for e in row])
-        for x, row in zip(x_TD, indices_TK, strict=True)
-    ])  # fmt: skip
-    rounding = 3e-6 if T <= launch.ROWS or type(ops) is TorchBackend else 12 * 2**-9
-    for found, exact in ((y_TKD, exact_TKD), (y_TD, mlp_in_float64(x_TD, *weights, limit=limit))):
-        assert error(found, exact) <= rounding
-    for found, without, large in zip(*(results[key] for key in (limit, 0.0, 1e30)), strict=True):
-        assert torch.equal(without, large) and error(found, without) > 0.05
-    if T == 1:  # numpy warns of NaN in the interpreter's products of many
-        x_TD[0, 5] = torch.nan
-        assert bool(outputs(ops, x_TD, records, slots_E, indices_TK).isnan().all())
-
-
 @pytest.mark.parametrize("T", nth_interpreted(3, TOKENS))
 def test_an_experts_output_depends_on_its_token_alone(ops, T):
     """Bitwise the same in several calls, in any order, from other slots; a call without any expert
@@ -229,7 +144,7 @@ def test_a_layer_in_two_launches_is_bitwise_the_layer_in_several(T, shared):
     programs of a tile is as it was."""
     D, width, indices_TK = 32, 16, choice(T)
     records, x, h, weights = make_records(4, D, width), randn(T, D), randn(T, D), randn(T, 3).abs()
-    matrices = [make_weight(shared, *shape, wild=False) for shape in ((24, D), (24, D), (D, 24))]
+    matrices = [make_weight(shared, *shape) for shape in ((24, D), (24, D), (D, 24))]
     y_TKD, between, shared_y = (
         torch.empty(T, *shape, device=DEVICE) for shape in ((3, D), (24,), (D,))
     )
@@ -279,28 +194,6 @@ def test_weighted_sum_goes_in_the_gates_order_and_no_token_has_no_experts(ops):
     assert y_TKD.shape == (0, 3, 64)
 
 
-CODECS = {codec.name: codec for codec in (NF4, LUT4, LUT3, INT4, MXFP4)}
-
-
-def make_weight(kind, N, K, seed=0, wild=True):
-    """A [N, K] matrix of a kind, with rows or blocks of zeros, tiny, large and (of codes) negative
-    scales if ``wild``."""
-    generator = torch.Generator().manual_seed(seed)
-    w_NK = torch.randn(N, K, generator=generator) * K**-0.5
-    if kind == "int8":
-        q, scale = int8_by_torch(w_NK)
-        scale *= torch.tensor([1.0, 0.0, 1e-6, 100.0] if wild else [1.0] * 4)[
-            torch.randint(4, (N,), generator=generator)
-        ]
-        return Int8Weight(q.to(DEVICE), scale.to(DEVICE))
-    if kind in CODECS:
-        levels = levels_of(CODECS[kind]) * 1.5 + 0.1
-        weight = CodedWeight(*quantize_coded(w_NK, CODECS[kind]), levels, (N, K))
-        disturb(weight, generator, *[] if wild else [(1.0, -1.0)])
-        return map_tensors(weight, lambda tensor: tensor.to(DEVICE))
-    return w_NK.to(kind).to(DEVICE)
-
-
 @pytest.fixture(scope="module")
 def triton_ops():
     return pick_backend(DEVICE, "triton")
@@ -335,29 +228,3 @@ def test_experts_far_into_a_slab_larger_than_2_gib_are_addressed(triton_ops, T):
     x_TD, indices_TK = randn(T, 64), torch.zeros(T, 1, dtype=torch.int64)
     y_TKD = outputs(triton_ops, x_TD, far, slots_of(len(slab) - 1), indices_TK.to(DEVICE))
     assert error(y_TKD[:, 0], expert_of(small, 0, x_TD)) < (1e-5 if T == 1 else 1e-2)
-
-
-def test_a_gpu_without_what_triton_needs_computes_through_torch_and_says_why(monkeypatch, tmp_path):
-    device = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.delenv("CC", raising=False)
-    assert "no C compiler" in pick_backend(device).name
-    monkeypatch.setenv("CC", "a compiler")
-    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": f"/nowhere/{scheme}"})
-    monkeypatch.setattr(sysconfig, "get_default_scheme", lambda: "posix_local")  # Debian's
-    assert pick_backend(device).name.endswith("/nowhere/posix_prefix/Python.h is not there")
-    monkeypatch.delenv("CC")
-    (tmp_path / "runtime" / "tcc").mkdir(parents=True)  # as in the wheel for Windows
-    spec = SimpleNamespace(origin=tmp_path / "__init__.py")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    assert "Python.h" in pick_backend(device).name
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "below 8.0" in pick_backend(device).name
-    monkeypatch.setattr("slotmoe.quant.backends.triton.InterpretedFunction", int)
-    with pytest.raises(ConfigError, match=r"kernels triton: .* set TRITON_INTERPRET=1; or use k"):
-        pick_backend(torch.device("cpu"), "triton")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert pick_backend(device).name.startswith("torch, since Triton is not installed")
-    with pytest.raises(ConfigError, match=r"Triton is not installed.* or use kernels torch"):
-        pick_backend(device, "triton")

@@ -120,24 +120,12 @@ def through_experts(kernels, x, chosen, slots, coded, y):
     return y
 
 
-def through_expert(kernels, x, record, intermediate):
-    """All of x through one expert, [T, H]."""
-    y, chosen = torch.empty(len(x), 1, x.shape[1]), torch.zeros(len(x), 1, dtype=torch.int64)
-    coded = expert_slab(slab_of([record]), x.shape[1], intermediate)
-    return through_experts(kernels, x, chosen, chosen[0].int(), coded, y)[:, 0]
-
-
 def coded_matrix(rng, n, k, codec=NF4, size=1.0):
     return Matrix.of(random_codes(rng, codec, n, k, size)[0])
 
 
 def int8_matrix(kernels, q, scale):
     return kernels.tile_int8(Int8Weight(q, scale), new)
-
-
-def alone(kernels, x, records, intermediate):
-    """x [H] through some experts, by a call for each: [k, H]."""
-    return torch.cat([through_expert(kernels, x[None], r, intermediate) for r in records])
 
 
 def any_matrix(kernels, rng, kind, n, k):

@@ -1,5 +1,6 @@
-"""One table of a GPU's operations but experts', in small shapes, beside plain torch in float64; and
-each row has the same bits alone and among others, where the operation says so.
+"""One table of a GPU's operations but experts', some of them also of the native kernels, in small
+shapes, beside plain torch in float64; and each row has the same bits alone and among others, where
+the operation says so.
 
 Where there is no CUDA device the Triton kernels run on the CPU under Triton's interpreter.
 """
@@ -7,6 +8,7 @@ Where there is no CUDA device the Triton kernels run on the CPU under Triton's i
 from itertools import product
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,12 +16,46 @@ from slotmoe.border import HyperGeometry, ListedRows, Mixed, Mixing, Router
 from slotmoe.model.layers import route
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import TorchBackend
-from slotmoe.quant.codecs.weight import dequantize
-from tests.quant.test_triton import CODECS, DEVICE, error, make_weight, nth_interpreted, randn
+from slotmoe.quant.backends.native import NativeBackend
+from slotmoe.quant.codecs.codec import INT4, LUT3, LUT4, MXFP4, NF4
+from slotmoe.quant.codecs.weight import Int8Weight, dequantize, int8_by_torch, map_tensors
+from tests.support.codes import random_codes
+from tests.support.kernels import needs_native
+from tests.support.params import nth
 
 pytestmark = pytest.mark.usefixtures("interpreter")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLAIN, FEW = TorchBackend(), 8
 ROUNDING = 2**-9  # of bfloat16
+
+
+def error(actual, expected):
+    """Relative RMS difference."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def nth_interpreted(step, parameters):
+    """As ``nth`` where kernels are interpreted, which takes long; on a GPU all."""
+    return nth(step if DEVICE.type == "cpu" else 1, parameters)
+
+
+def randn(*shape):
+    return torch.randn(shape, device=DEVICE)
+
+
+CODECS = {codec.name: codec for codec in (NF4, LUT4, LUT3, INT4, MXFP4)}
+
+
+def make_weight(kind, N, K):
+    """A [N, K] matrix of a kind."""
+    rng = np.random.default_rng(0)
+    if kind in CODECS:
+        weight = random_codes(rng, CODECS[kind], N, K, 4 * K**-0.5)[0]
+        return map_tensors(weight, lambda tensor: tensor.to(DEVICE))
+    w_NK = torch.from_numpy(rng.standard_normal((N, K), dtype=np.float32)) * K**-0.5
+    if kind == "int8":
+        return map_tensors(Int8Weight(*int8_by_torch(w_NK)), lambda tensor: tensor.to(DEVICE))
+    return w_NK.to(kind).to(DEVICE)
 
 
 class Case(NamedTuple):
@@ -41,7 +77,7 @@ def linear(kind, T, N, K):
 
 
 def grouped(T):
-    weight, x_TGK = make_weight("int8", 60, 70, wild=False), randn(T, 3, 70)
+    weight, x_TGK = make_weight("int8", 60, 70), randn(T, 3, 70)
     exact = torch.einsum(
         "tgk,gok->tgo", x_TGK.double(), dequantize(weight).double().view(3, 20, 70)
     )
@@ -52,7 +88,7 @@ def grouped(T):
 def absorbed(T, kind, N, V):
     """Queries are columns of a wider tensor."""
     H, R = 3, 40
-    weight, q_THN, o_THR = make_weight(kind, H * (N + V), R, wild=False), randn(T, H, N + 8), None
+    weight, q_THN, o_THR = make_weight(kind, H * (N + V), R), randn(T, H, N + 8), None
     q_THN, o_THR = q_THN[..., :N], randn(T, H, R)
     heads_HXR = dequantize(weight).double().view(H, N + V, R)
     exact = torch.einsum("thn,hnr->thr", q_THN.double(), heads_HXR[:, :N])
@@ -181,17 +217,11 @@ OTHERS += product([grouped], [(1,), (3,)])
 
 @pytest.fixture(scope="module")
 def ops():
+    pytest.importorskip("triton", reason="needs Triton, which is for Linux")
     return pick_backend(DEVICE, "triton")
 
 
-@pytest.mark.parametrize(
-    ("make", "how"),
-    [*nth_interpreted(7, CASES), *nth_interpreted(2, OTHERS)],
-    ids=lambda it: getattr(it, "__name__", str(it)),
-)
-def test_an_operation_beside_float64(ops, make, how):
-    torch.manual_seed(0)
-    case = make(*how)
+def check(ops, case):
     results, again = (case.run(ops, slice(0, len(case.exact[0]))) for _ in range(2))
     for found, exact in zip(results, case.exact, strict=True):
         assert found.shape == exact.shape
@@ -203,7 +233,27 @@ def test_an_operation_beside_float64(ops, make, how):
     if case.alone:
         last = case.run(ops, slice(len(results[0]) - 1, len(results[0])))
         assert all(torch.equal(part, whole[-1:]) for part, whole in zip(last, results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "how"),
+    [*nth_interpreted(7, CASES), *nth_interpreted(2, OTHERS)],
+    ids=lambda it: getattr(it, "__name__", str(it)),
+)
+def test_an_operation_beside_float64(ops, make, how):
+    torch.manual_seed(0)
+    check(ops, make(*how))
     assert not ops._finished.any()
+
+
+@needs_native
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the table is on the GPU")
+@pytest.mark.parametrize("make", [gate, streams, compressed])
+def test_a_native_operation_beside_float64(kernels, make):
+    for each, how in [*CASES, *OTHERS]:
+        if each is make:
+            torch.manual_seed(0)
+            check(NativeBackend(kernels), make(*how)._replace(bound=1e-5))
 
 
 @pytest.mark.parametrize(("T", "S", "J", "A"), [(1, 70, 5, 24), (3, 129, 64, 128), (17, 530, 2, 8)])
