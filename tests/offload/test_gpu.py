@@ -2,14 +2,12 @@
 needed."""
 
 import faulthandler
-import importlib.util
 import os
 import re
 import signal
 import sys
 from dataclasses import replace
 from functools import partial
-from importlib.machinery import ModuleSpec
 from itertools import product
 from pathlib import Path
 
@@ -27,7 +25,6 @@ from slotmoe.offload.plan.speed import MEASURED, Bandwidths
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.misses import choose_mode
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant import backends
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.signals import ENDING
 from slotmoe.sizes import format_size
@@ -182,33 +179,17 @@ def test_a_gpu_is_taken_if_it_can_be_used_and_if_not_the_reason_is_said(monkeypa
             choose_device(name)
 
 
-@pytest.mark.parametrize(
-    ("capability", "present", "native", "slower"),
-    [
-        ((7, 5), {}, True, "the GPU's compute capability is below 8.0"),
-        ((8, 9), {"_python_header": lambda: Path("/x/Python.h")}, True, "/x/Python.h is not there"),
-        ((8, 9), {}, True, ""),
-        ((7, 5), {}, False, ""),
-    ],
-)
-def test_a_gpu_that_only_plain_torch_serves_is_taken_where_it_is_asked_for(
-    monkeypatch, capability, present, native, slower
-):
+def test_a_gpu_that_only_plain_torch_serves_is_taken_where_it_is_asked_for(monkeypatch):
     """Or where the CPU has no kernels of its own either."""
-    facts = replace(GOOD, capability=capability, architectures=("sm_75", "sm_89"))
+    facts = replace(GOOD, capability=(7, 5), architectures=("sm_75",))
     monkeypatch.setattr(cuda, "cuda_facts", lambda index: facts)
-    monkeypatch.setenv("CC", "a compiler")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
-    for name, value in {"_python_header": lambda: Path(__file__), **present}.items():
-        monkeypatch.setattr(backends, name, value)
-    monkeypatch.setattr(bindings, "load", lambda: native or None)
+    monkeypatch.setattr(bindings, "load", lambda: True)
     device, why = choose_device("auto", str)
-    if slower:
-        told = f"NVIDIA L4 would compute slower, through plain torch: .*{slower}$"
-        assert device.tier == "ram" and re.match(told, why)
-    else:
-        assert (device, why) == ("0", "NVIDIA L4 is here")
+    told = "NVIDIA L4 would compute slower, through plain torch: .*"
+    assert device.tier == "ram" and re.match(told, why)
     assert choose_device("cuda", str) == ("0", "as asked")
+    monkeypatch.setattr(bindings, "load", lambda: None)
+    assert choose_device("auto", str) == ("0", "NVIDIA L4 is here")
 
 
 def test_runtime_tells_its_device_and_refuses_misses_where_there_is_no_gpu(on_twin, sample_export):

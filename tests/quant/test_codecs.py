@@ -15,7 +15,7 @@ from slotmoe.quant.backends.base import new
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, KEPT_CODECS, LUT3, LUT4, NF4
 from slotmoe.quant.codecs.encode import NotFiniteError, squared_error
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, levels_of, pack, unpack
-from slotmoe.quant.kernels.cpu.weights import BoundMlp, Matrix
+from slotmoe.quant.kernels.cpu.weights import Matrix
 from tests.support.codes import quantize_coded, random_codes
 from tests.support.kernels import (
     CODECS,
@@ -23,7 +23,6 @@ from tests.support.kernels import (
     LEVELS,
     TWO_DIGITS,
     by_each_set,
-    coded_matrix,
     expert_slab,
     int8_matrix,
     native,
@@ -146,19 +145,6 @@ def test_experts(kernels, choice, sizes):
     assert (y[slots[indices] < 0] == 7).all()
 
 
-def test_bad_records_are_refused(kernels):
-    codecs, wider = EXPERT_CODECS["lut", "3.5"], EXPERT_CODECS["lut", "4"]
-    slab = slab_of([random_expert(np.random.default_rng(6), 64, 32, codecs)[1]])
-    for levels in (torch.zeros(16), torch.zeros(2, 8), torch.zeros(2, 16).double()):
-        with pytest.raises(ValueError, match="levels"):
-            expert_slab(slab, 64, 32, codecs, levels)
-    with pytest.raises(ValueError, match="record of"):
-        expert_slab(slab[:, :-192].contiguous(), 64, 32, wider)
-    one, x, y = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 64), torch.empty(1, 1, 64)
-    with pytest.raises(ValueError, match="refused"):
-        through_experts(kernels, x, one, one[0].int(), expert_slab(slab, 64, 0, codecs), y)
-
-
 def half_steps(x):
     """The most that 8 bits a block of 16 columns can be off. x [T, K] -> [T, K]."""
     padded = np.pad(np.abs(x), ((0, 0), (0, -x.shape[1] % 16)))
@@ -239,28 +225,6 @@ def test_norms(kernels, t, n, seed):
         F.layer_norm(*wide, bias.double(), 1e-3),
     )
     torch.testing.assert_close(centred.double(), want, rtol=1e-5, atol=1e-4)
-
-
-@quick
-@given(sizes(6, 100, 100), seeds, one_of(None, *CODECS))
-def test_mlp_is_its_three_products(kernels, size, seed, codec):
-    """Within the rounding of SiLU and of the requantized activations.  Without a codec of int8."""
-    (t, h, i), rng = size, np.random.default_rng(seed)
-    x, parts = torch_of(rng.standard_normal((t, h))), []
-    for shape in ((i, h), (i, h), (h, i)):
-        if codec is None:
-            q = torch.from_numpy(rng.integers(-127, 128, shape).astype(np.int8))
-            parts.append(int8_matrix(kernels, q, torch.full((shape[0],), 0.01)))
-        else:
-            parts.append(coded_matrix(rng, *shape, codec))
-    mlp, (gate, up, down) = BoundMlp(*parts), parts
-    got = kernels.mlp(mlp, x)
-    acted = F.silu(kernels.linear(gate, x)) * kernels.linear(up, x)
-    want = kernels.linear(down, acted)
-    assert (got - want).norm() <= 0.02 * want.norm() + 1e-6
-    residual, others = (torch_of(rng.standard_normal((t, h)) * by) for by in (1, 1e-3))
-    assert torch.equal(kernels.mlp(mlp, x, residual), residual + got)
-    assert torch.equal(kernels.mlp(mlp, x, residual, others), residual + (others + got))
 
 
 def numpy_nf4(x):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slotmoe.border import ListedRows
-from tests.support.kernels import latent_cache, one_of, quick, seeds, sizes, torch_of
+from tests.support.kernels import latent_cache, one_of, quick, seeds, torch_of
 
 
 def attention(q, rows, r, scale, sinks=None):
@@ -34,22 +34,6 @@ def steps(n):
     return 2 * math.sqrt(2 * math.log(2 * n) + 1) / 127 / math.sqrt(12)
 
 
-@quick
-@given(sizes(40, 300, 150), st.integers(0, 40), st.integers(0, 5), seeds, one_of(0.1, 1.0))
-def test_mla_one_token(kernels, size, p, extra, seed, spread):
-    (heads, context, r), rng = size, np.random.default_rng(seed)
-    rows, q = rng.standard_normal((context + 3, r + p)), rng.standard_normal((heads, r + p))
-    cache = latent_cache(kernels, rows, r, extra)
-    cache[context:] = 0xFF  # rows past the context have no finite scale
-    scale = spread / math.sqrt(r + p)
-    got = kernels.mla(torch_of(q)[None], cache, context, r, scale)[0]
-    want = attention(q, rows[:context], r, scale)
-    # A score is off by some `steps` of its deviation, hence a weight by that share of itself, and
-    # each value by steps too.
-    bound = 4 * steps(max(r, p)) * (1 + spread) * np.abs(rows[:context, :r]).max()
-    assert np.abs(got.numpy() - want).max() < bound
-
-
 def test_mla_shows_nan(kernels):
     rows, q = np.random.default_rng(17).standard_normal((100, 72)), torch.randn(5, 72)
     cache = latent_cache(kernels, rows, 64)
@@ -64,22 +48,6 @@ def test_mla_shows_nan(kernels):
     lost = kernels.mla(q[None], cache, 70, 64, 0.1)[0].isnan()
     assert lost[2].all()
     assert not lost[[0, 1, 3, 4]].any()
-
-
-@quick
-@given(st.integers(0, 4), st.integers(1, 5), st.integers(0, 20), st.booleans(), seeds)
-def test_rotate(kernels, t, heads, pairs, halves, seed):
-    """Pairs side by side, and those of two halves, which are others in another order."""
-    rng = np.random.default_rng(seed)
-    x = torch_of(rng.standard_normal((t, heads, 2 * pairs)))
-    table = torch.polar(torch.full((t, pairs), 0.8), torch_of(rng.uniform(-9, 9, (t, pairs))))
-    got = kernels.rotate(x, table, halves)
-    places = np.arange(2 * pairs).reshape((2, pairs) if halves else (pairs, 2))
-    first, second = places if halves else places.T
-    turned = torch.complex(x[..., first], x[..., second]) * table[:, None]
-    want = torch.zeros_like(x)
-    want[..., first], want[..., second] = turned.real, turned.imag
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
 def test_rotations_are_these_bits_on_every_system(kernels):
@@ -131,22 +99,6 @@ def test_attend_to_all_rows_is_mla(kernels, r, p):
         assert torch.equal(kernels.attend(q, ListedRows(*places, lists), r, 0.1), want)
 
 
-def test_attend_refuses(kernels):
-    cache, q = latent_cache(kernels, np.ones((4, 8)), 8), torch.ones(1, 2, 8)
-    good = ListedRows(cache, cache[:2], torch.tensor([[0, 5, -1]], dtype=torch.int32))
-    kernels.attend(q, good, 8, 1.0)
-    bad = {
-        "lists_TL": [good.lists_TL + 1, good.lists_TL.long(), good.lists_TL[0]],
-        "more_SX": [None, cache[:, :9], cache.float(), cache[:1]],
-        "rows_SX": [cache[:3], cache[:, 1:]],
-        "sinks_H": [torch.ones(3), torch.ones(2).double()],
-    }
-    refused = [good._replace(**{name: value}) for name in bad for value in bad[name]]
-    for listed, latent in [*((listed, 8) for listed in refused), (good, 7)]:
-        with pytest.raises((ValueError, AssertionError)):
-            kernels.attend(q, listed, latent, 1.0)
-
-
 def chosen(scores, k):
     """The best, of equals the first, ascending, then -1."""
     best = np.sort(np.argsort(-scores, kind="stable")[:k])
@@ -174,19 +126,31 @@ def test_index_chooses_exactly(kernels, k, nans, falling, seed):
     assert (got[1] == chosen(scores[:1234], k)).all()
 
 
-def test_index_refuses(kernels):
-    cache = latent_cache(kernels, np.ones((4, 8)), 8)
-    good = {"q": torch.ones(1, 2, 8), "weights": torch.ones(1, 2), "keys": cache, "k": 2}
-    good["counts"] = torch.tensor([4], dtype=torch.int32)
-    kernels.index(**good)
+def test_lists_and_keys_of_another_shape_or_type_are_refused(kernels):
+    cache, q = latent_cache(kernels, np.ones((4, 8)), 8), torch.ones(1, 2, 8)
+    listed = ListedRows(cache, cache[:2], torch.tensor([[0, 5, -1]], dtype=torch.int32))
+    keys = {"q": q, "weights": torch.ones(1, 2), "keys": cache, "k": 2}
+    keys["counts"] = torch.tensor([4], dtype=torch.int32)
     bad = {
+        "lists_TL": [listed.lists_TL + 1, listed.lists_TL.long(), listed.lists_TL[0]],
+        "more_SX": [None, cache[:, :9], cache.float(), cache[:1]],
+        "rows_SX": [cache[:3], cache[:, 1:]],
+        "sinks_H": [torch.ones(3), torch.ones(2).double()],
         "q": [torch.ones(1, 2, 9), torch.ones(1, 3, 8)],
         "weights": [torch.ones(2, 2), torch.ones(1, 2).double()],
         "keys": [cache[:, 1:], cache.float()],
-        "counts": [good["counts"] + 1, good["counts"] - 5, good["counts"].long()],
+        "counts": [keys["counts"] + 1, keys["counts"] - 5, keys["counts"].long()],
         "k": [0],
     }
+
+    def run(name="k", value=2):
+        kernels.index(**keys | ({name: value} if name in keys else {}))
+        if name not in keys:
+            kernels.attend(q, listed._replace(**{name: value}), 8, 1.0)
+
+    run()
+    run("rows_SX", cache)
     for name, values in bad.items():
         for value in values:
             with pytest.raises((ValueError, AssertionError)):
-                kernels.index(**good | {name: value})
+                run(name, value)

@@ -1,11 +1,9 @@
 """Compiles what the Triton backend launches for V2-Lite or V2, or of the attention of V3.2 or V4,
-for a GPU that need not be here: ``python -m tests.support.compile_gpu sm_86 v2-lite``.  With names
-of ``CODES`` behind these only the experts of one token, coded so.
+for a GPU that need not be here: ``python -m tests.support.compile_gpu sm_86 v2-lite``.
 
-A process of its own, since Triton interprets in the tests' one; another Triton may stand before
-this one in PYTHONPATH.  Each line of the output is a JSON object: kernel, the ``kind`` of the
-weights that it reads, the bytes of shared memory that a program takes, its registers, the bytes
-that it spills into memory, and how many ``loads`` of each width in bits each of its loops has.
+A process of its own, since Triton interprets in the tests' one.  Each line of the output is a JSON
+object: kernel, the bytes of shared memory that a program takes, the bytes that it spills into
+memory, and how many ``loads`` of each width in bits each of its loops has.
 """
 
 import json
@@ -27,15 +25,13 @@ from slotmoe.model.config import parse_config, read_config
 from slotmoe.model.layers import geometry_of
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.quant.backends.triton import TritonBackend
-from slotmoe.quant.codecs.codec import INT4, LUT3, LUT4, MXFP4, ExpertCodecs
+from slotmoe.quant.codecs.codec import LUT3, LUT4, ExpertCodecs
 from tests.support.meta import META, empty, forward, network_of
 from tests.support.slab import NF4S
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 TYPES |= {torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
 LUTS = ExpertCodecs(LUT3, LUT4)
-CODES = {"nf4": NF4S, "lut": LUTS}
-CODES |= {"int4": ExpertCodecs(INT4, INT4), "mxfp4": ExpertCodecs(MXFP4, MXFP4)}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -60,7 +56,7 @@ def described(kernel, arguments):
 
 
 def resources(compiled):
-    """Registers, spilled bytes and loops' loads of a compiled kernel."""
+    """Spilled bytes and loops' loads of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -68,9 +64,9 @@ def resources(compiled):
             subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True).stdout
             for what in ("-res-usage", "-sass")
         )
-    counts = {what: int(count) for what, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    counts = {what: int(count) for what, count in re.findall(r"(STACK):(\d+)", usage)}
     loads = [Counter(filter(None, map(width_of_load, body))) for body in loops(code)]
-    return {"registers": counts["REG"], "spilled": counts["STACK"], "loads": loads}
+    return {"spilled": counts["STACK"], "loads": loads}
 
 
 def width_of_load(text):
@@ -92,9 +88,9 @@ def loops(code):
                 yield body
 
 
-def compile_instead(capability, only=""):
+def compile_instead(capability):
     """A ``JITFunction.run`` that compiles as a launch with these arguments would, once for each
-    kind of arguments, if the kernel's name holds ``only``."""
+    kind of arguments."""
     seen = set()
 
     def run(kernel, *args, grid, warmup, **options):
@@ -102,12 +98,12 @@ def compile_instead(capability, only=""):
         arguments |= {name: options.pop(name) for name in kernel.arg_names if name in options}
         description = described(kernel, arguments)
         name = f"{kernel.fn.__module__}.{kernel.__name__}"
-        if (variant := f"{name} {description} {options}") in seen or only not in name:
+        if (variant := f"{name} {description} {options}") in seen:
             return
         seen.add(variant)
         source, target = ASTSource(kernel, *description), GPUTarget("cuda", capability, 32)
         compiled = triton.compile(source, target=target, options=options)
-        told = {"kernel": name, "kind": arguments.get("KIND"), "shared": compiled.metadata.shared}
+        told = {"kernel": name, "shared": compiled.metadata.shared}
         print(json.dumps(told | resources(compiled)))
 
     return run
@@ -152,15 +148,11 @@ def launch_operations(backend, geometry):
 
 
 if __name__ == "__main__":
-    _, target, geometry, *codes = sys.argv
-    JITFunction.run = compile_instead(int(target[3:]), ".rows.experts_" if codes else "")
+    _, target, geometry = sys.argv
+    JITFunction.run = compile_instead(int(target[3:]))
     given = TritonBackend(META)
     geometry = geometry_path(geometry)
     described_by = read_config(geometry)
-    for code in codes:
-        forward(network_of(described_by, given, "int8", CODES[code]), 1, 512)
-    if codes:
-        sys.exit()
     if described_by.indexer is not None:
         launch_operations(given, geometry_of(described_by))
         sys.exit()
