@@ -199,9 +199,6 @@ def test_runtime_tells_its_device_and_refuses_misses_where_there_is_no_gpu(on_tw
         Runtime.open(sample_export, context=64, device="cpu", misses="cpu")
 
 
-# Measured
-
-
 def test_bench_tells_the_links_bytes_and_bound(on_twin):
     with on_twin(Twin(), misses="fetch", slots=22, prefetch=False) as runtime:
         runtime.warm()

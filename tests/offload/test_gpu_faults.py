@@ -94,13 +94,9 @@ def test_out_of_memory_in_the_middle_of_an_answer(on_twin, wanted, moment, times
         right(runtime, wanted)
 
 
-# Faults
-
-
 ILLEGAL = "CUDA error: an illegal memory access"
 AGAIN = f"^the twin failed .{ILLEGAL}.; start the program again$"
 BROKEN = [  # what, at which copy or launch, by what, and what is told
-    ("fail", 1, "an invalid argument", r"copying an expert to the twin failed .an invalid argu"),
     ("fail", 60, "an invalid argument", r"copying an expert to the twin failed .an invalid argu"),
     ("on_launch", 1, f"{ILLEGAL}\nmore", AGAIN),
     ("on_launch", 1, "a mistake here", "^a mistake here$"),

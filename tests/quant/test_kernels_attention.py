@@ -105,10 +105,6 @@ def chosen(scores, k):
     return np.pad(best, (0, k - len(best)), constant_values=-1)
 
 
-def index(kernels, q, weights, cache, counts, k):
-    return kernels.index(q, weights, cache, torch.tensor(counts, dtype=torch.int32), k).numpy()
-
-
 @quick
 @given(one_of(1, 3, 40, 1000, 2999), one_of(0, 1, 700), st.booleans(), seeds)
 def test_index_chooses_exactly(kernels, k, nans, falling, seed):
@@ -121,7 +117,8 @@ def test_index_chooses_exactly(kernels, k, nans, falling, seed):
     keys[rng.permutation(3000)[:nans]] = np.nan
     scores = np.maximum(sizes, 0) * weights[0, 0].item()
     scores[np.isnan(keys[:, 0])] = -np.inf
-    got = index(kernels, q, weights, latent_cache(kernels, keys, 32), [3000, 1234], k)
+    counts, cache = torch.tensor([3000, 1234]).int(), latent_cache(kernels, keys, 32)
+    got = kernels.index(q, weights, cache, counts, k).numpy()
     assert (got[0] == chosen(scores, k)).all()
     assert (got[1] == chosen(scores[:1234], k)).all()
 

@@ -78,19 +78,3 @@ def test_few_calls_are_bitwise_op_by_op(name, resident):
     both = torch.tensor(ids[11:15] + ids[:4])
     got = network.head_each(network.forward(both, pair))
     assert torch.equal(got, torch.cat([expected[11:15], expected[:4]]))
-
-
-def test_rows_that_a_token_needs_must_be_there():
-    network = network_of(CASES["v4"][0], "int8", NativeBackend(native))
-    network.experts.complete = True
-    token = torch.tensor(IDS[:1])
-    tails = {
-        "the window begins": lambda state: state.window,
-        "open rows begin": lambda state: state.groups[4].open,
-    }
-    for words, tail_of in tails.items():
-        state = state_of(network)
-        feed(network, state, IDS, [1] * 23)
-        tail_of(state).first += 20
-        with pytest.raises(ValueError, match=words):
-            network.forward(token, [state])

@@ -31,7 +31,8 @@ ROUNDING = 2**-9  # of bfloat16
 
 def error(actual, expected):
     """Relative RMS difference."""
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+    actual, expected = actual.cpu().double(), expected.cpu().double()
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def nth_interpreted(step, parameters):
@@ -88,8 +89,8 @@ def grouped(T):
 def absorbed(T, kind, N, V):
     """Queries are columns of a wider tensor."""
     H, R = 3, 40
-    weight, q_THN, o_THR = make_weight(kind, H * (N + V), R), randn(T, H, N + 8), None
-    q_THN, o_THR = q_THN[..., :N], randn(T, H, R)
+    weight, q_THN, o_THR = make_weight(kind, H * (N + V), R), randn(T, H, N + 8), randn(T, H, R)
+    q_THN = q_THN[..., :N]
     heads_HXR = dequantize(weight).double().view(H, N + V, R)
     exact = torch.einsum("thn,hnr->thr", q_THN.double(), heads_HXR[:, :N])
     values = torch.einsum("thr,hvr->thv", o_THR.double(), heads_HXR[:, N:])

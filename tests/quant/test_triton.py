@@ -5,7 +5,6 @@ Where there is no CUDA device the Triton kernels run on the CPU under Triton's i
 """
 
 import importlib
-import importlib.util
 from itertools import product
 
 import numpy as np
@@ -52,11 +51,6 @@ def expert_of(records, slot, x_TD, limit=torch.inf):
     return mlp_in_float64(x_TD, *records.weights(slot), limit=limit)
 
 
-def error_of_rows(actual, expected):
-    """The mean of the rows' relative differences."""
-    return ((actual.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).mean().item()
-
-
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -97,23 +91,18 @@ def test_experts_are_those_experts_and_leave_the_others(ops, T, coding):
     records, indices_TK = make_records(4, 128, 48, CODINGS[coding]), choice(T)
     x_TD = randn(T, 128)
     y_TKD = outputs(ops, x_TD, records, slots_of(*SLOTS), indices_TK)
-    plain_TKD = outputs(TorchBackend(torch.bfloat16), x_TD, records, slots_of(*SLOTS), indices_TK)
-    exact_TKD, computed = y_TKD.double(), []
+    computed = []
     for expert, slot in enumerate(SLOTS):
         uses = (indices_TK == expert).nonzero(as_tuple=True)
         if slot < 0:
             assert bool((y_TKD[uses] == -7).all())
         elif len(uses[0]):
-            exact_TKD[uses] = expert_of(records, slot, x_TD[uses[0]])
             computed.append(expert)
             # A few tokens are computed in float32.  Else bfloat16 rounds by up to 2**-9 the input
             # and a weight twice, for gate and up, then their product and a weight.
             rounding = 1e-6 if T <= launch.ROWS else 6 * 2**-9
-            assert error(y_TKD[uses], exact_TKD[uses]) <= rounding
+            assert error(y_TKD[uses], expert_of(records, slot, x_TD[uses[0]])) <= rounding
     assert len(computed) == min(T + 1, 4)
-    if T == 80:  # enough rows to compare two roundings; each counts alike, however large it is
-        # The bound is an error itself, of one sample: hence the tenth.
-        assert error_of_rows(y_TKD, exact_TKD) <= 1.1 * error_of_rows(plain_TKD, exact_TKD)
 
 
 @pytest.mark.parametrize("T", nth_interpreted(3, TOKENS))

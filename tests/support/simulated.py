@@ -232,7 +232,6 @@ def _copied(operation, args, kwargs):
     gpu, late = target.memory.gpu, kwargs.get("non_blocking") or args[2:] == (True,)
     stream, elem, address = current_stream(gpu.device), target.elem, source.data_ptr()
     pinned = any(first <= address < first + size for first, size in gpu.pinned().items())
-    gpu.unpinned += not pinned
     gpu.engine += stream is gpu.default
     if not (late and pinned):  # the driver has the bytes of pageable RAM when the call returns
         source = source.clone()

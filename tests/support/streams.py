@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 KIND = "maia"  # a type of device that no build of torch has anything for
 GPUS, PINNED = {}, {}  # by index; page-locked RAM by address: bytes, and whose it is
-clock = time.perf_counter
 _numbers = count(1)  # 0 is the GPU that a thread has when nothing is said, and nobody's here
 
 
@@ -57,7 +56,7 @@ class Gpu:
         self.lock, self.streams = threading.RLock(), []
         self.free, self.failure = defaultdict(list), None  # by pool and bytes; what stays
         self.capacity, self.taken, self.allocated, self.peak = capacity, 0, 0, 0
-        self.engine = self.unpinned = 0
+        self.engine = 0
         self.pins = 1 << 40  # bytes that may be page-locked
         self.default = Stream(self.index, self)
 
@@ -106,7 +105,7 @@ class Gpu:
         """Run what is first in a stream, or first of what that waits for."""
         while stream.items and isinstance(item := stream.items[0], Mark):
             if item.stream is stream or item.reached:
-                item.reached, item.when = True, item.when or clock()
+                item.reached, item.when = True, item.when or time.perf_counter()
                 stream.items.popleft()
                 return
             stream = item.stream
