@@ -17,12 +17,10 @@ import pytest
 
 from slotmoe.errors import ConfigError, ExportError
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.quant.codecs.codec import EXPERT_CODECS
 from slotmoe.quant.export.layout import MANIFEST
 from tests.support.disk import Stop, stop_at, tree
 from tests.support.tiny import write_checkpoint
 
-NF4_CODECS = EXPERT_CODECS["nf4", "4"]
 ROOT = Path(__file__).parents[2]
 
 

@@ -1,5 +1,4 @@
-"""What tests of writing to a disk share: a folder's bytes, a disk that fills up, runs that are
-stopped or killed."""
+"""What tests of writing to a disk share: a folder's bytes, runs that are stopped or killed."""
 
 import hashlib
 import os
