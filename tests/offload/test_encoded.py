@@ -58,8 +58,7 @@ def weights_of(export):
     return {n: data for n, data in tree(export).items() if n not in ("config.json", MANIFEST)}
 
 
-@pytest.mark.parametrize("resident", ["bf16", "int8"])
-def test_export_is_that_of_the_decoded_weights(source, resident, tmp_path):
+def test_export_is_that_of_the_decoded_weights(source, tmp_path):
     plain = tmp_path / "plain"
     shutil.copytree(source, plain)
     with open_checkpoint(source) as checkpoint:
@@ -71,8 +70,7 @@ def test_export_is_that_of_the_decoded_weights(source, resident, tmp_path):
     config.pop("quantization_config", None)
     (plain / "config.json").write_text(json.dumps(config))
     for folder in (source, plain):
-        options = {"resident": resident, "codecs": EXPERT_CODECS["nf4", "4"]}
-        quantize(folder, tmp_path / f"{folder.name}-e", **options)
+        quantize(folder, tmp_path / f"{folder.name}-e", codecs=EXPERT_CODECS["nf4", "4"])
     assert weights_of(tmp_path / "tiny-e") == weights_of(tmp_path / "plain-e")
     logits = []
     for folder in (source, plain):
@@ -81,12 +79,11 @@ def test_export_is_that_of_the_decoded_weights(source, resident, tmp_path):
     assert torch.equal(*logits)
 
 
-@pytest.mark.parametrize("settings", [FP8, packed(), FP4], ids=["fp8", "int4", "fp4"])
-def test_scales_may_be_in_another_file_than_their_codes(hub, settings, tmp_path):
+def test_scales_may_be_in_another_file_than_their_codes(hub, tmp_path):
     """From the hub weight files come one after the other, and the first is gone by then."""
     folder = tmp_path / "tiny"
     write_checkpoint(folder, **V3)
-    encode(folder, settings, scales_apart=True)
+    encode(folder, FP8, scales_apart=True)
     quantize(folder, tmp_path / "local")
     hub.add(NAME, Repo(folder))
     make(tmp_path / "export")

@@ -2,11 +2,13 @@
 kill.  The next text has the same bits."""
 
 import faulthandler
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -64,9 +66,9 @@ def test_ctrl_c_at_any_moment_leaves_the_bits(sample_export, monkeypatch, is_hel
         want, ids = compute(runtime), [token.id for token in runtime.generate(PROMPT, 10)]
         logits = runtime.logits(IDS)
         struck = 0
-        for number in range(24):
+        for number in range(12):
             try:
-                press(0.001 + 0.003 * number)
+                press(0.001 + 0.006 * number)
                 list(runtime.generate(PROMPT, 10)) if number % 3 else runtime.logits(IDS)
                 until(lambda: False)  # the signal comes here, if it has not before
             except KeyboardInterrupt:
@@ -74,8 +76,25 @@ def test_ctrl_c_at_any_moment_leaves_the_bits(sample_export, monkeypatch, is_hel
             if number % 4 == 3:
                 assert [token.id for token in runtime.generate(PROMPT, 10)] == ids
                 assert runtime.logits(IDS).equal(logits)
-        assert struck == 24
+        assert struck == 12
         check(runtime, want)
+
+
+def test_closing_frees_network_and_slots(sample_export):
+    """Without a garbage collection: the next model needs the memory now."""
+    runtime = Runtime.open(sample_export, context=256, slots=22)
+    compute(runtime)
+    gc.collect()
+    gc.disable()
+    try:
+        model = runtime.model
+        parts = model.network, model.states[0], model.experts, model.experts.slots.slab, model.store
+        gone = [weakref.ref(part) for part in parts]
+        del model, parts
+        runtime.close()
+        assert not [type(ref()) for ref in gone if ref() is not None]
+    finally:
+        gc.enable()
 
 
 def test_ctrl_c_ends_a_text_within_one_layer(sample_export):

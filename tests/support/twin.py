@@ -4,10 +4,8 @@ What a missing wait, an early write or a slot that is used again would do on a G
 text: nothing here knows slots or events.  ``tests/support/simulated.py`` says what runs when.
 """
 
-import gc
 import sys
 import weakref
-from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -163,29 +161,6 @@ def open_on(export, twin, host_slots=EXPERTS, **options):
         patch.setattr(loading, "stored_bandwidths", lambda path: measured())
         patch.setattr("slotmoe.offload.runtime.choose_device", lambda wanted: (twin, "a test"))
         return Runtime.open(export, context=256, threads=1, **options)
-
-
-@contextmanager
-def freed(runtime):
-    """Closes it behind the block; then network, slots and the twin's memory are gone without a
-    garbage collection: the next model needs the memory now."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-        model = runtime.model
-        twin, parts = model.device, [model.network, model.network.layers[1], model.states[0]]
-        parts += [model.experts, model.experts.slots.slab, model.store]
-        layers = getattr(model.network._decoder, "_layers", None)
-        parts += layers if isinstance(layers, list) else []
-        gone = [weakref.ref(part) for part in parts]
-        del model, parts, layers
-        runtime.close()
-        assert not [type(ref()) for ref in gone if ref() is not None]
-        if getattr(twin, "_triton", True) is False:  # Triton's interpreter keeps tensors itself
-            assert twin.gpu.allocated == 0
-    finally:
-        gc.enable()
 
 
 def measured(pcie_busy=1e9, experts=1e9):
