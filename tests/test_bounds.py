@@ -19,14 +19,14 @@ BOUNDS = {
     "slotmoe": 1_898,
     "product": 30_582,
     "bench": 1_099,
-    "tests": 17_283,
+    "tests": 17_216,
     "campaigns": 3_438,
     # its files
     "product files": 150,
     # lines of C++ and headers
     "C++": 5_918,
     # words of README.md and docs/
-    "words": 19_952,
+    "words": 19_936,
 }
 WAY = {
     # the project's Python files that run for a decoded token of the sample
