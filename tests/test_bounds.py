@@ -76,5 +76,5 @@ def test_the_way_of_a_token(sample_export):
     warm, calls = way_of_a_token(sample_export)
     quarter, _ = way_of_a_token(sample_export, slots=SAMPLE_SLOTS)
     numbers = len(warm), len(quarter), round(calls)
-    # No lower edge: how often threads wake each other varies, 89 to 99 calls.
+    # No lower edge: Python 3.13 counts no comprehension as a call, 89 instead of 99.
     check(dict(zip(WAY, numbers, strict=True)), WAY, slack=1)
