@@ -113,7 +113,7 @@ class Sessions(Session):
 
     @staticmethod
     def _refuse(remark):
-        assert "been saving for long" in remark, remark
+        assert "another process is saving" in remark, remark
 
     def check(self, done, died):
         blocks = self.folder / "blocks"

@@ -41,7 +41,7 @@ _SNAPSHOT = b"slotmoe state 2\n"
 _NAME = re.compile(r"([0-9a-f]{32})-([0-9]{8})-([0-9]{2})-([0-9a-f]{32})(-state)?")
 _LEAST_TOKENS = 16  # of a conversation: reading fewer again costs less than a file
 _MOST_SIBLINGS = 4096  # blocks of one parent that are looked at for the one most like a prompt
-_LOCK_SECONDS = 0.5  # for another process to finish its save; what is left out comes with the next
+_LOCK_SECONDS = 0.5  # in which another process finishes its save
 Notify = Callable[[str], None]
 
 
@@ -213,7 +213,8 @@ class BlockFolder:
     ) -> int:
         """Keep the ``blocks`` of one chain, from its root on, and ``snapshots`` in them;
         ``content`` is asked of those that are not there.  What can't be written, or has no room, is
-        not kept, nor is what comes behind it.  Returns the bytes written."""
+        not kept, nor is what comes behind it, and nothing while another process writes: the next
+        call keeps that too, and the engine waits for nobody.  Returns the bytes written."""
         kept = [*blocks, *snapshots]
         missing = [block for block in kept if not os.path.exists(self._path(block))]
         if missing and (last := blocks[-1]) in missing and self._is_covered(last):
@@ -261,18 +262,19 @@ class BlockFolder:
 
     def sweep(self, wanted: Iterable[TokenBlock]) -> tuple[int, list[OSError]]:
         """Remove all but ``wanted`` blocks and their snapshots; bytes freed, and errors."""
-        with self._locked() as lock:
+        with self._locked(_LOCK_SECONDS) as lock:
             before, total = self._tidy((), self.limit), self._tidy(wanted, 0)
             self._set_total(lock, total)
         return before - total, self._left
 
     @contextmanager
-    def _locked(self) -> Iterator[int]:
-        """No other process changes the folder meanwhile.  Raises ``OSError``."""
+    def _locked(self, seconds: float = 0) -> Iterator[int]:
+        """No other process changes the folder meanwhile.  Raises ``OSError`` where one does for so
+        many seconds."""
         try:
-            handle = take_lock(self.folder / "lock", _LOCK_SECONDS)
+            handle = take_lock(self.folder / "lock", seconds)
         except BlockingIOError:
-            raise OSError("another process has been saving for long") from None
+            raise OSError("another process is saving") from None
         try:
             yield handle
         finally:

@@ -27,7 +27,8 @@ class Sessions:
     """The latents on disk that ``model`` can use, in ``folder`` and at most ``limit`` bytes.
 
     Only sequences of the same owner share latents.  Whatever changes their bits belongs to a
-    block's address: export, program's version, kernels and device.  Raises ``ConfigError``.
+    block's address: export, program's version, kernels, threads and device.  Raises
+    ``ConfigError``.
     """
 
     def __init__(self, model: LoadedModel, folder: Path, limit: int | str, notify: blocks.Notify):
@@ -138,4 +139,7 @@ def _identity(model: LoadedModel) -> bytes:
         "experts": model.config.num_experts_per_tok,
         "state": [FORMAT.decode(), state.saved_bytes(0, 1024), state.snapshot_bytes(1023)],
     }
+    on_cpu = model.device.tier == "ram" or model.experts.misses != "fetch"
+    if on_cpu and model.cpu.kind == "torch":  # whose sums have an order by threads
+        parts["threads"] = model.device.placement.threads
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()

@@ -46,6 +46,6 @@ def take_lock(path: Path, seconds: float, folder: bool = False) -> int:
             with naming(path):
                 return own.lock_folder(path) if folder else own.lock_file(path)
         except BlockingIOError:
-            if time.monotonic() > until:
+            if time.monotonic() >= until:
                 raise
         time.sleep(0.01)

@@ -4,6 +4,8 @@ not what it claims to be."""
 import os
 import random
 import shutil
+import threading
+import time
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from slotmoe.errors import ConfigError
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sessions.blocks import BlockFolder, chain, shared_prefix
 from slotmoe.offload.sessions.names import NamedSession, Saved, remove
+from slotmoe.system import take_lock
 from tests.support.blocks import per_token
 from tests.support.engine import decode
 from tests.support.tiny import SAMPLE
@@ -95,8 +98,12 @@ def test_owners_models_and_versions_do_not_share(runtime, sample_export, store, 
 
     assert count(runtime) == 199
     assert count(runtime, owner="another key") == 0
-    with Runtime.open(sample_export, context=1024, kernels="torch") as other:
-        assert count(other) == 0
+    bits = set()
+    for threads in (1, 2):  # by which the sums of torch's kernels have another order
+        with Runtime.open(sample_export, context=256, kernels="torch", threads=threads) as other:
+            assert count(other) == 0
+            bits.add(other.stats()["sessions"]["bits"])
+    assert len(bits) == 2
     with monkeypatch.context() as patch:  # of another machine
         patch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "SSE")
         assert count(runtime) == 0
@@ -108,6 +115,21 @@ def test_owners_models_and_versions_do_not_share(runtime, sample_export, store, 
     refused = pytest.raises(ConfigError, match="keeps no sessions")
     with Runtime.open(SAMPLE, quantize=False, context=64) as reference, refused:
         reference.keep_in(store[0])
+
+
+def test_a_save_waits_for_no_other_and_says_so_once(runtime, tmp_path, monkeypatch):
+    """What it leaves out comes with the next."""
+    said, waits = keeping(runtime, tmp_path), []
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", lambda _: waits.append(threading.current_thread().name))
+        lock = take_lock(tmp_path / "blocks" / "lock", 0)
+        decode(runtime, TEXT[:60], TEXT[60:])  # the end of four blocks
+    (line,) = said
+    assert "another process is saving" in line and "slotmoe-engine" not in waits
+    os.close(lock)
+    decode(runtime, [*TEXT, 5], [])
+    runtime.engine.empty()
+    assert (restored(runtime, [*TEXT, 5, 6])[0], len(said)) == (201, 1)
 
 
 def flip(position):
