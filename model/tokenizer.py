@@ -7,6 +7,7 @@ here is parsed by a child first, because the library aborts the process on some.
 
 import hashlib
 import json
+import re
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
@@ -20,8 +21,8 @@ from slotmoe.jsonfile import Json, ReadFile, files_in, parse_json
 from slotmoe.model.child import PARSER, TEMPLATE
 
 MAX_TOKENIZER_BYTES = 32 << 20  # that of GLM-4.7 has 20 MB
-# Mistral Small 4 has 131,000 tokens and 270,000 merges, which may be written as pairs.
-MAX_TOKENIZER_VALUES = 1_000_000
+# gpt-oss has 200,000 tokens and 446,000 merges, which may be written as pairs.
+MAX_TOKENIZER_VALUES = 1_500_000
 _SPARE_IDS = 1024  # beyond the model's rows: special tokens of a fine-tuning that it never learned
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_SETTINGS_BYTES = 1 << 22
@@ -39,6 +40,12 @@ BYTE_CHARACTERS = {byte: character for character, byte in _BYTE_LEVEL.items()}
 # As the Coder models spell them.
 FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")  # noqa: RUF001
 _MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"))
+# gpt-oss writes messages with headers that name a channel (https://github.com/openai/harmony).
+CHANNEL, MESSAGE, CONSTRAIN = "<|channel|>", "<|message|>", "<|constrain|>"
+_START, _END = "<|start|>", "<|end|>"
+_ENDS = (_START, _END, "<|call|>", "<|return|>")  # of a message
+_HARMONY = (CHANNEL, MESSAGE, CONSTRAIN, *_ENDS)
+CALLED, TAKES = f"{CHANNEL}commentary to=functions.", f" {CONSTRAIN}json{MESSAGE}"
 _Named = TypedDict("_Named", {"name": str, "template": str})
 
 
@@ -52,16 +59,23 @@ class _Settings(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ReasoningMarks:
-    """The marks of one model's reasoning; ``shown`` are those that are tokens, by id."""
+    """The marks of one model's reasoning; ``shown`` are those that are tokens, by id.  ``header``
+    begins the message behind it, and ``text`` is the rest of that header if the message is text,
+    where answers are several messages."""
 
     begin: str
     end: str
     shown: Mapping[int, str]
+    header: str = ""
+    text: str = ""
 
     def is_begun(self, prompt: str) -> bool | None:
         """Whether a prompt has the first mark already, so that the answer begins behind it; None
         where it has the last one, so that the answer has no reasoning."""
         end = prompt.rstrip()
+        if self.header:
+            last = end.rpartition(_START)[2]
+            return last.endswith(self.begin) or (None if MESSAGE in last else False)
         return None if end.endswith(self.end) else end.endswith(self.begin)
 
 
@@ -73,6 +87,11 @@ def reasoning_of(
         if template is not None and end in template:
             ids = {token_id(mark): mark for mark in (begin, end)}
             return ReasoningMarks(begin, end, {id_: m for id_, m in ids.items() if id_ is not None})
+    ids = {token_id(mark): mark for mark in _HARMONY}
+    if template is not None and CHANNEL in template and None not in ids:
+        shown = {id_: mark for id_, mark in ids.items() if id_ is not None}
+        begin, text = (f"{CHANNEL}{channel}{MESSAGE}" for channel in ("analysis", "final"))
+        return ReasoningMarks(begin, _END, shown, f"{_START}assistant", text)
     return None
 
 
@@ -122,6 +141,47 @@ class Splitter:
             text = text.lstrip()
             self._trims = not text
         return text
+
+
+class Messages(Splitter):
+    """The same of an answer in gpt-oss's format, several messages with headers.  What they write to
+    the channel ``analysis`` or to tools of their own is reasoning.  A call of a function is passed
+    on as ``CALLED``, its name, ``TAKES`` and its arguments.  The rest is text.  ``is_begun`` is
+    None where the prompt has the header of a text."""
+
+    def __init__(self, is_begun: bool | None):
+        super().__init__(None, None)
+        self._place = "text" if is_begun is None else "thought" if is_begun else "header"
+        self._begun = {self._place}
+
+    def feed(self, text: str, is_last: bool = False) -> tuple[str, str]:
+        self._held += text
+        found = dict.fromkeys(("thought", "text", "call"), "")
+        while self._place != "header" or MESSAGE in self._held:
+            if self._place == "header":
+                header, _, self._held = self._held.partition(MESSAGE)
+                name = re.search(r"\bto=functions\.([^\s<]+)", header)
+                is_thought = " to=" in header or f"{CHANNEL}analysis" in header
+                self._place = "call" if name else "thought" if is_thought else "text"
+                again = self._place in self._begun
+                found[self._place] += f"{CALLED}{name[1]}{TAKES}" if name else "\n\n" * again
+                self._begun.add(self._place)
+            begins = [at for mark in _ENDS if (at := self._held.find(mark)) >= 0]
+            reached = 0 if is_last else max(overlap(self._held, mark) for mark in _ENDS)
+            end = min(begins, default=len(self._held) - reached)
+            found[self._place] += self._held[:end]
+            self._held = self._held[end:]
+            if not begins and not is_last:
+                break
+            self._place, self._held = "header", self._held.partition("|>")[2]
+        return found["thought"], found["text"] + found["call"]
+
+
+def splitter_of(reasoning: ReasoningMarks | None, is_begun: bool | None) -> Splitter:
+    """What takes the reasoning off an answer's text."""
+    if reasoning is not None and reasoning.header:
+        return Messages(is_begun)
+    return Splitter(reasoning, is_begun)
 
 
 def overlap(text: str, mark: str) -> int:
@@ -221,7 +281,7 @@ class Tokenizer:
             return Splitter(None, None)
         stream = TextStream(self)
         end = "".join(stream.push(id_) for id_ in prompt[-16:])  # the mark may be several tokens
-        return Splitter(self.reasoning, self.reasoning.is_begun(end))
+        return splitter_of(self.reasoning, self.reasoning.is_begun(end))
 
     def token_id(self, token: str) -> int | None:
         """The id of the token that is spelled like this, if there is one."""
@@ -282,10 +342,13 @@ class Tokenizer:
             chat[-1]["content"] = f"{chat[-1].get('content', '')}{_HERE}"
         variables = {"messages": chat, "add_generation_prompt": not begun, **self._spellings}
         variables |= {"tools": tools or None, "documents": None}
-        if effort is not None:  # the words of DeepSeek and Kimi, GLM, Mistral, our own
+        if effort is not None:  # the words of DeepSeek and Kimi, GLM, Mistral, our own, gpt-oss
             thinking = effort != "none"
             variables |= {"thinking": thinking, "enable_thinking": thinking, "effort": effort}
             variables["reasoning_effort"] = "high" if thinking else "none"
+            if self.reasoning is not None and self.reasoning.header:  # which always reasons
+                low = {"none": "low", "minimal": "low", "low": "low", "medium": "medium"}
+                variables["reasoning_effort"] = low.get(effort, "high")
         if schema is not None:
             variables["response_format"] = schema
         request = {"template": self.template, "variables": variables | (extra or {})}

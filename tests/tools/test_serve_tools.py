@@ -14,10 +14,15 @@ from slotmoe.tools.serve.formats import (
     DEEPSEEK_V3_2,
     DEEPSEEK_V4,
     GLM,
+    GLM_4_5,
+    HARMONY,
     KIMI,
+    MINIMAX,
     MISTRAL,
     NATIVE,
     PLAIN,
+    QWEN3,
+    QWEN3_CODER,
     ContentDelta,
     Reader,
     joined,
@@ -79,7 +84,19 @@ TWO = {
     GLM: "<tool_call>weather<arg_key>city</arg_key><arg_value>Rome</arg_value><arg_key>note"
     "</arg_key><arg_value>a < b </arg</arg_value><arg_key>days</arg_key><arg_value>3"
     "</arg_value></tool_call><tool_call>stop</tool_call>",
+    GLM_4_5: "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Rome</arg_value>\n"
+    "<arg_key>note</arg_key>\n<arg_value>a < b </arg</arg_value>\n<arg_key>days</arg_key>\n"
+    "<arg_value>3</arg_value>\n</tool_call>\n<tool_call>stop\n</tool_call>",
     MISTRAL: f"[TOOL_CALLS]weather[ARGS]{ROME}[TOOL_CALLS]stop[ARGS]{{}}",
+    QWEN3: f'<tool_call>\n{{"name": "weather", "arguments": {ROME}}}\n</tool_call>\n<tool_call>\n'
+    '{"name": "stop", "arguments": {}}\n</tool_call>',
+    QWEN3_CODER: "<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n"
+    "<parameter=note>\na < b </arg\n</parameter>\n<parameter=days>\n3\n</parameter>\n</function>\n"
+    "</tool_call>\n<tool_call>\n<function=stop>\n</function>\n</tool_call>",
+    MINIMAX: '<minimax:tool_call>\n<invoke name="weather">\n'
+    '<parameter name="city">Rome</parameter>\n<parameter name="note">a < b </arg</parameter>\n'
+    '<parameter name="days">3</parameter>\n'
+    '</invoke>\n<invoke name="stop">\n</invoke>\n</minimax:tool_call>',
     DEEPSEEK_V3_2: dsml("function_calls"),
     DEEPSEEK_V4: dsml("tool_calls"),
 }
@@ -100,6 +117,11 @@ def template(result, before, each, after=""):
 
 
 NAME, ARGUMENTS = "{{ c.function.name }}", "{{ c.function.arguments }}"
+EACH, VALUE = (
+    "{% for k, v in c.function.arguments.items() %}",
+    "{{ v if v is string else v | tojson }}",
+)
+N = "{{ '\\n' }}"
 TEMPLATES = {
     NATIVE: "{{ bos_token }}{# knows " + CALLS + " #}{% for m in messages %}"
     "{% if m.role == 'user' %}[user]{{ m.content }}{% elif m.role == 'assistant' %}[A]"
@@ -118,11 +140,29 @@ TEMPLATES = {
     GLM: template(
         "<tool_response>{{ m.content }}</tool_response>",
         "",
-        "<tool_call>" + NAME + "{% for k, v in c.function.arguments.items() %}<arg_key>{{ k }}"
-        "</arg_key><arg_value>{{ v if v is string else v | tojson }}</arg_value>{% endfor %}"
-        "</tool_call>",
+        f"<tool_call>{NAME}{EACH}<arg_key>{{{{ k }}}}</arg_key><arg_value>{VALUE}</arg_value>"
+        "{% endfor %}</tool_call>",
+    ),
+    GLM_4_5: "{# </arg_key>\n<arg_value> #}" + template(
+        "<tool_response>{{ m.content }}</tool_response>", "",
+        f"{N}<tool_call>{NAME}{N}{EACH}<arg_key>{{{{ k }}}}</arg_key>{N}<arg_value>{VALUE}"
+        f"</arg_value>{N}{{% endfor %}}</tool_call>",
     ),
     MISTRAL: template("[RESULT]{{ m.content }}", "", f"[TOOL_CALLS]{NAME}[ARGS]{ARGUMENTS}"),
+    QWEN3: "{# <args-json-object> #}" + template(
+        "<tool_response>{{ m.content }}</tool_response>", "",
+        f'{N}<tool_call>{N}{{"name": "{NAME}", "arguments": {ARGUMENTS}}}{N}</tool_call>',
+    ),
+    QWEN3_CODER: template(
+        "<tool_response>{{ m.content }}</tool_response>", "",
+        f"{N}<tool_call>{N}<function={NAME}>{N}{EACH}<parameter={{{{ k }}}}>{N}{VALUE}{N}"
+        f"</parameter>{N}{{% endfor %}}</function>{N}</tool_call>",
+    ),
+    MINIMAX: template(
+        "<response>{{ m.content }}</response>", f"{N}<minimax:tool_call>",
+        f'{N}<invoke name="{NAME}">{N}{EACH}<parameter name="{{{{ k }}}}">{VALUE}</parameter>{N}'
+        "{% endfor %}</invoke>", f"{N}</minimax:tool_call>",
+    ),
 }  # fmt: skip
 
 
@@ -222,3 +262,51 @@ def test_mask_holds_calls_to_their_schemas(form, tokenizers):
     if thinks is not None:
         text = f"Hm, 1 < 2 </think>\n\n{two}"
         assert passed(tokenizer, text, policy(required=True), None, True) == (text, True)
+
+
+HARMONY_TEMPLATE = """Reasoning: {{ reasoning_effort }}{% for m in messages %}
+{% if m.role == 'tool' %}<|start|>functions.{{ m.name }} to=assistant<|channel|>commentary
+{{- "<|message|>" }}{{ m.content | tojson }}<|end|>
+{%- elif m.tool_calls %}{% if m.content and m.thinking %}{{ raise_exception("both") }}{% endif %}
+{% if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>
+{%- endif %}
+<|start|>assistant to=functions.{{ m.tool_calls[0].function.name }}<|channel|>commentary json
+{{- "<|message|>" }}{{ m.tool_calls[0].function.arguments | tojson }}<|call|>
+{%- else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}
+{% if add_generation_prompt %}<|start|>assistant{% endif %}"""
+
+
+def test_messages_of_gpt_oss(processes, tmp_path):
+    tokens = (*HARMONY.marks, "<|start|>", "<|end|>", "<|call|>", "<|return|>")
+    source, last = sample_without_last(len(tokens))
+    folder = shutil.copytree(SAMPLE, tmp_path / "sample")
+    tokenizer = Tokenizer(tokenizer_with(folder, tokens, last, HARMONY_TEMPLATE, source), 0)
+    dialect = Dialect(tokenizer)
+    assert dialect.format is HARMONY
+    chat = Conversation(history(*BOTH, thoughts="Hm"), policy(), effort="none")
+    start, json_ = "<|start|>assistant", "<|channel|>commentary json<|message|>"
+    one = f"{start}<|channel|>analysis<|message|>Hm\n\nSo.<|end|>{start} to=functions.weather"
+    two = '<|channel|>commentary<|message|>"r0"<|end|>' + f"{start} to=functions.stop{json_}{{}}"
+    text = dialect.prompt(chat).replace("\n<", "<")
+    assert one + json_ + ROME in text and two in text and text.endswith(start)
+    for effort, known in (("none", "low"), ("medium", "medium"), ("xhigh", "high")):
+        assert f"Reasoning: {known}" in tokenizer.chat([{"role": "user"}], effort=effort)
+
+    called = f"{HARMONY.opening}weather{HARMONY.middle}{ROME}"
+    thought = f"<|channel|>analysis<|message|>Hm, 1 < 2<|end|>{start}"
+    final = "<|channel|>final<|message|>"
+    schema = Rule("json", {"type": "object", "properties": {"a": {"const": "yes"}}})
+    for text, asked, wanted in (
+        (called, policy(True), None), (f"{final}5 < 6", policy(), None), (called, policy(), None),
+        (f'{final}{{"a": "yes"}}', None, schema), (called, policy(), schema),
+    ):  # fmt: skip
+        for whole in (text, thought + text):
+            assert passed(tokenizer, whole, asked, wanted, False) == (whole, True)
+            splitter = tokenizer.splitter(tokenizer.encode(start))
+            deltas = Reader(asked and HARMONY, texts=TEXTS, splitter=splitter)
+            parts = joined(deltas.feed(whole) + deltas.end())
+            said = ContentDelta(ROME, 0, "weather", True) if text is called else None
+            assert parts[-1] == (said or ContentDelta(text.removeprefix(final)))
+            assert (parts[0].text == "Hm, 1 < 2") == parts[0].reasoning == (whole is not text)
+    assert passed(tokenizer, final, policy(True), None, False)[0] == "<|channel|>"
+    assert passed(tokenizer, '{"a": "yes"}', None, schema, None) == ('{"a": "yes"}', True)

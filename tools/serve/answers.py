@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Answer, Delta, Stops, Token
-from slotmoe.model.tokenizer import Splitter
+from slotmoe.model.tokenizer import splitter_of
 from slotmoe.offload.engine.requests import Request as Job
 from slotmoe.tools.serve.errors import RefusedError, error_body
 from slotmoe.tools.serve.formats import ContentDelta, Reader, text_arguments
@@ -116,7 +116,7 @@ class Answers:
                 self.jobs.append(Job(prompt, answer, emit, request.state.owner, scored))
         how_read = form, chat.wanted is not None, policy is not None and policy.required
         thoughts = tokenizer.reasoning, is_thinking
-        self._readers = [Reader(*how_read, Splitter(*thoughts), texts) for _ in self.jobs]
+        self._readers = [Reader(*how_read, splitter_of(*thoughts), texts) for _ in self.jobs]
         service.submit(self.jobs)
         request.state.answers = self  # for the log
 

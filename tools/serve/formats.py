@@ -11,7 +11,16 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from slotmoe.jsonfile import Json
-from slotmoe.model.tokenizer import Splitter, Tokenizer, overlap
+from slotmoe.model.tokenizer import (
+    CALLED,
+    CHANNEL,
+    CONSTRAIN,
+    MESSAGE,
+    TAKES,
+    Splitter,
+    Tokenizer,
+    overlap,
+)
 from slotmoe.tools.serve.requests import Call, Function
 
 INDEX = "{index}"
@@ -45,6 +54,7 @@ class CallFormat:
     structured: bool = True
     object_arguments: bool = False
     numbered_ids: bool = False  # a call's id is spelled for the model
+    single: bool = False  # a message has one call, and no text of its own
 
     def write(self, calls: list[Call]) -> str:
         """``calls`` as the model writes them, of a format with JSON and without an index."""
@@ -91,6 +101,32 @@ MISTRAL = CallFormat(
     "[TOOL_CALLS]", "", "[ARGS]", "", "[TOOL_CALLS]", "",
     marks=("[TOOL_CALLS]", "[ARGS]"), spelled=("[TOOL_CALLS]", "[ARGS]"),
 )  # fmt: skip
+# GLM-4.5 and 4.6.
+GLM_4_5 = replace(
+    GLM, joint=f"\n{_GLM[0]}", spelled=(f"{_GLM[3]}\n{_GLM[4]}",), gap="\n", lead="\n",
+    tagged=(_GLM[2], f"{_GLM[3]}\n{_GLM[4]}", _GLM[5]),
+)  # fmt: skip
+QWEN3 = CallFormat(
+    f"{_GLM[0]}\n", '{"name": "', '", "arguments": ', f"}}\n{_GLM[1]}", f"\n{_GLM[0]}\n", "",
+    marks=_GLM[:2], spelled=(_GLM[0], "<args-json-object>"), lead="\n",
+)  # fmt: skip
+QWEN3_CODER = CallFormat(
+    f"{_GLM[0]}\n", "<function=", ">", f"</function>\n{_GLM[1]}", f"\n{_GLM[0]}\n", "",
+    marks=_GLM[:2], spelled=("<function=", "<parameter="), object_arguments=True,
+    tagged=("<parameter=", ">\n", "\n</parameter>"), gap="\n", lead="\n",
+)  # fmt: skip
+_MINIMAX = ("<minimax:tool_call>", "</minimax:tool_call>")
+MINIMAX = CallFormat(
+    f"{_MINIMAX[0]}\n", '<invoke name="', '">', "</invoke>", "\n", f"\n{_MINIMAX[1]}",
+    marks=_MINIMAX, spelled=(*_MINIMAX, "<invoke name="), object_arguments=True,
+    tagged=('<parameter name="', '">', "</parameter>"), gap="\n", lead="\n",
+)  # fmt: skip
+# Of gpt-oss, as ``slotmoe.model.tokenizer.Messages`` passes calls on.
+HARMONY = CallFormat(
+    CALLED, "", TAKES, "", CALLED, "",
+    marks=(CHANNEL, MESSAGE, CONSTRAIN), spelled=(CHANNEL, "functions."), object_arguments=True,
+    single=True,
+)  # fmt: skip
 _DSML = "\uff5cDSML\uff5c"
 
 
@@ -106,7 +142,8 @@ def _dsml(block: str) -> CallFormat:
 
 
 DEEPSEEK_V3_2, DEEPSEEK_V4 = _dsml("function_calls"), _dsml("tool_calls")
-_FORMATS = (DEEPSEEK_V3_1, NATIVE, KIMI, GLM, MISTRAL, DEEPSEEK_V3_2, DEEPSEEK_V4)
+_FORMATS = [DEEPSEEK_V3_1, NATIVE, KIMI, GLM_4_5, GLM, MISTRAL, DEEPSEEK_V3_2, DEEPSEEK_V4]
+_FORMATS += [QWEN3, QWEN3_CODER, MINIMAX, HARMONY]
 
 
 def format_of(tokenizer: Tokenizer) -> CallFormat:

@@ -43,7 +43,7 @@ class Dialect:
         if policy is not None:
             functions = [f for f in policy.functions if f.name not in policy.deferred]
         if self.format.structured:
-            written = self._structured(turns)
+            written = self._structured(_apart(turns) if self.format.single else turns)
         else:
             written = self._native(turns) if self.is_native else self._plain(turns)
         if self._template_has_tools:
@@ -128,6 +128,20 @@ class Dialect:
                 written.append({"role": message.role, "content": text})
             goes_on = bool(results)
         return written
+
+
+def _apart(turns: list[Turn]) -> list[Turn]:
+    """A message for each call, and what was said before the first among its reasoning."""
+    apart = list[Turn]()
+    for message, results in turns:
+        thoughts = "\n\n".join(filter(None, (message.thoughts, message.text)))
+        for call, result in zip(message.calls, results, strict=True):
+            alone = replace(message, text="", thoughts=thoughts, calls=[call])
+            apart.append((alone, [result]))
+            thoughts = ""
+        if not message.calls:
+            apart.append((message, results))
+    return apart
 
 
 def _told_by_user(messages: list[Message]) -> list[Message]:

@@ -134,9 +134,11 @@ class Grammars:
         elif wanted is not None:
             content = "@wanted"
             rules.append({"name": "wanted", "lark_grammar": self._lark(wanted)})
+        header = self._header(is_thinking)
+        content = f"{header} {content}" if content is not None else None
         grammar = f"answer: {content}"
         if policy is not None:
-            grammar = self._calls(policy, content, dropped)
+            grammar = self._calls(policy, content, header, dropped)
         rules.insert(0, {"lark_grammar": f"start: {self._reasoning(is_thinking)}\n{grammar}"})
         matcher = LLMatcher(self._tokenizer, json.dumps({"grammars": rules}), log_level=0)
         if matcher.is_error():
@@ -173,18 +175,25 @@ class Grammars:
         marks = self._source.reasoning
         if marks is None or is_thinking is None:
             return "answer"
-        end = re.escape(marks.end).replace("/", "\\/")
-        rules = ["SPACE: /[ \\n]{0,2}/", f"thought[lazy]: /{_ANYTHING}{end}/"]
+        rules = ["SPACE: /[ \\n]{0,2}/", f"thought[lazy]: /{_ANYTHING}{_escaped(marks.end)}/"]
         if marks.end in marks.shown.values():
             text = f"THOUGHT: {_text('', marks.end)}"
             rules[1:] = [f"thought: THOUGHT {self._literal(marks.end)}", text]
-        thought = "thought SPACE"
+        thought = f"thought {self._literal(marks.header) or 'SPACE'}"
         if not is_thinking:
             thought = f"({self._literal(marks.begin)} {thought})?"
         return "\n".join([f"{thought} answer", *rules])
 
-    def _calls(self, policy: ToolPolicy, content: str | None, dropped: list[str]) -> str:
-        """The grammar of tool calls, or text and calls if not required; adds to ``dropped``."""
+    def _header(self, is_thinking: bool | None) -> str:
+        """What is before an answer's text, if the prompt does not have it already."""
+        marks = self._source.reasoning
+        return "" if marks is None or is_thinking is None else self._literal(marks.text)
+
+    def _calls(
+        self, policy: ToolPolicy, content: str | None, header: str, dropped: list[str]
+    ) -> str:
+        """The grammar of tool calls, or text and calls if not required, ``header`` before text;
+        adds to ``dropped``."""
         arguments = dict[str, str]()
         for function in policy.functions:
             about = bool(function.strict), f"tool {function.name!r}", "tools", dropped
@@ -198,7 +207,7 @@ class Grammars:
         if marks.lead:
             opening = f"({literal(marks.lead)})? {opening}"
         more = f"({literal(marks.joint)} call){{0,{MAX_CALLS - 1}}}"
-        calls = f"call {'' if policy.single else more} {literal(marks.closing)}"
+        calls = f"call {'' if policy.single or marks.single else more} {literal(marks.closing)}"
         names = " | ".join(f"f{index}" for index in range(len(policy.allowed)))
         rules = [f"call: {literal(marks.head)} ({names})"]
         for index, function in enumerate(policy.allowed):
@@ -208,7 +217,7 @@ class Grammars:
                 name += f" /[0-9]{{1,4}}/ {literal(after)}"
             rules.append(f"f{index}: {name} {arguments[function.name]} {literal(marks.tail)}")
         if marks.tagged is not None:
-            rules.append(f"VALUE: {_text(*self._parts(marks.tagged[2])[:2])}")
+            rules += self._value(marks.tagged[2])
         if policy.required:
             start = [f"answer: {opening} {calls}"]
         elif content is not None:
@@ -216,15 +225,24 @@ class Grammars:
         else:
             before, token, rest = self._parts(marks.opening)
             rules.append(f"TEXT: {_text('', token)}")
-            if before:
+            if marks.single:
+                start = [f"answer: {header} TEXT | {opening} {calls}"]
+            elif before:
                 opened = f"OPENED: {_text(before, token)}"
                 start = [f"answer: TEXT | OPENED {literal(rest)} {calls}", opened]
             elif self._dialect.is_native:
                 start = [f"answer: TEXT ({opening} {calls})?"]
             else:
-                mark = re.escape(marks.opening)
-                start = [f"answer: TEXT | opened {calls}", f"opened[lazy]: /{_ANYTHING}{mark}/"]
+                opened = f"opened[lazy]: /{_ANYTHING}{_escaped(marks.opening)}/"
+                start = [f"answer: TEXT | opened {calls}", opened]
         return "\n".join(start + rules)
+
+    def _value(self, end: str) -> list[str]:
+        """The rules of ``value``, a text with the ``end`` behind it."""
+        before, token, rest = self._parts(end)
+        if token not in self._dialect.shown.values():  # the text goes on to the first one
+            return [f"value[lazy]: /{_ANYTHING}{_escaped(end)}/"]
+        return [f"value: VALUE {self._literal(rest)}", f"VALUE: {_text(before, token)}"]
 
     def _parts(self, mark: str) -> tuple[str, str, str]:
         """What ``mark`` has before its token, if it has one, the token, and all from there on.  A
@@ -249,7 +267,7 @@ class Grammars:
             raise RefusedError(f"{where}: properties or required are malformed", param)
         for key, inner in properties.items():
             before, end = tags[0] + key + tags[1], literal(tags[2])
-            text = f"{literal(before + kinds[0])} VALUE {literal(self._parts(tags[2])[2])}"
+            text = f"{literal(before + kinds[0])} value"
             if not is_text(inner):
                 given = {**definitions, **inner} if isinstance(inner, dict) else {}
                 value = self._json(given, strict, f"{where}: {key}", param, dropped)
@@ -382,8 +400,12 @@ def _shares(value: object) -> bool:
 
 def _text(end: str, never: str) -> str:
     """The regular expression of text with this ``end`` that does ``never`` hold a mark."""
-    end, never = (re.escape(part).replace("/", "\\/") for part in (end, never))
-    return f"/{_ANYTHING}{end}/ & ~/{_ANYTHING}{never}{_ANYTHING}/"
+    return f"/{_ANYTHING}{_escaped(end)}/ & ~/{_ANYTHING}{_escaped(never)}{_ANYTHING}/"
+
+
+def _escaped(text: str) -> str:
+    """``text`` in a regular expression of a grammar."""
+    return re.escape(text).replace("/", "\\/").replace("\\\n", "\\n")
 
 
 def _takes_text(schema: object) -> bool:
