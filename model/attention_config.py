@@ -23,10 +23,6 @@ _LayerType = Literal[
 _RATIOS = dict(zip(get_args(_LayerType), (0, 4, 128), strict=True))
 """Positions that become one, by transformers' name of such a layer."""
 
-# Values of V4 that its config.json leaves out or repeats.
-OF_V4 = {"num_key_value_heads": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True}
-OF_V4 |= {"first_k_dense_replace": 0, "moe_layer_freq": 1, "rope_interleave": True}
-
 
 @dataclass(frozen=True)
 class Rope:
@@ -80,6 +76,17 @@ class CompressedConfig(Struct, frozen=True):
     rope: Rope
 
 
+class GroupedConfig(Struct, frozen=True):
+    """Grouped-query attention: ``windows`` says of each layer how many tokens each one sees, 0 for
+    all; ``biased`` and ``qk_norm`` are as in ``Family``, ``qk_norm`` never a key."""
+
+    groups: _Heads
+    head_dim: _Width
+    windows: tuple[int, ...]
+    biased: str
+    qk_norm: str
+
+
 class HyperConnections(Struct, frozen=True, rename=lambda name: f"hc_{name}"):
     """``mult`` residual streams (arXiv 2512.24880), mixed by matrices that ``sinkhorn_iters`` steps
     make doubly stochastic; ``eps`` keeps them from zero."""
@@ -126,7 +133,24 @@ class _KeysOfHub(Struct):
     rope_parameters: _Ropes | None = None
 
 
-_READ = (IndexerConfig, HyperConnections, CompressedConfig, _KeysOfV4)
+class _KeysOfGroups(Struct):
+    """What a ``config.json`` of grouped-query attention says of it."""
+
+    hidden_size: _Size
+    num_hidden_layers: Annotated[int, Meta(ge=1, le=1000)]
+    num_attention_heads: _Heads
+    num_key_value_heads: _Heads
+    head_dim: _Width | None = None
+    rotary_dim: _Width | None = None
+    sliding_window: int | None = None
+    use_sliding_window: bool | None = False
+    max_window_layers: int | None = 0
+    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
+    decoder_sparse_step: Annotated[int, Meta(ge=1, le=1000)] = 1
+    mlp_only_layers: list[int] | None = None
+
+
+_READ = (IndexerConfig, HyperConnections, CompressedConfig, _KeysOfV4, _KeysOfGroups)
 KNOWN_KEYS = {key for of in _READ for key in of.__struct_encode_fields__}
 
 
@@ -183,7 +207,7 @@ def _rope(settings: Json, values: Json, family: Family) -> Rope:
     """From ``rope_scaling`` + ``rope_theta`` or transformers 5's ``rope_parameters``."""
     kind = settings.pop("rope_type", settings.pop("type", None))
     settings.pop("max_position_embeddings", None)
-    if family.compressed and settings.pop("attention_factor", 1.0) != 1.0:
+    if family.attention == "compressed" and settings.pop("attention_factor", 1.0) != 1.0:
         raise ValueError("rope setting 'attention_factor' is not supported, only 1.0")
     rotated = values["qk_rope_head_dim"]
     part = rotated / (values["qk_nope_head_dim"] + rotated)  # of a head
@@ -208,7 +232,7 @@ def _rope(settings: Json, values: Json, family: Family) -> Rope:
     return rope
 
 
-def in_hub_words(given: Json) -> Json:
+def in_hub_words(given: Json, _family: Family) -> Json:
     """The ``config.json`` of a DeepSeek-V4 in the words of DeepSeek's own files, if it is in those
     of transformers 5, with what latent attention would say.  ``ValueError`` names the key."""
     hub, values = typed(given, _KeysOfHub), dict(given)
@@ -241,6 +265,62 @@ def in_hub_words(given: Json) -> Json:
     values |= dict.fromkeys(("kv_lora_rank", "v_head_dim"), width)
     values["intermediate_size"] = values.get("moe_intermediate_size")
     return {"rope_scaling": None, **values}
+
+
+def in_words_of_latents(given: Json, family: Family) -> Json:
+    """The ``config.json`` of a model with grouped queries with what latent attention would say: a
+    head's rotated values, those that are not, and as latent and value its width."""
+    of, values = typed(given, _KeysOfGroups), dict(given)
+    width = of.head_dim or of.hidden_size // of.num_attention_heads
+    rotated = of.rotary_dim or width
+    ropes = typed(given.get("rope_parameters") or {}, Json, "rope_parameters")
+    for part in (given.get("partial_rotary_factor"), ropes.get("partial_rotary_factor")):
+        if isinstance(part, float | int):
+            rotated = int(width * part)
+    if not 0 < rotated <= width:
+        raise ValueError(f"{rotated} values of a head are rotated, expected 1 to {width}")
+    values |= {"q_lora_rank": None, "rope_interleave": family.rope_interleave[0]}
+    values |= {"qk_rope_head_dim": rotated, "qk_nope_head_dim": width - rotated}
+    return values | dict.fromkeys(("kv_lora_rank", "v_head_dim"), width)
+
+
+def parts_of_groups(values: Json, family: Family) -> Json:
+    """``rope`` and ``grouped`` of a model with grouped queries."""
+    of, width = typed(values, _KeysOfGroups), values["v_head_dim"]
+    if (heads := of.num_attention_heads) % of.num_key_value_heads:
+        problem = f"is not a multiple of num_key_value_heads {of.num_key_value_heads}"
+        raise ValueError(f"num_attention_heads {heads} {problem}")
+    biased = family.biased if values.get(family.bias_key) else ""
+    qk_norm = family.qk_norm
+    if qk_norm not in ("", "head", "row"):
+        qk_norm = "head" if values.get(qk_norm) else ""
+    grouped = GroupedConfig(of.num_key_value_heads, width, _windows(of), biased, qk_norm)
+    layers = range(of.num_hidden_layers)
+    dense = *(of.mlp_only_layers or ()), *(at for at in layers if (at + 1) % of.decoder_sparse_step)
+    return {**parts_of_mla(values, family), "grouped": grouped, "dense_layers": dense}
+
+
+KINDS = {
+    "latent": (lambda given, _family: given, parts_of_mla),
+    "compressed": (in_hub_words, parts_of_v4),
+    "grouped": (in_words_of_latents, parts_of_groups),
+}
+"""By kind of attention, what puts a ``config.json`` in DeepSeek's words, and what reads parts."""
+
+
+def _windows(of: _KeysOfGroups) -> tuple[int, ...]:
+    """The window of each layer, 0 for all tokens."""
+    layers, types, window = of.num_hidden_layers, of.layer_types, of.sliding_window
+    if types is None:
+        slides = window is not None and of.use_sliding_window is not False
+        if slides and (of.max_window_layers or 0) < layers:
+            raise ValueError("layer_types is missing, which says where sliding_window counts")
+        types = ["full_attention"] * layers
+    if len(types) != layers:
+        raise ValueError(f"layer_types has {len(types)} values, expected {layers}")
+    if "sliding_attention" in types and (window is None or not 0 < window <= 1 << 20):
+        raise ValueError(f"sliding_window is {window!r:.80}, expected 1 to {1 << 20}")
+    return tuple((window or 0) * (name == "sliding_attention") for name in types)
 
 
 def _set(values: Json, key: str, value: object) -> None:

@@ -60,7 +60,7 @@ class ConfigKeys:
     moe_layer_freq: Annotated[int, Meta(ge=1, le=MAX_INT)]
     q_lora_rank: Annotated[int, Meta(ge=1, le=1 << 20)] | None
     kv_lora_rank: Annotated[int, Meta(ge=1, le=1 << 20)]
-    qk_nope_head_dim: Annotated[int, Meta(ge=1, le=1 << 16)]
+    qk_nope_head_dim: Annotated[int, Meta(ge=0, le=1 << 16)]
     qk_rope_head_dim: Annotated[int, Meta(ge=1, le=1 << 16)]
     v_head_dim: Annotated[int, Meta(ge=1, le=1 << 16)]
     rms_norm_eps: Positive
@@ -84,7 +84,9 @@ class Config(ConfigKeys):
     eos_token_ids: tuple[int, ...]
     indexer: attention.IndexerConfig | None = None
     compressed: attention.CompressedConfig | None = None
+    grouped: attention.GroupedConfig | None = None
     hyper: attention.HyperConnections | None = None
+    dense_layers: tuple[int, ...] = ()  # beside the first ones and those between
     num_hash_layers: int = 0  # the first ones choose experts by token id
     swiglu_limit: float = 0.0  # 0: none
     encoding: Encoding | None = None  # of a checkpoint's quantized weights
@@ -94,7 +96,9 @@ class Config(ConfigKeys):
 
     def is_moe(self, layer: int) -> bool:
         """Whether ``layer`` routes to experts; others have a dense MLP of ``intermediate_size``."""
-        return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+        if layer < self.first_k_dense_replace or layer in self.dense_layers:
+            return False
+        return layer % self.moe_layer_freq == 0
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -112,12 +116,15 @@ class Config(ConfigKeys):
 
     def alone(self, layer: int) -> "Config":
         """A model of ``layer`` only, its first."""
-        indexer, compressed = self.indexer, self.compressed
+        indexer, compressed, grouped = self.indexer, self.compressed, self.grouped
         if indexer is not None:
             indexer = structs.replace(indexer, full=(self.has_indexer(layer),))
         if compressed is not None:
             compressed = structs.replace(compressed, ratios=(self.ratio(layer),))
-        one = replace(self, num_hidden_layers=1, mtp=False, indexer=indexer, compressed=compressed)
+        if grouped is not None:
+            grouped = structs.replace(grouped, windows=(self.window(layer),))
+        one = replace(self, num_hidden_layers=1, mtp=False, dense_layers=(), grouped=grouped)
+        one = replace(one, indexer=indexer, compressed=compressed)
         dense, hashed = int(not self.is_moe(layer)), int(layer < self.num_hash_layers)
         return replace(one, first_k_dense_replace=dense, num_hash_layers=hashed)
 
@@ -144,6 +151,11 @@ class Config(ConfigKeys):
         """How many positions ``layer`` compresses to one; 0: none, as in the ``mtp`` head."""
         ratios = () if self.compressed is None else self.compressed.ratios
         return ratios[layer] if layer < len(ratios) else 0
+
+    def window(self, layer: int) -> int:
+        """How many tokens each one sees in ``layer`` of grouped queries; 0: all."""
+        windows = () if self.grouped is None else self.grouped.windows
+        return windows[layer] if layer < len(windows) else 0
 
     def has_indexer(self, layer: int) -> bool:
         """Whether ``layer`` has an indexer of its own, as the head that predicts one token more has
@@ -212,18 +224,19 @@ def _parse(outer: Json) -> Config:
         raise ValueError(f"{problem}, only {only}; use a model of these families")
     family = FAMILIES[name]
     _refuse_unsupported(given, family)
-    values = {**_DEFAULTS, **(attention.in_hub_words(given) if family.compressed else given)}
+    in_words, parts_of = attention.KINDS[family.attention]
+    values = {**_DEFAULTS, **in_words(given, family)}
+    values |= {ours: given[key] for key, ours in family.words if key in given}
     values |= {key: value for key, value in _NULLS.items() if values.get(key, value) is None}
-    if family.compressed:
-        values |= attention.OF_V4
+    values |= dict(family.values)
     if values.get("topk_method", family.topk_methods[0]) == "greedy":
         values |= {"n_group": 1, "topk_group": 1}
-    if values.get("mlp_layer_types") is not None and not family.compressed:
+    if values.get("mlp_layer_types") is not None and family.attention != "compressed":
         values["first_k_dense_replace"] = _dense_layers(values)
     geometry = typed(values, ConfigKeys)
     ids = typed(values, _TokenIds)
     bos, eos = _as_tuple(ids.get("bos_token_id")), _as_tuple(ids.get("eos_token_id"))
-    parts_of = attention.parts_of_v4 if family.compressed else attention.parts_of_mla
+    known = _KNOWN_KEYS | {key for key, _ in family.words + family.values} | {family.bias_key}
     config = Config(
         **vars(geometry),
         family=family,
@@ -232,7 +245,7 @@ def _parse(outer: Json) -> Config:
         **parts_of(values, family),
         encoding=parse_encoding(given),
         text_only=given is not outer,
-        unknown_keys=tuple(sorted(str(key)[:80] for key in given.keys() - _KNOWN_KEYS)),
+        unknown_keys=tuple(sorted(str(key)[:80] for key in given.keys() - known)),
     )
     _check_consistency(config)
     return config
@@ -244,15 +257,19 @@ def _refuse_unsupported(values: Json, family: Family) -> None:
         "scoring_func": (family.scoring,),
         "topk_method": family.topk_methods,
         **_SUPPORTED,
-        "num_key_value_heads": (values.get("num_attention_heads"), None),  # MLA has one key a head
         "rope_interleave": (*family.rope_interleave, None),
+        **{key: (value, None) for key, value in family.values},
     }
     if not family.indexed:
         supported["index_topk"] = (None,)
     if family.indexed:
         supported["indexer_rope_interleave"] = (not family.index_halves, None)
-    if family.compressed:
-        supported |= {key: (value, None) for key, value in attention.OF_V4.items()}
+    if family.attention == "latent":  # which has one key a head
+        supported["num_key_value_heads"] = (values.get("num_attention_heads"), None)
+    if family.attention == "grouped":
+        switches = family.bias_key * bool(family.biased), family.qk_norm
+        supported |= dict.fromkeys(filter(None, switches), (True, False, None))
+        supported |= dict.fromkeys(("kv_lora_rank", "q_lora_rank"), (None,))
     for key, allowed in supported.items():
         if key in values and values[key] not in allowed:
             only = " or ".join(map(json.dumps, allowed))
@@ -278,6 +295,8 @@ def _as_tuple(ids: list[int] | int | None) -> tuple[int, ...]:
 def _check_consistency(c: Config) -> None:
     experts, top_k = c.n_routed_experts, c.num_experts_per_tok
     reachable = experts // c.n_group * c.topk_group
+    if c.grouped is None and c.qk_nope_head_dim < 1:
+        raise ValueError(f"qk_nope_head_dim is {c.qk_nope_head_dim}, expected 1 or more")
     if c.qk_rope_head_dim % 2:
         raise ValueError(f"qk_rope_head_dim is {c.qk_rope_head_dim}, expected an even number")
     if experts % c.n_group:

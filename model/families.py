@@ -1,7 +1,8 @@
 """The model families that this network computes, and in what they differ.
 
-All have DeepSeek-style experts, and all but V4 Multi-head Latent Attention.  What differs is data:
-a row of ``FAMILIES`` says how the gate scores and chooses, and what fits it in ``config.json``.
+All have routed experts behind a gate, and one of three kinds of attention: Multi-head Latent
+Attention, that of DeepSeek-V4, or grouped queries.  What differs is data: a row of ``FAMILIES``
+says how the gate scores and chooses, and what fits it in ``config.json``.
 """
 
 from pathlib import Path
@@ -19,7 +20,15 @@ class Family(NamedTuple):
     scaled too.  ``softmax_factor``: YaRN also scales the attention scores.  ``query_scaling``:
     queries grow with their position.  ``indexed``: attention is to the best ``index_topk``
     positions; ``index_halves``: it rotates two halves to pick them, not pairs side by side.
-    ``compressed``: attention is that of DeepSeek-V4, not to latents.  ``template``: the file of our
+    ``attention`` is its kind: ``latent``, ``compressed`` (DeepSeek-V4) or ``grouped``; of the last,
+    ``biased`` are the projections that have biases where the key ``bias_key`` is true,
+    ``qk_norm`` says whether queries and keys are normed by ``head`` or by ``row``, or the key that
+    says whether they are by head, and ``norm_last`` that it is behind their rotation, ``sinks``
+    that softmax counts one score more.  ``logit_bias``: the gate's logits have biases.
+
+    ``words`` are its keys of ``config.json`` for those of DeepSeek's, and ``values`` of DeepSeek's
+    what it has without saying so; ``names`` are its parts of tensors' names for those of
+    ``slotmoe.model.names``.  ``template``: the file of our
     own chat template, for models that ship Python code in place of one (sources: the README, the
     encoder and the tests in the folder ``encoding`` of each model on the hub).
     """
@@ -34,7 +43,16 @@ class Family(NamedTuple):
     query_scaling: bool = False
     indexed: bool = False
     index_halves: bool = False
-    compressed: bool = False
+    attention: str = "latent"
+    biased: str = ""
+    bias_key: str = "attention_bias"
+    qk_norm: str = ""
+    norm_last: bool = False
+    sinks: bool = False
+    logit_bias: bool = False
+    words: tuple[tuple[str, str], ...] = ()
+    values: tuple[tuple[str, object], ...] = ()
+    names: tuple[tuple[str, str], ...] = ()
     rope_interleave: tuple[bool, ...] = (True, False)
     template: str = ""
 
@@ -45,6 +63,12 @@ class Family(NamedTuple):
 
 
 _V3 = Family("DeepseekV3ForCausalLM")
+_GROUPED = Family(
+    "", topk_methods=(None,), attention="grouped", softmax_factor=False, rope_interleave=(False,),
+)  # fmt: skip
+_ONE_GROUP = ("n_group", 1), ("topk_group", 1), ("first_k_dense_replace", 0)
+_EXPERTS = "num_experts", "n_routed_experts"
+_PLAIN = *_ONE_GROUP, ("routed_scaling_factor", 1.0), ("n_shared_experts", 0)
 FAMILIES = {
     "deepseek_v2": Family(
         "DeepseekV2ForCausalLM", topk_methods=("greedy", "group_limited_greedy"), scoring="softmax",
@@ -64,7 +88,13 @@ FAMILIES = {
     "glm_moe_dsa": Family("GlmMoeDsaForCausalLM", indexed=True, rope_interleave=(True,)),
     "deepseek_v4": Family(
         "DeepseekV4ForCausalLM", scoring="sqrtsoftplus", softmax_factor=False, indexed=True,
-        compressed=True, rope_interleave=(True,), template="deepseek-v4.jinja",
+        attention="compressed", rope_interleave=(True,), template="deepseek-v4.jinja",
+        values=(*_ONE_GROUP, ("num_key_value_heads", 1), ("norm_topk_prob", True),
+                ("moe_layer_freq", 1), ("rope_interleave", True)),
+    ),
+    "qwen3_moe": _GROUPED._replace(
+        architecture="Qwen3MoeForCausalLM", scoring="softmax", group_best=1, correction_bias=False,
+        biased="qkvo", qk_norm="head", values=_PLAIN, words=(_EXPERTS,),
     ),
 }  # fmt: skip
 """By ``model_type``."""

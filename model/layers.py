@@ -31,15 +31,18 @@ def as_tensor(weight: object) -> Tensor:
     return weight
 
 
-def layer_of(weights: Mapping[str, Prepared], layer: int) -> Layer[Prepared]:
-    """The weights of ``layer`` out of all ``weights`` by checkpoint name."""
+def layer_of(weights: Mapping[str, Prepared], layer: int, window: int) -> Layer[Prepared]:
+    """The weights of ``layer`` out of all ``weights`` by checkpoint name.  Each token sees the last
+    ``window`` there, or all for 0."""
     parts = dict[str, object]()
     for field, part in chain(LAYER_PARTS.items(), SHARED_PARTS.items()):
         weight = weights.get(layer_tensor(layer, part.name))
         if weight is not None:
             parts[field] = as_tensor(weight).float() if part.role == "gate" else weight
-    attention: Mla[Prepared] | border.Compressed[Prepared] | None
-    if "kv_proj" in parts:
+    attention: Mla[Prepared] | border.Compressed[Prepared] | border.Grouped[Prepared] | None
+    if "k_proj" in parts:
+        attention = _filled(border.Grouped, parts, window=window)
+    elif "kv_proj" in parts:
         keys = _filled(border.Compressor, parts, "compressed_indexer_")
         indexer = _filled(border.CompressedIndexer, parts, "compressed_indexer_", compressor=keys)
         compressor = _filled(border.Compressor, parts, "compressor_")
@@ -67,18 +70,20 @@ def _filled(kind: type[T], parts: dict[str, object], prefix: str = "", **given: 
 
 def geometry_of(config: Config) -> Geometry:
     """What a backend has to know of ``config``."""
-    c, indexer, compressed, hyper = config, None, None, None
+    c, indexer, compressed, hyper, grouped = config, None, None, None, None
     if (i := c.indexer) is not None:
         indexer = border.IndexGeometry(i.n_heads, i.head_dim, i.topk, i.halves)
     if c.compressed is not None:
         compressed = border.CompressedGeometry(c.compressed.sliding_window, c.compressed.o_groups)
     if (h := c.hyper) is not None:
         hyper = border.HyperGeometry(h.mult, h.sinkhorn_iters, h.eps, c.rms_norm_eps)
+    if (a := c.grouped) is not None:
+        grouped = border.GroupedGeometry(a.groups, a.head_dim, c.family.norm_last)
     heads = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim
     factors = c.rms_norm_eps, LATENT_EPS, c.softmax_scale
     rest = not c.rope_interleave, router_of(c), c.moe_intermediate_size
-    special = indexer, compressed, hyper
-    return Geometry(*heads, c.kv_lora_rank, c.v_head_dim, *factors, *rest, *special)
+    sizes = *heads, c.kv_lora_rank, c.v_head_dim
+    return Geometry(*sizes, *factors, *rest, indexer, compressed, hyper, grouped)
 
 
 def router_of(config: Config) -> Router:
@@ -151,6 +156,8 @@ class LayerByLayer:
             chunk.x_TD = x_TD = backend.rms_norm(x_TD, layer.post_attention_layernorm, eps)
             if layer.gate is not None:
                 logits_TE, chosen_TK = backend.linear(x_TD, layer.gate), None
+                if layer.logit_bias is not None:
+                    logits_TE = logits_TE + layer.logit_bias
                 if layer.experts_of is not None:
                     assert chunk.ids_T is not None
                     chosen_TK = layer.experts_of[chunk.ids_T].long()

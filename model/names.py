@@ -74,6 +74,15 @@ LAYER_PARTS = {
     "q_a_layernorm": Spec("self_attn.q_a_layernorm", "A", "norm", "attn_q_a_norm"),
     "q_a_norm": Spec("self_attn.q_a_norm", "l", "norm"),
     "q_b_proj": Spec("self_attn.q_b_proj", "PL", "matrix", "attn_q_b"),
+    # Grouped queries.
+    "k_proj": Spec("self_attn.k_proj", "pD", "sensitive", "attn_k"),
+    "v_proj": Spec("self_attn.v_proj", "pD", "sensitive", "attn_v"),
+    "q_bias": Spec("self_attn.q_proj.bias", "q", "gate", "attn_q"),
+    "k_bias": Spec("self_attn.k_proj.bias", "r", "gate", "attn_k"),
+    "v_bias": Spec("self_attn.v_proj.bias", "s", "gate", "attn_v"),
+    "o_bias": Spec("self_attn.o_proj.bias", "t", "gate", "attn_output"),
+    "q_norm": Spec("self_attn.q_norm", "u", "norm", "attn_q_norm"),
+    "k_norm": Spec("self_attn.k_norm", "v", "norm", "attn_k_norm"),
     "kv_a_proj": Spec("self_attn.kv_a_proj_with_mqa", "WD", "sensitive", "attn_kv_a_mqa"),
     "kv_a_layernorm": Spec("self_attn.kv_a_layernorm", "R", "norm", "attn_kv_a_norm"),
     "kv_b_proj": Spec("self_attn.kv_b_proj", "KR", "absorbed", "attn_kv_b"),
@@ -98,6 +107,7 @@ LAYER_PARTS = {
     **_mix("ffn_hc.", _LAYER_MIX, "ffn_hc_"),
     "gate": Spec(GATE, "ED", "gate", "ffn_gate_inp", "router"),
     "gate_bias": Spec(_GATE_BIAS, "B", "gate", component="router"),
+    "logit_bias": Spec("mlp.gate.bias", "b", "gate", component="router"),
     "experts_of": Spec(EXPERTS_OF, "TN", "table", component="router"),
     "gate_proj": Spec("mlp.gate_proj", "FD", "sensitive", "ffn_gate", "dense layers"),
     "up_proj": Spec("mlp.up_proj", "FD", "sensitive", "ffn_up", "dense layers"),
@@ -173,12 +183,22 @@ def text_name(name: str) -> str:
 
 
 def in_layers(name: str, config: Config) -> str:
-    """Name with the number of its layer where it is that of a head that predicts one token more:
-    ``model.layers.43.enorm.weight`` for ``model.mtp.0.enorm.weight``."""
+    """Name in the words of this module where the family has others, and with the number of its
+    layer where it is that of a head that predicts one token more: ``model.layers.43.enorm.weight``
+    for ``model.mtp.0.enorm.weight``."""
+    for theirs, ours in config.family.names:
+        name = name.replace(theirs, ours)
     match = re.match(r"model\.mtp\.(\d{1,4})\.", name)
     if match is None:
         return name
     return f"model.layers.{config.num_hidden_layers + int(match[1])}.{name[match.end() :]}"
+
+
+def spelled(name: str, config: Config) -> str:
+    """The family's own name for a tensor."""
+    for theirs, ours in reversed(config.family.names):
+        name = name.replace(ours, theirs)
+    return name
 
 
 def layer_tensor(layer: int, part: str) -> str:
@@ -234,7 +254,8 @@ def _sizes(c: Config, layer: int) -> dict[str, int]:
     if c.hyper is not None:
         streams = c.hyper.mult
         sizes |= {"M": streams, "Y": streams * D, "C": (2 + streams) * streams, "G": 3, "U": 1}
-    return sizes | (_sizes_of_mla(c, layer) if c.compressed is None else _sizes_of_v4(c, layer))
+    sizes["b"] = sizes["E"] if c.family.logit_bias else 0
+    return sizes | _SIZES_OF[c.family.attention](c, layer)
 
 
 def _sizes_of_mla(c: Config, layer: int) -> dict[str, int]:
@@ -261,6 +282,20 @@ def _sizes_of_v4(c: Config, layer: int) -> dict[str, int]:
         return sizes
     width = indexer.head_dim
     return sizes | {"k": overlap * width, "I": width, "J": heads * width, "H": heads}
+
+
+def _sizes_of_groups(c: Config, _layer: int) -> dict[str, int]:
+    attention, D, rows = c.grouped, c.hidden_size, c.num_attention_heads * c.v_head_dim
+    assert attention is not None
+    shared = attention.groups * attention.head_dim  # by the heads of a group
+    sizes = {"X": 2 * D, "p": shared, "V": rows, "h": c.num_attention_heads * c.family.sinks}
+    widths = zip("qkvo", "qrst", (rows, shared, shared, D), strict=True)
+    sizes |= {letter: width * (name in attention.biased) for name, letter, width in widths}
+    norms = {"head": (c.v_head_dim,) * 2, "row": (rows, shared), "": (0, 0)}[attention.qk_norm]
+    return sizes | dict(zip("uv", norms, strict=True))
+
+
+_SIZES_OF = {"latent": _sizes_of_mla, "compressed": _sizes_of_v4, "grouped": _sizes_of_groups}
 
 
 def resident_shapes(config: Config) -> dict[str, tuple[int, ...]]:

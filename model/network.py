@@ -99,7 +99,10 @@ class Network:
         self._chunk_tokens = chunk_tokens
         self.config, self.backend, self.experts = config, backend, experts
         self.embed_tokens = weights[EMBEDDING]
-        self.layers = [layer_of(weights, index) for index in range(config.num_hidden_layers)]
+        self.layers = [
+            layer_of(weights, index, config.window(index))
+            for index in range(config.num_hidden_layers)
+        ]
         self.norm = as_tensor(weights[FINAL_NORM])
         self.lm_head = self.embed_tokens if config.tie_word_embeddings else weights[HEAD]
         self._mixing = None

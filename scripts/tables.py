@@ -124,7 +124,7 @@ def families() -> Iterator[str]:
                 "yes" if family.correction_bias else "no",
                 "yes" if family.scales_normalized else "no",
                 "yes" if family.softmax_factor else "no",
-                ("compressed, " * family.compressed + "sparse") * family.indexed
+                ("compressed, " * (family.attention == "compressed") + "sparse") * family.indexed
                 + "queries grow with position" * family.query_scaling,
             )
             for family, types in rows.items()

@@ -5,7 +5,8 @@ Only the backend knows what a weight ``W`` is made of (fp32, int8, codes) and wh
 Shapes: T tokens, D hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, R kv_lora_rank, V
 v_head_dim, W = R + P latent row, X elements of a cached row, C = P / 2, S cached positions, B a
 block of them, E routed experts, K experts a token, M MoE layers, J heads of an indexer, A
-index_head_dim, Z head_dim, Y columns of a compressor, L rows of a list, Q residual streams.
+index_head_dim, Z head_dim, G groups of heads, Y columns of a compressor, L rows of a list, Q
+residual streams.
 """
 
 from collections.abc import Sequence
@@ -111,6 +112,27 @@ class Compressed(Generic[W]):
 
 
 @dataclass(frozen=True)
+class Grouped(Generic[W]):
+    """Weights of grouped-query attention (arXiv 2305.13245): H heads of queries, G of keys and
+    values, Z values each.  Biases are float32, or None, as norms and sinks are where the family has
+    none: norms float32 [Z], of each head, or [H Z] and [G Z], of the whole row; ``sinks`` float32
+    [H].  Each token sees the last ``window``, itself among them, or all for 0."""
+
+    q_proj: W
+    k_proj: W
+    v_proj: W
+    o_proj: W
+    q_bias: Tensor | None
+    k_bias: Tensor | None
+    v_bias: Tensor | None
+    o_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    sinks: Tensor | None
+    window: int
+
+
+@dataclass(frozen=True)
 class Mixing:
     """Weights, float32, that make what a hyper-connection mixes by out of all Q streams: ``fn``
     [(2 + Q) Q, Q D], ``base`` [(2 + Q) Q] and ``scale`` [3]; of the head [Q, Q D], [Q] and [1]."""
@@ -122,15 +144,17 @@ class Mixing:
 
 @dataclass(frozen=True)
 class Layer(Generic[W]):
-    """Weights of one decoder layer.  ``gate`` is None in a dense layer, ``gate_bias`` where the
-    family has none, ``experts_of``, int32 [vocab, K], where the gate chooses by its scores instead
+    """Weights of one decoder layer.  ``gate`` is None in a dense layer, ``gate_bias``, which takes
+    part in the choice, and ``logit_bias``, in the gate's logits, where the family has none,
+    ``experts_of``, int32 [vocab, K], where the gate chooses by its scores instead
     of by the token, ``mlp`` where there is no shared expert, the mixings with one stream."""
 
     input_layernorm: Tensor
-    attention: Mla[W] | Compressed[W]
+    attention: Mla[W] | Compressed[W] | Grouped[W]
     post_attention_layernorm: Tensor
     gate: Tensor | None
     gate_bias: Tensor | None
+    logit_bias: Tensor | None
     experts_of: Tensor | None
     mlp: Mlp[W] | None
     attention_mixing: Mixing | None
@@ -174,6 +198,15 @@ class CompressedGeometry(NamedTuple):
     groups: int
 
 
+class GroupedGeometry(NamedTuple):
+    """Of grouped-query attention: groups, values of a head, and whether queries and keys are normed
+    behind their rotation instead of before it."""
+
+    G: int
+    Z: int
+    norm_last: bool
+
+
 class HyperGeometry(NamedTuple):
     """Of hyper-connections: streams, Sinkhorn and Knopp's iterations, their epsilon, the norm's."""
 
@@ -186,7 +219,8 @@ class HyperGeometry(NamedTuple):
 class Geometry(NamedTuple):
     """What a backend has to know beside the weights to bind layers: sizes as in the shape legend,
     epsilons of the norms over D and over the latents, the factor of the scores, whether rotated
-    pairs stand in two ``halves``.  DeepSeek-V4's head_dim is R and V, N + P of it."""
+    pairs stand in two ``halves``.  DeepSeek-V4's head_dim is R and V, N + P of it; that of grouped
+    queries too, of which the first P values are rotated."""
 
     H: int
     N: int
@@ -202,6 +236,7 @@ class Geometry(NamedTuple):
     indexer: IndexGeometry | None = None
     compressed: CompressedGeometry | None = None
     hyper: HyperGeometry | None = None
+    grouped: GroupedGeometry | None = None
 
 
 class Pending(NamedTuple):

@@ -48,7 +48,7 @@ class Tail:
         self._valid = 0  # that of the first one that is right
         self.marks: dict[int, Tensor] = {}  # the rows that a sequence of that length needs
         self._length = self._next = 0
-        self._before = self.rows[:0]  # the pass's rows so far of the layer that it is in
+        self._before = self.rows[:0]  # the pass's rows so far of the layers that it is in
 
     @staticmethod
     def room(most: int) -> int:
@@ -64,22 +64,23 @@ class Tail:
             self._valid = max(self._valid, self.first)
         self._length, self._next = length, max(self.first, end - self.rows.shape[1])
 
-    def extend(self, layer: int, position: int, new_TX: Tensor) -> tuple[Tensor, int]:
-        """The layer's rows up to those of some tokens of the pass from ``position`` on, which are
-        ``new``, and the position of the first of them."""
-        start, end = position - self.first, position + len(new_TX)
+    def extend(self, layer: int, position: int, new_LTX: Tensor) -> tuple[Tensor, int]:
+        """The rows of the L layers from ``layer`` on, [L, S, ...], up to those of some tokens of
+        the pass from ``position`` on, which are ``new``, and the position of the first of them."""
+        layers, count = slice(layer, layer + len(new_LTX)), new_LTX.shape[1]
+        start, end = position - self.first, position + count
         if self._next == self.first:
-            rows, first = self.rows[layer, : end - self.first], self.first
-            rows[start:] = new_TX
+            rows, first = self.rows[layers, : end - self.first], self.first
+            rows[:, start:] = new_LTX
         else:
-            before = self.rows[layer, :start] if position == self._length else self._before
-            rows = torch.cat([before[-self._keep :], new_TX])
-            first, stop = end - len(rows), end - self._next
-            stays = min(len(new_TX), max(0, stop - self._keep))
-            self.rows[layer, stop - stays : stop] = new_TX[len(new_TX) - stays :]
-            self._before = rows[-self._keep :].clone()
+            before = self.rows[layers, :start] if position == self._length else self._before
+            rows = torch.cat([before[:, -self._keep :], new_LTX], dim=1)
+            first, stop = end - rows.shape[1], end - self._next
+            stays = min(count, max(0, stop - self._keep))
+            self.rows[layers, stop - stays : stop] = new_LTX[:, count - stays :]
+            self._before = rows[:, -self._keep :].clone()
         for at in range((position // MARK_TOKENS + 1) * MARK_TOKENS, end + 1, MARK_TOKENS):
-            self._mark(at)[layer] = rows[at - first - self.needed(at) : at - first]
+            self._mark(at)[layers] = rows[:, at - first - self.needed(at) : at - first]
         return rows, first
 
     def done(self) -> None:
@@ -364,6 +365,43 @@ class CompressedCache(SequenceState):
         _fill(self.window.rows, (self._width, 0), store, torch.Generator().manual_seed(1))
         for tail in self._tails[1:]:
             tail.rows.normal_()
+        super().fill(depth, store)
+
+
+class GroupedCache(SequenceState):
+    """Keys and values of grouped-query attention: for each group of each layer a row of a token, of
+    ``width`` values and ``width`` of the key.  ``windows`` says of each layer how many tokens see
+    each other there: 0 for all, whose rows stay in ``rows``; others are in ``window``."""
+
+    def __init__(self, context: int, groups: int, width: int, windows: Sequence[int], new: NewRows):
+        self._windows, self._groups, self._widths = windows, groups, (width, width)
+        self._row_of = [
+            groups * sum((other > 0) == (own > 0) for other in windows[:layer])
+            for layer, own in enumerate(windows)
+        ]
+        self.rows = new(groups * windows.count(0), context, width, width)
+        tails, count = list[Tail](), len(windows) - windows.count(0)
+        if count:
+            most = max(windows) - 1
+            rows = new(groups * count, Tail.room(most), width, width)
+            tails = [Tail(rows, lambda length: min(length, most))]
+        self.window = tails[0] if tails else None
+        super().__init__(context, [Rows(self.rows, self._widths)], tails)
+
+    def extend(self, layer: int, position: int, new_GTX: Tensor) -> tuple[Tensor, int]:
+        """The rows of the layer's groups, [G, S, X], up to those of some tokens of the pass from
+        ``position`` on, which are ``new``, and the position of the first of them."""
+        row = self._row_of[layer]
+        if self._windows[layer]:
+            assert self.window is not None
+            return self.window.extend(row, position, new_GTX)
+        rows_GSX = self.rows[row : row + self._groups, : position + new_GTX.shape[1]]
+        rows_GSX[:, position:] = new_GTX
+        return rows_GSX, 0
+
+    def fill(self, depth: int, store: Store) -> None:
+        if self.window is not None:
+            _fill(self.window.rows, self._widths, store, torch.Generator().manual_seed(1))
         super().fill(depth, store)
 
 

@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor, dtype
 
-from slotmoe.border import Chunk, Compressed, Geometry, Mla
+from slotmoe.border import Chunk, Compressed, Geometry, Grouped, Mla
 from slotmoe.model.attention.compressed import CompressedAttention
+from slotmoe.model.attention.grouped import GroupedAttention
 from slotmoe.model.attention.latent import LatentAttention
 from slotmoe.model.config import Config
 from slotmoe.quant.backends.base import TorchBackend
-from slotmoe.state import CompressedCache, Empty, LatentCache, SequenceState
+from slotmoe.state import CompressedCache, Empty, GroupedCache, LatentCache, SequenceState
 
 Attention = Callable[[Chunk, Any, Tensor], Tensor]
 """``attention(chunk, weights, x_TD)``: what attention gives for the chunk's tokens in its layer,
@@ -23,6 +24,7 @@ def attentions(geometry: Geometry, backend: TorchBackend) -> Mapping[type, Atten
     return {
         Mla: LatentAttention(geometry, backend),
         Compressed: CompressedAttention(geometry, backend),
+        Grouped: GroupedAttention(geometry, backend),
     }
 
 
@@ -37,6 +39,9 @@ def new_state(
         columns, kind = row(latent, rope)
         return empty((layers, count, columns), kind)
 
+    if c.grouped is not None:
+        windows = [c.window(layer) for layer in range(c.num_hidden_layers)]
+        return GroupedCache(context, c.grouped.groups, c.grouped.head_dim, windows, rows)
     indexed = [c.has_indexer(layer) for layer in range(c.num_hidden_layers)]
     keys = 0 if c.indexer is None else c.indexer.head_dim
     if c.compressed is None:

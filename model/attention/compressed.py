@@ -62,7 +62,8 @@ class CompressedAttention:
         g, backend, cache, T = self._geometry, self._backend, own.cache, len(own.x_TD)
         new_TX = cache.window.rows.new_empty(T, cache.window.rows.shape[-1])
         backend.store_latents(own.key_TZ, g.V, new_TX)
-        rows_SX, first = cache.window.extend(own.chunk.layer, own.position, new_TX)
+        rows_1SX, first = cache.window.extend(own.chunk.layer, own.position, new_TX[None])
+        rows_SX = rows_1SX[0]
         positions_T = torch.arange(T, dtype=torch.int32, device=new_TX.device) + own.position
         entries, counts_T, more_SX = None, None, None
         if weights.compressor is not None:
@@ -98,7 +99,8 @@ class CompressedAttention:
         rows_SX = group.rows[row, : end // ratio]
         both = weights.kv_proj, weights.gate_proj
         new_T2Y = torch.stack([backend.linear(own.x_TD, weight) for weight in both], dim=1)
-        open_S2Y, first = group.open.extend(row, start, new_T2Y)
+        open_1S2Y, first = group.open.extend(row, start, new_T2Y[None])
+        open_S2Y = open_1S2Y[0]
         begin, stop = start // ratio, end // ratio
         if begin == stop:
             return rows_SX

@@ -6,7 +6,6 @@ kv_lora_rank, V v_head_dim, W = R + P latent row, S cached positions, B one bloc
 of the indexer, A index_head_dim, L chosen positions, Z and Y widths of a key and of a value.
 """
 
-import math
 from collections.abc import Iterator
 from itertools import repeat
 from typing import cast
@@ -15,12 +14,9 @@ import torch
 from torch import Tensor
 
 from slotmoe.border import Chunk, Geometry, Indexer, ListedRows, Mla
-from slotmoe.quant.backends.base import Prepared, TorchBackend
+from slotmoe.quant.backends.base import Prepared, TorchBackend, attend, block_size
 from slotmoe.state import LatentCache
 
-# Cached rows are widened to float32 in blocks, so that no temporary grows with the context.
-_MAX_BLOCK = 4096
-_MAX_SCORES = 1 << 22
 _INDEX_EPS = 1e-6  # of the indexer's norm, whatever rms_norm_eps says
 
 
@@ -79,8 +75,8 @@ class LatentAttention:
         expanded_cost = S * H * R * (N + V) + T * S * H * (N + P + V)
         if T == 1 or absorbed_cost <= expanded_cost:
             return self._absorbed(q_THN, q_THP, kv_b, [rows_SX], [T])
-        q_THZ = torch.cat([q_THN, q_THP], dim=-1)
-        return attend(q_THZ, self._expanded(rows_SX, T, kv_b), S, self._geometry.softmax_scale)
+        q_HTZ = torch.cat([q_THN, q_THP], dim=-1).transpose(0, 1) * self._geometry.softmax_scale
+        return attend(q_HTZ, self._expanded(rows_SX, T, kv_b), S, T).transpose(0, 1)
 
     def _absorbed(
         self,
@@ -141,48 +137,17 @@ class LatentAttention:
         if o_THR is not None:
             return o_THR
         # All heads share the keys [1, B, W] and values [1, B, R]: the latent rows themselves.
-        keys = (rows_BW.float()[None] for rows_BW in rows_SX.split(self._block_size(len(q_THW))))
+        T, H = q_THW.shape[:2]
+        keys = (rows_BW.float()[None] for rows_BW in rows_SX.split(block_size(T * H)))
         blocks = ((k_1BW, k_1BW[..., :R]) for k_1BW in keys)
-        return attend(q_THW, blocks, len(rows_SX), scale)
-
-    def _block_size(self, T: int) -> int:
-        return min(_MAX_BLOCK, max(64, _MAX_SCORES // (T * self._geometry.H)))
+        return attend(q_THW.transpose(0, 1) * scale, blocks, len(rows_SX), T).transpose(0, 1)
 
     def _expanded(self, rows_SW: Tensor, T: int, kv_b: Prepared) -> Iterator[tuple[Tensor, Tensor]]:
         """Blocks of expanded keys [H, B, N + P] and values [H, B, V]."""
         H, N, P, R, V, *_ = self._geometry
-        for rows_BW in rows_SW.split(self._block_size(T)):
+        for rows_BW in rows_SW.split(block_size(T * H)):
             rows_BW = rows_BW.float()
             expanded = self._backend.expand(rows_BW[:, :R], kv_b)
             kv_HBX = expanded.view(-1, H, N + V).transpose(0, 1)
             k_HBP = rows_BW[None, :, R:].expand(H, -1, P)
             yield torch.cat([kv_HBX[..., :N], k_HBP], dim=-1), kv_HBX[..., N:]
-
-
-def attend(q_THZ: Tensor, blocks: Iterator[tuple[Tensor, Tensor]], S: int, scale: float) -> Tensor:
-    """Causal attention of the last T of S positions, by blocks in float32 (arXiv 1805.02867).
-
-    ``blocks`` yields keys [H or 1, B, Z] and values [H or 1, B, Y] in order of position; returns
-    float32 [T, H, Y].
-    """
-    T, H = q_THZ.shape[:2]
-    q_HTZ = q_THZ.transpose(0, 1) * scale
-    position_T = torch.arange(S - T, S, device=q_THZ.device)
-    best_HT1 = torch.full((H, T, 1), -math.inf, device=q_THZ.device)
-    total_HT1 = torch.zeros_like(best_HT1)
-    out_HTY: Tensor | float = 0.0
-    start = 0
-    for k_HBZ, v_HBY in blocks:
-        end = start + k_HBZ.shape[1]
-        scores_HTB = q_HTZ @ k_HBZ.transpose(1, 2)
-        if end > S - T + 1:  # some query stands before some key of this block
-            future = torch.arange(start, end, device=q_THZ.device) > position_T[:, None]
-            scores_HTB = scores_HTB.masked_fill(future, -math.inf)
-        # Every query sees position 0, so its best score is finite from the first block on.
-        better_HT1 = torch.maximum(best_HT1, scores_HTB.amax(dim=-1, keepdim=True))
-        decay_HT1 = (best_HT1 - better_HT1).exp_()
-        scores_HTB = (scores_HTB - better_HT1).exp_()
-        total_HT1 = total_HT1 * decay_HT1 + scores_HTB.sum(dim=-1, keepdim=True)
-        out_HTY = out_HTY * decay_HT1 + scores_HTB @ v_HBY
-        best_HT1, start = better_HT1, end
-    return (out_HTY / total_HT1).transpose(0, 1)

@@ -167,7 +167,7 @@ def open_checkpoint(path: Path, keep_mtp: bool = False) -> Checkpoint:
             problem = f"{first} is missing, though num_nextn_predict_layers names its layer"
             advice = "leave --keep-mtp out, or get all weights"
             raise CheckpointError(f"{path}: {problem}; {advice}")
-    places = Places(path, stored, config)
+    places = Places(path, stored, config, spelled=partial(names.spelled, config=config))
     infos = {name: places.find(name, shape) for name, shape in names.tensor_shapes(config)}
     starts = {file: starts[file] for file in starts.keys() & {info.file for info in places.used}}
     return Checkpoint(path, config, infos, places.used, starts, small_files(path))

@@ -219,7 +219,8 @@ class Calibration:
         tapped = {id(weights[name]): name for name in names if name in self._wanted}
         tap = _Tap({key: name for key, name in tapped.items() if "up_proj" not in name})
         config = self._config.alone(layer)
-        runner = LayerByLayer(geometry_of(config), [layer_of(weights, layer)], tap)
+        own = layer_of(weights, layer, self._config.window(layer))
+        runner = LayerByLayer(geometry_of(config), [own], tap)
         state = new_state(config, max(self._lengths), plain_row, self._empty)
         chunks, pendings = list[Chunk](), list[Pending]()
         ids_T = torch.tensor(self._ids, device=self._device)

@@ -202,6 +202,14 @@ def _kept(config: Config, kernels: str, value_bytes: int) -> Iterator[_Kept]:
     c, indexer = config.compressed, config.indexer
     layers = [(config.ratio(at), config.has_indexer(at)) for at in range(config.layer_count)]
     topk = 0 if indexer is None else indexer.topk
+    if (a := config.grouped) is not None:
+        own, windows = a.groups * row(a.head_dim, a.head_dim), a.windows
+        full = len(layers) - len(windows) + windows.count(0)  # with that of the mtp head
+        yield _Kept(1, full * own, 0, 0, 0)
+        if any(windows):
+            most = max(windows) - 1
+            yield _Kept(0, 0, most, most, (len(layers) - full) * own)
+        return
     if c is None:
         latent = row(config.kv_lora_rank, config.qk_rope_head_dim)
         yield _Kept(1, len(layers) * latent, 0, 0, 0, topk)

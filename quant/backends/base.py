@@ -4,11 +4,12 @@ It dequantizes a slice of rows and multiplies.  The other backends extend it and
 ``native`` for CPUs, ``triton`` for GPUs.
 
 Shapes: T tokens, N rows out, K columns in or experts a token, D hidden_size, H heads, R
-kv_lora_rank, E routed experts.
+kv_lora_rank, E routed experts, S cached positions, B a block of them, G groups of heads, Z and Y
+widths of a key and of a value, X rows of queries.
 """
 
 import timeit
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import NamedTuple, Protocol
 
@@ -39,6 +40,9 @@ from slotmoe.system import Placement
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _GATHERED = 1 << 22  # values of cached rows, or scores, in memory at once
 _SLICE = 1 << 22  # weights dequantized at once, so that no temporary grows with a matrix
+# Cached rows are widened to float32 in blocks, so that no temporary grows with the context.
+_MAX_BLOCK = 4096
+_MAX_SCORES = 1 << 22
 
 
 class Compiles:
@@ -130,6 +134,53 @@ def first_best(scores_TS: Tensor, k: int) -> Tensor:
     places_S = torch.arange(S, dtype=torch.int32, device=scores_TS.device)
     lists_TX.scatter_(1, ranks_TS, places_S.expand(T, S))
     return lists_TX[:, :k].contiguous()
+
+
+def block_size(queries: int) -> int:
+    """Cached rows that so many queries attend to at once."""
+    return min(_MAX_BLOCK, max(64, _MAX_SCORES // queries))
+
+
+def attend(
+    q_HXZ: Tensor,
+    blocks: Iterable[tuple[Tensor, Tensor]],
+    S: int,
+    T: int,
+    window: int = 0,
+    sinks_HX1: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of the last T of S positions, by blocks in float32 (arXiv 1805.02867).
+
+    Row x of the scaled queries is of token x % T.  ``blocks`` yields keys [H or 1, B, Z] and values
+    [H or 1, B, Y] in order of position; returns float32 [H, X, Y].  With a ``window`` a token sees
+    so many positions, itself among them; ``sinks`` are scores of a row without a value.
+    """
+    H, X = q_HXZ.shape[:2]
+    position_X1 = torch.arange(S - T, S, device=q_HXZ.device).repeat(X // T)[:, None]
+    best_HX1 = torch.full((H, X, 1), -torch.inf, device=q_HXZ.device)
+    total_HX1 = torch.zeros_like(best_HX1)
+    if sinks_HX1 is not None:
+        best_HX1, total_HX1 = sinks_HX1, torch.ones_like(total_HX1)
+    out_HXY: Tensor | float = 0.0
+    start = 0
+    for k_HBZ, v_HBY in blocks:
+        end = start + k_HBZ.shape[1]
+        scores_HXB = q_HXZ @ k_HBZ.transpose(1, 2)
+        place_B = torch.arange(start, end, device=q_HXZ.device)
+        if end > S - T + 1:  # some query stands before some key of this block
+            scores_HXB = scores_HXB.masked_fill(place_B > position_X1, -torch.inf)
+        if window and start < S - window:  # some key is too far behind some query
+            scores_HXB = scores_HXB.masked_fill(place_B <= position_X1 - window, -torch.inf)
+        # Every query sees position 0, so its best score is finite from the first block on.
+        better_HX1 = torch.maximum(best_HX1, scores_HXB.amax(dim=-1, keepdim=True))
+        if window:  # but for those that see none of the first blocks
+            better_HX1 = better_HX1.clamp(min=torch.finfo(torch.float32).min)
+        decay_HX1 = (best_HX1 - better_HX1).exp_()
+        scores_HXB = (scores_HXB - better_HX1).exp_()
+        total_HX1 = total_HX1 * decay_HX1 + scores_HXB.sum(dim=-1, keepdim=True)
+        out_HXY = out_HXY * decay_HX1 + scores_HXB @ v_HBY
+        best_HX1, start = better_HX1, end
+    return out_HXY / total_HX1
 
 
 def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -289,6 +340,29 @@ class TorchBackend:
             weights_BHL = scores_BHL.softmax(dim=-1)[..., : lists_BL.shape[1]]
             parts.append(weights_BHL @ rows_BLW[..., :R])
         return torch.cat(parts)
+
+    def grouped(
+        self,
+        q_THZ: Tensor,
+        rows_GSX: Tensor,
+        first: int,
+        scale: float,
+        window: int,
+        sinks_H: Tensor | None,
+    ) -> Tensor:
+        """Causal attention of the last T positions, float32 [T, H, Z], H / G heads to each group's
+        rows, a value and a key each, of the positions from ``first`` on; the groups may lie apart.
+        With a ``window`` a token sees so many of them, itself among them.  ``sinks``, float32 [H],
+        take part in the softmax as the score of a row without a value."""
+        T, H, Z = q_THZ.shape
+        if window:
+            rows_GSX = rows_GSX[:, -(window + T - 1) :]
+        G, S, _ = rows_GSX.shape
+        q_GXZ = (q_THZ.transpose(0, 1) * scale).reshape(G, H // G * T, Z)
+        sinks = None if sinks_H is None else sinks_H.repeat_interleave(T).view(G, -1, 1)
+        rows = (rows_GBX.float() for rows_GBX in rows_GSX.split(block_size(H * T), dim=1))
+        blocks = ((rows_GBX[..., Z:], rows_GBX[..., :Z]) for rows_GBX in rows)
+        return attend(q_GXZ, blocks, S, T, window, sinks).view(H, T, Z).transpose(0, 1)
 
     def index(
         self, q_TJA: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from slotmoe import border
-from slotmoe.border import Chunk, Geometry, HyperGeometry, ListedRows, Mixed, Mixing, Mla, Router
+from slotmoe.border import (
+    Chunk,
+    Compressed,
+    Geometry,
+    HyperGeometry,
+    ListedRows,
+    Mixed,
+    Mixing,
+    Mla,
+    Router,
+)
 from slotmoe.quant.backends.base import Empty, Prepared, Records, RoutedExperts, TorchBackend, new
 from slotmoe.quant.codecs.codec import TILE
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, Weight
@@ -287,6 +297,17 @@ class NativeBackend(TorchBackend):
         listed = listed._replace(lists_TL=listed.lists_TL.contiguous())
         return self._native.attend(q_THW.contiguous(), listed, R, scale)
 
+    def grouped(
+        self,
+        q_THZ: Tensor,
+        rows_GSX: Tensor,
+        first: int,
+        scale: float,
+        window: int,
+        sinks_H: Tensor | None,
+    ) -> Tensor:
+        raise NotImplementedError("rows of 8 bits")
+
     def index(
         self, q_TJA: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int
     ) -> Tensor:
@@ -303,13 +324,14 @@ class NativeBackend(TorchBackend):
         self, geometry: Geometry, layers: Sequence[border.Layer[Prepared]]
     ) -> NativeDecoder | None:
         """None where the native call does not compute as the single operations do: ``kv_b_proj`` or
-        an MLP in bf16, groups of an output projection that share tiles, or V4 with one stream."""
+        an MLP in bf16, groups of an output projection that share tiles, V4 with one stream, or
+        grouped queries."""
         mlps = list[BoundMlp | None]()
         for layer in layers:
             mlp = None if layer.mlp is None else self._mlp(layer.mlp)
             if isinstance(attention := layer.attention, Mla):
                 is_native = isinstance(attention.kv_b_proj, Absorbed)
-            else:
+            elif is_native := isinstance(attention, Compressed):
                 assert geometry.compressed is not None
                 rest = Matrix.of(attention.o_a_proj).shape[0] % (geometry.compressed.groups * TILE)
                 is_native = rest == 0 and geometry.hyper is not None

@@ -249,6 +249,7 @@ def sizes_of(geometry: Geometry, layer: Layer[Prepared]) -> dict[str, int]:
     if isinstance(attention, Compressed):
         assert geometry.compressed is not None
         return sizes | {"Q": len(attention.q_a_norm), "Y": heads * r // geometry.compressed.groups}
+    assert isinstance(attention, Mla)
     if attention.q_a_layernorm is not None:
         sizes["Q"] = len(attention.q_a_layernorm)
     return sizes | {"W": r + p, "Y": heads * v}
@@ -351,6 +352,7 @@ class BoundLayers(Bound):
             if isinstance(layer.attention, Compressed):
                 compressed = compressed_layer(geometry, layer, sizes, groups)
             else:
+                assert isinstance(layer.attention, Mla)
                 has = layer.attention.indexer is not None
                 if geometry.indexer is not None and (self.indexers or has):
                     topk = geometry.indexer.topk
