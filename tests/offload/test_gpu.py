@@ -31,7 +31,7 @@ from slotmoe.sizes import format_size
 from slotmoe.tools.bench.speed import calibration, measure
 from tests.support import simulated
 from tests.support.disk import forked
-from tests.support.engine import IDS, PROMPT, start, whole
+from tests.support.engine import IDS, PROMPT, start, until, whole
 from tests.support.params import nth
 from tests.support.twin import EXPERTS, Twin, measured
 
@@ -141,6 +141,18 @@ def test_ram_that_can_not_be_locked_is_said_once(on_twin, wanted, monkeypatch, c
         assert 100 * record < locked == sum(twin.gpu.pinned().values())
     told = f"only {format_size(22 * record)} of {format_size(slab.nbytes)} of RAM for the twin"
     assert [told in record.message for record in caplog.records] == [True]
+
+
+def test_ram_is_unlocked_when_copies_from_it_have_ended(on_twin, monkeypatch):
+    monkeypatch.setattr(host, "PIN_BYTES", 1)  # each record by itself
+    twin, ended = Twin(), []
+    twin.gpu.eager = twin.gpu.wide = 0  # nothing runs that the host does not wait for
+    with on_twin(twin, misses="fetch", slots=22, prefetch=False) as runtime:
+        slots, copying = runtime.model.experts.slots, runtime.model.store._copying
+        runtime.engine.call(lambda: slots.prefetch(0, 1))
+        until(lambda: copying)
+        twin.unpin = lambda memory: ended.append(copying[0][0].done())
+    assert ended == [True]
 
 
 # Which device

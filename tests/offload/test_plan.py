@@ -11,7 +11,7 @@ from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.attention import new_state
 from slotmoe.model.config import parse_config, read_config
 from slotmoe.offload.plan.advice import geometry_path
-from slotmoe.offload.plan.memory import kv_bytes, make_plan, mark_bytes, sizes_of
+from slotmoe.offload.plan.memory import kv_bytes, make_plan, mark_bytes, sizes_of, waiting_bytes
 from slotmoe.offload.plan.speed import (
     CORE,
     Bandwidths,
@@ -122,6 +122,10 @@ def test_bytes_of_a_sequence_are_those_of_its_state(name, kernels):
             many = range(MARK_TOKENS * 1000, MARK_TOKENS * 1008, MARK_TOKENS)
             marks = sum(map(state.snapshot_bytes, many))
             assert mark_bytes(config, 8 * MARK_TOKENS, *given) == marks
+            if kernels == "torch":  # beyond a chunk, streams and rotations
+                row = 4 * (config.stream_width + 2 * config.qk_rope_head_dim)
+                waiting = waiting_bytes(config, 512 + 8 * MARK_TOKENS)
+                assert waiting == 8 * MARK_TOKENS * row + marks
 
 
 @pytest.fixture

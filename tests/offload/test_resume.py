@@ -160,3 +160,6 @@ def test_a_forged_file_ends_in_a_line_or_an_export(way, count, source, hub, tmp_
     *_, files = (left for left in resumes.left if name in left)
     for _ in range(count):
         resumes.check({**files, name: forged(files[name], chance)})
+    stream = "export.partial/stream.bin"
+    for files in [left for left in resumes.left if stream in left][:1]:
+        assert resumes.check({**files, stream: bytes(byte ^ 4 for byte in files[stream])})
