@@ -218,3 +218,41 @@ def answer(data):
     seconds=0.5,
     memory=64 << 20,
 )
+# Of schemas and grammars that an answer is to follow: what llguidance says of each and of all.  Of
+# the tokenizer it has the tokens that a grammar can name.
+COMPILER = Child(
+    """
+import functools
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper, grammar_from
+class Names:
+    bos_token_id, __call__ = None, lambda self, text: []
+    def __init__(self, size, ids, eos):
+        self.tokens, self.eos_token_id = [b""] * size, eos
+        self.special_token_ids = [*ids.values()]
+        for name, id in ids.items():
+            self.tokens[id] = name.encode()
+@functools.lru_cache(1)
+def tokenizer(names):
+    return LLTokenizer(TokenizerWrapper(Names(*json.loads(names))))
+def answer(data):
+    names, schemas, kind, text, rules = json.loads(data)
+    known = tokenizer(names)
+    limit()
+    told = [LLMatcher.validate_grammar_with_warnings(f"start: {it}", known) for it in schemas]
+    problem = ""
+    if kind:
+        try:
+            text = grammar_from(kind, text)
+            problem = LLMatcher(known, text, log_level=0).get_error()
+        except ValueError as error:
+            problem = str(error)
+        if kind == "regex" and not problem:
+            text = json.loads(text)["grammars"][0]["lark_grammar"]
+        rules.append({"name": "wanted", "lark_grammar": text})
+    rules = json.dumps({"grammars": rules})
+    whole = "" if problem else LLMatcher(known, rules, log_level=0).get_error()
+    return json.dumps([told, problem, whole, rules]).encode()
+""",
+    seconds=1,
+    memory=128 << 20,
+)

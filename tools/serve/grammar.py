@@ -6,15 +6,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
+from itertools import chain
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLTokenizer, grammar_from
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from torch import Tensor
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
+from slotmoe.model.child import COMPILER
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.formats import INDEX, is_text
@@ -38,17 +41,40 @@ _SHARED = {"allOf", "if", "dependentSchemas", "dependencies"}
 _OF_OTHERS = {"additionalProperties", "patternProperties", "propertyNames"}
 # What regular languages don't have: look-around, word boundaries, references to groups.
 _IRREGULAR = re.compile(r"\(\?<?[=!]|(?<!\\)(?:\\\\)*\\[bB1-9]")
-# llguidance counts remainders, of multiples that are combined those of their least common multiple:
-# 1,048,578 take 15 seconds and 630 MB.  Of divisors of this that is never more than this.
+# A mask counts remainders, of multiples that are combined those of their least common multiple: of
+# divisors of this never more than it can.
 _MULTIPLES = 9000
-# Integers near -2**63, on which llguidance 1.9 recurses until the process ends.
-_LEAST = re.compile(r"-9223372036854775\d{3}(?!\d)")
-_TOO_SMALL = "has an integer so near -2**63 that no mask can be made of it"
-_MULTIPLE = re.compile(r'multipleOf"\s*:\s*([^\s,}]*)')
 # Beyond so many llguidance follows no answer, which it finds out in time that grows by the square.
 _MOST_OPTIONAL = 500
 # Free whitespace lets a model go on with blanks for ever; most were taught one after each sign.
 _SPACING = {"whitespace_flexible": False, "key_separator": ": ?", "item_separator": ", ?"}
+# What a mask of a stranger's grammar may cost, some 10 ms: of the items of a row, which stand for
+# ways to read a text, the time is a cube.  Those of a schema can only be many, not ambiguous.
+_LIMITS = LLParserLimits(max_items_in_row=250, step_max_items=10_000)
+
+
+class _Schema(NamedTuple):
+    """One of a request: its ``text`` in a grammar, and what was left out of it already."""
+
+    text: str
+    where: str
+    param: str
+    is_strict: bool
+    unheld: list[str]
+
+    def relaxed(self, is_wrong: bool, told: list[str]) -> list[str]:
+        """What can't be held of it, with what the compiler ``told``.  Raises ``RefusedError``, also
+        for anything that can't where it ``is_strict``."""
+        if is_wrong:
+            problem = (told[0].partition("JSON schema: ")[2] or told[0]).partition("\n   1 |")[0]
+            reason = f"the schema can't be followed ({problem[:200]})"
+            raise RefusedError(f"{self.where}: {reason}", self.param)
+        unheld = (*self.unheld, *told)
+        if self.is_strict and unheld:
+            problem = f"no answer can be held to {unheld[0][:200]!r}"
+            advice = "and the schema is strict; leave out one or the other"
+            raise RefusedError(f"{self.where}: {problem}, {advice}", self.param)
+        return [f"{self.where}: {keyword}".replace('"', "") for keyword in unheld]
 
 
 @dataclass(eq=False)
@@ -120,6 +146,12 @@ class Grammars:
         except BaseException as problem:  # a panic of Rust is no Exception
             return f"{problem!r:.200}"
 
+    @cached_property
+    def _names(self) -> str:
+        """What a grammar can name of the tokenizer."""
+        ids = {self._source.spelling(id_): id_ for id_ in self._source.special}
+        return json.dumps([self._source.size, ids, self._eos[0]])
+
     def compile(
         self, wanted: Rule | None, policy: ToolPolicy | None = None, is_thinking: bool | None = None
     ) -> Mask | None:
@@ -128,47 +160,38 @@ class Grammars:
         reasoning, None where there is none.  Raises ``RefusedError``."""
         if wanted is None and policy is None:
             return None
-        content, dropped, where, rules = None, list[str](), "response_format", list[Json]()
+        content, schemas, where = None, list[_Schema](), "response_format"
+        tables, limits, other = self._tokenizer, None, ("", "")
         if wanted is not None and wanted.kind == "json":
-            content = self._json(wanted.rule, wanted.strict, where, where, dropped)
+            content = self._json(wanted.rule, wanted.strict, where, where, schemas)
         elif wanted is not None:
-            content = "@wanted"
-            rules.append({"name": "wanted", "lark_grammar": self._lark(wanted)})
+            kind, text, where, _ = wanted
+            content, limits = "@wanted", _LIMITS
+            other = kind, text if isinstance(text, str) else json.dumps(text)
+            if len(other[1]) > _MAX_SCHEMA:
+                raise RefusedError(f"{where}: more than {_MAX_SCHEMA} characters", where, 413)
         header = self._header(is_thinking)
         content = f"{header} {content}" if content is not None else None
         grammar = f"answer: {content}"
         if policy is not None:
-            grammar = self._calls(policy, content, header, dropped)
-        rules.insert(0, {"lark_grammar": f"start: {self._reasoning(is_thinking)}\n{grammar}"})
-        matcher = LLMatcher(self._tokenizer, json.dumps({"grammars": rules}), log_level=0)
-        if matcher.is_error():
-            reason = matcher.get_error()[:200]
-            raise RefusedError(f"the schemas can't be followed together ({reason})")
-        return Mask(matcher, self._source.size, dropped)
-
-    def _lark(self, rule: Rule) -> str:
-        """``rule`` in Lark's words.  Raises ``RefusedError``."""
-        kind, text, param, _ = rule
-        if isinstance(text, str) and kind == "grammar":  # it may hold schemas
-            spelled = re.sub(r"\\u([0-9a-fA-F]{4})", lambda code: chr(int(code[1], 16)), text)
-            if not all(map(_is_cheap, _MULTIPLE.findall(spelled))):
-                problem = f"a multipleOf that does not divide {_MULTIPLES} takes too much work"
-                raise RefusedError(f"{param}: {problem}", param)
-            if _LEAST.search(spelled):
-                raise RefusedError(f"{param}: the grammar {_TOO_SMALL}", param)
+            grammar = self._calls(policy, content, header, schemas)
+        rule = {"lark_grammar": f"start: {self._reasoning(is_thinking)}\n{grammar}"}
+        data = json.dumps([self._names, [it.text for it in schemas], *other, [rule]]).encode()
+        where = where if wanted is not None else "tools"
         try:
-            lark = grammar_from(kind, text if isinstance(text, str) else json.dumps(text))
-            if kind == "regex":
-                lark = json.loads(lark)["grammars"][0]["lark_grammar"]
-            problem = LLMatcher(self._tokenizer, lark, log_level=0).get_error()
-        except ValueError as error:
-            problem = str(error)
+            told, problem, whole, rules = json.loads(COMPILER.run(data, "its compiler"))
+        except ConfigError as error:
+            reason = f"can't be followed ({error}); make it simpler"
+            raise RefusedError(f"{where}: {reason}", where) from None
+        names = [it.relaxed(*said) for it, said in zip(schemas, told, strict=True)]
         if problem:
             reason = problem.partition("\n   1 |")[0][:200]
-            raise RefusedError(f"{param}: the {kind} can't be followed ({reason})", param)
-        if len(lark) > _MAX_SCHEMA:
-            raise RefusedError(f"{param}: more than {_MAX_SCHEMA} characters", param, 413)
-        return lark
+            raise RefusedError(f"{where}: the {other[0]} can't be followed ({reason})", where)
+        matcher = LLMatcher(tables, rules, log_level=0, limits=limits)
+        if whole or matcher.is_error():
+            reason = (whole or matcher.get_error())[:200]
+            raise RefusedError(f"the schemas can't be followed together ({reason})")
+        return Mask(matcher, self._source.size, [*chain.from_iterable(names)])
 
     def _reasoning(self, is_thinking: bool | None) -> str:
         """The rule of the whole answer, and those of the reasoning before the answer proper."""
@@ -190,13 +213,13 @@ class Grammars:
         return "" if marks is None or is_thinking is None else self._literal(marks.text)
 
     def _calls(
-        self, policy: ToolPolicy, content: str | None, header: str, dropped: list[str]
+        self, policy: ToolPolicy, content: str | None, header: str, schemas: list[_Schema]
     ) -> str:
         """The grammar of tool calls, or text and calls if not required, ``header`` before text;
-        adds to ``dropped``."""
+        adds to ``schemas``."""
         arguments = dict[str, str]()
         for function in policy.functions:
-            about = bool(function.strict), f"tool {function.name!r}", "tools", dropped
+            about = bool(function.strict), f"tool {function.name!r}", "tools", schemas
             given = self._json if self._dialect.format.tagged is None else self._tagged
             arguments[function.name] = given(function.schema_of_arguments, *about)
             if sum(map(len, arguments.values())) > _MAX_SCHEMAS:
@@ -252,14 +275,14 @@ class Grammars:
         return before, token, mark.removeprefix(before)
 
     def _tagged(
-        self, schema: Json, strict: bool, where: str, param: str, dropped: list[str]
+        self, schema: Json, strict: bool, where: str, param: str, schemas: list[_Schema]
     ) -> str:
         """The grammar of arguments that are tagged, in the order of their properties: text as it
         is, other values as JSON.  Raises ``RefusedError``."""
         marks, literal = self._dialect.format, self._literal
         tags, kinds = marks.tagged, marks.kinds or ("", "")
         assert tags is not None
-        unheld = [f"{where}: {key}" for key in sorted(schema.keys() - _TAGGED_KEYS)]
+        unheld = sorted(schema.keys() - _TAGGED_KEYS)
         parts, required = list[str](), schema.get("required", [])
         definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         properties = schema.get("properties", {})
@@ -270,7 +293,7 @@ class Grammars:
             text = f"{literal(before + kinds[0])} value"
             if not is_text(inner):
                 given = {**definitions, **inner} if isinstance(inner, dict) else {}
-                value = self._json(given, strict, f"{where}: {key}", param, dropped)
+                value = self._json(given, strict, f"{where}: {key}", param, schemas)
                 value = f"{literal(before + kinds[1])} {value} {end}"
                 if marks.kinds is not None and _takes_text(inner):
                     value += f" | {text}"
@@ -278,14 +301,11 @@ class Grammars:
                 choices = " | ".join(literal(text) for text in values)
                 value = f"{literal(before + kinds[0])} ({choices}) {end}"
             else:
-                unheld += [f"{where}: {key}: {k}" for k in sorted(inner.keys() - _TEXT_KEYS)]
+                unheld += [f"{key}: {k}" for k in sorted(inner.keys() - _TEXT_KEYS)]
                 value = text
             gap = f" {literal(marks.gap)}" if marks.gap else ""
             parts.append(f"(({value}){gap}){'' if key in required else '?'}")
-        if unheld and strict:
-            problem = f"no answer can be held to {unheld[0][:200]!r}, and the schema is strict"
-            raise RefusedError(f"{problem}; leave out one or the other", param)
-        dropped += unheld
+        schemas.append(_Schema('""', where, param, strict, unheld))
         if marks.gap:
             parts = [literal(marks.gap), *parts, f"({literal(marks.gap)})?"]
         return " ".join(parts) or '""'
@@ -298,9 +318,11 @@ class Grammars:
         texts = re.split(f"({'|'.join(map(re.escape, ids)) or '(?!)'})", text)
         return " ".join(f"<[{ids[t]}]>" if t in ids else json.dumps(t) for t in texts if t)
 
-    def _json(self, schema: Json, strict: bool, where: str, param: str, dropped: list[str]) -> str:
-        """``schema`` in a grammar.  What can't be held is ``dropped``, refused if ``strict``."""
-        unheld, told, is_wrong = list[str](), list[str](), False
+    def _json(
+        self, schema: Json, strict: bool, where: str, param: str, schemas: list[_Schema]
+    ) -> str:
+        """``schema`` in a grammar; adds it to ``schemas``.  Raises ``RefusedError``."""
+        unheld = list[str]()
         try:
             if len(json.dumps(schema)) > _MAX_SCHEMA:
                 problem = f"the schema has more than {_MAX_SCHEMA} characters"
@@ -312,20 +334,10 @@ class Grammars:
             raise RefusedError(f"{where}: the schema {error}", param) from None
         if "x-guidance" in schema:
             raise RefusedError(f"{where}: the schema has the unknown keyword 'x-guidance'", param)
-        text = json.dumps({**kept, "x-guidance": {**_SPACING, "lenient": not strict}})
-        if _LEAST.search(text):
-            raise RefusedError(f"{where}: the schema {_TOO_SMALL}", param)
-        grammar = f"start: %json {text}"
-        is_wrong, told = LLMatcher.validate_grammar_with_warnings(grammar, self._tokenizer)
-        if is_wrong:
-            problem = (told[0].partition("JSON schema: ")[2] or told[0]).partition("\n   1 |")[0]
-            raise RefusedError(f"{where}: the schema can't be followed ({problem[:200]})", param)
-        if strict and (unheld or told):
-            problem = f"no answer can be held to {(*unheld, *told)[0][:200]!r}"
-            advice = "and the schema is strict; leave out one or the other"
-            raise RefusedError(f"{where}: {problem}, {advice}", param)
-        dropped += [f"{where}: {keyword}".replace('"', "") for keyword in (*unheld, *told)]
-        return f"%json {text}"
+        guidance = {**_SPACING, "lenient": not strict}
+        text = f"%json {json.dumps({**kept, 'x-guidance': guidance})}"
+        schemas.append(_Schema(text, where, param, strict, unheld))
+        return text
 
 
 def _is_cheap(multiple: object) -> bool:
