@@ -9,6 +9,7 @@ from msgspec import Meta, Struct
 
 from slotmoe.jsonfile import Json, typed
 from slotmoe.model.families import Family
+from slotmoe.quant.shapes import Activation
 
 MAX_INT = 1 << 31
 Positive = Annotated[float, Meta(ge=1e-30, le=1e30)]
@@ -199,7 +200,7 @@ def parts_of_v4(values: Json, family: Family) -> Json:
         "compressed": compressed,
         "hyper": typed(values, HyperConnections),
         "num_hash_layers": hashed,
-        "swiglu_limit": given.swiglu_limit,
+        "activation": Activation(given.swiglu_limit),
     }
 
 

@@ -18,6 +18,7 @@ from slotmoe.model import attention_config as attention
 from slotmoe.model.attention_config import MAX_INT, Positive
 from slotmoe.model.checkpoint.encodings import Encoding, parse_encoding
 from slotmoe.model.families import FAMILIES, OTHERS, WRAPPERS, Family
+from slotmoe.quant.shapes import SWIGLU, Activation
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -88,7 +89,7 @@ class Config(ConfigKeys):
     hyper: attention.HyperConnections | None = None
     dense_layers: tuple[int, ...] = ()  # beside the first ones and those between
     num_hash_layers: int = 0  # the first ones choose experts by token id
-    swiglu_limit: float = 0.0  # 0: none
+    activation: Activation = SWIGLU
     encoding: Encoding | None = None  # of a checkpoint's quantized weights
     text_only: bool = False
     mtp: bool = False

@@ -1,6 +1,8 @@
-"""Shapes and bytes of quantized weights, without torch: what a plan needs before a download."""
+"""Shapes and bytes of quantized weights, and what an MLP does with its gate, without torch: what a
+plan needs before a download."""
 
 import math
+from typing import NamedTuple
 
 from slotmoe.quant.codecs.codec import LUT4, NF4, Codec, ExpertCodecs
 
@@ -23,15 +25,33 @@ FEW_ROWS, SPLITS, PART_ROWS = 8, 64, 8192
 SPANS = 16  # native kernels: parts that a token's attention is summed in, each in memory
 
 
-def record_bytes(hidden_size: int, moe_intermediate_size: int, codecs: ExpertCodecs) -> int:
-    """Bytes of one expert's codes and scales."""
+class Activation(NamedTuple):
+    """``(up + offset) * gate * sigmoid(alpha * gate)``, of a gate that is at most ``limit`` and an
+    up between it and its negative; a limit of 0 is none."""
+
+    limit: float = 0.0
+    alpha: float = 1.0
+    offset: float = 0.0
+
+
+SWIGLU = Activation()
+
+
+def record_bytes(
+    hidden_size: int, moe_intermediate_size: int, codecs: ExpertCodecs, biases: bool = False
+) -> int:
+    """Bytes of one expert's codes and scales, and of its ``biases``."""
     gate_or_up = codecs.gate_up.nbytes(moe_intermediate_size, hidden_size)
-    return 2 * gate_or_up + codecs.down.nbytes(hidden_size, moe_intermediate_size)
+    matrices = 2 * gate_or_up + codecs.down.nbytes(hidden_size, moe_intermediate_size)
+    return matrices + biases * 4 * (2 * moe_intermediate_size + hidden_size)
 
 
-def padded_record_bytes(hidden_size: int, moe_intermediate_size: int, codecs: ExpertCodecs) -> int:
+def padded_record_bytes(
+    hidden_size: int, moe_intermediate_size: int, codecs: ExpertCodecs, biases: bool = False
+) -> int:
     """Bytes of one expert's record in the export."""
-    return -(-record_bytes(hidden_size, moe_intermediate_size, codecs) // ALIGNMENT) * ALIGNMENT
+    size = record_bytes(hidden_size, moe_intermediate_size, codecs, biases)
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def resident_quantization(role: str, mode: str) -> str | Codec:

@@ -38,11 +38,14 @@ class Timer:
 
 @dataclass(frozen=True)
 class Mlp(Generic[W]):
-    """Weights of a feed-forward network."""
+    """Weights of a feed-forward network.  ``biases``, float32, of the three; ``output_gate``,
+    float32 [1, D]: the sigmoid of its product with the input multiplies the output (Qwen2-MoE)."""
 
     gate_proj: W
     up_proj: W
     down_proj: W
+    biases: tuple[Tensor, Tensor, Tensor] | None = None
+    output_gate: Tensor | None = None
 
 
 @dataclass(frozen=True)

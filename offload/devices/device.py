@@ -24,6 +24,7 @@ from torch import Tensor
 from slotmoe.offload.devices.pages import Arena, in_large_pages
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Empty, TorchBackend
+from slotmoe.quant.shapes import Activation
 from slotmoe.system import Placement
 
 T = TypeVar("T")
@@ -86,9 +87,9 @@ class Device:
     device, name, tier, queues = torch.device("cpu"), "cpu", "ram", False
     placement = Placement(1)
 
-    def backend(self, kernels: str, swiglu_limit: float) -> TorchBackend:
+    def backend(self, kernels: str, activation: Activation) -> TorchBackend:
         """What multiplies here; all as for ``pick_backend``."""
-        return pick_backend(self.device, kernels, swiglu_limit)
+        return pick_backend(self.device, kernels, activation)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory on the device.  Raises ``torch.OutOfMemoryError``."""

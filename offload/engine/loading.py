@@ -197,11 +197,11 @@ class _Loader:
     def _configure(self, read: ReadFile) -> Tokenizer:
         """Take the config and the tokenizer from a model's files, which have been verified."""
         self._config, options = config_among(read, self._folder), self._options
-        limit = self._config.swiglu_limit
+        activation = self._config.activation
         if options.quantize:
-            self._backend = self._device.backend(options.kernels, limit)
+            self._backend = self._device.backend(options.kernels, activation)
         else:
-            self._backend = TorchBackend(swiglu_limit=limit)
+            self._backend = TorchBackend(activation=activation)
         self._context = memory.choose_context(self._config, self._options.context)
         self._generation = generation_of(self._config, read, self._folder)
         return open_tokenizer(self._config, read, self._folder)
@@ -418,7 +418,7 @@ class _Loader:
         if isinstance(store, HostTier):
             # Triton's kernels are the GPU's; beside it the CPU has its own.
             kernels = "torch" if options.kernels == "torch" else "auto"
-            cpu = pick_backend(torch.device("cpu"), kernels, config.swiglu_limit)
+            cpu = pick_backend(torch.device("cpu"), kernels, config.activation)
             cpu.run_on(device.placement)
             split = Split()
             if plan.slots < layers * experts or options.misses != "auto":

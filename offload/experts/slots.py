@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from slotmoe.border import Mlp
 from slotmoe.errors import DeviceError
 from slotmoe.model.config import Config
 from slotmoe.model.names import expert_name
@@ -307,10 +308,12 @@ class CheckpointRecords(Records):
     def __init__(self, config: Config, weights: Mapping[str, Prepared]):
         self._config, self._weights = config, weights
 
-    def weights(self, slot: int) -> tuple[Prepared, ...]:
+    def mlp(self, slot: int) -> Mlp[Prepared]:
         moe_layer, expert = divmod(slot, self._config.n_routed_experts)
         layer = self._config.moe_layers[moe_layer]
-        return tuple(self._weights[expert_name(layer, expert, name)] for name in PROJECTIONS)
+        names = (expert_name(layer, expert, projection) for projection in PROJECTIONS)
+        gate, up, down = (self._weights[name] for name in names)
+        return Mlp(gate, up, down)
 
 
 def resident_slots(config: Config, device: Device) -> Slots:

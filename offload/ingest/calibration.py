@@ -23,7 +23,6 @@ from random import Random
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from slotmoe.border import Chunk, Pending
@@ -35,7 +34,7 @@ from slotmoe.model.names import EMBEDDING, expert_name, expert_shapes, resident_
 from slotmoe.model.network import Positions
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.ingest.output_dir import STREAM, Resumption
-from slotmoe.quant.backends.base import Prepared, TorchBackend
+from slotmoe.quant.backends.base import Prepared, TorchBackend, activated
 from slotmoe.quant.codecs.encode import Hessian
 from slotmoe.quant.export.layout import checksum
 from slotmoe.quant.export.writer import replace_file
@@ -262,9 +261,7 @@ class Calibration:
             gate_ID, up_ID, down_DI = map(self._tensor, names)
             x_UD = x_TD[token_U]
             gate_UI, up_UI = x_UD @ gate_ID.t(), x_UD @ up_ID.t()
-            if limit := self._config.swiglu_limit:
-                gate_UI, up_UI = gate_UI.clamp(max=limit), up_UI.clamp(-limit, limit)
-            act_UI = F.silu(gate_UI) * up_UI * weight_U1
+            act_UI = activated(gate_UI, up_UI, self._config.activation) * weight_U1
             routed_TD.index_add_(0, token_U, act_UI @ down_DI.t())
             sums.append(act_UI.t() @ act_UI)
             counts.append(len(token_U))

@@ -12,27 +12,28 @@ from slotmoe.errors import ConfigError
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.kernels.cpu import bindings
+from slotmoe.quant.shapes import SWIGLU, Activation
 
 # Older GPUs multiply no bfloat16, and their shared memory is too small for the attention.
 _TRITON_CAPABILITY = 8, 0
 
 
 def pick_backend(
-    device: torch.device, choice: str = "auto", swiglu_limit: float = 0.0
+    device: torch.device, choice: str = "auto", activation: Activation = SWIGLU
 ) -> TorchBackend:
     """The ops for ``device``: Triton on CUDA, native on a CPU where kernels were built, else torch.
 
     ``choice`` is ``auto``, ``torch``, the plain reference, or ``triton``, which a CPU runs only
-    under Triton's interpreter. ``swiglu_limit`` as for ``TorchBackend``; its ``run_on``
+    under Triton's interpreter. ``activation`` as for ``TorchBackend``; its ``run_on``
     says how many threads compute.  Raises ``ConfigError``.
     """
     if choice == "triton" or (choice == "auto" and device.type == "cuda"):
-        return _triton_ops(device, swiglu_limit, required=choice == "triton")
+        return _triton_ops(device, activation, required=choice == "triton")
     native = bindings.load() if choice == "auto" and device.type == "cpu" else None
     if native is None:
-        return TorchBackend(torch.float32 if device.type == "cpu" else torch.bfloat16, swiglu_limit)
+        return TorchBackend(torch.float32 if device.type == "cpu" else torch.bfloat16, activation)
     torch.set_num_threads(1)
-    return NativeBackend(native, swiglu_limit)
+    return NativeBackend(native, activation)
 
 
 def _python_header() -> Path:
@@ -58,20 +59,20 @@ def lacking(capability: tuple[int, int] | None) -> str:
     return ""
 
 
-def _triton_ops(device: torch.device, swiglu_limit: float, required: bool) -> TorchBackend:
+def _triton_ops(device: torch.device, activation: Activation, required: bool) -> TorchBackend:
     """Triton comes with torch's CUDA builds for Linux, and for Windows apart.  Only this imports
     it."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if not (reason := lacking(capability)):
         from slotmoe.quant.backends.triton import TritonBackend
 
-        ops = TritonBackend(device, swiglu_limit)
+        ops = TritonBackend(device, activation)
         if capability or ops.interpreted:
             return ops
         only = "on a CPU they run only under Triton's interpreter, for tests"
         reason = f"{only}: set TRITON_INTERPRET=1"
     if required:
         raise ConfigError(f"kernels triton: {reason}; or use kernels torch")
-    plain = TorchBackend(torch.bfloat16, swiglu_limit)
+    plain = TorchBackend(torch.bfloat16, activation)
     plain.name = f"torch, since {reason}"
     return plain

@@ -35,6 +35,7 @@ from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.weights import Absorbed, ExpertSlab, Matrix
 from slotmoe.quant.kernels.cpu.weights import Prepared as Prepared
+from slotmoe.quant.shapes import SWIGLU, Activation
 from slotmoe.system import Placement
 
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
@@ -69,9 +70,11 @@ class Records:
         self.slab, self.layout, self.levels = slab, layout, levels
         self.bound: ExpertSlab | None = None
 
-    def weights(self, slot: int) -> tuple[Prepared, ...]:
-        """Gate, up and down projection of the expert in row ``slot``, as views."""
-        return tuple(self.layout.weight(self.slab[slot], name, self.levels) for name in PROJECTIONS)
+    def mlp(self, slot: int) -> border.Mlp[Prepared]:
+        """The expert in row ``slot``, as views."""
+        record, layout = self.slab[slot], self.layout
+        gate, up, down = (layout.weight(record, name, self.levels) for name in PROJECTIONS)
+        return border.Mlp(gate, up, down, layout.biases(record))
 
 
 class SlotTable(NamedTuple):
@@ -183,6 +186,18 @@ def attend(
     return out_HXY / total_HX1
 
 
+def activated(gate_TI: Tensor, up_TI: Tensor, activation: Activation) -> Tensor:
+    """What goes into the down projection, float32 [T, I], in the place of ``gate``."""
+    limit, alpha, offset = activation
+    if limit:
+        gate_TI, up_TI = gate_TI.clamp(max=limit), up_TI.clamp(-limit, limit)
+    if alpha == 1:
+        F.silu(gate_TI, inplace=True)
+    else:
+        gate_TI.mul_((alpha * gate_TI).sigmoid_())
+    return gate_TI.mul_(up_TI + offset if offset else up_TI)
+
+
 def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Memory for a tensor, wherever torch finds it."""
     return torch.empty(shape, dtype=dtype)
@@ -192,14 +207,14 @@ class TorchBackend:
     """Plain torch on any device; products in ``compute``: float32 on a CPU, bfloat16 on CUDA.
 
     ``absorbs``: whether attention takes the absorbed form always, so that decode and prefill agree.
-    ``swiglu_limit``: an MLP's gate is at most this and its up between it and its negative; 0: none.
+    ``activation`` is that of every MLP.
     """
 
     kind = name = "torch"
     absorbs = False
 
-    def __init__(self, compute: torch.dtype = torch.float32, swiglu_limit: float = 0.0):
-        self.compute, self.swiglu_limit = compute, swiglu_limit
+    def __init__(self, compute: torch.dtype = torch.float32, activation: Activation = SWIGLU):
+        self.compute, self.activation = compute, activation
 
     @property
     def threads(self) -> int:
@@ -257,11 +272,16 @@ class TorchBackend:
         return F.layer_norm(x_TD, weight_D.shape, weight_D, bias_D, eps)
 
     def mlp(self, x_TD: Tensor, weights: border.Mlp[Prepared]) -> Tensor:
-        """``down(silu(gate(x)) * up(x))``, float32 [T, D], within ``swiglu_limit``."""
+        """``down`` of what ``activated`` makes of ``gate`` and ``up``, float32 [T, D]."""
         gate_TI, up_TI = self.linear(x_TD, weights.gate_proj), self.linear(x_TD, weights.up_proj)
-        if limit := self.swiglu_limit:
-            gate_TI, up_TI = gate_TI.clamp(max=limit), up_TI.clamp(-limit, limit)
-        return self.linear(F.silu(gate_TI, inplace=True).mul_(up_TI), weights.down_proj)
+        if weights.biases is not None:
+            gate_TI, up_TI = gate_TI.add_(weights.biases[0]), up_TI.add_(weights.biases[1])
+        y_TD = self.linear(activated(gate_TI, up_TI, self.activation), weights.down_proj)
+        if weights.biases is not None:
+            y_TD += weights.biases[2]
+        if weights.output_gate is not None:
+            y_TD *= self.linear(x_TD, weights.output_gate).sigmoid()
+        return y_TD
 
     def embed(self, ids_T: Tensor, weight: Prepared) -> Tensor:
         """Rows ``ids`` of the table, float32 [T, D]."""
@@ -441,7 +461,7 @@ class TorchBackend:
         slots_TK = slots_E[indices_TK]
         for slot in slots_TK[slots_TK >= 0].unique().tolist():
             uses = (slots_TK == slot).nonzero(as_tuple=True)
-            y_TKD[uses] = self.mlp(x_TD[uses[0]], border.Mlp(*records.weights(slot)))
+            y_TKD[uses] = self.mlp(x_TD[uses[0]], records.mlp(slot))
 
     def outputs(self, x_TD: Tensor, indices_TK: Tensor) -> Tensor:
         """Memory for what ``experts`` gives, float32 [T, K, D], until the next layer."""

@@ -39,7 +39,7 @@ from slotmoe.quant.kernels.cpu.weights import (
     Matrix,
     bind_router,
 )
-from slotmoe.quant.shapes import latent_bytes
+from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes
 from slotmoe.state import CompressedCache, Group, LatentCache, SequenceState
 from slotmoe.system import Placement
 
@@ -196,8 +196,8 @@ class NativeBackend(TorchBackend):
 
     kind, absorbs = "native", True
 
-    def __init__(self, native: Kernels, swiglu_limit: float = 0.0):
-        super().__init__(torch.float32, swiglu_limit)
+    def __init__(self, native: Kernels, activation: Activation = SWIGLU):
+        super().__init__(torch.float32, activation)
         self._native = native
         self.name = f"native {native.isa}"
 
@@ -344,8 +344,8 @@ class NativeBackend(TorchBackend):
         """The records bound for native calls."""
         if records.bound is None:
             layout = records.layout
-            sizes, limit = (layout.hidden_size, layout.moe_intermediate_size), self.swiglu_limit
-            how = *sizes, layout.codecs, records.levels, limit
+            sizes, biases = (layout.hidden_size, layout.moe_intermediate_size), layout.bias_shapes
+            how = *sizes, layout.codecs, records.levels, self.activation, bool(biases)
             records.bound = ExpertSlab(records.slab, *how)
         return records.bound
 
@@ -359,10 +359,12 @@ class NativeBackend(TorchBackend):
         return self._native.weighted_sum(y_TKD, weights_TK.contiguous())
 
     def _mlp(self, weights: border.Mlp[Prepared]) -> BoundMlp | None:
-        """The weights bound for native calls; None unless all are tiled int8, or of one codec."""
+        """The weights bound for native calls; None unless all are tiled int8, or of one codec, and
+        without biases."""
         parts = weights.gate_proj, weights.up_proj, weights.down_proj
         matrices = [Matrix.of(weight) for weight in parts if not isinstance(weight, Int8Weight)]
-        if len(matrices) < 3 or not matrices[0].coded or not all(map(matrices[0].like, matrices)):
+        alike = len(matrices) == 3 and all(map(matrices[0].like, matrices))
+        if not alike or not matrices[0].coded or weights.biases is not None:
             return None
         gate, up, down = matrices
-        return BoundMlp(gate, up, down, self.swiglu_limit)
+        return BoundMlp(gate, up, down, self.activation, weights.output_gate)

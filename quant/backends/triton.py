@@ -34,7 +34,7 @@ from slotmoe.quant.backends.base import COMPILES, Prepared, Records, TorchBacken
 from slotmoe.quant.backends.triton_decoder import TritonDecoder
 from slotmoe.quant.backends.triton_few import ROWS, FewExperts, operand, power
 from slotmoe.quant.kernels.triton import lists, streams, tiles
-from slotmoe.quant.shapes import PART_ROWS, SPLITS
+from slotmoe.quant.shapes import PART_ROWS, SPLITS, SWIGLU, Activation
 
 # Triton 3.9 warns that its default will change; this is the present one.
 environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -52,8 +52,10 @@ _SCORED = 512  # keys that a program of many tokens scores
 class TritonBackend(TorchBackend):
     kind, absorbs = "triton", True
 
-    def __init__(self, device: torch.device, swiglu_limit: float = 0.0):
-        super().__init__(torch.bfloat16, swiglu_limit)
+    def __init__(self, device: torch.device, activation: Activation = SWIGLU):
+        super().__init__(torch.bfloat16, activation)
+        # What the kernels compute; of other activations and biases they only multiply.
+        self._is_swiglu = activation == Activation(activation.limit)
         self.interpreted = isinstance(tiles.linear, InterpretedFunction)
         self.name = "triton, interpreted" if self.interpreted else "triton"
         self.few = FewExperts(device)
@@ -76,18 +78,20 @@ class TritonBackend(TorchBackend):
     def mlp(self, x_TD: Tensor, weights: Mlp[Prepared]) -> Tensor:
         gate, up = operand(weights.gate_proj), operand(weights.up_proj)
         T, (N, K) = len(x_TD), weights.gate_proj.shape
-        if gate.kind != up.kind or (gate.kind == triton_few.DENSE and T > ROWS):
+        has_more = weights.biases is not None or weights.output_gate is not None
+        is_plain = self._is_swiglu and not has_more
+        if not is_plain or gate.kind != up.kind or (gate.kind == triton_few.DENSE and T > ROWS):
             return super().mlp(x_TD, weights)
         x_TD = x_TD.contiguous()
         if T <= ROWS:
             h_TN = torch.empty(T, N, device=x_TD.device)
-            triton_few.gate_up(x_TD, gate, up, h_TN, self.swiglu_limit)
+            triton_few.gate_up(x_TD, gate, up, h_TN, self.activation.limit)
             return self.linear(h_TN, weights.down_proj)
         h_TN = torch.empty(T, N, dtype=torch.bfloat16, device=x_TD.device)
         tile = self._tile(T)
         tiles.gate_up[(triton.cdiv(N, _BN), triton.cdiv(T, tile["BM"]))](
             x_TD, gate.data, gate.scale, up.data, up.scale, gate.levels, h_TN, T, N, K,
-            KIND=gate.kind, LIMIT=self.swiglu_limit, **tile,
+            KIND=gate.kind, LIMIT=self.activation.limit, **tile,
         )  # fmt: skip
         return self.linear(h_TN, weights.down_proj)
 
@@ -234,7 +238,7 @@ class TritonBackend(TorchBackend):
                 return None
         mlps = [layer.mlp for layer in layers if layer.gate is not None and layer.mlp is not None]
         self.few.shared = triton_few.Shared.of(mlps[0]) if mlps else None
-        return TritonDecoder(geometry, layers, self.few, self.swiglu_limit)
+        return TritonDecoder(geometry, layers, self.few, self.activation.limit)
 
     # Routed experts.
 
@@ -247,11 +251,14 @@ class TritonBackend(TorchBackend):
         self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
     ) -> None:
         """Of many tokens all uses of an expert together, on tensor cores in bfloat16.  Experts
-        without a slot are sorted too, so an output doesn't depend on which a call computes."""
+        without a slot are sorted too, so an output doesn't depend on which a call computes.  Those
+        with biases or another activation than SwiGLU go through ``mlp`` one by one."""
+        if records.layout.bias_shapes or not self._is_swiglu:
+            return super().experts(x_TD, records, slots_E, indices_TK, y_TKD)
         x_TD, indices_TK = x_TD.contiguous(), indices_TK.contiguous()
         if len(x_TD) <= ROWS:  # each use reads its expert's record, in float32
             routed = triton_few.Routed(x_TD, records, slots_E, indices_TK, y_TKD)
-            return self.few(routed, self.swiglu_limit)
+            return self.few(routed, self.activation.limit)
         layout, uses, K = records.layout, indices_TK.numel(), indices_TK.shape[1]
         D, width = layout.hidden_size, layout.moe_intermediate_size
         E, (in_levels, out_levels) = len(slots_E), records.levels
@@ -265,7 +272,7 @@ class TritonBackend(TorchBackend):
         tiles.experts_gate_up[(triton.cdiv(width, _BN), programs)](
             x_TD, order, K, starts, slots_E, E, records.slab, in_levels, h, width, D,
             layout.record_bytes, *layout.gate_up_places, KIND=layout.codecs.gate_up.kind,
-            LIMIT=self.swiglu_limit, **sizes,
+            LIMIT=self.activation.limit, **sizes,
         )  # fmt: skip
         tiles.experts_down[(triton.cdiv(D, _BN), programs)](
             h, order, starts, slots_E, E, records.slab, out_levels, y_TKD, D, width,

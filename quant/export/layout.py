@@ -65,9 +65,16 @@ class Part:
 
 
 class RecordLayout:
-    """Where the parts of an expert's record are, for hidden size H and width I."""
+    """Where the parts of an expert's record are, for hidden size H and width I; with ``biases``
+    each projection has one, float32."""
 
-    def __init__(self, hidden_size: int, moe_intermediate_size: int, codecs: ExpertCodecs):
+    def __init__(
+        self,
+        hidden_size: int,
+        moe_intermediate_size: int,
+        codecs: ExpertCodecs,
+        biases: bool = False,
+    ):
         self.hidden_size, self.moe_intermediate_size = hidden_size, moe_intermediate_size
         self.codecs = codecs
         into, back = (moe_intermediate_size, hidden_size), (hidden_size, moe_intermediate_size)
@@ -79,7 +86,11 @@ class RecordLayout:
         self._names = {name: tuple(parts) for name, parts in weights.items()}
         all_codes_all_scales = zip(*(parts.items() for parts in weights.values()), strict=True)
         parts = dict(chain.from_iterable(all_codes_all_scales))
-        self.record_bytes = padded_record_bytes(hidden_size, moe_intermediate_size, codecs)
+        self.bias_shapes = {
+            f"{name}.bias": shape[:1] for name, shape in self.shapes.items() if biases
+        }
+        parts |= {name: Part(torch.float32, shape) for name, shape in self.bias_shapes.items()}
+        self.record_bytes = padded_record_bytes(hidden_size, moe_intermediate_size, codecs, biases)
         if pad := self.record_bytes - sum(part.nbytes for part in parts.values()):
             parts["pad"] = Part(torch.uint8, (pad,))
         self.parts = _in_a_row(parts)
@@ -109,6 +120,13 @@ class RecordLayout:
         codes, scales = (self.part(record, name) for name in self._names[projection])
         row = PROJECTIONS.index(projection) // 2
         return CodedWeight(codes, scales, levels[row], self.shapes[projection])
+
+    def biases(self, record: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Views of the biases of gate, up and down in ``record``, if it has any."""
+        if not self.bias_shapes:
+            return None
+        gate, up, down = (self.part(record, name) for name in self.bias_shapes)
+        return gate, up, down
 
 
 def resident_parts(

@@ -156,7 +156,8 @@ def regular_file(folder: Path, name: str) -> Path:
 def manifest_layout(manifest: Json) -> layout.RecordLayout:
     """Layout of the records that ``manifest`` describes."""
     experts, codecs = manifest["experts"], ExpertCodecs.of_manifest(manifest)
-    return layout.RecordLayout(experts["hidden_size"], experts["moe_intermediate_size"], codecs)
+    sizes = experts["hidden_size"], experts["moe_intermediate_size"]
+    return layout.RecordLayout(*sizes, codecs, "down_proj.bias" in experts["record"])
 
 
 def unlisted_files(folder: Path, manifest: Json) -> list[str]:

@@ -142,13 +142,18 @@ static void fill_scales(uint8_t* p, int64_t kind, int64_t count, int64_t blocks)
     }
 }
 
-// The scales of a record's projections, likewise.
+// The scales of a record's projections, likewise, and its biases.
 static void fill_record(uint8_t* p, const Record& r) {
     const int64_t in = blocks(r.hidden), out = blocks(r.intermediate);
     const int64_t in_tiles = 2 * tiles(r.intermediate), out_tiles = tiles(r.hidden);
     p += in_tiles * code_bytes(r.gate_up, in) + out_tiles * code_bytes(r.down, out);
     fill_scales(p, r.gate_up, in_tiles, in);
-    fill_scales(p + in_tiles * scale_bytes(r.gate_up, in), r.down, out_tiles, out);
+    p += in_tiles * scale_bytes(r.gate_up, in);
+    fill_scales(p, r.down, out_tiles, out);
+    const Floats biases(r.biases ? 2 * r.intermediate + r.hidden : 0);
+    if (r.biases)
+        memcpy(p + out_tiles * scale_bytes(r.down, out), biases.p,
+               size_t(2 * r.intermediate + r.hidden) * 4);
 }
 
 // A matrix of any kind with the memory that it points to.
@@ -192,10 +197,10 @@ static void linear(int64_t t, int64_t n, int64_t k, float scale) {
 }
 
 static void mlp(int64_t t, int64_t h, int64_t i) {
-    Floats x(t * h), y(t * h), residual(t * h), others(t * h);
+    Floats x(t * h), y(t * h), residual(t * h), others(t * h), gate(h);
     for (int64_t kind = kInt8; kind <= kMxfp4; kind++) {
         Weights in(kind, i, h), out(kind, h, i);
-        const Mlp w{{in.matrix, in.matrix, out.matrix}, kind % 2 ? 0.5f : 0.0f};
+        const Mlp w{{in.matrix, in.matrix, out.matrix}, {kind % 2 ? 0.5f : 0.0f}, kind % 2 ? gate.p : nullptr};
         check(slotmoe_mlp(&w, x, t, nullptr, nullptr, y));
         check(slotmoe_mlp(&w, x, t, residual, nullptr, y));
         check(slotmoe_mlp(&w, x, t, residual, others, y));
@@ -209,12 +214,12 @@ static void decode(const Attention& a, int64_t hidden, int64_t experts, const fl
                    const float* table) {
     const int64_t i = 33, top_k = 2, count = 3;
     const Floats levels(16);
-    const Record record{hidden, i, kNf4, kLut4, levels, levels};
+    const Record record{hidden, i, kNf4, kLut4, 0, levels, levels, {}};
     const int64_t bytes = slotmoe_record_bytes(&record), apart = (bytes + 63) / 64 * 64;
     Array<uint8_t> slab((count - 1) * apart + bytes);
     for (int64_t slot = 0; slot < count; slot++) fill_record(slab + slot * apart, record);
     Weights in(kInt8, i, hidden), down(kInt8, hidden, i);
-    const Mlp mlp{{in.matrix, in.matrix, down.matrix}, 0.5f};
+    const Mlp mlp{{in.matrix, in.matrix, down.matrix}, {0.5f}, nullptr};
     const Layer layers[] = {{&a, nullptr, nullptr, nullptr, &mlp, nullptr}, {&a}};
     const int64_t odd = experts % 2;
     const Router router{experts % 3 ? 1 : 3, 1, top_k, 1 + odd, odd, odd, 1.5};
@@ -286,12 +291,12 @@ static void compressed(int64_t kind, int64_t ratio, bool overlaps, int64_t posit
                        gate.matrix, nullptr, ratio ? &compressor : nullptr,
                        overlaps ? &keys : nullptr, overlaps ? &indexer : nullptr};
     const Hyper hyper{fn, base, scale, m, 20, 1e-6f, 1e-6f};
-    const Mlp mlp{{in.matrix, in.matrix, down.matrix}, 0.5f};
+    const Mlp mlp{{in.matrix, in.matrix, down.matrix}, {0.5f}, nullptr};
     Array<int32_t> experts_of(3 * top_k), slots(experts);
     for (int64_t e = 0; e < 3 * top_k; e++) experts_of[e] = int32_t(e % experts);
     const Layer layer{nullptr, &a, &hyper, &hyper, &mlp, experts_of};
     const Model model{1, hidden, experts, m, 3, &layer, {1, 1, top_k, 1, kSqrtSoftplus, 1, 1.5}};
-    const Record record{hidden, i, kNf4, kLut4, levels, levels};
+    const Record record{hidden, i, kNf4, kLut4, 0, levels, levels, {}};
     const int64_t bytes = slotmoe_record_bytes(&record), apart = (bytes + 63) / 64 * 64;
     Array<uint8_t> slab(apart);
     fill_record(slab, record);
@@ -421,7 +426,8 @@ static void quantize(int64_t n, int64_t k) {
 
 static void experts(int64_t t, int64_t k, int64_t h, int64_t i) {
     Floats x(t * h), y(t * h), outs(t * k * h), weights(t * k), levels(16);
-    const Record record{h, i, t % 2 ? kLut3 : kMxfp4, k % 2 ? kLut4 : kInt4, levels, levels, 0.5f};
+    const Record record{h, i, t % 2 ? kLut3 : kMxfp4, k % 2 ? kLut4 : kInt4, t % 2, levels, levels,
+                        {0.5f, 1.7f, 1.0f}};
     const int64_t size = slotmoe_record_bytes(&record), apart = (size + 63) / 64 * 64;
     Array<uint8_t> slab((k - 1) * apart + size);  // the last record has no slack
     for (int64_t e = 0; e < k; e++) fill_record(slab + e * apart, record);

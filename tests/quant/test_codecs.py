@@ -16,8 +16,10 @@ from slotmoe.quant.codecs.codec import EXPERT_CODECS, KEPT_CODECS, LUT3, LUT4, N
 from slotmoe.quant.codecs.encode import NotFiniteError, squared_error
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, levels_of, pack, unpack
 from slotmoe.quant.kernels.cpu.weights import Matrix
+from slotmoe.quant.shapes import SWIGLU
 from tests.support.codes import quantize_coded, random_codes
 from tests.support.kernels import (
+    CLAMPED,
     CODECS,
     ISAS,
     LEVELS,
@@ -122,25 +124,30 @@ def test_instruction_sets_agree(codec):
         assert len({*by_each_set(lambda made=made: squared_error(source, made))}) == 1
 
 
-def expert(x, gate, up, down):
-    return (silu(x @ gate.T) * (x @ up.T)) @ down.T
+def expert(how, x, gate, up, down, *biases):
+    of_gate, of_up, of_down = biases or (0, 0, 0)
+    gate, up, most = x @ gate.T + of_gate, x @ up.T + of_up, how.limit or math.inf
+    gate, up = np.minimum(gate, most), np.clip(up, -most, most)
+    return (silu(how.alpha * gate) / how.alpha * (up + how.offset)) @ down.T + of_down
 
 
 @pytest.mark.parametrize(
-    ("kernels", "choice", "sizes"),
-    nth(3, product(ISAS, CHOICES, [(256, 192), (100, 33)])),
+    ("kernels", "choice", "sizes", "how"),
+    nth(5, product(ISAS, CHOICES, [(256, 192), (100, 33)], [SWIGLU, CLAMPED])),
     indirect=["kernels"],
 )
-def test_experts(kernels, choice, sizes):
-    (h, i), codecs, rng = sizes, CHOICES[choice], np.random.default_rng(2)
-    made = [random_expert(rng, h, i, codecs) for _ in range(3)]
+def test_experts(kernels, choice, sizes, how):
+    """Those with another activation have biases."""
+    (h, i), codecs, rng, biases = sizes, CHOICES[choice], np.random.default_rng(2), how == CLAMPED
+    made = [random_expert(rng, h, i, codecs, biases) for _ in range(3)]
     slab, slots = slab_of([record for _, record in made]), torch.tensor([2, 0, -1, 1]).int()
-    x, coded = torch_of(rng.standard_normal((40, h))), expert_slab(slab, h, i, codecs)
+    x = torch_of(rng.standard_normal((40, h)))
+    coded = expert_slab(slab, h, i, codecs, activation=how, biases=biases)
     indices = torch.from_numpy(rng.integers(0, 4, (40, 2)))
     y = through_experts(kernels, x, indices, slots, coded, torch.full((40, 2, h), 7.0))
     for slot, (weights, _) in enumerate(made):
         uses = (slots[indices] == slot).nonzero(as_tuple=True)
-        want = expert(x[uses[0]].double().numpy(), *weights)
+        want = expert(how, x[uses[0]].double().numpy(), *weights)
         assert relative(y[uses], want) < 0.015 * math.sqrt(3)
     assert (y[slots[indices] < 0] == 7).all()
 

@@ -14,6 +14,7 @@ from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight
 from slotmoe.quant.kernels.cpu.weights import BoundMlp, Matrix, bind_router
 from tests.support.codes import random_codes
 from tests.support.kernels import (
+    CLAMPED,
     CODECS,
     any_matrix,
     expert_slab,
@@ -50,19 +51,21 @@ def linear(kind, n, k):
 def mlp(kind):
     def make(kernels, rng, t):
         shapes, x = ((72, 100), (72, 100), (100, 72)), torch_of(rng.standard_normal((t, 100)))
-        bound = BoundMlp(*(matrix(kernels, rng, kind, *shape) for shape in shapes), 0.7)
+        gate = torch_of(rng.standard_normal((1, 100)))
+        bound = BoundMlp(*(matrix(kernels, rng, kind, *shape) for shape in shapes), CLAMPED, gate)
         return lambda rows: [kernels.mlp(bound, x[rows])]
 
     return make
 
 
 def experts(kernels, rng, t):
-    slab = expert_slab(slab_of([random_expert(rng, 64, 32)[1] for _ in range(3)]), 64, 32)
-    x, chosen = torch_of(rng.standard_normal((t, 64))), torch.from_numpy(rng.integers(0, 4, (t, 3)))
+    records = slab_of([random_expert(rng, 72, 40, biases=True)[1] for _ in range(3)])
+    slab = expert_slab(records, 72, 40, activation=CLAMPED, biases=True)
+    x, chosen = torch_of(rng.standard_normal((t, 72))), torch.from_numpy(rng.integers(0, 4, (t, 3)))
     slots = torch.tensor([2, 0, -1, 1], dtype=torch.int32)
 
     def run(rows):
-        y = torch.full((len(x[rows]), 3, 64), 7.0)
+        y = torch.full((len(x[rows]), 3, 72), 7.0)
         return [through_experts(kernels, x[rows], chosen[rows], slots, slab, y)]
 
     return run

@@ -18,6 +18,7 @@ from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, MXFP4, TILE, ExpertCodecs
 from slotmoe.quant.codecs.weight import dequantize
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
+from slotmoe.quant.shapes import Activation
 from tests.quant.test_ops import DEVICE, error, make_weight, nth_interpreted, randn
 from tests.support.codes import random_codes
 from tests.support.slab import NF4S, write_record
@@ -39,8 +40,8 @@ def make_records(S, D, width, codecs=NF4S):
     return Records(slab.to(DEVICE), layout, layout.levels().to(DEVICE))
 
 
-def mlp_in_float64(x_TD, *weights, limit=torch.inf):
-    gate, up, down = (dequantize(weight).double() for weight in weights)
+def mlp_in_float64(x_TD, gate, up, down, limit=torch.inf):
+    gate, up, down = (dequantize(weight).double() for weight in (gate, up, down))
     x_TD = x_TD.double()
     gate_TI, up_TI = (x_TD @ gate.T).clamp(max=limit), (x_TD @ up.T).clamp(-limit, limit)
     return (torch.nn.functional.silu(gate_TI) * up_TI) @ down.T
@@ -48,7 +49,8 @@ def mlp_in_float64(x_TD, *weights, limit=torch.inf):
 
 def expert_of(records, slot, x_TD, limit=torch.inf):
     """One expert in float64, from dequantized weights."""
-    return mlp_in_float64(x_TD, *records.weights(slot), limit=limit)
+    mlp = records.mlp(slot)
+    return mlp_in_float64(x_TD, mlp.gate_proj, mlp.up_proj, mlp.down_proj, limit=limit)
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +139,7 @@ def test_a_layer_in_two_launches_is_bitwise_the_layer_in_several(T, shared):
     y_TKD, between, shared_y = (
         torch.empty(T, *shape, device=DEVICE) for shape in ((3, D), (24,), (D,))
     )
-    triton_ops = pick_backend(DEVICE, "triton", swiglu_limit=0.5)
+    triton_ops = pick_backend(DEVICE, "triton", activation=Activation(0.5))
     few, of_shared = triton_ops.few, launch.Shared.of(Mlp(*matrices))
     few.shared = of_shared
     finished = torch.zeros(T, D // TILE, dtype=torch.int32, device=DEVICE)

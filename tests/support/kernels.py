@@ -16,7 +16,7 @@ from slotmoe.quant.codecs.codec import EXPERT_CODECS, INT4, LUT3, LUT4, MXFP4, N
 from slotmoe.quant.codecs.weight import Int8Weight, levels_of
 from slotmoe.quant.kernels.cpu import bindings as qk
 from slotmoe.quant.kernels.cpu.weights import ExpertSlab, Matrix
-from slotmoe.quant.shapes import latent_bytes
+from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes
 from tests.support.codes import random_codes
 
 native = qk.load()
@@ -25,6 +25,7 @@ ISAS = native.isas if native else ()
 TWO_DIGITS = tuple(isa for isa in ISAS if isa.startswith("amx"))  # activations have everywhere
 
 NF4S = EXPERT_CODECS["nf4", "4"]
+CLAMPED = Activation(1.2, 1.702, 1.0)  # gpt-oss', but for its limit of 7
 CODECS = (NF4, LUT4, LUT3, INT4, MXFP4)
 LEVELS = np.array(NF4.levels, dtype=np.float32)
 
@@ -70,19 +71,21 @@ def relative(got, want):
     return np.linalg.norm(got - want) / size if size else np.linalg.norm(got)
 
 
-def random_expert(rng, h, i, codecs=NF4S):
-    """-> (gate, up, down) float64 and the record with a poisoned tail."""
+def random_expert(rng, h, i, codecs=NF4S, biases=False):
+    """-> (gate, up, down) float64, and their biases, and the record with a poisoned tail."""
     shapes = {"gate_proj": (i, h), "up_proj": (i, h), "down_proj": (h, i)}
     size = 4 / math.sqrt(h)
     parts = [random_codes(rng, codecs.of(name), *shapes[name], size) for name in shapes]
     tensors = [weight.codes for weight, _ in parts] + [weight.scales for weight, _ in parts]
+    added = [torch_of(rng.standard_normal(n)) for n in (i, i, h) if biases]
+    tensors += added
     data = torch.frombuffer(
         bytearray().join(t.view(torch.uint8).numpy().tobytes() for t in tensors), dtype=torch.uint8
     )
     buffer = torch.full((len(data) + 164,), 0xFF, dtype=torch.uint8)
     record = buffer[-buffer.data_ptr() % 64 :][: len(data) + 100]  # it begins at a multiple of 64
     record[: len(data)] = data
-    return [exact for _, exact in parts], record
+    return [*(exact for _, exact in parts), *(bias.double().numpy() for bias in added)], record
 
 
 def torch_of(x):
@@ -108,10 +111,10 @@ def latent_cache(kernels, rows, r, extra=0):
     return cache
 
 
-def expert_slab(slab, h, i, codecs=NF4S, levels=None, limit=0.0):
+def expert_slab(slab, h, i, codecs=NF4S, levels=None, activation=SWIGLU, biases=False):
     """Records as the native calls take them."""
     table = torch.stack([levels_of(codec) for codec in codecs]) if levels is None else levels
-    return ExpertSlab(slab, h, i, codecs, table, limit)
+    return ExpertSlab(slab, h, i, codecs, table, activation, biases)
 
 
 def through_experts(kernels, x, chosen, slots, coded, y):

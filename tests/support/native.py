@@ -53,7 +53,7 @@ def network_of(raw, resident, ops):
 
 def reference_network(config, weights):
     """The network of the reference path on float32 ``weights``."""
-    ops = TorchBackend(swiglu_limit=config.swiglu_limit)
+    ops = TorchBackend(activation=config.activation)
     records, slots = CheckpointRecords(config, weights), resident_slots(config, Device())
     experts = Experts(config.moe_layers, records, slots, ops, Device())
     return Network(config, weights, ops, experts)

@@ -93,8 +93,9 @@ def gate(x: np.ndarray, weight: np.ndarray, bias, config: dict) -> list[tuple[in
 
 def mlp(x: np.ndarray, tensors: dict, prefix: str, config: dict) -> np.ndarray:
     gate_, up, down = (tensors[f"{prefix}.{part}_proj.weight"] for part in ("gate", "up", "down"))
-    limit = config.get("swiglu_limit") or math.inf
-    return down @ (silu(np.minimum(gate_ @ x, limit)) * np.clip(up @ x, -limit, limit))
+    limit, alpha = config.get("swiglu_limit") or math.inf, config.get("swiglu_alpha", 1.0)
+    up_ = np.clip(up @ x, -limit, limit) + ("swiglu_alpha" in config)
+    return down @ (silu(alpha * np.minimum(gate_ @ x, limit)) / alpha * up_)
 
 
 def layer_of(config: dict, tensors: dict, layer: int, hidden: list) -> list:

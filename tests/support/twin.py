@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from slotmoe.border import Mlp
 from slotmoe.offload.engine import loading
 from slotmoe.offload.plan.memory import make_plan
 from slotmoe.offload.plan.speed import Bandwidths
@@ -19,6 +20,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.codecs.weight import map_tensors
 from slotmoe.quant.export.layout import checksum
+from slotmoe.quant.shapes import SWIGLU
 from tests.support import simulated, streams
 
 
@@ -67,13 +69,16 @@ class Decoding(TorchBackend):
         layout = records.layout
         how = layout.hidden_size, layout.moe_intermediate_size, repr(layout.codecs)
 
-        def weights(slot):
+        def mlp_of(slot):
             key = checksum(records.slab[slot].numpy()), *how, records.levels.numpy().tobytes()
             if key not in self.known:
-                self.known[key] = [weight.dequantize() for weight in records.weights(slot)]
+                mlp = records.mlp(slot)
+                weights = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+                decoded = [weight.dequantize() for weight in weights]
+                self.known[key] = Mlp(*decoded, mlp.biases)
             return self.known[key]
 
-        decoded = SimpleNamespace(weights=weights)
+        decoded = SimpleNamespace(mlp=mlp_of)
         super().experts(x_TD, decoded, slots_E, indices_TK, y_TKD)
 
 
@@ -95,15 +100,15 @@ class Twin(simulated.cuda.CudaDevice):
         self.fail = self.spoil = self.on_launch = lambda number: None
         self.launches = self.copies = self.released = 0
 
-    def backend(self, kernels, swiglu_limit=0.0):
+    def backend(self, kernels, activation=SWIGLU):
         if self._triton:
             from slotmoe.quant.backends.triton import TritonBackend
 
             simulated.queue_interpreted_kernels()
-            ops = type("TwinTriton", (Told, TritonBackend), {})(self.device, swiglu_limit)
+            ops = type("TwinTriton", (Told, TritonBackend), {})(self.device, activation)
             ops.few.graph = self._graph
         else:
-            ops = TwinBackend(torch.float32, swiglu_limit)
+            ops = TwinBackend(torch.float32, activation)
         ops.twin = self
         return ops
 

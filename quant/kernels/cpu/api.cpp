@@ -87,25 +87,45 @@ namespace {
 
 struct Expert {
     CodedMatrix gate, up, down;
+    const float *gate_bias, *up_bias, *down_bias;  // null without biases
 };
 
-// All codes, then all scales: gate's, up's and down's.
+// All codes, then all scales, then all biases: gate's, up's and down's.
 Expert expert_at(const uint8_t* data, const Record& r) {
     const int64_t in_blocks = up_to(r.hidden, kBlock), in_tiles = up_to(r.intermediate, kTile);
     const int64_t out_blocks = up_to(r.intermediate, kBlock), out_tiles = up_to(r.hidden, kTile);
     const int64_t in = in_tiles * code_bytes(r.gate_up, in_blocks), out = out_tiles * code_bytes(r.down, out_blocks);
     const int64_t scales = in_tiles * scale_bytes(r.gate_up, in_blocks);
     const uint8_t* first = data + 2 * in + out;
-    return {{r.gate_up, data, first, r.intermediate, in_blocks},
-            {r.gate_up, data + in, first + scales, r.intermediate, in_blocks},
-            {r.down, data + 2 * in, first + 2 * scales, r.hidden, out_blocks}};
+    Expert expert{{r.gate_up, data, first, r.intermediate, in_blocks},
+                  {r.gate_up, data + in, first + scales, r.intermediate, in_blocks},
+                  {r.down, data + 2 * in, first + 2 * scales, r.hidden, out_blocks}};
+    if (!r.biases) return expert;
+    const uint8_t* last = first + 2 * scales + out_tiles * scale_bytes(r.down, out_blocks);
+    expert.gate_bias = reinterpret_cast<const float*>(last);
+    expert.up_bias = expert.gate_bias + r.intermediate;
+    expert.down_bias = expert.up_bias + r.intermediate;
+    return expert;
+}
+
+// y [n] plus a bias from `first` on, unless that is null.
+void add(const float* bias, int64_t first, int64_t n, float* y) {
+    for (int64_t i = 0; bias && i < n; i++) y[i] += bias[first + i];
+}
+
+// Rows first..first + n of an expert's gate and up, which become what goes into its down.
+void activate(const Isa& isa, const Record& record, const Expert& expert, int64_t first, int64_t n, float* gate,
+              float* up) {
+    add(expert.gate_bias, first, n, gate);
+    add(expert.up_bias, first, n, up);
+    isa.activate(gate, up, record.activation, gate, n);
 }
 
 }  // namespace
 
 // --- settings
 
-EXPORT int slotmoe_abi() { return 16; }
+EXPORT int slotmoe_abi() { return 17; }
 EXPORT void slotmoe_set_threads(int n) { set_threads(n); }
 EXPORT int slotmoe_threads() { return get_threads(); }
 EXPORT void slotmoe_set_cpus(const int32_t* cpus, int count) { set_cpus(cpus, count); }
@@ -185,7 +205,7 @@ EXPORT int slotmoe_layer_norm(const float* x, const float* weight, const float* 
     });
 }
 
-// --- gated MLP: down(silu(gate x) * up x)
+// --- gated MLP: down(activation(gate x, up x))
 
 // One token or many: the arithmetic of a row is the same. With a residual [t, h], y = residual + (others + it), or
 // without others y = residual + it.
@@ -203,15 +223,20 @@ void slotmoe::mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Mlp
         const int64_t copies = rows == 1 ? job.threads() : 1;
         const Blocks act = scratch_blocks(job, kAct, copies * rows * out_blocks, isa.fine);
         double* act_factor = job.scratch<double>(kActFactor, copies * rows);
+        float* share = job.scratch<float>(kOuts, rows);  // of each row's result
         job.parallel(rows, [&](int, int64_t begin, int64_t end) {
             isa.quantize_rows(x + pass * h, h, begin, end, rows, levels.offset, x_blocks, x_factor);
+            if (!mlp->output_gate) return;
+            const float *in = x + (pass + begin) * h, *w = mlp->output_gate;
+            isa.linear_dense(in, end - begin, h, w, Source::f32, 0, 1, share + begin, 1);
+            for (int64_t row = begin; row < end; row++) share[row] = float(1 / (1 + std::exp(-double(share[row]))));
         });
         job.parallel(up_to(i, kTile), [&](int, int64_t begin, int64_t end) {
             multiply_tiles(isa, w[0], levels, x_blocks, x_factor, rows, begin, end, gate);
             multiply_tiles(isa, w[1], levels, x_blocks, x_factor, rows, begin, end, up);
             const int64_t first = begin * kTile, n = (end * kTile < i ? end * kTile : i) - first;
             for (int64_t row = 0; row < rows; row++)
-                isa.silu_mul(gate + row * i + first, up + row * i + first, mlp->limit, gate + row * i + first, n);
+                isa.activate(gate + row * i + first, up + row * i + first, mlp->activation, gate + row * i + first, n);
         });
         if (rows > 1)
             job.parallel(rows, [&](int, int64_t begin, int64_t end) {
@@ -223,11 +248,12 @@ void slotmoe::mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Mlp
             // Each thread quantizes one token's activations for itself: cheaper than another phase.
             if (rows == 1) isa.quantize_rows(gate, i, 0, 1, 1, levels.offset, blocks, factor);
             multiply_tiles(isa, w[2], levels, blocks, factor, rows, begin, end, y + pass * h);
-            if (!residual) return;
-            for (int64_t row = pass; row < pass + rows; row++)
-                for (int64_t at = row * h + begin * kTile, last = row * h + (end * kTile < h ? end * kTile : h);
-                     at < last; at++)
-                    y[at] = residual[at] + (others ? others[at] + y[at] : y[at]);
+            for (int64_t row = pass; row < pass + rows; row++) {
+                const int64_t at = row * h + begin * kTile, last = row * h + (end * kTile < h ? end * kTile : h);
+                for (int64_t j = at; mlp->output_gate && j < last; j++) y[j] *= share[row - pass];
+                for (int64_t j = at; residual && j < last; j++)
+                    y[j] = residual[j] + (others ? others[j] + y[j] : y[j]);
+            }
         });
     }
 }
@@ -246,7 +272,8 @@ EXPORT int slotmoe_mlp(const Mlp* w, const float* x, int64_t t, const float* res
 EXPORT int64_t slotmoe_record_bytes(const Record* r) {
     const int64_t in = up_to(r->hidden, kBlock), out = up_to(r->intermediate, kBlock);
     return 2 * up_to(r->intermediate, kTile) * (code_bytes(r->gate_up, in) + scale_bytes(r->gate_up, in)) +
-           up_to(r->hidden, kTile) * (code_bytes(r->down, out) + scale_bytes(r->down, out));
+           up_to(r->hidden, kTile) * (code_bytes(r->down, out) + scale_bytes(r->down, out)) +
+           (r->biases ? 4 * (2 * r->intermediate + r->hidden) : 0);
 }
 
 namespace {
@@ -273,7 +300,7 @@ void experts_of_token(Job& job, const Isa& isa, const float* x, const uint8_t* c
             isa.coded_tiles(expert.gate, in_levels, x_blocks, x_factor, 1, first, last, gate + e * i, i);
             isa.coded_tiles(expert.up, in_levels, x_blocks, x_factor, 1, first, last, up + e * i, i);
             const int64_t row = first * kTile, count = (last * kTile < i ? last * kTile : i) - row;
-            isa.silu_mul(gate + e * i + row, up + e * i + row, record.limit, gate + e * i + row, count);
+            activate(isa, record, expert, row, count, gate + e * i + row, up + e * i + row);
         }
     });
     // Expert by expert again: a thread reads long streams, and mostly activations that it has made itself.
@@ -290,8 +317,11 @@ void experts_of_token(Job& job, const Isa& isa, const float* x, const uint8_t* c
             if (held[thread].expert != e)
                 isa.quantize_rows(gate + e * i, i, 0, 1, 1, out_levels.offset, blocks, factor);
             held[thread].expert = e;
+            const int64_t row = first * kTile, count = (last * kTile < h ? last * kTile : h) - row;
+            const Expert expert = expert_at(records[e], record);
             float* out = y + rows[e] * h;
-            isa.coded_tiles(expert_at(records[e], record).down, out_levels, blocks, factor, 1, first, last, out, h);
+            isa.coded_tiles(expert.down, out_levels, blocks, factor, 1, first, last, out, h);
+            add(expert.down_bias, row, count, out + row);
         }
     });
 }
@@ -369,7 +399,7 @@ void pass_experts(Job& job, const Isa& isa, const float* x, const Use* uses, con
             isa.coded_tiles(part.expert.up, in_levels, blocks, x_factor + part.first, part.rows, first, last, u, i);
             const int64_t column = first * kTile, columns = (last * kTile < i ? last * kTile : i) - column;
             for (int64_t at = column; at < part.rows * i; at += i)
-                isa.silu_mul(g + at, u + at, record.limit, g + at, columns);
+                activate(isa, record, part.expert, column, columns, g + at, u + at);
         }
     });
     job.parallel(rows, [&](int, int64_t begin, int64_t end) {
@@ -383,8 +413,11 @@ void pass_experts(Job& job, const Isa& isa, const float* x, const Use* uses, con
                             part.rows, begin, end, outs + part.first * h, h);
         }
         const int64_t column = begin * kTile, columns = (end * kTile < h ? end * kTile : h) - column;
-        for (int64_t row = 0; row < rows; row++)
-            memcpy(y + uses[row].out * h + column, outs + row * h + column, size_t(columns) * sizeof(float));
+        for (int64_t row = 0; row < rows; row++) {
+            float* out = y + uses[row].out * h + column;
+            memcpy(out, outs + row * h + column, size_t(columns) * sizeof(float));
+            add(parts[part_of[row]].expert.down_bias, column, columns, out);
+        }
     });
 }
 

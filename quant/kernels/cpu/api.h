@@ -76,7 +76,8 @@ struct Matrix {
 // Gate [i, h], up [i, h], down [h, i], all int8 or all of one codec.
 struct Mlp {
     Matrix matrix[3];
-    float limit;  // of gate and up, see silu_mul
+    Activation activation;
+    const float* output_gate;  // [h]: the sigmoid of its product with x multiplies the result; null without one
 
     bool valid() const { return matrix[0].valid() && matrix[0].kind < kF32; }
 };
@@ -84,8 +85,9 @@ struct Mlp {
 // How the record of an expert is coded: gate and up [intermediate, hidden] alike, and down [hidden, intermediate].
 struct Record {
     int64_t hidden, intermediate, gate_up, down;    // kinds of matrices
+    int64_t biases;                                 // whether each matrix has one
     const float *gate_up_levels, *down_levels;      // [16]
-    float limit;                                    // of gate and up, see silu_mul
+    Activation activation;
 
     bool valid() const {
         return hidden >= 1 && intermediate >= 1 && is_coded(gate_up) && is_coded(down) && finite(gate_up_levels) &&

@@ -10,7 +10,8 @@ experts of a layer; A heads; R and P columns of a latent, without and with rotat
 depend on the number of threads, and a row's result does not depend on the rows computed with it.
 
 The layout `tiles16` of codes is that of `quant/codecs/codec.py`.  An expert record is gate, up and
-down codes, then gate, up and down scales, 64-byte-aligned, then any padding.
+down codes, then gate, up and down scales, 64-byte-aligned, then their biases if it has any, then
+any padding.
 """
 
 import ctypes
@@ -36,7 +37,7 @@ from slotmoe.quant.kernels.cpu.weights import Absorbed, Matrix, Structure
 from slotmoe.quant.shapes import latent_bytes
 from slotmoe.system import cores
 
-ABI = 16
+ABI = 17
 INSTRUCTIONS = "SLOTMOE_INSTRUCTIONS"  # names an instruction set
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 PARTS = ("attention", "route", "experts_by_slot", "mlp")  # whose seconds `decode` measures

@@ -119,6 +119,12 @@ constexpr int64_t latent_bytes(int64_t r, int64_t p) {  // of a cache row
     return (r + 3) / 4 * 4 + (p + 3) / 4 * 4 + 16;
 }
 
+// (up + offset) * gate * sigmoid(alpha * gate). Gates above the limit and ups beyond it, of either sign, become it; a
+// limit of 0 is none.
+struct Activation {
+    float limit = 0.0f, alpha = 1.0f, offset = 0.0f;
+};
+
 enum class Source : int { f32 = 0, f16 = 1, bf16 = 2 };
 
 // Choosing scales and codes among levels; see encode.h.
@@ -160,7 +166,7 @@ struct Isa {
     // One row; without a weight it is 1.
     void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
     void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t n, float eps, float* y);
-    void (*silu_mul)(const float* gate, const float* up, float limit, float* out, int64_t n);  // out may be gate
+    void (*activate)(const float* gate, const float* up, const Activation& how, float* out, int64_t n);  // to gate too
     void (*weighted_sum)(const float* outs, const float* weights, int64_t k, int64_t ld, int64_t begin, int64_t end,
                          float* y);
 

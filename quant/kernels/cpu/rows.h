@@ -171,13 +171,14 @@ inline float exp_float(float x) {
     return x < -87.0f ? 0.0f : x == x ? scaled : x;
 }
 
-// Gates above the limit and ups beyond it, of either sign, become it; 0: no limit. NaN stays.
-void silu_mul(const float* gate, const float* up, float limit, float* out, int64_t n) {
-    const float most = limit > 0.0f ? limit : bits_float(kInfinityBits);
+// NaN stays.
+void activate(const float* gate, const float* up, const Activation& how, float* out, int64_t n) {
+    const float most = how.limit > 0.0f ? how.limit : bits_float(kInfinityBits), alpha = how.alpha, more = how.offset;
     for (int64_t i = 0; i < n; i++) {
-        const float g = gate[i] > most ? most : gate[i], silu = g / (1.0f + exp_float(-g));
+        const float g = gate[i] > most ? most : gate[i], a = alpha * g, silu = g / (1.0f + exp_float(-a));
         const float below = up[i] > most ? most : up[i], u = below < -most ? -most : below;
-        out[i] = (g < -87.0f ? 0.0f : silu) * u;  // below -87 exp(-g) is clamped; the true value is under 2^-119
+        // Below -87 exp(-a) is clamped; the true value is under 2^-119.
+        out[i] = (a < -87.0f ? 0.0f : silu) * (u + more);
     }
 }
 

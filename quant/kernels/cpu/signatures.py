@@ -46,7 +46,7 @@ SIGNATURES = {
     # y = x / sqrt(mean(x^2) + eps) * weight
     "rms_norm": "x:f32[T,K] weight?:f32[K] T K eps:float >y:f32[T,K]",
     "layer_norm": "x:f32[T,K] weight:f32[K] bias:f32[K] T K eps:float >y:f32[T,K]",
-    # y = residual + (others + down(silu(gate x) * up x)), one rounding a sum, as torch adds
+    # y = residual + (others + down(activation(gate x, up x))), one rounding a sum, as torch adds
     "mlp": "w:bound x:f32[T,H] T residual?:f32[T,H] others?:f32[T,H] >y:f32[T,H]",
     # x through those of each token's experts whose slot is a row of the slab, into y, unweighted;
     # where it is negative, y is left as it is

@@ -18,7 +18,7 @@ from slotmoe.quant.codecs.codec import BLOCK, KINDS, SCALES, ExpertCodecs
 from slotmoe.quant.codecs.weight import CodedWeight, Weight
 from slotmoe.quant.kernels.cpu import signatures
 from slotmoe.quant.kernels.cpu.signatures import C_TYPES, Bound, TensorSpec, tensor_spec
-from slotmoe.quant.shapes import latent_bytes, record_bytes
+from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes, record_bytes
 
 # Kinds of a native matrix beside `KINDS`, which are coded; a dense one is 6 + its source type.
 _INT8, _DENSE, _FINE = 0, 6, 9
@@ -130,9 +130,13 @@ _ABSORBED = Structure(
     "heads n r v query:i8[A,R/16,N/64,1024] value:i8[A,V/16,R/64,1024] query_scale:f32[A,N]"
     " value_scale:f32[A,V] ones:f32[R]"
 )
-_MLP = Structure("gate:matrix[I,H] up:matrix[I,H] down:matrix[H,I] limit:float")
+_ACTIVATION = " limit:float alpha:float offset:float"
+_MLP = Structure(
+    f"gate:matrix[I,H] up:matrix[I,H] down:matrix[H,I] {_ACTIVATION} output_gate?:f32[1,H]"
+)
 _RECORD = Structure(
-    "hidden intermediate gate_up down gate_up_levels:pointer down_levels:pointer limit:float"
+    "hidden intermediate gate_up down biases gate_up_levels:pointer down_levels:pointer"
+    + _ACTIVATION
 )
 ROUTER = "groups kept top_k group_best scoring normalized factor:double"
 _ROUTER = Structure(ROUTER)
@@ -165,19 +169,27 @@ Prepared = Weight | Matrix | Absorbed  # the last two are bound for native calls
 
 
 class BoundMlp(Bound):
-    """Matrices gate and up [I, H], down [H, I], all int8, or one codec; `limit` as for backends."""
+    """Matrices gate and up [I, H], down [H, I], all int8, or one codec; `output_gate` as in
+    `border.Mlp`."""
 
-    def __init__(self, gate: Matrix, up: Matrix, down: Matrix, limit: float = 0.0) -> None:
+    def __init__(
+        self,
+        gate: Matrix,
+        up: Matrix,
+        down: Matrix,
+        activation: Activation = SWIGLU,
+        output_gate: Tensor | None = None,
+    ) -> None:
         if not gate.coded or not gate.like(up) or not gate.like(down):
             raise ValueError("the matrices of an MLP must be all int8, or all of one codec")
-        bound = _MLP.bind({}, gate, up, down, limit)
+        bound = _MLP.bind({}, gate, up, down, *activation, output_gate)
         super().__init__(bound.native, {"H": bound.sizes["H"]}, bound)
 
 
 class ExpertSlab(Bound):
     """Records of experts, uint8 [S, B], each at a multiple of 64 in it, and how these are coded:
     [I, H] by I and H = `hidden`, with levels float32 [2, 16], those of gate and up, and of down;
-    `limit` as for backends.  Raises `ValueError`."""
+    with `biases` behind the scales.  Raises `ValueError`."""
 
     def __init__(
         self,
@@ -186,14 +198,15 @@ class ExpertSlab(Bound):
         intermediate: int,
         codecs: ExpertCodecs,
         levels: Tensor,
-        limit: float = 0.0,
+        activation: Activation = SWIGLU,
+        biases: bool = False,
     ):
         tensor_spec("levels:f32[2,16]").check(levels, {})
         kinds, starts = [codec.kind for codec in codecs], [row.data_ptr() for row in levels]
-        native = _RECORD.type(hidden, intermediate, *kinds, *starts, limit)
+        native = _RECORD.type(hidden, intermediate, *kinds, biases, *starts, *activation)
         super().__init__(native, {"H": hidden}, levels, slab)
         self.slab = tensor_spec("slab:u8[S,B]").check(slab, self.sizes)
-        (rows, size), needed = slab.shape, record_bytes(hidden, intermediate, codecs)
+        (rows, size), needed = slab.shape, record_bytes(hidden, intermediate, codecs, biases)
         if (rows and size < needed) or size % 64 or slab.data_ptr() % 64:
             least = f"at least {needed}, at multiples of 64"
             raise ValueError(f"a record of {size} bytes, expected {least}")

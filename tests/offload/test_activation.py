@@ -1,4 +1,4 @@
-"""A model's limit of gate and up reaches everything that computes an MLP or an expert."""
+"""What a model makes of gate and up reaches everything that computes an MLP or an expert."""
 
 from dataclasses import replace
 
@@ -8,20 +8,21 @@ from slotmoe.model.config import config_among
 from slotmoe.offload.engine import loading
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
+from slotmoe.quant.shapes import SWIGLU, Activation
 from tests.support import plain
 from tests.support.kernels import relative
 from tests.support.tiny import write_checkpoint
 
-LIMIT, FEW = 0.1, [(7 * i) % 4096 for i in range(1, 13)]
+CLAMPED, FEW = Activation(0.1, 1.702, 1.0), [(7 * i) % 4096 for i in range(1, 13)]
 
 
-def test_a_limit_holds_on_every_path_of_a_cpu(monkeypatch, tmp_path):
+def test_an_activation_holds_on_every_path_of_a_cpu(monkeypatch, tmp_path):
     def read(*arguments):
-        return replace(config_among(*arguments), swiglu_limit=limits[-1])
+        return replace(config_among(*arguments), activation=activations[-1])
 
-    limits, folder, bits = [LIMIT], tmp_path / "tiny", []
+    activations, folder, bits = [CLAMPED], tmp_path / "tiny", []
     monkeypatch.setattr(loading, "config_among", read)
-    write_checkpoint(folder, swiglu_limit=LIMIT)
+    write_checkpoint(folder, swiglu_limit=CLAMPED.limit, swiglu_alpha=CLAMPED.alpha)
     wanted = plain.logits(folder, FEW)
     with Runtime.open(folder, quantize=False, context=64) as runtime:
         assert relative(runtime.logits(FEW), wanted) <= 1e-4
@@ -35,6 +36,7 @@ def test_a_limit_holds_on_every_path_of_a_cpu(monkeypatch, tmp_path):
                 assert token.id == int(runtime.logits(text)[-1].argmax())
                 text.append(token.id)
     assert torch.equal(bits[0], bits[1])
-    limits.append(0.0)
-    with Runtime.open(tmp_path / "export", context=64) as runtime:
-        assert relative(runtime.logits(FEW), wanted) > 0.3
+    for other in (SWIGLU, CLAMPED._replace(alpha=1.0), CLAMPED._replace(offset=0.0)):
+        activations.append(other)
+        with Runtime.open(tmp_path / "export", context=64) as runtime:
+            assert relative(runtime.logits(FEW), wanted) > 0.2
