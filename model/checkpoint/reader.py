@@ -7,13 +7,16 @@ map would count the whole shard as resident.
 """
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
 import torch
+import xxhash
 
 from slotmoe import system
 from slotmoe.errors import CheckpointError, ConfigError, reading
@@ -26,6 +29,38 @@ from slotmoe.model.checkpoint.places import Codes, EncodedTensor, Places
 from slotmoe.model.checkpoint.shards import TensorInfo, read_header, tensors_in
 from slotmoe.model.config import Config, config_among
 from slotmoe.model.tokenizer import MAX_SETTINGS_BYTES
+
+_PIECE, _READERS = 8 << 20, 4
+
+
+class Seen:
+    """Checksums of what is read of a tensor, from its first row to its last, in whatever pieces and
+    however often."""
+
+    def __init__(self) -> None:
+        self._ranges: dict[TensorInfo, tuple[int, xxhash.xxh3_64]] = {}
+
+    def add(self, info: TensorInfo, start: int, stop: int, data: memoryview) -> None:
+        """``data`` are rows ``start`` to ``stop`` of ``info``."""
+        begun = start, xxhash.xxh3_64(seed=info.offset + start * info.row_bytes)
+        end, digest = self._ranges.get(info, begun)
+        digest.update(data[max(end - start, 0) * info.row_bytes :])
+        self._ranges[info] = max(end, stop), digest
+
+    def sums(self) -> dict[str, int]:
+        """By file, the sum of the xxh3-64 of its ranges that were read, seeded by their offset."""
+        sums = Counter[str]()
+        for info, (_, digest) in self._ranges.items():
+            sums[info.file] += digest.intdigest()
+        return sums
+
+
+def weights_read(read: Iterable[Mapping[str, int]]) -> dict[str, str]:
+    """What names all that was ``read`` of each file: ``Seen.sums`` of its tensors together."""
+    sums = Counter[str]()
+    for of_tensor in read:
+        sums.update(of_tensor)
+    return {file: f"{total % (1 << 64):016x}" for file, total in sorted(sums.items())}
 
 
 class Checkpoint(AbstractContextManager["Checkpoint"]):
@@ -84,29 +119,62 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
             self._fill(memoryview(header), file, 0, "its header")
             yield file, os.fstat(self._files[file]).st_size, bytes(header)
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows ``start`` to ``stop`` of tensor ``name``, in its dtype of ``infos``.
+    def files_of(self, names: Iterable[str]) -> set[str]:
+        """The weight files that have parts of these tensors."""
+        infos = [self.infos[name] for name in names]
+        return {part.file for info in infos for part in (info, *info.parts)}
+
+    def stamps(self) -> dict[str, str]:
+        """What tells without reading whether a file is still the same, by file."""
+        states = {file: os.fstat(handle) for file, handle in sorted(self._files.items())}
+        return {file: f"inode {s.st_ino}, time {s.st_mtime_ns}" for file, s in states.items()}
+
+    def rows(self, name: str, start: int, stop: int, seen: Seen | None = None) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` of tensor ``name``, in its dtype of ``infos``; ``seen`` notes
+        what is read for that.
 
         Raises ``CheckpointError`` if the file ends early or holds scales that are not finite.
         """
-        return self.infos[name].rows(partial(self._stored_rows, name), start, stop)
+        return self.infos[name].rows(partial(self._stored_rows, name, seen), start, stop)
+
+    def weights(self, reading: Callable[[int, int], None]) -> dict[str, str]:
+        """``weights_read`` of all tensors, read by threads; ``reading`` gets bytes done and their
+        total.  Raises like ``rows``."""
+
+        def read(info: TensorInfo) -> dict[str, int]:
+            seen, step = Seen(), max(1, _PIECE // info.row_bytes)
+            for start in range(0, info.shape[0], step):
+                self.rows(info.name, start, min(start + step, info.shape[0]), seen)
+            return seen.sums()
+
+        infos, sums, done = self.infos.values(), list[dict[str, int]](), 0
+        with ThreadPoolExecutor(_READERS) as pool:
+            for info, found in zip(infos, pool.map(read, infos), strict=True):
+                sums.append(found)
+                done += info.nbytes
+                reading(done, self.nbytes)
+        return weights_read(sums)
 
     def in_4_bits(self, name: str) -> bool:
         """Whether tensor ``name`` is stored in codes of 4 bits that ``codes`` gives."""
         info = self.infos[name]
         return isinstance(info, EncodedTensor) and info.encoding.name != "fp8"
 
-    def codes(self, name: str, start: int, stop: int) -> Codes:
-        """Rows of a weight that is stored in 4 bits, as they are.  Raises like ``rows``."""
+    def codes(self, name: str, start: int, stop: int, seen: Seen | None = None) -> Codes:
+        """Rows of a weight that is stored in 4 bits, as they are.  Like ``rows``."""
         info = self.infos[name]
         assert isinstance(info, EncodedTensor)
-        return info.four_bits(partial(self._stored_rows, name), start, stop)
+        return info.four_bits(partial(self._stored_rows, name, seen), start, stop)
 
-    def _stored_rows(self, name: str, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+    def _stored_rows(
+        self, name: str, seen: Seen | None, info: TensorInfo, start: int, stop: int
+    ) -> torch.Tensor:
         """Rows of a tensor as they are in its file, for the tensor ``name``."""
         data = torch.empty((stop - start, *info.shape[1:][-1:]), dtype=info.dtype)
         view = data.view(-1).view(torch.uint8).numpy().data
         self._fill(view, info.file, info.offset + start * info.row_bytes, name)
+        if seen is not None:
+            seen.add(info, start, stop, view)
         return data
 
     def _fill(self, view: memoryview, file: str, offset: int, name: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 from slotmoe import system
-from slotmoe.errors import ExportError
+from slotmoe.errors import CheckpointError, DownloadError, ExportError
 from slotmoe.jsonfile import Json, typed
 from slotmoe.model import tiktoken
 from slotmoe.model.checkpoint.gguf_header import shard_paths
@@ -28,8 +28,9 @@ from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.calibration import Windows
 from slotmoe.offload.ingest.encoder import codecs_for
 from slotmoe.offload.ingest.hub import Shards, copy
+from slotmoe.offload.ingest.manifest import resident_mode
 from slotmoe.offload.ingest.output_dir import Notify, Progress, ignore
-from slotmoe.offload.ingest.quantize import quantize, resident_mode
+from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.ingest.repository import Snapshot, is_commit, needed, resolve
 from slotmoe.offload.machine import cache_folder, read_note, write_note
 from slotmoe.offload.model_cache import is_export, locate, mark_used
@@ -159,6 +160,7 @@ def quantize_from_hub(
             _clear(download)
             return manifest
         snapshot = _begin(download, repo, revision, overwrite)
+        is_noted = (download / "plan.json").is_file()
         if kept is not None:
             why = f"which {repo} has not, so nothing is put there"
             output_dir.refuse_foreign(kept, (*snapshot.files, ".cache"), why)
@@ -171,10 +173,13 @@ def quantize_from_hub(
                 options |= {"overwrite": overwrite, "wait_for_lock": wait_for_lock}
                 options |= {"notify": notify, "shards": shards, "keep_mtp": keep_mtp}
                 manifest = quantize(shards.folder, destination, calibration=calibration, **options)
-        except BaseException:
+        except BaseException as problem:
             begun = output_dir.beside(destination, "partial").exists()
             if not begun and not any((download / "weights").glob("*")):
                 _clear(download)
+            if is_noted and isinstance(problem, (CheckpointError, DownloadError)):
+                advice = "if it stays so, pass --overwrite to ask the hub anew"
+                raise type(problem)(f"{problem}; {advice}") from None
             raise
         if kept is not None:  # with the small files it is a checkpoint
             shards.tidy()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slotmoe.model.checkpoint.places import Codes
-from slotmoe.model.checkpoint.reader import Checkpoint
+from slotmoe.model.checkpoint.reader import Checkpoint, Seen
 from slotmoe.model.names import split_expert, split_name
 from slotmoe.offload.plan.memory import default_codecs
 from slotmoe.quant.codecs import codec, encode
@@ -51,16 +51,17 @@ class Coder:
     hessians: Mapping[str, Hessian] = field(default_factory=dict)
     uncalibrated: list[str] = field(default_factory=list)
 
-    def code(self, name: str, start: int, stop: int, kind: str | Codec) -> Coded:
+    def code(self, name: str, start: int, stop: int, kind: str | Codec, seen: Seen) -> Coded:
         """Rows of tensor ``name``, stored as ``kind``: as the checkpoint has them where the codec
-        holds that.  Raises ``NotFiniteError``, and what reading raises."""
+        holds that; ``seen`` notes what is read.  Raises ``NotFiniteError``, and what reading
+        raises."""
         if kind in (NF4, codec.INT4, codec.MXFP4) and self.checkpoint.in_4_bits(name):
             assert isinstance(kind, Codec)
-            stored = self.checkpoint.codes(name, start, stop)
+            stored = self.checkpoint.codes(name, start, stop, seen)
             same_levels = torch.equal(stored.levels, levels_of(kind))
             if same_levels and stored.block == SCALES[kind.scales].block:
                 return _kept(stored, kind)
-        piece = self.checkpoint.rows(name, start, stop)
+        piece = self.checkpoint.rows(name, start, stop, seen)
         if not isinstance(kind, Codec):
             self.checkpoint.check_finite(name, piece)
             if kind == "none":

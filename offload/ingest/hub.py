@@ -99,7 +99,7 @@ class Shards:
         arriving: Progress = ignore,
         notify: Notify = ignore,
     ):
-        self._snapshot, self._kept = snapshot, kept
+        self.snapshot, self._kept = snapshot, kept
         self._arriving, self._notify = arriving, notify
         self._weights = kept or download / "weights"
         self.folder = download / "headers" / snapshot.repo.rpartition("/")[2]
@@ -117,6 +117,10 @@ class Shards:
                 abort_xet_session()
             wait(self._coming.values(), 1)
 
+    def stamps(self, files: Iterable[str]) -> dict[str, str]:
+        """The hub's checksums of weight files, by which they are known without reading."""
+        return {file: f"hub {self.snapshot.files[file].checksum}" for file in files}
+
     def tidy(self) -> None:
         """Remove what is huggingface_hub's: of a run that was killed, half files too."""
         for folder in (self.folder, self._weights):
@@ -130,8 +134,8 @@ class Shards:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.tidy()
-        files, at = self._snapshot.files, f"{self._snapshot.repo}: "
-        commit = self._snapshot.commit[:12]
+        files, at = self.snapshot.files, f"{self.snapshot.repo}: "
+        commit = self.snapshot.commit[:12]
         if "config.json" not in files:
             problem = f"has no config.json at {commit}; not a model in Hugging Face's format"
             raise CheckpointError(at + problem)
@@ -155,13 +159,13 @@ class Shards:
             future.result()
 
     def _fetch_small(self, name: str, limit: int) -> None:
-        path, expected = self.folder / name, self._snapshot.files.get(name)
+        path, expected = self.folder / name, self.snapshot.files.get(name)
         if expected is None:
             return
         if expected.size > limit:
             sizes = f"{expected.size} bytes, more than {limit}"
-            raise CheckpointError(f"{self._snapshot.repo}/{name}: {sizes}; not a real model's file")
-        found = self._checked(name, path, self._snapshot.cached(name))
+            raise CheckpointError(f"{self.snapshot.repo}/{name}: {sizes}; not a real model's file")
+        found = self._checked(name, path, self.snapshot.cached(name))
         if found is None:
             self._fetch(name, path)
         elif found != path:
@@ -169,12 +173,12 @@ class Shards:
 
     def _fetch_header(self, name: str) -> None:
         """Make a sparse file with a weight file's size and header, anew: no checksum is known."""
-        path, size = self.folder / name, self._snapshot.files[name].size
+        path, size = self.folder / name, self.snapshot.files[name].size
         data = self._beginning(name, min(_HEAD_BYTES, size))
         length = 8 + int.from_bytes(data[:8], "little")
         if length > MAX_HEADER_BYTES:
             sizes = f"header of {length} bytes, more than {MAX_HEADER_BYTES}"
-            raise CheckpointError(f"{self._snapshot.repo}/{name}: {sizes}; not a real checkpoint")
+            raise CheckpointError(f"{self.snapshot.repo}/{name}: {sizes}; not a real checkpoint")
         if length > len(data):
             data = self._beginning(name, min(length, size))
         temporary = path.with_name(name + ".tmp")
@@ -193,10 +197,10 @@ class Shards:
         from huggingface_hub import constants, get_session, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
-        if (cached := self._snapshot.cached(name)) is not None:
+        if (cached := self.snapshot.cached(name)) is not None:
             with open(cached, "rb") as file:
                 return file.read(size)
-        repo, commit = self._snapshot.repo, self._snapshot.commit
+        repo, commit = self.snapshot.repo, self.snapshot.commit
         span = {"Range": f"bytes=0-{size - 1}", "Accept-Encoding": "identity"}
 
         def ask() -> bytes:
@@ -219,8 +223,8 @@ class Shards:
         ``CheckpointError``."""
         from huggingface_hub import hf_hub_download
 
-        repo, commit = self._snapshot.repo, self._snapshot.commit
-        expected, got, checksum = self._snapshot.files[name], 0, ""
+        repo, commit = self.snapshot.repo, self.snapshot.commit
+        expected, got, checksum = self.snapshot.files[name], 0, ""
 
         def arrived(count: int) -> None:
             nonlocal got
@@ -252,7 +256,7 @@ class Shards:
 
     def _checked(self, name: str, *places: Path | None) -> Path | None:
         """The first place that has a file with the checksum of the file ``name``."""
-        expected = self._snapshot.files[name]
+        expected = self.snapshot.files[name]
         for path in (place for place in places if place is not None and place.is_file()):
             with open(path, "rb") as file:
                 if expected.checksum_of(file) == expected.checksum:
@@ -262,7 +266,7 @@ class Shards:
 
     def _arrived(self, name: str) -> Path | None:
         """A weight file that came in an earlier run."""
-        path, size = self._weights / name, self._snapshot.files[name].size
+        path, size = self._weights / name, self.snapshot.files[name].size
         return path if path.is_file() and path.stat().st_size == size else None
 
     def announce(self, portions: Sequence[Portion], export_bytes: int, free_bytes: int) -> int:
@@ -273,7 +277,7 @@ class Shards:
         for path in [] if self._kept else list(self._weights.iterdir()):
             if path.name not in files:
                 system.patiently(path.unlink)  # it was done when the last run was killed
-        snapshot, size = self._snapshot, format_size
+        snapshot, size = self.snapshot, format_size
         coming = [name for name in files if not (self._arrived(name) or snapshot.cached(name))]
         sizes = {name: snapshot.files[name].size for name in coming}
         self._total = sum(sizes.values())
@@ -319,7 +323,7 @@ class Shards:
         self._coming = _begun(self._arrive, sorted(files), 1)
 
     def _arrive(self, name: str) -> Path:
-        places = self._arrived(name), self._snapshot.cached(name)
+        places = self._arrived(name), self.snapshot.cached(name)
         if (path := self._checked(name, *places)) is None:
             path = self._weights / name
             self._fetch(name, path, self._advance)
@@ -328,7 +332,7 @@ class Shards:
             whole.seek(0)
             if whole.read(length) != header.read(length):
                 problem = "the header that came before is not the one of the whole file"
-                raise DownloadError(f"{self._snapshot.repo}/{name}: {problem}; try again")
+                raise DownloadError(f"{self.snapshot.repo}/{name}: {problem}; try again")
         return path
 
     def _advance(self, count: int) -> None:

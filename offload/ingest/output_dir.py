@@ -25,14 +25,20 @@ from slotmoe.model.checkpoint.shards import INDEX_NAME, MAX_INDEX_BYTES
 from slotmoe.offload.machine import read_note
 from slotmoe.quant.codecs.codec import ExpertCodecs
 from slotmoe.quant.export.layout import COPIED, MANIFEST, RESIDENT, is_predictor
-from slotmoe.quant.export.manifest import manifest_checksum, read_manifest
+from slotmoe.quant.export.manifest import (
+    MAX_RELATIVE_ERROR,
+    MAX_THREADS,
+    manifest_checksum,
+    read_manifest,
+)
 from slotmoe.quant.export.writer import sync_folder, write_json
 from slotmoe.sizes import format_size
 
 _STATE = "state.json"
 STREAM = "stream.bin"  # where ``slotmoe.offload.ingest.calibration`` goes on
 _Sum = Annotated[float, Meta(ge=0, le=1e100)]
-Written = tuple[list[str], Annotated[list[_Sum], Meta(min_length=4, max_length=4)]]
+_Squares = Annotated[list[_Sum], Meta(min_length=4, max_length=4)]
+Written = tuple[list[str], _Squares, dict[str, int]]
 Progress = Callable[[int, int], None]
 """``progress(done, total)`` in bytes, called from worker threads."""
 Notify = Callable[[str], None]
@@ -63,16 +69,24 @@ def finished_manifest(destination: Path) -> Json | None:
 @dataclass
 class Resumption:
     """What a killed run goes on from, all of it durable before it is noted here: the ``identity``,
-    what is made of what; by tensor that is ``written`` the checksums of its parts, and sums of
-    squares of its error and of its weights, plainly and by a Hessian; learned ``levels`` by codec;
-    and the first ``layer`` that a calibration text has not gone through, with the checksum of its
-    residual ``stream`` there."""
+    what is made of what; the ``stamps`` of weight files, which tell that they are the same; by
+    tensor that is ``written`` the checksums of its parts, sums of squares of its error and of its
+    weights, plainly and by a Hessian, and what was read for it (``Seen.sums``); learned ``levels``
+    by codec; the first ``layer`` that a calibration text has not gone through, with the checksum of
+    its residual ``stream`` there; and torch's ``threads``, on which the text's sums depend."""
 
     identity: Json
+    stamps: dict[str, str] = field(default_factory=dict)
     written: dict[str, Written] = field(default_factory=dict)
     levels: dict[str, list[_Level]] = field(default_factory=dict)
     layer: Annotated[int, Meta(ge=0, le=99999)] = 0
     stream: str = ""
+    threads: Annotated[int, Meta(ge=0, le=MAX_THREADS)] = 0
+
+    def __post_init__(self) -> None:
+        for _, (error, weight, *of_outputs), _ in self.written.values():
+            if any(e > MAX_RELATIVE_ERROR**2 * w for e, w in ((error, weight), of_outputs)):
+                raise ValueError("an error is larger than codes can have")
 
     @classmethod
     def read(cls, folder: Path) -> "Resumption | None":
@@ -120,6 +134,14 @@ def check_ours(folder: Path) -> None:
     predictors = [name for name in names if is_predictor(name.removesuffix(".tmp"))]
     ours = [*COPIED, MANIFEST, RESIDENT, STREAM, "experts", _STATE, *predictors]
     refuse_foreign(folder, ours, "which no export has, so it is never emptied")
+
+
+def refuse_begun(partial: Path) -> None:
+    """Raise ``ExportError`` if ``partial`` holds what a stopped ``quantize`` goes on from."""
+    if any((partial / name).exists() for name in (_STATE, MANIFEST)):
+        problem = "holds what a stopped slotmoe quantize has made"
+        advice = "give its command again to finish it, or pass --overwrite to remove it"
+        raise ExportError(f"{partial}: {problem}; {advice}")
 
 
 def refuse_foreign(folder: Path, ours: Collection[str], why: str) -> None:
@@ -222,6 +244,16 @@ def export_of(checkpoint: Checkpoint, mode: str, codecs: ExpertCodecs, folder: P
     return manifest if found == wanted else None
 
 
+def refuse_others(where: str | Path, made: Path, was: Json, now: Json) -> None:
+    """Raise ``ExportError`` naming the first weight file in ``where`` whose stamp or checksum is
+    not what it ``was`` when ``made`` was made of it."""
+    for file, value in now.items():
+        if was.get(file) != value:
+            problem = f"is not the file that {made} is of (found {value}, expected {was.get(file)})"
+            advice = "pass --overwrite to start anew, or give that file again"
+            raise ExportError(f"{where}/{file}: {problem}; {advice}")
+
+
 def source_files(checkpoint: Checkpoint) -> dict[str, Json]:
     """Size and SHA-256 of the checkpoint's files: of a weight file's header alone, since hashing 31
     GB would double the time.  Raises ``CheckpointError``."""
@@ -240,6 +272,7 @@ def replace_files(destination: Path, manifest: Json, partial: Path, entries: Jso
         if entry != manifest["files"][name]:
             problem = "this slotmoe makes other bytes of the source"
             advice = "pass --overwrite to replace the export"
+            empty(partial)  # or the next repair would find them
             raise ExportError(f"{destination / name}: {problem}; {advice}")
     for name in entries:
         (destination / name).parent.mkdir(exist_ok=True)

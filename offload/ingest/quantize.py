@@ -22,15 +22,20 @@ from typing import TypeVar
 import torch
 
 from slotmoe import system
-from slotmoe.errors import CheckpointError, ConfigError, ExportError
+from slotmoe.errors import CheckpointError, ExportError
 from slotmoe.jsonfile import Json
-from slotmoe.model.checkpoint.reader import Checkpoint, open_checkpoint
+from slotmoe.model.checkpoint.reader import Checkpoint, Seen, open_checkpoint, weights_read
 from slotmoe.model.names import text_layer
 from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.calibration import Calibration, Windows, chosen, fingerprint
 from slotmoe.offload.ingest.encoder import Coder, codecs_for, learn_levels, learns, level_samples
 from slotmoe.offload.ingest.hub import Portion, Shards
-from slotmoe.offload.ingest.manifest import Contents, quantization_report, write_files
+from slotmoe.offload.ingest.manifest import (
+    Contents,
+    quantization_report,
+    resident_mode,
+    write_files,
+)
 from slotmoe.offload.ingest.output_dir import (
     Notify,
     Progress,
@@ -51,21 +56,10 @@ from slotmoe.quant.export.layout import COPIED, EXPERTS, FORMAT_VERSION, MANIFES
 from slotmoe.quant.export.manifest import MAX_COPIED_BYTES, refuse_unlisted
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import ExportFile, damaged_files, write_json
-from slotmoe.quant.shapes import RESIDENT_MODES
 from slotmoe.system import cores
 
 Key = TypeVar("Key")
 _CHUNK = 8 << 20  # weights quantized at once
-
-
-def resident_mode(resident: str) -> str:
-    """The precision that ``--resident`` stands for.  Raises ``ConfigError``."""
-    if resident == "auto":
-        return "int8"
-    if resident not in RESIDENT_MODES:
-        known = ", ".join(("auto", *RESIDENT_MODES))
-        raise ConfigError(f"resident {resident!r:.40} is unknown, expected one of: {known}")
-    return resident
 
 
 def quantize(
@@ -111,10 +105,13 @@ def quantize(
         with output_dir.full_disk_explained(folder):
             if existing is not None:
                 refuse_unlisted(destination, existing)
+                job.compare(destination, existing["source"], checking)
                 damaged = damaged_files(destination, existing, checking)
                 return job.repair(destination, existing, damaged)
             # A run that was killed before the last rename has left a whole export.
-            manifest = export_of(checkpoint, mode, codecs, folder)
+            manifest = None if overwrite else export_of(checkpoint, mode, codecs, folder)
+            if manifest is not None:
+                job.compare(folder, manifest["source"], checking)
             if manifest is None or damaged_files(folder, manifest, checking):
                 job.load_state(overwrite)
                 manifest = job.run()
@@ -157,6 +154,7 @@ class _Job:
             self.notify(
                 "no codes here have learned levels, so the calibration text changes nothing"
             )
+        self.where = self.checkpoint.folder if self.shards is None else self.shards.snapshot.repo
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._done, self._total = 0, 0
         self._state = Resumption({})
@@ -168,6 +166,23 @@ class _Job:
         self._fresh: dict[str, dict[str, Written]] = {}
         self._entries: Json = {}
 
+    def stamps(self) -> dict[str, str]:
+        """What tells without reading whether a weight file is the same, by file."""
+        stamps = self.checkpoint.stamps()
+        return stamps if self.shards is None else self.shards.stamps(stamps)
+
+    def compare(self, destination: Path, source: Json, reading: Progress) -> None:
+        """Say whether an export that notes ``source`` is of these weights, which are read if need
+        be.  Raises ``ExportError`` if it is of others."""
+        was, now, what = source.get("stamps", {}), self.stamps(), "is this export already"
+        if was != now and self.shards is None and "weights" in source:
+            was, now = source["weights"], self.checkpoint.weights(reading)
+        elif was != now and (self.shards is None or "commit" not in source):
+            was, what = now, "nothing there tells whether it is of these weights or of others of"
+            what += " the same shapes; pass --overwrite to make it anew"
+        output_dir.refuse_others(self.where, destination, was, now)
+        self.notify(f"{destination}: {what}")
+
     def run(self) -> Json:
         """Write every missing file, then the manifest; returns it."""
         files = self.write([*self._contents.files, *COPIED])
@@ -176,7 +191,12 @@ class _Job:
         made: Json = {"report": quantization_report(self._contents, sums)}
         if self._text is not None:
             made["calibration"] = fingerprint(self._text)
-        source = state.identity["source"]
+            made["calibration_threads"] = state.threads
+        output_dir.refuse_others(self.where, self.partial, state.stamps, self.stamps())
+        weights = weights_read(state.written[name][2] for name in self._kinds)
+        source = state.identity["source"] | {"stamps": state.stamps, "weights": weights}
+        if self.shards is not None:
+            source["commit"] = self.shards.snapshot.commit
         manifest = self._contents.manifest(source, files, state.levels, made=made)
         write_json(self.partial / MANIFEST, manifest)
         return manifest
@@ -188,6 +208,7 @@ class _Job:
         for name, item in quantization["codecs"].items():
             if name in self._learned:
                 self._state.levels[name] = item["levels"]
+        self._state.threads = quantization.get("calibration_threads", 0)
         wanted = quantization.get("calibration")
         is_other_text = self._text is not None and wanted != fingerprint(self._text)
         if wanted is None:
@@ -205,7 +226,7 @@ class _Job:
             self.load_state(overwrite=False)
             replace_files(destination, manifest, self.partial, self.write([*damaged]))
         else:
-            self.notify(f"{destination}: is this export already, and every checksum is right")
+            self.notify(f"{destination}: every checksum is right")
             if is_other_text:
                 advice = "pass --overwrite to make it with this one"
                 self.notify(f"{destination}: was not coded with this calibration text; {advice}")
@@ -223,12 +244,16 @@ class _Job:
             "text": fingerprint(self._text),
             "source": {"name": name, "files": files},
         }
+        self._state.stamps = self.stamps()
         state, ours = Resumption.read(self.partial), self._state
-        if state is not None and state.identity != ours.identity and not overwrite:
-            problem = "was begun from another source or with other options"
-            advice = "pass --overwrite to start anew, or remove it"
-            raise ExportError(f"{self.partial}: {problem}; {advice}")
-        if state is None or state.identity != ours.identity:
+        if state is not None and not overwrite:
+            if state.identity != ours.identity:
+                problem = "was begun from another source or with other options"
+                advice = "pass --overwrite to start anew, or remove it"
+                raise ExportError(f"{self.partial}: {problem}; {advice}")
+            output_dir.refuse_others(self.where, self.partial, state.stamps, ours.stamps)
+        is_other = state is None or state.identity != ours.identity or state.stamps != ours.stamps
+        if state is None or is_other or ours.threads not in (0, state.threads):
             output_dir.empty(self.partial)
             return
         state.identity, state.levels = ours.identity, ours.levels or state.levels
@@ -271,8 +296,9 @@ class _Job:
                 self._total += calibration.nbytes
                 self.notify(calibration.announcement())
             # A text's products have other bits by another number of threads.
+            self._state.threads = self._state.threads or cores()
             closing_files.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(cores())
+            torch.set_num_threads(self._state.threads)
             for portion in ready:
                 self._coder.hessians = portion.prepare()
                 if portion.names:
@@ -327,19 +353,19 @@ class _Job:
     def _portions(self, names: list[str], calibration: Calibration | None) -> list[Portion]:
         """The work on the tensors ``names``: at once, or by weight files where these come one after
         the other, or layer by layer with a text; before it levels, unless they are known."""
-        config = self.checkpoint.config
+        config, files_of = self.checkpoint.config, self.checkpoint.files_of
         if calibration is not None:
             by_layer = _grouped(names, lambda name: text_layer(name, config))
             read = _grouped(self.checkpoint.infos, lambda name: text_layer(name, config))
-            portions = [Portion(self._files(calibration.begins_with), [], calibration.begin)]
+            portions = [Portion(files_of(calibration.begins_with), [], calibration.begin)]
             for layer in calibration.remaining:
                 prepare = partial(calibration.layer, layer)
-                files = self._files(read.get(layer, ()))
+                files = files_of(read.get(layer, ()))
                 portions.append(Portion(files, by_layer.get(layer, []), prepare))
             rest = by_layer.get(None, [])
-            portions.append(Portion(self._files(rest), rest))
+            portions.append(Portion(files_of(rest), rest))
         elif self.shards is not None:
-            by_files = _grouped(names, lambda name: tuple(sorted(self._files([name]))))
+            by_files = _grouped(names, lambda name: tuple(sorted(files_of([name]))))
             portions = [Portion({*files}, by_files[files]) for files in sorted(by_files)]
         else:
             portions = [Portion(set(), names)]
@@ -347,14 +373,9 @@ class _Job:
         if learned and not self._state.levels:
             samples = level_samples(self.checkpoint, self._kinds)
             first = next(at for at, it in enumerate(portions) if not learned.isdisjoint(it.names))
-            files = self._files(name for names in samples.values() for name in names)
+            files = files_of(name for names in samples.values() for name in names)
             portions.insert(first, Portion(files, [], partial(self._learn_levels, samples)))
         return portions
-
-    def _files(self, names: Iterable[str]) -> set[str]:
-        """The weight files that have parts of these tensors."""
-        infos = [self.checkpoint.infos[name] for name in names]
-        return {part.file for info in infos for part in (info, *info.parts)}
 
     def _learn_levels(self, samples: Mapping[Codec, Sequence[str]]) -> Mapping[str, Hessian]:
         self._state.levels |= learn_levels(self.checkpoint, samples)
@@ -386,11 +407,11 @@ class _Job:
         info, file = checkpoint.infos[name], tensor.file
         export_file = self._open_files[file]
         step = max(TILE, _CHUNK // (info.row_bytes // info.dtype.itemsize) // TILE * TILE)
-        sums = [0.0, 0.0, 0.0, 0.0]
+        sums, seen = [0.0, 0.0, 0.0, 0.0], Seen()
         for start in range(0, info.shape[0], step):
             stop = min(start + step, info.shape[0])
             try:
-                coded = self._coder.code(name, start, stop, tensor.kind)
+                coded = self._coder.code(name, start, stop, tensor.kind, seen)
             except NotFiniteError:
                 problem = f"{name} holds NaN, infinite or larger than fp16 weights"
                 source = checkpoint.folder / info.file
@@ -402,7 +423,7 @@ class _Job:
             self._advance((stop - start) * info.row_bytes)
         checksums = [export_file.checksums[part] for part in tensor.parts]
         with self._lock:
-            self._fresh[file][name] = checksums, sums
+            self._fresh[file][name] = checksums, sums, seen.sums()
             self._left[file].remove(name)
             if self._left[file]:
                 return

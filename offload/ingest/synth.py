@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from functools import cached_property
@@ -16,15 +15,17 @@ from torch import Tensor
 from slotmoe.jsonfile import Json
 from slotmoe.model.config import read_config
 from slotmoe.model.names import EMBEDDING, resident_shapes, role_of
-from slotmoe.offload.ingest.manifest import Contents, write_files
+from slotmoe.offload.ingest.manifest import Contents, resident_mode, write_files
 from slotmoe.offload.ingest.output_dir import (
     Progress,
     beside,
     check_destination,
     check_space,
+    empty,
+    locked,
     publish,
+    refuse_begun,
 )
-from slotmoe.offload.ingest.quantize import resident_mode
 from slotmoe.offload.model_cache import SAMPLE
 from slotmoe.quant.codecs.codec import BLOCK, SCALES, TILE, Codec, ExpertCodecs
 from slotmoe.quant.codecs.weight import pack
@@ -46,14 +47,14 @@ def synthesize(
     progress: Progress,
     keep_mtp: bool = False,
 ) -> Json:
-    """Write the export under a temporary name and rename it; returns its manifest.
+    """Write the export under a temporary name, as ``quantize`` does, and rename it; returns its
+    manifest.  Raises ``ExportError``.
 
     ``share_layers`` distinct expert layers are written, and the others are hard links to them.
     """
     config = read_config(config_path)
     if keep_mtp:
         config = config.with_mtp(config_path, "--keep-mtp")
-    check_destination(destination, overwrite)
     dtypes = {
         name: torch.int32 if role_of(name) == TABLE else torch.bfloat16
         for name in resident_shapes(config)
@@ -61,25 +62,31 @@ def synthesize(
     contents = Contents(config, resident_mode(resident), codecs, dtypes)
     distinct = config.moe_layers[: share_layers or len(config.moe_layers)]
     partial = beside(destination, "partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        files = _write_weights(contents, partial, [RESIDENT, *map(layer_file, distinct)], progress)
-        linked = {}
-        for index, layer in enumerate(config.moe_layers[len(distinct) :]):
-            linked[str(layer)] = origin = distinct[index % len(distinct)]
-            os.link(partial / layer_file(origin), partial / layer_file(layer))
-            files[layer_file(layer)] = files[layer_file(origin)]
-        copied = [SAMPLE / name for name in ("tokenizer.json", "tokenizer_config.json")]
-        small = {path.name: path.read_bytes() for path in copied}  # any tokenizer will do
-        files |= write_files({**small, "config.json": config_path.read_bytes()}, partial)
-        origin_of_weights = {"name": f"random weights of {config_path.name}", "files": {}}
-        manifest = contents.manifest(origin_of_weights, files, {}, linked)
-        write_json(partial / MANIFEST, manifest)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with locked(partial, wait_for_lock=False):
+        check_destination(destination, overwrite)
+        if not overwrite:
+            refuse_begun(partial)
+        empty(partial)
+        try:
+            files = [RESIDENT, *map(layer_file, distinct)]
+            entries = _write_weights(contents, partial, files, progress)
+            linked = {}
+            for index, layer in enumerate(config.moe_layers[len(distinct) :]):
+                linked[str(layer)] = origin = distinct[index % len(distinct)]
+                os.link(partial / layer_file(origin), partial / layer_file(layer))
+                entries[layer_file(layer)] = entries[layer_file(origin)]
+            copied = [SAMPLE / name for name in ("tokenizer.json", "tokenizer_config.json")]
+            small = {path.name: path.read_bytes() for path in copied}  # any tokenizer will do
+            entries |= write_files({**small, "config.json": config_path.read_bytes()}, partial)
+            origin_of_weights = {"name": f"random weights of {config_path.name}", "files": {}}
+            manifest = contents.manifest(origin_of_weights, entries, {}, linked)
+            write_json(partial / MANIFEST, manifest)
+        except BaseException:
+            empty(partial)
+            raise
         publish(partial, destination)
-        return manifest
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
 
 
 def _write_weights(contents: Contents, partial: Path, files: list[str], progress: Progress) -> Json:

@@ -137,7 +137,7 @@ class Model:
         try:
             given = typed_manifest(manifest)
             resident = given.quantization.resident
-            random_weights = not given.source["files"]  # as Export.random_weights
+            random_weights = not given.source.files  # as Export.random_weights
             codecs = ExpertCodecs.of_manifest(manifest)
             kept = given.experts.mtp_layer >= 0
             return cls(name, config, True, resident, codecs, random_weights, kept)

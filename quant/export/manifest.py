@@ -22,7 +22,8 @@ _Size = Annotated[int, Meta(ge=1, le=1 << 31)]
 _Width = Annotated[int, Meta(ge=1, le=1 << 20)]
 _Layer = Annotated[int, Meta(ge=0, le=99999)]
 _Weights = Annotated[int, Meta(ge=1, le=1 << 50)]
-_Error = Annotated[float, Meta(ge=0, le=1000)]
+MAX_RELATIVE_ERROR, MAX_THREADS = 1000, 4096
+_Error = Annotated[float, Meta(ge=0, le=MAX_RELATIVE_ERROR)]
 _Matrix = Annotated[list[_Size], Meta(min_length=2, max_length=2)]
 _Shape = Annotated[list[_Size], Meta(min_length=1, max_length=3)]
 _Dtype = Literal["U8", "I8", "F8_E8M0", "I32", "F16", "BF16", "F32"]
@@ -32,11 +33,16 @@ _Codec = TypedDict("_Codec", {"bits": int, "block": int, "scales": str, "levels"
 _Coded = TypedDict("_Coded", {"codec": str, "shape": _Matrix})
 _Projections = TypedDict("_Projections", {"gate_up": str, "down": str})
 _Tensor = TypedDict("_Tensor", {"dtype": _Dtype, "shape": _Shape, "checksum": str})
-_Source = TypedDict("_Source", {"files": Json})
 _Shapes = dict[str, _Matrix]
 _OldQuantization = TypedDict(
     "_OldQuantization", {"block": Literal[64], "levels": _Levels, "resident_shapes": _Shapes}
 )
+
+
+class _Source(Struct):
+    files: Json
+    stamps: dict[str, str] = {}
+    weights: dict[str, str] = {}
 
 
 class _Family(Struct, forbid_unknown_fields=True):
@@ -64,6 +70,7 @@ class Quantization(Struct):
     resident_codecs: dict[str, _Coded]
     report: _Report = _Report()
     calibration: str = ""
+    calibration_threads: Annotated[int, Meta(ge=1, le=MAX_THREADS)] = 1
 
 
 class ExpertsEntry(Struct):

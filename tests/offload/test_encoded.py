@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from slotmoe.errors import CheckpointError
+from slotmoe.errors import CheckpointError, DownloadError
 from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.names import expert_name
 from slotmoe.offload.ingest.quantize import quantize
@@ -29,7 +29,8 @@ from tests.support.encoded import (
     same_bits,
     write_files,
 )
-from tests.support.hub import NAME, Repo, make
+from tests.support.hostile import flip
+from tests.support.hub import NAME, Repo, fill_cache, make
 from tests.support.kernels import relative
 from tests.support.tiny import write_checkpoint
 
@@ -88,6 +89,30 @@ def test_scales_may_be_in_another_file_than_their_codes(hub, tmp_path):
     hub.add(NAME, Repo(folder))
     make(tmp_path / "export")
     assert weights_of(tmp_path / "export") == weights_of(tmp_path / "local")
+
+
+def test_one_bit_of_scales_in_a_file_of_their_own_is_refused(hub, tmp_path, monkeypatch):
+    """In the download, and in huggingface_hub's cache where there is no network."""
+    folder, name, said = tmp_path / "tiny", "model-2.safetensors", []
+    write_checkpoint(folder, **V3)
+    encode(folder, FP8, scales_apart=True)
+    hub.add(NAME, Repo(folder))
+    cached = fill_cache(path.name for path in folder.iterdir()).glob(f"*/snapshots/*/{name}")
+    data = bytearray((folder / name).read_bytes())
+    data[-9] ^= 1
+    flip(next(cached).resolve(), len(data) - 9)
+
+    def flipped(kind, asked, handler):
+        return (kind, asked) == ("cdn", name) and handler.answer(200, bytes(data))
+
+    hub.faults.append(flipped)
+    with pytest.raises(DownloadError, match=f"{name}: the server's bytes have the checksum"):
+        make(tmp_path / "export", notify=said.append)
+    assert any(name in text and "is damaged, so it is not used" in text for text in said)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DownloadError, match="HF_HUB_OFFLINE"):
+        make(tmp_path / "export")
+    assert not (tmp_path / "export").exists()
 
 
 def int4(stored, name):

@@ -1,6 +1,7 @@
 """From the hub to an export: whatever the network, the server or the disk does, the same bytes or a
 clear refusal."""
 
+import hashlib
 import json
 import shutil
 import signal
@@ -16,7 +17,7 @@ from slotmoe.errors import CheckpointError, ConfigError, DownloadError, ExportEr
 from slotmoe.offload.ingest.cached import quantize_from_hub
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.quant.export.layout import FORMAT_VERSION, MANIFEST, RESIDENT
-from tests.support.disk import Stop, digests, stop_at, tree
+from tests.support.disk import Stop, stop_at, tree
 from tests.support.hub import (
     HUB,
     NAME,
@@ -35,6 +36,7 @@ from tests.support.tiny import write_checkpoint
 ROOT = Path(__file__).parents[2]
 FIRST, SECOND, *_, LAST = FILES = [f"model-{n:05d}-of-00004.safetensors" for n in range(1, 5)]
 INDEX = "model.safetensors.index.json"
+SIZES = {"n_routed_experts": 16, "moe_intermediate_size": 256}
 SMALL = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", INDEX]
 
 
@@ -42,16 +44,22 @@ SMALL = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_c
 def source(tmp_path_factory):
     """A checkpoint in files that split every expert, named like its repository."""
     folder = tmp_path_factory.mktemp("repo") / "tiny"
-    write_checkpoint(folder, len(FILES), n_routed_experts=16, moe_intermediate_size=256)
+    write_checkpoint(folder, len(FILES), **SIZES)
     return folder
 
 
 @pytest.fixture(scope="module")
-def wanted(source, tmp_path_factory):
-    """Bytes of the export that a local folder gives."""
-    destination = tmp_path_factory.mktemp("wanted") / "export"
-    quantize(source, destination)
-    return tree(destination)
+def wanted(source, network, tmp_path_factory):
+    """Bytes of the export.  But for what the manifest says of the source a local folder gives the
+    same."""
+    folder = tmp_path_factory.mktemp("wanted")
+    HUB.reset()
+    HUB.add(NAME, Repo(source))
+    make(folder / "export")
+    quantize(source, folder / "local")
+    made, local = tree(folder / "export"), tree(folder / "local")
+    assert made | {MANIFEST: b""} == local | {MANIFEST: b""}
+    return made
 
 
 @pytest.fixture
@@ -141,6 +149,24 @@ def test_stopped_it_goes_on_with_its_revision_and_its_files(served, wanted, tmp_
     assert tree(tmp_path / "export") != wanted
 
 
+def test_a_revision_that_moved_on_is_of_the_same_weights_or_is_refused(served, source, tmp_path):
+    """By the hub's checksums, so no weight comes for that."""
+    make(tmp_path / "export")
+    made, said = tree(tmp_path), []
+    other = shutil.copytree(source, tmp_path / "tiny")
+    served.add(NAME, Repo(other, "b" * 40))
+    served.requests.clear()
+    make(tmp_path / "export", notify=said.append)
+    assert said[0].endswith("is this export already")
+    write_checkpoint(other, len(FILES), seed=1, **SIZES)
+    served.add(NAME, Repo(other, "c" * 40))
+    with pytest.raises(ExportError, match=rf"^{NAME}/{FIRST}: is not .*found hub .*--overwrite"):
+        make(tmp_path / "export")
+    assert served.whole() == []
+    shutil.rmtree(other)
+    assert tree(tmp_path) == made
+
+
 # Runs in a process of its own: imports once, then forks a child for every attempt, which kills
 # itself at the first report of progress that finds such a file.
 KILLER = """
@@ -162,14 +188,14 @@ print(json.dumps([killed, attempt("nothing"), digests(work)]))
 """
 
 
-def test_killed_it_resumes(served, source, tmp_path, processes):
+def test_killed_it_resumes(served, wanted, tmp_path, processes):
     """At most one file comes again for each kill."""
     destination = tmp_path / "work" / "export"
     command = [sys.executable, "-c", KILLER, destination, "*.incomplete", "layer-*"]
     (tmp_path / "work").mkdir()
     killed, status, found = json.loads(subprocess.check_output(command, cwd=ROOT))
-    quantize(source, tmp_path / "wanted")
-    assert (status, found) == (0, digests(tmp_path / "wanted"))
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in wanted.items()}
+    assert (status, found) == (0, sums)
     assert all(killed)
     assert len(served.whole()) <= len(FILES) + len(killed)
 

@@ -19,6 +19,8 @@ from slotmoe.errors import ConfigError, ExportError
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.quant.export.layout import MANIFEST
 from tests.support.disk import Stop, stop_at, tree
+from tests.support.exported import resign
+from tests.support.hostile import flip
 from tests.support.tiny import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -173,8 +175,8 @@ def test_disk_fills_up(call, code, source, wanted, tmp_path, monkeypatch):
     assert tree(tmp_path / "export") == wanted
 
 
-def test_two_at_once(source, wanted, tmp_path):
-    """The second is refused, or waits and then has nothing to do."""
+def test_two_at_once(source, wanted, slotmoe, tmp_path):
+    """The second, of either command, is refused, or waits and then has nothing to do."""
     started, go, seen = threading.Event(), threading.Event(), []
     run = partial(quantize, source, tmp_path / "export")
 
@@ -182,15 +184,68 @@ def test_two_at_once(source, wanted, tmp_path):
         started.set()
         go.wait(30)
 
+    synth = "synth", source / "config.json", tmp_path / "export", "--overwrite"
     with ThreadPoolExecutor() as pool:
         first = pool.submit(run, progress=slow)
         try:
             assert started.wait(30)
             with pytest.raises(ExportError, match="another process is writing it"):
                 run()
+            assert "another process is writing it" in slotmoe(*synth)[2]
             second = pool.submit(run, wait_for_lock=True, progress=lambda *now: seen.append(now))
         finally:
             go.set()
         assert first.result() == second.result() == json.loads(wanted[MANIFEST])
     assert (tree(tmp_path / "export"), seen) == (wanted, [])
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_synth_removes_no_stopped_work_unasked(source, slotmoe, tmp_path):
+    stopped(source, tmp_path / "export")
+    left, synth = tree(tmp_path), ("synth", source / "config.json", tmp_path / "export")
+    code, _, err = slotmoe(*synth)
+    assert (code, "export.partial: holds what a stopped slotmoe quantize" in err) == (2, True)
+    assert tree(tmp_path) == left
+    assert slotmoe(*synth, "--overwrite")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def change(path):
+    """One bit of a weight file, and its time, however coarse the system's clock is."""
+    state = path.stat()
+    flip(path, state.st_size - 1)
+    os.utime(path, ns=(0, state.st_mtime_ns + 1))
+
+
+def test_other_weights_of_the_same_shapes_are_neither_taken_for_these_nor_mixed_with_them(
+    source, made, wanted, tmp_path
+):
+    ours, export, said = tmp_path / "checkpoint", tmp_path / "export", []
+    shutil.copytree(source, ours)
+    shutil.copytree(made, export)
+    quantize(ours, export, notify=said.append)  # the same weights in other files
+    assert (said[0], tree(export)) == (f"{export}: is this export already", wanted)
+    stopped(ours, tmp_path / "half")
+    change(ours / "model-00003-of-00003.safetensors")
+    before = tree(tmp_path)
+    for name in ("export", "half"):
+        match = rf"model-00003-of-.*is not the file that .*{name}.* is of \(found .*; pass --overwr"
+        with pytest.raises(ExportError, match=match):
+            quantize(ours, tmp_path / name)
+    assert tree(tmp_path) == before
+    quantize(ours, tmp_path / "half", overwrite=True)
+    quantize(ours, export, overwrite=True)
+    assert tree(export) == tree(tmp_path / "half") != wanted
+    path, match = ours / "model-00002-of-00003.safetensors", "model-00002.*new.partial is of"
+    with pytest.raises(ExportError, match=match):  # it changes while it is read
+        quantize(ours, tmp_path / "new", progress=lambda *_: change(path))
+
+
+def test_an_export_that_notes_nothing_of_its_weights_is_not_said_to_be_of_these(
+    source, made, tmp_path
+):
+    export, said = shutil.copytree(made, tmp_path / "export"), []
+    resign(export, lambda manifest: [*map(manifest["source"].pop, ("stamps", "weights"))])
+    quantize(source, export, notify=said.append)
+    assert "nothing there tells whether it is of these weights" in said[0]
+    assert said[1].endswith("every checksum is right")
