@@ -26,7 +26,7 @@ def test_the_page_has_the_steps_in_their_order_and_a_run_ends_in_time():
         assert sum(step.limit for step in steps) <= hour.RUN_SECONDS
 
 
-def test_a_failure_ends_its_step_alone_and_what_is_found_decides_its_state():
+def test_a_failure_ends_its_step_alone_and_what_is_found_decides_its_state(processes):
     late = hour.Step("late", 1, [[sys.executable, "-c", "while True: pass"], ["not run"]])
     (run,) = hour.run_step(late, False, 100, {})["runs"]
     assert (run["code"], run["error"]) == (124, "ended after its 1 s")

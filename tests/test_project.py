@@ -51,11 +51,17 @@ TESTS = [path for folder in ("tests", "campaigns") for path in (ROOT / folder).r
 
 
 @functools.cache
+def nodes(path):
+    """Of a file's syntax tree."""
+    return [*ast.walk(ast.parse(path.read_text()))]
+
+
+@functools.cache
 def imported(path):
     """Every module that a file's import statements name, wherever they stand; of ``from package
     import name`` the module ``package.name`` where there is one."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -111,10 +117,9 @@ def test_files_and_functions_are_short():
     lines = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in TESTS}
     long = [path for path, count in lines.items() if count > MAX_TEST_FILE_LINES]
     for path in FILES:
-        text = path.read_text()
-        if (lines := text.count("\n")) > MAX_FILE_LINES:
+        if (lines := path.read_text().count("\n")) > MAX_FILE_LINES:
             long.append(f"{path.relative_to(ROOT)}: {lines} lines")
-        for node in ast.walk(ast.parse(text)):
+        for node in nodes(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = node.end_lineno - node.lineno + 1
                 if lines > MAX_FUNCTION_LINES:

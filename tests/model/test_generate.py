@@ -23,9 +23,9 @@ def seeded(seed=0):
 
 def test_sampling_follows_the_tempered_distribution():
     logits, generator = torch.tensor([0.0, 1.0, 2.0]), seeded(1)
-    drawn = [sample(logits, Sampling(temperature=2.0), generator) for _ in range(6000)]
+    drawn = [sample(logits, Sampling(temperature=2.0), generator) for _ in range(1500)]
     counts = torch.bincount(torch.tensor(drawn))
-    torch.testing.assert_close(counts / 6000, (logits / 2).softmax(-1), atol=0.025, rtol=0)
+    torch.testing.assert_close(counts / 1500, (logits / 2).softmax(-1), atol=0.05, rtol=0)
 
 
 FULL = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1}

@@ -120,7 +120,11 @@ def test_other_numbers_of_threads_make_the_same_codes(source, exports, tmp_path,
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"caf\xe9 " * 9000, "byte 3 is not"), (b"It is", "needs 5000"), (b"It is " * 2800, "")],
+    [
+        (b"caf\xe9 " * 9000, "byte 3 is not"),
+        (b"It is", "needs 5000"),
+        pytest.param(b"It is " * 2800, "", marks=pytest.mark.full),
+    ],
 )
 def test_the_command_reads_text_or_refuses_it_before_any_work(
     content, message, source, slotmoe, tmp_path

@@ -103,18 +103,18 @@ def absorbed(kernels, rng, t):
 
 def attention(kernels, rng, t):
     """Over the cache, over lists, and the choice of an indexer; whatever stands behind a list."""
-    rows_SW = rng.standard_normal((900 + t, 72))
+    rows_SW = rng.standard_normal((280 + t, 72))
     cache, keys = latent_cache(kernels, rows_SW, 64), latent_cache(kernels, rows_SW[:, :64], 64)
     q, weights = torch_of(rng.standard_normal((t, 17, 72))), torch_of(rng.standard_normal((t, 17)))
-    lists, counts = rng.integers(0, len(rows_SW), (t, 700)), rng.integers(0, len(rows_SW), t)
-    lists[np.arange(700) >= rng.integers(0, 701, t)[:, None]] = -1
+    lists, counts = rng.integers(0, len(rows_SW), (t, 300)), rng.integers(0, len(rows_SW), t)
+    lists[np.arange(300) >= rng.integers(0, 301, t)[:, None]] = -1
     lists, counts = torch.from_numpy(lists).int(), torch.from_numpy(counts).int()
     sinks, q_index = torch_of(rng.standard_normal(17)), q[..., :64].contiguous()
 
     def run(rows):
-        listed = ListedRows(cache[:500], cache[500:], lists[rows], sinks)
+        listed = ListedRows(cache[:170], cache[170:], lists[rows], sinks)
         return [
-            kernels.mla(q[rows], cache, 900 + rows.stop, 64, 0.1),
+            kernels.mla(q[rows], cache, 280 + rows.stop, 64, 0.1),
             kernels.attend(q[rows], listed, 64, 0.1),
             kernels.index(q_index[rows], weights[rows], keys, counts[rows], 100),
         ]

@@ -6,11 +6,8 @@ import shlex
 import subprocess
 import sys
 
-import anthropic
 import pydantic
 import pytest
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from openai.types.responses import Response, ResponseStreamEvent
 
 from slotmoe.model.tokenizer import ReasoningMarks
 from slotmoe.tools.serve import answers as serve_answers
@@ -42,12 +39,16 @@ from tests.support.served import (
     until,
 )
 
-# By what the makers' clients know answers and events.
-TYPES = {
-    CHAT: (ChatCompletion, ChatCompletionChunk),
-    RESPONSES: (Response, ResponseStreamEvent),
-    MESSAGES: (anthropic.types.Message, anthropic.types.RawMessageStreamEvent),
-}
+
+def types_of(path):
+    """By what the makers' clients know answers and events."""
+    from anthropic.types import Message, RawMessageStreamEvent
+    from openai.types import chat, responses
+
+    types = {CHAT: (chat.ChatCompletion, chat.ChatCompletionChunk)}
+    types[RESPONSES] = responses.Response, responses.ResponseStreamEvent
+    types[MESSAGES] = Message, RawMessageStreamEvent
+    return types.get(path, (dict, dict))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_an_answer_is_the_same_on_each_route(served, path):
     text = served.choice(max_tokens=12)["message"]["content"]
     answer, found = ask(served, path), events(served, path)
     assert parts_of(path, answer) == streamed_parts(path, found) == ("", text)
-    whole, event = TYPES.get(path, (dict, dict))
+    whole, event = types_of(path)
     for kind, one in ((whole, answer), *((event, one) for one in found)):
         pydantic.TypeAdapter(kind).validate_json(json.dumps(one), strict=True)
     end = {
@@ -139,6 +140,8 @@ def test_openai_client_calls_by_responses(openai_client):
 
 
 def test_anthropic_client_calls_and_answers(anthropic_client):
+    from anthropic import NotFoundError
+
     messages = anthropic_client.messages
     options = {"model": "sample", "messages": USER, "max_tokens": 200, "tools": [ANTHROPIC_TOOL]}
     options["extra_body"] = {"temperature": 0}
@@ -161,7 +164,7 @@ def test_anthropic_client_calls_and_answers(anthropic_client):
     assert counted.input_tokens == read > answer.usage.input_tokens
     cut = messages.create(**{**options, "tools": [], "stop_sequences": ["e"]})
     assert cut.stop_reason == "stop_sequence" and "e" not in cut.content[0].text
-    with pytest.raises(anthropic.NotFoundError):
+    with pytest.raises(NotFoundError):
         messages.count_tokens(model="other", messages=USER)
 
 
@@ -192,7 +195,7 @@ def test_a_failure_in_the_middle_of_a_stream_is_an_event(served):
     tool = {"type": "function", "name": "f", "parameters": ENDLESS}
     must = {"tools": [tool], "tool_choice": "required", "max_output_tokens": 99}
     last = events(served, RESPONSES, **must)[-1]
-    pydantic.TypeAdapter(ResponseStreamEvent).validate_json(json.dumps(last), strict=True)
+    pydantic.TypeAdapter(types_of(RESPONSES)[1]).validate_json(json.dumps(last), strict=True)
     assert (last["type"], last["response"]["error"]["code"]) == (
         "response.failed",
         "invalid_prompt",
