@@ -25,7 +25,7 @@ from slotmoe.offload.experts import disk
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.reader import Export
-from tests.support.engine import whole
+from tests.support.engine import failing, whole
 
 LENGTH, TEXTS, CONTEXT = 60, 12, 256
 BAD_READS = 0.01  # of all; one after another is an error
@@ -145,17 +145,14 @@ class Soak:
             return
         left = self.chance.randint(1, 300) if kind == "error" else 0
 
-        def raise_at(route):
+        def raise_at():
             nonlocal left
             left -= 1
             if left == 0:
                 raise InjectedError
 
-        stop = runtime.model.experts.on_layer(raise_at)
-        try:
+        with failing(runtime, raise_at):
             yield
-        finally:
-            stop()
 
     def _reading(self, read_range):
         """Now and then a read fails, or brings other bytes."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from slotmoe.errors import CLOSED, ConfigError, PlanError, check_types
+from slotmoe.errors import CLOSED, ConfigError, PlanError, check_types, informs
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Answer, Stops, Token
 from slotmoe.model.sampling import Sampling
@@ -116,7 +116,9 @@ class Runtime(AbstractContextManager["Runtime"]):
             raise ConfigError(f"{path}: {needs} in a folder; download it first")
         chosen, reason = choose_device(str(device))
         check = partial(check_options, options, chosen)
-        told = {"arriving": arriving, "progress": progress or ignore, "notify": notify}
+        progress, reading = informs(progress or ignore), informs(reading)
+        arriving, notify = informs(arriving), informs(notify)
+        told = {"arriving": arriving, "progress": progress, "notify": notify}
         folder = resolve_model(path, revision, ready=check, **told)
         if (is_export := (folder / MANIFEST).is_file()) and not quantize:
             raise ConfigError(f"{folder}: is an export, already quantized; {needs}")
@@ -363,7 +365,7 @@ class Runtime(AbstractContextManager["Runtime"]):
 
     def warm(self, progress: Progress | None = None) -> None:
         """Fill the free expert slots by layer: what follows is measured without first reads."""
-        self.engine.call(partial(self.model.experts.fill, progress or ignore))
+        self.engine.call(partial(self.model.experts.fill, informs(progress or ignore)))
 
     def trace(self, path: str | Path) -> None:
         """Record the routing of everything from now on into ``path`` (format:

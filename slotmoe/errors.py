@@ -1,16 +1,44 @@
-"""The errors that a user can cause, under one base, and what may be shown of strangers' text."""
+"""The errors that a user can cause, under one base, what may be shown of strangers' text, and what
+an error ends."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial, wraps
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, ParamSpec, TypeVar, get_args, get_origin
 
 CLOSED = "this Runtime is closed; open the model again"
 _COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def informs(call: Callable[P, T]) -> Callable[P, T | None]:
+    """``call`` for what only informs somebody: an error in it ends nothing, and the log has the
+    first one.  Every remark, progress, listener, log line and metric goes through this."""
+    failed = False
+
+    @wraps(call)
+    def informing(*given: P.args, **named: P.kwargs) -> T | None:
+        nonlocal failed
+        try:
+            return call(*given, **named)
+        except Exception as problem:
+            if not failed:
+                failed = True  # first: the log may be what fails
+                with suppress(Exception):
+                    import logging
+
+                    told = "%r failed, which only informs, so the work goes on: %r"
+                    logging.getLogger("slotmoe").warning(told, call, problem)
+            return None
+
+    return informing
 
 
 def visible(text: str) -> str:

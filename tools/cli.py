@@ -17,7 +17,7 @@ import click
 from slotmoe import __version__, system
 from slotmoe.errors import ConfigError, DeviceError, DownloadError, SlotmoeError
 from slotmoe.jsonfile import Json, read_file
-from slotmoe.tools.screen import HELP_ALL, guard_streams
+from slotmoe.tools.screen import HELP_ALL, guard_streams, show
 
 _COMMANDS = {
     "run": "Continue a prompt with a model, streaming the text.",
@@ -183,7 +183,7 @@ def main(arguments: list[str] | None = None, group: click.Group = cli) -> NoRetu
         sys.exit(2)
     except (Exception, KeyboardInterrupt) as problem:
         line, code = _ending(problem, bool(state.get("traceback")))
-        click.echo(f"slotmoe: {line}", err=True)
+        show(f"slotmoe: {line}", err=True)
         sys.exit(code)
 
 

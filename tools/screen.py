@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TextIO
 
-from slotmoe.errors import one_line, visible
+from slotmoe.errors import informs, one_line, visible
 from slotmoe.system import ready_streams
 
 if TYPE_CHECKING:
@@ -20,17 +20,28 @@ _MOST_ECHOED = 1000  # characters of a prompt
 class Screen:
     """A ``stream`` for text that strangers may have written: none of it commands a terminal."""
 
-    def __init__(self, stream: TextIO):
-        self.stream = stream
+    def __init__(self, stream: "TextIO | Remarks"):
+        self.stream: Any = stream
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        return self.stream.write(visible(text))
+        self.stream.write(visible(text))
+        return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
         self.write("".join(lines))
+
+
+class Remarks:
+    """stderr, whatever has become of it: closed, without a reader, on a full disk."""
+
+    def __init__(self, stream: TextIO):
+        self._stream, self.write, self.flush = stream, informs(stream.write), informs(stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def guard_streams() -> None:
@@ -40,7 +51,7 @@ def guard_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, Screen) and (name == "stderr" or stream.isatty()):
-            setattr(sys, name, Screen(stream))
+            setattr(sys, name, Screen(Remarks(stream) if name == "stderr" else stream))
 
 
 def commanded(stream: TextIO) -> TextIO:

@@ -13,7 +13,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from slotmoe.errors import visible
+from slotmoe.errors import informs, visible
 from slotmoe.tools.screen import commanded, guard_streams
 
 Row = Sequence[RenderableType]
@@ -94,7 +94,7 @@ def step_progress(text: str, total: int, quiet: bool = False) -> Iterator[Callab
     """A callback behind a bar, to be called after each of ``total`` steps."""
     with _Bars(progress.MofNCompleteColumn(), quiet=quiet) as bars:
         task = bars.add_task(text, total=total)
-        yield lambda: bars.advance(task)
+        yield informs(lambda: bars.advance(task))
 
 
 @contextmanager
@@ -114,6 +114,6 @@ def byte_bars(*texts: str, quiet: bool = False, waiting: str = "") -> Iterator[t
 
     with _Bars(*columns, quiet=quiet, text=waiting) as bars:
         try:
-            yield tuple(updater(text) for text in texts)
+            yield tuple(informs(updater(text)) for text in texts)
         finally:
             bars.text = ""

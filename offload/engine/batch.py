@@ -7,15 +7,16 @@ there are sessions those on disk, are reused by later prompts of its owner that 
 """
 
 import time
-import traceback
 from collections import Counter, deque
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from traceback import print_exception, walk_tb
 
 from torch import Tensor
 
-from slotmoe.errors import ConfigError, SlotmoeError
+from slotmoe.errors import ConfigError, SlotmoeError, informs
 from slotmoe.model.generate import Delta
 from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.engine.passes import Passes, Row, Sequence
@@ -24,6 +25,9 @@ from slotmoe.offload.plan.memory import PREFILL_CHUNK
 from slotmoe.offload.policy.passes import PIECE, allowance, place, shares
 from slotmoe.offload.sessions.blocks import shared_prefix
 from slotmoe.offload.sessions.store import Sessions
+
+# Where the world may fail: disks and records, sessions, devices, the system.
+_PLACES = ("offload.experts.", "quant.export.", "offload.sessions.", "offload.devices.", "system.")
 
 
 class UnwantedError(Exception):
@@ -81,7 +85,10 @@ class Batch:
         for request in [*self.waiting]:
             if self._may_start(request):
                 self.waiting.remove(request)
-                self._start(request)
+                try:
+                    self._start(request)
+                except Exception as problem:
+                    self._blame(problem, request)
         rows = dict[Request, Row]()
         for request, sequence in self.running.items():
             if request not in self._line:
@@ -91,7 +98,10 @@ class Batch:
             self._add_pieces(rows)
         if self._compute(rows):
             for request, row in rows.items():
-                (self._read if row.is_prompt else self._accept)(request, row)
+                try:
+                    (self._read if row.is_prompt else self._accept)(request, row)
+                except Exception as problem:
+                    self._blame(problem, request)
         self.totals.steps += 1
 
     # Which prompts are read
@@ -142,10 +152,10 @@ class Batch:
             return sequence is not source or 2 * length < sequence.length, sequence.length > 0
 
         taken = min(self._free, key=cost)
-        taken.take(source or taken, length)
         self._free.remove(taken)
-        taken.owner, self.running[request] = request.owner, taken
-        request.started = time.monotonic()
+        self.running[request], request.started = taken, time.monotonic()
+        taken.take(source or taken, length)
+        taken.owner = request.owner
         if self.sessions is not None and request.first and request.hidden is None:
             length += self.sessions.restore(taken, request.reusable, request.owner)
         request.reused = request.read = length
@@ -220,10 +230,7 @@ class Batch:
         except UnwantedError:
             pass
         except Exception as problem:
-            if not _is_from_outside(problem):
-                raise
-            for request in rows:
-                self._fail(request, problem)
+            self._blame(problem, *rows)
         finally:
             self._at, self.is_long = {}, False
         return False
@@ -237,16 +244,17 @@ class Batch:
             before = len(answer.ids)
             try:
                 piece = answer.take(logits_V)
-            except Exception as problem:
+                self.totals.answer_tokens += len(answer.ids) - before
+                if piece.finish is None and row.sequence.length == self._model.plan.context:
+                    rest = answer.end("length")
+                    text, tokens = piece.text + rest.text, piece.tokens + rest.tokens
+                    piece = replace(rest, text=text, tokens=tokens)
+                if piece.finish is None:
+                    request.emit(piece)
+            except Exception as problem:  # of the sampler, or of who gets the answer
                 return self._fail(request, problem)
-            self.totals.answer_tokens += len(answer.ids) - before
-            if piece.finish is None and row.sequence.length == self._model.plan.context:
-                rest = answer.end("length")
-                text, tokens = piece.text + rest.text, piece.tokens + rest.tokens
-                piece = replace(rest, text=text, tokens=tokens)
             if piece.finish is not None:
                 return self._finish(request, piece)
-            request.emit(piece)
             if answer.ids[-1] != drafted or request.unwanted:
                 break
             self.passes.accept(row, drafted)
@@ -255,12 +263,19 @@ class Batch:
 
     # Ends
 
+    def _blame(self, problem: Exception, *requests: Request) -> None:
+        """End what meets something from outside; a defect ends the engine."""
+        if not _is_from_outside(problem):
+            raise problem
+        for request in requests:
+            self._fail(request, problem)
+
     def _fail(self, request: Request, problem: Exception) -> None:
         """End a request that could not be answered; the others go on."""
         request.problem = problem
         finish, error = "refused" if isinstance(problem, ConfigError) else "error", str(problem)
-        if not _is_from_outside(problem):
-            traceback.print_exception(problem)
+        if not (isinstance(problem, SlotmoeError) or _is_from_outside(problem)):
+            informs(print_exception)(problem)
             error = "the answer failed; the server's log says how"
         self._finish(request, request.end(finish, error))
 
@@ -270,7 +285,6 @@ class Batch:
             self.waiting.remove(request)
         else:
             self._free.append(sequence)
-            sequence.mark(sequence.length)
             self.seconds += 0.2 * (time.monotonic() - request.started - self.seconds)
             self.keep(request, sequence)
         if request in self._line:
@@ -279,15 +293,28 @@ class Batch:
 
     def end(self, request: Request, piece: Delta) -> None:
         self.totals.finished[piece.finish or ""] += 1
-        request.emit(piece)
+        with suppress(Exception):  # of who gets the answer, whom nothing more can be told
+            request.emit(piece)
 
     def keep(self, request: Request, sequence: Sequence, added: int | None = None) -> None:
-        """Keep on disk what a sequence holds, or the blocks that so many tokens have filled."""
-        if self.sessions is not None and request.hidden is None:
-            self.sessions.keep(sequence, request.owner, added)
+        """Keep on disk what a sequence holds, or the blocks that so many tokens have filled.  Where
+        the world prevents it, it is computed again."""
+        try:
+            if added is None:
+                sequence.mark(sequence.length)
+            if self.sessions is not None and request.hidden is None:
+                self.sessions.keep(sequence, request.owner, added)
+        except Exception as problem:
+            self._blame(problem)
 
 
 def _is_from_outside(problem: Exception) -> bool:
-    """Whether the world is to blame, and not this program: a disk, a file, memory, a device."""
+    """Whether the world is to blame, and not this program: memory is short, wherever, or a place
+    that deals with a disk, a record or a device says that it failed."""
     is_memory = isinstance(problem, RuntimeError) and "can't allocate memory" in str(problem)
-    return is_memory or isinstance(problem, SlotmoeError | MemoryError | OSError)
+    if is_memory or isinstance(problem, MemoryError):
+        return True
+    modules = [str(frame.f_globals["__name__"]) for frame, _ in walk_tb(problem.__traceback__)]
+    place = next((name for name in reversed(modules) if name.startswith("slotmoe.")), "")
+    is_its_word = isinstance(problem, SlotmoeError | OSError)
+    return is_its_word and f"{place}.".startswith(tuple(f"slotmoe.{name}" for name in _PLACES))

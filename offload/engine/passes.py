@@ -133,6 +133,7 @@ class Sequence:
         """Become the first ``length`` tokens of ``source``, which may be this sequence and whose
         state can be cut to them."""
         if source is not self:
+            self.tokens = []  # its rows go, and a copy may end half-way
             self.state.copy(source.state, length)
         elif length == self.length:
             return

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from slotmoe.border import Timer
+from slotmoe.errors import informs
 from slotmoe.jsonfile import Json
 from slotmoe.offload.devices.device import Device, Event
 from slotmoe.offload.experts.ahead import Lookahead
@@ -131,7 +132,7 @@ class Experts:
     def on_layer(self, listener: OnLayer, inputs: bool = False) -> Callable[[], None]:
         """Call ``listener`` with each gate's choice from now on, until the returned function is
         called.  With ``inputs`` every ``Route`` has its ``x_TD``."""
-        entry = listener, inputs
+        entry = informs(listener), inputs
         self._listeners.append(entry)
         return lambda: self._listeners.remove(entry)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from slotmoe import system
-from slotmoe.errors import CheckpointError, DownloadError, ExportError
+from slotmoe.errors import CheckpointError, DownloadError, ExportError, informs
 from slotmoe.model import tiktoken
 from slotmoe.model.checkpoint import shards
 from slotmoe.model.checkpoint.reader import Checkpoint
@@ -100,7 +100,7 @@ class Shards:
         notify: Notify = ignore,
     ):
         self.snapshot, self._kept = snapshot, kept
-        self._arriving, self._notify = arriving, notify
+        self._arriving, self._notify = informs(arriving), informs(notify)
         self._weights = kept or download / "weights"
         self.folder = download / "headers" / snapshot.repo.rpartition("/")[2]
         self._done, self._total = 0, 0

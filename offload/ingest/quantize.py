@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 
 from slotmoe import system
-from slotmoe.errors import CheckpointError, ExportError
+from slotmoe.errors import CheckpointError, ExportError, informs
 from slotmoe.jsonfile import Json
 from slotmoe.model.checkpoint.reader import Checkpoint, Seen, open_checkpoint, weights_read
 from slotmoe.model.names import text_layer
@@ -89,6 +89,7 @@ def quantize(
     made with that text's Hessians.  Raises ``CheckpointError`` or ``ConfigError`` for a bad source
     and ``ExportError`` if the destination can't take the export."""
     mode, folder = resident_mode(resident), output_dir.beside(destination, "partial")
+    progress, checking, notify = informs(progress), informs(checking), informs(notify)
     with open_checkpoint(source, keep_mtp) as checkpoint, output_dir.locked(folder, wait_for_lock):
         if wait_for_lock and (manifest := output_dir.finished_manifest(destination)) is not None:
             return manifest

@@ -12,6 +12,7 @@ from itertools import chain
 from time import perf_counter
 
 from slotmoe.border import Timer
+from slotmoe.errors import informs
 from slotmoe.offload.engine.loading import LoadedModel
 from slotmoe.offload.experts.experts import Route
 from slotmoe.offload.machine import process_bytes
@@ -59,12 +60,14 @@ class Profiler(Timer):
         self._began = self._last = 0.0
         self._moved: dict[str, int] = {}
 
+    @informs
     def begin(self) -> None:
         """A step starts; the time since the one before went into sampling."""
         self.between_steps()
         self._moved, self._seconds = self._count(), {}
         self._began = self._last = perf_counter()
 
+    @informs
     def mark(self, stage: str, now: float | None = None) -> None:
         """The time since the last mark, until ``now`` of ``perf_counter``, went into ``stage``."""
         if self._wait is not None:
@@ -73,6 +76,7 @@ class Profiler(Timer):
         self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._last
         self._last = now
 
+    @informs
     def end(self, kind: str, tokens: int) -> None:
         """The step over ``tokens`` tokens is done."""
         self.mark("rest")
@@ -80,6 +84,7 @@ class Profiler(Timer):
         began = self._began - self._origin
         self.passes.append(StepRecord(kind, tokens, began, came, self._seconds))
 
+    @informs
     def accepted(self) -> None:
         """The last step gave one more token, which it had drafted."""
         if self.passes:

@@ -28,7 +28,7 @@ from pathlib import Path
 import xxhash
 
 from slotmoe import system
-from slotmoe.errors import ConfigError, refused
+from slotmoe.errors import ConfigError, informs, refused
 from slotmoe.quant.export.writer import replace_file, temporary_name
 from slotmoe.sizes import format_size
 from slotmoe.system import take_lock
@@ -121,7 +121,7 @@ class BlockFolder:
     can't be kept.  Raises ``ConfigError`` if there is no such folder and none can be made."""
 
     def __init__(self, folder: Path, limit: int, notify: Notify):
-        self.folder, self.limit, self._notify = folder, limit, notify
+        self.folder, self.limit, self._notify = folder, limit, informs(notify)
         self.damaged = 0
         self._remark = ""  # the latest one: what goes on and on is said once
         self._left = list[OSError]()  # of what could not be removed lately

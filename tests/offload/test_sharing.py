@@ -4,15 +4,17 @@ read once for all, and no short prompt waits for a long one."""
 import asyncio
 import random
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from slotmoe.errors import ConfigError, ExportError
+from slotmoe.errors import ConfigError
+from slotmoe.model.generate import Answer
 from slotmoe.offload.engine import loading
 from slotmoe.offload.engine.requests import Forced, Request
 from slotmoe.offload.runtime import Runtime
-from tests.support.engine import at_once, decode, passes_of, together, until, whole
+from tests.support.engine import at_once, decode, failing, passes_of, together, until, whole
 
 MORE = [7, 8, 300]  # what is decoded behind each prompt
 
@@ -71,7 +73,7 @@ def test_a_prompt_waits_for_what_another_is_going_to_hold(runtime, monkeypatch):
 
 @pytest.mark.parametrize("finishes", [["error"] * 3, ["length", "cancelled", "length"]], ids=str)
 def test_who_is_concerned_ends_and_the_others_go_on(runtime, finishes):
-    """Of three requests, when a read fails at the third gate or one is cancelled."""
+    """Of three requests, when memory is short at the third gate or one is cancelled."""
     prompts, engine, gates = lengths(60, 40, 30), runtime.engine, []
     engine.empty()
     wanted = [decode(runtime, prompt, MORE) for prompt in prompts]
@@ -79,16 +81,15 @@ def test_who_is_concerned_ends_and_the_others_go_on(runtime, finishes):
     texts = [Forced(MORE, keeps=True) for _ in prompts]
     requests = [*map(Request, prompts, texts)]
 
-    def third(route):
-        gates.append(route)
+    def third():
+        gates.append(None)
         if len(gates) == 3 and "error" in finishes:
-            raise OSError(5, "Input/output error")
+            raise MemoryError
         if len(gates) == 3:
             requests[1].cancel()
 
-    stop = engine.call(lambda: runtime.model.experts.on_layer(third))
-    assert [end.finish for end in at_once(runtime, *requests)] == finishes
-    engine.call(stop)
+    with failing(runtime, third):
+        assert [end.finish for end in at_once(runtime, *requests)] == finishes
     whole(runtime)
     if runtime.stats()["kernels"] != "torch":
         for finish, text, logits in zip(finishes, texts, wanted, strict=True):
@@ -172,26 +173,44 @@ def test_who_closes_forgets_or_leaves_a_text_cancels_it(runtime):
     assert idle() == 3
 
 
-PROBLEMS = [
-    (ExportError("experts/layer-00001: is damaged"), True),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
-    (ZeroDivisionError("a defect"), False),
+PROBLEMS = [  # where something is raised, and whether the engine goes on
+    ("a pass", RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+    ("a pass", ZeroDivisionError("a defect"), False),
+    ("a pass", OSError(5, "a defect, of no disk"), False),
+    ("a pass", ConfigError("a defect, of no refusal"), False),
+    ("a sampler", OSError(5, "not the engine's"), True),
+    ("who gets the answer", OSError(28, "not the engine's"), True),
+    ("a save", MemoryError(), True),
 ]
 
 
-@pytest.mark.parametrize(("raised", "goes_on"), PROBLEMS, ids=str)
-def test_what_fails_in_a_pass_ends_its_requests_and_a_defect_all(small_export, raised, goes_on):
-    def fail(route):
-        stop()
+@pytest.mark.parametrize(("where", "raised", "goes_on"), PROBLEMS, ids=str)
+def test_whose_an_error_is_says_what_it_ends(
+    small_export, monkeypatch, tmp_path, where, raised, goes_on
+):
+    def fail(*_):
+        patch.undo()
         raise raised
 
-    with Runtime.open(small_export, context=256, sequences=2) as runtime:
-        want = [token.id for token in runtime.generate([5, 6, 7], 8)]
-        stop = runtime.engine.call(lambda: runtime.model.experts.on_layer(fail))
-        with pytest.raises(type(raised)):
-            runtime.generate([5, 9, 7], 8).read()
-        if goes_on:
+    def begin():
+        stream = runtime.generate([5, 9, 7], 8)
+        stream.wake.extend([fail] * (where == "who gets the answer"))
+        return stream
+
+    with (
+        Runtime.open(small_export, context=256, sequences=2) as runtime,
+        monkeypatch.context() as patch,
+    ):
+        want, batch = [token.id for token in runtime.generate([5, 6, 7], 8)], runtime.engine.batch
+        runtime.keep_in(tmp_path)
+        for place, (owner, name) in {
+            "a pass": (batch.passes, "run"),
+            "a sampler": (Answer, "take"),
+            "a save": (batch.sessions, "keep"),
+        }.items():
+            if place == where:
+                patch.setattr(owner, name, fail)
+        with nullcontext() if where == "a save" else pytest.raises(type(raised)):
+            runtime.engine.call(begin).read()
+        with nullcontext() if goes_on else pytest.raises(ConfigError, match="the engine failed"):
             assert [token.id for token in runtime.generate([5, 6, 7], 8)] == want
-        else:
-            with pytest.raises(ConfigError, match=r"failed \(ZeroDivisionError\('a defect'\)\)"):
-                runtime.generate([5])

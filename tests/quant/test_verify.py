@@ -13,7 +13,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT, Part, checksum, layer_file, place
 from slotmoe.quant.export.manifest import read_manifest
 from slotmoe.quant.export.writer import ExportFile, damaged_files
-from tests.support.disk import tree
+from tests.support.disk import Stop, stop_at, tree
 from tests.support.exported import resign
 from tests.support.hostile import flip, truncate, without
 from tests.support.tiny import write_checkpoint
@@ -85,20 +85,12 @@ def test_damage_is_found_named_and_repaired(name, good, export, slotmoe):
     assert [path.name for path in export.parent.iterdir()] == ["export"]
 
 
-class Stop(Exception):
-    pass
-
-
 def test_killed_repair_goes_on(good, export):
     for layer in (1, 2):
         flip(export / layer_file(layer), 9000)
 
-    def progress(done, total):
-        if done > 0.7 * total:
-            raise Stop
-
     with pytest.raises(Stop):
-        quantize(good / "checkpoint", export, workers=1, progress=progress)
+        quantize(good / "checkpoint", export, workers=1, progress=stop_at(0.7))
     assert {*problems(export)} == {layer_file(1), layer_file(2)}
     quantize(good / "checkpoint", export)
     wanted = tree(good / "export").items()

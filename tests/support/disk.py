@@ -26,8 +26,8 @@ def digests(folder):
     return {name: hashlib.sha256(data).hexdigest() for name, data in tree(folder).items()}
 
 
-class Stop(Exception):
-    """What a caller's progress raises."""
+class Stop(BaseException):
+    """What ends a run from a caller's progress, as Ctrl-C does: an error there ends nothing."""
 
 
 def stop_at(share):

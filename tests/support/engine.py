@@ -1,6 +1,7 @@
 """Runtimes under test: step by step, and whether their slots are whole."""
 
 import time
+from contextlib import contextmanager
 from queue import SimpleQueue
 
 import torch
@@ -69,6 +70,17 @@ def together(runtime, prompts, ids=()):
     ends = at_once(runtime, *map(Request, prompts, texts))
     assert {end.finish for end in ends} == {"length"}, ends
     return [torch.stack(text.logits) for text in texts]
+
+
+@contextmanager
+def failing(runtime, fail):
+    """Call ``fail``, which may raise, inside passes, at the ends of layers."""
+    experts = runtime.model.experts
+    look, experts.look = experts.look, lambda: (fail(), look())
+    try:
+        yield
+    finally:
+        experts.look = look
 
 
 def passes_of(runtime, monkeypatch):

@@ -16,7 +16,8 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -24,6 +25,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from slotmoe.errors import informs
 from slotmoe.jsonfile import Json
 from slotmoe.tools.serve.errors import OLLAMA_PATH, RefusedError, error_body, shutting_down
 from slotmoe.tools.serve.requests import ignored
@@ -72,12 +74,14 @@ class Log:
                 self._ignored.add(short)
                 is_last = len(self._ignored) == _MAX_NAMES
                 more = "; further ones are not named" if is_last else ""
-                self._write(f"the field {short} is unknown here and ignored{more}")
+                told = f"the field {short} is unknown here and ignored{more}"
+                self._write(partial(str, told))
 
-    def _write(self, line: str) -> None:
+    @informs
+    def _write(self, line: Callable[[], str]) -> None:
         if self._is_written:
-            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
-                print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", file=sys.stderr, flush=True)
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            print(f"{now} {line()}", file=sys.stderr, flush=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -104,9 +108,7 @@ class Log:
             await self._app(inner, receive, send_with_headers)
         finally:
             if not (scope["path"] in _POLLED and status == 200):
-                line = _line(scope, status, time.monotonic() - began, state.get("answers"))
-                relaxed = f", relaxed: {_relaxed(state)}" if state.get("relaxed") else ""
-                self._write(f"{line}{relaxed}, {id_}")
+                self._write(partial(_line, scope, status, time.monotonic() - began, id_))
 
 
 def _relaxed(state: Json) -> str:
@@ -115,18 +117,19 @@ def _relaxed(state: Json) -> str:
     return text if len(text) <= _MAX_HEADER else f"{text[: _MAX_HEADER - 3]}..."
 
 
-def _line(scope: Scope, status: int, seconds: float, answers: "Answers | None") -> str:
-    """``POST /api/chat 200 in 3 s, 12 + 3 tokens, first after 0.8 s, stop``"""
-    path = ascii(scope["path"][:100])[1:-1]
-    line = f"{scope['method']} {path} {status or 'no answer'}"
-    line += f" in {seconds:.1f} s"
-    if answers is None:
-        return line
-    usage = answers.usage()
-    line += f", {usage.prompt} + {usage.answer} tokens"
-    first = [job.first_token - job.submitted for job in answers.jobs if job.first_token]
-    line += f", first after {min(first):.2f} s" if first else ", none before it ended"
-    return f"{line}, {' '.join(answers.finishes) or 'client left'}"
+def _line(scope: Scope, status: int, seconds: float, id_: str) -> str:
+    """``POST /api/chat 200 in 3 s, 12 + 3 tokens, first after 0.8 s, stop, req_7``"""
+    path, state = ascii(scope["path"][:100])[1:-1], scope["state"]
+    line = f"{scope['method']} {path} {status or 'no answer'} in {seconds:.1f} s"
+    answers: Answers | None = state.get("answers")
+    if answers is not None:
+        usage = answers.usage()
+        line += f", {usage.prompt} + {usage.answer} tokens"
+        first = [job.first_token - job.submitted for job in answers.jobs if job.first_token]
+        line += f", first after {min(first):.2f} s" if first else ", none before it ended"
+        line += f", {' '.join(answers.finishes) or 'client left'}"
+    relaxed = f", relaxed: {_relaxed(state)}" if state.get("relaxed") else ""
+    return f"{line}{relaxed}, {id_}"
 
 
 class Guard:

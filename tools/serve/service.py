@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from slotmoe.errors import informs
 from slotmoe.jsonfile import Json
 from slotmoe.model.sampling import OWN_SETTINGS, Sampling
 from slotmoe.offload.engine.requests import Request as Job
@@ -141,6 +142,7 @@ class Service:
         """Answers that wait for one."""
         return len(self._open) - self.running
 
+    @informs
     def observe(self, request: Job) -> None:
         """Note the times of an answer that has ended."""
         self._open.discard(request)
