@@ -14,6 +14,7 @@ from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import kv_bytes, make_plan, mark_bytes, sizes_of, waiting_bytes
 from slotmoe.offload.plan.speed import (
     CORE,
+    SETS,
     Bandwidths,
     Setting,
     store_bandwidths,
@@ -233,6 +234,31 @@ def test_decode_is_bytes_over_bandwidth():
     assert 0.8 < part.decode_tokens_per_second * missing / 2e9 < 1.0
 
 
+GPU = {"tier": "vram", "resident": "mixed", "runtime_bytes": GIB, "kernels": "triton"}
+FETCH, CPU, HYBRID = ({"misses": misses} for misses in ("fetch", "cpu", "hybrid"))
+PREDICTED = [  # geometry, MiB, more of the plan and of the setting; tokens/s of a prompt and after
+    ("v2-lite", 20 << 10, {}, {}, 306.47, 20.325),
+    ("v2-lite", 5 << 10, {"context": 8192}, {"random_routing": True}, 172.99, 5.0213),
+    ("v3", 96 << 10, {"drafts": True}, {"prefetch": False}, 4.1846, 0.3117),
+    ("v4-flash", 64 << 10, {"sequences": 3}, {}, 18.266, 1.7324),
+    ("sample", 40, {"slots": 40}, {}, 21181, 119.1),
+    ("glm-5", 22 << 10, GPU | {"host_budget": 64 * GIB}, FETCH, 3.7323, 0.28901),
+    ("v2", 22 << 10, GPU | {"host_budget": 512 * GIB}, HYBRID, 132.72, 9.1757),
+    ("v2", 16 << 10, GPU | {"host_budget": 512 * GIB, "context": 8192}, CPU, 1053.9, 4.3887),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "options", "setting", "prefill", "decode"), PREDICTED)
+def test_predictions(name, size, options, setting, prefill, decode):
+    """A change of these is meant: users choose by them."""
+    config, plan = geometry(name), plan_of(geometry(name), size << 20, **options)
+    sizes = sizes_of(config, options.get("resident", "int8"), NF4S)
+    on = Setting(config, sizes, plan, Bandwidths(), 8, **{"random_routing": False} | setting)
+    found = on.predict(plan.context - 100, 100)
+    assert found.prefill_tokens_per_second == pytest.approx(prefill, rel=1e-4)
+    assert found.decode_tokens_per_second == pytest.approx(decode, rel=1e-4)
+
+
 def test_bandwidths_are_kept_for_later_plans(tmp_path):
     path = tmp_path / "new" / "machine.json"
     assert stored_bandwidths(path).origin_of("disk") == "assumed"
@@ -240,6 +266,10 @@ def test_bandwidths_are_kept_for_later_plans(tmp_path):
     store_bandwidths(path, disk=2e9)
     found = stored_bandwidths(path)
     assert (found.ram, found.disk) == (31e9, 2e9)
+    for isa in SETS:
+        assumed = found.updated("measured", int8_small=1e9).assumed_for(f"{isa}x")
+        assert assumed.int8_small == 1e9
+        assert all(0 < getattr(assumed, name) <= getattr(found, name) for name in CORE)
     path.write_text('{"ram": "fast"}')
     message = r"machine\.json: ram is .fast., .* run slotmoe bench --calibrate again"
     with pytest.raises(ConfigError, match=message):
