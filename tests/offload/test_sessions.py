@@ -1,9 +1,11 @@
 """Sessions on disk: reopened to the same bits, shared, bounded, and worth nothing where a file is
 not what it claims to be."""
 
+import hashlib
 import os
 import random
 import shutil
+import struct
 import threading
 import time
 from contextlib import nullcontext
@@ -12,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import xxhash
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload.runtime import Runtime
@@ -199,6 +202,22 @@ def held(folder, tokens):
         if count < block.end:
             break
     return count
+
+
+def test_files_are_as_documented(tmp_path):
+    folder, (first, last) = BlockFolder(tmp_path, 1 << 20, pytest.fail), chain(ROOT, [*range(70)])
+    behind = last.begun(3, is_snapshot=True)
+    folder.add([first, last], per_token(TOKEN_BYTES), rows_of, [behind])
+    for block in (first, last, behind):
+        count, start, rows = len(block.tokens), block.tokens[0], rows_of(block)
+        ids = struct.pack(f"<{count}I", *block.tokens)
+        own = hashlib.sha256(block.parent + ids).digest()[:16]
+        kind = b"state" if block.is_snapshot else b"block"
+        data = b"slotmoe %b 2\n%b%b" % (kind, block.parent, own)
+        data += struct.pack("<IIQ", start, count, len(rows)) + ids + rows
+        name = f"{block.parent.hex()}-{start:08}-{count:02}-{own.hex()}"
+        found = tmp_path / name[:2] / (name + "-state" * block.is_snapshot)
+        assert found.read_bytes() == data + xxhash.xxh3_128_digest(data)
 
 
 @pytest.mark.parametrize("seed", range(6))
