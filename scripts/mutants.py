@@ -38,7 +38,10 @@ AREAS = {
     ),
     "sessions": ("offload/sessions/*.py", "offload/sessions offload/saves offload/durable"),
     "state": ("slotmoe/state.py", "offload/plan offload/sequences offload/kinds offload/sessions"),
-    "codecs": ("quant/codecs/*.py", "quant/codecs quant/encode quant/ops offload/codecs"),
+    "codecs": (
+        "quant/codecs/*.py",
+        "quant/codecs quant/encode quant/ops offload/codecs offload/encoded",
+    ),
     "plan": ("offload/plan/*.py", "offload/plan docs tools/commands"),
 }
 # A change may make a test wait for ever; that ends it.

@@ -217,23 +217,6 @@ def key(kind):
     return f"{kind}_tokens_per_second"
 
 
-LITE = geometry("v2-lite")
-SIZES = sizes_of(LITE, "int8", NF4S)
-
-
-def test_decode_is_bytes_over_bandwidth():
-    rates = Bandwidths(ram=30e9, disk=2e9)
-    plans = (plan_of(LITE, size * GIB, context=16384) for size in (20, 4))
-    settings = (Setting(LITE, SIZES, plan, rates, 8, True) for plan in plans)
-    whole, part = (setting.predict(512, 64) for setting in settings)
-    assert (whole.hit_rate, whole.decode_seconds["disk"]) == (1.0, 0.0)
-    touched = SIZES.touched + 26 * 6 * SIZES.record_bytes + kv_bytes(LITE, 544)
-    assert 0.7 < whole.decode_tokens_per_second * touched / 30e9 < 0.95
-    assert (whole.bottleneck, part.bottleneck) == ("RAM", "disk")
-    missing = 26 * 6 * (1 - part.hit_rate) * SIZES.record_bytes
-    assert 0.8 < part.decode_tokens_per_second * missing / 2e9 < 1.0
-
-
 GPU = {"tier": "vram", "resident": "mixed", "runtime_bytes": GIB, "kernels": "triton"}
 FETCH, CPU, HYBRID = ({"misses": misses} for misses in ("fetch", "cpu", "hybrid"))
 PREDICTED = [  # geometry, MiB, more of the plan and of the setting; tokens/s of a prompt and after

@@ -88,3 +88,17 @@ def test_feedback_and_descent_lower_the_error_of_outputs(codec, native, monkeypa
 def test_a_hessian_that_is_none_is_refused(value):
     with pytest.raises(NotPositiveError):
         encode.quantize_lut(torch.ones(16, 64), LUT4, Hessian(torch.full((64, 64), value)))
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+def test_learned_levels_cost_less_on_what_they_are_learned_of(codec):
+    generator = torch.Generator().manual_seed(0)
+    weight, given, errors = torch.randn(64, 256, generator=generator) ** 3, levels_tensor(codec), []
+    learned = encode.learn_levels([weight, 1e3 * weight.flip(0)], given, 32)
+    for levels in (given, learned):
+        scales = encode.fit_scales(weight, torch.ones(256), levels, 32)
+        codes = encode.assign(weight, scales, levels, 32)
+        made = levels[codes.int()] * scales.repeat_interleave(32, 1)
+        errors.append((made - weight).square().sum())
+    assert learned.equal(learned.round()) and learned.abs().max() == 127
+    assert errors[1] < 0.8 * errors[0], errors
