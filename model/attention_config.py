@@ -36,6 +36,8 @@ class Rope:
     beta_slow: Positive = 1.0
     mscale: _NotNegative = 1.0
     mscale_all_dim: _NotNegative = 0.0
+    attention_factor: Positive | None = None  # what cosine and sine are times, if it is said
+    truncate: bool = True  # whether the ramp's ends are whole dimensions
     llama_4_scaling_beta: _NotNegative = 0.0  # 0: queries are not scaled
 
     def _mscale(self, mscale: float) -> float:
@@ -44,7 +46,8 @@ class Rope:
     @cached_property
     def table_scale(self) -> float:
         """Factor on the cosine and sine table."""
-        return self._mscale(self.mscale) / self._mscale(self.mscale_all_dim)
+        factor = self._mscale(self.mscale) / self._mscale(self.mscale_all_dim)
+        return factor if self.attention_factor is None else self.attention_factor
 
     @property
     def softmax_factor(self) -> float:
@@ -141,6 +144,7 @@ class _KeysOfGroups(Struct):
     num_hidden_layers: Annotated[int, Meta(ge=1, le=1000)]
     num_attention_heads: _Heads
     num_key_value_heads: _Heads
+    moe_intermediate_size: _Size
     head_dim: _Width | None = None
     rotary_dim: _Width | None = None
     sliding_window: int | None = None
@@ -149,6 +153,9 @@ class _KeysOfGroups(Struct):
     layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
     decoder_sparse_step: Annotated[int, Meta(ge=1, le=1000)] = 1
     mlp_only_layers: list[int] | None = None
+    moe_layer_start_index: Annotated[int, Meta(ge=0, le=1000)] = 0
+    moe_layer_end_index: Annotated[int, Meta(ge=-1, le=1000)] = -1  # -1: the last layer's
+    shared_expert_intermediate_size: Annotated[int, Meta(ge=0, le=1 << 22)] = 0
 
 
 _READ = (IndexerConfig, HyperConnections, CompressedConfig, _KeysOfV4, _KeysOfGroups)
@@ -207,10 +214,17 @@ def parts_of_v4(values: Json, family: Family) -> Json:
 def _rope(settings: Json, values: Json, family: Family) -> Rope:
     """From ``rope_scaling`` + ``rope_theta`` or transformers 5's ``rope_parameters``."""
     kind = settings.pop("rope_type", settings.pop("type", None))
+    if kind == "deepseek_yarn":  # in Sarvam's words
+        kind = "yarn"
     settings.pop("max_position_embeddings", None)
     if family.attention == "compressed" and settings.pop("attention_factor", 1.0) != 1.0:
         raise ValueError("rope setting 'attention_factor' is not supported, only 1.0")
+    if family.attention == "latent" and "attention_factor" in settings:
+        raise ValueError("rope setting 'attention_factor' is not supported")
     rotated = values["qk_rope_head_dim"]
+    if kind == "dynamic" and family.ntk_alpha and settings.get("alpha"):
+        stretch = typed(settings["alpha"], Positive, "rope.alpha") ** (rotated / (rotated - 2))
+        kind, settings["rope_theta"] = None, settings["rope_theta"] * stretch
     part = rotated / (values["qk_nope_head_dim"] + rotated)  # of a head
     for of in (settings.pop("partial_rotary_factor", None), values.get("partial_rotary_factor")):
         if of not in (None, 1.0, part):
@@ -273,13 +287,20 @@ def in_words_of_latents(given: Json, family: Family) -> Json:
     head's rotated values, those that are not, and as latent and value its width."""
     of, values = typed(given, _KeysOfGroups), dict(given)
     width = of.head_dim or of.hidden_size // of.num_attention_heads
-    rotated = of.rotary_dim or width
     ropes = typed(given.get("rope_parameters") or {}, Json, "rope_parameters")
+    if "rope_theta" not in {*given, *ropes}:
+        raise ValueError("rope_theta is missing")
+    rotated = of.rotary_dim or int(width * family.rotated)
     for part in (given.get("partial_rotary_factor"), ropes.get("partial_rotary_factor")):
         if isinstance(part, float | int):
             rotated = int(width * part)
     if not 0 < rotated <= width:
         raise ValueError(f"{rotated} values of a head are rotated, expected 1 to {width}")
+    if shared := of.shared_expert_intermediate_size:
+        if shared % of.moe_intermediate_size:
+            problem = f"is not a multiple of moe_intermediate_size {of.moe_intermediate_size}"
+            raise ValueError(f"shared_expert_intermediate_size {shared} {problem}")
+        values["n_shared_experts"] = shared // of.moe_intermediate_size
     values |= {"q_lora_rank": None, "rope_interleave": family.rope_interleave[0]}
     values |= {"qk_rope_head_dim": rotated, "qk_nope_head_dim": width - rotated}
     return values | dict.fromkeys(("kv_lora_rank", "v_head_dim"), width)
@@ -291,13 +312,15 @@ def parts_of_groups(values: Json, family: Family) -> Json:
     if (heads := of.num_attention_heads) % of.num_key_value_heads:
         problem = f"is not a multiple of num_key_value_heads {of.num_key_value_heads}"
         raise ValueError(f"num_attention_heads {heads} {problem}")
-    biased = family.biased if values.get(family.bias_key) else ""
+    biased = family.biased if values.get(family.bias_key, not family.bias_key) else ""
     qk_norm = family.qk_norm
     if qk_norm not in ("", "head", "row"):
         qk_norm = "head" if values.get(qk_norm) else ""
     grouped = GroupedConfig(of.num_key_value_heads, width, _windows(of), biased, qk_norm)
+    step, first, last = of.decoder_sparse_step, of.moe_layer_start_index, of.moe_layer_end_index
     layers = range(of.num_hidden_layers)
-    dense = *(of.mlp_only_layers or ()), *(at for at in layers if (at + 1) % of.decoder_sparse_step)
+    sparse = {*layers[first : last + 1 or None]} - {*(of.mlp_only_layers or ())}
+    dense = tuple(at for at in layers if at not in sparse or (at + 1) % step)
     return {**parts_of_mla(values, family), "grouped": grouped, "dense_layers": dense}
 
 

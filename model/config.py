@@ -224,10 +224,10 @@ def _parse(outer: Json) -> Config:
         problem = f"model_type {json.dumps(name)[:80]} is not supported{why}"
         raise ValueError(f"{problem}, only {only}; use a model of these families")
     family = FAMILIES[name]
-    _refuse_unsupported(given, family)
+    worded = _in_our_words(given, family)
+    _refuse_unsupported(worded, family)
     in_words, parts_of = attention.KINDS[family.attention]
-    values = {**_DEFAULTS, **in_words(given, family)}
-    values |= {ours: given[key] for key, ours in family.words if key in given}
+    values = {**_DEFAULTS, **in_words(worded, family)}
     values |= {key: value for key, value in _NULLS.items() if values.get(key, value) is None}
     values |= dict(family.values)
     if values.get("topk_method", family.topk_methods[0]) == "greedy":
@@ -237,7 +237,7 @@ def _parse(outer: Json) -> Config:
     geometry = typed(values, ConfigKeys)
     ids = typed(values, _TokenIds)
     bos, eos = _as_tuple(ids.get("bos_token_id")), _as_tuple(ids.get("eos_token_id"))
-    known = _KNOWN_KEYS | {key for key, _ in family.words + family.values} | {family.bias_key}
+    known = {family.bias_key, family.qk_norm, *(key for key, _ in family.words + family.values)}
     config = Config(
         **vars(geometry),
         family=family,
@@ -246,10 +246,22 @@ def _parse(outer: Json) -> Config:
         **parts_of(values, family),
         encoding=parse_encoding(given),
         text_only=given is not outer,
-        unknown_keys=tuple(sorted(str(key)[:80] for key in given.keys() - known)),
+        unknown_keys=tuple(sorted(str(key)[:80] for key in given.keys() - _KNOWN_KEYS - known)),
     )
     _check_consistency(config)
     return config
+
+
+def _in_our_words(given: Json, family: Family) -> Json:
+    """With DeepSeek's keys too, and one value for that of each layer where all are the same."""
+    values = dict(given)
+    for key, ours in family.words:
+        value = given.get(key)
+        if isinstance(value, list) and value and value.count(value[0]) == len(value):
+            value = value[0]
+        if key in given:
+            values[ours] = value
+    return values
 
 
 def _refuse_unsupported(values: Json, family: Family) -> None:

@@ -21,13 +21,16 @@ class Family(NamedTuple):
     queries grow with their position.  ``indexed``: attention is to the best ``index_topk``
     positions; ``index_halves``: it rotates two halves to pick them, not pairs side by side.
     ``attention`` is its kind: ``latent``, ``compressed`` (DeepSeek-V4) or ``grouped``; of the last,
-    ``biased`` are the projections that have biases where the key ``bias_key`` is true,
-    ``qk_norm`` says whether queries and keys are normed by ``head`` or by ``row``, or the key that
-    says whether they are by head, and ``norm_last`` that it is behind their rotation, ``sinks``
-    that softmax counts one score more.  ``logit_bias``: the gate's logits have biases.
+    ``biased`` are the projections that have biases where the key ``bias_key`` is true, or always
+    without one, ``qk_norm`` says whether queries and keys are normed by ``head`` or by ``row``, or
+    names the key that says whether they are by head, ``norm_last`` that it is behind their
+    rotation, ``rotated`` how much of a head that is, if no key says it, ``ntk_alpha`` that dynamic
+    RoPE's base is stretched by a fixed alpha, and ``sinks`` that softmax counts one score more.
+    ``logit_bias``: the gate's logits have biases.  ``shared_gate``: the
+    shared expert's output has a gate of its own.
 
-    ``words`` are its keys of ``config.json`` for those of DeepSeek's, and ``values`` of DeepSeek's
-    what it has without saying so; ``names`` are its parts of tensors' names for those of
+    ``words`` are its keys of ``config.json`` for those of DeepSeek's, and ``values`` what keys must
+    say, if they are there; ``names`` are its parts of tensors' names for those of
     ``slotmoe.model.names``.  ``template``: the file of our
     own chat template, for models that ship Python code in place of one (sources: the README, the
     encoder and the tests in the folder ``encoding`` of each model on the hub).
@@ -48,8 +51,11 @@ class Family(NamedTuple):
     bias_key: str = "attention_bias"
     qk_norm: str = ""
     norm_last: bool = False
+    rotated: float = 1.0
+    ntk_alpha: bool = False
     sinks: bool = False
     logit_bias: bool = False
+    shared_gate: bool = False
     words: tuple[tuple[str, str], ...] = ()
     values: tuple[tuple[str, object], ...] = ()
     names: tuple[tuple[str, str], ...] = ()
@@ -63,12 +69,14 @@ class Family(NamedTuple):
 
 
 _V3 = Family("DeepseekV3ForCausalLM")
-_GROUPED = Family(
-    "", topk_methods=(None,), attention="grouped", softmax_factor=False, rope_interleave=(False,),
-)  # fmt: skip
+_GROUPED = Family("", (None,), attention="grouped", softmax_factor=False, rope_interleave=(False,))
+_SOFTMAX = _GROUPED._replace(scoring="softmax", group_best=1, correction_bias=False)
 _ONE_GROUP = ("n_group", 1), ("topk_group", 1), ("first_k_dense_replace", 0)
-_EXPERTS = "num_experts", "n_routed_experts"
-_PLAIN = *_ONE_GROUP, ("routed_scaling_factor", 1.0), ("n_shared_experts", 0)
+_UNSCALED = *_ONE_GROUP, ("routed_scaling_factor", 1.0)
+_NONE_SHARED, _NORMALIZED = ("n_shared_experts", 0), ("norm_topk_prob", True)
+_EXPERTS, _LOCAL = ("num_experts", "n_routed_experts"), ("num_local_experts", "n_routed_experts")
+_WIDTH = "intermediate_size", "moe_intermediate_size"
+_NO_WINDOW = "use_sliding_window", False
 FAMILIES = {
     "deepseek_v2": Family(
         "DeepseekV2ForCausalLM", topk_methods=("greedy", "group_limited_greedy"), scoring="softmax",
@@ -92,9 +100,58 @@ FAMILIES = {
         values=(*_ONE_GROUP, ("num_key_value_heads", 1), ("norm_topk_prob", True),
                 ("moe_layer_freq", 1), ("rope_interleave", True)),
     ),
-    "qwen3_moe": _GROUPED._replace(
-        architecture="Qwen3MoeForCausalLM", scoring="softmax", group_best=1, correction_bias=False,
-        biased="qkvo", qk_norm="head", values=_PLAIN, words=(_EXPERTS,),
+    "qwen3_moe": _SOFTMAX._replace(
+        architecture="Qwen3MoeForCausalLM", biased="qkvo", qk_norm="head", words=(_EXPERTS,),
+        values=(*_UNSCALED, _NONE_SHARED, _NO_WINDOW),
+    ),
+    "glm4_moe": _GROUPED._replace(
+        architecture="Glm4MoeForCausalLM", topk_methods=("noaux_tc", None), biased="qkv",
+        qk_norm="use_qk_norm", rotated=0.5, group_best=2,
+    ),
+    "minimax_m2": _GROUPED._replace(
+        architecture="MiniMaxM2ForCausalLM", group_best=1, qk_norm="row", words=(_LOCAL, _WIDTH),
+        values=(*_UNSCALED, _NONE_SHARED, _NORMALIZED, ("use_qk_norm", True),
+                ("qk_norm_type", "per_layer"), ("use_routing_bias", True),
+                ("shared_intermediate_size", 0)),
+        names=(("block_sparse_moe.", "mlp."), ("mlp.e_score_", "mlp.gate.e_score_"),
+               (".w1.", ".gate_proj."), (".w2.", ".down_proj."), (".w3.", ".up_proj.")),
+    ),
+    "gpt_oss": _SOFTMAX._replace(
+        architecture="GptOssForCausalLM", biased="qkvo", sinks=True, logit_bias=True,
+        words=(_LOCAL, _WIDTH), values=(*_UNSCALED, _NONE_SHARED, _NORMALIZED),
+        names=(("mlp.router.", "mlp.gate."),),
+    ),
+    "qwen2_moe": _SOFTMAX._replace(
+        architecture="Qwen2MoeForCausalLM", biased="qkv", bias_key="", shared_gate=True,
+        words=(_EXPERTS,), values=(*_UNSCALED, _NO_WINDOW, ("qkv_bias", True)),
+        names=(("mlp.shared_expert.", "mlp.shared_experts."),),
+    ),
+    "dots1": _GROUPED._replace(
+        architecture="Dots1ForCausalLM", topk_methods=("noaux_tc", None), biased="qkvo",
+        qk_norm="head",
+    ),
+    "hunyuan_v1_moe": _SOFTMAX._replace(
+        architecture="HunYuanMoEV1ForCausalLM", biased="qkvo", qk_norm="head", norm_last=True,
+        ntk_alpha=True,
+        words=(_EXPERTS, _WIDTH, ("moe_topk", "num_experts_per_tok"),
+               ("num_shared_expert", "n_shared_experts")),
+        values=(*_UNSCALED, _NORMALIZED, ("n_shared_experts", 1), ("use_qk_norm", True),
+                ("use_cla", False), ("moe_layer_num_skipped", 0)),
+        names=(("mlp.gate.wg.", "mlp.gate."), ("mlp.shared_mlp.", "mlp.shared_experts."),
+               ("query_layernorm.", "q_norm."), ("key_layernorm.", "k_norm.")),
+    ),
+    "ernie4_5_moe": _SOFTMAX._replace(
+        architecture="Ernie4_5_MoeForCausalLM", correction_bias=True, rope_interleave=(True,),
+        words=(("moe_num_experts", "n_routed_experts"), ("moe_k", "num_experts_per_tok"),
+               ("moe_num_shared_experts", "n_shared_experts"),
+               ("moe_layer_interval", "decoder_sparse_step")),
+        values=(*_UNSCALED, _NORMALIZED, ("use_bias", False)),
+        names=(("mlp.gate.moe_statics.", "mlp.moe_statics."),
+               ("mlp.moe_statics.e_score_", "mlp.gate.e_score_")),
+    ),
+    "sarvam_mla": _V3._replace(
+        architecture="SarvamMLAForCausalLM",
+        words=(_EXPERTS, ("num_shared_experts", "n_shared_experts")),
     ),
 }  # fmt: skip
 """By ``model_type``."""
@@ -106,7 +163,6 @@ OTHERS = {
     "deepseek": "its attention has keys and values for each head, no latent",
     "deepseek_v41": "its layers share keys, and some look up pieces of text",
     "deepseek_v41_text": "its layers share keys, and some look up pieces of text",
-    "glm4_moe": "its attention is grouped-query, no latent",
     "kimi_linear": "most of its layers have linear attention",
     "longcat_flash": "its layers have two attentions, and experts that compute nothing",
 }

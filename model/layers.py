@@ -89,7 +89,7 @@ def geometry_of(config: Config) -> Geometry:
 def router_of(config: Config) -> Router:
     """The router that ``config`` describes."""
     c, family = config, config.family
-    normalized = c.norm_topk_prob and c.num_experts_per_tok > 1
+    normalized = c.norm_topk_prob and (c.num_experts_per_tok > 1 or c.grouped is not None)
     scaled = family.scales_normalized or not normalized
     factor = c.routed_scaling_factor if scaled else 1.0
     sizes = c.n_group, c.topk_group, c.num_experts_per_tok

@@ -42,8 +42,10 @@ def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
     def dimension(rotations: float) -> float:  # that makes so many over the original context
         return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
-    low = max(math.floor(dimension(rope.beta_fast)), 0)
-    high = min(math.ceil(dimension(rope.beta_slow)), dim - 1)
+    first, last = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    low, high = max(first, 0), min(last, dim - 1)
     span = high - low if high != low else 0.001
     interpolated = ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
     return plain / rope.factor * interpolated + plain * (1 - interpolated)

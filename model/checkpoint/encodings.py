@@ -54,7 +54,7 @@ class Encoding:
 
 class _Fp8(Struct):
     expert_dtype: Literal["fp8", "fp4"]
-    fmt: Literal["e4m3"] = "e4m3"
+    fmt: Literal["e4m3", "float8_e4m3fn"] = "e4m3"
     weight_block_size: tuple[Literal[128], Literal[128]] | None = (128, 128)
 
 

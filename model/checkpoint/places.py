@@ -255,6 +255,8 @@ class Places:
             raise CheckpointError(f"{self.where}: {problem}")
         info = self.stored[name]
         self.used.add(info)
+        if info.shape == (1, *shape):  # as Ernie has a gate's bias
+            info = replace(info, shape=shape)
         if info.shape != shape:
             shapes = f"{list(info.shape)}, {self.source} asks for {list(shape)}"
             raise CheckpointError(f"{info.path}: {self.label}{info.name} has shape {shapes}")

@@ -19,6 +19,7 @@ from tests.support.families import (
     CASES,
     DSA,
     GLM,
+    GROUPED_CASES,
     INDEXED,
     MISTRAL,
     REMOVE,
@@ -66,6 +67,23 @@ def test_passes_of_any_size_equal_transformers(case, seed, tmp_path):
     for sizes in ([389], [1] * 20 + [220, 3, *[1] * 146], [127, 1, 16, 17, 100, 128]):
         state = reference_cache(network.config, 512)
         assert relative_error(feed(network, state, ids_T.tolist(), sizes), wanted) <= 1e-5
+
+
+@pytest.mark.usefixtures("oracle")
+@pytest.mark.parametrize("name", GROUPED_CASES)
+def test_grouped_queries_equal_transformers(name, tmp_path):
+    """In passes that end before, at and behind windows' ends."""
+    family, overrides = GROUPED_CASES[name]
+    write_family(tmp_path, family, **overrides)
+    ids = torch.randint(2, 4000, (70,), generator=torch.Generator().manual_seed(1)).tolist()
+    wanted = transformers_logits(tmp_path, ids)
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert not checkpoint.config.unknown_keys
+        weights = {name: checkpoint.tensor(name) for name in checkpoint.infos}
+        network = reference_network(checkpoint.config, weights)
+    for sizes in ([70], [6, 1, 1, 1, *[1] * 20, 40, 1], [9, 33, 7, 21]):
+        state = reference_cache(network.config, 80)
+        assert relative_error(feed(network, state, ids, sizes), wanted) <= 1e-5
 
 
 def types(letters, **others):

@@ -57,6 +57,63 @@ CASES = {
 }
 
 
+QWEN3, GLM4, MINIMAX, OSS = "qwen3_moe", "glm4_moe", "minimax_m2", "gpt_oss"
+QWEN2, DOTS, HUNYUAN, ERNIE = "qwen2_moe", "dots1", "hunyuan_v1_moe", "ernie4_5_moe"
+CLASSES |= {QWEN3: "Qwen3Moe", GLM4: "Glm4Moe", MINIMAX: "MiniMaxM2", OSS: "GptOss"}
+CLASSES |= {QWEN2: "Qwen2Moe", DOTS: "Dots1", HUNYUAN: "HunYuanMoEV1", ERNIE: "Ernie4_5_Moe"}
+_GROUPED = {key: CONFIG[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")}
+_GROUPED |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
+_GROUPED |= {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 24}
+_GROUPED |= {"hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+_GROUPED |= {"rope_theta": 10000.0, "max_position_embeddings": 1024, "torch_dtype": "float32"}
+_QWEN = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
+_V3 = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
+_V3 |= {"n_shared_experts": 2, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5}
+_V3 |= {"norm_topk_prob": True, "first_k_dense_replace": 1, "attention_bias": True}
+_SLIDES = ["sliding_attention", "full_attention"] * 2
+_OSS_YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+_OSS_YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+OF_GROUPED = {
+    QWEN3: {**_QWEN, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [2]},
+    GLM4: {**_V3, "partial_rotary_factor": 0.5, "use_qk_norm": True},
+    MINIMAX: {"num_local_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 48}
+    | {"rotary_dim": 12, "scoring_func": "sigmoid", "use_qk_norm": True},
+    OSS: {"num_local_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 48}
+    | {"attention_bias": True, "sliding_window": 9, "layer_types": _SLIDES}
+    | {"rope_scaling": _OSS_YARN},
+    QWEN2: {**_QWEN, "norm_topk_prob": False, "shared_expert_intermediate_size": 96}
+    | {"decoder_sparse_step": 2, "mlp_only_layers": []},
+    DOTS: {**_V3, "sliding_window": 7, "layer_types": _SLIDES[::-1]},
+    HUNYUAN: {"num_experts": 8, "moe_topk": [3] * 4, "attention_bias": False}
+    | {"rope_scaling": {"type": "dynamic", "alpha": 50.0, "factor": 1.0}},
+    ERNIE: {"moe_num_experts": 8, "moe_k": 3, "moe_num_shared_experts": 2, "use_bias": False}
+    | {"moe_intermediate_size": 48, "moe_layer_start_index": 1, "moe_layer_end_index": 2}
+    | {"moe_layer_interval": 1, "tie_word_embeddings": True},
+}
+"""Of families with grouped queries, what their ``config.json`` says beside the common."""
+# Between them: biases on and off, norms by head, by row, behind the rotation and none, rotations of
+# a part, in halves and of pairs, YaRN, windows in either order, wider than a text, and of one
+# token, dense layers in each spelling, one group for all heads and one for each, tied embeddings.
+GROUPED_CASES = {
+    "qwen3": (QWEN3, {}),
+    "qwen3-yarn-biases-one-group": (
+        QWEN3,
+        {"attention_bias": True, "num_key_value_heads": 1, "rope_scaling": YARN, "head_dim": REMOVE}
+        | {"num_attention_heads": 4, "norm_topk_prob": False, "decoder_sparse_step": 2},
+    ),
+    "glm4": (GLM4, {}),
+    "glm4-no-norm": (GLM4, {"use_qk_norm": False, "n_group": 1, "num_key_value_heads": 6}),
+    "minimax": (MINIMAX, {}),
+    "minimax-odd": (MINIMAX, {"hidden_size": 72, "intermediate_size": 37, "rotary_dim": 6}),
+    "dots": (DOTS, {}),
+    "dots-window-of-one": (DOTS, {"sliding_window": 1, "attention_bias": False}),
+    "dots-wide-window": (DOTS, {"sliding_window": 600, "layer_types": ["sliding_attention"] * 4}),
+    "hunyuan": (HUNYUAN, {}),
+    "hunyuan-biases": (HUNYUAN, {"attention_bias": True, "rope_scaling": None}),
+    "ernie": (ERNIE, {}),
+}
+
+
 OF_YARN = {"factor": 8.0, "original_max_position_embeddings": 16, "mscale": 1.0}
 OF_YARN |= {"mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1}
 _YARN = {"type": "yarn", **OF_YARN}
@@ -84,6 +141,11 @@ def config_of(family: str, **overrides):
     """``config.json`` of a tiny model."""
     if family == V2:
         config = dict(CONFIG)
+    elif family in OF_GROUPED:
+        architectures = [f"{CLASSES[family]}ForCausalLM"]
+        config = {**_GROUPED, "model_type": family, "architectures": architectures}
+        config |= OF_GROUPED[family] | overrides
+        return {key: value for key, value in config.items() if value is not REMOVE}
     else:
         architectures = [f"{CLASSES[family]}ForCausalLM"]
         config = {**SHARED, "model_type": family, "architectures": architectures}

@@ -1,6 +1,7 @@
 """Valid DeepSeek-V2 checkpoints of a few hundred kilobytes, with random but repeatable weights."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 
 from slotmoe import model
 from slotmoe.model.config import parse_config
-from slotmoe.model.names import expert_name, expert_shapes, resident_shapes
+from slotmoe.model.names import expert_name, expert_shapes, resident_shapes, spelled
 
 SAMPLE = Path(model.__file__).parent / "sample"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -70,7 +71,7 @@ def random_weights(
             spread = shape[1] ** -0.5 if name.endswith("fn") else 0.7
             weights[name] = values * spread + name.endswith("scale")
             continue
-        if name.endswith(("e_score_correction_bias", "k_norm.bias")):
+        if name.endswith("bias"):
             values *= 0.2
         elif name.endswith("mlp.gate.weight") and not softmax:
             values *= 1.5 * shape[1] ** -0.5
@@ -101,7 +102,10 @@ def write_files(
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     for name in TOKENIZER_FILES:
         shutil.copyfile(SAMPLE / name, folder / name)
-    weights = random_weights(config, dtype, seed)
+    weights, parsed = random_weights(config, dtype, seed), parse_config(config)
+    weights = {spelled(name, parsed): tensor for name, tensor in weights.items()}
+    for name in filter(re.compile("moe_statics").search, weights):  # as Ernie's files have them
+        weights[name] = weights[name][None]
     if shards == 1:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         return config
