@@ -148,7 +148,7 @@ class _KeysOfGroups(Struct):
     head_dim: _Width | None = None
     rotary_dim: _Width | None = None
     sliding_window: int | None = None
-    use_sliding_window: bool | None = False
+    use_sliding_window: bool | None = None
     max_window_layers: int | None = 0
     layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
     decoder_sparse_step: Annotated[int, Meta(ge=1, le=1000)] = 1

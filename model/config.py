@@ -6,6 +6,7 @@ default.  Values that this network does not compute are refused by name.
 
 import json
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict
@@ -189,7 +190,9 @@ _KNOWN_KEYS = {*ConfigKeys.__dataclass_fields__, *_SUPPORTED, *attention.KNOWN_K
     mlp_layer_types layer_types partial_rotary_factor num_mtp_layers
     index_topk_freq index_topk_pattern index_skip_topk_offset
     index_share_for_mtp_iteration indexer_rope_interleave indexer_types moe_router_dtype
-    compress_rates expert_dtype""".split()
+    compress_rates expert_dtype
+    router_aux_loss_coef router_jitter_noise use_mtp num_mtp_modules mtp_transformer_layers
+    experts_per_token initial_context_length""".split()
 )
 
 
@@ -224,6 +227,16 @@ def _parse(outer: Json) -> Config:
         problem = f"model_type {json.dumps(name)[:80]} is not supported{why}"
         raise ValueError(f"{problem}, only {only}; use a model of these families")
     family = FAMILIES[name]
+    try:
+        return _config_of(given, family, given is not outer)
+    except ValueError as problem:
+        said = str(problem)
+        for key, ours in family.words:
+            said = re.sub(rf"\b{ours}\b", key, said) if key in given else said
+        raise ValueError(said) from None
+
+
+def _config_of(given: Json, family: Family, text_only: bool) -> Config:
     worded = _in_our_words(given, family)
     _refuse_unsupported(worded, family)
     in_words, parts_of = attention.KINDS[family.attention]
@@ -245,7 +258,7 @@ def _parse(outer: Json) -> Config:
         eos_token_ids=eos,
         **parts_of(values, family),
         encoding=parse_encoding(given),
-        text_only=given is not outer,
+        text_only=text_only,
         unknown_keys=tuple(sorted(str(key)[:80] for key in given.keys() - _KNOWN_KEYS - known)),
     )
     _check_consistency(config)

@@ -109,8 +109,9 @@ FAMILIES = {
         qk_norm="use_qk_norm", rotated=0.5, group_best=2,
     ),
     "minimax_m2": _GROUPED._replace(
-        architecture="MiniMaxM2ForCausalLM", group_best=1, qk_norm="row", words=(_LOCAL, _WIDTH),
-        values=(*_UNSCALED, _NONE_SHARED, _NORMALIZED, ("use_qk_norm", True),
+        architecture="MiniMaxM2ForCausalLM", group_best=1, qk_norm="row",
+        words=(_LOCAL, _WIDTH, ("attn_type_list", "attn_type_list")),
+        values=(*_UNSCALED, _NONE_SHARED, _NORMALIZED, ("use_qk_norm", True), ("attn_type_list", 1),
                 ("qk_norm_type", "per_layer"), ("use_routing_bias", True),
                 ("shared_intermediate_size", 0)),
         names=(("block_sparse_moe.", "mlp."), ("mlp.e_score_", "mlp.gate.e_score_"),
@@ -120,11 +121,6 @@ FAMILIES = {
         architecture="GptOssForCausalLM", biased="qkvo", sinks=True, logit_bias=True,
         words=(_LOCAL, _WIDTH), values=(*_UNSCALED, _NONE_SHARED, _NORMALIZED),
         names=(("mlp.router.", "mlp.gate."),),
-    ),
-    "qwen2_moe": _SOFTMAX._replace(
-        architecture="Qwen2MoeForCausalLM", biased="qkv", bias_key="", shared_gate=True,
-        words=(_EXPERTS,), values=(*_UNSCALED, _NO_WINDOW, ("qkv_bias", True)),
-        names=(("mlp.shared_expert.", "mlp.shared_experts."),),
     ),
     "dots1": _GROUPED._replace(
         architecture="Dots1ForCausalLM", topk_methods=("noaux_tc", None), biased="qkvo",

@@ -41,6 +41,15 @@ MODELS = {
     "deepseek_v32": "DeepSeek-V3.2",
     "glm_moe_dsa": "GLM-5",
     "deepseek_v4": "V4-Flash, V4-Pro",
+    "qwen3_moe": "Qwen3-30B-A3B, -235B-A22B, Qwen3-Coder",
+    "glm4_moe": "GLM-4.5, -Air, 4.6, 4.7",
+    "minimax_m2": "MiniMax-M2",
+    "gpt_oss": "gpt-oss-20b, -120b",
+    "qwen2_moe": "Qwen1.5-MoE, Qwen2-57B-A14B",
+    "dots1": "dots.llm1",
+    "hunyuan_v1_moe": "Hunyuan-A13B",
+    "ernie4_5_moe": "ERNIE-4.5",
+    "sarvam_mla": "Sarvam-105B",
 }
 GEOMETRIES = {  # their parameters, as the publisher rounds them
     "v2-lite": "16B",
@@ -108,6 +117,14 @@ def _by_routes(fields: Json) -> Iterator[str]:
     yield from _table("routes | fields", ((which, ", ".join(of)) for which, of in rows.items()))
 
 
+def _attention(family: Family) -> Iterator[str]:
+    yield family.attention
+    yield "sparse" * family.indexed
+    yield "queries grow with position" * family.query_scaling
+    yield "sinks" * family.sinks
+    yield {"": "", "head": "heads normed", "row": "rows normed"}.get(family.qk_norm, "")
+
+
 def families() -> Iterator[str]:
     rows = dict[Family, list[str]]()
     for model_type, family in FAMILIES.items():
@@ -124,8 +141,7 @@ def families() -> Iterator[str]:
                 "yes" if family.correction_bias else "no",
                 "yes" if family.scales_normalized else "no",
                 "yes" if family.softmax_factor else "no",
-                ("compressed, " * (family.attention == "compressed") + "sparse") * family.indexed
-                + "queries grow with position" * family.query_scaling,
+                ", ".join(filter(None, _attention(family))),
             )
             for family, types in rows.items()
         ),

@@ -58,7 +58,8 @@ def command(
     """Say whether MODEL fits, what goes to which tier, and how fast it will be, without weights.
 
     MODEL is a geometry (v2-lite, coder-v2-lite, moonlight, glm-4.7-flash, mistral-small-4, v2,
-    v2.5, coder-v2, v3, r1, v3.1, v3.2, v4-flash, v4-pro, glm-5, kimi-k2, sample), an export, a
+    v2.5, coder-v2, v3, r1, v3.1, v3.2, v4-flash, v4-pro, glm-5, kimi-k2, qwen3-30b-a3b,
+    qwen3-235b-a22b, glm-4.5-air, minimax-m2, gpt-oss-20b, gpt-oss-120b, sample), an export, a
     checkpoint folder, a GGUF file, the path of a config.json, or a hub id, of which the config
     alone is fetched. Speeds come from bandwidths: those given here, those that slotmoe bench
     --calibrate has measured on this machine, or assumptions; the report says which.

@@ -79,7 +79,8 @@ _NAMES = (  # of a geometry's file first, then of models that were trained furth
     ("v2-lite", "coder-v2-lite"),
     ("v3", "r1", "v3.1"),
     *[(name,) for name in "v3.2 v4-flash v4-pro moonlight kimi-k2 glm-4.7-flash glm-5".split()],
-    ("mistral-small-4",),
+    *[(name,) for name in "mistral-small-4 qwen3-30b-a3b qwen3-235b-a22b glm-4.5-air".split()],
+    *[(name,) for name in "minimax-m2 gpt-oss-20b gpt-oss-120b".split()],
 )
 GEOMETRIES = {name: f"geometries/{names[0]}.json" for names in _NAMES for name in names}
 GEOMETRIES["sample"] = "sample/config.json"

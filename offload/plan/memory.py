@@ -192,9 +192,10 @@ class _Kept:
 
 
 def _kept(config: Config, kernels: str, value_bytes: int) -> Iterator[_Kept]:
-    """What a model keeps: latents and index keys; or where attention compresses, the window, and
-    compressed rows by their ratio, twice where they have keys for an indexer.  ``native`` kernels
-    keep 8 bits a value, with 16 bytes of scales and sums a row, others ``value_bytes``."""
+    """What a model keeps: latents and index keys; or keys and values of groups, of all tokens or of
+    a window; or where attention compresses, the window, and compressed rows by their ratio, twice
+    where they have keys for an indexer.  ``native`` kernels keep 8 bits a value, with 16 bytes of
+    scales and sums a row, others ``value_bytes``."""
 
     def row(latent: int, rope: int) -> int:
         return latent_bytes(latent, rope) if kernels == "native" else (latent + rope) * value_bytes
@@ -228,9 +229,10 @@ def _kept(config: Config, kernels: str, value_bytes: int) -> Iterator[_Kept]:
 
 
 def kv_bytes(config: Config, positions: int, kernels: str = "native", value_bytes: int = 2) -> int:
-    """Bytes of the latent KV cache for so many positions: ``kv_lora_rank + qk_rope_head_dim``
-    values a layer each, and ``index_head_dim`` in layers with an indexer.  Where attention
-    compresses: a window, compressed rows, uncompressed tokens in float32, all possible marks."""
+    """Bytes of the KV cache for so many positions: ``kv_lora_rank + qk_rope_head_dim`` values a
+    layer each, and ``index_head_dim`` in layers with an indexer; with grouped queries a value and a
+    key of each group, and windows with all possible marks.  Where attention compresses: a window,
+    compressed rows, uncompressed tokens in float32, all possible marks."""
     return sum(kept.nbytes(positions) for kept in _kept(config, kernels, value_bytes))
 
 
@@ -247,19 +249,24 @@ def mark_bytes(config: Config, tokens: int, kernels: str = "native", value_bytes
 
 def attention_products(config: Config, length: int) -> int:
     """Multiply-adds of scores and sums, and of an indexer's scores, for a token behind so many."""
-    c, total, is_latent = config, 0, config.compressed is None
-    width = 2 * c.kv_lora_rank + c.qk_rope_head_dim * is_latent
+    c, total, compresses = config, 0, config.compressed is not None
     window = 0 if c.compressed is None else min(length, c.compressed.sliding_window)
     for layer in range(c.num_hidden_layers):
-        ratio = int(is_latent) or c.ratio(layer)
-        rows = length // ratio if ratio else 0
+        ratio = c.ratio(layer) if compresses else 1
+        rows = min(length // ratio, c.window(layer) or length) if ratio else 0
         if c.indexer is not None:
             if c.has_indexer(layer):
                 total += c.indexer.n_heads * c.indexer.head_dim * rows
-            if is_latent or c.has_indexer(layer):
+            if not compresses or c.has_indexer(layer):
                 rows = min(rows, c.indexer.topk)
-        total += c.num_attention_heads * width * (rows + window)
+        total += c.num_attention_heads * row_products(c) * (rows + window)
     return total
+
+
+def row_products(config: Config) -> int:
+    """Multiply-adds of a query and a row: of its key, and of its value, which may be the same."""
+    rotated = config.qk_rope_head_dim if config.family.attention == "latent" else 0
+    return 2 * config.kv_lora_rank + rotated
 
 
 def waiting_bytes(config: Config, tokens: int) -> int:

@@ -27,6 +27,7 @@ from slotmoe.offload.plan.memory import (
     Sizes,
     attention_products,
     kv_read_bytes,
+    row_products,
 )
 
 # What prefill does beside products (norms, gates, sums), as int8 products for each value of a token
@@ -216,8 +217,8 @@ class Setting:
 
     def _attention(self, depth: int) -> float:
         """Seconds of a core for a token behind so many."""
-        products, c = attention_products(self.config, depth), self.config
-        scores = products / (2 * c.kv_lora_rank + c.qk_rope_head_dim * (c.compressed is None))
+        products = attention_products(self.config, depth)
+        scores = products / row_products(self.config)
         return self.bandwidths.core_seconds("attention", products, scores)
 
     def _decode_seconds(self, depth: int, rows: int) -> dict[str, float]:
