@@ -122,6 +122,11 @@ FAMILIES = {
         words=(_LOCAL, _WIDTH), values=(*_UNSCALED, _NONE_SHARED, _NORMALIZED),
         names=(("mlp.router.", "mlp.gate."),),
     ),
+    "qwen2_moe": _SOFTMAX._replace(
+        architecture="Qwen2MoeForCausalLM", biased="qkv", bias_key="", shared_gate=True,
+        words=(_EXPERTS,), values=(*_UNSCALED, _NO_WINDOW, ("qkv_bias", True)),
+        names=(("mlp.shared_expert.", "mlp.shared_experts."),),
+    ),
     "dots1": _GROUPED._replace(
         architecture="Dots1ForCausalLM", topk_methods=("noaux_tc", None), biased="qkvo",
         qk_norm="head",

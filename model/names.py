@@ -114,11 +114,12 @@ LAYER_PARTS = {
     "down_proj": Spec("mlp.down_proj", "DF", "sensitive", "ffn_down", "dense layers"),
 }
 """Tensors that a layer may have, by the network's name, in the order of the forward pass."""
-_SHARED = "mlp.shared_experts."
+_SHARED, _SHARED_GATE = "mlp.shared_experts.", "mlp.shared_expert_gate"
 SHARED_PARTS = {
     "gate_proj": Spec(f"{_SHARED}gate_proj", "SD", "matrix", "ffn_gate_shexp", "shared experts"),
     "up_proj": Spec(f"{_SHARED}up_proj", "SD", "matrix", "ffn_up_shexp", "shared experts"),
     "down_proj": Spec(f"{_SHARED}down_proj", "DS", "matrix", "ffn_down_shexp", "shared experts"),
+    "output_gate": Spec(_SHARED_GATE, "yD", "gate", "ffn_gate_inp_shexp", "shared experts"),
 }
 """Those of its shared experts."""
 MTP_PARTS = {
@@ -254,7 +255,7 @@ def _sizes(c: Config, layer: int) -> dict[str, int]:
     if c.hyper is not None:
         streams = c.hyper.mult
         sizes |= {"M": streams, "Y": streams * D, "C": (2 + streams) * streams, "G": 3, "U": 1}
-    sizes["b"] = sizes["E"] if c.family.logit_bias else 0
+    sizes["b"], sizes["y"] = sizes["E"] * c.family.logit_bias, int(moe and c.family.shared_gate)
     return sizes | _SIZES_OF[c.family.attention](c, layer)
 
 

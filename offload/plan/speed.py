@@ -20,15 +20,8 @@ from slotmoe.jsonfile import Json, read_json, typed
 from slotmoe.model.config import Config
 from slotmoe.model.names import resident_shapes
 from slotmoe.offload.machine import read_note, write_note
-from slotmoe.offload.plan.memory import (
-    HELP_BYTES,
-    PREFILL_CHUNK,
-    Plan,
-    Sizes,
-    attention_products,
-    kv_read_bytes,
-    row_products,
-)
+from slotmoe.offload.plan.kept import attention_products, kv_read_bytes, row_products
+from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes
 
 # What prefill does beside products (norms, gates, sums), as int8 products for each value of a token
 # in a layer: the sample, V2-Lite and GLM-4.7-Flash on a Zen 5 core.

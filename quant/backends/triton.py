@@ -30,7 +30,8 @@ from slotmoe.border import (
     Router,
 )
 from slotmoe.quant.backends import triton_few
-from slotmoe.quant.backends.base import COMPILES, Prepared, Records, TorchBackend, first_best
+from slotmoe.quant.backends.attention import first_best
+from slotmoe.quant.backends.base import COMPILES, Prepared, Records, TorchBackend
 from slotmoe.quant.backends.triton_decoder import TritonDecoder
 from slotmoe.quant.backends.triton_few import ROWS, FewExperts, operand, power
 from slotmoe.quant.kernels.triton import lists, streams, tiles

@@ -88,7 +88,7 @@ def test_absorbed_equals_expanded_attention_over_several_blocks(heavy, reference
     network, cache = reference
     ids = (IDS * 6)[:200]
     wanted = feed(network, cache(256), ids, [200])  # in one block
-    monkeypatch.setattr("slotmoe.quant.backends.base._MAX_SCORES", 1)  # blocks of 64 positions
+    monkeypatch.setattr("slotmoe.quant.backends.attention._MAX_SCORES", 1)  # blocks of 64 positions
     with patch.object(network.backend, "expand", wraps=network.backend.expand) as expand:
         expanded = feed(network, cache(256), ids, [200])
         called = expand.call_count

@@ -111,6 +111,7 @@ GROUPED_CASES = {
     "hunyuan": (HUNYUAN, {}),
     "hunyuan-biases": (HUNYUAN, {"attention_bias": True, "rope_scaling": None}),
     "ernie": (ERNIE, {}),
+    "qwen2": (QWEN2, {}),
 }
 
 
