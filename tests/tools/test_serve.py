@@ -242,12 +242,13 @@ def test_a_signal_refuses_requests_that_are_being_prepared(sample_export, tmp_pa
     preparing = f"""
 import os, sys, time
 import slotmoe.tools.serve as serve
+from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.service import Service
 serve._GRACE_SECONDS = 600
-def chat_text(*_):
+def prompt(*_):
     while not os.path.exists({str(tmp_path / "go")!r}):
         time.sleep(0.01)
-Service.check_model, Service.chat_text = lambda *_: print("came", file=sys.stderr), chat_text
+Service.check_model, Dialect.prompt = lambda *_: print("came", file=sys.stderr), prompt
 {SLOW}"""
     child, port = start(sample_export, program=preparing)
 

@@ -1,8 +1,11 @@
 """``slotmoe serve``: which requests are refused and in which words, which fields are ignored, what
 the largest requests cost, and the rules that answers follow."""
 
+import json
 import re
 import tracemalloc
+from http.client import HTTPConnection
+from threading import Event
 
 import pytest
 
@@ -13,7 +16,7 @@ from slotmoe.tools.serve import errors as serve_errors
 from slotmoe.tools.serve.guard import MAX_KEYS, MAX_VALUES
 from slotmoe.tools.serve.requests import Rule
 from tests.support.apis import ASKED, CHAT, MESSAGES, OLLAMA, RESPONSES
-from tests.support.served import GREEDY, USER, Served, passed, tokenizer_with
+from tests.support.served import GREEDY, USER, Served, passed, tokenizer_with, until
 
 TEXT = "/v1/completions"
 BASES = {**ASKED, TEXT: {**GREEDY, "prompt": "x"}}
@@ -287,6 +290,27 @@ def test_other_rules_are_refused(served, rule, problem, monkeypatch):
     assert status in (400, 413) and problem in answer["error"]["message"], answer
     assert (answer["error"]["param"] or "grammar") in rule
     assert served.text(max_tokens=9) and served.service.engine.alive
+
+
+def test_nothing_is_compiled_for_a_client_that_has_left(served, monkeypatch):
+    run, came, gate = COMPILER.run, [], Event()
+
+    def gated(*given):
+        came.append(given)
+        return run(*given) if len(came) > 1 else gate.wait(60) and run(*given)
+
+    monkeypatch.setattr(COMPILER, "run", gated)
+    turn, clients = served.service._compiling, []
+    for number in range(3):
+        clients.append(HTTPConnection("127.0.0.1", served.port, timeout=30))
+        body = json.dumps({**BASES[CHAT], "grammar": GBNF})
+        clients[-1].request("POST", CHAT, body, {"Content-Type": "application/json"})
+        until(lambda waiting=number: turn.locked() and len(turn._waiters or ()) == waiting)
+    for client in clients:
+        client.close()
+    assert served.chat(grammar=GBNF)[0] == 200
+    gate.set()
+    assert len(came) == 2
 
 
 def ask(served, schema, as_tool=False, **about):

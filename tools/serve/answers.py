@@ -242,14 +242,10 @@ async def chat_answers(
     service: Service, request: Request, chat: Conversation, options: AnswerOptions
 ) -> Answers:
     """The answers to a conversation.  Raises ``RefusedError`` and ``ConfigError``."""
-
-    def prepare() -> tuple[Mask | None, list[int], bool | None]:
-        text, reasoning = service.chat_text(chat), service.tokenizer.reasoning
-        is_thinking = None if reasoning is None else reasoning.is_begun(text)
-        grammar = service.grammars.compile(chat.wanted, chat.policy, is_thinking)
-        return grammar, service.encode(text), is_thinking
-
-    grammar, prompt, is_thinking = await service.prepare(prepare)
+    text, reasoning = await service.chat_text(chat), service.tokenizer.reasoning
+    is_thinking = None if reasoning is None else reasoning.is_begun(text)
+    grammar = await service.grammar(chat.wanted, chat.policy, is_thinking)
+    prompt = await service.prepare(service.encode, text)
     request.state.relaxed = grammar.relaxed if grammar is not None else []  # for a header
     return Answers(service, request, [prompt], options, (), chat, grammar, is_thinking)
 

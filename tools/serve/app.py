@@ -116,7 +116,7 @@ class TemplateRequest(requests.Templated):
 async def apply_template(body: TemplateRequest, service: Serving) -> Response:
     """The text that the model would read, in llama.cpp's form."""
     service.check_model(body.model)
-    text = await service.prepare(service.chat_text, body.conversation())
+    text = await service.chat_text(body.conversation())
     return JSONResponse({"prompt": text})
 
 

@@ -155,7 +155,7 @@ async def generate(body: GenerateRequest, request: Request, service: Serving) ->
         answers = await chat_answers(service, request, body.conversation(told), options)
         return await _respond(body, answers)
     ids = await service.prepare(service.encode, prompt, True, suffix or None)
-    grammar = await service.prepare(service.grammars.compile, body.wanted)
+    grammar = await service.grammar(body.wanted)
     return await _respond(body, Answers(service, request, [ids], options, grammar=grammar))
 
 

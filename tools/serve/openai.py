@@ -233,7 +233,7 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
         if body.echo:
             text = prompt if isinstance(prompt, str) else service.tokenizer.decode(prompt)
             echoes += [text] * options.choices
-    grammar = await service.prepare(service.grammars.compile, body.wanted)
+    grammar = await service.grammar(body.wanted)
     answers = Answers(service, request, prompts, options, echoes, grammar=grammar)
     return await _respond(body, answers, TextChoices(answers))
 

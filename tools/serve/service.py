@@ -3,6 +3,8 @@
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from contextvars import ContextVar
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
@@ -18,13 +20,15 @@ from slotmoe.offload.observe.profiler import memory_in_use
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.serve.errors import RefusedError, shutting_down
 from slotmoe.tools.serve.function_calling import Dialect
-from slotmoe.tools.serve.grammar import Grammars
-from slotmoe.tools.serve.requests import Conversation
+from slotmoe.tools.serve.grammar import Grammars, Mask
+from slotmoe.tools.serve.requests import Conversation, Rule, ToolPolicy
 
 T = TypeVar("T")
 _TOKENS = ("prompt_tokens", "reused_tokens", "answer_tokens")
 _HISTOGRAMS = {"queue": "its first step", "first_token": "first token"}
 _HISTOGRAMS["answer"] = "the end of the answer"
+_LOOK_SECONDS = 0.1  # after which it is seen that a client has left
+_asking: ContextVar[Request] = ContextVar("asking")
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # of the histograms
 
 
@@ -49,6 +53,8 @@ class Service:
         self._batch.at_once, self.engine.ended = sequences, ended
         self._limit, self._open = sequences + waiting, set[Job]()
         self._is_ending, self._preparing = False, set[asyncio.Future[Any]]()
+        # Each child computes for one request after the other; who waits for it needs no thread.
+        self._templates, self._compiling = asyncio.Lock(), asyncio.Lock()
         self.tokenizer, self.created = runtime.tokenizer, int(time.time())
         self.dialect = Dialect(runtime.tokenizer)
         self.grammars = Grammars(runtime.tokenizer, runtime.eos_token_ids, self.dialect)
@@ -81,29 +87,50 @@ class Service:
             return self.tokenizer.encode_gap(text, suffix)
         return self.tokenizer.encode(text, add_bos)
 
-    def chat_text(self, chat: Conversation) -> str:
-        """The conversation as the model reads it.  Runs the template in a child process, so the
-        event loop leaves it to a thread.  Raises a
-        ``RefusedError``, ``ConfigError`` or ``PlanError``."""
+    async def chat_text(self, chat: Conversation) -> str:
+        """The conversation as the model reads it.  Raises a ``RefusedError``, ``ConfigError`` or
+        ``PlanError``."""
         self.runtime.check_length(sum(len(message.text) for message in chat.messages))
-        return self.dialect.prompt(chat)
+        return await self.prepare(self.dialect.prompt, chat, turn=self._templates)
 
     async def chat_ids(self, chat: Conversation) -> list[int]:
-        return await self.prepare(lambda: self.encode(self.chat_text(chat)))
+        return await self.prepare(self.encode, await self.chat_text(chat))
 
-    async def prepare(self, work: Callable[..., T], *given: object) -> T:
-        """``work`` of what is ``given``, in a thread; ``RefusedError`` as the server is to end."""
-        task = asyncio.ensure_future(asyncio.to_thread(work, *given))
-        self._preparing.add(task)
-        try:
-            self._check_open()  # a signal that comes later finds the task
-            return await task
-        except asyncio.CancelledError:
-            self._check_open()
-            raise
-        finally:
-            self._preparing.discard(task)
-            task.cancel()
+    async def grammar(
+        self, wanted: Rule | None, policy: ToolPolicy | None = None, is_thinking: bool | None = None
+    ) -> Mask | None:
+        """As ``Grammars.compile``."""
+        if wanted is None and policy is None:
+            return None
+        asked = wanted, policy, is_thinking
+        return await self.prepare(self.grammars.compile, *asked, turn=self._compiling)
+
+    async def prepare(
+        self, work: Callable[..., T], *given: object, turn: asyncio.Lock | None = None
+    ) -> T:
+        """``work`` of what is ``given``, in a thread, when it is the request's ``turn``.  Raises
+        ``RefusedError`` as the server is to end, and when the client has left."""
+        async with turn or nullcontext():
+            await self._check_client()
+            task = asyncio.ensure_future(asyncio.to_thread(work, *given))
+            self._preparing.add(task)
+            try:
+                self._check_open()  # a signal that comes later finds the task
+                while not (await asyncio.wait((task,), timeout=_LOOK_SECONDS))[0]:
+                    await self._check_client()
+                return task.result()
+            except asyncio.CancelledError:
+                self._check_open()
+                raise
+            finally:
+                self._preparing.discard(task)
+                task.cancel()
+
+    async def _check_client(self) -> None:
+        """Raises ``RefusedError`` where nobody waits for an answer."""
+        request = _asking.get(None)
+        if request is not None and await request.is_disconnected():
+            raise RefusedError("the client has left", status=499)
 
     def submit(self, requests: Sequence[Job]) -> None:
         """Queue all of ``requests`` or none.  Raises ``RefusedError``."""
@@ -225,6 +252,7 @@ class Service:
 
 
 async def _service(request: Request) -> Service:
+    _asking.set(request)
     service: Service = request.app.state.service
     return service
 
