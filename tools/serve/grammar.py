@@ -51,6 +51,8 @@ _SPACING = {"whitespace_flexible": False, "key_separator": ": ?", "item_separato
 # What a mask of a stranger's grammar may cost, some 10 ms: of the items of a row, which stand for
 # ways to read a text, the time is a cube.  Those of a schema can only be many, not ambiguous.
 _LIMITS = LLParserLimits(max_items_in_row=250, step_max_items=10_000)
+# Bytes of the answer that are without a choice: each mask encodes them anew.
+_FORCED = 8192
 
 
 class _Schema(NamedTuple):
@@ -100,7 +102,7 @@ class Mask:
         allowed_V = torch.ones(self._size, dtype=torch.bool)
         if self._matcher is not None:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-            if self._matcher.is_error():
+            if self._matcher.is_error() or len(self._matcher.compute_ff_bytes()) > _FORCED:
                 problem = "leaves nothing that could come next, or takes too much work to follow"
                 raise ConfigError(f"the JSON schema or grammar {problem}; make it simpler")
             bits_V = np.unpackbits(bits, count=self._size, bitorder="little")
@@ -191,7 +193,9 @@ class Grammars:
         if whole or matcher.is_error():
             reason = (whole or matcher.get_error())[:200]
             raise RefusedError(f"the schemas can't be followed together ({reason})")
-        return Mask(matcher, self._source.size, [*chain.from_iterable(names)])
+        mask = Mask(matcher, self._source.size, [*chain.from_iterable(names)])
+        mask.allowed()  # here it holds nobody up
+        return mask
 
     def _reasoning(self, is_thinking: bool | None) -> str:
         """The rule of the whole answer, and those of the reasoning before the answer proper."""
