@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from slotmoe.errors import CheckpointError
 from slotmoe.model.checkpoint.reader import open_checkpoint
-from slotmoe.model.names import expert_name
+from slotmoe.model.names import expert_name, spelled
 from tests.support.encoded import (
     FP4,
     FP8,
@@ -19,6 +19,7 @@ from tests.support.encoded import (
     packed,
     write_files,
 )
+from tests.support.families import MINIMAX, QWEN3, write_family
 from tests.support.tiny import write_checkpoint
 
 # Blocks are cut off at the end of rows and of columns; ranks are no multiple of a block.
@@ -45,6 +46,20 @@ def test_fp8_weights_are_code_times_scale(tmp_path, settings, block):
             assert torch.equal(checkpoint.rows(name, start, stop), part)
 
 
+def test_minimax_in_fp8(tmp_path):
+    """By its own names, and as its config spells the format."""
+    write_family(tmp_path, MINIMAX, torch.bfloat16, hidden_size=160, intermediate_size=136)
+    kept = {"modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"]}
+    stored = encode(tmp_path, {**FP8, **kept, "fmt": "float8_e4m3fn"})
+    with open_checkpoint(tmp_path) as checkpoint:
+        theirs = {name: spelled(name, checkpoint.config) for name in checkpoint.infos}
+        encoded = [name for name in theirs if theirs[name] + "_scale_inv" in stored]
+        assert len(encoded) == 4 * (4 + 8 * 3)
+        for name in encoded:
+            codes = stored[theirs[name]], stored[theirs[name] + "_scale_inv"]
+            assert torch.equal(checkpoint.tensor(name), decoded_fp8(*codes).to(torch.bfloat16))
+
+
 @pytest.mark.parametrize(
     ("quant_type", "nested", "dtype"),
     [("nf4", False, torch.bfloat16), ("fp4", True, torch.float16)],
@@ -58,11 +73,20 @@ def test_bitsandbytes_weights_are_what_it_makes_of_them(heavy, tmp_path, quant_t
             assert torch.equal(checkpoint.rows(name, 17, 40), weight[17:40]), name
 
 
-@pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
-def test_fused_experts_are_those_of_one_tensor_each(tmp_path, prefix):
-    with open_checkpoint(written(tmp_path / "single")) as single:
+@pytest.mark.parametrize(
+    ("prefix", "write"),
+    [
+        ("model.", written),
+        ("model.language_model.", written),
+        ("model.", lambda folder: write_family(folder, QWEN3)),
+    ],
+)
+def test_fused_experts_are_those_of_one_tensor_each(tmp_path, prefix, write):
+    for folder in ("single", "fused"):
+        write(tmp_path / folder)
+    with open_checkpoint(tmp_path / "single") as single:
         wanted = {name: single.tensor(name) for name in single.infos}
-    fuse(written(tmp_path / "fused"), prefix)
+    fuse(tmp_path / "fused", prefix)
     with open_checkpoint(tmp_path / "fused") as fused:
         assert fused.infos.keys() == wanted.keys()
         for name, tensor in wanted.items():

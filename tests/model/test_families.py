@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.config import parse_config
 from slotmoe.model.families import FAMILIES, OTHERS
@@ -27,6 +28,7 @@ from tests.support.families import (
     MINIMAX,
     MISTRAL,
     OSS,
+    QWEN2,
     QWEN3,
     REMOVE,
     SOFTMAX,
@@ -191,6 +193,30 @@ def test_a_value_that_the_family_has_not_is_named(family, overrides, words):
     assert message.startswith("config.json: ") and "\n" not in message
     if "model_type" in overrides:
         assert all(json.dumps(known) in message for known in FAMILIES)
+
+
+MISSING = [
+    (QWEN3, "self_attn.q_norm.weight"),
+    (GLM4, "self_attn.k_proj.bias"),
+    (MINIMAX, "block_sparse_moe.experts.3.w2.weight"),
+    (MINIMAX, "block_sparse_moe.e_score_correction_bias"),
+    (OSS, "self_attn.sinks"),
+    (OSS, "self_attn.o_proj.bias"),
+    (OSS, "mlp.router.bias"),
+    (QWEN2, "mlp.shared_expert_gate.weight"),
+]
+
+
+@pytest.mark.parametrize(("family", "part"), MISSING)
+def test_a_missing_part_is_named_as_the_family_does_and_nothing_written(tmp_path, family, part):
+    write_family(tmp_path / "source", family)
+    file, name = tmp_path / "source" / "model.safetensors", f"model.layers.1.{part}"
+    weights = load_file(file)
+    del weights[name]
+    save_file(weights, file)
+    with pytest.raises(CheckpointError, match=f"tensor {name} is missing"):
+        quantize(tmp_path / "source", tmp_path / "export")
+    assert not (tmp_path / "export").exists()
 
 
 def test_the_text_part_of_a_model_with_images_is_read():

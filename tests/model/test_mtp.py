@@ -13,7 +13,7 @@ from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.network import MtpHead
 from tests.support import plain, v4
 from tests.support.engine import IDS
-from tests.support.families import CASES, V3, oracle_network, quietly, write_family
+from tests.support.families import CASES, GLM4, V3, fused, oracle_network, quietly, write_family
 from tests.support.native import reference_cache, reference_network
 from tests.support.oracle import relative_error
 
@@ -117,3 +117,35 @@ def test_v4s_head_beside_transformers_layer(tmp_path, case):
     logits_RV = head.head(head.forward(hidden_TD[:-1].clone(), ids_T[1:], own))
     assert relative_error(logits_RV, v4_head_logits(tmp_path, IDS[:30])) <= TIGHT
     assert relative_error(logits_RV, network.head(hidden_TD)[1:]) > 0.1
+
+
+@pytest.mark.usefixtures("oracle")
+@pytest.mark.parametrize("overrides", [{}, {"use_qk_norm": False, "num_key_value_heads": 6}])
+def test_glm4s_head_beside_transformers_layer(tmp_path, overrides):
+    from transformers.modeling_layers import MtpLayer
+
+    write_family(tmp_path, GLM4, **overrides, **MTP)
+    network, head, state, own = reference(tmp_path)
+    ids_T = torch.tensor(IDS[:30])
+    hidden_TD = network.forward(ids_T, [state])
+    logits_RV = head.head(head.forward(hidden_TD[:-1].clone(), ids_T[1:], own))
+    main, weights = oracle_network(tmp_path, {}), load_file(tmp_path / "model.safetensors")
+    prefix = f"model.layers.{main.config.num_hidden_layers}."
+    words = {"shared_head.norm": "post_norm"} | {n: n for n in ("enorm", "hnorm", "eh_proj")}
+    inner = {}
+    for name in [name for name in weights if name.startswith(prefix)]:
+        part = name.removeprefix(prefix).removesuffix(".weight")
+        part = (
+            f"{words[part]}.weight" if part in words else f"mtp_block.{name.removeprefix(prefix)}"
+        )
+        inner[part] = weights[name]
+    with quietly():
+        kinds = type(main.model.layers[-1]), type(main.model.norm)
+        layer = MtpLayer(main.config, *kinds, main.config.num_hidden_layers)
+        layer.load_state_dict(fused(inner, main.config))
+        h_1TD = main.model(ids_T[None]).last_hidden_state[:, :-1]
+        positions_1T = torch.arange(29)[None]
+        mask = torch.full((29, 29), -torch.inf).triu(1)[None, None]
+        tables = main.model.rotary_emb(h_1TD, positions_1T)
+        given = main.model.embed_tokens(ids_T[None, 1:]), h_1TD, tables, mask, positions_1T, None
+        assert relative_error(logits_RV, main.lm_head(layer(*given))[0]) <= TIGHT

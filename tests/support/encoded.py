@@ -74,7 +74,7 @@ def encode(folder, settings, block=128, scales_apart=False):
     is_int4 = settings["quant_method"] == "compressed-tensors"
     stored = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
-        plain = re.search(r"norm|embed|lm_head|mlp\.gate\.", name)
+        plain = re.search(r"norm|embed|lm_head|m(lp|oe)\.(gate\.|e_score)", name)
         if plain or (is_int4 and ".experts." not in name):
             stored[name] = tensor
         elif is_int4:

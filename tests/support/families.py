@@ -177,7 +177,9 @@ def oracle_network(folder: Path, weights):
     if FAMILIES[config.model_type].attention == "grouped":  # by the names of the hub's files
         eager |= {"dtype": torch.float32, "output_loading_info": True}
         network, info = model_class.from_pretrained(folder, **eager)
-        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert not info["missing_keys"] and not info["mismatched_keys"]
+        head = f"layers.{config.num_hidden_layers}."  # which predicts one token more
+        assert not [name for name in info["unexpected_keys"] if head not in name]
         return network
     network = model_class._from_config(config, dtype=torch.float32, **eager)
     missing, unexpected = network.load_state_dict(fused(dict(weights), config), strict=False)
