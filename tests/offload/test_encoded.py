@@ -59,7 +59,8 @@ def weights_of(export):
     return {n: data for n, data in tree(export).items() if n not in ("config.json", MANIFEST)}
 
 
-def test_export_is_that_of_the_decoded_weights(source, tmp_path):
+def test_export_is_that_of_the_decoded_weights(source, tmp_path, monkeypatch):
+    """And notes what it was made of, whatever pieces that was read in."""
     plain = tmp_path / "plain"
     shutil.copytree(source, plain)
     with open_checkpoint(source) as checkpoint:
@@ -73,6 +74,10 @@ def test_export_is_that_of_the_decoded_weights(source, tmp_path):
     for folder in (source, plain):
         quantize(folder, tmp_path / f"{folder.name}-e", codecs=EXPERT_CODECS["nf4", "4"])
     assert weights_of(tmp_path / "tiny-e") == weights_of(tmp_path / "plain-e")
+    monkeypatch.setattr("slotmoe.model.checkpoint.reader._PIECE", 3000)
+    with open_checkpoint(source) as checkpoint:
+        manifest = json.loads((tmp_path / "tiny-e" / MANIFEST).read_text())
+        assert checkpoint.weights(print) == manifest["source"]["weights"]
     logits = []
     for folder in (source, plain):
         with Runtime.open(folder, context=64, quantize=False) as runtime:

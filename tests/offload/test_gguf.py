@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.names import resident_shapes
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.model_source import read_model
@@ -65,7 +66,7 @@ def test_exact_encodings_give_the_same_weights_and_logits(kind, exports, source,
         assert made.eos_token_ids == ours.eos_token_ids
 
 
-def test_parts_give_the_same_export(exports, source, tmp_path):
+def test_parts_give_the_same_export(exports, source, tmp_path, monkeypatch):
     parts = write_gguf(source, tmp_path / "parts.gguf", shards=3)
     quantize(parts, tmp_path / "made")
     made, wanted = tree(tmp_path / "made"), tree(exports / "BF16")
@@ -73,6 +74,9 @@ def test_parts_give_the_same_export(exports, source, tmp_path):
     assert made == wanted
     assert manifests[0]["source"]["name"] == parts.name
     assert len([n for n in manifests[0]["source"]["files"] if n.endswith(".gguf")]) == 3
+    monkeypatch.setattr("slotmoe.model.checkpoint.reader._PIECE", 3000)
+    with open_checkpoint(parts) as checkpoint:
+        assert checkpoint.weights(print) == manifests[0]["source"]["weights"]
 
 
 def test_commands(files, source, tmp_path, slotmoe, monkeypatch, processes):
