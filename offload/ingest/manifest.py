@@ -207,7 +207,8 @@ def _summed(errors: Iterable[Squares]) -> Squares:
 
 def _relative(squares: Squares) -> float:
     error, weight = squares
-    return float(f"{math.sqrt(error / weight):.6g}") if weight else 0.0
+    # A manifest holds at most 1000, and a state may say anything of what a killed run wrote.
+    return float(f"{min(math.sqrt(error / weight), 1000):.6g}") if weight else 0.0
 
 
 def _bits(size: int, weights: int) -> float:

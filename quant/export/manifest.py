@@ -22,8 +22,7 @@ _Size = Annotated[int, Meta(ge=1, le=1 << 31)]
 _Width = Annotated[int, Meta(ge=1, le=1 << 20)]
 _Layer = Annotated[int, Meta(ge=0, le=99999)]
 _Weights = Annotated[int, Meta(ge=1, le=1 << 50)]
-MAX_RELATIVE_ERROR, MAX_THREADS = 1000, 4096
-_Error = Annotated[float, Meta(ge=0, le=MAX_RELATIVE_ERROR)]
+_Error = Annotated[float, Meta(ge=0, le=1000)]
 _Matrix = Annotated[list[_Size], Meta(min_length=2, max_length=2)]
 _Shape = Annotated[list[_Size], Meta(min_length=1, max_length=3)]
 _Dtype = Literal["U8", "I8", "F8_E8M0", "I32", "F16", "BF16", "F32"]
@@ -70,7 +69,7 @@ class Quantization(Struct):
     resident_codecs: dict[str, _Coded]
     report: _Report = _Report()
     calibration: str = ""
-    calibration_threads: Annotated[int, Meta(ge=1, le=MAX_THREADS)] = 1
+    calibration_threads: Annotated[int, Meta(ge=1, le=4096)] = 1
 
 
 class ExpertsEntry(Struct):

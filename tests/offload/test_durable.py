@@ -6,6 +6,7 @@ import pytest
 
 from slotmoe.offload.ingest.output_dir import Resumption
 from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.ingest.repository import Snapshot
 from slotmoe.offload.sessions.blocks import BlockFolder, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved
 from slotmoe.quant.export.writer import ExportFile
@@ -47,6 +48,11 @@ def test_a_file_is_durable_before_it_gets_its_name(write, tmp_path, monkeypatch)
 
 class Shards:
     """Weight files that come one after the other, and were here all along."""
+
+    snapshot = Snapshot("org/model", "main", "a" * 40, {})
+
+    def stamps(self, files):
+        return dict.fromkeys(files, "hub x")
 
     def announce(self, portions, export_bytes, free_bytes):
         return 0
