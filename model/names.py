@@ -96,7 +96,7 @@ LAYER_PARTS = {
     # The attention of V4.
     "kv_proj": Spec("self_attn.kv_proj", "zD", "sensitive"),
     "kv_norm": Spec("self_attn.kv_norm", "z", "norm"),
-    "sinks": Spec("self_attn.sinks", "h", "gate"),
+    "sinks": Spec("self_attn.sinks", "h", "gate", "attn_sinks"),
     **_compressor("compressor", _COMPRESSOR, "c", "a"),
     **_compressor("compressed_indexer", f"{_COMPRESSOR}.indexer", "k", "I"),
     "compressed_indexer_q_b_proj": Spec(f"{_COMPRESSOR}.indexer.q_b_proj", "JL", "matrix"),
@@ -106,8 +106,8 @@ LAYER_PARTS = {
     "post_attention_layernorm": Spec(POST_NORM, "D", "norm", "ffn_norm"),
     **_mix("ffn_hc.", _LAYER_MIX, "ffn_hc_"),
     "gate": Spec(GATE, "ED", "gate", "ffn_gate_inp", "router"),
-    "gate_bias": Spec(_GATE_BIAS, "B", "gate", component="router"),
-    "logit_bias": Spec("mlp.gate.bias", "b", "gate", component="router"),
+    "gate_bias": Spec(_GATE_BIAS, "B", "gate", "exp_probs_b", "router"),
+    "logit_bias": Spec("mlp.gate.bias", "b", "gate", "ffn_gate_inp", "router"),
     "experts_of": Spec(EXPERTS_OF, "TN", "table", component="router"),
     "gate_proj": Spec("mlp.gate_proj", "FD", "sensitive", "ffn_gate", "dense layers"),
     "up_proj": Spec("mlp.up_proj", "FD", "sensitive", "ffn_up", "dense layers"),
@@ -122,11 +122,12 @@ SHARED_PARTS = {
     "output_gate": Spec(_SHARED_GATE, "yD", "gate", "ffn_gate_inp_shexp", "shared experts"),
 }
 """Those of its shared experts."""
+_HEAD_NORM = "nextn.shared_head_norm"
 MTP_PARTS = {
-    "enorm": Spec("enorm", "D", "norm", component="drafting head"),
-    "hnorm": Spec("hnorm", "D", "norm", component="drafting head"),
-    "eh_proj": Spec("eh_proj", "DX", "matrix", component="drafting head"),
-    "norm": Spec("shared_head.norm", "D", "norm", component="drafting head"),
+    "enorm": Spec("enorm", "D", "norm", "nextn.enorm", "drafting head"),
+    "hnorm": Spec("hnorm", "D", "norm", "nextn.hnorm", "drafting head"),
+    "eh_proj": Spec("eh_proj", "DX", "matrix", "nextn.eh_proj", "drafting head"),
+    "norm": Spec("shared_head.norm", "D", "norm", _HEAD_NORM, "drafting head"),
 }
 """What the layer that predicts one token more has beside a decoder layer.  Its embedding and
 output head are the model's own; checkpoints repeat them: ``embed_tokens``, ``shared_head.head``."""

@@ -23,7 +23,7 @@ _RESERVED = 256  # ids behind the vocabulary; those without a name of their own 
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_WORDS = (
+WORDS = (
     r"[\p{Han}]+"
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDINGS}"
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDINGS}"
@@ -62,7 +62,7 @@ def tokenizer_json(model: bytes, settings: Json) -> bytes:
         raise ValueError(f"{problem}; make a tokenizer.json of it and put it beside the checkpoint")
     ranks = _ranks(model)
     spelled = {token: "".join(BYTE_CHARACTERS[byte] for byte in token) for token in ranks}
-    split = {"type": "Split", "pattern": {"Regex": _WORDS}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False}
     byte_level: Json = {"type": "ByteLevel"}
     byte_level |= dict.fromkeys(("add_prefix_space", "trim_offsets", "use_regex"), False)
     off = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")

@@ -1,6 +1,6 @@
 """The tensors of a GGUF file, or of the parts of a split one, as those of a checkpoint.
 
-They have the names, shapes and order of rows that DeepSeek's own checkpoints have;
+They have the names, shapes and order of rows that the publishers' checkpoints have;
 llama.cpp's converter leaves the pairs of rotary columns as they are.  What is quantized is decoded
 into float16 by the ``gguf`` package, a few rows at a time.
 
@@ -72,7 +72,11 @@ def gguf_tensors(
     ``CheckpointError`` or ``ConfigError``, also where the ``gguf`` package is missing."""
     if 3 * len(config.moe_layers) * config.n_routed_experts > MAX_TENSORS:
         raise CheckpointError(f"{path}: asks for more than {MAX_TENSORS} tensors; not real")
-    files = {name: tensor for header in headers for name, tensor in header.tensors.items()}
+    files = {
+        name.replace("post_attention_norm", "ffn_norm"): tensor  # which some architectures have
+        for header in headers
+        for name, tensor in header.tensors.items()
+    }
     stored = {
         name: _info(files[_spelled(name)], count)
         for name, count in _matrices(config).items()
@@ -85,9 +89,12 @@ def gguf_tensors(
         if layer is not None and inner == _KV_B and name not in stored:
             stored[name] = _of_heads(places, layer, config)
         infos[name] = places.find(name, shape)
-    for name in files.keys() - {info.name for info in places.used}:
-        if not name.endswith(("attn_k_b.weight", "attn_v_b.weight")):  # beside the whole
-            raise CheckpointError(f"{path}: tensor {name:.120} is none that DeepSeek-V2 has")
+    used, first = {info.name for info in places.used}, config.num_hidden_layers
+    heads = tuple(f"blk.{first + head}." for head in range(config.num_nextn_predict_layers))
+    for name in {tensor.name for tensor in files.values()} - used:
+        beside = name.endswith(("attn_k_b.weight", "attn_v_b.weight"))  # the whole
+        if not beside and not name.startswith(heads):
+            raise CheckpointError(f"{path}: tensor {name:.120} is none that this model has")
     kinds = sorted({info.kind for info in places.used if isinstance(info, GgmlTensor)})
     if kinds and find_spec("gguf") is None:
         needed = f"{', '.join(kinds)} tensors are decoded by the gguf package"
@@ -109,7 +116,8 @@ def _matrices(c: Config) -> dict[str, int]:
 def _spelled(name: str) -> str:
     """llama.cpp's name of a weight."""
     layer, inner = names.split_name(re.sub(r"(?<=\.experts\.)\d+\.", "", name))
-    return f"{_NAMES[name]}.weight" if layer is None else f"blk.{layer}.{_NAMES[inner]}.weight"
+    kind = "bias" if inner.endswith("bias") else "weight"
+    return f"{_NAMES[name]}.{kind}" if layer is None else f"blk.{layer}.{_NAMES[inner]}.{kind}"
 
 
 def _info(tensor: GgufTensor, count: int) -> TensorInfo:

@@ -4,10 +4,11 @@ llama.cpp's keys stand here alone.  A value that the network needs and the file 
 its key: what llama.cpp assumes in its place may be wrong (its gate knows no groups, for example).
 
 GGUF names the pre-tokenizer, which splits text before merges are applied, and does not hold it.  So
-the patterns of the DeepSeek-V2 family stand here, as DeepSeek's own ``tokenizer.json`` has them.
+the patterns of the families stand here, as the ``tokenizer.json`` of their publishers has them.
 """
 
 import json
+from collections.abc import Container
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,22 +19,41 @@ from slotmoe import model
 from slotmoe.errors import CheckpointError
 from slotmoe.jsonfile import Json, ReadFile, files_in, read_json, typed
 from slotmoe.model.checkpoint.gguf_header import GgufHeader, is_gguf, read_header
+from slotmoe.model.families import FAMILIES, Family
+from slotmoe.model.tiktoken import WORDS as KIMI_WORDS
 
-ARCHITECTURE = "deepseek2"
+_ARCHITECTURES = {
+    **{"deepseek2": "deepseek_v2", "qwen3moe": "qwen3_moe", "qwen2moe": "qwen2_moe"},
+    **{"glm4moe": "glm4_moe", "gpt-oss": "gpt_oss", "minimax-m2": "minimax_m2", "dots1": "dots1"},
+    **{"hunyuan-moe": "hunyuan_v1_moe"},
+}
+"""llama.cpp's name -> ``model_type``; ``deepseek2`` with scores by sigmoid is ``deepseek_v3``."""
 _Count = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 _Real = Annotated[float, Meta(ge=0, le=1e30)]
 _One = Annotated[float, Meta(ge=1, le=1, description="1")]
-_GEOMETRY = {"hidden_size": "embedding_length", "intermediate_size": "feed_forward_length"}
+_GEOMETRY = {"hidden_size": "embedding_length", "num_hidden_layers": "block_count"}
+_GEOMETRY |= {"num_attention_heads": "attention.head_count"}
 _GEOMETRY |= {"moe_intermediate_size": "expert_feed_forward_length"}
-_GEOMETRY |= {"num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count"}
 _GEOMETRY |= {"n_routed_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
-_GEOMETRY |= {"first_k_dense_replace": "leading_dense_block_count"}
-_GEOMETRY |= {"kv_lora_rank": "attention.kv_lora_rank", "qk_rope_head_dim": "rope.dimension_count"}
+_OF_LATENTS = {"first_k_dense_replace": "leading_dense_block_count"}
+_OF_LATENTS |= {"intermediate_size": "feed_forward_length"}
+_OF_LATENTS |= {"kv_lora_rank": "attention.kv_lora_rank", "n_shared_experts": "expert_shared_count"}
+_OF_LATENTS |= {"qk_rope_head_dim": "rope.dimension_count"}
 """``config.json``'s key -> that of the metadata, behind the architecture's name."""
+_OF_GATES = (
+    ("first_k_dense_replace", "leading_dense_block_count", 0),
+    ("n_shared_experts", "expert_shared_count", 0),
+    ("routed_scaling_factor", "expert_weights_scale", 1.0),
+    ("n_group", "expert_group_count", 1),
+    ("topk_group", "expert_group_used_count", 1),
+)
+"""The same of grouped queries' models, and what a file without it means."""
+_SHARED_WIDTH, _GATING = "expert_shared_feed_forward_length", "expert_gating_func"
+_WINDOW = "attention.sliding_window"
+_GATINGS = {"softmax": (1, 3), "sigmoid": (2,)}  # 3: of the chosen alone, which is the same
 _GROUPS = ("n_group", "topk_group", "topk_method")
 # What may be written, but can have no other value.
-_FIXED: Json = {"attention.causal": Literal[True], "nextn_predict_layers": Literal[0]}
-_FIXED["expert_gating_func"] = Annotated[int, Meta(ge=0, le=1, description="1 (softmax)")]
+_FIXED: Json = {"attention.causal": Literal[True]}
 _FIXED |= {f"rope.scaling.{key}_factor": _One for key in ("attn", "yarn_attn", "yarn_ext")}
 _YARN: dict[str, tuple[Any, ...]] = {
     "factor": ("factor", _Real),
@@ -62,13 +82,35 @@ _LETTERS = (
 )
 _MARKS = "!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002"
 _EAST_ASIAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+_ENDINGS, _SPACES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_BEFORE, _SIGN = r"[^\r\n\p{L}\p{N}]?", r"[^\s\p{L}\p{N}]"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _SPLITS = {
     "deepseek-llm": ("[\r\n]", f"\\s?[{_LETTERS}]+", f"\\s?[{_MARKS}]+", "\\s+$", _EAST_ASIAN),
     "deepseek-coder": ("[\r\n]", "\\s?\\p{L}+", "\\s?\\p{P}+", _EAST_ASIAN),
     "gpt-2": (),  # the pattern is the byte-level step's own
-}
+    "deepseek-v3": (
+        "\\p{N}{1,3}",
+        "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+"
+        "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+        f"| ?[\\p{{P}}\\p{{S}}]+[\r\n]*|{_SPACES}",
+    ),
+    "kimi-k2": (KIMI_WORDS,),
+    **dict.fromkeys(("gpt-4o", "minimax-m2"), (
+        f"{_BEFORE}{_UPPER}*{_LOWER}+{_ENDINGS}?|{_BEFORE}{_UPPER}+{_LOWER}*{_ENDINGS}?"
+        f"|\\p{{N}}{{1,3}}| ?{_SIGN}+[\\r\\n/]*|{_SPACES}",
+    )),
+    **dict.fromkeys(("qwen2", "hunyuan"), (
+        f"{_ENDINGS}|{_BEFORE}\\p{{L}}+|\\p{{N}}| ?{_SIGN}+[\\r\\n]*|{_SPACES}",
+    )),
+    "glm4": (
+        f"{_ENDINGS}|{_BEFORE}\\p{{L}}+|\\p{{N}}{{1,3}}| ?{_SIGN}+[\\r\\n]*|{_SPACES}",
+    ),
+}  # fmt: skip
 """Patterns that split text one after the other, by the pre-tokenizer's name.  DeepSeek-V2 and its
 Coder models have the first; both of DeepSeek's split single digits after them."""
+_DIGITS, _NFC = ("deepseek-llm", "deepseek-coder"), ("qwen2",)  # what some do besides
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 _PREFIX = "tokenizer.ggml."
 _OfEach = Meta(min_length=1, max_length=400_000)
@@ -76,7 +118,7 @@ _OfEach = Meta(min_length=1, max_length=400_000)
 
 class GgufTokenizer(Struct):
     model: Literal["gpt2"]  # byte-level BPE
-    pre: Literal["deepseek-llm", "deepseek-coder", "gpt-2"]
+    pre: str
     tokens: Annotated[list[str], _OfEach]
     token_type: Annotated[list[Annotated[int, Meta(ge=0, le=6)]], _OfEach]
     merges: Annotated[list[str], _OfEach]
@@ -100,6 +142,9 @@ def read_tokenizer(metadata: Json) -> GgufTokenizer:
     given = {name.removeprefix(_PREFIX): value for name, value in behind.items()}
     given["chat_template"] = metadata.get("tokenizer.chat_template")
     found = typed(given, GgufTokenizer, _PREFIX[:-1])
+    if found.pre not in _SPLITS:
+        known = ", ".join(map(repr, _SPLITS))
+        raise ValueError(f"{_PREFIX}pre is {found.pre!r:.80}, expected one of {known}")
     count, types = len(found.tokens), len(found.token_type)
     if types != count:
         raise ValueError(f"{_PREFIX}token_type has {types} values for {count} tokens")
@@ -131,11 +176,12 @@ def tokenizer_files(found: GgufTokenizer) -> dict[str, Json]:
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         for pattern in split
     ]
-    steps += [{"type": "Digits", "individual_digits": True}] if split else []
+    steps += [{"type": "Digits", "individual_digits": True}] if found.pre in _DIGITS else []
     steps += [{**byte_level, "use_regex": not split}]
     tokenizer = {
         "version": "1.0",
         "added_tokens": added,
+        "normalizer": {"type": "NFC"} if found.pre in _NFC else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "decoder": {**byte_level, "use_regex": True},
         "model": {"type": "BPE", "vocab": tokens, "merges": _merges(found.merges, tokens)},
@@ -157,14 +203,18 @@ def _merges(merges: list[str], tokens: dict[str, int]) -> list[str]:
 
 
 class _Metadata:
-    """The values of one file by their key behind ``deepseek2.``; remembers which were asked for."""
+    """The values of one file by their key behind the architecture's name; remembers which were
+    asked for."""
 
     def __init__(self, header: GgufHeader):
-        self._values = header.metadata
-        self._asked = {f"{ARCHITECTURE}.{key}" for key in _KNOWN}
+        self._values, self._before = header.metadata, header.metadata["general.architecture"]
+        self._asked = {self.named(key) for key in _KNOWN}
+
+    def named(self, key: str) -> str:
+        return f"{self._before}.{key}"
 
     def get(self, key: str, of: Any, *default: object) -> Any:
-        name = f"{ARCHITECTURE}.{key}"
+        name = self.named(key)
         self._asked.add(name)
         if name in self._values:
             return typed(self._values[name], of, name)
@@ -175,7 +225,7 @@ class _Metadata:
     def unknown(self) -> Json:
         """Scalars that nobody asked for."""
         left = sorted(self._values.keys() - self._asked)
-        ours = [name for name in left if name.startswith(f"{ARCHITECTURE}.")]
+        ours = [name for name in left if name.startswith(f"{self._before}.")]
         return {name: str(self._values[name])[:80] for name in ours}
 
 
@@ -188,8 +238,9 @@ def metadata_files(header: GgufHeader) -> ReadFile:
     """The model's small files, see ``slotmoe.jsonfile``, made of the first file's metadata.
     Raises ``CheckpointError``, which names the key."""
     try:
-        if (found := header.metadata.get("general.architecture")) != ARCHITECTURE:
-            raise ValueError(f"general.architecture is {found!r:.80}, expected {ARCHITECTURE!r}")
+        if (found := header.metadata.get("general.architecture")) not in [*_ARCHITECTURES]:
+            known = ", ".join(map(repr, _ARCHITECTURES))
+            raise ValueError(f"general.architecture is {found!r:.80}, expected one of {known}")
         tokenizer = read_tokenizer(header.metadata)
         files = {**tokenizer_files(tokenizer), "config.json": _config(header, tokenizer)}
     except ValueError as problem:
@@ -206,22 +257,57 @@ def metadata_files(header: GgufHeader) -> ReadFile:
 
 
 def _config(header: GgufHeader, tokenizer: GgufTokenizer) -> Json:
-    """``config.json`` as DeepSeek writes it.  Raises ``ValueError``."""
+    """``config.json`` in DeepSeek's words.  Raises ``ValueError``."""
     found = _Metadata(header)
     for key, of in _FIXED.items():
         found.get(key, of, None)
-    values: Json = {"architectures": ["DeepseekV2ForCausalLM"]}
-    values |= {"model_type": "deepseek_v2", "hidden_act": "silu", "scoring_func": "softmax"}
+    name, gating = header.metadata["general.architecture"], found.get(_GATING, _Count, 0)
+    kind = "deepseek_v3" if (name, gating) == ("deepseek2", 2) else _ARCHITECTURES[name]
+    family = FAMILIES[kind]
+    if gating not in (0, *_GATINGS[family.scoring]):
+        expected = f"expected {_GATINGS[family.scoring][0]} ({family.scoring})"
+        raise ValueError(f"{found.named(_GATING)} is {gating}, {expected}")
+    values: Json = {"architectures": [family.architecture], "model_type": kind}
+    values |= {"hidden_act": "silu", "scoring_func": family.scoring}
     values |= {key: found.get(name, _Count) for key, name in _GEOMETRY.items()}
-    values["q_lora_rank"] = found.get("attention.q_lora_rank", _Count, None) or None
-    values["n_shared_experts"] = found.get("expert_shared_count", _Count)
+    values["num_nextn_predict_layers"] = heads = found.get("nextn_predict_layers", _Count, 0)
+    values["num_hidden_layers"] -= heads
     values |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.ends}
-    values["num_key_value_heads"] = values["num_attention_heads"]
     values["max_position_embeddings"] = found.get("context_length", _Count)
     values["rms_norm_eps"] = found.get("attention.layer_norm_rms_epsilon", _Real)
     values["tie_word_embeddings"] = "output.weight" not in header.tensors
     values["vocab_size"] = found.get("vocab_size", _Count, len(tokenizer.tokens))
-    return values | _heads(found, values) | _gate(found, values) | _rope(found) | found.unknown()
+    if family.attention == "grouped":
+        values |= _grouped(found, values, family, header.tensors.keys())
+    else:
+        values |= {key: found.get(name, _Count) for key, name in _OF_LATENTS.items()}
+        values["q_lora_rank"] = found.get("attention.q_lora_rank", _Count, None) or None
+        values["num_key_value_heads"] = values["num_attention_heads"]
+        values |= _heads(found, values) | _gate(found, values)
+    return values | _rope(found, family) | found.unknown()
+
+
+def _grouped(found: _Metadata, values: Json, family: Family, tensors: Container[str]) -> Json:
+    """What is of grouped queries alone.  Whether there are biases and norms, the tensors say."""
+    heads, layers = values["num_attention_heads"], range(values["num_hidden_layers"])
+    width = found.get("attention.key_length", _Count, values["hidden_size"] // max(1, heads))
+    found.get("attention.value_length", Annotated[int, Meta(ge=width, le=width)], width)
+    more = {"num_key_value_heads": found.get("attention.head_count_kv", _Count), "head_dim": width}
+    more["rotary_dim"] = found.get("rope.dimension_count", _Count, width)
+    more["intermediate_size"] = found.get("feed_forward_length", _Count, 1) or 1
+    more["shared_expert_intermediate_size"] = found.get(_SHARED_WIDTH, _Count, 0)
+    fixed = dict(family.values)
+    for key, name, default in _OF_GATES:
+        more[key] = found.get(name, type(default), fixed.get(key, default))
+    dense = [layer for layer in layers if f"blk.{layer}.ffn_gate_inp.weight" not in tensors]
+    more["mlp_only_layers"] = dense[more["first_k_dense_replace"] :]
+    more["norm_topk_prob"] = found.get("expert_weights_norm", bool, not family.shared_gate)
+    window = found.get(_WINDOW, *((_Count,) if family.sinks else (Literal[0], 0)))
+    if window:  # in gpt-oss each second layer has it
+        names = ("sliding_attention", "full_attention")
+        more |= {"sliding_window": window, "layer_types": [names[layer % 2] for layer in layers]}
+    stated = {family.bias_key: "blk.0.attn_q.bias", family.qk_norm: "blk.0.attn_q_norm.weight"}
+    return more | {key: name in tensors for key, name in stated.items() if "_" in key}
 
 
 def _heads(found: _Metadata, values: Json) -> Json:
@@ -230,43 +316,45 @@ def _heads(found: _Metadata, values: Json) -> Json:
     names = [f"{name}_mla" if mla else name for name in _HEADS]
     keys, width = (found.get(name, _Count) for name in names)
     if (nope := keys - values["qk_rope_head_dim"]) < 1:
-        raise ValueError(f"{ARCHITECTURE}.{names[0]} is {keys}, less than the rope's dimensions")
+        raise ValueError(f"{found.named(names[0])} is {keys}, less than the rope's dimensions")
     return {"qk_nope_head_dim": nope, "v_head_dim": width}
 
 
 def _gate(found: _Metadata, values: Json) -> Json:
-    scale = found.get("expert_weights_scale", _Real)
+    scale, is_v2 = found.get("expert_weights_scale", _Real), values["scoring_func"] == "softmax"
     norm = found.get("expert_weights_norm", bool, False)
-    if norm and scale != 1:
-        problem = f"{ARCHITECTURE}.expert_weights_norm is true beside a scale of {scale}"
+    if norm and scale != 1 and is_v2:
+        problem = f"{found.named('expert_weights_norm')} is true beside a scale of {scale}"
         raise ValueError(f"{problem}, and DeepSeek-V2 has one of both")
     gate = {"routed_scaling_factor": scale, "norm_topk_prob": norm}
     known = found.get("expert_group_count", _Count, None)
     if known is not None:
         used = found.get("expert_group_used_count", _Count)
-        method = "group_limited_greedy" if known > 1 else "greedy"
+        method = ("group_limited_greedy" if known > 1 else "greedy") if is_v2 else "noaux_tc"
         return gate | {"n_group": known, "topk_group": used, "topk_method": method}
     # Files from before the end of 2025 do not say; those of DeepSeek's own models are known.
     for path in sorted((Path(model.__file__).parent / "geometries").glob("*.json")):
         geometry = read_json(path, 1 << 20, Json)
-        keys = ("model_type", *_GEOMETRY, "q_lora_rank")
+        keys = ("model_type", *_GEOMETRY, *_OF_LATENTS, "q_lora_rank")
         if all(geometry.get(key) == values[key] for key in keys):
             return gate | {key: geometry[key] for key in _GROUPS}
     problem = "is missing, and this is no model whose groups of experts are known"
     advice = "convert it again with a llama.cpp of 2026"
-    raise ValueError(f"{ARCHITECTURE}.expert_group_count {problem}; {advice}")
+    raise ValueError(f"{found.named('expert_group_count')} {problem}; {advice}")
 
 
-def _rope(found: _Metadata) -> Json:
+def _rope(found: _Metadata, family: Family) -> Json:
     rope = {"rope_theta": found.get("rope.freq_base", _Real, 10000.0), "rope_scaling": None}
     kind = found.get("rope.scaling.type", str, "none")
     if kind == "none" and found.get("rope.scaling.factor", _Real, 1) == 1:
         return rope
     found.get("rope.scaling.type", Literal["yarn"])
-    # The multiplier is a tenth of mscale_all_dim; mscale, which no GGUF has, is the same in
-    # DeepSeek's models.
-    multiplier = found.get("rope.scaling.yarn_log_multiplier", _Real)
-    mscale = float(Decimal(str(multiplier)) * 10)
     yarn = {key: found.get(f"rope.scaling.{name}", *of) for key, (name, *of) in _YARN.items()}
-    scaling = {"type": "yarn", **yarn, "mscale": mscale, "mscale_all_dim": mscale}
-    return rope | {"rope_scaling": scaling}
+    if family.attention == "grouped":
+        yarn["truncate"] = not family.sinks  # as gpt-oss alone has it
+    else:
+        # The multiplier is a tenth of mscale_all_dim; mscale, which no GGUF has, is the same in
+        # DeepSeek's models.
+        multiplier = found.get("rope.scaling.yarn_log_multiplier", _Real)
+        yarn |= dict.fromkeys(("mscale", "mscale_all_dim"), float(Decimal(str(multiplier)) * 10))
+    return rope | {"rope_scaling": {"type": "yarn", **yarn}}

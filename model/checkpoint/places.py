@@ -255,7 +255,7 @@ class Places:
             raise CheckpointError(f"{self.where}: {problem}")
         info = self.stored[name]
         self.used.add(info)
-        if info.shape == (1, *shape):  # as Ernie has a gate's bias
+        if info.shape == (1, *shape) or shape == (1, *info.shape):  # Ernie's bias, GGUF's gate
             info = replace(info, shape=shape)
         if info.shape != shape:
             shapes = f"{list(info.shape)}, {self.source} asks for {list(shape)}"

@@ -20,6 +20,7 @@ from slotmoe.model.checkpoint.gguf_metadata import files_of
 from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.tokenizer import Tokenizer
 from tests.support import hostile
+from tests.support.families import CASES, GROUPED_CASES, YARN, write_family
 from tests.support.gguf import LAYER, write_gguf
 from tests.support.tiny import SAMPLE, write_checkpoint
 
@@ -75,8 +76,7 @@ def refused(path, *parts, kind=SlotmoeError):
 def test_it_is_the_checkpoint(name, kind, kv_b, tmp_path):
     """Config and weights, whatever converter made them."""
     write_checkpoint(tmp_path / "source", **GEOMETRIES[name])
-    norm = put("deepseek2.expert_weights_norm", True, Kind.BOOL) if "renorm" in name else None
-    path = write_gguf(tmp_path / "source", tmp_path / "model.gguf", kind, kv_b=kv_b, edit=norm)
+    path = write_gguf(tmp_path / "source", tmp_path / "model.gguf", kind, kv_b=kv_b)
     with open_checkpoint(tmp_path / "source") as ours, open_checkpoint(path) as made:
         assert made.config == ours.config and made.infos.keys() == ours.infos.keys()
         for tensor in ours.infos:
@@ -85,6 +85,27 @@ def test_it_is_the_checkpoint(name, kind, kv_b, tmp_path):
         keys = "model.layers.1.self_attn.kv_b_proj.weight"
         for start, stop in ((15, 33), (40, 128)):  # heads have 32 rows
             assert torch.equal(made.rows(keys, start, stop), made.tensor(keys)[start:stop])
+
+
+FAMILIES = {  # by case: what no file of that architecture can say
+    "v3-groups-yarn": {"rope_parameters": {**YARN, "mscale": 0.707}}, "v3-no-groups-no-qlora": {},
+    "glm4": {}, "glm4-no-norm": {}, "qwen3": {"mlp_only_layers": []}, "minimax-odd": {},
+    "dots": {"layer_types": ["full_attention"] * 4}, "hunyuan-biases": {},
+    "qwen2": {"decoder_sparse_step": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_other_families(case, tmp_path):
+    """As the converter and its names of tensors have them, in the package's own table."""
+    family, changed = (CASES | GROUPED_CASES)[case]
+    (tmp_path / "source").mkdir()
+    write_family(tmp_path / "source", family, **{**changed, **FAMILIES[case]})
+    path = write_gguf(tmp_path / "source", tmp_path / "model.gguf", "F32")
+    with open_checkpoint(tmp_path / "source") as ours, open_checkpoint(path) as made:
+        assert made.config == ours.config and made.infos.keys() == ours.infos.keys()
+        for tensor in ours.infos:
+            assert torch.equal(made.tensor(tensor), ours.tensor(tensor)), tensor
 
 
 def test_every_encoding_is_decoded_by_rows(tmp_path):
@@ -154,12 +175,13 @@ def test_without_the_gguf_package(good, tmp_path, monkeypatch):
 U32, F32, TEXT, ARRAY = Kind.UINT32, Kind.FLOAT32, Kind.STRING, Kind.ARRAY
 METADATA = [
     (put("general.architecture", "llama", TEXT), "'llama'", "deepseek2"),
-    (put("deepseek2.nextn_predict_layers", 1, U32), "nextn_predict"),
+    (put("deepseek2.expert_gating_func", 9, U32), "gating_func is 9", "softmax"),
+    (put("deepseek2.expert_gating_func", 2, U32), "exp_probs_b.bias", "missing"),
     (put("deepseek2.rope.scaling.type", "linear", TEXT), "scaling.type"),
     (put("deepseek2.rope.freq_base", float("nan"), F32), "freq_base"),
     (put("deepseek2.expert_count", 12, U32), "gate_inp.weight", "[12,"),
     (put("deepseek2.block_count", 4, U32), "blk.3.", "missing"),
-    (put("tokenizer.ggml.pre", "qwen2", TEXT), "ggml.pre", "'qwen2'"),
+    (put("tokenizer.ggml.pre", "tekken", TEXT), "ggml.pre", "'tekken'", "'qwen2'"),
     (put("tokenizer.ggml.merges", ["a  b"], ARRAY), "merges[0]"),
     (put("tokenizer.ggml.token_type", [1, 1], ARRAY), "token_type", "4096"),
     (lambda writer: writer.add_tensor(BIAS, np.zeros(8, np.float32)), BIAS),

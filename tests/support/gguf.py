@@ -7,7 +7,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 from slotmoe.model.checkpoint.reader import open_checkpoint
-from slotmoe.model.names import expert_name
+from slotmoe.model.names import expert_name, spelled, split_expert
 
 LAYER = {
     "input_layernorm": "attn_norm",
@@ -20,10 +20,16 @@ LAYER = {
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate": "ffn_gate_inp",
+    "mlp.gate.e_score_correction_bias": "exp_probs_b",
 }
 for _part in ("gate", "up", "down"):
     LAYER[f"mlp.{_part}_proj"] = f"ffn_{_part}"
     LAYER[f"mlp.shared_experts.{_part}_proj"] = f"ffn_{_part}_shexp"
+ARCHITECTURES = {
+    **{"deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "qwen3_moe": "qwen3moe"},
+    **{"qwen2_moe": "qwen2moe", "glm4_moe": "glm4moe", "gpt_oss": "gpt-oss", "dots1": "dots1"},
+    **{"minimax_m2": "minimax-m2", "hunyuan_v1_moe": "hunyuan-moe"},
+}
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
@@ -37,15 +43,19 @@ def write_gguf(
     or change metadata, and ``substitute(name, tensor)`` give raw bytes and their type for a tensor.
     """
     with open_checkpoint(source) as checkpoint:
-        tensors = dict(_tensors(checkpoint, kv_b))
+        config = json.loads((source / "config.json").read_text())
+        grouped = checkpoint.config.family.attention == "grouped"
+        architecture = ARCHITECTURES[config["model_type"]]
+        named = _tensors_of_groups(checkpoint, architecture) if grouped else None
+        tensors = dict(named or _tensors(checkpoint, kv_b))
         biggest = -(-len(tensors) // shards) if shards > 1 else 0
-        writer = gguf.GGUFWriter(path, "deepseek2", split_max_tensors=biggest)
-        add_config(writer, checkpoint.config)
+        writer = gguf.GGUFWriter(path, architecture, split_max_tensors=biggest)
+        (add_config_of_groups if grouped else add_config)(writer, checkpoint.config)
         add_tokenizer(writer, source, checkpoint.config, pre)
         if edit is not None:
             edit(writer)
         for name, tensor in tensors.items():
-            exact = tensor.dim() == 1 or "ffn_gate_inp" in name
+            exact = tensor.dim() == 1 or "ffn_gate_inp" in name or name.endswith(".bias")
             stored = Type.F32 if exact else Type[kind]
             data = gguf.quants.quantize(tensor.float().contiguous().numpy(), stored)
             if substitute is not None:
@@ -65,6 +75,8 @@ def _tensors(checkpoint, kv_b):
     for name, short in names.items():
         if f"{name}.weight" in checkpoint.infos:
             yield f"{short}.weight", checkpoint.tensor(f"{name}.weight")
+        if name.endswith("bias") and name in checkpoint.infos:
+            yield f"{short}.bias", checkpoint.tensor(name)
     for layer in range(c.num_hidden_layers):
         inside, prefix = f"model.layers.{layer}.", f"blk.{layer}."
         both = checkpoint.tensor(f"{inside}self_attn.kv_b_proj.weight")
@@ -83,6 +95,56 @@ def _tensors(checkpoint, kv_b):
                 yield f"{prefix}ffn_{part}_exps.weight", torch.stack(experts)
 
 
+def _tensors_of_groups(checkpoint, architecture):
+    """By the names that llama.cpp's converter gives those of the hub."""
+    c = checkpoint.config
+    (arch,) = (arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    known = gguf.get_tensor_name_map(arch, c.num_hidden_layers)
+    for name in checkpoint.infos:
+        if split_expert(name) is None:
+            tensor, theirs = checkpoint.tensor(name), spelled(name, c)
+            theirs = theirs.replace("correction_bias", "correction.bias")
+            theirs += ".weight" * theirs.endswith("sinks")
+            base, _, kind = theirs.rpartition(".")
+            yield f"{known.get_name(base)}.{kind}", tensor.squeeze(0)
+    for layer in c.moe_layers:
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            names = [expert_name(layer, e, part) for e in range(c.n_routed_experts)]
+            experts = f"blk.{layer}.ffn_{part.removesuffix('_proj')}_exps"
+            yield f"{experts}.weight", torch.stack([*map(checkpoint.tensor, names)])
+
+
+def add_config_of_groups(writer, c):
+    """As llama.cpp's converters have it."""
+    a, windows = c.grouped, [*filter(None, c.grouped.windows)]
+    values = {"block_count": c.num_hidden_layers, "embedding_length": c.hidden_size}
+    values |= {"context_length": c.max_position_embeddings, "vocab_size": c.vocab_size}
+    values |= {"feed_forward_length": c.intermediate_size, "head_count": c.num_attention_heads}
+    values |= {"rope_freq_base": c.rope.rope_theta, "layer_norm_rms_eps": c.rms_norm_eps}
+    values |= {"expert_count": c.n_routed_experts, "expert_used_count": c.num_experts_per_tok}
+    values |= {"expert_feed_forward_length": c.moe_intermediate_size, "head_count_kv": a.groups}
+    values |= {"key_length": a.head_dim, "value_length": a.head_dim}
+    values |= {"rope_dimension_count": c.qk_rope_head_dim}
+    if c.family.scoring == "sigmoid":
+        values["expert_gating_func"] = gguf.ExpertGatingFuncType.SIGMOID
+    if c.family.group_best == 2:  # of DeepSeek-V3's kind
+        values |= {"expert_shared_count": c.n_shared_experts, "expert_group_count": c.n_group}
+        values |= {"expert_weights_scale": c.routed_scaling_factor}
+        values |= {"expert_weights_norm": c.norm_topk_prob, "expert_group_used_count": c.topk_group}
+        values |= {"leading_dense_block_count": c.first_k_dense_replace}
+    elif c.n_shared_experts:
+        width = c.n_shared_experts * c.moe_intermediate_size
+        values |= {"expert_shared_feed_forward_length": width}
+    if windows:
+        values["sliding_window"] = windows[0]
+    if c.rope.factor != 1:
+        values |= {"rope_scaling_type": gguf.RopeScalingType.YARN}
+        values |= {"rope_scaling_factor": c.rope.factor}
+        values |= {"rope_scaling_orig_ctx_len": c.rope.original_max_position_embeddings}
+    for name, value in values.items():
+        getattr(writer, f"add_{name}")(value)
+
+
 def add_config(writer, c):
     values = {"block_count": c.num_hidden_layers, "embedding_length": c.hidden_size}
     values |= {"context_length": c.max_position_embeddings, "vocab_size": c.vocab_size}
@@ -92,6 +154,7 @@ def add_config(writer, c):
     values |= {"expert_feed_forward_length": c.moe_intermediate_size}
     values |= {"expert_shared_count": c.n_shared_experts}
     values |= {"expert_weights_scale": c.routed_scaling_factor}
+    values |= {"expert_weights_norm": c.norm_topk_prob}
     values |= {"leading_dense_block_count": c.first_k_dense_replace}
     values |= {"kv_lora_rank": c.kv_lora_rank, "rope_dimension_count": c.qk_rope_head_dim}
     if c.q_lora_rank is not None:
@@ -100,7 +163,7 @@ def add_config(writer, c):
     values |= {"head_count_kv": 1, "key_length": c.latent_width, "key_length_mla": width}
     values |= {"value_length": c.kv_lora_rank, "value_length_mla": c.v_head_dim}
     values |= {"expert_group_count": c.n_group, "expert_group_used_count": c.topk_group}
-    values |= {"expert_gating_func": gguf.ExpertGatingFuncType.SOFTMAX}
+    values |= {"expert_gating_func": gguf.ExpertGatingFuncType[c.family.scoring.upper()]}
     if c.rope.factor != 1:
         values |= {"rope_scaling_type": gguf.RopeScalingType.YARN}
         values |= {"rope_scaling_factor": c.rope.factor}
