@@ -153,6 +153,8 @@ class _KeysOfGroups(Struct):
     layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
     decoder_sparse_step: Annotated[int, Meta(ge=1, le=1000)] = 1
     mlp_only_layers: list[int] | None = None
+    swiglu_limit: _NotNegative | None = None
+    swiglu_alpha: Positive | None = None
     moe_layer_start_index: Annotated[int, Meta(ge=0, le=1000)] = 0
     moe_layer_end_index: Annotated[int, Meta(ge=-1, le=1000)] = -1  # -1: the last layer's
     shared_expert_intermediate_size: Annotated[int, Meta(ge=0, le=1 << 22)] = 0
@@ -321,7 +323,11 @@ def parts_of_groups(values: Json, family: Family) -> Json:
     layers = range(of.num_hidden_layers)
     sparse = {*layers[first : last + 1 or None]} - {*(of.mlp_only_layers or ())}
     dense = tuple(at for at in layers if at not in sparse or (at + 1) % step)
-    return {**parts_of_mla(values, family), "grouped": grouped, "dense_layers": dense}
+    usual = family.activation
+    limit = usual.limit if of.swiglu_limit is None else of.swiglu_limit
+    activation = Activation(limit, of.swiglu_alpha or usual.alpha, usual.offset)
+    parts = {"grouped": grouped, "dense_layers": dense, "activation": activation}
+    return {**parts_of_mla(values, family), **parts}
 
 
 KINDS = {

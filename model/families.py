@@ -8,6 +8,8 @@ says how the gate scores and chooses, and what fits it in ``config.json``.
 from pathlib import Path
 from typing import NamedTuple
 
+from slotmoe.quant.shapes import SWIGLU, Activation
+
 _TEMPLATES = Path(__file__).with_name("templates")
 
 
@@ -27,7 +29,9 @@ class Family(NamedTuple):
     rotation, ``rotated`` how much of a head that is, if no key says it, ``ntk_alpha`` that dynamic
     RoPE's base is stretched by a fixed alpha, and ``sinks`` that softmax counts one score more.
     ``logit_bias``: the gate's logits have biases.  ``shared_gate``: the
-    shared expert's output has a gate of its own.
+    shared expert's output has a gate of its own.  ``expert_biases``: experts' projections have
+    biases; ``interleaved``: rows of their gate and up take turns, all experts of a layer in one
+    tensor; ``activation``: what becomes of these, if no key says it.
 
     ``words`` are its keys of ``config.json`` for those of DeepSeek's, and ``values`` what keys must
     say, if they are there; ``names`` are its parts of tensors' names for those of
@@ -56,6 +60,9 @@ class Family(NamedTuple):
     sinks: bool = False
     logit_bias: bool = False
     shared_gate: bool = False
+    expert_biases: bool = False
+    interleaved: bool = False
+    activation: Activation = SWIGLU
     words: tuple[tuple[str, str], ...] = ()
     values: tuple[tuple[str, object], ...] = ()
     names: tuple[tuple[str, str], ...] = ()
@@ -119,6 +126,7 @@ FAMILIES = {
     ),
     "gpt_oss": _SOFTMAX._replace(
         architecture="GptOssForCausalLM", biased="qkvo", sinks=True, logit_bias=True,
+        expert_biases=True, interleaved=True, activation=Activation(7.0, 1.702, 1.0),
         words=(_LOCAL, _WIDTH), values=(*_UNSCALED, _NONE_SHARED, _NORMALIZED),
         names=(("mlp.router.", "mlp.gate."),),
     ),

@@ -214,8 +214,10 @@ def expert_name(layer: int, expert: int, projection: str) -> str:
 
 
 def split_expert(name: str) -> tuple[int, int, str] | None:
-    """Layer, expert and projection of a routed expert's tensor; None for another one."""
-    match = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(\w+_proj)\.weight", name)
+    """Layer, expert and projection of a routed expert's tensor, or with ``.bias`` behind it of its
+    bias; None for another one."""
+    pattern = r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(\w+_proj(?:\.bias)?)(?:\.weight)?"
+    match = re.fullmatch(pattern, name)
     return None if match is None else (int(match[1]), int(match[2]), match[3])
 
 
@@ -321,10 +323,14 @@ def resident_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def expert_shapes(config: Config) -> dict[str, tuple[int, int]]:
-    """Shape of each projection of a routed expert, ``[out, in]``."""
+def expert_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Shape of each projection of a routed expert, ``[out, in]``, and of each one's bias."""
     width, hidden = config.moe_intermediate_size, config.hidden_size
-    return {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("gate_proj", "up_proj"), (width, hidden))
+    shapes["down_proj"] = hidden, width
+    if config.family.expert_biases:
+        shapes |= {f"{name}.bias": shape[:1] for name, shape in shapes.items()}
+    return shapes
 
 
 def tensor_shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:

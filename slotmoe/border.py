@@ -18,6 +18,7 @@ from torch import Tensor
 from slotmoe.state import SequenceState
 
 W = TypeVar("W", covariant=True)
+Biases = tuple[Tensor, Tensor, Tensor]
 
 
 class Timer:
@@ -44,7 +45,7 @@ class Mlp(Generic[W]):
     gate_proj: W
     up_proj: W
     down_proj: W
-    biases: tuple[Tensor, Tensor, Tensor] | None = None
+    biases: Biases | None = None
     output_gate: Tensor | None = None
 
 

@@ -26,6 +26,7 @@ METHODS = {
     "fp8": Method("", "_scale_inv", "F8_E4M3", 1, 1.0),
     "int4": Method("_packed", "_scale", "I32", 8, 0.5),
     "mxfp4": Method("", "_scale_inv", "I8", 2, 17 / 32),
+    "mxfp4 blocks": Method("_blocks", "_scales", "U8", 2, 17 / 32),
     **dict.fromkeys(BITSANDBYTES, Method("", ".absmax", "U8", 2, 0.5)),
 }
 
@@ -34,17 +35,19 @@ METHODS = {
 class Encoding:
     """Weights stored as codes of a method; every block of ``rows`` x ``columns`` weights has a
     scale of its own, 0 standing for all rows or columns of a matrix.  ``dtype`` is what they are
-    decoded to, where the scales don't say it.  Routed experts may have an encoding of their own."""
+    decoded to, where the scales don't say it.  Routed experts may have an encoding of their own.
+    ``blocks``: codes have a dimension of 16 bytes a scale, which is a byte too (gpt-oss)."""
 
     name: str
     rows: int
     columns: int
     dtype: str = "bfloat16"
     of_experts: "Encoding | None" = None
+    blocks: bool = False
 
     @property
     def method(self) -> Method:
-        return METHODS[self.name]
+        return METHODS[f"{self.name} blocks" if self.blocks else self.name]
 
     @property
     def flat(self) -> bool:
@@ -81,7 +84,11 @@ class _Bitsandbytes(Struct):
     bnb_4bit_quant_storage: Literal["uint8"] = "uint8"
 
 
-_KINDS: dict[str, type[Struct]] = {"fp8": _Fp8, "bitsandbytes": _Bitsandbytes}
+class _Mxfp4(Struct):
+    pass
+
+
+_KINDS: dict[str, type[Struct]] = {"fp8": _Fp8, "bitsandbytes": _Bitsandbytes, "mxfp4": _Mxfp4}
 _KINDS["compressed-tensors"] = _CompressedTensors
 _Dtype = TypedDict("_Dtype", {"dtype": Literal["bfloat16", "float16", "float32"]})
 
@@ -106,4 +113,6 @@ def parse_encoding(config: Json) -> Encoding | None:
             experts = Encoding("mxfp4", 1, 32) if dtype == "fp4" else None
             size = 128 if block else 0
             return Encoding("fp8", size, size, of_experts=experts)
+        case _Mxfp4():
+            return Encoding("mxfp4", 1, 32, blocks=True)
     return Encoding("int4", 1, 32)

@@ -10,7 +10,7 @@ the weight had for bitsandbytes (``dequantize_4bit``).  bfloat16 holds all that 
 is DeepSeek-V4's fp4: a byte's low half is the first of its two e2m1 codes (``Fp8Dequantize`` of
 transformers 5.24, integrations/finegrained_fp8.py, and ``cast_e2m1fn_to_e4m3fn`` of
 https://huggingface.co/deepseek-ai/DeepSeek-V4-Flash/blob/main/inference/convert.py, whose table
-lacks the sign of -0).
+lacks the sign of -0), and gpt-oss' (``convert_moe_packed_tensors``, integrations/mxfp4.py).
 
 Shape legend: R rows that are wanted, C columns of the matrix, G and B blocks of rows and columns.
 """
@@ -76,12 +76,13 @@ class Codes:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedTensor(TensorInfo):
     """A matrix, or several, as ``codes`` and ``scales``.  ``beside`` are the other tensors of a
-    weight of bitsandbytes', by name."""
+    weight of bitsandbytes', by name.  In 4 bits its rows may be each ``step``-th of these."""
 
     encoding: Encoding
     codes: TensorInfo
     scales: TensorInfo
     beside: Mapping[str, TensorInfo]
+    step: int = 1
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
@@ -104,8 +105,9 @@ class EncodedTensor(TensorInfo):
 
     def four_bits(self, read: Read, start: int, stop: int) -> Codes:
         """Rows of a weight that is stored in 4 bits, as they are.  Raises like ``rows``."""
-        start, stop = self.first + start, self.first + stop
-        scales_RB, codes = read(self.scales, start, stop), read(self.codes, start, stop)
+        start, stop = self.first + self.step * start, self.first + self.step * (stop - 1) + 1
+        stored = read(self.scales, start, stop), read(self.codes, start, stop)
+        scales_RB, codes = (part[:: self.step] for part in stored)
         levels, above = _INT4, 0  # eight weights an element, each 8 more than its value
         if self.encoding.flat:
             beside = {part: read(info, 0, info.shape[0]) for part, info in self.beside.items()}
@@ -161,6 +163,23 @@ class Table(TensorInfo):
         return ids.int()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column(TensorInfo):
+    """What an ``expert`` has in ``stored`` [E, N] or, turned, [E, K, N]: of the last dimension each
+    ``step``-th value from ``first`` on."""
+
+    stored: TensorInfo
+    expert: int
+    step: int
+
+    def rows(self, read: Read, start: int, stop: int) -> torch.Tensor:
+        count = math.prod(self.shape[1:])
+        whole_KN = read(self.stored, self.expert * count, (self.expert + 1) * count)
+        stop = self.first + self.step * (stop - 1) + 1
+        rows_RK = whole_KN[:, self.first + self.step * start : stop : self.step].t()
+        return rows_RK.reshape(-1, *self.shape[1:]).to(self.dtype).contiguous()
+
+
 @dataclass
 class Places:
     """Finds weights among the tensors of the checkpoint at ``where``, ``stored`` by the network's
@@ -179,6 +198,8 @@ class Places:
         """The weight ``name``.  Raises ``CheckpointError`` unless it is there with this shape."""
         tensor, whole, first, encoding = name, shape, 0, self.config.encoding
         expert = split_expert(name)
+        if expert is not None and self.config.family.interleaved:
+            return self._interleaved(name, shape, *expert)
         if encoding is not None and expert is not None:
             encoding = encoding.of_experts or encoding
         if expert is not None and name not in self.stored:
@@ -202,10 +223,34 @@ class Places:
         info = self._tensor(tensor, whole, _PLAIN)
         return replace(info, name=name, shape=shape, first=first)
 
+    def _interleaved(
+        self, name: str, shape: Shape, layer: int, expert: int, part: str
+    ) -> TensorInfo:
+        """A weight or bias among a layer's fused experts where rows of gate and up take turns, and
+        a matrix that is not encoded stands turned (gpt-oss)."""
+        projection, dot, _ = part.partition(".")
+        fused, first, step = FUSED[projection]
+        tensor, encoding = layer_tensor(layer, fused), self.config.encoding
+        whole = self.config.n_routed_experts, step * shape[0], *shape[1:]
+        if dot:
+            info, dtype = self._tensor(tensor + "_bias", whole, _PLAIN), torch.float32
+        elif encoding is not None and tensor + encoding.method.scales in self.stored:
+            names = tensor + encoding.method.codes, tensor + encoding.method.scales
+            encoded = self._encoded(*names, whole, encoding)
+            first += expert * whole[1]
+            return replace(encoded, name=name, shape=shape, first=first, step=step)
+        else:
+            info = self._tensor(tensor, (whole[0], *whole[:0:-1]), _PLAIN)
+            dtype = info.dtype
+        place = name, info.path, dtype, shape, info.offset, first
+        return Column(*place, stored=info, expert=expert, step=step)
+
     def _encoded(self, codes: str, scales: str, shape: Shape, encoding: Encoding) -> EncodedTensor:
         """Matrices of ``shape``.  Raises ``CheckpointError``."""
         info, per_code = self.stored[scales], encoding.method.weights
         self.used.add(info)
+        if encoding.blocks and info.dtype == torch.uint8:
+            info = replace(info, dtype=SCALES[0])
         where, count = f"{info.path}: {scales}", math.prod(info.shape)
         if encoding.flat:
             encoding = replace(encoding, columns=math.prod(shape) // max(1, count))
@@ -230,6 +275,8 @@ class Places:
         _check_dtype(info, (NESTED,) if nested else SCALES[:1] if is_mxfp4 else SCALES)
         packed = (*shape[:-1], shape[-1] // per_code)
         written = (math.prod(packed), 1) if encoding.flat else packed
+        if encoding.blocks:
+            written = (*grid, encoding.columns // per_code)
         found = self._tensor(codes, written, (DTYPES[encoding.method.dtype],))
         dtype = info.dtype if encoding.name == "int4" else getattr(torch, encoding.dtype)
         found = replace(found, shape=packed)

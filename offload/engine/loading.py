@@ -351,9 +351,13 @@ class _Loader:
         """The config with the layers that are used of ``export``.  Raises ``ConfigError``."""
         config, folder = replace(self._config, mtp=export.mtp_layer is not None), self._folder
         codecs = export.layout.codecs
-        layout = RecordLayout(config.hidden_size, config.moe_intermediate_size, codecs)
-        geometry = layout.shapes, config.n_routed_experts, config.moe_layers
-        if (export.layout.shapes, export.experts, export.layers) != geometry:
+        sizes, biases = (
+            (config.hidden_size, config.moe_intermediate_size),
+            config.family.expert_biases,
+        )
+        layout = RecordLayout(*sizes, codecs, biases)
+        geometry = layout.parts, config.n_routed_experts, config.moe_layers
+        if (export.layout.parts, export.experts, export.layers) != geometry:
             problem = f"config.json and {MANIFEST} describe different models"
             raise ConfigError(f"{folder}: {problem}; quantize again")
         if self._options.draft == "mtp" and not config.mtp:

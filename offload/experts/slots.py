@@ -6,14 +6,15 @@ record counts as present only when its last byte has arrived and its checksum is
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from slotmoe.border import Mlp
+from slotmoe.border import Biases, Mlp
 from slotmoe.errors import DeviceError
 from slotmoe.model.config import Config
-from slotmoe.model.names import expert_name
+from slotmoe.model.names import expert_name, expert_shapes
 from slotmoe.offload.devices.device import Device
 from slotmoe.offload.devices.pages import Touching
 from slotmoe.offload.experts.disk import DiskReader
@@ -32,7 +33,6 @@ from slotmoe.offload.experts.store import (
 )
 from slotmoe.offload.policy.cache import Cache, make_cache
 from slotmoe.quant.backends.base import Prepared, Records
-from slotmoe.quant.export.layout import PROJECTIONS
 
 LAZY_BYTES = 256 << 20  # a slab beyond this gets its pages while the first tokens are made
 
@@ -311,9 +311,9 @@ class CheckpointRecords(Records):
     def mlp(self, slot: int) -> Mlp[Prepared]:
         moe_layer, expert = divmod(slot, self._config.n_routed_experts)
         layer = self._config.moe_layers[moe_layer]
-        names = (expert_name(layer, expert, projection) for projection in PROJECTIONS)
-        gate, up, down = (self._weights[name] for name in names)
-        return Mlp(gate, up, down)
+        names = (expert_name(layer, expert, part) for part in expert_shapes(self._config))
+        gate, up, down, *biases = (self._weights[name] for name in names)
+        return Mlp(gate, up, down, cast(Biases | None, tuple(biases) or None))
 
 
 def resident_slots(config: Config, device: Device) -> Slots:

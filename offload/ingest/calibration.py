@@ -258,11 +258,15 @@ class Calibration:
             token_U, rank_U = (indices_TK == expert).nonzero(as_tuple=True)
             weight_U1 = weights_TK[token_U, rank_U, None]
             names = self._names(layer, expert)
-            gate_ID, up_ID, down_DI = map(self._tensor, names)
+            gate_ID, up_ID, down_DI, *biases = map(self._tensor, names)
             x_UD = x_TD[token_U]
             gate_UI, up_UI = x_UD @ gate_ID.t(), x_UD @ up_ID.t()
+            if biases:
+                gate_UI, up_UI = gate_UI + biases[0], up_UI + biases[1]
             act_UI = activated(gate_UI, up_UI, self._config.activation) * weight_U1
             routed_TD.index_add_(0, token_U, act_UI @ down_DI.t())
+            if biases:
+                routed_TD.index_add_(0, token_U, biases[2] * weight_U1)
             sums.append(act_UI.t() @ act_UI)
             counts.append(len(token_U))
             self._advance(sum(self._checkpoint.infos[name].nbytes for name in names))

@@ -95,7 +95,8 @@ def _kept(codes: Codes, kind: Codec) -> Coded:
 
 def codecs_for(checkpoint: Checkpoint) -> ExpertCodecs:
     """How experts are coded unless said: as they are, if all are in 4 bits that a codec holds."""
-    wanted, experts = default_codecs(checkpoint.config), filter(split_expert, checkpoint.infos)
+    wanted, found = default_codecs(checkpoint.config), filter(split_expert, checkpoint.infos)
+    experts = (name for name in found if not name.endswith(".bias"))
     return wanted if all(map(checkpoint.in_4_bits, experts)) else DEFAULT_CODECS
 
 

@@ -54,7 +54,11 @@ class Contents:
         self, config: Config, mode: str, codecs: ExpertCodecs, dtypes: Mapping[str, torch.dtype]
     ):
         self.config, self.mode = config, mode
-        self.layout = RecordLayout(config.hidden_size, config.moe_intermediate_size, codecs)
+        sizes, biases = (
+            (config.hidden_size, config.moe_intermediate_size),
+            config.family.expert_biases,
+        )
+        self.layout = RecordLayout(*sizes, codecs, biases)
         self.tensors: dict[str, Stored] = {}
         resident: dict[str, Part] = {}
         for name, shape in resident_shapes(config).items():
@@ -72,6 +76,9 @@ class Contents:
                     codec = codecs.of(projection)
                     names = tuple(layout.resident_parts(name, shape, codec, torch.uint8))
                     self.tensors[name] = Stored(file, codec, shape, names)
+                for part, shape in self.layout.bias_shapes.items():
+                    name = expert_name(layer, expert, part)
+                    self.tensors[name] = Stored(file, "none", shape, (name,))
 
     def parts(self, file: str) -> dict[str, Part]:
         """Tensors of ``file`` itself and their places."""

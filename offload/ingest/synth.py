@@ -136,7 +136,7 @@ class _Random:
             part, source = parts[name], source_of[name]
             shape, kind = tensors[source].shape, tensors[source].kind
             if name == source:
-                for piece in self._matrix(part, shape, kind, _deviation(source, shape)):
+                for piece in self._matrix(part, shape, kind, source):
                     yield name, piece
             elif not isinstance(kind, Codec):
                 yield name, self._signed(part.shape, _deviation(source, shape) / 73.3)
@@ -146,10 +146,11 @@ class _Random:
                 yield name, self._scales(kind, source, shape)
 
     def _matrix(
-        self, part: Part, shape: tuple[int, ...], kind: str | Codec, deviation: float
+        self, part: Part, shape: tuple[int, ...], kind: str | Codec, source: str
     ) -> Iterator[Tensor]:
-        """Yield a vector of ones, or the values of a matrix, or its int8 values or codes."""
-        if len(shape) == 1:
+        """Yield a vector of ones, or the values of a matrix or of its bias, or int8 values or codes
+        of ``source``."""
+        if len(shape) == 1 and not source.endswith("_proj.bias"):
             yield torch.ones(part.shape, dtype=part.dtype)
             return
         row_bytes = part.nbytes // part.shape[0]  # of a tile of codes
@@ -162,8 +163,9 @@ class _Random:
                 yield (first_T[:, None] + chosen * (experts // shape[1])).int() % experts
                 continue
             if kind == "none":
-                noise = self._bytes(count * shape[-1]).view(torch.int8).float()
-                yield (noise * (deviation / 73.3)).to(part.dtype).view(count, *shape[1:])
+                noise = self._bytes(count * math.prod(shape[1:])).view(torch.int8).float()
+                values = noise * (_deviation(source, shape) / 73.3)
+                yield values.to(part.dtype).view(count, *shape[1:])
                 continue
             codes = self._bytes(count * row_bytes).view(part.dtype).view(count, *part.shape[1:])
             rows = min(count * TILE, shape[0] - start * TILE)

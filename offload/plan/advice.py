@@ -235,10 +235,12 @@ class Scenario:
         config, sizes = self.model.config, self.sizes
         experts = len(config.moe_layers) * config.n_routed_experts
         resident = sum(map(math.prod, resident_shapes(config).values()))
-        weights = resident + experts * 3 * config.hidden_size * config.moe_intermediate_size
+        weights = experts * 3 * config.hidden_size * config.moe_intermediate_size
         export = memory.export_bytes(config, sizes) if self.model.resident is None else 0
         each = config.encoding.method.weight_bytes if config.encoding else 2
-        needed = {"download": 0 if self.model.is_here else int(each * weights), "export": export}
+        others = 2 if config.encoding and config.encoding.blocks else each  # gpt-oss'
+        download = 0 if self.model.is_here else int(each * weights + others * resident)
+        needed = {"download": download, "export": export}
         free = self.machine.free_disk
         return {**needed, "free": free, "fits": free is None or export <= free}
 

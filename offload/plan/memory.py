@@ -79,7 +79,8 @@ def sizes_of(config: Config, resident: str, codecs: ExpertCodecs) -> Sizes:
         components[part_of(name).component] += size
         if config.tie_word_embeddings or name != EMBEDDING:
             touched += size
-    record = padded_record_bytes(config.hidden_size, config.moe_intermediate_size, codecs)
+    sizes = config.hidden_size, config.moe_intermediate_size
+    record = padded_record_bytes(*sizes, codecs, config.family.expert_biases)
     return Sizes(dict(components), touched, record)
 
 

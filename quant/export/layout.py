@@ -15,6 +15,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from slotmoe.border import Biases
 from slotmoe.jsonfile import Json
 from slotmoe.quant.codecs.codec import Codec, ExpertCodecs
 from slotmoe.quant.codecs.weight import CodedWeight, levels_of
@@ -121,7 +122,7 @@ class RecordLayout:
         row = PROJECTIONS.index(projection) // 2
         return CodedWeight(codes, scales, levels[row], self.shapes[projection])
 
-    def biases(self, record: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    def biases(self, record: Tensor) -> Biases | None:
         """Views of the biases of gate, up and down in ``record``, if it has any."""
         if not self.bias_shapes:
             return None

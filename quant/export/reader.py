@@ -202,8 +202,9 @@ class Export(AbstractContextManager["Export"]):
 
     def expert(self, layer: int, expert: int) -> dict[str, Tensor]:
         """Exactly dequantized weights of one routed expert: ``gate_proj`` and ``up_proj`` float32
-        [I, H], ``down_proj`` float32 [H, I].  Raises ``ExportError`` if the export has no such
-        expert or its record is damaged."""
+        [I, H], ``down_proj`` float32 [H, I], and ``gate_proj.bias`` and so on where there are
+        biases.  Raises ``ExportError`` if the export has no such expert or its record is damaged.
+        """
         if layer not in self.layers or not 0 <= expert < self.experts:
             raise ExportError(f"{self.folder}: has no layer {layer} expert {expert}")
         record = _empty((self.layout.record_bytes,), torch.uint8)
@@ -214,7 +215,8 @@ class Export(AbstractContextManager["Export"]):
         for name, weight in weights.items():
             what = f"layer {layer} expert {expert} {name}"
             self._check_scales(layer_file(layer), what, weight.scales)
-        return {name: weight.dequantize() for name, weight in weights.items()}
+        biases = {name: self.layout.part(record, name) for name in self.layout.bias_shapes}
+        return {name: weight.dequantize() for name, weight in weights.items()} | biases
 
     def resident(self, name: str, empty: Empty = _empty) -> Tensor | Int8Weight | CodedWeight:
         """The verified weight ``name``, in memory from ``empty``.  Raises ``ExportError``."""

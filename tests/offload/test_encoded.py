@@ -6,15 +6,15 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from slotmoe.errors import CheckpointError, DownloadError
+from slotmoe.errors import CheckpointError, DownloadError, ExportError
 from slotmoe.model.checkpoint.reader import open_checkpoint
-from slotmoe.model.names import expert_name
+from slotmoe.model.names import expert_name, split_expert
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codecs.codec import EXPERT_CODECS
-from slotmoe.quant.export.layout import MANIFEST
+from slotmoe.quant.export.layout import MANIFEST, PROJECTIONS, layer_file
 from slotmoe.quant.export.reader import Export
 from tests.support.disk import tree
 from tests.support.encoded import (
@@ -29,6 +29,7 @@ from tests.support.encoded import (
     same_bits,
     write_files,
 )
+from tests.support.families import OSS, PLAIN_ROPE, write_family
 from tests.support.hostile import flip
 from tests.support.hub import NAME, Repo, fill_cache, make
 from tests.support.kernels import relative
@@ -128,34 +129,94 @@ def fp4(stored, name):
     return decoded_mxfp4(stored[name], stored[name + "_scale_inv"])
 
 
-KEPT = [(packed(), "int4", int4, torch.equal), (FP4, "mxfp4", fp4, same_bits)]
+def oss(stored, name):
+    """Rows of gate and up take turns; codes are in blocks of 16 bytes, and scales bytes."""
+    layer, expert, projection = split_expert(name)
+    first, step = {"gate_proj": (0, 2), "up_proj": (1, 2), "down_proj": (0, 1)}[projection]
+    base = f"model.layers.{layer}.mlp.experts."
+    base += "down_proj" if projection == "down_proj" else "gate_up_proj"
+    codes, scales = stored[base + "_blocks"][expert], stored[base + "_scales"][expert]
+    return decoded_mxfp4(codes.flatten(1)[first::step], scales[first::step])
 
 
-@pytest.mark.parametrize(("settings", "codec", "decoded", "same"), KEPT, ids=["int4", "mxfp4"])
-def test_weights_that_were_trained_in_4_bits_are_kept_to_the_bit(
-    tmp_path, slotmoe, settings, codec, decoded, same
-):
-    """Signs of zeros and denormal scales too; other codes are made of them where asked for."""
-    folder = tmp_path / "tiny"
+def write_encoded(folder, settings):
     write_checkpoint(folder, **V3)
     stored = encode(folder, settings)
-    if codec == "mxfp4":
+    if settings is FP4:
         write_files(folder, {"model-1.safetensors": as_v4_spells(stored)})
+    return stored
+
+
+def write_oss(folder, settings):
+    write_family(folder, OSS, torch.bfloat16, **OF_BLOCKS, quantization_config=settings)
+    return load_file(folder / "model.safetensors")
+
+
+# With half a block of 64 columns.
+OF_BLOCKS = {**PLAIN_ROPE, "hidden_size": 96, "intermediate_size": 160}
+KEPT = {
+    "int4": (write_encoded, packed(), int4, torch.equal),
+    "mxfp4": (write_encoded, FP4, fp4, same_bits),
+    "gpt-oss": (write_oss, {"quant_method": "mxfp4"}, oss, same_bits),
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_weights_that_were_trained_in_4_bits_are_kept_to_the_bit(tmp_path, slotmoe, case):
+    """Signs of zeros and denormal scales too; other codes are made of them where asked for."""
+    (write, settings, decoded, same), folder = KEPT[case], tmp_path / "tiny"
+    stored, codec = write(folder, settings), "int4" if case == "int4" else "mxfp4"
     quantize(folder, tmp_path / "export")
     with Export.open(tmp_path / "export") as export:
         for layer in export.layers:
-            for projection, found in export.expert(layer, 5).items():
-                assert same(found, decoded(stored, expert_name(layer, 5, projection)))
+            expert = export.expert(layer, 5)
+            for projection in PROJECTIONS:
+                wanted = decoded(stored, expert_name(layer, 5, projection))
+                assert same(expert[projection], wanted)
         families = export.manifest["quantization"]["report"]["families"]
-    routed = [family for family in families if ".experts." in family["family"]]
+    routed = [f for f in families if ".experts." in f["family"] and "bias" not in f["family"]]
     assert [(f["stored"], f["relative_rms_error"]) for f in routed] == [(codec, 0.0)] * 3
-    with Runtime.open(tmp_path / "export", context=64, slots=6) as runtime:
+    kernels = "torch" if case == "gpt-oss" else "auto"
+    with Runtime.open(tmp_path / "export", context=64, slots=6, kernels=kernels) as runtime:
         logits = runtime.logits(IDS)
     with Runtime.open(folder, context=64, quantize=False) as runtime:
         assert relative(logits, runtime.logits(IDS)) < 0.1
     assert slotmoe("verify", tmp_path / "export")[0] == 0
     made = quantize(folder, tmp_path / "lut", codecs=EXPERT_CODECS["lut", "3"])
     assert made["quantization"]["experts"]["down"] == "lut3"
+
+
+class Stop(Exception):
+    pass
+
+
+def test_biases_of_experts_are_made_again_checked_and_asked_for(tmp_path):
+    folder, export = tmp_path / "tiny", tmp_path / "export"
+    stored, name = write_oss(folder, None), "model.layers.1.mlp.experts.gate_up_proj_bias"
+
+    def progress(done, total):
+        if done > 0.6 * total:
+            raise Stop
+
+    with pytest.raises(Stop):
+        quantize(folder, export, workers=1, progress=progress)
+    quantize(folder, export)
+    quantize(folder, tmp_path / "other")
+    wanted = tree(tmp_path / "other")
+    assert tree(export) == wanted
+    with Export.open(export) as opened:
+        header = opened.manifest["files"][layer_file(1)]["header_bytes"]
+        assert same_bits(opened.expert(1, 5)["up_proj.bias"], stored[name][5, 1::2].float())
+        bias = opened.layout.parts["up_proj.bias"].offset
+        flip(export / layer_file(1), header + 5 * opened.layout.record_bytes + bias + 7)
+        with pytest.raises(ExportError, match="checksum of layer 1 expert 5 is wrong"):
+            opened.expert(1, 5)
+    quantize(folder, export)
+    assert tree(export) == wanted
+    del stored[name]
+    save_file(stored, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{name} is missing"):
+        quantize(folder, export)
 
 
 BAD = [(FP4, 255, "NaN"), (FP4, 240, "infinite"), (FP8, torch.inf, "NaN or infinite")]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from slotmoe.border import HyperGeometry, ListedRows, Mixed, Mixing, Router
+from slotmoe.border import HyperGeometry, ListedRows, Mixed, Mixing, Mlp, Router
 from slotmoe.model.layers import route
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import TorchBackend
@@ -44,6 +44,7 @@ def randn(*shape):
     return torch.randn(shape, device=DEVICE)
 
 
+_MLP = (48, 70), (48, 70), (70, 48)
 CODECS = {codec.name: codec for codec in (NF4, LUT4, LUT3, INT4, MXFP4)}
 
 
@@ -84,6 +85,17 @@ def grouped(T):
     )
     bound = 1e-6 if T <= FEW else 2 * ROUNDING
     return Case(lambda ops, rows: (ops.grouped_linear(x_TGK[rows], weight),), (exact,), bound)
+
+
+def gated(T):
+    """An MLP whose output has a gate."""
+    weights, gate, x_TD = [make_weight("nf4", *shape) for shape in _MLP], randn(1, 70), randn(T, 70)
+    gate_proj, up_proj, down_proj = (dequantize(weight).double() for weight in weights)
+    x = x_TD.double()
+    h_TI = torch.nn.functional.silu(x @ gate_proj.T) * (x @ up_proj.T)
+    exact = h_TI @ down_proj.T * (x @ gate.double().T).sigmoid()
+    mlp = Mlp(*weights, output_gate=gate)
+    return Case(lambda ops, rows: (ops.mlp(x_TD[rows], mlp),), (exact,), 1e-6)
 
 
 def absorbed(T, kind, N, V):
@@ -206,7 +218,7 @@ CASES += [*product([attention], SIZES), *product([gate], ROUTERS)]
 OTHERS = [(lists, (*which, sunk)) for which, sunk in product(LISTS, BOTH)]
 OTHERS += product([streams], [(1, 4, 300), (6, 3, 21), (9, 2, 1030), (2, 1, 16)])
 OTHERS += product([compressed], [(1, 8, 512), (3, 5, 33), (2, 128, 40)])
-OTHERS += product([grouped], [(1,), (3,)])
+OTHERS += product([grouped, gated], [(1,), (3,)])
 
 
 @pytest.fixture(scope="module")
@@ -242,12 +254,13 @@ def test_an_operation_beside_float64(ops, make, how):
 
 @needs_native
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the table is on the GPU")
-@pytest.mark.parametrize("make", [gate, streams, compressed])
+@pytest.mark.parametrize("make", [gate, streams, compressed, gated])
 def test_a_native_operation_beside_float64(kernels, make):
     for each, how in [*CASES, *OTHERS]:
         if each is make:
             torch.manual_seed(0)
-            check(NativeBackend(kernels), make(*how)._replace(bound=1e-5))
+            bound = 0.02 if make is gated else 1e-5  # activations of 8 bits
+            check(NativeBackend(kernels), make(*how)._replace(bound=bound))
 
 
 @pytest.mark.parametrize(("T", "S", "J", "A"), [(1, 70, 5, 24), (3, 129, 64, 128), (17, 530, 2, 8)])

@@ -18,9 +18,10 @@ from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.codecs.codec import EXPERT_CODECS, MXFP4, TILE, ExpertCodecs
 from slotmoe.quant.codecs.weight import dequantize
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
-from slotmoe.quant.shapes import Activation
+from slotmoe.quant.shapes import SWIGLU, Activation
 from tests.quant.test_ops import DEVICE, error, make_weight, nth_interpreted, randn
 from tests.support.codes import random_codes
+from tests.support.kernels import CLAMPED
 from tests.support.slab import NF4S, write_record
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -29,14 +30,16 @@ pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 launch = importlib.import_module("slotmoe.quant.backends.triton_few")
 
 
-def make_records(S, D, width, codecs=NF4S):
+def make_records(S, D, width, codecs=NF4S, biases=False):
     """Random records, of NaN where there are no bytes."""
-    layout, rng = RecordLayout(D, width, codecs), np.random.default_rng(0)
+    layout, rng = RecordLayout(D, width, codecs, biases), np.random.default_rng(0)
     slab = torch.full((S, layout.record_bytes), 0xFF, dtype=torch.uint8)
     for record in slab:
         for name in PROJECTIONS:
             weight, _ = random_codes(rng, codecs.of(name), *layout.shapes[name], 4 * D**-0.5)
             write_record(record, layout, name, weight.codes, weight.scales)
+        for bias in layout.biases(record) or ():
+            bias.copy_(torch.randn(bias.shape))
     return Records(slab.to(DEVICE), layout, layout.levels().to(DEVICE))
 
 
@@ -105,6 +108,17 @@ def test_experts_are_those_experts_and_leave_the_others(ops, T, coding):
             rounding = 1e-6 if T <= launch.ROWS else 6 * 2**-9
             assert error(y_TKD[uses], expert_of(records, slot, x_TD[uses[0]])) <= rounding
     assert len(computed) == min(T + 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("T", "how", "biases"), [(2, CLAMPED, True), (9, CLAMPED, False), (2, SWIGLU, True)]
+)
+def test_kernels_only_multiply_for_other_activations_and_biases(T, how, biases):
+    records, x_TD = make_records(4, 32, 16, biases=biases), randn(T, 32)
+    given = x_TD, records, slots_of(*SLOTS), choice(T)
+    triton_ops, plain = pick_backend(DEVICE, "triton", how), TorchBackend(activation=how)
+    rounding = 1e-6 if T <= launch.ROWS else 6 * 2**-9
+    assert error(outputs(triton_ops, *given), outputs(plain, *given)) <= rounding
 
 
 @pytest.mark.parametrize("T", nth_interpreted(3, TOKENS))

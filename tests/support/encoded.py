@@ -119,6 +119,32 @@ def fuse(folder, prefix="model."):
     write_files(folder, {"model-1.safetensors": stored})
 
 
+def fuse_interleaved(tensors, in_blocks=False):
+    """Experts by themselves as gpt-oss has those of a layer: rows of gate and up take turns, and
+    matrices are turned, or ``in_blocks`` of 16 bytes and a scale."""
+    fused = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for first in [name for name in tensors if name.endswith("experts.0.gate_proj.bias")]:
+        base = first.removesuffix("0.gate_proj.bias")
+        count = sum(n.startswith(base) and n.endswith("gate_proj.bias") for n in tensors)
+        for kind in ("weight", "bias"):
+            gate, up, down = (
+                torch.stack([tensors[f"{base}{e}.{part}_proj.{kind}"] for e in range(count)])
+                for part in ("gate", "up", "down")
+            )
+            both = torch.stack((gate, up), 2).flatten(1, 2)
+            for name, whole in ((f"{base}gate_up_proj", both), (f"{base}down_proj", down)):
+                if kind == "bias":
+                    fused[name + "_bias"] = whole
+                elif in_blocks:
+                    codes, scales = _mxfp4("", whole.flatten(0, 1).float()).values()
+                    blocks = codes.view(torch.uint8).view(*whole.shape[:2], -1, 16)
+                    fused[name + "_blocks"] = blocks
+                    fused[name + "_scales"] = scales.view(torch.uint8).view(blocks.shape[:3])
+                else:
+                    fused[name] = whole.transpose(1, 2).contiguous()
+    return fused
+
+
 def write_files(folder, files, **config_changes):
     """Weight files with an index, and a config with ``config_changes``."""
     weight_map = {}

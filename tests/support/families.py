@@ -91,6 +91,8 @@ OF_GROUPED = {
     | {"moe_layer_interval": 1, "tie_word_embeddings": True},
 }
 """Of families with grouped queries, what their ``config.json`` says beside the common."""
+PLAIN_ROPE = {"rope_scaling": REMOVE}
+PLAIN_ROPE |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 # Between them: biases on and off, norms by head, by row, behind the rotation and none, rotations of
 # a part, in halves and of pairs, YaRN, windows in either order, wider than a text, and of one
 # token, dense layers in each spelling, one group for all heads and one for each, tied embeddings.
@@ -111,6 +113,12 @@ GROUPED_CASES = {
     "hunyuan": (HUNYUAN, {}),
     "hunyuan-biases": (HUNYUAN, {"attention_bias": True, "rope_scaling": None}),
     "ernie": (ERNIE, {}),
+    "gpt-oss-plain-rope": (OSS, {**PLAIN_ROPE, "swiglu_limit": 1.5}),
+    "gpt-oss-in-blocks": (
+        OSS,
+        {**PLAIN_ROPE, "hidden_size": 96, "intermediate_size": 160}
+        | {"quantization_config": {"quant_method": "mxfp4", "dequantize": True}},
+    ),
     "qwen2": (QWEN2, {}),
 }
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from slotmoe import model
 from slotmoe.model.config import parse_config
 from slotmoe.model.names import expert_name, expert_shapes, resident_shapes, spelled
+from tests.support.encoded import fuse_interleaved
 
 SAMPLE = Path(model.__file__).parent / "sample"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -103,6 +104,8 @@ def write_files(
     for name in TOKENIZER_FILES:
         shutil.copyfile(SAMPLE / name, folder / name)
     weights, parsed = random_weights(config, dtype, seed), parse_config(config)
+    if parsed.family.interleaved:
+        weights = fuse_interleaved(weights, in_blocks=parsed.encoding is not None)
     weights = {spelled(name, parsed): tensor for name, tensor in weights.items()}
     for name in filter(re.compile("moe_statics").search, weights):  # as Ernie's files have them
         weights[name] = weights[name][None]
