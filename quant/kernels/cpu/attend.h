@@ -33,6 +33,16 @@ inline Mla mla_for(const uint8_t* cache, int64_t heads, int64_t context, int64_t
     return m;
 }
 
+// The same of a group's heads, over keys that are apart from the values: those of the last `window` positions, or all
+// if that is 0, up to `position`, whose row is given.
+inline Mla mla_for_group(const uint8_t* row, int64_t heads, int64_t position, int64_t window, int64_t stride, int64_t z,
+                         float scale) {
+    const int64_t context = window && window < position + 1 ? window : position + 1;
+    Mla m = mla_for(row - (context - 1) * stride, heads, context, stride, z, z, scale);
+    m.apart = true;
+    return m;
+}
+
 inline int64_t mla_span_count(const Mla& m) { return up_to(up_to(m.context, kChunkRows), m.span_chunks); }
 
 // Spans begin..end.
@@ -51,46 +61,71 @@ inline int64_t mla_buffers(Mla& m, uint8_t* base, int64_t spans = kMostSpans) {
     };
     const auto floats = [&](int64_t count) { return reinterpret_cast<float*>(take(4 * count)); };
     const int64_t padded = m.tiles * kTile;
-    m.q_mixed = floats(m.heads * (m.r + m.p)), m.q_scale = floats(2 * padded);
-    m.q_rows = take(m.heads * 2 * m.k), m.q_digits = take(padded * 2 * padded_columns(m));
+    m.q_mixed = floats(m.heads * query_columns(m)), m.q_scale = floats(2 * padded);
+    m.q_rows = take(m.heads * 2 * m.k), m.q_digits = take(m.apart ? 0 : padded * 2 * padded_columns(m));
     m.span_max = floats(spans * padded), m.span_sum = floats(spans * padded);
     m.span_out = floats(spans * m.heads * m.r_padded);
     return used;
 }
 
-// Queries of t tokens -> out [t, heads, r]; mla_of(token) has what it attends to: a list, or the first rows of the one
-// cache of all, one more than the token before. One token splits its context over the threads, several tokens are
-// split over them; the arithmetic is the same.
-template <class MlaOf>
-void attend(Job& job, const Isa& isa, int64_t t, MlaOf mla_of, float* out) {
-    Mla one = mla_of(0);
-    const int64_t heads = one.heads, r = one.r;
-    const int64_t bytes = mla_buffers(one, nullptr), thread_bytes = int64_t(isa.mla_scratch(one));  // the same for all
-    const int64_t shared = t > 1 && !one.list ? one.shared : 1;
-    uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * shared * (t > 1 ? job.threads() : 1));
+// A few queries, alike, whose contexts are split over the threads. Their queries are mixed, and buffers theirs, when
+// their spans are computed; what they give is not merged yet.
+inline void attend_by_spans(Job& job, const Isa& isa, const Mla* mlas, int64_t count) {
+    const int64_t tiles = mlas[0].tiles, thread_bytes = int64_t(isa.mla_scratch(mlas[0]));
     uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, thread_bytes * job.threads());
-    if (t == 1) {
-        mla_buffers(one, buffers);
-        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_queries(one, begin, end); });
-        job.parallel(one.tiles, [&](int, int64_t begin, int64_t end) { isa.mla_pack(one, begin, end); });
-        job.parallel(mla_span_count(one), [&](int thread, int64_t begin, int64_t end) {
-            mla_spans(isa, one, begin, end, scratch + thread * thread_bytes);
+    int64_t spans = 0;
+    for (int64_t i = 0; i < count; i++) spans += mla_span_count(mlas[i]);
+    job.parallel(count * tiles, [&](int, int64_t begin, int64_t end) {
+        for (int64_t at = begin; at < end; at++) isa.mla_pack(mlas[at / tiles], at % tiles, at % tiles + 1);
+    });
+    job.parallel(spans, [&](int thread, int64_t begin, int64_t end) {
+        for (int64_t i = 0, first = 0; i < count && first < end; i++) {
+            const int64_t own = mla_span_count(mlas[i]);
+            const int64_t from = begin > first ? begin - first : 0, to = end - first < own ? end - first : own;
+            if (from < to) mla_spans(isa, mlas[i], from, to, scratch + thread * thread_bytes);
+            first += own;
+        }
+    });
+}
+
+// t queries, alike; mla_of(i) has what one attends to: a list, or the first rows of a cache, one more than the query
+// before it on the same cache, and where its result goes. If there are `few`, each splits its context over the threads,
+// else they are split over them; the arithmetic is the same.
+template <class MlaOf>
+void attend(Job& job, const Isa& isa, int64_t t, bool few, MlaOf mla_of) {
+    Mla one = mla_of(0);
+    const int64_t heads = one.heads;
+    const int64_t bytes = mla_buffers(one, nullptr), thread_bytes = int64_t(isa.mla_scratch(one));  // the same for all
+    if (few) {
+        Mla* mlas = job.scratch<Mla>(kMlas, t);
+        uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * t);
+        for (int64_t i = 0; i < t; i++) mlas[i] = mla_of(i), mla_buffers(mlas[i], buffers + i * bytes);
+        job.parallel(t * heads, [&](int, int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) isa.mla_queries(mlas[i / heads], i % heads, i % heads + 1);
         });
-        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_merge(one, begin, end, out); });
+        attend_by_spans(job, isa, mlas, t);
+        job.parallel(t * heads, [&](int, int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) isa.mla_merge(mlas[i / heads], i % heads, i % heads + 1);
+        });
         return;
     }
+    const int64_t shared = one.list ? 1 : one.shared;
+    uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * shared * job.threads());
+    uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, thread_bytes * job.threads());
     job.parallel(t, [&](int thread, int64_t begin, int64_t end) {
         Mla m[kShared];
         for (int64_t first = begin, count; first < end; first += count) {
-            count = end - first < shared ? end - first : shared;
+            for (count = 0; count < shared && first + count < end; count++) {
+                m[count] = mla_of(first + count);
+                if (m[count].cache != m[0].cache) break;
+            }
             for (int64_t i = 0; i < count; i++) {
-                m[i] = mla_of(first + i);
                 mla_buffers(m[i], buffers + (thread * shared + i) * bytes);
                 isa.mla_queries(m[i], 0, heads);
                 isa.mla_pack(m[i], 0, m[i].tiles);
             }
             isa.mla_chunks(m, count, 0, up_to(m[count - 1].context, kChunkRows), scratch + thread * thread_bytes);
-            for (int64_t i = 0; i < count; i++) isa.mla_merge(m[i], 0, heads, out + (first + i) * heads * r);
+            for (int64_t i = 0; i < count; i++) isa.mla_merge(m[i], 0, heads);
         }
     });
 }

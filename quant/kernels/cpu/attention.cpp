@@ -17,11 +17,11 @@ EXPORT int slotmoe_mla(const float* q, int64_t t, int64_t heads, const uint8_t* 
                        int64_t r, int64_t p, float scale, float* out) {
     if (t < 1 || heads < 1 || context < t || r < 1 || p < 0 || stride < latent_bytes(r, p)) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        attend(job, isa, t, [&](int64_t token) {
+        attend(job, isa, t, t == 1, [&](int64_t token) {
             Mla m = mla_for(cache, heads, context - t + token + 1, stride, r, p, scale);
-            m.q = q + token * heads * (r + p);
+            m.q = q + token * heads * (r + p), m.out = out + token * heads * r;
             return m;
-        }, out);
+        });
         return kOk;
     });
 }
@@ -38,15 +38,38 @@ EXPORT int slotmoe_attend(const float* q, int64_t t, int64_t heads, const uint8_
     for (int64_t i = 0; i < t * n; i++)
         if (lists[i] >= count + others_count) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        attend(job, isa, t, [&](int64_t token) {
+        attend(job, isa, t, t == 1, [&](int64_t token) {
             const int32_t* list = lists + token * n;
             int64_t context = 0;
             while (context < n && list[context] >= 0) context++;
             Mla m = mla_for(cache, heads, context, stride, r, p, scale);
-            m.q = q + token * heads * (r + p);
+            m.q = q + token * heads * (r + p), m.out = out + token * heads * r;
             m.list = list, m.split = count, m.others = others, m.others_stride = others_stride, m.sinks = sinks;
             return m;
-        }, out);
+        });
+        return kOk;
+    });
+}
+
+// Attention by groups (arXiv 2305.13245): the last t of the positions whose rows [groups, rows], of values [z] and keys
+// [z] and `group_bytes` apart, are here from position `first` on. Each over those up to its own, the last `window` of
+// them unless that is 0: q [t, heads, z] -> out [t, heads, z]. sinks [heads]: as above.
+EXPORT int slotmoe_grouped(const float* q, int64_t t, int64_t heads, const uint8_t* cache, int64_t groups,
+                           int64_t group_bytes, int64_t rows, int64_t stride, int64_t first, int64_t z, float scale,
+                           int64_t window, const float* sinks, float* out) {
+    if (t < 1 || groups < 1 || heads < groups || heads % groups || z < 1 || rows < t || stride < latent_bytes(z, z))
+        return kBadArgument;
+    const int64_t earliest = first + rows - t + 1 - window;
+    if (first < 0 || window < 0 || (first && (!window || earliest < first))) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        attend(job, isa, t * groups, t == 1, [&](int64_t i) {
+            const int64_t group = i / t, row = rows - t + i % t, of_group = heads / groups;
+            const int64_t head = i % t * heads + group * of_group;
+            Mla m = mla_for_group(cache + group * group_bytes + row * stride, of_group, first + row, window, stride, z,
+                                  scale);
+            m.q = q + head * z, m.out = out + head * z, m.sinks = sinks ? sinks + group * of_group : nullptr;
+            return m;
+        });
         return kOk;
     });
 }
@@ -342,20 +365,17 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t la
 
     float* q_full = job.scratch<float>(kQueryFull, t * heads * width);  // in the cache's columns
     Mla* mlas = job.scratch<Mla>(kMlas, t);
-    int64_t spans = 0;
+    float* latent_out = job.scratch<float>(kLatentOut, t * heads * r);
     for (int64_t token = 0; token < t; token++) {
         const bool chosen = a.topk && positions[token] + 1 > a.topk;
         const int64_t context = chosen ? a.topk : positions[token] + 1;
         mlas[token] = mla_for(tokens.rows.at(token, layer, 0), heads, context, tokens.rows.row_bytes, r, p, a.scale);
         if (chosen) mlas[token].list = tokens.lists + token * a.topk;
-        mlas[token].q = q_full + token * heads * width;
-        spans += mla_span_count(mlas[token]);
+        mlas[token].q = q_full + token * heads * width, mlas[token].out = latent_out + token * heads * r;
     }
-    const int64_t bytes = mla_buffers(mlas[0], nullptr), thread_bytes = int64_t(isa.mla_scratch(mlas[0]));  // the same for all
+    const int64_t bytes = mla_buffers(mlas[0], nullptr);  // the same for all
     uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * t);
     for (int64_t token = 0; token < t; token++) mla_buffers(mlas[token], buffers + token * bytes);
-    uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, thread_bytes * job.threads());
-    float* latent_out = job.scratch<float>(kLatentOut, t * heads * r);
     float* values = job.scratch<float>(kValues, t * heads * v);
 
     job.parallel(t, [&](int, int64_t begin, int64_t end) {
@@ -378,22 +398,11 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t la
             isa.mla_queries(mlas[token], begin, end);
         }
     });
-    const int64_t tiles = mlas[0].tiles;
-    job.parallel(t * tiles, [&](int, int64_t begin, int64_t end) {
-        for (int64_t at = begin; at < end; at++) isa.mla_pack(mlas[at / tiles], at % tiles, at % tiles + 1);
-    });
-    job.parallel(spans, [&](int thread, int64_t begin, int64_t end) {
-        for (int64_t token = 0, first = 0; token < t && first < end; token++) {
-            const int64_t count = mla_span_count(mlas[token]);
-            const int64_t from = begin > first ? begin - first : 0, to = end - first < count ? end - first : count;
-            if (from < to) mla_spans(isa, mlas[token], from, to, scratch + thread * thread_bytes);
-            first += count;
-        }
-    });
+    attend_by_spans(job, isa, mlas, t);
     const Absorption of_values{job, isa, *a.kv_b, true, latent_out, r, t, values, v};
     job.parallel(heads, [&](int thread, int64_t begin, int64_t end) {
         for (int64_t token = 0; token < t; token++)
-            isa.mla_merge(mlas[token], begin, end, latent_out + token * heads * r);
+            isa.mla_merge(mlas[token], begin, end);
         of_values.run(thread, begin * of_values.groups, end * of_values.groups);
     });
     const Product out(job, isa, a.out, values, t, y);

@@ -40,6 +40,9 @@ struct Chunk {
     int8_t* copies;     // [kScoreRows, padded_columns]: of rows that no tile can be loaded of
     int8_t* quads;      // [16, 64, 4]: the columns being summed
     float* scales;      // [64]: the rows', of their latent columns
+    int8_t* keys;       // [4, P / 4, 16, 4]: of tiles of rows, where keys are apart
+    float* key_scales;  // [64]
+    int32_t* zeros;     // [64]: what the sums of a row's products begin at
     float* scores;      // [tiles, 64, 16]: scores, then weights
     float* largest;     // [Hp]: score
     float* correction;  // [Hp]: of what the chunks before have summed
@@ -53,6 +56,8 @@ struct Chunk {
     bool first;         // of the span
     float* out;         // [heads, Rp]: the span's sums
 };
+
+constexpr int64_t up_to_block(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
 
 // --- mixing
 
@@ -197,14 +202,14 @@ float store_query(float* q, int64_t n, uint8_t* high, uint8_t* low) {
 
 // Heads begin..end: q -> q_rows, q_scale.
 void mla_queries(const Mla& m, int64_t begin, int64_t end) {
-    const int64_t width = m.r + m.p, padded = m.tiles * kTile;
+    const int64_t width = query_columns(m), latent = width - m.p, padded = m.tiles * kTile;
     for (int64_t h = begin; h < end; h++) {
         float* q = m.q_mixed + h * width;
         uint8_t* digits = m.q_rows + h * 2 * m.k;
         memcpy(q, m.q + h * width, size_t(width) * 4);
         memset(digits, 0, size_t(2 * m.k));
-        m.q_scale[h] = m.scale * store_query(q, m.r, digits, digits + m.k);
-        m.q_scale[padded + h] = m.scale * store_query(q + m.r, m.p, digits + m.r4, digits + m.k + m.r4);
+        m.q_scale[h] = m.scale * store_query(q, latent, digits, digits + m.k);
+        m.q_scale[padded + h] = m.scale * store_query(q + latent, m.p, digits + m.r4, digits + m.k + m.r4);
     }
 }
 
@@ -212,6 +217,7 @@ void mla_queries(const Mla& m, int64_t begin, int64_t end) {
 void mla_pack(const Mla& m, int64_t begin, int64_t end) {
     const int64_t padded = m.tiles * kTile, k = m.k, r4 = m.r4, columns = padded_columns(m);
     for (int64_t lane = m.heads; lane < end * kTile; lane++) m.q_scale[lane] = m.q_scale[padded + lane] = 0.0f;
+    if (m.apart) return;  // rows are side by side, not heads
     const auto digits_of = [&](int64_t lane) { return m.q_rows + (lane < m.heads ? lane : 0) * 2 * k; };
 #ifdef SLOTMOE_AMX
     for (int64_t i = begin * columns; i < end * columns; i += kBlock) {
@@ -225,7 +231,7 @@ void mla_pack(const Mla& m, int64_t begin, int64_t end) {
                 int32_t* to = out + lane * kTile;
                 left < kBlock ? memcpy(to, from, size_t(left)) : memcpy(to, from, kBlock);
             }
-            Lanes::turn(out, kTile);
+            Lanes::turn(out, 4 * kTile, kTile, out);
             for (int64_t quad = 1; digit && quad < kTile; quad += 2) memset(out + quad * kTile, 0, 4 * kTile);
         }
     }
@@ -262,6 +268,8 @@ size_t mla_layout(const Mla& m, uint8_t* base, Chunk* chunks) {
 #ifdef SLOTMOE_AMX
     c.copies = reinterpret_cast<int8_t*>(take(kScoreRows * padded_columns(m) / 4));
 #endif
+    if (m.apart) c.keys = reinterpret_cast<int8_t*>(take(kChunkRows * up_to_block(m.p) / 4));
+    c.key_scales = take(kChunkRows), c.zeros = reinterpret_cast<int32_t*>(take(kChunkRows));
     c.quads = reinterpret_cast<int8_t*>(take(kQuads * kSumColumns));
     c.scales = take(kChunkRows), c.scores = take(padded * kChunkRows), c.largest = take(padded);
     c.correction = take(padded);
@@ -398,6 +406,82 @@ void score_chunk(const Mla& m, const uint8_t* const* rows, int64_t n, const Chun
     }
 }
 
+// --- scores where keys are apart from values: rows are side by side, since a group may have few heads
+
+// The keys of n rows, one stride apart, and what else a row holds.
+void turn_keys(const Mla& m, const uint8_t* const* rows, int64_t n, const Chunk& c) {
+    for (int64_t i = 0; i < n; i++) {
+        const Tail tail = tail_of(m, rows[i]);
+        c.scales[i] = tail.scale[0], c.zeros[i] = -kZero / kDigit * tail.sum[1];
+        c.key_scales[i] = tail.scale[1] + (tail.scale[0] - tail.scale[0]);  // NaN of a value shows in the score
+    }
+    for (int64_t i = n; i < kChunkRows; i++) c.scales[i] = 0.0f;
+    const int64_t p4 = m.k - m.r4;
+    int8_t part[kTile][kBlock];
+    for (int64_t first = 0; first < n; first += kTile)
+        for (int64_t column = 0, count = n - first < kTile ? n - first : kTile; column < p4; column += kBlock) {
+            const uint8_t* in = rows[first] + m.r4 + column;
+            const bool whole = p4 - column >= kBlock;
+            for (int64_t i = 0; i < count && !whole; i++) memcpy(part[i], in + i * m.stride, size_t(p4 - column));
+            Lanes::turn(whole ? static_cast<const void*>(in) : part, whole ? m.stride : kBlock, count,
+                        c.keys + first * up_to_block(m.p) + column * kTile);
+        }
+}
+
+// Heads by tiles of rows -> scores [heads, 64].
+template <int Heads, int Tiles>
+SLOTMOE_NOINLINE void score_rows(const Mla& m, int64_t head, int64_t tile, const Chunk& c) {
+    const int64_t p4 = m.k - m.r4, columns = up_to_block(m.p);
+    const uint8_t* q = m.q_rows + head * 2 * m.k + m.r4;
+    const int8_t* keys = c.keys + tile * kTile * columns;
+    Lanes::I dots[Heads][Tiles][2];
+    const auto quad = [&](int64_t column, bool low) {
+        Lanes::W rows[Tiles];
+#pragma GCC unroll 2
+        for (int t = 0; t < Tiles; t++) rows[t] = Lanes::load_bytes(keys + (t * columns + column) * kTile);
+#pragma GCC unroll 4
+        for (int h = 0; h < Heads; h++)
+#pragma GCC unroll 2
+            for (int digit = 0; digit < 1 + low; digit++) {
+                const auto four = Lanes::broadcast_bytes(q + (2 * h + digit) * m.k + column);
+#pragma GCC unroll 2
+                for (int t = 0; t < Tiles; t++) dots[h][t][digit] = Lanes::dot_bytes(dots[h][t][digit], four, rows[t]);
+            }
+    };
+#pragma GCC unroll 4
+    for (int h = 0; h < Heads; h++)
+#pragma GCC unroll 2
+        for (int t = 0; t < Tiles; t++) {
+            dots[h][t][0] = Lanes::add_bytes(Lanes::start(0), reinterpret_cast<uint8_t*>(c.zeros + (tile + t) * kTile));
+            dots[h][t][1] = Lanes::start(0);
+        }
+    int64_t column = 0;
+    for (; column + 8 <= p4; column += 8) quad(column, true), quad(column + 4, !Lanes::kCoarse);
+    if (column < p4) quad(column, true);
+    const auto digit = Lanes::broadcast(float(kDigit));
+#pragma GCC unroll 4
+    for (int h = 0; h < Heads; h++)
+#pragma GCC unroll 2
+        for (int t = 0; t < Tiles; t++) {
+            const auto sum = Lanes::fma(Lanes::to_float(dots[h][t][0]), digit, Lanes::to_float(dots[h][t][1]));
+            const auto scale = Lanes::mul(Lanes::load(c.key_scales + (tile + t) * kTile),
+                                          Lanes::broadcast(m.q_scale[m.tiles * kTile + head + h]));
+            Lanes::store(c.scores + (head + h) * kChunkRows + (tile + t) * kTile, Lanes::mul(sum, scale));
+        }
+}
+
+// As score_chunk, of keys that have been turned: scores [heads, 64].
+void score_keys(const Mla& m, int64_t n, const Chunk& c) {
+    constexpr int kHeads = Lanes::kTokensAtOnce, kTiles = Lanes::kTilesAtOnce;
+    for (int64_t rows = 0; rows * kTile < n; rows += kTiles) {
+        int64_t h = 0;
+        for (; h + kHeads <= m.heads; h += kHeads) score_rows<kHeads, kTiles>(m, h, rows, c);
+        for (; h < m.heads; h++) score_rows<1, kTiles>(m, h, rows, c);
+    }
+    for (int64_t h = 0; h < m.heads; h++)
+        for (int64_t i = n; i < kChunkRows; i++) c.scores[h * kChunkRows + i] = kNoScore;
+}
+
 // --- softmax, the heads of a tile side by side
 
 // e^x for -87 <= x <= 87, and for x beyond that of the nearer bound; NaN for NaN.
@@ -416,17 +500,14 @@ inline Lanes::F exp_lanes(Lanes::F x) {
     return Lanes::mul(p, Lanes::power_of_two(shifted));
 }
 
-// Scores of n rows -> weights and what goes with them; updates what they are relative to, and the sums. False if what
-// has been summed so far must be multiplied by `correction`.
-SLOTMOE_NOINLINE bool softmax_tile(const Mla& m, int64_t tile, int64_t n, bool first, const Chunk& c, float* maxima,
-                                   float* sums) {
-    float (*s)[kTile] = reinterpret_cast<float (*)[kTile]>(c.scores + tile * kChunkRows * kTile);
-    const int64_t lane = tile * kTile;
-    const auto largest = Lanes::load(c.largest + lane),
-               before = first ? Lanes::broadcast(kNoScore) : Lanes::load(maxima + lane);
+// -1 times what the scores of a tile of heads are relative to, which `maxima` keep. What has been summed before must be
+// multiplied by `correction` unless it is `steady`; the sums have been.
+inline Lanes::F refer(int64_t lane, Lanes::F largest, bool first, const Chunk& c, float* maxima, float* sums,
+                      bool& steady) {
+    const auto before = first ? Lanes::broadcast(kNoScore) : Lanes::load(maxima + lane);
     const auto limit = Lanes::add(before, Lanes::broadcast(kGrowth)), minus = Lanes::broadcast(-1.0f);
     const auto reference = Lanes::mul(Lanes::where_greater(largest, limit, largest, before), minus);
-    const bool steady = first || !Lanes::greater(largest, limit);
+    steady = first || !Lanes::greater(largest, limit);
     Lanes::store(maxima + lane, Lanes::mul(reference, minus));
     if (first) Lanes::store(sums + lane, Lanes::zero());
     if (!steady) {
@@ -434,6 +515,17 @@ SLOTMOE_NOINLINE bool softmax_tile(const Mla& m, int64_t tile, int64_t n, bool f
         Lanes::store(c.correction + lane, correction);
         Lanes::store(sums + lane, Lanes::mul(Lanes::load(sums + lane), correction));
     }
+    return reference;
+}
+
+// Scores of n rows -> weights and what goes with them; updates what they are relative to, and the sums. False if what
+// has been summed so far must be multiplied by `correction`.
+SLOTMOE_NOINLINE bool softmax_tile(const Mla& m, int64_t tile, int64_t n, bool first, const Chunk& c, float* maxima,
+                                   float* sums) {
+    float (*s)[kTile] = reinterpret_cast<float (*)[kTile]>(c.scores + tile * kChunkRows * kTile);
+    const int64_t lane = tile * kTile;
+    bool steady;
+    const auto reference = refer(lane, Lanes::load(c.largest + lane), first, c, maxima, sums, steady);
     auto sum = Lanes::zero(), top = Lanes::zero(), next = Lanes::zero(), row = Lanes::zero();
     for (int64_t i = 0; i < n; i++) {
         const auto p = exp_lanes(Lanes::add(Lanes::load(s[i]), reference)),
@@ -464,6 +556,71 @@ SLOTMOE_NOINLINE bool softmax_tile(const Mla& m, int64_t tile, int64_t n, bool f
     for (int64_t i = 0; i < n; i += 4, bytes += kTile)
         for (int h = 0; h < kTile; h++)
             bytes[h] = int32_t(byte(i, h) + (byte(i + 1, h) << 8) + (byte(i + 2, h) << 16) + (byte(i + 3, h) << 24));
+    return steady;
+}
+
+// The same of scores [heads, 64]: a head's are side by side. A head's weights are 64 bytes.
+SLOTMOE_NOINLINE bool softmax_heads(const Mla& m, int64_t tile, bool first, const Chunk& c, float* maxima,
+                                    float* sums) {
+    constexpr int kVectors = kChunkRows / kTile, kShift = Lanes::kMostWeight > 127 ? 128 : 0;
+    const int64_t lane = tile * kTile, heads = m.heads - lane < kTile ? m.heads - lane : kTile;
+    float (*s)[kChunkRows] = reinterpret_cast<float (*)[kChunkRows]>(c.scores + lane * kChunkRows);
+    F tops[kTile], nexts[kTile], totals[kTile];
+    alignas(64) float largest[kTile], reference[kTile], total[kTile], next[kTile];
+    for (int h = 0; h < kTile; h++) tops[h] = nexts[h] = totals[h] = Lanes::zero();
+    for (int64_t h = 0; h < heads; h++) {
+        tops[h] = Lanes::load(s[h]);
+        for (int i = 1; i < kVectors; i++) tops[h] = Lanes::max(Lanes::load(s[h] + i * kTile), tops[h]);
+    }
+    Lanes::max_lanes(tops, largest);
+    bool steady;
+    Lanes::store(reference, refer(lane, Lanes::load(largest), first, c, maxima, sums, steady));
+    for (int64_t h = 0; h < heads; h++) {
+        auto sum = Lanes::zero(), top = Lanes::zero(), second = Lanes::zero();
+        const auto minus = Lanes::broadcast(reference[h]);
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; i++) {
+            const auto p = exp_lanes(Lanes::add(Lanes::load(s[h] + i * kTile), minus)),
+                       w = Lanes::mul(p, Lanes::load(c.scales + i * kTile));
+            Lanes::store(s[h] + i * kTile, w);
+            sum = Lanes::add(sum, p);
+            second = Lanes::max(Lanes::min(w, top), second);
+            top = Lanes::max(w, top);
+        }
+        tops[h] = top, nexts[h] = second, totals[h] = sum;
+    }
+    Lanes::max_lanes(tops, largest), Lanes::sum_lanes(totals, total);
+    Lanes::store(sums + lane, Lanes::add(Lanes::load(sums + lane), Lanes::load(total)));
+    for (int64_t h = 0; h < heads; h++) {  // the largest but for the one lane that has the largest
+        const auto top = Lanes::broadcast(largest[h]);
+        const uint32_t below = Lanes::greater(top, tops[h]), at_top = ~below & 0xffff;
+        if (at_top & (at_top - 1)) nexts[h] = top;
+        nexts[h] = Lanes::where_greater(top, tops[h], tops[h], nexts[h]);
+    }
+    Lanes::max_lanes(nexts, next);
+    c.alone[tile] = 0;
+    for (int64_t h = 0; h < heads; h++) {
+        const float bytes_to = next[h] * Lanes::kAlone;
+        float most = largest[h];
+        if (most > bytes_to) {
+            uint64_t row = 0;
+            for (int i = 0; i < kVectors; i++)
+                row |= uint64_t(Lanes::greater(Lanes::load(s[h] + i * kTile), Lanes::broadcast(bytes_to))) << i * kTile;
+            c.top_row[lane + h] = int32_t(__builtin_ctzll(row)), c.top[lane + h] = most, c.alone[tile] |= 1u << h;
+            s[h][c.top_row[lane + h]] = 0.0f;
+            most = next[h];
+        }
+        most = most > 1e-30f ? most : 1e-30f;
+        c.step[lane + h] = most * (1.0f / float(Lanes::kMostWeight));
+        const auto inverse = Lanes::broadcast(float(Lanes::kMostWeight) / most),
+                   shift = Lanes::broadcast(12582912.0f), back = Lanes::broadcast(-12582912.0f - kShift);
+        uint64_t bytes[kQuads / 2];
+        for (int i = 0; i < kVectors; i++)
+            Lanes::store_int8(reinterpret_cast<int8_t*>(bytes) + i * kTile,
+                              Lanes::add(Lanes::fma(Lanes::load(s[h] + i * kTile), inverse, shift), back));
+        for (uint64_t& eight : bytes) eight ^= uint64_t(kShift) * 0x0101010101010101;
+        memcpy(c.weights + (lane + h) * kQuads, bytes, sizeof bytes);
+    }
     return steady;
 }
 
@@ -518,27 +675,28 @@ inline void value_tiles(const int32_t* weights, const int8_t* quads, Lanes::I (*
 #else
 
 // Four rows' bytes times the weights of H heads.
-template <int H>
+template <int H, int64_t OfHead>
 inline void value_quad(const int32_t* weights, const int8_t* rows, Lanes::I (*dots)[4]) {
     Lanes::W values[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) values[j] = Lanes::load_bytes(rows + 64 * j);
 #pragma GCC unroll 4
     for (int i = 0; i < H; i++) {
-        const auto weight = Lanes::broadcast_bytes(weights + i);
+        const auto weight = Lanes::broadcast_bytes(weights + i * OfHead);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) dots[i][j] = Lanes::dot_bytes(dots[i][j], weight, values[j]);
     }
 }
 
 // 64 columns of H heads' sums += weights x rows.
-template <int H>
+template <int H, bool Apart>
 SLOTMOE_NOINLINE void value_block(const Mla& m, int64_t h, int64_t column, const Chunk& c) {
     const int64_t quads = (c.n + 3) / 4, padded = m.r_padded;
     const bool first = c.first;
     const float* step = c.step + h;
     float* out = c.out + h * padded + column;
-    const int32_t* weights = c.weights + h / kTile * kQuads * kTile + h % kTile;
+    constexpr int64_t kOfHead = Apart ? kQuads : 1, kOfQuad = Apart ? 1 : kTile;
+    const int32_t* weights = c.weights + (Apart ? h * kQuads : h / kTile * kQuads * kTile + h % kTile);
     Lanes::I dots[H][4];
 #pragma GCC unroll 4
     for (int i = 0; i < H; i++)
@@ -549,8 +707,9 @@ SLOTMOE_NOINLINE void value_block(const Mla& m, int64_t h, int64_t column, const
     for (; quad + 4 <= quads; quad += 4)
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++)
-            value_quad<H>(weights + (quad + i) * kTile, rows + (quad + i) * 4 * kSumColumns, dots);
-    for (; quad < quads; quad++) value_quad<H>(weights + quad * kTile, rows + quad * 4 * kSumColumns, dots);
+            value_quad<H, kOfHead>(weights + (quad + i) * kOfQuad, rows + (quad + i) * 4 * kSumColumns, dots);
+    for (; quad < quads; quad++)
+        value_quad<H, kOfHead>(weights + quad * kOfQuad, rows + quad * 4 * kSumColumns, dots);
 #pragma GCC unroll 4
     for (int i = 0; i < H; i++) add_dots(dots[i], step[i], first, out + i * padded);
 }
@@ -576,7 +735,13 @@ void sum_values(const Mla* m, int64_t queries, const Chunk* chunks, const uint8_
     const int64_t a_head = count * bytes * kSumColumns / (padded * heads * queries);
     const bool near = any.near;
     int64_t row = 0, byte = 0;
+    const uint8_t *ahead = next[0], *behind = ahead + count * any.stride;
     const auto come_nearer = [&](int64_t some) {  // while so many heads' sums of 64 columns are made
+        if (any.apart) {
+            for (int64_t i = 0; i < a_head * some + 64 && ahead < behind; i += 64, ahead += 64)
+                Lanes::prefetch_to_l2(ahead);
+            return;
+        }
         for (int64_t i = 0; i < a_head * some + 64 && row < count; i += 64) {
             near ? Lanes::prefetch(next[row] + byte) : Lanes::prefetch_to_l2(next[row] + byte);
             byte += 64;
@@ -588,9 +753,10 @@ void sum_values(const Mla* m, int64_t queries, const Chunk* chunks, const uint8_
 #ifdef SLOTMOE_AMX
     const int64_t tiles = any.tiles, a_column = tiles * (queries - begin), steps = padded / kSumColumns * a_column;
     Lanes::I dots[2][kTile][4];
-    for (int64_t i = begin; i < queries; i++)
+    for (int64_t i = begin; i < queries && !any.apart; i++)
         for (int64_t tile = 0; tile < tiles; tile++)
-            Lanes::turn(chunks[i].weights + tile * kQuads * kTile, (chunks[i].n + 3) / 4);
+            Lanes::turn(chunks[i].weights + tile * kQuads * kTile, 4 * kTile, (chunks[i].n + 3) / 4,
+                        chunks[i].weights + tile * kQuads * kTile);
     for (int64_t step = 0; step <= steps; step++) {  // tiles multiply while the step before is added
         if (step < steps) {
             const Chunk& c = chunks[begin + step % a_column / tiles];
@@ -610,8 +776,10 @@ void sum_values(const Mla* m, int64_t queries, const Chunk* chunks, const uint8_
         load_quads(any, rows, n, column, chunks[0].quads);
         for (int64_t i = begin; i < queries; i++) {
             int64_t h = 0;
-            for (; h + kHeads <= heads; h += kHeads) come_nearer(kHeads), value_block<kHeads>(m[i], h, column, chunks[i]);
-            for (; h < heads; h++) value_block<1>(m[i], h, column, chunks[i]);
+            const auto block = any.apart ? value_block<kHeads, true> : value_block<kHeads, false>;
+            const auto one = any.apart ? value_block<1, true> : value_block<1, false>;
+            for (; h + kHeads <= heads; h += kHeads) come_nearer(kHeads), block(m[i], h, column, chunks[i]);
+            for (; h < heads; h++) one(m[i], h, column, chunks[i]);
         }
     }
 #endif
@@ -633,15 +801,17 @@ void weigh(const Mla& m, int64_t chunk, const uint8_t* const* rows, Chunk& c) {
     c.out = m.span_out + span * floats;
     if (c.n == 0) return;
     const uint8_t* own[kChunkRows];
-    if (c.n < kChunkRows) chunk_rows(m, chunk * kChunkRows, own), rows = own;
+    if (c.n < kChunkRows && !m.apart) chunk_rows(m, chunk * kChunkRows, own), rows = own;
     // Another core may have been the last to read the next span's sums; getting them back for writing takes long.
     const bool last = (span + 1) * m.span_chunks * kChunkRows >= m.context;
     for (int64_t i = floats * place / m.span_chunks; !last && i < floats * (place + 1) / m.span_chunks; i += 16)
         Lanes::prefetch_write(c.out + floats + i);
-    score_chunk(m, rows, c.n, c);
+    m.apart ? score_keys(m, c.n, c) : score_chunk(m, rows, c.n, c);
     float *maxima = m.span_max + span * padded, *sums = m.span_sum + span * padded;
     for (int64_t tile = 0; tile < m.tiles; tile++)
-        if (!softmax_tile(m, tile, c.n, c.first, c, maxima, sums)) scale_down(m, tile, c, c.out);
+        if (!(m.apart ? softmax_heads(m, tile, c.first, c, maxima, sums)
+                      : softmax_tile(m, tile, c.n, c.first, c, maxima, sums)))
+            scale_down(m, tile, c, c.out);
 }
 
 void mla_chunks(const Mla* m, int64_t queries, int64_t begin, int64_t end, uint8_t* scratch) {
@@ -656,14 +826,16 @@ void mla_chunks(const Mla* m, int64_t queries, int64_t begin, int64_t end, uint8
     chunk_rows(longest, begin * kChunkRows, both[begin % 2]);
     for (int64_t chunk = begin; chunk < end; chunk++) {
         const uint8_t **rows = both[chunk % 2], **next = both[(chunk + 1) % 2];
+        const int64_t rest = longest.context - chunk * kChunkRows, n = rest < kChunkRows ? rest : kChunkRows;
+        if (longest.apart) turn_keys(longest, rows, n, chunks[0]);
         for (int64_t i = 0; i < queries; i++) weigh(m[i], chunk, rows, chunks[i]);
-        const int64_t n = chunks[queries - 1].n, left = longest.context - chunk * kChunkRows - n;
+        const int64_t left = rest - n;
         chunk_rows(longest, (chunk + 1) * kChunkRows, next);
         sum_values(m, queries, chunks, rows, n, next, left < kChunkRows ? left : kChunkRows);
     }
 }
 
-void mla_merge(const Mla& m, int64_t begin, int64_t end, float* out) {
+void mla_merge(const Mla& m, int64_t begin, int64_t end) {
     const int64_t chunks = (m.context + kChunkRows - 1) / kChunkRows,
                   spans = (chunks + m.span_chunks - 1) / m.span_chunks;
     const int64_t padded = m.tiles * kTile;
@@ -673,7 +845,7 @@ void mla_merge(const Mla& m, int64_t begin, int64_t end, float* out) {
         for (int64_t s = 0; s < spans; s++)
             sum += m.span_sum[s * padded + h] * exp_float(m.span_max[s * padded + h] - top);
         if (m.sinks) sum += exp_float(m.sinks[h] - top);
-        float *y = out + h * m.r, *in = m.span_out + h * m.r_padded;
+        float *y = m.out + h * m.r, *in = m.span_out + h * m.r_padded;
         if (spans == 0) memset(y, 0, size_t(m.r) * 4);
         for (int64_t s = 0; s < spans; s++, in += m.heads * m.r_padded) {
             const float weight = exp_float(m.span_max[s * padded + h] - top) / sum;

@@ -128,7 +128,7 @@ void compressed_attention(Job& job, const Isa& isa, const Compressed& a, int64_t
     const int64_t length = a.window + (topk && topk < longest ? topk : longest);
     int32_t* lists = job.scratch<int32_t>(kLists, t * length);
     float* out = job.scratch<float>(kLatentOut, t * heads * z);
-    attend(job, isa, t, [&](int64_t token) {
+    attend(job, isa, t, t == 1, [&](int64_t token) {
         const int64_t position = tokens.positions[token], first = tokens.rows.first[token];
         const int64_t seen = position + 1 < a.window ? position + 1 : a.window;
         const bool some = topk && counts[token] > topk;
@@ -138,13 +138,13 @@ void compressed_attention(Job& job, const Isa& isa, const Compressed& a, int64_t
         const int32_t behind = int32_t(position + 1 - first);
         for (int64_t i = 0; i < others; i++) list[seen + i] = behind + (some ? chosen[token * topk + i] : int32_t(i));
         Mla m = mla_for(tokens.rows.at(token, layer, first), heads, seen + others, tokens.rows.row_bytes, z, 0, a.scale);
-        m.q = q + token * heads * z, m.list = list, m.split = behind, m.sinks = a.sinks;
+        m.q = q + token * heads * z, m.out = out + token * heads * z, m.list = list, m.split = behind, m.sinks = a.sinks;
         if (others) {
             const Store& rows = tokens.groups[a.compressor->group].rows;
             m.others = rows.at(token, a.compressor->layer, 0), m.others_stride = rows.row_bytes;
         }
         return m;
-    }, out);
+    });
     job.parallel(t * heads, [&](int, int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++)
             rotate(out + i * z + z - p, table + i / heads * p, p / 2, false, out + i * z + z - p, true);

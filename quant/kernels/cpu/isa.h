@@ -76,7 +76,7 @@ struct Int8Matrix {
 };
 
 struct Mla {
-    const float* q;        // [heads, R + P]
+    const float* q;        // [heads, query_columns]
     const uint8_t* cache;  // rows, `stride` bytes apart; see attention.h
     int64_t heads, context, stride, r, p;
     const int32_t* list;   // [context]: the rows in their order, or null: the first ones
@@ -84,6 +84,7 @@ struct Mla {
     const uint8_t* others;
     int64_t others_stride;
     const float* sinks;    // [heads]: a logit that has no value; or null
+    bool apart;            // keys are the last P columns alone, and q is [heads, P]: attention by groups
     float scale;
     int64_t span_chunks;  // chunks of kChunkRows rows in one span
     int64_t tiles;        // of 16 heads
@@ -92,7 +93,7 @@ struct Mla {
     bool near;            // a chunk's rows fit the first-level cache
     int64_t shared;       // queries that go through chunks together at most
     // Filled by mla_queries and, the last, by mla_pack
-    float* q_mixed;     // [heads, R + P]
+    float* q_mixed;     // [heads, query_columns]
     uint8_t* q_rows;    // [heads, 2 digits, k]
     float* q_scale;     // [2, tiles * 16]: of the latent columns and of the rope columns, times `scale`
     uint8_t* q_digits;  // [tiles, padded_columns * 32]: [k / 4, 2 digits or 1, 16 heads, 4 columns]; with AMX [blocks of
@@ -101,8 +102,10 @@ struct Mla {
     float* span_max;  // [spans, tiles * 16]
     float* span_sum;  // [spans, tiles * 16]
     float* span_out;  // [spans, heads, r_padded]
+    float* out;       // [heads, R]
 };
 
+constexpr int64_t query_columns(const Mla& m) { return m.apart ? m.p : m.r + m.p; }
 // Of a row whose parts are padded to 64 each.
 constexpr int64_t padded_columns(const Mla& m) { return m.r_padded + (m.k - m.r4 + kBlock - 1) / kBlock * kBlock; }
 
@@ -183,7 +186,7 @@ struct Isa {
     // Chunks begin..end, of those that the last of m.shared or fewer queries has. Several are over the first rows of
     // one cache, none over fewer than the one before.
     void (*mla_chunks)(const Mla* m, int64_t queries, int64_t begin, int64_t end, uint8_t* scratch);
-    void (*mla_merge)(const Mla& m, int64_t begin, int64_t end, float* out);        // heads begin..end
+    void (*mla_merge)(const Mla& m, int64_t begin, int64_t end);                   // heads begin..end
     size_t (*mla_scratch)(const Mla& m);
     // scores [context]: each row's of chunks begin..end, summed over the heads; see attention.h.
     void (*index_scores)(const Mla& m, const float* weights, int64_t begin, int64_t end, uint8_t* scratch,

@@ -58,6 +58,8 @@ SIGNATURES = {
     "mla": "q:f32[T,A,W] T A cache:pointer C stride:size R P scale:float >y:f32[T,A,R]",
     "attend": "q:f32[T,A,W] T A cache:pointer C stride:size others:pointer D others_stride:size"
     " lists:i32[T,N] N R P scale:float sinks?:f32[A] >y:f32[T,A,R]",
+    "grouped": "q:f32[T,A,Z] T A cache:pointer G group_bytes:size S stride:size first:size Z"
+    " scale:float window:size sinks?:f32[A] >y:f32[T,A,Z]",
     "index": "q:f32[T,A,R] weights:f32[T,A] T A R keys:pointer S stride:size counts:i32[T] K"
     " >y:i32[T,K]",
     # M residual streams of DeepSeek-V4, L = (2 + M) M: what goes into a block, with the factors of
