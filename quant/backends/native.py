@@ -306,7 +306,8 @@ class NativeBackend(TorchBackend):
         window: int,
         sinks_H: Tensor | None,
     ) -> Tensor:
-        raise NotImplementedError("rows of 8 bits")
+        given = q_THZ.contiguous(), rows_GSX, first, scale, window, sinks_H
+        return self._native.grouped(*given)
 
     def index(
         self, q_TJA: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int

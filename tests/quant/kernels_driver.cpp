@@ -43,6 +43,8 @@ int slotmoe_mla(const float*, int64_t, int64_t, const uint8_t*, int64_t, int64_t
 int slotmoe_attend(const float*, int64_t, int64_t, const uint8_t*, int64_t, int64_t, const uint8_t*,
                    int64_t, int64_t, const int32_t*, int64_t, int64_t, int64_t, float, const float*,
                    float*);
+int slotmoe_grouped(const float*, int64_t, int64_t, const uint8_t*, int64_t, int64_t, int64_t,
+                    int64_t, int64_t, int64_t, float, int64_t, const float*, float*);
 int slotmoe_index(const float*, const float*, int64_t, int64_t, int64_t, const uint8_t*, int64_t,
                   int64_t, const int32_t*, int64_t, int32_t*);
 int slotmoe_hyper_in(const float*, const float*, const float*, const float*, int64_t, int64_t,
@@ -442,6 +444,22 @@ static void experts(int64_t t, int64_t k, int64_t h, int64_t i) {
     }
 }
 
+// Two groups with so many heads each, over all rows and over windows that begin with the first.
+static void grouped(int64_t heads, int64_t rows, int64_t z, int64_t extra, float size_of_rows) {
+    const int64_t size = latent_bytes(z, z), stride = size + extra, apart = rows * stride;
+    Array<uint8_t> cache(apart + (rows - 1) * stride + size);
+    Floats both(rows * 2 * z, size_of_rows), q(3 * 2 * heads * z), sinks(2 * heads);
+    for (int64_t group = 0; group < 2; group++)
+        check(slotmoe_store_latents(both, rows, z, z, cache + group * apart, stride));
+    for (int64_t t : {int64_t(1), rows < 3 ? rows : 3}) {
+        Floats out(t * 2 * heads * z);
+        check(slotmoe_grouped(q, t, 2 * heads, cache, 2, apart, rows, stride, 0, z, 0.1f, 0, nullptr,
+                              out));
+        check(slotmoe_grouped(q, t, 2 * heads, cache, 2, apart, rows, stride, 7, z, 0.1f,
+                              rows - t + 1, sinks, out));
+    }
+}
+
 static void attention(int64_t heads, int64_t context, int64_t r, int64_t p, int64_t extra,
                       float size_of_rows = 1) {
     Floats q(heads * (r + p)), out(heads * r);
@@ -453,6 +471,7 @@ static void attention(int64_t heads, int64_t context, int64_t r, int64_t p, int6
     const int64_t several = context < 5 ? context : 5;
     Floats many(several * heads * (r + p)), outs(several * heads * r);
     check(slotmoe_mla(many, several, heads, cache, context, stride, r, p, 0.01f, outs));
+    grouped(heads, context, r, extra, size_of_rows);
 }
 
 // Lists of `length` of so many rows in two places, and the indexer's.

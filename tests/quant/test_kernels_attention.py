@@ -87,6 +87,58 @@ def test_attend(kernels, tokens, heads, longest, r, p, seed):
     assert not got[torch.from_numpy(lengths == 0)].any()
 
 
+@quick
+@given(
+    st.integers(1, 5), one_of(1, 2, 3), st.integers(1, 20), one_of(0, 63, 64, 300, 1100),
+    one_of(4, 30, 64, 80, 128), one_of(0, 1, 7, 64, 100), st.booleans(), seeds,
+)  # fmt: skip
+def test_grouped(kernels, tokens, groups, heads, before, z, window, sunk, seed):
+    """Rows before the first window are not there, and a row's neighbours are poison."""
+    rng, scale, first = np.random.default_rng(seed), 2 / math.sqrt(z), 0
+    rows = rng.standard_normal((groups, before + tokens, 2 * z))
+    rows[0, -1] = rows[0, 0] * 30  # which outweighs others
+    if window:
+        first = max(0, before + 1 - window)
+    q, sinks = rng.standard_normal((tokens, groups * heads, z)), rng.standard_normal(groups * heads)
+    cache = latent_cache(kernels, rows[:, first:].reshape(-1, 2 * z), z, 5)
+    given = (
+        cache.unflatten(0, (groups, -1)),
+        first,
+        scale,
+        window,
+        torch_of(sinks) if sunk else None,
+    )
+    got = kernels.grouped(torch_of(q), *given).numpy().reshape(tokens, groups, heads, z)
+    padded = np.pad(q, ((0, 0), (0, 0), (z, 0))).reshape(tokens, groups, heads, 2 * z)
+    for token, group in np.ndindex(tokens, groups):
+        end = before + token + 1
+        seen = rows[group, max(0, end - window) if window else 0 : end]
+        own = sinks.reshape(groups, heads)[group] if sunk else None
+        want = attention(padded[token, group], seen, z, scale, own)
+        bound = 16 * steps(z) * np.abs(seen[:, :z]).max()
+        assert np.abs(got[token, group] - want).max() <= bound
+
+
+def test_grouped_shows_nan_and_refuses(kernels):
+    rows, q = np.random.default_rng(3).standard_normal((200, 64)), torch.randn(1, 6, 32)
+    whole = latent_cache(kernels, rows, 32).view(2, 100, -1)
+    assert kernels.grouped(q, whole, 0, 0.1).isfinite().all()
+    for column, bad in ((3, np.nan), (40, np.inf)):
+        damaged = rows.copy()
+        damaged[70, column] = bad
+        cache = latent_cache(kernels, damaged, 32).view(2, 100, -1)
+        lost = kernels.grouped(q, cache, 0, 0.1)[0].isnan()
+        assert lost[:3].all() and not lost[3:].any()
+        assert kernels.grouped(q, cache, 0, 0.1, 29).isfinite().all()
+    for values in (
+        *((q[:, :5], whole, 0, 0), (q, whole, 5, 0), (q, whole, -1, 9), (q, whole[:, :0], 0, 0)),
+        *((q[..., :28], whole, 0, 0), (q.double(), whole, 0, 0), (q, whole[:, 50:], 50, 51)),
+    ):
+        queries, held, start, window = values
+        with pytest.raises((ValueError, AssertionError)):
+            kernels.grouped(queries.contiguous(), held, start, 0.1, window)
+
+
 @pytest.mark.parametrize(("r", "p"), [(64, 8), (512, 0), (30, 6)])
 def test_attend_to_all_rows_is_mla(kernels, r, p):
     rng = np.random.default_rng(5)

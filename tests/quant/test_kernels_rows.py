@@ -102,7 +102,8 @@ def absorbed(kernels, rng, t):
 
 
 def attention(kernels, rng, t):
-    """Over the cache, over lists, and the choice of an indexer; whatever stands behind a list."""
+    """Over the cache, over lists, by groups, and the choice of an indexer; whatever stands behind a
+    list."""
     rows_SW = rng.standard_normal((280 + t, 72))
     cache, keys = latent_cache(kernels, rows_SW, 64), latent_cache(kernels, rows_SW[:, :64], 64)
     q, weights = torch_of(rng.standard_normal((t, 17, 72))), torch_of(rng.standard_normal((t, 17)))
@@ -110,12 +111,16 @@ def attention(kernels, rng, t):
     lists[np.arange(300) >= rng.integers(0, 301, t)[:, None]] = -1
     lists, counts = torch.from_numpy(lists).int(), torch.from_numpy(counts).int()
     sinks, q_index = torch_of(rng.standard_normal(17)), q[..., :64].contiguous()
+    pairs = latent_cache(kernels, rng.standard_normal((17 * (280 + t), 144)), 72, 8)
+    pairs = pairs.unflatten(0, (17, -1))
 
     def run(rows):
         listed = ListedRows(cache[:170], cache[170:], lists[rows], sinks)
         return [
             kernels.mla(q[rows], cache, 280 + rows.stop, 64, 0.1),
             kernels.attend(q[rows], listed, 64, 0.1),
+            kernels.grouped(q[rows], pairs[:1, : 280 + rows.stop], 0, 0.1, 0, sinks),
+            kernels.grouped(q[rows], pairs[:, 180 : 280 + rows.stop], 180, 0.1, 100),
             kernels.index(q_index[rows], weights[rows], keys, counts[rows], 100),
         ]
 

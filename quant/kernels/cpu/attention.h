@@ -613,11 +613,13 @@ SLOTMOE_NOINLINE bool softmax_heads(const Mla& m, int64_t tile, bool first, cons
         most = most > 1e-30f ? most : 1e-30f;
         c.step[lane + h] = most * (1.0f / float(Lanes::kMostWeight));
         const auto inverse = Lanes::broadcast(float(Lanes::kMostWeight) / most),
-                   shift = Lanes::broadcast(12582912.0f), back = Lanes::broadcast(-12582912.0f - kShift);
+                   shift = Lanes::broadcast(12582912.0f), back = Lanes::broadcast(-12582912.0f - kShift),
+                   least = Lanes::broadcast(-float(kShift));  // of NaN too
         uint64_t bytes[kQuads / 2];
-        for (int i = 0; i < kVectors; i++)
-            Lanes::store_int8(reinterpret_cast<int8_t*>(bytes) + i * kTile,
-                              Lanes::add(Lanes::fma(Lanes::load(s[h] + i * kTile), inverse, shift), back));
+        for (int i = 0; i < kVectors; i++) {
+            const auto rounded = Lanes::fma(Lanes::load(s[h] + i * kTile), inverse, shift);
+            Lanes::store_int8(reinterpret_cast<int8_t*>(bytes) + i * kTile, Lanes::max(Lanes::add(rounded, back), least));
+        }
         for (uint64_t& eight : bytes) eight ^= uint64_t(kShift) * 0x0101010101010101;
         memcpy(c.weights + (lane + h) * kQuads, bytes, sizeof bytes);
     }

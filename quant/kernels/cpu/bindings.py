@@ -166,6 +166,24 @@ class Kernels:
         sizes = {"C": len(rows), "D": len(others), "R": latent, "P": p}
         return self._functions["attend"](*values, lists, scale, sinks, **sizes)
 
+    def grouped(
+        self,
+        q: Tensor,
+        rows: Tensor,
+        first: int,
+        scale: float,
+        window: int = 0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Attention by groups: q float32 [T, A, Z] of the last T positions -> float32 [T, A, Z], A
+        / G heads over each group's rows of values and keys, [G, S, latent_bytes(Z, Z)] of
+        `store_latents`, of positions from `first` on.  A token sees those up to its own, or the
+        last `window` of them; `sinks` [A] are scores of a row without a value."""
+        G, S, _ = rows.shape
+        group, row, _ = layer_rows([rows], G, latent_bytes(q.shape[-1], q.shape[-1]))
+        values = q, rows.data_ptr(), group, row, first, scale, window, sinks
+        return self._functions["grouped"](*values, G=G, S=S)
+
     def index(self, q: Tensor, weights: Tensor, keys: Tensor, counts: Tensor, k: int) -> Tensor:
         """The lightning indexer: of the first counts[t] keys, int32 [T], those k that score best,
         ascending, then -1: int32 [T, k].  A score is the sum over the heads of weights[t] float32
