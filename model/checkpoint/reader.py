@@ -127,7 +127,10 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
     def stamps(self) -> dict[str, str]:
         """What tells without reading whether a file is still the same, by file."""
         states = {file: os.fstat(handle) for file, handle in sorted(self._files.items())}
-        return {file: f"inode {s.st_ino}, time {s.st_mtime_ns}" for file, s in states.items()}
+        return {
+            file: f"inode {state.st_ino}, times {state.st_mtime_ns} {state.st_ctime_ns}"
+            for file, state in states.items()
+        }
 
     def rows(self, name: str, start: int, stop: int, seen: Seen | None = None) -> torch.Tensor:
         """Rows ``start`` to ``stop`` of tensor ``name``, in its dtype of ``infos``; ``seen`` notes

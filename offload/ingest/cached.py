@@ -62,7 +62,9 @@ def cached_export(
         size = format_size(export_bytes(config, sizes))
         free = format_size(shutil.disk_usage(cache).free)
         notify(f"{source} is quantized once, into {destination}: {size} of {free} that are free")
-        quantize(source, destination, wait_for_lock=True, progress=progress or ignore)
+        making = progress or ignore
+        # What a copy of the folder left unfinished is begun anew.
+        quantize(source, destination, overwrite=True, wait_for_lock=True, progress=making)
     mark_used(destination)
     return destination
 
@@ -178,7 +180,7 @@ def quantize_from_hub(
             if not begun and not any((download / "weights").glob("*")):
                 _clear(download)
             if is_noted and isinstance(problem, (CheckpointError, DownloadError)):
-                advice = "if it stays so, pass --overwrite to ask the hub anew"
+                advice = "if it stays so, slotmoe quantize --overwrite asks the hub anew"
                 raise type(problem)(f"{problem}; {advice}") from None
             raise
         if kept is not None:  # with the small files it is a checkpoint

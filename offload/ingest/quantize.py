@@ -110,9 +110,9 @@ def quantize(
                 damaged = damaged_files(destination, existing, checking)
                 return job.repair(destination, existing, damaged)
             # A run that was killed before the last rename has left a whole export.
-            manifest = None if overwrite else export_of(checkpoint, mode, codecs, folder)
-            if manifest is not None:
-                job.compare(folder, manifest["source"], checking)
+            manifest = export_of(checkpoint, mode, codecs, folder)
+            if manifest is not None and manifest["source"].get("stamps") != job.stamps():
+                manifest = None
             if manifest is None or damaged_files(folder, manifest, checking):
                 job.load_state(overwrite)
                 manifest = job.run()

@@ -13,6 +13,7 @@ import pytest
 from slotmoe.offload import model_cache
 from slotmoe.offload.ingest import cached
 from slotmoe.offload.ingest.cached import cached_export
+from tests.support.disk import Stop, stop_at
 from tests.support.tiny import write_checkpoint
 
 
@@ -56,8 +57,11 @@ def test_a_folder_that_moved_or_was_touched_is_not_quantized_again(
         patch.setattr(cached, "content_key", None)
         assert cached_export(source, tmp_path / "cache") == export
     shutil.rmtree(export)
+    with pytest.raises(Stop):
+        cached_export(source, tmp_path / "cache", progress=stop_at(0.9))
+    source = shutil.copytree(source, tmp_path / "disk" / "copy")  # begins anew what was stopped
     assert (cached_export(source, tmp_path / "cache") / "slotmoe.json").is_file()
-    assert len(made) == 2
+    assert len(made) == 3
 
 
 def test_one_other_byte_makes_another_export(source, made, tmp_path):

@@ -212,10 +212,10 @@ def test_synth_removes_no_stopped_work_unasked(source, slotmoe, tmp_path):
 
 
 def change(path):
-    """One bit of a weight file, and its time, however coarse the system's clock is."""
+    """One bit of a weight file, which keeps the time of its last change."""
     state = path.stat()
     flip(path, state.st_size - 1)
-    os.utime(path, ns=(0, state.st_mtime_ns + 1))
+    os.utime(path, ns=(0, state.st_mtime_ns))
 
 
 def test_other_weights_of_the_same_shapes_are_neither_taken_for_these_nor_mixed_with_them(
