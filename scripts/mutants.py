@@ -36,8 +36,14 @@ AREAS = {
         "offload/experts/s*.py",
         "offload/states offload/misses offload/sharing offload/same_bits offload/gpu_faults",
     ),
-    "sessions": ("offload/sessions/*.py", "offload/sessions offload/saves offload/durable"),
-    "state": ("slotmoe/state.py", "offload/plan offload/sequences offload/kinds offload/sessions"),
+    "sessions": (
+        "offload/sessions/*.py",
+        "offload/sessions offload/saves offload/durable offload/sequences",
+    ),
+    "state": (
+        "slotmoe/state.py",
+        "offload/plan offload/sequences offload/kinds offload/sessions model/families",
+    ),
     "codecs": (
         "quant/codecs/*.py",
         "quant/codecs quant/encode quant/ops offload/codecs offload/encoded",

@@ -10,6 +10,7 @@ import pytest
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.attention import new_state
 from slotmoe.model.config import parse_config, read_config
+from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.kept import kv_bytes, mark_bytes
 from slotmoe.offload.plan.memory import make_plan, sizes_of, waiting_bytes
@@ -241,6 +242,7 @@ def test_predictions(name, size, options, setting, prefill, decode):
     found = on.predict(plan.context - 100, 100)
     assert found.prefill_tokens_per_second == pytest.approx(prefill, rel=1e-4)
     assert found.decode_tokens_per_second == pytest.approx(decode, rel=1e-4)
+    assert memory.predicted_components(plan, 1 << 20, 0) == memory.by_name(plan)
 
 
 def test_bandwidths_are_kept_for_later_plans(tmp_path):
