@@ -92,13 +92,11 @@ def test_a_hessian_that_is_none_is_refused(value):
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
 def test_learned_levels_cost_less_on_what_they_are_learned_of(codec):
-    generator = torch.Generator().manual_seed(0)
-    weight, given, errors = torch.randn(64, 256, generator=generator) ** 3, levels_tensor(codec), []
+    weight, given, errors = correlated(64, 256)[0] ** 3, levels_tensor(codec), []
     learned = encode.learn_levels([weight, 1e3 * weight.flip(0)], given, 32)
     for levels in (given, learned):
         scales = encode.fit_scales(weight, torch.ones(256), levels, 32)
         codes = encode.assign(weight, scales, levels, 32)
-        made = levels[codes.int()] * scales.repeat_interleave(32, 1)
-        errors.append((made - weight).square().sum())
+        errors.append((levels[codes.int()] * scales.repeat_interleave(32, 1) - weight).norm())
     assert learned.equal(learned.round()) and learned.abs().max() == 127
-    assert errors[1] < 0.8 * errors[0], errors
+    assert errors[1] < 0.9 * errors[0], errors
