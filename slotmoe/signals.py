@@ -9,6 +9,8 @@ import atexit
 import os
 import signal
 import sys
+import time
+from _thread import start_new_thread
 from collections.abc import Callable
 from functools import partial
 from types import FrameType
@@ -67,6 +69,18 @@ def leave(number: int, remark: str = "") -> None:
             os.write(2, os.fsencode(f"\nslotmoe: interrupted{remark}\n"))
     finally:
         _end(128 + number)
+
+
+def leave_after(seconds: float, number: int) -> None:
+    """End the process so much later, as by the signal ``number``, whatever its threads wait for
+    then: one that renders or compiles for a stranger, a disk, a reader of stderr.  A signal's
+    handler may call this: it takes no lock."""
+
+    def end() -> None:
+        time.sleep(seconds)
+        _end(128 + number)
+
+    start_new_thread(end, ())
 
 
 class Stopping:

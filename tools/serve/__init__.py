@@ -15,7 +15,7 @@ import click
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import Json
-from slotmoe.signals import Stopping
+from slotmoe.signals import Stopping, leave_after
 from slotmoe.sizes import parse_size
 from slotmoe.system import allow_open_files
 from slotmoe.tools import options
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _LIBRARIES = ("fastapi", "pydantic", "uvicorn", "prometheus_client", "llguidance")
 _GRACE_SECONDS = 3  # for answers to be delivered once the server has to end
+_LAST_SECONDS = 2  # more, in which threads and sessions end
 _FAILED_SECONDS = 1  # for errors to be delivered once the model has failed
 _MAX_DIGITS = 640  # of an integer; Python allows no lower bound
 _SPARE_CONNECTIONS = 256  # besides those of answers: idle ones, and requests without an answer
@@ -119,7 +120,8 @@ def command(model: str, host: str, port: int, names: tuple[str, ...], **given: A
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
         options.say(f"{service.name} is ready at {url}, {_READY}")
 
-        def stop(_: int) -> None:
+        def stop(number: int) -> None:
+            leave_after(_GRACE_SECONDS + _LAST_SECONDS, number)
             service.stop()
             server.should_exit = True
 

@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from functools import partial
+from mmap import mmap
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -27,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from slotmoe.errors import informs
 from slotmoe.jsonfile import Json
+from slotmoe.offload.devices.pages import give_back_memory
 from slotmoe.tools.serve.errors import OLLAMA_PATH, RefusedError, error_body, shutting_down
 from slotmoe.tools.serve.requests import ignored
 
@@ -39,6 +41,7 @@ BODY_SECONDS = 30.0  # in which a request's body has to arrive
 DISCARD_SECONDS = 2.0  # for the body of a request that is refused by its headers
 _UNREAD = 16  # times the largest body are read and dropped of a body that is larger
 _QUICK_BYTES = 1 << 16  # of a body that takes a millisecond to check
+_SHARED = 8  # times the largest body is room for what all hold beyond so many bytes
 _ONCE = ("host", "origin", "authorization", "x-api-key", "content-type")
 _LENGTHS = ("content-length", "transfer-encoding")  # a proxy may believe the other one
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)]|([^\[\]:@/\s]+))(?::[0-9]*)?")
@@ -150,6 +153,7 @@ class Guard:
         origins: Iterable[str] = (),
     ):
         self._app, self._max_body = app, max_body
+        self._held = self._most = 0  # bytes of that room in use, now and since it was given back
         self._origins = frozenset(origin.lower() for origin in origins)
         self._keys = [key.encode() for key in keys]
         self._owners = [hashlib.sha256(key).hexdigest() for key in self._keys]
@@ -178,7 +182,7 @@ class Guard:
 
     async def _with_key(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Of a known host and origin."""
-        headers, body = MutableHeaders(scope=scope), None
+        headers, body, size = MutableHeaders(scope=scope), None, 0
         try:
             owner = self._owner(headers)
             if owner is None and not _is_health(scope):
@@ -191,6 +195,7 @@ class Guard:
                 headers["content-type"] = "application/json"  # as Ollama, of no page
             if scope["method"] == "POST" and has_body:
                 body = await self._body(headers, receive)
+                size = len(body)
                 if len(body) > _QUICK_BYTES:  # not in the event loop
                     await asyncio.to_thread(check, body)
                 else:
@@ -199,7 +204,10 @@ class Guard:
             await self._refuse(problem, scope, receive, send, is_read=body is not None)
         else:
             receive = receive if body is None else _replay(body, receive)
+            body = None  # the request has it now
             await self._app(scope, receive, send)
+        finally:
+            self._hold(size, 0)
 
     def _check_names(self, headers: Headers) -> None:
         """Raises ``RefusedError`` for a host or an origin that isn't known, and for names that are
@@ -241,33 +249,56 @@ class Guard:
         return self._owners[same.index(True)] if any(same) else None
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        """The whole body.  Raises ``RefusedError`` if it is not JSON, too large or too slow."""
+        """The whole body, held.  Raises ``RefusedError`` if it is not JSON, too large or too slow,
+        or where others hold too much."""
         if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             problem = "the body must be JSON, with Content-Type: application/json"
             raise RefusedError(problem, status=415)
         try:
-            body = await asyncio.wait_for(self._read(receive), BODY_SECONDS)
+            body = await asyncio.wait_for(self._read(receive, self._max_body), BODY_SECONDS)
         except asyncio.TimeoutError:
             problem = f"the body did not arrive within {BODY_SECONDS:.0f} seconds"
             raise RefusedError(problem, status=408) from None
         except asyncio.CancelledError:
             raise shutting_down() from None
         if len(body) > self._max_body:
+            self._hold(len(body), 0)
             problem = f"the body is larger than {self._max_body} bytes; see --max-body"
             raise RefusedError(problem, status=413)
         return body
 
-    async def _read(self, receive: Receive) -> bytes:
-        """The body, or if it is too large a beginning that is too.  The rest is read all the same,
-        within reason: unread bytes reset the connection, and the client may never see why."""
-        body, size, more = bytearray(), 0, True
-        while more and size <= _UNREAD * self._max_body:
-            message = await receive()
-            size += len(message.get("body", b""))
-            if len(body) <= self._max_body:
-                body += message.get("body", b"")
-            more = message["type"] == "http.request" and message.get("more_body", False)
-        return bytes(body)
+    async def _read(self, receive: Receive, most: int) -> bytes:
+        """The body, held, or if it has more than ``most`` bytes a beginning that has too.  The rest
+        is read all the same, within reason: unread bytes reset the connection, and the client may
+        never see why."""
+        size, more = 0, True
+        with mmap(-1, max(1, most + 1)) as room:  # pages come as they are written, and go at once
+            try:
+                while more and size <= _UNREAD * self._max_body:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise RefusedError("the client left before its body's end", status=499)
+                    data, held = message.get("body", b""), room.tell()
+                    size += len(data)
+                    self._hold(held, min(size, most + 1))
+                    room.write(data[: most + 1 - held])
+                    more = message.get("more_body", False)
+            except BaseException:
+                self._hold(room.tell(), 0)
+                raise
+            return room[: room.tell()]
+
+    def _hold(self, before: int, now: int) -> None:
+        """Of a body so many bytes are held.  Raises ``RefusedError`` where all hold too much; when
+        none is held any more, the memory of many goes back to the system."""
+        held = self._held + max(0, now - _QUICK_BYTES) - max(0, before - _QUICK_BYTES)
+        if now > before and held > _SHARED * self._max_body:
+            problem = "too many large bodies are under way; try again later"
+            raise RefusedError(problem, None, 429, "rate_limit_exceeded", {"retry-after": "1"})
+        self._held, self._most = held, max(held, self._most)
+        if not held and self._most > 4 * self._max_body:
+            self._most = 0
+            asyncio.get_running_loop().run_in_executor(None, give_back_memory)
 
     async def _refuse(
         self,
@@ -277,9 +308,9 @@ class Guard:
         send: Send,
         is_read: bool = False,
     ) -> None:
-        if not is_read and problem.status not in (408, 413, 503):
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._read(receive), DISCARD_SECONDS)
+        if not is_read and problem.status not in (408, 413, 499, 503):
+            with contextlib.suppress(asyncio.TimeoutError, RefusedError):
+                await asyncio.wait_for(self._read(receive, -1), DISCARD_SECONDS)
         fields = {} if is_read else {"connection": "close", **(problem.headers or {})}
         response = JSONResponse(error_body(scope["path"], problem), problem.status, fields)
         await response(scope, receive, send)
