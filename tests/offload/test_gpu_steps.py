@@ -160,7 +160,7 @@ WAYS = {  # of a whole engine
     "misses on the CPU": {"slots": 2, "misses": "cpu"},
     "drafts": {"graph": True, "draft": "ngram"},
 }
-IDS, TEXT = [46, 6, 46], [5, 6, 5, 6, 5]  # the first use experts 0 and 1, or 2 and 3
+IDS, TEXT = [46, 6, 46], [2, 13, 2]  # the first use experts 0 and 1, or 2 and 3
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def ran(small_export):
             steps += [step([id]) for id in IDS[1:]]
             choices, made = [route.indices for route in heard], Recorded.made
             whole(runtime)
-            text = [token.id for token in runtime.generate(TEXT, max_new_tokens=7)]
+            text = [token.id for token in runtime.generate(TEXT, max_new_tokens=4)]
             rows = runtime.model.states[0].layers[:, : len(TEXT)].cpu()
             counts = runtime.stats()
         return torch.cat(steps), choices, text, rows, made, counts
@@ -206,7 +206,7 @@ def test_an_engine_gives_the_same_bits_in_each_way(ran, way):
     found, chosen, said, kept, made, counts = run(**options)
     assert chosen == choices and said == text and (made > 0) == ("graph" in options)
     if counts["misses"]["computed"]:
-        assert torch.allclose(found, streams, rtol=1e-3, atol=1e-3)
+        assert error(found, streams) < 2e-2  # the native kernels take 8 bits of an activation
     else:
         assert torch.equal(found, streams) and torch.equal(kept, rows)
     assert ("slots" in options) == (counts["misses"]["fetched"] + counts["misses"]["computed"] > 0)
