@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
+from slotmoe.offload.engine import loading
 from slotmoe.offload.model_source import read_model
 from tests.support.exports import made_once
 from tests.support.hub import HUB, hurried
@@ -75,9 +76,13 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_waiting_for_the_disk():
-    """No machine loses its power here, and a busy disk takes its time."""
+def alone_on_the_machine():
+    """No machine loses its power here, and a busy disk takes its time.  Threads that wait for each
+    other would wait for cores that other test processes have: engines that are asked for no number
+    have one."""
     with pytest.MonkeyPatch.context() as patch:
+        chosen = loading.choose_placement
+        patch.setattr(loading, "choose_placement", lambda size, threads: chosen(size, threads or 1))
         for name in ("fsync", "fdatasync"):
             patch.setattr(os, name, lambda handle: None)
         yield

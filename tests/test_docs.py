@@ -109,7 +109,7 @@ def test_commands_exist_and_each_has_an_example(monkeypatch):
     assert not {*cli.list_commands(context)} - shown
 
 
-def test_tables_are_what_the_code_says():
+def test_tables_are_what_the_code_says(heavy):
     for page in tables.PAGES:
         assert page.read_text() == tables.written(page.read_text()), "python -m scripts.tables"
 

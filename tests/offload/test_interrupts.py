@@ -57,7 +57,7 @@ def press(seconds):
 
 
 @pytest.mark.parametrize("is_helped", [True, False])
-def test_ctrl_c_at_any_moment_leaves_the_bits(sample_export, monkeypatch, is_helped):
+def test_ctrl_c_at_any_moment_leaves_the_bits(heavy, sample_export, monkeypatch, is_helped):
     """While a text is begun, waited for and read, and while logits are."""
     if not is_helped:  # every record is read by the threads, in several pieces
         monkeypatch.setattr(disk, "HELP_BYTES", 0)

@@ -60,7 +60,7 @@ def check(export, draft):
 
 WAYS = [
     {"slots": 7, "sequences": 3},
-    {"slots": 9, "sequences": 3, "prefetch": False, "threads": 1},
+    {"slots": 9, "sequences": 3, "prefetch": False, "threads": 3},
     {},  # one text after the other
     {"draft": "ngram", "sequences": 3},
     {"draft": "mtp", "sequences": 3},

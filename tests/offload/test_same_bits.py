@@ -19,7 +19,7 @@ FEW = {"sequences": 3}
 WAYS = [
     {"slots": 6},
     {"slots": 22, "cache_policy": "learned", "draft": "ngram", **FEW},
-    {"slots": 112, "threads": 1, **FEW},
+    {"slots": 112, "threads": 3, **FEW},
     {"slots": 100, "cache_policy": "learned", **NO_PREFETCH, "draft": "ngram", **FEW},
     {"draft": "ngram", "session": True, **FEW},
 ]

@@ -42,10 +42,12 @@ def same_rows(one, other):
     return all(map(torch.equal, rows_of(one), rows_of(other)))
 
 
-MIXED = [(name, "mixed") for name in ("v3.2", "v4, other layers")]
+RUNS = [(name, "int8") for name in CASES if name != "v4"]
+RUNS += [("v3.2", "mixed"), ("v4, other layers", "mixed")]
+RUNS += [pytest.param("v4", "int8", marks=pytest.mark.full)]
 
 
-@pytest.mark.parametrize(("name", "resident"), [*((name, "int8") for name in CASES), *MIXED])
+@pytest.mark.parametrize(("name", "resident"), RUNS)
 def test_few_calls_are_bitwise_op_by_op(name, resident):
     """Wherever experts are, token by token, a few at once, in several sequences, in one pass."""
     raw, count = CASES[name]
