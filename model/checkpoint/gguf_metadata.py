@@ -113,7 +113,7 @@ Coder models have the first; both of DeepSeek's split single digits after them."
 _DIGITS, _NFC = ("deepseek-llm", "deepseek-coder"), ("qwen2",)  # what some do besides
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 _PREFIX = "tokenizer.ggml."
-_OfEach = Meta(min_length=1, max_length=400_000)
+_OfEach = Meta(min_length=1, max_length=500_000)
 
 
 class GgufTokenizer(Struct):
