@@ -9,7 +9,7 @@ kv_lora_rank.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.model import names
 from slotmoe.model.checkpoint.gguf_header import MAX_TENSORS, GgufHeader, GgufTensor
-from slotmoe.model.checkpoint.places import Places
+from slotmoe.model.checkpoint.places import MXFP4, OF_E2M1, Codes, Places
 from slotmoe.model.checkpoint.shards import Read, TensorInfo
 from slotmoe.model.config import Config
 
@@ -28,7 +28,8 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _KV_B = names.LAYER_PARTS["kv_b_proj"].name
 _EXPERTS = {f"mlp.experts.{part}_proj": f"ffn_{part}_exps" for part in ("gate", "up", "down")}
 _HALVES = {f"{_KV_B}.{part}": f"attn_{part}_b" for part in "kv"}
-_NAMES = {part.name: part.gguf for part in names.PARTS.values()} | _EXPERTS | _HALVES
+_BIASES = {f"{name}.bias": theirs for name, theirs in _EXPERTS.items()}
+_NAMES = {part.name: part.gguf for part in names.PARTS.values()} | _EXPERTS | _BIASES | _HALVES
 """The network's tensors, those of a layer by their name inside it -> llama.cpp's, which may have
 ``kv_b_proj`` in two, by head."""
 
@@ -47,6 +48,23 @@ class GgmlTensor(TensorInfo):
         with np.errstate(all="ignore"):  # what is not finite is refused by name later
             decoded = quants.dequantize(codes, GGMLQuantizationType[self.kind])
             return torch.from_numpy(decoded).to(self.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mxfp4Tensor(GgmlTensor):
+    """Rows of blocks of 32: a byte, the exponent of their scale, and 16 of e2m1 codes, the low
+    halves of which are the first 16."""
+
+    def four_bits(self, read: Read, start: int, stop: int) -> Codes:
+        """Rows as they are.  Raises ``CheckpointError`` like ``rows``."""
+        bytes_RX = read(self.codes, self.first + start, self.first + stop)
+        blocks_RBX = bytes_RX.view(len(bytes_RX), -1, 17)
+        scales_RB = blocks_RBX[..., 0].contiguous().view(torch.float8_e8m0fnu).float()
+        if not torch.isfinite(scales_RB).all():
+            problem = f"the scales of {self.name} are NaN; the file is damaged"
+            raise CheckpointError(f"{self.path}: {problem}")
+        codes_RBX = torch.cat((blocks_RBX[..., 1:] & 15, blocks_RBX[..., 1:] >> 4), 2)
+        return Codes(MXFP4, OF_E2M1[codes_RBX.flatten(1).int()], scales_RB, 32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +100,8 @@ def gguf_tensors(
         for name, count in _matrices(config).items()
         if _spelled(name) in files
     }
-    places = Places(path, stored, config, "its metadata", _spelled, "tensor ")
+    apart = replace(config, family=config.family._replace(interleaved=False))
+    places = Places(path, stored, apart, "its metadata", _spelled, "tensor ")
     infos = dict[str, TensorInfo]()
     for name, shape in names.tensor_shapes(config):
         layer, inner = names.split_name(name)
@@ -110,6 +129,8 @@ def _matrices(c: Config) -> dict[str, int]:
     for layer in c.moe_layers:
         fused = (names.layer_tensor(layer, part) for part in _EXPERTS)
         counts |= dict.fromkeys(fused, c.n_routed_experts)
+        if c.family.expert_biases:
+            counts |= dict.fromkeys((names.layer_tensor(layer, part) for part in _BIASES), 1)
     return counts
 
 
@@ -131,7 +152,8 @@ def _info(tensor: GgufTensor, count: int) -> TensorInfo:
     row = (*shape[:-1], shape[-1] // encoding.block * encoding.bytes)
     codes = TensorInfo(*place, torch.uint8, row, tensor.offset)
     # Scales of blocks are float16 themselves.
-    return GgmlTensor(*place, torch.float16, shape, tensor.offset, kind=encoding.name, codes=codes)
+    kept = Mxfp4Tensor if encoding.name == "MXFP4" else GgmlTensor
+    return kept(*place, torch.float16, shape, tensor.offset, kind=encoding.name, codes=codes)
 
 
 def _of_heads(places: Places, layer: int, c: Config) -> HeadsTensor:

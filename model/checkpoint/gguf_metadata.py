@@ -277,6 +277,8 @@ def _config(header: GgufHeader, tokenizer: GgufTokenizer) -> Json:
     values["rms_norm_eps"] = found.get("attention.layer_norm_rms_epsilon", _Real)
     values["tie_word_embeddings"] = "output.weight" not in header.tensors
     values["vocab_size"] = found.get("vocab_size", _Count, len(tokenizer.tokens))
+    if any(tensor.encoding.name == "MXFP4" for tensor in header.tensors.values()):
+        values["quantization_config"] = {"quant_method": "mxfp4"}
     if family.attention == "grouped":
         values |= _grouped(found, values, family, header.tensors.keys())
     else:

@@ -36,8 +36,8 @@ SCALES = (torch.float8_e8m0fnu, torch.float32, torch.bfloat16, torch.float16)  #
 NESTED, NESTED_BLOCK = torch.uint8, 256  # bitsandbytes' scales that are codes, with a scale each
 _INT4 = torch.arange(-8.0, 8.0)
 # In ascending order; and which of them each e2m1 code is, whose bit 3 is the sign.
-_MXFP4 = torch.tensor([-6, -4, -3, -2, -1.5, -1, -0.5, -0.0, 0, 0.5, 1, 1.5, 2, 3, 4, 6])
-_OF_E2M1 = torch.tensor([*range(8, 16), *range(7, -1, -1)], dtype=torch.uint8)
+MXFP4 = torch.tensor([-6, -4, -3, -2, -1.5, -1, -0.5, -0.0, 0, 0.5, 1, 1.5, 2, 3, 4, 6])
+OF_E2M1 = torch.tensor([*range(8, 16), *range(7, -1, -1)], dtype=torch.uint8)
 Shape = tuple[int, ...]
 _SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32)
@@ -118,7 +118,7 @@ class EncodedTensor(TensorInfo):
         # The first of a byte's two codes stands above so many bits.
         codes_RC = torch.stack((bytes_ >> above & 15, bytes_ >> 4 - above & 15), 2).flatten(1)
         if self.encoding.name == "mxfp4":
-            levels, codes_RC = _MXFP4, _OF_E2M1[codes_RC.int()]
+            levels, codes_RC = MXFP4, OF_E2M1[codes_RC.int()]
         return Codes(levels, codes_RC, scales_RB, self.encoding.columns)
 
     def _numbers(self, scales_RB: Tensor, first: int, beside: Mapping[str, Tensor]) -> Tensor:
@@ -204,11 +204,12 @@ class Places:
             encoding = encoding.of_experts or encoding
         if expert is not None and name not in self.stored:
             layer, number, projection = expert
-            for fused, part, parts in (FUSED[projection], (f"mlp.experts.{projection}", 0, 1)):
+            single = f"mlp.experts.{projection}", 0, 1
+            for fused, part, parts in (FUSED.get(projection, single), single):
                 if layer_tensor(layer, fused) in self.stored:
                     tensor = layer_tensor(layer, fused)
                     first = (number * parts + part) * shape[0]
-                    whole = (self.config.n_routed_experts, parts * shape[0], shape[1])
+                    whole = (self.config.n_routed_experts, parts * shape[0], *shape[1:])
         is_fused = tensor != name
         if encoding is not None and len(shape) == 2 and not (is_fused and encoding.flat):
             codes, scales = tensor + encoding.method.codes, tensor + encoding.method.scales

@@ -22,7 +22,7 @@ from slotmoe import system
 from slotmoe.errors import CheckpointError, ConfigError, reading
 from slotmoe.jsonfile import Json, ReadFile, files_in, inside, parse_json, read_file
 from slotmoe.model import names, tiktoken
-from slotmoe.model.checkpoint.gguf import gguf_tensors
+from slotmoe.model.checkpoint.gguf import Mxfp4Tensor, gguf_tensors
 from slotmoe.model.checkpoint.gguf_header import is_gguf, read_headers
 from slotmoe.model.checkpoint.gguf_metadata import metadata_files
 from slotmoe.model.checkpoint.places import Codes, EncodedTensor, Places
@@ -161,12 +161,13 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
     def in_4_bits(self, name: str) -> bool:
         """Whether tensor ``name`` is stored in codes of 4 bits that ``codes`` gives."""
         info = self.infos[name]
-        return isinstance(info, EncodedTensor) and info.encoding.name != "fp8"
+        kept = isinstance(info, EncodedTensor) and info.encoding.name != "fp8"
+        return kept or isinstance(info, Mxfp4Tensor)
 
     def codes(self, name: str, start: int, stop: int, seen: Seen | None = None) -> Codes:
         """Rows of a weight that is stored in 4 bits, as they are.  Like ``rows``."""
         info = self.infos[name]
-        assert isinstance(info, EncodedTensor)
+        assert isinstance(info, EncodedTensor | Mxfp4Tensor)
         return info.four_bits(partial(self._stored_rows, name, seen), start, stop)
 
     def _stored_rows(

@@ -91,7 +91,7 @@ FAMILIES = {  # by case: what no file of that architecture can say
     "v3-groups-yarn": {"rope_parameters": {**YARN, "mscale": 0.707}}, "v3-no-groups-no-qlora": {},
     "glm4": {}, "glm4-no-norm": {}, "qwen3": {"mlp_only_layers": []}, "minimax-odd": {},
     "dots": {"layer_types": ["full_attention"] * 4}, "hunyuan-biases": {},
-    "qwen2": {"decoder_sparse_step": 1},
+    "qwen2": {"decoder_sparse_step": 1}, "gpt-oss-in-blocks": {},
 }  # fmt: skip
 
 
@@ -101,11 +101,17 @@ def test_other_families(case, tmp_path):
     family, changed = (CASES | GROUPED_CASES)[case]
     (tmp_path / "source").mkdir()
     write_family(tmp_path / "source", family, **{**changed, **FAMILIES[case]})
-    path = write_gguf(tmp_path / "source", tmp_path / "model.gguf", "F32")
+    experts = "MXFP4" if "blocks" in case else None
+    path = write_gguf(tmp_path / "source", tmp_path / "model.gguf", "F32", experts=experts)
     with open_checkpoint(tmp_path / "source") as ours, open_checkpoint(path) as made:
         assert made.config == ours.config and made.infos.keys() == ours.infos.keys()
         for tensor in ours.infos:
-            assert torch.equal(made.tensor(tensor), ours.tensor(tensor)), tensor
+            wanted = ours.tensor(tensor).to(made.infos[tensor].dtype)
+            assert torch.equal(made.tensor(tensor), wanted), tensor
+            assert made.in_4_bits(tensor) == ours.in_4_bits(tensor)
+            if made.in_4_bits(tensor):
+                values = made.codes(tensor, 3, 19).values()
+                assert torch.equal(values, ours.codes(tensor, 3, 19).values())
 
 
 def test_every_encoding_is_decoded_by_rows(tmp_path):

@@ -34,13 +34,15 @@ TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head
 
 
 def write_gguf(
-    source, path, kind="BF16", *, kv_b="split", shards=1, pre="gpt-2", edit=None, substitute=None
-):
+    source, path, kind="BF16", *, kv_b="split", shards=1, pre="gpt-2", edit=None, substitute=None,
+    experts=None,
+):  # fmt: skip
     """Write the checkpoint folder ``source`` as ``path`` and return the first file's path.
 
-    ``kind`` is ggml's type of all matrices but the gate.  ``kv_b`` is ``split`` by head as since
-    2025, ``whole`` as before, or ``flat`` as ik_llama.cpp's.  ``edit(writer)`` may add
-    or change metadata, and ``substitute(name, tensor)`` give raw bytes and their type for a tensor.
+    ``kind`` is ggml's type of all matrices but the gate and, where that is given, ``experts``.
+    ``kv_b`` is ``split`` by head as since 2025, ``whole`` as before, or ``flat`` as ik_llama.cpp's.
+    ``edit(writer)`` may add or change metadata, and ``substitute(name, tensor)`` give raw bytes and
+    their type for a tensor.
     """
     with open_checkpoint(source) as checkpoint:
         config = json.loads((source / "config.json").read_text())
@@ -56,7 +58,7 @@ def write_gguf(
             edit(writer)
         for name, tensor in tensors.items():
             exact = tensor.dim() == 1 or "ffn_gate_inp" in name or name.endswith(".bias")
-            stored = Type.F32 if exact else Type[kind]
+            stored = Type.F32 if exact else Type[(experts or kind) if "_exps" in name else kind]
             data = gguf.quants.quantize(tensor.float().contiguous().numpy(), stored)
             if substitute is not None:
                 data, stored = substitute(name, tensor) or (data, stored)
@@ -112,6 +114,9 @@ def _tensors_of_groups(checkpoint, architecture):
             names = [expert_name(layer, e, part) for e in range(c.n_routed_experts)]
             experts = f"blk.{layer}.ffn_{part.removesuffix('_proj')}_exps"
             yield f"{experts}.weight", torch.stack([*map(checkpoint.tensor, names)])
+            biases = [name.replace(".weight", ".bias") for name in names]
+            if biases[0] in checkpoint.infos:
+                yield f"{experts}.bias", torch.stack([*map(checkpoint.tensor, biases)])
 
 
 def add_config_of_groups(writer, c):
