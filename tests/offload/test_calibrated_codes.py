@@ -63,15 +63,24 @@ def test_calibrated_codes_cost_less_where_it_counts(exports):
         assert torch.isfinite(runtime.logits([0, 7, 300])).all()
 
 
-def test_stopped_it_resumes_to_the_same_bytes(source, exports, tmp_path):
-    """And not with another text."""
+@pytest.fixture
+def other_threads(monkeypatch):
+    """As many as sums of a text have other bits with."""
+    monkeypatch.setattr("slotmoe.offload.ingest.quantize.cores", lambda: 1 + (cores() == 1))
+
+
+def test_stopped_it_resumes_to_the_same_bytes(source, exports, tmp_path, request):
+    """And not with another text, nor with other threads than it began with."""
     with pytest.raises(Stop):
         quantize(source, tmp_path / "export", workers=1, progress=stop_at(0.5), **TEXT)
     assert (tmp_path / "export.partial" / "state.json").is_file()
     with pytest.raises(ExportError, match="--overwrite"):
         quantize(source, tmp_path / "export", **MIXED, calibration=windows(seed=1))
+    request.getfixturevalue("other_threads")
     quantize(source, tmp_path / "export", **TEXT)
     assert tree(tmp_path / "export") == tree(exports / "calibrated")
+    quantize(source, tmp_path / "export", **TEXT, overwrite=True)
+    assert tree(tmp_path / "export") != tree(exports / "calibrated"), "else this tells nothing"
 
 
 def test_a_download_is_calibrated_to_the_same_bytes(hub, source, exports, tmp_path):
@@ -86,8 +95,8 @@ def test_a_download_is_calibrated_to_the_same_bytes(hub, source, exports, tmp_pa
     assert not (tmp_path / "export.download").exists()
 
 
-def test_repairing_takes_the_same_text(source, exports, tmp_path):
-    """Where there was one; an export without a text is repaired without its new one."""
+def test_repairing_takes_the_same_text(source, exports, tmp_path, other_threads):
+    """Where there was one, on its threads; else an export is repaired without the new one."""
     for kind in ("calibrated", "plain"):
         export, layer = shutil.copytree(exports / kind, tmp_path / kind), layer_file(2)
         (export / layer).write_bytes((export / layer).read_bytes()[:-1] + b"?")
@@ -100,22 +109,6 @@ def test_repairing_takes_the_same_text(source, exports, tmp_path):
         said = []
         quantize(source, export, **MIXED, calibration=windows(seed=1), notify=said.append)
         assert tree(export) == repaired and "not coded with this calibration text" in said[-1]
-
-
-def test_other_numbers_of_threads_make_the_same_codes(source, exports, tmp_path, monkeypatch):
-    """Sums of the text depend on how many torch has, so an export and a stopped run keep theirs."""
-    wanted, export = tree(exports / "calibrated"), tmp_path / "export"
-    with pytest.raises(Stop):
-        quantize(source, tmp_path / "half", workers=1, progress=stop_at(0.5), **TEXT)
-    shutil.copytree(exports / "calibrated", export)
-    for layer in (1, 3):
-        (export / layer_file(layer)).unlink()
-    monkeypatch.setattr("slotmoe.offload.ingest.quantize.cores", lambda: 1 + (cores() == 1))
-    for name in ("half", "export"):
-        quantize(source, tmp_path / name, **TEXT)
-        assert tree(tmp_path / name) == wanted
-    quantize(source, tmp_path / "other", **TEXT)
-    assert tree(tmp_path / "other") != wanted, "else this tells nothing"
 
 
 @pytest.mark.parametrize(

@@ -86,39 +86,30 @@ def test_export_is_that_of_the_decoded_weights(source, tmp_path, monkeypatch):
     assert torch.equal(*logits)
 
 
-def test_scales_may_be_in_another_file_than_their_codes(hub, tmp_path):
-    """From the hub weight files come one after the other, and the first is gone by then."""
-    folder = tmp_path / "tiny"
+def test_scales_may_be_in_another_file_than_their_codes(hub, tmp_path, monkeypatch):
+    """From the hub weight files come one after the other, and the first is gone by then.  One bit
+    of the second is refused, in the download and in huggingface_hub's cache."""
+    folder, name, said = tmp_path / "tiny", "model-2.safetensors", []
     write_checkpoint(folder, **V3)
     encode(folder, FP8, scales_apart=True)
     quantize(folder, tmp_path / "local")
     hub.add(NAME, Repo(folder))
     make(tmp_path / "export")
     assert weights_of(tmp_path / "export") == weights_of(tmp_path / "local")
-
-
-def test_one_bit_of_scales_in_a_file_of_their_own_is_refused(hub, tmp_path, monkeypatch):
-    """In the download, and in huggingface_hub's cache where there is no network."""
-    folder, name, said = tmp_path / "tiny", "model-2.safetensors", []
-    write_checkpoint(folder, **V3)
-    encode(folder, FP8, scales_apart=True)
-    hub.add(NAME, Repo(folder))
-    cached = fill_cache(path.name for path in folder.iterdir()).glob(f"*/snapshots/*/{name}")
     data = bytearray((folder / name).read_bytes())
     data[-9] ^= 1
-    flip(next(cached).resolve(), len(data) - 9)
-
-    def flipped(kind, asked, handler):
-        return (kind, asked) == ("cdn", name) and handler.answer(200, bytes(data))
-
-    hub.faults.append(flipped)
+    cache = fill_cache(path.name for path in folder.iterdir())
+    next(cache.glob(f"*/snapshots/*/{name}")).resolve().write_bytes(data)
+    hub.faults.append(
+        lambda kind, file, handler: file == name and kind == "cdn" and handler.answer(200, data)
+    )
     with pytest.raises(DownloadError, match=f"{name}: the server's bytes have the checksum"):
-        make(tmp_path / "export", notify=said.append)
+        make(tmp_path / "other", notify=said.append)
     assert any(name in text and "is damaged, so it is not used" in text for text in said)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DownloadError, match="HF_HUB_OFFLINE"):
-        make(tmp_path / "export")
-    assert not (tmp_path / "export").exists()
+        make(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def int4(stored, name):
