@@ -37,27 +37,13 @@ from slotmoe.tools.chat.conversation import Dialogue
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import Grammars
-from slotmoe.tools.serve.guard import check
 from slotmoe.tools.serve.requests import Rule
 from tests.support.blocks import per_token
 from tests.support.gguf import write_gguf
-from tests.support.tiny import SAMPLE
 
 M_ARENA_MAX = -8  # of mallopt
 PROMPT = [1, 2, 3, 2, 1]
 TEXT = "Hello, w\u00f6rld \u4f60\u597d 12"
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "pattern": "^[a-z]{1,9}$", "maxLength": 9},
-        "kind": {"enum": ["a", 1, None]},
-        "list": {"type": "array", "items": {"$ref": "#/$defs/n"}, "minItems": 1, "maxItems": 3},
-        "either": {"anyOf": [{"type": "number", "minimum": 0}, {"const": True}]},
-    },
-    "required": ["name"],
-    "additionalProperties": False,
-    "$defs": {"n": {"type": "integer", "multipleOf": 2}},
-}
 # What few tokenizers have, with numbers of its own.
 SIZED = {
     "truncation": {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0},
@@ -182,20 +168,6 @@ def tokenizer_files(checkpoint):
     yield from (files, files | {"tokenizer.json": own})
     for kind, model in KINDS.items():
         yield files | {"tokenizer.json": own | OTHERS | {"model": {"type": kind, **model}}}
-
-
-def schemas(folder):
-    grammars = Grammars(Tokenizer(SAMPLE, 0), (0,), None)
-
-    def parse(data):
-        try:
-            check(data)
-            grammars.compile(Rule("json", json.loads(data)), None)
-        except (RefusedError, ValueError, RecursionError):
-            return False
-        return True
-
-    return [SCHEMA], parse
 
 
 def templated(place):
@@ -348,7 +320,6 @@ PARSERS = {
     "block": block,
     "saved-chat": saved_chat,
     "tiktoken": tiktoken,
-    "schemas": schemas,
     "tokenizer": tokenizers,
     "template": lambda at: in_checkpoint(at, "tokenizer_config.json", templated),
 }

@@ -5,17 +5,25 @@ seed says.  What anybody gets must be what a model says that computes alone, and
 another process restores afterwards.  At the end the server has the places, slots, descriptors,
 threads and children of its start, and 2% more memory at most.  Its start is what is there at rest
 after a tenth of the time under the same load: then every kind of request has been answered often.
+
+The other parts write into a field that the server compiles, renders or searches for what rules make
+much of, beside eight clients: how long is the event loop held?  At last clients leave soon, and the
+rest is what is computed after that.  Both are CPU time.
 """
 
 import http.client
 import json
+import math
 import os
 import random
+import re
 import socket
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
 
 import psutil
 
@@ -23,6 +31,7 @@ from campaigns.models import sample_export
 from campaigns.runner import Attack
 from slotmoe.model.tokenizer import REPLACEMENT
 from slotmoe.offload.runtime import Runtime
+from tests.support.forkserver import COMMAND_LINE
 from tests.support.served import GREEDY, HALVES, PROMPTS, USER, start
 
 LENGTH = 60  # tokens of the longest answer
@@ -56,6 +65,50 @@ def wanted_of(texts):
         for begun in (1, 20, 40) if "".join(said).isascii() else ():
             wanted[(*ids, *(id_ for id_, *_ in tokens[:begun]))] = said[begun:]
     return wanted
+
+
+HELD, REST = 0.05, 1.0  # seconds
+WATCHED = f"""
+import asyncio, sys, time
+run, held = asyncio.Handle._run, [0.0]
+def timed(handle):
+    began = time.thread_time()
+    run(handle)
+    if (took := time.thread_time() - began) > held[0]:
+        held[0] = took
+        print(took, file=sys.stderr, flush=True)
+asyncio.Handle._run = timed
+{COMMAND_LINE}"""
+AN = '{"type": "'
+RULES = {  # each name in brackets is one of its rules, too deep inside the first
+    "n": ("2", "0", "9", "300", "9973", "20000", "99999"),
+    "word": ("a", "", "ab" * 20, "ab" * 4000, "\u4e00" * 9000, "<|end_of_sentence|>"),
+    "regex": ("[a-z ]", ".", "(?i:k)", "<word>", "<regex><regex>", "(<regex>|<regex>)",
+        "(<regex>){<n>}", "(<regex>){0,<n>}", "(<regex>)*", "(<regex>)?<regex>"),
+    "schema": (AN + 'string"}', '{"$ref": "#"}', '{"const": "<word>"}', '{"enum": [<n>, "<word>"]}',
+        *(f'{{"{kind}": [<schema>, <schema>, <schema>]}}' for kind in ("allOf", "anyOf", "oneOf")),
+        AN + 'object", "properties": {"a": <schema>, "<word>": <schema>}, "required": ["a"]}',
+        AN + 'object", "patternProperties": {"<regex>": <schema>}, "minProperties": <n>}',
+        AN + 'array", "items": <schema>, "minItems": <n>, "maxItems": <n>}',
+        AN + 'string", "pattern": "<regex>", "minLength": <n>, "maxLength": <n>}',
+        AN + 'number", "multipleOf": <n>, "minimum": -<n>}'),
+    "lark": ("start: x\nx: <part> | <part>\nT: /<regex>/ & ~/<regex>/", "root ::= x\nx ::= <part>"),
+    "part": ("/[a-z ]/", "x", "x", "T", '"<word>"', "<part> <part>", "(<part> | <part>)",
+        "/<regex>/", "(<part>){<n>}", "(<part>)*", "%json <schema>"),
+}  # fmt: skip
+FIELDS = {  # what a part spells in a field
+    "schema": lambda spell: {"json_schema": json.loads(spell("schema"))},
+    "grammar": lambda spell: {"grammar": spell("lark")},
+    "regex": lambda spell: {"structured_outputs": {"regex": spell("regex")}},
+    "choice": lambda spell: {"structured_outputs": {"choice": [spell("word"), spell("word")]}},
+    "template": lambda spell: {"chat_template_kwargs": {"x": [spell("schema")]}},
+    "stop": lambda spell: {"stop": [spell("word")[:256] for _ in range(9)]},
+}
+
+
+def spelled(chance, name, depth=9):
+    rule = chance.choice(RULES[name]) if depth else RULES[name][0]
+    return re.sub("<([a-z]+)>", lambda it: spelled(chance, it[1], depth - 1), rule)
 
 
 class Clients:
@@ -215,7 +268,53 @@ def changed(before, after):
     return wrong, growth
 
 
+def attack(folder, part, aim):
+    """One field, as ``part`` says."""
+    export, options = sample_export(folder), ("--max-sequences", "9", "--no-log")
+    child, port = start(export, *options, program=WATCHED)
+    clients, process, ends = Clients(port, {}), psutil.Process(child.pid), Counter()
+    rest, over, done = 0.0, threading.Event(), 0
+
+    def body():
+        field = FIELDS[part](partial(spelled, aim.chance))
+        return "/v1/chat/completions", {**GREEDY, "messages": USER, "max_tokens": 20, **field}
+
+    def talk(_):
+        while not over.is_set():
+            clients.whole("/v1/completions", {**GREEDY, "prompt": "Call me", "max_tokens": 40})
+
+    def used():
+        alive = [it.cpu_times()[:2] for it in process.children()]
+        return sum(map(sum, (*alive, process.cpu_times()[:4])))
+
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            pool.map(talk, range(8))
+            aim.begin()
+            while aim.goes_on(done):
+                done += 1
+                ends[clients.whole(*body())[0]] += 1
+            over.set()
+        for _ in range(-(-done // 10)):
+            with closing(clients._open(*body())):
+                time.sleep(0.05)
+            before, now = used(), math.inf
+            while now != (now := used()):
+                rest = max(rest, now - before)
+                time.sleep(0.05)
+    finally:
+        over.set()
+        child.terminate()
+        child.wait(60)
+    held = float(child.stderr.read().split()[-1])
+    wrong = [f"status {status}" for status in ends.keys() - {200, 400, 413}]
+    wrong += ["held"] * (held > HELD) + ["rest"] * (rest > REST)
+    return {"cases": done, "ends": {**ends}, "held": held, "rest": rest, "wrong": wrong}
+
+
 def run(folder, part, aim):
+    if part in FIELDS:
+        return attack(folder, part, aim)
     export, count = sample_export(folder), aim.given.clients
     texts = [*texts_alone(export)]
     options = ("--max-sequences", "8", "--max-queue", str(count // 2), "--no-log")
@@ -257,4 +356,5 @@ def run(folder, part, aim):
 
 
 OPTIONS = {"clients": {"type": int, "default": 100, "help": "at once [100]"}}
-ATTACK = Attack(run, ["requests"], "requests", 1_000_000, seconds=1800, options=OPTIONS)
+PARTS = ("requests", *FIELDS)
+ATTACK = Attack(run, PARTS, "requests", 1_000_000, seconds=1800, options=OPTIONS)

@@ -51,8 +51,9 @@ _SPACING = {"whitespace_flexible": False, "key_separator": ": ?", "item_separato
 # What a mask of a stranger's grammar may cost, some 10 ms: of the items of a row, which stand for
 # ways to read a text, the time is a cube.  Those of a schema can only be many, not ambiguous.
 _LIMITS = LLParserLimits(max_items_in_row=250, step_max_items=10_000)
-# Bytes of the answer that are without a choice: each mask encodes them anew.
-_FORCED = 8192
+# What of an answer is without a choice is encoded as a whole, by each mask anew: of schemas, of
+# regular expressions and choices so many bytes, none of grammars, which repeat repetitions.
+_FORCED, _UNFORCED = 8192, '%llguidance {"no_forcing": true}\n'
 
 
 class _Schema(NamedTuple):
@@ -83,11 +84,13 @@ class _Schema(NamedTuple):
 class Mask:
     """``slotmoe.model.generate.Grammar`` of one answer.  It follows the matcher, if there is one.
     None of the ends ends it while more tokens are left, if anything else may come.  V is the
-    tokenizer's size.  ``relaxed`` names the keywords of schemas that the answer need not follow."""
+    tokenizer's size.  ``relaxed`` names the keywords of schemas that the answer need not follow.
+    ``forces`` where what is without a choice is encoded as a whole."""
 
     _matcher: LLMatcher | None
     _size: int
     relaxed: Sequence[str] = ()
+    forces: bool = True
     _left: int = 0
     _ends: Sequence[int] = ()
 
@@ -95,14 +98,15 @@ class Mask:
         """The same for another answer, of at ``least`` so many tokens, if this has not begun."""
         matcher = self._matcher.deep_copy() if self._matcher is not None else None
         known = [id_ for id_ in ends if id_ < self._size]
-        return Mask(matcher, self._size, self.relaxed, least, known)
+        return Mask(matcher, self._size, self.relaxed, self.forces, least, known)
 
     def allowed(self) -> Tensor:
         """bool [V].  Raises ``ConfigError``."""
         allowed_V = torch.ones(self._size, dtype=torch.bool)
         if self._matcher is not None:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-            if self._matcher.is_error() or len(self._matcher.compute_ff_bytes()) > _FORCED:
+            forced = self._matcher.compute_ff_bytes() if self.forces else b""
+            if self._matcher.is_error() or len(forced) > _FORCED:
                 problem = "leaves nothing that could come next, or takes too much work to follow"
                 raise ConfigError(f"the JSON schema or grammar {problem}; make it simpler")
             bits_V = np.unpackbits(bits, count=self._size, bitorder="little")
@@ -177,7 +181,9 @@ class Grammars:
         grammar = f"answer: {content}"
         if policy is not None:
             grammar = self._calls(policy, content, header, schemas)
-        rule = {"lark_grammar": f"start: {self._reasoning(is_thinking)}\n{grammar}"}
+        grammar = f"start: {self._reasoning(is_thinking)}\n{grammar}"
+        forces = other[0] != "grammar"
+        rule = {"lark_grammar": grammar if forces else _UNFORCED + grammar}
         data = json.dumps([self._names, [it.text for it in schemas], *other, [rule]]).encode()
         where = where if wanted is not None else "tools"
         try:
@@ -193,7 +199,7 @@ class Grammars:
         if whole or matcher.is_error():
             reason = (whole or matcher.get_error())[:200]
             raise RefusedError(f"the schemas can't be followed together ({reason})")
-        mask = Mask(matcher, self._source.size, [*chain.from_iterable(names)])
+        mask = Mask(matcher, self._source.size, [*chain.from_iterable(names)], forces)
         mask.allowed()  # here it holds nobody up
         return mask
 
