@@ -15,7 +15,7 @@ from typing import NamedTuple
 from slotmoe.model.config import Config
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-GATE, POST_NORM = "mlp.gate", "post_attention_layernorm"
+GATE, LOGIT_BIAS, POST_NORM = "mlp.gate", "mlp.gate.bias", "post_attention_layernorm"
 _GATE_BIAS, EXPERTS_OF = "mlp.gate.e_score_correction_bias", "mlp.gate.tid2eid"
 # Names of parameters that are no module's weight.
 _BARE = re.compile(r".*(bias|sinks|tid2eid|_hc\.\w+|hc_head\.\w+)|mlp\.experts\.\w+")
@@ -107,7 +107,7 @@ LAYER_PARTS = {
     **_mix("ffn_hc.", _LAYER_MIX, "ffn_hc_"),
     "gate": Spec(GATE, "ED", "gate", "ffn_gate_inp", "router"),
     "gate_bias": Spec(_GATE_BIAS, "B", "gate", "exp_probs_b", "router"),
-    "logit_bias": Spec("mlp.gate.bias", "b", "gate", "ffn_gate_inp", "router"),
+    "logit_bias": Spec(LOGIT_BIAS, "b", "gate", "ffn_gate_inp", "router"),
     "experts_of": Spec(EXPERTS_OF, "TN", "table", component="router"),
     "gate_proj": Spec("mlp.gate_proj", "FD", "sensitive", "ffn_gate", "dense layers"),
     "up_proj": Spec("mlp.up_proj", "FD", "sensitive", "ffn_up", "dense layers"),

@@ -13,7 +13,7 @@ from torch.nn.functional import rms_norm
 
 from slotmoe.model.config import Config
 from slotmoe.model.layers import as_tensor
-from slotmoe.model.names import EXPERTS_OF, GATE, POST_NORM, layer_tensor
+from slotmoe.model.names import EXPERTS_OF, GATE, LOGIT_BIAS, POST_NORM, layer_tensor
 from slotmoe.offload.devices.device import Download
 from slotmoe.offload.policy.prefetch import Prefetcher, Target
 from slotmoe.quant.backends.base import Prepared, TorchBackend
@@ -47,7 +47,10 @@ class Lookahead(Prefetcher):
         norms = [as_tensor(weights[layer_tensor(layer, POST_NORM)]) for layer in layers]
         self._first_norm = norms[0]
         self._ratios = [after / before.where(before != 0, 1.0) for before, after in pairwise(norms)]
-        self._gates = [weights[layer_tensor(layer, GATE)] for layer in layers]
+        self._gates = [
+            (weights[layer_tensor(layer, GATE)], weights.get(layer_tensor(layer, LOGIT_BIAS)))
+            for layer in layers
+        ]
         # Int32 [vocab, K] in RAM: the experts of each token in the first MoE layers, where gates go
         # by the token.
         names = (layer_tensor(layer, EXPERTS_OF) for layer in range(config.num_hash_layers))
@@ -59,12 +62,17 @@ class Lookahead(Prefetcher):
         """Gate logits of the first MoE layer, float32 [T, E], as if the embedding were still all of
         the residual stream."""
         x_TD = rms_norm(embedding_TD.float(), embedding_TD.shape[-1:], eps=1e-12)
-        return self._backend.linear(x_TD * self._first_norm, self._gates[0])
+        return self._scores(0, x_TD * self._first_norm)
 
     def next_scores(self, moe_layer: int, x_TD: Tensor) -> Tensor:
         """Gate logits of the MoE layer behind ``moe_layer`` for the latter's input: float32
         [T, E]."""
-        return self._backend.linear(x_TD * self._ratios[moe_layer], self._gates[moe_layer + 1])
+        return self._scores(moe_layer + 1, x_TD * self._ratios[moe_layer])
+
+    def _scores(self, moe_layer: int, x_TD: Tensor) -> Tensor:
+        gate, bias = self._gates[moe_layer]
+        logits_TE = self._backend.linear(x_TD, gate)
+        return logits_TE if bias is None else logits_TE + as_tensor(bias)
 
     def begin(self) -> None:
         """A pass begins: forget all guesses."""

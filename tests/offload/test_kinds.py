@@ -8,6 +8,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.kernels.cpu.bindings import load
 from tests.support import v4
 from tests.support.engine import decode, whole
+from tests.support.families import GROUPED_CASES, write_family
 
 pytestmark = pytest.mark.skipif(load() is None, reason="the native kernels are not built")
 # Over a window, a compressed row of 128 and what an indexer chooses.
@@ -15,16 +16,21 @@ IDS = torch.randint(2, 4000, (290,), generator=torch.Generator().manual_seed(3))
 # Groups of rows of o_a_proj that fill tiles, so that decode is one native call; odd ones do not.
 REPEATED = IDS[:50] * 4
 CASES = {"v4": {"o_lora_rank": 32}, "v4-odd": {}, "v3.2-sparse": {}, "glm-5-shared": {}}
+CASES |= {"glm4": {}, "dots": {}}
 
 
 @pytest.fixture(scope="module", params=CASES)
 def export(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     changes = CASES[request.param] | {"max_position_embeddings": 1024}
-    if has_head := request.param != "glm-5-shared":
+    if has_head := request.param not in ("glm-5-shared", "dots"):
         changes["num_nextn_predict_layers"] = 1
-    given = request.param, torch.bfloat16
-    v4.write_v4(folder / "source", *given, hub="v4" in request.param, **changes)
+    given = folder / "source", request.param, torch.bfloat16
+    if request.param in GROUPED_CASES:
+        family, overrides = GROUPED_CASES[request.param]
+        write_family(given[0], family, torch.bfloat16, **overrides, **changes)
+    else:
+        v4.write_v4(*given, hub="v4" in request.param, **changes)
     quantize(folder / "source", folder / "export", keep_mtp=has_head)
     return folder / "export"
 
@@ -54,7 +60,8 @@ def test_decode_equals_prefill(export, wanted):
 
 
 def check(export, draft):
-    if (draft != "off" and "odd" in str(export)) or (draft == "mtp" and "glm" in str(export)):
+    without_head = "glm-5" in str(export) or "dots" in str(export)
+    if (draft != "off" and "odd" in str(export)) or (draft == "mtp" and without_head):
         pytest.skip("no decode in one call, or no head that predicts one token more")
 
 

@@ -107,7 +107,7 @@ KERNELS = {
     "torch": lambda R, P: TorchBackend.latent_row(None, R, P),
     "reference": plain_row,
 }
-NAMES = ("v2", "v3.2", "glm-5", "v4-flash", "v4-pro")
+NAMES = ("v2", "v3.2", "glm-5", "v4-flash", "v4-pro", "qwen3-30b-a3b", "gpt-oss-20b")
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -126,7 +126,8 @@ def test_bytes_of_a_sequence_are_those_of_its_state(name, kernels):
             marks = sum(map(state.snapshot_bytes, many))
             assert mark_bytes(config, 8 * MARK_TOKENS, *given) == marks
             if kernels == "torch":  # beyond a chunk, streams and rotations
-                row = 4 * (config.stream_width + 2 * config.qk_rope_head_dim)
+                tables = 1 if config.compressed is None else 2
+                row = 4 * (config.stream_width + tables * config.qk_rope_head_dim)
                 waiting = waiting_bytes(config, 512 + 8 * MARK_TOKENS)
                 assert waiting == 8 * MARK_TOKENS * row + marks
 

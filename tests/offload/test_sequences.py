@@ -13,7 +13,7 @@ from slotmoe.quant.shapes import MOST_MARKS
 from tests.support.engine import decode, failing
 from tests.support.v4 import export_of, state_bytes
 
-NAMES = ("v4", "v3.2")
+NAMES = ("v4", "v3.2", "windows")
 pytestmark = pytest.mark.usefixtures("heavy")
 
 
