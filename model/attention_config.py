@@ -17,6 +17,7 @@ _NotNegative = Annotated[float, Meta(ge=0, le=1e30)]
 _Size = Annotated[int, Meta(ge=1, le=1 << 20)]
 _Width = Annotated[int, Meta(ge=1, le=1 << 16)]
 _Heads = Annotated[int, Meta(ge=1, le=4096)]
+_Share = Annotated[float, Meta(ge=0, le=1)]
 
 _LayerType = Literal[
     "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
@@ -120,6 +121,7 @@ class _IndexerLayers(Struct):
     index_skip_topk_offset: Annotated[int, Meta(ge=0, le=1000)] = 2
 
 
+_Part = TypedDict("_Part", {"partial_rotary_factor": _Share | None}, total=False)
 _MainRope = TypedDict("_MainRope", {"rope_type": Literal["default"], "rope_theta": Positive})
 _Ropes = TypedDict("_Ropes", {"main": _MainRope, "compress": Json})
 
@@ -130,7 +132,7 @@ class _KeysOfHub(Struct):
     head_dim: _Width
     num_hidden_layers: Annotated[int, Meta(ge=1, le=1000)]
     qk_rope_head_dim: _Width | None = None
-    partial_rotary_factor: Annotated[float, Meta(ge=0, le=1)] | None = None
+    partial_rotary_factor: _Share | None = None
     layer_types: list[_LayerType] | None = None
     compress_rates: dict[str, int] | None = None
     mlp_layer_types: list[Literal["hash_moe", "moe"]] | None = None
@@ -147,6 +149,7 @@ class _KeysOfGroups(Struct):
     moe_intermediate_size: _Size
     head_dim: _Width | None = None
     rotary_dim: _Width | None = None
+    partial_rotary_factor: _Share | None = None
     sliding_window: int | None = None
     use_sliding_window: bool | None = None
     max_window_layers: int | None = 0
@@ -293,9 +296,9 @@ def in_words_of_latents(given: Json, family: Family) -> Json:
     if "rope_theta" not in {*given, *ropes}:
         raise ValueError("rope_theta is missing")
     rotated = of.rotary_dim or int(width * family.rotated)
-    for part in (given.get("partial_rotary_factor"), ropes.get("partial_rotary_factor")):
-        if isinstance(part, float | int):
-            rotated = int(width * part)
+    inner = typed(ropes, _Part, "rope_parameters").get("partial_rotary_factor")
+    for part in (of.partial_rotary_factor, inner):
+        rotated = rotated if part is None else int(width * part)
     if not 0 < rotated <= width:
         raise ValueError(f"{rotated} values of a head are rotated, expected 1 to {width}")
     if shared := of.shared_expert_intermediate_size:

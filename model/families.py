@@ -113,7 +113,7 @@ FAMILIES = {
     ),
     "glm4_moe": _GROUPED._replace(
         architecture="Glm4MoeForCausalLM", topk_methods=("noaux_tc", None), biased="qkv",
-        qk_norm="use_qk_norm", rotated=0.5, group_best=2,
+        qk_norm="use_qk_norm", rotated=0.5,
     ),
     "minimax_m2": _GROUPED._replace(
         architecture="MiniMaxM2ForCausalLM", group_best=1, qk_norm="row",
