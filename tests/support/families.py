@@ -113,6 +113,7 @@ GROUPED_CASES = {
     "hunyuan": (HUNYUAN, {}),
     "hunyuan-biases": (HUNYUAN, {"attention_bias": True, "rope_scaling": None}),
     "ernie": (ERNIE, {}),
+    "gpt-oss": (OSS, {}),
     "gpt-oss-plain-rope": (OSS, {**PLAIN_ROPE, "swiglu_limit": 1.5}),
     "gpt-oss-in-blocks": (
         OSS,
