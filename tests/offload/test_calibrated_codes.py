@@ -111,13 +111,11 @@ def test_repairing_takes_the_same_text(source, exports, tmp_path, other_threads)
         assert tree(export) == repaired and "not coded with this calibration text" in said[-1]
 
 
+LONG = pytest.param(b"It is " * 2800, "", marks=pytest.mark.full)
+
+
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"caf\xe9 " * 9000, "byte 3 is not"),
-        (b"It is", "needs 5000"),
-        pytest.param(b"It is " * 2800, "", marks=pytest.mark.full),
-    ],
+    ("content", "message"), [(b"caf\xe9 " * 9000, "byte 3 is not"), (b"It is", "needs 5000"), LONG]
 )
 def test_the_command_reads_text_or_refuses_it_before_any_work(
     content, message, source, slotmoe, tmp_path

@@ -41,22 +41,17 @@ def texts(runtime, together, count=12):
     return [[(token.id, token.logprob, token.likeliest) for token in text] for text in streams]
 
 
-@pytest.fixture(scope="module")
-def wanted(sample_export):
-    """By kernels: logits, and texts alone, with every expert in memory."""
-
-    @cache
-    def find(kernels):
-        with Runtime.open(sample_export, context=256, kernels=kernels) as runtime:
-            return runtime.logits(IDS), texts(runtime, together=False)
-
-    return find
+@cache
+def wanted(export, kernels):
+    """Logits, and texts alone, with every expert in memory."""
+    with Runtime.open(export, context=256, kernels=kernels) as runtime:
+        return runtime.logits(IDS), texts(runtime, together=False)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_sample(sample_export, wanted, always_guessing, eager, tmp_path, way):
+def test_sample(sample_export, always_guessing, eager, tmp_path, way):
     options = {name: value for name, value in way.items() if name != "session"}
-    logits, alone = wanted(options.get("kernels", "auto"))
+    logits, alone = wanted(sample_export, options.get("kernels", "auto"))
     count = 12 if "draft" in way else 6  # only what repeats is drafted
     how, alone = ("sequences" in way, count), [text[:count] for text in alone]
     with Runtime.open(sample_export, context=256, **options) as runtime:
