@@ -3,8 +3,9 @@
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, starmap
+from struct import Struct
 from typing import Protocol
 
 import torch
@@ -14,11 +15,12 @@ from slotmoe.errors import CheckpointError
 from slotmoe.model.sampling import Sampling
 from slotmoe.model.tokenizer import TextStream, Tokenizer, overlap
 
+_SCORED = Struct("<if")  # an id and its log-probability, float32 as logits are
 _FIRST = 64  # likeliest ids looked at first: to sort 100,000 takes longer than some models' step
 _BROKEN = "the model computed NaN or infinite logits; its weights are broken"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Token:
     """One token: the text that became printable with it, its natural log-probability under the
     model's own distribution over the tokenizer's vocabulary (before temperature, penalties and
@@ -32,8 +34,13 @@ class Token:
     id: int
     text: str
     logprob: float | None = 0.0
-    likeliest: tuple[tuple[int, float], ...] = ()
+    packed: bytes = field(default=b"", repr=False)  # the likeliest, in 8 bytes each
     finish: str | None = None
+
+    @property
+    def likeliest(self) -> tuple[tuple[int, float], ...]:
+        """Ids and their log-probabilities, the likeliest first."""
+        return (*_SCORED.iter_unpack(self.packed),)
 
 
 @dataclass(frozen=True)
@@ -242,12 +249,12 @@ class Answer:
         if self._logprobs is None:
             return Token(token_id, text)
         total = logits_V.logsumexp(dim=-1)
-        likeliest: tuple[tuple[int, float], ...] = ()
+        packed = b""
         if self._logprobs:
             best = logits_V.topk(self._logprobs)
-            values = (best.values - total).tolist()
-            likeliest = tuple(zip(best.indices.tolist(), values, strict=True))
-        return Token(token_id, text, float(logits_V[token_id] - total), likeliest)
+            pairs = zip(best.indices.tolist(), (best.values - total).tolist(), strict=True)
+            packed = b"".join(starmap(_SCORED.pack, pairs))
+        return Token(token_id, text, float(logits_V[token_id] - total), packed)
 
     def _release(self) -> Delta:
         """Tokens that no stop string can reach any more, or all before a complete one."""

@@ -5,6 +5,7 @@ import http.client
 import io
 import json
 import re
+import socket
 import threading
 import time
 
@@ -132,6 +133,23 @@ def until(condition, seconds=30.0):
     while not condition():
         assert time.monotonic() < end, "it was never true"
         time.sleep(0.005)
+
+
+def connect(port, data=b""):
+    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+    connection.sendall(data)
+    return connection
+
+
+def request(body, **headers):
+    fields = {"Host": "localhost", "Content-Type": "application/json", **headers}
+    if "Transfer-Encoding" not in fields:
+        fields.setdefault("Content-Length", len(body))
+    lines = [
+        "POST /v1/completions HTTP/1.1",
+        *(f"{name}: {value}" for name, value in fields.items()),
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 class Served:

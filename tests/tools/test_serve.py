@@ -4,7 +4,6 @@ begins and ends, and strangers: keys, hosts, origins and bodies, clients that st
 import http.client
 import json
 import re
-import select
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
@@ -17,8 +16,19 @@ from slotmoe import __version__
 from slotmoe.tools.cli import cli
 from slotmoe.tools.serve import guard as serve_guard
 from tests.support.apis import CHAT, events
-from tests.support.forkserver import COMMAND_LINE
-from tests.support.served import FAILING, GREEDY, HALVES, PROMPTS, SLOW, USER, Served, start, until
+from tests.support.served import (
+    FAILING,
+    GREEDY,
+    HALVES,
+    PROMPTS,
+    SLOW,
+    USER,
+    Served,
+    connect,
+    request,
+    start,
+    until,
+)
 
 TEXT = "/v1/completions"
 
@@ -276,22 +286,6 @@ Service.check_model, Dialect.prompt = lambda *_: print("came", file=sys.stderr),
         assert "Traceback" not in child.stderr.read()
 
 
-@pytest.mark.usefixtures("processes")
-def test_a_signal_ends_a_server_whose_thread_hangs(sample_export):
-    hanging = f"""
-import sys, threading
-import slotmoe.tools.serve as serve
-from slotmoe.tools.serve.service import Service
-serve._GRACE_SECONDS = serve._LAST_SECONDS = 0.1
-Service.encode = lambda *_: print("came", file=sys.stderr) or threading.Event().wait()
-{COMMAND_LINE}"""
-    child, port = start(sample_export, program=hanging)
-    with child, connect(port, request(json.dumps({**GREEDY, "prompt": "x"}).encode())):
-        assert child.stderr.readline() == "came\n"
-        child.terminate()
-        assert child.wait() == 143
-
-
 @pytest.mark.usefixtures("network")
 def test_wrong_use_is_told_before_anything_is_loaded(tmp_path):
     def run(*arguments):
@@ -317,20 +311,6 @@ def test_wrong_use_is_told_before_anything_is_loaded(tmp_path):
 def keyed(network, runtime):
     with Served(runtime, keys=("first", "second")) as served:
         yield served
-
-
-def connect(port, data=b""):
-    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
-    connection.sendall(data)
-    return connection
-
-
-def request(body, **headers):
-    fields = {"Host": "localhost", "Content-Type": "application/json", **headers}
-    if "Transfer-Encoding" not in fields:
-        fields.setdefault("Content-Length", len(body))
-    lines = [f"POST {TEXT} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
-    return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 def ended(connection):
@@ -479,24 +459,6 @@ def test_refused_bodies_are_read_so_that_the_refusal_arrives(keyed):
     body = b" " * (12 << 20)
     assert keyed.ask("POST", TEXT, body)[0] == 401
     assert keyed.ask("POST", TEXT, body, x_api_key="first")[0] == 413
-
-
-def test_bodies_that_lack_their_end_share_a_bounded_room(served, monkeypatch):
-    """Of 8 of the largest; beyond it clients are told, small ones are served.  A room that was more
-    than half full is given back."""
-    body, given = b" " * ((1 << 20) - 9), []
-    monkeypatch.setattr(serve_guard, "give_back_memory", lambda: given.append(1))
-    with ExitStack() as stack:
-        links = [stack.enter_context(connect(served.port)) for _ in range(20)]
-        for link in links:
-            with suppress(OSError):  # refused before its end
-                link.sendall(request(body)[:-1])
-        until(lambda: len(select.select(links, [], [], 0)[0]) >= 12 - 1)
-        told = select.select(links, [], [], 0)[0]
-        assert {link.recv(12) for link in told} == {b"HTTP/1.1 429"} and not given
-        assert served.complete("Call me", max_tokens=1)
-    until(lambda: served.ask("POST", TEXT, b'"' + body)[0] == 400)
-    until(lambda: given)
 
 
 LIMIT = 8 + 16 + 256  # connections

@@ -2,14 +2,16 @@
 
 import asyncio
 import json
+import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from typing import ClassVar, NamedTuple
 
 from fastapi import Request
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from slotmoe.jsonfile import Json
@@ -23,11 +25,50 @@ from slotmoe.tools.serve.requests import AnswerOptions, Conversation
 from slotmoe.tools.serve.service import Service
 
 MAX_SCORES = 100_000  # log-probabilities of prompts' tokens and their alternatives in one request
-compact = json.JSONEncoder(separators=(",", ":")).encode
+compact = json.JSONEncoder(separators=(",", ":"), default=list).encode  # ``Scores`` are lists
 _TOGETHER = 64  # of a prompt's tokens in an update
 PING_SECONDS = 3.0  # after which a stream on which nothing moves says that it is alive
 # Finishes of a job that end the whole request.  Nobody reads a 499.
 _FAILURES = {"error": 500, "refused": 400, "cancelled": 499}
+
+
+class Scores:
+    """What ``make`` gives of each of ``tokens``, not before it is sent: as JSON, log-probabilities
+    take fifty times the memory."""
+
+    def __init__(self, make: Callable[[Token], object], tokens: Sequence[Token]):
+        self._make, self._tokens = make, tokens
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __iter__(self) -> Iterator[object]:
+        return map(self._make, self._tokens)
+
+
+def whole_response(content: Json) -> Response:
+    """``content`` as JSON, of which ``Scores`` are made and sent some at a time."""
+    later, mark = list[Scores](), uuid.uuid4().hex
+
+    def put_off(scores: Scores) -> str:
+        later.append(scores)
+        return mark
+
+    about: Json = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
+    first, *rest = json.JSONEncoder(**about, default=put_off).encode(content).split(f'"{mark}"')
+    encode = json.JSONEncoder(**about).encode
+
+    def pieces() -> Iterator[str]:
+        yield first
+        for scores, text in zip(later, rest, strict=True):
+            glue, made = "[", iter(scores)
+            while some := [*islice(made, _TOGETHER)]:
+                yield glue + encode(some)[1:-1]
+                glue = ","
+            yield ("" if len(scores) else "[") + "]" + text
+
+    respond = partial(StreamingResponse, pieces()) if rest else partial(Response, first)
+    return respond(media_type="application/json")
 
 
 @dataclass
@@ -192,15 +233,14 @@ class Answers:
             watching.cancel()
         return wholes
 
-    def scores(self, tokens: Sequence[Token]) -> list[Json]:
+    def scores(self, tokens: Sequence[Token]) -> Scores:
         """Log-probabilities of ``tokens`` in OpenAI's form; none where they are not wanted."""
-        if self.options.logprobs is None:
-            return []
-        scores = list[Json]()
-        for token in tokens:
+
+        def make(token: Token) -> Json:
             top = [self._score(*other) for other in token.likeliest[: self.options.logprobs]]
-            scores.append({**self._score(token.id, token.logprob), "top_logprobs": top})
-        return scores
+            return {**self._score(token.id, token.logprob), "top_logprobs": top}
+
+        return Scores(make, () if self.options.logprobs is None else tokens)
 
     def prompt_scores(self, index: int) -> list[Json | None] | None:
         """Log-probabilities of the prompt of whole answer ``index`` by id, in vLLM's form; None

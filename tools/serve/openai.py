@@ -15,7 +15,16 @@ from slotmoe import __version__
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Token
 from slotmoe.tools.serve import requests
-from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event, spelled
+from slotmoe.tools.serve.answers import (
+    Answers,
+    EventStream,
+    Scores,
+    Update,
+    chat_answers,
+    event,
+    spelled,
+    whole_response,
+)
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.formats import ContentDelta, joined
 from slotmoe.tools.serve.requests import Id, Stop, Stops, Text, TextOr, TopLogprobs, Whole
@@ -268,7 +277,7 @@ async def _respond(
 
     def respond() -> Response:
         content = {**about, "object": choices.kind, "choices": [*map(choices.whole, updates)]}
-        return JSONResponse({**content, **choices.about, "usage": _usage(answers)})
+        return whole_response({**content, **choices.about, "usage": _usage(answers)})
 
     return await asyncio.to_thread(respond)  # there may be many log-probabilities
 
@@ -337,14 +346,18 @@ class TextChoices:
         return choice if scores is None else {**choice, "prompt_logprobs": scores}
 
     def _logprobs(self, update: Update) -> Json:
-        offsets, likeliest = list[int](), list[dict[str, float] | None]()
+        offsets = list[int]()
         for token in update.tokens:
             offsets.append(self._offsets[update.index])
             self._offsets[update.index] += len(token.text)
+
+        def make(token: Token) -> dict[str, float] | None:
             # That of the token itself is always there.
             top = [*token.likeliest[: self._answers.options.logprobs], (token.id, token.logprob)]
             scores = {self._name(id_): logprob for id_, logprob in top if logprob is not None}
-            likeliest.append(None if token.logprob is None else scores)
+            return None if token.logprob is None else scores
+
+        likeliest = Scores(make, update.tokens)
         names = [self._name(token.id) for token in update.tokens]
         scores_of = {"tokens": names, "token_logprobs": [t.logprob for t in update.tokens]}
         return {**scores_of, "top_logprobs": likeliest, "text_offset": offsets}

@@ -14,8 +14,16 @@ from pydantic import BeforeValidator, Field
 from starlette.responses import JSONResponse
 
 from slotmoe.jsonfile import Json
+from slotmoe.model.generate import Token
 from slotmoe.tools.serve import requests
-from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event
+from slotmoe.tools.serve.answers import (
+    Answers,
+    EventStream,
+    Update,
+    chat_answers,
+    event,
+    whole_response,
+)
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.formats import ContentDelta
 from slotmoe.tools.serve.requests import Call, Count, Label, Message, TextOr, text_of
@@ -198,7 +206,7 @@ async def create(body: ResponsesRequest, request: Request, service: Serving) -> 
         return EventStream(events(), answers)
     for update in await answers.whole():
         list(draft.add(update))
-    return JSONResponse(draft.response)
+    return whole_response(draft.response)
 
 
 @router.post(f"{PATH}/input_tokens")
@@ -228,8 +236,8 @@ class Draft:
         self._events = 0
         self._answers, self._kind = answers, ""  # of the item that is open
         self._texts: list[str] = []  # of the item that is open
-        self._scores: list[Json] = []  # of its tokens
-        self._coming: list[Json] = []  # of tokens whose text is still to come
+        self._scored: list[Token] = []  # of its text
+        self._coming: list[Token] = []  # whose text is still to come
         self._output: list[Json] = []
         self.response: Json = {
             **{"id": f"resp_{uuid.uuid4().hex}", "object": "response"},
@@ -251,7 +259,7 @@ class Draft:
         """Events of what ``update`` adds, up to the end of the last item."""
         if update.finish is not None and not self._output and not update.content:
             update.content = [ContentDelta()]  # an empty answer has an empty message
-        self._coming += self._answers.scores(update.tokens)
+        self._coming += update.tokens
         for delta in update.content:
             if delta.name is not None or delta.kind != self._kind:
                 yield from self._close()
@@ -279,7 +287,7 @@ class Draft:
             item |= {"call_id": f"call_{number}", "name": delta.name, "arguments": ""}
         index = len(self._output)
         self._output.append(item)
-        self._texts, self._scores = [], []
+        self._texts, self._scored = [], []
         self._where: Json = {"item_id": item["id"], "output_index": index}
         yield self.event("output_item.added", output_index=index, item=item)
         if self._part:
@@ -288,8 +296,10 @@ class Draft:
 
     def _write(self, text: str) -> Iterator[str]:
         self._texts.append(text)
-        scores: Json = {"logprobs": self._coming} if self._kind == "text" else {}
-        self._scores += scores.get("logprobs", ())
+        scores, coming = Json(), self._coming
+        if self._kind == "text":
+            scores["logprobs"] = self._answers.scores(coming)
+            self._scored += coming
         self._coming = []
         yield self.event(f"{self._name}.delta", **self._where, **scores, delta=text)
 
@@ -297,7 +307,8 @@ class Draft:
         """End the item that is open, if one is."""
         if not self._kind:
             return
-        item, text, scores = self._output[-1], "".join(self._texts), [*self._scores, *self._coming]
+        item, text = self._output[-1], "".join(self._texts)
+        scores = self._answers.scores([*self._scored, *self._coming])
         if self._part:
             done = {"text": text} | ({"logprobs": scores} if self._kind == "text" else {})
             part = {**self._part, **done}
