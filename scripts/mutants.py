@@ -34,7 +34,8 @@ AREAS = {
     ),
     "store": (
         "offload/experts/s*.py",
-        "offload/states offload/misses offload/sharing offload/same_bits offload/gpu_faults",
+        "offload/states offload/engine offload/misses offload/sharing offload/same_bits"
+        " offload/gpu_faults",
     ),
     "sessions": (
         "offload/sessions/*.py",

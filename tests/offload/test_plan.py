@@ -34,6 +34,8 @@ from tests.support.tiny import SAMPLE
 from tests.support.v4 import CONFIGS, state_bytes
 
 GIB = 1 << 30
+GPU = {"tier": "vram", "resident": "mixed", "runtime_bytes": GIB, "kernels": "triton"}
+GPU["host_budget"] = 512 * GIB
 
 
 def geometry(name):
@@ -88,8 +90,7 @@ def test_the_smallest_budget_is_found_to_the_byte():
 @pytest.mark.parametrize("ram", [32, 96, 512])
 def test_memory_below_a_gpu(ram):
     """Locked RAM takes the GPU's memory too: 8 bytes for each page of 4 KiB."""
-    gpu = {"tier": "vram", "resident": "mixed", "runtime_bytes": GIB, "kernels": "triton"}
-    plan = plan_of(geometry("v2"), 22 * GIB, host_budget=ram * GIB, **gpu)
+    plan = plan_of(geometry("v2"), 22 * GIB, **GPU | {"host_budget": ram * GIB})
     assert plan.shortfall == {} and "runtime" not in plan.components
     locked = plan.host["expert slots"] + plan.host["read buffers"]
     assert plan.components["page tables"] == locked // 4096 * 8
@@ -99,7 +100,7 @@ def test_memory_below_a_gpu(ram):
     else:
         assert 0 <= ram * GIB - sum(plan.host.values()) < plan.record_bytes
     with pytest.raises(PlanError, match=r"of ram .*: raise --ram$"):
-        plan_of(geometry("v2"), 22 * GIB, host_budget=GIB, **gpu).check()
+        plan_of(geometry("v2"), 22 * GIB, **GPU | {"host_budget": GIB}).check()
 
 
 KERNELS = {
@@ -216,12 +217,6 @@ def test_a_hub_id_fetches_the_config_alone(planned, hub):
 # Speed
 
 
-def key(kind):
-    return f"{kind}_tokens_per_second"
-
-
-GPU = {"tier": "vram", "resident": "mixed", "runtime_bytes": GIB, "kernels": "triton"}
-GPU["host_budget"] = 512 * GIB
 PREDICTED = [  # geometry, MiB, more of the plan and of the setting; tokens/s of a prompt and after
     ("v2-lite", 20 << 10, {}, {}, 306.47, 20.325),
     ("v2-lite", 5 << 10, {"context": 8192}, {"random_routing": True}, 172.99, 5.0213),
@@ -281,7 +276,8 @@ def test_each_option_changes_the_prediction_or_is_not_offered(plan, planned):
         words = options.split()
         some = [word for word in SOME if "gpu" not in options or word not in ("--device", "cpu")]
         found = planned(*some, *words)
-        assert any(found[key(kind)] != base[key(kind)] for kind in ("prefill", "decode")), options
+        kinds = (f"{kind}_tokens_per_second" for kind in ("prefill", "decode"))
+        assert any(found[kind] != base[kind] for kind in kinds), options
     for options in ("--cache-policy lru", "--experts-per-token 4"):
         code, _, err = plan(*SOME, *options.split())
         assert code == 2 and "No such option" in err
