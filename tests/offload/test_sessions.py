@@ -212,13 +212,10 @@ def test_files_are_as_documented(tmp_path):
         count, start, rows = len(block.tokens), block.tokens[0], rows_of(block)
         ids = struct.pack(f"<{count}I", *block.tokens)
         own = hashlib.sha256(block.parent + ids).digest()[:16]
-        data = (
-            b"slotmoe %b 2\n" % (b"state" if block.is_snapshot else b"block") + block.parent + own
-        )
+        magic, end = (b"state", "-state") if block.is_snapshot else (b"block", "")
+        data = b"slotmoe %b 2\n" % magic + block.parent + own
         data += struct.pack("<IIQ", start, count, len(rows)) + ids + rows
-        name = (
-            f"{block.parent.hex()}-{start:08}-{count:02}-{own.hex()}{'-state' * block.is_snapshot}"
-        )
+        name = f"{block.parent.hex()}-{start:08}-{count:02}-{own.hex()}{end}"
         assert (tmp_path / name[:2] / name).read_bytes() == data + xxhash.xxh3_128_digest(data)
 
 
