@@ -10,7 +10,7 @@ from operator import sub
 import pytest
 
 from slotmoe.tools.serve import guard as serve_guard
-from slotmoe.tools.serve.answers import Scores, whole_response
+from slotmoe.tools.serve.answers import Answers, Scores
 from tests.support.forkserver import COMMAND_LINE
 from tests.support.served import GREEDY, connect, request, start, until
 
@@ -53,7 +53,7 @@ def test_they_become_json_some_at_a_time(count):
     scores = Scores(lambda number: made.append(number) or {"a": number}, range(count))
 
     async def read():
-        response = whole_response({"x": [scores, "\u00e9"], "y": scores})
+        response = Answers.respond({"x": [scores, "\u00e9"], "y": scores})
         return [(piece, len(made)) async for piece in response.body_iterator]
 
     pieces, numbers = zip(*asyncio.run(read()), strict=True)

@@ -46,31 +46,6 @@ class Scores:
         return map(self._make, self._tokens)
 
 
-def whole_response(content: Json) -> Response:
-    """``content`` as JSON, of which ``Scores`` are made and sent some at a time."""
-    later, mark = list[Scores](), uuid.uuid4().hex
-
-    def put_off(scores: Scores) -> str:
-        later.append(scores)
-        return mark
-
-    about: Json = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
-    first, *rest = json.JSONEncoder(**about, default=put_off).encode(content).split(f'"{mark}"')
-    encode = json.JSONEncoder(**about).encode
-
-    def pieces() -> Iterator[str]:
-        yield first
-        for scores, text in zip(later, rest, strict=True):
-            glue, made = "[", iter(scores)
-            while some := [*islice(made, _TOGETHER)]:
-                yield glue + encode(some)[1:-1]
-                glue = ","
-            yield ("" if len(scores) else "[") + "]" + text
-
-    respond = partial(StreamingResponse, pieces()) if rest else partial(Response, first)
-    return respond(media_type="application/json")
-
-
 @dataclass
 class Update:
     """What is new in the answer ``index``.  ``finish`` is the reason in OpenAI's words, None while
@@ -233,14 +208,41 @@ class Answers:
             watching.cancel()
         return wholes
 
-    def scores(self, tokens: Sequence[Token]) -> Scores:
-        """Log-probabilities of ``tokens`` in OpenAI's form; none where they are not wanted."""
+    def scores(
+        self, tokens: Sequence[Token], make: Callable[[Token], object] | None = None
+    ) -> Scores:
+        """Log-probabilities of ``tokens`` as ``make`` gives them, or in OpenAI's form; none where
+        they are not wanted."""
+        return Scores(make or self._scored, () if self.options.logprobs is None else tokens)
 
-        def make(token: Token) -> Json:
-            top = [self._score(*other) for other in token.likeliest[: self.options.logprobs]]
-            return {**self._score(token.id, token.logprob), "top_logprobs": top}
+    def _scored(self, token: Token) -> Json:
+        top = [self._score(*other) for other in token.likeliest[: self.options.logprobs]]
+        return {**self._score(token.id, token.logprob), "top_logprobs": top}
 
-        return Scores(make, () if self.options.logprobs is None else tokens)
+    @staticmethod
+    def respond(content: Json) -> Response:
+        """``content`` as JSON, of which ``Scores`` are made and sent some at a time."""
+        later, mark = list[Scores](), uuid.uuid4().hex
+
+        def put_off(scores: Scores) -> str:
+            later.append(scores)
+            return mark
+
+        about: Json = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
+        first, *rest = json.JSONEncoder(**about, default=put_off).encode(content).split(f'"{mark}"')
+        encode = json.JSONEncoder(**about).encode
+
+        def pieces() -> Iterator[str]:
+            yield first
+            for scores, text in zip(later, rest, strict=True):
+                glue, made = "[", iter(scores)
+                while some := [*islice(made, _TOGETHER)]:
+                    yield glue + encode(some)[1:-1]
+                    glue = ","
+                yield ("" if len(scores) else "[") + "]" + text
+
+        respond = partial(StreamingResponse, pieces()) if rest else partial(Response, first)
+        return respond(media_type="application/json")
 
     def prompt_scores(self, index: int) -> list[Json | None] | None:
         """Log-probabilities of the prompt of whole answer ``index`` by id, in vLLM's form; None

@@ -16,14 +16,7 @@ from starlette.responses import JSONResponse
 from slotmoe.jsonfile import Json
 from slotmoe.model.tokenizer import FIM_TOKENS
 from slotmoe.tools.serve import openai, requests
-from slotmoe.tools.serve.answers import (
-    Answers,
-    EventStream,
-    Update,
-    chat_answers,
-    compact,
-    whole_response,
-)
+from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, compact
 from slotmoe.tools.serve.errors import OLLAMA_PATH
 from slotmoe.tools.serve.formats import ContentDelta, joined, parse_arguments
 from slotmoe.tools.serve.requests import Call, CallId, Label, Message, Name, Text, Whole
@@ -205,7 +198,7 @@ async def _respond(body: OllamaRequest, answers: Answers) -> Response:
     if body.stream is not False:
         return Lines(events(), answers, Lines.spell(chunk(Update(0))))
     (update,) = await answers.whole()
-    return await asyncio.to_thread(whole_response, {**chunk(update), **_end(answers)})
+    return await asyncio.to_thread(answers.respond, {**chunk(update), **_end(answers)})
 
 
 def _call(part: ContentDelta) -> Json | None:

@@ -15,16 +15,7 @@ from slotmoe import __version__
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Token
 from slotmoe.tools.serve import requests
-from slotmoe.tools.serve.answers import (
-    Answers,
-    EventStream,
-    Scores,
-    Update,
-    chat_answers,
-    event,
-    spelled,
-    whole_response,
-)
+from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event, spelled
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.formats import ContentDelta, joined
 from slotmoe.tools.serve.requests import Id, Stop, Stops, Text, TextOr, TopLogprobs, Whole
@@ -277,7 +268,7 @@ async def _respond(
 
     def respond() -> Response:
         content = {**about, "object": choices.kind, "choices": [*map(choices.whole, updates)]}
-        return whole_response({**content, **choices.about, "usage": _usage(answers)})
+        return answers.respond({**content, **choices.about, "usage": _usage(answers)})
 
     return await asyncio.to_thread(respond)  # there may be many log-probabilities
 
@@ -357,7 +348,7 @@ class TextChoices:
             scores = {self._name(id_): logprob for id_, logprob in top if logprob is not None}
             return None if token.logprob is None else scores
 
-        likeliest = Scores(make, update.tokens)
+        likeliest = self._answers.scores(update.tokens, make)
         names = [self._name(token.id) for token in update.tokens]
         scores_of = {"tokens": names, "token_logprobs": [t.logprob for t in update.tokens]}
         return {**scores_of, "top_logprobs": likeliest, "text_offset": offsets}

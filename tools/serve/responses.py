@@ -16,14 +16,7 @@ from starlette.responses import JSONResponse
 from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Token
 from slotmoe.tools.serve import requests
-from slotmoe.tools.serve.answers import (
-    Answers,
-    EventStream,
-    Update,
-    chat_answers,
-    event,
-    whole_response,
-)
+from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.formats import ContentDelta
 from slotmoe.tools.serve.requests import Call, Count, Label, Message, TextOr, text_of
@@ -206,7 +199,7 @@ async def create(body: ResponsesRequest, request: Request, service: Serving) -> 
         return EventStream(events(), answers)
     for update in await answers.whole():
         list(draft.add(update))
-    return whole_response(draft.response)
+    return answers.respond(draft.response)
 
 
 @router.post(f"{PATH}/input_tokens")
