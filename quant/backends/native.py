@@ -19,6 +19,7 @@ from slotmoe.border import (
     Chunk,
     Compressed,
     Geometry,
+    Grouped,
     HyperGeometry,
     ListedRows,
     Mixed,
@@ -40,7 +41,7 @@ from slotmoe.quant.kernels.cpu.weights import (
     bind_router,
 )
 from slotmoe.quant.shapes import SWIGLU, Activation, latent_bytes
-from slotmoe.state import CompressedCache, Group, LatentCache, SequenceState
+from slotmoe.state import CompressedCache, Group, GroupedCache, LatentCache, SequenceState, Tail
 from slotmoe.system import Placement
 
 # Whose seconds a native decode call reports.
@@ -63,8 +64,9 @@ class NativeDecoder:
     ) -> None:
         self._native, self._layers, self._bind = native, layers, bind
         self._count = len(layers.routers_from) - 1
-        self._rows = Store(self._count, layers.row_bytes)
-        self._keys = Store(layers.indexers, layers.key_bytes)
+        self._rows, self._keys = Store(*layers.rows), Store(*layers.keys)
+        kinds = {Mla: self._latent, Compressed: self._compressed, Grouped: self._grouped}
+        self._tokens = kinds[layers.attention]
 
     def run_layers(self, chunk: Chunk, experts: RoutedExperts) -> border.Pending | None:
         """See ``slotmoe.quant.backends.base.Runner``.  ``AssertionError`` for a tensor of another
@@ -81,7 +83,7 @@ class NativeDecoder:
         caches = [*chain.from_iterable(map(repeat, chunk.caches, chunk.counts))]
         lengths = [*map(attrgetter("length"), chunk.caches)]
         positions = [*chain.from_iterable(map(range, lengths, map(add, lengths, chunk.counts)))]
-        tokens = (self._compressed if layers.window else self._latent)(chunk, caches, positions)
+        tokens = self._tokens(chunk, caches, positions)
         slab, f32, sizes = self._bind(table.records), torch.float32, layers.sizes
         T, wide, hidden, streams = len(positions), sizes["X"], sizes["H"], sizes["Q"]
         post, comb = chunk.mixed or (None, None)
@@ -95,8 +97,7 @@ class NativeDecoder:
             *(slab.slab, slab.sizes["S"], slab.sizes["B"], slab.address),
             address(x_TD, f32, T, hidden) if resumed else None,
             address(chunk.routed_TD, f32, T, hidden) if resumed else None,
-            address(post, f32, T, streams) if layers.window else None,
-            address(comb, f32, T, streams, streams) if layers.window else None,
+            *(address(post, f32, T, streams), address(comb, f32, T, streams, streams)),
             *(y_TX.data_ptr(), norms.data_ptr(), weights_TK.data_ptr(), indices.data_ptr()),
             ctypes.byref(reached),
         )
@@ -150,13 +151,7 @@ class NativeDecoder:
             groups += _group([part for part in parts if part is not None], positions, shape)
             groups.append(address(table_TC, c64, T, C))
             kept.append(table_TC)
-        windows = [cache.window for cache in caches]
-        for at, window in zip(positions, windows, strict=True):
-            if max(0, at + 1 - layers.window) < window.first:
-                what = f"the window begins at {window.first}, expected {layers.window} rows"
-                raise ValueError(what)
-        firsts = [window.first for window in windows]
-        rows = self._rows.bound([window.rows for window in windows], positions, firsts)
+        rows = self._last(self._rows, [cache.window for cache in caches], positions)
         self._tables = kept  # which the call reads
         return TOKENS[len(layers.groups)](
             *(int64s(positions), address(chunk.rope_TC, c64, T, C)),
@@ -165,6 +160,32 @@ class NativeDecoder:
             address(chunk.compressed_rope_TC, c64, T, C),
             *groups,
         )
+
+    def _grouped(
+        self, chunk: Chunk, states: Sequence[SequenceState], positions: Sequence[int]
+    ) -> ctypes.Structure:
+        """With each token's keys and values, of all tokens and of the window."""
+        caches, (T, C) = cast(Sequence[GroupedCache], states), chunk.rope_TC.shape
+        rows = keys = NO_STORE
+        if self._layers.rows[0]:
+            rows = self._rows.bound([cache.rows for cache in caches], positions)
+        if self._layers.keys[0]:
+            tails = [cache.window for cache in caches if cache.window is not None]
+            keys = self._last(self._keys, tails, positions)
+        assert (T, C) == (len(positions), self._layers.sizes["C"])
+        rope = address(chunk.rope_TC, torch.complex64, T, C)
+        return TOKENS[0](int64s(positions), rope, None, *rows, *keys)
+
+    def _last(
+        self, store: Store, windows: Sequence[Tail], positions: Sequence[int]
+    ) -> tuple[object, ...]:
+        """Each token's rows of the window.  Raises `ValueError`."""
+        wanted = self._layers.window
+        for at, window in zip(positions, windows, strict=True):
+            if max(0, at + 1 - wanted) < window.first:
+                raise ValueError(f"the window begins at {window.first}, expected {wanted} rows")
+        firsts = [window.first for window in windows]
+        return store.bound([window.rows for window in windows], positions, firsts)
 
 
 def _group(
@@ -326,13 +347,18 @@ class NativeBackend(TorchBackend):
     ) -> NativeDecoder | None:
         """None where the native call does not compute as the single operations do: ``kv_b_proj`` or
         an MLP in bf16, groups of an output projection that share tiles, V4 with one stream, or
-        grouped queries."""
+        whole rows normed behind their rotation."""
         mlps = list[BoundMlp | None]()
         for layer in layers:
             mlp = None if layer.mlp is None else self._mlp(layer.mlp)
             if isinstance(attention := layer.attention, Mla):
                 is_native = isinstance(attention.kv_b_proj, Absorbed)
-            elif is_native := isinstance(attention, Compressed):
+            elif isinstance(attention, Grouped):
+                assert geometry.grouped is not None
+                norms = [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
+                alike = all(len(norm) == geometry.grouped.Z for norm in norms)
+                is_native = alike or not geometry.grouped.norm_last
+            else:
                 assert geometry.compressed is not None
                 rest = Matrix.of(attention.o_a_proj).shape[0] % (geometry.compressed.groups * TILE)
                 is_native = rest == 0 and geometry.hyper is not None

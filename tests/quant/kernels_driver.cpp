@@ -11,6 +11,7 @@
 using slotmoe::Attention;
 using slotmoe::Compressed;
 using slotmoe::Compressor;
+using slotmoe::Grouped;
 using slotmoe::Hyper;
 using slotmoe::Indexer;
 using slotmoe::latent_bytes;
@@ -334,6 +335,51 @@ static void compressed(int64_t kind, int64_t ratio, bool overlaps, int64_t posit
     if (reached != 1) check(int(10 + reached));
 }
 
+// Two layers of attention by groups for two tokens of a sequence, over all rows and over a window
+// that has no slack.
+static void groups(int64_t kind, int64_t heads, int64_t z, int64_t p, int64_t position) {
+    const int64_t hidden = 40, window = 5, experts = 4, i = 33, top_k = 2, t = 2, width = 2 * z;
+    Weights query(kind, heads * z, hidden), key(kind, width, hidden), out(kind, hidden, heads * z),
+        gate(kF32, experts, hidden);
+    Floats norm(hidden), head_norm(z), row_norm(width), sinks(heads), bias(heads * z), few(width),
+        logit_bias(experts), table(t * p), levels(16), both(width * (position + t));
+    const bool whole = position % 2;
+    const Grouped all{heads, 2, z, p, whole, 0, 0, 0, heads * z, width, 1e-6f, 0.1f, norm, norm,
+                      bias, row_norm, nullptr, nullptr, nullptr, nullptr, nullptr,
+                      query.matrix, key.matrix, key.matrix, out.matrix, {}, nullptr},
+        last{heads, 2, z, p, !whole, whole, window, 0, z, z, 1e-6f, 0.1f, norm, norm,
+             head_norm, head_norm, sinks, bias, few, few, norm,
+             query.matrix, key.matrix, key.matrix, out.matrix, gate.matrix, logit_bias};
+    Weights in(kInt8, i, hidden), down(kInt8, hidden, i);
+    const Mlp mlp{{in.matrix, in.matrix, down.matrix}, {0.5f, 1.0f, 0.0f}};
+    const Layer layers[] = {{nullptr, nullptr, nullptr, nullptr, &mlp, nullptr, &all, nullptr},
+                            {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, &last, logit_bias}};
+    const Model model{2, hidden, experts, 1, 0, layers, {1, 1, top_k, 1, kSoftmax, 1, 1.5}};
+    const Record record{hidden, i, kNf4, kLut4, 0, levels, levels, {0.0f, 1.0f, 0.0f}};
+    Array<uint8_t> slab((slotmoe_record_bytes(&record) + 63) / 64 * 64);
+    fill_record(slab, record);
+    const int64_t size = latent_bytes(z, z), end = position + t,
+                  first = end - t + 1 < window ? 0 : end - t + 1 - window;
+    Array<uint8_t> rows(2 * end * size), windowed(2 * (end - first) * size);
+    check(slotmoe_store_latents(both, end, z, z, rows, size));
+    check(slotmoe_store_latents(both, end, z, z, rows + end * size, size));
+    memcpy(windowed, rows + first * size, size_t((end - first) * size));
+    memcpy(windowed + (end - first) * size, rows + first * size, size_t((end - first) * size));
+    uint8_t *starts[] = {rows, rows}, *window_starts[] = {windowed, windowed};
+    const int64_t firsts[] = {first, first}, positions[] = {position, position + 1};
+    const Tokens tokens{positions, table, nullptr, {starts, nullptr, end * size, size},
+                        {window_starts, firsts, (end - first) * size, size}, nullptr};
+    Floats h(t * hidden), y(t * hidden), x(2 * t * hidden), weights(t * top_k);
+    Array<int64_t> indices(t * top_k);
+    Array<int32_t> slots(experts);
+    double seconds[4] = {};
+    for (int64_t e = 0; e < experts; e++) slots[e] = 0;
+    int64_t reached = -1;
+    check(slotmoe_decode(&model, 0, t, h, &tokens, slots, slab, 1, 64, &record, nullptr, nullptr,
+                         nullptr, nullptr, y, x, weights, indices, &reached, seconds));
+    if (reached != 2) check(int(10 + reached));
+}
+
 // kv_b by head, its tiles end where the last head's do.
 struct KvB {
     Array<int8_t> query, value;
@@ -555,6 +601,8 @@ static void few() {
     attention(17, 200, 70, 10, 5);
     attention(20, 130, 70, 10, 0, 1e38f);
     lists(17, 200, 150, 70, 10);
+    groups(kInt8, 6, 22, 6, 70);
+    groups(kBf16, 2, 64, 64, 3);
     streams(2, 4, 70, 8);
     rotations(40, 33);
     for (int64_t position : {0, 3, 31, 42}) {
@@ -612,6 +660,7 @@ static void all() {
         for (int64_t position : {0, 2, 3, 4, 7, 11, 30, 31, 127}) {
             compressed(kind, 4, true, position);
             compressed(kind, position % 2 ? 8 : 0, false, position);
+            groups(kind, 6, 22, position % 3 * 4, position);
         }
     for (int64_t t : {0, 1, 3}) rotations(t, 65);
     attention(2, 2500, 70, 10, 5);
@@ -654,6 +703,7 @@ int main(int argc, char** argv) {
             lists(5, 150, 200, 70, 6);
             streams(3, 4, 300, 8);
             compressed(kInt8, 4, true, 31);
+            groups(kInt8, 6, 22, 6, 70);
         } else {
             for (int threads = 1; threads <= 3; threads++) {
                 slotmoe_set_threads(threads);

@@ -1,4 +1,4 @@
-"""Whole networks with indexers or compressed rows in one native call for many layers, against the
+"""Whole networks with indexers, compressed rows or grouped queries in one native call for many layers, against the
 single operations."""
 
 import pytest
@@ -8,7 +8,7 @@ from slotmoe.model.attention import new_state
 from slotmoe.quant.backends.base import new
 from slotmoe.quant.backends.native import NativeBackend
 from tests.support import v4
-from tests.support.families import DSA, V2, V2_CASES, V32, config_of
+from tests.support.families import DSA, GROUPED_CASES, V2, V2_CASES, V32, config_of
 from tests.support.kernels import native, needs_native
 from tests.support.native import LayerByLayerOps, feed, network_of
 
@@ -19,7 +19,14 @@ INDEXED = {"index_topk": 12, "index_head_dim": 16, "index_n_heads": 3, "num_hidd
 SHARED = {**INDEXED, "indexer_types": ["full", "shared", "full", "shared"]}
 WHOLE = {"o_lora_rank": 16}  # whole tiles for each group
 SOME = {"compress_ratios": [128, 4, 0, 4], "num_hash_layers": 2, "index_topk": 9}
+GROUPED = "qwen3", "qwen3-yarn-biases-one-group", "glm4", "minimax-odd", "dots", "qwen2"
+GROUPED += "dots-window-of-one", "hunyuan-biases", "gpt-oss-plain-rope"
 CASES = {  # with the tokens that are fed
+    **{
+        name: (config_of(of, **own), 40)
+        for name, (of, own) in GROUPED_CASES.items()
+        if name in GROUPED
+    },
     **{f"v2, {name}": (config_of(V2, **V2_CASES[name]), 40) for name in V2_CASES if name != "tied"},
     "v3.2": (config_of(V32, **INDEXED), 60),
     "glm-5, indexers of some layers": (config_of(DSA, **SHARED), 60),

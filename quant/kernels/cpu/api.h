@@ -119,7 +119,7 @@ struct Tokens {
     const int64_t* positions;
     const float *table, *query_scale;  // [t, p / 2] complex: rotates pairs; [t]: multiplies queries, unless null
     Store rows;                        // latents, or those of the window
-    Store keys;                        // of the layers with an indexer
+    Store keys;                        // of the layers with an indexer, or rows of those with a window
     int32_t* lists;                    // [t, topk]: what the last indexer has chosen
     const int64_t* ids;                // [t], for gates that choose by them
     const float* compressed_table;     // in place of `table` in layers with a compressor
@@ -193,6 +193,22 @@ struct Compressed {
     bool valid(const Tokens& tokens) const;
 };
 
+// A layer of attention by groups up to its router: keys and values of z columns, the first p of a key rotated.
+struct Grouped {
+    int64_t heads, groups, z, p;
+    int64_t halves, norm_last;           // as in Attention; norms of heads are behind the rotation
+    int64_t window, row;                 // 0: none; its first group's, of Tokens::rows, or with a window of Tokens::keys
+    int64_t query_normed, key_normed;    // columns that are normed together, z or all; 0: none
+    float eps, scale;
+    const float *input_norm, *next_norm, *query_norm, *key_norm;
+    const float *sinks, *query_bias, *key_bias, *value_bias, *out_bias;  // null without them
+    Matrix query, key, value, out, gate;
+    const float* gate_bias;
+
+    const Store& rows(const Tokens& tokens) const { return window ? tokens.keys : tokens.rows; }
+    bool valid(const Tokens& tokens) const;
+};
+
 // Scores of a router are a token's softmax, or each is that of its logit alone: its sigmoid, or the root of its softplus.
 enum Scoring : int64_t { kSoftmax = 0, kSigmoid = 1, kSqrtSoftplus = 2 };
 
@@ -216,9 +232,16 @@ struct Layer {
     const Hyper *attention_mixing, *mlp_mixing;  // of the residual streams
     const Mlp* mlp;             // the dense MLP or the shared experts; null if there are none
     const int32_t* experts_of;  // [vocabulary, top_k]: those of a token, where the gate does not choose; else null
+    const Grouped* grouped;     // or null
+    const float* logit_bias;    // [gate.n], of the router's logits, or null
 
-    const Matrix& gate() const { return attention ? attention->gate : compressed->gate; }
-    const float* gate_bias() const { return attention ? attention->gate_bias : compressed->gate_bias; }
+    const Matrix& gate() const { return attention ? attention->gate : grouped ? grouped->gate : compressed->gate; }
+    const float* gate_bias() const {
+        return attention ? attention->gate_bias : grouped ? grouped->gate_bias : compressed->gate_bias;
+    }
+    bool valid(const Tokens& tokens) const {
+        return attention ? attention->valid(tokens) : grouped ? grouped->valid(tokens) : compressed->valid(tokens);
+    }
 };
 
 struct Model {
@@ -230,6 +253,8 @@ struct Model {
 // What entries of other files are made of. No argument is checked here.
 void attention(Job& job, const Isa& isa, const Attention& a, int64_t layer, int64_t t, const float* h,
                const Tokens& tokens, float* y, float* x, float* logits);
+void grouped_layer(Job& job, const Isa& isa, const Grouped& a, int64_t t, const float* h, const Tokens& tokens,
+                   float* y, float* x, float* logits);
 // Streams h [t, m, hidden] -> y, those behind the layer's attention, x [t, hidden], what the feed-forward starts with,
 // its logits, and how its result is mixed in: post [t, m] and comb [t, m, m].
 void compressed_layer(Job& job, const Isa& isa, const Layer& layer, int64_t index, int64_t t, const float* h,

@@ -130,6 +130,14 @@ void attend(Job& job, const Isa& isa, int64_t t, bool few, MlaOf mla_of) {
     });
 }
 
+inline void norm_rows(Job& job, const Isa& isa, const float* x, const float* weight, int64_t t, int64_t columns,
+                      float eps, float* y) {
+    job.parallel(t, [&](int, int64_t begin, int64_t end) {
+        for (int64_t i = begin * columns; i < end * columns; i += columns)
+            isa.rms_norm(x + i, weight, columns, eps, y + i);
+    });
+}
+
 // Complex pairs, which stand side by side or in two halves, times the table, each product and sum rounded once. `back`
 // is by the conjugates. out may be x.
 inline void rotate(const float* x, const float* table, int64_t pairs, bool halves, float* out, bool back = false) {

@@ -51,29 +51,6 @@ EXPORT int slotmoe_attend(const float* q, int64_t t, int64_t heads, const uint8_
     });
 }
 
-// Attention by groups (arXiv 2305.13245): the last t of the positions whose rows [groups, rows], of values [z] and keys
-// [z] and `group_bytes` apart, are here from position `first` on. Each over those up to its own, the last `window` of
-// them unless that is 0: q [t, heads, z] -> out [t, heads, z]. sinks [heads]: as above.
-EXPORT int slotmoe_grouped(const float* q, int64_t t, int64_t heads, const uint8_t* cache, int64_t groups,
-                           int64_t group_bytes, int64_t rows, int64_t stride, int64_t first, int64_t z, float scale,
-                           int64_t window, const float* sinks, float* out) {
-    if (t < 1 || groups < 1 || heads < groups || heads % groups || z < 1 || rows < t || stride < latent_bytes(z, z))
-        return kBadArgument;
-    const int64_t earliest = first + rows - t + 1 - window;
-    if (first < 0 || window < 0 || (first && (!window || earliest < first))) return kBadArgument;
-    return guarded([&](Job& job, const Isa& isa) {
-        attend(job, isa, t * groups, t == 1, [&](int64_t i) {
-            const int64_t group = i / t, row = rows - t + i % t, of_group = heads / groups;
-            const int64_t head = i % t * heads + group * of_group;
-            Mla m = mla_for_group(cache + group * group_bytes + row * stride, of_group, first + row, window, stride, z,
-                                  scale);
-            m.q = q + head * z, m.out = out + head * z, m.sinks = sinks ? sinks + group * of_group : nullptr;
-            return m;
-        });
-        return kOk;
-    });
-}
-
 namespace {
 
 constexpr int64_t kMostScores = 1 << 20;  // of the indexer that are held at once, if one token has no more
@@ -341,10 +318,7 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t la
     const float *table = tokens.table, *query_scale = tokens.query_scale;
     const int64_t heads = a.heads, n = a.n, p = a.p, r = a.r, v = a.v, width = r + p, hidden = a.latent.k;
     const auto norm = [&](const float* in, const float* weight, int64_t columns, float eps, float* out) {
-        job.parallel(t, [&](int, int64_t begin, int64_t end) {
-            for (int64_t token = begin; token < end; token++)
-                isa.rms_norm(in + token * columns, weight, columns, eps, out + token * columns);
-        });
+        norm_rows(job, isa, in, weight, t, columns, eps, out);
     };
     const int64_t q_columns = heads * (n + p);
     float* q = job.scratch<float>(kQuery, t * q_columns);

@@ -37,7 +37,7 @@ from slotmoe.quant.kernels.cpu.weights import Absorbed, Matrix, Structure
 from slotmoe.quant.shapes import latent_bytes
 from slotmoe.system import cores
 
-ABI = 17
+ABI = 18
 INSTRUCTIONS = "SLOTMOE_INSTRUCTIONS"  # names an instruction set
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 PARTS = ("attention", "route", "experts_by_slot", "mlp")  # whose seconds `decode` measures

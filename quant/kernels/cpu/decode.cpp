@@ -148,8 +148,7 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
         for (int64_t l = first; l < m->layers; l++) {
             const Layer& layer = m->layer[l];
             const bool moe = layer.gate().n > 0;
-            if (layer.attention ? !layer.attention->valid(*tokens) : !layer.compressed->valid(*tokens))
-                return kBadArgument;
+            if (!layer.valid(*tokens)) return kBadArgument;
             if (layer.mlp && !layer.mlp->valid()) return kBadArgument;
             if (l == first && experts) {
                 finish(job, isa, layer, x_in, t, hidden, h, experts, post, comb, residual);
@@ -160,8 +159,11 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
             }
             if (layer.attention)
                 attention(job, isa, *layer.attention, l, t, stream, *tokens, attended, x, logits);
+            else if (layer.grouped)
+                grouped_layer(job, isa, *layer.grouped, t, stream, *tokens, attended, x, logits);
             else
                 compressed_layer(job, isa, layer, l, t, stream, *tokens, attended, x, post, comb, logits);
+            for (int64_t i = 0; moe && layer.logit_bias && i < t * e; i++) logits[i] += layer.logit_bias[i % e];
             mark(0);
             if (moe) {
                 for (int64_t i = 0; layer.experts_of && i < t * top_k; i++) {

@@ -13,7 +13,7 @@ from itertools import starmap
 import torch
 from torch import Tensor
 
-from slotmoe.border import Compressed, Compressor, Geometry, Layer, Mixing, Mla, Router
+from slotmoe.border import Compressed, Compressor, Geometry, Grouped, Layer, Mixing, Mla, Router
 from slotmoe.quant.codecs.codec import BLOCK, KINDS, SCALES, ExpertCodecs
 from slotmoe.quant.codecs.weight import CodedWeight, Weight
 from slotmoe.quant.kernels.cpu import signatures
@@ -231,10 +231,17 @@ _COMPRESSED = Structure(
     " query:matrix[Q,H] query_b:matrix[X,Q] key:matrix[R,H] out_a:matrix[L,Y] out_b:matrix[H,L]"
     " gate:matrix[E,H] gate_bias?:f32[E] compressor:bound index_keys:bound indexer:bound"
 )
+_GROUPED = Structure(
+    "heads groups z p halves norm_last window row query_normed key_normed eps:float scale:float"
+    " input_norm:f32[H] next_norm:f32[H] query_norm?:f32[Q] key_norm?:f32[W] sinks?:f32[A]"
+    " query_bias?:f32[X] key_bias?:f32[L] value_bias?:f32[L] out_bias?:f32[H]"
+    " query:matrix[X,H] key:matrix[L,H] value:matrix[L,H] out:matrix[H,X] gate?:matrix[E,H]"
+    " gate_bias?:f32[E]"
+)
 _HYPER = Structure("fn:f32[L,J] base:f32[L] scale:f32[3] m iterations eps:float hc_eps:float")
 _LAYER = Structure(
     "attention:bound compressed:bound attention_mixing:bound mlp_mixing:bound mlp:bound"
-    " experts_of?:i32[V,K]"
+    " experts_of?:i32[V,K] grouped:bound logit_bias?:f32[E]"
 )
 _MODEL = Structure(f"layers hidden experts streams vocabulary layer:pointer {ROUTER}")
 
@@ -258,6 +265,9 @@ def sizes_of(geometry: Geometry, layer: Layer[Prepared]) -> dict[str, int]:
     """What all layers have alike."""
     attention, (heads, n, p, r, v) = layer.attention, geometry[:5]
     sizes = {"H": len(layer.input_layernorm), "A": heads, "R": r, "C": p // 2}
+    if geometry.grouped is not None:
+        G, Z, _ = geometry.grouped
+        return sizes | {"X": heads * Z, "L": G * Z}
     sizes["X"] = sizes["Q"] = heads * (n + p)
     if isinstance(attention, Compressed):
         assert geometry.compressed is not None
@@ -327,6 +337,25 @@ def compressed_layer(
     )
 
 
+def grouped_layer(
+    geometry: Geometry, layer: Layer[Prepared], sizes: dict[str, int], row: int
+) -> Bound:
+    """The weights of one layer with grouped queries up to its router; `row` is the first of its
+    groups' rows.  Raises `ValueError`."""
+    w, grouped = layer.attention, geometry.grouped
+    assert isinstance(w, Grouped) and grouped is not None
+    norms = w.q_norm, w.k_norm
+    return _GROUPED.bind(
+        sizes,
+        *(geometry.H, grouped.G, grouped.Z, geometry.P, geometry.halves, grouped.norm_last),
+        *(w.window, row, *(0 if norm is None else len(norm) for norm in norms)),
+        *(geometry.eps, geometry.softmax_scale),
+        *(layer.input_layernorm, layer.post_attention_layernorm, *norms, w.sinks),
+        *(w.q_bias, w.k_bias, w.v_bias, w.o_bias, w.q_proj, w.k_proj, w.v_proj, w.o_proj),
+        *(layer.gate, layer.gate_bias),
+    )
+
+
 def _compressor(
     weights: Compressor[Prepared], width: int, sizes: dict[str, int], groups: Groups, index: bool
 ) -> Bound:
@@ -359,32 +388,43 @@ class BoundLayers(Bound):
         self, geometry: Geometry, layers: Sequence[Layer[Prepared]], mlps: Sequence[BoundMlp | None]
     ) -> None:
         sizes, groups, bound = sizes_of(geometry, layers[0]), Groups(), list[Bound]()
-        sizes["K"], self.indexers, topk = geometry.router.top_k, 0, 0
+        sizes["K"], indexers, topk, self.window = geometry.router.top_k, 0, 0, 0
+        of_groups = [0, 0]  # rows of a token, of layers without a window and with one
         for layer, mlp in zip(layers, mlps, strict=True):
-            mla = compressed = None
+            mla = compressed = grouped = None
             if isinstance(layer.attention, Compressed):
                 compressed = compressed_layer(geometry, layer, sizes, groups)
+            elif isinstance(layer.attention, Grouped):
+                kind = int(layer.attention.window > 0)
+                grouped = grouped_layer(geometry, layer, sizes, of_groups[kind])
+                of_groups[kind] += grouped.sizes["L"] // geometry.R
+                self.window = max(self.window, layer.attention.window)
             else:
                 assert isinstance(layer.attention, Mla)
                 has = layer.attention.indexer is not None
-                if geometry.indexer is not None and (self.indexers or has):
+                if geometry.indexer is not None and (indexers or has):
                     topk = geometry.indexer.topk
-                mla = mla_layer(geometry, layer, sizes, self.indexers, topk)
-                self.indexers += has
+                mla = mla_layer(geometry, layer, sizes, indexers, topk)
+                indexers += has
             if mlp is not None:
                 mlp.agree(sizes)
             mixings = layer.attention_mixing, layer.mlp_mixing
             both = [_hyper(mixing, geometry, sizes["H"]) for mixing in mixings]
-            bound.append(_LAYER.bind(sizes, mla, compressed, *both, mlp, layer.experts_of))
+            rest = layer.experts_of, grouped, layer.logit_bias
+            bound.append(_LAYER.bind(sizes, mla, compressed, *both, mlp, *rest))
         routed, self.groups = [layer.gate is not None for layer in layers], [*groups.values()]
         # Routers behind each layer's, and behind none.
         self.routers_from = [sum(routed[first:]) for first in range(len(layers) + 1)]
         self.streams = geometry.hyper.Q if geometry.hyper else 1
-        self.topk, self.window, rotated = topk, 0, geometry.P
+        self.topk, self.attention, rotated = topk, type(layers[0].attention), geometry.P
         if geometry.compressed is not None:  # a row's last columns are rotated
             self.window, rotated = geometry.compressed.window, 0
-        self.row_bytes = latent_bytes(geometry.R, rotated)
-        self.key_bytes = latent_bytes(geometry.indexer.A, 0) if geometry.indexer else 0
+        # What a sequence has: layers, or groups of them, and bytes of a row.
+        self.rows = len(layers), latent_bytes(geometry.R, rotated)
+        self.keys = indexers, latent_bytes(geometry.indexer.A, 0) if geometry.indexer else 0
+        if geometry.grouped is not None:
+            width = latent_bytes(geometry.R, geometry.R)
+            self.rows, self.keys = (of_groups[0], width), (of_groups[1], width)
         natives = (_LAYER.type * len(layers))(*(part.native for part in bound))
         hidden, experts = sizes["H"], sizes.get("E", 0)
         counts = len(layers), hidden, experts, self.streams, sizes.get("V", 0)

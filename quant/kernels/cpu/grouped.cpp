@@ -1,0 +1,114 @@
+// Attention by groups (arXiv 2305.13245): some heads of queries share one of keys and values. A row of a group's cache
+// is a value and the key, each rounded as a part of a latent is.
+#include <cstring>
+
+#include "attend.h"
+
+using namespace slotmoe;
+
+// The last t of the positions whose rows [groups, rows], of values [z] and keys
+// [z] and `group_bytes` apart, are here from position `first` on. Each over those up to its own, the last `window` of
+// them unless that is 0: q [t, heads, z] -> out [t, heads, z]. sinks [heads]: as above.
+EXPORT int slotmoe_grouped(const float* q, int64_t t, int64_t heads, const uint8_t* cache, int64_t groups,
+                           int64_t group_bytes, int64_t rows, int64_t stride, int64_t first, int64_t z, float scale,
+                           int64_t window, const float* sinks, float* out) {
+    if (t < 1 || groups < 1 || heads < groups || heads % groups || z < 1 || rows < t || stride < latent_bytes(z, z))
+        return kBadArgument;
+    const int64_t earliest = first + rows - t + 1 - window;
+    if (first < 0 || window < 0 || (first && (!window || earliest < first))) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        attend(job, isa, t * groups, t == 1, [&](int64_t i) {
+            const int64_t group = i / t, row = rows - t + i % t, of_group = heads / groups;
+            const int64_t head = i % t * heads + group * of_group;
+            Mla m = mla_for_group(cache + group * group_bytes + row * stride, of_group, first + row, window, stride, z,
+                                  scale);
+            m.q = q + head * z, m.out = out + head * z, m.sinks = sinks ? sinks + group * of_group : nullptr;
+            return m;
+        });
+        return kOk;
+    });
+}
+
+bool Grouped::valid(const Tokens& tokens) const {
+    const auto fits = [&](int64_t normed, int64_t count) {
+        return !normed || normed == z || (normed == count * z && !norm_last);
+    };
+    if (heads < 1 || groups < 1 || heads % groups || z < 1 || p < 0 || p % 2 || p > z || window < 0) return false;
+    if (rows(tokens).row_bytes < latent_bytes(z, z) || !fits(query_normed, heads) || !fits(key_normed, groups))
+        return false;
+    if (!query.valid() || !key.valid() || !value.valid() || !out.valid() || (gate.n && !gate.valid())) return false;
+    return query.n == heads * z && key.n == groups * z && value.n == groups * z && out.k == heads * z;
+}
+
+void slotmoe::grouped_layer(Job& job, const Isa& isa, const Grouped& a, int64_t t, const float* h,
+                            const Tokens& tokens, float* y, float* x, float* logits) {
+    const int64_t groups = a.groups, z = a.z, each = a.heads / groups, hidden = a.out.n, count = t * groups;
+    const int64_t* positions = tokens.positions;
+    const Store& store = a.rows(tokens);
+    float* q = job.scratch<float>(kQuery, t * a.heads * z);
+    float *keys = job.scratch<float>(kRow, 2 * count * z), *values = keys + count * z;
+    norm_rows(job, isa, h, a.input_norm, t, hidden, a.eps, x);
+    const struct {
+        Product product;
+        float* y;
+        int64_t n;
+        const float* bias;
+    } parts[] = {{{job, isa, a.query, x, t, q}, q, a.query.n, a.query_bias},
+                 {{job, isa, a.key, x, t, keys, kAct, kActFactor}, keys, a.key.n, a.key_bias},
+                 {{job, isa, a.value, x, t, values, kGate, kUp}, values, a.value.n, a.value_bias}};
+    job.parallel(parts[0].product.tiles() + 2 * parts[1].product.tiles(), [&](int, int64_t begin, int64_t end) {
+        for (const auto& part : parts) {
+            const int64_t tiles = part.product.tiles(), from = begin > 0 ? begin : 0, to = end < tiles ? end : tiles;
+            if (from < to) part.product.run(from, to);
+            for (int64_t token = 0; part.bias && token < t; token++)
+                for (int64_t i = from * kTile; i < to * kTile && i < part.n; i++) part.y[token * part.n + i] += part.bias[i];
+            begin -= tiles, end -= tiles;
+        }
+    });
+    if (a.query_normed > z) norm_rows(job, isa, q, a.query_norm, t, a.query_normed, a.eps, q);
+    if (a.key_normed > z) norm_rows(job, isa, keys, a.key_norm, t, a.key_normed, a.eps, keys);
+
+    float* attended = job.scratch<float>(kLatentOut, t * a.heads * z);
+    Mla* mlas = job.scratch<Mla>(kMlas, count);
+    const auto row_of = [&](int64_t i) { return store.at(i / groups, a.row + i % groups, positions[i / groups]); };
+    for (int64_t i = 0; i < count; i++) {
+        mlas[i] = mla_for_group(row_of(i), each, positions[i / groups], a.window, store.row_bytes, z, a.scale);
+        mlas[i].q = q + i * each * z, mlas[i].out = attended + i * each * z;
+        if (a.sinks) mlas[i].sinks = a.sinks + i % groups * each;
+    }
+    const int64_t bytes = mla_buffers(mlas[0], nullptr);  // the same for all
+    uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * count);
+    for (int64_t i = 0; i < count; i++) mla_buffers(mlas[i], buffers + i * bytes);
+    const auto turn = [&](float* head, int64_t normed, const float* weight, int64_t token) {
+        if (normed == z && !a.norm_last) isa.rms_norm(head, weight, z, a.eps, head);
+        rotate(head, tokens.table + token * a.p, a.p / 2, a.halves, head);
+        if (normed == z && a.norm_last) isa.rms_norm(head, weight, z, a.eps, head);
+    };
+    float* rows = job.scratch<float>(kQueryFull, 2 * z * job.threads());
+    job.parallel(count, [&](int thread, int64_t begin, int64_t end) {
+        float* row = rows + 2 * z * thread;
+        for (int64_t i = begin; i < end; i++) {
+            turn(keys + i * z, a.key_normed, a.key_norm, i / groups);
+            memcpy(row, values + i * z, size_t(z) * 4), memcpy(row + z, keys + i * z, size_t(z) * 4);
+            isa.store_latent(row, z, z, row_of(i));
+            for (int64_t head = i * each; head < (i + 1) * each; head++)
+                turn(q + head * z, a.query_normed, a.query_norm, i / groups);
+            isa.mla_queries(mlas[i], 0, each);
+        }
+    });
+    attend_by_spans(job, isa, mlas, count);
+    job.parallel(count * each, [&](int, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) isa.mla_merge(mlas[i / each], i % each, i % each + 1);
+    });
+    const Product out(job, isa, a.out, attended, t, y);
+    job.parallel(out.tiles(), [&](int, int64_t begin, int64_t end) {
+        out.run(begin, end);
+        for (int64_t token = 0; token < t; token++)
+            for (int64_t i = begin * kTile; i < end * kTile && i < hidden; i++) {
+                float& sum = y[token * hidden + i];
+                sum = h[token * hidden + i] + (a.out_bias ? sum + a.out_bias[i] : sum);
+            }
+    });
+    norm_rows(job, isa, y, a.next_norm, t, hidden, a.eps, x);
+    if (a.gate.n) multiply(job, isa, a.gate, x, t, logits);
+}
