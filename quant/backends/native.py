@@ -165,14 +165,13 @@ class NativeDecoder:
         self, chunk: Chunk, states: Sequence[SequenceState], positions: Sequence[int]
     ) -> ctypes.Structure:
         """With each token's keys and values, of all tokens and of the window."""
-        caches, (T, C) = cast(Sequence[GroupedCache], states), chunk.rope_TC.shape
+        caches, T, C = cast(Sequence[GroupedCache], states), len(positions), self._layers.sizes["C"]
         rows = keys = NO_STORE
         if self._layers.rows[0]:
             rows = self._rows.bound([cache.rows for cache in caches], positions)
         if self._layers.keys[0]:
             tails = [cache.window for cache in caches if cache.window is not None]
             keys = self._last(self._keys, tails, positions)
-        assert (T, C) == (len(positions), self._layers.sizes["C"])
         rope = address(chunk.rope_TC, torch.complex64, T, C)
         return TOKENS[0](int64s(positions), rope, None, *rows, *keys)
 

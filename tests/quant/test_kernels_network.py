@@ -1,5 +1,5 @@
-"""Whole networks with indexers, compressed rows or grouped queries in one native call for many layers, against the
-single operations."""
+"""Whole networks with indexers, compressed rows or grouped queries in one native call for many
+layers, against the single operations."""
 
 import pytest
 import torch
