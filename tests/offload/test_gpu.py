@@ -18,6 +18,7 @@ from slotmoe.errors import ConfigError
 from slotmoe.offload.devices import cuda
 from slotmoe.offload.devices.cuda import CudaFacts, choose_device
 from slotmoe.offload.devices.pages import page_aligned
+from slotmoe.offload.engine import loading
 from slotmoe.offload.engine.passes import Row
 from slotmoe.offload.experts import host
 from slotmoe.offload.observe.measure import Lasting
@@ -204,9 +205,14 @@ def test_a_gpu_that_only_plain_torch_serves_is_taken_where_it_is_asked_for(monke
     assert choose_device("auto", str) == ("0", "NVIDIA L4 is here")
 
 
-def test_runtime_tells_its_device_and_refuses_misses_where_there_is_no_gpu(on_twin, sample_export):
-    with on_twin(Twin()) as runtime:
-        assert runtime.stats()["device"] == {"name": "the twin", "why": "a test"}
+def test_runtime_tells_its_device_and_measures_a_link(on_twin, sample_export, monkeypatch):
+    """Where the choice follows from it; where there is no GPU it refuses that."""
+    measured = []
+    monkeypatch.setattr(loading, "with_link", lambda rates, *_, **__: measured.append(1) or rates)
+    for misses, times in ("fetch", 0), ("auto", 1):
+        with on_twin(Twin(), slots=22, misses=misses) as runtime:
+            assert runtime.stats()["device"] == {"name": "the twin", "why": "a test"}
+        assert len(measured) == times
     with pytest.raises(ConfigError, match="misses cpu is given but the device is the CPU"):
         Runtime.open(sample_export, context=64, device="cpu", misses="cpu")
 
