@@ -238,8 +238,7 @@ def answer(data):
     names, schemas, kind, text, rules = json.loads(data)
     known = tokenizer(names)
     limit()
-    told = [LLMatcher.validate_grammar_with_warnings(f"start: {it}", known) for it in schemas]
-    problem = ""
+    problem, told = "", [(False, [])] * len(schemas)
     if kind:
         try:
             text = grammar_from(kind, text)
@@ -250,8 +249,10 @@ def answer(data):
             text = json.loads(text)["grammars"][0]["lark_grammar"]
         rules.append({"name": "wanted", "lark_grammar": text})
     rules = json.dumps({"grammars": rules})
-    whole = "" if problem else LLMatcher(known, rules, log_level=0).get_error()
-    return json.dumps([told, problem, whole, rules]).encode()
+    whole = LLMatcher(known, rules, log_level=0)
+    if whole.is_error() or whole.get_grammar_warnings():  # of which?  Each takes a millisecond
+        told = [LLMatcher.validate_grammar_with_warnings(f"start: {it}", known) for it in schemas]
+    return json.dumps([told, problem, whole.get_error(), rules]).encode()
 """,
     seconds=1,
     memory=128 << 20,

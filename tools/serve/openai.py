@@ -231,8 +231,9 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
         work = service.encode, prompt, True, body.suffix
         prompts.append(await service.prepare(*work) if isinstance(prompt, str) else prompt)
         if body.echo:
-            text = prompt if isinstance(prompt, str) else service.tokenizer.decode(prompt)
-            echoes += [text] * options.choices
+            if not isinstance(prompt, str):
+                prompt = await service.prepare(service.tokenizer.decode, prompt)
+            echoes += [prompt] * options.choices
     grammar = await service.grammar(body.wanted)
     answers = Answers(service, request, prompts, options, echoes, grammar=grammar)
     return await _respond(body, answers, TextChoices(answers))
