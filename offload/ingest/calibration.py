@@ -38,6 +38,7 @@ from slotmoe.quant.backends.base import Prepared, TorchBackend, activated
 from slotmoe.quant.codecs.encode import Hessian
 from slotmoe.quant.export.layout import checksum
 from slotmoe.quant.export.writer import replace_file
+from slotmoe.quant.shapes import Activation
 from slotmoe.state import plain_row
 
 MIN_TOKENS, MAX_TOKENS = 5000, 1 << 16  # more move the Hessians little
@@ -94,8 +95,8 @@ def fingerprint(windows: Windows | None) -> str | None:
 class _Tap(TorchBackend):
     """Sums up ``x^T x`` over the inputs of some matrices."""
 
-    def __init__(self, names: dict[int, str]):
-        super().__init__()
+    def __init__(self, names: dict[int, str], activation: Activation):
+        super().__init__(activation=activation)
         self._names, self.sums, self.counts = names, dict[str, Tensor](), dict[str, int]()
 
     def linear(self, x_TK: Tensor, weight: Prepared) -> Tensor:
@@ -216,7 +217,8 @@ class Calibration:
         weights = {name: self._tensor(name) for name in names}
         # An MLP's up projection sees what its gate projection sees.
         tapped = {id(weights[name]): name for name in names if name in self._wanted}
-        tap = _Tap({key: name for key, name in tapped.items() if "up_proj" not in name})
+        names_of = {key: name for key, name in tapped.items() if "up_proj" not in name}
+        tap = _Tap(names_of, self._config.activation)
         config = self._config.alone(layer)
         own = layer_of(weights, layer, self._config.window(layer))
         runner = LayerByLayer(geometry_of(config), [own], tap)

@@ -8,14 +8,21 @@ import pytest
 import torch
 
 from slotmoe.errors import ExportError
+from slotmoe.model.checkpoint.reader import open_checkpoint
+from slotmoe.offload.ingest.calibration import Calibration
+from slotmoe.offload.ingest.output_dir import Resumption
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codecs.codec import EXPERT_CODECS
 from slotmoe.quant.export.layout import MANIFEST, layer_file
 from slotmoe.system import cores
 from tests.support.disk import Stop, stop_at, tree
+from tests.support.families import OSS, PLAIN_ROPE, write_family
 from tests.support.hub import NAME, Repo, make
+from tests.support.kernels import relative
+from tests.support.native import reference_network
 from tests.support.tiny import write_checkpoint
+from tests.support.v4 import write_v4
 
 MIXED = {"codecs": EXPERT_CODECS["lut", "4"], "resident": "mixed"}
 
@@ -61,6 +68,31 @@ def test_calibrated_codes_cost_less_where_it_counts(exports):
     assert "relative_output_error" not in calibrated["embed_tokens"]
     with Runtime.open(exports / "calibrated", context=32) as runtime:
         assert torch.isfinite(runtime.logits([0, 7, 300])).all()
+
+
+SOURCES = {
+    "v4": lambda folder: write_v4(folder, "v4", torch.float32),
+    "gpt-oss": lambda folder: write_family(folder, OSS, **PLAIN_ROPE),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_text_goes_through_the_network_that_the_reference_path_has(source, tmp_path):
+    """Clamped activations, in shared experts too, and biases."""
+    SOURCES[source](tmp_path)
+    window = windows(1, 40)[0]
+    with open_checkpoint(tmp_path) as checkpoint:
+        layers = range(checkpoint.config.num_hidden_layers)
+        given = checkpoint, [window], set(), layers, tmp_path, Resumption({}), lambda count: None
+        calibration = Calibration(*given)
+        calibration.begin()
+        for layer in calibration.remaining:
+            calibration.layer(layer)
+        weights = {name: checkpoint.tensor(name) for name in checkpoint.infos}
+    network = reference_network(checkpoint.config, weights)
+    found = network.head(calibration.hidden_TD.cpu())
+    with Runtime.open(tmp_path, context=64, quantize=False) as runtime:
+        assert relative(found, runtime.logits(window)) < 1e-5
 
 
 @pytest.fixture
