@@ -16,7 +16,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codecs.codec import EXPERT_CODECS
 from slotmoe.quant.export.layout import MANIFEST, PROJECTIONS, layer_file
 from slotmoe.quant.export.reader import Export
-from tests.support.disk import tree
+from tests.support.disk import Stop, stop_at, tree
 from tests.support.encoded import (
     FP4,
     FP8,
@@ -29,7 +29,7 @@ from tests.support.encoded import (
     same_bits,
     write_files,
 )
-from tests.support.families import OSS, PLAIN_ROPE, write_family
+from tests.support.families import IN_BLOCKS, OSS, PLAIN_ROPE, write_family
 from tests.support.hostile import flip
 from tests.support.hub import NAME, Repo, fill_cache, make
 from tests.support.kernels import relative
@@ -139,12 +139,11 @@ def write_encoded(folder, settings):
 
 
 def write_oss(folder, settings):
-    write_family(folder, OSS, torch.bfloat16, **OF_BLOCKS, quantization_config=settings)
+    changes = PLAIN_ROPE | IN_BLOCKS | {"quantization_config": settings}
+    write_family(folder, OSS, torch.bfloat16, **changes)
     return load_file(folder / "model.safetensors")
 
 
-# With half a block of 64 columns.
-OF_BLOCKS = {**PLAIN_ROPE, "hidden_size": 96, "intermediate_size": 160}
 KEPT = {
     "int4": (write_encoded, packed(), int4, torch.equal),
     "mxfp4": (write_encoded, FP4, fp4, same_bits),
@@ -167,8 +166,7 @@ def test_weights_that_were_trained_in_4_bits_are_kept_to_the_bit(tmp_path, slotm
         families = export.manifest["quantization"]["report"]["families"]
     routed = [f for f in families if ".experts." in f["family"] and "bias" not in f["family"]]
     assert [(f["stored"], f["relative_rms_error"]) for f in routed] == [(codec, 0.0)] * 3
-    kernels = "torch" if case == "gpt-oss" else "auto"
-    with Runtime.open(tmp_path / "export", context=64, slots=6, kernels=kernels) as runtime:
+    with Runtime.open(tmp_path / "export", context=64, slots=6) as runtime:
         logits = runtime.logits(IDS)
     with Runtime.open(folder, context=64, quantize=False) as runtime:
         assert relative(logits, runtime.logits(IDS)) < 0.1
@@ -177,20 +175,11 @@ def test_weights_that_were_trained_in_4_bits_are_kept_to_the_bit(tmp_path, slotm
     assert made["quantization"]["experts"]["down"] == "lut3"
 
 
-class Stop(Exception):
-    pass
-
-
 def test_biases_of_experts_are_made_again_checked_and_asked_for(tmp_path):
     folder, export = tmp_path / "tiny", tmp_path / "export"
     stored, name = write_oss(folder, None), "model.layers.1.mlp.experts.gate_up_proj_bias"
-
-    def progress(done, total):
-        if done > 0.6 * total:
-            raise Stop
-
     with pytest.raises(Stop):
-        quantize(folder, export, workers=1, progress=progress)
+        quantize(folder, export, workers=1, progress=stop_at(0.6))
     quantize(folder, export)
     quantize(folder, tmp_path / "other")
     wanted = tree(tmp_path / "other")

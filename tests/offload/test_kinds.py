@@ -8,7 +8,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.kernels.cpu.bindings import load
 from tests.support import v4
 from tests.support.engine import decode, whole
-from tests.support.families import GROUPED_CASES, write_family
+from tests.support.families import GROUPED_CASES, IN_BLOCKS, write_family
 
 pytestmark = pytest.mark.skipif(load() is None, reason="the native kernels are not built")
 # Over a window, a compressed row of 128 and what an indexer chooses.
@@ -16,7 +16,7 @@ IDS = torch.randint(2, 4000, (290,), generator=torch.Generator().manual_seed(3))
 # Groups of rows of o_a_proj that fill tiles, so that decode is one native call; odd ones do not.
 REPEATED = IDS[:50] * 4
 CASES = {"v4": {"o_lora_rank": 32}, "v4-odd": {}, "v3.2-sparse": {}, "glm-5-shared": {}}
-CASES |= {"glm4": {}, "gpt-oss": {}}
+CASES |= {"glm4": {}, "gpt-oss": IN_BLOCKS}
 
 
 @pytest.fixture(scope="module", params=CASES)

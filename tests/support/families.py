@@ -92,6 +92,8 @@ OF_GROUPED = {
 }
 """Of families with grouped queries, what their ``config.json`` says beside the common."""
 PLAIN_ROPE = {"rope_scaling": REMOVE}
+IN_BLOCKS = {"hidden_size": 96, "intermediate_size": 160}  # with half a block of 64 columns
+IN_BLOCKS |= {"quantization_config": {"quant_method": "mxfp4", "dequantize": True}}
 PLAIN_ROPE |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 # Between them: biases on and off, norms by head, by row, behind the rotation and none, rotations of
 # a part, in halves and of pairs, YaRN, windows in either order, wider than a text, and of one
@@ -115,11 +117,7 @@ GROUPED_CASES = {
     "ernie": (ERNIE, {}),
     "gpt-oss": (OSS, {}),
     "gpt-oss-plain-rope": (OSS, {**PLAIN_ROPE, "swiglu_limit": 1.5}),
-    "gpt-oss-in-blocks": (
-        OSS,
-        {**PLAIN_ROPE, "hidden_size": 96, "intermediate_size": 160}
-        | {"quantization_config": {"quant_method": "mxfp4", "dequantize": True}},
-    ),
+    "gpt-oss-in-blocks": (OSS, {**PLAIN_ROPE, **IN_BLOCKS}),
     "qwen2": (QWEN2, {}),
 }
 

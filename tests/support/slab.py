@@ -28,7 +28,11 @@ class SlabExperts:
     """
 
     def __init__(self, backend, config, weights, device, complete=False, in_table=(), codecs=NF4S):
-        layout = RecordLayout(config.hidden_size, config.moe_intermediate_size, codecs)
+        sizes, biases = (
+            (config.hidden_size, config.moe_intermediate_size),
+            config.family.expert_biases,
+        )
+        layout = RecordLayout(*sizes, codecs, biases)
         self.complete, self.in_table, self._backend = complete, in_table, backend
         self._layers, self._experts = config.moe_layers, config.n_routed_experts
         count = len(self._layers) * self._experts
@@ -40,6 +44,9 @@ class SlabExperts:
                 weight = weights[expert_name(self._layers[row], expert, name)]
                 coded = quantize_coded(weight, codecs.of(name))
                 write_record(slab[slot], layout, name, *coded)
+            for name in layout.bias_shapes:
+                bias = weights[expert_name(self._layers[row], expert, name)]
+                layout.part(slab[slot], name).copy_(bias)
         self._records = Records(slab.to(device), layout, layout.levels().to(device))
         self._slots_ME = order.int().view(len(self._layers), -1).to(device)
         self.calls, self.chosen = [], []
