@@ -61,8 +61,6 @@ int slotmoe_absorb_value(const Absorbed*, const float*, int64_t, float*);
 int slotmoe_rms_norm(const float*, const float*, int64_t, int64_t, float, float*);
 int slotmoe_mlp(const Mlp*, const float*, int64_t, const float*, const float*, float*);
 int slotmoe_rotate(const float*, const float*, int64_t, int64_t, int64_t, int64_t, float*);
-int slotmoe_attention(const Attention*, int64_t, const float*, const float*, const float*,
-                      uint8_t* const*, int64_t, const int64_t*, float*, float*, float*);
 int slotmoe_quantize_nf4(const void*, int, int64_t, int64_t, const float*, uint8_t*, uint16_t*);
 int slotmoe_quantize_int8(const void*, int, int64_t, int64_t, int8_t*, float*);
 int slotmoe_route(const Router*, const float*, const float*, const int64_t*, int64_t, int64_t,
@@ -394,16 +392,15 @@ struct KvB {
           absorbed{heads, n, r, v, query, value, query_scale, value_scale, ones} {}
 };
 
-// A layer's attention of one token, all matrices of one kind, at the cache's first row and at its
-// last, which has no slack.
+// Layers with latent attention, all their matrices of one kind.
 static void layer(int64_t kind, int64_t hidden, int64_t heads, int64_t n, int64_t p, int64_t r,
                   int64_t v, int64_t q_rank, int64_t experts) {
     Weights query(kind, q_rank ? q_rank : heads * (n + p), hidden),
         query_b(kind, heads * (n + p), q_rank ? q_rank : 1);
     Weights latent(kind, r + p, hidden), out(kind, hidden, heads * v),
-        gate(kF32, experts ? experts : 1, hidden);
-    Floats h(3 * hidden), table(3 * p), norm(hidden), query_norm(q_rank), latent_norm(r, 1e6f);
-    Floats y(3 * hidden), x(3 * hidden), logits(3 * experts), bias(experts), scales(3);
+        gate(kF32, experts, hidden);
+    Floats h(3 * hidden), table(3 * p), norm(hidden), query_norm(q_rank), latent_norm(r, 1e6f),
+        bias(experts);
     const KvB kv_b(heads, n, r, v);
     Attention a{heads,
                 n,
@@ -423,24 +420,13 @@ static void layer(int64_t kind, int64_t hidden, int64_t heads, int64_t n, int64_
                 query_b.matrix,
                 latent.matrix,
                 out.matrix,
-                experts ? gate.matrix : Matrix{},
+                gate.matrix,
                 bias,
                 &kv_b.absorbed};
-    const int64_t rows = 70, size = latent_bytes(r, p), stride = size + 3;
-    Array<uint8_t> cache((rows - 1) * stride + size), short_cache(size),
-        third((rows - 1) * stride + size);
-    Floats latents(rows * (r + p));
-    for (uint8_t* one : {cache.p, third.p})
-        check(slotmoe_store_latents(latents, rows, r, p, one, stride));
-    uint8_t* const caches[] = {cache, short_cache, third};
-    const int64_t positions[] = {rows - 1, 0, rows / 2};
-    for (int64_t tokens : {1, 3})
-        check(slotmoe_attention(&a, tokens, h, table, scales, caches, stride, positions, y, x,
-                                logits));
     Floats many(3 * heads * p), tables(3 * p), turned(3 * heads * p);
     for (int64_t in_halves : {0, 1})
         check(slotmoe_rotate(many, tables, in_halves, 3, heads, p, turned));
-    if (experts) decode(a, hidden, experts, h, table);
+    decode(a, hidden, experts, h, table);
 }
 
 static void absorb(int64_t t, int64_t heads, int64_t n, int64_t v, int64_t r) {
@@ -647,7 +633,7 @@ static void all() {
                 for (int64_t p : {0, 1, 64}) attention(heads, context, r, p, context % 3);
     for (int64_t kind = kInt8; kind <= kBf16; kind++) {
         layer(kind, 65, 3, 7, 6, 70, 5, 0, 9);
-        layer(kind, 40, 1, 1, 2, 1, 1, 17, 0);
+        layer(kind, 40, 1, 1, 2, 1, 1, 17, 9);
         layer(kind, 200, 5, 16, 0, 300, 20, 90, 33);
     }
     for (int64_t block : {32, 64})

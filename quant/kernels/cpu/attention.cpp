@@ -390,20 +390,3 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t la
     if (!a.gate.n) return;
     multiply(job, isa, a.gate, x, t, logits);
 }
-
-// One token of each of t sequences: h [t, hidden] -> y = h + attention(rms_norm(h)). A token's latent row is written to
-// its sequence's cache at its position, then it attends to the rows up to its own. table [t, p / 2] complex; query_scale
-// [t], unless null, multiplies its queries. Then what the feed-forward starts with: x = next_norm(y), logits = x gate^T. Every element is computed as by the separate
-// entries, one after the other, and so as for a token alone. Only tests call it: the oracle of slotmoe_decode.
-EXPORT int slotmoe_attention(const Attention* a, int64_t t, const float* h, const float* table,
-                             const float* query_scale, uint8_t* const* caches, int64_t stride, const int64_t* positions,
-                             float* y, float* x, float* logits) {
-    const Tokens tokens{positions, table, query_scale, {caches, nullptr, 0, stride}, {}, nullptr};
-    if (t < 1 || !a->valid(tokens)) return kBadArgument;
-    for (int64_t token = 0; token < t; token++)
-        if (positions[token] < 0) return kBadArgument;
-    return guarded([&](Job& job, const Isa& isa) {
-        attention(job, isa, *a, 0, t, h, tokens, y, x, logits);
-        return kOk;
-    });
-}

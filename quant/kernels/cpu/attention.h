@@ -36,6 +36,11 @@ constexpr int kScoreRows = 2 * kTileRows;  // that are scored together
 constexpr int kScoreRows = Lanes::kScoreRows;
 #endif
 
+struct Ahead {  // the next chunk's rows, which come nearer while keys are scored
+    const uint8_t *at, *end;
+    int64_t bytes;  // for each eight columns
+};
+
 struct Chunk {
     int8_t* copies;     // [kScoreRows, padded_columns]: of rows that no tile can be loaded of
     int8_t* quads;      // [16, 64, 4]: the columns being summed
@@ -43,6 +48,7 @@ struct Chunk {
     int8_t* keys;       // [4, P / 4, 16, 4]: of tiles of rows, where keys are apart
     float* key_scales;  // [64]
     int32_t* zeros;     // [64]: what the sums of a row's products begin at
+    Ahead* ahead;
     float* scores;      // [tiles, 64, 16]: scores, then weights
     float* largest;     // [Hp]: score
     float* correction;  // [Hp]: of what the chunks before have summed
@@ -231,7 +237,7 @@ void mla_pack(const Mla& m, int64_t begin, int64_t end) {
                 int32_t* to = out + lane * kTile;
                 left < kBlock ? memcpy(to, from, size_t(left)) : memcpy(to, from, kBlock);
             }
-            Lanes::turn(out, 4 * kTile, kTile, out);
+            Lanes::turn(out, kTile);
             for (int64_t quad = 1; digit && quad < kTile; quad += 2) memset(out + quad * kTile, 0, 4 * kTile);
         }
     }
@@ -408,6 +414,31 @@ void score_chunk(const Mla& m, const uint8_t* const* rows, int64_t n, const Chun
 
 // --- scores where keys are apart from values: rows are side by side, since a group may have few heads
 
+typedef int32_t Four __attribute__((vector_size(16)));
+#if defined(__clang__)
+#define SLOTMOE_PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SLOTMOE_PICK(a, b, ...) __builtin_shuffle(a, b, Four{__VA_ARGS__})
+#endif
+
+// n rows of 16 words, the last in place of those behind it, -> their columns.
+inline void turn_tile(const uint8_t* rows, int64_t stride, int64_t n, int8_t* columns) {
+    for (int64_t row = 0; row < kTile; row += 4)
+        for (int64_t column = 0; column < kTile; column += 4) {
+            const auto in = [&](int64_t i) {
+                Four words;
+                memcpy(&words, rows + (row + i < n ? row + i : n - 1) * stride + 4 * column, 16);
+                return words;
+            };
+            const auto out = [&](int64_t i, Four words) { memcpy(columns + (column + i) * 4 * kTile + 4 * row, &words, 16); };
+            const Four r = in(0), s = in(1), t = in(2), u = in(3);
+            const Four a = SLOTMOE_PICK(r, s, 0, 4, 1, 5), b = SLOTMOE_PICK(t, u, 0, 4, 1, 5);
+            const Four c = SLOTMOE_PICK(r, s, 2, 6, 3, 7), d = SLOTMOE_PICK(t, u, 2, 6, 3, 7);
+            out(0, SLOTMOE_PICK(a, b, 0, 1, 4, 5)), out(1, SLOTMOE_PICK(a, b, 2, 3, 6, 7));
+            out(2, SLOTMOE_PICK(c, d, 0, 1, 4, 5)), out(3, SLOTMOE_PICK(c, d, 2, 3, 6, 7));
+        }
+}
+
 // The keys of n rows, one stride apart, and what else a row holds.
 void turn_keys(const Mla& m, const uint8_t* const* rows, int64_t n, const Chunk& c) {
     for (int64_t i = 0; i < n; i++) {
@@ -416,15 +447,19 @@ void turn_keys(const Mla& m, const uint8_t* const* rows, int64_t n, const Chunk&
         c.key_scales[i] = tail.scale[1] + (tail.scale[0] - tail.scale[0]);  // NaN of a value shows in the score
     }
     for (int64_t i = n; i < kChunkRows; i++) c.scales[i] = 0.0f;
-    const int64_t p4 = m.k - m.r4;
-    int8_t part[kTile][kBlock];
+    constexpr int64_t kHeads = Lanes::kTokensAtOnce, kCalls = kChunkRows / kTile / Lanes::kTilesAtOnce;
+    const int64_t p4 = m.k - m.r4, left = m.context * m.stride - (rows[0] - m.cache) - kChunkRows * m.stride;
+    c.ahead->at = rows[0] + kChunkRows * m.stride;
+    c.ahead->end = c.ahead->at + (left < kChunkRows * m.stride ? left : kChunkRows * m.stride);
+    c.ahead->bytes = 8 * kChunkRows * m.stride / (p4 * kCalls * (m.heads / kHeads + m.heads % kHeads));
+    uint8_t part[kTile][kBlock];
     for (int64_t first = 0; first < n; first += kTile)
         for (int64_t column = 0, count = n - first < kTile ? n - first : kTile; column < p4; column += kBlock) {
             const uint8_t* in = rows[first] + m.r4 + column;
             const bool whole = p4 - column >= kBlock;
             for (int64_t i = 0; i < count && !whole; i++) memcpy(part[i], in + i * m.stride, size_t(p4 - column));
-            Lanes::turn(whole ? static_cast<const void*>(in) : part, whole ? m.stride : kBlock, count,
-                        c.keys + first * up_to_block(m.p) + column * kTile);
+            turn_tile(whole ? in : part[0], whole ? m.stride : kBlock, count,
+                      c.keys + first * up_to_block(m.p) + column * kTile);
         }
 }
 
@@ -456,7 +491,13 @@ SLOTMOE_NOINLINE void score_rows(const Mla& m, int64_t head, int64_t tile, const
             dots[h][t][1] = Lanes::start(0);
         }
     int64_t column = 0;
-    for (; column + 8 <= p4; column += 8) quad(column, true), quad(column + 4, !Lanes::kCoarse);
+    Ahead ahead = *c.ahead;
+    for (; column + 8 <= p4; column += 8) {
+        quad(column, true), quad(column + 4, !Lanes::kCoarse);
+        const uint8_t* stop = ahead.end - ahead.at < ahead.bytes ? ahead.end : ahead.at + ahead.bytes;
+        for (; ahead.at < stop; ahead.at += kBlock) Lanes::prefetch_to_l2(ahead.at);
+    }
+    *c.ahead = ahead;
     if (column < p4) quad(column, true);
     const auto digit = Lanes::broadcast(float(kDigit));
 #pragma GCC unroll 4
@@ -737,13 +778,7 @@ void sum_values(const Mla* m, int64_t queries, const Chunk* chunks, const uint8_
     const int64_t a_head = count * bytes * kSumColumns / (padded * heads * queries);
     const bool near = any.near;
     int64_t row = 0, byte = 0;
-    const uint8_t *ahead = next[0], *behind = ahead + count * any.stride;
     const auto come_nearer = [&](int64_t some) {  // while so many heads' sums of 64 columns are made
-        if (any.apart) {
-            for (int64_t i = 0; i < a_head * some + 64 && ahead < behind; i += 64, ahead += 64)
-                Lanes::prefetch_to_l2(ahead);
-            return;
-        }
         for (int64_t i = 0; i < a_head * some + 64 && row < count; i += 64) {
             near ? Lanes::prefetch(next[row] + byte) : Lanes::prefetch_to_l2(next[row] + byte);
             byte += 64;
@@ -757,8 +792,7 @@ void sum_values(const Mla* m, int64_t queries, const Chunk* chunks, const uint8_
     Lanes::I dots[2][kTile][4];
     for (int64_t i = begin; i < queries && !any.apart; i++)
         for (int64_t tile = 0; tile < tiles; tile++)
-            Lanes::turn(chunks[i].weights + tile * kQuads * kTile, 4 * kTile, (chunks[i].n + 3) / 4,
-                        chunks[i].weights + tile * kQuads * kTile);
+            Lanes::turn(chunks[i].weights + tile * kQuads * kTile, (chunks[i].n + 3) / 4);
     for (int64_t step = 0; step <= steps; step++) {  // tiles multiply while the step before is added
         if (step < steps) {
             const Chunk& c = chunks[begin + step % a_column / tiles];
@@ -822,7 +856,9 @@ void mla_chunks(const Mla* m, int64_t queries, int64_t begin, int64_t end, uint8
     const WholeTiles tiles;
 #endif
     Chunk chunks[kShared];
+    Ahead ahead{};
     mla_layout(m[0], scratch, chunks);
+    for (int64_t i = 0; i < queries; i++) chunks[i].ahead = &ahead;
     const Mla& longest = m[queries - 1];
     const uint8_t* both[2][kChunkRows];  // this chunk's rows and the next one's
     chunk_rows(longest, begin * kChunkRows, both[begin % 2]);
@@ -833,7 +869,7 @@ void mla_chunks(const Mla* m, int64_t queries, int64_t begin, int64_t end, uint8
         for (int64_t i = 0; i < queries; i++) weigh(m[i], chunk, rows, chunks[i]);
         const int64_t left = rest - n;
         chunk_rows(longest, (chunk + 1) * kChunkRows, next);
-        sum_values(m, queries, chunks, rows, n, next, left < kChunkRows ? left : kChunkRows);
+        sum_values(m, queries, chunks, rows, n, next, longest.apart ? 0 : left < kChunkRows ? left : kChunkRows);
     }
 }
 

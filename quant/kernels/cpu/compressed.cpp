@@ -160,18 +160,12 @@ void slotmoe::compressed_layer(Job& job, const Isa& isa, const Layer& layer, int
                                const Tokens& tokens, float* y, float* x, float* post, float* comb, float* logits) {
     const Compressed& a = *layer.compressed;
     const int64_t hidden = a.key.k, m = layer.attention_mixing->m;
-    const auto norm = [&](const float* weight) {
-        job.parallel(t, [&](int, int64_t begin, int64_t end) {
-            for (int64_t i = begin * hidden; i < end * hidden; i += hidden)
-                isa.rms_norm(x + i, weight, hidden, a.eps, x + i);
-        });
-    };
     float* block = job.scratch<float>(kBlockOut, t * hidden);
     hyper_in(job, isa, *layer.attention_mixing, h, t, hidden, x, post, comb);
-    norm(a.input_norm);
+    norm_rows(job, isa, x, a.input_norm, t, hidden, a.eps, x);
     compressed_attention(job, isa, a, index, t, x, tokens, block);
     hyper_out(job, isa, block, h, post, comb, t, m, hidden, y);
     hyper_in(job, isa, *layer.mlp_mixing, y, t, hidden, x, post, comb);
-    norm(a.next_norm);
+    norm_rows(job, isa, x, a.next_norm, t, hidden, a.eps, x);
     multiply(job, isa, a.gate, x, t, logits);
 }

@@ -109,9 +109,8 @@ EXPORT int slotmoe_route(const Router* router, const float* logits, const float*
 }
 
 // One token of each of t sequences through the layers from `first` on: the residual stream h [t, hidden] -> y [t,
-// hidden], bitwise as by slotmoe_attention, slotmoe_route, slotmoe_experts_by_slot, slotmoe_weighted_sum and
-// slotmoe_mlp. With `experts` [t, hidden], the weighted sum of the first layer's, that layer only lacks its
-// feed-forward: h is the stream behind its attention and x_in [t, hidden] the norm of that.
+// hidden], bitwise as by the separate entries. With `experts` [t, hidden], the weighted sum of the first layer's, that
+// layer only lacks its feed-forward: h is the stream behind its attention and x_in [t, hidden] the norm of that.
 //
 // slots [MoE layers, e] says where in the slab (`size` records, `record_stride` bytes apart) an expert is,
 // negative if nowhere: the first layer that wants such an expert is `reached` with only its choice made, y before its

@@ -214,29 +214,6 @@ struct Lanes {
         }
     }
 
-    // n rows of 16 words, `stride` bytes apart, and zeros in place of others -> their columns.
-    static void turn(const void* rows, int64_t stride, int64_t n, void* columns) {
-        for (int part = 0; part < 4; part++) {  // [8, 8] words
-            const int above = part / 2 * 8, left = part % 2 * 8;
-            __m256i r[8], s[8];
-            for (int i = 0; i < 8; i++)
-                r[i] = above + i < n ? bytes(static_cast<const char*>(rows) + (above + i) * stride + 4 * left)
-                                     : _mm256_setzero_si256();
-            for (int i = 0; i < 8; i += 2)
-                s[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]), s[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
-            for (int i = 0; i < 4; i++) {
-                const int at = i / 2 * 4 + i % 2;
-                r[2 * i] = _mm256_unpacklo_epi64(s[at], s[at + 2]), r[2 * i + 1] = _mm256_unpackhi_epi64(s[at], s[at + 2]);
-            }
-            for (int i = 0; i < 8; i++) {
-                const __m256i a = r[i % 4], b = r[4 + i % 4];
-                char* out = static_cast<char*>(columns) + (left + i) * 64 + 4 * above;
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), i < 4 ? _mm256_permute2x128_si256(a, b, 0x20)
-                                                                           : _mm256_permute2x128_si256(a, b, 0x31));
-            }
-        }
-    }
-
     static void store_int8(int8_t* p, F v) {  // integers within 8 bits
         // 0-3, 8-11; 4-7, 12-15
         const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b));

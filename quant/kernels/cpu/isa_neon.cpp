@@ -185,15 +185,6 @@ struct Lanes {
         }
     }
 
-    // n rows of 16 words, `stride` bytes apart, and zeros in place of others -> their columns.
-    static void turn(const void* rows, int64_t stride, int64_t n, void* columns) {
-        for (int64_t i = 0; i < 256; i++) {
-            const char* in = static_cast<const char*>(rows) + i / 16 * stride + i % 16 * 4;
-            char* out = static_cast<char*>(columns) + i % 16 * 64 + i / 16 * 4;
-            i / 16 < n ? memcpy(out, in, 4) : memset(out, 0, 4);
-        }
-    }
-
     static void store_int8(int8_t* p, const F& a) {  // integers within 8 bits
         const auto narrow = [&](int i) {
             return vcombine_s16(vmovn_s32(vcvtq_s32_f32(a.v[i])), vmovn_s32(vcvtq_s32_f32(a.v[i + 1])));

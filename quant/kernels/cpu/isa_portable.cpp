@@ -176,15 +176,6 @@ struct Lanes {
             out[4 * i] = a[i], out[4 * i + 1] = b[i], out[4 * i + 2] = c[i], out[4 * i + 3] = d[i];
     }
 
-    // n rows of 16 words, `stride` bytes apart, and zeros in place of others -> their columns.
-    static void turn(const void* rows, int64_t stride, int64_t n, void* columns) {
-        for (int64_t i = 0; i < 256; i++) {
-            const char* in = static_cast<const char*>(rows) + i / 16 * stride + i % 16 * 4;
-            char* out = static_cast<char*>(columns) + i % 16 * 64 + i / 16 * 4;
-            i / 16 < n ? memcpy(out, in, 4) : memset(out, 0, 4);
-        }
-    }
-
     static void store_int8(int8_t* p, const F& v) {
         for (int i = 0; i < 16; i++) p[i] = int8_t(v.v[i]);
     }  // integers within 8 bits
