@@ -379,14 +379,16 @@ class GroupedCache(SequenceState):
             groups * sum((other > 0) == (own > 0) for other in windows[:layer])
             for layer, own in enumerate(windows)
         ]
-        self.rows = new(groups * windows.count(0), context, width, width)
-        tails, count = list[Tail](), len(windows) - windows.count(0)
-        if count:
-            most = max(windows) - 1
+        kept, tails = list[Rows](), list[Tail]()
+        full, most = windows.count(0), max(windows) - 1
+        if full:
+            kept = [Rows(new(groups * full, context, width, width), self._widths)]
+        if count := len(windows) - full:
             rows = new(groups * count, Tail.room(most), width, width)
             tails = [Tail(rows, lambda length: min(length, most))]
         self.window = tails[0] if tails else None
-        super().__init__(context, [Rows(self.rows, self._widths)], tails)
+        self.rows = kept[0].rows if kept else tails[0].rows[:0]
+        super().__init__(context, kept, tails)
 
     def extend(self, layer: int, position: int, new_GTX: Tensor) -> tuple[Tensor, int]:
         """The rows of the layer's groups, [G, S, X], up to those of some tokens of the pass from

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.quant.shapes import MARK_TOKENS, MOST_ENDS, MOST_MARKS, SPARE
-from tests.support.families import DOTS, DSA, INDEXED, ODD, TYPES, V32, YARN
+from tests.support.families import DSA, INDEXED, ODD, OSS, TYPES, V32, YARN
 from tests.support.families import config_of as family_config
 from tests.support.tiny import REMOVE, write_files
 
@@ -160,7 +160,7 @@ CONFIGS = {
     | {"hc_mult": 2, "hc_sinkhorn_iters": 6}
     | {"rope_scaling": CONFIG["rope_scaling"] | {"factor": 4.0}},
     "v3.2": {**family_config(V32, **INDEXED), "max_position_embeddings": 8192},
-    "windows": family_config(DOTS, sliding_window=24, max_position_embeddings=8192),
+    "windows": family_config(OSS, sliding_window=24, max_position_embeddings=8192),
 }
 CONFIGS["v4"]["rope_scaling"]["original_max_position_embeddings"] = 256
 
