@@ -147,12 +147,13 @@ def test_ram_that_can_not_be_locked_is_said_once(on_twin, wanted, monkeypatch, c
 def test_ram_is_unlocked_when_copies_from_it_have_ended(on_twin, monkeypatch):
     monkeypatch.setattr(host, "PIN_BYTES", 1)  # each record by itself
     twin, ended = Twin(), []
+    unpin = twin.unpin
     twin.gpu.eager = twin.gpu.wide = 0  # nothing runs that the host does not wait for
     with on_twin(twin, misses="fetch", slots=22, prefetch=False) as runtime:
         slots, copying = runtime.model.experts.slots, runtime.model.store._copying
         runtime.engine.call(lambda: slots.prefetch(0, 1))
         until(lambda: copying)
-        twin.unpin = lambda memory: ended.append(copying[0][0].done())
+        twin.unpin = lambda memory: ended.append(copying[0][0].done()) or unpin(memory)
     assert ended == [True]
 
 
