@@ -136,17 +136,12 @@ def families() -> Iterator[str]:
     for model_type, family in FAMILIES.items():
         rows.setdefault(family, []).append(model_type)
     yield from _table(
-        "`model_type` | models | scores | a group of experts counts by | bias in the choice"
-        " | weights that add up to 1 are scaled | YaRN scales attention scores | attention",
+        "`model_type` | models | gate | attention",
         (
             (
                 ", ".join(f"`{model_type}`" for model_type in types),
                 ", ".join(MODELS[model_type] for model_type in types),
-                family.scoring,
-                "its best expert" if family.group_best == 1 else f"its {family.group_best} best",
-                "yes" if family.correction_bias else "no",
-                "yes" if family.scales_normalized else "no",
-                "yes" if family.softmax_factor else "no",
+                family.scoring + ", biased choice" * family.correction_bias,
                 ", ".join(filter(None, _attention(family))),
             )
             for family, types in rows.items()
