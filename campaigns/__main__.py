@@ -28,9 +28,6 @@ def main() -> None:
     names = [campaign.name for campaign in CAMPAIGNS]
     if words and words[0] in names:
         module = import_module(f"campaigns.{words[0].replace('-', '_')}")
-        if not hasattr(module, "ATTACK"):  # it has a command line of its own
-            sys.argv[1:] = words[1:]
-            raise SystemExit(module.main())
         given = parse(words[0], module.__doc__, module.ATTACK, words[1:])
         raise SystemExit(not play(words[0], module.ATTACK, given))
     lines = [f"  {campaign.name:13} {campaign.about}" for campaign in CAMPAIGNS]

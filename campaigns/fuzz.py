@@ -43,9 +43,9 @@ _ODD = [
 ODD = [json.dumps(value) for value in _ODD]
 
 
-def changed_value(text, chance):
+def changed_value(value, chance):
     """JSON with one to three changes: another value, one less, one doubled, or two exchanged."""
-    value = {"": json.loads(text)}
+    value = {"": value}
     for _ in range(chance.randint(1, 3)):
         inside, key = _place(value, chance)
         other, other_key = _place(value, chance)
@@ -120,11 +120,13 @@ def changed_bytes(data, chance):
     return bytes(changed)
 
 
-def mutated(good, chance):
-    """One case: of bytes, or of the text of a JSON value, which is damaged now and then too."""
-    if isinstance(good, bytes):
-        return changed_bytes(good, chance)
-    data = json.dumps(changed_value(good, chance)).encode()
+def mutated(data, chance):
+    """One case: of bytes, or of a JSON value, whose text is damaged now and then too."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return changed_bytes(data, chance)
+    data = json.dumps(changed_value(value, chance)).encode()
     return changed_bytes(data, chance) if chance.random() < 0.1 else data
 
 
@@ -171,9 +173,9 @@ class Child:
 
     def attack(self, folder, guided):
         values, self.parse = self.parser(folder)
-        corpus = [good if isinstance(good, bytes) else json.dumps(good) for good in values]
+        corpus = [it if isinstance(it, bytes) else json.dumps(it).encode() for it in values]
         for good in corpus:  # which also imports what is imported late
-            assert self.parse(self.keep(good)) is not False, "the good input is refused"
+            assert self.parse(good) is not False, "the good input is refused"
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         if guided:
             self.guided(corpus, folder / "corpus")
@@ -186,11 +188,10 @@ class Child:
 
         folder.mkdir()
         for number, good in enumerate(corpus):
-            data = good if isinstance(good, bytes) else good.encode()
-            (folder / str(number)).write_bytes(data)
+            (folder / str(number)).write_bytes(good)
 
         def change(data, longest, seed):
-            return mutated(as_text(data), random.Random(seed))[:longest]
+            return mutated(data, random.Random(seed))[:longest]
 
         # What happens in a case is ours to judge.
         limits = ["-timeout=0", "-rss_limit_mb=0", "-malloc_limit_mb=0", f"-max_len={LARGEST >> 2}"]
@@ -203,18 +204,12 @@ class Child:
         atheris.Setup([*command, seed, str(folder)], self.one, custom_mutator=change)
         atheris.Fuzz()
 
-    def keep(self, good):
-        """The bytes of an input, which are in ``case`` from now on."""
-        data = good if isinstance(good, bytes) else good.encode()
-        self.case[: 8 + len(data)] = len(data).to_bytes(8, "little") + data
-        return data
-
-    def one(self, given):
+    def one(self, data):
         if not self.lowest:  # before the first case: what is open, and the memory that is taken
             self.lowest = lowest_descriptor()
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
-        data, found = self.keep(given), self.found
+        found, self.case[: 8 + len(data)] = self.found, len(data).to_bytes(8, "little") + data
         signal.alarm(HANGS)
         started = time.process_time()
         try:
@@ -233,16 +228,6 @@ class Child:
             os._exit(0)
 
 
-def as_text(data):
-    """An input as ``mutated`` takes it."""
-    try:
-        text = data.decode()
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return data
-    return text
-
-
 def lowest_descriptor():
     """The lowest that is free: one that is left open makes it grow."""
     number = os.dup(2)
@@ -250,14 +235,6 @@ def lowest_descriptor():
     return number
 
 
-OPTIONS = {"blind": {"action": "store_true", "help": "even where atheris is installed"}}
-ATTACK = Attack(
-    run,
-    PARTS,
-    "cases of each parser",
-    1_000_000,
-    seconds=600,
-    prepare=prepare,
-    options=OPTIONS,
-    disk=memory(),
-)
+BLIND = {"blind": {"action": "store_true", "help": "even where atheris is installed"}}
+HOW = {"seconds": 600, "prepare": prepare, "options": BLIND, "disk": memory()}
+ATTACK = Attack(run, PARTS, "cases of each parser", 1_000_000, **HOW)

@@ -54,28 +54,18 @@ def prepare(folder, given):
             loop = subprocess.Popen([sys.executable, "-c", "while True: pass"])
             stack.callback(loop.wait)
             stack.callback(loop.kill)
-        yield sample_export(folder)
-
-
-def places_of(export):
-    """What commands read, made once."""
-    folder = export.parent
-    places = {name.upper(): folder / name for name in ("checkpoint", "text", "work")}
-    if not places["TEXT"].exists():
+        places = {name.upper(): folder / name for name in ("checkpoint", "text", "work")}
         write_checkpoint(places["CHECKPOINT"], **SMALL)
         places["TEXT"].write_text((SAMPLE / "config.json").read_text() * 3)
-    return {"EXPORT": export, **places}
+        yield {"EXPORT": sample_export(folder), **places}
 
 
-def ended(child, codes):
-    """What is wrong with how a process ended, and its output."""
-    with ThreadPoolExecutor(1) as pool:
-        out, err = pool.submit(child.communicate).result(SECONDS)
-    if child.returncode not in codes or b"Traceback" in err:
-        return [f"exit code {child.returncode}: {err.decode()[-600:]}"], out
-    if child.returncode == 130 and b"\nslotmoe: interrupted" not in err:
-        return [f"no line: {err.decode()[-600:]}"], out
-    return [], out
+def judged(code, codes, err):
+    """What is wrong with how a process ended."""
+    said = err.decode()[-600:]
+    if code not in codes or "Traceback" in said:
+        return [f"exit code {code}: {said}"]
+    return [f"no line: {said}"] * (code == 130 and "\nslotmoe: interrupted" not in said)
 
 
 def answers(pid):
@@ -91,9 +81,8 @@ def answers(pid):
 class Play:
     """Runs a command, which gets a signal or not."""
 
-    def __init__(self, export, part):
-        words, places = COMMANDS[part], places_of(export)
-        self.part, self.work = part, places["WORK"]
+    def __init__(self, places, part):
+        words, self.part, self.work = COMMANDS[part], part, places["WORK"]
         for name, place in places.items():
             words = words.replace(name, str(place))
         self.words = words.split()
@@ -102,12 +91,9 @@ class Play:
     def __call__(self, is_forked, number=None, share=0.0):
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
-        pipes = {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE}
-        child = (
-            Forked(*self.words, stdin=PIPE)
-            if is_forked
-            else subprocess.Popen([sys.executable, "-m", "slotmoe", *self.words], **pipes)
-        )
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), PIPE)
+        command = [sys.executable, "-m", "slotmoe", *self.words]
+        child = Forked(*self.words, stdin=PIPE) if is_forked else subprocess.Popen(command, **pipes)
         with child, ThreadPoolExecutor(1) as pool:
             while not answers(child.pid):
                 time.sleep(0.0005)
@@ -131,22 +117,16 @@ class Play:
         return self._judge(number, code, out, err, beside), code
 
     def _judge(self, number, code, out, err, beside):
-        said = err.decode()[-600:]
-        gone = psutil.wait_procs(beside, timeout=5)[1]
-        if gone:
+        if gone := psutil.wait_procs(beside, timeout=5)[1]:
             return [f"left behind: {gone}"]
-        if code not in (0, CODES[number]) or "Traceback" in said:
-            return [f"exit code {code}: {said}"]
-        if code == 130 and "\nslotmoe: interrupted" not in said:
-            return [f"no line: {said}"]
-        if self.part in SAME and not (out == self.text if code == 0 else self._begins(out)):
+        if wrong := judged(code, (0, CODES[number]), err):
+            return wrong
+        begins = self.text.startswith(out.rstrip(b"\n"))
+        if self.part in SAME and not (out == self.text if code == 0 else begins):
             return [f"exit code {code}, another text: {out!r:.300}"]
         if code == 0 and out.count(b"\n") < self.text.count(b"\n") - (self.part == "start"):
             return [f"exit code 0, less text: {out!r:.300}"]
         return []
-
-    def _begins(self, out):
-        return self.text.startswith(out.rstrip(b"\n"))
 
     def _children(self, pid):
         try:
@@ -155,9 +135,9 @@ class Play:
             return []
 
 
-def command(export, part, aim):
+def command(places, part, aim):
     """A process each time."""
-    play, done, codes = Play(export, part), 0, {}
+    play, done, codes = Play(places, part), 0, {}
     wrong = [line for is_forked in (False, True) for line in play(is_forked)[0]]
     while not wrong and aim.goes_on(done):
         number = signal.SIGTERM if done % 8 == 7 else signal.SIGINT
@@ -166,19 +146,19 @@ def command(export, part, aim):
         wrong = [f"after {share:.3f} of its life, forked {done % 2}: {line}" for line in wrong]
         codes[code] = codes.get(code, 0) + 1
         done += 1
-    text = play.text
     if not wrong and part in SAME:
+        text = play.text
         wrong = play(True)[0] or ["another text afterwards"] * (play.text != text)
     return {"signals": done, "codes": codes, "slowest": round(play.slowest, 2), "wrong": wrong}
 
 
-def serve(export, part, aim):
+def serve(places, part, aim):
     """A server each time, from which a client reads."""
     done, wrong, texts = 0, [], set()
     body = json.dumps({**GREEDY, "prompt": PROMPT, "max_tokens": 80})
     while not wrong and aim.goes_on(done):
-        child, port = start(export)
-        with child:
+        child, port = start(places["EXPORT"])
+        with child, ThreadPoolExecutor(1) as pool:
             client = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
             client.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
             if done % 10:
@@ -187,18 +167,16 @@ def serve(export, part, aim):
                 texts.add(json.load(client.getresponse())["choices"][0]["text"])
             child.send_signal(signal.SIGINT)
             child.stderr = child.stderr.detach()
-            wrong, _ = ended(child, {130})
+            _, err = pool.submit(child.communicate).result(SECONDS)
+            wrong = judged(child.returncode, {130}, err)
             client.close()
         done += 1
     return {"signals": done, "wrong": wrong + ["several texts"] * (len(texts) != 1)}
 
 
-ATTACKS = {**dict.fromkeys(COMMANDS, command), "serve": serve}
-
-
-def run(export, part, aim):
-    return ATTACKS[part](export, part, aim)
+def run(places, part, aim):
+    return (serve if part == "serve" else command)(places, part, aim)
 
 
 OPTIONS_OF = {"busy": {"type": int, "default": 0, "help": "loops beside [0]"}}
-ATTACK = Attack(run, ATTACKS, "signals", 500, prepare=prepare, options=OPTIONS_OF)
+ATTACK = Attack(run, [*COMMANDS, "serve"], "signals", 500, prepare=prepare, options=OPTIONS_OF)

@@ -53,12 +53,8 @@ class Front:
         return urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers))
 
     def ask(self, session, messages, tokens=4, stream=False):
-        asked = {"model": self.model, "messages": messages, "temperature": 0}
-        asked |= {
-            "max_tokens": tokens,
-            "stream": stream,
-            "logit_bias": {"1": -100},
-        }  # never the end
+        asked = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": tokens}
+        asked |= {"stream": stream, "logit_bias": {"1": -100}}  # never the end
         return self.open("/v1/chat/completions", session, asked)
 
     def cached(self, session, messages):

@@ -356,5 +356,4 @@ def run(folder, part, aim):
 
 
 OPTIONS = {"clients": {"type": int, "default": 100, "help": "at once [100]"}}
-PARTS = ("requests", *FIELDS)
-ATTACK = Attack(run, PARTS, "requests", 1_000_000, seconds=1800, options=OPTIONS)
+ATTACK = Attack(run, ("requests", *FIELDS), "requests", 1_000_000, seconds=1800, options=OPTIONS)

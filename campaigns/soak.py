@@ -185,8 +185,8 @@ def run(folder, part, aim):
     while aim.goes_on(soak.counts["tokens"]):
         soak.one_model()
     after = soak.held()
-    more = [name for name in ("descriptors", "threads") if after[name] > before[name]]
-    wrong = [f"more {name}" for name in more]
+    names = ("descriptors", "threads")
+    wrong = [f"more {name}" for name in names if after[name] > before[name]]
     if after["bytes"] > 1.05 * before["bytes"]:
         wrong.append("memory grew by more than 5%")
     return {**dict(sorted(soak.counts.items())), "before": before, "after": after, "wrong": wrong}

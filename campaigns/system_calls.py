@@ -113,15 +113,10 @@ class Child:
         sys.stderr.flush()
         os._exit(code)
 
-    def names_file(self):
-        """Whether either stream says which it is."""
-        out = self.work / "stdout"
-        said = self.error + (out.read_text(errors="replace") if out.exists() else "")
-        return f"{self.work.parent}/" in said or "stdin or stdout" in said
-
     def judge(self, kind, code):
         """What is wrong with the outcome, or nothing."""
-        found, said = self.made(), self.error.splitlines()[-1:]
+        found, said, out = self.made(), self.error.splitlines()[-1:], self.work / "stdout"
+        both = self.error + (out.read_text(errors="replace") if out.exists() else "")
         if kind == "killed" and code == -9:
             pass  # a few calls come or don't by the timing of threads, so it may be missed
         elif code not in ((0,) if kind in HARMLESS else (0, 1, 2)):
@@ -130,7 +125,7 @@ class Child:
             return f"{said}"
         elif code and not (said and said[0].startswith("slotmoe: ")):
             return f"no line of ours: {said}"
-        elif code and not self.names_file():
+        elif code and not (f"{self.work.parent}/" in both or "stdin or stdout" in both):
             return f"names no file: {said}"
         if code == 0 and found != self.wanted:
             return "wrong bytes, and exit code 0"

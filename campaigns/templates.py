@@ -4,14 +4,13 @@ The packages, which hold templates of some hundred models, come from the package
 folders with ``.jinja`` files.  Templates are read, and run in the sandbox alone.
 """
 
-import argparse
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zipfile
 from pathlib import Path
 
+from campaigns.runner import Attack
 from tests.support.templates import ASKED, CALL, CHATS, TOOLS, both, tokenizer_in
 
 PACKAGES = ("trl==1.16.0", "axolotl==0.19.0", "llama-cpp-python==0.3.36")
@@ -51,22 +50,20 @@ def packaged(folder):
     return [folder]
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m campaigns templates", description=__doc__)
-    parser.add_argument("folders", nargs="*", type=Path, help="with .jinja files")
-    folders, wrong, same, refused = parser.parse_args().folders, 0, 0, 0
-    with tempfile.TemporaryDirectory(prefix="templates-") as work:
-        tokenizer = tokenizer_in(Path(work))
-        (Path(work) / "packages").mkdir()
-        places = folders or packaged(Path(work) / "packages")
-        paths = sorted(path for place in places for path in place.rglob("*.jinja"))
-        for path in paths:
-            for name, chat in (CHATS | MORE).items():
-                theirs, ours = both(path.read_text(encoding="utf-8"), tokenizer, **chat)
-                same, refused = same + (theirs == ours), refused + (theirs is ours is None)
-                if theirs != ours:
-                    wrong += 1
-                    print(f"{path.name}, {name}\n  theirs: {theirs!r}\n  ours: {ours!r}")
-    counts = f"{len(paths)} templates, {same + wrong} conversations, {refused} refused by both"
-    print(f"{counts}, {wrong} differ")
-    return int(wrong > 0 or not paths)
+def run(folder, part, aim):
+    tokenizer, wrong, same, refused = tokenizer_in(folder), [], 0, 0
+    (folder / "packages").mkdir()
+    places = aim.given.folders or packaged(folder / "packages")
+    paths = sorted(path for place in places for path in place.rglob("*.jinja"))
+    for path in paths:
+        for name, chat in (CHATS | MORE).items():
+            theirs, ours = both(path.read_text(encoding="utf-8"), tokenizer, **chat)
+            same, refused = same + (theirs == ours), refused + (theirs is ours is None)
+            if theirs != ours:
+                wrong.append(f"{path.name}, {name}: theirs {theirs!r}, ours {ours!r}")
+    counts = {"templates": len(paths), "conversations": same + len(wrong), "refused": refused}
+    return {**counts, "wrong": wrong + ["no templates"] * (not paths)}
+
+
+FOLDERS = {"type": Path, "nargs": "+", "default": [], "help": "with .jinja files, and no packages"}
+ATTACK = Attack(run, ["templates"], options={"folders": FOLDERS})

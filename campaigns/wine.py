@@ -115,8 +115,11 @@ def install(folder):
     noted.write_text(wanted)
 
 
-def windows_path(path):
-    return "Z:" + str(path).replace("/", "\\")
+def played(python, environment, cwd, *words):
+    """Exit code and stdout of a Python."""
+    command = [*python, *map(str, words)]
+    done = subprocess.run(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, text=True)
+    return done.returncode, done.stdout
 
 
 class Windows:
@@ -133,16 +136,9 @@ class Windows:
             digest, noted = hashlib.sha256(wheel.read_bytes()).hexdigest(), folder / "wheel"
             if not noted.exists() or noted.read_text() != digest:
                 options = "--quiet --no-index --no-deps --force-reinstall".split()
-                self.run("-m", "pip", "install", *options, windows_path(wheel), cwd=work)
+                path = "Z:" + str(wheel).replace("/", "\\")
+                played(self.python, self.variables, work, "-m", "pip", "install", *options, path)
                 noted.write_text(digest)
-
-    def run(self, *words, cwd):
-        """Exit code and stdout of its Python."""
-        command = [*self.python, *map(str, words)]
-        done = subprocess.run(
-            command, cwd=cwd, env=self.variables, stdout=subprocess.PIPE, text=True
-        )
-        return done.returncode, done.stdout
 
 
 @contextmanager
@@ -161,12 +157,13 @@ def tests(folder, windows):
     """The tests that need nothing but their process, but for files that import what only Linux has.
     The clone's slotmoe must not be there: the wheel's is tested."""
     tree = folder / "tree"
-    for name in ("tests", "docs", "conftest.py", "pyproject.toml"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        tree.mkdir(exist_ok=True)
-        copy(ROOT / name, tree / name)
+    for name in ("tests", "docs"):
+        shutil.copytree(ROOT / name, tree / name)
+    for name in ("conftest.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tree)
     words = "-m pytest -q -o addopts= -p no:cacheprovider --continue-on-collection-errors".split()
-    code, out = windows.run(*words, "-m", "not (slow or full)", *TESTS, cwd=tree)
+    words += ["-m", "not (slow or full)", *TESTS]
+    code, out = played(windows.python, windows.variables, tree, *words)
     last = out.strip().splitlines()[-1:]
     failed = re.findall(r"^(?:FAILED|ERROR) .*", out, re.MULTILINE)
     missing = [line for line in failed if not re.search(r"No module named '(fcntl|pty)'", line)]
@@ -175,18 +172,10 @@ def tests(folder, windows):
 
 def made(folder, windows):
     """Exports, texts, logits and sessions: both Pythons make the same bytes."""
-    found = []
-    for name in ("linux", "windows"):
-        (folder / name).mkdir()
-        if name == "linux":
-            command = [sys.executable, "-c", MADE]
-            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-            done = subprocess.run(
-                command, cwd=folder / name, env=environment, stdout=subprocess.PIPE, text=True
-            )
-            out = done.stdout
-        else:
-            _, out = windows.run("-c", MADE, cwd=folder / name)
+    found, linux = [], ([sys.executable], {**os.environ, "PYTHONPATH": str(ROOT)})
+    for python, environment in (linux, (windows.python, windows.variables)):
+        (place := folder / str(len(found))).mkdir()
+        _, out = played(python, environment, place, "-c", MADE)
         found.append(json.loads(out.rpartition("made ")[2]))
     ours, theirs = found
     wrong = [f"{name}: other bytes" for name in ours if ours[name] != theirs[name]]

@@ -11,7 +11,6 @@ import subprocess
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
@@ -93,27 +92,24 @@ def device_index(device: str) -> int:
     return int(match[1] or 0)
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU of this machine and its ``free`` bytes."""
-
-    name: str
-    free: int
-
-
-def find_gpu(index: int) -> Gpu | None:
-    """GPU ``index`` as CUDA, unlike nvidia-smi, counts, by ``CUDA_VISIBLE_DEVICES``; or None."""
+def find_gpu(index: int) -> tuple[str, int] | None:
+    """Name and free bytes of GPU ``index`` as CUDA, unlike nvidia-smi, counts, by
+    ``CUDA_VISIBLE_DEVICES``; or None."""
     identity = _cuda_uuid(index)
-    if identity is None:
-        return None
-    query = ["nvidia-smi", f"--id={identity}", "--query-gpu=name,memory.free"]
-    query += ["--format=csv,noheader,nounits"]
+    found = nvidia_smi("name,memory.free", f"--id={identity}") if identity else []
+    return (found[0], int(found[1]) << 20) if found else None
+
+
+def nvidia_smi(fields: str, *which: str) -> list[str]:
+    """These ``fields`` of the first GPU, or of ``which``, sizes in MiB; none where it has none."""
+    query = ["nvidia-smi", *which, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         run = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True)
-        name, free = run.stdout.splitlines()[0].rsplit(", ", 1)
-        return Gpu(name, int(free) << 20)
+        found, commas = run.stdout.splitlines()[0], fields.count(",")
+        _, size, *others = values = found.rsplit(", ", commas)
+        return values if size.isdecimal() and len(others) == commas - 1 else []
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
+        return []
 
 
 def _cuda_uuid(index: int) -> str | None:

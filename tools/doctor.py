@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -134,14 +133,10 @@ def _kernels() -> Iterator[Check]:
 def _gpu() -> Check:
     if not _is_installed("torch"):
         return Check("GPU", "bad", "torch is not installed, so nothing runs", "pip install torch")
-    torch, query = metadata.version("torch"), "--query-gpu=name,memory.total,driver_version"
-    program = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(program, capture_output=True, text=True, timeout=5, check=True)
-        name, total, driver = done.stdout.splitlines()[0].split(", ")
-        found = f"{name}, {format_size(int(total) << 20)}, driver {driver}"
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+    torch, known = metadata.version("torch"), machine.nvidia_smi("name,memory.total,driver_version")
+    if not known:
         return Check("GPU", "note", f"none found; the CPU computes (torch {torch})")
+    found = f"{known[0]}, {format_size(int(known[1]) << 20)}, driver {known[2]}"
     if "+cpu" in torch:
         advice = "install a CUDA build of torch: pip install --force-reinstall torch"
         return Check("GPU", "bad", f"{found}; but torch {torch} has no CUDA", advice)

@@ -164,7 +164,7 @@ def _machine(given: Json) -> Machine:
         raise PlanError("--device cpu is given together with --gpu or --vram: drop one")
     if given["device"] != "cpu" and vram is None:
         if gpu := machine.find_gpu(machine.device_index(given["device"])):
-            vram, name = int(gpu.free * 0.9), gpu.name
+            name, vram = gpu[0], int(gpu[1] * 0.9)
         elif given["device"] != "auto":
             problem = f"--device {given['device']}: no such GPU is found on this machine"
             raise PlanError(f"{problem}; give --gpu NAME or --vram SIZE")

@@ -78,11 +78,9 @@ def install_node(folder, packages):
 @contextmanager
 def prepare(folder, given):
     """A server of the model; its URL, the model and the folder of environments."""
-    environments, model = (
-        (given.environments or folder / "environments").resolve(),
-        folder / "sample",
-    )
+    environments = (given.environments or folder / "environments").resolve()
     environments.mkdir(parents=True, exist_ok=True)
+    model = folder / "sample"
     write_model(model)
     options = ["--port", "0", "--ram", "4GiB", "--context", str(CONTEXT), "--no-log"]
     command = [sys.executable, "-m", "slotmoe", "serve", str(model), *options]

@@ -350,12 +350,8 @@ class _Loader:
     def _with_layers(self, export: Export) -> Config:
         """The config with the layers that are used of ``export``.  Raises ``ConfigError``."""
         config, folder = replace(self._config, mtp=export.mtp_layer is not None), self._folder
-        codecs = export.layout.codecs
-        sizes, biases = (
-            (config.hidden_size, config.moe_intermediate_size),
-            config.family.expert_biases,
-        )
-        layout = RecordLayout(*sizes, codecs, biases)
+        sizes = config.hidden_size, config.moe_intermediate_size
+        layout = RecordLayout(*sizes, export.layout.codecs, config.family.expert_biases)
         geometry = layout.parts, config.n_routed_experts, config.moe_layers
         if (export.layout.parts, export.experts, export.layers) != geometry:
             problem = f"config.json and {MANIFEST} describe different models"

@@ -1,6 +1,6 @@
 """Reading ahead: the next layers' gates name experts, the prefetcher decides which to read.
 
-Shapes: T tokens, D hidden_size, R rows of scores, E routed experts, K experts a token.
+Shapes: T tokens, D hidden_size, E routed experts, K experts a token.
 """
 
 import time
@@ -58,22 +58,6 @@ class Lookahead(Prefetcher):
         self._backend, self._download = backend, download
         self._top_k, self.active = config.num_experts_per_tok, False
 
-    def first_scores(self, embedding_TD: Tensor) -> Tensor:
-        """Gate logits of the first MoE layer, float32 [T, E], as if the embedding were still all of
-        the residual stream."""
-        x_TD = rms_norm(embedding_TD.float(), embedding_TD.shape[-1:], eps=1e-12)
-        return self._scores(0, x_TD * self._first_norm)
-
-    def next_scores(self, moe_layer: int, x_TD: Tensor) -> Tensor:
-        """Gate logits of the MoE layer behind ``moe_layer`` for the latter's input: float32
-        [T, E]."""
-        return self._scores(moe_layer + 1, x_TD * self._ratios[moe_layer])
-
-    def _scores(self, moe_layer: int, x_TD: Tensor) -> Tensor:
-        gate, bias = self._gates[moe_layer]
-        logits_TE = self._backend.linear(x_TD, gate)
-        return logits_TE if bias is None else logits_TE + as_tensor(bias)
-
     def begin(self) -> None:
         """A pass begins: forget all guesses."""
         self.reset()
@@ -87,10 +71,12 @@ class Lookahead(Prefetcher):
         self.more(-1)
 
     def guess_token(self, embedding_1D: Tensor) -> None:
-        """Guess the first MoE layer's experts for one token by its embedding; start to read."""
+        """Guess the first MoE layer's experts for one token, as if its embedding were still all of
+        the residual stream; start to read."""
         if not self._tables:
             started = time.perf_counter()
-            self._guess(0, self._likely(self.first_scores(embedding_1D)), "token")
+            x_1D = rms_norm(embedding_1D.float(), embedding_1D.shape[-1:], eps=1e-12)
+            self._guess(0, self._likely(0, x_1D * self._first_norm), "token")
             self._cost.add(time.perf_counter() - started)
         self.more(-1)
 
@@ -99,15 +85,19 @@ class Lookahead(Prefetcher):
         read."""
         if len(self._tables) <= moe_layer + 1 < len(self._gates) and self.active:
             started = time.perf_counter()
-            experts = self._likely(self.next_scores(moe_layer, x_TD))
+            experts = self._likely(moe_layer + 1, x_TD * self._ratios[moe_layer])
             if len(x_TD) == 1:
                 self._cost.add(time.perf_counter() - started)
             self._guess(moe_layer + 1, experts, "layer")
         self.more(moe_layer)
 
-    def _likely(self, scores_TE: Tensor) -> list[int]:
-        """The experts that any token is likely to use, those of most tokens first."""
-        best_TK = self._download(scores_TE).get().topk(self._top_k, dim=-1).indices
+    def _likely(self, moe_layer: int, x_TD: Tensor) -> list[int]:
+        """The experts that any token is likely to use of a layer whose gate sees this, those of
+        most tokens first."""
+        gate, bias = self._gates[moe_layer]
+        logits_TE = self._backend.linear(x_TD, gate)
+        logits_TE = logits_TE if bias is None else logits_TE + as_tensor(bias)
+        best_TK = self._download(logits_TE).get().topk(self._top_k, dim=-1).indices
         return [expert for expert, _ in Counter(best_TK.flatten().tolist()).most_common()]
 
     def _guess(self, moe_layer: int, experts: list[int], horizon: str) -> None:

@@ -94,7 +94,8 @@ def cached_place(
     facts = [f"{name} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for name, s in states]
     digest = _digest([os.fspath(source.resolve()), *facts])
     note = cache / f"{source.resolve().name}-{digest}.source.json"
-    if (known := noted_export(note)) is not None and is_export(cache / known):
+    known = read_note(note).get("export")
+    if isinstance(known, str) and Path(known).name == known and is_export(cache / known):
         return cache / known
     ready(source)
     key = content_key(files, reading)
@@ -120,12 +121,6 @@ def content_key(files: Sequence[Path], progress: Progress) -> str:
             lambda path: span_checksums(path, (), partial(advance, path))[0], files
         )
     return _digest(f"{path.name} {whole}" for path, whole in zip(files, checksums, strict=True))
-
-
-def noted_export(note: Path) -> str | None:
-    """The name of the export that the note names, if there is such a note."""
-    name = read_note(note).get("export")
-    return name if isinstance(name, str) and Path(name).name == name else None
 
 
 def _digest(parts: Iterable[str]) -> str:

@@ -28,17 +28,10 @@ from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, levels_of, poss
 
 _SAMPLED = 1 << 19  # weights that levels are learned from
 _MATRICES = 48  # from which these are taken
-Squares = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Coded:
-    """What the export holds of some rows of a weight, and the sums of squares of its error and of
-    the weight, plainly and in a Hessian's measure; 0 for what is exact or had no Hessian."""
-
-    outputs: tuple[Tensor, ...]
-    squares: Squares = (0.0, 0.0)
-    weighted: Squares = (0.0, 0.0)
+_NONE = (0.0, 0.0)
+Coded = tuple[tuple[Tensor, ...], tuple[float, ...]]
+"""What the export holds of some rows of a weight, and the sums of squares of its error and of the
+weight, plainly and in a Hessian's measure; 0 for what is exact or had no Hessian."""
 
 
 @dataclass
@@ -65,9 +58,9 @@ class Coder:
         if not isinstance(kind, Codec):
             self.checkpoint.check_finite(name, piece)
             if kind == "none":
-                return Coded((piece,))
+                return (piece,), (*_NONE, *_NONE)
             rounded = Int8Weight(*quantize_int8(piece))
-            return Coded((rounded.q, rounded.scale), squared_error(piece, rounded))
+            return (rounded.q, rounded.scale), (*squared_error(piece, rounded), *_NONE)
         if kind.name == NF4.name:
             codes, scales, weighted = *quantize_nf4(piece), None
         else:
@@ -80,7 +73,7 @@ class Coder:
                 self.uncalibrated.append(name)
                 codes, scales, weighted = quantize_lut(piece, kind)
         weight = CodedWeight(codes, scales, levels_of(kind), (len(piece), piece.shape[1]))
-        return Coded((codes, scales), squared_error(piece, weight), weighted or (0.0, 0.0))
+        return (codes, scales), (*squared_error(piece, weight), *(weighted or _NONE))
 
 
 def _kept(codes: Codes, kind: Codec) -> Coded:
@@ -90,7 +83,7 @@ def _kept(codes: Codes, kind: Codec) -> Coded:
         raise NotFiniteError
     wanted = codes.values()
     weight = CodedWeight(*kept, codes.levels, (len(wanted), wanted.shape[1]))
-    return Coded(kept, squared_error(wanted, weight))
+    return kept, (*squared_error(wanted, weight), *_NONE)
 
 
 def codecs_for(checkpoint: Checkpoint) -> ExpertCodecs:

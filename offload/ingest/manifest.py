@@ -54,11 +54,8 @@ class Contents:
         self, config: Config, mode: str, codecs: ExpertCodecs, dtypes: Mapping[str, torch.dtype]
     ):
         self.config, self.mode = config, mode
-        sizes, biases = (
-            (config.hidden_size, config.moe_intermediate_size),
-            config.family.expert_biases,
-        )
-        self.layout = RecordLayout(*sizes, codecs, biases)
+        sizes = config.hidden_size, config.moe_intermediate_size
+        self.layout = RecordLayout(*sizes, codecs, config.family.expert_biases)
         self.tensors: dict[str, Stored] = {}
         resident: dict[str, Part] = {}
         for name, shape in resident_shapes(config).items():

@@ -304,7 +304,10 @@ class _Job:
                 self._coder.hessians = portion.prepare()
                 if portion.names:
                     self._write_tensors(portion.names)
-                    self._save_written()
+                    for name, export_file in self._open_files.items():  # unfinished ones
+                        export_file.sync()
+                        self._state.written |= self._fresh[name]
+                    self._state.save(self.partial)
             if calibration is not None:
                 for sentence in calibration.remarks(self._coder.uncalibrated):
                     self.notify(sentence)
@@ -383,13 +386,6 @@ class _Job:
         self._state.save(self.partial)
         return {}
 
-    def _save_written(self) -> None:
-        """Make what unfinished files hold durable, and say so in the state."""
-        for name, export_file in self._open_files.items():
-            export_file.sync()
-            self._state.written |= self._fresh[name]
-        self._state.save(self.partial)
-
     def _write_tensors(self, names: list[str]) -> None:
         """Quantize the tensors ``names`` to their places, in parallel."""
         threads = torch.get_num_threads()
@@ -412,15 +408,14 @@ class _Job:
         for start in range(0, info.shape[0], step):
             stop = min(start + step, info.shape[0])
             try:
-                coded = self._coder.code(name, start, stop, tensor.kind, seen)
+                outputs, squares = self._coder.code(name, start, stop, tensor.kind, seen)
             except NotFiniteError:
                 problem = f"{name} holds NaN, infinite or larger than fp16 weights"
                 source = checkpoint.folder / info.file
                 raise CheckpointError(f"{source}: {problem}; the file is damaged") from None
-            for part, output in zip(tensor.parts, coded.outputs, strict=True):
+            for part, output in zip(tensor.parts, outputs, strict=True):
                 export_file.write(part, output)
-            added = *coded.squares, *coded.weighted
-            sums = [a + b for a, b in zip(sums, added, strict=True)]
+            sums = [a + b for a, b in zip(sums, squares, strict=True)]
             self._advance((stop - start) * info.row_bytes)
         checksums = [export_file.checksums[part] for part in tensor.parts]
         with self._lock:

@@ -124,11 +124,8 @@ class Prefetcher:
             self._free_for = time.perf_counter() - self._free_since
         self._free_since = None
         self._missing.add(missing)
-        guesses, self._layers[moe_layer], wanted = (
-            self._layers[moe_layer],
-            _Guesses(),
-            set(expert_ids),
-        )
+        guesses, wanted = self._layers[moe_layer], set(expert_ids)
+        self._layers[moe_layer] = _Guesses()
         if guesses.named:
             accuracy = self.by_moe_layer[guesses.horizon][moe_layer]
             accuracy.guessed += len(guesses.named)

@@ -26,6 +26,7 @@ OPTIONS = [
     ({"experts_dirs": "/mnt/b"}, "experts_dirs is '/mnt/b', expected a list"),
     ({"ram": []}, r"ram is \[\], expected a number or text or None"),
     ({"device": 0}, "device '0' is unknown, expected auto, cpu, cuda or cuda:N"),
+    ({"misses": "gpu"}, "misses 'gpu' is unknown, expected one of: auto, fetch"),
 ]
 
 

@@ -72,11 +72,9 @@ class Log:
         for name in names:
             if len(self._ignored) == _MAX_NAMES:
                 return
-            short = ascii(name[:64])
-            if short not in self._ignored:
+            if (short := ascii(name[:64])) not in self._ignored:
                 self._ignored.add(short)
-                is_last = len(self._ignored) == _MAX_NAMES
-                more = "; further ones are not named" if is_last else ""
+                more = "; further ones are not named" * (len(self._ignored) == _MAX_NAMES)
                 told = f"the field {short} is unknown here and ignored{more}"
                 self._write(partial(str, told))
 
