@@ -36,9 +36,17 @@ constexpr int kScoreRows = 2 * kTileRows;  // that are scored together
 constexpr int kScoreRows = Lanes::kScoreRows;
 #endif
 
-struct Ahead {  // the next chunk's rows, which come nearer while keys are scored
+// Of the next chunk, whose rows stand one stride apart. They come nearer bit by bit: what fetches them holds no more lines
+// than a core waits for.
+struct Ahead {
     const uint8_t *at, *end;
-    int64_t bytes;  // for each eight columns
+    int64_t quarter;  // bytes
+
+    void come(int64_t parts) {  // one of so many parts of a quarter
+        const int64_t bytes = quarter / parts;
+        const uint8_t* stop = end - at < bytes ? end : at + bytes;
+        for (; at < stop; at += kBlock) Lanes::prefetch_to_l2(at);
+    }
 };
 
 struct Chunk {
@@ -237,7 +245,7 @@ void mla_pack(const Mla& m, int64_t begin, int64_t end) {
                 int32_t* to = out + lane * kTile;
                 left < kBlock ? memcpy(to, from, size_t(left)) : memcpy(to, from, kBlock);
             }
-            Lanes::turn(out, kTile);
+            Lanes::turn(out, 4 * kTile, kTile, out);
             for (int64_t quad = 1; digit && quad < kTile; quad += 2) memset(out + quad * kTile, 0, 4 * kTile);
         }
     }
@@ -414,7 +422,9 @@ void score_chunk(const Mla& m, const uint8_t* const* rows, int64_t n, const Chun
 
 // --- scores where keys are apart from values: rows are side by side, since a group may have few heads
 
+#ifndef SLOTMOE_TURN
 typedef int32_t Four __attribute__((vector_size(16)));
+#define SLOTMOE_TURN turn_tile
 #if defined(__clang__)
 #define SLOTMOE_PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -438,6 +448,7 @@ inline void turn_tile(const uint8_t* rows, int64_t stride, int64_t n, int8_t* co
             out(2, SLOTMOE_PICK(c, d, 0, 1, 4, 5)), out(3, SLOTMOE_PICK(c, d, 2, 3, 6, 7));
         }
 }
+#endif
 
 // The keys of n rows, one stride apart, and what else a row holds.
 void turn_keys(const Mla& m, const uint8_t* const* rows, int64_t n, const Chunk& c) {
@@ -447,20 +458,18 @@ void turn_keys(const Mla& m, const uint8_t* const* rows, int64_t n, const Chunk&
         c.key_scales[i] = tail.scale[1] + (tail.scale[0] - tail.scale[0]);  // NaN of a value shows in the score
     }
     for (int64_t i = n; i < kChunkRows; i++) c.scales[i] = 0.0f;
-    constexpr int64_t kHeads = Lanes::kTokensAtOnce, kCalls = kChunkRows / kTile / Lanes::kTilesAtOnce;
-    const int64_t p4 = m.k - m.r4, left = m.context * m.stride - (rows[0] - m.cache) - kChunkRows * m.stride;
-    c.ahead->at = rows[0] + kChunkRows * m.stride;
-    c.ahead->end = c.ahead->at + (left < kChunkRows * m.stride ? left : kChunkRows * m.stride);
-    c.ahead->bytes = 8 * kChunkRows * m.stride / (p4 * kCalls * (m.heads / kHeads + m.heads % kHeads));
+    const int64_t p4 = m.k - m.r4;
     uint8_t part[kTile][kBlock];
-    for (int64_t first = 0; first < n; first += kTile)
+    for (int64_t first = 0; first < n; first += kTile) {
+        c.ahead->come(kChunkRows / kTile);
         for (int64_t column = 0, count = n - first < kTile ? n - first : kTile; column < p4; column += kBlock) {
             const uint8_t* in = rows[first] + m.r4 + column;
             const bool whole = p4 - column >= kBlock;
             for (int64_t i = 0; i < count && !whole; i++) memcpy(part[i], in + i * m.stride, size_t(p4 - column));
-            turn_tile(whole ? in : part[0], whole ? m.stride : kBlock, count,
+            SLOTMOE_TURN(whole ? in : part[0], whole ? m.stride : kBlock, count,
                       c.keys + first * up_to_block(m.p) + column * kTile);
         }
+    }
 }
 
 // Heads by tiles of rows -> scores [heads, 64].
@@ -491,13 +500,7 @@ SLOTMOE_NOINLINE void score_rows(const Mla& m, int64_t head, int64_t tile, const
             dots[h][t][1] = Lanes::start(0);
         }
     int64_t column = 0;
-    Ahead ahead = *c.ahead;
-    for (; column + 8 <= p4; column += 8) {
-        quad(column, true), quad(column + 4, !Lanes::kCoarse);
-        const uint8_t* stop = ahead.end - ahead.at < ahead.bytes ? ahead.end : ahead.at + ahead.bytes;
-        for (; ahead.at < stop; ahead.at += kBlock) Lanes::prefetch_to_l2(ahead.at);
-    }
-    *c.ahead = ahead;
+    for (; column + 8 <= p4; column += 8) quad(column, true), quad(column + 4, !Lanes::kCoarse);
     if (column < p4) quad(column, true);
     const auto digit = Lanes::broadcast(float(kDigit));
 #pragma GCC unroll 4
@@ -516,7 +519,10 @@ void score_keys(const Mla& m, int64_t n, const Chunk& c) {
     constexpr int kHeads = Lanes::kTokensAtOnce, kTiles = Lanes::kTilesAtOnce;
     for (int64_t rows = 0; rows * kTile < n; rows += kTiles) {
         int64_t h = 0;
-        for (; h + kHeads <= m.heads; h += kHeads) score_rows<kHeads, kTiles>(m, h, rows, c);
+        for (; h + kHeads <= m.heads; h += kHeads) {
+            c.ahead->come(kChunkRows / kTile / kTiles * m.heads / kHeads);
+            score_rows<kHeads, kTiles>(m, h, rows, c);
+        }
         for (; h < m.heads; h++) score_rows<1, kTiles>(m, h, rows, c);
     }
     for (int64_t h = 0; h < m.heads; h++)
@@ -619,6 +625,7 @@ SLOTMOE_NOINLINE bool softmax_heads(const Mla& m, int64_t tile, bool first, cons
     for (int64_t h = 0; h < heads; h++) {
         auto sum = Lanes::zero(), top = Lanes::zero(), second = Lanes::zero();
         const auto minus = Lanes::broadcast(reference[h]);
+        c.ahead->come(m.heads);
 #pragma GCC unroll 4
         for (int i = 0; i < kVectors; i++) {
             const auto p = exp_lanes(Lanes::add(Lanes::load(s[h] + i * kTile), minus)),
@@ -791,8 +798,8 @@ void sum_values(const Mla* m, int64_t queries, const Chunk* chunks, const uint8_
     const int64_t tiles = any.tiles, a_column = tiles * (queries - begin), steps = padded / kSumColumns * a_column;
     Lanes::I dots[2][kTile][4];
     for (int64_t i = begin; i < queries && !any.apart; i++)
-        for (int64_t tile = 0; tile < tiles; tile++)
-            Lanes::turn(chunks[i].weights + tile * kQuads * kTile, (chunks[i].n + 3) / 4);
+        for (int32_t* w = chunks[i].weights; w < chunks[i].weights + tiles * kQuads * kTile; w += kQuads * kTile)
+            Lanes::turn(w, 4 * kTile, (chunks[i].n + 3) / 4, w);
     for (int64_t step = 0; step <= steps; step++) {  // tiles multiply while the step before is added
         if (step < steps) {
             const Chunk& c = chunks[begin + step % a_column / tiles];
@@ -814,7 +821,10 @@ void sum_values(const Mla* m, int64_t queries, const Chunk* chunks, const uint8_
             int64_t h = 0;
             const auto block = any.apart ? value_block<kHeads, true> : value_block<kHeads, false>;
             const auto one = any.apart ? value_block<1, true> : value_block<1, false>;
-            for (; h + kHeads <= heads; h += kHeads) come_nearer(kHeads), block(m[i], h, column, chunks[i]);
+            for (; h + kHeads <= heads; h += kHeads) {
+                any.apart ? chunks[0].ahead->come(padded / kSumColumns * heads / kHeads) : come_nearer(kHeads);
+                block(m[i], h, column, chunks[i]);
+            }
             for (; h < heads; h++) one(m[i], h, column, chunks[i]);
         }
     }
@@ -865,6 +875,8 @@ void mla_chunks(const Mla* m, int64_t queries, int64_t begin, int64_t end, uint8
     for (int64_t chunk = begin; chunk < end; chunk++) {
         const uint8_t **rows = both[chunk % 2], **next = both[(chunk + 1) % 2];
         const int64_t rest = longest.context - chunk * kChunkRows, n = rest < kChunkRows ? rest : kChunkRows;
+        const uint8_t* behind = rows[0] + kChunkRows * longest.stride;
+        ahead = {behind, behind + (rest - n < kChunkRows ? rest - n : kChunkRows) * longest.stride, kTile * longest.stride};
         if (longest.apart) turn_keys(longest, rows, n, chunks[0]);
         for (int64_t i = 0; i < queries; i++) weigh(m[i], chunk, rows, chunks[i]);
         const int64_t left = rest - n;

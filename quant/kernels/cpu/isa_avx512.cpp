@@ -34,6 +34,7 @@
 #include <immintrin.h>
 
 #include "isa.h"
+#define SLOTMOE_TURN Lanes::turn
 #ifdef SLOTMOE_AMX
 #include "amx.h"
 #endif
@@ -211,29 +212,33 @@ struct Lanes {
     }
     static void sum_lanes(const F* a, float* out) { join_lanes<add>(a, out); }
     static void max_lanes(const F* a, float* out) { join_lanes<max>(a, out); }
-#ifdef SLOTMOE_AMX
-    // The first n rows of [16, 16] words, and zeros in place of the others, turned in place.
-    static void turn(int32_t* words, int64_t n) {
-        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        __m512i r[16];
+    // n rows of 16 words, `stride` bytes apart, and zeros in place of others -> their columns, which may take their place.
+    static void turn(const void* rows, int64_t stride, int64_t n, void* columns) {
+        const char* in = static_cast<const char*>(rows);
+        __m512i r[16], s[16];
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) r[i] = i < n ? _mm512_loadu_si512(words + 16 * i) : _mm512_setzero_si512();
-#pragma GCC unroll 4
-        for (int half = 1; half < 16; half *= 2) {  // that bit of the row and that of the lane change places
-            const __m512i bit = _mm512_set1_epi32(half), other = _mm512_xor_si512(lane, bit);
-            const __mmask16 odd = _mm512_test_epi32_mask(lane, bit);
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; i++)
-                if (!(i & half)) {
-                    const __m512i a = r[i], b = r[i + half];
-                    r[i] = _mm512_mask_permutexvar_epi32(a, odd, other, b);
-                    r[i + half] = _mm512_mask_permutexvar_epi32(b, _knot_mask16(odd), other, a);
-                }
+        for (int i = 0; i < 16; i++)
+            r[i] = n == 16 || i < n ? _mm512_loadu_si512(in + i * stride) : _mm512_setzero_si512();
+#pragma GCC unroll 8
+        for (int i = 0; i < 16; i += 2)  // of each 4 columns that are neighbours, 2 of 2 rows
+            s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) {  // one of 4 rows: r[i], of rows i / 4 * 4 on
+            const int at = i / 2 * 4 + i % 2;
+            r[2 * i] = _mm512_unpacklo_epi64(s[at], s[at + 2]), r[2 * i + 1] = _mm512_unpackhi_epi64(s[at], s[at + 2]);
         }
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) _mm512_storeu_si512(words + 16 * i, r[i]);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) {  // of 8 rows, two columns
+            const int at = i / 4 * 8 + i % 4;
+            s[at] = _mm512_shuffle_i32x4(r[at], r[at + 4], 0x88), s[at + 4] = _mm512_shuffle_i32x4(r[at], r[at + 4], 0xdd);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) {
+            char* out = static_cast<char*>(columns) + 64 * i;
+            _mm512_storeu_si512(out, _mm512_shuffle_i32x4(s[i], s[i + 8], 0x88));
+            _mm512_storeu_si512(out + 8 * 64, _mm512_shuffle_i32x4(s[i], s[i + 8], 0xdd));
+        }
     }
-#endif
 };
 
 }  // namespace
