@@ -1,6 +1,7 @@
 """Every family: the reference path beside transformers, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ from tests.support.families import (
     V2_CASES,
     V3,
     V32,
+    YARN,
     config_of,
     write_family,
 )
@@ -193,6 +195,21 @@ def test_a_value_that_the_family_has_not_is_named(family, overrides, words):
     assert message.startswith("config.json: ") and "\n" not in message
     if "model_type" in overrides:
         assert all(json.dumps(known) in message for known in FAMILIES)
+
+
+def test_sarvam_is_v3_in_other_words():
+    v3 = config_of(V3, rope_parameters=YARN)
+    given = {**v3, "model_type": "sarvam_mla", "architectures": ["SarvamMLAForCausalLM"]}
+    given |= {"num_experts": given.pop("n_routed_experts"), "rope_scaling": {**YARN}}
+    given |= {"num_shared_experts": given.pop("n_shared_experts")}
+    given["rope_scaling"]["type"] = (
+        given["rope_scaling"].pop("rope_type").replace("y", "deepseek_y")
+    )
+    del given["rope_parameters"]
+    wanted = parse_config(v3)
+    assert replace(parse_config(given), family=wanted.family) == wanted
+    with pytest.raises(ConfigError, match=r"num_experts is 0"):
+        parse_config({**given, "num_experts": 0})
 
 
 MISSING = [
