@@ -82,7 +82,7 @@ def test_passes_of_any_size_equal_transformers(case, seed, tmp_path):
 @pytest.mark.usefixtures("oracle")
 @pytest.mark.parametrize("name", GROUPED_CASES)
 def test_grouped_queries_equal_transformers(name, tmp_path):
-    """In passes that end before, at and behind windows' ends."""
+    """In passes that end before, at and behind windows' ends, and in chunks of such."""
     family, overrides = GROUPED_CASES[name]
     write_family(tmp_path, family, **overrides)
     ids = torch.randint(2, 4000, (70,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -91,8 +91,9 @@ def test_grouped_queries_equal_transformers(name, tmp_path):
         assert not checkpoint.config.unknown_keys
         weights = {name: checkpoint.tensor(name) for name in checkpoint.infos}
         network = reference_network(checkpoint.config, weights)
-    for sizes in ([70], [6, 1, 1, 1, *[1] * 20, 40, 1], [9, 33, 7, 21]):
-        state = reference_cache(network.config, 80)
+    passes = [6, 1, 1, 1, *[1] * 20, 40, 1], [9, 33, 7, 21]
+    for sizes, chunk in (([70], 70), ([70], 16), *zip(passes, (70, 16), strict=True)):
+        state, network._chunk_tokens = reference_cache(network.config, 80), chunk
         assert relative_error(feed(network, state, ids, sizes), wanted) <= 1e-5
 
 
