@@ -42,8 +42,11 @@ class Tail:
     were there, so that both are there until it is done.
     """
 
-    def __init__(self, rows: Tensor, needed: Callable[[int], int]):
+    def __init__(
+        self, rows: Tensor, needed: Callable[[int], int], widths: tuple[int, int] | None = None
+    ):
         self.rows, self.needed, self._keep = rows, needed, rows.shape[1] // 2
+        self.widths = widths  # latent and rope values of a row of the backend's, None of float32
         self.first = 0  # the position of the first row
         self._valid = 0  # that of the first one that is right
         self.marks: dict[int, Tensor] = {}  # the rows that a sequence of that length needs
@@ -250,6 +253,10 @@ class SequenceState:
         for kept in self._kept:
             _fill(kept.between(0, depth), kept.widths, store, generator)
         for tail in self._tails:
+            if tail.widths is None:
+                tail.rows.normal_()
+            else:
+                _fill(tail.rows, tail.widths, store, torch.Generator().manual_seed(1))
             tail.load(depth, tail.rows[:, : tail.needed(depth)].clone())
         self.length = self._written = depth
         self._keep_marks(())
@@ -341,7 +348,7 @@ class CompressedCache(SequenceState):
         new: NewRows,
         empty: Empty,
     ):
-        most, self._width = window - 1, width
+        most = window - 1
 
         def group(ratio: int, width: int, overlaps: bool) -> Group:
             layers, spans = ratios.count(ratio), 1 + overlaps
@@ -350,7 +357,7 @@ class CompressedCache(SequenceState):
             return Group(rows, empty(shape, torch.float32), width, ratio, overlaps)
 
         rows = new(len(ratios), Tail.room(most), width, 0)
-        self.window = Tail(rows, lambda length: min(length, most))
+        self.window = Tail(rows, lambda length: min(length, most), (width, 0))
         self.row_of = [ratios[:layer].count(ratio) for layer, ratio in enumerate(ratios)]
         self.groups, self.index = dict[int, Group](), None
         for ratio in sorted({*ratios} - {0}):
@@ -361,12 +368,6 @@ class CompressedCache(SequenceState):
         groups = [*self.groups.values(), *([self.index] if self.index else [])]
         super().__init__(context, groups, [self.window, *(group.open for group in groups)])
 
-    def fill(self, depth: int, store: Store) -> None:
-        _fill(self.window.rows, (self._width, 0), store, torch.Generator().manual_seed(1))
-        for tail in self._tails[1:]:
-            tail.rows.normal_()
-        super().fill(depth, store)
-
 
 class GroupedCache(SequenceState):
     """Keys and values of grouped-query attention: for each group of each layer a row of a token, of
@@ -374,7 +375,7 @@ class GroupedCache(SequenceState):
     each other there: 0 for all, whose rows stay in ``rows``; others are in ``window``."""
 
     def __init__(self, context: int, groups: int, width: int, windows: Sequence[int], new: NewRows):
-        self._windows, self._groups, self._widths = windows, groups, (width, width)
+        self._windows, self._groups = windows, groups
         self._row_of = [
             groups * sum((other > 0) == (own > 0) for other in windows[:layer])
             for layer, own in enumerate(windows)
@@ -382,10 +383,10 @@ class GroupedCache(SequenceState):
         kept, tails = list[Rows](), list[Tail]()
         full, most = windows.count(0), max(windows) - 1
         if full:
-            kept = [Rows(new(groups * full, context, width, width), self._widths)]
+            kept = [Rows(new(groups * full, context, width, width), (width, width))]
         if count := len(windows) - full:
             rows = new(groups * count, Tail.room(most), width, width)
-            tails = [Tail(rows, lambda length: min(length, most))]
+            tails = [Tail(rows, lambda length: min(length, most), (width, width))]
         self.window = tails[0] if tails else None
         self.rows = kept[0].rows if kept else tails[0].rows[:0]
         super().__init__(context, kept, tails)
@@ -400,11 +401,6 @@ class GroupedCache(SequenceState):
         rows_GSX = self.rows[row : row + self._groups, : position + new_GTX.shape[1]]
         rows_GSX[:, position:] = new_GTX
         return rows_GSX, 0
-
-    def fill(self, depth: int, store: Store) -> None:
-        if self.window is not None:
-            _fill(self.window.rows, self._widths, store, torch.Generator().manual_seed(1))
-        super().fill(depth, store)
 
 
 def plain_row(latent: int, rope: int) -> tuple[int, torch.dtype]:

@@ -15,7 +15,8 @@ from slotmoe.model.config import Config
 from slotmoe.model.layers import as_tensor
 from slotmoe.model.names import EXPERTS_OF, GATE, LOGIT_BIAS, POST_NORM, layer_tensor
 from slotmoe.offload.devices.device import Download
-from slotmoe.offload.policy.prefetch import Prefetcher, Target
+from slotmoe.offload.experts.slots import Slots
+from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.quant.backends.base import Prepared, TorchBackend
 
 
@@ -36,7 +37,7 @@ class Lookahead(Prefetcher):
         weights: Mapping[str, Prepared],
         backend: TorchBackend,
         record_bytes: int,
-        target: Target,
+        target: Slots,
         bandwidth: Callable[[], float],
         download: Callable[[Tensor], Download],
     ):

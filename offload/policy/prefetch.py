@@ -13,7 +13,11 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slotmoe.offload.devices.device import Event
+    from slotmoe.offload.experts.slots import Slots
 
 HORIZONS = ("token", "layer", "table")
 
@@ -57,27 +61,12 @@ class _Guesses:
     reading: dict[int, str] = field(default_factory=dict)
 
 
-class Target(Protocol):
-    """Where guesses are read to: ``slotmoe.offload.experts.slots.Slots``."""
-
-    def prefetch(self, expert_id: int, urgency: int) -> bool: ...
-    def drop(self, expert_id: int) -> None: ...
-    def __contains__(self, expert_id: int) -> bool: ...
-
-
-class Copy(Protocol):
-    """A demand's record on the link; ``seconds`` that it took, once it is done."""
-
-    @property
-    def seconds(self) -> float: ...
-    def done(self) -> bool: ...
-
-
 class Prefetcher:
-    """Guesses by MoE layer, and which to read: ``size`` bytes, ``bandwidth()`` a second."""
+    """Guesses by MoE layer, and which to read into ``target``: ``size`` bytes, ``bandwidth()`` a
+    second."""
 
     def __init__(
-        self, layers: int, experts: int, size: int, target: Target, bandwidth: Callable[[], float]
+        self, layers: int, experts: int, size: int, target: "Slots", bandwidth: Callable[[], float]
     ):
         self._experts, self._record_bytes = experts, size
         self._target, self._bandwidth = target, bandwidth
@@ -88,7 +77,7 @@ class Prefetcher:
         self._missing = Average(0.01, float(experts))
         # Since when all demands are met but for copies; how long it was, until that is counted.
         self._free_since: float | None = None
-        self._copies, self._free_for = list[Copy](), 0.0
+        self._copies, self._free_for = list["Event"](), 0.0
         self._considered = 0
         self.by_moe_layer = {horizon: [Accuracy() for _ in range(layers)] for horizon in HORIZONS}
 
@@ -163,7 +152,7 @@ class Prefetcher:
                     guesses.reading[expert_id] = guesses.horizon
                     ahead += self._record_bytes
 
-    def idle(self, copies: Sequence[Copy] = ()) -> None:
+    def idle(self, copies: "Sequence[Event]" = ()) -> None:
         """All demands are met, but for ``copies``: behind these disk and link have nothing else to
         do until the next gate."""
         self._copies = [copy for copy in copies if not copy.done()]

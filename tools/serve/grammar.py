@@ -176,7 +176,8 @@ class Grammars:
             other = kind, text if isinstance(text, str) else json.dumps(text)
             if len(other[1]) > _MAX_SCHEMA:
                 raise RefusedError(f"{where}: more than {_MAX_SCHEMA} characters", where, 413)
-        header = self._header(is_thinking)
+        marks = self._source.reasoning if is_thinking is not None else None
+        header = "" if marks is None else self._literal(marks.text)  # before an answer's text
         content = f"{header} {content}" if content is not None else None
         grammar = f"answer: {content}"
         if policy is not None:
@@ -216,11 +217,6 @@ class Grammars:
         if not is_thinking:
             thought = f"({self._literal(marks.begin)} {thought})?"
         return "\n".join([f"{thought} answer", *rules])
-
-    def _header(self, is_thinking: bool | None) -> str:
-        """What is before an answer's text, if the prompt does not have it already."""
-        marks = self._source.reasoning
-        return "" if marks is None or is_thinking is None else self._literal(marks.text)
 
     def _calls(
         self, policy: ToolPolicy, content: str | None, header: str, schemas: list[_Schema]
@@ -375,7 +371,7 @@ def _bounded(schema: Json, dropped: list[str], closes: bool) -> Json:
         if name in _OF_NAMES and isinstance(value, dict):
             kept[name] = {}
             for key, inner in value.items():
-                if name == "patternProperties" and not _is_regular(key):
+                if name == "patternProperties" and _IRREGULAR.search(key):
                     dropped.append(f"{name}.{key}")
                     is_open = True
                 else:
@@ -401,13 +397,9 @@ def _bounded(schema: Json, dropped: list[str], closes: bool) -> Json:
 
 def _can_be_held(name: str, value: object) -> bool:
     if name == "pattern" and isinstance(value, str):
-        return _is_regular(value)
+        return _IRREGULAR.search(value) is None
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and value != 0
     return name != "multipleOf" or not is_number or _is_cheap(value)
-
-
-def _is_regular(pattern: str) -> bool:
-    return _IRREGULAR.search(pattern) is None
 
 
 def _shares(value: object) -> bool:

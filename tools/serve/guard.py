@@ -180,7 +180,7 @@ class Guard:
 
     async def _with_key(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Of a known host and origin."""
-        headers, body, size = MutableHeaders(scope=scope), None, 0
+        headers, body, held = MutableHeaders(scope=scope), None, [0]
         try:
             owner = self._owner(headers)
             if owner is None and not _is_health(scope):
@@ -192,20 +192,20 @@ class Guard:
             if "origin" not in headers and scope["path"].startswith(f"{OLLAMA_PATH}/"):
                 headers["content-type"] = "application/json"  # as Ollama, of no page
             if scope["method"] == "POST" and has_body:
-                body = await self._body(headers, receive)
-                size = len(body)
+                body = await self._body(headers, receive, held)
                 if len(body) > _QUICK_BYTES:  # not in the event loop
                     await asyncio.to_thread(check, body)
                 else:
                     check(body)
         except RefusedError as problem:
+            self._hold(held, 0)
             await self._refuse(problem, scope, receive, send, is_read=body is not None)
         else:
             receive = receive if body is None else _replay(body, receive)
             body = None  # the request has it now
             await self._app(scope, receive, send)
         finally:
-            self._hold(size, 0)
+            self._hold(held, 0)
 
     def _check_names(self, headers: Headers) -> None:
         """Raises ``RefusedError`` for a host or an origin that isn't known, and for names that are
@@ -246,55 +246,50 @@ class Guard:
         same = [hmac.compare_digest(given, key) for key in self._keys]
         return self._owners[same.index(True)] if any(same) else None
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        """The whole body, held.  Raises ``RefusedError`` if it is not JSON, too large or too slow,
-        or where others hold too much."""
+    async def _body(self, headers: Headers, receive: Receive, held: list[int]) -> bytes:
+        """The whole body, ``held``.  Raises ``RefusedError`` if it is not JSON, too large or too
+        slow, or where others hold too much."""
         if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             problem = "the body must be JSON, with Content-Type: application/json"
             raise RefusedError(problem, status=415)
         try:
-            body = await asyncio.wait_for(self._read(receive, self._max_body), BODY_SECONDS)
+            body = await asyncio.wait_for(self._read(receive, self._max_body, held), BODY_SECONDS)
         except asyncio.TimeoutError:
             problem = f"the body did not arrive within {BODY_SECONDS:.0f} seconds"
             raise RefusedError(problem, status=408) from None
         except asyncio.CancelledError:
             raise shutting_down() from None
         if len(body) > self._max_body:
-            self._hold(len(body), 0)
             problem = f"the body is larger than {self._max_body} bytes; see --max-body"
             raise RefusedError(problem, status=413)
         return body
 
-    async def _read(self, receive: Receive, most: int) -> bytes:
-        """The body, held, or if it has more than ``most`` bytes a beginning that has too.  The rest
-        is read all the same, within reason: unread bytes reset the connection, and the client may
-        never see why."""
+    async def _read(self, receive: Receive, most: int, held: list[int]) -> bytes:
+        """The body, ``held``, or if it has more than ``most`` bytes a beginning that has too.  The
+        rest is read all the same, within reason: unread bytes reset the connection, and the client
+        may never see why."""
         size, more = 0, True
         with mmap(-1, max(1, most + 1)) as room:  # pages come as they are written, and go at once
-            try:
-                while more and size <= _UNREAD * self._max_body:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise RefusedError("the client left before its body's end", status=499)
-                    data, held = message.get("body", b""), room.tell()
-                    size += len(data)
-                    self._hold(held, min(size, most + 1))
-                    room.write(data[: most + 1 - held])
-                    more = message.get("more_body", False)
-            except BaseException:
-                self._hold(room.tell(), 0)
-                raise
+            while more and size <= _UNREAD * self._max_body:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise RefusedError("the client left before its body's end", status=499)
+                data = message.get("body", b"")
+                size += len(data)
+                self._hold(held, min(size, most + 1))
+                room.write(data[: most + 1 - room.tell()])
+                more = message.get("more_body", False)
             return room[: room.tell()]
 
-    def _hold(self, before: int, now: int) -> None:
-        """Of a body so many bytes are held.  Raises ``RefusedError`` where all hold too much; when
-        none is held any more, the memory of many goes back to the system."""
-        held = self._held + max(0, now - _QUICK_BYTES) - max(0, before - _QUICK_BYTES)
-        if now > before and held > _SHARED * self._max_body:
+    def _hold(self, held: list[int], now: int) -> None:
+        """So many bytes are ``held`` of a body.  Raises ``RefusedError`` where all hold too much;
+        when none is held any more, the memory of many goes back to the system."""
+        total = self._held + max(0, now - _QUICK_BYTES) - max(0, held[0] - _QUICK_BYTES)
+        if now > held[0] and total > _SHARED * self._max_body:
             problem = "too many large bodies are under way; try again later"
             raise RefusedError(problem, None, 429, "rate_limit_exceeded", {"retry-after": "1"})
-        self._held, self._most = held, max(held, self._most)
-        if not held and self._most > 4 * self._max_body:
+        self._held, self._most, held[0] = total, max(total, self._most), now
+        if not total and self._most > 4 * self._max_body:
             self._most = 0
             asyncio.get_running_loop().run_in_executor(None, give_back_memory)
 
@@ -308,7 +303,7 @@ class Guard:
     ) -> None:
         if not is_read and problem.status not in (408, 413, 499, 503):
             with contextlib.suppress(asyncio.TimeoutError, RefusedError):
-                await asyncio.wait_for(self._read(receive, -1), DISCARD_SECONDS)
+                await asyncio.wait_for(self._read(receive, -1, [0]), DISCARD_SECONDS)
         fields = {} if is_read else {"connection": "close", **(problem.headers or {})}
         response = JSONResponse(error_body(scope["path"], problem), problem.status, fields)
         await response(scope, receive, send)
