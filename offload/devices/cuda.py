@@ -54,21 +54,6 @@ class Parcel(NamedTuple):
     views: list[Mapped]
 
 
-class MappedDownload(Download):
-    """Values that kernels write into page-locked RAM; it serves the next ones, so it is copied."""
-
-    def __init__(self, event: Event, host: Tensor, *others: Tensor):
-        super().__init__(host, *others)
-        self._event = event
-
-    def get(self) -> Tensor:
-        self._event.synchronize()
-        return self._host.clone()
-
-    def others(self) -> tuple[Tensor, ...]:
-        return tuple(tensor.clone() for tensor in self._others)
-
-
 class Mailbox:
     """Small tensors between host and device, through page-locked RAM (``mapped``) that kernels read
     and write: no copy engine is asked, which may have records before them."""
@@ -102,7 +87,7 @@ class Mailbox:
             for source, (_, kernels) in zip(sources, views, strict=True):
                 torch.mul(source, 1, out=kernels)
         event = device.record()
-        download = MappedDownload(event, *(host for host, _ in views))
+        download = Download(*(host for host, _ in views), event=event)
         self._used.append((event, parcel, weakref.ref(download)))
         return download
 

@@ -47,18 +47,24 @@ class Event:
 
 
 class Download:
-    """Values on their way to the host, all by one event; on a CPU they are there."""
+    """Values on their way to the host, all by one ``event``; without one, on a CPU, they are there.
+    Kernels write them into page-locked RAM, which serves the next ones, so they are copied."""
 
-    def __init__(self, tensor: Tensor, *others: Tensor):
-        self._host, self._others = tensor, others
+    def __init__(self, tensor: Tensor, *others: Tensor, event: Event | None = None):
+        self._host, self._others, self._event = tensor, others, event
 
     def get(self) -> Tensor:
         """The tensor in RAM; blocks until it is there."""
-        return self._host
+        if self._event is None:
+            return self._host
+        self._event.synchronize()
+        return self._host.clone()
 
     def others(self) -> tuple[Tensor, ...]:
         """What came with it, once ``get`` has returned."""
-        return self._others
+        if self._event is None:
+            return self._others
+        return tuple(tensor.clone() for tensor in self._others)
 
 
 @dataclass(frozen=True)
