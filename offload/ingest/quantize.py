@@ -101,14 +101,10 @@ def quantize(
         else:
             output_dir.check_ours(folder)
         workers = workers or min(os.cpu_count() or 1, 8)
-        reports = progress, notify
-        job = _Job(checkpoint, folder, mode, codecs, calibration, workers, *reports, shards)
+        job = _Job(checkpoint, folder, mode, codecs, calibration, workers, progress, notify, shards)
         with output_dir.full_disk_explained(folder):
             if existing is not None:
-                refuse_unlisted(destination, existing)
-                job.compare(destination, existing["source"], checking)
-                damaged = damaged_files(destination, existing, checking)
-                return job.repair(destination, existing, damaged)
+                return job.repair(destination, existing, checking)
             # A run that was killed before the last rename has left a whole export.
             manifest = export_of(checkpoint, mode, codecs, folder)
             if manifest is not None and manifest["source"].get("stamps") != job.stamps():
@@ -202,9 +198,13 @@ class _Job:
         write_json(self.partial / MANIFEST, manifest)
         return manifest
 
-    def repair(self, destination: Path, manifest: Json, damaged: Mapping[str, str]) -> Json:
-        """Make the ``damaged`` files (name -> problem) of an export again as they were, and replace
-        each by a rename; returns the manifest.  Raises ``ExportError`` if a text is missing."""
+    def repair(self, destination: Path, manifest: Json, checking: Progress) -> Json:
+        """Make the damaged files of an export again as they were, and replace each by a rename;
+        returns the manifest.  Raises ``ExportError`` as ``compare`` does, and if a text is
+        missing."""
+        refuse_unlisted(destination, manifest)
+        self.compare(destination, manifest["source"], checking)
+        damaged = damaged_files(destination, manifest, checking)
         quantization = manifest["quantization"]
         for name, item in quantization["codecs"].items():
             if name in self._learned:
