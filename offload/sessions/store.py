@@ -129,8 +129,9 @@ def _identity(model: LoadedModel) -> bytes:
         problem = "the reference path (quantize=False) keeps no sessions"
         raise ConfigError(f"{problem}; open the model quantized")
     state, native = model.states[0], load() if model.backend.kind == "native" else None
-    parts = {
-        "export": model.source.manifest["checksum"],
+    manifest = model.source.manifest
+    parts = {  # of the export all but what it was made of, and when
+        "export": {key: manifest[key] for key in manifest.keys() - {"checksum", "source"}},
         "program": [version("slotmoe"), torch.__version__],
         "kernels": native and native.digest,
         "torch": torch.backends.cpu.get_cpu_capability(),

@@ -111,7 +111,9 @@ def test_owners_models_and_versions_do_not_share(runtime, sample_export, store, 
         patch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "SSE")
         assert count(runtime) == 0
     with monkeypatch.context() as patch:
-        patch.setitem(runtime.model.source.manifest, "checksum", "of another export")
+        patch.setitem(runtime.model.source.manifest, "source", {"files": "as they are elsewhere"})
+        assert count(runtime) == 199
+        patch.setitem(runtime.model.source.manifest, "layers", "of another export")
         assert count(runtime) == 0
     monkeypatch.setattr("slotmoe.offload.sessions.store.version", lambda name: "9.9")
     assert count(runtime) == 0
