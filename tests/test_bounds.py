@@ -12,21 +12,21 @@ PRODUCT = ("model", "quant", "offload", "tools", "slotmoe")
 SAMPLE_SLOTS = 56  # a quarter of the sample's
 BOUNDS = {
     # lines of Python
-    "model": 4_299,
-    "quant": 5_706,
-    "offload": 10_585,
-    "tools": 8_094,
-    "slotmoe": 1_898,
-    "product": 30_582,
+    "model": 5_005,
+    "quant": 5_991,
+    "offload": 10_680,
+    "tools": 8_294,
+    "slotmoe": 2_015,
+    "product": 31_985,
     "bench": 1_099,
-    "tests": 17_216,
-    "campaigns": 3_438,
+    "tests": 18_529,
+    "campaigns": 3_434,
     # its files
-    "product files": 150,
+    "product files": 153,
     # lines of C++ and headers
-    "C++": 5_918,
+    "C++": 6_333,
     # words of README.md and docs/
-    "words": 19_936,
+    "words": 20_526,
 }
 WAY = {
     # the project's Python files that run for a decoded token of the sample

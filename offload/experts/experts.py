@@ -154,7 +154,8 @@ class Experts:
     def slot_table(self) -> SlotTable:
         """Where experts are; empty while the backend is to stop after each gate."""
         stops = self.lookahead is not None and self.lookahead.active
-        stops = stops or any(inputs for _, inputs in self._listeners)
+        if self._listeners:
+            stops = stops or any(inputs for _, inputs in self._listeners)
         complete = self.slots.complete and not stops
         slots_ME = self._none_ME if stops else self.slots.slots_ME[: self._count]
         return SlotTable(self.records, slots_ME, complete)
