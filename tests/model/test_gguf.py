@@ -114,6 +114,7 @@ def test_other_families(case, tmp_path):
                 assert torch.equal(values, ours.codes(tensor, 3, 19).values())
 
 
+@pytest.mark.usefixtures("heavy")
 def test_every_encoding_is_decoded_by_rows(tmp_path):
     """Random blocks of each type, in the matrices of the sample that have 256 columns."""
     for number, encoding in header.GGML_TYPES.items():

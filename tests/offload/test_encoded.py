@@ -60,6 +60,7 @@ def weights_of(export):
     return {n: data for n, data in tree(export).items() if n not in ("config.json", MANIFEST)}
 
 
+@pytest.mark.usefixtures("heavy")
 def test_export_is_that_of_the_decoded_weights(source, tmp_path, monkeypatch):
     """And notes what it was made of, whatever pieces that was read in."""
     plain = tmp_path / "plain"
@@ -151,6 +152,7 @@ KEPT = {
 }
 
 
+@pytest.mark.usefixtures("heavy")
 @pytest.mark.parametrize("case", KEPT)
 def test_weights_that_were_trained_in_4_bits_are_kept_to_the_bit(tmp_path, slotmoe, case):
     """Signs of zeros and denormal scales too; other codes are made of them where asked for."""
@@ -175,6 +177,7 @@ def test_weights_that_were_trained_in_4_bits_are_kept_to_the_bit(tmp_path, slotm
     assert made["quantization"]["experts"]["down"] == "lut3"
 
 
+@pytest.mark.usefixtures("heavy")
 def test_biases_of_experts_are_made_again_checked_and_asked_for(tmp_path):
     folder, export = tmp_path / "tiny", tmp_path / "export"
     stored, name = write_oss(folder, None), "model.layers.1.mlp.experts.gate_up_proj_bias"
