@@ -19,7 +19,7 @@ BOUNDS = {
     "slotmoe": 2_015,
     "product": 31_985,
     "bench": 1_099,
-    "tests": 18528,
+    "tests": 18_528,
     "campaigns": 3_434,
     # its files
     "product files": 153,
