@@ -6,7 +6,6 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from shutil import get_terminal_size
@@ -16,7 +15,6 @@ import click
 
 from slotmoe import __version__, system
 from slotmoe.errors import ConfigError, DeviceError, DownloadError, SlotmoeError
-from slotmoe.jsonfile import Json, read_file
 from slotmoe.tools.screen import HELP_ALL, guard_streams, show
 
 _COMMANDS = {
@@ -86,6 +84,7 @@ class LazyGroup(click.Group):
 
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
+_SETTINGS["auto_envvar_prefix"] = "SLOTMOE"  # SLOTMOE_CHAT_RAM is chat's --ram
 if (width := get_terminal_size().columns) < 52:  # click would write 50 columns
     _SETTINGS["terminal_width"] = width
 
@@ -100,70 +99,6 @@ def cli(ctx: click.Context, traceback: bool) -> None:
     ctx.ensure_object(dict)["traceback"] = traceback
     if ctx.invoked_subcommand is None:
         click.echo(_START.replace("\b\n", "") + _MORE)
-    else:
-        ctx.default_map = {ctx.invoked_subcommand: _defaults(ctx)}
-
-
-def _defaults(ctx: click.Context) -> Json:
-    """What a user's ``slotmoe.toml`` says for the options of the command that is called, by
-    parameter, as click's ``default_map`` has it: keys before any section are for every command that
-    has the option, those of a section for its command.  Raises ``ConfigError``."""
-    path, name = Path(click.get_app_dir("slotmoe")) / "slotmoe.toml", ctx.invoked_subcommand
-    if name is None or not path.is_file():
-        return {}
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    try:
-        values: Json = tomllib.loads(read_file(path, 1 << 20).decode())
-    except (ValueError, RecursionError) as problem:
-        raise ConfigError(f"{path}: is no TOML ({problem})") from None
-    group, found = ctx.command, Json()
-    assert isinstance(group, click.Group)
-    commands, options = group.list_commands(ctx), _options(group, ctx, name)
-    items = [("", *item) for item in values.items()]
-    if isinstance(section := values.get(name), dict):
-        items += [(f"[{name}] ", *item) for item in section.items()]
-    for place, key, value in items:
-        if not place and isinstance(value, dict):
-            _check(path, f"[{key}]", key, commands)
-        elif key in options:
-            try:
-                found[str(options[key].name)] = _value(ctx, options[key], value)
-            except (click.BadParameter, SlotmoeError) as problem:
-                text = getattr(problem, "message", str(problem))
-                raise ConfigError(f"{path}: {key} for {name}: {text}") from None
-        elif place or not any(key in _options(group, ctx, other) for other in commands):
-            _check(path, place + key, key, options)
-    return found
-
-
-def _options(group: click.Group, ctx: click.Context, name: str) -> dict[str, click.Option]:
-    """The options of a command by their long names."""
-    command = group.get_command(ctx, name)
-    assert command is not None
-    options = [option for option in command.params if isinstance(option, click.Option)]
-    return {max(option.opts, key=len).lstrip("-"): option for option in options}
-
-
-def _check(path: Path, place: str, key: str, known: Iterable[str]) -> None:
-    if key not in known:
-        near = get_close_matches(key, known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
-        raise ConfigError(f"{path}: {place} is unknown; {hint}")
-
-
-def _value(ctx: click.Context, option: click.Option, value: object) -> object:
-    """``value`` as if it was typed.  Raises ``BadParameter``."""
-    texts = value if option.multiple and isinstance(value, list) else [value]
-    kinds = (bool,) if option.is_flag else (str, int, float)
-    if not all(type(text) in kinds for text in texts):
-        expected = "true or false" if option.is_flag else "text or a number"
-        raise click.BadParameter(f"is {value!r:.40}, expected {expected}")
-    typed = [str(text) for text in texts] if option.multiple else str(value)
-    option.process_value(ctx, typed)
-    return typed
 
 
 def main(arguments: list[str] | None = None, group: click.Group = cli) -> NoReturn:

@@ -1,6 +1,5 @@
 """Options that several commands share: where the model runs and within which budget."""
 
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
@@ -87,12 +86,9 @@ class Command(click.Command):
             record = parameter.get_help_record(ctx) if is_shown else None
             if record is None or not isinstance(parameter, click.Option):
                 continue
-            name, (shown, help) = str(parameter.name), record
-            if name in (mine := ctx.default_map or {}):
-                plain = re.sub(r" *\[default: [^]]*\]", "", help)
-                help = f"{plain} [default: {mine[name]}, by slotmoe.toml]"
+            name = str(parameter.name)
             title = next((it for it, names in _GROUPS.items() if name in names.split()), "Options")
-            groups[title].append((shown, help))
+            groups[title].append(record)
         for title, records in groups.items():
             if records:
                 with formatter.section(title):

@@ -59,6 +59,14 @@ def _begun(act: Callable[[str], T], names: Iterable[str], threads: int) -> dict[
     return futures
 
 
+def _arrived_in(future: "Future[T]") -> T:
+    """Its result.  A signal that strikes just before Python waits for a lock does not end that
+    wait, so none is long."""
+    while not wait((future,), 0.5).done:
+        pass
+    return future.result()
+
+
 class Portion(NamedTuple):
     """A part of the work: the weight ``files`` that it reads, the tensors that it writes, and what
     comes before them, which gives these tensors' Hessians."""
@@ -156,7 +164,7 @@ class Shards:
             raise CheckpointError(f"{at}{problem}, and weights must be .safetensors")
         self._coming = _begun(self._fetch_header, names, _HEADERS)
         for future in self._coming.values():
-            future.result()
+            _arrived_in(future)
 
     def _fetch_small(self, name: str, limit: int) -> None:
         path, expected = self.folder / name, self.snapshot.files.get(name)
@@ -311,7 +319,7 @@ class Shards:
                 if at == 0:
                     self._begin(portion.files)
                 for file in sorted(portion.files - there.keys()):
-                    path = self._coming[file].result()
+                    path = _arrived_in(self._coming[file])
                     reading = closing.enter_context(ExitStack())
                     reading.enter_context(checkpoint.read_from(file, path))
                     there[file] = path, reading

@@ -88,7 +88,6 @@ def prepare(place):
     _edit(place / "source/tokenizer_config.json", chat_template=TEMPLATE)
     quantize(place / "source", place / "export")
     (place / "cache").mkdir(exist_ok=True)
-    (place / "settings/slotmoe").mkdir(parents=True)
     environment = {"SLOTMOE_CACHE": place / "cache", "XDG_CONFIG_HOME": place / "settings"}
     environment |= {"COLUMNS": "9999"}  # no line is broken
     return {name: str(value) for name, value in environment.items()}
@@ -182,8 +181,8 @@ def names(place, most, chance):
 
 
 def kept(place, most, chance):
-    """Sessions, conversations of ``/save`` and a user's settings."""
-    talk, toml = place / "talk.json", place / "settings/slotmoe/slotmoe.toml"
+    """Sessions, and conversations of ``/save``."""
+    talk = place / "talk.json"
     options = "--session-dir", place / "kept"
     said = {"system": CODES, "user": "Hi", "assistant": PLANT}
     messages = [{"role": role, "content": text} for role, text in said.items()]
@@ -202,11 +201,6 @@ def kept(place, most, chance):
         yield _typing("chat", place / "export", "--resume", *options, stdin=["Hi"])
     yield "rm", "--sessions", FILE, *options
     yield "rm", "--sessions", "--all", *options
-    text = json.dumps(PLANT).replace("\x7f", "")
-    for line in (f"{text} = 1", f"json = {text}", f"[{text}]", f"[list]\n{text} = {text}", PLANT):
-        toml.write_text(line)
-        yield ("list",)
-    toml.unlink()
 
 
 def _typing(*words, stdin):
