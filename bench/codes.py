@@ -150,7 +150,7 @@ def _divergence(folder: Path, paths: Paths) -> float:
     with Runtime.open(folder, **options) as ours, Runtime.open(SAMPLE, **options) as source:
         evaluation = Evaluation(ours, source, keep=0)
         for text in texts:
-            for _ in evaluation.run(text, windows_of(text, "strided", WINDOW, None)[:WINDOWS]):
+            for _ in evaluation.run(text, windows_of(text, WINDOW, None)[:WINDOWS]):
                 pass
         divergence: float = evaluation.report()["kl_divergence"]
     return divergence

@@ -92,22 +92,9 @@ class Window(NamedTuple):
     stop: int
 
 
-def windows_of(text: Text, method: str, window: int, stride: int | None) -> list[Window]:
+def windows_of(text: Text, window: int, stride: int | None) -> list[Window]:
     """The windows of a text.  ``stride`` None: as long as possible.  Raises ``ConfigError``."""
     count, begin = len(text.ids), len(text.begin)
-    if method == "llama.cpp":
-        if stride is not None:
-            problem = "llama.cpp's windows follow each other"
-            raise ConfigError(f"--stride goes with --method strided; {problem}")
-        if window < 3:
-            expected = "expected at least 3: llama.cpp scores its second half"
-            raise ConfigError(f"--window is {window}, {expected}")
-        if count + begin < window:
-            size = f"{count} tokens, less than one window of {window}"
-            why = "llama.cpp's method scores whole windows: lower --window, or leave out --method"
-            raise ConfigError(f"{text.path}: has {size}, and {why}")
-        starts = range(0, count + begin - window + 1, window)
-        return [Window(at, at + window // 2 + 1 - begin, at + window - begin) for at in starts]
     longest = window - 1  # the beginning token, or else the window's first, is not scored
     if longest < 1:
         expected = "expected at least 2: a token to predict, and one before it"

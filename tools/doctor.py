@@ -6,9 +6,7 @@ import platform
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -20,23 +18,16 @@ import psutil
 
 from slotmoe import __version__, system
 from slotmoe.errors import ConfigError
-from slotmoe.jsonfile import Json
 from slotmoe.offload import machine
 from slotmoe.offload.machine import file_system
 from slotmoe.offload.model_cache import listing
 from slotmoe.offload.plan.speed import stored_bandwidths
-from slotmoe.offload.policy import DEFAULT_POLICY
 from slotmoe.quant.shapes import ALIGNMENT
 from slotmoe.sizes import format_size
-from slotmoe.tools.options import JSON, flag, model_names, open_runtime, option
+from slotmoe.tools.options import JSON, option
 from slotmoe.tools.screen import json_of, show
 
-_WARM_HELP = "Compile all kernels that a GPU needs for this model, ahead of its first use."
-_MEASURE_HELP = "Measure the disk's speed: write 256 MiB to the cache folder and read them back."
 _EXPERTS_HELP = "Look at the drive of this copy of an export's experts too; may be repeated."
-_MEASURED_BYTES, _READ_BYTES, _READERS = 256 << 20, 4 << 20, 4
-# Kernels are compiled apart for one token, a few, 16 and more, and for multiples of 16.
-_WARM_TOKENS = 1, 2, 9, 16, 17, 32, 640
 # By the flags that Linux shows.
 _SETS = {"avx512_vnni": "AVX-512 VNNI", "avx_vnni": "AVX-VNNI", "avx2": "AVX2"}
 _SETS |= {"asimd": "NEON", "asimddp": "sdot", "i8mm": "i8mm"}
@@ -56,11 +47,9 @@ class Check:
 
 
 @click.command(name="doctor")
-@flag("--measure", _MEASURE_HELP)
 @option("--experts-dir experts_dirs", "DIR", _EXPERTS_HELP, multiple=True, type=Path)
-@option("--warm-gpu model", "MODEL", _WARM_HELP, default="", shell_complete=model_names)
 @JSON
-def command(measure: bool, experts_dirs: tuple[Path, ...], model: str, as_json: bool) -> int:
+def command(experts_dirs: tuple[Path, ...], as_json: bool) -> int:
     """Show what this machine has for slotmoe: processor, kernels, GPU, memory, disk and libraries;
     and for what is missing (!!) or could be added (--) how to get it.  The exit code is 1 if
     anything is missing.
@@ -68,12 +57,10 @@ def command(measure: bool, experts_dirs: tuple[Path, ...], model: str, as_json: 
     \b
     Examples:
       slotmoe doctor
-      slotmoe doctor --measure --json
-      slotmoe doctor --warm-gpu lite
+      slotmoe doctor --json
     """
-    checks = [_warm(model, as_json)] if model else []
-    checks += [_system(), *_processor(), *_kernels(), _gpu(), *_memory(), *_libraries()]
-    checks += [_cache(), _disk(measure), *(_drive(folder, measure) for folder in experts_dirs)]
+    checks = [_system(), *_processor(), *_kernels(), _gpu(), *_memory(), *_libraries()]
+    checks += [_cache(), _disk(), *map(_drive, experts_dirs)]
     is_well = all(check.state != "bad" for check in checks)
     if as_json:
         print(json_of({"version": __version__, "ok": is_well, "checks": list(map(asdict, checks))}))
@@ -143,24 +130,6 @@ def _gpu() -> Check:
     return Check("GPU", "ok", f"{found}; torch {torch}")
 
 
-def _warm(model: str, quiet: bool) -> Check:
-    """Run a pass of every kind.  Raises ``ConfigError`` where no GPU would compute."""
-    from slotmoe.offload.devices.cuda import choose_device
-    from slotmoe.tools.tables import step_progress
-
-    device, why = choose_device("auto")
-    if device.tier == "ram":
-        raise ConfigError(f"--warm-gpu compiles for a GPU, and here the CPU computes: {why}")
-    given: Json = {"ram": None, "context": None, "threads": None, "no_prefetch": False}
-    given |= {"device": "auto", "misses": "auto", "cache_policy": DEFAULT_POLICY}
-    bar = step_progress("Compiling kernels", len(_WARM_TOKENS), quiet)
-    with open_runtime(model, given, quiet) as runtime, bar as step:
-        for id, tokens in enumerate(_WARM_TOKENS):  # no text begins as another does
-            runtime.next_logits([id] * min(tokens, runtime.plan.context))
-            step()
-    return Check("GPU kernels", "ok", f"compiled, all that {model} needs on {device.name}")
-
-
 def _memory() -> Iterator[Check]:
     total, free = machine.total_memory(), format_size(machine.available_memory())
     limit = ", the limit of a memory cgroup" if total < psutil.virtual_memory().total else ""
@@ -215,7 +184,7 @@ def _cache() -> Check:
     return Check("cache", "ok", f"{folder}, {format_size(held)} of exports (slotmoe list)")
 
 
-def _disk(measure: bool) -> Check:
+def _disk() -> Check:
     """The disk of the cache folder, or of the present one if there is none."""
     there = Path.cwd()
     with suppress(ConfigError):
@@ -224,46 +193,32 @@ def _disk(measure: bool) -> Check:
     found = f"{format_size(shutil.disk_usage(there).free)} free on {file_system(there)[0]}"
     try:
         with tempfile.TemporaryFile(dir=there) as file:  # which has no name to be left behind
-            block = os.urandom(_READ_BYTES)
-            for _ in range(_MEASURED_BYTES // _READ_BYTES if measure else 1):
-                file.write(block)
+            file.write(bytes(ALIGNMENT))
             file.flush()
             os.fsync(file.fileno())
-            state, reads = _reads(file.fileno(), measure)
+            state, reads = _reads(file.fileno())
     except OSError as problem:
         advice = "set SLOTMOE_CACHE to a folder that can be written"
         return Check("disk", "bad", f"{found}; can't be written ({problem.strerror})", advice)
-    if not measure:
-        reads += _stored("disk") or "; --measure measures its speed"
+    reads += _stored("disk") or "; slotmoe bench measures its speed"
     advice = "reads go through the page cache; keep exports on a local disk (ext4, xfs)"
     return Check("disk", state, found + reads, advice if state == "note" else "")
 
 
-def _drive(folder: Path, measure: bool) -> Check:
+def _drive(folder: Path) -> Check:
     """A folder for --experts-dir."""
     files = sorted(folder.glob("layer-*.safetensors"))
     if not files:
         advice = "copy the files of an export's experts folder there"
         return Check("drive", "bad", f"{folder} has no layer-*.safetensors", advice)
     with open(files[0], "rb", buffering=0) as file:
-        state, reads = _reads(file.fileno(), measure)
+        state, reads = _reads(file.fileno())
     found = f"{len(files)} layers in {folder} on {file_system(folder)[0]}{reads}"
     return Check("drive", state, found)
 
 
-def _reads(handle: int, measure: bool) -> tuple[str, str]:
+def _reads(handle: int) -> tuple[str, str]:
     """The state of a drive, by whether aligned bytes of an open file can be read past the page
-    cache, and that in words; with ``measure`` also the bytes a second of a few threads that do."""
-    size = min(_MEASURED_BYTES, os.fstat(handle).st_size) if measure else 0
-    is_direct, started = system.bypass_page_cache(handle, ALIGNMENT), time.perf_counter()
-
-    def read(start: int) -> None:
-        memory = memoryview(mmap(-1, _READ_BYTES))
-        for position in range(start, size, _READERS * _READ_BYTES):
-            system.read_at(handle, memory, position)
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        list(pool.map(read, range(0, _READERS * _READ_BYTES, _READ_BYTES)))
-    rate = size / (time.perf_counter() - started) / 1e9
-    speed = f", {rate:.1f} GB/s measured now" if measure else ""
-    return ("ok", f"; direct reads{speed}") if is_direct else ("note", f"; no direct reads{speed}")
+    cache, and that in words."""
+    is_direct = system.bypass_page_cache(handle, ALIGNMENT)
+    return ("ok", "; direct reads") if is_direct else ("note", "; no direct reads")

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 _LOGITS_ROWS = 384
 _TEXT_HELP = "UTF-8 text to score; repeatable."
 _REFERENCE = "Compare with this model: the unquantized checkpoint folder, 'sample', or an export."
-_METHOD_HELP = "strided scores each token once; llama.cpp, as its tool, each window's second half."
 _WORST = "With --reference: show the N worst tokens."
 _KERNELS_HELP = "torch, several times slower on CPUs, rounds no activations: the cost of weights."
 
@@ -38,7 +37,6 @@ _KERNELS_HELP = "torch, several times slower on CPUs, rounds no activations: the
 @options.MODEL
 @option("--text texts", "FILE", _TEXT_HELP, type=options.EXISTING, multiple=True, required=True)
 @option("--reference", "SRC", _REFERENCE)
-@choice("--method", ["strided", "llama.cpp"], "strided", _METHOD_HELP)
 @count("--window", None, "Positions that one pass reads. [default: --context]")
 @count("--stride", None, "Tokens from a window's begin to the next. [default: --window - 1]")
 @option("--worst", "N", _WORST, type=click.IntRange(0, 1000), default=10)
@@ -56,10 +54,8 @@ def command(
     gives tokens more context: --window 4096 --stride 1024 lets all but the first window's see at
     least 3071 positions, for four times the work.
 
-    To compare with llama.cpp's `perplexity -c 512 -f FILE`, pass --method llama.cpp --window 512:
-    the same tokens are scored, in the same contexts.  Its KL divergence is ours but for its 16-bit
-    storage of the reference.  Perplexity counts by token, so compare it only between models with
-    the same tokenizer; bits per byte has no such limit.
+    Perplexity counts by token, so compare it only between models with the same tokenizer; bits per
+    byte has no such limit.
 
     With --reference both models are open at once, within --ram (or --vram).  A checkpoint must fit
     whole, in its own precision; an export as reference needs no more than half of the budget.
@@ -70,14 +66,13 @@ def command(
       slotmoe eval lite --text a.txt --reference DeepSeek-V2-Lite-Chat --window 1024
       slotmoe eval lite --text a.txt --reference DeepSeek-V2-Lite-Chat --kernels torch
       slotmoe eval lite-nf4 --text a.txt --text b.txt --reference lite-bf16 --ram 12GiB --json
-      slotmoe eval lite --text wiki.test.raw --method llama.cpp --window 512
     """
     from slotmoe.offload.devices.cuda import choose_device
     from slotmoe.offload.engine.loading import Options, check_options
     from slotmoe.offload.evaluate import Evaluation, read_texts, windows_of
     from slotmoe.offload.ingest.cached import resolve_model
 
-    method, stride = given["method"], given["stride"]
+    stride = given["stride"]
     asked = {name: given[name] for name in ("ram", "vram", "slots", "experts_dirs")}
     asked |= options.runtime_arguments(given)
     device, _ = choose_device(asked.pop("device"))
@@ -85,7 +80,7 @@ def command(
     folder = resolve_model(model, given["revision"], ready=ready)
     window = given["context"] = _window(folder, given["window"], given["context"])
     read = read_texts(texts, folder, None if reference is None else resolve_model(reference))
-    windows = [windows_of(text, method, window, stride) for text in read]
+    windows = [windows_of(text, window, stride) for text in read]
     started = time.perf_counter()
     with ExitStack() as stack:
         other = None
@@ -95,7 +90,7 @@ def command(
         evaluation = Evaluation(runtime, other, given["worst"])
         _run(evaluation, read, windows, f"Evaluating {model}", as_json)
         stats, seconds = runtime.stats(), time.perf_counter() - started
-        settings = {"model": model, "reference": reference, "method": method, "window": window}
+        settings = {"model": model, "reference": reference, "window": window}
         settings |= {"stride": stride, "windows": sum(map(len, windows))}
         settings |= {"kernels": stats["kernels"], "threads": runtime.threads}
         report = {**evaluation.report(), "seconds": seconds, "settings": settings}

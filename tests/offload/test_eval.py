@@ -70,26 +70,6 @@ def test_every_token_is_scored_once_in_its_window(name, stride, evaluate, heavy)
     assert report["bits_per_byte"] * report["bytes"] * math.log(2) == pytest.approx(nll, rel=1e-6)
 
 
-@pytest.mark.parametrize(("name", "window"), [("export", 33), ("plain-export", 16)])
-def test_method_of_llama_cpp(name, window, evaluate):
-    """Written down from its perplexity tool: pieces of all tokens, the second half of each
-    scored."""
-    report = evaluate(name, "--method", "llama.cpp", "--window", window)
-    nll = count = 0
-    with Runtime.open(name, context=64) as runtime:
-        tokens = runtime.tokenizer.encode(TEXT)
-        for chunk in range(len(tokens) // window):
-            piece = tokens[chunk * window : (chunk + 1) * window]
-            if name == "export":
-                piece[0] = 0
-            logs = runtime.logits(piece).double().log_softmax(-1)
-            for j in range(window // 2, window - 1):
-                nll -= logs[j, piece[j + 1]].item()
-                count += 1
-    assert report["tokens"] == count
-    assert report["perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-6)
-
-
 def test_several_texts_and_an_export_as_reference(evaluate):
     report = evaluate("export", "--text", "two", "--reference", "export")
     assert [Path(file["file"]).name for file in report["files"]] == ["text", "two"]
@@ -128,7 +108,6 @@ REFUSED = {
     "--text empty": "is empty",
     "--text latin": "byte 3 is not UTF-8",
     "--text text --window 257": "is beyond 256, the model's max_position",
-    "--text two --method llama.cpp --window 64": "less than one window of 64",
     "--text text --reference rows": "has 4224 vocabulary rows",
     "--text text --reference other": "as other tokens",
     "--text text --reference checkpoint --ram 1MiB": "give that export as",

@@ -23,7 +23,6 @@ _FOLDER_HELP = "Folder of the report; an earlier report there is replaced."
 @options.runtime_options
 @option("-o --output", "DIR", _FOLDER_HELP, type=Path, default=Path("slotmoe-profile"))
 @flag("--warm", "Fill the expert slots first, as after a long run; predictions are for that state.")
-@flag("--live", "Show the figures in the terminal while the model runs.")
 @options.JSON
 def command(
     model: str, prompt: str | None, text: Path | None, output: Path, as_json: bool, **given: Any
@@ -39,7 +38,7 @@ def command(
     \b
     Examples:
       slotmoe profile sample
-      slotmoe profile lite --ram 5GiB -n 64 -o lite-5gib --live
+      slotmoe profile lite --ram 5GiB -n 64 -o lite-5gib
       slotmoe profile lite --ram 5GiB --warm --json > steady.json
       slotmoe profile lite --text notes.txt --context 8192 --json > profile.json
     """

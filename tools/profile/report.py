@@ -2,17 +2,13 @@
 ``profile.json`` holds; and their report: tables for a terminal, and a folder of files."""
 
 import base64
-import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.columns import Columns
 from rich.console import Group, RenderableType
-from rich.live import Live
 from rich.text import Text
 
 from slotmoe import __version__
@@ -22,7 +18,7 @@ from slotmoe.offload.ingest.calibration import read_text
 from slotmoe.offload.machine import cache_folder, process_bytes
 from slotmoe.offload.observe import measure
 from slotmoe.offload.observe.profiler import MemorySampler, Profiler, profiled
-from slotmoe.offload.plan.memory import make_plan, or_more_context, runtime_growth
+from slotmoe.offload.plan.memory import or_more_context
 from slotmoe.offload.plan.speed import Setting, stored_bandwidths
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.writer import replace_file
@@ -38,7 +34,7 @@ from slotmoe.tools.options import (
 )
 from slotmoe.tools.run import drafted, speeds
 from slotmoe.tools.screen import json_of, show
-from slotmoe.tools.tables import Console, byte_bars, step_progress, table
+from slotmoe.tools.tables import byte_bars, step_progress, table
 
 CHARTS = ("memory-ram memory-vram time-decode time-prefill tokens expert-use layers bytes").split()
 _SCRATCH = ("runtime", "prefill scratch", "logits", "scratch and rest")
@@ -72,7 +68,7 @@ def run(
     known = stored_bandwidths(cache_folder() / "machine.json")
     setting = lasting.setting(known.updated("measured", latency=latency, **rates))
     tokens = [max(1, report["time"][kind]["tokens"]) for kind in ("prefill", "decode")]
-    report["verdict"] = verdict(report, setting, lasting.kernels, *tokens)
+    report["verdict"] = verdict(report, setting)
     report["predicted"] = measure.predict(setting, *tokens)
     return report, stopping
 
@@ -81,7 +77,7 @@ def _observed(
     model: str, prompt: str | None, text: Path | None, quiet: bool, options: Json
 ) -> tuple[Json, Stopping, measure.Lasting]:
     """What was seen of the run, what may have stopped it, and what lasts of the closed model."""
-    live, warm, trace = (options.pop(name) for name in ("live", "warm", "trace"))
+    warm, trace = options.pop("warm"), options.pop("trace")
     arguments, words = generation_arguments(options), list[str]()
     most = arguments["max_new_tokens"]
     with (
@@ -96,14 +92,11 @@ def _observed(
         if trace is not None:
             runtime.trace(trace)
 
-        def now() -> RenderableType:
-            return overview(figures(runtime, profiler, sampler))
-
         stream = runtime.generate(given, **arguments)
         with (
             profiled(runtime, sampler.origin) as profiler,
             Stopping(lambda _: stream.close()) as stopping,
-            _shown(now, most, live, quiet) as advance,
+            step_progress("Profiling, tokens", most, quiet) as advance,
         ):
             for token in stream:
                 words.append(token.text)
@@ -141,22 +134,6 @@ def _workload(
         why = f"for --context {runtime.context} and -n {max_new_tokens}"
         say(f"{text}: the first {room} tokens are used, {why}")
     return ids[:room]
-
-
-@contextlib.contextmanager
-def _shown(
-    overview: Callable[[], RenderableType], total: int, live: bool, quiet: bool
-) -> Iterator[Callable[[], None]]:
-    """Meanwhile stderr shows the figures (``live``) or a bar.  Call what it gives at each token."""
-    console = Console(stderr=True)
-    if live and console.is_terminal:  # drawing takes time from the model
-        with Live(get_renderable=overview, console=console, refresh_per_second=2, transient=True):
-            yield lambda: None
-        return
-    if live:
-        say("--live needs a terminal on stderr; running without")
-    with step_progress("Profiling, tokens", total, quiet) as advance:
-        yield advance
 
 
 def figures(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> Json:
@@ -233,47 +210,19 @@ def _series(sampler: MemorySampler, tier: str) -> Json:
     return {"seconds": seconds, "bytes": total, "components": sizes}
 
 
-def verdict(report: Json, setting: Setting, kernels: str, prompt: int, new: int) -> Json:
-    """``text``, a sentence or two, and ``budgets``: sizes of the device tier's budget beyond this
-    run's, each with the decode speed to expect of it, scaled by what this run measured."""
+def verdict(report: Json, setting: Setting) -> str:
+    """A sentence or two on what bounds the speed."""
     spent = report["time"]["decode"]["milliseconds_per_token"]
     speed = report["decode_tokens_per_second"]
     if not spent or not speed:
-        return {"text": "Too few tokens were decoded to say what bounds the speed.", "budgets": []}
+        return "Too few tokens were decoded to say what bounds the speed."
     slowest = max(spent, key=spent.__getitem__)
     share = spent[slowest] / sum(spent.values())
     text = f"Decode makes {speed:.1f} tokens/s; {share:.0%} of a token's time is {slowest}."
     plan, config = setting.plan, setting.config
-    missing = len(config.moe_layers) * config.n_routed_experts - plan.slots
-    if missing <= 0:
-        more = f"Every expert has a slot, so more --{plan.tier} makes it no faster."
-        return {"text": f"{text} {more}", "budgets": []}
-    whole = plan.total + missing * plan.record_bytes - plan.components["read buffers"]
-    sizes = [whole] if whole <= plan.budget else [(plan.budget + whole) / 2, whole]
-    # In steps of half a GiB, or below one of 10 MiB.
-    units = [1 << 29 if size >= 1 << 30 else 10 << 20 for size in sizes]
-    rounded = [-int(-size // unit) * unit for size, unit in zip(sizes, units, strict=True)]
-    now, budgets, ways = _decode_speed(setting, plan.budget, kernels, prompt, new), [], []
-    for size in dict.fromkeys(rounded):
-        faster = speed * _decode_speed(setting, size, kernels, prompt, new) / now
-        budgets.append({plan.tier: size, "decode_tokens_per_second": faster})
-        asked = f"{size / (1 << 30):g}GiB" if size >= 1 << 30 else f"{size >> 20}MiB"
-        is_capped = whole <= plan.budget  # only --slots keeps experts out
-        way = "without --slots" if is_capped else f"with --{plan.tier} {asked}"
-        ways.append(f"{way} about {faster:.1f}")
-    return {"text": f"{text} It would make {', '.join(ways)} tokens/s.", "budgets": budgets}
-
-
-def _decode_speed(setting: Setting, budget: int, kernels: str, prompt: int, new: int) -> float:
-    """Predicted tokens a second within ``budget`` bytes of the device tier."""
-    plan, config, sizes = setting.plan, setting.config, setting.sizes
-    growth = runtime_growth(config, sum(sizes.resident.values()))
-    runtime = plan.components.get("runtime", plan.host.get("runtime", growth)) - growth
-    slots = plan.slots if budget == plan.budget else None
-    host = plan.host_budget if plan.host else None
-    like = partial(make_plan, tier=plan.tier, context=plan.context, kernels=kernels)
-    wider = like(config, sizes, budget=budget, runtime_bytes=runtime, slots=slots, host_budget=host)
-    return replace(setting, plan=wider).predict(prompt, new).decode_tokens_per_second
+    if plan.slots < len(config.moe_layers) * config.n_routed_experts:
+        return f"{text} slotmoe plan says what another --{plan.tier} would give."
+    return f"{text} Every expert has a slot, so more --{plan.tier} makes it no faster."
 
 
 def write_report(report: Json, folder: Path) -> None:
@@ -348,10 +297,7 @@ def overview(report: Json) -> RenderableType:
     counts = [f"{k} ({t['tokens']})" if t["tokens"] else k for k, t in report["time"].items()]
     tables.append(table(("", *counts, "of decode"), rows, "Time of a token in ms"))
     lines = [Text(", ".join(_sentences(report)) + ".")]
-    if "verdict" in report:
-        lines.insert(0, Text(report["verdict"]["text"], style="bold"))
-    elif not report["time"]["prefill"]["tokens"]:
-        lines = [Text("reading the prompt…")]
+    lines.insert(0, Text(report["verdict"], style="bold"))
     return Group(*lines, Columns(tables))
 
 
