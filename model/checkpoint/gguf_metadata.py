@@ -18,7 +18,7 @@ from msgspec import Meta, Struct
 from slotmoe import model
 from slotmoe.errors import CheckpointError
 from slotmoe.jsonfile import Json, ReadFile, files_in, read_json, typed
-from slotmoe.model.checkpoint.gguf_header import GgufHeader, is_gguf, read_header
+from slotmoe.model.checkpoint.gguf_header import GgufHeader, is_gguf, read_headers
 from slotmoe.model.families import FAMILIES, Family
 from slotmoe.model.tiktoken import WORDS as KIMI_WORDS
 
@@ -224,41 +224,41 @@ class _Metadata:
 
     def unknown(self) -> Json:
         """Scalars that nobody asked for."""
-        left = sorted(self._values.keys() - self._asked)
-        ours = [name for name in left if name.startswith(f"{self._before}.")]
-        return {name: str(self._values[name])[:80] for name in ours}
+        left, ours = sorted(self._values.keys() - self._asked), f"{self._before}."
+        return {name: str(self._values[name])[:80] for name in left if name.startswith(ours)}
 
 
 def files_of(path: Path) -> ReadFile:
     """The small files of a checkpoint folder, or of a GGUF file.  Raises ``CheckpointError``."""
-    return metadata_files(read_header(path)) if is_gguf(path) else files_in(path)
+    return metadata_files(read_headers(path)) if is_gguf(path) else files_in(path)
 
 
-def metadata_files(header: GgufHeader) -> ReadFile:
-    """The model's small files, see ``slotmoe.jsonfile``, made of the first file's metadata.
-    Raises ``CheckpointError``, which names the key."""
+def metadata_files(headers: list[GgufHeader]) -> ReadFile:
+    """The model's small files, see ``slotmoe.jsonfile``, made of the first part's metadata and the
+    tensors of all.  Raises ``CheckpointError``, which names the key."""
     try:
-        if (found := header.metadata.get("general.architecture")) not in [*_ARCHITECTURES]:
+        if (found := headers[0].metadata.get("general.architecture")) not in [*_ARCHITECTURES]:
             known = ", ".join(map(repr, _ARCHITECTURES))
             raise ValueError(f"general.architecture is {found!r:.80}, expected one of {known}")
-        tokenizer = read_tokenizer(header.metadata)
-        files = {**tokenizer_files(tokenizer), "config.json": _config(header, tokenizer)}
+        tokenizer = read_tokenizer(headers[0].metadata)
+        files = {**tokenizer_files(tokenizer), "config.json": _config(headers, tokenizer)}
     except ValueError as problem:
-        raise CheckpointError(f"{header.path}: {problem}") from None
+        raise CheckpointError(f"{headers[0].path}: {problem}") from None
     contents = {name: json.dumps(values, indent=2).encode() for name, values in files.items()}
 
     def read(name: str, limit: int) -> bytes | None:
         data = contents.get(name)
         if data is not None and len(data) > limit:
-            raise CheckpointError(f"{header.path}: {name} of it has more than {limit} bytes")
+            raise CheckpointError(f"{headers[0].path}: {name} of it has more than {limit} bytes")
         return data
 
     return read
 
 
-def _config(header: GgufHeader, tokenizer: GgufTokenizer) -> Json:
+def _config(headers: list[GgufHeader], tokenizer: GgufTokenizer) -> Json:
     """``config.json`` in DeepSeek's words.  Raises ``ValueError``."""
-    found = _Metadata(header)
+    header, found = headers[0], _Metadata(headers[0])
+    tensors = {name: tensor for part in headers for name, tensor in part.tensors.items()}
     for key, of in _FIXED.items():
         found.get(key, of, None)
     name, gating = header.metadata["general.architecture"], found.get(_GATING, _Count, 0)
@@ -275,12 +275,12 @@ def _config(header: GgufHeader, tokenizer: GgufTokenizer) -> Json:
     values |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.ends}
     values["max_position_embeddings"] = found.get("context_length", _Count)
     values["rms_norm_eps"] = found.get("attention.layer_norm_rms_epsilon", _Real)
-    values["tie_word_embeddings"] = "output.weight" not in header.tensors
+    values["tie_word_embeddings"] = "output.weight" not in tensors
     values["vocab_size"] = found.get("vocab_size", _Count, len(tokenizer.tokens))
-    if any(tensor.encoding.name == "MXFP4" for tensor in header.tensors.values()):
+    if any(tensor.encoding.name == "MXFP4" for tensor in tensors.values()):
         values["quantization_config"] = {"quant_method": "mxfp4"}
     if family.attention == "grouped":
-        values |= _grouped(found, values, family, header.tensors.keys())
+        values |= _grouped(found, values, family, tensors.keys())
     else:
         values |= {key: found.get(name, _Count) for key, name in _OF_LATENTS.items()}
         values["q_lora_rank"] = found.get("attention.q_lora_rank", _Count, None) or None

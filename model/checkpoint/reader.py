@@ -224,7 +224,7 @@ def open_checkpoint(path: Path, keep_mtp: bool = False) -> Checkpoint:
             advice = "leave --keep-mtp out, or give the original checkpoint"
             raise ConfigError(f"{path}: {problem}; {advice}")
         headers = read_headers(path)
-        read = metadata_files(headers[0])
+        read = metadata_files(headers)
         config = config_among(read, path)
         infos, used = gguf_tensors(path, config, headers)
         starts = {header.path.name: header.length for header in headers}

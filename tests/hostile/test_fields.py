@@ -168,7 +168,7 @@ def gguf(folder, good):
     whole = header.read_header(write_gguf(folder / "source", folder / "model.gguf"))
 
     def read(values):
-        config_among(metadata_files(replace(whole, metadata=values)), whole.path)
+        config_among(metadata_files([replace(whole, metadata=values)]), whole.path)
 
     values = dict(whole.metadata)
     tokens = values["tokenizer.ggml.tokens"][:300]  # for speed

@@ -21,7 +21,7 @@ from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.tokenizer import Tokenizer
 from tests.support import hostile
 from tests.support.families import CASES, GROUPED_CASES, YARN, write_family
-from tests.support.gguf import LAYER, write_gguf
+from tests.support.gguf import write_gguf
 from tests.support.tiny import SAMPLE, write_checkpoint
 
 ROOT, BIAS = Path(__file__).parents[2], "blk.1.exp_probs_b.bias"
@@ -97,13 +97,17 @@ FAMILIES = {  # by case: what no file of that architecture can say
 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_other_families(case, tmp_path):
-    """As the converter and its names of tensors have them, in the package's own table."""
+    """As the converter and its names of tensors have them, in the package's own table; the config
+    follows from tensors in any part."""
     family, changed = (CASES | GROUPED_CASES)[case]
     (tmp_path / "source").mkdir()
     write_family(tmp_path / "source", family, **{**changed, **FAMILIES[case]})
     experts = "MXFP4" if "blocks" in case else None
-    path = write_gguf(tmp_path / "source", tmp_path / "model.gguf", "F32", experts=experts)
+    given = tmp_path / "source", tmp_path / "model.gguf", "F32"
+    path, parts = (write_gguf(*given, experts=experts, shards=shards) for shards in (1, 5))
     with open_checkpoint(tmp_path / "source") as ours, open_checkpoint(path) as made:
+        with open_checkpoint(parts) as several:
+            assert several.config == ours.config and several.infos.keys() == ours.infos.keys()
         assert made.config == ours.config and made.infos.keys() == ours.infos.keys()
         for tensor in ours.infos:
             wanted = ours.tensor(tensor).to(made.infos[tensor].dtype)
@@ -149,12 +153,10 @@ def test_every_encoding_is_decoded_by_rows(tmp_path):
 
 def _names(checkpoint):
     """Our name -> the file's, of what is one matrix there."""
-    names = {"model.embed_tokens": "token_embd", "lm_head": "output"}
-    for layer in range(checkpoint.config.num_hidden_layers):
-        for ours, theirs in LAYER.items():
-            names[f"model.layers.{layer}.{ours}"] = f"blk.{layer}.{theirs}"
-    names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in names.items()}
-    return {ours: theirs for ours, theirs in names.items() if ours in checkpoint.infos}
+    architecture, layers = gguf.MODEL_ARCH.DEEPSEEK2, checkpoint.config.num_hidden_layers
+    known = gguf.get_tensor_name_map(architecture, layers)
+    names = {name: known.get_name(name, (".weight",)) for name in checkpoint.infos}
+    return {ours: theirs for ours, theirs in names.items() if theirs and "kv_b" not in theirs}
 
 
 @pytest.mark.usefixtures("processes")

@@ -9,28 +9,11 @@ from gguf import GGMLQuantizationType as Type
 from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.names import expert_name, spelled, split_expert
 
-LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.q_a_proj": "attn_q_a",
-    "self_attn.q_a_layernorm": "attn_q_a_norm",
-    "self_attn.q_b_proj": "attn_q_b",
-    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
-    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.gate.e_score_correction_bias": "exp_probs_b",
-}
-for _part in ("gate", "up", "down"):
-    LAYER[f"mlp.{_part}_proj"] = f"ffn_{_part}"
-    LAYER[f"mlp.shared_experts.{_part}_proj"] = f"ffn_{_part}_shexp"
 ARCHITECTURES = {
     **{"deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "qwen3_moe": "qwen3moe"},
     **{"qwen2_moe": "qwen2moe", "glm4_moe": "glm4moe", "gpt_oss": "gpt-oss", "dots1": "dots1"},
     **{"minimax_m2": "minimax-m2", "hunyuan_v1_moe": "hunyuan-moe"},
 }
-TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
 def write_gguf(
@@ -46,13 +29,11 @@ def write_gguf(
     """
     with open_checkpoint(source) as checkpoint:
         config = json.loads((source / "config.json").read_text())
-        grouped = checkpoint.config.family.attention == "grouped"
         architecture = ARCHITECTURES[config["model_type"]]
-        named = _tensors_of_groups(checkpoint, architecture) if grouped else None
-        tensors = dict(named or _tensors(checkpoint, kv_b))
+        tensors = dict(_tensors(checkpoint, architecture, kv_b))
         biggest = -(-len(tensors) // shards) if shards > 1 else 0
         writer = gguf.GGUFWriter(path, architecture, split_max_tensors=biggest)
-        (add_config_of_groups if grouped else add_config)(writer, checkpoint.config)
+        add_config(writer, checkpoint.config)
         add_tokenizer(writer, source, checkpoint.config, pre)
         if edit is not None:
             edit(writer)
@@ -70,34 +51,7 @@ def write_gguf(
     return next(path.parent.glob(f"{path.stem}-00001-of-*.gguf")) if shards > 1 else path
 
 
-def _tensors(checkpoint, kv_b):
-    c, names = checkpoint.config, dict(TOP)
-    for layer in range(c.num_hidden_layers):
-        names |= {f"model.layers.{layer}.{name}": f"blk.{layer}.{LAYER[name]}" for name in LAYER}
-    for name, short in names.items():
-        if f"{name}.weight" in checkpoint.infos:
-            yield f"{short}.weight", checkpoint.tensor(f"{name}.weight")
-        if name.endswith("bias") and name in checkpoint.infos:
-            yield f"{short}.bias", checkpoint.tensor(name)
-    for layer in range(c.num_hidden_layers):
-        inside, prefix = f"model.layers.{layer}.", f"blk.{layer}."
-        both = checkpoint.tensor(f"{inside}self_attn.kv_b_proj.weight")
-        heads = both.view(c.num_attention_heads, -1, c.kv_lora_rank)
-        k, v = heads.split([c.qk_nope_head_dim, c.v_head_dim], 1)
-        if kv_b == "whole":
-            yield f"{prefix}attn_kv_b.weight", both
-        else:
-            for part, tensor in (("k", k.mT), ("v", v)):
-                tensor = tensor.flatten(0, 1) if kv_b == "flat" else tensor
-                yield f"{prefix}attn_{part}_b.weight", tensor
-        if c.is_moe(layer):
-            for part in ("gate", "up", "down"):
-                names = (expert_name(layer, e, f"{part}_proj") for e in range(c.n_routed_experts))
-                experts = [checkpoint.tensor(name) for name in names]
-                yield f"{prefix}ffn_{part}_exps.weight", torch.stack(experts)
-
-
-def _tensors_of_groups(checkpoint, architecture):
+def _tensors(checkpoint, architecture, kv_b):
     """By the names that llama.cpp's converter gives those of the hub."""
     c = checkpoint.config
     (arch,) = (arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
@@ -108,7 +62,14 @@ def _tensors_of_groups(checkpoint, architecture):
             theirs = theirs.replace("correction_bias", "correction.bias")
             theirs += ".weight" * theirs.endswith("sinks")
             base, _, kind = theirs.rpartition(".")
-            yield f"{known.get_name(base)}.{kind}", tensor.squeeze(0)
+            if base.endswith("kv_b_proj") and kv_b != "whole":
+                heads = tensor.view(c.num_attention_heads, -1, c.kv_lora_rank)
+                k, v = heads.split([c.qk_nope_head_dim, c.v_head_dim], 1)
+                for part, tensor in (("k", k.mT), ("v", v)):
+                    theirs = known.get_name(base.replace("kv_b", f"{part}_b"))
+                    yield f"{theirs}.weight", tensor.flatten(0, 1) if kv_b == "flat" else tensor
+            else:
+                yield f"{known.get_name(base)}.{kind}", tensor.squeeze(0)
     for layer in c.moe_layers:
         for part in ("gate_proj", "up_proj", "down_proj"):
             names = [expert_name(layer, e, part) for e in range(c.n_routed_experts)]
@@ -119,20 +80,31 @@ def _tensors_of_groups(checkpoint, architecture):
                 yield f"{experts}.bias", torch.stack([*map(checkpoint.tensor, biases)])
 
 
-def add_config_of_groups(writer, c):
+def add_config(writer, c):
     """As llama.cpp's converters have it."""
-    a, windows = c.grouped, [*filter(None, c.grouped.windows)]
     values = {"block_count": c.num_hidden_layers, "embedding_length": c.hidden_size}
     values |= {"context_length": c.max_position_embeddings, "vocab_size": c.vocab_size}
     values |= {"feed_forward_length": c.intermediate_size, "head_count": c.num_attention_heads}
     values |= {"rope_freq_base": c.rope.rope_theta, "layer_norm_rms_eps": c.rms_norm_eps}
     values |= {"expert_count": c.n_routed_experts, "expert_used_count": c.num_experts_per_tok}
-    values |= {"expert_feed_forward_length": c.moe_intermediate_size, "head_count_kv": a.groups}
-    values |= {"key_length": a.head_dim, "value_length": a.head_dim}
+    values |= {"expert_feed_forward_length": c.moe_intermediate_size}
     values |= {"rope_dimension_count": c.qk_rope_head_dim}
-    if c.family.scoring == "sigmoid":
-        values["expert_gating_func"] = gguf.ExpertGatingFuncType.SIGMOID
-    if c.family.group_best == 2:  # of DeepSeek-V3's kind
+    is_latent = c.family.attention != "grouped"
+    if is_latent:
+        width = c.qk_nope_head_dim + c.qk_rope_head_dim
+        values |= {"head_count_kv": 1, "key_length": c.latent_width, "key_length_mla": width}
+        values |= {"value_length": c.kv_lora_rank, "value_length_mla": c.v_head_dim}
+        values |= {"kv_lora_rank": c.kv_lora_rank}
+        if c.q_lora_rank is not None:
+            values["q_lora_rank"] = c.q_lora_rank
+    else:
+        values |= {"head_count_kv": c.grouped.groups}
+        values |= dict.fromkeys(("key_length", "value_length"), c.grouped.head_dim)
+        if windows := [*filter(None, c.grouped.windows)]:
+            values["sliding_window"] = windows[0]
+    if is_latent or c.family.scoring == "sigmoid":
+        values["expert_gating_func"] = gguf.ExpertGatingFuncType[c.family.scoring.upper()]
+    if is_latent or c.family.group_best == 2:  # of DeepSeek's kind
         values |= {"expert_shared_count": c.n_shared_experts, "expert_group_count": c.n_group}
         values |= {"expert_weights_scale": c.routed_scaling_factor}
         values |= {"expert_weights_norm": c.norm_topk_prob, "expert_group_used_count": c.topk_group}
@@ -140,40 +112,12 @@ def add_config_of_groups(writer, c):
     elif c.n_shared_experts:
         width = c.n_shared_experts * c.moe_intermediate_size
         values |= {"expert_shared_feed_forward_length": width}
-    if windows:
-        values["sliding_window"] = windows[0]
     if c.rope.factor != 1:
         values |= {"rope_scaling_type": gguf.RopeScalingType.YARN}
         values |= {"rope_scaling_factor": c.rope.factor}
         values |= {"rope_scaling_orig_ctx_len": c.rope.original_max_position_embeddings}
-    for name, value in values.items():
-        getattr(writer, f"add_{name}")(value)
-
-
-def add_config(writer, c):
-    values = {"block_count": c.num_hidden_layers, "embedding_length": c.hidden_size}
-    values |= {"context_length": c.max_position_embeddings, "vocab_size": c.vocab_size}
-    values |= {"feed_forward_length": c.intermediate_size, "head_count": c.num_attention_heads}
-    values |= {"rope_freq_base": c.rope.rope_theta, "layer_norm_rms_eps": c.rms_norm_eps}
-    values |= {"expert_count": c.n_routed_experts, "expert_used_count": c.num_experts_per_tok}
-    values |= {"expert_feed_forward_length": c.moe_intermediate_size}
-    values |= {"expert_shared_count": c.n_shared_experts}
-    values |= {"expert_weights_scale": c.routed_scaling_factor}
-    values |= {"expert_weights_norm": c.norm_topk_prob}
-    values |= {"leading_dense_block_count": c.first_k_dense_replace}
-    values |= {"kv_lora_rank": c.kv_lora_rank, "rope_dimension_count": c.qk_rope_head_dim}
-    if c.q_lora_rank is not None:
-        values["q_lora_rank"] = c.q_lora_rank
-    width = c.qk_nope_head_dim + c.qk_rope_head_dim
-    values |= {"head_count_kv": 1, "key_length": c.latent_width, "key_length_mla": width}
-    values |= {"value_length": c.kv_lora_rank, "value_length_mla": c.v_head_dim}
-    values |= {"expert_group_count": c.n_group, "expert_group_used_count": c.topk_group}
-    values |= {"expert_gating_func": gguf.ExpertGatingFuncType[c.family.scoring.upper()]}
-    if c.rope.factor != 1:
-        values |= {"rope_scaling_type": gguf.RopeScalingType.YARN}
-        values |= {"rope_scaling_factor": c.rope.factor}
-        values |= {"rope_scaling_orig_ctx_len": c.rope.original_max_position_embeddings}
-        values |= {"rope_scaling_yarn_log_mul": 0.1 * c.rope.mscale_all_dim}
+        if is_latent:
+            values |= {"rope_scaling_yarn_log_mul": 0.1 * c.rope.mscale_all_dim}
     for name, value in values.items():
         getattr(writer, f"add_{name}")(value)
 
