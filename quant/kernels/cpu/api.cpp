@@ -151,10 +151,8 @@ EXPORT int slotmoe_linear(const Matrix* w, const float* x, int64_t t, int64_t gr
     return guarded([&](Job& job, const Isa& isa) {
         for (int64_t first = 0; first < t; first += kPassTokens) {
             const int64_t rows = t - first < kPassTokens ? t - first : kPassTokens;
-            const Product product(job, isa, *w, x + first * groups * w->k, rows, y + first * w->n, kX, kXFactor, groups);
-            job.parallel(product.tiles(), [&](int, int64_t begin, int64_t end) { product.run(begin, end); });
+            multiply(job, isa, *w, x + first * groups * w->k, rows, y + first * w->n, groups);
         }
-        return kOk;
     });
 }
 
@@ -167,30 +165,23 @@ EXPORT int slotmoe_pack_int8(const int8_t* w, int64_t n, int64_t k, int8_t* pack
     if (k < 1 || n < 1) return kBadArgument;
     const int64_t blocks = up_to(k, kBlock);
     return guarded([&](Job& job, const Isa&) {
-        job.parallel(up_to(n, kTile), [&](int, int64_t begin, int64_t end) {
-            for (int64_t tile = begin; tile < end; tile++)
-                for (int64_t b = 0; b < blocks; b++) {
-                    int8_t* out = packed + (tile * blocks + b) * kTile * kBlock;
-                    memset(out, 0, kTile * kBlock);
-                    for (int64_t lane = 0; lane < kTile && tile * kTile + lane < n; lane++) {
-                        int8_t row[kBlock] = {};
-                        const int64_t columns = k - b * kBlock < kBlock ? k - b * kBlock : kBlock;
-                        memcpy(row, w + (tile * kTile + lane) * k + b * kBlock, size_t(columns));
-                        for (int t = 0; t < kBlock / 4; t++) memcpy(out + 64 * t + 4 * lane, row + 4 * t, 4);
-                    }
-                }
+        job.each(up_to(n, kTile) * blocks, [&](int, int64_t i) {
+            const int64_t first = i / blocks * kTile, column = i % blocks * kBlock;
+            int8_t* out = packed + i * kTile * kBlock;
+            memset(out, 0, kTile * kBlock);
+            for (int64_t lane = 0; lane < kTile && first + lane < n; lane++) {
+                int8_t row[kBlock] = {};
+                memcpy(row, w + (first + lane) * k + column, size_t(k - column < kBlock ? k - column : kBlock));
+                for (int t = 0; t < kBlock / 4; t++) memcpy(out + 64 * t + 4 * lane, row + 4 * t, 4);
+            }
         });
-        return kOk;
     });
 }
 
 EXPORT int slotmoe_rms_norm(const float* x, const float* weight, int64_t t, int64_t n, float eps, float* y) {
     if (t < 0 || n < 1) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        job.parallel(t, [&](int, int64_t begin, int64_t end) {
-            for (int64_t row = begin; row < end; row++) isa.rms_norm(x + row * n, weight, n, eps, y + row * n);
-        });
-        return kOk;
+        norm_rows(job, isa, x, weight, t, n, eps, y);
     });
 }
 
@@ -198,10 +189,7 @@ EXPORT int slotmoe_layer_norm(const float* x, const float* weight, const float* 
                               float* y) {
     if (t < 0 || n < 1) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        job.parallel(t, [&](int, int64_t begin, int64_t end) {
-            for (int64_t row = begin; row < end; row++) isa.layer_norm(x + row * n, weight, bias, n, eps, y + row * n);
-        });
-        return kOk;
+        job.each(t, [&](int, int64_t i) { isa.layer_norm(x + i * n, weight, bias, n, eps, y + i * n); });
     });
 }
 
@@ -263,7 +251,6 @@ EXPORT int slotmoe_mlp(const Mlp* w, const float* x, int64_t t, const float* res
     if (t < 0 || !w->valid() || (others && !residual)) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         mlp(job, isa, x, t, w, residual, others, y);
-        return kOk;
     });
 }
 
@@ -292,37 +279,29 @@ void experts_of_token(Job& job, const Isa& isa, const float* x, const uint8_t* c
     const Blocks act = scratch_blocks(job, kAct, job.threads() * act_blocks, isa.fine);
 
     isa.quantize_rows(x, h, 0, 1, 1, in_levels.offset, x_blocks, x_factor);
-    job.parallel(k * in_tiles, [&](int, int64_t begin, int64_t end) {
-        for (int64_t e = begin / in_tiles; e * in_tiles < end; e++) {
-            const int64_t first = begin > e * in_tiles ? begin - e * in_tiles : 0;
-            const int64_t last = end < (e + 1) * in_tiles ? end - e * in_tiles : in_tiles;
-            const Expert expert = expert_at(records[e], record);
-            isa.coded_tiles(expert.gate, in_levels, x_blocks, x_factor, 1, first, last, gate + e * i, i);
-            isa.coded_tiles(expert.up, in_levels, x_blocks, x_factor, 1, first, last, up + e * i, i);
-            const int64_t row = first * kTile, count = (last * kTile < i ? last * kTile : i) - row;
-            activate(isa, record, expert, row, count, gate + e * i + row, up + e * i + row);
-        }
+    job.each_part(k, in_tiles, [&](int, int64_t e, int64_t begin, int64_t end) {
+        const Expert expert = expert_at(records[e], record);
+        isa.coded_tiles(expert.gate, in_levels, x_blocks, x_factor, 1, begin, end, gate + e * i, i);
+        isa.coded_tiles(expert.up, in_levels, x_blocks, x_factor, 1, begin, end, up + e * i, i);
+        const int64_t row = begin * kTile, count = (end * kTile < i ? end * kTile : i) - row;
+        activate(isa, record, expert, row, count, gate + e * i + row, up + e * i + row);
     });
     // Expert by expert again: a thread reads long streams, and mostly activations that it has made itself.
     struct {
         int64_t expert = -1;  // whose activations the thread has quantized, which is cheaper than a phase for it
         double factor;
     } held[kMaxThreads];
-    job.parallel(k * out_tiles, [&](int thread, int64_t begin, int64_t end) {
-        for (int64_t e = begin / out_tiles; e * out_tiles < end; e++) {
-            const int64_t first = begin > e * out_tiles ? begin - e * out_tiles : 0;
-            const int64_t last = end < (e + 1) * out_tiles ? end - e * out_tiles : out_tiles;
-            const Blocks blocks = act + thread * act_blocks;
-            double* factor = &held[thread].factor;
-            if (held[thread].expert != e)
-                isa.quantize_rows(gate + e * i, i, 0, 1, 1, out_levels.offset, blocks, factor);
-            held[thread].expert = e;
-            const int64_t row = first * kTile, count = (last * kTile < h ? last * kTile : h) - row;
-            const Expert expert = expert_at(records[e], record);
-            float* out = y + rows[e] * h;
-            isa.coded_tiles(expert.down, out_levels, blocks, factor, 1, first, last, out, h);
-            add(expert.down_bias, row, count, out + row);
-        }
+    job.each_part(k, out_tiles, [&](int thread, int64_t e, int64_t begin, int64_t end) {
+        const Blocks blocks = act + thread * act_blocks;
+        double* factor = &held[thread].factor;
+        if (held[thread].expert != e)
+            isa.quantize_rows(gate + e * i, i, 0, 1, 1, out_levels.offset, blocks, factor);
+        held[thread].expert = e;
+        const int64_t row = begin * kTile, count = (end * kTile < h ? end * kTile : h) - row;
+        const Expert expert = expert_at(records[e], record);
+        float* out = y + rows[e] * h;
+        isa.coded_tiles(expert.down, out_levels, blocks, factor, 1, begin, end, out, h);
+        add(expert.down_bias, row, count, out + row);
     });
 }
 
@@ -331,14 +310,9 @@ void experts_of_token(Job& job, const Isa& isa, const float* x, const uint8_t* c
 void slotmoe::weighted_sum(Job& job, const Isa& isa, const float* outs, const float* weights, int64_t t, int64_t k,
                            int64_t h, float* y) {
     const int64_t pieces = up_to(h, kSumColumns);
-    job.parallel(t * pieces, [&](int, int64_t begin, int64_t end) {
-        while (begin < end) {  // all pieces of a token at once
-            const int64_t row = begin / pieces, first = begin - row * pieces;
-            const int64_t last = end - row * pieces < pieces ? end - row * pieces : pieces;
-            const int64_t column = last * kSumColumns < h ? last * kSumColumns : h;
-            isa.weighted_sum(outs + row * k * h, weights + row * k, k, h, first * kSumColumns, column, y + row * h);
-            begin += last - first;
-        }
+    job.each_part(t, pieces, [&](int, int64_t row, int64_t begin, int64_t end) {
+        const int64_t last = end * kSumColumns < h ? end * kSumColumns : h;
+        isa.weighted_sum(outs + row * k * h, weights + row * k, k, h, begin * kSumColumns, last, y + row * h);
     });
 }
 
@@ -347,7 +321,6 @@ EXPORT int slotmoe_weighted_sum(const float* outs, const float* weights, int64_t
     if (t < 0 || k < 0 || h < 1) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         weighted_sum(job, isa, outs, weights, t, k, h, y);
-        return kOk;
     });
 }
 
@@ -384,27 +357,21 @@ void pass_experts(Job& job, const Isa& isa, const float* x, const Use* uses, con
         isa.quantize_rows(in, k, 0, 1, part.rows, offset,
                           blocks + (part.first * up_to(k, kBlock) + row - part.first), factor + row);
     };
-    job.parallel(rows, [&](int, int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; row++)
-            quantize(x + uses[row].token * h, h, row, in_levels.offset, x_blocks, x_factor);
+    job.each(rows, [&](int, int64_t row) {
+        quantize(x + uses[row].token * h, h, row, in_levels.offset, x_blocks, x_factor);
     });
-    job.parallel(count * in_tiles, [&](int, int64_t begin, int64_t end) {
-        for (int64_t p = begin / in_tiles; p * in_tiles < end; p++) {
-            const Part& part = parts[p];
-            const int64_t first = begin > p * in_tiles ? begin - p * in_tiles : 0;
-            const int64_t last = end < (p + 1) * in_tiles ? end - p * in_tiles : in_tiles;
-            const Blocks blocks = x_blocks + part.first * in_blocks;
-            float *g = gate + part.first * i, *u = up + part.first * i;
-            isa.coded_tiles(part.expert.gate, in_levels, blocks, x_factor + part.first, part.rows, first, last, g, i);
-            isa.coded_tiles(part.expert.up, in_levels, blocks, x_factor + part.first, part.rows, first, last, u, i);
-            const int64_t column = first * kTile, columns = (last * kTile < i ? last * kTile : i) - column;
-            for (int64_t at = column; at < part.rows * i; at += i)
-                activate(isa, record, part.expert, column, columns, g + at, u + at);
-        }
+    job.each_part(count, in_tiles, [&](int, int64_t p, int64_t begin, int64_t end) {
+        const Part& part = parts[p];
+        const Blocks blocks = x_blocks + part.first * in_blocks;
+        float *g = gate + part.first * i, *u = up + part.first * i;
+        isa.coded_tiles(part.expert.gate, in_levels, blocks, x_factor + part.first, part.rows, begin, end, g, i);
+        isa.coded_tiles(part.expert.up, in_levels, blocks, x_factor + part.first, part.rows, begin, end, u, i);
+        const int64_t column = begin * kTile, columns = (end * kTile < i ? end * kTile : i) - column;
+        for (int64_t at = column; at < part.rows * i; at += i)
+            activate(isa, record, part.expert, column, columns, g + at, u + at);
     });
-    job.parallel(rows, [&](int, int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; row++)
-            quantize(gate + row * i, i, row, out_levels.offset, act, act_factor);
+    job.each(rows, [&](int, int64_t row) {
+        quantize(gate + row * i, i, row, out_levels.offset, act, act_factor);
     });
     job.parallel(up_to(h, kTile), [&](int, int64_t begin, int64_t end) {
         for (int64_t p = 0; p < count; p++) {
@@ -467,7 +434,6 @@ EXPORT int slotmoe_experts_by_slot(const Record* record, const float* x, int64_t
         if (indices[at] < 0 || indices[at] >= e || slots[indices[at]] >= size) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         experts_by_slot(job, isa, x, t, k, indices, slots, slab, stride, *record, y);
-        return kOk;
     });
 }
 
@@ -507,7 +473,6 @@ EXPORT int slotmoe_coded_error(const Matrix* w, const void* src, int type, doubl
         job.parallel(w->tiles(), [&](int, int64_t begin, int64_t end) {
             isa.coded_error(src, Source(type), w->k, w->levels, w->as_coded(), begin, end, sums);
         });
-        return kOk;
     });
 }
 
@@ -518,6 +483,5 @@ EXPORT int slotmoe_int8_error(const void* src, int type, int64_t n, int64_t k, c
         job.parallel(n, [&](int, int64_t begin, int64_t end) {
             isa.int8_error(src, Source(type), k, q, scale, begin, end, sums);
         });
-        return kOk;
     });
 }

@@ -1,6 +1,7 @@
 // What the files of the C ABI share: status codes, scratch slots, and a matrix as the Python side prepared it.
 #pragma once
 #include <new>
+#include <type_traits>
 
 #include "isa.h"
 #include "pool.h"
@@ -42,11 +43,18 @@ const Isa& best_isa();
 const Levels& levels_for(const Isa& isa, const float* levels);  // valid for the job
 bool finite(const float* levels);
 
+// What body(job, isa) returns, kOk if that is nothing.
 template <class Body>
 int guarded(Body body) {
     try {
         Job job;
-        return body(job, best_isa());
+        const Isa& isa = best_isa();
+        if constexpr (std::is_void_v<decltype(body(job, isa))>) {
+            body(job, isa);
+            return kOk;
+        } else {
+            return body(job, isa);
+        }
     } catch (const std::bad_alloc&) {
         return kOutOfMemory;
     }
@@ -283,25 +291,24 @@ inline void multiply_tiles(const Isa& isa, const Matrix& w, const Levels& levels
     (w.kind == kFine ? isa.fine_tiles : isa.int8_tiles)(w.as_int8(), blocks, factor, t, begin, end, y, w.n);
 }
 
-// Rows x [t, k] times a matrix -> y [t, n], their activations quantized as the matrix wants them. With several groups x
-// is [t, groups, k], and a group's share of the matrix's rows, whole tiles, multiplies only what is of that group.
+// Rows x [t, k] times a matrix, plus bias [n] unless that is null, -> y [t, n], their activations quantized as the
+// matrix wants them. With several groups x is [t, groups, k], and a group's share of the matrix's rows, whole tiles,
+// multiplies only what is of that group.
 class Product {
 public:
-    Product(Job& job, const Isa& isa, const Matrix& w, const float* x, int64_t t, float* y, Slot blocks = kX,
-            Slot factor = kXFactor, int64_t groups = 1)
-        : isa_(isa), w_(w), x_(x), t_(t), y_(y), groups_(groups) {
+    Product(Job& job, const Isa& isa, const Matrix& w, const float* x, int64_t t, float* y,
+            const float* bias = nullptr, Slot blocks = kX, Slot factor = kXFactor, int64_t groups = 1)
+        : isa_(isa), w_(w), x_(x), t_(t), y_(y), bias_(bias), groups_(groups) {
         if (!w.quantized()) return;
         if (is_coded(w.kind)) levels_ = levels_for(isa, w.levels);
         const int64_t size = up_to(w.k, kBlock);
         const auto quantize = w.kind == kFine ? isa.quantize_fine : isa.quantize_rows;
         blocks_ = scratch_blocks(job, blocks, t * groups * size, w.kind == kFine || isa.fine);
         factor_ = job.scratch<double>(factor, t * groups);
-        job.parallel(t * groups, [&](int, int64_t begin, int64_t end) {
-            for (int64_t row = begin; row < end; row++) {
-                const int64_t group = row % groups, token = row / groups;
-                quantize(x + row * w.k, w.k, 0, 1, t, levels_.offset, blocks_ + (group * t * size + token),
-                         factor_ + group * t + token);
-            }
+        job.each(t * groups, [&](int, int64_t row) {
+            const int64_t group = row % groups, token = row / groups;
+            quantize(x + row * w.k, w.k, 0, 1, t, levels_.offset, blocks_ + (group * t * size + token),
+                     factor_ + group * t + token);
         });
     }
 
@@ -313,6 +320,8 @@ public:
             const int64_t last = (group + 1) * each;
             run_group(group, begin > group * each ? begin : group * each, end < last ? end : last);
         }
+        for (int64_t token = 0; bias_ && token < t_; token++)
+            for (int64_t i = begin * kTile; i < end * kTile && i < w_.n; i++) y_[token * w_.n + i] += bias_[i];
     }
 
 private:
@@ -336,16 +345,35 @@ private:
     const float* x_;
     int64_t t_;
     float* y_;
+    const float* bias_;
     int64_t groups_;
     Levels levels_{};
     Blocks blocks_{};
     double* factor_ = nullptr;
 };
 
+// All in one phase.
+template <size_t Count>
+void multiply(Job& job, const Product (&products)[Count]) {
+    int64_t tiles = 0;
+    for (const Product& product : products) tiles += product.tiles();
+    job.parallel(tiles, [&](int, int64_t begin, int64_t end) {
+        for (const Product& product : products) {
+            const int64_t own = product.tiles(), from = begin > 0 ? begin : 0, to = end < own ? end : own;
+            if (from < to) product.run(from, to);
+            begin -= own, end -= own;
+        }
+    });
+}
+
 inline void multiply(Job& job, const Isa& isa, const Matrix& w, const float* x, int64_t t, float* y,
                      int64_t groups = 1) {
-    const Product product(job, isa, w, x, t, y, kX, kXFactor, groups);
-    job.parallel(product.tiles(), [&](int, int64_t begin, int64_t end) { product.run(begin, end); });
+    multiply(job, {{job, isa, w, x, t, y, nullptr, kX, kXFactor, groups}});
+}
+
+inline void norm_rows(Job& job, const Isa& isa, const float* x, const float* weight, int64_t t, int64_t columns,
+                      float eps, float* y) {
+    job.each(t, [&](int, int64_t i) { isa.rms_norm(x + i * columns, weight, columns, eps, y + i * columns); });
 }
 
 }  // namespace slotmoe

@@ -68,6 +68,13 @@ inline int64_t mla_buffers(Mla& m, uint8_t* base, int64_t spans = kMostSpans) {
     return used;
 }
 
+// Gives queries, alike, theirs.
+inline void give_buffers(Job& job, Mla* mlas, int64_t count, int64_t spans = kMostSpans) {
+    const int64_t bytes = mla_buffers(mlas[0], nullptr, spans);
+    uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * count);
+    for (int64_t i = 0; i < count; i++) mla_buffers(mlas[i], buffers + i * bytes, spans);
+}
+
 // A few queries, alike, whose contexts are split over the threads. Their queries are mixed, and buffers theirs, when
 // their spans are computed; what they give is not merged yet.
 inline void attend_by_spans(Job& job, const Isa& isa, const Mla* mlas, int64_t count) {
@@ -75,9 +82,7 @@ inline void attend_by_spans(Job& job, const Isa& isa, const Mla* mlas, int64_t c
     uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, thread_bytes * job.threads());
     int64_t spans = 0;
     for (int64_t i = 0; i < count; i++) spans += mla_span_count(mlas[i]);
-    job.parallel(count * tiles, [&](int, int64_t begin, int64_t end) {
-        for (int64_t at = begin; at < end; at++) isa.mla_pack(mlas[at / tiles], at % tiles, at % tiles + 1);
-    });
+    job.each(count * tiles, [&](int, int64_t i) { isa.mla_pack(mlas[i / tiles], i % tiles, i % tiles + 1); });
     job.parallel(spans, [&](int thread, int64_t begin, int64_t end) {
         for (int64_t i = 0, first = 0; i < count && first < end; i++) {
             const int64_t own = mla_span_count(mlas[i]);
@@ -95,20 +100,16 @@ template <class MlaOf>
 void attend(Job& job, const Isa& isa, int64_t t, bool few, MlaOf mla_of) {
     Mla one = mla_of(0);
     const int64_t heads = one.heads;
-    const int64_t bytes = mla_buffers(one, nullptr), thread_bytes = int64_t(isa.mla_scratch(one));  // the same for all
     if (few) {
         Mla* mlas = job.scratch<Mla>(kMlas, t);
-        uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * t);
-        for (int64_t i = 0; i < t; i++) mlas[i] = mla_of(i), mla_buffers(mlas[i], buffers + i * bytes);
-        job.parallel(t * heads, [&](int, int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++) isa.mla_queries(mlas[i / heads], i % heads, i % heads + 1);
-        });
+        for (int64_t i = 0; i < t; i++) mlas[i] = mla_of(i);
+        give_buffers(job, mlas, t);
+        job.each(t * heads, [&](int, int64_t i) { isa.mla_queries(mlas[i / heads], i % heads, i % heads + 1); });
         attend_by_spans(job, isa, mlas, t);
-        job.parallel(t * heads, [&](int, int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++) isa.mla_merge(mlas[i / heads], i % heads, i % heads + 1);
-        });
+        job.each(t * heads, [&](int, int64_t i) { isa.mla_merge(mlas[i / heads], i % heads, i % heads + 1); });
         return;
     }
+    const int64_t bytes = mla_buffers(one, nullptr), thread_bytes = int64_t(isa.mla_scratch(one));  // the same for all
     const int64_t shared = one.list ? 1 : one.shared;
     uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * shared * job.threads());
     uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, thread_bytes * job.threads());
@@ -130,14 +131,6 @@ void attend(Job& job, const Isa& isa, int64_t t, bool few, MlaOf mla_of) {
     });
 }
 
-inline void norm_rows(Job& job, const Isa& isa, const float* x, const float* weight, int64_t t, int64_t columns,
-                      float eps, float* y) {
-    job.parallel(t, [&](int, int64_t begin, int64_t end) {
-        for (int64_t i = begin * columns; i < end * columns; i += columns)
-            isa.rms_norm(x + i, weight, columns, eps, y + i);
-    });
-}
-
 // Complex pairs, which stand side by side or in two halves, times the table, each product and sum rounded once. `back`
 // is by the conjugates. out may be x.
 inline void rotate(const float* x, const float* table, int64_t pairs, bool halves, float* out, bool back = false) {
@@ -148,6 +141,23 @@ inline void rotate(const float* x, const float* table, int64_t pairs, bool halve
         out[first] = a * c - b * s;
         out[second] = a * s + b * c;
     }
+}
+
+// Behind the heads: h plus out's product with their values [t, out.k] -> y, its norm -> x, and the logits of the
+// router, if the layer has one.
+template <class Weights>
+void leave(Job& job, const Isa& isa, const Weights& a, const float* bias, const float* values, int64_t t,
+           const float* h, float* y, float* x, float* logits) {
+    const int64_t hidden = a.out.n;
+    const Product out(job, isa, a.out, values, t, y, bias);
+    job.parallel(out.tiles(), [&](int, int64_t begin, int64_t end) {
+        out.run(begin, end);
+        for (int64_t token = 0; token < t; token++)
+            for (int64_t i = begin * kTile; i < end * kTile && i < hidden; i++)
+                y[token * hidden + i] = h[token * hidden + i] + y[token * hidden + i];
+    });
+    norm_rows(job, isa, y, a.next_norm, t, hidden, a.eps, x);
+    if (a.gate.n) multiply(job, isa, a.gate, x, t, logits);
 }
 
 // What an indexer chooses for t tokens: of the first counts[t] rows that begin at keys[t], `bytes` apart, and of no

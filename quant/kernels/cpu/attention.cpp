@@ -22,7 +22,6 @@ EXPORT int slotmoe_mla(const float* q, int64_t t, int64_t heads, const uint8_t* 
             m.q = q + token * heads * (r + p), m.out = out + token * heads * r;
             return m;
         });
-        return kOk;
     });
 }
 
@@ -47,7 +46,6 @@ EXPORT int slotmoe_attend(const float* q, int64_t t, int64_t heads, const uint8_
             m.list = list, m.split = count, m.others = others, m.others_stride = others_stride, m.sinks = sinks;
             return m;
         });
-        return kOk;
     });
 }
 
@@ -98,39 +96,27 @@ void choose_rows(Job& job, const Isa& isa, int64_t t, MlaOf mla_of, const float*
     }
     if (most <= k) return;
     const int64_t at_once = most > kMostScores / kMostIndexed ? up_to(kMostScores, most) : kMostIndexed;
-    Mla any = mla_of(0);
+    const Mla any = mla_of(0);
     const int64_t heads = any.heads, tiles = any.tiles, chunks = up_to(most, kChunkRows);
-    const int64_t bytes = mla_buffers(any, nullptr, 0), thread_bytes = int64_t(isa.mla_scratch(any));
+    const int64_t thread_bytes = int64_t(isa.mla_scratch(any));
     Mla* mlas = job.scratch<Mla>(kMlas, at_once);
-    uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * at_once);
     uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, thread_bytes * job.threads());
     float* scores = job.scratch<float>(kIndexScores, most * at_once);
     uint32_t* order = job.scratch<uint32_t>(kOrder, most * at_once);
     for (int64_t first = 0; first < t; first += at_once) {
         const int64_t n = t - first < at_once ? t - first : at_once;
-        for (int64_t i = 0; i < n; i++) {
-            mlas[i] = mla_of(first + i);
-            mla_buffers(mlas[i], buffers + i * bytes, 0);
-        }
-        job.parallel(n * heads, [&](int, int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++) isa.mla_queries(mlas[i / heads], i % heads, i % heads + 1);
+        for (int64_t i = 0; i < n; i++) mlas[i] = mla_of(first + i);
+        give_buffers(job, mlas, n, 0);
+        job.each(n * heads, [&](int, int64_t i) { isa.mla_queries(mlas[i / heads], i % heads, i % heads + 1); });
+        job.each(n * tiles, [&](int, int64_t i) { isa.mla_pack(mlas[i / tiles], i % tiles, i % tiles + 1); });
+        job.each_part(n, chunks, [&](int thread, int64_t i, int64_t begin, int64_t end) {
+            if (mlas[i].context > k)
+                isa.index_scores(mlas[i], weights + (first + i) * heads, begin, end, scratch + thread * thread_bytes,
+                                 scores + i * most);
         });
-        job.parallel(n * tiles, [&](int, int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++) isa.mla_pack(mlas[i / tiles], i % tiles, i % tiles + 1);
-        });
-        job.parallel(n * chunks, [&](int thread, int64_t begin, int64_t end) {
-            for (int64_t i = begin / chunks; i * chunks < end; i++) {
-                const int64_t from = begin > i * chunks ? begin - i * chunks : 0;
-                const int64_t to = end - i * chunks < chunks ? end - i * chunks : chunks;
-                if (mlas[i].context > k)
-                    isa.index_scores(mlas[i], weights + (first + i) * heads, from, to, scratch + thread * thread_bytes,
-                                     scores + i * most);
-            }
-        });
-        job.parallel(n, [&](int, int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++)
-                if (mlas[i].context > k)
-                    best(scores + i * most, mlas[i].context, k, order + i * most, out + (first + i) * k);
+        job.each(n, [&](int, int64_t i) {
+            if (mlas[i].context > k)
+                best(scores + i * most, mlas[i].context, k, order + i * most, out + (first + i) * k);
         });
     }
 }
@@ -152,7 +138,6 @@ EXPORT int slotmoe_index(const float* q, const float* weights, int64_t t, int64_
             m.q = q + token * heads * r;
             return m;
         }, weights, k, out);
-        return kOk;
     });
 }
 
@@ -167,12 +152,10 @@ void slotmoe::choose(Job& job, const Isa& isa, const Indexer& indexer, int64_t t
     float* weights = job.scratch<float>(kIndexWeights, t * heads);
     multiply(job, isa, indexer.query, low, t, q);
     multiply(job, isa, indexer.weights, x, t, weights);
-    job.parallel(t * heads, [&](int, int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) {
-            float* rotated = q + i * width + start;
-            rotate(rotated, table + i / heads * p, p / 2, indexer.halves, rotated);
-            weights[i] *= indexer.scale;
-        }
+    job.each(t * heads, [&](int, int64_t i) {
+        float* rotated = q + i * width + start;
+        rotate(rotated, table + i / heads * p, p / 2, indexer.halves, rotated);
+        weights[i] *= indexer.scale;
     });
     choose_rows(job, isa, t, [&](int64_t token) {
         Mla m = mla_for(keys[token], heads, counts[token], bytes, width, 0, 1.0f);
@@ -186,14 +169,11 @@ EXPORT int slotmoe_store_latents(const float* rows, int64_t t, int64_t r, int64_
     if (t < 0 || r < 1 || p < 0 || stride < latent_bytes(r, p)) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         float* copies = job.scratch<float>(kRow, (r + p) * job.threads());
-        job.parallel(t, [&](int thread, int64_t begin, int64_t end) {
+        job.each(t, [&](int thread, int64_t i) {
             float* row = copies + thread * (r + p);
-            for (int64_t i = begin; i < end; i++) {
-                memcpy(row, rows + i * (r + p), size_t(r + p) * 4);
-                isa.store_latent(row, r, p, cache + i * stride);
-            }
+            memcpy(row, rows + i * (r + p), size_t(r + p) * 4);
+            isa.store_latent(row, r, p, cache + i * stride);
         });
-        return kOk;
     });
 }
 
@@ -245,7 +225,6 @@ int absorb(const Absorbed& w, bool values, const float* x, int64_t t, float* out
         const Absorption product{job, isa, w, values, x, values ? w.r : w.n, t, out, values ? w.v : w.r};
         job.parallel(w.heads * product.groups,
                      [&](int thread, int64_t begin, int64_t end) { product.run(thread, begin, end); });
-        return kOk;
     });
 }
 
@@ -266,11 +245,9 @@ EXPORT int slotmoe_rotate(const float* x, const float* table, int64_t halves, in
                           float* out) {
     if (t < 0 || heads < 0 || p < 0 || p % 2) return kBadArgument;
     return guarded([&](Job& job, const Isa&) {
-        job.parallel(t, [&](int, int64_t begin, int64_t end) {
-            for (int64_t row = begin * heads; row < end * heads; row++)
-                rotate(x + row * p, table + row / heads * p, p / 2, halves, out + row * p);
+        job.each(t * heads, [&](int, int64_t row) {
+            rotate(x + row * p, table + row / heads * p, p / 2, halves, out + row * p);
         });
-        return kOk;
     });
 }
 
@@ -298,14 +275,12 @@ void index_tokens(Job& job, const Isa& isa, const Attention& a, int64_t t, const
     const uint8_t** keys = job.scratch<const uint8_t*>(kCaches, t);
     int64_t* counts = job.scratch<int64_t>(kIndexCounts, t);
     multiply(job, isa, indexer.key, x, t, key);
-    job.parallel(t, [&](int, int64_t begin, int64_t end) {
-        for (int64_t token = begin; token < end; token++) {
-            float* row = key + token * width;
-            isa.layer_norm(row, indexer.key_norm, indexer.key_bias, width, kIndexEps, row);
-            rotate(row, tokens.table + token * a.p, a.p / 2, indexer.halves, row);
-            isa.store_latent(row, width, 0, tokens.keys.at(token, a.keys, tokens.positions[token]));
-            keys[token] = tokens.keys.at(token, a.keys, 0), counts[token] = tokens.positions[token] + 1;
-        }
+    job.each(t, [&](int, int64_t token) {
+        float* row = key + token * width;
+        isa.layer_norm(row, indexer.key_norm, indexer.key_bias, width, kIndexEps, row);
+        rotate(row, tokens.table + token * a.p, a.p / 2, indexer.halves, row);
+        isa.store_latent(row, width, 0, tokens.keys.at(token, a.keys, tokens.positions[token]));
+        keys[token] = tokens.keys.at(token, a.keys, 0), counts[token] = tokens.positions[token] + 1;
     });
     choose(job, isa, indexer, t, x, low, tokens.table, a.p, 0, keys, tokens.keys.row_bytes, counts, tokens.lists);
 }
@@ -316,23 +291,15 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t la
                         const Tokens& tokens, float* y, float* x, float* logits) {
     const int64_t* positions = tokens.positions;
     const float *table = tokens.table, *query_scale = tokens.query_scale;
-    const int64_t heads = a.heads, n = a.n, p = a.p, r = a.r, v = a.v, width = r + p, hidden = a.latent.k;
-    const auto norm = [&](const float* in, const float* weight, int64_t columns, float eps, float* out) {
-        norm_rows(job, isa, in, weight, t, columns, eps, out);
-    };
+    const int64_t heads = a.heads, n = a.n, p = a.p, r = a.r, v = a.v, width = r + p;
     const int64_t q_columns = heads * (n + p);
     float* q = job.scratch<float>(kQuery, t * q_columns);
     float* q_in = a.query_norm ? job.scratch<float>(kQueryLatent, t * a.query.n) : q;
     float* rows = job.scratch<float>(kRow, t * width);
-    norm(h, a.input_norm, hidden, a.eps, x);
-    const Product query(job, isa, a.query, x, t, q_in), latent(job, isa, a.latent, x, t, rows, kAct, kActFactor);
-    job.parallel(query.tiles() + latent.tiles(), [&](int, int64_t begin, int64_t end) {
-        const int64_t split = query.tiles();
-        if (begin < split) query.run(begin, end < split ? end : split);
-        if (end > split) latent.run(begin > split ? begin - split : 0, end - split);
-    });
+    norm_rows(job, isa, h, a.input_norm, t, a.latent.k, a.eps, x);
+    multiply(job, {{job, isa, a.query, x, t, q_in}, {job, isa, a.latent, x, t, rows, nullptr, kAct, kActFactor}});
     if (a.query_norm) {
-        norm(q_in, a.query_norm, a.query.n, a.latent_eps, q_in);
+        norm_rows(job, isa, q_in, a.query_norm, t, a.query.n, a.latent_eps, q_in);
         multiply(job, isa, a.query_b, q_in, t, q);
     }
     if (a.indexer) index_tokens(job, isa, a, t, x, q_in, tokens);
@@ -347,18 +314,14 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t la
         if (chosen) mlas[token].list = tokens.lists + token * a.topk;
         mlas[token].q = q_full + token * heads * width, mlas[token].out = latent_out + token * heads * r;
     }
-    const int64_t bytes = mla_buffers(mlas[0], nullptr);  // the same for all
-    uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * t);
-    for (int64_t token = 0; token < t; token++) mla_buffers(mlas[token], buffers + token * bytes);
+    give_buffers(job, mlas, t);
     float* values = job.scratch<float>(kValues, t * heads * v);
 
-    job.parallel(t, [&](int, int64_t begin, int64_t end) {
-        for (int64_t token = begin; token < end; token++) {
-            float* row = rows + token * width;
-            isa.rms_norm(row, a.latent_norm, r, a.latent_eps, row);
-            rotate(row + r, table + token * p, p / 2, a.halves, row + r);
-            isa.store_latent(row, r, p, tokens.rows.at(token, layer, positions[token]));
-        }
+    job.each(t, [&](int, int64_t token) {
+        float* row = rows + token * width;
+        isa.rms_norm(row, a.latent_norm, r, a.latent_eps, row);
+        rotate(row + r, table + token * p, p / 2, a.halves, row + r);
+        isa.store_latent(row, r, p, tokens.rows.at(token, layer, positions[token]));
     });
     const Absorption absorbed{job, isa, *a.kv_b, false, q, n + p, t, q_full, width};
     job.parallel(heads, [&](int thread, int64_t begin, int64_t end) {
@@ -379,14 +342,5 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t la
             isa.mla_merge(mlas[token], begin, end);
         of_values.run(thread, begin * of_values.groups, end * of_values.groups);
     });
-    const Product out(job, isa, a.out, values, t, y);
-    job.parallel(out.tiles(), [&](int, int64_t begin, int64_t end) {
-        out.run(begin, end);
-        for (int64_t token = 0; token < t; token++)
-            for (int64_t i = begin * kTile; i < (end * kTile < hidden ? end * kTile : hidden); i++)
-                y[token * hidden + i] = h[token * hidden + i] + y[token * hidden + i];
-    });
-    norm(y, a.next_norm, hidden, a.eps, x);
-    if (!a.gate.n) return;
-    multiply(job, isa, a.gate, x, t, logits);
+    leave(job, isa, a, nullptr, values, t, h, y, x, logits);
 }

@@ -88,28 +88,23 @@ void compressed_attention(Job& job, const Isa& isa, const Compressed& a, int64_t
         multiply(job, isa, c.gate, x, t, made[i].gate);
         most = 2 * c.rows() * c.width > most ? 2 * c.rows() * c.width : most;
     }
-    job.parallel(t, [&](int, int64_t begin, int64_t end) {
-        for (int64_t token = begin; token < end; token++) {
-            isa.rms_norm(low + token * q_rank, a.query_norm, q_rank, a.eps, low + token * q_rank);
-            float* row = key + token * z;
-            isa.rms_norm(row, a.key_norm, z, a.eps, row);
-            rotate(row + z - p, table + token * p, p / 2, false, row + z - p);
-            isa.store_latent(row, z, 0, tokens.rows.at(token, layer, tokens.positions[token]));
-            for (int64_t i = 0; i < count; i++) keep_open(*compressors[i], tokens, token, made[i]);
-        }
+    job.each(t, [&](int, int64_t token) {
+        isa.rms_norm(low + token * q_rank, a.query_norm, q_rank, a.eps, low + token * q_rank);
+        float* row = key + token * z;
+        isa.rms_norm(row, a.key_norm, z, a.eps, row);
+        rotate(row + z - p, table + token * p, p / 2, false, row + z - p);
+        isa.store_latent(row, z, 0, tokens.rows.at(token, layer, tokens.positions[token]));
+        for (int64_t i = 0; i < count; i++) keep_open(*compressors[i], tokens, token, made[i]);
     });
     multiply(job, isa, a.query_b, low, t, q);
     float* work = job.scratch<float>(kUp, most * job.threads());
-    job.parallel(t * count, [&](int thread, int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++)
-            complete(isa, *compressors[i % count], tokens, i / count, p, a.eps, work + thread * most);
+    job.each(t * count, [&](int thread, int64_t i) {
+        complete(isa, *compressors[i % count], tokens, i / count, p, a.eps, work + thread * most);
     });
-    job.parallel(t * heads, [&](int, int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) {
-            float* head = q + i * z;
-            isa.rms_norm(head, nullptr, z, a.eps, head);
-            rotate(head + z - p, table + i / heads * p, p / 2, false, head + z - p);
-        }
+    job.each(t * heads, [&](int, int64_t i) {
+        float* head = q + i * z;
+        isa.rms_norm(head, nullptr, z, a.eps, head);
+        rotate(head + z - p, table + i / heads * p, p / 2, false, head + z - p);
     });
 
     int64_t* counts = job.scratch<int64_t>(kIndexCounts, t);  // compressed rows that a token could see
@@ -145,9 +140,8 @@ void compressed_attention(Job& job, const Isa& isa, const Compressed& a, int64_t
         }
         return m;
     });
-    job.parallel(t * heads, [&](int, int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++)
-            rotate(out + i * z + z - p, table + i / heads * p, p / 2, false, out + i * z + z - p, true);
+    job.each(t * heads, [&](int, int64_t i) {
+        rotate(out + i * z + z - p, table + i / heads * p, p / 2, false, out + i * z + z - p, true);
     });
     float* low_out = job.scratch<float>(kValues, t * a.out_a.n);
     multiply(job, isa, a.out_a, out, t, low_out, a.groups);

@@ -73,10 +73,9 @@ void route(Job& job, const Router& router, const float* logits, const float* bia
     const int64_t size = e + router.groups, top_k = router.top_k;
     double* scores = job.scratch<double>(kScores, job.threads() * e);
     float* choices = job.scratch<float>(kChoices, job.threads() * size);
-    job.parallel(t, [&](int thread, int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++)
-            choose(router, logits + i * e, bias, given ? given + i * top_k : nullptr, e, scores + thread * e,
-                   choices + thread * size, weights + i * top_k, indices + i * top_k);
+    job.each(t, [&](int thread, int64_t i) {
+        choose(router, logits + i * e, bias, given ? given + i * top_k : nullptr, e, scores + thread * e,
+               choices + thread * size, weights + i * top_k, indices + i * top_k);
     });
 }
 
@@ -104,7 +103,6 @@ EXPORT int slotmoe_route(const Router* router, const float* logits, const float*
         if (given[i] < 0 || given[i] >= e) return kBadArgument;
     return guarded([&](Job& job, const Isa&) {
         route(job, *router, logits, bias, given, t, e, weights, indices);
-        return kOk;
     });
 }
 

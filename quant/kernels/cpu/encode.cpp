@@ -14,7 +14,6 @@ int encoding(int64_t l, int64_t block, int64_t n, int64_t k, const float* levels
     return guarded([&](Job& job, const Isa& isa) {
         const Encoder& encoder = l == 8 ? isa.eight : isa.sixteen;
         job.parallel(up_to(n, kTile), [&](int, int64_t begin, int64_t end) { body(encoder, begin, end); });
-        return kOk;
     });
 }
 

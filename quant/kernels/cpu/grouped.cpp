@@ -25,7 +25,6 @@ EXPORT int slotmoe_grouped(const float* q, int64_t t, int64_t heads, const uint8
             m.q = q + head * z, m.out = out + head * z, m.sinks = sinks ? sinks + group * of_group : nullptr;
             return m;
         });
-        return kOk;
     });
 }
 
@@ -42,29 +41,15 @@ bool Grouped::valid(const Tokens& tokens) const {
 
 void slotmoe::grouped_layer(Job& job, const Isa& isa, const Grouped& a, int64_t t, const float* h,
                             const Tokens& tokens, float* y, float* x, float* logits) {
-    const int64_t groups = a.groups, z = a.z, each = a.heads / groups, hidden = a.out.n, count = t * groups;
+    const int64_t groups = a.groups, z = a.z, each = a.heads / groups, count = t * groups;
     const int64_t* positions = tokens.positions;
     const Store& store = a.rows(tokens);
     float* q = job.scratch<float>(kQuery, t * a.heads * z);
     float *keys = job.scratch<float>(kRow, 2 * count * z), *values = keys + count * z;
-    norm_rows(job, isa, h, a.input_norm, t, hidden, a.eps, x);
-    const struct {
-        Product product;
-        float* y;
-        int64_t n;
-        const float* bias;
-    } parts[] = {{{job, isa, a.query, x, t, q}, q, a.query.n, a.query_bias},
-                 {{job, isa, a.key, x, t, keys, kAct, kActFactor}, keys, a.key.n, a.key_bias},
-                 {{job, isa, a.value, x, t, values, kGate, kUp}, values, a.value.n, a.value_bias}};
-    job.parallel(parts[0].product.tiles() + 2 * parts[1].product.tiles(), [&](int, int64_t begin, int64_t end) {
-        for (const auto& part : parts) {
-            const int64_t tiles = part.product.tiles(), from = begin > 0 ? begin : 0, to = end < tiles ? end : tiles;
-            if (from < to) part.product.run(from, to);
-            for (int64_t token = 0; part.bias && token < t; token++)
-                for (int64_t i = from * kTile; i < to * kTile && i < part.n; i++) part.y[token * part.n + i] += part.bias[i];
-            begin -= tiles, end -= tiles;
-        }
-    });
+    norm_rows(job, isa, h, a.input_norm, t, a.query.k, a.eps, x);
+    multiply(job, {{job, isa, a.query, x, t, q, a.query_bias},
+                   {job, isa, a.key, x, t, keys, a.key_bias, kAct, kActFactor},
+                   {job, isa, a.value, x, t, values, a.value_bias, kGate, kUp}});
     if (a.query_normed > z) norm_rows(job, isa, q, a.query_norm, t, a.query_normed, a.eps, q);
     if (a.key_normed > z) norm_rows(job, isa, keys, a.key_norm, t, a.key_normed, a.eps, keys);
 
@@ -76,39 +61,23 @@ void slotmoe::grouped_layer(Job& job, const Isa& isa, const Grouped& a, int64_t 
         mlas[i].q = q + i * each * z, mlas[i].out = attended + i * each * z;
         if (a.sinks) mlas[i].sinks = a.sinks + i % groups * each;
     }
-    const int64_t bytes = mla_buffers(mlas[0], nullptr);  // the same for all
-    uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * count);
-    for (int64_t i = 0; i < count; i++) mla_buffers(mlas[i], buffers + i * bytes);
+    give_buffers(job, mlas, count);
     const auto turn = [&](float* head, int64_t normed, const float* weight, int64_t token) {
         if (normed == z && !a.norm_last) isa.rms_norm(head, weight, z, a.eps, head);
         rotate(head, tokens.table + token * a.p, a.p / 2, a.halves, head);
         if (normed == z && a.norm_last) isa.rms_norm(head, weight, z, a.eps, head);
     };
     float* rows = job.scratch<float>(kQueryFull, 2 * z * job.threads());
-    job.parallel(count, [&](int thread, int64_t begin, int64_t end) {
+    job.each(count, [&](int thread, int64_t i) {
         float* row = rows + 2 * z * thread;
-        for (int64_t i = begin; i < end; i++) {
-            turn(keys + i * z, a.key_normed, a.key_norm, i / groups);
-            memcpy(row, values + i * z, size_t(z) * 4), memcpy(row + z, keys + i * z, size_t(z) * 4);
-            isa.store_latent(row, z, z, row_of(i));
-            for (int64_t head = i * each; head < (i + 1) * each; head++)
-                turn(q + head * z, a.query_normed, a.query_norm, i / groups);
-            isa.mla_queries(mlas[i], 0, each);
-        }
+        turn(keys + i * z, a.key_normed, a.key_norm, i / groups);
+        memcpy(row, values + i * z, size_t(z) * 4), memcpy(row + z, keys + i * z, size_t(z) * 4);
+        isa.store_latent(row, z, z, row_of(i));
+        for (int64_t head = i * each; head < (i + 1) * each; head++)
+            turn(q + head * z, a.query_normed, a.query_norm, i / groups);
+        isa.mla_queries(mlas[i], 0, each);
     });
     attend_by_spans(job, isa, mlas, count);
-    job.parallel(count * each, [&](int, int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) isa.mla_merge(mlas[i / each], i % each, i % each + 1);
-    });
-    const Product out(job, isa, a.out, attended, t, y);
-    job.parallel(out.tiles(), [&](int, int64_t begin, int64_t end) {
-        out.run(begin, end);
-        for (int64_t token = 0; token < t; token++)
-            for (int64_t i = begin * kTile; i < end * kTile && i < hidden; i++) {
-                float& sum = y[token * hidden + i];
-                sum = h[token * hidden + i] + (a.out_bias ? sum + a.out_bias[i] : sum);
-            }
-    });
-    norm_rows(job, isa, y, a.next_norm, t, hidden, a.eps, x);
-    if (a.gate.n) multiply(job, isa, a.gate, x, t, logits);
+    job.each(count * each, [&](int, int64_t i) { isa.mla_merge(mlas[i / each], i % each, i % each + 1); });
+    leave(job, isa, a, a.out_bias, attended, t, h, y, x, logits);
 }

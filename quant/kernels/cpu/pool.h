@@ -36,6 +36,23 @@ public:
             &body, count);
     }
 
+    // body(thread, i) for each i below `count`.
+    template <class Body>
+    void each(int64_t count, Body body) {
+        parallel(count, [&](int thread, int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) body(thread, i);
+        });
+    }
+
+    // body(thread, part, begin, end) for pieces that make up [0, size) of each of so many parts.
+    template <class Body>
+    void each_part(int64_t parts, int64_t size, Body body) {
+        parallel(parts * size, [&](int thread, int64_t begin, int64_t end) {
+            for (int64_t part = begin / size, first = part * size; first < end; part++, first += size)
+                body(thread, part, begin > first ? begin - first : 0, end < first + size ? end - first : size);
+        });
+    }
+
     // A 64-byte-aligned buffer, kept between jobs and grown as needed. `slot` tells buffers of one job apart.
     // Throws std::bad_alloc.
     template <class T>

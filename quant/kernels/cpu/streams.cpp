@@ -22,10 +22,9 @@ void slotmoe::hyper_in(Job& job, const Isa& isa, const Hyper& hyper, const float
         for (int64_t token = begin < rows ? 0 : begin - rows; token < end - rows; token++)
             isa.linear_dense(h + token * columns, 1, columns, h + token * columns, Source::f32, 0, 1, squares + token, 1);
     });
-    job.parallel(t, [&](int, int64_t begin, int64_t end) {
-        for (int64_t token = begin; token < end; token++)
-            isa.hyper_coefficients(hyper, mixes + token * rows, squares[token], columns, pre + token * m,
-                                   post ? post + token * m : nullptr, post ? comb + token * m * m : nullptr);
+    job.each(t, [&](int, int64_t token) {
+        isa.hyper_coefficients(hyper, mixes + token * rows, squares[token], columns, pre + token * m,
+                               post ? post + token * m : nullptr, post ? comb + token * m * m : nullptr);
     });
     weighted_sum(job, isa, h, pre, t, m, d, x);
 }
@@ -33,14 +32,10 @@ void slotmoe::hyper_in(Job& job, const Isa& isa, const Hyper& hyper, const float
 void slotmoe::hyper_out(Job& job, const Isa& isa, const float* y, const float* h, const float* post, const float* comb,
                         int64_t t, int64_t m, int64_t d, float* out) {
     const int64_t pieces = up_to(d, kColumns);
-    job.parallel(t * pieces, [&](int, int64_t begin, int64_t end) {
-        while (begin < end) {  // all pieces of a token at once
-            const int64_t token = begin / pieces, first = begin - token * pieces, streams = token * m * d;
-            const int64_t last = end - token * pieces < pieces ? end - token * pieces : pieces;
-            isa.hyper_out(y + token * d, h + streams, post + token * m, comb + token * m * m, m, d, first * kColumns,
-                          last * kColumns < d ? last * kColumns : d, out + streams);
-            begin += last - first;
-        }
+    job.each_part(t, pieces, [&](int, int64_t token, int64_t begin, int64_t end) {
+        const int64_t streams = token * m * d;
+        isa.hyper_out(y + token * d, h + streams, post + token * m, comb + token * m * m, m, d, begin * kColumns,
+                      end * kColumns < d ? end * kColumns : d, out + streams);
     });
 }
 
@@ -50,7 +45,6 @@ EXPORT int slotmoe_hyper_in(const float* h, const float* fn, const float* base, 
     if (t < 0 || m < 1 || d < 1 || rows != (2 + m) * m || iterations < 1) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         hyper_in(job, isa, {fn, base, scale, m, iterations, eps, hc_eps}, h, t, d, x, post, comb);
-        return kOk;
     });
 }
 
@@ -59,7 +53,6 @@ EXPORT int slotmoe_hyper_head(const float* h, const float* fn, const float* base
     if (t < 0 || m < 1 || d < 1) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         hyper_in(job, isa, {fn, base, scale, m, 1, eps, hc_eps}, h, t, d, x, nullptr, nullptr);
-        return kOk;
     });
 }
 
@@ -68,7 +61,6 @@ EXPORT int slotmoe_hyper_out(const float* y, const float* h, const float* post, 
     if (t < 0 || m < 1 || d < 1) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         hyper_out(job, isa, y, h, post, comb, t, m, d, out);
-        return kOk;
     });
 }
 
@@ -78,12 +70,9 @@ EXPORT int slotmoe_compress(const float* kv, const float* gate, const float* bia
                             int64_t rows, int64_t z, float eps, float* y) {
     if (windows < 0 || rows < 1 || z < 1) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        job.parallel(windows, [&](int, int64_t begin, int64_t end) {
-            for (int64_t w = begin; w < end; w++) {
-                isa.compress(kv + w * rows * z, gate + w * rows * z, bias, rows, z, y + w * z);
-                isa.rms_norm(y + w * z, norm, z, eps, y + w * z);
-            }
+        job.each(windows, [&](int, int64_t w) {
+            isa.compress(kv + w * rows * z, gate + w * rows * z, bias, rows, z, y + w * z);
+            isa.rms_norm(y + w * z, norm, z, eps, y + w * z);
         });
-        return kOk;
     });
 }
