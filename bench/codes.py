@@ -148,7 +148,7 @@ def _divergence(folder: Path, paths: Paths) -> float:
     texts = read_texts(paths, folder, SAMPLE)
     options: dict[str, Any] = {"quantize": False, "context": WINDOW}
     with Runtime.open(folder, **options) as ours, Runtime.open(SAMPLE, **options) as source:
-        evaluation = Evaluation(ours, source, keep=0)
+        evaluation = Evaluation(ours, source)
         for text in texts:
             for _ in evaluation.run(text, windows_of(text, WINDOW, None)[:WINDOWS]):
                 pass

@@ -2,15 +2,9 @@
 divergence.
 
 A text is tokenized whole and read in windows, each a sequence of its own that begins with the
-beginning-of-sentence token if the tokenizer wants one.  Two ways to cut windows of W positions:
-
-    ``strided``    Window k begins ``stride`` tokens after the one before and scores what none has
-                   scored yet, so that every token of the text is scored exactly once.  (Without a
-                   beginning token the text's first can't be.)
-    ``llama.cpp``  What its perplexity tool does with ``-c W``: the text with one beginning token is
-                   cut into pieces of W tokens, what remains at the end is left out, the first token
-                   of each piece is replaced by the beginning token, and those from W // 2 + 1 on
-                   are scored: W - 1 - W // 2 a window.
+beginning-of-sentence token if the tokenizer wants one.  Window k begins ``stride`` tokens after the
+one before and scores what none has scored yet, so that every token of the text is scored exactly
+once.  (Without a beginning token the text's first can't be.)
 
 Probabilities are a softmax over all ``vocab_size`` rows of the model, in float64, as in
 transformers and llama.cpp; rows past the tokenizer's vocabulary count too.  With p the reference's
@@ -39,7 +33,6 @@ from slotmoe.offload.model_source import read_model
 from slotmoe.offload.runtime import Runtime
 
 _ROWS = 32  # at a time in float64
-_CONTEXT = 16  # tokens shown before a bad one
 
 
 @dataclass(frozen=True)
@@ -132,9 +125,7 @@ class Evaluation:
 
     runtime: Runtime
     reference: Runtime | None = None
-    keep: int = 10
     files: dict[Path, Counter[str]] = field(default_factory=dict)  # sums, as ``_figures`` has them
-    _worst: list[Json] = field(default_factory=list)
 
     def run(self, text: Text, windows: Iterable[Window]) -> Iterator[int]:
         """Score one text; yields how many bytes of it are done, again and again."""
@@ -160,44 +151,17 @@ class Evaluation:
         part["nll"] = -log_q_RV.gather(1, target_R1).sum().item()
         if wanted_RV is not None:
             log_p_RV = wanted_RV.double().log_softmax(dim=-1)
-            kl_R = (log_p_RV.exp() * (log_p_RV - log_q_RV)).sum(dim=-1)
             part["reference_nll"] = -log_p_RV.gather(1, target_R1).sum().item()
-            part["divergence"] = kl_R.sum().item()
+            part["divergence"] = (log_p_RV.exp() * (log_p_RV - log_q_RV)).sum().item()
             part["agreed"] = int((log_q_RV.argmax(dim=-1) == log_p_RV.argmax(dim=-1)).sum())
-            self._remember(text, at, kl_R, log_q_RV, log_p_RV)
         if not math.isfinite(sum(part.values())):
             problem = "the model or its reference computed NaN or infinite logits"
             raise CheckpointError(f"{problem}; its weights are broken")
         sums.update(part)
         return stop
 
-    def _remember(
-        self, text: Text, at: int, kl_R: Tensor, log_q_RV: Tensor, log_p_RV: Tensor
-    ) -> None:
-        """Keep the tokens whose distributions differ most."""
-        decode = self.runtime.tokenizer.decode
-        for row in sorted(kl_R.topk(min(self.keep, len(kl_R))).indices.tolist()):
-            kl, index = kl_R[row].item(), at + row
-            if len(self._worst) == self.keep and kl <= self._worst[-1]["kl_divergence"]:
-                continue
-            token, log_q_V, log_p_V = text.ids[index], log_q_RV[row], log_p_RV[row]
-            entry = {
-                "file": str(text.path),
-                "position": index,
-                "context": decode(text.ids[max(0, index - _CONTEXT) : index]),
-                "token": decode([token]),
-                "kl_divergence": kl,
-                "probability": math.exp(log_q_V[token].item()),
-                "reference_probability": math.exp(log_p_V[token].item()),
-                "top": decode([int(log_q_V.argmax())]),
-                "reference_top": decode([int(log_p_V.argmax())]),
-            }
-            self._worst.append(entry)
-            self._worst.sort(key=lambda entry: entry["kl_divergence"], reverse=True)
-            del self._worst[self.keep :]
-
     def report(self) -> Json:
-        """All texts together, ``files`` one by one and, with a reference, ``worst_tokens``."""
+        """All texts together, and ``files`` one by one."""
         compared, total = self.reference is not None, Counter[str]()
         for sums in self.files.values():
             total.update(sums)
@@ -206,8 +170,7 @@ class Evaluation:
             for path, sums in self.files.items()
             if sums["tokens"]
         ]
-        worst = {"worst_tokens": self._worst} if compared else {}
-        return {**_figures(total, compared), "files": files, **worst}
+        return {**_figures(total, compared), "files": files}
 
 
 def _rows(runtime: Runtime, ids: list[int], first: int) -> Iterator[Tensor]:

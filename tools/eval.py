@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 _LOGITS_ROWS = 384
 _TEXT_HELP = "UTF-8 text to score; repeatable."
 _REFERENCE = "Compare with this model: the unquantized checkpoint folder, 'sample', or an export."
-_WORST = "With --reference: show the N worst tokens."
 _KERNELS_HELP = "torch, several times slower on CPUs, rounds no activations: the cost of weights."
 
 
@@ -39,7 +38,6 @@ _KERNELS_HELP = "torch, several times slower on CPUs, rounds no activations: the
 @option("--reference", "SRC", _REFERENCE)
 @count("--window", None, "Positions that one pass reads. [default: --context]")
 @count("--stride", None, "Tokens from a window's begin to the next. [default: --window - 1]")
-@option("--worst", "N", _WORST, type=click.IntRange(0, 1000), default=10)
 @choice("--kernels", ["auto", "torch"], "auto", _KERNELS_HELP)
 @options.open_options
 @options.JSON
@@ -47,7 +45,7 @@ def command(
     model: str, texts: tuple[Path, ...], reference: str | None, as_json: bool, **given: Any
 ) -> None:
     """Score text with MODEL: bits per byte and perplexity, and with --reference the mean KL
-    divergence in nats, how often both put the same token first, and where they differ most.
+    divergence in nats, and how often both put the same token first.
 
     A text is read in windows, each of them begun with the beginning-of-sentence token if the model
     has one.  By default they follow each other and every token is scored once.  A smaller --stride
@@ -87,7 +85,7 @@ def command(
         if reference is not None:
             other = stack.enter_context(_open_reference(reference, given))
         runtime = stack.enter_context(_open_beside(other, model, as_json, given))
-        evaluation = Evaluation(runtime, other, given["worst"])
+        evaluation = Evaluation(runtime, other)
         _run(evaluation, read, windows, f"Evaluating {model}", as_json)
         stats, seconds = runtime.stats(), time.perf_counter() - started
         settings = {"model": model, "reference": reference, "window": window}
@@ -203,13 +201,3 @@ def _print(report: Json, stderr: bool = False) -> None:
         for name, row in rows
     ]
     console.print(table(["text", *columns], cells))
-    differing = []
-    for token in report.get("worst_tokens", ()):
-        likeliest = one_line(f"{token['reference_top']} -> {token['top']}")
-        chance = f"{token['reference_probability']:.2%} -> {token['probability']:.2%}"
-        after, text = one_line(token["context"])[-30:], one_line(token["token"])
-        differing.append((f"{token['kl_divergence']:.3f}", after, text, chance, likeliest))
-    if differing:
-        title = "Where predictions differ most (reference -> model)"
-        names = ["KL", "after", "token", "chance", "likeliest"]
-        console.print(table(names, differing, title, (2, 4)))

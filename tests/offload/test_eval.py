@@ -80,14 +80,14 @@ def test_several_texts_and_an_export_as_reference(evaluate):
 
 
 def test_divergence_of_models_that_have_little_in_common(evaluate, tmp_path):
-    """So much that its direction shows, token by token."""
+    """So much that its direction shows."""
     write_checkpoint(tmp_path / "other", seed=1)
-    report = evaluate("export", "--window", 50, "--worst", 7, "--reference", tmp_path / "other")
+    report = evaluate("export", "--window", 50, "--reference", tmp_path / "other")
     with (
         Runtime.open("export", context=64) as runtime,
         Runtime.open(tmp_path / "other", quantize=False, context=64) as other,
     ):
-        ids, decode = runtime.tokenizer.encode(TEXT, add_bos=False), runtime.tokenizer.decode
+        ids = runtime.tokenizer.encode(TEXT, add_bos=False)
         pieces = [[0, *ids[start : start + 49]] for start in range(0, len(ids), 49)]
         q, p = (
             torch.cat([it.logits(piece)[:-1] for piece in pieces]).double().softmax(-1)
@@ -96,12 +96,6 @@ def test_divergence_of_models_that_have_little_in_common(evaluate, tmp_path):
     kl = (p * (p / q).log()).sum(-1)
     assert report["kl_divergence"] == pytest.approx(kl.mean().item(), rel=1e-6)
     assert report["top1_agreement"] == (q.argmax(-1) == p.argmax(-1)).double().mean().item()
-    assert [token["position"] for token in report["worst_tokens"]] == kl.topk(7).indices.tolist()
-    for token in report["worst_tokens"]:
-        at = token["position"]
-        assert token["kl_divergence"] == pytest.approx(kl[at].item(), rel=1e-6)
-        assert token["token"] == decode([ids[at]])
-        assert token["reference_top"] == decode([int(p[at].argmax())])
 
 
 REFUSED = {

@@ -172,23 +172,17 @@ def test_without_matplotlib_it_says_so(profile, monkeypatch, tmp_path):
     assert "img" not in Page(tmp_path / "out").tags
 
 
-REFUSED = {
-    "--text latin.txt": "latin.txt: byte 3 is not UTF-8 (try iconv",
-    "--text fine.txt --context 64 -n 64": "no room for fine.txt",
-    "--ram 1MiB": "needs at least",
-    "x -o fine.txt/below": "can't write a report there",
-}
+REFUSED = {"--ram 1MiB": "needs at least", "x -o fine.txt/below": "can't write a report there"}
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(slotmoe, sample_export, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     (tmp_path / "fine.txt").write_text(TEXT)
     for line, wanted in REFUSED.items():
         code, out, err = slotmoe("profile", sample_export, *line.split())
         assert (code, out) == (2, ""), line
         assert wanted in err and "Traceback" not in err
-    assert len([*tmp_path.iterdir()]) == 2
+    assert len([*tmp_path.iterdir()]) == 1
 
 
 def test_what_takes_memory_of_its_own_begins_when_the_model_is_gone(profile, monkeypatch, tmp_path):

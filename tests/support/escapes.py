@@ -194,7 +194,7 @@ def kept(place, most, chance):
     for _ in _variants(talk, most, chance):
         yield _typing("chat", place / "export", "-n", 3, stdin=[f"/load {talk}", "/stats"])
     chat = "chat", place / "export", "--session", "plans", "-n", 3, "--context", 256, *options
-    yield _typing(*chat, stdin=["/system", "/sessions", "Hello", f"/load {talk}", "/help"])
+    yield _typing(*chat, stdin=["/system", "Hello", f"/load {talk}", "/help"])
     yield "list", "--sessions", *options
     yield "list", "--sessions", "--json", *options
     for _ in _variants(place / "kept/names/plans.json", most, chance):

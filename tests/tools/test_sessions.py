@@ -79,10 +79,9 @@ def test_sessions_are_listed_and_deleted(chat, run, slotmoe, folder):
     place = ("--sessions", "--session-dir", folder)
     chat("My fellow citizens,\n", "--session", "plans")
     run(TEXT)
-    _, err = chat("/sessions\n/sessions delete plans\n/sessions\n")
-    assert re.search(r"novel  text, \d+ tokens, just now\nplans  chat, \d+ tokens, just now\n", err)
-    assert re.search(r"plans: deleted, \d+\.\d KiB are free again", err)
-    assert err.count("plans") == 2
+    shown = slotmoe("list", *place)[1]
+    assert re.search(r"novel\b.*\btext\b.*\bjust now\b.*\n.*plans\b.*\bchat\b", shown)
+    assert slotmoe("rm", *place, "plans")[0] == 0
     listed = json.loads(slotmoe("list", *place, "--json")[1])
     assert [session["name"] for session in listed["sessions"]] == ["novel"]
     assert slotmoe("rm", *place, "novel", "novel")[0] == 0

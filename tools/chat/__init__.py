@@ -10,10 +10,9 @@ import click
 
 from slotmoe.errors import ConfigError, SlotmoeError
 from slotmoe.offload.machine import cache_folder
-from slotmoe.sizes import format_size
 from slotmoe.tools import options
 from slotmoe.tools.options import MAX_PROMPT_BYTES, open_runtime
-from slotmoe.tools.sessions import described, go_on, open_session
+from slotmoe.tools.sessions import go_on, open_session
 
 if TYPE_CHECKING:
     from slotmoe.tools.chat.conversation import Dialogue
@@ -25,7 +24,6 @@ COMMANDS = {
     "/save [FILE]": "write it as JSON; without FILE to where it was saved or loaded last",
     "/load FILE": "go on with a saved conversation",
     "/regenerate": "another answer to your last message (needs a temperature above 0 to differ)",
-    "/sessions [delete NAME]": "list the sessions on disk, or delete one",
     "/stats": "speed, expert cache, disk, memory and context",
     "/help": "this list",
     "/exit": "leave, as does Ctrl-D",
@@ -122,10 +120,10 @@ def command(
             frontend.say(f"{model}, {context}. /help lists the commands, Ctrl-D leaves.")
         go_on(session, runtime, given["session_limit"], frontend.say)
         with frontend.talking():
-            talk(conversation, frontend, given["session_dir"])
+            talk(conversation, frontend)
 
 
-def talk(conversation: "Dialogue", frontend: Frontend, sessions: Path) -> None:
+def talk(conversation: "Dialogue", frontend: Frontend) -> None:
     """Answer messages and do commands until there are no more, or one says to leave."""
     conversation.notify, conversation.think = frontend.say, frontend.think
     while (line := frontend.read()) is not None:
@@ -135,14 +133,12 @@ def talk(conversation: "Dialogue", frontend: Frontend, sessions: Path) -> None:
             elif line.split()[0] in ("/exit", "/quit"):
                 return
             else:
-                _perform(conversation, frontend, sessions, *line.split(maxsplit=1))
+                _perform(conversation, frontend, *line.split(maxsplit=1))
         except (SlotmoeError, OSError, KeyboardInterrupt) as problem:
             frontend.fail(problem)
 
 
-def _perform(
-    conversation: "Dialogue", frontend: Frontend, sessions: Path, command: str, rest: str = ""
-) -> None:
+def _perform(conversation: "Dialogue", frontend: Frontend, command: str, rest: str = "") -> None:
     """Do a command.  Raises ``ConfigError``."""
     argument = rest.strip()
     if command == "/reset":
@@ -167,16 +163,6 @@ def _perform(
         frontend.say(f"{len(conversation.exchanges)} exchanges from {conversation.file}")
     elif command == "/regenerate":
         frontend.show(conversation.regenerate())
-    elif command == "/sessions" and not argument:
-        frontend.say(*described(sessions))
-    elif command == "/sessions":
-        action, *names = argument.split()
-        if action != "delete" or len(names) != 1:
-            raise ConfigError("/sessions: takes nothing, or delete NAME")
-        from slotmoe.offload.sessions.names import remove
-
-        freed = format_size(remove(sessions, names))
-        frontend.say(f"{names[0]}: deleted, {freed} are free again")
     elif command == "/stats":
         from slotmoe.tools.run import summary
 

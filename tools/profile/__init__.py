@@ -18,21 +18,18 @@ _FOLDER_HELP = "Folder of the report; an earlier report there is replaced."
 @click.command(name="profile", cls=options.Command)
 @options.MODEL
 @click.argument("prompt", required=False)
-@option("--text", "FILE", "Take the prompt from a UTF-8 file.", type=options.EXISTING)
 @options.workload_options
 @options.runtime_options
 @option("-o --output", "DIR", _FOLDER_HELP, type=Path, default=Path("slotmoe-profile"))
 @flag("--warm", "Fill the expert slots first, as after a long run; predictions are for that state.")
 @options.JSON
-def command(
-    model: str, prompt: str | None, text: Path | None, output: Path, as_json: bool, **given: Any
-) -> None:
-    """Run MODEL on PROMPT, a text file or a built-in text, and report memory and time by component.
+def command(model: str, prompt: str | None, output: Path, as_json: bool, **given: Any) -> None:
+    """Run MODEL on PROMPT or a built-in text, and report memory and time by component.
 
     The folder gets report.html (one file, opens offline), its charts as PNG, and profile.json:
     memory over time against the budget, the time of a token by component, expert use, hit rate and
     prefetch accuracy by layer, bytes by tier, and the plan's prediction beside what was measured.
-    Of a text longer than the context, the beginning is used.  Ctrl-C ends the run early; what was
+    Ctrl-C ends the run early; what was
     measured until then is still written.
 
     \b
@@ -40,17 +37,15 @@ def command(
       slotmoe profile sample
       slotmoe profile lite --ram 5GiB -n 64 -o lite-5gib
       slotmoe profile lite --ram 5GiB --warm --json > steady.json
-      slotmoe profile lite --text notes.txt --context 8192 --json > profile.json
+      slotmoe profile lite "$(cat notes.txt)" --context 8192 --json > profile.json
     """
     from slotmoe.tools.profile.report import overview, run, write_report  # imports torch
 
-    if prompt is not None and text is not None:
-        raise click.UsageError("PROMPT and --text are both given: choose one")
     there = next(path for path in (output, *output.absolute().parents) if path.exists())
     advice = "; choose another folder with -o"
     with refused(output, ConfigError, "can't write a report there", advice):
         tempfile.TemporaryFile(dir=there).close()
-    report, stopping = run(model, prompt, text, as_json, given)
+    report, stopping = run(model, prompt, as_json, given)
     write_report(report, output)
     page = output / "report.html"
     if stopping.number:

@@ -12,13 +12,11 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from slotmoe import __version__
-from slotmoe.errors import ConfigError, PlanError, visible
+from slotmoe.errors import ConfigError, visible
 from slotmoe.jsonfile import Json
-from slotmoe.offload.ingest.calibration import read_text
 from slotmoe.offload.machine import cache_folder, process_bytes
 from slotmoe.offload.observe import measure
 from slotmoe.offload.observe.profiler import MemorySampler, Profiler, profiled
-from slotmoe.offload.plan.memory import or_more_context
 from slotmoe.offload.plan.speed import Setting, stored_bandwidths
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.writer import replace_file
@@ -51,14 +49,11 @@ DEFAULT_PROMPT = (
     "crates and waited, and he wrote down for how long, because what is not written down is argued "
     "about afterwards."
 )
-_TEXT_BYTES_PER_TOKEN = 64  # of a text file no more than this times the context is read
 
 
-def run(
-    model: str, prompt: str | None, text: Path | None, quiet: bool, options: Json
-) -> tuple[Json, Stopping]:
+def run(model: str, prompt: str | None, quiet: bool, options: Json) -> tuple[Json, Stopping]:
     """The report, and what may have stopped the run."""
-    report, stopping, lasting = _observed(model, prompt, text, quiet, options)
+    report, stopping, lasting = _observed(model, prompt, quiet, options)
     # The model is closed by now, because measuring takes memory of its own.
     room = lasting.plan.budget - process_bytes() if lasting.plan.tier == "ram" else math.inf
     ram, disk = measure.ram_bandwidth(lasting.cpu, room), measure.drive_bandwidths(lasting.export)
@@ -74,7 +69,7 @@ def run(
 
 
 def _observed(
-    model: str, prompt: str | None, text: Path | None, quiet: bool, options: Json
+    model: str, prompt: str | None, quiet: bool, options: Json
 ) -> tuple[Json, Stopping, measure.Lasting]:
     """What was seen of the run, what may have stopped it, and what lasts of the closed model."""
     warm, trace = options.pop("warm"), options.pop("trace")
@@ -88,7 +83,7 @@ def _observed(
         if warm:
             with byte_bars("Filling expert slots", quiet=quiet) as (progress,):
                 runtime.warm(progress)
-        given = _workload(runtime, prompt, text, most, arguments["chat"])
+        given = DEFAULT_PROMPT if prompt is None else prompt_text(prompt)
         if trace is not None:
             runtime.trace(trace)
 
@@ -106,34 +101,12 @@ def _observed(
             show("", f"slotmoe: {so_far}", err=True)
         report: Json = {"model": model, "complete": not stopping.number}
         report |= measured(runtime, profiler, sampler)
-        read = given if isinstance(given, str) else runtime.tokenizer.decode(given)
         lasting = measure.Lasting(runtime.model)
-    workload = {"prompt": read, "text": "".join(words)}
+    workload = {"prompt": given, "text": "".join(words)}
     report["workload"] = {**workload, "new_tokens": len(words), "asked_tokens": most}
     asked = {key: value for key, value in options.items() if value is not None}
     report["settings"] = asked | report["settings"]
     return report, stopping, lasting
-
-
-def _workload(
-    runtime: Runtime, prompt: str | None, text: Path | None, max_new_tokens: int, chat: bool
-) -> str | list[int]:
-    """A text, or the ids of a text file's beginning where the whole would not fit."""
-    if text is None:
-        return DEFAULT_PROMPT if prompt is None else prompt_text(prompt)
-    words = read_text(text, _TEXT_BYTES_PER_TOKEN * runtime.context)
-    if chat:
-        return words
-    room = runtime.context - max_new_tokens
-    if room < 1:
-        problem = f"leaves no room for {text} in a context of {runtime.context} positions"
-        advice = or_more_context("lower -n", runtime.config, runtime.context)
-        raise PlanError(f"-n {max_new_tokens} {problem}: {advice}")
-    ids = runtime.tokenizer.encode(words)
-    if len(ids) > room:
-        why = f"for --context {runtime.context} and -n {max_new_tokens}"
-        say(f"{text}: the first {room} tokens are used, {why}")
-    return ids[:room]
 
 
 def figures(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> Json:
