@@ -24,10 +24,9 @@ from slotmoe.offload.model_cache import listing
 from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.quant.shapes import ALIGNMENT
 from slotmoe.sizes import format_size
-from slotmoe.tools.options import JSON, option
+from slotmoe.tools.options import JSON
 from slotmoe.tools.screen import json_of, show
 
-_EXPERTS_HELP = "Look at the drive of this copy of an export's experts too; may be repeated."
 # By the flags that Linux shows.
 _SETS = {"avx512_vnni": "AVX-512 VNNI", "avx_vnni": "AVX-VNNI", "avx2": "AVX2"}
 _SETS |= {"asimd": "NEON", "asimddp": "sdot", "i8mm": "i8mm"}
@@ -47,9 +46,8 @@ class Check:
 
 
 @click.command(name="doctor")
-@option("--experts-dir experts_dirs", "DIR", _EXPERTS_HELP, multiple=True, type=Path)
 @JSON
-def command(experts_dirs: tuple[Path, ...], as_json: bool) -> int:
+def command(as_json: bool) -> int:
     """Show what this machine has for slotmoe: processor, kernels, GPU, memory, disk and libraries;
     and for what is missing (!!) or could be added (--) how to get it.  The exit code is 1 if
     anything is missing.
@@ -60,7 +58,7 @@ def command(experts_dirs: tuple[Path, ...], as_json: bool) -> int:
       slotmoe doctor --json
     """
     checks = [_system(), *_processor(), *_kernels(), _gpu(), *_memory(), *_libraries()]
-    checks += [_cache(), _disk(), *map(_drive, experts_dirs)]
+    checks += [_cache(), _disk()]
     is_well = all(check.state != "bad" for check in checks)
     if as_json:
         print(json_of({"version": __version__, "ok": is_well, "checks": list(map(asdict, checks))}))
@@ -196,29 +194,11 @@ def _disk() -> Check:
             file.write(bytes(ALIGNMENT))
             file.flush()
             os.fsync(file.fileno())
-            state, reads = _reads(file.fileno())
+            is_direct = system.bypass_page_cache(file.fileno(), ALIGNMENT)
     except OSError as problem:
         advice = "set SLOTMOE_CACHE to a folder that can be written"
         return Check("disk", "bad", f"{found}; can't be written ({problem.strerror})", advice)
-    reads += _stored("disk") or "; slotmoe bench measures its speed"
+    found += "" if is_direct else "; no direct reads"
+    found += _stored("disk") or "; slotmoe bench measures its speed"
     advice = "reads go through the page cache; keep exports on a local disk (ext4, xfs)"
-    return Check("disk", state, found + reads, advice if state == "note" else "")
-
-
-def _drive(folder: Path) -> Check:
-    """A folder for --experts-dir."""
-    files = sorted(folder.glob("layer-*.safetensors"))
-    if not files:
-        advice = "copy the files of an export's experts folder there"
-        return Check("drive", "bad", f"{folder} has no layer-*.safetensors", advice)
-    with open(files[0], "rb", buffering=0) as file:
-        state, reads = _reads(file.fileno())
-    found = f"{len(files)} layers in {folder} on {file_system(folder)[0]}{reads}"
-    return Check("drive", state, found)
-
-
-def _reads(handle: int) -> tuple[str, str]:
-    """The state of a drive, by whether aligned bytes of an open file can be read past the page
-    cache, and that in words."""
-    is_direct = system.bypass_page_cache(handle, ALIGNMENT)
-    return ("ok", "; direct reads") if is_direct else ("note", "; no direct reads")
+    return Check("disk", "ok", found) if is_direct else Check("disk", "note", found, advice)

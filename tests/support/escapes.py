@@ -175,7 +175,6 @@ def names(place, most, chance):
     yield "quantize", named, place / f"{FILE}3"
     yield "run", "forge", "Hi", "-n", "2"
     yield "eval", cache / FILE, "--text", place / f"{FILE}.txt", "--context", 64
-    yield "doctor", "--experts-dir", cache / FILE / "experts"
     yield "rm", f"{FILE}2.partial"
     yield "rm", FILE
 
