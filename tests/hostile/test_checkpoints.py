@@ -200,7 +200,7 @@ OF_V4 = [
 
 def test_tensors_of_a_v4_are_refused_by_name(tmp_path):
     """In DeepSeek's own spelling, and by the names of transformers' network."""
-    v4.write_v4(tmp_path / "source", "v4", hub=True)
+    v4.write_case(tmp_path / "source", "v4", hub=True)
     file, export = tmp_path / "source" / "model.safetensors", tmp_path / "export"
     good = load_file(file)
     for name, change, words in OF_V4:

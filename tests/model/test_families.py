@@ -41,7 +41,7 @@ from tests.support.families import (
     config_of,
     write_family,
 )
-from tests.support.native import feed, reference_cache, reference_network
+from tests.support.native import feed, reference_cache, reference_of
 from tests.support.oracle import relative_error, transformers_logits
 from tests.support.params import nth
 from tests.support.v4 import V4
@@ -62,38 +62,24 @@ def test_reference_path_equals_transformers(name, tmp_path):
 # Cases of V4, V3.2 and GLM-5, and seeds of texts in which rounding decides no choice of a top-k.
 # More heads, so that no token has all of their products negative, and a tie for it.
 SEEDS = {"v4": 0, "v4-odd": 0, "v3.2-sparse-yarn": 3, "glm-5-shared": 3}
+LONG = 389, [[1] * 20 + [220, 3, *[1] * 146], [127, 1, 16, 17, 100, 128]]
+SHORT = 70, [[6, 1, 1, 1, *[1] * 20, 40, 1], [9, 33, 7, 21]]
 
 
 @pytest.mark.usefixtures("oracle")
-@pytest.mark.parametrize(("case", "seed"), SEEDS.items())
-def test_passes_of_any_size_equal_transformers(case, seed, tmp_path):
-    """Over more tokens than a window, a compressed row of each kind and ``index_topk``."""
-    v4.write_v4(tmp_path, case, max_position_embeddings=1024, index_n_heads=16)
-    ids_T = torch.randint(2, 4000, (389,), generator=torch.Generator().manual_seed(seed))
-    wanted = transformers_logits(tmp_path, ids_T.tolist())
-    with open_checkpoint(tmp_path) as checkpoint:
-        weights = {name: checkpoint.tensor(name) for name in checkpoint.infos}
-        network = reference_network(checkpoint.config, weights)
-    for sizes in ([389], [1] * 20 + [220, 3, *[1] * 146], [127, 1, 16, 17, 100, 128]):
-        state = reference_cache(network.config, 512)
-        assert relative_error(feed(network, state, ids_T.tolist(), sizes), wanted) <= 1e-5
-
-
-@pytest.mark.usefixtures("oracle")
-@pytest.mark.parametrize("name", GROUPED_CASES)
-def test_grouped_queries_equal_transformers(name, tmp_path):
-    """In passes that end before, at and behind windows' ends, and in chunks of such."""
-    family, overrides = GROUPED_CASES[name]
-    write_family(tmp_path, family, **overrides)
-    ids = torch.randint(2, 4000, (70,), generator=torch.Generator().manual_seed(1)).tolist()
-    wanted = transformers_logits(tmp_path, ids)
-    with open_checkpoint(tmp_path) as checkpoint:
-        assert not checkpoint.config.unknown_keys
-        weights = {name: checkpoint.tensor(name) for name in checkpoint.infos}
-        network = reference_network(checkpoint.config, weights)
-    passes = [6, 1, 1, 1, *[1] * 20, 40, 1], [9, 33, 7, 21]
-    for sizes, chunk in (([70], 70), ([70], 16), *zip(passes, (70, 16), strict=True)):
-        state, network._chunk_tokens = reference_cache(network.config, 80), chunk
+@pytest.mark.parametrize("case", [*SEEDS, *GROUPED_CASES])
+def test_passes_of_any_size_equal_transformers(case, tmp_path):
+    """Over more tokens than a window, a compressed row of each kind and ``index_topk``; in passes
+    that end before, at and behind windows' ends, and in chunks of such."""
+    more = {"max_position_embeddings": 1024, "index_n_heads": 16} if case in SEEDS else {}
+    v4.write_case(tmp_path, case, **more)
+    count, passes = LONG if case in SEEDS else SHORT
+    generator = torch.Generator().manual_seed(SEEDS.get(case, 1))
+    ids = torch.randint(2, 4000, (count,), generator=generator).tolist()
+    wanted, network = transformers_logits(tmp_path, ids), reference_of(tmp_path)
+    assert case in SEEDS or not network.config.unknown_keys
+    for sizes, chunk in zip([[count], [count], *passes], [count, 16] * 2, strict=True):
+        state, network._chunk_tokens = reference_cache(network.config, count + 10), chunk
         assert relative_error(feed(network, state, ids, sizes), wanted) <= 1e-5
 
 
@@ -257,7 +243,7 @@ def test_the_text_part_of_a_model_with_images_is_read():
 def test_a_v4_is_the_same_in_both_spellings(case, tmp_path):
     """What is small stays as it is, in float32, and expert ids become int32."""
     for folder in ("transformers", "hub"):
-        v4.write_v4(tmp_path / folder, case, hub=folder == "hub")
+        v4.write_case(tmp_path / folder, case, hub=folder == "hub")
     with (
         open_checkpoint(tmp_path / "transformers") as ours,
         open_checkpoint(tmp_path / "hub") as theirs,

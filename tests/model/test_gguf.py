@@ -20,9 +20,10 @@ from slotmoe.model.checkpoint.gguf_metadata import files_of
 from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.tokenizer import Tokenizer
 from tests.support import hostile
-from tests.support.families import CASES, GROUPED_CASES, YARN, write_family
+from tests.support.families import YARN
 from tests.support.gguf import write_gguf
 from tests.support.tiny import SAMPLE, write_checkpoint
+from tests.support.v4 import write_case
 
 ROOT, BIAS = Path(__file__).parents[2], "blk.1.exp_probs_b.bias"
 GEOMETRIES = {
@@ -99,9 +100,7 @@ FAMILIES = {  # by case: what no file of that architecture can say
 def test_other_families(case, tmp_path):
     """As the converter and its names of tensors have them, in the package's own table; the config
     follows from tensors in any part."""
-    family, changed = (CASES | GROUPED_CASES)[case]
-    (tmp_path / "source").mkdir()
-    write_family(tmp_path / "source", family, **{**changed, **FAMILIES[case]})
+    write_case(tmp_path / "source", case, **FAMILIES[case])
     experts = "MXFP4" if "blocks" in case else None
     given = tmp_path / "source", tmp_path / "model.gguf", "F32"
     path, parts = (write_gguf(*given, experts=experts, shards=shards) for shards in (1, 5))

@@ -12,8 +12,9 @@ from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.network import MtpHead
 from tests.support import plain, v4
+from tests.support.encoded import fused
 from tests.support.engine import IDS
-from tests.support.families import CASES, GLM4, V3, fused, oracle_network, quietly, write_family
+from tests.support.families import V3, oracle_network, quietly, write_family
 from tests.support.native import reference_cache, reference_network
 from tests.support.oracle import relative_error
 
@@ -30,20 +31,6 @@ def reference(folder, step_tokens=1 << 30):
     network = reference_network(config, weights)
     head = MtpHead(network, weights, network.experts, step_tokens)
     return network, head, *(reference_cache(c, 64) for c in (config, head.config))
-
-
-@pytest.mark.parametrize("case", SOME)
-def test_head_beside_its_formula(tmp_path, case):
-    family, overrides = CASES[case]
-    write_family(tmp_path, family, **overrides, **MTP)
-    network, head, cache, own = reference(tmp_path)
-    ids_T = torch.tensor(IDS[:10])
-    hidden_TD = network.forward(ids_T, [cache])
-    logits_RV = head.head(head.forward(hidden_TD[:-1].clone(), ids_T[1:], own))
-    assert own.length == 9 and len(own.layers) == 1 and len(cache.layers) == len(network.layers)
-    assert relative_error(logits_RV, plain.mtp_logits(tmp_path, IDS[:10])) <= TIGHT
-    # what it predicts is its own: neither the network's next token, nor the one behind it
-    assert relative_error(logits_RV, network.head(hidden_TD)[1:]) > 0.1
 
 
 WITHOUT_HEAD = [  # what the checkpoint is, whether its config speaks of a head, and the answer
@@ -107,45 +94,46 @@ def v4_head_logits(folder, ids):
         return network.lm_head(network.model.norm(network.model.hc_head(h_1TQD)))[0]
 
 
-@pytest.mark.usefixtures("oracle")
-@pytest.mark.parametrize("case", ["v4", "v4-odd", "v4-two-streams"])
-def test_v4s_head_beside_transformers_layer(tmp_path, case):
-    v4.write_v4(tmp_path, case, **MTP, index_n_heads=16)  # so that no choice is a tie
-    network, head, state, own = reference(tmp_path)
-    ids_T = torch.tensor(IDS[:30])
-    hidden_TD = network.forward(ids_T, [state])
-    logits_RV = head.head(head.forward(hidden_TD[:-1].clone(), ids_T[1:], own))
-    assert relative_error(logits_RV, v4_head_logits(tmp_path, IDS[:30])) <= TIGHT
-    assert relative_error(logits_RV, network.head(hidden_TD)[1:]) > 0.1
-
-
-@pytest.mark.usefixtures("oracle")
-@pytest.mark.parametrize("overrides", [{}, {"use_qk_norm": False, "num_key_value_heads": 6}])
-def test_glm4s_head_beside_transformers_layer(tmp_path, overrides):
+def glm4_head_logits(folder, ids):
+    """The same of GLM-4.5's, by transformers' layer for it."""
     from transformers.modeling_layers import MtpLayer
 
-    write_family(tmp_path, GLM4, **overrides, **MTP)
-    network, head, state, own = reference(tmp_path)
-    ids_T = torch.tensor(IDS[:30])
-    hidden_TD = network.forward(ids_T, [state])
-    logits_RV = head.head(head.forward(hidden_TD[:-1].clone(), ids_T[1:], own))
-    main, weights = oracle_network(tmp_path, {}), load_file(tmp_path / "model.safetensors")
+    main, weights = oracle_network(folder, {}), load_file(folder / "model.safetensors")
     prefix = f"model.layers.{main.config.num_hidden_layers}."
     words = {"shared_head.norm": "post_norm"} | {n: n for n in ("enorm", "hnorm", "eh_proj")}
     inner = {}
     for name in [name for name in weights if name.startswith(prefix)]:
-        part = name.removeprefix(prefix).removesuffix(".weight")
-        part = (
-            f"{words[part]}.weight" if part in words else f"mtp_block.{name.removeprefix(prefix)}"
-        )
-        inner[part] = weights[name]
+        base, _, kind = name.removeprefix(prefix).rpartition(".")
+        inner[f"{words.get(base, f'mtp_block.{base}')}.{kind}"] = weights[name]
     with quietly():
         kinds = type(main.model.layers[-1]), type(main.model.norm)
         layer = MtpLayer(main.config, *kinds, main.config.num_hidden_layers)
-        layer.load_state_dict(fused(inner, main.config))
-        h_1TD = main.model(ids_T[None]).last_hidden_state[:, :-1]
-        positions_1T = torch.arange(29)[None]
-        mask = torch.full((29, 29), -torch.inf).triu(1)[None, None]
+        layer.load_state_dict(fused(inner))
+        h_1TD = main.model(torch.tensor([ids])).last_hidden_state[:, :-1]
+        positions_1T = torch.arange(len(ids) - 1)[None]
+        mask = torch.full((len(ids) - 1,) * 2, -torch.inf).triu(1)[None, None]
         tables = main.model.rotary_emb(h_1TD, positions_1T)
-        given = main.model.embed_tokens(ids_T[None, 1:]), h_1TD, tables, mask, positions_1T, None
-        assert relative_error(logits_RV, main.lm_head(layer(*given))[0]) <= TIGHT
+        given = main.model.embed_tokens(torch.tensor([ids[1:]])), h_1TD, tables, mask
+        return main.lm_head(layer(*given, positions_1T, None))[0]
+
+
+HEADS = [(case, plain.mtp_logits, {}) for case in SOME]
+WITH_TRANSFORMERS = [("glm4", glm4_head_logits, {}), ("glm4-no-norm", glm4_head_logits, {})]
+for case in ("v4", "v4-odd", "v4-two-streams"):  # so that no choice is a tie
+    WITH_TRANSFORMERS += [(case, v4_head_logits, {"index_n_heads": 16})]
+HEADS += [pytest.param(*head, marks=pytest.mark.full) for head in WITH_TRANSFORMERS]
+
+
+@pytest.mark.parametrize(("case", "wanted", "more"), HEADS)
+def test_a_head_beside_its_formula_or_transformers_layer(tmp_path, case, wanted, more):
+    ids = IDS[:30]
+    v4.write_case(tmp_path, case, **more, **MTP)
+    network, head, state, own = reference(tmp_path)
+    hidden_TD = network.forward(torch.tensor(ids), [state])
+    logits_RV = head.head(head.forward(hidden_TD[:-1].clone(), torch.tensor(ids[1:]), own))
+    assert (own.length, state.length) == (29, 30)
+    if case in SOME:
+        assert len(own.layers) == 1 and len(state.layers) == len(network.layers)
+    assert relative_error(logits_RV, wanted(tmp_path, ids)) <= TIGHT
+    # what it predicts is its own: neither the network's next token, nor the one behind it
+    assert relative_error(logits_RV, network.head(hidden_TD)[1:]) > 0.1

@@ -7,13 +7,12 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.kernels.cpu import bindings as kernels
 from tests.support import plain
 from tests.support.families import V2, V2_CASES, config_of
-from tests.support.native import feed, native_cache, network_of, reference_cache, reference_network
+from tests.support.native import feed, native_cache, network_of, reference_cache, reference_of
 from tests.support.oracle import relative_error
 from tests.support.tiny import write_checkpoint
 
@@ -69,10 +68,8 @@ def reference(tmp_path_factory):
     cache for it."""
     folder = tmp_path_factory.mktemp("reference")
     write_checkpoint(folder, max_position_embeddings=8192, **V2_CASES["groups-qlora-yarn"])
-    with open_checkpoint(folder) as checkpoint:
-        weights = {name: checkpoint.tensor(name).float() for name in checkpoint.infos}
-        config = checkpoint.config
-    return reference_network(config, weights), partial(reference_cache, config)
+    network = reference_of(folder)
+    return network, partial(reference_cache, network.config)
 
 
 @pytest.mark.parametrize("sizes", [[1] * 40, [7, 20, 13], [1, 38, 1]], ids=str)

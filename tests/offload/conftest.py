@@ -13,8 +13,8 @@ from slotmoe.offload.policy.passes import MOST_DRAFTED, Drafting
 from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.tools.bench import speed
 from tests.support.engine import IDS, PROMPT
-from tests.support.families import CASES, write_family
 from tests.support.twin import Twin, open_on
+from tests.support.v4 import write_case
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -66,9 +66,8 @@ def wanted(twin, sample_export):
 def with_head(tmp_path_factory):
     """A checkpoint whose head predicts one token more, and exports of it without and with that."""
     folder = tmp_path_factory.mktemp("mtp")
-    family, overrides = CASES["v3-groups-yarn"]
-    head = {"num_nextn_predict_layers": 1}
-    write_family(folder / "source", family, torch.bfloat16, **overrides, **head)
+    given = folder / "source", "v3-groups-yarn", torch.bfloat16
+    write_case(*given, num_nextn_predict_layers=1)
     quantize(folder / "source", folder / "without")
     quantize(folder / "source", folder / "export", keep_mtp=True)
     return folder

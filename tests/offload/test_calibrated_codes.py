@@ -17,12 +17,12 @@ from slotmoe.quant.codecs.codec import EXPERT_CODECS
 from slotmoe.quant.export.layout import MANIFEST, layer_file
 from slotmoe.system import cores
 from tests.support.disk import Stop, stop_at, tree
-from tests.support.families import OSS, PLAIN_ROPE, write_family
+from tests.support.families import PLAIN_ROPE
 from tests.support.hub import NAME, Repo, make
 from tests.support.kernels import relative
-from tests.support.native import reference_network
+from tests.support.native import reference_of
 from tests.support.tiny import write_checkpoint
-from tests.support.v4 import write_v4
+from tests.support.v4 import write_case
 
 MIXED = {"codecs": EXPERT_CODECS["lut", "4"], "resident": "mixed"}
 
@@ -71,8 +71,8 @@ def test_calibrated_codes_cost_less_where_it_counts(exports):
 
 
 SOURCES = {
-    "v4": lambda folder: write_v4(folder, "v4", torch.float32),
-    "gpt-oss": lambda folder: write_family(folder, OSS, **PLAIN_ROPE),
+    "v4": lambda folder: write_case(folder, "v4"),
+    "gpt-oss": lambda folder: write_case(folder, "gpt-oss", **PLAIN_ROPE),
 }
 
 
@@ -88,9 +88,7 @@ def test_a_text_goes_through_the_network_that_the_reference_path_has(source, tmp
         calibration.begin()
         for layer in calibration.remaining:
             calibration.layer(layer)
-        weights = {name: checkpoint.tensor(name) for name in checkpoint.infos}
-    network = reference_network(checkpoint.config, weights)
-    found = network.head(calibration.hidden_TD.cpu())
+    found = reference_of(tmp_path).head(calibration.hidden_TD.cpu())
     with Runtime.open(tmp_path, context=64, quantize=False) as runtime:
         assert relative(found, runtime.logits(window)) < 1e-5
 

@@ -6,9 +6,9 @@ import torch
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.kernels.cpu.bindings import load
-from tests.support import v4
 from tests.support.engine import decode, whole
-from tests.support.families import GROUPED_CASES, IN_BLOCKS, write_family
+from tests.support.families import IN_BLOCKS
+from tests.support.v4 import write_case
 
 pytestmark = pytest.mark.skipif(load() is None, reason="the native kernels are not built")
 # Over a window, a compressed row of 128 and what an indexer chooses.
@@ -26,11 +26,7 @@ def export(request, tmp_path_factory):
     if has_head := request.param not in ("glm-5-shared", "gpt-oss", "dots-wide-window"):
         changes["num_nextn_predict_layers"] = 1
     given = folder / "source", request.param, torch.bfloat16
-    if request.param in GROUPED_CASES:
-        family, overrides = GROUPED_CASES[request.param]
-        write_family(given[0], family, torch.bfloat16, **overrides, **changes)
-    else:
-        v4.write_v4(*given, hub="v4" in request.param, **changes)
+    write_case(*given, hub="v4" in request.param, **changes)
     quantize(folder / "source", folder / "export", keep_mtp=has_head)
     return folder / "export"
 

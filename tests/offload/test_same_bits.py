@@ -9,8 +9,8 @@ import torch
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from tests.support.engine import IDS, PROMPT, decode, whole
-from tests.support.families import CASES, write_family
 from tests.support.params import nth
+from tests.support.v4 import write_case
 
 PROMPTS = [PROMPT, IDS, "The people of the United States have a government. " * 4]
 FAMILIES = ("v3-groups-yarn", "glm-two-dense", "mistral-groups", "v3.2", "glm-5")
@@ -77,8 +77,7 @@ def test_sample(sample_export, always_guessing, eager, tmp_path, way):
 
 @pytest.mark.parametrize("family", nth(2, FAMILIES))
 def test_families(family, always_guessing, tmp_path):
-    kind, overrides = CASES[family]
-    write_family(tmp_path / "source", kind, torch.bfloat16, **overrides)
+    write_case(tmp_path / "source", family, torch.bfloat16)
     quantize(tmp_path / "source", tmp_path / "export")
     found = []
     for options in ({}, {"slots": 6}, {"slots": 9, "prefetch": False}):

@@ -1,16 +1,16 @@
 """Whole networks with indexers, compressed rows or grouped queries in one native call for many
 layers, against the single operations."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from slotmoe.model.attention import new_state
-from slotmoe.quant.backends.base import new
 from slotmoe.quant.backends.native import NativeBackend
 from tests.support import v4
 from tests.support.families import DSA, GROUPED_CASES, V2, V2_CASES, V32, config_of
 from tests.support.kernels import native, needs_native
-from tests.support.native import LayerByLayerOps, feed, network_of
+from tests.support.native import LayerByLayerOps, feed, native_cache, network_of
 
 pytestmark = needs_native
 
@@ -36,8 +36,7 @@ CASES = {  # with the tokens that are fed
 }
 
 
-def state_of(network, context=300):
-    return new_state(network.config, context, network.backend.latent_row, new)
+state_of = partial(native_cache, context=300)
 
 
 def rows_of(state):

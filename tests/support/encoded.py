@@ -98,23 +98,34 @@ def encode(folder, settings, block=128, scales_apart=False):
     return stored
 
 
+def _experts(tensors, kind="weight"):
+    """Take experts out of ``tensors``: for each layer the beginning of their names, and gate, up
+    and down of all."""
+    first = f"0.gate_proj.{kind}"
+    for name in [name for name in tensors if name.endswith(f".experts.{first}")]:
+        base = name.removesuffix(first)
+        count = sum(n.startswith(base) and n.endswith(first[1:]) for n in tensors)
+        of_part = (
+            [tensors.pop(f"{base}{e}.{part}_proj.{kind}") for e in range(count)]
+            for part in ("gate", "up", "down")
+        )
+        yield base, *map(torch.stack, of_part)
+
+
+def fused(tensors):
+    """The same with a layer's experts in one tensor, as transformers holds them."""
+    for base, gate, up, down in _experts(tensors):
+        tensors |= {base + "gate_up_proj": torch.cat((gate, up), 1), base + "down_proj": down}
+    return tensors
+
+
 def fuse(folder, prefix="model."):
     """Rewrite the checkpoint in ``folder``, one file, as transformers 5 saves experts, under names
     that begin with ``prefix`` and beside tensors that read images."""
-    tensors = load_file(folder / "model.safetensors")
-    fused = {}
-    for name in [name for name in tensors if name.endswith("experts.0.gate_proj.weight")]:
-        base = name.removesuffix("0.gate_proj.weight")
-        count = sum(n.startswith(base) and n.endswith("gate_proj.weight") for n in tensors)
-        gate, up, down = (
-            [tensors.pop(f"{base}{e}.{part}_proj.weight") for e in range(count)]
-            for part in ("gate", "up", "down")
-        )
-        fused[base + "gate_up_proj"] = torch.cat((torch.stack(gate), torch.stack(up)), 1)
-        fused[base + "down_proj"] = torch.stack(down)
+    tensors = fused(load_file(folder / "model.safetensors"))
     (folder / "model.safetensors").unlink()
     stored = {"model.vision_tower.patch.weight": torch.zeros(3, 3, dtype=torch.uint8)}
-    for name, tensor in (tensors | fused).items():
+    for name, tensor in tensors.items():
         stored[re.sub(r"^model\.", prefix, name)] = tensor.contiguous()
     write_files(folder, {"model-1.safetensors": stored})
 
@@ -122,15 +133,9 @@ def fuse(folder, prefix="model."):
 def fuse_interleaved(tensors, in_blocks=False):
     """Experts by themselves as gpt-oss has those of a layer: rows of gate and up take turns, and
     matrices are turned, or ``in_blocks`` of 16 bytes and a scale."""
-    fused = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
-    for first in [name for name in tensors if name.endswith("experts.0.gate_proj.bias")]:
-        base = first.removesuffix("0.gate_proj.bias")
-        count = sum(n.startswith(base) and n.endswith("gate_proj.bias") for n in tensors)
-        for kind in ("weight", "bias"):
-            gate, up, down = (
-                torch.stack([tensors[f"{base}{e}.{part}_proj.{kind}"] for e in range(count)])
-                for part in ("gate", "up", "down")
-            )
+    left, fused = dict(tensors), {}
+    for kind in ("weight", "bias"):
+        for base, gate, up, down in _experts(left, kind):
             both = torch.stack((gate, up), 2).flatten(1, 2)
             for name, whole in ((f"{base}gate_up_proj", both), (f"{base}down_proj", down)):
                 if kind == "bias":
@@ -142,7 +147,7 @@ def fuse_interleaved(tensors, in_blocks=False):
                     fused[name + "_scales"] = scales.view(torch.uint8).view(blocks.shape[:3])
                 else:
                     fused[name] = whole.transpose(1, 2).contiguous()
-    return fused
+    return left | fused
 
 
 def write_files(folder, files, **config_changes):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from slotmoe.model.families import FAMILIES
+from tests.support.encoded import fused
 from tests.support.tiny import CONFIG, ODD_SIZES, REMOVE, write_files
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "beta_fast": 32.0}
@@ -32,7 +33,7 @@ TYPES = {"num_hidden_layers": 4, "mlp_layer_types": ["dense", "dense", "sparse",
 TYPES |= {"first_k_dense_replace": REMOVE}
 V2, V3, GLM, MISTRAL = "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "mistral4"
 V32, DSA = "deepseek_v32", "glm_moe_dsa"
-CLASSES = {V3: "DeepseekV3", GLM: "Glm4MoeLite", MISTRAL: "Mistral4"}
+CLASSES = {V2: "DeepseekV2", V3: "DeepseekV3", GLM: "Glm4MoeLite", MISTRAL: "Mistral4"}
 CLASSES |= {V32: "DeepseekV32", DSA: "GlmMoeDsa"}
 SOFTMAX = {**WITHOUT_METHOD, "first_k_dense_replace": 0, "rope_parameters": LONG}
 
@@ -147,17 +148,12 @@ V2_CASES = {
 
 def config_of(family: str, **overrides):
     """``config.json`` of a tiny model."""
-    if family == V2:
-        config = dict(CONFIG)
-    elif family in OF_GROUPED:
-        architectures = [f"{CLASSES[family]}ForCausalLM"]
-        config = {**_GROUPED, "model_type": family, "architectures": architectures}
-        config |= OF_GROUPED[family] | overrides
-        return {key: value for key, value in config.items() if value is not REMOVE}
+    named = {"model_type": family, "architectures": [f"{CLASSES[family]}ForCausalLM"]}
+    if family in OF_GROUPED:
+        config = _GROUPED | named | OF_GROUPED[family]
     else:
-        architectures = [f"{CLASSES[family]}ForCausalLM"]
-        config = {**SHARED, "model_type": family, "architectures": architectures}
-    config["num_key_value_heads"] = overrides.get("num_attention_heads", 4)
+        config = (CONFIG if family == V2 else SHARED) | named
+        config["num_key_value_heads"] = overrides.get("num_attention_heads", 4)
     config |= overrides
     return {key: value for key, value in config.items() if value is not REMOVE}
 
@@ -189,7 +185,7 @@ def oracle_network(folder: Path, weights):
         assert not [name for name in info["unexpected_keys"] if head not in name]
         return network
     network = model_class._from_config(config, dtype=torch.float32, **eager)
-    missing, unexpected = network.load_state_dict(fused(dict(weights), config), strict=False)
+    missing, unexpected = network.load_state_dict(fused(dict(weights)), strict=False)
     left = {"lm_head.weight"} if config.tie_word_embeddings else set()
     assert not unexpected and {*missing} <= left, (unexpected, missing)
     if config.model_type == MISTRAL:
@@ -198,17 +194,3 @@ def oracle_network(folder: Path, weights):
         for layer in network.model.layers:
             layer.self_attn.scaling = layer.self_attn.qk_head_dim**-0.5
     return network
-
-
-def fused(weights, config):
-    """The same with a layer's experts in one tensor, as transformers holds them."""
-    prefixes = {name.partition("experts.0.")[0] for name in weights if "experts.0." in name}
-    for prefix in sorted(prefixes):
-        of_layer = [f"{prefix}experts.{expert}." for expert in range(config.n_routed_experts)]
-        gate, up, down = (
-            torch.stack([weights.pop(f"{name}{part}_proj.weight") for name in of_layer])
-            for part in ("gate", "up", "down")
-        )
-        weights[f"{prefix}experts.gate_up_proj"] = torch.cat([gate, up], dim=1)
-        weights[f"{prefix}experts.down_proj"] = down
-    return weights

@@ -3,6 +3,7 @@
 import torch
 
 from slotmoe.model.attention import new_state
+from slotmoe.model.checkpoint.reader import open_checkpoint
 from slotmoe.model.config import parse_config
 from slotmoe.model.names import role_of
 from slotmoe.model.network import Network
@@ -57,6 +58,13 @@ def reference_network(config, weights):
     records, slots = CheckpointRecords(config, weights), resident_slots(config, Device())
     experts = Experts(config.moe_layers, records, slots, ops, Device())
     return Network(config, weights, ops, experts)
+
+
+def reference_of(folder):
+    """The same on the weights of the checkpoint in ``folder``."""
+    with open_checkpoint(folder) as checkpoint:
+        weights = {name: checkpoint.tensor(name).float() for name in checkpoint.infos}
+    return reference_network(checkpoint.config, weights)
 
 
 def reference_cache(config, context, dtype=torch.float32):

@@ -7,11 +7,11 @@ import json
 import re
 import socket
 import threading
-import time
 
 from slotmoe.tools.serve import _listen, make_server
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import Grammars
+from tests.support.engine import until
 from tests.support.forkserver import COMMAND_LINE, Forked
 from tests.support.tiny import SAMPLE
 
@@ -125,14 +125,6 @@ def passed(tokenizer, text, policy=None, wanted=None, is_thinking=None):
         if mask.consume(id_):
             return through, True
     return through, bool(mask.allowed()[eos])
-
-
-def until(condition, seconds=30.0):
-    """Wait until ``condition()`` is true."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it was never true"
-        time.sleep(0.005)
 
 
 def connect(port, data=b""):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.quant.shapes import MARK_TOKENS, MOST_ENDS, MOST_MARKS, SPARE
-from tests.support.families import DSA, INDEXED, ODD, OSS, TYPES, V32, YARN
+from tests.support.families import CASES, DSA, GROUPED_CASES, INDEXED, ODD, OSS, TYPES, V32, YARN
 from tests.support.families import config_of as family_config
 from tests.support.tiny import REMOVE, write_files
 
@@ -54,6 +54,7 @@ SPARSE_CASES = {
     "glm-5-shared": (DSA, {**_SPARSE, **_SHARED}),
 }
 """V3.2 and GLM-5 where attention is to fewer positions than there are: family and overrides."""
+OTHER_CASES = CASES | GROUPED_CASES | SPARSE_CASES
 TRANSFORMERS = {  # spellings of transformers 5 for DeepSeek's
     "compress_ratios": REMOVE,
     "num_hash_layers": REMOVE,
@@ -66,9 +67,9 @@ TRANSFORMERS = {  # spellings of transformers 5 for DeepSeek's
 
 
 def config_of(case: str, **overrides):
-    """``config.json`` of a case of ``V4_CASES`` in DeepSeek's words, or of ``SPARSE_CASES``."""
-    if case in SPARSE_CASES:
-        family, changes = SPARSE_CASES[case]
+    """``config.json`` of a case of ``V4_CASES`` in DeepSeek's words, or of ``OTHER_CASES``."""
+    if case in OTHER_CASES:
+        family, changes = OTHER_CASES[case]
         return family_config(family, **{**changes, **overrides})
     config = CONFIG | V4_CASES[case] | overrides
     return {key: value for key, value in config.items() if value is not REMOVE}
@@ -98,7 +99,7 @@ def in_transformers_words(config):
     }
 
 
-def write_v4(folder: Path, case: str, dtype=torch.float32, hub=False, seed=0, **overrides):
+def write_case(folder: Path, case: str, dtype=torch.float32, hub=False, seed=0, **overrides):
     """Write a checkpoint of random weights; returns its config.  Names of tensors and config are
     those of transformers' network, or with ``hub`` those of DeepSeek's own files."""
     config = write_files(folder, config_of(case, **overrides), dtype, seed)
