@@ -267,6 +267,17 @@ class ListedRows(NamedTuple):
     sinks_H: Tensor | None = None
 
 
+class GroupedRows(NamedTuple):
+    """Cached rows of each group, a value and a key, of the positions from ``first`` on; the groups
+    may lie apart.  With a ``window`` a token sees so many of them, itself among them.  ``sinks`` as
+    in `ListedRows`."""
+
+    rows_GSX: Tensor
+    first: int
+    window: int = 0
+    sinks_H: Tensor | None = None
+
+
 class Mixed(NamedTuple):
     """How a block's output is added to Q residual streams (DeepSeek-V4): ``post``, float32 [T, Q],
     is each one's share, ``comb``, float32 [T, Q, Q], how much of stream j goes on in stream k."""

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from slotmoe.border import Chunk, Geometry, Grouped
+from slotmoe.border import Chunk, Geometry, Grouped, GroupedRows
 from slotmoe.quant.backends.base import Prepared, TorchBackend
 from slotmoe.state import GroupedCache
 
@@ -37,8 +37,8 @@ class GroupedAttention:
             own_XW = rows_GTW[:, start:stop].reshape(G * count, 2 * Z)
             backend.store_latents(own_XW, Z, new_GTX.flatten(0, 1))
             rows_GSX, first = cache.extend(chunk.layer, cache.length + before, new_GTX)
-            given = q_THZ[start:stop], rows_GSX, first, g.softmax_scale, w.window, w.sinks
-            outputs.append(backend.grouped(*given))
+            cached = GroupedRows(rows_GSX, first, w.window, w.sinks)
+            outputs.append(backend.grouped(q_THZ[start:stop], cached, g.softmax_scale))
             start = stop
         o_THZ = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return self._linear(o_THZ.reshape(T, -1), w.o_proj, w.o_bias)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from slotmoe.border import ListedRows
+from slotmoe.border import GroupedRows, ListedRows
 
 _GATHERED = 1 << 22  # values of cached rows, or scores, in memory at once
 # Cached rows are widened to float32 in blocks, so that no temporary grows with the context.
@@ -123,20 +123,10 @@ class TorchAttention:
             parts.append(weights_BHL @ rows_BLW[..., :R])
         return torch.cat(parts)
 
-    def grouped(
-        self,
-        q_THZ: Tensor,
-        rows_GSX: Tensor,
-        first: int,
-        scale: float,
-        window: int,
-        sinks_H: Tensor | None,
-    ) -> Tensor:
+    def grouped(self, q_THZ: Tensor, cached: GroupedRows, scale: float) -> Tensor:
         """Causal attention of the last T positions, float32 [T, H, Z], H / G heads to each group's
-        rows, a value and a key each, of the positions from ``first`` on; the groups may lie apart.
-        With a ``window`` a token sees so many of them, itself among them.  ``sinks``, float32 [H],
-        take part in the softmax as the score of a row without a value."""
-        T, H, Z = q_THZ.shape
+        rows."""
+        (T, H, Z), (rows_GSX, _, window, sinks_H) = q_THZ.shape, cached
         if window:
             rows_GSX = rows_GSX[:, -(window + T - 1) :]
         G, S, _ = rows_GSX.shape

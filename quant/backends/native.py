@@ -20,6 +20,7 @@ from slotmoe.border import (
     Compressed,
     Geometry,
     Grouped,
+    GroupedRows,
     HyperGeometry,
     ListedRows,
     Mixed,
@@ -317,17 +318,8 @@ class NativeBackend(TorchBackend):
         listed = listed._replace(lists_TL=listed.lists_TL.contiguous())
         return self._native.attend(q_THW.contiguous(), listed, R, scale)
 
-    def grouped(
-        self,
-        q_THZ: Tensor,
-        rows_GSX: Tensor,
-        first: int,
-        scale: float,
-        window: int,
-        sinks_H: Tensor | None,
-    ) -> Tensor:
-        given = q_THZ.contiguous(), rows_GSX, first, scale, window, sinks_H
-        return self._native.grouped(*given)
+    def grouped(self, q_THZ: Tensor, cached: GroupedRows, scale: float) -> Tensor:
+        return self._native.grouped(q_THZ.contiguous(), cached, scale)
 
     def index(
         self, q_TJA: Tensor, weights_TJ: Tensor, keys_SX: Tensor, counts_T: Tensor, k: int

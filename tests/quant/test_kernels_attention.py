@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slotmoe.border import ListedRows
+from slotmoe.border import GroupedRows, ListedRows
 from tests.support.kernels import latent_cache, one_of, quick, seeds, torch_of
 
 
@@ -102,14 +102,9 @@ def test_grouped(kernels, tokens, groups, heads, before, z, window, sunk, seed):
         first = max(0, before + 1 - window)
     q, sinks = rng.standard_normal((tokens, groups * heads, z)), rng.standard_normal(groups * heads)
     cache = latent_cache(kernels, rows[:, first:].reshape(-1, 2 * z), z, 5)
-    given = (
-        cache.unflatten(0, (groups, -1)),
-        first,
-        scale,
-        window,
-        torch_of(sinks) if sunk else None,
-    )
-    got = kernels.grouped(torch_of(q), *given).numpy().reshape(tokens, groups, heads, z)
+    places = cache.unflatten(0, (groups, -1)), first, window
+    cached = GroupedRows(*places, torch_of(sinks) if sunk else None)
+    got = kernels.grouped(torch_of(q), cached, scale).numpy().reshape(tokens, groups, heads, z)
     padded = np.pad(q, ((0, 0), (0, 0), (z, 0))).reshape(tokens, groups, heads, 2 * z)
     for token, group in np.ndindex(tokens, groups):
         end = before + token + 1
@@ -123,21 +118,21 @@ def test_grouped(kernels, tokens, groups, heads, before, z, window, sunk, seed):
 def test_grouped_shows_nan_and_refuses(kernels):
     rows, q = np.random.default_rng(3).standard_normal((200, 64)), torch.randn(1, 6, 32)
     whole = latent_cache(kernels, rows, 32).view(2, 100, -1)
-    assert kernels.grouped(q, whole, 0, 0.1).isfinite().all()
+    assert kernels.grouped(q, GroupedRows(whole, 0), 0.1).isfinite().all()
     for column, bad in ((3, np.nan), (40, np.inf)):
         damaged = rows.copy()
         damaged[70, column] = bad
         cache = latent_cache(kernels, damaged, 32).view(2, 100, -1)
-        lost = kernels.grouped(q, cache, 0, 0.1)[0].isnan()
+        lost = kernels.grouped(q, GroupedRows(cache, 0), 0.1)[0].isnan()
         assert lost[:3].all() and not lost[3:].any()
-        assert kernels.grouped(q, cache, 0, 0.1, 29).isfinite().all()
+        assert kernels.grouped(q, GroupedRows(cache, 0, 29), 0.1).isfinite().all()
     for values in (
         *((q[:, :5], whole, 0, 0), (q, whole, 5, 0), (q, whole, -1, 9), (q, whole[:, :0], 0, 0)),
         *((q[..., :28], whole, 0, 0), (q.double(), whole, 0, 0), (q, whole[:, 50:], 50, 51)),
     ):
         queries, held, start, window = values
         with pytest.raises((ValueError, AssertionError)):
-            kernels.grouped(queries.contiguous(), held, start, 0.1, window)
+            kernels.grouped(queries.contiguous(), GroupedRows(held, start, window), 0.1)
 
 
 @pytest.mark.parametrize(("r", "p"), [(64, 8), (512, 0), (30, 6)])

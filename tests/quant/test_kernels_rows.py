@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from slotmoe.border import ListedRows, Router
+from slotmoe.border import GroupedRows, ListedRows, Router
 from slotmoe.quant.backends.base import new
 from slotmoe.quant.codecs.encode import squared_error
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight
@@ -116,11 +116,13 @@ def attention(kernels, rng, t):
 
     def run(rows):
         listed = ListedRows(cache[:170], cache[170:], lists[rows], sinks)
+        one = GroupedRows(pairs[:1, : 280 + rows.stop], 0, 0, sinks)
+        many = GroupedRows(pairs[:, 180 : 280 + rows.stop], 180, 100)
         return [
             kernels.mla(q[rows], cache, 280 + rows.stop, 64, 0.1),
             kernels.attend(q[rows], listed, 64, 0.1),
-            kernels.grouped(q[rows], pairs[:1, : 280 + rows.stop], 0, 0.1, 0, sinks),
-            kernels.grouped(q[rows], pairs[:, 180 : 280 + rows.stop], 180, 0.1, 100),
+            kernels.grouped(q[rows], one, 0.1),
+            kernels.grouped(q[rows], many, 0.1),
             kernels.index(q_index[rows], weights[rows], keys, counts[rows], 100),
         ]
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from slotmoe.border import ListedRows
+from slotmoe.border import GroupedRows, ListedRows
 from slotmoe.errors import ConfigError
 from slotmoe.quant.codecs.codec import NF4, TILE
 from slotmoe.quant.codecs.weight import Int8Weight
@@ -166,19 +166,11 @@ class Kernels:
         sizes = {"C": len(rows), "D": len(others), "R": latent, "P": p}
         return self._functions["attend"](*values, lists, scale, sinks, **sizes)
 
-    def grouped(
-        self,
-        q: Tensor,
-        rows: Tensor,
-        first: int,
-        scale: float,
-        window: int = 0,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
+    def grouped(self, q: Tensor, cached: GroupedRows, scale: float) -> Tensor:
         """Attention by groups: q float32 [T, A, Z] of the last T positions -> float32 [T, A, Z], A
         / G heads over each group's rows of values and keys, [G, S, latent_bytes(Z, Z)] of
-        `store_latents`, of positions from `first` on.  A token sees those up to its own, or the
-        last `window` of them; `sinks` [A] are scores of a row without a value."""
+        `store_latents`.  A token sees those up to its own."""
+        rows, first, window, sinks = cached
         G, S, _ = rows.shape
         group, row, _ = layer_rows([rows], G, latent_bytes(q.shape[-1], q.shape[-1]))
         values = q, rows.data_ptr(), group, row, first, scale, window, sinks
