@@ -200,7 +200,7 @@ def _machine(report: Json) -> Iterator[tuple[str, str]]:
     hosted = report["host_slots"]
     resident = gib(_parts(report, fast, _RESIDENT))
     yield "resident weights", f"{report['resident']['precision']}, {resident}"
-    yield "latent KV cache, 4,096 tokens", gib(parts["latent KV cache"][fast], 2)
+    yield "KV cache, 4,096 tokens", gib(parts["KV cache"][fast], 2)
     slots = parts["expert slots"]
     experts = f"experts on the fast tier, of {report['experts']:,}"
     yield experts, f"{count}, {gib(slots[fast])}"

@@ -240,7 +240,7 @@ class _Loader:
         config, backend, device = self._config, self._backend, self._device
         components = {  # the checkpoint's own precision; the cache in float32
             "resident weights": checkpoint.nbytes,
-            "latent KV cache": kv_bytes(config, self._context, "torch", value_bytes=4),
+            "KV cache": kv_bytes(config, self._context, "torch", value_bytes=4),
             "prefill scratch": memory.scratch_bytes(config, PREFILL_CHUNK, "torch"),
         }
         if device.tier == "ram":

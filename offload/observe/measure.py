@@ -96,7 +96,7 @@ def bytes_per_token(model: LoadedModel, position: int) -> dict[str, int]:
     return {
         "resident weights": model.sizes.touched,
         "experts": len(config.moe_layers) * config.num_experts_per_tok * model.plan.record_bytes,
-        "latent KV cache": kv_read_bytes(replace(config, mtp=False), position, model.backend.kind),
+        "KV cache": kv_read_bytes(replace(config, mtp=False), position, model.backend.kind),
     }
 
 

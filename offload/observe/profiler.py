@@ -149,14 +149,14 @@ def memory_in_use(model: LoadedModel) -> dict[str, tuple[int, dict[str, int]]]:
     plan, used, memory = model.plan, process_bytes(), model.device.memory()
     resident = sum(model.sizes.resident.values()) if model.sizes is not None else 0
     if memory is not None:  # everything is allocated at open
-        names = ("latent KV cache", "expert slots", "read buffers")
+        names = ("KV cache", "expert slots", "read buffers")
         known = {name: plan.components[name] for name in names} | {"resident weights": resident}
         host = {name: size for name, size in plan.host.items() if name != "runtime"}
         return {"vram": (memory.allocated, known), "ram": (used, host)}
     cached, slab = model.quantized("profile").slots.present()
     buffers = min(plan.components["read buffers"], slab - cached)
     latent = sum(state.used_bytes for state in model.states)
-    known = {"resident weights": resident, "latent KV cache": latent}
+    known = {"resident weights": resident, "KV cache": latent}
     return {"ram": (used, known | {"expert slots": slab - buffers, "read buffers": buffers})}
 
 

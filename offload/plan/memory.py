@@ -1,7 +1,7 @@
 """What goes where, in bytes: pure arithmetic over a config's geometry, without torch.
 
 Tiers: ``ram`` holds everything when there is no GPU; with one, ``vram`` holds resident weights,
-latent KV cache, slots and scratch, and ``ram`` the process itself and a host tier of experts.
+KV cache, slots and scratch, and ``ram`` the process itself and a host tier of experts.
 """
 
 from collections import Counter
@@ -260,7 +260,7 @@ def make_plan(
     table = 4 * (everything + config.n_routed_experts) + LEVELS_BYTES
     components = {
         **sizes.resident,
-        "latent KV cache": sequences * kv_bytes(config, context, kernels),
+        "KV cache": sequences * kv_bytes(config, context, kernels),
         "logits": 4 * logits_rows * config.vocab_size,
         **({"runtime": runtime} if on_cpu else {"slot table": table}),
     }
@@ -328,7 +328,7 @@ def predicted_components(
     components = by_name(plan)
     step, chunk = min(prompt_tokens, PREFILL_CHUNK), min(prompt_tokens, plan.prefill_chunk)
     for name, part, whole in (
-        ("latent KV cache", min(prompt_tokens + new_tokens, plan.context), plan.context),
+        ("KV cache", min(prompt_tokens + new_tokens, plan.context), plan.context),
         ("prefill scratch", step, PREFILL_CHUNK),
         ("waiting tokens", chunk - step, max(1, plan.prefill_chunk - PREFILL_CHUNK)),
     ):

@@ -171,7 +171,7 @@ def test_an_export_is_planned_as_run_plans_it(planned, sample_export, processes)
     assert report["resident"]["why"] == "as in the export"
     with Runtime.open(SAMPLE, quantize=False, context=256) as runtime:
         (state,), components = runtime.model.states, runtime.plan.components
-        assert components["latent KV cache"] == state_bytes(state)
+        assert components["KV cache"] == state_bytes(state)
 
 
 def test_what_a_model_takes_of_the_disk(plan, planned, sample_export, monkeypatch):

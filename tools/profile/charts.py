@@ -16,7 +16,7 @@ BLUE, SKY, ORANGE, YELLOW, GREEN, RED, PURPLE, GREY = (
     "#0072B2 #56B4E9 #E69F00 #F0E442 #009E73 #D55E00 #CC79A7 #999999".split()
 )
 # Of what is in memory, of what takes time, and of what bytes come from.
-_COLOURS = {"runtime": GREY, "resident weights": BLUE, "latent KV cache": PURPLE}
+_COLOURS = {"runtime": GREY, "resident weights": BLUE, "KV cache": PURPLE}
 _COLOURS |= {"expert slots": ORANGE, "read buffers": YELLOW, "scratch and rest": GREEN}
 _COLOURS |= {"attention": BLUE, "gate": PURPLE, "experts": ORANGE}
 _COLOURS |= {"shared experts and dense layers": GREEN, "captured layers": "#004D40", "head": SKY}
