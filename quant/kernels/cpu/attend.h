@@ -68,7 +68,7 @@ inline int64_t mla_buffers(Mla& m, uint8_t* base, int64_t spans = kMostSpans) {
     return used;
 }
 
-// Gives queries, alike, theirs.
+// Gives `count` queries, alike, their buffers.
 inline void give_buffers(Job& job, Mla* mlas, int64_t count, int64_t spans = kMostSpans) {
     const int64_t bytes = mla_buffers(mlas[0], nullptr, spans);
     uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * count);
