@@ -32,32 +32,32 @@ def written(folder, **changes):
     return folder
 
 
-@pytest.mark.parametrize(("settings", "block"), [(FP8, 128), (FP8_WHOLE, 1 << 20)])
-def test_fp8_weights_are_code_times_scale(tmp_path, settings, block):
-    stored = encode(written(tmp_path), settings)
-    with open_checkpoint(tmp_path) as checkpoint:
-        encoded = [name for name in checkpoint.infos if name + "_scale_inv" in stored]
-        assert len(encoded) == 2 * 5 + 3 + 3 + 4 * 3  # attention, dense, shared, routed
-        for name in encoded:
-            wanted = decoded_fp8(stored[name], stored[name + "_scale_inv"], block)
-            assert torch.equal(checkpoint.tensor(name), wanted.to(torch.bfloat16)), name
-            start, stop = len(wanted) // 2, len(wanted) - 1
-            part = wanted[start:stop].to(torch.bfloat16)
-            assert torch.equal(checkpoint.rows(name, start, stop), part)
+def minimax(folder):
+    """Named in its own words."""
+    write_family(folder, MINIMAX, torch.bfloat16, hidden_size=160, intermediate_size=136)
 
 
-def test_minimax_in_fp8(tmp_path):
-    """By its own names, and as its config spells the format."""
-    write_family(tmp_path, MINIMAX, torch.bfloat16, hidden_size=160, intermediate_size=136)
-    kept = {"modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"]}
-    stored = encode(tmp_path, {**FP8, **kept, "fmt": "float8_e4m3fn"})
+MINIMAXS = {**FP8, "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"]}
+MINIMAXS |= {"fmt": "float8_e4m3fn"}
+COUNT = 2 * 5 + 3 + 3 + 4 * 3  # attention, dense, shared, routed
+FP8_SOURCES = [(written, FP8, 128, COUNT), (written, FP8_WHOLE, 1 << 20, COUNT)]
+FP8_SOURCES += [(minimax, MINIMAXS, 128, 4 * (4 + 8 * 3))]
+
+
+@pytest.mark.parametrize(("write", "settings", "block", "count"), FP8_SOURCES)
+def test_fp8_weights_are_code_times_scale(tmp_path, write, settings, block, count):
+    write(tmp_path)
+    stored = encode(tmp_path, settings)
     with open_checkpoint(tmp_path) as checkpoint:
         theirs = {name: spelled(name, checkpoint.config) for name in checkpoint.infos}
         encoded = [name for name in theirs if theirs[name] + "_scale_inv" in stored]
-        assert len(encoded) == 4 * (4 + 8 * 3)
+        assert len(encoded) == count
         for name in encoded:
             codes = stored[theirs[name]], stored[theirs[name] + "_scale_inv"]
-            assert torch.equal(checkpoint.tensor(name), decoded_fp8(*codes).to(torch.bfloat16))
+            wanted = decoded_fp8(*codes, block).to(torch.bfloat16)
+            assert torch.equal(checkpoint.tensor(name), wanted), name
+            start, stop = len(wanted) // 2, len(wanted) - 1
+            assert torch.equal(checkpoint.rows(name, start, stop), wanted[start:stop])
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_minimax_in_fp8(tmp_path):
 def test_bitsandbytes_weights_are_what_it_makes_of_them(heavy, tmp_path, quant_type, nested, dtype):
     _, wanted = bitsandbytes(written(tmp_path, **WHOLE_BLOCKS), quant_type, nested, dtype)
     with open_checkpoint(tmp_path) as checkpoint:
-        assert len(wanted) == 2 * 5 + 3 + 3 + 4 * 3
+        assert len(wanted) == COUNT
         for name, weight in wanted.items():
             assert torch.equal(checkpoint.tensor(name), weight), name
             assert torch.equal(checkpoint.rows(name, 17, 40), weight[17:40]), name

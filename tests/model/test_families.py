@@ -42,7 +42,7 @@ from tests.support.families import (
     write_family,
 )
 from tests.support.native import feed, reference_cache, reference_of
-from tests.support.oracle import relative_error, transformers_logits
+from tests.support.oracle import relative, transformers_logits
 from tests.support.params import nth
 from tests.support.v4 import V4
 
@@ -56,7 +56,7 @@ def test_reference_path_equals_transformers(name, tmp_path):
     family, overrides = EVERY[name]
     write_family(tmp_path, family, torch.bfloat16 if family == V2 else torch.float32, **overrides)
     with Runtime.open(tmp_path, quantize=False, context=64) as runtime:
-        assert relative_error(runtime.logits(IDS), transformers_logits(tmp_path, IDS)) <= 1e-5
+        assert relative(runtime.logits(IDS), transformers_logits(tmp_path, IDS)) <= 1e-5
 
 
 # Cases of V4, V3.2 and GLM-5, and seeds of texts in which rounding decides no choice of a top-k.
@@ -80,7 +80,7 @@ def test_passes_of_any_size_equal_transformers(case, tmp_path):
     assert case in SEEDS or not network.config.unknown_keys
     for sizes, chunk in zip([[count], [count], *passes], [count, 16] * 2, strict=True):
         state, network._chunk_tokens = reference_cache(network.config, count + 10), chunk
-        assert relative_error(feed(network, state, ids, sizes), wanted) <= 1e-5
+        assert relative(feed(network, state, ids, sizes), wanted) <= 1e-5
 
 
 def types(letters, **others):

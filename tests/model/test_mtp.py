@@ -16,7 +16,7 @@ from tests.support.encoded import fused
 from tests.support.engine import IDS
 from tests.support.families import V3, oracle_network, quietly, write_family
 from tests.support.native import reference_cache, reference_network
-from tests.support.oracle import relative_error
+from tests.support.oracle import relative
 
 MTP = {"num_nextn_predict_layers": 1}
 TIGHT = 1e-5
@@ -134,6 +134,6 @@ def test_a_head_beside_its_formula_or_transformers_layer(tmp_path, case, wanted,
     assert (own.length, state.length) == (29, 30)
     if case in SOME:
         assert len(own.layers) == 1 and len(state.layers) == len(network.layers)
-    assert relative_error(logits_RV, wanted(tmp_path, ids)) <= TIGHT
+    assert relative(logits_RV, wanted(tmp_path, ids)) <= TIGHT
     # what it predicts is its own: neither the network's next token, nor the one behind it
-    assert relative_error(logits_RV, network.head(hidden_TD)[1:]) > 0.1
+    assert relative(logits_RV, network.head(hidden_TD)[1:]) > 0.1

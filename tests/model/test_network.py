@@ -13,7 +13,7 @@ from slotmoe.quant.kernels.cpu import bindings as kernels
 from tests.support import plain
 from tests.support.families import V2, V2_CASES, config_of
 from tests.support.native import feed, native_cache, network_of, reference_cache, reference_of
-from tests.support.oracle import relative_error
+from tests.support.oracle import relative
 from tests.support.tiny import write_checkpoint
 
 native = pytest.mark.skipif(kernels.load() is None, reason="the native kernels are not built")
@@ -33,7 +33,7 @@ NOT_OF_TRANSFORMERS = {  # it ignores the first two, needs a shared expert, and 
 def test_reference_path_equals_plain_network(name, tmp_path):
     write_checkpoint(tmp_path, **NOT_OF_TRANSFORMERS[name])
     with Runtime.open(tmp_path, quantize=False, context=64) as runtime:
-        assert relative_error(runtime.logits(IDS[:12]), plain.logits(tmp_path, IDS[:12])) <= 1e-4
+        assert relative(runtime.logits(IDS[:12]), plain.logits(tmp_path, IDS[:12])) <= 1e-4
 
 
 @native
@@ -76,7 +76,7 @@ def reference(tmp_path_factory):
 def test_decode_and_chunks_equal_one_prefill(reference, sizes):
     network, cache = reference
     whole = feed(network, cache(128), IDS, [40])
-    assert relative_error(feed(network, cache(128), IDS, sizes), whole) <= FP32
+    assert relative(feed(network, cache(128), IDS, sizes), whole) <= FP32
 
 
 def test_absorbed_equals_expanded_attention_over_several_blocks(heavy, reference, monkeypatch):
@@ -91,5 +91,5 @@ def test_absorbed_equals_expanded_attention_over_several_blocks(heavy, reference
         called = expand.call_count
         absorbed = feed(network, cache(256), ids, [1] * 200)
     assert called == expand.call_count > 4
-    assert relative_error(absorbed, wanted) <= FP32
-    assert relative_error(expanded, wanted) <= FP32
+    assert relative(absorbed, wanted) <= FP32
+    assert relative(expanded, wanted) <= FP32

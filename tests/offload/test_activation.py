@@ -10,7 +10,7 @@ from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.shapes import SWIGLU, Activation
 from tests.support import plain
-from tests.support.kernels import relative
+from tests.support.oracle import relative
 from tests.support.tiny import write_checkpoint
 
 CLAMPED, FEW = Activation(0.1, 1.702, 1.0), [(7 * i) % 4096 for i in range(1, 13)]

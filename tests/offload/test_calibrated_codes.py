@@ -19,8 +19,8 @@ from slotmoe.system import cores
 from tests.support.disk import Stop, stop_at, tree
 from tests.support.families import PLAIN_ROPE
 from tests.support.hub import NAME, Repo, make
-from tests.support.kernels import relative
 from tests.support.native import reference_of
+from tests.support.oracle import relative
 from tests.support.tiny import write_checkpoint
 from tests.support.v4 import write_case
 

@@ -19,7 +19,7 @@ from slotmoe.quant.export.layout import MANIFEST, PROJECTIONS, RESIDENT, checksu
 from slotmoe.quant.export.reader import Export
 from tests.support.codes import SUFFIXES, values
 from tests.support.exported import resign
-from tests.support.kernels import relative
+from tests.support.oracle import relative
 from tests.support.tiny import random_weights, write_checkpoint
 
 ODD = {"hidden_size": 72, "moe_intermediate_size": 37, "intermediate_size": 50}

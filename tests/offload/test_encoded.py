@@ -32,7 +32,7 @@ from tests.support.encoded import (
 from tests.support.families import IN_BLOCKS, OSS, PLAIN_ROPE, write_family
 from tests.support.hostile import flip
 from tests.support.hub import NAME, Repo, fill_cache, make
-from tests.support.kernels import relative
+from tests.support.oracle import relative
 from tests.support.tiny import write_checkpoint
 
 V3 = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}

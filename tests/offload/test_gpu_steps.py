@@ -24,9 +24,9 @@ from slotmoe.quant.codecs.codec import NF4
 from slotmoe.quant.codecs.encode import nf4_by_torch
 from slotmoe.quant.codecs.weight import CodedWeight, Int8Weight, int8_by_torch, map_tensors
 from slotmoe.quant.shapes import resident_quantization
-from tests.quant.test_ops import error
 from tests.support import simulated
 from tests.support.engine import start, whole
+from tests.support.oracle import relative
 from tests.support.params import nth
 from tests.support.slab import LEVELS, SlabExperts
 from tests.support.streams import Recorded
@@ -112,10 +112,10 @@ def test_captured_steps_plain_calls_prefill_and_plain_torch_agree(case):
     decoded_TD = decode(plain, ids.tolist(), cache_of(plain))
     prefilled_TD = plain.forward(ids, [cache_of(plain)])
     expected_TV = reference.head(expected_TD)
-    assert error(decoded_TD, expected_TD) < 3e-3
-    assert error(plain.head_each(decoded_TD), expected_TV) < 3e-3
-    assert error(prefilled_TD, expected_TD) < 2e-2
-    assert error(plain.head(prefilled_TD), expected_TV) < 2e-2
+    assert relative(decoded_TD, expected_TD) < 3e-3
+    assert relative(plain.head_each(decoded_TD), expected_TV) < 3e-3
+    assert relative(prefilled_TD, expected_TD) < 2e-2
+    assert relative(plain.head(prefilled_TD), expected_TV) < 2e-2
     assert torch.equal(decode(captured, ids.tolist(), cache_of(captured)), decoded_TD)
     assert not captured.experts.calls
 
@@ -206,7 +206,7 @@ def test_an_engine_gives_the_same_bits_in_each_way(ran, way):
     found, chosen, said, kept, made, counts = run(**options)
     assert chosen == choices and said == text and (made > 0) == ("graph" in options)
     if counts["misses"]["computed"]:
-        assert error(found, streams) < 2e-2  # the native kernels take 8 bits of an activation
+        assert relative(found, streams) < 2e-2  # the native kernels take 8 bits of an activation
     else:
         assert torch.equal(found, streams) and torch.equal(kept, rows)
     assert ("slots" in options) == (counts["misses"]["fetched"] + counts["misses"]["computed"] > 0)
@@ -225,4 +225,4 @@ def test_a_runtime_on_triton_kernels_says_what_the_others_say(sample_export):
             assert ("triton" in runtime.stats()["kernels"]) == (kernels == "triton")
             step = start(runtime)
             found.append(torch.cat([step([5, 900, 17]), step([4])]).cpu())
-    assert error(*found) < 2e-2 and torch.equal(*(logits_TV.argmax(-1) for logits_TV in found))
+    assert relative(*found) < 2e-2 and torch.equal(*(logits_TV.argmax(-1) for logits_TV in found))

@@ -32,7 +32,6 @@ from tests.support.kernels import (
     one_of,
     quick,
     random_expert,
-    relative,
     seeds,
     silu,
     sizes,
@@ -40,7 +39,7 @@ from tests.support.kernels import (
     through_experts,
     torch_of,
 )
-from tests.support.oracle import untile
+from tests.support.oracle import relative, untile
 from tests.support.params import nth
 
 CHOICES = EXPERT_CODECS | {("kept", name): codecs for name, codecs in KEPT_CODECS.items()}

@@ -23,11 +23,6 @@ def attention(q, rows, r, scale, sinks=None):
     return (p / p.sum(-1, keepdims=True))[:, : len(rows)] @ rows[:, :r]
 
 
-def mla(kernels, q, rows, r, scale):
-    """Of the last token behind all rows."""
-    return kernels.mla(torch_of(q)[None], latent_cache(kernels, rows, r), len(rows), r, scale)[0]
-
-
 # Twice what one rounding to 8 bits of a Gaussian part, whose largest of n values is about sqrt(2
 # log 2n), does to it.
 def steps(n):

@@ -21,18 +21,13 @@ from slotmoe.quant.codecs.codec import INT4, LUT3, LUT4, MXFP4, NF4
 from slotmoe.quant.codecs.weight import Int8Weight, dequantize, int8_by_torch, map_tensors
 from tests.support.codes import random_codes
 from tests.support.kernels import needs_native
+from tests.support.oracle import relative
 from tests.support.params import nth
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLAIN, FEW = TorchBackend(), 8
 ROUNDING = 2**-9  # of bfloat16
-
-
-def error(actual, expected):
-    """Relative RMS difference."""
-    actual, expected = actual.cpu().double(), expected.cpu().double()
-    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def nth_interpreted(step, parameters):
@@ -73,7 +68,7 @@ class Case(NamedTuple):
 def linear(kind, T, N, K):
     weight, x_TK = make_weight(kind, N, K), randn(T, K)
     exact = x_TK.double() @ dequantize(weight).double().T
-    plain = error(TorchBackend(torch.bfloat16).linear(x_TK, weight), exact)
+    plain = relative(TorchBackend(torch.bfloat16).linear(x_TK, weight), exact)
     bound = 1e-6 if T <= FEW else 1.1 * plain
     return Case(lambda ops, rows: (ops.linear(x_TK[rows], weight),), (exact,), bound, T <= FEW)
 
@@ -232,7 +227,7 @@ def check(ops, case):
     for found, exact in zip(results, case.exact, strict=True):
         assert found.shape == exact.shape
         if found.is_floating_point():
-            assert error(found, exact) <= case.bound
+            assert relative(found, exact) <= case.bound
         else:
             assert found.dtype == exact.dtype and torch.equal(found, exact)
     assert all(map(torch.equal, results, again))  # whichever program finishes last
@@ -288,7 +283,8 @@ def test_an_indexer_chooses_the_best_keys_and_the_first_of_equals(ops, monkeypat
 def test_a_gate_takes_the_first_of_equals_and_of_no_numbers_still_names_experts(ops):
     logits_TE = torch.zeros(1, 20, device=DEVICE)
     weights_TK, indices_TK = ops.route(logits_TE, Router(5, 2, 3), None, None)
-    assert indices_TK.tolist() == [[0, 1, 2]] and error(weights_TK, torch.full((1, 3), 0.05)) < 1e-6
+    assert indices_TK.tolist() == [[0, 1, 2]]
+    assert relative(weights_TK, torch.full((1, 3), 0.05)) < 1e-6
     logits_TE.fill_(torch.nan)
     _, indices_TK = ops.route(logits_TE, Router(1, 1, 3), logits_TE[0], None)
     assert int(indices_TK.min()) >= 0 and int(indices_TK.max()) < 20

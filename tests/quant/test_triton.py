@@ -19,9 +19,10 @@ from slotmoe.quant.codecs.codec import EXPERT_CODECS, MXFP4, TILE, ExpertCodecs
 from slotmoe.quant.codecs.weight import dequantize
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.shapes import SWIGLU, Activation
-from tests.quant.test_ops import DEVICE, error, make_weight, nth_interpreted, randn
+from tests.quant.test_ops import DEVICE, make_weight, nth_interpreted, randn
 from tests.support.codes import random_codes
 from tests.support.kernels import CLAMPED
+from tests.support.oracle import relative
 from tests.support.slab import NF4S, write_record
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -106,7 +107,7 @@ def test_experts_are_those_experts_and_leave_the_others(ops, T, coding):
             # A few tokens are computed in float32.  Else bfloat16 rounds by up to 2**-9 the input
             # and a weight twice, for gate and up, then their product and a weight.
             rounding = 1e-6 if T <= launch.ROWS else 6 * 2**-9
-            assert error(y_TKD[uses], expert_of(records, slot, x_TD[uses[0]])) <= rounding
+            assert relative(y_TKD[uses], expert_of(records, slot, x_TD[uses[0]])) <= rounding
     assert len(computed) == min(T + 1, 4)
 
 
@@ -118,7 +119,7 @@ def test_kernels_only_multiply_for_other_activations_and_biases(T, how, biases):
     given = x_TD, records, slots_of(*SLOTS), choice(T)
     triton_ops, plain = pick_backend(DEVICE, "triton", how), TorchBackend(activation=how)
     rounding = 1e-6 if T <= launch.ROWS else 6 * 2**-9
-    assert error(outputs(triton_ops, *given), outputs(plain, *given)) <= rounding
+    assert relative(outputs(triton_ops, *given), outputs(plain, *given)) <= rounding
 
 
 @pytest.mark.parametrize("T", nth_interpreted(3, TOKENS))
@@ -139,7 +140,7 @@ def test_an_experts_output_depends_on_its_token_alone(ops, T):
     # numpy's product, which the interpreter uses, and torch's sum a row differently by where it
     # stands.
     exact = type(ops) is not TorchBackend and (T <= launch.ROWS or DEVICE.type == "cuda")
-    assert torch.equal(some, whole[order]) if exact else error(some, whole[order]) < 1e-6
+    assert torch.equal(some, whole[order]) if exact else relative(some, whole[order]) < 1e-6
 
 
 @pytest.mark.parametrize(("T", "shared"), [(1, "nf4"), (3, "int8")])
@@ -187,7 +188,7 @@ def test_a_layer_in_two_launches_is_bitwise_the_layer_in_several(T, shared):
             exact[token] += (
                 weight * expert_of(records, slots_E[index], x[token : token + 1], limit=0.5)[0]
             )
-    assert error(whole, exact) < 1e-6
+    assert relative(whole, exact) < 1e-6
 
 
 def test_weighted_sum_goes_in_the_gates_order_and_no_token_has_no_experts(ops):
@@ -215,8 +216,8 @@ def test_norm_logits_and_choice_in_one_launch(triton_ops, E):
     for _ in range(2):
         launch.gate(x, (gain, 1e-3), normed, weight, router, bias, logits, finished, choice)
         expected = torch.nn.functional.rms_norm(x.double(), (600,), gain.double(), 1e-3)
-        assert error(normed, expected) < 1e-6
-        assert error(logits, expected @ weight.double().T) < 1e-6
+        assert relative(normed, expected) < 1e-6
+        assert relative(logits, expected @ weight.double().T) < 1e-6
         assert all(map(torch.equal, choice, triton_ops.route(logits, router, bias, None)))
         assert not finished.any()
         x *= -1
@@ -232,4 +233,4 @@ def test_experts_far_into_a_slab_larger_than_2_gib_are_addressed(triton_ops, T):
     far = Records(slab, small.layout, small.levels)
     x_TD, indices_TK = randn(T, 64), torch.zeros(T, 1, dtype=torch.int64)
     y_TKD = outputs(triton_ops, x_TD, far, slots_of(len(slab) - 1), indices_TK.to(DEVICE))
-    assert error(y_TKD[:, 0], expert_of(small, 0, x_TD)) < (1e-5 if T == 1 else 1e-2)
+    assert relative(y_TKD[:, 0], expert_of(small, 0, x_TD)) < (1e-5 if T == 1 else 1e-2)

@@ -13,21 +13,6 @@ from slotmoe.offload.experts.store import CACHED, FREE, LEAVING, READING, STALE
 PROMPT = "My fellow citizens of the Senate and House of Representatives,"
 IDS = torch.randint(2, 4000, (60,), generator=torch.Generator().manual_seed(3)).tolist()
 
-RUN = """
-import json, sys
-from slotmoe.system import peak_rss
-from slotmoe.offload.plan.memory import by_tier, predicted_components
-from slotmoe.offload.runtime import Runtime
-slots, prompt = int(sys.argv[1]), int(sys.argv[2])
-with Runtime.open(sys.argv[3], context=1024, slots=slots) as runtime:
-    for repetition in range(3):
-        list(runtime.generate([5 + (7 * n + repetition) % 4000 for n in range(prompt)], 40))
-    predicted = by_tier(predicted_components(runtime.plan, prompt, 40))["ram"]
-    print(json.dumps([peak_rss(), predicted, runtime.stats()["kernels"]]))
-"""
-"""A process with so many slots generates from prompts of so many tokens, and prints its peak
-memory, the prediction, and the kernels."""
-
 
 def until(condition, seconds=30.0):
     """Wait until ``condition()`` is true; the deadline is for what would never be."""
@@ -94,22 +79,6 @@ def passes_of(runtime, monkeypatch):
 
     monkeypatch.setattr(passes, "run", note)
     return found
-
-
-def ask(runtime, ids, answer, at=lambda request: None):
-    """The deltas of an answer to ``ids``; ``at(request)`` is called with each, in the engine's
-    thread."""
-    queue, deltas = SimpleQueue(), []
-
-    def emit(delta):
-        at(request)
-        queue.put(delta)
-
-    request = Request(ids, answer, emit)
-    runtime.engine.submit(request)
-    while not deltas or deltas[-1].finish is None:
-        deltas.append(wait_for(queue, request.alive))
-    return deltas
 
 
 def sound(store):

@@ -132,9 +132,5 @@ def truncate(name, size):
     )
 
 
-def append(name):
-    return lambda folder: write(name, (folder / name).read_bytes() + b"x")(folder)
-
-
 def f32(start, stop):
     return {"dtype": "F32", "shape": [1], "data_offsets": [start, stop]}

@@ -64,13 +64,6 @@ def silu(g):
     return g / (1 + np.exp(-np.clip(g, -700, None)))
 
 
-def relative(got, want):
-    """RMS of the difference over RMS of the truth."""
-    got, want = np.asarray(got, dtype=np.float64), np.asarray(want, dtype=np.float64)
-    size = np.linalg.norm(want)
-    return np.linalg.norm(got - want) / size if size else np.linalg.norm(got)
-
-
 def random_expert(rng, h, i, codecs=NF4S, biases=False):
     """-> (gate, up, down) float64, and their biases, and the record with a poisoned tail."""
     shapes = {"gate_proj": (i, h), "up_proj": (i, h), "down_proj": (h, i)}

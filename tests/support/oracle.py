@@ -16,9 +16,10 @@ def transformers_logits(folder, ids):
         return oracle_network(folder, weights)(torch.tensor([ids])).logits[0]
 
 
-def relative_error(found, wanted):
-    found, wanted = torch.as_tensor(found).double(), torch.as_tensor(wanted).double()
-    return ((found - wanted).norm() / wanted.norm()).item()
+def relative(found, wanted):
+    """RMS of the difference over RMS of the truth, unless that is 0."""
+    found, wanted = (torch.as_tensor(values).cpu().double() for values in (found, wanted))
+    return ((found - wanted).norm() / (wanted.norm() or 1)).item()
 
 
 def untile(codes):

@@ -225,12 +225,10 @@ def test_beyond_the_queue_clients_are_told_when_to_come_back(runtime, gate):
 @pytest.mark.parametrize("stream", [True, False])
 def test_client_that_leaves_frees_its_place(served, slow, stream):
     made = served.service.engine.batch.totals.answer_tokens
-    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=30)
     body = json.dumps({**GREEDY, "prompt": "Call me", "max_tokens": 500, "stream": stream})
-    connection.request("POST", TEXT, body, {"Content-Type": "application/json"})
-    until(lambda: served.service.engine.batch.totals.answer_tokens >= made + 5)
-    connection.sock.shutdown(socket.SHUT_RDWR)
-    connection.close()
+    with connect(served.port, request(body.encode())) as connection:
+        until(lambda: served.service.engine.batch.totals.answer_tokens >= made + 5)
+        connection.shutdown(socket.SHUT_RDWR)
     served.idle()
     assert served.service.engine.batch.totals.answer_tokens < made + 400
     assert served.service.engine.batch.totals.finished["cancelled"] >= 1

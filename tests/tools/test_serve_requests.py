@@ -4,7 +4,6 @@ the largest requests cost, and the rules that answers follow."""
 import json
 import re
 import tracemalloc
-from http.client import HTTPConnection
 from threading import Event
 
 import pytest
@@ -16,7 +15,16 @@ from slotmoe.tools.serve import errors as serve_errors
 from slotmoe.tools.serve.guard import MAX_KEYS, MAX_VALUES
 from slotmoe.tools.serve.requests import Rule
 from tests.support.apis import ASKED, CHAT, MESSAGES, OLLAMA, RESPONSES
-from tests.support.served import GREEDY, USER, Served, passed, tokenizer_with, until
+from tests.support.served import (
+    GREEDY,
+    USER,
+    Served,
+    connect,
+    passed,
+    request,
+    tokenizer_with,
+    until,
+)
 
 TEXT = "/v1/completions"
 BASES = {**ASKED, TEXT: {**GREEDY, "prompt": "x"}}
@@ -303,11 +311,9 @@ def test_nothing_is_compiled_for_a_client_that_has_left(served, monkeypatch):
         return run(*given) if len(came) > 1 else gate.wait(60) and run(*given)
 
     monkeypatch.setattr(COMPILER, "run", gated)
-    turn, clients = served.service._compiling, []
+    turn, clients, body = served.service._compiling, [], {**BASES[TEXT], "grammar": GBNF}
     for number in range(3):
-        clients.append(HTTPConnection("127.0.0.1", served.port, timeout=30))
-        body = json.dumps({**BASES[CHAT], "grammar": GBNF})
-        clients[-1].request("POST", CHAT, body, {"Content-Type": "application/json"})
+        clients.append(connect(served.port, request(json.dumps(body).encode())))
         until(lambda waiting=number: turn.locked() and len(turn._waiters or ()) == waiting)
     for client in clients:
         client.close()

@@ -103,7 +103,6 @@ TWO = {
 OURS = {DEEPSEEK_V3_2: "deepseek_v32", DEEPSEEK_V4: "deepseek_v4"}
 NAMES = {form: name for name, form in vars(formats).items() if isinstance(form, type(PLAIN))}
 FORMS = pytest.mark.parametrize("form", TWO, ids=[NAMES[form] for form in TWO])
-TAGS = pytest.mark.parametrize("form", OURS, ids=OURS.values())
 
 
 def template(result, before, each, after=""):
