@@ -31,8 +31,15 @@ from slotmoe.offload.ingest.output_dir import Notify, ignore
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
 from slotmoe.offload.model_source import Place, generation_of, load_resident, open_tokenizer
 from slotmoe.offload.plan import memory
-from slotmoe.offload.plan.kept import kv_bytes
-from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes, make_plan, sizes_of
+from slotmoe.offload.plan.memory import (
+    HELP_BYTES,
+    PREFILL_CHUNK,
+    Plan,
+    Sizes,
+    kv_bytes,
+    make_plan,
+    sizes_of,
+)
 from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.cache import Cache, make_cache

@@ -20,8 +20,7 @@ from slotmoe.jsonfile import Json, read_json, typed
 from slotmoe.model.config import Config
 from slotmoe.model.names import resident_shapes
 from slotmoe.offload.machine import read_note, write_note
-from slotmoe.offload.plan.kept import attention_products, kv_read_bytes, row_products
-from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes
+from slotmoe.offload.plan.memory import HELP_BYTES, PREFILL_CHUNK, Plan, Sizes, kv_read_bytes
 
 # What prefill does beside products (norms, gates, sums), as int8 products for each value of a token
 # in a layer: the sample, V2-Lite and GLM-4.7-Flash on a Zen 5 core.
@@ -289,3 +288,25 @@ class Setting:
         dense = rates.core_seconds("int8", sum(map(math.prod, shapes)), sum(map(sum, shapes)))
         routed = rates.core_seconds("coded", uses * 3 * D * inner, uses * 3 * (D + inner))
         return dense + routed + STREAM_PRODUCTS * c.layer_count * D / rates.int8_products
+
+
+def attention_products(config: Config, length: int) -> int:
+    """Multiply-adds of scores and sums, and of an indexer's scores, for a token behind so many."""
+    c, total, compresses = config, 0, config.compressed is not None
+    window = 0 if c.compressed is None else min(length, c.compressed.sliding_window)
+    for layer in range(c.num_hidden_layers):
+        ratio = c.ratio(layer) if compresses else 1
+        rows = min(length // ratio, c.window(layer) or length) if ratio else 0
+        if c.indexer is not None:
+            if c.has_indexer(layer):
+                total += c.indexer.n_heads * c.indexer.head_dim * rows
+            if not compresses or c.has_indexer(layer):
+                rows = min(rows, c.indexer.topk)
+        total += c.num_attention_heads * row_products(c) * (rows + window)
+    return total
+
+
+def row_products(config: Config) -> int:
+    """Multiply-adds of a query and a row: of its key, and of its value, which may be the same."""
+    rotated = config.qk_rope_head_dim if config.family.attention == "latent" else 0
+    return 2 * config.kv_lora_rank + rotated

@@ -12,8 +12,7 @@ from slotmoe.model.attention import new_state
 from slotmoe.model.config import parse_config, read_config
 from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.advice import geometry_path
-from slotmoe.offload.plan.kept import kv_bytes, mark_bytes
-from slotmoe.offload.plan.memory import make_plan, sizes_of, waiting_bytes
+from slotmoe.offload.plan.memory import kv_bytes, make_plan, mark_bytes, sizes_of, waiting_bytes
 from slotmoe.offload.plan.speed import (
     CORE,
     SETS,
