@@ -14,6 +14,7 @@ from slotmoe.offload import model_cache
 from slotmoe.offload.ingest import cached
 from slotmoe.offload.ingest.cached import cached_export
 from tests.support.disk import Stop, stop_at
+from tests.support.hostile import flip
 from tests.support.tiny import write_checkpoint
 
 
@@ -68,9 +69,8 @@ def test_one_other_byte_makes_another_export(source, made, tmp_path):
     """Even where sizes and times are the same."""
     export = cached_export(source, tmp_path / "cache")
     path = source / "model.safetensors"
-    before, data = path.stat(), bytearray(path.read_bytes())
-    data[-3] ^= 1
-    path.write_bytes(data)
+    before = path.stat()
+    flip(path, -3)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert cached_export(source, tmp_path / "cache") != export
     assert len(made) == 2

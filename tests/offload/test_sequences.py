@@ -11,6 +11,7 @@ import torch
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.shapes import MOST_MARKS
 from tests.support.engine import decode, failing
+from tests.support.hostile import flip
 from tests.support.v4 import export_of, state_bytes
 
 NAMES = ("v4", "v3.2", "windows")
@@ -139,9 +140,7 @@ def test_a_damaged_snapshot_is_dropped_and_one_before_it_serves(kept, fresh):
     paths = [path for path in kept.folder.rglob("*-state") if "-00000576-23-" in path.name]
     if not paths:
         pytest.skip("this state needs none")
-    data = bytearray(paths[0].read_bytes())
-    data[-100] ^= 1
-    paths[0].write_bytes(data)
+    flip(paths[0], -100)
     logits, count = kept.restored(600)
     assert count == 512 and torch.equal(logits, fresh(words(8, 600)))
     (line,) = kept.said

@@ -23,6 +23,7 @@ from slotmoe.offload.sessions.names import NamedSession, Saved, remove
 from slotmoe.system import take_lock
 from tests.support.blocks import per_token
 from tests.support.engine import decode
+from tests.support.hostile import flip
 from tests.support.tiny import SAMPLE
 
 TEXT = [id % 4000 for id in range(7, 7 + 13 * 200, 13)]  # 200 tokens: three blocks and a bit
@@ -137,15 +138,6 @@ def test_a_save_waits_for_no_other_and_says_so_once(runtime, tmp_path, monkeypat
     assert (restored(runtime, [*TEXT, 5, 6])[0], len(said)) == (201, 1)
 
 
-def flip(position):
-    def damage(path):
-        data = bytearray(path.read_bytes())
-        data[position] ^= 4
-        path.write_bytes(data)
-
-    return damage
-
-
 def swap(path):
     """Another, whole block under this one's name."""
     other = next(p for p in path.parents[1].rglob("*-00000000-*") if p != path)
@@ -158,7 +150,7 @@ def link(path):
 
 
 DAMAGES = {
-    **{f"byte {position}": flip(position) for position in (0, 52, 70, -1)},
+    **{f"byte {position}": partial(flip, place=position, bit=4) for position in (0, 52, 70, -1)},
     "cut": lambda path: os.truncate(path, 3000),
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
     "swapped": swap,
@@ -247,7 +239,7 @@ def test_blocks_in_any_order_of_events(tmp_path, seed):
             path.with_name("notes-of-mine.txt").write_text("mine")
         elif event != "restart" and chance.random() < 0.3:
             path = chance.choice(paths)
-            flip(-1)(path) if event == "damage" else path.unlink()
+            flip(path, -1, 4) if event == "damage" else path.unlink()
             harmed += 1
         assert sum(path.stat().st_size for path in blocks_in(tmp_path)) <= folder.nbytes <= limit
     assert all("anew" in line or "have room" in line for line in said), said

@@ -49,8 +49,7 @@ def test_sound_export(export, slotmoe):
 
 
 def flipped(name, place):
-    """``place``: from the end where it is negative."""
-    return lambda export: flip(export / name, place % (export / name).stat().st_size)
+    return lambda export: flip(export / name, place)
 
 
 DAMAGES = {

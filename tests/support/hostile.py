@@ -28,10 +28,11 @@ def refused(action, *wanted, kind=SlotmoeError):
 
 
 def flip(path, place, bit=1):
+    """``place`` is from the end where it is negative."""
     with open(path, "r+b") as file:
-        file.seek(place)
+        start = file.seek(place, os.SEEK_END if place < 0 else os.SEEK_SET)
         byte = file.read(1)[0]
-        file.seek(place)
+        file.seek(start)
         file.write(bytes([byte ^ bit]))
 
 

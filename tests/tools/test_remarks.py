@@ -32,12 +32,11 @@ def failing():
 
     def make(name):
         def fail(*_, **__):
-            failing.called.add(name)
+            make.called.add(name)
             raise FULL
 
         return fail
 
-    failing = make
     make.called = set()
     return make
 
