@@ -35,8 +35,8 @@ from slotmoe.offload.ingest.cached import cached_export, resolve_model
 from slotmoe.offload.ingest.output_dir import Notify, Progress, ignore
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import is_hub_id
-from slotmoe.offload.observe.trace import TraceWriter
 from slotmoe.offload.plan.memory import or_more_context
+from slotmoe.offload.policy.cache import TraceWriter
 from slotmoe.offload.sessions.store import DEFAULT_LIMIT, Sessions
 from slotmoe.quant.export.layout import MANIFEST
 from slotmoe.system import peak_rss
@@ -369,7 +369,7 @@ class Runtime(AbstractContextManager["Runtime"]):
 
     def trace(self, path: str | Path) -> None:
         """Record the routing of everything from now on into ``path`` (format:
-        ``slotmoe.offload.observe.trace``), until ``close``."""
+        ``slotmoe.offload.policy.cache``), until ``close``."""
         experts, c = self.model.quantized("trace"), self.config
         geometry = c.moe_layers, c.n_routed_experts, c.num_experts_per_tok
         self._trace = trace = TraceWriter(Path(path), *geometry)

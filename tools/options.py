@@ -17,8 +17,8 @@ from slotmoe.jsonfile import Json
 from slotmoe.model.sampling import RANGES
 from slotmoe.offload.machine import cache_folder, device_index, total_memory
 from slotmoe.offload.model_cache import is_model, library, locate
+from slotmoe.offload.plan.speed import MODES
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
-from slotmoe.offload.policy.misses import MODES
 from slotmoe.offload.policy.passes import DRAFTS
 from slotmoe.quant.codecs.codec import DEFAULT_CODEC, EXPERT_CODECS, ExpertCodecs
 from slotmoe.quant.shapes import RESIDENT_MODES

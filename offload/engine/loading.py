@@ -40,10 +40,9 @@ from slotmoe.offload.plan.memory import (
     make_plan,
     sizes_of,
 )
-from slotmoe.offload.plan.speed import stored_bandwidths
+from slotmoe.offload.plan.speed import MODES, Split, choose_mode, cpu_cost, stored_bandwidths
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.cache import Cache, make_cache
-from slotmoe.offload.policy.misses import MODES, Split, choose_mode, cpu_cost
 from slotmoe.offload.policy.passes import DRAFTS
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Prepared, Records, TorchBackend

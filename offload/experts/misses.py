@@ -18,8 +18,7 @@ from slotmoe.offload.devices.device import Device, Event
 from slotmoe.offload.devices.pages import page_aligned
 from slotmoe.offload.experts.host import HostTier
 from slotmoe.offload.experts.store import Read
-from slotmoe.offload.plan.speed import Bandwidths, store_bandwidths
-from slotmoe.offload.policy.misses import Split
+from slotmoe.offload.plan.speed import Bandwidths, Split, store_bandwidths
 from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.codecs.codec import ExpertCodecs
 from slotmoe.quant.export.layout import RecordLayout

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from os.path import samestat
 from pathlib import Path
 from typing import Annotated
 
@@ -163,11 +164,13 @@ def locked(partial: Path, wait_for_lock: bool) -> Iterator[None]:
     while handle is None:
         with suppress(FileNotFoundError):  # another process finished and renamed it meanwhile
             handle = _lock(partial, math.inf if wait_for_lock else 0)
+    owned = partial.stat()
     try:
         yield
     finally:
-        if partial.is_dir() and not any(partial.iterdir()):
-            partial.rmdir()
+        with suppress(FileNotFoundError):
+            if samestat(partial.stat(), owned) and not any(partial.iterdir()):
+                partial.rmdir()
         os.close(handle)
 
 

@@ -19,8 +19,7 @@ from slotmoe.model.config import Config, config_among, read_config
 from slotmoe.model.names import resident_shapes
 from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, sizes_of
-from slotmoe.offload.plan.speed import CORE, Bandwidths, Setting, constants
-from slotmoe.offload.policy.misses import choose_mode
+from slotmoe.offload.plan.speed import CORE, Bandwidths, Setting, choose_mode, constants
 from slotmoe.quant.codecs.codec import DEFAULT_CODECS, EXPERT_CODECS, KEPT_CODECS, ExpertCodecs
 from slotmoe.sizes import format_size
 

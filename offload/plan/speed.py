@@ -3,11 +3,15 @@
 Bandwidths and the speed of a core are the machine's own (``slotmoe bench --calibrate`` stores
 them), given by the user, or assumed, and the report says which.  The other constants here are
 measurements of this project, named beside them and in the report.
+
+They also say who computes an expert in no slot beside a GPU: the GPU, once it is copied, or the
+CPU.  Both go on at once, so the best split is the one whose slower side is done first.
 """
 
 import math
 from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -47,6 +51,8 @@ SHAPES = {
     "coded": ((2048 + 1408) / (2048 * 1408), (256 + 64) / (256 * 64)),
     "attention": (1 / (2 * 512 + 64), 1 / (2 * 64 + 16)),
 }
+MODES = ("auto", "fetch", "cpu", "hybrid")  # who computes an expert in no slot, see ``Split``
+BOUND_TOKENS = 3  # up to so many, CPU kernels are bound by reading the record, not by arithmetic
 CORE = (*(f"{kind}_{size}" for kind in SHAPES for size in ("products", "small")), "core_bytes")
 _Rate = Annotated[float, Meta(ge=1e-12, le=10**15)]
 MEASURED = ("ram", "share", "disk", "latency", "gpu", "pcie", "pcie_busy", "experts", *CORE)
@@ -166,7 +172,7 @@ class Speed:
 class Setting:
     """A plan, the machine it runs on, and the routing to expect.  ``random_routing``: a token may
     use any expert, as with the weights of ``slotmoe synth``; else it uses experts as text does.
-    ``misses`` says how a GPU's missing experts are computed (``slotmoe.offload.policy.misses``)."""
+    ``misses`` says how a GPU's missing experts are computed (``Split``)."""
 
     config: Config
     sizes: Sizes
@@ -310,3 +316,46 @@ def row_products(config: Config) -> int:
     """Multiply-adds of a query and a row: of its key, and of its value, which may be the same."""
     rotated = config.qk_rope_head_dim if config.family.attention == "latent" else 0
     return 2 * config.kv_lora_rank + rotated
+
+
+def cpu_cost(bandwidths: Bandwidths) -> float:
+    """How many records are copied to the GPU while the CPU computes one for a token."""
+    return bandwidths.pcie_busy / bandwidths.beside_gpu()
+
+
+def choose_mode(wanted: str, bandwidths: Bandwidths, top_k: int) -> str:
+    """``fetch``, ``cpu`` or ``hybrid``: as asked, or for ``auto`` what is best where all of a
+    token's experts are missing."""
+    if wanted != "auto":
+        return wanted
+    computed = for_cpu([1] * top_k, cpu_cost(bandwidths))
+    return "fetch" if computed == 0 else "cpu" if computed == top_k else "hybrid"
+
+
+def for_cpu(tokens: Sequence[int], cost: float) -> int:
+    """How many of the missing experts the CPU computes, the first ones of ``tokens``: how many
+    tokens want each, the fewest first.  The others are fetched.  ``cost`` is a ``cpu_cost``."""
+    best, spent, least = 0, 0.0, float(len(tokens))
+    for count, wanted in enumerate(tokens, 1):
+        spent += cost * max(1.0, wanted / BOUND_TOKENS)
+        both = max(spent, len(tokens) - count)
+        if both < least:
+            best, least = count, both
+    return best
+
+
+@dataclass(frozen=True)
+class Split:
+    """How missing experts are divided: ``mode`` is of ``choose_mode``, ``cost`` a ``cpu_cost``."""
+
+    mode: str = "fetch"
+    cost: float = 1.0
+
+    def for_cpu(self, tokens: int, uses: Sequence[int], missing: int) -> int:
+        """How many of a layer's absent experts the CPU computes, the first of ``uses``: how many of
+        the pass's ``tokens`` use each, the fewest first.  ``missing`` counts what is coming too."""
+        if tokens > 1:
+            return for_cpu(uses, self.cost)
+        if self.mode == "cpu":
+            return len(uses)
+        return min(len(uses), for_cpu([1] * missing, self.cost))

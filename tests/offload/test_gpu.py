@@ -22,9 +22,8 @@ from slotmoe.offload.engine import loading
 from slotmoe.offload.engine.passes import Row
 from slotmoe.offload.experts import host
 from slotmoe.offload.observe.measure import Lasting
-from slotmoe.offload.plan.speed import MEASURED, Bandwidths
+from slotmoe.offload.plan.speed import MEASURED, Bandwidths, choose_mode
 from slotmoe.offload.policy import POLICIES
-from slotmoe.offload.policy.misses import choose_mode
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.signals import ENDING

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from slotmoe.errors import ConfigError, ExportError
+from slotmoe.offload.ingest.output_dir import locked
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.quant.export.layout import MANIFEST
 from tests.support.disk import Stop, stop_at, tree
@@ -197,6 +199,17 @@ def test_two_at_once(source, wanted, slotmoe, tmp_path):
             go.set()
         assert first.result() == second.result() == json.loads(wanted[MANIFEST])
     assert (tree(tmp_path / "export"), seen) == (wanted, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_folder_that_another_process_owns_stays(tmp_path):
+    """The first has finished and given the folder its name, the second has made its own since."""
+    folder, first = tmp_path / "export.partial", ExitStack()
+    first.enter_context(locked(folder, wait_for_lock=False))
+    folder.rename(tmp_path / "export")
+    with locked(folder, wait_for_lock=False):
+        first.close()
+        assert folder.is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
