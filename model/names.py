@@ -88,11 +88,11 @@ LAYER_PARTS = {
     "kv_b_proj": Spec("self_attn.kv_b_proj", "KR", "absorbed", "attn_kv_b"),
     "o_proj": Spec("self_attn.o_proj", "DV", "matrix", "attn_output"),
     # The indexer of V3.2.
-    "indexer_wq_b": Spec(f"{_INDEXER}.wq_b", "jL", "matrix"),
-    "indexer_wk": Spec(f"{_INDEXER}.wk", "iD", "sensitive"),
-    "indexer_k_norm": Spec(f"{_INDEXER}.k_norm", "i", "norm"),
-    "indexer_k_norm_bias": Spec(f"{_INDEXER}.k_norm.bias", "i", "norm"),
-    "indexer_weights_proj": Spec(f"{_INDEXER}.weights_proj", "nD", "sensitive"),
+    "indexer_wq_b": Spec(f"{_INDEXER}.wq_b", "jL", "matrix", "indexer.attn_q_b"),
+    "indexer_wk": Spec(f"{_INDEXER}.wk", "iD", "sensitive", "indexer.attn_k"),
+    "indexer_k_norm": Spec(f"{_INDEXER}.k_norm", "i", "norm", "indexer.k_norm"),
+    "indexer_k_norm_bias": Spec(f"{_INDEXER}.k_norm.bias", "i", "norm", "indexer.k_norm"),
+    "indexer_weights_proj": Spec(f"{_INDEXER}.weights_proj", "nD", "sensitive", "indexer.proj"),
     # The attention of V4.
     "kv_proj": Spec("self_attn.kv_proj", "zD", "sensitive"),
     "kv_norm": Spec("self_attn.kv_norm", "z", "norm"),

@@ -25,7 +25,7 @@ from slotmoe.model.tiktoken import WORDS as KIMI_WORDS
 _ARCHITECTURES = {
     **{"deepseek2": "deepseek_v2", "qwen3moe": "qwen3_moe", "qwen2moe": "qwen2_moe"},
     **{"glm4moe": "glm4_moe", "gpt-oss": "gpt_oss", "minimax-m2": "minimax_m2", "dots1": "dots1"},
-    **{"hunyuan-moe": "hunyuan_v1_moe"},
+    **{"hunyuan-moe": "hunyuan_v1_moe", "glm-dsa": "glm_moe_dsa"},
 }
 """llama.cpp's name -> ``model_type``; ``deepseek2`` with scores by sigmoid is ``deepseek_v3``."""
 _Count = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
@@ -40,6 +40,8 @@ _OF_LATENTS |= {"intermediate_size": "feed_forward_length"}
 _OF_LATENTS |= {"kv_lora_rank": "attention.kv_lora_rank", "n_shared_experts": "expert_shared_count"}
 _OF_LATENTS |= {"qk_rope_head_dim": "rope.dimension_count"}
 """``config.json``'s key -> that of the metadata, behind the architecture's name."""
+_OF_INDEXERS = {"index_n_heads": "head_count", "index_head_dim": "key_length"}
+_OF_INDEXERS |= {"index_topk": "top_k"}
 _OF_GATES = (
     ("first_k_dense_replace", "leading_dense_block_count", 0),
     ("n_shared_experts", "expert_shared_count", 0),
@@ -286,6 +288,11 @@ def _config(headers: list[GgufHeader], tokenizer: GgufTokenizer) -> Json:
         values["q_lora_rank"] = found.get("attention.q_lora_rank", _Count, None) or None
         values["num_key_value_heads"] = values["num_attention_heads"]
         values |= _heads(found, values) | _gate(found, values)
+    if family.indexed:
+        behind = {key: f"attention.indexer.{name}" for key, name in _OF_INDEXERS.items()}
+        values |= {key: found.get(name, _Count) for key, name in behind.items()}
+        if own := found.get("attention.indexer.types", list[bool], None):
+            values["indexer_types"] = [("shared", "full")[each] for each in own]
     return values | _rope(found, family) | found.unknown()
 
 

@@ -92,7 +92,8 @@ FAMILIES = {  # by case: what no file of that architecture can say
     "v3-groups-yarn": {"rope_parameters": {**YARN, "mscale": 0.707}}, "v3-no-groups-no-qlora": {},
     "glm4": {}, "glm4-no-norm": {}, "qwen3": {"mlp_only_layers": []}, "minimax-odd": {},
     "dots": {"layer_types": ["full_attention"] * 4}, "hunyuan-biases": {},
-    "qwen2": {"decoder_sparse_step": 1}, "gpt-oss-in-blocks": {},
+    "glm-5": {"indexer_types": ["full", "shared", "full"]}, "gpt-oss-in-blocks": {},
+    "qwen2": {"decoder_sparse_step": 1},
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from slotmoe.model.names import expert_name, spelled, split_expert
 ARCHITECTURES = {
     **{"deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "qwen3_moe": "qwen3moe"},
     **{"qwen2_moe": "qwen2moe", "glm4_moe": "glm4moe", "gpt_oss": "gpt-oss", "dots1": "dots1"},
-    **{"minimax_m2": "minimax-m2", "hunyuan_v1_moe": "hunyuan-moe"},
+    **{"minimax_m2": "minimax-m2", "hunyuan_v1_moe": "hunyuan-moe", "glm_moe_dsa": "glm-dsa"},
 }
 
 
@@ -112,6 +112,10 @@ def add_config(writer, c):
     elif c.n_shared_experts:
         width = c.n_shared_experts * c.moe_intermediate_size
         values |= {"expert_shared_feed_forward_length": width}
+    if c.indexer is not None:
+        values |= {"indexer_head_count": c.indexer.n_heads, "indexer_top_k": c.indexer.topk}
+        values |= {"indexer_key_length": c.indexer.head_dim}
+        writer.add_array(f"{writer.arch}.attention.indexer.types", [*c.indexer.full])
     if c.rope.factor != 1:
         values |= {"rope_scaling_type": gguf.RopeScalingType.YARN}
         values |= {"rope_scaling_factor": c.rope.factor}
